@@ -1,14 +1,13 @@
 """Reads a manifest as the API server would, and names file, line and field of everything that it would reject."""
 
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from datetime import date
 from math import inf
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
@@ -16,20 +15,16 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from qlora_api.printable import printable
 from qlora_api.sweep import SWEEP_KIND, QLoRASweepDocument
-from qlora_api.v1alpha1 import QLoRAJobDocument
+from qlora_api.v1alpha1 import KIND, QLoRAJobDocument
+from qlora_cli.manifest_problems import Location, describe_value, explain, follows_from_another
 
 # What the API server accepts in one object.
 _MAX_BYTES = 1_500_000
 # Written by the cluster and part of `kubectl get -o yaml`: not read from a manifest.
 _OBSERVED = frozenset({"status"})
-# What to do instead of a value that users know from elsewhere, by field and value.
-_ADVICE: Mapping[tuple[object, ...], str] = {
-    ("objective", "kto"): "; for these, make pairs of a good and a bad answer to the same prompt (format preference)"
-}
 # What the YAML library raises for a value that does not match its tag.
 _UNUSABLE_VALUES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
-Location = tuple[int | str, ...]
 Document = QLoRAJobDocument | QLoRASweepDocument
 
 
@@ -56,11 +51,12 @@ def load_manifest(path: Path) -> Document:
     Values have the types that kubectl sends: `2e-4` is a number and `"64"` is not.
     """
     document = _parse(path)
-    model = QLoRASweepDocument if document.get("kind") == SWEEP_KIND else QLoRAJobDocument
+    content = _json(document, path)
+    model = _model(document, path)
     try:
-        return model.model_validate_json(_json(document, path), strict=True, by_alias=True, by_name=False)
+        return model.model_validate_json(content, strict=True, by_alias=True, by_name=False)
     except ValidationError as error:
-        problems = error.errors(include_url=False)
+        problems = [problem for problem in error.errors(include_url=False) if not follows_from_another(problem)]
         raise ManifestError(*(_describe(path, document, problem, model) for problem in problems)) from error
 
 
@@ -70,6 +66,17 @@ def load_job(path: Path, instead: str) -> QLoRAJobDocument:
     if isinstance(document, QLoRASweepDocument):
         raise ManifestError(f"{path}: found a QLoRASweep, must be a QLoRAJob: {instead}")
     return document
+
+
+def _model(document: CommentedMap, path: Path) -> type[Document]:
+    """By the document's kind. Raises ManifestError, so that fields of one kind are not measured by another's."""
+    if "kind" not in document:
+        raise ManifestError(f"{path}:{_line(document, ())}: kind: is required and missing: {KIND} or {SWEEP_KIND}")
+    kind = _plain(document["kind"], ("kind",))
+    if kind not in (KIND, SWEEP_KIND):
+        found = describe_value(kind)
+        raise ManifestError(f"{path}:{_line(document, ('kind',))}: kind: found {found}, must be {KIND} or {SWEEP_KIND}")
+    return QLoRASweepDocument if kind == SWEEP_KIND else QLoRAJobDocument
 
 
 def _json(document: CommentedMap, path: Path) -> str:
@@ -143,10 +150,10 @@ def _plain(value: Any, location: Location) -> Any:
     raise _NotJsonError(value, location)
 
 
-def _describe(path: Path, document: CommentedMap, problem: ErrorDetails, model: type[BaseModel]) -> str:
+def _describe(path: Path, document: CommentedMap, problem: ErrorDetails, model: type[Document]) -> str:
     location = problem["loc"]
     field = ".".join(str(part) for part in location) or "document"
-    return f"{path}:{_line(document, location)}: {field}: {_explain(problem, model)}"
+    return f"{path}:{_line(document, location)}: {field}: {explain(problem, model)}"
 
 
 def _line(document: CommentedMap, location: Location) -> int:
@@ -158,45 +165,3 @@ def _line(document: CommentedMap, location: Location) -> int:
             break
         line, node = node.lc.data[part][0], node[part]
     return int(line) + 1
-
-
-def _explain(problem: ErrorDetails, model: type[BaseModel]) -> str:
-    if problem["type"] == "extra_forbidden":
-        return _unknown_field(problem["loc"], model)
-    if problem["type"] == "missing":
-        return "is required and missing"
-    if problem["type"] == "model_type":
-        return f"found {json.dumps(problem['input'])[:80]}, must be an object"
-    if problem["type"] == "string_pattern_mismatch" and problem["ctx"]["pattern"] == r"\S":
-        return f"found {json.dumps(problem['input'])[:80]}, must not be blank"
-    message = problem["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    if isinstance(problem["input"], (dict, list)) or "found" in message:
-        return message
-    advice = _ADVICE.get((*problem["loc"][-1:], problem["input"]), "")
-    return f"found {json.dumps(problem['input'])[:80]}, {message.replace('input should be', 'must be')}{advice}"
-
-
-def _unknown_field(location: Location, model: type[BaseModel]) -> str:
-    name, fields = str(location[-1]), _field_names(location[:-1], model)
-    close = difflib.get_close_matches(name, fields, n=1)
-    if close:
-        return f"unknown field; did you mean {close[0]}?"
-    return f"unknown field; allowed are {', '.join(fields)}"
-
-
-def _field_names(location: Location, model: type[BaseModel]) -> list[str]:
-    """The fields that the document's model has at the location."""
-    for part in location:
-        by_alias = {field.alias or name: field for name, field in model.model_fields.items()}
-        if isinstance(part, str) and part in by_alias:
-            model = next(_models(by_alias[part].annotation), model)
-    return sorted(field.alias or name for name, field in model.model_fields.items())
-
-
-def _models(annotation: Any) -> Any:
-    """The models that occur in a type, such as X in `X | None` or `tuple[X, ...]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _models(argument)

@@ -15,6 +15,7 @@ from qlora_api.joinable import rows_not_apart
 from qlora_api.memory.advice import Verdict, verdict
 from qlora_api.memory.estimate import MemoryEstimate
 from qlora_api.memory.one_row import ONE_ROW_MODEL_TYPES
+from qlora_api.repeated_cell import repeated_cell
 from qlora_api.sweep import Cell, QLoRASweepDocument, cells, pods
 from qlora_api.v1alpha1 import ObjectMeta, QLoRAJobDocument
 from qlora_cli.plan import GPU_SIZES_GIB, MemoryPlan, gib, make_plan, show_origin, type_of_model
@@ -76,13 +77,15 @@ def make_sweep_plan(
 ) -> SweepPlan:
     """The plan of a sweep whose model has this config.json. Pods whose cells need the same memory are estimated once.
 
-    Raises StepFailure if a cell does not fit the template, or the model is not supported.
+    Raises StepFailure if a cell does not fit the template or is the same as another, or the model is not supported.
     """
     template, measured = document.spec.template.spec, once(measure)
     try:
         found = cells(document.metadata.name, document.spec, template.workspace.claim_name or _CLAIM)
     except ValueError as error:
         raise bad_configuration(str(error)) from error
+    if (repeated := repeated_cell(document.spec, found)) is not None:
+        raise bad_configuration(repeated)
     _require_rows_apart(document, config)
     known: dict[tuple[object, ...], PodPlan] = {}
     planned = []

@@ -1,5 +1,6 @@
 """What may differ between the cells of a sweep: a closed list of fields, one by one or as a grid."""
 
+import math
 from itertools import product
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -132,7 +133,7 @@ class Grid(ApiModel):
             raise ValueError(_EMPTY)
         if self.epochs is not None and self.max_steps is not None:
             raise ValueError(_ONE_LENGTH)
-        if sum(1 for _ in product(*lists.values())) > MAX_CELLS:
+        if math.prod(map(len, lists.values())) > MAX_CELLS:
             raise ValueError(_TOO_MANY)
         return self
 

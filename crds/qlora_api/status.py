@@ -192,6 +192,11 @@ class MemoryStatus(ObservedModel):
     verdict: Literal["fits", "tight", "exceeds", "unknown"] = Field(
         description="Whether the run fits the GPU; unknown if resources.gpuMemory or the estimate is not set."
     )
+    shared_bytes: Bytes | None = Field(
+        None,
+        description="With spec.group: the part of the estimate that is needed once when the jobs of a group are "
+        "trained together, such as the base; the rest is needed for each. Not set without a group, or if unknown.",
+    )
     source: MemorySource | None = Field(
         None,
         description="Where the estimate is from: a training step of the model's layers without data (DryRun), or a "

@@ -37,7 +37,7 @@ from qlora_operator.decisions.sweep import (
     stop,
     suspension,
 )
-from qlora_operator.decisions.sweep_objection import objection_to_sweep
+from qlora_operator.decisions.sweep_objection import fault_of_cells, objection_to_sweep
 from qlora_operator.decisions.sweep_plan import (
     Action,
     CreateCell,
@@ -128,6 +128,9 @@ class SweepReconciler:
             sentence = f"the API server does not let the operator read the QLoRAJobs of this namespace: {error}"
             await self._write(sweep, held_up(sweep, Reason("CellsNotReadable", sentence), self.clock()))
             return self.blocked.next(key)
+        if fault := fault_of_cells(sweep, cells, jobs):
+            await self._write(sweep, invalid(sweep, fault, self.clock()))
+            return None
         objection = objection_to_sweep(sweep, self.profiles, self.clock())
         if judges_anew(sweep, lines := table(sweep, cells, jobs)):
             best = published(sweep, lines, jobs)

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from qlora_api.memory.estimate import GIB
+from qlora_api.status import MemoryStatus
 from tests.support.manifests import MINIMAL
 from tests.support.nodeless import NAMESPACE, Nodeless
 from tests.support.waiting import eventually
@@ -90,3 +92,22 @@ def test_when_the_leader_is_deleted_the_others_wait_for_its_pod_and_go_on(operat
     operated.stop_pod(pod, 143)
     operated.run("lost-b", "train")
     assert "lost-a no longer trains this job" in reaches(operated, "lost-b", "Training")
+
+
+def test_jobs_that_do_not_fit_the_gpu_together_end_before_one_is_asked_for(operated: Nodeless) -> None:
+    names = ("large-a", "large-b", "large-c")
+    memory = MemoryStatus(
+        estimate_bytes=18 * GIB, low_bytes=14 * GIB, high_bytes=23 * GIB, shared_bytes=5 * GIB, verdict="tight"
+    )
+    for name in names:
+        create(operated, name, "large", resources={"gpuMemory": 24})
+        operated.prepare(name, memory)
+    for name in names:
+        message = reaches(operated, name, "DoesNotFit")
+        assert "the 3 jobs of group 'large' need about 44.0 GiB of GPU memory" in message
+        assert operated.children(name) == [f"{name}-prepare-1"]
+    retry = f"--patch={json.dumps({'spec': {'retry': {'request': 1}}})}"
+    operated.kubectl("patch", "qlorajob", "large-b", f"--namespace={NAMESPACE}", "--type=merge", retry)
+    operated.run("large-b", "train")
+    operated.wait_for_phase("large-b", "Training")
+    assert "--with" not in arguments(operated, "large-b-train-2")

@@ -52,6 +52,20 @@ HALVED = with_value(
     {"minSteps": 20, "factor": 2},
 )
 FURTHER = with_value(SWEEP, f"{TEMPLATE}.lora", {"from": {"source": "pvc://data/adapter"}})
+FAR_TOO_LARGE = {
+    "rank": list(range(1, 65)),
+    "alpha": list(range(1, 65)),
+    "dropout": [number / 100 for number in range(64)],
+    "targetModules": [[f"layer{number}"] for number in range(64)],
+    "learningRate": [number / 1000 for number in range(1, 65)],
+    "warmupSteps": list(range(64)),
+    "weightDecay": [number / 100 for number in range(64)],
+    "maxGradNorm": list(range(1, 65)),
+    "microBatchSize": list(range(1, 65)),
+    "gradientAccumulationSteps": list(range(1, 65)),
+    "maxSteps": list(range(1, 65)),
+    "seed": list(range(64)),
+}
 REJECTED = {
     "no rows to compare by": (without(SWEEP, f"{TEMPLATE}.dataset.eval"), "chooses by the loss on held-out rows"),
     "neither grid nor cells": (without(SWEEP, "spec.grid"), "set exactly one of grid and cells"),
@@ -63,6 +77,7 @@ REJECTED = {
         with_value(SWEEP, "spec.grid", {"rank": list(range(1, 14)), "alpha": [1, 2, 3, 4, 5]}),
         "more than 64 cells",
     ),
+    "far too many cells": (with_value(SWEEP, "spec.grid", FAR_TOO_LARGE), "more than 64 cells"),
     "too many cells in a list": (with_value(SWEEP, "spec.cells", [{"rank": 1}] * 65), "must have at most 64 items"),
     "a rank out of bounds": (with_value(SWEEP, "spec.grid.rank", [8, 1025]), "less than or equal to 1024"),
     "epochs and maxSteps": (

@@ -934,7 +934,7 @@ TRAINER = (
     ),
     Mutant(
         name="a-stale-cached-folder-with-a-link-is-filled",
-        file=f"{_TRAINER}/model/cache.py",
+        file=f"{_TRAINER}/core/partial_folders.py",
         old=" and _is_plain(partial)]",
         new="]",
         tests=(

@@ -89,6 +89,10 @@ class Nodeless:
         """The train step ends well, with that loss on the held-out rows."""
         self._end(name, "train", 0, "Done", _FOUND["train"] | {"eval_loss": eval_loss})
 
+    def prepare(self, name: str, memory: MemoryStatus) -> None:
+        """The prepare step ends well, with that estimate."""
+        self._end(name, "prepare", 0, "Done", _FOUND["prepare"] | {"memory": memory})
+
     def fail(self, name: str, step: StepName, code: int, reason: str, message: str) -> None:
         """The step ends with that exit code and record."""
         self._end(name, step, code, reason, {"message": message})

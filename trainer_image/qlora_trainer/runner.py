@@ -126,6 +126,7 @@ def _perform(invocation: Invocation, records: RecordWriter, stop: StopRequest) -
         contract_version=int(version),
         registries=tuple(os.environ.get(contract.ENV_REGISTRIES, "").split()),
         rungs=tuple(int(step) for step in os.environ.get(contract.ENV_RUNGS, "").split(",") if step),
+        group_size=int(os.environ.get(contract.ENV_GROUP_SIZE, "1")),
     )
     if invocation.others:
         return _train_together((context, *_others(invocation, context)), records, stop)

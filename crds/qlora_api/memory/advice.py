@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from qlora_api.memory.estimate import GIB, MemoryEstimate
 from qlora_api.memory.training_shape import TrainingShape
@@ -37,8 +37,20 @@ def budget(gpu_gib: float) -> int:
     return math.floor(_USABLE_SHARE * gpu_gib * GIB)
 
 
-def verdict(memory: MemoryEstimate, gpu_gib: float) -> Verdict:
-    """Whether a run of this estimate fits a GPU of `gpu_gib` GiB. Raises ValueError unless `gpu_gib` is positive.
+class Peak(Protocol):
+    """What a run takes of GPU memory at its peak, in bytes."""
+
+    @property
+    def expected(self) -> int:
+        """What it is expected to take."""
+
+    @property
+    def low(self) -> int:
+        """What it takes at the very least."""
+
+
+def verdict(memory: Peak, gpu_gib: float) -> Verdict:
+    """Whether a run of this peak fits a GPU of `gpu_gib` GiB. Raises ValueError unless `gpu_gib` is positive.
 
     `fits`: expected × 1.07, for fragmentation, is within the budget. `exceeds`: even the low bound is beyond it, so
     the run is rejected. `tight`: anything between; the run may start, and its status says so.

@@ -29,7 +29,8 @@ _GATHERED_BLOCKS = 2
 # Queries whose capped scores exist at the same time (qlora_trainer.model.attention), and bytes of each score.
 _CAPPED_QUERIES = 256
 _BYTES_PER_CAPPED_SCORE = 26
-_LOW_FACTOR = 0.80
+LOW_FACTOR = 0.80
+"""Share of the expected peak, without what can be paged, below which no published peak is."""
 _HIGH_FACTOR = 1.25
 
 
@@ -83,7 +84,7 @@ class MemoryEstimate:
 
         None of 46 published peaks of one GPU is below 0.80 × its estimate.
         """
-        return math.floor(_LOW_FACTOR * (self.expected - self.pageable_optimizer))
+        return math.floor(LOW_FACTOR * (self.expected - self.pageable_optimizer))
 
     @property
     def high(self) -> int:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 from qlora_api.group import GroupMemberStatus, GroupStatus
+from qlora_api.memory.estimate import GIB
 from qlora_api.naming import child_job_name
 from qlora_api.profile import Limits
 from qlora_api.status import QLoRAJobStatus
@@ -20,6 +21,7 @@ from qlora_operator.decisions.members import (
     PodName,
     difference,
     fitting_members,
+    joint_peak,
     member_of,
     odd_against,
     waiting_members,
@@ -99,7 +101,12 @@ def join_group(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 
 def alone(job: QLoRAJob, status: QLoRAJobStatus) -> QLoRAJobStatus:
     """The status of a job that is retried: if it has led its group, it does so no more."""
-    return _led_by(job, status, [_named(job)]) if leads(job, status) else status
+    return led_by_itself(job, status) if leads(job, status) else status
+
+
+def led_by_itself(job: QLoRAJob | Member, status: QLoRAJobStatus) -> QLoRAJobStatus:
+    """The status of a job that is trained alone."""
+    return _led_by(job, status, [_named(job)])
 
 
 def waits_for_group(status: QLoRAJobStatus, facts: Facts) -> Reason | None:
@@ -148,17 +155,24 @@ def trained_by(status: QLoRAJobStatus, facts: Facts) -> str:
     return leader.name if trains and leader is not None and leader.uid != facts.job.uid else ""
 
 
-def suffix(job: QLoRAJob, status: QLoRAJobStatus) -> str:
+def suffix(facts: Facts, status: QLoRAJobStatus) -> str:
     """What is to be said of the others, behind what the job's own train Job does; empty if there are none."""
-    group = status.group
+    job, group = facts.job, status.group
     if group is None or status.step is None or status.step.name != "train":
         return ""
     if others := _others(job, status):
-        return (
-            f"; its Job trains {_names([member.name for member in others])} too, on the same base, which needs more "
-            "GPU memory than status.memory says for this job alone"
-        )
+        return f"; its Job trains {_names([each.name for each in others])} too, on the same base{_needs(facts, others)}"
     return "" if leads(job, status) else f"; {group.leader} no longer trains this job"
+
+
+def _needs(facts: Facts, others: Sequence[GroupMemberStatus]) -> str:
+    uids, around = {other.uid for other in others}, facts.group.others if facts.group is not None else ()
+    own = _own(facts, facts.job.status)
+    trained = [member for member in (own, *around) if member is not None and (member is own or member.uid in uids)]
+    peak = joint_peak(trained) if len(trained) > len(others) else None
+    if peak is None:
+        return ", which needs more GPU memory than status.memory says for this job alone"
+    return f": about {peak.expected / GIB:.1f} GiB of GPU memory for all"
 
 
 def trains_now(leader: QLoRAJob, job: QLoRAJob) -> bool:
@@ -259,7 +273,7 @@ def _joined(own: Member, status: QLoRAJobStatus, leader: Member) -> QLoRAJobStat
     """The status of a job that is one of the leader's: trained by it or, if it is too late or does not fit, alone."""
     if own.state != "prepared" or leader.state in ("trains", "ended") or difference(own, leader):
         # It had failed when the group was formed, or was suspended then: the leader's Job is created without it.
-        return _led_by(own, status, [_named(own)])
+        return led_by_itself(own, status)
     return status.model_copy(update={"group": GroupStatus(leader=leader.name, leader_uid=leader.uid)})
 
 

@@ -341,6 +341,8 @@ def _environment(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int
     writes_report = (step == "publish" or (step == "train" and job.rungs)) and job.spec.continues is None
     if (step == "prepare" or writes_report) and resolved.shared_path is not None:
         values[contract.ENV_SWEEP_FOLDER] = str(contract.WORKSPACE_MOUNT / resolved.shared_path)
+    if step == "prepare" and job.spec.group is not None:
+        values[contract.ENV_GROUP_SIZE] = str(job.spec.group.size)
     if step == "train" and job.rungs:
         values[contract.ENV_RUNGS] = job.rungs
     if step == "train" and job.spec.resources.gpu_count > 1:

@@ -4,10 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from qlora_api.contract import ExitCode
+from qlora_api.memory.together import JointPeak, ShareOfMemory, add_up
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.decisions.conditions import condition, is_finished, is_true
 from qlora_operator.decisions.observe import QLoRAJob, Reason
 
+TOO_LARGE = ExitCode.DOES_NOT_FIT.reason
+"""Why jobs fail that do not fit the GPU together, as one does that does not fit it alone."""
 State = Literal["prepared", "started", "new", "trains", "ended"]
 """Of a job, for the forming of its group. `trains`: it has got, or is past, a train Job of its own."""
 
@@ -50,6 +54,10 @@ class Member:
     state: State
     doing: str
     """What it does instead of being prepared, in a word for people; empty if it is."""
+    memory: ShareOfMemory | None
+    """What it takes of the GPU's memory; None before that is known."""
+    gpu_gib: int | None
+    """Memory of its GPU in GiB; None if it does not say."""
     deleting: bool
     leader_uid: str = ""
     """The leader of the group in which it is trained; empty before there is one."""
@@ -61,6 +69,8 @@ class Member:
     """Its train pod, while that runs."""
     waits: Reason | None = None
     """Of a leader whose train pod does not run: why."""
+    too_large: str = ""
+    """Of a leader that has failed because its group does not fit the GPU: the message."""
 
     @property
     def rank(self) -> tuple[int, str]:
@@ -101,12 +111,15 @@ def member_of(job: QLoRAJob) -> Member | None:
         document_bytes=len((resolved.document or "").encode()) if resolved is not None else 0,
         state=state,
         doing="" if state == "prepared" else _doing(job, state),
+        memory=ShareOfMemory.of(status.memory),
+        gpu_gib=job.spec.resources.gpu_memory,
         deleting=job.deleting,
         leader_uid=recorded.leader_uid if recorded is not None else "",
         leads=tuple(member.uid for member in led or ()),
         trained=is_finished(status) or is_true(status, "Trained"),
         pod=pod if pod is not None and pod.name else None,
         waits=_waits(status) if led and pod is None else None,
+        too_large=_too_large(status) if led else "",
     )
 
 
@@ -122,6 +135,12 @@ def difference(member: Member, first: Member) -> str:
     if member.base and first.base and member.base != first.base:
         return f"its 4-bit base has other bytes than that of {first.name}, perhaps of another commit of the model"
     return ""
+
+
+def joint_peak(members: Sequence[Member]) -> JointPeak | None:
+    """What the GPU needs to train these together; None if that of one is not known."""
+    shares = [member.memory for member in members if member.memory is not None]
+    return add_up(shares) if len(shares) == len(members) > 0 else None
 
 
 def waiting_members(own: Member, others: Sequence[Member]) -> list[Member]:
@@ -205,3 +224,10 @@ def _shared(job: QLoRAJob) -> tuple[tuple[str, str], ...]:
 def _waits(status: QLoRAJobStatus) -> Reason | None:
     why = condition(status, "Succeeded")
     return None if why is None else Reason(why.reason, why.message)
+
+
+def _too_large(status: QLoRAJobStatus) -> str:
+    failure, step = status.last_failure, status.step
+    if not is_finished(status) or failure is None or step is None or step.job_uid:
+        return ""
+    return failure.message if (failure.step, failure.reason) == ("train", TOO_LARGE) else ""

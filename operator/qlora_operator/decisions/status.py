@@ -12,6 +12,7 @@ from qlora_operator.decisions.endings import not_ready
 from qlora_operator.decisions.facts import Facts, next_attempt, set_condition
 from qlora_operator.decisions.figures import with_progress
 from qlora_operator.decisions.group import join_group
+from qlora_operator.decisions.group_memory import enforce_group_memory
 from qlora_operator.decisions.limits import enforce_deadline, enforce_disruptions, enforce_failures, enforce_progress
 from qlora_operator.decisions.observe import Reason, format_time, parse_time
 from qlora_operator.decisions.resolution import job_limit_reached, objection_of_limits, resolve, with_profile_of_today
@@ -122,6 +123,7 @@ _TRANSITIONS: tuple[Transition, ...] = (
     _watch_pod,
     advance,
     join_group,
+    enforce_group_memory,
     enforce_failures,
     enforce_disruptions,
     enforce_deadline,

@@ -146,7 +146,7 @@ def _reason(status: QLoRAJobStatus, facts: Facts) -> Reason:
     if last is not None and last.step == step.name and has_begun(status) and not running:
         return Reason("Retrying", f"the latest attempt failed and is retried: {last.reason}: {last.message}")
     phase = phase_of(status, running=running)
-    return Reason(phase, _DOING.get(phase, "") + suffix(job, status))
+    return Reason(phase, _DOING.get(phase, "") + suffix(facts, status))
 
 
 def _held(child: ChildJob) -> Reason:

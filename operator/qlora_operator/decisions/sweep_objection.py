@@ -1,14 +1,26 @@
 """Decides what keeps a sweep from creating cells, as it and the administrator's settings are; pure."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 from qlora_api.profile import Profile
-from qlora_api.sweep import pods
+from qlora_api.repeated_cell import repeated_cell
+from qlora_api.sweep import Cell, pods
 from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.observe import Observed, Reason
 from qlora_operator.decisions.resolution import objection_to_job
-from qlora_operator.decisions.sweep import QLoRASweep
+from qlora_operator.decisions.sweep import CellJob, QLoRASweep
+
+
+def fault_of_cells(sweep: QLoRASweep, cells: Sequence[Cell], jobs: Mapping[str, CellJob]) -> Reason | None:
+    """Why no cell of a new sweep is ever created; None if they are made.
+
+    A sweep with a stored table, or with a cell, was admitted by an earlier release and goes on.
+    """
+    if sweep.status.cells or jobs:
+        return None
+    why = repeated_cell(sweep.spec, cells)
+    return Reason("InvalidCells", why) if why is not None else None
 
 
 def objection_to_sweep(sweep: QLoRASweep, profiles: Mapping[str, Profile], now: datetime) -> Reason | None:

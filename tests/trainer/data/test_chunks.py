@@ -6,8 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,26 +17,14 @@ from qlora_api.v1alpha1 import QLoRAJobDocument
 from qlora_trainer.core import environment
 from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.data import build, tokenize
+from qlora_trainer.data import tokenize
 from qlora_trainer.steps.prepare import prepare
 from tests.support.command import TIMEOUT_S, Files, new_files
 from tests.support.tiny import POD_UID, Recorded, chat_row, write_rows
 from tests.trainer.conftest import MakeContext
+from tests.trainer.data.conftest import data_bytes
 
 ROWS = [chat_row(f"Question {n}?", "pods " * (n % 7 + 1)) for n in range(120)]
-
-
-@pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of ten rows, all made by workers."""
-    monkeypatch.setattr(tokenize, "CHUNK_ROWS", 10)
-    monkeypatch.setattr(tokenize, "_CHUNKS_ALONE", 0)
-
-
-def data_bytes(context: StepContext) -> dict[str, bytes]:
-    """What prepare makes of the data."""
-    folder = context.workspace.root / prepare(context, Recorded()).data_path
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 class Stop(Exception):  # noqa: N818 - no error
@@ -56,12 +42,6 @@ class StopAfter(Recorded):
         super().progress(record, force=force)
         if record.activity == f"tokenizing: {self._rows} rows done":
             raise Stop
-
-
-@pytest.fixture
-def workers(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Sets the number of worker processes."""
-    return lambda count: monkeypatch.setattr(build, "available_cpus", lambda: count)
 
 
 def test_workers_interruptions_and_chunks_change_nothing(
@@ -86,20 +66,6 @@ def test_workers_interruptions_and_chunks_change_nothing(
         }
 
 
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The rows of each chunk that this process makes."""
-    made: list[int] = []
-    make = tokenize.ChunkMaker.make
-
-    def counted(self: Any, rows: Any) -> Any:
-        made.append(len(rows))
-        return make(self, rows)
-
-    monkeypatch.setattr(tokenize.ChunkMaker, "make", counted)
-    return made
-
-
 @pytest.mark.usefixtures("small_chunks")
 def test_tokenized_chunks_are_reused_and_damaged_ones_made_again(
     make_context: MakeContext, tmp_path: Path, workers: Any, made: list[int]
@@ -115,78 +81,6 @@ def test_tokenized_chunks_are_reused_and_damaged_ones_made_again(
     prepare(context, Recorded())
     assert made == [10] * 6
     assert [path.name for path in context.workspace.data.iterdir()] == [prepare(context, Recorded()).fingerprint]
-
-
-@pytest.fixture
-def cell(make_context: MakeContext, tmp_path: Path, workers: Any) -> Callable[..., StepContext]:
-    """Makes the contexts of cells of one sweep, each with its folder on the sweep's claim."""
-    write_rows(tmp_path / "data" / "train.jsonl", ROWS)
-    workers(1)
-
-    def make(name: str, spec: dict[str, Any] | None = None, *, shared: bool = True) -> StepContext:
-        context = make_context(spec)
-        mounts = replace(context.mounts, sweep=tmp_path / "rates.sweep" if shared else None)
-        return replace(context, workspace=WorkspaceLayout(tmp_path / name), mounts=mounts)
-
-    return make
-
-
-OTHER_CELL = {"lora": {"rank": 8}, "training": {"seed": 7, "learningRate": 2e-3}}
-
-
-@pytest.mark.usefixtures("small_chunks")
-def test_cells_of_a_sweep_tokenize_their_rows_once(cell: Callable[..., StepContext], made: list[int]) -> None:
-    alone = data_bytes(cell("alone", OTHER_CELL, shared=False))
-    made.clear()
-    prepare(cell("rates-00"), Recorded())
-    assert made == [10] * 12
-
-    assert data_bytes(cell("rates-01", OTHER_CELL)) == alone
-    assert made == [10] * 12
-
-
-@pytest.mark.usefixtures("small_chunks")
-def test_a_cell_does_not_trust_shared_rows_that_are_damaged(
-    cell: Callable[..., StepContext], tmp_path: Path, made: list[int]
-) -> None:
-    first = cell("rates-00")
-    prepare(first, Recorded())
-    made.clear()
-    flipped, cut, *_ = sorted((tmp_path / "rates.sweep" / "rows").glob("train-*"))
-    content = flipped.read_bytes()
-    flipped.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    cut.write_bytes(cut.read_bytes()[:-1])
-
-    prepare(cell("rates-01"), Recorded())
-
-    assert made == [10] * 2
-    assert flipped.read_bytes() == content
-
-
-@pytest.mark.usefixtures("small_chunks")
-def test_cells_with_other_rows_leave_those_of_the_others_and_what_a_pod_is_still_writing(
-    cell: Callable[..., StepContext], tmp_path: Path
-) -> None:
-    rows, drawn = tmp_path / "rates.sweep" / "rows", {"shuffle": True, "maxSamples": 100}
-    prepare(cell("rates-00", {"dataset": drawn}), Recorded())
-    before = set(rows.glob("train-*"))
-    fresh, forgotten = rows / ".train-0.partial", rows / ".train-1.partial"
-    fresh.touch()
-    forgotten.touch()
-    os.utime(forgotten, (0, 0))
-
-    prepare(cell("rates-01", {"dataset": drawn, **OTHER_CELL}), Recorded())
-
-    assert before < set(rows.glob("train-*"))
-    assert fresh.exists()
-    assert not forgotten.exists()
-
-
-def test_shared_rows_are_not_written_through_a_link(cell: Callable[..., StepContext], tmp_path: Path) -> None:
-    (tmp_path / "rates.sweep").symlink_to(tmp_path / "data")
-
-    with pytest.raises(OSError, match=r"rates\.sweep is a symbolic link: delete it"):
-        prepare(cell("rates-00"), Recorded())
 
 
 @pytest.mark.usefixtures("small_chunks")

@@ -1,5 +1,6 @@
 """The memory that prepare finds: measured for any family, and once."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,15 @@ import pytest
 from transformers import Starcoder2Config
 
 from qlora_api.contract import ExitCode
+from qlora_api.memory.together import ShareOfMemory, add_up
 from qlora_trainer.core.completion import PrepareRecord, read_completion
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.model.dry_run import limited
+from qlora_trainer.model.job_memory import MeasuredJob
+from qlora_trainer.model.memory_fit import training_shape
+from qlora_trainer.model.memory_together import memory_together
 from qlora_trainer.steps.prepare import prepare
+from tests.support.command import new_files
 from tests.support.tiny import SHAPE, Recorded, chat_row, save_model, write_rows
 from tests.trainer.conftest import MakeContext
 
@@ -43,15 +49,16 @@ def test_a_family_without_an_entry_in_the_table_is_measured(
     assert read_completion(context.workspace.completion("prepare"), PrepareRecord) == record
 
 
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(("packing", "group_size"), [(True, 1), (False, 1), (True, 3)])
 def test_a_repeated_prepare_says_the_same_and_does_not_measure_again(
-    make_context: MakeContext, records: Recorded, monkeypatch: pytest.MonkeyPatch, packing: bool
+    make_context: MakeContext, records: Recorded, monkeypatch: pytest.MonkeyPatch, packing: bool, group_size: int
 ) -> None:
     spec = LARGE_CARD | {"training": {"packing": packing}}
-    first = prepare(make_context(spec), records)
+    first = prepare(replace(make_context(spec), group_size=group_size), records)
     assert "microBatchSize" in first.memory.message
+    assert (first.memory.shared_bytes is None) == (group_size == 1)
     monkeypatch.setattr(limited, "within_limits", lambda *_: pytest.fail("measured again"))
-    assert prepare(make_context(spec), records) == first
+    assert prepare(replace(make_context(spec), group_size=group_size), records) == first
 
 
 def test_a_model_that_no_gpu_of_this_size_holds_is_rejected_with_measured_advice(
@@ -62,3 +69,27 @@ def test_a_model_that_no_gpu_of_this_size_holds_is_rejected_with_measured_advice
     with pytest.raises(StepFailure, match=r"GiB of GPU memory .* set spec\.training\.microBatchSize: ") as failure:
         prepare(make_context(spec, model=model), records)
     assert failure.value.exit_code is ExitCode.DOES_NOT_FIT
+
+
+def test_of_a_group_prepare_reports_what_its_jobs_share_as_a_joint_dry_run_finds_it(
+    make_context: MakeContext, records: Recorded, tmp_path: Path
+) -> None:
+    model = save_model(tmp_path / "starcoder2", Starcoder2Config(**WIDE))
+    context = replace(make_context(LARGE_CARD, model=model), group_size=3)
+    record = prepare(context, records)
+    share = ShareOfMemory.of(record.memory)
+    assert share is not None
+    assert record.measured is not None
+    config, spec = model / "config.json", context.spec
+    job = MeasuredJob.of(config, spec, training_shape(spec, record.target_modules), record.measured)
+    together = memory_together(config, [spec] * 2, [job] * 2)
+    assert add_up([share] * 2).expected == pytest.approx(together.expected, rel=0.01)
+    base = job.measured.unquantized_bytes + job.measured.quantized_parameters // 2
+    assert base < share.shared < share.expected
+
+
+def test_the_operator_says_by_the_environment_that_a_job_is_in_a_group(tmp_path: Path, tiny_llama: Path) -> None:
+    done = new_files(tmp_path / "job", tiny_llama.parent).run("prepare", QLORA_GROUP_SIZE="2")
+    assert done.exit_code == ExitCode.DONE, done.stdout + done.stderr
+    assert done.result.memory is not None
+    assert done.result.memory.shared_bytes is not None

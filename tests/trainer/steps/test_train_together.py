@@ -259,10 +259,20 @@ def test_one_whose_answers_cannot_be_scored_ends_alone(
 
     monkeypatch.setattr("qlora_trainer.training.prepared_job.AnswerTexts", broken)
     scored = merged(PLAIN, {"gate": {"score": {"check": "exactMatch"}}})
-    failed, record = together(contexts(tmp_path, tiny_llama, {"scored": scored, "plain": PLAIN}))
+    jobs = contexts(tmp_path, tiny_llama, {"scored": scored, "plain": PLAIN})
+    failed, record = together(jobs)
     assert isinstance(record, TrainRecord)
     assert isinstance(failed, StepFailure)
     assert "cannot be loaded to score answers (no tokenizer)" in failed.message
+    assert [read_attempts(job.workspace.records)[-1].ended for job in jobs] == ["failed", "succeeded"]
+
+    # Its own step scores what is trained, and trains nothing.
+    adapter, records = adapter_bytes(jobs[0]), Recorded()
+    monkeypatch.undo()
+    assert run(jobs[0], records=records).score is not None
+    assert {entry["trainingStep"] for entry in records.written} == {6}
+    assert adapter_bytes(jobs[0]) == adapter
+    assert [attempt.ended for attempt in read_attempts(jobs[0].workspace.records)] == ["failed", "succeeded"]
 
 
 @pytest.mark.slow

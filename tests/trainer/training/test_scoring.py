@@ -21,6 +21,7 @@ from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.publishing.gate import judge
 from qlora_trainer.training.answers import Answering, AnswerTexts, Prompt, ScoredPrompts
+from qlora_trainer.training.attempts import read_attempts
 from tests.support.ranks import EXACT, TWO, succeeded, workspace
 from tests.support.tiny import Recorded, merged
 from tests.support.training import (
@@ -191,6 +192,14 @@ def test_a_model_that_cannot_answer_ends_the_step_with_what_to_do(
     assert found.exit_code is ExitCode.BAD_CONFIGURATION
     assert "spec.gate.score: the model could not answer (no generation here)" in found.message
     assert (scored.workspace.trained / "adapter_model.safetensors").is_file()
+    assert [attempt.ended for attempt in read_attempts(scored.workspace.records)] == ["failed"]
+
+    adapter, records = adapter_bytes(scored), Recorded()
+    monkeypatch.undo()
+    assert_is_of_its_answers(run(scored, records=records), scored)
+    assert {entry["trainingStep"] for entry in records.written} == {6}, "it trains nothing again"
+    assert adapter_bytes(scored) == adapter
+    assert [attempt.ended for attempt in read_attempts(scored.workspace.records)] == ["failed", "succeeded"]
 
 
 def test_reasoning_that_the_prompt_begins_and_an_answer_does_not_end_has_not_passed(

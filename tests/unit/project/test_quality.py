@@ -27,6 +27,7 @@ from benchmarks.quality.plan import (
 from benchmarks.quality.results import Cell, Run, append_run, read_runs
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.tasks.task import Task, rows_of, sets_of
+from qlora_api.training import LoraSpec
 
 TASK = next(iter(TASKS))
 
@@ -221,6 +222,10 @@ def test_the_documentation_has_the_tables_of_the_results(measured: list[Run]) ->
     begin, end = table.begin(summary.NAME, summary.COMMAND), table.end(summary.NAME)
     for page, text in ((PAGE, summary.tables(measured)), (MEASUREMENTS, summary.claim_table(measured))):
         assert page.read_text().split(begin)[1].split(end)[0].strip() == text.strip()
+
+
+def test_the_page_names_the_rank_that_is_the_default() -> None:
+    assert f"The default stays {LoraSpec().rank}, the paper's." in PAGE.read_text()
 
 
 def test_the_figure_is_that_of_the_results(measured: list[Run]) -> None:

@@ -111,7 +111,13 @@ def test_a_result_has_room_for_the_largest_mix() -> None:
         "sha256": "0" * 64,
         "sources": [source | {"tokens": 10**14}] * MAX_MIX_SOURCES,
     }
-    memory = {"estimateBytes": 10**12, "lowBytes": 10**12, "highBytes": 10**12, "verdict": "unknown"}
+    memory = {
+        "estimateBytes": 10**12,
+        "lowBytes": 10**12,
+        "highBytes": 10**12,
+        "sharedBytes": 10**12,
+        "verdict": "unknown",
+    }
     base = {"origin": "downloaded", "sha256": "0" * 64, "bytesFetched": 10**12, "seconds": 10**5}
     known = {"modelRevision": "0" * 71, "dataset": dataset, "memory": memory, "base": base, "message": ""}
     assert len(encode_record(ResultRecord.model_validate(RESULT.dump() | known))) < MAX_RESULT_BYTES - 400

@@ -21,23 +21,9 @@ from qlora_api.memory.advice import (
 from qlora_api.memory.estimate import GIB, estimate, estimate_together
 from qlora_api.memory.model_shape import ModelShape, UnsupportedModelError
 from qlora_api.memory.training_shape import ALL_LINEAR, TrainingShape
+from tests.support.model_configs import LLAMA_2_7B, LLAMA_3_8B
 
 # What stands in the models' own config.json, without the fields that nothing here reads.
-LLAMA_2_7B = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "max_position_embeddings": 4096,
-    "model_type": "llama",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 32,
-    "tie_word_embeddings": False,
-    "torch_dtype": "float16",
-    "vocab_size": 32000,
-}
-LLAMA_3_8B = LLAMA_2_7B | {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
 MISTRAL_7B = LLAMA_2_7B | {
     "architectures": ["MistralForCausalLM"],
     "intermediate_size": 14336,

@@ -34,8 +34,8 @@ def rejection(path: Path, text: str) -> str:
 
 
 def test_a_problem_in_a_merged_part_of_a_manifest_is_reported_at_the_line_of_its_parent(tmp_path: Path) -> None:
-    text = "metadata:\n  name: a\nspec:\n  <<: {unknown: 1}\n"
-    assert f"{tmp_path / 'job.yaml'}:3: spec.unknown: unknown field" in rejection(tmp_path / "job.yaml", text)
+    text = "kind: QLoRAJob\nmetadata:\n  name: a\nspec:\n  <<: {unknown: 1}\n"
+    assert f"{tmp_path / 'job.yaml'}:4: spec.unknown: unknown field" in rejection(tmp_path / "job.yaml", text)
 
 
 def test_aliases_that_multiply_do_not_fill_the_memory(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_a_value_that_yaml_cannot_construct_is_rejected(tmp_path: Path, value: s
 
 
 def test_a_fields_name_cannot_steer_the_terminal(tmp_path: Path) -> None:
-    message = rejection(tmp_path / "job.yaml", '"\\e[31mspec\\n": 1\n')
+    message = rejection(tmp_path / "job.yaml", 'kind: QLoRAJob\n"\\e[31mspec\\n": 1\n')
     assert "\\x1b[31mspec\\n: unknown field" in message
     assert "\x1b" not in message
 

@@ -1,12 +1,14 @@
 """Which QLoRAJobs a sweep stands for, and which manifests of a sweep are rejected."""
 
+import re
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from qlora_api.best_job import CHANGEABLE, FoundRun, best_job
-from qlora_api.grid import Grid, Overrides
+from qlora_api.grid import MAX_CELLS, Grid, Overrides
+from qlora_api.repeated_cell import repeated_cell
 from qlora_api.sweep import Cell, QLoRASweepSpec, cells
 from qlora_api.training import LoraSpec, TrainingSpec
 from qlora_api.v1alpha1 import MUTABLE_FIELDS, QLoRAJobSpec
@@ -76,6 +78,45 @@ def test_a_sweep_that_is_no_sweep(spec: dict[str, Any], message: str) -> None:
 def test_a_cell_that_is_there_twice_is_named(grid: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"cell rates-0\d \(.*\) is a duplicate: a list of the grid repeats a value"):
         cells("rates", sweep(grid=grid), CLAIM)
+
+
+def test_a_grid_far_too_large_is_rejected_without_a_look_at_its_cells() -> None:
+    # 64 to the power of 7 combinations.
+    names = ("rank", "alpha", "warmupSteps", "microBatchSize", "gradientAccumulationSteps", "maxSteps", "seed")
+    lists = {name: tuple(range(1, MAX_CELLS + 1)) for name in names}
+    with pytest.raises(ValidationError, match="the grid has more than 64 cells"):
+        Grid.model_validate(lists)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            {"cells": [{}, {"alpha": 8}, {}]},
+            r"spec\.cells\[2\] \(template\) is the same as spec\.cells\[0\] \(template\)",
+        ),
+        ({"cells": [{}, {"rank": 64}]}, r"spec\.cells\[1\] \(rank=64\) is the same as spec\.cells\[0\] \(template\)"),
+        ({"cells": [{"epochs": 1}, {"rank": 8}, {"rank": 8, "seed": 0}]}, r"cells\[2\] .* as spec\.cells\[1\]"),
+        (
+            {"grid": {"rank": [8, 16], "targetModules": [["q_proj", "k_proj"], ["k_proj", "q_proj"]]}},
+            r"cell rates-01 of spec\.grid \(rank=8 targetModules=k_proj,q_proj\) is the same as cell rates-00 of ",
+        ),
+    ],
+)
+@pytest.mark.parametrize("more", [{}, {"cellsPerPod": 2}])
+def test_cells_that_would_train_the_same_adapter_are_both_named(
+    spec: dict[str, Any], message: str, more: dict[str, Any]
+) -> None:
+    found = sweep({"output": {"destination": "s3://bucket/adapters"}}, **spec, **more)
+    why = repeated_cell(found, cells("rates", found, CLAIM, UID))
+    assert why is not None
+    assert re.search(message, why)
+
+
+def test_cells_that_differ_in_anything_that_is_trained_are_no_repetition() -> None:
+    values: dict[str, Any] = FULL_SWEEP["spec"]["cells"][1] | {"alpha": 32}
+    found = sweep(cells=[{}, *({name: value} for name, value in values.items()), {"epochs": 3}, {"seed": 8}])
+    assert repeated_cell(found, cells("rates", found, CLAIM)) is None
 
 
 def test_cells_that_could_not_be_compared() -> None:

@@ -22,18 +22,10 @@ from qlora_cli.__main__ import main
 from qlora_cli.plan_sweep import SweepPlan, make_sweep_plan, show_sweep_plan
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.model.dry_run.limited import StepSize
+from tests.support.model_configs import LLAMA_3_8B
 from tests.support.tiny import merged
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "sweep.yaml"
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "num_hidden_layers": 32,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}
 UNKNOWN = {"model_type": "starcoder2"}
 
 
@@ -84,7 +76,7 @@ def invoked(folder: Path, command: str, content: dict[str, Any], *options: str) 
 
 
 def test_each_cell_is_shown_with_what_it_changes_and_the_memory_that_it_needs(tmp_path: Path) -> None:
-    text = shown(planned(tmp_path, LLAMA))
+    text = shown(planned(tmp_path, LLAMA_3_8B))
     small, large = row(text, "support-rates-00"), row(text, "support-rates-03")
     assert small == ["support-rates-00", "rank=16", "learningRate=0.0001", small[3], "fits"]
     assert large == ["support-rates-03", "rank=64", "learningRate=0.0001", large[3], "fits"]
@@ -97,7 +89,7 @@ def test_each_cell_is_shown_with_what_it_changes_and_the_memory_that_it_needs(tm
 
 
 def test_the_cells_of_a_pod_are_estimated_together(tmp_path: Path) -> None:
-    alone, together = planned(tmp_path, LLAMA), planned(tmp_path, LLAMA, cellsPerPod=4, parallelism=3)
+    alone, together = planned(tmp_path, LLAMA_3_8B), planned(tmp_path, LLAMA_3_8B, cellsPerPod=4, parallelism=3)
     assert [len(pod.cells) for pod in together.pods] == [4, 2]
     memory = [pod.memory for pod in (*together.pods, *alone.pods)]
     first, second, *cells = memory
@@ -115,7 +107,7 @@ def test_the_cells_of_a_pod_are_estimated_together(tmp_path: Path) -> None:
 
 
 def test_a_pod_that_cannot_fit_is_marked_and_ends_the_plan_as_a_job_that_cannot_fit(tmp_path: Path) -> None:
-    config = str(written(tmp_path, LLAMA))
+    config = str(written(tmp_path, LLAMA_3_8B))
     content = manifest(cellsPerPod=4, template=template(resources={"gpuMemory": 10}))
     done = invoked(tmp_path, "plan", content, "--config", config)
     assert done.exit_code == ExitCode.DOES_NOT_FIT
@@ -131,14 +123,14 @@ def test_without_the_size_of_a_gpu_each_cell_has_the_smallest_on_which_it_fits(t
     content = manifest(template=template(resources={}), grid={})
     content["spec"]["grid"] = {name: values for name, values in grid.items() if values}
     del content["spec"]["template"]["spec"]["resources"]
-    text = shown(make_sweep_plan(QLoRASweepDocument.model_validate(content), written(tmp_path, LLAMA), None))
+    text = shown(make_sweep_plan(QLoRASweepDocument.model_validate(content), written(tmp_path, LLAMA_3_8B), None))
     assert row(text, "support-rates-00")[-2:] == ["16", "GiB"]
     assert row(text, "support-rates-01")[-2:] != ["16", "GiB"]
     assert "set spec.template.spec.resources.gpuMemory or --gpu-memory" in text
 
 
 def test_gpus_at_a_time_are_those_of_all_pods(tmp_path: Path) -> None:
-    text = shown(planned(tmp_path, LLAMA, parallelism=3, template=template(resources={"gpus": 2})))
+    text = shown(planned(tmp_path, LLAMA_3_8B, parallelism=3, template=template(resources={"gpus": 2})))
     assert "GPUs at a time  6, 2 for each pod" in text
 
 
@@ -160,8 +152,8 @@ def test_the_rungs_at_which_cells_are_compared_are_shown(
 ) -> None:
     training = {"evalEverySteps": 25, **training}
     changes = {"halving": {"minSteps": 50, "factor": 2}, "template": template(training=training), "grid": grid}
-    assert shown_rungs in shown(planned(tmp_path, LLAMA, **changes))
-    assert "Rungs" not in shown(planned(tmp_path, LLAMA))
+    assert shown_rungs in shown(planned(tmp_path, LLAMA_3_8B, **changes))
+    assert "Rungs" not in shown(planned(tmp_path, LLAMA_3_8B))
 
 
 def test_the_memory_of_a_model_outside_the_table_is_unknown_without_the_trainer(tmp_path: Path) -> None:
@@ -238,10 +230,20 @@ def test_a_model_with_one_row_a_sequence_says_so_once_and_takes_one_cell_a_pod(t
         ({"paralelism": 2}, ": spec.paralelism: unknown field; did you mean parallelism?"),
         ({"grid": {"learningRates": [1e-4]}}, ": spec.grid.learningRates: unknown field; did you mean learningRate?"),
         ({"grid": {"rank": [16, 16]}}, "cell support-rates-03 (rank=16 learningRate=0.0001) is a duplicate"),
+        (
+            {
+                "grid": {
+                    "rank": [16],
+                    "learningRate": [1e-4],
+                    "targetModules": [["q_proj", "k_proj"], ["k_proj", "q_proj"]],
+                }
+            },
+            "targetModules=k_proj,q_proj learningRate=0.0001) is the same as cell support-rates-00 of spec.grid",
+        ),
     ],
 )
 def test_an_invalid_sweep_is_rejected_with_the_field(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    done = invoked(tmp_path, "plan", manifest(**changes), "--config", str(written(tmp_path, LLAMA)))
+    done = invoked(tmp_path, "plan", manifest(**changes), "--config", str(written(tmp_path, LLAMA_3_8B)))
     assert done.exit_code == ExitCode.BAD_CONFIGURATION
     assert message in done.output
     assert len(done.output.splitlines()) == 1
@@ -290,7 +292,7 @@ def test_a_plan_loads_neither_the_trainers_libraries_nor_the_operators(tmp_path:
     program = f"""
 import sys
 from qlora_cli.__main__ import main
-main(["plan", {str(EXAMPLE)!r}, "--config", {str(written(tmp_path, LLAMA))!r}], standalone_mode=False)
+main(["plan", {str(EXAMPLE)!r}, "--config", {str(written(tmp_path, LLAMA_3_8B))!r}], standalone_mode=False)
 """
     loaded = subprocess.run(
         [sys.executable, "-X", "importtime", "-c", program], capture_output=True, text=True, check=True

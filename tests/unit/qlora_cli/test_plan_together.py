@@ -17,17 +17,9 @@ from qlora_cli.plan_together import JointPlan, make_joint_plan, require_joinable
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.model.dry_run.limited import StepSize
+from tests.support.model_configs import LLAMA_3_8B
 from tests.support.tiny import merged
 
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "num_hidden_layers": 32,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}
 SPEC: dict[str, Any] = {
     "model": {"source": "hf://acme/model"},
     "dataset": {"source": "hf://acme/rows"},
@@ -71,7 +63,7 @@ def shown(plan: JointPlan) -> str:
 
 
 def test_the_jobs_are_shown_beside_each_other_with_one_base_for_all(tmp_path: Path) -> None:
-    plan = planned(tmp_path, LLAMA, support={}, billing={"lora": {"rank": 64}})
+    plan = planned(tmp_path, LLAMA_3_8B, support={}, billing={"lora": {"rank": 64}})
     assert plan.memory is not None
     alone = [one.job.estimate(one.training) for one in plan.alone if one.job is not None]
     assert plan.memory.base_weights == alone[0].base_weights
@@ -86,7 +78,7 @@ def test_the_jobs_are_shown_beside_each_other_with_one_base_for_all(tmp_path: Pa
 
 def test_jobs_that_each_fit_may_not_fit_together(tmp_path: Path) -> None:
     many = {f"job{number}": {"resources": {"gpuMemory": 24 - number}} for number in range(16)}
-    plan = planned(tmp_path, LLAMA, **many)
+    plan = planned(tmp_path, LLAMA_3_8B, **many)
     # Of the smallest GPU that a job names.
     assert plan.gpu_gib == 9
     assert plan.exit_code is ExitCode.DOES_NOT_FIT
@@ -96,9 +88,9 @@ def test_jobs_that_each_fit_may_not_fit_together(tmp_path: Path) -> None:
 
 def test_a_plan_of_a_part_of_a_group_says_so(tmp_path: Path) -> None:
     group = {"group": {"name": "rates", "size": 3}}
-    plan = planned(tmp_path, LLAMA, support=group, billing=group)
+    plan = planned(tmp_path, LLAMA_3_8B, support=group, billing=group)
     assert "spec.group.size is 3, and this is the memory of 2 jobs: give the files of all." in shown(plan)
-    assert "spec.group.size" not in shown(planned(tmp_path, LLAMA, support=group, billing=group, legal=group))
+    assert "spec.group.size" not in shown(planned(tmp_path, LLAMA_3_8B, support=group, billing=group, legal=group))
 
 
 def test_the_memory_of_a_model_outside_the_table_is_unknown_without_the_trainer(tmp_path: Path) -> None:
@@ -108,9 +100,9 @@ def test_the_memory_of_a_model_outside_the_table_is_unknown_without_the_trainer(
 
 
 def test_the_sum_is_as_rough_as_the_roughest_of_them(tmp_path: Path) -> None:
-    plan = planned(tmp_path, LLAMA, support={}, billing={"lora": {"layersToTransform": [0, 1]}})
+    plan = planned(tmp_path, LLAMA_3_8B, support={}, billing={"lora": {"layersToTransform": [0, 1]}})
     assert "This is rough: the table of model families has no numbers for" in shown(plan)
-    assert "This is rough" not in shown(planned(tmp_path, LLAMA, support={}, billing={}))
+    assert "This is rough" not in shown(planned(tmp_path, LLAMA_3_8B, support={}, billing={}))
 
 
 def test_jobs_that_are_alike_are_measured_once_and_all_of_them_together(tmp_path: Path) -> None:

@@ -112,3 +112,27 @@ def test_a_sweep_whose_cells_cannot_be_made_is_at_its_end() -> None:
     assert (status["phase"], succeeded(status)[0]) == ("Failed", "InvalidCells")
     assert "rates-01" in succeeded(status)[1]
     assert status["completionTime"] == time()
+
+
+def test_a_sweep_that_would_train_an_adapter_twice_creates_nothing() -> None:
+    api = Api()
+    api.sweep["spec"] = {"template": {"spec": TEMPLATE}, "cells": [{}, {"rank": 64}]}
+    for _ in range(2):
+        status = passes(api)
+        assert (status["phase"], succeeded(status)[0]) == ("Failed", "InvalidCells")
+        assert "spec.cells[1] (rank=64) is the same as spec.cells[0] (template)" in succeeded(status)[1]
+    assert api.jobs == {}
+
+
+def test_a_sweep_with_equal_cells_that_an_earlier_release_has_admitted_goes_on() -> None:
+    spec = {"template": {"spec": TEMPLATE}, "cells": [{}, {"rank": 64}]}
+    waiting = Api()
+    waiting.sweep |= {
+        "spec": spec,
+        "status": {"phase": "Pending", "cells": [{"name": "rates-00", "overrides": "template"}]},
+    }
+    interrupted = Api(cell(0, 1.25))
+    interrupted.sweep["spec"] = spec
+    for api, created in ((waiting, "rates-00"), (interrupted, "rates-01")):
+        assert passes(api)["phase"] == "Running"
+        assert created in api.jobs

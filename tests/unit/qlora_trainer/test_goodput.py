@@ -15,6 +15,7 @@ from qlora_trainer.training.attempts import (
     PodOfJob,
     read_attempts,
     recorded_attempt,
+    reopened_attempt,
     show_life,
     write_attempts,
 )
@@ -102,6 +103,34 @@ def test_a_run_outlives_the_record_of_its_attempts(tmp_path: Path) -> None:
         show_life(tmp_path)
 
     assert [found.ended for found in read_attempts(tmp_path)] == ["succeeded"]
+
+
+def test_what_follows_the_training_decides_how_its_attempt_has_ended(tmp_path: Path) -> None:
+    with recorded_attempt(tmp_path, 0, PodOfJob("a", 1, START), lambda: after(60)):
+        pass
+    (trained,) = read_attempts(tmp_path)
+
+    with reopened_attempt(tmp_path, "a", lambda: after(70)):
+        (killed_here,) = read_attempts(tmp_path)
+    (scored,) = read_attempts(tmp_path)
+    with pytest.raises(ValueError, match="no score"), reopened_attempt(tmp_path, "a", lambda: after(90)):
+        raise ValueError("no score")
+    (failed,) = read_attempts(tmp_path)
+
+    ends = [found.ended for found in (trained, killed_here, scored, failed)]
+    assert ends == ["succeeded", None, "succeeded", "failed"]
+    assert failed == trained.model_copy(update={"ended": "failed", "ended_at": "2026-01-02T03:05:35.000Z"})
+
+
+def test_what_follows_the_training_changes_no_attempt_of_another_pod(tmp_path: Path) -> None:
+    with recorded_attempt(tmp_path, 0, PodOfJob("other", 1, START), lambda: after(60)):
+        pass
+    before = read_attempts(tmp_path)
+
+    with pytest.raises(Interrupted), reopened_attempt(tmp_path, "a", lambda: after(90)):
+        raise Interrupted(6, 6, 6)
+
+    assert read_attempts(tmp_path) == before
 
 
 def test_a_process_started_before_its_first_line_ran() -> None:

@@ -10,11 +10,13 @@ import pytest
 from qlora_api.contract import ExitCode
 from qlora_api.gate import GateSpec, ScoreSpec
 from qlora_api.memory.advice import advice
+from qlora_api.memory.estimate import estimate, estimate_together
 from qlora_api.memory.model_shape import ModelShape
+from qlora_api.memory.together import ShareOfMemory, add_up
 from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.core.measured_memory import MeasuredMemory
+from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.model.dry_run.limited import DryRunFailed
 from qlora_trainer.model.memory_fit import MemoryFit, job_of_table, read_shape, training_shape
 
@@ -91,14 +93,15 @@ def fit(
     targets: tuple[str, ...] = ("all-linear",),
     gpu_gib: int = 24,
     settings: dict[str, Any] | None = None,
+    **more: Any,
 ) -> MemoryFit:
     """The verdict on a job, when the dry run fails."""
     (folder / "config.json").write_text(json.dumps(config))
     spec = QLoRAJobSpec.model_validate(SOURCES | {"resources": {"gpuMemory": gpu_gib}} | (settings or {}))
-    return MemoryFit.of(folder / "config.json", spec, targets, measure=failing)
+    return MemoryFit.of(folder / "config.json", spec, targets, **{"measure": failing} | more)
 
 
-def failing(*_arguments: object) -> MeasuredMemory:
+def failing(*_arguments: object) -> Any:
     raise DryRunFailed("the dry run took more than 600 seconds")
 
 
@@ -154,3 +157,42 @@ def test_a_job_that_continues_a_run_is_not_told_to_make_another_one_of_it(tmp_pa
     assert too_large.objection.endswith("use a larger GPU: a job with spec.continues cannot change these settings")
     with_room = fit(tmp_path, LLAMA_8B, gpu_gib=80, settings={"continues": "earlier"})
     assert "microBatchSize" not in with_room.status.message
+
+
+def test_in_a_group_what_jobs_like_it_share_is_found_too(tmp_path: Path) -> None:
+    found = fit(tmp_path, LLAMA_8B, group_size=4)
+    share = ShareOfMemory.of(found.status)
+    assert share is not None
+    shape = cast("ModelShape", read_shape(tmp_path / "config.json"))
+    training = training_shape(QLoRAJobSpec.model_validate(SOURCES), ["all-linear"])
+    together, alone = estimate_together(shape, [training] * 4), estimate(shape, training)
+    assert add_up([share] * 4).expected == pytest.approx(together.expected, abs=4)
+    assert alone.base_weights + alone.unquantized_weights < share.shared < alone.expected
+    alone_only: tuple[dict[str, Any], ...] = (
+        {},
+        {"group_size": 4, "rows_apart": False},
+        {"group_size": 4, "gpu_gib": 4},
+    )
+    for unshared in alone_only:
+        assert fit(tmp_path, LLAMA_8B, **unshared).status.shared_bytes is None
+
+
+def test_a_joint_dry_run_that_fails_leaves_the_memory_of_the_group_unknown_and_says_why(tmp_path: Path) -> None:
+    measured = MeasuredMemory(
+        digest="",
+        blocks=32,
+        rank=64,
+        quantized_parameters=7 * 10**9,
+        unquantized_bytes=2**30,
+        adapter_parameters=10**8,
+        pageable_parameters=10**8,
+        whole_parameters=0,
+        steps=(
+            MeasuredStep(
+                sequences=1, sequence_tokens=2048, gradient_checkpointing=True, kept=2**29, loss=2**28, work=2**28
+            ),
+        ),
+    )
+    found = fit(tmp_path, LLAMA_8B, group_size=4, measure=lambda *_: measured, measure_passes=failing)
+    assert (found.status.source, found.status.shared_bytes, found.objection) == ("DryRun", None, None)
+    assert "the memory of the whole group is unknown: the dry run took more than 600 seconds" in found.status.message

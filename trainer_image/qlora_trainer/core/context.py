@@ -76,6 +76,8 @@ class StepContext:
     """Version of the contract with the operator."""
     rungs: tuple[int, ...] = ()
     """Optimizer steps after which the job's sweep compares its cells, if it is a cell of one that does."""
+    group_size: int = 1
+    """How many jobs are trained together with this one, itself included."""
 
     @property
     def spec(self) -> QLoRAJobSpec:

@@ -196,13 +196,14 @@ class DatasetBuilder:
         )
         recipe.require_place_for_settings(self.tokenizer, data.uri)
         done_before = sum(source.rows.rows_read for source in earlier)
-        chunks = tokenize(
-            chain((first,), rows),
-            ChunkMaker(recipe, self.tokenizer),
-            self.rows.prefix(part, self._rows_key(digest, recipe)),
-            available_cpus(),
-            lambda done: self.say(f"tokenizing: {done_before + done} rows done"),
-        )
+        with self.rows.part(part, self._rows_key(digest, recipe), self._say_waiting) as files:
+            chunks = tokenize(
+                chain((first,), rows),
+                ChunkMaker(recipe, self.tokenizer),
+                files,
+                available_cpus(),
+                lambda done: self.say(f"tokenizing: {done_before + done} rows done"),
+            )
         if data.versions() != before:
             raise bad_dataset(f"{data.uri} changed while it was read: start the job again when nobody writes to it")
         reading = RowReader(format_, columns).reading(first)
@@ -210,6 +211,9 @@ class DatasetBuilder:
         if usable:
             _require_usable(source, recipe.longest_allowed)
         return source
+
+    def _say_waiting(self) -> None:
+        self.say("waiting for another cell of the sweep to tokenize the same rows")
 
     def _rows_key(self, digest: str, recipe: Recipe) -> str:
         """Stands for all that decides the tokens of a part whose data have this SHA-256."""

@@ -26,6 +26,7 @@ from qlora_trainer.data.examples import Example, PlainText, Preference
 from qlora_trainer.data.formats import DATASET, PAIRS, RowReader
 from qlora_trainer.data.job_template import JobTemplate
 from qlora_trainer.data.rows import Row
+from qlora_trainer.data.rows_folder import PartOfRows
 
 CHUNK_ROWS = 4096
 CHUNK_BYTES = 2**24
@@ -173,12 +174,12 @@ def paired(tokenized: Iterator[TokenizedRow]) -> Iterator[TokenizedRow]:
         yield TokenizedRow(input_ids, is_target, len(chosen.input_ids))
 
 
-def tokenize(rows: Iterator[Row], maker: ChunkMaker, prefix: Path, workers: int, on_rows: OnRows) -> list[Chunk]:
-    """The chunks of all rows, in order, in files whose paths begin with `prefix`.
+def tokenize(rows: Iterator[Row], maker: ChunkMaker, files: PartOfRows, workers: int, on_rows: OnRows) -> list[Chunk]:
+    """The chunks of all rows, in order, in these files.
 
     Memory: a few chunks of text for each of `workers` processes. Raises StepFailure for the first invalid row.
     """
-    writer = _ChunkWriter(maker, min(workers, MAX_WORKERS))
+    writer = _ChunkWriter(maker, files, min(workers, MAX_WORKERS))
     batches = _batches(rows, CHUNK_ROWS, CHUNK_BYTES)
     pending: deque[tuple[Path, Future[None] | None]] = deque()
     finished: list[Chunk] = []
@@ -202,7 +203,7 @@ def tokenize(rows: Iterator[Row], maker: ChunkMaker, prefix: Path, workers: int,
             if batch is None:
                 finish(0)
                 return finished
-            path = Path(f"{prefix}-{len(finished) + len(pending):06}.safetensors")
+            path = files.path(len(finished) + len(pending))
             pending.append((path, writer.start(batch, path)))
             finish(writer.waiting)
     finally:
@@ -239,8 +240,8 @@ def _read_back(path: Path) -> Chunk:
 class _ChunkWriter:
     """Makes chunk files: in this process at first, and in worker processes once there are many."""
 
-    def __init__(self, maker: ChunkMaker, workers: int) -> None:
-        self._maker, self._workers = maker, workers
+    def __init__(self, maker: ChunkMaker, files: PartOfRows, workers: int) -> None:
+        self._maker, self._files, self._workers = maker, files, workers
         self._made = 0
         self._pool: ProcessPoolExecutor | None = None
 
@@ -250,8 +251,8 @@ class _ChunkWriter:
         return 0 if self._pool is None else self._workers * _PENDING_CHUNKS_PER_WORKER
 
     def start(self, batch: list[Row], path: Path) -> "Future[None] | None":
-        """Make the file unless it is there and whole: None if it is done, else the future to wait for."""
-        if Chunk.read(path, verify=True) is not None:
+        """Make the file unless it is there or another job makes it: None if it is done, else the future to wait for."""
+        if self._files.has(path):
             return None
         self._made += 1
         if self._workers < 2 or self._made <= _CHUNKS_ALONE:

@@ -9,8 +9,8 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version as installed
@@ -19,30 +19,18 @@ from pathlib import Path
 from qlora_api.contract import ModelCacheLayout
 from qlora_api.training import QuantizationSpec
 from qlora_trainer.core.failures import StepFailure, model_unavailable, unreachable
-from qlora_trainer.core.filesystem import (
-    PARTIAL,
-    bytes_below,
-    file_sha256,
-    is_full,
-    new_folder,
-    partial_path,
-    remove,
-    sync,
-    sync_tree,
-)
-from qlora_trainer.core.folder_lock import ABANDONED_SECONDS, Ownership, exclusive, own, take
+from qlora_trainer.core.filesystem import file_sha256, is_full, new_folder, partial_path, remove, sync, sync_tree
+from qlora_trainer.core.folder_lock import Ownership
+from qlora_trainer.core.partial_folders import FOLDER_MODE, PartialFolders, open_shared, set_mode
 from qlora_trainer.core.paths import some_names
 from qlora_trainer.model.base_artifact import FORMAT, MANIFEST, BaseManifest, has_size, read_manifest
 
-_LOCK_FILE = ".lock"
 _MADE = "base"
 """In a pod's own folder: where the base is made."""
 _LIBRARIES = ("bitsandbytes", "torch", "transformers")
 """They choose the layers and compute the bytes."""
-FORGOTTEN_SECONDS = 3600.0
-"""So long after its owner's last sign of life, an incomplete folder is deleted by whoever fills another one."""
 # Pods with other users, but with the group that owns the volume, read the files and can replace a damaged folder.
-_FILE_MODE, _FOLDER_MODE, _UMASK = 0o444, 0o775, 0o002
+_FILE_MODE, _UMASK = 0o444, 0o002
 
 
 class DamagedCacheError(Exception):
@@ -114,8 +102,7 @@ class ModelCache:
 
     def __init__(self, layout: ModelCacheLayout, job_uid: str, pod_uid: str) -> None:
         self._bases = layout.quantized
-        # Both may come from a file of the user's, and become parts of a name.
-        self._job, self._pod = _short(job_uid), _short(pod_uid)
+        self._partials = PartialFolders(self._bases, job_uid, pod_uid)
 
     @volume_errors()
     def find(self, key: str) -> CachedFolder | None:
@@ -131,8 +118,7 @@ class ModelCache:
     @volume_errors()
     def bytes_being_made(self, key: str) -> int | None:
         """Bytes in an incomplete folder of the base, of whichever pod; None if there is none."""
-        found = [partial for partial in self._partials() if self._is_of(partial, key)]
-        return max(map(_plain_bytes, found), default=None)
+        return self._partials.bytes_made(key)
 
     @volume_errors()
     def free_bytes(self) -> int:
@@ -174,8 +160,8 @@ class ModelCache:
         """
         target = self._bases / key
         for path in made.iterdir():
-            _set_mode(path, _FILE_MODE)
-        _set_mode(made, _FOLDER_MODE)
+            set_mode(path, _FILE_MODE)
+        set_mode(made, FOLDER_MODE)
         sync_tree(made)
         try:
             made.rename(target)
@@ -196,80 +182,18 @@ class ModelCache:
     @volume_errors()
     def set_aside(self, folder: CachedFolder) -> None:
         """Make a damaged base one that this pod has begun; nothing if it was replaced."""
-        with exclusive(self._bases / _LOCK_FILE):
+        with self._partials.exclusive():
             if self.find(folder.path.name) != folder:
                 return
-            partial = new_folder(self._own_partial(folder.path.name))
-            _set_mode(partial, _FOLDER_MODE)
+            partial = new_folder(self._partials.of_this_pod(folder.path.name))
+            set_mode(partial, FOLDER_MODE)
             folder.path.rename(partial_path(partial / _MADE))
 
     def _claim(self, key: str) -> tuple[Path, Ownership] | None:
         self._require_no_link()
         # Of the cells of a sweep, the first also makes the folder that they share.
-        for folder in (self._bases.parent, self._bases):
-            if not folder.is_dir():
-                folder.mkdir(exist_ok=True)
-                _set_mode(folder, _FOLDER_MODE)
-        with exclusive(self._bases / _LOCK_FILE) as now, ExitStack() as held:
-            abandoned: dict[Path, Ownership] = {}
-            for partial in self._partials():
-                ownership = self._take(partial, key, now)
-                if ownership is not None:
-                    abandoned[partial] = ownership
-                    held.callback(ownership.release)
-                elif self._is_of(partial, key):
-                    return None
-            claimed = self._first(abandoned, key)
-            held.pop_all()
-            for ownership in abandoned.values():
-                if ownership is not claimed[1]:
-                    ownership.release()
-            return claimed
-
-    def _first(self, abandoned: Mapping[Path, Ownership], key: str) -> tuple[Path, Ownership]:
-        """This pod's folder: that of the abandoned ones which has most, else a new one. The others are deleted."""
-        mine = self._own_partial(key)
-        usable = [partial for partial in abandoned if self._is_of(partial, key) and _is_plain(partial)]
-        chosen = max(usable, key=_plain_bytes, default=None)
-        for partial in abandoned.keys() - {chosen}:
-            # One that another user's pod has left can be in the way of nothing but space.
-            with suppress(PermissionError):
-                remove(partial)
-        if chosen is not None:
-            chosen.rename(mine)
-            return mine, abandoned[chosen]
-        new_folder(mine)
-        try:
-            _set_mode(mine, _FOLDER_MODE)
-            return mine, own(mine)
-        except OSError:
-            remove(mine)
-            raise
-
-    def _take(self, partial: Path, key: str, now: float) -> Ownership | None:
-        wanted = self._is_of(partial, key)
-        if partial == self._own_partial(key):
-            return own(partial)
-        try:
-            seconds = ABANDONED_SECONDS if wanted else FORGOTTEN_SECONDS
-            return take(partial, now, seconds, same_job=wanted and partial.name.split(".")[2] == self._job)
-        except PermissionError:
-            if wanted:
-                raise
-            # Another user's, of another model: it is in nobody's way.
-            return None
-
-    def _partials(self) -> list[Path]:
-        """Incomplete folders, in the order of their names. What is no folder is not looked at."""
-        found = sorted(self._bases.glob(f".*.*.*{PARTIAL}"))
-        return [path for path in found if path.name.count(".") == 4 and path.is_dir() and not path.is_symlink()]
-
-    def _own_partial(self, key: str) -> Path:
-        return self._bases / f".{key}.{self._job}.{self._pod}{PARTIAL}"
-
-    @staticmethod
-    def _is_of(partial: Path, key: str) -> bool:
-        return partial.name.startswith(f".{key}.")
+        open_shared(self._bases)
+        return self._partials.claim(key)
 
     def _require_no_link(self) -> None:
         if self._bases.is_symlink():
@@ -349,30 +273,3 @@ def require_whole_in_cache(folder: Path, cache: Path | None) -> None:
 def _sha256(path: Path, before: int, total: int, on_bytes: Callable[[int, int], None]) -> str:
     """The digest of a file that `before` bytes precede."""
     return file_sha256(path, lambda done: on_bytes(before + done, total))
-
-
-def _is_plain(folder: Path) -> bool:
-    """Whether all below the folder are folders and regular files: nothing through which a write would leave it."""
-    for path in folder.rglob("*"):
-        mode = path.lstat().st_mode
-        if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
-            return False
-    return True
-
-
-def _plain_bytes(folder: Path) -> int:
-    """Bytes below a folder that another process may change, rename or delete meanwhile."""
-    try:
-        return bytes_below(folder)
-    except OSError:
-        return 0
-
-
-def _set_mode(path: Path, mode: int) -> None:
-    """Set the mode, but not the bit by which new files get a folder's group. Not every volume has modes."""
-    with suppress(OSError):
-        path.chmod(mode | (path.stat().st_mode & stat.S_ISGID))
-
-
-def _short(name: str) -> str:
-    return sha256(name.encode()).hexdigest()[:16]

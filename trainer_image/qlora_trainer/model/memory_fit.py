@@ -1,8 +1,8 @@
 """Judges whether a job fits its GPU, before any weight is fetched."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,15 +18,17 @@ from qlora_api.memory.advice import (
     larger_micro_batch,
     verdict,
 )
-from qlora_api.memory.estimate import GIB
+from qlora_api.memory.estimate import GIB, ActivationBytes
 from qlora_api.memory.model_shape import ModelShape, NotInTableError, UnsupportedModelError
+from qlora_api.memory.together import shared_bytes
 from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.status import MAX_MESSAGE_LENGTH, MemoryStatus
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.measured_memory import MeasuredMemory
-from qlora_trainer.model.dry_run.limited import DryRunFailed, measure_within_limits
+from qlora_trainer.model.dry_run.limited import DryRunFailed, measure_together_within_limits, measure_within_limits
 from qlora_trainer.model.job_memory import JobMemory, Measure, MeasuredJob, TableJob, measured_further
+from qlora_trainer.model.memory_together import MeasurePasses, memory_together
 
 
 def read_shape(config: Path) -> ModelShape | None:
@@ -114,13 +116,16 @@ class MemoryFit:
         target_modules: Iterable[str],
         *,
         rows_apart: bool = True,
+        group_size: int = 1,
         earlier: MeasuredMemory | None = None,
         measure: Measure = measure_within_limits,
+        measure_passes: MeasurePasses = measure_together_within_limits,
     ) -> "MemoryFit":
         """Judge a job, whose model has this config.json. It cannot run if even the low estimate exceeds the GPU.
 
-        `rows_apart`: whether a micro batch may hold several rows. `earlier` are dry runs of an earlier prepare. If the
-        dry run fails, the table has the estimate; if the model is not in it, the estimate is unknown.
+        `rows_apart`: whether a micro batch may hold several rows. `group_size`: how many jobs are trained together with
+        it, itself included. `earlier` are dry runs of an earlier prepare. If the dry run fails, the table has the
+        estimate; if the model is not in it, the estimate is unknown.
         Raises StepFailure BAD_CONFIGURATION for target modules that the model does not have.
         """
         training = training_shape(spec, target_modules)
@@ -136,7 +141,10 @@ class MemoryFit:
                 return cls(status, None, None, None)
             remark = f"from the table of model families: {failure}"
             job = job_of_table(shape, training)
-        return _judged(job, spec.resources.gpu_memory, remark, rows_apart)
+        fit = _judged(job, spec.resources.gpu_memory, remark, rows_apart)
+        if group_size == 1 or not rows_apart or fit.objection is not None:
+            return fit
+        return _with_shared(fit, lambda: _shared(config, spec, job, group_size, measure_passes))
 
     def require(self) -> None:
         """Raise StepFailure DOES_NOT_FIT, with the first advice, if the job cannot run."""
@@ -169,6 +177,31 @@ def _judged(job: JobMemory, gpu_gib: int | None, remark: str, rows_apart: bool) 
         message=remark[:MAX_MESSAGE_LENGTH],
     )
     return MemoryFit(status, objection, job.parameters, job.measured if isinstance(job, MeasuredJob) else None)
+
+
+def _shared(config: Path, spec: QLoRAJobSpec, job: JobMemory, group_size: int, measure: MeasurePasses) -> int:
+    """Bytes that so many jobs like it take once, when they are trained together. Raises as the dry run does."""
+    rest = spec.training.micro_batch_size * (group_size - 1)
+    others = spec.model_copy(update={"training": spec.training.model_copy(update={"micro_batch_size": rest})})
+
+    def of_two(config: Path, *_: object) -> tuple[ActivationBytes, ...]:
+        # As many tokens as of all, and two adapters: a dry run with sixteen takes minutes.
+        return measure(config, (spec, others), ((0, 1),))
+
+    together = memory_together(config, [spec] * group_size, [job] * group_size, of_two)
+    return shared_bytes(job.estimate(job.training), together, group_size)
+
+
+def _with_shared(fit: MemoryFit, find: Callable[[], int]) -> MemoryFit:
+    """The same with the bytes that are shared, which an earlier prepare may have found."""
+    found = None if fit.measured is None else fit.measured.shared_bytes
+    try:
+        shared = find() if found is None else found
+    except DryRunFailed as failure:
+        remark = "; ".join(filter(None, (fit.status.message, f"the memory of the whole group is unknown: {failure}")))
+        return replace(fit, status=fit.status.model_copy(update={"message": remark[:MAX_MESSAGE_LENGTH]}))
+    measured = None if fit.measured is None else fit.measured.model_copy(update={"shared_bytes": shared})
+    return replace(fit, status=fit.status.model_copy(update={"shared_bytes": shared}), measured=measured)
 
 
 def _recommended(step: Advice) -> str:

@@ -27,6 +27,7 @@ from qlora_trainer.core.filesystem import (
     remove_partials,
     sizes,
 )
+from qlora_trainer.core.partial_folders import PartialFolders
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.data.build import DatasetBuilder
 from qlora_trainer.data.chat_template import Tokenizer
@@ -45,7 +46,7 @@ from qlora_trainer.model.cache import is_whole
 from qlora_trainer.model.cached_base import open_base_source
 from qlora_trainer.model.check import CheckedModel, advise_learning_rate, check_model
 from qlora_trainer.model.downloads import open_model_source
-from qlora_trainer.model.dry_run.limited import measure_within_limits
+from qlora_trainer.model.dry_run.limited import measure_together_within_limits, measure_within_limits
 from qlora_trainer.model.initial_adapter import InitialAdapter, get_initial_adapter, is_unchanged
 from qlora_trainer.model.memory_fit import MemoryFit
 from qlora_trainer.model.source import CONFIG, tokenizer_digests
@@ -214,7 +215,9 @@ def _admit(folder: Path, context: StepContext, records: RecordWriter, say: Calla
         spec,
         model.family.target_modules,
         rows_apart=rows_apart,
+        group_size=context.group_size,
         measure=partial(measure_within_limits, family=model.family),
+        measure_passes=partial(measure_together_within_limits, family=model.family),
     )
     records.note(memory=memory.status)
     memory.require()
@@ -249,7 +252,8 @@ def _dataset(context: StepContext, admitted: _Admitted, hub: Callable[[], Hub], 
 def _rows_folder(context: StepContext) -> RowsFolder:
     """Where rows are kept once they are tokenized. The cells of a sweep differ in nothing that changes a token."""
     if context.mounts.sweep is not None:
-        return RowsFolder(SweepLayout(context.mounts.sweep).rows, shared=True)
+        rows = SweepLayout(context.mounts.sweep).rows
+        return RowsFolder(rows, PartialFolders(rows, context.job_uid, context.pod_uid))
     return RowsFolder(partial_path(context.workspace.data / "rows"))
 
 
@@ -377,7 +381,12 @@ def _still_valid(record: PrepareRecord, context: StepContext, records: RecordWri
     if tokenizer_digests(folder) != resolved.tokenizer or not resolved.unchanged(spec.dataset, context.mounts):
         return None
     memory = MemoryFit.of(
-        folder / CONFIG, spec, record.target_modules, rows_apart=record.rows_apart, earlier=record.measured
+        folder / CONFIG,
+        spec,
+        record.target_modules,
+        rows_apart=record.rows_apart,
+        group_size=context.group_size,
+        earlier=record.measured,
     )
     records.note(memory=memory.status)
     memory.require()

@@ -18,7 +18,6 @@ from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.model.adapter import adapter_name, attach_further_adapter
 from qlora_trainer.model.fused_lora import require_apart
 from qlora_trainer.model.model_error import ModelError
-from qlora_trainer.training.attempts import only_attempt
 from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.checkpoint import Checkpoint
 from qlora_trainer.training.device import peak_memory_bytes
@@ -140,8 +139,7 @@ def _measure_answers(entry: _Entry, member: Member, results: _Results) -> None:
     record = results[entry.number]
     if isinstance(record, StepFailure):
         return
-    records = entry.job.context.workspace.records
-    with results.failing_alone(entry.number, entry.held), only_attempt(records):
+    with results.failing_alone(entry.number, entry.held), entry.job.rest_of_attempt(entry.runtime.now):
         results[entry.number] = with_score(member.run, member.state, entry.job, record)
         leave_samples(member.run, entry.job)
 

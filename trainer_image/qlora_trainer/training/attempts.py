@@ -86,22 +86,46 @@ def recorded_attempt(records: Path, from_step: int, pod: PodOfJob, now: Callable
     attempt = Attempt(
         pod_uid=pod.uid, job_attempt=pod.job_attempt, started_at=_precise(pod.started), from_step=from_step
     )
-    write_attempts(records, [*earlier, attempt])
+    with _noting_end(records, earlier, attempt, now):
+        yield
 
-    def note_end(ended: Literal["succeeded", "interrupted", "failed"]) -> None:
+
+@contextmanager
+def reopened_attempt(records: Path, pod_uid: str, now: Callable[[], datetime]) -> Iterator[None]:
+    """Run the body as a later part of this pod's attempt, which has ended: how the body ends is how that has ended.
+
+    If another pod has begun one since, or somebody has deleted the file, nothing is recorded.
+    """
+    attempts = read_attempts(records)
+    if not attempts or attempts[-1].pod_uid != pod_uid:
+        yield
+        return
+    *earlier, attempt = attempts
+    with _noting_end(records, earlier, attempt.model_copy(update={"ended": None, "ended_at": None}), now):
+        yield
+
+
+@contextmanager
+def _noting_end(
+    records: Path, earlier: Sequence[Attempt], attempt: Attempt, now: Callable[[], datetime]
+) -> Iterator[None]:
+    """Record the attempt as one that runs and, when the body ends, how it has ended."""
+
+    def note(ended: Literal["succeeded", "interrupted", "failed"]) -> None:
         end = {"ended": ended, "ended_at": _precise(now())}
         write_attempts(records, [*earlier, attempt.model_copy(update=end)])
 
+    write_attempts(records, [*earlier, attempt])
     try:
         yield
     except BaseException as error:
         try:
-            note_end("interrupted" if isinstance(error, Interrupted) else "failed")
+            note("interrupted" if isinstance(error, Interrupted) else "failed")
         except OSError:
             # The body's exception decides the exit code. An attempt without a recorded end counts as killed.
             logger.exception("the end of this attempt cannot be recorded in %s", ATTEMPTS_FILE)
         raise
-    note_end("succeeded")
+    note("succeeded")
 
 
 def _precise(time: datetime) -> str:

@@ -17,7 +17,7 @@ from qlora_trainer.training.answers import AnswerTexts
 from qlora_trainer.training.attempts import PodOfJob
 from qlora_trainer.training.checkpoint import Checkpoint, numbered_checkpoints
 from qlora_trainer.training.fingerprint import Fingerprint, digest, run_fingerprint
-from qlora_trainer.training.resume import resumed_attempt
+from qlora_trainer.training.resume import reopened, resumed_attempt
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,10 @@ class PreparedJob:
         context = self.context
         pod = PodOfJob(context.pod_uid, context.attempt, context.started or now())
         return resumed_attempt(context.workspace, self.fingerprint, pod, now)
+
+    def rest_of_attempt(self, now: Callable[[], datetime]) -> AbstractContextManager[None]:
+        """In the body this process does what follows the training: until it ends, the job's attempt has not ended."""
+        return reopened(self.context.workspace, self.context.pod_uid, now)
 
 
 def _prepared(context: StepContext) -> PrepareRecord:

@@ -10,7 +10,7 @@ from qlora_api.contract import WorkspaceLayout
 from qlora_api.printable import first_line
 from qlora_trainer.core.failures import bad_configuration, damaged
 from qlora_trainer.model.adapter import restore_adapter
-from qlora_trainer.training.attempts import PodOfJob, only_attempt, recorded_attempt
+from qlora_trainer.training.attempts import PodOfJob, only_attempt, recorded_attempt, reopened_attempt
 from qlora_trainer.training.best_adapter import best_of
 from qlora_trainer.training.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from qlora_trainer.training.device import processor
@@ -41,6 +41,16 @@ def resumed_attempt(
         from_step = 0 if checkpoint is None else checkpoint.step
         with recorded_attempt(workspace.records, from_step, pod, now):
             yield checkpoint
+
+
+@contextmanager
+def reopened(workspace: WorkspaceLayout, pod_uid: str, now: Callable[[], datetime]) -> Iterator[None]:
+    """Run the body as what is left of this pod's attempt, which has ended, and alone in the workspace.
+
+    Raises StepFailure (UNREACHABLE) while another attempt runs.
+    """
+    with only_attempt(workspace.records), reopened_attempt(workspace.records, pod_uid, now):
+        yield
 
 
 def agreed_checkpoint(

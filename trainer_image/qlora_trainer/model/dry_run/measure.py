@@ -52,22 +52,27 @@ def measure(
 
 
 def measure_together(
-    config: Path, specs: Sequence[QLoRAJobSpec], passes: Sequence[tuple[int, ...]]
+    config: Path, specs: Sequence[QLoRAJobSpec], passes: Sequence[tuple[int, ...]], family: Family | None = None
 ) -> tuple[ActivationBytes, ...]:
     """Run passes with a micro batch of each of several jobs, given by their numbers, of one model with all adapters.
 
-    Raises as `measure` does.
+    `family` is what an inspection for the adapter of the first job has found. Raises as `measure` does.
     """
     torch.set_num_threads(1)
-    first = specs[0]
+    first, families = specs[0], _inspected_for_each(config, specs, family)
     read = AutoConfig.from_pretrained(config, local_files_only=True, trust_remote_code=False)
-    model = adapted_skeleton(read, _inspected(config, first.lora), first.lora, first.training, first.quantization)
+    model = adapted_skeleton(read, families[0], first.lora, first.training, first.quantization)
     names = [adapter_name(position) for position in range(len(specs))]
-    for name, spec in zip(names[1:], specs[1:], strict=True):
-        targets = _inspected(config, spec.lora).target_modules
+    for name, spec, of_job in zip(names[1:], specs[1:], families[1:], strict=True):
         with torch.device("meta"):
             attach_further_adapter(
-                model, name, spec.lora, targets, seed=spec.training.seed, base_name="", base_revision=""
+                model,
+                name,
+                spec.lora,
+                of_job.target_modules,
+                seed=spec.training.seed,
+                base_name="",
+                base_revision="",
             )
     full = [full_batch(spec.training.micro_batch_size, spec.training.max_sequence_length) for spec in specs]
     with _trained_on_fake_cuda(model):
@@ -98,6 +103,16 @@ def _trained_on_fake_cuda(model: Any) -> Iterator[None]:
 def _inspected(config: Path, lora: LoraSpec) -> Family:
     with TemporaryDirectory() as folder:
         return inspect_family(Path(shutil.copyfile(config, Path(folder) / CONFIG)).parent, lora)
+
+
+def _inspected_for_each(config: Path, specs: Sequence[QLoRAJobSpec], first: Family | None) -> list[Family]:
+    """What an inspection finds for each job; made once for adapters that are alike. `first`: if known, of the first."""
+    found: dict[str, Family] = {} if first is None else {specs[0].lora.model_dump_json(): first}
+    for spec in specs:
+        adapter = spec.lora.model_dump_json()
+        if adapter not in found:
+            found[adapter] = _inspected(config, spec.lora)
+    return [found[spec.lora.model_dump_json()] for spec in specs]
 
 
 def _steps(model: Any, sizes: Sequence[StepSize], *, pairs: bool) -> list[MeasuredStep]:

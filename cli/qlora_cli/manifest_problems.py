@@ -1,0 +1,162 @@
+"""Says in one sentence what is wrong with a field of a manifest: what was found, what is allowed, what to do."""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from qlora_api.grid import Grid, Overrides
+from qlora_api.profile import DNS_LABEL, DNS_SUBDOMAIN, LABEL_KEY, LABEL_VALUE, QUANTITY
+
+Location = tuple[int | str, ...]
+
+_SHARE = "; it is a share: 0.1 is 10 percent"
+# What to do instead of what users write, by field, or by field and value as JSON.
+_ADVICE: Mapping[tuple[str, ...], str] = {
+    ("chatTemplate",): ", such as chatml or configMap://NAME/KEY",
+    ("continues",): "; it is the name of the job whose checkpoint is taken up",
+    ("fraction",): _SHARE,
+    ("minImprovement",): _SHARE,
+    ("minScore",): _SHARE,
+    ("objective", '"kto"'): "; for these, make pairs of a good and a bad answer to the same prompt (format preference)",
+    ("schema",): "; write `schema: |`, and the JSON in the lines below",
+}
+# What YAML calls a type, by pydantic's name of the problem.
+_TYPES: Mapping[str, str] = {
+    "bool_type": "true or false",
+    "dict_type": "an object",
+    "float_type": "a number",
+    "int_from_float": "a whole number",
+    "int_type": "a whole number",
+    "string_type": "text",
+    "tuple_type": "a list: in [ ], or with '- ' before each entry",
+}
+# Of a field that more objects have, such as source, nobody can say which one was meant.
+_MAX_PLACES = 3
+_NUMBERS = ("float_type", "int_type")
+_NUMBER = re.compile(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?")
+_NAME_CHARACTERS = "must be letters, digits, '-', '_' and '.'"
+WORDS_OF_PATTERN: Mapping[str, str] = {
+    r"\S": "must not be blank",
+    r"^[0-9a-f]{64}$": "must be 64 lower-case hexadecimal digits",
+    r"^[A-Za-z0-9][A-Za-z0-9._/-]*$": "must be a branch, tag or commit: letters, digits, '.', '_', '/' and '-', with a "
+    "letter or digit first",
+    r"^[A-Za-z0-9_.-]+$": _NAME_CHARACTERS,
+    r"^[-._a-zA-Z0-9]+$": _NAME_CHARACTERS,
+    DNS_LABEL: "must be lower-case letters, digits and hyphens, with a letter or digit at both ends",
+    DNS_SUBDOMAIN: "must be lower-case letters, digits, hyphens and dots, with a letter or digit at both ends of each "
+    "part between dots",
+    LABEL_KEY: f"{_NAME_CHARACTERS}, 63 at most, with a letter or digit at both ends; a domain and '/' may be before",
+    LABEL_VALUE: f"{_NAME_CHARACTERS}, with a letter or digit at both ends, or empty",
+    QUANTITY: "must be a number above 0, as in '2', '500m' or '24Gi'; units are m, k, M, G, T, P, Ki, Mi, Gi, Ti and "
+    "Pi",
+}
+"""What a regular expression of the schema allows, for people; one for each that the manifests' models have."""
+
+
+def follows_from_another(problem: ErrorDetails) -> bool:
+    """Whether the list only seems too short, as entries that are reported themselves do not count."""
+    return problem["type"] == "too_short" and len(problem["input"]) >= problem["ctx"]["min_length"]
+
+
+def explain(problem: ErrorDetails, model: type[BaseModel]) -> str:
+    """The sentence for a problem of a document that was validated, as JSON, by `model`."""
+    message, value = problem["msg"].removeprefix("Value error, "), problem["input"]
+    message = message[:1].lower() + message[1:]
+    match problem["type"]:
+        case "extra_forbidden":
+            return _unknown_field(problem["loc"], model)
+        case "missing":
+            return "is required and missing"
+        case "too_short":
+            return f"has {len(value)} entries, must have at least {problem['ctx']['min_length']}"
+        case "too_long":
+            return f"has {len(value)} entries, must have at most {problem['ctx']['max_length']}"
+        case "value_error" if isinstance(value, (dict, list)) or "found" in message:
+            return message
+        case "model_type":
+            message = f"must be an object with {', '.join(_field_names(problem['loc'], model))}"
+        case "string_pattern_mismatch":
+            message = WORDS_OF_PATTERN[problem["ctx"]["pattern"]]
+        case known if known in _TYPES:
+            message = f"must be {_TYPES[known]}{_quotes(known, value)}"
+    found, field = describe_value(value), str(problem["loc"][-1]) if problem["loc"] else ""
+    advice = _ADVICE.get((field, found), _ADVICE.get((field,), ""))
+    return f"found {found}, {message.replace('input should', 'must').replace('string should', 'must')}{advice}"
+
+
+def describe_value(value: Any) -> str:
+    """A value of JSON for a sentence: text and numbers as they are written, at most 80 characters."""
+    if isinstance(value, dict):
+        return "an object"
+    return "a list" if isinstance(value, list) else json.dumps(value)[:80]
+
+
+def _quotes(problem: str, value: Any) -> str:
+    """What to do if only quotes are missing, or too many."""
+    if problem in _NUMBERS and isinstance(value, str) and _NUMBER.fullmatch(value):
+        return ", without quotes"
+    return ", in quotes" if problem == "string_type" and isinstance(value, (int, float)) else ""
+
+
+def _unknown_field(location: Location, model: type[BaseModel]) -> str:
+    name, fields = str(location[-1]), _field_names(location[:-1], model)
+    places = _places(location, model)
+    if 0 < len(places) <= _MAX_PLACES:
+        return f"unknown field; it is {' or '.join(places)}"
+    close = difflib.get_close_matches(name, fields, n=1)
+    # A name that other objects have is no misspelling.
+    if close and not places:
+        return f"unknown field; did you mean {close[0]}?"
+    return f"unknown field; allowed are {', '.join(fields)}"
+
+
+def _places(location: Location, model: type[BaseModel]) -> list[str]:
+    """The fields of that name below the innermost object around the location that has any, up to the spec."""
+    *around, name = location
+    # Where a field of the template is does not help who wants to vary it.
+    if _model_at(around, model) in (Grid, Overrides):
+        return []
+    for outer in [around[:depth] for depth in range(len(around), 0, -1)] or [[]]:
+        found = [path for path in _paths(_model_at(outer, model)) if path[-1] == name]
+        if found:
+            return [".".join(map(str, (*outer, *path))) for path in sorted(found, key=len)]
+    return []
+
+
+def _paths(model: type[BaseModel]) -> Iterator[Location]:
+    """Where each field is, at any depth; without the index in a list."""
+    for name, field in _fields(model).items():
+        yield (name,)
+        for inner in _models(field.annotation):
+            yield from ((name, *path) for path in _paths(inner))
+
+
+def _field_names(location: Sequence[int | str], model: type[BaseModel]) -> list[str]:
+    """The fields that the document's model has at the location."""
+    return sorted(_fields(_model_at(location, model)))
+
+
+def _model_at(location: Sequence[int | str], model: type[BaseModel]) -> type[BaseModel]:
+    for part in location:
+        fields = _fields(model)
+        if isinstance(part, str) and part in fields:
+            model = next(_models(fields[part].annotation), model)
+    return model
+
+
+def _fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models that occur in a type, such as X in `X | None` or `tuple[X, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models(argument)

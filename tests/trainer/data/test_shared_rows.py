@@ -1,0 +1,300 @@
+"""Rows that the cells of a sweep share: tokenized once, also at the same time, and never wrong for one of them."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from qlora_api.contract import WorkspaceLayout
+from qlora_trainer.core import folder_lock
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.data import rows_folder, tokenize
+from qlora_trainer.steps.prepare import prepare
+from tests.support.command import TIMEOUT_S, Files
+from tests.support.tiny import Recorded, chat_row, write_rows
+from tests.support.waiting import eventually
+from tests.trainer.conftest import MakeContext
+from tests.trainer.data.conftest import data_bytes
+
+ROWS = [chat_row(f"Question {n}?", "pods " * (n % 7 + 1)) for n in range(120)]
+OTHER_CELL = {"lora": {"rank": 8}, "training": {"seed": 7, "learningRate": 2e-3}}
+WAITING = "waiting for another cell of the sweep to tokenize the same rows"
+MakeCell = Callable[..., StepContext]
+
+
+@pytest.fixture
+def cell(make_context: MakeContext, tmp_path: Path, workers: Any) -> MakeCell:
+    """Makes the contexts of cells of one sweep, each with its folder on the sweep's claim."""
+    write_rows(tmp_path / "data" / "train.jsonl", ROWS)
+    workers(1)
+
+    def make(name: str, spec: dict[str, Any] | None = None, *, shared: bool = True) -> StepContext:
+        context = make_context(spec)
+        return replace(
+            context,
+            document=context.document.model_copy(
+                update={"metadata": context.document.metadata.model_copy(update={"name": name, "uid": name})}
+            ),
+            workspace=WorkspaceLayout(tmp_path / name),
+            mounts=replace(context.mounts, sweep=tmp_path / "rates.sweep" if shared else None),
+            pod_uid=f"pod-of-{name}",
+        )
+
+    return make
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """The folder with the shared rows."""
+    return tmp_path / "rates.sweep" / "rows"
+
+
+class Acting(Recorded):
+    """Records that act once, when the step says that it does this."""
+
+    def __init__(self, activity: str, act: Callable[[], object]) -> None:
+        super().__init__()
+        self._activity, self._act, self._acted = activity, act, False
+
+    def progress(self, record: Any, *, force: bool = False) -> None:
+        super().progress(record, force=force)
+        if record.activity == self._activity and not self._acted:
+            self._acted = True
+            self._act()
+
+
+def said(records: Recorded) -> list[str]:
+    """What the step has said that it does."""
+    return [entry["activity"] for entry in records.written]
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_cells_of_a_sweep_tokenize_their_rows_once(cell: MakeCell, rows: Path, made: list[int]) -> None:
+    alone = data_bytes(cell("alone", OTHER_CELL, shared=False))
+    made.clear()
+    prepare(cell("rates-00"), Recorded())
+    assert made == [10] * 12
+
+    assert data_bytes(cell("rates-01", OTHER_CELL)) == alone
+    assert made == [10] * 12
+    assert len([*rows.iterdir()]) == 13, "beside the chunks only the lock"
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_cell_does_not_trust_shared_rows_that_are_damaged(cell: MakeCell, rows: Path, made: list[int]) -> None:
+    first = cell("rates-00")
+    prepare(first, Recorded())
+    made.clear()
+    flipped, cut, *_ = sorted(rows.glob("train-*"))
+    content = flipped.read_bytes()
+    flipped.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    cut.write_bytes(cut.read_bytes()[:-1])
+
+    prepare(cell("rates-01"), Recorded())
+
+    assert made == [10] * 2
+    assert flipped.read_bytes() == content
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_cells_with_other_rows_leave_those_of_the_others_and_what_a_pod_is_still_writing(
+    cell: MakeCell, rows: Path
+) -> None:
+    drawn = {"shuffle": True, "maxSamples": 100}
+    prepare(cell("rates-00", {"dataset": drawn}), Recorded())
+    before = set(rows.glob("train-*"))
+    fresh, forgotten = rows / ".train-0.partial", rows / ".train-1.partial"
+    fresh.touch()
+    forgotten.touch()
+    os.utime(forgotten, (0, 0))
+
+    prepare(cell("rates-01", {"dataset": drawn, **OTHER_CELL}), Recorded())
+
+    assert before < set(rows.glob("train-*"))
+    assert fresh.exists()
+    assert not forgotten.exists()
+
+
+def test_shared_rows_are_not_written_through_a_link(cell: MakeCell, tmp_path: Path) -> None:
+    (tmp_path / "rates.sweep").symlink_to(tmp_path / "data")
+
+    with pytest.raises(OSError, match=r"rates\.sweep is a symbolic link: delete it"):
+        prepare(cell("rates-00"), Recorded())
+
+
+# At the same time
+
+
+@pytest.fixture
+def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A volume that supports none."""
+
+    def flock(_descriptor: int, _operation: int) -> None:
+        raise OSError(95, os.strerror(95))
+
+    monkeypatch.setattr(folder_lock, "fcntl", SimpleNamespace(**{**vars(fcntl), "flock": flock}))
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("volume", ["with_locks", pytest.param("without_locks", marks=pytest.mark.slow)])
+def test_a_cell_waits_for_the_one_that_tokenizes_the_same_rows(
+    cell: MakeCell, made: list[int], monkeypatch: pytest.MonkeyPatch, volume: str, request: pytest.FixtureRequest
+) -> None:
+    if volume == "without_locks":
+        request.getfixturevalue(volume)
+    monkeypatch.setattr(rows_folder, "_LOOK_SECONDS", 0.01)
+    alone = data_bytes(cell("alone", OTHER_CELL, shared=False))
+    made.clear()
+    half_done, waits = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        half_done.set()
+        assert waits.wait(TIMEOUT_S)
+
+    first, second = Acting("tokenizing: 50 rows done", hold), Acting(WAITING, waits.set)
+    with ThreadPoolExecutor() as threads:
+        holding = threads.submit(prepare, cell("rates-00"), first)
+        assert half_done.wait(TIMEOUT_S)
+        waiting = cell("rates-01", OTHER_CELL)
+        try:
+            prepare(waiting, second)
+        finally:
+            waits.set()
+        holding.result()
+
+    assert WAITING in said(second)
+    assert WAITING not in said(first)
+    assert made == [10] * 12
+    assert data_bytes(waiting) == alone
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_cell_with_other_settings_does_not_wait(
+    cell: MakeCell, made: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_folder, "_MOST_LOOKS", 1)
+    longer = cell("rates-01", {"training": {"maxSequenceLength": 128}})
+    others = Recorded()
+
+    prepare(cell("rates-00"), Acting("tokenizing: 50 rows done", lambda: prepare(longer, others)))
+
+    assert WAITING not in said(others)
+    assert made == [10] * 24
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_cell_that_has_waited_for_too_long_tokenizes_the_rows_itself(
+    cell: MakeCell, made: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(rows_folder, "_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(rows_folder, "_MOST_LOOKS", 3)
+    alone = data_bytes(cell("alone", OTHER_CELL, shared=False))
+    made.clear()
+    impatient, hanging = cell("rates-01", OTHER_CELL), Recorded()
+
+    prepare(cell("rates-00"), Acting("tokenizing: 50 rows done", lambda: prepare(impatient, hanging)))
+
+    assert said(hanging).count(WAITING) == 3, "for one chunk, and for no other"
+    assert "this one makes the rows itself" in caplog.text
+    assert made == [10] * 12, "it uses what is there, and leaves the rest to the other"
+    assert data_bytes(impatient) == alone
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_cell_whose_rows_are_invalid_leaves_it_to_the_next_to_say_so(
+    cell: MakeCell, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_folder, "_MOST_LOOKS", 1)
+    path = rows.parents[1] / "data" / "train.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[55] = b"3\n"
+    path.write_bytes(b"".join(lines))
+
+    for name in ("rates-00", "rates-01"):
+        records = Recorded()
+        with pytest.raises(StepFailure, match=r"train\.jsonl line 56 is a number"):
+            prepare(cell(name), records)
+        assert WAITING not in said(records)
+
+
+class Cell(Files):
+    """A job of a sweep."""
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """With a UID of its own."""
+        name = self.root.name
+        return {**super().document, "metadata": {"name": name, "uid": name}}
+
+    def begin(self) -> "subprocess.Popen[str]":
+        """Its prepare step, running."""
+        pod, sweep = f"pod-of-{self.root.name}", str(self.root.parent / "rates.sweep")
+        return self.start("prepare", OMP_NUM_THREADS="1", QLORA_POD_UID=pod, QLORA_SWEEP_FOLDER=sweep)
+
+
+@pytest.mark.parametrize(
+    ("count", "killed"), [pytest.param(3, False, marks=pytest.mark.slow), (2, True)], ids=["goes on", "killed"]
+)
+def test_of_processes_at_once_one_tokenizes_and_another_takes_over_if_it_is_killed(
+    tmp_path: Path, tiny_llama: Path, rows: Path, count: int, killed: bool
+) -> None:
+    cells = [Cell(tmp_path / f"rates-0{number}", tiny_llama.parent) for number in range(count)]
+    contents = [chat_row(f"Question {n}?", "pods " * (n % 7 + 1)) for n in range(3 * tokenize.CHUNK_ROWS + 100)]
+    for each in cells:
+        write_rows(each.data / "train.jsonl", contents)
+    inodes: dict[str, set[int]] = defaultdict(set)
+
+    def look() -> int:
+        """Note the inode of each chunk: one that is made again is another file."""
+        for path in rows.glob("train-*"):
+            inodes[path.name].add(path.stat().st_ino)
+        return len(inodes)
+
+    with ExitStack() as running:
+        first = running.enter_context(cells[0].begin())
+        running.callback(first.kill)
+        eventually(look, seconds=TIMEOUT_S, every=0.005, what="a chunk")
+        first.send_signal(signal.SIGSTOP)
+        assert 1 <= look() < 4
+        (claim,) = filter(Path.is_dir, rows.iterdir())
+        others = [running.enter_context(each.begin()) for each in cells[1:]]
+        for process in others:
+            running.callback(process.kill)
+            assert process.stdout is not None
+            assert any(WAITING in line for line in process.stdout)
+        if killed:
+            first.kill()
+            first.wait()
+            # As two minutes later.
+            owner = claim / ".owner"
+            os.utime(owner, (owner.stat().st_mtime - 130,) * 2)
+        else:
+            first.send_signal(signal.SIGCONT)
+            others = [first, *others]
+        eventually(
+            lambda: look() and all(process.poll() is not None for process in others),
+            seconds=TIMEOUT_S,
+            every=0.005,
+            what="the end of all",
+        )
+        for process in others:
+            _, errors = process.communicate()
+            assert process.returncode == 0, errors
+    assert [len(found) for found in inodes.values()] == [1] * 4
+    assert not any(path.is_dir() for path in rows.iterdir())
+    ended = cells[1:] if killed else cells
+    data = [[*(each.workspace / "data").iterdir()] for each in ended]
+    of_each = [{path.name: path.read_bytes() for path in folder.iterdir()} for [folder] in data]
+    assert all(found == of_each[0] for found in of_each)

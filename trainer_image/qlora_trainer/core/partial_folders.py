@@ -1,0 +1,139 @@
+"""Decides which of several pods makes what they share on a volume, and gives it an incomplete folder to make it in.
+
+The folder `.<key>.<job>.<pod>.partial` has a name of the pod's own, and an owner as `folder_lock` shows it.
+"""
+
+import stat
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack, suppress
+from hashlib import sha256
+from pathlib import Path
+
+from qlora_trainer.core.filesystem import PARTIAL, bytes_below, new_folder, remove
+from qlora_trainer.core.folder_lock import ABANDONED_SECONDS, Ownership, exclusive, own, take
+
+FORGOTTEN_SECONDS = 3600.0
+"""So long after its owner's last sign of life, what is incomplete is deleted by whoever makes something else there."""
+_LOCK_FILE = ".lock"
+# Pods with other users, but with the group that owns the volume, read what is shared and can replace it.
+FOLDER_MODE = 0o775
+
+
+class PartialFolders:
+    """The incomplete folders in a folder that pods share, as one pod uses them. Methods raise OSError."""
+
+    def __init__(self, shared: Path, job_uid: str, pod_uid: str) -> None:
+        self._shared = shared
+        # Both may come from a file of the user's, and become parts of a name.
+        self._job, self._pod = _short(job_uid), _short(pod_uid)
+
+    def exclusive(self) -> AbstractContextManager[float]:
+        """Let in one pod at a time. Yields the time by the clock of the volume."""
+        return exclusive(self._shared / _LOCK_FILE)
+
+    def claim(self, key: str) -> tuple[Path, Ownership] | None:
+        """This pod's folder for what has this key, which has no dot; None while another pod makes that.
+
+        The folder may have what a killed pod has left in it. Whoever is done with it removes it and releases it.
+        """
+        with self.exclusive() as now, ExitStack() as held:
+            abandoned: dict[Path, Ownership] = {}
+            for partial in self._all():
+                ownership = self._take(partial, key, now)
+                if ownership is not None:
+                    abandoned[partial] = ownership
+                    held.callback(ownership.release)
+                elif _is_of(partial, key):
+                    return None
+            claimed = self._first(abandoned, key)
+            held.pop_all()
+            for ownership in abandoned.values():
+                if ownership is not claimed[1]:
+                    ownership.release()
+            return claimed
+
+    def bytes_made(self, key: str) -> int | None:
+        """Bytes in an incomplete folder of this key, of whichever pod; None if there is none."""
+        found = [partial for partial in self._all() if _is_of(partial, key)]
+        return max(map(_plain_bytes, found), default=None)
+
+    def of_this_pod(self, key: str) -> Path:
+        """The path of this pod's folder for the key, whether or not it is there."""
+        return self._shared / f".{key}.{self._job}.{self._pod}{PARTIAL}"
+
+    def _first(self, abandoned: Mapping[Path, Ownership], key: str) -> tuple[Path, Ownership]:
+        """This pod's folder: that of the abandoned ones which has most, else a new one. The others are deleted."""
+        mine = self.of_this_pod(key)
+        usable = [partial for partial in abandoned if _is_of(partial, key) and _is_plain(partial)]
+        chosen = max(usable, key=_plain_bytes, default=None)
+        for partial in abandoned.keys() - {chosen}:
+            # One that another user's pod has left can be in the way of nothing but space.
+            with suppress(PermissionError):
+                remove(partial)
+        if chosen is not None:
+            chosen.rename(mine)
+            return mine, abandoned[chosen]
+        new_folder(mine)
+        try:
+            set_mode(mine, FOLDER_MODE)
+            return mine, own(mine)
+        except OSError:
+            remove(mine)
+            raise
+
+    def _take(self, partial: Path, key: str, now: float) -> Ownership | None:
+        wanted = _is_of(partial, key)
+        if partial == self.of_this_pod(key):
+            return own(partial)
+        try:
+            seconds = ABANDONED_SECONDS if wanted else FORGOTTEN_SECONDS
+            return take(partial, now, seconds, same_job=wanted and partial.name.split(".")[2] == self._job)
+        except PermissionError:
+            if wanted:
+                raise
+            # Another user's, of something else: it is in nobody's way.
+            return None
+
+    def _all(self) -> list[Path]:
+        """Incomplete folders, in the order of their names. What is no folder is not looked at."""
+        found = sorted(self._shared.glob(f".*.*.*{PARTIAL}"))
+        return [path for path in found if path.name.count(".") == 4 and path.is_dir() and not path.is_symlink()]
+
+
+def open_shared(folder: Path) -> None:
+    """Make the folder and the one that it is in, unless they are there, for pods of other users too. Raises OSError."""
+    for path in (folder.parent, folder):
+        if not path.is_dir():
+            path.mkdir(exist_ok=True)
+            set_mode(path, FOLDER_MODE)
+
+
+def set_mode(path: Path, mode: int) -> None:
+    """Set the mode, but not the bit by which new files get a folder's group. Not every volume has modes."""
+    with suppress(OSError):
+        path.chmod(mode | (path.stat().st_mode & stat.S_ISGID))
+
+
+def _is_of(partial: Path, key: str) -> bool:
+    return partial.name.startswith(f".{key}.")
+
+
+def _is_plain(folder: Path) -> bool:
+    """Whether all below the folder are folders and regular files: nothing through which a write would leave it."""
+    for path in folder.rglob("*"):
+        mode = path.lstat().st_mode
+        if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+            return False
+    return True
+
+
+def _plain_bytes(folder: Path) -> int:
+    """Bytes below a folder that another process may change, rename or delete meanwhile."""
+    try:
+        return bytes_below(folder)
+    except OSError:
+        return 0
+
+
+def _short(name: str) -> str:
+    return sha256(name.encode()).hexdigest()[:16]
