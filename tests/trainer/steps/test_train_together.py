@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import import_module
 from itertools import count
@@ -147,6 +148,17 @@ def test_one_that_diverges_leaves_the_others_as_they_are(fluent: Path, tmp_path:
     alone = contexts(tmp_path / "alone", fluent, {"plain": plain})
     run(alone[0])
     assert apart(jobs[0], alone[0]) < 0.02
+
+
+def test_a_leader_that_diverges_leaves_its_curves_on_the_page_of_its_sweep(fluent: Path, tmp_path: Path) -> None:
+    """Its train step is this one; each of the others leaves them in its own."""
+    wild = merged(PLAIN, {"training": {"learningRate": 1.0, "maxSteps": 1, "scheduler": "constant", "warmupSteps": 0}})
+    jobs = contexts(tmp_path, fluent, {"wild": wild, "wild-too": wild})
+    shared = tmp_path / "shared"
+    failed = together([replace(job, mounts=replace(job.mounts, sweep=shared)) for job in jobs])
+    assert [failure.exit_code.reason for failure in failed] == ["Diverged"] * 2
+    assert ", diverged" in (shared / "report.html").read_text()
+    assert len(list((shared / "cells").glob("*.json"))) == 1
 
 
 @pytest.mark.parametrize("broken", ["report/metrics.jsonl", "checkpoints"])
