@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from qlora_api.contract import ProgressRecord, ResultRecord, decode_record
-from qlora_trainer.core.completion import TrainRecord
+from qlora_api.status import InitialAdapterStatus
+from qlora_trainer.core.completion import PrepareRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.core.file_names import ADAPTER_FILE
@@ -32,7 +33,7 @@ from qlora_trainer.training.together import Ended, Member, run_together
 from tests.support.tiny import POD_UID, Recorded, merged
 from tests.support.training import StopAtStep, adapter_bytes, history, interrupted_at, prepared, run
 
-# What differs between the jobs: the length, the adapter, its layers, the rate, the evaluations, what is kept.
+# What differs between the jobs: length, adapter, its layers and beginning, rate, evaluations, what is kept, the end.
 PLAIN: dict[str, Any] = {"lora": {"dropout": 0}}
 JOBS: dict[str, dict[str, Any]] = {
     "plain": PLAIN,
@@ -45,12 +46,34 @@ JOBS: dict[str, dict[str, Any]] = {
         "lora": {"dropout": 0},
         "training": {"seed": 9, "keep": "best", "optimizer": "adamw", "evalEverySteps": 1},
     },
+    # No evaluation improves so much: it ends after five steps, one after the stop below.
+    "further": {
+        "lora": {"dropout": 0, "from": {"source": "pvc://adapters/earlier"}},
+        "training": {"seed": 11, "evalEverySteps": 1, "earlyStopping": {"patience": 5, "minDelta": 0.5}},
+    },
 }
 
 
 def contexts(root: Path, model: Path, jobs: dict[str, dict[str, Any]] = JOBS) -> list[StepContext]:
     """A prepared workspace for each job."""
-    return [prepared(root / name, model, spec) for name, spec in jobs.items()]
+    made = {name: prepared(root / name, model, spec) for name, spec in jobs.items()}
+    further = [context for context in made.values() if context.spec.lora.initial_adapter is not None]
+    if further:
+        earlier = prepared(root / "earlier", model, merged(PLAIN, {"training": {"maxSteps": 1, "warmupSteps": 0}}))
+        sha256 = run(earlier).adapter_sha256
+        for context in further:
+            begins_with(context, earlier, sha256)
+    return list(made.values())
+
+
+def begins_with(context: StepContext, earlier: StepContext, sha256: str) -> None:
+    """Note the adapter of an earlier job as what prepare has found for spec.lora.from."""
+    shutil.copytree(earlier.workspace.trained, context.workspace.initial_adapter)
+    path = context.workspace.completion("prepare")
+    record = read_completion(path, PrepareRecord)
+    assert record is not None
+    status = InitialAdapterStatus(source="pvc://adapters/earlier", sha256=sha256)
+    write_completion(path, record.model_copy(update={"initial_adapter": status}))
 
 
 def together(
