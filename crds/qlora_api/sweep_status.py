@@ -123,8 +123,8 @@ class QLoRASweepStatus(ObservedModel):
     claim_name: str = Field("", max_length=253, description="The workspace's PersistentVolumeClaim, for all cells.")
     report: Uri | None = Field(
         None,
-        description="Page with the curves of the cells over each other, which each cell updates when it succeeds or is "
-        "stopped by spec.halving.",
+        description="Page with the curves of the cells over each other, which each cell updates when it succeeds, does "
+        "not pass its gate, diverges, or is stopped by spec.halving.",
     )
     start_time: Timestamp | None = Field(None, description="When the operator first saw the sweep.")
     completion_time: Timestamp | None = Field(

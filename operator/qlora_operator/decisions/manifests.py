@@ -338,7 +338,7 @@ def _environment(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int
         values |= _servers(resolved.profile)
     values |= _model_cache(job, resolved, step)
     # Not the job that publishes the best cell: that cell is on the page already.
-    writes_report = (step == "publish" or (step == "train" and job.rungs)) and job.spec.continues is None
+    writes_report = step in ("train", "publish") and job.spec.continues is None
     if (step == "prepare" or writes_report) and resolved.shared_path is not None:
         values[contract.ENV_SWEEP_FOLDER] = str(contract.WORKSPACE_MOUNT / resolved.shared_path)
     if step == "prepare" and job.spec.group is not None:

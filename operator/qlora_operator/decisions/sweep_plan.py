@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime
 
-from qlora_api.contract import SWEEP_REPORT
+from qlora_api.contract import SWEEP_REPORT, ExitCode
 from qlora_api.halving import HalvingSpec
 from qlora_api.status import MAX_SHORT_TEXT_LENGTH
 from qlora_api.sweep import Cell, pods
@@ -23,6 +23,8 @@ from qlora_operator.decisions.figures import short_loss
 from qlora_operator.decisions.halving import NOT_AMONG_BEST, is_to_be_stopped, judged, lost_rung, why_stopped
 from qlora_operator.decisions.observe import Reason, format_time
 from qlora_operator.decisions.sweep import CellJob, QLoRASweep, StoredSweep
+
+_FAILED_WITH_CURVES = (ExitCode.GATE_FAILED.reason, ExitCode.DIVERGED.reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +204,9 @@ def next_status(
             "published": published,
             "cells": lines,
             "claim_name": sweep.claim_name,
-            "report": f"pvc://{sweep.claim_name}/{sweep.shared_folder}/{SWEEP_REPORT}" if succeeded else before.report,
+            "report": f"pvc://{sweep.claim_name}/{sweep.shared_folder}/{SWEEP_REPORT}"
+            if any(map(_is_in_report, lines))
+            else before.report,
         }
     )
     all_ended = bool(lines) and ended == len(lines)
@@ -241,6 +245,11 @@ def held_up(sweep: QLoRASweep | StoredSweep, reason: Reason, now: datetime) -> Q
     started = before.start_time or format_time(now)
     status = before.model_copy(update={"observed_generation": sweep.generation, "start_time": started})
     return _with_conditions(sweep, status, phase, reason, now)
+
+
+def _is_in_report(line: CellStatus) -> bool:
+    """Whether the cell's pod has left its curves on the sweep's page. Of those that fail, not each has any to leave."""
+    return line.phase in ("Succeeded", "Stopped") or (line.phase == "Failed" and line.reason in _FAILED_WITH_CURVES)
 
 
 def _ended(line: CellStatus) -> bool:

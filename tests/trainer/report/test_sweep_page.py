@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from qlora_api.status import GateStatus
+from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.folder_lock import exclusive
 from qlora_trainer.report import sweep_page
 from qlora_trainer.report.charts import curves_chart
 from qlora_trainer.report.metrics_log import Curve, read_history
-from qlora_trainer.report.sweep_page import add_stopped_to_sweep_report, add_to_sweep_report
+from qlora_trainer.report.sweep_page import add_to_sweep_report, add_unfinished_to_sweep_report
 from qlora_trainer.steps.publish import _trained_job, publish
 from tests.support.command import Files
 from tests.support.published import context
@@ -21,14 +22,30 @@ from tests.support.report_page import Page
 from tests.support.tiny import Recorded
 
 
-def add(files: Files, shared: Path, name: str, rank: int, eval_loss: float, score: float | None = None) -> None:
+def add(
+    files: Files,
+    shared: Path,
+    name: str,
+    rank: int,
+    eval_loss: float,
+    score: float | None = None,
+    *,
+    passed: bool = True,
+) -> None:
     """What `publish` of a cell with that rank and result would leave."""
     job = _trained_job(context(files))
     spec = job.spec.model_copy(update={"lora": job.spec.lora.model_copy(update={"rank": rank})})
     trained = job.trained.model_copy(update={"eval_loss": eval_loss})
-    gate = None if score is None else GateStatus(passed=True, adapter_sha256="a" * 64, score=score)
+    gated = score is not None or not passed
+    gate = GateStatus(passed=passed, adapter_sha256="a" * 64, score=score) if gated else None
     found = replace(job, name=name, spec=spec, trained=trained, gate=gate)
     add_to_sweep_report(found, files.workspace / "report", shared)
+
+
+def unfinished(files: Files, shared: Path, name: str, *, diverged: bool) -> None:
+    """What `train` of a cell that has diverged, or is stopped, would leave."""
+    spec = _trained_job(context(files)).spec
+    add_unfinished_to_sweep_report(name, spec, files.workspace / "report", shared, diverged=diverged)
 
 
 def page_of(shared: Path) -> Page:
@@ -101,10 +118,9 @@ def test_a_page_that_cannot_be_written_costs_no_adapter(trained: Files, tmp_path
 
 
 def test_a_cell_that_was_stopped_is_shown_below_the_others_whatever_its_loss(finished: Files, tmp_path: Path) -> None:
-    job = _trained_job(context(finished))
     history = read_history(finished.workspace / "report" / "metrics.jsonl").evaluation
-    add_stopped_to_sweep_report("rates-00", job.spec, finished.workspace / "report", tmp_path)
-    assert "No cell has ended" in page_of(tmp_path).words
+    unfinished(finished, tmp_path, "rates-00", diverged=False)
+    assert "No cell has succeeded so far" in page_of(tmp_path).words
     add(finished, tmp_path, "rates-01", 8, 99.0)
     words = page_of(tmp_path).words
     assert "QLoRA sweep rates-01 The cells" in words, "it has no other to be compared with"
@@ -112,7 +128,43 @@ def test_a_cell_that_was_stopped_is_shown_below_the_others_whatever_its_loss(fin
     # It is resumed, and published.
     add(finished, tmp_path, "rates-00", 4, 1.5)
     assert "rates-00 has the lowest held-out loss of 2 cells" in page_of(tmp_path).words
-    assert "stopped" not in page_of(tmp_path).words
+    assert ", stopped" not in page_of(tmp_path).words
+
+
+def test_cells_that_have_failed_are_shown_last_with_the_reason_and_are_never_the_best(
+    finished: Files, tmp_path: Path
+) -> None:
+    history = read_history(finished.workspace / "report" / "metrics.jsonl").evaluation
+    add(finished, tmp_path, "rates-00", 4, 0.5, score=0.9, passed=False)
+    assert "No cell has succeeded so far" in page_of(tmp_path).words
+    assert "90.0%" in page_of(tmp_path).words, "by what it has failed"
+    unfinished(finished, tmp_path, "rates-01", diverged=True)
+    unfinished(finished, tmp_path, "rates-02", diverged=False)
+    add(finished, tmp_path, "rates-03", 8, 99.0, score=0.1)
+    add(finished, tmp_path, "rates-04", 8, 98.0, score=0.2)
+    words = page_of(tmp_path).words
+    assert "rates-04 has the lowest held-out loss and the highest score of 2 cells" in words
+    rows = words[words.index("Held-out loss Score") : words.index("Loss on the held-out rows")]
+    latest = f"{history.values[-1]:.4f} at step {history.steps[-1]}"
+    assert [name for name in rows.split() if name.startswith("rates-")] == [f"rates-0{n}" for n in (4, 3, 2, 0, 1)]
+    assert f"{latest}, stopped rates-00" in rows
+    assert "0.5000, did not pass its gate 90.0% rates-01" in rows
+    assert f"{latest}, diverged" in rows
+    # Its gate lets it pass now.
+    add(finished, tmp_path, "rates-00", 4, 0.5, score=0.9)
+    assert "rates-00 has the lowest held-out loss and the highest score of 3 cells" in page_of(tmp_path).words
+    assert "did not pass its gate 90" not in page_of(tmp_path).words
+
+
+def test_publish_of_a_cell_that_does_not_pass_its_gate_writes_the_page_too(trained: Files, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    alone = context(replace(trained, spec={**trained.spec, "gate": {"maxEvalLoss": 0.001}}))
+    cell = replace(alone, mounts=replace(alone.mounts, sweep=shared))
+    with pytest.raises(StepFailure, match=r"spec\.gate\.maxEvalLoss"):
+        publish(cell, Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
+    page = page_of(shared)
+    assert ", did not pass its gate" in page.words
+    assert page.elements.count("svg") == 2
 
 
 def test_a_cell_that_hangs_while_it_writes_the_page_is_not_waited_for(
@@ -132,3 +184,11 @@ def test_curves_over_each_other_name_a_dozen_and_draw_all() -> None:
     assert "cell-11" in page.words
     assert "cell-12" not in page.words
     assert curves_chart("loss", "Loss", {"cell-00": Curve()}) == ""
+
+
+def test_a_curve_that_runs_away_does_not_press_the_others_flat() -> None:
+    curves = {"cell-00": Curve((0, 1), (2.0, 1.0)), "cell-01": Curve((0, 1), (2.0, 5000.0))}
+    assert "5000" in Page(curves_chart("loss", "Loss", curves)).words
+    assert "5000" not in Page(curves_chart("loss", "Loss", curves, {"cell-01"})).words
+    alone = {"cell-01": curves["cell-01"]}
+    assert "5000" in Page(curves_chart("loss", "Loss", alone, {"cell-01"})).words

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import import_module
 from itertools import count
@@ -18,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from qlora_api.contract import ProgressRecord, ResultRecord, decode_record
-from qlora_trainer.core.completion import TrainRecord
+from qlora_api.status import InitialAdapterStatus
+from qlora_trainer.core.completion import PrepareRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.core.file_names import ADAPTER_FILE
@@ -31,7 +33,7 @@ from qlora_trainer.training.together import Ended, Member, run_together
 from tests.support.tiny import POD_UID, Recorded, merged
 from tests.support.training import StopAtStep, adapter_bytes, history, interrupted_at, prepared, run
 
-# What differs between the jobs: the length, the adapter, its layers, the rate, the evaluations, what is kept.
+# What differs between the jobs: length, adapter, its layers and beginning, rate, evaluations, what is kept, the end.
 PLAIN: dict[str, Any] = {"lora": {"dropout": 0}}
 JOBS: dict[str, dict[str, Any]] = {
     "plain": PLAIN,
@@ -44,12 +46,34 @@ JOBS: dict[str, dict[str, Any]] = {
         "lora": {"dropout": 0},
         "training": {"seed": 9, "keep": "best", "optimizer": "adamw", "evalEverySteps": 1},
     },
+    # No evaluation improves so much: it ends after five steps, one after the stop below.
+    "further": {
+        "lora": {"dropout": 0, "from": {"source": "pvc://adapters/earlier"}},
+        "training": {"seed": 11, "evalEverySteps": 1, "earlyStopping": {"patience": 5, "minDelta": 0.5}},
+    },
 }
 
 
 def contexts(root: Path, model: Path, jobs: dict[str, dict[str, Any]] = JOBS) -> list[StepContext]:
     """A prepared workspace for each job."""
-    return [prepared(root / name, model, spec) for name, spec in jobs.items()]
+    made = {name: prepared(root / name, model, spec) for name, spec in jobs.items()}
+    further = [context for context in made.values() if context.spec.lora.initial_adapter is not None]
+    if further:
+        earlier = prepared(root / "earlier", model, merged(PLAIN, {"training": {"maxSteps": 1, "warmupSteps": 0}}))
+        sha256 = run(earlier).adapter_sha256
+        for context in further:
+            begins_with(context, earlier, sha256)
+    return list(made.values())
+
+
+def begins_with(context: StepContext, earlier: StepContext, sha256: str) -> None:
+    """Note the adapter of an earlier job as what prepare has found for spec.lora.from."""
+    shutil.copytree(earlier.workspace.trained, context.workspace.initial_adapter)
+    path = context.workspace.completion("prepare")
+    record = read_completion(path, PrepareRecord)
+    assert record is not None
+    status = InitialAdapterStatus(source="pvc://adapters/earlier", sha256=sha256)
+    write_completion(path, record.model_copy(update={"initial_adapter": status}))
 
 
 def together(
@@ -147,6 +171,17 @@ def test_one_that_diverges_leaves_the_others_as_they_are(fluent: Path, tmp_path:
     alone = contexts(tmp_path / "alone", fluent, {"plain": plain})
     run(alone[0])
     assert apart(jobs[0], alone[0]) < 0.02
+
+
+def test_a_leader_that_diverges_leaves_its_curves_on_the_page_of_its_sweep(fluent: Path, tmp_path: Path) -> None:
+    """Its train step is this one; each of the others leaves them in its own."""
+    wild = merged(PLAIN, {"training": {"learningRate": 1.0, "maxSteps": 1, "scheduler": "constant", "warmupSteps": 0}})
+    jobs = contexts(tmp_path, fluent, {"wild": wild, "wild-too": wild})
+    shared = tmp_path / "shared"
+    failed = together([replace(job, mounts=replace(job.mounts, sweep=shared)) for job in jobs])
+    assert [failure.exit_code.reason for failure in failed] == ["Diverged"] * 2
+    assert ", diverged" in (shared / "report.html").read_text()
+    assert len(list((shared / "cells").glob("*.json"))) == 1
 
 
 @pytest.mark.parametrize("broken", ["report/metrics.jsonl", "checkpoints"])

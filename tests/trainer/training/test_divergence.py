@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.training import loop
 from qlora_trainer.training.divergence import Stability, has_diverged
 from qlora_trainer.training.optimizer import learning_rate
+from tests.support.report_page import Page
 from tests.support.training import StopAtStep, history, prepared, run
 
 PATIENCE = 20
@@ -119,6 +121,18 @@ def test_a_rate_that_is_far_too_high_ends_the_run_and_names_when_it_began(worksp
     assert "nothing was saved yet" in message
     assert "spec.training.learningRate" in message
     assert not context.workspace.trained.exists()
+
+
+def test_a_cell_that_diverges_leaves_its_curves_on_the_page_of_its_sweep(workspace: Prepare, tmp_path: Path) -> None:
+    context = workspace("wild", 1.0, divergencePatience=6, warmupSteps=0)
+    expected = given_up(replace(context, mounts=replace(context.mounts, sweep=tmp_path / "shared"))).message
+    page = Page((tmp_path / "shared" / "report.html").read_text())
+    assert "Held-out loss tiny diverged" in page.words
+    assert page.elements.count("svg") == 1, "the training loss; nothing was held out"
+    # What it reports does not depend on the page.
+    (tmp_path / "file").touch()
+    again = workspace("again", 1.0, divergencePatience=6, warmupSteps=0)
+    assert given_up(replace(again, mounts=replace(again.mounts, sweep=tmp_path / "file"))).message == expected
 
 
 @pytest.mark.parametrize("steps", [1, 6])

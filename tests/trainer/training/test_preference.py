@@ -102,6 +102,32 @@ def test_the_result_has_loss_and_accuracy_of_the_adapter_that_is_kept(tmp_path: 
     assert (result.eval_loss, result.eval_accuracy) == (kept["evalLoss"], kept["evalAccuracy"])
 
 
+# Of the first step's adapter, which is the best, later checkpoints must know; the run ends two evaluations after it.
+@pytest.mark.parametrize(("objective", "micro_batches"), [("dpo", 2), ("orpo", 4)])
+def test_a_run_that_is_stopped_after_every_step_ends_early_and_keeps_the_same_best_adapter(
+    objective: str, micro_batches: int, tmp_path: Path, tiny_llama: Path
+) -> None:
+    each_step: dict[str, Any] = {"keep": "best", "evalEverySteps": 1, "saveEverySteps": 1, "warmupSteps": 0}
+    stops = {"earlyStopping": {"patience": 2}, "learningRate": 0.1, "gradientAccumulationSteps": micro_batches}
+    spec = {"lora": {"dropout": 0.1}, "training": {"objective": objective, **each_step, **stops}}
+    undisturbed, disturbed = (job(tmp_path / name, tiny_llama, spec) for name in ("undisturbed", "disturbed"))
+    expected = run(undisturbed)
+    accuracy = {line["step"]: line["evalAccuracy"] for line in history(undisturbed) if "evalAccuracy" in line}
+    assert (expected.kept_step, expected.training_step) == (1, 3), "the test needs a best step that is not the last"
+    assert accuracy[1] != accuracy[3]
+
+    for step in (1, 2):
+        interrupted_at(disturbed, step)
+        torch.manual_seed(step)
+    found = run(disturbed)
+
+    assert adapter_bytes(disturbed) == adapter_bytes(undisturbed)
+    assert history(disturbed) == history(undisturbed)
+    assert (found.kept_step, found.training_step) == (expected.kept_step, expected.training_step)
+    assert (found.eval_loss, found.loss) == (expected.eval_loss, expected.loss)
+    assert found.eval_accuracy == expected.eval_accuracy == accuracy[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True])
 def test_two_processes_compute_what_one_does(sharded: bool, tmp_path: Path, tiny_llama: Path) -> None:
@@ -148,6 +174,18 @@ def test_the_loss_of_the_base_by_which_a_run_is_judged_is_log_2(
     monkeypatch.setattr(divergence.Stability, "to_be_judged", lambda *_: True)
     failed = failure(job(tmp_path / "workspace", tiny_llama))
     assert failed.exit_code is ExitCode.DIVERGED
+    assert "the base model without the adapter has 0.6931 on the same rows" in failed.message
+
+
+def test_a_run_that_prefers_the_rejected_answers_for_long_has_diverged(tmp_path: Path, tiny_llama: Path) -> None:
+    """Its loss stays more than 1 nat above log 2, which is that of the base."""
+    wild = {"learningRate": 1.0, "warmupSteps": 0, "gradientAccumulationSteps": 1, "divergencePatience": 2}
+    strong = {"preference": {"beta": 10}}
+    context = job(tmp_path / "workspace", tiny_llama, {"dataset": {"eval": None}, "training": {**wild, **strong}})
+    failed = failure(context)
+    assert failed.exit_code is ExitCode.DIVERGED
+    assert "training diverged at step 4: loss " in failed.message
+    assert "suspect since step 3" in failed.message
     assert "the base model without the adapter has 0.6931 on the same rows" in failed.message
 
 

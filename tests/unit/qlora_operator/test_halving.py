@@ -197,6 +197,7 @@ def test_a_sweep_that_goes_on_does_not_resume_what_it_has_stopped() -> None:
 
 def test_a_sweep_of_which_nothing_but_stopped_cells_is_left_has_failed_and_says_how_to_go_on() -> None:
     stopped = [cell(n, 1.0 + n, phase="Suspended", suspend=True, stopped_by_sweep=True) for n in (1, 2, 3)]
+    assert after_pass(sweep(), *stopped).status.report, "they have left their curves"
     status = after_pass(sweep(), cell(0, 1.0, phase="Failed", reason="GateFailed"), *stopped).status
     (failed,) = [entry for entry in status.conditions if entry.type == "Failed"]
     assert (status.phase, failed.reason) == ("Failed", "AllCellsFailed")
@@ -210,20 +211,15 @@ def test_only_train_of_a_cell_is_told_of_the_rungs_and_nothing_else_is_taken_for
     plain = sweep(halving=None)
     assert "annotations" not in build_cell(plain, plain.cells()[0])["metadata"]
 
-    def environment(step: Any, annotation: str) -> dict[str, str]:
+    def rungs(step: Any, annotation: str) -> str | None:
         body = job_body()
         body["metadata"] |= {"annotations": {"qlora.dev/rungs": annotation, "other": "x" * 1000}}
         job = parse_job(compact(body))
         shared = resolved().model_copy(update={"shared_path": "rates.sweep"})
         (container,) = build_job(job, shared, step, 1)["spec"]["template"]["spec"]["containers"]
-        return {entry["name"]: entry.get("value", "") for entry in container["env"]}
-
-    def rungs(step: Any, annotation: str) -> str | None:
-        return environment(step, annotation).get("QLORA_RUNGS")
+        return {entry["name"]: entry.get("value", "") for entry in container["env"]}.get("QLORA_RUNGS")
 
     assert rungs("train", "20,40,80") == "20,40,80"
-    assert environment("train", "20,40,80")["QLORA_SWEEP_FOLDER"] == "/workspace/rates.sweep"
-    assert "QLORA_SWEEP_FOLDER" not in environment("train", "")
     assert [rungs(step, "20,40,80") for step in ("prepare", "publish")] == [None, None]
     assert [rungs("train", text) for text in ("20,", "a", "20,40\n", ",".join(["1"] * 9), "1" * 9)] == [None] * 5
 

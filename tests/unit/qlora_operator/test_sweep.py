@@ -170,6 +170,15 @@ def test_a_sweep_without_a_cell_that_has_succeeded_has_failed() -> None:
     assert of(status, "Succeeded")[:2] == ("False", "AllCellsFailed")
     assert of(status, "Failed")[0] == of(status, "Stalled")[0] == "True"
     assert "(BadDataset)" in of(status, "Failed")[2]
+    assert status.report is None, "none has left its curves"
+
+
+@pytest.mark.parametrize("fields", [{"reason": "GateFailed"}, {"reason": "Diverged"}])
+def test_a_cell_that_was_trained_and_failed_has_its_curves_in_the_report(fields: dict[str, Any]) -> None:
+    status = status_of(make(), cell(0, "Failed", **fields), cell(1))
+    assert status.report == "pvc://rates-0a1b2c3d/rates-0a1b2c3d.sweep/report.html"
+    assert status_of(make(), cell(0, **fields), cell(1)).report is None, "it is retried, and was not seen before"
+    assert status_of(make(status), cell(0), cell(1)).report == status.report
 
 
 def test_a_failed_cell_whose_retry_is_about_to_begin_has_its_place() -> None:
@@ -357,7 +366,7 @@ def test_cells_share_a_folder_and_an_owner_that_is_no_sweep_leads_nowhere() -> N
     assert parse_job(job_body()).shares is None
 
 
-def test_cells_share_rows_and_a_base_unless_the_profile_has_a_cache_and_publish_writes_the_report_of_all() -> None:
+def test_cells_share_rows_and_a_base_unless_the_profile_has_a_cache_and_each_step_writes_to_their_folder() -> None:
     body = job_body()
     body["metadata"] |= {"ownerReferences": [OWNER]}
     cached = Profile.model_validate(PROFILE.dump() | {"modelCache": {"claimName": "model-cache"}})
@@ -374,10 +383,11 @@ def test_cells_share_rows_and_a_base_unless_the_profile_has_a_cache_and_publish_
     assert [environment(step, cached).get("QLORA_MODEL_CACHE") for step in steps] == ["/model-cache"] * 3
     volume = body | {"spec": body["spec"] | {"model": {"source": "pvc://models/base"}}}
     assert [environment(step, cached, volume).get("QLORA_MODEL_CACHE") for step in steps] == [folder] * 3
-    assert [environment(step, cached).get("QLORA_SWEEP_FOLDER") for step in steps] == [folder, None, folder]
+    assert [environment(step, cached).get("QLORA_SWEEP_FOLDER") for step in steps] == [folder] * 3
     best = body | {"spec": body["spec"] | {"continues": "rates-00"}}
     assert environment("publish", PROFILE, best).get("QLORA_MODEL_CACHE") == folder
-    assert "QLORA_SWEEP_FOLDER" not in environment("publish", PROFILE, best), "that cell is on the page already"
+    for step in ("train", "publish"):
+        assert "QLORA_SWEEP_FOLDER" not in environment(step, PROFILE, best), "that cell is on the page already"
     assert environment("prepare", PROFILE, best).get("QLORA_SWEEP_FOLDER") == folder, "it has the cells' rows"
     assert not environment("publish", PROFILE, job_body()).keys() & {"QLORA_MODEL_CACHE", "QLORA_SWEEP_FOLDER"}
 

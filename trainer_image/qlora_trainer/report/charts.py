@@ -1,6 +1,6 @@
 """Draws a run's curves: the picture of the loss for model cards and email, and the charts of the report."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from io import BytesIO
 from typing import Any
 
@@ -59,9 +59,13 @@ def chart(name: str, label: str, curve: Curve, *, logarithmic: bool = False, uni
     return _svg(name, 4.7, 2.8, plot) if curve.steps else ""
 
 
-def curves_chart(name: str, label: str, curves: Mapping[str, Curve]) -> str:
-    """Curves of one quantity over each other, the first in front, as an SVG element; nothing if all are empty."""
+def curves_chart(name: str, label: str, curves: Mapping[str, Curve], runaway: Set[str] = frozenset()) -> str:
+    """Curves of one quantity over each other, the first in front, as an SVG element; nothing if all are empty.
+
+    Those of `runaway` leave the chart at its top where they would press the others flat.
+    """
     drawn = {key: curve for key, curve in curves.items() if curve.steps}
+    others = [value for key, curve in drawn.items() if key not in runaway for value in curve.values]
 
     def plot(axes: Any) -> None:
         colors = mpl.colormaps["viridis"].resampled(max(2, len(drawn)))
@@ -76,6 +80,9 @@ def curves_chart(name: str, label: str, curves: Mapping[str, Curve]) -> str:
                 zorder=3 if front else 2,
                 label=key if listed else None,
             )
+        if others:
+            height = max(others) - min(others) or 1.0
+            axes.set_ylim(top=min(axes.get_ylim()[1], max(others) + height))
         axes.set_ylabel(label)
         axes.legend(frameon=False, loc="upper right", fontsize=8)
 

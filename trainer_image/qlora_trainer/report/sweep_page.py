@@ -1,15 +1,15 @@
 """Writes the report of a sweep: one HTML page with the curves of its cells over each other.
 
 Nobody but its cells can read their volume. Each of them leaves its curves in the folder that they share, when it is
-published or its sweep may have stopped it, and writes the page anew from those of all, so that the last to end has
-written the whole one.
+published or does not pass its gate, when it diverges, or when its sweep may have stopped it, and writes the page anew
+from those of all, so that the last to end has written the whole one.
 """
 
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import Field, ValidationError
@@ -71,30 +71,44 @@ class _CellCurves(ObservedModel):
     score: Share | None = None
     """Of its answers, if its gate has one."""
     stopped_at: Annotated[int, Field(ge=0, le=2**53)] | None = None
-    """The optimizer step of the latest evaluation of a cell that was stopped before its end."""
+    """The optimizer step of the latest evaluation of a cell that was stopped before its end, or diverged."""
+    failed: Literal["gate", "diverged"] | None = None
+    """Why it has no published adapter: it has not passed its gate, or training diverged."""
+
+    @property
+    def compared(self) -> bool:
+        """Whether its results may be the best: it was trained to its end, and has not failed."""
+        return self.stopped_at is None and self.failed is None
 
 
 def add_to_sweep_report(job: TrainedJob, report: Path, shared: Path) -> None:
     """Leave the curves of this cell in the folder `shared`, and write the page there anew.
 
+    It is trained to its end; whether it has passed its gate, `job` knows.
     `report`: the cell's own report. Raises OSError if a file cannot be written, also if another cell does not let this
     one do it within a minute (TimeoutError); ValueError for broken metrics.
     """
     curves = _curves(job.name, job.spec, read_history(report / HISTORY_FILE))
     score = job.gate.score if job.gate is not None else None
-    _add(curves.model_copy(update={"eval_loss": job.trained.eval_loss, "score": score}), shared)
+    failed = "gate" if job.gate is not None and not job.gate.passed else None
+    _add(curves.model_copy(update={"eval_loss": job.trained.eval_loss, "score": score, "failed": failed}), shared)
 
 
-def add_stopped_to_sweep_report(name: str, spec: QLoRAJobSpec, report: Path, shared: Path) -> None:
-    """The same for a cell of that name that is stopped before its end, which its sweep may or may not resume.
+def add_unfinished_to_sweep_report(
+    name: str, spec: QLoRAJobSpec, report: Path, shared: Path, *, diverged: bool
+) -> None:
+    """The same for a cell of that name that has `diverged`, or is stopped before its end and may be resumed.
 
-    One without an evaluation of what it has trained is left out. Raises as `add_to_sweep_report` does.
+    A stopped one without an evaluation of what it has trained is left out. Raises as `add_to_sweep_report` does.
     """
     history = read_history(report / HISTORY_FILE)
-    if not history.evaluation.steps or not history.evaluation.steps[-1]:
+    steps, losses = history.evaluation.steps, history.evaluation.values
+    evaluated = bool(steps) and steps[-1] > 0
+    if not evaluated and not diverged:
         return
-    latest = {"stopped_at": history.evaluation.steps[-1], "eval_loss": history.evaluation.values[-1]}
-    _add(_curves(name, spec, history).model_copy(update=latest), shared)
+    latest = {"stopped_at": steps[-1], "eval_loss": losses[-1]} if evaluated else {}
+    failed = "diverged" if diverged else None
+    _add(_curves(name, spec, history).model_copy(update={**latest, "failed": failed}), shared)
 
 
 def _curves(name: str, spec: QLoRAJobSpec, history: MetricsHistory) -> _CellCurves:
@@ -118,14 +132,16 @@ def _add(own: _CellCurves, shared: Path) -> None:
 
 
 def _read_all(folder: Path) -> list[_CellCurves]:
-    """The cells that have left their curves, the lowest loss first, and those that were stopped after the others.
+    """The cells that have left their curves, the lowest loss first; after them those stopped, and then those failed.
 
     What cannot be read is left out, and logged.
     """
     found = [cell for path in sorted(folder.glob("*.json"))[:_MOST_CELLS] if (cell := _read(path)) is not None]
-    return sorted(
-        found, key=lambda cell: (cell.stopped_at is not None, cell.eval_loss is None, cell.eval_loss, cell.name)
-    )
+
+    def key(cell: _CellCurves) -> tuple[object, ...]:
+        return cell.failed is not None, not cell.compared, cell.eval_loss is None, cell.eval_loss, cell.name
+
+    return sorted(found, key=key)
 
 
 def _read(path: Path) -> _CellCurves | None:
@@ -144,16 +160,18 @@ def _page(cells: Sequence[_CellCurves]) -> str:
     environment = Environment(
         loader=PackageLoader("qlora_trainer.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    ended = [cell for cell in cells if cell.stopped_at is None]
+    compared = [cell for cell in cells if cell.compared]
+    diverged = {cell.name for cell in cells if cell.failed == "diverged"}
     differing = _differing([cell.settings for cell in cells])
     return environment.get_template("sweep.html.jinja").render(
         cells=cells,
         differing=differing,
-        ended=len(ended),
-        lowest=next((cell.name for cell in ended if cell.eval_loss is not None), None),
-        highest=_highest_score(ended),
-        evaluation=curves_chart("evaluation", "Held-out loss", {c.name: c.evaluation.curve() for c in cells}),
-        loss=curves_chart("loss", "Training loss, smoothed", {c.name: c.loss.curve() for c in cells}),
+        compared=len(compared),
+        lowest=next((cell.name for cell in compared if cell.eval_loss is not None), None),
+        highest=_highest_score(compared),
+        scored=any(cell.score is not None for cell in cells),
+        evaluation=curves_chart("evaluation", "Held-out loss", {c.name: c.evaluation.curve() for c in cells}, diverged),
+        loss=curves_chart("loss", "Training loss, smoothed", {c.name: c.loss.curve() for c in cells}, diverged),
     )
 
 

@@ -1,17 +1,17 @@
 """Trains the adapter: load, loop, finish."""
 
-import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from datetime import datetime
 from functools import partial
 
 from qlora_api import contract
 from qlora_trainer.core.completion import TrainRecord
 from qlora_trainer.core.context import StepContext
-from qlora_trainer.core.failures import Interrupted, StopRequest
+from qlora_trainer.core.failures import StopRequest
 from qlora_trainer.core.records import RecordWriter
+from qlora_trainer.steps.sweep_curves import leaving_curves
 from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.finishing import finish_run, leave_samples, with_score
 from qlora_trainer.training.launch import RankInfo, started_child_ranks
@@ -21,9 +21,7 @@ from qlora_trainer.training.out_of_memory import explained_shortage
 from qlora_trainer.training.prepared_job import PreparedJob
 from qlora_trainer.training.ranks import Meeting, Ranks, joined
 from qlora_trainer.training.resume import agreed_checkpoint
-from qlora_trainer.training.state import Run, Runtime
-
-logger = logging.getLogger(__name__)
+from qlora_trainer.training.state import Runtime
 
 Clock = Callable[[], datetime]
 
@@ -71,7 +69,8 @@ def train(
             run, state = open_run(job, ProcessSettings(runtime, ranks, base_check), checkpoint)
         if run.history is not None:
             held.enter_context(run.history)
-        with shortage(lambda: run.schedule.micro_batch_size), _leaving_curves(run):
+        leaving = leaving_curves(context) if ranks.main else nullcontext()
+        with shortage(lambda: run.schedule.micro_batch_size), leaving:
             state = run_to_end(run, state)
         if base_check is not None:
             base_check.wait()
@@ -89,27 +88,6 @@ def train(
             record = with_score(run, state, job, record)
             leave_samples(run, job)
     return record
-
-
-@contextmanager
-def _leaving_curves(run: Run) -> Iterator[None]:
-    """On the page of the job's sweep, if that stops cells early and this may be one that it has stopped."""
-    try:
-        yield
-    except Interrupted:
-        context = run.context
-        if run.history is not None and context.mounts.sweep is not None and context.rungs:
-            # With what draws: only a cell that is stopped needs it here.
-            from qlora_trainer.report.sweep_page import add_stopped_to_sweep_report
-
-            try:
-                add_stopped_to_sweep_report(
-                    context.document.metadata.name, context.spec, context.workspace.report, context.mounts.sweep
-                )
-            except (OSError, ValueError) as error:
-                # The checkpoint is saved, and that the run was interrupted must be what the step reports.
-                logger.warning("the report of the sweep cannot be written: %s", error)
-        raise
 
 
 def _agreed_record(ranks: Ranks, record: TrainRecord | None) -> TrainRecord:

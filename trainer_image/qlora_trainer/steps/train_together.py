@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -18,6 +18,7 @@ from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.model.adapter import adapter_name, attach_further_adapter
 from qlora_trainer.model.fused_lora import require_apart
 from qlora_trainer.model.model_error import ModelError
+from qlora_trainer.steps.sweep_curves import leaving_curves
 from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.checkpoint import Checkpoint
 from qlora_trainer.training.device import peak_memory_bytes
@@ -116,7 +117,9 @@ def train_together(
             entry = entries[numbers[member.adapter]]
             with results.failing_alone(entry.number, entry.held):
                 if isinstance(ended, StepFailure):
-                    raise ended
+                    # The others leave their curves in the train step that each of them still has.
+                    with leaving_curves(contexts[0]) if entry.number == 0 else nullcontext():
+                        raise ended
                 base.wait()
                 results[entry.number] = finish_run(member.run, ended, entry.job)
                 # Now, not after the last of the others: what happens to those must not count as its own end.
