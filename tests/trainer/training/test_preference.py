@@ -103,7 +103,7 @@ def test_the_result_has_loss_and_accuracy_of_the_adapter_that_is_kept(tmp_path: 
 
 
 # Of the first step's adapter, which is the best, later checkpoints must know; the run ends two evaluations after it.
-@pytest.mark.parametrize(("objective", "micro_batches"), [("dpo", 2), ("orpo", 4)])
+@pytest.mark.parametrize(("objective", "micro_batches"), [("dpo", 2), pytest.param("orpo", 4, marks=pytest.mark.slow)])
 def test_a_run_that_is_stopped_after_every_step_ends_early_and_keeps_the_same_best_adapter(
     objective: str, micro_batches: int, tmp_path: Path, tiny_llama: Path
 ) -> None:
@@ -116,7 +116,7 @@ def test_a_run_that_is_stopped_after_every_step_ends_early_and_keeps_the_same_be
     assert (expected.kept_step, expected.training_step) == (1, 3), "the test needs a best step that is not the last"
     assert accuracy[1] != accuracy[3]
 
-    for step in (1, 2):
+    for step in (1, 2, 3):
         interrupted_at(disturbed, step)
         torch.manual_seed(step)
     found = run(disturbed)
