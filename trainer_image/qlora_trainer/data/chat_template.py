@@ -35,6 +35,8 @@ from qlora_trainer.data.render_limits import LimitExceeded, limited_time, within
 
 # What a template gets as today's date, so that the same data gives the same tokens on every day.
 FROZEN_DATE = datetime(2025, 1, 1)  # noqa: DTZ001 - a printed date has no time zone
+# Each answer takes two more renderings. For up to so many answers, tokenizing the row before them would save nothing.
+_FEW_ANSWERS = 8
 # The names that templates have for the reasoning before an answer: Qwen3's and DeepSeek's, others, gpt-oss's.
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _REASONING_PROBE = Conversation((Message("user", "question"), Message("assistant", "answer", reasoning="probethought")))
@@ -85,7 +87,7 @@ class Rendered:
 
     text: str
     targets: tuple[tuple[int, int], ...]
-    """Those of every answer, or of all of a plain text."""
+    """Those of every answer, or of all of a plain text; none if they were not looked for in a row that is too long."""
     ends_itself: bool
     """Whether the text has its own begin and end marks, as that of a chat template does."""
     marked: tuple[tuple[int, int], ...] = ()
@@ -169,9 +171,10 @@ class Tokenizer:
             "the model's chat template" if self.template is None else "the chat template of spec.dataset.chatTemplate"
         )
 
-    def render(self, example: Example, location: str) -> Rendered:
+    def render(self, example: Example, location: str, longest_allowed: int | None = None) -> Rendered:
         """The example as text. With a chat template, a prompt and its completion become a user's and a model's turn.
 
+        In a conversation of many answers that is longer than `longest_allowed` tokens, no answer is looked for.
         Raises StepFailure BAD_DATASET, beginning with `location`, if the template rejects the conversation, or if the
         model has no template and the example needs one.
         """
@@ -189,24 +192,29 @@ class Tokenizer:
                 "prompt-completion or text"
             )
         conversation = example.as_conversation() if isinstance(example, PromptCompletion) else example
-        return self._render_conversation(conversation, location)
+        return self._render_conversation(conversation, location, longest_allowed)
 
-    def render_pair(self, pair: Preference, location: str) -> tuple[Rendered, Rendered]:
+    def render_pair(
+        self, pair: Preference, location: str, longest_allowed: int | None = None
+    ) -> tuple[Rendered, Rendered]:
         """The prompt with each of its answers, the chosen one first; only what follows the prompt is trained on.
 
         Raises StepFailure like `render`.
         """
-        chosen, rejected = self.render(pair.chosen, location), self.render(pair.rejected, location)
+        chosen, rejected = (self.render(one, location, longest_allowed) for one in (pair.chosen, pair.rejected))
         first = pair.shared_answers
         return replace(chosen, targets=chosen.targets[first:]), replace(rejected, targets=rejected.targets[first:])
 
-    def _render_conversation(self, conversation: Conversation, location: str) -> Rendered:
+    def _render_conversation(self, conversation: Conversation, location: str, longest_allowed: int | None) -> Rendered:
         if conversation.uses_tools:
             self._require_tools(location)
         messages = conversation.messages
         if conversation.has_reasoning:
             self._require_reasoning(location)
         text = self._apply_template(conversation, len(messages), location)
+        answers = sum(message.role == "assistant" for message in messages)
+        if longest_allowed is not None and answers > _FEW_ANSWERS and self._is_longer(text, longest_allowed):
+            return Rendered(text, (), ends_itself=True)
         spans = []
         for index, message in enumerate(messages):
             if message.role == "assistant":
@@ -225,6 +233,10 @@ class Tokenizer:
                 spans.append((message, span))
         marked = tuple(span for message, span in spans if message.trained)
         return Rendered(text, tuple(span for _, span in spans), ends_itself=True, marked=marked)
+
+    def _is_longer(self, text: str, tokens: int) -> bool:
+        encoded = self._tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return len(encoded["input_ids"]) > tokens
 
     def _require_tools(self, location: str) -> None:
         if not self._takes_tools:
