@@ -68,7 +68,9 @@ def test_a_row_is_shown_as_the_model_sees_it_with_what_is_trained_on(qlora: Any)
 def test_a_row_that_is_left_out_says_so(qlora: Any) -> None:
     output = qlora("data", ROWS).output
     assert output.count("Left out") == 1
-    assert "Left out: longer than 64 tokens (spec.training.maxSequenceLength)" in output.partition("line 2: ")[2]
+    shown = output.partition("line 2: ")[2]
+    assert " tokens, 0 trained on\nLeft out: longer than 64 tokens (spec.training.maxSequenceLength)\n" in shown
+    assert "[[" not in shown
 
 
 def test_template_and_system_prompt_of_the_job_are_shown(qlora: Any) -> None:

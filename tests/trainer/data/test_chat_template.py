@@ -9,7 +9,6 @@ from transformers import AutoTokenizer
 
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.data.answer_span import answer_span
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.steps.prepare import prepare
 from tests.support.tiny import CHATML, SHAPE, Recorded, chat_row, save_model, write_rows
@@ -326,20 +325,6 @@ def test_all_tokens_of_one_character_are_targets(tokenize_rows: TokenizeRows) ->
     [(text, targets)] = tokenize_rows([chat_row("日本語?", "はい、🎉 ünïcödé")])
     assert "日本語?" in text
     assert targets == ["はい、🎉 ünïcödé<|im_end|>"]
-
-
-@pytest.mark.parametrize(
-    ("text", "prompt", "through", "expected"),
-    [
-        ("Q: a\nA: b\n", "Q: a\nA: ", "Q: a\nA: b\n", "b\n"),  # a line's end is the only end mark
-        ("Q: a\nA: b</s>\nQ", "Q: a\nA: ", "Q: a\nA: b</s>\n", "b</s>"),
-        ("Q: a\nA: b</s>", "Q: x\nA: ", "Q: a\nA: b</s>", None),
-        ("Q: a\nA: </s>Q", "Q: a\nA: ", "Q: a\nA: b</s>", None),  # the answer itself is dropped
-    ],
-)
-def test_the_span_of_an_answer(text: str, prompt: str, through: str, expected: str | None) -> None:
-    span = answer_span(text, prompt, through, "b")
-    assert (None if span is None else text[slice(*span)]) == expected
 
 
 def test_a_tokenizer_of_another_model_is_rejected(make_context: MakeContext, records: Recorded, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from qlora_trainer.data.job_template import JobTemplate, job_template
 from qlora_trainer.data.turn_end import end_of_turn, marks_in_pieces, template_remarks
 from qlora_trainer.steps.prepare import prepare
 from tests.support.learned import learned
-from tests.support.tiny import Recorded, chat_row, save_tokenizer, write_rows
+from tests.support.tiny import CHATML, Recorded, chat_row, save_tokenizer, write_rows
 from tests.trainer.conftest import MakeContext
 
 ROW = {
@@ -151,6 +151,87 @@ def test_a_template_that_writes_too_much_is_rejected(tiny_llama: Path) -> None:
 def test_a_template_runs_in_a_sandbox(tiny_llama: Path) -> None:
     with pytest.raises(StepFailure, match="is unsafe"):
         answered(Tokenizer(tiny_llama, JobTemplate("{{ ''.__class__.__mro__ }}")))
+
+
+def test_half_a_character_in_what_a_template_writes_is_rejected(tiny_llama: Path) -> None:
+    with pytest.raises(
+        StepFailure,
+        match=r"line 1: the chat template of spec\.dataset\.chatTemplate writes an unpaired surrogate \(U\+D800\) at "
+        "character 3: not valid Unicode, correct the template",
+    ) as failure:
+        answered(Tokenizer(tiny_llama, JobTemplate("{{ 'abc\\ud800' }}" + CHATML)))
+    assert failure.value.exit_code is ExitCode.BAD_DATASET
+
+
+@pytest.mark.parametrize(
+    ("expression", "found"),
+    [
+        ("messages[0].content.upper", "<built-in method upper of str object at 0x…>"),
+        ("'- ' ~ messages[0].content.strip", "<built-in method strip of str object at 0x…>"),
+        ("messages[0].content.strip | upper", "<BUILT-IN METHOD STRIP OF STR OBJECT AT 0x…>"),
+        ("[messages[0].items]", "<built-in method items of dict object at 0x…>"),
+        ("messages | map(attribute='content')", "<generator object sync_do_map at 0x…>"),
+        ("cycler('a', 'b')", "<jinja2.utils.Cycler object at 0x…>"),
+    ],
+)
+def test_a_template_that_writes_a_function_or_a_generator_is_rejected(
+    tiny_llama: Path, expression: str, found: str
+) -> None:
+    """Their text has an address in memory: the same data would be other tokens under the same fingerprint."""
+    with pytest.raises(StepFailure) as failure:
+        answered(Tokenizer(tiny_llama, JobTemplate("{{ " + expression + " }}" + CHATML)))
+    assert failure.value.exit_code is ExitCode.BAD_DATASET
+    assert failure.value.message.startswith(
+        f"line 1: the chat template of spec.dataset.chatTemplate writes '{found}' in place of a text"
+    )
+    assert "call a function with (), as in content.strip()" in failure.value.message
+
+
+@pytest.mark.parametrize(
+    "conversation",
+    [
+        Conversation((Message("user", "q"), Message("assistant", "a", reasoning="hm"))),
+        Conversation(
+            (Message("user", "q"), Message("assistant", "a")), ({"type": "function", "function": {"name": "f"}},)
+        ),
+    ],
+    ids=["reasoning", "tools"],
+)
+def test_what_is_wrong_with_a_template_is_said_of_rows_with_reasoning_and_tools_too(
+    tiny_llama: Path, conversation: Conversation
+) -> None:
+    tokenizer = Tokenizer(tiny_llama, JobTemplate("{{ messages[0].content.upper }}" + CHATML))
+    with pytest.raises(StepFailure, match="writes '<built-in method upper of str object at 0x…>'"):
+        tokenizer.render(conversation, "line 1")
+
+
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        ("{{ ['a', 'b'] | random }}", "filter random"),
+        ("{{ ['ab', 'cd'] | map('random') | join }}", "filter random"),
+        ("{{ lipsum(n=1) }}", "function lipsum"),
+    ],
+)
+def test_a_template_that_draws_at_random_is_rejected(tiny_llama: Path, template: str, name: str) -> None:
+    with pytest.raises(
+        StepFailure,
+        match=rf"line 1: the chat template of spec\.dataset\.chatTemplate uses the {name}, .*: write the text",
+    ) as failure:
+        answered(Tokenizer(tiny_llama, JobTemplate(template + CHATML)))
+    assert failure.value.exit_code is ExitCode.BAD_DATASET
+
+
+def test_an_address_that_a_row_or_the_template_has_is_text_like_any_other(tiny_llama: Path) -> None:
+    """Also where the template writes more digits after it, or has cut some off."""
+    fault = "Segmentation fault at 0x7FFDeadBEEF, <object object at 0x7f12345678"
+    written = "{{ 'mapped at 0x55aa55aa55aa ' + messages[0].content[:-4] }}" + CHATML.replace(
+        "<|im_end|>", "dead<|im_end|>"
+    )
+    tokenizer = Tokenizer(tiny_llama, JobTemplate(written))
+    text = tokenizer.render(Conversation((Message("user", fault), Message("assistant", "a"))), "line 1").text
+    assert text.startswith(f"mapped at 0x55aa55aa55aa {fault[:-4]}<|im_start|>")
+    assert fault + "dead" in text
 
 
 @pytest.mark.parametrize(

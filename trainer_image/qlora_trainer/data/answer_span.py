@@ -29,9 +29,41 @@ def answer_span(text: str, prompt: str, through: str, answer: str) -> tuple[int,
     ending = answer[kept_from:]
     if not ending:
         return None
-    for skipped in range(turn.rfind(ending) + 1):
-        kept = turn[skipped:]
-        if text.startswith(kept, len(prompt)):
-            marked = kept.rstrip()
-            return len(prompt), len(prompt) + len(kept if marked.endswith(ending) else marked)
-    return None
+    kept = _longest_overlap(turn, text[len(prompt) : len(prompt) + len(turn)], len(turn) - turn.rfind(ending))
+    if not kept:
+        return None
+    marked = turn[len(turn) - kept :].rstrip()
+    return len(prompt), len(prompt) + (kept if marked.endswith(ending) else len(marked))
+
+
+def _longest_overlap(ending: str, beginning: str, shortest: int) -> int:
+    """The characters of the longest end of `ending` that `beginning` begins with, at least `shortest`; 0 without one.
+
+    Takes time in proportion to the characters, whatever these are (Knuth, Morris, Pratt): a row may be made to have
+    many ends that differ from the beginning late.
+    """
+    # Most reasoning has nothing of what follows it, so this leaves the short rest to look at.
+    start = ending.find(beginning[:shortest])
+    if start < 0 or len(beginning) < shortest:
+        return 0
+    if beginning.startswith(ending[start:]):
+        return len(ending) - start
+    shorter = _overlaps_with_itself(beginning)
+    matched = 0
+    for character in ending[start:]:
+        while matched and (matched == len(beginning) or beginning[matched] != character):
+            matched = shorter[matched - 1]
+        if matched < len(beginning) and beginning[matched] == character:
+            matched += 1
+    return matched if matched >= shortest else 0
+
+
+def _overlaps_with_itself(text: str) -> list[int]:
+    """For each beginning of the text, the characters of its longest proper end that the text begins with."""
+    overlaps, matched = [0], 0
+    for character in text[1:]:
+        while matched and text[matched] != character:
+            matched = overlaps[matched - 1]
+        matched += text[matched] == character
+        overlaps.append(matched)
+    return overlaps

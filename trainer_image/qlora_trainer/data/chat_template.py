@@ -7,7 +7,6 @@ the space that ends the prompt. Token ids decide nothing: the padding id is ofte
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,10 @@ from qlora_trainer.data.examples import (
 from qlora_trainer.data.job_template import JobTemplate
 from qlora_trainer.data.processor_template import processor_template
 from qlora_trainer.data.render_limits import LimitExceeded, limited_time, within_characters
+from qlora_trainer.data.reproducible import UnusableText, freeze, usable
 
-# What a template gets as today's date, so that the same data gives the same tokens on every day.
-FROZEN_DATE = datetime(2025, 1, 1)  # noqa: DTZ001 - a printed date has no time zone
+# Each answer takes two more renderings. For up to so many answers, tokenizing the row before them would save nothing.
+_FEW_ANSWERS = 8
 # The names that templates have for the reasoning before an answer: Qwen3's and DeepSeek's, others, gpt-oss's.
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _REASONING_PROBE = Conversation((Message("user", "question"), Message("assistant", "answer", reasoning="probethought")))
@@ -56,6 +56,7 @@ _TEMPLATE_ERRORS = (
     RuntimeError,
     SyntaxError,
     LimitExceeded,
+    UnusableText,
 )
 # Words that no template writes by itself. Mistral's template wants ids of nine letters and digits.
 _TOOL_PROBE_PARTS = ("probetool", "probecall", "probekey", "probevalue", "proberesult")
@@ -85,7 +86,7 @@ class Rendered:
 
     text: str
     targets: tuple[tuple[int, int], ...]
-    """Those of every answer, or of all of a plain text."""
+    """Those of every answer, or of all of a plain text; none if they were not looked for in a row that is too long."""
     ends_itself: bool
     """Whether the text has its own begin and end marks, as that of a chat template does."""
     marked: tuple[tuple[int, int], ...] = ()
@@ -127,7 +128,7 @@ class Tokenizer:
             self._tokenizer.chat_template = processor_template(folder)
         self.has_chat_template = bool(self._tokenizer.chat_template)
         if self.has_chat_template:
-            _freeze_date(self._tokenizer, self._whose)
+            _freeze_template(self._tokenizer, self._whose)
 
     @property
     def template_text(self) -> str | None:
@@ -169,9 +170,10 @@ class Tokenizer:
             "the model's chat template" if self.template is None else "the chat template of spec.dataset.chatTemplate"
         )
 
-    def render(self, example: Example, location: str) -> Rendered:
+    def render(self, example: Example, location: str, longest_allowed: int | None = None) -> Rendered:
         """The example as text. With a chat template, a prompt and its completion become a user's and a model's turn.
 
+        In a conversation of many answers that is longer than `longest_allowed` tokens, no answer is looked for.
         Raises StepFailure BAD_DATASET, beginning with `location`, if the template rejects the conversation, or if the
         model has no template and the example needs one.
         """
@@ -189,24 +191,29 @@ class Tokenizer:
                 "prompt-completion or text"
             )
         conversation = example.as_conversation() if isinstance(example, PromptCompletion) else example
-        return self._render_conversation(conversation, location)
+        return self._render_conversation(conversation, location, longest_allowed)
 
-    def render_pair(self, pair: Preference, location: str) -> tuple[Rendered, Rendered]:
+    def render_pair(
+        self, pair: Preference, location: str, longest_allowed: int | None = None
+    ) -> tuple[Rendered, Rendered]:
         """The prompt with each of its answers, the chosen one first; only what follows the prompt is trained on.
 
         Raises StepFailure like `render`.
         """
-        chosen, rejected = self.render(pair.chosen, location), self.render(pair.rejected, location)
+        chosen, rejected = (self.render(one, location, longest_allowed) for one in (pair.chosen, pair.rejected))
         first = pair.shared_answers
         return replace(chosen, targets=chosen.targets[first:]), replace(rejected, targets=rejected.targets[first:])
 
-    def _render_conversation(self, conversation: Conversation, location: str) -> Rendered:
+    def _render_conversation(self, conversation: Conversation, location: str, longest_allowed: int | None) -> Rendered:
         if conversation.uses_tools:
             self._require_tools(location)
         messages = conversation.messages
         if conversation.has_reasoning:
             self._require_reasoning(location)
         text = self._apply_template(conversation, len(messages), location)
+        answers = sum(message.role == "assistant" for message in messages)
+        if longest_allowed is not None and answers > _FEW_ANSWERS and self._is_longer(text, longest_allowed):
+            return Rendered(text, (), ends_itself=True)
         spans = []
         for index, message in enumerate(messages):
             if message.role == "assistant":
@@ -225,6 +232,10 @@ class Tokenizer:
                 spans.append((message, span))
         marked = tuple(span for message, span in spans if message.trained)
         return Rendered(text, tuple(span for _, span in spans), ends_itself=True, marked=marked)
+
+    def _is_longer(self, text: str, tokens: int) -> bool:
+        encoded = self._tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return len(encoded["input_ids"]) > tokens
 
     def _require_tools(self, location: str) -> None:
         if not self._takes_tools:
@@ -249,6 +260,8 @@ class Tokenizer:
                 text = self._text(
                     _REASONING_PROBE, 2, add_generation_prompt=False, in_parts=self._takes_parts, reasoning_key=key
                 )
+            except UnusableText:
+                return True  # the first row is told what is wrong with the template
             except (*_TEMPLATE_ERRORS, MemoryError):
                 return False
             return (_REASONING_PROBE.messages[1].reasoning or "") in text
@@ -274,8 +287,9 @@ class Tokenizer:
         """Whether the rendered text has all parts of a conversation with tools."""
         try:
             text = self._apply_template(_TOOL_PROBE, len(_TOOL_PROBE.messages), "a conversation with tools")
-        except StepFailure:
-            return False
+        except StepFailure as failure:
+            # Then the first row is told what is wrong with the template.
+            return isinstance(failure.__cause__, UnusableText)
         return all(part in text for part in _TOOL_PROBE_PARTS)
 
     @cached_property
@@ -310,6 +324,8 @@ class Tokenizer:
             )
         except LimitExceeded as error:
             raise bad_dataset(f"{location}: {self._whose} {error} for this conversation: use another") from error
+        except UnusableText as error:
+            raise bad_dataset(f"{location}: {self._whose} {error}") from error
         except _TEMPLATE_ERRORS as error:
             raise bad_dataset(f"{location}: {self._whose} rejects this conversation: {first_line(error)}") from error
         except MemoryError as error:
@@ -324,6 +340,8 @@ class Tokenizer:
         def has_content(in_parts: bool) -> bool:
             try:
                 text = self._text(_CONTENT_PROBE, 1, add_generation_prompt=False, in_parts=in_parts)
+            except UnusableText:
+                return True  # the first row is told what is wrong with the template
             except (*_TEMPLATE_ERRORS, MemoryError):
                 return False
             return _CONTENT_PROBE.messages[0].content in text
@@ -339,18 +357,19 @@ class Tokenizer:
         in_parts: bool,
         reasoning_key: str | None = None,
     ) -> str:
-        """The text of the first `count` messages. Raises what a template raises."""
+        """The text of the first `count` messages. Raises what a template raises, UnusableText or LimitExceeded."""
         turns = [
             _turn(message, in_parts=in_parts, reasoning_key=reasoning_key) for message in conversation.messages[:count]
         ]
+        tools = [dict(tool) for tool in conversation.tools] or None
         with limited_time():
             text = self._tokenizer.apply_chat_template(
                 turns,
-                tools=[dict(tool) for tool in conversation.tools] or None,
+                tools=tools,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
-        return within_characters(str(text))
+        return usable(within_characters(str(text)), (turns, tools, self._tokenizer.chat_template))
 
     def tokenize(self, batch: Sequence[Rendered], train_on: TrainOn) -> Iterator[TokenizedRow]:
         """The tokens of rendered examples. The end-of-text token after a plain text is a target too."""
@@ -394,8 +413,8 @@ def _call(call: ToolCall) -> dict[str, Any]:
     return described if call.id is None else {**described, "id": call.id}
 
 
-def _freeze_date(tokenizer: Any, whose: str) -> None:
-    """Give the template's `strftime_now` a fixed day. Raises StepFailure BAD_CONFIGURATION if it does not compile."""
+def _freeze_template(tokenizer: Any, whose: str) -> None:
+    """Make what the template writes the same each time. Raises StepFailure BAD_CONFIGURATION if it does not compile."""
     # Functions passed to apply_chat_template never reach the template, its globals do; compiled templates are cached.
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -410,4 +429,4 @@ def _freeze_date(tokenizer: Any, whose: str) -> None:
     except MemoryError as error:
         raise bad_configuration(f"{whose} needs more memory than there is: use another model") from error
     for template in templates:
-        template.globals["strftime_now"] = FROZEN_DATE.strftime
+        freeze(template)

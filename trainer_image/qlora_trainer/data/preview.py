@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
 
+import numpy
+
 from qlora_api.dataset import Columns, DatasetSpec, RowFormat
 from qlora_api.training import TrainingSpec
 from qlora_trainer.data.chat_template import Rendered, Tokenizer
@@ -125,6 +127,8 @@ def _previewed(
     left_out = "" if row.is_target.any() else EQUAL_ANSWERS if pairs else "no token is trained on"
     if sum(len(row.input_ids) for row in rows) > recipe.longest_allowed:
         left_out = f"longer than {recipe.longest_allowed} tokens (spec.training.maxSequenceLength)"
+        # Answers are looked for in some of these rows, and not in those with many.
+        rows = [replace(row, is_target=numpy.zeros_like(row.is_target)) for row in rows]
     names = ("",) if len(rows) == 1 else (", chosen", ", rejected")
     for name, text, row in zip(names, texts, rows, strict=True):
         parts = zip(tokenizer.pieces(text), row.is_target.tolist(), strict=True)

@@ -139,11 +139,14 @@ class ChunkMaker:
         return Chunk.of(used, too_long, dropped, locations, checks if self.recipe.columns.check else None)
 
     def rendered(self, row: Row) -> tuple[Rendered, ...]:
-        """The row's text; of a pair, the two texts. Raises StepFailure for an invalid row."""
+        """The row's text; of a pair, the two texts. Raises StepFailure for an invalid row.
+
+        In a row of many answers that is too long, these are not looked for, nor is what is wrong with them found.
+        """
         example = self._example(row)
         if isinstance(example, Preference):
-            return self._tokenizer.render_pair(example, row.location)
-        return (self._tokenizer.render(example, row.location),)
+            return self._tokenizer.render_pair(example, row.location, self.recipe.longest_allowed)
+        return (self._tokenizer.render(example, row.location, self.recipe.longest_allowed),)
 
     def _example(self, row: Row) -> Example | Preference:
         example, system = self._reader.read(row), self.recipe.system_prompt
