@@ -9,7 +9,6 @@ from typing import NoReturn, get_args
 
 import click
 from rich.console import Console
-from rich.table import Table
 
 from qlora_api.contract import ExitCode
 from qlora_api.sweep import QLoRASweepDocument
@@ -134,7 +133,7 @@ def plan(
     """
     jobs = [_load_job(file, "plan a sweep by itself") for file in files] if len(files) > 1 else []
     documents: Sequence[Document] = jobs or [_load(files[0])]
-    console = Console()
+    console = Console(emoji=False)
     accesses = [_row_access(_spec(each), claims, config_maps, tokenizer) for each in documents] if data else []
     try:
         if jobs:
@@ -191,7 +190,7 @@ def data(file: Path, rows: int, claims: dict[str, Path], config_maps: dict[str, 
     try:
         with access.previews(rows) as previews:
             for preview in previews:
-                show_rows(preview, Console())
+                show_rows(preview, Console(emoji=False))
     except StepFailure as failure:
         _fail(failure.message, failure.exit_code)
 
@@ -263,7 +262,7 @@ def run(
         _fail("\n".join(problems))
     if importlib.util.find_spec("torch") is None:
         _fail(f"the trainer is not installed: {INSTALL}")
-    console = Console()
+    console = Console(emoji=False)
     if chosen is None:
         console.print(f"Training on {options.device}; choose with --device.", highlight=False)
     bar = progress_bar(console)
@@ -324,27 +323,29 @@ def _show_end(ended: Ended, local: LocalRun, console: Console) -> None:
     adapter, merged = ended.results["publish"].adapter, ended.results["publish"].merged
     base, gate = ended.results["publish"].base, ended.results["publish"].gate
     trained = ended.results["train"]
-    table = Table.grid(padding=(0, 2))
-    table.add_row("Adapter", adapter.uri)
-    table.add_row("SHA-256", adapter.sha256)
-    table.add_row("Optimizer steps", steps_done(trained.training_step or 0, trained.total_steps, adapter.step))
-    table.add_row("Training loss", _number(trained.loss))
+    rows = {
+        "Adapter": adapter.uri,
+        "SHA-256": adapter.sha256,
+        "Optimizer steps": steps_done(trained.training_step or 0, trained.total_steps, adapter.step),
+        "Training loss": _number(trained.loss),
+    }
     if trained.eval_loss is not None:
-        table.add_row(
-            "Held-out loss", f"{_number(trained.initial_eval_loss)} before, {_number(trained.eval_loss)} after"
-        )
+        rows["Held-out loss"] = f"{_number(trained.initial_eval_loss)} before, {_number(trained.eval_loss)} after"
     if gate is not None and gate.score is not None:
         others = f"{gate.base_score or 0:.1%} without the adapter, {gate.score_rows} held-out rows"
-        table.add_row("Answers that passed", f"{gate.score:.1%} ({others})")
+        rows["Answers that passed"] = f"{gate.score:.1%} ({others})"
     if base is not None and base.uri is not None:
-        table.add_row("Base in 4-bit", base.uri)
+        rows["Base in 4-bit"] = base.uri
     if merged is not None:
-        table.add_row("Merged model", merged.uri)
+        rows["Merged model"] = merged.uri
     if merged is not None and merged.eval_loss is not None:
         losses = f"{_number(merged.eval_loss)} merged, {_number(merged.adapter_eval_loss)} with the adapter"
-        table.add_row(f"Loss on {merged.eval_tokens} tokens", losses)
-    table.add_row("Report", str(local.layout.report / "report.html"))
-    console.print(table, soft_wrap=True)
+        rows[f"Loss on {merged.eval_tokens} tokens"] = losses
+    rows["Report"] = str(local.layout.report / "report.html")
+    # A table of rich would cut paths and the digest to the width of the terminal, or to 80 columns without one.
+    width = max(map(len, rows))
+    for label, value in rows.items():
+        console.print(f"{label:{width}}  {value}", markup=False, soft_wrap=True)
 
 
 def _number(value: float | None) -> str:

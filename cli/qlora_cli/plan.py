@@ -218,7 +218,7 @@ def _show_one_row(plan: MemoryPlan, console: Console) -> None:
 
 def show_components(title: str, memory: MemoryEstimate, console: Console) -> None:
     """Print the estimate by component, and its range."""
-    table = Table(title=title, title_justify="left", title_style="bold", show_footer=True)
+    table = Table(title=escape(title), title_justify="left", title_style="bold", show_footer=True)
     table.add_column("GPU memory", footer="Expected peak")
     table.add_column("GiB", justify="right", footer=gib(memory.expected))
     table.add_column("", style="dim")

@@ -212,10 +212,23 @@ _RECORD: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Field(discriminator
 def encode_record(record: Record) -> str:
     """The record as one line of JSON, without the newline. Raises ValueError if it is larger than its kind may be."""
     limit = MAX_PROGRESS_BYTES if isinstance(record, ProgressRecord) else MAX_RESULT_BYTES
-    line = json.dumps(record.dump(), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    line = _line(record)
     if len(line) > limit:
         raise ValueError(f"a {record.kind} record of {len(line)} bytes is larger than the {limit} bytes allowed")
     return line
+
+
+def within_limit(record: ProgressRecord) -> ProgressRecord:
+    """The record, its activity cut to what it has room for: JSON takes up to twelve bytes for a character."""
+    excess, kept = len(_line(record)) - MAX_PROGRESS_BYTES, len(record.activity)
+    while excess > 0 and kept:
+        kept -= 1
+        excess -= len(json.dumps(record.activity[kept])) - len('""')
+    return record.model_copy(update={"activity": record.activity[:kept]})
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record.dump(), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 
 
 def decode_record(line: str, *, job_uid: str, pod_uid: str) -> Record | None:

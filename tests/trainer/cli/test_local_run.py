@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
-from qlora_api.contract import CPU_ALLOCATOR, WorkspaceLayout
+from qlora_api.contract import CPU_ALLOCATOR, ResultRecord, WorkspaceLayout
+from qlora_api.status import StepName
+from qlora_cli.__main__ import main
+from qlora_cli.run import Ended
 from qlora_trainer.core.completion import PublishRecord, read_completion
 from qlora_trainer.core.cpu import preloaded_allocator
 from tests.support.command import SPEC, Files, new_files, qlora
@@ -291,6 +295,36 @@ def test_a_run_shows_a_bar_stops_on_ctrl_c_and_resumes(tmp_path: Path, tiny_llam
     assert record.adapter.sha256 in done.stdout
     assert str(layout.adapter) in done.stdout
     assert re.search(r"Held-out loss +\d\.\d{4} before, \d\.\d{4} after", done.stdout)
+
+
+def test_the_paths_of_a_workspace_are_shown_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands in brackets or between colons is a style or a picture to the library that prints.
+
+    Nor is anything cut to the width of the terminal, or to the 80 columns that count where there is none.
+    """
+    files = new_files(tmp_path / "[draft]" / "[" / "b]" / ":smile:", tmp_path)
+    uri = str(files.workspace / "adapter")
+    adapter = {
+        "uri": uri,
+        "sha256": "a" * 64,
+        "sizeBytes": 1,
+        "baseModel": "pvc://models/model",
+        "baseRevision": "sha256:0",
+        "rank": 4,
+        "quantization": "nf4",
+    }
+    ours = {"jobUid": "local", "podUid": "local", "time": "2026-01-02T03:04:05Z", "outcome": "succeeded"}
+    done = {**ours, "exitCode": 0, "reason": "Done"}
+    results: dict[StepName, ResultRecord] = {
+        "train": ResultRecord.model_validate({**done, "step": "train", "trainingStep": 3}),
+        "publish": ResultRecord.model_validate({**done, "step": "publish", "adapter": adapter}),
+    }
+    monkeypatch.setattr("qlora_cli.__main__.run_steps", lambda *_: Ended(0, None, results))
+    shown = CliRunner().invoke(main, arguments(files, manifest(files, SPEC)), env={"COLUMNS": "80"})
+    assert shown.exit_code == 0, shown.output
+    assert re.search(rf"Adapter +{re.escape(uri)}\n", shown.output)
+    assert re.search(rf"SHA-256 +{'a' * 64}\n", shown.output)
+    assert re.search(rf"Report +{re.escape(str(files.workspace / 'report' / 'report.html'))}\n", shown.output)
 
 
 @pytest.mark.parametrize("leftover", [None, "{", '{"apiVersion": "qlora.dev/v1alpha1"}'])

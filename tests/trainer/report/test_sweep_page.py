@@ -5,10 +5,12 @@ import os
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qlora_api.status import GateStatus
+from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.folder_lock import exclusive
 from qlora_trainer.report import sweep_page
@@ -48,6 +50,12 @@ def unfinished(files: Files, shared: Path, name: str, *, diverged: bool) -> None
     add_unfinished_to_sweep_report(name, spec, files.workspace / "report", shared, diverged=diverged)
 
 
+def cell_of(files: Files, shared: Path) -> StepContext:
+    """What the step would be given for these files if the job were a cell of a sweep with that folder."""
+    alone = context(files)
+    return replace(alone, mounts=replace(alone.mounts, sweep=shared))
+
+
 def page_of(shared: Path) -> Page:
     return Page((shared / "report.html").read_text())
 
@@ -84,6 +92,16 @@ def test_the_page_of_a_sweep_with_scores_shows_them_and_names_the_highest(finish
     assert "rates-00 has the lowest held-out loss and the highest score of 2 cells" in words
 
 
+MALFORMED: dict[str, dict[str, Any]] = {
+    "lengths": {"evaluation": {"steps": [0, 1], "values": [1.0]}},
+    "mathtext": {"name": "$a^$"},
+    "fraction": {"name": "a$\\frac$b"},
+    "range": {"evaluation": {"steps": [0, 2**53], "values": [-1.7e308, 1.7e308]}},
+    "another": {"name": "rates-00", "evalLoss": 0.001},
+}
+"""What a file for a cell of that name would have, and a page cannot show."""
+
+
 def test_what_another_pod_has_left_is_shown_as_text_or_left_out(finished: Files, tmp_path: Path) -> None:
     add(finished, tmp_path, "rates-00", 4, 1.5)
     cells = tmp_path / "cells"
@@ -94,26 +112,60 @@ def test_what_another_pod_has_left_is_shown_as_text_or_left_out(finished: Files,
     entry = json.loads((cells / "rates-00.json").read_text())
     entry |= {"name": "<script>alert(1)</script>", "settings": {"rank": "<b>"}, "evalLoss": 9.0}
     (cells / "d.json").write_text(json.dumps(entry))
+    (cells / "f.json").write_text(json.dumps(entry | {"name": "f"}))
+    for stem, changes in MALFORMED.items():
+        (cells / f"{stem}.json").write_text(json.dumps(entry | {"name": stem} | changes))
+    longest = json.dumps(entry | {"name": "digits"}).replace('"<b>"', "9" * 5000)
+    (cells / "digits.json").write_text(longest)
     add(finished, tmp_path, "rates-01", 8, 1.25)
     page = page_of(tmp_path)
     assert "script" not in page.elements
     assert "b" not in page.elements
+    assert "<b>" in page.words
+    assert page.elements.count("svg") == 2
     assert "rates-01 has the lowest held-out loss of 3 cells" in page.words
 
 
 def test_publish_of_a_cell_writes_the_page_and_that_of_another_job_none(trained: Files, tmp_path: Path) -> None:
     shared = tmp_path / "shared"
-    alone = context(trained)
-    cell = replace(alone, mounts=replace(alone.mounts, sweep=shared))
-    publish(cell, Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
+    publish(cell_of(trained, shared), Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
     assert "tiny" in page_of(shared).words
+
+
+@pytest.mark.parametrize("stem", MALFORMED)
+def test_what_another_pod_has_left_costs_no_adapter_and_no_curve(trained: Files, tmp_path: Path, stem: str) -> None:
+    cells = tmp_path / "shared" / "cells"
+    cells.mkdir(parents=True)
+    points = {"steps": [0, 1], "values": [1.0, 0.5]}
+    entry = {"name": stem, "settings": {"rank": 4}, "loss": points, "evaluation": points, "evalLoss": 0.5}
+    (cells / f"{stem}.json").write_text(json.dumps(entry | MALFORMED[stem]))
+    record = publish(cell_of(trained, tmp_path / "shared"), Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
+    assert (trained.workspace / "adapter" / "adapter_model.safetensors").is_file(), record.adapter.uri
+    assert "QLoRA sweep tiny The cells" in page_of(tmp_path / "shared").words
+
+
+def test_a_page_that_cannot_be_drawn_costs_no_adapter(
+    trained: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def draw(*_: object) -> str:
+        # It is drawn last: by then nothing can take the adapter away.
+        assert (trained.workspace / "records" / "publish.json").is_file()
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(sweep_page, "curves_chart", draw)
+    cell = cell_of(trained, tmp_path / "shared")
+    publish(cell, Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
+    assert (trained.workspace / "adapter" / "adapter_model.safetensors").is_file()
+    assert "the page cannot be drawn: RuntimeError('no font')" in caplog.text
+    # An attempt after one that was killed before the page has only that to do.
+    monkeypatch.undo()
+    publish(cell, Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
+    assert "tiny" in page_of(tmp_path / "shared").words
 
 
 def test_a_page_that_cannot_be_written_costs_no_adapter(trained: Files, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    alone = context(trained)
-    cell = replace(alone, mounts=replace(alone.mounts, sweep=tmp_path / "file"))
-    record = publish(cell, Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
+    record = publish(cell_of(trained, tmp_path / "file"), Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
     assert record.adapter.uri.endswith("/adapter")
 
 
@@ -192,3 +244,10 @@ def test_a_curve_that_runs_away_does_not_press_the_others_flat() -> None:
     assert "5000" not in Page(curves_chart("loss", "Loss", curves, {"cell-01"})).words
     alone = {"cell-01": curves["cell-01"]}
     assert "5000" in Page(curves_chart("loss", "Loss", alone, {"cell-01"})).words
+
+
+def test_the_label_of_a_curve_is_no_formula() -> None:
+    curves = {"$a^$": Curve((0, 1), (1.0, 0.5)), "a$\\frac$b": Curve((0, 1), (2.0, 0.5))}
+    words = Page(curves_chart("loss", "Loss", curves)).words
+    assert "$a^$" in words
+    assert "a$\\frac$b" in words

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from qlora_api import contract
-from qlora_api.contract import MAX_ACTIVITY_LENGTH, ProgressRecord, WorkspaceLayout
+from qlora_api.contract import MAX_ACTIVITY_LENGTH, ProgressRecord, WorkspaceLayout, within_limit
 from qlora_api.sources import ConfigMapSource, HubSource, VolumeSource, parse_source
 from qlora_api.status import StepName
 from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
@@ -112,7 +112,7 @@ class StepContext:
 
     def progress(self, step: StepName, time: datetime, activity: str, **figures: Any) -> ProgressRecord:
         """The progress record of this job and pod. `figures` are other fields of the record; a long activity is cut."""
-        return ProgressRecord(
+        record = ProgressRecord(
             job_uid=self.job_uid,
             pod_uid=self.pod_uid,
             step=step,
@@ -120,6 +120,7 @@ class StepContext:
             activity=activity[:MAX_ACTIVITY_LENGTH],
             **figures,
         )
+        return within_limit(record)
 
 
 def load_document(path: Path) -> QLoRAJobDocument:

@@ -26,9 +26,16 @@ def loss_picture(history: MetricsHistory, title: str, subtitle: str, kept_step: 
     with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 10, "axes.edgecolor": _GREY}):
         figure, axes = _figure(9.6, 5.4)
         _plot_loss(axes, history, kept_step)
-        axes.set_title(title, loc="left", fontsize=14, fontweight="bold", pad=26)
+        axes.set_title(title, loc="left", fontsize=14, fontweight="bold", pad=26, parse_math=False)
         axes.annotate(
-            subtitle, (0, 1), (0, 8), xycoords="axes fraction", textcoords="offset points", color=_GREY, fontsize=9
+            subtitle,
+            (0, 1),
+            (0, 8),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            color=_GREY,
+            fontsize=9,
+            parse_math=False,
         )
         image = BytesIO()
         # Without the version of the drawing library the same run gives the same bytes.
@@ -119,6 +126,10 @@ def _svg(name: str, width: float, height: float, plot: Any, *, x_label: str = "O
         figure, axes = _figure(width, height)
         plot(axes)
         axes.set_xlabel(x_label)
+        if (legend := axes.get_legend()) is not None:
+            # A name between dollar signs is no formula.
+            for text in legend.get_texts():
+                text.set_parse_math(False)
         image = BytesIO()
         figure.savefig(image, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     text = image.getvalue().decode()

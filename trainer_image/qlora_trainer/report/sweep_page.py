@@ -9,14 +9,15 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from qlora_api.contract import SWEEP_REPORT
+from qlora_api.profile import DNS_LABEL
 from qlora_api.schema import ObservedModel
-from qlora_api.status import Finite, Share
+from qlora_api.status import Share
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.file_names import HISTORY_FILE
 from qlora_trainer.core.filesystem import write_atomically
@@ -34,8 +35,12 @@ _LONGEST_WAIT_SECONDS = 60.0
 """For another cell that writes the page, which takes a moment: the adapter is not to wait for one that hangs."""
 _MOST_CELLS, _MOST_POINTS, _MOST_BYTES = 64, 400, 262_144
 
+_LARGEST = 3.5e38
+"""Above all 32-bit numbers. The axis of a chart has to be longer than what it shows, and still a number."""
+
+_Figure = Annotated[float, Field(ge=-_LARGEST, le=_LARGEST, allow_inf_nan=False)]
 _Steps = Annotated[tuple[Annotated[int, Field(ge=0, le=2**53)], ...], Field(max_length=_MOST_POINTS)]
-_Values = Annotated[tuple[Finite, ...], Field(max_length=_MOST_POINTS)]
+_Values = Annotated[tuple[_Figure, ...], Field(max_length=_MOST_POINTS)]
 
 
 class _Points(ObservedModel):
@@ -43,6 +48,12 @@ class _Points(ObservedModel):
 
     steps: _Steps
     values: _Values
+
+    @model_validator(mode="after")
+    def _has_a_value_for_each_step(self) -> Self:
+        if len(self.steps) != len(self.values):
+            raise ValueError(f"{len(self.steps)} steps and {len(self.values)} values: must be as many")
+        return self
 
     @classmethod
     def of(cls, curve: Curve) -> "_Points":
@@ -60,13 +71,13 @@ class _Points(ObservedModel):
 class _CellCurves(ObservedModel):
     """What a cell leaves for the page."""
 
-    name: str = Field(max_length=63)
+    name: str = Field(max_length=63, pattern=DNS_LABEL)
     settings: dict[str, Any]
     """`lora` and `training` of its spec, by field."""
     loss: _Points
     """Smoothed."""
     evaluation: _Points
-    eval_loss: Finite | None = None
+    eval_loss: _Figure | None = None
     """On the held-out rows, at the end."""
     score: Share | None = None
     """Of its answers, if its gate has one."""
@@ -86,7 +97,7 @@ def add_to_sweep_report(job: TrainedJob, report: Path, shared: Path) -> None:
 
     It is trained to its end; whether it has passed its gate, `job` knows.
     `report`: the cell's own report. Raises OSError if a file cannot be written, also if another cell does not let this
-    one do it within a minute (TimeoutError); ValueError for broken metrics.
+    one do it within a minute (TimeoutError); ValueError for broken metrics, or if the page cannot be drawn.
     """
     curves = _curves(job.name, job.spec, read_history(report / HISTORY_FILE))
     score = job.gate.score if job.gate is not None else None
@@ -128,7 +139,7 @@ def _add(own: _CellCurves, shared: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with exclusive(folder / _LOCK_FILE, _LONGEST_WAIT_SECONDS):
         write_atomically(folder / f"{own.name}.json", json.dumps(own.dump(), allow_nan=False).encode())
-        write_atomically(shared / SWEEP_REPORT, _page(_read_all(folder)).encode())
+        write_atomically(shared / SWEEP_REPORT, _drawn(_read_all(folder)))
 
 
 def _read_all(folder: Path) -> list[_CellCurves]:
@@ -149,10 +160,22 @@ def _read(path: Path) -> _CellCurves | None:
         logger.warning("%s is left out of the sweep's report: it is no plain file, or too large", path)
         return None
     try:
-        return _CellCurves.model_validate_json(path.read_bytes())
+        cell = _CellCurves.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         logger.warning("%s is left out of the sweep's report: %s", path, error)
         return None
+    if path.stem != cell.name:
+        logger.warning("%s is left out of the sweep's report: it is of a cell named %s", path, cell.name)
+        return None
+    return cell
+
+
+def _drawn(cells: Sequence[_CellCurves]) -> bytes:
+    """The page. Raises ValueError, whatever the libraries that draw it raise: others have written what it shows."""
+    try:
+        return _page(cells).encode()
+    except Exception as error:
+        raise ValueError(f"the page cannot be drawn: {error!r}") from error
 
 
 def _page(cells: Sequence[_CellCurves]) -> str:

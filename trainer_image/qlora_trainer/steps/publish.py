@@ -62,12 +62,13 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
     destination = _destination(context, context.spec.output.destination, workspace.adapter)
     done = _already_published(context, job, destination)
     if done is not None:
+        # The attempt before may have been killed before it had written the page of the sweep.
+        _add_to_sweep(job, context)
         return done.model_copy(update={"gate": job.gate})
     say("verifying the adapter")
     folder = _verify(job, context)
     say("writing the report")
     picture = write_report(job, workspace, device=context.device)
-    _add_to_sweep(job, context)
     say(f"writing to {destination.uri}")
     template = job_template_file(job.prepared, workspace)
     adapter = _write(job, folder, _card(job, workspace), picture, template, destination)
@@ -76,16 +77,20 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
     fingerprint = _fingerprint(job.trained, destination)
     record = PublishRecord(fingerprint=fingerprint, adapter=adapter, gate=job.gate, merged=merged, base=base)
     write_completion(workspace.completion("publish"), record)
+    _add_to_sweep(job, context)
     return record
 
 
 def _add_to_sweep(job: TrainedJob, context: StepContext) -> None:
-    """Write the report of the sweep anew, if the job is a cell of one. The adapter does not wait for it."""
+    """Write the report of the sweep anew, if the job is a cell of one.
+
+    After everything else: other pods write what it shows, and none of that may cost this cell its adapter.
+    """
     if context.mounts.sweep is None:
         return
     try:
         add_to_sweep_report(job, context.workspace.report, context.mounts.sweep)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         logger.warning("the report of the sweep cannot be written: %s", error)
 
 
