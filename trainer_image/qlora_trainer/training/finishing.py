@@ -11,8 +11,9 @@ from qlora_trainer.training.best_adapter import read_best
 from qlora_trainer.training.evaluations import Kept, kept
 from qlora_trainer.training.held_out import compare
 from qlora_trainer.training.prepared_job import PreparedJob
+from qlora_trainer.training.run_state import RunState
 from qlora_trainer.training.scoring import measure_score
-from qlora_trainer.training.state import Run, RunState
+from qlora_trainer.training.state import Run
 
 
 def finish_run(run: Run, state: RunState, job: PreparedJob) -> TrainRecord:

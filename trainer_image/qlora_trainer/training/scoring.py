@@ -22,8 +22,9 @@ from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.training.answers import Answering, AnswerTexts, Prompt
 from qlora_trainer.training.prepared_job import PreparedJob
+from qlora_trainer.training.run_state import RunState
 from qlora_trainer.training.scorable import row_criterion, scored_rows
-from qlora_trainer.training.state import Run, RunState, report
+from qlora_trainer.training.state import Run, report
 
 logger = logging.getLogger(__name__)
 
