@@ -91,4 +91,13 @@ def leave_samples(run: Run, job: PreparedJob) -> None:
     # One rank alone cannot run a sharded base.
     count = 0 if run.ranks.sharded else run.training.samples
     data, stop = run.eval_data or run.data, run.runtime.stop
-    write_samples(path, run.model, job.texts, data, count, lambda: stop.requested, run.device)
+    write_samples(
+        path,
+        run.model,
+        job.texts,
+        data,
+        count,
+        lambda: stop.requested,
+        run.device,
+        fixed_positions=job.prepared.fixed_positions,
+    )
