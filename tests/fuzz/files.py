@@ -42,6 +42,7 @@ from qlora_trainer.report.samples import read_samples
 from qlora_trainer.training.attempts import ATTEMPTS_FILE, read_attempts, write_attempts
 from qlora_trainer.training.checkpoint import read_checkpoint
 from tests.fuzz.target import Target
+from tests.support.checkpoints import state_of
 
 _ROWS = (
     {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a é"}]},
@@ -243,7 +244,7 @@ def _checkpoint_of(name: str) -> Callable[[bytes, Path], None]:
     return read
 
 
-_STATE = b'{"formatVersion": 1, "step": 2, "loss": 1.5}'
+_STATE = json.dumps({"formatVersion": 1, "step": 2, **state_of(2)}).encode()
 
 
 def _completions(content: bytes, folder: Path) -> None:

@@ -1222,8 +1222,8 @@ TRAINER = (
     Mutant(
         name="the-metrics-of-a-continued-run-begin-with-its-checkpoint",
         file=f"{_TRAINER}/training/continued.py",
-        old="file.read(length)",
-        new='b""',
+        old="min(checkpoint.state.history_bytes, path.stat().st_size)",
+        new="0",
         tests=(f"{_TRAINER_TESTS}/steps/test_continues.py::test_it_ends_in_the_bytes_of_an_uninterrupted_run",),
     ),
     Mutant(

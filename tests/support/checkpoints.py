@@ -2,18 +2,30 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlora_trainer.training.checkpoint import newest_checkpoint, save_checkpoint
+from qlora_trainer.training.run_state import RunState
 
 FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 
-# What every checkpoint of a run states.
-STATE = {"fingerprint": {"seed": 0}, "historyBytes": 0}
+
+def state_of(step: int) -> dict[str, Any]:
+    """What every checkpoint of a run states; its loss is the step."""
+    return {
+        "fingerprint": {"seed": 0},
+        "threads": 1,
+        "processor": "a kind",
+        "historyBytes": 0,
+        "savedAt": "2026-01-02T03:04:05Z",
+        "run": asdict(RunState(step=step, loss=float(step))),
+    }
 
 
 def tensors_of(step: int, size: int = 100) -> dict[str, dict[str, Tensor]]:
@@ -23,7 +35,7 @@ def tensors_of(step: int, size: int = 100) -> dict[str, dict[str, Tensor]]:
 
 def save(folder: Path, *steps: int, size: int = 100) -> None:
     for step in steps:
-        save_checkpoint(folder, step, tensors_of(step, size), {"note": f"step {step}", **STATE})
+        save_checkpoint(folder, step, tensors_of(step, size), state_of(step))
 
 
 def save_for_ever(folder: Path, saved: Connection) -> None:
@@ -40,7 +52,7 @@ def newest_step(folder: Path) -> int | None:
     checkpoint = newest_checkpoint(folder)
     if checkpoint is None:
         return None
-    assert checkpoint.state["note"] == f"step {checkpoint.step}"
+    assert checkpoint.state.run.loss == checkpoint.step
     assert checkpoint.tensors("adapter")["a"].eq(checkpoint.step).all()
     assert torch.equal(checkpoint.tensors("optimizer")["m"], torch.arange(len(checkpoint.tensors("optimizer")["m"])))
     return checkpoint.step

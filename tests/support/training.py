@@ -146,6 +146,7 @@ def prepared(
         mixture_of_experts=family.mixture_of_experts,
         experts_in_mxfp4=family.experts_in_mxfp4,
         model_type=family.model_type,
+        fixed_positions=family.fixed_positions,
         attention=None if family.attention == ATTENTION else family.attention,
         memory=MemoryStatus(estimate_bytes=1, low_bytes=1, high_bytes=1, verdict="unknown"),
         dataset=DatasetStatus(format="text", rows=len(ROW_LENGTHS), used_rows=len(ROW_LENGTHS)),

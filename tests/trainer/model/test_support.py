@@ -363,6 +363,33 @@ def test_rows_longer_than_the_models_positions_are_rejected(
 
     assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
     assert family.keeps_rows_apart(longest)
+    assert family.fixed_positions is None, "an answer may be longer"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.OPTConfig(
+            vocab_size=512,
+            hidden_size=64,
+            ffn_dim=512,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=72,
+            word_embed_proj_dim=64,
+        ),
+        transformers.GPTJConfig(vocab_size=512, n_embd=64, n_layer=2, n_head=4, n_positions=72, rotary_dim=16),
+    ],
+    ids=["learned", "table"],
+)
+def test_a_model_that_computes_no_position_beyond_its_last_one_is_told_apart(config: Any, tmp_path: Path) -> None:
+    """Of other families a row may go on: XGLM makes more of its vectors."""
+    assert inspect_family(written(tmp_path, config), LoraSpec()).fixed_positions == 72
+    more = transformers.XGLMConfig(
+        vocab_size=512, d_model=64, ffn_dim=512, num_layers=2, attention_heads=4, max_position_embeddings=300
+    )
+    family = inspect_family(written(tmp_path, more), LoraSpec())
+    assert (family.longest_row, family.fixed_positions) == (300, None)
 
 
 def test_rows_beyond_the_length_where_longrope_changes_do_not_share_a_sequence(tmp_path: Path) -> None:

@@ -269,6 +269,72 @@ def lay_foreign_state(path: Path) -> None:
     (path.parent / "manifest.json").write_text(json.dumps(sums))
 
 
+def change(checkpoint: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Change what a checkpoint states, and the sum that its manifest has of that."""
+    path, manifest = checkpoint / "state.json", checkpoint / "manifest.json"
+    state = json.loads(path.read_text())
+    edit(state)
+    path.write_text(json.dumps(state))
+    sums = json.loads(manifest.read_text())["sha256"] | {"state.json": file_sha256(path)}
+    manifest.write_text(json.dumps({"sha256": sums}))
+
+
+@pytest.mark.parametrize(
+    ("edit", "place"),
+    [
+        (lambda state: state["run"].update(step=2), "steps contradict each other: 4, of the run 2"),
+        (lambda state: (state.update(step=10**6), state["run"].update(step=10**6)), "is that of step 1000000"),
+        (lambda state: state["run"].update(step=-5), "run.step: Input should be greater"),
+        (lambda state: state["run"].update(kept_seconds="x"), "run.kept_seconds: Input should be a valid number"),
+        (lambda state: state["run"].update(kept_seconds=float("nan")), "run.kept_seconds: Input should be a finite"),
+        (lambda state: state["run"].update(loss=None), "has no loss after 4 steps"),
+        (lambda state: state["run"]["stability"].update(loss_level="x"), "run.stability.loss_level: Input should be"),
+        (lambda state: state["run"]["evaluations"].update(best_step=5), "of its best 5"),
+        (lambda state: state["run"].update(micro_batch_size=0), "run.micro_batch_size: Input should be greater"),
+        (lambda state: state.pop("run"), "run: Field required"),
+        (lambda state: state.pop("threads"), "threads: Field required"),
+        (lambda state: state.update(threads=10**6), "threads: Input should be less"),
+        (lambda state: state.pop("processor"), "processor: Field required"),
+        (lambda state: state.update(savedAt="then"), "savedAt: "),
+        (lambda state: state.update(historyBytes=-1), "historyBytes: Input should be greater"),
+        (lambda state: state.update(fingerprint=[]), "fingerprint: Input should be"),
+    ],
+)
+def test_a_checkpoint_that_states_what_no_run_has_is_a_damaged_one(
+    make: Make, edit: Callable[[dict[str, Any]], object], place: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its sums are right: it was not the disk that changed it, and training would only find it out on a GPU."""
+    other = make("other", "stopped")
+    change(other.workspace.checkpoints / "step-4", edit)
+    reject_other_settings(other.workspace.root, "other", settings())
+    assert continued(make("new"), other) == 2
+    assert "step-4 is broken and is passed over" in caplog.text
+    assert place in caplog.text
+
+
+def test_what_another_version_states_besides_is_not_read(make: Make) -> None:
+    other, context = make("other", "stopped"), make("new")
+
+    def add(state: dict[str, Any]) -> None:
+        for part in (state, state["run"], state["run"]["stability"], state["run"]["evaluations"]):
+            part["another"] = 1
+
+    change(other.workspace.checkpoints / "step-4", add)
+    assert continued(context, other) == 4
+    assert run(context).training_step == 6
+
+
+def test_of_the_metrics_no_more_is_copied_than_there_is(make: Make) -> None:
+    other, context = make("other", "stopped"), make("new")
+    change(other.workspace.checkpoints / "step-4", lambda state: state.update(historyBytes=2**50))
+    assert continued(context, other) == 4
+    assert history(context) == history(other)
+    lay_terabyte(other.workspace.report / "metrics.jsonl")
+    with pytest.raises(StepFailure, match="the checkpoint of other needs") as failure:
+        continued(make("another"), other)
+    assert failure.value.exit_code is ExitCode.STORAGE_FULL
+
+
 @pytest.mark.parametrize(
     ("name", "lay"),
     [

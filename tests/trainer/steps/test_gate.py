@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers import OPTConfig
 
 from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_api.gate import ScoreSpec
@@ -33,7 +34,7 @@ from qlora_trainer.training.scorable import row_criterion
 from tests.support.command import ROWS, Files, new_files
 from tests.support.published import context, published
 from tests.support.report_page import Page
-from tests.support.tiny import POD_UID, Recorded, chat_row, write_rows
+from tests.support.tiny import POD_UID, VOCABULARY, Recorded, chat_row, save_model, write_rows
 from tests.trainer.conftest import MakeContext
 
 OUTPUT = {"destination": "pvc://data/adapter", "merged": {"destination": "pvc://data/merged"}}
@@ -290,6 +291,43 @@ def test_with_held_out_rows_of_their_own_source_only_these_bring_checks(
     job["dataset"]["eval"] = {"source": "pvc://data/held-out.jsonl"}
     record = prepare(make_context(job), Recorded())
     assert (record.dataset.used_rows, record.dataset.eval_rows) == (8, 4)
+
+
+def test_an_answer_for_which_the_model_has_no_positions_is_found_before_training(
+    make_context: MakeContext, tmp_path: Path
+) -> None:
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        ffn_dim=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=72,
+        word_embed_proj_dim=64,
+    )
+    model = save_model(tmp_path / "models" / "opt", config)
+    write_rows(tmp_path / "data" / "train.jsonl", [chat_row(f"Show {number}.", "get pods") for number in range(12)])
+
+    def scored(new_tokens: int) -> dict[str, Any]:
+        score = {"check": "regex", "pattern": "pods", "maxNewTokens": new_tokens}
+        return {
+            "dataset": {"eval": {"fraction": 0.2}},
+            "training": {"maxSequenceLength": 64},
+            "gate": {"minScore": 0, "score": score},
+        }
+
+    context = make_context(scored(64), model=model)
+    with pytest.raises(StepFailure, match=r"spec\.gate\.score\.maxNewTokens is 64, and the longest prompt") as failure:
+        prepare(context, Recorded())
+    assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
+    allowed = re.search(r"set maxNewTokens to (\d+) or less", failure.value.message)
+    assert allowed is not None
+
+    record = prepare(make_context(scored(int(allowed[1])), model=model), Recorded())
+    assert record.fixed_positions == 72
+    # Nor by what an earlier attempt has prepared.
+    with pytest.raises(StepFailure, match=r"spec\.gate\.score\.maxNewTokens is 64, and the longest prompt"):
+        prepare(context, Recorded())
 
 
 @pytest.mark.slow

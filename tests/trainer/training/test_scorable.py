@@ -21,18 +21,24 @@ CHATS = DatasetStatus(format="messages", rows=20, used_rows=16)
 
 
 def remarks(
-    folder: Path, model: Path, *, pairs: bool = False, checks: Sequence[str] | None = None, **score: Any
+    folder: Path,
+    model: Path,
+    *,
+    pairs: bool = False,
+    checks: Sequence[str] | None = None,
+    positions: int | None = None,
+    **score: Any,
 ) -> tuple[str, ...]:
     """What is said of four rows, whose prompts have 2 to 10 tokens and whose answers have 3 to 11."""
     if not folder.exists():
         write_data(folder, packed=False, pairs=pairs, checks=checks)
     gate = GateSpec.model_validate({"score": {"check": "exactMatch", **score}})
-    return require_scorable(gate, folder, CHATS, partial(AnswerTexts, model, None))
+    return require_scorable(gate, folder, CHATS, partial(AnswerTexts, model, None), fixed_positions=positions)
 
 
-def rejection(folder: Path, model: Path, *, pairs: bool = False, **score: Any) -> str:
+def rejection(folder: Path, model: Path, *, pairs: bool = False, positions: int | None = None, **score: Any) -> str:
     with pytest.raises(StepFailure) as failure:
-        remarks(folder, model, pairs=pairs, **score)
+        remarks(folder, model, pairs=pairs, positions=positions, **score)
     assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
     return failure.value.message
 
@@ -64,6 +70,15 @@ def test_rows_whose_prompt_is_too_long_are_counted(
     assert remark == (
         "spec.gate.score is decided on 2 rows: 2 of the 4 held-out rows have a prompt of more than 4 tokens, which is "
         "not answered"
+    )
+
+
+def test_an_answer_for_which_the_model_has_no_positions_is_rejected(tmp_path: Path, tiny_llama: Path) -> None:
+    assert remarks(tmp_path / "data", tiny_llama, positions=40, maxNewTokens=30) == ()
+    assert rejection(tmp_path / "data", tiny_llama, positions=40, maxNewTokens=31) == (
+        "spec.gate.score.maxNewTokens is 31, and the longest prompt that is answered has 10 tokens, but the model has "
+        "positions for 40 (max_position_embeddings) and computes no longer row: set maxNewTokens to 30 or less, "
+        "shorten the prompts, or name a model with a longer context"
     )
 
 

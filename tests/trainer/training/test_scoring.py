@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig
 
 from qlora_api.contract import ExitCode
 from qlora_api.gate import GateSpec
@@ -20,10 +20,11 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.publishing.gate import judge
+from qlora_trainer.report.samples import read_samples
 from qlora_trainer.training.answers import Answering, AnswerTexts, Prompt, ScoredPrompts
 from qlora_trainer.training.attempts import read_attempts
 from tests.support.ranks import EXACT, TWO, succeeded, workspace
-from tests.support.tiny import Recorded, merged
+from tests.support.tiny import VOCABULARY, Recorded, merged, save_model
 from tests.support.training import (
     ROW_LENGTHS,
     Lost,
@@ -190,7 +191,11 @@ def test_a_model_that_cannot_answer_ends_the_step_with_what_to_do(
     monkeypatch.setattr(Answering, "answer", fail)
     found = failure(scored)
     assert found.exit_code is ExitCode.BAD_CONFIGURATION
-    assert "spec.gate.score: the model could not answer (no generation here)" in found.message
+    assert found.message == (
+        "spec.gate.score: the model could not answer (no generation here). The adapter is in trained/ of the "
+        "workspace: create a job with continues: tiny and without gate.score and gate.minScore, which publishes it and "
+        "trains no further step"
+    )
     assert (scored.workspace.trained / "adapter_model.safetensors").is_file()
     assert [attempt.ended for attempt in read_attempts(scored.workspace.records)] == ["failed"]
 
@@ -200,6 +205,24 @@ def test_a_model_that_cannot_answer_ends_the_step_with_what_to_do(
     assert {entry["trainingStep"] for entry in records.written} == {6}, "it trains nothing again"
     assert adapter_bytes(scored) == adapter
     assert [attempt.ended for attempt in read_attempts(scored.workspace.records)] == ["failed", "succeeded"]
+
+
+@pytest.mark.slow
+def test_samples_end_where_the_model_has_no_more_positions(tmp_path: Path) -> None:
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        ffn_dim=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=40,
+        word_embed_proj_dim=64,
+    )
+    model = save_model(tmp_path / "model", config)
+    context = prepared(tmp_path / "workspace", model, {"training": {"maxSteps": 1, "samples": 1}})
+    run(context)
+    found = read_samples(context.workspace.report / "samples.json")
+    assert (len(found.samples), found.missing) == (1, "")
 
 
 def test_reasoning_that_the_prompt_begins_and_an_answer_does_not_end_has_not_passed(

@@ -63,6 +63,11 @@ class PrepareRecord(ObservedModel):
     model_type: str
     auto_class: str = Field("AutoModelForCausalLM", description="The one of transformers that loads the whole model.")
     attention: str | None = Field(None, description="transformers' attention that the model needs; not set for ours.")
+    fixed_positions: int | None = Field(
+        None,
+        description="Tokens of the longest row that the model computes at all; not set if it computes longer ones than "
+        "it has positions for.",
+    )
     memory: MemoryStatus
     dataset: DatasetStatus
     measured: MeasuredMemory | None = Field(

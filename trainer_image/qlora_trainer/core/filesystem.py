@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 
@@ -91,12 +92,19 @@ def remove(path: Path) -> None:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace the file at `path` in one step; it is durable afterwards. Raises OSError and then leaves it as it was."""
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a new file that replaces the one at `path` when the body ends, durably; if it raises, that is as it was."""
     _make_folder(path.parent)
     # A pod on a lost node may still write the same file, and processes of two containers often have the same id.
     partial = partial_path(path.with_name(f"{path.name}.{token_hex(8)}"))
     try:
         with partial.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

@@ -1,5 +1,6 @@
 """Probes a family with a shrunken random model: do we compute what transformers does, and keep packed rows apart?"""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from qlora_trainer.model.text_part import random_text_part
 _OF_TRANSFORMERS = ("sdpa", "eager")
 _ROWS = (7, 12)
 """Both longer than the shrunken window."""
+_UNKNOWN = (ModelError, ValueError, RuntimeError, TypeError, AttributeError, KeyError)
+"""What transformers raises for a setting that a family does not know."""
 _SMALL_MODEL = "the small model by which this type is tested"
 
 
@@ -51,6 +54,8 @@ class Probe:
     """Names in their blocks of linear layers whose weights have a part in the loss, but not by their forward pass."""
     unlike: tuple[str, ...] = ()
     """Parts of blocks that only the whole model has, or only the small one."""
+    fixed_positions: bool = False
+    """It computes no row with more tokens than it has positions, as where each has a vector that was learned."""
 
 
 def probe(config: Any, whole: Any) -> Probe:
@@ -83,9 +88,10 @@ def probe(config: Any, whole: Any) -> Probe:
                 # It is in training mode now.
                 steady = _close(_logits(model, second, _ROWS[1:]), expected)
             unlike = _unlike(whole, model)
+        fixed = _has_fixed_positions(small.config, second)
     blocks = enumerate(small.stands_for)
     silent_layers = {(block, name) for block, small_block in blocks for number, name in silent if number == small_block}
-    return Probe(attention, isolated, causal, stateless, steady, frozenset(silent_layers), bypassed, unlike)
+    return Probe(attention, isolated, causal, stateless, steady, frozenset(silent_layers), bypassed, unlike, fixed)
 
 
 def _unlike(whole: Any, small: Any) -> tuple[str, ...]:
@@ -104,6 +110,30 @@ def _expected_logits(config: Any, row: Tensor) -> Tensor:
         model = _random_model(config, "eager", "eager")
     with explained(f"transformers cannot run on text alone {_SMALL_MODEL}"), torch.no_grad():
         return model(input_ids=row, use_cache=False).logits
+
+
+def _has_fixed_positions(config: Any, row: Tensor) -> bool:
+    """Whether the model computes a row of as many tokens as it has positions, but none with one token more."""
+    of_row = copy.deepcopy(config)
+    text = of_row.get_text_config(decoder=True)
+    if getattr(text, "max_position_embeddings", None) is None:
+        return False
+    text.max_position_embeddings = row.shape[1]
+    try:
+        model = _random_model(of_row, "eager", "eager")
+    except (*_UNKNOWN, IndexError):
+        # Such as a rotation that is stated for a longer context. Then it is computed, for any position.
+        return False
+    return not _computes(model, torch.cat([row, row[:, :1]], dim=1)) and _computes(model, row)
+
+
+def _computes(model: Any, row: Tensor) -> bool:
+    try:
+        with torch.no_grad():
+            model(input_ids=row, use_cache=False)
+    except (IndexError, RuntimeError, ValueError):
+        return False
+    return True
 
 
 def _random_model(config: Any, attention: str, experts: str = EXPERTS) -> Any:
@@ -134,7 +164,7 @@ def _exact_model(config: Any, row: Tensor, expected: Tensor) -> tuple[Any, str |
             model = _random_model(config, attention)
             if _close(_logits(model, row, _ROWS[1:]), expected):
                 return model, attention
-        except (ModelError, ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
+        except _UNKNOWN as error:
             # An implementation that a family does not know makes it fail in any of these ways.
             refusal = error if attention == ATTENTION else refusal
     if refusal is not None:

@@ -54,6 +54,8 @@ class Family:
     """The `attn_implementation` with which the model is loaded: ours, or transformers' for one row a sequence."""
     longest_row: int | None = None
     """Tokens that the model has positions for; None if its configuration does not say."""
+    fixed_positions: int | None = None
+    """The same where it computes no longer row at all; None if it does, as with rotary positions."""
     same_rotation_up_to: int | None = None
     """Tokens of a row beyond which the model turns every row of its sequence by other angles; None if it never does."""
     without_adapter: tuple[str, ...] = ()
@@ -184,6 +186,7 @@ def _inspected(config: Any, lora: LoraSpec) -> Family:
         one_row=not probed.isolated,
         attention=str(probed.attention),
         longest_row=longest_row(text),
+        fixed_positions=longest_row(text) if probed.fixed_positions else None,
         same_rotation_up_to=same_rotation_up_to(text),
         without_adapter=left_out,
         mixture_of_experts=experts,

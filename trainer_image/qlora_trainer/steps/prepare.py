@@ -156,7 +156,13 @@ def _prepare(
     records.note(dataset=dataset.status())
     sequences = _write_sequences(dataset, context, admitted, say)
     end, of_turns = _turns(admitted, dataset)
-    of_score = require_scorable(context.spec.gate, sequences, dataset.status(), partial(AnswerTexts, folder, end))
+    of_score = require_scorable(
+        context.spec.gate,
+        sequences,
+        dataset.status(),
+        partial(AnswerTexts, folder, end),
+        fixed_positions=admitted.model.family.fixed_positions,
+    )
 
     of_evaluations = _of_evaluations(context, sequences)
 
@@ -188,6 +194,7 @@ def _prepare(
         experts_in_mxfp4=family.experts_in_mxfp4,
         model_type=family.model_type,
         auto_class=family.auto_class,
+        fixed_positions=family.fixed_positions,
         attention=None if family.attention == ATTENTION else family.attention,
         memory=admitted.memory.status,
         dataset=dataset.status(),
@@ -392,7 +399,9 @@ def _still_valid(record: PrepareRecord, context: StepContext, records: RecordWri
     memory.require()
     require_readable(spec.gate)
     texts = partial(AnswerTexts, folder, record.end_of_turn)
-    of_score = require_scorable(spec.gate, root / record.data_path, record.dataset, texts)
+    of_score = require_scorable(
+        spec.gate, root / record.data_path, record.dataset, texts, fixed_positions=record.fixed_positions
+    )
     kept = (remark for remark in record.remarks if not remark.startswith((SCORE, EVALUATIONS)))
     remarks = (*kept, *of_score, *_of_evaluations(context, root / record.data_path))
     return record.model_copy(update={"memory": memory.status, "measured": memory.measured, "remarks": remarks})

@@ -153,7 +153,7 @@ class Answering:
         base.set_attn_implementation("eager")
         model.eval()
 
-    def answer(self, prompt: Prompt, *, adapter: bool, max_new_tokens: int = MAX_NEW_TOKENS) -> str:
+    def answer(self, prompt: Prompt, *, adapter: bool, max_new_tokens: int) -> str:
         """The model's answer, with or without its adapter, up to its end, which a base model need not know."""
         stopped = self._stopped
         ends = torch.tensor(self.texts.last_tokens(prompt), dtype=torch.int64, device=self._device)
@@ -177,11 +177,14 @@ class Answering:
         return self.texts.answer(output[0, len(prompt.tokens) :].tolist())
 
 
-def _samples(answering: Answering, prompts: Iterable[Prompt], stopped: Stopped) -> Samples:
+def _samples(answering: Answering, prompts: Iterable[Prompt], stopped: Stopped, fixed_positions: int | None) -> Samples:
     """The samples; one in progress when `stopped` turns true is dropped, with those after it."""
     samples = []
     for prompt in prompts:
-        before, after = (answering.answer(prompt, adapter=adapter) for adapter in (False, True))
+        # A prompt is shorter than its row, which has positions: at least one token can be answered.
+        positions = MAX_NEW_TOKENS if fixed_positions is None else fixed_positions - len(prompt.tokens)
+        most = min(MAX_NEW_TOKENS, positions)
+        before, after = (answering.answer(prompt, adapter=adapter, max_new_tokens=most) for adapter in (False, True))
         if stopped():
             break
         question, reference = answering.texts.prompt(prompt.tokens), answering.texts.answer(prompt.answer)
@@ -197,17 +200,20 @@ def leave_samples(
     count: int,
     stopped: Stopped,
     device: torch.device,
+    *,
+    fixed_positions: int | None,
 ) -> None:
     """Write the samples of a trained model to `path`, or why there are none.
 
-    The adapter is finished by then: a model that cannot generate must not fail the run, so the cause is recorded.
+    `fixed_positions`: tokens of the longest prompt and answer that it computes; None if it has no limit. The adapter is
+    finished by then: a model that cannot generate must not fail the run, so the cause is recorded.
     """
     if not count:
         samples = Samples(missing="spec.training.samples is 0, or spec.training.sharding is full")
     else:
         try:
             answering = Answering(model, texts(), stopped, device)
-            samples = _samples(answering, choose_prompts(data, count), stopped)
+            samples = _samples(answering, choose_prompts(data, count), stopped, fixed_positions)
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
             logger.exception("no samples for the report")
             samples = Samples(missing=f"the model could not generate: {first_line(error)}")

@@ -16,11 +16,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_trainer.core.filesystem import atomic_folder, file_sha256, remove, remove_partials
 from qlora_trainer.core.paths import confined, read_regular, require_regular
+from qlora_trainer.training.run_state import SavedState
 
 FORMAT_VERSION = 1
 KEPT = 2
@@ -48,7 +50,7 @@ class Checkpoint:
 
     path: Path
     step: int
-    state: Mapping[str, Any]
+    state: SavedState
     sha256: Mapping[str, str]
     """Of each of its files, by name."""
 
@@ -130,16 +132,26 @@ def _verified(path: Path) -> Checkpoint:
         found = file_sha256(path / name)
         if found != expected:
             raise ValueError(f"{name} has sha256 {found}, not {expected}")
-    state = json.loads(content)
-    if STATE not in sums or state["formatVersion"] != FORMAT_VERSION:
-        raise ValueError(f"{STATE} has format {state.get('formatVersion')}, this program reads {FORMAT_VERSION}")
-    if (
-        not isinstance(state["fingerprint"], dict)
-        or type(state["historyBytes"]) is not int
-        or state["historyBytes"] < 0
-    ):
-        raise ValueError(f"{STATE} is not that of a run")
-    return Checkpoint(path, int(state["step"]), state, sums)
+    if STATE not in sums:
+        raise ValueError(f"{STATE} has no sum")
+    written = json.loads(content)["formatVersion"]
+    if written != FORMAT_VERSION:
+        raise ValueError(f"{STATE} has format {str(written)[:80]}, this program reads {FORMAT_VERSION}")
+    state = _run_of(content)
+    named = _NAME.search(path.name)
+    if named is None or int(named[1]) != state.step:
+        raise ValueError(f"{STATE} is that of step {state.step}")
+    return Checkpoint(path, state.step, state, sums)
+
+
+def _run_of(content: bytes) -> SavedState:
+    """The state of a run. Raises ValueError, naming the place but not what is there, if it is none."""
+    try:
+        return SavedState.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))[:80] or "all of it"
+        raise ValueError(f"{STATE} is not that of a run: {place}: {first['msg']}") from error
 
 
 def read_state(path: Path) -> Mapping[str, Any] | None:

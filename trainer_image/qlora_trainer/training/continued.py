@@ -7,13 +7,20 @@ from pathlib import Path
 from qlora_api.contract import WorkspaceLayout
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unreachable
 from qlora_trainer.core.file_names import HISTORY_FILE
-from qlora_trainer.core.filesystem import bytes_below, require_space, write_atomically
+from qlora_trainer.core.filesystem import atomic_file, bytes_below, require_space
 from qlora_trainer.core.paths import confined, require_regular
 from qlora_trainer.training.attempts import ATTEMPTS_FILE, Attempt, ended_attempts, write_attempts
-from qlora_trainer.training.checkpoint import copy_checkpoint, newest_intact, numbered_checkpoints, read_state
+from qlora_trainer.training.checkpoint import (
+    Checkpoint,
+    copy_checkpoint,
+    newest_intact,
+    numbered_checkpoints,
+    read_state,
+)
 from qlora_trainer.training.fingerprint import Fingerprint, differences
 from qlora_trainer.training.prepared_job import PreparedJob
 
+_BLOCK_BYTES = 2**20
 logger = logging.getLogger(__name__)
 
 
@@ -32,7 +39,7 @@ def reject_other_settings(source: Path, name: str, settings: Fingerprint) -> Non
     """
     folder = _layout(source).checkpoints
     states = (read_state(confined(path, folder)) for _, path in numbered_checkpoints(folder))
-    found = next((state["fingerprint"] for state in states if state is not None), None)
+    found = next((state.get("fingerprint") for state in states if state is not None), None)
     if isinstance(found, dict) and isinstance(found.get("lora"), dict):
         known = {part: found.get(part) for part in settings} | {"lora": {**found["lora"], "from": None}}
         _require_same_run(known, settings | {"lora": {**settings["lora"], "from": None}}, name)
@@ -52,9 +59,10 @@ def continue_run(source: Path, name: str, job: PreparedJob) -> int | None:
     checkpoint = newest_intact(other.checkpoints)
     if checkpoint is None:
         raise _nothing_to_continue(name)
-    _require_same_run(checkpoint.state["fingerprint"], job.fingerprint, name)
-    require_space(workspace.root, bytes_below(checkpoint.path), f"the checkpoint of {name}")
-    _copy_history(other, workspace, int(checkpoint.state["historyBytes"]))
+    _require_same_run(checkpoint.state.fingerprint, job.fingerprint, name)
+    history = _history_bytes(other, checkpoint)
+    require_space(workspace.root, bytes_below(checkpoint.path) + history, f"the checkpoint of {name}")
+    _copy_history(other, workspace, history)
     if not (workspace.records / ATTEMPTS_FILE).exists():
         # Of no Job of this QLoRAJob: they count in the goodput, and not as attempts that got nowhere.
         earlier = _attempts(other)
@@ -80,14 +88,21 @@ def _require_same_run(found: Fingerprint, wanted: Fingerprint, name: str) -> Non
         )
 
 
-def _copy_history(other: WorkspaceLayout, workspace: WorkspaceLayout, length: int) -> None:
-    """The metrics up to the checkpoint: what follows was measured by steps that are repeated here."""
+def _history_bytes(other: WorkspaceLayout, checkpoint: Checkpoint) -> int:
+    """Length of the metrics up to the checkpoint: what follows was measured by steps that are repeated here."""
     path = other.report / HISTORY_FILE
     if not path.exists():
-        return
+        return 0
     require_regular(path, other.root, HISTORY_FILE)
-    with path.open("rb") as file:
-        write_atomically(workspace.report / HISTORY_FILE, file.read(length))
+    return min(checkpoint.state.history_bytes, path.stat().st_size)
+
+
+def _copy_history(other: WorkspaceLayout, workspace: WorkspaceLayout, length: int) -> None:
+    if length:
+        with (other.report / HISTORY_FILE).open("rb") as file, atomic_file(workspace.report / HISTORY_FILE) as copy:
+            while length and (block := file.read(min(length, _BLOCK_BYTES))):
+                copy.write(block)
+                length -= len(block)
 
 
 def _attempts(other: WorkspaceLayout) -> list[Attempt]:
@@ -102,6 +117,6 @@ def _attempts(other: WorkspaceLayout) -> list[Attempt]:
 def _nothing_to_continue(name: str) -> StepFailure:
     return bad_configuration(
         f"the workspace of {name} (spec.continues) has no checkpoint that can be taken up: that job was interrupted "
-        "before the first one, or has been cleaned up; create this job again without continues, or with the other's "
+        "before the first one, has been cleaned up, or its checkpoints are damaged (see the log); create this job again without continues, or with the other's "
         "adapter in spec.lora.from"
     )

@@ -11,8 +11,9 @@ from qlora_trainer.training.best_adapter import read_best
 from qlora_trainer.training.evaluations import Kept, kept
 from qlora_trainer.training.held_out import compare
 from qlora_trainer.training.prepared_job import PreparedJob
+from qlora_trainer.training.run_state import RunState
 from qlora_trainer.training.scoring import measure_score
-from qlora_trainer.training.state import Run, RunState
+from qlora_trainer.training.state import Run
 
 
 def finish_run(run: Run, state: RunState, job: PreparedJob) -> TrainRecord:
@@ -90,4 +91,13 @@ def leave_samples(run: Run, job: PreparedJob) -> None:
     # One rank alone cannot run a sharded base.
     count = 0 if run.ranks.sharded else run.training.samples
     data, stop = run.eval_data or run.data, run.runtime.stop
-    write_samples(path, run.model, job.texts, data, count, lambda: stop.requested, run.device)
+    write_samples(
+        path,
+        run.model,
+        job.texts,
+        data,
+        count,
+        lambda: stop.requested,
+        run.device,
+        fixed_positions=job.prepared.fixed_positions,
+    )

@@ -9,8 +9,9 @@ from qlora_api.contract import ExitCode
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.training.divergence import Stability, cleared, has_diverged
 from qlora_trainer.training.evaluations import kept
+from qlora_trainer.training.run_state import RunState
 from qlora_trainer.training.start import as_at_start, named_start
-from qlora_trainer.training.state import Gradient, Run, RunState
+from qlora_trainer.training.state import Gradient, Run
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,8 @@ from qlora_trainer.training.device import memory_bytes, peak_memory_bytes, proce
 from qlora_trainer.training.judging import diverged, judge_end, judge_kept, judge_step
 from qlora_trainer.training.objective import of_evaluation
 from qlora_trainer.training.optimizer import learning_rate, optimizer_tensors, set_learning_rate
-from qlora_trainer.training.state import Gradient, Run, RunState, report
+from qlora_trainer.training.run_state import RunState
+from qlora_trainer.training.state import Gradient, Run, report
 
 logger = logging.getLogger(__name__)
 

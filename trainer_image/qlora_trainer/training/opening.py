@@ -28,9 +28,10 @@ from qlora_trainer.training.preference import make_objective
 from qlora_trainer.training.prepared_job import PreparedJob
 from qlora_trainer.training.ranks import Ranks
 from qlora_trainer.training.resume import restore
+from qlora_trainer.training.run_state import RunState
 from qlora_trainer.training.schedule import Schedule
 from qlora_trainer.training.sharding import STORAGE_DTYPE, shard_base
-from qlora_trainer.training.state import Run, RunState, Runtime, report
+from qlora_trainer.training.state import Run, Runtime, report
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def open_base(
     trained with it. Raises StepFailure for a model that cannot keep rows apart, and is to train on several at once.
     """
     spec, prepared, rank_info = job.context.spec, job.prepared, process.ranks.rank_info
-    threads = _own_threads(rank_info) if begun is None else int(begun.state["threads"])
+    threads = _own_threads(rank_info) if begun is None else begun.state.threads
     device = use_device(job.context.device, threads, rank_info.local_rank)
     _say_loading(job, process.runtime, checkpoint)
     if spec.training.micro_batch_size > 1 and not prepared.packed and not prepared.rows_apart:
@@ -199,4 +200,4 @@ def _open_history(job: PreparedJob, checkpoint: Checkpoint | None) -> MetricsLog
         settings={"model": spec.model.source, **spec.lora.dump(), **spec.training.dump()},
         from_step=0 if checkpoint is None else checkpoint.step,
     )
-    return MetricsLog(folder, 0 if checkpoint is None else int(checkpoint.state["historyBytes"]), trackers)
+    return MetricsLog(folder, 0 if checkpoint is None else checkpoint.state.history_bytes, trackers)

@@ -17,7 +17,8 @@ from qlora_trainer.training.device import processor
 from qlora_trainer.training.fingerprint import Fingerprint, reject_other_run
 from qlora_trainer.training.optimizer import restore_optimizer
 from qlora_trainer.training.ranks import Ranks
-from qlora_trainer.training.state import Run, RunState
+from qlora_trainer.training.run_state import RunState
+from qlora_trainer.training.state import Run
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def resumed_attempt(
     with only_attempt(workspace.records):
         checkpoint = newest_checkpoint(workspace.checkpoints)
         if checkpoint is not None:
-            reject_other_run(checkpoint.state["fingerprint"], fingerprint, checkpoint.path)
+            reject_other_run(checkpoint.state.fingerprint, fingerprint, checkpoint.path)
         from_step = 0 if checkpoint is None else checkpoint.step
         with recorded_attempt(workspace.records, from_step, pod, now):
             yield checkpoint
@@ -86,14 +87,14 @@ def restore(run: Run, checkpoint: Checkpoint) -> RunState:
             f"{checkpoint.path} does not fit the job ({first_line(error)}): delete that folder, and the job resumes "
             "from the checkpoint before it, or from its first step"
         ) from error
-    before, here = checkpoint.state["processor"], processor(run.context.device)
+    before, here = checkpoint.state.processor, processor(run.context.device)
     if before != here:
         logger.warning(
             "%s was made on %s, this is %s: the adapter may differ in its last digits", checkpoint.path, before, here
         )
-    run.checkpoint_step, run.checkpoint_time = checkpoint.step, checkpoint.state["savedAt"]
+    run.checkpoint_step, run.checkpoint_time = checkpoint.step, checkpoint.state.saved_at
     run.best = best_of(checkpoint)
-    state = RunState.from_json(checkpoint.state["run"])
+    state = checkpoint.state.run
     if state.micro_batch_size is not None:
         run.schedule = run.schedule.with_micro_batch_size(state.micro_batch_size)
     return state

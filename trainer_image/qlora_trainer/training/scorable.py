@@ -24,12 +24,18 @@ def require_readable(gate: GateSpec | None) -> None:
 
 
 def require_scorable(
-    gate: GateSpec | None, data_folder: Path, found: DatasetStatus, texts: Callable[[], AnswerTexts]
+    gate: GateSpec | None,
+    data_folder: Path,
+    found: DatasetStatus,
+    texts: Callable[[], AnswerTexts],
+    *,
+    fixed_positions: int | None,
 ) -> tuple[str, ...]:
     """What a user should know of the rows that are scored; each begins with the name of the setting.
 
-    `found` is what the data set is. Raises StepFailure: BAD_CONFIGURATION for a score that no answer to the prepared
-    rows could have, BAD_DATASET for a row whose own check cannot be used.
+    `found` is what the data set is; `fixed_positions`: tokens of the longest prompt and answer that the model computes,
+    None if it has no limit. Raises StepFailure: BAD_CONFIGURATION for a score that no answer to the prepared rows could
+    have, or for which the model has too few positions, BAD_DATASET for a row whose own check cannot be used.
     """
     if gate is None or gate.score is None:
         return ()
@@ -39,6 +45,8 @@ def require_scorable(
             "with answers, or remove gate.score"
         )
     scored, spec = scored_rows(PreparedDataset.open(data_folder, "eval"), gate.score), gate.score
+    if fixed_positions is not None:
+        _require_positions(scored, spec, fixed_positions)
     failed = _own_answers_that_fail(scored, spec, texts())
     # The row is only known of a check that it brings.
     first = f" (the first: {failed[0].source})" if failed and failed[0].source else ""
@@ -65,6 +73,18 @@ def require_scorable(
     for remark in remarks:
         logger.warning("%s", remark)
     return tuple(remarks)
+
+
+def _require_positions(scored: ScoredPrompts, spec: ScoreSpec, positions: int) -> None:
+    """Not left to training: the model fails at the first answer that is too long, when the adapter is finished."""
+    longest = max(len(prompt.tokens) for prompt in scored.chosen)
+    if longest + spec.max_new_tokens > positions:
+        raise bad_configuration(
+            f"{SCORE}.maxNewTokens is {spec.max_new_tokens}, and the longest prompt that is answered has {longest} "
+            f"tokens, but the model has positions for {positions} (max_position_embeddings) and computes no longer "
+            f"row: set maxNewTokens to {positions - longest} or less, shorten the prompts, or name a model with a "
+            "longer context"
+        )
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.training.answers import Answering, AnswerTexts, Prompt
 from qlora_trainer.training.prepared_job import PreparedJob
+from qlora_trainer.training.run_state import RunState
 from qlora_trainer.training.scorable import row_criterion, scored_rows
-from qlora_trainer.training.state import Run, RunState, report
+from qlora_trainer.training.state import Run, report
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ def measure_score(
     """
     # Gradients are gone, and what the optimizer holds is not needed any more: answers need memory.
     run.optimizer.state.clear()
+    name = run.context.document.metadata.name
     path, stop = run.context.workspace.report / ANSWERS_FILE, run.runtime.stop
     settings = score_settings(spec, job.prepared.fingerprint)
     scored = scored_rows(data, spec)
@@ -117,7 +119,7 @@ def measure_score(
     with AnswerLog.opened(path, adapter_sha256, settings) as log, AnswerChecker(spec) as checker:
         for number, prompt in enumerate(rows, start=1):
             report(run, state, f"scoring answer {number} of {len(rows)}")
-            answers = log.get(prompt) or _answered(answering, checker, prompt, spec)
+            answers = log.get(prompt) or _answered(answering, checker, prompt, spec, name)
             if stop.requested:
                 raise Interrupted(state.step, run.schedule.total_steps, run.checkpoint_step or 0)
             log.add(answers)
@@ -142,7 +144,8 @@ def _texts(job: PreparedJob) -> AnswerTexts:
         ) from error
 
 
-def _answered(answering: Answering, checker: AnswerChecker, prompt: Prompt, spec: ScoreSpec) -> Answers:
+def _answered(answering: Answering, checker: AnswerChecker, prompt: Prompt, spec: ScoreSpec, name: str) -> Answers:
+    """The answers to one row. `name`: the job's, whose adapter another job can take up."""
     try:
         base, adapter = (
             answering.answer(prompt, adapter=with_adapter, max_new_tokens=spec.max_new_tokens)
@@ -153,12 +156,13 @@ def _answered(answering: Answering, checker: AnswerChecker, prompt: Prompt, spec
             raise StepFailure(
                 ExitCode.GPU_OUT_OF_MEMORY,
                 f"the GPU ran out of memory while answers were scored ({first_line(error)}): the adapter is in "
-                "trained/ of the workspace. Use a GPU with more memory and raise spec.retry.request, or create the job "
-                "again with a lower spec.gate.score.maxNewTokens",
+                "trained/ of the workspace. Use a GPU with more memory and raise spec.retry.request, or create a job "
+                f"with continues: {name} and a lower gate.score.maxNewTokens, which trains no further step",
             ) from error
         raise bad_configuration(
-            f"spec.gate.score: the model could not answer ({first_line(error)}): create the job again without score. "
-            "The adapter is in trained/ of the workspace"
+            f"spec.gate.score: the model could not answer ({first_line(error)}). The adapter is in trained/ of the "
+            f"workspace: create a job with continues: {name} and without gate.score and gate.minScore, which publishes "
+            "it and trains no further step"
         ) from error
     texts, criterion = answering.texts, row_criterion(spec, prompt)
     reference, begun = texts.answer(prompt.answer), texts.asks_for_reasoning(prompt)

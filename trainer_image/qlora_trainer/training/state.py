@@ -1,9 +1,9 @@
-"""A run of the training loop: what it works with, what it has reached, and its progress report."""
+"""A run of the training loop: what it works with, and its progress report."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,12 @@ from qlora_trainer.report.metrics_log import MetricsLog
 from qlora_trainer.training.attempts import Attempt, show_life
 from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.checkpoint import StoredFile
-from qlora_trainer.training.divergence import Stability
-from qlora_trainer.training.evaluations import Evaluations
 from qlora_trainer.training.fingerprint import Fingerprint
 from qlora_trainer.training.goodput import goodput, spent_seconds
 from qlora_trainer.training.objective import BatchSums, Objective
 from qlora_trainer.training.pace import Pace
 from qlora_trainer.training.ranks import Ranks
+from qlora_trainer.training.run_state import RunState
 from qlora_trainer.training.schedule import Schedule
 
 
@@ -42,43 +41,6 @@ class Runtime:
     """The time for records, with a time zone."""
     monotonic: Callable[[], float]
     """Seconds, for speeds."""
-
-
-@dataclass(frozen=True)
-class RunState:
-    """What the run has reached, besides the tensors of model and optimizer. Every checkpoint holds it."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    loss: float | None = None
-    measured: Mapping[str, float] = field(default_factory=dict)
-    """What the objective measured with the loss of the latest step."""
-    grad_norm: float | None = None
-    learning_rate: float | None = None
-    evaluated_step: int | None = None
-    eval_loss: float | None = None
-    initial_eval_loss: float | None = None
-    eval_measured: Mapping[str, float] = field(default_factory=dict)
-    """What it measured in the latest evaluation."""
-    best_measured: Mapping[str, float] = field(default_factory=dict)
-    """And in the best one so far."""
-    peak_memory_bytes: int = 0
-    """The largest of all attempts."""
-    micro_batch_size: int | None = None
-    """What the loop lowered it to when the GPU ran out of memory; None while it is the job's own."""
-    kept_seconds: float = 0.0
-    """Time of the optimizer steps and evaluations that led to this state; what an interruption undid is not in it."""
-    stability: Stability = field(default_factory=Stability)
-    evaluations: Evaluations = field(default_factory=Evaluations)
-    at_rungs: tuple[tuple[int, float], ...] = ()
-    """Step and held-out loss of the evaluations at the rungs of the job's sweep."""
-
-    @classmethod
-    def from_json(cls, saved: Mapping[str, Any]) -> Self:
-        """The state that `asdict` turned into `saved`."""
-        stability, evaluations = Stability(**saved["stability"]), Evaluations(**saved["evaluations"])
-        at_rungs = tuple((int(step), float(loss)) for step, loss in saved.get("at_rungs", ()))
-        return cls(**{**saved, "stability": stability, "evaluations": evaluations, "at_rungs": at_rungs})
 
 
 @dataclass

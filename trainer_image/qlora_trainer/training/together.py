@@ -15,7 +15,8 @@ from qlora_trainer.model.batch import Batch, read_batch
 from qlora_trainer.model.four_bit import COMPUTE_DTYPE
 from qlora_trainer.model.joint import joint_losses, routed
 from qlora_trainer.training.loop import StepCost, apply_gradient, between_steps, is_done, note_step
-from qlora_trainer.training.state import Gradient, Run, RunState, report
+from qlora_trainer.training.run_state import RunState
+from qlora_trainer.training.state import Gradient, Run, report
 
 
 @dataclass
