@@ -32,7 +32,7 @@ CELLS = "cells"
 """Folder with a file for each cell."""
 _LOCK_FILE = ".lock"
 _LONGEST_WAIT_SECONDS = 60.0
-"""For another cell that writes the page, which takes a moment: the adapter is not to wait for one that hangs."""
+"""For another cell that writes the page, which takes a moment: the step is not to wait for one that hangs."""
 _MOST_CELLS, _MOST_POINTS, _MOST_BYTES = 64, 400, 262_144
 
 _LARGEST = 3.5e38
