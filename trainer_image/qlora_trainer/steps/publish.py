@@ -195,7 +195,6 @@ def _held_back(job: TrainedJob, gate: GateStatus, context: StepContext, say: Cal
     folder = _verify(job, context)
     say("writing the report")
     picture = write_report(job, context.workspace, device=context.device)
-    _add_to_sweep(job, context)
     contents = {MODEL_CARD_FILE: _card(job, context.workspace), CURVE_FILE: picture}
     template = job_template_file(job.prepared, context.workspace)
     if template is not None:
@@ -203,6 +202,7 @@ def _held_back(job: TrainedJob, gate: GateStatus, context: StepContext, say: Cal
         contents[TEMPLATE_FILE] = template.read_bytes()
     for name, content in contents.items():
         write_atomically(folder / name, content)
+    _add_to_sweep(job, context)
     return gate_failure(gate, f"{context.workspace_uri}/{job.trained.adapter_path}")
 
 

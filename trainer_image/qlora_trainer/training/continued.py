@@ -117,6 +117,6 @@ def _attempts(other: WorkspaceLayout) -> list[Attempt]:
 def _nothing_to_continue(name: str) -> StepFailure:
     return bad_configuration(
         f"the workspace of {name} (spec.continues) has no checkpoint that can be taken up: that job was interrupted "
-        "before the first one, has been cleaned up, or its checkpoints are damaged (see the log); create this job again without continues, or with the other's "
-        "adapter in spec.lora.from"
+        "before the first one, has been cleaned up, or its checkpoints are damaged (see the log); create this job "
+        "again without continues, or with the other's adapter in spec.lora.from"
     )
