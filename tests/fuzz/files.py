@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import numpy
@@ -23,7 +24,7 @@ from qlora_api.contract import ExitCode
 from qlora_api.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.completion import PrepareRecord, PublishRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.data.chunks import Chunk
+from qlora_trainer.data.chunks import Chunk, Limits, TokenizedRow, TokenizedRows
 from qlora_trainer.data.files import DataFile
 from qlora_trainer.data.formats import RowReader, detect_format
 from qlora_trainer.data.prepared import PreparedDataset
@@ -291,8 +292,12 @@ def _statistics(content: bytes, folder: Path) -> None:
 
 
 def _chunk(content: bytes, folder: Path) -> None:
-    chunk = Chunk.read(_written(content, folder / "chunk.safetensors"))
-    assert chunk is None or chunk.rows_read >= 0
+    chunk = Chunk.read(_written(content, folder / "chunk.safetensors"), Limits(vocabulary=8, longest=4))
+    if chunk is not None:
+        rows = TokenizedRows([chunk])
+        found = rows.input_ids(numpy.arange(len(rows)))
+        assert len(found) == rows.lengths.sum()
+        assert all(0 <= token < 8 for token in found)
 
 
 def _split(content: bytes, folder: Path) -> None:
@@ -301,10 +306,11 @@ def _split(content: bytes, folder: Path) -> None:
 
 
 def _seed_chunk() -> bytes:
-    values = numpy.array([1, 2], numpy.int32)
-    names = ("input_ids", "lengths", "target_counts", "too_long")
-    tensors = {**dict.fromkeys(names, values), "is_target": numpy.array([0, 1], numpy.uint8)}
-    return save(tensors, metadata={"facts": json.dumps({"unlabeled": 0})})
+    row = TokenizedRow(numpy.array([1, 7, 2], numpy.int32), numpy.array([False, True, True]))
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "chunk.safetensors")
+        Chunk.of([row, row]).write(path)
+        return path.read_bytes()
 
 
 def _seed_split() -> bytes:

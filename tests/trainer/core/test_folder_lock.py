@@ -68,8 +68,20 @@ def test_without_locks_only_time_tells_that_an_owner_is_gone(tmp_path: Path) -> 
     own(tmp_path).release()
     assert not is_taken(aged(tmp_path, 50), same_job=True)
     assert is_taken(aged(tmp_path, 1000), same_job=True)
-    with exclusive(tmp_path / "lock") as now:
+    with exclusive(tmp_path / "lock", longest_wait=1) as now:
         assert now == (tmp_path / "lock").stat().st_mtime
+
+
+def test_a_lock_is_not_waited_for_longer_than_said(tmp_path: Path) -> None:
+    with exclusive(tmp_path / "lock", longest_wait=0):
+        for seconds in (0, 0.2):
+            with (
+                pytest.raises(TimeoutError, match="another process holds a lock"),
+                exclusive(tmp_path / "lock", seconds),
+            ):
+                pytest.fail("two are in")
+    with exclusive(tmp_path / "lock", longest_wait=0):
+        pass
 
 
 def test_an_owner_touches_its_folder_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Rows that the cells of a sweep share: tokenized once, also at the same time, and never wrong for one of them."""
 
+import errno
 import fcntl
 import os
 import signal
@@ -14,13 +15,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 
 from qlora_api.contract import WorkspaceLayout
 from qlora_trainer.core import folder_lock
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.core.folder_lock import exclusive
 from qlora_trainer.data import rows_folder, tokenize
+from qlora_trainer.data.chunks import Chunk, Limits
 from qlora_trainer.steps.prepare import prepare
 from tests.support.command import TIMEOUT_S, Files
 from tests.support.tiny import Recorded, chat_row, write_rows
@@ -106,6 +110,126 @@ def test_a_cell_does_not_trust_shared_rows_that_are_damaged(cell: MakeCell, rows
 
     assert made == [10] * 2
     assert flipped.read_bytes() == content
+
+
+def with_unknown_token(chunk: Chunk) -> Chunk:
+    ids = chunk.input_ids.copy()
+    ids[5] = 100_000
+    return replace(chunk, input_ids=ids)
+
+
+def with_a_row_too_much(chunk: Chunk) -> Chunk:
+    return replace(chunk, lengths=chunk.lengths + numpy.eye(1, len(chunk.lengths), dtype=numpy.int32)[0])
+
+
+def with_long_rows(chunk: Chunk) -> Chunk:
+    """Two rows as one."""
+    lengths, counts = chunk.lengths[1:].copy(), chunk.target_counts[1:].copy()
+    lengths[0] += chunk.lengths[0]
+    counts[0] += chunk.target_counts[0]
+    return replace(chunk, lengths=lengths, target_counts=counts, digests=chunk.digests[1:])
+
+
+def with_64_bits(chunk: Chunk) -> Chunk:
+    return replace(chunk, input_ids=chunk.input_ids.astype(numpy.int64))
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_cell_does_not_train_on_shared_rows_that_no_trainer_makes(
+    cell: MakeCell, rows: Path, made: list[int]
+) -> None:
+    """Each has a digest that fits its content."""
+    longest = {"maxSequenceLength": 32}
+    prepare(cell("rates-00", {"training": longest}), Recorded())
+    made.clear()
+    before = {path: path.read_bytes() for path in sorted(rows.glob("train-*"))}
+    changes = (with_unknown_token, with_a_row_too_much, with_long_rows, with_64_bits)
+    for path, change in zip(before, changes, strict=False):
+        chunk = Chunk.read(path, Limits(vocabulary=512, longest=32))
+        assert chunk is not None
+        change(chunk).write(path)
+        assert path.read_bytes() != before[path]
+
+    prepare(cell("rates-01", {"training": {"seed": 7, **longest}}), Recorded())
+
+    assert made == [10] * len(changes)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("obstacle", ["folder", "another user's"])
+def test_a_cell_that_may_not_replace_shared_rows_uses_its_own(
+    cell: MakeCell,
+    rows: Path,
+    made: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    obstacle: str,
+) -> None:
+    alone = data_bytes(cell("alone", OTHER_CELL, shared=False))
+    prepare(cell("rates-00"), Recorded())
+    made.clear()
+    wrong, *_ = sorted(rows.glob("train-*"))
+    wrong.unlink()
+    if obstacle == "folder":
+        wrong.mkdir()
+    else:
+        wrong.write_bytes(b"")
+        rename = Path.replace
+
+        def sticky(path: Path, target: Path) -> Path:
+            if target == wrong:
+                raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path), None, str(target))
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "replace", sticky)
+
+    assert data_bytes(cell("rates-01", OTHER_CELL)) == alone
+
+    assert made == [10]
+    assert "the rows of this job go into its own folder" in caplog.text
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_cell_that_may_not_use_the_shared_folder_uses_its_own(
+    cell: MakeCell, rows: Path, made: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = data_bytes(cell("alone", OTHER_CELL, shared=False))
+    prepare(cell("rates-00"), Recorded())
+    made.clear()
+    opened = os.open
+
+    def denied(path: Any, *more: Any, **named: Any) -> int:
+        if Path(path) == rows / ".lock":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, *more, **named)
+
+    monkeypatch.setattr(os, "open", denied)
+    assert data_bytes(cell("rates-01", OTHER_CELL)) == alone
+    assert made == [10] * 12
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_cell_does_not_wait_for_a_pod_that_hangs_with_the_lock(
+    cell: MakeCell, rows: Path, made: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(rows_folder, "_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(rows_folder, "_MOST_LOOKS", 3)
+    alone = data_bytes(cell("alone", OTHER_CELL, shared=False))
+    made.clear()
+    rows.mkdir(parents=True)
+    records, later = Recorded(), Recorded()
+
+    with exclusive(rows / ".lock", longest_wait=1):
+        waiting = cell("rates-00", OTHER_CELL)
+        prepare(waiting, records)
+        prepare(cell("rates-01"), later)
+
+    assert said(records).count(WAITING) == 3, "as for a pod that makes the rows and hangs"
+    assert "or not released the lock beside it: this one makes the rows itself" in caplog.text
+    assert WAITING not in said(later), "what is there needs no lock"
+    assert made == [10] * 12
+    assert data_bytes(waiting) == alone
 
 
 @pytest.mark.usefixtures("small_chunks")

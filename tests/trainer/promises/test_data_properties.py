@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from qlora_api.contract import ExitCode
 from qlora_api.dataset import Columns
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.data.chunks import Chunk, TokenizedRow, TokenizedRows
+from qlora_trainer.data.chunks import Chunk, Limits, TokenizedRow, TokenizedRows
 from qlora_trainer.data.files import DataFile
 from qlora_trainer.data.formats import RowReader, detect_format
 from qlora_trainer.data.hub_splits import EVALUATION, TRAINING, Wanted, choose_data_files, read_dataset_card
@@ -191,7 +191,7 @@ def test_every_row_lands_once_with_its_own_mask(rows: list[list[tuple[int, bool]
         for first in range(0, len(pairs), chunk_rows):
             path = Path(folder, f"{first}.safetensors")
             Chunk.of(tokens[first : first + chunk_rows]).write(path)
-            chunks.append(Chunk.read(path))
+            chunks.append(Chunk.read(path, Limits(vocabulary=501, longest=32)))
         assert None not in chunks
         tokenized = TokenizedRows([chunk for chunk in chunks if chunk is not None])
         arrangement = pack(numpy.arange(len(rows)), tokenized.lengths, 32, seed)

@@ -225,7 +225,7 @@ def test_a_cell_that_hangs_while_it_writes_the_page_is_not_waited_for(
     """What the page of a cell that is published raises then is an OSError, which costs no adapter."""
     monkeypatch.setattr(sweep_page, "_LONGEST_WAIT_SECONDS", 0.2)
     (tmp_path / "cells").mkdir()
-    with exclusive(tmp_path / "cells" / ".lock"), pytest.raises(OSError, match="another process holds"):
+    with exclusive(tmp_path / "cells" / ".lock", 1), pytest.raises(OSError, match="another process holds"):
         add(finished, tmp_path, "rates-00", 4, 1.5)
     assert not (tmp_path / "report.html").exists()
 

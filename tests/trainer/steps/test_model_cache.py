@@ -26,7 +26,7 @@ from qlora_trainer.core.completion import PrepareRecord
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure, StopRequest
 from qlora_trainer.core.filesystem import bytes_below, file_sha256
-from qlora_trainer.core.folder_lock import own
+from qlora_trainer.core.folder_lock import exclusive, own
 from qlora_trainer.core.outcome import Terminated
 from qlora_trainer.model import cache as cache_module
 from qlora_trainer.model import cached_base
@@ -860,6 +860,27 @@ def test_a_cache_that_cannot_be_written_costs_the_job_nothing(
     assert record.base_path == "base"
     assert f"the model cache cannot be used ({os.strerror(number)})" in base_of(record).message
     assert partials(cache) == []
+
+
+@pytest.mark.parametrize("found", ["nothing", "damaged"])
+def test_a_pod_that_hangs_with_the_lock_of_the_cache_costs_the_others_a_base_of_their_own(
+    job: JobOf, hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch, found: str
+) -> None:
+    monkeypatch.setattr(cache_module, "_LONGEST_WAIT_SECONDS", 0.2)
+    if found == "damaged":
+        prepare(job("first"), Recorded())
+        write(cached(cache) / WEIGHTS, b"")
+    else:
+        (cache / "quantized").mkdir(parents=True)
+    with exclusive(cache / "quantized" / ".lock", longest_wait=1):
+        record = prepare(job("second"), Recorded())
+    assert record.base_path == "base"
+    assert base_of(record).message == (
+        "the model cache cannot be used (another process holds a lock for more than 0 s): the base was made in the "
+        "workspace"
+    )
+    assert base_of(prepare(job("third"), Recorded())).origin == "downloaded"
+    assert base_of(prepare(job("fourth"), Recorded())).origin == "cache"
 
 
 def test_neither_room_in_the_cache_nor_in_the_workspace_ends_before_the_weights(

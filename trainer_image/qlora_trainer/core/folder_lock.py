@@ -48,18 +48,15 @@ class Ownership:
 
 
 @contextmanager
-def exclusive(path: Path, longest_wait: float | None = None) -> Iterator[float]:
+def exclusive(path: Path, longest_wait: float) -> Iterator[float]:
     """Let in one process at a time that names this file, or all of them if the volume supports no locks.
 
     Yields the time by the clock of the volume, with which ages of its files are to be computed. Raises TimeoutError
-    after `longest_wait` seconds in which another process was in; without it, waits as long as that takes.
+    after `longest_wait` seconds in which another process was in.
     """
     descriptor = _open(path, os.O_CREAT)
     try:
-        if longest_wait is None:
-            _lock(descriptor, fcntl.LOCK_EX)
-        else:
-            _lock_within(descriptor, longest_wait, path)
+        _lock_within(descriptor, longest_wait, path)
         os.utime(descriptor)
         yield os.fstat(descriptor).st_mtime
     finally:
@@ -121,7 +118,8 @@ def _lock_within(descriptor: int, seconds: float, path: Path) -> None:
             _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             if time.monotonic() >= until:
-                raise TimeoutError(f"another process holds {path} for more than {seconds:.0f} s") from error
+                found = f"another process holds a lock for more than {seconds:.0f} s"
+                raise TimeoutError(errno.ETIMEDOUT, found, str(path)) from error
             time.sleep(_LOOK_SECONDS)
         else:
             return

@@ -22,19 +22,22 @@ FOLDER_MODE = 0o775
 class PartialFolders:
     """The incomplete folders in a folder that pods share, as one pod uses them. Methods raise OSError."""
 
-    def __init__(self, shared: Path, job_uid: str, pod_uid: str) -> None:
-        self._shared = shared
+    def __init__(self, folder: Path, job_uid: str, pod_uid: str, longest_wait: float) -> None:
+        """`longest_wait`: seconds for the lock, which nobody needs for more than some milliseconds unless it hangs."""
+        self.folder = folder
+        self._longest_wait = longest_wait
         # Both may come from a file of the user's, and become parts of a name.
         self._job, self._pod = _short(job_uid), _short(pod_uid)
 
     def exclusive(self) -> AbstractContextManager[float]:
-        """Let in one pod at a time. Yields the time by the clock of the volume."""
-        return exclusive(self._shared / _LOCK_FILE)
+        """Let in one pod at a time. Yields the time by the clock of the volume. Raises TimeoutError if one stays in."""
+        return exclusive(self.folder / _LOCK_FILE, self._longest_wait)
 
     def claim(self, key: str) -> tuple[Path, Ownership] | None:
         """This pod's folder for what has this key, which has no dot; None while another pod makes that.
 
         The folder may have what a killed pod has left in it. Whoever is done with it removes it and releases it.
+        Raises TimeoutError as `exclusive` does.
         """
         with self.exclusive() as now, ExitStack() as held:
             abandoned: dict[Path, Ownership] = {}
@@ -59,7 +62,7 @@ class PartialFolders:
 
     def of_this_pod(self, key: str) -> Path:
         """The path of this pod's folder for the key, whether or not it is there."""
-        return self._shared / f".{key}.{self._job}.{self._pod}{PARTIAL}"
+        return self.folder / f".{key}.{self._job}.{self._pod}{PARTIAL}"
 
     def _first(self, abandoned: Mapping[Path, Ownership], key: str) -> tuple[Path, Ownership]:
         """This pod's folder: that of the abandoned ones which has most, else a new one. The others are deleted."""
@@ -96,7 +99,7 @@ class PartialFolders:
 
     def _all(self) -> list[Path]:
         """Incomplete folders, in the order of their names. What is no folder is not looked at."""
-        found = sorted(self._shared.glob(f".*.*.*{PARTIAL}"))
+        found = sorted(self.folder.glob(f".*.*.*{PARTIAL}"))
         return [path for path in found if path.name.count(".") == 4 and path.is_dir() and not path.is_symlink()]
 
 

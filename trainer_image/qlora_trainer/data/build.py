@@ -196,7 +196,7 @@ class DatasetBuilder:
         )
         recipe.require_place_for_settings(self.tokenizer, data.uri)
         done_before = sum(source.rows.rows_read for source in earlier)
-        with self.rows.part(part, self._rows_key(digest, recipe), self._say_waiting) as files:
+        with self.rows.part(part, self._rows_key(digest, recipe), recipe.limits, self._say_waiting) as files:
             chunks = tokenize(
                 chain((first,), rows),
                 ChunkMaker(recipe, self.tokenizer),

@@ -70,6 +70,16 @@ class Dropped:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What the tokens of a chunk may be, beyond which training would fail."""
+
+    vocabulary: int
+    """Tokens that the model knows: every id is below."""
+    longest: int
+    """Tokens of a row"""
+
+
+@dataclass(frozen=True)
 class Chunk:
     """Consecutive rows, tokenized and concatenated."""
 
@@ -149,21 +159,58 @@ class Chunk:
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     @classmethod
-    def read(cls, path: Path, *, verify: bool = False) -> "Chunk | None":
-        """The chunk of a file, memory-mapped: read from disk on access. None if the file is missing or not whole.
+    def read(cls, path: Path, limits: Limits, *, verify: bool = False) -> "Chunk | None":
+        """The chunk of a file, memory-mapped. None if there is no such file, or it is not whole or not `fits`.
 
-        With `verify` all of it is read, and None is returned unless its content is what was written.
+        With `verify` it is compared with its digest, too, which finds what has damaged it and not who has forged it.
+        Raises OSError if the volume fails.
         """
         try:
+            if not path.is_file():
+                return None
             with cast("Any", safe_open(path, framework="pt")) as file:
                 tensors = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118 - no mapping
                 facts = json.loads(file.metadata()[_FACTS])
                 dropped = Dropped(**facts[_DROPPED])
                 if verify and _digest(tensors, dropped) != facts[_DIGEST]:
                     return None
-                return cls(**tensors, dropped=dropped)
-        except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError, RecursionError):
+                chunk = cls(**tensors, dropped=dropped)
+                return chunk if chunk.fits(limits) else None
+        except (FileNotFoundError, PermissionError, SafetensorError, KeyError, TypeError, ValueError, RecursionError):
             return None
+
+    def fits(self, limits: Limits) -> bool:
+        """Whether the arrays are what their names say, agree in their lengths, and keep within the limits."""
+        if not self._has_shapes():
+            return False
+        if not len(self.lengths):
+            return True
+        starts = numpy.cumsum(self.lengths, dtype=numpy.int64) - self.lengths
+        return bool(
+            self.lengths.max() <= limits.longest
+            and self.input_ids.min() >= 0
+            and self.input_ids.max() < limits.vocabulary
+            and self.is_target.max() <= 1
+            and numpy.array_equal(numpy.add.reduceat(self.is_target, starts, dtype=numpy.int64), self.target_counts)
+        )
+
+    def _has_shapes(self) -> bool:
+        chosen = self.lengths if self.chosen_lengths is None else self.chosen_lengths
+        numbers = (self.input_ids, self.lengths, self.target_counts, self.too_long, chosen)
+        flags = (self.is_target, self.locations, *(() if self.checks is None else (self.checks,)))
+        if any(array.dtype != numpy.int32 or array.ndim != 1 for array in numbers):
+            return False
+        if any(array.dtype != numpy.uint8 or array.ndim != 1 for array in flags):
+            return False
+        rows, tokens = len(self.lengths), len(self.input_ids)
+        return bool(
+            self.digests.dtype == numpy.uint8
+            and self.digests.shape == (rows, DIGEST_BYTES)
+            and len(self.target_counts) == len(chosen) == rows
+            and len(self.is_target) == self.lengths.sum(dtype=numpy.int64) == tokens
+            and (self.lengths > 0).all()
+            and ((chosen > 0) & (chosen <= self.lengths)).all()
+        )
 
 
 def _digest(tensors: Mapping[str, NDArray[Any]], dropped: Dropped) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from qlora_trainer.core.filesystem import PARTIAL, remove
 from qlora_trainer.core.folder_lock import Ownership
 from qlora_trainer.core.partial_folders import FORGOTTEN_SECONDS, PartialFolders, open_shared
-from qlora_trainer.data.chunks import Chunk
+from qlora_trainer.data.chunks import Chunk, Limits
 
 _LOOK_SECONDS = 1.0
 _MOST_LOOKS = 600
@@ -22,42 +22,62 @@ logger = logging.getLogger(__name__)
 class RowsFolder:
     """A folder with chunks of rows, each complete or absent. Their names say which data and settings they are of."""
 
-    path: Path
-    partials: PartialFolders | None = None
-    """Of a folder that jobs use at the same time, perhaps with other settings: decide which of them makes a part. None
-    for a job's own."""
+    own: Path
+    """The job's own."""
+    shared: PartialFolders | None = None
+    """In the folder that is used instead, by jobs at the same time, perhaps with other settings: decide which of them
+    makes a part. What this job may not write there goes into its own folder."""
+
+    @classmethod
+    def sharing(cls, own: Path, shared: Path, job_uid: str, pod_uid: str) -> "RowsFolder":
+        """The rows of one of the jobs that share them."""
+        # Nobody waits for the lock: who does not get it counts it as another job that makes the rows.
+        return cls(own, PartialFolders(shared, job_uid, pod_uid, longest_wait=0))
 
     @contextmanager
-    def part(self, part: str, key: str, on_wait: Callable[[], None]) -> "Iterator[PartOfRows]":
-        """The files of a part whose data and settings have this key. Raises OSError.
+    def part(self, part: str, key: str, limits: Limits, on_wait: Callable[[], None]) -> "Iterator[PartOfRows]":
+        """The files of a part whose data and settings have this key, and whose tokens these limits. Raises OSError.
 
-        In a folder of the job's own, the part's chunks of other data or settings are deleted; in a shared one, only
-        what a killed pod has left incomplete. `on_wait` is called now and then while another job makes the part.
+        In the job's own folder, the part's chunks of other data or settings are deleted; in a shared one, only what a
+        killed pod has left incomplete. `on_wait` is called now and then while another job makes the part.
         """
-        if self.partials is not None:
-            self._open_shared(self.partials)
-        else:
-            self.path.mkdir(parents=True, exist_ok=True)
-            for path in self.path.glob(f"{part}-*"):
-                if not path.name.startswith(f"{part}-{key}-"):
-                    path.unlink()
-        rows = PartOfRows(self.path, f"{part}-{key}", self.partials, on_wait)
+        for path in self.own.glob(f"{part}-*"):
+            if not path.name.startswith(f"{part}-{key}-"):
+                path.unlink()
+        shared = None if self.shared is None else _opened(self.shared)
+        rows = PartOfRows(self.own, shared, f"{part}-{key}", limits, on_wait)
         try:
             yield rows
         finally:
             rows.close()
 
-    def _open_shared(self, partials: PartialFolders) -> None:
-        for folder in (self.path.parent, self.path):
-            if folder.is_symlink():
-                raise OSError(f"{folder} is a symbolic link: delete it")
-        open_shared(self.path)
-        with partials.exclusive() as now:
-            for path in self.path.glob(f".*{PARTIAL}"):
-                # One that is being written gets its name at any time.
-                with suppress(FileNotFoundError):
-                    if not path.is_dir() and now - path.lstat().st_mtime > FORGOTTEN_SECONDS:
-                        path.unlink()
+
+@dataclass(frozen=True)
+class ChunkFile:
+    """Where a chunk is kept."""
+
+    path: Path
+    own: Path | None = None
+    """Of one in a shared folder: where this job keeps it if it may not write there."""
+
+    def read(self, limits: Limits) -> Chunk | None:
+        """The chunk, if it is there, whole and within the limits. Raises OSError."""
+        chunk = Chunk.read(self.path, limits, verify=True)
+        if chunk is None and self.own is not None:
+            return Chunk.read(self.own, limits, verify=True)
+        return chunk
+
+    def write(self, chunk: Chunk) -> Path:
+        """Write the chunk, in place of what is there. Returns its file. Raises OSError."""
+        try:
+            chunk.write(self.path)
+        except (PermissionError, IsADirectoryError) as error:
+            if self.own is None:
+                raise
+            logger.warning("the rows of this job go into its own folder: other jobs let nobody write theirs: %s", error)
+            chunk.write(self.own)
+            return self.own
+        return self.path
 
 
 class PartOfRows:
@@ -67,38 +87,44 @@ class PartOfRows:
     the volume knows no locks, that costs time and nothing else.
     """
 
-    def __init__(self, folder: Path, name: str, partials: PartialFolders | None, on_wait: Callable[[], None]) -> None:
-        self._folder, self._name, self._partials, self._on_wait = folder, name, partials, on_wait
-        self._makes = partials is None
+    def __init__(
+        self, own: Path, shared: PartialFolders | None, name: str, limits: Limits, on_wait: Callable[[], None]
+    ) -> None:
+        self._own, self._shared, self._name, self._limits, self._on_wait = own, shared, name, limits, on_wait
+        self._makes = shared is None
         self._claimed: tuple[Path, Ownership] | None = None
 
-    def path(self, number: int) -> Path:
-        """The file of the chunk of this number."""
-        return self._folder / f"{self._name}-{number:06}.safetensors"
+    def file(self, number: int) -> ChunkFile:
+        """Where the chunk of this number is, or is to be."""
+        name = f"{self._name}-{number:06}.safetensors"
+        if self._shared is None:
+            return ChunkFile(self._own / name)
+        return ChunkFile(self._shared.folder / name, self._own / name)
 
-    def has(self, path: Path) -> bool:
-        """Whether the chunk of this path is there, and whole: if not, it is this job's to make. Raises OSError.
+    def find(self, number: int) -> Chunk | None:
+        """The chunk of this number; None if it is this job's to make. Raises OSError.
 
         Waits while another job makes the part, until that ends, dies, or takes too long.
         """
+        file = self.file(number)
         for _ in range(_MOST_LOOKS):
-            if Chunk.read(path, verify=True) is not None:
-                return True
-            if self._makes:
-                return False
+            chunk = file.read(self._limits)
+            if chunk is not None or self._makes:
+                return chunk
             if self._claim():
                 self._makes = True
                 # Who has made the part until now may have ended between the two.
-                return Chunk.read(path, verify=True) is not None
+                return file.read(self._limits)
             self._on_wait()
             time.sleep(_LOOK_SECONDS)
         logger.warning(
-            "another job has not made %s in %.0f seconds: this one makes the rows itself",
-            path.name,
+            "in %.0f seconds another job has not made %s, or not released the lock beside it: this one makes the rows "
+            "itself",
             _MOST_LOOKS * _LOOK_SECONDS,
+            file.path,
         )
         self._makes = True
-        return False
+        return None
 
     def close(self) -> None:
         """Let others make what is not there yet."""
@@ -113,6 +139,35 @@ class PartOfRows:
             ownership.release()
 
     def _claim(self) -> bool:
-        if self._partials is not None:
-            self._claimed = self._partials.claim(self._name)
+        """Whether this job is to make the part."""
+        if self._shared is None:
+            return True
+        try:
+            self._claimed = self._shared.claim(self._name)
+        except TimeoutError:
+            return False
+        except PermissionError as error:
+            logger.warning("it cannot be known whether another job makes the same rows: %s", error)
+            return True
         return self._claimed is not None
+
+
+def _opened(shared: PartialFolders) -> PartialFolders | None:
+    """The folder, without what killed pods have left incomplete; None if this job may not use it. Raises OSError."""
+    folder = shared.folder
+    for path in (folder.parent, folder):
+        if path.is_symlink():
+            raise OSError(f"{path} is a symbolic link: delete it")
+    try:
+        open_shared(folder)
+        # Whoever holds the lock may be doing the same; if it hangs, the next job does it.
+        with suppress(TimeoutError), shared.exclusive() as now:
+            for path in folder.glob(f".*{PARTIAL}"):
+                # One that is being written gets its name at any time, and another user's may stay.
+                with suppress(FileNotFoundError, PermissionError):
+                    if not path.is_dir() and now - path.lstat().st_mtime > FORGOTTEN_SECONDS:
+                        path.unlink()
+    except PermissionError as error:
+        logger.warning("the rows of this job go into its own folder: those of the sweep cannot be shared: %s", error)
+        return None
+    return shared

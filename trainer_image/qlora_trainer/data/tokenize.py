@@ -21,12 +21,12 @@ from qlora_api.dataset import Columns, DatasetSpec, RowFormat, SystemPromptSpec
 from qlora_api.training import TrainingSpec, TrainOn
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.data.chat_template import Rendered, Tokenizer
-from qlora_trainer.data.chunks import Chunk, Dropped, TokenizedRow
+from qlora_trainer.data.chunks import Chunk, Dropped, Limits, TokenizedRow
 from qlora_trainer.data.examples import Example, PlainText, Preference
 from qlora_trainer.data.formats import DATASET, PAIRS, RowReader
 from qlora_trainer.data.job_template import JobTemplate
 from qlora_trainer.data.rows import Row
-from qlora_trainer.data.rows_folder import PartOfRows
+from qlora_trainer.data.rows_folder import ChunkFile, PartOfRows
 
 CHUNK_ROWS = 4096
 CHUNK_BYTES = 2**24
@@ -99,6 +99,11 @@ class Recipe:
                 )
         if self.system_prompt is not None:
             tokenizer.require_system_message()
+
+    @property
+    def limits(self) -> Limits:
+        """What the tokens may be, whoever has made them."""
+        return Limits(self.vocabulary, self.longest_allowed)
 
     def row_reader(self) -> RowReader:
         """Reads the rows. Raises StepFailure BAD_CONFIGURATION if they cannot have what the job asks for."""
@@ -184,16 +189,14 @@ def tokenize(rows: Iterator[Row], maker: ChunkMaker, files: PartOfRows, workers:
     """
     writer = _ChunkWriter(maker, files, min(workers, MAX_WORKERS))
     batches = _batches(rows, CHUNK_ROWS, CHUNK_BYTES)
-    pending: deque[tuple[Path, Future[None] | None]] = deque()
+    pending: deque[Chunk | Future[Path]] = deque()
     finished: list[Chunk] = []
 
     def finish(count: int) -> None:
         """Wait until at most `count` chunks are pending."""
         while len(pending) > count:
-            path, future = pending.popleft()
-            if future is not None:
-                future.result()
-            finished.append(_read_back(path))
+            chunk = pending.popleft()
+            finished.append(chunk if isinstance(chunk, Chunk) else _read_back(chunk.result(), maker.recipe.limits))
             on_rows(sum(chunk.rows_read for chunk in finished))
 
     try:
@@ -206,8 +209,7 @@ def tokenize(rows: Iterator[Row], maker: ChunkMaker, files: PartOfRows, workers:
             if batch is None:
                 finish(0)
                 return finished
-            path = files.path(len(finished) + len(pending))
-            pending.append((path, writer.start(batch, path)))
+            pending.append(writer.start(batch, len(finished) + len(pending)))
             finish(writer.waiting)
     finally:
         writer.close()
@@ -233,8 +235,8 @@ def _batches(rows: Iterator[Row], most: int, bytes_: int) -> Iterator[list[Row]]
         raise failure
 
 
-def _read_back(path: Path) -> Chunk:
-    chunk = Chunk.read(path)
+def _read_back(path: Path, limits: Limits) -> Chunk:
+    chunk = Chunk.read(path, limits)
     if chunk is None:
         raise OSError(f"{path} was written, but cannot be read back")
     return chunk
@@ -253,19 +255,20 @@ class _ChunkWriter:
         """How many chunks may be pending while the next one is read."""
         return 0 if self._pool is None else self._workers * _PENDING_CHUNKS_PER_WORKER
 
-    def start(self, batch: list[Row], path: Path) -> "Future[None] | None":
-        """Make the file unless it is there or another job makes it: None if it is done, else the future to wait for."""
-        if self._files.has(path):
-            return None
+    def start(self, batch: list[Row], number: int) -> "Chunk | Future[Path]":
+        """The chunk of this number, of these rows; one that is still to be made, as the future of its file."""
+        chunk = self._files.find(number)
+        if chunk is not None:
+            return chunk
         self._made += 1
+        file = self._files.file(number)
         if self._workers < 2 or self._made <= _CHUNKS_ALONE:
-            self._maker.make(batch).write(path)
-            return None
+            return _read_back(file.write(self._maker.make(batch)), self._maker.recipe.limits)
         if self._pool is None:
             # Spawned, not forked: the libraries' locks and threads in this process must not be copied.
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self._workers, context, _start_worker, (self._maker.recipe,))
-        return self._pool.submit(_make_file, batch, path)
+        return self._pool.submit(_make_file, batch, file)
 
     def close(self) -> None:
         """End the workers; chunks that none has started are not made."""
@@ -293,7 +296,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _make_file(batch: list[Row], path: Path) -> None:
+def _make_file(batch: list[Row], file: ChunkFile) -> Path:
     if _maker is None:
         raise RuntimeError("the worker has no recipe")
-    _maker.make(batch).write(path)
+    return file.write(_maker.make(batch))

@@ -29,6 +29,8 @@ _MADE = "base"
 """In a pod's own folder: where the base is made."""
 _LIBRARIES = ("bitsandbytes", "torch", "transformers")
 """They choose the layers and compute the bytes."""
+_LONGEST_WAIT_SECONDS = 60.0
+"""For the lock of a cache, which is held for some milliseconds: a pod that holds it for longer hangs."""
 # Pods with other users, but with the group that owns the volume, read the files and can replace a damaged folder.
 _FILE_MODE, _UMASK = 0o444, 0o002
 
@@ -102,7 +104,7 @@ class ModelCache:
 
     def __init__(self, layout: ModelCacheLayout, job_uid: str, pod_uid: str) -> None:
         self._bases = layout.quantized
-        self._partials = PartialFolders(self._bases, job_uid, pod_uid)
+        self._partials = PartialFolders(self._bases, job_uid, pod_uid, _LONGEST_WAIT_SECONDS)
 
     @volume_errors()
     def find(self, key: str) -> CachedFolder | None:

@@ -27,7 +27,6 @@ from qlora_trainer.core.filesystem import (
     remove_partials,
     sizes,
 )
-from qlora_trainer.core.partial_folders import PartialFolders
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.data.build import DatasetBuilder
 from qlora_trainer.data.chat_template import Tokenizer
@@ -258,10 +257,10 @@ def _dataset(context: StepContext, admitted: _Admitted, hub: Callable[[], Hub], 
 
 def _rows_folder(context: StepContext) -> RowsFolder:
     """Where rows are kept once they are tokenized. The cells of a sweep differ in nothing that changes a token."""
-    if context.mounts.sweep is not None:
-        rows = SweepLayout(context.mounts.sweep).rows
-        return RowsFolder(rows, PartialFolders(rows, context.job_uid, context.pod_uid))
-    return RowsFolder(partial_path(context.workspace.data / "rows"))
+    own = partial_path(context.workspace.data / "rows")
+    if context.mounts.sweep is None:
+        return RowsFolder(own)
+    return RowsFolder.sharing(own, SweepLayout(context.mounts.sweep).rows, context.job_uid, context.pod_uid)
 
 
 def _initial_adapter(
