@@ -38,8 +38,11 @@ _TYPES: Mapping[str, str] = {
 }
 # Of a field that more objects have, such as source, nobody can say which one was meant.
 _MAX_PLACES = 3
-_NUMBERS = ("float_type", "int_type")
-_NUMBER = re.compile(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?")
+_NUMBERS: Mapping[str, re.Pattern[str]] = {
+    "float_type": re.compile(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?"),
+    "int_type": re.compile(r"[-+]?[0-9]+"),
+}
+"""How numbers of a type are written, by pydantic's name of the problem."""
 _NAME_CHARACTERS = "must be letters, digits, '-', '_' and '.'"
 WORDS_OF_PATTERN: Mapping[str, str] = {
     r"\S": "must not be blank",
@@ -99,7 +102,7 @@ def describe_value(value: Any) -> str:
 
 def _quotes(problem: str, value: Any) -> str:
     """What to do if only quotes are missing, or too many."""
-    if problem in _NUMBERS and isinstance(value, str) and _NUMBER.fullmatch(value):
+    if problem in _NUMBERS and isinstance(value, str) and _NUMBERS[problem].fullmatch(value):
         return ", without quotes"
     return ", in quotes" if problem == "string_type" and isinstance(value, (int, float)) else ""
 

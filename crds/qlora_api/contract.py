@@ -64,7 +64,7 @@ ENV_REGISTRIES = "QLORA_REGISTRIES"
 ENV_MODEL_CACHE = "QLORA_MODEL_CACHE"
 ENV_SWEEP_FOLDER = "QLORA_SWEEP_FOLDER"
 """The folder that the cells of a sweep share: prepare keeps tokenized rows there, and publish, or train of a cell that
-is stopped, writes the sweep's report."""
+is stopped or diverges, writes the sweep's report."""
 ENV_RUNGS = "QLORA_RUNGS"
 """Optimizer steps after which a sweep compares its cells, separated by commas: train reports the losses there."""
 ENV_GROUP_SIZE = "QLORA_GROUP_SIZE"

@@ -201,6 +201,7 @@ def test_what_is_wrong_with_a_template_is_said_of_rows_with_reasoning_and_tools_
     tiny_llama: Path, conversation: Conversation
 ) -> None:
     tokenizer = Tokenizer(tiny_llama, JobTemplate("{{ messages[0].content.upper }}" + CHATML))
+    tokenizer.require_system_message()
     with pytest.raises(StepFailure, match="writes '<built-in method upper of str object at 0x…>'"):
         tokenizer.render(conversation, "line 1")
 

@@ -162,7 +162,7 @@ def clock() -> datetime:
 
 
 @pytest.mark.usefixtures("rows")
-@pytest.mark.parametrize("lost", ["manifest.json", "record"])
+@pytest.mark.parametrize("lost", ["manifest.json", "train.safetensors", "record"])
 def test_what_is_lost_is_made_again(make_context: MakeContext, records: Recorded, lost: str) -> None:
     context = make_context()
     record = prepare(context, records, now=clock)
@@ -181,6 +181,15 @@ def test_data_with_a_damaged_manifest_are_made_again(
     record = prepare(context, records, now=clock)
     (context.workspace.root / record.data_path / "manifest.json").write_text(json.dumps({"resolved": resolved}))
     assert prepare(context, records, now=clock) == record
+
+
+@pytest.mark.usefixtures("rows")
+def test_rows_whose_file_is_damaged_are_made_again(make_context: MakeContext, records: Recorded) -> None:
+    context = make_context()
+    record = prepare(context, records, now=clock)
+    (context.workspace.root / record.data_path / "train.safetensors").write_bytes(b"half of a file")
+    assert prepare(context, records, now=clock) == record
+    assert opened(context, record).rows == 20
 
 
 @pytest.mark.usefixtures("rows")

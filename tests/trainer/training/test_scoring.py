@@ -193,8 +193,8 @@ def test_a_model_that_cannot_answer_ends_the_step_with_what_to_do(
     assert found.exit_code is ExitCode.BAD_CONFIGURATION
     assert found.message == (
         "spec.gate.score: the model could not answer (no generation here). The adapter is in trained/ of the "
-        "workspace: create a job with continues: tiny and without gate.score and gate.minScore, which publishes it and "
-        "trains no further step"
+        "workspace: create a job with continues: tiny and without gate.score and gate.minScore (if gate has nothing "
+        "else, without it), which publishes the adapter and trains no further step"
     )
     assert (scored.workspace.trained / "adapter_model.safetensors").is_file()
     assert [attempt.ended for attempt in read_attempts(scored.workspace.records)] == ["failed"]

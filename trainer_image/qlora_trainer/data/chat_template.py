@@ -275,6 +275,8 @@ class Tokenizer:
         try:
             text, why = self._apply_template(_SYSTEM_PROBE, 3, "a conversation with a system message"), ""
         except StepFailure as failure:
+            if isinstance(failure.__cause__, UnusableText):
+                return  # the first row is told what is wrong with the template
             text, why = "", f" ({failure.message})"
         if _SYSTEM_PROBE.messages[0].content not in text:
             raise bad_configuration(

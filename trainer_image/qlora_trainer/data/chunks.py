@@ -76,7 +76,7 @@ class Limits:
     vocabulary: int
     """Tokens that the model knows: every id is below."""
     longest: int
-    """Tokens of a row"""
+    """Tokens of a row."""
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,10 @@ logger = logging.getLogger(__name__)
 CELLS = "cells"
 """Folder with a file for each cell."""
 _LOCK_FILE = ".lock"
-_LONGEST_WAIT_SECONDS = 60.0
-"""For another cell that writes the page, which takes a moment: the step is not to wait for one that hangs."""
+_LONGEST_WAIT_SECONDS = 30.0
+"""For another cell that writes the page, which takes a moment: the step is not to wait for one that hangs. Well below
+`nccl.SECONDS_TO_NOTICE`, after which a process is ended whose other ranks have ended, as they have when a run diverges.
+"""
 _MOST_CELLS, _MOST_POINTS, _MOST_BYTES = 64, 400, 262_144
 
 _LARGEST = 3.5e38

@@ -162,7 +162,6 @@ def _prepare(
         partial(AnswerTexts, folder, end),
         fixed_positions=admitted.model.family.fixed_positions,
     )
-
     of_evaluations = _of_evaluations(context, sequences)
 
     started = now()
@@ -370,11 +369,24 @@ def _open_hub(context: StepContext) -> Hub:
     return Hub(hub_token(context.mounts.token_file, secret))
 
 
+def _can_be_trained_on(data_folder: Path, *, held_out: bool) -> bool:
+    """Whether all prepared rows are there, in files of which none is damaged as far as opening it shows."""
+    try:
+        PreparedDataset.open(data_folder, "train")
+        if held_out:
+            PreparedDataset.open(data_folder, "eval")
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
 def _still_valid(record: PrepareRecord, context: StepContext, records: RecordWriter) -> PrepareRecord | None:
     """The record with a new estimate, if what it describes is there and is what the job asks for; else None."""
     spec, root = context.spec, context.workspace.root
     resolved, folder = ResolvedInputs.read(root / record.data_path), root / record.model_path
     if resolved is None or resolved.fingerprint(spec) != record.fingerprint or not (folder / CONFIG).is_file():
+        return None
+    if not _can_be_trained_on(root / record.data_path, held_out=spec.dataset.eval is not None):
         return None
     if not is_unchanged(record.initial_adapter, context):
         return None

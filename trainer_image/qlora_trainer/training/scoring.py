@@ -161,8 +161,8 @@ def _answered(answering: Answering, checker: AnswerChecker, prompt: Prompt, spec
             ) from error
         raise bad_configuration(
             f"spec.gate.score: the model could not answer ({first_line(error)}). The adapter is in trained/ of the "
-            f"workspace: create a job with continues: {name} and without gate.score and gate.minScore, which publishes "
-            "it and trains no further step"
+            f"workspace: create a job with continues: {name} and without gate.score and gate.minScore (if gate has "
+            "nothing else, without it), which publishes the adapter and trains no further step"
         ) from error
     texts, criterion = answering.texts, row_criterion(spec, prompt)
     reference, begun = texts.answer(prompt.answer), texts.asks_for_reasoning(prompt)
