@@ -1,6 +1,6 @@
 """What the runs show: scores with confidence intervals, and an arm's score as a share of another one's."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from statistics import mean, stdev
@@ -9,7 +9,7 @@ import numpy
 from numpy.typing import NDArray
 
 from benchmarks.quality.plan import ARMS, FULL
-from benchmarks.quality.results import Run
+from benchmarks.quality.results import Purpose, Run
 
 CLAIMED = 0.99
 """The share of full fine-tuning's score that QLoRA is claimed to reach."""
@@ -44,12 +44,14 @@ def scores(runs: Sequence[Run], **cell: object) -> list[float]:
     return [run.score for run in sorted(found, key=lambda run: run.cell.seed)]
 
 
-def compared(runs: Sequence[Run]) -> dict[str, dict[str, Rights]]:
+def compared(
+    runs: Sequence[Run], purpose: Purpose = "main", arms: Collection[str] = tuple(ARMS)
+) -> dict[str, dict[str, Rights]]:
     """By task and arm, what was right: of the seeds that all arms have. A task without two such seeds is left out."""
-    main = [run for run in runs if run.cell.purpose == "main" and run.cell.arm in ARMS]
+    these = [run for run in runs if run.cell.purpose == purpose and run.cell.arm in arms]
     found: dict[str, dict[str, Rights]] = {}
-    for task in dict.fromkeys(run.cell.task for run in main):
-        of_arm = {arm: {r.cell.seed: r for r in main if (r.cell.task, r.cell.arm) == (task, arm)} for arm in ARMS}
+    for task in dict.fromkeys(run.cell.task for run in these):
+        of_arm = {arm: {r.cell.seed: r for r in these if (r.cell.task, r.cell.arm) == (task, arm)} for arm in arms}
         seeds = sorted(set.intersection(*(set(by_seed) for by_seed in of_arm.values())))
         if len(seeds) > 1:
             found[task] = {
@@ -66,18 +68,19 @@ def ratios(by_task: Mapping[str, Mapping[str, Rights]], reference: str = FULL) -
     seed and answer the same prompts; tasks are fixed. Percentile intervals (Efron and Tibshirani 1993, chapter 13).
     """
     generator = numpy.random.Generator(numpy.random.Philox(key=0))
-    drawn = {arm: numpy.zeros(RESAMPLES) for arm in ARMS}
+    arms = list(next(iter(by_task.values())))
+    drawn = {arm: numpy.zeros(RESAMPLES) for arm in arms}
     for rights in by_task.values():
         seeds, rows = rights[reference].shape
         for resample in range(RESAMPLES):
             # The mean over drawn seeds and rows, by how often each was drawn.
             of_seeds = numpy.bincount(generator.integers(seeds, size=seeds), minlength=seeds) / seeds
             of_rows = numpy.bincount(generator.integers(rows, size=rows), minlength=rows) / rows
-            for arm in ARMS:
+            for arm in arms:
                 drawn[arm][resample] += of_seeds @ rights[arm] @ of_rows
-    means = {arm: sum(float(rights[arm].mean()) for rights in by_task.values()) for arm in ARMS}
+    means = {arm: sum(float(rights[arm].mean()) for rights in by_task.values()) for arm in arms}
     found = {}
-    for arm in ARMS:
+    for arm in arms:
         shares = drawn[arm] / drawn[reference]
         low, high = numpy.quantile(shares, [0.025, 0.975])
         found[arm] = Interval(means[arm] / means[reference], float(low), float(high))

@@ -1,6 +1,7 @@
 """The study of quality: what its tasks count as right, what it runs, and what it makes of the results."""
 
 import json
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from benchmarks.quality.plan import (
     BASE,
     CELLS,
     FULL,
+    LONGER_EPOCHS,
     LORA,
     QLORA,
     SEEDS,
@@ -24,7 +26,7 @@ from benchmarks.quality.plan import (
     rates,
     waiting_cells,
 )
-from benchmarks.quality.results import Cell, Run, append_run, read_runs
+from benchmarks.quality.results import Cell, Purpose, Run, append_run, read_runs
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.tasks.task import Task, rows_of, sets_of
 from qlora_api.training import LoraSpec
@@ -105,12 +107,14 @@ def run_of(cell: Cell, share: float, loss: float = 1.0) -> Run:
     )
 
 
-def study(share_of: dict[str, float], task: str = TASK) -> list[Run]:
-    """Every run of a task but those that only vary QLoRA, in the study's order; the arms reach these shares."""
+def study(
+    share_of: dict[str, float], task: str = TASK, purposes: Collection[Purpose] = ("main", "tuning")
+) -> list[Run]:
+    """Every run of a task with these purposes, in the study's order; the arms reach these shares."""
     runs: list[Run] = []
     while True:
         waiting = (cell for cell in waiting_cells(runs) if cell.task == task)
-        cell = next((cell for cell in waiting if cell.purpose in ("main", "tuning")), None)
+        cell = next((cell for cell in waiting if cell.purpose in purposes), None)
         if cell is None:
             return runs
         runs.append(run_of(cell, share_of[cell.arm]))
@@ -206,6 +210,21 @@ def test_the_tables_have_every_arm_and_what_was_spent() -> None:
     assert f"{len(runs)} of {CELLS} runs, 0.2 hours of processor time; code at 1234567; processors: AVX512." in text
     assert "97.5 %" in summary.claim_table(runs)
     assert summary.tables([]) == summary.claim_table([]) == summary.NOTHING
+
+
+def test_what_more_epochs_change_is_compared_with_the_same_seeds_and_a_rate_chosen_anew() -> None:
+    usual = study(SHARES)
+    longer = study({**SHARES, QLORA: 0.8}, purposes=("longer-tuning", "longer"))
+    assert {run.cell.epochs for run in longer} == {LONGER_EPOCHS}
+    assert {run.cell.scored_on for run in longer if run.cell.seed == 0} == {"validation"}
+    low, middle, _ = (run for run in longer if (run.cell.purpose, run.cell.arm) == ("longer-tuning", QLORA))
+    better = [replace(run, right="1" * len(run.right)) if run is middle else run for run in longer]
+    assert chosen_rate([*usual, *better], TASK, QLORA, "longer-tuning") == middle.cell.learning_rate
+    assert chosen_rate([*usual, *better], TASK, QLORA) == low.cell.learning_rate
+    text = summary.tables([*usual, *longer])
+    assert "| 2 epochs | 97.5 %" in text
+    assert "| 6 epochs | 100.0 % (100.0 to 100.0) |" in text
+    assert "epochs |" not in summary.tables(usual)
 
 
 @pytest.fixture(scope="module")
