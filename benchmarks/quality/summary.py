@@ -4,7 +4,17 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 
 from benchmarks.operator.table import head, row
-from benchmarks.quality.analysis import CLAIMED, Interval, Rights, compared, ratios, scores, verdict
+from benchmarks.quality.analysis import (
+    CLAIMED,
+    Interval,
+    Rights,
+    change,
+    compared,
+    compared_by_epochs,
+    ratios,
+    scores,
+    verdict,
+)
 from benchmarks.quality.plan import (
     ARMS,
     BASE,
@@ -123,16 +133,8 @@ def _rows(runs: Sequence[Run]) -> list[str]:
     return lines
 
 
-def _by_epochs(runs: Sequence[Run]) -> dict[int, dict[str, dict[str, Rights]]]:
-    """By epochs, task and arm, what was right: of the tasks that were trained for more epochs, and the same seeds."""
-    longer = compared(runs, "longer", LONGER_ARMS)
-    pairs = {(run.cell.task, run.cell.seed) for run in of_purpose(runs, "longer")}
-    usual = compared([run for run in runs if (run.cell.task, run.cell.seed) in pairs], "main", LONGER_ARMS)
-    return {EPOCHS: {task: usual[task] for task in longer}, LONGER_EPOCHS: longer} if longer else {}
-
-
 def _longer(runs: Sequence[Run]) -> list[str]:
-    by_epochs = _by_epochs(runs)
+    by_epochs = compared_by_epochs(runs)
     if not by_epochs:
         return []
     lines = head("Right answers, %, by epochs", *by_epochs[EPOCHS], "mean")
@@ -145,13 +147,15 @@ def _longer(runs: Sequence[Run]) -> list[str]:
 
 
 def _longer_share(runs: Sequence[Run]) -> list[str]:
-    by_epochs = _by_epochs(runs)
+    by_epochs = compared_by_epochs(runs)
     if not by_epochs:
         return []
     seeds = {len(rights[FULL]) for rights in by_epochs[LONGER_EPOCHS].values()}
     counts = f"{len(by_epochs[LONGER_EPOCHS])} tasks, {_range(seeds)} seeds"
     lines = head(f"Share of full fine-tuning's score that {ARMS[QLORA]} has ({counts})", "")
-    return [*lines, *(row(f"{n} epochs", _percent(ratios(of)[QLORA], over=True)) for n, of in by_epochs.items())]
+    lines += [row(f"{epochs} epochs", _percent(ratios(of)[QLORA], over=True)) for epochs, of in by_epochs.items()]
+    changed = change(by_epochs[EPOCHS], by_epochs[LONGER_EPOCHS], QLORA)
+    return [*lines, row("change, points", _percent(changed, over=True).replace(" %", ""))]
 
 
 def _spent(runs: Sequence[Run]) -> str:

@@ -10,12 +10,13 @@ import pytest
 from benchmarks.operator import table
 from benchmarks.quality import summary
 from benchmarks.quality.__main__ import FIGURE, MEASUREMENTS, PAGE
-from benchmarks.quality.analysis import Interval, compared, ratios, verdict
+from benchmarks.quality.analysis import Interval, change, compared, compared_by_epochs, ratios, verdict
 from benchmarks.quality.figure import scores_figure
 from benchmarks.quality.plan import (
     ARMS,
     BASE,
     CELLS,
+    EPOCHS,
     FULL,
     LONGER_EPOCHS,
     LORA,
@@ -212,7 +213,7 @@ def test_the_tables_have_every_arm_and_what_was_spent() -> None:
     assert summary.tables([]) == summary.claim_table([]) == summary.NOTHING
 
 
-def test_what_more_epochs_change_is_compared_with_the_same_seeds_and_a_rate_chosen_anew() -> None:
+def test_what_more_epochs_change_is_seen_with_a_rate_chosen_anew() -> None:
     usual = study(SHARES)
     longer = study({**SHARES, QLORA: 0.8}, purposes=("longer-tuning", "longer"))
     assert {run.cell.epochs for run in longer} == {LONGER_EPOCHS}
@@ -224,7 +225,28 @@ def test_what_more_epochs_change_is_compared_with_the_same_seeds_and_a_rate_chos
     text = summary.tables([*usual, *longer])
     assert "| 2 epochs | 97.5 %" in text
     assert "| 6 epochs | 100.0 % (100.0 to 100.0) |" in text
+    assert "| change, points | 2.5 (" in text
     assert "epochs |" not in summary.tables(usual)
+
+
+def test_more_epochs_are_compared_on_the_seeds_that_all_their_runs_have() -> None:
+    longer = study(SHARES, purposes=("longer-tuning", "longer"))
+    last = [run for run in longer if run.cell.arm == QLORA][-1]
+    runs = [*study(SHARES), *(run for run in longer if run is not last)]
+    counts = {
+        (epochs, arm): len(rights)
+        for epochs, by_task in compared_by_epochs(runs).items()
+        for arm, rights in by_task[TASK].items()
+    }
+    assert counts == dict.fromkeys([(EPOCHS, FULL), (EPOCHS, QLORA), (LONGER_EPOCHS, FULL), (LONGER_EPOCHS, QLORA)], 2)
+
+
+def test_a_change_of_the_share_is_that_of_the_same_seeds_and_prompts() -> None:
+    before = compared(study({**SHARES, QLORA: 0.4}))
+    after = compared(study({**SHARES, QLORA: 0.8}))
+    found = change(before, after, QLORA)
+    assert found.value == pytest.approx(0.5)
+    assert change(after, after, QLORA) == Interval(0.0, 0.0, 0.0)
 
 
 @pytest.fixture(scope="module")
