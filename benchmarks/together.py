@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from benchmarks.inputs import RESULTS, model_folder, write_result
@@ -44,11 +43,6 @@ class Turns:
     """Of each adapter in a step."""
     together: tuple[float, ...]
     one_by_one: tuple[float, ...]
-
-    @property
-    def speedup(self) -> float:
-        """How many times as many tokens per second are trained on together."""
-        return median(self.one_by_one) / median(self.together)
 
 
 @dataclass(frozen=True)
