@@ -22,14 +22,14 @@ def is_to_be_taken_up(job: QLoRAJob) -> bool:
 def take_up(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     """The status of a failed job that goes on at the step that failed, with profile and gate as they are now.
 
-    After a clean-up, in the middle of one, or without its base model, it goes on at prepare, which fetches again what
-    is missing; a step whose result is still there reports it again.
+    After a clean-up, in the middle of one, or without its base model or prepared rows, it goes on at prepare, which
+    makes again what is missing; a step whose result is still there reports it again.
     """
     job, step = facts.job, status.step
     if step is None:
         return status
     cleaned = is_true(status, "CleanedUp") or facts.observed.child(clean_job_name(job)) is not None
-    again = cleaned or _has_lost_its_model(facts)
+    again = cleaned or _lacks_what_prepare_leaves(facts)
     first_attempt = max(status.highest_attempt, step.attempt) + 1
     name: StepName = "prepare" if again else step.name
     forgotten = {"CleanedUp", *(DONE.values() if again else ()), *([DONE[name]] if name in DONE else ())}
@@ -67,9 +67,10 @@ def _resolved_again(status: QLoRAJobStatus, facts: Facts, *, has_its_run: bool) 
     return resolved.model_copy(update={"document": with_gate(resolved.document, facts.job.spec.gate)})
 
 
-def _has_lost_its_model(facts: Facts) -> bool:
-    """Whether the base model is no longer where prepare has left it: only prepare can fetch it again."""
+def _lacks_what_prepare_leaves(facts: Facts) -> bool:
+    """Whether the base model or the prepared rows are not as prepare has left them: only prepare makes them again."""
     status, today = facts.job.status, facts.profiles.get(facts.job.spec.scheduling.profile)
-    if status.last_failure is not None and status.last_failure.reason == ExitCode.MODEL_UNAVAILABLE.reason:
+    lost = (ExitCode.MODEL_UNAVAILABLE.reason, ExitCode.BAD_DATASET.reason)
+    if status.last_failure is not None and status.last_failure.reason in lost:
         return True
     return bool(status.resolved and today and status.resolved.profile.model_cache != today.model_cache)

@@ -10,6 +10,7 @@ from qlora_api.contract import ExitCode
 from qlora_api.dataset import SystemPromptSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.chat_template import Tokenizer
+from qlora_trainer.data.examples import Conversation, Message
 from qlora_trainer.data.job_template import JobTemplate
 from tests.support.learned import learned
 
@@ -223,6 +224,13 @@ def test_a_template_without_system_messages_is_a_bad_configuration(tiny_llama: P
             Tokenizer(tiny_llama, JobTemplate(template)).require_system_message()
         assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
     Tokenizer(tiny_llama).require_system_message()
+
+
+def test_a_template_that_rejects_every_conversation_is_not_blamed_on_the_system_prompt(tiny_llama: Path) -> None:
+    tokenizer = Tokenizer(tiny_llama, JobTemplate("{{ messages[0].content.nosuch() }}"))
+    tokenizer.require_system_message()
+    with pytest.raises(StepFailure, match=r"line 1: the chat template .* rejects this conversation"):
+        tokenizer.render(Conversation((Message("user", "q"), Message("assistant", "a"))), "line 1")
 
 
 def test_parameters_of_a_tool_that_are_no_schema_are_rejected(tiny_llama: Path) -> None:

@@ -369,6 +369,9 @@ def test_prepare_copies_the_checkpoint_and_says_where_it_goes_on(make_context: M
     assert step.prepare(context, Recorded()).remarks == record.remarks, "not said twice"
     shutil.rmtree(tmp_path / "other")
     assert step.prepare(context, Recorded()) == record, "it needs the other job no more"
+    (context.workspace.root / record.data_path / "train.safetensors").write_bytes(b"half of a file")
+    again = step.prepare(context, Recorded())
+    assert (again.remarks, again.continued_step) == (record.remarks, 2), "its own checkpoint is from there"
     run(context)
     clean(context.workspace)
     step.prepare(context, Recorded())

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import StableLmConfig
 
@@ -183,13 +185,34 @@ def test_data_with_a_damaged_manifest_are_made_again(
     assert prepare(context, records, now=clock) == record
 
 
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def give_other_shapes(path: Path) -> None:
+    with safe_open(path, framework="pt") as file:
+        facts, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors | {"token_offsets": torch.tensor(7)}, path, metadata=facts)
+
+
+def make_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 @pytest.mark.usefixtures("rows")
-def test_rows_whose_file_is_damaged_are_made_again(make_context: MakeContext, records: Recorded) -> None:
-    context = make_context()
+@pytest.mark.parametrize("damage", [cut, give_other_shapes, make_a_folder])
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_rows_whose_file_is_damaged_are_made_again(
+    make_context: MakeContext, records: Recorded, split: str, damage: Callable[[Path], None]
+) -> None:
+    context = make_context({"dataset": {"eval": {"fraction": 0.2}}})
     record = prepare(context, records, now=clock)
-    (context.workspace.root / record.data_path / "train.safetensors").write_bytes(b"half of a file")
+    path = context.workspace.root / record.data_path / f"{split}.safetensors"
+    before = path.read_bytes()
+    damage(path)
     assert prepare(context, records, now=clock) == record
-    assert opened(context, record).rows == 20
+    assert path.read_bytes() == before
 
 
 @pytest.mark.usefixtures("rows")

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from qlora_api.contract import ProgressRecord, ResultRecord, decode_record
+from qlora_api.contract import ExitCode, ProgressRecord, ResultRecord, decode_record
 from qlora_api.status import InitialAdapterStatus
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.context import StepContext
@@ -269,7 +269,8 @@ def test_one_whose_data_is_damaged_ends_alone(tiny_llama: Path, tmp_path: Path) 
     assert isinstance(record, TrainRecord)
     assert isinstance(failed, StepFailure)
     assert f"{path} is damaged" in failed.message
-    assert "prepare the data again" in failed.message
+    assert failed.exit_code is ExitCode.BAD_DATASET
+    assert failed.message.endswith("raise spec.retry.request, and prepare makes the rows again")
 
 
 @pytest.mark.slow

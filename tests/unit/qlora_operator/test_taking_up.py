@@ -142,8 +142,9 @@ def test_the_clean_up_of_the_end_before_is_no_clean_up_of_the_next() -> None:
     assert DeleteJob(f"{NAME}-clean-1", cleaned["metadata"]["uid"]) in actions
 
 
-def test_a_job_whose_base_model_is_gone_goes_on_at_prepare() -> None:
-    gone = (child("train", Failed="PodFailurePolicy"), failed("train", 12, "ModelUnavailable", "no model"))
+@pytest.mark.parametrize(("code", "reason"), [(12, "ModelUnavailable"), (11, "BadDataset")])
+def test_a_job_whose_base_model_or_rows_are_gone_goes_on_at_prepare(code: int, reason: str) -> None:
+    gone = (child("train", Failed="PodFailurePolicy"), failed("train", code, reason, "gone"))
     stored = follow(make_job(status_in("train")), *gone)
     status = take_up(stored, 1, *gone)
     assert status.step is not None

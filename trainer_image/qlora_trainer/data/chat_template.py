@@ -275,7 +275,7 @@ class Tokenizer:
         try:
             text, why = self._apply_template(_SYSTEM_PROBE, 3, "a conversation with a system message"), ""
         except StepFailure as failure:
-            if isinstance(failure.__cause__, UnusableText):
+            if not self._takes_conversations:
                 return  # the first row is told what is wrong with the template
             text, why = "", f" ({failure.message})"
         if _SYSTEM_PROBE.messages[0].content not in text:
@@ -283,6 +283,15 @@ class Tokenizer:
                 f"spec.dataset.systemPrompt is set, but {self._whose} takes no system message{why}: remove it, write "
                 "the text into the rows' questions, or name another template in spec.dataset.chatTemplate"
             )
+
+    @property
+    def _takes_conversations(self) -> bool:
+        """Whether the template renders a conversation that has nothing special."""
+        try:
+            self._apply_template(Conversation(_SYSTEM_PROBE.messages[1:]), 2, "a conversation")
+        except StepFailure:
+            return False
+        return True
 
     @cached_property
     def _takes_tools(self) -> bool:

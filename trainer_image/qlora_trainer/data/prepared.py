@@ -165,14 +165,14 @@ class PreparedDataset:
         try:
             self._open(path)
         except (SafetensorError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} is damaged ({error!r}): prepare the data again") from error
+            raise ValueError(f"{path} is damaged ({error!r})") from error
 
     def _open(self, path: Path) -> None:
         file = cast("Any", safe_open(path, framework="pt"))
         facts = json.loads((file.metadata() or {}).get(_FACTS, "{}"))
         if facts.get("format") != FORMAT_VERSION:
             found = facts.get("format", "unknown")
-            raise ValueError(f"{path} has format {found}, this program reads {FORMAT_VERSION}: prepare the data again")
+            raise ValueError(f"{path} has format {found}, this program reads {FORMAT_VERSION}")
         self.target_tokens: int = facts["targetTokens"]
         """Tokens that count in the loss."""
         self.pairs = "pairs" in facts
@@ -192,6 +192,8 @@ class PreparedDataset:
         self._checks: tuple[Tensor, Tensor] | None = None
         if "checks" in file.keys():  # noqa: SIM118 - no mapping
             self._checks = file.get_tensor("check_offsets"), file.get_tensor("checks")
+        # Raises TypeError for offsets that are no list.
+        len(self)
 
     @classmethod
     def open(cls, folder: Path, split: Split) -> "PreparedDataset":

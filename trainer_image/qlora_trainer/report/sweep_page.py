@@ -99,7 +99,7 @@ def add_to_sweep_report(job: TrainedJob, report: Path, shared: Path) -> None:
 
     It is trained to its end; whether it has passed its gate, `job` knows.
     `report`: the cell's own report. Raises OSError if a file cannot be written, also if another cell does not let this
-    one do it within a minute (TimeoutError); ValueError for broken metrics, or if the page cannot be drawn.
+    one do it within half a minute (TimeoutError); ValueError for broken metrics, or if the page cannot be drawn.
     """
     curves = _curves(job.name, job.spec, read_history(report / HISTORY_FILE))
     score = job.gate.score if job.gate is not None else None

@@ -6,7 +6,7 @@ resumes.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -34,7 +34,7 @@ from qlora_trainer.data.dataset import Dataset
 from qlora_trainer.data.fingerprint import ResolvedInputs
 from qlora_trainer.data.job_template import TEMPLATE_FILE, job_template, template_sha256
 from qlora_trainer.data.locate import DataAccess
-from qlora_trainer.data.prepared import PreparedDataset
+from qlora_trainer.data.prepared import PreparedDataset, Split
 from qlora_trainer.data.rows_folder import RowsFolder
 from qlora_trainer.data.turn_end import end_of_turn, marks_in_pieces, template_remarks
 from qlora_trainer.model.attention import ATTENTION
@@ -94,18 +94,23 @@ def prepare(
         _check_destinations(context, base_publisher(record.base_sha256, model))
     if context.spec.continues is not None:
         say(f"copying the checkpoint of {context.spec.continues}")
-        record = _continue_run(context, record, context.spec.continues)
+        taken_up_at = None if written is None else written.continued_step
+        record = _continue_run(context, record, context.spec.continues, taken_up_at)
     if record != written:
         write_completion(path, record)
     records.note(model_revision=record.model_revision, memory=record.memory, dataset=record.dataset)
     return record
 
 
-def _continue_run(context: StepContext, record: PrepareRecord, name: str) -> PrepareRecord:
-    """Copy the checkpoint of the job of that name; the record says at which step its run was taken up."""
+def _continue_run(context: StepContext, record: PrepareRecord, name: str, taken_up_at: int | None) -> PrepareRecord:
+    """Copy the checkpoint of the job of that name; the record says at which step its run was taken up.
+
+    `taken_up_at`: that step, if an attempt before this one has copied it.
+    """
     fingerprint = run_fingerprint(context.spec, record, context.device, context.spec.resources.gpu_count)
-    step = continue_run(context.mounts.continued, name, PreparedJob(context, record, fingerprint))
-    if step is None:
+    copied = continue_run(context.mounts.continued, name, PreparedJob(context, record, fingerprint))
+    step = taken_up_at if copied is None else copied
+    if step is None or step == record.continued_step:
         return record
     earlier = f"continues {name} from step "
     remarks = (remark for remark in record.remarks if not remark.startswith(earlier))
@@ -369,13 +374,12 @@ def _open_hub(context: StepContext) -> Hub:
     return Hub(hub_token(context.mounts.token_file, secret))
 
 
-def _can_be_trained_on(data_folder: Path, *, held_out: bool) -> bool:
+def _can_be_trained_on(data_folder: Path, splits: Sequence[Split]) -> bool:
     """Whether all prepared rows are there, in files of which none is damaged as far as opening it shows."""
     try:
-        PreparedDataset.open(data_folder, "train")
-        if held_out:
-            PreparedDataset.open(data_folder, "eval")
-    except (FileNotFoundError, ValueError):
+        for split in splits:
+            PreparedDataset.open(data_folder, split)
+    except (OSError, ValueError):
         return False
     return True
 
@@ -386,7 +390,7 @@ def _still_valid(record: PrepareRecord, context: StepContext, records: RecordWri
     resolved, folder = ResolvedInputs.read(root / record.data_path), root / record.model_path
     if resolved is None or resolved.fingerprint(spec) != record.fingerprint or not (folder / CONFIG).is_file():
         return None
-    if not _can_be_trained_on(root / record.data_path, held_out=spec.dataset.eval is not None):
+    if not _can_be_trained_on(root / record.data_path, ("train", "eval") if spec.dataset.eval else ("train",)):
         return None
     if not is_unchanged(record.initial_adapter, context):
         return None

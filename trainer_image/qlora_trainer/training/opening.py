@@ -7,7 +7,7 @@ import torch
 
 from qlora_api.printable import first_line
 from qlora_trainer.core.environment import available_cpus
-from qlora_trainer.core.failures import damaged
+from qlora_trainer.core.failures import bad_dataset, damaged
 from qlora_trainer.data.prepared import PreparedDataset, Split
 from qlora_trainer.model.adapter import adapter_parameters, attach_adapter, restore_adapter
 from qlora_trainer.model.attention import ATTENTION
@@ -182,7 +182,7 @@ def _open_data(job: PreparedJob, split: Split = "train") -> PreparedDataset:
     try:
         return PreparedDataset.open(job.data_folder, split)
     except ValueError as error:
-        raise damaged(first_line(error)) from error
+        raise bad_dataset(f"{first_line(error)}: raise spec.retry.request, and prepare makes the rows again") from error
 
 
 def _schedule(job: PreparedJob, data: PreparedDataset) -> Schedule:
