@@ -39,7 +39,7 @@ _TYPES: Mapping[str, str] = {
 # Of a field that more objects have, such as source, nobody can say which one was meant.
 _MAX_PLACES = 3
 _NUMBERS: Mapping[str, re.Pattern[str]] = {
-    "float_type": re.compile(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?"),
+    "float_type": re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?"),
     "int_type": re.compile(r"[-+]?[0-9]+"),
 }
 """How numbers of a type are written, by pydantic's name of the problem."""

@@ -192,6 +192,8 @@ def _totals(plan: SweepPlan) -> Table:
         longest = (cell.spec.training.max_steps for pod in plan.pods for cell in pod.cells)
         table.add_row("Rungs", _rungs(spec.halving, list(longest)))
     each = f", {gpus} for each pod, of which each needs this much memory" if gpus > 1 else ""
+    if spec.cells_per_pod > 1:
+        each = "; when a pod has ended, each further cell of it asks for one for a few seconds"
     table.add_row("GPUs at a time", f"{pods_at_a_time * gpus}{each}")
     return table
 

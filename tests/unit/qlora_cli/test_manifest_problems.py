@@ -114,6 +114,7 @@ def test_a_list_of_the_wrong_length_is_counted(
             "2e-4",
             'spec.training.learningRate: found "2e-4", must be a number, without quotes',
         ),
+        ("spec.training.learningRate", "1.2.3", 'spec.training.learningRate: found "1.2.3", must be a number'),
         ("spec.training.maxSteps", "9", 'spec.training.maxSteps: found "9", must be a whole number, without quotes'),
         ("spec.training.maxSteps", "9.5", 'spec.training.maxSteps: found "9.5", must be a whole number'),
         ("spec.training.maxSteps", "none", 'spec.training.maxSteps: found "none", must be a whole number'),

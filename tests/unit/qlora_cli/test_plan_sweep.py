@@ -103,7 +103,7 @@ def test_the_cells_of_a_pod_are_estimated_together(tmp_path: Path) -> None:
     assert row(text, "support-rates-04")[3:] == [f"{second.expected / 2**30:.2f}", "fits"]
     # No more at a time than there are.
     assert "Pods at a time  2 of 2 (spec.parallelism)" in text
-    assert "GPUs at a time  2" in text
+    assert "GPUs at a time  2; when a pod has ended, each further cell of it asks for one" in text
 
 
 def test_a_pod_that_cannot_fit_is_marked_and_ends_the_plan_as_a_job_that_cannot_fit(tmp_path: Path) -> None:
