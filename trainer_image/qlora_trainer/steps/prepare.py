@@ -6,7 +6,7 @@ resumes.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -34,33 +34,30 @@ from qlora_trainer.data.dataset import Dataset
 from qlora_trainer.data.fingerprint import ResolvedInputs
 from qlora_trainer.data.job_template import TEMPLATE_FILE, job_template, template_sha256
 from qlora_trainer.data.locate import DataAccess
-from qlora_trainer.data.prepared import PreparedDataset, Split
 from qlora_trainer.data.rows_folder import RowsFolder
 from qlora_trainer.data.turn_end import end_of_turn, marks_in_pieces, template_remarks
 from qlora_trainer.model.attention import ATTENTION
-from qlora_trainer.model.base_artifact import is_present
 from qlora_trainer.model.base_layout import BaseLayout
 from qlora_trainer.model.base_source import Base, BaseSource
-from qlora_trainer.model.cache import is_whole
 from qlora_trainer.model.cached_base import open_base_source
 from qlora_trainer.model.check import CheckedModel, advise_learning_rate, check_model
 from qlora_trainer.model.downloads import open_model_source
 from qlora_trainer.model.dry_run.limited import measure_together_within_limits, measure_within_limits
-from qlora_trainer.model.initial_adapter import InitialAdapter, get_initial_adapter, is_unchanged
+from qlora_trainer.model.initial_adapter import InitialAdapter, get_initial_adapter
 from qlora_trainer.model.memory_fit import MemoryFit
 from qlora_trainer.model.source import CONFIG, tokenizer_digests
 from qlora_trainer.publishing.addresses import check_destination
 from qlora_trainer.publishing.manifest import SHARED_BASE, Publisher, base_publisher
 from qlora_trainer.report.serving import warn_if_not_served
 from qlora_trainer.report.trackers import require_installed
+from qlora_trainer.steps.prepared_before import still_valid
+from qlora_trainer.steps.run_remarks import remarks_on_evaluations
 from qlora_trainer.stores.hub import Hub, hub_token
 from qlora_trainer.training.answers import AnswerTexts
 from qlora_trainer.training.continued import continue_run, reject_other_settings, require_something_to_continue
-from qlora_trainer.training.evaluations import EVALUATIONS, too_few_evaluations
 from qlora_trainer.training.fingerprint import run_fingerprint, run_settings
 from qlora_trainer.training.prepared_job import PreparedJob
-from qlora_trainer.training.schedule import Schedule
-from qlora_trainer.training.scorable import SCORE, require_readable, require_scorable
+from qlora_trainer.training.scorable import require_readable, require_scorable
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +82,7 @@ def prepare(
         require_something_to_continue(context.mounts.continued, context.spec.continues)
         settings = run_settings(context.spec, context.device, context.spec.resources.gpu_count)
         reject_other_settings(context.mounts.continued, context.spec.continues, settings)
-    record = None if written is None else _still_valid(written, context, records)
+    record = None if written is None else still_valid(written, context, records)
     if record is None:
         with _leaving_what_can_be_resumed(context.workspace):
             record = _prepare(context, records, say, now, None if written is None else written.initial_adapter)
@@ -167,7 +164,7 @@ def _prepare(
         partial(AnswerTexts, folder, end),
         fixed_positions=admitted.model.family.fixed_positions,
     )
-    of_evaluations = _of_evaluations(context, sequences)
+    of_evaluations = remarks_on_evaluations(context.spec.training, sequences)
 
     started = now()
     base = bases.base(lambda done, total: say(f"{bases.activity} model {sizes(done, total)}"))
@@ -343,17 +340,6 @@ def _turns(admitted: _Admitted, dataset: Dataset) -> tuple[EndOfTurn | None, tup
     return end, remarks
 
 
-def _of_evaluations(context: StepContext, data_folder: Path) -> tuple[str, ...]:
-    """What a user should know of the evaluations of the run on this data."""
-    data, training = PreparedDataset.open(data_folder, "train"), context.spec.training
-    total_steps = Schedule.of(len(data), training, data.epoch_offsets).total_steps
-    remark = too_few_evaluations(training, total_steps)
-    if remark is None:
-        return ()
-    logger.warning("%s", remark)
-    return (remark,)
-
-
 def _check_destinations(context: StepContext, base: Publisher | None = None) -> None:
     """Raise StepFailure unless the job can publish where it names; once its `base` is known, only where that goes."""
     for field, address in context.spec.output.destinations.items():
@@ -372,54 +358,6 @@ def _open_hub(context: StepContext) -> Hub:
     reference = context.spec.model.token_secret_ref
     secret = None if reference is None else f"Secret {reference.name!r} with key {reference.key!r}"
     return Hub(hub_token(context.mounts.token_file, secret))
-
-
-def _can_be_trained_on(data_folder: Path, splits: Sequence[Split]) -> bool:
-    """Whether all prepared rows are there, in files of which none is damaged as far as opening it shows."""
-    try:
-        for split in splits:
-            PreparedDataset.open(data_folder, split)
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _still_valid(record: PrepareRecord, context: StepContext, records: RecordWriter) -> PrepareRecord | None:
-    """The record with a new estimate, if what it describes is there and is what the job asks for; else None."""
-    spec, root = context.spec, context.workspace.root
-    resolved, folder = ResolvedInputs.read(root / record.data_path), root / record.model_path
-    if resolved is None or resolved.fingerprint(spec) != record.fingerprint or not (folder / CONFIG).is_file():
-        return None
-    if not _can_be_trained_on(root / record.data_path, ("train", "eval") if spec.dataset.eval else ("train",)):
-        return None
-    if not is_unchanged(record.initial_adapter, context):
-        return None
-    if not is_whole(root / record.base_path, context.mounts.model_cache):
-        return None
-    if spec.lora.initialization == "loftq" and not any(folder.glob("*.safetensors")):
-        return None
-    if not is_present(root / record.base_path, record.base_sha256, spec.quantization):
-        return None
-    if tokenizer_digests(folder) != resolved.tokenizer or not resolved.unchanged(spec.dataset, context.mounts):
-        return None
-    memory = MemoryFit.of(
-        folder / CONFIG,
-        spec,
-        record.target_modules,
-        rows_apart=record.rows_apart,
-        group_size=context.group_size,
-        earlier=record.measured,
-    )
-    records.note(memory=memory.status)
-    memory.require()
-    require_readable(spec.gate)
-    texts = partial(AnswerTexts, folder, record.end_of_turn)
-    of_score = require_scorable(
-        spec.gate, root / record.data_path, record.dataset, texts, fixed_positions=record.fixed_positions
-    )
-    kept = (remark for remark in record.remarks if not remark.startswith((SCORE, EVALUATIONS)))
-    remarks = (*kept, *of_score, *_of_evaluations(context, root / record.data_path))
-    return record.model_copy(update={"memory": memory.status, "measured": memory.measured, "remarks": remarks})
 
 
 @contextmanager
