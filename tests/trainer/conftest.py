@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +18,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from urllib3.util import Retry
 
 from qlora_api.contract import WorkspaceLayout
-from qlora_api.v1alpha1 import QLoRAJobDocument
+from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
 from qlora_trainer.core.context import Mounts, StepContext
+from qlora_trainer.core.measured_memory import MeasuredMemory
+from qlora_trainer.model.dry_run.limited import StepSize, measure_within_limits
+from qlora_trainer.steps import prepare
 from qlora_trainer.stores import oci_auth
 from tests.support.command import ROWS, Files, new_files
 from tests.support.fault_proxy import FaultProxy, serve_proxy
@@ -35,6 +38,25 @@ def _the_hubs_client_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """It waits one second, two, four, … between its own tries; here they follow each other at once."""
     for module in (_http, file_download):
         monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda _seconds: None))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _a_model_is_measured_once() -> Iterator[None]:
+    """Hundreds of tests prepare the same tiny models: what the dry run has found for the same input is found again."""
+    found: dict[tuple[Any, ...], MeasuredMemory] = {}
+
+    def measure(
+        config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str, family: Any = None
+    ) -> MeasuredMemory:
+        settings = (part.model_dump_json() for part in (spec.lora, spec.training, spec.quantization))
+        key = (config.read_bytes(), *settings, *sizes, digest, family)
+        if key not in found:
+            found[key] = measure_within_limits(config, spec, sizes, digest, family)
+        return found[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "measure_within_limits", measure)
+        yield
 
 
 @pytest.fixture(scope="session")
