@@ -182,7 +182,9 @@ def _open_data(job: PreparedJob, split: Split = "train") -> PreparedDataset:
     try:
         return PreparedDataset.open(job.data_folder, split)
     except ValueError as error:
-        raise bad_dataset(f"{first_line(error)}: raise spec.retry.request, and prepare makes the rows again") from error
+        raise bad_dataset(
+            f"{first_line(error)}; raise spec.retry.request, or use qlora run --resume: prepare makes the rows again"
+        ) from error
 
 
 def _schedule(job: PreparedJob, data: PreparedDataset) -> Schedule:
