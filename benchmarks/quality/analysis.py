@@ -1,19 +1,16 @@
 """What the runs show: scores with confidence intervals, and an arm's score as a share of another one's."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from statistics import mean, stdev
-from typing import TypeVar
 
 import numpy
 from numpy.typing import NDArray
 
-from benchmarks.quality.plan import ARMS, EPOCHS, FULL, LONGER_ARMS, LONGER_EPOCHS
-from benchmarks.quality.results import Purpose, Run, of_purpose
-from benchmarks.quality.tasks import TASKS
+from benchmarks.quality.plan import ARMS, FULL
+from benchmarks.quality.results import Run
 
-Group = TypeVar("Group", bound=Hashable)
 CLAIMED = 0.99
 """The share of full fine-tuning's score that QLoRA is claimed to reach."""
 RESAMPLES = 4000
@@ -21,8 +18,6 @@ RESAMPLES = 4000
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 Rights = NDArray[numpy.float64]
 """[seeds, rows]: 1 where the answer of a run is right, else 0."""
-Resampled = NDArray[numpy.float64]
-"""[resamples]"""
 
 
 @dataclass(frozen=True)
@@ -51,37 +46,15 @@ def scores(runs: Sequence[Run], **cell: object) -> list[float]:
 
 def compared(runs: Sequence[Run]) -> dict[str, dict[str, Rights]]:
     """By task and arm, what was right: of the seeds that all arms have. A task without two such seeds is left out."""
-    return _compared({arm: [run for run in of_purpose(runs, "main") if run.cell.arm == arm] for arm in ARMS})
-
-
-def compared_by_epochs(runs: Sequence[Run]) -> dict[int, dict[str, dict[str, Rights]]]:
-    """By number of epochs, task and arm, what was right: of the tasks and seeds that have all of them; else empty."""
-    both = {
-        (purpose, arm): [run for run in of_purpose(runs, purpose) if run.cell.arm == arm]
-        for purpose in ("main", "longer")
-        for arm in LONGER_ARMS
-    }
-    by_task = _compared(both)
-    of_purposes: Mapping[int, Purpose] = {EPOCHS: "main", LONGER_EPOCHS: "longer"}
-    return {
-        epochs: {task: {arm: rights[purpose, arm] for arm in LONGER_ARMS} for task, rights in by_task.items()}
-        for epochs, purpose in of_purposes.items()
-        if by_task
-    }
-
-
-def _compared(groups: Mapping[Group, Sequence[Run]]) -> dict[str, dict[Group, Rights]]:
-    """By task and group, what was right: of the seeds that each group has. A task without two such is left out."""
-    found: dict[str, dict[Group, Rights]] = {}
-    for task in TASKS:
-        by_seed = {
-            group: {run.cell.seed: run.right for run in runs if run.cell.task == task} for group, runs in groups.items()
-        }
-        seeds = sorted(set.intersection(*(set(of_group) for of_group in by_seed.values())))
+    main = [run for run in runs if run.cell.purpose == "main" and run.cell.arm in ARMS]
+    found: dict[str, dict[str, Rights]] = {}
+    for task in dict.fromkeys(run.cell.task for run in main):
+        of_arm = {arm: {r.cell.seed: r for r in main if (r.cell.task, r.cell.arm) == (task, arm)} for arm in ARMS}
+        seeds = sorted(set.intersection(*(set(by_seed) for by_seed in of_arm.values())))
         if len(seeds) > 1:
             found[task] = {
-                group: numpy.array([[float(one) for one in of_group[seed]] for seed in seeds])
-                for group, of_group in by_seed.items()
+                arm: numpy.array([[float(one) for one in by_seed[seed].right] for seed in seeds])
+                for arm, by_seed in of_arm.items()
             }
     return found
 
@@ -92,48 +65,23 @@ def ratios(by_task: Mapping[str, Mapping[str, Rights]], reference: str = FULL) -
     Seeds and held-out rows are drawn anew in each task, the same for all arms, which were trained on the same rows by
     seed and answer the same prompts; tasks are fixed. Percentile intervals (Efron and Tibshirani 1993, chapter 13).
     """
-    drawn, means = _drawn(by_task, reference), _means(by_task)
-    return {arm: _interval(means[arm] / means[reference], drawn[arm] / drawn[reference]) for arm in means}
-
-
-def change(before: Mapping[str, Mapping[str, Rights]], after: Mapping[str, Mapping[str, Rights]], arm: str) -> Interval:
-    """By how much the arm's share of full fine-tuning's score has changed, with a bootstrap interval as above.
-
-    `before` and `after` are of the same tasks, seeds and prompts, which are drawn the same for both.
-    """
-    shares, drawn = [], []
-    for by_task in (before, after):
-        means, resampled = _means(by_task), _drawn(by_task, FULL)
-        shares.append(means[arm] / means[FULL])
-        drawn.append(resampled[arm] / resampled[FULL])
-    return _interval(shares[1] - shares[0], drawn[1] - drawn[0])
-
-
-def _drawn(by_task: Mapping[str, Mapping[str, Rights]], reference: str) -> dict[str, Resampled]:
-    """The summed scores of each arm in each resample; the same ones are drawn for data of the same shape."""
     generator = numpy.random.Generator(numpy.random.Philox(key=0))
-    arms = list(next(iter(by_task.values())))
-    drawn = {arm: numpy.zeros(RESAMPLES) for arm in arms}
+    drawn = {arm: numpy.zeros(RESAMPLES) for arm in ARMS}
     for rights in by_task.values():
         seeds, rows = rights[reference].shape
         for resample in range(RESAMPLES):
             # The mean over drawn seeds and rows, by how often each was drawn.
             of_seeds = numpy.bincount(generator.integers(seeds, size=seeds), minlength=seeds) / seeds
             of_rows = numpy.bincount(generator.integers(rows, size=rows), minlength=rows) / rows
-            for arm in arms:
+            for arm in ARMS:
                 drawn[arm][resample] += of_seeds @ rights[arm] @ of_rows
-    return drawn
-
-
-def _means(by_task: Mapping[str, Mapping[str, Rights]]) -> dict[str, float]:
-    """The summed scores of each arm over the tasks."""
-    arms = list(next(iter(by_task.values())))
-    return {arm: sum(float(rights[arm].mean()) for rights in by_task.values()) for arm in arms}
-
-
-def _interval(value: float, resampled: Resampled) -> Interval:
-    low, high = numpy.quantile(resampled, [0.025, 0.975])
-    return Interval(value, float(low), float(high))
+    means = {arm: sum(float(rights[arm].mean()) for rights in by_task.values()) for arm in ARMS}
+    found = {}
+    for arm in ARMS:
+        shares = drawn[arm] / drawn[reference]
+        low, high = numpy.quantile(shares, [0.025, 0.975])
+        found[arm] = Interval(means[arm] / means[reference], float(low), float(high))
+    return found
 
 
 def verdict(share: Interval) -> str:

@@ -17,6 +17,7 @@ from benchmarks.quality.training import mean_loss, train
 from qlora_api.training import LoraSpec, TrainingSpec
 from qlora_trainer.training.device import processor
 
+EPOCHS = 2
 SEQUENCE_TOKENS = 128
 """Of a packed sequence; a step is one sequence."""
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -35,7 +36,7 @@ class Place:
 def training_of(cell: Cell) -> TrainingSpec:
     """The settings of the loop: those of the product but for length, rate and the storage of activations."""
     return TrainingSpec(
-        epochs=cell.epochs,
+        epochs=EPOCHS,
         gradient_accumulation_steps=1,
         learning_rate=cell.learning_rate or 1e-4,
         scheduler="linear",
@@ -68,7 +69,7 @@ def run_cell(cell: Cell, place: Place) -> Run:
             subject = load_subject(cell.arm, place.model, place.bases, lora_of(cell), cell.seed)
             rows = sets_of(task).train(cell.rows, cell.seed)
             data = prepare(rows, place.model, training, folder / "train.safetensors")
-            losses, tokens = train(subject, data, training), cell.epochs * data.tokens
+            losses, tokens = train(subject, data, training), EPOCHS * data.tokens
         loss = mean_loss(subject, prepare(scored, place.model, training, folder / "scored.safetensors"))
         right = _right(subject, task, cell, place)
     commit, changed = describe_checkout(ROOT)

@@ -27,15 +27,11 @@ OTHER_RANKS = (1, 4, 64)
 FEWER_ROWS = (4, 2)
 """Divisors of a task's rows."""
 FEWER_SEEDS = 3
-"""The first so many seeds are enough where rank, targets, rows or epochs vary."""
-EPOCHS = 2
-LONGER_EPOCHS = 6
-LONGER_ARMS = (FULL, QLORA)
+"""The first so many seeds are enough where rank, targets or rows vary."""
 CELLS = len(TASKS) * (
     1
     + len(ARMS) * (len(ADAPTER_RATES) + len(SEEDS))
     + FEWER_SEEDS * (len(OTHER_RANKS) + 1 + len((FULL, QLORA)) * len(FEWER_ROWS))
-    + len(LONGER_ARMS) * (len(ADAPTER_RATES) + FEWER_SEEDS)
 )
 """Of the whole study."""
 
@@ -45,15 +41,15 @@ def rates(arm: str) -> tuple[float, ...]:
     return FULL_RATES if arm == FULL else ADAPTER_RATES
 
 
-def chosen_rate(runs: Sequence[Run], task: str, arm: str, tuning: Purpose = "tuning") -> float | None:
+def chosen_rate(runs: Sequence[Run], task: str, arm: str) -> float | None:
     """The rate with the best score on the validation set, of equal ones that with the lowest loss there.
 
-    `tuning` is the purpose of the runs that tried them. None until all of them have been tried.
+    None until all of them have been tried.
     """
     tried = {
         run.cell.learning_rate: run
         for run in runs
-        if (run.cell.purpose, run.cell.task, run.cell.arm) == (tuning, task, arm)
+        if (run.cell.purpose, run.cell.task, run.cell.arm) == ("tuning", task, arm)
     }
     if set(tried) != set(rates(arm)):
         return None
@@ -76,8 +72,7 @@ def waiting_cells(runs: Sequence[Run], part: int = 0, parts: int = 1) -> Iterato
 def planned_cells(runs: Sequence[Run]) -> Iterator[Cell]:
     """All cells whose learning rate is known by these runs, in the order of the study, done or not.
 
-    Task by task, so that each has all arms and seeds as early as possible; then ranks, targets and fewer rows; then
-    more epochs.
+    Task by task, so that each has all arms and seeds as early as possible; then ranks, targets and fewer rows.
     """
     rate_of = {(task, arm): chosen_rate(runs, task, arm) for task in TASKS for arm in ARMS}
     for task in TASKS:
@@ -97,20 +92,6 @@ def planned_cells(runs: Sequence[Run]) -> Iterator[Cell]:
                 rows = TASKS[task].train_rows // divisor
                 known = ((arm, found) for arm, found in ((FULL, of_full), (QLORA, rate)) if found is not None)
                 yield from (_cell("rows", task, arm, seed, found, rows=rows) for arm, found in known)
-    yield from _longer_cells(runs)
-
-
-def _longer_cells(runs: Sequence[Run]) -> Iterator[Cell]:
-    """Those with more epochs, for which the rate is chosen anew."""
-    for task in TASKS:
-        for arm in LONGER_ARMS:
-            for rate in rates(arm):
-                yield _cell("longer-tuning", task, arm, TUNING_SEED, rate, epochs=LONGER_EPOCHS)
-        for arm in LONGER_ARMS:
-            chosen = chosen_rate(runs, task, arm, "longer-tuning")
-            if chosen is not None:
-                for seed in SEEDS[:FEWER_SEEDS]:
-                    yield _cell("longer", task, arm, seed, chosen, epochs=LONGER_EPOCHS)
 
 
 def _cell(
@@ -123,7 +104,6 @@ def _cell(
     rank: int | None = None,
     targets: Targets = "all-linear",
     rows: int | None = None,
-    epochs: int = EPOCHS,
 ) -> Cell:
     usual = 0 if arm == FULL else RANK
     return Cell(
@@ -135,5 +115,4 @@ def _cell(
         usual if rank is None else rank,
         targets,
         TASKS[task].train_rows if rows is None else rows,
-        epochs,
     )

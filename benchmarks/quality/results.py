@@ -11,7 +11,7 @@ from benchmarks.inputs import RESULTS
 
 FILE = RESULTS / "quality.jsonl"
 Targets = Literal["all-linear", "attention"]
-Purpose = Literal["tuning", "main", "rank", "targets", "rows", "longer-tuning", "longer"]
+Purpose = Literal["tuning", "main", "rank", "targets", "rows"]
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,11 @@ class Cell:
     targets: Targets
     rows: int
     """Rows that are trained on; 0 for the base that is not tuned."""
-    epochs: int = 2
-    """Lines written before runs differed in it do not have it."""
 
     @property
     def scored_on(self) -> Literal["validation", "held-out"]:
         """The set whose prompts the tuned model answers. The held-out set takes no part in choosing a rate."""
-        return "validation" if self.purpose in ("tuning", "longer-tuning") else "held-out"
+        return "validation" if self.purpose == "tuning" else "held-out"
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class Run:
     def load(cls, line: str) -> "Run":
         """The run of a line. Raises ValueError or KeyError if it is none."""
         found = json.loads(line)
-        cell = Cell(**{name: {"epochs": 2, **found}[name] for name in Cell.__dataclass_fields__})
+        cell = Cell(**{name: found[name] for name in Cell.__dataclass_fields__})
         own = {name: found[name] for name in cls.__dataclass_fields__ if name != "cell"}
         return cls(cell, **{**own, "train_losses": tuple(own["train_losses"])})
 

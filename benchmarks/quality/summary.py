@@ -4,31 +4,8 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 
 from benchmarks.operator.table import head, row
-from benchmarks.quality.analysis import (
-    CLAIMED,
-    Interval,
-    Rights,
-    change,
-    compared,
-    compared_by_epochs,
-    ratios,
-    scores,
-    verdict,
-)
-from benchmarks.quality.plan import (
-    ARMS,
-    BASE,
-    CELLS,
-    EPOCHS,
-    FULL,
-    LONGER_ARMS,
-    LONGER_EPOCHS,
-    LORA,
-    OTHER_RANKS,
-    QLORA,
-    RANK,
-    chosen_rate,
-)
+from benchmarks.quality.analysis import CLAIMED, Interval, Rights, compared, ratios, scores, verdict
+from benchmarks.quality.plan import ARMS, BASE, CELLS, FULL, LORA, OTHER_RANKS, QLORA, RANK, chosen_rate
 from benchmarks.quality.results import Run, of_purpose
 from benchmarks.quality.tasks import TASKS
 
@@ -50,7 +27,7 @@ def tables(runs: Sequence[Run]) -> str:
         _against_lora(by_task),
         _rates(runs, list(by_task)),
     ]
-    parts += [part for part in (_ranks(runs), _rows(runs), _longer(runs), _longer_share(runs)) if part]
+    parts += [part for part in (_ranks(runs), _rows(runs)) if part]
     return "\n".join([*("\n".join(part) + "\n" for part in parts), _spent(runs)]) + "\n"
 
 
@@ -131,31 +108,6 @@ def _rows(runs: Sequence[Run]) -> list[str]:
             cells = [_cell_of(scores(source, task=task, arm=arm, rows=counts[task])) for task in tasks]
             lines.append(row(f"{label}, {ARMS[arm]}", *cells))
     return lines
-
-
-def _longer(runs: Sequence[Run]) -> list[str]:
-    by_epochs = compared_by_epochs(runs)
-    if not by_epochs:
-        return []
-    lines = head("Right answers, %, by epochs", *by_epochs[EPOCHS], "mean")
-    for epochs, by_task in by_epochs.items():
-        for arm in LONGER_ARMS:
-            found = [Interval.of_seeds([float(seed.mean()) for seed in rights[arm]]) for rights in by_task.values()]
-            average = f"{100 * mean(each.value for each in found):.1f}"
-            lines.append(row(f"{epochs} epochs, {ARMS[arm]}", *map(_percent, found), average))
-    return lines
-
-
-def _longer_share(runs: Sequence[Run]) -> list[str]:
-    by_epochs = compared_by_epochs(runs)
-    if not by_epochs:
-        return []
-    seeds = {len(rights[FULL]) for rights in by_epochs[LONGER_EPOCHS].values()}
-    counts = f"{len(by_epochs[LONGER_EPOCHS])} tasks, {_range(seeds)} seeds"
-    lines = head(f"Share of full fine-tuning's score that {ARMS[QLORA]} has ({counts})", "")
-    lines += [row(f"{epochs} epochs", _percent(ratios(of)[QLORA], over=True)) for epochs, of in by_epochs.items()]
-    changed = change(by_epochs[EPOCHS], by_epochs[LONGER_EPOCHS], QLORA)
-    return [*lines, row("change, points", _percent(changed, over=True).replace(" %", ""))]
 
 
 def _spent(runs: Sequence[Run]) -> str:

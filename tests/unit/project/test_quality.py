@@ -1,7 +1,6 @@
 """The study of quality: what its tasks count as right, what it runs, and what it makes of the results."""
 
 import json
-from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,15 +9,13 @@ import pytest
 from benchmarks.operator import table
 from benchmarks.quality import summary
 from benchmarks.quality.__main__ import FIGURE, MEASUREMENTS, PAGE
-from benchmarks.quality.analysis import Interval, change, compared, compared_by_epochs, ratios, verdict
+from benchmarks.quality.analysis import Interval, compared, ratios, verdict
 from benchmarks.quality.figure import scores_figure
 from benchmarks.quality.plan import (
     ARMS,
     BASE,
     CELLS,
-    EPOCHS,
     FULL,
-    LONGER_EPOCHS,
     LORA,
     QLORA,
     SEEDS,
@@ -27,7 +24,7 @@ from benchmarks.quality.plan import (
     rates,
     waiting_cells,
 )
-from benchmarks.quality.results import Cell, Purpose, Run, append_run, read_runs
+from benchmarks.quality.results import Cell, Run, append_run, read_runs
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.tasks.task import Task, rows_of, sets_of
 from qlora_api.training import LoraSpec
@@ -108,14 +105,12 @@ def run_of(cell: Cell, share: float, loss: float = 1.0) -> Run:
     )
 
 
-def study(
-    share_of: dict[str, float], task: str = TASK, purposes: Collection[Purpose] = ("main", "tuning")
-) -> list[Run]:
-    """Every run of a task with these purposes, in the study's order; the arms reach these shares."""
+def study(share_of: dict[str, float], task: str = TASK) -> list[Run]:
+    """Every run of a task but those that only vary QLoRA, in the study's order; the arms reach these shares."""
     runs: list[Run] = []
     while True:
         waiting = (cell for cell in waiting_cells(runs) if cell.task == task)
-        cell = next((cell for cell in waiting if cell.purpose in purposes), None)
+        cell = next((cell for cell in waiting if cell.purpose in ("main", "tuning")), None)
         if cell is None:
             return runs
         runs.append(run_of(cell, share_of[cell.arm]))
@@ -211,42 +206,6 @@ def test_the_tables_have_every_arm_and_what_was_spent() -> None:
     assert f"{len(runs)} of {CELLS} runs, 0.2 hours of processor time; code at 1234567; processors: AVX512." in text
     assert "97.5 %" in summary.claim_table(runs)
     assert summary.tables([]) == summary.claim_table([]) == summary.NOTHING
-
-
-def test_what_more_epochs_change_is_seen_with_a_rate_chosen_anew() -> None:
-    usual = study(SHARES)
-    longer = study({**SHARES, QLORA: 0.8}, purposes=("longer-tuning", "longer"))
-    assert {run.cell.epochs for run in longer} == {LONGER_EPOCHS}
-    assert {run.cell.scored_on for run in longer if run.cell.seed == 0} == {"validation"}
-    low, middle, _ = (run for run in longer if (run.cell.purpose, run.cell.arm) == ("longer-tuning", QLORA))
-    better = [replace(run, right="1" * len(run.right)) if run is middle else run for run in longer]
-    assert chosen_rate([*usual, *better], TASK, QLORA, "longer-tuning") == middle.cell.learning_rate
-    assert chosen_rate([*usual, *better], TASK, QLORA) == low.cell.learning_rate
-    text = summary.tables([*usual, *longer])
-    assert "| 2 epochs | 97.5 %" in text
-    assert "| 6 epochs | 100.0 % (100.0 to 100.0) |" in text
-    assert "| change, points | 2.5 (" in text
-    assert "epochs |" not in summary.tables(usual)
-
-
-def test_more_epochs_are_compared_on_the_seeds_that_all_their_runs_have() -> None:
-    longer = study(SHARES, purposes=("longer-tuning", "longer"))
-    last = [run for run in longer if run.cell.arm == QLORA][-1]
-    runs = [*study(SHARES), *(run for run in longer if run is not last)]
-    counts = {
-        (epochs, arm): len(rights)
-        for epochs, by_task in compared_by_epochs(runs).items()
-        for arm, rights in by_task[TASK].items()
-    }
-    assert counts == dict.fromkeys([(EPOCHS, FULL), (EPOCHS, QLORA), (LONGER_EPOCHS, FULL), (LONGER_EPOCHS, QLORA)], 2)
-
-
-def test_a_change_of_the_share_is_that_of_the_same_seeds_and_prompts() -> None:
-    before = compared(study({**SHARES, QLORA: 0.4}))
-    after = compared(study({**SHARES, QLORA: 0.8}))
-    found = change(before, after, QLORA)
-    assert found.value == pytest.approx(0.5)
-    assert change(after, after, QLORA) == Interval(0.0, 0.0, 0.0)
 
 
 @pytest.fixture(scope="module")
