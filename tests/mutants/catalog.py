@@ -1231,7 +1231,9 @@ TRAINER = (
         file=f"{_TRAINER}/training/reference.py",
         old="    with torch.no_grad(), model.disable_adapter():\n",
         new="    with torch.no_grad():\n",
-        tests=(f"{_TRAINER_TESTS}/promises/test_exact_preference.py::test_a_whole_run_is_that_of_a_plain_loop[dpo]",),
+        tests=(
+            f"{_TRAINER_TESTS}/training/test_preference.py::test_a_row_that_is_first_seen_late_has_the_same_reference",
+        ),
     ),
     Mutant(
         name="the-reference-is-computed-in-every-epoch",

@@ -73,6 +73,15 @@ def test_each_row_passes_the_base_once_and_a_resumed_run_ends_in_the_same_bytes(
     assert history(resumed) == history(undisturbed)
 
 
+def test_a_row_that_is_first_seen_late_has_the_same_reference(tmp_path: Path, tiny_llama: Path) -> None:
+    """All rows in the first step, before which the adapter changes nothing, against four in a step."""
+    at_once = job(tmp_path / "at-once", tiny_llama, {"training": {"gradientAccumulationSteps": 16, "maxSteps": 1}})
+    in_turn = job(tmp_path / "in-turn", tiny_llama, {"training": {"maxSteps": 4}})
+    run(at_once)
+    run(in_turn)
+    assert torch.equal(known(in_turn, 4)["train"], known(at_once, 1)["train"])
+
+
 def test_the_run_learns_to_prefer_the_chosen_answers_and_says_so(tmp_path: Path, tiny_llama: Path) -> None:
     context, records = job(tmp_path / "workspace", tiny_llama), Recorded()
     run(context, records=records)
