@@ -109,6 +109,11 @@ def of_other_data(files: Files) -> None:
     path.write_text(path.read_text().replace(rows, "f" * 64))
 
 
+def rows_cut(files: Files) -> None:
+    (path,) = files.workspace.glob("data/*/train.safetensors")
+    os.truncate(path, path.stat().st_size - 1)
+
+
 def record_cut(files: Files) -> None:
     path = files.workspace / "records" / "train.json"
     os.truncate(path, path.stat().st_size // 2)
@@ -154,6 +159,7 @@ SPOILED: dict[str, tuple[Spoil, ExitCode]] = {
     "the record says fewer steps than planned": (not_to_the_end, ExitCode.UNSAFE_ARTIFACT),
     "the record is of another spec": (of_another_spec, ExitCode.UNSAFE_ARTIFACT),
     "the record is of other data": (of_other_data, ExitCode.UNSAFE_ARTIFACT),
+    "the prepared rows are damaged": (rows_cut, ExitCode.BAD_DATASET),
     "the record is cut": (record_cut, ExitCode.BAD_CONFIGURATION),
     "there is no record": (record_missing, ExitCode.BAD_CONFIGURATION),
     "killed in the last save": (killed_in_the_last_save, ExitCode.BAD_CONFIGURATION),

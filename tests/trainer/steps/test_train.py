@@ -19,11 +19,13 @@ from safetensors.torch import load_file, save_file
 from qlora_api.contract import ExitCode, nine_digits
 from qlora_trainer.core.completion import TrainRecord, read_completion
 from qlora_trainer.core.context import StepContext
-from qlora_trainer.core.failures import Interrupted, StopRequest
+from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.core.outcome import summary
+from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.train import train
 from qlora_trainer.training import checkpoint
-from tests.support.tiny import Recorded, merged
+from qlora_trainer.training.attempts import read_attempts
+from tests.support.tiny import Recorded, chat_row, merged, write_rows
 from tests.support.training import (
     RARE_TOKEN,
     Lost,
@@ -36,6 +38,7 @@ from tests.support.training import (
     prepared,
     run,
 )
+from tests.trainer.conftest import MakeContext
 
 Prepare = Callable[..., StepContext]
 
@@ -53,6 +56,24 @@ def workspace(tmp_path: Path, tiny_llama: Path) -> Prepare:
 def with_spec(context: StepContext, spec: dict[str, Any]) -> StepContext:
     """The same workspace for a job with another spec."""
     return dataclasses.replace(context, document=job(spec))
+
+
+def test_damaged_rows_end_the_step_and_it_resumes_once_prepare_has_made_them_again(
+    make_context: MakeContext, tmp_path: Path
+) -> None:
+    write_rows(
+        tmp_path / "data" / "train.jsonl", [chat_row(f"Question {n}?", "pods " * (n % 7 + 1)) for n in range(20)]
+    )
+    context = make_context({"training": {"saveEverySteps": 2}})
+    rows = context.workspace.root / prepare(context, Recorded()).data_path / "train.safetensors"
+    interrupted_at(context, 2)
+    os.truncate(rows, rows.stat().st_size - 1)
+    with pytest.raises(StepFailure, match=r"is damaged .*; raise spec\.retry\.request") as failed:
+        run(context)
+    assert failed.value.exit_code is ExitCode.BAD_DATASET
+    prepare(context, Recorded())
+    assert run(context).training_step == 4
+    assert read_attempts(context.workspace.records)[-1].from_step == 2
 
 
 def test_training_lowers_both_losses_and_records_its_results(workspace: Prepare) -> None:

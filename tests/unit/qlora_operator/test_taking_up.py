@@ -8,7 +8,7 @@ import pytest
 from qlora_api.contract import needed_contract
 from qlora_api.naming import SPEC_ANNOTATION
 from qlora_api.profile import Profile
-from qlora_api.status import QLoRAJobStatus
+from qlora_api.status import QLoRAJobStatus, StepName
 from qlora_operator.decisions.cleanup import cleanup_at
 from qlora_operator.decisions.manifests import build_job
 from qlora_operator.decisions.observe import QLoRAJob
@@ -142,10 +142,13 @@ def test_the_clean_up_of_the_end_before_is_no_clean_up_of_the_next() -> None:
     assert DeleteJob(f"{NAME}-clean-1", cleaned["metadata"]["uid"]) in actions
 
 
-@pytest.mark.parametrize(("code", "reason"), [(12, "ModelUnavailable"), (11, "BadDataset")])
-def test_a_job_whose_base_model_or_rows_are_gone_goes_on_at_prepare(code: int, reason: str) -> None:
-    gone = (child("train", Failed="PodFailurePolicy"), failed("train", code, reason, "gone"))
-    stored = follow(make_job(status_in("train")), *gone)
+@pytest.mark.parametrize(
+    ("step", "code", "reason"),
+    [("train", 12, "ModelUnavailable"), ("train", 11, "BadDataset"), ("publish", 11, "BadDataset")],
+)
+def test_a_job_whose_base_model_or_rows_are_gone_goes_on_at_prepare(step: StepName, code: int, reason: str) -> None:
+    gone = (child(step, Failed="PodFailurePolicy"), failed(step, code, reason, "gone"))
+    stored = follow(make_job(status_in(step)), *gone)
     status = take_up(stored, 1, *gone)
     assert status.step is not None
     assert status.step.name == "prepare"

@@ -36,6 +36,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qlora_api.printable import first_line
+from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.data.chunks import TokenizedRows
 from qlora_trainer.data.epochs import EpochArrangements
 from qlora_trainer.data.packing import Arrangement
@@ -255,3 +257,16 @@ class PreparedDataset:
         first, past = self._sequence_offsets[index : index + 2].tolist()
         drawn: list[int] = self._sequence_rows[first:past].tolist()
         return drawn
+
+
+def open_prepared(folder: Path, split: Split) -> PreparedDataset:
+    """The split of a data folder, for the steps after prepare.
+
+    Raises FileNotFoundError, or StepFailure BAD_DATASET if the file is damaged or of another version.
+    """
+    try:
+        return PreparedDataset.open(folder, split)
+    except ValueError as error:
+        raise bad_dataset(
+            f"{first_line(error)}; raise spec.retry.request, or use qlora run --resume: prepare makes the rows again"
+        ) from error

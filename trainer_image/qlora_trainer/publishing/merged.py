@@ -18,7 +18,7 @@ from qlora_trainer.core.completion import Comparison
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.file_names import ADAPTER_FILE, MODEL_CARD_FILE
 from qlora_trainer.core.filesystem import require_space, scratch_folder
-from qlora_trainer.data.prepared import PreparedDataset
+from qlora_trainer.data.prepared import PreparedDataset, open_prepared
 from qlora_trainer.model.attention import ATTENTION, register_attention
 from qlora_trainer.model.base_artifact import require_sha256
 from qlora_trainer.model.base_weights import BaseWeights
@@ -102,7 +102,7 @@ def merge(job: TrainedJob, workspace: WorkspaceLayout, folder: Path) -> Merged:
     write_merged(model, MergeSource(base, adapter, job.spec.lora), folder)
     loss = None
     if trained.compared is not None:
-        held_out = PreparedDataset.open(workspace.root / prepared.data_path, "eval")
+        held_out = open_prepared(workspace.root / prepared.data_path, "eval")
         loss = _held_out_loss(
             folder, prepared.attention or ATTENTION, held_out, trained.compared, together=prepared.packed
         )

@@ -18,7 +18,7 @@ from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unsafe_artifact
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, HISTORY_FILE
 from qlora_trainer.core.filesystem import file_sha256
-from qlora_trainer.data.prepared import PreparedDataset
+from qlora_trainer.data.prepared import open_prepared
 from qlora_trainer.model.adapter import peft_targets, whole_modules
 from qlora_trainer.model.adapter_shapes import B_SUFFIX, MAX_CONFIG_BYTES, Expected, expected_tensors
 from qlora_trainer.model.text_part import text_part
@@ -213,7 +213,7 @@ def require_own_training(
     """Raise StepFailure (UNSAFE_ARTIFACT) unless the train record is of this spec, data and number of steps.
 
     Where a run may stop early, or keep an earlier adapter than the last, its evaluations decide again at which steps.
-    Raises OSError if they are missing, ValueError if they cannot be read.
+    Raises OSError if they are missing, ValueError if they cannot be read, StepFailure BAD_DATASET for damaged rows.
     """
     path = workspace.completion("train")
     # Publish runs without a GPU and does not know which device training ran on.
@@ -223,7 +223,7 @@ def require_own_training(
             f"{path} belongs to another run: model, data, settings or versions differ from this job's, so its adapter "
             "is not published; create the job again, and keep one version of the trainer for all of its steps"
         )
-    data = PreparedDataset.open(workspace.root / prepared.data_path, "train")
+    data = open_prepared(workspace.root / prepared.data_path, "train")
     planned = Schedule.of(len(data), spec.training, data.epoch_offsets).total_steps
     curve = _evaluations(workspace) if spec.training.early_stopping or spec.training.keep == "best" else []
     end, kept = expected_end(spec.training, planned, curve)

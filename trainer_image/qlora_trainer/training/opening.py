@@ -7,8 +7,8 @@ import torch
 
 from qlora_api.printable import first_line
 from qlora_trainer.core.environment import available_cpus
-from qlora_trainer.core.failures import bad_dataset, damaged
-from qlora_trainer.data.prepared import PreparedDataset, Split
+from qlora_trainer.core.failures import damaged
+from qlora_trainer.data.prepared import PreparedDataset, open_prepared
 from qlora_trainer.model.adapter import adapter_parameters, attach_adapter, restore_adapter
 from qlora_trainer.model.attention import ATTENTION
 from qlora_trainer.model.base import load_base
@@ -94,7 +94,7 @@ def _say_loading(job: PreparedJob, runtime: Runtime, checkpoint: Checkpoint | No
         runtime.now(),
         "loading the base model in 4-bit",
         training_step=0 if checkpoint is None else checkpoint.step,
-        total_steps=_schedule(job, _open_data(job)).total_steps,
+        total_steps=_schedule(job, open_prepared(job.data_folder, "train")).total_steps,
     )
     runtime.records.progress(loading, force=True)
 
@@ -148,8 +148,8 @@ def open_on_model(
 ) -> tuple[Run, RunState]:
     """The run of the model's active adapter, which is attached and, without a checkpoint, initialized."""
     context, spec, prepared, ranks = job.context, job.context.spec, job.prepared, process.ranks
-    data = _open_data(job)
-    eval_data = _open_data(job, "eval") if spec.dataset.eval else None
+    data = open_prepared(job.data_folder, "train")
+    eval_data = open_prepared(job.data_folder, "eval") if spec.dataset.eval else None
     run = Run(
         context=context,
         runtime=process.runtime,
@@ -176,15 +176,6 @@ def open_on_model(
     unpaged = context.device == "cpu" and spec.training.optimizer != "adamw"
     report(run, state, PAGING_NEEDS_GPU if unpaged else "training", force=True)
     return run, state
-
-
-def _open_data(job: PreparedJob, split: Split = "train") -> PreparedDataset:
-    try:
-        return PreparedDataset.open(job.data_folder, split)
-    except ValueError as error:
-        raise bad_dataset(
-            f"{first_line(error)}; raise spec.retry.request, or use qlora run --resume: prepare makes the rows again"
-        ) from error
 
 
 def _schedule(job: PreparedJob, data: PreparedDataset) -> Schedule:
