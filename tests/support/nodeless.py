@@ -116,10 +116,14 @@ class Nodeless:
         self._end_pod(pod, 0, "Done", _FOUND[pod["metadata"]["labels"][STEP_LABEL]])
 
     def stop_pod(self, pod: dict[str, Any], code: int) -> None:
-        """A pod that is being deleted ends with that exit code, and is removed."""
+        """A pod that is being deleted ends with that exit code, and is removed.
+
+        The Job controller deletes the pods of a Job that fails; one that has ended before is then gone at once.
+        """
         self._report(pod, "Failed", {"terminated": _terminated(code, "")})
         name = pod["metadata"]["name"]
-        self.kubectl("delete", "pod", name, f"--namespace={NAMESPACE}", "--grace-period=0", "--force", "--wait=false")
+        options = ("--grace-period=0", "--force", "--wait=false", "--ignore-not-found")
+        self.kubectl("delete", "pod", name, f"--namespace={NAMESPACE}", *options)
 
     def end_pod(self, pod: dict[str, Any], code: int, reason: str, **fields: Any) -> None:
         """The pod ends with that exit code and record."""
