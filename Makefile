@@ -11,6 +11,11 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 DEVCLUSTER := $(PYTHON) -m devcluster
 PYTEST := $(PYTHON) -m pytest -rfEs --durations=15
+# Processes that test at the same time: `make test WORKERS=8`. Each takes a core and up to 4 GB of memory.
+WORKERS := 2
+TOGETHER := --numprocesses=$(WORKERS) --dist=worksteal
+# The tests of a file share what takes long to start, such as a control plane.
+BY_FILE := --numprocesses=$(WORKERS) --dist=loadfile
 
 # What installers print goes to the log file that devcluster uses too (console.py), and is shown when they fail.
 LOG := $(CACHE)/build.log
@@ -55,14 +60,14 @@ suites: $(VENV)/.synced
 	$(CHECKS)
 	$(DEVCLUSTER) build versitygw > $(CACHE)/versitygw.log
 	failed=0
-	$(PYTEST) $(SELECTION) tests/devcluster tests/trainer || failed=1
+	$(PYTEST) $(TOGETHER) $(SELECTION) tests/devcluster tests/trainer || failed=1
 	# In a process of their own: the tests of the trainer hide the GPUs from theirs.
 	$(PYTEST) $(SELECTION) tests/gpu || failed=1
 	if kill -0 $$prepare 2> /dev/null; then echo "Waiting for programs and images; see $(CACHE)/prepare.log"; fi
 	wait $$prepare || { tail --lines=40 $(CACHE)/prepare.log; exit 1; }
 	# It has ended, and its number may become that of another process.
 	trap - EXIT
-	$(PYTEST) $(SELECTION) tests/api || failed=1
+	$(PYTEST) $(BY_FILE) $(SELECTION) tests/api || failed=1
 	$(PYTEST) $(SELECTION) tests/cluster || failed=1
 	exit $$failed
 
@@ -89,7 +94,7 @@ $(VENV)/bin/mypy
 $(VENV)/bin/lint-imports
 $(VENV)/bin/deptry crds cli operator trainer_image
 $(VENV)/bin/deptry --ignore DEP002,DEP004 benchmarks devcluster docs examples gitops helm tests
-$(PYTHON) -m pytest -q -rfEs tests/unit
+$(PYTHON) -m pytest -q -rfEs $(TOGETHER) tests/unit
 endef
 
 .PHONY: check

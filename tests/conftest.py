@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -31,6 +32,21 @@ def pytest_deselected(items: Sequence[pytest.Item]) -> None:
     if items:
         config = items[0].config
         config.stash[_left_out] = config.stash.get(_left_out, 0) + len(items)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tell the process that reports, if this is one of several that test (pytest-xdist)."""
+    told: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
+    if told is not None:
+        told["left_out"] = session.config.stash.get(_left_out, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Keep the count of a process that has tested: each collects all tests."""
+    # One that has crashed has told nothing.
+    told: dict[str, Any] = getattr(node, "workeroutput", {})
+    node.config.stash[_left_out] = max(node.config.stash.get(_left_out, 0), told.get("left_out", 0))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -1,6 +1,7 @@
 """A real API server with the CustomResourceDefinitions: on its own, or with the operator and without a node."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -26,6 +27,19 @@ def operated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodeless]:
 
 TABLE = pytest.StashKey[list[str]]()
 """Lines for the end of the output."""
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tell the process that reports, if this is one of several that test (pytest-xdist)."""
+    told: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
+    if told is not None:
+        told["table"] = session.config.stash.get(TABLE, [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Keep the lines of a process that has tested."""
+    node.config.stash.setdefault(TABLE, []).extend(getattr(node, "workeroutput", {}).get("table", []))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
