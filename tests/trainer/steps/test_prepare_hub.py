@@ -71,7 +71,8 @@ def test_a_model_that_exceeds_the_gpu_is_rejected_before_its_weights(
 ) -> None:
     spec = {"resources": {"gpuMemory": 8}, "training": {"maxSequenceLength": 512, "microBatchSize": 8}}
     config = hub.repositories["models/acme/tiny"] / "config.json"
-    large = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    # Few blocks, each of billions of parameters: the dry run takes time for each block, whatever its size.
+    large = {"hidden_size": 16384, "intermediate_size": 57344, "num_hidden_layers": 5, "num_attention_heads": 128}
     config.write_text(json.dumps({**json.loads(config.read_text()), **large, "head_dim": 128}))
     message = rejection(make_context, records, ExitCode.DOES_NOT_FIT, spec)
     assert "GiB of GPU memory" in message
