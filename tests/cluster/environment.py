@@ -131,7 +131,7 @@ class Tenant:
         """The status of the ended job."""
         return self.wait_for_phase(name, *ENDED, seconds=seconds)
 
-    def succeed(self, name: str, *, seconds: float = 300) -> Object:
+    def succeed(self, name: str, *, seconds: float = 600) -> Object:
         """The status of the job, which must have succeeded."""
         status = self.wait_for_end(name, seconds=seconds)
         assert status["phase"] == "Succeeded", self.kubectl("describe", "qlorajob", name)

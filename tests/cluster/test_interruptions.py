@@ -2,20 +2,20 @@
 
 import pytest
 
-from tests.cluster.environment import LONG, Object, Tenant, tiny_job
+from tests.cluster.environment import LONG, Tenant, tiny_job
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tenant: Tenant) -> Object:
-    """The status of a job that nobody has touched."""
-    return tenant.succeed(tenant.apply(tiny_job("undisturbed", steps=LONG)))
+def undisturbed(tenant: Tenant) -> str:
+    """The name of a job that nobody touches, and that runs beside the first that somebody does."""
+    return tenant.apply(tiny_job("undisturbed", steps=LONG))
 
 
 def wait_for_checkpoint(tenant: Tenant, name: str) -> None:
     tenant.wait(name, lambda s: s.get("checkpoint", {}).get("step", 0) > 0 and s["phase"] == "Training")
 
 
-def test_a_deleted_pod_is_resumed_to_the_same_bytes(tenant: Tenant, undisturbed: Object) -> None:
+def test_a_deleted_pod_is_resumed_to_the_same_bytes(tenant: Tenant, undisturbed: str) -> None:
     name = tenant.apply(tiny_job("pod-deleted", steps=LONG))
     wait_for_checkpoint(tenant, name)
     pod = tenant.running_pod(name, "train")
@@ -27,10 +27,10 @@ def test_a_deleted_pod_is_resumed_to_the_same_bytes(tenant: Tenant, undisturbed:
     with tenant.volume(status["resolved"]["claimName"]) as files:
         attempts = files.run("cat", f"/volume/{status['resolved']['workspacePath']}/records/attempts.jsonl")
     assert len(attempts.splitlines()) >= 2
-    assert tenant.adapter_sum(status) == tenant.adapter_sum(undisturbed)
+    assert tenant.adapter_sum(status) == tenant.adapter_sum(tenant.succeed(undisturbed))
 
 
-def test_suspension_frees_the_gpu_and_resumption_ends_in_the_same_bytes(tenant: Tenant, undisturbed: Object) -> None:
+def test_suspension_frees_the_gpu_and_resumption_ends_in_the_same_bytes(tenant: Tenant, undisturbed: str) -> None:
     name = tenant.apply(tiny_job("suspended", steps=LONG))
     wait_for_checkpoint(tenant, name)
     tenant.kubectl("patch", "qlorajob", name, "--type=merge", '--patch={"spec":{"suspend":true}}')
@@ -43,7 +43,7 @@ def test_suspension_frees_the_gpu_and_resumption_ends_in_the_same_bytes(tenant: 
     assert tenant.condition(name, "Suspended")["status"] == "False"
     assert status["step"]["name"] == "publish"
     assert f"{name}-train-2" in [job["metadata"]["name"] for job in tenant.children(name)]
-    assert status["adapter"]["sha256"] == undisturbed["adapter"]["sha256"]
+    assert status["adapter"]["sha256"] == tenant.succeed(undisturbed)["adapter"]["sha256"]
 
 
 # An operator that dies at any write is swept by tests/api/test_crash_sweep.py.
@@ -55,12 +55,12 @@ def test_suspension_frees_the_gpu_and_resumption_ends_in_the_same_bytes(tenant: 
         pytest.param("Publishing", marks=pytest.mark.slow),
     ],
 )
-def test_killing_the_operator_changes_nothing_but_time(tenant: Tenant, phase: str, undisturbed: Object) -> None:
+def test_killing_the_operator_changes_nothing_but_time(tenant: Tenant, phase: str, undisturbed: str) -> None:
     name = tenant.apply(tiny_job(f"killed-{phase.lower()}", steps=LONG))
     tenant.wait_for_phase(name, phase)
     tenant.cluster.kill_operator()
     status = tenant.succeed(name)
-    assert status["adapter"]["sha256"] == undisturbed["adapter"]["sha256"]
+    assert status["adapter"]["sha256"] == tenant.succeed(undisturbed)["adapter"]["sha256"]
     assert sorted(job["metadata"]["name"] for job in tenant.children(name)) == [
         f"{name}-{step}-1" for step in ("prepare", "publish", "train")
     ]
