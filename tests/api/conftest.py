@@ -1,7 +1,6 @@
 """A real API server with the CustomResourceDefinitions: on its own, or with the operator and without a node."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
@@ -25,24 +24,13 @@ def operated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodeless]:
         yield cluster
 
 
-TABLE = pytest.StashKey[list[str]]()
-"""Lines for the end of the output."""
+TABLE = "table"
+"""The property of a test with lines for the end of the output. A process that tests sends it with its report."""
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Tell the process that reports, if this is one of several that test (pytest-xdist)."""
-    told: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
-    if told is not None:
-        told["table"] = session.config.stash.get(TABLE, [])
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any, error: object) -> None:
-    """Keep the lines of a process that has tested."""
-    node.config.stash.setdefault(TABLE, []).extend(getattr(node, "workeroutput", {}).get("table", []))
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print what tests have measured."""
-    for line in config.stash.get(TABLE, []):
-        terminalreporter.write_line(line)
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for line in dict(report.user_properties).get(TABLE, ()):
+                terminalreporter.write_line(line)

@@ -294,7 +294,7 @@ _LONG = [pytest.mark.slow, pytest.mark.timeout(1200)]
     ],
 )
 def test_a_fault_at_any_write_changes_neither_the_end_nor_the_number_of_writes(
-    plane: ControlPlane, which: int, request: pytest.FixtureRequest
+    plane: ControlPlane, which: int, record_property: Callable[[str, object], None]
 ) -> None:
     title, acts = list(LIVES.items())[which]
     spec = SPECS.get(which, {})
@@ -321,7 +321,7 @@ def test_a_fault_at_any_write_changes_neither_the_end_nor_the_number_of_writes(
                         wrong.append(f"{fault} write {at} ({places[at - 1]}): {found}, more writes: {extra}")
 
             await asyncio.gather(*(strike(fault, at) for fault in FAULTS for at in range(1, len(places) + 1)))
-            request.config.stash.setdefault(TABLE, []).extend(_table(title, places, cells))
+            record_property(TABLE, _table(title, places, cells))
             assert wrong == [], f"{len(wrong)} of {len(FAULTS) * len(places)}, instead of {wanted}: {wrong[:3]}"
             return places
 

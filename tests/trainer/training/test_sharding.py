@@ -17,7 +17,6 @@ from transformers import LlamaConfig, OPTConfig
 from qlora_api.contract import ExitCode
 from qlora_api.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.context import StepContext
-from qlora_trainer.core.environment import available_cpus
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.model.adapter import attach_adapter
 from qlora_trainer.model.base import check_quantization, load_base
@@ -79,8 +78,9 @@ def test_every_variant_and_family_trains_on_a_sharded_base_as_one_process_does(
     model = save_model(tmp_path / "model", FAMILIES[family][0])
     spec: dict[str, Any] = {"lora": {"dropout": 0.0, **lora}, "training": {"maxSteps": 2}}
     alone, threads = prepared(tmp_path / "alone", model, spec), torch.get_num_threads()
-    # As each of two processes has: the decomposition with which LoftQ begins adds in another order on more threads.
-    monkeypatch.setattr("qlora_trainer.training.opening._own_threads", lambda _rank: max(1, available_cpus() // 2))
+    # As each process of the command has, which shares two threads among two: the decomposition with which LoftQ begins
+    # adds in another order on more.
+    monkeypatch.setattr("qlora_trainer.training.opening._own_threads", lambda _rank: 1)
     try:
         run(alone)
     finally:
