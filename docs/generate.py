@@ -12,6 +12,7 @@ from helm.values_schema import definitions
 from qlora_api.contract import ExitCode
 from qlora_api.crd import custom_resource_definition, default_sentence, sweep_definition
 from qlora_api.sweep import MUTABLE_SWEEP_FIELDS
+from qlora_api.usage import UsageStatus
 from qlora_api.v1alpha1 import API_VERSION, MUTABLE_FIELDS
 from qlora_cli.__main__ import main as qlora
 from qlora_operator.metrics import Metrics
@@ -144,6 +145,7 @@ def _metrics() -> str:
     metrics = Metrics()
     # A metric whose labels have no value yet has no series, which would show the labels.
     metrics.namespace_is_denied("", False)
+    metrics.gpu_seconds.add("", "", UsageStatus())
     rows = []
     for family in metrics.registry.collect():
         labels = sorted({label for sample in family.samples for label in sample.labels} - {"le"})

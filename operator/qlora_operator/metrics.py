@@ -6,6 +6,7 @@ from typing import get_args
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from qlora_api.status import Phase
+from qlora_operator.gpu_metrics import GpuSeconds
 from qlora_operator.workqueue import Key
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -23,6 +24,7 @@ class Metrics:
             "qlora_operator_reconcile_errors", "Reconciles that failed and are retried.", registry=self.registry
         )
         self.status_writes = Counter("qlora_operator_status_writes", "Status writes.", registry=self.registry)
+        self.gpu_seconds = GpuSeconds(self.registry)
         self.leads = Gauge(
             "qlora_operator_leads", "1 if this operator works, 0 if it stands by.", registry=self.registry
         )

@@ -7,7 +7,7 @@ def test_an_operator_that_stands_by_reports_no_job_and_no_namespace() -> None:
     metrics = Metrics()
     metrics.works(lambda: 3)
     metrics.job_is_in(("team", "job"), "uid", "Training", progresses=False)
-    metrics.namespace_is_denied("lost", True)
+    metrics.namespace_is_denied("forgotten", True)
 
     metrics.works(None)
 
@@ -15,4 +15,4 @@ def test_an_operator_that_stands_by_reports_no_job_and_no_namespace() -> None:
     assert 'qlora_jobs{phase="Training"} 0.0' in page
     assert "qlora_jobs_without_progress 0.0" in page
     assert "qlora_operator_queue_depth 0.0" in page
-    assert "lost" not in page
+    assert "forgotten" not in page
