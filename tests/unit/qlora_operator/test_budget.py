@@ -104,7 +104,7 @@ def prepared_and_running() -> QLoRAJobStatus:
 
 
 def test_a_forecast_above_the_budget_is_said_before_the_gpu_is_used() -> None:
-    budget = {"budget": {"gpuHours": 5}}
+    budget: dict[str, Any] = {"budget": {"gpuHours": 5}}
     status = prepared(**budget)
     assert status.step is not None
     assert (status.step.name, status.step.job_uid) == ("train", "")
@@ -153,7 +153,7 @@ def test_a_retry_with_a_larger_budget_goes_on_with_what_was_counted() -> None:
     assert stopped.usage is not None
     assert stopped.usage.gpu_seconds == 3660
 
-    again = {"retry": {"request": 1}}
+    again: dict[str, Any] = {"retry": {"request": 1}}
     same = follow(make_job(stopped, budget={"gpuHours": 0.5}, **again), deleted(saved, 0), now=after(80))
     assert reason_of(same) == "BudgetExceeded"
     more = follow(make_job(stopped, budget={"gpuHours": 2}, **again), deleted(saved, 0), now=after(80))
