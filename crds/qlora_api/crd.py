@@ -60,6 +60,7 @@ _SWEEP_COLUMNS = [
     ),
     _column("Changes", ".status.best.overrides", wide=True, description="What that cell changes in the template."),
     _column("Adapter", ".status.best.adapter", wide=True, description="Address of that cell's adapter."),
+    _column("GPU-Hours", ".status.usage.gpuHours", wide=True, description="GPU hours that all cells have used."),
     _column(
         "Reason",
         '.status.conditions[?(@.type=="Succeeded")].reason',

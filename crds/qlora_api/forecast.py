@@ -6,6 +6,7 @@ frozen, and need none of their own. Gradient checkpointing computes the forward 
 1604.06174). Attention's scores and the adapter itself, a few percent of the whole, are left out.
 """
 
+from collections.abc import Iterable
 from decimal import ROUND_HALF_UP, Decimal
 
 from qlora_api.training import TrainingSpec
@@ -39,3 +40,12 @@ def cost_text(seconds: float, price: str | None, currency: str | None) -> str | 
     if price is None or currency is None:
         return None
     return f"{(Decimal(seconds) * Decimal(price) / _SECONDS).quantize(_CENT, ROUND_HALF_UP)} {currency}"
+
+
+def sum_of_costs(costs: Iterable[str | None]) -> str | None:
+    """The sum of costs as `cost_text` gives them; None if there are none, or in several currencies."""
+    amounts = [cost.split() for cost in costs if cost is not None]
+    currencies = {currency for _, currency in amounts}
+    if len(currencies) != 1:
+        return None
+    return f"{sum((Decimal(amount) for amount, _ in amounts), Decimal())} {currencies.pop()}"
