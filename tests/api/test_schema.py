@@ -75,6 +75,9 @@ REJECTED = {
     "no spec": (without(MINIMAL, "spec"), "spec: Required value"),
     "no model": (without(MINIMAL, "spec.model"), "spec.model: Required value"),
     "wrong type": (with_value(MINIMAL, "spec.lora.rank", "sixteen"), "spec.lora.rank"),
+    "no GPU hours": (with_value(MINIMAL, "spec.budget", {"gpuHours": 0}), "spec.budget.gpuHours"),
+    "GPU hours as a quantity": (with_value(MINIMAL, "spec.budget", {"gpuHours": "5h"}), "spec.budget.gpuHours"),
+    "budget of a group": (with_value(GROUPED, "spec.budget", {"gpuHours": 5}), "budget is not supported with group"),
     "fractional epochs": (with_value(MINIMAL, "spec.training.epochs", 1.5), "spec.training.epochs"),
     "a list for a number": (with_value(MINIMAL, "spec.lora.rank", [1]), "spec.lora.rank"),
     "unknown field": (
@@ -525,6 +528,8 @@ def test_a_change_of_a_created_job_is_rejected_with_what_to_do(plane: ControlPla
         with_value(FULL, "spec.suspend", False),
         with_value(FULL, "spec.activeDeadlineSeconds", 60),
         without(FULL, "spec.activeDeadlineSeconds"),
+        with_value(FULL, "spec.budget.gpuHours", 40),
+        without(FULL, "spec.budget"),
         with_value(FULL, "spec.cleanupAfterSeconds", 60),
         with_value(FULL, "spec.progressDeadlineSeconds", 60),
         with_value(FULL, "spec.retry.request", 1),
@@ -539,6 +544,8 @@ def test_a_change_of_a_created_job_is_rejected_with_what_to_do(plane: ControlPla
         "suspend",
         "deadline",
         "deadline removed",
+        "budget",
+        "budget removed",
         "cleanup",
         "progress deadline",
         "request",
@@ -552,7 +559,14 @@ def test_a_change_of_a_created_job_is_rejected_with_what_to_do(plane: ControlPla
 )
 def test_what_may_change_may_change(plane: ControlPlane, manifest: Manifest) -> None:
     changed = apply(plane, manifest)
-    for field in ("suspend", "activeDeadlineSeconds", "cleanupAfterSeconds", "progressDeadlineSeconds", "gate"):
+    for field in (
+        "suspend",
+        "budget",
+        "activeDeadlineSeconds",
+        "cleanupAfterSeconds",
+        "progressDeadlineSeconds",
+        "gate",
+    ):
         assert changed["spec"].get(field) == manifest["spec"].get(field)
     assert (manifest["spec"].get("retry") or {}).items() <= changed["spec"]["retry"].items()
     assert changed["spec"]["resources"]["memory"] == manifest["spec"]["resources"]["memory"]

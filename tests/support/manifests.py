@@ -81,6 +81,7 @@ FULL: Manifest = {
         "retry": {"maxFailures": 1, "maxDisruptions": 5},
         "suspend": True,
         "activeDeadlineSeconds": 3600,
+        "budget": {"gpuHours": 2.5},
         "cleanupAfterSeconds": 0,
     },
 }

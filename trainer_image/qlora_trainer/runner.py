@@ -125,6 +125,7 @@ def _perform(invocation: Invocation, records: RecordWriter, stop: StopRequest) -
         started=process_started(),
         contract_version=int(version),
         registries=tuple(os.environ.get(contract.ENV_REGISTRIES, "").split()),
+        gpu_hour_price=os.environ.get(contract.ENV_GPU_HOUR_PRICE, ""),
         rungs=tuple(int(step) for step in os.environ.get(contract.ENV_RUNGS, "").split(",") if step),
         group_size=int(os.environ.get(contract.ENV_GROUP_SIZE, "1")),
     )

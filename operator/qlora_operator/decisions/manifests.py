@@ -343,6 +343,8 @@ def _environment(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int
         values[contract.ENV_SWEEP_FOLDER] = str(contract.WORKSPACE_MOUNT / resolved.shared_path)
     if step == "prepare" and job.spec.group is not None:
         values[contract.ENV_GROUP_SIZE] = str(job.spec.group.size)
+    if step == "publish" and resolved.profile.gpu_resource and resolved.profile.gpu_hour_price:
+        values[contract.ENV_GPU_HOUR_PRICE] = f"{resolved.profile.gpu_hour_price} {resolved.profile.currency}"
     if step == "train" and job.rungs:
         values[contract.ENV_RUNGS] = job.rungs
     if step == "train" and job.spec.resources.gpu_count > 1:

@@ -107,6 +107,7 @@ def _trained_job(context: StepContext) -> TrainedJob:
         prepared=prepared,
         trained=trained,
         gate=judge(context.spec.gate, trained, pairs=pairs, prepared=prepared.fingerprint),
+        gpu_hour_price=context.gpu_hour_price,
     )
 
 
