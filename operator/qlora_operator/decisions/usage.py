@@ -9,7 +9,7 @@ it, and the others copy the entry from the leader's status.
 """
 
 from collections.abc import Iterable, Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from qlora_api.contract import ResultRecord
 from qlora_api.forecast import cost_text, hours_text
@@ -74,8 +74,20 @@ def used_seconds(status: QLoRAJobStatus) -> int:
 
 def gpus_at_a_time(job: QLoRAJob, status: QLoRAJobStatus, pods: Iterable[Pod]) -> float:
     """GPUs that the job has now; of those of a pod that trains several jobs, its part."""
-    listed = {entry.uid: entry.jobs for entry in status.usage.pods} if status.usage else {}
-    return sum(gpus_of_a_pod(job, status) / listed[pod.uid] for pod in pods if pod.uid in listed and not _is_over(pod))
+    return sum(gpus_of_a_pod(job, status) / entry.jobs for entry in _running(status, pods))
+
+
+def uncounted_seconds(job: QLoRAJob, status: QLoRAJobStatus, pods: Iterable[Pod], now: datetime) -> float:
+    """GPU seconds that its pods which run have had since they were last counted."""
+    gpus = gpus_of_a_pod(job, status)
+    since = ((now - _last_counted(entry)).total_seconds() / entry.jobs for entry in _running(status, pods))
+    return gpus * sum(since)
+
+
+def _running(status: QLoRAJobStatus, pods: Iterable[Pod]) -> list[PodUsage]:
+    """The entries of the pods that have their GPUs."""
+    running = {pod.uid for pod in pods if not _is_over(pod)}
+    return [entry for entry in (status.usage.pods if status.usage else ()) if entry.uid in running]
 
 
 def still_counts(status: QLoRAJobStatus, pods: Iterable[Pod]) -> bool:
@@ -176,12 +188,12 @@ def _reports_on(reporting: str, pod: Pod, facts: Facts) -> bool:
 def _ended_at(entry: PodUsage, pod: Pod, now: datetime) -> datetime:
     if pod.termination is not None and pod.termination.finished is not None:
         return pod.termination.finished
-    return min(now, pod.deletion_requested or now, _last_seen(entry) + LONGEST_WITHOUT_NEWS)
+    return min(now, pod.deletion_requested or now, _last_counted(entry) + LONGEST_WITHOUT_NEWS)
 
 
-def _last_seen(entry: PodUsage) -> datetime:
-    since = parse_time(entry.since)
-    return since.fromtimestamp(since.timestamp() + entry.seconds, since.tzinfo)
+def _last_counted(entry: PodUsage) -> datetime:
+    """Until when its seconds are counted."""
+    return parse_time(entry.since) + timedelta(seconds=entry.seconds)
 
 
 def _end_of(pod: Pod, facts: Facts) -> PodEnd:
@@ -222,7 +234,7 @@ def _vanished(status: QLoRAJobStatus, facts: Facts, before: UsageStatus) -> Iter
     for entry in before.pods:
         if entry.uid in there or entry.end is not None or not entry.name.startswith(own):
             continue
-        seen, step = _last_seen(entry), facts.job.status.step
+        seen, step = _last_counted(entry), facts.job.status.step
         if step is not None and step.running_pod == entry.uid and step.progressed_at is not None:
             seen = max(seen, parse_time(step.progressed_at))
         later = [pod.created for pod in facts.observed.pods if pod.created > seen]
