@@ -23,8 +23,8 @@ from qlora_operator.decisions.observe import Pod, QLoRAJob, format_time, parse_t
 
 _KEPT_PODS = 8
 """Pods that have ended and are still listed; of several nodes, so many more as an attempt has pods."""
-_MOST_PODS = 128
-"""Pods that have not ended and are listed. Somebody may make thousands that look like those of the Job."""
+_MOST_PODS = 88
+"""Own pods that have not ended and are listed. Somebody may make thousands that look like those of the Job."""
 _SEEN_AFTER = 60
 """Seconds for which a pod has its GPUs before it is listed, if its trainer does not run until then."""
 

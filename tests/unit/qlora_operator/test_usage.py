@@ -168,6 +168,15 @@ def test_pods_that_others_have_made_do_not_count() -> None:
     assert status.usage is None
 
 
+def test_a_status_has_room_for_whatever_looks_like_a_pod_of_the_job() -> None:
+    crowd = [running(train_pod(number), since=-90) for number in range(400)]
+    status = follow(make_job(status_in("train"), **SPEC), child("train"), *crowd)
+    later = [ended(train_pod(number), 203, start=-90, end=20) for number in range(400)]
+    for at in (30, 40, 50):
+        status = QLoRAJobStatus.model_validate(then(status, child("train"), *later, at=at).dump())
+    assert len(usage_of(status).pods) <= 256
+
+
 def test_a_failed_job_counts_its_pod_until_that_has_stopped() -> None:
     job = {"activeDeadlineSeconds": 60} | SPEC
     stored = then(watched(), child("train"), running(train_pod(), since=-90), **job)
