@@ -28,7 +28,9 @@ class BudgetSpec(ApiModel):
 class LostGpuSeconds(ObservedModel):
     """GPU seconds that are in no checkpoint, by what they were lost to. Each second counts once."""
 
-    startup: Count = Field(0, description="From when a pod had its GPUs until it began to train.")
+    startup: Count = Field(
+        0, description="From when a pod had its GPUs until it began to train, or had waited for other nodes in vain."
+    )
     disruption: Count = Field(
         0,
         description="Since its last checkpoint, or all of it if it had not begun to train, of a pod that was evicted, "
