@@ -18,7 +18,7 @@ from qlora_operator.transition_metrics import TransitionMetrics
 from qlora_operator.workqueue import Key
 
 # One more series for each counter and histogram, which no Prometheus reads from this format.
-disable_created_metrics()
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 _WAIT_BUCKETS = (0.01, 0.1, 0.5, 1, 5, 15, 60, 300)
 """Seconds."""
