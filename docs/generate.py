@@ -175,7 +175,7 @@ def _show_labels(metrics: Metrics) -> None:
     metrics.requests.observe("GET", "/", None, 0)
     step = {"progressedAt": "2026-01-02T03:04:05Z"}
     figures = {figure.path[-1]: 1 for figure in TRAINING}
-    for phase in ("Queued", "Training"):
+    for phase in ("Queued", "Training", "Failed"):
         metadata = {"namespace": "", "name": phase, "uid": phase}
         status = {"phase": phase, "phaseSince": "2026-01-02T03:04:05Z", "step": step, "progress": figures}
         metrics.jobs.show({"metadata": metadata, "spec": {}, "status": status})
@@ -193,8 +193,9 @@ def _cardinality() -> Iterator[str]:
     )
     yield f"`qlora_jobs` has {len(PHASES)} series for each namespace with a job."
     yield (
-        "`qlora_job_failures_total` has one for each namespace, profile and reason that has occurred. Reasons are "
-        f"those of [Troubleshooting](../how-to/troubleshooting.md), {len(FAILURE_REASONS)} at most; another is `Other`."
+        f"`qlora_job_failures_total` has {len(FAILURE_REASONS) + 1} for each profile: the reasons of "
+        "[Troubleshooting](../how-to/troubleshooting.md), and `Other`. `qlora_jobs_failed` has at most as many for each "
+        "namespace, of those reasons that its failed jobs have."
     )
     yield (
         f"`qlora_job_phase_duration_seconds` has {len(PHASE_BUCKETS) + 3} for each profile and phase, and no namespace."

@@ -90,7 +90,7 @@ def _lease_settings(settings: Settings) -> LeaseSettings | None:
 async def _connect_and_run(settings: Settings, lease: LeaseSettings | None) -> None:
     signals = Signals()
     signals.take()
-    metrics, health = Metrics(settings.metrics.running_jobs), Health()
+    metrics, health = Metrics(settings.metrics.running_jobs, settings.profiles), Health()
     ports: dict[int, dict[str, Callable[[], Answer]]] = {
         settings.probe_port: {"/healthz": health.liveness, "/readyz": health.readiness},
     }

@@ -62,6 +62,7 @@ class JobMetrics(Collector):
         """The metrics of this moment."""
         jobs = [job for jobs in self._jobs.values() for job in jobs.values()]
         yield _by_phase(jobs)
+        yield _failed(jobs)
         yield _queued_since(jobs)
         stalled = sum(not job.progresses for job in jobs)
         yield GaugeMetricFamily(
@@ -89,6 +90,16 @@ def _by_phase(jobs: Iterable[ShownJob]) -> Metric:
     for namespace in sorted({namespace for namespace, _ in counted}):
         for phase in PHASES:
             family.add_metric((namespace, phase), counted[namespace, phase])
+    return family
+
+
+def _failed(jobs: Iterable[ShownJob]) -> Metric:
+    family = GaugeMetricFamily(
+        "qlora_jobs_failed", "QLoRAJobs in phase Failed, by the reason why.", labels=("namespace", "reason")
+    )
+    counted = Counter((job.namespace, job.failure) for job in jobs if job.failure)
+    for labels, count in sorted(counted.items()):
+        family.add_metric(labels, count)
     return family
 
 

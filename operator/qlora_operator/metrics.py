@@ -1,6 +1,6 @@
 """Prometheus metrics of the operator."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -28,9 +28,10 @@ class Metrics:
     """The operator's metrics.
 
     `running_jobs`: how many running jobs have series with their names. Nothing else has a job's name as a label.
+    `profiles`: the names of the profiles that exist.
     """
 
-    def __init__(self, running_jobs: int = DEFAULT_RUNNING_JOBS) -> None:
+    def __init__(self, running_jobs: int = DEFAULT_RUNNING_JOBS, profiles: Iterable[str] = ("default",)) -> None:
         self.registry = CollectorRegistry()
         self.reconcile_duration = Histogram(
             "qlora_operator_reconcile_duration_seconds", "Duration of one reconcile.", registry=self.registry
@@ -66,7 +67,7 @@ class Metrics:
             registry=self.registry,
         )
         self.requests = RequestMetrics(self.registry)
-        self.transitions = TransitionMetrics(self.registry)
+        self.transitions = TransitionMetrics(self.registry, profiles)
         self.jobs = JobMetrics(running_jobs)
         self.registry.register(self.jobs)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from qlora_api.status import Phase
+from qlora_operator.decisions.failure_reasons import as_label
 from qlora_operator.decisions.observe import Object, parse_time
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -79,6 +80,8 @@ class ShownJob:
     profile: str
     claim: str
     """The PersistentVolumeClaim of its workspace; empty until it is resolved."""
+    failure: str
+    """Why it has failed; empty unless it has."""
     figures: Mapping[str, float]
     """By metric; empty unless it runs."""
 
@@ -101,9 +104,10 @@ def read_shown(body: Object) -> ShownJob | None:
         uid=metadata["uid"],
         phase=phase,
         phase_since=_number(status, ("phaseSince",)),
-        progresses=not _is_stalled(status),
+        progresses=_condition(status, "Progressing").get("status") != "False",
         profile=str(((body.get("spec") or {}).get("scheduling") or {}).get("profile") or "default"),
         claim=str((status.get("resolved") or {}).get("claimName") or ""),
+        failure=as_label(str(_condition(status, "Failed").get("reason"))) if phase == "Failed" else "",
         figures=_figures(status, phase),
     )
 
@@ -131,6 +135,6 @@ def _number(status: Object, path: tuple[str, ...]) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _is_stalled(status: Object) -> bool:
-    conditions = status.get("conditions") or ()
-    return any((entry["type"], entry["status"]) == ("Progressing", "False") for entry in conditions)
+def _condition(status: Object, kind: str) -> Object:
+    """The condition of that type; an empty one if there is none."""
+    return next((entry for entry in status.get("conditions") or () if entry.get("type") == kind), {})

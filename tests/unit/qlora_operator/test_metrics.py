@@ -177,6 +177,20 @@ def test_jobs_are_counted_by_namespace_and_phase() -> None:
     assert counted["a", "Failed"] == 0, "a rate needs the zero before the first one"
 
 
+def test_failed_jobs_are_counted_by_namespace_and_known_reason() -> None:
+    metrics = Metrics()
+    for name, reason in (("a", "Diverged"), ("b", "Diverged"), ("c", "Invented"), ("d", None)):
+        status: dict[str, Any] = {"phase": "Failed"}
+        metrics.jobs.show(
+            named(name, status | ({"conditions": [condition("Failed", "True", reason=reason)]} if reason else {}))
+        )
+    found = metrics.registry.get_sample_value
+    assert found("qlora_jobs_failed", {"namespace": "team", "reason": "Diverged"}) == 2
+    assert found("qlora_jobs_failed", {"namespace": "team", "reason": "Other"}) == 2
+    metrics.jobs.show(named("a", {"phase": "Queued"}))
+    assert found("qlora_jobs_failed", {"namespace": "team", "reason": "Diverged"}) == 1
+
+
 def test_the_queue_shows_since_when_the_first_job_waits() -> None:
     metrics = Metrics()
     for name, since in (("late", -60), ("early", -7200), ("unknown", None)):
@@ -194,11 +208,11 @@ def test_the_queue_shows_since_when_the_first_job_waits() -> None:
 def write(metrics: Metrics, before: Mapping[str, Any], after: Mapping[str, Any], profile: str = "default") -> None:
     """The operator stores that status."""
     job = make_job(QLoRAJobStatus.model_validate(before), scheduling={"profile": profile})
-    metrics.transitions.written(job, QLoRAJobStatus.model_validate(after), ("default", "h100"))
+    metrics.transitions.written(job, QLoRAJobStatus.model_validate(after))
 
 
 def test_the_time_in_a_phase_is_measured_when_a_job_leaves_it() -> None:
-    metrics = Metrics()
+    metrics = Metrics(profiles=("default", "h100"))
     queued = {"phase": "Queued", "phaseSince": time(-3000)}
     write(metrics, queued, queued | {"observedGeneration": 2}, "h100")
     write(metrics, queued, {"phase": "Training", "phaseSince": time()}, "h100")
@@ -220,10 +234,12 @@ def failure(reason: str, at: float = 0) -> dict[str, Any]:
 def test_each_failure_counts_once_by_its_reason() -> None:
     metrics = Metrics()
     reason = ExitCode.UNREACHABLE.reason
+    labels = {"profile": "default", "reason": reason}
+    assert metrics.registry.get_sample_value("qlora_job_failures_total", labels) == 0, "what increases begins at zero"
     first, second = failure(reason), failure(reason, 60)
     for before, after_ in (({}, first), (first, first), (first, second), (second, {})):
         write(metrics, before, after_)
-    labels = {"namespace": "team", "profile": "default", "reason": reason}
+    labels = {"profile": "default", "reason": reason}
     assert metrics.registry.get_sample_value("qlora_job_failures_total", labels) == 2
 
 
@@ -232,7 +248,7 @@ def test_ends_are_counted() -> None:
     phases: tuple[Phase, ...] = ("Publishing", "Succeeded", "Succeeded")
     for before, after_ in itertools.pairwise(phases):
         write(metrics, {"phase": before}, {"phase": after_})
-    labels = {"namespace": "team", "profile": "default", "phase": "Succeeded"}
+    labels = {"profile": "default", "phase": "Succeeded"}
     assert metrics.registry.get_sample_value("qlora_jobs_ended_total", labels) == 1
 
 
@@ -243,7 +259,7 @@ def test_what_a_tenant_writes_makes_no_series() -> None:
     for number in range(100):
         write(metrics, {}, failure(f"Mine{number}") | {"phase": "Failed"}, f"mine-{number}")
     added = [line for line in page(metrics).splitlines()[before:] if line.startswith("qlora_job")]
-    labels = {"namespace": "team", "profile": "unknown", "reason": "Other"}
+    labels = {"profile": "unknown", "reason": "Other"}
     assert metrics.registry.get_sample_value("qlora_job_failures_total", labels) == 100
     assert len(added) < 10
 
