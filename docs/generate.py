@@ -12,6 +12,7 @@ from helm.values_schema import definitions
 from qlora_api.contract import ExitCode
 from qlora_api.crd import custom_resource_definition, default_sentence, sweep_definition
 from qlora_api.sweep import MUTABLE_SWEEP_FIELDS
+from qlora_api.usage import LostGpuSeconds, UsageStatus
 from qlora_api.v1alpha1 import API_VERSION, MUTABLE_FIELDS
 from qlora_cli.__main__ import main as qlora
 from qlora_operator.decisions.failure_reasons import FAILURE_REASONS
@@ -172,6 +173,7 @@ def _metrics() -> str:
 def _show_labels(metrics: Metrics) -> None:
     """Give each metric a series, which has its labels: those without a value show none."""
     metrics.namespace_is_denied("", False)
+    metrics.gpu_seconds.add("", "", UsageStatus())
     metrics.requests.observe("GET", "/", None, 0)
     step = {"progressedAt": "2026-01-02T03:04:05Z"}
     figures = {figure.path[-1]: 1 for figure in TRAINING}
@@ -194,11 +196,15 @@ def _cardinality() -> Iterator[str]:
     yield f"`qlora_jobs` has {len(PHASES)} series for each namespace with a job."
     yield (
         f"`qlora_job_failures_total` has {len(FAILURE_REASONS) + 1} for each profile: the reasons of "
-        "[Troubleshooting](../how-to/troubleshooting.md), and `Other`. `qlora_jobs_failed` has at most as many for each "
-        "namespace, of those reasons that its failed jobs have."
+        "[Troubleshooting](../how-to/troubleshooting.md), and `Other`. `qlora_jobs_failed` has at most as many for "
+        "each namespace, of those reasons that its failed jobs have."
     )
     yield (
         f"`qlora_job_phase_duration_seconds` has {len(PHASE_BUCKETS) + 3} for each profile and phase, and no namespace."
+    )
+    yield (
+        "`qlora_gpu_seconds_total` has one for each namespace and profile whose jobs have had a GPU, and "
+        f"`qlora_gpu_lost_seconds_total` {len(LostGpuSeconds.model_fields)}."
     )
     yield (
         "A tenant chooses the names of a job, its profile and its claim. They are labels of the job while it runs, and "

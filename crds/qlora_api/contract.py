@@ -24,6 +24,7 @@ from qlora_api.status import (
     StepName,
     Timestamp,
 )
+from qlora_api.usage import WorkStatus
 
 CONTRACT_VERSION = 4
 """Raised by a release whose operator and trainer expect something new of each other.
@@ -174,6 +175,7 @@ class ProgressRecord(_Record):
     evaluations: Evaluations | None = None
     checkpoint_step: Count | None = None
     checkpoint_time: Timestamp | None = None
+    training_since: Timestamp | None = None
 
 
 class ResultRecord(_Record):
@@ -189,6 +191,8 @@ class ResultRecord(_Record):
     memory: MemoryStatus | None = None
     dataset: DatasetStatus | None = None
     base: BaseStatus | None = None
+    work: WorkStatus | None = None
+    training_since: Timestamp | None = None
     training_step: Count | None = None
     total_steps: Count | None = None
     loss: Finite | None = None

@@ -15,6 +15,7 @@ DNS_SUBDOMAIN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?
 QUANTITY = r"^(0\.[0-9]*[1-9][0-9]*|[1-9][0-9]*(\.[0-9]+)?)(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
 LABEL_KEY = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
 LABEL_VALUE = r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"
+PRICE = r"^[0-9]{1,9}(\.[0-9]{1,6})?$"
 
 ObjectName = Annotated[str, Field(min_length=1, max_length=253, pattern=DNS_SUBDOMAIN)]
 Quantity = Annotated[str, Field(max_length=32, pattern=QUANTITY)]
@@ -215,6 +216,14 @@ class Limits(ApiModel):
         description="Jobs of the profile in one namespace that may have started and not ended; any number if not set. "
         "Suspended jobs count. The others wait with the reason JobLimitReached and start by themselves.",
     )
+    gpu_hours: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="GPU hours that one job may use; any number if not set. A job whose spec.budget.gpuHours is more "
+        "waits with the reason LimitExceeded; one that sets none gets this one. Jobs that have started keep the limit "
+        "that they have started with, until they are retried.",
+    )
 
 
 class Profile(ApiModel):
@@ -230,6 +239,21 @@ class Profile(ApiModel):
     )
     gpu_resource: LabelKey | None = Field(
         None, description="Extended resource that train requests for its GPUs, for example nvidia.com/gpu."
+    )
+    gpu_tflops: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="Speed of one GPU in dense bfloat16, without sparsity, in 10^12 operations per second as its "
+        "vendor states it, for the forecast of GPU hours before training; no such forecast if not set.",
+    )
+    gpu_hour_price: Annotated[str, Field(max_length=20, pattern=PRICE)] | None = Field(
+        None,
+        description='Price of one GPU for one hour, as a decimal number such as "2.50", with currency; no costs are '
+        "shown if not set.",
+    )
+    currency: Annotated[str, Field(max_length=8, pattern=r"^[A-Za-z]+$")] | None = Field(
+        None, description="Currency of gpuHourPrice, for example EUR."
     )
     nccl: NcclSettings | None = Field(
         None,
@@ -292,3 +316,9 @@ class Profile(ApiModel):
         le=3600,
         description="Seconds that train has to finish a step and save a checkpoint before it is killed.",
     )
+
+    @model_validator(mode="after")
+    def _price_with_currency(self) -> Self:
+        if (self.gpu_hour_price is None) != (self.currency is None):
+            raise ValueError("gpuHourPrice and currency belong together: set both, or neither")
+        return self

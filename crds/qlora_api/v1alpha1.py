@@ -11,6 +11,7 @@ from qlora_api.model_and_output import BaseModelSpec, OutputSpec
 from qlora_api.profile import DNS_LABEL, AccessMode, NodeSelector, ObjectName, Quantity, Tolerations
 from qlora_api.schema import ApiModel, immutable, rule, rule_at_creation, rules
 from qlora_api.training import LoraSpec, QuantizationSpec, ResourcesSpec, TrainingSpec
+from qlora_api.usage import BudgetSpec
 
 GROUP = "qlora.dev"
 VERSION = "v1alpha1"
@@ -140,7 +141,15 @@ class RetrySpec(ApiModel):
 
 
 MUTABLE_FIELDS = frozenset(
-    {"suspend", "active_deadline_seconds", "cleanup_after_seconds", "progress_deadline_seconds", "retry", "gate"}
+    {
+        "suspend",
+        "active_deadline_seconds",
+        "cleanup_after_seconds",
+        "progress_deadline_seconds",
+        "retry",
+        "gate",
+        "budget",
+    }
 )
 """What may change once a job exists: nothing that decides the adapter. Of `resources`, `memory` may.
 
@@ -273,8 +282,8 @@ def _spec_rules(schema: dict[str, Any]) -> None:
 class QLoRAJobSpec(ApiModel):
     """One fine-tuning run. Immutable, except what does not decide the adapter.
 
-    Mutable: suspend, activeDeadlineSeconds, progressDeadlineSeconds, cleanupAfterSeconds, retry, gate except its score,
-    and resources.memory.
+    Mutable: suspend, activeDeadlineSeconds, progressDeadlineSeconds, cleanupAfterSeconds, budget, retry, gate except
+    its score, and resources.memory.
     """
 
     model_config = ConfigDict(json_schema_extra=_spec_rules)
@@ -315,6 +324,7 @@ class QLoRAJobSpec(ApiModel):
         description="Seconds that the steps may run in total, not counting time in queues and suspension; no limit if "
         "not set.",
     )
+    budget: BudgetSpec | None = Field(None, description="What the job may cost; no limit if not set.")
     progress_deadline_seconds: int | None = Field(
         None,
         ge=60,

@@ -12,6 +12,7 @@ from prometheus_client import (
     generate_latest,
 )
 
+from qlora_operator.gpu_metrics import GpuSeconds
 from qlora_operator.job_metrics import DEFAULT_RUNNING_JOBS, JobMetrics
 from qlora_operator.request_metrics import RequestMetrics
 from qlora_operator.transition_metrics import TransitionMetrics
@@ -45,6 +46,7 @@ class Metrics:
             "Status writes that the API server rejected or did not answer; they are retried.",
             registry=self.registry,
         )
+        self.gpu_seconds = GpuSeconds(self.registry)
         self.leads = Gauge(
             "qlora_operator_leads", "1 if this operator works, 0 if it stands by.", registry=self.registry
         )

@@ -29,7 +29,7 @@ from qlora_operator.decisions.detached import (
     misses_running_pod,
     with_detached_pods,
 )
-from qlora_operator.decisions.events import phase_event, progress_event, unreadable_event
+from qlora_operator.decisions.events import budget_event, phase_event, progress_event, unreadable_event
 from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.group import look_again_after, waiting_for
 from qlora_operator.decisions.manifests import DNS_PORTS
@@ -366,6 +366,7 @@ class Reconciler:
             raise
         self.store.job_changed(written)
         self.metrics.status_writes.inc()
+        self.metrics.gpu_seconds.note(job, status)
         for name in waiting_for(job, status, facts.group.others if facts.group else ()):
             self.starts.enqueue((job.namespace, name))
         self.metrics.jobs.show(written)
@@ -373,7 +374,7 @@ class Reconciler:
         if event := phase_event(job, status, facts.now):
             logger.info("phase %s, was %s", status.phase, job.status.phase, extra={"key": key})
             await post(self.cluster, key, event)
-        if event := progress_event(job, status, facts.now):
+        if event := progress_event(job, status, facts.now) or budget_event(job, status, facts.now):
             logger.warning("%s", event["message"], extra={"key": key})
             await post(self.cluster, key, event)
         return bool(written["metadata"]["resourceVersion"] != job.resource_version)

@@ -4,6 +4,7 @@ from qlora_api.contract import ResultRecord
 from qlora_api.model_and_output import OutputSpec
 from qlora_api.status import FailureStatus, QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.attempts import count_attempts, describe_failure
+from qlora_operator.decisions.budget import forecast_of_work
 from qlora_operator.decisions.conditions import is_finished
 from qlora_operator.decisions.deletions import note_deletion
 from qlora_operator.decisions.detached import still_running
@@ -146,6 +147,7 @@ def _complete(status: QLoRAJobStatus, facts: Facts, record: ResultRecord) -> QLo
         return succeed(status, facts)
     if step == "prepare":
         status = with_known_facts(status, record).model_copy(update={"progress": None})
+        status = status if record.work is None else forecast_of_work(status, record.work)
     else:
         status = with_training_facts(status, record)
     done = Reason("Done", record.message or f"the {step} step has succeeded")

@@ -15,6 +15,7 @@ ConditionType = Literal[
     "Failed",
     "Suspended",
     "Progressing",
+    "WithinBudget",
     "Reconciling",
     "Ready",
     "Stalled",

@@ -49,6 +49,8 @@ def test_the_page_shows_the_run_and_needs_nothing_else(finished: Files) -> None:
         "PeftModel.from_pretrained",
         "learningRate 0.005",
         "Answer in the data",
+        "processor hours: 1 attempt on 1 processor",
+        "0 trained to its end 0s",
     ):
         assert shown in page.words, shown
 

@@ -417,6 +417,10 @@ def test_the_command_line_reports_what_was_prepared(
 ) -> None:
     code, result = run(make_context(), tmp_path, tiny_llama)
     assert (code, result["outcome"], result["dataset"]["usedRows"]) == (0, "succeeded", 20)
+    # Three passes of two operations for each weight and token: forward, backward, and forward again.
+    work = result["work"]
+    assert work["flops"] == 6 * work["parameters"] * work["tokens"]
+    assert work["tokens"] == result["dataset"]["tokens"] * make_context().spec.training.epochs
     assert result["modelRevision"].startswith("sha256:")
 
 

@@ -2,13 +2,17 @@
 
 import asyncio
 import itertools
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qlora_api.contract import ExitCode
 from qlora_api.status import Phase, QLoRAJobStatus
+from qlora_operator import decisions
+from qlora_operator.decisions.budget import BUDGET_EXCEEDED
 from qlora_operator.decisions.failure_reasons import FAILURE_REASONS
 from qlora_operator.job_metrics import SERIES_PER_RUNNING_JOB, JobMetrics
 from qlora_operator.metrics import Metrics
@@ -54,7 +58,7 @@ def test_an_operator_that_stands_by_reports_no_job_and_no_namespace() -> None:
     metrics = Metrics()
     metrics.works(lambda: 3)
     metrics.jobs.show(job_body(training()))
-    metrics.namespace_is_denied("lost", True)
+    metrics.namespace_is_denied("forgotten", True)
 
     metrics.works(None)
 
@@ -62,7 +66,7 @@ def test_an_operator_that_stands_by_reports_no_job_and_no_namespace() -> None:
     assert "team" not in text
     assert "qlora_jobs_without_progress 0.0" in text
     assert "qlora_operator_queue_depth 0.0" in text
-    assert "lost" not in text
+    assert "forgotten" not in text
 
 
 def test_a_running_job_shows_what_its_status_has() -> None:
@@ -264,8 +268,11 @@ def test_what_a_tenant_writes_makes_no_series() -> None:
     assert len(added) < 10
 
 
-def test_every_failure_reason_of_the_trainer_has_its_own_series() -> None:
-    assert {code.reason for code in ExitCode} <= FAILURE_REASONS
+def test_every_failure_reason_of_trainer_and_operator_has_its_own_series() -> None:
+    sources = "\n".join(file.read_text() for file in (Path(decisions.__path__[0])).glob("*.py"))
+    found = set(re.findall(r'failure_of\([\w."]+, "([A-Z]\w+)"', sources))
+    assert {"DeadlineExceeded", "ResultUnreadable"} <= found
+    assert found | {BUDGET_EXCEEDED, "HostOutOfMemory"} | {code.reason for code in ExitCode} <= FAILURE_REASONS
 
 
 @pytest.mark.parametrize(
