@@ -168,6 +168,7 @@ class ProgressStatus(ObservedModel):
         "", description='Progress for people, for example "42% 420/1000", or "stopped early 420/1000".'
     )
     remaining: ShortText = Field("", description='Time left for training, for example "1h12m".')
+    remaining_seconds: Count | None = Field(None, description="The same in seconds, for programs.")
     updated_at: Timestamp | None = Field(None, description="When the trainer reported this.")
 
 
@@ -372,6 +373,7 @@ class QLoRAJobStatus(ObservedModel):
         None, ge=-1, le=2**53, description="Generation of the spec that the status is about."
     )
     phase: Phase | None = Field(None, description="Summary of the conditions, for people.")
+    phase_since: Timestamp | None = Field(None, description="When the phase last changed.")
     conditions: tuple[Condition, ...] = Field(
         (),
         max_length=16,

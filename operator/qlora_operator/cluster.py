@@ -36,7 +36,16 @@ from qlora_operator.listing import (
     object_version,
     without_foreign_resolved,
 )
-from qlora_operator.transport import Credentials, Endpoint, Query, TooLongError, Transport, open_transport
+from qlora_operator.transport import (
+    Credentials,
+    Endpoint,
+    OnRequest,
+    Query,
+    TooLongError,
+    Transport,
+    open_transport,
+    unobserved,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -429,12 +438,12 @@ def _beginning(data: bytes) -> str:
 
 
 @asynccontextmanager
-async def connect(kubeconfig: Path | None = None) -> AsyncIterator[Cluster]:
+async def connect(kubeconfig: Path | None = None, *, on_request: OnRequest = unobserved) -> AsyncIterator[Cluster]:
     """The cluster of `kubeconfig`; without one, that which the pod runs in, or else that of the environment.
 
-    Raises ClusterError without any of them.
+    `on_request`: called after each request. Raises ClusterError without any cluster.
     """
-    async with open_transport(await endpoint_of(kubeconfig), FIELD_MANAGER) as transport:
+    async with open_transport(await endpoint_of(kubeconfig), FIELD_MANAGER, on_request) as transport:
         yield Cluster(transport)
 
 

@@ -1,0 +1,178 @@
+"""The metrics, the alerts and the dashboards with Prometheus' own programs, and the operator that they are about."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from devcluster import packages, toolchain
+from devcluster.layout import from_environment
+from devcluster.processes import run
+from tests.support.alerts import CASES, FILE, alerts
+from tests.support.dashboards import dashboards, panels, queries
+from tests.support.nodeless import GPU, NAMESPACE, Nodeless
+from tests.support.prometheus import Prometheus, running_prometheus, serving_metrics
+from tests.support.waiting import eventually
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = ("prometheus", "promtool")
+SITE = "https://docs.example.org/qlora"
+PROGRESS = {
+    "step": 120,
+    "totalSteps": 400,
+    "loss": 1.5,
+    "evalLoss": 1.75,
+    "tokensPerSecond": 900.5,
+    "remainingSeconds": 4320,
+    "peakMemoryBytes": 2**34,
+    "goodput": 0.875,
+}
+
+
+@pytest.fixture(scope="module", params=["debian", pytest.param("newest", marks=pytest.mark.slow)])
+def programs(request: pytest.FixtureRequest) -> dict[str, Path]:
+    """Prometheus and promtool: Debian's, and the newest release."""
+    layout = from_environment()
+    if request.param == "debian":
+        return {name: packages.unpacked(layout, name) for name in PROGRAMS}
+    return toolchain.built(layout, PROGRAMS)
+
+
+def installed_groups(**values: Any) -> list[dict[str, Any]]:
+    """The groups of rules as the chart installs them."""
+    helm = toolchain.built(from_environment(), ["helm"])["helm"]
+    given = json.dumps({"metrics": {"prometheusRule": {"enabled": True, **values}}})
+    shown = ("--show-only", "templates/prometheusrule.yaml", "--values", "-")
+    text = run([helm, "template", "release", ROOT / "helm" / "qlora-operator", *shown], input_text=given, seconds=60)
+    return list(yaml.safe_load(text)["spec"]["groups"])
+
+
+def test_each_alert_fires_when_it_should_and_only_then(programs: dict[str, Path], tmp_path: Path) -> None:
+    tests = yaml.safe_load(CASES.read_text()) | {"rule_files": [str(FILE)]}
+    (tmp_path / "tests.yaml").write_text(yaml.safe_dump(tests))
+    assert "SUCCESS" in run([programs["promtool"], "test", "rules", tmp_path / "tests.yaml"], seconds=60)
+
+
+def test_the_rules_that_the_chart_installs_are_valid(programs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": installed_groups(siteURL=SITE)}))
+    said = run([programs["promtool"], "check", "rules", "--lint-fatal", tmp_path / "rules.yaml"], seconds=60)
+    assert f"{len(alerts())} rules found" in said
+
+
+@pytest.fixture(scope="module")
+def job(operated: Nodeless) -> Iterator[str]:
+    """A job that trains, whose figures are in its status as if its log had been read."""
+    name = "watched"
+    apply(operated, name)
+    operated.succeed(name, "prepare")
+    operated.run(name, "train")
+    operated.wait_for_phase(name, "Training")
+    patch = json.dumps({"status": {"progress": PROGRESS}})
+    operated.kubectl(
+        *("patch", "qlorajob", name, f"--namespace={NAMESPACE}", "--subresource=status", "--type=merge"),
+        f"--patch={patch}",
+    )
+    yield name
+    operated.kubectl("delete", "qlorajob", name, f"--namespace={NAMESPACE}", "--ignore-not-found")
+
+
+def apply(operated: Nodeless, name: str) -> None:
+    manifest = {
+        "apiVersion": "qlora.dev/v1alpha1",
+        "kind": "QLoRAJob",
+        "metadata": {"name": name, "namespace": NAMESPACE},
+        "spec": {
+            "model": {"source": "hf://org/model"},
+            "dataset": {"source": "hf://org/rows"},
+            "scheduling": {"profile": GPU},
+        },
+    }
+    operated.kubectl.apply(json.dumps(manifest))
+
+
+@pytest.fixture(scope="module")
+def prometheus(
+    programs: dict[str, Path], operated: Nodeless, job: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Prometheus]:
+    """It scrapes the operator, and a kubelet's figures of the claim that the job writes to, with the chart's alerts."""
+    claim = operated.job(job)["status"]["resolved"]["claimName"]
+    labels = f'{{namespace="{NAMESPACE}",persistentvolumeclaim="{claim}"}}'
+    kubelet = "".join(
+        f"# TYPE {name} gauge\n{name}{labels} {value}\n"
+        for name, value in (
+            ("kubelet_volume_stats_available_bytes", 5e9),
+            ("kubelet_volume_stats_capacity_bytes", 1e11),
+        )
+    )
+    groups = installed_groups(siteURL=SITE, overrides={"QLoRAWorkspaceNearlyFull": {"for": "1s"}})
+    folder = tmp_path_factory.mktemp("prometheus") / "server"
+    with serving_metrics(kubelet) as port:
+        targets = {"qlora-operator-metrics": operated.metrics_port, "kubelet": port}
+        with running_prometheus(programs["prometheus"], folder, targets, groups) as server:
+            yield server
+
+
+def test_promtool_has_nothing_to_say_against_the_metrics_of_an_operator_at_work(
+    programs: dict[str, Path], operated: Nodeless, job: str
+) -> None:
+    page = operated.metrics()
+    assert f'name="{job}"' in page
+    assert run([programs["promtool"], "check", "metrics"], input_text=page, seconds=60) == ""
+
+
+def test_every_query_of_the_dashboards_has_an_answer(prometheus: Prometheus, operated: Nodeless, job: str) -> None:
+    apply(operated, "waits")
+    operated.succeed("waits", "prepare")
+    operated.wait_for_phase("waits", "Queued")
+    apply(operated, "diverges")
+    operated.succeed("diverges", "prepare")
+    operated.run("diverges", "train")
+    operated.fail("diverges", "train", 14, "Diverged", "the loss is not a number")
+    operated.wait_for_phase("diverges", "Failed")
+    asked = {
+        f"{name}: {panel['title']}: {query}": query
+        for name, dashboard in dashboards().items()
+        for panel in panels(dashboard)
+        for query in queries(panel)
+    }
+
+    def all_answered() -> bool:
+        unanswered = [where for where, query in asked.items() if not prometheus.query(query)]
+        assert unanswered == []
+        return True
+
+    # A rate has an answer from the second scrape on.
+    eventually(all_answered, seconds=30, every=1, what="an answer to each query")
+    assert prometheus.value(f'qlora_job_loss{{name="{job}"}}') == PROGRESS["loss"]
+    assert (prometheus.value('sum(increase(qlora_job_failures_total{reason="Diverged"}[1h]))') or 0) > 0
+
+
+def test_the_alerts_are_evaluated_without_an_error_and_fire(
+    prometheus: Prometheus, operated: Nodeless, job: str
+) -> None:
+    def evaluated() -> bool:
+        return all(rule["health"] == "ok" for rule in prometheus.rules())
+
+    eventually(evaluated, seconds=30, every=0.5, what="an evaluation of each rule")
+    assert {rule["name"] for rule in prometheus.rules()} == set(alerts())
+    (alert,) = eventually(prometheus.alerts, seconds=30, every=0.5, what="an alert")
+    claim = operated.job(job)["status"]["resolved"]["claimName"]
+    labels = {"alertname": "QLoRAWorkspaceNearlyFull", "severity": "warning"}
+    assert alert["labels"] == labels | {"namespace": NAMESPACE, "persistentvolumeclaim": claim}
+    assert alert["annotations"]["runbook_url"] == f"{SITE}/runbooks/QLoRAWorkspaceNearlyFull.html"
+
+
+def test_the_series_of_a_job_end_with_it(prometheus: Prometheus, operated: Nodeless) -> None:
+    name = "short"
+    apply(operated, name)
+    operated.run(name, "prepare")
+    operated.wait_for_phase(name, "Preparing")
+    eventually(lambda: prometheus.query(f'{{name="{name}"}}'), seconds=30, every=0.5, what="series of the job")
+    operated.succeed(name)
+    operated.wait_for_phase(name, "Succeeded")
+    eventually(lambda: not prometheus.query(f'{{name="{name}"}}'), seconds=30, every=0.5, what="the end of its series")
+    took = 'qlora_job_phase_duration_seconds_count{phase="Publishing"}'
+    eventually(lambda: prometheus.value(took), seconds=30, every=0.5, what="the time that it published")
