@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
+from qlora_api.network import PROXY_URL, CaConfigMap, DirectHost
 from qlora_api.schema import ApiModel, rule, rules
 from qlora_api.sources import REGISTRY
 
@@ -278,6 +279,29 @@ class Profile(ApiModel):
         description="OCI registries that jobs may name in oci://, as HOST or HOST:PORT; with http:// before one "
         "without TLS. Their token servers must be listed too: credentials are sent to no other host.",
     )
+    ca_config_map: CaConfigMap | None = Field(
+        None,
+        description="Certificates that prepare and publish trust besides the public ones; only those if not set. Pods "
+        "wait until the ConfigMap exists.",
+    )
+    https_proxy: str | None = Field(
+        None,
+        max_length=512,
+        pattern=PROXY_URL,
+        description="HTTP proxy (http://HOST:PORT) through which prepare and publish reach https:// servers, with "
+        "CONNECT; none if not set. Servers with http:// are reached directly.",
+    )
+    no_proxy: tuple[DirectHost, ...] | None = Field(
+        None,
+        max_length=64,
+        description="Hosts that are reached without the proxy: a name stands for itself and all names below it, an "
+        "IPv4 address or network for servers that are named by their address.",
+    )
+    proxy_secret_name: ObjectName | None = Field(
+        None,
+        description="Secret with username and password of the proxy (type kubernetes.io/basic-auth) in the job's "
+        "namespace; the proxy gets no credentials if not set.",
+    )
     finished_job_seconds: int = Field(
         86_400,
         ge=3600,
@@ -292,3 +316,9 @@ class Profile(ApiModel):
         le=3600,
         description="Seconds that train has to finish a step and save a checkpoint before it is killed.",
     )
+
+    @model_validator(mode="after")
+    def _proxy_has_an_address(self) -> Self:
+        if self.https_proxy is None and (self.no_proxy or self.proxy_secret_name):
+            raise ValueError("noProxy and proxySecretName are for httpsProxy: set it, or remove them")
+        return self

@@ -24,6 +24,7 @@ from qlora_api.profile import Profile, StepResources, Toleration
 from qlora_api.status import Resolved, StepName
 from qlora_api.v1alpha1 import API_VERSION, KIND, STEP_FIELDS
 from qlora_operator.decisions.facts import FIRST_JOB
+from qlora_operator.decisions.network import network_environment, network_volumes
 from qlora_operator.decisions.observe import QLoRAJob
 from qlora_operator.decisions.volumes import mounts_and_volumes, uses_cache
 
@@ -268,6 +269,9 @@ def _pod(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int, others
     grace = profile.termination_grace_period_seconds if step == "train" else _SHORT_GRACE_SECONDS
     names = [other.name for other in others]
     mounts, volumes = mounts_and_volumes(job, resolved.claim_name, profile.model_cache, step, resolved.continued, names)
+    if step in ("prepare", "publish"):
+        added = network_volumes(profile)
+        mounts, volumes = mounts + added[0], volumes + added[1]
     pod: Manifest = {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
@@ -335,7 +339,7 @@ def _environment(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int
         contract.ENV_OUTPUT_CLAIM: resolved.claim_name,
     }
     if step in ("prepare", "publish"):
-        values |= _servers(resolved.profile)
+        values |= _servers(resolved.profile) | network_environment(resolved.profile)
     values |= _model_cache(job, resolved, step)
     # Not the job that publishes the best cell: that cell is on the page already.
     writes_report = step in ("train", "publish") and job.spec.continues is None

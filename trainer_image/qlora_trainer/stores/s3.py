@@ -5,11 +5,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from hashlib import file_digest, new, sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
@@ -19,23 +17,19 @@ from qlora_api.sources import ObjectStoreSource
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unreachable
 from qlora_trainer.core.filesystem import partial_path
+from qlora_trainer.stores import object_client
 from qlora_trainer.stores.endpoints import server_address
 from qlora_trainer.stores.retry import is_retryable
 
 if TYPE_CHECKING:
     from obstore import GetOptions
-    from obstore.store import ClientConfig, RetryConfig, S3Config
+    from obstore.store import S3Config
 
 _ACCESS_KEY, _SECRET_KEY, _SESSION_TOKEN = "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"
 # Credentials that obstore may read from the environment. Never those of an instance's metadata service: they belong to
 # the node that the pod runs on, not to the tenant.
 _FROM_ENVIRONMENT = (_ACCESS_KEY, "AWS_WEB_IDENTITY_TOKEN_FILE")
 _DEFAULT_REGION = "us-east-1"
-# Nothing can listen on port 0. The client follows redirects and takes AWS_SESSION_TOKEN with it to any host; requests
-# to all hosts but the endpoint go to this proxy, that is, nowhere.
-_NOWHERE = "127.0.0.1:0"
-_STALLED = timedelta(seconds=30)
-"""A transfer is given up when nothing has arrived for so long."""
 _PART_BYTES = 2**23
 _BLOCK_BYTES = 2**20
 # The ETag of an object that was uploaded in one part: its MD5. That of a multipart upload ends in the number of parts.
@@ -43,11 +37,6 @@ _PLAIN_ETAG = re.compile(r'"?([0-9a-f]{32})"?', re.IGNORECASE)
 _STATUS = re.compile(r"status code: (\d{3})")
 _MOVED = "redirect without LOCATION"
 _ERROR_CODE = re.compile(r"<Code>(\w{1,64})</Code>")
-_RETRY: "RetryConfig" = {
-    "max_retries": 4,
-    "retry_timeout": timedelta(minutes=2),
-    "backoff": {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=8), "base": 3},
-}
 
 
 @dataclass(frozen=True)
@@ -94,8 +83,8 @@ class ObjectFolder:
             config=_credentials(secret),
             endpoint=self._endpoint,
             region=region,
-            client_options=_client_options(self._endpoint, region),
-            retry_config=_RETRY,
+            client_options=object_client.client_options(self._endpoint, (f"https://sts.{region}.amazonaws.com",)),
+            retry_config=object_client.RETRY,
         )
 
     def list(self) -> dict[str, StoredObject]:
@@ -228,7 +217,7 @@ class ObjectFolder:
         found, code = _STATUS.search(text), _ERROR_CODE.search(text)
         status = int(found[1]) if found else None
         answer = f"HTTP {status}" + (f" ({code[1]})" if code else "")
-        if status is None and _NOWHERE in text:
+        if status is None and object_client.NOWHERE in text:
             return bad_configuration(
                 f"{self._endpoint} redirects {self.uri} to another host, where credentials are never sent: ask the "
                 "administrator to set objectStore.endpoint and objectStore.region of the profile"
@@ -262,16 +251,3 @@ def _credentials(secret: Secret) -> "S3Config":
     if token := secret.value(_SESSION_TOKEN):
         config["session_token"] = token
     return config
-
-
-def _client_options(endpoint: str, region: str) -> "ClientConfig":
-    hosts = (urlsplit(endpoint).hostname or "", f"sts.{region}.amazonaws.com")
-    return {
-        "allow_http": endpoint.startswith("http://"),
-        "connect_timeout": timedelta(seconds=10),
-        # `timeout` bounds a whole request, and the download of a weights' file takes as long as it takes.
-        "read_timeout": _STALLED,
-        "timeout": timedelta(hours=24),
-        "proxy_url": f"http://{_NOWHERE}",
-        "proxy_excludes": ",".join(hosts),
-    }
