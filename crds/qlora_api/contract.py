@@ -70,6 +70,8 @@ ENV_CA_FILE = "QLORA_CA_FILE"
 """File with certificates that are trusted besides the public ones."""
 ENV_PROXY_SECRET = "QLORA_PROXY_SECRET"  # noqa: S105 - a path
 """Folder with the credentials for the proxy of HTTPS_PROXY."""
+ENV_CLOUD_IDENTITY = "QLORA_CLOUD_IDENTITY"
+"""The cloud (aws, google or azure) that has given the pod an identity, which may be used for object stores."""
 ENV_MODEL_CACHE = "QLORA_MODEL_CACHE"
 ENV_SWEEP_FOLDER = "QLORA_SWEEP_FOLDER"
 """The folder that the cells of a sweep share: prepare keeps tokenized rows there, and publish, or train of a cell that

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
+from qlora_api.clouds import AzureStorage, CloudIdentity, GoogleStorage
 from qlora_api.network import PROXY_URL, CaConfigMap, DirectHost
 from qlora_api.schema import ApiModel, rule, rules
 from qlora_api.sources import REGISTRY
@@ -175,7 +176,7 @@ class WorkspaceDefaults(ApiModel):
 
 
 class ObjectStoreSettings(ApiModel):
-    """The object store behind s3:// addresses. A job names buckets in it, never another host."""
+    """The object store of s3:// addresses. A job names buckets in it, never another host."""
 
     endpoint: Annotated[str, Field(max_length=512, pattern=r"^https?://[A-Za-z0-9.:\[\]-]+$")] | None = Field(
         None, description="URL of an S3 server, used with path-style addresses (URL/BUCKET); AWS if not set."
@@ -273,6 +274,15 @@ class Profile(ApiModel):
         None, max_length=512, description="URL of the Hugging Face Hub or of a mirror; huggingface.co if not set."
     )
     object_store: ObjectStoreSettings = Field(ObjectStoreSettings(), description="The object store of s3:// addresses.")
+    google_storage: GoogleStorage | None = Field(None, description="The object store of gs:// addresses.")
+    azure_storage: AzureStorage | None = Field(
+        None, description="The object store of az:// addresses, which no job can use if not set."
+    )
+    cloud_identity: CloudIdentity | None = Field(
+        None,
+        description="Identity with which prepare and publish use the cloud's object store where a job names no Secret; "
+        "nothing is signed there if not set.",
+    )
     registries: tuple[RegistryHost, ...] = Field(
         (),
         max_length=32,

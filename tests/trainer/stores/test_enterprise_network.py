@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from qlora_api import contract
-from qlora_api.contract import ExitCode
 from tests.support.command import Done, Files, new_files
 from tests.support.enterprise import (
     DOMAIN,

@@ -16,6 +16,10 @@ import certifi
 from qlora_api import contract
 from qlora_trainer.core.failures import bad_configuration, unreachable
 
+NOT_TRUSTED = (
+    "its certificate is from no authority that is trusted; ask the administrator to set caConfigMap of the profile"
+)
+"""What to do about a server of a company's own certificate authority."""
 _BUNDLE_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
 
 
