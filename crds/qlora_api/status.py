@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from qlora_api.dataset import MAX_MIX_SOURCES
+from qlora_api.gguf import GgufStatus
 from qlora_api.group import GroupStatus
 from qlora_api.halving import MAX_RUNGS
 from qlora_api.profile import Profile
@@ -46,7 +47,7 @@ class Condition(ObservedModel):
     """One observation, as metav1.Condition.
 
     Types: Prepared, Trained, Succeeded, Failed, Suspended (the life of the job), Progressing (whether the running step
-    makes progress), Reconciling, Ready, Stalled (for tools that wait), CleanedUp.
+    makes progress), Reconciling, Ready, Stalled (for tools that wait), CleanedUp, Announced (output.announce).
     """
 
     type: str = Field(max_length=64, description="What is observed.")
@@ -347,6 +348,7 @@ class AdapterStatus(ObservedModel):
     initial_adapter: InitialAdapterStatus | None = Field(
         None, alias="from", description="The adapter of spec.lora.from; not set without one."
     )
+    gguf: GgufStatus | None = Field(None, description="Its GGUF file, if output.gguf is set.")
 
 
 class MergedStatus(ObservedModel):
