@@ -47,7 +47,7 @@ class Condition(ObservedModel):
     """One observation, as metav1.Condition.
 
     Types: Prepared, Trained, Succeeded, Failed, Suspended (the life of the job), Progressing (whether the running step
-    makes progress), Reconciling, Ready, Stalled (for tools that wait), CleanedUp, Announced (output.announce).
+    makes progress), Reconciling, Ready, Stalled (for tools that wait), CleanedUp, Announced.
     """
 
     type: str = Field(max_length=64, description="What is observed.")

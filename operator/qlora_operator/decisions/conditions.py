@@ -19,6 +19,7 @@ ConditionType = Literal[
     "Ready",
     "Stalled",
     "CleanedUp",
+    "Announced",
 ]
 Value = Literal["True", "False", "Unknown"]
 Status = QLoRAJobStatus | QLoRASweepStatus
