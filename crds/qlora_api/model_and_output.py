@@ -5,6 +5,8 @@ from typing import Annotated, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
+from qlora_api.announce import AnnounceSpec
+from qlora_api.gguf import GgufSpec
 from qlora_api.profile import ObjectName
 from qlora_api.schema import ApiModel, rule, rules
 from qlora_api.sources import OBJECT_STORES, AdapterAddress, FolderAddress, ModelAddress, scheme_of
@@ -187,6 +189,12 @@ class OutputSpec(ApiModel):
     )
     base: PublishedBaseSpec | None = Field(
         None, description="Also publish the 4-bit base that the adapter was trained on; not published if not set."
+    )
+    gguf: GgufSpec | None = Field(
+        None, description="Also publish the adapter as a GGUF file, for llama.cpp and Ollama; none if not set."
+    )
+    announce: AnnounceSpec | None = Field(
+        None, description="Announce the finished adapter to servers; not announced if not set."
     )
 
     @property

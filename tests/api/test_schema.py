@@ -32,6 +32,7 @@ SCORED = with_value(EVALUATED, "spec.gate", {"minScore": 0.8, "score": SCORE})
 GROUPED = with_value(
     with_value(MINIMAL, "spec.group", {"name": "rates", "size": 4}), "spec.workspace", {"claimName": "team"}
 )
+CONVERTED = with_value(MINIMAL, "spec.output.gguf", {})
 
 
 BY_ROWS = with_value(
@@ -362,6 +363,27 @@ REJECTED = {
         ),
         "spec.output: Invalid value: merged model and base need separate folders",
     ),
+    "a GGUF file of a DoRA adapter": (
+        with_value(CONVERTED, "spec.lora.useDora", True),
+        "output.gguf is not possible with lora.useDora, as llama.cpp knows no magnitudes",
+    ),
+    "a GGUF file of fully trained modules": (
+        with_value(CONVERTED, "spec.lora.modulesToSave", ["lm_head"]),
+        "output.gguf is not possible with lora.modulesToSave, as llama.cpp loads no fully trained modules",
+    ),
+    "a GGUF file of a LoftQ adapter": (
+        with_value(CONVERTED, "spec.lora.initialization", "loftq"),
+        "such an adapter also corrects the rounding of its own 4-bit base",
+    ),
+    "a GGUF file in 2 bits": (with_value(CONVERTED, "spec.output.gguf.type", "q2_k"), "spec.output.gguf.type"),
+    "an announcement to no ConfigMap": (
+        with_value(MINIMAL, "spec.output.announce", {}),
+        "spec.output.announce.configMap: Required value",
+    ),
+    "an announcement to a ConfigMap of another namespace": (
+        with_value(MINIMAL, "spec.output.announce", {"configMap": "kube-system/coredns"}),
+        "spec.output.announce.configMap",
+    ),
     "path traversal": (with_value(MINIMAL, "spec.dataset.source", "pvc://data/../x.jsonl"), "a path has no '..'"),
     "model from a config map": (with_value(MINIMAL, "spec.model.source", "configMap://a/b"), "spec.model.source"),
     "claim and size": (
@@ -629,5 +651,5 @@ def test_kubectl_explain_has_the_defaults_and_no_line_breaks_of_the_source(plane
     assert "Default" not in plane.kubectl("explain", "qlorajob.spec.training.epochs")
     described = plane.kubectl("explain", "qlorajob.status.conditions").partition("FIELDS:")[0]
     paragraph = described.partition("Types: ")[2].strip()
-    assert " ".join(paragraph.split()).endswith("Stalled (for tools that wait), CleanedUp.")
+    assert " ".join(paragraph.split()).endswith("Stalled (for tools that wait), CleanedUp, Announced.")
     assert len(paragraph.splitlines()) == 3, paragraph
