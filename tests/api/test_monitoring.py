@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from devcluster import packages, toolchain
+from devcluster.errors import ClusterError
 from devcluster.layout import from_environment
 from devcluster.processes import run
 from tests.support.alerts import CASES, FILE, alerts
@@ -17,7 +18,8 @@ from tests.support.nodeless import GPU, NAMESPACE, Nodeless
 from tests.support.prometheus import Prometheus, running_prometheus, serving_metrics
 from tests.support.waiting import eventually
 
-ROOT = Path(__file__).parents[2]
+CHART = Path(__file__).parents[2] / "helm" / "qlora-operator"
+Object = dict[str, Any]
 PROGRAMS = ("prometheus", "promtool")
 SITE = "https://docs.example.org/qlora"
 PROGRESS = {
@@ -41,13 +43,77 @@ def programs(request: pytest.FixtureRequest) -> dict[str, Path]:
     return toolchain.built(layout, PROGRAMS)
 
 
-def installed_groups(**values: Any) -> list[dict[str, Any]]:
-    """The groups of rules as the chart installs them."""
+def template(file: str, **values: Any) -> list[Object]:
+    """The objects of one file of the chart."""
     helm = toolchain.built(from_environment(), ["helm"])["helm"]
-    given = json.dumps({"metrics": {"prometheusRule": {"enabled": True, **values}}})
-    shown = ("--show-only", "templates/prometheusrule.yaml", "--values", "-")
-    text = run([helm, "template", "release", ROOT / "helm" / "qlora-operator", *shown], input_text=given, seconds=60)
-    return list(yaml.safe_load(text)["spec"]["groups"])
+    shown = ("--show-only", f"templates/{file}.yaml", "--namespace", "qlora-system", "--values", "-")
+    text = run([helm, "template", "release", CHART, *shown], input_text=json.dumps(values), seconds=60)
+    return list(yaml.safe_load_all(text))
+
+
+def installed_groups(**values: Any) -> list[Object]:
+    """The groups of rules as the chart installs them."""
+    (rule,) = template("prometheusrule", metrics={"prometheusRule": {"enabled": True, **values}})
+    return list(rule["spec"]["groups"])
+
+
+def installed_rules(**values: Any) -> dict[str, Object]:
+    """Each rule as the chart installs it, by the name of its alert."""
+    return {rule["alert"]: rule for group in installed_groups(**values) for rule in group["rules"]}
+
+
+def test_the_chart_installs_the_alerts_of_the_file() -> None:
+    assert installed_rules() == alerts()
+    for name, rule in installed_rules(siteURL=f"{SITE}/").items():
+        assert rule["annotations"].pop("runbook_url") == f"{SITE}/runbooks/{name}.html"
+        assert rule == alerts()[name]
+
+
+def test_an_administrator_leaves_alerts_out_and_replaces_their_fields() -> None:
+    of_operator = [name for name in alerts() if name.startswith(("QLoRAOperator", "QLoRARec", "QLoRANam", "QLoRASch"))]
+    given = {"expr": "vector(1)", "for": "1d", "labels": {"severity": "critical", "team": "a"}}
+    groups = installed_groups(disabled=of_operator, overrides={"QLoRAQueueTooLong": given})
+    assert [group["name"] for group in groups] == ["qlora-jobs"], "a group without rules would be left over"
+    (rule,) = [rule for rule in groups[0]["rules"] if rule["alert"] == "QLoRAQueueTooLong"]
+    assert rule == alerts()["QLoRAQueueTooLong"] | given
+
+
+@pytest.mark.parametrize("given", [{"disabled": ["QLoRAQueue"]}, {"overrides": {"QLoRAQueue": {"for": "1h"}}}])
+def test_an_alert_that_does_not_exist_is_named(given: Object) -> None:
+    with pytest.raises(
+        ClusterError, match="there is no alert QLoRAQueue; there are: QLoRAJobStalled, QLoRAJobsFailing"
+    ):
+        installed_groups(**given)
+
+
+def test_the_chart_installs_the_dashboards_where_grafana_looks_for_them() -> None:
+    values = {"enabled": True, "namespace": "monitoring", "annotations": {"grafana_folder": "QLoRA"}}
+    maps = template("dashboards", metrics={"dashboards": values})
+    assert {name: json.loads(text) for each in maps for name, text in each["data"].items()} == {
+        f"qlora-{name}.json": content for name, content in dashboards().items()
+    }
+    for each in maps:
+        assert each["metadata"]["namespace"] == "monitoring"
+        assert each["metadata"]["labels"]["grafana_dashboard"] == "1"
+        assert each["metadata"]["annotations"] == {"grafana_folder": "QLoRA"}
+
+
+@pytest.mark.parametrize("file", ["prometheusrule", "dashboards"])
+def test_neither_is_installed_unless_it_is_asked_for(file: str) -> None:
+    with pytest.raises(ClusterError, match="could not find template"):
+        template(file)
+    # `helm upgrade --reuse-values` from a chart that did not have them.
+    with pytest.raises(ClusterError, match="could not find template"):
+        template(file, metrics={"prometheusRule": None, "dashboards": None})
+
+
+def test_who_may_read_the_metrics_is_the_administrators_choice() -> None:
+    prometheus = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    for peers in ([], [prometheus]):
+        (policy,) = template("networkpolicy", networkPolicy={"enabled": True, "metricsFrom": peers})
+        rules = {rule["ports"][0]["port"]: rule for rule in policy["spec"]["ingress"]}
+        assert rules["metrics"].get("from", []) == peers
+        assert "from" not in rules["probes"], "the kubelet probes from any node"
 
 
 def test_each_alert_fires_when_it_should_and_only_then(programs: dict[str, Path], tmp_path: Path) -> None:
