@@ -173,7 +173,7 @@ def _advanced(entry: PodUsage, pod: Pod, status: QLoRAJobStatus, facts: Facts) -
         entry = entry.model_copy(update={"from_step": record.training_step})
     over = _is_over(pod)
     until = facts.now if not over else _ended_at(entry, pod, facts.now)
-    seconds = max(entry.seconds, int((until - parse_time(entry.since)).total_seconds()))
+    seconds = max(0, int((until - parse_time(entry.since)).total_seconds()))
     entry = entry.model_copy(update={"seconds": seconds, "trained_since": trained_since})
     return _with_end(entry, _end_of(pod, facts), status, result) if over else _with_startup(entry)
 
@@ -211,7 +211,7 @@ def _with_startup(entry: PodUsage) -> PodUsage:
     if entry.trained_since is None:
         return entry
     startup = int((parse_time(entry.trained_since) - parse_time(entry.since)).total_seconds())
-    return entry.model_copy(update={"startup_seconds": min(entry.seconds, max(entry.startup_seconds, startup))})
+    return entry.model_copy(update={"startup_seconds": min(entry.seconds, max(0, startup))})
 
 
 def _with_end(entry: PodUsage, end: PodEnd, status: QLoRAJobStatus, result: ResultRecord | None) -> PodUsage:
@@ -225,7 +225,7 @@ def _with_end(entry: PodUsage, end: PodEnd, status: QLoRAJobStatus, result: Resu
     kept_until = max(filter(None, (entry.trained_since, saved)), key=parse_time, default=entry.since)
     kept = int((parse_time(kept_until) - parse_time(entry.since)).total_seconds())
     lost = entry.seconds - min(entry.seconds, max(kept, entry.startup_seconds))
-    return entry.model_copy(update={"lost_seconds": max(entry.lost_seconds, lost)})
+    return entry.model_copy(update={"lost_seconds": lost})
 
 
 def _vanished(status: QLoRAJobStatus, facts: Facts, before: UsageStatus) -> Iterator[PodUsage]:
@@ -239,7 +239,7 @@ def _vanished(status: QLoRAJobStatus, facts: Facts, before: UsageStatus) -> Iter
             seen = max(seen, parse_time(step.progressed_at))
         later = [pod.created for pod in facts.observed.pods if pod.created > seen]
         until = min(facts.now, seen + LONGEST_WITHOUT_NEWS, *later)
-        seconds = max(entry.seconds, int((until - parse_time(entry.since)).total_seconds()))
+        seconds = max(0, int((until - parse_time(entry.since)).total_seconds()))
         jobs = (child for child in facts.observed.children if f"{entry.name}-".startswith(f"{child.name}-"))
         on_purpose = is_stopped_on_purpose(next(jobs, None), facts.job)
         end: PodEnd = "suspension" if on_purpose else "disruption"
