@@ -33,7 +33,9 @@ class SecretRef(ApiModel):
     )
 
 
-_NO_SECRET = "secretRef is for models in buckets and registries: an hf:// model has tokenSecretRef, pvc:// neither"  # noqa: S105
+_NO_SECRET = (
+    "secretRef is for s3://, gs://, az:// and oci:// models: for an hf:// model set tokenSecretRef, for pvc:// neither"  # noqa: S105
+)
 _NO_REVISION = "revision is for hf:// models: an oci:// address ends in a tag or digest, buckets and pvc:// have none"
 
 
@@ -79,7 +81,7 @@ class BaseModelSpec(ApiModel):
         return self
 
 
-_NOTHING_TO_READ = "secretRef is for adapters on a server, and pvc:// is none: remove it, or name another source"
+_NOTHING_TO_READ = "secretRef is for s3://, gs://, az://, hf:// and oci:// adapters: remove it, or name another source"
 
 
 class InitialAdapterSpec(ApiModel):
@@ -133,9 +135,7 @@ class PublishedBaseSpec(ApiModel):
     )
 
 
-_NOTHING_TO_OPEN = (
-    "secretRef is for a destination on a server, and pvc:// is none: set another one, or remove secretRef"
-)
+_NOTHING_TO_OPEN = "secretRef is for an s3://, gs://, az://, hf:// or oci:// destination: set one, or remove secretRef"
 # The field of an address, in CEL whether it is not set, and whose folder it is.
 _DESTINATIONS = {
     "destination": ("!has(self.destination)", "adapter"),

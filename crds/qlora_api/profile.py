@@ -327,7 +327,7 @@ class Profile(ApiModel):
     )
     no_proxy: tuple[DirectHost, ...] | None = Field(
         None,
-        max_length=64,
+        max_length=32,
         description="Hosts that are reached without the proxy: a name stands for itself and all names below it, an "
         "IPv4 address or network for servers that are named by their address.",
     )

@@ -111,8 +111,8 @@ def parse_source(uri: str) -> Source:
     """The parsed form of an address that the schema has admitted. Raises ValueError for any other."""
     if not re.fullmatch("|".join((_HUB_DATASET, _HUB_COMMIT, _VOLUME, _CONFIG_MAP, _OBJECTS, _TAGGED_OR_PINNED)), uri):
         raise ValueError(
-            f"{uri!r} is not an address; allowed are hf://ORG/NAME, pvc://CLAIM/PATH, s3://BUCKET/PATH (or gs://, "
-            "az://), oci://REGISTRY/REPOSITORY:TAG and configMap://NAME/KEY"
+            f"{uri!r} is not an address; allowed are hf://ORG/NAME, pvc://CLAIM/PATH, s3://BUCKET/PATH, "
+            "gs://BUCKET/PATH, az://CONTAINER/PATH, oci://REGISTRY/REPOSITORY:TAG and configMap://NAME/KEY"
         )
     scheme, _, rest = uri.partition("://")
     head, _, tail = rest.rstrip("/").partition("/")
@@ -149,23 +149,23 @@ def _address(pattern: str, allowed: str, paths: str = _PATHS) -> tuple[AfterVali
 
 _model, _model_rules = _address(
     f"{_HUB_MODEL}|{_VOLUME}|{_OBJECTS}|{_TAGGED_OR_PINNED}",
-    "hf://ORG/NAME, pvc://CLAIM/PATH, s3://BUCKET/PATH (or gs://, az://) or oci://REGISTRY/REPOSITORY:TAG (or "
-    "@sha256:DIGEST)",
+    "hf://ORG/NAME, pvc://CLAIM/PATH, s3://BUCKET/PATH, gs://BUCKET/PATH, az://CONTAINER/PATH or "
+    "oci://REGISTRY/REPOSITORY:TAG (or @sha256:DIGEST)",
 )
 _dataset, _dataset_rules = _address(
     f"{_HUB_DATASET}|{_VOLUME}|{_OBJECTS}|{_CONFIG_MAP}",
-    "hf://ORG/NAME, pvc://CLAIM/PATH, s3://BUCKET/PATH (or gs://, az://) or configMap://NAME/KEY",
+    "hf://ORG/NAME, pvc://CLAIM/PATH, s3://BUCKET/PATH, gs://BUCKET/PATH, az://CONTAINER/PATH or configMap://NAME/KEY",
 )
 # As destinations are written, and as status.adapter.uri names what was published there.
 _adapter, _adapter_rules = _address(
     f"{_HUB_MODEL}|{_HUB_COMMIT}|{_VOLUME}|{_OBJECTS}|{_TAGGED_OR_PINNED}",
-    "pvc://CLAIM/PATH, s3://BUCKET/PATH (or gs://, az://), hf://ORG/NAME (or @COMMIT) or "
+    "pvc://CLAIM/PATH, s3://BUCKET/PATH, gs://BUCKET/PATH, az://CONTAINER/PATH, hf://ORG/NAME (or @COMMIT) or "
     "oci://REGISTRY/REPOSITORY:TAG (or @sha256:DIGEST)",
 )
 # A claim's root is shared, so a destination needs a folder; a digest is not known before the upload.
 _folder, _folder_rules = _address(
     rf"pvc://{_CLAIM}/{_PATH}/?|{_OBJECTS}|{_HUB_MODEL}|{_ARTIFACT}{_TAG}",
-    "pvc://CLAIM/PATH, s3://BUCKET/PATH (or gs://, az://), hf://ORG/NAME or oci://REGISTRY/REPOSITORY:TAG",
+    "pvc://CLAIM/PATH, s3://BUCKET/PATH, gs://BUCKET/PATH, az://CONTAINER/PATH, hf://ORG/NAME or oci://REGISTRY/REPOSITORY:TAG",
 )
 _template, _template_rules = _address(
     f"{'|'.join(TEMPLATE_NAMES)}|{_CONFIG_MAP}", f"{', '.join(TEMPLATE_NAMES)} or configMap://NAME/KEY", paths=""

@@ -20,7 +20,7 @@ from devcluster.errors import ClusterError
 from devcluster.layout import from_environment
 from devcluster.processes import run
 from devcluster.product import ANY_MACHINE, SMALL_MACHINE
-from qlora_api.naming import JOB_LABEL, STEP_LABEL
+from qlora_api.naming import CLOUD_IDENTITY_LABEL, JOB_LABEL, STEP_LABEL
 from qlora_operator.cluster import RejectedError, connect
 from qlora_operator.settings import Settings, load_settings
 from tests.support.waiting import eventually
@@ -468,6 +468,43 @@ def test_the_jobs_of_a_namespaced_installation_get_their_policies_where_they_run
     assert "NetworkPolicy" not in {document["kind"] for document in helm.template()}
 
 
+def test_the_ports_of_the_proxy_and_of_each_store_are_open(helm: Helm) -> None:
+    profile = {
+        "googleStorage": {"endpoint": "http://gcs.example.org:4443"},
+        "azureStorage": {"account": "team", "endpoint": "https://blob.example.org:10000"},
+        "httpsProxy": "http://proxy.example.org:3128",
+    }
+    values: Object = {"namespaces": ["team-a"], "jobNetworkPolicies": {"enabled": True}}
+    objects = helm.template(values | {"profiles": {"default": profile}})
+    (policy,) = [one for one in objects if one["metadata"]["name"] == "qlora-operator-servers"]
+    servers = policy["spec"]["egress"][1]
+    assert {port["port"] for port in servers["ports"]} == {443, 4443, 10000, 3128}
+
+
+@pytest.mark.parametrize(
+    ("provider", "addresses"),
+    [
+        ("google", {"169.254.169.254/32", "169.254.169.252/32"}),
+        ("aws", {"169.254.170.23/32", "fd00:ec2::23/128"}),
+        ("azure", None),
+    ],
+)
+def test_only_pods_with_an_identity_reach_what_gives_its_credentials(
+    helm: Helm, provider: str, addresses: set[str] | None
+) -> None:
+    profile = {"cloudIdentity": {"provider": provider, "serviceAccountName": "qlora"}}
+    values: Object = {"namespaces": ["team-a"], "jobNetworkPolicies": {"enabled": True}}
+    objects = helm.template(values | {"profiles": {"default": {}, "cloud": profile}})
+    found = [one["spec"] for one in objects if one["metadata"]["name"] == f"qlora-operator-identity-{provider}"]
+    if addresses is None:
+        assert found == []
+        return
+    ((rule,),) = [spec["egress"] for spec in found]
+    assert {block["ipBlock"]["cidr"] for block in rule["to"]} == addresses
+    conditions = found[0]["podSelector"]["matchExpressions"]
+    assert {"key": CLOUD_IDENTITY_LABEL, "operator": "In", "values": [provider]} in conditions
+
+
 def test_a_changed_setting_restarts_the_operator(helm: Helm) -> None:
     def template(values: Mapping[str, Any]) -> Object:
         return dict(only(helm.template(values), "Deployment")["spec"]["template"])
@@ -507,6 +544,8 @@ def test_settings_that_fit_into_no_annotation_are_rejected_before_anything_is_in
         ({"profiles": {"default": {"device": "tpu"}}}, "/profiles/default/device"),
         ({"profiles": {"default": {"modelCache": {}}}}, "missing property 'claimName'"),
         ({"profiles": {"default": {"modelCache": {"claimName": "Models"}}}}, "/profiles/default/modelCache/claimName"),
+        ({"profiles": {"default": {"httpsProxy": "http://team:password@proxy:3128"}}}, "/profiles/default/httpsProxy"),
+        ({"profiles": {"default": {"cloudIdentity": {"provider": "oracle"}}}}, "/profiles/default/cloudIdentity"),
         ({"profiles": {"default": None}}, "missing property 'default'"),
         ({"profiles": {"A_100": {}}}, "A_100"),
         ({"namespaces": "team-a"}, "/namespaces"),

@@ -217,7 +217,7 @@ REJECTED = {
     ),
     "credentials of a mix without a bucket": (
         with_value(MIXED, "spec.dataset.mix", [{"source": "hf://a/b"}]),
-        "secretRef is for s3:// data",
+        "secretRef is for s3://, gs:// and az:// data",
     ),
     "another way with an overlap": (
         with_value(MINIMAL, "spec.dataset.eval", {"fraction": 0.1, "overlap": "ignore"}),
@@ -271,11 +271,11 @@ REJECTED = {
     ),
     "credentials of a hub's model": (
         with_value(MINIMAL, "spec.model.secretRef", {"name": "keys"}),
-        "secretRef is for s3:// and oci:// models: for an hf:// model set tokenSecretRef",
+        "secretRef is for s3://, gs://, az:// and oci:// models: for an hf:// model set tokenSecretRef",
     ),
     "credentials of an adapter on a volume": (
         with_value(MINIMAL, "spec.lora.from", {"source": "pvc://a/b", "secretRef": {"name": "keys"}}),
-        "secretRef is for s3://, hf:// and oci:// adapters",
+        "secretRef is for s3://, gs://, az://, hf:// and oci:// adapters",
     ),
     "bad sha256 of an adapter": (
         with_value(MINIMAL, "spec.lora.from", {"source": "pvc://a/b", "sha256": "abc"}),
@@ -283,11 +283,11 @@ REJECTED = {
     ),
     "an adapter in a ConfigMap": (
         with_value(MINIMAL, "spec.lora.from", {"source": "configMap://a/b"}),
-        "must be pvc://CLAIM/PATH, s3://BUCKET/PATH, hf://ORG/NAME (or @COMMIT)",
+        "must be pvc://CLAIM/PATH, s3://BUCKET/PATH, gs://BUCKET/PATH, az://CONTAINER/PATH, hf://ORG/NAME (or @COMMIT)",
     ),
     "a branch of an adapter": (
         with_value(MINIMAL, "spec.lora.from", {"source": "hf://org/adapter@main"}),
-        "must be pvc://CLAIM/PATH, s3://BUCKET/PATH, hf://ORG/NAME (or @COMMIT)",
+        "must be pvc://CLAIM/PATH, s3://BUCKET/PATH, gs://BUCKET/PATH, az://CONTAINER/PATH, hf://ORG/NAME (or @COMMIT)",
     ),
     "two initializations": (
         with_value(MINIMAL, "spec.lora", {"from": {"source": "pvc://a/b"}, "initialization": "loftq"}),
@@ -321,11 +321,11 @@ REJECTED = {
     "a job of another namespace": (with_value(MINIMAL, "spec.continues", "other/tune"), "spec.continues"),
     "credentials of data on a volume": (
         with_value(MINIMAL, "spec.dataset.secretRef", {"name": "keys"}),
-        "secretRef is for s3:// data",
+        "secretRef is for s3://, gs:// and az:// data",
     ),
     "credentials of the workspace": (
         with_value(MINIMAL, "spec.output", {"secretRef": {"name": "keys"}}),
-        "secretRef is for an s3://, hf:// or oci:// destination",
+        "secretRef is for an s3://, gs://, az://, hf:// or oci:// destination",
     ),
     "key of a Secret's own choice": (
         with_value(

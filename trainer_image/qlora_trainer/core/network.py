@@ -4,6 +4,8 @@ The libraries agree on a few environment variables, so these are set once, befor
 OpenSSL, httpx and the object stores' client, REQUESTS_CA_BUNDLE for requests, HTTPS_PROXY and NO_PROXY for all.
 """
 
+import os
+import re
 import ssl
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
@@ -20,6 +22,8 @@ NOT_TRUSTED = (
     "its certificate is from no authority that is trusted; ask the administrator to set caConfigMap of the profile"
 )
 """What to do about a server of a company's own certificate authority."""
+_REJECTED = "CERTIFICATE_VERIFY_FAILED"
+_TUNNEL = re.compile(r"(?:Tunnel connection failed|ProxyError): (\d{3} [A-Za-z ]{1,60})")
 _BUNDLE_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
 
 
@@ -99,6 +103,16 @@ def https_proxy(environment: Mapping[str, str]) -> Proxy | None:
         return None
     direct = environment.get("NO_PROXY") or environment.get("no_proxy") or ""
     return Proxy(url if "://" in url else f"http://{url}", tuple(direct.lower().replace(" ", "").split(",")))
+
+
+def trouble(url: str, error: str) -> str:
+    """What a client's error says about the way to the server at `url`, as the end of a sentence; empty if nothing."""
+    if _REJECTED in error:
+        return f": {NOT_TRUSTED}"
+    proxy, answer = https_proxy(os.environ), _TUNNEL.search(error)
+    if proxy is None or not proxy.serves(url):
+        return ""
+    return f", through the proxy ({answer[1].strip()})" if answer else ", through the proxy"
 
 
 def _is_at(host: str, entry: str) -> bool:

@@ -57,7 +57,7 @@ class Route:
         if _CERTIFICATE in error:
             return f": {NOT_TRUSTED}"
         if self._relay is not None and _TUNNEL in error:
-            return f" through the proxy of the profile ({self._relay.trouble})"
+            return f", through the proxy ({self._relay.trouble})"
         return ""
 
 
