@@ -84,7 +84,7 @@ def reasons_of_the_operator() -> set[str]:
     assert {"HostOutOfMemory", "DeadlineExceeded"} <= found
     # A state, not a trouble: `docs/concepts/life-of-a-job.md` has those.
     return found - {
-        "CleanedUp", "Done", "False", "Finished", "NotEnded", "NotFailed", "NotReached", "NotRunning", "Running",
+        "Announced", "CleanedUp", "Done", "False", "Finished", "NotEnded", "NotFailed", "NotReached", "NotRunning", "Running",
         "NotScheduled", "NotStalled", "NotSuspended", "Pending", "Preparing", "Progressing", "Publishing", "Queued",
         "Scheduled", "Started", "Succeeded", "Suspended", "Suspending", "TakenUp", "Training", "True", "Unknown",
     }  # fmt: skip
