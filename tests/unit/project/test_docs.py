@@ -84,9 +84,10 @@ def reasons_of_the_operator() -> set[str]:
     assert {"HostOutOfMemory", "DeadlineExceeded"} <= found
     # A state, not a trouble: `docs/concepts/life-of-a-job.md` has those.
     return found - {
-        "Announced", "CleanedUp", "Done", "False", "Finished", "NotEnded", "NotFailed", "NotReached", "NotRunning", "Running",
+        "CleanedUp", "Done", "False", "Finished", "NotEnded", "NotFailed", "NotReached", "NotRunning", "Running",
         "NotScheduled", "NotStalled", "NotSuspended", "Pending", "Preparing", "Progressing", "Publishing", "Queued",
         "Scheduled", "Started", "Succeeded", "Suspended", "Suspending", "TakenUp", "Training", "True", "Unknown",
+        "Announced",
     }  # fmt: skip
 
 
