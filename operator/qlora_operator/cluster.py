@@ -227,7 +227,7 @@ class Cluster:
         await self._request("POST", f"{_CORE}/namespaces/{namespace}/configmaps", body=manifest)
 
     async def patch_config_map(self, namespace: str, name: str, patch: Sequence[Object]) -> None:
-        """Apply a JSON Patch to a ConfigMap, whole or not at all. Raises RejectedError, also for a failed test."""
+        """Apply a JSON Patch to a ConfigMap, whole or not at all. A test of it that fails raises RejectedError."""
         path = f"{_CORE}/namespaces/{namespace}/configmaps/{name}"
         await self._request("PATCH", path, body=patch, content_type="application/json-patch+json")
 

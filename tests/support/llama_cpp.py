@@ -1,5 +1,6 @@
 """A real llama.cpp: a tiny model as a GGUF file that it loads, and what it computes with an adapter."""
 
+import importlib
 import json
 import os
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 import xllamacpp
+from gguf import LlamaFileType
 from torch import Tensor
 
 import qlora_trainer
@@ -27,9 +29,7 @@ def _write_base(model: Path, path: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"NO_LOCAL_GGUF": "1", "HF_HUB_OFFLINE": "1"}
     sys.path.insert(0, str(_CONVERTER))
-    import convert_hf_to_gguf as converter  # type: ignore[import-not-found]
-    from gguf import LlamaFileType
-
+    converter = importlib.import_module("convert_hf_to_gguf")
     settings: dict[str, Any] = converter.ModelBase.load_hparams(model, False)
     architecture = converter.get_model_architecture(settings, converter.ModelType.TEXT)
     kind = converter.ModelBase.from_model_architecture(architecture)
