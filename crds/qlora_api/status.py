@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from qlora_api.dataset import MAX_MIX_SOURCES
+from qlora_api.gguf import GgufStatus
 from qlora_api.group import GroupStatus
 from qlora_api.halving import MAX_RUNGS
 from qlora_api.profile import Profile
@@ -34,7 +35,7 @@ class Condition(ObservedModel):
     """One observation, as metav1.Condition.
 
     Types: Prepared, Trained, Succeeded, Failed, Suspended (the life of the job), Progressing (whether the running step
-    makes progress), Reconciling, Ready, Stalled (for tools that wait), CleanedUp.
+    makes progress), Reconciling, Ready, Stalled (for tools that wait), CleanedUp, Announced.
     """
 
     type: str = Field(max_length=64, description="What is observed.")
@@ -168,6 +169,7 @@ class ProgressStatus(ObservedModel):
         "", description='Progress for people, for example "42% 420/1000", or "stopped early 420/1000".'
     )
     remaining: ShortText = Field("", description='Time left for training, for example "1h12m".')
+    remaining_seconds: Count | None = Field(None, description="The same in seconds, for programs.")
     updated_at: Timestamp | None = Field(None, description="When the trainer reported this.")
 
 
@@ -338,6 +340,7 @@ class AdapterStatus(ObservedModel):
     initial_adapter: InitialAdapterStatus | None = Field(
         None, alias="from", description="The adapter of spec.lora.from; not set without one."
     )
+    gguf: GgufStatus | None = Field(None, description="Its GGUF file, if output.gguf is set.")
 
 
 class MergedStatus(ObservedModel):
@@ -372,6 +375,7 @@ class QLoRAJobStatus(ObservedModel):
         None, ge=-1, le=2**53, description="Generation of the spec that the status is about."
     )
     phase: Phase | None = Field(None, description="Summary of the conditions, for people.")
+    phase_since: Timestamp | None = Field(None, description="When the phase last changed.")
     conditions: tuple[Condition, ...] = Field(
         (),
         max_length=16,

@@ -20,6 +20,7 @@ from qlora_operator.decisions.usage import (
     used_seconds,
 )
 
+BUDGET_EXCEEDED = "BudgetExceeded"
 STEPS_OF_A_FORECAST = 10
 """Optimizer steps after whose pace the rest is forecast: the first are slower than the others."""
 _SECONDS = 3600
@@ -51,7 +52,7 @@ def enforce_budget(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     counted = count_usage(status, facts, until_now=True)
     if used_seconds(counted) < allowed:
         return status
-    reason = Reason("BudgetExceeded", _exceeded(counted, facts, allowed))
+    reason = Reason(BUDGET_EXCEEDED, _exceeded(counted, facts, allowed))
     failed = fail(counted, facts, failure_of(step.name, reason.word, reason.sentence, facts))
     return set_condition(failed, facts, "WithinBudget", "False", reason)
 
@@ -126,7 +127,7 @@ def _judged(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         return set_condition(status, facts, "WithinBudget", "True", Reason("WithinBudget", sentence))
     sentence = (
         f"the job is expected to take more than the {hours} GPU hours that it may use, as status.forecast shows: it "
-        f"would stop at a checkpoint with the reason BudgetExceeded; {_remedy(facts, status)}, or train on less"
+        f"would stop at a checkpoint with the reason {BUDGET_EXCEEDED}; {_remedy(facts, status)}, or train on less"
     )
     return set_condition(status, facts, "WithinBudget", "False", Reason("ForecastExceedsBudget", sentence))
 
