@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from qlora_api.dataset import MAX_MIX_SOURCES
+from qlora_api.gguf import GgufStatus
 from qlora_api.group import GroupStatus
 from qlora_api.halving import MAX_RUNGS
 from qlora_api.profile import Profile
@@ -34,7 +35,7 @@ class Condition(ObservedModel):
     """One observation, as metav1.Condition.
 
     Types: Prepared, Trained, Succeeded, Failed, Suspended (the life of the job), Progressing (whether the running step
-    makes progress), Reconciling, Ready, Stalled (for tools that wait), CleanedUp.
+    makes progress), Reconciling, Ready, Stalled (for tools that wait), CleanedUp, Announced.
     """
 
     type: str = Field(max_length=64, description="What is observed.")
@@ -339,6 +340,7 @@ class AdapterStatus(ObservedModel):
     initial_adapter: InitialAdapterStatus | None = Field(
         None, alias="from", description="The adapter of spec.lora.from; not set without one."
     )
+    gguf: GgufStatus | None = Field(None, description="Its GGUF file, if output.gguf is set.")
 
 
 class MergedStatus(ObservedModel):

@@ -6,6 +6,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from qlora_api.dataset import DatasetSpec
 from qlora_api.gate import GateSpec
+from qlora_api.gguf import gguf_rules, reject_unconvertible
 from qlora_api.group import GroupSpec, group_rules, reject_ungroupable
 from qlora_api.model_and_output import BaseModelSpec, OutputSpec
 from qlora_api.profile import DNS_LABEL, AccessMode, NodeSelector, ObjectName, Quantity, Tolerations
@@ -273,6 +274,7 @@ def _spec_rules(schema: dict[str, Any]) -> None:
                 f"spec.gate.score cannot be changed once the job exists, as training measures it: {_REMEDY}",
             ),
             *group_rules(),
+            *gguf_rules(),
             *immutable(QLoRAJobSpec, except_for=MUTABLE_FIELDS | {"resources"}, remedy=_REMEDY),
             *immutable(ResourcesSpec, except_for=frozenset({"memory"}), remedy=_REMEDY, path="resources."),
         )
@@ -395,6 +397,11 @@ class QLoRAJobSpec(ApiModel):
     @model_validator(mode="after")
     def _can_be_grouped(self) -> Self:
         reject_ungroupable(self)
+        return self
+
+    @model_validator(mode="after")
+    def _gguf_can_be_made(self) -> Self:
+        reject_unconvertible(self)
         return self
 
     @model_validator(mode="after")

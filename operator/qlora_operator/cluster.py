@@ -222,6 +222,15 @@ class Cluster:
         """Create a NetworkPolicy. Raises AlreadyExistsError and RejectedError as `create_service` does."""
         await self._request("POST", f"{_NETWORKING}/namespaces/{namespace}/networkpolicies", body=manifest)
 
+    async def create_config_map(self, namespace: str, manifest: Object) -> None:
+        """Create a ConfigMap. Raises AlreadyExistsError and RejectedError as `create_service` does."""
+        await self._request("POST", f"{_CORE}/namespaces/{namespace}/configmaps", body=manifest)
+
+    async def patch_config_map(self, namespace: str, name: str, patch: Sequence[Object]) -> None:
+        """Apply a JSON Patch to a ConfigMap, whole or not at all. A test of it that fails raises RejectedError."""
+        path = f"{_CORE}/namespaces/{namespace}/configmaps/{name}"
+        await self._request("PATCH", path, body=patch, content_type="application/json-patch+json")
+
     async def create_event(self, namespace: str, manifest: Object) -> None:
         """Create an Event. Raises AlreadyExistsError."""
         await self._request("POST", f"{_CORE}/namespaces/{namespace}/events", body=manifest)

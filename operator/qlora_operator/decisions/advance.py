@@ -135,7 +135,8 @@ def _names_all(record: ResultRecord, output: OutputSpec) -> bool:
     """Whether a result of publish reports everything that the job asks for."""
     merged = output.merged is None or record.merged is not None
     base = output.base is None or (record.base is not None and record.base.uri is not None)
-    return record.adapter is not None and merged and base
+    gguf = output.gguf is None or (record.adapter is not None and record.adapter.gguf is not None)
+    return record.adapter is not None and merged and base and gguf
 
 
 def _complete(status: QLoRAJobStatus, facts: Facts, record: ResultRecord) -> QLoRAJobStatus:

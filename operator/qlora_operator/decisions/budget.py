@@ -12,7 +12,13 @@ from qlora_operator.decisions.endings import fail, failure_of
 from qlora_operator.decisions.facts import Facts, set_condition
 from qlora_operator.decisions.group import trained_by
 from qlora_operator.decisions.observe import Observed, QLoRAJob, Reason
-from qlora_operator.decisions.usage import count_usage, gpus_at_a_time, gpus_of_a_pod, used_seconds
+from qlora_operator.decisions.usage import (
+    count_usage,
+    gpus_at_a_time,
+    gpus_of_a_pod,
+    uncounted_seconds,
+    used_seconds,
+)
 
 BUDGET_EXCEEDED = "BudgetExceeded"
 STEPS_OF_A_FORECAST = 10
@@ -41,6 +47,8 @@ def enforce_budget(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     if not gpus_of_a_pod(facts.job, status) or trained_by(status, facts):
         # The pod of another job goes on whatever becomes of this one.
         return status
+    if any(pod.exited_well for pod in facts.observed.pods_of(step.job_uid)):
+        return status  # the run is at its end, which its Job is about to say
     counted = count_usage(status, facts, until_now=True)
     if used_seconds(counted) < allowed:
         return status
@@ -50,15 +58,12 @@ def enforce_budget(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 
 
 def budget_at(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetime) -> datetime | None:
-    """When the pods that run will have used up the budget, at the latest; None if nothing runs or there is none."""
+    """When the pods that run now will have used up the budget; None if nothing runs or there is none."""
     allowed, gpus = allowed_seconds(job, status), gpus_at_a_time(job, status, observed.pods)
-    if allowed is None or not gpus or status.usage is None:
+    if allowed is None or not gpus:
         return None
-    counted = min((entry.seconds for entry in status.usage.pods if entry.end is None), default=0)
-    since = [entry.since for entry in status.usage.pods if entry.end is None]
-    uncounted = (now - datetime.fromisoformat(min(since))).total_seconds() - counted if since else 0.0
-    left = (allowed - used_seconds(status)) / gpus - uncounted
-    return now + timedelta(seconds=max(1.0, left))
+    left = allowed - used_seconds(status) - uncounted_seconds(job, status, observed.pods, now)
+    return now + timedelta(seconds=max(1.0, left / gpus))
 
 
 def forecast_of_work(status: QLoRAJobStatus, work: WorkStatus) -> QLoRAJobStatus:

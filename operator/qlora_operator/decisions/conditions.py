@@ -20,6 +20,7 @@ ConditionType = Literal[
     "Ready",
     "Stalled",
     "CleanedUp",
+    "Announced",
 ]
 Value = Literal["True", "False", "Unknown"]
 Status = QLoRAJobStatus | QLoRASweepStatus

@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 
 from qlora_api.naming import child_job_name
 from qlora_api.status import QLoRAJobStatus, StepName, StepStatus
+from qlora_operator.decisions.announcing import is_to_be_announced
 from qlora_operator.decisions.attempts import active_seconds
 from qlora_operator.decisions.blockers import no_pod_at, stuck_at, volumes_at
 from qlora_operator.decisions.budget import budget_at
@@ -67,7 +68,12 @@ class DeleteJob:
     uid: str
 
 
-Action = CreateClaim | ConnectNodes | CreateJob | DeleteJob
+@dataclass(frozen=True)
+class Announce:
+    """Write the adapter's entry for servers."""
+
+
+Action = CreateClaim | ConnectNodes | CreateJob | DeleteJob | Announce
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,8 @@ def is_settled(job: QLoRAJob, observed: Observed) -> bool:
         return False
     if is_to_be_taken_up(job):
         return False  # it waits for a place among the jobs of its profile
+    if is_to_be_announced(job, status):
+        return False
     if job.spec.group is not None and status.group is None:
         return False  # its group may be formed yet, which it is to note
     if still_counts(status, observed.pods):
@@ -248,6 +256,8 @@ def _share(uid: str) -> float:
 def _after_the_end(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetime) -> Iterator[Action]:
     cleaning = observed.child(clean_job_name(job))
     rest = tuple(child for child in observed.children if child != cleaning)
+    if is_to_be_announced(job, status):
+        yield Announce()
     yield from (_delete(child) for child in _running(observed) if child != cleaning)
     if is_true(status, "CleanedUp"):
         if cleaning is not None and is_true(job.status, "CleanedUp"):

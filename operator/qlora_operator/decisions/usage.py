@@ -9,7 +9,7 @@ it, and the others copy the entry from the leader's status.
 """
 
 from collections.abc import Iterable, Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from qlora_api.contract import ResultRecord
 from qlora_api.forecast import cost_text, hours_text
@@ -74,8 +74,20 @@ def used_seconds(status: QLoRAJobStatus) -> int:
 
 def gpus_at_a_time(job: QLoRAJob, status: QLoRAJobStatus, pods: Iterable[Pod]) -> float:
     """GPUs that the job has now; of those of a pod that trains several jobs, its part."""
-    listed = {entry.uid: entry.jobs for entry in status.usage.pods} if status.usage else {}
-    return sum(gpus_of_a_pod(job, status) / listed[pod.uid] for pod in pods if pod.uid in listed and not _is_over(pod))
+    return sum(gpus_of_a_pod(job, status) / entry.jobs for entry in _running(status, pods))
+
+
+def uncounted_seconds(job: QLoRAJob, status: QLoRAJobStatus, pods: Iterable[Pod], now: datetime) -> float:
+    """GPU seconds that its pods which run have had since they were last counted."""
+    gpus = gpus_of_a_pod(job, status)
+    since = ((now - _last_counted(entry)).total_seconds() / entry.jobs for entry in _running(status, pods))
+    return gpus * sum(since)
+
+
+def _running(status: QLoRAJobStatus, pods: Iterable[Pod]) -> list[PodUsage]:
+    """The entries of the pods that have their GPUs."""
+    running = {pod.uid for pod in pods if not _is_over(pod)}
+    return [entry for entry in (status.usage.pods if status.usage else ()) if entry.uid in running]
 
 
 def still_counts(status: QLoRAJobStatus, pods: Iterable[Pod]) -> bool:
@@ -161,7 +173,7 @@ def _advanced(entry: PodUsage, pod: Pod, status: QLoRAJobStatus, facts: Facts) -
         entry = entry.model_copy(update={"from_step": record.training_step})
     over = _is_over(pod)
     until = facts.now if not over else _ended_at(entry, pod, facts.now)
-    seconds = max(entry.seconds, int((until - parse_time(entry.since)).total_seconds()))
+    seconds = max(0, int((until - parse_time(entry.since)).total_seconds()))
     entry = entry.model_copy(update={"seconds": seconds, "trained_since": trained_since})
     return _with_end(entry, _end_of(pod, facts), status, result) if over else _with_startup(entry)
 
@@ -176,12 +188,12 @@ def _reports_on(reporting: str, pod: Pod, facts: Facts) -> bool:
 def _ended_at(entry: PodUsage, pod: Pod, now: datetime) -> datetime:
     if pod.termination is not None and pod.termination.finished is not None:
         return pod.termination.finished
-    return min(now, pod.deletion_requested or now, _last_seen(entry) + LONGEST_WITHOUT_NEWS)
+    return min(now, pod.deletion_requested or now, _last_counted(entry) + LONGEST_WITHOUT_NEWS)
 
 
-def _last_seen(entry: PodUsage) -> datetime:
-    since = parse_time(entry.since)
-    return since.fromtimestamp(since.timestamp() + entry.seconds, since.tzinfo)
+def _last_counted(entry: PodUsage) -> datetime:
+    """Until when its seconds are counted."""
+    return parse_time(entry.since) + timedelta(seconds=entry.seconds)
 
 
 def _end_of(pod: Pod, facts: Facts) -> PodEnd:
@@ -199,7 +211,7 @@ def _with_startup(entry: PodUsage) -> PodUsage:
     if entry.trained_since is None:
         return entry
     startup = int((parse_time(entry.trained_since) - parse_time(entry.since)).total_seconds())
-    return entry.model_copy(update={"startup_seconds": min(entry.seconds, max(entry.startup_seconds, startup))})
+    return entry.model_copy(update={"startup_seconds": min(entry.seconds, max(0, startup))})
 
 
 def _with_end(entry: PodUsage, end: PodEnd, status: QLoRAJobStatus, result: ResultRecord | None) -> PodUsage:
@@ -213,7 +225,7 @@ def _with_end(entry: PodUsage, end: PodEnd, status: QLoRAJobStatus, result: Resu
     kept_until = max(filter(None, (entry.trained_since, saved)), key=parse_time, default=entry.since)
     kept = int((parse_time(kept_until) - parse_time(entry.since)).total_seconds())
     lost = entry.seconds - min(entry.seconds, max(kept, entry.startup_seconds))
-    return entry.model_copy(update={"lost_seconds": max(entry.lost_seconds, lost)})
+    return entry.model_copy(update={"lost_seconds": lost})
 
 
 def _vanished(status: QLoRAJobStatus, facts: Facts, before: UsageStatus) -> Iterator[PodUsage]:
@@ -222,12 +234,12 @@ def _vanished(status: QLoRAJobStatus, facts: Facts, before: UsageStatus) -> Iter
     for entry in before.pods:
         if entry.uid in there or entry.end is not None or not entry.name.startswith(own):
             continue
-        seen, step = _last_seen(entry), facts.job.status.step
+        seen, step = _last_counted(entry), facts.job.status.step
         if step is not None and step.running_pod == entry.uid and step.progressed_at is not None:
             seen = max(seen, parse_time(step.progressed_at))
         later = [pod.created for pod in facts.observed.pods if pod.created > seen]
         until = min(facts.now, seen + LONGEST_WITHOUT_NEWS, *later)
-        seconds = max(entry.seconds, int((until - parse_time(entry.since)).total_seconds()))
+        seconds = max(0, int((until - parse_time(entry.since)).total_seconds()))
         jobs = (child for child in facts.observed.children if f"{entry.name}-".startswith(f"{child.name}-"))
         on_purpose = is_stopped_on_purpose(next(jobs, None), facts.job)
         end: PodEnd = "suspension" if on_purpose else "disruption"

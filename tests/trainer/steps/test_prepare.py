@@ -417,11 +417,18 @@ def test_the_command_line_reports_what_was_prepared(
 ) -> None:
     code, result = run(make_context(), tmp_path, tiny_llama)
     assert (code, result["outcome"], result["dataset"]["usedRows"]) == (0, "succeeded", 20)
-    # Three passes of two operations for each weight and token: forward, backward, and forward again.
-    work = result["work"]
-    assert work["flops"] == 6 * work["parameters"] * work["tokens"]
-    assert work["tokens"] == result["dataset"]["tokens"] * make_context().spec.training.epochs
     assert result["modelRevision"].startswith("sha256:")
+
+
+@pytest.mark.usefixtures("rows")
+def test_the_result_says_how_much_there_is_to_compute(make_context: MakeContext, records: Recorded) -> None:
+    record = prepare(make_context({"training": {"maxSteps": None, "epochs": 3}}), records)
+    assert record.work is not None
+    # Every token is trained on three times.
+    assert record.work.parameters > 10_000
+    assert record.work.tokens == 3 * record.dataset.tokens
+    # Three passes of two operations for each weight and token: forward, backward, and forward again.
+    assert record.work.flops == 6 * record.work.parameters * record.work.tokens
 
 
 @pytest.mark.usefixtures("rows")

@@ -104,6 +104,7 @@ def reasons_of_the_operator() -> set[str]:
         "CleanedUp", "Done", "False", "Finished", "NotEnded", "NotFailed", "NotReached", "NotRunning", "Running",
         "NotScheduled", "NotStalled", "NotSuspended", "Pending", "Preparing", "Progressing", "Publishing", "Queued",
         "Scheduled", "Started", "Succeeded", "Suspended", "Suspending", "TakenUp", "Training", "True", "Unknown",
+        "WithinBudget", "Announced",
     }  # fmt: skip
 
 

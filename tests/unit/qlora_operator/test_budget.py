@@ -25,6 +25,7 @@ from tests.support.builders import (
     follow,
     make_job,
     message_of,
+    node,
     pod,
     progress,
     reason_of,
@@ -167,6 +168,26 @@ def test_what_is_trained_is_published_whatever_it_has_cost() -> None:
     body = pod("publish")
     status = follow(make_job(status_with("publish", usage=spent), budget={"gpuHours": 1}), child("publish"), body)
     assert status.phase == "Publishing"
+
+
+def test_a_run_that_has_just_ended_is_not_stopped_by_its_budget() -> None:
+    job, body = make_job(seen_running(), budget={"gpuHours": 1}), pod("train")
+    done = ended(body, 0, result(body, "train", **FACTS["train"]), start=-3600, end=60)
+    assert follow(job, child("train"), done, now=after(61)).phase == "Training"
+    assert follow(job, child("train", Complete="Done"), done, now=after(62)).phase == "Publishing"
+
+
+def test_the_budget_of_several_nodes_is_used_up_by_all_of_them() -> None:
+    spec: dict[str, Any] = {"budget": {"gpuHours": 1}, "resources": {"gpus": 2, "nodes": 2}}
+    pods = child("train"), running(node(0), since=-600), running(node(1), since=-300)
+    stored = make_job(follow(make_job(status_with("train"), **spec), *pods), **spec)
+    assert stored.status.usage is not None
+    assert stored.status.usage.gpu_seconds == 2 * 900
+    # 1800 of 3600 GPU seconds are left at NOW, and both nodes have 4 GPUs.
+    for at in (0, 300):
+        planned = plan(stored, follow(stored, *pods, now=after(at)), seen(*pods), after(at))
+        assert planned.look_again == after(450)
+    assert reason_of(follow(stored, *pods, now=after(450))) == "BudgetExceeded"
 
 
 def test_the_profile_limits_a_job_that_has_no_budget_of_its_own() -> None:

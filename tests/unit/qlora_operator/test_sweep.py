@@ -398,7 +398,7 @@ def test_a_sweep_of_another_release_is_said_to_be_unreadable() -> None:
 
 
 def test_the_gpu_time_of_all_cells_is_added_up_and_stays_when_one_is_deleted() -> None:
-    used = {"gpu_seconds": 3600, "lost_gpu_seconds": 60, "cost": "2.50 EUR"}
+    used: dict[str, Any] = {"gpu_seconds": 3600, "lost_gpu_seconds": 60, "cost": "2.50 EUR"}
     first = status_of(make(), done(0, 1.5, **used), cell(1, **used))
     assert first.usage is not None
     assert (first.usage.gpu_seconds, first.usage.gpu_hours, first.usage.lost_gpu_seconds) == (7200, "2.00", 120)

@@ -62,6 +62,9 @@ def test_what_is_in_no_checkpoint_is_lost() -> None:
 def test_the_report_says_what_each_attempt_took_and_cost() -> None:
     shown = resources_used(four_attempts(), "cuda")
     assert shown.summary.startswith("0.46 GPU hours: 4 attempts on 2 GPUs, 13m50s in all.")
+    priced = resources_used(four_attempts(), "cuda", "2.50 EUR").summary
+    assert priced.startswith("0.46 GPU hours (1.15 EUR): 4 attempts on 2 GPUs")
+    assert priced.endswith("an interruption has undone (0.18 EUR).")
     assert "2m50s went into loading, and 2m11s into work that an interruption has undone" in shown.summary
     assert [row[1:] for row in shown.rows][:2] == [
         ("10m0s", "1m40s", "0", "killed", "1m40s"),

@@ -86,7 +86,7 @@ def _page(
         judged_on="" if job.gate is None else judged_on(job.gate),
         loss=loss_chart(history, job.trained.kept_step),
         charts=_charts(history, device, job.prepared.memory),
-        resources=job.trained.usage and resources_used(job.trained.usage, device),
+        resources=job.trained.usage and resources_used(job.trained.usage, device, job.gpu_hour_price),
         settings=_settings(job),
         data={**_data(job.spec.dataset, job.prepared.dataset, statistics), **_turns(job)},
         mix=_mix(statistics),

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qlora_api.duration import format_duration
+from qlora_api.forecast import cost_text, hours_text
 from qlora_api.status import MemoryStatus
 from qlora_trainer.core.completion import AttemptUsage, RunUsage
 from qlora_trainer.core.context import Device
@@ -20,18 +21,25 @@ class Resources:
     """A row for each attempt: when it started, for how long it ran, and so on, as the table's head says."""
 
 
-def resources_used(usage: RunUsage, device: Device) -> Resources:
-    """The section for that usage. `device`: what training ran on."""
+def resources_used(usage: RunUsage, device: Device, price: str = "") -> Resources:
+    """The section for that usage. `device`: what training ran on. `price`: of a GPU hour, such as `2.50 EUR`."""
     what = "GPU" if device == "cuda" else "processor"
     each = f"{usage.gpus} {what}{'' if usage.gpus == 1 else 's'}"
-    hours = usage.seconds * usage.gpus / 3600
+    used = usage.seconds * usage.gpus
+    cost, lost = (_cost(seconds, price) for seconds in (used, usage.lost_seconds * usage.gpus))
     attempts = "1 attempt" if usage.count == 1 else f"{usage.count} attempts"
     summary = (
-        f"{hours:,.2f} {what} hours: {attempts} on {each}, {_duration(usage.seconds)} in all. Of that, "
+        f"{hours_text(used)} {what} hours{cost}: {attempts} on {each}, {_duration(usage.seconds)} in all. Of that, "
         f"{_duration(usage.startup_seconds)} went into loading, and {_duration(usage.lost_seconds)} into work that an "
-        "interruption has undone."
+        f"interruption has undone{lost}."
     )
     return Resources(summary, [_row(attempt) for attempt in usage.attempts])
+
+
+def _cost(seconds: float, price: str) -> str:
+    """In parentheses, after a blank; empty without a price."""
+    amount, _, currency = price.partition(" ")
+    return f" ({cost_text(seconds, amount, currency)})" if currency else ""
 
 
 def _row(attempt: AttemptUsage) -> Sequence[str]:

@@ -48,6 +48,7 @@ from qlora_trainer.model.initial_adapter import InitialAdapter, get_initial_adap
 from qlora_trainer.model.memory_fit import MemoryFit
 from qlora_trainer.model.source import CONFIG, tokenizer_digests
 from qlora_trainer.publishing.addresses import check_destination
+from qlora_trainer.publishing.gguf import require_convertible
 from qlora_trainer.publishing.manifest import SHARED_BASE, Publisher, base_publisher
 from qlora_trainer.report.serving import warn_if_not_served
 from qlora_trainer.report.trackers import require_installed
@@ -223,6 +224,9 @@ def _admit(folder: Path, context: StepContext, records: RecordWriter, say: Calla
     model = check_model(folder, spec.lora, training)
     model.family.require_whole_and_unmerged(training, spec.output)
     warn_if_not_served(spec)
+    if spec.output.gguf is not None:
+        scratch = context.workspace.root / "gguf"
+        require_convertible(folder, model.family.target_modules, spec.lora, spec.output.gguf, scratch)
     say("measuring the memory that training needs")
     rows_apart = model.family.keeps_rows_apart(training.max_sequence_length)
     memory = MemoryFit.of(
