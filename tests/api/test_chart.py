@@ -36,8 +36,15 @@ SERVICE_ACCOUNT = f"system:serviceaccount:{NAMESPACE}:{RELEASE}"
 Object = dict[str, Any]
 
 EVERYTHING_OPTIONAL = {
-    "metrics": {"serviceMonitor": {"enabled": True, "interval": "30s", "labels": {"release": "prometheus"}}},
-    "networkPolicy": {"enabled": True, "apiServerCIDRs": ["10.0.0.1/32"]},
+    "metrics": {
+        "serviceMonitor": {"enabled": True, "interval": "30s", "labels": {"release": "prometheus"}},
+        "dashboards": {"enabled": True},
+    },
+    "networkPolicy": {
+        "enabled": True,
+        "apiServerCIDRs": ["10.0.0.1/32"],
+        "metricsFrom": [{"podSelector": {"matchLabels": {"app.kubernetes.io/name": "prometheus"}}}],
+    },
     "jobNetworkPolicies": {"enabled": True, "namespaces": [NAMESPACE], "ports": [3128]},
     "imagePullSecrets": ["registry"],
     "priorityClassName": "system-cluster-critical",
