@@ -20,7 +20,7 @@ API = (
     ),
     Mutant(
         name="a-status-may-have-numbers-that-json-has-not",
-        file=f"{_CONTRACT}/status.py",
+        file=f"{_CONTRACT}/status_types.py",
         old="Field(allow_inf_nan=False)",
         new="Field(allow_inf_nan=True)",
         tests=(
