@@ -7,8 +7,8 @@ from pydantic import Field
 from qlora_api.schema import ApiModel, ObservedModel
 from qlora_api.status_types import Count, Share, ShortText, Timestamp
 
-MAX_COUNTED_PODS = 160
-"""As many as `decisions.usage` keeps of a job with the most nodes, and some more."""
+MAX_COUNTED_PODS = 256
+"""More than the operator lists of a job with the most nodes (`decisions/usage.py`)."""
 LossCause = Literal["startup", "disruption", "failure", "suspension"]
 PodEnd = Literal["completed", "disruption", "failure", "suspension"]
 GpuHours = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
@@ -28,7 +28,9 @@ class BudgetSpec(ApiModel):
 class LostGpuSeconds(ObservedModel):
     """GPU seconds that are in no checkpoint, by what they were lost to. Each second counts once."""
 
-    startup: Count = Field(0, description="From when a pod had its GPUs until it began to train.")
+    startup: Count = Field(
+        0, description="From when a pod had its GPUs until it began to train, or had waited for other nodes in vain."
+    )
     disruption: Count = Field(
         0,
         description="Since its last checkpoint, or all of it if it had not begun to train, of a pod that was evicted, "

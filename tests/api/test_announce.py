@@ -101,7 +101,7 @@ def test_a_config_map_of_somebody_else_is_left_alone_and_the_job_succeeds_all_th
 ) -> None:
     async def scenario(api: Api) -> None:
         authorities = {"ca.crt": "-----BEGIN CERTIFICATE-----"}
-        await api.create(CONFIG_MAPS, config_map("kube-root-ca.crt") | {"data": authorities})
+        await api.create(CONFIG_MAPS, {**config_map("kube-root-ca.crt"), "data": authorities})
         assert await succeed(api, "hostile", "kube-root-ca.crt") == 5, "tried again later"
         assert await data_of(api, "kube-root-ca.crt") == authorities
         found = await condition(api, "hostile")

@@ -34,7 +34,7 @@ def _write_base(model: Path, path: Path) -> None:
     architecture = converter.get_model_architecture(settings, converter.ModelType.TEXT)
     kind = converter.ModelBase.from_model_architecture(architecture)
 
-    class WithPlainVocabulary(kind):  # type: ignore[misc]
+    class WithPlainVocabulary(kind):  # type: ignore[misc, valid-type]
         model_arch = kind.model_arch
 
         def set_vocab(self) -> None:

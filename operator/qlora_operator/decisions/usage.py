@@ -23,8 +23,8 @@ from qlora_operator.decisions.observe import Pod, QLoRAJob, format_time, parse_t
 
 _KEPT_PODS = 8
 """Pods that have ended and are still listed; of several nodes, so many more as an attempt has pods."""
-_MOST_PODS = 128
-"""Pods that have not ended and are listed. Somebody may make thousands that look like those of the Job."""
+_MOST_PODS = 88
+"""Own pods that have not ended and are listed. Somebody may make thousands that look like those of the Job."""
 _SEEN_AFTER = 60
 """Seconds for which a pod has its GPUs before it is listed, if its trainer does not run until then."""
 
@@ -175,6 +175,9 @@ def _advanced(entry: PodUsage, pod: Pod, status: QLoRAJobStatus, facts: Facts) -
     until = facts.now if not over else _ended_at(entry, pod, facts.now)
     seconds = max(0, int((until - parse_time(entry.since)).total_seconds()))
     entry = entry.model_copy(update={"seconds": seconds, "trained_since": trained_since})
+    if pod.missed_peers:
+        # Of several nodes, it has waited for the others in vain.
+        return entry.model_copy(update={"startup_seconds": seconds, "end": entry.end or "disruption"})
     return _with_end(entry, _end_of(pod, facts), status, result) if over else _with_startup(entry)
 
 
@@ -186,8 +189,11 @@ def _reports_on(reporting: str, pod: Pod, facts: Facts) -> bool:
 
 
 def _ended_at(entry: PodUsage, pod: Pod, now: datetime) -> datetime:
+    """When the pod has ended, at the latest: of one that the kubelet evicts, it may not say."""
     if pod.termination is not None and pod.termination.finished is not None:
         return pod.termination.finished
+    if entry.end is not None:
+        return _last_counted(entry)  # decided when it was first seen
     return min(now, pod.deletion_requested or now, _last_counted(entry) + LONGEST_WITHOUT_NEWS)
 
 
@@ -200,7 +206,7 @@ def _end_of(pod: Pod, facts: Facts) -> PodEnd:
     """How a pod has ended, for the bill: that it was stopped on purpose is no disruption."""
     if pod.exited_well:
         return "completed"
-    if pod.interrupted or pod.lost_peer or pod.missed_peers:
+    if pod.interrupted or pod.lost_peer:
         child = next((child for child in facts.observed.children if child.uid == pod.owner_uid), None)
         resumed = child is not None and child.resumed is not None and pod.stopped_by(child.resumed)
         return "suspension" if resumed or is_stopped_on_purpose(child, facts.job) else "disruption"
@@ -219,7 +225,7 @@ def _with_end(entry: PodUsage, end: PodEnd, status: QLoRAJobStatus, result: Resu
     entry = _with_startup(entry).model_copy(update={"end": entry.end or end})
     if end == "completed":
         return entry
-    if result is not None and result.outcome == "interrupted" and result.training_step:
+    if entry.trained_since is not None and result is not None and result.outcome == "interrupted":
         return entry  # it has saved a checkpoint before it ended
     saved = status.checkpoint.saved_at if status.checkpoint is not None else None
     kept_until = max(filter(None, (entry.trained_since, saved)), key=parse_time, default=entry.since)

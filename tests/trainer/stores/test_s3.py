@@ -23,7 +23,7 @@ from qlora_trainer.data.files import DataFiles
 from qlora_trainer.data.hub_splits import training_part
 from qlora_trainer.data.locate import DataAccess, find_data
 from qlora_trainer.steps.prepare import prepare
-from qlora_trainer.stores import object_client
+from qlora_trainer.stores import bucket as store_settings
 from qlora_trainer.stores.objects import ObjectFolder, StoredObject
 from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
 from tests.support.four_bit import large_weights, require_made_of
@@ -226,7 +226,7 @@ def test_data_for_training_and_evaluation_are_read(
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tries follow each other at once."""
     soon = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=2), "base": 2}
-    monkeypatch.setattr(object_client, "RETRY", {**object_client.RETRY, "backoff": soon})
+    monkeypatch.setattr(store_settings, "RETRY", {**store_settings.RETRY, "backoff": soon})
 
 
 def answering(status: int, code: str, **headers: str) -> Fault:
@@ -414,7 +414,7 @@ def test_a_download_goes_on_where_it_was_cut_off(
 def test_a_transfer_that_stalls_is_given_up_and_taken_up_again(
     make_context: MakeContext, records: Recorded, store: FaultProxy, large: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(object_client, "STALLED", timedelta(milliseconds=200))
+    monkeypatch.setattr(store_settings, "STALLED", timedelta(milliseconds=200))
     stalls = iter([Fault(cut=9 * 10**6, stall=True)])
     store.rule = lambda request: next(stalls, None) if of_weights(request) else None
     context = make_context(MODEL)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlora_api.contract import ExitCode
 from qlora_api.status import QLoRAJobStatus
 from qlora_api.usage import UsageStatus
 from qlora_operator.decisions.members import GroupFacts, member_of
@@ -113,6 +114,12 @@ def interrupted(code: int = 143, **record: Any) -> dict[str, Any]:
     return ended(body, code, result(body, "train", code, **record), start=-90, end=20)
 
 
+def evicted(body: dict[str, Any]) -> dict[str, Any]:
+    known = {"type": "DisruptionTarget", "status": "True", "reason": "TerminationByKubelet"}
+    conditions = [*body["status"]["conditions"], known]
+    return body | {"status": body["status"] | {"phase": "Failed", "reason": "Evicted", "conditions": conditions}}
+
+
 @pytest.mark.parametrize(
     ("bodies", "spec", "expected"),
     [
@@ -123,6 +130,8 @@ def interrupted(code: int = 143, **record: Any) -> dict[str, Any]:
         ([child("train"), deleted(interrupted(training_step=6), 10)], {}, {}),
         ([deleted(interrupted(training_step=6), 10)], {"suspend": True}, {}),
         ([deleted(ended(train_pod(), 137, start=-90, end=20), 10)], {"suspend": True}, {"suspension": 100}),
+        # The kubelet evicts it, and does not say when the trainer has ended.
+        ([child("train"), evicted(train_pod())], {}, {"disruption": 100}),
         # It vanishes with its node: it was last heard of at 0.
         ([child("train")], {}, {"disruption": 100}),
     ],
@@ -138,10 +147,26 @@ def test_what_is_in_no_checkpoint_is_lost_to_what_ended_the_pod(
     assert again.usage == status.usage
 
 
-def test_a_pod_that_never_trained_is_lost_as_a_whole() -> None:
-    stored = follow(make_job(status_in("train"), **SPEC), child("train"), running(train_pod(), since=-90))
-    status = then(stored, child("train"), deleted(ended(train_pod(), 137, start=-90, end=20), 10), at=20)
+@pytest.mark.parametrize(
+    "last",
+    [
+        ended(train_pod(), 137, start=-90, end=20),
+        # It was asked to stop while it loaded, with a checkpoint of an earlier pod.
+        ended(train_pod(), 143, result(train_pod(), "train", 143, training_step=4), start=-90, end=20),
+    ],
+)
+def test_a_pod_that_never_trained_is_lost_as_a_whole(last: dict[str, Any]) -> None:
+    before = status_in("train", checkpoint={"step": 4, "savedAt": time(-200)})
+    stored = follow(make_job(before, **SPEC), child("train"), running(train_pod(), since=-90))
+    status = then(stored, child("train"), deleted(last, 10), at=20)
     assert lost(status) == {"disruption": 240}
+
+
+def test_a_node_that_waits_for_others_in_vain_has_only_started() -> None:
+    nodes: dict[str, Any] = {"resources": {"nodes": 2}}
+    waited = ended(scheduled(node(0), -100), int(ExitCode.PEERS_MISSING), start=-90, end=0)
+    status = follow(make_job(status_in("train"), **nodes), child("train", Failed="BackoffLimitExceeded"), waited)
+    assert lost(status) == {"startup": 100}
 
 
 def test_a_pod_that_vanishes_while_nobody_looks_is_not_charged_for_days() -> None:
@@ -166,6 +191,15 @@ def test_pods_that_others_have_made_do_not_count() -> None:
     stranger = stranger | {"metadata": stranger["metadata"] | {"ownerReferences": [owner]}}
     status = follow(make_job(status_in("train"), **SPEC), child("train"), stranger)
     assert status.usage is None
+
+
+def test_a_status_has_room_for_whatever_looks_like_a_pod_of_the_job() -> None:
+    crowd = [running(train_pod(number), since=-90) for number in range(400)]
+    status = follow(make_job(status_in("train"), **SPEC), child("train"), *crowd)
+    later = [ended(train_pod(number), 203, start=-90, end=20) for number in range(400)]
+    for at in (30, 40, 50):
+        status = QLoRAJobStatus.model_validate(then(status, child("train"), *later, at=at).dump())
+    assert len(usage_of(status).pods) <= 256
 
 
 def test_a_failed_job_counts_its_pod_until_that_has_stopped() -> None:

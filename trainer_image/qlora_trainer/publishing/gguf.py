@@ -25,15 +25,18 @@ from transformers import AutoConfig
 import qlora_trainer
 from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_api.gguf import GgufSpec, GgufStatus
+from qlora_api.printable import one_line, shortened
 from qlora_api.training import LoraSpec
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, GGUF_FILE
 from qlora_trainer.core.filesystem import file_sha256, require_space, scratch_folder
 from qlora_trainer.model.adapter_shapes import B_SUFFIX, expected_tensors
-from qlora_trainer.model.dry_run.limited import DryRunFailed, within_limits
+from qlora_trainer.model.dry_run.limited import DryRunFailed, LimitReached, is_out_of_memory, within_limits
 from qlora_trainer.model.source import CONFIG
 from qlora_trainer.model.text_part import text_part
 from qlora_trainer.report.trained_job import TrainedJob
+
+logger = logging.getLogger(__name__)
 
 _CONVERTER = Path(qlora_trainer.__file__).parent / "llama_cpp" / "convert_lora_to_gguf.py"
 _SECONDS = 1800
@@ -67,11 +70,14 @@ def require_convertible(
         try:
             within_limits(_write_zeros, (model_folder, target_modules, lora, adapter), what="an adapter of zeros")
             _convert(adapter, model_folder / CONFIG, lora.model_copy(update={"rank": 1}), gguf, folder / "trial")
-        except (DryRunFailed, NotConvertible) as failure:
+        except (LimitReached, NotConvertible) as failure:
             raise bad_configuration(
                 f"spec.output.gguf: llama.cpp's converter does not convert adapters of this model: {failure}; remove "
                 "output.gguf, or choose a model of another family"
             ) from failure
+        except DryRunFailed as failure:
+            # Not the model's fault as far as is known: somebody has ended the process.
+            raise StepFailure(ExitCode.INTERNAL_ERROR, f"spec.output.gguf: {failure}") from failure
 
 
 @contextmanager
@@ -147,10 +153,24 @@ def _run_converter(adapter: Path, arguments: tuple[str, ...]) -> str | NotConver
     try:
         runpy.run_path(str(_CONVERTER), run_name="__main__")
     except SystemExit as end:
-        return NotConvertible(said.text or f"it has ended with exit code {end.code}")
+        return NotConvertible(_shortened(said.text) or f"it has ended with exit code {end.code}")
     except NotImplementedError as error:
-        return NotConvertible(str(error) or "it changes the form of a layer in a way that no adapter can follow")
+        return NotConvertible(
+            _shortened(str(error)) or "it changes the form of a layer in a way that no adapter can follow"
+        )
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        logger.info("the converter failed", exc_info=True)
+        return NotConvertible(f"{type(error).__name__}: {_shortened(str(error))}")
     return _architecture_of(adapter.with_name(GGUF_FILE), adapter / ADAPTER_FILE)
+
+
+def _shortened(text: str) -> str:
+    """A text that may have names from a stranger's config.json, as a record can have it."""
+    return shortened(one_line(text), 300)
 
 
 class _Errors(logging.Handler):
