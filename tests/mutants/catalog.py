@@ -867,6 +867,29 @@ OPERATOR = (
         ),
     ),
     Mutant(
+        name="the-series-of-a-job-stay-when-it-has-ended",
+        file=f"{_DECISIONS}/shown.py",
+        old="return self.phase in RUNNING",
+        new="return True",
+        tests=(f"{_OPERATOR_TESTS}/test_metrics.py::test_the_series_of_a_job_end_when_it_no_longer_runs",),
+    ),
+    Mutant(
+        name="a-pod-invents-labels-of-metrics",
+        file=f"{_DECISIONS}/failure_reasons.py",
+        old="return reason if reason in FAILURE_REASONS else OTHER",
+        new="return reason",
+        tests=(f"{_OPERATOR_TESTS}/test_metrics.py::test_what_a_tenant_writes_makes_no_series",),
+    ),
+    Mutant(
+        name="the-time-in-a-phase-begins-anew-with-each-write",
+        file=f"{_DECISIONS}/summary.py",
+        old="stored.phase_since if phase == stored.phase else format_time(facts.now)",
+        new="format_time(facts.now)",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_write_that_changes_the_phase_says_since_when_and_measures_the_phase_before",
+        ),
+    ),
+    Mutant(
         name="jobs-of-one-name-are-counted-as-one",
         file=f"{_OPERATOR}/job_metrics.py",
         old="        self._jobs.setdefault(key, {})[uid] = job\n",
