@@ -24,6 +24,7 @@ from qlora_api.status import (
     StepName,
     Timestamp,
 )
+from qlora_api.tracking import TrackingStatus
 
 CONTRACT_VERSION = 4
 """Raised by a release whose operator and trainer expect something new of each other.
@@ -52,6 +53,8 @@ MODEL_CACHE_MOUNT = PurePosixPath("/model-cache")
 TOKEN_FILE = PurePosixPath("/secrets/model/token")
 # In it a folder for each part of the spec whose secretRef a step may read, with a file for each key.
 CREDENTIALS_MOUNT = PurePosixPath("/credentials")
+SIGNING_KEY_FILE = PurePosixPath("/secrets/signing/private.pem")
+"""Only publish has it."""
 CONTINUED_MOUNT = PurePosixPath("/continued")
 """The workspace folder of the job that spec.continues names; only prepare has it, and cannot write to it."""
 
@@ -61,6 +64,11 @@ ENV_CONTRACT_VERSION = "QLORA_CONTRACT_VERSION"
 ENV_DEVICE = "QLORA_DEVICE"
 ENV_OUTPUT_CLAIM = "QLORA_WORKSPACE_CLAIM"
 ENV_REGISTRIES = "QLORA_REGISTRIES"
+ENV_MLFLOW_SERVER = "QLORA_MLFLOW_SERVER"
+ENV_WANDB_SERVER = "QLORA_WANDB_SERVER"
+"""Servers of trackers, to which publish uploads. Not the tools' own variables, by which train would log to a server."""
+ENV_IMAGE = "QLORA_IMAGE"
+"""The trainer's image as the profile names it, for the lineage."""
 ENV_MODEL_CACHE = "QLORA_MODEL_CACHE"
 ENV_SWEEP_FOLDER = "QLORA_SWEEP_FOLDER"
 """The folder that the cells of a sweep share: prepare keeps tokenized rows there, and publish, or train of a cell that
@@ -69,6 +77,8 @@ ENV_RUNGS = "QLORA_RUNGS"
 """Optimizer steps after which a sweep compares its cells, separated by commas: train reports the losses there."""
 ENV_GROUP_SIZE = "QLORA_GROUP_SIZE"
 """How many jobs are trained together with the job, itself included: prepare reports what of its memory they share."""
+REPORT_FILE = "report.html"
+"""The page of a run, beside the adapter and in the workspace."""
 SWEEP_REPORT = "report.html"
 """The page in that folder."""
 ENV_NODE = "QLORA_NODE"
@@ -203,6 +213,8 @@ class ResultRecord(_Record):
     gate: GateStatus | None = None
     adapter: AdapterStatus | None = None
     merged: MergedStatus | None = None
+    report_sha256: str | None = Field(None, max_length=64, pattern=r"^[0-9a-f]{64}$")
+    tracking: TrackingStatus | None = None
 
 
 Record = ProgressRecord | ResultRecord

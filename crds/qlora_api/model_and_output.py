@@ -1,13 +1,14 @@
 """The part of a QLoRAJob's spec that says where models and adapters come from and where the adapter is published."""
 
 from itertools import combinations
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
 from qlora_api.profile import ObjectName
 from qlora_api.schema import ApiModel, rule, rules
 from qlora_api.sources import AdapterAddress, FolderAddress, ModelAddress
+from qlora_api.tracking import TrackingSpec
 
 Revision = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")]
 
@@ -179,6 +180,16 @@ class OutputSpec(ApiModel):
     )
     base: PublishedBaseSpec | None = Field(
         None, description="Also publish the 4-bit base that the adapter was trained on; not published if not set."
+    )
+    report: Literal["full", "withoutSamples", "none"] | None = Field(
+        None,
+        description="The page report.html beside the adapter: without the sample answers, which show rows of the data "
+        "(withoutSamples, also if not set), with them (full), or not at all (none). The workspace has it in full.",
+    )
+    tracking: TrackingSpec | None = Field(
+        None,
+        description="How the history of the run is uploaded to the servers of the trackers in training.reportTo, if "
+        "the profile names them.",
     )
 
     @property

@@ -11,6 +11,7 @@ from qlora_api.group import GroupStatus
 from qlora_api.halving import MAX_RUNGS
 from qlora_api.profile import Profile
 from qlora_api.schema import ObservedModel
+from qlora_api.tracking import TrackingStatus
 
 MAX_MESSAGE_LENGTH = 1024
 MAX_DOCUMENT_LENGTH = 131_072
@@ -364,6 +365,13 @@ class MergedStatus(ObservedModel):
     eval_tokens: Count = Field(0, description="Number of target tokens that both losses are means of.")
 
 
+class ReportStatus(ObservedModel):
+    """The page of the run that is published beside the adapter."""
+
+    uri: Uri = Field(description="Its address: that of the adapter, and its name there.")
+    sha256: str = Field(max_length=64, pattern=r"^[0-9a-f]{64}$", description="Its SHA-256.")
+
+
 class FailureStatus(ObservedModel):
     """The latest failure, also of an attempt that is retried."""
 
@@ -400,6 +408,12 @@ class QLoRAJobStatus(ObservedModel):
     gate: GateStatus | None = Field(None, description="Whether the adapter has passed spec.gate; not set without one.")
     adapter: AdapterStatus | None = Field(None, description="The finished adapter.")
     merged: MergedStatus | None = Field(None, description="The merged model, if output.merged is set.")
+    report: ReportStatus | None = Field(
+        None, description="The published page of the run; not set with output.report none. The workspace has it too."
+    )
+    tracking: TrackingStatus | None = Field(
+        None, description="The run on the servers of trackers; not set if the job and its profile name none."
+    )
     failures: Count = Field(0, description="Attempts so far that ended with an error.")
     disruptions: Count = Field(
         0,

@@ -33,6 +33,7 @@ a rule with an empty list of ports allows all of them. */}}
 {{- range (include "qlora-operator.settings" . | fromYaml).profiles -}}
 {{- $store := default dict .objectStore -}}
 {{- $servers := list (default "https://huggingface.co" .hubEndpoint) (default "https://s3.amazonaws.com" $store.endpoint) -}}
+{{- range default dict .tracking }}{{ $servers = append $servers .url }}{{ end -}}
 {{- range .registries }}{{ $servers = append $servers (ternary . (printf "https://%s" .) (contains "://" .)) }}{{ end -}}
 {{- range $servers -}}
 {{- $port := regexFind ":[0-9]+$" (urlParse .).host | trimPrefix ":" -}}

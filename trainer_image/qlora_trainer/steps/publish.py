@@ -1,4 +1,4 @@
-"""The step `publish`: verify the adapter, draw the report, write both to their destinations, merge if asked to."""
+"""The step `publish`: verify the adapter, draw the report, write both, merge if asked to, and upload the history."""
 
 import hashlib
 import json
@@ -15,7 +15,14 @@ from qlora_api.status import AdapterStatus, BaseStatus, GateStatus, MergedStatus
 from qlora_trainer.core.completion import PrepareRecord, PublishRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure, bad_configuration
-from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CURVE_FILE, HISTORY_FILE, MODEL_CARD_FILE
+from qlora_trainer.core.file_names import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    CURVE_FILE,
+    HISTORY_FILE,
+    MODEL_CARD_FILE,
+    REPORT_FILE,
+)
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.paths import confined
 from qlora_trainer.core.records import RecordWriter
@@ -29,11 +36,12 @@ from qlora_trainer.publishing.gate import gate_failure, judge
 from qlora_trainer.publishing.job_template import job_template_file
 from qlora_trainer.publishing.manifest import run_manifest
 from qlora_trainer.publishing.merged import publish_merged, still_published
+from qlora_trainer.publishing.tracking import upload_run
 from qlora_trainer.publishing.verify import require_own_training, verify_adapter
 from qlora_trainer.publishing.volume_folder import VolumeFolder
 from qlora_trainer.report.metrics_log import read_history
 from qlora_trainer.report.model_card import adapter_model_card, quantization_label
-from qlora_trainer.report.page import write_report
+from qlora_trainer.report.page import published_page, write_report
 from qlora_trainer.report.serving import served_rank
 from qlora_trainer.report.sweep_page import add_to_sweep_report
 from qlora_trainer.report.trained_job import TrainedJob
@@ -64,21 +72,44 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
     if done is not None:
         # The attempt before may have been killed before it had written the page of the sweep.
         _add_to_sweep(job, context)
-        return done.model_copy(update={"gate": job.gate})
+        return _track(job, done.model_copy(update={"gate": job.gate}), context, say)
     say("verifying the adapter")
     folder = _verify(job, context)
     say("writing the report")
     picture = write_report(job, workspace, device=context.device)
     say(f"writing to {destination.uri}")
     template = job_template_file(job.prepared, workspace)
-    adapter = _write(job, folder, _card(job, workspace), picture, template, destination)
-    base = _publish_base(job, context, say)
-    merged = _merge(job, context, say)
-    fingerprint = _fingerprint(job.trained, destination)
-    record = PublishRecord(fingerprint=fingerprint, adapter=adapter, gate=job.gate, merged=merged, base=base)
+    page = _published_page(job, context)
+    adapter = _write(job, folder, _card(job, workspace), picture, template, page, destination)
+    record = PublishRecord(
+        fingerprint=_fingerprint(job.trained, destination),
+        adapter=adapter,
+        gate=job.gate,
+        base=_publish_base(job, context, say),
+        merged=_merge(job, context, say),
+        report_sha256=None if page is None else hashlib.sha256(page).hexdigest(),
+    )
     write_completion(workspace.completion("publish"), record)
     _add_to_sweep(job, context)
+    return _track(job, record, context, say)
+
+
+def _track(job: TrainedJob, record: PublishRecord, context: StepContext, say: Callable[[str], None]) -> PublishRecord:
+    """Upload the run to trackers. Everything is published by then: what is left can be repeated."""
+    tracking = upload_run(job, record.adapter, context, say, record.tracking)
+    if tracking == record.tracking:
+        return record
+    record = record.model_copy(update={"tracking": tracking})
+    write_completion(context.workspace.completion("publish"), record)
     return record
+
+
+def _published_page(job: TrainedJob, context: StepContext) -> bytes | None:
+    """The page of the run for the adapter's folder; None if the job wants none there."""
+    wanted = context.spec.output.report
+    if wanted == "none":
+        return None
+    return published_page(job, context.workspace, device=context.device, samples=wanted == "full")
 
 
 def _add_to_sweep(job: TrainedJob, context: StepContext) -> None:
@@ -218,15 +249,25 @@ def _initial_adapter(job: TrainedJob, workspace: WorkspaceLayout) -> Mapping[str
 
 
 def _write(
-    job: TrainedJob, folder: Path, card: bytes, picture: bytes, template: Path | None, destination: Destination
+    job: TrainedJob,
+    folder: Path,
+    card: bytes,
+    picture: bytes,
+    template: Path | None,
+    page: bytes | None,
+    destination: Destination,
 ) -> AdapterStatus:
-    """Publish the adapter of `folder` with its model `card`, the picture of its loss, and its chat template if any."""
+    """Publish the adapter of `folder` with its model `card`, the picture of its loss, and its chat template if any.
+
+    `page` is the report, if it is published too.
+    """
     contents: Contents = {
         ADAPTER_FILE: folder / ADAPTER_FILE,
         ADAPTER_CONFIG_FILE: folder / ADAPTER_CONFIG_FILE,
         MODEL_CARD_FILE: card,
         CURVE_FILE: picture,
         **({} if template is None else {TEMPLATE_FILE: template}),
+        **({} if page is None else {REPORT_FILE: page}),
     }
     manifest = run_manifest(job, contents)
     uri = publish_folder(destination, contents, manifest)
