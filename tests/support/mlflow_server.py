@@ -26,8 +26,10 @@ def mlflow_server(folder: Path) -> Iterator[str]:
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
     process = subprocess.Popen(
-        ["setpriv", "--pdeathsig", "TERM", sys.executable, "-m", "flask", "--app", "mlflow.server:app"]
-        + ["run", "--host", LOOPBACK, "--port", str(port)],
+        [
+            *("setpriv", "--pdeathsig", "TERM", sys.executable, "-m", "flask", "--app", "mlflow.server:app"),
+            *("run", "--host", LOOPBACK, "--port", str(port)),
+        ],
         env=environment,
         cwd=folder,
         stdout=subprocess.DEVNULL,

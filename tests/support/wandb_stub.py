@@ -64,7 +64,8 @@ def wandb_stub() -> Iterator[WandbStub]:
             self.end_headers()
             self.wfile.write(answer)
 
-        do_GET = do_PUT = do_POST
+        def do_PUT(self) -> None:
+            self.do_POST()
 
         def log_message(self, *_: object) -> None:
             """Quiet."""

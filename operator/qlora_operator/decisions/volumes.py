@@ -134,8 +134,8 @@ def reserved_secret(spec: QLoRAJobSpec, profiles: Iterable[Profile]) -> Reason |
         if reference is not None and reference.name in reserved:
             return Reason(
                 "SecretNotAllowed",
-                f"{field} names the Secret {reference.name!r}, with which a profile signs adapters (signingKey): create the "
-                "job again with another Secret",
+                f"{field} names the Secret {reference.name!r}, with which a profile signs adapters (signingKey): "
+                "create the job again with another Secret",
             )
     return None
 

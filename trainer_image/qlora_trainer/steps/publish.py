@@ -31,10 +31,10 @@ from qlora_trainer.model.cache import require_whole_in_cache
 from qlora_trainer.model.initial_adapter import read_initial_adapter
 from qlora_trainer.publishing.addresses import open_destination
 from qlora_trainer.publishing.base import base_still_published, publish_base
-from qlora_trainer.publishing.destination import Destination, is_published, publish_folder
+from qlora_trainer.publishing.destination import Destination, is_published
 from qlora_trainer.publishing.gate import gate_failure, judge
 from qlora_trainer.publishing.job_template import job_template_file
-from qlora_trainer.publishing.manifest import run_manifest
+from qlora_trainer.publishing.lineage import publish_with_lineage
 from qlora_trainer.publishing.merged import publish_merged, still_published
 from qlora_trainer.publishing.tracking import upload_run
 from qlora_trainer.publishing.verify import require_own_training, verify_adapter
@@ -78,9 +78,8 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
     say("writing the report")
     picture = write_report(job, workspace, device=context.device)
     say(f"writing to {destination.uri}")
-    template = job_template_file(job.prepared, workspace)
     page = _published_page(job, context)
-    adapter = _write(job, folder, _card(job, workspace), picture, template, page, destination)
+    adapter = _write(job, folder, _contents(job, folder, workspace, picture, page), destination, context)
     record = PublishRecord(
         fingerprint=_fingerprint(job.trained, destination),
         adapter=adapter,
@@ -248,33 +247,34 @@ def _initial_adapter(job: TrainedJob, workspace: WorkspaceLayout) -> Mapping[str
     return None if initial is None else read_initial_adapter(workspace.initial_adapter, initial.sha256)
 
 
-def _write(
-    job: TrainedJob,
-    folder: Path,
-    card: bytes,
-    picture: bytes,
-    template: Path | None,
-    page: bytes | None,
-    destination: Destination,
-) -> AdapterStatus:
-    """Publish the adapter of `folder` with its model `card`, the picture of its loss, and its chat template if any.
+def _contents(
+    job: TrainedJob, folder: Path, workspace: WorkspaceLayout, picture: bytes, page: bytes | None
+) -> Contents:
+    """What is published: the adapter of `folder`, its model card, the picture of its loss, and what else it has.
 
     `page` is the report, if it is published too.
     """
-    contents: Contents = {
+    template = job_template_file(job.prepared, workspace)
+    return {
         ADAPTER_FILE: folder / ADAPTER_FILE,
         ADAPTER_CONFIG_FILE: folder / ADAPTER_CONFIG_FILE,
-        MODEL_CARD_FILE: card,
+        MODEL_CARD_FILE: _card(job, workspace),
         CURVE_FILE: picture,
         **({} if template is None else {TEMPLATE_FILE: template}),
         **({} if page is None else {REPORT_FILE: page}),
     }
-    manifest = run_manifest(job, contents)
-    uri = publish_folder(destination, contents, manifest)
+
+
+def _write(
+    job: TrainedJob, folder: Path, contents: Contents, destination: Destination, context: StepContext
+) -> AdapterStatus:
+    """Publish the `contents` of the adapter in `folder`."""
+    namespace, key = context.document.metadata.namespace, context.mounts.signing_key
+    uri = publish_with_lineage(job, destination, contents, namespace=namespace, key=key)
     return AdapterStatus(
         uri=uri,
         sha256=job.trained.adapter_sha256,
-        size_bytes=manifest.files[ADAPTER_FILE].size,
+        size_bytes=(folder / ADAPTER_FILE).stat().st_size,
         base_model=job.spec.model.source,
         base_revision=job.prepared.model_revision,
         rank=job.spec.lora.rank,
