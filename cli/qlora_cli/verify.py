@@ -147,7 +147,7 @@ def _downloaded(address: str, folder: Path) -> Adapter:
     elif isinstance(source, RegistrySource):
         remote = RegistryModel(source, secret, allowed=registries)
     else:
-        raise ValueError(f"{address} cannot be read from here: copy the folder, and give its path")
+        raise ValueError(f"{address} cannot be read from here: copy the folder, and give its path")  # noqa: TRY004
     for name in remote.sizes:
         if "/" not in name and not name.startswith("."):
             remote.fetch(name, folder, lambda _done: None)

@@ -61,8 +61,13 @@ FULL: Manifest = {
             "keep": "best",
             "earlyStopping": {"patience": 3, "minDelta": 0.01},
             "seed": 7,
+            "reportTo": ["mlflow"],
         },
-        "output": {"destination": "pvc://adapters/team/full"},
+        "output": {
+            "destination": "pvc://adapters/team/full",
+            "report": "full",
+            "tracking": {"experiment": "support", "secretRef": {"name": "trackers"}},
+        },
         "gate": {"minImprovement": 0.1, "maxEvalLoss": 1.5},
         "continues": "earlier",
         "workspace": {

@@ -12,7 +12,7 @@ from tests.support.command import Files
 from tests.support.tiny import JOB_UID, POD_UID, Recorded
 
 
-def context(files: Files, *, uid: str = JOB_UID, **mounts: Path) -> StepContext:
+def context(files: Files, *, uid: str = JOB_UID, registries: tuple[str, ...] = (), **mounts: Path) -> StepContext:
     """What the step would be given for these files. `mounts`: other files and folders of `Mounts`."""
     document = {**files.document, "metadata": {"name": "tiny", "uid": uid}}
     return StepContext(
@@ -23,9 +23,14 @@ def context(files: Files, *, uid: str = JOB_UID, **mounts: Path) -> StepContext:
         pod_uid=POD_UID,
         attempt=1,
         workspace_uri="pvc://work/tiny-7d0c2f5e",
+        registries=registries,
     )
 
 
-def published(files: Files, *, uid: str = JOB_UID, **mounts: Path) -> PublishRecord:
+def published(files: Files, *, uid: str = JOB_UID, registries: tuple[str, ...] = (), **mounts: Path) -> PublishRecord:
     """The step, done in this process."""
-    return publish(context(files, uid=uid, **mounts), Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
+    return publish(
+        context(files, uid=uid, registries=registries, **mounts),
+        Recorded(),
+        now=lambda: datetime(2026, 1, 2, tzinfo=UTC),
+    )
