@@ -13,13 +13,13 @@ from qlora_operator.decisions.observe import Reason
 from qlora_operator.decisions.status import next_status, with_child, with_rejection
 from tests.support.builders import (
     ADAPTER,
-    NOW,
     BASE,
     DATASET,
     FACTS,
     FOUND,
     MEMORY,
     NAME,
+    NOW,
     PROFILE,
     after,
     child,
