@@ -25,6 +25,7 @@ from qlora_api.status import (
     Timestamp,
 )
 from qlora_api.tracking import TrackingStatus
+from qlora_api.usage import WorkStatus
 
 CONTRACT_VERSION = 4
 """Raised by a release whose operator and trainer expect something new of each other.
@@ -55,6 +56,11 @@ TOKEN_FILE = PurePosixPath("/secrets/model/token")
 CREDENTIALS_MOUNT = PurePosixPath("/credentials")
 SIGNING_KEY_FILE = PurePosixPath("/secrets/signing/private.pem")
 """Only publish has it."""
+CA_MOUNT = PurePosixPath("/ca")
+"""In it a folder for the ConfigMap of the profile's own certificates, with a file for its key."""
+PROXY_MOUNT = PurePosixPath("/proxy")
+"""In it a folder for the Secret of the profile's proxy, with the files of PROXY_KEYS."""
+PROXY_KEYS = ("username", "password")
 CONTINUED_MOUNT = PurePosixPath("/continued")
 """The workspace folder of the job that spec.continues names; only prepare has it, and cannot write to it."""
 
@@ -69,6 +75,12 @@ ENV_WANDB_SERVER = "QLORA_WANDB_SERVER"
 """Servers of trackers, to which publish uploads. Not the tools' own variables, by which train would log to a server."""
 ENV_IMAGE = "QLORA_IMAGE"
 """The trainer's image as the profile names it, for the lineage."""
+ENV_CA_FILE = "QLORA_CA_FILE"
+"""File with certificates that are trusted besides the public ones."""
+ENV_PROXY_SECRET = "QLORA_PROXY_SECRET"  # noqa: S105 - a path
+"""Folder with the credentials for the proxy of HTTPS_PROXY."""
+ENV_CLOUD_IDENTITY = "QLORA_CLOUD_IDENTITY"
+"""The cloud (aws, google or azure) that has given the pod an identity, which may be used for object stores."""
 ENV_MODEL_CACHE = "QLORA_MODEL_CACHE"
 ENV_SWEEP_FOLDER = "QLORA_SWEEP_FOLDER"
 """The folder that the cells of a sweep share: prepare keeps tokenized rows there, and publish, or train of a cell that
@@ -79,6 +91,8 @@ ENV_GROUP_SIZE = "QLORA_GROUP_SIZE"
 """How many jobs are trained together with the job, itself included: prepare reports what of its memory they share."""
 REPORT_FILE = "report.html"
 """The page of a run, beside the adapter and in the workspace."""
+ENV_GPU_HOUR_PRICE = "QLORA_GPU_HOUR_PRICE"
+"""The profile's price of a GPU hour and its currency, such as `2.50 EUR`, for the report that publish writes."""
 SWEEP_REPORT = "report.html"
 """The page in that folder."""
 ENV_NODE = "QLORA_NODE"
@@ -184,6 +198,7 @@ class ProgressRecord(_Record):
     evaluations: Evaluations | None = None
     checkpoint_step: Count | None = None
     checkpoint_time: Timestamp | None = None
+    training_since: Timestamp | None = None
 
 
 class ResultRecord(_Record):
@@ -199,6 +214,8 @@ class ResultRecord(_Record):
     memory: MemoryStatus | None = None
     dataset: DatasetStatus | None = None
     base: BaseStatus | None = None
+    work: WorkStatus | None = None
+    training_since: Timestamp | None = None
     training_step: Count | None = None
     total_steps: Count | None = None
     loss: Finite | None = None

@@ -65,6 +65,8 @@ FULL: Manifest = {
         },
         "output": {
             "destination": "pvc://adapters/team/full",
+            "gguf": {"type": "q8_0"},
+            "announce": {"configMap": "adapters"},
             "report": "full",
             "tracking": {"experiment": "support", "secretRef": {"name": "trackers"}},
         },
@@ -86,6 +88,7 @@ FULL: Manifest = {
         "retry": {"maxFailures": 1, "maxDisruptions": 5},
         "suspend": True,
         "activeDeadlineSeconds": 3600,
+        "budget": {"gpuHours": 2.5},
         "cleanupAfterSeconds": 0,
     },
 }

@@ -146,7 +146,7 @@ def test_it_watches_those_namespaces_only_and_the_cluster_only_without_any(
     hooks = Hooks(
         lambda key, first=False: None,
         WatchMonitor(150),
-        lambda key, uid, phase, progresses=True: None,
+        lambda body, *, deleted=False: None,
         lambda: None,
         Store(),
         lambda: 1,

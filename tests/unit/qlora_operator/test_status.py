@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
+from qlora_api.gguf import GgufStatus
 from qlora_api.profile import Profile
-from qlora_api.status import BaseStatus, MergedStatus, QLoRAJobStatus
+from qlora_api.status import AdapterStatus, BaseStatus, MergedStatus, QLoRAJobStatus
 from qlora_api.tracking import TrackedRun, TrackingStatus
 from qlora_operator.decisions.cleanup import cleanup_at
 from qlora_operator.decisions.events import tracking_event
@@ -642,6 +643,19 @@ def test_a_merged_model_that_was_asked_for_is_reported_and_without_it_there_is_n
     merged = MergedStatus(uri="pvc://out/merged", sha256="b" * 64, size_bytes=14, eval_loss=1.5, adapter_eval_loss=1.5)
     assert (reported(merged=merged).phase, reported(merged=merged).merged) == ("Succeeded", merged)
     assert reported().step == step_status("publish", 2, jobUid="", unverified=1)
+
+
+def test_without_the_gguf_file_that_was_asked_for_there_is_no_success() -> None:
+    body = pod("publish")
+    file = GgufStatus(file="adapter.gguf", sha256="c" * 64, size_bytes=3, architecture="llama")
+    converted = ADAPTER.model_copy(update={"gguf": file})
+
+    def reported(adapter: AdapterStatus) -> QLoRAJobStatus:
+        end = ended(body, 0, result(body, "publish", adapter=adapter))
+        return follow(make_job(status_in("publish"), output={"gguf": {}}), child("publish", Complete=""), end)
+
+    assert (reported(converted).phase, reported(converted).adapter) == ("Succeeded", converted)
+    assert reported(ADAPTER).step == step_status("publish", 2, jobUid="", unverified=1)
 
 
 def test_a_base_that_was_asked_for_is_reported_and_without_it_there_is_no_success() -> None:

@@ -19,6 +19,7 @@ from qlora_trainer.core.file_names import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
     CURVE_FILE,
+    GGUF_FILE,
     HISTORY_FILE,
     MODEL_CARD_FILE,
     REPORT_FILE,
@@ -33,6 +34,7 @@ from qlora_trainer.publishing.addresses import open_destination
 from qlora_trainer.publishing.base import base_still_published, publish_base
 from qlora_trainer.publishing.destination import Destination, is_published
 from qlora_trainer.publishing.gate import gate_failure, judge
+from qlora_trainer.publishing.gguf import GgufFile, gguf_file
 from qlora_trainer.publishing.job_template import job_template_file
 from qlora_trainer.publishing.lineage import publish_with_lineage
 from qlora_trainer.publishing.merged import publish_merged, still_published
@@ -79,7 +81,10 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
     picture = write_report(job, workspace, device=context.device)
     say(f"writing to {destination.uri}")
     page = _published_page(job, context)
-    adapter = _write(job, folder, _contents(job, folder, workspace, picture, page), destination, context)
+    with gguf_file(job, folder, workspace) as gguf:
+        contents = _contents(job, folder, workspace, picture, page, gguf)
+        adapter = _write(job, folder, contents, destination, context)
+        adapter = adapter.model_copy(update={"gguf": None if gguf is None else gguf.status})
     record = PublishRecord(
         fingerprint=_fingerprint(job.trained, destination),
         adapter=adapter,
@@ -137,6 +142,7 @@ def _trained_job(context: StepContext) -> TrainedJob:
         prepared=prepared,
         trained=trained,
         gate=judge(context.spec.gate, trained, pairs=pairs, prepared=prepared.fingerprint),
+        gpu_hour_price=context.gpu_hour_price,
     )
 
 
@@ -248,7 +254,7 @@ def _initial_adapter(job: TrainedJob, workspace: WorkspaceLayout) -> Mapping[str
 
 
 def _contents(
-    job: TrainedJob, folder: Path, workspace: WorkspaceLayout, picture: bytes, page: bytes | None
+    job: TrainedJob, folder: Path, workspace: WorkspaceLayout, picture: bytes, page: bytes | None, gguf: GgufFile | None
 ) -> Contents:
     """What is published: the adapter of `folder`, its model card, the picture of its loss, and what else it has.
 
@@ -262,6 +268,7 @@ def _contents(
         CURVE_FILE: picture,
         **({} if template is None else {TEMPLATE_FILE: template}),
         **({} if page is None else {REPORT_FILE: page}),
+        **({} if gguf is None else {GGUF_FILE: gguf.path}),
     }
 
 
