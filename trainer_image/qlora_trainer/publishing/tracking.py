@@ -12,11 +12,10 @@ from qlora_api.status import AdapterStatus
 from qlora_api.tracking import TrackedRun, TrackingStatus
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.credentials import Secret
-from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.file_names import HISTORY_FILE
 from qlora_trainer.core.records import redact
 from qlora_trainer.report.trained_job import TrainedJob
-from qlora_trainer.report.uploads import FinishedRun, UploadError, read_points, upload_to_mlflow, upload_to_wandb
+from qlora_trainer.report.uploads import FinishedRun, read_points, upload_to_mlflow, upload_to_wandb
 from qlora_trainer.stores.endpoints import server_address
 
 _MESSAGE_LENGTH = 256
@@ -77,8 +76,8 @@ def _upload(tracker: _Tracker, job: TrainedJob, adapter: AdapterStatus, context:
         values = {key: value for key in tracker.credentials if (value := secret.value(key))}
         run = _finished_run(job, adapter, context.workspace, context.document.metadata.namespace)
         return TrackedRun(url=tracker.upload(server, values, run))
-    except (UploadError, StepFailure, OSError, ValueError) as error:
-        text = str(error)
+    except Exception as error:  # noqa: BLE001 - whatever a tracker's client raises must not cost the job its success
+        text = str(error) or type(error).__name__
         for value in values.values():
             text = text.replace(value, "[redacted]")
         text = one_line(redact(text))
