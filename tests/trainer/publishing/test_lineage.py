@@ -2,6 +2,7 @@
 
 import base64
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_pri
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
+from devcluster import toolchain
+from devcluster.layout import from_environment
 from qlora_api.contract import ENV_IMAGE, ExitCode
 from qlora_cli.__main__ import main
 from qlora_trainer.core.failures import StepFailure
@@ -137,3 +140,21 @@ def test_the_statement_about_an_artifact_is_attached_to_it_once(
         content = (tmp_path / "registry").rglob(f"{index.read_text().removeprefix('sha256:')}/data")
         [entry] = json.loads(next(content).read_text())["manifests"]
         assert entry["annotations"]["dev.sigstore.bundle.predicateType"] == "https://qlora.dev/lineage/v1"
+
+
+@pytest.mark.slow
+def test_cosign_verifies_what_is_beside_the_files_and_what_is_attached_to_an_artifact(
+    trained: Files, keys: tuple[Path, Path], tmp_path: Path
+) -> None:
+    private, public = keys
+    cosign = toolchain.built(from_environment(), ["cosign"])["cosign"]
+    with_key = ["--key", str(public), "--insecure-ignore-tlog", "--type", "https://qlora.dev/lineage/v1"]
+    published(trained, signing_key=private)
+    folder = trained.workspace / "adapter"
+    beside = ["--bundle", str(folder / "lineage.sigstore.json"), str(folder / "adapter_model.safetensors")]
+    subprocess.run([cosign, "verify-blob-attestation", *with_key, *beside], check=True, capture_output=True)
+    with registry(tmp_path / "registry") as host:
+        job = trained.with_spec({"output": {"destination": f"oci://{host}/team/adapter:v1"}})
+        published(job, registries=(f"http://{host}",), signing_key=private)
+        command = [cosign, "verify-attestation", *with_key, f"{host}/team/adapter:v1"]
+        subprocess.run(command, check=True, capture_output=True)
