@@ -22,6 +22,7 @@ from qlora_cli.plan_together import make_joint_plan, require_joinable, show_join
 from qlora_cli.rows import RowAccess, show_lengths, show_rows
 from qlora_cli.run import Ended, LocalRun, has_gpu, missing_data, missing_sources, run_steps
 from qlora_cli.run_together import earlier_runs, holds_joint_run, joint_runs, run_jobs_together
+from qlora_cli.verify import NotVerified, shown, verify
 from qlora_trainer.core.context import Device, Mounts
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.outcome import steps_done
@@ -101,6 +102,33 @@ def _spec(document: Document) -> QLoRAJobSpec:
 @click.version_option(package_name="qlora-operator")
 def main() -> None:
     """Work with the manifest of a QLoRAJob or QLoRASweep without a cluster."""
+
+
+@main.command("verify")
+@click.argument("adapter")
+@click.option(
+    "--key",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Public key (PEM) of the profile's signingKey. Without it only the sums are compared, with what anybody may "
+    "have written.",
+)
+def verify_adapter(adapter: str, key: Path | None) -> None:
+    """Check that the files of ADAPTER are those that its lineage states, and who has signed that.
+
+    ADAPTER is a folder, or hf://, s3:// or oci:// as in status.adapter.uri, read with this machine's logins. Exits with
+    15 if it is not what was published.
+    """
+    try:
+        found = verify(adapter, key)
+    except NotVerified as difference:
+        _fail(f"not verified: {difference}", ExitCode.UNSAFE_ARTIFACT)
+    except StepFailure as failure:
+        _fail(failure.message, failure.exit_code)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    for line in shown(found):
+        click.echo(line)
 
 
 @main.command()

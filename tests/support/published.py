@@ -1,6 +1,7 @@
 """A job that has been published, and its context."""
 
 from datetime import UTC, datetime
+from pathlib import Path
 
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.v1alpha1 import QLoRAJobDocument
@@ -11,20 +12,25 @@ from tests.support.command import Files
 from tests.support.tiny import JOB_UID, POD_UID, Recorded
 
 
-def context(files: Files, *, uid: str = JOB_UID) -> StepContext:
-    """What the step would be given for these files."""
+def context(files: Files, *, uid: str = JOB_UID, registries: tuple[str, ...] = (), **mounts: Path) -> StepContext:
+    """What the step would be given for these files. `mounts`: other files and folders of `Mounts`."""
     document = {**files.document, "metadata": {"name": "tiny", "uid": uid}}
     return StepContext(
         document=QLoRAJobDocument.model_validate(document),
         workspace=WorkspaceLayout(files.workspace),
-        mounts=Mounts(claims={"models": files.models, "data": files.data}),
+        mounts=Mounts(claims={"models": files.models, "data": files.data}, **mounts),
         device="cpu",
         pod_uid=POD_UID,
         attempt=1,
         workspace_uri="pvc://work/tiny-7d0c2f5e",
+        registries=registries,
     )
 
 
-def published(files: Files, *, uid: str = JOB_UID) -> PublishRecord:
+def published(files: Files, *, uid: str = JOB_UID, registries: tuple[str, ...] = (), **mounts: Path) -> PublishRecord:
     """The step, done in this process."""
-    return publish(context(files, uid=uid), Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
+    return publish(
+        context(files, uid=uid, registries=registries, **mounts),
+        Recorded(),
+        now=lambda: datetime(2026, 1, 2, tzinfo=UTC),
+    )
