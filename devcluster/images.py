@@ -35,15 +35,20 @@ BUSYBOX_NAME = "localhost/busybox:stable"
 def start_registry(layout: Layout, ports: Ports, start: Callable[[str, list[str]], Record]) -> Record:
     """Start the registry; its blobs stay in the cache, so an image that was pushed once moves no more."""
     layout.registry.mkdir(parents=True, exist_ok=True)
+    path = layout.cluster / "registry.yaml"
+    path.write_text(registry_configuration(layout.registry, f"{addresses.LOOPBACK}:{ports.registry}"))
+    return start("docker-registry", ["serve", str(path)])
+
+
+def registry_configuration(storage: Path, address: str) -> str:
+    """The configuration file of docker-registry, in YAML."""
     configuration = {
         "version": "0.1",
         "log": {"level": "warn", "accesslog": {"disabled": True}},
-        "storage": {"filesystem": {"rootdirectory": str(layout.registry)}, "delete": {"enabled": True}},
-        "http": {"addr": f"{addresses.LOOPBACK}:{ports.registry}"},
+        "storage": {"filesystem": {"rootdirectory": str(storage)}, "delete": {"enabled": True}},
+        "http": {"addr": address},
     }
-    path = layout.cluster / "registry.yaml"
-    path.write_text(yaml.safe_dump(configuration))
-    return start("docker-registry", ["serve", str(path)])
+    return yaml.safe_dump(configuration)
 
 
 def load(layout: Layout, ports: Ports, image: str) -> str:
