@@ -13,8 +13,8 @@ _HEAD = """\
 """
 _ORDER = (
     "The image of `prepare`, `train` and `publish` is large because PyTorch and CUDA are. Its layers are ordered by "
-    "how seldom they change: a node that has an earlier release pulls only those that changed. They are the same, byte for "
-    "byte, whenever the same packages are built, since file times are fixed and bytecode does not depend on them."
+    "how seldom they change: a node that has an earlier release pulls only those that changed. They are the same, byte "
+    "for byte, whenever the same packages are built, since file times are fixed and bytecode does not depend on them."
 )
 _SIZE = (
     "Together these are {saved} of {whole} GB, measured on version 0.1.0. What remains is what PyTorch links with or "

@@ -100,7 +100,7 @@ def _removals(instruction: str) -> Iterator[Removal]:
             removed = False
         elif _REMOVAL.match(text) and "/var/" not in text:
             if not reason:
-                raise ReleaseError(f"no comment says why nothing misses this: {text}")
+                raise ReleaseError(f"no comment says why nothing misses this: {text.removeprefix('&& ')}")
             removed = True
             yield Removal(text.removeprefix("&& "), " ".join(reason))
         else:

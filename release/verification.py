@@ -40,14 +40,14 @@ def verify(
     cosign.verify(verifier, chart.reference)
     with TemporaryDirectory() as folder:
         values, description = _pulled_chart(helm, registry, version, chart.digest, Path(folder))
-        images = _images(values, registry)
+        images = images_of(values, registry)
         rendered = run([helm, "template", "release", next(Path(folder).glob("*.tgz"))])
     _require_images(rendered, description, images)
     revisions = set()
     for artifact in (chart, *images):
         cosign.verify(verifier, artifact.reference)
         statements = cosign.verified_predicates(verifier, artifact.reference, PROVENANCE)
-        revisions.add(_revision(statements[-1], artifact, builder, repository))
+        revisions.add(stated_revision(statements[-1], artifact, builder, repository))
     for image in images:
         require_packages(cosign.verified_predicates(verifier, image.reference, SBOM)[-1], image)
     if len(revisions) != 1:
@@ -66,7 +66,7 @@ def require_packages(listed: Mapping[str, Any], image: Artifact) -> None:
         )
 
 
-def _revision(statement: Mapping[str, Any], artifact: Artifact, builder: str, repository: str) -> str:
+def stated_revision(statement: Mapping[str, Any], artifact: Artifact, builder: str, repository: str) -> str:
     """The commit of a statement about how an artifact was made, if it is by this builder and from this repository."""
     definition = statement["buildDefinition"]
     stated = (definition["buildType"], statement["runDetails"]["builder"]["id"])
@@ -108,7 +108,7 @@ def _pulled_chart(
     return values, yaml.safe_load(run([helm, "show", "chart", archive]))
 
 
-def _images(values: Mapping[str, Any], registry: str) -> tuple[Artifact, ...]:
+def images_of(values: Mapping[str, Any], registry: str) -> tuple[Artifact, ...]:
     """The images that the chart installs by default, which must be in the same registry."""
     named = {"qlora-operator": values["image"], "qlora-trainer": values["trainer"]["image"]}
     images = [Artifact(named[name]["repository"], named[name]["tag"], named[name]["digest"]) for name in named]
