@@ -20,7 +20,7 @@ _LABELS = frozenset(
     f"org.opencontainers.image.{name}" for name in ("title", "description", "version", "licenses", "base.name")
 )
 # What stays the same from release to release; chart.annotations adds the rest.
-_ANNOTATIONS = frozenset(
+REQUIRED_ANNOTATIONS = frozenset(
     f"artifacthub.io/{name}"
     for name in (
         "category",
@@ -81,7 +81,7 @@ def _chart(root: Path) -> Iterator[str]:
     if (description["version"], description["appVersion"]) != (version, version):
         yield f"{file}: version {description['version']}, appVersion {description['appVersion']}, expected {version}"
     annotations: Mapping[str, str] = description["annotations"]
-    if missing := _ANNOTATIONS - set(annotations):
+    if missing := REQUIRED_ANNOTATIONS - set(annotations):
         yield f"{file}: no annotation {', '.join(sorted(missing))}"
         return
     yield from (f"{file}: {finding}" for finding in _resources(annotations))

@@ -39,9 +39,11 @@ def verify(
     # Before anything in it is believed.
     cosign.verify(verifier, chart.reference)
     with TemporaryDirectory() as folder:
-        values, description = _pulled_chart(helm, registry, version, chart.digest, Path(folder))
-        images = images_of(values, registry)
-        rendered = run([helm, "template", "release", next(Path(folder).glob("*.tgz"))])
+        _pull(helm, registry, chart.reference, Path(folder))
+        archive = next(Path(folder).glob("*.tgz"))
+        description = yaml.safe_load(run([helm, "show", "chart", archive]))
+        images = images_of(yaml.safe_load(run([helm, "show", "values", archive])), registry)
+        rendered = run([helm, "template", "release", archive])
     _require_images(rendered, description, images)
     revisions = set()
     for artifact in (chart, *images):
@@ -84,28 +86,16 @@ def stated_revision(statement: Mapping[str, Any], artifact: Artifact, builder: s
 
 def _chart_digest(helm: Path, registry: str, version: str) -> str:
     with TemporaryDirectory() as folder:
-        said = _pull(helm, registry, version, Path(folder))
+        said = _pull(helm, registry, f"{chart_repository(registry)}:{version}", Path(folder))
     digest = re.search(r"sha256:[0-9a-f]{64}", said)
     if digest is None:
         raise ReleaseError(f"helm pull printed no digest:\n{said}")
     return digest[0]
 
 
-def _pull(helm: Path, registry: str, version: str, folder: Path) -> str:
+def _pull(helm: Path, registry: str, reference: str, folder: Path) -> str:
     options = ["--plain-http"] if on_loopback(registry) else []
-    address = f"oci://{chart_repository(registry)}"
-    return run([helm, "pull", *options, address, "--version", version, "--destination", folder])
-
-
-def _pulled_chart(
-    helm: Path, registry: str, version: str, digest: str, folder: Path
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The chart's values and description; what is pulled must have the digest that was verified."""
-    if digest not in _pull(helm, registry, version, folder):
-        raise ReleaseError(f"the chart {version} was replaced while it was verified")
-    archive = next(folder.glob("*.tgz"))
-    values = yaml.safe_load(run([helm, "show", "values", archive]))
-    return values, yaml.safe_load(run([helm, "show", "chart", archive]))
+    return run([helm, "pull", *options, f"oci://{reference}", "--destination", folder])
 
 
 def images_of(values: Mapping[str, Any], registry: str) -> tuple[Artifact, ...]:
