@@ -46,7 +46,7 @@ def _make(layout: Layout, options: argparse.Namespace) -> int:
     if _check(layout, options.tag):
         return 1
     source = project.committed_source()
-    packages.ensure(layout, packages.ALL)
+    packages.ensure(layout, packages.IMAGE if options.registry else packages.ALL)
     programs = pipeline.Programs(
         Cosign(_program(layout, "cosign")), _program(layout, "helm"), _program(layout, "helm-docs")
     )
