@@ -76,5 +76,5 @@ def provenance(
             "internalParameters": {},
             "resolvedDependencies": [dependency.stated() for dependency in (commit(source), *inputs)],
         },
-        "runDetails": {"builder": {"id": builder.id}, "metadata": {"invocationId": builder.run}},
+        "runDetails": {"builder": {"id": builder.id}, "metadata": {"invocationId": builder.run} if builder.run else {}},
     }
