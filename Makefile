@@ -119,6 +119,7 @@ docs: $(VENV)/.synced-docs ## Build the documentation into site/; fails on a bro
 generate: $(VENV)/.synced ## Write the generated files: the CustomResourceDefinition, the chart's schema and README, Argo CD's settings, the reference
 	@$(PYTHON) crds/generate.py
 	@$(PYTHON) helm/values_schema.py
+	@$(PYTHON) -m helm.dashboards
 	@$(PYTHON) gitops/generate.py
 	@$(PYTHON) -m docs.generate
 	@$(PYTHON) -m release readme

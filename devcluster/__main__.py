@@ -30,6 +30,7 @@ def _run(options: argparse.Namespace, layout: Layout) -> int:
     match options.command:
         case "packages":
             packages.ensure(layout, packages.ALL)
+            packages.unpack(layout)
         case "prepare":
             _prepare(layout, slow=options.slow)
         case "build":
@@ -66,6 +67,7 @@ def _up(layout: Layout, gpus: int, *, network_policies: bool) -> None:
 
 def _prepare(layout: Layout, *, slow: bool) -> None:
     packages.ensure(layout, packages.ALL)
+    packages.unpack(layout)
     toolchain.build(layout, (*toolchain.TOOLS, *(toolchain.SLOW_TOOLS if slow else ())))
     product.build_images(layout)
     if slow:

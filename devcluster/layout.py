@@ -23,6 +23,11 @@ class Layout:
         return self.cache / "bin"
 
     @property
+    def packages(self) -> Path:
+        """Files of Debian packages that are not installed, one folder per package (kept)."""
+        return self.cache / "packages"
+
+    @property
     def containerd_content(self) -> Path:
         """Containerd's images and snapshots (kept)."""
         return self.cache / "containerd"

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -25,6 +26,9 @@ NODE = {
 IMAGE = {"buildah": "buildah", "mmdebstrap": "mmdebstrap"}
 # The tests start a registry, and read and write firewall rules.
 ALL = {**NODE, **IMAGE}
+# Program -> the package whose files are kept in the cache: installed, it would start a service on the machine.
+UNPACKED = {"prometheus": "prometheus", "promtool": "prometheus"}
+_QUIET = ("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "--quiet", "--yes")
 
 
 def missing(packages: Mapping[str, str]) -> list[str]:
@@ -41,14 +45,53 @@ def ensure(layout: Layout, packages: Mapping[str, str]) -> None:
     wanted = missing(packages)
     if not wanted:
         return
+    _require_apt(wanted)
+    _install(layout, wanted)
+
+
+def unpack(layout: Layout) -> None:
+    """Keep the files of the packages of UNPACKED in the cache.
+
+    Raises ClusterError where that is impossible, with the list of what is missing.
+    """
+    wanted = sorted({package for program, package in UNPACKED.items() if not _kept(layout, program).exists()})
+    if not wanted:
+        return
+    _require_apt(wanted)
+    console.say(f"fetching Debian packages, without installing them: {' '.join(wanted)}")
+    console.run_noisy(layout, [*_QUIET, "update"])
+    layout.packages.mkdir(parents=True, exist_ok=True)
+    for package in wanted:
+        with tempfile.TemporaryDirectory(dir=layout.packages) as folder:
+            console.run_noisy(layout, ["env", "--chdir", folder, *_QUIET, "download", package])
+            [archive] = Path(folder).glob("*.deb")
+            files = Path(folder) / "files"
+            console.run_noisy(layout, ["dpkg-deb", "--extract", archive, files])
+            shutil.rmtree(layout.packages / package, ignore_errors=True)
+            files.rename(layout.packages / package)
+
+
+def unpacked(layout: Layout, program: str) -> Path:
+    """The path of a program of UNPACKED, for tests, which install nothing.
+
+    Raises ClusterError with what to run where it is missing.
+    """
+    if not (path := _kept(layout, program)).exists():
+        raise ClusterError(f"missing: {program}; run `python -m devcluster packages`")
+    return path
+
+
+def _kept(layout: Layout, program: str) -> Path:
+    return layout.packages / UNPACKED[program] / "usr" / "bin" / program
+
+
+def _require_apt(wanted: Iterable[str]) -> None:
     if os.geteuid() != 0 or not shutil.which("apt-get"):
         raise ClusterError(f"missing: {', '.join(wanted)} (Debian's names): install them, or run as root on Debian")
-    _install(layout, wanted)
 
 
 def _install(layout: Layout, packages: Iterable[str]) -> None:
     names = sorted(packages)
     console.say(f"installing Debian packages: {' '.join(names)}")
-    quiet = ["env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "--quiet", "--yes"]
-    console.run_noisy(layout, [*quiet, "update"])
-    console.run_noisy(layout, [*quiet, "install", "--no-install-recommends", *names])
+    console.run_noisy(layout, [*_QUIET, "update"])
+    console.run_noisy(layout, [*_QUIET, "install", "--no-install-recommends", *names])

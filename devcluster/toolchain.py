@@ -30,6 +30,8 @@ class Tool:
     version_variables: tuple[str, ...] = ()
     # A folder of its module's source that is kept too: the definitions of the kinds that it watches.
     manifests: str = ""
+    # Build tags: they leave out what no test needs.
+    tags: tuple[str, ...] = ()
 
 
 _KUBERNETES_VERSION = ("k8s.io/component-base/version", "k8s.io/client-go/pkg/version")
@@ -64,6 +66,9 @@ SLOW_TOOLS = {
         "kustomize-controller", "github.com/fluxcd/kustomize-controller", manifests="config/crd/bases"
     ),
     "kube-network-policies": Tool("kube-network-policies", "."),
+    # The newest; other tests use Debian's. Without the clients of clouds and clusters, which find targets.
+    "prometheus": Tool("prometheus", "github.com/prometheus/prometheus/cmd/prometheus", tags=("remove_all_sd",)),
+    "promtool": Tool("prometheus", "github.com/prometheus/prometheus/cmd/promtool", tags=("remove_all_sd",)),
     "kueue": Tool("kueue", "sigs.k8s.io/kueue/cmd/kueue", manifests="config"),
 }
 # What only benchmarks start, which build it themselves.
@@ -85,9 +90,11 @@ def binary(layout: Layout, name: str) -> Path:
     """
     if name not in ALL_TOOLS:
         raise ClusterError(f"no tool named {name!r}; there are: {', '.join(ALL_TOOLS)}")
-    module = MODULES / ALL_TOOLS[name].module
+    tool = ALL_TOOLS[name]
+    module = MODULES / tool.module
     sources = (module / "go.mod", module / "go.sum", *sorted(module.glob("*.go")))
-    key = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+    content = b"".join(source.read_bytes() for source in sources) + ",".join(tool.tags).encode()
+    key = hashlib.sha256(content).hexdigest()[:16]
     return layout.bin / key / name
 
 
@@ -156,6 +163,8 @@ def _build_one(layout: Layout, go: Path, name: str, position: str) -> None:
             "-trimpath",
             "-ldflags",
             flags,
+            "-tags",
+            ",".join(tool.tags),
             "-o",
             unfinished,
             tool.package,

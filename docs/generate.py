@@ -13,9 +13,14 @@ from helm.values_schema import definitions
 from qlora_api.contract import ExitCode
 from qlora_api.crd import custom_resource_definition, default_sentence, sweep_definition
 from qlora_api.sweep import MUTABLE_SWEEP_FIELDS
+from qlora_api.usage import LostGpuSeconds, UsageStatus
 from qlora_api.v1alpha1 import API_VERSION, MUTABLE_FIELDS
 from qlora_cli.__main__ import main as qlora
+from qlora_operator.decisions.failure_reasons import FAILURE_REASONS
+from qlora_operator.decisions.shown import PHASES, TRAINING
+from qlora_operator.job_metrics import DEFAULT_RUNNING_JOBS, SERIES_PER_RUNNING_JOB
 from qlora_operator.metrics import Metrics
+from qlora_operator.transition_metrics import PHASE_BUCKETS
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "docs" / "reference"
@@ -143,21 +148,72 @@ def _option(option: click.Option, context: click.Context) -> tuple[str, str]:
 
 def _metrics() -> str:
     metrics = Metrics()
-    # A metric whose labels have no value yet has no series, which would show the labels.
-    metrics.namespace_is_denied("", False)
+    _show_labels(metrics)
     rows = []
     for family in metrics.registry.collect():
         labels = sorted({label for sample in family.samples for label in sample.labels} - {"le"})
         name = f"{family.name}_total" if family.type == "counter" else family.name
-        labelled = f"{family.type}, label {', '.join(f'`{label}`' for label in labels)}" if labels else family.type
+        labelled = (
+            f"{family.type}, {'labels' if len(labels) > 1 else 'label'} {', '.join(f'`{label}`' for label in labels)}"
+            if labels
+            else family.type
+        )
         rows.append((_lines(f"`{name}`", labelled), family.documentation))
     return _page(
         "Metrics",
-        "`operator/qlora_operator/metrics.py`",
+        "`operator/qlora_operator/metrics.py` and the modules of which it is made",
         "The operator serves them in Prometheus' format on `/metrics`, port 9090 of its pod. `metrics.service` and "
-        "`metrics.serviceMonitor` in the [chart's values](chart.md) make them reachable. No metric has the name of a "
-        "job as a label, so the number of series does not grow with the number of jobs.",
+        "`metrics.serviceMonitor` in the [chart's values](chart.md) make them reachable. "
+        "[Watch the jobs and the operator](../how-to/monitoring.md) has dashboards, alerts, and who may read them.",
         _table(("Metric", "Meaning"), rows),
+        "## How many series",
+        "\n".join(f"- {sentence}" for sentence in _cardinality()),
+    )
+
+
+def _show_labels(metrics: Metrics) -> None:
+    """Give each metric a series, which has its labels: those without a value show none."""
+    metrics.namespace_is_denied("", False)
+    metrics.gpu_seconds.add("", "", UsageStatus())
+    metrics.requests.observe("GET", "/", None, 0)
+    step = {"progressedAt": "2026-01-02T03:04:05Z"}
+    figures = {figure.path[-1]: 1 for figure in TRAINING}
+    for phase in ("Queued", "Training", "Failed"):
+        metadata = {"namespace": "", "name": phase, "uid": phase}
+        status = {"phase": phase, "phaseSince": "2026-01-02T03:04:05Z", "step": step, "progress": figures}
+        metrics.jobs.show({"metadata": metadata, "spec": {}, "status": status})
+    for metric in (metrics.transitions.failures, metrics.transitions.ended, metrics.transitions.phase_duration):
+        metric.labels(*("" for _ in metric._labelnames))
+
+
+def _cardinality() -> Iterator[str]:
+    """What the number of series is bounded by."""
+    yield (
+        f"Metrics with the label `name` are those of one running job: {SERIES_PER_RUNNING_JOB} series at most while it "
+        "prepares, trains or publishes, and none when it waits, is suspended or has ended. Of at most "
+        f"`settings.metrics.runningJobs` ({DEFAULT_RUNNING_JOBS} by default) jobs there are any; `qlora_jobs_left_out` "
+        "is how many run beyond that."
+    )
+    yield f"`qlora_jobs` has {len(PHASES)} series for each namespace with a job."
+    yield (
+        f"`qlora_job_failures_total` has {len(FAILURE_REASONS) + 1} for each profile: the reasons of "
+        "[Troubleshooting](../how-to/troubleshooting.md), and `Other`. `qlora_jobs_failed` has at most as many for "
+        "each namespace, of those reasons that its failed jobs have."
+    )
+    yield (
+        f"`qlora_job_phase_duration_seconds` has {len(PHASE_BUCKETS) + 3} for each profile and phase, and no namespace."
+    )
+    yield (
+        "`qlora_gpu_seconds_total` has one for each namespace and profile whose jobs have had a GPU, and "
+        f"`qlora_gpu_lost_seconds_total` {len(LostGpuSeconds.model_fields)}."
+    )
+    yield (
+        "A tenant chooses the names of a job, its profile and its claim. They are labels of the job while it runs, and "
+        "make no other series: in counters and histograms a profile that does not exist is `unknown`."
+    )
+    yield (
+        "An operator that stands by has no series of jobs. Counters start at 0 in each process: use `rate` or "
+        "`increase`."
     )
 
 

@@ -14,6 +14,7 @@ from qlora_api.contract import ExitCode
 from qlora_api.sweep import QLoRASweepDocument
 from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
 from qlora_cli.display import ConsoleDisplay, progress_bar
+from qlora_cli.forecast import GpuOfPlan, parse_price, show_forecast
 from qlora_cli.manifest import Document, ManifestError, load_job, load_manifest
 from qlora_cli.plan import find_config, make_plan, show_plan
 from qlora_cli.plan_sweep import make_sweep_plan, show_sweep_plan
@@ -115,6 +116,15 @@ def main() -> None:
     help="Also show how long the rows are, how many maxSequenceLength leaves out, which are equal, and what a mix "
     "gives to an epoch.",
 )
+@click.option(
+    "--gpu-tflops",
+    type=click.FloatRange(0, 1e6, min_open=True),
+    help="Speed of the GPU in dense bfloat16, for a forecast of GPU hours; the profile's gpuTflops.",
+)
+@click.option(
+    "--gpu-hour-price", metavar="PRICE", callback=parse_price, help="What a GPU hour costs, for example '2.50 EUR'."
+)
+@click.option("--tokens", type=click.IntRange(1, 10**15), help="Tokens of one epoch, for the forecast.")
 @_config_map
 @_tokenizer
 def plan(
@@ -123,13 +133,17 @@ def plan(
     config: Path | None,
     gpu_memory: int | None,
     data: bool,
+    gpu_tflops: float | None,
+    gpu_hour_price: tuple[str, str] | None,
+    tokens: int | None,
     config_maps: dict[str, Path],
     tokenizer: Path | None,
 ) -> None:
     """Show the GPU memory that the job in FILE needs, and what to change if it does not fit.
 
     Of a QLoRASweep, show the cells and what each needs. With several files, show whether the jobs can be trained
-    together, and what they need then. Exits with 17 if it cannot fit, as the job itself does.
+    together, and what they need then. With --gpu-tflops, show the GPU hours that a job is expected to take. Exits with
+    17 if it cannot fit, as the job itself does.
     """
     jobs = [_load_job(file, "plan a sweep by itself") for file in files] if len(files) > 1 else []
     documents: Sequence[Document] = jobs or [_load(files[0])]
@@ -139,7 +153,8 @@ def plan(
         if jobs:
             require_joinable(jobs)
         config = config or find_config(_spec(documents[0]).model, Mounts(claims=claims))
-        exit_code = _show_plan(documents, jobs, config, gpu_memory, console)
+        gpu = GpuOfPlan(gpu_tflops, gpu_hour_price, tokens)
+        exit_code = _show_plan(documents, jobs, config, gpu_memory, gpu, console)
         for document, access in zip(documents, accesses, strict=False):
             if jobs:
                 console.print(f"\n{document.metadata.name}", style="bold", markup=False, highlight=False)
@@ -154,6 +169,7 @@ def _show_plan(
     jobs: Sequence[QLoRAJobDocument],
     config: Path,
     gpu_memory: int | None,
+    gpu: GpuOfPlan,
     console: Console,
 ) -> ExitCode:
     """Of the `jobs` together, or of the only document if there are none."""
@@ -168,6 +184,7 @@ def _show_plan(
         return sweep.exit_code
     made = make_plan(document.metadata.name, document.spec, config, gpu_memory)
     show_plan(made, console)
+    show_forecast(made, document.spec, config, gpu, console)
     if (group := document.spec.group) is not None:
         console.print(
             f"This is the memory of the job alone. Its group trains {group.size} jobs together: give the files of all."

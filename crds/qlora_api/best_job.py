@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from qlora_api.sweep import BEST_SUFFIX, Cell, QLoRASweepSpec, first_problem
 from qlora_api.v1alpha1 import QLoRAJobSpec
 
-CHANGEABLE = ("activeDeadlineSeconds", "progressDeadlineSeconds", "retry", "gate")
+CHANGEABLE = ("activeDeadlineSeconds", "progressDeadlineSeconds", "retry", "gate", "budget")
 """What may change in a cell that exists, besides its memory, and counts for the job that publishes its adapter.
 
 Not: whether it is suspended, and when it is cleaned up.

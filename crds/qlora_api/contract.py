@@ -24,6 +24,7 @@ from qlora_api.status import (
     StepName,
     Timestamp,
 )
+from qlora_api.usage import WorkStatus
 
 CONTRACT_VERSION = 4
 """Raised by a release whose operator and trainer expect something new of each other.
@@ -52,6 +53,11 @@ MODEL_CACHE_MOUNT = PurePosixPath("/model-cache")
 TOKEN_FILE = PurePosixPath("/secrets/model/token")
 # In it a folder for each part of the spec whose secretRef a step may read, with a file for each key.
 CREDENTIALS_MOUNT = PurePosixPath("/credentials")
+CA_MOUNT = PurePosixPath("/ca")
+"""In it a folder for the ConfigMap of the profile's own certificates, with a file for its key."""
+PROXY_MOUNT = PurePosixPath("/proxy")
+"""In it a folder for the Secret of the profile's proxy, with the files of PROXY_KEYS."""
+PROXY_KEYS = ("username", "password")
 CONTINUED_MOUNT = PurePosixPath("/continued")
 """The workspace folder of the job that spec.continues names; only prepare has it, and cannot write to it."""
 
@@ -61,6 +67,12 @@ ENV_CONTRACT_VERSION = "QLORA_CONTRACT_VERSION"
 ENV_DEVICE = "QLORA_DEVICE"
 ENV_OUTPUT_CLAIM = "QLORA_WORKSPACE_CLAIM"
 ENV_REGISTRIES = "QLORA_REGISTRIES"
+ENV_CA_FILE = "QLORA_CA_FILE"
+"""File with certificates that are trusted besides the public ones."""
+ENV_PROXY_SECRET = "QLORA_PROXY_SECRET"  # noqa: S105 - a path
+"""Folder with the credentials for the proxy of HTTPS_PROXY."""
+ENV_CLOUD_IDENTITY = "QLORA_CLOUD_IDENTITY"
+"""The cloud (aws, google or azure) that has given the pod an identity, which may be used for object stores."""
 ENV_MODEL_CACHE = "QLORA_MODEL_CACHE"
 ENV_SWEEP_FOLDER = "QLORA_SWEEP_FOLDER"
 """The folder that the cells of a sweep share: prepare keeps tokenized rows there, and publish, or train of a cell that
@@ -69,6 +81,8 @@ ENV_RUNGS = "QLORA_RUNGS"
 """Optimizer steps after which a sweep compares its cells, separated by commas: train reports the losses there."""
 ENV_GROUP_SIZE = "QLORA_GROUP_SIZE"
 """How many jobs are trained together with the job, itself included: prepare reports what of its memory they share."""
+ENV_GPU_HOUR_PRICE = "QLORA_GPU_HOUR_PRICE"
+"""The profile's price of a GPU hour and its currency, such as `2.50 EUR`, for the report that publish writes."""
 SWEEP_REPORT = "report.html"
 """The page in that folder."""
 ENV_NODE = "QLORA_NODE"
@@ -174,6 +188,7 @@ class ProgressRecord(_Record):
     evaluations: Evaluations | None = None
     checkpoint_step: Count | None = None
     checkpoint_time: Timestamp | None = None
+    training_since: Timestamp | None = None
 
 
 class ResultRecord(_Record):
@@ -189,6 +204,8 @@ class ResultRecord(_Record):
     memory: MemoryStatus | None = None
     dataset: DatasetStatus | None = None
     base: BaseStatus | None = None
+    work: WorkStatus | None = None
+    training_since: Timestamp | None = None
     training_step: Count | None = None
     total_steps: Count | None = None
     loss: Finite | None = None

@@ -39,6 +39,7 @@ _COLUMNS = [
     _column("Remaining", ".status.progress.remaining", description="Time left for training."),
     _column("Model", ".spec.model.source", wide=True, description="The base model."),
     _column("Adapter", ".status.adapter.uri", wide=True, description="Address of the finished adapter."),
+    _column("GPU-Hours", ".status.usage.gpuHours", wide=True, description="GPU hours that its train pods have used."),
     _column(
         "Reason",
         '.status.conditions[?(@.type=="Succeeded")].reason',
@@ -59,6 +60,7 @@ _SWEEP_COLUMNS = [
     ),
     _column("Changes", ".status.best.overrides", wide=True, description="What that cell changes in the template."),
     _column("Adapter", ".status.best.adapter", wide=True, description="Address of that cell's adapter."),
+    _column("GPU-Hours", ".status.usage.gpuHours", wide=True, description="GPU hours that all cells have used."),
     _column(
         "Reason",
         '.status.conditions[?(@.type=="Succeeded")].reason',

@@ -7,7 +7,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from qlora_api.model_and_output import Revision, SecretRef
 from qlora_api.schema import ApiModel, rule, rules
-from qlora_api.sources import TEMPLATE_NAMES, DatasetAddress, TemplateAddress
+from qlora_api.sources import OBJECT_STORES, TEMPLATE_NAMES, DatasetAddress, TemplateAddress, scheme_of
 
 ColumnName = Annotated[str, Field(min_length=1, max_length=128)]
 MAX_MIX_SOURCES = 16
@@ -128,9 +128,9 @@ class SystemPromptSpec(ApiModel):
 
 
 _ROWS_ADDRESS = (
-    "Address of the rows: hf://ORG/NAME[/PATH], pvc://CLAIM/PATH, s3://BUCKET/PATH or "
-    "configMap://NAME/KEY; a .jsonl, .json, .csv (each optionally followed by .gz, .bz2, .xz or .zst) or .parquet "
-    "file, or a folder of such files of one kind."
+    "Address of the rows: hf://ORG/NAME[/PATH], pvc://CLAIM/PATH, s3://BUCKET/PATH, gs://BUCKET/PATH, "
+    "az://CONTAINER/PATH or configMap://NAME/KEY; a .jsonl, .json, .csv (each optionally followed by .gz, .bz2, .xz "
+    "or .zst) or .parquet file, or a folder of such files of one kind."
 )
 _REVISION = "Branch, tag or commit of an hf:// data set; main if not set."
 _CONFIG = "Configuration (subset) of an hf:// data set that has several; default if not set."
@@ -177,7 +177,7 @@ class MixSource(ApiModel):
         return self
 
 
-_NO_OBJECTS = "secretRef is for s3:// data; an hf:// data set is read with spec.model.tokenSecretRef"
+_NO_OBJECTS = "secretRef is for s3://, gs:// and az:// data; an hf:// data set is read with spec.model.tokenSecretRef"
 _TEXT_HAS_NO_TURNS = (
     "chatTemplate and systemPrompt are for rows with turns, and format: text has none: choose another format, or "
     "remove them"
@@ -197,9 +197,9 @@ class DatasetSpec(ApiModel):
         json_schema_extra=rules(
             rule("has(self.source) != has(self.mix)", _ONE_OR_A_MIX),
             rule(
-                "!has(self.secretRef) || (has(self.source) && self.source.startsWith('s3://')) || "
-                "(has(self.mix) && self.mix.exists(part, part.source.startsWith('s3://'))) || "
-                "(has(self.eval) && has(self.eval.source) && self.eval.source.startsWith('s3://'))",
+                "!has(self.secretRef) || (has(self.source) && self.source.matches('^(s3|gs|az)://')) || "
+                "(has(self.mix) && self.mix.exists(part, part.source.matches('^(s3|gs|az)://'))) || "
+                "(has(self.eval) && has(self.eval.source) && self.eval.source.matches('^(s3|gs|az)://'))",
                 _NO_OBJECTS,
             ),
             rule(
@@ -235,7 +235,7 @@ class DatasetSpec(ApiModel):
     revision: Revision | None = Field(None, description=_REVISION)
     config: ColumnName | None = Field(None, description=_CONFIG)
     secret_ref: SecretRef | None = Field(
-        None, description="Credentials for reading s3:// data. Only the prepare step mounts them."
+        None, description="Credentials for reading s3://, gs:// or az:// data. Only the prepare step mounts them."
     )
     format: Literal["auto", RowFormat] = Field("auto", description=_FORMAT)
     columns: Columns | None = Field(None, description=_COLUMNS)
@@ -313,7 +313,7 @@ class DatasetSpec(ApiModel):
     def _secret_has_a_use(self) -> Self:
         held_out = self.eval.source if self.eval else None
         sources = (self.source, *(part.source for part in self.mix or ()), held_out)
-        if self.secret_ref and not any(uri and uri.startswith("s3://") for uri in sources):
+        if self.secret_ref and not any(uri and scheme_of(uri) in OBJECT_STORES for uri in sources):
             raise ValueError(_NO_OBJECTS)
         return self
 

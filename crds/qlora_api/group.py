@@ -76,6 +76,7 @@ _ALONE = (
         "!has(self.training.objective) || self.training.objective == 'supervised'",
         lambda spec: spec.training.compares_answers,
     ),
+    _Alone("budget", "!has(self.budget)", lambda spec: spec.budget is not None),
 )
 _OWN_CLAIM = (
     "group trains several jobs in one pod, which mounts one claim: set workspace.claimName to the same claim in all of "

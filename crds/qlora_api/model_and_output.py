@@ -5,9 +5,11 @@ from typing import Annotated, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
+from qlora_api.announce import AnnounceSpec
+from qlora_api.gguf import GgufSpec
 from qlora_api.profile import ObjectName
 from qlora_api.schema import ApiModel, rule, rules
-from qlora_api.sources import AdapterAddress, FolderAddress, ModelAddress
+from qlora_api.sources import OBJECT_STORES, AdapterAddress, FolderAddress, ModelAddress, scheme_of
 
 Revision = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")]
 
@@ -26,12 +28,15 @@ class SecretRef(ApiModel):
 
     name: ObjectName = Field(
         description="Name of the Secret. Its keys: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, for temporary "
-        "credentials, AWS_SESSION_TOKEN for s3://; .dockerconfigjson for oci://; token for hf://."
+        "credentials, AWS_SESSION_TOKEN for s3://; GOOGLE_SERVICE_ACCOUNT_KEY (JSON) for gs://; "
+        "AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN for az://; .dockerconfigjson for oci://; token for hf://."
     )
 
 
-_NO_SECRET = "secretRef is for s3:// and oci:// models: for an hf:// model set tokenSecretRef, for pvc:// neither"  # noqa: S105
-_NO_REVISION = "revision is for hf:// models: an oci:// address ends in a tag or digest, s3:// and pvc:// have none"
+_NO_SECRET = (
+    "secretRef is for s3://, gs://, az:// and oci:// models: for an hf:// model set tokenSecretRef, for pvc:// neither"  # noqa: S105
+)
+_NO_REVISION = "revision is for hf:// models: an oci:// address ends in a tag or digest, buckets and pvc:// have none"
 
 
 class BaseModelSpec(ApiModel):
@@ -39,15 +44,16 @@ class BaseModelSpec(ApiModel):
 
     model_config = ConfigDict(
         json_schema_extra=rules(
-            rule("!has(self.secretRef) || self.source.matches('^(s3|oci)://')", _NO_SECRET),
+            rule("!has(self.secretRef) || self.source.matches('^(s3|gs|az|oci)://')", _NO_SECRET),
             rule("!has(self.revision) || self.source.startsWith('hf://')", _NO_REVISION),
         )
     )
 
     source: ModelAddress = Field(
         description="Address of the base model, a folder with config.json, tokenizer and *.safetensors: hf://ORG/NAME "
-        "(Hugging Face Hub), s3://BUCKET/PATH, oci://REGISTRY/REPOSITORY:TAG or @sha256:DIGEST (a ModelPack artifact "
-        "with one layer per file), or pvc://CLAIM/PATH (a volume of this namespace, mounted read-only and not copied)."
+        "(Hugging Face Hub), s3://BUCKET/PATH, gs://BUCKET/PATH, az://CONTAINER/PATH, oci://REGISTRY/REPOSITORY:TAG or "
+        "@sha256:DIGEST (a ModelPack artifact with one layer per file), or pvc://CLAIM/PATH (a volume of this "
+        "namespace, mounted read-only and not copied)."
     )
     revision: Revision | None = Field(
         None,
@@ -57,12 +63,14 @@ class BaseModelSpec(ApiModel):
         None, description="Token for gated or private repositories. Only the prepare step mounts it."
     )
     secret_ref: SecretRef | None = Field(
-        None, description="Credentials for reading an s3:// or oci:// model. Only the prepare step mounts them."
+        None,
+        description="Credentials for reading an s3://, gs://, az:// or oci:// model. Only the prepare step mounts "
+        "them.",
     )
 
     @model_validator(mode="after")
     def _secret_of_its_scheme(self) -> Self:
-        if self.secret_ref is not None and not self.source.startswith(("s3://", "oci://")):
+        if self.secret_ref is not None and scheme_of(self.source) not in (*OBJECT_STORES, "oci"):
             raise ValueError(_NO_SECRET)
         return self
 
@@ -73,7 +81,7 @@ class BaseModelSpec(ApiModel):
         return self
 
 
-_NOTHING_TO_READ = "secretRef is for s3://, hf:// and oci:// adapters: remove it, or name another source"
+_NOTHING_TO_READ = "secretRef is for s3://, gs://, az://, hf:// and oci:// adapters: remove it, or name another source"
 
 
 class InitialAdapterSpec(ApiModel):
@@ -87,8 +95,9 @@ class InitialAdapterSpec(ApiModel):
 
     source: AdapterAddress = Field(
         description="Folder with adapter_model.safetensors and adapter_config.json, as output.destination or "
-        "status.adapter.uri of another job names it: pvc://CLAIM/PATH, s3://BUCKET/PATH, hf://ORG/NAME (or @COMMIT) or "
-        "oci://REGISTRY/REPOSITORY:TAG (or @sha256:DIGEST). Prepare copies it into the workspace."
+        "status.adapter.uri of another job names it: pvc://CLAIM/PATH, s3://BUCKET/PATH (or gs://, az://), "
+        "hf://ORG/NAME (or @COMMIT) or oci://REGISTRY/REPOSITORY:TAG (or @sha256:DIGEST). Prepare copies it into the "
+        "workspace."
     )
     sha256: str | None = Field(
         None,
@@ -126,7 +135,7 @@ class PublishedBaseSpec(ApiModel):
     )
 
 
-_NOTHING_TO_OPEN = "secretRef is for an s3://, hf:// or oci:// destination: set one, or remove secretRef"
+_NOTHING_TO_OPEN = "secretRef is for an s3://, gs://, az://, hf:// or oci:// destination: set one, or remove secretRef"
 # The field of an address, in CEL whether it is not set, and whose folder it is.
 _DESTINATIONS = {
     "destination": ("!has(self.destination)", "adapter"),
@@ -167,8 +176,9 @@ class OutputSpec(ApiModel):
 
     destination: FolderAddress | None = Field(
         None,
-        description="Folder for the adapter: pvc://CLAIM/PATH, s3://BUCKET/PATH, hf://ORG/NAME (created as a private "
-        "repository if there is none) or oci://REGISTRY/REPOSITORY:TAG; `adapter/` in the workspace if not set.",
+        description="Folder for the adapter: pvc://CLAIM/PATH, s3://BUCKET/PATH, gs://BUCKET/PATH, "
+        "az://CONTAINER/PATH, hf://ORG/NAME (created as a private repository if there is none) or "
+        "oci://REGISTRY/REPOSITORY:TAG; `adapter/` in the workspace if not set.",
     )
     secret_ref: SecretRef | None = Field(
         None,
@@ -179,6 +189,12 @@ class OutputSpec(ApiModel):
     )
     base: PublishedBaseSpec | None = Field(
         None, description="Also publish the 4-bit base that the adapter was trained on; not published if not set."
+    )
+    gguf: GgufSpec | None = Field(
+        None, description="Also publish the adapter as a GGUF file, for llama.cpp and Ollama; none if not set."
+    )
+    announce: AnnounceSpec | None = Field(
+        None, description="Announce the finished adapter to servers; not announced if not set."
     )
 
     @property

@@ -23,6 +23,8 @@ SPEC_ANNOTATION = "qlora.dev/spec"
 # Kueue's labels of a Job that waits in a queue; on a QLoRAJob they say the same as spec.scheduling.
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 QUEUE_PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
+# Label of the pods that have an identity of a cloud, with its name.
+CLOUD_IDENTITY_LABEL = "qlora.dev/cloud-identity"
 # Annotation of the first Job: status.resolved as JSON, which is stored only after that Job exists.
 RESOLVED_ANNOTATION = "qlora.dev/resolved"
 

@@ -6,6 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
+from qlora_api.clouds import AzureStorage, CloudIdentity, GoogleStorage
+from qlora_api.network import PROXY_URL, CaConfigMap, DirectHost
 from qlora_api.schema import ApiModel, rule, rules
 from qlora_api.sources import REGISTRY
 
@@ -15,6 +17,7 @@ DNS_SUBDOMAIN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?
 QUANTITY = r"^(0\.[0-9]*[1-9][0-9]*|[1-9][0-9]*(\.[0-9]+)?)(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
 LABEL_KEY = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
 LABEL_VALUE = r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"
+PRICE = r"^[0-9]{1,9}(\.[0-9]{1,6})?$"
 
 ObjectName = Annotated[str, Field(min_length=1, max_length=253, pattern=DNS_SUBDOMAIN)]
 Quantity = Annotated[str, Field(max_length=32, pattern=QUANTITY)]
@@ -174,7 +177,7 @@ class WorkspaceDefaults(ApiModel):
 
 
 class ObjectStoreSettings(ApiModel):
-    """The object store behind s3:// addresses. A job names buckets in it, never another host."""
+    """The object store of s3:// addresses. A job names buckets in it, never another host."""
 
     endpoint: Annotated[str, Field(max_length=512, pattern=r"^https?://[A-Za-z0-9.:\[\]-]+$")] | None = Field(
         None, description="URL of an S3 server, used with path-style addresses (URL/BUCKET); AWS if not set."
@@ -215,6 +218,14 @@ class Limits(ApiModel):
         description="Jobs of the profile in one namespace that may have started and not ended; any number if not set. "
         "Suspended jobs count. The others wait with the reason JobLimitReached and start by themselves.",
     )
+    gpu_hours: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="GPU hours that one job may use; any number if not set. A job whose spec.budget.gpuHours is more "
+        "waits with the reason LimitExceeded; one that sets none gets this one. Jobs that have started keep the limit "
+        "that they have started with, until they are retried.",
+    )
 
 
 class Profile(ApiModel):
@@ -230,6 +241,21 @@ class Profile(ApiModel):
     )
     gpu_resource: LabelKey | None = Field(
         None, description="Extended resource that train requests for its GPUs, for example nvidia.com/gpu."
+    )
+    gpu_tflops: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="Speed of one GPU in dense bfloat16, without sparsity, in 10^12 operations per second as its "
+        "vendor states it, for the forecast of GPU hours before training; no such forecast if not set.",
+    )
+    gpu_hour_price: Annotated[str, Field(max_length=20, pattern=PRICE)] | None = Field(
+        None,
+        description='Price of one GPU for one hour, as a decimal number such as "2.50", with currency; no costs are '
+        "shown if not set.",
+    )
+    currency: Annotated[str, Field(max_length=8, pattern=r"^[A-Za-z]+$")] | None = Field(
+        None, description="Currency of gpuHourPrice, for example EUR."
     )
     nccl: NcclSettings | None = Field(
         None,
@@ -272,11 +298,43 @@ class Profile(ApiModel):
         None, max_length=512, description="URL of the Hugging Face Hub or of a mirror; huggingface.co if not set."
     )
     object_store: ObjectStoreSettings = Field(ObjectStoreSettings(), description="The object store of s3:// addresses.")
+    google_storage: GoogleStorage | None = Field(None, description="The object store of gs:// addresses.")
+    azure_storage: AzureStorage | None = Field(
+        None, description="The object store of az:// addresses, which no job can use if not set."
+    )
+    cloud_identity: CloudIdentity | None = Field(
+        None,
+        description="Identity with which prepare and publish use the cloud's object store where a job names no Secret; "
+        "nothing is signed there if not set.",
+    )
     registries: tuple[RegistryHost, ...] = Field(
         (),
         max_length=32,
         description="OCI registries that jobs may name in oci://, as HOST or HOST:PORT; with http:// before one "
         "without TLS. Their token servers must be listed too: credentials are sent to no other host.",
+    )
+    ca_config_map: CaConfigMap | None = Field(
+        None,
+        description="Certificates that prepare and publish trust besides the public ones; only those if not set. Pods "
+        "wait until the ConfigMap exists.",
+    )
+    https_proxy: str | None = Field(
+        None,
+        max_length=512,
+        pattern=PROXY_URL,
+        description="HTTP proxy (http://HOST:PORT) through which prepare and publish reach https:// servers, with "
+        "CONNECT; none if not set. Servers with http:// are reached directly.",
+    )
+    no_proxy: tuple[DirectHost, ...] | None = Field(
+        None,
+        max_length=32,
+        description="Hosts that are reached without the proxy: a name stands for itself and all names below it, an "
+        "IPv4 address or network for servers that are named by their address.",
+    )
+    proxy_secret_name: ObjectName | None = Field(
+        None,
+        description="Secret with username and password of the proxy (type kubernetes.io/basic-auth) in the job's "
+        "namespace; the proxy gets no credentials if not set.",
     )
     finished_job_seconds: int = Field(
         86_400,
@@ -292,3 +350,15 @@ class Profile(ApiModel):
         le=3600,
         description="Seconds that train has to finish a step and save a checkpoint before it is killed.",
     )
+
+    @model_validator(mode="after")
+    def _price_with_currency(self) -> Self:
+        if (self.gpu_hour_price is None) != (self.currency is None):
+            raise ValueError("gpuHourPrice and currency belong together: set both, or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _proxy_has_an_address(self) -> Self:
+        if self.https_proxy is None and (self.no_proxy or self.proxy_secret_name):
+            raise ValueError("noProxy and proxySecretName are for httpsProxy: set it, or remove them")
+        return self

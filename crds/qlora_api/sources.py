@@ -18,7 +18,12 @@ _HUB_DATASET = rf"hf://{_REPOSITORY}(/{_PATH})?"
 _HUB_COMMIT = rf"{_HUB_MODEL}@[0-9a-f]{{40}}"
 _VOLUME = rf"pvc://{_CLAIM}(/{_PATH})?/?"
 _CONFIG_MAP = rf"configMap://{_CLAIM}/[-_a-zA-Z0-9][-._a-zA-Z0-9]*"
-_OBJECTS = rf"s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9]/{_PATH}/?"
+# As each store names its buckets; Azure calls them containers.
+_BUCKETS = {"s3": "[a-z0-9.-]", "gs": "[a-z0-9._-]", "az": "[a-z0-9-]"}
+_BUCKET = "|".join(f"{scheme}://[a-z0-9]{letters}{{1,61}}[a-z0-9]" for scheme, letters in _BUCKETS.items())
+_OBJECTS = rf"({_BUCKET})/{_PATH}/?"
+OBJECT_STORES = tuple(_BUCKETS)
+"""Schemes of the addresses of object stores: S3, Google Cloud Storage and Azure Blob Storage."""
 # A registry's name has a dot or a port, unlike the first part of a repository's name (distribution/reference).
 REGISTRY = r"([a-z0-9-]+([.][a-z0-9-]+)+(:[0-9]{1,5})?|[a-z0-9-]+:[0-9]{1,5})"
 _ARTIFACT_NAME = r"[a-z0-9]+(([.]|_|__|-+)[a-z0-9]+)*"
@@ -63,13 +68,15 @@ class ConfigMapSource:
 
 @dataclass(frozen=True)
 class ObjectStoreSource:
-    """An object, or a prefix as a folder, in a bucket of the profile's object store."""
+    """An object, or a prefix as a folder, in a bucket (Azure: a container) of the profile's object store."""
 
     bucket: str
     path: str
+    scheme: str = "s3"
+    """One of OBJECT_STORES."""
 
     def __str__(self) -> str:
-        return f"s3://{self.bucket}/{self.path}"
+        return f"{self.scheme}://{self.bucket}/{self.path}"
 
 
 @dataclass(frozen=True)
@@ -95,12 +102,17 @@ class RegistrySource:
 Source = HubSource | VolumeSource | ConfigMapSource | ObjectStoreSource | RegistrySource
 
 
+def scheme_of(uri: str) -> str:
+    """The part of an address before its first colon."""
+    return uri.partition("://")[0]
+
+
 def parse_source(uri: str) -> Source:
     """The parsed form of an address that the schema has admitted. Raises ValueError for any other."""
     if not re.fullmatch("|".join((_HUB_DATASET, _HUB_COMMIT, _VOLUME, _CONFIG_MAP, _OBJECTS, _TAGGED_OR_PINNED)), uri):
         raise ValueError(
             f"{uri!r} is not an address; allowed are hf://ORG/NAME, pvc://CLAIM/PATH, s3://BUCKET/PATH, "
-            "oci://REGISTRY/REPOSITORY:TAG and configMap://NAME/KEY"
+            "gs://BUCKET/PATH, az://CONTAINER/PATH, oci://REGISTRY/REPOSITORY:TAG and configMap://NAME/KEY"
         )
     scheme, _, rest = uri.partition("://")
     head, _, tail = rest.rstrip("/").partition("/")
@@ -108,8 +120,8 @@ def parse_source(uri: str) -> Source:
         return VolumeSource(head, tail)
     if scheme == "configMap":
         return ConfigMapSource(head, tail)
-    if scheme == "s3":
-        return ObjectStoreSource(head, tail)
+    if scheme in OBJECT_STORES:
+        return ObjectStoreSource(head, tail, scheme)
     if scheme == "oci":
         tagged, _, digest = tail.partition("@")
         repository, _, tag = tagged.partition(":")
@@ -137,22 +149,23 @@ def _address(pattern: str, allowed: str, paths: str = _PATHS) -> tuple[AfterVali
 
 _model, _model_rules = _address(
     f"{_HUB_MODEL}|{_VOLUME}|{_OBJECTS}|{_TAGGED_OR_PINNED}",
-    "hf://ORG/NAME, pvc://CLAIM/PATH, s3://BUCKET/PATH or oci://REGISTRY/REPOSITORY:TAG (or @sha256:DIGEST)",
+    "hf://ORG/NAME, pvc://CLAIM/PATH, s3://BUCKET/PATH, gs://BUCKET/PATH, az://CONTAINER/PATH or "
+    "oci://REGISTRY/REPOSITORY:TAG (or @sha256:DIGEST)",
 )
 _dataset, _dataset_rules = _address(
     f"{_HUB_DATASET}|{_VOLUME}|{_OBJECTS}|{_CONFIG_MAP}",
-    "hf://ORG/NAME, pvc://CLAIM/PATH, s3://BUCKET/PATH or configMap://NAME/KEY",
+    "hf://ORG/NAME, pvc://CLAIM/PATH, s3://BUCKET/PATH, gs://BUCKET/PATH, az://CONTAINER/PATH or configMap://NAME/KEY",
 )
 # As destinations are written, and as status.adapter.uri names what was published there.
 _adapter, _adapter_rules = _address(
     f"{_HUB_MODEL}|{_HUB_COMMIT}|{_VOLUME}|{_OBJECTS}|{_TAGGED_OR_PINNED}",
-    "pvc://CLAIM/PATH, s3://BUCKET/PATH, hf://ORG/NAME (or @COMMIT) or oci://REGISTRY/REPOSITORY:TAG (or "
-    "@sha256:DIGEST)",
+    "pvc://CLAIM/PATH, s3://BUCKET/PATH, gs://BUCKET/PATH, az://CONTAINER/PATH, hf://ORG/NAME (or @COMMIT) or "
+    "oci://REGISTRY/REPOSITORY:TAG (or @sha256:DIGEST)",
 )
 # A claim's root is shared, so a destination needs a folder; a digest is not known before the upload.
 _folder, _folder_rules = _address(
     rf"pvc://{_CLAIM}/{_PATH}/?|{_OBJECTS}|{_HUB_MODEL}|{_ARTIFACT}{_TAG}",
-    "pvc://CLAIM/PATH, s3://BUCKET/PATH, hf://ORG/NAME or oci://REGISTRY/REPOSITORY:TAG",
+    "pvc://CLAIM/PATH, s3://BUCKET/PATH, gs://BUCKET/PATH, az://CONTAINER/PATH, hf://ORG/NAME or oci://REGISTRY/REPOSITORY:TAG",
 )
 _template, _template_rules = _address(
     f"{'|'.join(TEMPLATE_NAMES)}|{_CONFIG_MAP}", f"{', '.join(TEMPLATE_NAMES)} or configMap://NAME/KEY", paths=""

@@ -1,52 +1,41 @@
 """The status of a QLoRAJob: what the operator reports."""
 
-import re
-from datetime import datetime
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from qlora_api.dataset import MAX_MIX_SOURCES
+from qlora_api.gguf import GgufStatus
 from qlora_api.group import GroupStatus
 from qlora_api.halving import MAX_RUNGS
 from qlora_api.profile import Profile
 from qlora_api.schema import ObservedModel
+from qlora_api.status_types import MAX_MESSAGE_LENGTH as MAX_MESSAGE_LENGTH
+from qlora_api.status_types import MAX_SHORT_TEXT_LENGTH as MAX_SHORT_TEXT_LENGTH
+from qlora_api.status_types import Bytes as Bytes
+from qlora_api.status_types import Count as Count
+from qlora_api.status_types import Finite as Finite
+from qlora_api.status_types import Message as Message
+from qlora_api.status_types import Share as Share
+from qlora_api.status_types import ShortText as ShortText
+from qlora_api.status_types import Timestamp as Timestamp
+from qlora_api.status_types import Uri as Uri
+from qlora_api.usage import ForecastStatus, UsageStatus
 
-MAX_MESSAGE_LENGTH = 1024
 MAX_DOCUMENT_LENGTH = 131_072
 """Of a job's document, in UTF-8 bytes: half of what all annotations of a pod may have together."""
 MAX_MIXED_SOURCE_LENGTH = 48
-MAX_SHORT_TEXT_LENGTH = 256
 
 Phase = Literal["Pending", "Preparing", "Queued", "Training", "Publishing", "Succeeded", "Failed", "Suspended"]
 MemorySource = Literal["DryRun", "Table"]
 StepName = Literal["prepare", "train", "publish", "clean"]
 
 
-def _check_time(text: str) -> str:
-    # fromisoformat also accepts weeks, days of the year and times without a zone, which the API server rejects.
-    if not re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)", text, re.ASCII):
-        raise ValueError(f"found {text!r}, must be a time as RFC 3339 writes it, for example 2026-01-02T03:04:05Z")
-    datetime.fromisoformat(text)
-    return text
-
-
-Timestamp = Annotated[str, Field(max_length=32, json_schema_extra={"format": "date-time"}), AfterValidator(_check_time)]
-Message = Annotated[str, Field(max_length=MAX_MESSAGE_LENGTH)]
-Bytes = Annotated[int, Field(ge=0, le=2**53)]
-Count = Annotated[int, Field(ge=0, le=2**53)]
-ShortText = Annotated[str, Field(max_length=MAX_SHORT_TEXT_LENGTH)]
-Uri = Annotated[str, Field(max_length=1024)]
-# JSON has no other numbers. A status with one would be rejected by the API server, again and again.
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-
-
 class Condition(ObservedModel):
     """One observation, as metav1.Condition.
 
     Types: Prepared, Trained, Succeeded, Failed, Suspended (the life of the job), Progressing (whether the running step
-    makes progress), Reconciling, Ready, Stalled (for tools that wait), CleanedUp.
+    makes progress), Reconciling, Ready, Stalled (for tools that wait), CleanedUp, Announced.
     """
 
     type: str = Field(max_length=64, description="What is observed.")
@@ -87,6 +76,9 @@ class Resolved(ObservedModel):
     )
     continued: ContinuedRun | None = Field(
         None, description="Where the run is that spec.continues takes up; not set without it."
+    )
+    gpu_hours: float | None = Field(
+        None, gt=0, le=1e6, description="GPU hours that the profile allows one job; not set if it has no such limit."
     )
     queue_name: ShortText | None = Field(None, description="Kueue's LocalQueue of the train step.")
     queue_priority: ShortText | None = Field(None, description="Kueue's WorkloadPriorityClass of the train step.")
@@ -177,6 +169,7 @@ class ProgressStatus(ObservedModel):
         "", description='Progress for people, for example "42% 420/1000", or "stopped early 420/1000".'
     )
     remaining: ShortText = Field("", description='Time left for training, for example "1h12m".')
+    remaining_seconds: Count | None = Field(None, description="The same in seconds, for programs.")
     updated_at: Timestamp | None = Field(None, description="When the trainer reported this.")
 
 
@@ -347,6 +340,7 @@ class AdapterStatus(ObservedModel):
     initial_adapter: InitialAdapterStatus | None = Field(
         None, alias="from", description="The adapter of spec.lora.from; not set without one."
     )
+    gguf: GgufStatus | None = Field(None, description="Its GGUF file, if output.gguf is set.")
 
 
 class MergedStatus(ObservedModel):
@@ -381,6 +375,7 @@ class QLoRAJobStatus(ObservedModel):
         None, ge=-1, le=2**53, description="Generation of the spec that the status is about."
     )
     phase: Phase | None = Field(None, description="Summary of the conditions, for people.")
+    phase_since: Timestamp | None = Field(None, description="When the phase last changed.")
     conditions: tuple[Condition, ...] = Field(
         (),
         max_length=16,
@@ -415,6 +410,12 @@ class QLoRAJobStatus(ObservedModel):
     retry_request: Count | None = Field(None, description="The latest retry.request that has been seen.")
     active_seconds: Count = Field(0, description="Seconds that finished attempts have run, for activeDeadlineSeconds.")
     active_until: Timestamp | None = Field(None, description="Time up to which activeSeconds has been counted.")
+    usage: UsageStatus | None = Field(
+        None, description="GPU time used and lost; not set before a pod has had a GPU, or if the profile requests none."
+    )
+    forecast: ForecastStatus | None = Field(
+        None, description="GPU hours that the job is expected to take; not set while that is unknown."
+    )
     last_failure: FailureStatus | None = Field(None, description="The latest failure.")
     start_time: Timestamp | None = Field(None, description="When the operator first saw the job.")
     completion_time: Timestamp | None = Field(None, description="When the job ended.")

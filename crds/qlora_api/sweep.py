@@ -18,6 +18,7 @@ from qlora_api.model_and_output import OutputSpec
 from qlora_api.naming import sweep_group_name
 from qlora_api.profile import DNS_LABEL
 from qlora_api.schema import ApiModel, immutable, rule, rules
+from qlora_api.sources import OBJECT_STORES, scheme_of
 from qlora_api.v1alpha1 import MAX_NAME_LENGTH, ObjectMeta, QLoRAJobSpec
 
 T = TypeVar("T")
@@ -30,8 +31,8 @@ _MAX_NAME_WITH_BEST = MAX_NAME_LENGTH - len(BEST_SUFFIX)
 _NO_EVALUATION = "a sweep chooses by the loss on held-out rows: set spec.template.spec.dataset.eval"
 _SUSPENDED = "suspend the sweep (spec.suspend) and not its template"
 _ONE_ADAPTER = (
-    "each cell publishes to a folder of its own below output.destination, which must be pvc:// or s3:// for that: set "
-    "publish: best to publish only the best adapter, to hf:// or oci:// too"
+    "each cell publishes to a folder of its own below output.destination, which must be on a volume or in a bucket "
+    "for that (pvc://, s3://, gs://, az://): set publish: best to publish only the best adapter, to hf:// or oci:// too"
 )
 _MERGED = (
     "output.merged would merge the adapter of every cell: set publish: best to merge only the best, or remove merged"
@@ -149,7 +150,7 @@ def _sweep_rules(schema: dict[str, Any]) -> None:
             ),
             rule(
                 f"self.publish == 'best' || !has({_OUTPUT}.destination) || "
-                f"{_OUTPUT}.destination.matches('^(pvc|s3)://')",
+                f"{_OUTPUT}.destination.matches('^(pvc|s3|gs|az)://')",
                 _ONE_ADAPTER,
             ),
             rule(f"self.publish == 'best' || !has({_OUTPUT}.merged)", _MERGED),
@@ -242,7 +243,7 @@ class QLoRASweepSpec(ApiModel):
             if not (output.destination or output.merged or output.base):
                 raise ValueError(_NOTHING_TO_PUBLISH)
             return self
-        if output.destination is not None and not output.destination.startswith(("pvc://", "s3://")):
+        if output.destination is not None and scheme_of(output.destination) not in ("pvc", *OBJECT_STORES):
             raise ValueError(_ONE_ADAPTER)
         if output.merged is not None:
             raise ValueError(_MERGED)

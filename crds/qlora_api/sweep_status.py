@@ -48,6 +48,9 @@ class CellStatus(ObservedModel):
     loss: Finite | None = Field(None, description="Training loss in the latest step.")
     eval_loss: Finite | None = Field(None, description="Loss on the held-out rows in the latest evaluation.")
     score: Share | None = Field(None, description="Score of its answers, if the template's gate has one.")
+    gpu_seconds: Count = Field(0, description="GPU seconds that its train pods have had.")
+    lost_gpu_seconds: Count = Field(0, description="Of these, those that are in no checkpoint.")
+    cost: ShortText | None = Field(None, description="What they cost; not set without a price in the profile.")
     rank: int | None = Field(
         None, ge=1, le=1000, description="Its place among the cells that have succeeded, by spec.best; 1 is the best."
     )
@@ -85,10 +88,24 @@ class PublishedCell(ObservedModel):
         description="Its phase. Deleted: somebody has deleted it before its end, or that cell before it had started."
     )
     uid: str = Field(max_length=64, description="Its UID; empty if that cell was deleted before it had started.")
+    gpu_seconds: Count = Field(0, description="GPU seconds that its train pods have had.")
+    lost_gpu_seconds: Count = Field(0, description="Of these, those that are in no checkpoint.")
+    cost: ShortText | None = Field(None, description="What they cost; not set without a price in the profile.")
     adapter: Uri = Field("", description="Where it has published the adapter.")
     sha256: str = Field("", max_length=64, description="SHA-256 of adapter_model.safetensors there.")
     reason: str = Field("", max_length=128, description="Why it has failed, or has not started, in one word.")
     message: ShortText = Field("", description="Why it has not started, for people.")
+
+
+class SweepUsage(ObservedModel):
+    """GPU time of all cells, also of those that were deleted, and of what publishes the best adapter."""
+
+    gpu_seconds: Count = Field(description="Seconds times GPUs, of all their train pods.")
+    gpu_hours: ShortText = Field(description='The same in hours, for people, for example "12.50".')
+    lost_gpu_seconds: Count = Field(description="Of these, those that are in no checkpoint; each cell says why.")
+    cost: ShortText | None = Field(
+        None, description="What they cost; not set without a price, or if prices are in several currencies."
+    )
 
 
 class QLoRASweepStatus(ObservedModel):
@@ -120,6 +137,7 @@ class QLoRASweepStatus(ObservedModel):
         description="The cells in their order.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
     )
+    usage: SweepUsage | None = Field(None, description="GPU time used and lost; not set before a pod has had a GPU.")
     claim_name: str = Field("", max_length=253, description="The workspace's PersistentVolumeClaim, for all cells.")
     report: Uri | None = Field(
         None,

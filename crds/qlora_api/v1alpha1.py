@@ -6,11 +6,13 @@ from pydantic import ConfigDict, Field, model_validator
 
 from qlora_api.dataset import DatasetSpec
 from qlora_api.gate import GateSpec
+from qlora_api.gguf import gguf_rules, reject_unconvertible
 from qlora_api.group import GroupSpec, group_rules, reject_ungroupable
 from qlora_api.model_and_output import BaseModelSpec, OutputSpec
 from qlora_api.profile import DNS_LABEL, AccessMode, NodeSelector, ObjectName, Quantity, Tolerations
 from qlora_api.schema import ApiModel, immutable, rule, rule_at_creation, rules
 from qlora_api.training import LoraSpec, QuantizationSpec, ResourcesSpec, TrainingSpec
+from qlora_api.usage import BudgetSpec
 
 GROUP = "qlora.dev"
 VERSION = "v1alpha1"
@@ -140,7 +142,15 @@ class RetrySpec(ApiModel):
 
 
 MUTABLE_FIELDS = frozenset(
-    {"suspend", "active_deadline_seconds", "cleanup_after_seconds", "progress_deadline_seconds", "retry", "gate"}
+    {
+        "suspend",
+        "active_deadline_seconds",
+        "cleanup_after_seconds",
+        "progress_deadline_seconds",
+        "retry",
+        "gate",
+        "budget",
+    }
 )
 """What may change once a job exists: nothing that decides the adapter. Of `resources`, `memory` may.
 
@@ -264,6 +274,7 @@ def _spec_rules(schema: dict[str, Any]) -> None:
                 f"spec.gate.score cannot be changed once the job exists, as training measures it: {_REMEDY}",
             ),
             *group_rules(),
+            *gguf_rules(),
             *immutable(QLoRAJobSpec, except_for=MUTABLE_FIELDS | {"resources"}, remedy=_REMEDY),
             *immutable(ResourcesSpec, except_for=frozenset({"memory"}), remedy=_REMEDY, path="resources."),
         )
@@ -273,8 +284,8 @@ def _spec_rules(schema: dict[str, Any]) -> None:
 class QLoRAJobSpec(ApiModel):
     """One fine-tuning run. Immutable, except what does not decide the adapter.
 
-    Mutable: suspend, activeDeadlineSeconds, progressDeadlineSeconds, cleanupAfterSeconds, retry, gate except its score,
-    and resources.memory.
+    Mutable: suspend, activeDeadlineSeconds, progressDeadlineSeconds, cleanupAfterSeconds, budget, retry, gate except
+    its score, and resources.memory.
     """
 
     model_config = ConfigDict(json_schema_extra=_spec_rules)
@@ -315,6 +326,7 @@ class QLoRAJobSpec(ApiModel):
         description="Seconds that the steps may run in total, not counting time in queues and suspension; no limit if "
         "not set.",
     )
+    budget: BudgetSpec | None = Field(None, description="What the job may cost; no limit if not set.")
     progress_deadline_seconds: int | None = Field(
         None,
         ge=60,
@@ -385,6 +397,11 @@ class QLoRAJobSpec(ApiModel):
     @model_validator(mode="after")
     def _can_be_grouped(self) -> Self:
         reject_ungroupable(self)
+        return self
+
+    @model_validator(mode="after")
+    def _gguf_can_be_made(self) -> Self:
+        reject_unconvertible(self)
         return self
 
     @model_validator(mode="after")

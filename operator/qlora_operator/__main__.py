@@ -90,12 +90,12 @@ def _lease_settings(settings: Settings) -> LeaseSettings | None:
 async def _connect_and_run(settings: Settings, lease: LeaseSettings | None) -> None:
     signals = Signals()
     signals.take()
-    metrics, health = Metrics(), Health()
+    metrics, health = Metrics(settings.metrics.running_jobs, settings.profiles), Health()
     ports: dict[int, dict[str, Callable[[], Answer]]] = {
         settings.probe_port: {"/healthz": health.liveness, "/readyz": health.readiness},
     }
     ports.setdefault(settings.metrics_port, {})["/metrics"] = lambda: Answer(*metrics.page())
-    async with connect() as cluster, serving(ports):
+    async with connect(on_request=metrics.requests.observe) as cluster, serving(ports):
         operator = Operator(settings, lease, cluster, metrics, health, signals)
         await signals.run(operator.run())
 
@@ -197,6 +197,7 @@ class Operator:
             workers=settings.workers,
             namespaces=settings.namespaces,
             on_error=metrics.reconcile_errors.inc,
+            on_start=metrics.queue_wait.observe,
         )
         sweeps = WorkQueue(
             SweepReconciler(self._cluster, settings.profiles, clock=lambda: datetime.now(UTC)).reconcile,
@@ -216,7 +217,7 @@ class Operator:
         hooks = Hooks(
             queue.add,
             resync.monitor,
-            metrics.job_is_in,
+            metrics.jobs.show,
             self._signals.take,
             store,
             objects_per_page=lambda: self._cluster.shortest_page,

@@ -5,14 +5,22 @@ from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 
 from qlora_api.naming import JOB_UID_LABEL
-from qlora_api.status import QLoRAJobStatus, Resolved, StepName
+from qlora_api.status import AdapterStatus, QLoRAJobStatus, Resolved, StepName
 from qlora_operator.cluster import AlreadyExistsError, Cluster, NotFoundError, RejectedError
+from qlora_operator.decisions.announcing import (
+    build_config_map,
+    build_patches,
+    config_map_name,
+    with_announcement,
+    without_announcement,
+)
 from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.manifests import build_claim, build_job, build_peer_policy, build_peer_service
 from qlora_operator.decisions.observe import Object, QLoRAJob, Reason
 from qlora_operator.decisions.parsing import controller_uid
 from qlora_operator.decisions.plan import (
     Action,
+    Announce,
     ConnectNodes,
     CreateClaim,
     CreateJob,
@@ -55,7 +63,7 @@ class Actions:
 
     async def carry_out(self, facts: Facts, status: QLoRAJobStatus, actions: tuple[Action, ...]) -> Result:
         """Carry them out. The status of the result is the one after the actions."""
-        job, resolved, changed = facts.job, status.resolved, False
+        job, resolved, changed, refused = facts.job, status.resolved, False, False
         for action in actions:
             try:
                 match action:
@@ -66,6 +74,10 @@ class Actions:
                         changed |= await self._create_claim(job, resolved)
                     case ConnectNodes():
                         changed |= await self._connect_nodes(job)
+                    case Announce():
+                        # Whatever comes of it, the clean-up after it does not wait.
+                        status, refused = await self._announce(facts, status)
+                        changed |= not refused
                     case CreateJob() if resolved is not None:
                         others = facts.group.led if facts.group is not None and action.step == "train" else ()
                         job_uid, is_new = await self._create_job(job, resolved, action, others)
@@ -75,7 +87,7 @@ class Actions:
             except _BlockedError as blocked:
                 logger.warning("%s", blocked, extra={"key": (job.namespace, job.name)})
                 return Result(with_rejection(status, facts, blocked.reason), changed, blocked=True)
-        return Result(status, changed)
+        return Result(status, changed, blocked=refused)
 
     async def _delete_job(self, job: QLoRAJob, name: str, uid: str) -> None:
         """Delete this very Job. Raises _BlockedError if the API server does not allow it."""
@@ -148,6 +160,33 @@ class Actions:
                 sentence = f"the API server rejects {kind} {name}, by which the train pods reach one another: {error}"
                 raise _BlockedError(Reason("PeersRejected", sentence)) from error
         return created
+
+    async def _announce(self, facts: Facts, status: QLoRAJobStatus) -> tuple[QLoRAJobStatus, bool]:
+        """The status with what has come of the entry for servers, and whether the API server has rejected that."""
+        job, name = facts.job, config_map_name(facts.job)
+        if status.adapter is None:
+            raise AssertionError("a job without an adapter has nothing to announce")
+        try:
+            await self._write_entry(job, status.adapter)
+        except RejectedError as error:
+            logger.warning("ConfigMap %s: %s", name, error, extra={"key": (job.namespace, job.name)})
+            return without_announcement(status, facts, str(error)), True
+        logger.info("announced in ConfigMap %s", name, extra={"key": (job.namespace, job.name)})
+        return with_announcement(status, facts), False
+
+    async def _write_entry(self, job: QLoRAJob, adapter: AdapterStatus) -> None:
+        """Raises RejectedError if the ConfigMap is not ours, or must not be written."""
+        name, (beside_others, as_the_first) = config_map_name(job), build_patches(job, adapter)
+        try:
+            await self.cluster.patch_config_map(job.namespace, name, beside_others)
+        except NotFoundError:
+            # Raises ConflictError if another job creates it now: the next try finds it.
+            await self.cluster.create_config_map(job.namespace, build_config_map(job, adapter))
+        except RejectedError as error:
+            try:
+                await self.cluster.patch_config_map(job.namespace, name, as_the_first)
+            except RejectedError:
+                raise error from None
 
     async def _existing(self, get: Awaitable[Object]) -> Object:
         try:

@@ -36,7 +36,16 @@ from qlora_operator.listing import (
     object_version,
     without_foreign_resolved,
 )
-from qlora_operator.transport import Credentials, Endpoint, Query, TooLongError, Transport, open_transport
+from qlora_operator.transport import (
+    Credentials,
+    Endpoint,
+    OnRequest,
+    Query,
+    TooLongError,
+    Transport,
+    open_transport,
+    unobserved,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -212,6 +221,15 @@ class Cluster:
     async def create_network_policy(self, namespace: str, manifest: Object) -> None:
         """Create a NetworkPolicy. Raises AlreadyExistsError and RejectedError as `create_service` does."""
         await self._request("POST", f"{_NETWORKING}/namespaces/{namespace}/networkpolicies", body=manifest)
+
+    async def create_config_map(self, namespace: str, manifest: Object) -> None:
+        """Create a ConfigMap. Raises AlreadyExistsError and RejectedError as `create_service` does."""
+        await self._request("POST", f"{_CORE}/namespaces/{namespace}/configmaps", body=manifest)
+
+    async def patch_config_map(self, namespace: str, name: str, patch: Sequence[Object]) -> None:
+        """Apply a JSON Patch to a ConfigMap, whole or not at all. A test of it that fails raises RejectedError."""
+        path = f"{_CORE}/namespaces/{namespace}/configmaps/{name}"
+        await self._request("PATCH", path, body=patch, content_type="application/json-patch+json")
 
     async def create_event(self, namespace: str, manifest: Object) -> None:
         """Create an Event. Raises AlreadyExistsError."""
@@ -429,12 +447,12 @@ def _beginning(data: bytes) -> str:
 
 
 @asynccontextmanager
-async def connect(kubeconfig: Path | None = None) -> AsyncIterator[Cluster]:
+async def connect(kubeconfig: Path | None = None, *, on_request: OnRequest = unobserved) -> AsyncIterator[Cluster]:
     """The cluster of `kubeconfig`; without one, that which the pod runs in, or else that of the environment.
 
-    Raises ClusterError without any of them.
+    `on_request`: called after each request. Raises ClusterError without any cluster.
     """
-    async with open_transport(await endpoint_of(kubeconfig), FIELD_MANAGER) as transport:
+    async with open_transport(await endpoint_of(kubeconfig), FIELD_MANAGER, on_request) as transport:
         yield Cluster(transport)
 
 

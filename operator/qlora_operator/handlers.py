@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,12 +13,11 @@ import kopf
 from kopf._core.reactor.inventory import ResourceMemories, ResourceMemory
 
 from qlora_api.naming import JOB_UID_LABEL
-from qlora_api.status import Phase
 from qlora_api.sweep import SWEEP_PLURAL
 from qlora_api.v1alpha1 import GROUP, PLURAL, VERSION
+from qlora_operator.decisions.observe import Object
 from qlora_operator.decisions.sweep import sweep_of
 from qlora_operator.listing import ChildKind, Kind
-from qlora_operator.metrics import PHASES
 from qlora_operator.resync import WatchMonitor
 from qlora_operator.settings import Settings
 from qlora_operator.store import Store
@@ -46,11 +45,11 @@ class Enqueue(Protocol):
         """Request it."""
 
 
-class Count(Protocol):
-    """Counts a job for the metrics, by its UID: in a phase, or in none if it is gone."""
+class Show(Protocol):
+    """Shows a job to the metrics, as it is stored, or was when it was deleted."""
 
-    def __call__(self, key: Key, uid: str, phase: Phase | None, *, progresses: bool = True) -> None:
-        """Count it."""
+    def __call__(self, body: Object, *, deleted: bool = False) -> None:
+        """Show it."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Hooks:
 
     enqueue: Enqueue
     monitor: WatchMonitor
-    count: Count
+    show: Show
     take_signals: Callable[[], None]
     store: Store
     objects_per_page: Callable[[], int]
@@ -245,9 +244,7 @@ def _register_events(registry: kopf.OperatorRegistry, hooks: Hooks) -> None:
         deleted, body = event["type"] == "DELETED", event["object"]
         metadata = body["metadata"]
         key = (metadata["namespace"], metadata["name"])
-        status = body.get("status", {})
-        phase = None if deleted or status.get("phase") not in PHASES else status["phase"]
-        hooks.count(key, metadata["uid"], phase, progresses=not _is_stalled(status))
+        hooks.show(body, deleted=deleted)
         _show(hooks, "qlorajobs", event)
         if sweep := sweep_of(body):
             hooks.enqueue_sweep((key[0], sweep), SECONDS_BETWEEN_PASSES)
@@ -271,11 +268,6 @@ def _register_events(registry: kopf.OperatorRegistry, hooks: Hooks) -> None:
         _show(hooks, kind, event)
         for key in hooks.store.child_changed(kind, event["object"], deleted=event["type"] == "DELETED"):
             hooks.enqueue(key)
-
-
-def _is_stalled(status: Mapping[str, Any]) -> bool:
-    conditions = status.get("conditions") or ()
-    return any((entry["type"], entry["status"]) == ("Progressing", "False") for entry in conditions)
 
 
 def _show(hooks: Hooks, kind: Kind, event: kopf.RawEvent) -> None:

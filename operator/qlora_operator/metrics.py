@@ -1,20 +1,38 @@
 """Prometheus metrics of the operator."""
 
-from collections.abc import Callable
-from typing import get_args
+from collections.abc import Callable, Iterable
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 
-from qlora_api.status import Phase
+from qlora_operator.gpu_metrics import GpuSeconds
+from qlora_operator.job_metrics import DEFAULT_RUNNING_JOBS, JobMetrics
+from qlora_operator.request_metrics import RequestMetrics
+from qlora_operator.transition_metrics import TransitionMetrics
 from qlora_operator.workqueue import Key
 
-PHASES: tuple[Phase, ...] = get_args(Phase)
+# One more series for each counter and histogram, which no Prometheus reads from this format.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+_WAIT_BUCKETS = (0.01, 0.1, 0.5, 1, 5, 15, 60, 300)
+"""Seconds."""
 
 
 class Metrics:
-    """The operator's metrics. None has a job's name as a label: there would be too many series."""
+    """The operator's metrics.
 
-    def __init__(self) -> None:
+    `running_jobs`: how many running jobs have series with their names. Nothing else has a job's name as a label.
+    `profiles`: the names of the profiles that exist.
+    """
+
+    def __init__(self, running_jobs: int = DEFAULT_RUNNING_JOBS, profiles: Iterable[str] = ("default",)) -> None:
         self.registry = CollectorRegistry()
         self.reconcile_duration = Histogram(
             "qlora_operator_reconcile_duration_seconds", "Duration of one reconcile.", registry=self.registry
@@ -23,6 +41,12 @@ class Metrics:
             "qlora_operator_reconcile_errors", "Reconciles that failed and are retried.", registry=self.registry
         )
         self.status_writes = Counter("qlora_operator_status_writes", "Status writes.", registry=self.registry)
+        self.status_write_errors = Counter(
+            "qlora_operator_status_write_errors",
+            "Status writes that the API server rejected or did not answer; they are retried.",
+            registry=self.registry,
+        )
+        self.gpu_seconds = GpuSeconds(self.registry)
         self.leads = Gauge(
             "qlora_operator_leads", "1 if this operator works, 0 if it stands by.", registry=self.registry
         )
@@ -38,41 +62,20 @@ class Metrics:
             registry=self.registry,
         )
         self._depth = Gauge("qlora_operator_queue_depth", "Jobs that wait for a worker.", registry=self.registry)
-        self._jobs = Gauge("qlora_jobs", "QLoRAJobs by phase.", ["phase"], registry=self.registry)
-        self._stalled = Gauge(
-            "qlora_jobs_without_progress",
-            "QLoRAJobs whose condition Progressing is False.",
+        self.queue_wait = Histogram(
+            "qlora_operator_queue_wait_seconds",
+            "Time from when a job was due until a worker took it.",
+            buckets=_WAIT_BUCKETS,
             registry=self.registry,
         )
-        self._phases: dict[Key, dict[str, Phase]] = {}
-        """Of each name, by UID: a job and the one that replaces it are there together for a moment."""
-        self._without_progress: set[str] = set()
-        for phase in PHASES:
-            self._jobs.labels(phase)
-
-    def job_is_in(self, key: Key, uid: str, phase: Phase | None, *, progresses: bool = True) -> None:
-        """Count the job in `phase`, or in none if it is gone.
-
-        `progresses`: unless its condition Progressing is False.
-        """
-        phases = self._phases.setdefault(key, {})
-        if old := phases.pop(uid, None):
-            self._jobs.labels(old).dec()
-        if phase is not None:
-            phases[uid] = phase
-            self._jobs.labels(phase).inc()
-        if not phases:
-            del self._phases[key]
-        self._without_progress.discard(uid)
-        if phase is not None and not progresses:
-            self._without_progress.add(uid)
-        self._stalled.set(len(self._without_progress))
+        self.requests = RequestMetrics(self.registry)
+        self.transitions = TransitionMetrics(self.registry, profiles)
+        self.jobs = JobMetrics(running_jobs)
+        self.registry.register(self.jobs)
 
     def job_is_gone(self, key: Key, *, replaced_by: str = "") -> None:
         """Count no job of that name, but the one with the UID `replaced_by`."""
-        for uid in tuple(self._phases.get(key, ())):
-            if uid != replaced_by:
-                self.job_is_in(key, uid, None)
+        self.jobs.gone(key, replaced_by=replaced_by)
 
     def namespace_is_denied(self, namespace: str | None, denied: bool) -> None:
         """Note whether the namespace, or the cluster (None), can be listed."""
@@ -84,8 +87,7 @@ class Metrics:
         self._depth.set_function(depth or (lambda: 0))
         if depth is None:
             self._denied.clear()
-            for key in tuple(self._phases):
-                self.job_is_gone(key)
+            self.jobs.clear()
 
     def page(self) -> tuple[bytes, str]:
         """The answer to a scrape, and its content type."""

@@ -12,9 +12,16 @@ from functools import cached_property
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.actions import Actions
-from qlora_operator.cluster import Cluster, ClusterError, ConflictError, NotFoundError
+from qlora_operator.cluster import (
+    Cluster,
+    ClusterError,
+    ConflictError,
+    NotFoundError,
+    RejectedError,
+    UnavailableError,
+)
 from qlora_operator.decisions.blockers import no_pod_at
-from qlora_operator.decisions.conditions import condition, is_false, is_finished
+from qlora_operator.decisions.conditions import condition, is_finished
 from qlora_operator.decisions.continued import is_at_rest, waits_for_other_job
 from qlora_operator.decisions.detached import (
     hides_a_pod,
@@ -22,7 +29,7 @@ from qlora_operator.decisions.detached import (
     misses_running_pod,
     with_detached_pods,
 )
-from qlora_operator.decisions.events import phase_event, progress_event, unreadable_event
+from qlora_operator.decisions.events import budget_event, phase_event, progress_event, unreadable_event
 from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.group import look_again_after, waiting_for
 from qlora_operator.decisions.manifests import DNS_PORTS
@@ -352,16 +359,22 @@ class Reconciler:
         job, key = facts.job, (facts.job.namespace, facts.job.name)
         if status == job.status or (content := status.dump()) == job.status.dump():
             return False
-        written = await self.cluster.apply_status(job, content)
+        try:
+            written = await self.cluster.apply_status(job, content)
+        except (RejectedError, UnavailableError):
+            self.metrics.status_write_errors.inc()
+            raise
         self.store.job_changed(written)
         self.metrics.status_writes.inc()
+        self.metrics.gpu_seconds.note(job, status)
         for name in waiting_for(job, status, facts.group.others if facts.group else ()):
             self.starts.enqueue((job.namespace, name))
-        self.metrics.job_is_in(key, job.uid, status.phase, progresses=not is_false(status, "Progressing"))
+        self.metrics.jobs.show(written)
+        self.metrics.transitions.written(job, status)
         if event := phase_event(job, status, facts.now):
             logger.info("phase %s, was %s", status.phase, job.status.phase, extra={"key": key})
             await post(self.cluster, key, event)
-        if event := progress_event(job, status, facts.now):
+        if event := progress_event(job, status, facts.now) or budget_event(job, status, facts.now):
             logger.warning("%s", event["message"], extra={"key": key})
             await post(self.cluster, key, event)
         return bool(written["metadata"]["resourceVersion"] != job.resource_version)

@@ -15,6 +15,7 @@ from qlora_api.schema import ApiModel
 from qlora_operator.decisions.manifests import DNS_PORTS
 from qlora_operator.decisions.parsing import MAX_RESOLVED
 from qlora_operator.decisions.resolution import as_copied
+from qlora_operator.job_metrics import DEFAULT_RUNNING_JOBS, SERIES_PER_RUNNING_JOB
 
 ENV_SETTINGS = "QLORA_OPERATOR_SETTINGS"
 
@@ -51,6 +52,18 @@ class ProgressSettings(ApiModel):
     )
 
 
+class MetricsSettings(ApiModel):
+    """What the metrics show."""
+
+    running_jobs: int = Field(
+        DEFAULT_RUNNING_JOBS,
+        ge=0,
+        le=10_000,
+        description="Running jobs that have metrics of their own, with their namespace and name as labels: at most "
+        f"{SERIES_PER_RUNNING_JOB} series each. With more of them, those that have run for longest; none if 0.",
+    )
+
+
 class LeaderElectionSettings(ApiModel):
     """Which of several operators works: the one that holds a Lease."""
 
@@ -76,6 +89,7 @@ class Settings(ApiModel):
         min_length=1, description="Classes of jobs, by the name that jobs use."
     )
     progress: ProgressSettings = Field(ProgressSettings(), description="Progress of running jobs.")
+    metrics: MetricsSettings = Field(MetricsSettings(), description="What the metrics show.")
     resync_seconds: float = Field(
         300,
         ge=1,

@@ -7,7 +7,8 @@ environment and in files for each request: together as expensive as the rest of 
 import asyncio
 import json
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,14 @@ _TIMEOUT = aiohttp.ClientTimeout(total=15, connect=5)
 _KEEPALIVE_SECONDS = 60.0
 _CONNECTIONS = 100
 _UNAUTHORIZED = 401
+
+
+OnRequest = Callable[[str, str, int | None, float], None]
+"""Called after a request with its method, its path, the status of the answer (None without one) and the seconds."""
+
+
+def unobserved(_method: str, _path: str, _status: int | None, _seconds: float) -> None:
+    """Observe no request."""
 
 
 class TooLongError(Exception):
@@ -56,9 +65,15 @@ class Endpoint:
 class Transport:
     """One session with kept connections."""
 
-    def __init__(self, endpoint: Endpoint, session: aiohttp.ClientSession) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        session: aiohttp.ClientSession,
+        on_request: OnRequest = unobserved,
+    ) -> None:
         self._endpoint = endpoint
         self._session = session
+        self._on_request = on_request
         self._renewing = asyncio.Lock()
 
     async def send(
@@ -67,7 +82,7 @@ class Transport:
         path: str,
         *,
         query: Query | None = None,
-        body: Mapping[str, Any] | None = None,
+        body: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         headers: Mapping[str, str],
         timeout: aiohttp.ClientTimeout = _TIMEOUT,  # noqa: ASYNC109 - passed on to the HTTP client
         most: int | None = None,
@@ -83,7 +98,13 @@ class Transport:
         data = None if body is None else json.dumps(body, allow_nan=False, separators=(",", ":")).encode()
 
         async def send_with(credentials: Credentials) -> tuple[int, bytes]:
-            return await self._send(method, url, data, headers, credentials, timeout, most, turn or nullcontext())
+            began, status = time.monotonic(), None
+            try:
+                answer = await self._send(method, url, data, headers, credentials, timeout, most, turn or nullcontext())
+                status = answer[0]
+                return answer
+            finally:
+                self._on_request(method, path, status, time.monotonic() - began)
 
         used = await self._endpoint.credentials()
         try:
@@ -146,7 +167,11 @@ async def _read(content: aiohttp.StreamReader, most: int) -> bytes:
 
 
 @asynccontextmanager
-async def open_transport(endpoint: Endpoint, user_agent: str) -> AsyncIterator[Transport]:
+async def open_transport(
+    endpoint: Endpoint,
+    user_agent: str,
+    on_request: OnRequest = unobserved,
+) -> AsyncIterator[Transport]:
     """A transport whose connections end with the block."""
     connector = aiohttp.TCPConnector(limit=_CONNECTIONS, keepalive_timeout=_KEEPALIVE_SECONDS)
     async with aiohttp.ClientSession(
@@ -155,4 +180,4 @@ async def open_transport(endpoint: Endpoint, user_agent: str) -> AsyncIterator[T
         cookie_jar=aiohttp.DummyCookieJar(),
         headers={"User-Agent": user_agent},
     ) as session:
-        yield Transport(endpoint, session)
+        yield Transport(endpoint, session, on_request)

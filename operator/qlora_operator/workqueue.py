@@ -122,6 +122,10 @@ class Schedule:
         self._working_of_the_rest += not first
         return key
 
+    def waited(self, key: Key, now: float) -> float:
+        """For how long the key, which is worked on, was due before."""
+        return max(0.0, now - self._working[key].due)
+
     def done(self, key: Key, again: float | None) -> None:
         """The work on `key` has succeeded; `again`: when it is due without a request."""
         self._failures.pop(key, None)
@@ -195,7 +199,8 @@ class WorkQueue:
     """Runs `work(key)` for every key that is due. `work` returns seconds until the key is due again, or None.
 
     RetryError and every other exception bring the key back after a growing pause; the latter is logged with its
-    traceback and reported to `on_error`. `namespaces`: those that keys can be of; any if empty.
+    traceback and reported to `on_error`. `on_start`: called when a worker takes a key, with the seconds for which that
+    was due. `namespaces`: those that keys can be of; any if empty.
     """
 
     def __init__(
@@ -206,11 +211,13 @@ class WorkQueue:
         workers: int = 8,
         namespaces: Collection[str] = (),
         on_error: Callable[[], None] = lambda: None,
+        on_start: Callable[[float], None] = lambda _waited: None,
     ) -> None:
         self._work = work
         self._now = monotonic
         self._workers = workers
         self._on_error = on_error
+        self._on_start = on_start
         # Whoever comes beside a namespace that has much work finds a worker free, and need not wait for one.
         free = workers // _WORKERS_PER_FREE or int(workers > _WORKERS_PER_RESERVED)
         if len(set(namespaces)) == 1:
@@ -247,6 +254,7 @@ class WorkQueue:
             if key is None:
                 await self._wait()
             else:
+                self._on_start(self._schedule.waited(key, self._now()))
                 await self._serve(key)
 
     async def _serve(self, key: Key) -> None:

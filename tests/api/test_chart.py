@@ -1,9 +1,11 @@
 """The chart with real Helm: what it renders, what it rejects, and what it does to a real API server."""
 
+import asyncio
 import copy
 import json
 import re
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,8 @@ from devcluster.errors import ClusterError
 from devcluster.layout import from_environment
 from devcluster.processes import run
 from devcluster.product import ANY_MACHINE, SMALL_MACHINE
-from qlora_api.naming import JOB_LABEL, STEP_LABEL
+from qlora_api.naming import CLOUD_IDENTITY_LABEL, JOB_LABEL, STEP_LABEL
+from qlora_operator.cluster import RejectedError, connect
 from qlora_operator.settings import Settings, load_settings
 from tests.support.waiting import eventually
 
@@ -38,6 +41,7 @@ EVERYTHING_OPTIONAL = {
     "jobNetworkPolicies": {"enabled": True, "namespaces": [NAMESPACE], "ports": [3128]},
     "imagePullSecrets": ["registry"],
     "priorityClassName": "system-cluster-critical",
+    "announce": {"enabled": True},
     "nodeSelector": {"kubernetes.io/os": "linux"},
     "tolerations": [{"key": "control-plane", "operator": "Exists"}],
     "affinity": {"nodeAffinity": {}},
@@ -150,6 +154,17 @@ def test_cluster_wide_rights_are_exactly_those_that_the_operator_uses(helm: Helm
     binding = only(objects, "ClusterRoleBinding")
     assert binding["roleRef"]["name"] == only(objects, "ClusterRole")["metadata"]["name"]
     assert binding["subjects"] == [{"kind": "ServiceAccount", "name": RELEASE, "namespace": NAMESPACE}]
+
+
+def test_announcing_takes_a_right_that_a_policy_restricts_where_it_is_for_all_namespaces(helm: Helm) -> None:
+    announcing = {"tenantRoles": {"create": False}, "announce": {"enabled": True}}
+    objects = helm.template(announcing)
+    assert rights_of(only(objects, "ClusterRole")["rules"]) == RIGHTS | {"configmaps": {"create", "patch"}}
+    policy = only(objects, "ValidatingAdmissionPolicy")
+    assert only(objects, "ValidatingAdmissionPolicyBinding")["spec"]["policyName"] == policy["metadata"]["name"]
+    assert SERVICE_ACCOUNT in policy["spec"]["matchConditions"][0]["expression"]
+    namespaced = helm.template(announcing | {"namespaces": ["team-a"], "crds": {"install": False}})
+    assert "ValidatingAdmissionPolicy" not in {document["kind"] for document in namespaced}
 
 
 def test_without_progress_the_operator_may_not_read_logs(helm: Helm) -> None:
@@ -453,6 +468,43 @@ def test_the_jobs_of_a_namespaced_installation_get_their_policies_where_they_run
     assert "NetworkPolicy" not in {document["kind"] for document in helm.template()}
 
 
+def test_the_ports_of_the_proxy_and_of_each_store_are_open(helm: Helm) -> None:
+    profile = {
+        "googleStorage": {"endpoint": "http://gcs.example.org:4443"},
+        "azureStorage": {"account": "team", "endpoint": "https://blob.example.org:10000"},
+        "httpsProxy": "http://proxy.example.org:3128",
+    }
+    values: Object = {"namespaces": ["team-a"], "jobNetworkPolicies": {"enabled": True}}
+    objects = helm.template(values | {"profiles": {"default": profile}})
+    (policy,) = [one for one in objects if one["metadata"]["name"] == "qlora-operator-servers"]
+    servers = policy["spec"]["egress"][1]
+    assert {port["port"] for port in servers["ports"]} == {443, 4443, 10000, 3128}
+
+
+@pytest.mark.parametrize(
+    ("provider", "addresses"),
+    [
+        ("google", {"169.254.169.254/32", "169.254.169.252/32"}),
+        ("aws", {"169.254.170.23/32", "fd00:ec2::23/128"}),
+        ("azure", None),
+    ],
+)
+def test_only_pods_with_an_identity_reach_what_gives_its_credentials(
+    helm: Helm, provider: str, addresses: set[str] | None
+) -> None:
+    profile = {"cloudIdentity": {"provider": provider, "serviceAccountName": "qlora"}}
+    values: Object = {"namespaces": ["team-a"], "jobNetworkPolicies": {"enabled": True}}
+    objects = helm.template(values | {"profiles": {"default": {}, "cloud": profile}})
+    found = [one["spec"] for one in objects if one["metadata"]["name"] == f"qlora-operator-identity-{provider}"]
+    if addresses is None:
+        assert found == []
+        return
+    ((rule,),) = [spec["egress"] for spec in found]
+    assert {block["ipBlock"]["cidr"] for block in rule["to"]} == addresses
+    conditions = found[0]["podSelector"]["matchExpressions"]
+    assert {"key": CLOUD_IDENTITY_LABEL, "operator": "In", "values": [provider]} in conditions
+
+
 def test_a_changed_setting_restarts_the_operator(helm: Helm) -> None:
     def template(values: Mapping[str, Any]) -> Object:
         return dict(only(helm.template(values), "Deployment")["spec"]["template"])
@@ -492,6 +544,8 @@ def test_settings_that_fit_into_no_annotation_are_rejected_before_anything_is_in
         ({"profiles": {"default": {"device": "tpu"}}}, "/profiles/default/device"),
         ({"profiles": {"default": {"modelCache": {}}}}, "missing property 'claimName'"),
         ({"profiles": {"default": {"modelCache": {"claimName": "Models"}}}}, "/profiles/default/modelCache/claimName"),
+        ({"profiles": {"default": {"httpsProxy": "http://team:password@proxy:3128"}}}, "/profiles/default/httpsProxy"),
+        ({"profiles": {"default": {"cloudIdentity": {"provider": "oracle"}}}}, "/profiles/default/cloudIdentity"),
         ({"profiles": {"default": None}}, "missing property 'default'"),
         ({"profiles": {"A_100": {}}}, "A_100"),
         ({"namespaces": "team-a"}, "/namespaces"),
@@ -554,6 +608,54 @@ def test_the_api_server_takes_every_object_as_it_is_written(helm: Helm, installe
             *("apply", "--server-side", "--force-conflicts", "--dry-run=server", "--validate=strict", "--filename=-"),
             input_text=yaml.safe_dump_all(objects),
         )
+
+
+def test_an_operator_that_announces_writes_no_config_map_without_the_label(
+    helm: Helm, installed: Helm, plane: ControlPlane, tmp_path: Path
+) -> None:
+    rendered = helm.template({"announce": {"enabled": True}, "fullnameOverride": "announcing"})
+    kinds = ("ServiceAccount", "ClusterRole", "ValidatingAdmission")
+    objects = [document for document in rendered if document["kind"].startswith(kinds)]
+    plane.kubectl("apply", "--filename=-", input_text=yaml.safe_dump_all(objects))
+    kubeconfig = yaml.safe_load(plane.kubeconfig.read_text())
+    token = plane.kubectl("create", "token", "announcing", "--namespace", NAMESPACE).strip()
+    kubeconfig["users"][0]["user"] = {"token": token}
+    (tmp_path / "kubeconfig").write_text(yaml.safe_dump(kubeconfig))
+    ours, denial = {"qlora.dev/announcements": "true"}, "writes only ConfigMaps with the label"
+    add = [{"op": "add", "path": "/data", "value": {"Corefile": "."}}]
+
+    def config_map(name: str, labels: Object | None = None) -> Object:
+        return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name, "labels": labels or {}}}
+
+    async def scenario() -> None:
+        async with connect(tmp_path / "kubeconfig") as cluster:
+
+            async def is_denied() -> bool:
+                try:
+                    await cluster.create_config_map("kube-system", config_map(uuid.uuid4().hex))
+                except RejectedError as error:
+                    return denial in str(error)
+                return False
+
+            for _ in range(100):  # until the API server knows the policy
+                if await is_denied():
+                    break
+                await asyncio.sleep(0.1)
+            await cluster.create_config_map("default", config_map("adapters", ours))
+            await cluster.patch_config_map("default", "adapters", add)
+            labelled = [{"op": "add", "path": "/metadata/labels", "value": ours}, *add]
+            unlabelled = [{"op": "remove", "path": "/metadata/labels"}]
+            for namespace, name, patch in (
+                ("kube-system", "coredns", add),
+                ("kube-system", "coredns", labelled),
+                ("default", "adapters", unlabelled),
+            ):
+                with pytest.raises(RejectedError, match=denial):
+                    await cluster.patch_config_map(namespace, name, patch)
+
+    plane.kubectl("create", "--filename=-", "--namespace=kube-system", input_text=json.dumps(config_map("coredns")))
+    asyncio.run(scenario())
+    assert "data" not in plane.kubectl.get("configmap", "coredns", "--namespace=kube-system")
 
 
 def test_the_largest_settings_fit_beside_what_kubectl_notes_of_them(

@@ -1,20 +1,46 @@
 """Every example is a manifest that the API server admits, and those of jobs are read by the command line."""
 
+import json
+from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
 
 from devcluster.controlplane import ControlPlane
+from devcluster.errors import ClusterError
 from qlora_cli.manifest import load_job
+from tests.support.waiting import eventually
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+LIST = {"apiVersion": "v1", "kind": "List"}
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml")) + sorted((ROOT / "examples" / "serving").glob("*.yaml"))
 JOBS = [path for path in EXAMPLES if "kind: QLoRAJob\n" in path.read_text()]
 
 
+@pytest.fixture(scope="module")
+def with_kserve(plane: ControlPlane) -> ControlPlane:
+    """The API server with KServe's kinds too, as far as the examples use them."""
+    definitions = list(yaml.safe_load_all((ROOT / "tests" / "support" / "kserve" / "crds.yaml").read_text()))
+    plane.kubectl("apply", "--server-side", "--filename=-", input_text=json.dumps({"items": definitions} | LIST))
+    for kind in ("inferenceservices", "llminferenceservices"):
+        eventually(partial(plane.kubectl, "get", kind, "--output=json"), seconds=60, what=kind)
+    return plane
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_an_example_is_admitted(plane: ControlPlane, path: Path) -> None:
+def test_an_example_is_admitted(with_kserve: ControlPlane, path: Path) -> None:
     manifest = path.read_text().replace("namespace: demo", "namespace: default")
-    assert "created" in plane.kubectl("apply", "--dry-run=server", "--filename=-", input_text=manifest)
+    admitted = ("apply", "--dry-run=server", "--validate=strict", "--filename=-")
+    assert "created" in with_kserve.kubectl(*admitted, input_text=manifest)
+
+
+def test_an_unknown_field_of_a_server_is_noticed(with_kserve: ControlPlane) -> None:
+    path = ROOT / "examples" / "serving" / "kserve-llminferenceservice.yaml"
+    manifest = path.read_text().replace("maxRank:", "maxLoraRank:")
+    with pytest.raises(ClusterError, match=r'unknown field "spec\.model\.lora\.maxLoraRank"'):
+        with_kserve.kubectl("apply", "--dry-run=server", "--validate=strict", "--filename=-", input_text=manifest)
 
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)

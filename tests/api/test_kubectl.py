@@ -139,7 +139,18 @@ def lives(operated: Nodeless, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 def test_a_watch_shows_each_phase_in_order_and_the_end_with_its_address_or_reason(lives: list[list[str]]) -> None:
     header, *rows = lives
-    assert header == ["NAME", "PHASE", "PROGRESS", "LOSS", "REMAINING", "MODEL", "ADAPTER", "REASON", "AGE"]
+    assert header == [
+        "NAME",
+        "PHASE",
+        "PROGRESS",
+        "LOSS",
+        "REMAINING",
+        "MODEL",
+        "ADAPTER",
+        "GPU-HOURS",
+        "REASON",
+        "AGE",
+    ]
     good = [row[1:-1] for row in rows if row[0] == "good"]
     model = "hf://org/model"
     # Until the operator has seen it, a job has no phase; a phase has another row when something else changes.

@@ -32,6 +32,7 @@ SCORED = with_value(EVALUATED, "spec.gate", {"minScore": 0.8, "score": SCORE})
 GROUPED = with_value(
     with_value(MINIMAL, "spec.group", {"name": "rates", "size": 4}), "spec.workspace", {"claimName": "team"}
 )
+CONVERTED = with_value(MINIMAL, "spec.output.gguf", {})
 
 
 BY_ROWS = with_value(
@@ -75,6 +76,9 @@ REJECTED = {
     "no spec": (without(MINIMAL, "spec"), "spec: Required value"),
     "no model": (without(MINIMAL, "spec.model"), "spec.model: Required value"),
     "wrong type": (with_value(MINIMAL, "spec.lora.rank", "sixteen"), "spec.lora.rank"),
+    "no GPU hours": (with_value(MINIMAL, "spec.budget", {"gpuHours": 0}), "spec.budget.gpuHours"),
+    "GPU hours as a quantity": (with_value(MINIMAL, "spec.budget", {"gpuHours": "5h"}), "spec.budget.gpuHours"),
+    "budget of a group": (with_value(GROUPED, "spec.budget", {"gpuHours": 5}), "budget is not supported with group"),
     "fractional epochs": (with_value(MINIMAL, "spec.training.epochs", 1.5), "spec.training.epochs"),
     "a list for a number": (with_value(MINIMAL, "spec.lora.rank", [1]), "spec.lora.rank"),
     "unknown field": (
@@ -213,7 +217,7 @@ REJECTED = {
     ),
     "credentials of a mix without a bucket": (
         with_value(MIXED, "spec.dataset.mix", [{"source": "hf://a/b"}]),
-        "secretRef is for s3:// data",
+        "secretRef is for s3://, gs:// and az:// data",
     ),
     "another way with an overlap": (
         with_value(MINIMAL, "spec.dataset.eval", {"fraction": 0.1, "overlap": "ignore"}),
@@ -267,11 +271,11 @@ REJECTED = {
     ),
     "credentials of a hub's model": (
         with_value(MINIMAL, "spec.model.secretRef", {"name": "keys"}),
-        "secretRef is for s3:// and oci:// models: for an hf:// model set tokenSecretRef",
+        "secretRef is for s3://, gs://, az:// and oci:// models: for an hf:// model set tokenSecretRef",
     ),
     "credentials of an adapter on a volume": (
         with_value(MINIMAL, "spec.lora.from", {"source": "pvc://a/b", "secretRef": {"name": "keys"}}),
-        "secretRef is for s3://, hf:// and oci:// adapters",
+        "secretRef is for s3://, gs://, az://, hf:// and oci:// adapters",
     ),
     "bad sha256 of an adapter": (
         with_value(MINIMAL, "spec.lora.from", {"source": "pvc://a/b", "sha256": "abc"}),
@@ -279,11 +283,11 @@ REJECTED = {
     ),
     "an adapter in a ConfigMap": (
         with_value(MINIMAL, "spec.lora.from", {"source": "configMap://a/b"}),
-        "must be pvc://CLAIM/PATH, s3://BUCKET/PATH, hf://ORG/NAME (or @COMMIT)",
+        "must be pvc://CLAIM/PATH, s3://BUCKET/PATH, gs://BUCKET/PATH, az://CONTAINER/PATH, hf://ORG/NAME (or @COMMIT)",
     ),
     "a branch of an adapter": (
         with_value(MINIMAL, "spec.lora.from", {"source": "hf://org/adapter@main"}),
-        "must be pvc://CLAIM/PATH, s3://BUCKET/PATH, hf://ORG/NAME (or @COMMIT)",
+        "must be pvc://CLAIM/PATH, s3://BUCKET/PATH, gs://BUCKET/PATH, az://CONTAINER/PATH, hf://ORG/NAME (or @COMMIT)",
     ),
     "two initializations": (
         with_value(MINIMAL, "spec.lora", {"from": {"source": "pvc://a/b"}, "initialization": "loftq"}),
@@ -317,11 +321,11 @@ REJECTED = {
     "a job of another namespace": (with_value(MINIMAL, "spec.continues", "other/tune"), "spec.continues"),
     "credentials of data on a volume": (
         with_value(MINIMAL, "spec.dataset.secretRef", {"name": "keys"}),
-        "secretRef is for s3:// data",
+        "secretRef is for s3://, gs:// and az:// data",
     ),
     "credentials of the workspace": (
         with_value(MINIMAL, "spec.output", {"secretRef": {"name": "keys"}}),
-        "secretRef is for an s3://, hf:// or oci:// destination",
+        "secretRef is for an s3://, gs://, az://, hf:// or oci:// destination",
     ),
     "key of a Secret's own choice": (
         with_value(
@@ -358,6 +362,27 @@ REJECTED = {
             {"merged": {"destination": "pvc://out/tiny/"}, "base": {"destination": "pvc://out/tiny"}},
         ),
         "spec.output: Invalid value: merged model and base need separate folders",
+    ),
+    "a GGUF file of a DoRA adapter": (
+        with_value(CONVERTED, "spec.lora.useDora", True),
+        "output.gguf is not possible with lora.useDora, as llama.cpp knows no magnitudes",
+    ),
+    "a GGUF file of fully trained modules": (
+        with_value(CONVERTED, "spec.lora.modulesToSave", ["lm_head"]),
+        "output.gguf is not possible with lora.modulesToSave, as llama.cpp loads no fully trained modules",
+    ),
+    "a GGUF file of a LoftQ adapter": (
+        with_value(CONVERTED, "spec.lora.initialization", "loftq"),
+        "such an adapter also corrects the rounding of its own 4-bit base",
+    ),
+    "a GGUF file in 2 bits": (with_value(CONVERTED, "spec.output.gguf.type", "q2_k"), "spec.output.gguf.type"),
+    "an announcement to no ConfigMap": (
+        with_value(MINIMAL, "spec.output.announce", {}),
+        "spec.output.announce.configMap: Required value",
+    ),
+    "an announcement to a ConfigMap of another namespace": (
+        with_value(MINIMAL, "spec.output.announce", {"configMap": "kube-system/coredns"}),
+        "spec.output.announce.configMap",
     ),
     "path traversal": (with_value(MINIMAL, "spec.dataset.source", "pvc://data/../x.jsonl"), "a path has no '..'"),
     "model from a config map": (with_value(MINIMAL, "spec.model.source", "configMap://a/b"), "spec.model.source"),
@@ -525,6 +550,8 @@ def test_a_change_of_a_created_job_is_rejected_with_what_to_do(plane: ControlPla
         with_value(FULL, "spec.suspend", False),
         with_value(FULL, "spec.activeDeadlineSeconds", 60),
         without(FULL, "spec.activeDeadlineSeconds"),
+        with_value(FULL, "spec.budget.gpuHours", 40),
+        without(FULL, "spec.budget"),
         with_value(FULL, "spec.cleanupAfterSeconds", 60),
         with_value(FULL, "spec.progressDeadlineSeconds", 60),
         with_value(FULL, "spec.retry.request", 1),
@@ -539,6 +566,8 @@ def test_a_change_of_a_created_job_is_rejected_with_what_to_do(plane: ControlPla
         "suspend",
         "deadline",
         "deadline removed",
+        "budget",
+        "budget removed",
         "cleanup",
         "progress deadline",
         "request",
@@ -552,7 +581,14 @@ def test_a_change_of_a_created_job_is_rejected_with_what_to_do(plane: ControlPla
 )
 def test_what_may_change_may_change(plane: ControlPlane, manifest: Manifest) -> None:
     changed = apply(plane, manifest)
-    for field in ("suspend", "activeDeadlineSeconds", "cleanupAfterSeconds", "progressDeadlineSeconds", "gate"):
+    for field in (
+        "suspend",
+        "budget",
+        "activeDeadlineSeconds",
+        "cleanupAfterSeconds",
+        "progressDeadlineSeconds",
+        "gate",
+    ):
         assert changed["spec"].get(field) == manifest["spec"].get(field)
     assert (manifest["spec"].get("retry") or {}).items() <= changed["spec"]["retry"].items()
     assert changed["spec"]["resources"]["memory"] == manifest["spec"]["resources"]["memory"]
@@ -615,5 +651,5 @@ def test_kubectl_explain_has_the_defaults_and_no_line_breaks_of_the_source(plane
     assert "Default" not in plane.kubectl("explain", "qlorajob.spec.training.epochs")
     described = plane.kubectl("explain", "qlorajob.status.conditions").partition("FIELDS:")[0]
     paragraph = described.partition("Types: ")[2].strip()
-    assert " ".join(paragraph.split()).endswith("Stalled (for tools that wait), CleanedUp.")
+    assert " ".join(paragraph.split()).endswith("Stalled (for tools that wait), CleanedUp, Announced.")
     assert len(paragraph.splitlines()) == 3, paragraph

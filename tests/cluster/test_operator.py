@@ -74,7 +74,8 @@ def test_metrics_count_jobs_by_phase(tenant: Tenant) -> None:
 
     def suspended() -> float:
         text = tenant.cluster.kubectl("get", "--raw", path)
-        lines = [line for line in text.splitlines() if line.startswith('qlora_jobs{phase="Suspended"}')]
+        series = f'qlora_jobs{{namespace="{tenant.namespace}",phase="Suspended"}}'
+        lines = [line for line in text.splitlines() if line.startswith(series)]
         return float(lines[0].split()[-1]) if lines else 0.0
 
     assert eventually(lambda: suspended() >= 1, seconds=30)

@@ -22,8 +22,8 @@ from qlora_trainer.data.chat_template import Tokenizer
 from qlora_trainer.data.examples import Conversation, Message, ToolCall
 from qlora_trainer.model.initial_adapter_check import check_config
 from qlora_trainer.publishing.verify import verify_config
+from qlora_trainer.stores.objects import ObjectFolder
 from qlora_trainer.stores.oci import Registry
-from qlora_trainer.stores.s3 import ObjectFolder
 from tests.fuzz.documents import DOCUMENTS
 from tests.fuzz.target import Target
 from tests.support.tiny import CHATML, save_tokenizer

@@ -868,9 +868,9 @@ OPERATOR = (
     ),
     Mutant(
         name="jobs-of-one-name-are-counted-as-one",
-        file=f"{_OPERATOR}/metrics.py",
-        old="        phases = self._phases.setdefault(key, {})\n",
-        new='        phases, uid = self._phases.setdefault(key, {}), ""\n',
+        file=f"{_OPERATOR}/job_metrics.py",
+        old="        self._jobs.setdefault(key, {})[uid] = job\n",
+        new="        self._jobs[key] = {uid: job}\n",
         tests=(
             f"{_OPERATOR_TESTS}/test_handlers.py::test_a_job_that_is_created_anew_is_known_although_the_deletion_of_the_old_one_is_shown_last",
         ),

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import json
 import re
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -70,11 +71,18 @@ class FakeHub:
 
 
 @contextmanager
-def serve(hub: FakeHub, host: str = "127.0.0.1") -> Iterator[FakeHub]:
-    """Answer on a free port of an address of this machine until the block ends."""
+def serve(hub: FakeHub, host: str = "127.0.0.1", *, tls: tuple[Path, Path] | None = None) -> Iterator[FakeHub]:
+    """Answer on a free port of an address of this machine until the block ends.
+
+    `tls`: the certificate and its key, in PEM, with which it answers.
+    """
     handler = type("Handler", (_Handler,), {"hub": hub})
     with ThreadingHTTPServer((host, 0), handler) as server:
-        hub.endpoint = f"http://{host}:{server.server_port}"
+        hub.endpoint = f"{'https' if tls else 'http'}://{host}:{server.server_port}"
+        if tls is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*tls)
+            server.socket = context.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:

@@ -62,7 +62,11 @@ FULL: Manifest = {
             "earlyStopping": {"patience": 3, "minDelta": 0.01},
             "seed": 7,
         },
-        "output": {"destination": "pvc://adapters/team/full"},
+        "output": {
+            "destination": "pvc://adapters/team/full",
+            "gguf": {"type": "q8_0"},
+            "announce": {"configMap": "adapters"},
+        },
         "gate": {"minImprovement": 0.1, "maxEvalLoss": 1.5},
         "continues": "earlier",
         "workspace": {
@@ -81,6 +85,7 @@ FULL: Manifest = {
         "retry": {"maxFailures": 1, "maxDisruptions": 5},
         "suspend": True,
         "activeDeadlineSeconds": 3600,
+        "budget": {"gpuHours": 2.5},
         "cleanupAfterSeconds": 0,
     },
 }

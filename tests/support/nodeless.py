@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from tests.support.waiting import eventually
 ROOT = Path(__file__).parents[2]
 NAMESPACE, NODE = "team", "played"
 STEPS: tuple[StepName, ...] = ("prepare", "train", "publish")
-SHARED = "shared"
+SHARED, GPU = "shared", "gpu"
 _SHARED_WORKSPACE = {"topology": "shared", "accessMode": "ReadWriteMany"}
 ENDED = "2026-01-02T03:04:05Z"
 URI = "pvc://a/b"
@@ -54,10 +55,18 @@ class Nodeless:
     """The cluster, as its users and its nodes use it; jobs are in the namespace `team`."""
 
     plane: ControlPlane
+    metrics_port: int
+    """Of the operator."""
 
     @property
     def kubectl(self) -> Kubectl:
         return self.plane.kubectl
+
+    def metrics(self) -> str:
+        """What the operator answers to a scrape."""
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10) as answer:
+            return str(answer.read().decode())
 
     def job(self, name: str) -> dict[str, Any]:
         return self.kubectl.get("qlorajob", name, f"--namespace={NAMESPACE}")
@@ -183,7 +192,7 @@ def _terminated(code: int, message: str) -> dict[str, Any]:
 def nodeless(folder: Path, **profile: object) -> Iterator[Nodeless]:
     """The cluster with the namespace; `folder` gets the operator's settings and log. `profile`: more of its keys.
 
-    The profile `shared` is the same, for jobs of several nodes.
+    The profile `shared` is the same, for jobs of several nodes; `gpu` is the same with GPUs.
     """
     with running(controller_manager=True) as plane:
         apply_definitions(plane)
@@ -193,7 +202,11 @@ def nodeless(folder: Path, **profile: object) -> Iterator[Nodeless]:
         ports = free_ports()
         default = {"image": "example.org/qlora-trainer:none", "device": "cpu", **profile}
         settings = {
-            "profiles": {"default": default, SHARED: {**default, "workspace": _SHARED_WORKSPACE}},
+            "profiles": {
+                "default": default,
+                SHARED: {**default, "workspace": _SHARED_WORKSPACE},
+                GPU: {**default, "device": "cuda", "gpuResource": "nvidia.com/gpu"},
+            },
             # Without a kubelet there are no logs.
             "progress": {"enabled": False},
             "probePort": ports.etcd_client,
@@ -208,7 +221,7 @@ def nodeless(folder: Path, **profile: object) -> Iterator[Nodeless]:
                 stderr=subprocess.STDOUT,
             )
         try:
-            yield Nodeless(plane)
+            yield Nodeless(plane, ports.etcd_peer)
         finally:
             operator.terminate()
             operator.wait(timeout=30)

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import yaml
 from obstore.store import S3Store
@@ -28,8 +29,12 @@ LOGIN = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
 HTPASSWD = f"{USER}:$2b$04$fy77HFtGcLmU10SKe/D0l.F0ydvnzYtKnN8RGcSPzOg3iPlXt/t6i\n"
 
 
+Tls = tuple[Path, Path]
+"""A server's certificate and its key: files in PEM."""
+
+
 @contextmanager
-def s3_server(folder: Path, host: str = LOOPBACK) -> Iterator[str]:
+def s3_server(folder: Path, host: str = LOOPBACK, *, tls: Tls | None = None) -> Iterator[str]:
     """Versitygw with the bucket BUCKET, whose objects are the files of `folder`/buckets/BUCKET; its HOST:PORT."""
     program = toolchain.built(from_environment(), ["versitygw"])["versitygw"]
     (folder / "buckets" / BUCKET).mkdir(parents=True)
@@ -40,6 +45,7 @@ def s3_server(folder: Path, host: str = LOOPBACK) -> Iterator[str]:
         "--port",
         address,
         "--quiet",
+        *(("--cert", tls[0], "--key", tls[1]) if tls else ()),
         "posix",
         "--sidecar",
         folder / "metadata",
@@ -62,17 +68,21 @@ def s3_bucket(address: str) -> S3Store:
 
 
 @contextmanager
-def registry(folder: Path, *, passwords: Path | None = None, host: str = LOOPBACK) -> Iterator[str]:
+def registry(
+    folder: Path, *, passwords: Path | None = None, host: str = LOOPBACK, tls: Tls | None = None
+) -> Iterator[str]:
     """Debian's docker-registry over `folder`, with the htpasswd file if there is one; its HOST:PORT."""
     if packages.missing({"docker-registry": "docker-registry"}):
         raise ClusterError("no docker-registry on this machine; run `make test-tools`")
     address = f"{host}:{free_port()}"
-    configuration: dict[str, object] = {
+    configuration: dict[str, Any] = {
         "version": "0.1",
         "log": {"level": "error", "accesslog": {"disabled": True}},
         "storage": {"filesystem": {"rootdirectory": str(folder / "blobs")}},
         "http": {"addr": address},
     }
+    if tls is not None:
+        configuration["http"]["tls"] = {"certificate": str(tls[0]), "key": str(tls[1])}
     if passwords is not None:
         configuration["auth"] = {"htpasswd": {"realm": "team", "path": str(passwords)}}
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 # As steps do (process.py), which these tests also call in their own process. Before anything loads bitsandbytes.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest
 import torch

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from qlora_trainer.core import process
 from qlora_trainer.core.context import Device, Mounts, StepContext, load_document
 from qlora_trainer.core.environment import process_started
 from qlora_trainer.core.failures import StepFailure, StopRequest
+from qlora_trainer.core.network import use_network
 from qlora_trainer.core.outcome import (
     CompletionRecord,
     Ending,
@@ -114,6 +116,8 @@ def _perform(invocation: Invocation, records: RecordWriter, stop: StopRequest) -
         device=invocation.device,
         publishes_to_hub=_publishes_to_hub(document.spec),
     )
+    if invocation.step in ("prepare", "publish"):
+        use_network(os.environ, Path(tempfile.gettempdir()))
     context = StepContext(
         document=document,
         workspace=workspace,
@@ -125,6 +129,7 @@ def _perform(invocation: Invocation, records: RecordWriter, stop: StopRequest) -
         started=process_started(),
         contract_version=int(version),
         registries=tuple(os.environ.get(contract.ENV_REGISTRIES, "").split()),
+        gpu_hour_price=os.environ.get(contract.ENV_GPU_HOUR_PRICE, ""),
         rungs=tuple(int(step) for step in os.environ.get(contract.ENV_RUNGS, "").split(",") if step),
         group_size=int(os.environ.get(contract.ENV_GROUP_SIZE, "1")),
     )

@@ -150,6 +150,13 @@ class ModelShape:
         return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
 
 
+def mixes_experts(config: Mapping[str, object]) -> bool:
+    """Whether the model of that `config.json` has experts of which each token uses some only."""
+    text = config.get("text_config")
+    decoder = text if isinstance(text, Mapping) else config
+    return any(isinstance(experts := decoder.get(field), int) and experts > 1 for field in _EXPERT_COUNTS)
+
+
 def _head_dim(hidden_size: int, heads: int) -> int:
     if hidden_size % heads:
         raise UnsupportedModelError(

@@ -29,6 +29,11 @@ spec.cleanupAfterSeconds and annotations of its own.
   resources: [workloads]
   verbs: [list]
 {{- end }}
+{{- if (.Values.announce).enabled }}
+- apiGroups: [""]
+  resources: [configmaps]
+  verbs: [create, patch]
+{{- end }}
 - apiGroups: [""]
   resources: [persistentvolumeclaims]
   verbs: [get, create]

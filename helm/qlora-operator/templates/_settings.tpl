@@ -27,12 +27,24 @@ a rule with an empty list of ports allows all of them. */}}
 {{- toJson (default (list 53) .Values.jobNetworkPolicies.dnsPorts) -}}
 {{- end }}
 
+{{/* Clouds whose identity some profile lets prepare and publish use, as a JSON list. */}}
+{{- define "qlora-operator.identityProviders" -}}
+{{- $providers := list -}}
+{{- range (include "qlora-operator.settings" . | fromYaml).profiles -}}
+{{- with .cloudIdentity }}{{ $providers = append $providers .provider }}{{ end -}}
+{{- end -}}
+{{- toJson (uniq $providers) -}}
+{{- end }}
+
 {{/* Ports of the servers that the profiles name, as a JSON list: those of their URLs, or of the scheme. */}}
 {{- define "qlora-operator.serverPorts" -}}
 {{- $ports := list -}}
 {{- range (include "qlora-operator.settings" . | fromYaml).profiles -}}
 {{- $store := default dict .objectStore -}}
 {{- $servers := list (default "https://huggingface.co" .hubEndpoint) (default "https://s3.amazonaws.com" $store.endpoint) -}}
+{{- with (default dict .googleStorage).endpoint }}{{ $servers = append $servers . }}{{ end -}}
+{{- with (default dict .azureStorage).endpoint }}{{ $servers = append $servers . }}{{ end -}}
+{{- with .httpsProxy }}{{ $servers = append $servers . }}{{ end -}}
 {{- range .registries }}{{ $servers = append $servers (ternary . (printf "https://%s" .) (contains "://" .)) }}{{ end -}}
 {{- range $servers -}}
 {{- $port := regexFind ":[0-9]+$" (urlParse .).host | trimPrefix ":" -}}

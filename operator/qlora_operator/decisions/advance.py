@@ -4,6 +4,7 @@ from qlora_api.contract import ResultRecord
 from qlora_api.model_and_output import OutputSpec
 from qlora_api.status import FailureStatus, QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.attempts import count_attempts, describe_failure
+from qlora_operator.decisions.budget import forecast_of_work
 from qlora_operator.decisions.conditions import is_finished
 from qlora_operator.decisions.deletions import note_deletion
 from qlora_operator.decisions.detached import still_running
@@ -134,7 +135,8 @@ def _names_all(record: ResultRecord, output: OutputSpec) -> bool:
     """Whether a result of publish reports everything that the job asks for."""
     merged = output.merged is None or record.merged is not None
     base = output.base is None or (record.base is not None and record.base.uri is not None)
-    return record.adapter is not None and merged and base
+    gguf = output.gguf is None or (record.adapter is not None and record.adapter.gguf is not None)
+    return record.adapter is not None and merged and base and gguf
 
 
 def _complete(status: QLoRAJobStatus, facts: Facts, record: ResultRecord) -> QLoRAJobStatus:
@@ -146,6 +148,7 @@ def _complete(status: QLoRAJobStatus, facts: Facts, record: ResultRecord) -> QLo
         return succeed(status, facts)
     if step == "prepare":
         status = with_known_facts(status, record).model_copy(update={"progress": None})
+        status = status if record.work is None else forecast_of_work(status, record.work)
     else:
         status = with_training_facts(status, record)
     done = Reason("Done", record.message or f"the {step} step has succeeded")

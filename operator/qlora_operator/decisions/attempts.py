@@ -39,7 +39,7 @@ def count_attempts(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, no
             continue  # counted with the end of its Job, which follows at once
         if pod.stopping and child is not None and not child.deleting and not child.suspended:
             continue  # counted with its end: that its Job was suspended before may be seen after the pod's deletion
-        on_purpose = _is_stopped_on_purpose(child, job) or _was_stopped_by_a_queue(pod, child)
+        on_purpose = is_stopped_on_purpose(child, job) or _was_stopped_by_a_queue(pod, child)
         status = _count(status, job, pod, step.name, on_purpose=on_purpose)
     return _count_vanished(status, job, child, pods, now)
 
@@ -75,7 +75,7 @@ def _count_together(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, n
         return status
     if ending is not None and (is_own_failure(ending) or ending.missed_peers):
         return _with_failure(charge_running(status, observed, now), job, ending)
-    if _is_stopped_on_purpose(child, job) or (ending is None and _ran_before_a_queue_resumed(step, child)):
+    if is_stopped_on_purpose(child, job) or (ending is None and _ran_before_a_queue_resumed(step, child)):
         return status
     if ending is not None and ending.lost_peer:
         # Nobody has said why, which may be for good: what they have seen is all that there is to tell.
@@ -138,7 +138,7 @@ def _with_failure(status: QLoRAJobStatus, job: QLoRAJob, pod: Pod) -> QLoRAJobSt
     return status.model_copy(update=changes)
 
 
-def _is_stopped_on_purpose(child: ChildJob | None, job: QLoRAJob) -> bool:
+def is_stopped_on_purpose(child: ChildJob | None, job: QLoRAJob) -> bool:
     """Whether pods end because their Job is stopped: that is no disruption."""
     stopped = child is None or child.deleting or child.suspended or child.complete or child.expired
     return stopped or job.spec.suspend
@@ -163,7 +163,7 @@ def _count_vanished(
     step = status.step
     if step is None or step.running_since is None or not _has_vanished(status, pods):
         return status
-    on_purpose = _is_stopped_on_purpose(child, job) or _ran_before_a_queue_resumed(step, child)
+    on_purpose = is_stopped_on_purpose(child, job) or _ran_before_a_queue_resumed(step, child)
     counted = step.model_copy(update={"counted_pod": step.running_pod})
     status = _charge_vanished(status, child, pods, now)
     return status.model_copy(update={"disruptions": status.disruptions + (0 if on_purpose else 1), "step": counted})

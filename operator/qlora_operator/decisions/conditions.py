@@ -15,10 +15,12 @@ ConditionType = Literal[
     "Failed",
     "Suspended",
     "Progressing",
+    "WithinBudget",
     "Reconciling",
     "Ready",
     "Stalled",
     "CleanedUp",
+    "Announced",
 ]
 Value = Literal["True", "False", "Unknown"]
 Status = QLoRAJobStatus | QLoRASweepStatus

@@ -42,6 +42,17 @@ def progress_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict
     return _build(_metadata(job), found.reason, found.message, now, warning=True, name=name)
 
 
+def budget_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[str, Any] | None:
+    """The Event of a job that is expected to exceed its budget, as it was not in the stored status; None otherwise."""
+    found, before = condition(status, "WithinBudget"), condition(job.status, "WithinBudget")
+    if found is None or found.status != "False" or (before is not None and before.status == "False"):
+        return None
+    if status.phase == "Failed":
+        return None  # the Event of that phase says the same
+    name = _digest(f"{job.uid} {job.resource_version} {found.reason}")
+    return _build(_metadata(job), found.reason, found.message, now, warning=True, name=name)
+
+
 def sweep_event(sweep: QLoRASweep | StoredSweep, status: QLoRASweepStatus, now: datetime) -> dict[str, Any] | None:
     """The Event of the change from the stored phase of a sweep to that of `status`; None if the phase stays."""
     before, phase = sweep.status.phase, status.phase

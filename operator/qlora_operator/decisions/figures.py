@@ -6,6 +6,7 @@ from qlora_api.status import CheckpointStatus, EvaluationStatus, ProgressStatus,
 
 _DECIMALS = 4
 """Of the figures that are only shown."""
+_NOTHING_LEFT: dict[str, object] = {"remaining": "", "remaining_seconds": None}
 
 
 def with_progress(status: QLoRAJobStatus, record: ProgressRecord) -> QLoRAJobStatus:
@@ -17,7 +18,7 @@ def with_progress(status: QLoRAJobStatus, record: ProgressRecord) -> QLoRAJobSta
     old = status.progress or ProgressStatus()
     if not record.total_steps and record.activity:
         # It waits for other nodes, and has not read yet how far the run is.
-        waiting = {"summary": record.activity, "remaining": "", "updated_at": record.time}
+        waiting = {"summary": record.activity, **_NOTHING_LEFT, "updated_at": record.time}
         return status.model_copy(update={"progress": old.model_copy(update=waiting)})
     known = {
         "loss": _rounded(record.loss),
@@ -35,7 +36,7 @@ def with_progress(status: QLoRAJobStatus, record: ProgressRecord) -> QLoRAJobSta
             **_steps(record.training_step, record.total_steps),
             **{name: value for name, value in known.items() if value is not None},
             "epoch": round(record.epoch, _DECIMALS),
-            "remaining": "" if record.remaining_seconds is None else format_duration(record.remaining_seconds),
+            **_time_left(record.remaining_seconds),
             "updated_at": record.time,
         }
     )
@@ -91,7 +92,7 @@ def with_training_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJo
     done = record.training_step
     steps = _steps(done, record.total_steps or done, ended=record.outcome == "succeeded") if done else {}
     progress = old.model_copy(
-        update={**steps, **{name: value for name, value in known.items() if value is not None}, "remaining": ""}
+        update={**steps, **{name: value for name, value in known.items() if value is not None}, **_NOTHING_LEFT}
     )
     changes: dict[str, object] = {"progress": progress}
     if status.memory is not None and record.peak_memory_bytes is not None:
@@ -111,9 +112,17 @@ def with_saved_step(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobSta
 
 def without_remaining(status: QLoRAJobStatus) -> QLoRAJobStatus:
     """The status without the remaining time, for a job that does not run."""
-    if status.progress is None or not status.progress.remaining:
+    progress = status.progress
+    if progress is None or (not progress.remaining and progress.remaining_seconds is None):
         return status
-    return status.model_copy(update={"progress": status.progress.model_copy(update={"remaining": ""})})
+    return status.model_copy(update={"progress": progress.model_copy(update=_NOTHING_LEFT)})
+
+
+def _time_left(seconds: float | None) -> dict[str, object]:
+    """For people and for programs; of a run that does not know it, neither."""
+    if seconds is None:
+        return _NOTHING_LEFT
+    return {"remaining": format_duration(seconds), "remaining_seconds": int(seconds)}
 
 
 def _steps(step: int, total: int, *, ended: bool = False) -> dict[str, object]:

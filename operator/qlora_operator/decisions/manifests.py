@@ -23,7 +23,9 @@ from qlora_api.naming import (
 from qlora_api.profile import Profile, StepResources, Toleration
 from qlora_api.status import Resolved, StepName
 from qlora_api.v1alpha1 import API_VERSION, KIND, STEP_FIELDS
+from qlora_operator.decisions.clouds import cloud_environment, identity_labels, service_account_name
 from qlora_operator.decisions.facts import FIRST_JOB
+from qlora_operator.decisions.network import network_environment, network_volumes
 from qlora_operator.decisions.observe import QLoRAJob
 from qlora_operator.decisions.volumes import mounts_and_volumes, uses_cache
 
@@ -85,7 +87,7 @@ def build_job(
             "podFailurePolicy": {"rules": _failure_rules(together=nodes > 1)},
             "template": {
                 "metadata": {
-                    "labels": labels | {"sidecar.istio.io/inject": "false"},
+                    "labels": labels | {"sidecar.istio.io/inject": "false"} | identity_labels(resolved.profile, step),
                     "annotations": _UNDISTURBED | {SPEC_ANNOTATION: _document(job, resolved)} | _documents(others),
                 },
                 "spec": _pod(job, resolved, step, attempt, others),
@@ -268,6 +270,9 @@ def _pod(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int, others
     grace = profile.termination_grace_period_seconds if step == "train" else _SHORT_GRACE_SECONDS
     names = [other.name for other in others]
     mounts, volumes = mounts_and_volumes(job, resolved.claim_name, profile.model_cache, step, resolved.continued, names)
+    if step in ("prepare", "publish"):
+        added = network_volumes(profile)
+        mounts, volumes = mounts + added[0], volumes + added[1]
     pod: Manifest = {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
@@ -278,7 +283,7 @@ def _pod(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int, others
         "volumes": volumes,
     }
     optional: Manifest = {
-        "serviceAccountName": profile.service_account_name,
+        "serviceAccountName": service_account_name(profile, step),
         "imagePullSecrets": [{"name": name} for name in profile.image_pull_secrets],
         "priorityClassName": job.spec.scheduling.priority_class_name,
         "runtimeClassName": profile.runtime_class_name if step == "train" else None,
@@ -335,7 +340,7 @@ def _environment(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int
         contract.ENV_OUTPUT_CLAIM: resolved.claim_name,
     }
     if step in ("prepare", "publish"):
-        values |= _servers(resolved.profile)
+        values |= _servers(resolved.profile) | network_environment(resolved.profile)
     values |= _model_cache(job, resolved, step)
     # Not the job that publishes the best cell: that cell is on the page already.
     writes_report = step in ("train", "publish") and job.spec.continues is None
@@ -343,6 +348,8 @@ def _environment(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int
         values[contract.ENV_SWEEP_FOLDER] = str(contract.WORKSPACE_MOUNT / resolved.shared_path)
     if step == "prepare" and job.spec.group is not None:
         values[contract.ENV_GROUP_SIZE] = str(job.spec.group.size)
+    if step == "publish" and resolved.profile.gpu_resource and resolved.profile.gpu_hour_price:
+        values[contract.ENV_GPU_HOUR_PRICE] = f"{resolved.profile.gpu_hour_price} {resolved.profile.currency}"
     if step == "train" and job.rungs:
         values[contract.ENV_RUNGS] = job.rungs
     if step == "train" and job.spec.resources.gpu_count > 1:
@@ -375,11 +382,12 @@ def _model_cache(job: QLoRAJob, resolved: Resolved, step: StepName) -> dict[str,
 
 def _servers(profile: Profile) -> dict[str, str]:
     """Servers of the jobs' addresses, set by the administrator: no tenant can send a pod's credentials elsewhere."""
-    values = {
+    values: dict[str, str | None] = {
         "HF_ENDPOINT": profile.hub_endpoint,
         "AWS_ENDPOINT_URL": profile.object_store.endpoint,
         "AWS_REGION": profile.object_store.region,
         contract.ENV_REGISTRIES: " ".join(profile.registries),
+        **cloud_environment(profile),
     }
     return {name: value for name, value in values.items() if value}
 

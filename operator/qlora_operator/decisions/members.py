@@ -1,5 +1,6 @@
 """What the jobs of a group know of one another: whether each is prepared, and what all of them must share; pure."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -7,6 +8,7 @@ from typing import Literal
 from qlora_api.contract import ExitCode
 from qlora_api.memory.together import JointPeak, ShareOfMemory, add_up
 from qlora_api.status import QLoRAJobStatus
+from qlora_api.usage import PodUsage
 from qlora_operator.decisions.conditions import condition, is_finished, is_true
 from qlora_operator.decisions.observe import QLoRAJob, Reason
 
@@ -71,6 +73,8 @@ class Member:
     """Of a leader whose train pod does not run: why."""
     too_large: str = ""
     """Of a leader that has failed because its group does not fit the GPU: the message."""
+    pods: tuple[PodUsage, ...] = dataclasses.field(default=(), compare=False)
+    """Its latest train pods, with the GPU time of each: alone no reason to look at the others."""
 
     @property
     def rank(self) -> tuple[int, str]:
@@ -120,6 +124,7 @@ def member_of(job: QLoRAJob) -> Member | None:
         pod=pod if pod is not None and pod.name else None,
         waits=_waits(status) if led and pod is None else None,
         too_large=_too_large(status) if led else "",
+        pods=status.usage.pods if status.usage is not None else (),
     )
 
 

@@ -7,8 +7,10 @@ from datetime import datetime, timedelta
 
 from qlora_api.naming import child_job_name
 from qlora_api.status import QLoRAJobStatus, StepName, StepStatus
+from qlora_operator.decisions.announcing import is_to_be_announced
 from qlora_operator.decisions.attempts import active_seconds
 from qlora_operator.decisions.blockers import no_pod_at, stuck_at, volumes_at
+from qlora_operator.decisions.budget import budget_at
 from qlora_operator.decisions.cleanup import clean_job_name, cleanup_at
 from qlora_operator.decisions.conditions import is_finished, is_true
 from qlora_operator.decisions.continued import waits_for_other_job
@@ -23,6 +25,7 @@ from qlora_operator.decisions.rejections import (
 )
 from qlora_operator.decisions.taking_up import is_to_be_taken_up
 from qlora_operator.decisions.together import trains_together
+from qlora_operator.decisions.usage import still_counts
 
 # Jobs of several nodes get no second pod, whose delay would be Kubernetes': the operator waits as long as that does.
 PAUSE_AFTER_FAILURE, LONGEST_PAUSE_AFTER_FAILURE = timedelta(seconds=10), timedelta(minutes=6)
@@ -65,7 +68,12 @@ class DeleteJob:
     uid: str
 
 
-Action = CreateClaim | ConnectNodes | CreateJob | DeleteJob
+@dataclass(frozen=True)
+class Announce:
+    """Write the adapter's entry for servers."""
+
+
+Action = CreateClaim | ConnectNodes | CreateJob | DeleteJob | Announce
 
 
 @dataclass(frozen=True)
@@ -121,8 +129,12 @@ def is_settled(job: QLoRAJob, observed: Observed) -> bool:
         return False
     if is_to_be_taken_up(job):
         return False  # it waits for a place among the jobs of its profile
+    if is_to_be_announced(job, status):
+        return False
     if job.spec.group is not None and status.group is None:
         return False  # its group may be formed yet, which it is to note
+    if still_counts(status, observed.pods):
+        return False  # a pod that has been asked to stop has its GPU until it has saved a checkpoint
     # The clean-up's own Job goes after the clean-up is stored.
     cleaning = observed.child(clean_job_name(job)) if is_true(status, "CleanedUp") else None
     return cleaning is None and not any(_running(observed))
@@ -244,6 +256,8 @@ def _share(uid: str) -> float:
 def _after_the_end(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetime) -> Iterator[Action]:
     cleaning = observed.child(clean_job_name(job))
     rest = tuple(child for child in observed.children if child != cleaning)
+    if is_to_be_announced(job, status):
+        yield Announce()
     yield from (_delete(child) for child in _running(observed) if child != cleaning)
     if is_true(status, "CleanedUp"):
         if cleaning is not None and is_true(job.status, "CleanedUp"):
@@ -275,6 +289,8 @@ def _times(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datet
     limit = job.spec.active_deadline_seconds
     if limit is not None and any(pod.running for pod in observed.pods):
         yield now + timedelta(seconds=max(1, limit - active_seconds(status, observed, now)))
+    if (spent := budget_at(job, status, observed, now)) is not None:
+        yield spent
     yield from (due for pod in observed.live_pods if (due := stuck_at(pod)) is not None)
     yield from (no_pod_at(child) for child in _running(observed) if not observed.pods_of(child.uid))
     yield from (due for pod in observed.live_pods if (due := volumes_at(pod)) is not None)

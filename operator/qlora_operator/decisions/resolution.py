@@ -6,6 +6,7 @@ from qlora_api.contract import needed_contract
 from qlora_api.naming import child_job_name, workspace_claim_name, workspace_folder
 from qlora_api.profile import Limits, Profile, amount
 from qlora_api.status import MAX_DOCUMENT_LENGTH, QLoRAJobStatus, Resolved
+from qlora_operator.decisions.budget import limit_of_hours
 from qlora_operator.decisions.continued import continued_run, objection_of_other_job
 from qlora_operator.decisions.facts import FIRST_JOB, Facts, new_step
 from qlora_operator.decisions.group import image_of_group, objection_of_group, yet_to_start
@@ -44,6 +45,7 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         workspace_path=workspace_folder(job.name, job.uid),
         continued=continued_run(facts),
         shared_path=job.shares,
+        gpu_hours=limit_of_hours(facts.profiles[job.spec.scheduling.profile]),
     )
     resolved = _with_trainer_of_its_cell(resolved, facts)
     return status.model_copy(update={"resolved": resolved, "step": new_step(job, *FIRST_JOB)})
@@ -183,6 +185,9 @@ def objection_of_limits(facts: Facts) -> Reason | None:
     gpus, several = job.spec.resources.gpu_count, job.spec.resources.node_count > 1
     if limits.gpus is not None and gpus > limits.gpus:
         return _too_much("resources.gpus × nodes" if several else "resources.gpus", str(gpus), str(limits.gpus), name)
+    hours = job.spec.budget.gpu_hours if job.spec.budget is not None else None
+    if limits.gpu_hours is not None and hours is not None and hours > limits.gpu_hours:
+        return _too_much("budget.gpuHours", f"{hours:g}", f"{limits.gpu_hours:g}", name)
     size = _size_to_create(job, profile)
     if limits.workspace_size is not None and size is not None and amount(size) > amount(limits.workspace_size):
         return _too_much("workspace.size", size, limits.workspace_size, name)
@@ -229,8 +234,10 @@ def with_profile_of_today(
         return resolved
     copied = _profile_to_start_with(profile, facts) if as_at_start else as_copied(profile)
     if same_trainer:
-        return resolved.model_copy(update={"profile": copied.model_copy(update={"image": resolved.profile.image})})
-    today = resolved.model_copy(update={"profile": copied, "contract_version": _contract(facts.job)})
+        same = {"profile": copied.model_copy(update={"image": resolved.profile.image})}
+        return resolved.model_copy(update=same | {"gpu_hours": limit_of_hours(profile)})
+    changes = {"profile": copied, "contract_version": _contract(facts.job), "gpu_hours": limit_of_hours(profile)}
+    today = resolved.model_copy(update=changes)
     return _with_trainer_of_its_cell(today, facts)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.decisions.advance import advance, renew
 from qlora_operator.decisions.attempts import count_attempts, watch_pod
+from qlora_operator.decisions.budget import enforce_budget, follow_forecast
 from qlora_operator.decisions.cleanup import follow_cleanup
 from qlora_operator.decisions.conditions import condition, is_finished
 from qlora_operator.decisions.detached import keep_earlier_pod
@@ -18,6 +19,7 @@ from qlora_operator.decisions.observe import Reason, format_time, parse_time
 from qlora_operator.decisions.resolution import job_limit_reached, objection_of_limits, resolve, with_profile_of_today
 from qlora_operator.decisions.summary import summarize
 from qlora_operator.decisions.taking_up import is_to_be_taken_up, take_up
+from qlora_operator.decisions.usage import count_usage
 
 
 def next_status(facts: Facts) -> QLoRAJobStatus:
@@ -60,7 +62,7 @@ def _follow_end(status: QLoRAJobStatus, facts: Facts, held_back: Reason | None =
         if failed is not None and failed.status == "True":
             status = set_condition(status, facts, "Ready", "False", held_back or not_ready(failed.reason))
         status = join_group(status, facts)
-    return follow_cleanup(status, facts)
+    return follow_cleanup(count_usage(status, facts), facts)
 
 
 def _start(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
@@ -113,7 +115,7 @@ def _show_progress(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 
 
 Transition = Callable[[QLoRAJobStatus, Facts], QLoRAJobStatus]
-_STOPPING: tuple[Transition, ...] = (_start, _count, enforce_deadline)
+_STOPPING: tuple[Transition, ...] = (_start, _count, enforce_deadline, count_usage, enforce_budget)
 _TRANSITIONS: tuple[Transition, ...] = (
     _start,
     _note_attempt,
@@ -131,4 +133,7 @@ _TRANSITIONS: tuple[Transition, ...] = (
     enforce_progress,
     renew,
     keep_earlier_pod,
+    count_usage,
+    follow_forecast,
+    enforce_budget,
 )

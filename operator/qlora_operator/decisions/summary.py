@@ -9,7 +9,7 @@ from qlora_operator.decisions.facts import Facts, set_condition
 from qlora_operator.decisions.figures import without_remaining
 from qlora_operator.decisions.group import suffix, trained_by, waits_for_group
 from qlora_operator.decisions.limits import DEFAULT_PROGRESS_DEADLINE_SECONDS, idle_seconds, no_progress
-from qlora_operator.decisions.observe import ChildJob, Reason
+from qlora_operator.decisions.observe import ChildJob, Reason, format_time
 from qlora_operator.decisions.queue import WAITING
 from qlora_operator.decisions.rejections import rejection
 from qlora_operator.decisions.resolution import objection
@@ -31,7 +31,15 @@ def summarize(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         status = _count_nodes(status, facts)
         status = _summarize_suspension(status, facts)
         status = _summarize_running(status, facts)
-    return status.model_copy(update={"phase": _phase(status, facts)})
+    return _in_phase(status, _phase(status, facts), facts)
+
+
+def _in_phase(status: QLoRAJobStatus, phase: Phase, facts: Facts) -> QLoRAJobStatus:
+    """The status in that phase, and since when: what the time in each phase is measured by."""
+    stored = facts.job.status
+    # Of a job whose phase an earlier release has stored nobody knows it: that alone is no reason for a write.
+    since = stored.phase_since if phase == stored.phase else format_time(facts.now)
+    return status.model_copy(update={"phase": phase, "phase_since": since})
 
 
 def _count_nodes(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:

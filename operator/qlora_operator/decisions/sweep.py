@@ -22,6 +22,7 @@ from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus
 from qlora_api.sweep import SWEEP_KIND, Cell, QLoRASweepSpec, cells
 from qlora_api.sweep_status import CellPhase, QLoRASweepStatus
+from qlora_api.usage import UsageStatus
 from qlora_api.v1alpha1 import API_VERSION, KIND
 from qlora_operator.decisions.conditions import condition, is_true
 from qlora_operator.decisions.observe import Object, QLoRAJob, Reason
@@ -119,6 +120,9 @@ class CellJob:
     loss: float | None = None
     eval_loss: float | None = None
     score: float | None = None
+    gpu_seconds: int = 0
+    lost_gpu_seconds: int = 0
+    cost: str | None = None
     adapter: str = ""
     sha256: str = ""
     reason: str = ""
@@ -199,6 +203,7 @@ def parse_cell(body: Object, sweep_uid: str) -> CellJob | None:
     spec = body.get("spec") or {}
     request = (spec.get("retry") or {}).get("request") or 0
     progress, adapter, failed = status.progress, status.adapter, condition(status, "Failed")
+    usage = status.usage or UsageStatus()
     return CellJob(
         name=metadata["name"],
         uid=metadata["uid"],
@@ -213,6 +218,9 @@ def parse_cell(body: Object, sweep_uid: str) -> CellJob | None:
         loss=progress.loss if progress else None,
         eval_loss=progress.eval_loss if progress else None,
         score=status.gate.score if status.gate else None,
+        gpu_seconds=usage.gpu_seconds,
+        lost_gpu_seconds=usage.lost_gpu_seconds.total,
+        cost=usage.cost,
         adapter=adapter.uri if adapter else "",
         sha256=adapter.sha256 if adapter else "",
         reason=failed.reason if failed is not None and is_true(status, "Failed") else "",

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from qlora_api.contract import SWEEP_REPORT, ExitCode
+from qlora_api.forecast import hours_text, sum_of_costs
 from qlora_api.halving import HalvingSpec
 from qlora_api.status import MAX_SHORT_TEXT_LENGTH
 from qlora_api.sweep import Cell, pods
-from qlora_api.sweep_status import BestCell, CellStatus, PublishedCell, QLoRASweepStatus, SweepPhase
+from qlora_api.sweep_status import BestCell, CellStatus, PublishedCell, QLoRASweepStatus, SweepPhase, SweepUsage
 from qlora_operator.decisions.best_cell import (
     ENDED,
     cells_to_clean,
@@ -81,6 +82,9 @@ def _line(cell: Cell, job: CellJob | None, before: CellStatus | None) -> CellSta
             loss=job.loss,
             eval_loss=job.eval_loss,
             score=job.score,
+            gpu_seconds=job.gpu_seconds,
+            lost_gpu_seconds=job.lost_gpu_seconds,
+            cost=job.cost,
             adapter=job.adapter,
             sha256=job.sha256,
             reason=job.reason,
@@ -203,6 +207,7 @@ def next_status(
             "best": _best(best),
             "published": published,
             "cells": lines,
+            "usage": _usage((*lines, *([published] if published is not None else []))),
             "claim_name": sweep.claim_name,
             "report": f"pvc://{sweep.claim_name}/{sweep.shared_folder}/{SWEEP_REPORT}"
             if any(map(_is_in_report, lines))
@@ -245,6 +250,19 @@ def held_up(sweep: QLoRASweep | StoredSweep, reason: Reason, now: datetime) -> Q
     started = before.start_time or format_time(now)
     status = before.model_copy(update={"observed_generation": sweep.generation, "start_time": started})
     return _with_conditions(sweep, status, phase, reason, now)
+
+
+def _usage(jobs: Sequence[CellStatus | PublishedCell]) -> SweepUsage | None:
+    """The sum over the cells, and what publishes the best of them; None if none of them has had a GPU."""
+    seconds = sum(job.gpu_seconds for job in jobs)
+    if not seconds:
+        return None
+    return SweepUsage(
+        gpu_seconds=seconds,
+        gpu_hours=hours_text(seconds),
+        lost_gpu_seconds=sum(job.lost_gpu_seconds for job in jobs),
+        cost=sum_of_costs(job.cost for job in jobs),
+    )
 
 
 def _is_in_report(line: CellStatus) -> bool:

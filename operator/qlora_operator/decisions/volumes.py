@@ -23,10 +23,12 @@ _SECRET_MODE = 0o440
 # The keys of a Secret that are mounted as files, by scheme of the address that they are for.
 _SECRET_KEYS = {
     "s3": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
+    "gs": ("GOOGLE_SERVICE_ACCOUNT_KEY",),
     "oci": (".dockerconfigjson",),
     "hf": ("token",),
 }
-_OPTIONAL_SECRET_KEYS = {"s3": ("AWS_SESSION_TOKEN",)}
+# Of an address in Azure one of two: without either, the step fails and is tried again.
+_OPTIONAL_SECRET_KEYS = {"s3": ("AWS_SESSION_TOKEN",), "az": ("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN")}
 
 
 def mounts_and_volumes(
@@ -195,7 +197,7 @@ def _credentials(volume: str, name: str, schemes: set[str]) -> Manifest:
         return {"name": name, "items": [{"key": key, "path": key} for key in names]}
 
     needed, possible = source(_SECRET_KEYS), source(_OPTIONAL_SECRET_KEYS)
-    sources: list[Manifest] = [{"secret": needed}]
+    sources: list[Manifest] = [{"secret": needed}] if needed["items"] else []
     if possible["items"]:
         sources.append({"secret": possible | {"optional": True}})
     return {"name": volume, "projected": {"defaultMode": _SECRET_MODE, "sources": sources}}

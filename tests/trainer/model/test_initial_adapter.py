@@ -21,8 +21,8 @@ from qlora_trainer.model.adapter_shapes import expected_tensors
 from qlora_trainer.model.initial_adapter import InitialAdapter, get_initial_adapter
 from qlora_trainer.model.text_part import text_part
 from qlora_trainer.publishing.destination import Destination, publish_folder
+from qlora_trainer.publishing.object_folder import ObjectDestination
 from qlora_trainer.publishing.oci_artifact import RegistryDestination
-from qlora_trainer.publishing.s3_folder import ObjectDestination
 from qlora_trainer.stores.contents import Contents, describe_files
 from qlora_trainer.stores.hub import Hub
 from tests.support.fake_hub import COMMIT, OTHER_COMMIT, FakeHub, serve

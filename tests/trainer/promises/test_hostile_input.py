@@ -23,7 +23,7 @@ from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.model.unsupported import entries
 from qlora_trainer.publishing.hub_repository import HubDestination
 from qlora_trainer.publishing.manifest import parse_manifest
-from qlora_trainer.publishing.s3_folder import ObjectDestination
+from qlora_trainer.publishing.object_folder import ObjectDestination
 from qlora_trainer.publishing.verify import verify_config
 from qlora_trainer.publishing.volume_folder import VolumeFolder
 from qlora_trainer.training.checkpoint import newest_checkpoint

@@ -21,11 +21,11 @@ from qlora_trainer.model.merge import write_merged
 from qlora_trainer.publishing import merged as publish_merged
 from qlora_trainer.publishing.destination import publish_folder
 from qlora_trainer.publishing.manifest import SHARED_BASE, Manifest
-from qlora_trainer.publishing.s3_folder import ObjectDestination
+from qlora_trainer.publishing.object_folder import ObjectDestination
 from qlora_trainer.steps.publish import publish as publish_step
-from qlora_trainer.stores import s3 as s3_store
+from qlora_trainer.stores import object_client
 from qlora_trainer.stores.contents import Contents, PublishedFile, describe_files
-from qlora_trainer.stores.s3 import ObjectFolder
+from qlora_trainer.stores.objects import ObjectFolder
 from tests.support.command import Files
 from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
 from tests.support.publication import MANIFEST
@@ -53,7 +53,7 @@ def bucket(s3: str) -> S3Store:
 @pytest.fixture
 def store(s3: str, bucket: S3Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     """The object store of the profile, empty, behind a proxy."""
-    monkeypatch.setattr(s3_store, "_RETRY", {"max_retries": 0})
+    monkeypatch.setattr(object_client, "RETRY", {"max_retries": 0})
     with serve_proxy(FaultProxy(s3)) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{proxy.address}")
         yield proxy

@@ -10,12 +10,14 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from qlora_api.status import MemoryStatus
 from qlora_api.training import TrainingSpec
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.data.statistics import DataStatistics, OverlapStatistics
 from qlora_trainer.report.charts import chart, loss_chart, loss_picture
 from qlora_trainer.report.metrics_log import Curve, MetricsHistory, read_history
 from qlora_trainer.report.model_card import adapter_model_card
+from qlora_trainer.report.resources import estimated_peaks
 from qlora_trainer.report.samples import Sample, Samples
 from qlora_trainer.report.trained_job import TrainedJob
 from tests.support.command import Files
@@ -49,6 +51,8 @@ def test_the_page_shows_the_run_and_needs_nothing_else(finished: Files) -> None:
         "PeftModel.from_pretrained",
         "learningRate 0.005",
         "Answer in the data",
+        "processor hours: 1 attempt on 1 processor",
+        "0 trained to its end 0s",
     ):
         assert shown in page.words, shown
 
@@ -278,3 +282,11 @@ def test_a_broken_line_of_metrics_is_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     with pytest.raises(ValueError, match=r"metrics.jsonl:2"):
         read_history(tmp_path / "metrics.jsonl")
+
+
+def test_the_chart_of_the_memory_compares_the_measured_peaks_with_the_estimate() -> None:
+    memory = MemoryStatus(estimate_bytes=3 * 10**9, high_bytes=4 * 10**9, budget_bytes=8 * 10**9, verdict="fits")
+    curve = Curve((1, 2), (2.5e9, 2.6e9))
+    shown = Page(chart("memory", "GPU memory", curve, unit="B", lines=estimated_peaks(memory))).words
+    assert all(label in shown for label in ("estimate", "estimate, high", "usable"))
+    assert "estimate" not in Page(chart("memory", "GPU memory", curve, unit="B")).words

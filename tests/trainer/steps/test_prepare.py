@@ -421,6 +421,17 @@ def test_the_command_line_reports_what_was_prepared(
 
 
 @pytest.mark.usefixtures("rows")
+def test_the_result_says_how_much_there_is_to_compute(make_context: MakeContext, records: Recorded) -> None:
+    record = prepare(make_context({"training": {"maxSteps": None, "epochs": 3}}), records)
+    assert record.work is not None
+    # Every token is trained on three times.
+    assert record.work.parameters > 10_000
+    assert record.work.tokens == 3 * record.dataset.tokens
+    # Three passes of two operations for each weight and token: forward, backward, and forward again.
+    assert record.work.flops == 6 * record.work.parameters * record.work.tokens
+
+
+@pytest.mark.usefixtures("rows")
 def test_the_result_says_what_was_done_otherwise_than_asked(make_context: MakeContext, tmp_path: Path) -> None:
     model = save_model(tmp_path / "stablelm" / "model", StableLmConfig(**SHAPE, initializer_range=0.1))
     code, result = run(make_context(), tmp_path, model)

@@ -1,5 +1,6 @@
 """What publish leaves, for people, for PEFT and for servers; what it rejects; and what clean deletes."""
 
+import html
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from qlora_trainer.core.completion import TrainRecord, read_completion, write_co
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.publishing.manifest import Manifest
 from qlora_trainer.publishing.volume_folder import VolumeFolder
+from qlora_trainer.report.serving import ADAPTER_PLACEHOLDER, BASE_PLACEHOLDER
 from qlora_trainer.steps.clean import clean
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.stores.contents import describe_files
@@ -107,6 +109,21 @@ def test_the_adapter_loads_with_plain_peft_on_an_nf4_base_and_lowers_the_loss(fi
     assert after < 0.9 * before
     with model.disable_adapter():
         assert loss_of(model, tokenizer) == pytest.approx(before, rel=1e-3)
+
+
+def test_the_reports_program_for_peft_runs_as_it_is_printed(finished: Files) -> None:
+    page = (finished.workspace / "report" / "report.html").read_text()
+    program = html.unescape(page.partition('<p class="quiet">PEFT</p>\n<pre>')[2].partition("</pre>")[0])
+    paths = {BASE_PLACEHOLDER: finished.models / "model", ADAPTER_PLACEHOLDER: finished.workspace / "adapter"}
+    for placeholder, path in paths.items():
+        assert placeholder in program
+        program = program.replace(placeholder, str(path))
+    names: dict[str, Any] = {}
+    exec(compile(program, "report.html", "exec"), names)
+    model, tokenizer = names["model"], names["tokenizer"]
+    after = loss_of(model, tokenizer)
+    with model.disable_adapter():
+        assert after < 0.9 * loss_of(model, tokenizer)
 
 
 def test_the_folder_describes_itself(finished: Files) -> None:

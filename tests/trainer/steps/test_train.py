@@ -187,6 +187,15 @@ def test_goodput_is_the_share_of_all_attempts_that_is_in_the_adapter(workspace: 
     assert (whole.attempts, repeated.attempts) == (1, 2)
     # While it runs, too.
     assert all(0 <= record["goodput"] <= 1 for record in shown.written[1:])
+    # It was killed in step 5, and had saved after step 4: what it did since is lost, and the next one loads again.
+    assert repeated.usage is not None
+    first, second = repeated.usage.attempts
+    assert (first.ended, first.from_step, second.from_step) == ("failed", 0, 4)
+    assert first.startup_seconds is not None
+    assert second.startup_seconds is not None
+    assert 0 < first.lost_seconds < first.seconds - first.startup_seconds
+    assert (second.lost_seconds, repeated.usage.lost_seconds) == (0, first.lost_seconds)
+    assert all(record["trainingSince"] for record in shown.written[1:])
 
 
 def test_a_broken_newest_checkpoint_costs_its_steps_only(workspace: Prepare) -> None:

@@ -1,10 +1,12 @@
 """The documentation's pages: in step with what they describe, and every manifest in them valid."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
@@ -18,6 +20,7 @@ from tests.support.sweeps import TEMPLATE
 
 ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs"
+CHART = ROOT / "helm" / "qlora-operator"
 PAGES = [
     *sorted(DOCS.rglob("*.md")),
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
@@ -45,16 +48,30 @@ def test_the_reference_is_what_make_generate_writes(page: Path) -> None:
     assert page.read_text() == pages()[page], "run `make generate`"
 
 
+CHART_VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
+CHART_SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 SHIPPED = [file.read_text() for file in sorted((ROOT / "gitops").rglob("*.yaml"))]
 
 
+def _over(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The values as Helm merges them."""
+    merged = {
+        name: _over(values[name], value) if isinstance(value, dict) and isinstance(values.get(name), dict) else value
+        for name, value in given.items()
+    }
+    return values | merged
+
+
 @pytest.mark.parametrize("block", yaml_blocks())
-def test_every_yaml_block_is_a_valid_job_or_sweep_a_part_of_one_or_profiles_or_from_a_shipped_file(
+def test_every_yaml_block_is_a_valid_job_or_sweep_a_part_of_one_or_profiles_values_or_from_a_shipped_file(
     block: str, tmp_path: Path
 ) -> None:
     if any(block in text for text in SHIPPED):
         return
     content = yaml.safe_load(block)
+    if content.keys() <= CHART_VALUES.keys() - {"profiles"}:
+        jsonschema.validate(_over(CHART_VALUES, content), CHART_SCHEMA)
+        return
     if "profiles" in content:
         for profile in content["profiles"].values():
             Profile.model_validate({"image": "trainer", **profile})
@@ -87,6 +104,7 @@ def reasons_of_the_operator() -> set[str]:
         "CleanedUp", "Done", "False", "Finished", "NotEnded", "NotFailed", "NotReached", "NotRunning", "Running",
         "NotScheduled", "NotStalled", "NotSuspended", "Pending", "Preparing", "Progressing", "Publishing", "Queued",
         "Scheduled", "Started", "Succeeded", "Suspended", "Suspending", "TakenUp", "Training", "True", "Unknown",
+        "WithinBudget", "Announced",
     }  # fmt: skip
 
 

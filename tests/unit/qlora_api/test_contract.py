@@ -119,7 +119,9 @@ def test_a_result_has_room_for_the_largest_mix() -> None:
         "verdict": "unknown",
     }
     base = {"origin": "downloaded", "sha256": "0" * 64, "bytesFetched": 10**12, "seconds": 10**5}
-    known = {"modelRevision": "0" * 71, "dataset": dataset, "memory": memory, "base": base, "message": ""}
+    work = {"parameters": 10**12, "tokens": 10**15, "flops": 1.23456789012345e27}
+    found = {"dataset": dataset, "memory": memory, "base": base, "work": work}
+    known = {"modelRevision": "0" * 71, "message": "", **found}
     assert len(encode_record(ResultRecord.model_validate(RESULT.dump() | known))) < MAX_RESULT_BYTES - 400
 
 

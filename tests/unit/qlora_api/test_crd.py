@@ -101,7 +101,15 @@ def test_exclusive_bounds_take_the_boolean_form() -> None:
 def test_every_field_but_the_mutable_ones_has_a_transition_rule() -> None:
     spec = SCHEMA["properties"]["spec"]
     guarded = {name for name in spec["properties"] if any(f"self.{name} ==" in r["rule"] for r in spec[RULES])}
-    mutable = {"suspend", "activeDeadlineSeconds", "progressDeadlineSeconds", "cleanupAfterSeconds", "retry", "gate"}
+    mutable = {
+        "suspend",
+        "activeDeadlineSeconds",
+        "progressDeadlineSeconds",
+        "cleanupAfterSeconds",
+        "retry",
+        "gate",
+        "budget",
+    }
     assert set(spec["properties"]) - guarded == mutable | {"resources"}
     assert any("self.gate.score ==" in rule["rule"] for rule in spec[RULES])
     resources = spec["properties"]["resources"]["properties"]

@@ -41,7 +41,7 @@ class Watches:
         hooks = Hooks(
             self._ask,
             self.monitor,
-            self.metrics.job_is_in,
+            self.metrics.jobs.show,
             lambda: None,
             Store(),
             lambda: 1,
@@ -93,7 +93,7 @@ def test_a_write_of_the_status_leads_to_no_pass_and_is_counted(watches: Watches)
     watches.show("qlorajobs", None, 10, job_body())
     written = status_in("train", phase="Training").dump()
     assert watches.show("qlorajobs", "MODIFIED", 11, job_body(written)) == []
-    assert watches.metrics.registry.get_sample_value("qlora_jobs", {"phase": "Training"}) == 1
+    assert watches.metrics.registry.get_sample_value("qlora_jobs", {"namespace": "team", "phase": "Training"}) == 1
 
 
 def test_jobs_without_progress_are_counted(watches: Watches) -> None:
@@ -124,7 +124,7 @@ def test_a_job_that_is_created_anew_is_known_although_the_deletion_of_the_old_on
     for now in (0, 200):
         watches.monitor.compare("qlorajobs", {("qlorajobs", *KEY, "new"): "13"}, now)
     assert watches.monitor.dead == ()
-    assert watches.metrics.registry.get_sample_value("qlora_jobs", {"phase": "Training"}) == 1
+    assert watches.metrics.registry.get_sample_value("qlora_jobs", {"namespace": "team", "phase": "Training"}) == 1
 
 
 def test_a_child_leads_to_a_pass_of_its_job_when_something_about_it_matters(watches: Watches) -> None:
@@ -154,7 +154,7 @@ def test_kopf_keeps_no_record_of_an_object_that_it_has_shown(monkeypatch: pytest
 
     monkeypatch.setattr(kopf, "spawn_tasks", spawn_tasks)
     hooks = Hooks(
-        lambda key, first=False: shown.append(key), WatchMonitor(150), Metrics().job_is_in, print, Store(), lambda: 1
+        lambda key, first=False: shown.append(key), WatchMonitor(150), Metrics().jobs.show, print, Store(), lambda: 1
     )
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(watch(Settings(profiles={"default": Profile(image="trainer")}), hooks))
@@ -190,7 +190,7 @@ def test_kopf_lists_no_more_at_a_time_than_the_operators_shortest_page_had(monke
         hooks = Hooks(
             lambda _key, first=False: None,
             WatchMonitor(150),
-            Metrics().job_is_in,
+            Metrics().jobs.show,
             lambda: None,
             Store(),
             lambda: sizes[-1],
@@ -236,7 +236,7 @@ def test_the_watches_start_again_when_the_authority_that_a_pod_trusts_is_replace
 
     async def scenario() -> None:
         hooks = Hooks(
-            lambda _key, first=False: None, WatchMonitor(150), Metrics().job_is_in, lambda: None, Store(), lambda: 1
+            lambda _key, first=False: None, WatchMonitor(150), Metrics().jobs.show, lambda: None, Store(), lambda: 1
         )
         watching = asyncio.create_task(watch(Settings(profiles={"default": Profile(image="trainer")}), hooks))
         await asyncio.sleep(60)

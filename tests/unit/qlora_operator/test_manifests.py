@@ -527,3 +527,10 @@ def test_a_claim_outlives_its_job_unless_that_is_chosen() -> None:
 def test_the_same_job_gives_the_same_manifest() -> None:
     once, again = (json.dumps(build_job(make_job(**EVERYTHING), resolved(PROFILE), "train", 1)) for _ in range(2))
     assert once == again
+
+
+def test_only_publish_gets_the_price_of_a_gpu_hour_for_its_report() -> None:
+    priced = {"gpuHourPrice": "2.50", "currency": "EUR"}
+    assert environment_of(build("publish", priced))["QLORA_GPU_HOUR_PRICE"] == "2.50 EUR"
+    assert "QLORA_GPU_HOUR_PRICE" not in environment_of(build("train", priced))
+    assert "QLORA_GPU_HOUR_PRICE" not in environment_of(build("publish"))

@@ -112,6 +112,9 @@ def test_what_cannot_be_undone_is_told_from_what_can(job: Any, bodies: Any, care
     assert cannot_be_undone(job, status, actions) == careful
 
 
+ANNOUNCED = {"output": {"announce": {"configMap": "adapters"}}}
+
+
 @pytest.mark.parametrize(
     ("status", "bodies", "spec", "settled"),
     [
@@ -123,6 +126,8 @@ def test_what_cannot_be_undone_is_told_from_what_can(job: Any, bodies: Any, care
         ("cleaned", [], {"cleanupAfterSeconds": 100}, True),
         ("cleaned", [child("clean", Complete="")], {"cleanupAfterSeconds": 100}, False),
         ("running", [], {}, False),
+        ("succeeded", [], ANNOUNCED, False),
+        ("failed", [], ANNOUNCED, True),
     ],
 )
 def test_a_job_is_settled_once_nothing_is_left_to_do_for_it(

@@ -403,11 +403,14 @@ def test_a_deletion_that_another_finalizer_delays_ends_the_job_too_that_no_watch
 def test_a_job_whose_deletion_no_watch_has_shown_is_not_counted_beside_the_one_that_replaces_it() -> None:
     cluster = stored(FINISHED)
     reconciler = operator(cluster, shown(cluster))
-    reconciler.metrics.job_is_in(KEY, "earlier", "Training", progresses=False)
-    reconciler.metrics.job_is_in(KEY, UID, "Succeeded")
+    earlier = job_body({"phase": "Training", "conditions": [condition("Progressing", "False")]})
+    earlier["metadata"] |= {"uid": "earlier"}
+    reconciler.metrics.jobs.show(earlier)
+    reconciler.metrics.jobs.show(job_body({"phase": "Succeeded"}))
     asyncio.run(reconciler.reconcile(KEY))
     counted = reconciler.metrics.registry.get_sample_value
-    assert [counted("qlora_jobs", {"phase": phase}) for phase in ("Training", "Succeeded")] == [0, 1]
+    phases = ("Training", "Succeeded")
+    assert [counted("qlora_jobs", {"namespace": "team", "phase": phase}) for phase in phases] == [0, 1]
     assert counted("qlora_jobs_without_progress") == 0
 
 
@@ -631,10 +634,41 @@ def test_a_job_that_is_gone_is_forgotten() -> None:
     store.distrust(KEY)
     cluster.job = {}
     reconciler = operator(cluster, store)
-    reconciler.metrics.job_is_in(KEY, UID, "Training")
+    reconciler.metrics.jobs.show(job_body({"phase": "Training"}))
     assert asyncio.run(reconciler.reconcile(KEY)) is None
     assert store.held(KEY) is None
-    assert reconciler.metrics.registry.get_sample_value("qlora_jobs", {"phase": "Training"}) == 0
+    assert "qlora_jobs{" not in reconciler.metrics.page()[0].decode()
+
+
+def test_a_status_write_that_the_api_server_rejects_is_counted_and_a_conflict_is_not() -> None:
+    cluster = MemoryCluster(job_body(status_in("train").dump()), rejected=("status",))
+    cluster.jobs, cluster.pods = [child("train")], [running(pod("train"))]
+    reconciler = operator(cluster, shown(cluster))
+
+    def errors() -> float | None:
+        with pytest.raises(RetryError):
+            asyncio.run(reconciler.reconcile(KEY))
+        return reconciler.metrics.registry.get_sample_value("qlora_operator_status_write_errors_total")
+
+    assert errors() == 1
+    cluster.conflicts = 1
+    assert errors() == 1
+
+
+def test_a_write_that_changes_the_phase_says_since_when_and_measures_the_phase_before() -> None:
+    queued = status_in("train", phase="Queued", phaseSince=time(-90))
+    cluster = MemoryCluster(job_body(queued.dump()))
+    cluster.jobs, cluster.pods = [child("train")], [running(pod("train"))]
+    reconciler = operator(cluster, shown(cluster))
+    asyncio.run(reconciler.reconcile(KEY))
+    assert (cluster.status.phase, cluster.status.phase_since) == ("Training", time())
+    found = reconciler.metrics.registry.get_sample_value
+    labels = {"phase": "Queued", "profile": "default"}
+    assert found("qlora_job_phase_duration_seconds_sum", labels) == 90
+    running_job = {"namespace": "team", "name": NAME}
+    assert found("qlora_job_last_progress_timestamp_seconds", running_job) == NOW.timestamp()
+    asyncio.run(operator(cluster, shown(cluster), after(60)).reconcile(KEY))
+    assert cluster.status.phase_since == time(), "it is still in that phase"
 
 
 def test_a_workload_is_read_only_while_the_steps_job_is_suspended() -> None:

@@ -88,6 +88,13 @@ def largest_profile(value: str) -> dict[str, Any]:
         "modelCache": {"claimName": "m" * 253},
         "hubEndpoint": f"https://{'h' * 500}",
         "objectStore": {"endpoint": f"https://{'o' * 500}"},
+        "googleStorage": {"endpoint": f"https://{'g' * 500}"},
+        "azureStorage": {"account": "a" * 24, "endpoint": f"https://{'z' * 500}"},
+        "cloudIdentity": {"provider": "google", "serviceAccountName": "i" * 253},
+        "caConfigMap": {"name": "c" * 253, "key": "k" * 253},
+        "httpsProxy": f"http://{'.'.join(['p' * 60] * 8)}:65535",
+        "noProxy": [f"{'.'.join(['n' * 60] * 4)}.d{number:02}" for number in range(32)],
+        "proxySecretName": "x" * 253,
         "registries": [f"{'r' * 50}{number:02}.example.org:5000" for number in range(32)],
         "namespaces": [f"team-{number}-{'n' * 50}" for number in range(1000)],
     }

@@ -395,3 +395,24 @@ def test_cells_share_rows_and_a_base_unless_the_profile_has_a_cache_and_each_ste
 def test_a_sweep_of_another_release_is_said_to_be_unreadable() -> None:
     with pytest.raises(UnreadableJobError, match="newer: Extra inputs"):
         make(newer={})
+
+
+def test_the_gpu_time_of_all_cells_is_added_up_and_stays_when_one_is_deleted() -> None:
+    used: dict[str, Any] = {"gpu_seconds": 3600, "lost_gpu_seconds": 60, "cost": "2.50 EUR"}
+    first = status_of(make(), done(0, 1.5, **used), cell(1, **used))
+    assert first.usage is not None
+    assert (first.usage.gpu_seconds, first.usage.gpu_hours, first.usage.lost_gpu_seconds) == (7200, "2.00", 120)
+    assert first.usage.cost == "5.00 EUR"
+    later = status_of(make(first), cell(1, **(used | {"gpu_seconds": 7200, "cost": "5.00 USD"})))
+    assert later.usage is not None
+    assert (later.usage.gpu_seconds, later.usage.cost) == (10_800, None)
+    assert status_of(make(), cell(0)).usage is None
+
+
+def test_a_cell_is_read_with_its_gpu_time() -> None:
+    lost = {"startup": 5, "failure": 7}
+    usage = {"gpuSeconds": 90, "gpuHours": "0.03", "lostGpuSeconds": lost, "cost": "0.06 EUR", "pods": []}
+    body = job_body({"usage": usage})
+    found = parse_cell(body | {"metadata": body["metadata"] | {"ownerReferences": [OWNER]}}, UID)
+    assert found is not None
+    assert (found.gpu_seconds, found.lost_gpu_seconds, found.cost) == (90, 12, "0.06 EUR")

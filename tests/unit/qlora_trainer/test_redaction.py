@@ -18,6 +18,11 @@ from qlora_trainer.core.records import redact
         "https://storage.example.org/x?X-Goog-Algorithm=GOOG4&X-Goog-Credential=canary&X-Goog-Signature=canary",
         "https://cdn.example.org/x?Policy=canary&Signature=canary~&Key-Pair-Id=canary'",
         "https://account.blob.example.org/x?sv=2024&sig=canary%3D",
+        "Authorization: SharedKey account:canary=",
+        "DefaultEndpointsProtocol=https;AccountName=account;AccountKey=canary==;EndpointSuffix=core.windows.net",
+        "the assertion eyJhbGciOiJSUzI1NiJ9.eyJpc3MiOiJjYW5hcnkifQ.canary was rejected",
+        '{"private_key": "-----BEGIN PRIVATE KEY-----\\ncanary\\n-----END PRIVATE KEY-----"}',
+        "http://team:canary%2Fpassword@proxy.example.org:3128",
     ],
 )
 def test_a_credential_is_not_told(text: str) -> None:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, PositiveInt, ValidationError
 
@@ -20,7 +20,9 @@ from qlora_api.status import (
     MemoryStatus,
     MergedStatus,
     Share,
+    Timestamp,
 )
+from qlora_api.usage import WorkStatus
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.measured_memory import MeasuredMemory
 
@@ -70,6 +72,9 @@ class PrepareRecord(ObservedModel):
     )
     memory: MemoryStatus
     dataset: DatasetStatus
+    work: WorkStatus | None = Field(
+        None, description="How much there is to compute; not set if that is unknown, or by an earlier release."
+    )
     measured: MeasuredMemory | None = Field(
         None, description="The dry runs that the estimate is from; not set if they failed, or by an earlier release."
     )
@@ -133,6 +138,28 @@ class QuantizedLayers(ObservedModel):
         return 8 * self.bytes_each / prod(self.shape)
 
 
+class AttemptUsage(ObservedModel):
+    """What one start of the train step took, by the trainer's own clock."""
+
+    started_at: Timestamp = Field(description="When its process started.")
+    from_step: int = Field(description="Optimizer steps of the checkpoint that it resumed from; 0 without one.")
+    seconds: float = Field(description="For how long it ran.")
+    startup_seconds: float | None = Field(None, description="Of these, until it trained; not set if it never did.")
+    lost_seconds: float = Field(0.0, description="Of these, those whose work no checkpoint holds.")
+    ended: Literal["succeeded", "interrupted", "failed"] | None = Field(None, description="Not set if it was killed.")
+
+
+class RunUsage(ObservedModel):
+    """The time of all starts of the train step."""
+
+    gpus: int = Field(description="Processes that trained at the same time, each on a GPU of its own.")
+    count: int = Field(description="Attempts.")
+    seconds: float = Field(description="For how long all attempts ran together.")
+    startup_seconds: float = Field(description="Of these, what attempts took until they trained.")
+    lost_seconds: float = Field(description="Of these, those whose work no checkpoint holds.")
+    attempts: tuple[AttemptUsage, ...] = Field(description="The latest attempts, oldest first.")
+
+
 class TrainRecord(ObservedModel):
     """What train leaves for publish."""
 
@@ -166,6 +193,7 @@ class TrainRecord(ObservedModel):
     compared: Comparison | None = Field(None, description="What a merged model is compared with; not set without one.")
     attempts: int = Field(1, description="How often the step was started.")
     goodput: Share | None = Field(None, description="Share of the time of all attempts that is in the adapter.")
+    usage: RunUsage | None = Field(None, description="What the attempts took; not set by an earlier release.")
 
     @property
     def kept_step(self) -> int:

@@ -74,6 +74,8 @@ class StepContext:
     """When this process started; None if it does more than this step."""
     contract_version: int = contract.CONTRACT_VERSION
     """Version of the contract with the operator."""
+    gpu_hour_price: str = ""
+    """Of the profile, with the currency; empty if there is none."""
     rungs: tuple[int, ...] = ()
     """Optimizer steps after which the job's sweep compares its cells, if it is a cell of one that does."""
     group_size: int = 1

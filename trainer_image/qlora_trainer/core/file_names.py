@@ -2,6 +2,7 @@
 
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
+GGUF_FILE = "adapter.gguf"
 HISTORY_FILE = "metrics.jsonl"
 CURVE_FILE = "loss.png"
 SUMMARY_FILE = "summary.json"

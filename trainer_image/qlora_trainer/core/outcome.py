@@ -182,6 +182,7 @@ def _known(completion: CompletionRecord | None, findings: Findings) -> dict[str,
             "memory": completion.memory,
             "dataset": completion.dataset,
             "base": completion.base,
+            "work": completion.work,
         }
     known: dict[str, object] = {
         "model_revision": findings.model_revision,
@@ -191,7 +192,9 @@ def _known(completion: CompletionRecord | None, findings: Findings) -> dict[str,
     }
     names = ("training_step", "total_steps", "loss", "eval_loss", "peak_memory_bytes", "goodput")
     if findings.progress is not None and findings.progress.step == "train":
-        known |= {name: getattr(findings.progress, name) for name in (*names, *_OF_PAIRS, "evaluations")}
+        known |= {
+            name: getattr(findings.progress, name) for name in (*names, *_OF_PAIRS, "evaluations", "training_since")
+        }
     if isinstance(completion, TrainRecord):
         # Also where it is not known: the latest progress is of the last step, the adapter perhaps of an earlier one.
         known |= {name: getattr(completion, name) for name in (*names, "initial_eval_loss", "eval_accuracy")}

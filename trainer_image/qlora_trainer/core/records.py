@@ -10,11 +10,12 @@ from typing import TextIO
 from qlora_api.contract import MIN_SECONDS_BETWEEN_PROGRESS, ProgressRecord, Record, ResultRecord, encode_record
 from qlora_api.status import DatasetStatus, GateStatus, MemoryStatus
 
-# Tokens of model hubs, credentials in headers, passwords in addresses and the parameters that sign an address: never in
-# a record, whatever a library quotes.
+# Tokens of model hubs and of clouds (JWT), private keys, credentials in headers, passwords in addresses and the
+# parameters that sign an address: never in a record, whatever a library quotes.
 _SECRET = re.compile(
     r"""hf_[A-Za-z0-9]{8,}|(?<=://)[^/\s@]+(?=@)
-    |(?i:authorization)["']?\s*[:=]\s*["']?(?:(?i:basic|bearer)\s+)?[^\s"']+
+    |eyJ[\w-]{8,}\.[\w-]+\.[\w-]*|-----BEGIN[ ][A-Z ]*PRIVATE[ ]KEY-----[^-]*|(?i:accountkey)=[^;\s"']+
+    |(?i:authorization)["']?\s*[:=]\s*["']?(?:(?i:basic|bearer|sharedkey)\s+)?[^\s"']+
     |(?i:bearer|authorization)\s+\S+
     |(?<=[?&])(?i:x-(?:amz|goog)-(?:credential|signature|security-token)|signature|policy|key-pair-id|sig)=[^\s&"']+""",
     re.VERBOSE,

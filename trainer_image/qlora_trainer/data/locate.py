@@ -13,7 +13,7 @@ from qlora_trainer.core.paths import require_regular, some_names
 from qlora_trainer.data.files import DATA_ENDINGS, DataFile, DataFiles, data_kind, require_one_kind
 from qlora_trainer.data.hub_splits import Wanted, choose_data_files, read_dataset_card
 from qlora_trainer.stores.hub import Hub
-from qlora_trainer.stores.s3 import ObjectFolder, version_of
+from qlora_trainer.stores.objects import ObjectFolder, version_of
 
 _DATASET_CARD = "README.md"
 _MAX_DATASET_CARD_BYTES = 2**21
@@ -44,7 +44,9 @@ def find_data(uri: str, wanted: Wanted, access: DataAccess, download: Path) -> D
         return _stored_data(source, ObjectFolder(source, access.secret, reject=bad_dataset), download)
     if isinstance(source, (VolumeSource, ConfigMapSource)):
         return _mounted_data(uri, source, access.mounts)
-    raise bad_configuration(f"{uri} is not the address of a data set: must be hf://, pvc://, s3:// or configMap://")
+    raise bad_configuration(
+        f"{uri} is not the address of a data set: must be hf://, pvc://, s3://, gs://, az:// or configMap://"
+    )
 
 
 def mounted_data(uri: str, mounts: Mounts) -> DataFiles | None:

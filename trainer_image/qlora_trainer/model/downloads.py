@@ -13,8 +13,8 @@ from qlora_trainer.core.paths import some_names
 from qlora_trainer.model.source import DownloadedModel, RemoteModel, SharedModel, VolumeModel, content_revision
 from qlora_trainer.stores.hub import Hub
 from qlora_trainer.stores.model_pack import archives, unpack
+from qlora_trainer.stores.objects import ObjectFolder, version_of
 from qlora_trainer.stores.oci import Registry
-from qlora_trainer.stores.s3 import ObjectFolder, version_of
 
 
 class HubModel:
@@ -135,4 +135,6 @@ def _remote_model(source: Source, context: StepContext, hub: Callable[[], Hub]) 
         return ObjectStoreModel(source, context.secret("model"))
     if isinstance(source, RegistrySource):
         return RegistryModel(source, context.secret("model"), allowed=context.registries)
-    raise bad_configuration(f"spec.model.source is {context.spec.model.source}: must be hf://, s3://, oci:// or pvc://")
+    raise bad_configuration(
+        f"spec.model.source is {context.spec.model.source}: must be hf://, s3://, gs://, az://, oci:// or pvc://"
+    )

@@ -7,8 +7,8 @@ from qlora_trainer.core.paths import confined
 from qlora_trainer.publishing.destination import Destination, reject_occupied
 from qlora_trainer.publishing.hub_repository import HubDestination
 from qlora_trainer.publishing.manifest import Publisher
+from qlora_trainer.publishing.object_folder import ObjectDestination
 from qlora_trainer.publishing.oci_artifact import RegistryDestination
-from qlora_trainer.publishing.s3_folder import ObjectDestination
 from qlora_trainer.publishing.volume_folder import VolumeFolder
 from qlora_trainer.stores.oci_auth import require_allowed
 

@@ -48,15 +48,28 @@ def loss_chart(history: MetricsHistory, kept_step: int | None = None) -> str:
     return _svg("loss", 9.6, 4.2, lambda axes: _plot_loss(axes, history, kept_step))
 
 
-def chart(name: str, label: str, curve: Curve, *, logarithmic: bool = False, unit: str = "") -> str:
+def chart(
+    name: str,
+    label: str,
+    curve: Curve,
+    *,
+    logarithmic: bool = False,
+    unit: str = "",
+    lines: Mapping[str, float] | None = None,
+) -> str:
     """One quantity over optimizer steps as an SVG element; nothing for an empty curve.
 
-    `name` makes the identifiers in it differ from those of other charts on the same page.
+    `name` makes the identifiers in it differ from those of other charts on the same page. `lines`: values to compare
+    it with, by their labels.
     """
 
     def plot(axes: Any) -> None:
         marker = "o" if len(curve.steps) < 2 else None
         axes.plot(curve.steps, curve.values, color=_BLUE, linewidth=1.4, marker=marker)
+        for (of_line, value), style in zip((lines or {}).items(), ("--", ":", "-."), strict=False):
+            axes.axhline(value, color=_GREY, linewidth=1.0, linestyle=style, label=of_line)
+        if lines:
+            axes.legend(frameon=False, loc="best", fontsize=8)
         axes.set_ylabel(label)
         if logarithmic and min(curve.values) > 0:
             axes.set_yscale("log")

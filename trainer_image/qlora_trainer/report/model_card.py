@@ -11,6 +11,7 @@ from qlora_api.status import GateStatus
 from qlora_api.training import LoraSpec, PreferenceSpec, QuantizationSpec
 from qlora_trainer.core.file_names import CURVE_FILE
 from qlora_trainer.core.outcome import steps_done
+from qlora_trainer.report.local_serving import gguf_commands
 from qlora_trainer.report.metrics_log import MetricsHistory
 from qlora_trainer.report.serving import (
     loading_settings,
@@ -104,6 +105,7 @@ def adapter_model_card(job: TrainedJob, history: MetricsHistory) -> str:
         tokenizer_settings=tokenizer_settings(job, _THIS_FOLDER),
         template_option=template_option(job, _THIS_FOLDER),
         request=request_command(job),
+        gguf=gguf_commands(job, "."),
         end_text=printable(prepared.end_of_turn.text if prepared.end_of_turn else ""),
         trained_on=TRAINED_ON[spec.training.train_on],
         loss=lambda value: "–" if value is None else f"{value:.4f}",

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.dataset import DatasetSpec
-from qlora_api.status import DatasetStatus, MergedStatus
+from qlora_api.status import DatasetStatus, MemoryStatus, MergedStatus
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.file_names import CURVE_FILE, HISTORY_FILE, REPORT_FILE, SAMPLES_FILE, SUMMARY_FILE
 from qlora_trainer.core.filesystem import write_atomically
@@ -18,6 +18,7 @@ from qlora_trainer.data.statistics import DataStatistics, SourceStatistics
 from qlora_trainer.report.charts import chart, histogram, loss_chart, loss_picture
 from qlora_trainer.report.metrics_log import MetricsHistory, read_history
 from qlora_trainer.report.model_card import TRAINED_ON, judged_on, quantization_label
+from qlora_trainer.report.resources import estimated_peaks, resources_used
 from qlora_trainer.report.samples import MAX_NEW_TOKENS, Samples, read_samples
 from qlora_trainer.report.serving import rejected_by_vllm, served_rank, serving_commands
 from qlora_trainer.report.trained_job import TrainedJob
@@ -84,7 +85,8 @@ def _page(
         gate=job.gate,
         judged_on="" if job.gate is None else judged_on(job.gate),
         loss=loss_chart(history, job.trained.kept_step),
-        charts=_charts(history, device),
+        charts=_charts(history, device, job.prepared.memory),
+        resources=job.trained.usage and resources_used(job.trained.usage, device, job.gpu_hour_price),
         settings=_settings(job),
         data={**_data(job.spec.dataset, job.prepared.dataset, statistics), **_turns(job)},
         mix=_mix(statistics),
@@ -137,7 +139,7 @@ def _figures(job: TrainedJob, history: MetricsHistory, merged: MergedStatus | No
     return figures
 
 
-def _charts(history: MetricsHistory, device: Device) -> list[str]:
+def _charts(history: MetricsHistory, device: Device, estimate: MemoryStatus) -> list[str]:
     memory = "GPU memory, peak per step" if device == "cuda" else "Resident memory"
     drawn = (
         chart("accuracy", "Held-out accuracy", history.eval_accuracy),
@@ -145,7 +147,7 @@ def _charts(history: MetricsHistory, device: Device) -> list[str]:
         chart("chosen", "Reward of the chosen answer (nats)", history.chosen_reward),
         chart("rate", "Learning rate", history.learning_rate),
         chart("norm", "Gradient norm", history.grad_norm, logarithmic=True),
-        chart("memory", memory, history.memory, unit="B"),
+        chart("memory", memory, history.memory, unit="B", lines=estimated_peaks(estimate) if device == "cuda" else {}),
         chart("speed", "Tokens per second", history.tokens_per_second),
     )
     return [svg for svg in drawn if svg]
@@ -252,6 +254,7 @@ def _summary(job: TrainedJob, device: Device, history: MetricsHistory) -> dict[s
         "adapterStep": trained.kept_step,
         "attempts": trained.attempts,
         "goodput": trained.goodput,
+        **({} if trained.usage is None else {"usage": trained.usage.dump()}),
         "loss": {
             "training": trained.loss,
             "heldOutBefore": trained.initial_eval_loss,

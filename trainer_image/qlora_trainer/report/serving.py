@@ -10,6 +10,7 @@ from qlora_api.sources import HubSource, parse_source
 from qlora_api.training import LoraSpec
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.data.job_template import TEMPLATE_FILE
+from qlora_trainer.report.local_serving import gguf_commands
 from qlora_trainer.report.trained_job import TrainedJob
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def serving_commands(job: TrainedJob) -> Mapping[str, str]:
     request = request_command(job)
     if request is not None:
         commands["Request to vLLM"] = request
-    return commands
+    return {**commands, **gguf_commands(job, ADAPTER_PLACEHOLDER)}
 
 
 def template_option(job: TrainedJob, adapter: str) -> str:

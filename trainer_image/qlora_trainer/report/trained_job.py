@@ -22,6 +22,8 @@ class TrainedJob:
     trained: TrainRecord
     gate: GateStatus | None = None
     """How the adapter was judged; None without spec.gate."""
+    gpu_hour_price: str = ""
+    """What a GPU hour costs, with the currency; empty if that is not known."""
 
     @property
     def continued(self) -> dict[str, Any] | None:

@@ -34,6 +34,7 @@ from qlora_trainer.data.dataset import Dataset
 from qlora_trainer.data.fingerprint import ResolvedInputs
 from qlora_trainer.data.job_template import TEMPLATE_FILE, job_template, template_sha256
 from qlora_trainer.data.locate import DataAccess
+from qlora_trainer.data.prepared import open_prepared
 from qlora_trainer.data.rows_folder import RowsFolder
 from qlora_trainer.data.turn_end import end_of_turn, marks_in_pieces, template_remarks
 from qlora_trainer.model.attention import ATTENTION
@@ -47,11 +48,13 @@ from qlora_trainer.model.initial_adapter import InitialAdapter, get_initial_adap
 from qlora_trainer.model.memory_fit import MemoryFit
 from qlora_trainer.model.source import CONFIG, tokenizer_digests
 from qlora_trainer.publishing.addresses import check_destination
+from qlora_trainer.publishing.gguf import require_convertible
 from qlora_trainer.publishing.manifest import SHARED_BASE, Publisher, base_publisher
 from qlora_trainer.report.serving import warn_if_not_served
 from qlora_trainer.report.trackers import require_installed
 from qlora_trainer.steps.prepared_before import still_valid
 from qlora_trainer.steps.run_remarks import remarks_on_evaluations
+from qlora_trainer.steps.work import work_of
 from qlora_trainer.stores.hub import Hub, hub_token
 from qlora_trainer.training.answers import AnswerTexts
 from qlora_trainer.training.continued import continue_run, reject_other_settings, require_something_to_continue
@@ -197,6 +200,12 @@ def _prepare(
         fixed_positions=family.fixed_positions,
         attention=None if family.attention == ATTENTION else family.attention,
         memory=admitted.memory.status,
+        work=work_of(
+            None if family.mixture_of_experts else admitted.memory.parameters,
+            open_prepared(data, "train"),
+            dataset.status(),
+            context.spec.training,
+        ),
         dataset=dataset.status(),
         remarks=remarks,
         template_sha256=template,
@@ -215,6 +224,9 @@ def _admit(folder: Path, context: StepContext, records: RecordWriter, say: Calla
     model = check_model(folder, spec.lora, training)
     model.family.require_whole_and_unmerged(training, spec.output)
     warn_if_not_served(spec)
+    if spec.output.gguf is not None:
+        scratch = context.workspace.root / "gguf"
+        require_convertible(folder, model.family.target_modules, spec.lora, spec.output.gguf, scratch)
     say("measuring the memory that training needs")
     rows_apart = model.family.keeps_rows_apart(training.max_sequence_length)
     memory = MemoryFit.of(

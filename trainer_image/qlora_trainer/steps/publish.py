@@ -15,7 +15,14 @@ from qlora_api.status import AdapterStatus, BaseStatus, GateStatus, MergedStatus
 from qlora_trainer.core.completion import PrepareRecord, PublishRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure, bad_configuration
-from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CURVE_FILE, HISTORY_FILE, MODEL_CARD_FILE
+from qlora_trainer.core.file_names import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    CURVE_FILE,
+    GGUF_FILE,
+    HISTORY_FILE,
+    MODEL_CARD_FILE,
+)
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.paths import confined
 from qlora_trainer.core.records import RecordWriter
@@ -26,6 +33,7 @@ from qlora_trainer.publishing.addresses import open_destination
 from qlora_trainer.publishing.base import base_still_published, publish_base
 from qlora_trainer.publishing.destination import Destination, is_published, publish_folder
 from qlora_trainer.publishing.gate import gate_failure, judge
+from qlora_trainer.publishing.gguf import GgufFile, gguf_file
 from qlora_trainer.publishing.job_template import job_template_file
 from qlora_trainer.publishing.manifest import run_manifest
 from qlora_trainer.publishing.merged import publish_merged, still_published
@@ -71,7 +79,8 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
     picture = write_report(job, workspace, device=context.device)
     say(f"writing to {destination.uri}")
     template = job_template_file(job.prepared, workspace)
-    adapter = _write(job, folder, _card(job, workspace), picture, template, destination)
+    with gguf_file(job, folder, workspace) as gguf:
+        adapter = _write(job, folder, _card(job, workspace), picture, template, gguf, destination)
     base = _publish_base(job, context, say)
     merged = _merge(job, context, say)
     fingerprint = _fingerprint(job.trained, destination)
@@ -107,6 +116,7 @@ def _trained_job(context: StepContext) -> TrainedJob:
         prepared=prepared,
         trained=trained,
         gate=judge(context.spec.gate, trained, pairs=pairs, prepared=prepared.fingerprint),
+        gpu_hour_price=context.gpu_hour_price,
     )
 
 
@@ -218,15 +228,22 @@ def _initial_adapter(job: TrainedJob, workspace: WorkspaceLayout) -> Mapping[str
 
 
 def _write(
-    job: TrainedJob, folder: Path, card: bytes, picture: bytes, template: Path | None, destination: Destination
+    job: TrainedJob,
+    folder: Path,
+    card: bytes,
+    picture: bytes,
+    template: Path | None,
+    gguf: GgufFile | None,
+    destination: Destination,
 ) -> AdapterStatus:
-    """Publish the adapter of `folder` with its model `card`, the picture of its loss, and its chat template if any."""
+    """Publish the adapter of `folder` with its model `card`, the picture of its loss, and what else there is of it."""
     contents: Contents = {
         ADAPTER_FILE: folder / ADAPTER_FILE,
         ADAPTER_CONFIG_FILE: folder / ADAPTER_CONFIG_FILE,
         MODEL_CARD_FILE: card,
         CURVE_FILE: picture,
         **({} if template is None else {TEMPLATE_FILE: template}),
+        **({} if gguf is None else {GGUF_FILE: gguf.path}),
     }
     manifest = run_manifest(job, contents)
     uri = publish_folder(destination, contents, manifest)
@@ -241,6 +258,7 @@ def _write(
         served_rank=served_rank(job.spec.lora),
         quantization=quantization_label(job.spec.quantization),
         initial_adapter=job.prepared.initial_adapter,
+        gguf=None if gguf is None else gguf.status,
     )
 
 

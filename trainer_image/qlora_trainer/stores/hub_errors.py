@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 from qlora_api.printable import first_line
 from qlora_trainer.core.failures import StepFailure, bad_configuration, bad_dataset, model_unavailable, unreachable
 from qlora_trainer.core.filesystem import is_full
+from qlora_trainer.core.network import trouble
 from qlora_trainer.stores.retry import is_retryable
 
 
@@ -66,7 +67,7 @@ class HubRequest:
             permanent = bad_configuration if self.writes else model_unavailable if self.kind == "model" else bad_dataset
             return permanent(rejected)
         found = f"answered HTTP {status}" if status else f"cannot be reached ({type(error).__name__}: {error})"
-        return unreachable(f"{self.endpoint} {found} for {self._name}")
+        return unreachable(f"{self.endpoint} {found} for {self._name}{trouble(self.endpoint, str(error))}")
 
     @property
     def _name(self) -> str:

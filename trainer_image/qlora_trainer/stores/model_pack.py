@@ -97,7 +97,7 @@ def _is_archive(layer: Mapping[str, Any]) -> bool:
 
 
 def _media_type(file: str) -> str:
-    if file.endswith(".safetensors"):
+    if file.endswith((".safetensors", ".gguf")):
         return _WEIGHT
     document = file in _DOCUMENTS or PurePosixPath(file).suffix not in (".json", ".jinja", ".model", ".txt")
     return _DOCUMENT if document else _WEIGHT_CONFIG

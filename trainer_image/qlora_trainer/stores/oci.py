@@ -15,6 +15,7 @@ from qlora_api.sources import RegistrySource
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, unreachable, unsafe_artifact
 from qlora_trainer.core.filesystem import file_sha256, partial_path
+from qlora_trainer.core.network import trouble
 from qlora_trainer.stores.oci_auth import RegistrySession
 from qlora_trainer.stores.retry import is_retryable
 
@@ -219,6 +220,7 @@ class Registry:
         except requests.RequestException as error:
             raise unreachable(
                 f"{self.source.registry} cannot be reached, or broke off, for {self.source} ({type(error).__name__})"
+                f"{trouble(self._session.base, str(error))}"
             ) from None
 
 

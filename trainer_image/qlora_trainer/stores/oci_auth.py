@@ -1,6 +1,7 @@
 """Opens a registry for a client: which registries may be used, logins, challenges, tokens, and where none may go."""
 
 import json
+import os
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -12,6 +13,7 @@ from urllib3.util import Retry
 from qlora_api.sources import RegistrySource
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import bad_configuration, unreachable
+from qlora_trainer.core.network import Proxy, https_proxy
 from qlora_trainer.stores.retry import RETRYABLE_STATUS, is_retryable
 
 _DOCKER_CONFIG = ".dockerconfigjson"
@@ -43,11 +45,12 @@ class RegistrySession(requests.Session):
         scheme = "http" if require_allowed(source, allowed) else "https"
         self.base = f"{scheme}://{source.registry}/v2"
         """Address of the registry's API."""
-        # No .netrc and no proxies of the environment: they would bring credentials and hosts of their own.
+        # No .netrc and no proxies for plain HTTP: they would bring credentials and hosts of their own.
         self.trust_env = False
-        origins = frozenset(map(_origin, allowed))
-        self.mount("https://", _Guard(origins, secret.field))
-        self.mount("http://", _Guard(origins, secret.field))
+        self.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
+        guard = _Guard(frozenset(map(_origin, allowed)), secret.field, https_proxy(os.environ))
+        self.mount("https://", guard)
+        self.mount("http://", guard)
         self._registry = source.registry
         self._login = docker_login(secret, source.registry)
         self._authorization: dict[str, str] = {}
@@ -118,11 +121,12 @@ class RegistrySession(requests.Session):
 class _Guard(HTTPAdapter):
     """Sends requests, but those with credentials to some origins only. Before a redirect the session removes them."""
 
-    def __init__(self, origins: frozenset[str], field: str) -> None:
+    def __init__(self, origins: frozenset[str], field: str, proxy: Proxy | None) -> None:
         """`origins`: scheme and host, as in https://ghcr.io. `field` names the credentials, for the message."""
         super().__init__(max_retries=_RETRY)
         self._origins = origins
         self._field = field
+        self._proxy = proxy
 
     def send(self, request: requests.PreparedRequest, *args: Any, **options: Any) -> requests.Response:
         address = urlsplit(request.url or "")
@@ -132,6 +136,8 @@ class _Guard(HTTPAdapter):
                 f"the registry redirects to {origin}, where the credentials of {self._field} are not sent: ask the "
                 "administrator to add it to the profile's registries"
             )
+        through = self._proxy is not None and self._proxy.serves(request.url or "")
+        options["proxies"] = {"https": self._proxy.url} if self._proxy is not None and through else {}
         return super().send(request, *args, **options)
 
 

@@ -1,277 +1,60 @@
-"""Reads and writes objects of an S3 bucket."""
+"""Opens buckets of S3 and of servers that speak its protocol."""
 
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
-from hashlib import file_digest, new, sha256
-from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
-import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import S3Store
 
-from qlora_api.sources import ObjectStoreSource
 from qlora_trainer.core.credentials import Secret
-from qlora_trainer.core.failures import StepFailure, bad_configuration, unreachable
-from qlora_trainer.core.filesystem import partial_path
+from qlora_trainer.core.failures import bad_configuration
+from qlora_trainer.stores import bucket as settings
+from qlora_trainer.stores.bucket import Access, Bucket, Route
+from qlora_trainer.stores.cloud_identity import aws_identity
 from qlora_trainer.stores.endpoints import server_address
-from qlora_trainer.stores.retry import is_retryable
 
 if TYPE_CHECKING:
-    from obstore import GetOptions
-    from obstore.store import ClientConfig, RetryConfig, S3Config
+    from obstore.store import S3Config
 
 _ACCESS_KEY, _SECRET_KEY, _SESSION_TOKEN = "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"
 # Credentials that obstore may read from the environment. Never those of an instance's metadata service: they belong to
 # the node that the pod runs on, not to the tenant.
 _FROM_ENVIRONMENT = (_ACCESS_KEY, "AWS_WEB_IDENTITY_TOKEN_FILE")
 _DEFAULT_REGION = "us-east-1"
-# Nothing can listen on port 0. The client follows redirects and takes AWS_SESSION_TOKEN with it to any host; requests
-# to all hosts but the endpoint go to this proxy, that is, nowhere.
-_NOWHERE = "127.0.0.1:0"
-_STALLED = timedelta(seconds=30)
-"""A transfer is given up when nothing has arrived for so long."""
-_PART_BYTES = 2**23
-_BLOCK_BYTES = 2**20
-# The ETag of an object that was uploaded in one part: its MD5. That of a multipart upload ends in the number of parts.
-_PLAIN_ETAG = re.compile(r'"?([0-9a-f]{32})"?', re.IGNORECASE)
-_STATUS = re.compile(r"status code: (\d{3})")
-_MOVED = "redirect without LOCATION"
-_ERROR_CODE = re.compile(r"<Code>(\w{1,64})</Code>")
-_RETRY: "RetryConfig" = {
-    "max_retries": 4,
-    "retry_timeout": timedelta(minutes=2),
-    "backoff": {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=8), "base": 3},
-}
 
 
-@dataclass(frozen=True)
-class StoredObject:
-    """An object, as the listing of its folder describes it."""
-
-    name: str
-    """Below the folder."""
-    size: int
-    """Bytes."""
-    etag: str
-    """Differs if the content does. Not a digest of it: that of a multipart upload depends on the parts."""
-
-
-def version_of(objects: Mapping[str, StoredObject]) -> str:
-    """A name, in hexadecimal, that differs once the name, size or ETag of any of these objects does."""
-    lines = (f"{found.etag} {found.size} {name}\n" for name, found in sorted(objects.items()))
-    return sha256("".join(lines).encode()).hexdigest()
-
-
-class ObjectFolder:
-    """An object, or the objects below a prefix, of one bucket. Methods raise StepFailure.
-
-    What is missing or may not be read or written ends as `reject` says; a store in trouble is UNREACHABLE.
-    """
-
-    def __init__(self, source: ObjectStoreSource, secret: Secret, *, reject: Callable[[str], StepFailure]) -> None:
-        """Endpoint and region come from AWS_ENDPOINT_URL and AWS_REGION, which the administrator's profile sets."""
-        self.uri = str(source)
-        self._prefix = source.path
-        self._secret = secret
-        self._reject = reject
-        region = os.environ.get("AWS_REGION") or _DEFAULT_REGION
-        self._endpoint = server_address(os.environ, "AWS_ENDPOINT_URL") or f"https://s3.{region}.amazonaws.com"
-        own = os.environ.get("AWS_ENDPOINT_URL_S3")
-        if own and own != self._endpoint:
-            raise bad_configuration(
-                f"AWS_ENDPOINT_URL_S3 is set, but not to {self._endpoint}, the address that AWS_ENDPOINT_URL and "
-                "AWS_REGION name: set AWS_ENDPOINT_URL, and unset the other"
-            )
-        self.address = f"{self._endpoint}/{source.bucket}/{source.path}"
-        self._store = S3Store(
-            source.bucket,
-            config=_credentials(secret),
-            endpoint=self._endpoint,
-            region=region,
-            client_options=_client_options(self._endpoint, region),
-            retry_config=_RETRY,
+def open_s3(name: str, secret: Secret) -> Bucket:
+    """The bucket. Endpoint and region come from AWS_ENDPOINT_URL and AWS_REGION, which the profile sets."""
+    region = os.environ.get("AWS_REGION") or _DEFAULT_REGION
+    endpoint = server_address(os.environ, "AWS_ENDPOINT_URL") or f"https://s3.{region}.amazonaws.com"
+    own = os.environ.get("AWS_ENDPOINT_URL_S3")
+    if own and own != endpoint:
+        raise bad_configuration(
+            f"AWS_ENDPOINT_URL_S3 is set, but not to {endpoint}, the address that AWS_ENDPOINT_URL and "
+            "AWS_REGION name: set AWS_ENDPOINT_URL, and unset the other"
         )
-
-    def list(self) -> dict[str, StoredObject]:
-        """The objects below the prefix by their names below it; that of the prefix itself is not among them."""
-        with self._errors("listed"):
-            found = [entry for page in obstore.list(self._store, f"{self._prefix}/") for entry in page]
-        entries = ((entry["path"].removeprefix(f"{self._prefix}/"), entry) for entry in found)
-        return {
-            name: StoredObject(name, entry["size"], entry["e_tag"] or "")
-            for name, entry in entries
-            if name not in ("", ".")
-        }
-
-    def stat(self, name: str = "") -> StoredObject:
-        """The object of this name, or, without one, the one at the address itself."""
-        with self._errors("read"):
-            entry = obstore.head(self._store, self._key(name))
-        return StoredObject(name, entry["size"], entry["e_tag"] or "")
-
-    def download(self, found: StoredObject, path: Path, on_bytes: Callable[[int], None]) -> None:
-        """Download to `path`, which is then complete or not there, from where an earlier attempt was cut off.
-
-        `on_bytes` is called with the bytes of this object that have arrived. Raises OSError for a full disk.
-
-        The content is compared with the ETag if the object was uploaded in one part. Of one uploaded in several parts
-        only the size is: its ETag depends on the parts, and the client gives no access to other checksums of S3.
-        """
-        if path.is_file() and path.stat().st_size == found.size:
-            return
-        # The ETag is in the name, so that parts of two versions are never joined.
-        partial = partial_path(path.with_name(f"{path.name}.{sha256(found.etag.encode()).hexdigest()[:16]}"))
-        with partial.open("ab") as file:
-            if file.tell() < found.size:
-                for block in self._blocks(found, file.tell()):
-                    file.write(block)
-                    on_bytes(file.tell())
-            file.flush()
-            os.fsync(file.fileno())
-            received = file.tell()
-        wrong = None
-        if received != found.size:
-            wrong = f"{received} bytes instead of {found.size}"
-        elif not self._is_as_stored(found, partial):
-            wrong = "another MD5 than its ETag"
-        if wrong is not None:
-            partial.unlink()
-            raise unreachable(f"{self._named(found.name)} arrived with {wrong}: it is downloaded again")
-        partial.replace(path)
-
-    def digest(self, name: str) -> str:
-        """SHA-256, in hexadecimal, of the object's content as the store sends it now; it is not written anywhere."""
-        return self._digest(self.stat(name), "sha256")
-
-    def read(self, name: str, *, most: int) -> bytes | None:
-        """The content of an object; None if there is none, or it has more than `most` bytes, which are not read."""
-        with self._errors("read"):
-            try:
-                found = obstore.get(self._store, self._key(name))
-            except FileNotFoundError:
-                return None
-            return bytes(found.bytes()) if found.meta["size"] <= most else None
-
-    def write(self, name: str, content: Path | bytes) -> None:
-        """Upload an object, replacing one of this name. It becomes visible complete or not at all."""
-        with self._errors("written"):
-            obstore.put(self._store, self._key(name), content, chunk_size=_PART_BYTES, max_concurrency=2)
-
-    def create(self, name: str, content: bytes) -> bool:
-        """Upload a small object unless there is one of this name; returns whether there was none."""
-        with self._errors("written"):
-            try:
-                obstore.put(self._store, self._key(name), content, mode="create")
-            except AlreadyExistsError:
-                return False
-        return True
-
-    def delete(self, name: str) -> None:
-        """Delete an object; nothing happens if there is none."""
-        with self._errors("written"):
-            obstore.delete(self._store, self._key(name))
-
-    def _is_as_stored(self, found: StoredObject, path: Path) -> bool:
-        """Whether the file is the object, as far as its ETag can tell.
-
-        A store that encrypts with its own keys (SSE-KMS) has ETags that look like an MD5 but are not. So if they
-        differ, the object is read a second time: content that arrives the same twice is what the store has.
-        """
-        expected = _PLAIN_ETAG.fullmatch(found.etag)
-        if expected is None:
-            return True
-        with path.open("rb") as file:
-            arrived = file_digest(file, lambda: new("md5", usedforsecurity=False)).hexdigest()
-        return arrived == expected[1].lower() or arrived == self._digest(found, "md5")
-
-    def _digest(self, found: StoredObject, algorithm: str) -> str:
-        # Against accidents only; a machine on which MD5 is forbidden for security allows this.
-        digest = new(algorithm, usedforsecurity=False)
-        for block in self._blocks(found, 0):
-            digest.update(block)
-        return digest.hexdigest()
-
-    def _blocks(self, found: StoredObject, offset: int) -> Iterator[bytes]:
-        options: GetOptions = {"range": {"offset": offset}} if offset else {}
-        if found.etag:
-            options["if_match"] = found.etag
-        with self._errors("read"):
-            try:
-                for block in obstore.get(self._store, self._key(found.name), options=options).stream(_BLOCK_BYTES):
-                    yield bytes(block)
-            except PreconditionError as error:
-                raise unreachable(
-                    f"{self._named(found.name)} was replaced while it was read: it is downloaded again"
-                ) from error
-
-    def _key(self, name: str) -> str:
-        return f"{self._prefix}/{name}" if name else self._prefix
-
-    def _named(self, name: str) -> str:
-        return f"{self.uri}/{name}" if name else self.uri
-
-    @contextmanager
-    def _errors(self, wanted: str) -> Iterator[None]:
-        """Translate what the client raises. Its messages quote the server's answer, which may contain credentials."""
-        try:
-            yield
-        except (BaseError, FileNotFoundError) as error:
-            raise self._failure(str(error), wanted) from None
-
-    def _failure(self, text: str, wanted: str) -> StepFailure:
-        found, code = _STATUS.search(text), _ERROR_CODE.search(text)
-        status = int(found[1]) if found else None
-        answer = f"HTTP {status}" + (f" ({code[1]})" if code else "")
-        if status is None and _NOWHERE in text:
-            return bad_configuration(
-                f"{self._endpoint} redirects {self.uri} to another host, where credentials are never sent: ask the "
-                "administrator to set objectStore.endpoint and objectStore.region of the profile"
-            )
-        if _MOVED in text or (status is not None and status < 400):
-            return bad_configuration(
-                f"the bucket of {self.uri} is not at {self._endpoint}: ask the administrator to set "
-                "objectStore.endpoint and objectStore.region of the profile"
-            )
-        if status is None:
-            return unreachable(f"{self._endpoint} cannot be reached, or broke off, for {self.uri}")
-        if status == 501:
-            return bad_configuration(
-                f"{self._endpoint} does not support a request for {self.uri} ({answer}): it must support "
-                "conditional writes (If-None-Match); use a newer version of the server, or another store"
-            )
-        if is_retryable(status, conflicts=True):
-            return unreachable(f"{self._endpoint} answered {answer} for {self.uri}")
-        return self._reject(
-            f"{self.uri} does not exist, or may not be {wanted} with {self._secret} ({answer} from {self._endpoint}): "
-            f"check bucket and path, and set {self._secret.field} to a Secret whose credentials may"
-        )
+    access = _access(secret, region)
+    route = Route(endpoint, access.servers)
+    store = S3Store(
+        name,
+        config=access.config,
+        endpoint=endpoint,
+        region=region,
+        client_options=route.options,
+        retry_config=settings.RETRY,
+    )
+    return Bucket(store, endpoint, route, "objectStore.endpoint and objectStore.region", access)
 
 
-def _credentials(secret: Secret) -> "S3Config":
-    """From the Secret, else from the environment; without any, requests are not signed."""
+def _access(secret: Secret, region: str) -> Access:
+    """From the Secret, else the identity of the pod, else from the environment; without any, nothing is signed."""
     values = secret.require(_ACCESS_KEY, _SECRET_KEY, has_own=_ACCESS_KEY in os.environ)
-    if values is None:
-        return {} if any(os.environ.get(name) for name in _FROM_ENVIRONMENT) else {"skip_signature": True}
-    config: S3Config = {"access_key_id": values[_ACCESS_KEY], "secret_access_key": values[_SECRET_KEY]}
-    if token := secret.value(_SESSION_TOKEN):
-        config["session_token"] = token
-    return config
-
-
-def _client_options(endpoint: str, region: str) -> "ClientConfig":
-    hosts = (urlsplit(endpoint).hostname or "", f"sts.{region}.amazonaws.com")
-    return {
-        "allow_http": endpoint.startswith("http://"),
-        "connect_timeout": timedelta(seconds=10),
-        # `timeout` bounds a whole request, and the download of a weights' file takes as long as it takes.
-        "read_timeout": _STALLED,
-        "timeout": timedelta(hours=24),
-        "proxy_url": f"http://{_NOWHERE}",
-        "proxy_excludes": ",".join(hosts),
-    }
+    if values is not None:
+        config: S3Config = {"access_key_id": values[_ACCESS_KEY], "secret_access_key": values[_SECRET_KEY]}
+        if token := secret.value(_SESSION_TOKEN):
+            config["session_token"] = token
+        return Access(config)
+    if (identity := aws_identity(os.environ, region)) is not None:
+        return identity
+    if any(os.environ.get(name) for name in _FROM_ENVIRONMENT):
+        return Access({}, (f"https://sts.{region}.amazonaws.com",))
+    return Access({"skip_signature": True})

@@ -6,7 +6,7 @@ How often a job may be interrupted is not judged here: a pod cannot tell an evic
 import fcntl
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -51,6 +51,10 @@ class Attempt(ObservedModel):
     """None if it was killed before it could record its end."""
     ended_at: Timestamp | None = None
     """Of an attempt that was killed, its last sign of life. None while it runs."""
+    trained_at: Timestamp | None = None
+    """When it began to train, all being loaded; None before, or if an earlier release has recorded it."""
+    saved_at: Timestamp | None = None
+    """When it saved its latest checkpoint; None before the first."""
 
 
 def reject_if_stuck(attempts: Sequence[Attempt], from_step: int, job_attempt: int) -> None:
@@ -113,7 +117,8 @@ def _noting_end(
 
     def note(ended: Literal["succeeded", "interrupted", "failed"]) -> None:
         end = {"ended": ended, "ended_at": _precise(now())}
-        write_attempts(records, [*earlier, attempt.model_copy(update=end)])
+        latest = _latest_of(records, attempt.pod_uid) or attempt
+        write_attempts(records, [*earlier, latest.model_copy(update=end)])
 
     write_attempts(records, [*earlier, attempt])
     try:
@@ -126,6 +131,29 @@ def _noting_end(
             logger.exception("the end of this attempt cannot be recorded in %s", ATTEMPTS_FILE)
         raise
     note("succeeded")
+
+
+def note_training(records: Path, pod_uid: str, now: datetime) -> None:
+    """Note that the pod's attempt has loaded all and begins to train. Raises OSError."""
+    _change_latest(records, pod_uid, {"trained_at": _precise(now)})
+
+
+def note_saved(records: Path, pod_uid: str, now: datetime) -> None:
+    """Note that the pod's attempt has saved a checkpoint. Raises OSError."""
+    _change_latest(records, pod_uid, {"saved_at": _precise(now)})
+
+
+def _change_latest(records: Path, pod_uid: str, changes: Mapping[str, str]) -> None:
+    """Nothing is recorded if somebody has deleted the file, which must not end the run."""
+    latest = _latest_of(records, pod_uid)
+    if latest is not None:
+        write_attempts(records, [*read_attempts(records)[:-1], latest.model_copy(update=changes)])
+
+
+def _latest_of(records: Path, pod_uid: str) -> Attempt | None:
+    """The latest attempt, if that is the pod's and has not ended."""
+    attempts = read_attempts(records)
+    return attempts[-1] if attempts and attempts[-1].pod_uid == pod_uid and attempts[-1].ended is None else None
 
 
 def _precise(time: datetime) -> str:

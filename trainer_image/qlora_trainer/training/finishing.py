@@ -7,6 +7,7 @@ from qlora_trainer.core.file_names import ADAPTER_FILE, SAMPLES_FILE
 from qlora_trainer.core.filesystem import atomic_folder, file_sha256, remove
 from qlora_trainer.model.adapter import restore_adapter, save_adapter
 from qlora_trainer.training.answers import leave_samples as write_samples
+from qlora_trainer.training.attempts import read_attempts
 from qlora_trainer.training.best_adapter import read_best
 from qlora_trainer.training.evaluations import Kept, kept
 from qlora_trainer.training.held_out import compare
@@ -14,6 +15,7 @@ from qlora_trainer.training.prepared_job import PreparedJob
 from qlora_trainer.training.run_state import RunState
 from qlora_trainer.training.scoring import measure_score
 from qlora_trainer.training.state import Run
+from qlora_trainer.training.usage import run_usage
 
 
 def finish_run(run: Run, state: RunState, job: PreparedJob) -> TrainRecord:
@@ -48,6 +50,7 @@ def finish_run(run: Run, state: RunState, job: PreparedJob) -> TrainRecord:
         compared=_comparison(run),
         attempts=len(run.attempts),
         goodput=run.goodput(state),
+        usage=run_usage(read_attempts(workspace.records), run.ranks.rank_info.size, run.runtime.now()),
     )
     write_completion(workspace.completion("train"), record)
     # One that was found after the last checkpoint was saved is in no checkpoint, and is needed no more.

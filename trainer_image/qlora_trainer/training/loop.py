@@ -17,6 +17,7 @@ from qlora_trainer.core.records import timestamp
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.adapter import adapter_tensors
 from qlora_trainer.model.batch import Batch, MicroBatch, read_batch
+from qlora_trainer.training.attempts import note_saved
 from qlora_trainer.training.best_adapter import BEST_FILE, best_of, write_best
 from qlora_trainer.training.checkpoint import save_checkpoint
 from qlora_trainer.training.device import memory_bytes, peak_memory_bytes, processor, seed_step
@@ -347,5 +348,6 @@ def _save(run: Run, state: RunState) -> None:
         # The checkpoint holds it now; the one that held it before may be gone.
         run.best = best_of(saved)
         remove(run.context.workspace.best)
+        note_saved(run.context.workspace.records, run.context.pod_uid, run.runtime.now())
     run.checkpoint_step, run.checkpoint_time = state.step, saved_at
     report(run, state, "training", force=True)

@@ -8,6 +8,7 @@ import torch
 from qlora_api.printable import first_line
 from qlora_trainer.core.environment import available_cpus
 from qlora_trainer.core.failures import damaged
+from qlora_trainer.core.records import timestamp
 from qlora_trainer.data.prepared import PreparedDataset, open_prepared
 from qlora_trainer.model.adapter import adapter_parameters, attach_adapter, restore_adapter
 from qlora_trainer.model.attention import ATTENTION
@@ -18,7 +19,7 @@ from qlora_trainer.model.storage import Storage, storage_of
 from qlora_trainer.model.support import cannot_keep_rows_apart
 from qlora_trainer.report.metrics_log import MetricsLog
 from qlora_trainer.report.trackers import open_trackers
-from qlora_trainer.training.attempts import read_attempts
+from qlora_trainer.training.attempts import note_training, read_attempts
 from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.checkpoint import Checkpoint
 from qlora_trainer.training.device import use_device
@@ -173,6 +174,10 @@ def open_on_model(
     )
     state = RunState() if checkpoint is None else restore(run, checkpoint)
     ranks.copy_from_main(run.parameters.values())
+    began = process.runtime.now()
+    run.training_since = timestamp(began)
+    if ranks.main:
+        note_training(context.workspace.records, context.pod_uid, began)
     unpaged = context.device == "cpu" and spec.training.optimizer != "adamw"
     report(run, state, PAGING_NEEDS_GPU if unpaged else "training", force=True)
     return run, state

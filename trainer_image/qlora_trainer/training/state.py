@@ -78,6 +78,8 @@ class Run:
     checkpoint_step: int | None = None
     """Step of the newest checkpoint."""
     checkpoint_time: str | None = None
+    training_since: str | None = None
+    """When this process had loaded all and began to train."""
     best: StoredFile | None = None
     """The adapter of the best evaluation so far, in the process that writes; None if the job keeps the last."""
     pace: Pace = field(default_factory=Pace)
@@ -175,6 +177,7 @@ def report(run: Run, state: RunState, activity: str, *, force: bool = False) -> 
             evaluations=tuple((step, nine_digits(loss)) for step, loss in state.at_rungs) or None,
             checkpoint_step=run.checkpoint_step,
             checkpoint_time=run.checkpoint_time,
+            training_since=run.training_since,
         ),
         force=force,
     )

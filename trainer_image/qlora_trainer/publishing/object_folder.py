@@ -9,8 +9,8 @@ from qlora_trainer.core.file_names import PUBLISHED_MANIFEST
 from qlora_trainer.publishing.destination import reject_occupied
 from qlora_trainer.publishing.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
 from qlora_trainer.stores.contents import Contents
+from qlora_trainer.stores.objects import ObjectFolder
 from qlora_trainer.stores.retry import read_back
-from qlora_trainer.stores.s3 import ObjectFolder
 
 # Present while files are being written, so that the next attempt recognizes them as its own; the manifest replaces it.
 _CLAIM = ".manifest.partial.json"

@@ -1,0 +1,54 @@
+"""GPU hours of a run from its operations, and what they cost: arithmetic that operator, trainer and command line share.
+
+Operations for each token and weight, after Kaplan et al. (arXiv 2001.08361, section 2.1): 2 in the forward pass, and in
+the backward pass 2 for the gradients of the activations and 2 for those of the weights. The weights of the base are
+frozen, and need none of their own. Gradient checkpointing computes the forward pass a second time (Chen et al., arXiv
+1604.06174). Attention's scores and the adapter itself, a few percent of the whole, are left out.
+"""
+
+from collections.abc import Iterable
+from decimal import ROUND_HALF_UP, Decimal
+
+from qlora_api.training import TrainingSpec
+
+ASSUMED_UTILIZATION = 0.3
+"""Share of a GPU's speed that a run is assumed to reach, in the operations above.
+
+The profile that Qwen publishes of its own Q-LoRA (4-bit GPTQ, 7.7B weights, gradient checkpointing, one A100 of 312
+TFLOPS; README of QwenLM/Qwen, "Profiling of Memory and Speed") comes to 0.20 with sequences of 512 tokens, 0.35 with
+1,024 and 2,048, and 0.42 with 4,096. A forecast, no promise: it is replaced by the run's own speed once that is known.
+"""
+_SECONDS = 3600
+_CENT = Decimal("0.01")
+
+
+def training_flops(parameters: int, tokens: int, training: TrainingSpec) -> float:
+    """Floating-point operations to train on so many tokens. `parameters`: weights that each token is multiplied by."""
+    passes = 3 if training.gradient_checkpointing else 2
+    return 2.0 * passes * parameters * tokens
+
+
+def hours_of_flops(flops: float, gpu_tflops: float) -> float:
+    """GPU hours for so many operations, on any number of GPUs of that speed, at the assumed utilization."""
+    return flops / (gpu_tflops * 1e12 * ASSUMED_UTILIZATION) / _SECONDS
+
+
+def hours_text(seconds: float) -> str:
+    """GPU seconds as GPU hours with two decimals."""
+    return str((Decimal(seconds) / _SECONDS).quantize(_CENT, ROUND_HALF_UP))
+
+
+def cost_text(seconds: float, price: str | None, currency: str | None) -> str | None:
+    """What GPU seconds cost at that price of an hour, with two decimals and the currency; None without a price."""
+    if price is None or currency is None:
+        return None
+    return f"{(Decimal(seconds) * Decimal(price) / _SECONDS).quantize(_CENT, ROUND_HALF_UP)} {currency}"
+
+
+def sum_of_costs(costs: Iterable[str | None]) -> str | None:
+    """The sum of costs as `cost_text` gives them; None if there are none, or in several currencies."""
+    amounts = [cost.split() for cost in costs if cost is not None]
+    currencies = {currency for _, currency in amounts}
+    if len(currencies) != 1:
+        return None
+    return f"{sum((Decimal(amount) for amount, _ in amounts), Decimal())} {currencies.pop()}"

@@ -1,0 +1,108 @@
+"""What a job takes of the GPUs: the budget that a user sets, and what the status reports of time, cost and forecast."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from qlora_api.schema import ApiModel, ObservedModel
+from qlora_api.status_types import Count, Share, ShortText, Timestamp
+
+MAX_COUNTED_PODS = 160
+"""As many as `decisions.usage` keeps of a job with the most nodes, and some more."""
+LossCause = Literal["startup", "disruption", "failure", "suspension"]
+PodEnd = Literal["completed", "disruption", "failure", "suspension"]
+GpuHours = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+
+
+class BudgetSpec(ApiModel):
+    """What the job may cost."""
+
+    gpu_hours: GpuHours | None = Field(
+        None,
+        description="GPU hours that the train pods may use in total: one GPU for one hour is 1. Then the job saves a "
+        "checkpoint and fails with the reason BudgetExceeded; raise this and retry.request to go on from there. No "
+        "limit if not set, except that of the profile.",
+    )
+
+
+class LostGpuSeconds(ObservedModel):
+    """GPU seconds that are in no checkpoint, by what they were lost to. Each second counts once."""
+
+    startup: Count = Field(0, description="From when a pod had its GPUs until it began to train.")
+    disruption: Count = Field(
+        0,
+        description="Since its last checkpoint, or all of it if it had not begun to train, of a pod that was evicted, "
+        "preempted or deleted.",
+    )
+    failure: Count = Field(0, description="The same of a pod that failed.")
+    suspension: Count = Field(
+        0, description="The same of a pod whose Job was stopped: by spec.suspend, a queue, or a limit of the job."
+    )
+
+    @property
+    def total(self) -> int:
+        """GPU seconds lost to all causes."""
+        return self.startup + self.disruption + self.failure + self.suspension
+
+
+class PodUsage(ObservedModel):
+    """A train pod, and for how long it had its GPUs."""
+
+    name: str = Field("", max_length=253, description="Its name.")
+    uid: str = Field(max_length=64, description="Its UID.")
+    created: Timestamp = Field(description="When it was created.")
+    since: Timestamp = Field(description="When it got its node, and with it its GPUs.")
+    jobs: int = Field(1, ge=1, le=1000, description="Jobs that it trains, which share its time evenly.")
+    seconds: Count = Field(0, description="Seconds that it has had its GPUs, up to when they were last counted.")
+    trained_since: Timestamp | None = Field(None, description="When it began to train; not set before, or if unknown.")
+    from_step: Count | None = Field(None, description="Optimizer steps that were done when it was first seen to train.")
+    startup_seconds: Count = Field(0, description="Of these seconds, those before it began to train.")
+    lost_seconds: Count = Field(0, description="Of these seconds, those that the way it ended has undone.")
+    end: PodEnd | None = Field(None, description="How it ended; not set while it runs.")
+
+
+class UsageStatus(ObservedModel):
+    """GPU time of the job's train pods, from when each got its node until it ended.
+
+    While a pod runs, its time is brought up to date with each report of progress.
+    """
+
+    gpu_seconds: Count = Field(0, description="Seconds times GPUs, of all train pods. Never decreases.")
+    gpu_hours: ShortText = Field("0.00", description='The same in hours, for people, for example "12.50".')
+    lost_gpu_seconds: LostGpuSeconds = Field(
+        LostGpuSeconds(), description="The part of gpuSeconds that is in no checkpoint, by cause."
+    )
+    cost: ShortText | None = Field(
+        None,
+        description='What gpuSeconds cost at the profile\'s price, for example "31.25 EUR"; not set without a price.',
+    )
+    pods: tuple[PodUsage, ...] = Field(
+        (),
+        max_length=MAX_COUNTED_PODS,
+        description="The latest train pods, oldest first. Earlier ones are in the sums.",
+    )
+    counted_until: Timestamp | None = Field(
+        None, description="Pods that were created until then and are not listed are in the sums already."
+    )
+
+
+class WorkStatus(ObservedModel):
+    """How much there is to compute, as prepare finds it."""
+
+    parameters: Count = Field(description="Weights that each token is multiplied by.")
+    tokens: Count = Field(description="Tokens of the whole run, without padding.")
+    flops: float = Field(ge=0, le=1e40, allow_inf_nan=False, description="Floating-point operations of the run.")
+
+
+class ForecastStatus(ObservedModel):
+    """GPU hours that the whole job is expected to take, with what it has used already."""
+
+    gpu_hours: ShortText = Field(description='Expected GPU hours, for example "12.50".')
+    basis: Literal["Flops", "Measured"] = Field(
+        description="What it is computed from: the operations of the run and the GPU's speed (profile gpuTflops), "
+        "before training; or the speed of the run's own optimizer steps, from its tenth on."
+    )
+    utilization: Share | None = Field(
+        None, description="With basis Flops: the share of the GPU's speed that was assumed to be reached."
+    )
+    cost: ShortText | None = Field(None, description="What these cost at the profile's price; not set without one.")

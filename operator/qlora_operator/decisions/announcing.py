@@ -1,0 +1,90 @@
+"""Decides what is announced of a finished job, and when; pure."""
+
+import json
+from typing import Any
+
+from qlora_api.announce import ANNOUNCEMENTS_LABEL, entry_key
+from qlora_api.sources import HubSource, parse_source
+from qlora_api.status import AdapterStatus, QLoRAJobStatus
+from qlora_operator.decisions.conditions import is_true
+from qlora_operator.decisions.facts import Facts, set_condition
+from qlora_operator.decisions.observe import Object, QLoRAJob, Reason
+
+
+def is_to_be_announced(job: QLoRAJob, status: QLoRAJobStatus) -> bool:
+    """Whether the entry of a job that has succeeded is not known to be written."""
+    if job.problem or job.spec.output.announce is None or status.adapter is None:
+        return False
+    return is_true(status, "Succeeded") and not is_true(status, "Announced")
+
+
+def config_map_name(job: QLoRAJob) -> str:
+    """The ConfigMap that the job asks to be announced in."""
+    wanted = job.spec.output.announce
+    if wanted is None:
+        raise AssertionError("only a job with output.announce is announced")
+    return wanted.config_map
+
+
+def entry(job: str, adapter: AdapterStatus) -> str:
+    """The entry of a job's adapter, as JSON: what a server calls it, where it is, and what must be found there.
+
+    `base` is the model as servers name it, ORG/NAME of the hub or else its address; `digest` that of
+    adapter_model.safetensors.
+    """
+    source = parse_source(adapter.base_model)
+    content: dict[str, Any] = {
+        "name": job,
+        "uri": adapter.uri,
+        "base": source.repository if isinstance(source, HubSource) else adapter.base_model,
+        "baseRevision": adapter.base_revision,
+        "digest": f"sha256:{adapter.sha256}",
+        "rank": adapter.rank,
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def build_config_map(job: QLoRAJob, adapter: AdapterStatus) -> Object:
+    """The ConfigMap where there is none yet. It has no owner: entries of other jobs follow, and outlive this one."""
+    labels = {"app.kubernetes.io/managed-by": "qlora-operator", ANNOUNCEMENTS_LABEL: "true"}
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": config_map_name(job), "namespace": job.namespace, "labels": labels},
+        "data": {entry_key(job.name): entry(job.name, adapter)},
+    }
+
+
+def build_patches(job: QLoRAJob, adapter: AdapterStatus) -> tuple[list[Object], list[Object]]:
+    """JSON Patches (RFC 6902) of one that exists: if it has entries, and if it has none.
+
+    Both change nothing unless it has our label, so that a job names no ConfigMap that is used for anything else. No
+    right to read it is needed, and entries of other jobs, also of one that ends now, stay as they are.
+    """
+    key, content = entry_key(job.name), entry(job.name, adapter)
+    ours = _operation("test", f"/metadata/labels/{ANNOUNCEMENTS_LABEL.replace('/', '~1')}", "true")
+    return (
+        [ours, _operation("add", f"/data/{key}", content)],
+        [ours, _operation("test", "/data", None), _operation("add", "/data", {key: content})],
+    )
+
+
+def _operation(kind: str, path: str, value: object) -> Object:
+    return {"op": kind, "path": path, "value": value}
+
+
+def with_announcement(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    """The status after the entry was written."""
+    job = facts.job
+    done = Reason("Announced", f"ConfigMap {config_map_name(job)} has the entry {entry_key(job.name)}")
+    return set_condition(status, facts, "Announced", "True", done)
+
+
+def without_announcement(status: QLoRAJobStatus, facts: Facts, why: str) -> QLoRAJobStatus:
+    """The status after the API server has rejected the entry. The adapter is published all the same."""
+    sentence = (
+        f"the API server rejects the entry in ConfigMap {config_map_name(facts.job)}: {why}; one that exists must have "
+        f'the label {ANNOUNCEMENTS_LABEL}: "true", and the administrator must have allowed it (announce.enabled of the '
+        "chart); it is tried again"
+    )
+    return set_condition(status, facts, "Announced", "False", Reason("AnnouncementRejected", sentence))

@@ -1,0 +1,301 @@
+"""Counts the GPU seconds of a job's train pods, and those that are in no checkpoint; pure.
+
+`status.usage.pods` has an entry for each of the latest pods, whose numbers only grow, and the sums grow by as much. So
+a pod counts once, whatever is observed how often and in which order, and after a restart as before. An entry is dropped
+once its pod has ended and many have come after it: what was created before then, and is not listed, has been counted.
+
+The pod of a job that leads a group trains several jobs, each of which has an even part of its time: the leader counts
+it, and the others copy the entry from the leader's status.
+"""
+
+from collections.abc import Iterable, Iterator
+from datetime import datetime, timedelta
+
+from qlora_api.contract import ResultRecord
+from qlora_api.forecast import cost_text, hours_text
+from qlora_api.naming import child_job_name
+from qlora_api.status import QLoRAJobStatus
+from qlora_api.usage import LostGpuSeconds, PodEnd, PodUsage, UsageStatus
+from qlora_operator.decisions.attempts import LONGEST_WITHOUT_NEWS, is_stopped_on_purpose
+from qlora_operator.decisions.facts import Facts
+from qlora_operator.decisions.group import leads
+from qlora_operator.decisions.observe import Pod, QLoRAJob, format_time, parse_time
+
+_KEPT_PODS = 8
+"""Pods that have ended and are still listed; of several nodes, so many more as an attempt has pods."""
+_MOST_PODS = 128
+"""Pods that have not ended and are listed. Somebody may make thousands that look like those of the Job."""
+_SEEN_AFTER = 60
+"""Seconds for which a pod has its GPUs before it is listed, if its trainer does not run until then."""
+
+
+def count_usage(status: QLoRAJobStatus, facts: Facts, *, until_now: bool = False) -> QLoRAJobStatus:
+    """The status with the GPU time of every train pod that is observed, or has vanished.
+
+    The time of pods that run is brought up to date where a report of progress changes the status anyway, or with
+    `until_now`: it is no reason for a write of its own.
+    """
+    gpus = gpus_of_a_pod(facts.job, status)
+    if not gpus:
+        return status
+    before = status.usage or UsageStatus()
+    current = until_now or _has_news(status, facts)
+    entries = {entry.uid: entry for entry in before.pods}
+    found = {entry.uid: entry for entry in _observed(status, facts, before, current=current)}
+    found |= {entry.uid: entry for entry in _vanished(status, facts, before)}
+    found |= {entry.uid: entry for entry in _of_leader(facts, before, current=current)}
+    merged = [_merged(entries.get(uid), entry) for uid, entry in found.items()]
+    changed = [entry for entry in merged if entry != entries.get(entry.uid)]
+    if not changed:
+        return status
+    lost, seconds = before.lost_gpu_seconds, before.gpu_seconds
+    for entry in changed:
+        seconds += _part(entry, entry.seconds, gpus) - _counted(entries.get(entry.uid), "seconds", gpus)
+        lost = _with_losses(lost, entries.get(entry.uid), entry, gpus)
+    listed = sorted((entries | {entry.uid: entry for entry in changed}).values(), key=lambda each: each.created)
+    kept, until = _kept(listed, before.counted_until, facts.job)
+    usage = before.model_copy(
+        update={"gpu_seconds": seconds, "lost_gpu_seconds": lost, "pods": kept, "counted_until": until}
+    )
+    return status.model_copy(update={"usage": _for_people(usage, status)})
+
+
+def gpus_of_a_pod(job: QLoRAJob, status: QLoRAJobStatus) -> int:
+    """GPUs that one train pod has; 0 if the profile requests none."""
+    if status.resolved is None or status.resolved.profile.gpu_resource is None:
+        return 0
+    return job.spec.resources.gpus
+
+
+def used_seconds(status: QLoRAJobStatus) -> int:
+    """GPU seconds that are counted."""
+    return 0 if status.usage is None else status.usage.gpu_seconds
+
+
+def gpus_at_a_time(job: QLoRAJob, status: QLoRAJobStatus, pods: Iterable[Pod]) -> float:
+    """GPUs that the job has now; of those of a pod that trains several jobs, its part."""
+    return sum(gpus_of_a_pod(job, status) / entry.jobs for entry in _running(status, pods))
+
+
+def uncounted_seconds(job: QLoRAJob, status: QLoRAJobStatus, pods: Iterable[Pod], now: datetime) -> float:
+    """GPU seconds that its pods which run have had since they were last counted."""
+    gpus = gpus_of_a_pod(job, status)
+    since = ((now - _last_counted(entry)).total_seconds() / entry.jobs for entry in _running(status, pods))
+    return gpus * sum(since)
+
+
+def _running(status: QLoRAJobStatus, pods: Iterable[Pod]) -> list[PodUsage]:
+    """The entries of the pods that have their GPUs."""
+    running = {pod.uid for pod in pods if not _is_over(pod)}
+    return [entry for entry in (status.usage.pods if status.usage else ()) if entry.uid in running]
+
+
+def still_counts(status: QLoRAJobStatus, pods: Iterable[Pod]) -> bool:
+    """Whether the time of one of these pods is not counted up to its end."""
+    open_ = {entry.uid for entry in status.usage.pods if entry.end is None} if status.usage else set[str]()
+    return any(pod.uid in open_ for pod in pods)
+
+
+def _has_news(status: QLoRAJobStatus, facts: Facts) -> bool:
+    stored = facts.job.status.progress
+    now = status.progress
+    return now is not None and (stored is None or stored.updated_at != now.updated_at)
+
+
+def _observed(status: QLoRAJobStatus, facts: Facts, before: UsageStatus, *, current: bool) -> Iterator[PodUsage]:
+    """The entries of the pods that are observed, as they are now."""
+    listed = {entry.uid: entry for entry in before.pods}
+    room = _MOST_PODS - sum(entry.end is None for entry in before.pods)
+    for pod in facts.observed.pods:
+        since, entry = _since(pod), listed.get(pod.uid)
+        if since is None or not pod.name.startswith(_train(facts.job)):
+            continue
+        if entry is None:
+            if not _is_own(pod, status, facts) or _was_dropped(pod, before) or room <= 0:
+                continue
+            if not (pod.running or _is_over(pod) or (facts.now - since).total_seconds() >= _SEEN_AFTER):
+                continue
+            room -= 1
+            jobs = _jobs(facts.job, status)
+            entry = PodUsage(
+                name=pod.name, uid=pod.uid, created=format_time(pod.created), since=format_time(since), jobs=jobs
+            )
+            yield _advanced(entry, pod, status, facts)
+        elif (current or _is_over(pod)) and not _ends_its_job(pod, facts):
+            # Also if it had vanished: somebody may have hidden it from the watches.
+            yield _advanced(entry, pod, status, facts)
+
+
+def _is_own(pod: Pod, status: QLoRAJobStatus, facts: Facts) -> bool:
+    """Whether it is a pod of a train Job of this job: anybody may give a pod labels and a name."""
+    owners = {child.uid for child in facts.observed.children}
+    owners |= {status.step.job_uid} if status.step is not None else set()
+    return bool(pod.owner_uid) and pod.owner_uid in owners
+
+
+def _ends_its_job(pod: Pod, facts: Facts) -> bool:
+    """Whether it is counted with the end of its Job, which follows at once."""
+    child = next((child for child in facts.observed.children if child.uid == pod.owner_uid), None)
+    return pod.decisive and not pod.detached and child is not None and not child.finished
+
+
+def _was_dropped(pod: Pod, before: UsageStatus) -> bool:
+    return before.counted_until is not None and pod.created <= parse_time(before.counted_until)
+
+
+def _train(job: QLoRAJob) -> str:
+    """How the names of the train step's pods begin."""
+    return child_job_name(job.name, "train", 0).removesuffix("0")
+
+
+def _jobs(job: QLoRAJob, status: QLoRAJobStatus) -> int:
+    """How many jobs a pod of the job trains."""
+    group = status.group
+    return max(1, len(group.members or ())) if group is not None and leads(job, status) else 1
+
+
+def _since(pod: Pod) -> datetime | None:
+    """When the pod got its node; None if it has none."""
+    started = pod.termination.started if pod.termination else None
+    return pod.scheduled or pod.running_since or started
+
+
+def _is_over(pod: Pod) -> bool:
+    return pod.ended or pod.termination is not None
+
+
+def _advanced(entry: PodUsage, pod: Pod, status: QLoRAJobStatus, facts: Facts) -> PodUsage:
+    """The entry of a pod as it is now, with how it ended and what is lost if it has."""
+    record = facts.progress if facts.progress is not None and _reports_on(facts.progress.pod_uid, pod, facts) else None
+    result = pod.result(facts.job.uid, "train")
+    trained_since = (record and record.training_since) or (result and result.training_since) or entry.trained_since
+    if record is not None and entry.from_step is None and record.training_since is not None:
+        entry = entry.model_copy(update={"from_step": record.training_step})
+    over = _is_over(pod)
+    until = facts.now if not over else _ended_at(entry, pod, facts.now)
+    seconds = max(0, int((until - parse_time(entry.since)).total_seconds()))
+    entry = entry.model_copy(update={"seconds": seconds, "trained_since": trained_since})
+    return _with_end(entry, _end_of(pod, facts), status, result) if over else _with_startup(entry)
+
+
+def _reports_on(reporting: str, pod: Pod, facts: Facts) -> bool:
+    """Whether the pod of that UID reports for this one too: node 0 does for all nodes of its attempt."""
+    if reporting == pod.uid:
+        return True
+    return any(each.uid == reporting and each.owner_uid == pod.owner_uid for each in facts.observed.pods)
+
+
+def _ended_at(entry: PodUsage, pod: Pod, now: datetime) -> datetime:
+    if pod.termination is not None and pod.termination.finished is not None:
+        return pod.termination.finished
+    return min(now, pod.deletion_requested or now, _last_counted(entry) + LONGEST_WITHOUT_NEWS)
+
+
+def _last_counted(entry: PodUsage) -> datetime:
+    """Until when its seconds are counted."""
+    return parse_time(entry.since) + timedelta(seconds=entry.seconds)
+
+
+def _end_of(pod: Pod, facts: Facts) -> PodEnd:
+    """How a pod has ended, for the bill: that it was stopped on purpose is no disruption."""
+    if pod.exited_well:
+        return "completed"
+    if pod.interrupted or pod.lost_peer or pod.missed_peers:
+        child = next((child for child in facts.observed.children if child.uid == pod.owner_uid), None)
+        resumed = child is not None and child.resumed is not None and pod.stopped_by(child.resumed)
+        return "suspension" if resumed or is_stopped_on_purpose(child, facts.job) else "disruption"
+    return "failure"
+
+
+def _with_startup(entry: PodUsage) -> PodUsage:
+    if entry.trained_since is None:
+        return entry
+    startup = int((parse_time(entry.trained_since) - parse_time(entry.since)).total_seconds())
+    return entry.model_copy(update={"startup_seconds": min(entry.seconds, max(0, startup))})
+
+
+def _with_end(entry: PodUsage, end: PodEnd, status: QLoRAJobStatus, result: ResultRecord | None) -> PodUsage:
+    """The entry of a pod that has ended, with the seconds that are in no checkpoint."""
+    entry = _with_startup(entry).model_copy(update={"end": entry.end or end})
+    if end == "completed":
+        return entry
+    if result is not None and result.outcome == "interrupted" and result.training_step:
+        return entry  # it has saved a checkpoint before it ended
+    saved = status.checkpoint.saved_at if status.checkpoint is not None else None
+    kept_until = max(filter(None, (entry.trained_since, saved)), key=parse_time, default=entry.since)
+    kept = int((parse_time(kept_until) - parse_time(entry.since)).total_seconds())
+    lost = entry.seconds - min(entry.seconds, max(kept, entry.startup_seconds))
+    return entry.model_copy(update={"lost_seconds": lost})
+
+
+def _vanished(status: QLoRAJobStatus, facts: Facts, before: UsageStatus) -> Iterator[PodUsage]:
+    """The entries of pods that had not ended and are gone: deleted by force, or with their node."""
+    there, own = {pod.uid for pod in facts.observed.pods}, _train(facts.job)
+    for entry in before.pods:
+        if entry.uid in there or entry.end is not None or not entry.name.startswith(own):
+            continue
+        seen, step = _last_counted(entry), facts.job.status.step
+        if step is not None and step.running_pod == entry.uid and step.progressed_at is not None:
+            seen = max(seen, parse_time(step.progressed_at))
+        later = [pod.created for pod in facts.observed.pods if pod.created > seen]
+        until = min(facts.now, seen + LONGEST_WITHOUT_NEWS, *later)
+        seconds = max(0, int((until - parse_time(entry.since)).total_seconds()))
+        jobs = (child for child in facts.observed.children if f"{entry.name}-".startswith(f"{child.name}-"))
+        on_purpose = is_stopped_on_purpose(next(jobs, None), facts.job)
+        end: PodEnd = "suspension" if on_purpose else "disruption"
+        yield _with_end(entry.model_copy(update={"seconds": seconds}), end, status, None)
+
+
+def _of_leader(facts: Facts, before: UsageStatus, *, current: bool) -> Iterator[PodUsage]:
+    """The entries of the pods of other jobs that train, or have trained, this one."""
+    known = {entry.uid for entry in before.pods}
+    for member in facts.group.others if facts.group is not None else ():
+        trains = facts.job.uid in member.leads
+        for entry in member.pods:
+            if (current or entry.end is not None) and (entry.uid in known or (trains and entry.jobs > 1)):
+                yield entry
+
+
+def _merged(old: PodUsage | None, new: PodUsage) -> PodUsage:
+    """Both entries of one pod as one: no number is less than it was."""
+    if old is None:
+        return new
+    grown = {name: max(getattr(old, name), getattr(new, name)) for name in _GROWING}
+    return new.model_copy(update={**grown, "jobs": old.jobs, "since": old.since, "end": old.end or new.end})
+
+
+_GROWING = ("seconds", "startup_seconds", "lost_seconds")
+
+
+def _part(entry: PodUsage, seconds: int, gpus: int) -> int:
+    """The job's own part of so many seconds of the pod, times its GPUs."""
+    return seconds * gpus // entry.jobs
+
+
+def _counted(entry: PodUsage | None, name: str, gpus: int) -> int:
+    return 0 if entry is None else _part(entry, getattr(entry, name), gpus)
+
+
+def _with_losses(lost: LostGpuSeconds, old: PodUsage | None, new: PodUsage, gpus: int) -> LostGpuSeconds:
+    startup = _part(new, new.startup_seconds, gpus) - _counted(old, "startup_seconds", gpus)
+    more = _part(new, new.lost_seconds, gpus) - _counted(old, "lost_seconds", gpus)
+    changes = {"startup": lost.startup + startup}
+    if more and new.end is not None and new.end != "completed":
+        changes[new.end] = getattr(lost, new.end) + more
+    return lost.model_copy(update=changes)
+
+
+def _kept(entries: list[PodUsage], until: str | None, job: QLoRAJob) -> tuple[tuple[PodUsage, ...], str | None]:
+    """The entries that stay, and up to when pods that are not listed were created."""
+    surplus = sum(entry.end is not None for entry in entries) - _KEPT_PODS - job.spec.resources.node_count
+    dropped = [entry for entry in entries if entry.end is not None][: max(0, surplus)]
+    times = [entry.created for entry in dropped] + ([until] if until is not None else [])
+    gone = {entry.uid for entry in dropped}
+    return tuple(entry for entry in entries if entry.uid not in gone), max(times, key=parse_time, default=None)
+
+
+def _for_people(usage: UsageStatus, status: QLoRAJobStatus) -> UsageStatus:
+    """With the hours and the cost, at the price of the profile with which the job was started or last retried."""
+    profile = status.resolved.profile if status.resolved is not None else None
+    cost = None if profile is None else cost_text(usage.gpu_seconds, profile.gpu_hour_price, profile.currency)
+    return usage.model_copy(update={"gpu_hours": hours_text(usage.gpu_seconds), "cost": cost})

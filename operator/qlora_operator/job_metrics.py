@@ -1,0 +1,140 @@
+"""Metrics of the jobs as they are stored: how many are in each phase, and how far each running one is.
+
+They are read off at each scrape, so that the series of a job end when it does.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from qlora_operator.decisions.observe import Object
+from qlora_operator.decisions.shown import FIGURES, PHASES, ShownJob, read_shown
+from qlora_operator.workqueue import Key
+
+DEFAULT_RUNNING_JOBS = 1000
+_JOB = ("namespace", "name")
+SERIES_PER_RUNNING_JOB = len(FIGURES) + 2
+"""The figures, qlora_job_info and qlora_job_without_progress."""
+
+
+class JobMetrics(Collector):
+    """The jobs that have been shown, as the operator that works knows them; none while it stands by.
+
+    `running_jobs`: how many have series of their own: those that have run for longest, so that none comes and goes.
+    """
+
+    def __init__(self, running_jobs: int = DEFAULT_RUNNING_JOBS) -> None:
+        self._most = running_jobs
+        self._jobs: dict[Key, dict[str, ShownJob]] = {}
+        """Of each name, by UID: a job and the one that replaces it are there together for a moment."""
+        self._running: dict[str, ShownJob] = {}
+        """Those that run, by UID, the first first."""
+
+    def show(self, body: Object, *, deleted: bool = False) -> None:
+        """Note a job as it is stored, or was when it was deleted."""
+        metadata = body["metadata"]
+        key, uid = (metadata["namespace"], metadata["name"]), metadata["uid"]
+        job = None if deleted else read_shown(body)
+        if job is None:
+            self._drop(key, uid)
+            return
+        self._jobs.setdefault(key, {})[uid] = job
+        if job.runs:
+            self._running[uid] = job
+        else:
+            self._running.pop(uid, None)
+
+    def gone(self, key: Key, *, replaced_by: str = "") -> None:
+        """Note that no job of that name exists, but the one with the UID `replaced_by`."""
+        for uid in tuple(self._jobs.get(key, ())):
+            if uid != replaced_by:
+                self._drop(key, uid)
+
+    def clear(self) -> None:
+        """Forget all of them: the operator that works now knows more."""
+        self._jobs.clear()
+        self._running.clear()
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics of this moment."""
+        jobs = [job for jobs in self._jobs.values() for job in jobs.values()]
+        yield _by_phase(jobs)
+        yield _failed(jobs)
+        yield _queued_since(jobs)
+        stalled = sum(not job.progresses for job in jobs)
+        yield GaugeMetricFamily(
+            "qlora_jobs_without_progress", "QLoRAJobs whose condition Progressing is False.", stalled
+        )
+        left_out = max(0, len(self._running) - self._most)
+        yield GaugeMetricFamily(
+            "qlora_jobs_left_out",
+            "Running jobs without metrics of their own, as there are more than settings.metrics.runningJobs.",
+            left_out,
+        )
+        yield from _of_each(tuple(islice(self._running.values(), self._most)))
+
+    def _drop(self, key: Key, uid: str) -> None:
+        jobs = self._jobs.get(key, {})
+        jobs.pop(uid, None)
+        self._running.pop(uid, None)
+        if not jobs:
+            self._jobs.pop(key, None)
+
+
+def _by_phase(jobs: Iterable[ShownJob]) -> Metric:
+    family = GaugeMetricFamily("qlora_jobs", "QLoRAJobs by phase.", labels=("namespace", "phase"))
+    counted = Counter((job.namespace, job.phase) for job in jobs)
+    for namespace in sorted({namespace for namespace, _ in counted}):
+        for phase in PHASES:
+            family.add_metric((namespace, phase), counted[namespace, phase])
+    return family
+
+
+def _failed(jobs: Iterable[ShownJob]) -> Metric:
+    family = GaugeMetricFamily(
+        "qlora_jobs_failed", "QLoRAJobs in phase Failed, by the reason why.", labels=("namespace", "reason")
+    )
+    counted = Counter((job.namespace, job.failure) for job in jobs if job.failure)
+    for labels, count in sorted(counted.items()):
+        family.add_metric(labels, count)
+    return family
+
+
+def _queued_since(jobs: Iterable[ShownJob]) -> Metric:
+    family = GaugeMetricFamily(
+        "qlora_jobs_queued_since_timestamp_seconds",
+        "When the job that has been in phase Queued for longest entered it, in seconds since 1970.",
+        labels=("namespace",),
+    )
+    since: dict[str, float] = {}
+    for job in jobs:
+        if job.phase == "Queued" and job.phase_since is not None:
+            since[job.namespace] = min(job.phase_since, since.get(job.namespace, job.phase_since))
+    for namespace, moment in sorted(since.items()):
+        family.add_metric((namespace,), moment)
+    return family
+
+
+def _of_each(jobs: tuple[ShownJob, ...]) -> Iterator[Metric]:
+    """The series of the running jobs: SERIES_PER_RUNNING_JOB of each at most."""
+    labels = ("phase", "profile", "persistentvolumeclaim")
+    info = GaugeMetricFamily(
+        "qlora_job_info", "1 for each running job: its phase, profile and workspace.", labels=(*_JOB, *labels)
+    )
+    stalled = GaugeMetricFamily(
+        "qlora_job_without_progress", "1 if the running job's condition Progressing is False, else 0.", labels=_JOB
+    )
+    for job in jobs:
+        info.add_metric((job.namespace, job.name, job.phase, job.profile, job.claim), 1)
+        stalled.add_metric((job.namespace, job.name), not job.progresses)
+    yield info
+    yield stalled
+    for figure in FIGURES:
+        family = GaugeMetricFamily(figure.metric, figure.meaning, labels=_JOB)
+        for job in jobs:
+            if figure.metric in job.figures:
+                family.add_metric((job.namespace, job.name), job.figures[figure.metric])
+        yield family

@@ -1,0 +1,116 @@
+"""The examples for servers fit together, and the program among them provides what was announced and nothing else."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from examples.serving.sync_adapters import sync
+from qlora_api.sources import HubSource, VolumeSource, parse_source
+from qlora_api.status import AdapterStatus
+from qlora_operator.decisions.announcing import entry
+
+SERVING = Path(__file__).parents[3] / "examples" / "serving"
+BASE = "org/model"
+TENSORS = b"tensors"
+
+
+def loaded(name: str) -> dict[str, Any]:
+    return dict(next(yaml.safe_load_all((SERVING / name).read_text())))
+
+
+def test_vllm_looks_for_the_adapter_where_the_job_publishes_it() -> None:
+    job, pod = loaded("job.yaml"), loaded("vllm.yaml")["spec"]["template"]["spec"]
+    destination, model = (
+        parse_source(job["spec"]["output"]["destination"]),
+        parse_source(job["spec"]["model"]["source"]),
+    )
+    assert isinstance(destination, VolumeSource)
+    assert isinstance(model, HubSource)
+    (server,), volumes = pod["containers"], {volume["name"]: volume for volume in pod["volumes"]}
+    environment = {variable["name"]: variable.get("value") for variable in server["env"]}
+    mounts = {mount["mountPath"]: mount["name"] for mount in server["volumeMounts"]}
+    cache = environment["VLLM_LORA_RESOLVER_CACHE_DIR"]
+    assert volumes[mounts[cache]]["persistentVolumeClaim"]["claimName"] == destination.claim
+    assert destination.path == job["metadata"]["name"], "the name by which requests ask for it"
+    assert server["args"][0] == model.repository, "what adapter_config.json calls the base"
+    assert f"--max-lora-rank={job['spec']['lora']['rank']}" in server["args"]
+
+
+def test_the_sync_reads_what_the_jobs_announce() -> None:
+    job = loaded("job.yaml")["spec"]["output"]["announce"]["configMap"]
+    pod = loaded("vllm-announced.yaml")["spec"]["template"]["spec"]
+    announced = next(volume for volume in pod["volumes"] if volume["name"] == "announced")
+    assert announced["configMap"]["name"] == job
+    server, syncing = pod["containers"]
+    assert f"--base={server['args'][0]}" in syncing["command"]
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """Entries, the resolver's folder, and a claim with an adapter."""
+    entries, adapters, claim = tmp_path / "entries", tmp_path / "adapters", tmp_path / "claim"
+    for folder in (entries, adapters, claim / "bot"):
+        folder.mkdir(parents=True)
+    (claim / "bot" / "adapter_model.safetensors").write_bytes(TENSORS)
+    return entries, adapters, claim
+
+
+def announce(entries: Path, name: str = "bot", tensors: bytes = TENSORS, **fields: Any) -> None:
+    """Write the operator's own entry."""
+    status = AdapterStatus(
+        uri="pvc://team/bot",
+        sha256=hashlib.sha256(tensors).hexdigest(),
+        size_bytes=7,
+        base_model=f"hf://{BASE}",
+        base_revision="c0ffee",
+        rank=16,
+        quantization="nf4",
+    )
+    (entries / f"{name}.json").write_text(json.dumps(json.loads(entry(name, status)) | fields))
+
+
+def test_an_announced_adapter_is_provided_until_its_entry_is_gone(folders: tuple[Path, Path, Path]) -> None:
+    entries, adapters, claim = folders
+    announce(entries)
+    announce(entries, "other", base="org/another")
+    for _ in range(2):
+        assert sync(entries, adapters, BASE, {"team": claim}) == []
+        assert [path.name for path in adapters.iterdir()] == ["bot"]
+        assert (adapters / "bot" / "adapter_model.safetensors").read_bytes() == TENSORS
+    (entries / "bot.json").unlink()
+    assert sync(entries, adapters, BASE, {"team": claim}) == []
+    assert list(adapters.iterdir()) == []
+    assert (claim / "bot" / "adapter_model.safetensors").read_bytes() == TENSORS
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"digest": "sha256:0"}, "announced was sha256:0"),
+        ({"uri": "pvc://elsewhere/bot"}, "the claim elsewhere is not mounted"),
+        ({"uri": "pvc://team/../entries"}, "leads out of the claim"),
+        ({"uri": "s3://bucket/bot"}, "only pvc:// and hf:// are synced"),
+    ],
+)
+def test_what_is_not_as_announced_is_not_provided_and_holds_up_no_other(
+    folders: tuple[Path, Path, Path], fields: dict[str, Any], problem: str
+) -> None:
+    entries, adapters, claim = folders
+    announce(entries, "bad", **fields)
+    announce(entries)
+    (entries / "worse.json").write_text("[]")
+    (found,) = [text for text in sync(entries, adapters, BASE, {"team": claim}) if text.startswith("bad")]
+    assert problem in found
+    assert [path.name for path in adapters.iterdir()] == ["bot"]
+
+
+def test_an_entry_names_no_folder_outside(folders: tuple[Path, Path, Path]) -> None:
+    entries, adapters, claim = folders
+    announce(entries, name="bot")
+    (entries / "bot.json").write_text((entries / "bot.json").read_text().replace('"bot"', '"../entries"'))
+    assert sync(entries, adapters, BASE, {"team": claim}) == []
+    assert list(adapters.iterdir()) == []

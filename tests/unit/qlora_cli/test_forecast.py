@@ -1,0 +1,74 @@
+"""The GPU hours that `qlora plan` forecasts, and when it says that it does not know."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+from rich.console import Console
+
+from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_cli.__main__ import main
+from qlora_cli.forecast import GpuOfPlan, show_forecast
+from qlora_cli.plan import make_plan
+from tests.support.manifests import MINIMAL, Manifest, with_value
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 4096,
+    "num_hidden_layers": 2,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 8,
+}
+PARAMETERS = 2 * (4 * 1024 * 1024 + 3 * 1024 * 4096) + 2 * 4096 * 1024
+FAST = "--gpu-tflops=0.01"
+
+
+def planned(folder: Path, manifest: Manifest, *options: str) -> Result:
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    (folder / "job.yaml").write_text(yaml.safe_dump(manifest))
+    arguments = ["plan", str(folder / "job.yaml"), f"--config={folder / 'config.json'}", *options]
+    return CliRunner().invoke(main, arguments)
+
+
+def test_the_hours_follow_from_weights_tokens_and_speed(tmp_path: Path) -> None:
+    manifest = with_value(MINIMAL, "spec.training", {"epochs": 3})
+    done = planned(tmp_path, manifest, FAST, "--tokens=100000", "--gpu-hour-price=2.50 EUR")
+    hours = 6 * PARAMETERS * 300_000 / (0.01e12 * 0.3) / 3600
+    assert f"Forecast: about {hours:.2f} GPU hours, {hours * 2.5:.2f} EUR: 300,000 tokens" in done.output
+    assert "if the GPU reaches 30% of 0.01 TFLOPS" in done.output
+    assert done.exit_code == 0
+
+
+def test_a_number_of_steps_bounds_the_tokens_and_a_budget_is_compared(tmp_path: Path) -> None:
+    training = {"maxSteps": 10, "microBatchSize": 1, "gradientAccumulationSteps": 8, "maxSequenceLength": 512}
+    manifest = with_value(with_value(MINIMAL, "spec.training", training), "spec.budget", {"gpuHours": 0.001})
+    done = planned(tmp_path, manifest, FAST)
+    assert "Forecast: at most" in done.output
+    assert "40,960 tokens" in done.output
+    assert "Above the budget: spec.budget.gpuHours is 0.001" in done.output
+
+
+def test_what_is_not_known_is_not_invented(tmp_path: Path) -> None:
+    assert "Forecast: unknown: give the tokens of an epoch" in planned(tmp_path, MINIMAL, FAST).output
+    assert "Forecast" not in planned(tmp_path, MINIMAL, "--tokens=100").output
+
+
+def test_of_a_mixture_of_experts_not_every_weight_counts(tmp_path: Path) -> None:
+    spec = QLoRAJobSpec.model_validate(MINIMAL["spec"])
+    config, output = tmp_path / "config.json", io.StringIO()
+    config.write_text(json.dumps(LLAMA))
+    plan = make_plan("tiny", spec, config, None)
+    config.write_text(json.dumps(LLAMA | {"num_local_experts": 8}))
+    show_forecast(plan, spec, config, GpuOfPlan(tflops=1.0, tokens=9), Console(file=output, width=200))
+    assert output.getvalue().startswith("Forecast: unknown: how many weights")
+
+
+@pytest.mark.parametrize("price", ["2.50", "EUR 2.50", "-1 EUR", "1e3 EUR"])
+def test_a_price_needs_its_currency(tmp_path: Path, price: str) -> None:
+    done = planned(tmp_path, MINIMAL, f"--gpu-hour-price={price}")
+    assert done.exit_code == 2
+    assert "must be a price and its currency" in done.output

@@ -1,0 +1,226 @@
+"""The forecast of GPU hours, what they cost, and the budget that stops a job at a checkpoint."""
+
+from typing import Any
+
+import pytest
+
+from qlora_api.forecast import ASSUMED_UTILIZATION, cost_text, hours_of_flops, hours_text, training_flops
+from qlora_api.profile import Limits, Profile
+from qlora_api.status import QLoRAJobStatus
+from qlora_api.training import TrainingSpec
+from qlora_api.usage import WorkStatus
+from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_operator.decisions.events import budget_event
+from qlora_operator.decisions.plan import DeleteJob, plan
+from tests.support import grouped
+from tests.support.builders import (
+    FACTS,
+    NAME,
+    PROFILE,
+    after,
+    child,
+    conditions_of,
+    deleted,
+    ended,
+    follow,
+    make_job,
+    message_of,
+    node,
+    pod,
+    progress,
+    reason_of,
+    resolved,
+    result,
+    running,
+    seen,
+    status_in,
+    time,
+)
+
+PRICED = Profile.model_validate(PROFILE.dump() | {"gpuTflops": 1000, "gpuHourPrice": "2.50", "currency": "EUR"})
+WORK = WorkStatus(parameters=10**9, tokens=10**9, flops=6e18)
+RUNNING = (child("train"), running(pod("train"), since=-3600))
+
+
+def status_with(step: str, profile: Profile = PRICED, **fields: Any) -> QLoRAJobStatus:
+    return status_in(step, resolved=resolved(profile).dump(), **fields)  # type: ignore[arg-type]
+
+
+def prepared(profile: Profile = PRICED, **spec: Any) -> QLoRAJobStatus:
+    """The status once prepare has said how much there is to compute."""
+    body = pod("prepare")
+    done = ended(body, 0, result(body, "prepare", **FACTS["prepare"], work=WORK))
+    return follow(make_job(status_with("prepare", profile), **spec), child("prepare", Complete="Done"), done)
+
+
+def seen_running(**spec: Any) -> QLoRAJobStatus:
+    """The status of a job whose pod has had its GPU for an hour."""
+    return follow(make_job(status_with("train"), **spec), *RUNNING)
+
+
+def test_operations_are_counted_as_a_frozen_base_needs_them() -> None:
+    with_it, without = TrainingSpec(gradient_checkpointing=True), TrainingSpec(gradient_checkpointing=False)
+    assert training_flops(7 * 10**9, 10**6, with_it) == 6 * 7e15
+    assert training_flops(7 * 10**9, 10**6, without) == 4 * 7e15
+    assert hours_of_flops(3.6e18, 1000) == pytest.approx(1 / ASSUMED_UTILIZATION)
+
+
+def test_hours_and_costs_are_decimal() -> None:
+    assert [hours_text(seconds) for seconds in (0, 18, 5400, 3600 * 10**6)] == ["0.00", "0.01", "1.50", "1000000.00"]
+    assert cost_text(5400, "2.50", "EUR") == "3.75 EUR"
+    # In floating point it would be 1.00.
+    assert cost_text(3600, "1.005", "USD") == "1.01 USD"
+    assert cost_text(5400, None, None) is None
+
+
+def test_after_prepare_there_is_a_forecast_if_the_gpus_speed_is_known() -> None:
+    forecast = prepared().forecast
+    assert forecast is not None
+    assert (forecast.gpu_hours, forecast.basis, forecast.utilization) == ("5.56", "Flops", ASSUMED_UTILIZATION)
+    assert forecast.cost == "13.89 EUR"
+    assert prepared(PROFILE).forecast is None
+
+
+def test_after_ten_steps_the_forecast_is_of_the_runs_own_pace() -> None:
+    def report(stored: QLoRAJobStatus, step: int, at: float) -> QLoRAJobStatus:
+        record = progress(
+            training_step=step, total_steps=99, training_since=time(-30), remaining_seconds=7200.0, time=time(at)
+        )
+        return follow(make_job(stored), *RUNNING, progress=record, log_read=True, now=after(at))
+
+    stored = report(prepared_and_running(), 5, 0)
+    assert stored.forecast is not None
+    assert stored.forecast.basis == "Flops"
+    # The pod has made nine steps since it was first seen to train, then ten.
+    assert (report(stored, 14, 60).forecast, report(stored, 14, 60).forecast) == (stored.forecast, stored.forecast)
+    measured = report(stored, 15, 1800).forecast
+    assert measured is not None
+    assert (measured.basis, measured.gpu_hours, measured.cost) == ("Measured", "3.50", "8.75 EUR")
+    assert measured.utilization is None
+
+
+def prepared_and_running() -> QLoRAJobStatus:
+    stored = status_with("train", forecast={"gpuHours": "5.56", "basis": "Flops", "utilization": 0.3})
+    return follow(make_job(stored), *RUNNING)
+
+
+def test_a_forecast_above_the_budget_is_said_before_the_gpu_is_used() -> None:
+    budget: dict[str, Any] = {"budget": {"gpuHours": 5}}
+    status = prepared(**budget)
+    assert status.step is not None
+    assert (status.step.name, status.step.job_uid) == ("train", "")
+    assert conditions_of(status)["WithinBudget"] == "False"
+    assert reason_of(status, "WithinBudget") == "ForecastExceedsBudget"
+    assert "raise spec.budget.gpuHours" in message_of(status, "WithinBudget")
+    event = budget_event(make_job(status_with("prepare"), **budget), status, after(0))
+    assert event is not None
+    assert (event["type"], event["reason"]) == ("Warning", "ForecastExceedsBudget")
+    assert budget_event(make_job(status, **budget), status, after(0)) is None
+    # It is raised, then taken away.
+    raised = follow(make_job(status, budget={"gpuHours": 6}))
+    assert conditions_of(raised)["WithinBudget"] == "True"
+    assert "WithinBudget" not in conditions_of(follow(make_job(raised)))
+
+
+def test_a_job_that_has_used_its_budget_stops_at_a_checkpoint() -> None:
+    job = make_job(seen_running(), budget={"gpuHours": 1.5})
+    status = follow(job, *RUNNING, now=after(1799))
+    assert status == follow(job, *RUNNING)
+    planned = plan(job, status, seen(*RUNNING), after(600))
+    assert planned.look_again == after(1800)
+
+    status = follow(job, *RUNNING, now=after(1800))
+
+    assert (status.phase, reason_of(status)) == ("Failed", "BudgetExceeded")
+    assert message_of(status) == (
+        "the train pods have used 1.50 GPU hours, and 1.50 are allowed: raise spec.budget.gpuHours, and "
+        "spec.retry.request to go on from the checkpoint"
+    )
+    assert status.usage is not None
+    assert (status.usage.gpu_seconds, status.usage.cost) == (5400, "3.75 EUR")
+    assert budget_event(job, status, after(1800)) is None
+    # The Job is deleted, so that the trainer is asked to save and stop.
+    stored = make_job(status, budget={"gpuHours": 1.5})
+    deletion = plan(stored, follow(stored, *RUNNING, now=after(1801)), seen(*RUNNING), after(1801))
+    assert deletion.actions == (DeleteJob(f"{NAME}-train-1", f"uid-{NAME}-train-1"),)
+
+
+def test_a_retry_with_a_larger_budget_goes_on_with_what_was_counted() -> None:
+    failed = follow(make_job(seen_running(), budget={"gpuHours": 0.5}), *RUNNING)
+    assert reason_of(failed) == "BudgetExceeded"
+    body = pod("train")
+    saved = ended(body, 143, result(body, "train", 143, training_step=7), start=-3600, end=60)
+    stopped = follow(make_job(failed, budget={"gpuHours": 0.5}), deleted(saved, 0), now=after(70))
+    assert stopped.usage is not None
+    assert stopped.usage.gpu_seconds == 3660
+
+    again: dict[str, Any] = {"retry": {"request": 1}}
+    same = follow(make_job(stopped, budget={"gpuHours": 0.5}, **again), deleted(saved, 0), now=after(80))
+    assert reason_of(same) == "BudgetExceeded"
+    more = follow(make_job(stopped, budget={"gpuHours": 2}, **again), deleted(saved, 0), now=after(80))
+    assert more.step is not None
+    assert (more.phase, more.step.name, more.step.attempt) == ("Queued", "train", 2)
+    assert more.usage == stopped.usage
+
+
+def test_what_is_trained_is_published_whatever_it_has_cost() -> None:
+    spent = {"gpuSeconds": 99_999, "gpuHours": "27.78", "lostGpuSeconds": {}, "pods": []}
+    body = pod("publish")
+    status = follow(make_job(status_with("publish", usage=spent), budget={"gpuHours": 1}), child("publish"), body)
+    assert status.phase == "Publishing"
+
+
+def test_a_run_that_has_just_ended_is_not_stopped_by_its_budget() -> None:
+    job, body = make_job(seen_running(), budget={"gpuHours": 1}), pod("train")
+    done = ended(body, 0, result(body, "train", **FACTS["train"]), start=-3600, end=60)
+    assert follow(job, child("train"), done, now=after(61)).phase == "Training"
+    assert follow(job, child("train", Complete="Done"), done, now=after(62)).phase == "Publishing"
+
+
+def test_the_budget_of_several_nodes_is_used_up_by_all_of_them() -> None:
+    spec: dict[str, Any] = {"budget": {"gpuHours": 1}, "resources": {"gpus": 2, "nodes": 2}}
+    pods = child("train"), running(node(0), since=-600), running(node(1), since=-300)
+    stored = make_job(follow(make_job(status_with("train"), **spec), *pods), **spec)
+    assert stored.status.usage is not None
+    assert stored.status.usage.gpu_seconds == 2 * 900
+    # 1800 of 3600 GPU seconds are left at NOW, and both nodes have 4 GPUs.
+    for at in (0, 300):
+        planned = plan(stored, follow(stored, *pods, now=after(at)), seen(*pods), after(at))
+        assert planned.look_again == after(450)
+    assert reason_of(follow(stored, *pods, now=after(450))) == "BudgetExceeded"
+
+
+def test_the_profile_limits_a_job_that_has_no_budget_of_its_own() -> None:
+    profile = PROFILE.model_copy(update={"limits": Limits(gpu_hours=0.5)})
+    fixed = follow(make_job(), profiles={"default": profile}).resolved
+    assert fixed is not None
+    assert (fixed.gpu_hours, fixed.profile.limits) == (0.5, None)
+    stored = status_in("train", resolved=resolved().model_copy(update={"gpu_hours": 0.5}).dump())
+    status = follow(make_job(stored, budget={"gpuHours": 9}), *RUNNING)
+    assert reason_of(status) == "BudgetExceeded"
+    assert "ask the administrator to raise limits.gpuHours of profile 'default'" in message_of(status)
+
+    waits = follow(make_job(budget={"gpuHours": 9}), profiles={"default": profile})
+    assert reason_of(waits) == "LimitExceeded"
+    assert "spec.budget.gpuHours is 9, and profile 'default' allows 0.5" in message_of(waits)
+
+
+def test_a_job_without_gpus_has_no_budget_to_exceed() -> None:
+    cpu = PROFILE.model_copy(update={"gpu_resource": None})
+    stored = follow(make_job(status_with("train", cpu), budget={"gpuHours": 0.01}), *RUNNING)
+    assert stored.phase == "Training"
+
+
+def test_a_budget_is_not_for_a_job_of_a_group() -> None:
+    spec = {"group": {"name": "g", "size": 2}, "workspace": {"claimName": grouped.CLAIM}, "budget": {"gpuHours": 1}}
+    with pytest.raises(ValueError, match="budget is not supported with group"):
+        QLoRAJobSpec.model_validate(make_job().spec.dump() | spec)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [{"gpuHourPrice": "2.50"}, {"currency": "EUR"}, {"gpuHourPrice": "-1", "currency": "EUR"}, {"gpuTflops": 0}],
+)
+def test_a_price_is_a_decimal_with_its_currency(broken: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"gpuHourPrice|gpuTflops"):
+        Profile.model_validate(PROFILE.dump() | broken)

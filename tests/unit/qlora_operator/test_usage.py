@@ -1,0 +1,273 @@
+"""GPU seconds: what each train pod adds, what of it is lost to which cause, and that each second counts once."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_api.status import QLoRAJobStatus
+from qlora_api.usage import UsageStatus
+from qlora_operator.decisions.members import GroupFacts, member_of
+from qlora_operator.decisions.observe import QLoRAJob
+from qlora_operator.decisions.plan import is_settled
+from qlora_operator.decisions.usage import count_usage
+from qlora_operator.metrics import Metrics
+from tests.support import grouped
+from tests.support.builders import (
+    NAME,
+    PROFILE,
+    after,
+    child,
+    deleted,
+    ended,
+    facts,
+    follow,
+    make_job,
+    node,
+    pod,
+    progress,
+    resolved,
+    result,
+    running,
+    seen,
+    status_in,
+    time,
+)
+
+SPEC: dict[str, Any] = {"resources": {"gpus": 2}}
+
+
+def scheduled(body: dict[str, Any], at: float) -> dict[str, Any]:
+    """The pod, with a node since then."""
+    known = {"type": "PodScheduled", "status": "True", "lastTransitionTime": time(at)}
+    return body | {"status": body["status"] | {"conditions": [known]}}
+
+
+def train_pod(number: int = 1, *, at: float = -100, attempt: int = 1) -> dict[str, Any]:
+    """A pod of the train Job that got its node then."""
+    return scheduled(pod("train", attempt, number), at)
+
+
+def usage_of(status: QLoRAJobStatus) -> UsageStatus:
+    assert status.usage is not None
+    return status.usage
+
+
+def lost(status: QLoRAJobStatus) -> dict[str, int]:
+    """The causes to which something was lost."""
+    return {cause: seconds for cause, seconds in usage_of(status).lost_gpu_seconds if seconds}
+
+
+def saved(at: float, **more: Any) -> dict[str, Any]:
+    """The fields of a progress record of a run that trains since -80 and has a checkpoint of that time."""
+    return {
+        "training_step": 5,
+        "total_steps": 20,
+        "training_since": time(-80),
+        "checkpoint_step": 4,
+        "checkpoint_time": time(at),
+        **more,
+    }
+
+
+def watched(stored: QLoRAJobStatus | None = None, **spec: Any) -> QLoRAJobStatus:
+    """A job whose pod has a node since -100, trains since -80 and has saved a checkpoint at -30; seen at NOW."""
+    job = make_job(stored or status_in("train"), **(SPEC | spec))
+    return follow(job, child("train"), running(train_pod(), since=-90), progress=progress(**saved(-30)), log_read=True)
+
+
+def then(stored: QLoRAJobStatus, *bodies: Any, at: float = 0, **spec: Any) -> QLoRAJobStatus:
+    return follow(make_job(stored, **(SPEC | spec)), *bodies, now=after(at))
+
+
+def test_a_pod_counts_from_its_node_to_its_end_times_its_gpus() -> None:
+    stored = watched()
+    assert (usage_of(stored).gpu_seconds, usage_of(stored).gpu_hours) == (200, "0.06")
+    assert lost(stored) == {"startup": 40}
+    body = train_pod()
+    done = ended(body, 0, result(body, "train", training_step=20, total_steps=20, loss=1.0), start=-90, end=50)
+    status = then(stored, child("train", Complete="Done"), done, at=70)
+    assert status.step is not None
+    assert status.step.name == "publish"
+    assert (usage_of(status).gpu_seconds, lost(status)) == (300, {"startup": 40})
+
+
+def test_time_that_passes_is_no_reason_for_a_write() -> None:
+    stored = watched()
+    same = child("train"), running(train_pod(), since=-90)
+    assert then(stored, *same, at=3000) == stored
+    newer = progress(**saved(-30), time=time(60))
+    status = follow(make_job(stored, **SPEC), *same, progress=newer, log_read=True, now=after(60))
+    assert usage_of(status).gpu_seconds == 320
+
+
+def test_without_gpus_in_the_profile_nothing_is_counted() -> None:
+    cpu = PROFILE.model_copy(update={"gpu_resource": None})
+    assert watched(status_in("train", resolved=resolved(cpu).dump())).usage is None
+
+
+def interrupted(code: int = 143, **record: Any) -> dict[str, Any]:
+    body = train_pod()
+    return ended(body, code, result(body, "train", code, **record), start=-90, end=20)
+
+
+@pytest.mark.parametrize(
+    ("bodies", "spec", "expected"),
+    [
+        # Killed: what it had done since the checkpoint at -30 is gone, 50 seconds on 2 GPUs.
+        ([child("train"), deleted(ended(train_pod(), 137, start=-90, end=20), 10)], {}, {"disruption": 100}),
+        ([child("train"), ended(train_pod(), 203, start=-90, end=20)], {}, {"failure": 100}),
+        # Asked to stop, it saved a checkpoint.
+        ([child("train"), deleted(interrupted(training_step=6), 10)], {}, {}),
+        ([deleted(interrupted(training_step=6), 10)], {"suspend": True}, {}),
+        ([deleted(ended(train_pod(), 137, start=-90, end=20), 10)], {"suspend": True}, {"suspension": 100}),
+        # It vanishes with its node: it was last heard of at 0.
+        ([child("train")], {}, {"disruption": 100}),
+    ],
+)
+def test_what_is_in_no_checkpoint_is_lost_to_what_ended_the_pod(
+    bodies: list[Any], spec: dict[str, Any], expected: dict[str, int]
+) -> None:
+    stored = watched()
+    status = then(stored, *bodies, at=20, **spec)
+    assert lost(status) == {"startup": 40} | expected
+    # Looked at again, also by an operator that has just started, it is the same.
+    again = follow(make_job(QLoRAJobStatus.model_validate(status.dump()), **(SPEC | spec)), *bodies, now=after(500))
+    assert again.usage == status.usage
+
+
+def test_a_pod_that_never_trained_is_lost_as_a_whole() -> None:
+    stored = follow(make_job(status_in("train"), **SPEC), child("train"), running(train_pod(), since=-90))
+    status = then(stored, child("train"), deleted(ended(train_pod(), 137, start=-90, end=20), 10), at=20)
+    assert lost(status) == {"disruption": 240}
+
+
+def test_a_pod_that_vanishes_while_nobody_looks_is_not_charged_for_days() -> None:
+    status = then(watched(), child("train"), at=86_400)
+    assert usage_of(status).gpu_seconds == 200 + 2 * 900
+
+
+def test_several_nodes_count_each() -> None:
+    nodes: dict[str, Any] = {"resources": {"gpus": 2, "nodes": 2}}
+    pods = [running(scheduled(node(0), -100), since=-90), running(scheduled(node(1), -60), since=-50)]
+    stored = follow(
+        make_job(status_in("train"), **nodes), child("train"), *pods, progress=progress(**saved(-30)), log_read=True
+    )
+    assert usage_of(stored).gpu_seconds == 2 * (100 + 60)
+    # Node 0 reports for both; node 1 got its GPUs after that, so it had nothing to start.
+    assert lost(stored) == {"startup": 2 * 20}
+
+
+def test_pods_that_others_have_made_do_not_count() -> None:
+    stranger = running(train_pod(7), since=-90)
+    owner = stranger["metadata"]["ownerReferences"][0] | {"uid": "made-up"}
+    stranger = stranger | {"metadata": stranger["metadata"] | {"ownerReferences": [owner]}}
+    status = follow(make_job(status_in("train"), **SPEC), child("train"), stranger)
+    assert status.usage is None
+
+
+def test_a_failed_job_counts_its_pod_until_that_has_stopped() -> None:
+    job = {"activeDeadlineSeconds": 60} | SPEC
+    stored = then(watched(), child("train"), running(train_pod(), since=-90), **job)
+    assert stored.phase == "Failed"
+    stopping = deleted(running(train_pod(), since=-90), 0)
+    assert not is_settled(make_job(stored, **job), seen(stopping))
+    stopped = deleted(interrupted(training_step=6), 0)
+    status = then(stored, stopped, at=30, **job)
+    assert usage_of(status).gpu_seconds == 240
+    assert is_settled(make_job(status, **job), seen(stopped))
+
+
+def leader_with_pod() -> QLoRAJob:
+    """A job whose pod trains three jobs, has a node since -100 and is counted until NOW."""
+    leader = grouped.job("training", "alpha", grouped.ALL)
+    pods = grouped.alphas(child("train")), grouped.alphas(running(train_pod(), since=-90))
+    counted = count_usage(leader.status, facts(leader, *pods), until_now=True)
+    return replace(leader, status=counted)
+
+
+def test_jobs_that_one_pod_trains_share_its_time() -> None:
+    leader = leader_with_pod()
+    assert usage_of(leader.status).gpu_seconds == 33
+    own = grouped.job("prepared", NAME, grouped.FOLLOWER)
+    group = GroupFacts((member_of(leader) or pytest.fail("it is in a group"),))
+    status = count_usage(own.status, facts(own, group=group), until_now=True)
+    assert usage_of(status).gpu_seconds == 33
+    # Once that pod has ended it is known for good, and its leader may be gone.
+    pods = grouped.alphas(child("train")), grouped.alphas(ended(train_pod(), 203, start=-90, end=20))
+    leader = replace(leader, status=count_usage(leader.status, facts(leader, *pods, now=after(30))))
+    group = GroupFacts((member_of(leader) or pytest.fail("it is in a group"),))
+    status = count_usage(status, facts(own, group=group, now=after(40)))
+    assert (usage_of(status).gpu_seconds, lost(status)) == (40, {"failure": 40})
+    assert count_usage(status, facts(own, group=GroupFacts(), now=after(900))) == status
+
+
+def test_the_counters_get_what_each_write_adds() -> None:
+    metrics, before, after_it = Metrics(), watched(), then(watched(), child("train"), at=20)
+    metrics.gpu_seconds.note(make_job(status_in("train"), **SPEC), before)
+    metrics.gpu_seconds.note(make_job(before, **SPEC), after_it)
+    page = metrics.page()[0].decode()
+    of = 'namespace="team",profile="default"'
+    assert f"qlora_gpu_seconds_total{{{of}}} 240.0" in page
+    assert f'qlora_gpu_lost_seconds_total{{cause="disruption",{of}}} 100.0' in page
+    assert f'qlora_gpu_lost_seconds_total{{cause="startup",{of}}} 40.0' in page
+
+
+_MOMENTS = st.integers(0, 400)
+_LIVES = st.lists(
+    st.tuples(st.integers(0, 5), st.integers(1, 60), st.sampled_from([0, 137, 143, 203])), min_size=1, max_size=12
+)
+"""Pods one after the other: seconds until each has its node, seconds that it runs, and its exit code."""
+
+
+def as_at(lives: list[tuple[int, int, int]], moment: int) -> list[dict[str, Any]]:
+    """The pods as they are at that moment, those that have ended among them."""
+    bodies, created = [], 0
+    for number, (waits, runs, code) in enumerate(lives, 1):
+        start, end = created + waits, created + waits + runs
+        if created > moment:
+            break
+        body = pod("train", 1, number)
+        body = body | {"metadata": body["metadata"] | {"creationTimestamp": time(created)}}
+        if moment >= start:
+            body = scheduled(body, start)
+            body = ended(body, code, start=start, end=end) if moment >= end else running(body, since=start)
+        bodies.append(body)
+        created = end + 1
+    return bodies
+
+
+@settings(max_examples=60, deadline=None)
+@given(lives=_LIVES, looks=st.lists(st.tuples(_MOMENTS, st.integers(0, 2**12 - 1), st.booleans()), max_size=12))
+def test_usage_never_decreases_and_never_counts_twice(
+    lives: list[tuple[int, int, int]], looks: list[tuple[int, int, bool]]
+) -> None:
+    """Whatever is seen when, in any order, with pods missing: as watches show late what has changed, or lose it."""
+    whole = sum(runs for _, runs, _ in lives)
+    status, highest = status_in("train"), 0
+    for moment, shown, news in looks:
+        bodies = [body for number, body in enumerate(as_at(lives, moment)) if shown >> number & 1]
+        found = facts(make_job(status), child("train", created=-900), *bodies, now=after(moment))
+        status = QLoRAJobStatus.model_validate(count_usage(status, found, until_now=news).dump())
+        usage = status.usage or UsageStatus()
+        # A pod that is not seen ending is taken to have run until then, or until the next one was created.
+        assert highest <= usage.gpu_seconds <= whole + 400
+        assert usage.lost_gpu_seconds.total <= usage.gpu_seconds
+        assert len(usage.pods) <= 14
+        highest = usage.gpu_seconds
+
+
+@settings(max_examples=60, deadline=None)
+@given(lives=_LIVES, moments=st.lists(_MOMENTS, max_size=10), news=st.booleans())
+def test_in_the_end_each_pod_has_counted_once(
+    lives: list[tuple[int, int, int]], moments: list[int], news: bool
+) -> None:
+    status = status_in("train")
+    for moment in [*moments, 10_000, 10_001]:
+        found = facts(make_job(status), child("train", created=-900), *as_at(lives, moment), now=after(moment))
+        status = count_usage(status, found, until_now=news)
+    found = facts(make_job(status), child("train", Complete="Done"), *as_at(lives, 10_000), now=after(10_000))
+    status = count_usage(status, found)
+    assert usage_of(status).gpu_seconds == sum(runs for _, runs, _ in lives)

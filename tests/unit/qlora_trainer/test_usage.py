@@ -1,0 +1,102 @@
+"""What the report knows of the attempts of a run: what each took, and what of it no checkpoint holds."""
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from qlora_trainer.core.completion import RunUsage
+from qlora_trainer.report.resources import estimated_peaks, resources_used
+from qlora_trainer.training.attempts import (
+    ATTEMPTS_FILE,
+    Attempt,
+    PodOfJob,
+    note_saved,
+    note_training,
+    read_attempts,
+    recorded_attempt,
+)
+from qlora_trainer.training.usage import run_usage
+from tests.support.builders import MEMORY
+
+START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+def after(seconds: float) -> datetime:
+    return START + timedelta(seconds=seconds)
+
+
+def attempt(started: float, until: float | None, **more: Any) -> Attempt:
+    """Seconds after START, in fields whose names end with `_at` too."""
+    times = {name: after(value).isoformat() for name, value in more.items() if name.endswith("_at")}
+    others = {name: value for name, value in more.items() if not name.endswith("_at")}
+    end = None if until is None else after(until).isoformat()
+    return Attempt.model_validate(
+        {"pod_uid": "pod", "from_step": 0, "started_at": after(started).isoformat(), "ended_at": end} | times | others
+    )
+
+
+def four_attempts() -> RunUsage:
+    return run_usage(
+        [
+            # Killed: it had saved at 500.
+            attempt(0, 600, trained_at=100, saved_at=500),
+            # Failed while it loaded.
+            attempt(700, 730, from_step=4, ended="failed"),
+            # Asked to stop before its first checkpoint was due, which it saved then.
+            attempt(800, 900, from_step=4, trained_at=850, saved_at=899, ended="interrupted"),
+            attempt(1000, None, from_step=9, trained_at=1020, saved_at=1050),
+        ],
+        2,
+        after(1100),
+    )
+
+
+def test_what_is_in_no_checkpoint_is_lost() -> None:
+    usage = four_attempts()
+    assert [each.lost_seconds for each in usage.attempts] == [100, 30, 1, 0]
+    assert [each.startup_seconds for each in usage.attempts] == [100, None, 50, 20]
+    assert [each.ended for each in usage.attempts] == [None, "failed", "interrupted", "succeeded"]
+    assert (usage.seconds, usage.startup_seconds, usage.lost_seconds) == (830, 170, 131)
+
+
+def test_the_report_says_what_each_attempt_took_and_cost() -> None:
+    shown = resources_used(four_attempts(), "cuda")
+    assert shown.summary.startswith("0.46 GPU hours: 4 attempts on 2 GPUs, 13m50s in all.")
+    priced = resources_used(four_attempts(), "cuda", "2.50 EUR").summary
+    assert priced.startswith("0.46 GPU hours (1.15 EUR): 4 attempts on 2 GPUs")
+    assert priced.endswith("an interruption has undone (0.18 EUR).")
+    assert "2m50s went into loading, and 2m11s into work that an interruption has undone" in shown.summary
+    assert [row[1:] for row in shown.rows][:2] == [
+        ("10m0s", "1m40s", "0", "killed", "1m40s"),
+        ("30s", "–", "4", "failed", "30s"),
+    ]
+
+
+def test_the_estimate_is_drawn_with_the_measured_peaks() -> None:
+    assert estimated_peaks(MEMORY) == {"estimate": 10.0, "estimate, high": 11.0}
+
+
+def test_only_the_latest_attempts_are_listed_and_all_are_counted() -> None:
+    usage = run_usage([attempt(10 * number, 10 * number + 4, trained_at=10 * number) for number in range(60)], 1, START)
+    assert (usage.count, len(usage.attempts), usage.seconds) == (60, 50, 240)
+
+
+def test_an_attempt_notes_when_it_trained_and_saved(tmp_path: Path) -> None:
+    with recorded_attempt(tmp_path, 0, PodOfJob("a", 1, START), lambda: after(60)):
+        note_training(tmp_path, "a", after(20))
+        note_saved(tmp_path, "a", after(30))
+        note_saved(tmp_path, "b", after(40))
+        # If it is killed now, that is what is known.
+        (running,) = read_attempts(tmp_path)
+    assert (running.trained_at, running.saved_at) == ("2026-01-02T03:04:25.000Z", "2026-01-02T03:04:35.000Z")
+    assert running.ended is None
+    (ended,) = read_attempts(tmp_path)
+    assert ended == running.model_copy(update={"ended": "succeeded", "ended_at": "2026-01-02T03:05:05.000Z"})
+
+
+def test_a_run_outlives_the_record_of_its_attempts(tmp_path: Path) -> None:
+    with recorded_attempt(tmp_path, 0, PodOfJob("a", 1, START), lambda: after(60)):
+        (tmp_path / ATTEMPTS_FILE).unlink()
+        note_saved(tmp_path, "a", after(30))
+        assert not (tmp_path / ATTEMPTS_FILE).exists()
+    assert [found.ended for found in read_attempts(tmp_path)] == ["succeeded"]

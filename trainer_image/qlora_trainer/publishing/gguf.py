@@ -1,0 +1,186 @@
+"""Converts an adapter into a GGUF file, for llama.cpp and Ollama, with llama.cpp's own converter.
+
+The converter is a program, which runs in a process that is forked for it, with limits: a stranger's config.json
+decides what it does.
+"""
+
+import json
+import logging
+import os
+import runpy
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGUFReader
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig
+
+import qlora_trainer
+from qlora_api.contract import ExitCode, WorkspaceLayout
+from qlora_api.gguf import GgufSpec, GgufStatus
+from qlora_api.training import LoraSpec
+from qlora_trainer.core.failures import StepFailure, bad_configuration
+from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, GGUF_FILE
+from qlora_trainer.core.filesystem import file_sha256, require_space, scratch_folder
+from qlora_trainer.model.adapter_shapes import B_SUFFIX, expected_tensors
+from qlora_trainer.model.dry_run.limited import DryRunFailed, within_limits
+from qlora_trainer.model.source import CONFIG
+from qlora_trainer.model.text_part import text_part
+from qlora_trainer.report.trained_job import TrainedJob
+
+_CONVERTER = Path(qlora_trainer.__file__).parent / "llama_cpp" / "convert_lora_to_gguf.py"
+_SECONDS = 1800
+_MEMORY_BYTES = 4 * 2**30
+"""Of the converter, on top of a few copies of the adapter."""
+_ARCHITECTURE = "general.architecture"
+
+
+class NotConvertible(Exception):  # noqa: N818 - a finding about the adapter
+    """The converter does not convert it; the message says why."""
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A converted adapter in a folder of this machine."""
+
+    path: Path
+    status: GgufStatus
+
+
+def require_convertible(
+    model_folder: Path, target_modules: tuple[str, ...], lora: LoraSpec, gguf: GgufSpec, scratch: Path
+) -> None:
+    """Raise StepFailure (BAD_CONFIGURATION) unless the converter knows the model and each of its adapted layers.
+
+    For the prepare step, before a GPU is used: it converts an adapter of zeros that has the layers of the job's, and
+    rank 1. `model_folder` has config.json; the folder `scratch` is made, and removed afterwards.
+    """
+    with scratch_folder(scratch) as folder:
+        adapter = folder / ADAPTER_FILE
+        try:
+            within_limits(_write_zeros, (model_folder, target_modules, lora, adapter), what="an adapter of zeros")
+            _convert(adapter, model_folder / CONFIG, lora.model_copy(update={"rank": 1}), gguf, folder / "trial")
+        except (DryRunFailed, NotConvertible) as failure:
+            raise bad_configuration(
+                f"spec.output.gguf: llama.cpp's converter does not convert adapters of this model: {failure}; remove "
+                "output.gguf, or choose a model of another family"
+            ) from failure
+
+
+@contextmanager
+def gguf_file(job: TrainedJob, adapter: Path, workspace: WorkspaceLayout) -> Iterator[GgufFile | None]:
+    """Yield the GGUF file of the verified adapter in that folder, until the block ends; None if the job wants none.
+
+    The same adapter gives the same bytes. Raises StepFailure: STORAGE_FULL without room for it, INTERNAL_ERROR if it
+    cannot be converted although prepare has tried that.
+    """
+    wanted = job.spec.output.gguf
+    if wanted is None:
+        yield None
+        return
+    tensors = adapter / ADAPTER_FILE
+    require_space(workspace.root, 2 * tensors.stat().st_size, "converting the adapter to GGUF")
+    with scratch_folder(workspace.root / "gguf") as folder:
+        config = workspace.root / job.prepared.model_path / CONFIG
+        try:
+            architecture = _convert(tensors, config, job.spec.lora, wanted, folder / job.name)
+        except (DryRunFailed, NotConvertible) as failure:
+            raise StepFailure(
+                ExitCode.INTERNAL_ERROR,
+                f"the adapter is not published, as spec.output.gguf asks for a file that cannot be made: {failure}",
+            ) from failure
+        path = folder / GGUF_FILE
+        status = GgufStatus(
+            file=GGUF_FILE,
+            sha256=file_sha256(path),
+            size_bytes=path.stat().st_size,
+            architecture=architecture,
+        )
+        yield GgufFile(path, status)
+
+
+def llama_cpp_alpha(lora: LoraSpec) -> float:
+    """The alpha with which llama.cpp, which multiplies by alpha / rank, scales as the adapter was trained."""
+    return lora.alpha * sqrt(lora.rank) if lora.use_rslora else float(lora.alpha)
+
+
+def _convert(tensors: Path, config: Path, lora: LoraSpec, gguf: GgufSpec, folder: Path) -> str:
+    """Write GGUF_FILE beside `folder`, whose name the file keeps as the adapter's; returns the architecture's name.
+
+    Raises NotConvertible with what the converter says, DryRunFailed for any other end of it.
+    """
+    # No job has a name with a dot.
+    base = folder.with_name(".base")
+    for made in (folder, base):
+        made.mkdir()
+    # The converter reads what lies beside these files too, and would load tensors of a base that is quantized.
+    settings = json.loads(config.read_bytes())
+    settings.pop("quantization_config", None)
+    (base / CONFIG).write_text(json.dumps(settings))
+    (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps({"lora_alpha": llama_cpp_alpha(lora)}))
+    (folder / ADAPTER_FILE).symlink_to(tensors.absolute())
+    arguments = ("--base", str(base), "--outtype", gguf.type, "--outfile", str(folder.with_name(GGUF_FILE)))
+    memory = _MEMORY_BYTES + 4 * tensors.stat().st_size
+    found: str | NotConvertible = within_limits(
+        _run_converter, (folder, arguments), seconds=_SECONDS, memory_bytes=memory, what="the conversion to GGUF"
+    )
+    if isinstance(found, NotConvertible):
+        raise found
+    return found
+
+
+def _run_converter(adapter: Path, arguments: tuple[str, ...]) -> str | NotConvertible:
+    # A process that was forked has none of its parent's threads, which PyTorch would wait for.
+    torch.set_num_threads(1)
+    os.environ |= {"NO_LOCAL_GGUF": "1", "HF_HUB_OFFLINE": "1"}
+    sys.path.insert(0, str(_CONVERTER.parent))
+    sys.argv = [_CONVERTER.name, *arguments, str(adapter)]
+    said = _Errors()
+    logging.getLogger().addHandler(said)
+    try:
+        runpy.run_path(str(_CONVERTER), run_name="__main__")
+    except SystemExit as end:
+        return NotConvertible(said.text or f"it has ended with exit code {end.code}")
+    except NotImplementedError as error:
+        return NotConvertible(str(error) or "it changes the form of a layer in a way that no adapter can follow")
+    return _architecture_of(adapter.with_name(GGUF_FILE), adapter / ADAPTER_FILE)
+
+
+class _Errors(logging.Handler):
+    """Keeps what the converter reports before it ends itself."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.text = self.text or record.getMessage()
+
+
+def _architecture_of(converted: Path, tensors: Path) -> str | NotConvertible:
+    """The architecture that the file is for, if it has each of the adapter's layers.
+
+    The converter leaves out what it takes for a part that the base has no use for.
+    """
+    with safe_open(tensors, framework="pt") as file:
+        layers = sum(name.endswith(B_SUFFIX) for name in file.keys())  # noqa: SIM118 - it is no dictionary
+    reader = GGUFReader(converted)
+    found = sum(tensor.name.endswith(".lora_b") for tensor in reader.tensors)
+    if found < layers:
+        return NotConvertible(f"it converts {found} of the {layers} layers that have an adapter")
+    return str(reader.fields[_ARCHITECTURE].contents())
+
+
+def _write_zeros(model_folder: Path, target_modules: tuple[str, ...], lora: LoraSpec, path: Path) -> None:
+    """Write the tensors of an adapter of rank 1 for these layers."""
+    torch.set_num_threads(1)
+    config: Any = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
+    shapes: Mapping[str, Any] = expected_tensors(text_part(config), target_modules, lora.model_copy(update={"rank": 1}))
+    save_file({name: torch.zeros(wanted.shape, dtype=wanted.dtype) for name, wanted in shapes.items()}, path)

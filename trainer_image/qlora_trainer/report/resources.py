@@ -1,0 +1,63 @@
+"""What a run has taken, as the report shows it: its time on the GPUs, by attempt, and the memory that was expected."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qlora_api.duration import format_duration
+from qlora_api.forecast import cost_text, hours_text
+from qlora_api.status import MemoryStatus
+from qlora_trainer.core.completion import AttemptUsage, RunUsage
+from qlora_trainer.core.context import Device
+
+_ENDS = {"succeeded": "trained to its end", "interrupted": "asked to stop", "failed": "failed", None: "killed"}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """The section of the report."""
+
+    summary: str
+    rows: Sequence[Sequence[str]]
+    """A row for each attempt: when it started, for how long it ran, and so on, as the table's head says."""
+
+
+def resources_used(usage: RunUsage, device: Device, price: str = "") -> Resources:
+    """The section for that usage. `device`: what training ran on. `price`: of a GPU hour, such as `2.50 EUR`."""
+    what = "GPU" if device == "cuda" else "processor"
+    each = f"{usage.gpus} {what}{'' if usage.gpus == 1 else 's'}"
+    used = usage.seconds * usage.gpus
+    cost, lost = (_cost(seconds, price) for seconds in (used, usage.lost_seconds * usage.gpus))
+    attempts = "1 attempt" if usage.count == 1 else f"{usage.count} attempts"
+    summary = (
+        f"{hours_text(used)} {what} hours{cost}: {attempts} on {each}, {_duration(usage.seconds)} in all. Of that, "
+        f"{_duration(usage.startup_seconds)} went into loading, and {_duration(usage.lost_seconds)} into work that an "
+        f"interruption has undone{lost}."
+    )
+    return Resources(summary, [_row(attempt) for attempt in usage.attempts])
+
+
+def _cost(seconds: float, price: str) -> str:
+    """In parentheses, after a blank; empty without a price."""
+    amount, _, currency = price.partition(" ")
+    return f" ({cost_text(seconds, amount, currency)})" if currency else ""
+
+
+def _row(attempt: AttemptUsage) -> Sequence[str]:
+    return (
+        attempt.started_at,
+        _duration(attempt.seconds),
+        "–" if attempt.startup_seconds is None else _duration(attempt.startup_seconds),
+        f"{attempt.from_step:,}",
+        _ENDS[attempt.ended],
+        _duration(attempt.lost_seconds),
+    )
+
+
+def _duration(seconds: float) -> str:
+    return format_duration(seconds)
+
+
+def estimated_peaks(memory: MemoryStatus) -> dict[str, float]:
+    """The peaks, in bytes, that the estimate expects and admits, by their labels; none if it is unknown."""
+    values = {"estimate": memory.estimate_bytes, "estimate, high": memory.high_bytes, "usable": memory.budget_bytes}
+    return {label: float(value) for label, value in values.items() if value is not None}
