@@ -94,7 +94,7 @@ $(VENV)/bin/ruff format --check
 $(VENV)/bin/mypy
 $(VENV)/bin/lint-imports
 $(VENV)/bin/deptry crds cli operator trainer_image
-$(VENV)/bin/deptry --ignore DEP002,DEP004 benchmarks devcluster docs examples gitops helm tests
+$(VENV)/bin/deptry --ignore DEP002,DEP004 benchmarks devcluster docs examples gitops helm release tests
 $(PYTHON) -m pytest -q -rfEs $(TOGETHER) tests/unit
 endef
 
@@ -116,12 +116,21 @@ docs: $(VENV)/.synced-docs ## Build the documentation into site/; fails on a bro
 	@echo "site/index.html"
 
 .PHONY: generate
-generate: $(VENV)/.synced ## Write the generated files: the CustomResourceDefinition, the chart's schema, Argo CD's settings, the reference
+generate: $(VENV)/.synced ## Write the generated files: the CustomResourceDefinition, the chart's schema and README, Argo CD's settings, the reference
 	@$(PYTHON) crds/generate.py
 	@$(PYTHON) helm/values_schema.py
 	@$(PYTHON) -m helm.dashboards
 	@$(PYTHON) gitops/generate.py
 	@$(PYTHON) -m docs.generate
+	@$(PYTHON) -m release readme
+
+.PHONY: release
+release: $(VENV)/.synced ## Build, sign and verify images and chart in REGISTRY (default: one on this machine)
+	@$(PYTHON) -m release make $(if $(REGISTRY),--registry $(REGISTRY)) $(if $(TAG),--tag $(TAG)) $(RELEASE_OPTIONS)
+
+.PHONY: release-check
+release-check: $(VENV)/.synced ## Print what a release of this checkout would lack
+	@$(PYTHON) -m release check $(if $(TAG),--tag $(TAG))
 
 .PHONY: families
 families: $(VENV)/.synced ## Probe all model families of transformers, and write the page of those that are trained

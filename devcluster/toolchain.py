@@ -54,10 +54,14 @@ TOOLS = {
     "coredns": Tool("coredns", "github.com/coredns/coredns"),
     "local-path-provisioner": Tool("local-path-provisioner", "github.com/rancher/local-path-provisioner"),
     "helm": Tool("helm", "helm.sh/helm/v4/cmd/helm", ("helm.sh/helm/v4/internal/version",)),
+    # What a release is checked with.
+    "actionlint": Tool("actionlint", "github.com/rhysd/actionlint/cmd/actionlint"),
+    "helm-docs": Tool("helm-docs", "github.com/norwoodj/helm-docs/cmd/helm-docs"),
 }
 # What only tests marked slow start, so that nobody else waits minutes for their builds.
 SLOW_TOOLS = {
     "argo-cd": Tool("argo-cd", "."),
+    "cosign": Tool("cosign", "github.com/sigstore/cosign/v3/cmd/cosign"),
     "kustomize-controller": Tool(
         "kustomize-controller", "github.com/fluxcd/kustomize-controller", manifests="config/crd/bases"
     ),

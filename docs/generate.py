@@ -8,6 +8,7 @@ from typing import Any
 import click
 import yaml
 
+from docs import trainer_image
 from helm.values_schema import definitions
 from qlora_api.contract import ExitCode
 from qlora_api.crd import custom_resource_definition, default_sentence, sweep_definition
@@ -40,7 +41,7 @@ def pages() -> dict[Path, str]:
         "metrics.md": _metrics(),
         "exit-codes.md": _exit_codes(),
     }
-    return {REFERENCE / name: text for name, text in texts.items()}
+    return {REFERENCE / name: text for name, text in texts.items()} | trainer_image.pages()
 
 
 def _resource() -> str:
