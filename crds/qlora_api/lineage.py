@@ -3,15 +3,15 @@
 Source: https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md
 """
 
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import Field
 
 from qlora_api.schema import ObservedModel
 from qlora_api.status import GateStatus, InitialAdapterStatus
 
-STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
-LINEAGE_TYPE = "https://qlora.dev/lineage/v1"
+STATEMENT_TYPE: Final = "https://in-toto.io/Statement/v1"
+LINEAGE_TYPE: Final = "https://qlora.dev/lineage/v1"
 """The statement's predicate type. Fields may be added; another meaning would be v2."""
 SIGNED_FILE = "lineage.sigstore.json"
 """The signed statement, beside the files: a bundle that cosign verifies too."""

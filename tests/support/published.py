@@ -1,7 +1,7 @@
 """A job that has been published, and its context."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.v1alpha1 import QLoRAJobDocument
@@ -11,14 +11,18 @@ from qlora_trainer.steps.publish import publish
 from tests.support.command import Files
 from tests.support.tiny import JOB_UID, POD_UID, Recorded
 
+_MOUNTS = Mounts()
 
-def context(files: Files, *, uid: str = JOB_UID, registries: tuple[str, ...] = (), **mounts: Path) -> StepContext:
-    """What the step would be given for these files. `mounts`: other files and folders of `Mounts`."""
+
+def context(
+    files: Files, *, uid: str = JOB_UID, registries: tuple[str, ...] = (), mounts: Mounts = _MOUNTS
+) -> StepContext:
+    """What the step would be given for these files. `mounts`: with other claims than these files'."""
     document = {**files.document, "metadata": {"name": "tiny", "uid": uid}}
     return StepContext(
         document=QLoRAJobDocument.model_validate(document),
         workspace=WorkspaceLayout(files.workspace),
-        mounts=Mounts(claims={"models": files.models, "data": files.data}, **mounts),
+        mounts=replace(mounts, claims={"models": files.models, "data": files.data}),
         device="cpu",
         pod_uid=POD_UID,
         attempt=1,
@@ -27,10 +31,12 @@ def context(files: Files, *, uid: str = JOB_UID, registries: tuple[str, ...] = (
     )
 
 
-def published(files: Files, *, uid: str = JOB_UID, registries: tuple[str, ...] = (), **mounts: Path) -> PublishRecord:
+def published(
+    files: Files, *, uid: str = JOB_UID, registries: tuple[str, ...] = (), mounts: Mounts = _MOUNTS
+) -> PublishRecord:
     """The step, done in this process."""
     return publish(
-        context(files, uid=uid, registries=registries, **mounts),
+        context(files, uid=uid, registries=registries, mounts=mounts),
         Recorded(),
         now=lambda: datetime(2026, 1, 2, tzinfo=UTC),
     )

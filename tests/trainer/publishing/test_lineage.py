@@ -16,6 +16,7 @@ from devcluster import toolchain
 from devcluster.layout import from_environment
 from qlora_api.contract import ENV_IMAGE, ExitCode
 from qlora_cli.__main__ import main
+from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.signing import PrivateKey
 from tests.support.command import Files
@@ -52,7 +53,7 @@ def test_a_signed_adapter_verifies_with_its_key_until_somebody_changes_it(
 ) -> None:
     monkeypatch.setenv(ENV_IMAGE, IMAGE)
     private, public = keys
-    record = published(trained, signing_key=private)
+    record = published(trained, mounts=Mounts(signing_key=private))
     folder = trained.workspace / "adapter"
 
     done = verify(folder, public)
@@ -89,7 +90,7 @@ def test_a_changed_statement_does_not_verify_and_without_a_key_that_is_not_notic
     trained: Files, keys: tuple[Path, Path]
 ) -> None:
     private, public = keys
-    published(trained, signing_key=private)
+    published(trained, mounts=Mounts(signing_key=private))
     path = trained.workspace / "adapter" / "lineage.sigstore.json"
     bundle = json.loads(path.read_text())
     forged = statement(path)
@@ -118,7 +119,7 @@ def test_a_key_that_cannot_be_used_is_named_and_nothing_is_published(trained: Fi
     key = tmp_path / "key.pem"
     key.write_text("-----BEGIN ENCRYPTED SIGSTORE PRIVATE KEY-----\n…\n-----END ENCRYPTED SIGSTORE PRIVATE KEY-----\n")
     with pytest.raises(StepFailure, match=r"signingKey.*not encrypted") as failure:
-        published(trained, signing_key=key)
+        published(trained, mounts=Mounts(signing_key=key))
     assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
     assert not (trained.workspace / "adapter").exists()
 
@@ -129,9 +130,11 @@ def test_the_statement_about_an_artifact_is_attached_to_it_once(
     private, public = keys
     with registry(tmp_path / "registry") as host:
         job = trained.with_spec({"output": {"destination": f"oci://{host}/team/adapter:v1"}})
-        record = published(job, registries=(f"http://{host}",), signing_key=private)
+        record = published(job, registries=(f"http://{host}",), mounts=Mounts(signing_key=private))
         (job.workspace / "records" / "publish.json").unlink()
-        assert published(job, registries=(f"http://{host}",), signing_key=private).adapter == record.adapter
+        assert (
+            published(job, registries=(f"http://{host}",), mounts=Mounts(signing_key=private)).adapter == record.adapter
+        )
 
         done = verify(record.adapter.uri, public)
         assert done.exit_code == 0, done.output
@@ -147,14 +150,14 @@ def test_cosign_verifies_what_is_beside_the_files_and_what_is_attached_to_an_art
     trained: Files, keys: tuple[Path, Path], tmp_path: Path
 ) -> None:
     private, public = keys
-    cosign = toolchain.built(from_environment(), ["cosign"])["cosign"]
+    cosign = str(toolchain.built(from_environment(), ["cosign"])["cosign"])
     with_key = ["--key", str(public), "--insecure-ignore-tlog", "--type", "https://qlora.dev/lineage/v1"]
-    published(trained, signing_key=private)
+    published(trained, mounts=Mounts(signing_key=private))
     folder = trained.workspace / "adapter"
     beside = ["--bundle", str(folder / "lineage.sigstore.json"), str(folder / "adapter_model.safetensors")]
     subprocess.run([cosign, "verify-blob-attestation", *with_key, *beside], check=True, capture_output=True)
     with registry(tmp_path / "registry") as host:
         job = trained.with_spec({"output": {"destination": f"oci://{host}/team/adapter:v1"}})
-        published(job, registries=(f"http://{host}",), signing_key=private)
+        published(job, registries=(f"http://{host}",), mounts=Mounts(signing_key=private))
         command = [cosign, "verify-attestation", *with_key, f"{host}/team/adapter:v1"]
         subprocess.run(command, check=True, capture_output=True)

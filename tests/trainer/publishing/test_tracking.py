@@ -10,6 +10,7 @@ from mlflow.tracking import MlflowClient
 
 from qlora_api.contract import ENV_MLFLOW_SERVER, ENV_WANDB_SERVER
 from qlora_trainer.core.completion import PublishRecord, read_completion, write_completion
+from qlora_trainer.core.context import Mounts
 from qlora_trainer.report import uploads
 from tests.support.command import Files
 from tests.support.mlflow_server import mlflow_server
@@ -80,7 +81,7 @@ def test_weights_and_biases_gets_every_step_with_the_key_of_the_secret(
     (tmp_path / "tracking" / "WANDB_API_KEY").write_text(key)
     with wandb_stub() as server:
         monkeypatch.setenv(ENV_WANDB_SERVER, server.url)
-        record = published(job, credentials=tmp_path)
+        record = published(job, mounts=Mounts(credentials=tmp_path))
 
     assert record.tracking is not None
     assert record.tracking.wandb is not None
@@ -118,7 +119,7 @@ def test_a_rejected_key_is_reported_and_not_shown(
     (tmp_path / "tracking").mkdir()
     (tmp_path / "tracking" / "WANDB_API_KEY").write_text("canary-key")
     monkeypatch.setenv(ENV_WANDB_SERVER, "http://127.0.0.1:1")
-    tracking = published(job, credentials=tmp_path).tracking
+    tracking = published(job, mounts=Mounts(credentials=tmp_path)).tracking
 
     assert tracking is not None
     assert "WANDB_API_KEY invalid" in tracking.failures["wandb"]
