@@ -19,14 +19,16 @@ PYTHON = "/opt/qlora/bin/python"
 SITE_PACKAGES = "/opt/qlora/lib/python3.11/site-packages"
 # Of the driver, which the node brings.
 DRIVER = {"libcuda.so.1", "libnvidia-ml.so.1"}
-# Run with the image's Python: each library that PyTorch and bitsandbytes link with, and where the linker finds it.
+# Run with the image's Python: what the linker finds for each library that Python or cuDNN loads by name, and for what
+# these need in turn. Others are loaded if a machine has InfiniBand, whose libraries the image never had.
 LINKED = """
 import glob, os, subprocess, sys
-root = sys.argv[1]
-folders = sorted({os.path.dirname(path) for path in glob.glob(f"{root}/nvidia/*/lib/*.so*")}) + [f"{root}/torch/lib"]
-libraries = [path for path in glob.glob(f"{root}/torch/lib/*.so*") + glob.glob(f"{root}/bitsandbytes/*.so")]
-libraries += [path for folder in folders for path in glob.glob(f"{folder}/*.so*")]
-for library in libraries:
+os.chdir(sys.argv[1])
+libraries = glob.glob("nvidia/*/lib/*.so*") + glob.glob("torch/lib/*.so")
+folders = {os.path.abspath(os.path.dirname(path)) for path in libraries}
+loaded = [path for pattern in ("torch/lib/lib[tcs]*.so", "bitsandbytes/*.so", "nvidia/cudnn/lib/*.so*")
+          for path in glob.glob(pattern)]
+for library in loaded:
     told = subprocess.run(["ldd", library], env={"LD_LIBRARY_PATH": ":".join(folders)}, capture_output=True, text=True)
     for line in told.stdout.splitlines():
         print(os.path.basename(library), "needs", line.strip())
@@ -98,11 +100,10 @@ def test_the_trainers_image_has_each_library_that_pytorch_and_bitsandbytes_link_
         code, output = said(inside, PYTHON, "-c", LINKED, SITE_PACKAGES)
     assert code == 0, output
     needed = [line.split() for line in output.splitlines() if " needs " in line]
-    assert {words[2] for words in needed if words[0] == "libtorch_cuda.so"} > {"libcudnn.so.9", "libnccl.so.2"}
-    assert {words[0] for words in needed} > {"libbitsandbytes_cuda132.so", "libcudnn_graph.so.9"}
-    assert {
-        (words[0], words[2]) for words in needed if "not found" in " ".join(words) and words[2] not in DRIVER
-    } == set()
+    assert {words[0] for words in needed} > {"libtorch_cuda.so", "libbitsandbytes_cuda132.so", "libcudnn_graph.so.9"}
+    assert {words[2] for words in needed} > {"libcudnn.so.9", "libnccl.so.2", "libcusparse.so.12", "libnvJitLink.so.13"}
+    missing = {(words[0], words[2]) for words in needed if words[-2:] == ["not", "found"]}
+    assert {(library, name) for library, name in missing if name not in DRIVER} == set()
 
 
 def test_each_module_of_the_trainer_and_each_tracker_imports_in_its_image(images: Images) -> None:
