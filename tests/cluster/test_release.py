@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from devcluster import toolchain
+from devcluster import images, toolchain
 from devcluster.layout import Layout, from_environment
 from devcluster.processes import run
 from release import image_build, pipeline, project, registry, verification
@@ -70,7 +70,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
         base = image_build.local_base(layout, address)
         release = pipeline.make(layout, programs, source, address, signer, BUILDER, folder / "made", base)
         yield Made(layout, programs, source, address, base, signer, folder / "made", release)
-        run(["buildah", "rmi", *(f"{image.repository}:{image.version}" for image in release.artifacts[:2])])
+        # Names only: layers that the tested images have too stay.
+        base_tag = f"{address}/{images.base_image(layout).rpartition('/')[2]}"
+        names = [f"{image.repository}:{image.version}" for image in release.artifacts[:2]]
+        run(["buildah", "rmi", *names, base, base_tag])
 
 
 def test_a_user_with_the_public_key_can_verify_all_of_it(made: Made) -> None:
@@ -96,7 +99,7 @@ def test_an_image_that_takes_the_place_of_a_signed_one_is_not_signed(made: Made)
     try:
         digest = image_build.push(f"{repository}:moved", made.registry)
     finally:
-        run(["buildah", "untag", f"{repository}:moved", f"{repository}:moved"])
+        run(["buildah", "rmi", f"{repository}:moved"])
     assert not made.programs.cosign.is_signed(made.signer.verifier, f"{repository}@{digest}")
     made.verify(made.signer.public)
 
