@@ -502,7 +502,7 @@ OPERATOR = (
     ),
     Mutant(
         name="fields-of-list-items-are-not-compared",
-        file=f"{_OPERATOR}/schema_check.py",
+        file=f"{_CONTRACT}/served_schema.py",
         old='("items", "additionalProperties")',
         new='("additionalProperties",)',
         tests=(f"{_OPERATOR_TESTS}/test_schema_check.py::test_fields_that_this_release_has_and_the_cluster_has_not",),
