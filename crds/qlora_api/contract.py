@@ -262,13 +262,18 @@ def _line(record: Record) -> str:
 
 def decode_record(line: str, *, job_uid: str, pod_uid: str) -> Record | None:
     """The record in a line of a log or a termination message; None for anything but a record of this job and pod."""
+    record = decode_any_record(line)
+    return record if record is not None and (record.job_uid, record.pod_uid) == (job_uid, pod_uid) else None
+
+
+def decode_any_record(line: str) -> Record | None:
+    """The record in a line of a log, whoever has written it; None for anything else. Only to be shown to people."""
     if not line.startswith("{") or len(line.encode(errors="replace")) > MAX_RESULT_BYTES:
         return None
     try:
-        record = _RECORD.validate_json(line)
+        return _RECORD.validate_json(line)
     except ValidationError:
         return None
-    return record if (record.job_uid, record.pod_uid) == (job_uid, pod_uid) else None
 
 
 @dataclass(frozen=True)
