@@ -2,7 +2,8 @@
 
 The ConfigMap of `spec.output.announce` is mounted as a folder, with one file for each adapter. One on a claim is linked
 from where that is mounted, one of the Hugging Face Hub is downloaded; both only if the file is the one that the job has
-trained. Adapters of another base are left out, and those whose entry is gone are removed.
+trained. Adapters of another base are left out, and those whose entry is gone are removed. A vLLM that has loaded an
+adapter goes on answering with it until it is restarted, whatever becomes of the folder.
 
     python sync_adapters.py ENTRIES ADAPTERS --base ORG/NAME --claim NAME=FOLDER --every 15
 """
@@ -16,14 +17,26 @@ import re
 import shutil
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 """Of an adapter, which becomes a folder's: that of a job."""
+TENSORS = "adapter_model.safetensors"
 
 
-def sync(entries: Path, adapters: Path, base: str, claims: dict[str, Path]) -> list[str]:
+@dataclass
+class Seen:
+    """What earlier rounds have found out, so that a file is read, and a wrong one downloaded, once."""
+
+    equal: dict[str, tuple[str, int, int]] = field(default_factory=dict)
+    """By name: the digest that the file has, and its size and time when it was compared."""
+    wrong: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By name: the entry that is not what is at its address."""
+
+
+def sync(entries: Path, adapters: Path, base: str, claims: dict[str, Path], seen: Seen) -> list[str]:
     """Do it once. Returns what is wrong with entries, which hold up no other."""
     wanted, problems = {}, []
     for path in sorted(entries.glob("*.json")):
@@ -38,15 +51,15 @@ def sync(entries: Path, adapters: Path, base: str, claims: dict[str, Path]) -> l
             remove(folder)
     for name, entry in wanted.items():
         try:
-            provide(adapters / name, entry, claims)
+            provide(adapters / name, entry, claims, seen)
         except (OSError, ValueError) as error:
             problems.append(f"{name}: {error}")
     return problems
 
 
-def provide(folder: Path, entry: dict[str, Any], claims: dict[str, Path]) -> None:
+def provide(folder: Path, entry: dict[str, Any], claims: dict[str, Path], seen: Seen) -> None:
     """Put the entry's adapter at `folder`. Raises ValueError or OSError if that is not what was announced."""
-    if folder.exists() and digest(folder) == entry["digest"]:
+    if is_there(folder, entry["digest"], seen) or seen.wrong.get(folder.name) == entry:
         return
     scheme, _, rest = str(entry["uri"]).partition("://")
     partial = folder.with_name(f".{folder.name}")
@@ -69,14 +82,29 @@ def provide(folder: Path, entry: dict[str, Any], claims: dict[str, Path]) -> Non
     found = digest(partial)
     if found != entry["digest"]:
         remove(partial)
+        seen.wrong[folder.name] = entry
         raise ValueError(f"adapter_model.safetensors has {found}, announced was {entry['digest']}")
     remove(folder)
     partial.rename(folder)
 
 
+def is_there(folder: Path, announced: str, seen: Seen) -> bool:
+    """Whether the folder has the adapter of that digest. The file is read if it has changed since it was compared."""
+    try:
+        stat = (folder / TENSORS).stat()
+    except FileNotFoundError:
+        return False
+    now = (announced, stat.st_size, stat.st_mtime_ns)
+    if seen.equal.get(folder.name) != now:
+        if digest(folder) != announced:
+            return False
+        seen.equal[folder.name] = now
+    return True
+
+
 def digest(folder: Path) -> str:
     """That of the adapter's tensors, as an entry has it."""
-    with (folder / "adapter_model.safetensors").open("rb") as file:
+    with (folder / TENSORS).open("rb") as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 
@@ -98,8 +126,9 @@ def main() -> int:
     parser.add_argument("--every", type=float, metavar="SECONDS", help="sync again and again")
     options = parser.parse_args()
     claims = {name: Path(folder) for name, _, folder in (each.partition("=") for each in options.claim)}
+    seen = Seen()
     while True:
-        problems = sync(options.entries, options.adapters, options.base, claims)
+        problems = sync(options.entries, options.adapters, options.base, claims, seen)
         for problem in problems:
             print(problem, file=sys.stderr, flush=True)
         if options.every is None:

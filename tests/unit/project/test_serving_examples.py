@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from examples.serving.sync_adapters import sync
+from examples.serving.sync_adapters import Seen, sync
 from qlora_api.sources import HubSource, VolumeSource, parse_source
 from qlora_api.status import AdapterStatus
 from qlora_operator.decisions.announcing import entry
@@ -77,12 +77,13 @@ def test_an_announced_adapter_is_provided_until_its_entry_is_gone(folders: tuple
     entries, adapters, claim = folders
     announce(entries)
     announce(entries, "other", base="org/another")
+    seen = Seen()
     for _ in range(2):
-        assert sync(entries, adapters, BASE, {"team": claim}) == []
+        assert sync(entries, adapters, BASE, {"team": claim}, seen) == []
         assert [path.name for path in adapters.iterdir()] == ["bot"]
         assert (adapters / "bot" / "adapter_model.safetensors").read_bytes() == TENSORS
     (entries / "bot.json").unlink()
-    assert sync(entries, adapters, BASE, {"team": claim}) == []
+    assert sync(entries, adapters, BASE, {"team": claim}, seen) == []
     assert list(adapters.iterdir()) == []
     assert (claim / "bot" / "adapter_model.safetensors").read_bytes() == TENSORS
 
@@ -103,14 +104,52 @@ def test_what_is_not_as_announced_is_not_provided_and_holds_up_no_other(
     announce(entries, "bad", **fields)
     announce(entries)
     (entries / "worse.json").write_text("[]")
-    (found,) = [text for text in sync(entries, adapters, BASE, {"team": claim}) if text.startswith("bad")]
+    (found,) = [text for text in sync(entries, adapters, BASE, {"team": claim}, Seen()) if text.startswith("bad")]
     assert problem in found
     assert [path.name for path in adapters.iterdir()] == ["bot"]
+
+
+def test_a_folder_that_has_lost_its_file_is_repaired_and_one_that_has_changed_is_compared_again(
+    folders: tuple[Path, Path, Path],
+) -> None:
+    entries, adapters, claim = folders
+    announce(entries)
+    seen = Seen()
+    (adapters / "bot").mkdir()
+    assert sync(entries, adapters, BASE, {"team": claim}, seen) == []
+    published = claim / "bot" / "adapter_model.safetensors"
+    assert (adapters / "bot" / "adapter_model.safetensors").read_bytes() == published.read_bytes()
+    published.write_bytes(b"somebody else's")
+    (problem,) = sync(entries, adapters, BASE, {"team": claim}, seen)
+    assert "announced was" in problem
+
+
+def test_what_is_wrong_is_fetched_again_once_its_entry_has_changed(
+    folders: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries, adapters, claim = folders
+    fetched = []
+
+    def fetch(repository: str, revision: str | None, local_dir: Path) -> None:
+        fetched.append(revision)
+        local_dir.mkdir()
+        (local_dir / "adapter_model.safetensors").write_bytes(TENSORS)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    announce(entries, uri="hf://team/bot@one", digest="sha256:0")
+    seen = Seen()
+    for _ in range(3):
+        sync(entries, adapters, BASE, {"team": claim}, seen)
+    assert fetched == ["one"]
+    announce(entries, uri="hf://team/bot@two")
+    assert sync(entries, adapters, BASE, {"team": claim}, seen) == []
+    assert fetched == ["one", "two"]
+    assert (adapters / "bot" / "adapter_model.safetensors").read_bytes() == TENSORS
 
 
 def test_an_entry_names_no_folder_outside(folders: tuple[Path, Path, Path]) -> None:
     entries, adapters, claim = folders
     announce(entries, name="bot")
     (entries / "bot.json").write_text((entries / "bot.json").read_text().replace('"bot"', '"../entries"'))
-    assert sync(entries, adapters, BASE, {"team": claim}) == []
+    assert sync(entries, adapters, BASE, {"team": claim}, Seen()) == []
     assert list(adapters.iterdir()) == []
