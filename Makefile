@@ -94,7 +94,7 @@ $(VENV)/bin/ruff format --check
 $(VENV)/bin/mypy
 $(VENV)/bin/lint-imports
 $(VENV)/bin/deptry crds cli operator trainer_image
-$(VENV)/bin/deptry --ignore DEP002,DEP004 benchmarks devcluster docs examples gitops helm tests
+$(VENV)/bin/deptry --ignore DEP002,DEP004 benchmarks devcluster docs examples gitops helm krew release tests
 $(PYTHON) -m pytest -q -rfEs $(TOGETHER) tests/unit
 endef
 
@@ -116,16 +116,31 @@ docs: $(VENV)/.synced-docs ## Build the documentation into site/; fails on a bro
 	@echo "site/index.html"
 
 .PHONY: generate
-generate: $(VENV)/.synced ## Write the generated files: the CustomResourceDefinition, the chart's schema, Argo CD's settings, the reference
+generate: $(VENV)/.synced ## Write the generated files: the CustomResourceDefinition, the chart's schema and README, Argo CD's settings, the reference
 	@$(PYTHON) crds/generate.py
 	@$(PYTHON) helm/values_schema.py
 	@$(PYTHON) -m helm.dashboards
 	@$(PYTHON) gitops/generate.py
 	@$(PYTHON) -m docs.generate
+	@$(PYTHON) -m release readme
+
+.PHONY: release
+release: $(VENV)/.synced ## Build, sign and verify images and chart in REGISTRY (default: one on this machine)
+	@$(PYTHON) -m release make $(if $(REGISTRY),--registry $(REGISTRY)) $(if $(TAG),--tag $(TAG)) $(RELEASE_OPTIONS)
+
+.PHONY: release-check
+release-check: $(VENV)/.synced ## Print what a release of this checkout would lack
+	@$(PYTHON) -m release check $(if $(TAG),--tag $(TAG))
 
 .PHONY: families
 families: $(VENV)/.synced ## Probe all model families of transformers, and write the page of those that are trained
 	@CUDA_VISIBLE_DEVICES= $(PYTHON) -m docs.families
+
+# Its own environment: the archive has all that is installed where it is built, and PyTorch is.
+.PHONY: plugin
+plugin: $(UV) ## Build the archive of the kubectl plugin for this platform and krew's manifest of it, into dist/
+	@UV_PROJECT_ENVIRONMENT=$(CACHE)/plugin-venv $(UV) sync --locked --no-editable --extra cli --extra client --extra plugin --python '>=3.11,<3.14' $(QUIETLY)
+	$(CACHE)/plugin-venv/bin/python krew/plugin.py $(or $(DIST),dist) --address $(or $(ADDRESS),$(error set ADDRESS to the URL below which the archive is published))
 
 .PHONY: images
 images: $(VENV)/.synced ## Build the operator's and the trainer's image

@@ -26,6 +26,8 @@ _BUSYBOX = Path("/bin/busybox")
 _SMALL_DOCKERFILE = 'FROM scratch\nCOPY root /\nCMD ["/bin/sleep", "2147483647"]\n'
 _SYSTEM_CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
 _LONGEST_BUILD_SECONDS = 3600
+# 1 January 1980, the oldest that a ZIP archive can have. Layers and images of equal files are equal.
+_TIME_OF_FILES = 315_532_800
 # For tests and demonstrations that need a shell and nothing else.
 BUSYBOX_NAME = "localhost/busybox:stable"
 
@@ -33,15 +35,20 @@ BUSYBOX_NAME = "localhost/busybox:stable"
 def start_registry(layout: Layout, ports: Ports, start: Callable[[str, list[str]], Record]) -> Record:
     """Start the registry; its blobs stay in the cache, so an image that was pushed once moves no more."""
     layout.registry.mkdir(parents=True, exist_ok=True)
+    path = layout.cluster / "registry.yaml"
+    path.write_text(registry_configuration(layout.registry, f"{addresses.LOOPBACK}:{ports.registry}"))
+    return start("docker-registry", ["serve", str(path)])
+
+
+def registry_configuration(storage: Path, address: str) -> str:
+    """The configuration file of docker-registry, in YAML."""
     configuration = {
         "version": "0.1",
         "log": {"level": "warn", "accesslog": {"disabled": True}},
-        "storage": {"filesystem": {"rootdirectory": str(layout.registry)}, "delete": {"enabled": True}},
-        "http": {"addr": f"{addresses.LOOPBACK}:{ports.registry}"},
+        "storage": {"filesystem": {"rootdirectory": str(storage)}, "delete": {"enabled": True}},
+        "http": {"addr": address},
     }
-    path = layout.cluster / "registry.yaml"
-    path.write_text(yaml.safe_dump(configuration))
-    return start("docker-registry", ["serve", str(path)])
+    return yaml.safe_dump(configuration)
 
 
 def load(layout: Layout, ports: Ports, image: str) -> str:
@@ -78,10 +85,19 @@ def qualified(image: str) -> str:
     return f"docker.io/{name}" if slash else f"docker.io/library/{name}"
 
 
-def build(layout: Layout, tag: str, dockerfile: Path, context: Path | None, arguments: Mapping[str, str]) -> None:
+def build(
+    layout: Layout,
+    tag: str,
+    dockerfile: Path,
+    context: Path | None,
+    arguments: Mapping[str, str],
+    *,
+    labels: Mapping[str, str] | None = None,
+) -> None:
     """Build one of the project's Dockerfiles; the base image is made here unless BASE_IMAGE names another.
 
-    pip inside the build sees this machine's pip configuration and CA bundle, read-only.
+    pip inside the build sees this machine's pip configuration and CA bundle, read-only. `labels` are added to those of
+    the Dockerfile.
     """
     arguments = dict(arguments)
     if "BASE_IMAGE" not in arguments and re.search(r"^ARG BASE_IMAGE\b", dockerfile.read_text(), re.MULTILINE):
@@ -94,6 +110,8 @@ def build(layout: Layout, tag: str, dockerfile: Path, context: Path | None, argu
         if bundle.exists():
             volumes.append(f"{bundle.resolve()}:{_SYSTEM_CA_BUNDLE}:ro")
         command = ["buildah", "bud", "--isolation", "chroot", "--network", "host", "--layers", "--tag", tag]
+        command += ["--timestamp", str(_TIME_OF_FILES)]
+        command += [f"--label={name}={value}" for name, value in (labels or {}).items()]
         command += [f"--volume={volume}" for volume in volumes]
         command += [f"--build-arg={name}={value}" for name, value in arguments.items()]
         command += ["--file", str(dockerfile), str(context or _REPOSITORY_ROOT)]

@@ -18,7 +18,7 @@ CHART = ROOT / "helm" / "qlora-operator"
 NAMESPACE = "qlora-system"
 RELEASE = "qlora-operator"
 
-_SHARED_SOURCES = ("pyproject.toml", "uv.lock", "README.md", "crds/qlora_api", "cli/qlora_cli")
+_SHARED_SOURCES = ("pyproject.toml", "uv.lock", "README.md", "crds/qlora_api", "cli/qlora_cli", "cli/qlora_client")
 _PACKAGES = ("operator/qlora_operator", "trainer_image/qlora_trainer")
 _DOCKERFILES = {
     "qlora-operator": ROOT / "operator" / "Dockerfile",

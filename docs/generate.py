@@ -8,6 +8,7 @@ from typing import Any
 import click
 import yaml
 
+from docs import trainer_image
 from helm.values_schema import definitions
 from qlora_api.contract import ExitCode
 from qlora_api.crd import custom_resource_definition, default_sentence, sweep_definition
@@ -40,7 +41,7 @@ def pages() -> dict[Path, str]:
         "metrics.md": _metrics(),
         "exit-codes.md": _exit_codes(),
     }
-    return {REFERENCE / name: text for name, text in texts.items()}
+    return {REFERENCE / name: text for name, text in texts.items()} | trainer_image.pages()
 
 
 def _resource() -> str:
@@ -119,7 +120,11 @@ def _at(values: Any, path: list[str]) -> Any:
 
 def _command_line() -> str:
     sections: list[str] = []
-    for name, command in qlora.commands.items():
+    program = click.Context(qlora)
+    for name in qlora.list_commands(program):
+        command = qlora.get_command(program, name)
+        if command is None:
+            raise LookupError(name)
         context = click.Context(command, info_name=f"qlora {name}")
         options = [_option(parameter, context) for parameter in command.params if isinstance(parameter, click.Option)]
         sections += [
@@ -131,8 +136,10 @@ def _command_line() -> str:
     return _page(
         "Command line",
         "`cli/qlora_cli`",
-        "`pip install '.[cli,trainer]'` in a checkout installs `qlora`. Exit codes are "
-        "[those of the steps](exit-codes.md).",
+        "`pip install '.[cli,client,trainer]'` in a checkout installs `qlora`, also as a "
+        "[plugin of kubectl](../how-to/kubectl-plugin.md). `plan`, `data` and `run` need no cluster, and the extra "
+        "`trainer`; the others ask a cluster, with the extra `client`. Exit codes are [those of the "
+        "steps](exit-codes.md), or 1 for what a cluster denies, rejects or does not have.",
         *sections,
     )
 

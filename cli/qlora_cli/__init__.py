@@ -1,1 +1,1 @@
-"""The command line: `qlora plan` and `qlora run`."""
+"""The commands of `qlora`, which is `kubectl qlora` too."""

@@ -50,11 +50,22 @@ def load_manifest(path: Path) -> Document:
 
     Values have the types that kubectl sends: `2e-4` is a number and `"64"` is not.
     """
+    return _load(path)[0]
+
+
+def load_object(path: Path) -> dict[str, Any]:
+    """The object in the file as its user has written it, after the same checks. Raises ManifestError."""
+    content: dict[str, Any] = json.loads(_load(path)[1])
+    return content
+
+
+def _load(path: Path) -> tuple[Document, str]:
+    """The document with the schema's defaults, and as JSON without them. The file may be a pipe: it is read once."""
     document = _parse(path)
     content = _json(document, path)
     model = _model(document, path)
     try:
-        return model.model_validate_json(content, strict=True, by_alias=True, by_name=False)
+        return model.model_validate_json(content, strict=True, by_alias=True, by_name=False), content
     except ValidationError as error:
         problems = [problem for problem in error.errors(include_url=False) if not follows_from_another(problem)]
         raise ManifestError(*(_describe(path, document, problem, model) for problem in problems)) from error

@@ -49,6 +49,7 @@ WORDS_OF_PATTERN: Mapping[str, str] = {
     r"^[0-9a-f]{64}$": "must be 64 lower-case hexadecimal digits",
     r"^[A-Za-z0-9][A-Za-z0-9._/-]*$": "must be a branch, tag or commit: letters, digits, '.', '_', '/' and '-', with a "
     "letter or digit first",
+    r"^[A-Za-z0-9][-A-Za-z0-9_.]*$": f"{_NAME_CHARACTERS}, with a letter or digit first",
     r"^[A-Za-z0-9_.-]+$": _NAME_CHARACTERS,
     r"^[-._a-zA-Z0-9]+$": _NAME_CHARACTERS,
     DNS_LABEL: "must be lower-case letters, digits and hyphens, with a letter or digit at both ends",

@@ -350,9 +350,14 @@ def _follow(step: _Step, jobs: Sequence[ShownRun]) -> ResultRecord | None:
 def _registries(spec: QLoRAJobSpec) -> list[str]:
     """The registries that the job names, in the form of a profile's list; one on this machine is used without TLS."""
     initial = [spec.lora.initial_adapter.source] if spec.lora.initial_adapter else []
-    addresses = (parse_source(uri) for uri in (spec.model.source, *initial, *spec.output.destinations.values()))
-    hosts = sorted({source.registry for source in addresses if isinstance(source, RegistrySource)})
-    return [f"http://{host}" if host.partition(":")[0] in ("localhost", "127.0.0.1") else host for host in hosts]
+    return list(allowed_registries([spec.model.source, *initial, *spec.output.destinations.values()]))
+
+
+def allowed_registries(addresses: Sequence[str]) -> tuple[str, ...]:
+    """The registries of the addresses, in the form of a profile's list; one on this machine is used without TLS."""
+    sources = map(parse_source, addresses)
+    hosts = sorted({source.registry for source in sources if isinstance(source, RegistrySource)})
+    return tuple(f"http://{host}" if host.partition(":")[0] in ("localhost", "127.0.0.1") else host for host in hosts)
 
 
 def _command(step: StepName, jobs: Sequence[ShownRun]) -> list[str]:

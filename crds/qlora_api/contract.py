@@ -24,6 +24,7 @@ from qlora_api.status import (
     StepName,
     Timestamp,
 )
+from qlora_api.tracking import TrackingStatus
 from qlora_api.usage import WorkStatus
 
 CONTRACT_VERSION = 4
@@ -53,6 +54,8 @@ MODEL_CACHE_MOUNT = PurePosixPath("/model-cache")
 TOKEN_FILE = PurePosixPath("/secrets/model/token")
 # In it a folder for each part of the spec whose secretRef a step may read, with a file for each key.
 CREDENTIALS_MOUNT = PurePosixPath("/credentials")
+SIGNING_KEY_FILE = PurePosixPath("/secrets/signing/private.pem")
+"""Only publish has it."""
 CA_MOUNT = PurePosixPath("/ca")
 """In it a folder for the ConfigMap of the profile's own certificates, with a file for its key."""
 PROXY_MOUNT = PurePosixPath("/proxy")
@@ -67,6 +70,11 @@ ENV_CONTRACT_VERSION = "QLORA_CONTRACT_VERSION"
 ENV_DEVICE = "QLORA_DEVICE"
 ENV_OUTPUT_CLAIM = "QLORA_WORKSPACE_CLAIM"
 ENV_REGISTRIES = "QLORA_REGISTRIES"
+ENV_MLFLOW_SERVER = "QLORA_MLFLOW_SERVER"
+ENV_WANDB_SERVER = "QLORA_WANDB_SERVER"
+"""Servers of trackers, to which publish uploads. Not the tools' own variables, by which train would log to a server."""
+ENV_IMAGE = "QLORA_IMAGE"
+"""The trainer's image as the profile names it, for the lineage."""
 ENV_CA_FILE = "QLORA_CA_FILE"
 """File with certificates that are trusted besides the public ones."""
 ENV_PROXY_SECRET = "QLORA_PROXY_SECRET"  # noqa: S105 - a path
@@ -81,6 +89,8 @@ ENV_RUNGS = "QLORA_RUNGS"
 """Optimizer steps after which a sweep compares its cells, separated by commas: train reports the losses there."""
 ENV_GROUP_SIZE = "QLORA_GROUP_SIZE"
 """How many jobs are trained together with the job, itself included: prepare reports what of its memory they share."""
+REPORT_FILE = "report.html"
+"""The page of a run, beside the adapter and in the workspace."""
 ENV_GPU_HOUR_PRICE = "QLORA_GPU_HOUR_PRICE"
 """The profile's price of a GPU hour and its currency, such as `2.50 EUR`, for the report that publish writes."""
 SWEEP_REPORT = "report.html"
@@ -220,6 +230,8 @@ class ResultRecord(_Record):
     gate: GateStatus | None = None
     adapter: AdapterStatus | None = None
     merged: MergedStatus | None = None
+    report_sha256: str | None = Field(None, max_length=64, pattern=r"^[0-9a-f]{64}$")
+    tracking: TrackingStatus | None = None
 
 
 Record = ProgressRecord | ResultRecord
@@ -250,13 +262,18 @@ def _line(record: Record) -> str:
 
 def decode_record(line: str, *, job_uid: str, pod_uid: str) -> Record | None:
     """The record in a line of a log or a termination message; None for anything but a record of this job and pod."""
+    record = decode_any_record(line)
+    return record if record is not None and (record.job_uid, record.pod_uid) == (job_uid, pod_uid) else None
+
+
+def decode_any_record(line: str) -> Record | None:
+    """The record in a line of a log, whoever has written it; None for anything else. Only to be shown to people."""
     if not line.startswith("{") or len(line.encode(errors="replace")) > MAX_RESULT_BYTES:
         return None
     try:
-        record = _RECORD.validate_json(line)
+        return _RECORD.validate_json(line)
     except ValidationError:
         return None
-    return record if (record.job_uid, record.pod_uid) == (job_uid, pod_uid) else None
 
 
 @dataclass(frozen=True)

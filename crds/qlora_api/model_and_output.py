@@ -1,7 +1,7 @@
 """The part of a QLoRAJob's spec that says where models and adapters come from and where the adapter is published."""
 
 from itertools import combinations
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -10,6 +10,7 @@ from qlora_api.gguf import GgufSpec
 from qlora_api.profile import ObjectName
 from qlora_api.schema import ApiModel, rule, rules
 from qlora_api.sources import OBJECT_STORES, AdapterAddress, FolderAddress, ModelAddress, scheme_of
+from qlora_api.tracking import TrackingSpec
 
 Revision = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")]
 
@@ -189,6 +190,16 @@ class OutputSpec(ApiModel):
     )
     base: PublishedBaseSpec | None = Field(
         None, description="Also publish the 4-bit base that the adapter was trained on; not published if not set."
+    )
+    report: Literal["full", "withoutSamples", "none"] | None = Field(
+        None,
+        description="The page report.html beside the adapter: without the sample answers, which show rows of the data "
+        "(withoutSamples, also if not set), with them (full), or not at all (none). The workspace has it in full.",
+    )
+    tracking: TrackingSpec | None = Field(
+        None,
+        description="How the history of the run is uploaded to the servers of the trackers in training.reportTo, if "
+        "the profile names them.",
     )
     gguf: GgufSpec | None = Field(
         None, description="Also publish the adapter as a GGUF file, for llama.cpp and Ollama; none if not set."

@@ -3,7 +3,11 @@
 A name derives from the job's name and UID, so that a retry can never create a second child.
 """
 
-from qlora_api.status import StepName
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    # The models take longer to import than most commands of the command line run, which need the labels only.
+    from qlora_api.status import StepName
 
 # Labels of everything that is created for a job.
 JOB_LABEL = "qlora.dev/job"
@@ -34,7 +38,7 @@ def short_uid(uid: str) -> str:
     return uid[:8]
 
 
-def child_job_name(job_name: str, step: StepName, attempt: int) -> str:
+def child_job_name(job_name: str, step: "StepName", attempt: int) -> str:
     """`<job>-<step>-<attempt>`: at most 59 characters for a job's name of at most 45 and 5 digits."""
     return f"{job_name}-{step}-{attempt}"
 

@@ -187,6 +187,36 @@ class ObjectStoreSettings(ApiModel):
     )
 
 
+class TrackingServer(ApiModel):
+    """The server of a tracker."""
+
+    url: Annotated[str, Field(max_length=256, pattern=r"^https?://[A-Za-z0-9.:\[\]-]+(/[A-Za-z0-9._~/-]*)?$")] = Field(
+        description="URL of the server, without credentials; https://api.wandb.ai for the public Weights & Biases."
+    )
+
+
+class TrackingServers(ApiModel):
+    """The servers to which publish uploads the history of runs. A job names trackers, never a server."""
+
+    mlflow: TrackingServer | None = Field(None, description="MLflow's tracking server.")
+    wandb: TrackingServer | None = Field(None, description="Weights & Biases.")
+
+
+class SigningKey(ApiModel):
+    """A key of a Secret in each namespace with jobs, with which publish signs what an adapter was made of."""
+
+    name: ObjectName = Field(
+        description="Name of the Secret. Publish waits for it, no other step mounts it, and no job may name it."
+    )
+    key: str = Field(
+        "signing.key",
+        min_length=1,
+        max_length=253,
+        pattern=r"^[-._a-zA-Z0-9]+$",
+        description="Key in the Secret: a private key in PEM (PKCS #8, not encrypted), ECDSA P-256 or Ed25519.",
+    )
+
+
 class ModelCache(ApiModel):
     """A claim on which the jobs of a namespace share base models in 4-bit."""
 
@@ -312,6 +342,12 @@ class Profile(ApiModel):
         max_length=32,
         description="OCI registries that jobs may name in oci://, as HOST or HOST:PORT; with http:// before one "
         "without TLS. Their token servers must be listed too: credentials are sent to no other host.",
+    )
+    tracking: TrackingServers | None = Field(
+        None, description="Servers of the trackers that jobs name in training.reportTo; runs stay in files if not set."
+    )
+    signing_key: SigningKey | None = Field(
+        None, description="Signs the lineage of each adapter; a statement without signature is published if not set."
     )
     ca_config_map: CaConfigMap | None = Field(
         None,

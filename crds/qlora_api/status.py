@@ -20,6 +20,7 @@ from qlora_api.status_types import Share as Share
 from qlora_api.status_types import ShortText as ShortText
 from qlora_api.status_types import Timestamp as Timestamp
 from qlora_api.status_types import Uri as Uri
+from qlora_api.tracking import TrackingStatus
 from qlora_api.usage import ForecastStatus, UsageStatus
 
 MAX_DOCUMENT_LENGTH = 131_072
@@ -358,6 +359,13 @@ class MergedStatus(ObservedModel):
     eval_tokens: Count = Field(0, description="Number of target tokens that both losses are means of.")
 
 
+class ReportStatus(ObservedModel):
+    """The page of the run that is published beside the adapter."""
+
+    uri: Uri = Field(description="Its address: that of the adapter, and its name there.")
+    sha256: str = Field(max_length=64, pattern=r"^[0-9a-f]{64}$", description="Its SHA-256.")
+
+
 class FailureStatus(ObservedModel):
     """The latest failure, also of an attempt that is retried."""
 
@@ -395,6 +403,12 @@ class QLoRAJobStatus(ObservedModel):
     gate: GateStatus | None = Field(None, description="Whether the adapter has passed spec.gate; not set without one.")
     adapter: AdapterStatus | None = Field(None, description="The finished adapter.")
     merged: MergedStatus | None = Field(None, description="The merged model, if output.merged is set.")
+    report: ReportStatus | None = Field(
+        None, description="The published page of the run; not set with output.report none. The workspace has it too."
+    )
+    tracking: TrackingStatus | None = Field(
+        None, description="The run on the servers of trackers; not set if the job and its profile name none."
+    )
     failures: Count = Field(0, description="Attempts so far that ended with an error.")
     disruptions: Count = Field(
         0,

@@ -223,7 +223,9 @@ class TrainingSpec(ApiModel):
         "slower and needs less memory. full does not support merged output, samples or autoMicroBatch.",
     )
     report_to: Annotated[tuple[Literal["tensorboard", "mlflow", "wandb"], ...], Field(max_length=3)] = Field(
-        (), description="Trackers that the curves are also written for, as files in report/ of the workspace."
+        (),
+        description="Trackers that the curves are also written for, as files in report/ of the workspace. If the "
+        "profile names a server of mlflow or wandb, publish uploads the run to it (output.tracking).",
     )
     optimizer: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw"] = Field(
         "paged_adamw_32bit", description="AdamW with paged state in 32-bit or 8-bit, or PyTorch's AdamW."

@@ -11,6 +11,7 @@ from qlora_api.group import GroupSpec, group_rules, reject_ungroupable
 from qlora_api.model_and_output import BaseModelSpec, OutputSpec
 from qlora_api.profile import DNS_LABEL, AccessMode, NodeSelector, ObjectName, Quantity, Tolerations
 from qlora_api.schema import ApiModel, immutable, rule, rule_at_creation, rules
+from qlora_api.tracking import reject_untracked, tracking_rules
 from qlora_api.training import LoraSpec, QuantizationSpec, ResourcesSpec, TrainingSpec
 from qlora_api.usage import BudgetSpec
 
@@ -274,6 +275,7 @@ def _spec_rules(schema: dict[str, Any]) -> None:
                 f"spec.gate.score cannot be changed once the job exists, as training measures it: {_REMEDY}",
             ),
             *group_rules(),
+            *tracking_rules(),
             *gguf_rules(),
             *immutable(QLoRAJobSpec, except_for=MUTABLE_FIELDS | {"resources"}, remedy=_REMEDY),
             *immutable(ResourcesSpec, except_for=frozenset({"memory"}), remedy=_REMEDY, path="resources."),
@@ -392,6 +394,11 @@ class QLoRAJobSpec(ApiModel):
             raise ValueError(_CHECKS_NEEDED)
         if not of_rows and any(named):
             raise ValueError(_CHECKS_UNUSED)
+        return self
+
+    @model_validator(mode="after")
+    def _tracking_has_a_use(self) -> Self:
+        reject_untracked(self)
         return self
 
     @model_validator(mode="after")

@@ -29,7 +29,13 @@ from qlora_operator.decisions.detached import (
     misses_running_pod,
     with_detached_pods,
 )
-from qlora_operator.decisions.events import budget_event, phase_event, progress_event, unreadable_event
+from qlora_operator.decisions.events import (
+    budget_event,
+    phase_event,
+    progress_event,
+    tracking_event,
+    unreadable_event,
+)
 from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.group import look_again_after, waiting_for
 from qlora_operator.decisions.manifests import DNS_PORTS
@@ -376,6 +382,8 @@ class Reconciler:
             await post(self.cluster, key, event)
         if event := progress_event(job, status, facts.now) or budget_event(job, status, facts.now):
             logger.warning("%s", event["message"], extra={"key": key})
+            await post(self.cluster, key, event)
+        if event := tracking_event(job, status, facts.now):
             await post(self.cluster, key, event)
         return bool(written["metadata"]["resourceVersion"] != job.resource_version)
 

@@ -9,11 +9,11 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
-from qlora_api.crd import definitions
-from qlora_api.v1alpha1 import GROUP, KIND, VERSION
+from qlora_api.served_schema import missing_fields
+from qlora_api.v1alpha1 import GROUP, VERSION
 from qlora_operator.cluster import ClusterError, NotFoundError
 from qlora_operator.decisions.observe import Object
 
@@ -22,8 +22,6 @@ logger = logging.getLogger(__name__)
 NO_DEFINITION = "the cluster does not know QLoRAJob: apply the CustomResourceDefinitions of this release"
 _LONGEST_PAUSE, _PAUSE_WHILE_WAITING, _SHORTEST_PAUSE = 30.0, 3.0, 1.0
 _MOST_NAMED = 3
-
-Schema = Mapping[str, Any]
 
 
 class Schemas(Protocol):
@@ -122,46 +120,3 @@ def _lack(missing: list[str]) -> str | None:
         f"the cluster's CustomResourceDefinition ({GROUP}/{VERSION}) lacks {', '.join(missing[:_MOST_NAMED])}{more}, "
         "which this operator needs: apply the CustomResourceDefinitions of this release"
     )
-
-
-def missing_fields(document: Schema) -> list[str]:
-    """Fields of the operator's own definitions that the OpenAPI document lacks, as `status.phase`; outermost only.
-
-    Those of another kind than QLoRAJob begin with it: `QLoRASweep.status.phase`.
-    """
-    return [path for kind, definition in definitions().items() for path in _missing_of(kind, definition, document)]
-
-
-def _missing_of(kind: str, definition: Schema, document: Schema) -> list[str]:
-    served = _served_schema(document, kind)
-    if served is None:
-        return [kind]
-    own = definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
-    prefix = "" if kind == KIND else f"{kind}."
-    parts = ("spec", "status")
-    return sorted(path for part in parts for path in _missing(own[part], _property(served, part), f"{prefix}{part}"))
-
-
-def _served_schema(document: Schema, wanted: str) -> Schema | None:
-    schemas = (document.get("components") or {}).get("schemas") or {}
-    for schema in schemas.values():
-        kinds = schema.get("x-kubernetes-group-version-kind") or ()
-        if any(kind.get("kind") == wanted for kind in kinds):
-            return dict(schema)
-    return None
-
-
-def _property(schema: Schema, name: str) -> Schema | None:
-    found: Schema | None = (schema.get("properties") or {}).get(name)
-    return found
-
-
-def _missing(own: Schema, served: Schema | None, path: str) -> Iterator[str]:
-    if served is None:
-        yield path
-    elif not served.get("x-kubernetes-preserve-unknown-fields"):
-        for name, part in (own.get("properties") or {}).items():
-            yield from _missing(part, _property(served, name), f"{path}.{name}")
-        for keyword in ("items", "additionalProperties"):
-            if isinstance(own.get(keyword), Mapping):
-                yield from _missing(own[keyword], served.get(keyword) or {}, f"{path}[]")

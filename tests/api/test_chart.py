@@ -431,6 +431,7 @@ SERVERS: Object = {
     "hubEndpoint": "http://hub.example.org:8080",
     "objectStore": {"endpoint": "http://s3.example.org"},
     "registries": ["registry.example.org", "http://registry.example.org:5000", "other.example.org:6000"],
+    "tracking": {"mlflow": {"url": "https://mlflow.example.org:7000/team"}},
 }
 
 
@@ -460,7 +461,7 @@ def test_only_the_steps_that_need_servers_have_a_network_and_nobody_reaches_a_jo
     for step in ("prepare", "publish"):
         dns, servers = rules(step, "egress") or ({}, {})
         assert {(port["port"], port["protocol"]) for port in dns["ports"]} == {(5353, "UDP"), (5353, "TCP")}
-        assert {port["port"] for port in servers["ports"]} == {8080, 80, 443, 5000, 6000, 9}
+        assert {port["port"] for port in servers["ports"]} == {8080, 80, 443, 5000, 6000, 7000, 9}
         assert {block["ipBlock"]["cidr"] for block in servers["to"]} == {"0.0.0.0/0", "::/0"}
         assert "169.254.0.0/16" in servers["to"][0]["ipBlock"]["except"]
 

@@ -1,7 +1,8 @@
 """The metrics, the alerts and the dashboards with Prometheus' own programs, and the operator that they are about."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from tests.support.waiting import eventually
 
 CHART = Path(__file__).parents[2] / "helm" / "qlora-operator"
 Object = dict[str, Any]
-PROGRAMS = ("prometheus", "promtool")
 SITE = "https://docs.example.org/qlora"
 PROGRESS = {
     "step": 120,
@@ -34,13 +34,22 @@ PROGRESS = {
 }
 
 
+@dataclass(frozen=True)
+class Programs:
+    """Prometheus' two programs, and which release they are of."""
+
+    release: str
+    prometheus: Path
+    promtool: Path
+
+
 @pytest.fixture(scope="module", params=["debian", pytest.param("newest", marks=pytest.mark.slow)])
-def programs(request: pytest.FixtureRequest) -> dict[str, Path]:
-    """Prometheus and promtool: Debian's, and the newest release."""
+def programs(request: pytest.FixtureRequest) -> Programs:
+    """Debian's, and those of the newest release."""
     layout = from_environment()
     if request.param == "debian":
-        return {name: packages.unpacked(layout, name) for name in PROGRAMS}
-    return toolchain.built(layout, PROGRAMS)
+        return Programs("debian", packages.unpacked(layout, "prometheus"), packages.unpacked(layout, "promtool"))
+    return Programs("newest", **toolchain.built(layout, ("prometheus", "promtool")))
 
 
 def template(file: str, **values: Any) -> list[Object]:
@@ -117,15 +126,15 @@ def test_who_may_read_the_metrics_is_the_administrators_choice() -> None:
         assert "from" not in rules["probes"], "the kubelet probes from any node"
 
 
-def test_each_alert_fires_when_it_should_and_only_then(programs: dict[str, Path], tmp_path: Path) -> None:
+def test_each_alert_fires_when_it_should_and_only_then(programs: Programs, tmp_path: Path) -> None:
     tests = yaml.safe_load(CASES.read_text()) | {"rule_files": [str(FILE)]}
     (tmp_path / "tests.yaml").write_text(yaml.safe_dump(tests))
-    assert "SUCCESS" in run([programs["promtool"], "test", "rules", tmp_path / "tests.yaml"], seconds=60)
+    assert "SUCCESS" in run([programs.promtool, "test", "rules", tmp_path / "tests.yaml"], seconds=60)
 
 
-def test_the_rules_that_the_chart_installs_are_valid(programs: dict[str, Path], tmp_path: Path) -> None:
+def test_the_rules_that_the_chart_installs_are_valid(programs: Programs, tmp_path: Path) -> None:
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": installed_groups(siteURL=SITE)}))
-    said = run([programs["promtool"], "check", "rules", "--lint-fatal", tmp_path / "rules.yaml"], seconds=60)
+    said = run([programs.promtool, "check", "rules", "--lint-fatal", tmp_path / "rules.yaml"], seconds=60)
     assert f"{len(alerts())} rules found" in said
 
 
@@ -162,7 +171,7 @@ def apply(operated: Nodeless, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def prometheus(
-    programs: dict[str, Path], operated: Nodeless, job: str, tmp_path_factory: pytest.TempPathFactory
+    programs: Programs, operated: Nodeless, job: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Prometheus]:
     """It scrapes the operator, and a kubelet's figures of the claim that the job writes to, with the chart's alerts."""
     claim = operated.job(job)["status"]["resolved"]["claimName"]
@@ -178,27 +187,43 @@ def prometheus(
     folder = tmp_path_factory.mktemp("prometheus") / "server"
     with serving_metrics(kubelet) as port:
         targets = {"qlora-operator-metrics": operated.metrics_port, "kubelet": port}
-        with running_prometheus(programs["prometheus"], folder, targets, groups) as server:
+        with running_prometheus(programs.prometheus, folder, targets, groups) as server:
             yield server
 
 
 def test_promtool_has_nothing_to_say_against_the_metrics_of_an_operator_at_work(
-    programs: dict[str, Path], operated: Nodeless, job: str
+    programs: Programs, operated: Nodeless, job: str
 ) -> None:
     page = operated.metrics()
     assert f'name="{job}"' in page
-    assert run([programs["promtool"], "check", "metrics"], input_text=page, seconds=60) == ""
+    assert run([programs.promtool, "check", "metrics"], input_text=page, seconds=60) == ""
 
 
-def test_every_query_of_the_dashboards_has_an_answer(prometheus: Prometheus, operated: Nodeless, job: str) -> None:
-    apply(operated, "waits")
-    operated.succeed("waits", "prepare")
-    operated.wait_for_phase("waits", "Queued")
-    apply(operated, "diverges")
-    operated.succeed("diverges", "prepare")
-    operated.run("diverges", "train")
-    operated.fail("diverges", "train", 14, "Diverged", "the loss is not a number")
-    operated.wait_for_phase("diverges", "Failed")
+@pytest.fixture
+def jobs(operated: Nodeless, programs: Programs) -> Iterator[Callable[[str], str]]:
+    """Creates jobs, with a name of this release's own, and deletes them after the test."""
+    created: list[str] = []
+
+    def create(name: str) -> str:
+        created.append(f"{name}-{programs.release}")
+        apply(operated, created[-1])
+        return created[-1]
+
+    yield create
+    for name in created:
+        operated.kubectl("delete", "qlorajob", name, f"--namespace={NAMESPACE}", "--wait=false")
+
+
+def test_every_query_of_the_dashboards_has_an_answer(
+    prometheus: Prometheus, operated: Nodeless, job: str, jobs: Callable[[str], str]
+) -> None:
+    waits, diverges = jobs("waits"), jobs("diverges")
+    operated.succeed(waits, "prepare")
+    operated.wait_for_phase(waits, "Queued")
+    operated.succeed(diverges, "prepare")
+    operated.run(diverges, "train")
+    operated.fail(diverges, "train", 14, "Diverged", "the loss is not a number")
+    operated.wait_for_phase(diverges, "Failed")
     asked = {
         f"{name}: {panel['title']}: {query}": query
         for name, dashboard in dashboards().items()
@@ -232,9 +257,10 @@ def test_the_alerts_are_evaluated_without_an_error_and_fire(
     assert alert["annotations"]["runbook_url"] == f"{SITE}/runbooks/QLoRAWorkspaceNearlyFull.html"
 
 
-def test_the_series_of_a_job_end_with_it(prometheus: Prometheus, operated: Nodeless) -> None:
-    name = "short"
-    apply(operated, name)
+def test_the_series_of_a_job_end_with_it(
+    prometheus: Prometheus, operated: Nodeless, jobs: Callable[[str], str]
+) -> None:
+    name = jobs("short")
     operated.run(name, "prepare")
     operated.wait_for_phase(name, "Preparing")
     eventually(lambda: prometheus.query(f'{{name="{name}"}}'), seconds=30, every=0.5, what="series of the job")

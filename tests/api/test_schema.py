@@ -73,6 +73,10 @@ def test_the_server_fills_in_the_defaults_of_the_models(plane: ControlPlane) -> 
 
 SHARDED = with_value(with_value(MINIMAL, "spec.training.sharding", "full"), "spec.resources.gpus", 2)
 REJECTED = {
+    "a tracker's server and no tracker that has one": (
+        with_value(with_value(MINIMAL, "spec.training.reportTo", ["tensorboard"]), "spec.output.tracking", {}),
+        "add one of them to training.reportTo",
+    ),
     "no spec": (without(MINIMAL, "spec"), "spec: Required value"),
     "no model": (without(MINIMAL, "spec.model"), "spec.model: Required value"),
     "wrong type": (with_value(MINIMAL, "spec.lora.rank", "sixteen"), "spec.lora.rank"),

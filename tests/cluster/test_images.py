@@ -1,5 +1,6 @@
 """The images as they are shipped: what each side needs and no more, for a user who is not root."""
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +12,35 @@ from devcluster import product
 from devcluster.processes import run
 from devcluster.product import Images
 from qlora_api.contract import CPU_ALLOCATOR
+from release import dockerfiles, project
 
 LARGEST_OPERATOR_IMAGE = 150_000_000
 PYTHON = "/opt/qlora/bin/python"
+SITE_PACKAGES = "/opt/qlora/lib/python3.11/site-packages"
+# Of the driver, which the node brings.
+DRIVER = {"libcuda.so.1", "libnvidia-ml.so.1"}
+# Run with the image's Python: what the linker finds for each library that Python or cuDNN loads by name, and for what
+# these need in turn. Others are loaded if a machine has InfiniBand, whose libraries the image never had.
+LINKED = """
+import glob, os, subprocess, sys
+os.chdir(sys.argv[1])
+libraries = glob.glob("nvidia/*/lib/*.so*") + glob.glob("torch/lib/*.so")
+folders = {os.path.abspath(os.path.dirname(path)) for path in libraries}
+loaded = [path for pattern in ("torch/lib/lib[tcs]*.so", "bitsandbytes/*.so", "nvidia/cudnn/lib/*.so*")
+          for path in glob.glob(pattern)]
+for library in loaded:
+    told = subprocess.run(["ldd", library], env={"LD_LIBRARY_PATH": ":".join(folders)}, capture_output=True, text=True)
+    for line in told.stdout.splitlines():
+        print(os.path.basename(library), "needs", line.strip())
+"""
+IMPORTED = """
+import importlib, pkgutil, qlora_trainer
+for module in pkgutil.walk_packages(qlora_trainer.__path__, "qlora_trainer."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+import torch, torch.utils.tensorboard, torchvision, mlflow, wandb, pyarrow.parquet
+print("all of it")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +92,43 @@ def test_the_trainers_image_can_quantize(images: Images) -> None:
     with container(images.trainer) as inside:
         assert re.search(r"Params4bit \d", said(inside, PYTHON, "-c", program)[1])
         assert "prepare" in said(inside, "/opt/qlora/bin/qlora-trainer", "--help")[1]
+
+
+def test_the_trainers_image_has_each_library_that_pytorch_and_bitsandbytes_link_with(images: Images) -> None:
+    """What training loads on a GPU, which no test has here: nothing of it may be among what the image does without."""
+    with container(images.trainer) as inside:
+        code, output = said(inside, PYTHON, "-c", LINKED, SITE_PACKAGES)
+    assert code == 0, output
+    needed = [line.split() for line in output.splitlines() if " needs " in line]
+    assert {words[0] for words in needed} > {"libtorch_cuda.so", "libbitsandbytes_cuda132.so", "libcudnn_graph.so.9"}
+    assert {words[2] for words in needed} > {"libcudnn.so.9", "libnccl.so.2", "libcusparse.so.12", "libnvJitLink.so.13"}
+    missing = {(words[0], words[2]) for words in needed if words[-2:] == ["not", "found"]}
+    assert {(library, name) for library, name in missing if name not in DRIVER} == set()
+
+
+def test_each_module_of_the_trainer_and_each_tracker_imports_in_its_image(images: Images) -> None:
+    with container(images.trainer) as inside:
+        code, output = said(inside, PYTHON, "-c", IMPORTED)
+    assert (code, output.splitlines()[-1]) == (0, "all of it"), output
+
+
+def test_the_trainers_image_does_without_what_its_dockerfile_says_it_does(images: Images) -> None:
+    layers = dockerfiles.layers((project.ROOT / project.DOCKERFILES["qlora-trainer"]).read_text())
+    removed = [removal.command for layer in layers for removal in layer.removals]
+    patterns = [word for command in removed if command.startswith("rm") for word in command.split()[1:] if "/" in word]
+    assert len(patterns) > 10
+    listed = f"cd {SITE_PACKAGES} && ls -d triton {' '.join(f'{pattern} nvidia/{pattern}' for pattern in patterns)}"
+    with container(images.trainer) as inside:
+        found = [line for line in said(inside, "sh", "-c", listed)[1].splitlines() if "No such file" not in line]
+    assert found == []
+
+
+def test_the_trainers_image_has_the_layers_whose_purpose_its_dockerfile_states(images: Images) -> None:
+    layers = dockerfiles.layers((project.ROOT / project.DOCKERFILES["qlora-trainer"]).read_text())
+    description = json.loads(run(["buildah", "inspect", "--type", "image", images.trainer]))["OCIv1"]
+    base = json.loads(run(["buildah", "inspect", "--type", "image", images.operator]))["OCIv1"]["rootfs"]["diff_ids"]
+    own = [digest for digest in description["rootfs"]["diff_ids"] if digest != base[0]]
+    assert len(own) == sum(len(layer.instructions) for layer in layers)
 
 
 def test_the_trainers_image_has_the_allocator_that_the_operator_names(images: Images) -> None:

@@ -1,7 +1,11 @@
 """The life of a job, as its user sees it, from `kubectl apply` to an adapter that plain PEFT loads."""
 
+import hashlib
 import json
+import os
+import re
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tests.cluster.conftest import row
 from tests.cluster.environment import INPUTS, LONG, Object, Tenant, tiny_job
+from tests.support.typed import typed
 
 NAME = "life"
 
@@ -23,6 +28,10 @@ class Finished:
     status: Object
     seen: list[list[str]]
     """The lines that `kubectl get qlorajobs --watch` printed, as words."""
+    watched: str
+    """What `qlora watch` showed in a terminal."""
+    logs: str
+    """What `qlora logs --follow` printed."""
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +45,20 @@ def finished(tenant: Tenant, tmp_path_factory: pytest.TempPathFactory) -> Finish
     tenant.apply(tiny_job(NAME, steps=LONG, model=model))
     with output.open("w") as file:
         watch = subprocess.Popen([*get, "--watch", "--no-headers"], stdout=file)
+        options = ("--kubeconfig", str(kubectl.kubeconfig), namespace)
         try:
-            status = tenant.succeed(NAME, seconds=600)
-            tenant.kubectl("wait", f"qlorajob/{NAME}", "--for=condition=Succeeded", "--timeout=10s")
+            with (
+                typed("watch", NAME, *options, terminal=True) as watched,
+                typed("logs", NAME, "--follow", *options, terminal=False) as logs,
+            ):
+                status = tenant.succeed(NAME, seconds=600)
+                tenant.kubectl("wait", f"qlorajob/{NAME}", "--for=condition=Succeeded", "--timeout=10s")
+                assert (watched.end(), logs.end()) == (0, 0)
         finally:
             watch.terminate()
             watch.wait()
-    return Finished(status, [line.split() for line in output.read_text().splitlines()])
+    seen = [line.split() for line in output.read_text().splitlines()]
+    return Finished(status, seen, watched.shown, logs.shown)
 
 
 def test_the_watch_shows_every_phase_and_moving_numbers(finished: Finished) -> None:
@@ -55,6 +71,14 @@ def test_the_watch_shows_every_phase_and_moving_numbers(finished: Finished) -> N
     assert all(words[2].endswith("%") and words[3].endswith(f"/{LONG}") for words in training)
     assert all(float(words[4]) > 0 for words in training)
     assert len({words[5] for words in training}) >= 2, f"the time left never moved: {finished.seen}"
+
+
+def test_the_command_line_shows_the_same_life(finished: Finished) -> None:
+    assert re.search(rf"\d+% \d+/{LONG}, loss [\d.]+", finished.watched)
+    assert f"{NAME} has succeeded: {finished.status['adapter']['uri']}" in finished.watched
+    for step in ("prepare", "train", "publish"):
+        assert len(re.findall(rf"^\d\d:\d\d:\d\d {step} succeeded: ", finished.logs, re.MULTILINE)) == 1
+    assert re.search(rf"train: \S+ \d+/{LONG}, loss [\d.]+", finished.logs)
 
 
 def test_the_status_tells_what_was_trained_on_what(finished: Finished) -> None:
@@ -90,6 +114,42 @@ def test_every_change_of_phase_is_an_event(tenant: Tenant) -> None:
 
 def test_the_sum_in_the_status_is_that_of_the_file(tenant: Tenant, finished: Finished) -> None:
     assert tenant.adapter_sum(finished.status) == finished.status["adapter"]["sha256"]
+
+
+def qlora(tenant: Tenant, *arguments: str) -> str:
+    """What the command prints, which must succeed."""
+    options = [f"--namespace={tenant.namespace}", "--kubeconfig", str(tenant.cluster.kubectl.kubeconfig)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "qlora_cli", *arguments, *options], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_command_line_downloads_the_adapter_and_the_report_and_leaves_no_pod(
+    tenant: Tenant, finished: Finished, tmp_path: Path
+) -> None:
+    adapter, report, picture = tmp_path / "adapter", tmp_path / "report.html", tmp_path / "curve.svg"
+    assert finished.status["adapter"]["sha256"] in qlora(tenant, "adapter", NAME, "--output", str(adapter))
+    content = (adapter / "adapter_model.safetensors").read_bytes()
+    assert hashlib.sha256(content).hexdigest() == finished.status["adapter"]["sha256"]
+    qlora(tenant, "report", NAME, "--output", str(report), "--no-open")
+    assert NAME in report.read_text()
+    # It has not trained, so that only the first has a curve, from its workspace.
+    other = tenant.apply(tiny_job("other", suspend=True))
+    compared = qlora(tenant, "compare", NAME, other, "--picture", str(picture))
+    assert f"{LONG}/{LONG}" in compared
+    assert f"A  {NAME}" in compared
+    assert picture.read_text().startswith("<?xml")
+    assert tenant.get("pods", "--selector=app.kubernetes.io/name=qlora-reader")["items"] == []
+
+
+def test_the_command_line_finds_no_problem_in_the_cluster(tenant: Tenant) -> None:
+    checks = json.loads(qlora(tenant, "doctor", "--output", "json"))["checks"]
+    assert [check for check in checks if check["verdict"] == "problem"] == []
+    found = {check["name"]: check["verdict"] for check in checks}
+    assert [found[name] for name in ("Operator", "Operator's Lease", "Definitions", "Your rights")] == ["ok"] * 4
 
 
 def test_plain_peft_loads_the_adapter_and_it_lowers_held_out_loss(

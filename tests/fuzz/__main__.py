@@ -16,12 +16,13 @@ from pathlib import Path
 import atheris
 
 # The parsers must be imported here first, or libFuzzer would not see which branches an input takes.
-with atheris.instrument_imports(include=["qlora_api", "qlora_cli", "qlora_operator", "qlora_trainer"]):
+with atheris.instrument_imports(include=["qlora_api", "qlora_cli", "qlora_client", "qlora_operator", "qlora_trainer"]):
     from tests.fuzz.answers import ANSWERS
     from tests.fuzz.documents import DOCUMENTS
+    from tests.fuzz.downloads import DOWNLOADS
     from tests.fuzz.files import FILES
 
-TARGETS = DOCUMENTS | FILES | ANSWERS
+TARGETS = DOCUMENTS | FILES | ANSWERS | DOWNLOADS
 _MEMORY_MIB = 4096
 _SECONDS_AN_INPUT = 20
 _LONGEST_INPUT = 4096

@@ -20,7 +20,7 @@ API = (
     ),
     Mutant(
         name="a-status-may-have-numbers-that-json-has-not",
-        file=f"{_CONTRACT}/status.py",
+        file=f"{_CONTRACT}/status_types.py",
         old="Field(allow_inf_nan=False)",
         new="Field(allow_inf_nan=True)",
         tests=(
@@ -502,7 +502,7 @@ OPERATOR = (
     ),
     Mutant(
         name="fields-of-list-items-are-not-compared",
-        file=f"{_OPERATOR}/schema_check.py",
+        file=f"{_CONTRACT}/served_schema.py",
         old='("items", "additionalProperties")',
         new='("additionalProperties",)',
         tests=(f"{_OPERATOR_TESTS}/test_schema_check.py::test_fields_that_this_release_has_and_the_cluster_has_not",),
@@ -864,6 +864,29 @@ OPERATOR = (
         new='metadata["name"], "")',
         tests=(
             f"{_OPERATOR_TESTS}/test_handlers.py::test_a_job_that_is_created_anew_is_known_although_the_deletion_of_the_old_one_is_shown_last",
+        ),
+    ),
+    Mutant(
+        name="the-series-of-a-job-stay-when-it-has-ended",
+        file=f"{_DECISIONS}/shown.py",
+        old="return self.phase in RUNNING",
+        new="return True",
+        tests=(f"{_OPERATOR_TESTS}/test_metrics.py::test_the_series_of_a_job_end_when_it_no_longer_runs",),
+    ),
+    Mutant(
+        name="a-pod-invents-labels-of-metrics",
+        file=f"{_DECISIONS}/failure_reasons.py",
+        old="return reason if reason in FAILURE_REASONS else OTHER",
+        new="return reason",
+        tests=(f"{_OPERATOR_TESTS}/test_metrics.py::test_what_a_tenant_writes_makes_no_series",),
+    ),
+    Mutant(
+        name="the-time-in-a-phase-begins-anew-with-each-write",
+        file=f"{_DECISIONS}/summary.py",
+        old="stored.phase_since if phase == stored.phase else format_time(facts.now)",
+        new="format_time(facts.now)",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_write_that_changes_the_phase_says_since_when_and_measures_the_phase_before",
         ),
     ),
     Mutant(

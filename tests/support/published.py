@@ -1,5 +1,6 @@
 """A job that has been published, and its context."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from qlora_api.contract import WorkspaceLayout
@@ -10,21 +11,32 @@ from qlora_trainer.steps.publish import publish
 from tests.support.command import Files
 from tests.support.tiny import JOB_UID, POD_UID, Recorded
 
+_MOUNTS = Mounts()
 
-def context(files: Files, *, uid: str = JOB_UID) -> StepContext:
-    """What the step would be given for these files."""
+
+def context(
+    files: Files, *, uid: str = JOB_UID, registries: tuple[str, ...] = (), mounts: Mounts = _MOUNTS
+) -> StepContext:
+    """What the step would be given for these files. `mounts`: with other claims than these files'."""
     document = {**files.document, "metadata": {"name": "tiny", "uid": uid}}
     return StepContext(
         document=QLoRAJobDocument.model_validate(document),
         workspace=WorkspaceLayout(files.workspace),
-        mounts=Mounts(claims={"models": files.models, "data": files.data}),
+        mounts=replace(mounts, claims={"models": files.models, "data": files.data}),
         device="cpu",
         pod_uid=POD_UID,
         attempt=1,
         workspace_uri="pvc://work/tiny-7d0c2f5e",
+        registries=registries,
     )
 
 
-def published(files: Files, *, uid: str = JOB_UID) -> PublishRecord:
+def published(
+    files: Files, *, uid: str = JOB_UID, registries: tuple[str, ...] = (), mounts: Mounts = _MOUNTS
+) -> PublishRecord:
     """The step, done in this process."""
-    return publish(context(files, uid=uid), Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
+    return publish(
+        context(files, uid=uid, registries=registries, mounts=mounts),
+        Recorded(),
+        now=lambda: datetime(2026, 1, 2, tzinfo=UTC),
+    )

@@ -42,6 +42,7 @@ a rule with an empty list of ports allows all of them. */}}
 {{- range (include "qlora-operator.settings" . | fromYaml).profiles -}}
 {{- $store := default dict .objectStore -}}
 {{- $servers := list (default "https://huggingface.co" .hubEndpoint) (default "https://s3.amazonaws.com" $store.endpoint) -}}
+{{- range default dict .tracking }}{{ $servers = append $servers .url }}{{ end -}}
 {{- with (default dict .googleStorage).endpoint }}{{ $servers = append $servers . }}{{ end -}}
 {{- with (default dict .azureStorage).endpoint }}{{ $servers = append $servers . }}{{ end -}}
 {{- with .httpsProxy }}{{ $servers = append $servers . }}{{ end -}}

@@ -10,7 +10,7 @@ from qlora_operator.decisions.deletions import note_deletion
 from qlora_operator.decisions.detached import still_running
 from qlora_operator.decisions.endings import DONE, fail, failure_of, succeed
 from qlora_operator.decisions.facts import Facts, new_step, next_attempt, set_condition
-from qlora_operator.decisions.figures import with_known_facts, with_training_facts
+from qlora_operator.decisions.figures import with_known_facts, with_publication, with_training_facts
 from qlora_operator.decisions.observe import ChildJob, Pod, Reason
 from qlora_operator.decisions.resolution import with_profile_of_today
 from qlora_operator.decisions.together import ending_pod, is_over, trains_together
@@ -144,7 +144,7 @@ def _complete(status: QLoRAJobStatus, facts: Facts, record: ResultRecord) -> QLo
     if step == "publish":
         base = status.base if record.base is None else record.base
         found = {"adapter": record.adapter, "merged": record.merged, "gate": record.gate, "base": base}
-        status = status.model_copy(update=found)
+        status = with_publication(status.model_copy(update=found), record)
         return succeed(status, facts)
     if step == "prepare":
         status = with_known_facts(status, record).model_copy(update={"progress": None})

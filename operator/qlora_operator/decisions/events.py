@@ -42,6 +42,15 @@ def progress_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict
     return _build(_metadata(job), found.reason, found.message, now, warning=True, name=name)
 
 
+def tracking_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[str, Any] | None:
+    """The Event of a run that a tracker's server has not taken, once it is known; None otherwise."""
+    if status.tracking is None or status.tracking == job.status.tracking or not status.tracking.failures:
+        return None
+    why = "; ".join(f"{tracker}: {message}" for tracker, message in status.tracking.failures.items())
+    message = f"the adapter is published, and its run could not be uploaded to {why}"
+    return _build(_metadata(job), "TrackingFailed", message, now, warning=True, name=_digest(f"{job.uid} {why}"))
+
+
 def budget_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[str, Any] | None:
     """The Event of a job that is expected to exceed its budget, as it was not in the stored status; None otherwise."""
     found, before = condition(status, "WithinBudget"), condition(job.status, "WithinBudget")

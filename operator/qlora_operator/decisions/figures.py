@@ -1,8 +1,8 @@
 """Turns the trainer's records into the figures that a status shows; pure."""
 
-from qlora_api.contract import ProgressRecord, ResultRecord, nine_digits
+from qlora_api.contract import REPORT_FILE, ProgressRecord, ResultRecord, nine_digits
 from qlora_api.duration import format_duration
-from qlora_api.status import CheckpointStatus, EvaluationStatus, ProgressStatus, QLoRAJobStatus
+from qlora_api.status import CheckpointStatus, EvaluationStatus, ProgressStatus, QLoRAJobStatus, ReportStatus
 
 _DECIMALS = 4
 """Of the figures that are only shown."""
@@ -76,6 +76,14 @@ def with_known_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobSt
     if status.resolved is not None and record.model_revision is not None:
         changes["resolved"] = status.resolved.model_copy(update={"model_revision": record.model_revision})
     return status.model_copy(update=changes)
+
+
+def with_publication(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobStatus:
+    """The status with what publish has left beside the adapter and on trackers."""
+    report = None
+    if record.adapter is not None and record.report_sha256 is not None:
+        report = ReportStatus(uri=f"{record.adapter.uri}/{REPORT_FILE}", sha256=record.report_sha256)
+    return status.model_copy(update={"report": report, "tracking": record.tracking})
 
 
 def with_training_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobStatus:

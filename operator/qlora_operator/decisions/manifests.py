@@ -20,7 +20,7 @@ from qlora_api.naming import (
     other_spec_annotation,
     peers_name,
 )
-from qlora_api.profile import Profile, StepResources, Toleration
+from qlora_api.profile import Profile, StepResources, Toleration, TrackingServers
 from qlora_api.status import Resolved, StepName
 from qlora_api.v1alpha1 import API_VERSION, KIND, STEP_FIELDS
 from qlora_operator.decisions.clouds import cloud_environment, identity_labels, service_account_name
@@ -269,7 +269,9 @@ def _pod(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int, others
     profile = resolved.profile
     grace = profile.termination_grace_period_seconds if step == "train" else _SHORT_GRACE_SECONDS
     names = [other.name for other in others]
-    mounts, volumes = mounts_and_volumes(job, resolved.claim_name, profile.model_cache, step, resolved.continued, names)
+    mounts, volumes = mounts_and_volumes(
+        job, resolved.claim_name, profile.model_cache, step, resolved.continued, names, profile.signing_key
+    )
     if step in ("prepare", "publish"):
         added = network_volumes(profile)
         mounts, volumes = mounts + added[0], volumes + added[1]
@@ -341,6 +343,8 @@ def _environment(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int
     }
     if step in ("prepare", "publish"):
         values |= _servers(resolved.profile) | network_environment(resolved.profile)
+    if step == "publish":
+        values |= _of_publish(resolved.profile)
     values |= _model_cache(job, resolved, step)
     # Not the job that publishes the best cell: that cell is on the page already.
     writes_report = step in ("train", "publish") and job.spec.continues is None
@@ -388,6 +392,17 @@ def _servers(profile: Profile) -> dict[str, str]:
         "AWS_REGION": profile.object_store.region,
         contract.ENV_REGISTRIES: " ".join(profile.registries),
         **cloud_environment(profile),
+    }
+    return {name: value for name, value in values.items() if value}
+
+
+def _of_publish(profile: Profile) -> dict[str, str]:
+    """The image, for the lineage, and the servers of trackers."""
+    tracking = profile.tracking or TrackingServers()
+    values = {
+        contract.ENV_IMAGE: profile.image,
+        contract.ENV_MLFLOW_SERVER: tracking.mlflow and tracking.mlflow.url,
+        contract.ENV_WANDB_SERVER: tracking.wandb and tracking.wandb.url,
     }
     return {name: value for name, value in values.items() if value}
 

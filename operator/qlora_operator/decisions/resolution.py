@@ -12,7 +12,7 @@ from qlora_operator.decisions.facts import FIRST_JOB, Facts, new_step
 from qlora_operator.decisions.group import image_of_group, objection_of_group, yet_to_start
 from qlora_operator.decisions.manifests import document
 from qlora_operator.decisions.observe import ChildJob, QLoRAJob, Reason
-from qlora_operator.decisions.volumes import reserved_claim
+from qlora_operator.decisions.volumes import reserved_claim, reserved_secret
 
 _NOT_SHARED = "WorkspaceNotShared"
 _ROOM_FOR_A_GATE = 1024
@@ -123,6 +123,7 @@ def objection_to_job(facts: Facts) -> Reason | None:
         )
     return (
         reserved_claim(facts.job.spec, facts.profiles.values())
+        or reserved_secret(facts.job.spec, facts.profiles.values())
         or _not_shared(facts.job, profile)
         or objection_of_limits(facts)
         or objection_of_other_job(facts, facts.profiles.values())

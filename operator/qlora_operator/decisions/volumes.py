@@ -6,7 +6,7 @@ from typing import Any
 from qlora_api import contract
 from qlora_api.model_and_output import SecretRef
 from qlora_api.naming import SPEC_ANNOTATION, other_spec_annotation
-from qlora_api.profile import ModelCache, Profile
+from qlora_api.profile import ModelCache, Profile, SigningKey
 from qlora_api.sources import ConfigMapSource, VolumeSource, parse_source
 from qlora_api.status import ContinuedRun, StepName
 from qlora_api.v1alpha1 import QLoRAJobSpec
@@ -29,6 +29,11 @@ _SECRET_KEYS = {
 }
 # Of an address in Azure one of two: without either, the step fails and is tried again.
 _OPTIONAL_SECRET_KEYS = {"s3": ("AWS_SESSION_TOKEN",), "az": ("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN")}
+# The same for the servers of trackers. None is needed: a run that cannot be uploaded must not hold back its adapter.
+_TRACKER_KEYS = {
+    "mlflow": ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
+    "wandb": ("WANDB_API_KEY",),
+}
 
 
 def mounts_and_volumes(
@@ -38,15 +43,16 @@ def mounts_and_volumes(
     step: StepName,
     continued: ContinuedRun | None = None,
     others: Sequence[str] = (),
+    signing_key: SigningKey | None = None,
 ) -> tuple[list[Manifest], list[Manifest]]:
     """`volumeMounts` of the trainer and `volumes` of the pod, each volume once.
 
     Every step mounts the workspace, the job's manifest and a small folder for temporary files. Besides these, prepare
     reads the model, the data, an earlier adapter and their secrets, and the folder of the run that the job continues,
     and checks the destination with its secret; train reads the model; publish reads the model, writes to the
-    destination and reads its secret. A Secret or ConfigMap that does not exist yet keeps the pod waiting, which costs
-    no retry. Only prepare may write to the cache of models. `others`: the names of the jobs that train trains too,
-    whose manifests are beside the job's.
+    destination and reads its secret, those of trackers, if they exist, and the profile's signing key. Any other Secret
+    or ConfigMap that does not exist yet keeps the pod waiting, which costs no retry. Only prepare may write to the
+    cache of models. `others`: the names of the jobs that train trains too, whose manifests are beside the job's.
     """
     mounts = [
         _mount("job", str(contract.JOB_FILE.parent), read_only=True),
@@ -74,6 +80,9 @@ def mounts_and_volumes(
         _add_config_maps(job.spec, mounts, volumes)
         _add_token(job.spec, mounts, volumes)
     _add_credentials(job.spec, step, mounts, volumes)
+    if step == "publish":
+        _add_tracking(job.spec, mounts, volumes)
+        _add_signing_key(signing_key, mounts, volumes)
     return mounts, volumes
 
 
@@ -106,6 +115,31 @@ def reserved_claim(spec: QLoRAJobSpec, profiles: Iterable[Profile]) -> Reason | 
 def reserved_claims(profiles: Iterable[Profile]) -> set[str]:
     """The claims on which profiles cache models."""
     return {profile.model_cache.claim_name for profile in profiles if profile.model_cache is not None}
+
+
+def reserved_secret(spec: QLoRAJobSpec, profiles: Iterable[Profile]) -> Reason | None:
+    """Why the job must not start: it names a Secret with a signing key of a profile, also of another than its own.
+
+    A step would send the key to a server as if it were a token, and whoever has it can sign anything.
+    """
+    reserved = {profile.signing_key.name for profile in profiles if profile.signing_key is not None}
+    initial, tracking = spec.lora.initial_adapter, spec.output.tracking
+    named = {
+        "spec.model.tokenSecretRef": spec.model.token_secret_ref,
+        "spec.model.secretRef": spec.model.secret_ref,
+        "spec.dataset.secretRef": spec.dataset.secret_ref,
+        "spec.lora.from.secretRef": initial.secret_ref if initial else None,
+        "spec.output.secretRef": spec.output.secret_ref,
+        "spec.output.tracking.secretRef": tracking.secret_ref if tracking else None,
+    }
+    for field, reference in named.items():
+        if reference is not None and reference.name in reserved:
+            return Reason(
+                "SecretNotAllowed",
+                f"{field} names the Secret {reference.name!r}, with which a profile signs adapters (signingKey): "
+                "create the job again with another Secret",
+            )
+    return None
 
 
 def claim_not_allowed(field: str, claim: str) -> Reason:
@@ -187,6 +221,28 @@ def _add_credentials(spec: QLoRAJobSpec, step: StepName, mounts: list[Manifest],
             volume = f"{part}-credentials"
             mounts.append(_mount(volume, str(contract.CREDENTIALS_MOUNT / part), read_only=True))
             volumes.append(_credentials(volume, reference.name, {uri.partition("://")[0] for uri in addresses}))
+
+
+def _add_tracking(spec: QLoRAJobSpec, mounts: list[Manifest], volumes: list[Manifest]) -> None:
+    reference = spec.output.tracking.secret_ref if spec.output.tracking else None
+    if reference is None:
+        return
+    keys = [key for tracker in spec.training.report_to for key in _TRACKER_KEYS.get(tracker, ())]
+    # A source for each key, as one that the Secret lacks would keep the others away too.
+    sources = [
+        {"secret": {"name": reference.name, "optional": True, "items": [{"key": key, "path": key}]}} for key in keys
+    ]
+    mounts.append(_mount("tracking-credentials", str(contract.CREDENTIALS_MOUNT / "tracking"), read_only=True))
+    volumes.append({"name": "tracking-credentials", "projected": {"defaultMode": _SECRET_MODE, "sources": sources}})
+
+
+def _add_signing_key(key: SigningKey | None, mounts: list[Manifest], volumes: list[Manifest]) -> None:
+    if key is None:
+        return
+    mounts.append(_mount("signing-key", str(contract.SIGNING_KEY_FILE.parent), read_only=True))
+    items = [{"key": key.key, "path": contract.SIGNING_KEY_FILE.name}]
+    secret = {"secretName": key.name, "items": items, "defaultMode": _SECRET_MODE}
+    volumes.append({"name": "signing-key", "secret": secret})
 
 
 def _credentials(volume: str, name: str, schemes: set[str]) -> Manifest:

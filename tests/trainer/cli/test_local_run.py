@@ -319,7 +319,7 @@ def test_the_paths_of_a_workspace_are_shown_as_they_are(tmp_path: Path, monkeypa
         "train": ResultRecord.model_validate({**done, "step": "train", "trainingStep": 3}),
         "publish": ResultRecord.model_validate({**done, "step": "publish", "adapter": adapter}),
     }
-    monkeypatch.setattr("qlora_cli.__main__.run_steps", lambda *_: Ended(0, None, results))
+    monkeypatch.setattr("qlora_cli.local_commands.run_steps", lambda *_: Ended(0, None, results))
     shown = CliRunner().invoke(main, arguments(files, manifest(files, SPEC)), env={"COLUMNS": "80"})
     assert shown.exit_code == 0, shown.output
     assert re.search(rf"Adapter +{re.escape(uri)}\n", shown.output)

@@ -31,7 +31,7 @@ from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
 from tests.support.command import Files
 from tests.support.published import context
-from tests.support.tiny import Recorded
+from tests.support.tiny import JOB_UID, Recorded
 from tests.support.training import run as train
 
 ADDRESS = "pvc://data/bases/tiny"
@@ -45,8 +45,8 @@ def job(trained: Files) -> Files:
     return trained.with_spec({"output": {"base": {"destination": ADDRESS}}})
 
 
-def run(files: Files, **identity: str) -> Any:
-    return publish(context(files, **identity), Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
+def run(files: Files, *, uid: str = JOB_UID) -> Any:
+    return publish(context(files, uid=uid), Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
 
 
 @pytest.fixture

@@ -137,7 +137,10 @@ def test_the_folder_describes_itself(finished: Files) -> None:
         for path in folder.iterdir()
         if path.name != "manifest.json"
     }
-    assert set(described) == {"adapter_model.safetensors", "adapter_config.json", "README.md", "loss.png"}
+    assert set(described) == {
+        *("adapter_model.safetensors", "adapter_config.json", "README.md"),
+        *("loss.png", "report.html", "lineage.intoto.json"),
+    }
 
     model_card = ModelCard.load(folder / "README.md")
     assert (model_card.data.library_name, model_card.data.pipeline_tag) == ("peft", "text-generation")
@@ -176,6 +179,25 @@ def test_the_report_shows_the_run(finished: Files) -> None:
     assert summary["optimizerSteps"] == 30
     assert summary["memory"]["peakBytes"] > 0
     assert summary["dataset"]["usedRows"] == 30
+
+
+def test_the_page_beside_the_adapter_shows_rows_of_the_data_only_if_the_job_wants_that(trained: Files) -> None:
+    prompt = "List the pods of namespace"
+    assert prompt in (trained.workspace / "report" / "samples.json").read_text()
+    record = published(trained)
+    page = (trained.workspace / "adapter" / "report.html").read_bytes()
+    assert record.report_sha256 == sha256(page).hexdigest()
+    assert b"Held-out loss" in page
+    assert prompt.encode() not in page
+    assert prompt in (trained.workspace / "report" / "report.html").read_text()
+
+    for wanted, has in (("full", True), ("none", False)):
+        shutil.rmtree(trained.workspace / "adapter")
+        shown = published(trained.with_spec({"output": {"report": wanted}}))
+        found = (trained.workspace / "adapter" / "report.html").exists()
+        assert (found, shown.report_sha256 is not None) == (has, has)
+        if has:
+            assert prompt.encode() in (trained.workspace / "adapter" / "report.html").read_bytes()
 
 
 def test_publishing_again_changes_nothing(trained: Files) -> None:

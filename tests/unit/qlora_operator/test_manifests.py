@@ -229,6 +229,46 @@ def test_credentials_are_files_of_the_step_that_needs_them(step: StepName, expec
     assert not any("valueFrom" in entry and "secretKeyRef" in entry["valueFrom"] for entry in container_of(job)["env"])
 
 
+TRACKED: dict[str, Any] = {
+    "training": {"reportTo": ["tensorboard", "mlflow", "wandb"]},
+    "output": {"tracking": {"secretRef": {"name": "trackers"}}},
+}
+WITH_TRACKERS = {
+    "tracking": {"mlflow": {"url": "https://mlflow.example.org/team"}, "wandb": {"url": "https://api.wandb.ai"}},
+    "signingKey": {"name": "signing", "key": "cosign.pem"},
+    "image": "registry.example.org/trainer@sha256:0",
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_publish_alone_knows_trackers_and_the_signing_key(step: StepName) -> None:
+    job = build(step, WITH_TRACKERS, **TRACKED)
+    given = {
+        "QLORA_MLFLOW_SERVER": "https://mlflow.example.org/team",
+        "QLORA_WANDB_SERVER": "https://api.wandb.ai",
+        "QLORA_IMAGE": "registry.example.org/trainer@sha256:0",
+    }
+    found = {name: value for name, value in environment_of(job).items() if name in given}
+    assert found == (given if step == "publish" else {})
+    volumes = {volume["name"]: volume for volume in pod_of(job)["volumes"]}
+    mounts = {mount["name"]: mount for mount in container_of(job)["volumeMounts"]}
+    if step != "publish":
+        assert not {"tracking-credentials", "signing-key"} & volumes.keys()
+        return
+    sources = [source["secret"] for source in volumes["tracking-credentials"]["projected"]["sources"]]
+    assert {source["name"] for source in sources} == {"trackers"}
+    assert {item["key"] for source in sources for item in source["items"]} == {
+        *("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "WANDB_API_KEY")
+    }
+    # The adapter does not wait for them, but for the key.
+    assert all(source["optional"] and len(source["items"]) == 1 for source in sources)
+    signing = volumes["signing-key"]["secret"]
+    assert (signing["secretName"], signing["items"]) == ("signing", [{"key": "cosign.pem", "path": "private.pem"}])
+    assert "optional" not in signing
+    assert mounts["signing-key"]["mountPath"] == "/secrets/signing"
+    assert mounts["tracking-credentials"]["mountPath"] == "/credentials/tracking"
+
+
 def test_a_merged_model_brings_the_keys_of_its_own_scheme() -> None:
     output = {"destination": "hf://acme/adapter", "merged": {"destination": "oci://ghcr.io/acme/merged:v1"}}
     job = build("publish", output=output | {"secretRef": {"name": "write"}})

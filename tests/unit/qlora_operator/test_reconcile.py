@@ -471,7 +471,7 @@ def test_a_finished_job_whose_model_this_release_cannot_read_is_cleaned_up_if_it
     assert FINISHED.resolved is not None
     fixed = FINISHED.resolved.model_copy(update={"document": document})
     cluster = stored(FINISHED.model_copy(update={"resolved": fixed}), cleanupAfterSeconds=0)
-    cluster.job["spec"]["model"] = {"source": "swift://bucket/model"}
+    cluster.job["spec"]["model"] = {"source": "nfs://server/model"}
     reconcile(cluster, now=after(10))
     assert [body["metadata"]["name"] for body in cluster.jobs] == ([f"{NAME}-clean-1"] if document else [])
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from qlora_api.crd import definitions
+from qlora_api.served_schema import missing_fields
 from qlora_operator.cluster import ClusterError, NotFoundError
-from qlora_operator.schema_check import SchemaCheck, missing_fields
+from qlora_operator.schema_check import SchemaCheck
 from tests.support.builders import VirtualLoop
 
 

@@ -7,7 +7,9 @@ import pytest
 from qlora_api.gguf import GgufStatus
 from qlora_api.profile import Profile
 from qlora_api.status import AdapterStatus, BaseStatus, MergedStatus, QLoRAJobStatus
+from qlora_api.tracking import TrackedRun, TrackingStatus
 from qlora_operator.decisions.cleanup import cleanup_at
+from qlora_operator.decisions.events import tracking_event
 from qlora_operator.decisions.observe import Reason
 from qlora_operator.decisions.status import next_status, with_child, with_rejection
 from tests.support.builders import (
@@ -18,6 +20,7 @@ from tests.support.builders import (
     FOUND,
     MEMORY,
     NAME,
+    NOW,
     PROFILE,
     after,
     child,
@@ -116,6 +119,47 @@ def test_a_job_that_names_the_claim_of_a_cache_waits_whatever_its_own_profile(fi
     assert (status.phase, status.resolved, reason_of(status)) == ("Pending", None, "ClaimNotAllowed")
     assert message_of(status).startswith(f"spec.{field} names the claim 'models'")
     assert follow(make_job(), profiles={"default": cached}).resolved is not None
+
+
+@pytest.mark.parametrize(
+    ("field", "spec"),
+    [
+        (
+            "model.tokenSecretRef",
+            {"model": {"source": "hf://a/b", "tokenSecretRef": {"name": "signing", "key": "key"}}},
+        ),
+        ("output.secretRef", {"output": {"destination": "s3://team/a", "secretRef": {"name": "signing"}}}),
+        (
+            "output.tracking.secretRef",
+            {"training": {"reportTo": ["wandb"]}, "output": {"tracking": {"secretRef": {"name": "signing"}}}},
+        ),
+    ],
+)
+def test_a_job_that_names_the_secret_with_a_signing_key_waits(field: str, spec: dict[str, Any]) -> None:
+    """A step would send the key to a server as if it were a token."""
+    assert follow(make_job(**spec)).resolved is not None
+    signing = Profile.model_validate(PROFILE.dump() | {"signingKey": {"name": "signing"}})
+    status = follow(make_job(**spec), profiles={"default": PROFILE, "signed": signing})
+    assert (status.phase, status.resolved, reason_of(status)) == ("Pending", None, "SecretNotAllowed")
+    assert message_of(status).startswith(f"spec.{field} names the Secret 'signing'")
+    assert follow(make_job(), profiles={"default": signing}).resolved is not None
+
+
+def test_the_status_names_the_page_and_the_runs_of_trackers_and_an_event_what_was_not_uploaded() -> None:
+    body = pod("publish")
+    tracking = TrackingStatus(mlflow=TrackedRun(url="https://m.example.org/#/r"), wandb=TrackedRun(message="denied"))
+    reported = ended(body, 0, result(body, "publish", adapter=ADAPTER, report_sha256="d" * 64, tracking=tracking))
+    before = make_job(status_in("publish"))
+    end = follow(before, child("publish", Complete=""), reported)
+    assert end.phase == "Succeeded"
+    assert end.report is not None
+    assert (end.report.uri, end.report.sha256) == (f"{ADAPTER.uri}/report.html", "d" * 64)
+    assert end.tracking == tracking
+    event = tracking_event(before, end, NOW)
+    assert event is not None
+    assert (event["type"], event["reason"]) == ("Warning", "TrackingFailed")
+    assert event["message"].endswith("could not be uploaded to wandb: denied")
+    assert tracking_event(make_job(end), end, NOW) is None
 
 
 def test_a_profile_that_changes_later_does_not_change_the_job() -> None:

@@ -101,6 +101,27 @@ def test_a_token_that_has_expired_is_replaced_without_a_restart(tmp_path: Path) 
     against(work, tmp_path, {"exec": plugin | {"interactiveMode": "Never"}})
 
 
+def test_each_request_is_observed_with_its_status_and_without_one_if_there_is_no_answer(tmp_path: Path) -> None:
+    seen: list[tuple[str, str, int | None]] = []
+    path = "/apis/qlora.dev/v1alpha1/namespaces/team/qlorajobs/tune"
+
+    def observe(method: str, path: str, status: int | None, seconds: float) -> None:
+        assert seconds >= 0
+        seen.append((method, path, status))
+
+    async def work(server: Server, cluster: Cluster) -> None:
+        cluster._transport._on_request = observe
+        await cluster.get_qlora_job("team", "tune")
+        server.expired = "token"
+        with pytest.raises(ClusterError):
+            await cluster.get_qlora_job("team", "tune")
+        with pytest.raises(TooLongError):
+            await cluster._transport.send("GET", path, headers={}, most=1)
+
+    against(work, tmp_path, {"token": "token"})
+    assert seen == [("GET", path, 200), ("GET", path, 401), ("GET", path, None)]
+
+
 def test_an_answer_that_is_longer_than_it_may_be_is_not_read_to_its_end(tmp_path: Path) -> None:
     async def work(server: Server, cluster: Cluster) -> None:
         with pytest.raises(TooLongError):

@@ -22,6 +22,7 @@ from qlora_api.status import (
     Share,
     Timestamp,
 )
+from qlora_api.tracking import TrackingStatus
 from qlora_api.usage import WorkStatus
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.measured_memory import MeasuredMemory
@@ -214,6 +215,8 @@ class PublishRecord(ObservedModel):
     gate: GateStatus | None = Field(None, description="How it was judged; not set without spec.gate.")
     merged: MergedStatus | None = None
     base: BaseStatus | None = Field(None, description="The base, if it was published.")
+    report_sha256: str | None = Field(None, description="SHA-256 of the published page; not set if there is none.")
+    tracking: TrackingStatus | None = Field(None, description="The run on servers of trackers; not set without any.")
 
 
 _Completion = TypeVar("_Completion", PrepareRecord, TrainRecord, PublishRecord)

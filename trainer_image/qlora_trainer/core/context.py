@@ -28,6 +28,8 @@ class Mounts:
     config_maps: Path = Path(contract.CONFIG_MAPS_MOUNT)
     token_file: Path = Path(contract.TOKEN_FILE)
     credentials: Path = Path(contract.CREDENTIALS_MOUNT)
+    signing_key: Path = Path(contract.SIGNING_KEY_FILE)
+    """The key with which lineage is signed; not there if the profile names none, and on a laptop."""
     model_cache: Path | None = None
     """Where downloaded base models are shared; None if each job has its own."""
     continued: Path = Path(contract.CONTINUED_MOUNT)

@@ -135,8 +135,8 @@ def result_record(
 ) -> ResultRecord:
     """The step's last record, redacted and within its size: a message that is too long is cut.
 
-    If the message is short by then, the sources of a mix are left out first. The record has what was known when the
-    step ended, also when the step failed.
+    If the message is short by then, the sources of a mix are left out first, and the runs of trackers last. The record
+    has what was known when the step ended, also when the step failed.
     """
     message = shortened(one_line(redact(ending.message)), MAX_MESSAGE_LENGTH)
     record = ResultRecord(
@@ -157,6 +157,8 @@ def result_record(
         elif message:
             message = shortened(message, len(message) // 2)
             record = record.model_copy(update={"message": message})
+        elif record.tracking is not None:
+            record = record.model_copy(update={"tracking": None})
         else:
             return record
     return record
@@ -204,6 +206,8 @@ def _known(completion: CompletionRecord | None, findings: Findings) -> dict[str,
             "gate": completion.gate,
             "merged": completion.merged,
             "base": completion.base,
+            "report_sha256": completion.report_sha256,
+            "tracking": completion.tracking,
         }
     return known
 

@@ -1,5 +1,6 @@
 """Publishes an artifact to an OCI registry and sets its tag last."""
 
+from collections.abc import Mapping
 from functools import partial
 
 from qlora_api.sources import RegistrySource
@@ -11,6 +12,7 @@ from qlora_trainer.publishing.manifest import Manifest, parse_manifest
 from qlora_trainer.stores.contents import Contents, describe_files
 from qlora_trainer.stores.model_pack import pack, unpack
 from qlora_trainer.stores.oci import MAX_MANIFEST_BYTES, Artifact, Blob, Registry, digest_of
+from qlora_trainer.stores.oci_referrers import attach
 from qlora_trainer.stores.retry import read_back
 
 
@@ -76,6 +78,13 @@ class RegistryDestination:
         """See Destination."""
         found = self._artifact()
         return self.uri if found is None else f"{self.uri}@{found.digest}"
+
+    def attach(self, document: bytes, media_type: str, annotations: Mapping[str, str], digest: str) -> None:
+        """Attach a document to the artifact that is published there, which must have this digest."""
+        found = self._registry.manifest(digest)
+        if found is None:
+            raise unreachable(f"{self.uri} no longer has {digest}: the next attempt publishes it again")
+        attach(self._registry, found, document, media_type, annotations)
 
     def _artifact(self) -> Artifact | None:
         return self._registry.manifest(self._source.reference)

@@ -24,6 +24,9 @@ from qlora_trainer.report.serving import rejected_by_vllm, served_rank, serving_
 from qlora_trainer.report.trained_job import TrainedJob
 
 _GIB = 2**30
+_ONLY_IN_THE_WORKSPACE = (
+    "they show rows of the data, and are on the page in the workspace; spec.output.report: full publishes them too"
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,17 @@ def write_report(
     page = _page(job, device, history, statistics, samples, merged)
     write_atomically(folder / REPORT_FILE, page.encode())
     return picture
+
+
+def published_page(job: TrainedJob, workspace: WorkspaceLayout, *, device: Device, samples: bool) -> bytes:
+    """The page for the folder of the adapter. Without `samples` it shows no row of the data.
+
+    The same run gives the same bytes. Raises as `write_report`.
+    """
+    folder = workspace.report
+    shown = read_samples(folder / SAMPLES_FILE) if samples else Samples(missing=_ONLY_IN_THE_WORKSPACE)
+    statistics = DataStatistics.read(workspace.root / job.prepared.data_path)
+    return _page(job, device, read_history(folder / HISTORY_FILE), statistics, shown, None).encode()
 
 
 def _page(

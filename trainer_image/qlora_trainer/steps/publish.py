@@ -1,4 +1,4 @@
-"""The step `publish`: verify the adapter, draw the report, write both to their destinations, merge if asked to."""
+"""The step `publish`: verify the adapter, draw the report, write both, merge if asked to, and upload the history."""
 
 import hashlib
 import json
@@ -22,6 +22,7 @@ from qlora_trainer.core.file_names import (
     GGUF_FILE,
     HISTORY_FILE,
     MODEL_CARD_FILE,
+    REPORT_FILE,
 )
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.paths import confined
@@ -31,17 +32,18 @@ from qlora_trainer.model.cache import require_whole_in_cache
 from qlora_trainer.model.initial_adapter import read_initial_adapter
 from qlora_trainer.publishing.addresses import open_destination
 from qlora_trainer.publishing.base import base_still_published, publish_base
-from qlora_trainer.publishing.destination import Destination, is_published, publish_folder
+from qlora_trainer.publishing.destination import Destination, is_published
 from qlora_trainer.publishing.gate import gate_failure, judge
 from qlora_trainer.publishing.gguf import GgufFile, gguf_file
 from qlora_trainer.publishing.job_template import job_template_file
-from qlora_trainer.publishing.manifest import run_manifest
+from qlora_trainer.publishing.lineage import publish_with_lineage
 from qlora_trainer.publishing.merged import publish_merged, still_published
+from qlora_trainer.publishing.tracking import upload_run
 from qlora_trainer.publishing.verify import require_own_training, verify_adapter
 from qlora_trainer.publishing.volume_folder import VolumeFolder
 from qlora_trainer.report.metrics_log import read_history
 from qlora_trainer.report.model_card import adapter_model_card, quantization_label
-from qlora_trainer.report.page import write_report
+from qlora_trainer.report.page import published_page, write_report
 from qlora_trainer.report.serving import served_rank
 from qlora_trainer.report.sweep_page import add_to_sweep_report
 from qlora_trainer.report.trained_job import TrainedJob
@@ -72,22 +74,46 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
     if done is not None:
         # The attempt before may have been killed before it had written the page of the sweep.
         _add_to_sweep(job, context)
-        return done.model_copy(update={"gate": job.gate})
+        return _track(job, done.model_copy(update={"gate": job.gate}), context, say)
     say("verifying the adapter")
     folder = _verify(job, context)
     say("writing the report")
     picture = write_report(job, workspace, device=context.device)
     say(f"writing to {destination.uri}")
-    template = job_template_file(job.prepared, workspace)
+    page = _published_page(job, context)
     with gguf_file(job, folder, workspace) as gguf:
-        adapter = _write(job, folder, _card(job, workspace), picture, template, gguf, destination)
-    base = _publish_base(job, context, say)
-    merged = _merge(job, context, say)
-    fingerprint = _fingerprint(job.trained, destination)
-    record = PublishRecord(fingerprint=fingerprint, adapter=adapter, gate=job.gate, merged=merged, base=base)
+        contents = _contents(job, folder, workspace, picture, page, gguf)
+        adapter = _write(job, folder, contents, destination, context)
+        adapter = adapter.model_copy(update={"gguf": None if gguf is None else gguf.status})
+    record = PublishRecord(
+        fingerprint=_fingerprint(job.trained, destination),
+        adapter=adapter,
+        gate=job.gate,
+        base=_publish_base(job, context, say),
+        merged=_merge(job, context, say),
+        report_sha256=None if page is None else hashlib.sha256(page).hexdigest(),
+    )
     write_completion(workspace.completion("publish"), record)
     _add_to_sweep(job, context)
+    return _track(job, record, context, say)
+
+
+def _track(job: TrainedJob, record: PublishRecord, context: StepContext, say: Callable[[str], None]) -> PublishRecord:
+    """Upload the run to trackers. Everything is published by then: what is left can be repeated."""
+    tracking = upload_run(job, record.adapter, context, say, record.tracking)
+    if tracking == record.tracking:
+        return record
+    record = record.model_copy(update={"tracking": tracking})
+    write_completion(context.workspace.completion("publish"), record)
     return record
+
+
+def _published_page(job: TrainedJob, context: StepContext) -> bytes | None:
+    """The page of the run for the adapter's folder; None if the job wants none there."""
+    wanted = context.spec.output.report
+    if wanted == "none":
+        return None
+    return published_page(job, context.workspace, device=context.device, samples=wanted == "full")
 
 
 def _add_to_sweep(job: TrainedJob, context: StepContext) -> None:
@@ -227,30 +253,35 @@ def _initial_adapter(job: TrainedJob, workspace: WorkspaceLayout) -> Mapping[str
     return None if initial is None else read_initial_adapter(workspace.initial_adapter, initial.sha256)
 
 
-def _write(
-    job: TrainedJob,
-    folder: Path,
-    card: bytes,
-    picture: bytes,
-    template: Path | None,
-    gguf: GgufFile | None,
-    destination: Destination,
-) -> AdapterStatus:
-    """Publish the adapter of `folder` with its model `card`, the picture of its loss, and what else there is of it."""
-    contents: Contents = {
+def _contents(
+    job: TrainedJob, folder: Path, workspace: WorkspaceLayout, picture: bytes, page: bytes | None, gguf: GgufFile | None
+) -> Contents:
+    """What is published: the adapter of `folder`, its model card, the picture of its loss, and what else it has.
+
+    `page` is the report, if it is published too.
+    """
+    template = job_template_file(job.prepared, workspace)
+    return {
         ADAPTER_FILE: folder / ADAPTER_FILE,
         ADAPTER_CONFIG_FILE: folder / ADAPTER_CONFIG_FILE,
-        MODEL_CARD_FILE: card,
+        MODEL_CARD_FILE: _card(job, workspace),
         CURVE_FILE: picture,
         **({} if template is None else {TEMPLATE_FILE: template}),
+        **({} if page is None else {REPORT_FILE: page}),
         **({} if gguf is None else {GGUF_FILE: gguf.path}),
     }
-    manifest = run_manifest(job, contents)
-    uri = publish_folder(destination, contents, manifest)
+
+
+def _write(
+    job: TrainedJob, folder: Path, contents: Contents, destination: Destination, context: StepContext
+) -> AdapterStatus:
+    """Publish the `contents` of the adapter in `folder`."""
+    namespace, key = context.document.metadata.namespace, context.mounts.signing_key
+    uri = publish_with_lineage(job, destination, contents, namespace=namespace, key=key)
     return AdapterStatus(
         uri=uri,
         sha256=job.trained.adapter_sha256,
-        size_bytes=manifest.files[ADAPTER_FILE].size,
+        size_bytes=(folder / ADAPTER_FILE).stat().st_size,
         base_model=job.spec.model.source,
         base_revision=job.prepared.model_revision,
         rank=job.spec.lora.rank,
@@ -258,7 +289,6 @@ def _write(
         served_rank=served_rank(job.spec.lora),
         quantization=quantization_label(job.spec.quantization),
         initial_adapter=job.prepared.initial_adapter,
-        gguf=None if gguf is None else gguf.status,
     )
 
 

@@ -20,6 +20,7 @@ from qlora_trainer.stores.oci_auth import RegistrySession
 from qlora_trainer.stores.retry import is_retryable
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
+INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 MAX_MANIFEST_BYTES = 2**22
 """The size of a manifest that the distribution specification asks every registry to accept."""
 # So much of a transfer is lost when it is cut off.
@@ -42,6 +43,8 @@ class Artifact:
 
     digest: str
     manifest: Mapping[str, Any]
+    size: int
+    """Bytes of the manifest."""
 
 
 class Registry:
@@ -68,8 +71,37 @@ class Registry:
 
     def manifest(self, reference: str) -> Artifact | None:
         """The manifest of a tag or digest; None if there is none. That of a digest is checked against it."""
-        url, headers, content = self._manifest_url(reference), {"Accept": MANIFEST_TYPE}, b""
-        with self._errors(), self._session.ask("GET", url, headers=headers, stream=True) as answer:
+        content = self._small(self._manifest_url(reference), MANIFEST_TYPE)
+        if content is None:
+            return None
+        digest = digest_of(content)
+        if reference.startswith("sha256:") and digest != reference:
+            raise unsafe_artifact(f"{self.source}: the registry answered {digest} with {len(content)} bytes")
+        manifest = parse_layers(content)
+        if manifest is None:
+            raise self._reject(f"{self.source} is not an artifact with layers ({MANIFEST_TYPE})")
+        return Artifact(digest, manifest, len(content))
+
+    def index(self, tag: str) -> Mapping[str, Any] | None:
+        """The index of a tag, as the registry has it; None if there is none."""
+        return _object(self._small(self._manifest_url(tag), INDEX_TYPE))
+
+    def referrers(self, digest: str) -> Mapping[str, Any] | None:
+        """The index of what refers to the artifact with the digest; None from a registry without that API."""
+        return _object(self._small(f"{self._repository}/referrers/{digest}", INDEX_TYPE))
+
+    def put_referrer(self, manifest: bytes) -> bool:
+        """Upload a manifest with a subject; returns whether the registry lists it among the referrers by itself."""
+        with self._errors():
+            url, headers = self._manifest_url(digest_of(manifest)), {"Content-Type": MANIFEST_TYPE}
+            answer = self._session.ask("PUT", url, headers=headers, data=manifest)
+            self._require(answer, "written")
+        return "OCI-Subject" in answer.headers
+
+    def _small(self, url: str, media_type: str) -> bytes | None:
+        """The content of a manifest or an index; None if there is none."""
+        content = b""
+        with self._errors(), self._session.ask("GET", url, headers={"Accept": media_type}, stream=True) as answer:
             if answer.status_code == 404:
                 return None
             self._require(answer, "read")
@@ -77,13 +109,7 @@ class Registry:
                 content += block
                 if len(content) > MAX_MANIFEST_BYTES:
                     raise unsafe_artifact(f"{self.source}: its manifest has more than {MAX_MANIFEST_BYTES} bytes")
-        digest = digest_of(content)
-        if reference.startswith("sha256:") and digest != reference:
-            raise unsafe_artifact(f"{self.source}: the registry answered {digest} with {len(content)} bytes")
-        manifest = parse_layers(content)
-        if manifest is None:
-            raise self._reject(f"{self.source} is not an artifact with layers ({MANIFEST_TYPE})")
-        return Artifact(digest, manifest)
+        return content
 
     def has_blob(self, blob: Blob) -> bool:
         """Whether the registry has the blob with this size."""
@@ -167,10 +193,10 @@ class Registry:
                 "the step is retried; if this happens again, the registry is at fault"
             ) from error
 
-    def tag(self, content: bytes, reference: str) -> None:
-        """Upload a manifest under a tag, replacing one that is there."""
+    def tag(self, content: bytes, reference: str, *, media_type: str = MANIFEST_TYPE) -> None:
+        """Upload a manifest, or an index, under a tag, replacing one that is there."""
         with self._errors():
-            headers = {"Content-Type": MANIFEST_TYPE}
+            headers = {"Content-Type": media_type}
             self._require(
                 self._session.ask("PUT", self._manifest_url(reference), headers=headers, data=content), "written"
             )
@@ -232,6 +258,15 @@ def parse_layers(content: bytes) -> Mapping[str, Any] | None:
         return None
     layers = manifest.get("layers") if isinstance(manifest, dict) else None
     return manifest if isinstance(layers, list) and all(isinstance(layer, dict) for layer in layers) else None
+
+
+def _object(content: bytes | None) -> Mapping[str, Any] | None:
+    """The JSON object in the content; None for anything else."""
+    try:
+        found = None if content is None else json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def digest_of(content: bytes) -> str:

@@ -1,0 +1,200 @@
+"""`qlora verify`: whether the files of an adapter are those that its lineage states, and whose key has signed that.
+
+Needs no PyTorch, and for a folder nothing but the library that checks signatures.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from qlora_api.lineage import SIGNED_FILE, UNSIGNED_FILE, Lineage, Statement
+from qlora_api.printable import one_line, printable
+from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource, parse_source
+from qlora_cli.run import allowed_registries
+from qlora_trainer.core.credentials import Secret
+from qlora_trainer.core.failures import bad_configuration
+from qlora_trainer.core.file_names import PUBLISHED_MANIFEST
+from qlora_trainer.core.filesystem import file_sha256
+from qlora_trainer.core.signing import BUNDLE_TYPE, PAYLOAD_TYPE, PublicKey, payload_of, read_public_key, verified
+
+if TYPE_CHECKING:
+    from qlora_trainer.model.source import RemoteModel
+
+_MAX_LINEAGE_BYTES = 2**22
+# It lists the lineage among the files, and so cannot be among those that the lineage is about.
+_NOT_STATED = frozenset({SIGNED_FILE, UNSIGNED_FILE, PUBLISHED_MANIFEST})
+
+
+class NotVerified(Exception):  # noqa: N818 - what was found, not an error of the program
+    """The adapter is not what its lineage states, or has none; the message says what differs."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The files of an adapter, and the statements about them. A registry may have several, also of others."""
+
+    folder: Path
+    signed: tuple[bytes, ...]
+    """Bundles."""
+    unsigned: tuple[bytes, ...]
+    """Statements by themselves."""
+    artifact_sha256: str | None = None
+    """Of the artifact in a registry that holds the files."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """An adapter whose files are those that its lineage states."""
+
+    lineage: Lineage
+    files: int
+    by_key: bool
+    """Whether the key that was given has signed the lineage. Otherwise anybody may have written it."""
+
+
+def verify(address: str, key: Path | None) -> Verified:
+    """Check the adapter in a folder or at hf://, s3:// or oci://, which is downloaded for that.
+
+    Raises NotVerified; ValueError for a key or an address that cannot be used; OSError; and StepFailure for a server.
+    """
+    public = None if key is None else read_public_key(key.read_bytes())
+    with _opened(address) as adapter:
+        statement = _statement(adapter, address, public)
+        _compare(adapter, {subject.name: subject.digest.get("sha256", "") for subject in statement.subject})
+    files = sum("://" not in subject.name for subject in statement.subject)
+    return Verified(statement.predicate, files, by_key=public is not None)
+
+
+def _statement(adapter: Adapter, address: str, key: PublicKey | None) -> Statement:
+    """What is stated about the adapter, and signed with the key if there is one. Raises NotVerified."""
+    if key is None:
+        candidates = [*_payloads(adapter.signed, payload_of), *_payloads(adapter.unsigned, lambda content: content)]
+    else:
+        candidates = [*_payloads(adapter.signed, lambda bundle: verified(bundle, key))]
+    if not adapter.signed and (key is not None or not adapter.unsigned):
+        wanted = SIGNED_FILE if key is not None else f"{SIGNED_FILE} or {UNSIGNED_FILE}"
+        raise NotVerified(f"{address} has no {'signed ' if key else ''}lineage ({wanted})")
+    reasons = [reason for reason in candidates if isinstance(reason, str)]
+    for payload in candidates:
+        if isinstance(payload, bytes):
+            try:
+                return Statement.model_validate_json(payload)
+            except ValidationError:
+                reasons.append("it is not a statement of this kind, or of a later release")
+    raise NotVerified(f"the lineage does not verify: {reasons[0]}")
+
+
+def _payloads(contents: Iterable[bytes], read: Callable[[bytes], bytes]) -> Iterator[bytes | str]:
+    """What `read` makes of each, or why it cannot."""
+    for content in contents:
+        try:
+            yield read(content)
+        except ValueError as error:
+            yield one_line(str(error))
+
+
+def _compare(adapter: Adapter, stated: Mapping[str, str]) -> None:
+    """Raise NotVerified for a file that is missing, differs, or is not among those that are stated."""
+    names = {name for name in stated if "://" not in name}
+    artifacts = {digest for name, digest in stated.items() if "://" in name}
+    if adapter.artifact_sha256 is not None and adapter.artifact_sha256 not in artifacts:
+        raise NotVerified(f"the lineage is about another artifact than sha256:{adapter.artifact_sha256}")
+    there = {path.name for path in adapter.folder.iterdir() if not path.name.startswith(".")} - _NOT_STATED
+    if missing := sorted(names - there):
+        raise NotVerified(f"{printable(missing[0])} is missing")
+    if further := sorted(there - names):
+        raise NotVerified(f"the lineage does not state {printable(further[0])}: it was added afterwards")
+    for name in sorted(names):
+        path = adapter.folder / name
+        if path.is_symlink() or not path.is_file():
+            raise NotVerified(f"{printable(name)} is not a file")
+        if (found := file_sha256(path)) != stated[name]:
+            raise NotVerified(f"{printable(name)} has SHA-256 {found}, and the lineage states {stated[name]}")
+
+
+@contextmanager
+def _opened(address: str) -> Iterator[Adapter]:
+    """The adapter, for as long as it is looked at."""
+    if "://" not in address:
+        folder = Path(address)
+        if not folder.is_dir():
+            raise ValueError(f"{address} is not a folder: give one, or an address such as hf://ORG/NAME")
+        yield _with_lineage(folder)
+        return
+    with TemporaryDirectory(prefix="qlora-verify-") as temporary:
+        yield _downloaded(address, Path(temporary))
+
+
+def _downloaded(address: str, folder: Path) -> Adapter:
+    """The adapter, downloaded with what this user is logged in with."""
+    # With the libraries of the servers' clients, which a folder does not need.
+    from huggingface_hub import get_token
+
+    from qlora_trainer.model.downloads import HubModel, ObjectStoreModel, RegistryModel
+    from qlora_trainer.stores.hub import Hub
+
+    source, registries = parse_source(address), allowed_registries([address])
+    secret = Secret(folder, "the login of this machine", None)
+    if isinstance(source, HubSource):
+        remote: RemoteModel = HubModel(Hub(get_token(), field=secret.field), source, source.commit)
+    elif isinstance(source, ObjectStoreSource):
+        remote = ObjectStoreModel(source, secret)
+    elif isinstance(source, RegistrySource):
+        remote = RegistryModel(source, secret, allowed=registries)
+    else:
+        raise ValueError(f"{address} cannot be read from here: copy the folder, and give its path")  # noqa: TRY004
+    for name in remote.sizes:
+        if "/" not in name and not name.startswith("."):
+            remote.fetch(name, folder, lambda _done: None)
+    if isinstance(source, RegistrySource):
+        return _with_referrers(folder, source, secret, registries, remote.version)
+    return _with_lineage(folder)
+
+
+def _with_referrers(
+    folder: Path, source: RegistrySource, secret: Secret, registries: tuple[str, ...], sha256: str
+) -> Adapter:
+    """The files of an artifact with the statements that are attached to it."""
+    from qlora_trainer.stores.oci import Registry
+    from qlora_trainer.stores.oci_referrers import attached
+
+    registry = Registry(source, secret, allowed=registries, reject=bad_configuration)
+    signed, unsigned = (tuple(attached(registry, f"sha256:{sha256}", kind)) for kind in (BUNDLE_TYPE, PAYLOAD_TYPE))
+    return Adapter(folder, signed, unsigned, artifact_sha256=sha256)
+
+
+def _with_lineage(folder: Path) -> Adapter:
+    """The files of a folder with the statements beside them."""
+    return Adapter(folder, _small(folder / SIGNED_FILE), _small(folder / UNSIGNED_FILE))
+
+
+def _small(path: Path) -> tuple[bytes, ...]:
+    """The content of a file; nothing if there is none, or a link, a pipe or a file that is too large."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > _MAX_LINEAGE_BYTES:
+        return ()
+    return (path.read_bytes(),)
+
+
+def shown(found: Verified) -> Iterator[str]:
+    """What was verified, in lines for people."""
+    lineage, result = found.lineage, found.lineage.result
+    signature = "of the given key" if found.by_key else "not checked: anybody may have written this; give --key"
+    losses = f"{result.loss:.4f} in training"
+    if result.initial_eval_loss is not None and result.eval_loss is not None:
+        losses += f", {result.initial_eval_loss:.4f} before and {result.eval_loss:.4f} after on held-out rows"
+    lines = {
+        "Signature": signature,
+        "Files": f"{found.files}, each with the SHA-256 that is stated",
+        "Job": f"{lineage.job.name} in {lineage.job.namespace} ({lineage.job.uid})",
+        "Base": f"{lineage.base.source}, {lineage.base.revision}",
+        "Data": f"{', '.join(lineage.data.sources)}, SHA-256 {lineage.data.sha256}",
+        "Trainer": lineage.trainer.image or "on a laptop",
+        "Loss": losses,
+    }
+    for name, value in lines.items():
+        yield f"{name + ':':<11}{one_line(value)}"

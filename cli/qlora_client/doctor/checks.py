@@ -1,0 +1,11 @@
+"""Judges a cluster by what is known of it; pure."""
+
+from qlora_client.doctor.cluster_checks import check_cluster
+from qlora_client.doctor.facts import Check, Facts
+from qlora_client.doctor.namespace_checks import check_namespace
+from qlora_client.doctor.profile_checks import check_profiles
+
+
+def examine(facts: Facts) -> list[Check]:
+    """All checks, in the order in which they are shown: the cluster, the profiles, the namespace."""
+    return [*check_cluster(facts), *check_profiles(facts), *check_namespace(facts)]

@@ -1,0 +1,90 @@
+"""What is known of a cluster before it is judged, and what a judgment is."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
+
+Object = Mapping[str, Any]
+Verdict = Literal["ok", "warning", "problem", "unknown"]
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """In place of what could not be asked."""
+
+    why: str
+    """With the rule that is missing, or what the API server said."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was looked at, and what follows."""
+
+    name: str
+    verdict: Verdict
+    message: str
+    """One sentence: what was found and, unless all is well, what to do."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A Deployment of the operator, with what belongs to it."""
+
+    deployment: Object
+    settings: Object | Unknown
+    """What the administrator has set, as the operator reads it."""
+    lease: Object | Unknown | None
+    """None: there is none, or the operator elects no leader."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the API server has answered. Lists are those of the cluster, or of the namespace."""
+
+    namespace: str
+    now: datetime
+    """By the API server's clock."""
+    server_version: str
+    schemas: Object | None
+    """The OpenAPI document of QLoRAJobs; None if the API server does not know the kind."""
+    cli_version: str
+    operators: Sequence[Operator] | Unknown
+    jobs: Sequence[Object] | Unknown
+    """The QLoRAJobs of the namespace."""
+    nodes: Sequence[Object] | Unknown
+    storage_classes: Sequence[Object] | Unknown
+    runtime_classes: Sequence[Object] | Unknown
+    own_namespace: Object | Unknown
+    """The namespace itself."""
+    quotas: Sequence[Object] | Unknown
+    limit_ranges: Sequence[Object] | Unknown
+    network_policies: Sequence[Object] | Unknown
+    denied: Mapping[str, Sequence[str]]
+    """What of the program the user may not do, with the rules that are missing."""
+    trials: Mapping[str, str | Unknown | None] = field(default_factory=dict)
+    """What the API server says to a pod like that of train, by profile; None if it would admit it."""
+
+
+@dataclass(frozen=True)
+class NamedProfile:
+    """A profile, as the administrator has set it."""
+
+    name: str
+    content: Object
+
+
+def profiles_of(facts: Facts) -> list[NamedProfile]:
+    """The profiles: those of the operator's settings, or else those that the namespace's jobs have a copy of."""
+    operators = () if isinstance(facts.operators, Unknown) else facts.operators
+    for operator in operators:
+        if not isinstance(operator.settings, Unknown):
+            set_there: Mapping[str, Object] = operator.settings.get("profiles") or {}
+            return [NamedProfile(name, content) for name, content in set_there.items()]
+    found: dict[str, Object] = {}
+    for job in () if isinstance(facts.jobs, Unknown) else facts.jobs:
+        name = ((job.get("spec") or {}).get("scheduling") or {}).get("profile", "default")
+        resolved = (job.get("status") or {}).get("resolved")
+        if resolved is not None:
+            found[str(name)] = resolved["profile"]
+    return [NamedProfile(name, content) for name, content in found.items()]

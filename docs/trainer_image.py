@@ -1,0 +1,44 @@
+"""Writes the page about the trainer's image from its Dockerfile; `docs.generate` writes it with the others."""
+
+from pathlib import Path
+
+from release import dockerfiles
+from release.project import DOCKERFILES, ROOT
+
+_HEAD = """\
+<!-- Written by `make generate` from trainer_image/Dockerfile: change that. -->
+
+# The trainer's image
+
+"""
+_ORDER = (
+    "The image of `prepare`, `train` and `publish` is large because PyTorch and CUDA are. Its layers are ordered by "
+    "how seldom they change: a node that has an earlier release pulls only those that changed. They are the same, byte "
+    "for byte, whenever the same packages are built, since file times are fixed and bytecode does not depend on them."
+)
+_SIZE = (
+    "Together these are {saved} of {whole} GB, measured on version 0.1.0. What remains is what PyTorch links with or "
+    "loads on a GPU: cuBLAS, cuDNN, cuFFT, cuSPARSE, cuSPARSELt, cuSOLVER, NCCL, NVRTC, CUPTI, cuFile and NVSHMEM's "
+    "library for the host. The tests of the cluster train in the image as it is, on a CPU."
+)
+# GB (10⁹ bytes), unpacked: the image with them, and they themselves.
+_WHOLE, _SAVED = "6.8", "1.6"
+
+
+def pages(root: Path = ROOT) -> dict[Path, str]:
+    """The page: its file, and its text in Markdown."""
+    dockerfile = (root / DOCKERFILES["qlora-trainer"]).read_text()
+    layers = dockerfiles.layers(dockerfile)
+    removals = [removal for layer in layers for removal in layer.removals]
+    parts = [
+        _HEAD + _ORDER,
+        "## Layers",
+        f"On top of the base, `{dockerfiles.base_image(dockerfile)}`:",
+        "\n".join(f"{number}. {layer.purpose}" for number, layer in enumerate(layers, 1)),
+        "## What it does without",
+        dockerfiles.left_out_packages(dockerfile),
+        "Of the packages that are installed, these files are removed:",
+        "\n".join(f"- `{removal.command}`: {removal.reason}" for removal in removals),
+        _SIZE.format(saved=_SAVED, whole=_WHOLE),
+    ]
+    return {root / "docs" / "trainer" / "image.md": "\n\n".join(parts) + "\n"}

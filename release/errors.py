@@ -1,0 +1,5 @@
+"""What the command line reports in one message instead of a traceback."""
+
+
+class ReleaseError(Exception):
+    """A step of a release failed; the message says what was found and what to do."""

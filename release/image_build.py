@@ -1,0 +1,62 @@
+"""Builds the images of a commit from a base that is pinned by digest, and pushes them to a registry."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from devcluster import images
+from devcluster.layout import Layout
+from devcluster.processes import run
+from release import dockerfiles
+from release.project import DOCKERFILES, Artifact, Source, image_repository, on_loopback
+
+# Kubernetes 1.31 runs on nothing that cannot unpack it, and the trainer's image is pulled in half the time.
+_COMPRESSION = ("--compression-format", "zstd")
+_SECONDS = 3600.0
+
+
+def publish(
+    layout: Layout, source: Source, files: Path, registry: str, name: str, base: str | None
+) -> tuple[Artifact, str]:
+    """Build an image and push it; what it is now, and the base that it was built on, by digest.
+
+    `base` replaces the base that the Dockerfile pins, by NAME@sha256:DIGEST.
+    """
+    dockerfile = files / DOCKERFILES[name]
+    base = base or dockerfiles.base_image(dockerfile.read_text())
+    repository = image_repository(registry, name)
+    tag = f"{repository}:{source.version}"
+    arguments = {"BASE_IMAGE": base}
+    images.build(layout, tag, dockerfile, files, arguments, labels=labels(source, base))
+    return Artifact(repository, source.version, push(tag, registry)), base
+
+
+def labels(source: Source, base: str) -> dict[str, str]:
+    """The labels that a Dockerfile cannot know (OCI image specification, annotations)."""
+    return {
+        "org.opencontainers.image.created": source.created,
+        "org.opencontainers.image.revision": source.revision,
+        "org.opencontainers.image.source": source.repository,
+        "org.opencontainers.image.base.digest": base.rpartition("@")[2],
+    }
+
+
+def push(tag: str, registry: str) -> str:
+    """Push a local image under its own name; its digest in the registry."""
+    with TemporaryDirectory() as folder:
+        digest = Path(folder) / "digest"
+        options: list[str | Path] = ["--quiet", *_COMPRESSION, "--digestfile", digest]
+        if on_loopback(registry):
+            options.append("--tls-verify=false")
+        run(["buildah", "push", *options, tag, f"docker://{tag}"], seconds=_SECONDS)
+        return digest.read_text().strip()
+
+
+def local_base(layout: Layout, registry: str) -> str:
+    """The base that is made on this machine, pushed to the registry, by digest: for builds without Docker Hub."""
+    made = images.base_image(layout)
+    tag = f"{registry}/{made.rpartition('/')[2]}"
+    run(["buildah", "tag", made, tag])
+    reference = f"{tag.rpartition(':')[0]}@{push(tag, registry)}"
+    # A build looks for it here first, and would ask for TLS elsewhere.
+    run(["buildah", "pull", "--quiet", "--tls-verify=false", reference], seconds=_SECONDS)
+    return reference

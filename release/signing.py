@@ -1,0 +1,184 @@
+"""Signs and verifies with cosign: with a key pair on this machine, or keyless with the identity of a workflow."""
+
+import base64
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from release.errors import ReleaseError
+
+GITHUB_ISSUER = "https://token.actions.githubusercontent.com"
+"""Who vouches for the identity of a workflow."""
+# cosign's names of predicates, and the types that they stand for in a statement.
+PROVENANCE = "slsaprovenance1"
+SBOM = "spdxjson"
+PREDICATE_TYPES = {PROVENANCE: "https://slsa.dev/provenance/v1", SBOM: "https://spdx.dev/Document"}
+_SECONDS = 600.0
+
+
+class Verifier(Protocol):
+    """Whose signature a user expects."""
+
+    def verifying(self) -> list[str]:
+        """Options of `cosign verify` and `cosign verify-attestation`."""
+
+
+class Signer(Protocol):
+    """Who signs."""
+
+    def signing(self) -> list[str]:
+        """Options of `cosign sign` and `cosign attest`."""
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Variables that cosign needs beside those of this process."""
+
+    @property
+    def verifier(self) -> Verifier:
+        """What verifies these signatures."""
+
+
+@dataclass(frozen=True)
+class PublicKey:
+    """A signature of the owner of a key. None is looked up in a public log, which a local registry has no entry in."""
+
+    file: Path
+
+    def verifying(self) -> list[str]:
+        """See Verifier."""
+        return ["--key", str(self.file), "--insecure-ignore-tlog"]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A keyless signature: a certificate of sigstore for this identity, and its entry in the public log."""
+
+    subject: str
+    issuer: str = GITHUB_ISSUER
+
+    def verifying(self) -> list[str]:
+        """See Verifier."""
+        return ["--certificate-identity", self.subject, "--certificate-oidc-issuer", self.issuer]
+
+
+@dataclass(frozen=True)
+class KeyPair:
+    """A key pair on this machine. Nothing is written to a public log."""
+
+    private: Path
+    public: Path
+    password: str = field(default="", repr=False)
+
+    def signing(self) -> list[str]:
+        """See Signer."""
+        return ["--key", str(self.private), "--use-signing-config=false", "--tlog-upload=false"]
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """See Signer."""
+        return {"COSIGN_PASSWORD": self.password}
+
+    @property
+    def verifier(self) -> Verifier:
+        """See Signer."""
+        return PublicKey(self.public)
+
+
+@dataclass(frozen=True)
+class Keyless:
+    """The identity that the platform proves with a token, as GitHub Actions does with `id-token: write`."""
+
+    identity: Identity
+
+    def signing(self) -> list[str]:
+        """See Signer."""
+        return ["--yes"]
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """See Signer."""
+        return {}
+
+    @property
+    def verifier(self) -> Verifier:
+        """See Signer."""
+        return self.identity
+
+
+@dataclass(frozen=True)
+class Cosign:
+    """The program."""
+
+    program: Path
+
+    def key_pair(self, folder: Path, password: str) -> KeyPair:
+        """The key pair in a folder, made when there is none."""
+        pair = KeyPair(folder / "cosign.key", folder / "cosign.pub", password)
+        if not pair.private.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            prefix = f"--output-key-prefix={folder / 'cosign'}"
+            self._run(["generate-key-pair", prefix], pair.environment)
+        return pair
+
+    def sign(self, signer: Signer, reference: str) -> None:
+        """Sign what a digest names, unless the signer has. Raises ReleaseError with cosign's words."""
+        if not self.is_signed(signer.verifier, reference):
+            self._run(["sign", *signer.signing(), reference], signer.environment)
+
+    def is_signed(self, verifier: Verifier, reference: str) -> bool:
+        """Whether there is a valid signature."""
+        try:
+            self.verify(verifier, reference)
+        except ReleaseError:
+            return False
+        return True
+
+    def verify(self, verifier: Verifier, reference: str) -> None:
+        """Raise ReleaseError with cosign's words unless there is a valid signature."""
+        self._run(["verify", *verifier.verifying(), reference], {})
+
+    def attest(self, signer: Signer, reference: str, kind: str, predicate: Path) -> None:
+        """Sign a statement about what a digest names, unless the signer has signed this one."""
+        stated = json.loads(predicate.read_text())
+        if stated not in self.attested(signer.verifier, reference, kind):
+            command = ["attest", *signer.signing(), "--type", kind, "--predicate", str(predicate), reference]
+            self._run(command, signer.environment)
+
+    def attested(self, verifier: Verifier, reference: str, kind: str) -> list[dict[str, Any]]:
+        """The predicates of a kind that have a valid signature and are about this digest; none where there is none."""
+        try:
+            return self.verified_predicates(verifier, reference, kind)
+        except ReleaseError:
+            return []
+
+    def verified_predicates(self, verifier: Verifier, reference: str, kind: str) -> list[dict[str, Any]]:
+        """As `attested`; raises ReleaseError with cosign's words where there is none."""
+        said = self._run(["verify-attestation", *verifier.verifying(), "--type", kind, reference], {})
+        statements = [json.loads(base64.b64decode(json.loads(line)["payload"])) for line in said.splitlines()]
+        return [_predicate(statement, reference, kind) for statement in statements]
+
+    def _run(self, arguments: Sequence[str], environment: Mapping[str, str]) -> str:
+        done = subprocess.run(
+            [self.program, *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            env={**os.environ, **environment},
+            check=False,
+        )
+        if done.returncode != 0:
+            raise ReleaseError(f"cosign {' '.join(arguments)}:\n{done.stderr.strip()[-2000:]}")
+        return done.stdout
+
+
+def _predicate(statement: Mapping[str, Any], reference: str, kind: str) -> dict[str, Any]:
+    """What a statement says, if it is about this digest and of this kind. cosign has checked both; so would a user."""
+    digests = [f"sha256:{subject['digest'].get('sha256')}" for subject in statement["subject"]]
+    if digests != [reference.rpartition("@")[2]] or statement["predicateType"] != PREDICATE_TYPES[kind]:
+        raise ReleaseError(f"{reference}: a statement of type {statement['predicateType']} about {digests}")
+    return dict(statement["predicate"])

@@ -1,0 +1,42 @@
+"""Checks the workflows: what they run is pinned, and actionlint has nothing to say."""
+
+import re
+import subprocess
+from pathlib import Path
+
+from release.project import ROOT
+
+FOLDER = Path(".github/workflows")
+_USES = re.compile(r"^\s*(?:- )?uses: *(\S+)(.*)$")
+_PINNED = re.compile(r"[\w.-]+/[\w./-]+@[0-9a-f]{40}")
+_IMAGE = re.compile(r"^\s*(?:container|image): *([^\s{]+)$")
+
+
+def unpinned(workflow: str) -> list[str]:
+    """Lines that run what somebody could replace: an action without commit and version, an image without digest."""
+    found = []
+    for number, line in enumerate(workflow.splitlines(), 1):
+        if (used := _USES.match(line)) and not used[1].startswith("./"):
+            if not _PINNED.fullmatch(used[1]):
+                found.append(f"line {number}: {used[1]}: name the commit, as OWNER/ACTION@40 digits  # vX.Y.Z")
+            elif not re.fullmatch(r" +# v\d+(\.\d+)*", used[2]):
+                found.append(f"line {number}: {used[1]}: say the version, as in `# v4.2.0`")
+        elif (image := _IMAGE.match(line)) and "@sha256:" not in image[1]:
+            found.append(f"line {number}: {image[1]}: name the digest, as NAME:TAG@sha256:…")
+    return found
+
+
+def findings(root: Path = ROOT) -> list[str]:
+    """What is not pinned, by file."""
+    return [
+        f"{path.relative_to(root)}, {finding}"
+        for path in sorted((root / FOLDER).glob("*.yaml"))
+        for finding in unpinned(path.read_text())
+    ]
+
+
+def lint(actionlint: Path, root: Path = ROOT) -> list[str]:
+    """What actionlint reports."""
+    files = sorted((root / FOLDER).glob("*.yaml"))
+    done = subprocess.run([actionlint, "-oneline", *files], cwd=root, capture_output=True, text=True, check=False)
+    return (done.stdout + done.stderr).splitlines() if done.returncode else []

@@ -1,0 +1,81 @@
+"""The parsers of what a pod or a store sends to a user who downloads an adapter."""
+
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+from qlora_client.archive import UnsafeArchiveError, extract
+from qlora_client.channels import CommandError, standard_output
+from qlora_client.history import of_metrics
+from qlora_client.published import DamagedError, parse_manifest
+from tests.fuzz.target import Target
+
+_NAME, _MOST = "README.md", 4096
+
+
+def _archive(content: bytes, folder: Path) -> None:
+    """Whatever the archive says: nothing is made but the file that was asked for, and none that is too large."""
+    target = folder / "extracted"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    before = set(folder.iterdir())
+    try:
+        extract(iter([content[:700], content[700:]]), {_NAME: _MOST}, target)
+    finally:
+        assert set(folder.iterdir()) == before
+        assert all(path.name == _NAME and not path.is_symlink() for path in target.iterdir())
+        assert all(path.stat().st_size <= _MOST for path in target.iterdir())
+
+
+def _tar(kind: bytes = tarfile.REGTYPE) -> bytes:
+    info, stream = tarfile.TarInfo(_NAME), io.BytesIO()
+    info.type, info.size = kind, 6
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(info, io.BytesIO(b"# card"))
+    return stream.getvalue()[:2048]
+
+
+def _manifest(content: bytes, _folder: Path) -> None:
+    for name, file in parse_manifest(content, "pvc://claim/adapter").items():
+        assert "/" not in name
+        assert not name.startswith(".")
+        assert file.size >= 0
+
+
+class _Connection:
+    """A connection on which these bytes come as one message, and then its end."""
+
+    def __init__(self, content: bytes) -> None:
+        self._messages = iter([(2, content), (8, b"")])
+
+    def recv_data(self, control_frame: bool) -> tuple[int, bytes]:
+        return next(self._messages)
+
+    def settimeout(self, timeout: float) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+DOWNLOADS = {
+    "archive": Target(_archive, (_tar(),), (UnsafeArchiveError,)),
+    "published": Target(
+        _manifest,
+        (json.dumps({"files": {"README.md": {"sha256": "a" * 64, "size": 6}}}).encode(),),
+        (DamagedError,),
+    ),
+    "metrics": Target(
+        lambda content, _folder: of_metrics(content),
+        (b'{"step": 0, "evalLoss": 2.5}\n{"step": 1, "loss": 2.25}\n',),
+        (ValueError,),
+    ),
+    "channels": Target(
+        lambda content, _folder: list(standard_output(_Connection(content))),
+        (b'\x03{"status": "Success"}',),
+        (CommandError,),
+    ),
+}
+"""By name."""

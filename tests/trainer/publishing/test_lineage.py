@@ -1,0 +1,163 @@
+"""What a published adapter was made of: stated, signed, and verified by `qlora verify` wherever the adapter is."""
+
+import base64
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
+from devcluster import toolchain
+from devcluster.layout import from_environment
+from qlora_api.contract import ENV_IMAGE, ExitCode
+from qlora_cli.__main__ import main
+from qlora_trainer.core.context import Mounts
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.core.signing import PrivateKey
+from tests.support.command import Files
+from tests.support.published import published
+from tests.support.servers import registry
+from tests.support.tiny import JOB_UID
+
+IMAGE = f"registry.example.org/qlora-trainer@sha256:{'5' * 64}"
+
+
+def write_key(folder: Path, key: PrivateKey) -> tuple[Path, Path]:
+    """Files of the key and of its public part."""
+    private, public = folder / "private.pem", folder / "public.pem"
+    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    public.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    return private, public
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> tuple[Path, Path]:
+    return write_key(tmp_path, generate_private_key(SECP256R1()))
+
+
+def verify(adapter: Path | str, key: Path | None = None) -> Result:
+    return CliRunner().invoke(main, ["verify", str(adapter), *(["--key", str(key)] if key else [])])
+
+
+def statement(bundle: Path) -> Any:
+    return json.loads(base64.b64decode(json.loads(bundle.read_text())["dsseEnvelope"]["payload"]))
+
+
+def test_a_signed_adapter_verifies_with_its_key_until_somebody_changes_it(
+    trained: Files, keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(ENV_IMAGE, IMAGE)
+    private, public = keys
+    record = published(trained, mounts=Mounts(signing_key=private))
+    folder = trained.workspace / "adapter"
+
+    done = verify(folder, public)
+    assert done.exit_code == 0, done.output
+    assert "of the given key" in done.output
+    stated = statement(folder / "lineage.sigstore.json")
+    assert {entry["name"]: entry["digest"]["sha256"] for entry in stated["subject"]}[
+        "adapter_model.safetensors"
+    ] == record.adapter.sha256
+    predicate = stated["predicate"]
+    assert predicate["job"] == {"name": "tiny", "namespace": "default", "uid": JOB_UID}
+    assert predicate["base"]["revision"] == record.adapter.base_revision
+    assert predicate["trainer"]["digest"] == f"sha256:{'5' * 64}"
+    assert predicate["settings"]["lora"]["rank"] == 4
+    assert predicate["result"]["evalLoss"] < predicate["result"]["initialEvalLoss"]
+
+    (tmp_path / "other").mkdir()
+    _, other = write_key(tmp_path / "other", Ed25519PrivateKey.generate())
+    assert rejection(verify(folder, other)) == "no signature is of this key, or the statement was changed afterwards"
+    (folder / "adapter_model.bin").write_bytes(b"pickle")
+    assert "adapter_model.bin: it was added afterwards" in rejection(verify(folder, public))
+    (folder / "adapter_model.bin").unlink()
+    (folder / "adapter_config.json").write_text("{}")
+    assert "adapter_config.json has SHA-256" in rejection(verify(folder, public))
+
+
+def rejection(result: Result) -> str:
+    """Why an adapter does not verify."""
+    assert result.exit_code == ExitCode.UNSAFE_ARTIFACT, result.output
+    return result.output.strip().removeprefix("Error: not verified: ").removeprefix("the lineage does not verify: ")
+
+
+def test_a_changed_statement_does_not_verify_and_without_a_key_that_is_not_noticed(
+    trained: Files, keys: tuple[Path, Path]
+) -> None:
+    private, public = keys
+    published(trained, mounts=Mounts(signing_key=private))
+    path = trained.workspace / "adapter" / "lineage.sigstore.json"
+    bundle = json.loads(path.read_text())
+    forged = statement(path)
+    forged["predicate"]["base"]["source"] = "hf://acme/other"
+    bundle["dsseEnvelope"]["payload"] = base64.b64encode(json.dumps(forged).encode()).decode()
+    path.write_text(json.dumps(bundle))
+
+    assert "changed afterwards" in rejection(verify(path.parent, public))
+    unchecked = verify(path.parent)
+    assert unchecked.exit_code == 0
+    assert "not checked" in unchecked.output
+
+
+def test_without_a_key_the_statement_is_not_signed_and_does_not_verify_with_one(
+    trained: Files, keys: tuple[Path, Path]
+) -> None:
+    published(trained)
+    folder = trained.workspace / "adapter"
+    assert verify(folder).exit_code == 0
+    assert "no signed lineage" in rejection(verify(folder, keys[1]))
+    (folder / "lineage.intoto.json").unlink()
+    assert "no lineage" in rejection(verify(folder))
+
+
+def test_a_key_that_cannot_be_used_is_named_and_nothing_is_published(trained: Files, tmp_path: Path) -> None:
+    key = tmp_path / "key.pem"
+    key.write_text("-----BEGIN ENCRYPTED SIGSTORE PRIVATE KEY-----\n…\n-----END ENCRYPTED SIGSTORE PRIVATE KEY-----\n")
+    with pytest.raises(StepFailure, match=r"signingKey.*not encrypted") as failure:
+        published(trained, mounts=Mounts(signing_key=key))
+    assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
+    assert not (trained.workspace / "adapter").exists()
+
+
+def test_the_statement_about_an_artifact_is_attached_to_it_once(
+    trained: Files, keys: tuple[Path, Path], tmp_path: Path
+) -> None:
+    private, public = keys
+    with registry(tmp_path / "registry") as host:
+        job = trained.with_spec({"output": {"destination": f"oci://{host}/team/adapter:v1"}})
+        record = published(job, registries=(f"http://{host}",), mounts=Mounts(signing_key=private))
+        (job.workspace / "records" / "publish.json").unlink()
+        assert (
+            published(job, registries=(f"http://{host}",), mounts=Mounts(signing_key=private)).adapter == record.adapter
+        )
+
+        done = verify(record.adapter.uri, public)
+        assert done.exit_code == 0, done.output
+        assert "of the given key" in done.output
+        [*_, index] = (tmp_path / "registry").rglob("_manifests/tags/sha256-*/current/link")
+        content = (tmp_path / "registry").rglob(f"{index.read_text().removeprefix('sha256:')}/data")
+        [entry] = json.loads(next(content).read_text())["manifests"]
+        assert entry["annotations"]["dev.sigstore.bundle.predicateType"] == "https://qlora.dev/lineage/v1"
+
+
+@pytest.mark.slow
+def test_cosign_verifies_what_is_beside_the_files_and_what_is_attached_to_an_artifact(
+    trained: Files, keys: tuple[Path, Path], tmp_path: Path
+) -> None:
+    private, public = keys
+    cosign = str(toolchain.built(from_environment(), ["cosign"])["cosign"])
+    with_key = ["--key", str(public), "--insecure-ignore-tlog", "--type", "https://qlora.dev/lineage/v1"]
+    published(trained, mounts=Mounts(signing_key=private))
+    folder = trained.workspace / "adapter"
+    beside = ["--bundle", str(folder / "lineage.sigstore.json"), str(folder / "adapter_model.safetensors")]
+    subprocess.run([cosign, "verify-blob-attestation", *with_key, *beside], check=True, capture_output=True)
+    with registry(tmp_path / "registry") as host:
+        job = trained.with_spec({"output": {"destination": f"oci://{host}/team/adapter:v1"}})
+        published(job, registries=(f"http://{host}",), mounts=Mounts(signing_key=private))
+        command = [cosign, "verify-attestation", *with_key, f"{host}/team/adapter:v1"]
+        subprocess.run(command, check=True, capture_output=True)

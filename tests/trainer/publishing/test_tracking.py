@@ -1,0 +1,131 @@
+"""The run of a published adapter on the servers of trackers: once, whole, and never in the adapter's way."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from qlora_api.contract import ENV_MLFLOW_SERVER, ENV_WANDB_SERVER
+from qlora_trainer.core.completion import PublishRecord, read_completion, write_completion
+from qlora_trainer.core.context import Mounts
+from qlora_trainer.report import uploads
+from tests.support.command import Files
+from tests.support.mlflow_server import mlflow_server
+from tests.support.published import published
+from tests.support.tiny import JOB_UID
+from tests.support.wandb_stub import wandb_stub
+
+
+@pytest.fixture(scope="module")
+def mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with mlflow_server(tmp_path_factory.mktemp("mlflow")) as address:
+        yield address
+
+
+def tracked(files: Files, *trackers: str, **tracking: Any) -> Files:
+    """The job with these trackers."""
+    output = {"output": {"tracking": tracking}} if tracking else {}
+    return files.with_spec({"training": {"reportTo": list(trackers)}, **output})
+
+
+def losses(files: Files) -> dict[int, float]:
+    lines = (files.workspace / "report" / "metrics.jsonl").read_text().splitlines()
+    return {entry["step"]: entry["loss"] for entry in map(json.loads, lines) if "loss" in entry}
+
+
+def forget_tracking(files: Files) -> None:
+    """As if the attempt had been killed after the upload, and before it had recorded that."""
+    path = files.workspace / "records" / "publish.json"
+    record = read_completion(path, PublishRecord)
+    assert record is not None
+    write_completion(path, record.model_copy(update={"tracking": None}))
+
+
+def test_a_real_mlflow_server_has_one_run_with_every_point_once_also_after_a_second_attempt(
+    trained: Files, mlflow: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ENV_MLFLOW_SERVER, mlflow)
+    job = tracked(trained, "mlflow", experiment="support-bot")
+    first = published(job)
+    forget_tracking(job)
+    again = published(job)
+
+    assert first.tracking is not None
+    assert first.tracking == again.tracking
+    run = first.tracking.mlflow
+    assert run is not None
+    assert run.url is not None
+    client = MlflowClient(tracking_uri=mlflow)
+    experiment = client.get_experiment_by_name("support-bot")
+    assert experiment is not None
+    [found] = client.search_runs([experiment.experiment_id])
+    assert run.url == f"{mlflow}/#/experiments/{experiment.experiment_id}/runs/{found.info.run_id}"
+    assert (found.info.run_name, found.info.status) == ("tiny", "FINISHED")
+    assert found.data.tags["qlora.adapterSha256"] == first.adapter.sha256
+    assert found.data.params["rank"] == "4"
+    shown = client.get_metric_history(found.info.run_id, "train/loss")
+    assert [point.step for point in shown] == list(range(1, 31))
+    assert {point.step: point.value for point in shown} == pytest.approx(losses(job))
+    assert [point.step for point in client.get_metric_history(found.info.run_id, "eval/loss")] == list(range(0, 31, 2))
+
+
+def test_weights_and_biases_gets_every_step_with_the_key_of_the_secret(
+    trained: Files, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    key = "canary" + "k" * 40
+    job = tracked(trained, "wandb", secretRef={"name": "trackers"}, experiment="support-bot")
+    (tmp_path / "tracking").mkdir()
+    (tmp_path / "tracking" / "WANDB_API_KEY").write_text(key)
+    with wandb_stub() as server:
+        monkeypatch.setenv(ENV_WANDB_SERVER, server.url)
+        record = published(job, mounts=Mounts(credentials=tmp_path))
+
+    assert record.tracking is not None
+    assert record.tracking.wandb is not None
+    assert record.tracking.wandb.url == f"{server.url}/team/support-bot/runs/{JOB_UID}"
+    assert len(server.authorizations) == 1
+    [lines] = server.history.values()
+    shown = {line["_step"]: line["train/loss"] for line in lines.values() if "train/loss" in line}
+    assert shown == pytest.approx(losses(job))
+
+
+def test_a_tracker_in_trouble_costs_neither_adapter_nor_success_and_is_asked_again_by_a_later_attempt(
+    trained: Files, mlflow: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "_MLFLOW_PATIENCE", {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"})
+    monkeypatch.setenv(ENV_MLFLOW_SERVER, "http://127.0.0.1:1")
+    job = tracked(trained, "mlflow")
+    record = published(job)
+
+    assert record.tracking is not None
+    assert record.tracking.mlflow is not None
+    assert record.tracking.mlflow.url is None
+    assert "127.0.0.1" in record.tracking.mlflow.message
+    assert (job.workspace / "adapter" / "adapter_model.safetensors").exists()
+
+    monkeypatch.setenv(ENV_MLFLOW_SERVER, mlflow)
+    later = published(job).tracking
+    assert later is not None
+    assert not later.failures
+
+
+def test_a_rejected_key_is_reported_and_not_shown(
+    trained: Files, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    job = tracked(trained, "wandb", secretRef={"name": "trackers"})
+    (tmp_path / "tracking").mkdir()
+    (tmp_path / "tracking" / "WANDB_API_KEY").write_text("canary-key")
+    monkeypatch.setenv(ENV_WANDB_SERVER, "http://127.0.0.1:1")
+    tracking = published(job, mounts=Mounts(credentials=tmp_path)).tracking
+
+    assert tracking is not None
+    assert "WANDB_API_KEY invalid" in tracking.failures["wandb"]
+    assert "canary-key" not in tracking.failures["wandb"]
+
+
+def test_without_a_server_nothing_is_uploaded(trained: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENV_MLFLOW_SERVER, raising=False)
+    assert published(tracked(trained, "mlflow", "tensorboard")).tracking is None

@@ -1,0 +1,397 @@
+"""What `doctor` says of a cluster, and what to do about it."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from qlora_api.crd import definitions
+from qlora_client.doctor.checks import examine
+from qlora_client.doctor.facts import Check, Facts, Operator, Unknown
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+GPU_LABEL = {"nvidia.com/gpu.present": "true"}
+PROFILE: dict[str, Any] = {
+    "image": "registry.example.org/qlora-trainer@sha256:1",
+    "device": "cuda",
+    "gpuResource": "nvidia.com/gpu",
+    "nodeSelector": GPU_LABEL,
+}
+DENIED = Unknown("you may not list nodes: a ClusterRole with the rule {nodes} helps")
+
+
+def schemas(change: Callable[[dict[str, Any]], object] = lambda _: None) -> dict[str, Any]:
+    """What the API server publishes for our definitions, after a change of a QLoRAJob's properties."""
+    found = {}
+    for kind, definition in definitions().items():
+        schema = copy.deepcopy(definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"])
+        if kind == "QLoRAJob":
+            change(schema["properties"])
+        found[kind] = schema | {"x-kubernetes-group-version-kind": [{"kind": kind}]}
+    return {"components": {"schemas": found}}
+
+
+SCHEMAS = schemas()
+
+
+def operator(profiles: dict[str, Any] | None = None, **settings: Any) -> Operator:
+    labels = {"app.kubernetes.io/version": "0.1.0"}
+    deployment = {
+        "metadata": {"name": "qlora-operator", "namespace": "qlora-system", "labels": labels},
+        "spec": {"replicas": 1},
+        "status": {"readyReplicas": 1},
+    }
+    return Operator(deployment, {"profiles": profiles or {"default": PROFILE}, **settings}, lease(seconds=3))
+
+
+def lease(seconds: float) -> dict[str, Any]:
+    renewed = (NOW - timedelta(seconds=seconds)).isoformat()
+    return {"spec": {"holderIdentity": "pod-1", "leaseDurationSeconds": 12, "renewTime": renewed}}
+
+
+def node(name: str = "gpu-1", *, gpus: int = 8, ready: str = "True", **spec: Any) -> dict[str, Any]:
+    return {
+        "metadata": {"name": name, "labels": GPU_LABEL},
+        "spec": spec,
+        "status": {
+            "allocatable": {"nvidia.com/gpu": str(gpus)} if gpus else {},
+            "conditions": [{"type": "Ready", "status": ready}],
+        },
+    }
+
+
+def storage_class(name: str = "fast", provisioner: str = "csi.example.org", **fields: Any) -> dict[str, Any]:
+    annotations = {"storageclass.kubernetes.io/is-default-class": "true"}
+    binding = {"volumeBindingMode": "WaitForFirstConsumer"}
+    return {"metadata": {"name": name, "annotations": annotations}, "provisioner": provisioner, **binding, **fields}
+
+
+READY = Facts(
+    namespace="team",
+    now=NOW,
+    server_version="v1.33.1",
+    schemas=SCHEMAS,
+    cli_version="0.1.0",
+    operators=[operator()],
+    jobs=[],
+    nodes=[node()],
+    storage_classes=[storage_class()],
+    runtime_classes=[],
+    own_namespace={"metadata": {"name": "team", "labels": {"pod-security.kubernetes.io/enforce": "restricted"}}},
+    quotas=[],
+    limit_ranges=[],
+    network_policies=[],
+    denied={},
+    trials={"default": None},
+)
+
+
+def check(name: str, **facts: Any) -> Check:
+    """The check of this name, with these facts instead of those of a cluster that is ready.
+
+    Without schemas unless they are given: to compare them takes a second.
+    """
+    (found,) = [each for each in examine(replace(READY, **{"schemas": None, **facts})) if each.name == name]
+    return found
+
+
+def test_a_cluster_that_is_ready_has_no_problem_and_no_warning() -> None:
+    checks = examine(READY)
+    assert {each.verdict for each in checks} == {"ok"}
+    assert [each.name for each in checks] == [
+        "Kubernetes",
+        "Definitions",
+        "Operator",
+        "Operator's Lease",
+        "Namespace served",
+        "Jobs seen",
+        "Profile default",
+        "Profile default: nodes",
+        "Profile default: storage",
+        "Pod Security",
+        "Admission, profile default",
+        "Quotas",
+        "Limit ranges",
+        "Network policies",
+        "Your rights",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("version", "verdict"), [("v1.31.0", "ok"), ("v1.30.9", "problem"), ("v2.0.0-rc.1", "ok"), ("devel", "unknown")]
+)
+def test_the_version_of_the_api_server(version: str, verdict: str) -> None:
+    assert check("Kubernetes", server_version=version).verdict == verdict
+
+
+def test_definitions_of_another_release_name_the_fields_and_which_side_to_upgrade() -> None:
+    older = check("Definitions", schemas=schemas(lambda fields: fields["spec"]["properties"].pop("lora")))
+    assert (older.verdict, "lack spec.lora" in older.message) == ("problem", True)
+    newer = check(
+        "Definitions", schemas=schemas(lambda fields: fields["spec"]["properties"].update(magic={"type": "string"}))
+    )
+    assert (newer.verdict, "have spec.magic" in newer.message) == ("warning", True)
+    absent = check("Definitions", schemas=None)
+    assert (absent.verdict, "install the operator's chart" in absent.message) == ("problem", True)
+
+
+def with_status(ready: int, replicas: int = 1, version: str = "0.1.0") -> list[Operator]:
+    found = operator()
+    deployment = {
+        **found.deployment,
+        "metadata": {**found.deployment["metadata"], "labels": {"app.kubernetes.io/version": version}},
+        "spec": {"replicas": replicas},
+        "status": {"readyReplicas": ready},
+    }
+    return [replace(found, deployment=deployment)]
+
+
+@pytest.mark.parametrize(
+    ("operators", "verdict", "message"),
+    [
+        (with_status(0), "problem", "has no ready pod"),
+        (with_status(0, replicas=0), "problem", "is scaled to 0"),
+        (with_status(1, replicas=2), "warning", "has 1 of 2 pods ready"),
+        (with_status(1, version="0.2.0"), "warning", "is of version 0.2.0 and this program of 0.1.0"),
+        ([], "problem", "install its chart"),
+        (Unknown("no right: deployments"), "unknown", "no right: deployments"),
+    ],
+)
+def test_the_operators_deployment(operators: Any, verdict: str, message: str) -> None:
+    found = check("Operator", operators=operators)
+    assert (found.verdict, message in found.message) == (verdict, True)
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict", "message"),
+    [
+        (lease(23), "ok", "pod-1 holds it"),
+        (lease(25), "problem", "pod-1 has not renewed the Lease of qlora-system/qlora-operator for 25 s"),
+        ({"spec": {"holderIdentity": ""}}, "problem", "nobody holds the Lease"),
+        (Unknown("no right: leases"), "unknown", "no right: leases"),
+    ],
+)
+def test_the_lease_is_renewed(found: Any, verdict: str, message: str) -> None:
+    seen = check("Operator's Lease", operators=[replace(operator(), lease=found)])
+    assert (seen.verdict, message in seen.message) == (verdict, True)
+
+
+def test_an_operator_that_serves_other_namespaces_only() -> None:
+    found = check("Namespace served", operators=[operator(namespaces=["a", "b"])])
+    assert found.verdict == "problem"
+    assert "serves a, b and not team" in found.message
+
+
+def test_jobs_that_nobody_has_looked_at_show_a_dead_operator_to_anybody() -> None:
+    def job(minutes: int, **status: Any) -> dict[str, Any]:
+        created = (NOW - timedelta(minutes=minutes)).isoformat()
+        return {"metadata": {"name": f"j{minutes}", "creationTimestamp": created}, "spec": {}, "status": status}
+
+    assert check("Jobs seen", jobs=[job(1), job(9, phase="Training")]).verdict == "ok"
+    found = check("Jobs seen", jobs=[job(1), job(5)])
+    assert (found.verdict, "looked at j5 for over 2 minutes" in found.message) == ("problem", True)
+
+
+def profiled(**fields: Any) -> dict[str, Any]:
+    """Facts with that profile."""
+    return {"operators": [operator({"default": PROFILE | fields})]}
+
+
+def test_a_profile_with_a_field_that_is_wrong() -> None:
+    found = check("Profile default", **profiled(device="tpu"))
+    assert found.verdict == "problem"
+    assert found.message.startswith("profiles.default.device: ")
+
+
+@pytest.mark.parametrize(
+    ("image", "verdict", "message"),
+    [
+        ("r.example.org:5000/trainer", "warning", "may change between steps"),
+        ("r.example.org/trainer:latest", "warning", "may change between steps"),
+        ("localhost/qlora-trainer:0.1.0", "warning", "nodes cannot pull"),
+        ("r.example.org/trainer:0.1.0", "ok", "r.example.org/trainer:0.1.0"),
+    ],
+)
+def test_the_image_of_a_profile(image: str, verdict: str, message: str) -> None:
+    found = check("Profile default", **profiled(image=image))
+    assert (found.verdict, message in found.message) == (verdict, True)
+
+
+TAINT = {"key": "dedicated", "effect": "NoSchedule"}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "verdict", "message"),
+    [
+        ([node(), node("gpu-2", gpus=4)], "ok", "2 nodes with 12 nvidia.com/gpu in all, and 8 on the largest"),
+        ([], "warning", "no node has nvidia.com/gpu.present=true now"),
+        ([node(gpus=0)], "problem", "none of its nodes (1) offers nvidia.com/gpu: install the vendor's device plugin"),
+        ([node(ready="Unknown")], "problem", "gpu-1 is not ready"),
+        ([node(unschedulable=True)], "problem", "gpu-1 is cordoned"),
+        ([node(taints=[TAINT])], "problem", "gpu-1 has the taint dedicated, which the profile does not tolerate"),
+        ([node(taints=[{"key": "nvidia.com/gpu", "effect": "NoSchedule", "value": "present"}])], "ok", "1 node"),
+        ([node(taints=[TAINT | {"effect": "PreferNoSchedule"}])], "ok", "1 node"),
+        (DENIED, "unknown", "ClusterRole"),
+    ],
+)
+def test_the_gpus_of_a_profiles_nodes(nodes: Any, verdict: str, message: str) -> None:
+    found = check("Profile default: nodes", nodes=nodes)
+    assert (found.verdict, message in found.message) == (verdict, True)
+
+
+def test_a_taint_that_the_profile_tolerates() -> None:
+    tolerations = [{"key": "dedicated", "operator": "Exists"}]
+    found = check("Profile default: nodes", nodes=[node(taints=[TAINT])], **profiled(tolerations=tolerations))
+    assert found.verdict == "ok"
+
+
+def test_a_profile_for_the_cpu_needs_no_gpu() -> None:
+    cpu = {key: value for key, value in PROFILE.items() if key != "gpuResource"} | {"device": "cpu"}
+    assert check("Profile default: nodes", operators=[operator({"default": cpu})]).verdict == "ok"
+
+
+@pytest.mark.parametrize(
+    ("classes", "workspace", "verdict", "message"),
+    [
+        ([], {}, "problem", "no default StorageClass"),
+        ([storage_class()], {"storageClassName": "slow"}, "problem", "there is no StorageClass slow"),
+        ([storage_class()], {"storageClassName": "fast"}, "ok", "fast makes its workspaces"),
+        (
+            [storage_class(provisioner="ebs.csi.aws.com")],
+            {"topology": "shared", "accessMode": "ReadWriteMany"},
+            "problem",
+            "fast (ebs.csi.aws.com) has no volumes for several nodes",
+        ),
+        ([storage_class(volumeBindingMode="Immediate")], {}, "warning", "WaitForFirstConsumer"),
+        ([storage_class(volumeBindingMode="Immediate")], {"topology": "shared"}, "ok", "fast"),
+        (DENIED, {}, "unknown", "ClusterRole"),
+    ],
+)
+def test_the_storage_of_a_profile(classes: Any, workspace: dict[str, str], verdict: str, message: str) -> None:
+    found = check("Profile default: storage", storage_classes=classes, **profiled(workspace=workspace))
+    assert (found.verdict, message in found.message) == (verdict, True)
+
+
+def test_a_runtime_class_that_does_not_exist() -> None:
+    found = check("Profile default: runtime class", **profiled(runtimeClassName="nvidia"))
+    assert (found.verdict, "there is no RuntimeClass nvidia" in found.message) == ("problem", True)
+
+
+def test_without_a_look_at_the_operator_profiles_are_those_of_the_jobs() -> None:
+    job = {
+        "metadata": {"name": "a", "creationTimestamp": NOW.isoformat()},
+        "spec": {"scheduling": {"profile": "a100"}},
+        "status": {"phase": "Training", "resolved": {"profile": PROFILE | {"newer": 1}}},
+    }
+    names = [each.name for each in examine(replace(READY, operators=DENIED, jobs=[job]))]
+    assert "Profile a100: nodes" in names
+    assert check("Profiles", operators=DENIED).verdict == "unknown"
+
+
+def quota(hard: dict[str, str], used: dict[str, str] | None = None, **spec: Any) -> dict[str, Any]:
+    return {"metadata": {"name": "small"}, "spec": spec, "status": {"hard": hard, "used": used or {}}}
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict", "message"),
+    [
+        (quota({"requests.nvidia.com/gpu": "0"}), "problem", "takes 1: raise it"),
+        (quota({"requests.nvidia.com/gpu": "2"}, {"requests.nvidia.com/gpu": "2"}), "warning", "or wait until others"),
+        (quota({"requests.memory": "23Gi"}), "problem", "of requests.memory it has 0 of 23Gi used"),
+        (quota({"requests.storage": "10Gi"}), "problem", "takes 50Gi"),
+        (quota({"count/qlorajobs.qlora.dev": "1"}, {"count/qlorajobs.qlora.dev": "1"}), "warning", "takes 1"),
+        (quota({"limits.cpu": "100"}), "warning", "unless a LimitRange sets a default CPU limit"),
+    ],
+)
+def test_a_quota_that_is_too_small_or_used_up(found: dict[str, Any], verdict: str, message: str) -> None:
+    seen = check("Quota small", quotas=[found])
+    assert (seen.verdict, message in seen.message) == (verdict, True)
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        quota({"requests.memory": "100Gi", "secrets": "0", "requests.nvidia.com/gpu": "1"}),
+        quota({"pods": "0"}, scopes=["BestEffort"]),
+        quota({"requests.memory": "1Zi"}),
+    ],
+    ids=["room", "of other pods", "a unit that is not known"],
+)
+def test_a_quota_with_room(found: dict[str, Any]) -> None:
+    assert check("Quotas", quotas=[found]).verdict == "ok"
+
+
+def test_a_limit_range_that_excludes_a_job() -> None:
+    limits = [
+        {"type": "Container", "max": {"memory": "8Gi"}},
+        {"type": "PersistentVolumeClaim", "max": {"storage": "100Gi"}},
+        {"type": "openshift.io/Image", "max": {"storage": "1Gi"}},
+    ]
+    found = check("LimitRange limits", limit_ranges=[{"metadata": {"name": "limits"}, "spec": {"limits": limits}}])
+    assert found.verdict == "problem"
+    assert "a Container may have 8Gi of memory, and a job of the profile default takes 24Gi" in found.message
+
+
+def test_what_the_api_server_says_to_a_pod_like_that_of_train() -> None:
+    refused = check("Admission, profile default", trials={"default": 'violates PodSecurity "restricted:latest"'})
+    assert (refused.verdict, "violates PodSecurity" in refused.message) == ("problem", True)
+    assert check("Admission, profile default", trials={"default": DENIED}).verdict == "unknown"
+
+
+def policy(egress: list[Any], *kinds: str, **selector: Any) -> dict[str, Any]:
+    return {
+        "metadata": {"name": "deny"},
+        "spec": {"podSelector": selector, "policyTypes": list(kinds), "egress": egress},
+    }
+
+
+OF_CHART = policy(
+    [{"ports": [{"port": 443}]}],
+    "Egress",
+    matchExpressions=[
+        {"key": "qlora.dev/job", "operator": "Exists"},
+        {"key": "qlora.dev/step", "operator": "In", "values": ["prepare", "publish"]},
+    ],
+)
+
+
+@pytest.mark.parametrize(
+    ("policies", "verdict", "message"),
+    [
+        ([policy([], "Ingress", "Egress")], "problem", "deny let prepare and publish connect nowhere"),
+        ([policy([], "Ingress", "Egress"), OF_CHART], "ok", "the connections of train are restricted"),
+        ([policy([], "Ingress")], "ok", "pods of train may connect anywhere"),
+        ([policy([], "Egress", matchLabels={"app": "web"})], "ok", "pods of train may connect anywhere"),
+        ([policy([], "Egress", matchExpressions=[{"key": "app", "operator": "DoesNotExist"}])], "problem", "nowhere"),
+    ],
+)
+def test_network_policies(policies: list[Any], verdict: str, message: str) -> None:
+    found = check("Network policies", network_policies=policies)
+    assert (found.verdict, message in found.message) == (verdict, True)
+
+
+def test_rights_that_are_missing_are_named_by_what_they_are_for() -> None:
+    found = check("Your rights: logs", denied={"logs": ["{resources: [pods/log]}"]})
+    assert found.message == "ask for a Role with the rules {resources: [pods/log]}"
+
+
+def test_what_may_not_be_asked_is_unknown_and_no_problem() -> None:
+    hidden: dict[str, Any] = dict.fromkeys(
+        [
+            "operators",
+            "jobs",
+            "nodes",
+            "storage_classes",
+            "own_namespace",
+            "quotas",
+            "limit_ranges",
+            "network_policies",
+        ],
+        DENIED,
+    )
+    checks = examine(replace(READY, trials={}, **hidden))
+    assert {each.verdict for each in checks} == {"ok", "unknown"}
+    assert [each.name for each in checks if each.verdict == "ok"] == ["Kubernetes", "Definitions", "Your rights"]

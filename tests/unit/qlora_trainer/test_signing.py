@@ -1,0 +1,45 @@
+"""Signatures of statements: the same each time, and only for what was signed."""
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, SECP384R1, generate_private_key
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
+
+from qlora_trainer.core.signing import PrivateKey, payload_of, read_private_key, read_public_key, sign, verified
+
+KEYS: dict[str, PrivateKey] = {"ecdsa": generate_private_key(SECP256R1()), "ed25519": Ed25519PrivateKey.generate()}
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_what_is_signed_verifies_with_the_public_part_of_the_key_and_no_other(kind: str) -> None:
+    key = KEYS[kind]
+    read = read_private_key(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    bundle = sign(b"statement", read)
+    public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    assert sign(b"statement", read) == bundle
+    assert verified(bundle, read_public_key(public)) == payload_of(bundle) == b"statement"
+    for other in (Ed25519PrivateKey.generate(), generate_private_key(SECP256R1())):
+        with pytest.raises(ValueError, match="no signature is of this key"):
+            verified(bundle, other.public_key())
+
+
+@pytest.mark.parametrize(
+    "bundle", [b"", b"[]", b"{}", b'{"dsseEnvelope": 1}', b'{"dsseEnvelope": {"payloadType": "a"}}']
+)
+def test_what_is_no_bundle_of_a_statement_is_rejected(bundle: bytes) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        payload_of(bundle)
+
+
+def test_a_key_with_a_password_or_of_another_kind_is_rejected() -> None:
+    encrypted = KEYS["ecdsa"].private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret"))
+    other = generate_private_key(SECP384R1()).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    for pem in (encrypted, other, b"no key"):
+        with pytest.raises(ValueError, match="ECDSA P-256 or Ed25519"):
+            read_private_key(pem)

@@ -1,0 +1,78 @@
+"""Attaches a document to an artifact of a registry, and finds those that are attached: OCI 1.1's referrers.
+
+Sources: https://github.com/opencontainers/distribution-spec/blob/v1.1.1/spec.md#listing-referrers, and for where cosign
+looks, https://github.com/sigstore/cosign/blob/main/specs/BUNDLE_SPEC.md
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_trainer.stores.oci import INDEX_TYPE, MANIFEST_TYPE, Artifact, Blob, Registry, digest_of
+
+_EMPTY = b"{}"
+_EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
+_MAX_DOCUMENT_BYTES = 2**22
+
+
+def attach(
+    registry: Registry, artifact: Artifact, document: bytes, media_type: str, annotations: Mapping[str, str]
+) -> None:
+    """Attach the document to the artifact, once however often it is done. Raises StepFailure."""
+    for content in (_EMPTY, document):
+        registry.upload(Blob(digest_of(content), len(content)), content)
+    manifest = _json(
+        {
+            "schemaVersion": 2,
+            "mediaType": MANIFEST_TYPE,
+            "artifactType": media_type,
+            "config": {"mediaType": _EMPTY_TYPE, **_descriptor(_EMPTY)},
+            "layers": [{"mediaType": media_type, **_descriptor(document)}],
+            "subject": {"mediaType": MANIFEST_TYPE, "digest": artifact.digest, "size": artifact.size},
+            "annotations": dict(annotations),
+        }
+    )
+    if registry.put_referrer(manifest):
+        return
+    # A registry without the API lists under a tag what clients have attached.
+    entry = {"mediaType": MANIFEST_TYPE, "artifactType": media_type, "annotations": dict(annotations)}
+    entry |= _descriptor(manifest)
+    tag = _tag(artifact.digest)
+    listed = _entries(registry.index(tag))
+    if entry["digest"] not in [one.get("digest") for one in listed]:
+        index = {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": [*listed, entry]}
+        registry.tag(_json(index), tag, media_type=INDEX_TYPE)
+
+
+def attached(registry: Registry, digest: str, media_type: str) -> list[bytes]:
+    """The documents of this type that are attached to the artifact with the digest. Raises StepFailure."""
+    index = registry.referrers(digest)
+    listed = _entries(registry.index(_tag(digest)) if index is None else index)
+    documents = []
+    for entry in listed:
+        if entry.get("artifactType") != media_type:
+            continue
+        found = registry.manifest(str(entry.get("digest")))
+        layers = [] if found is None else found.manifest["layers"]
+        for layer in layers[:1]:
+            blob = Blob(str(layer.get("digest")), int(layer.get("size", 0)))
+            if 0 < blob.size <= _MAX_DOCUMENT_BYTES:
+                documents.append(registry.read(blob))
+    return documents
+
+
+def _entries(index: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    listed = None if index is None else index.get("manifests")
+    return [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+
+
+def _tag(digest: str) -> str:
+    return digest.replace(":", "-")
+
+
+def _descriptor(content: bytes) -> dict[str, Any]:
+    return {"digest": digest_of(content), "size": len(content)}
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
