@@ -82,6 +82,12 @@ def _docker_login(content: bytes, folder: Path) -> None:
     _pull("Basic realm=team", b"", Secret(folder, "spec.model.secretRef", "pull"))
 
 
+def _google_key(content: bytes, folder: Path) -> None:
+    (folder / "GOOGLE_SERVICE_ACCOUNT_KEY").write_bytes(content)
+    secret = Secret(folder, "spec.model.secretRef", "keys")
+    ObjectFolder(ObjectStoreSource("team", "folder", "gs"), secret, reject=bad_configuration)
+
+
 @cache
 def _objects() -> ObjectFolder:
     return ObjectFolder(ObjectStoreSource("team", "folder"), _NO_SECRET, reject=bad_configuration)
@@ -199,6 +205,11 @@ ANSWERS: dict[str, Target] = {
     ),
     "docker-login": Target(
         _docker_login, (_json(_LOGIN), _json(_USER)), exit_codes=(_CONFIGURATION, _UNREACHABLE, _UNAVAILABLE)
+    ),
+    "google-key": Target(
+        _google_key,
+        (_json({"private_key": "-----BEGIN PRIVATE KEY-----", "private_key_id": "1", "client_email": "a@b"}),),
+        exit_codes=(_CONFIGURATION, _UNREACHABLE),
     ),
     "store-error": Target(
         _store_error,

@@ -124,6 +124,22 @@ def test_a_key_that_is_none_is_said_so(google: FakeCloud, tmp_path: Path, key: s
     assert message.startswith(f"{FIELD}: GOOGLE_SERVICE_ACCOUNT_KEY is not the JSON key of a Google service account")
 
 
+@pytest.mark.usefixtures("google", "azure")
+@pytest.mark.parametrize(
+    ("scheme", "values"),
+    [
+        ("gs", {"GOOGLE_SERVICE_ACCOUNT_KEY": FakeCloud().service_account_key(private_key="canary")}),
+        ("az", {"AZURE_STORAGE_ACCOUNT_KEY": "canary!"}),
+        ("az", {"AZURE_STORAGE_SAS_TOKEN": "canary"}),
+    ],
+)
+def test_a_value_that_is_no_credential_is_a_bad_configuration(
+    tmp_path: Path, scheme: str, values: dict[str, str]
+) -> None:
+    message = rejected(lambda: folder_of(scheme, secret(tmp_path, **values)), ExitCode.BAD_CONFIGURATION)
+    assert f"cannot be opened with the credentials of {FIELD}: a value of the Secret is not" in message
+
+
 @pytest.mark.parametrize("kind", ["account key", "shared access signature"])
 def test_a_container_of_azure_is_used_with_a_key_or_a_signature(azure: FakeCloud, tmp_path: Path, kind: str) -> None:
     if kind == "account key":

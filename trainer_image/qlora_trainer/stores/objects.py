@@ -66,7 +66,14 @@ class ObjectFolder:
         self._prefix = source.path
         self._secret = secret
         self._reject = reject
-        self._bucket = _OPEN[source.scheme](source.bucket, secret)
+        try:
+            self._bucket = _OPEN[source.scheme](source.bucket, secret)
+        except BaseError:
+            # Not its message, which may quote the credential.
+            raise bad_configuration(
+                f"{self.uri} cannot be opened with {secret}: a value of the Secret is not such a credential; store it "
+                "as the cloud has given it, once encoded in base64"
+            ) from None
         self._endpoint, self._store = self._bucket.endpoint, self._bucket.store
         self.address = f"{self._endpoint}/{source.bucket}/{source.path}"
 
