@@ -145,9 +145,9 @@ def test_the_real_archive_runs_without_any_python(tmp_path: Path) -> None:
         assert (said.returncode, said.stderr) == (0, ""), command
     (tmp_path / "adapter").mkdir()
     (tmp_path / "job.yaml").write_text(JOB)
-    for arguments, expected in CALLS.items():
-        said = run(tmp_path, "kubectl", "qlora", *arguments.format(folder=tmp_path).split())
-        assert said.stderr.startswith(expected), (arguments, said.stderr)
+    for call, expected in CALLS.items():
+        said = run(tmp_path, "kubectl", "qlora", *call.format(folder=tmp_path).split())
+        assert said.stderr.startswith(expected), (call, said.stderr)
     [environment] = (from_environment().cache / "plugin-venv").glob("lib/python3.*/site-packages")
     for package in ("cli/qlora_cli", "cli/qlora_client", "trainer_image/qlora_trainer"):
         for file in (ROOT / package).rglob("*.py"):

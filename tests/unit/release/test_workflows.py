@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from release import workflows
+from release.project import ROOT
 
 SHA = "3d3c42e5aac5ba805825da76410c181273ba90b1"
 
@@ -52,7 +53,7 @@ def test_a_workflow_with_either_ending_is_checked(tmp_path: Path, name: str) -> 
 
 
 def test_nothing_is_released_before_the_tests_of_its_commit_have_passed() -> None:
-    folder = workflows.ROOT / workflows.FOLDER
+    folder = ROOT / workflows.FOLDER
     jobs: dict[str, dict[str, Any]] = yaml.safe_load((folder / "release.yaml").read_text())["jobs"]
     called = {str(jobs[name].get("uses")) for name in jobs["release"]["needs"]}
     assert called == {"./.github/workflows/test.yaml", "./.github/workflows/rehearsal.yaml"}
