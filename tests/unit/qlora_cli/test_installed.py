@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from tests.support.installed import ROOT, install, python, qlora
 
@@ -95,5 +97,10 @@ def test_a_missing_library_is_never_taken_from_an_index_where_anybody_can_regist
 
 def test_verify_needs_no_client_of_a_cluster(folder: Path) -> None:
     bare = install(("cli",), folder / "bare")
+    key = ed25519.Ed25519PrivateKey.generate().public_key()
+    pem = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    (folder / "signing.pub").write_bytes(pem)
     assert qlora(bare, "verify", "adapter").stderr == NO_LINEAGE
+    signed = qlora(bare, "verify", "adapter", "--key", "signing.pub")
+    assert signed.stderr.startswith("Error: not verified: adapter has no signed lineage"), signed.stderr
     assert qlora(bare, "list").stderr == lacks("list", "kubernetes", "cli,client")
