@@ -140,9 +140,9 @@ def test_the_real_archive_runs_without_any_python(tmp_path: Path) -> None:
     installed = run(tmp_path, "kubectl", "krew", "install", *files)
     assert installed.returncode == 0, installed.stderr
     assert run(tmp_path, "kubectl", "qlora", "--version").stdout.startswith("kubectl qlora, version ")
-    for command in main.list_commands(click.Context(main)):
-        said = run(tmp_path, "kubectl", "qlora", command, "--help")
-        assert (said.returncode, said.stderr) == (0, ""), command
+    for name in main.list_commands(click.Context(main)):
+        said = run(tmp_path, "kubectl", "qlora", name, "--help")
+        assert (said.returncode, said.stderr) == (0, ""), name
     (tmp_path / "adapter").mkdir()
     (tmp_path / "job.yaml").write_text(JOB)
     for call, expected in CALLS.items():
