@@ -57,7 +57,11 @@ def unpack(layout: Layout) -> None:
     wanted = sorted({package for program, package in UNPACKED.items() if not _kept(layout, program).exists()})
     if not wanted:
         return
-    _require_apt(wanted)
+    if not _has_apt():
+        raise ClusterError(
+            f"missing below {layout.packages}: the files of Debian's {', '.join(wanted)}: run `python -m devcluster "
+            "packages` as root on Debian (one that is installed on the machine is not used)"
+        )
     console.say(f"fetching Debian packages, without installing them: {' '.join(wanted)}")
     console.run_noisy(layout, [*_QUIET, "update"])
     layout.packages.mkdir(parents=True, exist_ok=True)
@@ -85,8 +89,12 @@ def _kept(layout: Layout, program: str) -> Path:
     return layout.packages / UNPACKED[program] / "usr" / "bin" / program
 
 
+def _has_apt() -> bool:
+    return os.geteuid() == 0 and shutil.which("apt-get") is not None
+
+
 def _require_apt(wanted: Iterable[str]) -> None:
-    if os.geteuid() != 0 or not shutil.which("apt-get"):
+    if not _has_apt():
         raise ClusterError(f"missing: {', '.join(wanted)} (Debian's names): install them, or run as root on Debian")
 
 

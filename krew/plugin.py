@@ -1,6 +1,7 @@
 """Makes the kubectl plugin that krew installs: an archive for this platform, and the manifest of all archives.
 
-`make plugin` does both; the release workflow makes an archive on each platform, and then the manifest of them.
+`make plugin` does both for one platform. An archive must be made on its platform; `--archives` then writes the manifest
+of all of them. No workflow publishes them yet.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from typing import Any, Self
 ROOT = Path(__file__).parent.parent
 NAME, PROGRAM, DISTRIBUTION = "qlora", "kubectl-qlora", "qlora-operator"
 _ARCHITECTURES = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
-# What trains and operates is not part of it: `qlora run` needs a Python with PyTorch.
+# What trains and operates is not part of it: `qlora run` needs a Python with PyTorch, and says so.
 _LEFT_OUT = ("torch", "transformers", "kopf", "tkinter")
 _ENTRY = "from qlora_cli.__main__ import plugin\n\nplugin()\n"
 
@@ -101,7 +102,7 @@ def pack(folder: Path, target: Path) -> None:
 def build(target: Path) -> Path:
     """The archive with the program and a Python of its own, in the folder `target`.
 
-    Runs PyInstaller on the environment of this process, which has the extras cli, client and plugin. Raises
+    Runs PyInstaller on the environment of this process, which has the extras cli, client, stores and plugin. Raises
     CalledProcessError, and LookupError on a machine that krew does not know.
     """
     archive = target / Archive.here().name

@@ -94,7 +94,7 @@ def _check(layout: Layout, tag: str | None) -> int:
 def _signer(cosign: Cosign, options: argparse.Namespace) -> Signer:
     if options.keyless:
         return Keyless(Identity(workflow_identity(os.environ)))
-    return cosign.key_pair(options.target, os.environ.get(_PASSWORD, ""))
+    return cosign.key_pair(options.target, os.environ.get(_PASSWORD, ""), options.registry)
 
 
 @contextmanager

@@ -19,6 +19,9 @@ from release.project import CHART, DOCKERFILES, ROOT
 _LABELS = frozenset(
     f"org.opencontainers.image.{name}" for name in ("title", "description", "version", "licenses", "base.name")
 )
+INSTALL_PAGE = Path("docs/how-to/install.md")
+# Of an image, a chart, or a chart's file.
+_TAG = re.compile(r"(?:/qlora-(?:operator|trainer):|--version |qlora-operator-)(\d+\.\d+\.\d+)")
 # What stays the same from release to release; chart.annotations adds the rest.
 REQUIRED_ANNOTATIONS = frozenset(
     f"artifacthub.io/{name}"
@@ -37,7 +40,7 @@ REQUIRED_ANNOTATIONS = frozenset(
 
 def findings(root: Path = ROOT, tag: str | None = None) -> list[str]:
     """All findings that need no program. `tag`: the tag that is released, as `v0.1.0`; None before there is one."""
-    checks: tuple[Callable[[Path], Iterator[str]], ...] = (_images, _chart, _layers)
+    checks: tuple[Callable[[Path], Iterator[str]], ...] = (_images, _tags, _chart, _layers)
     found = [finding for check in checks for finding in check(root)]
     return [*found, *_changelog(root, tag), *workflows.findings(root)]
 
@@ -66,6 +69,17 @@ def _images(root: Path) -> Iterator[str]:
             yield f"{path}: {error}"
     if len(bases) > 1:
         yield f"the images have different bases: {', '.join(sorted(bases))}"
+
+
+def _tags(root: Path) -> Iterator[str]:
+    """Whether the commands that people copy name this version."""
+    version = project.version(root)
+    for path in (*DOCKERFILES.values(), INSTALL_PAGE):
+        named = set(_TAG.findall((root / path).read_text()))
+        if wrong := named - {version}:
+            yield f"{path}: names the tag {', '.join(sorted(wrong))}, the project has version {version}"
+        if not named:
+            yield f"{path}: no command names the tag {version}"
 
 
 def _layers(root: Path) -> Iterator[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from release.errors import ReleaseError
+from release.project import on_loopback
 
 GITHUB_ISSUER = "https://token.actions.githubusercontent.com"
 """Who vouches for the identity of a workflow."""
@@ -115,10 +116,18 @@ class Cosign:
 
     program: Path
 
-    def key_pair(self, folder: Path, password: str) -> KeyPair:
-        """The key pair in a folder, made when there is none."""
+    def key_pair(self, folder: Path, password: str, registry: str | None = None) -> KeyPair:
+        """The key pair in a folder, made when there is none and nobody else reads the registry.
+
+        Raises ReleaseError for a registry of others: users have the public part of one key, and not of a new one.
+        """
         pair = KeyPair(folder / "cosign.key", folder / "cosign.pub", password)
         if not pair.private.exists():
+            if registry is not None and not on_loopback(registry):
+                raise ReleaseError(
+                    f"no key {pair.private} to sign what {registry} publishes: put the key pair of your releases there "
+                    "as cosign.key and cosign.pub, and its password into COSIGN_PASSWORD"
+                )
             folder.mkdir(parents=True, exist_ok=True)
             prefix = f"--output-key-prefix={folder / 'cosign'}"
             self._run(["generate-key-pair", prefix], pair.environment)

@@ -1,11 +1,12 @@
 """Verifies a release the way a user does: with the registry, and the key or identity that signatures must be of."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -18,6 +19,8 @@ from release.signing import PROVENANCE, SBOM, Cosign, Verifier
 
 # A package that each image cannot do without: a list without it is not the image's.
 _EXPECTED_PACKAGES = {"qlora-operator": ("kopf", "kubernetes"), "qlora-trainer": ("torch", "bitsandbytes", "peft")}
+
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -45,16 +48,49 @@ def verify(
         images = images_of(yaml.safe_load(run([helm, "show", "values", archive])), registry)
         rendered = run([helm, "template", "release", archive])
     _require_images(rendered, description, images)
-    revisions = set()
+    stated = []
     for artifact in (chart, *images):
         cosign.verify(verifier, artifact.reference)
         statements = cosign.verified_predicates(verifier, artifact.reference, PROVENANCE)
-        revisions.add(stated_revision(statements[-1], artifact, builder, repository))
+        stated.append(stated_revisions(statements, artifact, builder, repository))
     for image in images:
-        require_packages(cosign.verified_predicates(verifier, image.reference, SBOM)[-1], image)
-    if len(revisions) != 1:
-        raise ReleaseError(f"chart and images are of different commits: {', '.join(sorted(revisions))}")
-    return Verified((chart, *images), revisions.pop())
+        listed = cosign.verified_predicates(verifier, image.reference, SBOM)
+        _fitting(listed, partial(require_packages, image=image))
+    return Verified((chart, *images), common_revision(stated))
+
+
+def stated_revisions(
+    statements: Sequence[Mapping[str, Any]], artifact: Artifact, builder: str, repository: str
+) -> list[str]:
+    """The commits of the statements that fit, of which each run of the builder may have made one.
+
+    Raises ReleaseError, with what is wrong with the last, if none does.
+    """
+    check = partial(stated_revision, artifact=artifact, builder=builder, repository=repository)
+    return _fitting(statements, check)
+
+
+def common_revision(stated: Sequence[Sequence[str]]) -> str:
+    """The commit, the last if there are several, that the chart and all images were made from. Raises ReleaseError."""
+    common = set.intersection(*map(set, stated))
+    for revision in reversed(stated[0]):
+        if revision in common:
+            return revision
+    found = sorted({revision for revisions in stated for revision in revisions})
+    raise ReleaseError(f"chart and images are of different commits: {', '.join(found)}")
+
+
+def _fitting(statements: Sequence[Mapping[str, Any]], check: Callable[[Mapping[str, Any]], _Found]) -> list[_Found]:
+    """What the check finds in each statement that it accepts. Raises what it has raised last if it accepts none."""
+    found, complaints = [], []
+    for statement in statements:
+        try:
+            found.append(check(statement))
+        except ReleaseError as complaint:
+            complaints.append(complaint)
+    if not found:
+        raise complaints[-1]
+    return found
 
 
 def require_packages(listed: Mapping[str, Any], image: Artifact) -> None:

@@ -26,17 +26,17 @@ def unpinned(workflow: str) -> list[str]:
     return found
 
 
+def files(root: Path = ROOT) -> list[Path]:
+    """All workflows. GitHub runs those with either ending."""
+    return sorted(path for path in (root / FOLDER).iterdir() if path.suffix in (".yaml", ".yml"))
+
+
 def findings(root: Path = ROOT) -> list[str]:
     """What is not pinned, by file."""
-    return [
-        f"{path.relative_to(root)}, {finding}"
-        for path in sorted((root / FOLDER).glob("*.yaml"))
-        for finding in unpinned(path.read_text())
-    ]
+    return [f"{path.relative_to(root)}, {finding}" for path in files(root) for finding in unpinned(path.read_text())]
 
 
 def lint(actionlint: Path, root: Path = ROOT) -> list[str]:
     """What actionlint reports."""
-    files = sorted((root / FOLDER).glob("*.yaml"))
-    done = subprocess.run([actionlint, "-oneline", *files], cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run([actionlint, "-oneline", *files(root)], cwd=root, capture_output=True, text=True, check=False)
     return (done.stdout + done.stderr).splitlines() if done.returncode else []

@@ -1,10 +1,12 @@
 """The program `qlora`, also `kubectl qlora`: which commands it has. A command's module is imported when it is used."""
 
 import importlib
-from typing import cast
+from typing import Any, cast
 
 import click
 from click.shell_completion import CompletionItem
+
+from qlora_cli.libraries import say_what_to_install
 
 _COMMANDS = {
     "submit": ("submit:submit", "Create a job from a file, or from options without one."),
@@ -43,7 +45,17 @@ class _Commands(click.Group):
         if name not in _COMMANDS:
             return None
         module, _, attribute = _COMMANDS[name][0].partition(":")
-        return cast("click.Command", getattr(importlib.import_module(f"qlora_cli.{module}"), attribute))
+        try:
+            return cast("click.Command", getattr(importlib.import_module(f"qlora_cli.{module}"), attribute))
+        except ModuleNotFoundError as error:
+            say_what_to_install(name, error)
+
+    def invoke(self, context: click.Context) -> Any:
+        """Run the command; a library that it imports only now may be missing too."""
+        try:
+            return super().invoke(context)
+        except ModuleNotFoundError as error:
+            say_what_to_install(context.invoked_subcommand or "", error)
 
     def shell_complete(self, context: click.Context, incomplete: str) -> list[CompletionItem[str]]:
         """The names that begin so, for a shell that completes them, and the options of the program itself."""

@@ -1,23 +1,17 @@
 """What the commands that ask a cluster have in common: which cluster, names of jobs, and how an error ends them."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
 from qlora_api.printable import one_line
+from qlora_cli.endings import fail
 from qlora_client.cluster import Cluster
 from qlora_client.errors import ClusterError
 from qlora_client.resources import JOBS
-
-
-def fail(message: str, exit_code: int = 1) -> NoReturn:
-    """Print the message to standard error and exit."""
-    click.echo(f"Error: {message}", err=True)
-    sys.exit(exit_code)
 
 
 def note(text: str) -> None:

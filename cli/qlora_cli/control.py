@@ -2,7 +2,8 @@
 
 import click
 
-from qlora_cli.connection import fail, job_name, job_names, with_cluster
+from qlora_cli.connection import job_name, job_names, with_cluster
+from qlora_cli.endings import fail
 from qlora_client.cluster import Cluster
 from qlora_client.job import Job
 from qlora_client.resources import JOBS

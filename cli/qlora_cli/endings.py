@@ -1,12 +1,22 @@
-"""Lets a command clean up when it is told to end: by Ctrl-C, as Python does anyway, and by other signals."""
+"""How a command ends: with an error, or told by Ctrl-C and other signals, after it has cleaned up."""
 
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
+
+import click
 
 # What `kill` sends, and what a terminal sends that is closed; Windows has no such signal.
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+def fail(message: str, exit_code: int = 1) -> NoReturn:
+    """Print the message to standard error and exit."""
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(exit_code)
 
 
 @contextmanager

@@ -9,7 +9,8 @@ import click
 from rich.console import Console
 
 from qlora_api.sweep import SWEEP_KIND
-from qlora_cli.connection import Connection, fail, with_connection
+from qlora_cli.connection import Connection, with_connection
+from qlora_cli.endings import fail
 from qlora_cli.job_options import OptionError, given, job_of, with_job_options
 from qlora_cli.manifest import ManifestError, load_object
 from qlora_cli.output import as_json, as_yaml

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from qlora_api.contract import ExitCode
-from qlora_cli.connection import fail
+from qlora_cli.endings import fail
 from qlora_cli.verify import NotVerified, shown, verify
 from qlora_trainer.core.failures import StepFailure
 

@@ -12,7 +12,7 @@ from qlora_client.errors import ClusterError
 from qlora_client.job import Job
 from qlora_client.published import Folder, OnBytes, PublishedFile
 
-INSTALL = "pip install 'qlora-operator[stores]'"
+INSTALL = "run `pip install '.[client,stores]'` in a checkout of the repository"
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,22 @@ class Job:
         return None if seconds is None else float(seconds) / 3600
 
     @property
+    def cost(self) -> str | None:
+        """What these hours cost, with the currency; None if the profile has no price."""
+        return (self.status.get("usage") or {}).get("cost")
+
+    @property
+    def forecast(self) -> Mapping[str, str]:
+        """The gpuHours that the whole job is expected to take, and their cost if there is a price; empty if unknown."""
+        return self.status.get("forecast") or {}
+
+    @property
+    def budget_hours(self) -> float | None:
+        """GPU hours that it may use, by its own budget and its profile's limit; None if there is neither."""
+        limits = ((part or {}).get("gpuHours") for part in (self.spec.get("budget"), self.status.get("resolved")))
+        return min((float(hours) for hours in limits if hours is not None), default=None)
+
+    @property
     def recoveries(self) -> int:
         """Attempts that ended in a failure or a disruption, after which it has gone on."""
         return int(self.status.get("failures", 0)) + int(self.status.get("disruptions", 0))

@@ -110,13 +110,18 @@ def test_a_manifest_goes_into_the_namespace_that_it_names(team: Reported, tmp_pa
 def test_the_list_has_what_a_person_asks_first(team: Reported) -> None:
     done_at = {"step": 100, "totalSteps": 100, "percent": 100, "loss": 1.25, "summary": "100% 100/100", "remaining": ""}
     team.job("listed-done", kind="listed")
-    team.report("listed-done", "Succeeded", progress=done_at, failures=1, disruptions=2)
+    forecast = {"gpuHours": "12.50", "basis": "Measured", "cost": "31.25 EUR"}
+    spent = {"usage": {"gpuSeconds": 9000, "cost": "6.25 EUR"}, "forecast": forecast}
+    team.report("listed-done", "Succeeded", progress=done_at, failures=1, disruptions=2, **spent)
     team.job("listed-new", kind="listed")
     header, *jobs = rows(done(team, "list", "-l", "kind=listed"))
     assert header == ["Name", "Phase", "Progress", "Loss", "Left", "Recoveries", "GPU hours", "Age"]
     by_name = {row[0]: row[1:-1] for row in jobs}
-    assert by_name["listed-done"] == ["Succeeded", "100% 100/100", "1.250", "-", "3", "-"]
+    assert by_name["listed-done"] == ["Succeeded", "100% 100/100", "1.250", "-", "3", "2.50"]
     assert by_name["listed-new"] == ["Pending", "-", "-", "-", "-", "-"]
+    wide = rows(done(team, "list", "-l", "kind=listed", "-o", "wide"))
+    assert wide[0] == [*header[:-1], "Cost", "Forecast", "Budget", "Age"]
+    assert {row[0]: row[7:-1] for row in wide[1:]}["listed-done"] == ["6.25 EUR", "12.50 (31.25 EUR)", "-"]
     everywhere = rows(done(team, "list", "-A", "-l", "kind=listed"))
     assert [row[:2] for row in everywhere[1:]] == [["people", "listed-done"], ["people", "listed-new"]]
     listed = json.loads(done(team, "list", "-l", "kind=listed", "-o", "json"))

@@ -10,13 +10,32 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import click
 import pytest
 
 from devcluster import toolchain
 from devcluster.layout import from_environment
 from krew import plugin
+from qlora_cli.__main__ import main
 
 ROOT = Path(__file__).parents[2]
+JOB = """apiVersion: qlora.dev/v1alpha1
+kind: QLoRAJob
+metadata: {name: job}
+spec:
+  model: {source: hf://org/model}
+  dataset: {source: hf://org/rows}
+  output: {destination: hf://org/adapter}
+"""
+# What the program says of a call, without a cluster, a network or PyTorch.
+CALLS = {
+    "list --kubeconfig=/nowhere": "Error: no kubeconfig can be read",
+    "watch job --kubeconfig=/nowhere": "Error: no kubeconfig can be read",
+    "verify {folder}/adapter": "Error: not verified: ",
+    "verify pvc://claim/adapter": "Error: pvc://claim/adapter cannot be read from here",
+    "data {folder}/job.yaml": "Error: the trainer is not installed: run `pip install",
+    "run {folder}/job.yaml --workspace {folder}/work": "Error: the trainer is not installed: run `pip install",
+}
 
 
 @pytest.fixture
@@ -121,6 +140,16 @@ def test_the_real_archive_runs_without_any_python(tmp_path: Path) -> None:
     installed = run(tmp_path, "kubectl", "krew", "install", *files)
     assert installed.returncode == 0, installed.stderr
     assert run(tmp_path, "kubectl", "qlora", "--version").stdout.startswith("kubectl qlora, version ")
-    for arguments in (("list", "--kubeconfig=/nowhere"), ("watch", "job", "--kubeconfig=/nowhere")):
-        said = run(tmp_path, "kubectl", "qlora", *arguments)
-        assert said.stderr.startswith("Error: no kubeconfig can be read")
+    for name in main.list_commands(click.Context(main)):
+        said = run(tmp_path, "kubectl", "qlora", name, "--help")
+        assert (said.returncode, said.stderr) == (0, ""), name
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "job.yaml").write_text(JOB)
+    for call, expected in CALLS.items():
+        said = run(tmp_path, "kubectl", "qlora", *call.format(folder=tmp_path).split())
+        assert said.stderr.startswith(expected), (call, said.stderr)
+    [environment] = (from_environment().cache / "plugin-venv").glob("lib/python3.*/site-packages")
+    for package in ("cli/qlora_cli", "cli/qlora_client", "trainer_image/qlora_trainer"):
+        for file in (ROOT / package).rglob("*.py"):
+            packed = environment / file.relative_to((ROOT / package).parent)
+            assert packed.read_text() == file.read_text(), f"{packed} is stale"

@@ -29,22 +29,23 @@ class Checkout:
         self._folder, self._cache = folder, folder / "cache"
         version = next(line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("UV_VERSION"))
         uv = self._cache / f"uv-{version.split()[-1]}" / "bin" / "uv"
-        for file in (uv, folder / "pyproject.toml", folder / "uv.lock", folder / ".venv" / ".synced"):
+        for file in (folder / "pyproject.toml", folder / "uv.lock", folder / ".venv" / ".synced"):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.touch()
-        for name in ("python", "ruff", "mypy", "lint-imports", "deptry"):
-            program = folder / ".venv" / "bin" / name
-            program.parent.mkdir(exist_ok=True)
+        names = ("python", "ruff", "mypy", "lint-imports", "deptry")
+        programs = [folder / ".venv" / "bin" / name for name in names]
+        for program in (*programs, uv, self._cache / "plugin-venv" / "bin" / "python"):
+            program.parent.mkdir(parents=True, exist_ok=True)
             program.write_text(PROGRAM.format(behavior=behavior))
             program.chmod(0o755)
 
-    def make(self, target: str = "test") -> "subprocess.CompletedProcess[str]":
+    def make(self, *target: str) -> "subprocess.CompletedProcess[str]":
         """Run `make` to its end, in a session of its own, so that a signal to its group reaches nothing else."""
         environment = {**os.environ, "QLORA_CACHE": str(self._cache), "CALLS": str(self.calls)}
         for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):
             environment.pop(name, None)
         return subprocess.run(
-            ["make", "--file", str(ROOT / "Makefile"), target],
+            ["make", "--file", str(ROOT / "Makefile"), *(target or ("test",))],
             cwd=self._folder,
             env=environment,
             capture_output=True,
@@ -109,3 +110,13 @@ def test_ctrl_c_ends_it_and_what_is_built_beside_it(tmp_path: Path) -> None:
     assert checkout.make().returncode != 0
     assert checkout.suites() == SUITES[:1]
     eventually(lambda: not (tmp_path / "building").exists(), seconds=10, every=0.01, what="the end of the build")
+
+
+def test_the_plugin_is_packed_from_the_code_of_now(tmp_path: Path) -> None:
+    """What uv has installed of a project it keeps as long as pyproject.toml is the same."""
+    checkout = Checkout(tmp_path, "")
+    done = checkout.make("plugin", "ADDRESS=https://example.org")
+    assert done.returncode == 0, done.stdout + done.stderr
+    installs, packs = checkout.calls.read_text().splitlines()
+    assert "uv sync --locked --no-editable --reinstall-package qlora-operator " in installs
+    assert packs.startswith("python krew/plugin.py ")

@@ -113,6 +113,22 @@ def test_the_table_draws_progress_on_a_terminal_only() -> None:
         assert pending.split() == ["bot", "Pending", "-", "-", "-", "-", "-", "1d0h"]
 
 
+def test_the_wide_table_has_what_a_job_costs_will_cost_and_may_use() -> None:
+    usage, forecast = {"gpuSeconds": 9000, "cost": "6.25 EUR"}, {"gpuHours": "12.50", "cost": "31.25 EUR"}
+    limited = job("Training", usage=usage, forecast=forecast, resolved={"gpuHours": 10.0})
+    own = Job({**job("Pending", forecast={"gpuHours": "3.00"}).body, "spec": {"budget": {"gpuHours": 24}}})
+    console = Console(file=io.StringIO(), width=200, no_color=True, color_system=None)
+    console.print(job_table([limited, own, job("Pending")], CREATED, namespaces=False, bars=False, wide=True))
+    assert isinstance(console.file, io.StringIO)
+    header, *rows = console.file.getvalue().splitlines()
+    assert header.split()[-6:] == ["GPU", "hours", "Cost", "Forecast", "Budget", "Age"]
+    assert [row.split()[6:] for row in rows] == [
+        ["2.50", "6.25", "EUR", "12.50", "(31.25", "EUR)", "10.00", "0s"],
+        ["-", "-", "3.00", "24.00", "0s"],
+        ["-", "-", "-", "-", "0s"],
+    ]
+
+
 def test_a_narrow_terminal_cuts_long_names_and_nothing_else() -> None:
     long = Job({**job("Training", progress=PROGRESS).body, "metadata": job("A").body["metadata"] | {"name": "x" * 45}})
     console = Console(file=io.StringIO(), width=80, force_terminal=True, no_color=True, color_system=None)

@@ -12,7 +12,17 @@ TRAINER = str(DOCKERFILES["qlora-trainer"])
 OPERATOR = str(DOCKERFILES["qlora-operator"])
 CHART_FILE = str(CHART / "Chart.yaml")
 PAGE = "docs/trainer/image.md"
-FILES = (TRAINER, OPERATOR, CHART_FILE, PAGE, "pyproject.toml", "CHANGELOG.md", ".github/workflows/release.yaml")
+INSTALL = str(checks.INSTALL_PAGE)
+FILES = (
+    TRAINER,
+    OPERATOR,
+    CHART_FILE,
+    PAGE,
+    INSTALL,
+    "pyproject.toml",
+    "CHANGELOG.md",
+    ".github/workflows/release.yaml",
+)
 TAG = f"v{version()}"
 
 
@@ -35,6 +45,14 @@ def test_nothing_is_missing_or_stale() -> None:
         (OPERATOR, "ARG BASE_IMAGE=docker.io/", "ARG BASE_IMAGE=quay.io/", "the images have different bases"),
         (OPERATOR, 'image.licenses="', 'image.license="', "no label org.opencontainers.image.licenses"),
         (TRAINER, f'image.version="{version()}"', 'image.version="9"', "label 9, the project has version"),
+        (
+            TRAINER,
+            f"qlora-trainer:{version()} .",
+            "qlora-trainer:9.0.0 .",
+            "names the tag 9.0.0, the project has version",
+        ),
+        (INSTALL, f"qlora-operator:{version()} .", "qlora-operator:9.0.0 .", "names the tag 9.0.0, the project has"),
+        (INSTALL, version(), "latest", "install.md: no command names the tag"),
         (TRAINER, "# The user that the steps run as.", "# A user.", "docs/trainer/image.md: not what"),
         (PAGE, "libtcmalloc", "libjemalloc", "docs/trainer/image.md: not what"),
         (CHART_FILE, f"appVersion: {version()}", "appVersion: 9.9.9", "appVersion 9.9.9, expected"),

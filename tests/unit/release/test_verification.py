@@ -45,6 +45,25 @@ def test_a_commit_without_its_digest_is_rejected() -> None:
         verification.stated_revision(made, IMAGE, MAKER.id, SOURCE.repository)
 
 
+def test_any_statement_may_be_the_one_that_fits() -> None:
+    """Each run of a workflow adds one, which names the run; whoever may push can attach more."""
+    other = statement()
+    other["runDetails"]["builder"]["id"] = "https://elsewhere"
+
+    def revisions(*statements: dict[str, Any]) -> list[str]:
+        return verification.stated_revisions(statements, IMAGE, MAKER.id, SOURCE.repository)
+
+    assert revisions(statement(), other) == revisions(other, statement()) == [SOURCE.revision]
+    with pytest.raises(ReleaseError, match="built by"):
+        revisions(other, other)
+
+
+def test_chart_and_images_must_have_a_commit_in_common() -> None:
+    assert verification.common_revision([["a", "b"], ["b", "a"], ["b"]]) == "b"
+    with pytest.raises(ReleaseError, match="of different commits: a, b"):
+        verification.common_revision([["a"], ["b"], ["a", "b"]])
+
+
 @pytest.mark.parametrize(
     ("packages", "complaint"),
     [

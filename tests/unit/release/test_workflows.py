@@ -1,8 +1,13 @@
 """Workflows run nothing that somebody could replace."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
+import yaml
 
 from release import workflows
+from release.project import ROOT
 
 SHA = "3d3c42e5aac5ba805825da76410c181273ba90b1"
 
@@ -36,6 +41,24 @@ def test_what_is_not_pinned_is_found_with_its_line(line: str, complaint: str) ->
 )
 def test_what_is_pinned_is_not_reported(line: str) -> None:
     assert workflows.unpinned(line) == []
+
+
+@pytest.mark.parametrize("name", ["other.yaml", "other.yml"])
+def test_a_workflow_with_either_ending_is_checked(tmp_path: Path, name: str) -> None:
+    (tmp_path / workflows.FOLDER).mkdir(parents=True)
+    (tmp_path / workflows.FOLDER / name).write_text("- uses: actions/checkout@main\n")
+    assert workflows.files(tmp_path) == [tmp_path / workflows.FOLDER / name]
+    (finding,) = workflows.findings(tmp_path)
+    assert finding.startswith(f".github/workflows/{name}, line 1: ")
+
+
+def test_nothing_is_released_before_the_tests_of_its_commit_have_passed() -> None:
+    folder = ROOT / workflows.FOLDER
+    jobs: dict[str, dict[str, Any]] = yaml.safe_load((folder / "release.yaml").read_text())["jobs"]
+    called = {str(jobs[name].get("uses")) for name in jobs["release"]["needs"]}
+    assert called == {"./.github/workflows/test.yaml", "./.github/workflows/rehearsal.yaml"}
+    (rehearsed,) = yaml.safe_load((folder / "rehearsal.yaml").read_text())["jobs"].values()
+    assert any("tests/cluster/test_release.py" in step.get("run", "") for step in rehearsed["steps"])
 
 
 def test_what_workflows_run_is_pinned() -> None:

@@ -5,13 +5,12 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
 from typing import BinaryIO
-
-from safetensors import SafetensorError
 
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.failures import StepFailure
@@ -27,7 +26,9 @@ _QUOTED_NUMBER = re.compile(r"\(os error (\d+)\)")
 
 def is_full(error: BaseException) -> bool:
     """Whether the disk is full, its quota used up, or the file at its largest allowed size."""
-    if isinstance(error, SafetensorError):
+    # `qlora verify` needs this module without the library, which must be loaded where one of its errors is raised.
+    library = sys.modules.get("safetensors")
+    if library is not None and isinstance(error, library.SafetensorError):
         quoted = _QUOTED_NUMBER.search(str(error))
         return quoted is not None and int(quoted[1]) in _FULL
     return isinstance(error, OSError) and error.errno in _FULL
