@@ -66,7 +66,7 @@ class ObjectDestination:
                 if read_back(partial(self._folder.digest, name)) != described.sha256:
                     raise self._differs(name)
         # What is stated about other files must not lie beside these.
-        for name in STATEMENTS - contents.keys():
+        for name in (STATEMENTS & stored.keys()) - contents.keys():
             self._folder.delete(name)
         self._folder.write(PUBLISHED_MANIFEST, manifest.text())
         if self.published() != manifest:
