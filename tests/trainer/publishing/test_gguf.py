@@ -5,7 +5,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 import torch
 import transformers as hf
@@ -185,9 +184,10 @@ def test_no_layers_of_the_trial_are_alike_as_those_of_an_adapter_are_not(
 def test_a_layer_that_is_divided_does_not_make_up_for_one_of_another_block(tmp_path: Path) -> None:
     writer = GGUFWriter(tmp_path / GGUF_FILE, "llama")
     for name in ("blk.0.attn_q", "blk.0.attn_k"):
-        writer.add_tensor(f"{name}.weight.lora_b", numpy.ones((2, 2), dtype=numpy.float32))
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
-        write()
+        writer.add_tensor(f"{name}.weight.lora_b", torch.ones(2, 2).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
     writer.close()
     layers = [f"base_model.model.model.layers.{block}.self_attn.q_proj.lora_B.weight" for block in (0, 1)]
     save_file({name: torch.ones(2, 2) for name in layers}, tmp_path / ADAPTER_FILE)

@@ -204,7 +204,7 @@ class Hub:
                 name: BytesIO(content) if isinstance(content, bytes) else opened.enter_context(content.open("rb"))
                 for name, content in files.items()
             }
-            operations = [
+            operations: list[CommitOperationAdd | CommitOperationDelete] = [
                 *(CommitOperationAdd(name, stream) for name, stream in streams.items()),
                 *(CommitOperationDelete(name) for name in without),
             ]
