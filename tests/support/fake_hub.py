@@ -192,6 +192,10 @@ class _Handler(BaseHTTPRequestHandler):
             elif line["key"] == "lfsFile":
                 kept = self._keep(key, line["value"]["path"], self.hub.large[line["value"]["oid"]])
                 self.hub.pointers[kept] = {"sha256": line["value"]["oid"], "size": line["value"]["size"]}
+            elif line["key"] == "deletedFile":
+                deleted = self.hub.repositories[key] / line["value"]["path"]
+                deleted.unlink()
+                self.hub.pointers.pop(deleted, None)
         self.hub.commits[key] = hashlib.sha1(json.dumps(lines).encode()).hexdigest()
         oid = self.hub.commits[key]
         self._reply({"success": True, "commitOid": oid, "commitUrl": f"{self.hub.endpoint}/{key}/commit/{oid}"})

@@ -1,6 +1,5 @@
 """The certificates and the proxy of a profile, as a step's process takes them over."""
 
-import os
 import ssl
 from pathlib import Path
 
@@ -32,6 +31,16 @@ def test_own_certificates_are_added_to_the_public_ones(tmp_path: Path) -> None:
     assert sorted(map(str, subjects(environment["SSL_CERT_FILE"]))) == sorted(
         map(str, [*subjects(certifi.where()), own])
     )
+
+
+@pytest.mark.parametrize("text", ["\ufeff", "# Müller GmbH, Wurzelzertifikat\n", "\u2028Caché\n"])
+def test_text_around_the_certificates_may_be_of_any_language(tmp_path: Path, text: str) -> None:
+    file = company_certificates(tmp_path).authority
+    file.write_text(text + file.read_text() + text, encoding="utf-8")
+    environment = {contract.ENV_CA_FILE: str(file)}
+    use_network(environment, tmp_path)
+    found = ssl.create_default_context(cafile=environment["SSL_CERT_FILE"]).get_ca_certs()
+    assert ((("commonName", "devcluster"),),) in [entry["subject"] for entry in found]
 
 
 def test_without_settings_nothing_is_changed(tmp_path: Path) -> None:
@@ -116,4 +125,18 @@ def test_which_addresses_go_through_the_proxy(url: str, entry: str, through: boo
 def test_no_proxy_is_none() -> None:
     assert https_proxy({}) is None
     assert https_proxy({"https_proxy": "proxy:3128"}) == Proxy("http://proxy:3128", ("",))
-    assert "HTTPS_PROXY" not in os.environ
+
+
+@pytest.mark.parametrize(("name", "scheme"), [("HTTPS_PROXY", "https"), ("https_proxy", "socks5")])
+def test_a_proxy_that_would_get_the_password_in_another_way_is_rejected(name: str, scheme: str) -> None:
+    with pytest.raises(StepFailure, match=f"{name} names a proxy by {scheme}://, must be http://") as failure:
+        https_proxy({name: f"{scheme}://team:canary@proxy.example.org:3128"})
+    assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
+    assert "canary" not in failure.value.message
+
+
+@pytest.mark.parametrize("name", ["HTTPS_PROXY", "https_proxy"])
+def test_the_hub_is_not_reached_around_the_proxy(tmp_path: Path, name: str) -> None:
+    environment = {name: "http://proxy.example.org:3128"}
+    use_network(environment, tmp_path)
+    assert environment["HF_HUB_DISABLE_XET"] == "1"

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFWriter
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -138,17 +139,60 @@ def test_a_layer_that_the_converter_leaves_out_is_not_left_out_silently(
 ) -> None:
     model = made(FAMILIES["llama"], tmp_path / "model")
     targets = inspect_family(model, LoraSpec()).target_modules
-    program = tmp_path / "llama_cpp" / "convert_lora_to_gguf.py"
-    program.parent.mkdir()
-    text = gguf._CONVERTER.read_text()
-    skipping = "for name, tensor in lora_model.items():\n"
-    assert skipping in text
-    program.write_text(text.replace(skipping, f"{skipping}                    if '.1.mlp.up_proj' in name: continue\n"))
-    (program.parent / "convert_hf_to_gguf.py").symlink_to(gguf._CONVERTER.parent / "convert_hf_to_gguf.py")
-    monkeypatch.setattr(gguf, "_CONVERTER", program)
+    change_converter("if '.1.mlp.up_proj' in name: continue", tmp_path, monkeypatch)
 
     with pytest.raises(StepFailure, match="it converts 13 of the 14 layers that have an adapter"):
         require_convertible(model, targets, LoraSpec(), GgufSpec(), tmp_path / "scratch")
+
+
+def change_converter(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the converter do this too for each `name` and `tensor` of an adapter."""
+    program = folder / "llama_cpp" / "convert_lora_to_gguf.py"
+    program.parent.mkdir()
+    text = gguf._CONVERTER.read_text()
+    loop = "for name, tensor in lora_model.items():\n"
+    assert loop in text
+    program.write_text(text.replace(loop, f"{loop}                    {line}\n"))
+    (program.parent / "convert_hf_to_gguf.py").symlink_to(gguf._CONVERTER.parent / "convert_hf_to_gguf.py")
+    monkeypatch.setattr(gguf, "_CONVERTER", program)
+
+
+@pytest.mark.parametrize("error", ["TypeError", "AttributeError", "NotImplementedError"])
+def test_a_family_whose_layers_the_converter_changes_is_rejected_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str
+) -> None:
+    model = made(FAMILIES["llama"], tmp_path / "model")
+    targets = inspect_family(model, LoraSpec()).target_modules
+    message = "" if error == "NotImplementedError" else "LoraTorchTensor has no x"
+    change_converter(f"raise {error}('{message}')", tmp_path, monkeypatch)
+    with pytest.raises(StepFailure, match="it changes the form of a layer in a way that no adapter can") as failure:
+        require_convertible(model, targets, LoraSpec(), GgufSpec(), tmp_path / "scratch")
+    assert "LoraTorchTensor" not in failure.value.message
+
+
+def test_no_layers_of_the_trial_are_alike_as_those_of_an_adapter_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The converter joins layers whose A is the same, which it cannot do for an adapter that was trained."""
+    model = made(FAMILIES["llama"], tmp_path / "model")
+    targets = inspect_family(model, LoraSpec()).target_modules
+    same = "assert not any(torch.equal(tensor, other) for known, other in lora_model.items() if known < name)"
+    change_converter(same, tmp_path, monkeypatch)
+    require_convertible(model, targets, LoraSpec(), GgufSpec(), tmp_path / "scratch")
+
+
+def test_a_layer_that_is_divided_does_not_make_up_for_one_of_another_block(tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / GGUF_FILE, "llama")
+    for name in ("blk.0.attn_q", "blk.0.attn_k"):
+        writer.add_tensor(f"{name}.weight.lora_b", torch.ones(2, 2).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    layers = [f"base_model.model.model.layers.{block}.self_attn.q_proj.lora_B.weight" for block in (0, 1)]
+    save_file({name: torch.ones(2, 2) for name in layers}, tmp_path / ADAPTER_FILE)
+    found = gguf._architecture_of(tmp_path / GGUF_FILE, tmp_path / ADAPTER_FILE)
+    assert str(found) == "it converts 1 of the 2 layers that have an adapter"
 
 
 def test_the_converter_is_as_llama_cpp_has_it() -> None:

@@ -232,3 +232,13 @@ def test_no_token_follows_a_redirect(publish: Publish, hub: FakeHub) -> None:
     assert elsewhere.seen
     assert not any("Authorization" in request.headers for request in elsewhere.seen)
     assert not any(TOKEN in f"{request.path} {request.headers}" for request in elsewhere.seen)
+
+
+def test_a_statement_about_earlier_files_goes_in_the_commit_with_the_new_ones(publish: Publish, hub: FakeHub) -> None:
+    publish()
+    (hub.repositories[KEY] / "lineage.intoto.json").write_bytes(b"{}")
+    (hub.repositories[KEY] / "notes.txt").write_bytes(b"of somebody else")
+    publish(MANIFEST.model_copy(update={"spec_sha256": "c" * 64}))
+    assert "lineage.intoto.json" not in repository(hub)
+    assert "notes.txt" in repository(hub)
+    assert len(commits(hub)) == 2

@@ -20,6 +20,7 @@ from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.signing import PrivateKey
 from tests.support.command import Files
+from tests.support.fault_proxy import Fault, FaultProxy, serve_proxy
 from tests.support.published import published
 from tests.support.servers import registry
 from tests.support.tiny import JOB_UID
@@ -122,6 +123,16 @@ def test_a_key_that_cannot_be_used_is_named_and_nothing_is_published(trained: Fi
         published(trained, mounts=Mounts(signing_key=key))
     assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
     assert not (trained.workspace / "adapter").exists()
+
+
+def test_a_key_that_cannot_be_used_is_noticed_before_a_registry_is_asked(trained: Files, tmp_path: Path) -> None:
+    key = tmp_path / "key.pem"
+    key.write_text("no key")
+    with serve_proxy(FaultProxy("", rule=lambda _request: Fault(404))) as server:
+        job = trained.with_spec({"output": {"destination": f"oci://{server.address}/team/adapter:v1"}})
+        with pytest.raises(StepFailure, match="signingKey"):
+            published(job, registries=(f"http://{server.address}",), mounts=Mounts(signing_key=key))
+        assert not [request for request in server.seen if request.method != "GET"]
 
 
 def test_the_statement_about_an_artifact_is_attached_to_it_once(

@@ -378,3 +378,12 @@ def test_a_folder_of_objects_is_listed_without_its_neighbors(
         (tmp_path / key).write_text(value)
     secret = Secret(tmp_path, "spec.dataset.secretRef", "store")
     assert list(ObjectFolder(ObjectStoreSource(BUCKET, "rows"), secret, reject=bad_configuration).list()) == ["a.jsonl"]
+
+
+def test_a_statement_about_earlier_files_does_not_stay_beside_the_new_ones(publish: Publish, bucket: S3Store) -> None:
+    publish()
+    obstore.put(bucket, "adapters/tiny/lineage.intoto.json", b"{}")
+    obstore.put(bucket, "adapters/tiny/notes.txt", b"of somebody else")
+    publish(MANIFEST.model_copy(update={"spec_sha256": "c" * 64}))
+    assert "adapters/tiny/lineage.intoto.json" not in stored(bucket)
+    assert "adapters/tiny/notes.txt" in stored(bucket)

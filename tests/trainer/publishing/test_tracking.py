@@ -1,18 +1,28 @@
 """The run of a published adapter on the servers of trackers: once, whole, and never in the adapter's way."""
 
 import json
+import time
 from collections.abc import Iterator
+from dataclasses import replace
+from errno import ENOSPC
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
+import urllib3.util.retry
 from mlflow.tracking import MlflowClient
 
 from qlora_api.contract import ENV_MLFLOW_SERVER, ENV_WANDB_SERVER
+from qlora_api.tracking import TrackedRun, TrackingStatus
 from qlora_trainer.core.completion import PublishRecord, read_completion, write_completion
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.report import uploads
+from qlora_trainer.report.uploads import FinishedRun, UploadError, upload_to_mlflow
+from qlora_trainer.steps import publish as publish_module
 from tests.support.command import Files
+from tests.support.fault_proxy import Fault, FaultProxy, serve_proxy
 from tests.support.mlflow_server import mlflow_server
 from tests.support.published import published
 from tests.support.tiny import JOB_UID
@@ -70,6 +80,65 @@ def test_a_real_mlflow_server_has_one_run_with_every_point_once_also_after_a_sec
     assert [point.step for point in shown] == list(range(1, 31))
     assert {point.step: point.value for point in shown} == pytest.approx(losses(job))
     assert [point.step for point in client.get_metric_history(found.info.run_id, "eval/loss")] == list(range(0, 31, 2))
+
+
+def finished_run(**tags: str) -> FinishedRun:
+    return FinishedRun("7f3c", "tiny", "repeated", {"rank": 4}, tags, [(1, {"train/loss": 2.0})])
+
+
+def test_a_run_that_is_uploaded_again_has_the_tags_of_the_last_upload_and_is_there_once(mlflow: str) -> None:
+    client = MlflowClient(tracking_uri=mlflow)
+    first = upload_to_mlflow(mlflow, {}, finished_run(adapter="one"))
+    experiment = client.get_experiment_by_name("repeated")
+    assert experiment is not None
+    # Two attempts at once have each made one.
+    second = client.create_run(experiment.experiment_id, tags={"qlora.job": "7f3c"}).info.run_id
+    assert upload_to_mlflow(mlflow, {}, finished_run(adapter="two")) == first
+    runs = {run.info.run_id: run for run in client.search_runs([experiment.experiment_id])}
+    assert runs.pop(second).info.status == "KILLED"
+    [kept] = runs.values()
+    assert (kept.data.tags["adapter"], kept.info.status) == ("two", "FINISHED")
+
+
+def test_a_wait_that_the_server_asks_for_does_not_hold_the_pod(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(urllib3.util.retry, "time", SimpleNamespace(sleep=waits.append, time=time.time))
+    busy = FaultProxy("", rule=lambda _request: Fault(503, headers={"Retry-After": "3600"}))
+    with serve_proxy(busy) as server, pytest.raises(UploadError, match="503"):
+        upload_to_mlflow(f"http://{server.address}", {}, finished_run())
+    assert sum(waits) < 60
+
+
+def test_an_upload_ends_though_the_server_takes_each_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slowly: a minute each, and it has thousands of points to take."""
+    monkeypatch.setattr(uploads, "_MLFLOW_BATCH", 1)
+    taken: list[str] = []
+
+    class Slow:
+        def __getattr__(self, name: str) -> Any:
+            def answer(*_: Any, **__: Any) -> Any:
+                taken.append(name)
+                return [] if name == "search_runs" else MagicMock()
+
+            return answer
+
+    points = [(step, {"train/loss": 1.0}) for step in range(1000)]
+    with pytest.raises(UploadError, match="has not taken the run within 180 seconds"):
+        uploads._to_mlflow(Slow(), "http://m", replace(finished_run(), points=points), lambda: 60.0 * len(taken))
+    assert len(taken) < 10
+
+
+def test_an_upload_that_cannot_be_recorded_costs_nothing(trained: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploaded = TrackingStatus(mlflow=TrackedRun(url="http://m.example.org/#/r"))
+    monkeypatch.setattr(publish_module, "upload_run", lambda *_: uploaded)
+
+    def full(path: Path, record: PublishRecord) -> None:
+        if record.tracking is not None:
+            raise OSError(ENOSPC, "No space left on device")
+        write_completion(path, record)
+
+    monkeypatch.setattr(publish_module, "write_completion", full)
+    assert published(trained).tracking == uploaded
 
 
 def test_weights_and_biases_gets_every_step_with_the_key_of_the_secret(

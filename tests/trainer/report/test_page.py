@@ -2,6 +2,8 @@
 
 import json
 import re
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -20,10 +22,11 @@ from qlora_trainer.report.model_card import adapter_model_card
 from qlora_trainer.report.resources import estimated_peaks
 from qlora_trainer.report.samples import Sample, Samples
 from qlora_trainer.report.trained_job import TrainedJob
+from qlora_trainer.steps.publish import publish
 from tests.support.command import Files
 from tests.support.published import context, published
 from tests.support.report_page import Page
-from tests.support.tiny import JOB_UID
+from tests.support.tiny import JOB_UID, Recorded
 
 
 def page_of(files: Files) -> str:
@@ -290,3 +293,13 @@ def test_the_chart_of_the_memory_compares_the_measured_peaks_with_the_estimate()
     shown = Page(chart("memory", "GPU memory", curve, unit="B", lines=estimated_peaks(memory))).words
     assert all(label in shown for label in ("estimate", "estimate, high", "usable"))
     assert "estimate" not in Page(chart("memory", "GPU memory", curve, unit="B")).words
+
+
+def test_what_a_gpu_costs_is_on_the_page_in_the_workspace_and_not_on_the_published_one(trained: Files) -> None:
+    job = trained.with_spec({"output": {"report": "full"}})
+    priced = replace(context(job), gpu_hour_price="2.50 EUR")
+    publish(priced, Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
+    assert "EUR)" in page_of(job)
+    shown = (job.workspace / "adapter" / "report.html").read_text()
+    assert "hours: 1 attempt" in shown
+    assert "EUR" not in shown

@@ -180,3 +180,17 @@ def test_a_token_that_the_cloud_rejects_is_not_shown(azure: FakeCloud, give: Giv
     message = rejected("az", ExitCode.BAD_CONFIGURATION)
     assert "may not be listed with the pod's cloud identity (HTTP 401" in message
     assert "canary" not in message
+
+
+def test_without_permission_of_the_profile_a_role_of_aws_is_not_taken(
+    s3: FaultProxy, give: Give, token: Path, tmp_path: Path
+) -> None:
+    certificates = company_certificates(tmp_path)
+    with serve_cloud(FakeCloud(), "aws", tls=(certificates.certificate, certificates.key)) as sts:
+        environment = {contract.ENV_CA_FILE: str(certificates.authority)}
+        use_network(environment, tmp_path)
+        give(**environment, AWS_ROLE_ARN=ROLE, AWS_WEB_IDENTITY_TOKEN_FILE=str(token))
+        give(AWS_ENDPOINT_URL_STS=f"https://{sts.address}")
+        assert "with no credentials (spec.model.secretRef)" in rejected("s3", ExitCode.BAD_CONFIGURATION)
+        assert sts.seen == []
+    assert not any("Authorization" in request.headers for request in s3.seen)

@@ -1,5 +1,6 @@
 """Google Cloud Storage and Azure Blob Storage, with each kind of credentials that they know."""
 
+import json
 import os
 from collections.abc import Iterator
 from hashlib import sha256
@@ -137,7 +138,7 @@ def test_a_value_that_is_no_credential_is_a_bad_configuration(
     tmp_path: Path, scheme: str, values: dict[str, str]
 ) -> None:
     message = rejected(lambda: folder_of(scheme, secret(tmp_path, **values)), ExitCode.BAD_CONFIGURATION)
-    assert f"cannot be opened with the credentials of {FIELD}: a value of the Secret is not" in message
+    assert f"cannot be opened with the credentials of {FIELD}: " in message
 
 
 @pytest.mark.parametrize("kind", ["account key", "shared access signature"])
@@ -220,3 +221,31 @@ def test_a_folder_in_a_bucket_that_is_not_there_is_said_so(azure: FakeCloud, tmp
     keys = secret(tmp_path, AZURE_STORAGE_ACCOUNT_KEY=azure.account_key)
     folder = ObjectFolder(ObjectStoreSource("none", "x", "az"), keys, reject=bad_configuration)
     assert "HTTP 404 (ContainerNotFound)" in rejected(folder.list, ExitCode.BAD_CONFIGURATION)
+
+
+@pytest.mark.usefixtures("google", "azure")
+@pytest.mark.parametrize(
+    ("scheme", "values", "named"),
+    [
+        (
+            "gs",
+            {
+                "GOOGLE_SERVICE_ACCOUNT_KEY": json.dumps(
+                    {"private_key": "canary", "private_key_id": "1", "client_email": "a@example.org"}
+                )
+            },
+            "private_key in GOOGLE_SERVICE_ACCOUNT_KEY",
+        ),
+        ("az", {"AZURE_STORAGE_ACCOUNT_KEY": "canary, not base64"}, "AZURE_STORAGE_ACCOUNT_KEY"),
+        ("az", {"AZURE_STORAGE_SAS_TOKEN": "canary"}, "AZURE_STORAGE_SAS_TOKEN"),
+        ("az", {"AZURE_STORAGE_ACCOUNT_KEY": "canary\nsecond"}, "AZURE_STORAGE_ACCOUNT_KEY"),
+        ("s3", {"AWS_ACCESS_KEY_ID": "canary\nsecond", "AWS_SECRET_ACCESS_KEY": "s"}, "AWS_ACCESS_KEY_ID"),
+        ("s3", {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "canary\x00"}, "AWS_SECRET_ACCESS_KEY"),
+    ],
+)
+def test_a_secret_that_the_client_cannot_use_is_named_and_not_shown(
+    tmp_path: Path, scheme: str, values: dict[str, str], named: str
+) -> None:
+    message = rejected(lambda: folder_of(scheme, secret(tmp_path, **values)), ExitCode.BAD_CONFIGURATION)
+    assert FIELD in message
+    assert named in message

@@ -124,6 +124,46 @@ def test_publishing_again_uploads_nothing(publish: Publish, registry_proxy: Faul
     assert registry_proxy.lines("POST") == registry_proxy.lines("PUT") == []
 
 
+def add_layer(real_registry: str, tag: str) -> None:
+    """Somebody who may push moves the tag, a path of the registry, to the same files and one more."""
+    url = f"http://{real_registry}{tag}"
+    kind, login = "application/vnd.oci.image.manifest.v1+json", (USER, PASSWORD)
+    manifest = requests.get(url, auth=login, headers={"Accept": kind}, timeout=10).json()
+    layer = manifest["layers"][0]
+    names = {"org.cncf.model.filepath": "modeling.py"}
+    manifest["layers"].append({**layer, "annotations": names})
+    requests.put(url, auth=login, headers={"Content-Type": kind}, json=manifest, timeout=10).raise_for_status()
+
+
+def test_an_artifact_with_a_layer_more_is_not_what_was_published(
+    publish: Publish, registry_proxy: FaultProxy, real_registry: str
+) -> None:
+    first = publish()
+    add_layer(real_registry, registry_proxy.lines("PUT")[-1])
+    registry_proxy.seen.clear()
+    assert publish() == first
+    assert registry_proxy.lines("PUT")[-1].endswith("/manifests/v1")
+
+
+def test_a_tag_that_is_moved_while_it_is_read_back_does_not_change_the_address(
+    publish: Publish, registry_proxy: FaultProxy, real_registry: str
+) -> None:
+    moved: list[str] = []
+
+    def rule(request: Request) -> Fault | None:
+        tags = [path for path in registry_proxy.lines("PUT") if path.endswith("/manifests/v1")]
+        if request.method == "GET" and "/blobs/" in request.path and tags and not moved:
+            moved.extend(tags)
+            add_layer(real_registry, tags[0])
+        return None
+
+    registry_proxy.rule = rule
+    uri = publish()
+    registry_proxy.rule = lambda _request: None
+    assert moved
+    assert publish() == uri
+
+
 @pytest.mark.parametrize("place", range(6))
 def test_an_interrupted_upload_is_finished_and_layers_are_not_sent_again(
     publish: Publish, registry_proxy: FaultProxy, contents: Contents, place: int

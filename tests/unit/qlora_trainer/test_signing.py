@@ -1,5 +1,7 @@
 """Signatures of statements: the same each time, and only for what was signed."""
 
+from base64 import b64encode
+
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, SECP384R1, generate_private_key
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -43,3 +45,15 @@ def test_a_key_with_a_password_or_of_another_kind_is_rejected() -> None:
     for pem in (encrypted, other, b"no key"):
         with pytest.raises(ValueError, match="ECDSA P-256 or Ed25519"):
             read_private_key(pem)
+
+
+def test_a_key_of_a_curve_that_the_library_lacks_is_rejected() -> None:
+    key = generate_private_key(SECP256R1())
+    # P-256 has the identifier 1.2.840.10045.3.1.7; 3.1.127 is no curve.
+    known, unknown = b"\x2a\x86\x48\xce\x3d\x03\x01\x07", b"\x2a\x86\x48\xce\x3d\x03\x01\x7f"
+    private = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption()).replace(known, unknown)
+    public = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo).replace(known, unknown)
+    for read, label, content in ((read_private_key, "PRIVATE", private), (read_public_key, "PUBLIC", public)):
+        pem = f"-----BEGIN {label} KEY-----\n{b64encode(content).decode()}\n-----END {label} KEY-----\n"
+        with pytest.raises(ValueError, match="ECDSA P-256 or Ed25519"):
+            read(pem.encode())

@@ -1,11 +1,15 @@
 """What the report knows of the attempts of a run: what each took, and what of it no checkpoint holds."""
 
 from datetime import UTC, datetime, timedelta
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from qlora_trainer.core.completion import RunUsage
 from qlora_trainer.report.resources import estimated_peaks, resources_used
+from qlora_trainer.training import attempts
 from qlora_trainer.training.attempts import (
     ATTEMPTS_FILE,
     Attempt,
@@ -100,3 +104,19 @@ def test_a_run_outlives_the_record_of_its_attempts(tmp_path: Path) -> None:
         note_saved(tmp_path, "a", after(30))
         assert not (tmp_path / ATTEMPTS_FILE).exists()
     assert [found.ended for found in read_attempts(tmp_path)] == ["succeeded"]
+
+
+def test_a_full_volume_costs_the_record_of_an_attempt_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with recorded_attempt(tmp_path, 0, PodOfJob("pod", 1, START), lambda: after(60)):
+        with monkeypatch.context() as patch:
+            patch.setattr(attempts, "write_atomically", full)
+            note_training(tmp_path, "pod", START)
+            note_saved(tmp_path, "pod", START)
+        note_saved(tmp_path, "pod", after(5))
+    assert read_attempts(tmp_path)[-1].saved_at is not None
+
+
+def full(*_: object) -> None:
+    raise OSError(ENOSPC, "No space left on device")

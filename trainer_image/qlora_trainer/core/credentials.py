@@ -35,6 +35,19 @@ class Secret:
                 "once encoded in base64"
             ) from error
 
+    def line(self, key: str) -> str | None:
+        """As `value`, of a credential that is sent in a header, and so is one line of ASCII.
+
+        Raises StepFailure BAD_CONFIGURATION for any other, too.
+        """
+        value = self.value(key)
+        if value is not None and not (value.isascii() and value.isprintable()):
+            raise bad_configuration(
+                f"key {key} of Secret {self.name!r} ({self.field}) has a line break, or another character that is not "
+                "printable ASCII: store the credential itself, in one line"
+            )
+        return value
+
     def require(self, *keys: str, has_own: bool) -> dict[str, str] | None:
         """The values of all these keys; None if no Secret is named.
 

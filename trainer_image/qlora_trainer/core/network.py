@@ -16,6 +16,7 @@ from urllib.parse import quote, urlsplit
 import certifi
 
 from qlora_api import contract
+from qlora_api.printable import one_line, shortened
 from qlora_trainer.core.failures import bad_configuration, unreachable
 
 NOT_TRUSTED = (
@@ -24,6 +25,7 @@ NOT_TRUSTED = (
 """What to do about a server of a company's own certificate authority."""
 _REJECTED = "CERTIFICATE_VERIFY_FAILED"
 _TUNNEL = re.compile(r"(?:Tunnel connection failed|ProxyError): (\d{3} [A-Za-z ]{1,60})")
+_PEM = re.compile(r"-----BEGIN CERTIFICATE-----.*?(?:-----END CERTIFICATE-----|\Z)", re.DOTALL)
 _BUNDLE_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
 
 
@@ -31,26 +33,30 @@ def use_network(environment: MutableMapping[str, str], scratch: Path) -> None:
     """Apply what the profile says about the network; nothing happens if it says nothing. Call it before libraries load.
 
     `scratch` is a folder of this pod's own. Raises StepFailure: UNREACHABLE if the ConfigMap or the Secret is not
-    there, BAD_CONFIGURATION if it holds no certificates, or the Secret no text.
+    there, BAD_CONFIGURATION if it holds no certificates, the Secret no text, or the proxy is not reached by http://.
     """
     if authority := environment.get(contract.ENV_CA_FILE):
         bundle = scratch / "ca-bundle.pem"
-        bundle.write_text(f"{Path(certifi.where()).read_text(encoding='utf-8')}\n{_certificates(Path(authority))}\n")
+        public = Path(certifi.where()).read_text(encoding="utf-8")
+        bundle.write_text(f"{public}\n{_certificates(Path(authority))}\n", encoding="utf-8")
         environment.update(dict.fromkeys(_BUNDLE_VARIABLES, str(bundle)))
     if secret := environment.get(contract.ENV_PROXY_SECRET):
         environment["HTTPS_PROXY"] = _with_login(environment.get("HTTPS_PROXY", ""), Path(secret))
-    if authority or environment.get("HTTPS_PROXY"):
+    if https_proxy(environment) or authority:
         # The hub's accelerated transfer has an HTTP client of its own, with roots and proxy rules of its own.
         environment["HF_HUB_DISABLE_XET"] = "1"
 
 
 def _certificates(file: Path) -> str:
-    """The content of the mounted key, which is at least one certificate in PEM and nothing that cannot be read."""
+    """The certificates in PEM of the mounted key, at least one, all of which can be read. Text around them is left out.
+
+    OpenSSL allows any text there, and companies' bundles name their certificates so, in any language.
+    """
     named = f"ConfigMap {file.parent.name!r} with key {file.name!r} (caConfigMap of the profile)"
     if not file.is_file():
         raise unreachable(f"{named} does not exist in the job's namespace: ask the administrator to create it there")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = "\n".join(_PEM.findall(file.read_bytes().decode("ascii", errors="replace")))
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=text)
     except (ssl.SSLError, ValueError, TypeError) as error:
         found = error.reason if isinstance(error, ssl.SSLError) and error.reason else "no certificate"
@@ -97,10 +103,21 @@ class Proxy:
 
 
 def https_proxy(environment: Mapping[str, str]) -> Proxy | None:
-    """The proxy of the environment, also where a user of this machine has set one; None if there is none."""
-    url = environment.get("HTTPS_PROXY") or environment.get("https_proxy")
+    """The proxy of the environment, also where a user of this machine has set one; None if there is none.
+
+    Raises StepFailure BAD_CONFIGURATION for one that is not reached by http://, as clients differ in whether they then
+    send the password in plain text.
+    """
+    name = "HTTPS_PROXY" if environment.get("HTTPS_PROXY") else "https_proxy"
+    url = environment.get(name)
     if not url:
         return None
+    scheme = url.partition("://")[0] if "://" in url else "http"
+    if scheme.lower() != "http":
+        raise bad_configuration(
+            f"{name} names a proxy by {shortened(one_line(scheme), 20)}://, must be http:// (what goes through "
+            "it is encrypted from here to the server): set the proxy's address with http://"
+        )
     direct = environment.get("NO_PROXY") or environment.get("no_proxy") or ""
     return Proxy(url if "://" in url else f"http://{url}", tuple(direct.lower().replace(" ", "").split(",")))
 

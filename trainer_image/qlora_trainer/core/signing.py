@@ -8,7 +8,7 @@ import base64
 import json
 from hashlib import sha256
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import (
     ECDSA,
     SECP256R1,
@@ -36,8 +36,8 @@ def read_private_key(pem: bytes) -> PrivateKey:
     """The key in a PEM file. Raises ValueError for anything but an allowed key without a password."""
     try:
         key = load_pem_private_key(pem, password=None)
-    # The library raises TypeError for a key with a password.
-    except (ValueError, TypeError) as error:
+    # The library raises TypeError for a key with a password, and UnsupportedAlgorithm for a curve that it lacks.
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise ValueError(f"must be {_ALLOWED} (PKCS #8, not encrypted)") from error
     if isinstance(key, Ed25519PrivateKey):
         return key
@@ -50,7 +50,7 @@ def read_public_key(pem: bytes) -> PublicKey:
     """The key in a PEM file. Raises ValueError for anything but an allowed key."""
     try:
         key = load_pem_public_key(pem)
-    except ValueError as error:
+    except (ValueError, UnsupportedAlgorithm) as error:
         raise ValueError(f"must be the public part of {_ALLOWED}") from error
     if isinstance(key, Ed25519PublicKey):
         return key

@@ -38,7 +38,9 @@ def publish_base(job: TrainedJob, workspace: WorkspaceLayout, destination: Desti
             # Another job with the same base has been faster, and has removed or replaced what this one had begun.
             if not _is_there(destination, manifest, manifest.publisher):
                 raise
-    return job.prepared.base.model_copy(update={"uri": destination.location()})
+    # Another job's has another model card, and so another address.
+    uri = destination.location(destination.published() or manifest)
+    return job.prepared.base.model_copy(update={"uri": uri})
 
 
 def base_still_published(job: TrainedJob, workspace: WorkspaceLayout, destination: Destination) -> bool:

@@ -36,8 +36,8 @@ class Destination(Protocol):
         Calls `reject_occupied` once more, as late as it can: another run may have published in the meantime.
         """
 
-    def location(self) -> str:
-        """The address of exactly what is published: with a commit or digest where there is one."""
+    def location(self, manifest: Manifest) -> str:
+        """The address of exactly the manifest's files, which are published: with a commit or digest if it has one."""
 
 
 def reject_occupied(destination: Destination, publisher: Publisher) -> None:
@@ -85,7 +85,7 @@ def publish_folder(destination: Destination, contents: Contents, manifest: Manif
     if not is_published(destination, manifest):
         reject_occupied(destination, manifest.publisher)
         destination.write(contents, manifest)
-    return destination.location()
+    return destination.location(manifest)
 
 
 def is_published(destination: Destination, manifest: Manifest) -> bool:

@@ -7,8 +7,10 @@ decides what it does.
 import json
 import logging
 import os
+import re
 import runpy
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,13 +64,13 @@ def require_convertible(
 ) -> None:
     """Raise StepFailure (BAD_CONFIGURATION) unless the converter knows the model and each of its adapted layers.
 
-    For the prepare step, before a GPU is used: it converts an adapter of zeros that has the layers of the job's, and
-    rank 1. `model_folder` has config.json; the folder `scratch` is made, and removed afterwards.
+    For the prepare step, before a GPU is used: it converts an adapter that has the layers of the job's, and rank 1.
+    `model_folder` has config.json; the folder `scratch` is made, and removed afterwards.
     """
     with scratch_folder(scratch) as folder:
         adapter = folder / ADAPTER_FILE
         try:
-            within_limits(_write_zeros, (model_folder, target_modules, lora, adapter), what="an adapter of zeros")
+            within_limits(_write_trial, (model_folder, target_modules, lora, adapter), what="an adapter to convert")
             _convert(adapter, model_folder / CONFIG, lora.model_copy(update={"rank": 1}), gguf, folder / "trial")
         except (LimitReached, NotConvertible) as failure:
             raise bad_configuration(
@@ -154,9 +156,12 @@ def _run_converter(adapter: Path, arguments: tuple[str, ...]) -> str | NotConver
         runpy.run_path(str(_CONVERTER), run_name="__main__")
     except SystemExit as end:
         return NotConvertible(_shortened(said.text) or f"it has ended with exit code {end.code}")
-    except NotImplementedError as error:
+    except (NotImplementedError, TypeError, AttributeError) as error:
+        # An adapter takes the place of a tensor there, and lacks most of what one has.
+        logger.info("the converter failed", exc_info=True)
+        said_so = str(error) if isinstance(error, NotImplementedError) else ""
         return NotConvertible(
-            _shortened(str(error)) or "it changes the form of a layer in a way that no adapter can follow"
+            _shortened(said_so) or "it changes the form of a layer in a way that no adapter can follow"
         )
     except (MemoryError, OSError):
         raise
@@ -190,17 +195,28 @@ def _architecture_of(converted: Path, tensors: Path) -> str | NotConvertible:
     The converter leaves out what it takes for a part that the base has no use for.
     """
     with safe_open(tensors, framework="pt") as file:
-        layers = sum(name.endswith(B_SUFFIX) for name in file.keys())  # noqa: SIM118 - it is no dictionary
+        names = list(file.keys())
+    layers = Counter(_block(name) for name in names if name.endswith(B_SUFFIX))
     reader = GGUFReader(converted)
-    found = sum(tensor.name.endswith(".lora_b") for tensor in reader.tensors)
-    if found < layers:
-        return NotConvertible(f"it converts {found} of the {layers} layers that have an adapter")
+    # By block: what it leaves out of one is not made up for by what it divides in another.
+    missing = layers - Counter(_block(tensor.name) for tensor in reader.tensors if tensor.name.endswith(".lora_b"))
+    if missing:
+        return NotConvertible(
+            f"it converts {layers.total() - missing.total()} of the {layers.total()} layers that have an adapter"
+        )
     return str(reader.fields[_ARCHITECTURE].contents())
 
 
-def _write_zeros(model_folder: Path, target_modules: tuple[str, ...], lora: LoraSpec, path: Path) -> None:
-    """Write the tensors of an adapter of rank 1 for these layers."""
+def _block(name: str) -> str:
+    """The number of the decoder's block in a tensor's name, of PEFT or of GGUF; empty if it is outside of them."""
+    found = re.search(r"\.(\d+)\.", name)
+    return found[1] if found else ""
+
+
+def _write_trial(model_folder: Path, target_modules: tuple[str, ...], lora: LoraSpec, path: Path) -> None:
+    """Write the tensors of an adapter of rank 1 for these layers, no two alike: the converter joins some that are."""
     torch.set_num_threads(1)
     config: Any = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
     shapes: Mapping[str, Any] = expected_tensors(text_part(config), target_modules, lora.model_copy(update={"rank": 1}))
-    save_file({name: torch.zeros(wanted.shape, dtype=wanted.dtype) for name, wanted in shapes.items()}, path)
+    numbers = torch.Generator().manual_seed(0)
+    save_file({name: torch.randn(each.shape, generator=numbers).to(each.dtype) for name, each in shapes.items()}, path)

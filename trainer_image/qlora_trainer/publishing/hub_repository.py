@@ -11,7 +11,7 @@ from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import unreachable
 from qlora_trainer.core.file_names import PUBLISHED_MANIFEST
 from qlora_trainer.publishing.destination import reject_occupied
-from qlora_trainer.publishing.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
+from qlora_trainer.publishing.manifest import MAX_MANIFEST_BYTES, STATEMENTS, Manifest, parse_manifest
 from qlora_trainer.stores.contents import Contents
 from qlora_trainer.stores.hub import Hub, Listing
 from qlora_trainer.stores.retry import read_back
@@ -72,14 +72,18 @@ class HubDestination:
         # not go unnoticed either.
         reject_occupied(self, manifest.publisher)
         everything = {**contents, PUBLISHED_MANIFEST: manifest.text()}
-        commit = self._hub.commit(self._repository, everything, f"Publish {manifest.job_name}", parent=listing.commit)
+        # What is stated about other files must not lie beside these.
+        left = (STATEMENTS & listing.files.keys()) - contents.keys()
+        commit = self._hub.commit(
+            self._repository, everything, f"Publish {manifest.job_name}", parent=listing.commit, without=sorted(left)
+        )
         damaged = self.damaged(manifest)
         if damaged is not None or self.published() != manifest:
             raise unreachable(
                 f"{self.uri}/{damaged or PUBLISHED_MANIFEST} of commit {commit} does not read back as written"
             )
 
-    def location(self) -> str:
+    def location(self, manifest: Manifest) -> str:
         """See Destination."""
         listing = self._listing()
         return self.uri if listing is None else f"{self.uri}@{listing.commit}"

@@ -21,10 +21,10 @@ from qlora_api.lineage import (
     Subject,
 )
 from qlora_trainer.core.failures import bad_configuration
-from qlora_trainer.core.signing import BUNDLE_TYPE, PAYLOAD_TYPE, read_private_key, sign
+from qlora_trainer.core.signing import BUNDLE_TYPE, PAYLOAD_TYPE, PrivateKey, read_private_key, sign
 from qlora_trainer.publishing.destination import Destination, publish_folder
 from qlora_trainer.publishing.manifest import Manifest, run_manifest
-from qlora_trainer.publishing.oci_artifact import RegistryDestination
+from qlora_trainer.publishing.oci_artifact import RegistryDestination, artifact_digest
 from qlora_trainer.report.trained_job import TrainedJob
 from qlora_trainer.stores.contents import Contents
 
@@ -46,46 +46,60 @@ class LineageFile:
 
 
 def publish_with_lineage(
-    job: TrainedJob, destination: Destination, contents: Contents, *, namespace: str, key: Path
+    job: TrainedJob, destination: Destination, contents: Contents, *, namespace: str, key: PrivateKey | None
 ) -> str:
     """Publish the files, and what they were made of beside them; returns the address of exactly that.
 
     In a registry that is attached to the artifact, since an artifact cannot hold a statement about itself, and there
-    cosign and admission policies find it. Raises StepFailure as `publish_folder` and `lineage_file`.
+    cosign and admission policies find it: of what was packed here, whatever the tag names by then. Raises StepFailure
+    as `publish_folder`.
     """
     manifest = run_manifest(job, contents)
     if isinstance(destination, RegistryDestination):
         uri = publish_folder(destination, contents, manifest)
-        _, _, digest = uri.rpartition("@")
-        lineage = lineage_file(job, manifest, namespace, key, {destination.uri: digest.removeprefix("sha256:")})
-        destination.attach(lineage.content, lineage.media_type, lineage.annotations, digest)
+        sha256 = artifact_digest(manifest).removeprefix("sha256:")
+        lineage = lineage_file(job, manifest, namespace, key, {destination.uri: sha256})
+        destination.attach(lineage.content, lineage.media_type, lineage.annotations, manifest)
         return uri
     lineage = lineage_file(job, manifest, namespace, key)
     contents = {**contents, lineage.name: lineage.content}
     return publish_folder(destination, contents, run_manifest(job, contents))
 
 
-def lineage_file(
-    job: TrainedJob, manifest: Manifest, namespace: str, key: Path, artifacts: Mapping[str, str] | None = None
-) -> LineageFile:
-    """The statement about the manifest's files. `key`: file of the private key, which need not exist.
+def read_signing_key(file: Path) -> PrivateKey | None:
+    """The key of the profile; None if there is no such file. Raises StepFailure BAD_CONFIGURATION for an unusable one.
 
-    `artifacts`: SHA-256, in hexadecimal, of what holds the files, by its address. Raises StepFailure
-    BAD_CONFIGURATION for a key that cannot be used.
+    It is read before anything is published, which nobody could take back.
     """
-    digests = {**{name: file.sha256 for name, file in manifest.files.items()}, **(artifacts or {})}
-    subject = tuple(Subject(name=name, digest={"sha256": digest}) for name, digest in sorted(digests.items()))
-    statement = Statement(subject=subject, predicate=_lineage(job, manifest, namespace))
-    payload = json.dumps(statement.dump(), sort_keys=True).encode()
-    if not key.is_file():
-        return LineageFile(UNSIGNED_FILE, PAYLOAD_TYPE, payload + b"\n")
+    if not file.is_file():
+        return None
     try:
-        return LineageFile(SIGNED_FILE, BUNDLE_TYPE, sign(payload, read_private_key(key.read_bytes())))
+        return read_private_key(file.read_bytes())
     except ValueError as error:
         raise bad_configuration(
             f"the signing key of the profile (signingKey) {error}: ask the administrator to correct the Secret, then "
             "retry the job (spec.retry.request)"
         ) from error
+
+
+def lineage_file(
+    job: TrainedJob,
+    manifest: Manifest,
+    namespace: str,
+    key: PrivateKey | None,
+    artifacts: Mapping[str, str] | None = None,
+) -> LineageFile:
+    """The statement about the manifest's files, signed if there is a key.
+
+    `artifacts`: SHA-256, in hexadecimal, of what holds the files, by its address.
+    """
+    digests = {**{name: file.sha256 for name, file in manifest.files.items()}, **(artifacts or {})}
+    subject = tuple(Subject(name=name, digest={"sha256": digest}) for name, digest in sorted(digests.items()))
+    statement = Statement(subject=subject, predicate=_lineage(job, manifest, namespace))
+    payload = json.dumps(statement.dump(), sort_keys=True).encode()
+    if key is None:
+        return LineageFile(UNSIGNED_FILE, PAYLOAD_TYPE, payload + b"\n")
+    return LineageFile(SIGNED_FILE, BUNDLE_TYPE, sign(payload, key))
 
 
 def _lineage(job: TrainedJob, manifest: Manifest, namespace: str) -> Lineage:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
+from qlora_api.lineage import SIGNED_FILE, UNSIGNED_FILE
 from qlora_api.schema import ObservedModel
 from qlora_api.status import InitialAdapterStatus
 from qlora_api.v1alpha1 import MUTABLE_FIELDS
@@ -20,6 +21,8 @@ MAX_MANIFEST_BYTES = 2**22
 """Enough for tens of thousands of files. The size is limited since anybody may have written the file that is there."""
 SHARED_BASE = "base"
 """In place of a job's UID: the base is of every job that was trained on it."""
+STATEMENTS = frozenset({SIGNED_FILE, UNSIGNED_FILE})
+"""The files that state what others were made of, of which a folder has one at most."""
 _LIBRARIES = ("qlora-operator", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 
 

@@ -7,7 +7,7 @@ from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unreachable
 from qlora_trainer.core.file_names import PUBLISHED_MANIFEST
 from qlora_trainer.publishing.destination import reject_occupied
-from qlora_trainer.publishing.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
+from qlora_trainer.publishing.manifest import MAX_MANIFEST_BYTES, STATEMENTS, Manifest, parse_manifest
 from qlora_trainer.stores.contents import Contents
 from qlora_trainer.stores.objects import ObjectFolder
 from qlora_trainer.stores.retry import read_back
@@ -65,12 +65,15 @@ class ObjectDestination:
                 self._folder.write(name, content)
                 if read_back(partial(self._folder.digest, name)) != described.sha256:
                     raise self._differs(name)
+        # What is stated about other files must not lie beside these.
+        for name in (STATEMENTS & stored.keys()) - contents.keys():
+            self._folder.delete(name)
         self._folder.write(PUBLISHED_MANIFEST, manifest.text())
         if self.published() != manifest:
             raise self._differs(PUBLISHED_MANIFEST)
         self._folder.delete(_CLAIM)
 
-    def location(self) -> str:
+    def location(self, manifest: Manifest) -> str:
         """See Destination."""
         return self.uri
 

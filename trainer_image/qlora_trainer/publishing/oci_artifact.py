@@ -9,7 +9,7 @@ from qlora_trainer.core.failures import bad_configuration, unreachable
 from qlora_trainer.core.file_names import PUBLISHED_MANIFEST
 from qlora_trainer.publishing.destination import reject_occupied
 from qlora_trainer.publishing.manifest import Manifest, parse_manifest
-from qlora_trainer.stores.contents import Contents, describe_files
+from qlora_trainer.stores.contents import Contents, PublishedFile, describe_files
 from qlora_trainer.stores.model_pack import pack, unpack
 from qlora_trainer.stores.oci import MAX_MANIFEST_BYTES, Artifact, Blob, Registry, digest_of
 from qlora_trainer.stores.oci_referrers import attach
@@ -25,16 +25,18 @@ class RegistryDestination:
         self._registry = Registry(source, secret, allowed=allowed, reject=bad_configuration)
 
     def published(self) -> Manifest | None:
-        """See Destination."""
-        blob = self._files().get(PUBLISHED_MANIFEST)
-        # The size is stated by whoever has published under this tag, and the file is read into memory.
-        if blob is None or blob.size > MAX_MANIFEST_BYTES:
-            return None
-        return parse_manifest(self._registry.read(blob))
+        """See Destination. An artifact that has other layers too, or was packed differently, is not this folder."""
+        found = self._artifact()
+        manifest = self._manifest_in(found)
+        return (
+            manifest
+            if found is not None and manifest is not None and found.digest == artifact_digest(manifest)
+            else None
+        )
 
     def holders(self) -> tuple[Manifest, ...]:
         """See Destination. A tag always names a complete artifact."""
-        manifest = self.published()
+        manifest = self._manifest_in(self._artifact())
         return () if manifest is None else (manifest,)
 
     def is_free(self) -> bool:
@@ -47,7 +49,7 @@ class RegistryDestination:
 
     def damaged(self, manifest: Manifest) -> str | None:
         """See Destination. A registry checks content when it receives it; this checks what it returns."""
-        files = self._files()
+        files = _files(self._artifact())
         for name, described in manifest.files.items():
             blob = Blob(f"sha256:{described.sha256}", described.size)
             if files.get(name) != blob or not self._registry.has_blob(blob):
@@ -58,9 +60,8 @@ class RegistryDestination:
 
     def write(self, contents: Contents, manifest: Manifest) -> None:
         """See Destination. Layers that an earlier attempt has uploaded are not uploaded again."""
-        everything = {**contents, PUBLISHED_MANIFEST: manifest.text()}
-        described = describe_files(everything)
-        for name, content in everything.items():
+        described = _described(manifest)
+        for name, content in {**contents, PUBLISHED_MANIFEST: manifest.text()}.items():
             self._registry.upload(Blob(f"sha256:{described[name].sha256}", described[name].size), content)
         config, artifact = pack(manifest.job_name, described)
         self._registry.upload(Blob(digest_of(config), len(config)), config)
@@ -74,24 +75,41 @@ class RegistryDestination:
                 "again"
             )
 
-    def location(self) -> str:
-        """See Destination."""
-        found = self._artifact()
-        return self.uri if found is None else f"{self.uri}@{found.digest}"
+    def location(self, manifest: Manifest) -> str:
+        """See Destination. The tag is not asked, which whoever may push can move at any time."""
+        return f"{self.uri}@{artifact_digest(manifest)}"
 
-    def attach(self, document: bytes, media_type: str, annotations: Mapping[str, str], digest: str) -> None:
-        """Attach a document to the artifact that is published there, which must have this digest."""
-        found = self._registry.manifest(digest)
+    def attach(self, document: bytes, media_type: str, annotations: Mapping[str, str], manifest: Manifest) -> None:
+        """Attach a document to the artifact of the manifest, which is published there."""
+        wanted = artifact_digest(manifest)
+        found = self._registry.manifest(wanted)
         if found is None:
-            raise unreachable(f"{self.uri} no longer has {digest}: the next attempt publishes it again")
+            raise unreachable(f"{self.uri} no longer has {wanted}: the next attempt publishes it again")
         attach(self._registry, found, document, media_type, annotations)
 
     def _artifact(self) -> Artifact | None:
         return self._registry.manifest(self._source.reference)
 
-    def _files(self) -> dict[str, Blob]:
-        found = self._artifact()
-        try:
-            return {} if found is None else unpack(found.manifest)
-        except ValueError:
-            return {}
+    def _manifest_in(self, artifact: Artifact | None) -> Manifest | None:
+        blob = _files(artifact).get(PUBLISHED_MANIFEST)
+        # The size is stated by whoever has published under this tag, and the file is read into memory.
+        if blob is None or blob.size > MAX_MANIFEST_BYTES:
+            return None
+        return parse_manifest(self._registry.read(blob))
+
+
+def artifact_digest(manifest: Manifest) -> str:
+    """The digest, sha256:…, of the artifact of exactly the manifest's files and the manifest itself."""
+    _, artifact = pack(manifest.job_name, _described(manifest))
+    return digest_of(artifact)
+
+
+def _described(manifest: Manifest) -> dict[str, PublishedFile]:
+    return {**manifest.files, **describe_files({PUBLISHED_MANIFEST: manifest.text()})}
+
+
+def _files(artifact: Artifact | None) -> dict[str, Blob]:
+    try:
+        return {} if artifact is None else unpack(artifact.manifest)
+    except ValueError:
+        return {}

@@ -64,7 +64,7 @@ class VolumeFolder:
         sync(folder.parent)
         _require_intact(folder, manifest)
 
-    def location(self) -> str:
+    def location(self, manifest: Manifest) -> str:
         """See Destination."""
         return self.uri
 

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -66,11 +66,12 @@ def write_report(
 
 
 def published_page(job: TrainedJob, workspace: WorkspaceLayout, *, device: Device, samples: bool) -> bytes:
-    """The page for the folder of the adapter. Without `samples` it shows no row of the data.
+    """The page for the folder of the adapter. Without `samples` it shows no row of the data, and never a price.
 
-    The same run gives the same bytes. Raises as `write_report`.
+    An adapter may be for everybody; what a GPU costs is between a company and its provider. The same run gives the same
+    bytes. Raises as `write_report`.
     """
-    folder = workspace.report
+    job, folder = replace(job, gpu_hour_price=""), workspace.report
     shown = read_samples(folder / SAMPLES_FILE) if samples else Samples(missing=_ONLY_IN_THE_WORKSPACE)
     statistics = DataStatistics.read(workspace.root / job.prepared.data_path)
     return _page(job, device, read_history(folder / HISTORY_FILE), statistics, shown, None).encode()

@@ -11,11 +11,12 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import monotonic
 from typing import Any
 
 from qlora_trainer.report.trackers import grouped
@@ -30,9 +31,13 @@ _MLFLOW_PATIENCE = {
     # Waits of 2, 4, 8 and 16 seconds, for a server that is unreachable, overloaded or failing.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "2",
+    # The server could ask for a wait of hours, in which a pod would do nothing.
+    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
     # To another host they would take the credentials along.
     "MLFLOW_ALLOW_HTTP_REDIRECTS": "false",
 }
+_MLFLOW_SECONDS = 180
+"""After which no further request is sent to MLflow's server. One is tried for three minutes at most."""
 _WANDB_SECONDS = 180
 """For how long the client of Weights & Biases may try: it retries by itself, and would for days."""
 logger = logging.getLogger(__name__)
@@ -71,33 +76,60 @@ def read_points(metrics: Path) -> list[tuple[int, dict[str, float]]]:
 def upload_to_mlflow(server: str, credentials: Mapping[str, str], run: FinishedRun) -> str:
     """Upload the run and return the address of its page. `credentials`: MLflow's variables for them, by name.
 
-    Raises UploadError when the server is unreachable for a minute, or rejects a request.
+    Raises UploadError when the server rejects a request, or has not taken the run within six minutes.
     """
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
     with _environment({**_MLFLOW_PATIENCE, "MLFLOW_DISABLE_TELEMETRY": "true", **credentials}):
         try:
-            return _to_mlflow(MlflowClient(tracking_uri=server), server, run)
+            return _to_mlflow(MlflowClient(tracking_uri=server), server, run, monotonic)
         except MlflowException as error:
             raise UploadError(str(error)) from error
 
 
-def _to_mlflow(client: Any, server: str, run: FinishedRun) -> str:
+def _to_mlflow(client: Any, server: str, run: FinishedRun, clock: Callable[[], float]) -> str:
+    """`clock` gives seconds."""
     from mlflow.entities import Metric, Param
 
+    end = clock() + _MLFLOW_SECONDS
+
+    def require_time() -> None:
+        if clock() > end:
+            raise UploadError(f"{server} has not taken the run within {_MLFLOW_SECONDS} seconds")
+
     experiment = _mlflow_experiment(client, run.experiment)
-    same = client.search_runs([experiment], f"tags.`{_RUN_TAG}` = '{run.uid}'", max_results=1)
-    begun = same[0] if same else client.create_run(experiment, run_name=run.name, tags={_RUN_TAG: run.uid, **run.tags})
+    begun = _mlflow_run(client, experiment, run)
     identity, started = begun.info.run_id, begun.info.start_time
+    require_time()
     parameters = [Param(name, str(value)[:_MLFLOW_VALUE_LENGTH]) for name, value in run.settings.items()]
     client.log_batch(identity, params=parameters)
     # The server takes a point only once with the same time, which therefore is that of the run.
     points = [Metric(name, value, started, step) for step, figures in run.points for name, value in figures.items()]
     for first in range(0, len(points), _MLFLOW_BATCH):
+        require_time()
         client.log_batch(identity, metrics=points[first : first + _MLFLOW_BATCH])
     client.set_terminated(identity, "FINISHED")
     return f"{server.rstrip('/')}/#/experiments/{experiment}/runs/{identity}"
+
+
+def _mlflow_run(client: Any, experiment: str, run: FinishedRun) -> Any:
+    """The run that an earlier upload has begun, with the tags of now; else a new one.
+
+    Of several, which two attempts at once have made, it is the oldest, and the others are ended.
+    """
+    tags = {_RUN_TAG: run.uid, **run.tags}
+    same = client.search_runs([experiment], f"tags.`{_RUN_TAG}` = '{run.uid}'", order_by=["attributes.start_time ASC"])
+    if not same:
+        return client.create_run(experiment, run_name=run.name, tags=tags)
+    first, *others = same
+    for name, value in tags.items():
+        if first.data.tags.get(name) != value:
+            client.set_tag(first.info.run_id, name, value)
+    for other in others:
+        if other.info.status == "RUNNING":
+            client.set_terminated(other.info.run_id, "KILLED")
+    return first
 
 
 def _mlflow_experiment(client: Any, name: str) -> str:

@@ -36,7 +36,7 @@ from qlora_trainer.publishing.destination import Destination, is_published
 from qlora_trainer.publishing.gate import gate_failure, judge
 from qlora_trainer.publishing.gguf import GgufFile, gguf_file
 from qlora_trainer.publishing.job_template import job_template_file
-from qlora_trainer.publishing.lineage import publish_with_lineage
+from qlora_trainer.publishing.lineage import publish_with_lineage, read_signing_key
 from qlora_trainer.publishing.merged import publish_merged, still_published
 from qlora_trainer.publishing.tracking import upload_run
 from qlora_trainer.publishing.verify import require_own_training, verify_adapter
@@ -75,6 +75,7 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
         # The attempt before may have been killed before it had written the page of the sweep.
         _add_to_sweep(job, context)
         return _track(job, done.model_copy(update={"gate": job.gate}), context, say)
+    key = read_signing_key(context.mounts.signing_key)
     say("verifying the adapter")
     folder = _verify(job, context)
     say("writing the report")
@@ -83,7 +84,8 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
     page = _published_page(job, context)
     with gguf_file(job, folder, workspace) as gguf:
         contents = _contents(job, folder, workspace, picture, page, gguf)
-        adapter = _write(job, folder, contents, destination, context)
+        uri = publish_with_lineage(job, destination, contents, namespace=context.document.metadata.namespace, key=key)
+        adapter = _adapter_at(uri, job, folder)
         adapter = adapter.model_copy(update={"gguf": None if gguf is None else gguf.status})
     record = PublishRecord(
         fingerprint=_fingerprint(job.trained, destination),
@@ -104,7 +106,11 @@ def _track(job: TrainedJob, record: PublishRecord, context: StepContext, say: Ca
     if tracking == record.tracking:
         return record
     record = record.model_copy(update={"tracking": tracking})
-    write_completion(context.workspace.completion("publish"), record)
+    try:
+        write_completion(context.workspace.completion("publish"), record)
+    except OSError as error:
+        # Only a later attempt would read it, which uploads the same run again.
+        logger.warning("the upload of the run is not recorded: %s", error)
     return record
 
 
@@ -272,12 +278,8 @@ def _contents(
     }
 
 
-def _write(
-    job: TrainedJob, folder: Path, contents: Contents, destination: Destination, context: StepContext
-) -> AdapterStatus:
-    """Publish the `contents` of the adapter in `folder`."""
-    namespace, key = context.document.metadata.namespace, context.mounts.signing_key
-    uri = publish_with_lineage(job, destination, contents, namespace=namespace, key=key)
+def _adapter_at(uri: str, job: TrainedJob, folder: Path) -> AdapterStatus:
+    """The status of the adapter in `folder`, which is published at `uri`."""
     return AdapterStatus(
         uri=uri,
         sha256=job.trained.adapter_sha256,

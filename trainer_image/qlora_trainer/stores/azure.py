@@ -45,7 +45,7 @@ def open_azure(name: str, secret: Secret) -> Bucket:
 
 def _access(secret: Secret) -> Access:
     """From the Secret, else the identity of the pod, else from the environment; without any, nothing is signed."""
-    given = _keys(secret.value(_ACCOUNT_KEY), secret.value(_SAS))
+    given = _keys(secret.line(_ACCOUNT_KEY), secret.line(_SAS))
     own = given or _keys(os.environ.get(_ACCOUNT_KEY), os.environ.get(_SAS))
     if secret.name is not None and own is None:
         raise unreachable(

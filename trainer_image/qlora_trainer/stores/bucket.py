@@ -49,7 +49,7 @@ class Route:
 
     def was_left(self, error: str) -> bool:
         """Whether the client's error means that the store redirects to another host."""
-        strayed = self._relay is not None and bool(self._relay.denied) and _TUNNEL in error
+        strayed = self._relay is not None and self._relay.has_denied and _TUNNEL in error
         return strayed or _NOWHERE in error or _REDIRECT in error
 
     def trouble(self, error: str) -> str:
@@ -88,5 +88,8 @@ class Access:
 
 
 def _host_and_port(url: str) -> str:
+    """As a client asks a proxy for it: HOST:PORT, an IPv6 address in brackets."""
     address = urlsplit(url)
-    return f"{address.hostname}:{address.port or (443 if address.scheme == 'https' else 80)}"
+    host = address.hostname or ""
+    host = f"[{host}]" if ":" in host else host
+    return f"{host}:{address.port or (443 if address.scheme == 'https' else 80)}"

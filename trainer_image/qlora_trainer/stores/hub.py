@@ -1,7 +1,7 @@
 """Reads and writes repositories of the Hugging Face Hub."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from hashlib import sha256
@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from huggingface_hub import (
     CommitOperationAdd,
+    CommitOperationDelete,
     HfApi,
     get_hf_file_metadata,
     get_token,
@@ -189,8 +190,10 @@ class Hub:
         found = _retry(self._api.whoami)
         return str(found.get("auth", {}).get("accessToken", {}).get("role", ""))
 
-    def commit(self, repository: str, files: Contents, message: str, *, parent: str) -> str:
-        """Commit all these files at once to a model repository; returns the commit.
+    def commit(
+        self, repository: str, files: Contents, message: str, *, parent: str, without: Sequence[str] = ()
+    ) -> str:
+        """Commit all these files at once to a model repository, and delete those in `without`; returns the commit.
 
         `parent` is the commit that the caller has looked at. If another one has come since, the hub rejects this one,
         so that nobody else's files are overwritten.
@@ -201,7 +204,10 @@ class Hub:
                 name: BytesIO(content) if isinstance(content, bytes) else opened.enter_context(content.open("rb"))
                 for name, content in files.items()
             }
-            operations = [CommitOperationAdd(name, stream) for name, stream in streams.items()]
+            operations: list[CommitOperationAdd | CommitOperationDelete] = [
+                *(CommitOperationAdd(name, stream) for name, stream in streams.items()),
+                *(CommitOperationDelete(name) for name in without),
+            ]
             made = self._api.create_commit(repository, operations, commit_message=message, parent_commit=parent)
         return str(made.oid)
 

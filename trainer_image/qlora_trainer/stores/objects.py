@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from obstore import GetOptions
 
 _OPEN: Mapping[str, Callable[[str, Secret], Bucket]] = {"s3": open_s3, "gs": open_gcs, "az": open_azure}
+_CREDENTIALS: Mapping[str, str] = {
+    "s3": "the value of AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "gs": "private_key in GOOGLE_SERVICE_ACCOUNT_KEY",
+    "az": "the value of AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
+}
 _PART_BYTES = 2**23
 _BLOCK_BYTES = 2**20
 # The ETag of an object that was uploaded in one part, in S3 and GCS: its MD5. That of a multipart upload ends in the
@@ -54,6 +59,20 @@ def version_of(objects: Mapping[str, StoredObject]) -> str:
     return sha256("".join(lines).encode()).hexdigest()
 
 
+def _opened(source: ObjectStoreSource, secret: Secret) -> Bucket:
+    """The bucket. Raises StepFailure BAD_CONFIGURATION for credentials that the client cannot use.
+
+    What it says about them is not shown, as it quotes them.
+    """
+    try:
+        return _OPEN[source.scheme](source.bucket, secret)
+    except BaseError:
+        raise bad_configuration(
+            f"{source} cannot be opened with {secret}: {_CREDENTIALS[source.scheme]} must be as the store issues it; "
+            "store it again, whole and once encoded in base64"
+        ) from None
+
+
 class ObjectFolder:
     """An object, or the objects below a prefix, of one bucket. Methods raise StepFailure.
 
@@ -66,14 +85,7 @@ class ObjectFolder:
         self._prefix = source.path
         self._secret = secret
         self._reject = reject
-        try:
-            self._bucket = _OPEN[source.scheme](source.bucket, secret)
-        except BaseError:
-            # Not its message, which may quote the credential.
-            raise bad_configuration(
-                f"{self.uri} cannot be opened with {secret}: a value of the Secret is not such a credential; store it "
-                "as the cloud has given it, once encoded in base64"
-            ) from None
+        self._bucket = _opened(source, secret)
         self._endpoint, self._store = self._bucket.endpoint, self._bucket.store
         self.address = f"{self._endpoint}/{source.bucket}/{source.path}"
 

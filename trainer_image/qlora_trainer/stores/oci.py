@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urljoin
+from urllib.parse import quote, urljoin
 
 import requests
 
@@ -23,6 +23,8 @@ MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 MAX_MANIFEST_BYTES = 2**22
 """The size of a manifest that the distribution specification asks every registry to accept."""
+_MAX_PAGES = 20
+"""Of a list of referrers, which anybody who may push can make long."""
 # So much of a transfer is lost when it is cut off.
 _BLOCK_BYTES = 2**16
 
@@ -71,24 +73,43 @@ class Registry:
 
     def manifest(self, reference: str) -> Artifact | None:
         """The manifest of a tag or digest; None if there is none. That of a digest is checked against it."""
-        content = self._small(self._manifest_url(reference), MANIFEST_TYPE)
+        content = self._manifest_content(reference)
         if content is None:
             return None
-        digest = digest_of(content)
-        if reference.startswith("sha256:") and digest != reference:
-            raise unsafe_artifact(f"{self.source}: the registry answered {digest} with {len(content)} bytes")
         manifest = parse_layers(content)
         if manifest is None:
             raise self._reject(f"{self.source} is not an artifact with layers ({MANIFEST_TYPE})")
-        return Artifact(digest, manifest, len(content))
+        return Artifact(digest_of(content), manifest, len(content))
+
+    def referrer(self, digest: str) -> Mapping[str, Any] | None:
+        """The manifest of a digest; None if there is none with layers: anybody may attach anything to an artifact."""
+        content = self._manifest_content(digest)
+        return None if content is None else parse_layers(content)
+
+    def _manifest_content(self, reference: str) -> bytes | None:
+        content, _ = self._small(self._manifest_url(reference), MANIFEST_TYPE)
+        if content is not None and reference.startswith("sha256:") and digest_of(content) != reference:
+            raise unsafe_artifact(f"{self.source}: the registry answered {reference} with {digest_of(content)}")
+        return content
 
     def index(self, tag: str) -> Mapping[str, Any] | None:
         """The index of a tag, as the registry has it; None if there is none."""
-        return _object(self._small(self._manifest_url(tag), INDEX_TYPE))
+        return _object(self._small(self._manifest_url(tag), INDEX_TYPE)[0])
 
-    def referrers(self, digest: str) -> Mapping[str, Any] | None:
-        """The index of what refers to the artifact with the digest; None from a registry without that API."""
-        return _object(self._small(f"{self._repository}/referrers/{digest}", INDEX_TYPE))
+    def referrers(self, digest: str, artifact_type: str) -> list[Mapping[str, Any]] | None:
+        """The index, in pages, of what refers to the artifact with the digest; None from a registry without that API.
+
+        The registry may leave out what has another type.
+        """
+        following: str | None = f"{self._repository}/referrers/{digest}?artifactType={quote(artifact_type, safe='')}"
+        pages: list[Mapping[str, Any]] = []
+        while following is not None and len(pages) < _MAX_PAGES:
+            content, following = self._small(following, INDEX_TYPE)
+            page = _object(content)
+            if page is None:
+                break
+            pages.append(page)
+        return pages or None
 
     def put_referrer(self, manifest: bytes) -> bool:
         """Upload a manifest with a subject; returns whether the registry lists it among the referrers by itself."""
@@ -98,18 +119,28 @@ class Registry:
             self._require(answer, "written")
         return "OCI-Subject" in answer.headers
 
-    def _small(self, url: str, media_type: str) -> bytes | None:
-        """The content of a manifest or an index; None if there is none."""
+    def _small(self, url: str, media_type: str) -> tuple[bytes | None, str | None]:
+        """The content of a manifest or an index, None if there is none, and the address of its next page."""
         content = b""
         with self._errors(), self._session.ask("GET", url, headers={"Accept": media_type}, stream=True) as answer:
             if answer.status_code == 404:
-                return None
+                return None, None
             self._require(answer, "read")
+            following = self._next_page(answer)
             for block in answer.iter_content(_BLOCK_BYTES):
                 content += block
                 if len(content) > MAX_MANIFEST_BYTES:
                     raise unsafe_artifact(f"{self.source}: its manifest has more than {MAX_MANIFEST_BYTES} bytes")
-        return content
+        return content, following
+
+    def _next_page(self, answer: requests.Response) -> str | None:
+        """The address in the answer's Link; None without one, or if it is of another server."""
+        try:
+            following = urljoin(answer.url, answer.links.get("next", {}).get("url", ""))
+        except ValueError:
+            return None
+        is_other = following != answer.url and following.startswith(f"{self._session.base}/")
+        return following if is_other else None
 
     def has_blob(self, blob: Blob) -> bool:
         """Whether the registry has the blob with this size."""

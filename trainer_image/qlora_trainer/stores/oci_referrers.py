@@ -5,6 +5,7 @@ looks, https://github.com/sigstore/cosign/blob/main/specs/BUNDLE_SPEC.md
 """
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from qlora_trainer.stores.oci import INDEX_TYPE, MANIFEST_TYPE, Artifact, Blob, 
 _EMPTY = b"{}"
 _EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
 _MAX_DOCUMENT_BYTES = 2**22
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 def attach(
@@ -45,20 +47,31 @@ def attach(
 
 
 def attached(registry: Registry, digest: str, media_type: str) -> list[bytes]:
-    """The documents of this type that are attached to the artifact with the digest. Raises StepFailure."""
-    index = registry.referrers(digest)
-    listed = _entries(registry.index(_tag(digest)) if index is None else index)
+    """The documents of this type that are attached to the artifact with the digest. Raises StepFailure.
+
+    What is attached and is no such document is passed over: whoever may push can attach anything.
+    """
+    pages = registry.referrers(digest, media_type)
+    listed = [
+        entry for page in ([registry.index(_tag(digest))] if pages is None else pages) for entry in _entries(page)
+    ]
     documents = []
     for entry in listed:
-        if entry.get("artifactType") != media_type:
+        if entry.get("artifactType") != media_type or entry.get("mediaType") != MANIFEST_TYPE:
             continue
-        found = registry.manifest(str(entry.get("digest")))
-        layers = [] if found is None else found.manifest["layers"]
-        for layer in layers[:1]:
-            blob = Blob(str(layer.get("digest")), int(layer.get("size", 0)))
-            if 0 < blob.size <= _MAX_DOCUMENT_BYTES:
-                documents.append(registry.read(blob))
+        if (blob := _document(registry, entry.get("digest"))) is not None and registry.has_blob(blob):
+            documents.append(registry.read(blob))
     return documents
+
+
+def _document(registry: Registry, digest: object) -> Blob | None:
+    """The first layer of what is attached; None if that is no manifest, or its layer none that is read into memory."""
+    found = registry.referrer(digest) if isinstance(digest, str) and _DIGEST.fullmatch(digest) else None
+    layer = next(iter(found["layers"]), {}) if found is not None else {}
+    name, size = layer.get("digest"), layer.get("size")
+    if not (isinstance(name, str) and _DIGEST.fullmatch(name) and type(size) is int):
+        return None
+    return Blob(name, size) if 0 < size <= _MAX_DOCUMENT_BYTES else None
 
 
 def _entries(index: Mapping[str, Any] | None) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import socket
 import threading
 from base64 import b64encode
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,8 +28,8 @@ class Relay:
 
     address: str = ""
     """Its own, on the loopback interface."""
-    denied: set[str] = field(default_factory=set)
-    """HOST:PORT of servers that were asked for and are none of its own."""
+    has_denied: bool = False
+    """Whether the latest connection was to a server that is none of its own."""
     trouble: str = "it does not answer"
     """Why the latest connection that failed did."""
 
@@ -57,9 +57,10 @@ class _Handler(BaseHTTPRequestHandler):
     def do_CONNECT(self) -> None:
         """Connect the client with the server that it names, through the proxy."""
         if self.path.lower() not in self.servers:
-            self.relay.denied.add(self.path)
+            self.relay.has_denied = True
             self.send_error(403)
             return
+        self.relay.has_denied = False
         try:
             upstream = _tunnel(self.proxy.url, self.path)
         except OSError as error:

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from obstore.store import S3Config
 
 _ACCESS_KEY, _SECRET_KEY, _SESSION_TOKEN = "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"
-# Credentials that obstore may read from the environment. Never those of an instance's metadata service: they belong to
-# the node that the pod runs on, not to the tenant.
-_FROM_ENVIRONMENT = (_ACCESS_KEY, "AWS_WEB_IDENTITY_TOKEN_FILE")
 _DEFAULT_REGION = "us-east-1"
 
 
@@ -49,12 +46,15 @@ def _access(secret: Secret, region: str) -> Access:
     """From the Secret, else the identity of the pod, else from the environment; without any, nothing is signed."""
     values = secret.require(_ACCESS_KEY, _SECRET_KEY, has_own=_ACCESS_KEY in os.environ)
     if values is not None:
-        config: S3Config = {"access_key_id": values[_ACCESS_KEY], "secret_access_key": values[_SECRET_KEY]}
-        if token := secret.value(_SESSION_TOKEN):
+        config: S3Config = {
+            "access_key_id": secret.line(_ACCESS_KEY) or "",
+            "secret_access_key": secret.line(_SECRET_KEY) or "",
+        }
+        if token := secret.line(_SESSION_TOKEN):
             config["session_token"] = token
         return Access(config)
     if (identity := aws_identity(os.environ, region)) is not None:
         return identity
-    if any(os.environ.get(name) for name in _FROM_ENVIRONMENT):
-        return Access({}, (f"https://sts.{region}.amazonaws.com",))
-    return Access({"skip_signature": True})
+    # Of a user of this machine. Never those of an instance's metadata service, which belong to the node that the pod
+    # runs on, nor of a role that a cloud's webhook has given the pod, which the profile must allow (cloudIdentity).
+    return Access({}) if os.environ.get(_ACCESS_KEY) else Access({"skip_signature": True})

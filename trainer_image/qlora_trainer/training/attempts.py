@@ -134,20 +134,23 @@ def _noting_end(
 
 
 def note_training(records: Path, pod_uid: str, now: datetime) -> None:
-    """Note that the pod's attempt has loaded all and begins to train. Raises OSError."""
+    """Note that the pod's attempt has loaded all and begins to train, if there is room for that."""
     _change_latest(records, pod_uid, {"trained_at": _precise(now)})
 
 
 def note_saved(records: Path, pod_uid: str, now: datetime) -> None:
-    """Note that the pod's attempt has saved a checkpoint. Raises OSError."""
+    """Note that the pod's attempt has saved a checkpoint, if there is room for that."""
     _change_latest(records, pod_uid, {"saved_at": _precise(now)})
 
 
 def _change_latest(records: Path, pod_uid: str, changes: Mapping[str, str]) -> None:
-    """Nothing is recorded if somebody has deleted the file, which must not end the run."""
-    latest = _latest_of(records, pod_uid)
-    if latest is not None:
-        write_attempts(records, [*read_attempts(records)[:-1], latest.model_copy(update=changes)])
+    """Nothing is recorded if somebody has deleted the file, or the volume is full, which must not end the run."""
+    try:
+        latest = _latest_of(records, pod_uid)
+        if latest is not None:
+            write_attempts(records, [*read_attempts(records)[:-1], latest.model_copy(update=changes)])
+    except OSError as error:
+        logger.warning("the attempt's time is not recorded: %s", error)
 
 
 def _latest_of(records: Path, pod_uid: str) -> Attempt | None:
