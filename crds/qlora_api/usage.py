@@ -66,7 +66,7 @@ class PodUsage(ObservedModel):
 class UsageStatus(ObservedModel):
     """GPU time of the job's train pods, from when each got its node until it ended.
 
-    While a pod runs, its time is brought up to date with each report of progress.
+    While a pod runs, its time is brought up to date with each report of progress, and every five minutes without.
     """
 
     gpu_seconds: Count = Field(0, description="Seconds times GPUs, of all train pods. Never decreases.")

@@ -133,7 +133,7 @@ def is_settled(job: QLoRAJob, observed: Observed) -> bool:
         return False
     if job.spec.group is not None and status.group is None:
         return False  # its group may be formed yet, which it is to note
-    if still_counts(status, observed.pods):
+    if still_counts(job):
         return False  # a pod that has been asked to stop has its GPU until it has saved a checkpoint
     # The clean-up's own Job goes after the clean-up is stored.
     cleaning = observed.child(clean_job_name(job)) if is_true(status, "CleanedUp") else None
