@@ -10,6 +10,7 @@ from qlora_api.status import QLoRAJobStatus
 from qlora_api.training import TrainingSpec
 from qlora_api.usage import WorkStatus
 from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_operator.decisions.budget import budget_at
 from qlora_operator.decisions.events import budget_event
 from qlora_operator.decisions.plan import DeleteJob, plan
 from tests.support import grouped
@@ -124,8 +125,8 @@ def test_a_forecast_above_the_budget_is_said_before_the_gpu_is_used() -> None:
 
 def test_a_job_that_has_used_its_budget_stops_at_a_checkpoint() -> None:
     job = make_job(seen_running(), budget={"gpuHours": 1.5})
-    status = follow(job, *RUNNING, now=after(1799))
-    assert status == follow(job, *RUNNING)
+    assert follow(job, *RUNNING, now=after(1799)).phase == "Training"
+    status = follow(job, *RUNNING)
     planned = plan(job, status, seen(*RUNNING), after(600))
     assert planned.look_again == after(1800)
 
@@ -175,6 +176,21 @@ def test_a_run_that_has_just_ended_is_not_stopped_by_its_budget() -> None:
     done = ended(body, 0, result(body, "train", **FACTS["train"]), start=-3600, end=60)
     assert follow(job, child("train"), done, now=after(61)).phase == "Training"
     assert follow(job, child("train", Complete="Done"), done, now=after(62)).phase == "Publishing"
+
+
+def test_a_pod_that_has_ended_well_does_not_hide_one_that_runs_on() -> None:
+    """Anybody who may create pods can make one that the Job seems to own; and of two nodes one may hang."""
+    job, body = make_job(seen_running(), budget={"gpuHours": 1}), pod("train", 1, 9)
+    decoy = ended(body, 0, start=-50, end=-49)
+    status = follow(job, *RUNNING, decoy, now=after(61))
+    assert (status.phase, reason_of(status)) == ("Failed", "BudgetExceeded")
+
+
+def test_a_run_that_is_published_is_not_looked_at_for_its_budget() -> None:
+    spec: dict[str, Any] = {"budget": {"gpuHours": 0.5}}
+    used = seen_running().usage
+    stored = make_job(status_with("publish", usage=used.dump() if used else None), **spec)
+    assert budget_at(stored, stored.status, seen(*RUNNING), after(60)) is None
 
 
 def test_the_budget_of_several_nodes_is_used_up_by_all_of_them() -> None:
