@@ -375,7 +375,7 @@ class Reconciler:
         self.metrics.gpu_seconds.note(job, status)
         for name in waiting_for(job, status, facts.group.others if facts.group else ()):
             self.starts.enqueue((job.namespace, name))
-        self.metrics.jobs.show(written)
+        self.metrics.show(written)
         self.metrics.transitions.written(job, status)
         if event := phase_event(job, status, facts.now):
             logger.info("phase %s, was %s", status.phase, job.status.phase, extra={"key": key})
