@@ -23,7 +23,8 @@ SERIES_PER_RUNNING_JOB = len(FIGURES) + 2
 class JobMetrics(Collector):
     """The jobs that have been shown, as the operator that works knows them; none while it stands by.
 
-    `running_jobs`: how many have series of their own: those with the earliest startTime, which a restart does not change.
+    `running_jobs`: how many have series of their own: those that began first, also after a
+    restart.
     """
 
     def __init__(self, running_jobs: int = DEFAULT_RUNNING_JOBS) -> None:

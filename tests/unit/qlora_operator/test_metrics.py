@@ -315,10 +315,19 @@ def test_every_failure_reason_of_trainer_and_operator_has_its_own_series() -> No
         ("/api/v1/namespaces/team", "other"),
         ("/apis/example.org/v1/namespaces/team/gadgets", "other"),
         ("/", "other"),
+        ("/api/v1/namespaces/team/configmaps/adapters", "configmaps"),
     ],
 )
 def test_a_request_is_counted_by_what_it_is_about(path: str, resource: str) -> None:
     assert resource_of(path) == resource
+
+
+def test_whatever_the_operator_may_ask_for_has_a_name_in_its_metrics() -> None:
+    templates = Path(__file__).parents[3] / "helm/qlora-operator/templates"
+    granted = "\n".join((templates / name).read_text() for name in ("_rules.tpl", "leaderelection.yaml"))
+    found = {word.strip() for line in re.findall(r"resources: \[(.*)\]", granted) for word in line.split(",")}
+    assert {"pods/log", "configmaps", "leases"} <= found
+    assert found <= RESOURCES
 
 
 def test_no_path_and_no_answer_makes_more_than_a_bounded_number_of_series() -> None:
