@@ -274,7 +274,7 @@ class Profile(ApiModel):
     )
     gpu_tflops: float | None = Field(
         None,
-        gt=0,
+        ge=0.01,
         le=1e6,
         description="Speed of one GPU in dense bfloat16, without sparsity, in 10^12 operations per second as its "
         "vendor states it, for the forecast of GPU hours before training; no such forecast if not set.",

@@ -93,7 +93,7 @@ class WorkStatus(ObservedModel):
 
     parameters: Count = Field(description="Weights that each token is multiplied by.")
     tokens: Count = Field(description="Tokens of the whole run, without padding.")
-    flops: float = Field(ge=0, le=1e40, allow_inf_nan=False, description="Floating-point operations of the run.")
+    flops: float = Field(ge=0, le=1e30, allow_inf_nan=False, description="Floating-point operations of the run.")
 
 
 class ForecastStatus(ObservedModel):

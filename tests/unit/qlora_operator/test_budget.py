@@ -74,6 +74,24 @@ def test_hours_and_costs_are_decimal() -> None:
     assert cost_text(5400, None, None) is None
 
 
+def test_the_largest_numbers_that_a_pod_may_report_have_a_forecast() -> None:
+    """A tenant can write a record, and an error here would end every pass over the job."""
+    assert float(hours_text(3.6e43)) == pytest.approx(1e40)
+    with pytest.raises(ValueError, match="flops"):
+        WorkStatus(parameters=1, tokens=1, flops=1e31)
+    with pytest.raises(ValueError, match="gpuTflops"):
+        Profile.model_validate(PROFILE.dump() | {"gpuTflops": 0.001})
+    slow = Profile.model_validate(PRICED.dump() | {"gpuTflops": 0.01, "gpuHourPrice": "999999999.999999"})
+    body = pod("prepare")
+    work = WorkStatus(parameters=10**9, tokens=10**9, flops=1e30)
+    done = ended(body, 0, result(body, "prepare", **FACTS["prepare"], work=work))
+    status = follow(make_job(status_with("prepare", slow)), child("prepare", Complete="Done"), done)
+    assert status.forecast is not None
+    assert status.forecast.cost is not None
+    assert float(status.forecast.cost.removesuffix(" EUR")) == pytest.approx(1e30 / 0.01e12 / 0.3 / 3600 * 1e9)
+    assert QLoRAJobStatus.model_validate(status.dump()) == status
+
+
 def test_after_prepare_there_is_a_forecast_if_the_gpus_speed_is_known() -> None:
     forecast = prepared().forecast
     assert forecast is not None
