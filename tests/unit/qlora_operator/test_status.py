@@ -145,6 +145,16 @@ def test_a_job_that_names_the_secret_with_a_signing_key_waits(field: str, spec: 
     assert follow(make_job(), profiles={"default": signing}).resolved is not None
 
 
+def test_a_job_that_names_the_secret_with_the_proxys_password_waits() -> None:
+    """Prepare would send the password to the hub as a token."""
+    proxy = {"httpsProxy": "http://proxy:3128", "proxySecretName": "proxy-login"}
+    behind = Profile.model_validate(PROFILE.dump() | proxy)
+    spec = {"model": {"source": "hf://a/b", "tokenSecretRef": {"name": "proxy-login", "key": "password"}}}
+    status = follow(make_job(**spec), profiles={"default": PROFILE, "behind": behind})
+    assert (status.resolved, reason_of(status)) == (None, "SecretNotAllowed")
+    assert "(proxySecretName)" in message_of(status)
+
+
 def test_the_status_names_the_page_and_the_runs_of_trackers_and_an_event_what_was_not_uploaded() -> None:
     body = pod("publish")
     tracking = TrackingStatus(mlflow=TrackedRun(url="https://m.example.org/#/r"), wandb=TrackedRun(message="denied"))
