@@ -39,16 +39,21 @@ class LineageFile:
     """JSON. The same run, files and key give the same bytes."""
 
     @property
+    def is_signed(self) -> bool:
+        """Whether it was signed with the key of the profile."""
+        return self.name == SIGNED_FILE
+
+    @property
     def annotations(self) -> dict[str, str]:
         """What a registry lists about it, as cosign does."""
-        signed = {"dev.sigstore.bundle.content": "dsse-envelope"} if self.name == SIGNED_FILE else {}
+        signed = {"dev.sigstore.bundle.content": "dsse-envelope"} if self.is_signed else {}
         return {**signed, "dev.sigstore.bundle.predicateType": LINEAGE_TYPE}
 
 
 def publish_with_lineage(
     job: TrainedJob, destination: Destination, contents: Contents, *, namespace: str, key: Path
-) -> str:
-    """Publish the files, and what they were made of beside them; returns the address of exactly that.
+) -> tuple[str, LineageFile]:
+    """Publish the files, and what they were made of beside them; returns the address of exactly that, and the latter.
 
     In a registry that is attached to the artifact, since an artifact cannot hold a statement about itself, and there
     cosign and admission policies find it. Raises StepFailure as `publish_folder` and `lineage_file`.
@@ -59,10 +64,10 @@ def publish_with_lineage(
         _, _, digest = uri.rpartition("@")
         lineage = lineage_file(job, manifest, namespace, key, {destination.uri: digest.removeprefix("sha256:")})
         destination.attach(lineage.content, lineage.media_type, lineage.annotations, digest)
-        return uri
+        return uri, lineage
     lineage = lineage_file(job, manifest, namespace, key)
     contents = {**contents, lineage.name: lineage.content}
-    return publish_folder(destination, contents, run_manifest(job, contents))
+    return publish_folder(destination, contents, run_manifest(job, contents)), lineage
 
 
 def lineage_file(

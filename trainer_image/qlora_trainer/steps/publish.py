@@ -187,6 +187,8 @@ def _already_published(context: StepContext, job: TrainedJob, destination: Desti
     record = read_completion(context.workspace.completion("publish"), PublishRecord)
     if record is None or record.fingerprint != _fingerprint(job.trained, destination):
         return None
+    if context.mounts.signing_key.is_file() and record.adapter.lineage != "signed":
+        return None  # the profile has got a key since
     merged_destination = _merged_destination(context)
     if merged_destination is not None and not still_published(merged_destination, record.merged):
         return None
@@ -277,7 +279,7 @@ def _write(
 ) -> AdapterStatus:
     """Publish the `contents` of the adapter in `folder`."""
     namespace, key = context.document.metadata.namespace, context.mounts.signing_key
-    uri = publish_with_lineage(job, destination, contents, namespace=namespace, key=key)
+    uri, lineage = publish_with_lineage(job, destination, contents, namespace=namespace, key=key)
     return AdapterStatus(
         uri=uri,
         sha256=job.trained.adapter_sha256,
@@ -289,6 +291,7 @@ def _write(
         served_rank=served_rank(job.spec.lora),
         quantization=quantization_label(job.spec.quantization),
         initial_adapter=job.prepared.initial_adapter,
+        lineage="signed" if lineage.is_signed else "unsigned",
     )
 
 
