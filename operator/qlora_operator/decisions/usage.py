@@ -89,6 +89,11 @@ def uncounted_seconds(job: QLoRAJob, status: QLoRAJobStatus, pods: Iterable[Pod]
     return gpus * sum(since)
 
 
+def counted_again_at(status: QLoRAJobStatus, pods: Iterable[Pod]) -> datetime | None:
+    """When the time of a pod that runs is to be counted again although nothing is heard of it; None if none runs."""
+    return min((_last_counted(entry) + _LONGEST_UNCOUNTED for entry in _running(status, pods)), default=None)
+
+
 def _running(status: QLoRAJobStatus, pods: Iterable[Pod]) -> list[PodUsage]:
     """The entries of the pods that have their GPUs."""
     running = {pod.uid for pod in pods if not _is_over(pod)}

@@ -12,7 +12,7 @@ from qlora_api.status import QLoRAJobStatus
 from qlora_api.usage import PodUsage, UsageStatus
 from qlora_operator.decisions.members import GroupFacts, member_of
 from qlora_operator.decisions.observe import QLoRAJob
-from qlora_operator.decisions.plan import is_settled
+from qlora_operator.decisions.plan import is_settled, plan
 from qlora_operator.decisions.usage import count_usage
 from qlora_operator.metrics import Metrics
 from tests.support import grouped
@@ -108,6 +108,7 @@ def test_time_without_news_is_counted_every_five_minutes() -> None:
     """Without reports of progress, all of it would be lost with a pod that vanishes but the last quarter of an hour."""
     same = child("train"), running(train_pod(), since=-90)
     stored, writes = follow(make_job(status_in("train"), **SPEC), *same), 0
+    assert plan(make_job(stored, **SPEC), stored, seen(*same), after(0)).look_again == after(300)
     for at in range(60, 36_001, 60):
         before, stored = stored, then(stored, *same, at=at)
         writes += stored != before
