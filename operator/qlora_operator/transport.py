@@ -99,10 +99,10 @@ class Transport:
 
         async def send_with(credentials: Credentials) -> tuple[int, bytes]:
             began, answered = time.monotonic(), list[int]()
+            own_turn = turn or nullcontext()
+            sent = (method, url, data, headers, credentials, timeout, most)
             try:
-                answer = await self._send(
-                    method, url, data, headers, credentials, timeout, most, turn or nullcontext(), answered.append
-                )
+                answer = await self._send(*sent, own_turn, answered.append)
             except Exception:
                 # Not if it was cancelled: then nobody knows what the answer would have been.
                 self._on_request(method, path, next(iter(answered), None), time.monotonic() - began)
