@@ -194,10 +194,9 @@ class Actions:
         except ClusterError as error:
             logger.warning("ConfigMap %s: %s", name, error, extra={"key": key})
             self.announcements.postpone(key, facts.now)
-            rejected = isinstance(error, RejectedError)
-            return without_announcement(
-                status, facts, rejection_of_entry(job, str(error))
-            ) if rejected else status, False
+            if isinstance(error, RejectedError):
+                status = without_announcement(status, facts, rejection_of_entry(job, str(error)))
+            return status, False
         self.announcements.end(key)
         logger.info("announced in ConfigMap %s", name, extra={"key": key})
         return with_announcement(status, facts), True
