@@ -211,7 +211,7 @@ def _cardinality() -> Iterator[str]:
         f"`qlora_job_phase_duration_seconds` has {len(PHASE_BUCKETS) + 3} for each profile and phase, and no namespace."
     )
     yield (
-        "`qlora_gpu_seconds_total` has one for each namespace and profile whose jobs have had a GPU, and "
+        "`qlora_gpu_seconds_total` has one for each namespace and profile whose jobs request GPUs, and "
         f"`qlora_gpu_lost_seconds_total` {len(LostGpuSeconds.model_fields)}."
     )
     yield (

@@ -7,7 +7,7 @@ frozen, and need none of their own. Gradient checkpointing computes the forward 
 """
 
 from collections.abc import Iterable
-from decimal import ROUND_HALF_UP, Decimal
+from decimal import ROUND_HALF_UP, Context, Decimal, localcontext
 
 from qlora_api.training import TrainingSpec
 
@@ -20,6 +20,8 @@ TFLOPS; README of QwenLM/Qwen, "Profiling of Memory and Speed") comes to 0.20 wi
 """
 _SECONDS = 3600
 _CENT = Decimal("0.01")
+_DIGITS = Context(prec=100)
+"""With more digits than the largest forecast at the highest price has: rounding to cents needs all of them."""
 
 
 def training_flops(parameters: int, tokens: int, training: TrainingSpec) -> float:
@@ -35,14 +37,16 @@ def hours_of_flops(flops: float, gpu_tflops: float) -> float:
 
 def hours_text(seconds: float) -> str:
     """GPU seconds as GPU hours with two decimals."""
-    return str((Decimal(seconds) / _SECONDS).quantize(_CENT, ROUND_HALF_UP))
+    with localcontext(_DIGITS):
+        return str((Decimal(seconds) / _SECONDS).quantize(_CENT, ROUND_HALF_UP))
 
 
 def cost_text(seconds: float, price: str | None, currency: str | None) -> str | None:
     """What GPU seconds cost at that price of an hour, with two decimals and the currency; None without a price."""
     if price is None or currency is None:
         return None
-    return f"{(Decimal(seconds) * Decimal(price) / _SECONDS).quantize(_CENT, ROUND_HALF_UP)} {currency}"
+    with localcontext(_DIGITS):
+        return f"{(Decimal(seconds) * Decimal(price) / _SECONDS).quantize(_CENT, ROUND_HALF_UP)} {currency}"
 
 
 def sum_of_costs(costs: Iterable[str | None]) -> str | None:
@@ -51,4 +55,5 @@ def sum_of_costs(costs: Iterable[str | None]) -> str | None:
     currencies = {currency for _, currency in amounts}
     if len(currencies) != 1:
         return None
-    return f"{sum((Decimal(amount) for amount, _ in amounts), Decimal())} {currencies.pop()}"
+    with localcontext(_DIGITS):
+        return f"{sum((Decimal(amount) for amount, _ in amounts), Decimal())} {currencies.pop()}"

@@ -274,7 +274,7 @@ class Profile(ApiModel):
     )
     gpu_tflops: float | None = Field(
         None,
-        gt=0,
+        ge=0.01,
         le=1e6,
         description="Speed of one GPU in dense bfloat16, without sparsity, in 10^12 operations per second as its "
         "vendor states it, for the forecast of GPU hours before training; no such forecast if not set.",
@@ -352,7 +352,7 @@ class Profile(ApiModel):
     ca_config_map: CaConfigMap | None = Field(
         None,
         description="Certificates that prepare and publish trust besides the public ones; only those if not set. Pods "
-        "wait until the ConfigMap exists.",
+        "wait until the ConfigMap exists, and no job is announced in it.",
     )
     https_proxy: str | None = Field(
         None,
@@ -370,7 +370,7 @@ class Profile(ApiModel):
     proxy_secret_name: ObjectName | None = Field(
         None,
         description="Secret with username and password of the proxy (type kubernetes.io/basic-auth) in the job's "
-        "namespace; the proxy gets no credentials if not set.",
+        "namespace, which no job may name; the proxy gets no credentials if not set.",
     )
     finished_job_seconds: int = Field(
         86_400,

@@ -342,6 +342,11 @@ class AdapterStatus(ObservedModel):
         None, alias="from", description="The adapter of spec.lora.from; not set without one."
     )
     gguf: GgufStatus | None = Field(None, description="Its GGUF file, if output.gguf is set.")
+    lineage: Literal["signed", "unsigned"] | None = Field(
+        None,
+        description="Whether the statement of what it was made of is signed; not set if the trainer is of a release "
+        "that publishes none.",
+    )
 
 
 class MergedStatus(ObservedModel):

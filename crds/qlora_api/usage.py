@@ -66,7 +66,7 @@ class PodUsage(ObservedModel):
 class UsageStatus(ObservedModel):
     """GPU time of the job's train pods, from when each got its node until it ended.
 
-    While a pod runs, its time is brought up to date with each report of progress.
+    While a pod runs, its time is brought up to date with each report of progress, and every five minutes without.
     """
 
     gpu_seconds: Count = Field(0, description="Seconds times GPUs, of all train pods. Never decreases.")
@@ -93,7 +93,7 @@ class WorkStatus(ObservedModel):
 
     parameters: Count = Field(description="Weights that each token is multiplied by.")
     tokens: Count = Field(description="Tokens of the whole run, without padding.")
-    flops: float = Field(ge=0, le=1e40, allow_inf_nan=False, description="Floating-point operations of the run.")
+    flops: float = Field(ge=0, le=1e30, allow_inf_nan=False, description="Floating-point operations of the run.")
 
 
 class ForecastStatus(ObservedModel):

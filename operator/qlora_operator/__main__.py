@@ -217,7 +217,7 @@ class Operator:
         hooks = Hooks(
             queue.add,
             resync.monitor,
-            metrics.jobs.show,
+            metrics.show,
             self._signals.take,
             store,
             objects_per_page=lambda: self._cluster.shortest_page,

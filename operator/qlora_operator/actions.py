@@ -2,15 +2,25 @@
 
 import logging
 from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 
 from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.status import AdapterStatus, QLoRAJobStatus, Resolved, StepName
-from qlora_operator.cluster import AlreadyExistsError, Cluster, NotFoundError, RejectedError
+from qlora_operator.cluster import (
+    AlreadyExistsError,
+    Cluster,
+    ClusterError,
+    ForbiddenError,
+    NotFoundError,
+    RejectedError,
+)
 from qlora_operator.decisions.announcing import (
     build_config_map,
     build_patches,
     config_map_name,
+    rejection_of_entry,
+    reserved_config_map,
     with_announcement,
     without_announcement,
 )
@@ -28,6 +38,7 @@ from qlora_operator.decisions.plan import (
     creates_first_job,
 )
 from qlora_operator.decisions.status import with_child, with_rejection
+from qlora_operator.pauses import Postponed
 from qlora_operator.store import Store
 from qlora_operator.workqueue import RetryError
 
@@ -43,6 +54,8 @@ class Result:
     """Whether one of them has written something, or has made the store show what it did not show before."""
     blocked: bool = False
     """Whether one of them cannot be done now. Nothing shows when a quota has room again, or a name is free."""
+    look_again: datetime | None = None
+    """When something is tried again that nothing else waits for; None if nothing is."""
 
 
 class _BlockedError(Exception):
@@ -60,10 +73,12 @@ class Actions:
     cluster: Cluster
     store: Store
     dns_ports: tuple[int, ...]
+    announcements: Postponed = field(default_factory=Postponed)
 
     async def carry_out(self, facts: Facts, status: QLoRAJobStatus, actions: tuple[Action, ...]) -> Result:
         """Carry them out. The status of the result is the one after the actions."""
-        job, resolved, changed, refused = facts.job, status.resolved, False, False
+        job, resolved, changed = facts.job, status.resolved, False
+        key, again = (job.namespace, job.name), None
         for action in actions:
             try:
                 match action:
@@ -76,8 +91,8 @@ class Actions:
                         changed |= await self._connect_nodes(job)
                     case Announce():
                         # Whatever comes of it, the clean-up after it does not wait.
-                        status, refused = await self._announce(facts, status)
-                        changed |= not refused
+                        status, written = await self._announce(facts, status)
+                        changed, again = changed | written, self.announcements.due(key)
                     case CreateJob() if resolved is not None:
                         others = facts.group.led if facts.group is not None and action.step == "train" else ()
                         job_uid, is_new = await self._create_job(job, resolved, action, others)
@@ -85,9 +100,10 @@ class Actions:
                         # The status that tells of the first Job follows from what the next pass sees.
                         status = status if creates_first_job(action) else with_child(status, facts, job_uid)
             except _BlockedError as blocked:
-                logger.warning("%s", blocked, extra={"key": (job.namespace, job.name)})
-                return Result(with_rejection(status, facts, blocked.reason), changed, blocked=True)
-        return Result(status, changed, blocked=refused)
+                logger.warning("%s", blocked, extra={"key": key})
+                status = with_rejection(status, facts, blocked.reason)
+                return Result(status, changed, blocked=True, look_again=again)
+        return Result(status, changed, look_again=again)
 
     async def _delete_job(self, job: QLoRAJob, name: str, uid: str) -> None:
         """Delete this very Job. Raises _BlockedError if the API server does not allow it."""
@@ -162,26 +178,39 @@ class Actions:
         return created
 
     async def _announce(self, facts: Facts, status: QLoRAJobStatus) -> tuple[QLoRAJobStatus, bool]:
-        """The status with what has come of the entry for servers, and whether the API server has rejected that."""
-        job, name = facts.job, config_map_name(facts.job)
+        """The status with what has come of the entry for servers, and whether that was written.
+
+        Nothing is tried before it is due: what the API server rejects, it mostly rejects for as long as nobody acts.
+        """
+        job, name, key = facts.job, config_map_name(facts.job), (facts.job.namespace, facts.job.name)
         if status.adapter is None:
             raise AssertionError("a job without an adapter has nothing to announce")
+        if (reserved := reserved_config_map(job.spec, facts.profiles.values())) is not None:
+            return without_announcement(status, facts, reserved.sentence), False
+        if (due := self.announcements.due(key)) is not None and facts.now < due:
+            return status, False
         try:
             await self._write_entry(job, status.adapter)
-        except RejectedError as error:
-            logger.warning("ConfigMap %s: %s", name, error, extra={"key": (job.namespace, job.name)})
-            return without_announcement(status, facts, str(error)), True
-        logger.info("announced in ConfigMap %s", name, extra={"key": (job.namespace, job.name)})
-        return with_announcement(status, facts), False
+        except ClusterError as error:
+            logger.warning("ConfigMap %s: %s", name, error, extra={"key": key})
+            self.announcements.postpone(key, facts.now)
+            if isinstance(error, RejectedError):
+                status = without_announcement(status, facts, rejection_of_entry(job, str(error)))
+            return status, False
+        self.announcements.end(key)
+        logger.info("announced in ConfigMap %s", name, extra={"key": key})
+        return with_announcement(status, facts), True
 
     async def _write_entry(self, job: QLoRAJob, adapter: AdapterStatus) -> None:
-        """Raises RejectedError if the ConfigMap is not ours, or must not be written."""
+        """Raises ClusterError: RejectedError if the ConfigMap is not ours, or must not be written."""
         name, (beside_others, as_the_first) = config_map_name(job), build_patches(job, adapter)
         try:
             await self.cluster.patch_config_map(job.namespace, name, beside_others)
         except NotFoundError:
             # Raises ConflictError if another job creates it now: the next try finds it.
             await self.cluster.create_config_map(job.namespace, build_config_map(job, adapter))
+        except ForbiddenError:
+            raise
         except RejectedError as error:
             try:
                 await self.cluster.patch_config_map(job.namespace, name, as_the_first)

@@ -98,6 +98,10 @@ class RejectedError(ClusterError):
     """The API server rejects the request as it is; the message is the server's own."""
 
 
+class ForbiddenError(RejectedError):
+    """The API server does not allow this to the operator, whatever exactly is written."""
+
+
 class _Page(NamedTuple, Generic[T]):
     """What was read of the objects of one page, and the version of the whole list."""
 
@@ -432,8 +436,10 @@ def _error(status: int, request: str, data: bytes) -> ClusterError:
     if status == 409:
         # The server also answers so if a quota has changed while it counted the new object.
         return (AlreadyExistsError if reason == "AlreadyExists" else ConflictError)(f"{request}: {text}")
+    if status in (401, 403):
+        return ForbiddenError(text)
     # The server answers with 500 if a webhook of the kind cannot be reached.
-    if status in (400, 401, 403, 422) or (status == 500 and "failed calling webhook" in text):
+    if status in (400, 422) or (status == 500 and "failed calling webhook" in text):
         return RejectedError(text)
     return UnavailableError(f"{request}: status {status}: {text}")
 

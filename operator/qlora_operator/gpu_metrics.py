@@ -28,6 +28,13 @@ class GpuSeconds:
             registry=registry,
         )
 
+    def expect(self, namespace: str, profile: str) -> None:
+        """Show the series at 0, of a job that is about to use GPUs.
+
+        A series that begins with its first seconds has no increase: Prometheus has not seen the zero before.
+        """
+        self.add(namespace, profile, UsageStatus())
+
     def note(self, job: QLoRAJob, written: QLoRAJobStatus) -> None:
         """Count what the status has, now that it is stored, and the job's stored one had not."""
         if written.usage is not None:

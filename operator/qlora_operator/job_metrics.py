@@ -5,7 +5,7 @@ They are read off at each scrape, so that the series of a job end when it does.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from heapq import nsmallest
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -23,7 +23,8 @@ SERIES_PER_RUNNING_JOB = len(FIGURES) + 2
 class JobMetrics(Collector):
     """The jobs that have been shown, as the operator that works knows them; none while it stands by.
 
-    `running_jobs`: how many have series of their own: those that have run for longest, so that none comes and goes.
+    `running_jobs`: how many have series of their own: those that began first, also after a
+    restart.
     """
 
     def __init__(self, running_jobs: int = DEFAULT_RUNNING_JOBS) -> None:
@@ -31,7 +32,7 @@ class JobMetrics(Collector):
         self._jobs: dict[Key, dict[str, ShownJob]] = {}
         """Of each name, by UID: a job and the one that replaces it are there together for a moment."""
         self._running: dict[str, ShownJob] = {}
-        """Those that run, by UID, the first first."""
+        """Those that run, by UID."""
 
     def show(self, body: Object, *, deleted: bool = False) -> None:
         """Note a job as it is stored, or was when it was deleted."""
@@ -74,7 +75,8 @@ class JobMetrics(Collector):
             "Running jobs without metrics of their own, as there are more than settings.metrics.runningJobs.",
             left_out,
         )
-        yield from _of_each(tuple(islice(self._running.values(), self._most)))
+        longest = nsmallest(self._most, self._running.values(), key=lambda job: (job.started, job.uid))
+        yield from _of_each(tuple(longest))
 
     def _drop(self, key: Key, uid: str) -> None:
         jobs = self._jobs.get(key, {})

@@ -12,6 +12,8 @@ from prometheus_client import (
     generate_latest,
 )
 
+from qlora_operator.decisions.observe import Object
+from qlora_operator.decisions.shown import read_shown
 from qlora_operator.gpu_metrics import GpuSeconds
 from qlora_operator.job_metrics import DEFAULT_RUNNING_JOBS, JobMetrics
 from qlora_operator.request_metrics import RequestMetrics
@@ -72,6 +74,12 @@ class Metrics:
         self.transitions = TransitionMetrics(self.registry, profiles)
         self.jobs = JobMetrics(running_jobs)
         self.registry.register(self.jobs)
+
+    def show(self, body: Object, *, deleted: bool = False) -> None:
+        """Note a job as it is stored, or was when it was deleted."""
+        self.jobs.show(body, deleted=deleted)
+        if not deleted and (job := read_shown(body)) is not None and job.has_gpus:
+            self.gpu_seconds.expect(job.namespace, job.profile)
 
     def job_is_gone(self, key: Key, *, replaced_by: str = "") -> None:
         """Count no job of that name, but the one with the UID `replaced_by`."""

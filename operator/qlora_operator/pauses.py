@@ -5,10 +5,12 @@ same would be decided again and again, as fast as a worker can.
 """
 
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 
 from qlora_operator.workqueue import Key
 
 _FIRST_SECONDS, _LONGEST_SECONDS = 5.0, 300.0
+_LONGEST_POSTPONEMENT = 7200.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,8 @@ NextPass = AtOnce | Blocked | Later
 class Pauses:
     """How long each job waits before its next try. After a restart all of them begin anew."""
 
+    longest: float = _LONGEST_SECONDS
+    """Seconds."""
     _tries: dict[Key, int] = field(default_factory=dict)
 
     def until(self, key: Key, asked: NextPass) -> float | None:
@@ -60,11 +64,35 @@ class Pauses:
                 return look_again
 
     def next(self, key: Key) -> float:
-        """Seconds until the next try, after one more that was in vain: each time twice as many, up to five minutes."""
+        """Seconds until the next try, after one more that was in vain: each time twice as many, up to the longest."""
         tries = self._tries.get(key, 0)
         self._tries[key] = tries + 1
-        return float(min(_LONGEST_SECONDS, _FIRST_SECONDS * 2 ** min(tries, 16)))
+        return float(min(self.longest, _FIRST_SECONDS * 2 ** min(tries, 16)))
 
     def end(self, key: Key) -> None:
         """Nothing is in the way any more, or the job is gone."""
         self._tries.pop(key, None)
+
+
+@dataclass
+class Postponed:
+    """What was rejected of each job and is tried again at times of its own, up to two hours apart.
+
+    A pass over the job at another time leaves it alone. After a restart all of it is due.
+    """
+
+    _pauses: Pauses = field(default_factory=lambda: Pauses(_LONGEST_POSTPONEMENT))
+    _due: dict[Key, datetime] = field(default_factory=dict)
+
+    def due(self, key: Key) -> datetime | None:
+        """When the next try is; None if it was never in vain."""
+        return self._due.get(key)
+
+    def postpone(self, key: Key, now: datetime) -> None:
+        """Note a try in vain."""
+        self._due[key] = now + timedelta(seconds=self._pauses.next(key))
+
+    def end(self, key: Key) -> None:
+        """It is done, or the job is gone."""
+        self._due.pop(key, None)
+        self._pauses.end(key)

@@ -30,6 +30,7 @@ from qlora_operator.decisions.detached import (
     with_detached_pods,
 )
 from qlora_operator.decisions.events import (
+    announcement_event,
     budget_event,
     phase_event,
     progress_event,
@@ -56,7 +57,7 @@ from qlora_operator.decisions.stored_job import UnreadableJobError, parse_job
 from qlora_operator.groups import Groups
 from qlora_operator.listing import ChildView
 from qlora_operator.metrics import Metrics
-from qlora_operator.pauses import AtOnce, Blocked, Later, NextPass, Pauses
+from qlora_operator.pauses import AtOnce, Blocked, Later, NextPass, Pauses, Postponed
 from qlora_operator.posting import post
 from qlora_operator.progress import LogReading, ProgressReader
 from qlora_operator.starts import Starts
@@ -120,6 +121,7 @@ class Reconciler:
     store: Store = field(default_factory=Store)
     dns_ports: tuple[int, ...] = DNS_PORTS
     blocked: Pauses = field(default_factory=Pauses)
+    announcements: Postponed = field(default_factory=Postponed)
     suspect_schema: Callable[[], None] = lambda: None
     """Called when the API server does not know a field of the status."""
 
@@ -347,14 +349,14 @@ class Reconciler:
         facts, planned = decision.facts, decision.plan
         if planned.store_first:
             return AtOnce(changed=await self._write(facts, decision.status))
-        done = await Actions(self.cluster, self.store, self.dns_ports).carry_out(
-            facts, decision.status, planned.actions
-        )
+        actions = Actions(self.cluster, self.store, self.dns_ports, self.announcements)
+        done = await actions.carry_out(facts, decision.status, planned.actions)
         if not done.blocked and any(creates_first_job(action) for action in planned.actions):
             # What was resolved is safe in that Job. Other new jobs need theirs more urgently than this one its status.
             return AtOnce(changed=done.changed)
         await self._write(facts, done.status)
-        look_again = (planned.look_again - facts.now).total_seconds() if planned.look_again else None
+        moments = (moment for moment in (planned.look_again, done.look_again) if moment is not None)
+        look_again = _soonest(*((moment - facts.now).total_seconds() for moment in moments))
         return Blocked(look_again) if done.blocked else Later(look_again)
 
     async def _write(self, facts: Facts, status: QLoRAJobStatus) -> bool:
@@ -375,7 +377,7 @@ class Reconciler:
         self.metrics.gpu_seconds.note(job, status)
         for name in waiting_for(job, status, facts.group.others if facts.group else ()):
             self.starts.enqueue((job.namespace, name))
-        self.metrics.jobs.show(written)
+        self.metrics.show(written)
         self.metrics.transitions.written(job, status)
         if event := phase_event(job, status, facts.now):
             logger.info("phase %s, was %s", status.phase, job.status.phase, extra={"key": key})
@@ -383,12 +385,13 @@ class Reconciler:
         if event := progress_event(job, status, facts.now) or budget_event(job, status, facts.now):
             logger.warning("%s", event["message"], extra={"key": key})
             await post(self.cluster, key, event)
-        if event := tracking_event(job, status, facts.now):
+        if event := tracking_event(job, status, facts.now) or announcement_event(job, status, facts.now):
             await post(self.cluster, key, event)
         return bool(written["metadata"]["resourceVersion"] != job.resource_version)
 
     def _forget(self, key: Key) -> None:
         self.blocked.end(key)
+        self.announcements.end(key)
         if self.progress is not None:
             self.progress.forget(key)
 

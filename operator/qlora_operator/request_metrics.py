@@ -6,6 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 
 RESOURCES = frozenset(
     {
+        "configmaps",
         "events",
         "jobs",
         "leases",

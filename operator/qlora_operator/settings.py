@@ -60,7 +60,7 @@ class MetricsSettings(ApiModel):
         ge=0,
         le=10_000,
         description="Running jobs that have metrics of their own, with their namespace and name as labels: at most "
-        f"{SERIES_PER_RUNNING_JOB} series each. With more of them, those that have run for longest; none if 0.",
+        f"{SERIES_PER_RUNNING_JOB} series each. With more of them, those with the earliest startTime; none if 0.",
     )
 
 

@@ -98,13 +98,17 @@ class Transport:
         data = None if body is None else json.dumps(body, allow_nan=False, separators=(",", ":")).encode()
 
         async def send_with(credentials: Credentials) -> tuple[int, bytes]:
-            began, status = time.monotonic(), None
+            began, answered = time.monotonic(), list[int]()
+            own_turn = turn or nullcontext()
+            sent = (method, url, data, headers, credentials, timeout, most)
             try:
-                answer = await self._send(method, url, data, headers, credentials, timeout, most, turn or nullcontext())
-                status = answer[0]
-                return answer
-            finally:
-                self._on_request(method, path, status, time.monotonic() - began)
+                answer = await self._send(*sent, own_turn, answered.append)
+            except Exception:
+                # Not if it was cancelled: then nobody knows what the answer would have been.
+                self._on_request(method, path, next(iter(answered), None), time.monotonic() - began)
+                raise
+            self._on_request(method, path, answer[0], time.monotonic() - began)
+            return answer
 
         used = await self._endpoint.credentials()
         try:
@@ -127,25 +131,27 @@ class Transport:
         timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - passed on to the HTTP client
         most: int | None,
         turn: AbstractAsyncContextManager[Any],
+        on_status: Callable[[int], None],
     ) -> tuple[int, bytes]:
+        """`on_status`: called once the answer has begun."""
         authorization = credentials.authorization
         endpoint = self._endpoint
-        async with (
-            self._session.request(
-                method,
-                url,
-                data=data,
-                headers={**headers, **({"Authorization": authorization} if authorization else {})},
-                timeout=timeout,
-                allow_redirects=False,
-                ssl=credentials.tls,
-                server_hostname=endpoint.server_hostname,
-                proxy=endpoint.proxy,
-                proxy_headers=endpoint.proxy_headers,
-            ) as response,
-            turn,
-        ):
-            return response.status, await (response.read() if most is None else _read(response.content, most))
+        async with self._session.request(
+            method,
+            url,
+            data=data,
+            headers={**headers, **({"Authorization": authorization} if authorization else {})},
+            timeout=timeout,
+            allow_redirects=False,
+            ssl=credentials.tls,
+            server_hostname=endpoint.server_hostname,
+            proxy=endpoint.proxy,
+            proxy_headers=endpoint.proxy_headers,
+        ) as response:
+            on_status(response.status)
+            async with turn:
+                content = await (response.read() if most is None else _read(response.content, most))
+            return response.status, content
 
     async def _renewed(self, rejected: Credentials) -> Credentials:
         """The credentials after those that were rejected: renewed once, however many requests were rejected."""

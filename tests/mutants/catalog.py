@@ -684,8 +684,9 @@ OPERATOR = (
     Mutant(
         name="a-list-that-the-server-prepares-keeps-others-waiting",
         file=f"{_OPERATOR}/transport.py",
-        old="            self._session.request(",
-        new="            turn,\n            self._session.request(",
+        old="                answer = await self._send(*sent, own_turn, answered.append)",
+        new="                async with own_turn:\n"
+        "                    answer = await self._send(*sent, nullcontext(), answered.append)",
         tests=(
             f"{_OPERATOR_TESTS}/test_transport.py::test_a_request_waits_for_its_turn_to_read_the_answer_and_not_to_be_sent",
         ),

@@ -15,6 +15,7 @@ from qlora_operator.decisions.observe import ChildJob, Pod, Reason
 from qlora_operator.decisions.resolution import with_profile_of_today
 from qlora_operator.decisions.together import ending_pod, is_over, trains_together
 
+ADAPTER_NOT_SIGNED = "AdapterNotSigned"
 _NEXT: dict[StepName, StepName] = {"prepare": "train", "train": "publish"}
 
 
@@ -47,7 +48,9 @@ def _advance_once(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     pods = facts.observed.pods_of(child.uid)
     if child.complete:
         record = _verified(child, facts, step.name)
-        return _complete(status, facts, record) if record else _complete_unverified(status, facts, step)
+        if record is None:
+            return _complete_unverified(status, facts, step)
+        return _fail_unsigned(status, facts, record) or _complete(status, facts, record)
     if killed := next((pod for pod in pods if pod.ended and pod.out_of_memory), None):
         return fail(status, facts, describe_failure(killed, job, step.name))
     if child.failure is not None:
@@ -139,12 +142,31 @@ def _names_all(record: ResultRecord, output: OutputSpec) -> bool:
     return record.adapter is not None and merged and base and gguf
 
 
+def _fail_unsigned(status: QLoRAJobStatus, facts: Facts, record: ResultRecord) -> QLoRAJobStatus | None:
+    """The failure of a job whose profile has a signing key and whose adapter is not signed; None otherwise.
+
+    A run keeps the trainer that began it, also when it is taken up with the profile of today, and an older trainer
+    does not know the key.
+    """
+    profile, adapter = status.resolved.profile if status.resolved is not None else None, record.adapter
+    if record.step != "publish" or profile is None or profile.signing_key is None:
+        return None
+    if adapter is None or adapter.lineage == "signed":
+        return None
+    message = (
+        f"the adapter is published at {adapter.uri}, and it is not signed, although profile "
+        f"{facts.job.spec.scheduling.profile!r} has a signingKey: the trainer of this run is of a release that does "
+        "not sign, and no other goes on with it; create the job again to train it with the profile's image of today"
+    )
+    return fail(status, facts, failure_of(record.step, ADAPTER_NOT_SIGNED, message, facts))
+
+
 def _complete(status: QLoRAJobStatus, facts: Facts, record: ResultRecord) -> QLoRAJobStatus:
     step = record.step
     if step == "publish":
         base = status.base if record.base is None else record.base
         found = {"adapter": record.adapter, "merged": record.merged, "gate": record.gate, "base": base}
-        status = with_publication(status.model_copy(update=found), record)
+        status = with_publication(status.model_copy(update=found), record, facts.job)
         return succeed(status, facts)
     if step == "prepare":
         status = with_known_facts(status, record).model_copy(update={"progress": None})

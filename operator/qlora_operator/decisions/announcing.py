@@ -1,11 +1,14 @@
 """Decides what is announced of a finished job, and when; pure."""
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from qlora_api.announce import ANNOUNCEMENTS_LABEL, entry_key
+from qlora_api.profile import Profile
 from qlora_api.sources import HubSource, parse_source
 from qlora_api.status import AdapterStatus, QLoRAJobStatus
+from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_operator.decisions.conditions import is_true
 from qlora_operator.decisions.facts import Facts, set_condition
 from qlora_operator.decisions.observe import Object, QLoRAJob, Reason
@@ -81,10 +84,30 @@ def with_announcement(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 
 
 def without_announcement(status: QLoRAJobStatus, facts: Facts, why: str) -> QLoRAJobStatus:
-    """The status after the API server has rejected the entry. The adapter is published all the same."""
-    sentence = (
-        f"the API server rejects the entry in ConfigMap {config_map_name(facts.job)}: {why}; one that exists must have "
+    """The status without the entry. The adapter is published all the same."""
+    return set_condition(status, facts, "Announced", "False", Reason("AnnouncementRejected", why))
+
+
+def rejection_of_entry(job: QLoRAJob, message: str) -> str:
+    """Why there is no entry after the API server has rejected it with that message."""
+    return (
+        f"the API server rejects the entry in ConfigMap {config_map_name(job)}: {message}; one that exists must have "
         f'the label {ANNOUNCEMENTS_LABEL}: "true", and the administrator must have allowed it (announce.enabled of the '
-        "chart); it is tried again"
+        "chart); it is tried again, at last every two hours"
     )
-    return set_condition(status, facts, "Announced", "False", Reason("AnnouncementRejected", sentence))
+
+
+def reserved_config_map(spec: QLoRAJobSpec, profiles: Iterable[Profile]) -> Reason | None:
+    """Why the job must not start: it is to be announced where a profile expects certificates, perhaps another's.
+
+    Where that ConfigMap does not exist yet, the job would create one without them, for which every pod then waits.
+    """
+    wanted = spec.output.announce
+    reserved = {profile.ca_config_map.name for profile in profiles if profile.ca_config_map is not None}
+    if wanted is None or wanted.config_map not in reserved:
+        return None
+    return Reason(
+        "ConfigMapNotAllowed",
+        f"spec.output.announce.configMap names {wanted.config_map!r}, in which a profile expects certificates "
+        "(caConfigMap): create the job again with another ConfigMap",
+    )

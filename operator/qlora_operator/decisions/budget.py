@@ -16,6 +16,7 @@ from qlora_operator.decisions.usage import (
     count_usage,
     gpus_at_a_time,
     gpus_of_a_pod,
+    has_gpus,
     uncounted_seconds,
     used_seconds,
 )
@@ -23,6 +24,8 @@ from qlora_operator.decisions.usage import (
 BUDGET_EXCEEDED = "BudgetExceeded"
 STEPS_OF_A_FORECAST = 10
 """Optimizer steps after whose pace the rest is forecast: the first are slower than the others."""
+_STOPPED_STEPS = ("prepare", "train")
+"""A run that is at its end is published whatever it has used."""
 _SECONDS = 3600
 
 
@@ -42,12 +45,13 @@ def limit_of_hours(profile: Profile) -> float | None:
 def enforce_budget(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     """Fail a job that has used the GPU hours that it may. Its pod saves a checkpoint, from which a retry goes on."""
     allowed, step = allowed_seconds(facts.job, status), status.step
-    if is_finished(status) or allowed is None or step is None or step.name not in ("prepare", "train"):
+    if is_finished(status) or allowed is None or step is None or step.name not in _STOPPED_STEPS:
         return status
     if not gpus_of_a_pod(facts.job, status) or trained_by(status, facts):
         # The pod of another job goes on whatever becomes of this one.
         return status
-    if any(pod.exited_well for pod in facts.observed.pods_of(step.job_uid)):
+    pods = facts.observed.pods_of(step.job_uid)
+    if any(pod.exited_well for pod in pods) and not any(has_gpus(pod) for pod in pods):
         return status  # the run is at its end, which its Job is about to say
     counted = count_usage(status, facts, until_now=True)
     if used_seconds(counted) < allowed:
@@ -59,8 +63,8 @@ def enforce_budget(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 
 def budget_at(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetime) -> datetime | None:
     """When the pods that run now will have used up the budget; None if nothing runs or there is none."""
-    allowed, gpus = allowed_seconds(job, status), gpus_at_a_time(job, status, observed.pods)
-    if allowed is None or not gpus:
+    allowed, gpus, step = allowed_seconds(job, status), gpus_at_a_time(job, status, observed.pods), status.step
+    if allowed is None or not gpus or step is None or step.name not in _STOPPED_STEPS:
         return None
     left = allowed - used_seconds(status) - uncounted_seconds(job, status, observed.pods, now)
     return now + timedelta(seconds=max(1.0, left / gpus))

@@ -51,6 +51,15 @@ def tracking_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict
     return _build(_metadata(job), "TrackingFailed", message, now, warning=True, name=_digest(f"{job.uid} {why}"))
 
 
+def announcement_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[str, Any] | None:
+    """The Event of an adapter that cannot be announced, once that is known; None otherwise."""
+    found, before = condition(status, "Announced"), condition(job.status, "Announced")
+    if found is None or found.status != "False" or (before is not None and before.status == "False"):
+        return None
+    name = _digest(f"{job.uid} not announced {found.last_transition_time}")
+    return _build(_metadata(job), found.reason, found.message, now, warning=True, name=name)
+
+
 def budget_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[str, Any] | None:
     """The Event of a job that is expected to exceed its budget, as it was not in the stored status; None otherwise."""
     found, before = condition(status, "WithinBudget"), condition(job.status, "WithinBudget")

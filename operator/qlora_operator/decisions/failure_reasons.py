@@ -1,12 +1,14 @@
 """The failure reasons that a metric may have as a label; pure."""
 
 from qlora_api.contract import ExitCode
+from qlora_operator.decisions.advance import ADAPTER_NOT_SIGNED
 from qlora_operator.decisions.budget import BUDGET_EXCEEDED
 
 OTHER = "Other"
 FAILURE_REASONS = frozenset(
     {code.reason for code in ExitCode}
     | {
+        ADAPTER_NOT_SIGNED,
         BUDGET_EXCEEDED,
         "BackoffLimitExceeded",
         "DeadlineExceeded",

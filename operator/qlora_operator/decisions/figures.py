@@ -3,9 +3,12 @@
 from qlora_api.contract import REPORT_FILE, ProgressRecord, ResultRecord, nine_digits
 from qlora_api.duration import format_duration
 from qlora_api.status import CheckpointStatus, EvaluationStatus, ProgressStatus, QLoRAJobStatus, ReportStatus
+from qlora_api.tracking import SERVED_TRACKERS, TrackedRun, TrackingStatus
+from qlora_operator.decisions.observe import QLoRAJob
 
 _DECIMALS = 4
 """Of the figures that are only shown."""
+_NOTHING_SAID = "the trainer of this run says nothing of it: it may be of an earlier release, which uploads no run"
 _NOTHING_LEFT: dict[str, object] = {"remaining": "", "remaining_seconds": None}
 
 
@@ -78,12 +81,28 @@ def with_known_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobSt
     return status.model_copy(update=changes)
 
 
-def with_publication(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobStatus:
+def with_publication(status: QLoRAJobStatus, record: ResultRecord, job: QLoRAJob) -> QLoRAJobStatus:
     """The status with what publish has left beside the adapter and on trackers."""
     report = None
     if record.adapter is not None and record.report_sha256 is not None:
         report = ReportStatus(uri=f"{record.adapter.uri}/{REPORT_FILE}", sha256=record.report_sha256)
-    return status.model_copy(update={"report": report, "tracking": record.tracking})
+    return status.model_copy(update={"report": report, "tracking": _tracking(status, record, job)})
+
+
+def _tracking(status: QLoRAJobStatus, record: ResultRecord, job: QLoRAJob) -> TrackingStatus | None:
+    """What has become of the run on each server that the job and its profile name; None if there is none.
+
+    A trainer of an earlier release says nothing of a server that it does not know.
+    """
+    servers = status.resolved.profile.tracking if status.resolved is not None else None
+    silent: dict[str, TrackedRun] = {
+        name: TrackedRun(message=_NOTHING_SAID)
+        for name in SERVED_TRACKERS
+        if name in job.spec.training.report_to
+        and getattr(servers, name, None) is not None
+        and getattr(record.tracking, name, None) is None
+    }
+    return (record.tracking or TrackingStatus()).model_copy(update=silent) if silent else record.tracking
 
 
 def with_training_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobStatus:

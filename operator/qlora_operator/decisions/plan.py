@@ -25,7 +25,7 @@ from qlora_operator.decisions.rejections import (
 )
 from qlora_operator.decisions.taking_up import is_to_be_taken_up
 from qlora_operator.decisions.together import trains_together
-from qlora_operator.decisions.usage import still_counts
+from qlora_operator.decisions.usage import counted_again_at, still_counts
 
 # Jobs of several nodes get no second pod, whose delay would be Kubernetes': the operator waits as long as that does.
 PAUSE_AFTER_FAILURE, LONGEST_PAUSE_AFTER_FAILURE = timedelta(seconds=10), timedelta(minutes=6)
@@ -133,7 +133,7 @@ def is_settled(job: QLoRAJob, observed: Observed) -> bool:
         return False
     if job.spec.group is not None and status.group is None:
         return False  # its group may be formed yet, which it is to note
-    if still_counts(status, observed.pods):
+    if still_counts(job):
         return False  # a pod that has been asked to stop has its GPU until it has saved a checkpoint
     # The clean-up's own Job goes after the clean-up is stored.
     cleaning = observed.child(clean_job_name(job)) if is_true(status, "CleanedUp") else None
@@ -291,6 +291,8 @@ def _times(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datet
         yield now + timedelta(seconds=max(1, limit - active_seconds(status, observed, now)))
     if (spent := budget_at(job, status, observed, now)) is not None:
         yield spent
+    if (counted := counted_again_at(status, observed.pods)) is not None:
+        yield counted
     yield from (due for pod in observed.live_pods if (due := stuck_at(pod)) is not None)
     yield from (no_pod_at(child) for child in _running(observed) if not observed.pods_of(child.uid))
     yield from (due for pod in observed.live_pods if (due := volumes_at(pod)) is not None)

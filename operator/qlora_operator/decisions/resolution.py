@@ -6,6 +6,7 @@ from qlora_api.contract import needed_contract
 from qlora_api.naming import child_job_name, workspace_claim_name, workspace_folder
 from qlora_api.profile import Limits, Profile, amount
 from qlora_api.status import MAX_DOCUMENT_LENGTH, QLoRAJobStatus, Resolved
+from qlora_operator.decisions.announcing import reserved_config_map
 from qlora_operator.decisions.budget import limit_of_hours
 from qlora_operator.decisions.continued import continued_run, objection_of_other_job
 from qlora_operator.decisions.facts import FIRST_JOB, Facts, new_step
@@ -123,9 +124,8 @@ def objection_to_job(facts: Facts) -> Reason | None:
         )
     return (
         reserved_claim(facts.job.spec, facts.profiles.values())
-        or reserved_secret(facts.job.spec, facts.profiles.values())
         or _not_shared(facts.job, profile)
-        or objection_of_limits(facts)
+        or objection_to_retry(facts)
         or objection_of_other_job(facts, facts.profiles.values())
         or objection_of_group(facts)
         or _too_large(facts.job)
@@ -168,6 +168,12 @@ def _not_shared(job: QLoRAJob, profile: Profile) -> Reason | None:
             "with spec.workspace.accessModes [ReadWriteMany], or with a profile whose workspace.accessMode is that",
         )
     return None
+
+
+def objection_to_retry(facts: Facts) -> Reason | None:
+    """Why the profiles of today let the job neither start nor be retried; None if they do."""
+    spec, profiles = facts.job.spec, facts.profiles.values()
+    return reserved_secret(spec, profiles) or reserved_config_map(spec, profiles) or objection_of_limits(facts)
 
 
 def objection_of_limits(facts: Facts) -> Reason | None:

@@ -80,6 +80,10 @@ class ShownJob:
     profile: str
     claim: str
     """The PersistentVolumeClaim of its workspace; empty until it is resolved."""
+    has_gpus: bool
+    """Whether the profile that was resolved for it requests GPUs."""
+    started: float
+    """Seconds since 1970; infinite if it has not started."""
     failure: str
     """Why it has failed; empty unless it has."""
     figures: Mapping[str, float]
@@ -97,7 +101,8 @@ def read_shown(body: Object) -> ShownJob | None:
     phase = status.get("phase")
     if phase not in PHASES:
         return None
-    metadata = body["metadata"]
+    metadata, resolved = body["metadata"], status.get("resolved") or {}
+    started = _number(status, ("startTime",))
     return ShownJob(
         namespace=metadata["namespace"],
         name=metadata["name"],
@@ -106,7 +111,9 @@ def read_shown(body: Object) -> ShownJob | None:
         phase_since=_number(status, ("phaseSince",)),
         progresses=_condition(status, "Progressing").get("status") != "False",
         profile=str(((body.get("spec") or {}).get("scheduling") or {}).get("profile") or "default"),
-        claim=str((status.get("resolved") or {}).get("claimName") or ""),
+        claim=str(resolved.get("claimName") or ""),
+        has_gpus=bool((resolved.get("profile") or {}).get("gpuResource")),
+        started=math.inf if started is None else started,
         failure=as_label(str(_condition(status, "Failed").get("reason"))) if phase == "Failed" else "",
         figures=_figures(status, phase),
     )

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from qlora_api.profile import Profile
 from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.observe import QLoRAJob, Reason
-from qlora_operator.decisions.resolution import job_limit_reached, objection_of_limits, objection_to_job
+from qlora_operator.decisions.resolution import job_limit_reached, objection_to_job, objection_to_retry
 from qlora_operator.decisions.taking_up import is_to_be_taken_up
 
 
@@ -22,7 +22,7 @@ def held_back(facts: Facts) -> Reason | None:
     job = facts.job
     if not _needs_a_place(job):
         return None
-    other = objection_to_job(facts) if _is_new(job) else objection_of_limits(facts)
+    other = objection_to_job(facts) if _is_new(job) else objection_to_retry(facts)
     return job_limit_reached(facts) if other is None else None
 
 

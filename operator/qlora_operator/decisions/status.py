@@ -16,7 +16,7 @@ from qlora_operator.decisions.group import join_group
 from qlora_operator.decisions.group_memory import enforce_group_memory
 from qlora_operator.decisions.limits import enforce_deadline, enforce_disruptions, enforce_failures, enforce_progress
 from qlora_operator.decisions.observe import Reason, format_time, parse_time
-from qlora_operator.decisions.resolution import job_limit_reached, objection_of_limits, resolve, with_profile_of_today
+from qlora_operator.decisions.resolution import job_limit_reached, objection_to_retry, resolve, with_profile_of_today
 from qlora_operator.decisions.summary import summarize
 from qlora_operator.decisions.taking_up import is_to_be_taken_up, take_up
 from qlora_operator.decisions.usage import count_usage
@@ -30,7 +30,7 @@ def next_status(facts: Facts) -> QLoRAJobStatus:
     if is_finished(status):
         if not is_to_be_taken_up(facts.job):
             return _follow_end(status, facts)
-        if held_back := objection_of_limits(facts) or job_limit_reached(facts):
+        if held_back := objection_to_retry(facts) or job_limit_reached(facts):
             return _follow_end(status, facts, held_back)
         status = take_up(status, facts)
     for transition in _STOPPING if facts.job.problem else _TRANSITIONS:

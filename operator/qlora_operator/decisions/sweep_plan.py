@@ -257,11 +257,13 @@ def _usage(jobs: Sequence[CellStatus | PublishedCell]) -> SweepUsage | None:
     seconds = sum(job.gpu_seconds for job in jobs)
     if not seconds:
         return None
+    used = [job.cost for job in jobs if job.gpu_seconds]
     return SweepUsage(
         gpu_seconds=seconds,
         gpu_hours=hours_text(seconds),
         lost_gpu_seconds=sum(job.lost_gpu_seconds for job in jobs),
-        cost=sum_of_costs(job.cost for job in jobs),
+        # A price that one profile lacks, or got later, would make the sum of the others too low.
+        cost=None if None in used else sum_of_costs(used),
     )
 
 

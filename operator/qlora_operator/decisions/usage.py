@@ -3,6 +3,7 @@
 `status.usage.pods` has an entry for each of the latest pods, whose numbers only grow, and the sums grow by as much. So
 a pod counts once, whatever is observed how often and in which order, and after a restart as before. An entry is dropped
 once its pod has ended and many have come after it: what was created before then, and is not listed, has been counted.
+So it stays as long as an earlier pod is still to be listed.
 
 The pod of a job that leads a group trains several jobs, each of which has an even part of its time: the leader counts
 it, and the others copy the entry from the leader's status.
@@ -25,15 +26,19 @@ _KEPT_PODS = 8
 """Pods that have ended and are still listed; of several nodes, so many more as an attempt has pods."""
 _MOST_PODS = 88
 """Own pods that have not ended and are listed. Somebody may make thousands that look like those of the Job."""
+_MOST_LISTED, _MOST_LISTED_ENDED = 240, 160
+"""Entries, up to which a pod that runs, and one that has ended, gets one: whoever makes pods can hold back entries."""
 _SEEN_AFTER = 60
 """Seconds for which a pod has its GPUs before it is listed, if its trainer does not run until then."""
+_LONGEST_UNCOUNTED = timedelta(minutes=5)
+"""After which the time of a pod that runs is counted without news of it: what is not, is lost if the pod vanishes."""
 
 
 def count_usage(status: QLoRAJobStatus, facts: Facts, *, until_now: bool = False) -> QLoRAJobStatus:
     """The status with the GPU time of every train pod that is observed, or has vanished.
 
-    The time of pods that run is brought up to date where a report of progress changes the status anyway, or with
-    `until_now`: it is no reason for a write of its own.
+    The time of pods that run is brought up to date where a report of progress changes the status anyway, every five
+    minutes, or with `until_now`: it is no reason for a write more often.
     """
     gpus = gpus_of_a_pod(facts.job, status)
     if not gpus:
@@ -53,7 +58,7 @@ def count_usage(status: QLoRAJobStatus, facts: Facts, *, until_now: bool = False
         seconds += _part(entry, entry.seconds, gpus) - _counted(entries.get(entry.uid), "seconds", gpus)
         lost = _with_losses(lost, entries.get(entry.uid), entry, gpus)
     listed = sorted((entries | {entry.uid: entry for entry in changed}).values(), key=lambda each: each.created)
-    kept, until = _kept(listed, before.counted_until, facts.job)
+    kept, until = _kept(listed, before.counted_until, facts.job, _next_to_list(listed, before, status, facts))
     usage = before.model_copy(
         update={"gpu_seconds": seconds, "lost_gpu_seconds": lost, "pods": kept, "counted_until": until}
     )
@@ -84,16 +89,26 @@ def uncounted_seconds(job: QLoRAJob, status: QLoRAJobStatus, pods: Iterable[Pod]
     return gpus * sum(since)
 
 
+def counted_again_at(status: QLoRAJobStatus, pods: Iterable[Pod]) -> datetime | None:
+    """When the time of a pod that runs is to be counted again although nothing is heard of it; None if none runs."""
+    return min((_last_counted(entry) + _LONGEST_UNCOUNTED for entry in _running(status, pods)), default=None)
+
+
 def _running(status: QLoRAJobStatus, pods: Iterable[Pod]) -> list[PodUsage]:
     """The entries of the pods that have their GPUs."""
     running = {pod.uid for pod in pods if not _is_over(pod)}
     return [entry for entry in (status.usage.pods if status.usage else ()) if entry.uid in running]
 
 
-def still_counts(status: QLoRAJobStatus, pods: Iterable[Pod]) -> bool:
-    """Whether the time of one of these pods is not counted up to its end."""
-    open_ = {entry.uid for entry in status.usage.pods if entry.end is None} if status.usage else set[str]()
-    return any(pod.uid in open_ for pod in pods)
+def has_gpus(pod: Pod) -> bool:
+    """Whether it has a node, and so its GPUs, and its trainer has not ended."""
+    return _since(pod) is not None and not _is_over(pod)
+
+
+def still_counts(job: QLoRAJob) -> bool:
+    """Whether the time of one of the job's own pods is not counted up to its end, also if that is gone."""
+    usage, own = job.status.usage, _train(job)
+    return usage is not None and any(entry.end is None and entry.name.startswith(own) for entry in usage.pods)
 
 
 def _has_news(status: QLoRAJobStatus, facts: Facts) -> bool:
@@ -102,26 +117,34 @@ def _has_news(status: QLoRAJobStatus, facts: Facts) -> bool:
     return now is not None and (stored is None or stored.updated_at != now.updated_at)
 
 
+def _is_behind(entry: PodUsage, now: datetime) -> bool:
+    """Whether a pod that is listed was last counted long ago."""
+    return now - _last_counted(entry) >= _LONGEST_UNCOUNTED
+
+
 def _observed(status: QLoRAJobStatus, facts: Facts, before: UsageStatus, *, current: bool) -> Iterator[PodUsage]:
     """The entries of the pods that are observed, as they are now."""
     listed = {entry.uid: entry for entry in before.pods}
-    room = _MOST_PODS - sum(entry.end is None for entry in before.pods)
+    room = min(_MOST_PODS - sum(entry.end is None for entry in before.pods), _MOST_LISTED - len(before.pods))
+    room_ended = _MOST_LISTED_ENDED - len(before.pods)
     for pod in facts.observed.pods:
         since, entry = _since(pod), listed.get(pod.uid)
         if since is None or not pod.name.startswith(_train(facts.job)):
             continue
         if entry is None:
-            if not _is_own(pod, status, facts) or _was_dropped(pod, before) or room <= 0:
+            if not _is_own(pod, status, facts) or _was_dropped(pod.created, before) or room <= 0:
                 continue
             if not (pod.running or _is_over(pod) or (facts.now - since).total_seconds() >= _SEEN_AFTER):
                 continue
-            room -= 1
+            if _is_over(pod) and room_ended <= 0:
+                continue
+            room, room_ended = room - 1, room_ended - 1
             jobs = _jobs(facts.job, status)
             entry = PodUsage(
                 name=pod.name, uid=pod.uid, created=format_time(pod.created), since=format_time(since), jobs=jobs
             )
             yield _advanced(entry, pod, status, facts)
-        elif (current or _is_over(pod)) and not _ends_its_job(pod, facts):
+        elif (current or _is_over(pod) or _is_behind(entry, facts.now)) and not _ends_its_job(pod, facts):
             # Also if it had vanished: somebody may have hidden it from the watches.
             yield _advanced(entry, pod, status, facts)
 
@@ -139,8 +162,8 @@ def _ends_its_job(pod: Pod, facts: Facts) -> bool:
     return pod.decisive and not pod.detached and child is not None and not child.finished
 
 
-def _was_dropped(pod: Pod, before: UsageStatus) -> bool:
-    return before.counted_until is not None and pod.created <= parse_time(before.counted_until)
+def _was_dropped(created: datetime, before: UsageStatus) -> bool:
+    return before.counted_until is not None and created <= parse_time(before.counted_until)
 
 
 def _train(job: QLoRAJob) -> str:
@@ -254,11 +277,14 @@ def _vanished(status: QLoRAJobStatus, facts: Facts, before: UsageStatus) -> Iter
 
 def _of_leader(facts: Facts, before: UsageStatus, *, current: bool) -> Iterator[PodUsage]:
     """The entries of the pods of other jobs that train, or have trained, this one."""
-    known = {entry.uid for entry in before.pods}
+    known = {entry.uid: entry for entry in before.pods}
     for member in facts.group.others if facts.group is not None else ():
         trains = facts.job.uid in member.leads
         for entry in member.pods:
-            if (current or entry.end is not None) and (entry.uid in known or (trains and entry.jobs > 1)):
+            is_new = trains and entry.jobs > 1 and not _was_dropped(parse_time(entry.created), before)
+            counted = known.get(entry.uid, entry.model_copy(update={"seconds": 0}))
+            due = current or entry.end is not None or _is_behind(counted, facts.now)
+            if due and (entry.uid in known or is_new):
                 yield entry
 
 
@@ -266,11 +292,12 @@ def _merged(old: PodUsage | None, new: PodUsage) -> PodUsage:
     """Both entries of one pod as one: no number is less than it was."""
     if old is None:
         return new
-    grown = {name: max(getattr(old, name), getattr(new, name)) for name in _GROWING}
+    seconds = max(old.seconds, new.seconds)
+    # One that had vanished may be seen again, and only then when it began to train: no second is lost twice.
+    lost = max(old.lost_seconds, min(new.lost_seconds, seconds - old.startup_seconds))
+    startup = max(old.startup_seconds, min(new.startup_seconds, seconds - lost))
+    grown = {"seconds": seconds, "lost_seconds": lost, "startup_seconds": startup}
     return new.model_copy(update={**grown, "jobs": old.jobs, "since": old.since, "end": old.end or new.end})
-
-
-_GROWING = ("seconds", "startup_seconds", "lost_seconds")
 
 
 def _part(entry: PodUsage, seconds: int, gpus: int) -> int:
@@ -291,10 +318,28 @@ def _with_losses(lost: LostGpuSeconds, old: PodUsage | None, new: PodUsage, gpus
     return lost.model_copy(update=changes)
 
 
-def _kept(entries: list[PodUsage], until: str | None, job: QLoRAJob) -> tuple[tuple[PodUsage, ...], str | None]:
+def _next_to_list(listed: list[PodUsage], before: UsageStatus, status: QLoRAJobStatus, facts: Facts) -> datetime | None:
+    """When the first pod was created that is to be listed yet, as it waits for its node or its first report."""
+    known = {entry.uid for entry in listed}
+    pods = (pod for pod in facts.observed.pods if pod.uid not in known and pod.name.startswith(_train(facts.job)))
+    own = (pod.created for pod in pods if not _is_over(pod) and _is_own(pod, status, facts))
+    members = facts.group.others if facts.group is not None else ()
+    copied = (
+        parse_time(entry.created)
+        for member in members
+        for entry in member.pods
+        if facts.job.uid in member.leads and entry.jobs > 1 and entry.uid not in known
+    )
+    return min((created for created in (*own, *copied) if not _was_dropped(created, before)), default=None)
+
+
+def _kept(
+    entries: list[PodUsage], until: str | None, job: QLoRAJob, next_to_list: datetime | None
+) -> tuple[tuple[PodUsage, ...], str | None]:
     """The entries that stay, and up to when pods that are not listed were created."""
     surplus = sum(entry.end is not None for entry in entries) - _KEPT_PODS - job.spec.resources.node_count
-    dropped = [entry for entry in entries if entry.end is not None][: max(0, surplus)]
+    oldest = [entry for entry in entries if entry.end is not None][: max(0, surplus)]
+    dropped = [entry for entry in oldest if next_to_list is None or parse_time(entry.created) < next_to_list]
     times = [entry.created for entry in dropped] + ([until] if until is not None else [])
     gone = {entry.uid for entry in dropped}
     return tuple(entry for entry in entries if entry.uid not in gone), max(times, key=parse_time, default=None)

@@ -118,11 +118,16 @@ def reserved_claims(profiles: Iterable[Profile]) -> set[str]:
 
 
 def reserved_secret(spec: QLoRAJobSpec, profiles: Iterable[Profile]) -> Reason | None:
-    """Why the job must not start: it names a Secret with a signing key of a profile, also of another than its own.
+    """Why the job must not start: it names a Secret that a profile uses itself, also another than its own.
 
-    A step would send the key to a server as if it were a token, and whoever has it can sign anything.
+    A step would send the signing key, or the proxy's password, to a server as if it were a token.
     """
-    reserved = {profile.signing_key.name for profile in profiles if profile.signing_key is not None}
+    reserved: dict[str, str] = {}
+    for profile in profiles:
+        if profile.proxy_secret_name is not None:
+            reserved[profile.proxy_secret_name] = "by which a profile uses its proxy (proxySecretName)"
+        if profile.signing_key is not None:
+            reserved[profile.signing_key.name] = "with which a profile signs adapters (signingKey)"
     initial, tracking = spec.lora.initial_adapter, spec.output.tracking
     named = {
         "spec.model.tokenSecretRef": spec.model.token_secret_ref,
@@ -136,8 +141,8 @@ def reserved_secret(spec: QLoRAJobSpec, profiles: Iterable[Profile]) -> Reason |
         if reference is not None and reference.name in reserved:
             return Reason(
                 "SecretNotAllowed",
-                f"{field} names the Secret {reference.name!r}, with which a profile signs adapters (signingKey): "
-                "create the job again with another Secret",
+                f"{field} names the Secret {reference.name!r}, {reserved[reference.name]}: create the job again with "
+                "another Secret",
             )
     return None
 

@@ -54,7 +54,10 @@ def test_a_signed_adapter_verifies_with_its_key_until_somebody_changes_it(
 ) -> None:
     monkeypatch.setenv(ENV_IMAGE, IMAGE)
     private, public = keys
+    unsigned = published(trained)
+    # The profile gets a key, and the job is retried: that it has published without one is not enough.
     record = published(trained, mounts=Mounts(signing_key=private))
+    assert (unsigned.adapter.lineage, record.adapter.lineage) == ("unsigned", "signed")
     folder = trained.workspace / "adapter"
 
     done = verify(folder, public)

@@ -1,24 +1,39 @@
 """What is announced of a finished job, and that nothing else of the job waits for it."""
 
+import asyncio
 import json
+from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
+import pytest
+
+from qlora_api.profile import Profile
+from qlora_operator.actions import Actions, Result
+from qlora_operator.cluster import ClusterError, ForbiddenError, RejectedError, UnavailableError
 from qlora_operator.decisions.announcing import (
     entry,
     is_to_be_announced,
     with_announcement,
     without_announcement,
 )
+from qlora_operator.decisions.events import announcement_event
+from qlora_operator.decisions.observe import Object
 from qlora_operator.decisions.plan import Announce, CreateJob, plan
+from qlora_operator.pauses import Postponed
+from qlora_operator.store import Store
 from tests.support.builders import (
     ADAPTER,
     NAME,
+    NOW,
+    PROFILE,
     after,
     child,
     conditions_of,
     facts,
     follow,
     make_job,
+    message_of,
     reason_of,
     seen,
     status_in,
@@ -52,3 +67,81 @@ def test_the_clean_up_does_not_wait_for_an_entry_that_is_rejected() -> None:
     rejected = without_announcement(FINISHED, facts(job), "forbidden")
     assert conditions_of(rejected)["Succeeded"] == "True"
     assert reason_of(rejected, "Announced") == "AnnouncementRejected"
+
+
+class Rejecting:
+    """An API server that answers each write of a ConfigMap in the same way, and creates any Job."""
+
+    def __init__(self, error: ClusterError | None) -> None:
+        self.error = error
+        self.patches = 0
+
+    async def patch_config_map(self, namespace: str, name: str, patch: Sequence[Object]) -> None:
+        self.patches += 1
+        if self.error is not None:
+            raise self.error
+
+    async def create_job(self, namespace: str, manifest: Object) -> Object:
+        return {**child("publish"), "metadata": {**child("publish")["metadata"], "name": f"{NAME}-clean-1"}}
+
+
+def announce(cluster: Rejecting, postponed: Postponed, at: float, *actions: Any, **profile: Any) -> Result:
+    profiles = {"default": PROFILE, "other": Profile.model_validate(PROFILE.dump() | profile)}
+    found = facts(make_job(FINISHED, **ANNOUNCED), now=after(at), profiles=profiles)
+    carry_out = Actions(cluster, Store(), (), postponed).carry_out  # type: ignore[arg-type]
+    return asyncio.run(carry_out(found, FINISHED, (Announce(), *actions)))
+
+
+@pytest.mark.parametrize(
+    ("error", "tries"), [(ForbiddenError("the operator may not"), 1), (RejectedError("the test failed"), 2)]
+)
+def test_a_rejected_entry_is_tried_again_ever_more_seldom(error: RejectedError, tries: int) -> None:
+    """And with the other patch only where that may be what is wrong."""
+    cluster, postponed, times = Rejecting(error), Postponed(), list[float]()
+    for at in range(0, 48 * 3600, 300):
+        result = announce(cluster, postponed, at)
+        assert not result.blocked
+        assert result.look_again is not None
+        if cluster.patches:
+            times.append(at)
+            cluster.patches = cluster.patches - tries
+            assert cluster.patches == 0
+            assert NOW + timedelta(seconds=at) < result.look_again <= NOW + timedelta(seconds=at + 7200)
+    assert len(times) < 35
+    assert times[-1] - times[-2] == 7200
+    # It is allowed at last, and the job is forgotten.
+    cluster.error = None
+    done = announce(cluster, postponed, 51 * 3600)
+    assert (conditions_of(done.status)["Announced"], done.look_again) == ("True", None)
+
+
+def test_the_clean_up_goes_on_whatever_becomes_of_the_entry() -> None:
+    cluster = Rejecting(UnavailableError("no answer"))
+    result = announce(cluster, Postponed(), 0, CreateJob("clean", 1))
+    assert result.changed
+    assert "Announced" not in conditions_of(result.status)
+    assert result.look_again == after(5)
+
+
+def test_an_event_says_once_that_an_adapter_is_not_announced() -> None:
+    rejected = announce(Rejecting(RejectedError("not ours")), Postponed(), 0).status
+    event = announcement_event(make_job(FINISHED), rejected, NOW)
+    assert event is not None
+    assert (event["type"], event["reason"]) == ("Warning", "AnnouncementRejected")
+    assert announcement_event(make_job(rejected), rejected, NOW) is None
+    assert announcement_event(make_job(FINISHED), FINISHED, NOW) is None
+
+
+def test_no_entry_is_written_where_a_profile_expects_certificates() -> None:
+    """The ConfigMap may not exist yet: the one that a job creates would keep every pod waiting for its key."""
+    taken = {"caConfigMap": {"name": "adapters", "key": "ca.pem"}}
+    waits = follow(
+        make_job(**ANNOUNCED), profiles={"default": PROFILE, "ca": Profile.model_validate({**PROFILE.dump(), **taken})}
+    )
+    assert (waits.resolved, reason_of(waits)) == (None, "ConfigMapNotAllowed")
+    assert message_of(waits).startswith("spec.output.announce.configMap names 'adapters'")
+    # Of a job that had started before the profile named it.
+    cluster = Rejecting(None)
+    result = announce(cluster, Postponed(), 0, **taken)
+    assert (cluster.patches, reason_of(result.status, "Announced")) == (0, "AnnouncementRejected")
+    assert "expects certificates" in message_of(result.status, "Announced")

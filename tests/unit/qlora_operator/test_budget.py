@@ -10,6 +10,7 @@ from qlora_api.status import QLoRAJobStatus
 from qlora_api.training import TrainingSpec
 from qlora_api.usage import WorkStatus
 from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_operator.decisions.budget import budget_at
 from qlora_operator.decisions.events import budget_event
 from qlora_operator.decisions.plan import DeleteJob, plan
 from tests.support import grouped
@@ -73,6 +74,24 @@ def test_hours_and_costs_are_decimal() -> None:
     assert cost_text(5400, None, None) is None
 
 
+def test_the_largest_numbers_that_a_pod_may_report_have_a_forecast() -> None:
+    """A tenant can write a record, and an error here would end every pass over the job."""
+    assert float(hours_text(3.6e43)) == pytest.approx(1e40)
+    with pytest.raises(ValueError, match="flops"):
+        WorkStatus(parameters=1, tokens=1, flops=1e31)
+    with pytest.raises(ValueError, match="gpuTflops"):
+        Profile.model_validate(PROFILE.dump() | {"gpuTflops": 0.001})
+    slow = Profile.model_validate(PRICED.dump() | {"gpuTflops": 0.01, "gpuHourPrice": "999999999.999999"})
+    body = pod("prepare")
+    work = WorkStatus(parameters=10**9, tokens=10**9, flops=1e30)
+    done = ended(body, 0, result(body, "prepare", **FACTS["prepare"], work=work))
+    status = follow(make_job(status_with("prepare", slow)), child("prepare", Complete="Done"), done)
+    assert status.forecast is not None
+    assert status.forecast.cost is not None
+    assert float(status.forecast.cost.removesuffix(" EUR")) == pytest.approx(1e30 / 0.01e12 / 0.3 / 3600 * 1e9)
+    assert QLoRAJobStatus.model_validate(status.dump()) == status
+
+
 def test_after_prepare_there_is_a_forecast_if_the_gpus_speed_is_known() -> None:
     forecast = prepared().forecast
     assert forecast is not None
@@ -124,8 +143,8 @@ def test_a_forecast_above_the_budget_is_said_before_the_gpu_is_used() -> None:
 
 def test_a_job_that_has_used_its_budget_stops_at_a_checkpoint() -> None:
     job = make_job(seen_running(), budget={"gpuHours": 1.5})
-    status = follow(job, *RUNNING, now=after(1799))
-    assert status == follow(job, *RUNNING)
+    assert follow(job, *RUNNING, now=after(1799)).phase == "Training"
+    status = follow(job, *RUNNING)
     planned = plan(job, status, seen(*RUNNING), after(600))
     assert planned.look_again == after(1800)
 
@@ -177,6 +196,21 @@ def test_a_run_that_has_just_ended_is_not_stopped_by_its_budget() -> None:
     assert follow(job, child("train", Complete="Done"), done, now=after(62)).phase == "Publishing"
 
 
+def test_a_pod_that_has_ended_well_does_not_hide_one_that_runs_on() -> None:
+    """Anybody who may create pods can make one that the Job seems to own; and of two nodes one may hang."""
+    job, body = make_job(seen_running(), budget={"gpuHours": 1}), pod("train", 1, 9)
+    decoy = ended(body, 0, start=-50, end=-49)
+    status = follow(job, *RUNNING, decoy, now=after(61))
+    assert (status.phase, reason_of(status)) == ("Failed", "BudgetExceeded")
+
+
+def test_a_run_that_is_published_is_not_looked_at_for_its_budget() -> None:
+    spec: dict[str, Any] = {"budget": {"gpuHours": 0.5}}
+    used = seen_running().usage
+    stored = make_job(status_with("publish", usage=used.dump() if used else None), **spec)
+    assert budget_at(stored, stored.status, seen(*RUNNING), after(60)) is None
+
+
 def test_the_budget_of_several_nodes_is_used_up_by_all_of_them() -> None:
     spec: dict[str, Any] = {"budget": {"gpuHours": 1}, "resources": {"gpus": 2, "nodes": 2}}
     pods = child("train"), running(node(0), since=-600), running(node(1), since=-300)
@@ -185,8 +219,9 @@ def test_the_budget_of_several_nodes_is_used_up_by_all_of_them() -> None:
     assert stored.status.usage.gpu_seconds == 2 * 900
     # 1800 of 3600 GPU seconds are left at NOW, and both nodes have 4 GPUs.
     for at in (0, 300):
-        planned = plan(stored, follow(stored, *pods, now=after(at)), seen(*pods), after(at))
-        assert planned.look_again == after(450)
+        status = follow(stored, *pods, now=after(at))
+        assert budget_at(stored, status, seen(*pods), after(at)) == after(450)
+    assert plan(stored, status, seen(*pods), after(300)).look_again == after(450)
     assert reason_of(follow(stored, *pods, now=after(450))) == "BudgetExceeded"
 
 

@@ -18,7 +18,18 @@ from qlora_operator.job_metrics import SERIES_PER_RUNNING_JOB, JobMetrics
 from qlora_operator.metrics import Metrics
 from qlora_operator.request_metrics import RESOURCES, resource_of
 from qlora_operator.workqueue import WorkQueue
-from tests.support.builders import NAME, VirtualLoop, after, condition, job_body, make_job, status_in, time
+from tests.support.builders import (
+    NAME,
+    PROFILE,
+    VirtualLoop,
+    after,
+    condition,
+    job_body,
+    make_job,
+    resolved,
+    status_in,
+    time,
+)
 
 JOB = {"namespace": "team", "name": NAME}
 
@@ -150,9 +161,10 @@ def test_publish_reports_nothing_so_its_silence_is_not_measured() -> None:
 
 def test_at_most_so_many_running_jobs_have_series_of_their_own_and_the_rest_is_counted() -> None:
     metrics = Metrics(running_jobs=2)
-    for name in ("first", "second", "third", "fourth"):
-        metrics.jobs.show(named(name, training()))
-    metrics.jobs.show(named("first", training(step=121)))
+    # As a restarted operator lists them: by name.
+    for age, name in ((2, "fourth"), (4, "second"), (3, "third")):
+        metrics.jobs.show(named(name, training() | {"startTime": time(-3600 * age)}))
+    metrics.jobs.show(named("first", training(step=121) | {"startTime": time(-3600 * 5)}))
 
     def shown() -> set[str]:
         return {name for name in ("first", "second", "third", "fourth") if series_of(metrics, name)}
@@ -165,6 +177,21 @@ def test_at_most_so_many_running_jobs_have_series_of_their_own_and_the_rest_is_c
     nobody = Metrics(running_jobs=0)
     nobody.jobs.show(job_body(training()))
     assert NAME not in page(nobody)
+
+
+def test_the_bill_has_its_zero_before_a_job_has_used_anything() -> None:
+    """Prometheus adds up increases: it does not know those with which a series begins, as all do after a restart."""
+    metrics = Metrics()
+    metrics.show(job_body(training()))
+    of = {"namespace": "team", "profile": "default"}
+    assert metrics.registry.get_sample_value("qlora_gpu_seconds_total", of) == 0
+    for cause in ("startup", "disruption", "failure", "suspension"):
+        assert metrics.registry.get_sample_value("qlora_gpu_lost_seconds_total", of | {"cause": cause}) == 0
+    cpu, none = Metrics(), resolved(PROFILE.model_copy(update={"gpu_resource": None})).dump()
+    cpu.show(job_body(training() | {"resolved": none}))
+    cpu.show(job_body(training()), deleted=True)
+    cpu.show(job_body({"phase": "Pending"}, scheduling={"profile": "made-up"}))
+    assert "qlora_gpu_seconds_total{" not in page(cpu)
 
 
 def test_jobs_are_counted_by_namespace_and_phase() -> None:
@@ -288,10 +315,19 @@ def test_every_failure_reason_of_trainer_and_operator_has_its_own_series() -> No
         ("/api/v1/namespaces/team", "other"),
         ("/apis/example.org/v1/namespaces/team/gadgets", "other"),
         ("/", "other"),
+        ("/api/v1/namespaces/team/configmaps/adapters", "configmaps"),
     ],
 )
 def test_a_request_is_counted_by_what_it_is_about(path: str, resource: str) -> None:
     assert resource_of(path) == resource
+
+
+def test_whatever_the_operator_may_ask_for_has_a_name_in_its_metrics() -> None:
+    templates = Path(__file__).parents[3] / "helm/qlora-operator/templates"
+    granted = "\n".join((templates / name).read_text() for name in ("_rules.tpl", "leaderelection.yaml"))
+    found = {word.strip() for line in re.findall(r"resources: \[(.*)\]", granted) for word in line.split(",")}
+    assert {"pods/log", "configmaps", "leases"} <= found
+    assert found <= RESOURCES
 
 
 def test_no_path_and_no_answer_makes_more_than_a_bounded_number_of_series() -> None:

@@ -36,6 +36,7 @@ from tests.support.builders import (
     pod,
     progress,
     reason_of,
+    resolved,
     result,
     running,
     status_in,
@@ -143,6 +144,52 @@ def test_a_job_that_names_the_secret_with_a_signing_key_waits(field: str, spec: 
     assert (status.phase, status.resolved, reason_of(status)) == ("Pending", None, "SecretNotAllowed")
     assert message_of(status).startswith(f"spec.{field} names the Secret 'signing'")
     assert follow(make_job(), profiles={"default": signing}).resolved is not None
+
+
+def test_a_job_that_names_the_secret_with_the_proxys_password_waits() -> None:
+    """Prepare would send the password to the hub as a token."""
+    proxy = {"httpsProxy": "http://proxy:3128", "proxySecretName": "proxy-login"}
+    behind = Profile.model_validate(PROFILE.dump() | proxy)
+    spec = {"model": {"source": "hf://a/b", "tokenSecretRef": {"name": "proxy-login", "key": "password"}}}
+    status = follow(make_job(**spec), profiles={"default": PROFILE, "behind": behind})
+    assert (status.resolved, reason_of(status)) == (None, "SecretNotAllowed")
+    assert "(proxySecretName)" in message_of(status)
+
+
+SIGNING = Profile.model_validate(PROFILE.dump() | {"signingKey": {"name": "signing"}})
+TRACKING = Profile.model_validate(PROFILE.dump() | {"tracking": {"mlflow": {"url": "https://m.example.org"}}})
+
+
+def published(profile: Profile, *, lineage: str | None = None, **spec: Any) -> QLoRAJobStatus:
+    """The status once publish says that it has published the adapter, whose lineage is signed or not."""
+    body = pod("publish")
+    adapter = ADAPTER.model_copy(update={"lineage": lineage})
+    done = ended(body, 0, result(body, "publish", adapter=adapter))
+    stored = status_in("publish", resolved=resolved(profile).dump())
+    return follow(make_job(stored, **spec), child("publish", Complete="Done"), done)
+
+
+@pytest.mark.parametrize("lineage", [None, "unsigned"])
+def test_an_adapter_that_is_not_signed_although_the_profile_has_a_key_fails_the_job(lineage: str | None) -> None:
+    """A run that is taken up keeps its trainer, which may be too old to know the key that the profile has since."""
+    status = published(SIGNING, lineage=lineage)
+    assert (status.phase, reason_of(status, "Failed")) == ("Failed", "AdapterNotSigned")
+    assert ADAPTER.uri in message_of(status, "Failed")
+    assert "create the job again" in message_of(status, "Failed")
+    signed = published(SIGNING, lineage="signed")
+    assert signed.adapter is not None
+    assert (signed.phase, signed.adapter.lineage) == ("Succeeded", "signed")
+    assert published(PROFILE, lineage=lineage).phase == "Succeeded"
+
+
+def test_a_run_that_the_trainer_does_not_upload_is_named_in_the_status() -> None:
+    status = published(TRACKING, training={"reportTo": ["mlflow", "tensorboard"]})
+    assert status.phase == "Succeeded"
+    assert status.tracking is not None
+    assert set(status.tracking.failures) == {"mlflow"}
+    assert "of an earlier release" in status.tracking.failures["mlflow"]
+    assert published(TRACKING).tracking is None
+    assert published(PROFILE, training={"reportTo": ["mlflow"]}).tracking is None
 
 
 def test_the_status_names_the_page_and_the_runs_of_trackers_and_an_event_what_was_not_uploaded() -> None:

@@ -409,6 +409,16 @@ def test_the_gpu_time_of_all_cells_is_added_up_and_stays_when_one_is_deleted() -
     assert status_of(make(), cell(0)).usage is None
 
 
+def test_the_cost_of_a_sweep_is_not_that_of_some_of_its_cells() -> None:
+    used: dict[str, Any] = {"gpu_seconds": 3600, "lost_gpu_seconds": 60, "cost": "2.50 EUR"}
+    part = status_of(make(), done(0, 1.5, **used), cell(1, **(used | {"cost": None}))).usage
+    assert part is not None
+    assert (part.gpu_seconds, part.cost) == (7200, None)
+    waits = status_of(make(), done(0, 1.5, **used), cell(1)).usage
+    assert waits is not None
+    assert waits.cost == "2.50 EUR"
+
+
 def test_a_cell_is_read_with_its_gpu_time() -> None:
     lost = {"startup": 5, "failure": 7}
     usage = {"gpuSeconds": 90, "gpuHours": "0.03", "lostGpuSeconds": lost, "cost": "0.06 EUR", "pods": []}

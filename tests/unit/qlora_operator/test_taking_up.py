@@ -50,6 +50,15 @@ def take_up(stored: QLoRAJobStatus, request: int = 1, /, *bodies: Any, **more: A
     return follow(make_job(stored, retry={"request": request}, **more), *(bodies or FORBIDDEN), profiles=profiles)
 
 
+def test_a_job_that_names_what_is_a_profiles_own_by_now_is_not_taken_up() -> None:
+    spec: dict[str, Any] = {"output": {"destination": "s3://team/a", "secretRef": {"name": "login"}}}
+    proxy = {"httpsProxy": "http://proxy:3128", "proxySecretName": "login"}
+    today = {"default": Profile.model_validate(PROFILE.dump() | proxy)}
+    status = take_up(failed_job(**spec), 1, profiles=today, **spec)
+    assert (status.phase, reason_of(status, "Ready")) == ("Failed", "SecretNotAllowed")
+    assert take_up(failed_job(**spec), **spec).phase == "Publishing"
+
+
 def test_a_raised_request_takes_up_the_job_at_the_step_that_failed() -> None:
     status = take_up(failed_job())
 

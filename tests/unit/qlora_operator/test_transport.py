@@ -5,6 +5,7 @@ import json
 import ssl
 import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -115,11 +116,22 @@ def test_each_request_is_observed_with_its_status_and_without_one_if_there_is_no
         server.expired = "token"
         with pytest.raises(ClusterError):
             await cluster.get_qlora_job("team", "tune")
+        # The API server has answered all the same.
+        server.expired = ""
         with pytest.raises(TooLongError):
             await cluster._transport.send("GET", path, headers={}, most=1)
+        # Nobody knows what the answer would have been.
+        cancelled = asyncio.create_task(cluster._transport.send("GET", path, headers={}))
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        cluster._transport._endpoint = replace(cluster._transport._endpoint, server="http://127.0.0.1:1")
+        with pytest.raises(ClusterError):
+            await cluster.get_qlora_job("team", "tune")
 
     against(work, tmp_path, {"token": "token"})
-    assert seen == [("GET", path, 200), ("GET", path, 401), ("GET", path, None)]
+    assert seen == [("GET", path, status) for status in (200, 401, 200, None)]
 
 
 def test_an_answer_that_is_longer_than_it_may_be_is_not_read_to_its_end(tmp_path: Path) -> None:

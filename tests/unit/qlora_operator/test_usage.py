@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_api.contract import ExitCode
+from qlora_api.contract import ExitCode, ProgressRecord
 from qlora_api.status import QLoRAJobStatus
-from qlora_api.usage import UsageStatus
+from qlora_api.usage import PodUsage, UsageStatus
 from qlora_operator.decisions.members import GroupFacts, member_of
 from qlora_operator.decisions.observe import QLoRAJob
-from qlora_operator.decisions.plan import is_settled
+from qlora_operator.decisions.plan import is_settled, plan
 from qlora_operator.decisions.usage import count_usage
 from qlora_operator.metrics import Metrics
 from tests.support import grouped
@@ -98,10 +98,34 @@ def test_a_pod_counts_from_its_node_to_its_end_times_its_gpus() -> None:
 def test_time_that_passes_is_no_reason_for_a_write() -> None:
     stored = watched()
     same = child("train"), running(train_pod(), since=-90)
-    assert then(stored, *same, at=3000) == stored
+    assert then(stored, *same, at=299) == stored
     newer = progress(**saved(-30), time=time(60))
     status = follow(make_job(stored, **SPEC), *same, progress=newer, log_read=True, now=after(60))
     assert usage_of(status).gpu_seconds == 320
+
+
+def test_time_without_news_is_counted_every_five_minutes() -> None:
+    """Without reports of progress, all of it would be lost with a pod that vanishes but the last quarter of an hour."""
+    same = child("train"), running(train_pod(), since=-90)
+    stored, writes = follow(make_job(status_in("train"), **SPEC), *same), 0
+    assert plan(make_job(stored, **SPEC), stored, seen(*same), after(0)).look_again == after(300)
+    for at in range(60, 36_001, 60):
+        before, stored = stored, then(stored, *same, at=at)
+        writes += stored != before
+    assert writes == 120
+    assert usage_of(stored).gpu_seconds == 2 * 36_100
+    gone = then(stored, child("train"), at=36_010)
+    assert usage_of(gone).gpu_seconds == 2 * 36_110
+
+
+def test_a_leader_that_is_gone_is_no_reason_to_write_again_and_again() -> None:
+    leader, own = leader_with_pod(), grouped.job("prepared", NAME, grouped.FOLLOWER)
+    group = GroupFacts((member_of(leader) or pytest.fail("it is in a group"),))
+    status = count_usage(own.status, facts(own, group=group), until_now=True)
+    bodies = child("train"), running(train_pod(), since=-90)
+    status = count_usage(status, facts(replace(own, status=status), *bodies, now=after(400)))
+    later = count_usage(status, facts(replace(own, status=status), *bodies, now=after(401)))
+    assert later == status
 
 
 def test_without_gpus_in_the_profile_nothing_is_counted() -> None:
@@ -174,6 +198,36 @@ def test_a_pod_that_vanishes_while_nobody_looks_is_not_charged_for_days() -> Non
     assert usage_of(status).gpu_seconds == 200 + 2 * 900
 
 
+def created(body: dict[str, Any], at: float) -> dict[str, Any]:
+    return body | {"metadata": body["metadata"] | {"creationTimestamp": time(at)}}
+
+
+def test_a_pod_that_waits_for_its_node_is_not_overtaken_by_many_that_end() -> None:
+    """Entries are dropped after a while, and what was created before then counts as counted: the pod is not yet."""
+    first = created(pod("train", 1, 1), -100)
+    many = [
+        created(ended(train_pod(number, at=-60 + number), 0, start=-60 + number, end=-59 + number), -60 + number)
+        for number in range(2, 400)
+    ]
+    job = child("train", created=-120)
+    status = follow(make_job(status_in("train"), **SPEC), job, first, *many)
+    assert len(usage_of(status).pods) <= 256
+    status = then(status, job, running(scheduled(first, 400), since=410), *many, at=420)
+    assert [entry.uid for entry in usage_of(status).pods if entry.end is None] == [first["metadata"]["uid"]]
+    assert len(usage_of(status).pods) <= 16
+
+
+def test_a_second_of_a_pod_that_vanishes_and_is_seen_again_is_lost_once() -> None:
+    same = child("train"), running(train_pod(), since=-90)
+    stored = follow(make_job(status_in("train"), **SPEC), *same)
+    gone = then(stored, child("train"), at=20)
+    assert lost(gone) == {"disruption": 240}
+    record = progress(training_step=1, total_steps=20, training_since=time(30), time=time(40))
+    status = follow(make_job(gone, **SPEC), *same, progress=record, log_read=True, now=after(40))
+    assert usage_of(status).gpu_seconds == 280
+    assert usage_of(status).lost_gpu_seconds.total <= 280
+
+
 def test_several_nodes_count_each() -> None:
     nodes: dict[str, Any] = {"resources": {"gpus": 2, "nodes": 2}}
     pods = [running(scheduled(node(0), -100), since=-90), running(scheduled(node(1), -60), since=-50)]
@@ -214,6 +268,15 @@ def test_a_failed_job_counts_its_pod_until_that_has_stopped() -> None:
     assert is_settled(make_job(status, **job), seen(stopped))
 
 
+def test_a_failed_job_counts_its_pod_although_nobody_has_seen_it_end() -> None:
+    job = {"activeDeadlineSeconds": 60} | SPEC
+    stored = then(watched(), child("train"), running(train_pod(), since=-90), **job)
+    assert not is_settled(make_job(stored, **job), seen())
+    status = then(stored, at=30, **job)
+    assert [entry.end for entry in usage_of(status).pods] == ["suspension"]
+    assert is_settled(make_job(status, **job), seen())
+
+
 def leader_with_pod() -> QLoRAJob:
     """A job whose pod trains three jobs, has a node since -100 and is counted until NOW."""
     leader = grouped.job("training", "alpha", grouped.ALL)
@@ -249,11 +312,42 @@ def test_the_counters_get_what_each_write_adds() -> None:
     assert f'qlora_gpu_lost_seconds_total{{cause="startup",{of}}} 40.0' in page
 
 
+def test_a_follower_copies_each_pod_of_its_leader_once() -> None:
+    """Also those that the leader still lists, and the follower, which has trained by itself since, no more."""
+
+    def entry(name: str, number: int, at: float, jobs: int) -> PodUsage:
+        began = time(at + number)
+        uid = f"uid-{name}-{number}"
+        numbers: dict[str, Any] = {"jobs": jobs, "seconds": 90, "end": "disruption"}
+        return PodUsage(name=f"{name}-train-1-{number}", uid=uid, created=began, since=began, **numbers)
+
+    leader = grouped.job("training", "alpha", grouped.ALL)
+    led = UsageStatus(gpu_seconds=150, pods=tuple(entry("alpha", number, -9000, 3) for number in range(5)))
+    leader = replace(leader, status=leader.status.model_copy(update={"usage": led}))
+    group = GroupFacts((member_of(leader) or pytest.fail("it is in a group"),))
+    own = grouped.job("prepared", NAME, grouped.FOLLOWER)
+    alone = UsageStatus(gpu_seconds=630, pods=tuple(entry(NAME, number, -3000, 1) for number in range(7)))
+    status = own.status.model_copy(update={"usage": alone})
+    for _ in range(4):
+        status = count_usage(status, facts(replace(own, status=status), group=group))
+        assert usage_of(status).gpu_seconds == 630 + 5 * 30
+
+
 _MOMENTS = st.integers(0, 400)
 _LIVES = st.lists(
     st.tuples(st.integers(0, 5), st.integers(1, 60), st.sampled_from([0, 137, 143, 203])), min_size=1, max_size=12
 )
 """Pods one after the other: seconds until each has its node, seconds that it runs, and its exit code."""
+
+
+_NEWS = st.none() | st.integers(0, 60)
+"""For how many seconds the newest pod has trained by its report; None without one."""
+
+
+def trains_since(body: dict[str, Any], since: float, now: float) -> ProgressRecord:
+    """What that pod reports then."""
+    uid = body["metadata"]["uid"]
+    return progress(pod_uid=uid, training_step=3, total_steps=9, training_since=time(since), time=time(now))
 
 
 def as_at(lives: list[tuple[int, int, int]], moment: int) -> list[dict[str, Any]]:
@@ -274,23 +368,55 @@ def as_at(lives: list[tuple[int, int, int]], moment: int) -> list[dict[str, Any]
 
 
 @settings(max_examples=60, deadline=None)
-@given(lives=_LIVES, looks=st.lists(st.tuples(_MOMENTS, st.integers(0, 2**12 - 1), st.booleans()), max_size=12))
+@given(lives=_LIVES, looks=st.lists(st.tuples(_MOMENTS, st.integers(0, 2**12 - 1), _NEWS), max_size=12))
 def test_usage_never_decreases_and_never_counts_twice(
-    lives: list[tuple[int, int, int]], looks: list[tuple[int, int, bool]]
+    lives: list[tuple[int, int, int]], looks: list[tuple[int, int, int | None]]
 ) -> None:
     """Whatever is seen when, in any order, with pods missing: as watches show late what has changed, or lose it."""
     whole = sum(runs for _, runs, _ in lives)
     status, highest = status_in("train"), 0
     for moment, shown, news in looks:
         bodies = [body for number, body in enumerate(as_at(lives, moment)) if shown >> number & 1]
-        found = facts(make_job(status), child("train", created=-900), *bodies, now=after(moment))
-        status = QLoRAJobStatus.model_validate(count_usage(status, found, until_now=news).dump())
+        report = None if news is None or not bodies else trains_since(bodies[-1], moment - news, moment)
+        found = facts(make_job(status), child("train", created=-900), *bodies, now=after(moment), progress=report)
+        status = QLoRAJobStatus.model_validate(count_usage(status, found, until_now=news is not None).dump())
         usage = status.usage or UsageStatus()
         # A pod that is not seen ending is taken to have run until then, or until the next one was created.
         assert highest <= usage.gpu_seconds <= whole + 400
         assert usage.lost_gpu_seconds.total <= usage.gpu_seconds
         assert len(usage.pods) <= 14
+        assert all(entry.startup_seconds + entry.lost_seconds <= entry.seconds for entry in usage.pods)
         highest = usage.gpu_seconds
+
+
+@settings(max_examples=25, deadline=None)
+@given(looks=st.lists(st.tuples(st.integers(0, 40), st.booleans(), st.booleans()), min_size=15, max_size=30))
+def test_a_group_counts_each_pod_once_whoever_has_made_it(looks: list[tuple[int, bool, bool]]) -> None:
+    """Pods of the leader and of the job come one after the other, and each lists its latest only."""
+    own, whole = grouped.job("prepared", NAME, grouped.FOLLOWER), 0
+    led, alone = list[PodUsage](), list[dict[str, Any]]()
+    status = own.status
+    for moment, (runs, leads, news) in enumerate(looks):
+        start = moment * 50
+        if leads:
+            name = f"alpha-train-1-{moment}"
+            numbers: dict[str, Any] = {"jobs": 3, "seconds": 3 * runs, "end": "disruption"}
+            led = [
+                *led[-8:],
+                PodUsage(name=name, uid=name, created=time(start), since=time(start), **numbers),
+            ]
+        else:
+            body = created(scheduled(pod("train", 1, moment), start), start)
+            alone.append(ended(body, 203, start=start, end=start + runs))
+        whole += runs
+        leader = grouped.job("training", "alpha", grouped.ALL)
+        usage = UsageStatus(pods=tuple(led))
+        leader = replace(leader, status=leader.status.model_copy(update={"usage": usage}))
+        group = GroupFacts((member_of(leader) or pytest.fail("it is in a group"),))
+        bodies = [child("train", created=-900), *alone]
+        found = facts(replace(own, status=status), *bodies, group=group, now=after(start + 45))
+        status = count_usage(status, found, until_now=news)
+        assert (status.usage or UsageStatus()).gpu_seconds == whole
 
 
 @settings(max_examples=60, deadline=None)

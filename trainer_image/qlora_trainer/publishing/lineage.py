@@ -39,9 +39,14 @@ class LineageFile:
     """JSON. The same run, files and key give the same bytes."""
 
     @property
+    def is_signed(self) -> bool:
+        """Whether it was signed with the key of the profile."""
+        return self.name == SIGNED_FILE
+
+    @property
     def annotations(self) -> dict[str, str]:
         """What a registry lists about it, as cosign does."""
-        signed = {"dev.sigstore.bundle.content": "dsse-envelope"} if self.name == SIGNED_FILE else {}
+        signed = {"dev.sigstore.bundle.content": "dsse-envelope"} if self.is_signed else {}
         return {**signed, "dev.sigstore.bundle.predicateType": LINEAGE_TYPE}
 
 

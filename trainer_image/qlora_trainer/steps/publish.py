@@ -85,7 +85,7 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
     with gguf_file(job, folder, workspace) as gguf:
         contents = _contents(job, folder, workspace, picture, page, gguf)
         uri = publish_with_lineage(job, destination, contents, namespace=context.document.metadata.namespace, key=key)
-        adapter = _adapter_at(uri, job, folder)
+        adapter = _adapter_at(uri, job, folder, signed=key is not None)
         adapter = adapter.model_copy(update={"gguf": None if gguf is None else gguf.status})
     record = PublishRecord(
         fingerprint=_fingerprint(job.trained, destination),
@@ -193,6 +193,8 @@ def _already_published(context: StepContext, job: TrainedJob, destination: Desti
     record = read_completion(context.workspace.completion("publish"), PublishRecord)
     if record is None or record.fingerprint != _fingerprint(job.trained, destination):
         return None
+    if context.mounts.signing_key.is_file() and record.adapter.lineage != "signed":
+        return None  # the profile has got a key since
     merged_destination = _merged_destination(context)
     if merged_destination is not None and not still_published(merged_destination, record.merged):
         return None
@@ -278,8 +280,8 @@ def _contents(
     }
 
 
-def _adapter_at(uri: str, job: TrainedJob, folder: Path) -> AdapterStatus:
-    """The status of the adapter in `folder`, which is published at `uri`."""
+def _adapter_at(uri: str, job: TrainedJob, folder: Path, *, signed: bool) -> AdapterStatus:
+    """The status of the adapter in `folder`, which is published at `uri`. `signed`: with a lineage that is."""
     return AdapterStatus(
         uri=uri,
         sha256=job.trained.adapter_sha256,
@@ -291,6 +293,7 @@ def _adapter_at(uri: str, job: TrainedJob, folder: Path) -> AdapterStatus:
         served_rank=served_rank(job.spec.lora),
         quantization=quantization_label(job.spec.quantization),
         initial_adapter=job.prepared.initial_adapter,
+        lineage="signed" if signed else "unsigned",
     )
 
 
