@@ -150,7 +150,9 @@ def test_a_job_that_names_the_secret_with_the_proxys_password_waits() -> None:
     """Prepare would send the password to the hub as a token."""
     proxy = {"httpsProxy": "http://proxy:3128", "proxySecretName": "proxy-login"}
     behind = Profile.model_validate(PROFILE.dump() | proxy)
-    spec = {"model": {"source": "hf://a/b", "tokenSecretRef": {"name": "proxy-login", "key": "password"}}}
+    spec: dict[str, Any] = {
+        "model": {"source": "hf://a/b", "tokenSecretRef": {"name": "proxy-login", "key": "password"}}
+    }
     status = follow(make_job(**spec), profiles={"default": PROFILE, "behind": behind})
     assert (status.resolved, reason_of(status)) == (None, "SecretNotAllowed")
     assert "(proxySecretName)" in message_of(status)
