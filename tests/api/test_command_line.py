@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -111,7 +112,7 @@ def test_the_list_has_what_a_person_asks_first(team: Reported) -> None:
     done_at = {"step": 100, "totalSteps": 100, "percent": 100, "loss": 1.25, "summary": "100% 100/100", "remaining": ""}
     team.job("listed-done", kind="listed")
     forecast = {"gpuHours": "12.50", "basis": "Measured", "cost": "31.25 EUR"}
-    spent = {"usage": {"gpuSeconds": 9000, "cost": "6.25 EUR"}, "forecast": forecast}
+    spent: dict[str, Any] = {"usage": {"gpuSeconds": 9000, "cost": "6.25 EUR"}, "forecast": forecast}
     team.report("listed-done", "Succeeded", progress=done_at, failures=1, disruptions=2, **spent)
     team.job("listed-new", kind="listed")
     header, *jobs = rows(done(team, "list", "-l", "kind=listed"))

@@ -67,7 +67,7 @@ def attached(registry: Registry, digest: str, media_type: str) -> list[bytes]:
 def _document(registry: Registry, digest: object) -> Blob | None:
     """The first layer of what is attached; None if that is no manifest, or its layer none that is read into memory."""
     found = registry.referrer(digest) if isinstance(digest, str) and _DIGEST.fullmatch(digest) else None
-    layer = next(iter(found["layers"]), {}) if found is not None else {}
+    layer: dict[str, Any] = next(iter(found["layers"]), {}) if found is not None else {}
     name, size = layer.get("digest"), layer.get("size")
     if not (isinstance(name, str) and _DIGEST.fullmatch(name) and type(size) is int):
         return None
