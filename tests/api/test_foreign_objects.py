@@ -68,7 +68,7 @@ def pod(name: str, **metadata: Any) -> dict[str, Any]:
 
 def has_suspended(operator: OperatorProcess, jobs: int) -> None:
     def all_shown() -> bool:
-        return operator.metric('qlora_jobs{phase="Suspended"}') == jobs
+        return operator.metric(f'qlora_jobs{{namespace="{NAMESPACE}",phase="Suspended"}}') == jobs
 
     operator.wait_until_ready()
     eventually(all_shown, seconds=120, every=0.2, what=f"{jobs} suspended jobs")

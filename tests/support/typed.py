@@ -58,6 +58,10 @@ class Typed:
             self._shown += data
 
 
+def _heed_interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def typed(*arguments: str, terminal: bool, columns: int = 120, **environment: str) -> Iterator[Typed]:
     """Run `qlora` until the block ends; with `terminal`, in one of so many columns, as `xterm-256color`."""
@@ -75,6 +79,8 @@ def typed(*arguments: str, terminal: bool, columns: int = 120, **environment: st
         stdout=writing,
         stderr=subprocess.STDOUT,
         start_new_session=True,
+        # Tests that run in the background ignore Ctrl-C, and so would what they start.
+        preexec_fn=_heed_interrupt,
     )
     os.close(writing)
     command = Typed(process, reading)
