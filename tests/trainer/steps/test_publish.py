@@ -68,6 +68,7 @@ def test_the_command_reports_the_adapter_that_is_there(finished: Files) -> None:
         "step": 30,
         "servedRank": 8,
         "quantization": "nf4 with double quantization",
+        "lineage": "unsigned",
     }
     assert adapter["baseRevision"].startswith("sha256:")
 

@@ -2,11 +2,12 @@
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import requests
-from oras.auth.utils import get_basic_auth, load_configs, parse_auth_header
+from oras.auth.utils import get_basic_auth, parse_auth_header
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
@@ -174,7 +175,7 @@ def docker_login(secret: Secret, registry: str) -> str | None:
 
     None if neither is there. Raises StepFailure BAD_CONFIGURATION if the Secret has no login for the registry.
     """
-    own = load_configs()
+    own = _own_logins()
     values = secret.require(_DOCKER_CONFIG, has_own=registry in own["auths"])
     try:
         known = own if values is None else json.loads(values[_DOCKER_CONFIG])
@@ -188,6 +189,22 @@ def docker_login(secret: Secret, registry: str) -> str | None:
     if values is not None and login is None:
         raise bad_configuration(f"{secret.field}: {_DOCKER_CONFIG} has no entry for {registry} in auths: add one")
     return login
+
+
+def _own_logins() -> dict[str, Any]:
+    """This user's Docker configuration, where Docker looks for it too; without entries if there is none.
+
+    Raises StepFailure BAD_CONFIGURATION for a file that cannot be read as one.
+    """
+    file = Path(os.environ.get("DOCKER_CONFIG") or "~/.docker").expanduser() / "config.json"
+    if not file.is_file():
+        return {"auths": {}}
+    try:
+        return {"auths": dict(json.loads(file.read_bytes()).get("auths") or {})}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise bad_configuration(
+            f"{file} is not a Docker configuration: log in again, or remove it ({error})"
+        ) from error
 
 
 def parse_token(content: bytes) -> str | None:
