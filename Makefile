@@ -99,7 +99,7 @@ $(PYTHON) -m pytest -q -rfEs $(TOGETHER) tests/unit
 endef
 
 .PHONY: check
-check: $(VENV)/.synced ## Lint, types, import rules, declared dependencies, generated files, unit tests: a minute
+check: $(VENV)/.synced ## Lint, types, import rules, declared dependencies, generated files, unit tests: two minutes
 	@$(CHECKS)
 
 .PHONY: types
