@@ -129,8 +129,14 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bytes(trained: Tra
     resumed = run(context)
 
     assert resumed.attempts == 2
-    # Memory is that of the whole process, which only grows.
-    same = {"peak_memory_bytes": trained.record.peak_memory_bytes, "attempts": trained.record.attempts}
+    assert resumed.usage is not None
+    assert [(attempt.from_step, attempt.ended) for attempt in resumed.usage.attempts] == [
+        (0, "interrupted"),
+        (3, "succeeded"),
+    ]
+    # Memory is that of the whole process, which only grows; the bill counts both attempts.
+    of_the_process = ("peak_memory_bytes", "attempts", "usage")
+    same = {name: getattr(trained.record, name) for name in of_the_process}
     assert resumed.model_copy(update=same) == trained.record
     assert adapter_bytes(context) == adapter_bytes(trained.context)
     assert history(context) == history(trained.context)
