@@ -8,6 +8,7 @@ from pathlib import Path
 import plotille
 
 from qlora_client.errors import ClusterError
+from qlora_client.figure import draw_histories, smoothed
 from qlora_client.history import LossHistory
 
 KINDS = (".png", ".svg")
@@ -17,22 +18,7 @@ _HEIGHT, _LEAST_WIDTH, _MOST_WIDTH = 16, 20, 120
 _AXIS_WIDTH = 24
 """Columns that the library needs beside the curves."""
 _LETTERS_ON_A_CURVE = 8
-_SMOOTHED_SHARE = 0.05
 _MARGIN = 0.05
-
-
-def smoothed(points: Mapping[int, float]) -> dict[int, float]:
-    """The exponential moving average over about a twentieth of the points, without the bias towards its start.
-
-    Source: the bias correction of Adam, arXiv 1412.6980, section 3.
-    """
-    weight = 2 / (max(1.0, _SMOOTHED_SHARE * len(points)) + 1)
-    mean, total, result = 0.0, 0.0, {}
-    for step, value in points.items():
-        mean += weight * (value - mean)
-        total += weight * (1 - total)
-        result[step] = mean / total
-    return result
 
 
 def draw_curves(histories: Mapping[str, LossHistory], width: int, *, colors: bool) -> str:
@@ -81,23 +67,12 @@ def require_picture(target: Path) -> None:
 
 
 def save_picture(histories: Mapping[str, LossHistory], target: Path) -> None:
-    """Write the curves as PNG or SVG: training loss as it is and smoothed, and held-out loss with dots."""
+    """Write the curves as PNG or SVG. Raises ClusterError."""
     # It takes a second to import, and is not needed for a picture in the terminal.
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9.6, 5.4), layout="constrained")
-    axes = figure.add_subplot()
-    for number, (name, history) in enumerate(histories.items()):
-        color, curve = f"C{number}", smoothed(history.training)
-        axes.plot(list(history.training), list(history.training.values()), color=color, alpha=0.2, linewidth=0.8)
-        axes.plot(list(curve), list(curve.values()), color=color, label=name)
-        axes.plot(list(history.held_out), list(history.held_out.values()), "o--", color=color, markersize=4)
-    axes.set_xlabel("Optimizer step")
-    axes.set_ylabel("Loss (dots: held-out rows)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    draw_histories(histories, figure.add_subplot())
     try:
         figure.savefig(target, dpi=150)
     except OSError as error:

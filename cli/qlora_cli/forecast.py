@@ -1,20 +1,25 @@
 """Shows the GPU hours that a job is expected to take, and what they cost, before it is applied."""
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 from rich.console import Console
 
-from qlora_api.forecast import ASSUMED_UTILIZATION, cost_text, hours_of_flops, hours_text, training_flops
+from qlora_api.forecast import (
+    ASSUMED_UTILIZATION,
+    cost_text,
+    hours_of_flops,
+    hours_text,
+    tokens_of_run,
+    training_flops,
+)
+from qlora_api.forecast import parse_price as parse_price_text
 from qlora_api.memory.model_shape import mixes_experts
-from qlora_api.profile import PRICE
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_cli.plan import MemoryPlan
 
-_PRICE = re.compile(rf"({PRICE.removeprefix('^').removesuffix('$')}) ([A-Za-z]{{1,8}})")
 _SECONDS = 3600
 
 
@@ -34,17 +39,17 @@ def parse_price(_context: click.Context, _parameter: click.Parameter, value: str
     """The price and the currency of --gpu-hour-price. Raises click.BadParameter."""
     if value is None:
         return None
-    found = _PRICE.fullmatch(value)
-    if found is None:
-        raise click.BadParameter(f"found {value!r}, must be a price and its currency, for example '2.50 EUR'")
-    return found[1], found[3]
+    try:
+        return parse_price_text(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def show_forecast(plan: MemoryPlan, spec: QLoRAJobSpec, config: Path, gpu: GpuOfPlan, console: Console) -> None:
     """Print the GPU hours of the whole run, if the GPU's speed is given, or why they are not known."""
     if gpu.tflops is None:
         return
-    tokens, at_most = _tokens(spec, gpu.tokens)
+    tokens, at_most = tokens_of_run(spec.training, gpu.tokens)
     if plan.job is None or mixes_experts(json.loads(config.read_bytes())):
         _say(console, "unknown: how many weights each token is multiplied by is not known for this model.")
         return
@@ -70,12 +75,3 @@ def show_forecast(plan: MemoryPlan, spec: QLoRAJobSpec, config: Path, gpu: GpuOf
 
 def _say(console: Console, sentence: str) -> None:
     console.print(f"[bold]Forecast[/]: {sentence}", highlight=False, soft_wrap=True)
-
-
-def _tokens(spec: QLoRAJobSpec, of_epoch: int | None) -> tuple[int | None, bool]:
-    """Tokens of the whole run, or None if they are not known; and whether that is only what it has at most."""
-    training = spec.training
-    if training.max_steps is not None:
-        sequences = training.max_steps * training.micro_batch_size * training.gradient_accumulation_steps
-        return sequences * training.max_sequence_length, True
-    return None if of_epoch is None else of_epoch * (training.epochs or 1), False

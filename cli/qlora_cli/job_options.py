@@ -1,13 +1,13 @@
 """The options with which `qlora submit` describes a job without a file, and the manifest that they make."""
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import click
 from pydantic import ValidationError
 
-from qlora_api.v1alpha1 import API_VERSION, KIND, MAX_NAME_LENGTH, QLoRAJobDocument
+from qlora_api.v1alpha1 import API_VERSION, KIND, QLoRAJobDocument
+from qlora_client.job_name import generated_name
 
 Object = dict[str, Any]
 
@@ -92,13 +92,6 @@ def job_of(name: str | None, values: Mapping[str, Any], suffix: str) -> Object:
     except ValidationError as error:
         raise OptionError(_describe(error)) from error
     return body
-
-
-def generated_name(model: str, suffix: str) -> str:
-    """A name made of the last part of the model's address, and `suffix`."""
-    last = model.rstrip("/").rpartition("/")[2].lower()
-    words = re.sub(r"[^a-z0-9]+", "-", last).strip("-")
-    return f"{words[: MAX_NAME_LENGTH - len(suffix) - 1].strip('-') or 'job'}-{suffix}"
 
 
 def _parameter(option: str) -> str:

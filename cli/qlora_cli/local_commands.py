@@ -9,6 +9,7 @@ from typing import NoReturn, get_args
 
 import click
 from rich.console import Console
+from rich.progress import Progress
 
 from qlora_api.contract import ExitCode
 from qlora_api.sweep import QLoRASweepDocument
@@ -19,8 +20,9 @@ from qlora_cli.manifest import Document, ManifestError, load_job, load_manifest
 from qlora_cli.plan import find_config, make_plan, show_plan
 from qlora_cli.plan_sweep import make_sweep_plan, show_sweep_plan
 from qlora_cli.plan_together import make_joint_plan, require_joinable, show_joint_plan
+from qlora_cli.record_display import RecordDisplay
 from qlora_cli.rows import RowAccess, show_lengths, show_rows
-from qlora_cli.run import Ended, LocalRun, has_gpu, missing_data, missing_sources, run_steps
+from qlora_cli.run import Display, Ended, LocalRun, has_gpu, missing_data, missing_sources, run_steps
 from qlora_cli.run_together import earlier_runs, holds_joint_run, joint_runs, run_jobs_together
 from qlora_trainer.core.context import Device, Mounts
 from qlora_trainer.core.failures import StepFailure
@@ -239,6 +241,7 @@ def _row_access(
     type=click.Choice(get_args(Device)),
     help="Device to train on; by default cuda, if there is a driver.",
 )
+@click.option("-o", "--output", type=click.Choice(["json"]), help="Print the steps' records, a line of JSON each.")
 def run(
     files: tuple[Path, ...],
     workspace: Path,
@@ -247,6 +250,7 @@ def run(
     config_maps: dict[str, Path],
     continues: Path | None,
     device: Device | None,
+    output: str | None,
 ) -> None:
     """Run the job in FILE on this machine: prepare, train, publish.
 
@@ -273,17 +277,15 @@ def run(
         _fail("\n".join(problems))
     if importlib.util.find_spec("torch") is None:
         _fail(f"the trainer is not installed: {INSTALL}")
-    console = Console(emoji=False)
+    console = Console(emoji=False, quiet=output is not None)
     if chosen is None:
         console.print(f"Training on {options.device}; choose with --device.", highlight=False)
     bar = progress_bar(console)
     try:
+        displays = [_display(each, console, bar, named=len(runs) > 1, output=output) for each in runs]
         if len(runs) == 1:
-            ended = [run_steps(runs[0], ConsoleDisplay(console, runs[0].layout.records, bar=bar))]
+            ended = [run_steps(runs[0], displays[0])]
         else:
-            displays = [
-                ConsoleDisplay(console, each.layout.records, job=each.document.metadata.name, bar=bar) for each in runs
-            ]
             ended = run_jobs_together(workspace, runs, displays)
     except OSError as error:
         _fail(f"--workspace {workspace} cannot be written: {error.strerror}")
@@ -291,6 +293,12 @@ def run(
         bar.stop()
     _show_ends(ended, runs, workspace, console)
     sys.exit(next((each.exit_code for each in ended if each.exit_code), 0))
+
+
+def _display(run: LocalRun, console: Console, bar: Progress, *, named: bool, output: str | None) -> Display:
+    if output is not None:
+        return RecordDisplay()
+    return ConsoleDisplay(console, run.layout.records, job=run.document.metadata.name if named else "", bar=bar)
 
 
 def _problems(run: LocalRun, *, named: bool) -> list[str]:

@@ -1,1 +1,37 @@
-"""Submits QLoRAJobs to a cluster and follows them, with the rights of the user who asks."""
+"""Submits QLoRAJobs to a cluster and follows them, with the rights of the user who asks.
+
+`from qlora_client import QLoRAClient` is the Python client; the other modules are what it shares with the command line.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qlora_client.backends import ClusterBackendConfig as ClusterBackendConfig
+    from qlora_client.client import QLoRAClient as QLoRAClient
+    from qlora_client.client_types import Comparison as Comparison
+    from qlora_client.client_types import Plan as Plan
+    from qlora_client.client_types import QLoRAJob as QLoRAJob
+    from qlora_client.comparison import Row as Row
+    from qlora_client.events import Event as Event
+    from qlora_client.local import LocalBackendConfig as LocalBackendConfig
+
+_PUBLIC = {
+    "QLoRAClient": "client",
+    "ClusterBackendConfig": "backends",
+    "LocalBackendConfig": "local",
+    "QLoRAJob": "client_types",
+    "Plan": "client_types",
+    "Comparison": "client_types",
+    "Row": "comparison",
+    "Event": "events",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: a command that lists jobs needs none, and starts at once."""
+    from importlib import import_module
+
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)

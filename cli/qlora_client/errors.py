@@ -1,7 +1,7 @@
 """What can go wrong between a user and a cluster: each error's message is one sentence, with what to do."""
 
 
-class ClusterError(Exception):
+class ClusterError(RuntimeError):
     """The cluster could not be asked, or has answered something that leaves no way to go on."""
 
 

@@ -6,9 +6,11 @@ frozen, and need none of their own. Gradient checkpointing computes the forward 
 1604.06174). Attention's scores and the adapter itself, a few percent of the whole, are left out.
 """
 
+import re
 from collections.abc import Iterable
 from decimal import ROUND_HALF_UP, Context, Decimal, localcontext
 
+from qlora_api.profile import PRICE
 from qlora_api.training import TrainingSpec
 
 ASSUMED_UTILIZATION = 0.3
@@ -22,6 +24,7 @@ _SECONDS = 3600
 _CENT = Decimal("0.01")
 _DIGITS = Context(prec=100)
 """With more digits than the largest forecast at the highest price has: rounding to cents needs all of them."""
+_PRICE = re.compile(rf"({PRICE.removeprefix('^').removesuffix('$')}) ([A-Za-z]{{1,8}})")
 
 
 def training_flops(parameters: int, tokens: int, training: TrainingSpec) -> float:
@@ -33,6 +36,25 @@ def training_flops(parameters: int, tokens: int, training: TrainingSpec) -> floa
 def hours_of_flops(flops: float, gpu_tflops: float) -> float:
     """GPU hours for so many operations, on any number of GPUs of that speed, at the assumed utilization."""
     return flops / (gpu_tflops * 1e12 * ASSUMED_UTILIZATION) / _SECONDS
+
+
+def tokens_of_run(training: TrainingSpec, of_epoch: int | None) -> tuple[int | None, bool]:
+    """Tokens of the whole run, or None if they are not known; and whether that is only what it has at most.
+
+    `of_epoch`: tokens of one epoch, if they are known. A number of steps bounds them by itself.
+    """
+    if training.max_steps is not None:
+        sequences = training.max_steps * training.micro_batch_size * training.gradient_accumulation_steps
+        return sequences * training.max_sequence_length, True
+    return None if of_epoch is None else of_epoch * (training.epochs or 1), False
+
+
+def parse_price(text: str) -> tuple[str, str]:
+    """The price and the currency in a text such as `2.50 EUR`. Raises ValueError."""
+    found = _PRICE.fullmatch(text)
+    if found is None:
+        raise ValueError(f"found {text!r}, must be a price and its currency, for example '2.50 EUR'")
+    return found[1], found[3]
 
 
 def hours_text(seconds: float) -> str:

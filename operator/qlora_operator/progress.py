@@ -5,8 +5,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from qlora_api.contract import ProgressRecord, decode_record
+from qlora_api.figures import with_progress
 from qlora_api.status import QLoRAJobStatus, StepName
-from qlora_operator.decisions.figures import with_progress
 from qlora_operator.decisions.group import reporting
 from qlora_operator.decisions.members import GroupFacts, PodName
 from qlora_operator.decisions.observe import Observed, Pod, QLoRAJob, parse_time

@@ -1,6 +1,7 @@
 """Advances a job over its steps by what their Jobs and pods have come to; pure."""
 
 from qlora_api.contract import ResultRecord
+from qlora_api.figures import with_known_facts, with_publication, with_training_facts
 from qlora_api.model_and_output import OutputSpec
 from qlora_api.status import FailureStatus, QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.attempts import count_attempts, describe_failure
@@ -10,7 +11,6 @@ from qlora_operator.decisions.deletions import note_deletion
 from qlora_operator.decisions.detached import still_running
 from qlora_operator.decisions.endings import DONE, fail, failure_of, succeed
 from qlora_operator.decisions.facts import Facts, new_step, next_attempt, set_condition
-from qlora_operator.decisions.figures import with_known_facts, with_publication, with_training_facts
 from qlora_operator.decisions.observe import ChildJob, Pod, Reason
 from qlora_operator.decisions.resolution import with_profile_of_today
 from qlora_operator.decisions.together import ending_pod, is_over, trains_together

@@ -12,9 +12,9 @@ import itertools
 from datetime import datetime, timedelta
 
 from qlora_api.contract import ExitCode
+from qlora_api.figures import with_saved_step
 from qlora_api.status import FailureStatus, QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.conditions import truncate
-from qlora_operator.decisions.figures import with_saved_step
 from qlora_operator.decisions.observe import ChildJob, Observed, Pod, QLoRAJob, format_time, parse_time
 from qlora_operator.decisions.together import ending_pod, is_over, is_own_failure, trains_together
 

@@ -1,9 +1,9 @@
 """Ends a job: decides every condition that a finished job has; pure."""
 
+from qlora_api.figures import without_remaining
 from qlora_api.status import FailureStatus, QLoRAJobStatus, StepName
 from qlora_operator.decisions.conditions import ConditionType, Value, truncate
 from qlora_operator.decisions.facts import Facts, set_condition
-from qlora_operator.decisions.figures import without_remaining
 from qlora_operator.decisions.observe import Reason, format_time
 
 # The summary of an end stands in the conditions that tools read; the others have a reason of their own.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from qlora_api.figures import with_progress
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.decisions.advance import advance, renew
 from qlora_operator.decisions.attempts import count_attempts, watch_pod
@@ -11,7 +12,6 @@ from qlora_operator.decisions.conditions import condition, is_finished
 from qlora_operator.decisions.detached import keep_earlier_pod
 from qlora_operator.decisions.endings import not_ready
 from qlora_operator.decisions.facts import Facts, next_attempt, set_condition
-from qlora_operator.decisions.figures import with_progress
 from qlora_operator.decisions.group import join_group
 from qlora_operator.decisions.group_memory import enforce_group_memory
 from qlora_operator.decisions.limits import enforce_deadline, enforce_disruptions, enforce_failures, enforce_progress

@@ -1,12 +1,12 @@
 """Derives conditions and phase from the rest of a status; pure."""
 
+from qlora_api.figures import without_remaining
 from qlora_api.status import Phase, QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.blockers import blocking_reason
 from qlora_operator.decisions.conditions import Value, condition, has_begun, is_finished, is_true, phase_of
 from qlora_operator.decisions.deletions import deletion
 from qlora_operator.decisions.endings import DONE, NOT_FAILED, NOT_STALLED, NOT_SUSPENDED
 from qlora_operator.decisions.facts import Facts, set_condition
-from qlora_operator.decisions.figures import without_remaining
 from qlora_operator.decisions.group import suffix, trained_by, waits_for_group
 from qlora_operator.decisions.limits import DEFAULT_PROGRESS_DEADLINE_SECONDS, idle_seconds, no_progress
 from qlora_operator.decisions.observe import ChildJob, Reason, format_time

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from qlora_api.contract import SWEEP_REPORT, ExitCode
+from qlora_api.figures import short_loss
 from qlora_api.forecast import hours_text, sum_of_costs
 from qlora_api.halving import HalvingSpec
 from qlora_api.status import MAX_SHORT_TEXT_LENGTH
@@ -20,7 +21,6 @@ from qlora_operator.decisions.best_cell import (
     waits_for_publication,
 )
 from qlora_operator.decisions.conditions import ConditionType, Value, truncate, with_condition
-from qlora_operator.decisions.figures import short_loss
 from qlora_operator.decisions.halving import NOT_AMONG_BEST, is_to_be_stopped, judged, lost_rung, why_stopped
 from qlora_operator.decisions.observe import Reason, format_time
 from qlora_operator.decisions.sweep import CellJob, QLoRASweep, StoredSweep

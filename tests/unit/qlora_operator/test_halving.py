@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from qlora_api.contract import MAX_PROGRESS_BYTES, ProgressRecord, ResultRecord, encode_record
+from qlora_api.figures import with_progress, with_training_facts
 from qlora_api.halving import MAX_RUNGS, HalvingSpec
 from qlora_api.sweep_status import QLoRASweepStatus
-from qlora_operator.decisions.figures import with_progress, with_training_facts
 from qlora_operator.decisions.manifests import build_job
 from qlora_operator.decisions.stored_job import parse_job
 from qlora_operator.decisions.sweep import CellJob, QLoRASweep, build_cell, parse_cell, parse_sweep, stop

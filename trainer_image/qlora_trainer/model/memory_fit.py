@@ -20,6 +20,7 @@ from qlora_api.memory.advice import (
 )
 from qlora_api.memory.estimate import GIB, ActivationBytes
 from qlora_api.memory.model_shape import ModelShape, NotInTableError, UnsupportedModelError
+from qlora_api.memory.one_row import ONE_ROW_MODEL_TYPES
 from qlora_api.memory.together import shared_bytes
 from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.status import MAX_MESSAGE_LENGTH, MemoryStatus
@@ -146,10 +147,27 @@ class MemoryFit:
             return fit
         return _with_shared(fit, lambda: _shared(config, spec, job, group_size, measure_passes))
 
+    @classmethod
+    def planned(cls, config: Path, spec: QLoRAJobSpec, measure: Measure = measure_within_limits) -> "MemoryFit":
+        """Judge a job before it exists: by the table of families if that describes it, which takes no time.
+
+        Otherwise as `of` does. Raises StepFailure BAD_CONFIGURATION.
+        """
+        shape, rows_apart = read_shape(config), _keeps_rows_apart(config)
+        if shape is not None:
+            job = job_of_table(shape, training_shape(spec, spec.lora.target_modules))
+            if not job.is_rough:
+                return _judged(job, spec.resources.gpu_memory, "", rows_apart)
+        return cls.of(config, spec, spec.lora.target_modules, rows_apart=rows_apart, measure=measure)
+
     def require(self) -> None:
         """Raise StepFailure DOES_NOT_FIT, with the first advice, if the job cannot run."""
         if self.objection is not None:
             raise StepFailure(ExitCode.DOES_NOT_FIT, self.objection)
+
+
+def _keeps_rows_apart(config: Path) -> bool:
+    return json.loads(config.read_bytes()).get("model_type") not in ONE_ROW_MODEL_TYPES
 
 
 def _judged(job: JobMemory, gpu_gib: int | None, remark: str, rows_apart: bool) -> MemoryFit:

@@ -1,4 +1,4 @@
-"""Turns the trainer's records into the figures that a status shows; pure."""
+"""Turns the records of the trainer into the figures that a status shows; pure."""
 
 from qlora_api.contract import REPORT_FILE, ProgressRecord, ResultRecord, nine_digits
 from qlora_api.duration import format_duration

@@ -1,0 +1,30 @@
+"""Shows a local run to programs: the records of its steps as they are, a line of JSON each, as pods print them."""
+
+from pathlib import Path
+
+import click
+
+from qlora_api.contract import ProgressRecord, ResultRecord, encode_record
+from qlora_api.status import StepName
+
+
+class RecordDisplay:
+    """Prints to standard output."""
+
+    def begin(self, step: StepName) -> None:
+        """Nothing: the first record of the step says that it runs."""
+
+    def progress(self, record: ProgressRecord) -> None:
+        """Print the record."""
+        click.echo(encode_record(record))
+
+    def end(self, step: StepName, result: ResultRecord | None, exit_code: int) -> None:
+        """Print the result, if the step has left one; the exit code of the command says the rest."""
+        if result is not None:
+            click.echo(encode_record(result))
+
+    def not_trained(self, log: Path) -> None:
+        """Nothing: the result of the process that has trained the jobs says it."""
+
+    def stopping(self, *, again: bool) -> None:
+        """Nothing: the result of the step says it."""

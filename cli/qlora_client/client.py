@@ -1,0 +1,266 @@
+"""QLoRAClient: jobs from Python, with the method names of Kubeflow's TrainerClient."""
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from secrets import token_hex
+from typing import Any, get_args
+
+from qlora_api.status import Phase, StepName
+from qlora_api.v1alpha1 import API_VERSION, KIND, QLoRAJobDocument, QLoRAJobSpec
+from qlora_client.backends import Backend, BackendConfig, ClusterBackend, ClusterBackendConfig
+from qlora_client.client_types import Comparison, Plan, QLoRAJob
+from qlora_client.comparison import Compared, differing_settings, results
+from qlora_client.errors import ClusterError, UnreachableError
+from qlora_client.events import Event
+from qlora_client.figure import draw_histories
+from qlora_client.job_name import generated_name
+from qlora_client.local import LocalBackend, LocalBackendConfig
+from qlora_client.planning import make_plan
+
+_PHASES: tuple[Phase, ...] = get_args(Phase)
+_STEPS: tuple[StepName, ...] = get_args(StepName)
+
+
+class QLoRAClient:
+    """Creates QLoRAJobs and follows them, in a cluster or on this machine.
+
+    Methods raise ValueError for arguments that cannot be right, TimeoutError, and RuntimeError for everything else; the
+    message is one sentence with what to do. What is waited for is logged by the logger `qlora_client`.
+    """
+
+    def __init__(
+        self,
+        backend_config: BackendConfig | None = None,
+        *,
+        sleep: Callable[[float], None] = time.sleep,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Nothing is sent yet.
+
+        Args:
+            backend_config: ClusterBackendConfig or LocalBackendConfig; the kubeconfig's current context if not set.
+            sleep: Waits so many seconds.
+            monotonic: A clock, in seconds.
+
+        Raises:
+            RuntimeError: The kubeconfig cannot be used.
+            ValueError: The config is neither of the two.
+        """
+        self._sleep, self._monotonic = sleep, monotonic
+        config = ClusterBackendConfig() if backend_config is None else backend_config
+        self._backend: Backend
+        if isinstance(config, ClusterBackendConfig):
+            self._backend = ClusterBackend.of(config)
+        elif isinstance(config, LocalBackendConfig):
+            self._backend = LocalBackend(config, sleep, monotonic)
+        else:
+            raise ValueError(f"backend_config is {config!r}, must be a ClusterBackendConfig or a LocalBackendConfig")
+
+    def train(
+        self,
+        spec: QLoRAJobSpec,
+        *,
+        name: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        annotations: Mapping[str, str] | None = None,
+    ) -> str:
+        """Create a job, and return its name at once.
+
+        Args:
+            spec: The job, of the models of `qlora_api`. Only the fields that are set are sent.
+            name: Its name; made of the model's name if not set.
+            labels: Labels of the QLoRAJob.
+            annotations: Annotations of the QLoRAJob.
+
+        Raises:
+            ValueError: The name is not allowed, or the spec names the job itself.
+            RuntimeError: The job is not accepted, or its name is taken.
+        """
+        name = generated_name(spec.model.source, token_hex(3)) if name is None else name
+        fields = spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_unset=True)
+        metadata = {"name": name, "labels": dict(labels or {}), "annotations": dict(annotations or {})}
+        body: dict[str, Any] = {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": fields}
+        QLoRAJobDocument.model_validate(body)
+        self._backend.create(body)
+        return name
+
+    def get_job(self, name: str) -> QLoRAJob:
+        """One job.
+
+        Raises:
+            RuntimeError: There is none of this name, or it cannot be read.
+        """
+        return QLoRAJob.of(self._backend.get(name))
+
+    def list_jobs(self) -> list[QLoRAJob]:
+        """All jobs of the namespace, or of the folder of runs.
+
+        Raises:
+            RuntimeError: They cannot be read.
+        """
+        return [QLoRAJob.of(job) for job in self._backend.find()]
+
+    def get_job_logs(self, name: str, step: StepName | None = None, *, follow: bool = False) -> Iterator[str]:
+        """The lines that the job's steps print, pod by pod, as they arrive.
+
+        Args:
+            name: The job.
+            step: Only those of this step.
+            follow: Wait for what is yet to come, also for pods that have not started, until the job has ended.
+
+        Raises:
+            ValueError: There is no such step.
+            RuntimeError: There is no such job, or its logs cannot be read.
+        """
+        if step is not None and step not in _STEPS:
+            raise ValueError(f"step is {step!r}, must be one of {', '.join(_STEPS)}")
+        return self._backend.logs(name, _STEPS if step is None else (step,), follow=follow)
+
+    def get_job_events(self, name: str) -> list[Event]:
+        """What the operator has noted of the job, oldest first.
+
+        Raises:
+            RuntimeError: There is no such job, or its Events cannot be read.
+        """
+        return self._backend.events(self._backend.get(name))
+
+    def wait_for_job_status(
+        self,
+        name: str,
+        status: Collection[str] = frozenset({"Succeeded"}),
+        timeout: float = 600,
+        polling_interval: float = 2,
+        callbacks: Collection[Callable[[QLoRAJob], None]] | None = None,
+    ) -> QLoRAJob:
+        """Wait until the job is in one of the phases, and return it.
+
+        Args:
+            name: The job.
+            status: The phases.
+            timeout: For how many seconds to wait.
+            polling_interval: Seconds between two looks. A cluster that cannot be reached is asked again.
+            callbacks: Called with the job at each look.
+
+        Raises:
+            ValueError: A phase that does not exist, or seconds that make no sense.
+            TimeoutError: The job is in none of the phases in time.
+            RuntimeError: It has failed, or ended otherwise, so that it will not be in any of them.
+        """
+        if unknown := sorted(set(status) - set(_PHASES)):
+            raise ValueError(f"status has {', '.join(unknown)}, must be of {', '.join(_PHASES)}")
+        if not status or not 0 < polling_interval <= timeout:
+            raise ValueError(
+                f"found {len(status)} phases, timeout {timeout} and polling_interval {polling_interval}: there must be "
+                "a phase, and polling_interval must be more than 0 and at most timeout"
+            )
+        deadline, seen = self._monotonic() + timeout, "not been reached"
+        while True:
+            try:
+                job = self.get_job(name)
+                for callback in callbacks or ():
+                    callback(job)
+                if job.phase in status:
+                    return job
+                if job.ended:
+                    raise ClusterError(f"{name} has ended as {job.phase}{f': {job.message}' if job.message else ''}")
+                seen = f"come to {job.phase}"
+            except UnreachableError as error:
+                seen = f"not been seen, as {error}"
+            if self._monotonic() + polling_interval > deadline:
+                raise TimeoutError(f"{name} has {seen} in {timeout:g} s, and not to {' or '.join(sorted(status))}")
+            self._sleep(polling_interval)
+
+    def delete_job(self, name: str) -> None:
+        """Delete the job. Its workspace stays unless spec.workspace.retain is false.
+
+        Raises:
+            RuntimeError: There is no such job, or you may not delete it.
+        """
+        self._backend.delete(self._backend.get(name))
+
+    def plan(
+        self,
+        spec: QLoRAJobSpec,
+        *,
+        config: Path | str | None = None,
+        gpu_tflops: float | None = None,
+        tokens: int | None = None,
+        gpu_hour_price: str | None = None,
+    ) -> Plan:
+        """What the job is expected to need, before it is created; nothing is sent to the cluster.
+
+        Args:
+            spec: The job. With spec.resources.gpuMemory it is judged whether it fits.
+            config: The model's config.json; fetched for a model of the hub, and found in a local volume.
+            gpu_tflops: Speed of the GPU in dense bfloat16, in 10^12 operations per second, for the forecast.
+            tokens: Tokens of one epoch, for the forecast; not needed with spec.training.maxSteps.
+            gpu_hour_price: Price of a GPU hour and its currency, such as `2.50 EUR`.
+
+        Raises:
+            ValueError: The model's config is not given where it is needed, or not supported; or an argument is wrong.
+            RuntimeError: The config cannot be fetched.
+        """
+        found = self._backend.model_config(spec) if config is None else Path(config)
+        return make_plan(spec, found, gpu_tflops, tokens, gpu_hour_price)
+
+    def get_adapter(self, name: str, output: Path | str | None = None) -> Path:
+        """Download the job's adapter: complete, with the SHA-256 of the status, or not at all.
+
+        Args:
+            name: The job.
+            output: Folder to make; the job's name in the current one if not set.
+
+        Returns:
+            The folder, which PEFT loads. One that holds this adapter already is left as it is.
+
+        Raises:
+            RuntimeError: There is no adapter, it is damaged, it cannot be read, or the folder has other files.
+        """
+        target = Path(name if output is None else output)
+        self._backend.download(self._backend.get(name), target)
+        return target
+
+    def plot(self, *names: str, axes: Any = None) -> Any:
+        """Draw the losses of jobs over each other with matplotlib.
+
+        Args:
+            names: The jobs.
+            axes: Axes of matplotlib to draw on; those of a new figure if not set.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ValueError: There is no name.
+            RuntimeError: A job does not exist, or matplotlib is missing.
+        """
+        return draw_histories(self.compare(*names).histories, _new_axes() if axes is None else axes)
+
+    def compare(self, *names: str) -> Comparison:
+        """The settings in which jobs differ, what came of each, and their losses.
+
+        Losses of a cluster's jobs are read from their logs or, once these are gone, from their workspaces through a
+        short-lived pod for each claim; what cannot be read is logged and left out.
+
+        Raises:
+            ValueError: There is no name.
+            RuntimeError: A job does not exist.
+        """
+        if not names:
+            raise ValueError("found no name, must be the names of one or more jobs")
+        jobs = [self._backend.get(name) for name in dict.fromkeys(names)]
+        histories = self._backend.histories(jobs)
+        compared = [Compared(job, histories[job.name]) for job in jobs]
+        found = results(compared, datetime.now(UTC))
+        return Comparison(tuple(job.name for job in jobs), tuple(differing_settings(jobs)), tuple(found), histories)
+
+
+def _new_axes() -> Any:
+    try:
+        # Through pyplot, so that a notebook shows the figure.
+        from matplotlib import pyplot
+    except ModuleNotFoundError:
+        raise ClusterError("a picture takes the library matplotlib, which is missing: pip install matplotlib") from None
+    return pyplot.subplots(layout="constrained")[1]

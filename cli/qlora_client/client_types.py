@@ -1,0 +1,92 @@
+"""What the Python client returns: jobs, plans and comparisons as typed values."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from html import escape
+from typing import Self
+
+from pydantic import ValidationError
+
+from qlora_api.status import MemoryStatus, Phase, QLoRAJobStatus
+from qlora_api.usage import ForecastStatus
+from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_client.comparison import Row
+from qlora_client.errors import ClusterError
+from qlora_client.history import LossHistory
+from qlora_client.job import Job
+
+
+@dataclass(frozen=True)
+class QLoRAJob:
+    """A job at one moment."""
+
+    name: str
+    namespace: str
+    created: datetime
+    phase: Phase
+    """Where it is in its life; Pending before the operator has seen it."""
+    message: str
+    """Why it waits, runs or has failed."""
+    spec: QLoRAJobSpec
+    """What its user has written, with the schema's defaults."""
+    status: QLoRAJobStatus
+    """What is reported of it: progress, memory, usage, adapter and more."""
+
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        """The job that a backend has. Raises RuntimeError if it has values that this version does not know."""
+        try:
+            # What a newer version has added is ignored, as with other clients of the API.
+            spec = QLoRAJobSpec.model_validate(job.spec, extra="ignore")
+            status = QLoRAJobStatus.model_validate({"phase": "Pending", **job.status})
+        except ValidationError as error:
+            [first, *_] = error.errors(include_url=False)
+            field = ".".join(map(str, first["loc"]))
+            raise ClusterError(f"{job.name} has a {field} that this version of the client cannot read: upgrade it")
+        return cls(job.name, job.namespace, job.created, status.phase or "Pending", job.message, spec, status)
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more happens to it unless it is retried."""
+        return self.phase in ("Succeeded", "Failed")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job is expected to need."""
+
+    memory: MemoryStatus
+    """The estimate; its verdict is `unknown` if spec.resources.gpuMemory is not set."""
+    objection: str | None
+    """Why the job cannot run, with the setting to change first; None if it can, or if that is unknown."""
+    forecast: ForecastStatus | None
+    """GPU hours, and what they cost if a price is given; None if they are not known."""
+    remark: str
+    """Why there is no forecast, or what it leaves out."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Jobs beside each other. Shown as a table in a notebook, and as text by `print`."""
+
+    names: tuple[str, ...]
+    settings: tuple[Row, ...]
+    """The fields of the spec, by their paths, that are not the same in all jobs."""
+    results: tuple[Row, ...]
+    """What came of each: phase, losses, speed, memory, GPU hours."""
+    histories: Mapping[str, LossHistory]
+    """Losses by optimizer step, by the jobs' names."""
+
+    def _lines(self) -> Iterator[Sequence[str]]:
+        yield ("", *self.names)
+        for row in (*self.settings, *self.results):
+            yield (row.label, *row.values)
+
+    def __str__(self) -> str:
+        widths = [max(map(len, column)) for column in zip(*self._lines(), strict=True)]
+        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in self._lines())
+
+    def _repr_html_(self) -> str:
+        rows = ("".join(f"<td>{escape(cell)}</td>" for cell in line) for line in self._lines())
+        return "<table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"

@@ -1,0 +1,228 @@
+"""Runs the Python client's jobs on this machine, each by a `qlora run` in the background."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from qlora_api.contract import Record, ResultRecord, WorkspaceLayout, decode_any_record
+from qlora_api.sources import VolumeSource, parse_source
+from qlora_api.status import StepName
+from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
+from qlora_client.adapter import fetch_adapter
+from qlora_client.backends import BackendConfig
+from qlora_client.errors import ClusterError, MissingError, RejectedError
+from qlora_client.events import Event
+from qlora_client.history import METRICS, LossHistory, of_metrics
+from qlora_client.job import Job
+from qlora_client.local_status import local_status
+from qlora_client.published import Folder, OnBytes, PublishedFile
+
+_MANIFEST, _OUTPUT, _PROCESS = "manifest.json", "run.jsonl", "run.pid"
+_SECONDS_BETWEEN_LOOKS = 0.2
+_SECONDS_TO_STOP = 60.0
+
+
+class LocalBackendConfig(BackendConfig):
+    """This machine, with the extras `cli` and `trainer` installed.
+
+    Attributes:
+        folder: Folder of the runs; each job has its workspace by its name in it.
+        volumes: Folder to use for `pvc://CLAIM/…`, by the claim's name.
+        config_maps: Folder to use for `configMap://NAME/…`, by its name.
+        device: What to train on; `cuda` if not set and there is a driver.
+    """
+
+    folder: Path = Path("runs")
+    volumes: Mapping[str, Path] = {}
+    config_maps: Mapping[str, Path] = {}
+    device: Literal["cpu", "cuda"] | None = None
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ClusterError(f"{error.filename} cannot be used: {error.strerror or error}") from error
+
+
+@dataclass(frozen=True)
+class _LocalFolder:
+    path: Path
+
+    def read(self, name: str, most: int) -> bytes:
+        with _explained():
+            return (self.path / name).read_bytes()[:most]
+
+    def fetch(self, files: Mapping[str, PublishedFile], into: Path, on_bytes: OnBytes) -> None:
+        with _explained():
+            for name in files:
+                shutil.copyfile(self.path / name, into / name)
+
+
+@dataclass(frozen=True)
+class LocalBackend:
+    """The runs of a folder. Other processes may have started them."""
+
+    config: LocalBackendConfig
+    sleep: Callable[[float], None] = time.sleep
+    monotonic: Callable[[], float] = time.monotonic
+    _started: list["subprocess.Popen[bytes]"] = field(default_factory=list)
+    """Kept until they have ended, as Python warns of one that is forgotten before."""
+
+    def create(self, body: dict[str, Any]) -> None:
+        """Start the job. Raises RejectedError if its folder exists already."""
+        name = body["metadata"]["name"]
+        workspace, records = self._workspace(name), self._records(name)
+        if workspace.exists():
+            raise RejectedError(f"{workspace} exists already: choose another name, or remove the folder")
+        command = [sys.executable, "-m", "qlora_cli", "run", str(records / _MANIFEST), "--output=json"]
+        command += [f"--workspace={workspace}", *([f"--device={self.config.device}"] if self.config.device else [])]
+        command += [f"--volume={claim}={folder}" for claim, folder in self.config.volumes.items()]
+        command += [f"--config-map={each}={folder}" for each, folder in self.config.config_maps.items()]
+        with _explained():
+            records.mkdir(parents=True)
+            (records / _MANIFEST).write_text(json.dumps(body))
+            with (records / _OUTPUT).open("wb") as output:
+                # The lock goes with the process: while it runs nobody else gets one, in whatever process they are.
+                fcntl.flock(output, fcntl.LOCK_EX)
+                # A session of its own: to interrupt a notebook's cell must not stop the run.
+                started = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+            (records / _PROCESS).write_text(str(started.pid))
+        self._started[:] = [each for each in (*self._started, started) if each.poll() is None]
+
+    def get(self, name: str) -> Job:
+        """As the protocol says."""
+        records = self._records(name)
+        try:
+            written = records / _MANIFEST
+            body = json.loads(written.read_bytes())
+            started = f"{datetime.fromtimestamp(written.stat().st_mtime, UTC):%Y-%m-%dT%H:%M:%SZ}"
+        except FileNotFoundError:
+            raise MissingError(f"there is no job {name} in {self.config.folder}") from None
+        # Asked first: what a process prints before it ends must not be missed.
+        runs = self._runs(name)
+        found, rest = _parsed(self._lines(name))
+        status = local_status(found, started, runs=runs, error=rest[-1] if rest else "")
+        metadata = {**body["metadata"], "namespace": "local", "uid": name, "creationTimestamp": started}
+        spec = QLoRAJobDocument.model_validate(body).spec.dump()
+        return Job({**body, "metadata": metadata, "spec": spec, "status": status.dump()})
+
+    def find(self) -> list[Job]:
+        """As the protocol says."""
+        found = self.config.folder.glob(f"*/records/{_MANIFEST}")
+        return [self.get(path.parent.parent.name) for path in sorted(found)]
+
+    def logs(self, name: str, steps: Collection[StepName], *, follow: bool) -> Iterator[str]:
+        """As the protocol says; with `follow` until the job has ended."""
+        self.get(name)
+        read = 0
+        while True:
+            runs = self._runs(name)
+            lines = self._lines(name)
+            for line in lines[read:]:
+                record = decode_any_record(line)
+                if record is None or record.step in steps:
+                    yield line
+            read = len(lines)
+            if not (follow and runs):
+                return
+            self.sleep(_SECONDS_BETWEEN_LOOKS)
+
+    def events(self, job: Job) -> list[Event]:
+        """The results of its steps."""
+        results = [each for each in _parsed(self._lines(job.name))[0] if isinstance(each, ResultRecord)]
+        return [
+            Event(
+                datetime.fromisoformat(each.time),
+                "Normal" if each.outcome == "succeeded" else "Warning",
+                each.reason,
+                each.message,
+            )
+            for each in results
+        ]
+
+    def delete(self, job: Job) -> None:
+        """Stop the job, at a checkpoint if it trains, and forget it; its folder stays if spec.workspace.retain is true."""
+        # The second signal stops a step that does not save in time.
+        for _ in range(2):
+            deadline = self.monotonic() + _SECONDS_TO_STOP
+            if self._runs(job.name):
+                os.kill(int((self._records(job.name) / _PROCESS).read_text()), signal.SIGTERM)
+            while self._runs(job.name) and self.monotonic() < deadline:
+                self.sleep(_SECONDS_BETWEEN_LOOKS)
+        with _explained():
+            if job.retains_workspace:
+                (self._records(job.name) / _MANIFEST).unlink()
+            else:
+                shutil.rmtree(self._workspace(job.name))
+
+    def download(self, job: Job, target: Path) -> None:
+        """As the protocol says."""
+        fetch_adapter(job, target, self._open)
+
+    def histories(self, jobs: Sequence[Job]) -> Mapping[str, LossHistory]:
+        """Every step that the jobs have done."""
+        found = {}
+        for job in jobs:
+            metrics = WorkspaceLayout(self._workspace(job.name)).report / METRICS
+            with _explained():
+                # Without the last line while it is being written.
+                content = metrics.read_bytes().rpartition(b"\n")[0] if metrics.exists() else b""
+            found[job.name] = of_metrics(content)
+        return found
+
+    def model_config(self, spec: QLoRAJobSpec) -> Path | None:
+        """In the folder that stands for the model's claim."""
+        source = parse_source(spec.model.source)
+        if isinstance(source, VolumeSource) and source.claim in self.config.volumes:
+            return self.config.volumes[source.claim] / source.path / "config.json"
+        return None
+
+    def _open(self, address: str) -> AbstractContextManager[Folder]:
+        if address.startswith("/"):
+            return nullcontext(_LocalFolder(Path(address)))
+        source = parse_source(address)
+        if isinstance(source, VolumeSource):
+            return nullcontext(_LocalFolder(self.config.volumes[source.claim] / source.path))
+        from qlora_client.stores import open_store
+
+        return open_store(source, {})
+
+    def _workspace(self, name: str) -> Path:
+        return self.config.folder.absolute() / name
+
+    def _records(self, name: str) -> Path:
+        return WorkspaceLayout(self._workspace(name)).records
+
+    def _lines(self, name: str) -> list[str]:
+        """The complete lines of the run's output."""
+        with _explained():
+            content = (self._records(name) / _OUTPUT).read_text(errors="replace")
+        return content.split("\n")[:-1]
+
+    def _runs(self, name: str) -> bool:
+        with _explained(), (self._records(name) / _OUTPUT).open("rb") as output:
+            try:
+                fcntl.flock(output, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False
+
+
+def _parsed(lines: Sequence[str]) -> tuple[list[Record], list[str]]:
+    """The records in the lines, and the other lines that say something."""
+    decoded = [(line, decode_any_record(line)) for line in lines]
+    rest = [line.strip() for line, record in decoded if record is None and line.strip()]
+    return [record for _, record in decoded if record is not None], rest
