@@ -8,7 +8,7 @@ from typing import Any
 import click
 import yaml
 
-from docs import trainer_image
+from docs import python_reference, trainer_image
 from helm.values_schema import definitions
 from qlora_api.contract import ExitCode
 from qlora_api.crd import custom_resource_definition, default_sentence, sweep_definition
@@ -38,6 +38,7 @@ def pages() -> dict[Path, str]:
         "sweep.md": _sweep(),
         "chart.md": _chart(),
         "cli.md": _command_line(),
+        "python.md": _python(),
         "metrics.md": _metrics(),
         "exit-codes.md": _exit_codes(),
     }
@@ -142,6 +143,17 @@ def _command_line() -> str:
         "for what is on the Hub, in a bucket or in a registry. Exit codes are [those of the "
         "steps](exit-codes.md), or 1 for what a cluster denies, rejects or does not have.",
         *sections,
+    )
+
+
+def _python() -> str:
+    return _page(
+        "Python client",
+        "the docstrings of `cli/qlora_client`",
+        "`pip install '.[client]'` in a checkout installs it, and [Use the Python client](../how-to/python-client.md) "
+        "shows how. The models of a job, which `train` and `plan` take, are those of `qlora_api`: a class for each "
+        "object of the [QLoRAJob](resource.md), with the fields' names in snake_case.",
+        *python_reference.blocks(),
     )
 
 

@@ -283,10 +283,7 @@ def run(
     bar = progress_bar(console)
     try:
         displays = [_display(each, console, bar, named=len(runs) > 1, output=output) for each in runs]
-        if len(runs) == 1:
-            ended = [run_steps(runs[0], displays[0])]
-        else:
-            ended = run_jobs_together(workspace, runs, displays)
+        ended = [run_steps(runs[0], displays[0])] if len(runs) == 1 else run_jobs_together(workspace, runs, displays)
     except OSError as error:
         _fail(f"--workspace {workspace} cannot be written: {error.strerror}")
     finally:

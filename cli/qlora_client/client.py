@@ -56,7 +56,8 @@ class QLoRAClient:
         elif isinstance(config, LocalBackendConfig):
             self._backend = LocalBackend(config, sleep, monotonic)
         else:
-            raise ValueError(f"backend_config is {config!r}, must be a ClusterBackendConfig or a LocalBackendConfig")
+            found = f"backend_config is {config!r}"
+            raise ValueError(f"{found}, must be a ClusterBackendConfig or a LocalBackendConfig")  # noqa: TRY004
 
     def train(
         self,

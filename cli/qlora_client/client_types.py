@@ -43,7 +43,8 @@ class QLoRAJob:
         except ValidationError as error:
             [first, *_] = error.errors(include_url=False)
             field = ".".join(map(str, first["loc"]))
-            raise ClusterError(f"{job.name} has a {field} that this version of the client cannot read: upgrade it")
+            what = f"{job.name} has a {field} that this version of the client cannot read"
+            raise ClusterError(f"{what}: upgrade it") from None
         return cls(job.name, job.namespace, job.created, status.phase or "Pending", job.message, spec, status)
 
     @property

@@ -23,7 +23,10 @@ def smoothed(points: Mapping[int, float]) -> dict[int, float]:
 
 
 def draw_histories(histories: Mapping[str, LossHistory], axes: Any) -> Any:
-    """Draw training losses, as they are and smoothed, and held-out losses with dots, on matplotlib's axes; returns these."""
+    """Draw training losses, as they are and smoothed, and held-out losses with dots, on matplotlib's axes.
+
+    Returns the axes.
+    """
     # It takes a second to import, and is not needed for a picture in the terminal.
     from matplotlib.ticker import MaxNLocator
 

@@ -46,7 +46,7 @@ class LocalBackendConfig(BackendConfig):
     folder: Path = Path("runs")
     volumes: Mapping[str, Path] = {}
     config_maps: Mapping[str, Path] = {}
-    device: Literal["cpu", "cuda"] | None = None
+    device: Literal["cuda", "cpu"] | None = None
 
 
 @contextmanager
@@ -154,7 +154,7 @@ class LocalBackend:
         ]
 
     def delete(self, job: Job) -> None:
-        """Stop the job, at a checkpoint if it trains, and forget it; its folder stays if spec.workspace.retain is true."""
+        """Stop the job and forget it; its folder stays if spec.workspace.retain is true."""
         # The second signal stops a step that does not save in time.
         for _ in range(2):
             deadline = self.monotonic() + _SECONDS_TO_STOP

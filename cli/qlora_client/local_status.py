@@ -1,4 +1,4 @@
-"""The status of a job that runs on this machine, from the records of its steps, as the operator would report it; pure."""
+"""The status of a job of this machine, from the records of its steps, as the operator would report it; pure."""
 
 from collections.abc import Mapping, Sequence
 

@@ -79,7 +79,8 @@ def _forecast(
 def _fetched(spec: QLoRAJobSpec, folder: Path) -> Path:
     source = parse_source(spec.model.source)
     if not isinstance(source, HubSource):
-        raise ValueError(f"spec.model.source is {spec.model.source}: give the model's config.json with config")
+        found = f"spec.model.source is {spec.model.source}"
+        raise ValueError(f"{found}: give the model's config.json with config")  # noqa: TRY004 - found in a value
     try:
         # It takes most of a second to import.
         from qlora_client.stores import open_store

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from matplotlib.figure import Figure
 
 from devcluster.controlplane import ControlPlane
 from qlora_cli.__main__ import main
+from qlora_client import ClusterBackendConfig, QLoRAClient, Row
 from tests.support.claim_node import ClaimNode, claim_node
 from tests.support.reported import Reported, progress, reported
 from tests.support.typed import typed
@@ -114,6 +116,23 @@ def test_an_adapter_is_downloaded_with_the_users_own_rights_and_no_pod_is_left(
     }
     eventually(lambda: not node.readers(), seconds=30, what="no pod")
     assert "is there already" in run(team, "adapter", "plain", "--output", str(target), kubeconfig=user)
+
+
+def test_a_program_downloads_compares_and_draws(team: Reported, node: ClaimNode, tmp_path: Path) -> None:
+    ended_job(team, node, tmp_path, "drawn", lora={"rank": 8})
+    ended_job(team, node, tmp_path, "drawn-too", lora={"rank": 32})
+    user = team.kubeconfig(tmp_path, "program", JOBS, READER, EXEC)
+    client = QLoRAClient(ClusterBackendConfig(namespace=NAMESPACE, config_file=user))
+    target = client.get_adapter("drawn", tmp_path / "out")
+    assert (target / "adapter_model.safetensors").read_bytes() == WEIGHTS
+    compared = client.compare("drawn", "drawn-too")
+    assert Row("lora.rank", ("8", "32")) in compared.settings
+    assert Row("Best held-out loss", ("3.0000 at step 0", "3.0000 at step 0")) in compared.results
+    axes = Figure().add_subplot()
+    assert client.plot("drawn", "drawn-too", axes=axes) is axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["drawn", "drawn-too"]
+    assert list(axes.lines[0].get_ydata())[:2] == [2.98, 2.96]
+    eventually(lambda: not node.readers(), seconds=30, what="no pod")
 
 
 def test_an_adapter_that_was_changed_is_not_downloaded(team: Reported, node: ClaimNode, tmp_path: Path) -> None:

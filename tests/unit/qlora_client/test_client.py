@@ -1,0 +1,217 @@
+"""What a program sees of its jobs through QLoRAClient: values, waiting, plans, and errors of three kinds."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_api.dataset import DatasetSpec
+from qlora_api.model_and_output import BaseModelSpec
+from qlora_api.training import LoraSpec, ResourcesSpec, TrainingSpec
+from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_client import Comparison, LocalBackendConfig, QLoRAClient, QLoRAJob, Row
+from qlora_client.errors import UnreachableError
+from qlora_client.job import Job
+
+SPEC = QLoRAJobSpec(model=BaseModelSpec(source="hf://org/model"), dataset=DatasetSpec(source="hf://org/rows"))
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+
+
+def job(phase: str, message: str = "", **spec: Any) -> Job:
+    metadata = {"name": "demo", "namespace": "team", "uid": "1", "creationTimestamp": "2026-01-02T03:04:05Z"}
+    kind = phase if phase in ("Failed", "Suspended") else "Succeeded"
+    condition = {
+        "type": kind,
+        "status": "True",
+        "reason": phase,
+        "message": message,
+        "lastTransitionTime": "2026-01-02T03:04:05Z",
+    }
+    return Job(
+        {"metadata": metadata, "spec": SPEC.dump() | spec, "status": {"phase": phase, "conditions": [condition]}}
+    )
+
+
+class Scripted:
+    """A backend whose job is each time the next of these; an error is raised."""
+
+    def __init__(self, *moments: Job | Exception) -> None:
+        self.moments = iter(moments)
+
+    def get(self, name: str) -> Job:
+        moment = next(self.moments)
+        if isinstance(moment, Exception):
+            raise moment
+        return moment
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, clock: Clock, *moments: Job | Exception) -> QLoRAClient:
+    client = QLoRAClient(LocalBackendConfig(), sleep=clock.sleep, monotonic=clock.monotonic)
+    monkeypatch.setattr(client, "_backend", Scripted(*moments))
+    return client
+
+
+def test_waiting_ends_with_the_phase_and_tells_of_each_look(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    away = UnreachableError("the cluster cannot be reached")
+    client = scripted(monkeypatch, clock, job("Queued"), away, job("Training"), job("Succeeded"))
+    seen: list[str] = []
+    found = client.wait_for_job_status("demo", polling_interval=5, callbacks=[lambda each: seen.append(each.phase)])
+    assert found.phase == "Succeeded"
+    assert seen == ["Queued", "Training", "Succeeded"]
+    assert clock.now == 15
+
+
+def test_waiting_for_what_cannot_come_any_more_is_an_error(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    client = scripted(monkeypatch, clock, job("Failed", "DoesNotFit: a larger GPU"), job("Failed"), job("Succeeded"))
+    with pytest.raises(RuntimeError, match="demo has ended as Failed: DoesNotFit: a larger GPU"):
+        client.wait_for_job_status("demo")
+    assert client.wait_for_job_status("demo", status={"Succeeded", "Failed"}).phase == "Failed"
+    with pytest.raises(RuntimeError, match="demo has ended as Succeeded"):
+        client.wait_for_job_status("demo", status={"Training"})
+
+
+def test_waiting_ends_in_time_and_says_how_far_the_job_came(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    client = scripted(monkeypatch, clock, *[job("Queued")] * 99)
+    with pytest.raises(TimeoutError, match="demo has come to Queued in 60 s, and not to Succeeded"):
+        client.wait_for_job_status("demo", timeout=60, polling_interval=7)
+    assert clock.now <= 60
+    client = scripted(monkeypatch, clock, *[UnreachableError("the cluster is away")] * 99)
+    with pytest.raises(TimeoutError, match="not been seen, as the cluster is away"):
+        client.wait_for_job_status("demo", timeout=10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"status": {"Complete"}}, "status has Complete, must be of Pending, Preparing"),
+        ({"status": set()}, "there must be a phase"),
+        ({"timeout": 1, "polling_interval": 2}, "at most timeout"),
+        ({"polling_interval": 0}, "more than 0"),
+    ],
+)
+def test_waiting_rejects_arguments_that_make_no_sense(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        QLoRAClient(LocalBackendConfig()).wait_for_job_status("demo", **arguments)
+
+
+def test_fields_of_a_newer_version_are_ignored_and_values_of_it_are_said() -> None:
+    newer = QLoRAJob.of(job("Succeeded", lora={"rank": 8, "fromTheFuture": 1}))
+    assert newer.spec.lora.rank == 8
+    assert newer.ended
+    with pytest.raises(RuntimeError, match=r"demo has a lora\.rank that this version of the client cannot read"):
+        QLoRAJob.of(job("Succeeded", lora={"rank": "many"}))
+
+
+def test_wrong_arguments_are_value_errors(tmp_path: Path) -> None:
+    client = QLoRAClient(LocalBackendConfig(folder=tmp_path))
+    with pytest.raises(ValueError, match="step is 'node-0', must be one of prepare, train, publish"):
+        client.get_job_logs("demo", "node-0")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"metadata\.name"):
+        client.train(SPEC, name="No Name")
+    with pytest.raises(ValueError, match="found no name"):
+        client.compare()
+    with pytest.raises(ValueError, match="backend_config is 'cluster'"):
+        QLoRAClient("cluster")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_exist_is_a_runtime_error(tmp_path: Path) -> None:
+    client = QLoRAClient(LocalBackendConfig(folder=tmp_path))
+    with pytest.raises(RuntimeError, match="there is no job lost"):
+        client.get_job("lost")
+    with pytest.raises(RuntimeError, match="there is no job lost"):
+        list(client.get_job_logs("lost"))
+    with pytest.raises(RuntimeError, match="no kubeconfig can be read|kubeconfig cannot be read"):
+        from qlora_client import ClusterBackendConfig
+
+        QLoRAClient(ClusterBackendConfig(config_file=tmp_path / "none"))
+
+
+def changed(**parts: Any) -> QLoRAJobSpec:
+    return SPEC.model_copy(update=parts)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Iterator[Path]:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(LLAMA))
+    yield file
+
+
+def test_a_plan_judges_the_gpu_and_forecasts_its_hours(config: Path) -> None:
+    client = QLoRAClient(LocalBackendConfig())
+    fits = changed(resources=ResourcesSpec(gpu_memory=24), training=TrainingSpec(epochs=2))
+    plan = client.plan(fits, config=config, gpu_tflops=312, tokens=1_000_000, gpu_hour_price="2.50 EUR")
+    assert (plan.memory.verdict, plan.memory.source, plan.objection) == ("fits", "Table", None)
+    assert plan.memory.estimate_bytes is not None
+    assert plan.forecast is not None
+    # Six operations for each of 8.03e9 weights and 2e6 tokens, at 30 % of the GPU's speed.
+    hours = 6 * 8.03e9 * 2e6 / (0.3 * 312e12) / 3600
+    assert float(plan.forecast.gpu_hours) == pytest.approx(hours, abs=0.01)
+    assert plan.forecast.cost is not None
+    assert float(plan.forecast.cost.removesuffix(" EUR")) == pytest.approx(2.5 * hours, abs=0.02)
+    tight = changed(resources=ResourcesSpec(gpu_memory=8), training=TrainingSpec(max_sequence_length=8192))
+    objection = client.plan(tight, config=config).objection
+    assert objection is not None
+    assert "a GPU of 8 GiB" in objection
+
+
+def test_a_plan_says_what_a_forecast_lacks(config: Path) -> None:
+    client = QLoRAClient(LocalBackendConfig())
+    assert client.plan(SPEC, config=config).remark == "no forecast: give the GPU's speed with gpu_tflops"
+    assert "give the tokens of an epoch" in client.plan(SPEC, config=config, gpu_tflops=312).remark
+    steps = client.plan(changed(training=TrainingSpec(max_steps=3)), config=config, gpu_tflops=312)
+    assert steps.forecast is not None
+    assert "an upper bound" in steps.remark
+    with pytest.raises(ValueError, match="must be a price and its currency"):
+        client.plan(SPEC, config=config, gpu_hour_price="2.50")
+
+
+def test_a_plan_needs_a_config_that_can_be_read(tmp_path: Path) -> None:
+    client = QLoRAClient(LocalBackendConfig(volumes={"models": tmp_path}))
+    bucket = changed(model=BaseModelSpec(source="s3://bucket/model"))
+    with pytest.raises(ValueError, match="give the model's config.json with config"):
+        client.plan(bucket)
+    claim = changed(model=BaseModelSpec(source="pvc://models/base"))
+    with pytest.raises(ValueError, match=r"base/config\.json cannot be read"):
+        client.plan(claim)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="not a JSON object"):
+        client.plan(claim)
+    (tmp_path / "base" / "config.json").write_text(json.dumps(LLAMA))
+    assert client.plan(claim).memory.verdict == "unknown"
+    with pytest.raises(ValueError, match="targetModules"):
+        client.plan(claim.model_copy(update={"lora": LoraSpec(target_modules=("nothing",))}))
+
+
+def test_a_comparison_is_a_table_that_obeys_nothing() -> None:
+    comparison = Comparison(("a", "b"), (Row("lora.rank", ("<b>8", "16")),), (Row("Phase", ("Failed", "–")),), {})
+    assert str(comparison).splitlines() == ["           a       b", "lora.rank  <b>8    16", "Phase      Failed  –"]
+    assert "<td>&lt;b&gt;8</td>" in comparison._repr_html_()
