@@ -56,7 +56,7 @@ def test_a_job_is_stored_with_what_is_set_and_read_with_its_defaults(team: Repor
 
 def test_what_the_server_rejects_is_a_runtime_error_in_its_words(client: QLoRAClient) -> None:
     client.train(SPEC, name="twice")
-    with pytest.raises(RuntimeError, match='qlorajobs.qlora.dev "twice" already exists'):
+    with pytest.raises(RuntimeError, match='"twice" already exists'):
         client.train(SPEC, name="twice")
     with pytest.raises(RuntimeError, match="twice is Pending and has published no adapter"):
         client.get_adapter("twice")
@@ -127,7 +127,8 @@ from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_client import ClusterBackendConfig, QLoRAClient
 assert int(version("kubernetes").partition(".")[0]) < 36, version("kubernetes")
 shared = set(dir(TrainerClient)) & set(dir(QLoRAClient))
-assert {"train", "get_job", "list_jobs", "get_job_logs", "get_job_events", "wait_for_job_status", "delete_job"} <= shared
+ours = {"train", "get_job", "list_jobs", "get_job_logs", "get_job_events", "wait_for_job_status", "delete_job"}
+assert ours <= shared, ours - shared
 client = QLoRAClient(ClusterBackendConfig(namespace="programs", config_file=sys.argv[1]))
 spec = QLoRAJobSpec(model=BaseModelSpec(source="hf://org/m"), dataset=DatasetSpec(source="hf://org/rows"))
 name = client.train(spec)

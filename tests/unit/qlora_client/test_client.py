@@ -1,7 +1,6 @@
 """What a program sees of its jobs through QLoRAClient: values, waiting, plans, and errors of three kinds."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from qlora_api.dataset import DatasetSpec
 from qlora_api.model_and_output import BaseModelSpec
 from qlora_api.training import LoraSpec, ResourcesSpec, TrainingSpec
 from qlora_api.v1alpha1 import QLoRAJobSpec
-from qlora_client import Comparison, LocalBackendConfig, QLoRAClient, QLoRAJob, Row
+from qlora_client import ClusterBackendConfig, Comparison, LocalBackendConfig, QLoRAClient, QLoRAJob, Row
 from qlora_client.errors import UnreachableError
 from qlora_client.job import Job
 
@@ -147,9 +146,7 @@ def test_what_does_not_exist_is_a_runtime_error(tmp_path: Path) -> None:
         client.get_job("lost")
     with pytest.raises(RuntimeError, match="there is no job lost"):
         list(client.get_job_logs("lost"))
-    with pytest.raises(RuntimeError, match="no kubeconfig can be read|kubeconfig cannot be read"):
-        from qlora_client import ClusterBackendConfig
-
+    with pytest.raises(RuntimeError, match="kubeconfig"):
         QLoRAClient(ClusterBackendConfig(config_file=tmp_path / "none"))
 
 
@@ -158,10 +155,10 @@ def changed(**parts: Any) -> QLoRAJobSpec:
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Iterator[Path]:
+def config(tmp_path: Path) -> Path:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(LLAMA))
-    yield file
+    return file
 
 
 def test_a_plan_judges_the_gpu_and_forecasts_its_hours(config: Path) -> None:
@@ -196,7 +193,7 @@ def test_a_plan_says_what_a_forecast_lacks(config: Path) -> None:
 def test_a_plan_needs_a_config_that_can_be_read(tmp_path: Path) -> None:
     client = QLoRAClient(LocalBackendConfig(volumes={"models": tmp_path}))
     bucket = changed(model=BaseModelSpec(source="s3://bucket/model"))
-    with pytest.raises(ValueError, match="give the model's config.json with config"):
+    with pytest.raises(ValueError, match=r"give the model's config\.json with config"):
         client.plan(bucket)
     claim = changed(model=BaseModelSpec(source="pvc://models/base"))
     with pytest.raises(ValueError, match=r"base/config\.json cannot be read"):
