@@ -169,9 +169,10 @@ class QLoRAClient:
                 seen = f"come to {job.phase}"
             except UnreachableError as error:
                 seen = f"not been seen, as {error}"
-            if self._monotonic() + polling_interval > deadline:
+            left = deadline - self._monotonic()
+            if left <= 0:
                 raise TimeoutError(f"{name} has {seen} in {timeout:g} s, and not to {' or '.join(sorted(status))}")
-            self._sleep(polling_interval)
+            self._sleep(min(polling_interval, left))
 
     def delete_job(self, name: str) -> None:
         """Delete the job. Its workspace stays unless spec.workspace.retain is false.

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +29,7 @@ from qlora_client.local_status import local_status
 from qlora_client.published import Folder, OnBytes, PublishedFile
 
 _MANIFEST, _OUTPUT, _PROCESS = "manifest.json", "run.jsonl", "run.pid"
+_BLOCK_BYTES = 2**16
 _SECONDS_BETWEEN_LOOKS = 0.2
 _SECONDS_TO_STOP = 60.0
 
@@ -93,10 +94,11 @@ class LocalBackend:
         command += [f"--config-map={each}={folder}" for each, folder in self.config.config_maps.items()]
         with _explained():
             records.mkdir(parents=True)
-            (records / _MANIFEST).write_text(json.dumps(body))
             with (records / _OUTPUT).open("wb") as output:
                 # The lock goes with the process: while it runs nobody else gets one, in whatever process they are.
                 fcntl.flock(output, fcntl.LOCK_EX)
+                # After the output, which is looked for where there is a manifest.
+                (records / _MANIFEST).write_text(json.dumps(body))
                 # A session of its own: to interrupt a notebook's cell must not stop the run.
                 started = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
             (records / _PROCESS).write_text(str(started.pid))
@@ -105,12 +107,14 @@ class LocalBackend:
     def get(self, name: str) -> Job:
         """As the protocol says."""
         records = self._records(name)
+        written = records / _MANIFEST
         try:
-            written = records / _MANIFEST
             body = json.loads(written.read_bytes())
             started = f"{datetime.fromtimestamp(written.stat().st_mtime, UTC):%Y-%m-%dT%H:%M:%SZ}"
         except FileNotFoundError:
             raise MissingError(f"there is no job {name} in {self.config.folder}") from None
+        except ValueError as error:
+            raise ClusterError(f"{written} cannot be read: {error}") from None
         # Asked first: what a process prints before it ends must not be missed.
         runs = self._runs(name)
         found, rest = _parsed(self._lines(name))
@@ -127,18 +131,17 @@ class LocalBackend:
     def logs(self, name: str, steps: Collection[StepName], *, follow: bool) -> Iterator[str]:
         """As the protocol says; with `follow` until the job has ended."""
         self.get(name)
-        read = 0
-        while True:
-            runs = self._runs(name)
-            lines = self._lines(name)
-            for line in lines[read:]:
-                record = decode_any_record(line)
-                if record is None or record.step in steps:
-                    yield line
-            read = len(lines)
-            if not (follow and runs):
-                return
-            self.sleep(_SECONDS_BETWEEN_LOOKS)
+        rest = b""
+        with _explained(), (self._records(name) / _OUTPUT).open("rb") as output:
+            while True:
+                # Asked first: what a process prints before it ends must not be missed.
+                runs = self._runs(name)
+                while block := output.read(_BLOCK_BYTES):
+                    *lines, rest = (rest + block).split(b"\n")
+                    yield from (line for each in lines if _is_of(line := each.decode(errors="replace"), steps))
+                if not (follow and runs):
+                    return
+                self.sleep(_SECONDS_BETWEEN_LOOKS)
 
     def events(self, job: Job) -> list[Event]:
         """The results of its steps."""
@@ -158,8 +161,7 @@ class LocalBackend:
         # The second signal stops a step that does not save in time.
         for _ in range(2):
             deadline = self.monotonic() + _SECONDS_TO_STOP
-            if self._runs(job.name):
-                os.kill(int((self._records(job.name) / _PROCESS).read_text()), signal.SIGTERM)
+            self._stop(job.name)
             while self._runs(job.name) and self.monotonic() < deadline:
                 self.sleep(_SECONDS_BETWEEN_LOOKS)
         with _explained():
@@ -180,7 +182,10 @@ class LocalBackend:
             with _explained():
                 # Without the last line while it is being written.
                 content = metrics.read_bytes().rpartition(b"\n")[0] if metrics.exists() else b""
-            found[job.name] = of_metrics(content)
+            try:
+                found[job.name] = of_metrics(content)
+            except ValueError as error:
+                raise ClusterError(f"the metrics of {job.name} cannot be read: {error}") from None
         return found
 
     def model_config(self, spec: QLoRAJobSpec) -> Path | None:
@@ -190,11 +195,19 @@ class LocalBackend:
             return self.config.volumes[source.claim] / source.path / "config.json"
         return None
 
+    def _stop(self, name: str) -> None:
+        with _explained(), suppress(ProcessLookupError):
+            # Only while it runs: afterwards another process may have its number.
+            if self._runs(name):
+                os.kill(int((self._records(name) / _PROCESS).read_text()), signal.SIGTERM)
+
     def _open(self, address: str) -> AbstractContextManager[Folder]:
         if address.startswith("/"):
             return nullcontext(_LocalFolder(Path(address)))
         source = parse_source(address)
         if isinstance(source, VolumeSource):
+            if source.claim not in self.config.volumes:
+                raise ClusterError(f"the adapter is at {address}: give a folder for {source.claim} with volumes")
             return nullcontext(_LocalFolder(self.config.volumes[source.claim] / source.path))
         from qlora_client.stores import open_store
 
@@ -219,6 +232,12 @@ class LocalBackend:
             except BlockingIOError:
                 return True
             return False
+
+
+def _is_of(line: str, steps: Collection[StepName]) -> bool:
+    """Whether the line may be of one of the steps; one that is no record does not say."""
+    record = decode_any_record(line)
+    return record is None or record.step in steps
 
 
 def _parsed(lines: Sequence[str]) -> tuple[list[Record], list[str]]:
