@@ -75,7 +75,7 @@ def _described(docstring: str) -> Iterator[str]:
             yield _table(heading, ((name, _line(meaning)) for name, meaning in entries))
 
 
-def _fields(kind: type) -> str:
+def _fields(kind: Any) -> str:
     rows = []
     for name, _, meaning in _FIELD.findall(inspect.getsource(kind)):
         annotation = _short(str(inspect.get_annotations(kind, eval_str=False).get(name, "")))

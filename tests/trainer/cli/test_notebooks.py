@@ -23,8 +23,7 @@ SECONDS = 300
 @pytest.fixture
 def folder(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A reader's folder: the base model, and the data that the first notebook writes."""
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "base").symlink_to(tiny_llama)
+    shutil.copytree(tiny_llama, tmp_path / "models" / "base")
     write_rows(tmp_path / "data" / "train.jsonl", ROWS)
     for variable in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
         monkeypatch.setenv(variable, str(tmp_path / variable.lower()))
@@ -33,7 +32,7 @@ def folder(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def executed(name: str, folder: Path) -> list[Any]:
     """The outputs of the notebook's cells, all of which end without an error."""
-    notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
+    notebook = nbformat.read(NOTEBOOKS / name, as_version=4)  # type: ignore[no-untyped-call]
     NotebookClient(notebook, timeout=SECONDS, resources={"metadata": {"path": str(folder)}}).execute()
     return [output for cell in notebook.cells for output in cell.get("outputs", ())]
 
