@@ -62,7 +62,8 @@ def _with_result(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobStatus
         return with_training_facts(status, record)
     if record.step == "publish":
         published = status.model_copy(update={"adapter": record.adapter, "merged": record.merged})
-        return with_publication(published, record)
+        # A local run has no profile that names servers.
+        return with_publication(published, record, ())
     return status
 
 

@@ -1,10 +1,11 @@
 """Turns the records of the trainer into the figures that a status shows; pure."""
 
+from collections.abc import Collection
+
 from qlora_api.contract import REPORT_FILE, ProgressRecord, ResultRecord, nine_digits
 from qlora_api.duration import format_duration
 from qlora_api.status import CheckpointStatus, EvaluationStatus, ProgressStatus, QLoRAJobStatus, ReportStatus
 from qlora_api.tracking import SERVED_TRACKERS, TrackedRun, TrackingStatus
-from qlora_operator.decisions.observe import QLoRAJob
 
 _DECIMALS = 4
 """Of the figures that are only shown."""
@@ -81,15 +82,15 @@ def with_known_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobSt
     return status.model_copy(update=changes)
 
 
-def with_publication(status: QLoRAJobStatus, record: ResultRecord, job: QLoRAJob) -> QLoRAJobStatus:
-    """The status with what publish has left beside the adapter and on trackers."""
+def with_publication(status: QLoRAJobStatus, record: ResultRecord, report_to: Collection[str]) -> QLoRAJobStatus:
+    """The status with what publish has left beside the adapter and on trackers. `report_to`: those the job names."""
     report = None
     if record.adapter is not None and record.report_sha256 is not None:
         report = ReportStatus(uri=f"{record.adapter.uri}/{REPORT_FILE}", sha256=record.report_sha256)
-    return status.model_copy(update={"report": report, "tracking": _tracking(status, record, job)})
+    return status.model_copy(update={"report": report, "tracking": _tracking(status, record, report_to)})
 
 
-def _tracking(status: QLoRAJobStatus, record: ResultRecord, job: QLoRAJob) -> TrackingStatus | None:
+def _tracking(status: QLoRAJobStatus, record: ResultRecord, report_to: Collection[str]) -> TrackingStatus | None:
     """What has become of the run on each server that the job and its profile name; None if there is none.
 
     A trainer of an earlier release says nothing of a server that it does not know.
@@ -98,7 +99,7 @@ def _tracking(status: QLoRAJobStatus, record: ResultRecord, job: QLoRAJob) -> Tr
     silent: dict[str, TrackedRun] = {
         name: TrackedRun(message=_NOTHING_SAID)
         for name in SERVED_TRACKERS
-        if name in job.spec.training.report_to
+        if name in report_to
         and getattr(servers, name, None) is not None
         and getattr(record.tracking, name, None) is None
     }

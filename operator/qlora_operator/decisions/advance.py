@@ -166,7 +166,7 @@ def _complete(status: QLoRAJobStatus, facts: Facts, record: ResultRecord) -> QLo
     if step == "publish":
         base = status.base if record.base is None else record.base
         found = {"adapter": record.adapter, "merged": record.merged, "gate": record.gate, "base": base}
-        status = with_publication(status.model_copy(update=found), record, facts.job)
+        status = with_publication(status.model_copy(update=found), record, facts.job.spec.training.report_to)
         return succeed(status, facts)
     if step == "prepare":
         status = with_known_facts(status, record).model_copy(update={"progress": None})
