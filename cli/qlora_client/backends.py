@@ -43,7 +43,7 @@ class ClusterBackendConfig(BackendConfig):
 
 
 class Backend(Protocol):
-    """What differs between a cluster and this machine. Methods raise ClusterError."""
+    """What differs between a cluster and this machine. Methods raise ClusterError, and OSError for local files."""
 
     def create(self, body: dict[str, Any]) -> None:
         """Create the job with this manifest."""

@@ -26,8 +26,9 @@ _STEPS: tuple[StepName, ...] = get_args(StepName)
 class QLoRAClient:
     """Creates QLoRAJobs and follows them, in a cluster or on this machine.
 
-    Methods raise ValueError for arguments that cannot be right, TimeoutError, and RuntimeError for everything else; the
-    message is one sentence with what to do. What is waited for is logged by the logger `qlora_client`.
+    Methods raise ValueError for arguments that cannot be right, TimeoutError, OSError for a file of this machine, and
+    RuntimeError for everything else; the message is one sentence with what to do. What is waited for is logged by the
+    logger `qlora_client`.
     """
 
     def __init__(

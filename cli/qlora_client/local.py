@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,26 +50,16 @@ class LocalBackendConfig(BackendConfig):
     device: Literal["cuda", "cpu"] | None = None
 
 
-@contextmanager
-def _explained() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ClusterError(f"{error.filename} cannot be used: {error.strerror or error}") from error
-
-
 @dataclass(frozen=True)
 class _LocalFolder:
     path: Path
 
     def read(self, name: str, most: int) -> bytes:
-        with _explained():
-            return (self.path / name).read_bytes()[:most]
+        return (self.path / name).read_bytes()[:most]
 
     def fetch(self, files: Mapping[str, PublishedFile], into: Path, on_bytes: OnBytes) -> None:
-        with _explained():
-            for name in files:
-                shutil.copyfile(self.path / name, into / name)
+        for name in files:
+            shutil.copyfile(self.path / name, into / name)
 
 
 @dataclass(frozen=True)
@@ -92,16 +82,15 @@ class LocalBackend:
         command += [f"--workspace={workspace}", *([f"--device={self.config.device}"] if self.config.device else [])]
         command += [f"--volume={claim}={folder}" for claim, folder in self.config.volumes.items()]
         command += [f"--config-map={each}={folder}" for each, folder in self.config.config_maps.items()]
-        with _explained():
-            records.mkdir(parents=True)
-            with (records / _OUTPUT).open("wb") as output:
-                # The lock goes with the process: while it runs nobody else gets one, in whatever process they are.
-                fcntl.flock(output, fcntl.LOCK_EX)
-                # After the output, which is looked for where there is a manifest.
-                (records / _MANIFEST).write_text(json.dumps(body))
-                # A session of its own: to interrupt a notebook's cell must not stop the run.
-                started = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
-            (records / _PROCESS).write_text(str(started.pid))
+        records.mkdir(parents=True)
+        with (records / _OUTPUT).open("wb") as output:
+            # The lock goes with the process: while it runs nobody else gets one, in whatever process they are.
+            fcntl.flock(output, fcntl.LOCK_EX)
+            # After the output, which is looked for where there is a manifest.
+            (records / _MANIFEST).write_text(json.dumps(body))
+            # A session of its own: to interrupt a notebook's cell must not stop the run.
+            started = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        (records / _PROCESS).write_text(str(started.pid))
         self._started[:] = [each for each in (*self._started, started) if each.poll() is None]
 
     def get(self, name: str) -> Job:
@@ -132,7 +121,7 @@ class LocalBackend:
         """As the protocol says; with `follow` until the job has ended."""
         self.get(name)
         rest = b""
-        with _explained(), (self._records(name) / _OUTPUT).open("rb") as output:
+        with (self._records(name) / _OUTPUT).open("rb") as output:
             while True:
                 # Asked first: what a process prints before it ends must not be missed.
                 runs = self._runs(name)
@@ -164,11 +153,10 @@ class LocalBackend:
             self._stop(job.name)
             while self._runs(job.name) and self.monotonic() < deadline:
                 self.sleep(_SECONDS_BETWEEN_LOOKS)
-        with _explained():
-            if job.retains_workspace:
-                (self._records(job.name) / _MANIFEST).unlink()
-            else:
-                shutil.rmtree(self._workspace(job.name))
+        if job.retains_workspace:
+            (self._records(job.name) / _MANIFEST).unlink()
+        else:
+            shutil.rmtree(self._workspace(job.name))
 
     def download(self, job: Job, target: Path) -> None:
         """As the protocol says."""
@@ -179,9 +167,8 @@ class LocalBackend:
         found = {}
         for job in jobs:
             metrics = WorkspaceLayout(self._workspace(job.name)).report / METRICS
-            with _explained():
-                # Without the last line while it is being written.
-                content = metrics.read_bytes().rpartition(b"\n")[0] if metrics.exists() else b""
+            # Without the last line while it is being written.
+            content = metrics.read_bytes().rpartition(b"\n")[0] if metrics.exists() else b""
             try:
                 found[job.name] = of_metrics(content)
             except ValueError as error:
@@ -196,7 +183,7 @@ class LocalBackend:
         return None
 
     def _stop(self, name: str) -> None:
-        with _explained(), suppress(ProcessLookupError):
+        with suppress(ProcessLookupError):
             # Only while it runs: afterwards another process may have its number.
             if self._runs(name):
                 os.kill(int((self._records(name) / _PROCESS).read_text()), signal.SIGTERM)
@@ -221,12 +208,10 @@ class LocalBackend:
 
     def _lines(self, name: str) -> list[str]:
         """The complete lines of the run's output."""
-        with _explained():
-            content = (self._records(name) / _OUTPUT).read_text(errors="replace")
-        return content.split("\n")[:-1]
+        return (self._records(name) / _OUTPUT).read_text(errors="replace").split("\n")[:-1]
 
     def _runs(self, name: str) -> bool:
-        with _explained(), (self._records(name) / _OUTPUT).open("rb") as output:
+        with (self._records(name) / _OUTPUT).open("rb") as output:
             try:
                 fcntl.flock(output, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
