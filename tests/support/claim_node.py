@@ -80,8 +80,9 @@ class ClaimNode:
         }
         patch = {"status": {"phase": "Running", "containerStatuses": [running]}}
         options = ("--subresource=status", "--type=merge", f"--patch={json.dumps(patch)}")
-        self.plane.kubectl("patch", "pod", name, f"--namespace={self.namespace}", *options)
+        # Before the status: who sees that the pod runs, runs a command in it at once.
         self.pods.append(pod)
+        self.plane.kubectl("patch", "pod", name, f"--namespace={self.namespace}", *options)
 
     def folder(self, name: str) -> Path:
         """The folder of the claim that the pod has mounted."""
