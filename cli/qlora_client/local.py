@@ -59,7 +59,9 @@ class _LocalFolder:
 
     def fetch(self, files: Mapping[str, PublishedFile], into: Path, on_bytes: OnBytes) -> None:
         for name in files:
-            shutil.copyfile(self.path / name, into / name)
+            # One that is missing is found when what has arrived is compared with the manifest.
+            with suppress(FileNotFoundError):
+                shutil.copyfile(self.path / name, into / name)
 
 
 @dataclass(frozen=True)
@@ -76,46 +78,56 @@ class LocalBackend:
         """Start the job. Raises RejectedError if its folder exists already."""
         name = body["metadata"]["name"]
         workspace, records = self._workspace(name), self._records(name)
-        if workspace.exists():
-            raise RejectedError(f"{workspace} exists already: choose another name, or remove the folder")
-        command = [sys.executable, "-m", "qlora_cli", "run", str(records / _MANIFEST), "--output=json"]
+        try:
+            workspace.mkdir(parents=True)
+        except FileExistsError:
+            raise RejectedError(f"{workspace} exists already: choose another name, or remove the folder") from None
+        records.mkdir()
+        # Without the working directory in the path of modules: a user may have a click.py there.
+        command = [sys.executable, "-P", "-m", "qlora_cli", "run", str(records / _MANIFEST), "--output=json"]
         command += [f"--workspace={workspace}", *([f"--device={self.config.device}"] if self.config.device else [])]
         command += [f"--volume={claim}={folder}" for claim, folder in self.config.volumes.items()]
         command += [f"--config-map={each}={folder}" for each, folder in self.config.config_maps.items()]
-        records.mkdir(parents=True)
         with (records / _OUTPUT).open("wb") as output:
             # The lock goes with the process: while it runs nobody else gets one, in whatever process they are.
             fcntl.flock(output, fcntl.LOCK_EX)
-            # After the output, which is looked for where there is a manifest.
-            (records / _MANIFEST).write_text(json.dumps(body))
+            # After the output, which is looked for where there is a manifest; and whole, as others may look now.
+            partial = records / f"{_MANIFEST}.partial"
+            partial.write_text(json.dumps(body))
+            partial.rename(records / _MANIFEST)
             # A session of its own: to interrupt a notebook's cell must not stop the run.
-            started = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+            started = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
         (records / _PROCESS).write_text(str(started.pid))
         self._started[:] = [each for each in (*self._started, started) if each.poll() is None]
 
     def get(self, name: str) -> Job:
         """As the protocol says."""
-        records = self._records(name)
-        written = records / _MANIFEST
+        written = self._records(name) / _MANIFEST
         try:
-            body = json.loads(written.read_bytes())
-            started = f"{datetime.fromtimestamp(written.stat().st_mtime, UTC):%Y-%m-%dT%H:%M:%SZ}"
+            document = QLoRAJobDocument.model_validate_json(written.read_bytes(), extra="ignore")
+            created = written.stat()
+            # Asked first: what a process prints before it ends must not be missed.
+            runs = self._runs(name)
+            found, rest = _parsed(self._lines(name))
         except FileNotFoundError:
-            raise MissingError(f"there is no job {name} in {self.config.folder}") from None
+            raise self._missing(name) from None
         except ValueError as error:
             raise ClusterError(f"{written} cannot be read: {error}") from None
-        # Asked first: what a process prints before it ends must not be missed.
-        runs = self._runs(name)
-        found, rest = _parsed(self._lines(name))
+        started = f"{datetime.fromtimestamp(created.st_mtime, UTC):%Y-%m-%dT%H:%M:%SZ}"
         status = local_status(found, started, runs=runs, error=rest[-1] if rest else "")
-        metadata = {**body["metadata"], "namespace": "local", "uid": name, "creationTimestamp": started}
-        spec = QLoRAJobDocument.model_validate(body).spec.dump()
-        return Job({**body, "metadata": metadata, "spec": spec, "status": status.dump()})
+        metadata = {"name": name, "namespace": "local", "uid": str(created.st_mtime_ns), "creationTimestamp": started}
+        return Job({**document.dump(), "metadata": metadata, "status": status.dump()})
 
     def find(self) -> list[Job]:
         """As the protocol says."""
-        found = self.config.folder.glob(f"*/records/{_MANIFEST}")
-        return [self.get(path.parent.parent.name) for path in sorted(found)]
+        found = []
+        for path in sorted(self.config.folder.glob(f"*/records/{_MANIFEST}")):
+            # Another process may have deleted it meanwhile.
+            with suppress(MissingError):
+                found.append(self.get(path.parent.parent.name))
+        return found
 
     def logs(self, name: str, steps: Collection[StepName], *, follow: bool) -> Iterator[str]:
         """As the protocol says; with `follow` until the job has ended."""
@@ -129,6 +141,9 @@ class LocalBackend:
                     *lines, rest = (rest + block).split(b"\n")
                     yield from (line for each in lines if _is_of(line := each.decode(errors="replace"), steps))
                 if not (follow and runs):
+                    # The last words of a process may have no end.
+                    if rest and _is_of(last := rest.decode(errors="replace"), steps):
+                        yield last
                     return
                 self.sleep(_SECONDS_BETWEEN_LOOKS)
 
@@ -153,6 +168,8 @@ class LocalBackend:
             self._stop(job.name)
             while self._runs(job.name) and self.monotonic() < deadline:
                 self.sleep(_SECONDS_BETWEEN_LOOKS)
+        if self._runs(job.name):
+            raise ClusterError(f"{job.name} does not stop: end its process, then delete it again")
         if job.retains_workspace:
             (self._records(job.name) / _MANIFEST).unlink()
         else:
@@ -183,7 +200,8 @@ class LocalBackend:
         return None
 
     def _stop(self, name: str) -> None:
-        with suppress(ProcessLookupError):
+        # It has ended meanwhile, or its number is not written yet.
+        with suppress(ProcessLookupError, FileNotFoundError, ValueError):
             # Only while it runs: afterwards another process may have its number.
             if self._runs(name):
                 os.kill(int((self._records(name) / _PROCESS).read_text()), signal.SIGTERM)
@@ -207,16 +225,21 @@ class LocalBackend:
         return WorkspaceLayout(self._workspace(name)).records
 
     def _lines(self, name: str) -> list[str]:
-        """The complete lines of the run's output."""
-        return (self._records(name) / _OUTPUT).read_text(errors="replace").split("\n")[:-1]
+        """The lines of the run's output."""
+        return (self._records(name) / _OUTPUT).read_text(errors="replace").split("\n")
 
     def _runs(self, name: str) -> bool:
-        with (self._records(name) / _OUTPUT).open("rb") as output:
-            try:
+        try:
+            with (self._records(name) / _OUTPUT).open("rb") as output:
                 fcntl.flock(output, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            return False
+        except BlockingIOError:
+            return True
+        except FileNotFoundError:
+            raise self._missing(name) from None
+        return False
+
+    def _missing(self, name: str) -> MissingError:
+        return MissingError(f"there is no job {name} in {self.config.folder}")
 
 
 def _is_of(line: str, steps: Collection[StepName]) -> bool:

@@ -13,6 +13,7 @@ from qlora_api.figures import (
 from qlora_api.status import Condition, FailureStatus, Phase, QLoRAJobStatus, StepName
 
 _RUNNING: Mapping[StepName, Phase] = {"prepare": "Preparing", "train": "Training", "publish": "Publishing"}
+_SETTLED: frozenset[Phase] = frozenset({"Succeeded", "Failed", "Suspended"})
 _AFTER: Mapping[StepName, Phase] = {"prepare": "Training", "train": "Publishing", "publish": "Succeeded"}
 
 
@@ -31,19 +32,23 @@ def local_status(records: Sequence[Record], started: str, *, runs: bool, error: 
         else:
             status, phase = _with_result(status, record), _phase(record)
             message = record.message if record.outcome == "succeeded" else f"{record.reason}: {record.message}"
-    if not runs and phase not in ("Succeeded", "Failed", "Suspended"):
+    if not runs and phase not in _SETTLED:
         phase, message = "Failed", error or "the process has ended without a result"
-    if phase == "Succeeded" or not runs:
+    settled = phase in _SETTLED
+    if settled:
         status = without_remaining(status)
-    ended = phase in ("Succeeded", "Failed")
     condition = Condition(
-        type=phase if phase in ("Failed", "Suspended") else "Succeeded",
-        status="True" if not runs else "False",
+        type=phase if settled else "Succeeded",
+        status="True" if settled else "False",
         reason=phase,
         message=message,
         last_transition_time=time,
     )
-    changes = {"phase": phase, "conditions": (condition,), "completion_time": time if ended else None}
+    changes = {
+        "phase": phase,
+        "conditions": (condition,),
+        "completion_time": time if settled and phase != "Suspended" else None,
+    }
     return status.model_copy(update=changes)
 
 

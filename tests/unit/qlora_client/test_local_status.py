@@ -84,3 +84,10 @@ def test_a_failure_has_its_reason_and_a_process_that_was_killed_its_last_words()
     assert (failed.last_failure.exit_code, failed.last_failure.step) == (11, "prepare")
     assert message(shown(progress("train"), runs=False, error="Killed")) == "Killed"
     assert message(shown(runs=False)) == "the process has ended without a result"
+
+
+def test_a_job_whose_process_is_about_to_end_has_ended() -> None:
+    ending = shown(TRAINED, PUBLISHED)
+    assert (ending.phase, ending.completion_time) == ("Succeeded", TIME)
+    assert [(condition.type, condition.status) for condition in ending.conditions] == [("Succeeded", "True")]
+    assert shown(result("train", "interrupted"), runs=False).completion_time is None
