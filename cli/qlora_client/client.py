@@ -1,5 +1,6 @@
 """QLoRAClient: jobs from Python, with the method names of Kubeflow's TrainerClient."""
 
+import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import UTC, datetime
@@ -19,6 +20,7 @@ from qlora_client.job_name import generated_name
 from qlora_client.local import LocalBackend, LocalBackendConfig
 from qlora_client.planning import make_plan
 
+_LOGGER = logging.getLogger("qlora_client")
 _PHASES: tuple[Phase, ...] = get_args(Phase)
 _STEPS: tuple[StepName, ...] = get_args(StepName)
 
@@ -99,10 +101,18 @@ class QLoRAClient:
     def list_jobs(self) -> list[QLoRAJob]:
         """All jobs of the namespace, or of the folder of runs.
 
+        One with values that only a newer version of the client can read is logged and left out.
+
         Raises:
             RuntimeError: They cannot be read.
         """
-        return [QLoRAJob.of(job) for job in self._backend.find()]
+        jobs = []
+        for found in self._backend.find():
+            try:
+                jobs.append(QLoRAJob.of(found))
+            except ClusterError as error:
+                _LOGGER.warning("%s", error)
+        return jobs
 
     def get_job_logs(self, name: str, step: StepName | None = None, *, follow: bool = False) -> Iterator[str]:
         """The lines that the job's steps print, pod by pod, as they arrive.

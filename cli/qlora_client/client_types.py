@@ -39,12 +39,13 @@ class QLoRAJob:
         try:
             # What a newer version has added is ignored, as with other clients of the API.
             spec = QLoRAJobSpec.model_validate(job.spec, extra="ignore")
-            status = QLoRAJobStatus.model_validate({"phase": "Pending", **job.status})
+            # Said here too: the profile in it forbids what it does not know.
+            status = QLoRAJobStatus.model_validate({"phase": "Pending", **job.status}, extra="ignore")
         except ValidationError as error:
             [first, *_] = error.errors(include_url=False)
             field = ".".join(map(str, first["loc"]))
-            what = f"{job.name} has a {field} that this version of the client cannot read"
-            raise ClusterError(f"{what}: upgrade it") from None
+            what = f"{job.name} has a {field or 'spec'} that this version of the client cannot read"
+            raise ClusterError(f"{what} ({first['msg']}): upgrade it") from None
         return cls(job.name, job.namespace, job.created, status.phase or "Pending", job.message, spec, status)
 
     @property

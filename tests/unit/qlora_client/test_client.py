@@ -1,6 +1,7 @@
 """What a program sees of its jobs through QLoRAClient: values, waiting, plans, and errors of three kinds."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,9 @@ class Scripted:
         if isinstance(moment, Exception):
             raise moment
         return moment
+
+    def find(self) -> list[Job]:
+        return [moment for moment in self.moments if isinstance(moment, Job)]
 
 
 class Clock:
@@ -125,6 +129,26 @@ def test_fields_of_a_newer_version_are_ignored_and_values_of_it_are_said() -> No
     assert newer.ended
     with pytest.raises(RuntimeError, match=r"demo has a lora\.rank that this version of the client cannot read"):
         QLoRAJob.of(job("Succeeded", lora={"rank": "many"}))
+    with pytest.raises(RuntimeError, match="demo has a phase that this version"):
+        QLoRAJob.of(job("Archived"))
+
+
+def test_a_profile_of_a_newer_operator_keeps_no_job_from_being_read() -> None:
+    profile = {"image": f"registry/trainer@sha256:{'a' * 64}", "fromTheFuture": 1}
+    resolved = {"contractVersion": 1, "claimName": "c", "claimCreated": True, "workspacePath": "w", "profile": profile}
+    body = dict(job("Training").body)
+    newer = QLoRAJob.of(Job({**body, "status": {**body["status"], "resolved": resolved}}))
+    assert newer.status.resolved is not None
+    assert newer.status.resolved.workspace_path == "w"
+
+
+def test_a_job_that_only_a_newer_version_can_read_hides_no_other(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = scripted(monkeypatch, clock, job("Archived"), job("Training"))
+    with caplog.at_level(logging.WARNING, "qlora_client"):
+        assert [each.phase for each in client.list_jobs()] == ["Training"]
+    assert "demo has a phase that this version of the client cannot read" in caplog.text
 
 
 def test_wrong_arguments_are_value_errors(tmp_path: Path) -> None:
