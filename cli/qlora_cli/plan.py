@@ -1,7 +1,6 @@
 """Shows the GPU memory that a job needs: by component, compared with the GPU, and what to change if it does not fit."""
 
 import importlib.util
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.failures import bad_configuration, model_unavailable, unreachable
 from qlora_trainer.model.dry_run.limited import INSTALL, DryRunFailed, measure_within_limits
 from qlora_trainer.model.job_memory import JobMemory, Measure, MeasuredJob, measured_further
-from qlora_trainer.model.memory_fit import job_of_table, read_shape, training_shape
+from qlora_trainer.model.memory_fit import job_of_table, read_shape, training_shape, type_of_model
 
 GPU_SIZES_GIB = (16, 24, 32, 40, 48, 80, 96, 141)
 COLORS = {"fits": "green", "tight": "yellow", "exceeds": "red"}
@@ -93,13 +92,6 @@ def make_plan(
         unknown=unknown,
         one_row=_cost_of_one_row(spec, config),
     )
-
-
-def type_of_model(config: Path) -> str:
-    """The model's type in its config.json; empty if it has none. Raises StepFailure if that is not a JSON object."""
-    read_shape(config)
-    found = json.loads(config.read_bytes()).get("model_type")
-    return found if isinstance(found, str) else ""
 
 
 def _cost_of_one_row(spec: QLoRAJobSpec, config: Path) -> str:

@@ -18,12 +18,12 @@ from qlora_api.memory.one_row import ONE_ROW_MODEL_TYPES
 from qlora_api.repeated_cell import repeated_cell
 from qlora_api.sweep import Cell, QLoRASweepDocument, cells, pods
 from qlora_api.v1alpha1 import ObjectMeta, QLoRAJobDocument
-from qlora_cli.plan import GPU_SIZES_GIB, MemoryPlan, gib, make_plan, show_origin, type_of_model
+from qlora_cli.plan import GPU_SIZES_GIB, MemoryPlan, gib, make_plan, show_origin
 from qlora_cli.plan_together import colored, make_joint_plan, once
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.model.dry_run.limited import measure_together_within_limits, measure_within_limits
 from qlora_trainer.model.job_memory import Measure
-from qlora_trainer.model.memory_fit import training_shape
+from qlora_trainer.model.memory_fit import training_shape, type_of_model
 from qlora_trainer.model.memory_together import MeasurePasses
 
 # The operator creates the claim of a sweep that names none; no memory depends on its name.

@@ -23,7 +23,6 @@ from qlora_cli.plan import (
     make_plan,
     show_components,
     show_origin,
-    type_of_model,
 )
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.core.measured_memory import MeasuredMemory
@@ -34,6 +33,7 @@ from qlora_trainer.model.dry_run.limited import (
     measure_within_limits,
 )
 from qlora_trainer.model.job_memory import Measure
+from qlora_trainer.model.memory_fit import type_of_model
 from qlora_trainer.model.memory_together import MeasurePasses, memory_together
 
 

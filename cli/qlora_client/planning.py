@@ -63,6 +63,8 @@ def _forecast(
         return None, "no forecast: give the GPU's speed with gpu_tflops"
     if not gpu_tflops > 0:
         raise ValueError(f"gpu_tflops is {gpu_tflops}, must be more than 0")
+    if of_epoch is not None and of_epoch < 1:
+        raise ValueError(f"tokens is {of_epoch}, must be 1 or more")
     if parameters is None:
         return None, "no forecast: how many weights each token is multiplied by is not known for this model"
     if tokens is None:

@@ -212,6 +212,8 @@ def test_a_plan_says_what_a_forecast_lacks(config: Path) -> None:
     assert "an upper bound" in steps.remark
     with pytest.raises(ValueError, match="must be a price and its currency"):
         client.plan(SPEC, config=config, gpu_hour_price="2.50")
+    with pytest.raises(ValueError, match="tokens is -5, must be 1 or more"):
+        client.plan(SPEC, config=config, gpu_tflops=312, tokens=-5)
 
 
 def test_a_plan_needs_a_config_that_can_be_read(tmp_path: Path) -> None:
@@ -225,6 +227,9 @@ def test_a_plan_needs_a_config_that_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="not a JSON object"):
+        client.plan(claim)
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**LLAMA, "model_type": []}))
+    with pytest.raises(ValueError, match="model_type"):
         client.plan(claim)
     (tmp_path / "base" / "config.json").write_text(json.dumps(LLAMA))
     assert client.plan(claim).memory.verdict == "unknown"

@@ -47,6 +47,13 @@ def read_shape(config: Path) -> ModelShape | None:
         raise bad_configuration(f"the model's {config.name} is not a JSON object ({error})") from error
 
 
+def type_of_model(config: Path) -> str:
+    """The model's type in its config.json; empty if it has none. Raises StepFailure if that is not a JSON object."""
+    read_shape(config)
+    found = json.loads(config.read_bytes()).get("model_type")
+    return found if isinstance(found, str) else ""
+
+
 def training_shape(spec: QLoRAJobSpec, target_modules: Iterable[str]) -> TrainingShape:
     """The settings of a job that decide its memory.
 
@@ -153,7 +160,7 @@ class MemoryFit:
 
         Otherwise as `of` does. Raises StepFailure BAD_CONFIGURATION.
         """
-        shape, rows_apart = read_shape(config), _keeps_rows_apart(config)
+        shape, rows_apart = read_shape(config), type_of_model(config) not in ONE_ROW_MODEL_TYPES
         if shape is not None:
             job = job_of_table(shape, training_shape(spec, spec.lora.target_modules))
             if not job.is_rough:
@@ -164,10 +171,6 @@ class MemoryFit:
         """Raise StepFailure DOES_NOT_FIT, with the first advice, if the job cannot run."""
         if self.objection is not None:
             raise StepFailure(ExitCode.DOES_NOT_FIT, self.objection)
-
-
-def _keeps_rows_apart(config: Path) -> bool:
-    return json.loads(config.read_bytes()).get("model_type") not in ONE_ROW_MODEL_TYPES
 
 
 def _judged(job: JobMemory, gpu_gib: int | None, remark: str, rows_apart: bool) -> MemoryFit:
