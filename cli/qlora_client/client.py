@@ -13,7 +13,7 @@ from qlora_api.v1alpha1 import API_VERSION, KIND, QLoRAJobDocument, QLoRAJobSpec
 from qlora_client.backends import Backend, BackendConfig, ClusterBackend, ClusterBackendConfig
 from qlora_client.client_types import Comparison, Plan, QLoRAJob
 from qlora_client.comparison import Compared, differing_settings, results
-from qlora_client.errors import ClusterError, UnreachableError
+from qlora_client.errors import ClusterError, MissingError, UnreachableError
 from qlora_client.events import Event
 from qlora_client.figure import draw_histories
 from qlora_client.job_name import generated_name
@@ -141,7 +141,7 @@ class QLoRAClient:
     def wait_for_job_status(
         self,
         name: str,
-        status: Collection[str] = frozenset({"Succeeded"}),
+        status: Collection[Phase] = frozenset({"Succeeded"}),
         timeout: float = 600,
         polling_interval: float = 2,
         callbacks: Collection[Callable[[QLoRAJob], None]] | None = None,
@@ -158,19 +158,25 @@ class QLoRAClient:
         Raises:
             ValueError: A phase that does not exist, or seconds that make no sense.
             TimeoutError: The job is in none of the phases in time.
-            RuntimeError: It has failed, or ended otherwise, so that it will not be in any of them.
+            RuntimeError: It has failed, or ended otherwise, so that it will not be in any of them; or it is deleted.
         """
-        if unknown := sorted(set(status) - set(_PHASES)):
-            raise ValueError(f"status has {', '.join(unknown)}, must be of {', '.join(_PHASES)}")
+        if not set(status) <= set(_PHASES):
+            raise ValueError(f"status is {status!r}, must be a set of {', '.join(_PHASES)}")
         if not status or not 0 < polling_interval <= timeout:
             raise ValueError(
                 f"found {len(status)} phases, timeout {timeout} and polling_interval {polling_interval}: there must be "
                 "a phase, and polling_interval must be more than 0 and at most timeout"
             )
-        deadline, seen = self._monotonic() + timeout, "not been reached"
+        deadline, seen, uid = self._monotonic() + timeout, "not been reached", ""
         while True:
             try:
-                job = self.get_job(name)
+                found = self._backend.get(name)
+            except UnreachableError as error:
+                seen = f"not been seen, as {error}"
+            else:
+                if uid not in ("", found.uid):
+                    raise MissingError(f"{name} has been deleted, and another job has its name now")
+                uid, job = found.uid, QLoRAJob.of(found)
                 for callback in callbacks or ():
                     callback(job)
                 if job.phase in status:
@@ -178,8 +184,6 @@ class QLoRAClient:
                 if job.ended:
                     raise ClusterError(f"{name} has ended as {job.phase}{f': {job.message}' if job.message else ''}")
                 seen = f"come to {job.phase}"
-            except UnreachableError as error:
-                seen = f"not been seen, as {error}"
             left = deadline - self._monotonic()
             if left <= 0:
                 raise TimeoutError(f"{name} has {seen} in {timeout:g} s, and not to {' or '.join(sorted(status))}")

@@ -27,8 +27,8 @@ LLAMA = {
 }
 
 
-def job(phase: str, message: str = "", **spec: Any) -> Job:
-    metadata = {"name": "demo", "namespace": "team", "uid": "1", "creationTimestamp": "2026-01-02T03:04:05Z"}
+def job(phase: str, message: str = "", uid: str = "1", **spec: Any) -> Job:
+    metadata = {"name": "demo", "namespace": "team", "uid": uid, "creationTimestamp": "2026-01-02T03:04:05Z"}
     kind = phase if phase in ("Failed", "Suspended") else "Succeeded"
     condition = {
         "type": kind,
@@ -109,10 +109,26 @@ def test_waiting_ends_in_time_and_says_how_far_the_job_came(monkeypatch: pytest.
         client.wait_for_job_status("demo", timeout=10)
 
 
+def test_waiting_does_not_go_over_to_a_new_job_of_the_same_name(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    client = scripted(monkeypatch, clock, job("Training"), job("Succeeded", uid="2"))
+    with pytest.raises(RuntimeError, match="demo has been deleted, and another job has its name now"):
+        client.wait_for_job_status("demo")
+
+
+def test_an_error_of_a_callback_ends_the_waiting(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    def fails(_job: QLoRAJob) -> None:
+        raise UnreachableError("another cluster is away")
+
+    client = scripted(monkeypatch, clock, *[job("Training")] * 2)
+    with pytest.raises(UnreachableError, match="another cluster is away"):
+        client.wait_for_job_status("demo", callbacks=[fails])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"status": {"Complete"}}, "status has Complete, must be of Pending, Preparing"),
+        ({"status": {"Complete"}}, "status is {'Complete'}, must be a set of Pending, Preparing"),
+        ({"status": "Succeeded"}, "status is 'Succeeded', must be a set of Pending, Preparing"),
         ({"status": set()}, "there must be a phase"),
         ({"timeout": 1, "polling_interval": 2}, "at most timeout"),
         ({"polling_interval": 0}, "more than 0"),
