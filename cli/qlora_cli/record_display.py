@@ -19,8 +19,10 @@ class RecordDisplay:
         click.echo(encode_record(record))
 
     def end(self, step: StepName, result: ResultRecord | None, exit_code: int) -> None:
-        """Print the result, if the step has left one; the exit code of the command says the rest."""
-        if result is not None:
+        """Print the result; of a step that has left none, the exit code to standard error."""
+        if result is None:
+            click.echo(f"{step} has ended with exit code {exit_code} and without a result", err=True)
+        else:
             click.echo(encode_record(result))
 
     def not_trained(self, log: Path) -> None:
