@@ -39,7 +39,7 @@ class ClusterBackendConfig(BackendConfig):
 
     namespace: str | None = None
     context: str | None = None
-    config_file: Path | None = None
+    config_file: Path | str | None = None
 
 
 class Backend(Protocol):

@@ -44,9 +44,9 @@ class LocalBackendConfig(BackendConfig):
         device: What to train on; `cuda` if not set and there is a driver.
     """
 
-    folder: Path = Path("runs")
-    volumes: Mapping[str, Path] = {}
-    config_maps: Mapping[str, Path] = {}
+    folder: Path | str = "runs"
+    volumes: Mapping[str, Path | str] = {}
+    config_maps: Mapping[str, Path | str] = {}
     device: Literal["cuda", "cpu"] | None = None
 
 
@@ -123,7 +123,7 @@ class LocalBackend:
     def find(self) -> list[Job]:
         """As the protocol says."""
         found = []
-        for path in sorted(self.config.folder.glob(f"*/records/{_MANIFEST}")):
+        for path in sorted(Path(self.config.folder).glob(f"*/records/{_MANIFEST}")):
             # Another process may have deleted it meanwhile.
             with suppress(MissingError):
                 found.append(self.get(path.parent.parent.name))
@@ -196,7 +196,7 @@ class LocalBackend:
         """In the folder that stands for the model's claim."""
         source = parse_source(spec.model.source)
         if isinstance(source, VolumeSource) and source.claim in self.config.volumes:
-            return self.config.volumes[source.claim] / source.path / "config.json"
+            return Path(self.config.volumes[source.claim]) / source.path / "config.json"
         return None
 
     def _stop(self, name: str) -> None:
@@ -213,13 +213,13 @@ class LocalBackend:
         if isinstance(source, VolumeSource):
             if source.claim not in self.config.volumes:
                 raise ClusterError(f"the adapter is at {address}: give a folder for {source.claim} with volumes")
-            return nullcontext(_LocalFolder(self.config.volumes[source.claim] / source.path))
+            return nullcontext(_LocalFolder(Path(self.config.volumes[source.claim]) / source.path))
         from qlora_client.stores import open_store
 
         return open_store(source, {})
 
     def _workspace(self, name: str) -> Path:
-        return self.config.folder.absolute() / name
+        return Path(self.config.folder).absolute() / name
 
     def _records(self, name: str) -> Path:
         return WorkspaceLayout(self._workspace(name)).records

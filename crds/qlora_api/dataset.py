@@ -17,28 +17,30 @@ RowFormat = Literal["chat", "sharegpt", "instruction", "prompt-completion", "tex
 class Columns(ApiModel):
     """Names of the data set's columns, if they differ from those of the format."""
 
-    messages: ColumnName | None = Field(None, description="Format chat: the list of {role, content}.")
-    instruction: ColumnName | None = Field(None, description="Format instruction: the instruction.")
-    input: ColumnName | None = Field(None, description="Format instruction: optional further input.")
-    output: ColumnName | None = Field(None, description="Format instruction: the answer.")
+    messages: ColumnName | None = Field(default=None, description="Format chat: the list of {role, content}.")
+    instruction: ColumnName | None = Field(default=None, description="Format instruction: the instruction.")
+    input: ColumnName | None = Field(default=None, description="Format instruction: optional further input.")
+    output: ColumnName | None = Field(default=None, description="Format instruction: the answer.")
     prompt: ColumnName | None = Field(
-        None,
+        default=None,
         description="Format prompt-completion: the prompt. Format preference: the prompt, as text or as a list of "
         "{role, content}; optional where chosen and rejected are whole conversations.",
     )
-    completion: ColumnName | None = Field(None, description="Format prompt-completion: the completion.")
-    conversations: ColumnName | None = Field(None, description="Format sharegpt: the list of {from, value}.")
-    system: ColumnName | None = Field(None, description="Formats sharegpt and instruction: optional system message.")
+    completion: ColumnName | None = Field(default=None, description="Format prompt-completion: the completion.")
+    conversations: ColumnName | None = Field(default=None, description="Format sharegpt: the list of {from, value}.")
+    system: ColumnName | None = Field(
+        default=None, description="Formats sharegpt and instruction: optional system message."
+    )
     tools: ColumnName | None = Field(
-        None, description="Formats chat, sharegpt and preference: optional tools (JSON schemas)."
+        default=None, description="Formats chat, sharegpt and preference: optional tools (JSON schemas)."
     )
-    text: ColumnName | None = Field(None, description="Format text: the text.")
+    text: ColumnName | None = Field(default=None, description="Format text: the text.")
     chosen: ColumnName | None = Field(
-        None, description="Format preference: the better answer, as text or as a list of {role, content}."
+        default=None, description="Format preference: the better answer, as text or as a list of {role, content}."
     )
-    rejected: ColumnName | None = Field(None, description="Format preference: the worse answer, like chosen.")
+    rejected: ColumnName | None = Field(default=None, description="Format preference: the worse answer, like chosen.")
     check: ColumnName | None = Field(
-        None,
+        default=None,
         description="Any format with answers: the row's own check for gate.score, a regular expression as text, or a "
         "JSON schema as text or object. Every row that may be held out must have one.",
     )
@@ -72,30 +74,34 @@ class EvalSpec(ApiModel):
     )
 
     source: DatasetAddress | None = Field(
-        None, description="Address of the evaluation rows, in the format of the training rows; of a mix's first source."
+        default=None,
+        description="Address of the evaluation rows, in the format of the training rows; of a mix's first source.",
     )
     revision: Revision | None = Field(
-        None,
+        default=None,
         description="Branch, tag or commit of an hf:// source; if not set, that of the training rows for the same "
         "repository, main for another.",
     )
     config: ColumnName | None = Field(
-        None,
+        default=None,
         description="Configuration (subset) of an hf:// source that has several; if not set, that of the training rows "
         "for the same repository, default for another.",
     )
     split: ColumnName | None = Field(
-        None, description="Split of an hf:// source that has several; validation, or else test, if not set."
+        default=None, description="Split of an hf:// source that has several; validation, or else test, if not set."
     )
     sha256: Sha256 | None = Field(
-        None,
+        default=None,
         description="Expected SHA-256 of the evaluation's own data, as for dataset.sha256; not checked if not set.",
     )
     fraction: float | None = Field(
-        None, gt=0, lt=1, description="Fraction of the rows to hold out, of each source of a mix, by training.seed."
+        default=None,
+        gt=0,
+        lt=1,
+        description="Fraction of the rows to hold out, of each source of a mix, by training.seed.",
     )
     overlap: Literal["report", "refuse", "drop"] | None = Field(
-        None,
+        default=None,
         description="What to do about rows that are trained on and also held out, token for token: report counts them "
         "in status.dataset.overlapRows, refuse fails the job, drop leaves them out of training; report if not set.",
     )
@@ -121,7 +127,7 @@ class SystemPromptSpec(ApiModel):
 
     text: str = Field(max_length=16_384, pattern=r"\S", description="The system message.")
     mode: Literal["add", "replace"] = Field(
-        "add",
+        default="add",
         description="add gives it to the rows that have no system message of their own; replace to all rows, in place "
         "of their own.",
     )
@@ -157,18 +163,18 @@ class MixSource(ApiModel):
 
     source: DatasetAddress = Field(description=_ROWS_ADDRESS)
     weight: float | None = Field(
-        None,
+        default=None,
         gt=0,
         le=1_000_000,
         description="Share of the rows of each epoch, relative to the weights of the other sources. Set it for all "
         "sources or for none: without weights each row is in each epoch once.",
     )
-    revision: Revision | None = Field(None, description=_REVISION)
-    config: ColumnName | None = Field(None, description=_CONFIG)
-    split: ColumnName | None = Field(None, description=_SPLIT)
-    format: Literal["auto", RowFormat] = Field("auto", description=_FORMAT)
-    columns: Columns | None = Field(None, description=_COLUMNS)
-    sha256: Sha256 | None = Field(None, description=_SHA256)
+    revision: Revision | None = Field(default=None, description=_REVISION)
+    config: ColumnName | None = Field(default=None, description=_CONFIG)
+    split: ColumnName | None = Field(default=None, description=_SPLIT)
+    format: Literal["auto", RowFormat] = Field(default="auto", description=_FORMAT)
+    columns: Columns | None = Field(default=None, description=_COLUMNS)
+    sha256: Sha256 | None = Field(default=None, description=_SHA256)
 
     @model_validator(mode="after")
     def _parts_of_a_repository(self) -> Self:
@@ -224,45 +230,47 @@ class DatasetSpec(ApiModel):
         )
     )
 
-    source: DatasetAddress | None = Field(None, description=f"{_ROWS_ADDRESS} Set either source or mix.")
+    source: DatasetAddress | None = Field(default=None, description=f"{_ROWS_ADDRESS} Set either source or mix.")
     mix: tuple[MixSource, ...] | None = Field(
-        None,
+        default=None,
         min_length=1,
         max_length=MAX_MIX_SOURCES,
         description="Several sources instead of one. An epoch has as many rows as all of them have together; each "
         "source gives its share by weight, drawn anew in each epoch by training.seed.",
     )
-    revision: Revision | None = Field(None, description=_REVISION)
-    config: ColumnName | None = Field(None, description=_CONFIG)
+    revision: Revision | None = Field(default=None, description=_REVISION)
+    config: ColumnName | None = Field(default=None, description=_CONFIG)
     secret_ref: SecretRef | None = Field(
-        None, description="Credentials for reading s3://, gs:// or az:// data. Only the prepare step mounts them."
+        default=None,
+        description="Credentials for reading s3://, gs:// or az:// data. Only the prepare step mounts them.",
     )
-    format: Literal["auto", RowFormat] = Field("auto", description=_FORMAT)
-    columns: Columns | None = Field(None, description=_COLUMNS)
+    format: Literal["auto", RowFormat] = Field(default="auto", description=_FORMAT)
+    columns: Columns | None = Field(default=None, description=_COLUMNS)
     chat_template: TemplateAddress | None = Field(
-        None,
+        default=None,
         description=f"Chat template that rows are written with, instead of the model's own or where it has none: "
         f"{', '.join(TEMPLATE_NAMES)}, or configMap://NAME/KEY with a template in Jinja. It is published with the "
         "adapter, as chat_template.jinja.",
     )
     system_prompt: SystemPromptSpec | None = Field(
-        None, description="A system message for every row; only the rows' own if not set."
+        default=None, description="A system message for every row; only the rows' own if not set."
     )
-    split: ColumnName | None = Field(None, description=_SPLIT)
-    eval: EvalSpec | None = Field(None, description="Rows held out for evaluation; none if not set.")
+    split: ColumnName | None = Field(default=None, description=_SPLIT)
+    eval: EvalSpec | None = Field(default=None, description="Rows held out for evaluation; none if not set.")
     max_samples: int | None = Field(
-        None, ge=1, le=2**31 - 1, description="Use only this many rows, the first ones; all if not set."
+        default=None, ge=1, le=2**31 - 1, description="Use only this many rows, the first ones; all if not set."
     )
     shuffle: bool = Field(
-        False, description="Choose the maxSamples rows at random, by training.seed, instead of using the first ones."
+        default=False,
+        description="Choose the maxSamples rows at random, by training.seed, instead of using the first ones.",
     )
     deduplicate: bool | None = Field(
-        None,
+        default=None,
         description="Leave out training rows whose tokens are those of an earlier row, also of another source of the "
         "mix; they are trained on if not set. status.dataset.duplicateRows counts them in any case. Rows of "
         "eval.source that are equal to an earlier one there are left out too.",
     )
-    sha256: Sha256 | None = Field(None, description=_SHA256)
+    sha256: Sha256 | None = Field(default=None, description=_SHA256)
 
     @property
     def training_sources(self) -> Mapping[str, MixSource]:

@@ -32,24 +32,24 @@ class ScoreSpec(ApiModel):
         "computing to check."
     )
     json_schema: Annotated[str, Field(min_length=1, max_length=MAX_SCHEMA_CHARACTERS)] | None = Field(
-        None,
+        default=None,
         alias="schema",
         description="Check jsonSchema: the schema, as JSON text; draft 2020-12 if $schema does not name another. It "
         "may refer to its own parts ($ref), not to other documents. Not set if each row brings its own.",
     )
     pattern: Annotated[str, Field(min_length=1, max_length=MAX_PATTERN_CHARACTERS)] | None = Field(
-        None,
+        default=None,
         description="Check regex: a regular expression of Python's re, found anywhere in the answer unless anchored. "
         "Not set if each row brings its own.",
     )
     rows: int = Field(
-        100,
+        default=100,
         ge=1,
         le=1000,
         description="How many held-out rows are answered at most, by the base and by the adapter. Their content "
         "decides which, so that they are the same for every seed.",
     )
-    max_new_tokens: int = Field(128, ge=1, le=1024, description="Tokens of the longest answer.")
+    max_new_tokens: int = Field(default=128, ge=1, le=1024, description="Tokens of the longest answer.")
 
     @model_validator(mode="after")
     def _own_fields_of_the_check(self) -> Self:
@@ -83,22 +83,22 @@ class GateSpec(ApiModel):
     )
 
     min_improvement: float | None = Field(
-        None,
+        default=None,
         ge=0,
         lt=1,
         description="By which share of the loss before training the held-out loss must at least have fallen: 0.1 is "
         "10 percent.",
     )
     max_eval_loss: float | None = Field(
-        None,
+        default=None,
         gt=0,
         le=1000,
         description="The highest held-out loss (natural log): per target token, or per pair if the objective compares "
         "answers.",
     )
-    min_score: float | None = Field(None, ge=0, le=1, description="The lowest score of the adapter's answers.")
+    min_score: float | None = Field(default=None, ge=0, le=1, description="The lowest score of the adapter's answers.")
     score: ScoreSpec | None = Field(
-        None,
+        default=None,
         description="How answers are scored, at the end of the train step; not scored if not set. Fixed once the job "
         "exists. Without minScore the score is reported and requires nothing.",
     )

@@ -15,7 +15,7 @@ class GgufSpec(ApiModel):
     """The adapter as a GGUF file too, beside adapter_model.safetensors."""
 
     type: Literal["f16", "f32", "q8_0"] = Field(
-        "f16",
+        default="f16",
         description="Type of its numbers: 16 or 32 bits, or 8 with a scale for each 32 (in matrices whose rows are no "
         "multiple of 32, such as those of a smaller rank, f16).",
     )

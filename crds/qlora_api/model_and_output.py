@@ -20,7 +20,7 @@ class SecretKeyRef(ApiModel):
 
     name: ObjectName = Field(description="Name of the Secret.")
     key: str = Field(
-        "token", min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$", description="Key in the Secret."
+        default="token", min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$", description="Key in the Secret."
     )
 
 
@@ -57,14 +57,14 @@ class BaseModelSpec(ApiModel):
         "namespace, mounted read-only and not copied)."
     )
     revision: Revision | None = Field(
-        None,
+        default=None,
         description="Branch, tag or commit of an hf:// model; main if not set. The status records its commit.",
     )
     token_secret_ref: SecretKeyRef | None = Field(
-        None, description="Token for gated or private repositories. Only the prepare step mounts it."
+        default=None, description="Token for gated or private repositories. Only the prepare step mounts it."
     )
     secret_ref: SecretRef | None = Field(
-        None,
+        default=None,
         description="Credentials for reading an s3://, gs://, az:// or oci:// model. Only the prepare step mounts "
         "them.",
     )
@@ -101,13 +101,13 @@ class InitialAdapterSpec(ApiModel):
         "workspace."
     )
     sha256: str | None = Field(
-        None,
+        default=None,
         pattern=r"^[0-9a-f]{64}$",
         max_length=64,
         description="SHA-256 of adapter_model.safetensors; any other file is rejected. Not compared if not set.",
     )
     secret_ref: SecretRef | None = Field(
-        None,
+        default=None,
         description="Credentials for reading the source. Only the prepare step mounts them. Without it, an hf:// "
         "adapter is read with model.tokenSecretRef.",
     )
@@ -123,7 +123,8 @@ class MergedSpec(ApiModel):
     """The adapter merged into the dequantized base, in bfloat16: a plain model that any server loads."""
 
     destination: FolderAddress | None = Field(
-        None, description="Folder for the merged model, as output.destination; `merged/` in the workspace if not set."
+        default=None,
+        description="Folder for the merged model, as output.destination; `merged/` in the workspace if not set.",
     )
 
 
@@ -176,36 +177,37 @@ class OutputSpec(ApiModel):
     )
 
     destination: FolderAddress | None = Field(
-        None,
+        default=None,
         description="Folder for the adapter: pvc://CLAIM/PATH, s3://BUCKET/PATH, gs://BUCKET/PATH, "
         "az://CONTAINER/PATH, hf://ORG/NAME (created as a private repository if there is none) or "
         "oci://REGISTRY/REPOSITORY:TAG; `adapter/` in the workspace if not set.",
     )
     secret_ref: SecretRef | None = Field(
-        None,
+        default=None,
         description="Credentials for writing to the destination. Publish mounts them, and prepare, which tries them.",
     )
     merged: MergedSpec | None = Field(
-        None, description="Also publish the adapter merged into the dequantized base; not merged if not set."
+        default=None, description="Also publish the adapter merged into the dequantized base; not merged if not set."
     )
     base: PublishedBaseSpec | None = Field(
-        None, description="Also publish the 4-bit base that the adapter was trained on; not published if not set."
+        default=None,
+        description="Also publish the 4-bit base that the adapter was trained on; not published if not set.",
     )
     report: Literal["full", "withoutSamples", "none"] | None = Field(
-        None,
+        default=None,
         description="The page report.html beside the adapter: without the sample answers, which show rows of the data "
         "(withoutSamples, also if not set), with them (full), or not at all (none). The workspace has it in full.",
     )
     tracking: TrackingSpec | None = Field(
-        None,
+        default=None,
         description="How the history of the run is uploaded to the servers of the trackers in training.reportTo, if "
         "the profile names them.",
     )
     gguf: GgufSpec | None = Field(
-        None, description="Also publish the adapter as a GGUF file, for llama.cpp and Ollama; none if not set."
+        default=None, description="Also publish the adapter as a GGUF file, for llama.cpp and Ollama; none if not set."
     )
     announce: AnnounceSpec | None = Field(
-        None, description="Announce the finished adapter to servers; not announced if not set."
+        default=None, description="Announce the finished adapter to servers; not announced if not set."
     )
 
     @property

@@ -109,17 +109,17 @@ class Toleration(ApiModel):
     )
 
     key: LabelKey | None = Field(
-        None, description="Key of the taint; any taint if not set, which needs operator Exists."
+        default=None, description="Key of the taint; any taint if not set, which needs operator Exists."
     )
     operator: Literal["Exists", "Equal"] | None = Field(
-        None, description="How key and value compare; Equal if not set."
+        default=None, description="How key and value compare; Equal if not set."
     )
-    value: LabelValue | None = Field(None, description="Value of the taint.")
+    value: LabelValue | None = Field(default=None, description="Value of the taint.")
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
-        None, description="Effect of the taint; all effects if not set."
+        default=None, description="Effect of the taint; all effects if not set."
     )
     toleration_seconds: int | None = Field(
-        None, ge=0, le=2**31 - 1, description="Seconds that a NoExecute taint is tolerated; forever if not set."
+        default=None, ge=0, le=2**31 - 1, description="Seconds that a NoExecute taint is tolerated; forever if not set."
     )
 
     @model_validator(mode="after")

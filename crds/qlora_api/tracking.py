@@ -33,10 +33,10 @@ class TrackingSpec(ApiModel):
     """How publish uploads the history of the run to the servers that the profile names."""
 
     secret_ref: TrackingSecretRef | None = Field(
-        None, description="Credentials for these servers. Only publish mounts them, and waits for none."
+        default=None, description="Credentials for these servers. Only publish mounts them, and waits for none."
     )
     experiment: str | None = Field(
-        None,
+        default=None,
         min_length=1,
         max_length=128,
         pattern=r"^[A-Za-z0-9][-A-Za-z0-9_.]*$",

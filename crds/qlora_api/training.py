@@ -16,9 +16,9 @@ ModuleName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za
 class QuantizationSpec(ApiModel):
     """How the base model is quantized: 4 bits per weight (arXiv 2305.14314). Computation is always in bfloat16."""
 
-    type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit data type: NormalFloat (nf4) or float (fp4).")
+    type: Literal["nf4", "fp4"] = Field(default="nf4", description="4-bit data type: NormalFloat (nf4) or float (fp4).")
     double_quant: bool = Field(
-        True, description="Quantize the quantization constants too: 4.127 instead of 4.5 bits per weight."
+        default=True, description="Quantize the quantization constants too: 4.127 instead of 4.5 bits per weight."
     )
 
 
@@ -36,47 +36,47 @@ class LoraSpec(ApiModel):
     )
 
     rank: int = Field(
-        64, ge=1, le=1024, description="Rank r of the adapter. A server must allow it (vLLM: --max-lora-rank)."
+        default=64, ge=1, le=1024, description="Rank r of the adapter. A server must allow it (vLLM: --max-lora-rank)."
     )
     alpha: int = Field(
-        16, ge=1, le=8192, description="Scaling numerator: the adapter's output is multiplied by alpha / rank."
+        default=16, ge=1, le=8192, description="Scaling numerator: the adapter's output is multiplied by alpha / rank."
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability on the adapter's input.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout probability on the adapter's input.")
     target_modules: tuple[ModuleName, ...] = Field(
-        ("all-linear",),
+        default=("all-linear",),
         min_length=1,
         max_length=32,
         description="Layers that get an adapter: all-linear (every linear layer of the decoder blocks, of a mixture of "
         "experts those that all tokens use), or names such as q_proj.",
     )
     use_rslora: bool = Field(
-        False, description="rsLoRA: scale by alpha / sqrt(rank) instead of alpha / rank (arXiv 2312.03732)."
+        default=False, description="rsLoRA: scale by alpha / sqrt(rank) instead of alpha / rank (arXiv 2312.03732)."
     )
     use_dora: bool = Field(
-        False,
+        default=False,
         description="DoRA: train magnitude and direction separately (arXiv 2402.09353). Slower; not served by vLLM.",
     )
     initialization: Literal["default", "loftq"] = Field(
-        "default",
+        default="default",
         description="How A and B are initialized: default (B is 0), or loftq, which compensates for the quantization "
         "error (arXiv 2310.08659).",
     )
     layers_to_transform: Annotated[tuple[BlockNumber, ...], Field(min_length=1, max_length=256)] | None = Field(
-        None, description="Indices of the decoder blocks that get an adapter, from 0; all if not set."
+        default=None, description="Indices of the decoder blocks that get an adapter, from 0; all if not set."
     )
     modules_to_save: (
         Annotated[tuple[Literal["embed_tokens", "lm_head"], ...], Field(min_length=1, max_length=2)] | None
     ) = Field(
-        None,
+        default=None,
         description="Modules that are trained in full, in 16-bit, and saved with the adapter: the token embeddings "
         "(embed_tokens), the output layer (lm_head). Costs memory; few servers load such an adapter.",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32",
+        default="float32",
         description="Type of the stored adapter weights. bfloat16 saves memory but loses small updates.",
     )
     initial_adapter: InitialAdapterSpec | None = Field(
-        None,
+        default=None,
         alias="from",
         description="An earlier adapter to train further, instead of a new one. The base, rank, alpha, useRslora, "
         "useDora, modulesToSave and the adapted layers must be those of that adapter.",
@@ -93,14 +93,14 @@ class PreferenceSpec(ApiModel):
     """How strongly an objective that compares two answers moves the model."""
 
     beta: float = Field(
-        0.1,
+        default=0.1,
         gt=0,
         le=100,
         description="dpo: how much the adapter is held to the base; a small value lets it go further. orpo: weight of "
         "the odds ratio beside the cross-entropy of the chosen answer (lambda of arXiv 2403.07691).",
     )
     label_smoothing: float = Field(
-        0.0,
+        default=0.0,
         ge=0,
         # Not below 0.5: the API server takes a whole number for too large then, 0 included.
         le=0.5,
@@ -128,7 +128,7 @@ class EarlyStoppingSpec(ApiModel):
         description="Evaluations in a row without an improvement after which training ends, as a success.",
     )
     min_delta: float = Field(
-        0.0,
+        default=0.0,
         ge=0,
         le=1000,
         description="By how much (nats per target token, or per pair if the objective compares answers) an evaluation "
@@ -170,46 +170,46 @@ class TrainingSpec(ApiModel):
     )
 
     objective: Literal["supervised", "dpo", "orpo"] | None = Field(
-        None,
+        default=None,
         description="What is minimized: the cross-entropy of the targets (supervised, also if not set); or, for data "
         "of format preference, the loss of direct preference optimization (dpo, arXiv 2305.18290), whose reference is "
         "the base without the adapter, or of odds ratio preference optimization (orpo, arXiv 2403.07691).",
     )
     preference: PreferenceSpec | None = Field(
-        None, description="Settings of the objectives dpo and orpo; their defaults if not set."
+        default=None, description="Settings of the objectives dpo and orpo; their defaults if not set."
     )
 
     epochs: int | None = Field(
-        None, ge=1, le=1000, description="Passes over the data; 1 if maxSteps is not set either."
+        default=None, ge=1, le=1000, description="Passes over the data; 1 if maxSteps is not set either."
     )
-    max_steps: int | None = Field(None, ge=1, le=10_000_000, description="Optimizer steps, instead of epochs.")
+    max_steps: int | None = Field(default=None, ge=1, le=10_000_000, description="Optimizer steps, instead of epochs.")
     micro_batch_size: int = Field(
-        1,
+        default=1,
         ge=1,
         le=1024,
         description="Sequences in one forward pass. Costs GPU memory. 1 for a model that cannot keep rows apart.",
     )
     gradient_accumulation_steps: int = Field(
-        16, ge=1, le=4096, description="Micro batches in one optimizer step. Costs no memory."
+        default=16, ge=1, le=4096, description="Micro batches in one optimizer step. Costs no memory."
     )
     learning_rate: float = Field(
-        2e-4, gt=0, le=1, description="Peak learning rate. 1e-4 is advised above 13B parameters."
+        default=2e-4, gt=0, le=1, description="Peak learning rate. 1e-4 is advised above 13B parameters."
     )
     scheduler: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="Learning rate after the warm-up."
+        default="constant", description="Learning rate after the warm-up."
     )
     warmup_steps: int = Field(
-        0, ge=0, le=1_000_000, description="Optimizer steps over which the rate rises linearly from 0."
+        default=0, ge=0, le=1_000_000, description="Optimizer steps over which the rate rises linearly from 0."
     )
-    weight_decay: float = Field(0.0, ge=0, le=1, description="Decoupled weight decay.")
-    max_grad_norm: float = Field(0.3, gt=0, le=1000, description="Gradients are scaled down to this norm.")
+    weight_decay: float = Field(default=0.0, ge=0, le=1, description="Decoupled weight decay.")
+    max_grad_norm: float = Field(default=0.3, gt=0, le=1000, description="Gradients are scaled down to this norm.")
     auto_micro_batch: bool = Field(
-        False,
+        default=False,
         description="When the GPU runs out of memory, repeat the step with half the microBatchSize and twice the "
         "gradientAccumulationSteps, keep these for the rest of the run, and report the change.",
     )
     divergence_patience: int = Field(
-        20,
+        default=20,
         ge=0,
         le=10_000,
         description="Optimizer steps in a row with a loss or gradient norm far above that of the steps before, after "
@@ -218,60 +218,63 @@ class TrainingSpec(ApiModel):
         "fails for this. NaN and infinity fail at once.",
     )
     sharding: Literal["none", "full"] = Field(
-        "none",
+        default="none",
         description="With several GPUs: each holds the whole base (none), or a part of it (full, FSDP2), which is "
         "slower and needs less memory. full does not support merged output, samples or autoMicroBatch.",
     )
     report_to: Annotated[tuple[Literal["tensorboard", "mlflow", "wandb"], ...], Field(max_length=3)] = Field(
-        (),
+        default=(),
         description="Trackers that the curves are also written for, as files in report/ of the workspace. If the "
         "profile names a server of mlflow or wandb, publish uploads the run to it (output.tracking).",
     )
     optimizer: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw"] = Field(
-        "paged_adamw_32bit", description="AdamW with paged state in 32-bit or 8-bit, or PyTorch's AdamW."
+        default="paged_adamw_32bit", description="AdamW with paged state in 32-bit or 8-bit, or PyTorch's AdamW."
     )
     max_sequence_length: int = Field(
-        512,
+        default=512,
         ge=16,
         le=131_072,
         description="Tokens per sequence. Longer rows are left out and reported in status.dataset. A row of format "
         "preference has the tokens of both answers, each with the prompt.",
     )
     packing: bool = Field(
-        True,
+        default=True,
         description="Pack several rows into each sequence. Attention does not cross rows. Without effect on a model "
         "that cannot keep rows apart.",
     )
     train_on: TrainOn = Field(
-        "completion",
+        default="completion",
         description="Tokens that are trained on: those of every answer (completion), of the last answer of each row "
         "(last), of the assistant messages with train: true or weight: 1 (marked), or all.",
     )
     gradient_checkpointing: bool = Field(
-        True, description="Recompute activations in the backward pass. Saves much memory."
+        default=True, description="Recompute activations in the backward pass. Saves much memory."
     )
     eval_every_steps: int | None = Field(
-        None, ge=1, le=10_000_000, description="Optimizer steps between evaluations; only at start and end if not set."
+        default=None,
+        ge=1,
+        le=10_000_000,
+        description="Optimizer steps between evaluations; only at start and end if not set.",
     )
     keep: Literal["last", "best"] | None = Field(
-        None,
+        default=None,
         description="The adapter that is published: that of the last optimizer step, or of the evaluation with the "
         "lowest loss on the held-out rows (the first of equal ones; never the untrained one). best needs dataset.eval "
         "and evalEverySteps, and disk for up to three more adapters. last if not set.",
     )
     early_stopping: EarlyStoppingSpec | None = Field(
-        None,
+        default=None,
         description="End training once the loss on the held-out rows no longer falls; needs dataset.eval and "
         "evalEverySteps. Which adapter is published, keep says. Not set: train to the last step.",
     )
-    save_every_steps: int = Field(50, ge=1, le=10_000_000, description="Optimizer steps between checkpoints.")
+    save_every_steps: int = Field(default=50, ge=1, le=10_000_000, description="Optimizer steps between checkpoints.")
     samples: int = Field(
-        3,
+        default=3,
         ge=0,
         le=20,
         description="Number of prompts whose answers, without and with the adapter, are shown in the report.",
     )
-    seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of initialization, data order and dropout.")
+    seed: int = Field(default=0, ge=0, le=2**31 - 1, description="Seed of initialization, data order and dropout.")
 
     @model_validator(mode="after")
     def _only_one_length(self) -> Self:
@@ -310,27 +313,29 @@ class ResourcesSpec(ApiModel):
     """GPUs, CPU and memory of each train pod, and the number of these pods."""
 
     gpus: int = Field(
-        1,
+        default=1,
         ge=1,
         le=MAX_GPUS,
         description="GPUs of each train pod. With several, each trains on its share of every step's micro batches; the "
         "result is that of one GPU, up to rounding. Make gradientAccumulationSteps a multiple of gpus × nodes.",
     )
     nodes: int | None = Field(
-        None,
+        default=None,
         ge=1,
         le=MAX_NODES,
         description="Train pods, each with its own gpus, cpu and memory, that train one adapter together; 1 if not "
         "set. Several need a workspace that is ReadWriteMany, and a profile whose workspace.topology is shared.",
     )
     gpu_memory: int | None = Field(
-        None,
+        default=None,
         ge=1,
         le=1024,
         description="Memory of each GPU in GiB. If set, prepare, which has no GPU, rejects a job that cannot fit.",
     )
-    cpu: Quantity | None = Field(None, description="CPU cores of each train pod; the profile's if not set.")
-    memory: Quantity | None = Field(None, description="Host memory of each train pod; the profile's if not set.")
+    cpu: Quantity | None = Field(default=None, description="CPU cores of each train pod; the profile's if not set.")
+    memory: Quantity | None = Field(
+        default=None, description="Host memory of each train pod; the profile's if not set."
+    )
 
     @property
     def node_count(self) -> int:

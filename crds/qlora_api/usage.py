@@ -18,7 +18,7 @@ class BudgetSpec(ApiModel):
     """What the job may cost."""
 
     gpu_hours: GpuHours | None = Field(
-        None,
+        default=None,
         description="GPU hours that the train pods may use in total: one GPU for one hour is 1. Then the job saves a "
         "checkpoint and fails with the reason BudgetExceeded; raise this and retry.request to go on from there. No "
         "limit if not set, except that of the profile.",

@@ -47,17 +47,18 @@ class WorkspaceSpec(ApiModel):
     )
 
     claim_name: ObjectName | None = Field(
-        None, description="An existing PersistentVolumeClaim of this namespace. The job uses a folder of its own in it."
+        default=None,
+        description="An existing PersistentVolumeClaim of this namespace. The job uses a folder of its own in it.",
     )
     size: Quantity | None = Field(
-        None, description="Size of the claim to create, for example 100Gi; the profile's if not set."
+        default=None, description="Size of the claim to create, for example 100Gi; the profile's if not set."
     )
-    storage_class_name: ObjectName | None = Field(None, description="StorageClass; the profile's if not set.")
+    storage_class_name: ObjectName | None = Field(default=None, description="StorageClass; the profile's if not set.")
     access_modes: Annotated[tuple[AccessMode, ...], Field(min_length=1, max_length=3)] | None = Field(
-        None, description="Access modes; the profile's if not set."
+        default=None, description="Access modes; the profile's if not set."
     )
     retain: bool = Field(
-        True,
+        default=True,
         description="Keep the claim, and the adapter on it, when the job is deleted; false deletes it with the job.",
     )
 
@@ -87,22 +88,22 @@ class SchedulingSpec(ApiModel):
     )
 
     profile: str = Field(
-        DEFAULT_PROFILE,
+        default=DEFAULT_PROFILE,
         min_length=1,
         max_length=63,
         pattern=DNS_LABEL,
         description="The administrator's profile: image, nodes, limits.",
     )
-    priority_class_name: ObjectName | None = Field(None, description="PriorityClass of the pods.")
-    node_selector: NodeSelector | None = Field(None, description="Additional labels that the nodes must have.")
-    tolerations: Tolerations | None = Field(None, description="Additional taints that the pods tolerate.")
+    priority_class_name: ObjectName | None = Field(default=None, description="PriorityClass of the pods.")
+    node_selector: NodeSelector | None = Field(default=None, description="Additional labels that the nodes must have.")
+    tolerations: Tolerations | None = Field(default=None, description="Additional taints that the pods tolerate.")
     queue_name: ObjectName | None = Field(
-        None,
+        default=None,
         description="LocalQueue of Kueue in which train waits for its GPUs; that of the QLoRAJob's label "
         "kueue.x-k8s.io/queue-name if not set, else none. Prepare and publish need no GPU and do not wait.",
     )
     queue_priority: ObjectName | None = Field(
-        None,
+        default=None,
         description="WorkloadPriorityClass of Kueue; that of the QLoRAJob's label kueue.x-k8s.io/priority-class if not "
         "set.",
     )
@@ -118,22 +119,22 @@ class RetrySpec(ApiModel):
     """How often a step is retried after failures and resumed after interruptions."""
 
     max_failures: int = Field(
-        3, ge=0, le=20, description="How often a failed step is retried, with exponential back-off."
+        default=3, ge=0, le=20, description="How often a failed step is retried, with exponential back-off."
     )
     max_disruptions: int = Field(
-        20,
+        default=20,
         ge=0,
         le=1000,
         description="How often the job resumes after its pod was evicted, preempted or deleted. Suspensions, also by a "
         "queue, do not count.",
     )
     on_no_progress: Literal["report", "restart"] | None = Field(
-        None,
+        default=None,
         description="What to do about a step that makes no progress for progressDeadlineSeconds: report it in the "
         "condition Progressing, or also restart it from its checkpoint, which counts as a failure; report if not set.",
     )
     request: int | None = Field(
-        None,
+        default=None,
         ge=0,
         le=1_000_000,
         description="Raise it to retry a failed job: at the step that failed, from the last checkpoint, with fresh "
@@ -294,50 +295,51 @@ class QLoRAJobSpec(ApiModel):
 
     model: BaseModelSpec = Field(description="The base model.")
     dataset: DatasetSpec = Field(description="The training data.")
-    quantization: QuantizationSpec = Field(QuantizationSpec(), description="How the base model is quantized.")
-    lora: LoraSpec = Field(LoraSpec(), description="The adapter.")
-    training: TrainingSpec = Field(TrainingSpec(), description="The training run.")
-    output: OutputSpec = Field(OutputSpec(), description="Where the adapter is published.")
+    quantization: QuantizationSpec = Field(default=QuantizationSpec(), description="How the base model is quantized.")
+    lora: LoraSpec = Field(default=LoraSpec(), description="The adapter.")
+    training: TrainingSpec = Field(default=TrainingSpec(), description="The training run.")
+    output: OutputSpec = Field(default=OutputSpec(), description="Where the adapter is published.")
     gate: GateSpec | None = Field(
-        None,
+        default=None,
         description="How good the adapter must be to be published; not judged if not set. A change counts from the "
         "job's next step on, and for a failed job that is retried; removing the whole gate only for the latter.",
     )
     continues: JobName | None = Field(
-        None,
+        default=None,
         description="Another QLoRAJob of this namespace, whose run is taken up at its newest checkpoint. Model, data "
         "and settings that decide the adapter must be the same. Starts when that job has ended or is suspended.",
     )
     group: GroupSpec | None = Field(
-        None,
+        default=None,
         description="Trains this job together with others of this namespace, on one base in one pod; alone if not set. "
         "Model, quantization, training.gradientCheckpointing, workspace.claimName, scheduling and group.size must be "
         "the same in all of them.",
     )
-    workspace: WorkspaceSpec = Field(WorkspaceSpec(), description="The volume that the steps share.")
-    resources: ResourcesSpec = Field(ResourcesSpec(), description="GPUs, CPU and memory of the train pods.")
-    scheduling: SchedulingSpec = Field(SchedulingSpec(), description="Where the pods run.")
-    retry: RetrySpec = Field(RetrySpec(), description="How often a step is retried or resumed.")
+    workspace: WorkspaceSpec = Field(default=WorkspaceSpec(), description="The volume that the steps share.")
+    resources: ResourcesSpec = Field(default=ResourcesSpec(), description="GPUs, CPU and memory of the train pods.")
+    scheduling: SchedulingSpec = Field(default=SchedulingSpec(), description="Where the pods run.")
+    retry: RetrySpec = Field(default=RetrySpec(), description="How often a step is retried or resumed.")
     suspend: bool = Field(
-        False, description="true saves a checkpoint, stops the job and frees the GPU; false resumes it from there."
+        default=False,
+        description="true saves a checkpoint, stops the job and frees the GPU; false resumes it from there.",
     )
     active_deadline_seconds: int | None = Field(
-        None,
+        default=None,
         ge=1,
         le=2**31 - 1,
         description="Seconds that the steps may run in total, not counting time in queues and suspension; no limit if "
         "not set.",
     )
-    budget: BudgetSpec | None = Field(None, description="What the job may cost; no limit if not set.")
+    budget: BudgetSpec | None = Field(default=None, description="What the job may cost; no limit if not set.")
     progress_deadline_seconds: int | None = Field(
-        None,
+        default=None,
         ge=60,
         le=2**31 - 1,
         description="Seconds without any progress of a running step after which the condition Progressing becomes "
         "False; 3600 if not set. What happens then, retry.onNoProgress says.",
     )
     cleanup_after_seconds: int | None = Field(
-        None,
+        default=None,
         ge=0,
         le=2**31 - 1,
         description="Seconds from the end to the deletion of pods, checkpoints, prepared data and the base; never if "
