@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qlora_client.client_types import QLoRAJob as QLoRAJob
     from qlora_client.comparison import Row as Row
     from qlora_client.events import Event as Event
+    from qlora_client.history import LossHistory as LossHistory
     from qlora_client.local import LocalBackendConfig as LocalBackendConfig
 
 _PUBLIC = {
@@ -23,6 +24,7 @@ _PUBLIC = {
     "Plan": "client_types",
     "Comparison": "client_types",
     "Row": "comparison",
+    "LossHistory": "history",
     "Event": "events",
 }
 __all__ = list(_PUBLIC)

@@ -50,6 +50,7 @@ def shown(*records: Record, runs: bool = True, error: str = "") -> QLoRAJobStatu
         ((result("prepare"), TRAINED), True, "Publishing"),
         ((result("prepare"), TRAINED, PUBLISHED), False, "Succeeded"),
         ((result("train", "interrupted"),), False, "Suspended"),
+        ((result("train", "interrupted"), TRAINED, PUBLISHED), False, "Succeeded"),
         ((result("train", "failed", exit_code=13, reason="GPUOutOfMemory"),), False, "Failed"),
         ((progress("train"),), False, "Failed"),
         ((), False, "Failed"),
