@@ -5,6 +5,7 @@ Requests are made by path, because the client's classes for the core API take a 
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ _SILENT_SECONDS = 60
 _MERGE_PATCH = "application/merge-patch+json"
 _GONE = 410
 _KUBECONFIG = "set KUBECONFIG, or name one with --kubeconfig"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:_-]*")
+"""Of an object. The server reads a slash as the end of it, also one that is escaped: `demo/status` would be `demo`."""
 _OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
@@ -129,7 +132,7 @@ class Cluster:
 
     def get(self, resource: Resource, name: str) -> Object:
         """One object. Raises MissingError."""
-        return self._answer(Request("get", resource, self._scope(resource), name), "GET")
+        return self._answer(self._about("get", resource, name), "GET")
 
     def create(self, resource: Resource, body: Object, *, dry_run: bool = False) -> Object:
         """The object as the API server has stored it, or would (`dry_run`). Raises RejectedError.
@@ -141,13 +144,13 @@ class Cluster:
 
     def merge(self, resource: Resource, name: str, change: Object) -> Object:
         """The object after a JSON merge patch. Raises MissingError and RejectedError."""
-        request = Request("patch", resource, self.namespace, name)
+        request = self._about("patch", resource, name)
         return self._answer(request, "PATCH", body=change, content_type=_MERGE_PATCH)
 
     def delete(self, resource: Resource, name: str, uid: str) -> None:
         """Delete this very object: one that has replaced it stays. Raises MissingError and RejectedError."""
         options = {"preconditions": {"uid": uid}, "propagationPolicy": "Background"}
-        self._answer(Request("delete", resource, self.namespace, name), "DELETE", body=options)
+        self._answer(self._about("delete", resource, name), "DELETE", body=options)
 
     def changes(self, resource: Resource, name: str, version: str) -> Iterator[Object]:
         """The object after each change since `version`, its resourceVersion. Raises MissingError once it is deleted.
@@ -243,6 +246,11 @@ class Cluster:
     def within(self, namespace: str) -> "Cluster":
         """The same cluster, of which the user works in another namespace."""
         return Cluster(self._client, self._name, namespace, self._warn)
+
+    def _about(self, verb: str, resource: Resource, name: str) -> Request:
+        if not _NAME.fullmatch(name):
+            raise MissingError(f"there is none of {resource.plural} with the name {name!r}: no object can have it")
+        return Request(verb, resource, self._scope(resource), name)
 
     def _scope(self, resource: Resource) -> str | None:
         return self.namespace if resource.namespaced else None

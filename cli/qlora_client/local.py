@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qlora_api.contract import Record, ResultRecord, WorkspaceLayout, decode_any_record
+from qlora_api.profile import DNS_LABEL
 from qlora_api.sources import VolumeSource, parse_source
 from qlora_api.status import StepName
 from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
@@ -104,6 +106,8 @@ class LocalBackend:
 
     def get(self, name: str) -> Job:
         """As the protocol says."""
+        if not re.fullmatch(DNS_LABEL, name):
+            raise self._missing(name)
         written = self._records(name) / _MANIFEST
         try:
             document = QLoRAJobDocument.model_validate_json(written.read_bytes(), extra="ignore")

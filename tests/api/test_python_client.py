@@ -62,6 +62,16 @@ def test_what_the_server_rejects_is_a_runtime_error_in_its_words(client: QLoRACl
         client.get_adapter("twice")
 
 
+@pytest.mark.parametrize("name", ["", "named/status", "named?pretty=true", "../qlorajobs/named", "named%2Fstatus"])
+def test_a_name_leads_to_no_other_object(client: QLoRAClient, name: str) -> None:
+    if "named" not in [job.name for job in client.list_jobs()]:
+        client.train(SPEC, name="named")
+    for ask in (client.get_job, client.get_job_events, client.delete_job, client.compare):
+        with pytest.raises(RuntimeError, match="no object can have it"):
+            ask(name)
+    assert client.get_job("named").name == "named"
+
+
 def test_missing_rights_are_a_runtime_error_with_the_rule(team: Reported, tmp_path: Path) -> None:
     reader = {"apiGroups": ["qlora.dev"], "resources": ["qlorajobs"], "verbs": ["list"]}
     user = QLoRAClient(ClusterBackendConfig(config_file=team.kubeconfig(tmp_path, "reader", reader)))

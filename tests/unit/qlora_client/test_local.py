@@ -83,6 +83,16 @@ def test_a_run_takes_no_module_from_the_folder_of_its_user(tmp_path: Path, monke
     assert "give a folder for the claim" in failed.message
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "../outside", "inside/../../outside"])
+def test_a_name_leads_to_no_other_folder(tmp_path: Path, name: str) -> None:
+    for each in ("outside", "runs/inside"):
+        stored(tmp_path, each)
+    client = QLoRAClient(LocalBackendConfig(folder=tmp_path / "runs"))
+    with pytest.raises(RuntimeError, match="there is no job"):
+        client.delete_job(name)
+    assert (tmp_path / "outside" / "records" / "manifest.json").exists()
+
+
 def test_what_a_killed_process_printed_last_is_read_though_its_line_has_no_end(tmp_path: Path) -> None:
     stored(tmp_path, "killed", "loading\nout of memory")
     client = QLoRAClient(LocalBackendConfig(folder=tmp_path))
