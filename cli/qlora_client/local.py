@@ -154,13 +154,9 @@ class LocalBackend:
     def events(self, job: Job) -> list[Event]:
         """The results of its steps."""
         results = [each for each in _parsed(self._lines(job.name))[0] if isinstance(each, ResultRecord)]
+        kinds = {"succeeded": "Normal"}
         return [
-            Event(
-                datetime.fromisoformat(each.time),
-                "Normal" if each.outcome == "succeeded" else "Warning",
-                each.reason,
-                each.message,
-            )
+            Event(datetime.fromisoformat(each.time), kinds.get(each.outcome, "Warning"), each.reason, each.message)
             for each in results
         ]
 

@@ -44,11 +44,8 @@ def local_status(records: Sequence[Record], started: str, *, runs: bool, error: 
         message=message,
         last_transition_time=time,
     )
-    changes = {
-        "phase": phase,
-        "conditions": (condition,),
-        "completion_time": time if settled and phase != "Suspended" else None,
-    }
+    ended = phase in ("Succeeded", "Failed")
+    changes = {"phase": phase, "conditions": (condition,), "completion_time": time if ended else None}
     return status.model_copy(update=changes)
 
 
