@@ -84,7 +84,10 @@ class UsageStatus(ObservedModel):
         description="The latest train pods, oldest first. Earlier ones are in the sums.",
     )
     counted_until: Timestamp | None = Field(
-        None, description="Pods that were created until then and are not listed are in the sums already."
+        None, description="When the last pod was created that is in the sums and no longer listed."
+    )
+    ended_until: Timestamp | None = Field(
+        None, description="When the last of the pods that are in the sums and no longer listed had ended."
     )
 
 

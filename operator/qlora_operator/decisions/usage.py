@@ -2,8 +2,9 @@
 
 `status.usage.pods` has an entry for each of the latest pods, whose numbers only grow, and the sums grow by as much. So
 a pod counts once, whatever is observed how often and in which order, and after a restart as before. An entry is dropped
-once its pod has ended and many have come after it: what was created before then, and is not listed, has been counted.
-So it stays as long as an earlier pod is still to be listed.
+once its pod has ended and many have come after it. `countedUntil` is when the last pod without an entry was created,
+and `endedUntil` when the last of them had ended: a pod that was created before the one and has GPUs after the other
+waited for its node in between, and counts from then on. So whoever makes many pods of a job hides none of the others.
 
 The pod of a job that leads a group trains several jobs, each of which has an even part of its time: the leader counts
 it, and the others copy the entry from the leader's status.
@@ -25,9 +26,10 @@ from qlora_operator.decisions.observe import Pod, QLoRAJob, format_time, parse_t
 _KEPT_PODS = 8
 """Pods that have ended and are still listed; of several nodes, so many more as an attempt has pods."""
 _MOST_PODS = 88
-"""Own pods that have not ended and are listed. Somebody may make thousands that look like those of the Job."""
-_MOST_LISTED, _MOST_LISTED_ENDED = 240, 160
-"""Entries, up to which a pod that runs, and one that has ended, gets one: whoever makes pods can hold back entries."""
+"""Own pods that have not ended and are listed. Somebody may make thousands that look like those of the Job: as long as
+one of these holds back an entry, 88 count."""
+_MOST_LISTED = 160
+"""Entries, above which those of pods that have ended are dropped although an earlier pod is still to be listed."""
 _SEEN_AFTER = 60
 """Seconds for which a pod has its GPUs before it is listed, if its trainer does not run until then."""
 _LONGEST_UNCOUNTED = timedelta(minutes=5)
@@ -58,10 +60,8 @@ def count_usage(status: QLoRAJobStatus, facts: Facts, *, until_now: bool = False
         seconds += _part(entry, entry.seconds, gpus) - _counted(entries.get(entry.uid), "seconds", gpus)
         lost = _with_losses(lost, entries.get(entry.uid), entry, gpus)
     listed = sorted((entries | {entry.uid: entry for entry in changed}).values(), key=lambda each: each.created)
-    kept, until = _kept(listed, before.counted_until, facts.job, _next_to_list(listed, before, status, facts))
-    usage = before.model_copy(
-        update={"gpu_seconds": seconds, "lost_gpu_seconds": lost, "pods": kept, "counted_until": until}
-    )
+    kept = _kept(listed, before, _next_to_list(listed, before, status, facts), facts)
+    usage = before.model_copy(update={"gpu_seconds": seconds, "lost_gpu_seconds": lost, **kept})
     return status.model_copy(update={"usage": _for_people(usage, status)})
 
 
@@ -125,24 +125,22 @@ def _is_behind(entry: PodUsage, now: datetime) -> bool:
 def _observed(status: QLoRAJobStatus, facts: Facts, before: UsageStatus, *, current: bool) -> Iterator[PodUsage]:
     """The entries of the pods that are observed, as they are now."""
     listed = {entry.uid: entry for entry in before.pods}
-    room = min(_MOST_PODS - sum(entry.end is None for entry in before.pods), _MOST_LISTED - len(before.pods))
-    room_ended = _MOST_LISTED_ENDED - len(before.pods)
+    room = _MOST_PODS - sum(entry.end is None for entry in before.pods)
+    crowded = len(before.pods) + len(facts.observed.pods) > _MOST_LISTED
     for pod in facts.observed.pods:
         since, entry = _since(pod), listed.get(pod.uid)
         if since is None or not pod.name.startswith(_train(facts.job)):
             continue
         if entry is None:
-            if not _is_own(pod, status, facts) or _was_dropped(pod.created, before) or room <= 0:
+            due = pod.running or crowded or (facts.now - since).total_seconds() >= _SEEN_AFTER
+            if not _is_own(pod, status, facts) or not (_is_over(pod) or (room > 0 and due)):
                 continue
-            if not (pod.running or _is_over(pod) or (facts.now - since).total_seconds() >= _SEEN_AFTER):
+            uncounted = _uncounted_since(pod, since, before)
+            if uncounted is None:
                 continue
-            if _is_over(pod) and room_ended <= 0:
-                continue
-            room, room_ended = room - 1, room_ended - 1
-            jobs = _jobs(facts.job, status)
-            entry = PodUsage(
-                name=pod.name, uid=pod.uid, created=format_time(pod.created), since=format_time(since), jobs=jobs
-            )
+            room -= not _is_over(pod)
+            times = {"created": format_time(pod.created), "since": format_time(uncounted)}
+            entry = PodUsage(name=pod.name, uid=pod.uid, **times, jobs=_jobs(facts.job, status))
             yield _advanced(entry, pod, status, facts)
         elif (current or _is_over(pod) or _is_behind(entry, facts.now)) and not _ends_its_job(pod, facts):
             # Also if it had vanished: somebody may have hidden it from the watches.
@@ -162,8 +160,20 @@ def _ends_its_job(pod: Pod, facts: Facts) -> bool:
     return pod.decisive and not pod.detached and child is not None and not child.finished
 
 
-def _was_dropped(created: datetime, before: UsageStatus) -> bool:
-    return before.counted_until is not None and created <= parse_time(before.counted_until)
+def _uncounted_since(pod: Pod, since: datetime, before: UsageStatus) -> datetime | None:
+    """From when the time of a pod that is not listed is in no sum; None if all of it may be in one."""
+    dropped_until = _dropped_until(pod.created, before)
+    if dropped_until is None or not _is_over(pod):
+        return max(since, dropped_until or since)
+    finished = pod.termination.finished if pod.termination is not None else None
+    return max(since, dropped_until) if finished is not None and finished > dropped_until else None
+
+
+def _dropped_until(created: datetime, before: UsageStatus) -> datetime | None:
+    """Until when a pod that was created then, and is not listed, may be in the sums; None if it is not."""
+    if before.counted_until is None or created > parse_time(before.counted_until):
+        return None
+    return parse_time(before.ended_until or before.counted_until)
 
 
 def _train(job: QLoRAJob) -> str:
@@ -281,11 +291,33 @@ def _of_leader(facts: Facts, before: UsageStatus, *, current: bool) -> Iterator[
     for member in facts.group.others if facts.group is not None else ():
         trains = facts.job.uid in member.leads
         for entry in member.pods:
-            is_new = trains and entry.jobs > 1 and not _was_dropped(parse_time(entry.created), before)
-            counted = known.get(entry.uid, entry.model_copy(update={"seconds": 0}))
-            due = current or entry.end is not None or _is_behind(counted, facts.now)
-            if due and (entry.uid in known or is_new):
-                yield entry
+            old = known.get(entry.uid)
+            if old is None and not (trains and entry.jobs > 1 and _is_uncounted(entry, before)):
+                continue
+            start = parse_time(old.since) if old else _dropped_until(parse_time(entry.created), before)
+            counted = old or entry.model_copy(update={"seconds": 0})
+            if current or entry.end is not None or _is_behind(counted, facts.now):
+                yield entry if start is None else _from(start, entry)
+
+
+def _is_uncounted(entry: PodUsage, before: UsageStatus) -> bool:
+    """Whether some time of a leader's pod that is not listed here is in no sum."""
+    dropped_until = _dropped_until(parse_time(entry.created), before)
+    return dropped_until is None or entry.end is None or _last_counted(entry) > dropped_until
+
+
+def _from(start: datetime, entry: PodUsage) -> PodUsage:
+    """The entry without its time before `start`."""
+    earlier = max(0, int((start - parse_time(entry.since)).total_seconds()))
+    if not earlier:
+        return entry
+    seconds, startup = max(0, entry.seconds - earlier), max(0, entry.startup_seconds - earlier)
+    numbers = {
+        "seconds": seconds,
+        "startup_seconds": startup,
+        "lost_seconds": min(entry.lost_seconds, seconds - startup),
+    }
+    return entry.model_copy(update={"since": format_time(start), **numbers})
 
 
 def _merged(old: PodUsage | None, new: PodUsage) -> PodUsage:
@@ -319,30 +351,43 @@ def _with_losses(lost: LostGpuSeconds, old: PodUsage | None, new: PodUsage, gpus
 
 
 def _next_to_list(listed: list[PodUsage], before: UsageStatus, status: QLoRAJobStatus, facts: Facts) -> datetime | None:
-    """When the first pod was created that is to be listed yet, as it waits for its node or its first report."""
+    """When the first pod was created that has a node and is to be listed yet, as it waits for its first report."""
     known = {entry.uid for entry in listed}
     pods = (pod for pod in facts.observed.pods if pod.uid not in known and pod.name.startswith(_train(facts.job)))
-    own = (pod.created for pod in pods if not _is_over(pod) and _is_own(pod, status, facts))
+    own = (pod.created for pod in pods if has_gpus(pod) and _is_own(pod, status, facts))
     members = facts.group.others if facts.group is not None else ()
     copied = (
         parse_time(entry.created)
         for member in members
         for entry in member.pods
-        if facts.job.uid in member.leads and entry.jobs > 1 and entry.uid not in known
+        if facts.job.uid in member.leads and entry.jobs > 1 and entry.uid not in known and _is_uncounted(entry, before)
     )
-    return min((created for created in (*own, *copied) if not _was_dropped(created, before)), default=None)
+    return min((*own, *copied), default=None)
 
 
 def _kept(
-    entries: list[PodUsage], until: str | None, job: QLoRAJob, next_to_list: datetime | None
-) -> tuple[tuple[PodUsage, ...], str | None]:
-    """The entries that stay, and up to when pods that are not listed were created."""
-    surplus = sum(entry.end is not None for entry in entries) - _KEPT_PODS - job.spec.resources.node_count
-    oldest = [entry for entry in entries if entry.end is not None][: max(0, surplus)]
-    dropped = [entry for entry in oldest if next_to_list is None or parse_time(entry.created) < next_to_list]
-    times = [entry.created for entry in dropped] + ([until] if until is not None else [])
+    entries: list[PodUsage], before: UsageStatus, next_to_list: datetime | None, facts: Facts
+) -> dict[str, object]:
+    """The entries that stay, and until when pods that have none were created and had ended."""
+    over = sorted((entry for entry in entries if entry.end is not None), key=_last_counted)
+    surplus = max(0, len(over) - _KEPT_PODS - facts.job.spec.resources.node_count)
+    excess = len(entries) - _MOST_LISTED
+    dropped = [
+        entry
+        for number, entry in enumerate(over[:surplus])
+        if number < excess
+        or (_last_counted(entry) <= facts.now and (next_to_list is None or parse_time(entry.created) < next_to_list))
+    ]
+    if not dropped:
+        return {"pods": tuple(entries)}
     gone = {entry.uid for entry in dropped}
-    return tuple(entry for entry in entries if entry.uid not in gone), max(times, key=parse_time, default=None)
+    created = [entry.created for entry in dropped]
+    ended = [format_time(_last_counted(entry)) for entry in dropped]
+    return {
+        "pods": tuple(entry for entry in entries if entry.uid not in gone),
+        "counted_until": max(filter(None, (*created, before.counted_until)), key=parse_time),
+        "ended_until": max(filter(None, (*ended, before.ended_until, before.counted_until)), key=parse_time),
+    }
 
 
 def _for_people(usage: UsageStatus, status: QLoRAJobStatus) -> UsageStatus:

@@ -202,6 +202,60 @@ def created(body: dict[str, Any], at: float) -> dict[str, Any]:
     return body | {"metadata": body["metadata"] | {"creationTimestamp": time(at)}}
 
 
+def brief(number: int, at: float) -> dict[str, Any]:
+    """A train pod that runs for a second."""
+    return created(ended(train_pod(number, at=at), 0, start=at, end=at + 1), at)
+
+
+def test_whoever_makes_many_pods_hides_none_and_fills_no_status() -> None:
+    """One that waits for ever, hundreds that run for a second, and then the pods that train: each of these counts."""
+    waits, job = created(pod("train", 1, 1), -1000), child("train", created=-1100)
+    many = [brief(number, -1000 + number) for number in range(2, 202)]
+    status = then(status_in("train"), job, waits, *many)
+    expected = 200
+    for number in range(202, 292):
+        at = 10.0 * number
+        body = created(train_pod(number, at=at), at)
+        status = then(status, job, waits, *many, running(body, since=at), at=at + 1)
+        many.append(ended(body, 137, start=at, end=at + 7))
+        status = QLoRAJobStatus.model_validate(then(status, job, waits, *many, at=at + 8).dump())
+        expected += 7
+        assert usage_of(status).gpu_seconds == 2 * expected
+        assert len(usage_of(status).pods) <= 10
+    assert then(status, job, waits, *many, at=9000) == status
+
+
+def test_a_pod_that_waits_for_its_image_while_hundreds_end_counts_from_its_node() -> None:
+    first, job = created(train_pod(1, at=-30), -100), child("train", created=-120)
+    many = [brief(number, -60) for number in range(2, 400)]
+    status = then(status_in("train"), job, first, *many)
+    status = then(status, job, running(first, since=50), *many, at=60)
+    done = child("train", created=-120, Complete="Done")
+    status = then(status, done, ended(first, 0, start=50, end=70), *many, at=90)
+    assert usage_of(status).gpu_seconds == 2 * (398 + 100)
+
+
+def test_a_member_counts_a_pod_of_its_leader_that_many_have_overtaken() -> None:
+    leader, own = grouped.job("training", "alpha", grouped.ALL), grouped.job("prepared", NAME, grouped.FOLLOWER)
+    late = PodUsage(name="alpha-train-1-x", uid="late", created=time(-900), since=time(10), jobs=3)
+    numbers: dict[str, Any] = {"jobs": 3, "seconds": 3, "end": "failure"}
+    many = [
+        PodUsage(name=f"alpha-train-1-{n}", uid=str(n), created=time(n), since=time(n), **numbers)
+        for n in range(-800, 0, 40)
+    ]
+    status = own.status
+    for at, pods in [
+        (0, tuple(many)),
+        (310, (*many[-8:], late.model_copy(update={"seconds": 300}))),
+        (320, (late.model_copy(update={"seconds": 306, "end": "completed"}),)),
+        (330, (late.model_copy(update={"seconds": 306, "end": "completed"}),)),
+    ]:
+        leader = replace(leader, status=leader.status.model_copy(update={"usage": UsageStatus(pods=pods)}))
+        group = GroupFacts((member_of(leader) or pytest.fail("it is in a group"),))
+        status = count_usage(status, facts(replace(own, status=status), group=group, now=after(at)))
+    assert usage_of(status).gpu_seconds == 20 + 102
+
+
 def test_a_pod_that_waits_for_its_node_is_not_overtaken_by_many_that_end() -> None:
     """Entries are dropped after a while, and what was created before then counts as counted: the pod is not yet."""
     first = created(pod("train", 1, 1), -100)
@@ -210,8 +264,8 @@ def test_a_pod_that_waits_for_its_node_is_not_overtaken_by_many_that_end() -> No
         for number in range(2, 400)
     ]
     job = child("train", created=-120)
-    status = follow(make_job(status_in("train"), **SPEC), job, first, *many)
-    assert len(usage_of(status).pods) <= 256
+    status = then(status_in("train"), job, first, *many, at=390)
+    assert len(usage_of(status).pods) <= 16
     status = then(status, job, running(scheduled(first, 400), since=410), *many, at=420)
     assert [entry.uid for entry in usage_of(status).pods if entry.end is None] == [first["metadata"]["uid"]]
     assert len(usage_of(status).pods) <= 16
@@ -431,3 +485,33 @@ def test_in_the_end_each_pod_has_counted_once(
     found = facts(make_job(status), child("train", Complete="Done"), *as_at(lives, 10_000), now=after(10_000))
     status = count_usage(status, found)
     assert usage_of(status).gpu_seconds == sum(runs for _, runs, _ in lives)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lives=st.lists(st.tuples(_MOMENTS, st.integers(0, 300), st.integers(1, 60)), min_size=12, max_size=40),
+    moments=st.lists(st.integers(0, 800), max_size=10).map(sorted),
+)
+def test_pods_that_wait_and_run_at_the_same_time_count_once_each(
+    lives: list[tuple[int, int, int]], moments: list[int]
+) -> None:
+    """Each is created at any moment, waits for its node, and runs: more end than are listed before others begin."""
+
+    def at(moment: int) -> list[dict[str, Any]]:
+        bodies = []
+        for number, (made, waits, runs) in enumerate(lives):
+            if made > moment:
+                continue
+            body, start, end = created(pod("train", 1, number), made), made + waits, made + waits + runs
+            if moment >= start:
+                body = scheduled(body, start)
+                body = ended(body, 137, start=start, end=end) if moment >= end else running(body, since=start)
+            bodies.append(body)
+        return bodies
+
+    status, job = status_in("train"), child("train", created=-900)
+    for moment in [*moments, 10_000, 10_001]:
+        found = facts(make_job(status), job, *at(moment), now=after(moment))
+        status = QLoRAJobStatus.model_validate(count_usage(status, found).dump())
+    assert usage_of(status).gpu_seconds == sum(runs for *_, runs in lives)
+    assert len(usage_of(status).pods) <= 9
