@@ -27,18 +27,18 @@ from qlora_api.status import (
 from qlora_api.tracking import TrackingStatus
 from qlora_api.usage import WorkStatus
 
-CONTRACT_VERSION = 4
+CONTRACT_VERSION = 5
 """Raised by a release whose operator and trainer expect something new of each other.
 
 1: the trainer ends a job that was interrupted too often. 2: the operator does, because only it can tell a suspension.
 3: the trainer meets those of other nodes; only jobs with several nodes need it. 4: the trainer trains further jobs in
-the same process; only jobs of a group need it.
+the same process; only jobs of a group need it. 5: publish signs the lineage; only jobs whose profile has a key need it.
 """
 
 
-def needed_contract(nodes: int, *, grouped: bool = False) -> int:
+def needed_contract(nodes: int, *, grouped: bool = False, signed: bool = False) -> int:
     """The lowest version with which a job of so many nodes works: older operators and trainers do the others too."""
-    return 4 if grouped else 3 if nodes > 1 else 2
+    return 5 if signed else 4 if grouped else 3 if nodes > 1 else 2
 
 
 TRAINER_CONTAINER = "trainer"

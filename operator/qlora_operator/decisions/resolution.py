@@ -36,7 +36,7 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         return status
     own_claim = job.spec.workspace.claim_name
     resolved = Resolved(
-        contract_version=_contract(job),
+        contract_version=_contract(job, facts.profiles[job.spec.scheduling.profile]),
         document=document(job),
         queue_name=job.queue_name,
         queue_priority=job.queue_priority,
@@ -65,11 +65,16 @@ def _with_trainer_of_its_cell(resolved: Resolved, facts: Facts) -> Resolved:
         return resolved
     profile = resolved.profile.model_copy(update={"image": fixed.profile.image})
     contract = min(resolved.contract_version, fixed.contract_version)
-    return resolved.model_copy(update={"profile": profile, "contract_version": contract})
+    return resolved.model_copy(update={"profile": profile, "contract_version": _signed(contract, profile)})
 
 
-def _contract(job: QLoRAJob) -> int:
-    return needed_contract(job.spec.resources.node_count, grouped=job.spec.group is not None)
+def _contract(job: QLoRAJob, profile: Profile) -> int:
+    return _signed(needed_contract(job.spec.resources.node_count, grouped=job.spec.group is not None), profile)
+
+
+def _signed(contract: int, profile: Profile) -> int:
+    """The version that a trainer must know, also to sign if the profile has a key: an older one does not publish."""
+    return max(contract, needed_contract(1, signed=True)) if profile.signing_key is not None else contract
 
 
 def _may_still_change(status: QLoRAJobStatus, facts: Facts) -> bool:
@@ -241,11 +246,11 @@ def with_profile_of_today(
         return resolved
     copied = _profile_to_start_with(profile, facts) if as_at_start else as_copied(profile)
     if same_trainer:
-        same = {"profile": copied.model_copy(update={"image": resolved.profile.image})}
-        return resolved.model_copy(update=same | {"gpu_hours": limit_of_hours(profile)})
-    changes = {"profile": copied, "contract_version": _contract(facts.job), "gpu_hours": limit_of_hours(profile)}
+        copied = copied.model_copy(update={"image": resolved.profile.image})
+    contract = _signed(resolved.contract_version, profile) if same_trainer else _contract(facts.job, profile)
+    changes = {"profile": copied, "contract_version": contract, "gpu_hours": limit_of_hours(profile)}
     today = resolved.model_copy(update=changes)
-    return _with_trainer_of_its_cell(today, facts)
+    return today if same_trainer else _with_trainer_of_its_cell(today, facts)
 
 
 def as_copied(profile: Profile) -> Profile:

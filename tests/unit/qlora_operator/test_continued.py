@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from qlora_api.profile import Profile
+from qlora_api.contract import needed_contract
+from qlora_api.profile import Profile, SigningKey
 from qlora_api.status import ContinuedRun, QLoRAJobStatus, Resolved
 from qlora_operator.decisions.manifests import build_job
 from qlora_operator.decisions.observe import Object, QLoRAJob
@@ -148,6 +149,13 @@ def test_the_job_that_publishes_a_cell_of_its_sweep_keeps_to_the_trainer_of_that
 
     started = follow(best(), continued=cell, profiles=NEWER)
     assert image(started) == PROFILE.image
+    assert started.resolved is not None
+    assert started.resolved.contract_version == needed_contract(1)
+    # If that trainer does not sign, it is not to publish for a profile that has got a key since.
+    signing = {"default": PROFILE.model_copy(update={"signing_key": SigningKey(name="signing")})}
+    signed = follow(best(), continued=cell, profiles=signing)
+    assert signed.resolved is not None
+    assert signed.resolved.contract_version == needed_contract(1, signed=True)
     # The cell is read no more: its first Job could not be created yet, and the profile has changed again.
     assert image(follow(best(started), profiles=NEWER)) == PROFILE.image
     # Its first failure is likely to be in prepare, where the credentials are first tried.

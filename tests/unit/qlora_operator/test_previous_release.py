@@ -74,12 +74,12 @@ def test_a_job_that_the_previous_operator_began_goes_on() -> None:
     assert (job.problem, job.status.resolved is not None) == ("", True)
 
 
-@pytest.mark.parametrize("version", ["1", "2", "3", "4"])
+@pytest.mark.parametrize("version", ["1", "2", "3", "4", "5"])
 def test_this_trainer_serves_the_previous_and_this_operator(version: str) -> None:
     require_known_contract(version)
 
 
 def test_a_trainer_says_in_a_sentence_that_it_is_too_old() -> None:
     with pytest.raises(StepFailure, match="set the profile's image") as caught:
-        require_known_contract("5")
+        require_known_contract("6")
     assert caught.value.exit_code is ExitCode.UNSUPPORTED_CONTRACT

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from qlora_api.contract import needed_contract
 from qlora_api.gguf import GgufStatus
 from qlora_api.profile import Profile
 from qlora_api.status import AdapterStatus, BaseStatus, MergedStatus, QLoRAJobStatus
@@ -159,6 +160,15 @@ def test_a_job_that_names_the_secret_with_the_proxys_password_waits() -> None:
 
 
 SIGNING = Profile.model_validate(PROFILE.dump() | {"signingKey": {"name": "signing"}})
+
+
+def test_a_profile_with_a_key_needs_a_trainer_that_signs() -> None:
+    """An older one ends with UnsupportedContract at its first step, and not after it has published."""
+    status = follow(make_job(), profiles={"default": SIGNING})
+    assert status.resolved is not None
+    assert status.resolved.contract_version == needed_contract(1, signed=True) == 5
+
+
 TRACKING = Profile.model_validate(PROFILE.dump() | {"tracking": {"mlflow": {"url": "https://m.example.org"}}})
 
 

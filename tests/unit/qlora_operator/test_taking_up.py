@@ -118,6 +118,15 @@ def test_the_profile_of_today_is_used_because_the_administrator_may_have_mended_
     assert without.resolved.profile == PROFILE
 
 
+def test_a_job_whose_profile_has_a_key_by_now_is_not_published_by_a_trainer_that_does_not_sign() -> None:
+    """The image stays, and ends with UnsupportedContract if it does not know this version."""
+    signing = Profile.model_validate(PROFILE.dump() | {"signingKey": {"name": "signing"}})
+    status = take_up(failed_job(), profiles={"default": signing})
+    assert status.resolved is not None
+    assert status.step is not None
+    assert (status.step.name, status.resolved.contract_version) == ("publish", needed_contract(1, signed=True))
+
+
 def test_a_job_that_has_prepared_nothing_takes_the_image_of_today_too() -> None:
     broken = (child("prepare", Failed="PodFailurePolicy"), failed("prepare", 10, "BadConfiguration", "old"))
     newer = Profile.model_validate(PROFILE.dump() | {"image": "example.org/newer"})
