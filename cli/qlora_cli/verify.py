@@ -45,6 +45,8 @@ class Adapter:
     """Statements by themselves."""
     artifact_sha256: str | None = None
     """Of the artifact in a registry that holds the files."""
+    looked_at: int | None = None
+    """How much of what is attached to the artifact was looked at; None if all of it was."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def _statement(adapter: Adapter, address: str, key: PublicKey | None) -> Stateme
         candidates = [*_payloads(adapter.signed, lambda bundle: verified(bundle, key))]
     if not adapter.signed and (key is not None or not adapter.unsigned):
         wanted = SIGNED_FILE if key is not None else f"{SIGNED_FILE} or {UNSIGNED_FILE}"
-        raise NotVerified(f"{address} has no {'signed ' if key else ''}lineage ({wanted})")
+        raise NotVerified(f"{address} has no {'signed ' if key else ''}lineage ({wanted}){_overlooked(adapter)}")
     reasons = [reason for reason in candidates if isinstance(reason, str)]
     for payload in candidates:
         if isinstance(payload, bytes):
@@ -86,7 +88,17 @@ def _statement(adapter: Adapter, address: str, key: PublicKey | None) -> Stateme
                 return Statement.model_validate_json(payload)
             except ValidationError:
                 reasons.append("it is not a statement of this kind, or of a later release")
-    raise NotVerified(f"the lineage does not verify: {reasons[0]}")
+    raise NotVerified(f"the lineage does not verify: {reasons[0]}{_overlooked(adapter)}")
+
+
+def _overlooked(adapter: Adapter) -> str:
+    """What is to be said of a registry that lists more than was looked at."""
+    if adapter.looked_at is None:
+        return ""
+    return (
+        f"; only the first {adapter.looked_at} of what is attached to the artifact were looked at, and the registry "
+        "lists more, among which it may be: delete what others have attached"
+    )
 
 
 def _payloads(contents: Iterable[bytes], read: Callable[[bytes], bytes]) -> Iterator[bytes | str]:
@@ -164,8 +176,9 @@ def _with_referrers(
     from qlora_trainer.stores.oci_referrers import attached
 
     registry = Registry(source, secret, allowed=registries, reject=bad_configuration)
-    signed, unsigned = (tuple(attached(registry, f"sha256:{sha256}", kind)) for kind in (BUNDLE_TYPE, PAYLOAD_TYPE))
-    return Adapter(folder, signed, unsigned, artifact_sha256=sha256)
+    signed, unsigned = (attached(registry, f"sha256:{sha256}", kind) for kind in (BUNDLE_TYPE, PAYLOAD_TYPE))
+    partly = [found.looked_at for found in (signed, unsigned) if not found.is_all]
+    return Adapter(folder, signed.documents, unsigned.documents, sha256, looked_at=max(partly, default=None))
 
 
 def _with_lineage(folder: Path) -> Adapter:

@@ -20,7 +20,7 @@ from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.signing import PrivateKey
 from tests.support.command import Files
-from tests.support.fault_proxy import Fault, FaultProxy, serve_proxy
+from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
 from tests.support.published import published
 from tests.support.servers import registry
 from tests.support.tiny import JOB_UID
@@ -157,6 +157,28 @@ def test_the_statement_about_an_artifact_is_attached_to_it_once(
         content = (tmp_path / "registry").rglob(f"{index.read_text().removeprefix('sha256:')}/data")
         [entry] = json.loads(next(content).read_text())["manifests"]
         assert entry["annotations"]["dev.sigstore.bundle.predicateType"] == "https://qlora.dev/lineage/v1"
+
+
+def test_a_statement_among_more_than_is_looked_at_is_not_said_to_be_missing(
+    trained: Files, keys: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Whoever may push can attach so much that the statement is not reached."""
+
+    def crowded(request: Request) -> Fault | None:
+        path, _, query = request.path.partition("?")
+        if "/referrers/" not in path:
+            return None
+        number = int(query.partition("page=")[2] or 0)
+        index = {"schemaVersion": 2, "manifests": [{"artifactType": "application/x"}] * 3}
+        return Fault(200, headers={"Link": f"<{path}?page={number + 1}>; rel=next"}, body=json.dumps(index).encode())
+
+    private, public = keys
+    with registry(tmp_path / "registry") as host, serve_proxy(FaultProxy(host, rule=crowded)) as proxy:
+        job = trained.with_spec({"output": {"destination": f"oci://{host}/team/adapter:v1"}})
+        published(job, registries=(f"http://{host}",), mounts=Mounts(signing_key=private))
+        for key in (public, None):
+            found = verify(f"oci://{proxy.address}/team/adapter:v1", key)
+            assert "only the first 60 of what is attached to the artifact were looked at" in rejection(found)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from qlora_api.sources import RegistrySource, parse_source
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.stores.oci import INDEX_TYPE, MANIFEST_TYPE, Registry, digest_of
-from qlora_trainer.stores.oci_referrers import attached
+from qlora_trainer.stores.oci_referrers import Attached, attached
 from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
 
 KIND = "application/vnd.in-toto+json"
@@ -67,7 +67,7 @@ def proxy(played: PlayedRegistry) -> Iterator[FaultProxy]:
 
 
 @pytest.fixture
-def found(proxy: FaultProxy, tmp_path: Path) -> Callable[[], list[bytes]]:
+def found(proxy: FaultProxy, tmp_path: Path) -> Callable[[], Attached]:
     """The documents that are attached to the artifact."""
     source = parse_source(f"oci://{proxy.address}/team/adapter:v1")
     assert isinstance(source, RegistrySource)
@@ -91,27 +91,28 @@ def found(proxy: FaultProxy, tmp_path: Path) -> Callable[[], list[bytes]]:
     ],
 )
 def test_what_somebody_else_attaches_does_not_hide_the_statement(
-    played: PlayedRegistry, found: Callable[[], list[bytes]], foreign: bytes
+    played: PlayedRegistry, found: Callable[[], Attached], foreign: bytes
 ) -> None:
     played.pages = [[foreign, manifest(layer())]]
-    assert found() == [DOCUMENT]
+    assert found() == Attached((DOCUMENT,), 2, is_all=True)
 
 
 def test_the_statement_is_found_on_a_later_page(
-    played: PlayedRegistry, proxy: FaultProxy, found: Callable[[], list[bytes]]
+    played: PlayedRegistry, proxy: FaultProxy, found: Callable[[], Attached]
 ) -> None:
     played.pages = [[manifest(number=1)], [manifest(number=2)], [manifest(layer())]]
-    assert found() == [DOCUMENT]
+    assert found() == Attached((DOCUMENT,), 3, is_all=True)
     assert proxy.lines("GET")[0].endswith("?artifactType=application%2Fvnd.in-toto%2Bjson")
 
 
 def test_pages_are_read_from_the_registry_only_and_not_without_end(
-    played: PlayedRegistry, proxy: FaultProxy, found: Callable[[], list[bytes]]
+    played: PlayedRegistry, proxy: FaultProxy, found: Callable[[], Attached]
 ) -> None:
+    """What is not read is said: the statement may be there."""
     played.pages = [[manifest(number=number)] for number in range(100)]
-    assert found() == []
+    assert found() == Attached((), 20, is_all=False)
     assert sum("/referrers/" in path for path in proxy.lines("GET")) == 20
     with serve_proxy(FaultProxy("", rule=played.answer)) as elsewhere:
         played.link = lambda page: f"<http://{elsewhere.address}/v2/x/referrers/{ARTIFACT}?page={page}>; rel=next"
-        assert found() == []
+        assert found() == Attached((), 1, is_all=False)
         assert elsewhere.seen == []

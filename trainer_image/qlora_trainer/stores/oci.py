@@ -49,6 +49,16 @@ class Artifact:
     """Bytes of the manifest."""
 
 
+@dataclass(frozen=True)
+class Referrers:
+    """What refers to an artifact, as far as the registry was asked."""
+
+    pages: list[Mapping[str, Any]]
+    """Indexes."""
+    is_all: bool
+    """Whether the registry lists no more."""
+
+
 class Registry:
     """One repository of a registry that the administrator allows. Methods raise StepFailure.
 
@@ -96,20 +106,21 @@ class Registry:
         """The index of a tag, as the registry has it; None if there is none."""
         return _object(self._small(self._manifest_url(tag), INDEX_TYPE)[0])
 
-    def referrers(self, digest: str, artifact_type: str) -> list[Mapping[str, Any]] | None:
-        """The index, in pages, of what refers to the artifact with the digest; None from a registry without that API.
+    def referrers(self, digest: str, artifact_type: str) -> Referrers | None:
+        """What refers to the artifact with the digest; None from a registry without that API.
 
         The registry may leave out what has another type.
         """
         following: str | None = f"{self._repository}/referrers/{digest}?artifactType={quote(artifact_type, safe='')}"
         pages: list[Mapping[str, Any]] = []
-        while following is not None and len(pages) < _MAX_PAGES:
-            content, following = self._small(following, INDEX_TYPE)
+        while following and len(pages) < _MAX_PAGES:
+            content, further = self._small(following, INDEX_TYPE)
             page = _object(content)
             if page is None:
                 break
             pages.append(page)
-        return pages or None
+            following = further
+        return Referrers(pages, following is None) if pages else None
 
     def put_referrer(self, manifest: bytes) -> bool:
         """Upload a manifest with a subject; returns whether the registry lists it among the referrers by itself."""
@@ -134,13 +145,15 @@ class Registry:
         return content, following
 
     def _next_page(self, answer: requests.Response) -> str | None:
-        """The address in the answer's Link; None without one, or if it is of another server."""
-        try:
-            following = urljoin(answer.url, answer.links.get("next", {}).get("url", ""))
-        except ValueError:
+        """The address in the answer's Link; None without one, empty if it is of another server, or of this page."""
+        if "next" not in answer.links:
             return None
+        try:
+            following = urljoin(answer.url, answer.links["next"].get("url", ""))
+        except ValueError:
+            return ""
         is_other = following != answer.url and following.startswith(f"{self._session.base}/")
-        return following if is_other else None
+        return following if is_other else ""
 
     def has_blob(self, blob: Blob) -> bool:
         """Whether the registry has the blob with this size."""

@@ -7,6 +7,7 @@ looks, https://github.com/sigstore/cosign/blob/main/specs/BUNDLE_SPEC.md
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from qlora_trainer.stores.oci import INDEX_TYPE, MANIFEST_TYPE, Artifact, Blob, Registry, digest_of
@@ -46,22 +47,32 @@ def attach(
         registry.tag(_json(index), tag, media_type=INDEX_TYPE)
 
 
-def attached(registry: Registry, digest: str, media_type: str) -> list[bytes]:
+@dataclass(frozen=True)
+class Attached:
+    """The documents of a type that are attached to an artifact."""
+
+    documents: tuple[bytes, ...]
+    looked_at: int
+    """Of what is attached, in the registry's order."""
+    is_all: bool
+    """Whether no more is attached: whoever may push can attach more than is looked at."""
+
+
+def attached(registry: Registry, digest: str, media_type: str) -> Attached:
     """The documents of this type that are attached to the artifact with the digest. Raises StepFailure.
 
     What is attached and is no such document is passed over: whoever may push can attach anything.
     """
-    pages = registry.referrers(digest, media_type)
-    listed = [
-        entry for page in ([registry.index(_tag(digest))] if pages is None else pages) for entry in _entries(page)
-    ]
+    referrers = registry.referrers(digest, media_type)
+    pages = [registry.index(_tag(digest))] if referrers is None else referrers.pages
+    listed = [entry for page in pages for entry in _entries(page)]
     documents = []
     for entry in listed:
         if entry.get("artifactType") != media_type or entry.get("mediaType") != MANIFEST_TYPE:
             continue
         if (blob := _document(registry, entry.get("digest"))) is not None and registry.has_blob(blob):
             documents.append(registry.read(blob))
-    return documents
+    return Attached(tuple(documents), len(listed), is_all=referrers is None or referrers.is_all)
 
 
 def _document(registry: Registry, digest: object) -> Blob | None:
