@@ -14,13 +14,14 @@ RUNS = {
 }
 
 
-def test_each_curve_has_a_letter_and_the_picture_fits_the_terminal() -> None:
-    drawn = draw_curves(RUNS, 80, colors=False)
+@pytest.mark.parametrize("width", [60, 80])
+def test_each_curve_has_a_letter_and_the_picture_fits_the_terminal(width: int) -> None:
+    drawn = draw_curves(RUNS, width, colors=False)
     picture, _, names = drawn.rpartition("\n\n")
     assert "\x1b" not in drawn
     assert names.splitlines() == ["  A  rank-16", "  B  rank-64"]
     assert picture.count("A") >= 5 <= picture.count("B")
-    assert max(map(len, drawn.splitlines())) <= 80
+    assert max(map(len, drawn.splitlines())) <= width
 
 
 def test_colors_are_used_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,14 @@ def test_a_picture_fits_a_terminal_of_any_width(width: int) -> None:
     assert max(map(len, lines)) <= width
 
 
+@pytest.mark.parametrize("width", [44, 60, 80, 124])
+def test_a_curve_is_not_cut_by_the_terminal(width: int) -> None:
+    """The picture would cut it without a word."""
+    curve = draw_losses({step: 3 - step / 400 for step in range(1, 421)}, width)
+    assert width - 24 < max(map(len, curve.splitlines())) <= width
+    assert "(step)" in curve
+
+
 @pytest.mark.parametrize(
     "losses", [{}, {1: 1.0, 2: 1.0}, {1: 2.0, 2: 2.0, 3: 2.0}, {1: 1e-9, 2: 0.0, 3: -1.0}, {5: 1e30, 6: 1.0, 7: 2.0}]
 )
