@@ -18,6 +18,8 @@ GITHUB_ISSUER = "https://token.actions.githubusercontent.com"
 PROVENANCE = "slsaprovenance1"
 SBOM = "spdxjson"
 PREDICATE_TYPES = {PROVENANCE: "https://slsa.dev/provenance/v1", SBOM: "https://spdx.dev/Document"}
+# What `cosign sign` makes.
+_SIGNATURE_TYPE = "https://sigstore.dev/cosign/sign/v1"
 _SECONDS = 600.0
 
 
@@ -147,8 +149,14 @@ class Cosign:
         return True
 
     def verify(self, verifier: Verifier, reference: str) -> None:
-        """Raise ReleaseError with cosign's words unless there is a valid signature."""
-        self._run(["verify", *verifier.verifying(), reference], {})
+        """Raise ReleaseError unless there is a valid signature. A signed statement, which cosign 3 accepts, is none."""
+        said = self._run(["verify", *verifier.verifying(), reference], {})
+        types = {found["critical"]["type"] for found in json.loads(said)}
+        if _SIGNATURE_TYPE not in types:
+            raise ReleaseError(
+                f"{reference}: cosign verify found {', '.join(sorted(types))}, expected {_SIGNATURE_TYPE}: "
+                "sign it with `cosign sign`"
+            )
 
     def attest(self, signer: Signer, reference: str, kind: str, predicate: Path) -> None:
         """Sign a statement about what a digest names, unless the signer has signed this one."""

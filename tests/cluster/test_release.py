@@ -134,6 +134,7 @@ def test_images_say_where_they_come_from(made: Made) -> None:
 def test_made_again_it_is_the_same_and_signed_once(made: Made) -> None:
     assert made.again() == made.release
     for artifact in made.release.artifacts:
+        assert signatures(made, artifact) == 1
         statements = made.programs.cosign.verified_predicates(made.signer.verifier, artifact.reference, PROVENANCE)
         assert len(statements) == 1
 
@@ -146,6 +147,13 @@ def test_an_image_of_another_commit_shares_the_layers_whose_files_are_equal(made
     before = made.release.trainer
     assert built.digest != before.digest
     assert layers(built) == layers(before)
+
+
+def signatures(made: Made, artifact: Artifact) -> int:
+    """How many there are, without the statements that cosign verifies too."""
+    said = run([made.programs.cosign.program, "verify", *made.signer.verifier.verifying(), artifact.reference])
+    types = [found["critical"]["type"] for found in json.loads(said)]
+    return types.count("https://sigstore.dev/cosign/sign/v1")
 
 
 def layers(image: Artifact) -> list[str]:

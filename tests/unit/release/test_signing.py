@@ -1,12 +1,13 @@
 """Whose signature is made and accepted; that cosign does so is shown by tests/cluster/test_release.py."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from release.errors import ReleaseError
-from release.signing import Cosign, Identity, Keyless, KeyPair
+from release.signing import PREDICATE_TYPES, Cosign, Identity, Keyless, KeyPair, PublicKey
 
 WORKFLOW = "https://github.com/qlora-operator/qlora-operator/.github/workflows/release.yaml@refs/tags/v0.1.0"
 
@@ -43,3 +44,12 @@ def test_what_others_read_is_signed_with_a_key_that_is_there_or_not_at_all(tmp_p
         cosign.key_pair(tmp_path, "", "ghcr.io/team")
     (tmp_path / "cosign.key").touch()
     assert cosign.key_pair(tmp_path, "", "ghcr.io/team").public == tmp_path / "cosign.pub"
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_signed_statements_are_no_signature_although_cosign_accepts_them(tmp_path: Path, signed: bool) -> None:
+    types = [*PREDICATE_TYPES.values(), *(["https://sigstore.dev/cosign/sign/v1"] if signed else [])]
+    program = tmp_path / "cosign"
+    program.write_text(f"#!/bin/sh\necho '{json.dumps([{'critical': {'type': each}} for each in types])}'\n")
+    program.chmod(0o755)
+    assert Cosign(program).is_signed(PublicKey(tmp_path / "cosign.pub"), f"registry/image@sha256:{'a' * 64}") is signed
