@@ -39,6 +39,10 @@ help: ## Show this list
 demo: $(VENV)/.synced ## Fine-tune a real model on a real Kubernetes (CLUSTER=current: on your own)
 	@$(PYTHON) -m examples.demo $(if $(CLUSTER),--cluster $(CLUSTER)) $(DEMO_OPTIONS)
 
+.PHONY: walk
+walk: $(VENV)/.synced ## Record in docs/walk.md what a newcomer types, from installation to removal, on the embedded Kubernetes; its jobs are deleted
+	@$(PYTHON) -m examples.walk $(WALK_OPTIONS)
+
 .PHONY: test
 test: SELECTION := -m 'not slow'
 test: suites ## Check, and run all but the slowest tests: an hour, the first time 75 minutes (two cores)

@@ -112,12 +112,36 @@ def install(
     kubectl = Kubectl(toolchain.build(layout, ["kubectl"])["kubectl"], kubeconfig)
     kubectl("apply", "--filename=-", input_text=json.dumps(restricted_namespace(NAMESPACE)))
     arguments = ["upgrade", RELEASE, str(chart), "--install", "--namespace", NAMESPACE, "--values", "-"]
-    chosen = _merge(_image_values(product), values)
     run(
         [helm, "--kubeconfig", kubeconfig, *arguments, "--wait", "--timeout", "5m"],
-        input_text=json.dumps(chosen),
+        input_text=json.dumps(chart_values(product, values)),
         seconds=360,
     )
+
+
+def chart_values(product: Images, values: Mapping[str, Any] = SMALL_MACHINE) -> dict[str, Any]:
+    """The values with which `install` installs the chart: the images, and what `values` adds."""
+    return _merge(_image_values(product), values)
+
+
+def uninstall(layout: Layout, kubeconfig: Path) -> None:
+    """Remove the operator, the definitions and with them all jobs, if they are there. Raises ClusterError."""
+    helm = toolchain.build(layout, ["helm"])["helm"]
+    kubectl = Kubectl(toolchain.build(layout, ["kubectl"])["kubectl"], kubeconfig)
+    run(
+        [
+            helm,
+            "--kubeconfig",
+            kubeconfig,
+            "uninstall",
+            RELEASE,
+            "--namespace",
+            NAMESPACE,
+            "--ignore-not-found",
+            "--wait",
+        ]
+    )
+    kubectl("delete", "crd", "--ignore-not-found", "qlorajobs.qlora.dev", "qlorasweeps.qlora.dev")
 
 
 def roll_back(layout: Layout, kubeconfig: Path) -> None:

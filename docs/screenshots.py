@@ -1,13 +1,17 @@
-"""Makes the pictures of the README and the site from a real run: the report's page and the lines of the watch.
+"""Makes the pictures of the README and the site from a real run: the report, the watch, the terminal and the site.
 
     make demo | tee demo.log
-    .venv/bin/python docs/screenshots.py --report demo-output/report/report.html --watch demo.log
+    make walk WALK_OPTIONS=--terminals
+    make docs
+    .venv/bin/python -m docs.screenshots --report demo-output/report/report.html --watch demo.log \
+        --terminals walk-output/terminals --site site
 
 Needs Chromium (Debian's package `chromium`).
 """
 
 import argparse
 import html
+import io
 import re
 import shutil
 import subprocess
@@ -15,8 +19,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+from rich.console import Console
+from rich.terminal_theme import TerminalTheme
+from rich.text import Text
+
 IMAGES = Path(__file__).parent / "images"
 _REPORT_SIZE = (1100, 1075)
+_SITE_SIZE = (1280, 900)
 _CHARACTER_WIDTH = 8.43
 _LINE_HEIGHT = 22
 # More lines of one phase tell nobody anything.
@@ -27,6 +36,11 @@ body {{ margin: 0; background: #1e2530; border-radius: 8px; }}
 pre {{ margin: 0; padding: 18px 22px; color: #d8dee9; font: 14px/{line_height}px "DejaVu Sans Mono", monospace; }}
 b {{ color: #8fbc8f; font-weight: 600; }}
 </style><pre>{text}</pre>"""
+
+# Readable on the background above: black to white, then the bright ones.
+_DARK = [(59, 66, 82), (191, 97, 106), (143, 188, 143), (235, 203, 139), (129, 161, 193), (180, 142, 173)]
+_COLORS = [*_DARK, (136, 192, 208), (229, 233, 240)]
+_THEME = TerminalTheme((30, 37, 48), (216, 222, 233), _COLORS, _COLORS)
 
 
 def watch_lines(output: str) -> list[str]:
@@ -55,9 +69,35 @@ def _spread(lines: list[str]) -> list[str]:
 
 
 def terminal_page(lines: list[str]) -> str:
-    """The lines as they look in a terminal."""
-    command = "<b>$</b> kubectl get qlorajobs --watch"
-    return _TERMINAL.format(line_height=_LINE_HEIGHT, text="\n".join([command, *map(html.escape, lines)]))
+    """The lines of the watch as they look in a terminal."""
+    return _page("kubectl get qlorajobs --watch", "\n".join(map(html.escape, lines)))
+
+
+def colored_page(command: str, screen: str) -> str:
+    """What a terminal shows after the command, in its colors; `screen` has them as escape sequences."""
+    width = max(map(len, plain_lines(screen)))
+    console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    console.print(Text.from_ansi(screen), soft_wrap=True)
+    return _page(command, console.export_html(theme=_THEME, code_format="{code}", inline_styles=True).rstrip("\n"))
+
+
+def plain_lines(screen: str) -> list[str]:
+    """The lines of a terminal without the escape sequences of their colors."""
+    return Text.from_ansi(screen).plain.splitlines() or [""]
+
+
+def _page(command: str, shown: str) -> str:
+    text = f"<b>$</b> {html.escape(command)}\n{shown}"
+    return _TERMINAL.format(line_height=_LINE_HEIGHT, text=text)
+
+
+def _photograph_terminal(page: str, lines: list[str], target: Path) -> None:
+    """`lines` are those of the page, the command first: they say how large the picture is."""
+    size = (round(max(map(len, lines)) * _CHARACTER_WIDTH) + 44, len(lines) * _LINE_HEIGHT + 36)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "terminal.html")
+        file.write_text(page)
+        photograph(file, target, size)
 
 
 def photograph(page: Path, target: Path, size: tuple[int, int]) -> None:
@@ -74,21 +114,25 @@ def photograph(page: Path, target: Path, size: tuple[int, int]) -> None:
 
 
 def main() -> None:
-    """Write docs/images/report.png and docs/images/watch.png."""
+    """Write the pictures that the options name into docs/images."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", type=Path, help="report.html of a finished run")
     parser.add_argument("--watch", type=Path, help="output of `make demo`, or of `kubectl get qlorajobs --watch`")
+    parser.add_argument("--terminals", type=Path, help="folder that `make walk WALK_OPTIONS=--terminals` has filled")
+    parser.add_argument("--site", type=Path, help="folder that `make docs` has written")
     arguments = parser.parse_args()
     IMAGES.mkdir(exist_ok=True)
     if arguments.report:
         photograph(arguments.report, IMAGES / "report.png", _REPORT_SIZE)
+    if arguments.site:
+        photograph(arguments.site / "index.html", IMAGES / "site.png", _SITE_SIZE)
     if arguments.watch:
         lines = watch_lines(arguments.watch.read_text())
-        with tempfile.TemporaryDirectory() as folder:
-            page = Path(folder, "watch.html")
-            page.write_text(terminal_page(lines))
-            width = round(max(map(len, lines)) * _CHARACTER_WIDTH) + 44
-            photograph(page, IMAGES / "watch.png", (width, (len(lines) + 1) * _LINE_HEIGHT + 36))
+        _photograph_terminal(terminal_page(lines), ["", *lines], IMAGES / "watch.png")
+    for file in sorted(arguments.terminals.glob("*.ansi")) if arguments.terminals else []:
+        command, _, screen = file.read_text().rstrip("\n").partition("\n")
+        lines = [f"$ {command}", *plain_lines(screen)]
+        _photograph_terminal(colored_page(command, screen), lines, IMAGES / f"{file.stem}.png")
 
 
 if __name__ == "__main__":

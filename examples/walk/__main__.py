@@ -1,0 +1,65 @@
+"""The walk: runs the commands of a newcomer against the embedded cluster, and records them in docs/walk.md."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from devcluster import cluster, layout, product
+from devcluster.errors import ClusterError
+from devcluster.product import ROOT
+from examples.demo.__main__ import model_folder
+from examples.walk.preparation import prepared
+from examples.walk.runner import Shell, WalkError, page, run
+from examples.walk.steps import INTRODUCTION, TERMINALS, TITLE, UNINSTALL, WALK
+from examples.walk.terminal import screen_after
+
+# The demo's model of 135 million parameters does so many in half a minute on two cores: time enough to suspend it.
+_STEPS = 60
+
+
+def main() -> int:
+    """Walk; the exit status says whether each command did what it must. The page is written only then."""
+    parser = argparse.ArgumentParser(prog="make walk", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("walk-output"), help="where commands run; emptied first")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "walk.md", help="the page to write")
+    parser.add_argument(
+        "--terminals", action="store_true", help="also keep what a terminal shows, for docs/screenshots.py (needs tmux)"
+    )
+    try:
+        return _walk(parser.parse_args())
+    except (ClusterError, WalkError) as error:
+        print(f"walk: {error}", file=sys.stderr)
+        return 1
+
+
+def _walk(options: argparse.Namespace) -> int:
+    where = layout.from_environment()
+    with cluster.locked(where):
+        cluster.up(where, cluster.DEFAULT_GPUS)
+    images = product.build_images(where)
+    product.load_images(where, images)
+    steps = [step.with_values({"steps": str(_STEPS)}) for step in WALK]
+    folder = options.folder.absolute()
+    with prepared(where, images, model_folder(), folder, Path(sys.executable).parent) as shell:
+        recorded = list(run((step for step in steps if step.chapter != UNINSTALL), shell, _show))
+        if options.terminals:
+            _keep_terminals(shell, folder / "terminals")
+        recorded += run((step for step in steps if step.chapter == UNINSTALL), shell, _show)
+    options.page.write_text(page(TITLE, INTRODUCTION, recorded))
+    print(f"\n{options.page}")
+    return 0
+
+
+def _show(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _keep_terminals(shell: Shell, folder: Path) -> None:
+    """A file for each picture: the command in the first line, and below it what the terminal shows."""
+    folder.mkdir()
+    for name, command in TERMINALS.items():
+        (folder / f"{name}.ansi").write_text(f"{command}\n{screen_after(command, shell)}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

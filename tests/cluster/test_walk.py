@@ -1,0 +1,36 @@
+"""The walk of the documentation, command by command, with a tiny model in place of the demo's."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from devcluster import layout, product
+from examples.walk.preparation import prepared
+from examples.walk.runner import Shell, run
+from examples.walk.steps import WALK
+from tests.cluster.environment import LONG, Cluster
+
+
+@pytest.fixture
+def shell(installed: Cluster, tiny_model: Path, tmp_path: Path) -> Iterator[Shell]:
+    """A person's shell in the cluster, from which the operator is removed; it is installed again at the end."""
+    where = layout.from_environment()
+    try:
+        with prepared(where, installed.images, tiny_model, tmp_path / "walk", Path(sys.executable).parent) as found:
+            yield found
+    finally:
+        product.install(where, where.kubeconfig, installed.images)
+
+
+def test_a_newcomer_gets_from_installation_to_removal(
+    installed: Cluster, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
+    steps = [step.with_values({"steps": str(LONG)}) for step in WALK]
+    recorded = list(run(steps, shell, sys.stdout.write))
+    assert [each.step for each in recorded] == steps
+    definitions = installed.kubectl("get", "crd", "--output=name")
+    assert "qlora.dev" not in definitions
+    assert (shell.folder / "curves.svg").stat().st_size > 0
