@@ -24,12 +24,17 @@ def shell(installed: Cluster, tiny_model: Path, tmp_path: Path) -> Iterator[Shel
         product.install(where, where.kubeconfig, installed.images)
 
 
+def show(text: str) -> None:
+    """For pytest, which prints it if the test fails."""
+    sys.stdout.write(text)
+
+
 def test_a_newcomer_gets_from_installation_to_removal(
     installed: Cluster, shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
     steps = [step.with_values({"steps": str(LONG)}) for step in WALK]
-    recorded = list(run(steps, shell, sys.stdout.write))
+    recorded = list(run(steps, shell, show))
     assert [each.step for each in recorded] == steps
     definitions = installed.kubectl("get", "crd", "--output=name")
     assert "qlora.dev" not in definitions
