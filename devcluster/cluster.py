@@ -30,7 +30,17 @@ from devcluster.layout import Layout
 from devcluster.processes import Record
 
 DEFAULT_GPUS = 2
-_PROGRAMS = tuple(name for name in toolchain.TOOLS if name not in {"helm", "versitygw"})
+_DAEMONS = (
+    "etcd",
+    "kube-apiserver",
+    "kube-controller-manager",
+    "kube-scheduler",
+    "kubelet",
+    "kube-proxy",
+    "local-path-provisioner",
+)
+# kubectl asks the API server; CoreDNS runs in a pod.
+_PROGRAMS = (*_DAEMONS, "kubectl", "coredns")
 _NODE_SECONDS = 120
 _DNS_SECONDS = 120
 
@@ -213,9 +223,8 @@ def node_is_ready(kubectl: Kubectl) -> bool:
 
 
 def _expected(layout: Layout) -> list[str]:
-    always = [name for name in _PROGRAMS if name not in ("kubectl", "coredns")]
     chosen = [node.POLICY_PROGRAM] if _enforces_network_policies(layout) else []
-    return [*always, *chosen, "containerd", "docker-registry"]
+    return [*_DAEMONS, *chosen, "containerd", "docker-registry"]
 
 
 def _wait(layout: Layout, condition: processes.Condition, seconds: float, what: str, suspect: str) -> None:
