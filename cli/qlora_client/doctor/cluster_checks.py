@@ -12,6 +12,8 @@ _MOST_NAMED = 3
 _UNSEEN = timedelta(minutes=2)
 # A leader renews its Lease six times before it runs out.
 _LATE = 2
+# What has held the Lease before does not give it up where its rights are removed together with it.
+_ABSENT_LEADER = "look again in a minute if the operator has just been installed, or else see its pods' log"
 
 
 def check_cluster(facts: Facts) -> list[Check]:
@@ -103,7 +105,7 @@ def _check_lease(operator: Operator, place: str, now: datetime) -> list[Check]:
     spec = lease.get("spec") or {}
     holder, renewed = spec.get("holderIdentity"), spec.get("renewTime")
     if not holder or not renewed:
-        return [Check(name, "problem", f"nobody holds the Lease of {place}, so no job goes on: see its pods' log")]
+        return [Check(name, "problem", f"nobody holds the Lease of {place}, so no job goes on: {_ABSENT_LEADER}")]
     age = now - datetime.fromisoformat(renewed)
     if age > _LATE * timedelta(seconds=spec.get("leaseDurationSeconds") or 0):
         return [
@@ -111,7 +113,7 @@ def _check_lease(operator: Operator, place: str, now: datetime) -> list[Check]:
                 name,
                 "problem",
                 f"{holder} has not renewed the Lease of {place} for {age.total_seconds():.0f} s, so no job goes on: "
-                "see its pods' log",
+                f"{_ABSENT_LEADER}",
             )
         ]
     return [Check(name, "ok", f"{holder} holds it")]

@@ -26,9 +26,17 @@ def check_profiles(facts: Facts) -> list[Check]:
     """The checks of every profile that is known."""
     profiles = profiles_of(facts)
     if not profiles:
-        why = "they are in the operator's Deployment, which you may not read, and no job here has a copy of one yet"
-        return [Check("Profiles", "unknown", why)]
+        return [Check("Profiles", "unknown", f"{_why_unknown(facts)}, and no job here has a copy of one yet")]
     return [check for profile in profiles for check in _check_profile(profile, facts)]
+
+
+def _why_unknown(facts: Facts) -> str:
+    if isinstance(facts.operators, Unknown):
+        return "they are in the operator's Deployment, which you may not read"
+    if not facts.operators:
+        return "they come with the operator's chart"
+    whys = [operator.settings.why for operator in facts.operators if isinstance(operator.settings, Unknown)]
+    return f"the operator's Deployment does not show them ({whys[0]})" if whys else "the operator has none"
 
 
 def _check_profile(named: NamedProfile, facts: Facts) -> Iterator[Check]:

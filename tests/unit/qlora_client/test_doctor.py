@@ -288,7 +288,20 @@ def test_without_a_look_at_the_operator_profiles_are_those_of_the_jobs() -> None
     }
     names = [each.name for each in examine(replace(READY, operators=DENIED, jobs=[job]))]
     assert "Profile a100: nodes" in names
-    assert check("Profiles", operators=DENIED).verdict == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("operators", "why"),
+    [
+        (DENIED, "which you may not read"),
+        ([], "they come with the operator's chart"),
+        ([replace(operator(), settings=Unknown("no annotation"))], "does not show them (no annotation)"),
+    ],
+)
+def test_profiles_that_nobody_can_see(operators: Any, why: str) -> None:
+    found = check("Profiles", operators=operators)
+    assert found.verdict == "unknown"
+    assert why in found.message
 
 
 def quota(hard: dict[str, str], used: dict[str, str] | None = None, **spec: Any) -> dict[str, Any]:
