@@ -125,23 +125,16 @@ def chart_values(product: Images, values: Mapping[str, Any] = SMALL_MACHINE) -> 
 
 
 def uninstall(layout: Layout, kubeconfig: Path) -> None:
-    """Remove the operator, the definitions and with them all jobs, if they are there. Raises ClusterError."""
+    """Remove the operator, the definitions and with them all jobs, if they are there. Raises ClusterError.
+
+    With its Lease, for which the next operator would wait.
+    """
     helm = toolchain.build(layout, ["helm"])["helm"]
     kubectl = Kubectl(toolchain.build(layout, ["kubectl"])["kubectl"], kubeconfig)
-    run(
-        [
-            helm,
-            "--kubeconfig",
-            kubeconfig,
-            "uninstall",
-            RELEASE,
-            "--namespace",
-            NAMESPACE,
-            "--ignore-not-found",
-            "--wait",
-        ]
-    )
+    arguments = ["uninstall", RELEASE, "--namespace", NAMESPACE, "--ignore-not-found", "--wait"]
+    run([helm, "--kubeconfig", kubeconfig, *arguments])
     kubectl("delete", "crd", "--ignore-not-found", "qlorajobs.qlora.dev", "qlorasweeps.qlora.dev")
+    kubectl("delete", "lease", "--ignore-not-found", f"--namespace={NAMESPACE}", RELEASE)
 
 
 def roll_back(layout: Layout, kubeconfig: Path) -> None:

@@ -6,17 +6,20 @@
     .venv/bin/python -m docs.screenshots --report demo-output/report/report.html --watch demo.log \
         --terminals walk-output/terminals --site site
 
-Needs Chromium (Debian's package `chromium`).
+Needs Chromium (Debian's package `chromium`), and the walk with `--terminals` needs tmux.
 """
 
 import argparse
+import functools
 import html
+import http.server
 import io
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 from rich.console import Console
@@ -25,7 +28,8 @@ from rich.text import Text
 
 IMAGES = Path(__file__).parent / "images"
 _REPORT_SIZE = (1100, 1075)
-_SITE_SIZE = (1280, 900)
+# Ends below a paragraph, and between two lines of the navigation.
+_SITE_SIZE = (1280, 700)
 _CHARACTER_WIDTH = 8.43
 _LINE_HEIGHT = 22
 # More lines of one phase tell nobody anything.
@@ -97,10 +101,26 @@ def _photograph_terminal(page: str, lines: list[str], target: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "terminal.html")
         file.write_text(page)
-        photograph(file, target, size)
+        photograph(file.as_uri(), target, size)
 
 
-def photograph(page: Path, target: Path, size: tuple[int, int]) -> None:
+def _photograph_site(site: Path, target: Path) -> None:
+    """Its first page, from a server on this machine: opened as a file, it hides its search."""
+    handler = functools.partial(_QuietHandler, directory=str(site))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        photograph(f"http://127.0.0.1:{server.server_port}/index.html", target, _SITE_SIZE)
+        server.shutdown()
+
+
+class _QuietHandler(http.server.SimpleHTTPRequestHandler):
+    """Serves files, and prints no line for each."""
+
+    def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002 - the name of the base class
+        """Print nothing."""
+
+
+def photograph(address: str, target: Path, size: tuple[int, int]) -> None:
     """Write what Chromium shows of the page, in a window of that width and height in pixels."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
@@ -109,7 +129,7 @@ def photograph(page: Path, target: Path, size: tuple[int, int]) -> None:
     # Without the last one, parts of the page may be missing that are not painted yet.
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=2000"]
     options += ["--run-all-compositor-stages-before-draw"]
-    command = [browser, *options, f"--window-size={width},{height}", f"--screenshot={target}", page.resolve().as_uri()]
+    command = [browser, *options, f"--window-size={width},{height}", f"--screenshot={target}", address]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
 
 
@@ -123,9 +143,9 @@ def main() -> None:
     arguments = parser.parse_args()
     IMAGES.mkdir(exist_ok=True)
     if arguments.report:
-        photograph(arguments.report, IMAGES / "report.png", _REPORT_SIZE)
+        photograph(arguments.report.resolve().as_uri(), IMAGES / "report.png", _REPORT_SIZE)
     if arguments.site:
-        photograph(arguments.site / "index.html", IMAGES / "site.png", _SITE_SIZE)
+        _photograph_site(arguments.site, IMAGES / "site.png")
     if arguments.watch:
         lines = watch_lines(arguments.watch.read_text())
         _photograph_terminal(terminal_page(lines), ["", *lines], IMAGES / "watch.png")

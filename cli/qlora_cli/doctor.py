@@ -17,6 +17,7 @@ from qlora_client.doctor.facts import Check, Verdict
 from qlora_client.doctor.gathering import gather
 
 _COLORS: dict[Verdict, str] = {"ok": "green", "warning": "yellow", "problem": "red bold", "unknown": "dim"}
+_PLURALS: dict[Verdict, str] = {"warning": "warnings", "problem": "problems"}
 _ANY_WIDTH = 10_000
 """For a file or a pipe, in which nothing may be cut."""
 
@@ -56,6 +57,8 @@ def _show(checks: Sequence[Check]) -> None:
         table.add_row(Text(check.verdict, style=_COLORS[check.verdict]), Text(check.name), Text(check.message))
     console.print(table)
     counts = ", ".join(
-        f"{count} {verdict}" for verdict in _COLORS if (count := sum(check.verdict == verdict for check in checks))
+        f"{count} {_PLURALS.get(verdict, verdict) if count > 1 else verdict}"
+        for verdict in _COLORS
+        if (count := sum(check.verdict == verdict for check in checks))
     )
     console.print(f"\n{counts}")

@@ -88,7 +88,7 @@ def _run_one(command: str, shell: Shell, show: Callable[[str], None]) -> tuple[i
 
 
 def page(title: str, introduction: str, recorded: Iterable[Recorded]) -> str:
-    """The walk as Markdown: what each step is for, its commands, and their output exactly as it came."""
+    """The walk as Markdown: what each step is for, its commands, and their output as it came."""
     parts = [f"# {title}\n", f"{introduction}\n"]
     chapter = ""
     for each in recorded:
@@ -104,7 +104,8 @@ def page(title: str, introduction: str, recorded: Iterable[Recorded]) -> str:
 
 
 def _whole_lines(output: str) -> str:
-    return output if not output or output.endswith("\n") else f"{output}\n"
+    """Without the blanks at the ends of lines with which tables are filled up."""
+    return "".join(f"{line.rstrip()}\n" for line in output.splitlines())
 
 
 def _longest_fence(text: str) -> int:

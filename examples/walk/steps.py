@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 TITLE = "A walk, from installation to removal"
 INTRODUCTION = (
     "Recorded by `make walk`: each command ran in a shell, against the embedded cluster, and each output is as it "
-    "came. Only the preparation is left out: that cluster reaches no Hub, so the base model was put on the claim "
-    "`models` of the namespace `walk`; and `values.yaml` names the images and says that the only node has no GPU."
+    "came. Two things were done before: `qlora` was [installed](how-to/kubectl-plugin.md#install-it), and, because "
+    "that cluster reaches no Hub, a base model of 135 million parameters was put on the claim `models` of the "
+    "namespace `walk`. `values.yaml` names the images, and says that the only node has no GPU."
 )
 
 
@@ -59,7 +60,7 @@ WALK = (
         _INSTALL,
         "kubectl qlora doctor",
         "`doctor` says what a cluster lacks and what to do about it. Here it is everything:",
-        shows=("install the operator's chart",),
+        shows=("install the operator's chart", "2 problems"),
         exit_code=1,
     ),
     Step(
@@ -92,7 +93,7 @@ WALK = (
     Step(_TRAIN, _submit(8), shows=("rank-8 created",)),
     Step(
         _TRAIN,
-        "kubectl wait --for=jsonpath='{{.status.progress.step}}' --timeout=10m qlorajob/rank-8\n"
+        "kubectl wait --for=jsonpath='{{.status.progress.loss}}' --timeout=10m qlorajob/rank-8\n"
         "kubectl qlora suspend rank-8\n"
         "kubectl wait --for=jsonpath='{{.status.phase}}'=Suspended --timeout=5m qlorajob/rank-8\n"
         "kubectl qlora list",

@@ -10,7 +10,11 @@ from devcluster import layout, product
 from examples.walk.preparation import prepared
 from examples.walk.runner import Shell, run
 from examples.walk.steps import WALK
-from tests.cluster.environment import LONG, Cluster
+from tests.cluster.environment import Cluster
+
+# Optimizer steps: ten a second on two cores. The job that is suspended must not have ended by then: its first progress
+# is seen within ten seconds.
+_SUSPENDED, _OTHER = 300, 40
 
 
 @pytest.fixture
@@ -21,6 +25,7 @@ def shell(installed: Cluster, tiny_model: Path, tmp_path: Path) -> Iterator[Shel
         with prepared(where, installed.images, tiny_model, tmp_path / "walk", Path(sys.executable).parent) as found:
             yield found
     finally:
+        product.uninstall(where, where.kubeconfig)
         product.install(where, where.kubeconfig, installed.images)
 
 
@@ -33,7 +38,9 @@ def test_a_newcomer_gets_from_installation_to_removal(
     installed: Cluster, shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
-    steps = [step.with_values({"steps": str(LONG)}) for step in WALK]
+    steps = [
+        step.with_values({"steps": str(_OTHER if "--name rank-2 " in step.script else _SUSPENDED)}) for step in WALK
+    ]
     recorded = list(run(steps, shell, show))
     assert [each.step for each in recorded] == steps
     definitions = installed.kubectl("get", "crd", "--output=name")

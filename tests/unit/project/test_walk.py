@@ -62,8 +62,8 @@ def test_a_command_that_hangs_ends_the_walk(tmp_path: Path) -> None:
 
 def test_the_page_has_each_output_as_it_came() -> None:
     step = Step("Train", "first\nsecond", tells="Why.")
-    assert page("Walk", "Recorded.", [Recorded(step, [("first", "no newline"), ("second", "```\n  two\n")])]) == (
-        "# Walk\n\nRecorded.\n\n## Train\n\nWhy.\n\n````console\n$ first\nno newline\n$ second\n```\n  two\n````\n"
+    assert page("Walk", "Recorded.", [Recorded(step, [("first", "no newline"), ("second", "```\n  two  \n\n")])]) == (
+        "# Walk\n\nRecorded.\n\n## Train\n\nWhy.\n\n````console\n$ first\nno newline\n$ second\n```\n  two\n\n````\n"
     )
 
 
