@@ -13,8 +13,8 @@ from examples.walk.runner import Shell, WalkError, page, run
 from examples.walk.steps import INTRODUCTION, TERMINALS, TITLE, UNINSTALL, WALK
 from examples.walk.terminal import screen_after
 
-# The demo's model of 135 million parameters does so many in half a minute on two cores: time enough to suspend it.
-_STEPS = 60
+# The demo's model of 135 million parameters takes a second or two for each on two cores: time enough to suspend it.
+_STEPS = 24
 
 
 def main() -> int:
@@ -22,6 +22,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make walk", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("walk-output"), help="where commands run; emptied first")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "walk.md", help="the page to write")
+    parser.add_argument("--model", type=Path, help="folder of another base model than the demo's")
+    parser.add_argument("--steps", type=int, default=_STEPS, help="optimizer steps of each job (default: %(default)s)")
     parser.add_argument(
         "--terminals", action="store_true", help="also keep what a terminal shows, for docs/screenshots.py (needs tmux)"
     )
@@ -38,9 +40,9 @@ def _walk(options: argparse.Namespace) -> int:
         cluster.up(where, cluster.DEFAULT_GPUS)
     images = product.build_images(where)
     product.load_images(where, images)
-    steps = [step.with_values({"steps": str(_STEPS)}) for step in WALK]
+    steps = [step.with_values({"steps": str(options.steps)}) for step in WALK]
     folder = options.folder.absolute()
-    with prepared(where, images, model_folder(), folder, Path(sys.executable).parent) as shell:
+    with prepared(where, images, options.model or model_folder(), folder, Path(sys.executable).parent) as shell:
         recorded = list(run((step for step in steps if step.chapter != UNINSTALL), shell, _show))
         if options.terminals:
             _keep_terminals(shell, folder / "terminals")
