@@ -39,6 +39,7 @@ _TERMINAL = """<!doctype html><meta charset="utf-8"><style>
 body {{ margin: 0; background: #1e2530; border-radius: 8px; }}
 pre {{ margin: 0; padding: 18px 22px; color: #d8dee9; font: 14px/{line_height}px "DejaVu Sans Mono", monospace; }}
 b {{ color: #8fbc8f; font-weight: 600; }}
+i {{ display: inline-block; width: 1ch; height: {line_height}px; vertical-align: top; }}
 </style><pre>{text}</pre>"""
 
 # Readable on the background above: black to white, then the bright ones.
@@ -90,8 +91,21 @@ def plain_lines(screen: str) -> list[str]:
     return Text.from_ansi(screen).plain.splitlines() or [""]
 
 
+def _dotted(character: str) -> str:
+    """A Braille pattern, of which curves are made, drawn over its whole cell: fonts differ in its width and gaps."""
+    # Bits of U+2800 and following: dots 1 to 3 and 7 are the left column from top to bottom, 4 to 6 and 8 the right.
+    cells = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (0, 3), (1, 3)]
+    raised = [cell for bit, cell in enumerate(cells) if (ord(character) - 0x2800) >> bit & 1]
+    dots = [
+        f"radial-gradient(circle at {25 + 50 * column}% {12.5 + 25 * row}%, currentColor 1.2px, transparent 1.8px)"
+        for column, row in raised
+    ]
+    return f'<i style="background: {", ".join(dots)}"></i>' if dots else " "
+
+
 def _page(command: str, shown: str) -> str:
-    text = f"<b>$</b> {html.escape(command)}\n{shown}"
+    drawn = re.sub("[\u2800-\u28ff]", lambda found: _dotted(found[0]), shown)
+    text = f"<b>$</b> {html.escape(command)}\n{drawn}"
     return _TERMINAL.format(line_height=_LINE_HEIGHT, text=text)
 
 
