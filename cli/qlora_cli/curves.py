@@ -33,6 +33,8 @@ def draw_curves(histories: Mapping[str, LossHistory], width: int, *, colors: boo
         return ""
     figure = plotille.Figure()
     figure.width, figure.height, figure.with_colors = columns, _HEIGHT, colors
+    # A line at step 0 would look like one of the curves.
+    figure.origin = False
     figure.x_label, figure.y_label = "step", "loss"
     figure.x_ticks_fkt = lambda low, _high: f"{low:.0f}"
     figure.y_ticks_fkt = lambda low, _high: f"{low:.3f}"

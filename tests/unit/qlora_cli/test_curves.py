@@ -24,6 +24,12 @@ def test_each_curve_has_a_letter_and_the_picture_fits_the_terminal(width: int) -
     assert max(map(len, drawn.splitlines())) <= width
 
 
+def test_nothing_but_the_curves_is_drawn() -> None:
+    # They fall, so that below the beginning of both there is nothing.
+    rows = [row for row in draw_curves(RUNS, 80, colors=False).splitlines() if "." in row.partition("|")[0]]
+    assert [row.partition("| ")[2][:8].strip(" \u2800") for row in rows[-5:]] == [""] * 5
+
+
 def test_colors_are_used_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
     # The library looks by itself whether it writes to a terminal.
     monkeypatch.setenv("FORCE_COLOR", "1")
