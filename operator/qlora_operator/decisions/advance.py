@@ -118,9 +118,11 @@ def renew(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 
 
 def _after_unsupported(status: QLoRAJobStatus, facts: Facts, step: StepStatus) -> QLoRAJobStatus:
-    """A trainer of another release costs no failure: the step waits until the profile names another image."""
-    today = with_profile_of_today(status.resolved, facts)
-    if today is None or status.resolved is None or today.profile.image == status.resolved.profile.image:
+    """A trainer of another release costs no failure: the step waits for another image, or until less is expected."""
+    today, before = with_profile_of_today(status.resolved, facts), status.resolved
+    if today is None or before is None:
+        return status
+    if today.profile.image == before.profile.image and today.contract_version >= before.contract_version:
         return status
     return status.model_copy(update={"resolved": today, "step": next_attempt(step, facts)})
 

@@ -69,7 +69,11 @@ def _with_trainer_of_its_cell(resolved: Resolved, facts: Facts) -> Resolved:
 
 
 def _contract(job: QLoRAJob, profile: Profile) -> int:
-    return _signed(needed_contract(job.spec.resources.node_count, grouped=job.spec.group is not None), profile)
+    return _signed(_contract_of_training(job), profile)
+
+
+def _contract_of_training(job: QLoRAJob) -> int:
+    return needed_contract(job.spec.resources.node_count, grouped=job.spec.group is not None)
 
 
 def _signed(contract: int, profile: Profile) -> int:
@@ -247,7 +251,9 @@ def with_profile_of_today(
     copied = _profile_to_start_with(profile, facts) if as_at_start else as_copied(profile)
     if same_trainer:
         copied = copied.model_copy(update={"image": resolved.profile.image})
-    contract = _signed(resolved.contract_version, profile) if same_trainer else _contract(facts.job, profile)
+    # The trainer that began the run may know no newer version, unless that was one for a key that is gone.
+    known = min(resolved.contract_version, _contract_of_training(facts.job))
+    contract = _signed(known, profile) if same_trainer else _contract(facts.job, profile)
     changes = {"profile": copied, "contract_version": contract, "gpu_hours": limit_of_hours(profile)}
     today = resolved.model_copy(update=changes)
     return today if same_trainer else _with_trainer_of_its_cell(today, facts)

@@ -37,6 +37,7 @@ from tests.support.builders import (
     succeeded,
 )
 
+SIGNING = Profile.model_validate(PROFILE.dump() | {"signingKey": {"name": "signing"}})
 FORBIDDEN = (child("publish", Failed="PodFailurePolicy"), failed("publish", 10, "BadConfiguration", "the key expired"))
 
 
@@ -120,11 +121,38 @@ def test_the_profile_of_today_is_used_because_the_administrator_may_have_mended_
 
 def test_a_job_whose_profile_has_a_key_by_now_is_not_published_by_a_trainer_that_does_not_sign() -> None:
     """The image stays, and ends with UnsupportedContract if it does not know this version."""
-    signing = Profile.model_validate(PROFILE.dump() | {"signingKey": {"name": "signing"}})
-    status = take_up(failed_job(), profiles={"default": signing})
+    status = take_up(failed_job(), profiles={"default": SIGNING})
     assert status.resolved is not None
     assert status.step is not None
     assert (status.step.name, status.resolved.contract_version) == ("publish", needed_contract(1, signed=True))
+
+
+def begun_with_a_key() -> dict[str, Any]:
+    begun = resolved(SIGNING).model_copy(update={"contract_version": needed_contract(1, signed=True)})
+    return {"resolved": begun.dump()}
+
+
+def test_a_job_whose_profile_has_no_key_by_now_is_published_by_the_trainer_that_does_not_sign() -> None:
+    stored = follow(make_job(status_in("publish", **begun_with_a_key())), *FORBIDDEN)
+    status = take_up(stored)
+    assert status.resolved is not None
+    assert status.resolved.contract_version == needed_contract(1)
+
+
+def test_a_job_that_waits_for_a_trainer_that_signs_goes_on_once_its_profile_has_no_key() -> None:
+    old = (
+        child("prepare", Failed="PodFailurePolicy"),
+        failed("prepare", 19, "UnsupportedContract", "set the profile's image"),
+    )
+    waiting = follow(make_job(status_in("prepare", **begun_with_a_key())), *old, profiles={"default": SIGNING})
+    assert reason_of(waiting) == "UnsupportedContract"
+
+    status = follow(make_job(waiting), *old)
+
+    assert status.step is not None
+    assert status.step.job_name == f"{NAME}-prepare-2"
+    assert status.resolved is not None
+    assert (status.resolved.profile, status.resolved.contract_version) == (PROFILE, needed_contract(1))
 
 
 def test_a_job_that_has_prepared_nothing_takes_the_image_of_today_too() -> None:
