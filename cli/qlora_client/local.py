@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -30,6 +31,7 @@ from qlora_client.job import Job
 from qlora_client.local_status import local_status
 from qlora_client.published import Folder, OnBytes, PublishedFile
 
+_LOGGER = logging.getLogger("qlora_client")
 _MANIFEST, _OUTPUT, _PROCESS = "manifest.json", "run.jsonl", "run.pid"
 _BLOCK_BYTES = 2**16
 _SECONDS_BETWEEN_LOOKS = 0.2
@@ -125,12 +127,15 @@ class LocalBackend:
         return Job({**document.dump(), "metadata": metadata, "status": status.dump()})
 
     def find(self) -> list[Job]:
-        """As the protocol says."""
+        """As the protocol says; one whose manifest cannot be read is logged and left out."""
         found = []
         for path in sorted(Path(self.config.folder).glob(f"*/records/{_MANIFEST}")):
-            # Another process may have deleted it meanwhile.
-            with suppress(MissingError):
+            try:
                 found.append(self.get(path.parent.parent.name))
+            except MissingError:
+                pass  # another process has deleted it meanwhile
+            except ClusterError as error:
+                _LOGGER.warning("%s", error)
         return found
 
     def logs(self, name: str, steps: Collection[StepName], *, follow: bool) -> Iterator[str]:
