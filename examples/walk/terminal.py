@@ -8,7 +8,7 @@ from pathlib import Path
 
 from examples.walk.runner import Shell, WalkError
 
-COLUMNS, _LINES = 110, 60
+_COLUMNS, _LINES = 110, 60
 
 
 def screen_after(command: str, shell: Shell) -> str:
@@ -22,7 +22,7 @@ def screen_after(command: str, shell: Shell) -> str:
         # The pane stays until it has been captured.
         script = f"export TERM=tmux-256color; {command}; touch {shlex.quote(str(ended))}; sleep infinity"
         environment = {name: value for name, value in shell.environment().items() if name not in ("NO_COLOR", "TMUX")}
-        size = ["-x", str(COLUMNS), "-y", str(_LINES)]
+        size = ["-x", str(_COLUMNS), "-y", str(_LINES)]
         subprocess.run(
             [*tmux, "new-session", "-d", *size, "bash", "-c", script], cwd=shell.folder, env=environment, check=True
         )

@@ -11,11 +11,12 @@ import pytest
 
 from docs.screenshots import colored_page
 from examples.walk.runner import Recorded, Shell, WalkError, page, run
-from examples.walk.steps import TERMINALS, WALK, Step
+from examples.walk.steps import INTRODUCTION, TERMINALS, WALK, Step
 from examples.walk.terminal import screen_after
 from qlora_cli.__main__ import main
 
-README = Path(__file__).parents[3] / "README.md"
+ROOT = Path(__file__).parents[3]
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "walk.md"
 
 
 @pytest.fixture
@@ -98,6 +99,16 @@ def test_the_shell_reads_the_walk_as_the_page_shows_it() -> None:
         subprocess.run(["bash", "-n", "-c", command], check=True, capture_output=True)
         assert "{steps}" not in command
         assert "{{" not in command
+
+
+def test_the_recorded_page_has_each_command_and_what_is_said_of_it() -> None:
+    recorded = PAGE.read_text()
+    [number] = set(re.findall(r"--max-steps (\d+)", recorded))
+    steps = [step.with_values({"steps": number}) for step in WALK]
+    said = [INTRODUCTION, *(f"## {step.chapter}\n" for step in steps), *(step.tells for step in steps)]
+    assert [text for text in said if text not in recorded] == []
+    typed = [f"$ {command}\n" for step in steps for command in step.commands]
+    assert [command for command in typed if command not in recorded] == []
 
 
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux")
