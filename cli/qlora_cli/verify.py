@@ -67,7 +67,7 @@ def verify(address: str, key: Path | None) -> Verified:
     public = None if key is None else read_public_key(key.read_bytes())
     with _opened(address) as adapter:
         statement = _statement(adapter, address, public)
-        _compare(adapter, {subject.name: subject.digest.get("sha256", "") for subject in statement.subject})
+        _compare(adapter.folder, {subject.name: subject.digest.get("sha256", "") for subject in statement.subject})
     files = sum("://" not in subject.name for subject in statement.subject)
     return Verified(statement.predicate, files, by_key=public is not None)
 
@@ -81,14 +81,36 @@ def _statement(adapter: Adapter, address: str, key: PublicKey | None) -> Stateme
     if not adapter.signed and (key is not None or not adapter.unsigned):
         wanted = SIGNED_FILE if key is not None else f"{SIGNED_FILE} or {UNSIGNED_FILE}"
         raise NotVerified(f"{address} has no {'signed ' if key else ''}lineage ({wanted}){_overlooked(adapter)}")
-    reasons = [reason for reason in candidates if isinstance(reason, str)]
+    statements, reasons = _parsed(candidates)
+    if not statements:
+        raise NotVerified(f"the lineage does not verify: {reasons[0]}{_overlooked(adapter)}")
+    # Whoever may push can attach what the same key has signed about another artifact.
+    found = next((each for each in statements if _is_about(each, adapter)), None)
+    if found is None:
+        artifact = f"sha256:{adapter.artifact_sha256}"
+        raise NotVerified(f"the lineage is about another artifact than {artifact}{_overlooked(adapter)}")
+    return found
+
+
+def _parsed(candidates: Iterable[bytes | str]) -> tuple[list[Statement], list[str]]:
+    """The statements among them, and why the others are none."""
+    statements: list[Statement] = []
+    reasons: list[str] = []
     for payload in candidates:
-        if isinstance(payload, bytes):
-            try:
-                return Statement.model_validate_json(payload)
-            except ValidationError:
-                reasons.append("it is not a statement of this kind, or of a later release")
-    raise NotVerified(f"the lineage does not verify: {reasons[0]}{_overlooked(adapter)}")
+        if isinstance(payload, str):
+            reasons.append(payload)
+            continue
+        try:
+            statements.append(Statement.model_validate_json(payload))
+        except ValidationError:
+            reasons.append("it is not a statement of this kind, or of a later release")
+    return statements, reasons
+
+
+def _is_about(statement: Statement, adapter: Adapter) -> bool:
+    """Whether it names the artifact that holds the files, if one does."""
+    artifacts = {subject.digest.get("sha256") for subject in statement.subject if "://" in subject.name}
+    return adapter.artifact_sha256 is None or adapter.artifact_sha256 in artifacts
 
 
 def _overlooked(adapter: Adapter) -> str:
@@ -110,19 +132,16 @@ def _payloads(contents: Iterable[bytes], read: Callable[[bytes], bytes]) -> Iter
             yield one_line(str(error))
 
 
-def _compare(adapter: Adapter, stated: Mapping[str, str]) -> None:
+def _compare(folder: Path, stated: Mapping[str, str]) -> None:
     """Raise NotVerified for a file that is missing, differs, or is not among those that are stated."""
     names = {name for name in stated if "://" not in name}
-    artifacts = {digest for name, digest in stated.items() if "://" in name}
-    if adapter.artifact_sha256 is not None and adapter.artifact_sha256 not in artifacts:
-        raise NotVerified(f"the lineage is about another artifact than sha256:{adapter.artifact_sha256}")
-    there = {path.name for path in adapter.folder.iterdir() if not path.name.startswith(".")} - _NOT_STATED
+    there = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - _NOT_STATED
     if missing := sorted(names - there):
         raise NotVerified(f"{printable(missing[0])} is missing")
     if further := sorted(there - names):
         raise NotVerified(f"the lineage does not state {printable(further[0])}: it was added afterwards")
     for name in sorted(names):
-        path = adapter.folder / name
+        path = folder / name
         if path.is_symlink() or not path.is_file():
             raise NotVerified(f"{printable(name)} is not a file")
         if (found := file_sha256(path)) != stated[name]:
