@@ -14,7 +14,7 @@ from tests.cluster.environment import Cluster
 
 # Optimizer steps: ten a second on two cores. The job that is suspended must not have ended by then: its first progress
 # is seen within ten seconds.
-_SUSPENDED, _OTHER = 400, 40
+_SUSPENDED, _OTHER = 500, 40
 
 
 @pytest.fixture
