@@ -21,6 +21,7 @@ from qlora_api.usage import LostGpuSeconds, PodEnd, PodUsage, UsageStatus
 from qlora_operator.decisions.attempts import LONGEST_WITHOUT_NEWS, is_stopped_on_purpose
 from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.group import leads
+from qlora_operator.decisions.members import Member
 from qlora_operator.decisions.observe import Pod, QLoRAJob, format_time, parse_time
 
 _KEPT_PODS = 8
@@ -176,7 +177,7 @@ def _dropped_until(created: datetime, before: UsageStatus) -> datetime | None:
     return parse_time(before.ended_until or before.counted_until)
 
 
-def _train(job: QLoRAJob) -> str:
+def _train(job: QLoRAJob | Member) -> str:
     """How the names of the train step's pods begin."""
     return child_job_name(job.name, "train", 0).removesuffix("0")
 
@@ -290,7 +291,7 @@ def _of_leader(facts: Facts, before: UsageStatus, *, current: bool) -> Iterator[
     known = {entry.uid: entry for entry in before.pods}
     for member in facts.group.others if facts.group is not None else ():
         trains = facts.job.uid in member.leads
-        for entry in member.pods:
+        for entry in _own_pods(member):
             old = known.get(entry.uid)
             if old is None and not (trains and entry.jobs > 1 and _is_uncounted(entry, before)):
                 continue
@@ -298,6 +299,11 @@ def _of_leader(facts: Facts, before: UsageStatus, *, current: bool) -> Iterator[
             counted = old or entry.model_copy(update={"seconds": 0})
             if current or entry.end is not None or _is_behind(counted, facts.now):
                 yield entry if start is None else _from(start, entry)
+
+
+def _own_pods(member: Member) -> Iterator[PodUsage]:
+    """The entries of its own pods: those that it has copied from its leader are older than what they are copies of."""
+    return (entry for entry in member.pods if entry.name.startswith(_train(member)))
 
 
 def _is_uncounted(entry: PodUsage, before: UsageStatus) -> bool:
@@ -359,7 +365,7 @@ def _next_to_list(listed: list[PodUsage], before: UsageStatus, status: QLoRAJobS
     copied = (
         parse_time(entry.created)
         for member in members
-        for entry in member.pods
+        for entry in _own_pods(member)
         if facts.job.uid in member.leads and entry.jobs > 1 and entry.uid not in known and _is_uncounted(entry, before)
     )
     return min((*own, *copied), default=None)

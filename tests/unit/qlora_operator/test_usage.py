@@ -355,6 +355,20 @@ def test_jobs_that_one_pod_trains_share_its_time() -> None:
     assert count_usage(status, facts(own, group=GroupFacts(), now=after(900))) == status
 
 
+def test_what_others_have_copied_holds_nobody_back() -> None:
+    """They list what they have copied in their statuses, where the leader and the other followers see it too."""
+    leader = leader_with_pod()
+    jobs = {name: grouped.job("prepared", name, grouped.FOLLOWER) for name in (NAME, "zulu")} | {"alpha": leader}
+    pods = grouped.alphas(child("train")), grouped.alphas(running(train_pod(), since=-90))
+    for at in (10, 400, 800):
+        for name in ("alpha", "zulu", NAME):
+            others = (member_of(job) for other, job in jobs.items() if other != name)
+            group = GroupFacts(tuple(other for other in others if other is not None))
+            found = facts(jobs[name], *(pods if name == "alpha" else ()), group=group, now=after(at))
+            jobs[name] = replace(jobs[name], status=count_usage(jobs[name].status, found, until_now=True))
+        assert [usage_of(job.status).gpu_seconds for job in jobs.values()] == [(100 + at) // 3] * 3
+
+
 def test_the_counters_get_what_each_write_adds() -> None:
     metrics, before, after_it = Metrics(), watched(), then(watched(), child("train"), at=20)
     metrics.gpu_seconds.note(make_job(status_in("train"), **SPEC), before)
