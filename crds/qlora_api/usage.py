@@ -47,6 +47,13 @@ class LostGpuSeconds(ObservedModel):
         return self.startup + self.disruption + self.failure + self.suspension
 
 
+class TakenOverPart(ObservedModel):
+    """The part of a job that a pod trains for its group, from when it counts for the leader."""
+
+    uid: str = Field(max_length=64, description="UID of the job.")
+    after_seconds: Count = Field(description="Seconds of the pod after which the job's part counts for the leader.")
+
+
 class PodUsage(ObservedModel):
     """A train pod, and for how long it had its GPUs."""
 
@@ -55,6 +62,12 @@ class PodUsage(ObservedModel):
     created: Timestamp = Field(description="When it was created.")
     since: Timestamp = Field(description="When it got its node, and with it its GPUs.")
     jobs: int = Field(1, ge=1, le=1000, description="Jobs that it trains, which share its time evenly.")
+    taken_over: tuple[TakenOverPart, ...] | None = Field(
+        None,
+        max_length=1000,
+        description="Of these jobs, those that were deleted or had ended while it went on. Their parts of its further "
+        "time count for the job that has the pod.",
+    )
     seconds: Count = Field(0, description="Seconds that it has had its GPUs, up to when they were last counted.")
     trained_since: Timestamp | None = Field(None, description="When it began to train; not set before, or if unknown.")
     from_step: Count | None = Field(None, description="Optimizer steps that were done when it was first seen to train.")

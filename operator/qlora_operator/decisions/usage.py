@@ -7,17 +7,19 @@ and `endedUntil` when the last of them had ended: a pod that was created before 
 waited for its node in between, and counts from then on. So whoever makes many pods of a job hides none of the others.
 
 The pod of a job that leads a group trains several jobs, each of which has an even part of its time: the leader counts
-it, and the others copy the entry from the leader's status.
+it, and the others copy the entry from the leader's status. One that is deleted, or has ended, copies no more: its part
+of what the pod runs on is the leader's, for good. The entry says after which second: the last that was stored until
+then, so that no other could be copied. So each second of each part counts once, also if a job comes back.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from datetime import datetime, timedelta
 
 from qlora_api.contract import ResultRecord
 from qlora_api.forecast import cost_text, hours_text
 from qlora_api.naming import child_job_name
 from qlora_api.status import QLoRAJobStatus
-from qlora_api.usage import LostGpuSeconds, PodEnd, PodUsage, UsageStatus
+from qlora_api.usage import LostGpuSeconds, PodEnd, PodUsage, TakenOverPart, UsageStatus
 from qlora_operator.decisions.attempts import LONGEST_WITHOUT_NEWS, is_stopped_on_purpose
 from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.group import leads
@@ -35,6 +37,7 @@ _SEEN_AFTER = 60
 """Seconds for which a pod has its GPUs before it is listed, if its trainer does not run until then."""
 _LONGEST_UNCOUNTED = timedelta(minutes=5)
 """After which the time of a pod that runs is counted without news of it: what is not, is lost if the pod vanishes."""
+_NUMBERS = ("seconds", "startup_seconds", "lost_seconds")
 
 
 def count_usage(status: QLoRAJobStatus, facts: Facts, *, until_now: bool = False) -> QLoRAJobStatus:
@@ -52,13 +55,14 @@ def count_usage(status: QLoRAJobStatus, facts: Facts, *, until_now: bool = False
     found = {entry.uid: entry for entry in _observed(status, facts, before, current=current)}
     found |= {entry.uid: entry for entry in _vanished(status, facts, before)}
     found |= {entry.uid: entry for entry in _of_leader(facts, before, current=current)}
-    merged = [_merged(entries.get(uid), entry) for uid, entry in found.items()]
+    gone = _gone(status, facts)
+    merged = [_merged(entries.get(uid), entry, gone) for uid, entry in found.items()]
     changed = [entry for entry in merged if entry != entries.get(entry.uid)]
     if not changed:
         return status
     lost, seconds = before.lost_gpu_seconds, before.gpu_seconds
     for entry in changed:
-        seconds += _part(entry, entry.seconds, gpus) - _counted(entries.get(entry.uid), "seconds", gpus)
+        seconds += _part(entry, "seconds", gpus) - _part(entries.get(entry.uid), "seconds", gpus)
         lost = _with_losses(lost, entries.get(entry.uid), entry, gpus)
     listed = sorted((entries | {entry.uid: entry for entry in changed}).values(), key=lambda each: each.created)
     kept = _kept(listed, before, _next_to_list(listed, before, status, facts), facts)
@@ -79,15 +83,15 @@ def used_seconds(status: QLoRAJobStatus) -> int:
 
 
 def gpus_at_a_time(job: QLoRAJob, status: QLoRAJobStatus, pods: Iterable[Pod]) -> float:
-    """GPUs that the job has now; of those of a pod that trains several jobs, its part."""
-    return sum(gpus_of_a_pod(job, status) / entry.jobs for entry in _running(status, pods))
+    """GPUs that the job has now; of those of a pod that trains several jobs, its part and those it has taken over."""
+    return gpus_of_a_pod(job, status) * sum(map(_share, _running(status, pods)))
 
 
 def uncounted_seconds(job: QLoRAJob, status: QLoRAJobStatus, pods: Iterable[Pod], now: datetime) -> float:
     """GPU seconds that its pods which run have had since they were last counted."""
     gpus = gpus_of_a_pod(job, status)
-    since = ((now - _last_counted(entry)).total_seconds() / entry.jobs for entry in _running(status, pods))
-    return gpus * sum(since)
+    running = _running(status, pods)
+    return gpus * sum((now - _last_counted(entry)).total_seconds() * _share(entry) for entry in running)
 
 
 def counted_again_at(status: QLoRAJobStatus, pods: Iterable[Pod]) -> datetime | None:
@@ -99,6 +103,11 @@ def _running(status: QLoRAJobStatus, pods: Iterable[Pod]) -> list[PodUsage]:
     """The entries of the pods that have their GPUs."""
     running = {pod.uid for pod in pods if not _is_over(pod)}
     return [entry for entry in (status.usage.pods if status.usage else ()) if entry.uid in running]
+
+
+def _share(entry: PodUsage) -> float:
+    """The part of the pod's further time that counts for the job."""
+    return (1 + len(entry.taken_over or ())) / entry.jobs
 
 
 def has_gpus(pod: Pod) -> bool:
@@ -291,7 +300,7 @@ def _of_leader(facts: Facts, before: UsageStatus, *, current: bool) -> Iterator[
     known = {entry.uid: entry for entry in before.pods}
     for member in facts.group.others if facts.group is not None else ():
         trains = facts.job.uid in member.leads
-        for entry in _own_pods(member):
+        for entry in _copied(member, facts):
             old = known.get(entry.uid)
             if old is None and not (trains and entry.jobs > 1 and _is_uncounted(entry, before)):
                 continue
@@ -301,9 +310,23 @@ def _of_leader(facts: Facts, before: UsageStatus, *, current: bool) -> Iterator[
                 yield entry if start is None else _from(start, entry)
 
 
-def _own_pods(member: Member) -> Iterator[PodUsage]:
-    """The entries of its own pods: those that it has copied from its leader are older than what they are copies of."""
-    return (entry for entry in member.pods if entry.name.startswith(_train(member)))
+def _copied(leader: Member, facts: Facts) -> Iterator[PodUsage]:
+    """The entries of the other job's own pods, if it leads, as far as this one has its part of them itself.
+
+    Those that it has copied from its own leader are older than what they are copies of.
+    """
+    own = _train(leader)
+    for entry in leader.pods if leader.leads else ():
+        if entry.name.startswith(own):
+            yield entry if entry.taken_over is None else _without_taken_over(entry, facts.job.uid)
+
+
+def _without_taken_over(entry: PodUsage, uid: str) -> PodUsage:
+    """The entry of a leader's pod for a member: without what comes after the leader has taken over its part."""
+    parts = (part.after_seconds for part in entry.taken_over or () if part.uid == uid)
+    later = _after(next(parts, entry.seconds), entry)
+    numbers = {name: getattr(entry, name) - getattr(later, name) for name in _NUMBERS}
+    return entry.model_copy(update={"taken_over": None, **numbers})
 
 
 def _is_uncounted(entry: PodUsage, before: UsageStatus) -> bool:
@@ -315,19 +338,35 @@ def _is_uncounted(entry: PodUsage, before: UsageStatus) -> bool:
 def _from(start: datetime, entry: PodUsage) -> PodUsage:
     """The entry without its time before `start`."""
     earlier = max(0, int((start - parse_time(entry.since)).total_seconds()))
-    if not earlier:
-        return entry
+    return _after(earlier, entry).model_copy(update={"since": format_time(start)}) if earlier else entry
+
+
+def _after(earlier: int, entry: PodUsage) -> PodUsage:
+    """The entry with the numbers of what comes after so many seconds of the pod."""
     seconds, startup = max(0, entry.seconds - earlier), max(0, entry.startup_seconds - earlier)
-    numbers = {
-        "seconds": seconds,
-        "startup_seconds": startup,
-        "lost_seconds": min(entry.lost_seconds, seconds - startup),
-    }
-    return entry.model_copy(update={"since": format_time(start), **numbers})
+    lost = min(entry.lost_seconds, seconds - startup)
+    return entry.model_copy(update=dict(zip(_NUMBERS, (seconds, startup, lost), strict=True)))
 
 
-def _merged(old: PodUsage | None, new: PodUsage) -> PodUsage:
-    """Both entries of one pod as one: no number is less than it was."""
+def _gone(status: QLoRAJobStatus, facts: Facts) -> Set[str]:
+    """UIDs of the jobs that the job's pod trains too, and that do not count their parts any more."""
+    if facts.group is None or status.group is None or not leads(facts.job, status):
+        return frozenset()
+    counting = {member.uid for member in facts.group.others if not member.deleting and member.state != "ended"}
+    return {member.uid for member in status.group.members or ()} - counting - {facts.job.uid}
+
+
+def _merged(old: PodUsage | None, new: PodUsage, gone: Set[str]) -> PodUsage:
+    """Both entries of one pod as one: no number is less than it was.
+
+    `gone`: the jobs whose parts of what it grows by it takes over.
+    """
+    counted = old.seconds if old is not None else 0
+    if new.jobs > 1 and new.seconds > counted:
+        taken_over = new.taken_over or ()
+        more = sorted(gone - {part.uid for part in taken_over})
+        parts = (TakenOverPart(uid=uid, after_seconds=counted) for uid in more)
+        new = new.model_copy(update={"taken_over": (*taken_over, *parts) or None})
     if old is None:
         return new
     seconds = max(old.seconds, new.seconds)
@@ -338,18 +377,18 @@ def _merged(old: PodUsage | None, new: PodUsage) -> PodUsage:
     return new.model_copy(update={**grown, "jobs": old.jobs, "since": old.since, "end": old.end or new.end})
 
 
-def _part(entry: PodUsage, seconds: int, gpus: int) -> int:
-    """The job's own part of so many seconds of the pod, times its GPUs."""
+def _part(entry: PodUsage | None, name: str, gpus: int) -> int:
+    """Of that number of the pod's seconds, the job's own part and those it has taken over, times its GPUs."""
+    if entry is None:
+        return 0
+    later = (_after(part.after_seconds, entry) for part in entry.taken_over or ())
+    seconds: int = sum(getattr(each, name) for each in (entry, *later))
     return seconds * gpus // entry.jobs
 
 
-def _counted(entry: PodUsage | None, name: str, gpus: int) -> int:
-    return 0 if entry is None else _part(entry, getattr(entry, name), gpus)
-
-
 def _with_losses(lost: LostGpuSeconds, old: PodUsage | None, new: PodUsage, gpus: int) -> LostGpuSeconds:
-    startup = _part(new, new.startup_seconds, gpus) - _counted(old, "startup_seconds", gpus)
-    more = _part(new, new.lost_seconds, gpus) - _counted(old, "lost_seconds", gpus)
+    startup = _part(new, "startup_seconds", gpus) - _part(old, "startup_seconds", gpus)
+    more = _part(new, "lost_seconds", gpus) - _part(old, "lost_seconds", gpus)
     changes = {"startup": lost.startup + startup}
     if more and new.end is not None and new.end != "completed":
         changes[new.end] = getattr(lost, new.end) + more
@@ -365,7 +404,7 @@ def _next_to_list(listed: list[PodUsage], before: UsageStatus, status: QLoRAJobS
     copied = (
         parse_time(entry.created)
         for member in members
-        for entry in _own_pods(member)
+        for entry in _copied(member, facts)
         if facts.job.uid in member.leads and entry.jobs > 1 and entry.uid not in known and _is_uncounted(entry, before)
     )
     return min((*own, *copied), default=None)

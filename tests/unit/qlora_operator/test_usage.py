@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 from qlora_api.contract import ExitCode, ProgressRecord
 from qlora_api.status import QLoRAJobStatus
 from qlora_api.usage import PodUsage, UsageStatus
+from qlora_operator.decisions.budget import budget_at, enforce_budget
+from qlora_operator.decisions.conditions import is_finished
+from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.members import GroupFacts, member_of
 from qlora_operator.decisions.observe import QLoRAJob
 from qlora_operator.decisions.plan import is_settled, plan
@@ -355,18 +358,138 @@ def test_jobs_that_one_pod_trains_share_its_time() -> None:
     assert count_usage(status, facts(own, group=GroupFacts(), now=after(900))) == status
 
 
+class Group:
+    """Three jobs that the pod of `alpha` trains, which has a node since -100."""
+
+    def __init__(self, **spec: Any) -> None:
+        followers = {name: grouped.job("prepared", name, grouped.FOLLOWER, **spec) for name in (NAME, "zulu")}
+        self.jobs = {"alpha": grouped.job("training", "alpha", grouped.ALL, **spec)} | followers
+        self.counted = dict.fromkeys(self.jobs, 0)
+        """GPU seconds, also of those that are deleted."""
+
+    def facts(self, name: str, at: float, pod: dict[str, Any], report: ProgressRecord | None = None) -> Facts:
+        others = (member_of(job) for other, job in self.jobs.items() if other != name)
+        group = GroupFacts(tuple(other for other in others if other is not None))
+        bodies = grouped.alphas(child("train")), grouped.alphas(pod)
+        own = bodies if name == "alpha" else ()
+        return facts(self.jobs[name], *own, group=group, now=after(at), progress=report if own else None)
+
+    def count(
+        self, name: str, at: float, pod: dict[str, Any] | None = None, report: ProgressRecord | None = None
+    ) -> None:
+        """A pass over the job, if it is there; the pod runs unless given."""
+        if name not in self.jobs:
+            return  # deleted
+        found = self.facts(name, at, pod or running(train_pod(), since=-90), report)
+        job = self.jobs[name]
+        # What is stored is all that the next pass knows.
+        status = QLoRAJobStatus.model_validate(count_usage(job.status, found, until_now=True).dump())
+        self.jobs[name], usage = replace(job, status=status), status.usage or UsageStatus()
+        assert self.counted.get(name, 0) <= usage.gpu_seconds
+        assert usage.lost_gpu_seconds.total <= usage.gpu_seconds
+        self.counted[name] = usage.gpu_seconds
+
+    def count_all(self, at: float, pod: dict[str, Any] | None = None) -> None:
+        for name in list(self.jobs):
+            self.count(name, at, pod)
+
+    def not_copied(self, name: str) -> int:
+        """Seconds of the pod of which the job has a part that it has not counted yet."""
+        entries, own = self._entries("alpha"), sum(entry.seconds for entry in self._entries(name))
+        uid = self.jobs[name].uid
+        until = (part.after_seconds for entry in entries for part in entry.taken_over or () if part.uid == uid)
+        return next(until, sum(entry.seconds for entry in entries)) - own
+
+    def _entries(self, name: str) -> tuple[PodUsage, ...]:
+        usage = self.jobs[name].status.usage
+        return usage.pods if usage is not None else ()
+
+    def end(self, name: str) -> None:
+        """Let it fail, as it does by a deadline that somebody has set."""
+        failed = grouped.job("failed", name, grouped.FOLLOWER).status
+        self.retry(name, failed)
+
+    def retry(self, name: str, as_status: QLoRAJobStatus | None = None) -> None:
+        """Give it the status of one that waits for its leader again, or that one, with what it has used."""
+        status = as_status or grouped.job("prepared", name, grouped.FOLLOWER).status
+        kept = {"usage": self.jobs[name].status.usage}
+        self.jobs[name] = replace(self.jobs[name], status=status.model_copy(update=kept))
+
+
+def test_the_leader_has_the_parts_of_those_that_are_deleted() -> None:
+    group = Group()
+    del group.jobs[NAME], group.jobs["zulu"]
+    group.count("alpha", 3600)
+    assert group.counted["alpha"] == 3700
+
+
+def test_who_is_deleted_while_the_pod_goes_on_keeps_what_it_has_counted() -> None:
+    group = Group()
+    group.count_all(200)
+    del group.jobs[NAME]
+    group.count_all(500)
+    assert group.counted == {"alpha": 100 + 200, NAME: 100, "zulu": 200}
+    # Of the same name, but not the job that the pod trains.
+    group.jobs["again"] = replace(grouped.job("prepared", NAME), uid="another")
+    group.count_all(800)
+    assert group.counted == {"alpha": 300 + 200, NAME: 100, "zulu": 300, "again": 0}
+    # With a finalizer it may be there for long, and counts nothing.
+    group.jobs["zulu"] = replace(group.jobs["zulu"], deleting=True)
+    group.count("alpha", 1100)
+    assert group.counted["alpha"] == 500 + 300
+
+
+def test_who_ends_while_the_pod_trains_it_and_comes_back_counts_no_second_again() -> None:
+    group = Group()
+    group.count_all(200)
+    group.end(NAME)
+    group.count("alpha", 500)
+    group.retry(NAME)
+    group.count_all(800)
+    assert group.counted == {"alpha": 100 + 400, NAME: 100, "zulu": 300}
+    group.count_all(830, ended(train_pod(), 203, start=-90, end=800))
+    group.count_all(840, ended(train_pod(), 203, start=-90, end=800))
+    assert group.counted == {"alpha": 500, NAME: 100, "zulu": 300}
+    losses = [lost(job.status) for job in group.jobs.values()]
+    assert losses == [{"failure": 500}, {"failure": 100}, {"failure": 300}]
+
+
+def test_the_limit_of_gpu_hours_holds_for_what_a_leader_has_taken_over() -> None:
+    group, limit = Group(), 1000 / 3600
+    for name, job in group.jobs.items():
+        fixed = job.status.resolved or pytest.fail("it has started")
+        limited = job.status.model_copy(update={"resolved": fixed.model_copy(update={"gpu_hours": limit})})
+        group.jobs[name] = replace(job, status=limited)
+    pod = running(train_pod(), since=-90)
+    group.count_all(200)
+    del group.jobs[NAME], group.jobs["zulu"]
+    group.count("alpha", 500)
+    leader = group.jobs["alpha"]
+    assert group.counted["alpha"] == 100 + 300
+    observed = group.facts("alpha", 500, pod).observed
+    # All of its time: 600 seconds are left, and not three times as many.
+    assert budget_at(leader, leader.status, observed, after(500)) == after(1100)
+    assert budget_at(leader, leader.status, observed, after(700)) == after(1100)
+    assert not is_finished(enforce_budget(leader.status, group.facts("alpha", 1099, pod)))
+    assert is_finished(enforce_budget(leader.status, group.facts("alpha", 1100, pod)))
+    # Also if it was not counted since they were deleted.
+    fresh = Group()
+    fresh.jobs = {"alpha": replace(leader, status=leader.status.model_copy(update={"usage": None}))}
+    assert is_finished(enforce_budget(fresh.jobs["alpha"].status, fresh.facts("alpha", 900, pod)))
+
+
+def test_an_entry_of_an_earlier_release_stays_as_it_is() -> None:
+    group = Group()
+    group.count_all(200)
+    assert all("takenOver" not in str(job.status.dump()) for job in group.jobs.values())
+
+
 def test_what_others_have_copied_holds_nobody_back() -> None:
     """They list what they have copied in their statuses, where the leader and the other followers see it too."""
-    leader = leader_with_pod()
-    jobs = {name: grouped.job("prepared", name, grouped.FOLLOWER) for name in (NAME, "zulu")} | {"alpha": leader}
-    pods = grouped.alphas(child("train")), grouped.alphas(running(train_pod(), since=-90))
+    group = Group()
     for at in (10, 400, 800):
-        for name in ("alpha", "zulu", NAME):
-            others = (member_of(job) for other, job in jobs.items() if other != name)
-            group = GroupFacts(tuple(other for other in others if other is not None))
-            found = facts(jobs[name], *(pods if name == "alpha" else ()), group=group, now=after(at))
-            jobs[name] = replace(jobs[name], status=count_usage(jobs[name].status, found, until_now=True))
-        assert [usage_of(job.status).gpu_seconds for job in jobs.values()] == [(100 + at) // 3] * 3
+        group.count_all(at)
+        assert list(group.counted.values()) == [(100 + at) // 3] * 3
 
 
 def test_the_counters_get_what_each_write_adds() -> None:
@@ -485,6 +608,51 @@ def test_a_group_counts_each_pod_once_whoever_has_made_it(looks: list[tuple[int,
         found = facts(replace(own, status=status), *bodies, group=group, now=after(start + 45))
         status = count_usage(status, found, until_now=news)
         assert (status.usage or UsageStatus()).gpu_seconds == whole
+
+
+_EVENTS = st.lists(
+    st.tuples(
+        st.integers(1, 400),
+        st.sampled_from(["delete", "end", "retry", "nothing"]),
+        st.sampled_from([NAME, "zulu"]),
+        st.lists(st.sampled_from(["alpha", NAME, "zulu"]), max_size=4),
+    ),
+    max_size=10,
+)
+"""Seconds that pass, what happens to whom then, and whose passes follow."""
+
+
+@settings(max_examples=120, deadline=None)
+@given(events=_EVENTS, trains=st.none() | st.integers(-99, 999), code=st.sampled_from([137, 203]))
+def test_the_time_of_a_groups_pod_counts_once_whoever_is_gone(
+    events: list[tuple[int, str, str, list[str]]], trains: int | None, code: int
+) -> None:
+    """All of it: but what a job had not yet copied of what its leader had counted when the job went."""
+    group, now, lags = Group(), 0, dict[str, int]()
+    for passed, event, whom, passes in events:
+        now += passed
+        if event == "delete" and whom in group.jobs:
+            lags[whom] = group.not_copied(whom)
+            del group.jobs[whom]
+        elif event == "end" and whom in group.jobs:
+            group.end(whom)
+        elif event == "retry" and whom in group.jobs:
+            group.retry(whom)
+        report = trains_since(grouped.alphas(train_pod()), trains, now) if trains is not None and trains < now else None
+        for name in passes:
+            if name in group.jobs and not is_finished(group.jobs[name].status):
+                group.count(name, now, report=report)
+        assert sum(group.counted.values()) <= 100 + now
+    for whom in list(group.jobs):
+        if is_finished(group.jobs[whom].status):
+            group.retry(whom)
+    for _ in range(2):
+        group.count_all(now + 20, ended(train_pod(), code, start=-90, end=now + 10))
+    whole = 3 * (100 + now + 10) - sum(lags.values())
+    assert whole - 3 * 3 < 3 * sum(group.counted.values()) <= whole
+    # No checkpoint has any of it.
+    for usage in (usage_of(job.status) for job in group.jobs.values()):
+        assert usage.gpu_seconds - 2 <= usage.lost_gpu_seconds.total <= usage.gpu_seconds
 
 
 @settings(max_examples=60, deadline=None)
