@@ -45,7 +45,7 @@ walk: $(VENV)/.synced ## Record in docs/walk.md what a newcomer types, from inst
 
 .PHONY: test
 test: SELECTION := -m 'not slow'
-test: suites ## Check, and run all but the slowest tests: an hour, the first time 75 minutes (two cores)
+test: suites ## Check, and run all but the slowest tests: up to 80 minutes on two cores
 
 .PHONY: test-all
 test-all: SELECTION := --hypothesis-profile=explore
