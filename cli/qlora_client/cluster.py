@@ -249,7 +249,7 @@ class Cluster:
 
     def _about(self, verb: str, resource: Resource, name: str) -> Request:
         if not _NAME.fullmatch(name):
-            raise MissingError(f"there is none of {resource.plural} with the name {name!r}: no object can have it")
+            raise MissingError(f"no object of {resource.plural} can have the name {name!r}")
         return Request(verb, resource, self._scope(resource), name)
 
     def _scope(self, resource: Resource) -> str | None:

@@ -67,7 +67,7 @@ def test_a_name_leads_to_no_other_object(client: QLoRAClient, name: str) -> None
     if "named" not in [job.name for job in client.list_jobs()]:
         client.train(SPEC, name="named")
     for ask in (client.get_job, client.get_job_events, client.delete_job, client.compare):
-        with pytest.raises(RuntimeError, match="no object can have it"):
+        with pytest.raises(RuntimeError, match="no object of qlorajobs can have the name"):
             ask(name)
     assert client.get_job("named").name == "named"
 
