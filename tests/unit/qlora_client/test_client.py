@@ -14,17 +14,9 @@ from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_client import ClusterBackendConfig, Comparison, LocalBackendConfig, QLoRAClient, QLoRAJob, Row
 from qlora_client.errors import UnreachableError
 from qlora_client.job import Job
+from tests.support.model_configs import LLAMA_3_8B
 
 SPEC = QLoRAJobSpec(model=BaseModelSpec(source="hf://org/model"), dataset=DatasetSpec(source="hf://org/rows"))
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-}
 
 
 def job(phase: str, message: str = "", uid: str = "1", **spec: Any) -> Job:
@@ -197,7 +189,7 @@ def changed(**parts: Any) -> QLoRAJobSpec:
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     file = tmp_path / "config.json"
-    file.write_text(json.dumps(LLAMA))
+    file.write_text(json.dumps(LLAMA_3_8B))
     return file
 
 
@@ -244,10 +236,10 @@ def test_a_plan_needs_a_config_that_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "base" / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="not a JSON object"):
         client.plan(claim)
-    (tmp_path / "base" / "config.json").write_text(json.dumps({**LLAMA, "model_type": []}))
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**LLAMA_3_8B, "model_type": []}))
     with pytest.raises(ValueError, match="model_type"):
         client.plan(claim)
-    (tmp_path / "base" / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "base" / "config.json").write_text(json.dumps(LLAMA_3_8B))
     assert client.plan(claim).memory.verdict == "unknown"
     with pytest.raises(ValueError, match="targetModules"):
         client.plan(claim.model_copy(update={"lora": LoraSpec(target_modules=("nothing",))}))
