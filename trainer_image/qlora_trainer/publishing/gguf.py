@@ -40,7 +40,10 @@ from qlora_trainer.report.trained_job import TrainedJob
 
 logger = logging.getLogger(__name__)
 
-_CONVERTER = Path(qlora_trainer.__file__).parent / "llama_cpp" / "convert_lora_to_gguf.py"
+_PACKAGE = Path(qlora_trainer.__file__).parent
+# A wheel has it in the package, a checkout beside all packages.
+_FOLDERS = (_PACKAGE / "llama.cpp", _PACKAGE.parents[1] / "third_party" / "llama.cpp")
+CONVERTER = next(filter(Path.is_dir, _FOLDERS), _FOLDERS[0]) / "convert_lora_to_gguf.py"
 _SECONDS = 1800
 _MEMORY_BYTES = 4 * 2**30
 """Of the converter, on top of a few copies of the adapter."""
@@ -148,12 +151,12 @@ def _run_converter(adapter: Path, arguments: tuple[str, ...]) -> str | NotConver
     # A process that was forked has none of its parent's threads, which PyTorch would wait for.
     torch.set_num_threads(1)
     os.environ |= {"NO_LOCAL_GGUF": "1", "HF_HUB_OFFLINE": "1"}
-    sys.path.insert(0, str(_CONVERTER.parent))
-    sys.argv = [_CONVERTER.name, *arguments, str(adapter)]
+    sys.path.insert(0, str(CONVERTER.parent))
+    sys.argv = [CONVERTER.name, *arguments, str(adapter)]
     said = _Errors()
     logging.getLogger().addHandler(said)
     try:
-        runpy.run_path(str(_CONVERTER), run_name="__main__")
+        runpy.run_path(str(CONVERTER), run_name="__main__")
     except SystemExit as end:
         return NotConvertible(_shortened(said.text) or f"it has ended with exit code {end.code}")
     except (NotImplementedError, TypeError, AttributeError) as error:
