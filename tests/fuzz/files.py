@@ -24,13 +24,14 @@ from qlora_api.contract import ExitCode
 from qlora_api.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.completion import PrepareRecord, PublishRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.data.chunks import Chunk, Limits, TokenizedRow, TokenizedRows
-from qlora_trainer.data.files import DataFile
-from qlora_trainer.data.formats import RowReader, detect_format
+from qlora_trainer.data.examples.example import TokenizedRow
+from qlora_trainer.data.examples.formats import RowReader, detect_format
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.data.reading import read_rows
-from qlora_trainer.data.rows import Row
+from qlora_trainer.data.read.files import DataFile
+from qlora_trainer.data.read.reading import read_rows
+from qlora_trainer.data.read.rows import Row
 from qlora_trainer.data.statistics import STATISTICS, DataStatistics
+from qlora_trainer.data.tokenize.chunks import Chunk, Limits, TokenizedRows
 from qlora_trainer.model.base_artifact import MANIFEST as BASE_MANIFEST
 from qlora_trainer.model.base_artifact import require_sha256
 from qlora_trainer.model.base_weights import BaseWeights

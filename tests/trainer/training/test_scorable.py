@@ -11,7 +11,7 @@ from qlora_api.contract import ExitCode
 from qlora_api.gate import GateSpec, ScoreSpec
 from qlora_api.status import DatasetStatus
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.data.row_check import RowCheck
+from qlora_trainer.data.examples.row_check import RowCheck
 from qlora_trainer.training import answers, scorable
 from qlora_trainer.training.answers import AnswerTexts, Prompt
 from qlora_trainer.training.scorable import require_scorable, row_criterion

@@ -8,8 +8,7 @@ from qlora_api.contract import WorkspaceLayout
 from qlora_trainer.core.completion import EndOfTurn, PrepareRecord
 from qlora_trainer.core.failures import unsafe_artifact
 from qlora_trainer.core.filesystem import file_sha256
-from qlora_trainer.data.job_template import TEMPLATE_FILE
-from qlora_trainer.data.processor_template import PROCESSOR_TEMPLATE
+from qlora_trainer.data.render.template_source import PROCESSOR_TEMPLATE, TEMPLATE_FILE
 from qlora_trainer.model.source import GENERATION_CONFIG
 
 

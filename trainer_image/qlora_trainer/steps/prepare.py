@@ -29,14 +29,14 @@ from qlora_trainer.core.filesystem import (
 )
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.data.build import DatasetBuilder
-from qlora_trainer.data.chat_template import Tokenizer
 from qlora_trainer.data.dataset import Dataset
 from qlora_trainer.data.fingerprint import ResolvedInputs
-from qlora_trainer.data.job_template import TEMPLATE_FILE, job_template, template_sha256
-from qlora_trainer.data.locate import DataAccess
 from qlora_trainer.data.prepared import open_prepared
-from qlora_trainer.data.rows_folder import RowsFolder
-from qlora_trainer.data.turn_end import end_of_turn, marks_in_pieces, template_remarks
+from qlora_trainer.data.read.locate import DataAccess
+from qlora_trainer.data.render.chat_template import Tokenizer
+from qlora_trainer.data.render.end_of_turn import end_of_turn, marks_in_pieces, template_remarks
+from qlora_trainer.data.render.template_source import TEMPLATE_FILE, job_template, template_sha256
+from qlora_trainer.data.tokenize.row_cache import RowsFolder
 from qlora_trainer.model.attention import ATTENTION
 from qlora_trainer.model.base_layout import BaseLayout
 from qlora_trainer.model.base_source import Base, BaseSource

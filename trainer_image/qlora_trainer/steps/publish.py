@@ -27,7 +27,7 @@ from qlora_trainer.core.file_names import (
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.paths import confined
 from qlora_trainer.core.records import RecordWriter
-from qlora_trainer.data.job_template import TEMPLATE_FILE
+from qlora_trainer.data.render.template_source import TEMPLATE_FILE
 from qlora_trainer.model.cache import require_whole_in_cache
 from qlora_trainer.model.initial_adapter import read_initial_adapter
 from qlora_trainer.publishing.addresses import open_destination

@@ -1,5 +1,6 @@
-"""The chat template that a job brings: one of ours by name, or a ConfigMap's."""
+"""Finds the chat template of a job: its override, or the one of a multimodal model's processor."""
 
+import json
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.resources import files
@@ -80,3 +81,28 @@ def template_unchanged(spec: DatasetSpec, mounts: Mounts, known: str | None) -> 
     except StepFailure:
         return True
     return template is None or template_sha256(template.text) == known
+
+
+PROCESSOR_TEMPLATE = "chat_template.json"
+"""Where processors kept their template before chat_template.jinja."""
+
+
+def processor_template(folder: Path) -> str | None:
+    """The template in the model's folder; None if there is no such file.
+
+    Raises StepFailure BAD_CONFIGURATION if the file has none.
+    """
+    path = folder / PROCESSOR_TEMPLATE
+    if not path.is_file():
+        return None
+    try:
+        with path.open("rb") as file:
+            content = json.loads(file.read(MAX_TEMPLATE_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise bad_configuration(
+            f"the model's {path.name} is not JSON of at most {MAX_TEMPLATE_BYTES} bytes ({error})"
+        ) from error
+    template = content.get("chat_template") if isinstance(content, dict) else None
+    if not isinstance(template, str):
+        raise bad_configuration(f"the model's {path.name} has no chat_template that is text: use another model")
+    return template

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from qlora_trainer.data.thrift import I32, I64, LIST, STRUCT, Structure, read_structure
+from qlora_trainer.data.read.thrift import I32, I64, LIST, STRUCT, Structure, read_structure
 
 _ROW_GROUPS, _COLUMNS, _COLUMN_METADATA = (4, LIST), (1, LIST), (3, STRUCT)
 _CHUNK_SIZE, _FIRST_DATA_PAGE, _DICTIONARY_PAGE = (7, I64), (9, I64), (11, I64)

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
 
 from qlora_trainer.core.failures import bad_dataset
-from qlora_trainer.data.examples import Function, Message, Role, ToolCall
-from qlora_trainer.data.json_values import parse_json
-from qlora_trainer.data.rows import describe, listed
-from qlora_trainer.data.text import MAX_LINE_BYTES
+from qlora_trainer.data.examples.example import Function, Message, Role, ToolCall
+from qlora_trainer.data.read.json_values import parse_json
+from qlora_trainer.data.read.rows import describe, listed
+from qlora_trainer.data.read.text import MAX_LINE_BYTES
 
 _ROLES = get_args(Role)
 # What data sets on the hub call the roles in the notation of ShareGPT.

@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 
 from qlora_trainer.core.failures import bad_dataset
-from qlora_trainer.data.files import DataFile
-from qlora_trainer.data.json_reader import read_json, read_json_lines
-from qlora_trainer.data.rows import Row
+from qlora_trainer.data.read.files import DataFile
+from qlora_trainer.data.read.json_reader import read_json, read_json_lines
+from qlora_trainer.data.read.rows import Row
+from qlora_trainer.data.read.table_reader import read_csv, read_parquet
 from qlora_trainer.data.sampling import used_rows
-from qlora_trainer.data.table_reader import read_csv, read_parquet
 
 _READERS: Mapping[str, Callable[[DataFile], Iterator[Row]]] = {
     ".jsonl": read_json_lines,

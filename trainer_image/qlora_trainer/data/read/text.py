@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import IO, Any
 
 from qlora_trainer.core.failures import bad_dataset
-from qlora_trainer.data.files import DataFile
+from qlora_trainer.data.read.files import DataFile
 
 MAX_LINE_BYTES = 2**24
 """Of the longest row, as text."""

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from qlora_trainer.core.filesystem import write_atomically
+from qlora_trainer.data.examples.example import TokenizedRow
 from qlora_trainer.data.sampling import RowIndices
 
 Int32s = NDArray[numpy.int32]
@@ -25,24 +26,6 @@ _FACTS = "facts"
 _DROPPED = "dropped"
 _DIGEST = "blake2b"
 _BETWEEN = "\0"
-
-
-@dataclass(frozen=True)
-class TokenizedRow:
-    """The tokens of a row and, for each, whether it counts in the loss. The first never does: nothing predicts it."""
-
-    input_ids: NDArray[numpy.int32]
-    """int32 [tokens]"""
-    is_target: NDArray[numpy.bool_]
-    """bool [tokens]"""
-    chosen_length: int | None = None
-    """Of a row of format preference: how many of the tokens are the prompt with the chosen answer, which come first,
-    before the prompt with the rejected one. None for any other row."""
-
-    def __post_init__(self) -> None:
-        """Raise ValueError if the two differ in length."""
-        if len(self.input_ids) != len(self.is_target):
-            raise ValueError(f"{len(self.input_ids)} tokens but {len(self.is_target)} target flags")
 
 
 def row_digest(row: TokenizedRow) -> bytes:

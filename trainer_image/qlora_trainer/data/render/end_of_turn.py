@@ -7,8 +7,8 @@ from pathlib import Path
 
 from qlora_trainer.core.completion import EndOfTurn
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.data.chat_template import Rendered, Tokenizer
-from qlora_trainer.data.examples import Conversation, Message
+from qlora_trainer.data.examples.example import Conversation, Message
+from qlora_trainer.data.render.chat_template import Rendered, Tokenizer
 
 # A word that no template writes by itself.
 _ANSWER = "probeanswer"

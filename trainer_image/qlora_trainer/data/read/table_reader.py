@@ -7,10 +7,10 @@ from typing import Any
 
 from qlora_api.printable import first_line
 from qlora_trainer.core.failures import bad_dataset
-from qlora_trainer.data.files import DataFile
-from qlora_trainer.data.parquet_pages import RowGroupSizes, row_group_sizes
-from qlora_trainer.data.rows import Row
-from qlora_trainer.data.text import MAX_LINE_BYTES, Inflation, lines
+from qlora_trainer.data.read.files import DataFile
+from qlora_trainer.data.read.parquet_pages import RowGroupSizes, row_group_sizes
+from qlora_trainer.data.read.rows import Row
+from qlora_trainer.data.read.text import MAX_LINE_BYTES, Inflation, lines
 
 _PARQUET_BATCH_ROWS = 64
 _PARQUET_BATCH_BYTES = 2**26

@@ -10,7 +10,7 @@ from pathlib import Path
 from qlora_trainer.core.filesystem import PARTIAL, remove
 from qlora_trainer.core.folder_lock import Ownership
 from qlora_trainer.core.partial_folders import FORGOTTEN_SECONDS, PartialFolders, open_shared
-from qlora_trainer.data.chunks import Chunk, Limits
+from qlora_trainer.data.tokenize.chunks import Chunk, Limits
 
 _LOOK_SECONDS = 1.0
 _MOST_LOOKS = 600

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qlora_trainer.core.failures import bad_dataset
-from qlora_trainer.data.conversations import CHAT, SHAREGPT, check_turns, checked_text, read_turns
-from qlora_trainer.data.examples import Conversation, Function, Message, Preference, PromptCompletion
-from qlora_trainer.data.rows import describe
+from qlora_trainer.data.examples.conversations import CHAT, SHAREGPT, check_turns, checked_text, read_turns
+from qlora_trainer.data.examples.example import Conversation, Function, Message, Preference, PromptCompletion
+from qlora_trainer.data.read.rows import describe
 
 _KINDS = "must be text, or a list of {role, content}"
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qlora_trainer.core.failures import bad_dataset
-from qlora_trainer.data.json_values import ONE_OBJECT_PER_LINE, parse_json
+from qlora_trainer.data.read.json_values import ONE_OBJECT_PER_LINE, parse_json
 
 
 @dataclass(frozen=True)

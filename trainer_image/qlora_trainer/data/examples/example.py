@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy
+from numpy.typing import NDArray
+
 Role = Literal["system", "user", "assistant", "tool"]
 Function = Mapping[str, object]
 """A tool's description, as the model's chat template takes it: a JSON schema with `type` and `function`."""
@@ -107,3 +110,21 @@ class Preference:
         """The same with this system message for both answers, also in place of their own if `replace`."""
         chosen, rejected = (one.with_system(text, replace=replace) for one in (self.chosen, self.rejected))
         return Preference(chosen, rejected, self.shared_answers)
+
+
+@dataclass(frozen=True)
+class TokenizedRow:
+    """The tokens of a row and, for each, whether it counts in the loss. The first never does: nothing predicts it."""
+
+    input_ids: NDArray[numpy.int32]
+    """int32 [tokens]"""
+    is_target: NDArray[numpy.bool_]
+    """bool [tokens]"""
+    chosen_length: int | None = None
+    """Of a row of format preference: how many of the tokens are the prompt with the chosen answer, which come first,
+    before the prompt with the rejected one. None for any other row."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError if the two differ in length."""
+        if len(self.input_ids) != len(self.is_target):
+            raise ValueError(f"{len(self.input_ids)} tokens but {len(self.is_target)} target flags")

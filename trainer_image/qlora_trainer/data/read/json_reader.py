@@ -4,10 +4,10 @@ import json
 from collections.abc import Iterator
 
 from qlora_trainer.core.failures import StepFailure, bad_dataset
-from qlora_trainer.data.files import DataFile
-from qlora_trainer.data.json_values import invalid_json, oversized_json
-from qlora_trainer.data.rows import Row
-from qlora_trainer.data.text import MAX_LINE_BYTES, lines, text_blocks
+from qlora_trainer.data.read.files import DataFile
+from qlora_trainer.data.read.json_values import invalid_json, oversized_json
+from qlora_trainer.data.read.rows import Row
+from qlora_trainer.data.read.text import MAX_LINE_BYTES, lines, text_blocks
 
 _WHITESPACE = " \t\r\n"
 

@@ -17,21 +17,26 @@ from jinja2 import TemplateError
 from qlora_api.printable import first_line
 from qlora_api.training import TrainOn
 from qlora_trainer.core.failures import StepFailure, bad_configuration, bad_dataset
-from qlora_trainer.data.answer_span import answer_span
-from qlora_trainer.data.chunks import TokenizedRow
-from qlora_trainer.data.examples import (
+from qlora_trainer.data.examples.example import (
     Conversation,
     Example,
     Message,
     PlainText,
     Preference,
     PromptCompletion,
+    TokenizedRow,
     ToolCall,
 )
-from qlora_trainer.data.job_template import JobTemplate
-from qlora_trainer.data.processor_template import processor_template
-from qlora_trainer.data.render_limits import LimitExceeded, limited_time, within_characters
-from qlora_trainer.data.reproducible import UnusableText, freeze, usable
+from qlora_trainer.data.render.answer_span import answer_span
+from qlora_trainer.data.render.safe_template import (
+    LimitExceeded,
+    UnusableText,
+    freeze,
+    limited_time,
+    usable,
+    within_characters,
+)
+from qlora_trainer.data.render.template_source import JobTemplate, processor_template
 
 # Each answer takes two more renderings. For up to so many answers, tokenizing the row before them would save nothing.
 _FEW_ANSWERS = 8

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from qlora_api.dataset import Columns, RowFormat
 from qlora_trainer.core.failures import bad_configuration, bad_dataset
-from qlora_trainer.data.conversations import CHAT, SHAREGPT, check_turns, checked_text, read_tools, read_turns
-from qlora_trainer.data.examples import Conversation, Example, Message, PlainText, Preference, PromptCompletion
-from qlora_trainer.data.preferences import PreferenceColumns
-from qlora_trainer.data.row_check import RowCheck
-from qlora_trainer.data.rows import Row, listed
+from qlora_trainer.data.examples.conversations import CHAT, SHAREGPT, check_turns, checked_text, read_tools, read_turns
+from qlora_trainer.data.examples.example import Conversation, Example, Message, PlainText, Preference, PromptCompletion
+from qlora_trainer.data.examples.preferences import PreferenceColumns
+from qlora_trainer.data.examples.row_check import RowCheck
+from qlora_trainer.data.read.rows import Row, listed
 
 DATASET = "spec.dataset"
 PAIRS: frozenset[RowFormat] = frozenset({"preference"})

@@ -20,13 +20,13 @@ import numpy
 from qlora_api.dataset import Columns, DatasetSpec, RowFormat, SystemPromptSpec
 from qlora_api.training import TrainingSpec, TrainOn
 from qlora_trainer.core.failures import StepFailure, bad_configuration
-from qlora_trainer.data.chat_template import Rendered, Tokenizer
-from qlora_trainer.data.chunks import Chunk, Dropped, Limits, TokenizedRow
-from qlora_trainer.data.examples import Example, PlainText, Preference
-from qlora_trainer.data.formats import DATASET, PAIRS, RowReader
-from qlora_trainer.data.job_template import JobTemplate
-from qlora_trainer.data.rows import Row
-from qlora_trainer.data.rows_folder import ChunkFile, PartOfRows
+from qlora_trainer.data.examples.example import Example, PlainText, Preference, TokenizedRow
+from qlora_trainer.data.examples.formats import DATASET, PAIRS, RowReader
+from qlora_trainer.data.read.rows import Row
+from qlora_trainer.data.render.chat_template import Rendered, Tokenizer
+from qlora_trainer.data.render.template_source import JobTemplate
+from qlora_trainer.data.tokenize.chunks import Chunk, Dropped, Limits
+from qlora_trainer.data.tokenize.row_cache import ChunkFile, PartOfRows
 
 CHUNK_ROWS = 4096
 CHUNK_BYTES = 2**24

@@ -10,8 +10,8 @@ from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration, bad_dataset
 from qlora_trainer.core.filesystem import bytes_below, require_space
 from qlora_trainer.core.paths import require_regular, some_names
-from qlora_trainer.data.files import DATA_ENDINGS, DataFile, DataFiles, data_kind, require_one_kind
-from qlora_trainer.data.hub_splits import Wanted, choose_data_files, read_dataset_card
+from qlora_trainer.data.read.files import DATA_ENDINGS, DataFile, DataFiles, data_kind, require_one_kind
+from qlora_trainer.data.read.hub_splits import Wanted, choose_data_files, read_dataset_card
 from qlora_trainer.stores.hub import Hub
 from qlora_trainer.stores.objects import ObjectFolder, version_of
 
