@@ -22,8 +22,8 @@ from qlora_trainer.data.packing import one_row_each, pack
 from qlora_trainer.data.prepared import split_file, write_split
 from qlora_trainer.data.statistics import DataStatistics, Lengths, SourceStatistics, SplitStatistics
 from qlora_trainer.data.tokenize.chunks import Chunk, TokenizedRows
-from qlora_trainer.model.attention import ATTENTION
-from qlora_trainer.model.support import inspect_family
+from qlora_trainer.model.families.inspection import inspect_family
+from qlora_trainer.model.kernels.attention import ATTENTION
 from qlora_trainer.steps.train import train
 from tests.support.four_bit import convert
 from tests.support.tiny import JOB_UID, POD_UID, Recorded, merged

@@ -26,7 +26,7 @@ SMALLEST_PAGED_TENSOR = 100_000
 """Parameters. bitsandbytes keeps the state of smaller tensors in ordinary device memory."""
 # Sharded blocks that are whole on a GPU at the same time: the one at work, and the next one, fetched ahead.
 _GATHERED_BLOCKS = 2
-# Queries whose capped scores exist at the same time (qlora_trainer.model.attention), and bytes of each score.
+# Queries whose capped scores exist at the same time (qlora_trainer.model.kernels.attention), and bytes of each score.
 _CAPPED_QUERIES = 256
 _BYTES_PER_CAPPED_SCORE = 26
 LOW_FACTOR = 0.80

@@ -20,7 +20,7 @@ from qlora_api.training import LoraSpec
 from qlora_api.v1alpha1 import QLoRAJobDocument
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.model.unsupported import entries
+from qlora_trainer.model.families.rejection import entries
 from qlora_trainer.publishing.hub_repository import HubDestination
 from qlora_trainer.publishing.manifest import parse_manifest
 from qlora_trainer.publishing.object_folder import ObjectDestination

@@ -19,8 +19,8 @@ from qlora_api.gguf import GgufSpec
 from qlora_api.training import LoraSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.file_names import ADAPTER_FILE, GGUF_FILE
-from qlora_trainer.model.source import CONFIG
-from qlora_trainer.model.support import inspect_family
+from qlora_trainer.model.families.inspection import inspect_family
+from qlora_trainer.model.source.files import CONFIG
 from qlora_trainer.publishing import gguf
 from qlora_trainer.publishing.gguf import require_convertible
 from qlora_trainer.steps.prepare import prepare

@@ -17,7 +17,7 @@ from qlora_api.contract import ExitCode
 from qlora_api.sources import ObjectStoreSource
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration
-from qlora_trainer.model.merge import write_merged
+from qlora_trainer.model.adapter.merge import write_merged
 from qlora_trainer.publishing import merged as publish_merged
 from qlora_trainer.publishing.destination import publish_folder
 from qlora_trainer.publishing.manifest import SHARED_BASE, Manifest

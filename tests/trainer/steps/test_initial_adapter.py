@@ -21,7 +21,7 @@ from qlora_trainer.core.completion import PublishRecord, TrainRecord
 from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.core.failures import StepFailure, StopRequest
 from qlora_trainer.core.filesystem import file_sha256
-from qlora_trainer.model.initial_adapter import InitialAdapter, get_initial_adapter
+from qlora_trainer.model.adapter.initial import InitialAdapter, get_initial_adapter
 from qlora_trainer.publishing.manifest import read_manifest
 from qlora_trainer.steps.clean import clean
 from qlora_trainer.steps.prepare import prepare

@@ -18,10 +18,10 @@ from qlora_api.contract import ExitCode
 from qlora_api.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.model.adapter import attach_adapter
-from qlora_trainer.model.base import check_quantization, load_base
-from qlora_trainer.model.decoder import decoder_blocks
-from qlora_trainer.model.support import inspect_family
+from qlora_trainer.model.adapter.attach import attach_adapter
+from qlora_trainer.model.architecture.decoder import decoder_blocks
+from qlora_trainer.model.base.load import check_quantization, load_base
+from qlora_trainer.model.families.inspection import inspect_family
 from qlora_trainer.training.sharding import STORAGE_DTYPE, shard_base
 from tests.support.command import Files
 from tests.support.families import FAMILIES

@@ -4,12 +4,12 @@ from qlora_api.contract import WorkspaceLayout
 from qlora_api.status import BaseStatus
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.file_names import MODEL_CARD_FILE
-from qlora_trainer.model.base_artifact import require_files, require_sum
-from qlora_trainer.model.source import tokenizer_and_processor
+from qlora_trainer.core.trained_job import TrainedJob
+from qlora_trainer.model.base.artifact import require_files, require_sum
+from qlora_trainer.model.source.files import tokenizer_and_processor
 from qlora_trainer.publishing.destination import Destination, reject_occupied
 from qlora_trainer.publishing.manifest import Manifest, Publisher, base_manifest, base_publisher
 from qlora_trainer.report.model_card import base_model_card
-from qlora_trainer.report.trained_job import TrainedJob
 from qlora_trainer.stores.contents import Contents
 
 

@@ -32,11 +32,11 @@ from qlora_api.training import LoraSpec
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, GGUF_FILE
 from qlora_trainer.core.filesystem import file_sha256, require_space, scratch_folder
-from qlora_trainer.model.adapter_shapes import B_SUFFIX, expected_tensors
-from qlora_trainer.model.dry_run.limited import DryRunFailed, LimitReached, is_out_of_memory, within_limits
-from qlora_trainer.model.source import CONFIG
-from qlora_trainer.model.text_part import text_part
-from qlora_trainer.report.trained_job import TrainedJob
+from qlora_trainer.core.sandbox import DryRunFailed, LimitReached, is_out_of_memory, within_limits
+from qlora_trainer.core.trained_job import TrainedJob
+from qlora_trainer.model.adapter.shapes import B_SUFFIX, expected_tensors
+from qlora_trainer.model.architecture.text_part import text_part
+from qlora_trainer.model.source.files import CONFIG
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from qlora_trainer.core.completion import EndOfTurn, PrepareRecord
 from qlora_trainer.core.failures import unsafe_artifact
 from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.data.render.template_source import PROCESSOR_TEMPLATE, TEMPLATE_FILE
-from qlora_trainer.model.source import GENERATION_CONFIG
+from qlora_trainer.model.source.files import GENERATION_CONFIG
 
 
 def job_template_file(prepared: PrepareRecord, workspace: WorkspaceLayout) -> Path | None:

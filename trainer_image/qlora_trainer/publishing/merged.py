@@ -18,18 +18,18 @@ from qlora_trainer.core.completion import Comparison
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.file_names import ADAPTER_FILE, MODEL_CARD_FILE
 from qlora_trainer.core.filesystem import require_space, scratch_folder
+from qlora_trainer.core.trained_job import TrainedJob
 from qlora_trainer.data.prepared import PreparedDataset, open_prepared
-from qlora_trainer.model.attention import ATTENTION, register_attention
-from qlora_trainer.model.base_artifact import require_sha256
-from qlora_trainer.model.base_weights import BaseWeights
-from qlora_trainer.model.merge import MergeSource, merged_bytes, merged_model, write_merged
-from qlora_trainer.model.source import GENERATION_CONFIG, PROCESSOR_FILES, TOKENIZER_FILES
-from qlora_trainer.model.text_part import load_text_part
+from qlora_trainer.model.adapter.merge import MergeSource, merged_bytes, merged_model, write_merged
+from qlora_trainer.model.architecture.text_part import load_text_part
+from qlora_trainer.model.base.artifact import require_sha256
+from qlora_trainer.model.kernels.attention import ATTENTION, register_attention
+from qlora_trainer.model.nf4.base_weights import BaseWeights
+from qlora_trainer.model.source.files import GENERATION_CONFIG, PROCESSOR_FILES, TOKENIZER_FILES
 from qlora_trainer.publishing.destination import Destination, publish_folder, reject_occupied
 from qlora_trainer.publishing.job_template import give_template, job_template_file
 from qlora_trainer.publishing.manifest import run_manifest
 from qlora_trainer.report.model_card import merged_model_card
-from qlora_trainer.report.trained_job import TrainedJob
 from qlora_trainer.stores.contents import Contents
 from qlora_trainer.training.held_out import mean_loss, read_compared
 

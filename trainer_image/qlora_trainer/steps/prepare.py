@@ -37,16 +37,16 @@ from qlora_trainer.data.render.chat_template import Tokenizer
 from qlora_trainer.data.render.end_of_turn import end_of_turn, marks_in_pieces, template_remarks
 from qlora_trainer.data.render.template_source import TEMPLATE_FILE, job_template, template_sha256
 from qlora_trainer.data.tokenize.row_cache import RowsFolder
-from qlora_trainer.model.attention import ATTENTION
-from qlora_trainer.model.base_layout import BaseLayout
-from qlora_trainer.model.base_source import Base, BaseSource
-from qlora_trainer.model.cached_base import open_base_source
-from qlora_trainer.model.check import CheckedModel, advise_learning_rate, check_model
-from qlora_trainer.model.downloads import open_model_source
-from qlora_trainer.model.dry_run.limited import measure_together_within_limits, measure_within_limits
-from qlora_trainer.model.initial_adapter import InitialAdapter, get_initial_adapter
-from qlora_trainer.model.memory_fit import MemoryFit
-from qlora_trainer.model.source import CONFIG, tokenizer_digests
+from qlora_trainer.model.adapter.initial import InitialAdapter, get_initial_adapter
+from qlora_trainer.model.base.cached_base import open_base_source
+from qlora_trainer.model.base.layout import BaseLayout
+from qlora_trainer.model.base.workspace_base import Base, BaseSource
+from qlora_trainer.model.families.admission import CheckedModel, advise_learning_rate, check_model
+from qlora_trainer.model.kernels.attention import ATTENTION
+from qlora_trainer.model.memory.dry_run import measure_together_within_limits, measure_within_limits
+from qlora_trainer.model.memory.fit import MemoryFit
+from qlora_trainer.model.source.downloads import open_model_source
+from qlora_trainer.model.source.files import CONFIG, tokenizer_digests
 from qlora_trainer.publishing.addresses import check_destination
 from qlora_trainer.publishing.gguf import require_convertible
 from qlora_trainer.publishing.manifest import SHARED_BASE, Publisher, base_publisher

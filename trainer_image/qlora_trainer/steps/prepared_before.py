@@ -9,11 +9,11 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.data.fingerprint import ResolvedInputs
 from qlora_trainer.data.prepared import PreparedDataset, Split
-from qlora_trainer.model.base_artifact import is_present
-from qlora_trainer.model.cache import is_whole
-from qlora_trainer.model.initial_adapter import is_unchanged
-from qlora_trainer.model.memory_fit import MemoryFit
-from qlora_trainer.model.source import CONFIG, tokenizer_digests
+from qlora_trainer.model.adapter.initial import is_unchanged
+from qlora_trainer.model.base.artifact import is_present
+from qlora_trainer.model.base.cache import is_whole
+from qlora_trainer.model.memory.fit import MemoryFit
+from qlora_trainer.model.source.files import CONFIG, tokenizer_digests
 from qlora_trainer.steps.run_remarks import remarks_on_evaluations
 from qlora_trainer.training.answers import AnswerTexts
 from qlora_trainer.training.evaluations import EVALUATIONS

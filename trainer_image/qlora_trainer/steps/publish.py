@@ -27,9 +27,10 @@ from qlora_trainer.core.file_names import (
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.paths import confined
 from qlora_trainer.core.records import RecordWriter
+from qlora_trainer.core.trained_job import TrainedJob
 from qlora_trainer.data.render.template_source import TEMPLATE_FILE
-from qlora_trainer.model.cache import require_whole_in_cache
-from qlora_trainer.model.initial_adapter import read_initial_adapter
+from qlora_trainer.model.adapter.initial import read_initial_adapter
+from qlora_trainer.model.base.cache import require_whole_in_cache
 from qlora_trainer.publishing.addresses import open_destination
 from qlora_trainer.publishing.base import base_still_published, publish_base
 from qlora_trainer.publishing.destination import Destination, is_published
@@ -46,7 +47,6 @@ from qlora_trainer.report.model_card import adapter_model_card, quantization_lab
 from qlora_trainer.report.page import published_page, write_report
 from qlora_trainer.report.serving import served_rank
 from qlora_trainer.report.sweep_page import add_to_sweep_report
-from qlora_trainer.report.trained_job import TrainedJob
 from qlora_trainer.stores.contents import Contents
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.reasoning import asks_for_reasoning
 from qlora_trainer.data.examples.row_check import RowCheck
 from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset
-from qlora_trainer.model.four_bit import COMPUTE_DTYPE
+from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
 from qlora_trainer.report.samples import MAX_NEW_TOKENS, Sample, Samples
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from qlora_trainer.core.completion import Comparison, TrainRecord, write_complet
 from qlora_trainer.core.failures import damaged
 from qlora_trainer.core.file_names import ADAPTER_FILE, SAMPLES_FILE
 from qlora_trainer.core.filesystem import atomic_folder, file_sha256, remove
-from qlora_trainer.model.adapter import restore_adapter, save_adapter
+from qlora_trainer.model.adapter.attach import restore_adapter, save_adapter
 from qlora_trainer.training.answers import leave_samples as write_samples
 from qlora_trainer.training.attempts import read_attempts
 from qlora_trainer.training.best_adapter import read_best

@@ -7,8 +7,8 @@ import torch
 
 from qlora_trainer.core.completion import Comparison
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.model.batch import Batch, read_batch
-from qlora_trainer.model.loss import batch_loss
+from qlora_trainer.model.losses.batch import Batch, read_batch
+from qlora_trainer.model.losses.loss import batch_loss
 
 MAX_TOKENS = 4096
 # Multiplications and additions that a pod without a GPU computes in some minutes.

@@ -15,8 +15,8 @@ from qlora_trainer.core.failures import Interrupted, damaged, is_out_of_gpu_memo
 from qlora_trainer.core.filesystem import remove
 from qlora_trainer.core.records import timestamp
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.model.adapter import adapter_tensors
-from qlora_trainer.model.batch import Batch, MicroBatch, read_batch
+from qlora_trainer.model.adapter.attach import adapter_tensors
+from qlora_trainer.model.losses.batch import Batch, MicroBatch, read_batch
 from qlora_trainer.training.attempts import note_saved
 from qlora_trainer.training.best_adapter import BEST_FILE, best_of, write_best
 from qlora_trainer.training.checkpoint import save_checkpoint

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.data.prepared import Split
-from qlora_trainer.model.batch import Batch, MicroBatch
-from qlora_trainer.model.loss import batch_loss
+from qlora_trainer.model.losses.batch import Batch, MicroBatch
+from qlora_trainer.model.losses.loss import batch_loss
 from qlora_trainer.training.ranks import Ranks
 
 

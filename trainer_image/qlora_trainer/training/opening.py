@@ -10,13 +10,13 @@ from qlora_trainer.core.environment import available_cpus
 from qlora_trainer.core.failures import damaged
 from qlora_trainer.core.records import timestamp
 from qlora_trainer.data.prepared import PreparedDataset, open_prepared
-from qlora_trainer.model.adapter import adapter_parameters, attach_adapter, restore_adapter
-from qlora_trainer.model.attention import ATTENTION
-from qlora_trainer.model.base import load_base
-from qlora_trainer.model.base_weights import BaseWeights
-from qlora_trainer.model.initial_adapter import read_initial_adapter
-from qlora_trainer.model.storage import Storage, storage_of
-from qlora_trainer.model.support import cannot_keep_rows_apart
+from qlora_trainer.model.adapter.attach import adapter_parameters, attach_adapter, restore_adapter
+from qlora_trainer.model.adapter.initial import read_initial_adapter
+from qlora_trainer.model.base.byte_count import Storage, storage_of
+from qlora_trainer.model.base.load import load_base
+from qlora_trainer.model.families.inspection import cannot_keep_rows_apart
+from qlora_trainer.model.kernels.attention import ATTENTION
+from qlora_trainer.model.nf4.base_weights import BaseWeights
 from qlora_trainer.report.metrics_log import MetricsLog
 from qlora_trainer.report.trackers import open_trackers
 from qlora_trainer.training.attempts import note_training, read_attempts

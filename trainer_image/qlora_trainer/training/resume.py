@@ -9,7 +9,7 @@ from pathlib import Path
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.printable import first_line
 from qlora_trainer.core.failures import bad_configuration, damaged
-from qlora_trainer.model.adapter import restore_adapter
+from qlora_trainer.model.adapter.attach import restore_adapter
 from qlora_trainer.training.attempts import PodOfJob, only_attempt, recorded_attempt, reopened_attempt
 from qlora_trainer.training.best_adapter import best_of
 from qlora_trainer.training.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint

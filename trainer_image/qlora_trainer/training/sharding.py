@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from qlora_trainer.core.failures import bad_configuration
-from qlora_trainer.model.decoder import decoder_blocks
+from qlora_trainer.model.architecture.decoder import decoder_blocks
 
 logger = logging.getLogger(__name__)
 STORAGE_DTYPE = torch.bfloat16

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from qlora_trainer.model.adapter import activate_adapter, adapter_tensors, restore_adapter
-from qlora_trainer.model.initial_adapter import read_initial_adapter
+from qlora_trainer.model.adapter.attach import activate_adapter, adapter_tensors, restore_adapter
+from qlora_trainer.model.adapter.initial import read_initial_adapter
 from qlora_trainer.training.state import Run
 
 

@@ -14,10 +14,10 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StopRequest
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.model.adapter import activate_adapter
-from qlora_trainer.model.batch import Batch
-from qlora_trainer.model.four_bit import COMPUTE_DTYPE
-from qlora_trainer.model.storage import Storage
+from qlora_trainer.model.adapter.attach import activate_adapter
+from qlora_trainer.model.base.byte_count import Storage
+from qlora_trainer.model.losses.batch import Batch
+from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
 from qlora_trainer.report.metrics_log import MetricsLog
 from qlora_trainer.training.attempts import Attempt, show_life
 from qlora_trainer.training.base_check import BaseCheck

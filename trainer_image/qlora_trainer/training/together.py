@@ -11,9 +11,9 @@ import torch
 
 from qlora_trainer.core.failures import Interrupted, StepFailure
 from qlora_trainer.core.outcome import ENDS_ONE_JOB, as_failure
-from qlora_trainer.model.batch import Batch, read_batch
-from qlora_trainer.model.four_bit import COMPUTE_DTYPE
-from qlora_trainer.model.joint import joint_losses, routed
+from qlora_trainer.model.losses.batch import Batch, read_batch
+from qlora_trainer.model.losses.joint import joint_losses, routed
+from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
 from qlora_trainer.training.loop import StepCost, apply_gradient, between_steps, is_done, note_step
 from qlora_trainer.training.run_state import RunState
 from qlora_trainer.training.state import Gradient, Run, report
