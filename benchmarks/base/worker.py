@@ -120,7 +120,7 @@ def train_one_step(folder: Path, model: Path, way: str) -> None:
 
     from qlora_trainer.model.base.load import load_base
     from qlora_trainer.steps import train
-    from qlora_trainer.training import opening
+    from qlora_trainer.training import open_run as opening
 
     found = dict[str, Any]()
 

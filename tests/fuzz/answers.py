@@ -23,7 +23,7 @@ from qlora_trainer.data.render.chat_template import Tokenizer
 from qlora_trainer.model.adapter.initial_check import check_config
 from qlora_trainer.publishing.verify import verify_config
 from qlora_trainer.stores.objects import ObjectFolder
-from qlora_trainer.stores.oci import Registry
+from qlora_trainer.stores.registry import Registry
 from tests.fuzz.documents import DOCUMENTS
 from tests.fuzz.target import Target
 from tests.support.tiny import CHATML, save_tokenizer

@@ -17,7 +17,7 @@ from qlora_trainer.model.memory.fit import read_shape
 from qlora_trainer.model.source.files import reject_code, weight_files
 from qlora_trainer.publishing.manifest import parse_manifest
 from qlora_trainer.stores.model_pack import pack, unpack
-from qlora_trainer.stores.oci import parse_layers
+from qlora_trainer.stores.registry import parse_layers
 from tests.fuzz.target import Target
 from tests.support.builders import (
     DATASET,

@@ -29,7 +29,7 @@ from qlora_trainer.model.base.layout import BaseLayout
 from qlora_trainer.model.base.load import load_base
 from qlora_trainer.model.nf4.base_weights import BaseWeights
 from qlora_trainer.model.nf4.quantization import quantize
-from qlora_trainer.training.sharding import STORAGE_DTYPE
+from qlora_trainer.training.distributed.sharding import STORAGE_DTYPE
 from tests.support.families import EXPERTS, FAMILIES, tiny_config
 from tests.support.four_bit import convert, require_equal
 from tests.support.tiny import SHAPE, save_model

@@ -14,7 +14,7 @@ from qlora_trainer.model.adapter.loftq import _largest
 from qlora_trainer.model.base.load import load_base
 from qlora_trainer.model.families.inspection import inspect_family
 from qlora_trainer.model.nf4.base_weights import BaseWeights
-from qlora_trainer.training.sharding import STORAGE_DTYPE
+from qlora_trainer.training.distributed.sharding import STORAGE_DTYPE
 from tests.support.four_bit import convert
 from tests.support.sequences import CPU
 

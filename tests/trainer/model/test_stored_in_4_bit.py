@@ -26,7 +26,7 @@ from qlora_trainer.model.base.load import load_base
 from qlora_trainer.model.families.inspection import inspect_family
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
-from qlora_trainer.training.sharding import STORAGE_DTYPE
+from qlora_trainer.training.distributed.sharding import STORAGE_DTYPE
 from tests.support.families import EXPERTS
 from tests.support.four_bit import convert, quantized, require_equal, settings
 from tests.support.plain_loss import mean_loss

@@ -28,8 +28,8 @@ from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
 from qlora_trainer.steps.train_together import train_together
 from qlora_trainer.stores.hub import Hub
-from qlora_trainer.training import judging
-from qlora_trainer.training.divergence import Stability
+from qlora_trainer.training import suspect_run as judging
+from qlora_trainer.training.progress.divergence import Stability
 from tests.support.tiny import JOB_UID, POD_UID, Recorded, chat_row, merged, write_rows
 from tests.support.training import adapter_bytes, history, interrupted_at, run
 

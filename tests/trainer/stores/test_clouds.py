@@ -16,8 +16,8 @@ from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration, model_unavailable
 from qlora_trainer.data.read.hub_splits import TRAINING
 from qlora_trainer.data.read.locate import DataAccess, find_data
-from qlora_trainer.publishing.addresses import open_destination
-from qlora_trainer.publishing.destination import publish_folder
+from qlora_trainer.publishing.destinations.addresses import open_destination
+from qlora_trainer.publishing.destinations.destination import publish_folder
 from qlora_trainer.stores import bucket
 from qlora_trainer.stores.contents import describe_files
 from qlora_trainer.stores.objects import ObjectFolder

@@ -12,8 +12,8 @@ from qlora_api.training import LoraSpec, PreferenceSpec, QuantizationSpec
 from qlora_trainer.core.file_names import CURVE_FILE
 from qlora_trainer.core.outcome import steps_done
 from qlora_trainer.core.trained_job import TrainedJob
+from qlora_trainer.history.metrics_log import MetricsHistory
 from qlora_trainer.report.local_serving import gguf_commands
-from qlora_trainer.report.metrics_log import MetricsHistory
 from qlora_trainer.report.serving import (
     loading_settings,
     rejected_by_vllm,

@@ -10,7 +10,7 @@ from torch import Tensor
 from qlora_trainer.data.prepared import Split
 from qlora_trainer.model.losses.batch import Batch, MicroBatch
 from qlora_trainer.model.losses.loss import batch_loss
-from qlora_trainer.training.ranks import Ranks
+from qlora_trainer.training.distributed.ranks import Ranks
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from qlora_trainer.data.prepared import PreparedDataset, Split
 from qlora_trainer.model.losses.batch import Batch, MicroBatch, PairedRows
 from qlora_trainer.model.losses.loss import row_losses
 from qlora_trainer.model.losses.preference import PairLosses, dpo, orpo
+from qlora_trainer.training.distributed.ranks import Ranks
 from qlora_trainer.training.objective import BatchSums, Objective, Stateless, Supervised
-from qlora_trainer.training.ranks import Ranks
 from qlora_trainer.training.reference import ReferenceLosses
 
 MEASURES = ("chosenReward", "rejectedReward", "rewardMargin", "accuracy")

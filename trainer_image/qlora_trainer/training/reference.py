@@ -10,7 +10,7 @@ from torch import Tensor
 from qlora_trainer.data.prepared import PreparedDataset, Split
 from qlora_trainer.model.losses.batch import Batch, MicroBatch, PairedRows
 from qlora_trainer.model.losses.loss import row_losses
-from qlora_trainer.training.ranks import Ranks
+from qlora_trainer.training.distributed.ranks import Ranks
 
 
 class ReferenceLosses:

@@ -15,7 +15,7 @@ from qlora_trainer.model.source.models import DownloadedModel, RemoteModel, Shar
 from qlora_trainer.stores.hub import Hub
 from qlora_trainer.stores.model_pack import archives, unpack
 from qlora_trainer.stores.objects import ObjectFolder, version_of
-from qlora_trainer.stores.oci import Registry
+from qlora_trainer.stores.registry import Registry
 
 
 class HubModel:
