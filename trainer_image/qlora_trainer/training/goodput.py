@@ -1,4 +1,9 @@
-"""Goodput: the share of the train pods' time that is in the adapter."""
+"""Goodput: the share of the train pods' time that is in the adapter.
+
+Only the trainer can tell which steps an interruption undoes. Each checkpoint holds the seconds of its steps, so lost
+steps leave the count with the checkpoint that they never reached. Pulling images, starting containers and up to five
+seconds of a killed process are not counted: the share is slightly too high.
+"""
 
 from collections.abc import Sequence
 from datetime import datetime
