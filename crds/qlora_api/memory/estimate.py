@@ -183,7 +183,7 @@ def estimate(model: ModelShape, training: TrainingShape) -> MemoryEstimate:
     Source: arXiv 2305.14314, section 3, for base weights; dry runs of the real layers for x and y, which
     benchmarks.memory_table reads off. test_memory_points.py compares it with published GPU peaks. Allocator
     fragmentation is not in: `verdict` adds a margin. Nor is what FlashAttention takes for each row: a Llama's MLP
-    takes more unless rows are very short (docs/decisions/0121).
+    takes more unless rows are very short.
     """
     return estimate_together(model, [training])
 

@@ -1,4 +1,8 @@
-"""What a run minimizes: the loss of a batch, what it is divided by, and what else is measured with it."""
+"""What a run minimizes: the loss of a batch, what it is divided by, and what else is measured with it.
+
+Every objective is a sum over a batch, divided by a count that is known before its forward pass, so that micro batches,
+ranks and packing change the result of a step by rounding only.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,9 @@
-"""Scores a finished adapter beside its base: both answer the same held-out rows, and each answer is checked."""
+"""Scores a finished adapter beside its base: both answer the same held-out rows, and each answer is checked.
+
+Prompts are answered greedily and one at a time: padding a batch changes the order of 16-bit sums, and sometimes a word.
+The rows are those with the lowest SHA-256 of their tokens, so that neither seed nor packing chooses them. Each pair of
+answers is written before the next, so an interrupted scoring continues.
+"""
 
 import json
 import logging

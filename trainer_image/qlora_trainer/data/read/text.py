@@ -1,4 +1,8 @@
-"""Opens data files as text, also compressed ones."""
+"""Opens data files as text, also compressed ones.
+
+Compression shrinks text 3 to 20 times, and repetitive logs up to 100 times. A file of more than 64 MiB and more than
+200 times its compressed size is rejected as a decompression bomb.
+"""
 
 import bz2
 import codecs

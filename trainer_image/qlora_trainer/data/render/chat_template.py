@@ -3,6 +3,9 @@
 An example is rendered as one text in which the spans to train on are known by their offsets. The text is tokenized as a
 whole, and a token is a target if any of its characters is in such a span: the first token of an answer may begin with
 the space that ends the prompt. Token ids decide nothing: the padding id is often that of the end of text.
+
+Features of a template (tools, reasoning, parts of a message) are found by rendering words that no template writes. A
+template may ignore a key without an error, or rewrite a value, so neither its text nor rendered rows show them.
 """
 
 from collections.abc import Iterator, Sequence

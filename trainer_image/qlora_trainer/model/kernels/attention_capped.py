@@ -2,6 +2,9 @@
 
 Scores exist for a block of queries at a time, in 32 bit, and are computed again in backward. Queries that share a key
 are rows of one matmul, so that no key is copied for each of them, and what can be is computed in place.
+
+FlexAttention has a cap, but compiles for each shape. The scores of a block take heads × 256 × row length × 4 bytes, a
+few times over, instead of the square of the row length.
 """
 
 from collections.abc import Iterator

@@ -2,6 +2,9 @@
 
 The kernel takes one row at a time. Called through autograd, every row would be cut out, padded and joined by operations
 of its own, three times over with gradient checkpointing.
+
+For rows below 256 tokens the kernel's 16-bit backward pass takes up to five times as long as its 32-bit one, so short
+rows have their gradients in 32 bit.
 """
 
 from typing import Any, cast

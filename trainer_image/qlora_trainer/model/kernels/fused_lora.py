@@ -1,8 +1,9 @@
 """LoRA over a 4-bit layer as one differentiable operation, without the copies that PEFT makes of every matmul's result.
 
-PEFT computes the base's output, copies it, scales the adapter's output into a third tensor and adds both into a fourth.
-Here the adapter's matmul adds in place to the base's output, and likewise to the gradient in backward, which
-dequantizes the weight again instead of keeping it. Only rounding to 16 bit differs: it happens less often.
+PEFT computes the base's output, copies it, scales the adapter's output into a third tensor and adds both into a fourth:
+a sixth of a step. Here the adapter's matmul adds in place to the base's output, and likewise to the gradient in
+backward, which dequantizes the weight again instead of keeping it. Only rounding to 16 bit differs: it happens less
+often.
 
 A sequence may have segments whose tokens have adapters of their own: the base's matmul is one for all tokens, and each
 adapter's matmuls are of its tokens only (as in Punica, Chen et al. 2023, arXiv 2310.18547).

@@ -1,4 +1,9 @@
-"""Knows what PyTorch's kernels allocate inside, which is no tensor that an operation takes or returns."""
+"""Knows what PyTorch's kernels allocate inside, which is no tensor that an operation takes or returns.
+
+FlashAttention's sums are not small: 0.5 GB for 8,192 tokens of Llama 3 8B in 82 rows padded to 128, of which rows
+without tokens took 0.1 GB. A dry run counts them for one row, because the rows are unknown when it runs. 410 rows then
+take no more than one, because the MLP takes more than attention; 820 rows take 0.6 GB more.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,11 @@
-"""Quantizes weights to the 4-bit format of bitsandbytes, in pieces and to the same bytes on every machine."""
+"""Quantizes weights to the 4-bit format of bitsandbytes, in pieces and to the same bytes on every machine.
+
+bitsandbytes quantizes a tensor on a CPU in seven times its memory, more than a small pod has for the largest layers.
+Its blocks of 64 weights are independent, so pieces give the same bytes.
+
+It searches for one weight at a time, which took most of the time of making a base: 110 MB of 16-bit weights a second on
+two cores, where a copy moves 2,805. Comparisons are 3.4 times as fast (`python -m benchmarks.base`).
+"""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,8 @@
-"""Publishes into a folder of an object store, where objects appear one by one."""
+"""Publishes into a folder of an object store, where objects appear one by one.
+
+A half-written folder of an earlier attempt looks like files of another run, so the first object is a claim, created
+only if there is none. An ETag is no digest: each file is read back, and a publication costs a download of its bytes.
+"""
 
 from functools import partial
 

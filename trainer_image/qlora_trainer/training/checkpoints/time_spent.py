@@ -1,4 +1,9 @@
-"""Measures where the time of a run goes: its pace, its goodput, and what no checkpoint holds."""
+"""Measures where the time of a run goes: its pace, its goodput, and what no checkpoint holds.
+
+Only the trainer can count which steps an interruption undoes. Each checkpoint holds the seconds of its steps, so lost
+steps leave the count with the checkpoint that they never reached. Pulling images, starting containers and up to five
+seconds of a killed process are not counted: the goodput is slightly too high.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

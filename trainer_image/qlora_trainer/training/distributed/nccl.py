@@ -1,4 +1,7 @@
-"""Ends a process that waits for others in NCCL, where its main thread waits for the GPU and can raise nothing."""
+"""Ends a process that waits for others in NCCL, where its main thread waits for the GPU and can raise nothing.
+
+With `TORCH_NCCL_BLOCKING_WAIT` PyTorch starts no watchdog and nothing ends the wait, so it is not set.
+"""
 
 import logging
 import os

@@ -1,4 +1,8 @@
-"""Decides from the evaluations of a run which adapter is the best, and whether to stop early. Pure."""
+"""Decides from the evaluations of a run which adapter is the best, and whether to stop early. Pure.
+
+The loss before training counts for early stopping and never as the best: no job needs an untrained adapter. A run that
+stops early keeps its planned length for the learning rate, so its steps are those of a run without early stopping.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
