@@ -16,11 +16,9 @@ from qlora_api.sweep import MUTABLE_SWEEP_FIELDS
 from qlora_api.usage import LostGpuSeconds, UsageStatus
 from qlora_api.v1alpha1 import API_VERSION, MUTABLE_FIELDS
 from qlora_cli.__main__ import main as qlora
-from qlora_operator.decisions.failure_reasons import FAILURE_REASONS
-from qlora_operator.decisions.shown import PHASES, TRAINING
-from qlora_operator.job_metrics import DEFAULT_RUNNING_JOBS, SERIES_PER_RUNNING_JOB
-from qlora_operator.metrics import Metrics
-from qlora_operator.transition_metrics import PHASE_BUCKETS
+from qlora_operator.metrics.jobs import DEFAULT_RUNNING_JOBS, PHASE_BUCKETS, SERIES_PER_RUNNING_JOB
+from qlora_operator.metrics.metrics import Metrics
+from qlora_operator.metrics.shown import FAILURE_REASONS, PHASES, TRAINING
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "docs" / "reference"
@@ -183,7 +181,7 @@ def _metrics() -> str:
         rows.append((_lines(f"`{name}`", labelled), family.documentation))
     return _page(
         "Metrics",
-        "`operator/qlora_operator/metrics.py` and the modules of which it is made",
+        "`operator/qlora_operator/metrics/metrics.py` and the modules of which it is made",
         "The operator serves them in Prometheus' format on `/metrics`, port 9090 of its pod. `metrics.service` and "
         "`metrics.serviceMonitor` in the [chart's values](chart.md) make them reachable. "
         "[Watch the jobs and the operator](../how-to/monitoring.md) has dashboards, alerts, and who may read them.",

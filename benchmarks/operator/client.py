@@ -6,8 +6,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from qlora_operator.cluster import endpoint_of
-from qlora_operator.transport import Query, Transport, open_transport
+from qlora_operator.kube.client import endpoint_of
+from qlora_operator.kube.transport import Query, Transport, open_transport
 
 AGENT = "qlora-benchmark"
 _MERGE = "application/merge-patch+json"

@@ -13,10 +13,10 @@ from benchmarks.operator.watching import watch
 from qlora_api.contract import needed_contract
 from qlora_api.naming import workspace_claim_name, workspace_folder
 from qlora_api.status import Resolved
-from qlora_operator.cluster import Cluster, connect
-from qlora_operator.decisions.manifests import build_claim, build_job
-from qlora_operator.decisions.observe import QLoRAJob
-from qlora_operator.decisions.stored_job import parse_job
+from qlora_operator.decisions.manifests.objects import build_claim, build_job
+from qlora_operator.decisions.observed.objects import QLoRAJob
+from qlora_operator.decisions.observed.stored_job import parse_job
+from qlora_operator.kube.client import Cluster, connect
 
 _AT_A_TIME = 16
 

@@ -24,11 +24,11 @@ from benchmarks.operator.progress import create_all
 from benchmarks.operator.usage import spread
 from devcluster.controlplane import ControlPlane
 from qlora_api.naming import JOB_UID_LABEL, child_job_name
-from qlora_operator.decisions.facts import Facts
-from qlora_operator.decisions.manifests import build_claim, build_job
-from qlora_operator.decisions.observe import Observed
+from qlora_operator.decisions.manifests.objects import build_claim, build_job
+from qlora_operator.decisions.observed.facts import Facts
+from qlora_operator.decisions.observed.objects import Observed
+from qlora_operator.decisions.observed.stored_job import parse_job
 from qlora_operator.decisions.resolution import resolve
-from qlora_operator.decisions.stored_job import parse_job
 
 NEIGHBOR = "neighbor"
 _PAUSE_SECONDS = 0.4

@@ -8,7 +8,7 @@ from qlora_api.schema import ApiModel, ObservedModel
 from qlora_api.status_types import Count, Share, ShortText, Timestamp
 
 MAX_COUNTED_PODS = 256
-"""More than the operator lists of a job with the most nodes (`decisions/usage.py`)."""
+"""More than the operator lists of a job with the most nodes (`decisions/usage/usage.py`)."""
 LossCause = Literal["startup", "disruption", "failure", "suspension"]
 PodEnd = Literal["completed", "disruption", "failure", "suspension"]
 GpuHours = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]

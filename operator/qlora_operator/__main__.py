@@ -15,22 +15,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from qlora_operator.cluster import Cluster, ClusterError, connect
-from qlora_operator.handlers import Hooks, watch
+from qlora_operator.keys import Key
+from qlora_operator.kube.client import Cluster, ClusterError, connect
+from qlora_operator.kube.schema_check import SchemaCheck
 from qlora_operator.leadership import Election, LeaseSettings
 from qlora_operator.logs import configure_logging
-from qlora_operator.metrics import Metrics
+from qlora_operator.metrics.metrics import Metrics
 from qlora_operator.probes import Answer, Health, PortError, serving
-from qlora_operator.progress import ProgressReader
-from qlora_operator.reconcile import Reconciler
-from qlora_operator.resync import Resync
-from qlora_operator.schema_check import SchemaCheck
+from qlora_operator.reconcile.job import Reconciler
+from qlora_operator.reconcile.profile_limit import Starts
+from qlora_operator.reconcile.progress import ProgressReader
+from qlora_operator.reconcile.queue import WorkQueue
+from qlora_operator.reconcile.sweep import SweepReconciler
 from qlora_operator.settings import ENV_SETTINGS, Settings, SettingsError, find_settings, load_settings
-from qlora_operator.starts import Starts
-from qlora_operator.store import Store
-from qlora_operator.sweep_resync import look_at_all_sweeps
-from qlora_operator.sweeps import SweepReconciler
-from qlora_operator.workqueue import Key, WorkQueue
+from qlora_operator.watch.handlers import Hooks, watch
+from qlora_operator.watch.resync import Resync, look_at_all_sweeps
+from qlora_operator.watch.store import Store
 
 logger = logging.getLogger("qlora_operator")
 

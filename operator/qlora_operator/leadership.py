@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
 
-from qlora_operator.cluster import ClusterError, ConflictError
-from qlora_operator.decisions.observe import Object
+from qlora_operator.decisions.observed.objects import Object
+from qlora_operator.kube.client import ClusterError, ConflictError
 
 logger = logging.getLogger(__name__)
 

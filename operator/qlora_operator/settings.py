@@ -12,12 +12,14 @@ from ruamel.yaml.error import YAMLError
 
 from qlora_api.profile import DNS_LABEL, Profile
 from qlora_api.schema import ApiModel
-from qlora_operator.decisions.manifests import DNS_PORTS
-from qlora_operator.decisions.parsing import MAX_RESOLVED
+from qlora_operator.decisions.manifests.objects import DNS_PORTS
+from qlora_operator.decisions.observed.parsing import MAX_RESOLVED
 from qlora_operator.decisions.resolution import as_copied
-from qlora_operator.job_metrics import DEFAULT_RUNNING_JOBS, SERIES_PER_RUNNING_JOB
+from qlora_operator.metrics.jobs import DEFAULT_RUNNING_JOBS, SERIES_PER_RUNNING_JOB
 
 ENV_SETTINGS = "QLORA_OPERATOR_SETTINGS"
+SECONDS_BETWEEN_PASSES = 2.0
+"""Of a sweep: cells change their status in these seconds one after the other, and one pass covers them."""
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Name = Annotated[str, Field(min_length=1, max_length=63, pattern=DNS_LABEL)]

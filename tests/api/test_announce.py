@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from devcluster.controlplane import ControlPlane
-from qlora_operator.cluster import Cluster
-from qlora_operator.decisions.observe import Object
+from qlora_operator.decisions.observed.objects import Object
+from qlora_operator.kube.client import Cluster
 from tests.support.played import NAMESPACE, STEPS, Api, connected, operator, prepared, settle
 
 LABEL = "qlora.dev/announcements"

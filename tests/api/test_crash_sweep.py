@@ -16,12 +16,12 @@ import pytest
 from devcluster.controlplane import ControlPlane
 from qlora_api.contract import ExitCode
 from qlora_api.naming import STEP_LABEL
-from qlora_operator.cluster import Cluster, ConflictError
-from qlora_operator.decisions.observe import Object
-from qlora_operator.reconcile import Reconciler
-from qlora_operator.resync import Resync
-from qlora_operator.store import Store
-from qlora_operator.workqueue import RetryError
+from qlora_operator.decisions.observed.objects import Object
+from qlora_operator.kube.client import Cluster, ConflictError
+from qlora_operator.reconcile.job import Reconciler
+from qlora_operator.reconcile.queue import RetryError
+from qlora_operator.watch.resync import Resync
+from qlora_operator.watch.store import Store
 from tests.api.conftest import TABLE
 from tests.support.played import NAMESPACE, SHARED, Api, connected, operator, prepared
 

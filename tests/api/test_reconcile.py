@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from devcluster.controlplane import ControlPlane
-from qlora_operator.cluster import Cluster
-from qlora_operator.decisions.observe import Object
-from qlora_operator.resync import Resync
-from qlora_operator.store import Store
-from qlora_operator.workqueue import Key, RetryError
+from qlora_operator.decisions.observed.objects import Object
+from qlora_operator.keys import Key
+from qlora_operator.kube.client import Cluster
+from qlora_operator.reconcile.queue import RetryError
+from qlora_operator.watch.resync import Resync
+from qlora_operator.watch.store import Store
 from tests.support.played import NAMESPACE, STEPS, Api, connected, operator, prepared, settle
 
 

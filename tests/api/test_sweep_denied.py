@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from devcluster.controlplane import ControlPlane
-from qlora_operator.cluster import Cluster, RejectedError, connect
-from qlora_operator.sweeps import SweepReconciler
+from qlora_operator.kube.client import Cluster, RejectedError, connect
+from qlora_operator.reconcile.sweep import SweepReconciler
 from tests.support.builders import PROFILES
 from tests.support.played import NAMESPACE, Api, prepared
 from tests.support.sweeps import SWEEP

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from devcluster.controlplane import ControlPlane, running
-from qlora_operator.decisions.stored_job import parse_job
+from qlora_operator.decisions.observed.stored_job import parse_job
 from tests.support.manifests import MINIMAL, Manifest, with_value
 from tests.support.waiting import eventually
 

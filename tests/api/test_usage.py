@@ -8,8 +8,8 @@ import pytest
 
 from devcluster.controlplane import ControlPlane
 from qlora_api.contract import ResultRecord, encode_record
-from qlora_operator.decisions.observe import format_time, parse_time
-from qlora_operator.reconcile import Reconciler
+from qlora_operator.decisions.observed.objects import format_time, parse_time
+from qlora_operator.reconcile.job import Reconciler
 from tests.support.played import NAMESPACE, Api, connected, operator, prepared, settle
 
 _HOURS = timedelta(hours=2)

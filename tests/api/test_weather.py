@@ -20,7 +20,7 @@ import yaml
 
 from devcluster.certificates import Authority
 from devcluster.controlplane import ControlPlane
-from qlora_operator.listing import OBJECTS_PER_PAGE
+from qlora_operator.kube.listing import OBJECTS_PER_PAGE
 from tests.support.api_proxy import ApiProxy, Reply, Weather, fair, serve_api
 from tests.support.operator_process import OperatorProcess, running_operator
 from tests.support.waiting import eventually

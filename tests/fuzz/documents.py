@@ -9,8 +9,8 @@ from qlora_api.sources import ObjectStoreSource, RegistrySource, VolumeSource, p
 from qlora_api.status import QLoRAJobStatus
 from qlora_api.v1alpha1 import QLoRAJobDocument
 from qlora_cli.manifest import ManifestError, load_manifest
-from qlora_operator.decisions.observe import Pod
-from qlora_operator.progress import latest_record
+from qlora_operator.decisions.observed.objects import Pod
+from qlora_operator.reconcile.progress import latest_record
 from qlora_operator.settings import SettingsError, load_settings
 from qlora_trainer.data.read.hub_splits import EVALUATION, TRAINING, choose_data_files, read_dataset_card
 from qlora_trainer.model.memory.fit import read_shape

@@ -28,12 +28,12 @@ from qlora_api.status import (
     StepName,
     StepStatus,
 )
-from qlora_operator.decisions.facts import Facts
-from qlora_operator.decisions.observe import Observed, QLoRAJob, format_time
-from qlora_operator.decisions.parsing import observe, profile_in_use
+from qlora_operator.decisions.observed.facts import Facts
+from qlora_operator.decisions.observed.objects import Observed, QLoRAJob, format_time
+from qlora_operator.decisions.observed.parsing import observe, profile_in_use
+from qlora_operator.decisions.observed.stored_job import parse_job
 from qlora_operator.decisions.status import next_status
-from qlora_operator.decisions.stored_job import parse_job
-from qlora_operator.starts import Starts
+from qlora_operator.reconcile.profile_limit import Starts
 
 NOW = datetime(2026, 1, 2, 12, 0, 0, tzinfo=UTC)
 NAME = "tune"

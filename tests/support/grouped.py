@@ -4,8 +4,8 @@ from typing import Any
 
 from qlora_api.group import GroupMemberStatus, GroupStatus
 from qlora_api.status import QLoRAJobStatus, StepName
-from qlora_operator.decisions.observe import QLoRAJob
-from qlora_operator.decisions.stored_job import parse_job
+from qlora_operator.decisions.observed.objects import QLoRAJob
+from qlora_operator.decisions.observed.stored_job import parse_job
 from tests.support.builders import NAME, UID, condition, job_body, resolved, step_status, time
 
 CLAIM = "team-claim"

@@ -12,13 +12,13 @@ from devcluster.controlplane import ControlPlane
 from qlora_api.contract import ExitCode, ResultRecord, encode_record
 from qlora_api.profile import Profile
 from qlora_api.status import AdapterStatus, DatasetStatus, MemoryStatus, StepName
-from qlora_operator.cluster import Cluster, connect
-from qlora_operator.decisions.observe import Object
-from qlora_operator.metrics import Metrics
-from qlora_operator.reconcile import Reconciler
-from qlora_operator.starts import Starts
-from qlora_operator.store import Store
-from qlora_operator.workqueue import Key
+from qlora_operator.decisions.observed.objects import Object
+from qlora_operator.keys import Key
+from qlora_operator.kube.client import Cluster, connect
+from qlora_operator.metrics.metrics import Metrics
+from qlora_operator.reconcile.job import Reconciler
+from qlora_operator.reconcile.profile_limit import Starts
+from qlora_operator.watch.store import Store
 from tests.support.builders import PROFILE, PROFILES
 
 NAMESPACE, SHARED = "team", "shared"

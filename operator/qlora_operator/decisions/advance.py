@@ -4,16 +4,16 @@ from qlora_api.contract import ResultRecord
 from qlora_api.figures import with_known_facts, with_publication, with_training_facts
 from qlora_api.model_and_output import OutputSpec
 from qlora_api.status import FailureStatus, QLoRAJobStatus, StepName, StepStatus
-from qlora_operator.decisions.attempts import count_attempts, describe_failure
-from qlora_operator.decisions.budget import forecast_of_work
-from qlora_operator.decisions.conditions import is_finished
-from qlora_operator.decisions.deletions import note_deletion
-from qlora_operator.decisions.detached import still_running
-from qlora_operator.decisions.endings import DONE, fail, failure_of, succeed
-from qlora_operator.decisions.facts import Facts, new_step, next_attempt, set_condition
-from qlora_operator.decisions.observe import ChildJob, Pod, Reason
+from qlora_operator.decisions.observed.conditions import is_finished
+from qlora_operator.decisions.observed.endings import DONE, fail, failure_of, succeed
+from qlora_operator.decisions.observed.facts import Facts, new_step, next_attempt, set_condition
+from qlora_operator.decisions.observed.objects import ChildJob, Pod, Reason
+from qlora_operator.decisions.pods.attempts import count_attempts, describe_failure
+from qlora_operator.decisions.pods.deletions import note_deletion
+from qlora_operator.decisions.pods.detached import still_running
+from qlora_operator.decisions.pods.nodes import ending_pod, is_over, trains_together
 from qlora_operator.decisions.resolution import with_profile_of_today
-from qlora_operator.decisions.together import ending_pod, is_over, trains_together
+from qlora_operator.decisions.usage.budget import forecast_of_work
 
 ADAPTER_NOT_SIGNED = "AdapterNotSigned"
 _NEXT: dict[StepName, StepName] = {"prepare": "train", "train": "publish"}

@@ -9,9 +9,9 @@ from qlora_api.profile import Profile
 from qlora_api.sources import HubSource, parse_source
 from qlora_api.status import AdapterStatus, QLoRAJobStatus
 from qlora_api.v1alpha1 import QLoRAJobSpec
-from qlora_operator.decisions.conditions import is_true
-from qlora_operator.decisions.facts import Facts, set_condition
-from qlora_operator.decisions.observe import Object, QLoRAJob, Reason
+from qlora_operator.decisions.observed.conditions import is_true
+from qlora_operator.decisions.observed.facts import Facts, set_condition
+from qlora_operator.decisions.observed.objects import Object, QLoRAJob, Reason
 
 
 def is_to_be_announced(job: QLoRAJob, status: QLoRAJobStatus) -> bool:

@@ -4,10 +4,10 @@ from datetime import datetime, timedelta
 
 from qlora_api.naming import child_job_name
 from qlora_api.status import QLoRAJobStatus
-from qlora_operator.decisions.blockers import blocking_reason
-from qlora_operator.decisions.conditions import Value, condition, is_true
-from qlora_operator.decisions.facts import Facts, set_condition
-from qlora_operator.decisions.observe import QLoRAJob, Reason, format_time, parse_time
+from qlora_operator.decisions.observed.conditions import Value, condition, is_true
+from qlora_operator.decisions.observed.facts import Facts, set_condition
+from qlora_operator.decisions.observed.objects import QLoRAJob, Reason, format_time, parse_time
+from qlora_operator.decisions.pods.blockers import blocking_reason
 
 
 def cleanup_at(job: QLoRAJob, status: QLoRAJobStatus) -> datetime | None:

@@ -4,10 +4,10 @@ from collections.abc import Iterable
 
 from qlora_api.profile import Profile
 from qlora_api.status import ContinuedRun
-from qlora_operator.decisions.conditions import is_finished, is_true
-from qlora_operator.decisions.facts import Facts
-from qlora_operator.decisions.observe import QLoRAJob, Reason
-from qlora_operator.decisions.volumes import claim_not_allowed, reserved_claims
+from qlora_operator.decisions.manifests.volumes import claim_not_allowed, reserved_claims
+from qlora_operator.decisions.observed.conditions import is_finished, is_true
+from qlora_operator.decisions.observed.facts import Facts
+from qlora_operator.decisions.observed.objects import QLoRAJob, Reason
 
 
 def waits_for_other_job(job: QLoRAJob) -> bool:

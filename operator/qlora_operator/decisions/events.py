@@ -8,9 +8,9 @@ from qlora_api.status import Phase, QLoRAJobStatus
 from qlora_api.sweep import SWEEP_KIND
 from qlora_api.sweep_status import QLoRASweepStatus
 from qlora_api.v1alpha1 import API_VERSION, KIND
-from qlora_operator.decisions.conditions import condition, truncate
-from qlora_operator.decisions.observe import QLoRAJob, format_time
-from qlora_operator.decisions.sweep import QLoRASweep, StoredSweep
+from qlora_operator.decisions.observed.conditions import condition, truncate
+from qlora_operator.decisions.observed.objects import QLoRAJob, format_time
+from qlora_operator.decisions.sweeps.sweep import QLoRASweep, StoredSweep
 
 _COMPONENT = "qlora-operator"
 # kubectl shows the Events of one second in the order of their names.

@@ -3,11 +3,11 @@
 from qlora_api.contract import ExitCode
 from qlora_api.duration import format_duration
 from qlora_api.status import QLoRAJobStatus, StepName, StepStatus
-from qlora_operator.decisions.attempts import active_seconds, charge_running
-from qlora_operator.decisions.conditions import condition, is_finished, truncate
-from qlora_operator.decisions.endings import fail, failure_of
-from qlora_operator.decisions.facts import Facts, next_attempt
-from qlora_operator.decisions.observe import parse_time
+from qlora_operator.decisions.observed.conditions import condition, is_finished, truncate
+from qlora_operator.decisions.observed.endings import fail, failure_of
+from qlora_operator.decisions.observed.facts import Facts, next_attempt
+from qlora_operator.decisions.observed.objects import parse_time
+from qlora_operator.decisions.pods.attempts import active_seconds, charge_running
 
 DEFAULT_PROGRESS_DEADLINE_SECONDS = 3600
 _REPORTING: tuple[StepName, ...] = ("prepare", "train")

@@ -8,24 +8,24 @@ from datetime import datetime, timedelta
 from qlora_api.naming import child_job_name
 from qlora_api.status import QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.announcing import is_to_be_announced
-from qlora_operator.decisions.attempts import active_seconds
-from qlora_operator.decisions.blockers import no_pod_at, stuck_at, volumes_at
-from qlora_operator.decisions.budget import budget_at
 from qlora_operator.decisions.cleanup import clean_job_name, cleanup_at
-from qlora_operator.decisions.conditions import is_finished, is_true
 from qlora_operator.decisions.continued import waits_for_other_job
-from qlora_operator.decisions.deletions import next_job_at
-from qlora_operator.decisions.facts import FIRST_JOB
-from qlora_operator.decisions.group import leads
-from qlora_operator.decisions.observe import ChildJob, Observed, QLoRAJob
-from qlora_operator.decisions.rejections import (
+from qlora_operator.decisions.groups.group import leads
+from qlora_operator.decisions.observed.conditions import is_finished, is_true
+from qlora_operator.decisions.observed.facts import FIRST_JOB
+from qlora_operator.decisions.observed.objects import ChildJob, Observed, QLoRAJob
+from qlora_operator.decisions.pods.attempts import active_seconds
+from qlora_operator.decisions.pods.blockers import no_pod_at, stuck_at, volumes_at
+from qlora_operator.decisions.pods.deletions import next_job_at
+from qlora_operator.decisions.pods.nodes import trains_together
+from qlora_operator.decisions.pods.rejections import (
     LONGEST_PAUSE_AFTER_REJECTED_POD,
     PAUSE_AFTER_REJECTED_POD,
     next_job_after_rejections,
 )
-from qlora_operator.decisions.taking_up import is_to_be_taken_up
-from qlora_operator.decisions.together import trains_together
-from qlora_operator.decisions.usage import counted_again_at, still_counts
+from qlora_operator.decisions.retry import is_to_be_taken_up
+from qlora_operator.decisions.usage.budget import budget_at
+from qlora_operator.decisions.usage.usage import counted_again_at, still_counts
 
 # Jobs of several nodes get no second pod, whose delay would be Kubernetes': the operator waits as long as that does.
 PAUSE_AFTER_FAILURE, LONGEST_PAUSE_AFTER_FAILURE = timedelta(seconds=10), timedelta(minutes=6)

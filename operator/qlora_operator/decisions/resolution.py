@@ -7,13 +7,13 @@ from qlora_api.naming import child_job_name, workspace_claim_name, workspace_fol
 from qlora_api.profile import Limits, Profile, amount
 from qlora_api.status import MAX_DOCUMENT_LENGTH, QLoRAJobStatus, Resolved
 from qlora_operator.decisions.announcing import reserved_config_map
-from qlora_operator.decisions.budget import limit_of_hours
 from qlora_operator.decisions.continued import continued_run, objection_of_other_job
-from qlora_operator.decisions.facts import FIRST_JOB, Facts, new_step
-from qlora_operator.decisions.group import image_of_group, objection_of_group, yet_to_start
-from qlora_operator.decisions.manifests import document
-from qlora_operator.decisions.observe import ChildJob, QLoRAJob, Reason
-from qlora_operator.decisions.volumes import reserved_claim, reserved_secret
+from qlora_operator.decisions.groups.group import image_of_group, objection_of_group, yet_to_start
+from qlora_operator.decisions.manifests.objects import document
+from qlora_operator.decisions.manifests.volumes import reserved_claim, reserved_secret
+from qlora_operator.decisions.observed.facts import FIRST_JOB, Facts, new_step
+from qlora_operator.decisions.observed.objects import ChildJob, QLoRAJob, Reason
+from qlora_operator.decisions.usage.budget import limit_of_hours
 
 _NOT_SHARED = "WorkspaceNotShared"
 _ROOM_FOR_A_GATE = 1024

@@ -5,21 +5,21 @@ from collections.abc import Callable
 from qlora_api.figures import with_progress
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.decisions.advance import advance, renew
-from qlora_operator.decisions.attempts import count_attempts, watch_pod
-from qlora_operator.decisions.budget import enforce_budget, follow_forecast
 from qlora_operator.decisions.cleanup import follow_cleanup
-from qlora_operator.decisions.conditions import condition, is_finished
-from qlora_operator.decisions.detached import keep_earlier_pod
-from qlora_operator.decisions.endings import not_ready
-from qlora_operator.decisions.facts import Facts, next_attempt, set_condition
-from qlora_operator.decisions.group import join_group
-from qlora_operator.decisions.group_memory import enforce_group_memory
+from qlora_operator.decisions.groups.group import join_group
+from qlora_operator.decisions.groups.memory import enforce_group_memory
 from qlora_operator.decisions.limits import enforce_deadline, enforce_disruptions, enforce_failures, enforce_progress
-from qlora_operator.decisions.observe import Reason, format_time, parse_time
+from qlora_operator.decisions.observed.conditions import condition, is_finished
+from qlora_operator.decisions.observed.endings import not_ready
+from qlora_operator.decisions.observed.facts import Facts, next_attempt, set_condition
+from qlora_operator.decisions.observed.objects import Reason, format_time, parse_time
+from qlora_operator.decisions.pods.attempts import count_attempts, watch_pod
+from qlora_operator.decisions.pods.detached import keep_earlier_pod
 from qlora_operator.decisions.resolution import job_limit_reached, objection_to_retry, resolve, with_profile_of_today
+from qlora_operator.decisions.retry import is_to_be_taken_up, take_up
 from qlora_operator.decisions.summary import summarize
-from qlora_operator.decisions.taking_up import is_to_be_taken_up, take_up
-from qlora_operator.decisions.usage import count_usage
+from qlora_operator.decisions.usage.budget import enforce_budget, follow_forecast
+from qlora_operator.decisions.usage.usage import count_usage
 
 
 def next_status(facts: Facts) -> QLoRAJobStatus:

@@ -2,18 +2,18 @@
 
 from qlora_api.figures import without_remaining
 from qlora_api.status import Phase, QLoRAJobStatus, StepName, StepStatus
-from qlora_operator.decisions.blockers import blocking_reason
-from qlora_operator.decisions.conditions import Value, condition, has_begun, is_finished, is_true, phase_of
-from qlora_operator.decisions.deletions import deletion
-from qlora_operator.decisions.endings import DONE, NOT_FAILED, NOT_STALLED, NOT_SUSPENDED
-from qlora_operator.decisions.facts import Facts, set_condition
-from qlora_operator.decisions.group import suffix, trained_by, waits_for_group
+from qlora_operator.decisions.groups.group import suffix, trained_by, waits_for_group
 from qlora_operator.decisions.limits import DEFAULT_PROGRESS_DEADLINE_SECONDS, idle_seconds, no_progress
-from qlora_operator.decisions.observe import ChildJob, Reason, format_time
-from qlora_operator.decisions.queue import WAITING
-from qlora_operator.decisions.rejections import rejection
+from qlora_operator.decisions.observed.conditions import Value, condition, has_begun, is_finished, is_true, phase_of
+from qlora_operator.decisions.observed.endings import DONE, NOT_FAILED, NOT_STALLED, NOT_SUSPENDED
+from qlora_operator.decisions.observed.facts import Facts, set_condition
+from qlora_operator.decisions.observed.objects import ChildJob, Reason, format_time
+from qlora_operator.decisions.pods.blockers import blocking_reason
+from qlora_operator.decisions.pods.deletions import deletion
+from qlora_operator.decisions.pods.kueue import WAITING
+from qlora_operator.decisions.pods.nodes import trains_together
+from qlora_operator.decisions.pods.rejections import rejection
 from qlora_operator.decisions.resolution import objection
-from qlora_operator.decisions.together import trains_together
 
 _DOING = {
     "Pending": "the first Job is about to be created",

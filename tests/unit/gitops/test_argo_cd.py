@@ -10,8 +10,8 @@ import yaml
 from lupa.lua51 import LuaRuntime, lua_type
 
 from gitops import generate
-from qlora_operator.decisions.sweep import CellJob, QLoRASweep, parse_sweep
-from qlora_operator.decisions.sweep_plan import next_status, table
+from qlora_operator.decisions.sweeps.plan import next_status, table
+from qlora_operator.decisions.sweeps.sweep import CellJob, QLoRASweep, parse_sweep
 from tests.support.builders import NOW, UID
 from tests.support.phases import Case, cases, changed_spec
 from tests.support.sweeps import SWEEP

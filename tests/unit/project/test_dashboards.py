@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from helm.dashboards.__main__ import render
-from qlora_operator.metrics import Metrics
+from qlora_operator.metrics.metrics import Metrics
 from tests.support.alerts import FILE as ALERTS
 from tests.support.dashboards import complaints, dashboards, panels, queries, selected
 

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 
 from qlora_api.profile import Profile
-from qlora_operator.actions import Actions, Result
-from qlora_operator.cluster import ClusterError, ForbiddenError, RejectedError, UnavailableError
 from qlora_operator.decisions.announcing import (
     entry,
     is_to_be_announced,
@@ -18,10 +16,12 @@ from qlora_operator.decisions.announcing import (
     without_announcement,
 )
 from qlora_operator.decisions.events import announcement_event
-from qlora_operator.decisions.observe import Object
+from qlora_operator.decisions.observed.objects import Object
 from qlora_operator.decisions.plan import Announce, CreateJob, plan
-from qlora_operator.pauses import Postponed
-from qlora_operator.store import Store
+from qlora_operator.kube.client import ClusterError, ForbiddenError, RejectedError, UnavailableError
+from qlora_operator.reconcile.actions import Actions, Result
+from qlora_operator.reconcile.pauses import Postponed
+from qlora_operator.watch.store import Store
 from tests.support.builders import (
     ADAPTER,
     NAME,

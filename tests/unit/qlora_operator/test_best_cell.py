@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from qlora_api.sweep_status import QLoRASweepStatus
-from qlora_operator.decisions.best_cell import cells_to_publish, published
-from qlora_operator.decisions.observe import Reason
-from qlora_operator.decisions.sweep import CellJob, QLoRASweep, cleanup, parse_cell, parse_sweep
-from qlora_operator.decisions.sweep_plan import CreateCell, SetCleanup, SetSuspend, next_status, plan, table
+from qlora_operator.decisions.observed.objects import Reason
+from qlora_operator.decisions.sweeps.best_cell import cells_to_publish, published
+from qlora_operator.decisions.sweeps.plan import CreateCell, SetCleanup, SetSuspend, next_status, plan, table
+from qlora_operator.decisions.sweeps.sweep import CellJob, QLoRASweep, cleanup, parse_cell, parse_sweep
 from tests.support.builders import ADAPTER, NOW, UID, condition, job_body, resolved
 from tests.support.sweeps import TEMPLATE
 

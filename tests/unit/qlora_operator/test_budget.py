@@ -10,9 +10,9 @@ from qlora_api.status import QLoRAJobStatus
 from qlora_api.training import TrainingSpec
 from qlora_api.usage import WorkStatus
 from qlora_api.v1alpha1 import QLoRAJobSpec
-from qlora_operator.decisions.budget import budget_at
 from qlora_operator.decisions.events import budget_event
 from qlora_operator.decisions.plan import DeleteJob, plan
+from qlora_operator.decisions.usage.budget import budget_at
 from tests.support import grouped
 from tests.support.builders import (
     FACTS,

@@ -11,10 +11,12 @@ from typing import Any
 from weakref import WeakSet
 
 import pytest
-
 import qlora_operator.cluster
+
 from qlora_api.naming import JOB_UID_LABEL, child_job_name
-from qlora_operator.cluster import (
+from qlora_operator.decisions.observed.facts import FIRST_JOB
+from qlora_operator.decisions.observed.objects import ChildJob
+from qlora_operator.kube.client import (
     AlreadyExistsError,
     Cluster,
     ClusterError,
@@ -23,10 +25,8 @@ from qlora_operator.cluster import (
     RejectedError,
     UnavailableError,
 )
-from qlora_operator.decisions.facts import FIRST_JOB
-from qlora_operator.decisions.observe import ChildJob
-from qlora_operator.listing import OBJECTS_PER_PAGE
-from qlora_operator.transport import Query, TooLongError, Transport
+from qlora_operator.kube.listing import OBJECTS_PER_PAGE
+from qlora_operator.kube.transport import Query, TooLongError, Transport
 from tests.support.builders import NAME, UID, child, job_body, pod, with_resolved
 
 
@@ -188,7 +188,7 @@ def test_however_many_lists_are_read_the_objects_of_one_page_are_there_and_two_p
         return body
 
     loads = partial(json.loads, object_hook=watched)
-    monkeypatch.setattr(qlora_operator.cluster, "json", SimpleNamespace(loads=loads))
+    monkeypatch.setattr(qlora_operator.kube.client, "json", SimpleNamespace(loads=loads))
     server = Busy([10] * 100)
 
     async def count(pages: AsyncIterator[Sequence[Any]]) -> int:

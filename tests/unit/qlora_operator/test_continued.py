@@ -10,15 +10,15 @@ import pytest
 from qlora_api.contract import needed_contract
 from qlora_api.profile import Profile, SigningKey
 from qlora_api.status import ContinuedRun, QLoRAJobStatus, Resolved
-from qlora_operator.decisions.manifests import build_job
-from qlora_operator.decisions.observe import Object, QLoRAJob
+from qlora_operator.decisions.manifests.objects import build_job
+from qlora_operator.decisions.observed.objects import Object, QLoRAJob
+from qlora_operator.decisions.observed.stored_job import parse_job
 from qlora_operator.decisions.plan import plan
-from qlora_operator.decisions.starting import held_back
-from qlora_operator.decisions.stored_job import parse_job
-from qlora_operator.listing import ChildKind, ChildList, child_view
-from qlora_operator.metrics import Metrics
-from qlora_operator.reconcile import Reconciler
-from qlora_operator.store import Store
+from qlora_operator.decisions.profile_limit import held_back
+from qlora_operator.kube.listing import ChildKind, ChildList, child_view
+from qlora_operator.metrics.metrics import Metrics
+from qlora_operator.reconcile.job import Reconciler
+from qlora_operator.watch.store import Store
 from tests.support.builders import (
     NAME,
     NOW,

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from qlora_api.profile import Profile
 from qlora_api.status import StepName
-from qlora_operator.decisions.manifests import build_job
+from qlora_operator.decisions.manifests.objects import build_job
 from tests.support.builders import make_job, resolved, to_json
 
 NETWORK: dict[str, Any] = {

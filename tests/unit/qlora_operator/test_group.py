@@ -9,13 +9,13 @@ import pytest
 from qlora_api.contract import needed_contract
 from qlora_api.profile import Profile
 from qlora_api.status import BaseStatus, QLoRAJobStatus
-from qlora_operator.decisions.facts import Facts
-from qlora_operator.decisions.group import MAX_DOCUMENTS, lingering, look_again_after, trains_now, waiting_for
-from qlora_operator.decisions.manifests import build_job, document
-from qlora_operator.decisions.members import GroupFacts, Member, member_of
-from qlora_operator.decisions.observe import QLoRAJob
+from qlora_operator.decisions.groups.group import MAX_DOCUMENTS, lingering, look_again_after, trains_now, waiting_for
+from qlora_operator.decisions.manifests.objects import build_job, document
+from qlora_operator.decisions.observed.facts import Facts
+from qlora_operator.decisions.observed.members import GroupFacts, Member, member_of
+from qlora_operator.decisions.observed.objects import QLoRAJob
 from qlora_operator.decisions.plan import CreateJob, Plan, is_settled, plan
-from qlora_operator.decisions.starting import held_back
+from qlora_operator.decisions.profile_limit import held_back
 from qlora_operator.decisions.status import next_status
 from tests.support.builders import (
     NAME,

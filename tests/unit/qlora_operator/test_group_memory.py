@@ -9,11 +9,11 @@ import pytest
 from qlora_api.group import GroupStatus
 from qlora_api.memory.estimate import GIB, LOW_FACTOR
 from qlora_api.status import MemoryStatus, QLoRAJobStatus
-from qlora_operator.decisions.facts import Facts
-from qlora_operator.decisions.group import look_again_after, waiting_for
-from qlora_operator.decisions.manifests import build_job
-from qlora_operator.decisions.members import GroupFacts, member_of
-from qlora_operator.decisions.observe import QLoRAJob
+from qlora_operator.decisions.groups.group import look_again_after, waiting_for
+from qlora_operator.decisions.manifests.objects import build_job
+from qlora_operator.decisions.observed.facts import Facts
+from qlora_operator.decisions.observed.members import GroupFacts, member_of
+from qlora_operator.decisions.observed.objects import QLoRAJob
 from qlora_operator.decisions.plan import CreateJob, Plan, cannot_be_undone, plan
 from qlora_operator.decisions.status import next_status
 from tests.support.builders import NAME, child, facts, message_of, pod, reason_of, resolved, running

@@ -11,12 +11,12 @@ import pytest
 from qlora_api.contract import ProgressRecord, encode_record
 from qlora_api.group import GroupMemberStatus, GroupStatus
 from qlora_api.status import QLoRAJobStatus
-from qlora_operator.decisions.members import GroupFacts, member_of
-from qlora_operator.listing import ChildList
-from qlora_operator.metrics import Metrics
-from qlora_operator.progress import ProgressReader
-from qlora_operator.reconcile import Reconciler
-from qlora_operator.store import Store
+from qlora_operator.decisions.observed.members import GroupFacts, member_of
+from qlora_operator.kube.listing import ChildList
+from qlora_operator.metrics.metrics import Metrics
+from qlora_operator.reconcile.job import Reconciler
+from qlora_operator.reconcile.progress import ProgressReader
+from qlora_operator.watch.store import Store
 from tests.support.builders import (
     NOW,
     PROFILES,

@@ -8,11 +8,11 @@ from qlora_api.contract import MAX_PROGRESS_BYTES, ProgressRecord, ResultRecord,
 from qlora_api.figures import with_progress, with_training_facts
 from qlora_api.halving import MAX_RUNGS, HalvingSpec
 from qlora_api.sweep_status import QLoRASweepStatus
-from qlora_operator.decisions.manifests import build_job
-from qlora_operator.decisions.stored_job import parse_job
-from qlora_operator.decisions.sweep import CellJob, QLoRASweep, build_cell, parse_cell, parse_sweep, stop
-from qlora_operator.decisions.sweep_plan import CreateCell, SetSuspend, StopCell, judges_anew, next_status, plan, table
-from qlora_operator.listing import compact
+from qlora_operator.decisions.manifests.objects import build_job
+from qlora_operator.decisions.observed.stored_job import parse_job
+from qlora_operator.decisions.sweeps.plan import CreateCell, SetSuspend, StopCell, judges_anew, next_status, plan, table
+from qlora_operator.decisions.sweeps.sweep import CellJob, QLoRASweep, build_cell, parse_cell, parse_sweep, stop
+from qlora_operator.kube.listing import compact
 from tests.support.builders import ADAPTER, NOW, UID, job_body, progress, resolved, status_in, time
 from tests.support.sweeps import SWEEP, TEMPLATE
 

@@ -13,12 +13,12 @@ from kopf._core.reactor.processing import process_resource_event
 from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.profile import Profile
 from qlora_api.v1alpha1 import GROUP, PLURAL, VERSION
-from qlora_operator.handlers import Hooks, _configure, _register_events, watch
-from qlora_operator.metrics import Metrics
-from qlora_operator.resync import WatchMonitor
+from qlora_operator.keys import Key
+from qlora_operator.metrics.metrics import Metrics
 from qlora_operator.settings import Settings
-from qlora_operator.store import Store
-from qlora_operator.workqueue import Key
+from qlora_operator.watch.handlers import Hooks, _configure, _register_events, watch
+from qlora_operator.watch.resync import WatchMonitor
+from qlora_operator.watch.store import Store
 from tests.support.builders import NAME, VirtualLoop, child, condition, job_body, pod, running, status_in
 
 KEY = ("team", NAME)
@@ -226,7 +226,7 @@ def test_the_watches_start_again_when_the_authority_that_a_pod_trusts_is_replace
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Kopf reads it once, and repeats a connection that it cannot verify for ever."""
-    monkeypatch.setattr("qlora_operator.handlers._SERVICE_ACCOUNT", tmp_path)
+    monkeypatch.setattr("qlora_operator.watch.handlers._SERVICE_ACCOUNT", tmp_path)
     (tmp_path / "ca.crt").write_text("first")
     trusted: list[str] = []
 

@@ -13,13 +13,13 @@ from typing import Any
 import kopf
 import pytest
 
-from qlora_operator.cluster import Cluster
-from qlora_operator.handlers import Hooks, watch
-from qlora_operator.metrics import Metrics
-from qlora_operator.reconcile import Reconciler
-from qlora_operator.resync import Resync, WatchMonitor
+from qlora_operator.kube.client import Cluster
+from qlora_operator.metrics.metrics import Metrics
+from qlora_operator.reconcile.job import Reconciler
 from qlora_operator.settings import Settings
-from qlora_operator.store import Store
+from qlora_operator.watch.handlers import Hooks, watch
+from qlora_operator.watch.resync import Resync, WatchMonitor
+from qlora_operator.watch.store import Store
 from tests.support.builders import NAME, NOW, PROFILES, job_body, starts, time
 
 CANARY = "canary"

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from qlora_operator.cluster import ConflictError, UnavailableError
-from qlora_operator.decisions.observe import Object
+from qlora_operator.decisions.observed.objects import Object
+from qlora_operator.kube.client import ConflictError, UnavailableError
 from qlora_operator.leadership import Election, LeaseSettings, Step, decide
 from tests.support.builders import NOW, VirtualLoop
 

@@ -51,8 +51,8 @@ def test_the_framework_says_a_problem_once_and_after_ten_minutes_again() -> None
     assert passes(trial(3, "pods", "forbidden"))
     assert not passes("Watcher for pods has failed", "kopf._core.reactor.orchestration", trace=True)
     assert passes("Handler 'job_changed' failed with an exception", "kopf.objects", trace=True)
-    assert passes("reconcile failed", "qlora_operator.workqueue", trace=True)
-    assert passes("reconcile failed", "qlora_operator.workqueue", trace=True)
+    assert passes("reconcile failed", "qlora_operator.reconcile.queue", trace=True)
+    assert passes("reconcile failed", "qlora_operator.reconcile.queue", trace=True)
     assert not passes("Exception in callback stream at /usr/lib/kopf/_cogs/clients/api.py:237", "asyncio", trace=True)
     assert passes("Unclosed connector", "asyncio")
     now[0] = 600

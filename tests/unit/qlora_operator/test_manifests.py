@@ -9,7 +9,7 @@ from qlora_api.contract import PERMANENT_EXIT_CODES
 from qlora_api.profile import Profile
 from qlora_api.status import StepName
 from qlora_api.v1alpha1 import QLoRAJobDocument
-from qlora_operator.decisions.manifests import build_claim, build_job
+from qlora_operator.decisions.manifests.objects import build_claim, build_job
 from tests.support.builders import NAME, PROFILE, UID, make_job, resolved, to_json
 
 STEPS: tuple[StepName, ...] = ("prepare", "train", "publish", "clean")

@@ -12,12 +12,12 @@ import pytest
 from qlora_api.contract import ExitCode
 from qlora_api.status import Phase, QLoRAJobStatus
 from qlora_operator import decisions
-from qlora_operator.decisions.budget import BUDGET_EXCEEDED
-from qlora_operator.decisions.failure_reasons import FAILURE_REASONS
-from qlora_operator.job_metrics import SERIES_PER_RUNNING_JOB, JobMetrics
-from qlora_operator.metrics import Metrics
-from qlora_operator.request_metrics import RESOURCES, resource_of
-from qlora_operator.workqueue import WorkQueue
+from qlora_operator.decisions.usage.budget import BUDGET_EXCEEDED
+from qlora_operator.metrics.jobs import SERIES_PER_RUNNING_JOB, JobMetrics
+from qlora_operator.metrics.metrics import Metrics
+from qlora_operator.metrics.requests import RESOURCES, resource_of
+from qlora_operator.metrics.shown import FAILURE_REASONS
+from qlora_operator.reconcile.queue import WorkQueue
 from tests.support.builders import (
     NAME,
     PROFILE,

@@ -7,14 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_api.contract import CONTRACT_VERSION
-from qlora_operator.decisions.blockers import blocking_reason
-from qlora_operator.decisions.detached import with_detached_pods
-from qlora_operator.decisions.parsing import observe
+from qlora_operator.decisions.observed.parsing import observe
+from qlora_operator.decisions.observed.stored_job import UnreadableJobError, parse_job
 from qlora_operator.decisions.plan import plan
+from qlora_operator.decisions.pods.blockers import blocking_reason
+from qlora_operator.decisions.pods.detached import with_detached_pods
 from qlora_operator.decisions.status import next_status
-from qlora_operator.decisions.stored_job import UnreadableJobError, parse_job
-from qlora_operator.listing import ChildKind
-from qlora_operator.store import Store
+from qlora_operator.kube.listing import ChildKind
+from qlora_operator.watch.store import Store
 from tests.fuzz.inputs import BOUNDED, changed
 from tests.support.builders import (
     NAME,

@@ -6,9 +6,9 @@ import pytest
 
 from qlora_api.naming import RESOLVED_ANNOTATION
 from qlora_api.status import QLoRAJobStatus
-from qlora_operator.decisions.manifests import document
-from qlora_operator.decisions.observe import Observed
-from qlora_operator.decisions.parsing import parse_child
+from qlora_operator.decisions.manifests.objects import document
+from qlora_operator.decisions.observed.objects import Observed
+from qlora_operator.decisions.observed.parsing import parse_child
 from qlora_operator.decisions.plan import (
     Action,
     CreateClaim,

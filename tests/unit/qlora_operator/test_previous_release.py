@@ -14,8 +14,8 @@ import yaml
 
 from qlora_api.contract import ExitCode
 from qlora_api.crd import custom_resource_definition
-from qlora_operator.decisions.manifests import build_job
-from qlora_operator.decisions.stored_job import parse_job
+from qlora_operator.decisions.manifests.objects import build_job
+from qlora_operator.decisions.observed.stored_job import parse_job
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.runner import require_known_contract
 from tests.support.builders import job_body, make_job, resolved, status_in

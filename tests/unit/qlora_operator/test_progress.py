@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 
 from qlora_api.contract import ProgressRecord, encode_record
-from qlora_operator.decisions.observe import Pod
-from qlora_operator.progress import (
+from qlora_operator.decisions.observed.objects import Pod
+from qlora_operator.reconcile.progress import (
     READS_PER_SECOND,
     SECONDS_AFTER_FAILURE,
     LogReading,

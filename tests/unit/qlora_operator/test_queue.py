@@ -6,10 +6,10 @@ import pytest
 
 from qlora_api.status import Condition, QLoRAJobStatus
 from qlora_operator.decisions.events import phase_event
-from qlora_operator.decisions.observe import Object, Reason
-from qlora_operator.decisions.parsing import observe
+from qlora_operator.decisions.observed.objects import Object, Reason
+from qlora_operator.decisions.observed.parsing import observe
 from qlora_operator.decisions.plan import plan
-from qlora_operator.decisions.queue import queue_reason
+from qlora_operator.decisions.pods.kueue import queue_reason
 from tests.support.builders import (
     NOW,
     UID,

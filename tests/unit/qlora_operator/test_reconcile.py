@@ -11,7 +11,10 @@ import pytest
 from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.profile import Profile
 from qlora_api.status import MergedStatus, QLoRAJobStatus
-from qlora_operator.cluster import (
+from qlora_operator.decisions.manifests.objects import document
+from qlora_operator.decisions.observed.objects import Object, QLoRAJob
+from qlora_operator.decisions.observed.parsing import controller_uid
+from qlora_operator.kube.client import (
     AlreadyExistsError,
     ClusterError,
     ConflictError,
@@ -19,15 +22,12 @@ from qlora_operator.cluster import (
     RejectedError,
     UnavailableError,
 )
-from qlora_operator.decisions.manifests import document
-from qlora_operator.decisions.observe import Object, QLoRAJob
-from qlora_operator.decisions.parsing import controller_uid
-from qlora_operator.listing import ChildList, ChildView, child_view
-from qlora_operator.metrics import Metrics
-from qlora_operator.reconcile import Reconciler
-from qlora_operator.starts import SECONDS_BETWEEN_LOOKS
-from qlora_operator.store import Store
-from qlora_operator.workqueue import RetryError
+from qlora_operator.kube.listing import ChildList, ChildView, child_view
+from qlora_operator.metrics.metrics import Metrics
+from qlora_operator.reconcile.job import Reconciler
+from qlora_operator.reconcile.profile_limit import SECONDS_BETWEEN_LOOKS
+from qlora_operator.reconcile.queue import RetryError
+from qlora_operator.watch.store import Store
 from tests.support.builders import (
     ADAPTER,
     NAME,

@@ -9,8 +9,8 @@ import pytest
 
 from qlora_api.crd import definitions
 from qlora_api.served_schema import missing_fields
-from qlora_operator.cluster import ClusterError, NotFoundError
-from qlora_operator.schema_check import SchemaCheck
+from qlora_operator.kube.client import ClusterError, NotFoundError
+from qlora_operator.kube.schema_check import SchemaCheck
 from tests.support.builders import VirtualLoop
 
 

@@ -9,8 +9,8 @@ import pytest
 from qlora_api.naming import RESOLVED_ANNOTATION
 from qlora_api.status import Resolved
 from qlora_operator.__main__ import main
-from qlora_operator.decisions.manifests import build_job
-from qlora_operator.decisions.parsing import MAX_RESOLVED
+from qlora_operator.decisions.manifests.objects import build_job
+from qlora_operator.decisions.observed.parsing import MAX_RESOLVED
 from qlora_operator.decisions.resolution import as_copied
 from qlora_operator.settings import SettingsError, find_settings, load_settings
 from tests.support.builders import make_job

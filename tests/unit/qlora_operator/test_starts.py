@@ -10,17 +10,17 @@ from qlora_api.naming import JOB_LABEL, SPEC_ANNOTATION
 from qlora_api.profile import Profile, amount
 from qlora_api.status import Resolved
 from qlora_api.v1alpha1 import QLoRAJobDocument
-from qlora_operator.decisions.manifests import build_job
-from qlora_operator.decisions.observe import Observed
-from qlora_operator.decisions.parsing import profile_in_use
+from qlora_operator.decisions.manifests.objects import build_job
+from qlora_operator.decisions.observed.objects import Observed
+from qlora_operator.decisions.observed.parsing import profile_in_use
+from qlora_operator.decisions.observed.stored_job import parse_job
 from qlora_operator.decisions.plan import is_settled
-from qlora_operator.decisions.starting import held_back, limit_of_jobs
-from qlora_operator.decisions.stored_job import parse_job
-from qlora_operator.listing import ChildList
-from qlora_operator.metrics import Metrics
-from qlora_operator.reconcile import Reconciler
-from qlora_operator.starts import SECONDS_BETWEEN_LOOKS, SECONDS_FULL, Starts
-from qlora_operator.store import Store
+from qlora_operator.decisions.profile_limit import held_back, limit_of_jobs
+from qlora_operator.kube.listing import ChildList
+from qlora_operator.metrics.metrics import Metrics
+from qlora_operator.reconcile.job import Reconciler
+from qlora_operator.reconcile.profile_limit import SECONDS_BETWEEN_LOOKS, SECONDS_FULL, Starts
+from qlora_operator.watch.store import Store
 from tests.support.builders import (
     DATASET,
     NOW,

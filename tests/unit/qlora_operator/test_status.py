@@ -11,7 +11,7 @@ from qlora_api.status import AdapterStatus, BaseStatus, MergedStatus, QLoRAJobSt
 from qlora_api.tracking import TrackedRun, TrackingStatus
 from qlora_operator.decisions.cleanup import cleanup_at
 from qlora_operator.decisions.events import tracking_event
-from qlora_operator.decisions.observe import Reason
+from qlora_operator.decisions.observed.objects import Reason
 from qlora_operator.decisions.status import next_status, with_child, with_rejection
 from tests.support.builders import (
     ADAPTER,

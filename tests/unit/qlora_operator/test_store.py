@@ -18,12 +18,12 @@ from qlora_api.naming import (
     child_job_name,
 )
 from qlora_api.status import StepName
-from qlora_operator.decisions.facts import FIRST_JOB
-from qlora_operator.decisions.observe import Object
-from qlora_operator.decisions.parsing import MAX_RESOLVED, observe
-from qlora_operator.decisions.stored_job import parse_job
-from qlora_operator.listing import KINDS, ChildKind, ChildList, ObjectVersion, child_view, object_version
-from qlora_operator.store import Store
+from qlora_operator.decisions.observed.facts import FIRST_JOB
+from qlora_operator.decisions.observed.objects import Object
+from qlora_operator.decisions.observed.parsing import MAX_RESOLVED, observe
+from qlora_operator.decisions.observed.stored_job import parse_job
+from qlora_operator.kube.listing import KINDS, ChildKind, ChildList, ObjectVersion, child_view, object_version
+from qlora_operator.watch.store import Store
 from tests.support.builders import NAME, UID, child, ended, job_body, pod, running, status_in, with_resolved
 
 KEY = ("team", NAME)

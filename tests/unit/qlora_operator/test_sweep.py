@@ -8,10 +8,12 @@ from qlora_api.naming import workspace_folder
 from qlora_api.profile import Profile
 from qlora_api.status import StepName
 from qlora_api.sweep_status import QLoRASweepStatus
-from qlora_operator.decisions.manifests import build_job
-from qlora_operator.decisions.observe import Reason
-from qlora_operator.decisions.stored_job import UnreadableJobError, parse_job
-from qlora_operator.decisions.sweep import (
+from qlora_operator.decisions.manifests.objects import build_job
+from qlora_operator.decisions.observed.objects import Reason
+from qlora_operator.decisions.observed.stored_job import UnreadableJobError, parse_job
+from qlora_operator.decisions.sweeps.objection import objection_to_sweep
+from qlora_operator.decisions.sweeps.plan import CreateCell, SetSuspend, next_status, plan, table
+from qlora_operator.decisions.sweeps.sweep import (
     CellJob,
     QLoRASweep,
     build_cell,
@@ -21,8 +23,6 @@ from qlora_operator.decisions.sweep import (
     suspension,
     sweep_of,
 )
-from qlora_operator.decisions.sweep_objection import objection_to_sweep
-from qlora_operator.decisions.sweep_plan import CreateCell, SetSuspend, next_status, plan, table
 from tests.support.builders import ADAPTER, NOW, PROFILE, PROFILES, UID, after, condition, job_body, resolved
 from tests.support.sweeps import SWEEP, TEMPLATE
 

@@ -10,8 +10,8 @@ from qlora_api.naming import SPEC_ANNOTATION
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus, StepName
 from qlora_operator.decisions.cleanup import cleanup_at
-from qlora_operator.decisions.manifests import build_job
-from qlora_operator.decisions.observe import QLoRAJob
+from qlora_operator.decisions.manifests.objects import build_job
+from qlora_operator.decisions.observed.objects import QLoRAJob
 from qlora_operator.decisions.plan import CreateJob, DeleteJob, plan
 from tests.support.builders import (
     DATASET,

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 
-from qlora_operator.task_scope import Tasks, end_all, task_scope
+from qlora_operator.watch.tasks import Tasks, end_all, task_scope
 
 
 async def forever() -> None:

@@ -7,8 +7,8 @@ import pytest
 
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus
-from qlora_operator.decisions.manifests import build_job, build_peer_policy, build_peer_service, document
-from qlora_operator.decisions.observe import QLoRAJob
+from qlora_operator.decisions.manifests.objects import build_job, build_peer_policy, build_peer_service, document
+from qlora_operator.decisions.observed.objects import QLoRAJob
 from qlora_operator.decisions.plan import ConnectNodes, CreateJob, DeleteJob, Plan, plan
 from tests.support.builders import (
     NAME,

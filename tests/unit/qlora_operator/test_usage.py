@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from qlora_api.contract import ExitCode, ProgressRecord
 from qlora_api.status import QLoRAJobStatus
 from qlora_api.usage import PodUsage, UsageStatus
-from qlora_operator.decisions.budget import budget_at, enforce_budget
-from qlora_operator.decisions.conditions import is_finished
-from qlora_operator.decisions.facts import Facts
-from qlora_operator.decisions.members import GroupFacts, member_of
-from qlora_operator.decisions.observe import QLoRAJob
+from qlora_operator.decisions.observed.conditions import is_finished
+from qlora_operator.decisions.observed.facts import Facts
+from qlora_operator.decisions.observed.members import GroupFacts, member_of
+from qlora_operator.decisions.observed.objects import QLoRAJob
 from qlora_operator.decisions.plan import is_settled, plan
-from qlora_operator.decisions.usage import count_usage
-from qlora_operator.metrics import Metrics
+from qlora_operator.decisions.usage.budget import budget_at, enforce_budget
+from qlora_operator.decisions.usage.usage import count_usage
+from qlora_operator.metrics.metrics import Metrics
 from tests.support import grouped
 from tests.support.builders import (
     NAME,

@@ -9,10 +9,11 @@ import pytest
 
 from qlora_api.profile import Profile
 from qlora_operator import __main__ as operator
-from qlora_operator.metrics import Metrics
+from qlora_operator.keys import Key
+from qlora_operator.metrics.metrics import Metrics
 from qlora_operator.probes import Health
+from qlora_operator.reconcile.queue import RetryError, Schedule, WorkQueue
 from qlora_operator.settings import Settings
-from qlora_operator.workqueue import Key, RetryError, Schedule, WorkQueue
 from tests.support.builders import VirtualLoop
 
 A: Key = ("team", "a")

@@ -1,0 +1,442 @@
+"""Builds the objects that the operator creates: a step's Job and the workspace's claim; pure."""
+
+import json
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from qlora_api import contract
+from qlora_api.contract import PERMANENT_EXIT_CODES, TRAINER_CONTAINER, ExitCode
+from qlora_api.gate import GateSpec
+from qlora_api.naming import (
+    JOB_LABEL,
+    JOB_UID_LABEL,
+    QUEUE_LABEL,
+    QUEUE_PRIORITY_LABEL,
+    RESOLVED_ANNOTATION,
+    SPEC_ANNOTATION,
+    STEP_LABEL,
+    child_job_name,
+    node_host,
+    other_spec_annotation,
+    peers_name,
+)
+from qlora_api.profile import Profile, StepResources, Toleration, TrackingServers
+from qlora_api.status import Resolved, StepName
+from qlora_api.v1alpha1 import API_VERSION, KIND, STEP_FIELDS
+from qlora_operator.decisions.manifests.environment import (
+    cloud_environment,
+    identity_labels,
+    network_environment,
+    network_volumes,
+    service_account_name,
+)
+from qlora_operator.decisions.manifests.volumes import mounts_and_volumes, uses_cache
+from qlora_operator.decisions.observed.facts import FIRST_JOB
+from qlora_operator.decisions.observed.objects import QLoRAJob
+
+Manifest = dict[str, Any]
+_SHORT_GRACE_SECONDS = 30
+DNS_PORTS = (53,)
+"""Ports of the pods that answer DNS in most clusters."""
+UNATTENDED_SECONDS = 7 * 24 * 3600
+"""For how long, beyond the job's own deadline, a Job goes on at most, should no operator be there to stop it."""
+_UNDISTURBED = {
+    # No autoscaler moves a running step to consolidate nodes, and no service mesh adds a proxy that outlives the step.
+    "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+    "karpenter.sh/do-not-disrupt": "true",
+    "sidecar.istio.io/inject": "false",
+    "linkerd.io/inject": "disabled",
+}
+
+
+def build_job(
+    job: QLoRAJob,
+    resolved: Resolved,
+    step: StepName,
+    attempt: int,
+    failures: int = 0,
+    others: Sequence[QLoRAJob] = (),
+) -> Manifest:
+    """The batch/v1 Job of one step. `failures`: how often the step has failed in earlier Jobs.
+
+    `others`: the jobs that train trains together with this one. It depends on the jobs as their users, or their sweep,
+    have written them and on what was resolved only.
+    """
+    labels, nodes = _labels(job, step), _nodes(job, step)
+    queue = _queue(resolved) if step == "train" else {}
+    metadata: Manifest = {
+        "name": child_job_name(job.name, step, attempt),
+        "namespace": job.namespace,
+        "labels": labels | queue,
+        "ownerReferences": [_owner(job, controller=True)],
+    }
+    if (step, attempt) == FIRST_JOB:
+        # Without the document: it stands in the pod template, and comes from the same spec a moment later.
+        kept = resolved.model_copy(update={"document": None}).dump()
+        metadata["annotations"] = {RESOLVED_ANNOTATION: json.dumps(kept, separators=(",", ":"))}
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": metadata,
+        "spec": {
+            # The queue alone resumes the Job, and suspends it again.
+            **({"suspend": True} if queue else {}),
+            **({"completionMode": "Indexed"} if nodes > 1 else {}),
+            "completions": nodes,
+            "parallelism": nodes,
+            # Of several nodes, one that fails ends all: the operator starts them again together.
+            "backoffLimit": max(0, job.spec.retry.max_failures - failures) if nodes == 1 else 0,
+            **({} if step == "clean" else {"activeDeadlineSeconds": _job_deadline(job)}),
+            "ttlSecondsAfterFinished": resolved.profile.finished_job_seconds,
+            "podReplacementPolicy": "Failed",
+            "podFailurePolicy": {"rules": _failure_rules(together=nodes > 1)},
+            "template": {
+                "metadata": {
+                    "labels": labels | {"sidecar.istio.io/inject": "false"} | identity_labels(resolved.profile, step),
+                    "annotations": _UNDISTURBED | {SPEC_ANNOTATION: _document(job, resolved)} | _documents(others),
+                },
+                "spec": _pod(job, resolved, step, attempt, others),
+            },
+        },
+    }
+
+
+def _job_deadline(job: QLoRAJob) -> int:
+    """Seconds until the Job controller ends the Job by itself, waiting included; the next Job goes on after that.
+
+    Interrupted pods are started again without a limit: only the operator counts them, and it may be away.
+    """
+    return (job.spec.active_deadline_seconds or 0) + UNATTENDED_SECONDS
+
+
+def build_claim(job: QLoRAJob, resolved: Resolved) -> Manifest:
+    """The workspace's PersistentVolumeClaim. With `retain` it has no owner, so that it outlives the job."""
+    workspace, defaults = job.spec.workspace, resolved.profile.workspace
+    spec: Manifest = {
+        "accessModes": list(workspace.access_modes or (defaults.access_mode,)),
+        "resources": {"requests": {"storage": workspace.size or defaults.size}},
+    }
+    if storage_class := workspace.storage_class_name or defaults.storage_class_name:
+        spec["storageClassName"] = storage_class
+    metadata: Manifest = {"name": resolved.claim_name, "namespace": job.namespace, "labels": _labels(job)}
+    if not workspace.retain:
+        metadata["ownerReferences"] = [_owner(job, controller=False)]
+    return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": spec}
+
+
+def build_peer_service(job: QLoRAJob) -> Manifest:
+    """The headless Service by whose names the train pods of several nodes find node 0, before any of them is ready."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": _peers_metadata(job, peers_name(job.uid)),
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,
+            "selector": _peers(job),
+            "ports": [{"name": "rendezvous", "port": contract.RENDEZVOUS_PORT}],
+        },
+    }
+
+
+def build_peer_policy(job: QLoRAJob, dns_ports: Collection[int] = DNS_PORTS) -> Manifest:
+    """The NetworkPolicy by which the train pods of one job reach one another, and DNS, and nothing else does.
+
+    `dns_ports`: of the pods that answer DNS, which may differ from those of their Service. The policy's name depends on
+    them: with other ports it is another one, so that it need not be changed.
+    """
+    peers = [{"podSelector": {"matchLabels": _peers(job)}}]
+    dns = [{"port": port, "protocol": protocol} for port in dns_ports for protocol in ("UDP", "TCP")]
+    name = "-".join([peers_name(job.uid), *map(str, sorted(dns_ports))])
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": _peers_metadata(job, name),
+        "spec": {
+            "podSelector": {"matchLabels": _peers(job)},
+            "policyTypes": ["Ingress", "Egress"],
+            "ingress": [{"from": peers}],
+            "egress": [{"to": peers}, {"ports": dns}],
+        },
+    }
+
+
+def _peers_metadata(job: QLoRAJob, name: str) -> Manifest:
+    return {
+        "name": name,
+        "namespace": job.namespace,
+        "labels": _labels(job, "train"),
+        "ownerReferences": [_owner(job, controller=True)],
+    }
+
+
+def _peers(job: QLoRAJob) -> dict[str, str]:
+    return {JOB_UID_LABEL: job.uid, STEP_LABEL: "train"}
+
+
+def document(job: QLoRAJob, **more: Any) -> str:
+    """The part of the QLoRAJob's manifest that the steps need, in JSON, as the trainer reads it.
+
+    Fields that are for the operator only are left out, so that a trainer of another release need not know them.
+    """
+    spec = job.spec.dump()
+    content = {
+        "apiVersion": API_VERSION,
+        "kind": KIND,
+        "metadata": {"name": job.name, "namespace": job.namespace, "uid": job.uid},
+        "spec": {field: spec[field] for field in STEP_FIELDS if field in spec} | more,
+    }
+    return _as_json(content)
+
+
+def with_gate(document: str, gate: GateSpec | None) -> str:
+    """The document with this gate instead of its own."""
+    content = json.loads(document)
+    content["spec"].pop("gate", None)
+    if gate is not None:
+        content["spec"]["gate"] = gate.dump()
+    return _as_json(content)
+
+
+def _as_json(content: Any) -> str:
+    # Characters are written as they are: escaped, one beyond the basic plane would be twelve.
+    return json.dumps(content, separators=(",", ":"), sort_keys=True, ensure_ascii=False)
+
+
+def _document(job: QLoRAJob, resolved: Resolved) -> str:
+    """What was fixed when the job started; for a job that an earlier release has started, what its trainer can read.
+
+    With the gate as it is now. One that is missing now may have been dropped by an older definition of the resource: it
+    stays, unless the job is taken up.
+    """
+    if resolved.document is not None:
+        return resolved.document if job.spec.gate is None else with_gate(resolved.document, job.spec.gate)
+    # The trainer of the first contract also counts suspensions: only the operator judges.
+    return document(job, **({"retry": {"maxDisruptions": 1000}} if resolved.contract_version == 1 else {}))
+
+
+def _documents(others: Sequence[QLoRAJob]) -> dict[str, str]:
+    """The same of further jobs, by annotation."""
+    fixed = ((other, other.status.resolved) for other in others)
+    return {other_spec_annotation(other.name): _document(other, it) for other, it in fixed if it is not None}
+
+
+def _nodes(job: QLoRAJob, step: StepName) -> int:
+    """Pods of the step's Job."""
+    return job.spec.resources.node_count if step == "train" else 1
+
+
+def _queue(resolved: Resolved) -> dict[str, str]:
+    """Kueue's labels, for the Job only: on a pod they would make a second workload of it."""
+    if not resolved.queue_name:
+        return {}
+    priority = {QUEUE_PRIORITY_LABEL: resolved.queue_priority} if resolved.queue_priority else {}
+    return {QUEUE_LABEL: resolved.queue_name} | priority
+
+
+def _labels(job: QLoRAJob, step: StepName | None = None) -> dict[str, str]:
+    labels = {
+        "app.kubernetes.io/name": "qlora-trainer",
+        "app.kubernetes.io/instance": job.name,
+        "app.kubernetes.io/part-of": "qlora",
+        "app.kubernetes.io/managed-by": "qlora-operator",
+        JOB_LABEL: job.name,
+        JOB_UID_LABEL: job.uid,
+    }
+    return labels if step is None else labels | {"app.kubernetes.io/component": step, STEP_LABEL: step}
+
+
+def _owner(job: QLoRAJob, *, controller: bool) -> Manifest:
+    owner = {"apiVersion": API_VERSION, "kind": KIND, "name": job.name, "uid": job.uid, "blockOwnerDeletion": False}
+    return owner | ({"controller": True} if controller else {})
+
+
+def _failure_rules(*, together: bool) -> list[Manifest]:
+    """The first rule that matches decides, so that a permanent failure on a drained node is still permanent.
+
+    `together`: the Job has several pods that run together. One that has stopped as asked leaves the Job as it is, for
+    a queue that has suspended it to resume; a lost one fails the Job, so that the others are stopped.
+    """
+
+    def on_exit(action: str, codes: Iterable[int]) -> Manifest:
+        condition = {"containerName": TRAINER_CONTAINER, "operator": "In", "values": sorted(codes)}
+        return {"action": action, "onExitCodes": condition}
+
+    disrupted = {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    return [
+        on_exit("FailJob", PERMANENT_EXIT_CODES),
+        *([] if together else [disrupted]),
+        on_exit("Ignore", [int(ExitCode.INTERRUPTED)]),
+    ]
+
+
+def _pod(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int, others: Sequence[QLoRAJob]) -> Manifest:
+    profile = resolved.profile
+    grace = profile.termination_grace_period_seconds if step == "train" else _SHORT_GRACE_SECONDS
+    names = [other.name for other in others]
+    mounts, volumes = mounts_and_volumes(
+        job, resolved.claim_name, profile.model_cache, step, resolved.continued, names, profile.signing_key
+    )
+    if step in ("prepare", "publish"):
+        added = network_volumes(profile)
+        mounts, volumes = mounts + added[0], volumes + added[1]
+    pod: Manifest = {
+        "restartPolicy": "Never",
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": grace,
+        "securityContext": _pod_security(profile),
+        "containers": [_container(job, resolved, step, attempt, others) | {"volumeMounts": mounts}],
+        "volumes": volumes,
+    }
+    optional: Manifest = {
+        "serviceAccountName": service_account_name(profile, step),
+        "imagePullSecrets": [{"name": name} for name in profile.image_pull_secrets],
+        "priorityClassName": job.spec.scheduling.priority_class_name,
+        "runtimeClassName": profile.runtime_class_name if step == "train" else None,
+        "subdomain": peers_name(job.uid) if _nodes(job, step) > 1 else None,
+    }
+    if step == "train" or profile.workspace.topology != "shared":
+        # All steps mount the workspace volume, which may exist in one zone or on one node only.
+        optional["nodeSelector"] = {**(job.spec.scheduling.node_selector or {}), **profile.node_selector}
+        optional["tolerations"] = _tolerations(job, profile)
+    return pod | {key: value for key, value in optional.items() if value}
+
+
+def _container(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int, others: Sequence[QLoRAJob]) -> Manifest:
+    profile = resolved.profile
+    workspace = contract.WORKSPACE_MOUNT / resolved.workspace_path
+    return {
+        "name": TRAINER_CONTAINER,
+        "image": profile.image,
+        "imagePullPolicy": profile.image_pull_policy,
+        "args": [step, "--job", str(contract.JOB_FILE), "--workspace", str(workspace), *_further(others)],
+        "env": _environment(job, resolved, step, attempt),
+        "resources": _resources(job, profile, step),
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "terminationMessagePath": str(contract.TERMINATION_LOG),
+        "terminationMessagePolicy": "File",
+    }
+
+
+def _further(others: Sequence[QLoRAJob]) -> list[str]:
+    """The arguments for further jobs, whose workspaces are on the same claim."""
+    fixed = ((other.name, other.status.resolved) for other in others)
+    return [
+        argument
+        for name, it in fixed
+        if it is not None
+        for argument in (
+            "--with",
+            f"{contract.OTHER_JOBS / name}.json",
+            str(contract.WORKSPACE_MOUNT / it.workspace_path),
+        )
+    ]
+
+
+def _environment(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int) -> list[Manifest]:
+    values = {
+        "HOME": "/tmp",  # noqa: S108 - the one folder outside the workspace that a pod can write to
+        contract.ENV_ATTEMPT: str(attempt),
+        contract.ENV_CONTRACT_VERSION: str(resolved.contract_version),
+        contract.ENV_DEVICE: resolved.profile.device,
+        contract.ENV_OUTPUT_CLAIM: resolved.claim_name,
+    }
+    if step in ("prepare", "publish"):
+        values |= _servers(resolved.profile) | network_environment(resolved.profile)
+    if step == "publish":
+        values |= _of_publish(resolved.profile)
+    values |= _model_cache(job, resolved, step)
+    # Not the job that publishes the best cell: that cell is on the page already.
+    writes_report = step in ("train", "publish") and job.spec.continues is None
+    if (step == "prepare" or writes_report) and resolved.shared_path is not None:
+        values[contract.ENV_SWEEP_FOLDER] = str(contract.WORKSPACE_MOUNT / resolved.shared_path)
+    if step == "prepare" and job.spec.group is not None:
+        values[contract.ENV_GROUP_SIZE] = str(job.spec.group.size)
+    if step == "publish" and resolved.profile.gpu_resource and resolved.profile.gpu_hour_price:
+        values[contract.ENV_GPU_HOUR_PRICE] = f"{resolved.profile.gpu_hour_price} {resolved.profile.currency}"
+    if step == "train" and job.rungs:
+        values[contract.ENV_RUNGS] = job.rungs
+    if step == "train" and job.spec.resources.gpu_count > 1:
+        values |= resolved.profile.nccl or {}
+    if _nodes(job, step) > 1:
+        child = child_job_name(job.name, step, attempt)
+        values[contract.ENV_RENDEZVOUS] = f"{node_host(child, 0, job.uid)}:{contract.RENDEZVOUS_PORT}"
+        wait = resolved.profile.node_wait_seconds or contract.DEFAULT_NODE_WAIT_SECONDS
+        values[contract.ENV_NODE_WAIT] = str(wait)
+    if step == "train" and resolved.profile.device == "cpu":
+        values["LD_PRELOAD"] = contract.CPU_ALLOCATOR
+    pod_uid = {"name": contract.ENV_POD_UID, "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}
+    # As many threads as the pod requests CPUs, rounded up: libraries would start one per core of the node.
+    threads = {"name": "OMP_NUM_THREADS", "valueFrom": {"resourceFieldRef": {"resource": "requests.cpu"}}}
+    fields = [pod_uid, threads]
+    if _nodes(job, step) > 1:
+        index = {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}
+        fields.append({"name": contract.ENV_NODE, "valueFrom": {"fieldRef": index}})
+    return [*fields, *({"name": name, "value": value} for name, value in values.items())]
+
+
+def _model_cache(job: QLoRAJob, resolved: Resolved, step: StepName) -> dict[str, str]:
+    """Where the job shares its base; without a cache for all jobs, the cells of a sweep do on their common claim."""
+    if resolved.profile.model_cache is not None and uses_cache(job.spec, step):
+        return {contract.ENV_MODEL_CACHE: str(contract.MODEL_CACHE_MOUNT)}
+    if resolved.shared_path is not None and step != "clean":
+        return {contract.ENV_MODEL_CACHE: str(contract.WORKSPACE_MOUNT / resolved.shared_path)}
+    return {}
+
+
+def _servers(profile: Profile) -> dict[str, str]:
+    """Servers of the jobs' addresses, set by the administrator: no tenant can send a pod's credentials elsewhere."""
+    values: dict[str, str | None] = {
+        "HF_ENDPOINT": profile.hub_endpoint,
+        "AWS_ENDPOINT_URL": profile.object_store.endpoint,
+        "AWS_REGION": profile.object_store.region,
+        contract.ENV_REGISTRIES: " ".join(profile.registries),
+        **cloud_environment(profile),
+    }
+    return {name: value for name, value in values.items() if value}
+
+
+def _of_publish(profile: Profile) -> dict[str, str]:
+    """The image, for the lineage, and the servers of trackers."""
+    tracking = profile.tracking or TrackingServers()
+    values = {
+        contract.ENV_IMAGE: profile.image,
+        contract.ENV_MLFLOW_SERVER: tracking.mlflow and tracking.mlflow.url,
+        contract.ENV_WANDB_SERVER: tracking.wandb and tracking.wandb.url,
+    }
+    return {name: value for name, value in values.items() if value}
+
+
+def _resources(job: QLoRAJob, profile: Profile, step: StepName) -> Manifest:
+    wanted: StepResources = profile.resources.publish if step == "clean" else getattr(profile.resources, step)
+    cpu, memory = wanted.cpu, wanted.memory
+    limits: Manifest = {}
+    if step == "train":
+        cpu, memory = job.spec.resources.cpu or cpu, job.spec.resources.memory or memory
+        limits = {profile.gpu_resource: str(job.spec.resources.gpus)} if profile.gpu_resource else {}
+    return {"requests": {"cpu": cpu, "memory": memory}, "limits": {"memory": memory} | limits}
+
+
+def _pod_security(profile: Profile) -> Manifest:
+    security: Manifest = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+    if profile.run_as is None:
+        return security
+    return security | {
+        "runAsUser": profile.run_as.user,
+        "runAsGroup": profile.run_as.group,
+        "fsGroup": profile.run_as.fs_group,
+        "fsGroupChangePolicy": "OnRootMismatch",
+    }
+
+
+def _tolerations(job: QLoRAJob, profile: Profile) -> list[Manifest]:
+    tolerations: list[Toleration] = [*profile.tolerations, *(job.spec.scheduling.tolerations or ())]
+    if profile.gpu_resource:
+        # GPU nodes have this taint by convention, and not every cluster adds the toleration by itself.
+        tolerations.append(Toleration(key=profile.gpu_resource, operator="Exists", effect="NoSchedule"))
+    return [toleration.dump() for toleration in dict.fromkeys(tolerations)]

@@ -1,0 +1,59 @@
+"""What a status is computed from, and how it is written: the facts of one pass."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from qlora_api.contract import ProgressRecord
+from qlora_api.naming import child_job_name
+from qlora_api.profile import Profile
+from qlora_api.status import QLoRAJobStatus, StepName, StepStatus
+from qlora_operator.decisions.observed.conditions import ConditionType, Value, with_condition
+from qlora_operator.decisions.observed.members import GroupFacts
+from qlora_operator.decisions.observed.objects import Observed, QLoRAJob, Reason
+
+FIRST_JOB: tuple[StepName, int] = ("prepare", 1)
+"""Step and attempt of a job's first Job, which keeps what was resolved until the status has it."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All inputs of a status."""
+
+    job: QLoRAJob
+    observed: Observed
+    profiles: Mapping[str, Profile]
+    now: datetime
+    progress: ProgressRecord | None = None
+    log_read: bool = False
+    """Whether the log of the running pod has been read in this pass, so that a missing record means something."""
+    queue: Reason | None = None
+    """Why the current step's Job waits in a queue, if that could be read."""
+    continued: QLoRAJob | None = None
+    """The job that spec.continues names, as it is now; None if there is none that can be read."""
+    continued_writer: str = ""
+    """A pod or Job that may still save a checkpoint of that job, after its end or suspension; empty for none."""
+    group: GroupFacts | None = None
+    """The other jobs of its group; None if it is in none, or nothing depends on them."""
+    progress_beside: ProgressRecord | None = None
+    """The latest record of the other jobs that the job's pod trains."""
+    jobs_of_profile: int = 0
+    """How many other jobs of its profile and namespace have started and not ended, if its profile limits them."""
+
+
+def set_condition(
+    status: QLoRAJobStatus, facts: Facts, kind: ConditionType, value: Value, reason: Reason
+) -> QLoRAJobStatus:
+    """The status with this condition set, observed now."""
+    return with_condition(status, kind, value, reason, generation=facts.job.generation, now=facts.now)
+
+
+def new_step(job: QLoRAJob, name: StepName, attempt: int) -> StepStatus:
+    """A step whose Job does not exist yet."""
+    return StepStatus(name=name, job_name=child_job_name(job.name, name, attempt), attempt=attempt)
+
+
+def next_attempt(step: StepStatus, facts: Facts, **changes: int) -> StepStatus:
+    """The same step with a new Job."""
+    kept = {"failures": step.failures, "unverified": step.unverified} | changes
+    return new_step(facts.job, step.name, step.attempt + 1).model_copy(update=kept)

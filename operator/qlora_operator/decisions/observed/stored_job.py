@@ -1,0 +1,132 @@
+"""Parses a stored QLoRAJob, as far as possible also one that another release has admitted; pure."""
+
+import json
+import logging
+import re
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from qlora_api.contract import CONTRACT_VERSION, needed_contract
+from qlora_api.halving import MAX_RUNGS
+from qlora_api.naming import QUEUE_LABEL, QUEUE_PRIORITY_LABEL, RUNGS_ANNOTATION, shared_folder
+from qlora_api.profile import DNS_LABEL
+from qlora_api.status import QLoRAJobStatus, Resolved
+from qlora_api.sweep import MAX_SWEEP_NAME_LENGTH, SWEEP_KIND
+from qlora_api.v1alpha1 import API_VERSION, QLoRAJobSpec
+from qlora_operator.decisions.observed.objects import ORPHANED, Object, QLoRAJob
+
+logger = logging.getLogger(__name__)
+
+_RUNGS = re.compile(rf"[0-9]{{1,8}}(,[0-9]{{1,8}}){{0,{MAX_RUNGS - 1}}}")
+_UID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+class UnreadableJobError(ValueError):
+    """A QLoRAJob that another version of the schema admitted and that this operator cannot read."""
+
+
+def parse_job(body: Object) -> QLoRAJob:
+    """The stored QLoRAJob. Raises UnreadableJobError if its status cannot be read.
+
+    A spec that another release has admitted is read as far as possible, so that a running job can still be stopped.
+    """
+    metadata, labels = body["metadata"], body["metadata"].get("labels") or {}
+    try:
+        # After a downgrade the stored profile may have fields that this version does not know: the job continues.
+        status = QLoRAJobStatus.model_validate(body.get("status") or {}, extra="ignore")
+    except ValidationError as error:
+        raise UnreadableJobError(f"this version of the operator cannot read the status: {explain(error)}") from error
+    spec, problem = _parse_spec(body["spec"], status.resolved)
+    spec = _with_fixed_nodes(spec, status.resolved)
+    return QLoRAJob(
+        namespace=metadata["namespace"],
+        name=metadata["name"],
+        uid=metadata["uid"],
+        generation=metadata.get("generation", 0),
+        resource_version=metadata.get("resourceVersion", ""),
+        deleting="deletionTimestamp" in metadata,
+        spec=spec,
+        status=status,
+        queue_name=spec.scheduling.queue_name or labels.get(QUEUE_LABEL),
+        queue_priority=spec.scheduling.queue_priority or labels.get(QUEUE_PRIORITY_LABEL),
+        shares=_shared_folder(metadata),
+        rungs=_rungs(metadata),
+        orphans=ORPHANED in (metadata.get("finalizers") or ()),
+        problem=problem or _unknown_contract(status.resolved),
+    )
+
+
+def _shared_folder(metadata: Object) -> str | None:
+    """The folder that the job shares with the other cells of the sweep that controls it; None if none does.
+
+    Whoever creates a job writes its owner, and the API server checks nothing of it: what is no name and no UID, and so
+    could lead out of the claim, is no sweep.
+    """
+    owners = metadata.get("ownerReferences") or ()
+    owner: Object = next((owner for owner in owners if owner.get("controller")), {})
+    name, uid = str(owner.get("name")), str(owner.get("uid"))
+    if (owner.get("apiVersion"), owner.get("kind")) != (API_VERSION, SWEEP_KIND):
+        return None
+    if len(name) > MAX_SWEEP_NAME_LENGTH or not re.fullmatch(DNS_LABEL, name) or not _UID.fullmatch(uid):
+        return None
+    return shared_folder(name, uid)
+
+
+def _rungs(metadata: Object) -> str:
+    """What the sweep has written on its cell; nothing if that is no list of steps: anybody may write there."""
+    found = str((metadata.get("annotations") or {}).get(RUNGS_ANNOTATION, ""))
+    return found if _RUNGS.fullmatch(found) else ""
+
+
+def _parse_spec(content: Object, resolved: Resolved | None) -> tuple[QLoRAJobSpec, str]:
+    """The spec, and why the job must not go on; empty if it can."""
+    try:
+        return QLoRAJobSpec.model_validate(content), ""
+    except ValidationError as error:
+        problem = f"this version of the operator cannot read the spec: {explain(error)}"
+    if resolved is not None and resolved.document is not None:
+        try:
+            # What the pods read was fixed by an operator that knew these fields.
+            return QLoRAJobSpec.model_validate(content, extra="ignore"), ""
+        except ValidationError:
+            logger.debug("not even without its unknown fields", exc_info=True)
+    return QLoRAJobSpec.model_construct(**_readable_fields(content)), problem
+
+
+def _with_fixed_nodes(spec: QLoRAJobSpec, resolved: Resolved | None) -> QLoRAJobSpec:
+    """With as many pods as the job has started with, which is what they read: an older definition drops the field."""
+    if resolved is None or resolved.document is None or resolved.contract_version < needed_contract(2):
+        return spec
+    nodes = json.loads(resolved.document)["spec"]["resources"].get("nodes")
+    return spec.model_copy(update={"resources": spec.resources.model_copy(update={"nodes": nodes})})
+
+
+def _readable_fields(content: Object) -> dict[str, Any]:
+    """Those fields of the spec that this version can read, by name; defaults for the others that have one."""
+    found: dict[str, Any] = {}
+    for name, declared in QLoRAJobSpec.model_fields.items():
+        reader: TypeAdapter[Any] = TypeAdapter(declared.rebuild_annotation())
+        try:
+            found[name] = reader.validate_python(content[declared.alias or name], extra="ignore")
+        except (ValidationError, KeyError):
+            if not declared.is_required():
+                found[name] = declared.get_default(call_default_factory=True)
+    return found
+
+
+def _unknown_contract(resolved: Resolved | None) -> str:
+    if resolved is None or resolved.contract_version <= CONTRACT_VERSION:
+        return ""
+    return (
+        f"a newer operator has started the job (contract version {resolved.contract_version}, this one knows "
+        f"{CONTRACT_VERSION}): what runs goes on; upgrade the operator for the next step"
+    )
+
+
+def explain(error: ValidationError) -> str:
+    """The first problems, each with its field."""
+    return "; ".join(
+        f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
+        for problem in error.errors(include_url=False)[:3]
+    )

@@ -1,0 +1,1 @@
+"""What the pods and Jobs of a step show: attempts, nodes, rejections, deletions, blockers."""

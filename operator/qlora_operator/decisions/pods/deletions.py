@@ -1,0 +1,83 @@
+"""Judges Jobs that somebody else deletes, and says how long a step waits before it gets another one; pure.
+
+The first that is gone is replaced at once. If that goes on, by a janitor's or a tenant's loop, each pause is twice as
+long as the one before. What that takes is in the status: the number of the attempt, the reason, and the time up to
+which the seconds of the pods are counted, which is when the deletion was seen.
+"""
+
+from datetime import datetime, timedelta
+
+from qlora_api.naming import child_job_name
+from qlora_api.status import QLoRAJobStatus, StepStatus
+from qlora_operator.decisions.observed.conditions import condition
+from qlora_operator.decisions.observed.endings import NOT_SUSPENDED
+from qlora_operator.decisions.observed.facts import Facts, set_condition
+from qlora_operator.decisions.observed.objects import Observed, QLoRAJob, Reason, format_time, parse_time
+from qlora_operator.decisions.pods.attempts import charge_running
+from qlora_operator.decisions.pods.blockers import POD_DETACHED
+
+FIRST_PAUSE, LONGEST_PAUSE = timedelta(seconds=5), timedelta(minutes=5)
+RAN_FOR_LONG = LONGEST_PAUSE
+"""A step whose Jobs each run for so long before they are deleted needs no pause to be slow."""
+_JOB_DELETED = "JobDeleted"
+
+
+def note_deletion(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    """The status after the Job of its step was deleted: with the reason, if the next one is to wait for that."""
+    step = status.step
+    if step is None or _is_own_deletion(facts.job) or _ran_for_long(step, facts.now):
+        return status
+    if _gone(facts.job, status, facts.observed, step.attempt) < 2:
+        return status
+    status = charge_running(status, facts.observed, facts.now)
+    until = max(facts.now, parse_time(status.active_until)) if status.active_until else facts.now
+    sentence = (
+        f"Job {step.job_name} was deleted, as were earlier Jobs of this step: the next is created after a pause of up "
+        "to five minutes; the API server's audit log shows who deleted it"
+    )
+    status = status.model_copy(update={"active_until": format_time(until)})
+    return set_condition(status, facts, "Succeeded", "Unknown", Reason(_JOB_DELETED, sentence))
+
+
+def deletion(status: QLoRAJobStatus) -> Reason | None:
+    """Why the step has no Job: somebody deletes them. None if it has one, or waits for something else."""
+    found = condition(status, "Succeeded")
+    if status.step is None or status.step.job_uid or found is None or found.reason != _JOB_DELETED:
+        return None
+    return Reason(found.reason, found.message)
+
+
+def next_job_at(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed) -> datetime | None:
+    """When the step that waits after such a deletion gets its next Job."""
+    step = status.step
+    if step is None or status.active_until is None or deletion(status) is None:
+        return None
+    gone = _gone(job, status, observed, step.attempt - 1)
+    pause: timedelta = FIRST_PAUSE * 2 ** min(max(gone - 2, 0), 10)
+    return parse_time(status.active_until) + min(pause, LONGEST_PAUSE)
+
+
+def _gone(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, last: int) -> int:
+    """How many of the step's Jobs up to that attempt are not there any more, apart from restarts for lack of progress.
+
+    Those that suspensions, detached pods and retries have ended are among them: the status does not say how many.
+    """
+    if status.step is None:
+        return 0
+    # The operator has deleted a Job for each restart, and each counts as a failure.
+    restarts = status.step.failures if job.spec.retry.on_no_progress == "restart" else 0
+    attempts = range(status.first_attempt, last + 1)
+    names = {child_job_name(job.name, status.step.name, attempt) for attempt in attempts}
+    return len(names - {child.name for child in observed.children}) - restarts
+
+
+def _is_own_deletion(job: QLoRAJob) -> bool:
+    """Whether the operator has deleted the step's Job: because the job was suspended, or a pod taken from that Job."""
+    suspended, shown = condition(job.status, "Suspended"), condition(job.status, "Succeeded")
+    if suspended is not None and suspended.reason != NOT_SUSPENDED.word:
+        return True
+    return shown is not None and shown.reason == POD_DETACHED
+
+
+def _ran_for_long(step: StepStatus, now: datetime) -> bool:
+    return step.running_since is not None and now - parse_time(step.running_since) >= RAN_FOR_LONG

@@ -1,0 +1,53 @@
+"""Reads from Kueue's Workload why a step's Job waits; pure."""
+
+from qlora_api.status import Condition
+from qlora_operator.decisions.observed.objects import ChildJob, Object, Reason
+
+WAITING = "WaitingForQueue"
+# Kueue writes now one and now another of these while nothing changes but what the other jobs do.
+_ALTERNATE = (
+    "insufficient unused quota",
+    "Pending the preemption of",
+    "no longer fits after processing another workload",
+    "overlapping preemption targets",
+)
+
+
+def queue_reason(child: ChildJob, workload: Object | None, shown: Condition | None) -> Reason:
+    """Why the suspended Job waits, by its Workload. `shown`: what the status has said until now.
+
+    A sentence that would only alternate with the one shown is not taken, so that the status stays as it is.
+    """
+    if workload is None:
+        return Reason(
+            WAITING,
+            f"Job {child.name} is suspended and has no Workload: Kueue must run, manage this namespace, and have the "
+            "WorkloadPriorityClass of the job; if it was not Kueue, whoever suspended the Job must resume it",
+        )
+    sentence = _sentence(child, workload)
+    if shown is not None and shown.reason == WAITING and _alternates(shown.message) and _alternates(sentence):
+        return Reason(WAITING, shown.message)
+    return Reason(WAITING, sentence)
+
+
+def _sentence(child: ChildJob, workload: Object) -> str:
+    """Kueue's own: of the eviction, after one, else of the quota, whose other conditions follow from these."""
+    status = workload.get("status") or {}
+    if not (workload.get("spec") or {}).get("queueName"):
+        return (
+            "Kueue manages Jobs without a queue name in this cluster, also this one: add a LocalQueue named default to "
+            f"the namespace, then delete Job {child.name}"
+        )
+    conditions = {condition["type"]: condition for condition in status.get("conditions") or ()}
+    evicted, quota = conditions.get("Evicted", {}), conditions.get("QuotaReserved", {})
+    if evicted.get("status") == "True":
+        return f"Kueue: {evicted.get('message', '')}"
+    if quota.get("status") == "False":
+        return f"Kueue: {quota.get('message', '')}"
+    if quota and conditions.get("Admitted", {}).get("status") != "True":
+        return f"Kueue: {quota.get('message', '')}; the queue's admission checks have not ended"
+    return "Kueue is about to admit the job" if not quota else "Kueue has admitted the job"
+
+
+def _alternates(sentence: str) -> bool:
+    return any(part in sentence for part in _ALTERNATE)

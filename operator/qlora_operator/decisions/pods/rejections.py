@@ -1,0 +1,41 @@
+"""Judges pods that the kubelet rejects, and says how long a step waits before it gets another Job; pure.
+
+A node may need a moment, as after a restart, or the help of its administrator. Each pause is twice as long as the one
+before. No retry is used: nothing of the job's own has run.
+"""
+
+from datetime import datetime, timedelta
+
+from qlora_api.status import QLoRAJobStatus
+from qlora_operator.decisions.observed.facts import Facts
+from qlora_operator.decisions.observed.objects import Observed, Pod, Reason, format_time
+from qlora_operator.decisions.pods.attempts import describe_failure
+
+PAUSE_AFTER_REJECTED_POD, LONGEST_PAUSE_AFTER_REJECTED_POD = timedelta(seconds=60), timedelta(minutes=30)
+
+
+def next_job_after_rejections(observed: Observed) -> datetime | None:
+    """When the next Job may be created; None if no pod was rejected."""
+    rejected = _rejected(observed)
+    if not rejected:
+        return None
+    pause: timedelta = PAUSE_AFTER_REJECTED_POD * 2 ** min(len(rejected) - 1, 10)
+    return rejected[-1].created + min(pause, LONGEST_PAUSE_AFTER_REJECTED_POD)
+
+
+def rejection(status: QLoRAJobStatus, facts: Facts) -> Reason | None:
+    """Why the step has no Job: it waits after a rejected pod. None if it has one, or waits for something else."""
+    step, due = status.step, next_job_after_rejections(facts.observed)
+    if step is None or step.job_uid or due is None or facts.now >= due:
+        return None
+    failure = describe_failure(_rejected(facts.observed)[-1], facts.job, step.name)
+    return Reason(
+        "PodRejected",
+        f"a node has rejected a pod, which uses no retry: Job {step.job_name} is created at {format_time(due)}, or "
+        f"soon after that; {failure.reason}: {failure.message}",
+    )
+
+
+def _rejected(observed: Observed) -> list[Pod]:
+    """Oldest first, as all pods are."""
+    return [pod for pod in observed.pods if pod.rejected]

@@ -1,0 +1,34 @@
+"""Says which jobs want to start, or to be retried, and wait for others of their profile to end; pure."""
+
+from collections.abc import Mapping
+
+from qlora_api.profile import Profile
+from qlora_operator.decisions.observed.facts import Facts
+from qlora_operator.decisions.observed.objects import QLoRAJob, Reason
+from qlora_operator.decisions.resolution import job_limit_reached, objection_to_job, objection_to_retry
+from qlora_operator.decisions.retry import is_to_be_taken_up
+
+
+def limit_of_jobs(job: QLoRAJob, profiles: Mapping[str, Profile]) -> int | None:
+    """How many jobs of its profile may have started in its namespace, if the job wants to start and that is limited."""
+    profile = profiles.get(job.spec.scheduling.profile)
+    if profile is None or profile.limits is None or not _needs_a_place(job):
+        return None
+    return profile.limits.jobs
+
+
+def held_back(facts: Facts) -> Reason | None:
+    """Why the job waits for others of its profile to end; None if it does not, or something else keeps it too."""
+    job = facts.job
+    if not _needs_a_place(job):
+        return None
+    other = objection_to_job(facts) if _is_new(job) else objection_to_retry(facts)
+    return job_limit_reached(facts) if other is None else None
+
+
+def _needs_a_place(job: QLoRAJob) -> bool:
+    return not job.deleting and (_is_new(job) or is_to_be_taken_up(job))
+
+
+def _is_new(job: QLoRAJob) -> bool:
+    return job.status.resolved is None and not job.spec.suspend and not job.problem

@@ -1,0 +1,76 @@
+"""Takes up a failed job when its user asks for it; pure."""
+
+from qlora_api.contract import ExitCode
+from qlora_api.status import QLoRAJobStatus, Resolved, StepName
+from qlora_operator.decisions.cleanup import clean_job_name
+from qlora_operator.decisions.groups.group import alone
+from qlora_operator.decisions.manifests.objects import with_gate
+from qlora_operator.decisions.observed.conditions import is_true
+from qlora_operator.decisions.observed.endings import DONE
+from qlora_operator.decisions.observed.facts import Facts, new_step, set_condition
+from qlora_operator.decisions.observed.objects import QLoRAJob, Reason
+from qlora_operator.decisions.resolution import with_profile_of_today
+
+
+def is_to_be_taken_up(job: QLoRAJob) -> bool:
+    """Whether the user has raised retry.request of a failed job."""
+    status, request = job.status, job.spec.retry.request
+    failed = is_true(status, "Failed") and status.step is not None and not job.problem
+    return failed and request is not None and request > (status.retry_request or 0)
+
+
+def take_up(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    """The status of a failed job that goes on at the step that failed, with profile and gate as they are now.
+
+    After a clean-up, in the middle of one, or without its base model or prepared rows, it goes on at prepare, which
+    makes again what is missing; a step whose result is still there reports it again.
+    """
+    job, step = facts.job, status.step
+    if step is None:
+        return status
+    cleaned = is_true(status, "CleanedUp") or facts.observed.child(clean_job_name(job)) is not None
+    again = cleaned or _lacks_what_prepare_leaves(facts)
+    first_attempt = max(status.highest_attempt, step.attempt) + 1
+    name: StepName = "prepare" if again else step.name
+    forgotten = {"CleanedUp", *(DONE.values() if again else ()), *([DONE[name]] if name in DONE else ())}
+    conditions = tuple(entry for entry in status.conditions if entry.type not in forgotten)
+    changes = {
+        "conditions": conditions,
+        "completion_time": None,
+        "failures": 0,
+        "disruptions": 0,
+        "last_failure": None,
+        "first_attempt": first_attempt,
+        "gate": None,
+        "step": new_step(job, name, first_attempt),
+        "resolved": _resolved_again(status, facts, has_its_run=_has_its_run(status, cleaned=cleaned)),
+    }
+    reason = Reason("TakenUp", f"spec.retry.request is {job.spec.retry.request}")
+    return set_condition(alone(job, status.model_copy(update=changes)), facts, "Failed", "False", reason)
+
+
+def _has_its_run(status: QLoRAJobStatus, *, cleaned: bool) -> bool:
+    """Whether the workspace has the checkpoint that prepare has copied, or the adapter, which a clean-up leaves."""
+    return is_true(status, "Trained") or (is_true(status, "Prepared") and not cleaned)
+
+
+def _resolved_again(status: QLoRAJobStatus, facts: Facts, *, has_its_run: bool) -> Resolved | None:
+    """What was resolved, with the profile and the gate as they are now."""
+    # Only the trainer that began a run goes on with it: its image stays, once there is something to go on with.
+    prepared = is_true(status, "Prepared")
+    resolved = with_profile_of_today(status.resolved, facts, same_trainer=prepared, as_at_start=True)
+    if resolved is not None and has_its_run:
+        # A pod whose volume is gone would wait for ever, and the other job's claim may be deleted by now.
+        resolved = resolved.model_copy(update={"continued": None})
+    if resolved is None or resolved.document is None:
+        return resolved
+    return resolved.model_copy(update={"document": with_gate(resolved.document, facts.job.spec.gate)})
+
+
+def _lacks_what_prepare_leaves(facts: Facts) -> bool:
+    """Whether the base model or the prepared rows are not as prepare has left them: only prepare makes them again."""
+    status, today = facts.job.status, facts.profiles.get(facts.job.spec.scheduling.profile)
+    lost = (ExitCode.MODEL_UNAVAILABLE.reason, ExitCode.BAD_DATASET.reason)
+    if status.last_failure is not None and status.last_failure.reason in lost:
+        return True
+    return bool(status.resolved and today and status.resolved.profile.model_cache != today.model_cache)

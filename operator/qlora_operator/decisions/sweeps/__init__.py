@@ -1,0 +1,1 @@
+"""What a sweep does next and what its status reports."""

@@ -1,0 +1,87 @@
+"""Decides which cells of a sweep go on after a rung of spec.halving, and which are stopped; pure.
+
+Source: asynchronous successive halving, arXiv 1810.05934, in its stopping form: a cell is judged once at each rung, as
+soon as its loss there is known, among the losses known by then. Nobody waits for the others, and what is stopped is not
+promoted later.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from qlora_api.halving import HalvingSpec
+from qlora_api.sweep_status import CellStatus, RungStatus
+from qlora_operator.decisions.sweeps.sweep import CellJob
+
+NOT_AMONG_BEST = "NotAmongBest"
+_ENDED = frozenset({"Succeeded", "Failed", "Deleted"})
+
+
+def judged(
+    lines: Sequence[CellStatus], jobs: Mapping[str, CellJob], halving: HalvingSpec | None
+) -> tuple[CellStatus, ...]:
+    """The lines with a verdict for each rung whose loss has become known; earlier verdicts stay as they are.
+
+    Losses that become known at the same time are all compared before the first of them is judged. Those of cells that
+    have failed, were stopped or are gone count: they have reached the rung. One that has lost a rung does not count at
+    later ones, however far it ran before somebody looked.
+    """
+    if halving is None:
+        return tuple(lines)
+    for step in halving.rungs():
+        lines = _judged_at(step, lines, jobs, halving)
+    return tuple(lines)
+
+
+def lost_rung(line: CellStatus) -> RungStatus | None:
+    """The first rung after which the cell does not go on; None if it goes on."""
+    return next((rung for rung in line.rungs or () if not rung.goes_on), None)
+
+
+def is_to_be_stopped(line: CellStatus, job: CellJob) -> bool:
+    """Whether the cell runs although it has lost a rung, and nobody has resumed it since it was stopped."""
+    rung = lost_rung(line)
+    if rung is None or job.stopped_by_sweep or job.trained or job.phase in _ENDED:
+        return False
+    # At its last step it has been trained to its end, though that may not be known yet.
+    return not job.total_steps or rung.step < job.total_steps
+
+
+def why_stopped(line: CellStatus, halving: HalvingSpec | None) -> str:
+    """The sentence for people; empty if the cell has lost no rung."""
+    rung = lost_rung(line)
+    if rung is None or halving is None:
+        return ""
+    kept = halving.kept(rung.cells)
+    best = "the best goes on" if kept == 1 else f"the best {kept} go on"
+    return f"stopped at step {rung.step}: {_ordinal(rung.rank)} of {rung.cells}, {best}"
+
+
+def _judged_at(
+    step: int, lines: Sequence[CellStatus], jobs: Mapping[str, CellJob], halving: HalvingSpec
+) -> Sequence[CellStatus]:
+    before = {line.name: rung.eval_loss for line in lines for rung in line.rungs or () if rung.step == step}
+    found = {job.name: loss for job in jobs.values() for reached, loss in job.evaluations if reached == step}
+    # Of equal losses the first cell's is the lower, as in the choice of the best.
+    rivals = [line for line in lines if line.name in before or lost_rung(line) is None]
+    losses = {line.name: loss for line in rivals if (loss := before.get(line.name, found.get(line.name))) is not None}
+    order = sorted(losses, key=lambda name: losses[name])
+
+    def with_verdict(line: CellStatus) -> CellStatus:
+        if line.name in before or line.name not in losses:
+            return line
+        rank = order.index(line.name) + 1
+        verdict = RungStatus(
+            step=step,
+            eval_loss=losses[line.name],
+            rank=rank,
+            cells=len(order),
+            goes_on=rank <= halving.kept(len(order)),
+        )
+        return line.model_copy(update={"rungs": (*(line.rungs or ()), verdict)})
+
+    return [with_verdict(line) for line in lines]
+
+
+def _ordinal(number: int) -> str:
+    if number % 100 in (11, 12, 13):
+        return f"{number}th"
+    return f"{number}{ {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th') }"

@@ -1,0 +1,372 @@
+"""Decides what a sweep does next and what its status says, from its cells as they are now; pure."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from datetime import datetime
+
+from qlora_api.contract import SWEEP_REPORT, ExitCode
+from qlora_api.figures import short_loss
+from qlora_api.forecast import hours_text, sum_of_costs
+from qlora_api.halving import HalvingSpec
+from qlora_api.status import MAX_SHORT_TEXT_LENGTH
+from qlora_api.sweep import Cell, pods
+from qlora_api.sweep_status import BestCell, CellStatus, PublishedCell, QLoRASweepStatus, SweepPhase, SweepUsage
+from qlora_operator.decisions.observed.conditions import ConditionType, Value, truncate, with_condition
+from qlora_operator.decisions.observed.objects import Reason, format_time
+from qlora_operator.decisions.sweeps.best_cell import (
+    ENDED,
+    cells_to_clean,
+    job_to_publish,
+    not_published,
+    publishing_job,
+    waits_for_publication,
+)
+from qlora_operator.decisions.sweeps.halving import NOT_AMONG_BEST, is_to_be_stopped, judged, lost_rung, why_stopped
+from qlora_operator.decisions.sweeps.sweep import CellJob, QLoRASweep, StoredSweep
+
+_FAILED_WITH_CURVES = (ExitCode.GATE_FAILED.reason, ExitCode.DIVERGED.reason)
+
+
+@dataclass(frozen=True, slots=True)
+class CreateCell:
+    """Create the QLoRAJob of the cell, and the claim before it if it is the sweep's own."""
+
+    cell: Cell
+
+
+@dataclass(frozen=True, slots=True)
+class SetSuspend:
+    """Suspend a cell, or resume one that the sweep has suspended."""
+
+    cell: CellJob
+    suspend: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StopCell:
+    """Suspend a cell for good, because it has lost a rung of spec.halving."""
+
+    cell: CellJob
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class SetCleanup:
+    """Have a cell cleaned up as the template says."""
+
+    cell: CellJob
+    seconds: int
+
+
+Action = CreateCell | SetSuspend | StopCell | SetCleanup
+
+
+def table(sweep: QLoRASweep, cells: Sequence[Cell], jobs: Mapping[str, CellJob]) -> tuple[CellStatus, ...]:
+    """A line for each cell, by its QLoRAJob; by the stored line if that is gone. Judged at each rung it has reached."""
+    before, halving = {line.name: line for line in sweep.status.cells}, sweep.spec.halving
+    found = [_line(cell, jobs.get(cell.name), before.get(cell.name)) for cell in cells]
+    lines = [_with_reason(line, jobs.get(line.name), halving) for line in judged(found, jobs, halving)]
+    return _ranked(lines, by_score=sweep.spec.best == "score")
+
+
+def _line(cell: Cell, job: CellJob | None, before: CellStatus | None) -> CellStatus:
+    overrides = truncate(cell.overrides.text(), MAX_SHORT_TEXT_LENGTH)
+    if job is not None:
+        return CellStatus(
+            name=cell.name,
+            overrides=overrides,
+            phase="Stopped" if job.rests else job.phase,
+            uid=job.uid,
+            progress=job.progress,
+            loss=job.loss,
+            eval_loss=job.eval_loss,
+            score=job.score,
+            gpu_seconds=job.gpu_seconds,
+            lost_gpu_seconds=job.lost_gpu_seconds,
+            cost=job.cost,
+            adapter=job.adapter,
+            sha256=job.sha256,
+            reason=job.reason,
+            rungs=before.rungs if before is not None else None,
+        )
+    if before is None or not before.uid:
+        return CellStatus(name=cell.name, overrides=overrides)
+    # What has ended keeps its line: its adapter is still there.
+    return before if before.phase in ENDED else before.model_copy(update={"phase": "Deleted", "progress": ""})
+
+
+def _with_reason(line: CellStatus, job: CellJob | None, halving: HalvingSpec | None) -> CellStatus:
+    """With why it was stopped, or is being; not if its user has resumed it since."""
+    if job is None or not (job.rests or is_to_be_stopped(line, job) or (job.stopped_by_sweep and job.suspend)):
+        return line
+    return line.model_copy(
+        update={"reason": NOT_AMONG_BEST, "message": truncate(why_stopped(line, halving), MAX_SHORT_TEXT_LENGTH)}
+    )
+
+
+def judges_anew(sweep: QLoRASweep, lines: Sequence[CellStatus]) -> bool:
+    """Whether a cell was judged that had not been: that is stored before anything is done about it.
+
+    Other losses may be known by the next pass, which must not decide otherwise.
+    """
+    before = {line.name: line.rungs for line in sweep.status.cells}
+    return any(line.rungs is not None and line.rungs != before.get(line.name) for line in lines)
+
+
+def _ranked(lines: Sequence[CellStatus], *, by_score: bool) -> tuple[CellStatus, ...]:
+    """The lines with the places of the cells that have succeeded; of two that are equal, the first is before."""
+
+    def key(line: CellStatus) -> tuple[float, float]:
+        loss = math.inf if line.eval_loss is None else line.eval_loss
+        return (-(line.score or 0.0), loss) if by_score else (loss, 0.0)
+
+    done = [line for line in lines if line.phase == "Succeeded" and line.adapter]
+    done = [line for line in done if (line.score if by_score else line.eval_loss) is not None]
+    places = {line.name: place for place, line in enumerate(sorted(done, key=key), 1)}
+    return tuple(line.model_copy(update={"rank": places.get(line.name)}) for line in lines)
+
+
+def plan(
+    sweep: QLoRASweep,
+    cells: Sequence[Cell],
+    jobs: Mapping[str, CellJob],
+    objection: Reason | None,
+) -> Iterator[Action]:
+    """What to do now. A cell that somebody has deleted is not created again: the stored table still knows it.
+
+    Raises ValueError if the spec of the best cell, whose adapter is to be published, cannot be read.
+    """
+    alive = [job for cell in cells if (job := jobs.get(cell.name)) is not None and not _has_ended(job)]
+    publishing = publishing_job(sweep, jobs)
+    lost = {line.name: line for line in sweep.status.cells if lost_rung(line) is not None}
+    losers = [job for job in alive if job.name in lost and is_to_be_stopped(lost[job.name], job)]
+    yield from (StopCell(job, why_stopped(lost[job.name], sweep.spec.halving)) for job in losers)
+    others = [job for job in alive if job not in losers]
+    others += [publishing] if publishing is not None and not _has_ended(publishing) else []
+    seconds = sweep.spec.template.spec.cleanup_after_seconds
+    if seconds is not None:
+        yield from (SetCleanup(job, seconds) for job in cells_to_clean(sweep, jobs))
+    if sweep.spec.suspend:
+        yield from (SetSuspend(job, True) for job in others if not job.suspend)
+        return
+    # Also one that its user has resumed since: with the mark, a suspension of the user's would be taken back later.
+    # The last of a pod's cells first: the pod of the first leaves out those that are suspended when it starts.
+    yield from (SetSuspend(job, False) for job in reversed(others) if job.suspended_by_sweep)
+    if objection is not None:
+        return
+    created = {line.name for line in sweep.status.cells if line.uid} | jobs.keys()
+    yield from map(CreateCell, _cells_to_create(sweep, cells, created, {job.name for job in alive}))
+    if (best := job_to_publish(sweep, cells, table(sweep, cells, jobs), jobs)) is not None:
+        yield CreateCell(best)
+
+
+def _cells_to_create(sweep: QLoRASweep, cells: Sequence[Cell], created: Set[str], alive: Set[str]) -> Iterator[Cell]:
+    """The cells that are missing of pods that run, and all of as many further pods as may run beside these."""
+    places = sweep.spec.parallelism
+    fresh: list[list[Cell]] = []
+    for pod in pods(sweep.spec, cells):
+        missing = [cell for cell in pod if cell.name not in created]
+        if any(cell.name in alive for cell in pod):
+            places -= 1
+            yield from missing
+        elif missing:
+            fresh.append(missing)
+    for missing in fresh[: max(0, places)]:
+        yield from missing
+
+
+def next_status(
+    sweep: QLoRASweep,
+    lines: tuple[CellStatus, ...],
+    objection: Reason | None,
+    blocked: Reason | None,
+    now: datetime,
+    published: PublishedCell | None = None,
+) -> QLoRASweepStatus:
+    """The status that follows; equal to the stored one if nothing has changed.
+
+    `objection`: why no cell may be created. `blocked`: why what was to be done could not be.
+    """
+    ended = sum(line.phase in ENDED for line in lines)
+    succeeded = sum(line.phase == "Succeeded" for line in lines)
+    stopped = sum(line.phase == "Stopped" for line in lines)
+    pending = sum(not line.uid for line in lines)
+    best = next((line for line in lines if line.rank == 1), None)
+    before = sweep.status
+    status = before.model_copy(
+        update={
+            "observed_generation": sweep.generation,
+            "start_time": before.start_time or format_time(now),
+            "summary": f"{ended}/{len(lines)}" if lines else "",
+            "succeeded": succeeded,
+            "failed": ended - succeeded - stopped,
+            "stopped": stopped,
+            "running": len(lines) - ended - pending,
+            "pending": pending,
+            "best": _best(best),
+            "published": published,
+            "cells": lines,
+            "usage": _usage((*lines, *([published] if published is not None else []))),
+            "claim_name": sweep.claim_name,
+            "report": f"pvc://{sweep.claim_name}/{sweep.shared_folder}/{SWEEP_REPORT}"
+            if any(map(_is_in_report, lines))
+            else before.report,
+        }
+    )
+    all_ended = bool(lines) and ended == len(lines)
+    publishes = all_ended and waits_for_publication(sweep, status)
+    finished = all_ended and not publishes
+    completed = (before.completion_time or format_time(now)) if finished else None
+    status = status.model_copy(update={"completion_time": completed})
+    if finished:
+        missing = not_published(status) if succeeded else None
+        phase: SweepPhase = "Succeeded" if succeeded and missing is None else "Failed"
+        return _with_conditions(sweep, status, phase, missing or _reason_of_the_end(status), now)
+    cells_rest = all(line.phase == "Suspended" or not line.uid or _ended(line) for line in lines)
+    best_rests = published is None or published.phase == "Suspended" or published.phase in ENDED
+    suspended = sweep.spec.suspend and cells_rest and best_rests
+    phase = "Suspended" if suspended else "Pending" if pending == len(lines) else "Running"
+    held_back = blocked or (objection if pending or (publishes and published is None) else None)
+    return _with_conditions(sweep, status, phase, _reason_to_go_on(sweep, status, phase, held_back), now)
+
+
+def invalid(sweep: QLoRASweep, reason: Reason, now: datetime) -> QLoRASweepStatus:
+    """The status of a sweep whose cells cannot be made of its template, which never changes: it is at its end."""
+    changes = {
+        "observed_generation": sweep.generation,
+        "start_time": sweep.status.start_time or format_time(now),
+        "completion_time": sweep.status.completion_time or format_time(now),
+    }
+    status = sweep.status.model_copy(update=changes)
+    return _with_conditions(sweep, status, "Failed", reason, now)
+
+
+def held_up(sweep: QLoRASweep | StoredSweep, reason: Reason, now: datetime) -> QLoRASweepStatus:
+    """The status of a sweep of whose cells nothing is known now; one that has ended keeps its end."""
+    before, phase = sweep.status, sweep.status.phase or "Pending"
+    if phase in ("Succeeded", "Failed"):
+        return before
+    started = before.start_time or format_time(now)
+    status = before.model_copy(update={"observed_generation": sweep.generation, "start_time": started})
+    return _with_conditions(sweep, status, phase, reason, now)
+
+
+def _usage(jobs: Sequence[CellStatus | PublishedCell]) -> SweepUsage | None:
+    """The sum over the cells, and what publishes the best of them; None if none of them has had a GPU."""
+    seconds = sum(job.gpu_seconds for job in jobs)
+    if not seconds:
+        return None
+    used = [job.cost for job in jobs if job.gpu_seconds]
+    return SweepUsage(
+        gpu_seconds=seconds,
+        gpu_hours=hours_text(seconds),
+        lost_gpu_seconds=sum(job.lost_gpu_seconds for job in jobs),
+        # A price that one profile lacks, or got later, would make the sum of the others too low.
+        cost=None if None in used else sum_of_costs(used),
+    )
+
+
+def _is_in_report(line: CellStatus) -> bool:
+    """Whether the cell's pod has left its curves on the sweep's page. Of those that fail, not each has any to leave."""
+    return line.phase in ("Succeeded", "Stopped") or (line.phase == "Failed" and line.reason in _FAILED_WITH_CURVES)
+
+
+def _ended(line: CellStatus) -> bool:
+    return line.phase in ENDED
+
+
+def _has_ended(job: CellJob) -> bool:
+    return (job.phase in ENDED and not job.retried) or job.rests
+
+
+def _best(line: CellStatus | None) -> BestCell | None:
+    if line is None:
+        return None
+    return BestCell(
+        cell=line.name,
+        overrides=line.overrides,
+        eval_loss=short_loss(line.eval_loss),
+        score=line.score,
+        adapter=line.adapter,
+        sha256=line.sha256,
+    )
+
+
+def _reason_of_the_end(status: QLoRASweepStatus) -> Reason:
+    failed = f"; {status.failed} of {len(status.cells)} cells have failed" if status.failed else ""
+    failed += f"; {status.stopped} were stopped" if status.stopped else ""
+    if not status.succeeded:
+        words = sorted({line.reason for line in status.cells if line.reason and line.phase != "Stopped"})
+        why = f" ({', '.join(words)[:MAX_SHORT_TEXT_LENGTH]})" if words else ""
+        sentence = f"none of the {len(status.cells)} cells has succeeded{why}: the condition Failed of each reports why"
+        if status.stopped:
+            sentence += (
+                f"; {status.stopped} were stopped, and can be resumed from their checkpoints by spec.suspend: false of "
+                "their QLoRAJobs"
+            )
+        return Reason("AllCellsFailed", sentence)
+    best = status.best
+    if best is None:
+        return Reason("Succeeded", f"no cell has a loss or score to compare (spec.best){failed}")
+    score = "" if best.score is None else f", score {best.score}"
+    return Reason(
+        "Succeeded",
+        f"the best is {best.cell} ({best.overrides}) with loss {best.eval_loss} on the held-out rows{score}, its "
+        f"adapter is at {_place(status, best)}{failed}",
+    )
+
+
+def _place(status: QLoRASweepStatus, best: BestCell) -> str:
+    found = status.published
+    return found.adapter if found is not None and found.cell == best.cell and found.adapter else best.adapter
+
+
+def _reason_to_go_on(
+    sweep: QLoRASweep, status: QLoRASweepStatus, phase: SweepPhase, held_back: Reason | None
+) -> Reason:
+    if phase == "Suspended":
+        return Reason("Suspended", "spec.suspend is true; false resumes the sweep")
+    if sweep.spec.suspend:
+        return Reason("Suspending", "the cells that run save a checkpoint and stop")
+    if held_back is not None:
+        return held_back
+    if waits_for_publication(sweep, status) and (found := status.published) is not None:
+        if found.message:
+            sentence = f"QLoRAJob {found.name}, which is to publish the adapter of {found.cell}, waits: {found.message}"
+            return Reason(found.reason, sentence)
+        return Reason("Running", f"QLoRAJob {found.name} publishes the adapter of {found.cell}")
+    done, all_ = status.succeeded + status.failed + status.stopped, len(status.cells)
+    return Reason("Running" if phase == "Running" else "Pending", f"{done} of {all_} cells have ended")
+
+
+def _with_conditions(
+    sweep: QLoRASweep | StoredSweep, status: QLoRASweepStatus, phase: SweepPhase, reason: Reason, now: datetime
+) -> QLoRASweepStatus:
+    """The status with that phase, and with the conditions that it summarizes; kstatus as for a job."""
+    failed, ended = phase == "Failed", phase in ("Failed", "Succeeded")
+    accepted, suspending = phase != "Pending", isinstance(sweep, QLoRASweep) and sweep.spec.suspend
+    undecided: Value = "True" if phase == "Succeeded" else "False" if failed else "Unknown"
+    values: tuple[tuple[ConditionType, Value, Reason], ...] = (
+        ("Succeeded", undecided, reason),
+        ("Failed", "True" if failed else "False", reason if failed else Reason("NotFailed", "")),
+        (
+            "Suspended",
+            "True" if phase == "Suspended" else "False",
+            reason if (suspending or phase == "Suspended") and not ended else Reason("NotSuspended", ""),
+        ),
+        (
+            "Reconciling",
+            "False" if accepted else "True",
+            Reason("Started", "the sweep has been started") if accepted else reason,
+        ),
+        (
+            "Ready",
+            "True" if accepted and not failed else "False",
+            Reason("Started", "the sweep has been started") if accepted and not failed else reason,
+        ),
+        ("Stalled", "True" if failed else "False", reason if failed else Reason("NotStalled", "")),
+    )
+    for kind, value, why in values:
+        status = with_condition(status, kind, value, why, generation=sweep.generation, now=now)
+    return status.model_copy(update={"phase": phase})

@@ -1,0 +1,336 @@
+"""A QLoRASweep and its cells as they are stored, as typed frozen values; pure."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from qlora_api.best_job import FoundRun
+from qlora_api.naming import (
+    QUEUE_LABEL,
+    QUEUE_PRIORITY_LABEL,
+    RUNGS_ANNOTATION,
+    STOPPED_ANNOTATION,
+    SUSPENDED_ANNOTATION,
+    SWEEP_LABEL,
+    SWEEP_UID_LABEL,
+    shared_folder,
+    workspace_claim_name,
+)
+from qlora_api.profile import Profile
+from qlora_api.status import QLoRAJobStatus
+from qlora_api.sweep import SWEEP_KIND, Cell, QLoRASweepSpec, cells
+from qlora_api.sweep_status import CellPhase, QLoRASweepStatus
+from qlora_api.usage import UsageStatus
+from qlora_api.v1alpha1 import API_VERSION, KIND
+from qlora_operator.decisions.observed.conditions import condition, is_true
+from qlora_operator.decisions.observed.objects import Object, QLoRAJob, Reason
+from qlora_operator.decisions.observed.parsing import controller_uid
+from qlora_operator.decisions.observed.stored_job import UnreadableJobError, explain
+
+Manifest = dict[str, Any]
+_PHASES: tuple[CellPhase, ...] = get_args(CellPhase)
+_QUEUE_LABELS = (QUEUE_LABEL, QUEUE_PRIORITY_LABEL)
+
+
+@dataclass(frozen=True)
+class QLoRASweep:
+    """The sweep as stored."""
+
+    namespace: str
+    name: str
+    uid: str
+    generation: int
+    resource_version: str
+    deleting: bool
+    spec: QLoRASweepSpec
+    status: QLoRASweepStatus
+    queue_labels: Mapping[str, str]
+    """Kueue's labels of the sweep, which its cells get too."""
+
+    @property
+    def claim_name(self) -> str:
+        """The claim that all cells use as their workspace: the template's, or one that is created for the sweep."""
+        return self.spec.template.spec.workspace.claim_name or workspace_claim_name(self.name, self.uid)
+
+    @property
+    def shared_folder(self) -> str:
+        """The folder on that claim that the cells share."""
+        return shared_folder(self.name, self.uid)
+
+    def cells(self) -> tuple[Cell, ...]:
+        """The cells in their order. Raises ValueError: see `qlora_api.sweep.cells`."""
+        return cells(self.name, self.spec, self.claim_name, self.uid)
+
+    def as_job(self) -> QLoRAJob:
+        """The template as a QLoRAJob that is never created: what the administrator's settings say of it."""
+        return QLoRAJob(
+            namespace=self.namespace,
+            name=self.name,
+            uid=self.uid,
+            generation=self.generation,
+            resource_version=self.resource_version,
+            deleting=self.deleting,
+            spec=self.spec.template.spec,
+            status=QLoRAJobStatus(),
+        )
+
+
+@dataclass(frozen=True)
+class StoredSweep:
+    """A sweep whose spec this version cannot read, so that it can only say so."""
+
+    namespace: str
+    name: str
+    uid: str
+    generation: int
+    resource_version: str
+    status: QLoRASweepStatus
+
+
+class UnreadableSweepError(UnreadableJobError):
+    """A QLoRASweep that another version of the schema admitted and that this operator cannot read."""
+
+    def __init__(self, message: str, stored: StoredSweep | None) -> None:
+        """`stored`: what is to have the message in its status; None if that cannot be read either."""
+        super().__init__(message)
+        self.stored = stored
+
+
+@dataclass(frozen=True, slots=True)
+class CellJob:
+    """What is read of the QLoRAJob of a cell."""
+
+    name: str
+    uid: str
+    phase: CellPhase
+    suspend: bool
+    suspended_by_sweep: bool
+    """Whether its `suspend` was set by its sweep, and so is the sweep's to take back."""
+    stopped_by_sweep: bool = False
+    """Whether its sweep has stopped it for good; whoever resumes it lets it run to its end."""
+    retried: bool = False
+    """Whether its user has raised retry.request, and it goes on as soon as its operator has seen that."""
+    progress: str = ""
+    total_steps: int = 0
+    """Optimizer steps of its run; 0 if that is not known."""
+    evaluations: tuple[tuple[int, float], ...] = ()
+    """Steps and held-out losses at the rungs that it has reached."""
+    loss: float | None = None
+    eval_loss: float | None = None
+    score: float | None = None
+    gpu_seconds: int = 0
+    lost_gpu_seconds: int = 0
+    cost: str | None = None
+    adapter: str = ""
+    sha256: str = ""
+    reason: str = ""
+    continues: str = ""
+    """The cell whose run it takes up, to publish its adapter; empty for a cell."""
+    cleanup_after_seconds: int | None = None
+    started: bool = False
+    """Whether it needs no other job any more."""
+    waits: Reason | None = None
+    """Why it has not started, if something keeps it."""
+    trained: bool = False
+    """Whether its run has reached its end, also if it is suspended before its adapter is published."""
+    spec: Object = field(default_factory=dict)
+    """As stored, with what its user has changed since it was created."""
+    run: FoundRun = field(default_factory=FoundRun)
+
+    @property
+    def rests(self) -> bool:
+        """Whether its sweep has stopped it for good, and it has come to rest since: its GPU is free."""
+        stopped = self.stopped_by_sweep and self.suspend and not self.suspended_by_sweep
+        return stopped and self.phase == "Suspended"
+
+
+def parse_sweep(body: Object) -> QLoRASweep:
+    """The stored QLoRASweep. Raises UnreadableSweepError if this version of the operator cannot read it."""
+    metadata, labels = body["metadata"], body["metadata"].get("labels") or {}
+    stored = _stored(body)
+    try:
+        spec = QLoRASweepSpec.model_validate(body["spec"])
+    except ValidationError as error:
+        raise UnreadableSweepError(
+            f"this version of the operator cannot read the sweep: {explain(error)}", stored
+        ) from error
+    return QLoRASweep(
+        namespace=stored.namespace,
+        name=stored.name,
+        uid=stored.uid,
+        generation=stored.generation,
+        resource_version=stored.resource_version,
+        deleting="deletionTimestamp" in metadata,
+        spec=spec,
+        status=stored.status,
+        queue_labels={name: labels[name] for name in _QUEUE_LABELS if name in labels},
+    )
+
+
+def _stored(body: Object) -> StoredSweep:
+    metadata = body["metadata"]
+    try:
+        status = QLoRASweepStatus.model_validate(body.get("status") or {})
+    except ValidationError as error:
+        message = f"this version of the operator cannot read the status of the sweep: {explain(error)}"
+        raise UnreadableSweepError(message, None) from error
+    return StoredSweep(
+        namespace=metadata["namespace"],
+        name=metadata["name"],
+        uid=metadata["uid"],
+        generation=metadata.get("generation", 0),
+        resource_version=metadata.get("resourceVersion", ""),
+        status=status,
+    )
+
+
+def parse_cell(body: Object, sweep_uid: str) -> CellJob | None:
+    """A QLoRAJob that the sweep controls; None for any other, whatever its labels are.
+
+    A status that this version cannot read counts as that of a cell that runs.
+    """
+    if controller_uid(body) != sweep_uid:
+        return None
+    metadata = body["metadata"]
+    annotations = metadata.get("annotations") or {}
+    try:
+        status = QLoRAJobStatus.model_validate(body.get("status") or {}, extra="ignore")
+    except ValidationError:
+        status = QLoRAJobStatus()
+    phase = "Pending" if status.phase is None or status.phase not in _PHASES else status.phase
+    spec = body.get("spec") or {}
+    request = (spec.get("retry") or {}).get("request") or 0
+    progress, adapter, failed = status.progress, status.adapter, condition(status, "Failed")
+    usage = status.usage or UsageStatus()
+    return CellJob(
+        name=metadata["name"],
+        uid=metadata["uid"],
+        phase=phase,
+        suspend=bool(spec.get("suspend")),
+        suspended_by_sweep=SUSPENDED_ANNOTATION in annotations,
+        stopped_by_sweep=STOPPED_ANNOTATION in annotations,
+        retried=phase == "Failed" and request > (status.retry_request or 0),
+        progress=progress.summary if progress else "",
+        total_steps=progress.total_steps if progress else 0,
+        evaluations=tuple((found.step, found.eval_loss) for found in (progress and progress.evaluations) or ()),
+        loss=progress.loss if progress else None,
+        eval_loss=progress.eval_loss if progress else None,
+        score=status.gate.score if status.gate else None,
+        gpu_seconds=usage.gpu_seconds,
+        lost_gpu_seconds=usage.lost_gpu_seconds.total,
+        cost=usage.cost,
+        adapter=adapter.uri if adapter else "",
+        sha256=adapter.sha256 if adapter else "",
+        reason=failed.reason if failed is not None and is_true(status, "Failed") else "",
+        continues=str(spec.get("continues") or ""),
+        cleanup_after_seconds=spec.get("cleanupAfterSeconds"),
+        # Also if this version cannot read it.
+        started="resolved" in (body.get("status") or {}),
+        waits=_waits(status),
+        trained=is_true(status, "Trained"),
+        spec=spec,
+        run=_run(status),
+    )
+
+
+def _waits(status: QLoRAJobStatus) -> Reason | None:
+    found = condition(status, "Succeeded")
+    if found is None or status.phase != "Pending" or found.reason == "Pending":
+        return None
+    return Reason(found.reason, found.message)
+
+
+def _run(status: QLoRAJobStatus) -> FoundRun:
+    adapter = status.adapter
+    if adapter is None:
+        return FoundRun()
+    earlier = adapter.initial_adapter
+    return FoundRun(adapter.base_revision, earlier.source if earlier is not None else "")
+
+
+def sweep_of(body: Object) -> str | None:
+    """Name of the QLoRASweep that controls the QLoRAJob, as it says itself; None if none does."""
+    owners = body["metadata"].get("ownerReferences") or ()
+    names = (
+        str(owner["name"])
+        for owner in owners
+        if owner.get("controller") and (owner.get("apiVersion"), owner.get("kind")) == (API_VERSION, SWEEP_KIND)
+    )
+    return next(names, None)
+
+
+def build_cell(sweep: QLoRASweep, cell: Cell) -> Manifest:
+    """The QLoRAJob of a cell. Of the sweep's labels it gets Kueue's only: others would be taken for its own."""
+    halving = sweep.spec.halving
+    rungs = halving.rungs(cell.spec.training.max_steps) if halving is not None else ()
+    return {
+        "apiVersion": API_VERSION,
+        "kind": KIND,
+        "metadata": {
+            "name": cell.name,
+            "namespace": sweep.namespace,
+            "labels": _labels(sweep) | dict(sweep.queue_labels),
+            **({"annotations": {RUNGS_ANNOTATION: ",".join(map(str, rungs))}} if rungs else {}),
+            "ownerReferences": [_owner(sweep, controller=True)],
+        },
+        "spec": cell.spec.dump(),
+    }
+
+
+def build_sweep_claim(sweep: QLoRASweep, profile: Profile) -> Manifest:
+    """The PersistentVolumeClaim of all cells. With `retain` it has no owner, so that adapters outlive the sweep."""
+    workspace, defaults = sweep.spec.template.spec.workspace, profile.workspace
+    spec: Manifest = {
+        "accessModes": list(workspace.access_modes or (defaults.access_mode,)),
+        "resources": {"requests": {"storage": workspace.size or defaults.size}},
+    }
+    if storage_class := workspace.storage_class_name or defaults.storage_class_name:
+        spec["storageClassName"] = storage_class
+    metadata: Manifest = {"name": sweep.claim_name, "namespace": sweep.namespace, "labels": _labels(sweep)}
+    if not workspace.retain:
+        metadata["ownerReferences"] = [_owner(sweep, controller=False)]
+    return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": spec}
+
+
+def is_of_sweep(found: Object, sweep: QLoRASweep) -> bool:
+    """Whether the object has the label of what was created for the sweep."""
+    return bool((found["metadata"].get("labels") or {}).get(SWEEP_UID_LABEL) == sweep.uid)
+
+
+def suspension(cell: CellJob, suspend: bool) -> Manifest:
+    """The change by which a sweep suspends this very cell, or takes that back."""
+    mark = {SUSPENDED_ANNOTATION: "true" if suspend else None}
+    return {"metadata": {"uid": cell.uid, "annotations": mark}, "spec": {"suspend": suspend}}
+
+
+def stop(cell: CellJob, why: str) -> Manifest:
+    """The change by which a sweep stops this very cell for good. It keeps its checkpoint."""
+    marks = {STOPPED_ANNOTATION: why, SUSPENDED_ANNOTATION: None}
+    return {"metadata": {"uid": cell.uid, "annotations": marks}, "spec": {"suspend": True}}
+
+
+def cleanup(cell: CellJob, seconds: int) -> Manifest:
+    """The change by which a sweep lets this very cell be cleaned up."""
+    return {"metadata": {"uid": cell.uid}, "spec": {"cleanupAfterSeconds": seconds}}
+
+
+def _labels(sweep: QLoRASweep) -> dict[str, str]:
+    return {
+        "app.kubernetes.io/part-of": "qlora",
+        "app.kubernetes.io/managed-by": "qlora-operator",
+        SWEEP_LABEL: sweep.name,
+        SWEEP_UID_LABEL: sweep.uid,
+    }
+
+
+def _owner(sweep: QLoRASweep, *, controller: bool) -> Manifest:
+    owner = {
+        "apiVersion": API_VERSION,
+        "kind": SWEEP_KIND,
+        "name": sweep.name,
+        "uid": sweep.uid,
+        "blockOwnerDeletion": False,
+    }
+    return owner | ({"controller": True} if controller else {})

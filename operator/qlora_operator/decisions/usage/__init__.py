@@ -1,0 +1,1 @@
+"""The GPU seconds of a job, and the budget that bounds them."""

@@ -1,0 +1,154 @@
+"""Forecasts the GPU hours of a job, and stops one that has used up what it may; pure."""
+
+from datetime import datetime, timedelta
+
+from qlora_api.contract import ProgressRecord
+from qlora_api.forecast import ASSUMED_UTILIZATION, cost_text, hours_of_flops, hours_text
+from qlora_api.profile import Limits, Profile
+from qlora_api.status import QLoRAJobStatus
+from qlora_api.usage import ForecastStatus, WorkStatus
+from qlora_operator.decisions.groups.group import trained_by
+from qlora_operator.decisions.observed.conditions import is_finished
+from qlora_operator.decisions.observed.endings import fail, failure_of
+from qlora_operator.decisions.observed.facts import Facts, set_condition
+from qlora_operator.decisions.observed.objects import Observed, QLoRAJob, Reason
+from qlora_operator.decisions.usage.usage import (
+    count_usage,
+    gpus_at_a_time,
+    gpus_of_a_pod,
+    has_gpus,
+    uncounted_seconds,
+    used_seconds,
+)
+
+BUDGET_EXCEEDED = "BudgetExceeded"
+STEPS_OF_A_FORECAST = 10
+"""Optimizer steps after whose pace the rest is forecast: the first are slower than the others."""
+_STOPPED_STEPS = ("prepare", "train")
+"""A run that is at its end is published whatever it has used."""
+_SECONDS = 3600
+
+
+def allowed_seconds(job: QLoRAJob, status: QLoRAJobStatus) -> float | None:
+    """GPU seconds that the job may use, by its own budget and the profile's limit; None if there is neither."""
+    own = job.spec.budget.gpu_hours if job.spec.budget is not None else None
+    limit = status.resolved.gpu_hours if status.resolved is not None else None
+    hours = min((hours for hours in (own, limit) if hours is not None), default=None)
+    return None if hours is None else hours * _SECONDS
+
+
+def limit_of_hours(profile: Profile) -> float | None:
+    """GPU hours that the profile allows one job; None if it has no such limit."""
+    return (profile.limits or Limits()).gpu_hours
+
+
+def enforce_budget(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    """Fail a job that has used the GPU hours that it may. Its pod saves a checkpoint, from which a retry goes on."""
+    allowed, step = allowed_seconds(facts.job, status), status.step
+    if is_finished(status) or allowed is None or step is None or step.name not in _STOPPED_STEPS:
+        return status
+    if not gpus_of_a_pod(facts.job, status) or trained_by(status, facts):
+        # The pod of another job goes on whatever becomes of this one.
+        return status
+    pods = facts.observed.pods_of(step.job_uid)
+    if any(pod.exited_well for pod in pods) and not any(has_gpus(pod) for pod in pods):
+        return status  # the run is at its end, which its Job is about to say
+    counted = count_usage(status, facts, until_now=True)
+    if used_seconds(counted) < allowed:
+        return status
+    reason = Reason(BUDGET_EXCEEDED, _exceeded(counted, facts, allowed))
+    failed = fail(counted, facts, failure_of(step.name, reason.word, reason.sentence, facts))
+    return set_condition(failed, facts, "WithinBudget", "False", reason)
+
+
+def budget_at(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetime) -> datetime | None:
+    """When the pods that run now will have used up the budget; None if nothing runs or there is none."""
+    allowed, gpus, step = allowed_seconds(job, status), gpus_at_a_time(job, status, observed.pods), status.step
+    if allowed is None or not gpus or step is None or step.name not in _STOPPED_STEPS:
+        return None
+    left = allowed - used_seconds(status) - uncounted_seconds(job, status, observed.pods, now)
+    return now + timedelta(seconds=max(1.0, left / gpus))
+
+
+def forecast_of_work(status: QLoRAJobStatus, work: WorkStatus) -> QLoRAJobStatus:
+    """The status with the GPU hours that prepare's figures and the profile's GPU make likely; as it is without them."""
+    profile = status.resolved.profile if status.resolved is not None else None
+    if profile is None or profile.gpu_tflops is None or profile.gpu_resource is None:
+        return status
+    seconds = hours_of_flops(work.flops, profile.gpu_tflops) * _SECONDS
+    forecast = ForecastStatus(
+        gpu_hours=hours_text(seconds),
+        basis="Flops",
+        utilization=ASSUMED_UTILIZATION,
+        cost=cost_text(seconds, profile.gpu_hour_price, profile.currency),
+    )
+    return status.model_copy(update={"forecast": forecast})
+
+
+def follow_forecast(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    """The status with a forecast from the pace of the run, once that is known, and whether it is within the budget."""
+    if is_finished(status):
+        return status
+    record = facts.progress
+    if record is not None and record.remaining_seconds is not None and _is_steady(status, record):
+        status = _forecast_of_pace(status, facts, record.remaining_seconds)
+    return _judged(status, facts)
+
+
+def _is_steady(status: QLoRAJobStatus, record: ProgressRecord) -> bool:
+    """Whether the pod of the record has made enough steps."""
+    entries = status.usage.pods if status.usage is not None else ()
+    first = next((entry.from_step for entry in entries if entry.uid == record.pod_uid), None)
+    return first is not None and record.training_step - first >= STEPS_OF_A_FORECAST
+
+
+def _forecast_of_pace(status: QLoRAJobStatus, facts: Facts, remaining: float) -> QLoRAJobStatus:
+    profile = status.resolved.profile if status.resolved is not None else None
+    gpus = gpus_at_a_time(facts.job, status, facts.observed.pods) or _part_of_leader(status, facts)
+    if profile is None or not gpus:
+        return status
+    seconds = used_seconds(status) + remaining * gpus
+    cost = cost_text(seconds, profile.gpu_hour_price, profile.currency)
+    forecast = ForecastStatus(gpu_hours=hours_text(seconds), basis="Measured", cost=cost)
+    return status.model_copy(update={"forecast": forecast})
+
+
+def _part_of_leader(status: QLoRAJobStatus, facts: Facts) -> float:
+    """GPUs of the pod that trains the job among others."""
+    entries = status.usage.pods if status.usage is not None else ()
+    return sum(gpus_of_a_pod(facts.job, status) / entry.jobs for entry in entries if entry.end is None)
+
+
+def _judged(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    """The status with the condition WithinBudget, if there is a budget and a forecast."""
+    allowed, forecast = allowed_seconds(facts.job, status), status.forecast
+    if allowed is None or forecast is None:
+        kept = tuple(entry for entry in status.conditions if entry.type != "WithinBudget")
+        return status if len(kept) == len(status.conditions) else status.model_copy(update={"conditions": kept})
+    hours = hours_text(allowed)
+    if float(forecast.gpu_hours) * _SECONDS <= allowed:
+        sentence = f"the forecast is within the {hours} GPU hours that the job may use"
+        return set_condition(status, facts, "WithinBudget", "True", Reason("WithinBudget", sentence))
+    sentence = (
+        f"the job is expected to take more than the {hours} GPU hours that it may use, as status.forecast shows: it "
+        f"would stop at a checkpoint with the reason {BUDGET_EXCEEDED}; {_remedy(facts, status)}, or train on less"
+    )
+    return set_condition(status, facts, "WithinBudget", "False", Reason("ForecastExceedsBudget", sentence))
+
+
+def _exceeded(status: QLoRAJobStatus, facts: Facts, allowed: float) -> str:
+    return (
+        f"the train pods have used {hours_text(used_seconds(status))} GPU hours, and {hours_text(allowed)} are "
+        f"allowed: {_remedy(facts, status)}, and spec.retry.request to go on from the checkpoint"
+    )
+
+
+def _remedy(facts: Facts, status: QLoRAJobStatus) -> str:
+    own = facts.job.spec.budget.gpu_hours if facts.job.spec.budget is not None else None
+    limit = status.resolved.gpu_hours if status.resolved is not None else None
+    if limit is None or (own is not None and own < limit):
+        return "raise spec.budget.gpuHours"
+    return (
+        f"ask the administrator to raise limits.gpuHours of profile {facts.job.spec.scheduling.profile!r}"
+        f"{'' if own is None else ', raise spec.budget.gpuHours'}"
+    )

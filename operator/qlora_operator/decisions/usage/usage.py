@@ -1,0 +1,442 @@
+"""Counts the GPU seconds of a job's train pods, and those that are in no checkpoint; pure.
+
+`status.usage.pods` has an entry for each of the latest pods, whose numbers only grow, and the sums grow by as much. So
+a pod counts once, whatever is observed how often and in which order, and after a restart as before. An entry is dropped
+once its pod has ended and many have come after it. `countedUntil` is when the last pod without an entry was created,
+and `endedUntil` when the last of them had ended: a pod that was created before the one and has GPUs after the other
+waited for its node in between, and counts from then on. So whoever makes many pods of a job hides none of the others.
+
+The pod of a job that leads a group trains several jobs, each of which has an even part of its time: the leader counts
+it, and the others copy the entry from the leader's status. One that is deleted, or has ended, copies no more: its part
+of what the pod runs on is the leader's, for good. The entry says after which second: the last that was stored until
+then, so that no other could be copied. So each second of each part counts once, also if a job comes back.
+"""
+
+from collections.abc import Iterable, Iterator, Set
+from datetime import datetime, timedelta
+
+from qlora_api.contract import ResultRecord
+from qlora_api.forecast import cost_text, hours_text
+from qlora_api.naming import child_job_name
+from qlora_api.status import QLoRAJobStatus
+from qlora_api.usage import LostGpuSeconds, PodEnd, PodUsage, TakenOverPart, UsageStatus
+from qlora_operator.decisions.groups.group import leads
+from qlora_operator.decisions.observed.facts import Facts
+from qlora_operator.decisions.observed.members import Member
+from qlora_operator.decisions.observed.objects import Pod, QLoRAJob, format_time, parse_time
+from qlora_operator.decisions.pods.attempts import LONGEST_WITHOUT_NEWS, is_stopped_on_purpose
+
+_KEPT_PODS = 8
+"""Pods that have ended and are still listed; of several nodes, so many more as an attempt has pods."""
+_MOST_PODS = 88
+"""Own pods that have not ended and are listed. Somebody may make thousands that look like those of the Job: as long as
+one of these holds back an entry, 88 count."""
+_MOST_LISTED = 160
+"""Entries, above which those of pods that have ended are dropped although an earlier pod is still to be listed."""
+_SEEN_AFTER = 60
+"""Seconds for which a pod has its GPUs before it is listed, if its trainer does not run until then."""
+_LONGEST_UNCOUNTED = timedelta(minutes=5)
+"""After which the time of a pod that runs is counted without news of it: what is not, is lost if the pod vanishes."""
+_NUMBERS = ("seconds", "startup_seconds", "lost_seconds")
+
+
+def count_usage(status: QLoRAJobStatus, facts: Facts, *, until_now: bool = False) -> QLoRAJobStatus:
+    """The status with the GPU time of every train pod that is observed, or has vanished.
+
+    The time of pods that run is brought up to date where a report of progress changes the status anyway, every five
+    minutes, or with `until_now`: it is no reason for a write more often.
+    """
+    gpus = gpus_of_a_pod(facts.job, status)
+    if not gpus:
+        return status
+    before = status.usage or UsageStatus()
+    current = until_now or _has_news(status, facts)
+    entries = {entry.uid: entry for entry in before.pods}
+    found = {entry.uid: entry for entry in _observed(status, facts, before, current=current)}
+    found |= {entry.uid: entry for entry in _vanished(status, facts, before)}
+    found |= {entry.uid: entry for entry in _of_leader(facts, before, current=current)}
+    gone = _gone(status, facts)
+    merged = [_merged(entries.get(uid), entry, gone) for uid, entry in found.items()]
+    changed = [entry for entry in merged if entry != entries.get(entry.uid)]
+    if not changed:
+        return status
+    lost, seconds = before.lost_gpu_seconds, before.gpu_seconds
+    for entry in changed:
+        seconds += _part(entry, "seconds", gpus) - _part(entries.get(entry.uid), "seconds", gpus)
+        lost = _with_losses(lost, entries.get(entry.uid), entry, gpus)
+    listed = sorted((entries | {entry.uid: entry for entry in changed}).values(), key=lambda each: each.created)
+    kept = _kept(listed, before, _next_to_list(listed, before, status, facts), facts)
+    usage = before.model_copy(update={"gpu_seconds": seconds, "lost_gpu_seconds": lost, **kept})
+    return status.model_copy(update={"usage": _for_people(usage, status)})
+
+
+def gpus_of_a_pod(job: QLoRAJob, status: QLoRAJobStatus) -> int:
+    """GPUs that one train pod has; 0 if the profile requests none."""
+    if status.resolved is None or status.resolved.profile.gpu_resource is None:
+        return 0
+    return job.spec.resources.gpus
+
+
+def used_seconds(status: QLoRAJobStatus) -> int:
+    """GPU seconds that are counted."""
+    return 0 if status.usage is None else status.usage.gpu_seconds
+
+
+def gpus_at_a_time(job: QLoRAJob, status: QLoRAJobStatus, pods: Iterable[Pod]) -> float:
+    """GPUs that the job has now; of those of a pod that trains several jobs, its part and those it has taken over."""
+    return gpus_of_a_pod(job, status) * sum(map(_share, _running(status, pods)))
+
+
+def uncounted_seconds(job: QLoRAJob, status: QLoRAJobStatus, pods: Iterable[Pod], now: datetime) -> float:
+    """GPU seconds that its pods which run have had since they were last counted."""
+    gpus = gpus_of_a_pod(job, status)
+    running = _running(status, pods)
+    return gpus * sum((now - _last_counted(entry)).total_seconds() * _share(entry) for entry in running)
+
+
+def counted_again_at(status: QLoRAJobStatus, pods: Iterable[Pod]) -> datetime | None:
+    """When the time of a pod that runs is to be counted again although nothing is heard of it; None if none runs."""
+    return min((_last_counted(entry) + _LONGEST_UNCOUNTED for entry in _running(status, pods)), default=None)
+
+
+def _running(status: QLoRAJobStatus, pods: Iterable[Pod]) -> list[PodUsage]:
+    """The entries of the pods that have their GPUs."""
+    running = {pod.uid for pod in pods if not _is_over(pod)}
+    return [entry for entry in (status.usage.pods if status.usage else ()) if entry.uid in running]
+
+
+def _share(entry: PodUsage) -> float:
+    """The part of the pod's further time that counts for the job."""
+    return (1 + len(entry.taken_over or ())) / entry.jobs
+
+
+def has_gpus(pod: Pod) -> bool:
+    """Whether it has a node, and so its GPUs, and its trainer has not ended."""
+    return _since(pod) is not None and not _is_over(pod)
+
+
+def still_counts(job: QLoRAJob) -> bool:
+    """Whether the time of one of the job's own pods is not counted up to its end, also if that is gone."""
+    usage, own = job.status.usage, _train(job)
+    return usage is not None and any(entry.end is None and entry.name.startswith(own) for entry in usage.pods)
+
+
+def _has_news(status: QLoRAJobStatus, facts: Facts) -> bool:
+    stored = facts.job.status.progress
+    now = status.progress
+    return now is not None and (stored is None or stored.updated_at != now.updated_at)
+
+
+def _is_behind(entry: PodUsage, now: datetime) -> bool:
+    """Whether a pod that is listed was last counted long ago."""
+    return now - _last_counted(entry) >= _LONGEST_UNCOUNTED
+
+
+def _observed(status: QLoRAJobStatus, facts: Facts, before: UsageStatus, *, current: bool) -> Iterator[PodUsage]:
+    """The entries of the pods that are observed, as they are now."""
+    listed = {entry.uid: entry for entry in before.pods}
+    room = _MOST_PODS - sum(entry.end is None for entry in before.pods)
+    crowded = len(before.pods) + len(facts.observed.pods) > _MOST_LISTED
+    for pod in facts.observed.pods:
+        since, entry = _since(pod), listed.get(pod.uid)
+        if since is None or not pod.name.startswith(_train(facts.job)):
+            continue
+        if entry is None:
+            due = pod.running or crowded or (facts.now - since).total_seconds() >= _SEEN_AFTER
+            if not _is_own(pod, status, facts) or not (_is_over(pod) or (room > 0 and due)):
+                continue
+            uncounted = _uncounted_since(pod, since, before)
+            if uncounted is None:
+                continue
+            room -= not _is_over(pod)
+            times = {"created": format_time(pod.created), "since": format_time(uncounted)}
+            entry = PodUsage(name=pod.name, uid=pod.uid, **times, jobs=_jobs(facts.job, status))
+            yield _advanced(entry, pod, status, facts)
+        elif (current or _is_over(pod) or _is_behind(entry, facts.now)) and not _ends_its_job(pod, facts):
+            # Also if it had vanished: somebody may have hidden it from the watches.
+            yield _advanced(entry, pod, status, facts)
+
+
+def _is_own(pod: Pod, status: QLoRAJobStatus, facts: Facts) -> bool:
+    """Whether it is a pod of a train Job of this job: anybody may give a pod labels and a name."""
+    owners = {child.uid for child in facts.observed.children}
+    owners |= {status.step.job_uid} if status.step is not None else set()
+    return bool(pod.owner_uid) and pod.owner_uid in owners
+
+
+def _ends_its_job(pod: Pod, facts: Facts) -> bool:
+    """Whether it is counted with the end of its Job, which follows at once."""
+    child = next((child for child in facts.observed.children if child.uid == pod.owner_uid), None)
+    return pod.decisive and not pod.detached and child is not None and not child.finished
+
+
+def _uncounted_since(pod: Pod, since: datetime, before: UsageStatus) -> datetime | None:
+    """From when the time of a pod that is not listed is in no sum; None if all of it may be in one."""
+    dropped_until = _dropped_until(pod.created, before)
+    if dropped_until is None or not _is_over(pod):
+        return max(since, dropped_until or since)
+    finished = pod.termination.finished if pod.termination is not None else None
+    return max(since, dropped_until) if finished is not None and finished > dropped_until else None
+
+
+def _dropped_until(created: datetime, before: UsageStatus) -> datetime | None:
+    """Until when a pod that was created then, and is not listed, may be in the sums; None if it is not."""
+    if before.counted_until is None or created > parse_time(before.counted_until):
+        return None
+    return parse_time(before.ended_until or before.counted_until)
+
+
+def _train(job: QLoRAJob | Member) -> str:
+    """How the names of the train step's pods begin."""
+    return child_job_name(job.name, "train", 0).removesuffix("0")
+
+
+def _jobs(job: QLoRAJob, status: QLoRAJobStatus) -> int:
+    """How many jobs a pod of the job trains."""
+    group = status.group
+    return max(1, len(group.members or ())) if group is not None and leads(job, status) else 1
+
+
+def _since(pod: Pod) -> datetime | None:
+    """When the pod got its node; None if it has none."""
+    started = pod.termination.started if pod.termination else None
+    return pod.scheduled or pod.running_since or started
+
+
+def _is_over(pod: Pod) -> bool:
+    return pod.ended or pod.termination is not None
+
+
+def _advanced(entry: PodUsage, pod: Pod, status: QLoRAJobStatus, facts: Facts) -> PodUsage:
+    """The entry of a pod as it is now, with how it ended and what is lost if it has."""
+    record = facts.progress if facts.progress is not None and _reports_on(facts.progress.pod_uid, pod, facts) else None
+    result = pod.result(facts.job.uid, "train")
+    trained_since = (record and record.training_since) or (result and result.training_since) or entry.trained_since
+    if record is not None and entry.from_step is None and record.training_since is not None:
+        entry = entry.model_copy(update={"from_step": record.training_step})
+    over = _is_over(pod)
+    until = facts.now if not over else _ended_at(entry, pod, facts.now)
+    seconds = max(0, int((until - parse_time(entry.since)).total_seconds()))
+    entry = entry.model_copy(update={"seconds": seconds, "trained_since": trained_since})
+    if pod.missed_peers:
+        # Of several nodes, it has waited for the others in vain.
+        return entry.model_copy(update={"startup_seconds": seconds, "end": entry.end or "disruption"})
+    return _with_end(entry, _end_of(pod, facts), status, result) if over else _with_startup(entry)
+
+
+def _reports_on(reporting: str, pod: Pod, facts: Facts) -> bool:
+    """Whether the pod of that UID reports for this one too: node 0 does for all nodes of its attempt."""
+    if reporting == pod.uid:
+        return True
+    return any(each.uid == reporting and each.owner_uid == pod.owner_uid for each in facts.observed.pods)
+
+
+def _ended_at(entry: PodUsage, pod: Pod, now: datetime) -> datetime:
+    """When the pod has ended, at the latest: of one that the kubelet evicts, it may not say."""
+    if pod.termination is not None and pod.termination.finished is not None:
+        return pod.termination.finished
+    if entry.end is not None:
+        return _last_counted(entry)  # decided when it was first seen
+    return min(now, pod.deletion_requested or now, _last_counted(entry) + LONGEST_WITHOUT_NEWS)
+
+
+def _last_counted(entry: PodUsage) -> datetime:
+    """Until when its seconds are counted."""
+    return parse_time(entry.since) + timedelta(seconds=entry.seconds)
+
+
+def _end_of(pod: Pod, facts: Facts) -> PodEnd:
+    """How a pod has ended, for the bill: that it was stopped on purpose is no disruption."""
+    if pod.exited_well:
+        return "completed"
+    if pod.interrupted or pod.lost_peer:
+        child = next((child for child in facts.observed.children if child.uid == pod.owner_uid), None)
+        resumed = child is not None and child.resumed is not None and pod.stopped_by(child.resumed)
+        return "suspension" if resumed or is_stopped_on_purpose(child, facts.job) else "disruption"
+    return "failure"
+
+
+def _with_startup(entry: PodUsage) -> PodUsage:
+    if entry.trained_since is None:
+        return entry
+    startup = int((parse_time(entry.trained_since) - parse_time(entry.since)).total_seconds())
+    return entry.model_copy(update={"startup_seconds": min(entry.seconds, max(0, startup))})
+
+
+def _with_end(entry: PodUsage, end: PodEnd, status: QLoRAJobStatus, result: ResultRecord | None) -> PodUsage:
+    """The entry of a pod that has ended, with the seconds that are in no checkpoint."""
+    entry = _with_startup(entry).model_copy(update={"end": entry.end or end})
+    if end == "completed":
+        return entry
+    if entry.trained_since is not None and result is not None and result.outcome == "interrupted":
+        return entry  # it has saved a checkpoint before it ended
+    saved = status.checkpoint.saved_at if status.checkpoint is not None else None
+    kept_until = max(filter(None, (entry.trained_since, saved)), key=parse_time, default=entry.since)
+    kept = int((parse_time(kept_until) - parse_time(entry.since)).total_seconds())
+    lost = entry.seconds - min(entry.seconds, max(kept, entry.startup_seconds))
+    return entry.model_copy(update={"lost_seconds": lost})
+
+
+def _vanished(status: QLoRAJobStatus, facts: Facts, before: UsageStatus) -> Iterator[PodUsage]:
+    """The entries of pods that had not ended and are gone: deleted by force, or with their node."""
+    there, own = {pod.uid for pod in facts.observed.pods}, _train(facts.job)
+    for entry in before.pods:
+        if entry.uid in there or entry.end is not None or not entry.name.startswith(own):
+            continue
+        seen, step = _last_counted(entry), facts.job.status.step
+        if step is not None and step.running_pod == entry.uid and step.progressed_at is not None:
+            seen = max(seen, parse_time(step.progressed_at))
+        later = [pod.created for pod in facts.observed.pods if pod.created > seen]
+        until = min(facts.now, seen + LONGEST_WITHOUT_NEWS, *later)
+        seconds = max(0, int((until - parse_time(entry.since)).total_seconds()))
+        jobs = (child for child in facts.observed.children if f"{entry.name}-".startswith(f"{child.name}-"))
+        on_purpose = is_stopped_on_purpose(next(jobs, None), facts.job)
+        end: PodEnd = "suspension" if on_purpose else "disruption"
+        yield _with_end(entry.model_copy(update={"seconds": seconds}), end, status, None)
+
+
+def _of_leader(facts: Facts, before: UsageStatus, *, current: bool) -> Iterator[PodUsage]:
+    """The entries of the pods of other jobs that train, or have trained, this one."""
+    known = {entry.uid: entry for entry in before.pods}
+    for member in facts.group.others if facts.group is not None else ():
+        trains = facts.job.uid in member.leads
+        for entry in _copied(member, facts):
+            old = known.get(entry.uid)
+            if old is None and not (trains and entry.jobs > 1 and _is_uncounted(entry, before)):
+                continue
+            start = parse_time(old.since) if old else _dropped_until(parse_time(entry.created), before)
+            counted = old or entry.model_copy(update={"seconds": 0})
+            if current or entry.end is not None or _is_behind(counted, facts.now):
+                yield entry if start is None else _from(start, entry)
+
+
+def _copied(leader: Member, facts: Facts) -> Iterator[PodUsage]:
+    """The entries of the other job's own pods, if it leads, as far as this one has its part of them itself.
+
+    Those that it has copied from its own leader are older than what they are copies of.
+    """
+    own = _train(leader)
+    for entry in leader.pods if leader.leads else ():
+        if entry.name.startswith(own):
+            yield entry if entry.taken_over is None else _without_taken_over(entry, facts.job.uid)
+
+
+def _without_taken_over(entry: PodUsage, uid: str) -> PodUsage:
+    """The entry of a leader's pod for a member: without what comes after the leader has taken over its part."""
+    parts = (part.after_seconds for part in entry.taken_over or () if part.uid == uid)
+    later = _after(next(parts, entry.seconds), entry)
+    numbers = {name: getattr(entry, name) - getattr(later, name) for name in _NUMBERS}
+    return entry.model_copy(update={"taken_over": None, **numbers})
+
+
+def _is_uncounted(entry: PodUsage, before: UsageStatus) -> bool:
+    """Whether some time of a leader's pod that is not listed here is in no sum."""
+    dropped_until = _dropped_until(parse_time(entry.created), before)
+    return dropped_until is None or entry.end is None or _last_counted(entry) > dropped_until
+
+
+def _from(start: datetime, entry: PodUsage) -> PodUsage:
+    """The entry without its time before `start`."""
+    earlier = max(0, int((start - parse_time(entry.since)).total_seconds()))
+    return _after(earlier, entry).model_copy(update={"since": format_time(start)}) if earlier else entry
+
+
+def _after(earlier: int, entry: PodUsage) -> PodUsage:
+    """The entry with the numbers of what comes after so many seconds of the pod."""
+    seconds, startup = max(0, entry.seconds - earlier), max(0, entry.startup_seconds - earlier)
+    lost = min(entry.lost_seconds, seconds - startup)
+    return entry.model_copy(update=dict(zip(_NUMBERS, (seconds, startup, lost), strict=True)))
+
+
+def _gone(status: QLoRAJobStatus, facts: Facts) -> Set[str]:
+    """UIDs of the jobs that the job's pod trains too, and that do not count their parts any more."""
+    if facts.group is None or status.group is None or not leads(facts.job, status):
+        return frozenset()
+    counting = {member.uid for member in facts.group.others if not member.deleting and member.state != "ended"}
+    return {member.uid for member in status.group.members or ()} - counting - {facts.job.uid}
+
+
+def _merged(old: PodUsage | None, new: PodUsage, gone: Set[str]) -> PodUsage:
+    """Both entries of one pod as one: no number is less than it was.
+
+    `gone`: the jobs whose parts of what it grows by it takes over.
+    """
+    counted = old.seconds if old is not None else 0
+    if new.jobs > 1 and new.seconds > counted:
+        taken_over = new.taken_over or ()
+        more = sorted(gone - {part.uid for part in taken_over})
+        parts = (TakenOverPart(uid=uid, after_seconds=counted) for uid in more)
+        new = new.model_copy(update={"taken_over": (*taken_over, *parts) or None})
+    if old is None:
+        return new
+    seconds = max(old.seconds, new.seconds)
+    # One that had vanished may be seen again, and only then when it began to train: no second is lost twice.
+    lost = max(old.lost_seconds, min(new.lost_seconds, seconds - old.startup_seconds))
+    startup = max(old.startup_seconds, min(new.startup_seconds, seconds - lost))
+    grown = {"seconds": seconds, "lost_seconds": lost, "startup_seconds": startup}
+    return new.model_copy(update={**grown, "jobs": old.jobs, "since": old.since, "end": old.end or new.end})
+
+
+def _part(entry: PodUsage | None, name: str, gpus: int) -> int:
+    """Of that number of the pod's seconds, the job's own part and those it has taken over, times its GPUs."""
+    if entry is None:
+        return 0
+    later = (_after(part.after_seconds, entry) for part in entry.taken_over or ())
+    seconds: int = sum(getattr(each, name) for each in (entry, *later))
+    return seconds * gpus // entry.jobs
+
+
+def _with_losses(lost: LostGpuSeconds, old: PodUsage | None, new: PodUsage, gpus: int) -> LostGpuSeconds:
+    startup = _part(new, "startup_seconds", gpus) - _part(old, "startup_seconds", gpus)
+    more = _part(new, "lost_seconds", gpus) - _part(old, "lost_seconds", gpus)
+    changes = {"startup": lost.startup + startup}
+    if more and new.end is not None and new.end != "completed":
+        changes[new.end] = getattr(lost, new.end) + more
+    return lost.model_copy(update=changes)
+
+
+def _next_to_list(listed: list[PodUsage], before: UsageStatus, status: QLoRAJobStatus, facts: Facts) -> datetime | None:
+    """When the first pod was created that has a node and is to be listed yet, as it waits for its first report."""
+    known = {entry.uid for entry in listed}
+    pods = (pod for pod in facts.observed.pods if pod.uid not in known and pod.name.startswith(_train(facts.job)))
+    own = (pod.created for pod in pods if has_gpus(pod) and _is_own(pod, status, facts))
+    members = facts.group.others if facts.group is not None else ()
+    copied = (
+        parse_time(entry.created)
+        for member in members
+        for entry in _copied(member, facts)
+        if facts.job.uid in member.leads and entry.jobs > 1 and entry.uid not in known and _is_uncounted(entry, before)
+    )
+    return min((*own, *copied), default=None)
+
+
+def _kept(
+    entries: list[PodUsage], before: UsageStatus, next_to_list: datetime | None, facts: Facts
+) -> dict[str, object]:
+    """The entries that stay, and until when pods that have none were created and had ended."""
+    over = sorted((entry for entry in entries if entry.end is not None), key=_last_counted)
+    surplus = max(0, len(over) - _KEPT_PODS - facts.job.spec.resources.node_count)
+    excess = len(entries) - _MOST_LISTED
+    dropped = [
+        entry
+        for number, entry in enumerate(over[:surplus])
+        if number < excess
+        or (_last_counted(entry) <= facts.now and (next_to_list is None or parse_time(entry.created) < next_to_list))
+    ]
+    if not dropped:
+        return {"pods": tuple(entries)}
+    gone = {entry.uid for entry in dropped}
+    created = [entry.created for entry in dropped]
+    ended = [format_time(_last_counted(entry)) for entry in dropped]
+    return {
+        "pods": tuple(entry for entry in entries if entry.uid not in gone),
+        "counted_until": max(filter(None, (*created, before.counted_until)), key=parse_time),
+        "ended_until": max(filter(None, (*ended, before.ended_until, before.counted_until)), key=parse_time),
+    }
+
+
+def _for_people(usage: UsageStatus, status: QLoRAJobStatus) -> UsageStatus:
+    """With the hours and the cost, at the price of the profile with which the job was started or last retried."""
+    profile = status.resolved.profile if status.resolved is not None else None
+    cost = None if profile is None else cost_text(usage.gpu_seconds, profile.gpu_hour_price, profile.currency)
+    return usage.model_copy(update={"gpu_hours": hours_text(usage.gpu_seconds), "cost": cost})

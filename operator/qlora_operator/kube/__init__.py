@@ -1,0 +1,1 @@
+"""Calls to the API server. Only this package imports the Kubernetes client."""

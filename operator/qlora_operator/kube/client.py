@@ -1,0 +1,503 @@
+"""Calls the API server: the only importer of the Kubernetes client. Plain objects in, plain objects out.
+
+Every call has a timeout and raises a ClusterError whose class says what to do: wait, read again or report.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import ssl
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import aiohttp
+from kubernetes.aio import client, config
+from kubernetes.aio.client import rest
+
+from qlora_api.contract import TRAINER_CONTAINER
+from qlora_api.naming import JOB_UID_LABEL, SWEEP_UID_LABEL
+from qlora_api.sweep import SWEEP_KIND, SWEEP_PLURAL
+from qlora_api.v1alpha1 import API_VERSION, GROUP, KIND, PLURAL, VERSION
+from qlora_operator.decisions.observed.objects import Object, QLoRAJob
+from qlora_operator.decisions.observed.parsing import profile_in_use
+from qlora_operator.decisions.sweeps.sweep import CellJob, QLoRASweep, StoredSweep, parse_cell
+from qlora_operator.kube.listing import (
+    OBJECTS_PER_PAGE,
+    ChildList,
+    ChildView,
+    Kind,
+    ObjectVersion,
+    child_view,
+    compact,
+    object_version,
+    without_foreign_resolved,
+)
+from qlora_operator.kube.transport import (
+    Credentials,
+    Endpoint,
+    OnRequest,
+    Query,
+    TooLongError,
+    Transport,
+    open_transport,
+    unobserved,
+)
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+FIELD_MANAGER = "qlora-operator"
+# For what only explains. A log comes from a node through the API server, a Workload perhaps through a webhook: a slow
+# one is not worth waiting for.
+_BRIEF_TIMEOUT = aiohttp.ClientTimeout(total=5, connect=5)
+_PAGES_AT_A_TIME = 2
+# Of a page of several objects; real ones have half a megabyte. Parsed, it may take fifteen times as much.
+_BYTES_PER_PAGE = 4 * 2**20
+_TAIL_LINES = 40
+_TAIL_BYTES = 64 * 1024
+_SERVICE_ACCOUNT_TOKEN = "/var/run/secrets/kubernetes.io/serviceaccount/token"  # noqa: S105 - a path
+_METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+
+_JOBS = "/apis/batch/v1"
+_CORE = "/api/v1"
+_NETWORKING = "/apis/networking.k8s.io/v1"
+_LEASES = "/apis/coordination.k8s.io/v1"
+_QLORA = f"/apis/{GROUP}/{VERSION}"
+_KUEUE = "/apis/kueue.x-k8s.io/v1beta2"
+_CONTROLLER_UID = "batch.kubernetes.io/controller-uid"
+_WORKLOAD_JOB_UID = "kueue.x-k8s.io/job-uid"
+_UNFINISHED = "status.phase!=Succeeded,status.phase!=Failed"
+
+
+class ClusterError(Exception):
+    """A call has failed."""
+
+
+class UnavailableError(ClusterError):
+    """The API server was not reached, or could not answer: try again later."""
+
+
+class NotFoundError(ClusterError):
+    """The object does not exist."""
+
+
+class ConflictError(ClusterError):
+    """Somebody else was faster: the object, or a quota that counts it, has changed, or it is another one (UID)."""
+
+
+class AlreadyExistsError(ConflictError):
+    """An object of that name exists."""
+
+
+class RejectedError(ClusterError):
+    """The API server rejects the request as it is; the message is the server's own."""
+
+
+class ForbiddenError(RejectedError):
+    """The API server does not allow this to the operator, whatever exactly is written."""
+
+
+class _Page(NamedTuple, Generic[T]):
+    """What was read of the objects of one page, and the version of the whole list."""
+
+    items: Sequence[T]
+    version: str
+
+
+class Cluster:
+    """The calls that the operator makes, and no others. All raise ClusterError."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        # Of all lists together: however many workers read one, and however large its objects are.
+        self._room = asyncio.Semaphore(_PAGES_AT_A_TIME)
+        self._shortest_page = OBJECTS_PER_PAGE
+
+    @property
+    def shortest_page(self) -> int:
+        """How many objects the shortest page had that a list has needed so far, as those were large.
+
+        Who cannot end a page that gets too long asks for no more at a time.
+        """
+        return self._shortest_page
+
+    async def get_qlora_job(self, namespace: str, name: str) -> Object | None:
+        """The QLoRAJob as stored now, without what nobody reads of its metadata; None if it does not exist."""
+        try:
+            return compact(await self._json("GET", f"{_QLORA}/namespaces/{namespace}/{PLURAL}/{name}"))
+        except NotFoundError:
+            return None
+
+    async def profiles_in_use(self, namespace: str) -> AsyncIterator[Sequence[str | None]]:
+        """`profile_in_use` of each QLoRAJob of the namespace that has not ended, as stored now, page by page."""
+        # The API server leaves out the others, of which there may be thousands.
+        selector = [("fieldSelector", _UNFINISHED)]
+        async for page in self._pages(f"{_QLORA}/namespaces/{namespace}/{PLURAL}", selector, profile_in_use):
+            yield page.items
+
+    async def list_jobs(self, namespace: str, job_name: str, job_uid: str) -> ChildList:
+        """The Jobs that have the label of this QLoRAJob."""
+
+        def read(body: Object) -> ChildView:
+            return without_foreign_resolved(child_view("jobs", body), job_name)
+
+        return await self._children(f"{_JOBS}/namespaces/{namespace}/jobs", _labelled(JOB_UID_LABEL, job_uid), read)
+
+    async def list_pods(self, namespace: str, job_uid: str) -> ChildList:
+        """The pods that have the label of this QLoRAJob."""
+        return await self._list_pods(namespace, _labelled(JOB_UID_LABEL, job_uid))
+
+    async def list_pods_of_child(self, namespace: str, child_uid: str) -> Sequence[ChildView]:
+        """The pods that have the Job controller's label for the Job of that UID."""
+        return (await self._list_pods(namespace, _labelled(_CONTROLLER_UID, child_uid))).items
+
+    async def list_pods_named(self, namespace: str, name: str) -> Sequence[ChildView]:
+        """The pod of that name, if there is one, whatever its labels are. It takes no right to get pods."""
+        return (await self._list_pods(namespace, [("fieldSelector", f"metadata.name={name}")])).items
+
+    async def find_workload(self, namespace: str, child_uid: str) -> Object | None:
+        """Kueue's Workload of the Job of that UID: the first, if there are several. Raises NotFoundError without Kueue.
+
+        It waits for no other list, and none waits for it: a webhook may keep it waiting.
+        """
+        query = [("limit", "1"), *_labelled(_WORKLOAD_JOB_UID, child_uid)]
+        path = f"{_KUEUE}/namespaces/{namespace}/workloads"
+        page = await self._json("GET", path, query=query, timeout=_BRIEF_TIMEOUT)
+        return next(iter(page.get("items") or ()), None)
+
+    async def list_versions(self, kind: Kind, namespace: str | None) -> tuple[list[ObjectVersion], str]:
+        """All QLoRAJobs, or all our Jobs or pods, in one namespace or in all (None), and the version of the list."""
+        found: list[ObjectVersion] = []
+        version = ""
+        async for page in self._pages(*_watched(kind, namespace), partial(object_version, kind), accept=_METADATA_ONLY):
+            found += page.items
+            version = version or page.version
+        return found, version
+
+    async def pages(self, kind: Kind, namespace: str | None, read: Callable[[Object], T]) -> AsyncIterator[Sequence[T]]:
+        """What `read` makes of the same objects, page by page. It must not keep them."""
+        async for page in self._pages(*_watched(kind, namespace), read):
+            yield page.items
+
+    async def check_list(self, kind: Kind, namespace: str | None) -> None:
+        """List one object of the kind, to check the connection. Raises RejectedError if that is no longer allowed."""
+        path, selector = _watched(kind, namespace)
+        await self._json("GET", path, query=[("limit", "1"), *selector], accept=_METADATA_ONLY)
+
+    async def create_job(self, namespace: str, manifest: Object) -> Object:
+        """Create a Job. Raises AlreadyExistsError if the name is taken, RejectedError with the server's reason."""
+        return await self._json("POST", f"{_JOBS}/namespaces/{namespace}/jobs", body=manifest)
+
+    async def get_job(self, namespace: str, name: str) -> Object:
+        """One Job. Raises NotFoundError."""
+        return await self._json("GET", f"{_JOBS}/namespaces/{namespace}/jobs/{name}")
+
+    async def delete_job(self, namespace: str, name: str, uid: str) -> None:
+        """Delete this very Job and, in the background, its pods: the default for Jobs would orphan the pods."""
+        options = {
+            "apiVersion": "v1",
+            "kind": "DeleteOptions",
+            "propagationPolicy": "Background",
+            "preconditions": {"uid": uid},
+        }
+        try:
+            await self._json("DELETE", f"{_JOBS}/namespaces/{namespace}/jobs/{name}", body=options)
+        except (NotFoundError, ConflictError):
+            logger.debug("Job %s is already gone", name, extra={"key": (namespace, name)})
+
+    async def create_claim(self, namespace: str, manifest: Object) -> None:
+        """Create a PersistentVolumeClaim. Raises AlreadyExistsError if the name is taken."""
+        await self._request("POST", f"{_CORE}/namespaces/{namespace}/persistentvolumeclaims", body=manifest)
+
+    async def get_claim(self, namespace: str, name: str) -> Object:
+        """One PersistentVolumeClaim. Raises NotFoundError."""
+        return await self._json("GET", f"{_CORE}/namespaces/{namespace}/persistentvolumeclaims/{name}")
+
+    async def create_service(self, namespace: str, manifest: Object) -> None:
+        """Create a Service. Raises AlreadyExistsError if the name is taken, RejectedError with the server's reason."""
+        await self._request("POST", f"{_CORE}/namespaces/{namespace}/services", body=manifest)
+
+    async def create_network_policy(self, namespace: str, manifest: Object) -> None:
+        """Create a NetworkPolicy. Raises AlreadyExistsError and RejectedError as `create_service` does."""
+        await self._request("POST", f"{_NETWORKING}/namespaces/{namespace}/networkpolicies", body=manifest)
+
+    async def create_config_map(self, namespace: str, manifest: Object) -> None:
+        """Create a ConfigMap. Raises AlreadyExistsError and RejectedError as `create_service` does."""
+        await self._request("POST", f"{_CORE}/namespaces/{namespace}/configmaps", body=manifest)
+
+    async def patch_config_map(self, namespace: str, name: str, patch: Sequence[Object]) -> None:
+        """Apply a JSON Patch to a ConfigMap, whole or not at all. A test of it that fails raises RejectedError."""
+        path = f"{_CORE}/namespaces/{namespace}/configmaps/{name}"
+        await self._request("PATCH", path, body=patch, content_type="application/json-patch+json")
+
+    async def create_event(self, namespace: str, manifest: Object) -> None:
+        """Create an Event. Raises AlreadyExistsError."""
+        await self._request("POST", f"{_CORE}/namespaces/{namespace}/events", body=manifest)
+
+    async def apply_status(self, job: QLoRAJob, status: Object) -> Object:
+        """Replace the job's status, which nobody else writes, by server-side apply. Returns the job as it is then.
+
+        Raises ConflictError if the job has changed since it was read, or is another one of the same name.
+        """
+        return await self._apply_status(KIND, PLURAL, job, status)
+
+    async def get_sweep(self, namespace: str, name: str) -> Object | None:
+        """The QLoRASweep as stored now; None if it does not exist."""
+        try:
+            return await self._json("GET", f"{_QLORA}/namespaces/{namespace}/{SWEEP_PLURAL}/{name}")
+        except NotFoundError:
+            return None
+
+    async def sweep_names(self, namespace: str | None) -> list[tuple[str, str]]:
+        """Namespace and name of each QLoRASweep in one namespace or in all (None)."""
+        where = f"/namespaces/{namespace}" if namespace else ""
+        pages = self._pages(f"{_QLORA}{where}/{SWEEP_PLURAL}", [], _name_of, accept=_METADATA_ONLY)
+        return [name async for page in pages for name in page.items]
+
+    async def list_cells(self, namespace: str, sweep_uid: str) -> list[CellJob]:
+        """The QLoRAJobs that have the label of this QLoRASweep and are controlled by it, as stored now."""
+        read = partial(parse_cell, sweep_uid=sweep_uid)
+        pages = self._pages(f"{_QLORA}/namespaces/{namespace}/{PLURAL}", _labelled(SWEEP_UID_LABEL, sweep_uid), read)
+        return [cell async for page in pages for cell in page.items if cell is not None]
+
+    async def get_cell(self, namespace: str, name: str) -> Object:
+        """One QLoRAJob as stored now. Raises NotFoundError."""
+        return await self._json("GET", f"{_QLORA}/namespaces/{namespace}/{PLURAL}/{name}")
+
+    async def create_cell(self, namespace: str, manifest: Object) -> Object:
+        """Create a QLoRAJob. Raises AlreadyExistsError if the name is taken, RejectedError with the server's reason."""
+        return await self._json("POST", f"{_QLORA}/namespaces/{namespace}/{PLURAL}", body=manifest)
+
+    async def change_cell(self, namespace: str, name: str, change: Object) -> Object:
+        """Merge the change into a QLoRAJob. Raises ConflictError if its UID is not that of the change."""
+        path = f"{_QLORA}/namespaces/{namespace}/{PLURAL}/{name}"
+        return await self._json("PATCH", path, body=change, content_type="application/merge-patch+json")
+
+    async def apply_sweep_status(self, sweep: QLoRASweep | StoredSweep, status: Object) -> None:
+        """Replace the sweep's status, as `apply_status` does."""
+        await self._apply_status(SWEEP_KIND, SWEEP_PLURAL, sweep, status)
+
+    async def _apply_status(
+        self, kind: str, plural: str, stored: QLoRAJob | QLoRASweep | StoredSweep, status: Object
+    ) -> Object:
+        body = {
+            "apiVersion": API_VERSION,
+            "kind": kind,
+            "metadata": {"name": stored.name, "uid": stored.uid, "resourceVersion": stored.resource_version},
+            "status": status,
+        }
+        return await self._json(
+            "PATCH",
+            f"{_QLORA}/namespaces/{stored.namespace}/{plural}/{stored.name}/status",
+            query=[("fieldManager", FIELD_MANAGER), ("force", "true")],
+            body=body,
+            content_type="application/apply-patch+yaml",
+        )
+
+    async def read_log(self, namespace: str, pod: str) -> str | None:
+        """The end of the trainer's log, at most 40 lines and 64 KiB; None if it cannot be read now."""
+        # Without the container's name the server rejects the request if a sidecar was injected into the pod.
+        query = [("container", TRAINER_CONTAINER), ("tailLines", str(_TAIL_LINES)), ("limitBytes", str(_TAIL_BYTES))]
+        try:
+            path = f"{_CORE}/namespaces/{namespace}/pods/{pod}/log"
+            data = await self._request("GET", path, query=query, timeout=_BRIEF_TIMEOUT)
+        except ClusterError as error:
+            logger.debug("log of pod %s cannot be read: %s", pod, error)
+            return None
+        return data.decode(errors="replace")
+
+    async def get_schema(self) -> Object:
+        """The OpenAPI document of the resource's version. Raises NotFoundError if the API server does not serve it."""
+        return await self._document("GET", f"/openapi/v3{_QLORA}")
+
+    async def get_lease(self, namespace: str, name: str) -> Object | None:
+        """The Lease; None if it does not exist."""
+        try:
+            return await self._json("GET", f"{_LEASES}/namespaces/{namespace}/leases/{name}")
+        except NotFoundError:
+            return None
+
+    async def create_lease(self, namespace: str, manifest: Object) -> Object:
+        """Create a Lease. Raises AlreadyExistsError if the name is taken."""
+        return await self._json("POST", f"{_LEASES}/namespaces/{namespace}/leases", body=manifest)
+
+    async def replace_lease(self, namespace: str, name: str, manifest: Object) -> Object:
+        """Replace a Lease. Raises ConflictError if it has changed since `manifest` was read."""
+        return await self._json("PUT", f"{_LEASES}/namespaces/{namespace}/leases/{name}", body=manifest)
+
+    async def _list_pods(self, namespace: str, selector: Query) -> ChildList:
+        return await self._children(f"{_CORE}/namespaces/{namespace}/pods", selector, partial(child_view, "pods"))
+
+    async def _children(self, path: str, selector: Query, read: Callable[[Object], ChildView]) -> ChildList:
+        pages = [page async for page in self._pages(path, selector, read)]
+        return ChildList([item for page in pages for item in page.items], pages[0].version)
+
+    async def _pages(
+        self, path: str, selector: Query, read: Callable[[Object], T], *, accept: str = "application/json"
+    ) -> AsyncIterator[_Page[T]]:
+        """A list, of which only what `read` makes of each object is there for longer than its page.
+
+        Pages are halved until they are short enough, or have one object.
+        """
+        token, size = "", OBJECTS_PER_PAGE
+        while True:
+            query = [("limit", str(size)), *selector, *([("continue", token)] if token else [])]
+            most = _BYTES_PER_PAGE if size > 1 else None
+            try:
+                # One expression: none of the objects has a name by which it would live on. Nothing waits between the
+                # turn and its end, so that who has read its page has parsed it before another one is read.
+                page, token = _read_page(
+                    await self._json("GET", path, query=query, accept=accept, most=most, turn=self._room), read
+                )
+            except TooLongError:
+                size //= 2
+                self._shortest_page = min(self._shortest_page, size)
+                continue
+            yield page
+            if not token:
+                return
+            # Few large objects are no reason to ask for thousands of small ones one by one.
+            size = min(2 * size, OBJECTS_PER_PAGE)
+
+    async def _json(self, method: str, path: str, **request: Any) -> dict[str, Any]:
+        """An object of the API, or a list of them."""
+        answer = await self._document(method, path, **request)
+        if not isinstance(answer.get("metadata"), dict):
+            raise _strange(f"{method} {path}", "a JSON object without metadata")
+        return answer
+
+    async def _document(self, method: str, path: str, **request: Any) -> dict[str, Any]:
+        """A JSON object. A load balancer or a login proxy may answer anything in the API server's place."""
+        data = await self._request(method, path, **request)
+        try:
+            answer = json.loads(data)
+        except ValueError as error:
+            raise _strange(f"{method} {path}", f"not JSON: {_beginning(data)!r}") from error
+        if not isinstance(answer, dict):
+            raise _strange(f"{method} {path}", f"JSON, but no object: {_beginning(data)!r}")
+        return answer
+
+    async def _request(
+        self,
+        method: str,
+        path: str,
+        *,
+        accept: str = "application/json",
+        content_type: str = "application/json",
+        **request: Any,
+    ) -> bytes:
+        headers = {"Accept": accept, "Content-Type": content_type}
+        try:
+            status, data = await self._transport.send(method, path, headers=headers, **request)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise UnavailableError(f"{method} {path}: {str(error) or type(error).__name__}") from error
+        if status >= 300:
+            raise _error(status, f"{method} {path}", data)
+        return data
+
+
+def _read_page(page: Object, read: Callable[[Object], T]) -> tuple[_Page[T], str]:
+    """What was read, and the token of the next page; empty if there is none."""
+    metadata = page["metadata"]
+    items = [read(body) for body in page.get("items") or ()]
+    return _Page(items, metadata.get("resourceVersion", "")), metadata.get("continue") or ""
+
+
+def _name_of(body: Object) -> tuple[str, str]:
+    return body["metadata"]["namespace"], body["metadata"]["name"]
+
+
+def _labelled(label: str, value: str) -> Query:
+    return [("labelSelector", f"{label}={value}")]
+
+
+def _watched(kind: Kind, namespace: str | None) -> tuple[str, Query]:
+    """Path and selector of the objects that the operator watches: all QLoRAJobs, but only its own Jobs and pods."""
+    prefix = {"qlorajobs": _QLORA, "jobs": _JOBS, "pods": _CORE}[kind]
+    where = f"/namespaces/{namespace}" if namespace else ""
+    return f"{prefix}{where}/{kind}", [] if kind == "qlorajobs" else [("labelSelector", JOB_UID_LABEL)]
+
+
+def _error(status: int, request: str, data: bytes) -> ClusterError:
+    text, reason = "", ""
+    try:
+        answer = json.loads(data)
+        if isinstance(answer, dict):
+            text, reason = str(answer.get("message", "")), answer.get("reason", "")
+    except ValueError:
+        text = _beginning(data)
+    if status == 404:
+        return NotFoundError(f"{request}: {text}")
+    if status == 409:
+        # The server also answers so if a quota has changed while it counted the new object.
+        return (AlreadyExistsError if reason == "AlreadyExists" else ConflictError)(f"{request}: {text}")
+    if status in (401, 403):
+        return ForbiddenError(text)
+    # The server answers with 500 if a webhook of the kind cannot be reached.
+    if status in (400, 422) or (status == 500 and "failed calling webhook" in text):
+        return RejectedError(text)
+    return UnavailableError(f"{request}: status {status}: {text}")
+
+
+def _strange(request: str, found: str) -> UnavailableError:
+    return UnavailableError(f"{request}: the answer is not the API server's: {found}")
+
+
+def _beginning(data: bytes) -> str:
+    return data[:200].decode(errors="replace")
+
+
+@asynccontextmanager
+async def connect(kubeconfig: Path | None = None, *, on_request: OnRequest = unobserved) -> AsyncIterator[Cluster]:
+    """The cluster of `kubeconfig`; without one, that which the pod runs in, or else that of the environment.
+
+    `on_request`: called after each request. Raises ClusterError without any cluster.
+    """
+    async with open_transport(await endpoint_of(kubeconfig), FIELD_MANAGER, on_request) as transport:
+        yield Cluster(transport)
+
+
+async def endpoint_of(kubeconfig: Path | None) -> Endpoint:
+    """The API server and the credentials for it, as the Kubernetes client finds and renews them."""
+    configuration = client.Configuration()
+
+    async def load() -> ssl.SSLContext:
+        try:
+            await _load_configuration(configuration, kubeconfig)
+            # Reads the authorities, and the operator's own certificate, from their files.
+            return rest.RESTClientObject(configuration).ssl_context
+        except config.ConfigException as error:
+            raise UnavailableError(f"no cluster is reachable: {error}") from error
+
+    tls = await load()
+
+    async def renew() -> None:
+        nonlocal tls
+        tls = await load()
+
+    async def credentials() -> Credentials:
+        # Reads the file of a pod's token again once it is a minute old.
+        return Credentials(await configuration.get_api_key_with_prefix("BearerToken", alias="authorization"), tls)
+
+    return Endpoint(
+        server=configuration.host,
+        credentials=credentials,
+        renew=renew,
+        server_hostname=configuration.tls_server_name or None,
+        proxy=configuration.proxy or None,
+        proxy_headers=configuration.proxy_headers,
+    )
+
+
+async def _load_configuration(configuration: client.Configuration, kubeconfig: Path | None) -> None:
+    if kubeconfig is not None:
+        await config.load_kube_config(config_file=str(kubeconfig), client_configuration=configuration)
+    elif os.path.exists(_SERVICE_ACCOUNT_TOKEN) and "KUBECONFIG" not in os.environ:  # noqa: ASYNC240 - a local file
+        config.load_incluster_config(client_configuration=configuration)
+    else:
+        await config.load_kube_config(client_configuration=configuration)

@@ -1,0 +1,241 @@
+"""Metrics of jobs: phases, progress, GPU seconds, and what a status write changes."""
+
+import collections
+from collections.abc import Iterable, Iterator
+from heapq import nsmallest
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from qlora_api.status import Phase, QLoRAJobStatus
+from qlora_api.usage import LostGpuSeconds, UsageStatus
+from qlora_operator.decisions.observed.objects import Object, QLoRAJob, parse_time
+from qlora_operator.keys import Key
+from qlora_operator.metrics.shown import ENDED, FAILURE_REASONS, FIGURES, OTHER, PHASES, ShownJob, as_label, read_shown
+
+DEFAULT_RUNNING_JOBS = 1000
+_JOB = ("namespace", "name")
+SERIES_PER_RUNNING_JOB = len(FIGURES) + 2
+"""The figures, qlora_job_info and qlora_job_without_progress."""
+
+
+class JobMetrics(Collector):
+    """The jobs that have been shown, as the operator that works knows them; none while it stands by.
+
+    `running_jobs`: how many have series of their own: those that began first, also after a
+    restart.
+    """
+
+    def __init__(self, running_jobs: int = DEFAULT_RUNNING_JOBS) -> None:
+        self._most = running_jobs
+        self._jobs: dict[Key, dict[str, ShownJob]] = {}
+        """Of each name, by UID: a job and the one that replaces it are there together for a moment."""
+        self._running: dict[str, ShownJob] = {}
+        """Those that run, by UID."""
+
+    def show(self, body: Object, *, deleted: bool = False) -> None:
+        """Note a job as it is stored, or was when it was deleted."""
+        metadata = body["metadata"]
+        key, uid = (metadata["namespace"], metadata["name"]), metadata["uid"]
+        job = None if deleted else read_shown(body)
+        if job is None:
+            self._drop(key, uid)
+            return
+        self._jobs.setdefault(key, {})[uid] = job
+        if job.runs:
+            self._running[uid] = job
+        else:
+            self._running.pop(uid, None)
+
+    def gone(self, key: Key, *, replaced_by: str = "") -> None:
+        """Note that no job of that name exists, but the one with the UID `replaced_by`."""
+        for uid in tuple(self._jobs.get(key, ())):
+            if uid != replaced_by:
+                self._drop(key, uid)
+
+    def clear(self) -> None:
+        """Forget all of them: the operator that works now knows more."""
+        self._jobs.clear()
+        self._running.clear()
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics of this moment."""
+        jobs = [job for jobs in self._jobs.values() for job in jobs.values()]
+        yield _by_phase(jobs)
+        yield _failed(jobs)
+        yield _queued_since(jobs)
+        stalled = sum(not job.progresses for job in jobs)
+        yield GaugeMetricFamily(
+            "qlora_jobs_without_progress", "QLoRAJobs whose condition Progressing is False.", stalled
+        )
+        left_out = max(0, len(self._running) - self._most)
+        yield GaugeMetricFamily(
+            "qlora_jobs_left_out",
+            "Running jobs without metrics of their own, as there are more than settings.metrics.runningJobs.",
+            left_out,
+        )
+        longest = nsmallest(self._most, self._running.values(), key=lambda job: (job.started, job.uid))
+        yield from _of_each(tuple(longest))
+
+    def _drop(self, key: Key, uid: str) -> None:
+        jobs = self._jobs.get(key, {})
+        jobs.pop(uid, None)
+        self._running.pop(uid, None)
+        if not jobs:
+            self._jobs.pop(key, None)
+
+
+def _by_phase(jobs: Iterable[ShownJob]) -> Metric:
+    family = GaugeMetricFamily("qlora_jobs", "QLoRAJobs by phase.", labels=("namespace", "phase"))
+    counted = collections.Counter((job.namespace, job.phase) for job in jobs)
+    for namespace in sorted({namespace for namespace, _ in counted}):
+        for phase in PHASES:
+            family.add_metric((namespace, phase), counted[namespace, phase])
+    return family
+
+
+def _failed(jobs: Iterable[ShownJob]) -> Metric:
+    family = GaugeMetricFamily(
+        "qlora_jobs_failed", "QLoRAJobs in phase Failed, by the reason why.", labels=("namespace", "reason")
+    )
+    counted = collections.Counter((job.namespace, job.failure) for job in jobs if job.failure)
+    for labels, count in sorted(counted.items()):
+        family.add_metric(labels, count)
+    return family
+
+
+def _queued_since(jobs: Iterable[ShownJob]) -> Metric:
+    family = GaugeMetricFamily(
+        "qlora_jobs_queued_since_timestamp_seconds",
+        "When the job that has been in phase Queued for longest entered it, in seconds since 1970.",
+        labels=("namespace",),
+    )
+    since: dict[str, float] = {}
+    for job in jobs:
+        if job.phase == "Queued" and job.phase_since is not None:
+            since[job.namespace] = min(job.phase_since, since.get(job.namespace, job.phase_since))
+    for namespace, moment in sorted(since.items()):
+        family.add_metric((namespace,), moment)
+    return family
+
+
+def _of_each(jobs: tuple[ShownJob, ...]) -> Iterator[Metric]:
+    """The series of the running jobs: SERIES_PER_RUNNING_JOB of each at most."""
+    labels = ("phase", "profile", "persistentvolumeclaim")
+    info = GaugeMetricFamily(
+        "qlora_job_info", "1 for each running job: its phase, profile and workspace.", labels=(*_JOB, *labels)
+    )
+    stalled = GaugeMetricFamily(
+        "qlora_job_without_progress", "1 if the running job's condition Progressing is False, else 0.", labels=_JOB
+    )
+    for job in jobs:
+        info.add_metric((job.namespace, job.name, job.phase, job.profile, job.claim), 1)
+        stalled.add_metric((job.namespace, job.name), not job.progresses)
+    yield info
+    yield stalled
+    for figure in FIGURES:
+        family = GaugeMetricFamily(figure.metric, figure.meaning, labels=_JOB)
+        for job in jobs:
+            if figure.metric in job.figures:
+                family.add_metric((job.namespace, job.name), job.figures[figure.metric])
+        yield family
+
+
+class GpuSeconds:
+    """Counts what each write of a status adds to its usage.
+
+    As the usage is stored, a second counts once, also after a restart, with which counters begin at 0 again. There are
+    as many series as namespaces with jobs times profiles, and four times as many for what was lost.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._used = Counter(
+            "qlora_gpu_seconds",
+            "GPU seconds that train pods have had, by namespace and profile of their jobs.",
+            ["namespace", "profile"],
+            registry=registry,
+        )
+        self._lost = Counter(
+            "qlora_gpu_lost_seconds",
+            "GPU seconds that are in no checkpoint, by cause: startup, disruption, failure or suspension.",
+            ["namespace", "profile", "cause"],
+            registry=registry,
+        )
+
+    def expect(self, namespace: str, profile: str) -> None:
+        """Show the series at 0, of a job that is about to use GPUs.
+
+        A series that begins with its first seconds has no increase: Prometheus has not seen the zero before.
+        """
+        self.add(namespace, profile, UsageStatus())
+
+    def note(self, job: QLoRAJob, written: QLoRAJobStatus) -> None:
+        """Count what the status has, now that it is stored, and the job's stored one had not."""
+        if written.usage is not None:
+            before = job.status.usage or UsageStatus()
+            self.add(job.namespace, job.spec.scheduling.profile, written.usage, before)
+
+    def add(self, namespace: str, profile: str, usage: UsageStatus, before: UsageStatus | None = None) -> None:
+        """Count what the usage has more than `before`."""
+        before = before or UsageStatus()
+        self._used.labels(namespace, profile).inc(max(0, usage.gpu_seconds - before.gpu_seconds))
+        for cause in LostGpuSeconds.model_fields:
+            more = getattr(usage.lost_gpu_seconds, cause) - getattr(before.lost_gpu_seconds, cause)
+            self._lost.labels(namespace, profile, cause).inc(max(0, more))
+
+
+PHASE_BUCKETS = (10, 60, 300, 900, 1800, 3600, 7200, 14_400, 28_800, 86_400, 172_800, 345_600, 604_800)
+"""Seconds: ten seconds to a week."""
+UNKNOWN_PROFILE = "unknown"
+
+
+class TransitionMetrics:
+    """What becomes of jobs. A job may name a profile that does not exist: no label has its word for one.
+
+    `profiles`: the names of those that exist.
+    """
+
+    def __init__(self, registry: CollectorRegistry, profiles: Iterable[str]) -> None:
+        self._profiles = frozenset(profiles)
+        self.phase_duration = Histogram(
+            "qlora_job_phase_duration_seconds",
+            "Time that jobs were in a phase, once they have left it.",
+            ["phase", "profile"],
+            buckets=PHASE_BUCKETS,
+            registry=registry,
+        )
+        self.failures = Counter(
+            "qlora_job_failures",
+            "Attempts and jobs that have failed, by the reason in status.lastFailure.",
+            ["profile", "reason"],
+            registry=registry,
+        )
+        self.ended = Counter("qlora_jobs_ended", "Jobs that have ended.", ["phase", "profile"], registry=registry)
+        # A series that begins with its first failure has no increase: Prometheus has not seen the zero before.
+        for profile in self._profiles:
+            for reason in (*FAILURE_REASONS, OTHER):
+                self.failures.labels(profile, reason)
+            for phase in ENDED:
+                self.ended.labels(phase, profile)
+
+    def written(self, before: QLoRAJob, after: QLoRAJobStatus) -> None:
+        """Note that the status of the job has been stored."""
+        profile, stored = before.spec.scheduling.profile, before.status
+        profile = profile if profile in self._profiles else UNKNOWN_PROFILE
+        if after.last_failure is not None and after.last_failure != stored.last_failure:
+            self.failures.labels(profile, as_label(after.last_failure.reason)).inc()
+        if after.phase == stored.phase:
+            return
+        if after.phase in ENDED:
+            self.ended.labels(after.phase, profile).inc()
+        seconds = _seconds(stored.phase, stored.phase_since, after.phase_since)
+        if seconds is not None:
+            self.phase_duration.labels(stored.phase, profile).observe(seconds)
+
+
+def _seconds(phase: Phase | None, since: str | None, until: str | None) -> float | None:
+    """For how long a job was in the phase; None if nobody knows, or if it had ended."""
+    if phase is None or phase in ENDED or since is None or until is None:
+        return None
+    return max(0.0, (parse_time(until) - parse_time(since)).total_seconds())

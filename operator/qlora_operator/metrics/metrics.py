@@ -1,0 +1,100 @@
+"""Prometheus metrics of the operator."""
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+
+from qlora_operator.decisions.observed.objects import Object
+from qlora_operator.keys import Key
+from qlora_operator.metrics.jobs import DEFAULT_RUNNING_JOBS, GpuSeconds, JobMetrics, TransitionMetrics
+from qlora_operator.metrics.requests import RequestMetrics
+from qlora_operator.metrics.shown import read_shown
+
+# One more series for each counter and histogram, which no Prometheus reads from this format.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+_WAIT_BUCKETS = (0.01, 0.1, 0.5, 1, 5, 15, 60, 300)
+"""Seconds."""
+
+
+class Metrics:
+    """The operator's metrics.
+
+    `running_jobs`: how many running jobs have series with their names. Nothing else has a job's name as a label.
+    `profiles`: the names of the profiles that exist.
+    """
+
+    def __init__(self, running_jobs: int = DEFAULT_RUNNING_JOBS, profiles: Iterable[str] = ("default",)) -> None:
+        self.registry = CollectorRegistry()
+        self.reconcile_duration = Histogram(
+            "qlora_operator_reconcile_duration_seconds", "Duration of one reconcile.", registry=self.registry
+        )
+        self.reconcile_errors = Counter(
+            "qlora_operator_reconcile_errors", "Reconciles that failed and are retried.", registry=self.registry
+        )
+        self.status_writes = Counter("qlora_operator_status_writes", "Status writes.", registry=self.registry)
+        self.status_write_errors = Counter(
+            "qlora_operator_status_write_errors",
+            "Status writes that the API server rejected or did not answer; they are retried.",
+            registry=self.registry,
+        )
+        self.gpu_seconds = GpuSeconds(self.registry)
+        self.leads = Gauge(
+            "qlora_operator_leads", "1 if this operator works, 0 if it stands by.", registry=self.registry
+        )
+        self.schema_outdated = Gauge(
+            "qlora_operator_schema_outdated",
+            "1 while no job is worked on because the CustomResourceDefinition lacks fields of this release, else 0.",
+            registry=self.registry,
+        )
+        self._denied = Gauge(
+            "qlora_operator_namespace_denied",
+            "1 if the API server denies the operator permission to list the namespace's jobs, else 0.",
+            ["namespace"],
+            registry=self.registry,
+        )
+        self._depth = Gauge("qlora_operator_queue_depth", "Jobs that wait for a worker.", registry=self.registry)
+        self.queue_wait = Histogram(
+            "qlora_operator_queue_wait_seconds",
+            "Time from when a job was due until a worker took it.",
+            buckets=_WAIT_BUCKETS,
+            registry=self.registry,
+        )
+        self.requests = RequestMetrics(self.registry)
+        self.transitions = TransitionMetrics(self.registry, profiles)
+        self.jobs = JobMetrics(running_jobs)
+        self.registry.register(self.jobs)
+
+    def show(self, body: Object, *, deleted: bool = False) -> None:
+        """Note a job as it is stored, or was when it was deleted."""
+        self.jobs.show(body, deleted=deleted)
+        if not deleted and (job := read_shown(body)) is not None and job.has_gpus:
+            self.gpu_seconds.expect(job.namespace, job.profile)
+
+    def job_is_gone(self, key: Key, *, replaced_by: str = "") -> None:
+        """Count no job of that name, but the one with the UID `replaced_by`."""
+        self.jobs.gone(key, replaced_by=replaced_by)
+
+    def namespace_is_denied(self, namespace: str | None, denied: bool) -> None:
+        """Note whether the namespace, or the cluster (None), can be listed."""
+        self._denied.labels(namespace or "").set(denied)
+
+    def works(self, depth: Callable[[], int] | None) -> None:
+        """Note that the operator works with a queue, or stands by (None) and knows nothing of the jobs."""
+        self.leads.set(depth is not None)
+        self._depth.set_function(depth or (lambda: 0))
+        if depth is None:
+            self._denied.clear()
+            self.jobs.clear()
+
+    def page(self) -> tuple[bytes, str]:
+        """The answer to a scrape, and its content type."""
+        return generate_latest(self.registry), CONTENT_TYPE_LATEST

@@ -1,0 +1,249 @@
+"""Carries out what a plan asks for: deletes and creates the Jobs of a job, and what its pods need beside them."""
+
+import logging
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from qlora_api.naming import JOB_UID_LABEL
+from qlora_api.status import AdapterStatus, QLoRAJobStatus, Resolved, StepName
+from qlora_operator.decisions.announcing import (
+    build_config_map,
+    build_patches,
+    config_map_name,
+    rejection_of_entry,
+    reserved_config_map,
+    with_announcement,
+    without_announcement,
+)
+from qlora_operator.decisions.manifests.objects import build_claim, build_job, build_peer_policy, build_peer_service
+from qlora_operator.decisions.observed.facts import Facts
+from qlora_operator.decisions.observed.objects import Object, QLoRAJob, Reason
+from qlora_operator.decisions.observed.parsing import controller_uid
+from qlora_operator.decisions.plan import (
+    Action,
+    Announce,
+    ConnectNodes,
+    CreateClaim,
+    CreateJob,
+    DeleteJob,
+    creates_first_job,
+)
+from qlora_operator.decisions.status import with_child, with_rejection
+from qlora_operator.kube.client import (
+    AlreadyExistsError,
+    Cluster,
+    ClusterError,
+    ForbiddenError,
+    NotFoundError,
+    RejectedError,
+)
+from qlora_operator.reconcile.pauses import Postponed
+from qlora_operator.reconcile.queue import RetryError
+from qlora_operator.watch.store import Store
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What has come of the actions of one pass."""
+
+    status: QLoRAJobStatus
+    changed: bool
+    """Whether one of them has written something, or has made the store show what it did not show before."""
+    blocked: bool = False
+    """Whether one of them cannot be done now. Nothing shows when a quota has room again, or a name is free."""
+    look_again: datetime | None = None
+    """When something is tried again that nothing else waits for; None if nothing is."""
+
+
+class _BlockedError(Exception):
+    """An action cannot be done now; `reason` says why, for the status."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason.sentence)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Actions:
+    """Carries out the actions of one job after the other, until one of them cannot be done now."""
+
+    cluster: Cluster
+    store: Store
+    dns_ports: tuple[int, ...]
+    announcements: Postponed = field(default_factory=Postponed)
+
+    async def carry_out(self, facts: Facts, status: QLoRAJobStatus, actions: tuple[Action, ...]) -> Result:
+        """Carry them out. The status of the result is the one after the actions."""
+        job, resolved, changed = facts.job, status.resolved, False
+        key, again = (job.namespace, job.name), None
+        for action in actions:
+            try:
+                match action:
+                    case DeleteJob(name, uid):
+                        await self._delete_job(job, name, uid)
+                        changed = True
+                    case CreateClaim() if resolved is not None:
+                        changed |= await self._create_claim(job, resolved)
+                    case ConnectNodes():
+                        changed |= await self._connect_nodes(job)
+                    case Announce():
+                        # Whatever comes of it, the clean-up after it does not wait.
+                        status, written = await self._announce(facts, status)
+                        changed, again = changed | written, self.announcements.due(key)
+                    case CreateJob() if resolved is not None:
+                        others = facts.group.led if facts.group is not None and action.step == "train" else ()
+                        job_uid, is_new = await self._create_job(job, resolved, action, others)
+                        changed |= is_new
+                        # The status that tells of the first Job follows from what the next pass sees.
+                        status = status if creates_first_job(action) else with_child(status, facts, job_uid)
+            except _BlockedError as blocked:
+                logger.warning("%s", blocked, extra={"key": key})
+                status = with_rejection(status, facts, blocked.reason)
+                return Result(status, changed, blocked=True, look_again=again)
+        return Result(status, changed, look_again=again)
+
+    async def _delete_job(self, job: QLoRAJob, name: str, uid: str) -> None:
+        """Delete this very Job. Raises _BlockedError if the API server does not allow it."""
+        try:
+            await self.cluster.delete_job(job.namespace, name, uid)
+            logger.info("deleted Job %s", name, extra={"key": (job.namespace, job.name)})
+        except RejectedError as error:
+            sentence = f"the API server rejects the deletion of Job {name}: {error}"
+            raise _BlockedError(Reason("JobRejected", sentence)) from error
+
+    async def _create_job(
+        self, job: QLoRAJob, resolved: Resolved, action: CreateJob, others: Sequence[QLoRAJob]
+    ) -> tuple[str, bool]:
+        """UID of the step's Job, and whether it was created now, or the store shows it only now.
+
+        It may exist already, by a pass that was interrupted. Raises _BlockedError.
+        """
+        key, new = (job.namespace, job.name), True
+        manifest = build_job(job, resolved, action.step, action.attempt, action.failures, others)
+        name = manifest["metadata"]["name"]
+        try:
+            created = await self.cluster.create_job(job.namespace, manifest)
+            logger.info("created Job %s", name, extra={"key": key})
+        except RejectedError as error:
+            sentence = f"the API server rejects Job {name}: {error}"
+            raise _BlockedError(Reason("JobRejected", sentence)) from error
+        except AlreadyExistsError as error:
+            created, new = await self._existing(self.cluster.get_job(job.namespace, name)), False
+            if (reason := _name_taken(created, job, action.step)) is not None:
+                raise _BlockedError(reason) from error
+        shown = self.store.child_changed("jobs", created)
+        return str(created["metadata"]["uid"]), new or key in shown
+
+    async def _create_claim(self, job: QLoRAJob, resolved: Resolved) -> bool:
+        """Whether it was created now. Raises _BlockedError."""
+        name = resolved.claim_name
+        try:
+            await self.cluster.create_claim(job.namespace, build_claim(job, resolved))
+            logger.info("created PersistentVolumeClaim %s", name, extra={"key": (job.namespace, job.name)})
+        except RejectedError as error:
+            sentence = f"the API server rejects PersistentVolumeClaim {name}: {error}"
+            raise _BlockedError(Reason("ClaimRejected", sentence)) from error
+        except AlreadyExistsError as error:
+            existing = await self._existing(self.cluster.get_claim(job.namespace, name))
+            if not _has_label(existing, job):
+                sentence = f"a PersistentVolumeClaim {name} exists that was not created for this job: delete it"
+                raise _BlockedError(Reason("ClaimNameTaken", sentence)) from error
+            return False
+        return True
+
+    async def _connect_nodes(self, job: QLoRAJob) -> bool:
+        """Create the Service and the NetworkPolicy of train pods on several nodes; whether one of them was missing.
+
+        Their names have the job's UID: what exists is the job's own, or was made by somebody who may do so. Raises
+        _BlockedError.
+        """
+        created = False
+        for kind, create, manifest in (
+            ("NetworkPolicy", self.cluster.create_network_policy, build_peer_policy(job, self.dns_ports)),
+            ("Service", self.cluster.create_service, build_peer_service(job)),
+        ):
+            name = manifest["metadata"]["name"]
+            try:
+                await create(job.namespace, manifest)
+                created = True
+                logger.info("created %s %s", kind, name, extra={"key": (job.namespace, job.name)})
+            except AlreadyExistsError:
+                logger.debug("%s %s exists already", kind, name, extra={"key": (job.namespace, job.name)})
+            except RejectedError as error:
+                sentence = f"the API server rejects {kind} {name}, by which the train pods reach one another: {error}"
+                raise _BlockedError(Reason("PeersRejected", sentence)) from error
+        return created
+
+    async def _announce(self, facts: Facts, status: QLoRAJobStatus) -> tuple[QLoRAJobStatus, bool]:
+        """The status with what has come of the entry for servers, and whether that was written.
+
+        Nothing is tried before it is due: what the API server rejects, it mostly rejects for as long as nobody acts.
+        """
+        job, name, key = facts.job, config_map_name(facts.job), (facts.job.namespace, facts.job.name)
+        if status.adapter is None:
+            raise AssertionError("a job without an adapter has nothing to announce")
+        if (reserved := reserved_config_map(job.spec, facts.profiles.values())) is not None:
+            return without_announcement(status, facts, reserved.sentence), False
+        if (due := self.announcements.due(key)) is not None and facts.now < due:
+            return status, False
+        try:
+            await self._write_entry(job, status.adapter)
+        except ClusterError as error:
+            logger.warning("ConfigMap %s: %s", name, error, extra={"key": key})
+            self.announcements.postpone(key, facts.now)
+            if isinstance(error, RejectedError):
+                status = without_announcement(status, facts, rejection_of_entry(job, str(error)))
+            return status, False
+        self.announcements.end(key)
+        logger.info("announced in ConfigMap %s", name, extra={"key": key})
+        return with_announcement(status, facts), True
+
+    async def _write_entry(self, job: QLoRAJob, adapter: AdapterStatus) -> None:
+        """Raises ClusterError: RejectedError if the ConfigMap is not ours, or must not be written."""
+        name, (beside_others, as_the_first) = config_map_name(job), build_patches(job, adapter)
+        try:
+            await self.cluster.patch_config_map(job.namespace, name, beside_others)
+        except NotFoundError:
+            # Raises ConflictError if another job creates it now: the next try finds it.
+            await self.cluster.create_config_map(job.namespace, build_config_map(job, adapter))
+        except ForbiddenError:
+            raise
+        except RejectedError as error:
+            try:
+                await self.cluster.patch_config_map(job.namespace, name, as_the_first)
+            except RejectedError:
+                raise error from None
+
+    async def _existing(self, get: Awaitable[Object]) -> Object:
+        try:
+            return await get
+        except NotFoundError as error:
+            raise RetryError("the object of the same name has just been deleted") from error
+
+
+def _name_taken(found: Object, job: QLoRAJob, step: StepName) -> Reason | None:
+    """Why a Job that has the name of the step's is not that; None if it is."""
+    name = found["metadata"]["name"]
+    if controller_uid(found) != job.uid:
+        waiting = "the clean-up" if step == "clean" else f"the {step} step"
+        sentence = (
+            f"a Job {name} of another owner exists, perhaps of a deleted QLoRAJob of the same name: "
+            f"{waiting} of this job starts when that Job is gone"
+        )
+        return Reason("NameTaken", sentence)
+    if not _has_label(found, job):
+        # No watch and no list would show it, so that each pass would create it again.
+        sentence = (
+            f"a Job {name} exists that names this job as its controller and does not have its label {JOB_UID_LABEL}, "
+            "so that nobody watches it: delete that Job, and this job goes on"
+        )
+        return Reason("NameTaken", sentence)
+    return None
+
+
+def _has_label(found: Object, job: QLoRAJob) -> bool:
+    """Whether the object has the label of what was created for the job."""
+    return bool((found["metadata"].get("labels") or {}).get(JOB_UID_LABEL) == job.uid)

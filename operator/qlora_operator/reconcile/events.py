@@ -1,0 +1,19 @@
+"""Posts Events. They only explain: nothing else waits for one, or fails because it cannot be posted."""
+
+import logging
+
+from qlora_operator.decisions.observed.objects import Object
+from qlora_operator.keys import Key
+from qlora_operator.kube.client import AlreadyExistsError, Cluster, ClusterError
+
+logger = logging.getLogger(__name__)
+
+
+async def post(cluster: Cluster, key: Key, event: Object) -> None:
+    """Post the Event about that object, unless it exists already. What keeps it from being posted is logged."""
+    try:
+        await cluster.create_event(key[0], event)
+    except AlreadyExistsError:
+        logger.debug("this Event exists already", extra={"key": key})
+    except ClusterError as error:
+        logger.warning("an Event cannot be posted: %s", error, extra={"key": key})

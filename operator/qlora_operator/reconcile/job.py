@@ -1,0 +1,420 @@
+"""Reconciles one job: look, decide by pure functions, act, write the status once.
+
+A pass decides from what the watches have shown. What cannot be undone is decided once more, from what is read then.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import cached_property
+
+from qlora_api.profile import Profile
+from qlora_api.status import QLoRAJobStatus
+from qlora_operator.decisions.continued import is_at_rest, waits_for_other_job
+from qlora_operator.decisions.events import (
+    announcement_event,
+    budget_event,
+    phase_event,
+    progress_event,
+    tracking_event,
+    unreadable_event,
+)
+from qlora_operator.decisions.groups.group import look_again_after, waiting_for
+from qlora_operator.decisions.manifests.objects import DNS_PORTS
+from qlora_operator.decisions.observed.conditions import condition, is_finished
+from qlora_operator.decisions.observed.facts import Facts
+from qlora_operator.decisions.observed.members import GroupFacts
+from qlora_operator.decisions.observed.objects import Object, Observed, Pod, QLoRAJob, Reason
+from qlora_operator.decisions.observed.parsing import controller_uid, parse_child
+from qlora_operator.decisions.observed.stored_job import UnreadableJobError, parse_job
+from qlora_operator.decisions.plan import (
+    Plan,
+    cannot_be_undone,
+    creates_first_job,
+    is_settled,
+    plan,
+)
+from qlora_operator.decisions.pods.blockers import no_pod_at
+from qlora_operator.decisions.pods.detached import (
+    hides_a_pod,
+    lacks_earlier_pod,
+    misses_running_pod,
+    with_detached_pods,
+)
+from qlora_operator.decisions.pods.kueue import queue_reason
+from qlora_operator.decisions.profile_limit import held_back, limit_of_jobs
+from qlora_operator.decisions.status import next_status
+from qlora_operator.keys import Key
+from qlora_operator.kube.client import (
+    Cluster,
+    ClusterError,
+    ConflictError,
+    NotFoundError,
+    RejectedError,
+    UnavailableError,
+)
+from qlora_operator.kube.listing import ChildView
+from qlora_operator.metrics.metrics import Metrics
+from qlora_operator.reconcile.actions import Actions
+from qlora_operator.reconcile.events import post
+from qlora_operator.reconcile.groups import Groups
+from qlora_operator.reconcile.pauses import AtOnce, Blocked, Later, NextPass, Pauses, Postponed
+from qlora_operator.reconcile.profile_limit import Starts
+from qlora_operator.reconcile.progress import LogReading, ProgressReader
+from qlora_operator.reconcile.queue import RetryError
+from qlora_operator.watch.store import Store
+
+logger = logging.getLogger(__name__)
+
+# What server-side apply says of it.
+_UNKNOWN_FIELD = "field not declared in schema"
+
+
+@dataclass(frozen=True)
+class _View:
+    """A job and its children: read live, or as the watches have shown them."""
+
+    job: QLoRAJob
+    observed: Observed
+    live: bool
+    fresh: bool
+
+
+@dataclass(frozen=True)
+class _Around:
+    """What a pass has read besides the job and its children."""
+
+    log: LogReading
+    queue: Reason | None
+    continued: QLoRAJob | None
+    continued_writer: str
+    group: GroupFacts | None
+
+
+@dataclass(frozen=True)
+class _Decision:
+    facts: Facts
+    status: QLoRAJobStatus
+    plan: Plan
+    held_back: Reason | None
+    """Why the job waits for others of its profile, if nothing else keeps it from going on."""
+
+
+@dataclass(frozen=True)
+class _Done:
+    """The end of a pass."""
+
+    seconds: float | None = None
+    """Until the job is reconciled again; None if the next event is enough."""
+
+
+@dataclass(frozen=True)
+class Reconciler:
+    """One pass over one job. Keeps nothing between passes that a restart may not lose: all state is in the API."""
+
+    cluster: Cluster
+    profiles: Mapping[str, Profile]
+    progress: ProgressReader | None
+    metrics: Metrics
+    clock: Callable[[], datetime]
+    starts: Starts
+    store: Store = field(default_factory=Store)
+    dns_ports: tuple[int, ...] = DNS_PORTS
+    blocked: Pauses = field(default_factory=Pauses)
+    announcements: Postponed = field(default_factory=Postponed)
+    suspect_schema: Callable[[], None] = lambda: None
+    """Called when the API server does not know a field of the status."""
+
+    @cached_property
+    def _groups(self) -> Groups:
+        return Groups(self.cluster, self.store)
+
+    async def reconcile(self, key: Key) -> float | None:
+        """Seconds until the job is reconciled again; None if the next event is enough. Raises RetryError."""
+        with self.metrics.reconcile_duration.time():
+            try:
+                return await self._reconcile(key)
+            except (ConflictError, NotFoundError) as error:
+                self.store.distrust(key)
+                raise RetryError(f"changed or deleted in the meantime: {error}") from error
+            except ClusterError as error:
+                # Perhaps it was carried out all the same.
+                self.store.distrust(key)
+                self.metrics.reconcile_errors.inc()
+                if _UNKNOWN_FIELD in str(error):
+                    self.suspect_schema()
+                raise RetryError(str(error)) from error
+
+    async def _reconcile(self, key: Key) -> float | None:
+        view = await self._look(key)
+        while view is not None:
+            done = await self._counted_pass(key, view)
+            if not isinstance(done, _View):
+                return done.seconds
+            view = done  # live, so that there is no third pass
+        return None
+
+    async def _counted_pass(self, key: Key, view: "_View") -> "_Done | _View":
+        """A pass with a true count of the jobs of the profile, if that is limited and the job needs a place."""
+        limit = limit_of_jobs(view.job, self.profiles)
+        if limit is None:
+            async with self._groups.joining(view.job):
+                return await self._pass(key, view, None)
+        async with self.starts.count(view.job, limit) as others, self._groups.joining(view.job):
+            return await self._pass(key, view, others)
+
+    async def _pass(self, key: Key, view: "_View", others: int | None) -> "_Done | _View":
+        """Decide, confirm, act and write; or the job as it is now, with which the pass has to be made instead.
+
+        `others`: how many jobs of the profile have started; None if they were not counted.
+        """
+        group = await self._groups.read(view.job, live=view.live)
+        log = await self.progress.read(key, view.job, view.observed, group) if self.progress else LogReading()
+        queue = await self._read_queue(view)
+        around = _Around(log, queue, *await self._read_continued(view), group)
+        decision = self._decide(view, around, others or 0)
+        if not view.live and _must_be_confirmed(view, decision):
+            confirmed = await self._read(key)
+            if confirmed is None:
+                return _Done()
+            if self._needs_another_count(confirmed.job, view.job, others):
+                return confirmed
+            group = await self._groups.read(confirmed.job, live=True)
+            around = _Around(log, queue, *await self._read_continued(confirmed), group)
+            decision = self._decide(confirmed, around, others or 0)
+        again = self.blocked.until(key, await self._carry_out(decision))
+        return _Done(_soonest(again, log.again, self._follow_waiting(key, decision)))
+
+    def _needs_another_count(self, confirmed: QLoRAJob, counted: QLoRAJob, others: int | None) -> bool:
+        """Whether the job as it is now needs a place for which the one that the watches have shown was not counted."""
+        if limit_of_jobs(confirmed, self.profiles) is None:
+            return False
+        return others is None or confirmed.spec.scheduling.profile != counted.spec.scheduling.profile
+
+    def _follow_waiting(self, key: Key, decision: "_Decision") -> float | None:
+        """After the write: when a job has ended, or has started after it waited, the next in the row is looked at.
+
+        Seconds until the job itself is to be looked at again: the first in the row relies on nobody to wake it.
+        """
+        job = decision.facts.job
+        if decision.held_back is not None:
+            return self.starts.wait(job)
+        if self.starts.waits(key) or (is_finished(decision.status) and not is_finished(job.status)):
+            self.starts.place_may_be_free(key)
+        return None
+
+    async def _look(self, key: Key) -> "_View | None":
+        """The job, from what the watches have shown if that is there; None if there is nothing to do for it."""
+        held = self.store.held(key)
+        if held is None:
+            return await self._read(key)
+        job = await self._readable(key, held.body)
+        if job is None:
+            return None
+        view = _View(job, with_detached_pods(job, held.observed), live=False, fresh=held.fresh)
+        return None if self._is_settled(key, view) else view
+
+    async def _read(self, key: Key) -> "_View | None":
+        """The job as it is now, with its children; None if there is nothing to do for it."""
+        body = await self.cluster.get_qlora_job(*key)
+        if body is None:
+            self.store.gone(key)
+            self._let_go(key)
+            self.metrics.job_is_gone(key)
+            return None
+        job = await self._readable(key, body)
+        if job is None:
+            return None
+        jobs = await self.cluster.list_jobs(job.namespace, job.name, job.uid)
+        pods = await self.cluster.list_pods(job.namespace, job.uid)
+        observed = await self._with_current_job(job, self.store.note_live_read(body, jobs, pods))
+        observed = with_detached_pods(job, observed, await self._read_hidden_pods(job, observed))
+        view = _View(job, observed, live=True, fresh=False)
+        return None if self._is_settled(key, view) else view
+
+    async def _with_current_job(self, job: QLoRAJob, observed: Observed) -> Observed:
+        """With the Job of the current step although somebody has taken its label or its owner away: it still runs.
+
+        Of a job that is being deleted only with its owner: its Jobs may be left alone on purpose (`--cascade=orphan`),
+        which nothing else shows any more once the garbage collector has done its part.
+        """
+        step = job.status.step
+        if step is None or not step.job_uid or observed.child(step.job_name) is not None:
+            return observed
+        try:
+            body = await self.cluster.get_job(job.namespace, step.job_name)
+        except NotFoundError:
+            return observed
+        if job.deleting and controller_uid(body) != job.uid:
+            return observed
+        found = parse_child(body)
+        return replace(observed, children=(*observed.children, found)) if found.uid == step.job_uid else observed
+
+    async def _read_hidden_pods(self, job: QLoRAJob, observed: Observed) -> list[Pod]:
+        """Pods of the current step that have lost the label by which pods are watched; others may be among them."""
+        step, found = job.status.step, list[ChildView]()
+        if step is None:
+            return []
+        missing = misses_running_pod(observed, step)
+        if missing and step.running_pod_name:
+            found += await self.cluster.list_pods_named(job.namespace, step.running_pod_name)
+        if hides_a_pod(observed, step) or (missing and not step.running_pod_name):
+            found += await self.cluster.list_pods_of_child(job.namespace, step.job_uid)
+        # With the label it has only just been created: the watch is about to show it.
+        return [replace(view.value, detached=view.job_uid != job.uid) for view in found if isinstance(view.value, Pod)]
+
+    async def _readable(self, key: Key, body: Object) -> QLoRAJob | None:
+        """The job; None, after an Event, if this version of the operator cannot read it. Who leaves frees its place."""
+        try:
+            job = parse_job(body)
+        except UnreadableJobError as error:
+            logger.error("%s", error, extra={"key": key})  # noqa: TRY400 - the message names the fields
+            await post(self.cluster, key, unreadable_event(dict(body), str(error), self.clock()))
+            self._let_go(key)
+            return None
+        if job.deleting:
+            self.starts.place_may_be_free(key)
+        # Of an earlier one no watch may have shown the deletion.
+        self.metrics.job_is_gone(key, replaced_by=job.uid)
+        return job
+
+    def _let_go(self, key: Key) -> None:
+        """Nothing is done for the job any more, so that another one may have its place."""
+        self.starts.place_may_be_free(key)
+        self._forget(key)
+
+    def _is_settled(self, key: Key, view: "_View") -> bool:
+        settled = is_settled(view.job, view.observed)
+        self.store.settle(key, settled)
+        if settled:
+            self._forget(key)
+        return settled
+
+    async def _read_queue(self, view: "_View") -> Reason | None:
+        """Why the current step's Job waits in a queue; None if it does not, or that cannot be read.
+
+        Nothing else waits for it: without Kueue, the right to read Workloads or an answer, the status says less.
+        """
+        job = view.job
+        child = view.observed.child(job.status.step.job_name) if job.status.step else None
+        if child is None or not child.suspended or child.finished:
+            return None
+        try:
+            workload = await self.cluster.find_workload(job.namespace, child.uid)
+        except ClusterError as error:
+            logger.debug("Workloads cannot be read: %s", error, extra={"key": (job.namespace, job.name)})
+            return None
+        return queue_reason(child, workload, condition(job.status, "Succeeded"))
+
+    async def _read_continued(self, view: "_View") -> tuple[QLoRAJob | None, str]:
+        """The job that spec.continues names, until that is settled, and what may still save a checkpoint of it.
+
+        None if there is none that can be read.
+        """
+        job = view.job
+        if not waits_for_other_job(job):
+            return None, ""
+        body = await self.cluster.get_qlora_job(job.namespace, str(job.spec.continues))
+        try:
+            other = None if body is None else parse_job(body)
+        except UnreadableJobError as error:
+            logger.warning("%s: %s", job.spec.continues, error, extra={"key": (job.namespace, job.name)})
+            return None, ""
+        return other, await self._groups.read_writer(other) if other is not None and is_at_rest(other) else ""
+
+    def _decide(self, view: "_View", around: "_Around", others: int) -> "_Decision":
+        facts = Facts(
+            job=view.job,
+            observed=view.observed,
+            profiles=self.profiles,
+            now=self.clock(),
+            progress=around.log.record,
+            progress_beside=around.log.beside,
+            log_read=around.log.done,
+            queue=around.queue,
+            continued=around.continued,
+            continued_writer=around.continued_writer,
+            group=around.group,
+            jobs_of_profile=others,
+        )
+        status = next_status(facts)
+        # A job counts once its status says that it has started, which a Job alone does not.
+        counts_itself = limit_of_jobs(view.job, self.profiles) is not None
+        group_again = look_again_after(status, facts)
+        planned = plan(view.job, status, view.observed, facts.now, counts_itself=counts_itself, group_again=group_again)
+        return _Decision(facts, status, planned, held_back(facts))
+
+    async def _carry_out(self, decision: "_Decision") -> NextPass:
+        """Act and store the status."""
+        facts, planned = decision.facts, decision.plan
+        if planned.store_first:
+            return AtOnce(changed=await self._write(facts, decision.status))
+        actions = Actions(self.cluster, self.store, self.dns_ports, self.announcements)
+        done = await actions.carry_out(facts, decision.status, planned.actions)
+        if not done.blocked and any(creates_first_job(action) for action in planned.actions):
+            # What was resolved is safe in that Job. Other new jobs need theirs more urgently than this one its status.
+            return AtOnce(changed=done.changed)
+        await self._write(facts, done.status)
+        moments = (moment for moment in (planned.look_again, done.look_again) if moment is not None)
+        look_again = _soonest(*((moment - facts.now).total_seconds() for moment in moments))
+        return Blocked(look_again) if done.blocked else Later(look_again)
+
+    async def _write(self, facts: Facts, status: QLoRAJobStatus) -> bool:
+        """Store the status if it differs from the stored one, and post an Event if the phase changes.
+
+        Whether that has changed what is stored: the API server may have kept nothing of it.
+        """
+        job, key = facts.job, (facts.job.namespace, facts.job.name)
+        if status == job.status or (content := status.dump()) == job.status.dump():
+            return False
+        try:
+            written = await self.cluster.apply_status(job, content)
+        except (RejectedError, UnavailableError):
+            self.metrics.status_write_errors.inc()
+            raise
+        self.store.job_changed(written)
+        self.metrics.status_writes.inc()
+        self.metrics.gpu_seconds.note(job, status)
+        for name in waiting_for(job, status, facts.group.others if facts.group else ()):
+            self.starts.enqueue((job.namespace, name))
+        self.metrics.show(written)
+        self.metrics.transitions.written(job, status)
+        if event := phase_event(job, status, facts.now):
+            logger.info("phase %s, was %s", status.phase, job.status.phase, extra={"key": key})
+            await post(self.cluster, key, event)
+        if event := progress_event(job, status, facts.now) or budget_event(job, status, facts.now):
+            logger.warning("%s", event["message"], extra={"key": key})
+            await post(self.cluster, key, event)
+        if event := tracking_event(job, status, facts.now) or announcement_event(job, status, facts.now):
+            await post(self.cluster, key, event)
+        return bool(written["metadata"]["resourceVersion"] != job.resource_version)
+
+    def _forget(self, key: Key) -> None:
+        self.blocked.end(key)
+        self.announcements.end(key)
+        if self.progress is not None:
+            self.progress.forget(key)
+
+
+def _must_be_confirmed(view: _View, decision: _Decision) -> bool:
+    actions = decision.plan.actions
+    if cannot_be_undone(view.job, decision.status, actions):
+        return True
+    if _hides_a_pod_for_long(view, decision.facts.now) or lacks_earlier_pod(view.job.status.step, view.observed):
+        return True
+    # Of a job whose creation a watch has shown, nothing can exist that the store does not know of.
+    return not view.fresh and any(creates_first_job(action) for action in actions)
+
+
+def _hides_a_pod_for_long(view: _View, now: datetime) -> bool:
+    """Not just because the watches of Jobs and of pods show a new pod one after the other."""
+    step = view.job.status.step
+    child = view.observed.child(step.job_name) if step else None
+    if step is None or child is None:
+        return False
+    return now >= no_pod_at(child) and hides_a_pod(view.observed, step)
+
+
+def _soonest(*moments: float | None) -> float | None:
+    return min((seconds for seconds in moments if seconds is not None), default=None)

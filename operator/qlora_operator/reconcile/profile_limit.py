@@ -1,0 +1,86 @@
+"""Counts the jobs of a profile that have started, so that no more of them run at a time than the profile allows."""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from qlora_operator.decisions.observed.objects import QLoRAJob
+from qlora_operator.keys import Key
+
+SECONDS_FULL = 5.0
+SECONDS_BETWEEN_LOOKS = 15.0
+
+Group = tuple[str, str]
+"""Namespace and name of a profile."""
+
+
+@dataclass
+class Starts:
+    """Lets the jobs of one profile in one namespace start one after the other, each with a true count of the others.
+
+    The count comes from the API, and a job is counted once its status says that it has started. From the count to that
+    write no other job of the group is counted: as there is one operator, the limit is not exceeded. What is kept here
+    only saves requests: after a restart every job is looked at, and who waits is known again.
+    """
+
+    profiles_in_use: Callable[[str], AsyncIterator[Sequence[str | None]]]
+    """`profile_in_use` of each QLoRAJob of a namespace that has not ended, as stored now, in parts."""
+    enqueue: Callable[[Key], None]
+    monotonic: Callable[[], float]
+    _locks: dict[Group, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
+    _full: dict[Group, tuple[int, float]] = field(default_factory=dict)
+    """Counts that have reached the limit, and until when they are taken for true: thousands of jobs may ask."""
+    _waiting: dict[Group, dict[Key, None]] = field(default_factory=dict)
+    """Who waits, the first first."""
+
+    @asynccontextmanager
+    async def count(self, job: QLoRAJob, limit: int) -> AsyncIterator[int]:
+        """How many other jobs of its group have started and not ended; that stays so until the block ends."""
+        group = _group(job)
+        if (known := self._known(group)) is not None:
+            yield known
+            return
+        async with self._locks[group]:
+            if (known := self._known(group)) is None:
+                known = await self._count(group)
+                if known >= limit:
+                    self._full[group] = (known, self.monotonic() + SECONDS_FULL)
+            yield known
+
+    def wait(self, job: QLoRAJob) -> float | None:
+        """The job is to be looked at when another one of its group ends; the first in the row also after these seconds.
+
+        A place may become free without a sign, as when a job is replaced by another one of its name.
+        """
+        waiting, key = self._waiting.setdefault(_group(job), {}), (job.namespace, job.name)
+        waiting[key] = None
+        return SECONDS_BETWEEN_LOOKS if next(iter(waiting)) == key else None
+
+    def waits(self, key: Key) -> bool:
+        """Whether the job was found to wait."""
+        return any(key in waiting for waiting in self._waiting.values())
+
+    def place_may_be_free(self, key: Key) -> None:
+        """The job has ended, goes or is gone, or no longer waits: whoever waits longest is looked at."""
+        for group in [group for group in self._waiting if group[0] == key[0]]:
+            waiting = self._waiting[group]
+            waiting.pop(key, None)
+            self._full.pop(group, None)
+            if waiting:
+                self.enqueue(next(iter(waiting)))
+            else:
+                del self._waiting[group]
+
+    async def _count(self, group: Group) -> int:
+        namespace, profile = group
+        return sum([page.count(profile) async for page in self.profiles_in_use(namespace)])
+
+    def _known(self, group: Group) -> int | None:
+        count, until = self._full.get(group, (0, 0.0))
+        return count if self.monotonic() < until else None
+
+
+def _group(job: QLoRAJob) -> Group:
+    return job.namespace, job.spec.scheduling.profile

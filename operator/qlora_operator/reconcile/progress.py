@@ -1,0 +1,135 @@
+"""Reads progress records from the logs of running pods, within a limit of requests for all jobs."""
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from qlora_api.contract import ProgressRecord, decode_record
+from qlora_api.figures import with_progress
+from qlora_api.status import QLoRAJobStatus, StepName
+from qlora_operator.decisions.groups.group import reporting
+from qlora_operator.decisions.observed.members import GroupFacts, PodName
+from qlora_operator.decisions.observed.objects import Observed, Pod, QLoRAJob, parse_time
+from qlora_operator.keys import Key
+
+logger = logging.getLogger(__name__)
+
+READS_PER_SECOND = 20
+SECONDS_BETWEEN_READS = 10.0
+SECONDS_AFTER_FAILURE = 60.0
+
+ReadLog = Callable[[str, str], Awaitable[str | None]]
+"""(namespace, pod) -> the end of its log; None if it cannot be read."""
+
+
+@dataclass
+class ReadSchedule:
+    """Spreads the reads of all jobs over time: each job at most every 10 seconds, all together at most 20 per second.
+
+    With more than 200 running jobs, each is read less often. What is reserved for later keeps nobody from reading now.
+    """
+
+    _due: dict[Key, float] = field(default_factory=dict)
+    _reserved: dict[int, int] = field(default_factory=dict)
+    """How many reads are to come in each second, counted from the clock's zero."""
+
+    def seconds_until_due(self, key: Key, now: float) -> float:
+        """Seconds from `now` until the job's log may be read; 0 when it is due. The first call reserves a slot."""
+        if key not in self._due:
+            self._due[key] = self._reserve(now, now)
+        return max(0.0, self._due[key] - now)
+
+    def done(self, key: Key, now: float, pause: float = SECONDS_BETWEEN_READS) -> float:
+        """Note that the log has been read; seconds until it is due again, at least `pause`."""
+        self._due[key] = self._reserve(now + pause, now)
+        return self._due[key] - now
+
+    def forget(self, key: Key) -> None:
+        """Drop a job that no longer runs."""
+        self._due.pop(key, None)
+
+    def _reserve(self, earliest: float, now: float) -> float:
+        """A time for a read, in the first second from `earliest` on that has not its share of reads yet."""
+        self._reserved = {second: count for second, count in self._reserved.items() if second >= int(now)}
+        second = int(earliest)
+        while self._reserved.get(second, 0) >= READS_PER_SECOND:
+            second += 1
+        before = self._reserved.get(second, 0)
+        self._reserved[second] = before + 1
+        return max(earliest, second + before / READS_PER_SECOND)
+
+
+@dataclass(frozen=True)
+class LogReading:
+    """What one pass has learned from the log of a job."""
+
+    record: ProgressRecord | None = None
+    beside: ProgressRecord | None = None
+    """The latest of the other jobs that the pod trains."""
+    again: float | None = None
+    """Seconds until the next reading; None if the job does not run."""
+    done: bool = False
+    """Whether the log could be read, so that it means something if there is no record in it."""
+
+
+class ProgressReader:
+    """Reads the progress of one job when it is due. A failure to read is never a failure of the job.
+
+    At most `concurrent` logs are read at a time: a node that does not answer must not block all workers.
+    """
+
+    def __init__(self, read_log: ReadLog, monotonic: Callable[[], float], concurrent: int) -> None:
+        self._read_log = read_log
+        self._concurrent = concurrent
+        self._reading = 0
+        self._monotonic = monotonic
+        self._schedule = ReadSchedule()
+
+    async def read(self, key: Key, job: QLoRAJob, observed: Observed, group: GroupFacts | None = None) -> LogReading:
+        """The latest record of the job in the running pod that reports on it, if it is time to look for one.
+
+        `group`: the other jobs of its group, the pod of one of which may train it.
+        """
+        step = job.status.step
+        pod, beside = reporting(job, observed, group)
+        if pod is None or step is None:
+            self._schedule.forget(key)
+            return LogReading()
+        wait = self._schedule.seconds_until_due(key, self._monotonic())
+        if wait > 0:
+            return LogReading(again=wait)
+        if self._reading >= self._concurrent:
+            return LogReading(again=self._schedule.done(key, self._monotonic(), pause=1.0))
+        self._reading += 1
+        try:
+            text = await self._read_log(job.namespace, pod.name)
+        finally:
+            self._reading -= 1
+        if text is None:
+            return LogReading(again=self._schedule.done(key, self._monotonic(), pause=SECONDS_AFTER_FAILURE))
+        record = latest_record(text, job.uid, pod, step.name)
+        others = [found for uid in beside if (found := latest_record(text, uid, pod, step.name)) is not None]
+        newest = max(others, key=lambda found: parse_time(found.time), default=None)
+        return LogReading(record, newest, self._schedule.done(key, self._monotonic()), done=True)
+
+    def forget(self, key: Key) -> None:
+        """Drop a job that is gone."""
+        self._schedule.forget(key)
+
+
+def latest_record(log: str, job_uid: str, pod: Pod | PodName, step: StepName) -> ProgressRecord | None:
+    """The last line of the log that is a progress record of this job, pod and step, and that a status can hold."""
+    for line in reversed(log.splitlines()):
+        record = decode_record(line, job_uid=job_uid, pod_uid=pod.uid)
+        if isinstance(record, ProgressRecord) and record.step == step and _storable(record):
+            return record
+    return None
+
+
+def _storable(record: ProgressRecord) -> bool:
+    """Whether the API server would accept the record's figures: one bad line must not block every later status."""
+    try:
+        QLoRAJobStatus.model_validate(with_progress(QLoRAJobStatus(), record).dump())
+    except (ValueError, OverflowError):
+        return False
+    return True

@@ -1,0 +1,300 @@
+"""Reconciles one sweep: reads it and its cells as they are now, decides, acts, writes the status once.
+
+Nothing is kept between passes. There are few sweeps, and a pass for each needs two requests at rest: it asks the API
+server, and so can never decide from what a watch has shown late.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+from qlora_api.profile import Profile
+from qlora_api.sweep import SWEEP_KIND, Cell
+from qlora_api.sweep_status import QLoRASweepStatus
+from qlora_operator.decisions.events import sweep_event, unreadable_event
+from qlora_operator.decisions.observed.objects import Object, Reason
+from qlora_operator.decisions.sweeps.best_cell import ENDED, cells_to_publish, published
+from qlora_operator.decisions.sweeps.objection import fault_of_cells, objection_to_sweep
+from qlora_operator.decisions.sweeps.plan import (
+    Action,
+    CreateCell,
+    SetCleanup,
+    SetSuspend,
+    StopCell,
+    held_up,
+    invalid,
+    judges_anew,
+    next_status,
+    plan,
+    table,
+)
+from qlora_operator.decisions.sweeps.sweep import (
+    CellJob,
+    QLoRASweep,
+    StoredSweep,
+    UnreadableSweepError,
+    build_cell,
+    build_sweep_claim,
+    cleanup,
+    is_of_sweep,
+    parse_cell,
+    parse_sweep,
+    stop,
+    suspension,
+)
+from qlora_operator.keys import Key
+from qlora_operator.kube.client import (
+    AlreadyExistsError,
+    Cluster,
+    ClusterError,
+    ConflictError,
+    NotFoundError,
+    RejectedError,
+)
+from qlora_operator.reconcile.events import post
+from qlora_operator.reconcile.pauses import Pauses
+from qlora_operator.reconcile.queue import RetryError
+
+logger = logging.getLogger(__name__)
+
+
+class _BlockedError(Exception):
+    """An action cannot be done now; `reason` says why, for the status."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason.sentence)
+        self.reason = reason
+
+
+class _DeniedError(_BlockedError):
+    """The API server rejects a cell or its claim, by a quota or an admission webhook for example."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Denial:
+    """That cells could not be created, which is not tried again at each event of another cell."""
+
+    reason: Reason
+    until: datetime
+    generation: int
+    """Of the spec. What its user changes may be what was in the way."""
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What a pass has done."""
+
+    jobs: dict[str, CellJob]
+    """The cells that it has created or changed, as they are since."""
+    blocked: Reason | None = None
+    again: float | None = None
+    """Seconds until the sweep is looked at again; None if the next event is enough."""
+
+
+@dataclass(frozen=True)
+class SweepReconciler:
+    """One pass over one sweep."""
+
+    cluster: Cluster
+    profiles: Mapping[str, Profile]
+    clock: Callable[[], datetime]
+    blocked: Pauses = field(default_factory=Pauses)
+    _denials: dict[Key, _Denial] = field(default_factory=dict)
+
+    async def reconcile(self, key: Key) -> float | None:
+        """Seconds until the sweep is reconciled again; None if the next event is enough. Raises RetryError."""
+        try:
+            return await self._reconcile(key)
+        except ClusterError as error:
+            raise RetryError(str(error)) from error
+
+    async def _reconcile(self, key: Key) -> float | None:
+        body = await self.cluster.get_sweep(*key)
+        sweep = None if body is None else await self._readable(key, body)
+        if sweep is None or sweep.deleting:
+            self._let_go(key)
+            return None
+        try:
+            cells = sweep.cells()
+        except ValueError as error:
+            await self._write(sweep, invalid(sweep, Reason("InvalidCells", str(error)), self.clock()))
+            return None
+        try:
+            jobs = await self._jobs(sweep)
+        except RejectedError as error:
+            sentence = f"the API server does not let the operator read the QLoRAJobs of this namespace: {error}"
+            await self._write(sweep, held_up(sweep, Reason("CellsNotReadable", sentence), self.clock()))
+            return self.blocked.next(key)
+        if fault := fault_of_cells(sweep, cells, jobs):
+            await self._write(sweep, invalid(sweep, fault, self.clock()))
+            return None
+        objection = objection_to_sweep(sweep, self.profiles, self.clock())
+        if judges_anew(sweep, lines := table(sweep, cells, jobs)):
+            best = published(sweep, lines, jobs)
+            await self._write(sweep, next_status(sweep, lines, objection, None, self.clock(), best))
+            return 0.0
+        try:
+            actions = tuple(plan(sweep, cells, jobs, objection))
+        except ValueError as error:
+            done = _Done({}, Reason("CellsNotReadable", str(error)), self.blocked.next(key))
+        else:
+            done = await self._carry_out_all(key, sweep, actions)
+        jobs |= done.jobs
+        lines = table(sweep, cells, jobs)
+        best = published(sweep, lines, jobs)
+        await self._write(sweep, next_status(sweep, lines, objection, done.blocked, self.clock(), best))
+        return done.again
+
+    async def _carry_out_all(self, key: Key, sweep: QLoRASweep, actions: tuple[Action, ...]) -> _Done:
+        """Do what can be done now. Cells whose creation was denied wait for their time; nothing else waits for them."""
+        denial = self._denial(key, sweep)
+        waits = denial is not None and any(isinstance(action, CreateCell) for action in actions)
+        jobs: dict[str, CellJob] = {}
+        error: _BlockedError | None = None
+        for action in actions:
+            if waits and isinstance(action, CreateCell):
+                continue
+            try:
+                jobs |= await self._carry_out(sweep, action)
+            except _BlockedError as found:
+                logger.warning("%s", found, extra={"key": key})
+                error = found
+        now = self.clock()
+        if error is not None:
+            pause = self.blocked.next(key)
+            if isinstance(error, _DeniedError):
+                self._denials[key] = _Denial(error.reason, now + timedelta(seconds=pause), sweep.generation)
+            return _Done(jobs, error.reason, pause)
+        if denial is not None and waits:
+            return _Done(jobs, denial.reason, max(0.0, (denial.until - now).total_seconds()))
+        self._let_go(key)
+        return _Done(jobs)
+
+    def _denial(self, key: Key, sweep: QLoRASweep) -> _Denial | None:
+        """Why no cell may be created yet; None if that may be tried, or tried again."""
+        denial = self._denials.get(key)
+        if denial is None or denial.generation != sweep.generation or self.clock() >= denial.until:
+            return None
+        return denial
+
+    def _let_go(self, key: Key) -> None:
+        """Nothing is in the way of the sweep any more, or it is gone."""
+        self.blocked.end(key)
+        self._denials.pop(key, None)
+
+    async def _carry_out(self, sweep: QLoRASweep, action: Action) -> dict[str, CellJob]:
+        """The cell that the action has created or changed, by its name. Raises _BlockedError."""
+        match action:
+            case SetSuspend(job, suspend):
+                word = "suspension" if suspend else "resumption"
+                return await self._change(sweep, job, suspension(job, suspend), word)
+            case StopCell(job, why):
+                logger.info("%s %s", job.name, why, extra={"key": (sweep.namespace, sweep.name)})
+                return await self._change(sweep, job, stop(job, why), "suspension")
+            case SetCleanup(job, seconds):
+                return await self._change(sweep, job, cleanup(job, seconds), "clean-up")
+            case CreateCell(cell):
+                await self._create_claim(sweep)
+                return await self._create(sweep, cell)
+
+    async def _readable(self, key: Key, body: Object) -> QLoRASweep | None:
+        try:
+            return parse_sweep(body)
+        except UnreadableSweepError as error:
+            logger.error("%s", error, extra={"key": key})  # noqa: TRY400 - the message names the fields
+            await post(self.cluster, key, unreadable_event(dict(body), str(error), self.clock(), SWEEP_KIND))
+            if error.stored is not None:
+                await self._write(error.stored, held_up(error.stored, Reason("InvalidSpec", str(error)), self.clock()))
+            return None
+
+    async def _jobs(self, sweep: QLoRASweep) -> dict[str, CellJob]:
+        """The QLoRAJobs of the cells as they are now, by name.
+
+        One that somebody has taken the label from is asked for by its name, as long as its end has not been seen, or
+        its run is to be published.
+        """
+        jobs = {job.name: job for job in await self.cluster.list_cells(sweep.namespace, sweep.uid)}
+        of_best = () if sweep.status.published is None else (sweep.status.published,)
+        lines = (*sweep.status.cells, *of_best)
+        names = [line.name for line in lines if line.uid and line.phase not in ENDED] + cells_to_publish(sweep)
+        for name in names:
+            if name in jobs:
+                continue
+            try:
+                found = parse_cell(await self.cluster.get_cell(sweep.namespace, name), sweep.uid)
+            except NotFoundError:
+                continue
+            jobs |= {name: found} if found is not None else {}
+        return jobs
+
+    async def _change(self, sweep: QLoRASweep, job: CellJob, change: Object, word: str) -> dict[str, CellJob]:
+        """The cell after the change, which is a `word` for people. Raises _BlockedError."""
+        try:
+            changed = await self.cluster.change_cell(sweep.namespace, job.name, change)
+        except (NotFoundError, ConflictError):
+            logger.debug("cell %s is already gone", job.name, extra={"key": (sweep.namespace, sweep.name)})
+            return {}
+        except RejectedError as error:
+            sentence = f"the API server rejects the {word} of QLoRAJob {job.name}: {error}"
+            raise _BlockedError(Reason("CellRejected", sentence)) from error
+        return _parsed(changed, sweep)
+
+    async def _create(self, sweep: QLoRASweep, cell: Cell) -> dict[str, CellJob]:
+        """The cell's QLoRAJob. It may exist already, by a pass that was interrupted. Raises _BlockedError."""
+        try:
+            created = await self.cluster.create_cell(sweep.namespace, build_cell(sweep, cell))
+            logger.info("created QLoRAJob %s", cell.name, extra={"key": (sweep.namespace, sweep.name)})
+        except RejectedError as error:
+            sentence = f"the API server rejects QLoRAJob {cell.name}: {error}"
+            raise _DeniedError(Reason("CellRejected", sentence)) from error
+        except AlreadyExistsError as error:
+            created = await self._existing(self.cluster.get_cell, sweep, cell.name)
+            if not (found := _parsed(created, sweep)):
+                sentence = (
+                    f"a QLoRAJob {cell.name} exists that is not a cell of this sweep, perhaps of a deleted sweep of "
+                    "the same name: the sweep goes on when that QLoRAJob is gone"
+                )
+                raise _BlockedError(Reason("NameTaken", sentence)) from error
+            return found
+        return _parsed(created, sweep)
+
+    async def _create_claim(self, sweep: QLoRASweep) -> None:
+        """Create the claim of all cells, if the template names none and it is not there yet. Raises _BlockedError."""
+        template, name = sweep.spec.template.spec, sweep.claim_name
+        if template.workspace.claim_name is not None:
+            return
+        try:
+            manifest = build_sweep_claim(sweep, self.profiles[template.scheduling.profile])
+            await self.cluster.create_claim(sweep.namespace, manifest)
+            logger.info("created PersistentVolumeClaim %s", name, extra={"key": (sweep.namespace, sweep.name)})
+        except RejectedError as error:
+            sentence = f"the API server rejects PersistentVolumeClaim {name}: {error}"
+            raise _DeniedError(Reason("ClaimRejected", sentence)) from error
+        except AlreadyExistsError as error:
+            if not is_of_sweep(await self._existing(self.cluster.get_claim, sweep, name), sweep):
+                sentence = f"a PersistentVolumeClaim {name} exists that was not created for this sweep: delete it"
+                raise _BlockedError(Reason("ClaimNameTaken", sentence)) from error
+
+    @staticmethod
+    async def _existing(get: Callable[[str, str], Awaitable[Object]], sweep: QLoRASweep, name: str) -> Object:
+        try:
+            return await get(sweep.namespace, name)
+        except NotFoundError as error:
+            raise RetryError("the object of the same name has just been deleted") from error
+
+    async def _write(self, sweep: QLoRASweep | StoredSweep, status: QLoRASweepStatus) -> None:
+        """Store the status if it differs from the stored one, and post an Event if the phase changes."""
+        key = (sweep.namespace, sweep.name)
+        if status == sweep.status:
+            return
+        await self.cluster.apply_sweep_status(sweep, status.dump())
+        if event := sweep_event(sweep, status, self.clock()):
+            logger.info("phase %s, was %s", status.phase, sweep.status.phase, extra={"key": key})
+            await post(self.cluster, key, event)
+
+
+def _parsed(body: Object, sweep: QLoRASweep) -> dict[str, CellJob]:
+    """The cell by its name; nothing if the sweep does not control it."""
+    found = parse_cell(body, sweep.uid)
+    return {found.name: found} if found is not None else {}

@@ -1,0 +1,1 @@
+"""What the watches show. Only this package imports kopf."""

@@ -1,0 +1,364 @@
+"""Lists every job and sweep at an interval, so that a lost event only delays them, and notices when a watch is dead."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from qlora_operator.decisions.observed.objects import Object
+from qlora_operator.keys import Key
+from qlora_operator.kube.client import Cluster, ClusterError, NotFoundError, RejectedError
+from qlora_operator.kube.listing import KINDS, Kind, ObjectVersion, object_version, version_number
+from qlora_operator.kube.schema_check import NO_DEFINITION
+from qlora_operator.watch.store import Store
+
+logger = logging.getLogger(__name__)
+
+_BEAT_SECONDS = 20.0
+_PAUSE_AFTER_ERROR = 10.0
+_FAILED_BEATS = 3
+_FIRST_PAUSE_SECONDS = 10.0
+_KEYS_PER_SECOND = 100.0
+# What a list shows and its watch has not, the watch is usually about to show.
+_SECONDS_FOR_THE_WATCH = 1.0
+
+Identity = tuple[Kind, str, str, str]
+"""Kind, namespace, name and UID: what is said late of a deleted object must not count for a new one of its name."""
+
+EnqueueAfter = Callable[[Key, float], None]
+"""Requests a job, so many seconds from now."""
+
+
+@dataclass
+class WatchMonitor:
+    """Compares lists with what the watches have shown.
+
+    If a list has a newer version of an object than its watch has shown, and the watch has still not shown it at a list
+    `patience` seconds later, the watch is dead, although its connection may look alive.
+    """
+
+    patience: float
+    _shown: dict[Identity, int] = field(default_factory=dict)
+    _behind: dict[Identity, tuple[int, float]] = field(default_factory=dict)
+    _dead: set[Kind] = field(default_factory=set)
+    starts: int = 1
+    """How often the watches have started."""
+
+    def show(self, identity: Identity, version: str, *, deleted: bool) -> None:
+        """Note an event of a watch. `version`: the object's resourceVersion."""
+        if deleted:
+            self._shown.pop(identity, None)
+            self._behind.pop(identity, None)
+        elif (number := version_number(version)) > self._shown.get(identity, 0):
+            self._shown[identity] = number
+
+    def compare(self, kind: Kind, listed: dict[Identity, str], now: float, list_version: str = "") -> None:
+        """Note a complete list of one kind, taken at `now` (seconds) and at `list_version`.
+
+        What is not in it and not newer has been deleted, even if its watch has not shown that.
+        """
+        taken = version_number(list_version)
+        gone = [each for each, shown in self._shown.items() if each[0] == kind and shown <= taken]
+        for identity in set(gone) - listed.keys():
+            del self._shown[identity]
+        still_behind = {
+            identity: (version, since)
+            for identity, (version, since) in self._behind.items()
+            if identity[0] == kind and identity in listed and self._shown.get(identity, 0) < version
+        }
+        overdue = [identity for identity, (_, since) in still_behind.items() if now - since >= self.patience]
+        if overdue:
+            logger.error("the watch of %s is dead: it has not shown %s", kind, overdue[0][1:3])
+            self._dead.add(kind)
+        else:
+            self._dead.discard(kind)
+        self._behind = {identity: entry for identity, entry in self._behind.items() if identity[0] != kind}
+        for identity, version in listed.items():
+            if (number := version_number(version)) > self._shown.get(identity, 0):
+                self._behind[identity] = still_behind.get(identity, (number, now))
+
+    def doubt(self, kind: Kind) -> None:
+        """Take the watch of this kind for dead: it cannot know that its kind was gone and is there again."""
+        self._dead.add(kind)
+
+    def start_again(self) -> None:
+        """The watches start again: what they have not shown before says nothing about them."""
+        self._behind.clear()
+        self._dead.clear()
+        self.starts += 1
+
+    @property
+    def dead(self) -> tuple[Kind, ...]:
+        """The kinds whose watch is dead."""
+        return tuple(sorted(self._dead))
+
+
+@dataclass
+class Access:
+    """What the API server lets the operator list, judged for each namespace on its own (None: for the cluster)."""
+
+    on_change: Callable[[str | None, bool], None] = lambda _namespace, _denied: None
+    _denied: set[str | None] = field(default_factory=set)
+
+    def judge(self, namespace: str | None, error: RejectedError | None) -> bool:
+        """Note whether the namespace could be listed, and say so if that is new. Returns whether it is back."""
+        where = f"namespace {namespace}" if namespace else "the cluster"
+        back = error is None and namespace in self._denied
+        if back:
+            logger.info("%s can be listed again", where)
+            self._denied.discard(namespace)
+        elif error is not None and namespace not in self._denied:
+            logger.error("%s cannot be listed, its jobs wait until the right is granted again: %s", where, error)
+            self._denied.add(namespace)
+        self.on_change(namespace, error is not None)
+        return back
+
+    @property
+    def denied(self) -> tuple[str, ...]:
+        """The namespaces that cannot be listed; "" is the cluster."""
+        return tuple(sorted(namespace or "" for namespace in self._denied))
+
+
+class Resync:
+    """Lists every job at an interval, enqueues each of them, and knows whether the operator can do its work."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        namespaces: Sequence[str],
+        enqueue: EnqueueAfter,
+        *,
+        store: Store,
+        interval: float,
+        monotonic: Callable[[], float],
+        on_access: Callable[[str | None, bool], None] = lambda _namespace, _denied: None,
+    ) -> None:
+        self.access = Access(on_access)
+        self.monitor = WatchMonitor(patience=interval / 2)
+        self._cluster = cluster
+        self._namespaces: Sequence[str | None] = tuple(namespaces) or (None,)
+        self._enqueue = enqueue
+        self._store = store
+        self._interval = interval
+        self._monotonic = monotonic
+        self._listed = False
+        self._failures = 0
+        self._failing_since = monotonic()
+        self._unknown = False
+        self._due = monotonic()
+
+    async def first(self) -> None:
+        """`fill`, however long the API server cannot answer: with a pause of at most ten seconds."""
+        pause = 1.0
+        while True:
+            try:
+                await self.fill()
+            except ClusterError as error:
+                self._failed(error)
+            else:
+                self._succeeded()
+                return
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _FIRST_PAUSE_SECONDS)
+
+    async def run(self) -> None:
+        """Resync until canceled, first after one interval. Small requests in between check connection and rights.
+
+        What was deleted before the watches began, after `fill` or between two of their starts, nobody shows: one list
+        soon after each start does.
+        """
+        self._due, starts = self._next(), 0
+        while True:
+            await asyncio.sleep(min(_BEAT_SECONDS, max(0.0, self._due - self._monotonic())))
+            started = self.monitor.starts
+            try:
+                if self._monotonic() >= self._due:
+                    self._due = self._next()
+                    await self.once()
+                elif started != starts:
+                    await self.once(judge=False)
+                    starts = started
+                else:
+                    await self._beat()
+            except ClusterError as error:
+                self._failed(error)
+                self._due = self._monotonic() + min(_BEAT_SECONDS, self._interval)
+            else:
+                self._succeeded()
+
+    def _failed(self, error: ClusterError) -> None:
+        self._failures += 1
+        self._unknown = isinstance(error, NotFoundError)
+        if self._failures == 1:
+            self._failing_since = self._monotonic()
+        if self._failures == 1 and not isinstance(error, RejectedError):
+            reason = NO_DEFINITION if self._unknown else error
+            logger.warning("the jobs cannot be listed, tried again: %s", reason)
+
+    def _succeeded(self) -> None:
+        self._listed = True
+        if self._failures:
+            silence = self._monotonic() - self._failing_since
+            logger.info("the jobs can be listed again, after %.0f s", silence)
+            if self._unknown:
+                self.monitor.doubt("qlorajobs")
+            self._failures, self._unknown = 0, False
+
+    def _next(self) -> float:
+        return self._monotonic() + self._interval * random.uniform(0.9, 1.1)  # noqa: S311 - only spreads load
+
+    async def _beat(self) -> None:
+        rejected: dict[str | None, RejectedError] = {}
+        for kind in KINDS:
+            for namespace in self._namespaces:
+                try:
+                    await self._cluster.check_list(kind, namespace)
+                except RejectedError as error:
+                    rejected.setdefault(namespace, error)
+        self._judge(rejected)
+
+    async def fill(self) -> None:
+        """Show everything that exists to the store, before there is a worker, and request it. Raises ClusterError.
+
+        A namespace that is denied is left out, unless there is no other.
+        """
+        rejected: dict[str | None, RejectedError] = {}
+        jobs: list[Key] = []
+        finished: list[Key] = []
+        for kind in KINDS:
+            found: list[ObjectVersion] = []
+            for where in self._namespaces:
+                try:
+                    async for page in self._cluster.pages(kind, where, partial(self._show, kind)):
+                        found += (version for version, _ in page)
+                        if kind == "qlorajobs":
+                            for version, ended in page:
+                                (finished if ended else jobs).append(version.key)
+                except RejectedError as error:
+                    rejected.setdefault(where, error)
+            self.monitor.compare(kind, _versions(kind, found), self._monotonic())
+        self._judge(rejected)
+        for key in jobs:
+            self._enqueue(key, 0.0)
+        self._enqueue_all(finished)
+
+    def _show(self, kind: Kind, body: Object) -> tuple[ObjectVersion, bool]:
+        """Show an object to the store. Its version, and whether it is a QLoRAJob that has ended."""
+        if kind == "qlorajobs":
+            self._store.job_changed(body)
+        else:
+            self._store.child_changed(kind, body)
+        return object_version(kind, body), _is_finished(body)
+
+    async def once(self, *, judge: bool = True) -> None:
+        """List everything once, and judge by it whether the watches are alive.
+
+        Raises ClusterError, but not for one denied namespace of several.
+        """
+        rejected: dict[str | None, RejectedError] = {}
+        changed: set[Key] = set()
+        keys: list[Key] = []
+        rest: list[Key] = []
+        try:
+            for kind in KINDS:
+                found = await self._compare(kind, changed, rejected, judge=judge)
+                if kind == "qlorajobs":
+                    keys = [each.key for each in found]
+            rest = [key for key in keys if key not in changed and not self._store.is_settled(key)]
+        finally:
+            # Only now: no pass is to decide from what the lists have shown to be gone. What has changed in any case:
+            # what the store has dropped is in no later list.
+            self._enqueue_all([*changed, *rest], _SECONDS_FOR_THE_WATCH)
+        self._judge(rejected)
+
+    async def _compare(
+        self, kind: Kind, changed: set[Key], rejected: dict[str | None, RejectedError], *, judge: bool
+    ) -> list[ObjectVersion]:
+        """List one kind and note that; adds to `changed` and `rejected` as it goes. Raises ClusterError."""
+        found: list[ObjectVersion] = []
+        versions: list[str] = []
+        for where in self._namespaces:
+            try:
+                part, version = await self._cluster.list_versions(kind, where)
+            except RejectedError as error:
+                rejected.setdefault(where, error)
+                continue
+            changed |= self._store.compare(kind, where, part, version)
+            found += part
+            versions.append(version)
+        if judge and versions:
+            self.monitor.compare(kind, _versions(kind, found), self._monotonic(), min(versions, key=version_number))
+        return found
+
+    def look_at_all(self) -> None:
+        """Request every job that is not settled, to be read live: what the watches have shown may lack fields."""
+        self._enqueue_all(self._store.distrust_all())
+
+    def _enqueue_all(self, keys: list[Key], after: float = 0.0) -> None:
+        """Request all keys, spread over time: thousands at once would delay what the watches show by seconds."""
+        apart = min(1 / _KEYS_PER_SECOND, self._interval / (2 * max(1, len(keys))))
+        for number, key in enumerate(keys):
+            self._enqueue(key, after + number * apart)
+
+    def _judge(self, rejected: dict[str | None, RejectedError]) -> None:
+        """Each namespace on its own. Raises RejectedError if there is none that can be listed."""
+        back = [namespace for namespace in self._namespaces if self.access.judge(namespace, rejected.get(namespace))]
+        if back:
+            # Its jobs have waited for longer and longer: they are not to wait for the next regular list too.
+            self._due = self._monotonic()
+        if len(rejected) == len(self._namespaces):
+            raise next(iter(rejected.values()))
+
+    def starting(self) -> str | None:
+        """That nothing has been listed yet; None from the first list on."""
+        return None if self._listed else "the jobs have not been listed yet"
+
+    def note(self) -> str | None:
+        """What is wrong with a part of the namespaces only; None if nothing is."""
+        if denied := self.access.denied:
+            return f"not served, as the API server denies permission to list: {', '.join(denied)}"
+        return None
+
+    def problem(self) -> str | None:
+        """Why the operator cannot do its work; None if it can."""
+        if dead := self.monitor.dead:
+            return f"the watch of {', '.join(dead)} is dead"
+        if self._failures >= _FAILED_BEATS:
+            if len(self.access.denied) == len(self._namespaces):
+                return "the API server denies the operator permission to list what it watches"
+            if self._unknown:
+                return NO_DEFINITION
+            return f"no list has succeeded for {self._monotonic() - self._failing_since:.0f} s"
+        return None
+
+
+def _versions(kind: Kind, found: list[ObjectVersion]) -> dict[Identity, str]:
+    return {(kind, each.namespace, each.name, each.uid): each.version for each in found}
+
+
+def _is_finished(body: Object) -> bool:
+    return (body.get("status") or {}).get("phase") in ("Succeeded", "Failed")
+
+
+async def look_at_all_sweeps(
+    cluster: Cluster, namespaces: Sequence[str], enqueue: Callable[[Key], None], interval: float
+) -> None:
+    """Request all sweeps of the namespaces (of the cluster if there are none), now and at each interval.
+
+    Runs until canceled. A list that fails is tried again soon: what has failed is logged once.
+    """
+    said = ""
+    while True:
+        pause, problem = interval, ""
+        for namespace in namespaces or (None,):
+            try:
+                for key in await cluster.sweep_names(namespace):
+                    enqueue(key)
+            except ClusterError as error:
+                pause, problem = min(interval, _PAUSE_AFTER_ERROR), str(error)
+        if problem and problem != said:
+            logger.warning("the sweeps cannot be listed, tried again: %s", problem)
+        said = problem
+        await asyncio.sleep(pause)

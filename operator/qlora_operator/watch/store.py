@@ -1,0 +1,395 @@
+"""What the watches have shown: every QLoRAJob with its Jobs and pods, so that a pass need not ask for them again.
+
+The store is late, never wrong about the past: only a newer version of an object replaces the one that is held, whatever
+order watches and answers arrive in. What it must not be trusted with is read live: see `Held` and `Store.held`.
+"""
+
+import hashlib
+import json
+import logging
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from qlora_operator.decisions.observed.objects import ChildJob, Object, Observed, Pod, collect
+from qlora_operator.keys import Key
+from qlora_operator.kube.listing import (
+    ChildKind,
+    ChildList,
+    ChildView,
+    Kind,
+    ObjectVersion,
+    child_view,
+    compact,
+    version_number,
+    without_foreign_resolved,
+)
+from qlora_operator.watch.group_index import GroupIndex
+
+logger = logging.getLogger(__name__)
+
+_MAX_BURIED = 4096
+_WORTH_PACKING = 2048
+# The fastest. The others take longer and gain little.
+_COMPRESSION = 1
+
+_JobId = tuple[str, str]
+"""Namespace and UID of a QLoRAJob: anybody can give any label to a pod of another namespace."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One QLoRAJob as it was shown, and its children."""
+
+    body: dict[str, Any]
+    observed: Observed
+    fresh: bool
+    """Whether a watch has shown its creation: nothing can exist of it that was created before."""
+
+
+@dataclass(slots=True)
+class _Child:
+    version: int
+    """0, which is older than any, if it is a Job of which something was left out before its QLoRAJob was known."""
+    value: ChildJob | Pod | None
+    """None for a Job that has the label of a QLoRAJob that does not control it."""
+
+
+@dataclass(slots=True)
+class _Entry:
+    job_id: _JobId
+    key: Key | None = None
+    version: int = 0
+    body: bytes = b""
+    marks: bytes = b""
+    resolved_stored: bool = False
+    fresh: bool = False
+    distrusted: bool = False
+    settled: bool = False
+    wanted: dict[str, int] = field(default_factory=dict)
+    children: dict[ChildKind, dict[str, _Child]] = field(default_factory=lambda: {"jobs": {}, "pods": {}})
+    lost: ChildJob | None = None
+
+    def version_of(self, uid: str) -> int:
+        """Version in which the job, or a child of it, is held; 0 if it is not."""
+        if uid == self.job_id[1]:
+            return self.version
+        return next((children[uid].version for children in self.children.values() if uid in children), 0)
+
+    @property
+    def resolves(self) -> str | None:
+        """The job's name as long as its first Job is to say what was resolved: until then it is not known, or after."""
+        return self.key[1] if self.key is not None and not self.resolved_stored else None
+
+    @property
+    def empty(self) -> bool:
+        return not self.body and not any(self.children.values())
+
+
+class Store:
+    """QLoRAJobs by UID, each with its children, as the watches, lists and answers have shown them."""
+
+    def __init__(self) -> None:
+        self._entries: dict[_JobId, _Entry] = {}
+        self._ids: dict[Key, _JobId] = {}
+        self._homes: dict[str, _Entry] = {}
+        """Where each child is held, by its UID: whoever may change it can give it the label of another job."""
+        self.groups = GroupIndex()
+        self._buried: dict[str, int] = {}
+        self._ordered = True
+
+    def held(self, key: Key) -> Held | None:
+        """The job as held; None if it has to be read live.
+
+        That is: it is not held, a list or a failed write has shown that something newer exists, or the API server's
+        versions are no numbers, so that nobody can say which of two is newer.
+        """
+        entry = self._entry(key)
+        if entry is None or entry.distrusted or not self._ordered or self._lags(entry):
+            return None
+        observed = _observed(entry.children["jobs"].values(), entry.children["pods"].values(), entry.lost)
+        return Held(json.loads(_unpacked(entry.body)), observed, entry.fresh)
+
+    def job_changed(self, body: Object, *, deleted: bool = False, created: bool = False) -> bool:
+        """Note a QLoRAJob. Whether that is worth a pass: not if it is known, or if only its status is another.
+
+        `created`: a watch, and no list, has shown its creation.
+        """
+        metadata = body["metadata"]
+        key, job_id = (metadata["namespace"], metadata["name"]), (metadata["namespace"], metadata["uid"])
+        version = self._version(metadata)
+        if deleted:
+            self._bury(metadata["uid"], version)
+            self._drop_job(job_id)
+            return True
+        if self._is_buried(metadata["uid"], version):
+            return False
+        entry = self._entries.setdefault(job_id, _Entry(job_id))
+        if version <= entry.version and self._ordered:
+            return False
+        kept = compact(body)
+        marks = _marks(kept["metadata"])
+        news = entry.marks != marks
+        entry.fresh = entry.fresh or (created and entry.empty)
+        # What was left out of its Jobs before it was known is to be read once more.
+        entry.distrusted = entry.distrusted or any(child.version == 0 for child in entry.children["jobs"].values())
+        entry.key, entry.version, entry.marks = key, version, marks
+        entry.body = _packed(json.dumps(kept, separators=(",", ":")).encode())
+        self.groups.note(body)
+        entry.settled = entry.settled and not news
+        if (body.get("status") or {}).get("resolved"):
+            self._forget_resolved(entry)
+        self._take_name(key, job_id)
+        return news
+
+    def child_changed(self, kind: ChildKind, body: Object, *, deleted: bool = False) -> set[Key]:
+        """Note a Job or a pod. The jobs that are worth a pass: those for which a decision depends on what has changed.
+
+        If it has got the label of another job, that is also the one that has lost it.
+        """
+        child = child_view(kind, body)
+        return self._child_deleted(kind, child) if deleted else self._child_shown(kind, child)
+
+    def _child_deleted(self, kind: ChildKind, child: ChildView) -> set[Key]:
+        self._bury(child.uid, self._number(child.version))
+        entry = self._homes.get(child.uid) or self._entries.get((child.namespace, child.job_uid))
+        if entry is None:
+            return set()
+        self._drop_child(entry, kind, child.uid, child)
+        return _jobs(entry, child.job_name)
+
+    def _child_shown(self, kind: ChildKind, child: ChildView) -> set[Key]:
+        uid, version = child.uid, self._number(child.version)
+        job_id, home = (child.namespace, child.job_uid), self._homes.get(uid)
+        before = home.children[kind].get(uid) if home else None
+        if self._is_buried(uid, version) or (before and version <= before.version and self._ordered):
+            return set()
+        changed: set[Key] = set()
+        if home is not None and home.job_id != job_id:
+            self._drop_child(home, kind, uid)
+            changed, before = _jobs(home), None
+        _report_unreadable(kind, child, before)
+        entry = self._entries.setdefault(job_id, _Entry(job_id))
+        value = without_foreign_resolved(child, entry.resolves).value
+        if entry.key is None and value != child.value:
+            version = 0
+        entry.children[kind][uid], self._homes[uid] = _Child(version, value), entry
+        if before is None or before.value != value:
+            entry.settled = False
+            changed |= _jobs(entry, child.job_name)
+        return changed
+
+    def note_live_read(self, body: Object, jobs: ChildList, pods: ChildList) -> Observed:
+        """Note what has been read live, the job and all of its children, and return these."""
+        metadata = body["metadata"]
+        job_id = (metadata["namespace"], metadata["uid"])
+        self.job_changed(body)
+        kinds: tuple[tuple[ChildKind, ChildList], ...] = (("jobs", jobs), ("pods", pods))
+        for kind, (children, version) in kinds:
+            for child in children:
+                self._child_shown(kind, child)
+            self._prune_children(job_id, kind, {child.uid for child in children}, version_number(version))
+        entry = self._entries.get(job_id)
+        if entry is not None:
+            entry.distrusted = False
+            # A list may have shown more since these were taken.
+            taken = min(version_number(jobs.version), version_number(pods.version))
+            entry.wanted = {
+                uid: version for uid, version in entry.wanted.items() if uid == job_id[1] or version > taken
+            }
+        return _observed(jobs.items, pods.items, entry.lost if entry else None)
+
+    def compare(self, kind: Kind, namespace: str | None, found: list[ObjectVersion], version: str) -> set[Key]:
+        """Note a complete list, taken at `version`: the jobs of which it shows more, or less, than is held.
+
+        What is held and not in the list has been deleted, unless it is newer than the list. What is in it in a newer
+        version than is held, the watch may show any moment, or never: until then the job is read live.
+        """
+        changed: set[Key] = set()
+        for each in found:
+            job_id, home = (each.namespace, each.job_uid), self._homes.get(each.uid)
+            number = self._number(each.version)
+            if self._is_buried(each.uid, number):
+                continue
+            if (
+                kind != "qlorajobs"
+                and home is not None
+                and home.job_id != job_id
+                and home.version_of(each.uid) < number
+            ):
+                self._drop_child(home, kind, each.uid)
+                changed |= _jobs(home)
+            entry = self._entries.get(job_id)
+            if entry is not None and entry.key is not None:
+                if entry.version_of(each.uid) < number:
+                    entry.wanted[each.uid] = number
+                    entry.settled = False
+                    changed.add(entry.key)
+            elif each.job_name:
+                changed.add(each.key)
+        return changed | self._prune(kind, namespace, {each.uid for each in found}, self._number(version))
+
+    def distrust(self, key: Key) -> None:
+        """Have the job read live the next time: a write has failed, perhaps because something newer exists."""
+        if entry := self._entry(key):
+            entry.distrusted = True
+
+    def distrust_all(self) -> list[Key]:
+        """Have every job read live the next time, unless nothing is left to do for it. Returns those jobs."""
+        doubted = [entry for entry in self._entries.values() if entry.key is not None and not entry.settled]
+        for entry in doubted:
+            entry.distrusted = True
+        return [entry.key for entry in doubted if entry.key is not None]
+
+    def gone(self, key: Key) -> None:
+        """Note that the job does not exist."""
+        if job_id := self._ids.get(key):
+            self._bury(job_id[1], self._entries[job_id].version)
+            self._drop_job(job_id)
+
+    def settle(self, key: Key, settled: bool) -> None:
+        """Note, before a pass decides, whether nothing is left to do for the job, until something is shown about it."""
+        if entry := self._entry(key):
+            entry.settled = settled
+
+    def is_settled(self, key: Key) -> bool:
+        """Whether nothing is left to do for the job."""
+        entry = self._entry(key)
+        return entry is not None and entry.settled
+
+    def _entry(self, key: Key) -> _Entry | None:
+        job_id = self._ids.get(key)
+        return self._entries[job_id] if job_id else None
+
+    def _lags(self, entry: _Entry) -> bool:
+        """Whether a list has shown something newer; forgets what has been shown since."""
+        for uid, version in list(entry.wanted.items()):
+            if max(entry.version_of(uid), self._buried.get(uid, 0)) >= version:
+                del entry.wanted[uid]
+        return bool(entry.wanted)
+
+    def _take_name(self, key: Key, job_id: _JobId) -> None:
+        """The name now belongs to this job: of two with one name, the newer version is the one that exists."""
+        before = self._ids.get(key)
+        if before is None or before == job_id or self._entries[before].version < self._entries[job_id].version:
+            self._ids[key] = job_id
+
+    def _prune(self, kind: Kind, namespace: str | None, found: set[str], version: int) -> set[Key]:
+        pruned: set[Key] = set()
+        for job_id, entry in list(self._entries.items()):
+            if namespace not in (None, job_id[0]):
+                continue
+            key = entry.key
+            if kind != "qlorajobs":
+                gone = self._prune_children(job_id, kind, found, version)
+            elif gone := bool(entry.body) and job_id[1] not in found and entry.version <= version:
+                self._bury(job_id[1], version)
+                self._drop_job(job_id)
+            if gone and key is not None:
+                pruned.add(key)
+        return pruned
+
+    def _prune_children(self, job_id: _JobId, kind: ChildKind, found: set[str], version: int) -> bool:
+        entry = self._entries.get(job_id)
+        if entry is None:
+            return False
+        gone = [uid for uid, child in entry.children[kind].items() if uid not in found and child.version <= version]
+        for uid in gone:
+            self._bury(uid, version)
+            self._drop_child(entry, kind, uid)
+        return bool(gone)
+
+    def _drop_job(self, job_id: _JobId) -> None:
+        entry = self._entries.get(job_id)
+        if entry is None:
+            return
+        if entry.key is not None and self._ids.get(entry.key) == job_id:
+            del self._ids[entry.key]
+        entry.key, entry.body, entry.marks = None, b"", b""
+        self.groups.drop(job_id[1])
+        if entry.empty:
+            del self._entries[job_id]
+
+    def _drop_child(self, entry: _Entry, kind: ChildKind, uid: str, shown: ChildView | None = None) -> None:
+        """Forget a child; `shown`: as its deletion has shown it. Keeps the first Job of a job that has stored nothing.
+
+        What was resolved stands on that Job alone: the step goes on with the next attempt, and not as if it were new.
+        """
+        child = entry.children[kind].pop(uid, None)
+        self._homes.pop(uid, None)
+        value = child.value if child else None
+        if shown is not None and shown.value is not None:
+            value = without_foreign_resolved(shown, entry.resolves).value
+        if isinstance(value, ChildJob) and value.resolved:
+            entry.lost = value
+        entry.settled = False
+        if entry.empty:
+            del self._entries[entry.job_id]
+
+    @staticmethod
+    def _forget_resolved(entry: _Entry) -> None:
+        """The status has what was resolved: no Job need keep it."""
+        entry.resolved_stored, entry.lost = True, None
+        for child in entry.children["jobs"].values():
+            if isinstance(child.value, ChildJob) and child.value.resolved:
+                child.value = replace(child.value, resolved="")
+
+    def _bury(self, uid: str, version: int) -> None:
+        """Remember that this object is deleted: an older view of it may still arrive, as the answer of its creation."""
+        self._buried[uid] = max(version, self._buried.pop(uid, version))
+        while len(self._buried) > _MAX_BURIED:
+            del self._buried[next(iter(self._buried))]
+
+    def _is_buried(self, uid: str, version: int) -> bool:
+        return uid in self._buried and version <= self._buried[uid]
+
+    def _version(self, metadata: Object) -> int:
+        return self._number(str(metadata.get("resourceVersion", "")))
+
+    def _number(self, version: str) -> int:
+        number = version_number(version)
+        self._ordered = self._ordered and number >= 0
+        return number
+
+
+def _observed(
+    jobs: Iterable[_Child | ChildView], pods: Iterable[_Child | ChildView], lost: ChildJob | None
+) -> Observed:
+    return collect(
+        (child.value for child in jobs if isinstance(child.value, ChildJob)),
+        (child.value for child in pods if isinstance(child.value, Pod)),
+        lost,
+    )
+
+
+def _jobs(entry: _Entry, labelled: str = "") -> set[Key]:
+    """The job of the entry; before it is known, the one whose name a child has as its label. None without both."""
+    if entry.key is not None:
+        return {entry.key}
+    return {(entry.job_id[0], labelled)} if labelled else set()
+
+
+def _report_unreadable(kind: ChildKind, child: ChildView, before: _Child | None) -> None:
+    """Log it, once and not at each of its changes."""
+    known, value = before is not None and before.value is not None and before.value.unreadable, child.value
+    if value is not None and value.unreadable and not known:
+        key = (child.namespace, child.job_name)
+        logger.warning(
+            "%s %s cannot be read, so it counts as there: %s", kind, value.name, value.unreadable, extra={"key": key}
+        )
+
+
+def _marks(kept: Object) -> bytes:
+    """What tells a change that matters from a write of the status."""
+    text = json.dumps([kept.get(name) for name in ("generation", "deletionTimestamp", "labels")], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _packed(data: bytes) -> bytes:
+    """Compressed to a third, unless there is little to gain, as for a job that has no status yet."""
+    return data if len(data) < _WORTH_PACKING else zlib.compress(data, _COMPRESSION)
+
+
+def _unpacked(data: bytes) -> bytes:
+    return data if data.startswith(b"{") else zlib.decompress(data)
