@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from transformers import AutoConfig, PretrainedConfig
 
 from qlora_api.memory.families import FAMILIES, PerToken
-from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
+from qlora_api.spec.training import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.model.architecture.decoder import block_linears
 from qlora_trainer.model.families.inspection import Family
 from qlora_trainer.model.kernels.attention import ATTENTION

@@ -63,7 +63,7 @@ class _Adapters:
     def __init__(self, number: int, tokens: int) -> None:
         import torch
 
-        from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
+        from qlora_api.spec.training import LoraSpec, QuantizationSpec, TrainingSpec
         from qlora_trainer.data.prepared import PackedSequence
         from qlora_trainer.model.adapter.attach import (
             activate_adapter,

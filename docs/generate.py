@@ -12,9 +12,9 @@ from docs import python_reference, trainer_image
 from helm.values_schema import definitions
 from qlora_api.contract import ExitCode
 from qlora_api.crd import custom_resource_definition, default_sentence, sweep_definition
-from qlora_api.sweep import MUTABLE_SWEEP_FIELDS
+from qlora_api.spec.job import API_VERSION, MUTABLE_FIELDS
+from qlora_api.sweep.spec import MUTABLE_SWEEP_FIELDS
 from qlora_api.usage import LostGpuSeconds, UsageStatus
-from qlora_api.v1alpha1 import API_VERSION, MUTABLE_FIELDS
 from qlora_cli.__main__ import main as qlora
 from qlora_operator.metrics.jobs import DEFAULT_RUNNING_JOBS, PHASE_BUCKETS, SERIES_PER_RUNNING_JOB
 from qlora_operator.metrics.metrics import Metrics

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from docs import trainer_image
 from qlora_api.crd import custom_resource_definition, sweep_definition
-from qlora_api.v1alpha1 import QLoRAJobDocument
+from qlora_api.spec.job import QLoRAJobDocument
 from release import changelog, chart, dockerfiles, project, workflows
 from release.errors import ReleaseError
 from release.project import CHART, DOCKERFILES, ROOT

@@ -77,7 +77,7 @@ def _subject(name: str) -> Callable[[Any], Any]:
         from bitsandbytes.functional import quantize_4bit
 
         return lambda weight: quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
-    from qlora_api.training import QuantizationSpec
+    from qlora_api.spec.training import QuantizationSpec
     from qlora_trainer.model.nf4.quantization import quantize as ours
 
     return lambda weight: ours(weight, QuantizationSpec())
@@ -85,7 +85,7 @@ def _subject(name: str) -> Callable[[Any], Any]:
 
 def convert(model: Path, target: Path, *, nothing: bool) -> None:
     """Make the base of the model's folder in `target`, as prepare does it, one file after the other."""
-    from qlora_api.training import QuantizationSpec
+    from qlora_api.spec.training import QuantizationSpec
     from qlora_trainer.core.filesystem import file_sha256
     from qlora_trainer.model.base.conversion import BaseConversion
     from qlora_trainer.model.base.layout import BaseLayout

@@ -3,7 +3,7 @@
 from typing import Any
 
 from qlora_api.profile import Profile
-from qlora_api.v1alpha1 import API_VERSION, GROUP, KIND, PLURAL, VERSION
+from qlora_api.spec.job import API_VERSION, GROUP, KIND, PLURAL, VERSION
 
 NAMESPACE = "team"
 PROFILE = Profile.model_validate(

@@ -10,7 +10,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
-from qlora_api.training import LoraSpec, QuantizationSpec
+from qlora_api.spec.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.model.adapter.attach import adapter_parameters, attach_adapter
 from qlora_trainer.model.architecture.decoder import block_linears

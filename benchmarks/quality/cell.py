@@ -14,7 +14,7 @@ from benchmarks.quality.results import Cell, Run
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.tasks.task import Task, rows_of, sets_of
 from benchmarks.quality.training import mean_loss, train
-from qlora_api.training import LoraSpec, TrainingSpec
+from qlora_api.spec.training import LoraSpec, TrainingSpec
 from qlora_trainer.training.distributed.device import processor
 
 EPOCHS = 2

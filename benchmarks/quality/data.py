@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy
 
 from benchmarks.quality.tasks.task import Row
-from qlora_api.dataset import Columns
-from qlora_api.training import TrainingSpec
+from qlora_api.spec.dataset import Columns
+from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.data.packing import pack
 from qlora_trainer.data.prepared import PreparedDataset, write_split
 from qlora_trainer.data.read.rows import Row as DataRow

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.quality.arms import Subject
-from qlora_api.training import TrainingSpec
+from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.losses.batch import Batch, read_batch
 from qlora_trainer.model.losses.loss import batch_loss

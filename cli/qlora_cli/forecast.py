@@ -17,7 +17,7 @@ from qlora_api.forecast import (
 )
 from qlora_api.forecast import parse_price as parse_price_text
 from qlora_api.memory.model_shape import mixes_experts
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.spec.job import QLoRAJobSpec
 from qlora_cli.plan import MemoryPlan
 
 _SECONDS = 3600

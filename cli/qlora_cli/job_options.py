@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import click
 from pydantic import ValidationError
 
-from qlora_api.v1alpha1 import API_VERSION, KIND, QLoRAJobDocument
+from qlora_api.spec.job import API_VERSION, KIND, QLoRAJobDocument
 from qlora_client.job_name import generated_name
 
 Object = dict[str, Any]

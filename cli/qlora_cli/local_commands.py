@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from qlora_api.contract import ExitCode
-from qlora_api.sweep import QLoRASweepDocument
-from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
+from qlora_api.spec.job import QLoRAJobDocument, QLoRAJobSpec
+from qlora_api.sweep.spec import QLoRASweepDocument
 from qlora_cli.display import ConsoleDisplay, progress_bar
 from qlora_cli.forecast import GpuOfPlan, parse_price, show_forecast
 from qlora_cli.manifest import Document, ManifestError, load_job, load_manifest

@@ -14,8 +14,8 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from qlora_api.printable import printable
-from qlora_api.sweep import SWEEP_KIND, QLoRASweepDocument
-from qlora_api.v1alpha1 import KIND, QLoRAJobDocument
+from qlora_api.spec.job import KIND, QLoRAJobDocument
+from qlora_api.sweep.spec import SWEEP_KIND, QLoRASweepDocument
 from qlora_cli.manifest_problems import Location, describe_value, explain, follows_from_another
 
 # What the API server accepts in one object.

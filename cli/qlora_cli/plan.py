@@ -25,9 +25,9 @@ from qlora_api.memory.advice import (
 from qlora_api.memory.estimate import GIB, MemoryEstimate
 from qlora_api.memory.one_row import ONE_ROW_MODEL_TYPES
 from qlora_api.memory.training_shape import TrainingShape
-from qlora_api.model_and_output import BaseModelSpec
 from qlora_api.sources import HubSource, VolumeSource, parse_source
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.model import BaseModelSpec
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.failures import bad_configuration, model_unavailable, unreachable
 from qlora_trainer.core.sandbox import DryRunFailed

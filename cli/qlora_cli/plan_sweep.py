@@ -10,14 +10,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from qlora_api.contract import ExitCode
-from qlora_api.halving import HalvingSpec
 from qlora_api.joinable import rows_not_apart
 from qlora_api.memory.advice import Verdict, verdict
 from qlora_api.memory.estimate import MemoryEstimate
 from qlora_api.memory.one_row import ONE_ROW_MODEL_TYPES
-from qlora_api.repeated_cell import repeated_cell
-from qlora_api.sweep import Cell, QLoRASweepDocument, cells, pods
-from qlora_api.v1alpha1 import ObjectMeta, QLoRAJobDocument
+from qlora_api.spec.job import ObjectMeta, QLoRAJobDocument
+from qlora_api.sweep.cells import repeated_cell
+from qlora_api.sweep.halving import HalvingSpec
+from qlora_api.sweep.spec import Cell, QLoRASweepDocument, cells, pods
 from qlora_cli.plan import GPU_SIZES_GIB, MemoryPlan, gib, make_plan, show_origin
 from qlora_cli.plan_together import colored, make_joint_plan, once
 from qlora_trainer.core.failures import bad_configuration

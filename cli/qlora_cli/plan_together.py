@@ -13,7 +13,7 @@ from qlora_api.joinable import not_joinable, rows_not_apart, unjoinable
 from qlora_api.memory.advice import Verdict, verdict
 from qlora_api.memory.estimate import MemoryEstimate
 from qlora_api.memory.one_row import ONE_ROW_MODEL_TYPES
-from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
+from qlora_api.spec.job import QLoRAJobDocument, QLoRAJobSpec
 from qlora_cli.plan import (
     COLORS,
     GPU_SIZES_GIB,

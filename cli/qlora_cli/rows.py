@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qlora_api.model_and_output import BaseModelSpec
 from qlora_api.printable import printable
 from qlora_api.sources import HubSource, VolumeSource, parse_source
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.model import BaseModelSpec
 from qlora_cli.plan import fetching, require_hub_client
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.credentials import Secret

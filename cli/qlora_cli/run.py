@@ -18,8 +18,8 @@ from typing import IO, Protocol, Self, get_args
 from qlora_api import contract
 from qlora_api.contract import ExitCode, ProgressRecord, ResultRecord, WorkspaceLayout, decode_record
 from qlora_api.sources import ConfigMapSource, RegistrySource, VolumeSource, parse_source
+from qlora_api.spec.job import QLoRAJobDocument, QLoRAJobSpec
 from qlora_api.status import StepName
-from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.cpu import preloaded_allocator
 from qlora_trainer.core.filesystem import write_atomically

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qlora_api.contract import ENV_MODEL_CACHE
-from qlora_api.v1alpha1 import QLoRAJobDocument
+from qlora_api.spec.job import QLoRAJobDocument
 from qlora_cli.plan_together import require_joinable
 from qlora_cli.run import Display, Ended, LocalRun, ShownRun, Stop, go_through, run_step
 from qlora_trainer.core.failures import bad_configuration

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import click
 from rich.console import Console
 
-from qlora_api.sweep import SWEEP_KIND
+from qlora_api.sweep.spec import SWEEP_KIND
 from qlora_cli.connection import Connection, with_connection
 from qlora_cli.endings import fail
 from qlora_cli.job_options import OptionError, given, job_of, with_job_options

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.status import StepName
-from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_client.adapter import download_adapter
 from qlora_client.cluster import Cluster
 from qlora_client.events import Event, events_of

@@ -8,8 +8,8 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any, get_args
 
+from qlora_api.spec.job import API_VERSION, KIND, QLoRAJobDocument, QLoRAJobSpec
 from qlora_api.status import Phase, StepName
-from qlora_api.v1alpha1 import API_VERSION, KIND, QLoRAJobDocument, QLoRAJobSpec
 from qlora_client.backends import Backend, BackendConfig, ClusterBackend, ClusterBackendConfig
 from qlora_client.client_types import Comparison, Plan, QLoRAJob
 from qlora_client.comparison import Compared, differing_settings, results

@@ -8,9 +8,9 @@ from typing import Self
 
 from pydantic import ValidationError
 
+from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.status import MemoryStatus, Phase, QLoRAJobStatus
 from qlora_api.usage import ForecastStatus
-from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_client.comparison import Row
 from qlora_client.errors import ClusterError
 from qlora_client.history import LossHistory

@@ -2,7 +2,7 @@
 
 import re
 
-from qlora_api.v1alpha1 import MAX_NAME_LENGTH
+from qlora_api.spec.job import MAX_NAME_LENGTH
 
 
 def generated_name(model: str, suffix: str) -> str:

@@ -20,8 +20,8 @@ from typing import Any, Literal
 from qlora_api.contract import Record, ResultRecord, WorkspaceLayout, decode_any_record
 from qlora_api.profile import DNS_LABEL
 from qlora_api.sources import VolumeSource, parse_source
+from qlora_api.spec.job import QLoRAJobDocument, QLoRAJobSpec
 from qlora_api.status import StepName
-from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
 from qlora_client.adapter import fetch_adapter
 from qlora_client.backends import BackendConfig
 from qlora_client.errors import ClusterError, MissingError, RejectedError

@@ -17,8 +17,8 @@ from qlora_api.forecast import (
 )
 from qlora_api.memory.model_shape import mixes_experts
 from qlora_api.sources import HubSource, parse_source
+from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.usage import ForecastStatus
-from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_client.client_types import Plan
 from qlora_client.errors import ClusterError
 from qlora_client.folders import INSTALL

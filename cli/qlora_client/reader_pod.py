@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_api.naming import JOB_LABEL
-from qlora_api.v1alpha1 import API_VERSION, KIND
+from qlora_api.spec.job import API_VERSION, KIND
 from qlora_client.job import Job
 from qlora_client.pods import CONTAINER, Pod
 

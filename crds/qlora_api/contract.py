@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from qlora_api.halving import MAX_RUNGS
 from qlora_api.schema import ObservedModel
+from qlora_api.spec.output import TrackingStatus
 from qlora_api.status import (
     AdapterStatus,
     BaseStatus,
@@ -24,7 +24,7 @@ from qlora_api.status import (
     StepName,
     Timestamp,
 )
-from qlora_api.tracking import TrackingStatus
+from qlora_api.status_types import MAX_RUNGS
 from qlora_api.usage import WorkStatus
 
 CONTRACT_VERSION = 5

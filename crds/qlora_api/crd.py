@@ -7,10 +7,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from qlora_api.schema import VALIDATIONS, rule, rules
+from qlora_api.spec.job import GROUP, KIND, MAX_NAME_LENGTH, OTHER_JOB_RULE, PLURAL, VERSION, QLoRAJobSpec
 from qlora_api.status import QLoRAJobStatus
-from qlora_api.sweep import MAX_SWEEP_NAME_LENGTH, NAME_WITH_BEST_RULE, SWEEP_KIND, SWEEP_PLURAL, QLoRASweepSpec
-from qlora_api.sweep_status import QLoRASweepStatus
-from qlora_api.v1alpha1 import GROUP, KIND, MAX_NAME_LENGTH, OTHER_JOB_RULE, PLURAL, VERSION, QLoRAJobSpec
+from qlora_api.sweep.spec import MAX_SWEEP_NAME_LENGTH, NAME_WITH_BEST_RULE, SWEEP_KIND, SWEEP_PLURAL, QLoRASweepSpec
+from qlora_api.sweep.status import QLoRASweepStatus
 
 Schema = dict[str, Any]
 

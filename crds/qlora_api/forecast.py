@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from decimal import ROUND_HALF_UP, Context, Decimal, localcontext
 
 from qlora_api.profile import PRICE
-from qlora_api.training import TrainingSpec
+from qlora_api.spec.training import TrainingSpec
 
 ASSUMED_UTILIZATION = 0.3
 """Share of a GPU's speed that a run is assumed to reach, in the operations above.

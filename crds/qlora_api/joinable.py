@@ -5,8 +5,8 @@ What only their workspaces show, such as the bytes of the base, the train step c
 
 from collections.abc import Sequence
 
-from qlora_api.group import trained_alone
-from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
+from qlora_api.spec.group import trained_alone
+from qlora_api.spec.job import QLoRAJobDocument, QLoRAJobSpec
 
 _ALONE = "remove it, or train the job alone"
 

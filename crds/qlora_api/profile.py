@@ -6,8 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from qlora_api.clouds import AzureStorage, CloudIdentity, GoogleStorage
-from qlora_api.network import PROXY_URL, CaConfigMap, DirectHost
+from qlora_api.connections import PROXY_URL, AzureStorage, CaConfigMap, CloudIdentity, DirectHost, GoogleStorage
 from qlora_api.schema import ApiModel, rule, rules
 from qlora_api.sources import REGISTRY
 

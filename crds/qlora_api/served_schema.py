@@ -5,7 +5,7 @@ from functools import cache
 from typing import Any
 
 from qlora_api.crd import definitions
-from qlora_api.v1alpha1 import GROUP, KIND, VERSION
+from qlora_api.spec.job import GROUP, KIND, VERSION
 
 OPENAPI_PATH = f"/openapi/v3/apis/{GROUP}/{VERSION}"
 """Where an API server has the document; everybody who is logged in may read it."""

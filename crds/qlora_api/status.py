@@ -4,13 +4,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from qlora_api.dataset import MAX_MIX_SOURCES
-from qlora_api.gguf import GgufStatus
-from qlora_api.group import GroupStatus
-from qlora_api.halving import MAX_RUNGS
 from qlora_api.profile import Profile
 from qlora_api.schema import ObservedModel
+from qlora_api.spec.dataset import MAX_MIX_SOURCES
+from qlora_api.spec.group import GroupStatus
+from qlora_api.spec.output import GgufStatus, TrackingStatus
 from qlora_api.status_types import MAX_MESSAGE_LENGTH as MAX_MESSAGE_LENGTH
+from qlora_api.status_types import MAX_RUNGS
 from qlora_api.status_types import MAX_SHORT_TEXT_LENGTH as MAX_SHORT_TEXT_LENGTH
 from qlora_api.status_types import Bytes as Bytes
 from qlora_api.status_types import Count as Count
@@ -20,7 +20,6 @@ from qlora_api.status_types import Share as Share
 from qlora_api.status_types import ShortText as ShortText
 from qlora_api.status_types import Timestamp as Timestamp
 from qlora_api.status_types import Uri as Uri
-from qlora_api.tracking import TrackingStatus
 from qlora_api.usage import ForecastStatus, UsageStatus
 
 MAX_DOCUMENT_LENGTH = 131_072

@@ -27,3 +27,7 @@ Uri = Annotated[str, Field(max_length=1024)]
 # JSON has no other numbers. A status with one would be rejected by the API server, again and again.
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+MAX_RUNGS = 8
+"""More cells than a sweep has are sorted out before the ninth."""

@@ -12,10 +12,10 @@ import pytest
 
 from devcluster.controlplane import ControlPlane
 from qlora_api.contract import ProgressRecord, decode_any_record
-from qlora_api.dataset import DatasetSpec
-from qlora_api.model_and_output import BaseModelSpec
-from qlora_api.training import LoraSpec
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.spec.dataset import DatasetSpec
+from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.model import BaseModelSpec
+from qlora_api.spec.training import LoraSpec
 from qlora_client import ClusterBackendConfig, QLoRAClient, QLoRAJob
 from tests.support.reported import Reported, progress, reported
 

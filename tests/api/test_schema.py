@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from devcluster.controlplane import ControlPlane
 from devcluster.errors import ClusterError
-from qlora_api.v1alpha1 import QLoRAJobDocument
+from qlora_api.spec.job import QLoRAJobDocument
 from tests.support.manifests import FULL, MINIMAL, MIXED, Manifest, with_value, without
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from devcluster.controlplane import ControlPlane
 from devcluster.errors import ClusterError
-from qlora_api.sweep import QLoRASweepSpec, cells
+from qlora_api.sweep.spec import QLoRASweepSpec, cells
 from tests.support.manifests import Manifest, with_value, without
 from tests.support.sweeps import FULL_SWEEP, SWEEP
 

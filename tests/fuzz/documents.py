@@ -6,8 +6,8 @@ from pathlib import Path
 from qlora_api.contract import ExitCode, ProgressRecord, decode_record, encode_record
 from qlora_api.figures import with_progress
 from qlora_api.sources import ObjectStoreSource, RegistrySource, VolumeSource, parse_source
+from qlora_api.spec.job import QLoRAJobDocument
 from qlora_api.status import QLoRAJobStatus
-from qlora_api.v1alpha1 import QLoRAJobDocument
 from qlora_cli.manifest import ManifestError, load_manifest
 from qlora_operator.decisions.observed.objects import Pod
 from qlora_operator.reconcile.progress import latest_record

@@ -21,7 +21,7 @@ from safetensors.numpy import save
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_api.contract import ExitCode
-from qlora_api.training import LoraSpec, QuantizationSpec
+from qlora_api.spec.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.completion import PrepareRecord, PublishRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.examples.example import TokenizedRow

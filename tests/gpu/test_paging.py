@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_api.training import TrainingSpec
+from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.training.optimizer import make_optimizer, optimizer_tensors, restore_optimizer
 
 PAGED = ["paged_adamw_32bit", "paged_adamw_8bit"]

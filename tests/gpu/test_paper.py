@@ -17,7 +17,7 @@ from qlora_api.memory.advice import budget
 from qlora_api.memory.estimate import estimate
 from qlora_api.memory.model_shape import ModelShape
 from qlora_api.memory.training_shape import TrainingShape
-from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
+from qlora_api.spec.training import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.data.prepared import PackedSequence
 from qlora_trainer.model.adapter.attach import adapter_parameters, attach_adapter
 from qlora_trainer.model.architecture.decoder import block_linears

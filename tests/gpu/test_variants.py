@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from qlora_api.training import QuantizationSpec
+from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.evaluation.held_out import mean_loss, read_compared
 from qlora_trainer.model.base.load import load_base

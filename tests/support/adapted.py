@@ -8,7 +8,7 @@ from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qlora_api.training import LoraSpec, QuantizationSpec
+from qlora_api.spec.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.file_names import ADAPTER_FILE
 from qlora_trainer.data.prepared import IGNORED_LABEL, PackedSequence
 from qlora_trainer.model.adapter.attach import adapter_parameters, attach_adapter, restore_adapter

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from qlora_api.group import GroupMemberStatus, GroupStatus
+from qlora_api.spec.group import GroupMemberStatus, GroupStatus
 from qlora_api.status import QLoRAJobStatus, StepName
 from qlora_operator.decisions.observed.objects import QLoRAJob
 from qlora_operator.decisions.observed.stored_job import parse_job

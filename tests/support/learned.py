@@ -8,7 +8,7 @@ from typing import Any
 import numpy
 from transformers import AutoTokenizer
 
-from qlora_api.dataset import Columns, RowFormat
+from qlora_api.spec.dataset import Columns, RowFormat
 from qlora_trainer.data.read.rows import Row
 from qlora_trainer.data.tokenize.chunk_maker import ChunkMaker, Recipe
 from qlora_trainer.data.tokenize.chunks import TokenizedRows

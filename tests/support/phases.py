@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_api.spec.job import API_VERSION, KIND
 from qlora_api.status import QLoRAJobStatus
-from qlora_api.v1alpha1 import API_VERSION, KIND
 from tests.support.builders import (
     ADAPTER,
     after,

@@ -4,7 +4,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 from qlora_api.contract import WorkspaceLayout
-from qlora_api.v1alpha1 import QLoRAJobDocument
+from qlora_api.spec.job import QLoRAJobDocument
 from qlora_trainer.core.completion import PublishRecord
 from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.steps.publish import publish

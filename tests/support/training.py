@@ -11,8 +11,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from qlora_api.contract import WorkspaceLayout
+from qlora_api.spec.job import QLoRAJobDocument
 from qlora_api.status import BaseStatus, DatasetStatus, MemoryStatus
-from qlora_api.v1alpha1 import QLoRAJobDocument
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord, write_completion
 from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from urllib3.util import Retry
 
 from qlora_api.contract import WorkspaceLayout
-from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
+from qlora_api.spec.job import QLoRAJobDocument, QLoRAJobSpec
 from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.model.memory.dry_run import StepSize, measure_within_limits

@@ -17,8 +17,8 @@ from qlora_api import contract
 from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_api.naming import workspace_folder
 from qlora_api.sources import HubSource, VolumeSource, parse_source
+from qlora_api.spec.job import QLoRAJobDocument, QLoRAJobSpec
 from qlora_api.status import StepName
-from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
 from qlora_trainer.core import process
 from qlora_trainer.core.context import Device, Mounts, StepContext, load_document
 from qlora_trainer.core.environment import process_started

@@ -2,7 +2,7 @@
 
 from qlora_api.contract import ResultRecord
 from qlora_api.figures import with_known_facts, with_publication, with_training_facts
-from qlora_api.model_and_output import OutputSpec
+from qlora_api.spec.output import OutputSpec
 from qlora_api.status import FailureStatus, QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.observed.conditions import is_finished
 from qlora_operator.decisions.observed.endings import DONE, fail, failure_of, succeed

@@ -4,10 +4,10 @@ import hashlib
 from datetime import datetime
 from typing import Any
 
+from qlora_api.spec.job import API_VERSION, KIND
 from qlora_api.status import Phase, QLoRAJobStatus
-from qlora_api.sweep import SWEEP_KIND
-from qlora_api.sweep_status import QLoRASweepStatus
-from qlora_api.v1alpha1 import API_VERSION, KIND
+from qlora_api.sweep.spec import SWEEP_KIND
+from qlora_api.sweep.status import QLoRASweepStatus
 from qlora_operator.decisions.observed.conditions import condition, truncate
 from qlora_operator.decisions.observed.objects import QLoRAJob, format_time
 from qlora_operator.decisions.sweeps.sweep import QLoRASweep, StoredSweep

@@ -20,8 +20,8 @@ from kubernetes.aio.client import rest
 
 from qlora_api.contract import TRAINER_CONTAINER
 from qlora_api.naming import JOB_UID_LABEL, SWEEP_UID_LABEL
-from qlora_api.sweep import SWEEP_KIND, SWEEP_PLURAL
-from qlora_api.v1alpha1 import API_VERSION, GROUP, KIND, PLURAL, VERSION
+from qlora_api.spec.job import API_VERSION, GROUP, KIND, PLURAL, VERSION
+from qlora_api.sweep.spec import SWEEP_KIND, SWEEP_PLURAL
 from qlora_operator.decisions.observed.objects import Object, QLoRAJob
 from qlora_operator.decisions.observed.parsing import profile_in_use
 from qlora_operator.decisions.sweeps.sweep import CellJob, QLoRASweep, StoredSweep, parse_cell

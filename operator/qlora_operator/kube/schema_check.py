@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from qlora_api.served_schema import missing_fields
-from qlora_api.v1alpha1 import GROUP, VERSION
+from qlora_api.spec.job import GROUP, VERSION
 from qlora_operator.decisions.observed.objects import Object
 from qlora_operator.kube.client import ClusterError, NotFoundError
 

@@ -7,7 +7,7 @@ same would be decided again and again, as fast as a worker can.
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from qlora_operator.workqueue import Key
+from qlora_operator.keys import Key
 
 _FIRST_SECONDS, _LONGEST_SECONDS = 5.0, 300.0
 _LONGEST_POSTPONEMENT = 7200.0

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from qlora_api.profile import Profile
-from qlora_api.sweep import SWEEP_KIND, Cell
-from qlora_api.sweep_status import QLoRASweepStatus
+from qlora_api.sweep.spec import SWEEP_KIND, Cell
+from qlora_api.sweep.status import QLoRASweepStatus
 from qlora_operator.decisions.events import sweep_event, unreadable_event
 from qlora_operator.decisions.observed.objects import Object, Reason
 from qlora_operator.decisions.sweeps.best_cell import ENDED, cells_to_publish, published

@@ -13,8 +13,8 @@ import kopf
 from kopf._core.reactor.inventory import ResourceMemories, ResourceMemory
 
 from qlora_api.naming import JOB_UID_LABEL
-from qlora_api.sweep import SWEEP_PLURAL
-from qlora_api.v1alpha1 import GROUP, PLURAL, VERSION
+from qlora_api.spec.job import GROUP, PLURAL, VERSION
+from qlora_api.sweep.spec import SWEEP_PLURAL
 from qlora_operator.decisions.observed.objects import Object
 from qlora_operator.decisions.sweeps.sweep import sweep_of
 from qlora_operator.keys import Key

@@ -10,7 +10,7 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 from qlora_api.memory.estimate import estimate
 from qlora_api.memory.families import FAMILIES
 from qlora_api.memory.model_shape import ModelShape
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.spec.job import QLoRAJobSpec
 from qlora_trainer.model.memory.dry_run import StepSize, measure_within_limits
 from qlora_trainer.model.memory.fit import training_shape
 from qlora_trainer.model.memory.job_memory import measured_estimate

@@ -14,7 +14,7 @@ from benchmarks.quality.data import prepare, without_chat_template
 from benchmarks.quality.plan import ARMS, waiting_cells
 from benchmarks.quality.tasks.task import Row
 from benchmarks.quality.training import mean_loss, train
-from qlora_api.training import LoraSpec, TrainingSpec
+from qlora_api.spec.training import LoraSpec, TrainingSpec
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.adapter.attach import adapter_tensors
 from tests.support.training import prepared, run

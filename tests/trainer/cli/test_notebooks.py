@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from nbclient import NotebookClient
 
 from qlora_api.contract import ProgressRecord, decode_any_record
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.spec.job import QLoRAJobSpec
 from qlora_client import LocalBackendConfig, QLoRAClient, Row
 from tests.support.command import ROWS, SPEC, Files
 from tests.support.tiny import write_rows

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 
 from qlora_api.contract import ExitCode
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.spec.job import QLoRAJobSpec
 from qlora_cli.__main__ import main
 from qlora_cli.rows import RowAccess, show_rows
 from qlora_trainer.core.context import Mounts

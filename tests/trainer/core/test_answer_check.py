@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qlora_api.contract import ExitCode
-from qlora_api.gate import ScoreSpec
+from qlora_api.spec.gate import ScoreSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.evaluation import answer_check
 from qlora_trainer.evaluation.answer_check import AnswerChecker, Criterion

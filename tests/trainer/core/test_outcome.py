@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qlora_api.contract import ExitCode, ResultRecord, decode_record, encode_record
-from qlora_api.dataset import MAX_MIX_SOURCES
+from qlora_api.spec.dataset import MAX_MIX_SOURCES
 from qlora_api.status import DatasetStatus, MemoryStatus, MixedSourceStatus
 from qlora_trainer.core.failures import Interrupted, bad_dataset, is_out_of_gpu_memory
 from qlora_trainer.core.outcome import Ending, Terminated, classify, result_record

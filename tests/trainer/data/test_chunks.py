@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from qlora_api.contract import WorkspaceLayout
-from qlora_api.v1alpha1 import QLoRAJobDocument
+from qlora_api.spec.job import QLoRAJobDocument
 from qlora_trainer.core import environment
 from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.core.failures import StepFailure

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as TokenizerFile
 from tokenizers.processors import TemplateProcessing
 
 from qlora_api.contract import ExitCode
-from qlora_api.dataset import DatasetSpec
+from qlora_api.spec.dataset import DatasetSpec
 from qlora_trainer.core.completion import EndOfTurn
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.failures import StepFailure

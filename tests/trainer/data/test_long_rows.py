@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from qlora_api.dataset import Columns, RowFormat
-from qlora_api.training import TrainOn
+from qlora_api.spec.dataset import Columns, RowFormat
+from qlora_api.spec.training import TrainOn
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.read.rows import Row
 from qlora_trainer.data.render.template_source import JobTemplate

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from qlora_api.contract import ExitCode
-from qlora_api.training import TrainingSpec
+from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.core.completion import PrepareRecord
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure

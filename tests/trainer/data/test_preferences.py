@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from qlora_api.contract import ExitCode
-from qlora_api.dataset import Columns
+from qlora_api.spec.dataset import Columns
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.examples.formats import Reading, RowReader, detect_format
 from qlora_trainer.data.prepared import PreparedDataset

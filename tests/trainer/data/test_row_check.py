@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from qlora_api.contract import ExitCode
-from qlora_api.dataset import Columns
+from qlora_api.spec.dataset import Columns
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.examples.formats import RowReader
 from qlora_trainer.data.examples.row_check import RowCheck

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qlora_api.contract import ExitCode
-from qlora_api.dataset import SystemPromptSpec
+from qlora_api.spec.dataset import SystemPromptSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.examples.example import Conversation, Message
 from qlora_trainer.data.render.chat_template import Tokenizer

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from qlora_api.training import LoraSpec
+from qlora_api.spec.training import LoraSpec
 from qlora_trainer.model.base.load import load_base
 from qlora_trainer.model.experts.compute import expert_modules
 from qlora_trainer.model.families.inspection import inspect_family

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 from qlora_api.contract import ExitCode
-from qlora_api.training import LoraSpec, QuantizationSpec
+from qlora_api.spec.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.model.adapter.attach import adapter_parameters, adapter_tensors, restore_adapter, save_adapter
 from qlora_trainer.model.base.load import check_quantization, load_base

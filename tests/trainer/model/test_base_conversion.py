@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qlora_api.contract import ExitCode
-from qlora_api.training import QuantizationSpec
+from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.model.base import artifact as base_artifact

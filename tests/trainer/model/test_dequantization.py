@@ -9,7 +9,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import Tensor
 from transformers import LlamaConfig
 
-from qlora_api.training import QuantizationSpec
+from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.model.adapter.merge import merged_model
 from qlora_trainer.model.base.load import load_base
 from qlora_trainer.model.nf4.base_weights import BaseWeights

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, silu
 from transformers.integrations.moe import use_experts_implementation
 
-from qlora_api.training import QuantizationSpec
+from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.model.experts import compute as experts
 from qlora_trainer.model.experts.compute import EXPERTS, register_experts
 from qlora_trainer.model.experts.stack import ExpertStack

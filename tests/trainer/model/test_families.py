@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_api.memory.model_shape import SUPPORTED_MODEL_TYPES
-from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
+from qlora_api.spec.training import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.core.completion import TrainRecord
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure

@@ -11,7 +11,7 @@ import torch
 from bitsandbytes.functional import QuantState, create_dynamic_map, dequantize_4bit, quantize_4bit, quantize_blockwise
 from torch import Tensor
 
-from qlora_api.training import QuantizationSpec
+from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.model.nf4.quantization import PIECE, dynamic_map, quantize
 
 KINDS = [QuantizationSpec(type=kind, double_quant=double) for kind in ("nf4", "fp4") for double in (True, False)]

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from qlora_api.contract import ExitCode
 from qlora_api.sources import ObjectStoreSource, RegistrySource, parse_source
-from qlora_api.training import LoraSpec
+from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure

@@ -8,7 +8,7 @@ import torch
 from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor
 
-from qlora_api.training import LoraSpec
+from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE
 from qlora_trainer.core.model_error import ModelError
 from qlora_trainer.model.adapter.attach import (

@@ -7,7 +7,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor
 
-from qlora_api.training import LoraSpec, QuantizationSpec
+from qlora_api.spec.training import LoraSpec, QuantizationSpec
 from qlora_trainer.model.adapter import loftq
 from qlora_trainer.model.adapter.attach import adapter_parameters, attach_adapter
 from qlora_trainer.model.adapter.loftq import _largest

@@ -14,7 +14,7 @@ from peft.tuners.lora import Linear4bit
 from safetensors.torch import load_file, save_file
 
 from qlora_api.contract import ExitCode, WorkspaceLayout
-from qlora_api.training import LoraSpec, QuantizationSpec
+from qlora_api.spec.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord, write_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Phi3Config, Qwen2Config
 
 from qlora_api.contract import ExitCode, WorkspaceLayout
-from qlora_api.training import LoraSpec, QuantizationSpec
+from qlora_api.spec.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.completion import Comparison, PrepareRecord, PublishRecord, TrainRecord, read_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure

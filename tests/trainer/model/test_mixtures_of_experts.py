@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from qlora_api.contract import ExitCode
-from qlora_api.model_and_output import MergedSpec, OutputSpec, PublishedBaseSpec
-from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.output import MergedSpec, OutputSpec, PublishedBaseSpec
+from qlora_api.spec.training import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.file_names import ADAPTER_FILE
 from qlora_trainer.model.adapter.attach import adapter_parameters, save_adapter

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, Mxfp4Config
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from qlora_api.contract import ExitCode
-from qlora_api.training import LoraSpec, QuantizationSpec
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.base.byte_count import storage_of

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qlora_api.contract import ExitCode
-from qlora_api.training import LoraSpec, QuantizationSpec
+from qlora_api.spec.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.base.layout import BaseLayout

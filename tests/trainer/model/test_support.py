@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.afmoe.modeling_afmoe import AfmoeTokenChoiceRouter
 
 from qlora_api.contract import ExitCode
-from qlora_api.training import LoraSpec, TrainingSpec
+from qlora_api.spec.training import LoraSpec, TrainingSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.model.experts import compute as experts
 from qlora_trainer.model.families import admission as check

@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, BitsAndBytesConfig
 
-from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
+from qlora_api.spec.training import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.core.completion import TrainRecord
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.file_names import ADAPTER_FILE

@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qlora_api.contract import ExitCode
-from qlora_api.dataset import Columns
+from qlora_api.spec.dataset import Columns
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.examples.example import TokenizedRow
 from qlora_trainer.data.examples.formats import RowReader, detect_format

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Gemma2Config, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
 
-from qlora_api.training import LoraSpec, QuantizationSpec
+from qlora_api.spec.training import LoraSpec, QuantizationSpec
 from qlora_trainer.data.prepared import IGNORED_LABEL, PackedSequence
 from qlora_trainer.model.adapter.attach import adapter_parameters, attach_adapter
 from qlora_trainer.model.base.load import load_base

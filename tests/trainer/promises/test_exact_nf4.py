@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig
 
 from qlora_api.contract import ExitCode
-from qlora_api.training import QuantizationSpec
+from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.model.base.byte_count import storage_of
 from qlora_trainer.model.base.load import load_base

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_api.training import QuantizationSpec
+from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core import cpu
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.model.adapter.attach import adapter_tensors, attach_adapter

@@ -15,8 +15,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from qlora_api.contract import ExitCode
+from qlora_api.spec.training import EarlyStoppingSpec, LoraSpec, PreferenceSpec, QuantizationSpec, TrainingSpec
 from qlora_api.status import InitialAdapterStatus
-from qlora_api.training import EarlyStoppingSpec, LoraSpec, PreferenceSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.core import environment
 from qlora_trainer.core.completion import PrepareRecord, read_completion, write_completion
 from qlora_trainer.core.context import StepContext

@@ -16,8 +16,8 @@ from pydantic import ValidationError
 
 from qlora_api.contract import ExitCode
 from qlora_api.sources import HubSource, ObjectStoreSource
-from qlora_api.training import LoraSpec
-from qlora_api.v1alpha1 import QLoRAJobDocument
+from qlora_api.spec.job import QLoRAJobDocument
+from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.model.families.rejection import entries

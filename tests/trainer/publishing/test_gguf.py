@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from qlora_api.contract import ExitCode
-from qlora_api.gguf import GgufSpec
-from qlora_api.training import LoraSpec
+from qlora_api.spec.output import GgufSpec
+from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.file_names import ADAPTER_FILE, GGUF_FILE
 from qlora_trainer.model.families.inspection import inspect_family

@@ -15,7 +15,7 @@ import urllib3.util.retry
 from mlflow.tracking import MlflowClient
 
 from qlora_api.contract import ENV_MLFLOW_SERVER, ENV_WANDB_SERVER
-from qlora_api.tracking import TrackedRun, TrackingStatus
+from qlora_api.spec.output import TrackedRun, TrackingStatus
 from qlora_trainer.core.completion import PublishRecord, read_completion, write_completion
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.publishing import uploads

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import save_file
 
 from qlora_api.contract import ExitCode
-from qlora_api.training import LoraSpec
+from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.publishing.verify import verify_config, verify_tensors

@@ -12,8 +12,8 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from qlora_api.spec.training import TrainingSpec
 from qlora_api.status import MemoryStatus
-from qlora_api.training import TrainingSpec
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.trained_job import TrainedJob
 from qlora_trainer.data.statistics import DataStatistics, OverlapStatistics

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from transformers import OPTConfig
 
 from qlora_api.contract import ExitCode, WorkspaceLayout
-from qlora_api.gate import ScoreSpec
+from qlora_api.spec.gate import ScoreSpec
 from qlora_trainer.core.completion import (
     PrepareRecord,
     Score,

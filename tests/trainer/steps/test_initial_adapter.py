@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_api.contract import ExitCode, WorkspaceLayout
+from qlora_api.spec.job import QLoRAJobDocument
+from qlora_api.spec.training import LoraSpec
 from qlora_api.status import InitialAdapterStatus
-from qlora_api.training import LoraSpec
-from qlora_api.v1alpha1 import QLoRAJobDocument
 from qlora_trainer.core.completion import PublishRecord, TrainRecord
 from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.core.failures import StepFailure, StopRequest

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import StableLmConfig
 
 from qlora_api.contract import ExitCode, decode_record
-from qlora_api.training import LoraSpec
+from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.completion import PrepareRecord, read_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure

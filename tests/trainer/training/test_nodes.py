@@ -13,7 +13,7 @@ import torch.distributed
 
 from devcluster.addresses import free_port
 from qlora_api.contract import ENV_NODE, ENV_NODE_WAIT, ENV_RENDEZVOUS, ExitCode
-from qlora_api.training import ResourcesSpec
+from qlora_api.spec.training import ResourcesSpec
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure, peer_lost
 from qlora_trainer.training.distributed import ranks

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from qlora_api.contract import ExitCode
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.spec.job import QLoRAJobSpec
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.outcome import summary

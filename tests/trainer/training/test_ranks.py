@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_api.contract import ExitCode
-from qlora_api.training import ResourcesSpec
+from qlora_api.spec.training import ResourcesSpec
 from qlora_trainer.core.completion import TrainRecord, read_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure, unreachable

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from qlora_api.contract import ExitCode
-from qlora_api.training import TrainingSpec
+from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.core.environment import available_cpus
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.training.checkpoints.attempts import Attempt, read_attempts, reject_if_stuck, write_attempts

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qlora_api.contract import ExitCode
-from qlora_api.gate import GateSpec, ScoreSpec
+from qlora_api.spec.gate import GateSpec, ScoreSpec
 from qlora_api.status import DatasetStatus
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.examples.row_check import RowCheck

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig
 
 from qlora_api.contract import ExitCode
-from qlora_api.gate import GateSpec
+from qlora_api.spec.gate import GateSpec
 from qlora_trainer.core.completion import EndOfTurn, PrepareRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest

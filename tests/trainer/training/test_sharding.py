@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, OPTConfig
 
 from qlora_api.contract import ExitCode
-from qlora_api.training import LoraSpec, QuantizationSpec
+from qlora_api.spec.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.model.adapter.attach import attach_adapter

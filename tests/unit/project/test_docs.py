@@ -14,7 +14,7 @@ from docs.generate import pages
 from docs.screenshots import watch_lines
 from qlora_api.contract import ExitCode
 from qlora_api.profile import Profile
-from qlora_api.sweep import SWEEP_KIND, QLoRASweepSpec
+from qlora_api.sweep.spec import SWEEP_KIND, QLoRASweepSpec
 from qlora_cli.manifest import load_manifest
 from tests.support.sweeps import TEMPLATE
 

@@ -27,7 +27,7 @@ from benchmarks.quality.plan import (
 from benchmarks.quality.results import Cell, Run, append_run, read_runs
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.tasks.task import Task, rows_of, sets_of
-from qlora_api.training import LoraSpec
+from qlora_api.spec.training import LoraSpec
 
 TASK = next(iter(TASKS))
 

@@ -14,7 +14,7 @@ from qlora_api.contract import (
     decode_record,
     encode_record,
 )
-from qlora_api.dataset import MAX_MIX_SOURCES
+from qlora_api.spec.dataset import MAX_MIX_SOURCES
 from qlora_api.status import MergedStatus
 
 OURS = {"job_uid": "job-1", "pod_uid": "pod-1"}

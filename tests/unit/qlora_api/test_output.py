@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from qlora_api.model_and_output import OutputSpec
+from qlora_api.spec.output import OutputSpec
 
 S3 = "s3://bucket/base"
 

@@ -6,12 +6,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from qlora_api.best_job import CHANGEABLE, FoundRun, best_job
-from qlora_api.grid import MAX_CELLS, Grid, Overrides
-from qlora_api.repeated_cell import repeated_cell
-from qlora_api.sweep import Cell, QLoRASweepSpec, cells
-from qlora_api.training import LoraSpec, TrainingSpec
-from qlora_api.v1alpha1 import MUTABLE_FIELDS, QLoRAJobSpec
+from qlora_api.spec.job import MUTABLE_FIELDS, QLoRAJobSpec
+from qlora_api.spec.training import LoraSpec, TrainingSpec
+from qlora_api.sweep.cells import CHANGEABLE, FoundRun, best_job, repeated_cell
+from qlora_api.sweep.grid import MAX_CELLS, Grid, Overrides
+from qlora_api.sweep.spec import Cell, QLoRASweepSpec, cells
 from tests.support.sweeps import FULL_SWEEP, SWEEP, TEMPLATE
 
 CLAIM = "rates-0a1b2c3d"

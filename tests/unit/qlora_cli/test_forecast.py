@@ -9,7 +9,7 @@ import yaml
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.spec.job import QLoRAJobSpec
 from qlora_cli.__main__ import main
 from qlora_cli.forecast import GpuOfPlan, show_forecast
 from qlora_cli.plan import make_plan

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from qlora_api.v1alpha1 import MAX_NAME_LENGTH, QLoRAJobDocument
+from qlora_api.spec.job import MAX_NAME_LENGTH, QLoRAJobDocument
 from qlora_cli.job_options import _OPTIONS, OptionError, job_of
 from qlora_client.job_name import generated_name
 

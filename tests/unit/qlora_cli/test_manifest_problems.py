@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from qlora_api.sweep import QLoRASweepDocument
-from qlora_api.v1alpha1 import QLoRAJobDocument
+from qlora_api.spec.job import QLoRAJobDocument
+from qlora_api.sweep.spec import QLoRASweepDocument
 from qlora_cli.manifest import ManifestError, load_manifest
 from qlora_cli.manifest_problems import WORDS_OF_PATTERN
 

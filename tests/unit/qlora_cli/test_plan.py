@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from qlora_api.contract import ExitCode
-from qlora_api.training import LoraSpec
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.training import LoraSpec
 from qlora_cli.plan import make_plan, show_plan
 from qlora_trainer.core.failures import StepFailure
 

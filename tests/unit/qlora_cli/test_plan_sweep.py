@@ -16,8 +16,8 @@ from rich.console import Console
 
 from qlora_api.contract import ExitCode
 from qlora_api.memory.estimate import ActivationBytes
-from qlora_api.sweep import QLoRASweepDocument
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.sweep.spec import QLoRASweepDocument
 from qlora_cli.__main__ import main
 from qlora_cli.plan_sweep import SweepPlan, make_sweep_plan, show_sweep_plan
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep

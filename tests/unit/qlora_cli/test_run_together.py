@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from qlora_api.contract import ExitCode
-from qlora_api.v1alpha1 import QLoRAJobDocument
+from qlora_api.spec.job import QLoRAJobDocument
 from qlora_cli import run_together
 from qlora_cli.display import ConsoleDisplay
 from qlora_cli.run import Ended, LocalRun

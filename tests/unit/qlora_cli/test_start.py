@@ -10,7 +10,7 @@ from qlora_cli.__main__ import main
 
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "kopf", "qlora_operator", "matplotlib", "numpy")
 ASKS = ("kubernetes", "qlora_client")
-MODELS = ("pydantic", "qlora_api.v1alpha1")
+MODELS = ("pydantic", "qlora_api.spec.job")
 
 
 def imported(*arguments: str) -> set[str]:
@@ -38,7 +38,7 @@ def test_help_imports_no_command(arguments: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("arguments", [("list",), ("suspend", "job"), ("completion", "bash")])
 def test_what_asks_a_cluster_imports_no_model_of_the_resource(arguments: tuple[str, ...]) -> None:
-    assert not imported(*arguments) & {*HEAVY, "qlora_api.v1alpha1", "qlora_trainer", "ruamel.yaml"}
+    assert not imported(*arguments) & {*HEAVY, "qlora_api.spec.job", "qlora_trainer", "ruamel.yaml"}
 
 
 @pytest.mark.parametrize("arguments", [("watch", "job"), ("logs", "job"), ("submit", "--help")])

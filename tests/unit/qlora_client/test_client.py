@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from qlora_api.dataset import DatasetSpec
-from qlora_api.model_and_output import BaseModelSpec
-from qlora_api.training import LoraSpec, ResourcesSpec, TrainingSpec
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.spec.dataset import DatasetSpec
+from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.model import BaseModelSpec
+from qlora_api.spec.training import LoraSpec, ResourcesSpec, TrainingSpec
 from qlora_client import ClusterBackendConfig, Comparison, LocalBackendConfig, QLoRAClient, QLoRAJob, Row
 from qlora_client.errors import UnreachableError
 from qlora_client.job import Job

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from qlora_api.contract import ResultRecord, encode_record
-from qlora_api.dataset import DatasetSpec
-from qlora_api.model_and_output import BaseModelSpec
+from qlora_api.spec.dataset import DatasetSpec
+from qlora_api.spec.job import API_VERSION, KIND, QLoRAJobSpec
+from qlora_api.spec.model import BaseModelSpec
 from qlora_api.status import AdapterStatus
-from qlora_api.v1alpha1 import API_VERSION, KIND, QLoRAJobSpec
 from qlora_client import LocalBackendConfig, QLoRAClient
 
 SPEC = QLoRAJobSpec(model=BaseModelSpec(source="pvc://models/base"), dataset=DatasetSpec(source="pvc://data/a.jsonl"))

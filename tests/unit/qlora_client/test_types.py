@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 import qlora_api
 import qlora_client
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.spec.job import QLoRAJobSpec
 
 
 def models(kind: Any) -> Iterator[type[BaseModel]]:

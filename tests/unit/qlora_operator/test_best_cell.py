@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from qlora_api.sweep_status import QLoRASweepStatus
+from qlora_api.sweep.status import QLoRASweepStatus
 from qlora_operator.decisions.observed.objects import Reason
 from qlora_operator.decisions.sweeps.best_cell import cells_to_publish, published
 from qlora_operator.decisions.sweeps.plan import CreateCell, SetCleanup, SetSuspend, next_status, plan, table

@@ -6,10 +6,10 @@ import pytest
 
 from qlora_api.forecast import ASSUMED_UTILIZATION, cost_text, hours_of_flops, hours_text, training_flops
 from qlora_api.profile import Limits, Profile
+from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.training import TrainingSpec
 from qlora_api.status import QLoRAJobStatus
-from qlora_api.training import TrainingSpec
 from qlora_api.usage import WorkStatus
-from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_operator.decisions.events import budget_event
 from qlora_operator.decisions.plan import DeleteJob, plan
 from qlora_operator.decisions.usage.budget import budget_at

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from qlora_api.group import GroupStatus
 from qlora_api.memory.estimate import GIB, LOW_FACTOR
+from qlora_api.spec.group import GroupStatus
 from qlora_api.status import MemoryStatus, QLoRAJobStatus
 from qlora_operator.decisions.groups.group import look_again_after, waiting_for
 from qlora_operator.decisions.manifests.objects import build_job

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qlora_api.contract import ProgressRecord, encode_record
-from qlora_api.group import GroupMemberStatus, GroupStatus
+from qlora_api.spec.group import GroupMemberStatus, GroupStatus
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.decisions.observed.members import GroupFacts, member_of
 from qlora_operator.kube.listing import ChildList

@@ -6,8 +6,9 @@ import pytest
 
 from qlora_api.contract import MAX_PROGRESS_BYTES, ProgressRecord, ResultRecord, encode_record
 from qlora_api.figures import with_progress, with_training_facts
-from qlora_api.halving import MAX_RUNGS, HalvingSpec
-from qlora_api.sweep_status import QLoRASweepStatus
+from qlora_api.status_types import MAX_RUNGS
+from qlora_api.sweep.halving import HalvingSpec
+from qlora_api.sweep.status import QLoRASweepStatus
 from qlora_operator.decisions.manifests.objects import build_job
 from qlora_operator.decisions.observed.stored_job import parse_job
 from qlora_operator.decisions.sweeps.plan import CreateCell, SetSuspend, StopCell, judges_anew, next_status, plan, table

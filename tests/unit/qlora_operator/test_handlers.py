@@ -12,7 +12,7 @@ from kopf._core.reactor.processing import process_resource_event
 
 from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.profile import Profile
-from qlora_api.v1alpha1 import GROUP, PLURAL, VERSION
+from qlora_api.spec.job import GROUP, PLURAL, VERSION
 from qlora_operator.keys import Key
 from qlora_operator.metrics.metrics import Metrics
 from qlora_operator.settings import Settings

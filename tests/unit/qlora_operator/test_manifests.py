@@ -7,8 +7,8 @@ import pytest
 
 from qlora_api.contract import PERMANENT_EXIT_CODES
 from qlora_api.profile import Profile
+from qlora_api.spec.job import QLoRAJobDocument
 from qlora_api.status import StepName
-from qlora_api.v1alpha1 import QLoRAJobDocument
 from qlora_operator.decisions.manifests.objects import build_claim, build_job
 from tests.support.builders import NAME, PROFILE, UID, make_job, resolved, to_json
 

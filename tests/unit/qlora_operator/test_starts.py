@@ -8,8 +8,8 @@ import pytest
 
 from qlora_api.naming import JOB_LABEL, SPEC_ANNOTATION
 from qlora_api.profile import Profile, amount
+from qlora_api.spec.job import QLoRAJobDocument
 from qlora_api.status import Resolved
-from qlora_api.v1alpha1 import QLoRAJobDocument
 from qlora_operator.decisions.manifests.objects import build_job
 from qlora_operator.decisions.observed.objects import Observed
 from qlora_operator.decisions.observed.parsing import profile_in_use

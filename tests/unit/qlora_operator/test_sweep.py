@@ -7,7 +7,7 @@ import pytest
 from qlora_api.naming import workspace_folder
 from qlora_api.profile import Profile
 from qlora_api.status import StepName
-from qlora_api.sweep_status import QLoRASweepStatus
+from qlora_api.sweep.status import QLoRASweepStatus
 from qlora_operator.decisions.manifests.objects import build_job
 from qlora_operator.decisions.observed.objects import Reason
 from qlora_operator.decisions.observed.stored_job import UnreadableJobError, parse_job

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.spec.job import QLoRAJobSpec
 from qlora_trainer.core import sandbox as limited
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.sandbox import DryRunFailed, within_limits

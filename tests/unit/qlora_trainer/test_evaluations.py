@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_api.training import EarlyStoppingSpec, TrainingSpec
+from qlora_api.spec.training import EarlyStoppingSpec, TrainingSpec
 from qlora_trainer.training.progress.evaluations import expected_end, too_few_evaluations
 
 Curve = list[tuple[int, float]]

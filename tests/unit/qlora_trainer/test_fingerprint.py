@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.status import DatasetStatus, MemoryStatus
-from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.completion import PrepareRecord
 from qlora_trainer.data.fingerprint import ResolvedInputs
 from qlora_trainer.training.checkpoints.fingerprint import Fingerprint, differences, run_fingerprint

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from qlora_api.contract import ExitCode
-from qlora_api.gate import GateSpec
+from qlora_api.spec.gate import GateSpec
 from qlora_api.status import GateStatus
 from qlora_trainer.core.completion import Score, TrainRecord, score_settings
 from qlora_trainer.core.failures import StepFailure

@@ -9,7 +9,7 @@ import pytest
 
 from qlora_api.memory.advice import advice, larger_micro_batch, larger_micro_batches
 from qlora_api.memory.training_shape import TrainingShape
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.spec.job import QLoRAJobSpec
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.core.sandbox import DryRunFailed
 from qlora_trainer.model.memory.dry_run import StepSize

@@ -8,13 +8,13 @@ from typing import Any, cast
 import pytest
 
 from qlora_api.contract import ExitCode
-from qlora_api.gate import GateSpec, ScoreSpec
 from qlora_api.memory.advice import advice
 from qlora_api.memory.estimate import estimate, estimate_together
 from qlora_api.memory.model_shape import ModelShape
 from qlora_api.memory.together import ShareOfMemory, add_up
 from qlora_api.memory.training_shape import TrainingShape
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.spec.gate import GateSpec, ScoreSpec
+from qlora_api.spec.job import QLoRAJobSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.core.sandbox import DryRunFailed

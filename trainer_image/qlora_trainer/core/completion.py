@@ -9,8 +9,9 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field, PositiveInt, ValidationError
 
-from qlora_api.gate import ScoreSpec
 from qlora_api.schema import ObservedModel
+from qlora_api.spec.gate import ScoreSpec
+from qlora_api.spec.output import TrackingStatus
 from qlora_api.status import (
     AdapterStatus,
     BaseStatus,
@@ -22,7 +23,6 @@ from qlora_api.status import (
     Share,
     Timestamp,
 )
-from qlora_api.tracking import TrackingStatus
 from qlora_api.usage import WorkStatus
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.measured_memory import MeasuredMemory

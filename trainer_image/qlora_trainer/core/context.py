@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from qlora_api import contract
 from qlora_api.contract import MAX_ACTIVITY_LENGTH, ProgressRecord, WorkspaceLayout, within_limit
 from qlora_api.sources import ConfigMapSource, HubSource, VolumeSource, parse_source
+from qlora_api.spec.job import QLoRAJobDocument, QLoRAJobSpec
 from qlora_api.status import StepName
-from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import bad_configuration, unreachable
 from qlora_trainer.core.records import timestamp

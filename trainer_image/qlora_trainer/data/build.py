@@ -8,8 +8,8 @@ from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 
-from qlora_api.dataset import Columns, DatasetSpec, EvalSpec
-from qlora_api.training import TrainingSpec
+from qlora_api.spec.dataset import Columns, DatasetSpec, EvalSpec
+from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.core.environment import available_cpus, trainer_version
 from qlora_trainer.core.failures import StepFailure, bad_dataset
 from qlora_trainer.data.dataset import Dataset, TokenizedSource

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy
 
-from qlora_api.dataset import Columns
 from qlora_api.printable import printable, shortened_in_the_middle
+from qlora_api.spec.dataset import Columns
+from qlora_api.spec.training import TrainingSpec
 from qlora_api.status import MAX_MIXED_SOURCE_LENGTH, DatasetStatus, MixedSourceStatus
-from qlora_api.training import TrainingSpec
 from qlora_trainer.data.epochs import EpochArrangements, Mix
 from qlora_trainer.data.examples.formats import PAIRS, Reading
 from qlora_trainer.data.packing import Arrangement, one_row_each, pack

@@ -18,7 +18,7 @@ from typing import Self
 import numpy
 from numpy.typing import NDArray
 
-from qlora_api.training import TrainingSpec
+from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.data.packing import Arrangement
 from qlora_trainer.data.sampling import Purpose, RowIndices, permutation

@@ -8,8 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qlora_api.dataset import DatasetSpec
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.spec.dataset import DatasetSpec
+from qlora_api.spec.job import QLoRAJobSpec
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.environment import trainer_version
 from qlora_trainer.core.filesystem import write_atomically

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy
 
-from qlora_api.dataset import Columns, DatasetSpec, RowFormat
-from qlora_api.training import TrainingSpec
+from qlora_api.spec.dataset import Columns, DatasetSpec, RowFormat
+from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.data.examples.formats import PAIRS, Reading, RowReader, detect_format
 from qlora_trainer.data.read.hub_splits import evaluation_part, training_part
 from qlora_trainer.data.read.locate import DataAccess, find_data

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy
 from numpy.typing import NDArray
 
-from qlora_api.dataset import DatasetSpec
+from qlora_api.spec.dataset import DatasetSpec
 from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.data.sampling import RowIndices, hold_out
 from qlora_trainer.data.tokenize.chunks import Digests

@@ -20,8 +20,8 @@ from referencing import Registry, Resource
 from referencing.jsonschema import specification_with
 
 from qlora_api.contract import ExitCode
-from qlora_api.gate import ScoreSpec
 from qlora_api.printable import first_line, shortened
+from qlora_api.spec.gate import ScoreSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.reasoning import END_OF_REASONING, after_reasoning
 

@@ -13,8 +13,8 @@ from typing import Any, Self
 import torch
 from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 
-from qlora_api.gate import MAX_PROMPT_TOKENS
 from qlora_api.printable import first_line
+from qlora_api.spec.gate import MAX_PROMPT_TOKENS
 from qlora_trainer.core.completion import EndOfTurn
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.reasoning import asks_for_reasoning

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_api.gate import MAX_PATTERN_CHARACTERS, MAX_PROMPT_TOKENS, GateSpec, ScoreSpec
+from qlora_api.spec.gate import MAX_PATTERN_CHARACTERS, MAX_PROMPT_TOKENS, GateSpec, ScoreSpec
 from qlora_api.status import DatasetStatus
 from qlora_trainer.core.failures import bad_configuration, bad_dataset
 from qlora_trainer.data.prepared import PreparedDataset

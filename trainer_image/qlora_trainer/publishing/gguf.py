@@ -26,9 +26,9 @@ from transformers import AutoConfig
 
 import qlora_trainer
 from qlora_api.contract import ExitCode, WorkspaceLayout
-from qlora_api.gguf import GgufSpec, GgufStatus
 from qlora_api.printable import one_line, shortened
-from qlora_api.training import LoraSpec
+from qlora_api.spec.output import GgufSpec, GgufStatus
+from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, GGUF_FILE
 from qlora_trainer.core.filesystem import file_sha256, require_space, scratch_folder

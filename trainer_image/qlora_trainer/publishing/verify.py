@@ -11,8 +11,8 @@ from transformers import AutoConfig
 
 from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_api.printable import shortened_json
-from qlora_api.training import LoraSpec
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unsafe_artifact

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qlora_api.contract import WorkspaceLayout
-from qlora_api.dataset import DatasetSpec
+from qlora_api.spec.dataset import DatasetSpec
 from qlora_api.status import DatasetStatus, MemoryStatus, MergedStatus
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.file_names import CURVE_FILE, HISTORY_FILE, REPORT_FILE, SAMPLES_FILE, SUMMARY_FILE

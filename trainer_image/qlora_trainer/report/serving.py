@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qlora_api.sources import HubSource, parse_source
-from qlora_api.training import LoraSpec
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.trained_job import TrainedJob
 from qlora_trainer.data.render.template_source import TEMPLATE_FILE
 from qlora_trainer.report.local_serving import gguf_commands

@@ -17,8 +17,8 @@ from pydantic import Field, ValidationError, model_validator
 from qlora_api.contract import SWEEP_REPORT
 from qlora_api.profile import DNS_LABEL
 from qlora_api.schema import ObservedModel
+from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.status import Share
-from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.file_names import HISTORY_FILE
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.folder_lock import exclusive

@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 
 from qlora_api.forecast import training_flops
+from qlora_api.spec.training import TrainingSpec
 from qlora_api.status import DatasetStatus
-from qlora_api.training import TrainingSpec
 from qlora_api.usage import WorkStatus
 from qlora_trainer.core.completion import PrepareRecord
 from qlora_trainer.core.context import StepContext

@@ -10,7 +10,7 @@ import torch
 from bitsandbytes.optim import PagedAdamW8bit, PagedAdamW32bit
 from torch import Tensor, nn
 
-from qlora_api.training import TrainingSpec
+from qlora_api.spec.training import TrainingSpec
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from qlora_api.contract import ExitCode
 from qlora_api.memory.estimate import GIB, MemoryEstimate, estimate
-from qlora_api.training import TrainingSpec
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import StepFailure, is_out_of_gpu_memory
 from qlora_trainer.core.measured_memory import MeasuredMemory

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_api.training import PreferenceSpec, TrainingSpec
+from qlora_api.spec.training import PreferenceSpec, TrainingSpec
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.data.prepared import PreparedDataset, Split
 from qlora_trainer.model.losses.batch import Batch, MicroBatch, PairedRows

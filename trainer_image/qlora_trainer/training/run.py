@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_api.contract import MIN_SECONDS_BETWEEN_PROGRESS, nine_digits
-from qlora_api.training import TrainingSpec
+from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StopRequest
 from qlora_trainer.core.records import RecordWriter

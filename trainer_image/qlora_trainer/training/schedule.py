@@ -7,7 +7,7 @@ from math import ceil
 import numpy
 from numpy.typing import NDArray
 
-from qlora_api.training import TrainingSpec
+from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.model.losses.batch import MicroBatch
 

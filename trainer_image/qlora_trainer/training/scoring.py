@@ -16,9 +16,9 @@ from typing import IO, Self
 from pydantic import Field, ValidationError
 
 from qlora_api.contract import ExitCode
-from qlora_api.gate import ScoreSpec
 from qlora_api.printable import first_line
 from qlora_api.schema import ObservedModel
+from qlora_api.spec.gate import ScoreSpec
 from qlora_trainer.core.completion import Score, score_settings
 from qlora_trainer.core.failures import Interrupted, StepFailure, bad_configuration, damaged, is_out_of_gpu_memory
 from qlora_trainer.core.file_names import ANSWERS_FILE

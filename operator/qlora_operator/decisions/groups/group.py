@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 
-from qlora_api.group import GroupMemberStatus, GroupStatus
 from qlora_api.memory.estimate import GIB
 from qlora_api.naming import child_job_name
 from qlora_api.profile import Limits
+from qlora_api.spec.group import GroupMemberStatus, GroupStatus
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.decisions.observed.facts import Facts
 from qlora_operator.decisions.observed.members import (

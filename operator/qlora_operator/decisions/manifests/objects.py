@@ -6,7 +6,6 @@ from typing import Any
 
 from qlora_api import contract
 from qlora_api.contract import PERMANENT_EXIT_CODES, TRAINER_CONTAINER, ExitCode
-from qlora_api.gate import GateSpec
 from qlora_api.naming import (
     JOB_LABEL,
     JOB_UID_LABEL,
@@ -21,8 +20,9 @@ from qlora_api.naming import (
     peers_name,
 )
 from qlora_api.profile import Profile, StepResources, Toleration, TrackingServers
+from qlora_api.spec.gate import GateSpec
+from qlora_api.spec.job import API_VERSION, KIND, STEP_FIELDS
 from qlora_api.status import Resolved, StepName
-from qlora_api.v1alpha1 import API_VERSION, KIND, STEP_FIELDS
 from qlora_operator.decisions.manifests.environment import (
     cloud_environment,
     identity_labels,

@@ -4,12 +4,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qlora_api import contract
-from qlora_api.model_and_output import SecretRef
 from qlora_api.naming import SPEC_ANNOTATION, other_spec_annotation
 from qlora_api.profile import ModelCache, Profile, SigningKey
 from qlora_api.sources import ConfigMapSource, VolumeSource, parse_source
+from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.model import SecretRef
 from qlora_api.status import ContinuedRun, StepName
-from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_operator.decisions.observed.objects import QLoRAJob, Reason
 
 Manifest = dict[str, Any]

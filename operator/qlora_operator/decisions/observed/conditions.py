@@ -5,7 +5,7 @@ from typing import Literal, TypeVar
 
 from qlora_api.printable import one_line
 from qlora_api.status import MAX_MESSAGE_LENGTH, Condition, Phase, QLoRAJobStatus
-from qlora_api.sweep_status import QLoRASweepStatus
+from qlora_api.sweep.status import QLoRASweepStatus
 from qlora_operator.decisions.observed.objects import Reason, format_time
 
 ConditionType = Literal[

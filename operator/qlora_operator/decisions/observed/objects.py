@@ -11,8 +11,8 @@ from qlora_api.contract import (
     ResultRecord,
     decode_record,
 )
+from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.status import QLoRAJobStatus, StepName
-from qlora_api.v1alpha1 import QLoRAJobSpec
 
 Object = Mapping[str, Any]
 ORPHANED = "orphan"

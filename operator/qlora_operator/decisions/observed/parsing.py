@@ -6,7 +6,7 @@ from itertools import islice
 
 from qlora_api.contract import TRAINER_CONTAINER
 from qlora_api.naming import RESOLVED_ANNOTATION
-from qlora_api.v1alpha1 import DEFAULT_PROFILE
+from qlora_api.spec.execution import DEFAULT_PROFILE
 from qlora_operator.decisions.observed.objects import (
     ChildJob,
     Object,

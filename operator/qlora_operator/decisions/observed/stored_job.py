@@ -8,12 +8,12 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from qlora_api.contract import CONTRACT_VERSION, needed_contract
-from qlora_api.halving import MAX_RUNGS
 from qlora_api.naming import QUEUE_LABEL, QUEUE_PRIORITY_LABEL, RUNGS_ANNOTATION, shared_folder
 from qlora_api.profile import DNS_LABEL
+from qlora_api.spec.job import API_VERSION, QLoRAJobSpec
 from qlora_api.status import QLoRAJobStatus, Resolved
-from qlora_api.sweep import MAX_SWEEP_NAME_LENGTH, SWEEP_KIND
-from qlora_api.v1alpha1 import API_VERSION, QLoRAJobSpec
+from qlora_api.status_types import MAX_RUNGS
+from qlora_api.sweep.spec import MAX_SWEEP_NAME_LENGTH, SWEEP_KIND
 from qlora_operator.decisions.observed.objects import ORPHANED, Object, QLoRAJob
 
 logger = logging.getLogger(__name__)

@@ -5,10 +5,10 @@ It is created once, when all cells have ended, and takes up the run of the cell 
 
 from collections.abc import Mapping, Sequence
 
-from qlora_api.best_job import best_job, best_job_name
 from qlora_api.status import MAX_SHORT_TEXT_LENGTH
-from qlora_api.sweep import Cell
-from qlora_api.sweep_status import CellStatus, PublishedCell, QLoRASweepStatus
+from qlora_api.sweep.cells import best_job, best_job_name
+from qlora_api.sweep.spec import Cell
+from qlora_api.sweep.status import CellStatus, PublishedCell, QLoRASweepStatus
 from qlora_operator.decisions.observed.conditions import truncate
 from qlora_operator.decisions.observed.objects import Reason
 from qlora_operator.decisions.sweeps.sweep import CellJob, QLoRASweep

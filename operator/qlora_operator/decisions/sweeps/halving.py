@@ -7,8 +7,8 @@ promoted later.
 
 from collections.abc import Mapping, Sequence
 
-from qlora_api.halving import HalvingSpec
-from qlora_api.sweep_status import CellStatus, RungStatus
+from qlora_api.sweep.halving import HalvingSpec
+from qlora_api.sweep.status import CellStatus, RungStatus
 from qlora_operator.decisions.sweeps.sweep import CellJob
 
 NOT_AMONG_BEST = "NotAmongBest"

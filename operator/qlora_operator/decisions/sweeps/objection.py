@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 from qlora_api.profile import Profile
-from qlora_api.repeated_cell import repeated_cell
-from qlora_api.sweep import Cell, pods
+from qlora_api.sweep.cells import repeated_cell
+from qlora_api.sweep.spec import Cell, pods
 from qlora_operator.decisions.observed.facts import Facts
 from qlora_operator.decisions.observed.objects import Observed, Reason
 from qlora_operator.decisions.resolution import objection_to_job

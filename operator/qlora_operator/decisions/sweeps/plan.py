@@ -8,10 +8,10 @@ from datetime import datetime
 from qlora_api.contract import SWEEP_REPORT, ExitCode
 from qlora_api.figures import short_loss
 from qlora_api.forecast import hours_text, sum_of_costs
-from qlora_api.halving import HalvingSpec
 from qlora_api.status import MAX_SHORT_TEXT_LENGTH
-from qlora_api.sweep import Cell, pods
-from qlora_api.sweep_status import BestCell, CellStatus, PublishedCell, QLoRASweepStatus, SweepPhase, SweepUsage
+from qlora_api.sweep.halving import HalvingSpec
+from qlora_api.sweep.spec import Cell, pods
+from qlora_api.sweep.status import BestCell, CellStatus, PublishedCell, QLoRASweepStatus, SweepPhase, SweepUsage
 from qlora_operator.decisions.observed.conditions import ConditionType, Value, truncate, with_condition
 from qlora_operator.decisions.observed.objects import Reason, format_time
 from qlora_operator.decisions.sweeps.best_cell import (

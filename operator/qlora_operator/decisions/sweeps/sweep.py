@@ -6,7 +6,6 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from qlora_api.best_job import FoundRun
 from qlora_api.naming import (
     QUEUE_LABEL,
     QUEUE_PRIORITY_LABEL,
@@ -19,11 +18,12 @@ from qlora_api.naming import (
     workspace_claim_name,
 )
 from qlora_api.profile import Profile
+from qlora_api.spec.job import API_VERSION, KIND
 from qlora_api.status import QLoRAJobStatus
-from qlora_api.sweep import SWEEP_KIND, Cell, QLoRASweepSpec, cells
-from qlora_api.sweep_status import CellPhase, QLoRASweepStatus
+from qlora_api.sweep.cells import FoundRun
+from qlora_api.sweep.spec import SWEEP_KIND, Cell, QLoRASweepSpec, cells
+from qlora_api.sweep.status import CellPhase, QLoRASweepStatus
 from qlora_api.usage import UsageStatus
-from qlora_api.v1alpha1 import API_VERSION, KIND
 from qlora_operator.decisions.observed.conditions import condition, is_true
 from qlora_operator.decisions.observed.objects import Object, QLoRAJob, Reason
 from qlora_operator.decisions.observed.parsing import controller_uid
@@ -60,7 +60,7 @@ class QLoRASweep:
         return shared_folder(self.name, self.uid)
 
     def cells(self) -> tuple[Cell, ...]:
-        """The cells in their order. Raises ValueError: see `qlora_api.sweep.cells`."""
+        """The cells in their order. Raises ValueError: see `qlora_api.sweep.spec.cells`."""
         return cells(self.name, self.spec, self.claim_name, self.uid)
 
     def as_job(self) -> QLoRAJob:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from qlora_api.memory.estimate import estimate
 from qlora_api.memory.model_shape import ModelShape
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.spec.job import QLoRAJobSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.model.memory.dry_run import StepSize

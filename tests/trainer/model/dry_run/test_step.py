@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from qlora_api.training import LoraSpec
+from qlora_api.spec.training import LoraSpec
 from qlora_trainer.model.adapter.attach import adapter_name, adapter_parameters, attach_further_adapter
 from qlora_trainer.model.families.inspection import inspect_family
 from qlora_trainer.model.kernels.attention import RowBoundaries, rows_attention

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from qlora_api.dataset import Columns, RowFormat
+from qlora_api.spec.dataset import Columns, RowFormat
 from qlora_trainer.core.failures import bad_configuration, bad_dataset
 from qlora_trainer.data.examples.conversations import CHAT, SHAREGPT, check_turns, checked_text, read_tools, read_turns
 from qlora_trainer.data.examples.example import Conversation, Example, Message, PlainText, Preference, PromptCompletion

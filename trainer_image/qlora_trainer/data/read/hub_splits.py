@@ -13,8 +13,8 @@ from typing import Any
 from huggingface_hub import metadata_load
 from yaml import YAMLError
 
-from qlora_api.dataset import DatasetSpec, EvalSpec, MixSource
 from qlora_api.sources import HubSource, parse_source
+from qlora_api.spec.dataset import DatasetSpec, EvalSpec, MixSource
 from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.core.paths import some_names
 from qlora_trainer.data.read.files import data_kind, require_one_kind

@@ -18,7 +18,7 @@ import numpy
 from jinja2 import TemplateError
 
 from qlora_api.printable import first_line
-from qlora_api.training import TrainOn
+from qlora_api.spec.training import TrainOn
 from qlora_trainer.core.failures import StepFailure, bad_configuration, bad_dataset
 from qlora_trainer.data.examples.example import (
     Conversation,

@@ -6,8 +6,8 @@ from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 
-from qlora_api.dataset import DatasetSpec
 from qlora_api.sources import ConfigMapSource, parse_source
+from qlora_api.spec.dataset import DatasetSpec
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy
 
-from qlora_api.dataset import Columns, DatasetSpec, RowFormat, SystemPromptSpec
-from qlora_api.training import TrainingSpec, TrainOn
+from qlora_api.spec.dataset import Columns, DatasetSpec, RowFormat, SystemPromptSpec
+from qlora_api.spec.training import TrainingSpec, TrainOn
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.data.examples.example import Example, PlainText, Preference, TokenizedRow
 from qlora_trainer.data.examples.formats import DATASET, PAIRS, RowReader

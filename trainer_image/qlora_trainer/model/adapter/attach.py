@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qlora_api.training import LoraSpec
+from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from qlora_trainer.model.adapter.loftq import initialize_loftq
 from qlora_trainer.model.architecture.decoder import block_linears, compute_as_in_use

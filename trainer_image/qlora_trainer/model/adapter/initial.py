@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from qlora_api.contract import ExitCode
-from qlora_api.model_and_output import InitialAdapterSpec
 from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource, VolumeSource, parse_source
+from qlora_api.spec.model import InitialAdapterSpec
 from qlora_api.status import InitialAdapterStatus
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unsafe_artifact

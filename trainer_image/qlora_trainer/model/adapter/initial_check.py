@@ -14,7 +14,7 @@ from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 
 from qlora_api.printable import shortened, shortened_json
-from qlora_api.training import LoraSpec
+from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.paths import some_names
 from qlora_trainer.model.adapter.shapes import MAX_CONFIG_BYTES, Expected

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from qlora_api.training import LoraSpec
+from qlora_api.spec.training import LoraSpec
 from qlora_trainer.model.architecture.text_part import without_weights
 from qlora_trainer.model.nf4.base_weights import BaseWeights
 

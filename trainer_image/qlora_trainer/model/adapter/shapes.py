@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qlora_api.training import LoraSpec
+from qlora_api.spec.training import LoraSpec
 from qlora_trainer.model.adapter.attach import tensor_dtype, whole_modules
 
 B_SUFFIX = ".lora_B.weight"

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from qlora_api.schema import ObservedModel
-from qlora_api.training import QuantizationSpec
+from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core.failures import unreachable, unsafe_artifact
 from qlora_trainer.core.filesystem import file_sha256, write_atomically
 from qlora_trainer.core.paths import some_names

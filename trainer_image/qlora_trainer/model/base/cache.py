@@ -17,7 +17,7 @@ from importlib.metadata import version as installed
 from pathlib import Path
 
 from qlora_api.contract import ModelCacheLayout
-from qlora_api.training import QuantizationSpec
+from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core.failures import StepFailure, model_unavailable, unreachable
 from qlora_trainer.core.filesystem import file_sha256, is_full, new_folder, partial_path, remove, sync, sync_tree
 from qlora_trainer.core.folder_lock import Ownership

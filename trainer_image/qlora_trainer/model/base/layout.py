@@ -15,7 +15,7 @@ from transformers.initialization import no_tie_weights
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.base import HfQuantizer
 
-from qlora_api.training import QuantizationSpec
+from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core.failures import bad_configuration, model_unavailable
 from qlora_trainer.core.paths import some_names
 from qlora_trainer.model.architecture.text_part import parts_beside_text, without_weights

@@ -8,7 +8,7 @@ from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 
-from qlora_api.training import QuantizationSpec
+from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core import cpu
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import StepFailure, bad_configuration, model_unavailable

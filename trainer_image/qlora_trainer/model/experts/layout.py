@@ -18,7 +18,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from qlora_api.training import QuantizationSpec
+from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.model.experts.compute import expert_modules
 from qlora_trainer.model.experts.mxfp4_stack import BLOCKS, GROUP, SCALES, Mxfp4Stack
 from qlora_trainer.model.experts.stack import ExpertStack

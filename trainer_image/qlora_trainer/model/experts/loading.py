@@ -7,7 +7,7 @@ from typing import Any, cast
 from safetensors import safe_open
 from torch import Tensor
 
-from qlora_api.training import QuantizationSpec
+from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core.failures import model_unavailable
 from qlora_trainer.core.paths import some_names
 from qlora_trainer.model.experts.layout import Place, StackShape, entry_name, matrices

@@ -10,7 +10,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from qlora_api.training import QuantizationSpec
+from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.model.experts.compute import expert_modules
 from qlora_trainer.model.experts.layout import ExpertLayout, routing_linears
 from qlora_trainer.model.source.quantization import EXPERTS_FORMAT

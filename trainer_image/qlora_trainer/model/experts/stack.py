@@ -7,7 +7,7 @@ import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
 from torch import Tensor, nn
 
-from qlora_api.training import QuantizationSpec
+from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.model.experts.mxfp4_stack import Mxfp4Stack, looked_up
 from qlora_trainer.model.nf4.quantization import BLOCK, OUTER_BLOCK, dynamic_map, layer_bytes
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig
 
 from qlora_api.contract import ExitCode
-from qlora_api.training import LoraSpec, TrainingSpec
+from qlora_api.spec.training import LoraSpec, TrainingSpec
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.sandbox import DryRunFailed, LimitReached, within_limits
 from qlora_trainer.model.families.inspection import Family, cannot_compare_answers, inspect_family

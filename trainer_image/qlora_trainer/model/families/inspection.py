@@ -12,8 +12,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from qlora_api.model_and_output import OutputSpec
-from qlora_api.training import LoraSpec, TrainingSpec
+from qlora_api.spec.output import OutputSpec
+from qlora_api.spec.training import LoraSpec, TrainingSpec
 from qlora_trainer.core.failures import StepFailure, bad_configuration, model_unavailable, unsafe_artifact
 from qlora_trainer.core.model_error import UNUSABLE, ModelError, explained, with_error
 from qlora_trainer.model.architecture.decoder import block_linears, outer_parameters, place_in_block

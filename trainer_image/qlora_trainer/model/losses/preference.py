@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from qlora_api.training import PreferenceSpec
+from qlora_api.spec.training import PreferenceSpec
 
 _LIKELIEST = -1e-6
 """The largest mean log-likelihood of which odds are computed: those of a certain answer are infinite."""

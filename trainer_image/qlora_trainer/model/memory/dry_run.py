@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_api.memory.estimate import ActivationBytes
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.spec.job import QLoRAJobSpec
 from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.core.sandbox import DryRunFailed, within_limits
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 from qlora_api.contract import ExitCode
-from qlora_api.gate import MAX_PROMPT_TOKENS
 from qlora_api.memory.advice import (
     ADAPTER_FIELDS,
     RUN_FIELDS,
@@ -23,8 +22,9 @@ from qlora_api.memory.model_shape import ModelShape, NotInTableError, Unsupporte
 from qlora_api.memory.one_row import ONE_ROW_MODEL_TYPES
 from qlora_api.memory.together import shared_bytes
 from qlora_api.memory.training_shape import TrainingShape
+from qlora_api.spec.gate import MAX_PROMPT_TOKENS
+from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.status import MAX_MESSAGE_LENGTH, MemoryStatus
-from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.core.sandbox import DryRunFailed

@@ -21,7 +21,7 @@ from qlora_api.memory.estimate import (
 )
 from qlora_api.memory.model_shape import ModelShape
 from qlora_api.memory.training_shape import TrainingShape
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.spec.job import QLoRAJobSpec
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.core.sandbox import DryRunFailed
 from qlora_trainer.model.memory.dry_run import StepSize, measure_within_limits

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qlora_api.memory.estimate import ActivationBytes, MemoryEstimate, estimate_together
 from qlora_api.memory.training_shape import TrainingShape
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.spec.job import QLoRAJobSpec
 from qlora_trainer.model.memory.dry_run import measure_together_within_limits
 from qlora_trainer.model.memory.job_memory import JobMemory, MeasuredJob, TableJob, measured_together
 

@@ -13,8 +13,8 @@ from transformers import AutoConfig
 
 from qlora_api.memory.answers import AnswerBytes
 from qlora_api.memory.estimate import SMALLEST_PAGED_TENSOR, ActivationBytes
-from qlora_api.training import LoraSpec
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.model.adapter.attach import adapter_name, attach_further_adapter
 from qlora_trainer.model.experts.mxfp4_stack import Mxfp4Stack

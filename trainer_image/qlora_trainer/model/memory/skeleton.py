@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
+from qlora_api.spec.training import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.model.adapter.attach import attach_adapter
 from qlora_trainer.model.architecture.text_part import text_part
 from qlora_trainer.model.experts.compute import EXPERTS, register_experts

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_api.training import PreferenceSpec
+from qlora_api.spec.training import PreferenceSpec
 from qlora_trainer.data.prepared import PackedSequence
 from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.model.losses.joint import joint_losses, routed

@@ -17,7 +17,7 @@ import torch
 from bitsandbytes.functional import QuantState, get_4bit_type
 from torch import Tensor
 
-from qlora_api.training import QuantizationSpec
+from qlora_api.spec.training import QuantizationSpec
 
 BLOCK = 64
 """Weights that share one quantization constant (arXiv 2305.14314, section 3)."""

@@ -10,7 +10,7 @@ import torch
 from bitsandbytes.functional import get_4bit_type
 from torch import Tensor
 
-from qlora_api.training import QuantizationSpec
+from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.model.nf4.quantization import BLOCK, COMPUTE_DTYPE, OUTER_BLOCK, dynamic_map
 
 PACKED = ""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_api.printable import one_line
-from qlora_api.training import QuantizationSpec
+from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 
 SETTINGS = ("quantization_config", "compression_config")

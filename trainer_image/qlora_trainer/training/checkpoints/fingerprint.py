@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_api.printable import shortened
-from qlora_api.training import PreferenceSpec
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.training import PreferenceSpec
 from qlora_trainer.core.completion import PrepareRecord
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.environment import trainer_version

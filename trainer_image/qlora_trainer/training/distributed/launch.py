@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from qlora_api import contract
 from qlora_api.contract import ExitCode
-from qlora_api.training import ResourcesSpec
+from qlora_api.spec.training import ResourcesSpec
 from qlora_trainer.core.failures import Interrupted, bad_configuration, peer_lost, unreachable
 
 _PARENT = "QLORA_STARTED_BY"

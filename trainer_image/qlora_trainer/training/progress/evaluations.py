@@ -7,7 +7,7 @@ stops early keeps its planned length for the learning rate, so its steps are tho
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from qlora_api.training import EarlyStoppingSpec, TrainingSpec
+from qlora_api.spec.training import EarlyStoppingSpec, TrainingSpec
 
 EVALUATIONS = "spec.training.evalEverySteps"
 

@@ -9,7 +9,7 @@ from qlora_api.profile import DNS_LABEL
 from qlora_api.schema import ApiModel, ObservedModel, rule
 
 if TYPE_CHECKING:
-    from qlora_api.v1alpha1 import QLoRAJobSpec
+    from qlora_api.spec.job import QLoRAJobSpec
 
 MAX_GROUP_SIZE = 16
 

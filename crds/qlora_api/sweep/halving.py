@@ -3,9 +3,7 @@
 from pydantic import Field
 
 from qlora_api.schema import ApiModel
-
-MAX_RUNGS = 8
-"""More cells than a sweep has are sorted out before the ninth."""
+from qlora_api.status_types import MAX_RUNGS
 
 
 class HalvingSpec(ApiModel):

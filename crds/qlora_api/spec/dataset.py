@@ -5,9 +5,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from qlora_api.model_and_output import Revision, SecretRef
 from qlora_api.schema import ApiModel, rule, rules
 from qlora_api.sources import OBJECT_STORES, TEMPLATE_NAMES, DatasetAddress, TemplateAddress, scheme_of
+from qlora_api.spec.model import Revision, SecretRef
 
 ColumnName = Annotated[str, Field(min_length=1, max_length=128)]
 MAX_MIX_SOURCES = 16

@@ -4,9 +4,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from qlora_api.model_and_output import InitialAdapterSpec
 from qlora_api.profile import Quantity
 from qlora_api.schema import ApiModel, rule, rules
+from qlora_api.spec.model import InitialAdapterSpec
 
 BlockNumber = Annotated[int, Field(ge=0, le=1023)]
 TrainOn = Literal["completion", "last", "marked", "all"]

@@ -11,15 +11,15 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from qlora_api.grid import MAX_CELLS, Grid, Overrides
-from qlora_api.group import MAX_GROUP_SIZE, not_together, rules_of_template
-from qlora_api.halving import HalvingSpec
-from qlora_api.model_and_output import OutputSpec
 from qlora_api.naming import sweep_group_name
 from qlora_api.profile import DNS_LABEL
 from qlora_api.schema import ApiModel, immutable, rule, rules
 from qlora_api.sources import OBJECT_STORES, scheme_of
-from qlora_api.v1alpha1 import MAX_NAME_LENGTH, ObjectMeta, QLoRAJobSpec
+from qlora_api.spec.group import MAX_GROUP_SIZE, not_together, rules_of_template
+from qlora_api.spec.job import MAX_NAME_LENGTH, ObjectMeta, QLoRAJobSpec
+from qlora_api.spec.output import OutputSpec
+from qlora_api.sweep.grid import MAX_CELLS, Grid, Overrides
+from qlora_api.sweep.halving import HalvingSpec
 
 T = TypeVar("T")
 SWEEP_KIND = "QLoRASweep"

@@ -4,9 +4,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from qlora_api.halving import MAX_RUNGS
 from qlora_api.schema import ObservedModel
 from qlora_api.status import Condition, Count, Finite, Share, ShortText, Timestamp, Uri
+from qlora_api.status_types import MAX_RUNGS
 
 SweepPhase = Literal["Pending", "Running", "Suspended", "Succeeded", "Failed"]
 CellPhase = Literal[

@@ -1,13 +1,14 @@
-"""The QLoRAJob that publishes the adapter of a sweep's best cell, with spec.publish: best, as it is to be created."""
+"""Finds repeated cells of a sweep, and builds the QLoRAJob that publishes the best one."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
-from qlora_api.sweep import BEST_SUFFIX, Cell, QLoRASweepSpec, first_problem
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.schema import ApiModel
+from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.sweep.spec import BEST_SUFFIX, Cell, QLoRASweepSpec, first_problem
 
 CHANGEABLE = ("activeDeadlineSeconds", "progressDeadlineSeconds", "retry", "gate", "budget")
 """What may change in a cell that exists, besides its memory, and counts for the job that publishes its adapter.
@@ -62,3 +63,29 @@ def _pinned(content: dict[str, Any], run: FoundRun) -> dict[str, Any]:
 def best_job_name(name: str) -> str:
     """The name of that job."""
     return f"{name}{BEST_SUFFIX}"
+
+
+def repeated_cell(spec: QLoRASweepSpec, cells: Sequence[Cell]) -> str | None:
+    """That two of the sweep's cells are the same, and which; None if all differ."""
+    known: dict[tuple[ApiModel, ApiModel], int] = {}
+    for number, cell in enumerate(cells):
+        first = known.setdefault(_what_is_trained(cell.spec), number)
+        if first != number:
+            later, earlier = (_place(spec, cells, each) for each in (number, first))
+            return (
+                f"{later} is the same as {earlier}: both would train the same adapter (a value that the template has, "
+                "and the order of targetModules, change nothing): remove one of them"
+            )
+    return None
+
+
+def _what_is_trained(spec: QLoRAJobSpec) -> tuple[ApiModel, ApiModel]:
+    """All that cells can differ in besides their places: the names of layers are a set."""
+    names = tuple(sorted(set(spec.lora.target_modules)))
+    return spec.lora.model_copy(update={"target_modules": names}), spec.training
+
+
+def _place(spec: QLoRASweepSpec, cells: Sequence[Cell], number: int) -> str:
+    cell = cells[number]
+    place = f"spec.cells[{number}]" if spec.grid is None else f"cell {cell.name} of spec.grid"
+    return f"{place} ({cell.overrides.text()})"

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import ConfigDict, Field, model_validator
 
 from qlora_api.schema import ApiModel, rule, rules
-from qlora_api.training import ModuleName
+from qlora_api.spec.training import ModuleName
 
 MAX_CELLS = 64
 

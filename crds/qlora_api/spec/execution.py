@@ -1,0 +1,126 @@
+"""The part of a QLoRAJob's spec about its volume, its nodes and its retries."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import ConfigDict, Field, model_validator
+
+from qlora_api.profile import DNS_LABEL, AccessMode, NodeSelector, ObjectName, Quantity, Tolerations
+from qlora_api.schema import ApiModel, rule, rules
+
+DEFAULT_PROFILE = "default"
+_PRIORITY_MESSAGE = "priorityClassName: classes that begin with system- are reserved for the cluster; name another"
+
+
+class WorkspaceSpec(ApiModel):
+    """The volume that the steps share: an existing claim, or how to create one."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "!has(self.claimName) || !(has(self.size) || has(self.storageClassName) || has(self.accessModes))",
+                "set either claimName, or size, storageClassName and accessModes",
+            ),
+            rule(
+                "!has(self.claimName) || self.retain",
+                "retain: false deletes the claim that the operator created; it cannot be combined with claimName",
+            ),
+            rule(
+                "!has(self.accessModes) || self.accessModes.size() == 1 || "
+                "!self.accessModes.exists(mode, mode == 'ReadWriteOncePod')",
+                "accessModes: ReadWriteOncePod cannot be combined with another",
+            ),
+        )
+    )
+
+    claim_name: ObjectName | None = Field(
+        default=None,
+        description="An existing PersistentVolumeClaim of this namespace. The job uses a folder of its own in it.",
+    )
+    size: Quantity | None = Field(
+        default=None, description="Size of the claim to create, for example 100Gi; the profile's if not set."
+    )
+    storage_class_name: ObjectName | None = Field(default=None, description="StorageClass; the profile's if not set.")
+    access_modes: Annotated[tuple[AccessMode, ...], Field(min_length=1, max_length=3)] | None = Field(
+        default=None, description="Access modes; the profile's if not set."
+    )
+    retain: bool = Field(
+        default=True,
+        description="Keep the claim, and the adapter on it, when the job is deleted; false deletes it with the job.",
+    )
+
+    @model_validator(mode="after")
+    def _either_or(self) -> Self:
+        if self.claim_name is not None and (self.size or self.storage_class_name or self.access_modes):
+            raise ValueError("set either claimName, or size, storageClassName and accessModes")
+        if self.claim_name is not None and not self.retain:
+            raise ValueError(
+                "retain: false deletes the claim that the operator created; it cannot be combined with claimName"
+            )
+        if self.access_modes is not None and len(self.access_modes) > 1 and "ReadWriteOncePod" in self.access_modes:
+            raise ValueError("accessModes: ReadWriteOncePod cannot be combined with another")
+        return self
+
+
+class SchedulingSpec(ApiModel):
+    """Where the pods run, within what the profile allows."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule("!has(self.priorityClassName) || !self.priorityClassName.startsWith('system-')", _PRIORITY_MESSAGE)
+        )
+    )
+
+    profile: str = Field(
+        default=DEFAULT_PROFILE,
+        min_length=1,
+        max_length=63,
+        pattern=DNS_LABEL,
+        description="The administrator's profile: image, nodes, limits.",
+    )
+    priority_class_name: ObjectName | None = Field(default=None, description="PriorityClass of the pods.")
+    node_selector: NodeSelector | None = Field(default=None, description="Additional labels that the nodes must have.")
+    tolerations: Tolerations | None = Field(default=None, description="Additional taints that the pods tolerate.")
+    queue_name: ObjectName | None = Field(
+        default=None,
+        description="LocalQueue of Kueue in which train waits for its GPUs; that of the QLoRAJob's label "
+        "kueue.x-k8s.io/queue-name if not set, else none. Prepare and publish need no GPU and do not wait.",
+    )
+    queue_priority: ObjectName | None = Field(
+        default=None,
+        description="WorkloadPriorityClass of Kueue; that of the QLoRAJob's label kueue.x-k8s.io/priority-class if not "
+        "set.",
+    )
+
+    @model_validator(mode="after")
+    def _not_a_system_class(self) -> Self:
+        if self.priority_class_name is not None and self.priority_class_name.startswith("system-"):
+            raise ValueError(_PRIORITY_MESSAGE)
+        return self
+
+
+class RetrySpec(ApiModel):
+    """How often a step is retried after failures and resumed after interruptions."""
+
+    max_failures: int = Field(
+        default=3, ge=0, le=20, description="How often a failed step is retried, with exponential back-off."
+    )
+    max_disruptions: int = Field(
+        default=20,
+        ge=0,
+        le=1000,
+        description="How often the job resumes after its pod was evicted, preempted or deleted. Suspensions, also by a "
+        "queue, do not count.",
+    )
+    on_no_progress: Literal["report", "restart"] | None = Field(
+        default=None,
+        description="What to do about a step that makes no progress for progressDeadlineSeconds: report it in the "
+        "condition Progressing, or also restart it from its checkpoint, which counts as a failure; report if not set.",
+    )
+    request: int | None = Field(
+        default=None,
+        ge=0,
+        le=1_000_000,
+        description="Raise it to retry a failed job: at the step that failed, from the last checkpoint, with fresh "
+        "counts and the profile and the mutable fields as they are then. It also takes today's profile for a "
+        "step whose pod could not start, for example for a wrong image. Without effect on any other job.",
+    )

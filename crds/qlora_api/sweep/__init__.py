@@ -1,0 +1,1 @@
+"""The QLoRASweep: its spec, its cells and its status."""
