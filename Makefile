@@ -99,12 +99,19 @@ $(VENV)/bin/mypy
 $(VENV)/bin/lint-imports
 $(VENV)/bin/deptry crds cli operator trainer_image
 $(VENV)/bin/deptry --ignore DEP002,DEP004 benchmarks devcluster docs examples gitops helm krew release tests
+$(DEVCLUSTER) build vale > /dev/null
+$(PYTHON) -m docs.words
 $(PYTHON) -m pytest -q -rfEs $(TOGETHER) tests/unit
 endef
 
 .PHONY: check
-check: $(VENV)/.synced ## Lint, types, import rules, declared dependencies, generated files, unit tests: two minutes
+check: $(VENV)/.synced ## Lint, types, import rules, declared dependencies, words, generated files, unit tests: two minutes
 	@$(CHECKS)
+
+.PHONY: words
+words: $(VENV)/.synced ## List where text breaks the rules of docs/styles, with the rates: all of it, or IN=FOLDER
+	@$(DEVCLUSTER) build vale > /dev/null
+	$(PYTHON) -m docs.words --places $(IN)
 
 .PHONY: types
 types: $(VENV)/.synced ## Check the trainer against the types of PyTorch and transformers too: a minute

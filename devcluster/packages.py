@@ -24,6 +24,8 @@ NODE = {
     "busybox-static": "/bin/busybox",
 }
 IMAGE = {"buildah": "buildah", "mmdebstrap": "mmdebstrap"}
+# Of C, for Go packages that contain some; libc6-dev has the headers, and needs the package of gencat.
+COMPILER = {"gcc": "gcc", "libc6-dev": "gencat"}
 # The tests start a registry, and read and write firewall rules.
 ALL = {**NODE, **IMAGE}
 # Program -> the package whose files are kept in the cache: installed, it would start a service on the machine.

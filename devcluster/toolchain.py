@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from devcluster import console
+from devcluster import console, packages
 from devcluster.errors import ClusterError
 from devcluster.layout import Layout
 
@@ -32,6 +32,8 @@ class Tool:
     manifests: str = ""
     # Build tags: they leave out what no test needs.
     tags: tuple[str, ...] = ()
+    # Some of its packages are in C.
+    cgo: bool = False
 
 
 _KUBERNETES_VERSION = ("k8s.io/component-base/version", "k8s.io/client-go/pkg/version")
@@ -73,6 +75,8 @@ SLOW_TOOLS = {
     "promtool": Tool("prometheus", "github.com/prometheus/prometheus/cmd/promtool", tags=("remove_all_sd",)),
     "kueue": Tool("kueue", "sigs.k8s.io/kueue/cmd/kueue", manifests="config"),
 }
+# What `make check` reads the repository's text with.
+CHECK_TOOLS = {"vale": Tool("vale", "github.com/vale-cli/vale/v3/cmd/vale", ("main",), cgo=True)}
 # What only benchmarks start, which build it themselves.
 BENCHMARK_TOOLS = {
     "kubeflow-trainer": Tool(
@@ -82,7 +86,7 @@ BENCHMARK_TOOLS = {
     "kubeflow-trainer-unlimited": Tool("kubeflow-trainer", "."),
     "jobset": Tool("jobset", "sigs.k8s.io/jobset", manifests="config"),
 }
-ALL_TOOLS = {**TOOLS, **SLOW_TOOLS, **BENCHMARK_TOOLS}
+ALL_TOOLS = {**TOOLS, **SLOW_TOOLS, **CHECK_TOOLS, **BENCHMARK_TOOLS}
 
 
 def binary(layout: Layout, name: str) -> Path:
@@ -149,6 +153,8 @@ def linker_flags(tool: Tool, go_mod: str) -> str:
 
 def _build_one(layout: Layout, go: Path, name: str, position: str) -> None:
     tool, target = ALL_TOOLS[name], binary(layout, name)
+    if tool.cgo:
+        packages.ensure(layout, packages.COMPILER)
     target.parent.mkdir(parents=True, exist_ok=True)
     with (target.parent / f".{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -177,7 +183,7 @@ def _build_one(layout: Layout, go: Path, name: str, position: str) -> None:
             builder = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "TERM", *command],
                 cwd=module,
-                env={**os.environ, "CGO_ENABLED": "0"},
+                env={**os.environ, "CGO_ENABLED": "1" if tool.cgo else "0"},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
