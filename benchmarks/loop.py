@@ -108,8 +108,8 @@ def bare_passes(run: Any, batches: list[Any]) -> Span:
     """Forward and backward passes, as the loop computes them, and nothing else; they leave no gradient behind."""
     import torch
 
-    from qlora_trainer.model.four_bit import COMPUTE_DTYPE
-    from qlora_trainer.model.loss import batch_loss
+    from qlora_trainer.model.losses.loss import batch_loss
+    from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
 
     run.optimizer.zero_grad(set_to_none=True)
     began = Span.now()

@@ -17,15 +17,15 @@ from transformers import AutoConfig, PretrainedConfig
 
 from qlora_api.memory.families import FAMILIES, PerToken
 from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
-from qlora_trainer.model.attention import ATTENTION
-from qlora_trainer.model.batch import Batch
-from qlora_trainer.model.decoder import block_linears
-from qlora_trainer.model.dry_run.backward import backward
-from qlora_trainer.model.dry_run.device import fake_batch, fake_cuda, on_fake_cuda
-from qlora_trainer.model.dry_run.live_bytes import LiveBytes
-from qlora_trainer.model.dry_run.skeleton import adapted_skeleton, base_skeleton
-from qlora_trainer.model.dry_run.step import full_batch, step_bytes
-from qlora_trainer.model.support import Family
+from qlora_trainer.model.architecture.decoder import block_linears
+from qlora_trainer.model.families.inspection import Family
+from qlora_trainer.model.kernels.attention import ATTENTION
+from qlora_trainer.model.losses.batch import Batch
+from qlora_trainer.model.memory.backward import backward
+from qlora_trainer.model.memory.device import fake_batch, fake_cuda, on_fake_cuda
+from qlora_trainer.model.memory.live_bytes import LiveBytes
+from qlora_trainer.model.memory.skeleton import adapted_skeleton, base_skeleton
+from qlora_trainer.model.memory.step import full_batch, step_bytes
 
 TOKENS, RANK, BLOCKS = 1024, 16, 2
 _HEADS = 8

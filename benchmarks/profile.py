@@ -124,7 +124,7 @@ def _measure(folder: Path) -> tuple[Phases, list[Operation]]:
     from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
     from torch.profiler import ProfilerActivity, profile
 
-    from qlora_trainer.model import loss
+    from qlora_trainer.model.losses import loss
     from qlora_trainer.training import objective
 
     phases = Phases(loss.batch_loss, loss.summed_loss)

@@ -65,16 +65,16 @@ class _Adapters:
 
         from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
         from qlora_trainer.data.prepared import PackedSequence
-        from qlora_trainer.model.adapter import (
+        from qlora_trainer.model.adapter.attach import (
             activate_adapter,
             adapter_name,
             adapter_parameters,
             attach_adapter,
             attach_further_adapter,
         )
-        from qlora_trainer.model.base import load_base
-        from qlora_trainer.model.batch import Batch
-        from qlora_trainer.model.support import inspect_family
+        from qlora_trainer.model.base.load import load_base
+        from qlora_trainer.model.families.inspection import inspect_family
+        from qlora_trainer.model.losses.batch import Batch
         from qlora_trainer.training.optimizer import make_optimizer
 
         folder, lora, training = model_folder(), LoraSpec(rank=RANK, alpha=ALPHA), TrainingSpec(optimizer="adamw")
@@ -115,7 +115,7 @@ class _Adapters:
     def _pass(self, batches: Mapping[str, Any]) -> None:
         import torch
 
-        from qlora_trainer.model.joint import joint_losses, routed
+        from qlora_trainer.model.losses.joint import joint_losses, routed
 
         with routed(self.model, batches):
             with _autocast():

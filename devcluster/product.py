@@ -19,7 +19,7 @@ NAMESPACE = "qlora-system"
 RELEASE = "qlora-operator"
 
 _SHARED_SOURCES = ("pyproject.toml", "uv.lock", "README.md", "crds/qlora_api", "cli/qlora_cli", "cli/qlora_client")
-_PACKAGES = ("operator/qlora_operator", "trainer_image/qlora_trainer")
+_PACKAGES = ("operator/qlora_operator", "trainer_image/qlora_trainer", "third_party")
 _DOCKERFILES = {
     "qlora-operator": ROOT / "operator" / "Dockerfile",
     "qlora-trainer": ROOT / "trainer_image" / "Dockerfile",

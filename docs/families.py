@@ -21,10 +21,10 @@ from transformers.models.auto.modeling_auto import (
 from qlora_api.memory import one_row
 from qlora_api.training import LoraSpec
 from qlora_trainer.core.failures import StepFailure, bad_configuration
-from qlora_trainer.model.dry_run.limited import DryRunFailed, within_limits
-from qlora_trainer.model.model_error import UNUSABLE, with_error
-from qlora_trainer.model.support import Family, inspect_family
-from qlora_trainer.model.unsupported import ALTERNATIVE
+from qlora_trainer.core.model_error import UNUSABLE, with_error
+from qlora_trainer.core.sandbox import DryRunFailed, within_limits
+from qlora_trainer.model.families.inspection import Family, inspect_family
+from qlora_trainer.model.families.rejection import ALTERNATIVE
 
 PAGE = Path(__file__).parent / "reference" / "families.md"
 TABLE = Path(one_row.__file__)

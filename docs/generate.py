@@ -24,6 +24,8 @@ from qlora_operator.transition_metrics import PHASE_BUCKETS
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "docs" / "reference"
+DECISIONS = ROOT / "docs" / "decisions"
+DECISION_GROUPS = ("Architecture", "API", "Security", "Numerics", "Operations")
 # Objects whose fields another page has.
 ELSEWHERE = {"status.resolved.profile": "chart.md#a-profile", "spec.template.spec": "resource.md#what-you-write"}
 VALUES = ROOT / "helm" / "qlora-operator" / "values.yaml"
@@ -42,7 +44,8 @@ def pages() -> dict[Path, str]:
         "metrics.md": _metrics(),
         "exit-codes.md": _exit_codes(),
     }
-    return {REFERENCE / name: text for name, text in texts.items()} | trainer_image.pages()
+    index = {DECISIONS / "index.md": _decisions()}
+    return {REFERENCE / name: text for name, text in texts.items()} | index | trainer_image.pages()
 
 
 def _resource() -> str:
@@ -254,6 +257,26 @@ def _exit_codes() -> str:
         "reason; [Troubleshooting](../how-to/troubleshooting.md) has the remedy for each.",
         _table(("Code", "Reason", "Retried"), rows),
         "If you stop `qlora run`, it exits with 128 + the signal's number: 130 after Ctrl-C.",
+    )
+
+
+def _decisions() -> str:
+    """The index of the decision records by group. Raises ValueError for a record without number, title and group."""
+    groups: dict[str, list[str]] = {group: [] for group in DECISION_GROUPS}
+    for record in sorted(DECISIONS.glob("0*.md")):
+        head = re.match(r"# (\d+)\. (.+)\n\nGroup: (\w+) · Date: \d{4}-\d\d-\d\d\n", record.read_text())
+        if head is None or head[3] not in groups:
+            raise ValueError(
+                f"docs/decisions/{record.name} must begin with `# NUMBER. TITLE` and `Group: GROUP · "
+                f"Date: YYYY-MM-DD`, where GROUP is one of {', '.join(groups)}"
+            )
+        groups[head[3]].append(f"- [{head[1]}. {head[2]}]({record.name})")
+    return _page(
+        "Decisions",
+        "the records in this folder",
+        "Each record has a decision that is costly to reverse, and the alternatives that a competent engineer would "
+        "choose.",
+        *(block for group, lines in groups.items() for block in (f"## {group}", "\n".join(lines))),
     )
 
 

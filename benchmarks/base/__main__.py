@@ -24,7 +24,7 @@ from benchmarks.operator import table
 from benchmarks.speed.settings import ALPHA, MAX_LENGTH, RANK, SEED
 from benchmarks.trainer import WORKSPACE, prepare_command
 from qlora_trainer.core.cpu import preloaded_allocator
-from qlora_trainer.training.attempts import ATTEMPTS_FILE
+from qlora_trainer.training.checkpoints.attempts import ATTEMPTS_FILE
 
 PAGE = Path(__file__).parents[2] / "docs" / "trainer" / "measurements.md"
 ROWS = 40

@@ -78,7 +78,7 @@ def _subject(name: str) -> Callable[[Any], Any]:
 
         return lambda weight: quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
     from qlora_api.training import QuantizationSpec
-    from qlora_trainer.model.four_bit import quantize as ours
+    from qlora_trainer.model.nf4.quantization import quantize as ours
 
     return lambda weight: ours(weight, QuantizationSpec())
 
@@ -87,8 +87,8 @@ def convert(model: Path, target: Path, *, nothing: bool) -> None:
     """Make the base of the model's folder in `target`, as prepare does it, one file after the other."""
     from qlora_api.training import QuantizationSpec
     from qlora_trainer.core.filesystem import file_sha256
-    from qlora_trainer.model.base_conversion import BaseConversion
-    from qlora_trainer.model.base_layout import BaseLayout
+    from qlora_trainer.model.base.conversion import BaseConversion
+    from qlora_trainer.model.base.layout import BaseLayout
 
     layout = BaseLayout.of(model, QuantizationSpec())
     began = time.monotonic()
@@ -118,9 +118,9 @@ def train_one_step(folder: Path, model: Path, way: str) -> None:
     context = context_of(folder, model)
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    from qlora_trainer.model.base import load_base
+    from qlora_trainer.model.base.load import load_base
     from qlora_trainer.steps import train
-    from qlora_trainer.training import opening
+    from qlora_trainer.training import open_run as opening
 
     found = dict[str, Any]()
 

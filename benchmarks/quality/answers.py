@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from qlora_trainer.model.four_bit import COMPUTE_DTYPE
+from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
 
 BATCH = 50
 """Prompts that are answered at a time, padded on the left to the longest of them."""

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from qlora_api.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.filesystem import file_sha256
-from qlora_trainer.model.activations import fuse_activations
-from qlora_trainer.model.adapter import adapter_parameters, attach_adapter
-from qlora_trainer.model.attention import ATTENTION, register_attention
-from qlora_trainer.model.base import load_base
-from qlora_trainer.model.base_conversion import BaseConversion
-from qlora_trainer.model.base_layout import BaseLayout
-from qlora_trainer.model.decoder import block_linears
-from qlora_trainer.model.four_bit import COMPUTE_DTYPE
-from qlora_trainer.model.norms import fuse_norms
-from qlora_trainer.model.support import resolve_targets
-from qlora_trainer.model.text_part import load_text_part
+from qlora_trainer.model.adapter.attach import adapter_parameters, attach_adapter
+from qlora_trainer.model.architecture.decoder import block_linears
+from qlora_trainer.model.architecture.text_part import load_text_part
+from qlora_trainer.model.base.conversion import BaseConversion
+from qlora_trainer.model.base.layout import BaseLayout
+from qlora_trainer.model.base.load import load_base
+from qlora_trainer.model.families.inspection import resolve_targets
+from qlora_trainer.model.kernels.activations import fuse_activations
+from qlora_trainer.model.kernels.attention import ATTENTION, register_attention
+from qlora_trainer.model.kernels.norms import fuse_norms
+from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
 
 QUANTIZATIONS: Mapping[str, QuantizationSpec] = {
     "nf4-dq": QuantizationSpec(type="nf4", double_quant=True),

@@ -15,7 +15,7 @@ from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.tasks.task import Task, rows_of, sets_of
 from benchmarks.quality.training import mean_loss, train
 from qlora_api.training import LoraSpec, TrainingSpec
-from qlora_trainer.training.device import processor
+from qlora_trainer.training.distributed.device import processor
 
 EPOCHS = 2
 SEQUENCE_TOKENS = 128

@@ -9,12 +9,12 @@ import numpy
 from benchmarks.quality.tasks.task import Row
 from qlora_api.dataset import Columns
 from qlora_api.training import TrainingSpec
-from qlora_trainer.data.chat_template import Tokenizer
-from qlora_trainer.data.chunks import TokenizedRows
 from qlora_trainer.data.packing import pack
 from qlora_trainer.data.prepared import PreparedDataset, write_split
-from qlora_trainer.data.rows import Row as DataRow
-from qlora_trainer.data.tokenize import ChunkMaker, Recipe
+from qlora_trainer.data.read.rows import Row as DataRow
+from qlora_trainer.data.render.chat_template import Tokenizer
+from qlora_trainer.data.tokenize.chunk_maker import ChunkMaker, Recipe
+from qlora_trainer.data.tokenize.chunks import TokenizedRows
 
 
 def without_chat_template(model: Path, folder: Path) -> Path:

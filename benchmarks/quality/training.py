@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from benchmarks.quality.arms import Subject
 from qlora_api.training import TrainingSpec
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.model.batch import Batch, read_batch
-from qlora_trainer.model.four_bit import COMPUTE_DTYPE
-from qlora_trainer.model.loss import batch_loss
-from qlora_trainer.training.device import seed_step
+from qlora_trainer.model.losses.batch import Batch, read_batch
+from qlora_trainer.model.losses.loss import batch_loss
+from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
+from qlora_trainer.training.distributed.device import seed_step
 from qlora_trainer.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from qlora_trainer.training.schedule import Schedule
 

@@ -27,7 +27,7 @@ from qlora_cli.run_together import earlier_runs, holds_joint_run, joint_runs, ru
 from qlora_trainer.core.context import Device, Mounts
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.outcome import steps_done
-from qlora_trainer.model.dry_run.limited import INSTALL
+from qlora_trainer.model.memory.dry_run import INSTALL
 
 
 def _fail(message: str, exit_code: int = ExitCode.BAD_CONFIGURATION) -> NoReturn:

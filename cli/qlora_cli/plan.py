@@ -30,9 +30,10 @@ from qlora_api.sources import HubSource, VolumeSource, parse_source
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.failures import bad_configuration, model_unavailable, unreachable
-from qlora_trainer.model.dry_run.limited import INSTALL, DryRunFailed, measure_within_limits
-from qlora_trainer.model.job_memory import JobMemory, Measure, MeasuredJob, measured_further
-from qlora_trainer.model.memory_fit import job_of_table, read_shape, training_shape, type_of_model
+from qlora_trainer.core.sandbox import DryRunFailed
+from qlora_trainer.model.memory.dry_run import INSTALL, measure_within_limits
+from qlora_trainer.model.memory.fit import job_of_table, read_shape, training_shape, type_of_model
+from qlora_trainer.model.memory.job_memory import JobMemory, Measure, MeasuredJob, measured_further
 
 GPU_SIZES_GIB = (16, 24, 32, 40, 48, 80, 96, 141)
 COLORS = {"fits": "green", "tight": "yellow", "exceeds": "red"}

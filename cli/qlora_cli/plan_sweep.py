@@ -21,10 +21,10 @@ from qlora_api.v1alpha1 import ObjectMeta, QLoRAJobDocument
 from qlora_cli.plan import GPU_SIZES_GIB, MemoryPlan, gib, make_plan, show_origin
 from qlora_cli.plan_together import colored, make_joint_plan, once
 from qlora_trainer.core.failures import bad_configuration
-from qlora_trainer.model.dry_run.limited import measure_together_within_limits, measure_within_limits
-from qlora_trainer.model.job_memory import Measure
-from qlora_trainer.model.memory_fit import training_shape, type_of_model
-from qlora_trainer.model.memory_together import MeasurePasses
+from qlora_trainer.model.memory.dry_run import measure_together_within_limits, measure_within_limits
+from qlora_trainer.model.memory.fit import training_shape, type_of_model
+from qlora_trainer.model.memory.job_memory import Measure
+from qlora_trainer.model.memory.joint_memory import MeasurePasses
 
 # The operator creates the claim of a sweep that names none; no memory depends on its name.
 _CLAIM = "workspace"

@@ -26,15 +26,11 @@ from qlora_cli.plan import (
 )
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.core.measured_memory import MeasuredMemory
-from qlora_trainer.model.dry_run.limited import (
-    DryRunFailed,
-    StepSize,
-    measure_together_within_limits,
-    measure_within_limits,
-)
-from qlora_trainer.model.job_memory import Measure
-from qlora_trainer.model.memory_fit import type_of_model
-from qlora_trainer.model.memory_together import MeasurePasses, memory_together
+from qlora_trainer.core.sandbox import DryRunFailed
+from qlora_trainer.model.memory.dry_run import StepSize, measure_together_within_limits, measure_within_limits
+from qlora_trainer.model.memory.fit import type_of_model
+from qlora_trainer.model.memory.job_memory import Measure
+from qlora_trainer.model.memory.joint_memory import MeasurePasses, memory_together
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,10 @@ from qlora_trainer.core.failures import bad_configuration
 
 if TYPE_CHECKING:
     from qlora_trainer.data.build import ExaminedData
-    from qlora_trainer.data.chat_template import Tokenizer
     from qlora_trainer.data.dataset import Dataset, TokenizedSource
-    from qlora_trainer.data.locate import DataAccess
     from qlora_trainer.data.preview import Preview, PreviewedRow
+    from qlora_trainer.data.read.locate import DataAccess
+    from qlora_trainer.data.render.chat_template import Tokenizer
 
 _TRAINED = "bold green"
 _MARKS = ("[[", "]]")
@@ -45,8 +45,8 @@ class RowAccess:
 
     def tokenizer(self) -> "Tokenizer":
         """The model's tokenizer with the job's chat template. Raises StepFailure."""
-        from qlora_trainer.data.chat_template import Tokenizer
-        from qlora_trainer.data.job_template import job_template
+        from qlora_trainer.data.render.chat_template import Tokenizer
+        from qlora_trainer.data.render.template_source import job_template
 
         folder = self.tokenizer_folder or find_tokenizer(self.spec.model, self.mounts)
         return Tokenizer(folder, job_template(self.spec.dataset, self.mounts))
@@ -64,8 +64,8 @@ class RowAccess:
     def examine(self, folder: Path) -> "ExaminedData":
         """All rows, tokenized on all cores, with their files in `folder`. Raises StepFailure if they are not read."""
         from qlora_trainer.data.build import DatasetBuilder
-        from qlora_trainer.data.rows_folder import RowsFolder
-        from qlora_trainer.data.tokenize import ANY_VOCABULARY
+        from qlora_trainer.data.tokenize.chunk_maker import ANY_VOCABULARY
+        from qlora_trainer.data.tokenize.row_cache import RowsFolder
 
         return DatasetBuilder(
             self.spec.dataset,
@@ -80,7 +80,7 @@ class RowAccess:
         ).examine()
 
     def _data(self) -> "DataAccess":
-        from qlora_trainer.data.locate import DataAccess
+        from qlora_trainer.data.read.locate import DataAccess
         from qlora_trainer.stores.hub import Hub, hub_token
 
         secret = Secret(self.mounts.credentials / "dataset", "spec.dataset.secretRef", None)
@@ -102,7 +102,7 @@ def find_tokenizer(model: BaseModelSpec, mounts: Mounts) -> Path:
     require_hub_client(f"or {advice}")
     from huggingface_hub import snapshot_download
 
-    from qlora_trainer.model.source import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
+    from qlora_trainer.model.source.files import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
 
     with fetching(model, f"or {advice}"):
         names = [CONFIG, GENERATION_CONFIG, *sorted(TOKENIZER_FILES)]
@@ -175,7 +175,7 @@ def _show_chosen(dataset: "Dataset", spec: QLoRAJobSpec, console: Console) -> No
 
 
 def _show_source(source: "TokenizedSource", chosen: int, console: Console) -> None:
-    from qlora_trainer.data.formats import PAIRS
+    from qlora_trainer.data.examples.formats import PAIRS
     from qlora_trainer.data.statistics import unlabeled_rows
 
     console.print()

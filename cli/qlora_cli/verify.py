@@ -23,7 +23,7 @@ from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.core.signing import BUNDLE_TYPE, PAYLOAD_TYPE, PublicKey, payload_of, read_public_key, verified
 
 if TYPE_CHECKING:
-    from qlora_trainer.model.source import RemoteModel
+    from qlora_trainer.model.source.models import RemoteModel
 
 _MAX_LINEAGE_BYTES = 2**22
 # It lists the lineage among the files, and so cannot be among those that the lineage is about.
@@ -166,7 +166,7 @@ def _downloaded(address: str, folder: Path) -> Adapter:
     # With the libraries of the servers' clients, which a folder does not need.
     from huggingface_hub import get_token
 
-    from qlora_trainer.model.downloads import HubModel, ObjectStoreModel, RegistryModel
+    from qlora_trainer.model.source.downloads import HubModel, ObjectStoreModel, RegistryModel
     from qlora_trainer.stores.hub import Hub
 
     source, registries = parse_source(address), allowed_registries([address])
@@ -191,8 +191,8 @@ def _with_referrers(
     folder: Path, source: RegistrySource, secret: Secret, registries: tuple[str, ...], sha256: str
 ) -> Adapter:
     """The files of an artifact with the statements that are attached to it."""
-    from qlora_trainer.stores.oci import Registry
-    from qlora_trainer.stores.oci_referrers import attached
+    from qlora_trainer.stores.referrers import attached
+    from qlora_trainer.stores.registry import Registry
 
     registry = Registry(source, secret, allowed=registries, reject=bad_configuration)
     signed, unsigned = (attached(registry, f"sha256:{sha256}", kind) for kind in (BUNDLE_TYPE, PAYLOAD_TYPE))

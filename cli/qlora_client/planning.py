@@ -23,7 +23,7 @@ from qlora_client.client_types import Plan
 from qlora_client.errors import ClusterError
 from qlora_client.folders import INSTALL
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.model.memory_fit import MemoryFit
+from qlora_trainer.model.memory.fit import MemoryFit
 
 _MAX_CONFIG_BYTES = 2**22
 _SECONDS = 3600

@@ -26,7 +26,7 @@ from qlora_trainer.core.filesystem import remove
 from qlora_trainer.stores.hub import Hub, Listing
 from qlora_trainer.stores.model_pack import unpack
 from qlora_trainer.stores.objects import ObjectFolder
-from qlora_trainer.stores.oci import Blob, Registry
+from qlora_trainer.stores.registry import Blob, Registry
 
 _ANSWER = re.compile(r"\(HTTP [^)]*\)?[^)]*\)")
 _HUB = "https://huggingface.co"

@@ -1,6 +1,10 @@
 """What is taken of the objects of a list: either that they are there, and in which version, or what is read of them.
 
 An object itself is never kept: tenants choose how large it is.
+
+Kept whole, 500 jobs with 250 kB of annotations each took the operator from 83 to 685 MiB. Pages of 500 objects, as
+kubectl asks for, took 20 of the 36 MiB of a thousand new jobs. Pages of 25 take twenty times the requests and nearly
+the same CPU time.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,9 @@
 """A queue of keys: a key is worked on by one worker at a time, and repeated requests for a key become one.
 
 Namespaces take turns, and none occupies all workers, so that one with thousands of keys keeps no other waiting.
+
+With the default 16 workers, one namespace occupies at most 14: a neighbor's new job needs a worker for two requests
+only.
 """
 
 import asyncio

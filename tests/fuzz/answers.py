@@ -18,12 +18,12 @@ from qlora_api.training import LoraSpec
 from qlora_cli.run import LocalRun
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration, model_unavailable
-from qlora_trainer.data.chat_template import Tokenizer
-from qlora_trainer.data.examples import Conversation, Message, ToolCall
-from qlora_trainer.model.initial_adapter_check import check_config
+from qlora_trainer.data.examples.example import Conversation, Message, ToolCall
+from qlora_trainer.data.render.chat_template import Tokenizer
+from qlora_trainer.model.adapter.initial_check import check_config
 from qlora_trainer.publishing.verify import verify_config
 from qlora_trainer.stores.objects import ObjectFolder
-from qlora_trainer.stores.oci import Registry
+from qlora_trainer.stores.registry import Registry
 from tests.fuzz.documents import DOCUMENTS
 from tests.fuzz.target import Target
 from tests.support.tiny import CHATML, save_tokenizer

@@ -12,12 +12,12 @@ from qlora_cli.manifest import ManifestError, load_manifest
 from qlora_operator.decisions.observe import Pod
 from qlora_operator.progress import latest_record
 from qlora_operator.settings import SettingsError, load_settings
-from qlora_trainer.data.hub_splits import EVALUATION, TRAINING, choose_data_files, read_dataset_card
-from qlora_trainer.model.memory_fit import read_shape
-from qlora_trainer.model.source import reject_code, weight_files
+from qlora_trainer.data.read.hub_splits import EVALUATION, TRAINING, choose_data_files, read_dataset_card
+from qlora_trainer.model.memory.fit import read_shape
+from qlora_trainer.model.source.files import reject_code, weight_files
 from qlora_trainer.publishing.manifest import parse_manifest
 from qlora_trainer.stores.model_pack import pack, unpack
-from qlora_trainer.stores.oci import parse_layers
+from qlora_trainer.stores.registry import parse_layers
 from tests.fuzz.target import Target
 from tests.support.builders import (
     DATASET,

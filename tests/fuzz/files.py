@@ -24,24 +24,25 @@ from qlora_api.contract import ExitCode
 from qlora_api.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.completion import PrepareRecord, PublishRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.data.chunks import Chunk, Limits, TokenizedRow, TokenizedRows
-from qlora_trainer.data.files import DataFile
-from qlora_trainer.data.formats import RowReader, detect_format
+from qlora_trainer.data.examples.example import TokenizedRow
+from qlora_trainer.data.examples.formats import RowReader, detect_format
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.data.reading import read_rows
-from qlora_trainer.data.rows import Row
+from qlora_trainer.data.read.files import DataFile
+from qlora_trainer.data.read.reading import read_rows
+from qlora_trainer.data.read.rows import Row
 from qlora_trainer.data.statistics import STATISTICS, DataStatistics
-from qlora_trainer.model.base_artifact import MANIFEST as BASE_MANIFEST
-from qlora_trainer.model.base_artifact import require_sha256
-from qlora_trainer.model.base_weights import BaseWeights
-from qlora_trainer.model.cache import DamagedCacheError, manifest_of
-from qlora_trainer.model.source import require_whole
-from qlora_trainer.model.stored_layer import StoredTensor
-from qlora_trainer.model.support import inspect_family
-from qlora_trainer.report.metrics_log import read_history
-from qlora_trainer.report.samples import read_samples
-from qlora_trainer.training.attempts import ATTEMPTS_FILE, read_attempts, write_attempts
-from qlora_trainer.training.checkpoint import read_checkpoint
+from qlora_trainer.data.tokenize.chunks import Chunk, Limits, TokenizedRows
+from qlora_trainer.history.metrics_log import read_history
+from qlora_trainer.history.samples import read_samples
+from qlora_trainer.model.base.artifact import MANIFEST as BASE_MANIFEST
+from qlora_trainer.model.base.artifact import require_sha256
+from qlora_trainer.model.base.cache import DamagedCacheError, manifest_of
+from qlora_trainer.model.families.inspection import inspect_family
+from qlora_trainer.model.nf4.base_weights import BaseWeights
+from qlora_trainer.model.nf4.stored_layer import StoredTensor
+from qlora_trainer.model.source.files import require_whole
+from qlora_trainer.training.checkpoints.attempts import ATTEMPTS_FILE, read_attempts, write_attempts
+from qlora_trainer.training.checkpoints.checkpoint import read_checkpoint
 from tests.fuzz.target import Target
 from tests.support.checkpoints import state_of
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_trainer.model.attention import RowBoundaries, rows_attention
+from qlora_trainer.model.kernels.attention import RowBoundaries, rows_attention
 
 LENGTHS = (7, 130, 1, 64, 300)
 SHAPES = [(4, 4, 64), (8, 2, 64), (8, 1, 128), (4, 2, 256), (2, 2, 96)]

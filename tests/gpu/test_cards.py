@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_trainer.model.dry_run.limited import within_limits
-from qlora_trainer.model.loftq import _largest
-from qlora_trainer.training.device import use_device
+from qlora_trainer.core.sandbox import within_limits
+from qlora_trainer.model.adapter.loftq import _largest
+from qlora_trainer.training.distributed.device import use_device
 from tests.gpu.figures import Figures
 
 

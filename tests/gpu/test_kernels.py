@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.core import cpu
-from qlora_trainer.model.attention import RowBoundaries, rows_attention
-from qlora_trainer.model.norms import fuse_norms
+from qlora_trainer.model.kernels.attention import RowBoundaries, rows_attention
+from qlora_trainer.model.kernels.norms import fuse_norms
 from tests.gpu.figures import Figures
 from tests.support.attention import MODULE
 

@@ -19,15 +19,15 @@ from qlora_api.memory.model_shape import ModelShape
 from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.data.prepared import PackedSequence
-from qlora_trainer.model.activations import fuse_activations
-from qlora_trainer.model.adapter import adapter_parameters, attach_adapter
-from qlora_trainer.model.attention import ATTENTION, register_attention
-from qlora_trainer.model.base import check_quantization
-from qlora_trainer.model.batch import Batch
-from qlora_trainer.model.decoder import block_linears
-from qlora_trainer.model.four_bit import COMPUTE_DTYPE
-from qlora_trainer.model.loss import batch_loss
-from qlora_trainer.model.norms import fuse_norms
+from qlora_trainer.model.adapter.attach import adapter_parameters, attach_adapter
+from qlora_trainer.model.architecture.decoder import block_linears
+from qlora_trainer.model.base.load import check_quantization
+from qlora_trainer.model.kernels.activations import fuse_activations
+from qlora_trainer.model.kernels.attention import ATTENTION, register_attention
+from qlora_trainer.model.kernels.norms import fuse_norms
+from qlora_trainer.model.losses.batch import Batch
+from qlora_trainer.model.losses.loss import batch_loss
+from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
 from qlora_trainer.training.optimizer import make_optimizer
 from tests.gpu.ballast import GIB, Ballast
 from tests.gpu.figures import Figures

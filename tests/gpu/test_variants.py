@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from qlora_api.training import QuantizationSpec
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.model.base import load_base
-from qlora_trainer.training.held_out import mean_loss, read_compared
+from qlora_trainer.evaluation.held_out import mean_loss, read_compared
+from qlora_trainer.model.base.load import load_base
 from tests.gpu.runs import losses, on_gpu, record
 from tests.support.command import Files, new_files
 from tests.support.families import FAMILIES

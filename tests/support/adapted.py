@@ -11,12 +11,12 @@ from torch import Tensor
 from qlora_api.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.file_names import ADAPTER_FILE
 from qlora_trainer.data.prepared import IGNORED_LABEL, PackedSequence
-from qlora_trainer.model.adapter import adapter_parameters, attach_adapter, restore_adapter
-from qlora_trainer.model.base import load_base
-from qlora_trainer.model.base_weights import BaseWeights
-from qlora_trainer.model.batch import Batch
-from qlora_trainer.model.loss import batch_loss
-from qlora_trainer.model.support import Family, inspect_family
+from qlora_trainer.model.adapter.attach import adapter_parameters, attach_adapter, restore_adapter
+from qlora_trainer.model.base.load import load_base
+from qlora_trainer.model.families.inspection import Family, inspect_family
+from qlora_trainer.model.losses.batch import Batch
+from qlora_trainer.model.losses.loss import batch_loss
+from qlora_trainer.model.nf4.base_weights import BaseWeights
 from tests.support.sequences import CPU
 
 NF4 = QuantizationSpec()

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_trainer.training.checkpoint import newest_checkpoint, save_checkpoint
-from qlora_trainer.training.run_state import RunState
+from qlora_trainer.training.checkpoints.checkpoint import newest_checkpoint, save_checkpoint
+from qlora_trainer.training.progress.run_state import RunState
 
 FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 

@@ -8,7 +8,7 @@ import transformers as hf
 from transformers import AutoConfig, PretrainedConfig
 
 from docs.families import PAGE, SETTINGS
-from qlora_trainer.model.shrunken import shrunken
+from qlora_trainer.model.families.tiny_model import shrunken
 from tests.support.tiny import SHAPE, VOCABULARY
 from tests.support.wrappers import WRAPPERS
 

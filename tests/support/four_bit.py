@@ -15,13 +15,13 @@ from qlora_api.training import QuantizationSpec
 from qlora_trainer.core.completion import PrepareRecord
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.filesystem import file_sha256
-from qlora_trainer.model.base_artifact import BaseManifest, read_manifest
-from qlora_trainer.model.base_conversion import BaseConversion
-from qlora_trainer.model.base_layout import BaseLayout
-from qlora_trainer.model.expert_stack import ExpertStack, expert_stacks
-from qlora_trainer.model.experts import expert_modules
-from qlora_trainer.model.four_bit import quantize
-from qlora_trainer.model.text_part import parts_beside_text
+from qlora_trainer.model.architecture.text_part import parts_beside_text
+from qlora_trainer.model.base.artifact import BaseManifest, read_manifest
+from qlora_trainer.model.base.conversion import BaseConversion
+from qlora_trainer.model.base.layout import BaseLayout
+from qlora_trainer.model.experts.compute import expert_modules
+from qlora_trainer.model.experts.stack import ExpertStack, expert_stacks
+from qlora_trainer.model.nf4.quantization import quantize
 
 
 def convert(model: Path, target: Path, quantization: QuantizationSpec) -> str:

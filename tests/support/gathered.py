@@ -19,8 +19,8 @@ _SECONDS_BETWEEN_LOOKS = 0.01
 
 def note_gathered(path: Path) -> None:
     """Let the train step of this process note, in lines of JSON, what is gathered when (see `Gathered`)."""
-    from qlora_trainer.training import opening
-    from qlora_trainer.training.sharding import shard_base
+    from qlora_trainer.training import open_run as opening
+    from qlora_trainer.training.distributed.sharding import shard_base
 
     def sharded(model: Any, device: torch.device, processes: int) -> None:
         shard_base(model, device, processes)

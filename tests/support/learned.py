@@ -9,9 +9,9 @@ import numpy
 from transformers import AutoTokenizer
 
 from qlora_api.dataset import Columns, RowFormat
-from qlora_trainer.data.chunks import TokenizedRows
-from qlora_trainer.data.rows import Row
-from qlora_trainer.data.tokenize import ChunkMaker, Recipe
+from qlora_trainer.data.read.rows import Row
+from qlora_trainer.data.tokenize.chunk_maker import ChunkMaker, Recipe
+from qlora_trainer.data.tokenize.chunks import TokenizedRows
 
 
 def learned(

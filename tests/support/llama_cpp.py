@@ -11,12 +11,10 @@ from typing import Any
 import torch
 import xllamacpp
 from gguf import LlamaFileType
+from qlora_trainer.model.dry_run.limited import within_limits
 from torch import Tensor
 
-import qlora_trainer
-from qlora_trainer.model.dry_run.limited import within_limits
-
-_CONVERTER = Path(qlora_trainer.__file__).parent / "llama_cpp"
+from qlora_trainer.publishing.gguf import CONVERTER
 
 
 def base_gguf(model: Path, path: Path) -> Path:
@@ -28,7 +26,7 @@ def base_gguf(model: Path, path: Path) -> Path:
 def _write_base(model: Path, path: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"NO_LOCAL_GGUF": "1", "HF_HUB_OFFLINE": "1"}
-    sys.path.insert(0, str(_CONVERTER))
+    sys.path.insert(0, str(CONVERTER.parent))
     converter = importlib.import_module("convert_hf_to_gguf")
     settings: dict[str, Any] = converter.ModelBase.load_hparams(model, False)
     architecture = converter.get_model_architecture(settings, converter.ModelType.TEXT)

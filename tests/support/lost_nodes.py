@@ -61,9 +61,9 @@ def _perform(case: Case, node: int, port: int, first: int | None) -> None:
     """The part of one node. `first`: process id of node 0, in node 1."""
     import torch.distributed
 
-    from qlora_trainer.training import ranks as module
-    from qlora_trainer.training.launch import ChildRanks, RankInfo
-    from qlora_trainer.training.ranks import Meeting, joined
+    from qlora_trainer.training.distributed import ranks as module
+    from qlora_trainer.training.distributed.launch import ChildRanks, RankInfo
+    from qlora_trainer.training.distributed.ranks import Meeting, joined
 
     # What only a timeout notices is not to take long, and nothing else is to depend on one.
     hurried = case.how == "silent" or case.at == "connecting"
@@ -158,7 +158,7 @@ def _network(port: int) -> int:
 def _forked(case: Case, node: int, port: int, first: int | None) -> tuple[int, int]:
     """The process id of that node, and where it says how it has ended."""
     from qlora_trainer.core.outcome import classify
-    from qlora_trainer.training.launch import end_with_parent
+    from qlora_trainer.training.distributed.launch import end_with_parent
 
     parent = str(os.getpid())
     read, write = os.pipe()
@@ -185,7 +185,7 @@ def _end(processes: Iterable[int]) -> None:
 
 def _main(cases: list[Case]) -> None:
     # Loaded here, torch is shared by all processes.
-    import_module("qlora_trainer.training.ranks")
+    import_module("qlora_trainer.training.distributed.ranks")
     found: list[object] = [None] * len(cases)
     to_begin = list(enumerate(cases))
     # By where the other node says how it has ended.

@@ -21,7 +21,8 @@ def bar_other_parts(folder: Path, ranks: int) -> None:
     Once the base is sharded, `FOLDER.rank-N` has a line of JSON: the bytes that are `barred`, and the bytes of weights
     with data that FSDP was `given`.
     """
-    from qlora_trainer.training import opening, sharding
+    from qlora_trainer.training import open_run as opening
+    from qlora_trainer.training.distributed import sharding
 
     rank, noted = int(os.environ.get("RANK", "0")), {"barred": 0, "given": 0}
     from_file, shard_base = torch.UntypedStorage.from_file, sharding.shard_base

@@ -16,13 +16,14 @@ from qlora_api.v1alpha1 import QLoRAJobDocument
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord, write_completion
 from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
-from qlora_trainer.data.chunks import Chunk, TokenizedRow, TokenizedRows
+from qlora_trainer.data.examples.example import TokenizedRow
+from qlora_trainer.data.examples.row_check import RowCheck
 from qlora_trainer.data.packing import one_row_each, pack
 from qlora_trainer.data.prepared import split_file, write_split
-from qlora_trainer.data.row_check import RowCheck
 from qlora_trainer.data.statistics import DataStatistics, Lengths, SourceStatistics, SplitStatistics
-from qlora_trainer.model.attention import ATTENTION
-from qlora_trainer.model.support import inspect_family
+from qlora_trainer.data.tokenize.chunks import Chunk, TokenizedRows
+from qlora_trainer.model.families.inspection import inspect_family
+from qlora_trainer.model.kernels.attention import ATTENTION
 from qlora_trainer.steps.train import train
 from tests.support.four_bit import convert
 from tests.support.tiny import JOB_UID, POD_UID, Recorded, merged

@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PretrainedConfig
 
 from docs.families import SETTINGS
-from qlora_trainer.model.shrunken import shrunken
-from qlora_trainer.model.text_part import auto_class
+from qlora_trainer.model.architecture.text_part import auto_class
+from qlora_trainer.model.families.tiny_model import shrunken
 from tests.support.four_bit import expert_weights
 from tests.support.tiny import VOCABULARY, save_tokenizer
 

@@ -22,9 +22,9 @@ from qlora_api.contract import WorkspaceLayout
 from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
 from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.core.measured_memory import MeasuredMemory
-from qlora_trainer.model.dry_run.limited import StepSize, measure_within_limits
+from qlora_trainer.model.memory.dry_run import StepSize, measure_within_limits
 from qlora_trainer.steps import prepare
-from qlora_trainer.stores import oci_auth
+from qlora_trainer.stores import registry_auth as oci_auth
 from tests.support.command import ROWS, Files, new_files
 from tests.support.fault_proxy import FaultProxy, serve_proxy
 from tests.support.ranks import EXACT, TWO, succeeded, workspace

@@ -35,7 +35,7 @@ from qlora_trainer.core.outcome import (
 )
 from qlora_trainer.core.process import Streams
 from qlora_trainer.core.records import RecordWriter, redact, timestamp
-from qlora_trainer.training.launch import end_with_parent, named_node, named_rank
+from qlora_trainer.training.distributed.launch import end_with_parent, named_node, named_rank
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ SMALLEST_PAGED_TENSOR = 100_000
 """Parameters. bitsandbytes keeps the state of smaller tensors in ordinary device memory."""
 # Sharded blocks that are whole on a GPU at the same time: the one at work, and the next one, fetched ahead.
 _GATHERED_BLOCKS = 2
-# Queries whose capped scores exist at the same time (qlora_trainer.model.attention), and bytes of each score.
+# Queries whose capped scores exist at the same time (qlora_trainer.model.kernels.attention), and bytes of each score.
 _CAPPED_QUERIES = 256
 _BYTES_PER_CAPPED_SCORE = 26
 LOW_FACTOR = 0.80
@@ -183,7 +183,7 @@ def estimate(model: ModelShape, training: TrainingShape) -> MemoryEstimate:
     Source: arXiv 2305.14314, section 3, for base weights; dry runs of the real layers for x and y, which
     benchmarks.memory_table reads off. test_memory_points.py compares it with published GPU peaks. Allocator
     fragmentation is not in: `verdict` adds a margin. Nor is what FlashAttention takes for each row: a Llama's MLP
-    takes more unless rows are very short (docs/decisions/0121).
+    takes more unless rows are very short.
     """
     return estimate_together(model, [training])
 

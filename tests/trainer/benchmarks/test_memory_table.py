@@ -11,9 +11,9 @@ from qlora_api.memory.estimate import estimate
 from qlora_api.memory.families import FAMILIES
 from qlora_api.memory.model_shape import ModelShape
 from qlora_api.v1alpha1 import QLoRAJobSpec
-from qlora_trainer.model.dry_run.limited import StepSize, measure_within_limits
-from qlora_trainer.model.job_memory import measured_estimate
-from qlora_trainer.model.memory_fit import training_shape
+from qlora_trainer.model.memory.dry_run import StepSize, measure_within_limits
+from qlora_trainer.model.memory.fit import training_shape
+from qlora_trainer.model.memory.job_memory import measured_estimate
 
 Difference = Callable[[PretrainedConfig, QLoRAJobSpec], float]
 LLAMAS = {

@@ -16,7 +16,7 @@ from benchmarks.quality.tasks.task import Row
 from benchmarks.quality.training import mean_loss, train
 from qlora_api.training import LoraSpec, TrainingSpec
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.model.adapter import adapter_tensors
+from qlora_trainer.model.adapter.attach import adapter_tensors
 from tests.support.training import prepared, run
 
 ROWS = [Row(f"pod {number}:", f" node {number % 3}") for number in range(24)]

@@ -10,9 +10,9 @@ import pytest
 
 from qlora_api.contract import ExitCode
 from qlora_api.gate import ScoreSpec
-from qlora_trainer.core import answer_check
-from qlora_trainer.core.answer_check import AnswerChecker, Criterion
 from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.evaluation import answer_check
+from qlora_trainer.evaluation.answer_check import AnswerChecker, Criterion
 
 OBJECT = '{"type": "object", "required": ["city"], "properties": {"city": {"$ref": "#/$defs/name"}}, \
 "$defs": {"name": {"type": "string"}}}'

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from qlora_trainer.core.context import StepContext
-from qlora_trainer.data import build, tokenize
+from qlora_trainer.data import build
+from qlora_trainer.data.tokenize import chunk_maker as tokenize
 from qlora_trainer.steps.prepare import prepare
 from tests.support.tiny import Recorded
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_trainer.data.answer_span import answer_span
+from qlora_trainer.data.render.answer_span import answer_span
 from tests.fuzz.inputs import BOUNDED
 
 

@@ -17,7 +17,7 @@ from qlora_api.v1alpha1 import QLoRAJobDocument
 from qlora_trainer.core import environment
 from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.data import tokenize
+from qlora_trainer.data.tokenize import chunk_maker as tokenize
 from qlora_trainer.steps.prepare import prepare
 from tests.support.command import TIMEOUT_S, Files, new_files
 from tests.support.tiny import POD_UID, Recorded, chat_row, write_rows
@@ -182,7 +182,7 @@ def test_workers_end_with_the_process_that_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
         "import multiprocessing, sys, threading\n"
-        "from qlora_trainer.data.tokenize import _end_with_parent\n"
+        "from qlora_trainer.data.tokenize.chunk_maker import _end_with_parent\n"
         "def child(pipe):\n"
         "    threading.Thread(target=_end_with_parent, daemon=True).start()\n"
         "    pipe.send(1)\n"

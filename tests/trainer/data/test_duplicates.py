@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.outcome import summary
-from qlora_trainer.data.chunks import Chunk, TokenizedRow, TokenizedRows
-from qlora_trainer.data.duplicates import Overlap, first_equal
+from qlora_trainer.data.examples.example import TokenizedRow
 from qlora_trainer.data.prepared import PreparedDataset
+from qlora_trainer.data.selection import Overlap, first_equal
 from qlora_trainer.data.statistics import DataStatistics, OverlapStatistics
+from qlora_trainer.data.tokenize.chunks import Chunk, TokenizedRows
 from qlora_trainer.steps.prepare import prepare
 from tests.support.tiny import Recorded, chat_row, write_rows
 from tests.trainer.conftest import MakeContext

@@ -14,11 +14,11 @@ from qlora_api.dataset import DatasetSpec
 from qlora_trainer.core.completion import EndOfTurn
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.data import render_limits
-from qlora_trainer.data.chat_template import Tokenizer
-from qlora_trainer.data.examples import Conversation, Message
-from qlora_trainer.data.job_template import JobTemplate, job_template
-from qlora_trainer.data.turn_end import end_of_turn, marks_in_pieces, template_remarks
+from qlora_trainer.data.examples.example import Conversation, Message
+from qlora_trainer.data.render import safe_template as render_limits
+from qlora_trainer.data.render.chat_template import Tokenizer
+from qlora_trainer.data.render.end_of_turn import end_of_turn, marks_in_pieces, template_remarks
+from qlora_trainer.data.render.template_source import JobTemplate, job_template
 from qlora_trainer.steps.prepare import prepare
 from tests.support.learned import learned
 from tests.support.tiny import CHATML, Recorded, chat_row, save_tokenizer, write_rows

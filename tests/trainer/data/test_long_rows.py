@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from qlora_api.dataset import Columns, RowFormat
 from qlora_api.training import TrainOn
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.data.job_template import JobTemplate
-from qlora_trainer.data.rows import Row
-from qlora_trainer.data.tokenize import ChunkMaker, Recipe
+from qlora_trainer.data.read.rows import Row
+from qlora_trainer.data.render.template_source import JobTemplate
+from qlora_trainer.data.tokenize.chunk_maker import ChunkMaker, Recipe
 from tests.support.tiny import CHATML, chat_row
 
 # Answers before the last are left out of the text.

@@ -19,8 +19,7 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.outcome import summary
 from qlora_trainer.data import epochs
-from qlora_trainer.data.epochs import EpochArrangements
-from qlora_trainer.data.mix import Mix
+from qlora_trainer.data.epochs import EpochArrangements, Mix
 from qlora_trainer.data.packing import one_row_each
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.data.statistics import DataStatistics

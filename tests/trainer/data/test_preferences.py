@@ -9,11 +9,11 @@ from transformers import AutoTokenizer
 from qlora_api.contract import ExitCode
 from qlora_api.dataset import Columns
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.data.formats import Reading, RowReader, detect_format
+from qlora_trainer.data.examples.formats import Reading, RowReader, detect_format
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.data.rows import Row
+from qlora_trainer.data.read.rows import Row
 from qlora_trainer.data.statistics import DataStatistics
-from qlora_trainer.data.tokenize import ChunkMaker, Recipe
+from qlora_trainer.data.tokenize.chunk_maker import ChunkMaker, Recipe
 from qlora_trainer.steps.prepare import prepare
 from tests.support.tiny import Recorded, chat_row, write_rows
 from tests.trainer.conftest import MakeContext

@@ -14,9 +14,9 @@ from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.outcome import classify, result_record
 from qlora_trainer.core.paths import confined, require_regular
 from qlora_trainer.core.records import Findings
-from qlora_trainer.report.metrics_log import read_history
-from qlora_trainer.training.attempts import ATTEMPTS_FILE, read_attempts
-from qlora_trainer.training.checkpoint import read_checkpoint
+from qlora_trainer.history.metrics_log import read_history
+from qlora_trainer.training.checkpoints.attempts import ATTEMPTS_FILE, read_attempts
+from qlora_trainer.training.checkpoints.checkpoint import read_checkpoint
 from tests.fuzz.answers import ANSWERS
 from tests.fuzz.files import FILES
 from tests.fuzz.inputs import BOUNDED, inputs

@@ -8,9 +8,9 @@ import pytest
 from qlora_api.contract import ExitCode
 from qlora_api.dataset import Columns
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.data.formats import RowReader
-from qlora_trainer.data.row_check import RowCheck
-from qlora_trainer.data.rows import Row
+from qlora_trainer.data.examples.formats import RowReader
+from qlora_trainer.data.examples.row_check import RowCheck
+from qlora_trainer.data.read.rows import Row
 
 READER = RowReader("prompt-completion", Columns(check="expected"))
 SCHEMA = {"required": ["pods"], "properties": {"pods": {"const": "ä\u2028"}}}

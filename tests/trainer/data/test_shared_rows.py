@@ -23,8 +23,9 @@ from qlora_trainer.core import folder_lock
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.folder_lock import exclusive
-from qlora_trainer.data import rows_folder, tokenize
-from qlora_trainer.data.chunks import Chunk, Limits
+from qlora_trainer.data.tokenize import chunk_maker as tokenize
+from qlora_trainer.data.tokenize import row_cache as rows_folder
+from qlora_trainer.data.tokenize.chunks import Chunk, Limits
 from qlora_trainer.steps.prepare import prepare
 from tests.support.command import TIMEOUT_S, Files
 from tests.support.tiny import Recorded, chat_row, write_rows

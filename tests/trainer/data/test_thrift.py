@@ -4,7 +4,7 @@ from io import BytesIO
 
 import pytest
 
-from qlora_trainer.data.thrift import I32, LIST, read_structure
+from qlora_trainer.data.read.thrift import I32, LIST, read_structure
 
 _LENGTH_2_TO_31_LESS_1 = b"\xff\xff\xff\xff\x07"
 _DOUBLES, _STRUCTURES = b"\xf7", b"\xfc"

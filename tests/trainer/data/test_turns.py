@@ -9,9 +9,9 @@ import pytest
 from qlora_api.contract import ExitCode
 from qlora_api.dataset import SystemPromptSpec
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.data.chat_template import Tokenizer
-from qlora_trainer.data.examples import Conversation, Message
-from qlora_trainer.data.job_template import JobTemplate
+from qlora_trainer.data.examples.example import Conversation, Message
+from qlora_trainer.data.render.chat_template import Tokenizer
+from qlora_trainer.data.render.template_source import JobTemplate
 from tests.support.learned import learned
 
 SYSTEM = {"role": "system", "content": "Be short."}

@@ -9,12 +9,12 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from qlora_api.training import LoraSpec
-from qlora_trainer.model.base import load_base
-from qlora_trainer.model.batch import Batch
-from qlora_trainer.model.experts import expert_modules
-from qlora_trainer.model.loss import batch_loss
-from qlora_trainer.model.shrunken import shrunken
-from qlora_trainer.model.support import inspect_family
+from qlora_trainer.model.base.load import load_base
+from qlora_trainer.model.experts.compute import expert_modules
+from qlora_trainer.model.families.inspection import inspect_family
+from qlora_trainer.model.families.tiny_model import shrunken
+from qlora_trainer.model.losses.batch import Batch
+from qlora_trainer.model.losses.loss import batch_loss
 from tests.support.adapted import NF4, adapted
 from tests.support.families import CASES, REPRESENTATIVE, tiny_config
 from tests.support.four_bit import convert

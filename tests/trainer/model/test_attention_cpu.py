@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_trainer.model.attention import RowBoundaries, rows_attention
+from qlora_trainer.model.kernels.attention import RowBoundaries, rows_attention
 from tests.support.attention import HEADS, LENGTHS, MODULE, tensors, visible
 
 

@@ -18,11 +18,11 @@ from transformers import LlamaConfig
 from qlora_api.contract import ExitCode
 from qlora_api.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.model.adapter import adapter_parameters, adapter_tensors, restore_adapter, save_adapter
-from qlora_trainer.model.base import check_quantization, load_base
-from qlora_trainer.model.batch import Batch
-from qlora_trainer.model.loss import batch_loss
-from qlora_trainer.model.support import inspect_family
+from qlora_trainer.model.adapter.attach import adapter_parameters, adapter_tensors, restore_adapter, save_adapter
+from qlora_trainer.model.base.load import check_quantization, load_base
+from qlora_trainer.model.families.inspection import inspect_family
+from qlora_trainer.model.losses.batch import Batch
+from qlora_trainer.model.losses.loss import batch_loss
 from tests.support.adapted import NF4, adapted
 from tests.support.sequences import CPU, random_sequence
 from tests.support.tiny import SHAPE, save_model

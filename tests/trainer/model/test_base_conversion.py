@@ -20,15 +20,16 @@ from qlora_api.contract import ExitCode
 from qlora_api.training import QuantizationSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.filesystem import file_sha256
-from qlora_trainer.model import base_artifact, base_conversion
-from qlora_trainer.model.base import load_base
-from qlora_trainer.model.base_artifact import FORMAT, read_manifest, require_sha256
-from qlora_trainer.model.base_conversion import BaseConversion
-from qlora_trainer.model.base_layout import BaseLayout
-from qlora_trainer.model.base_tensors import require_tensors
-from qlora_trainer.model.base_weights import BaseWeights
-from qlora_trainer.model.four_bit import quantize
-from qlora_trainer.training.sharding import STORAGE_DTYPE
+from qlora_trainer.model.base import artifact as base_artifact
+from qlora_trainer.model.base import conversion as base_conversion
+from qlora_trainer.model.base.artifact import FORMAT, read_manifest, require_sha256
+from qlora_trainer.model.base.cached_base import require_tensors
+from qlora_trainer.model.base.conversion import BaseConversion
+from qlora_trainer.model.base.layout import BaseLayout
+from qlora_trainer.model.base.load import load_base
+from qlora_trainer.model.nf4.base_weights import BaseWeights
+from qlora_trainer.model.nf4.quantization import quantize
+from qlora_trainer.training.distributed.sharding import STORAGE_DTYPE
 from tests.support.families import EXPERTS, FAMILIES, tiny_config
 from tests.support.four_bit import convert, require_equal
 from tests.support.tiny import SHAPE, save_model

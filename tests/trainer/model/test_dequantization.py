@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from qlora_api.training import QuantizationSpec
-from qlora_trainer.model.base import load_base
-from qlora_trainer.model.base_weights import BaseWeights
-from qlora_trainer.model.dequantization import correct_dequantization
-from qlora_trainer.model.merge import merged_model
+from qlora_trainer.model.adapter.merge import merged_model
+from qlora_trainer.model.base.load import load_base
+from qlora_trainer.model.nf4.base_weights import BaseWeights
+from qlora_trainer.model.nf4.dequantization import correct_dequantization
 from tests.support.four_bit import convert
 from tests.support.tiny import SHAPE, save_model
 

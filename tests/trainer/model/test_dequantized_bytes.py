@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from qlora_api.training import QuantizationSpec
-from qlora_trainer.model.dry_run.live_bytes import LiveBytes
-from qlora_trainer.model.expert_stack import ExpertStack
-from qlora_trainer.model.mxfp4_stack import Mxfp4Stack
+from qlora_trainer.model.experts.mxfp4_stack import Mxfp4Stack
+from qlora_trainer.model.experts.stack import ExpertStack
+from qlora_trainer.model.memory.live_bytes import LiveBytes
 
 SHAPE = (4, 512, 512)
 

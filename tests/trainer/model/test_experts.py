@@ -13,13 +13,13 @@ from torch.nn.functional import linear, rms_norm, silu
 from transformers.integrations.moe import use_experts_implementation
 
 from qlora_api.training import QuantizationSpec
-from qlora_trainer.model import experts
-from qlora_trainer.model.dry_run.backward import backward
-from qlora_trainer.model.dry_run.device import fake_cuda, on_fake_cuda
-from qlora_trainer.model.dry_run.live_bytes import LiveBytes
-from qlora_trainer.model.expert_stack import ExpertStack
-from qlora_trainer.model.experts import EXPERTS, register_experts
-from qlora_trainer.model.four_bit import quantize
+from qlora_trainer.model.experts import compute as experts
+from qlora_trainer.model.experts.compute import EXPERTS, register_experts
+from qlora_trainer.model.experts.stack import ExpertStack
+from qlora_trainer.model.memory.backward import backward
+from qlora_trainer.model.memory.device import fake_cuda, on_fake_cuda
+from qlora_trainer.model.memory.live_bytes import LiveBytes
+from qlora_trainer.model.nf4.quantization import quantize
 
 EXPERT_COUNT, HIDDEN, INNER, TOKENS, CHOICES = 6, 64, 96, 40, 2
 KINDS = [QuantizationSpec(), QuantizationSpec(double_quant=False), QuantizationSpec(type="fp4")]

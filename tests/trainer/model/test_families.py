@@ -24,17 +24,17 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.file_names import ADAPTER_FILE
 from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset
-from qlora_trainer.model.adapter import adapter_parameters
-from qlora_trainer.model.base import load_base
-from qlora_trainer.model.batch import Batch
-from qlora_trainer.model.check import check_model
-from qlora_trainer.model.dry_run.backward import backward
-from qlora_trainer.model.dry_run.limited import StepSize, measure_within_limits
-from qlora_trainer.model.dry_run.step import StepBytes, step_bytes
-from qlora_trainer.model.expert_stack import expert_stacks
-from qlora_trainer.model.source import CONFIG
-from qlora_trainer.model.storage import storage_of
-from qlora_trainer.model.support import MIN_QUANTIZED_FRACTION, Family, inspect_family
+from qlora_trainer.model.adapter.attach import adapter_parameters
+from qlora_trainer.model.base.byte_count import storage_of
+from qlora_trainer.model.base.load import MIN_QUANTIZED_FRACTION, load_base
+from qlora_trainer.model.experts.stack import expert_stacks
+from qlora_trainer.model.families.admission import check_model
+from qlora_trainer.model.families.inspection import Family, inspect_family
+from qlora_trainer.model.losses.batch import Batch
+from qlora_trainer.model.memory.backward import backward
+from qlora_trainer.model.memory.dry_run import StepSize, measure_within_limits
+from qlora_trainer.model.memory.step import StepBytes, step_bytes
+from qlora_trainer.model.source.files import CONFIG
 from tests.support.adapted import in_32_bit, loss_and_gradients, restored
 from tests.support.families import CASES, REPRESENTATIVE, Case
 from tests.support.four_bit import require_quantized_experts

@@ -12,8 +12,7 @@ from bitsandbytes.functional import QuantState, create_dynamic_map, dequantize_4
 from torch import Tensor
 
 from qlora_api.training import QuantizationSpec
-from qlora_trainer.model.dynamic_map import dynamic_map
-from qlora_trainer.model.four_bit import PIECE, quantize
+from qlora_trainer.model.nf4.quantization import PIECE, dynamic_map, quantize
 
 KINDS = [QuantizationSpec(type=kind, double_quant=double) for kind in ("nf4", "fp4") for double in (True, False)]
 # No whole byte, no whole block, no whole block of constants, exactly one piece, and pieces of which the last is odd.

@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qlora_trainer.model import fused_lora
-from qlora_trainer.model.fused_lora import fuse_lora
+from qlora_trainer.model.kernels import fused_lora
+from qlora_trainer.model.kernels.fused_lora import fuse_lora
 
 
 class OneLayer(nn.Module):

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from qlora_api.training import LoraSpec
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE
-from qlora_trainer.model.adapter import (
+from qlora_trainer.core.model_error import ModelError
+from qlora_trainer.model.adapter.attach import (
     activate_adapter,
     adapter_parameters,
     adapter_tensors,
@@ -19,13 +20,12 @@ from qlora_trainer.model.adapter import (
     restore_adapter,
     save_adapter,
 )
-from qlora_trainer.model.base import load_base
-from qlora_trainer.model.batch import Batch
-from qlora_trainer.model.fused_lora import require_apart
-from qlora_trainer.model.joint import joint_losses, routed
-from qlora_trainer.model.loss import batch_loss
-from qlora_trainer.model.model_error import ModelError
-from qlora_trainer.model.support import inspect_family
+from qlora_trainer.model.base.load import load_base
+from qlora_trainer.model.families.inspection import inspect_family
+from qlora_trainer.model.kernels.fused_lora import require_apart
+from qlora_trainer.model.losses.batch import Batch
+from qlora_trainer.model.losses.joint import joint_losses, routed
+from qlora_trainer.model.losses.loss import batch_loss
 from tests.support.adapted import NF4
 from tests.support.sequences import CPU, random_sequence
 

@@ -8,13 +8,13 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor
 
 from qlora_api.training import LoraSpec, QuantizationSpec
-from qlora_trainer.model import loftq
-from qlora_trainer.model.adapter import adapter_parameters, attach_adapter
-from qlora_trainer.model.base import load_base
-from qlora_trainer.model.base_weights import BaseWeights
-from qlora_trainer.model.loftq import _largest
-from qlora_trainer.model.support import inspect_family
-from qlora_trainer.training.sharding import STORAGE_DTYPE
+from qlora_trainer.model.adapter import loftq
+from qlora_trainer.model.adapter.attach import adapter_parameters, attach_adapter
+from qlora_trainer.model.adapter.loftq import _largest
+from qlora_trainer.model.base.load import load_base
+from qlora_trainer.model.families.inspection import inspect_family
+from qlora_trainer.model.nf4.base_weights import BaseWeights
+from qlora_trainer.training.distributed.sharding import STORAGE_DTYPE
 from tests.support.four_bit import convert
 from tests.support.sequences import CPU
 

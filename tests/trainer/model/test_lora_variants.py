@@ -20,13 +20,13 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.model.adapter import adapter_tensors
-from qlora_trainer.model.base import load_base
-from qlora_trainer.model.base_weights import BaseWeights
-from qlora_trainer.model.batch import read_batch
-from qlora_trainer.model.initial_adapter import get_initial_adapter
-from qlora_trainer.model.loss import batch_loss
-from qlora_trainer.model.support import inspect_family
+from qlora_trainer.model.adapter.attach import adapter_tensors
+from qlora_trainer.model.adapter.initial import get_initial_adapter
+from qlora_trainer.model.base.load import load_base
+from qlora_trainer.model.families.inspection import inspect_family
+from qlora_trainer.model.losses.batch import read_batch
+from qlora_trainer.model.losses.loss import batch_loss
+from qlora_trainer.model.nf4.base_weights import BaseWeights
 from qlora_trainer.publishing.verify import verify_adapter
 from qlora_trainer.report.serving import rejected_by_vllm, served_rank
 from qlora_trainer.stores.hub import Hub

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from qlora_trainer.core import cpu
 from qlora_trainer.data.prepared import IGNORED_LABEL
-from qlora_trainer.model.attention import ATTENTION, register_attention
-from qlora_trainer.model.batch import Batch, next_token_targets
-from qlora_trainer.model.loss import LogitTransform, batch_loss, summed_loss, target_losses
+from qlora_trainer.model.kernels.attention import ATTENTION, register_attention
+from qlora_trainer.model.losses.batch import Batch, next_token_targets
+from qlora_trainer.model.losses.loss import LogitTransform, batch_loss, summed_loss, target_losses
 from tests.support.sequences import CPU, random_sequence, rows_of
 from tests.support.tiny import SHAPE
 

@@ -28,19 +28,19 @@ from qlora_api.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.completion import Comparison, PrepareRecord, PublishRecord, TrainRecord, read_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.core.trained_job import TrainedJob
 from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset
-from qlora_trainer.model.adapter import attach_adapter, save_adapter
-from qlora_trainer.model.attention import ATTENTION
-from qlora_trainer.model.base import load_base
-from qlora_trainer.model.base_weights import BaseWeights
-from qlora_trainer.model.batch import Batch
-from qlora_trainer.model.loss import batch_loss
-from qlora_trainer.model.merge import BYTES_PER_ENTRY, MergeSource, merged_bytes, merged_model, write_merged
-from qlora_trainer.publishing import merged as publish_merged
-from qlora_trainer.publishing.merged import merge
-from qlora_trainer.report.trained_job import TrainedJob
+from qlora_trainer.evaluation import held_out
+from qlora_trainer.model.adapter.attach import attach_adapter, save_adapter
+from qlora_trainer.model.adapter.merge import BYTES_PER_ENTRY, MergeSource, merged_bytes, merged_model, write_merged
+from qlora_trainer.model.base.load import load_base
+from qlora_trainer.model.kernels.attention import ATTENTION
+from qlora_trainer.model.losses.batch import Batch
+from qlora_trainer.model.losses.loss import batch_loss
+from qlora_trainer.model.nf4.base_weights import BaseWeights
+from qlora_trainer.publishing import merged_model as publish_merged
+from qlora_trainer.publishing.merged_model import merge
 from qlora_trainer.steps.publish import publish
-from qlora_trainer.training import held_out
 from tests.support.families import FAMILIES, tiny_config
 from tests.support.four_bit import convert
 from tests.support.report_page import Page

@@ -26,15 +26,15 @@ from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.file_names import ADAPTER_FILE
-from qlora_trainer.model.adapter import adapter_parameters, save_adapter
-from qlora_trainer.model.attention import RowBoundaries, rows_attention
-from qlora_trainer.model.base import check_quantization, load_base
-from qlora_trainer.model.dry_run.limited import StepSize
-from qlora_trainer.model.dry_run.measure import measure
-from qlora_trainer.model.expert_layout import routing_linears
-from qlora_trainer.model.expert_stack import expert_stacks
-from qlora_trainer.model.storage import storage_of
-from qlora_trainer.model.support import inspect_family
+from qlora_trainer.model.adapter.attach import adapter_parameters, save_adapter
+from qlora_trainer.model.base.byte_count import storage_of
+from qlora_trainer.model.base.load import check_quantization, load_base
+from qlora_trainer.model.experts.layout import routing_linears
+from qlora_trainer.model.experts.stack import expert_stacks
+from qlora_trainer.model.families.inspection import inspect_family
+from qlora_trainer.model.kernels.attention import RowBoundaries, rows_attention
+from qlora_trainer.model.memory.dry_run import StepSize
+from qlora_trainer.model.memory.measure import measure
 from qlora_trainer.steps.prepare import prepare
 from tests.support.adapted import adapted
 from tests.support.families import CASES, EXPERTS, ROUTED
@@ -279,7 +279,7 @@ def test_rows_that_attend_to_each_other_are_noticed_although_experts_round(
         apart, weights = rows_attention(module, query, key, value, mask, **settings)
         return apart + 1e-3 * (mixed - apart), weights
 
-    monkeypatch.setattr("qlora_trainer.model.attention.rows_attention", leaky)
+    monkeypatch.setattr("qlora_trainer.model.kernels.attention.rows_attention", leaky)
     assert inspect_family(tiny_qwen3_moe, LoraSpec()).one_row
 
 

@@ -22,17 +22,17 @@ from qlora_api.training import LoraSpec, QuantizationSpec
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.model.base import load_base
-from qlora_trainer.model.base_layout import BaseLayout
-from qlora_trainer.model.dry_run.limited import StepSize
-from qlora_trainer.model.dry_run.measure import measure
-from qlora_trainer.model.expert_stack import expert_stacks
-from qlora_trainer.model.experts import _Product
-from qlora_trainer.model.job_memory import measured_estimate
-from qlora_trainer.model.memory_fit import training_shape
-from qlora_trainer.model.mxfp4_stack import BLOCKS, SCALES, Mxfp4Stack, tensors_of
-from qlora_trainer.model.storage import storage_of
-from qlora_trainer.model.support import inspect_family
+from qlora_trainer.model.base.byte_count import storage_of
+from qlora_trainer.model.base.layout import BaseLayout
+from qlora_trainer.model.base.load import load_base
+from qlora_trainer.model.experts.compute import _Product
+from qlora_trainer.model.experts.mxfp4_stack import BLOCKS, SCALES, Mxfp4Stack, tensors_of
+from qlora_trainer.model.experts.stack import expert_stacks
+from qlora_trainer.model.families.inspection import inspect_family
+from qlora_trainer.model.memory.dry_run import StepSize
+from qlora_trainer.model.memory.fit import training_shape
+from qlora_trainer.model.memory.job_memory import measured_estimate
+from qlora_trainer.model.memory.measure import measure
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
 from tests.support.four_bit import convert

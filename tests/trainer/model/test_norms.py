@@ -13,8 +13,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from qlora_trainer.core import cpu
-from qlora_trainer.model.activations import fuse_activations
-from qlora_trainer.model.norms import fuse_norms
+from qlora_trainer.model.kernels.activations import fuse_activations
+from qlora_trainer.model.kernels.norms import fuse_norms
 from tests.support.families import FAMILIES
 
 SIZE = 96

@@ -14,13 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig
 
 from qlora_trainer.data.prepared import PackedSequence
-from qlora_trainer.model import attention
-from qlora_trainer.model.adapter import adapter_parameters
-from qlora_trainer.model.batch import Batch
-from qlora_trainer.model.dry_run.backward import backward, gradients, nodes
-from qlora_trainer.model.dry_run.device import AMPERE, HOPPER, fake_batch, fake_cuda, on_fake_cuda
-from qlora_trainer.model.four_bit import COMPUTE_DTYPE
-from qlora_trainer.model.loss import batch_loss
+from qlora_trainer.model.adapter.attach import adapter_parameters
+from qlora_trainer.model.kernels import attention
+from qlora_trainer.model.losses.batch import Batch
+from qlora_trainer.model.losses.loss import batch_loss
+from qlora_trainer.model.memory.backward import backward, gradients, nodes
+from qlora_trainer.model.memory.device import AMPERE, HOPPER, fake_batch, fake_cuda, on_fake_cuda
+from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
 from tests.support.adapted import adapted
 from tests.support.families import CASES, FAMILIES
 from tests.support.sequences import CPU, random_sequence

@@ -21,12 +21,12 @@ from qlora_api.contract import ExitCode
 from qlora_api.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.model.base import load_base
-from qlora_trainer.model.base_layout import BaseLayout
-from qlora_trainer.model.support import inspect_family
+from qlora_trainer.model.base.layout import BaseLayout
+from qlora_trainer.model.base.load import load_base
+from qlora_trainer.model.families.inspection import inspect_family
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
-from qlora_trainer.training.sharding import STORAGE_DTYPE
+from qlora_trainer.training.distributed.sharding import STORAGE_DTYPE
 from tests.support.families import EXPERTS
 from tests.support.four_bit import convert, quantized, require_equal, settings
 from tests.support.plain_loss import mean_loss

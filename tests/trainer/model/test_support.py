@@ -17,12 +17,13 @@ from transformers.models.afmoe.modeling_afmoe import AfmoeTokenChoiceRouter
 from qlora_api.contract import ExitCode
 from qlora_api.training import LoraSpec, TrainingSpec
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.model import check, experts
-from qlora_trainer.model.attention import ATTENTION, RowBoundaries, register_attention, rows_attention
-from qlora_trainer.model.loss import LogitTransform
-from qlora_trainer.model.shrunken import shrunken
-from qlora_trainer.model.support import inspect_family
-from qlora_trainer.model.unsupported import reason_in_model
+from qlora_trainer.model.experts import compute as experts
+from qlora_trainer.model.families import admission as check
+from qlora_trainer.model.families.inspection import inspect_family
+from qlora_trainer.model.families.rejection import reason_in_model
+from qlora_trainer.model.families.tiny_model import shrunken
+from qlora_trainer.model.kernels.attention import ATTENTION, RowBoundaries, register_attention, rows_attention
+from qlora_trainer.model.losses.loss import LogitTransform
 from tests.support.families import CASES
 from tests.support.tiny import SHAPE
 
@@ -191,7 +192,7 @@ def test_the_shrunken_model_has_the_kinds_of_blocks_that_are_listed_by_their_num
 def test_a_model_with_blocks_that_the_small_one_lacks_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qlora_trainer.model.shrunken._NUMBERS_OF_BLOCKS", ())
+    monkeypatch.setattr("qlora_trainer.model.families.tiny_model._NUMBERS_OF_BLOCKS", ())
     config = CASES["bamba"].config()
     config.num_hidden_layers, config.attn_layer_indices = 3, [2]
 
@@ -256,7 +257,7 @@ def _scaled_by_head_size(*tensors: Any, **settings: Any) -> Any:
 
 def test_the_leak_test_sees_a_leak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     AttentionInterface.register("leaky", _leaky)
-    monkeypatch.setattr("qlora_trainer.model.probe.ATTENTION", "leaky")
+    monkeypatch.setattr("qlora_trainer.model.families.probe.ATTENTION", "leaky")
 
     family = inspect_family(written(tmp_path, transformers.LlamaConfig(**SHAPE)), LoraSpec())
 
@@ -269,7 +270,7 @@ def _without_gradient_of_queries(module: Any, query: Any, *tensors: Any, **setti
 
 def test_a_layer_that_no_gradient_reaches_gets_no_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     AttentionInterface.register("no-queries", _without_gradient_of_queries)
-    monkeypatch.setattr("qlora_trainer.model.probe.ATTENTION", "no-queries")
+    monkeypatch.setattr("qlora_trainer.model.families.probe.ATTENTION", "no-queries")
     folder = written(tmp_path, transformers.LlamaConfig(**SHAPE))
 
     family = inspect_family(folder, LoraSpec())
@@ -296,7 +297,7 @@ def test_a_family_that_remembers_the_sequence_before_is_rejected(
         return output + (1e-6 * seen[-2] if len(seen) > 1 else 0.0), None
 
     AttentionInterface.register("remembering", remembering)
-    monkeypatch.setattr("qlora_trainer.model.probe.ATTENTION", "remembering")
+    monkeypatch.setattr("qlora_trainer.model.families.probe.ATTENTION", "remembering")
 
     failure = rejection(written(tmp_path, transformers.LlamaConfig(**SHAPE)))
 
@@ -318,7 +319,7 @@ def test_attention_that_differs_from_the_familys_own_is_not_used(
     config: PretrainedConfig, broken: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     AttentionInterface.register("broken", broken)
-    monkeypatch.setattr("qlora_trainer.model.probe.ATTENTION", "broken")
+    monkeypatch.setattr("qlora_trainer.model.families.probe.ATTENTION", "broken")
 
     family = inspect_family(written(tmp_path, config), LoraSpec())
 

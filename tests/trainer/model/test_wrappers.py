@@ -21,18 +21,18 @@ from qlora_trainer.core.completion import TrainRecord
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.file_names import ADAPTER_FILE
 from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset
-from qlora_trainer.model import base_layout
-from qlora_trainer.model.base import load_base
-from qlora_trainer.model.base_weights import BaseWeights
-from qlora_trainer.model.check import check_model
-from qlora_trainer.model.decoder import place_in_block
-from qlora_trainer.model.dry_run.limited import StepSize
-from qlora_trainer.model.dry_run.measure import measure
-from qlora_trainer.model.expert_layout import routing_linears
-from qlora_trainer.model.expert_stack import expert_stacks
-from qlora_trainer.model.merge import MergeSource, merged_model, write_merged
-from qlora_trainer.model.support import Family, inspect_family
-from qlora_trainer.model.text_part import parts_beside_text, random_text_part, without_weights
+from qlora_trainer.model.adapter.merge import MergeSource, merged_model, write_merged
+from qlora_trainer.model.architecture.decoder import place_in_block
+from qlora_trainer.model.architecture.text_part import parts_beside_text, random_text_part, without_weights
+from qlora_trainer.model.base import layout as base_layout
+from qlora_trainer.model.base.load import load_base
+from qlora_trainer.model.experts.layout import routing_linears
+from qlora_trainer.model.experts.stack import expert_stacks
+from qlora_trainer.model.families.admission import check_model
+from qlora_trainer.model.families.inspection import Family, inspect_family
+from qlora_trainer.model.memory.dry_run import StepSize
+from qlora_trainer.model.memory.measure import measure
+from qlora_trainer.model.nf4.base_weights import BaseWeights
 from tests.support.adapted import in_32_bit, loss_and_gradients, restored
 from tests.support.command import new_files
 from tests.support.four_bit import convert, expert_weights, require_quantized_experts, settings

@@ -21,7 +21,7 @@ import pytest
 
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.outcome import classify
-from qlora_trainer.training.checkpoint import newest_checkpoint, read_checkpoint
+from qlora_trainer.training.checkpoints.checkpoint import newest_checkpoint, read_checkpoint
 from tests.support import checkpoints
 from tests.support.bad_disk import BadDisk, bad_disk
 from tests.support.checkpoints import FILES, in_child, newest_step, save

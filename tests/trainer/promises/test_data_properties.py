@@ -17,14 +17,15 @@ from hypothesis import strategies as st
 from qlora_api.contract import ExitCode
 from qlora_api.dataset import Columns
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.data.chunks import Chunk, Limits, TokenizedRow, TokenizedRows
-from qlora_trainer.data.files import DataFile
-from qlora_trainer.data.formats import RowReader, detect_format
-from qlora_trainer.data.hub_splits import EVALUATION, TRAINING, Wanted, choose_data_files, read_dataset_card
+from qlora_trainer.data.examples.example import TokenizedRow
+from qlora_trainer.data.examples.formats import RowReader, detect_format
 from qlora_trainer.data.packing import pack
 from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset, write_split
-from qlora_trainer.data.reading import read_rows
-from qlora_trainer.data.rows import Row
+from qlora_trainer.data.read.files import DataFile
+from qlora_trainer.data.read.hub_splits import EVALUATION, TRAINING, Wanted, choose_data_files, read_dataset_card
+from qlora_trainer.data.read.reading import read_rows
+from qlora_trainer.data.read.rows import Row
+from qlora_trainer.data.tokenize.chunks import Chunk, Limits, TokenizedRows
 
 UNTIMED = settings(deadline=None)
 

@@ -10,12 +10,12 @@ from transformers import Gemma2Config, LlamaConfig, MistralConfig, Phi3Config, Q
 
 from qlora_api.training import LoraSpec, QuantizationSpec
 from qlora_trainer.data.prepared import IGNORED_LABEL, PackedSequence
-from qlora_trainer.model.adapter import adapter_parameters, attach_adapter
-from qlora_trainer.model.base import load_base
-from qlora_trainer.model.batch import Batch
-from qlora_trainer.model.four_bit import COMPUTE_DTYPE
-from qlora_trainer.model.loss import batch_loss
-from qlora_trainer.model.support import inspect_family
+from qlora_trainer.model.adapter.attach import adapter_parameters, attach_adapter
+from qlora_trainer.model.base.load import load_base
+from qlora_trainer.model.families.inspection import inspect_family
+from qlora_trainer.model.losses.batch import Batch
+from qlora_trainer.model.losses.loss import batch_loss
+from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
 from qlora_trainer.training.optimizer import make_optimizer
 from tests.support.sequences import random_sequence
 from tests.support.tiny import SHAPE, save_model

@@ -14,8 +14,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from qlora_trainer.data.chat_template import Tokenizer as TrainersTokenizer
-from qlora_trainer.data.examples import Conversation, Message
+from qlora_trainer.data.examples.example import Conversation, Message
+from qlora_trainer.data.render.chat_template import Tokenizer as TrainersTokenizer
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"

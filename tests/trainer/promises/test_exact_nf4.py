@@ -13,9 +13,9 @@ from transformers import LlamaConfig
 from qlora_api.contract import ExitCode
 from qlora_api.training import QuantizationSpec
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.model.base import load_base
-from qlora_trainer.model.layer_format import layer_bytes
-from qlora_trainer.model.storage import storage_of
+from qlora_trainer.model.base.byte_count import storage_of
+from qlora_trainer.model.base.load import load_base
+from qlora_trainer.model.nf4.quantization import layer_bytes
 from tests.support.tiny import SHAPE, save_model
 from tests.support.training import prepared, run
 

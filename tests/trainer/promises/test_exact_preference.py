@@ -16,14 +16,15 @@ from safetensors.torch import load_file
 from qlora_api.training import QuantizationSpec
 from qlora_trainer.core import cpu
 from qlora_trainer.core.context import StepContext
-from qlora_trainer.model import base as trainer_base
-from qlora_trainer.model import base_layout, four_bit
-from qlora_trainer.model.adapter import adapter_tensors, attach_adapter
-from qlora_trainer.model.base import load_base
-from qlora_trainer.model.fused_lora import FusedLora
-from qlora_trainer.model.support import inspect_family
+from qlora_trainer.model.adapter.attach import adapter_tensors, attach_adapter
+from qlora_trainer.model.base import layout as base_layout
+from qlora_trainer.model.base import load as trainer_base
+from qlora_trainer.model.base.load import load_base
+from qlora_trainer.model.families.inspection import inspect_family
+from qlora_trainer.model.kernels.fused_lora import FusedLora
+from qlora_trainer.model.nf4 import quantization as four_bit
 from qlora_trainer.steps.prepare import prepare
-from qlora_trainer.training import state
+from qlora_trainer.training import run as state
 from tests.support.plain_preference import PlainPair, frozen_base, plain_model, plain_parameters, plain_steps
 from tests.support.tiny import Recorded, write_rows
 from tests.support.training import history, run

@@ -23,16 +23,17 @@ from qlora_api.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core import cpu
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.model import base as trainer_base
-from qlora_trainer.model import base_layout, four_bit
-from qlora_trainer.model.adapter import adapter_parameters, adapter_tensors, attach_adapter, restore_adapter
-from qlora_trainer.model.base import load_base
-from qlora_trainer.model.batch import Batch
-from qlora_trainer.model.fused_lora import FusedLora
-from qlora_trainer.model.loss import batch_loss
-from qlora_trainer.model.support import inspect_family
+from qlora_trainer.model.adapter.attach import adapter_parameters, adapter_tensors, attach_adapter, restore_adapter
+from qlora_trainer.model.base import layout as base_layout
+from qlora_trainer.model.base import load as trainer_base
+from qlora_trainer.model.base.load import load_base
+from qlora_trainer.model.families.inspection import inspect_family
+from qlora_trainer.model.kernels.fused_lora import FusedLora
+from qlora_trainer.model.losses.batch import Batch
+from qlora_trainer.model.losses.loss import batch_loss
+from qlora_trainer.model.nf4 import quantization as four_bit
 from qlora_trainer.steps.prepare import prepare
-from qlora_trainer.training import state
+from qlora_trainer.training import run as state
 from tests.support.tiny import Recorded, chat_row, write_rows
 from tests.support.training import history, run
 from tests.trainer.conftest import MakeContext

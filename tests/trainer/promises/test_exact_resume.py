@@ -29,8 +29,8 @@ from qlora_trainer.core.completion import TrainRecord, read_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StopRequest
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.model.batch import Batch
-from qlora_trainer.training import attempts
+from qlora_trainer.model.losses.batch import Batch
+from qlora_trainer.training.checkpoints import attempts
 from tests.support.command import Files, new_files
 from tests.support.tiny import JOB_UID, POD_UID, SHAPE, chat_row, merged, save_model, write_rows
 from tests.support.training import adapter_bytes, history, prepared, run

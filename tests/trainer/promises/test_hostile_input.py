@@ -20,13 +20,13 @@ from qlora_api.training import LoraSpec
 from qlora_api.v1alpha1 import QLoRAJobDocument
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.model.unsupported import entries
-from qlora_trainer.publishing.hub_repository import HubDestination
+from qlora_trainer.model.families.rejection import entries
+from qlora_trainer.publishing.destinations.bucket import ObjectDestination
+from qlora_trainer.publishing.destinations.hub import HubDestination
+from qlora_trainer.publishing.destinations.volume import VolumeFolder
 from qlora_trainer.publishing.manifest import parse_manifest
-from qlora_trainer.publishing.object_folder import ObjectDestination
 from qlora_trainer.publishing.verify import verify_config
-from qlora_trainer.publishing.volume_folder import VolumeFolder
-from qlora_trainer.training.checkpoint import newest_checkpoint
+from qlora_trainer.training.checkpoints.checkpoint import newest_checkpoint
 from tests.support.fake_hub import FakeHub, serve
 from tests.support.hostile import Payload, bounded
 from tests.support.publication import MANIFEST

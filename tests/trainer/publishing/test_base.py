@@ -19,13 +19,13 @@ from qlora_api.status import BaseStatus
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord, read_completion
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.filesystem import sync_tree
+from qlora_trainer.core.trained_job import TrainedJob
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.publishing import manifest as manifests
-from qlora_trainer.publishing import volume_folder
-from qlora_trainer.publishing.base import publish_base
-from qlora_trainer.publishing.destination import Destination
-from qlora_trainer.publishing.volume_folder import VolumeFolder
-from qlora_trainer.report.trained_job import TrainedJob
+from qlora_trainer.publishing.destinations import volume as volume_folder
+from qlora_trainer.publishing.destinations.destination import Destination
+from qlora_trainer.publishing.destinations.volume import VolumeFolder
+from qlora_trainer.publishing.quantized_base import publish_base
 from qlora_trainer.steps import publish as publish_step
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish

@@ -14,14 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-import qlora_trainer
 from qlora_api.contract import ExitCode
 from qlora_api.gguf import GgufSpec
 from qlora_api.training import LoraSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.file_names import ADAPTER_FILE, GGUF_FILE
-from qlora_trainer.model.source import CONFIG
-from qlora_trainer.model.support import inspect_family
+from qlora_trainer.model.families.inspection import inspect_family
+from qlora_trainer.model.source.files import CONFIG
 from qlora_trainer.publishing import gguf
 from qlora_trainer.publishing.gguf import require_convertible
 from qlora_trainer.steps.prepare import prepare
@@ -147,14 +146,14 @@ def test_a_layer_that_the_converter_leaves_out_is_not_left_out_silently(
 
 def change_converter(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the converter do this too for each `name` and `tensor` of an adapter."""
-    program = folder / "llama_cpp" / "convert_lora_to_gguf.py"
+    program = folder / "llama.cpp" / "convert_lora_to_gguf.py"
     program.parent.mkdir()
-    text = gguf._CONVERTER.read_text()
+    text = gguf.CONVERTER.read_text()
     loop = "for name, tensor in lora_model.items():\n"
     assert loop in text
     program.write_text(text.replace(loop, f"{loop}                    {line}\n"))
-    (program.parent / "convert_hf_to_gguf.py").symlink_to(gguf._CONVERTER.parent / "convert_hf_to_gguf.py")
-    monkeypatch.setattr(gguf, "_CONVERTER", program)
+    (program.parent / "convert_hf_to_gguf.py").symlink_to(gguf.CONVERTER.parent / "convert_hf_to_gguf.py")
+    monkeypatch.setattr(gguf, "CONVERTER", program)
 
 
 @pytest.mark.parametrize("error", ["TypeError", "AttributeError", "NotImplementedError"])
@@ -196,7 +195,7 @@ def test_a_layer_that_is_divided_does_not_make_up_for_one_of_another_block(tmp_p
 
 
 def test_the_converter_is_as_llama_cpp_has_it() -> None:
-    folder = Path(qlora_trainer.__file__).parent / "llama_cpp"
+    folder = gguf.CONVERTER.parent
     rows = [line.split("`") for line in (folder / "README.md").read_text().splitlines() if line.startswith("| `")]
 
     sums = {row[1]: row[3] for row in rows}

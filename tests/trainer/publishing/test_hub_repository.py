@@ -16,8 +16,8 @@ from qlora_api.contract import ExitCode
 from qlora_api.sources import HubSource
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.publishing.destination import publish_folder
-from qlora_trainer.publishing.hub_repository import HubDestination
+from qlora_trainer.publishing.destinations.destination import publish_folder
+from qlora_trainer.publishing.destinations.hub import HubDestination
 from qlora_trainer.publishing.manifest import Manifest
 from qlora_trainer.steps.publish import publish as publish_step
 from qlora_trainer.stores import hub as hub_module

@@ -14,11 +14,11 @@ from transformers import AutoTokenizer, GenerationConfig
 from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.data.chat_template import Tokenizer
-from qlora_trainer.data.job_template import JobTemplate
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.data.turn_end import end_of_turn
-from qlora_trainer.publishing.job_template import give_template
+from qlora_trainer.data.render.chat_template import Tokenizer
+from qlora_trainer.data.render.end_of_turn import end_of_turn
+from qlora_trainer.data.render.template_source import JobTemplate
+from qlora_trainer.publishing.chat_template import give_template
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
 from tests.support.report_page import Page

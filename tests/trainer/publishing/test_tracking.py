@@ -18,8 +18,8 @@ from qlora_api.contract import ENV_MLFLOW_SERVER, ENV_WANDB_SERVER
 from qlora_api.tracking import TrackedRun, TrackingStatus
 from qlora_trainer.core.completion import PublishRecord, read_completion, write_completion
 from qlora_trainer.core.context import Mounts
-from qlora_trainer.report import uploads
-from qlora_trainer.report.uploads import FinishedRun, UploadError, upload_to_mlflow
+from qlora_trainer.publishing import uploads
+from qlora_trainer.publishing.uploads import FinishedRun, UploadError, upload_to_mlflow
 from qlora_trainer.steps import publish as publish_module
 from tests.support.command import Files
 from tests.support.fault_proxy import Fault, FaultProxy, serve_proxy

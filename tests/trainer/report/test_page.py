@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from qlora_api.status import MemoryStatus
 from qlora_api.training import TrainingSpec
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord, read_completion, write_completion
+from qlora_trainer.core.trained_job import TrainedJob
 from qlora_trainer.data.statistics import DataStatistics, OverlapStatistics
+from qlora_trainer.history.metrics_log import Curve, MetricsHistory, read_history
+from qlora_trainer.history.samples import Sample, Samples
 from qlora_trainer.report.charts import chart, loss_chart, loss_picture
-from qlora_trainer.report.metrics_log import Curve, MetricsHistory, read_history
 from qlora_trainer.report.model_card import adapter_model_card
 from qlora_trainer.report.resources import estimated_peaks
-from qlora_trainer.report.samples import Sample, Samples
-from qlora_trainer.report.trained_job import TrainedJob
 from qlora_trainer.steps.publish import publish
 from tests.support.command import Files
 from tests.support.published import context, published

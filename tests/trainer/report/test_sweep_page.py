@@ -13,9 +13,9 @@ from qlora_api.status import GateStatus
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.folder_lock import exclusive
+from qlora_trainer.history.metrics_log import Curve, read_history
 from qlora_trainer.report import sweep_page
 from qlora_trainer.report.charts import curves_chart
-from qlora_trainer.report.metrics_log import Curve, read_history
 from qlora_trainer.report.sweep_page import add_to_sweep_report, add_unfinished_to_sweep_report
 from qlora_trainer.steps.publish import _trained_job, publish
 from tests.support.command import Files

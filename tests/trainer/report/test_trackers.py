@@ -15,7 +15,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
-from qlora_trainer.report.trackers import open_trackers
+from qlora_trainer.history.trackers import open_trackers
 from qlora_trainer.steps.prepare import prepare
 from tests.support.tiny import Recorded, chat_row, write_rows
 from tests.support.training import Lost, LostAtStep, StopAtStep, history, prepared, run
@@ -204,5 +204,5 @@ def test_a_tool_that_cannot_be_closed_does_not_hide_that_the_run_was_stopped(
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     """The warnings about the tools, up to the name of the file that has the metrics."""
     return [
-        record.message.partition(";")[0] for record in caplog.records if record.name == "qlora_trainer.report.trackers"
+        record.message.partition(";")[0] for record in caplog.records if record.name == "qlora_trainer.history.trackers"
     ]

@@ -18,11 +18,12 @@ from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.publishing.gate import judge
 from qlora_trainer.publishing.verify import require_own_training
 from qlora_trainer.steps.publish import publish
-from qlora_trainer.training import finishing, loop
-from qlora_trainer.training.best_adapter import best_of
-from qlora_trainer.training.checkpoint import newest_checkpoint
-from qlora_trainer.training.run_state import RunState
-from qlora_trainer.training.state import Run
+from qlora_trainer.training import finish_run as finishing
+from qlora_trainer.training import loop
+from qlora_trainer.training.checkpoints.best_adapter import best_of
+from qlora_trainer.training.checkpoints.checkpoint import newest_checkpoint
+from qlora_trainer.training.progress.run_state import RunState
+from qlora_trainer.training.run import Run
 from tests.support.report_page import Page
 from tests.support.tiny import SHAPE, Recorded, merged, save_model
 from tests.support.training import Lost, LostAtStep, adapter_bytes, history, interrupted_at, prepared, run

@@ -17,9 +17,9 @@ from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.steps import prepare as step
 from qlora_trainer.steps.clean import clean
-from qlora_trainer.training.attempts import MAX_ATTEMPTS_WITHOUT_PROGRESS, read_attempts, write_attempts
+from qlora_trainer.training.checkpoints.attempts import MAX_ATTEMPTS_WITHOUT_PROGRESS, read_attempts, write_attempts
+from qlora_trainer.training.checkpoints.fingerprint import Fingerprint, run_fingerprint, run_settings
 from qlora_trainer.training.continued import continue_run, reject_other_settings, require_something_to_continue
-from qlora_trainer.training.fingerprint import Fingerprint, run_fingerprint, run_settings
 from qlora_trainer.training.prepared_job import PreparedJob
 from tests.support.tiny import POD_UID, Recorded, chat_row, merged, write_rows
 from tests.support.training import Lost, LostAtStep, adapter_bytes, history, interrupted_at, job, prepared, run

@@ -14,7 +14,6 @@ from transformers import OPTConfig
 
 from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_api.gate import ScoreSpec
-from qlora_trainer.core.answer_check import AnswerChecker
 from qlora_trainer.core.completion import (
     PrepareRecord,
     Score,
@@ -26,11 +25,12 @@ from qlora_trainer.core.completion import (
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.outcome import classify, result_record
 from qlora_trainer.data.prepared import PreparedDataset
+from qlora_trainer.evaluation.answer_check import AnswerChecker
+from qlora_trainer.evaluation.answers import AnswerTexts, ScoredPrompts
+from qlora_trainer.evaluation.scorable import row_criterion
 from qlora_trainer.steps.clean import clean
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
-from qlora_trainer.training.answers import AnswerTexts, ScoredPrompts
-from qlora_trainer.training.scorable import row_criterion
 from tests.support.command import ROWS, Files, new_files
 from tests.support.published import context, published
 from tests.support.report_page import Page

@@ -21,15 +21,15 @@ from qlora_trainer.core.completion import PublishRecord, TrainRecord
 from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.core.failures import StepFailure, StopRequest
 from qlora_trainer.core.filesystem import file_sha256
-from qlora_trainer.model.initial_adapter import InitialAdapter, get_initial_adapter
+from qlora_trainer.model.adapter.initial import InitialAdapter, get_initial_adapter
 from qlora_trainer.publishing.manifest import read_manifest
 from qlora_trainer.steps.clean import clean
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
 from qlora_trainer.steps.train_together import train_together
 from qlora_trainer.stores.hub import Hub
-from qlora_trainer.training import judging
-from qlora_trainer.training.divergence import Stability
+from qlora_trainer.training import suspect_run as judging
+from qlora_trainer.training.progress.divergence import Stability
 from tests.support.tiny import JOB_UID, POD_UID, Recorded, chat_row, merged, write_rows
 from tests.support.training import adapter_bytes, history, interrupted_at, run
 

@@ -28,11 +28,11 @@ from qlora_trainer.core.failures import StepFailure, StopRequest
 from qlora_trainer.core.filesystem import bytes_below, file_sha256
 from qlora_trainer.core.folder_lock import exclusive, own
 from qlora_trainer.core.outcome import Terminated
-from qlora_trainer.model import cache as cache_module
-from qlora_trainer.model import cached_base
-from qlora_trainer.model.base_artifact import MANIFEST
-from qlora_trainer.model.base_conversion import BaseConversion
-from qlora_trainer.model.cache import ModelCache
+from qlora_trainer.model.base import cache as cache_module
+from qlora_trainer.model.base import cached_base
+from qlora_trainer.model.base.artifact import MANIFEST
+from qlora_trainer.model.base.cache import ModelCache
+from qlora_trainer.model.base.conversion import BaseConversion
 from qlora_trainer.steps.clean import clean
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.train import train

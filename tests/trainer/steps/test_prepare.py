@@ -24,8 +24,8 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.data.sampling import hold_out
-from qlora_trainer.model import check
-from qlora_trainer.model.support import Family, inspect_family
+from qlora_trainer.model.families import admission as check
+from qlora_trainer.model.families.inspection import Family, inspect_family
 from qlora_trainer.steps.prepare import prepare
 from tests.support.tiny import JOB_UID, POD_UID, SHAPE, Recorded, chat_row, save_model, write_rows
 from tests.trainer.conftest import MakeContext

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qlora_api.contract import ExitCode
-from qlora_trainer.model.base_conversion import BaseConversion
+from qlora_trainer.model.base.conversion import BaseConversion
 from qlora_trainer.steps.prepare import prepare
 from tests.support.command import new_files
 from tests.support.fake_hub import COMMIT, OTHER_COMMIT, FakeHub, Rejection, serve

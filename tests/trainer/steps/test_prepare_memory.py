@@ -9,12 +9,12 @@ from transformers import Starcoder2Config
 
 from qlora_api.contract import ExitCode
 from qlora_api.memory.together import ShareOfMemory, add_up
+from qlora_trainer.core import sandbox as limited
 from qlora_trainer.core.completion import PrepareRecord, read_completion
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.model.dry_run import limited
-from qlora_trainer.model.job_memory import MeasuredJob
-from qlora_trainer.model.memory_fit import training_shape
-from qlora_trainer.model.memory_together import memory_together
+from qlora_trainer.model.memory.fit import training_shape
+from qlora_trainer.model.memory.job_memory import MeasuredJob
+from qlora_trainer.model.memory.joint_memory import memory_together
 from qlora_trainer.steps.prepare import prepare
 from tests.support.command import new_files
 from tests.support.tiny import SHAPE, Recorded, chat_row, save_model, write_rows

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from qlora_api.contract import ExitCode, ProgressRecord, WorkspaceLayout, decode_record
 from qlora_trainer.core.completion import TrainRecord, read_completion, write_completion
 from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.publishing.destinations.volume import VolumeFolder
 from qlora_trainer.publishing.manifest import Manifest
-from qlora_trainer.publishing.volume_folder import VolumeFolder
 from qlora_trainer.report.serving import ADAPTER_PLACEHOLDER, BASE_PLACEHOLDER
 from qlora_trainer.steps.clean import clean
 from qlora_trainer.steps.prepare import prepare

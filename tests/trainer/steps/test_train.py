@@ -23,8 +23,8 @@ from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.core.outcome import summary
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.train import train
-from qlora_trainer.training import checkpoint
-from qlora_trainer.training.attempts import read_attempts
+from qlora_trainer.training.checkpoints import checkpoint
+from qlora_trainer.training.checkpoints.attempts import read_attempts
 from tests.support.tiny import Recorded, chat_row, merged, write_rows
 from tests.support.training import (
     RARE_TOKEN,

@@ -24,12 +24,12 @@ from qlora_trainer.core.completion import PrepareRecord, TrainRecord, read_compl
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.core.file_names import ADAPTER_FILE
-from qlora_trainer.model.joint import joint_losses
-from qlora_trainer.model.model_error import ModelError
+from qlora_trainer.core.model_error import ModelError
+from qlora_trainer.model.losses.joint import joint_losses
 from qlora_trainer.steps.train_together import train_together
-from qlora_trainer.training.attempts import only_attempt, read_attempts
-from qlora_trainer.training.checkpoint import Checkpoint
-from qlora_trainer.training.together import Ended, Member, run_together
+from qlora_trainer.training.checkpoints.attempts import only_attempt, read_attempts
+from qlora_trainer.training.checkpoints.checkpoint import Checkpoint
+from qlora_trainer.training.joint_training import Ended, Member, run_together
 from tests.support.tiny import POD_UID, Recorded, merged
 from tests.support.training import StopAtStep, adapter_bytes, history, interrupted_at, prepared, run
 
@@ -343,7 +343,7 @@ def test_each_has_the_peak_memory_of_the_step_of_all(
         was, peak = peak, 0
         return was
 
-    monkeypatch.setattr("qlora_trainer.training.together.joint_losses", losses)
+    monkeypatch.setattr("qlora_trainer.training.joint_training.joint_losses", losses)
     monkeypatch.setattr("qlora_trainer.training.loop.peak_memory_bytes", lambda _device: peak)
     monkeypatch.setattr("qlora_trainer.training.loop.memory_bytes", reset)
     jobs = contexts(tmp_path, tiny_llama, {"plain": PLAIN, "wide": JOBS["wide"]})
@@ -396,9 +396,9 @@ def test_the_threads_of_a_process_are_those_of_any_checkpoint(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs, before = contexts(tmp_path, tiny_llama, {"plain": PLAIN, "wide": JOBS["wide"]}), torch.get_num_threads()
-    monkeypatch.setattr("qlora_trainer.training.opening._own_threads", lambda _rank: 2)
+    monkeypatch.setattr("qlora_trainer.training.open_run._own_threads", lambda _rank: 2)
     interrupted_at(jobs[1], 2)
-    monkeypatch.setattr("qlora_trainer.training.opening._own_threads", lambda _rank: 1)
+    monkeypatch.setattr("qlora_trainer.training.open_run._own_threads", lambda _rank: 1)
     try:
         together(jobs)
     finally:

@@ -14,10 +14,10 @@ from qlora_api.sources import ObjectStoreSource
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration, model_unavailable
-from qlora_trainer.data.hub_splits import TRAINING
-from qlora_trainer.data.locate import DataAccess, find_data
-from qlora_trainer.publishing.addresses import open_destination
-from qlora_trainer.publishing.destination import publish_folder
+from qlora_trainer.data.read.hub_splits import TRAINING
+from qlora_trainer.data.read.locate import DataAccess, find_data
+from qlora_trainer.publishing.destinations.addresses import open_destination
+from qlora_trainer.publishing.destinations.destination import publish_folder
 from qlora_trainer.stores import bucket
 from qlora_trainer.stores.contents import describe_files
 from qlora_trainer.stores.objects import ObjectFolder

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.stores.hub_errors import HubRequest
+from qlora_trainer.stores.hub import HubRequest
 
 REQUEST = client.Request("GET", "https://hub.example.org/api/models/acme/tiny")
 MODEL = HubRequest(

@@ -21,12 +21,12 @@ from qlora_api.contract import ExitCode
 from qlora_api.sources import RegistrySource, parse_source
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration
-from qlora_trainer.publishing.destination import publish_folder
+from qlora_trainer.publishing.destinations.destination import publish_folder
+from qlora_trainer.publishing.destinations.registry import RegistryDestination
 from qlora_trainer.publishing.manifest import Manifest
-from qlora_trainer.publishing.oci_artifact import RegistryDestination
 from qlora_trainer.steps.publish import publish as publish_step
 from qlora_trainer.stores.contents import Contents, describe_files
-from qlora_trainer.stores.oci import Blob, Registry, digest_of
+from qlora_trainer.stores.registry import Blob, Registry, digest_of
 from tests.support.command import Files
 from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
 from tests.support.publication import MANIFEST

@@ -10,8 +10,8 @@ import pytest
 from qlora_api.sources import RegistrySource, parse_source
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import bad_configuration
-from qlora_trainer.stores.oci import INDEX_TYPE, MANIFEST_TYPE, Registry, digest_of
-from qlora_trainer.stores.oci_referrers import Attached, attached
+from qlora_trainer.stores.referrers import Attached, attached
+from qlora_trainer.stores.registry import INDEX_TYPE, MANIFEST_TYPE, Registry, digest_of
 from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
 
 KIND = "application/vnd.in-toto+json"

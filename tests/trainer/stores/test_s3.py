@@ -19,9 +19,9 @@ from qlora_api.status import BaseStatus
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_dataset
-from qlora_trainer.data.files import DataFiles
-from qlora_trainer.data.hub_splits import training_part
-from qlora_trainer.data.locate import DataAccess, find_data
+from qlora_trainer.data.read.files import DataFiles
+from qlora_trainer.data.read.hub_splits import training_part
+from qlora_trainer.data.read.locate import DataAccess, find_data
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.stores import bucket as store_settings
 from qlora_trainer.stores.objects import ObjectFolder, StoredObject

@@ -16,10 +16,10 @@ from qlora_client.errors import ClusterError
 from qlora_client.published import ADAPTER, DamagedError
 from qlora_client.stores import open_store
 from qlora_trainer.core.credentials import Secret
-from qlora_trainer.publishing.destination import publish_folder
-from qlora_trainer.publishing.hub_repository import HubDestination
-from qlora_trainer.publishing.object_folder import ObjectDestination
-from qlora_trainer.publishing.oci_artifact import RegistryDestination
+from qlora_trainer.publishing.destinations.bucket import ObjectDestination
+from qlora_trainer.publishing.destinations.destination import publish_folder
+from qlora_trainer.publishing.destinations.hub import HubDestination
+from qlora_trainer.publishing.destinations.registry import RegistryDestination
 from qlora_trainer.stores.contents import Contents, describe_files
 from tests.support.fake_clouds import ACCOUNT, FakeCloud, serve_cloud
 from tests.support.fake_clouds import BUCKET as CLOUD_BUCKET

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qlora_api.contract import ExitCode
-from qlora_trainer.training.checkpoint import newest_checkpoint, save_checkpoint
+from qlora_trainer.training.checkpoints.checkpoint import newest_checkpoint, save_checkpoint
 from tests.support.checkpoints import FILES, in_child, newest_step, save, tensors_of
 
 

@@ -14,12 +14,12 @@ import torch
 from devcluster.addresses import free_port
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.training import device as device_module
-from qlora_trainer.training import nccl as nccl_module
-from qlora_trainer.training import ranks
-from qlora_trainer.training.device import use_device
-from qlora_trainer.training.launch import ChildRanks, RankInfo
-from qlora_trainer.training.ranks import joined
+from qlora_trainer.training.distributed import device as device_module
+from qlora_trainer.training.distributed import nccl as nccl_module
+from qlora_trainer.training.distributed import ranks
+from qlora_trainer.training.distributed.device import use_device
+from qlora_trainer.training.distributed.launch import ChildRanks, RankInfo
+from qlora_trainer.training.distributed.ranks import joined
 
 
 class Cards:

@@ -16,9 +16,9 @@ from qlora_api.contract import ENV_NODE, ENV_NODE_WAIT, ENV_RENDEZVOUS, ExitCode
 from qlora_api.training import ResourcesSpec
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure, peer_lost
-from qlora_trainer.training import ranks
-from qlora_trainer.training.launch import ChildRanks, RankInfo
-from qlora_trainer.training.ranks import Meeting, Ranks, is_lost_connection, joined
+from qlora_trainer.training.distributed import ranks
+from qlora_trainer.training.distributed.launch import ChildRanks, RankInfo
+from qlora_trainer.training.distributed.ranks import Meeting, Ranks, is_lost_connection, joined
 from tests.support.command import Files
 from tests.support.lost_nodes import Case, Ended, endings
 from tests.support.ranks import EXACT, SHARDED, TWO, Pods, other, runs, second_gpu, succeeded, until, workspace

@@ -17,9 +17,10 @@ from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.outcome import summary
-from qlora_trainer.model.batch import Batch
-from qlora_trainer.model.loss import batch_loss
-from qlora_trainer.training import held_out, loop, objective
+from qlora_trainer.evaluation import held_out
+from qlora_trainer.model.losses.batch import Batch
+from qlora_trainer.model.losses.loss import batch_loss
+from qlora_trainer.training import loop, objective
 from qlora_trainer.training.out_of_memory import explained_shortage
 from tests.support.tiny import Recorded, merged
 from tests.support.training import Lost, LostAtStep, adapter_bytes, failure, history, interrupted_at, prepared, run

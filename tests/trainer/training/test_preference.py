@@ -15,9 +15,11 @@ from qlora_api.contract import ExitCode
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.outcome import Ending, result_record
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.model.batch import Batch
-from qlora_trainer.model.loss import row_losses
-from qlora_trainer.training import divergence, judging, preference, reference
+from qlora_trainer.model.losses.batch import Batch
+from qlora_trainer.model.losses.loss import row_losses
+from qlora_trainer.training import preference, reference
+from qlora_trainer.training import suspect_run as judging
+from qlora_trainer.training.progress import divergence
 from tests.support.ranks import SHARDED, same_numbers, succeeded, workspace
 from tests.support.tiny import Recorded, merged
 from tests.support.training import Lost, LostAtStep, adapter_bytes, failure, history, interrupted_at, prepared, run

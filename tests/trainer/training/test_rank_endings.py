@@ -98,7 +98,7 @@ def test_sigterm_on_any_process_saves_once_and_ends_both_and_the_resume_is_exact
     assert 5 <= step < 60
     assert f"the checkpoint of step {step} is saved" in interrupted.result.message
     main_log, child_log = logs(files)
-    assert "INFO qlora_trainer.training.launch: rank 1 of 2 ended with status 143" in main_log
+    assert "INFO qlora_trainer.training.distributed.launch: rank 1 of 2 ended with status 143" in main_log
     assert [saves(log, step) for log in (main_log, child_log)] == [1, 0]
     succeeded(files.run("train"))
     assert adapter_bytes(context) == adapter_bytes(undisturbed(sharding))
@@ -154,7 +154,8 @@ def test_a_process_that_crashes_after_the_save_changes_no_ending_and_is_logged(
     assert done.exit_code == ExitCode.INTERRUPTED, done.stderr
     assert f"the checkpoint of step {done.result.training_step} is saved" in done.result.message
     assert (
-        "WARNING qlora_trainer.training.launch: rank 1 of 2 ended with status 99; its log is records/" in logs(files)[0]
+        "WARNING qlora_trainer.training.distributed.launch: rank 1 of 2 ended with status 99; its log is records/"
+        in logs(files)[0]
     )
 
 

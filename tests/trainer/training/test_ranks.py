@@ -13,8 +13,8 @@ from qlora_api.training import ResourcesSpec
 from qlora_trainer.core.completion import TrainRecord, read_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure, unreachable
-from qlora_trainer.training.launch import RankInfo
-from qlora_trainer.training.ranks import Ranks
+from qlora_trainer.training.distributed.launch import RankInfo
+from qlora_trainer.training.distributed.ranks import Ranks
 from tests.support.command import Files
 from tests.support.ranks import EXACT, TWO, same_numbers, second_gpu, succeeded, two_nodes, workspace
 from tests.support.tiny import merged

@@ -9,9 +9,9 @@ from qlora_api.contract import ExitCode
 from qlora_api.training import TrainingSpec
 from qlora_trainer.core.environment import available_cpus
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.training.attempts import Attempt, read_attempts, reject_if_stuck, write_attempts
+from qlora_trainer.training.checkpoints.attempts import Attempt, read_attempts, reject_if_stuck, write_attempts
+from qlora_trainer.training.checkpoints.time_spent import Pace
 from qlora_trainer.training.optimizer import learning_rate
-from qlora_trainer.training.pace import Pace
 from qlora_trainer.training.schedule import Schedule
 
 

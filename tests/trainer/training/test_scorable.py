@@ -11,10 +11,10 @@ from qlora_api.contract import ExitCode
 from qlora_api.gate import GateSpec, ScoreSpec
 from qlora_api.status import DatasetStatus
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.data.row_check import RowCheck
-from qlora_trainer.training import answers, scorable
-from qlora_trainer.training.answers import AnswerTexts, Prompt
-from qlora_trainer.training.scorable import require_scorable, row_criterion
+from qlora_trainer.data.examples.row_check import RowCheck
+from qlora_trainer.evaluation import answers, scorable
+from qlora_trainer.evaluation.answers import AnswerTexts, Prompt
+from qlora_trainer.evaluation.scorable import require_scorable, row_criterion
 from tests.support.training import write_data, write_held_out
 
 CHATS = DatasetStatus(format="messages", rows=20, used_rows=16)

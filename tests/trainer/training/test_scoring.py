@@ -19,10 +19,10 @@ from qlora_trainer.core.completion import EndOfTurn, PrepareRecord, TrainRecord,
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.data.prepared import PreparedDataset
+from qlora_trainer.evaluation.answers import Answering, AnswerTexts, Prompt, ScoredPrompts
+from qlora_trainer.history.samples import read_samples
 from qlora_trainer.publishing.gate import judge
-from qlora_trainer.report.samples import read_samples
-from qlora_trainer.training.answers import Answering, AnswerTexts, Prompt, ScoredPrompts
-from qlora_trainer.training.attempts import read_attempts
+from qlora_trainer.training.checkpoints.attempts import read_attempts
 from tests.support.ranks import EXACT, TWO, succeeded, workspace
 from tests.support.tiny import VOCABULARY, Recorded, merged, save_model
 from tests.support.training import (

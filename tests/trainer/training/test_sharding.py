@@ -18,11 +18,11 @@ from qlora_api.contract import ExitCode
 from qlora_api.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.model.adapter import attach_adapter
-from qlora_trainer.model.base import check_quantization, load_base
-from qlora_trainer.model.decoder import decoder_blocks
-from qlora_trainer.model.support import inspect_family
-from qlora_trainer.training.sharding import STORAGE_DTYPE, shard_base
+from qlora_trainer.model.adapter.attach import attach_adapter
+from qlora_trainer.model.architecture.decoder import decoder_blocks
+from qlora_trainer.model.base.load import check_quantization, load_base
+from qlora_trainer.model.families.inspection import inspect_family
+from qlora_trainer.training.distributed.sharding import STORAGE_DTYPE, shard_base
 from tests.support.command import Files
 from tests.support.families import FAMILIES
 from tests.support.four_bit import convert
@@ -80,7 +80,7 @@ def test_every_variant_and_family_trains_on_a_sharded_base_as_one_process_does(
     alone, threads = prepared(tmp_path / "alone", model, spec), torch.get_num_threads()
     # As each process of the command has, which shares two threads among two: the decomposition with which LoftQ begins
     # adds in another order on more.
-    monkeypatch.setattr("qlora_trainer.training.opening._own_threads", lambda _rank: 1)
+    monkeypatch.setattr("qlora_trainer.training.open_run._own_threads", lambda _rank: 1)
     try:
         run(alone)
     finally:

@@ -71,7 +71,8 @@ def test_image_is_built_from_the_lock_and_ends_unprivileged(dockerfile: Path) ->
 def test_the_build_context_has_what_the_wheel_is_made_of_and_nothing_else() -> None:
     ignore = (ROOT / ".dockerignore").read_text().splitlines()
     sent = {line.removeprefix("!") for line in ignore if line.startswith("!")}
-    packages = set(PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"])
+    wheel = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
+    packages = {*wheel["packages"], *wheel["force-include"]}
     files = {PROJECT["project"]["readme"], *PROJECT["project"]["license-files"], "pyproject.toml", "uv.lock"}
     assert "*" in ignore
     assert sent == packages | files

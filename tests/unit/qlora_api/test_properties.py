@@ -12,7 +12,7 @@ from qlora_api.memory.model_shape import ModelShape, UnsupportedModelError
 from qlora_cli.manifest import ManifestError, load_manifest
 from qlora_operator.settings import SettingsError, load_settings
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.data.hub_splits import TRAINING, choose_data_files, read_dataset_card
+from qlora_trainer.data.read.hub_splits import TRAINING, choose_data_files, read_dataset_card
 from qlora_trainer.stores.model_pack import unpack
 from tests.fuzz.documents import DOCUMENTS
 from tests.fuzz.inputs import BOUNDED, inputs

@@ -78,7 +78,7 @@ def test_the_plugin_of_krew_has_each_command_or_says_what_to_install(krew: Path,
 
 
 def test_the_plugin_of_krew_reads_adapters_from_hubs_buckets_and_registries(krew: Path) -> None:
-    said = python(krew, "import qlora_client.stores, qlora_trainer.model.downloads")
+    said = python(krew, "import qlora_client.stores, qlora_trainer.model.source.downloads")
     assert said.returncode == 0, said.stderr
 
 

@@ -21,7 +21,7 @@ from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_cli.__main__ import main
 from qlora_cli.plan_sweep import SweepPlan, make_sweep_plan, show_sweep_plan
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
-from qlora_trainer.model.dry_run.limited import StepSize
+from qlora_trainer.model.memory.dry_run import StepSize
 from tests.support.model_configs import LLAMA_3_8B
 from tests.support.tiny import merged
 

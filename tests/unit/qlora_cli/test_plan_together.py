@@ -16,7 +16,7 @@ from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
 from qlora_cli.plan_together import JointPlan, make_joint_plan, require_joinable, show_joint_plan
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
-from qlora_trainer.model.dry_run.limited import StepSize
+from qlora_trainer.model.memory.dry_run import StepSize
 from tests.support.model_configs import LLAMA_3_8B
 from tests.support.tiny import merged
 

@@ -13,9 +13,10 @@ from types import SimpleNamespace
 import pytest
 
 from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_trainer.core import sandbox as limited
 from qlora_trainer.core.failures import StepFailure, bad_configuration
-from qlora_trainer.model.dry_run import limited
-from qlora_trainer.model.dry_run.limited import DryRunFailed, measure_within_limits, within_limits
+from qlora_trainer.core.sandbox import DryRunFailed, within_limits
+from qlora_trainer.model.memory.dry_run import measure_within_limits
 
 
 def _filled(size: int) -> int:
@@ -56,7 +57,7 @@ def _killed() -> None:
 
 def test_a_lower_limit_of_the_machine_holds() -> None:
     program = (
-        "import resource; from qlora_trainer.model.dry_run.limited import within_limits\n"
+        "import resource; from qlora_trainer.core.sandbox import within_limits\n"
         "resource.setrlimit(resource.RLIMIT_DATA, (2**30, 2**30))\n"
         "print(within_limits(len, ('four',), memory_bytes=2**40))"
     )

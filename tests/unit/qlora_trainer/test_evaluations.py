@@ -3,7 +3,7 @@
 import pytest
 
 from qlora_api.training import EarlyStoppingSpec, TrainingSpec
-from qlora_trainer.training.evaluations import expected_end, too_few_evaluations
+from qlora_trainer.training.progress.evaluations import expected_end, too_few_evaluations
 
 Curve = list[tuple[int, float]]
 

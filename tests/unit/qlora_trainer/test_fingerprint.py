@@ -8,7 +8,7 @@ from qlora_api.status import DatasetStatus, MemoryStatus
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.completion import PrepareRecord
 from qlora_trainer.data.fingerprint import ResolvedInputs
-from qlora_trainer.training.fingerprint import Fingerprint, differences, run_fingerprint
+from qlora_trainer.training.checkpoints.fingerprint import Fingerprint, differences, run_fingerprint
 from tests.support.tiny import merged
 
 INPUTS = ResolvedInputs("commit", {"tokenizer.json": "a" * 64}, ("b" * 64,), None)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qlora_trainer.core.failures import Interrupted
-from qlora_trainer.training.attempts import (
+from qlora_trainer.training.checkpoints.attempts import (
     ATTEMPTS_FILE,
     Attempt,
     PodOfJob,
@@ -19,7 +19,7 @@ from qlora_trainer.training.attempts import (
     show_life,
     write_attempts,
 )
-from qlora_trainer.training.goodput import goodput, spent_seconds
+from qlora_trainer.training.checkpoints.time_spent import goodput, spent_seconds
 
 START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 

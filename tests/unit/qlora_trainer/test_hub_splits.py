@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.data.hub_splits import EVALUATION, TRAINING, Wanted, choose_data_files, read_dataset_card
+from qlora_trainer.data.read.hub_splits import EVALUATION, TRAINING, Wanted, choose_data_files, read_dataset_card
 
 SPLIT = ("data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-00000-of-00001.parquet")
 CONFIGS = ("en/train-0.jsonl", "en/dev.jsonl", "de/train-0.jsonl", "README.md")

@@ -11,9 +11,10 @@ from qlora_api.memory.advice import advice, larger_micro_batch, larger_micro_bat
 from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
-from qlora_trainer.model.dry_run.limited import DryRunFailed, StepSize
-from qlora_trainer.model.job_memory import MeasuredJob, measured_estimate, measured_further
-from qlora_trainer.model.memory_fit import training_shape
+from qlora_trainer.core.sandbox import DryRunFailed
+from qlora_trainer.model.memory.dry_run import StepSize
+from qlora_trainer.model.memory.fit import training_shape
+from qlora_trainer.model.memory.job_memory import MeasuredJob, measured_estimate, measured_further
 
 MIB = 2**20
 

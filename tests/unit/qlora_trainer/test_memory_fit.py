@@ -17,8 +17,8 @@ from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
-from qlora_trainer.model.dry_run.limited import DryRunFailed
-from qlora_trainer.model.memory_fit import MemoryFit, job_of_table, read_shape, training_shape
+from qlora_trainer.core.sandbox import DryRunFailed
+from qlora_trainer.model.memory.fit import MemoryFit, job_of_table, read_shape, training_shape
 
 SOURCES = {"model": {"source": "hf://org/model"}, "dataset": {"source": "hf://org/rows"}}
 # Fields that describe other trainers.

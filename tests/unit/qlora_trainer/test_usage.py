@@ -9,8 +9,8 @@ import pytest
 
 from qlora_trainer.core.completion import RunUsage
 from qlora_trainer.report.resources import estimated_peaks, resources_used
-from qlora_trainer.training import attempts
-from qlora_trainer.training.attempts import (
+from qlora_trainer.training.checkpoints import attempts
+from qlora_trainer.training.checkpoints.attempts import (
     ATTEMPTS_FILE,
     Attempt,
     PodOfJob,
@@ -19,7 +19,7 @@ from qlora_trainer.training.attempts import (
     read_attempts,
     recorded_attempt,
 )
-from qlora_trainer.training.usage import run_usage
+from qlora_trainer.training.checkpoints.time_spent import run_usage
 from tests.support.builders import MEMORY
 
 START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)

@@ -2,6 +2,10 @@
 
 It concerns speed and memory only: other modules ask here and compute the same function either way, up to rounding. A
 device is given by its type, as `torch.device` names it, so that this module can be used before PyTorch is imported.
+
+glibc's allocator makes a step of SmolLM2-135M a tenth longer than tcmalloc and takes a third more memory above the
+loaded model; none of its settings comes near. Keeping the dequantized weights of one block saves a third of all
+dequantization and 2 % of a step, and matmuls in two halves save 3 %.
 """
 
 from collections.abc import Mapping

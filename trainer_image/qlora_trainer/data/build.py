@@ -12,21 +12,20 @@ from qlora_api.dataset import Columns, DatasetSpec, EvalSpec
 from qlora_api.training import TrainingSpec
 from qlora_trainer.core.environment import available_cpus, trainer_version
 from qlora_trainer.core.failures import StepFailure, bad_dataset
-from qlora_trainer.data.chat_template import Tokenizer
-from qlora_trainer.data.chunks import TokenizedRows
 from qlora_trainer.data.dataset import Dataset, TokenizedSource
-from qlora_trainer.data.duplicates import first_equal
-from qlora_trainer.data.files import MAX_FILES, DataFiles
+from qlora_trainer.data.epochs import Mix
+from qlora_trainer.data.examples.formats import PAIRS, RowReader, detect_format
 from qlora_trainer.data.fingerprint import library_versions
-from qlora_trainer.data.formats import PAIRS, RowReader, detect_format
-from qlora_trainer.data.hub_splits import Wanted, evaluation_part, training_part
-from qlora_trainer.data.locate import DataAccess, find_data
-from qlora_trainer.data.mix import Mix
-from qlora_trainer.data.reading import read_rows, read_sample
-from qlora_trainer.data.rows import Row
-from qlora_trainer.data.rows_folder import RowsFolder
-from qlora_trainer.data.selection import select_rows
-from qlora_trainer.data.tokenize import CHUNK_BYTES, CHUNK_ROWS, ChunkMaker, Recipe, tokenize
+from qlora_trainer.data.read.files import MAX_FILES, DataFiles
+from qlora_trainer.data.read.hub_splits import Wanted, evaluation_part, training_part
+from qlora_trainer.data.read.locate import DataAccess, find_data
+from qlora_trainer.data.read.reading import read_rows, read_sample
+from qlora_trainer.data.read.rows import Row
+from qlora_trainer.data.render.chat_template import Tokenizer
+from qlora_trainer.data.selection import first_equal, select_rows
+from qlora_trainer.data.tokenize.chunk_maker import CHUNK_BYTES, CHUNK_ROWS, ChunkMaker, Recipe, tokenize
+from qlora_trainer.data.tokenize.chunks import TokenizedRows
+from qlora_trainer.data.tokenize.row_cache import RowsFolder
 
 logger = logging.getLogger(__name__)
 

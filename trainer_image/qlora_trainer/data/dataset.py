@@ -13,13 +13,11 @@ from qlora_api.dataset import Columns
 from qlora_api.printable import printable, shortened_in_the_middle
 from qlora_api.status import MAX_MIXED_SOURCE_LENGTH, DatasetStatus, MixedSourceStatus
 from qlora_api.training import TrainingSpec
-from qlora_trainer.data.chunks import Int32s, TokenizedRows
-from qlora_trainer.data.epochs import EpochArrangements
-from qlora_trainer.data.files import DataFiles
-from qlora_trainer.data.formats import PAIRS, Reading
-from qlora_trainer.data.mix import Mix
+from qlora_trainer.data.epochs import EpochArrangements, Mix
+from qlora_trainer.data.examples.formats import PAIRS, Reading
 from qlora_trainer.data.packing import Arrangement, one_row_each, pack
 from qlora_trainer.data.prepared import Split, split_file, write_split
+from qlora_trainer.data.read.files import DataFiles
 from qlora_trainer.data.sampling import RowIndices
 from qlora_trainer.data.selection import Selection
 from qlora_trainer.data.statistics import (
@@ -30,6 +28,7 @@ from qlora_trainer.data.statistics import (
     SplitStatistics,
     dropped_rows,
 )
+from qlora_trainer.data.tokenize.chunks import Int32s, TokenizedRows
 
 _LISTED_FILES = 100
 

@@ -1,7 +1,15 @@
-"""Arranges the rows of one epoch after the other in sequences, where each epoch has rows of its own."""
+"""Draws the rows of each epoch from the sources of a mix, and arranges them in sequences.
 
-from collections.abc import Callable, Iterable
+An epoch that ends with the first exhausted source, as in `datasets.interleave_datasets`, would let a small source
+decide how much of the others is seen. One that ends with the last repeats the others without bound.
+
+prepare arranges all epochs, because the learning rate depends on their number of steps from the first one on. In train,
+a GPU would wait some ten seconds for an epoch of ten million rows. A row takes four bytes in each epoch.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from math import ceil
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -13,7 +21,59 @@ from numpy.typing import NDArray
 from qlora_api.training import TrainingSpec
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.data.packing import Arrangement
-from qlora_trainer.data.sampling import RowIndices
+from qlora_trainer.data.sampling import Purpose, RowIndices, permutation
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How many rows of each source an epoch has. It has as many as all sources together.
+
+    The definition is that of MosaicML Streaming for streams with a `proportion`: a source larger than its share gives
+    a part of its rows, drawn without replacement; a smaller one all of its rows as often as its share holds them, and
+    a part of them once more.
+    """
+
+    sizes: tuple[int, ...]
+    """Rows of each source."""
+    shares: tuple[int, ...]
+    """Rows of each source in an epoch."""
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], weights: Sequence[float | None]) -> "Mix":
+        """The mix of sources with so many rows. Where they are None each row is in every epoch once.
+
+        Shares are rounded by largest remainders, so that they add up to all rows.
+        """
+        parts = [Fraction(weight) for weight in weights if weight is not None]
+        if not parts:
+            return cls(tuple(sizes), tuple(sizes))
+        total = sum(sizes)
+        exact = [total * part / sum(parts) for part in parts]
+        shares = [int(share) for share in exact]
+        by_remainder = sorted(range(len(exact)), key=lambda source: shares[source] - exact[source])
+        for source in by_remainder[: total - sum(shares)]:
+            shares[source] += 1
+        return cls(tuple(sizes), tuple(shares))
+
+    def epochs(self, seed: int) -> Iterator[RowIndices]:
+        """The rows of one epoch after the other, without end: indices into the rows of all sources, one after another.
+
+        Each epoch is drawn independently of the others, in random order within a source.
+        """
+        epoch = 0
+        while True:
+            yield self._epoch(seed, epoch)
+            epoch += 1
+
+    def _epoch(self, seed: int, epoch: int) -> RowIndices:
+        drawn, first = [], 0
+        for source, (size, share) in enumerate(zip(self.sizes, self.shares, strict=True)):
+            order = permutation(size, seed, Purpose.MIX, (epoch, source))
+            whole, rest = divmod(share, size)
+            drawn.append(first + numpy.concatenate([numpy.tile(order, whole), order[:rest]]))
+            first += size
+        return numpy.concatenate(drawn)
+
 
 MAX_EPOCHS = 100_000
 MAX_DRAWN_ROWS = 10**9

@@ -13,9 +13,9 @@ from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.environment import trainer_version
 from qlora_trainer.core.filesystem import write_atomically
-from qlora_trainer.data.job_template import template_unchanged
-from qlora_trainer.data.locate import mounted_data
 from qlora_trainer.data.prepared import FORMAT_VERSION, PREPARED_MANIFEST
+from qlora_trainer.data.read.locate import mounted_data
+from qlora_trainer.data.render.template_source import template_unchanged
 
 # Of these the content is known.
 _OF_AN_ADDRESS = ("source", "revision", "sha256", "secretRef", "chatTemplate")

@@ -1,4 +1,8 @@
-"""Decides which rows share a sequence."""
+"""Decides which rows share a sequence.
+
+Rows are not sorted by length. That saves 1 to 2 % of padding, but reached 48 % on the demo's data where unpacked rows
+reached 61 % (one run each, one sequence per optimizer step).
+"""
 
 from dataclasses import dataclass
 

@@ -38,10 +38,10 @@ from torch import Tensor
 
 from qlora_api.printable import first_line
 from qlora_trainer.core.failures import bad_dataset
-from qlora_trainer.data.chunks import TokenizedRows
 from qlora_trainer.data.epochs import EpochArrangements
+from qlora_trainer.data.examples.row_check import RowCheck
 from qlora_trainer.data.packing import Arrangement
-from qlora_trainer.data.row_check import RowCheck
+from qlora_trainer.data.tokenize.chunks import TokenizedRows
 
 FORMAT_VERSION = 2
 PREPARED_MANIFEST = "manifest.json"

@@ -9,14 +9,14 @@ import numpy
 
 from qlora_api.dataset import Columns, DatasetSpec, RowFormat
 from qlora_api.training import TrainingSpec
-from qlora_trainer.data.chat_template import Rendered, Tokenizer
-from qlora_trainer.data.formats import PAIRS, Reading, RowReader, detect_format
-from qlora_trainer.data.hub_splits import evaluation_part, training_part
-from qlora_trainer.data.locate import DataAccess, find_data
-from qlora_trainer.data.reading import read_rows, read_sample
-from qlora_trainer.data.rows import Row
+from qlora_trainer.data.examples.formats import PAIRS, Reading, RowReader, detect_format
+from qlora_trainer.data.read.hub_splits import evaluation_part, training_part
+from qlora_trainer.data.read.locate import DataAccess, find_data
+from qlora_trainer.data.read.reading import read_rows, read_sample
+from qlora_trainer.data.read.rows import Row
+from qlora_trainer.data.render.chat_template import Rendered, Tokenizer
 from qlora_trainer.data.statistics import EQUAL_ANSWERS
-from qlora_trainer.data.tokenize import ANY_VOCABULARY, ChunkMaker, Recipe, paired
+from qlora_trainer.data.tokenize.chunk_maker import ANY_VOCABULARY, ChunkMaker, Recipe, paired
 
 
 @dataclass(frozen=True)

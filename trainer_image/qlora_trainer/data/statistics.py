@@ -9,8 +9,8 @@ from pydantic import Field
 
 from qlora_api.schema import ObservedModel
 from qlora_trainer.core.filesystem import write_atomically
-from qlora_trainer.data.chunks import TokenizedRows
 from qlora_trainer.data.packing import Arrangement
+from qlora_trainer.data.tokenize.chunks import TokenizedRows
 
 STATISTICS = "statistics.json"
 EQUAL_ANSWERS = "chosen and rejected are the same"

@@ -32,15 +32,18 @@ from qlora_api.training import LoraSpec
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, GGUF_FILE
 from qlora_trainer.core.filesystem import file_sha256, require_space, scratch_folder
-from qlora_trainer.model.adapter_shapes import B_SUFFIX, expected_tensors
-from qlora_trainer.model.dry_run.limited import DryRunFailed, LimitReached, is_out_of_memory, within_limits
-from qlora_trainer.model.source import CONFIG
-from qlora_trainer.model.text_part import text_part
-from qlora_trainer.report.trained_job import TrainedJob
+from qlora_trainer.core.sandbox import DryRunFailed, LimitReached, is_out_of_memory, within_limits
+from qlora_trainer.core.trained_job import TrainedJob
+from qlora_trainer.model.adapter.shapes import B_SUFFIX, expected_tensors
+from qlora_trainer.model.architecture.text_part import text_part
+from qlora_trainer.model.source.files import CONFIG
 
 logger = logging.getLogger(__name__)
 
-_CONVERTER = Path(qlora_trainer.__file__).parent / "llama_cpp" / "convert_lora_to_gguf.py"
+_PACKAGE = Path(qlora_trainer.__file__).parent
+# A wheel has it in the package, a checkout beside all packages.
+_FOLDERS = (_PACKAGE / "llama.cpp", _PACKAGE.parents[1] / "third_party" / "llama.cpp")
+CONVERTER = next(filter(Path.is_dir, _FOLDERS), _FOLDERS[0]) / "convert_lora_to_gguf.py"
 _SECONDS = 1800
 _MEMORY_BYTES = 4 * 2**30
 """Of the converter, on top of a few copies of the adapter."""
@@ -148,12 +151,12 @@ def _run_converter(adapter: Path, arguments: tuple[str, ...]) -> str | NotConver
     # A process that was forked has none of its parent's threads, which PyTorch would wait for.
     torch.set_num_threads(1)
     os.environ |= {"NO_LOCAL_GGUF": "1", "HF_HUB_OFFLINE": "1"}
-    sys.path.insert(0, str(_CONVERTER.parent))
-    sys.argv = [_CONVERTER.name, *arguments, str(adapter)]
+    sys.path.insert(0, str(CONVERTER.parent))
+    sys.argv = [CONVERTER.name, *arguments, str(adapter)]
     said = _Errors()
     logging.getLogger().addHandler(said)
     try:
-        runpy.run_path(str(_CONVERTER), run_name="__main__")
+        runpy.run_path(str(CONVERTER), run_name="__main__")
     except SystemExit as end:
         return NotConvertible(_shortened(said.text) or f"it has ended with exit code {end.code}")
     except (NotImplementedError, TypeError, AttributeError) as error:

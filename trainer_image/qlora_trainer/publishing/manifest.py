@@ -13,8 +13,8 @@ from qlora_api.lineage import SIGNED_FILE, UNSIGNED_FILE
 from qlora_api.schema import ObservedModel
 from qlora_api.status import InitialAdapterStatus
 from qlora_api.v1alpha1 import MUTABLE_FIELDS
-from qlora_trainer.model.source import PROCESSOR_FILES, TOKENIZER_FILES, tokenizer_and_processor
-from qlora_trainer.report.trained_job import TrainedJob
+from qlora_trainer.core.trained_job import TrainedJob
+from qlora_trainer.model.source.files import PROCESSOR_FILES, TOKENIZER_FILES, tokenizer_and_processor
 from qlora_trainer.stores.contents import Contents, PublishedFile, describe_files
 
 MAX_MANIFEST_BYTES = 2**22

@@ -14,8 +14,8 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.file_names import HISTORY_FILE
 from qlora_trainer.core.records import redact
-from qlora_trainer.report.trained_job import TrainedJob
-from qlora_trainer.report.uploads import FinishedRun, read_points, upload_to_mlflow, upload_to_wandb
+from qlora_trainer.core.trained_job import TrainedJob
+from qlora_trainer.publishing.uploads import FinishedRun, read_points, upload_to_mlflow, upload_to_wandb
 from qlora_trainer.stores.endpoints import server_address
 
 _MESSAGE_LENGTH = 256

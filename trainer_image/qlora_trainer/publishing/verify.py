@@ -19,12 +19,12 @@ from qlora_trainer.core.failures import StepFailure, bad_configuration, unsafe_a
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, HISTORY_FILE
 from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.data.prepared import open_prepared
-from qlora_trainer.model.adapter import peft_targets, whole_modules
-from qlora_trainer.model.adapter_shapes import B_SUFFIX, MAX_CONFIG_BYTES, Expected, expected_tensors
-from qlora_trainer.model.text_part import text_part
-from qlora_trainer.report.metrics_log import read_history
-from qlora_trainer.training.evaluations import expected_end
-from qlora_trainer.training.fingerprint import digest, run_fingerprint
+from qlora_trainer.history.metrics_log import read_history
+from qlora_trainer.model.adapter.attach import peft_targets, whole_modules
+from qlora_trainer.model.adapter.shapes import B_SUFFIX, MAX_CONFIG_BYTES, Expected, expected_tensors
+from qlora_trainer.model.architecture.text_part import text_part
+from qlora_trainer.training.checkpoints.fingerprint import digest, run_fingerprint
+from qlora_trainer.training.progress.evaluations import expected_end
 from qlora_trainer.training.schedule import Schedule
 
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from qlora_trainer.report.metrics_log import Curve, MetricsHistory
+from qlora_trainer.history.metrics_log import Curve, MetricsHistory
 
 _BLUE, _ORANGE, _GREY, _LIGHT = "#2563eb", "#d9480f", "#6b7280", "#e5e7eb"
 # The smoothed curve averages over about this share of the run.

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping
 
 from qlora_trainer.core.file_names import GGUF_FILE
-from qlora_trainer.data.job_template import TEMPLATE_FILE
-from qlora_trainer.report.trained_job import TrainedJob
+from qlora_trainer.core.trained_job import TrainedJob
+from qlora_trainer.data.render.template_source import TEMPLATE_FILE
 
 BASE_GGUF_PLACEHOLDER = "PATH/OF/THE/BASE/MODEL.gguf"
 

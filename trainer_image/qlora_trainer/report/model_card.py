@@ -11,8 +11,9 @@ from qlora_api.status import GateStatus
 from qlora_api.training import LoraSpec, PreferenceSpec, QuantizationSpec
 from qlora_trainer.core.file_names import CURVE_FILE
 from qlora_trainer.core.outcome import steps_done
+from qlora_trainer.core.trained_job import TrainedJob
+from qlora_trainer.history.metrics_log import MetricsHistory
 from qlora_trainer.report.local_serving import gguf_commands
-from qlora_trainer.report.metrics_log import MetricsHistory
 from qlora_trainer.report.serving import (
     loading_settings,
     rejected_by_vllm,
@@ -22,7 +23,6 @@ from qlora_trainer.report.serving import (
     template_option,
     tokenizer_settings,
 )
-from qlora_trainer.report.trained_job import TrainedJob
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 _THIS_FOLDER = "PATH/OF/THIS/FOLDER"

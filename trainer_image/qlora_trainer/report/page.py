@@ -14,14 +14,14 @@ from qlora_api.status import DatasetStatus, MemoryStatus, MergedStatus
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.file_names import CURVE_FILE, HISTORY_FILE, REPORT_FILE, SAMPLES_FILE, SUMMARY_FILE
 from qlora_trainer.core.filesystem import write_atomically
+from qlora_trainer.core.trained_job import TrainedJob
 from qlora_trainer.data.statistics import DataStatistics, SourceStatistics
+from qlora_trainer.history.metrics_log import MetricsHistory, read_history
+from qlora_trainer.history.samples import MAX_NEW_TOKENS, Samples, read_samples
 from qlora_trainer.report.charts import chart, histogram, loss_chart, loss_picture
-from qlora_trainer.report.metrics_log import MetricsHistory, read_history
 from qlora_trainer.report.model_card import TRAINED_ON, judged_on, quantization_label
 from qlora_trainer.report.resources import estimated_peaks, resources_used
-from qlora_trainer.report.samples import MAX_NEW_TOKENS, Samples, read_samples
 from qlora_trainer.report.serving import rejected_by_vllm, served_rank, serving_commands
-from qlora_trainer.report.trained_job import TrainedJob
 
 _GIB = 2**30
 _ONLY_IN_THE_WORKSPACE = (

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from qlora_api.sources import HubSource, parse_source
 from qlora_api.training import LoraSpec
 from qlora_api.v1alpha1 import QLoRAJobSpec
-from qlora_trainer.data.job_template import TEMPLATE_FILE
+from qlora_trainer.core.trained_job import TrainedJob
+from qlora_trainer.data.render.template_source import TEMPLATE_FILE
 from qlora_trainer.report.local_serving import gguf_commands
-from qlora_trainer.report.trained_job import TrainedJob
 
 logger = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.file_names import HISTORY_FILE
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.folder_lock import exclusive
+from qlora_trainer.core.trained_job import TrainedJob
+from qlora_trainer.history.metrics_log import Curve, MetricsHistory, read_history
 from qlora_trainer.report.charts import curves_chart
-from qlora_trainer.report.metrics_log import Curve, MetricsHistory, read_history
-from qlora_trainer.report.trained_job import TrainedJob
 
 logger = logging.getLogger(__name__)
 

@@ -29,38 +29,36 @@ from qlora_trainer.core.filesystem import (
 )
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.data.build import DatasetBuilder
-from qlora_trainer.data.chat_template import Tokenizer
 from qlora_trainer.data.dataset import Dataset
 from qlora_trainer.data.fingerprint import ResolvedInputs
-from qlora_trainer.data.job_template import TEMPLATE_FILE, job_template, template_sha256
-from qlora_trainer.data.locate import DataAccess
 from qlora_trainer.data.prepared import open_prepared
-from qlora_trainer.data.rows_folder import RowsFolder
-from qlora_trainer.data.turn_end import end_of_turn, marks_in_pieces, template_remarks
-from qlora_trainer.model.attention import ATTENTION
-from qlora_trainer.model.base_layout import BaseLayout
-from qlora_trainer.model.base_source import Base, BaseSource
-from qlora_trainer.model.cached_base import open_base_source
-from qlora_trainer.model.check import CheckedModel, advise_learning_rate, check_model
-from qlora_trainer.model.downloads import open_model_source
-from qlora_trainer.model.dry_run.limited import measure_together_within_limits, measure_within_limits
-from qlora_trainer.model.initial_adapter import InitialAdapter, get_initial_adapter
-from qlora_trainer.model.memory_fit import MemoryFit
-from qlora_trainer.model.source import CONFIG, tokenizer_digests
-from qlora_trainer.publishing.addresses import check_destination
+from qlora_trainer.data.read.locate import DataAccess
+from qlora_trainer.data.render.chat_template import Tokenizer
+from qlora_trainer.data.render.end_of_turn import end_of_turn, marks_in_pieces, template_remarks
+from qlora_trainer.data.render.template_source import TEMPLATE_FILE, job_template, template_sha256
+from qlora_trainer.data.tokenize.row_cache import RowsFolder
+from qlora_trainer.evaluation.answers import AnswerTexts
+from qlora_trainer.evaluation.scorable import require_readable, require_scorable
+from qlora_trainer.history.trackers import require_installed
+from qlora_trainer.model.adapter.initial import InitialAdapter, get_initial_adapter
+from qlora_trainer.model.base.cached_base import open_base_source
+from qlora_trainer.model.base.layout import BaseLayout
+from qlora_trainer.model.base.workspace_base import Base, BaseSource
+from qlora_trainer.model.families.admission import CheckedModel, advise_learning_rate, check_model
+from qlora_trainer.model.kernels.attention import ATTENTION
+from qlora_trainer.model.memory.dry_run import measure_together_within_limits, measure_within_limits
+from qlora_trainer.model.memory.fit import MemoryFit
+from qlora_trainer.model.source.downloads import open_model_source
+from qlora_trainer.model.source.files import CONFIG, tokenizer_digests
+from qlora_trainer.publishing.destinations.addresses import check_destination
 from qlora_trainer.publishing.gguf import require_convertible
 from qlora_trainer.publishing.manifest import SHARED_BASE, Publisher, base_publisher
 from qlora_trainer.report.serving import warn_if_not_served
-from qlora_trainer.report.trackers import require_installed
-from qlora_trainer.steps.prepared_before import still_valid
-from qlora_trainer.steps.run_remarks import remarks_on_evaluations
-from qlora_trainer.steps.work import work_of
+from qlora_trainer.steps.prepare_checks import remarks_on_evaluations, still_valid, work_of
 from qlora_trainer.stores.hub import Hub, hub_token
-from qlora_trainer.training.answers import AnswerTexts
+from qlora_trainer.training.checkpoints.fingerprint import run_fingerprint, run_settings
 from qlora_trainer.training.continued import continue_run, reject_other_settings, require_something_to_continue
-from qlora_trainer.training.fingerprint import run_fingerprint, run_settings
 from qlora_trainer.training.prepared_job import PreparedJob
-from qlora_trainer.training.scorable import require_readable, require_scorable
 
 logger = logging.getLogger(__name__)
 

@@ -27,26 +27,26 @@ from qlora_trainer.core.file_names import (
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.paths import confined
 from qlora_trainer.core.records import RecordWriter
-from qlora_trainer.data.job_template import TEMPLATE_FILE
-from qlora_trainer.model.cache import require_whole_in_cache
-from qlora_trainer.model.initial_adapter import read_initial_adapter
-from qlora_trainer.publishing.addresses import open_destination
-from qlora_trainer.publishing.base import base_still_published, publish_base
-from qlora_trainer.publishing.destination import Destination, is_published
+from qlora_trainer.core.trained_job import TrainedJob
+from qlora_trainer.data.render.template_source import TEMPLATE_FILE
+from qlora_trainer.history.metrics_log import read_history
+from qlora_trainer.model.adapter.initial import read_initial_adapter
+from qlora_trainer.model.base.cache import require_whole_in_cache
+from qlora_trainer.publishing.chat_template import job_template_file
+from qlora_trainer.publishing.destinations.addresses import open_destination
+from qlora_trainer.publishing.destinations.destination import Destination, is_published
+from qlora_trainer.publishing.destinations.volume import VolumeFolder
 from qlora_trainer.publishing.gate import gate_failure, judge
 from qlora_trainer.publishing.gguf import GgufFile, gguf_file
-from qlora_trainer.publishing.job_template import job_template_file
 from qlora_trainer.publishing.lineage import publish_with_lineage, read_signing_key
-from qlora_trainer.publishing.merged import publish_merged, still_published
+from qlora_trainer.publishing.merged_model import publish_merged, still_published
+from qlora_trainer.publishing.quantized_base import base_still_published, publish_base
 from qlora_trainer.publishing.tracking import upload_run
 from qlora_trainer.publishing.verify import require_own_training, verify_adapter
-from qlora_trainer.publishing.volume_folder import VolumeFolder
-from qlora_trainer.report.metrics_log import read_history
 from qlora_trainer.report.model_card import adapter_model_card, quantization_label
 from qlora_trainer.report.page import published_page, write_report
 from qlora_trainer.report.serving import served_rank
 from qlora_trainer.report.sweep_page import add_to_sweep_report
-from qlora_trainer.report.trained_job import TrainedJob
 from qlora_trainer.stores.contents import Contents
 
 logger = logging.getLogger(__name__)

@@ -13,15 +13,15 @@ from qlora_trainer.core.failures import StopRequest
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.steps.sweep_curves import leaving_curves
 from qlora_trainer.training.base_check import BaseCheck
-from qlora_trainer.training.finishing import finish_run, leave_samples, with_score
-from qlora_trainer.training.launch import RankInfo, started_child_ranks
+from qlora_trainer.training.distributed.launch import RankInfo, started_child_ranks
+from qlora_trainer.training.distributed.ranks import Meeting, Ranks, joined
+from qlora_trainer.training.finish_run import finish_run, leave_samples, with_score
 from qlora_trainer.training.loop import run_to_end
-from qlora_trainer.training.opening import ProcessSettings, open_run
+from qlora_trainer.training.open_run import ProcessSettings, open_run
 from qlora_trainer.training.out_of_memory import explained_shortage
 from qlora_trainer.training.prepared_job import PreparedJob
-from qlora_trainer.training.ranks import Meeting, Ranks, joined
 from qlora_trainer.training.resume import agreed_checkpoint
-from qlora_trainer.training.state import Runtime
+from qlora_trainer.training.run import Runtime
 
 Clock = Callable[[], datetime]
 

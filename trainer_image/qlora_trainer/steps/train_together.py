@@ -8,23 +8,24 @@ from datetime import datetime
 from typing import Any
 
 from qlora_api.contract import ExitCode
-from qlora_api.joinable import not_joinable, rows_not_apart
+from qlora_api.joinable import SAME_BASE, different_pass, not_joinable, rows_not_apart, setting_alone
 from qlora_trainer.core.completion import TrainRecord
 from qlora_trainer.core.context import Device, StepContext
 from qlora_trainer.core.failures import StepFailure, StopRequest, bad_configuration, is_out_of_gpu_memory
 from qlora_trainer.core.filesystem import GIB
+from qlora_trainer.core.model_error import ModelError
 from qlora_trainer.core.outcome import ENDS_ONE_JOB, as_failure
 from qlora_trainer.core.records import RecordWriter
-from qlora_trainer.model.adapter import adapter_name, attach_further_adapter
-from qlora_trainer.model.fused_lora import require_apart
-from qlora_trainer.model.model_error import ModelError
+from qlora_trainer.model.adapter.attach import adapter_name, attach_further_adapter
+from qlora_trainer.model.kernels.fused_lora import require_apart
 from qlora_trainer.steps.sweep_curves import leaving_curves
 from qlora_trainer.training.base_check import BaseCheck
-from qlora_trainer.training.checkpoint import Checkpoint
-from qlora_trainer.training.device import peak_memory_bytes
-from qlora_trainer.training.finishing import finish_run, leave_samples, with_score
-from qlora_trainer.training.joinable import reject_unjoinable
-from qlora_trainer.training.opening import (
+from qlora_trainer.training.checkpoints.checkpoint import Checkpoint
+from qlora_trainer.training.distributed.device import peak_memory_bytes
+from qlora_trainer.training.distributed.ranks import Ranks
+from qlora_trainer.training.finish_run import finish_run, leave_samples, with_score
+from qlora_trainer.training.joint_training import Member, run_together
+from qlora_trainer.training.open_run import (
     LoadedBase,
     ProcessSettings,
     attach_job_adapter,
@@ -33,9 +34,31 @@ from qlora_trainer.training.opening import (
     open_on_model,
 )
 from qlora_trainer.training.prepared_job import PreparedJob
-from qlora_trainer.training.ranks import Ranks
-from qlora_trainer.training.state import Runtime
-from qlora_trainer.training.together import Member, run_together
+from qlora_trainer.training.run import Runtime
+
+
+def reject_unjoinable(jobs: Sequence[PreparedJob]) -> None:
+    """Raise StepFailure (BAD_CONFIGURATION), naming job and setting, unless all jobs can share one base."""
+    for job in jobs:
+        reason = _reason_alone(job) or _difference(job, jobs[0])
+        if reason:
+            raise bad_configuration(not_joinable(job.context.document.metadata.name, reason))
+
+
+def _reason_alone(job: PreparedJob) -> str:
+    """Why a job is trained alone only; empty for no reason."""
+    prepared = job.prepared
+    apart = prepared.packed or prepared.rows_apart
+    return setting_alone(job.context.spec) or ("" if apart else rows_not_apart(prepared.model_type))
+
+
+def _difference(job: PreparedJob, first: PreparedJob) -> str:
+    """What differs from the first job in what they have to share; empty for nothing."""
+    name = first.context.document.metadata.name
+    if job.prepared.base_sha256 != first.prepared.base_sha256:
+        return f"its 4-bit base has other bytes than that of {name}: {SAME_BASE}"
+    return different_pass(job.context.spec, first.context.spec, name)
+
 
 logger = logging.getLogger(__name__)
 

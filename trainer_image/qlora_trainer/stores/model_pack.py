@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from qlora_trainer.stores.contents import PublishedFile
-from qlora_trainer.stores.oci import MANIFEST_TYPE, Blob, digest_of
+from qlora_trainer.stores.registry import MANIFEST_TYPE, Blob, digest_of
 
 ARTIFACT_TYPE = "application/vnd.cncf.model.manifest.v1+json"
 _CONFIG_TYPE = "application/vnd.cncf.model.config.v1+json"

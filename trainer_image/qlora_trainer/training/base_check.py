@@ -3,7 +3,7 @@
 import threading
 from pathlib import Path
 
-from qlora_trainer.model.base_artifact import require_files, require_sha256
+from qlora_trainer.model.base.artifact import require_files, require_sha256
 
 _SECONDS_TO_END = 5.0
 

@@ -9,15 +9,15 @@ from qlora_trainer.core.failures import StepFailure, bad_configuration, unreacha
 from qlora_trainer.core.file_names import HISTORY_FILE
 from qlora_trainer.core.filesystem import atomic_file, bytes_below, require_space
 from qlora_trainer.core.paths import confined, require_regular
-from qlora_trainer.training.attempts import ATTEMPTS_FILE, Attempt, ended_attempts, write_attempts
-from qlora_trainer.training.checkpoint import (
+from qlora_trainer.training.checkpoints.attempts import ATTEMPTS_FILE, Attempt, ended_attempts, write_attempts
+from qlora_trainer.training.checkpoints.checkpoint import (
     Checkpoint,
     copy_checkpoint,
     newest_intact,
     numbered_checkpoints,
     read_state,
 )
-from qlora_trainer.training.fingerprint import Fingerprint, differences
+from qlora_trainer.training.checkpoints.fingerprint import Fingerprint, differences
 from qlora_trainer.training.prepared_job import PreparedJob
 
 _BLOCK_BYTES = 2**20

@@ -15,17 +15,17 @@ from qlora_trainer.core.failures import Interrupted, damaged, is_out_of_gpu_memo
 from qlora_trainer.core.filesystem import remove
 from qlora_trainer.core.records import timestamp
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.model.adapter import adapter_tensors
-from qlora_trainer.model.batch import Batch, MicroBatch, read_batch
-from qlora_trainer.training.attempts import note_saved
-from qlora_trainer.training.best_adapter import BEST_FILE, best_of, write_best
-from qlora_trainer.training.checkpoint import save_checkpoint
-from qlora_trainer.training.device import memory_bytes, peak_memory_bytes, processor, seed_step
-from qlora_trainer.training.judging import diverged, judge_end, judge_kept, judge_step
+from qlora_trainer.model.adapter.attach import adapter_tensors
+from qlora_trainer.model.losses.batch import Batch, MicroBatch, read_batch
+from qlora_trainer.training.checkpoints.attempts import note_saved
+from qlora_trainer.training.checkpoints.best_adapter import BEST_FILE, best_of, write_best
+from qlora_trainer.training.checkpoints.checkpoint import save_checkpoint
+from qlora_trainer.training.distributed.device import memory_bytes, peak_memory_bytes, processor, seed_step
 from qlora_trainer.training.objective import of_evaluation
 from qlora_trainer.training.optimizer import learning_rate, optimizer_tensors, set_learning_rate
-from qlora_trainer.training.run_state import RunState
-from qlora_trainer.training.state import Gradient, Run, report
+from qlora_trainer.training.progress.run_state import RunState
+from qlora_trainer.training.run import Gradient, Run, report
+from qlora_trainer.training.suspect_run import diverged, judge_end, judge_kept, judge_step
 
 logger = logging.getLogger(__name__)
 

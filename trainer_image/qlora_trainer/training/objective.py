@@ -1,4 +1,8 @@
-"""What a run minimizes: the loss of a batch, what it is divided by, and what else is measured with it."""
+"""What a run minimizes: the loss of a batch, what it is divided by, and what else is measured with it.
+
+Every objective is a sum over a batch, divided by a count that is known before its forward pass, so that micro batches,
+ranks and packing change the result of a step by rounding only.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,9 +12,9 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.data.prepared import Split
-from qlora_trainer.model.batch import Batch, MicroBatch
-from qlora_trainer.model.loss import batch_loss
-from qlora_trainer.training.ranks import Ranks
+from qlora_trainer.model.losses.batch import Batch, MicroBatch
+from qlora_trainer.model.losses.loss import batch_loss
+from qlora_trainer.training.distributed.ranks import Ranks
 
 
 @dataclass(frozen=True)

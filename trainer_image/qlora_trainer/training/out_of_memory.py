@@ -12,10 +12,10 @@ from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import StepFailure, is_out_of_gpu_memory
 from qlora_trainer.core.measured_memory import MeasuredMemory
-from qlora_trainer.model.job_memory import measured_estimate
-from qlora_trainer.model.memory_fit import read_shape, training_shape
-from qlora_trainer.model.source import CONFIG
-from qlora_trainer.training.device import peak_memory_bytes
+from qlora_trainer.model.memory.fit import read_shape, training_shape
+from qlora_trainer.model.memory.job_memory import measured_estimate
+from qlora_trainer.model.source.files import CONFIG
+from qlora_trainer.training.distributed.device import peak_memory_bytes
 
 # The shares that the message lists, and the estimate's components in each; each component is in one of them.
 _SHARES = {

@@ -9,11 +9,11 @@ from torch import Tensor
 from qlora_api.training import PreferenceSpec, TrainingSpec
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.data.prepared import PreparedDataset, Split
-from qlora_trainer.model.batch import Batch, MicroBatch, PairedRows
-from qlora_trainer.model.loss import row_losses
-from qlora_trainer.model.preference_loss import PairLosses, dpo, orpo
+from qlora_trainer.model.losses.batch import Batch, MicroBatch, PairedRows
+from qlora_trainer.model.losses.loss import row_losses
+from qlora_trainer.model.losses.preference import PairLosses, dpo, orpo
+from qlora_trainer.training.distributed.ranks import Ranks
 from qlora_trainer.training.objective import BatchSums, Objective, Stateless, Supervised
-from qlora_trainer.training.ranks import Ranks
 from qlora_trainer.training.reference import ReferenceLosses
 
 MEASURES = ("chosenReward", "rejectedReward", "rewardMargin", "accuracy")

@@ -12,11 +12,11 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.core.file_names import ADAPTER_FILE, SAMPLES_FILE
 from qlora_trainer.core.filesystem import file_sha256
-from qlora_trainer.model.cache import require_whole_in_cache
-from qlora_trainer.training.answers import AnswerTexts
-from qlora_trainer.training.attempts import PodOfJob
-from qlora_trainer.training.checkpoint import Checkpoint, numbered_checkpoints
-from qlora_trainer.training.fingerprint import Fingerprint, digest, run_fingerprint
+from qlora_trainer.evaluation.answers import AnswerTexts
+from qlora_trainer.model.base.cache import require_whole_in_cache
+from qlora_trainer.training.checkpoints.attempts import PodOfJob
+from qlora_trainer.training.checkpoints.checkpoint import Checkpoint, numbered_checkpoints
+from qlora_trainer.training.checkpoints.fingerprint import Fingerprint, digest, run_fingerprint
 from qlora_trainer.training.resume import reopened, resumed_attempt
 
 

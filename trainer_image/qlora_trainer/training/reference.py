@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.data.prepared import PreparedDataset, Split
-from qlora_trainer.model.batch import Batch, MicroBatch, PairedRows
-from qlora_trainer.model.loss import row_losses
-from qlora_trainer.training.ranks import Ranks
+from qlora_trainer.model.losses.batch import Batch, MicroBatch, PairedRows
+from qlora_trainer.model.losses.loss import row_losses
+from qlora_trainer.training.distributed.ranks import Ranks
 
 
 class ReferenceLosses:

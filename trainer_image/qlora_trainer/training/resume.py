@@ -9,16 +9,16 @@ from pathlib import Path
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.printable import first_line
 from qlora_trainer.core.failures import bad_configuration, damaged
-from qlora_trainer.model.adapter import restore_adapter
-from qlora_trainer.training.attempts import PodOfJob, only_attempt, recorded_attempt, reopened_attempt
-from qlora_trainer.training.best_adapter import best_of
-from qlora_trainer.training.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
-from qlora_trainer.training.device import processor
-from qlora_trainer.training.fingerprint import Fingerprint, reject_other_run
+from qlora_trainer.model.adapter.attach import restore_adapter
+from qlora_trainer.training.checkpoints.attempts import PodOfJob, only_attempt, recorded_attempt, reopened_attempt
+from qlora_trainer.training.checkpoints.best_adapter import best_of
+from qlora_trainer.training.checkpoints.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
+from qlora_trainer.training.checkpoints.fingerprint import Fingerprint, reject_other_run
+from qlora_trainer.training.distributed.device import processor
+from qlora_trainer.training.distributed.ranks import Ranks
 from qlora_trainer.training.optimizer import restore_optimizer
-from qlora_trainer.training.ranks import Ranks
-from qlora_trainer.training.run_state import RunState
-from qlora_trainer.training.state import Run
+from qlora_trainer.training.progress.run_state import RunState
+from qlora_trainer.training.run import Run
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from qlora_api.training import TrainingSpec
 from qlora_trainer.core.failures import bad_configuration
-from qlora_trainer.model.batch import MicroBatch
+from qlora_trainer.model.losses.batch import MicroBatch
 
 
 @dataclass(frozen=True)

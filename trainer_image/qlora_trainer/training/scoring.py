@@ -1,4 +1,9 @@
-"""Scores a finished adapter beside its base: both answer the same held-out rows, and each answer is checked."""
+"""Scores a finished adapter beside its base: both answer the same held-out rows, and each answer is checked.
+
+Prompts are answered greedily and one at a time: padding a batch changes the order of 16-bit sums, and sometimes a word.
+The rows are those with the lowest SHA-256 of their tokens, so that neither seed nor packing chooses them. Each pair of
+answers is written before the next, so an interrupted scoring continues.
+"""
 
 import json
 import logging
@@ -14,17 +19,17 @@ from qlora_api.contract import ExitCode
 from qlora_api.gate import ScoreSpec
 from qlora_api.printable import first_line
 from qlora_api.schema import ObservedModel
-from qlora_trainer.core.answer_check import AnswerChecker
 from qlora_trainer.core.completion import Score, score_settings
 from qlora_trainer.core.failures import Interrupted, StepFailure, bad_configuration, damaged, is_out_of_gpu_memory
 from qlora_trainer.core.file_names import ANSWERS_FILE
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.training.answers import Answering, AnswerTexts, Prompt
+from qlora_trainer.evaluation.answer_check import AnswerChecker
+from qlora_trainer.evaluation.answers import Answering, AnswerTexts, Prompt
+from qlora_trainer.evaluation.scorable import row_criterion, scored_rows
 from qlora_trainer.training.prepared_job import PreparedJob
-from qlora_trainer.training.run_state import RunState
-from qlora_trainer.training.scorable import row_criterion, scored_rows
-from qlora_trainer.training.state import Run, report
+from qlora_trainer.training.progress.run_state import RunState
+from qlora_trainer.training.run import Run, report
 
 logger = logging.getLogger(__name__)
 

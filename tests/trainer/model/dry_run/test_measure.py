@@ -13,11 +13,11 @@ from qlora_api.memory.model_shape import ModelShape
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.measured_memory import MeasuredMemory
-from qlora_trainer.model.dry_run.limited import StepSize
-from qlora_trainer.model.dry_run.measure import measure, measure_together
-from qlora_trainer.model.job_memory import MeasuredJob, TableJob, measured_estimate
-from qlora_trainer.model.memory_fit import training_shape
-from qlora_trainer.model.memory_together import memory_together
+from qlora_trainer.model.memory.dry_run import StepSize
+from qlora_trainer.model.memory.fit import training_shape
+from qlora_trainer.model.memory.job_memory import MeasuredJob, TableJob, measured_estimate
+from qlora_trainer.model.memory.joint_memory import memory_together
+from qlora_trainer.model.memory.measure import measure, measure_together
 
 WIDE: dict[str, Any] = {
     "vocab_size": 4096,

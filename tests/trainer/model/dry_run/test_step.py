@@ -9,14 +9,14 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from qlora_api.training import LoraSpec
-from qlora_trainer.model.adapter import adapter_name, adapter_parameters, attach_further_adapter
-from qlora_trainer.model.attention import RowBoundaries, rows_attention
-from qlora_trainer.model.batch import Batch
-from qlora_trainer.model.dry_run.backward import backward, gradients
-from qlora_trainer.model.dry_run.device import AMPERE, HOPPER, fake_cuda
-from qlora_trainer.model.dry_run.live_bytes import LiveBytes
-from qlora_trainer.model.dry_run.step import StepBytes, full_batch, joint_step_bytes, step_bytes
-from qlora_trainer.model.support import inspect_family
+from qlora_trainer.model.adapter.attach import adapter_name, adapter_parameters, attach_further_adapter
+from qlora_trainer.model.families.inspection import inspect_family
+from qlora_trainer.model.kernels.attention import RowBoundaries, rows_attention
+from qlora_trainer.model.losses.batch import Batch
+from qlora_trainer.model.memory.backward import backward, gradients
+from qlora_trainer.model.memory.device import AMPERE, HOPPER, fake_cuda
+from qlora_trainer.model.memory.live_bytes import LiveBytes
+from qlora_trainer.model.memory.step import StepBytes, full_batch, joint_step_bytes, step_bytes
 from tests.support.adapted import adapted
 from tests.support.families import FAMILIES
 from tests.support.sequences import CPU, random_sequence

@@ -1,0 +1,131 @@
+"""Runs a function on untrusted input in a forked process with limits of time and memory. Loads no torch itself.
+
+A model's configuration is untrusted: it may describe a model that takes hours, or all memory, even without data.
+"""
+
+import logging
+import multiprocessing
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.core.process import hide_gpus
+
+logger = logging.getLogger(__name__)
+
+
+SECONDS = 600
+MEMORY_BYTES = 2 * 2**30
+"""On top of what the process has."""
+_SECONDS_FOR_PARENT = 5.0
+
+
+class DryRunFailed(Exception):  # noqa: N818 - the dry run is what failed
+    """There is no result; the message says why."""
+
+
+class LimitReached(DryRunFailed):
+    """It took more time or memory than allowed."""
+
+
+def within_limits(
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    *,
+    seconds: float = SECONDS,
+    memory_bytes: int = MEMORY_BYTES,
+    what: str = "the dry run",
+) -> Any:
+    """What the function returns, which is called in a forked process.
+
+    `what` is what a message calls the function. Raises its StepFailure, LimitReached, or DryRunFailed for any other
+    end; RuntimeError in a process that sees a GPU, from which none can be forked that computes.
+    """
+    _require_no_gpu(what)
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(sender, function, arguments, seconds, memory_bytes, what), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(seconds):
+            raise LimitReached(f"{what} took more than {seconds:g} seconds")
+        answer = receiver.recv()
+    except EOFError:
+        process.join()
+        raise DryRunFailed(f"{what} was ended by signal or exit code {process.exitcode}") from None
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+    if isinstance(answer, StepFailure | DryRunFailed):
+        raise answer
+    return answer
+
+
+def _require_no_gpu(what: str) -> None:
+    torch = sys.modules.get("torch")
+    # To ask starts CUDA's driver already: there is no way to fork afterwards if the answer is yes.
+    if torch is not None and torch.cuda.is_available():
+        raise RuntimeError(
+            f"{what} runs in a process that is forked from this one, in which PyTorch sees a GPU: CUDA does not "
+            f"survive a fork. Start this program with CUDA_VISIBLE_DEVICES set to nothing; {what} needs no GPU"
+        )
+
+
+def _run(
+    sender: Connection,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    seconds: float,
+    memory_bytes: int,
+    what: str,
+) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
+    # The parent may have loaded no library yet.
+    hide_gpus()
+    # The parent may be killed and end nothing.
+    signal.setitimer(signal.ITIMER_REAL, seconds + _SECONDS_FOR_PARENT)
+    try:
+        _limit_memory(memory_bytes)
+        answer = function(*arguments)
+    except StepFailure as failure:
+        answer = failure
+    except MemoryError:
+        answer = LimitReached(f"{what} took more than {memory_bytes / 2**30:.1f} GiB of host memory")
+    except Exception as error:
+        logger.info("%s failed", what, exc_info=True)
+        answer = _failure(error, memory_bytes, what)
+    sender.send(answer)
+
+
+def _limit_memory(memory_bytes: int) -> None:
+    most, (_, hard) = _private_bytes() + memory_bytes, resource.getrlimit(resource.RLIMIT_DATA)
+    if hard != resource.RLIM_INFINITY:
+        most = min(most, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+
+
+def _failure(error: Exception, memory_bytes: int, what: str) -> DryRunFailed:
+    # A character may take six bytes in a record, which has a limit.
+    text = next(iter(str(error).splitlines()), "").encode("ascii", "replace").decode()[:300]
+    if is_out_of_memory(error):
+        return LimitReached(f"{what} took more than {memory_bytes / 2**30:.1f} GiB of host memory ({text})")
+    return DryRunFailed(f"{what} failed: {type(error).__name__}: {text}")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it is PyTorch's for memory that it does not get."""
+    return "allocate memory" in str(error) or "bad_alloc" in str(error)
+
+
+def _private_bytes() -> int:
+    """What counts for the limit: the process's private, writable memory."""
+    with open("/proc/self/status") as file:
+        size = next(line.split()[1] for line in file if line.startswith("VmData:"))
+    return int(size) * 1024

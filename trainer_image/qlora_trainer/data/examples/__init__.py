@@ -1,0 +1,1 @@
+"""Turns rows into examples: conversations, prompts with completions, texts, preferences."""

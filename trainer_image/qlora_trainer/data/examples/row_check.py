@@ -1,0 +1,64 @@
+"""The check of its answer that a row brings for spec.gate.score: a regular expression, or a JSON schema."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from qlora_api.gate import MAX_PATTERN_CHARACTERS, MAX_SCHEMA_CHARACTERS
+from qlora_trainer.core.failures import bad_dataset
+from qlora_trainer.data.examples.conversations import checked_text, require_plain
+from qlora_trainer.data.read.rows import Row, describe, listed
+
+Schema = Mapping[str, Any] | bool
+
+
+@dataclass(frozen=True)
+class RowCheck:
+    """What a row's answer must be. Whether it can be used is seen when it is compiled."""
+
+    source: str
+    """File, line and column, for messages."""
+    value: str | Schema
+    """A regular expression or a schema as text, or a schema."""
+
+    @classmethod
+    def of(cls, row: Row, column: str, field: str) -> Self:
+        """The check in the column that the job's `field` names. Raises StepFailure BAD_DATASET without one."""
+        values, source = row.values(), f"{row.location}: {column!r}"
+        value = values.get(column)
+        if value is None:
+            found = "is null" if column in values else f"is missing; the row has {listed(values)}"
+            raise bad_dataset(
+                f"{source} ({field}) {found}: each row that may be held out must have the check of its answer; fill it "
+                "in, or hold out rows of a source of their own (spec.dataset.eval.source)"
+            )
+        if isinstance(value, str):
+            checked_text(value, source)
+        elif not isinstance(value, dict | bool):
+            raise bad_dataset(
+                f"{source} is {describe(value)}: must be a regular expression as text, or a JSON schema as text or "
+                "object"
+            )
+        require_plain(value, source, columnar=row.columnar)
+        check = cls(source, value)
+        if len(check.text) > MAX_SCHEMA_CHARACTERS:
+            raise bad_dataset(
+                f"{source} has {len(check.text)} characters: at most {MAX_SCHEMA_CHARACTERS} are allowed, "
+                f"{MAX_PATTERN_CHARACTERS} in a regular expression"
+            )
+        return check
+
+    @property
+    def text(self) -> str:
+        """The regular expression, or the schema as JSON."""
+        return self.value if isinstance(self.value, str) else json.dumps(self.value, ensure_ascii=False)
+
+    def dump(self) -> str:
+        """The check as JSON."""
+        return json.dumps([self.source, self.value])
+
+    @classmethod
+    def load(cls, text: str) -> Self:
+        """The check that `dump` has written."""
+        return cls(*json.loads(text))

@@ -1,0 +1,1 @@
+"""Finds the files of a data set and reads their rows."""

@@ -1,0 +1,1 @@
+"""Renders examples with the model's chat template into tokens and targets."""

@@ -1,0 +1,451 @@
+"""Renders examples with the model's chat template, tokenizes them, and marks the tokens that are targets.
+
+An example is rendered as one text in which the spans to train on are known by their offsets. The text is tokenized as a
+whole, and a token is a target if any of its characters is in such a span: the first token of an answer may begin with
+the space that ends the prompt. Token ids decide nothing: the padding id is often that of the end of text.
+
+Features of a template (tools, reasoning, parts of a message) are found by rendering words that no template writes. A
+template may ignore a key without an error, or rewrite a value, so neither its text nor rendered rows show them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy
+from jinja2 import TemplateError
+
+from qlora_api.printable import first_line
+from qlora_api.training import TrainOn
+from qlora_trainer.core.failures import StepFailure, bad_configuration, bad_dataset
+from qlora_trainer.data.examples.example import (
+    Conversation,
+    Example,
+    Message,
+    PlainText,
+    Preference,
+    PromptCompletion,
+    TokenizedRow,
+    ToolCall,
+)
+from qlora_trainer.data.render.answer_span import answer_span
+from qlora_trainer.data.render.safe_template import (
+    LimitExceeded,
+    UnusableText,
+    freeze,
+    limited_time,
+    usable,
+    within_characters,
+)
+from qlora_trainer.data.render.template_source import JobTemplate, processor_template
+
+# Each answer takes two more renderings. For up to so many answers, tokenizing the row before them would save nothing.
+_FEW_ANSWERS = 8
+# The names that templates have for the reasoning before an answer: Qwen3's and DeepSeek's, others, gpt-oss's.
+_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_REASONING_PROBE = Conversation((Message("user", "question"), Message("assistant", "answer", reasoning="probethought")))
+# A word that no template writes by itself.
+_CONTENT_PROBE = Conversation((Message("user", "probecontent"),))
+_CLOSING_PROBE = Conversation((Message("user", "a"),))
+_SYSTEM_PROBE = Conversation(
+    (Message("system", "probesystem"), Message("user", "question"), Message("assistant", "answer"))
+)
+# A template is a program: its filters raise their errors, and compiling it raises Python's.
+_TEMPLATE_ERRORS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,
+    SyntaxError,
+    LimitExceeded,
+    UnusableText,
+)
+# Words that no template writes by itself. Mistral's template wants ids of nine letters and digits.
+_TOOL_PROBE_PARTS = ("probetool", "probecall", "probekey", "probevalue", "proberesult")
+_TOOL_PROBE = Conversation(
+    (
+        Message("user", "question"),
+        Message("assistant", "", (ToolCall("probecall", {"probekey": "probevalue"}, "probeid12"),)),
+        Message("tool", "proberesult", name="probecall", tool_call_id="probeid12"),
+        Message("assistant", "answer"),
+    ),
+    (
+        {
+            "type": "function",
+            "function": {
+                "name": "probetool",
+                "description": "None",
+                "parameters": {"type": "object", "properties": {}},
+            },
+        },
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The text of an example, and the half-open spans of characters in it that are trained on."""
+
+    text: str
+    targets: tuple[tuple[int, int], ...]
+    """Those of every answer, or of all of a plain text; none if they were not looked for in a row that is too long."""
+    ends_itself: bool
+    """Whether the text has its own begin and end marks, as that of a chat template does."""
+    marked: tuple[tuple[int, int], ...] = ()
+    """Those of the answers that the row marks for training."""
+
+    def trained(self, train_on: TrainOn) -> tuple[tuple[int, int], ...]:
+        """The spans of characters that are trained on."""
+        if train_on == "all":
+            return ((0, len(self.text)),)
+        if train_on == "marked":
+            return self.marked
+        return self.targets[-1:] if train_on == "last" else self.targets
+
+
+class Tokenizer:
+    """A model's tokenizer and chat template, or the job's template in place of that."""
+
+    def __init__(self, folder: Path, template: JobTemplate | None = None) -> None:
+        """Load it from the folder; never runs model code. Raises StepFailure BAD_CONFIGURATION if that fails."""
+        from transformers import AutoTokenizer
+
+        self.folder, self.template = folder, template
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError) as error:
+            raise bad_configuration(f"the model's tokenizer cannot be loaded: {first_line(error)}") from error
+        if not self._tokenizer.is_fast:
+            raise bad_configuration(
+                "the model's tokenizer reports no offsets: use a model with tokenizer.json (a fast tokenizer)"
+            )
+        if self._tokenizer.eos_token_id is None:
+            raise bad_configuration("the model's tokenizer has no end-of-text token (eos_token): use another model")
+        begin = self._tokenizer.bos_token_id
+        first = self._tokenizer("a").input_ids[:1]
+        self._begin: list[int] = first if first == [begin] else []
+        if template is not None:
+            self._tokenizer.chat_template = template.for_tokenizer(begins=bool(self._begin))
+        elif not self._tokenizer.chat_template:
+            self._tokenizer.chat_template = processor_template(folder)
+        self.has_chat_template = bool(self._tokenizer.chat_template)
+        if self.has_chat_template:
+            _freeze_template(self._tokenizer, self._whose)
+
+    @property
+    def template_text(self) -> str | None:
+        """The job's chat template, as it is for this tokenizer; None without one."""
+        return None if self.template is None else self.template.for_tokenizer(begins=bool(self._begin))
+
+    @property
+    def end_id(self) -> int:
+        """The id of the end-of-text token."""
+        end: int = self._tokenizer.eos_token_id
+        return end
+
+    def tokens_of(self, text: str, start: int, end: int) -> list[int]:
+        """The ids of the tokens that have any of the characters [start, end) of a rendered text."""
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        return [token for token, (first, past) in pairs if first < end and start < past]
+
+    def pieces(self, rendered: Rendered) -> Iterator[str]:
+        """The text of each token that `tokenize` makes, special tokens included; together all of the text.
+
+        Where several tokens make one character, the first of them has it.
+        """
+        if not rendered.ends_itself:
+            yield from self._tokenizer.convert_ids_to_tokens(self._begin)
+        encoded = self._tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        done, ends = 0, [past for _, past in encoded["offset_mapping"]]
+        for position, past in enumerate(ends, start=1):
+            # Offsets leave out blanks before a word that belong to its token, and those at the end.
+            until = len(rendered.text) if position == len(ends) else max(past, done)
+            yield rendered.text[done:until]
+            done = until
+        if not rendered.ends_itself:
+            yield self._tokenizer.eos_token
+
+    @property
+    def _whose(self) -> str:
+        return (
+            "the model's chat template" if self.template is None else "the chat template of spec.dataset.chatTemplate"
+        )
+
+    def render(self, example: Example, location: str, longest_allowed: int | None = None) -> Rendered:
+        """The example as text. With a chat template, a prompt and its completion become a user's and a model's turn.
+
+        In a conversation of many answers that is longer than `longest_allowed` tokens, no answer is looked for.
+        Raises StepFailure BAD_DATASET, beginning with `location`, if the template rejects the conversation, or if the
+        model has no template and the example needs one.
+        """
+        if isinstance(example, PlainText):
+            return Rendered(example.text, ((0, len(example.text)),), ends_itself=False)
+        if isinstance(example, PromptCompletion) and not self.has_chat_template:
+            system = f"{example.system}\n\n" if example.system else ""
+            prompt = system + example.prompt + example.separator
+            text = prompt + example.completion
+            return Rendered(text, ((len(prompt), len(text)),), ends_itself=False)
+        if not self.has_chat_template:
+            raise bad_dataset(
+                f"{location}: the data set is of format chat, but the model has no chat template: name one in "
+                "spec.dataset.chatTemplate, such as chatml, or use an instruct model, or a data set of format "
+                "prompt-completion or text"
+            )
+        conversation = example.as_conversation() if isinstance(example, PromptCompletion) else example
+        return self._render_conversation(conversation, location, longest_allowed)
+
+    def render_pair(
+        self, pair: Preference, location: str, longest_allowed: int | None = None
+    ) -> tuple[Rendered, Rendered]:
+        """The prompt with each of its answers, the chosen one first; only what follows the prompt is trained on.
+
+        Raises StepFailure like `render`.
+        """
+        chosen, rejected = (self.render(one, location, longest_allowed) for one in (pair.chosen, pair.rejected))
+        first = pair.shared_answers
+        return replace(chosen, targets=chosen.targets[first:]), replace(rejected, targets=rejected.targets[first:])
+
+    def _render_conversation(self, conversation: Conversation, location: str, longest_allowed: int | None) -> Rendered:
+        if conversation.uses_tools:
+            self._require_tools(location)
+        messages = conversation.messages
+        if conversation.has_reasoning:
+            self._require_reasoning(location)
+        text = self._apply_template(conversation, len(messages), location)
+        answers = sum(message.role == "assistant" for message in messages)
+        if longest_allowed is not None and answers > _FEW_ANSWERS and self._is_longer(text, longest_allowed):
+            return Rendered(text, (), ends_itself=True)
+        spans = []
+        for index, message in enumerate(messages):
+            if message.role == "assistant":
+                prompt = self._apply_template(conversation, index, location, add_generation_prompt=True)
+                last = index + 1 == len(messages)
+                through = text if last else self._apply_template(conversation, index + 1, location)
+                through = through.removesuffix(self._closing)
+                answer = message.content if message.content.strip() else message.tool_calls[0].name
+                span = answer_span(text, prompt, through, answer)
+                if span is None:
+                    raise bad_dataset(
+                        f"{location}: in the text that {self._whose} makes, message {index} of the "
+                        "conversation cannot be told apart from the rest: use a model whose template keeps every "
+                        "answer as it is, or rows with one answer"
+                    )
+                spans.append((message, span))
+        marked = tuple(span for message, span in spans if message.trained)
+        return Rendered(text, tuple(span for _, span in spans), ends_itself=True, marked=marked)
+
+    def _is_longer(self, text: str, tokens: int) -> bool:
+        encoded = self._tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return len(encoded["input_ids"]) > tokens
+
+    def _require_tools(self, location: str) -> None:
+        if not self._takes_tools:
+            raise bad_dataset(
+                f"{location}: the conversation uses tools, but {self._whose} leaves out tools, calls or "
+                "their results: use a model that supports tools, or leave such rows out"
+            )
+
+    def _require_reasoning(self, location: str) -> None:
+        if self._reasoning_key is None:
+            raise bad_dataset(
+                f"{location}: an answer has reasoning, but {self._whose} leaves it out: use a model that thinks, write "
+                "the reasoning into the content (<think>…</think>), or remove it from the rows"
+            )
+
+    @cached_property
+    def _reasoning_key(self) -> str | None:
+        """What the template calls the reasoning of a message; None if it leaves it out."""
+
+        def writes(key: str) -> bool:
+            try:
+                text = self._text(
+                    _REASONING_PROBE, 2, add_generation_prompt=False, in_parts=self._takes_parts, reasoning_key=key
+                )
+            except UnusableText:
+                return True  # the first row is told what is wrong with the template
+            except (*_TEMPLATE_ERRORS, MemoryError):
+                return False
+            return (_REASONING_PROBE.messages[1].reasoning or "") in text
+
+        return next((key for key in _REASONING_KEYS if writes(key)), None)
+
+    def require_system_message(self) -> None:
+        """Raise StepFailure BAD_CONFIGURATION if the template has no place for spec.dataset.systemPrompt."""
+        if not self.has_chat_template:
+            return
+        try:
+            text, why = self._apply_template(_SYSTEM_PROBE, 3, "a conversation with a system message"), ""
+        except StepFailure as failure:
+            if not self._takes_conversations:
+                return  # the first row is told what is wrong with the template
+            text, why = "", f" ({failure.message})"
+        if _SYSTEM_PROBE.messages[0].content not in text:
+            raise bad_configuration(
+                f"spec.dataset.systemPrompt is set, but {self._whose} takes no system message{why}: remove it, write "
+                "the text into the rows' questions, or name another template in spec.dataset.chatTemplate"
+            )
+
+    @property
+    def _takes_conversations(self) -> bool:
+        """Whether the template renders a conversation that has nothing special."""
+        try:
+            self._apply_template(Conversation(_SYSTEM_PROBE.messages[1:]), 2, "a conversation")
+        except StepFailure:
+            return False
+        return True
+
+    @cached_property
+    def _takes_tools(self) -> bool:
+        """Whether the rendered text has all parts of a conversation with tools."""
+        try:
+            text = self._apply_template(_TOOL_PROBE, len(_TOOL_PROBE.messages), "a conversation with tools")
+        except StepFailure as failure:
+            # Then the first row is told what is wrong with the template.
+            return isinstance(failure.__cause__, UnusableText)
+        return all(part in text for part in _TOOL_PROBE_PARTS)
+
+    @cached_property
+    def _closing(self) -> str:
+        """The mark that the template puts after a whole conversation (Phi's do), which is not part of its last turn.
+
+        It is there without a generation prompt, and not with one.
+        """
+        try:
+            closed, asking = (
+                self._apply_template(_CLOSING_PROBE, 1, "a question", add_generation_prompt=asked)
+                for asked in (False, True)
+            )
+        except StepFailure:
+            return ""
+        if asking.startswith(closed):
+            return ""
+        marks = (mark for mark in self._tokenizer.get_added_vocab() if closed.endswith(mark))
+        return next((mark for mark in marks if asking.startswith(closed.removesuffix(mark))), "")
+
+    def _apply_template(
+        self, conversation: Conversation, count: int, location: str, *, add_generation_prompt: bool = False
+    ) -> str:
+        """The text of the first `count` messages."""
+        try:
+            return self._text(
+                conversation,
+                count,
+                add_generation_prompt=add_generation_prompt,
+                in_parts=self._takes_parts,
+                reasoning_key=self._reasoning_key if conversation.has_reasoning else None,
+            )
+        except LimitExceeded as error:
+            raise bad_dataset(f"{location}: {self._whose} {error} for this conversation: use another") from error
+        except UnusableText as error:
+            raise bad_dataset(f"{location}: {self._whose} {error}") from error
+        except _TEMPLATE_ERRORS as error:
+            raise bad_dataset(f"{location}: {self._whose} rejects this conversation: {first_line(error)}") from error
+        except MemoryError as error:
+            raise bad_dataset(
+                f"{location}: {self._whose} needs more memory than there is: use another model"
+            ) from error
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template takes a message's content as a list of parts only, as of images and texts."""
+
+        def has_content(in_parts: bool) -> bool:
+            try:
+                text = self._text(_CONTENT_PROBE, 1, add_generation_prompt=False, in_parts=in_parts)
+            except UnusableText:
+                return True  # the first row is told what is wrong with the template
+            except (*_TEMPLATE_ERRORS, MemoryError):
+                return False
+            return _CONTENT_PROBE.messages[0].content in text
+
+        return not has_content(in_parts=False) and has_content(in_parts=True)
+
+    def _text(
+        self,
+        conversation: Conversation,
+        count: int,
+        *,
+        add_generation_prompt: bool,
+        in_parts: bool,
+        reasoning_key: str | None = None,
+    ) -> str:
+        """The text of the first `count` messages. Raises what a template raises, UnusableText or LimitExceeded."""
+        turns = [
+            _turn(message, in_parts=in_parts, reasoning_key=reasoning_key) for message in conversation.messages[:count]
+        ]
+        tools = [dict(tool) for tool in conversation.tools] or None
+        with limited_time():
+            text = self._tokenizer.apply_chat_template(
+                turns,
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        return usable(within_characters(str(text)), (turns, tools, self._tokenizer.chat_template))
+
+    def tokenize(self, batch: Sequence[Rendered], train_on: TrainOn) -> Iterator[TokenizedRow]:
+        """The tokens of rendered examples. The end-of-text token after a plain text is a target too."""
+        encoded = self._tokenizer(
+            [rendered.text for rendered in batch],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        for rendered, ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            first, past = numpy.array(offsets, dtype=numpy.int64).reshape(-1, 2).T
+            is_target = numpy.zeros(len(ids), dtype=numpy.bool_)
+            for start, end in rendered.trained(train_on):
+                is_target |= (first < end) & (start < past)
+            if not rendered.ends_itself:
+                ids = [*self._begin, *ids, self._tokenizer.eos_token_id]
+                is_target = numpy.concatenate([numpy.zeros(len(self._begin), numpy.bool_), is_target, [True]])
+            is_target[:1] = False
+            yield TokenizedRow(numpy.array(ids, dtype=numpy.int32), is_target)
+
+
+def _turn(message: Message, *, in_parts: bool, reasoning_key: str | None = None) -> dict[str, Any]:
+    """The message as a chat template gets it, without keys that are not set."""
+    content = [{"type": "text", "text": message.content}] if in_parts else message.content
+    turn: dict[str, Any] = {"role": message.role, "content": content}
+    if message.tool_calls:
+        turn["tool_calls"] = [_call(call) for call in message.tool_calls]
+    if message.reasoning is not None and reasoning_key is not None:
+        turn[reasoning_key] = message.reasoning
+    if message.name is not None:
+        turn["name"] = message.name
+    if message.tool_call_id is not None:
+        turn["tool_call_id"] = message.tool_call_id
+    return turn
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    described = {"type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
+    return described if call.id is None else {**described, "id": call.id}
+
+
+def _freeze_template(tokenizer: Any, whose: str) -> None:
+    """Make what the template writes the same each time. Raises StepFailure BAD_CONFIGURATION if it does not compile."""
+    # Functions passed to apply_chat_template never reach the template, its globals do; compiled templates are cached.
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    try:
+        # A model may have a template of its own for conversations with tools.
+        with limited_time():
+            templates = [
+                _compile_jinja_template(tokenizer.get_chat_template(tools=tools)) for tools in (None, _TOOL_PROBE.tools)
+            ]
+    except _TEMPLATE_ERRORS as error:
+        raise bad_configuration(f"{whose} cannot be used: {first_line(error)}") from error
+    except MemoryError as error:
+        raise bad_configuration(f"{whose} needs more memory than there is: use another model") from error
+    for template in templates:
+        freeze(template)

@@ -1,0 +1,1 @@
+"""Tokenizes rows on all cores into chunks on disk, and resumes."""

@@ -1,0 +1,302 @@
+"""Turns rows into chunks of tokens on all cores, and resumes where an interrupted attempt stopped.
+
+The number and size of the rows alone decide which chunk they are in, so a chunk has the same content whichever process
+makes it, and when. A chunk that is on disk is not made again.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import numpy
+
+from qlora_api.dataset import Columns, DatasetSpec, RowFormat, SystemPromptSpec
+from qlora_api.training import TrainingSpec, TrainOn
+from qlora_trainer.core.failures import StepFailure, bad_configuration
+from qlora_trainer.data.examples.example import Example, PlainText, Preference, TokenizedRow
+from qlora_trainer.data.examples.formats import DATASET, PAIRS, RowReader
+from qlora_trainer.data.read.rows import Row
+from qlora_trainer.data.render.chat_template import Rendered, Tokenizer
+from qlora_trainer.data.render.template_source import JobTemplate
+from qlora_trainer.data.tokenize.chunks import Chunk, Dropped, Limits
+from qlora_trainer.data.tokenize.row_cache import ChunkFile, PartOfRows
+
+CHUNK_ROWS = 4096
+CHUNK_BYTES = 2**24
+"""A chunk ends at this many rows or bytes of text, whichever comes first."""
+MAX_WORKERS = 8
+"""About as many as the one reading process can keep busy."""
+# What is tokenized in one call: a token takes some 200 bytes until its row is in a numpy array.
+_BATCH_ROWS = 128
+_BATCH_BYTES = 2**20
+# Workers need some seconds to load the tokenizer's libraries, in which this process makes this many chunks.
+_CHUNKS_ALONE = 4
+_PENDING_CHUNKS_PER_WORKER = 2
+ANY_VOCABULARY = 2**31
+"""For rows that are only shown: the vocabulary is in the model's configuration, which is not at hand for that."""
+OnRows = Callable[[int], None]
+"""Called with the rows tokenized so far."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides which tokens a row becomes: what a worker process gets."""
+
+    tokenizer: Path
+    """Folder of the tokenizer's files."""
+    vocabulary: int
+    """Tokens that the model knows."""
+    format: RowFormat
+    columns: Columns
+    train_on: TrainOn
+    longest_allowed: int
+    """Tokens; a longer row is left out."""
+    field: str = DATASET
+    """The job's field that has format and columns, for messages."""
+    template: JobTemplate | None = None
+    """Instead of the model's chat template."""
+    system_prompt: SystemPromptSpec | None = None
+
+    @classmethod
+    def of(
+        cls,
+        spec: DatasetSpec,
+        training: TrainingSpec,
+        tokenizer: Tokenizer,
+        format_: RowFormat,
+        columns: Columns | None,
+        field: str,
+        *,
+        vocabulary: int,
+    ) -> "Recipe":
+        """That of a job whose rows are of this format, which its `field` sets."""
+        return cls(
+            tokenizer=tokenizer.folder,
+            vocabulary=vocabulary,
+            format=format_,
+            columns=columns or Columns(),
+            train_on=training.train_on,
+            longest_allowed=training.max_sequence_length,
+            field=field,
+            template=tokenizer.template,
+            system_prompt=spec.system_prompt,
+        )
+
+    def require_place_for_settings(self, tokenizer: Tokenizer, uri: str) -> None:
+        """Raise StepFailure BAD_CONFIGURATION if rows cannot have the chat template or system message of the job."""
+        for field, value in {"chatTemplate": self.template, "systemPrompt": self.system_prompt}.items():
+            if value is not None and self.format == "text":
+                raise bad_configuration(
+                    f"spec.dataset.{field} is set, but the rows of {uri} are of format text, which has no turns: "
+                    "remove it, or use rows of another format"
+                )
+        if self.system_prompt is not None:
+            tokenizer.require_system_message()
+
+    @property
+    def limits(self) -> Limits:
+        """What the tokens may be, whoever has made them."""
+        return Limits(self.vocabulary, self.longest_allowed)
+
+    def row_reader(self) -> RowReader:
+        """Reads the rows. Raises StepFailure BAD_CONFIGURATION if they cannot have what the job asks for."""
+        return RowReader(self.format, self.columns, self.field, marked=self.train_on == "marked")
+
+
+class ChunkMaker:
+    """Makes chunks from rows."""
+
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer | None = None) -> None:
+        """`tokenizer`: the recipe's, if it is loaded already."""
+        self.recipe = recipe
+        self._tokenizer = tokenizer or Tokenizer(recipe.tokenizer, recipe.template)
+        self._reader = recipe.row_reader()
+
+    def make(self, rows: Sequence[Row]) -> Chunk:
+        """The chunk of these rows. Raises StepFailure for the first invalid one."""
+        used: list[TokenizedRow] = []
+        locations: list[str] = []
+        checks: list[str] = []
+        too_long: list[int] = []
+        unlabeled: list[str] = []
+        first_too_long: str | None = None
+        for row, tokens in self._tokenized(rows):
+            count = len(tokens.input_ids)
+            if count > self.recipe.longest_allowed:
+                too_long.append(count)
+                first_too_long = first_too_long or row.location
+            elif not tokens.is_target.any():
+                unlabeled.append(row.location)
+            else:
+                self._require_known(int(tokens.input_ids.max()))
+                used.append(tokens)
+                locations.append(row.location)
+                check = self._reader.check(row)
+                checks += [] if check is None else [check.dump()]
+        dropped = Dropped(len(unlabeled), unlabeled[0] if unlabeled else None, first_too_long)
+        return Chunk.of(used, too_long, dropped, locations, checks if self.recipe.columns.check else None)
+
+    def rendered(self, row: Row) -> tuple[Rendered, ...]:
+        """The row's text; of a pair, the two texts. Raises StepFailure for an invalid row.
+
+        In a row of many answers that is too long, these are not looked for, nor is what is wrong with them found.
+        """
+        example = self._example(row)
+        if isinstance(example, Preference):
+            return self._tokenizer.render_pair(example, row.location, self.recipe.longest_allowed)
+        return (self._tokenizer.render(example, row.location, self.recipe.longest_allowed),)
+
+    def _example(self, row: Row) -> Example | Preference:
+        example, system = self._reader.read(row), self.recipe.system_prompt
+        if system is None or isinstance(example, PlainText):
+            return example
+        return example.with_system(system.text, replace=system.mode == "replace")
+
+    def _tokenized(self, rows: Sequence[Row]) -> Iterator[tuple[Row, TokenizedRow]]:
+        for batch in _batches(iter(rows), _BATCH_ROWS, _BATCH_BYTES):
+            rendered = [text for row in batch for text in self.rendered(row)]
+            tokenized = self._tokenizer.tokenize(rendered, self.recipe.train_on)
+            yield from zip(batch, paired(tokenized) if self.recipe.format in PAIRS else tokenized, strict=True)
+
+    def _require_known(self, largest: int) -> None:
+        if largest >= self.recipe.vocabulary:
+            raise bad_configuration(
+                f"the tokenizer makes token {largest}, but the model has only {self.recipe.vocabulary} tokens "
+                "(vocab_size): the tokenizer belongs to another model; use the one that the model was trained with"
+            )
+
+
+def paired(tokenized: Iterator[TokenizedRow]) -> Iterator[TokenizedRow]:
+    """Each two rows as one. Equal answers have no targets: there is nothing to prefer."""
+    for chosen, rejected in zip(tokenized, tokenized, strict=True):
+        is_target = numpy.concatenate([chosen.is_target, rejected.is_target])
+        is_target &= not numpy.array_equal(chosen.input_ids, rejected.input_ids)
+        input_ids = numpy.concatenate([chosen.input_ids, rejected.input_ids])
+        yield TokenizedRow(input_ids, is_target, len(chosen.input_ids))
+
+
+def tokenize(rows: Iterator[Row], maker: ChunkMaker, files: PartOfRows, workers: int, on_rows: OnRows) -> list[Chunk]:
+    """The chunks of all rows, in order, in these files.
+
+    Memory: a few chunks of text for each of `workers` processes. Raises StepFailure for the first invalid row.
+    """
+    writer = _ChunkWriter(maker, files, min(workers, MAX_WORKERS))
+    batches = _batches(rows, CHUNK_ROWS, CHUNK_BYTES)
+    pending: deque[Chunk | Future[Path]] = deque()
+    finished: list[Chunk] = []
+
+    def finish(count: int) -> None:
+        """Wait until at most `count` chunks are pending."""
+        while len(pending) > count:
+            chunk = pending.popleft()
+            finished.append(chunk if isinstance(chunk, Chunk) else _read_back(chunk.result(), maker.recipe.limits))
+            on_rows(sum(chunk.rows_read for chunk in finished))
+
+    try:
+        while True:
+            try:
+                batch = next(batches, None)
+            except StepFailure:
+                finish(0)  # an invalid row among those that were read is reported before the failure to read on
+                raise
+            if batch is None:
+                finish(0)
+                return finished
+            pending.append(writer.start(batch, len(finished) + len(pending)))
+            finish(writer.waiting)
+    finally:
+        writer.close()
+
+
+def _batches(rows: Iterator[Row], most: int, bytes_: int) -> Iterator[list[Row]]:
+    """Rows in lists that end at `most` rows or `bytes_`. A failure to read is raised after the rows before it."""
+    batch: list[Row] = []
+    size = 0
+    failure: StepFailure | None = None
+    try:
+        for row in rows:
+            batch.append(row)
+            size += row.size
+            if len(batch) == most or size >= bytes_:
+                yield batch
+                batch, size = [], 0
+    except StepFailure as caught:
+        failure = caught
+    if batch:
+        yield batch
+    if failure is not None:
+        raise failure
+
+
+def _read_back(path: Path, limits: Limits) -> Chunk:
+    chunk = Chunk.read(path, limits)
+    if chunk is None:
+        raise OSError(f"{path} was written, but cannot be read back")
+    return chunk
+
+
+class _ChunkWriter:
+    """Makes chunk files: in this process at first, and in worker processes once there are many."""
+
+    def __init__(self, maker: ChunkMaker, files: PartOfRows, workers: int) -> None:
+        self._maker, self._files, self._workers = maker, files, workers
+        self._made = 0
+        self._pool: ProcessPoolExecutor | None = None
+
+    @property
+    def waiting(self) -> int:
+        """How many chunks may be pending while the next one is read."""
+        return 0 if self._pool is None else self._workers * _PENDING_CHUNKS_PER_WORKER
+
+    def start(self, batch: list[Row], number: int) -> "Chunk | Future[Path]":
+        """The chunk of this number, of these rows; one that is still to be made, as the future of its file."""
+        chunk = self._files.find(number)
+        if chunk is not None:
+            return chunk
+        self._made += 1
+        file = self._files.file(number)
+        if self._workers < 2 or self._made <= _CHUNKS_ALONE:
+            return _read_back(file.write(self._maker.make(batch)), self._maker.recipe.limits)
+        if self._pool is None:
+            # Spawned, not forked: the libraries' locks and threads in this process must not be copied.
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self._workers, context, _start_worker, (self._maker.recipe,))
+        return self._pool.submit(_make_file, batch, file)
+
+    def close(self) -> None:
+        """End the workers; chunks that none has started are not made."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+_maker: ChunkMaker | None = None
+"""What makes the chunks in a worker process."""
+
+
+def _start_worker(recipe: Recipe) -> None:
+    global _maker
+    # Ctrl-C goes to all processes of a terminal: this process's parent ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _maker = ChunkMaker(recipe)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def _make_file(batch: list[Row], file: ChunkFile) -> Path:
+    if _maker is None:
+        raise RuntimeError("the worker has no recipe")
+    return file.write(_maker.make(batch))

@@ -1,0 +1,291 @@
+"""Tokenized rows in chunks, each a memory-mapped file, and all of them as one list of rows."""
+
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, cast
+
+import numpy
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from qlora_trainer.core.filesystem import write_atomically
+from qlora_trainer.data.examples.example import TokenizedRow
+from qlora_trainer.data.sampling import RowIndices
+
+Int32s = NDArray[numpy.int32]
+Flags = NDArray[numpy.uint8]
+Digests = NDArray[numpy.uint8]
+"""uint8 [rows, 16]: the digest of each row, see `row_digest`."""
+DIGEST_BYTES = 16
+_FACTS = "facts"
+_DROPPED = "dropped"
+_DIGEST = "blake2b"
+_BETWEEN = "\0"
+
+
+def row_digest(row: TokenizedRow) -> bytes:
+    """A digest of the row's tokens and targets, and of where a pair's second answer begins: they differ as these do.
+
+    BLAKE2b of 128 bits. Two of n different rows have the same one with a probability of n² / 2^129: below 10^-24 for
+    ten million rows.
+    """
+    digest = blake2b(row.input_ids.tobytes(), digest_size=DIGEST_BYTES)
+    digest.update(row.is_target.tobytes())
+    digest.update(str(row.chosen_length).encode())
+    return digest.digest()
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Rows of a chunk that are not used."""
+
+    unlabeled: int = 0
+    """Rows of which no token counts in the loss."""
+    first_unlabeled: str | None = None
+    """Location of the first of them."""
+    first_too_long: str | None = None
+    """Location of the first row that is longer than a sequence may be."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the tokens of a chunk may be, beyond which training would fail."""
+
+    vocabulary: int
+    """Tokens that the model knows: every id is below."""
+    longest: int
+    """Tokens of a row."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive rows, tokenized and concatenated."""
+
+    input_ids: Int32s
+    """int32 [tokens]"""
+    is_target: Flags
+    """uint8 [tokens]: 1 where the token counts in the loss"""
+    lengths: Int32s
+    """int32 [rows]: tokens of each row"""
+    target_counts: Int32s
+    """int32 [rows]: tokens of each row that count in the loss"""
+    too_long: Int32s
+    """int32 [rows left out because they are too long]: their tokens"""
+    digests: Digests
+    """uint8 [rows, 16]"""
+    locations: Flags
+    """uint8 [bytes]: file and line of each row, compressed."""
+    dropped: Dropped = Dropped()
+    chosen_lengths: Int32s | None = None
+    """int32 [rows]: of each row of format preference, the tokens of prompt and chosen answer; None for other rows"""
+    checks: Flags | None = None
+    """uint8 [bytes]: the check that each row brings, as JSON, compressed; None if rows bring none."""
+
+    @classmethod
+    def of(
+        cls,
+        rows: Sequence[TokenizedRow],
+        too_long: Sequence[int] = (),
+        dropped: Dropped = Dropped(),
+        locations: Sequence[str] = (),
+        checks: Sequence[str] | None = None,
+    ) -> "Chunk":
+        """The chunk of the used rows, their `locations`, and their `checks` as JSON if they bring any.
+
+        `too_long`: tokens of each row that is left out because of its length.
+        """
+        return cls(
+            numpy.concatenate([numpy.empty(0, numpy.int32), *(row.input_ids for row in rows)]),
+            numpy.concatenate([numpy.empty(0, numpy.uint8), *(row.is_target.astype(numpy.uint8) for row in rows)]),
+            numpy.array([len(row.input_ids) for row in rows], dtype=numpy.int32),
+            numpy.array([int(row.is_target.sum()) for row in rows], dtype=numpy.int32),
+            numpy.array(too_long, dtype=numpy.int32),
+            numpy.frombuffer(b"".join(map(row_digest, rows)), numpy.uint8).reshape(-1, DIGEST_BYTES),
+            # The name of the file is in each of them: level 1 already leaves some five bytes per row.
+            _compressed(locations),
+            dropped,
+            _chosen_lengths(rows),
+            None if checks is None else _compressed(checks),
+        )
+
+    def location(self, row: int) -> str:
+        """File and line of the row at `row`."""
+        return _decompressed(self.locations)[row]
+
+    def check(self, rows: Sequence[int]) -> list[str]:
+        """The checks of these rows, as JSON. Raises ValueError if rows bring none."""
+        if self.checks is None:
+            raise ValueError("the rows of this chunk bring no check")
+        checks = _decompressed(self.checks)
+        return [checks[row] for row in rows]
+
+    @property
+    def rows_read(self) -> int:
+        """Rows that were read, used or not."""
+        return len(self.lengths) + len(self.too_long) + self.dropped.unlabeled
+
+    def write(self, path: Path) -> None:
+        """Write the chunk to disk, durably: whole or not at all. Raises OSError."""
+        tensors = self._tensors()
+        facts = {_DROPPED: asdict(self.dropped), _DIGEST: _digest(tensors, self.dropped)}
+        # One entry: safetensors writes several in any order.
+        write_atomically(path, save(tensors, metadata={_FACTS: json.dumps(facts, sort_keys=True)}))
+
+    def _tensors(self) -> dict[str, NDArray[Any]]:
+        names = ("input_ids", "is_target", "lengths", "target_counts", "too_long", "digests", "locations")
+        tensors = {name: getattr(self, name) for name in (*names, "chosen_lengths", "checks")}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    @classmethod
+    def read(cls, path: Path, limits: Limits, *, verify: bool = False) -> "Chunk | None":
+        """The chunk of a file, memory-mapped. None if there is no such file, or it is not whole or not `fits`.
+
+        With `verify` it is compared with its digest, too, which finds what has damaged it and not who has forged it.
+        Raises OSError if the volume fails.
+        """
+        try:
+            if not path.is_file():
+                return None
+            with cast("Any", safe_open(path, framework="pt")) as file:
+                tensors = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118 - no mapping
+                facts = json.loads(file.metadata()[_FACTS])
+                dropped = Dropped(**facts[_DROPPED])
+                if verify and _digest(tensors, dropped) != facts[_DIGEST]:
+                    return None
+                chunk = cls(**tensors, dropped=dropped)
+                return chunk if chunk.fits(limits) else None
+        except (FileNotFoundError, PermissionError, SafetensorError, KeyError, TypeError, ValueError, RecursionError):
+            return None
+
+    def fits(self, limits: Limits) -> bool:
+        """Whether the arrays are what their names say, agree in their lengths, and keep within the limits."""
+        if not self._has_shapes():
+            return False
+        if not len(self.lengths):
+            return True
+        starts = numpy.cumsum(self.lengths, dtype=numpy.int64) - self.lengths
+        return bool(
+            self.lengths.max() <= limits.longest
+            and self.input_ids.min() >= 0
+            and self.input_ids.max() < limits.vocabulary
+            and self.is_target.max() <= 1
+            and numpy.array_equal(numpy.add.reduceat(self.is_target, starts, dtype=numpy.int64), self.target_counts)
+        )
+
+    def _has_shapes(self) -> bool:
+        chosen = self.lengths if self.chosen_lengths is None else self.chosen_lengths
+        numbers = (self.input_ids, self.lengths, self.target_counts, self.too_long, chosen)
+        flags = (self.is_target, self.locations, *(() if self.checks is None else (self.checks,)))
+        if any(array.dtype != numpy.int32 or array.ndim != 1 for array in numbers):
+            return False
+        if any(array.dtype != numpy.uint8 or array.ndim != 1 for array in flags):
+            return False
+        rows, tokens = len(self.lengths), len(self.input_ids)
+        return bool(
+            self.digests.dtype == numpy.uint8
+            and self.digests.shape == (rows, DIGEST_BYTES)
+            and len(self.target_counts) == len(chosen) == rows
+            and len(self.is_target) == self.lengths.sum(dtype=numpy.int64) == tokens
+            and (self.lengths > 0).all()
+            and ((chosen > 0) & (chosen <= self.lengths)).all()
+        )
+
+
+def _digest(tensors: Mapping[str, NDArray[Any]], dropped: Dropped) -> str:
+    """BLAKE2b of what a chunk's file holds, in hexadecimal."""
+    digest = blake2b(repr(dropped).encode(), digest_size=DIGEST_BYTES)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tensor.dtype}{tensor.shape}".encode())
+        digest.update(tensor.tobytes())
+    return digest.hexdigest()
+
+
+def _compressed(texts: Sequence[str]) -> Flags:
+    return numpy.frombuffer(zlib.compress(_BETWEEN.join(texts).encode(errors="surrogateescape"), 1), numpy.uint8)
+
+
+def _decompressed(texts: Flags) -> list[str]:
+    return zlib.decompress(texts.tobytes()).decode(errors="surrogateescape").split(_BETWEEN)
+
+
+def _chosen_lengths(rows: Sequence[TokenizedRow]) -> Int32s | None:
+    lengths = [row.chosen_length for row in rows if row.chosen_length is not None]
+    return numpy.array(lengths, dtype=numpy.int32) if lengths else None
+
+
+class TokenizedRows:
+    """The rows of some chunks, as those of a source. Takes 16 bytes per row in memory; the tokens stay in the files."""
+
+    def __init__(self, chunks: Sequence[Chunk]) -> None:
+        self._chunks = tuple(chunks)
+        none = numpy.empty(0, numpy.int32)
+        self.too_long: Int32s = numpy.concatenate([none, *(chunk.too_long for chunk in chunks)])
+        """int32 [rows left out because they are too long]: their tokens"""
+        self.dropped = tuple(chunk.dropped for chunk in chunks)
+        """Which rows each chunk leaves out."""
+        self.lengths: Int32s = numpy.concatenate([none, *(chunk.lengths for chunk in chunks)])
+        self.target_counts: Int32s = numpy.concatenate([none, *(chunk.target_counts for chunk in chunks)])
+        """int32 [rows]: tokens of each row that count in the loss"""
+        chosen = [chunk.chosen_lengths for chunk in chunks if chunk.chosen_lengths is not None]
+        self.chosen_lengths: Int32s | None = numpy.concatenate(chosen) if chosen else None
+        """int32 [rows]: of each row of format preference, the tokens of prompt and chosen answer; None for others"""
+        self._first = numpy.cumsum([0, *(len(chunk.lengths) for chunk in chunks)])
+        ends = numpy.cumsum(self.lengths, dtype=numpy.int64)
+        before = numpy.concatenate(([0], ends))[self._first[:-1]]
+        self._starts = ends - self.lengths - numpy.repeat(before, numpy.diff(self._first))
+
+    def __len__(self) -> int:
+        """Used rows."""
+        return len(self.lengths)
+
+    @property
+    def rows_read(self) -> int:
+        """Rows that were read, used or not."""
+        return sum(chunk.rows_read for chunk in self._chunks)
+
+    @classmethod
+    def joined(cls, parts: "Sequence[TokenizedRows]") -> "TokenizedRows":
+        """The rows of all parts, one part after the other."""
+        return cls([chunk for part in parts for chunk in part._chunks])
+
+    def digests(self) -> Digests:
+        """uint8 [rows, 16]: the digest of each row."""
+        return numpy.concatenate([numpy.empty((0, DIGEST_BYTES), numpy.uint8), *(c.digests for c in self._chunks)])
+
+    def location(self, row: int) -> str:
+        """File and line of the row at `row`."""
+        chunk = int(numpy.searchsorted(self._first, row, side="right")) - 1
+        return self._chunks[chunk].location(row - int(self._first[chunk]))
+
+    def checks(self, rows: RowIndices) -> list[str] | None:
+        """The checks of the rows, as JSON, in their order; None if rows bring none."""
+        chunks = numpy.searchsorted(self._first, rows, side="right") - 1
+        found = [""] * len(rows)
+        for number in numpy.unique(chunks).tolist():
+            if self._chunks[number].checks is None:
+                return None
+            at = numpy.flatnonzero(chunks == number)
+            of_chunk = self._chunks[number].check((rows[at] - self._first[number]).tolist())
+            for index, check in zip(at.tolist(), of_chunk, strict=True):
+                found[index] = check
+        return found
+
+    def input_ids(self, rows: RowIndices) -> Int32s:
+        """int32 [tokens]: the token ids of the rows, in their order."""
+        return self._gather([chunk.input_ids for chunk in self._chunks], rows)
+
+    def is_target(self, rows: RowIndices) -> Flags:
+        """uint8 [tokens]: the target flags of the rows, in their order."""
+        return self._gather([chunk.is_target for chunk in self._chunks], rows)
+
+    def _gather(self, arrays: Sequence[NDArray[Any]], rows: RowIndices) -> NDArray[Any]:
+        chunks = numpy.searchsorted(self._first, rows, side="right") - 1
+        starts = self._starts[rows]
+        ends = starts + self.lengths[rows]
+        slices = zip(chunks.tolist(), starts.tolist(), ends.tolist(), strict=True)
+        return numpy.concatenate([arrays[chunk][start:end] for chunk, start, end in slices])

@@ -1,0 +1,173 @@
+"""Keeps the files of tokenized rows: for a job's next attempt, or for all cells of a sweep, of which one makes them."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_trainer.core.filesystem import PARTIAL, remove
+from qlora_trainer.core.folder_lock import Ownership
+from qlora_trainer.core.partial_folders import FORGOTTEN_SECONDS, PartialFolders, open_shared
+from qlora_trainer.data.tokenize.chunks import Chunk, Limits
+
+_LOOK_SECONDS = 1.0
+_MOST_LOOKS = 600
+"""For one chunk, which takes seconds: what takes longer hangs, whatever its owner's lock says."""
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RowsFolder:
+    """A folder with chunks of rows, each complete or absent. Their names say which data and settings they are of."""
+
+    own: Path
+    """The job's own."""
+    shared: PartialFolders | None = None
+    """In the folder that is used instead, by jobs at the same time, perhaps with other settings: decide which of them
+    makes a part. What this job may not write there goes into its own folder."""
+
+    @classmethod
+    def sharing(cls, own: Path, shared: Path, job_uid: str, pod_uid: str) -> "RowsFolder":
+        """The rows of one of the jobs that share them."""
+        # Nobody waits for the lock: who does not get it counts it as another job that makes the rows.
+        return cls(own, PartialFolders(shared, job_uid, pod_uid, longest_wait=0))
+
+    @contextmanager
+    def part(self, part: str, key: str, limits: Limits, on_wait: Callable[[], None]) -> "Iterator[PartOfRows]":
+        """The files of a part whose data and settings have this key, and whose tokens these limits. Raises OSError.
+
+        In the job's own folder, the part's chunks of other data or settings are deleted; in a shared one, only what a
+        killed pod has left incomplete. `on_wait` is called now and then while another job makes the part.
+        """
+        for path in self.own.glob(f"{part}-*"):
+            if not path.name.startswith(f"{part}-{key}-"):
+                path.unlink()
+        shared = None if self.shared is None else _opened(self.shared)
+        rows = PartOfRows(self.own, shared, f"{part}-{key}", limits, on_wait)
+        try:
+            yield rows
+        finally:
+            rows.close()
+
+
+@dataclass(frozen=True)
+class ChunkFile:
+    """Where a chunk is kept."""
+
+    path: Path
+    own: Path | None = None
+    """Of one in a shared folder: where this job keeps it if it may not write there."""
+
+    def read(self, limits: Limits) -> Chunk | None:
+        """The chunk, if it is there, whole and within the limits. Raises OSError."""
+        chunk = Chunk.read(self.path, limits, verify=True)
+        if chunk is None and self.own is not None:
+            return Chunk.read(self.own, limits, verify=True)
+        return chunk
+
+    def write(self, chunk: Chunk) -> Path:
+        """Write the chunk, in place of what is there. Returns its file. Raises OSError."""
+        try:
+            chunk.write(self.path)
+        except (PermissionError, IsADirectoryError) as error:
+            if self.own is None:
+                raise
+            logger.warning("the rows of this job go into its own folder: other jobs let nobody write theirs: %s", error)
+            chunk.write(self.own)
+            return self.own
+        return self.path
+
+
+class PartOfRows:
+    """The chunks of one part. Of the jobs that want it at the same time one makes it, the others wait for its files.
+
+    A chunk has the same content whichever job makes it. Where two of them do, because one has waited for too long or
+    the volume knows no locks, that costs time and nothing else.
+    """
+
+    def __init__(
+        self, own: Path, shared: PartialFolders | None, name: str, limits: Limits, on_wait: Callable[[], None]
+    ) -> None:
+        self._own, self._shared, self._name, self._limits, self._on_wait = own, shared, name, limits, on_wait
+        self._makes = shared is None
+        self._claimed: tuple[Path, Ownership] | None = None
+
+    def file(self, number: int) -> ChunkFile:
+        """Where the chunk of this number is, or is to be."""
+        name = f"{self._name}-{number:06}.safetensors"
+        if self._shared is None:
+            return ChunkFile(self._own / name)
+        return ChunkFile(self._shared.folder / name, self._own / name)
+
+    def find(self, number: int) -> Chunk | None:
+        """The chunk of this number; None if it is this job's to make. Raises OSError.
+
+        Waits while another job makes the part, until that ends, dies, or takes too long.
+        """
+        file = self.file(number)
+        for _ in range(_MOST_LOOKS):
+            chunk = file.read(self._limits)
+            if chunk is not None or self._makes:
+                return chunk
+            if self._claim():
+                self._makes = True
+                # Who has made the part until now may have ended between the two.
+                return file.read(self._limits)
+            self._on_wait()
+            time.sleep(_LOOK_SECONDS)
+        logger.warning(
+            "in %.0f seconds another job has not made %s, or not released the lock beside it: this one makes the rows "
+            "itself",
+            _MOST_LOOKS * _LOOK_SECONDS,
+            file.path,
+        )
+        self._makes = True
+        return None
+
+    def close(self) -> None:
+        """Let others make what is not there yet."""
+        if self._claimed is None:
+            return
+        folder, ownership = self._claimed
+        try:
+            # Nothing is in it. Where it stays, it is deleted once it is forgotten.
+            with suppress(OSError):
+                remove(folder)
+        finally:
+            ownership.release()
+
+    def _claim(self) -> bool:
+        """Whether this job is to make the part."""
+        if self._shared is None:
+            return True
+        try:
+            self._claimed = self._shared.claim(self._name)
+        except TimeoutError:
+            return False
+        except PermissionError as error:
+            logger.warning("it cannot be known whether another job makes the same rows: %s", error)
+            return True
+        return self._claimed is not None
+
+
+def _opened(shared: PartialFolders) -> PartialFolders | None:
+    """The folder, without what killed pods have left incomplete; None if this job may not use it. Raises OSError."""
+    folder = shared.folder
+    for path in (folder.parent, folder):
+        if path.is_symlink():
+            raise OSError(f"{path} is a symbolic link: delete it")
+    try:
+        open_shared(folder)
+        # Whoever holds the lock may be doing the same; if it hangs, the next job does it.
+        with suppress(TimeoutError), shared.exclusive() as now:
+            for path in folder.glob(f".*{PARTIAL}"):
+                # One that is being written gets its name at any time, and another user's may stay.
+                with suppress(FileNotFoundError, PermissionError):
+                    if not path.is_dir() and now - path.lstat().st_mtime > FORGOTTEN_SECONDS:
+                        path.unlink()
+    except PermissionError as error:
+        logger.warning("the rows of this job go into its own folder: those of the sweep cannot be shared: %s", error)
+        return None
+    return shared

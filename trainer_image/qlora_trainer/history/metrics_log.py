@@ -1,0 +1,152 @@
+"""The run's metrics on disk: one JSON line per optimizer step and one per evaluation."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Self, get_args
+
+from qlora_trainer.core.file_names import HISTORY_FILE
+from qlora_trainer.history.trackers import Tracker
+
+
+class MetricsLog:
+    """`report/metrics.jsonl`: a line for each optimizer step and one for each evaluation."""
+
+    def __init__(self, folder: Path, length: int, trackers: Sequence[Tracker] = ()) -> None:
+        """Open the file and cut it to `length` bytes: steps that a lost attempt took after its checkpoint are repeated.
+
+        Each line goes to the `trackers` too.
+        """
+        self._trackers = trackers
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file: BinaryIO = (folder / HISTORY_FILE).open("ab")
+        self._file.truncate(min(length, self._file.tell()))
+
+    def append(self, entry: Mapping[str, float]) -> None:
+        """Add a line. Raises ValueError for a number that JSON cannot express."""
+        self._file.write(json.dumps(entry, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+        for tracker in self._trackers:
+            tracker.log(int(entry["step"]), entry)
+
+    def sync(self) -> int:
+        """Make the lines so far durable; returns the file's length in bytes, for the checkpoint."""
+        os.fsync(self._file.fileno())
+        return self._file.seek(0, os.SEEK_END)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        """Close the file. The trackers write what they have buffered; a failure leaves their runs unfinished."""
+        try:
+            self._file.close()
+        finally:
+            for tracker in self._trackers:
+                tracker.close(finished=failure is None)
+
+
+_Quantity = Literal[
+    "loss",
+    "evalLoss",
+    "learningRate",
+    "gradNorm",
+    "tokensPerSecond",
+    "memoryBytes",
+    "rewardMargin",
+    "chosenReward",
+    "accuracy",
+    "evalAccuracy",
+]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One measured quantity over optimizer steps."""
+
+    steps: tuple[int, ...] = ()
+    values: tuple[float, ...] = ()
+
+    def smoothed(self, span: float) -> tuple[float, ...]:
+        """The exponential moving average over about `span` points, without the bias towards its start.
+
+        Source: the bias correction of Adam, arXiv 1412.6980, section 3.
+        """
+        weight = 2 / (span + 1)
+        mean, total, result = 0.0, 0.0, []
+        for value in self.values:
+            mean += weight * (value - mean)
+            total += weight * (1 - total)
+            result.append(mean / total)
+        return tuple(result)
+
+    @property
+    def median(self) -> float | None:
+        """The middle value; None for an empty curve."""
+        return sorted(self.values)[len(self.values) // 2] if self.values else None
+
+
+@dataclass(frozen=True)
+class MetricsHistory:
+    """What `metrics.jsonl` holds. A quantity that a run did not measure is an empty curve."""
+
+    loss: Curve
+    """Nats per target token, or per pair of answers, for each step."""
+    evaluation: Curve
+    """The same on the held-out rows, for each evaluation."""
+    learning_rate: Curve
+    grad_norm: Curve
+    """Before it is clipped."""
+    tokens_per_second: Curve
+    memory: Curve
+    """Bytes: on a GPU the peak of the step; on a CPU the resident memory at its end."""
+    reward_margin: Curve = Curve()
+    """Objectives that compare answers: implicit reward of the chosen one, less that of the rejected one, in nats."""
+    chosen_reward: Curve = Curve()
+    accuracy: Curve = Curve()
+    """Share of the pairs with a positive margin, for each step."""
+    eval_accuracy: Curve = Curve()
+    """The same of the held-out pairs, for each evaluation."""
+
+    def held_out_accuracy(self, step: int) -> float | None:
+        """`eval_accuracy` at this optimizer step; None if it was not measured there."""
+        return dict(zip(self.eval_accuracy.steps, self.eval_accuracy.values, strict=True)).get(step)
+
+    @property
+    def compares_answers(self) -> bool:
+        """Whether the objective was one for pairs of answers."""
+        return bool(self.reward_margin.steps)
+
+
+def _entry(line: Any) -> tuple[int, dict[str, float]]:
+    """Step and quantities of a parsed line."""
+    return int(line["step"]), {key: float(line[key]) for key in get_args(_Quantity) if key in line}
+
+
+def read_history(metrics: Path) -> MetricsHistory:
+    """Read the metrics. Raises ValueError, naming file and line, for a line that is not a metric."""
+    entries: list[tuple[int, dict[str, float]]] = []
+    for number, line in enumerate(metrics.read_bytes().splitlines(), start=1):
+        try:
+            entries.append(_entry(json.loads(line)))
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise ValueError(f"{metrics}:{number}: {error!r}") from error
+
+    def curve(key: _Quantity) -> Curve:
+        points = [(step, entry[key]) for step, entry in entries if key in entry]
+        return Curve(tuple(step for step, _ in points), tuple(value for _, value in points))
+
+    return MetricsHistory(
+        loss=curve("loss"),
+        evaluation=curve("evalLoss"),
+        learning_rate=curve("learningRate"),
+        grad_norm=curve("gradNorm"),
+        tokens_per_second=curve("tokensPerSecond"),
+        memory=curve("memoryBytes"),
+        reward_margin=curve("rewardMargin"),
+        chosen_reward=curve("chosenReward"),
+        accuracy=curve("accuracy"),
+        eval_accuracy=curve("evalAccuracy"),
+    )

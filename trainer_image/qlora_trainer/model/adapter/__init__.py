@@ -1,0 +1,1 @@
+"""The LoRA adapter: attaching, initializing, checking and merging it."""

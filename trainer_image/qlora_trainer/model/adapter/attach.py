@@ -1,0 +1,192 @@
+"""Attaches a LoRA adapter to the base model, and saves and restores its tensors."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qlora_api.training import LoraSpec
+from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
+from qlora_trainer.model.adapter.loftq import initialize_loftq
+from qlora_trainer.model.architecture.decoder import block_linears, compute_as_in_use
+from qlora_trainer.model.architecture.peft_names import taken_for_experts
+from qlora_trainer.model.kernels.fused_lora import fuse_further_lora, fuse_lora
+from qlora_trainer.model.nf4.base_weights import BaseWeights
+from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
+
+ADAPTER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def attach_adapter(
+    base: Any,
+    lora: LoraSpec,
+    target_modules: tuple[str, ...],
+    *,
+    seed: int,
+    gradient_checkpointing: bool,
+    base_name: str,
+    base_revision: str,
+    original: BaseWeights | None = None,
+    device: torch.device | None = None,
+) -> Any:
+    """The base with a LoRA adapter on `target_modules` (exact names), in training mode; only the adapter has gradients.
+
+    A is drawn from `seed` (Kaiming uniform), B is 0, so training starts from the base model's own loss. With LoftQ
+    both are initialized from the `original` weights, on `device` or else on the base's; without these they are to be
+    restored.
+    """
+    compute_as_in_use(base)
+    torch.manual_seed(seed)
+    config = _configuration(base, lora, target_modules)
+    model = get_peft_model(base, config, autocast_adapter_dtype=False)
+    _name_origin(config, base, target_modules, base_name, base_revision)
+    if lora.initialization == "loftq" and original is not None:
+        initialize_loftq(model, original, device or base.device)
+    for name, parameter in adapter_parameters(model).items():
+        parameter.data = parameter.data.to(tensor_dtype(name, lora))
+    fuse_lora(model, recomputed=gradient_checkpointing)
+    if gradient_checkpointing:
+        # Without re-entry gradients reach the adapters although the embeddings have none.
+        base.activation_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def adapter_name(position: int) -> str:
+    """A name for one of several adapters of a model; that at position 0 has PEFT's own for the only one.
+
+    None is a part of another, or of a module's name.
+    """
+    return f"adapter{position:03}" if position else "default"
+
+
+def attach_further_adapter(
+    model: PeftModel,
+    name: str,
+    lora: LoraSpec,
+    target_modules: tuple[str, ...],
+    *,
+    seed: int,
+    base_name: str,
+    base_revision: str,
+) -> None:
+    """Another adapter beside those of `attach_adapter`, initialized as that would do, and active. All have gradients.
+
+    PEFT finds an adapter's tensors by its name: it must not be part of the name of another adapter or module.
+    """
+    torch.manual_seed(seed)
+    base = model.get_base_model()
+    config = _configuration(base, lora, target_modules)
+    model.add_adapter(name, config, autocast_adapter_dtype=False)
+    fuse_further_lora(model)
+    _name_origin(config, base, target_modules, base_name, base_revision)
+    activate_adapter(model, name)
+    for tensor, parameter in adapter_parameters(model).items():
+        parameter.data = parameter.data.to(tensor_dtype(tensor, lora))
+
+
+def activate_adapter(model: PeftModel, name: str) -> None:
+    """Make one of several adapters that which the model computes with, saves and restores. All keep their gradients."""
+    model.set_adapter(name)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for layers in (module.lora_A, module.lora_B):
+                layers.requires_grad_(True)
+
+
+def _configuration(base: Any, lora: LoraSpec, target_modules: tuple[str, ...]) -> LoraConfig:
+    modules, parameters = peft_targets(base, target_modules)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(modules),
+        target_parameters=list(parameters) or None,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        modules_to_save=list(whole_modules(base, lora)) or None,
+    )
+
+
+def _name_origin(config: LoraConfig, base: Any, target_modules: tuple[str, ...], name: str, revision: str) -> None:
+    """Name the base and the targets in the configuration of an attached adapter.
+
+    PEFT sets the folder from which the base was loaded, which means nothing elsewhere, and shortens long lists of
+    targets to suffixes.
+    """
+    modules, parameters = peft_targets(base, target_modules)
+    config.base_model_name_or_path, config.revision = name, revision
+    config.target_modules, config.target_parameters = set(modules), set(parameters) or None
+
+
+def peft_targets(model: Any, layers: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The layers as PEFT's configuration has them: `target_modules`, and `target_parameters` for the others.
+
+    Those that PEFT takes for routed experts by their own names are named by their weights. On a 4-bit layer PEFT makes
+    the same adapter of both, and its file has the same names for the tensors.
+    """
+    # Of a model that has adapters already, the layers that they adapt are inside PEFT's.
+    linears = tuple(name.removesuffix(".base_layer") for name in block_linears(model))
+    taken = taken_for_experts(model, linears)
+    modules = tuple(name for name in layers if name not in taken)
+    return modules, tuple(f"{name}.weight" for name in layers if name in taken)
+
+
+def whole_modules(model: Any, lora: LoraSpec) -> tuple[str, ...]:
+    """Paths in the model of the modules in spec.lora.modulesToSave, whatever the family calls them."""
+    modules = {"embed_tokens": model.get_input_embeddings(), "lm_head": model.get_output_embeddings()}
+    paths = {id(module): path for path, module in model.named_modules()}
+    return tuple(sorted(paths[id(modules[kind])] for kind in lora.modules_to_save or ()))
+
+
+def tensor_dtype(name: str, lora: LoraSpec) -> torch.dtype:
+    """The type of a tensor of the adapter's file: modules that are trained whole keep the base's 16 bit."""
+    return ADAPTER_DTYPES[lora.dtype] if ".lora_" in name else COMPUTE_DTYPE
+
+
+def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
+    """The trained parameters by their names in the adapter's file, sorted."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    named = get_peft_model_state_dict(
+        model, state_dict=trained, adapter_name=model.active_adapter, save_embedding_layers=False
+    )
+    return dict(sorted(named.items()))
+
+
+def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
+    """The adapter's tensors in main memory, as its file holds them."""
+    return {name: parameter.detach().cpu().contiguous() for name, parameter in adapter_parameters(model).items()}
+
+
+def restore_adapter(model: PeftModel, tensors: Mapping[str, Tensor]) -> None:
+    """Put saved tensors into the adapter. Raises KeyError if they are of another adapter."""
+    parameters = adapter_parameters(model)
+    if parameters.keys() != tensors.keys():
+        raise KeyError(f"the saved adapter has other tensors: {sorted(parameters.keys() ^ tensors.keys())[:3]}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write the adapter's two files into `folder`, which exists. The same adapter gives the same bytes."""
+    save_file(adapter_tensors(model), folder / ADAPTER_FILE, metadata={"format": "pt"})
+    config = model.peft_config[model.active_adapter].to_dict() | {"inference_mode": True}
+    if config["target_parameters"]:
+        # On a base in 16 bit PEFT loads such an adapter only without dropout, which has no effect in use.
+        config["lora_dropout"] = 0.0
+    text = json.dumps(config, indent=2, sort_keys=True, default=_plain)
+    (folder / ADAPTER_CONFIG_FILE).write_text(text + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """JSON for the values in PEFT's configuration; a set's order would depend on the hash seed."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    raise TypeError(f"{type(value).__name__} cannot be written to {ADAPTER_CONFIG_FILE}")

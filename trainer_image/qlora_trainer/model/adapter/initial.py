@@ -1,0 +1,215 @@
+"""Gets an earlier adapter, with which training is initialized, into the workspace, and reads it from there."""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from huggingface_hub import get_token
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig
+
+from qlora_api.contract import ExitCode
+from qlora_api.model_and_output import InitialAdapterSpec
+from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource, VolumeSource, parse_source
+from qlora_api.status import InitialAdapterStatus
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.failures import StepFailure, bad_configuration, unsafe_artifact
+from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
+from qlora_trainer.core.filesystem import complete_folder, file_sha256, new_folder, partial_path, remove, require_space
+from qlora_trainer.core.paths import confined, require_regular, some_names
+from qlora_trainer.model.adapter.initial_check import check_config, check_tensors
+from qlora_trainer.model.adapter.shapes import MAX_CONFIG_BYTES, expected_tensors, largest_file
+from qlora_trainer.model.architecture.text_part import text_part
+from qlora_trainer.model.source.downloads import HubModel, ObjectStoreModel, RegistryModel
+from qlora_trainer.model.source.models import RemoteModel
+from qlora_trainer.stores.hub import Hub
+
+_FIELD = "spec.lora.from"
+_FILES = (ADAPTER_CONFIG_FILE, ADAPTER_FILE)
+
+
+@dataclass(frozen=True)
+class InitialAdapter:
+    """An earlier adapter that fits the job, in a partial folder of the workspace."""
+
+    status: InitialAdapterStatus
+    base_name: str | None
+    """The base as its configuration names it; None if it does not."""
+    base_revision: str | None
+    folder: Path
+    """Where `complete` puts it."""
+
+    def complete(self) -> None:
+        """Put it where training looks for it."""
+        complete_folder(partial_path(self.folder), self.folder)
+
+    def remark(self, base_name: str, base_revision: str) -> str | None:
+        """What to tell about its base: names of the same files may differ, so that none is a reason to stop."""
+        if self.base_name is None or (self.base_name == base_name and self.base_revision in (None, base_revision)):
+            return None
+        return (
+            f"the adapter of {_FIELD} was trained on {self.base_name} ({self.base_revision or 'no revision'}), and "
+            f"this job is on {base_name} ({base_revision}): every shape fits, so that only the held-out loss at step 0 "
+            "shows whether it is the same base"
+        )
+
+
+def get_initial_adapter(
+    context: StepContext,
+    hub: Callable[[], Hub],
+    model_folder: Path,
+    target_modules: tuple[str, ...],
+    earlier: InitialAdapterStatus | None = None,
+) -> InitialAdapter | None:
+    """Fetch and check the adapter that the job is to begin with; None if it begins with a new one.
+
+    `earlier` is the one that prepare has got for this job before, which it must still be. Raises StepFailure:
+    BAD_CONFIGURATION if it is not there or does not fit the job, UNSAFE_ARTIFACT if it is only a pickle, a link out of
+    its folder, too large, or has another SHA-256 than the job states or `earlier` has.
+    """
+    lora = context.spec.lora
+    if lora.initial_adapter is None:
+        return None
+    config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
+    expected = expected_tensors(text_part(config), target_modules, lora)
+    folder = context.workspace.initial_adapter
+    partial = new_folder(partial_path(folder))
+    known = earlier if earlier is not None and _is_wanted(earlier, lora.initial_adapter) else None
+    address = _without_slash(lora.initial_adapter.source) if known is None else known.source
+    location = _fetch(context, hub, address, partial, largest_file(expected))
+    found = check_config(partial / ADAPTER_CONFIG_FILE, location, lora)
+    sha256, stated = file_sha256(partial / ADAPTER_FILE), lora.initial_adapter.sha256
+    if stated not in (None, sha256):
+        raise unsafe_artifact(
+            f"{location}/{ADAPTER_FILE} has sha256 {sha256}, and {_FIELD}.sha256 is {stated}: name the adapter that is "
+            "meant, or correct the digest"
+        )
+    if known is not None and known.sha256 != sha256:
+        raise unsafe_artifact(
+            f"{_FIELD}.source: the adapter at {location} has changed since this job was prepared (sha256 was "
+            f"{known.sha256}, is {sha256}): put the earlier one back, or create the job again to begin with this one"
+        )
+    check_tensors(partial / ADAPTER_FILE, location, lora, expected)
+    status = InitialAdapterStatus(source=location, sha256=sha256)
+    return InitialAdapter(status, found.base_name, found.base_revision, folder)
+
+
+def is_unchanged(record: InitialAdapterStatus | None, context: StepContext) -> bool:
+    """Whether what prepare has recorded is what the job asks for, and is still in the workspace."""
+    wanted = context.spec.lora.initial_adapter
+    if wanted is None or record is None:
+        return wanted is None and record is None
+    if not _is_wanted(record, wanted):
+        return False
+    path = context.workspace.initial_adapter / ADAPTER_FILE
+    return path.is_file() and not path.is_symlink() and file_sha256(path) == record.sha256
+
+
+def read_initial_adapter(folder: Path, sha256: str) -> Mapping[str, Tensor]:
+    """The tensors that prepare has checked, in main memory. Raises StepFailure if they are others by now."""
+    path = folder / ADAPTER_FILE
+    if path.is_symlink() or not path.is_file() or file_sha256(path) != sha256:
+        raise unsafe_artifact(
+            f"{path} is no longer the adapter that prepare has checked (sha256 {sha256}): keep others from writing to "
+            "the workspace, and create the job again"
+        )
+    return load_file(path)
+
+
+def _is_wanted(record: InitialAdapterStatus, wanted: InitialAdapterSpec) -> bool:
+    """Whether the record, whose location may have a commit or digest, is of the adapter that the job names."""
+    address = _without_slash(wanted.source)
+    return wanted.sha256 in (None, record.sha256) and (
+        record.source == address or record.source.startswith(f"{address}@")
+    )
+
+
+def _without_slash(address: str) -> str:
+    """The address as locations have it, without a slash at its end."""
+    return address.rstrip("/")
+
+
+def _fetch(context: StepContext, hub: Callable[[], Hub], address: str, folder: Path, largest: int) -> str:
+    """Copy both files from the address into the folder; returns the address of exactly these."""
+    source = parse_source(address)
+    if isinstance(source, VolumeSource):
+        _copy(context, source, folder, largest)
+        return address
+    with _explained():
+        if isinstance(source, HubSource):
+            remote: RemoteModel = HubModel(_open_hub(context, hub), source, source.commit)
+            location = f"hf://{source.repository}@{remote.version}"
+        elif isinstance(source, RegistrySource):
+            remote = RegistryModel(source, context.initial_adapter_secret, allowed=context.registries)
+            location = str(replace(source, digest=remote.revision(dict)))
+        elif isinstance(source, ObjectStoreSource):
+            remote = ObjectStoreModel(source, context.initial_adapter_secret)
+            location = address
+        else:
+            raise TypeError(f"the schema allows no adapter at {address}")
+        _require_files(remote.sizes, location, largest)
+        require_space(context.workspace.root, sum(remote.sizes[name] for name in _FILES), f"the adapter {location}")
+        for name in _FILES:
+            remote.fetch(name, folder, lambda _done: None)
+    for path in folder.iterdir():
+        # The hub's client leaves notes of its own.
+        if path.name not in _FILES:
+            remove(path)
+    return location
+
+
+def _copy(context: StepContext, source: VolumeSource, folder: Path, largest: int) -> None:
+    root = context.mounts.volume(VolumeSource(source.claim))
+    found = confined(root / source.path, root)
+    if not found.is_dir():
+        raise bad_configuration(f"{_FIELD}.source: {source} is not a folder on the volume: check the path")
+    names = [path.name for path in found.iterdir()]
+    for name in {*_FILES} & {*names}:
+        require_regular(found / name, found, f"{source}/{name}")
+    sizes = {name: (found / name).stat().st_size if name in _FILES else 0 for name in names}
+    _require_files(sizes, str(source), largest)
+    require_space(context.workspace.root, sum(sizes[name] for name in _FILES), f"the adapter {source}")
+    for name in _FILES:
+        shutil.copyfile(found / name, folder / name)
+
+
+def _require_files(sizes: Mapping[str, int], location: str, largest: int) -> None:
+    """Raise StepFailure unless both files are there, and no larger than those of such an adapter can be."""
+    pickles = [name for name in sizes if name.endswith((".bin", ".pt", ".pth"))]
+    if ADAPTER_FILE not in sizes and pickles:
+        raise unsafe_artifact(
+            f"{location} has its adapter only as {some_names(pickles)}, which can run code when it is loaded: convert "
+            f"it to {ADAPTER_FILE}"
+        )
+    for name, most in ((ADAPTER_CONFIG_FILE, MAX_CONFIG_BYTES), (ADAPTER_FILE, largest)):
+        if name not in sizes:
+            raise bad_configuration(f"{_FIELD}.source: {location} has no {name}; it has {some_names(sizes)}")
+        if sizes[name] > most:
+            raise unsafe_artifact(
+                f"{location}/{name} has {sizes[name]} bytes, and that of an adapter with this job's settings has at "
+                f"most {most}: name another adapter, or set spec.lora as that adapter was trained"
+            )
+
+
+def _open_hub(context: StepContext, hub: Callable[[], Hub]) -> Hub:
+    """With the token of the adapter's own Secret, or else the model's."""
+    secret = context.initial_adapter_secret
+    if secret.name is None:
+        return hub()
+    own = get_token()
+    values = secret.require("token", has_own=own is not None)
+    return Hub(own if values is None else values["token"], field=secret.field)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """An adapter that is missing or forbidden is no missing base model: the job names another address."""
+    try:
+        yield
+    except StepFailure as failure:
+        if failure.exit_code is not ExitCode.MODEL_UNAVAILABLE:
+            raise
+        raise bad_configuration(f"{_FIELD}.source: {failure.message}") from failure

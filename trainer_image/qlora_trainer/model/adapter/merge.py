@@ -1,0 +1,117 @@
+"""Merges an adapter into the 4-bit weights that it was trained on: a plain model in bfloat16, one tensor at a time.
+
+Not into the original weights, from which the trained-on weights differ by the whole quantization error, and not to
+4-bit again, which would round off most of what was trained.
+
+Memory, besides what the process holds before: a file's tensors (`SHARD_BYTES`, or one tensor if that is larger),
+`BYTES_PER_ENTRY` bytes for each entry of the largest layer, and what the allocator keeps of freed pieces below 32 MiB.
+Computing the merged model's loss takes less: its weights are mapped, which the kernel can drop, and copied one layer at
+a time.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig
+
+from qlora_api.training import LoraSpec
+from qlora_trainer.model.architecture.text_part import without_weights
+from qlora_trainer.model.nf4.base_weights import BaseWeights
+
+SHARD_BYTES = 2**30
+"""Size of a file of weights, unless one tensor is larger."""
+BYTES_PER_ENTRY = 8
+"""Working memory of a merge per entry of the current layer: its weight in 16 and 32 bit, and the result."""
+_MERGED_DTYPE = torch.bfloat16
+_INDEX = "model.safetensors.index.json"
+
+
+def merged_weight(base: Tensor, a: Tensor, b: Tensor, scaling: float, magnitude: Tensor | None = None) -> Tensor:
+    """The weight [outputs, inputs] of a layer together with its adapter, in bfloat16.
+
+    With W the dequantized weight `base`, s the scaling, A [rank, inputs] and B [outputs, rank]: W + s B A, computed in
+    float32 and rounded once (LoRA, arXiv 2106.09685). With DoRA's magnitude m [outputs] each of its rows is scaled to
+    the length m (arXiv 2402.09353, equation 5).
+    """
+    merged = base.to(torch.float32).addmm_(b.to(torch.float32), a.to(torch.float32), alpha=scaling)
+    if magnitude is not None:
+        merged *= (magnitude.to(torch.float32) / torch.linalg.vector_norm(merged, dim=1)).unsqueeze(1)
+    return merged.to(_MERGED_DTYPE)
+
+
+def adapter_scaling(lora: LoraSpec) -> float:
+    """What B A is multiplied by: alpha / rank, or alpha / sqrt(rank) with rsLoRA (arXiv 2312.03732)."""
+    return lora.alpha / (math.sqrt(lora.rank) if lora.use_rslora else lora.rank)
+
+
+@dataclass(frozen=True)
+class MergeSource:
+    """What a merged model is made of."""
+
+    base: BaseWeights
+    """The 4-bit base."""
+    adapter_file: Path
+    lora: LoraSpec
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor of this name of the merged model. Raises StepFailure if the base lacks it."""
+        layer = name.removesuffix(".weight")
+        with safe_open(self.adapter_file, framework="pt") as adapter:
+            trained = set(adapter.keys())
+            prefix = f"base_model.model.{layer}"
+            if f"{prefix}.weight" in trained:
+                return adapter.get_tensor(f"{prefix}.weight").to(_MERGED_DTYPE)
+            if not (name.endswith(".weight") and f"{prefix}.lora_A.weight" in trained):
+                tensor = self.base[name]
+                return tensor.to(_MERGED_DTYPE) if tensor.is_floating_point() else tensor
+            magnitude = f"{prefix}.lora_magnitude_vector"
+            return merged_weight(
+                self.base[name],
+                adapter.get_tensor(f"{prefix}.lora_A.weight"),
+                adapter.get_tensor(f"{prefix}.lora_B.weight"),
+                adapter_scaling(self.lora),
+                adapter.get_tensor(magnitude) if magnitude in trained else None,
+            )
+
+
+def merged_model(model_folder: Path) -> Any:
+    """The merged model, with shapes and without weights, from the configuration in `model_folder`."""
+    config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
+    # What is merged is in 16 bit, also if the base was published in 4.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return without_weights(config, dtype=_MERGED_DTYPE)
+
+
+def merged_bytes(model: Any) -> int:
+    """Bytes of the weights of a model of `merged_model`; tied weights count once."""
+    return sum(parameter.numel() * _MERGED_DTYPE.itemsize for parameter in model.parameters())
+
+
+def write_merged(model: Any, source: MergeSource, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write configuration and weights of the merged `model` into `folder`, which exists, as transformers reads them.
+
+    Holds at most a file's tensors (`shard_bytes`, or one tensor if that is larger) and `BYTES_PER_ENTRY` bytes for each
+    entry of the largest layer; what is read is mapped, not held. Raises OSError or SafetensorError if the disk is full.
+    """
+    # named_parameters has the first of tied tensors; transformers ties the others again when it loads.
+    tensors = dict(model.named_parameters())
+    # Gemma 4 multiplies with buffers that its files hold.
+    persistent = model.state_dict()
+    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in persistent and name in source.base}
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: source.tensor(name) for name in names}, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)

@@ -1,0 +1,51 @@
+"""Says which tensors a complete adapter's file holds: their names, shapes and types."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from qlora_api.training import LoraSpec
+from qlora_trainer.model.adapter.attach import tensor_dtype, whole_modules
+
+B_SUFFIX = ".lora_B.weight"
+MAX_CONFIG_BYTES = 2**22
+"""Of adapter_config.json, which names every target module: about 50 KB for the largest models."""
+# A safetensors file begins with names, types, shapes and places in JSON, and notes of whoever wrote it.
+_HEADER_BYTES = 2**20
+_HEADER_BYTES_PER_TENSOR = 512
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Shape and dtype of a tensor of a complete adapter."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def expected_tensors(skeleton: Any, target_modules: tuple[str, ...], lora: LoraSpec) -> Mapping[str, Expected]:
+    """Each tensor that a complete adapter holds by its name, from a model that has shapes but no weights.
+
+    A of a layer is [rank, inputs], B is [outputs, rank] and DoRA's magnitude [outputs]; the names are those of PEFT's
+    adapter files.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for target in target_modules:
+        layer = skeleton.get_submodule(target)
+        shapes[f"{target}.lora_A.weight"] = (lora.rank, layer.in_features)
+        shapes[f"{target}{B_SUFFIX}"] = (layer.out_features, lora.rank)
+        if lora.use_dora:
+            shapes[f"{target}.lora_magnitude_vector"] = (layer.out_features,)
+    for path in whole_modules(skeleton, lora):
+        for name, parameter in skeleton.get_submodule(path).named_parameters():
+            shapes[f"{path}.{name}"] = tuple(parameter.shape)
+    return {f"base_model.model.{name}": Expected(shape, tensor_dtype(name, lora)) for name, shape in shapes.items()}
+
+
+def largest_file(expected: Mapping[str, Expected]) -> int:
+    """Bytes that the file of such an adapter has at most, in whatever type: 4 for each number, and the header."""
+    numbers = sum(prod(wanted.shape) for wanted in expected.values())
+    return 4 * numbers + _HEADER_BYTES + _HEADER_BYTES_PER_TENSOR * len(expected)

@@ -1,0 +1,100 @@
+"""Knows the parts of a model of any family: the text decoder, its blocks, their linear layers, the embeddings."""
+
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from qlora_trainer.core.model_error import ModelError
+from qlora_trainer.model.experts.layout import routing_linears
+from qlora_trainer.model.kernels.attention import RowBoundaries
+
+
+def decoder_blocks(model: Any) -> nn.ModuleList:
+    """The blocks of a causal language model's text decoder. Raises ModelError if it has none."""
+    number = model.config.get_text_config(decoder=True).num_hidden_layers
+    for child in model.get_decoder().children():
+        if isinstance(child, nn.ModuleList) and len(child) == number:
+            return child
+    raise ModelError("this trainer does not find its decoder blocks, whose layers would get the adapter")
+
+
+def block_linears(model: Any) -> tuple[str, ...]:
+    """Sorted names of the linear layers in the text decoder's blocks: no head, no router, no vision tower."""
+    inside = {id(module) for module in decoder_blocks(model).modules() if isinstance(module, nn.Linear)}
+    names = {name for name, module in model.named_modules() if id(module) in inside}
+    return tuple(sorted(names.difference(routing_linears(model))))
+
+
+def block_structures(model: Any) -> frozenset[frozenset[str]]:
+    """What the blocks consist of: for each kind of block its modules, with their classes, and its parameters.
+
+    How many members a list inside a block has makes no difference.
+    """
+    return frozenset(frozenset(map(_without_numbers, _parts(block))) for block in decoder_blocks(model))
+
+
+def _parts(block: nn.Module) -> Iterator[str]:
+    for name, module in block.named_modules():
+        yield f"{name or 'block'} ({type(module).__name__})"
+    for name, _ in block.named_parameters():
+        yield name
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\b\d+\b", "*", name)
+
+
+def place_in_block(name: str) -> tuple[int, str]:
+    """The number of the block of a linear layer with this name, and the layer's name inside the block."""
+    found = re.search(r"\.(\d+)\.", name)
+    if found is None:
+        raise ValueError(f"{name} is not inside a block")
+    return int(found[1]), name[found.end() :]
+
+
+def decoder_states(model: Any, input_ids: Tensor, position_ids: Tensor, rows: RowBoundaries) -> Tensor:
+    """The decoder's last states, [1, tokens, hidden size], of rows of tokens [1, tokens] that follow one another.
+
+    A decoder that takes no positions or no other arguments computes its own for a single row.
+    """
+    decoder = model.get_decoder()
+    arguments = {"input_ids": input_ids, "position_ids": position_ids, "rows": rows, "use_cache": False}
+    accepted = inspect.signature(decoder.forward).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values()):
+        arguments = {name: value for name, value in arguments.items() if name in accepted}
+    return cast("Tensor", decoder(**arguments).last_hidden_state)
+
+
+def compute_as_in_use(model: Any) -> None:
+    """Turn off what a family does in training mode only, since the base is frozen: it computes what it does in use.
+
+    That is every dropout, of values and of whole layers, the noise of routers (Mixtral's jitter), and the clipping of
+    weights by Gemma 3n, which is done beside the layers' forward passes and would take packed weights for numbers.
+    To be called before the model has an adapter, whose dropout is to stay.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        _without_dropout(vars(module))
+        if getattr(module, "jitter_noise", 0):
+            module.jitter_noise = 0.0
+    # In its dictionary, because the field's declared type allows no None, which the layers ask for.
+    settings = vars(model.config.get_text_config(decoder=True))
+    _without_dropout(settings)
+    if "altup_coef_clip" in settings:
+        settings["altup_coef_clip"] = None
+
+
+def _without_dropout(settings: dict[str, Any]) -> None:
+    """Set each probability of dropout to 0, whatever a family calls it: attention_dropout, resid_pdrop, layerdrop."""
+    settings.update({name: 0.0 for name, value in settings.items() if "drop" in name and isinstance(value, float)})
+
+
+def outer_parameters(model: Any) -> set[int]:
+    """The ids of all parameters in embeddings, of tokens or else, and in the output layer."""
+    modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    head = model.get_output_embeddings()
+    return {id(parameter) for module in (*modules, head) if module is not None for parameter in module.parameters()}

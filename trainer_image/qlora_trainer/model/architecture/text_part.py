@@ -1,0 +1,170 @@
+"""Decides by which class of transformers a model is loaded, and takes from a multimodal one what text does not need."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from re import escape
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PreTrainedModel,
+)
+
+from qlora_trainer.core.model_error import ModelError, explained
+from qlora_trainer.core.paths import some_names
+
+# Published models of a type are loaded by the first that has it, and those of a single decoder by the first of all.
+_TEXT = ((AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),)
+_MULTIMODAL = (
+    (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+    (AutoModelForMultimodalLM, MODEL_FOR_MULTIMODAL_LM_MAPPING),
+)
+
+
+def is_multimodal(config: Any) -> bool:
+    """Whether a model of this configuration has a text decoder among other parts."""
+    return config.get_text_config(decoder=True) is not config
+
+
+def auto_class(config: Any) -> Any | None:
+    """The one of transformers' auto classes by which users load such a model; None if there is none for text.
+
+    A multimodal model is loaded whole, because then its layers have the names that PEFT and servers look for in an
+    adapter. Its text decoder alone has others.
+    """
+    known = (*_MULTIMODAL, *_TEXT) if is_multimodal(config) else (*_TEXT, *_MULTIMODAL)
+    return next((loader for loader, types in known if type(config) in types), None)
+
+
+def without_weights(config: Any, **settings: Any) -> Any:
+    """The whole model on the meta device, with shapes and without weights. Its configuration has an `auto_class`."""
+    loader: Any = auto_class(config)
+    with torch.device("meta"):
+        return loader.from_config(config, trust_remote_code=False, **settings)
+
+
+def text_part(config: Any, **settings: Any) -> Any:
+    """The model `without_weights` as it is trained: of a multimodal one only what text needs."""
+    model = without_weights(config, **settings)
+    with explained("this trainer does not find the text decoder of the model that transformers builds"):
+        _leave_text_part(model)
+    return model
+
+
+def random_text_part(config: Any, **settings: Any) -> Any:
+    """The model in main memory, initialized at random by transformers, but towers and projectors are of zeros.
+
+    These take no memory. Some models compute with them for any input, and then use none of it. Raises ModelError if
+    something outside the text decoder gets no values.
+    """
+    loader: Any = auto_class(config)
+    if not is_multimodal(config):
+        return loader.from_config(config, trust_remote_code=False, **settings)
+    model = without_weights(config, **settings)
+    beside = {id(module) for name in parts_beside_text(model) for module in model.get_submodule(name).modules()}
+    for module in model.modules():
+        if id(module) in beside:
+            module._apply(_zeros_without_memory, recurse=False).requires_grad_(False)
+            module._is_hf_initialized = True
+        else:
+            module.to_empty(device="cpu", recurse=False)._apply(_unset, recurse=False)
+    model.initialize_weights()
+    model.tie_weights()
+    _set_constants(model)
+    return model
+
+
+def _unset(tensor: Tensor) -> Tensor:
+    return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor.zero_()
+
+
+def _set_constants(model: Any) -> None:
+    """Set what transformers does not initialize, because its modules are made with the values (those of xIELU)."""
+    decoder = model.get_decoder()
+    constants = _unset_tensors(decoder)
+    if constants:
+        made = type(decoder)(decoder.config)
+        values = dict(made.named_parameters()) | dict(made.named_buffers())
+        for name, tensor in constants.items():
+            tensor.detach().copy_(values[name])
+    if left := _unset_tensors(model):
+        raise ModelError(f"transformers does not initialize {some_names(left)} of a model of this type")
+
+
+def _unset_tensors(model: nn.Module) -> dict[str, Tensor]:
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    # Not of towers: their zeros would take memory to be looked at.
+    looked_at = {name: tensor for name, tensor in tensors.items() if tensor.untyped_storage().nbytes() >= tensor.nbytes}
+    return {name: tensor for name, tensor in looked_at.items() if bool(tensor.isnan().any())}
+
+
+def load_text_part(folder: Path, **settings: Any) -> Any:
+    """The model in `folder`, on this machine, with `settings` for `from_pretrained`, but without `parts_beside_text`.
+
+    Weights of these are not read. Raises OSError, without a number, if the folder has no model.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    loader: Any = _without_other_parts(config) if is_multimodal(config) else auto_class(config)
+    return loader.from_pretrained(
+        folder, config=config, local_files_only=True, use_safetensors=True, trust_remote_code=False, **settings
+    )
+
+
+def parts_beside_text(model: Any) -> tuple[str, ...]:
+    """Names of the largest modules of a multimodal model that share nothing with its text decoder, embeddings and head.
+
+    They are towers and projectors, for images or sound. A model of text has none.
+    """
+    if not is_multimodal(model.config):
+        return ()
+    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    of_text = {id(inner) for part in parts if part is not None for inner in part.modules()}
+    return tuple(_outside(model, of_text))
+
+
+def _zeros_without_memory(tensor: Tensor) -> Tensor:
+    return torch.zeros((), dtype=tensor.dtype, device="cpu").expand(tensor.shape)
+
+
+def _outside(module: nn.Module, kept: set[int], prefix: str = "") -> Iterator[str]:
+    for name, child in module.named_children():
+        if id(child) in kept or next(child.parameters(), None) is None:
+            continue
+        if kept.isdisjoint(map(id, child.modules())):
+            yield f"{prefix}{name}"
+        else:
+            yield from _outside(child, kept, f"{prefix}{name}.")
+
+
+def _leave_text_part(model: Any) -> tuple[str, ...]:
+    """Remove `parts_beside_text`, and return their names. All other modules keep theirs."""
+    removed = parts_beside_text(model)
+    for name in removed:
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, None)
+    return removed
+
+
+def _without_other_parts(config: Any) -> type[PreTrainedModel]:
+    """The class of the model, which removes `parts_beside_text` as soon as it is made: before weights are read."""
+    family = next(types[type(config)] for _, types in (*_MULTIMODAL, *_TEXT) if type(config) in types)
+    return type(family.__name__, (_TextPart, family), {"__module__": family.__module__})
+
+
+class _TextPart:
+    """Goes before the class of a multimodal model."""
+
+    def __init__(self, *given: Any, **settings: Any) -> None:
+        super().__init__(*given, **settings)
+        model: Any = self
+        removed = [f"^{escape(name)}\\." for name in _leave_text_part(model)]
+        # Their weights are in the files, of which transformers would warn.
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *removed}

@@ -1,0 +1,1 @@
+"""The frozen 4-bit base: its layout, files, cache and loading."""

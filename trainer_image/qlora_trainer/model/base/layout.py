@@ -1,0 +1,408 @@
+"""Decides, before any weight is read, which tensors of a base become 4-bit and what its files then hold."""
+
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from torch import Tensor
+from transformers import AutoConfig, BitsAndBytesConfig
+from transformers.initialization import no_tie_weights
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers.base import HfQuantizer
+
+from qlora_api.training import QuantizationSpec
+from qlora_trainer.core.failures import bad_configuration, model_unavailable
+from qlora_trainer.core.paths import some_names
+from qlora_trainer.model.architecture.text_part import parts_beside_text, without_weights
+from qlora_trainer.model.base.weights_file import ALIGNMENT, DTYPES, Entry
+from qlora_trainer.model.experts.layout import ExpertLayout, Place, entry_name, matrices
+from qlora_trainer.model.experts.mxfp4_stack import Mxfp4Tensor, tensors_of
+from qlora_trainer.model.experts.quantizer import ExpertsConfig
+from qlora_trainer.model.nf4.base_weights import StoredName, renaming
+from qlora_trainer.model.nf4.quantization import BLOCK, COMPUTE_DTYPE, OUTER_BLOCK, layer_bytes
+from qlora_trainer.model.nf4.stored_layer import PACKED, StoredTensor, split
+from qlora_trainer.model.source.files import CONFIG
+from qlora_trainer.model.source.quantization import (
+    EXPERTS_FORMAT,
+    ORIGINAL,
+    SETTINGS,
+    require_agreement,
+    skipped_modules,
+    source_quantization,
+)
+
+STATE_BYTES = 256
+"""Bytes of a layer's description in JSON, which is filled up with spaces: its length is known before its numbers."""
+_WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
+"""The types that a weight may be stored in."""
+_PACKED_ALIGNMENT = 4
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of the original, and what is written in its place: itself, or the tensors of 4-bit layers."""
+
+    stored: str
+    entries: tuple[Entry, ...]
+    four_bit: bool
+    place: Place | None = None
+    """Among the experts, if it is a part of them."""
+    layer: StoredTensor | Mxfp4Tensor | None = None
+    """Of which 4-bit layer it is a part already, if the original is in 4 bit."""
+
+    @property
+    def alignment(self) -> int:
+        """Where it may begin, and end, is a multiple of this many bytes."""
+        if self.four_bit:
+            return ALIGNMENT
+        (entry,) = self.entries
+        # Packed weights are read as another type too.
+        packed = self.layer is not None and self.layer.role == PACKED and entry.bytes % _PACKED_ALIGNMENT == 0
+        return _PACKED_ALIGNMENT if packed else DTYPES[entry.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class BaseLayout:
+    """Where the tensors of a model belong."""
+
+    quantization: QuantizationSpec
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of each parameter of the model, by each of its names: tied ones have several."""
+    four_bit: frozenset[str]
+    """Names of the parameters that become 4-bit."""
+    tied: tuple[frozenset[str], ...]
+    """The names of each parameter. One of them must be stored."""
+    buffers: frozenset[str]
+    in_32_bit: frozenset[str]
+    """Names of the parameters that transformers keeps in 32 bit, whatever it is asked for."""
+    name_in_model: Callable[[str], StoredName | None]
+    """See `renaming`."""
+    experts: ExpertLayout
+    stored_in_4_bit: bool = False
+    """Whether the original's layers are in 4 bit already, as `quantization` describes it."""
+    in_16_bit: tuple[str, ...] = ()
+    """Names of all modules that do not become 4-bit, of a model of which transformers alone would leave fewer."""
+
+    @classmethod
+    def of(cls, config_folder: Path, quantization: QuantizationSpec) -> Self:
+        """The layout of the model whose config.json is in the folder, and was checked. Reads no weights.
+
+        The choice of the 4-bit layers is transformers' own: it is asked to replace them in a model without weights, and
+        told to leave what is beside the text of a multimodal model, which is not adapted to the error of quantization.
+        Raises StepFailure BAD_CONFIGURATION for a model that is in 4 bit already, but in another format or in other
+        layers.
+        """
+        settings = json.loads((config_folder / CONFIG).read_bytes())
+        stored = source_quantization(settings, CONFIG)
+        require_agreement(stored, quantization)
+        model = _without_weights(config_folder)
+        rename, experts = renaming(model), ExpertLayout.of(model)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
+        names: dict[int, set[str]] = {}
+        for name, tensor in parameters.items():
+            names.setdefault(id(tensor), set()).add(name)
+        buffers = frozenset(model.state_dict().keys() - shapes.keys())
+        in_32_bit = set(model._keep_in_fp32_modules_strict or ())
+        in_16_bit = _in_16_bit(config_folder)
+        four_bit = _chosen(config_folder, library_config(quantization, experts=True, in_16_bit=in_16_bit))
+        if stored is not None:
+            # Nothing else in them has an effect on the choice.
+            skipped = skipped_modules(settings[SETTINGS[0]])
+            theirs = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped)
+            _require_same(_chosen(config_folder, theirs), four_bit)
+        return cls(
+            quantization=quantization,
+            shapes=shapes,
+            four_bit=four_bit,
+            tied=tuple(frozenset(group) for group in names.values() if not group & experts.stacks.keys()),
+            buffers=buffers,
+            in_32_bit=frozenset(
+                name
+                for name, tensor in parameters.items()
+                if tensor.dtype == torch.float32 or any(part in name for part in in_32_bit)
+            ),
+            name_in_model=rename,
+            experts=experts,
+            stored_in_4_bit=stored is not None,
+            in_16_bit=in_16_bit,
+        )
+
+    @property
+    def bytes(self) -> int:
+        """About what the base takes on a volume."""
+        double = self.quantization.double_quant
+        weights = sum(layer_bytes(prod(self.shapes[name]), double_quant=double) for name in self.four_bit)
+        for stack in self.experts.stacks.values():
+            if stack.mxfp4:
+                weights += sum(prod(tensor.shape) for tensor in tensors_of(stack.shape).values())
+                continue
+            weights += (
+                stack.shape[0]
+                * stack.pieces
+                * (STATE_BYTES + layer_bytes(prod(stack.piece_shape), double_quant=double))
+            )
+        others = (next(iter(group)) for group in self.tied if not group & self.four_bit)
+        kept = sum(Entry(name, self._dtype(name), self.shapes[name]).bytes for name in others)
+        return weights + len(self.four_bit) * STATE_BYTES + kept
+
+    def parts(self, stored: Mapping[str, tuple[str, tuple[int, ...]]], file: str) -> list[Part]:
+        """What to write of a file of the original with these tensors, by name with type and shape.
+
+        Tensors that the model does not have are left out, such as those of a part for images. The others get the types
+        in which transformers would load them: it does not convert those of a base in 4-bit. Where each begins is a
+        multiple of its type's size. Raises StepFailure MODEL_UNAVAILABLE, naming the tensor, for one of another shape,
+        of no floating point type, or that the model computes with in another form.
+        """
+        parts = [self._part(name, *stored[name], file) for name in sorted(stored)]
+        # A 4-bit layer ends at a multiple of eight bytes. Behind them those of large types precede those of small ones.
+        found = [part for part in parts if part is not None]
+        return sorted(found, key=lambda part: (not part.four_bit, -part.alignment))
+
+    def _part(self, stored: str, dtype: str, shape: tuple[int, ...], file: str) -> Part | None:
+        place = self.experts.place(stored)
+        if place is not None:
+            return self._expert_part(stored, dtype, shape, place, file)
+        weight, role = split(stored) if self.stored_in_4_bit else (stored, PACKED)
+        found = self.name_in_model(weight)
+        if found is None or (found.pieces > 1 and found.name in self.four_bit):
+            raise model_unavailable(
+                f"{file} stores {stored} in another form than the model computes with: use a conversion of the model "
+                "that a present release of transformers has saved"
+            )
+        name = found.name
+        if name in self.buffers:
+            # Also of whole numbers.
+            return Part(stored, (Entry(stored, dtype, shape),), four_bit=False) if dtype in DTYPES else None
+        if name not in self.shapes:
+            return None
+        if self.stored_in_4_bit and (role or name in self.four_bit):
+            return self._layer_part(stored, weight, role, name, dtype, shape, file)
+        # Pieces stay apart, as transformers finds them in the original, and have as many rows together as it needs.
+        rows = self.shapes[name][:1] if found.pieces == 1 else shape[:1]
+        _require(stored, dtype, shape, (*rows, *self.shapes[name][1:]), file)
+        if name not in self.four_bit:
+            return Part(stored, (Entry(stored, self._dtype(name), shape),), four_bit=False)
+        return Part(stored, tuple(_layer(stored, prod(shape), self.quantization)), four_bit=True)
+
+    def _layer_part(
+        self, stored: str, weight: str, role: str, name: str, dtype: str, shape: tuple[int, ...], file: str
+    ) -> Part:
+        """A tensor of a layer that is in 4 bit already, whose weight has these names in the file and in the model."""
+        entries = {entry.name: entry for entry in _layer(weight, prod(self.shapes[name]), self.quantization)}
+        entry = entries.get(stored) if name in self.four_bit else None
+        if entry is None:
+            kind = f"{self.quantization.type}, double quantization {self.quantization.double_quant}"
+            raise model_unavailable(
+                f"{stored} in {file} belongs to no layer that is in 4 bit ({kind}), as config.json describes it; "
+                f"{ORIGINAL}"
+            )
+        layer = StoredTensor(role, entry.dtype, entry.shape, self.shapes[name], self.quantization)
+        return _kept(layer, entry, stored, dtype, shape, file)
+
+    def _dtype(self, name: str) -> str:
+        """The type of a parameter that does not become 4-bit."""
+        return "F32" if name in self.in_32_bit else "BF16"
+
+    def _expert_part(self, stored: str, dtype: str, shape: tuple[int, ...], place: Place, file: str) -> Part:
+        stack = self.experts.stacks[place.stack]
+        if stack.mxfp4:
+            tensor = tensors_of(stack.shape).get(place.role)
+            if tensor is None:
+                raise model_unavailable(f"{stored} in {file} is not in MXFP4, as config.json describes it; {ORIGINAL}")
+            entry = Entry(f"{place.stack}{place.role}", "U8", tensor.shape)
+            return _kept(tensor, entry, stored, dtype, shape, file)
+        whole = shape if stack.is_turned(shape) else stack.shape
+        _require(stored, dtype, shape, whole if place.expert is None else stack.piece_shape, file)
+        size = prod(stack.piece_shape)
+        entries = (
+            entry
+            for expert, piece in stack.matrices(place)
+            for entry in _layer(entry_name(place.stack, expert, piece), size, self.quantization)
+        )
+        return Part(stored, tuple(entries), four_bit=True, place=place)
+
+    def matrices(self, opened: Any, part: Part) -> Iterator[tuple[str, Tensor]]:
+        """The weight of each 4-bit layer that a part becomes, out of an open file, before its entries' common name."""
+        if part.place is None:
+            yield part.stored, opened.get_tensor(part.stored)
+            return
+        for expert, piece, matrix in matrices(opened, part.stored, part.place, self.experts.stacks[part.place.stack]):
+            yield entry_name(part.place.stack, expert, piece), matrix
+
+    def tensors(
+        self, stored: Mapping[str, tuple[str, tuple[int, ...]]]
+    ) -> Mapping[str, tuple[Entry, StoredTensor | None]]:
+        """What a base has whose files have these tensors, by name with type and shape; of a 4-bit layer, as what.
+
+        These are all tensors of the routed experts, and of each other weight that is stored. What no base has is not
+        among them. Buffers are as they are stored, and so are the rows of a weight that is stored in pieces.
+        """
+        found: dict[str, tuple[Entry, StoredTensor | None]] = {}
+        for name, stack in self.experts.stacks.items():
+            if stack.mxfp4:
+                for role, tensor in tensors_of(stack.shape).items():
+                    found[f"{name}{role}"] = (Entry(f"{name}{role}", "U8", tensor.shape), None)
+                continue
+            for matrix in stack.matrices(Place(name, None)):
+                found |= self._layer_tensors(entry_name(name, *matrix), stack.piece_shape)
+        for name in stored.keys() - found.keys():
+            (dtype, shape), place = stored[name], self.name_in_model(name)
+            if place is None:
+                continue
+            whole = self.shapes.get(place.name)
+            if place.name in self.buffers and dtype in DTYPES:
+                found[name] = (Entry(name, dtype, shape), None)
+            elif whole is not None and place.name not in self.four_bit:
+                rows = whole[:1] if place.pieces == 1 else shape[:1]
+                found[name] = (Entry(name, self._dtype(place.name), (*rows, *whole[1:])), None)
+            elif whole is not None and place.pieces == 1:
+                found |= self._layer_tensors(name, whole)
+        return found
+
+    def _layer_tensors(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[Entry, StoredTensor | None]]:
+        """The tensors of the 4-bit layer whose weight has this name in a file, and this shape."""
+        return {
+            entry.name: (
+                entry,
+                StoredTensor(entry.name[len(name) + 1 :], entry.dtype, entry.shape, shape, self.quantization),
+            )
+            for entry in _layer(name, prod(shape), self.quantization)
+        }
+
+    def library_config(self) -> BitsAndBytesConfig:
+        """How transformers is told of the base's quantization."""
+        stacks = self.experts.stacks.values()
+        settings = library_config(self.quantization, experts=bool(stacks), in_16_bit=self.in_16_bit)
+        if any(stack.mxfp4 for stack in stacks):
+            setattr(settings, EXPERTS_FORMAT, "mxfp4")
+        return settings
+
+    def require_complete(self, stored: Collection[str]) -> None:
+        """Raise StepFailure MODEL_UNAVAILABLE unless each parameter of the model is among these stored tensors."""
+        places = {name: place for name in stored if (place := self.name_in_model(name)) is not None}
+        found = _whole(places.values())
+        missing = sorted(min(group) for group in self.tied if not group & found)
+        missing += sorted(set(self.experts.entries()).difference(stored))
+        if self.stored_in_4_bit:
+            layers = [name for name, place in places.items() if place.name in self.four_bit]
+            needed = {entry.name for layer in layers for entry in _layer(layer, 0, self.quantization)}
+            missing += sorted(needed.difference(stored))
+        if missing:
+            raise model_unavailable(
+                f"the weights do not fit config.json: {len(missing)} tensors are missing, first {some_names(missing)}"
+            )
+
+
+def _whole(places: Iterable[StoredName]) -> set[str]:
+    """The names of which all pieces are there."""
+    pieces: dict[tuple[str, int], set[int]] = {}
+    for place in places:
+        pieces.setdefault((place.name, place.pieces), set()).add(place.piece)
+    return {name for (name, count), those in pieces.items() if len(those) == count}
+
+
+def _without_weights(config_folder: Path) -> Any:
+    config = AutoConfig.from_pretrained(config_folder, local_files_only=True, trust_remote_code=False)
+    return without_weights(config, dtype=COMPUTE_DTYPE)
+
+
+def _in_16_bit(config_folder: Path) -> tuple[str, ...]:
+    """Modules that stay in 16 bit, if these are others than transformers' own: it takes all or none of them by name."""
+    # Before weights are tied, as in `_chosen`.
+    with no_tie_weights():
+        model = _without_weights(config_folder)
+    beside = parts_beside_text(model)
+    return tuple(sorted({*HfQuantizer.get_modules_to_not_convert(model), *beside})) if beside else ()
+
+
+def _chosen(config_folder: Path, settings: BitsAndBytesConfig) -> frozenset[str]:
+    """The names of the weights that transformers puts into 4-bit layers with these settings."""
+    quantizer: Any = AutoHfQuantizer.from_config(settings, pre_quantized=False)
+    # The library chooses before it ties weights, and what it sees as the last one depends on that.
+    with no_tie_weights():
+        replaced = _without_weights(config_folder)
+    quantizer.preprocess_model(replaced, device_map={"": "cpu"})
+    layers = (name for name, module in replaced.named_modules() if isinstance(module, Linear4bit))
+    return frozenset(f"{layer}.weight" for layer in layers)
+
+
+def _kept(
+    layer: StoredTensor | Mxfp4Tensor, entry: Entry, stored: str, dtype: str, shape: tuple[int, ...], file: str
+) -> Part:
+    """The part of a stored tensor that is in 4 bit already. Raises StepFailure if it cannot be `layer`."""
+    try:
+        layer.require_header(dtype, shape)
+    except ValueError as error:
+        raise model_unavailable(f"{stored} in {file} is no part of a 4-bit layer: {error}; {ORIGINAL}") from error
+    return Part(stored, (entry,), four_bit=False, layer=layer)
+
+
+def _require_same(theirs: frozenset[str], ours: frozenset[str]) -> None:
+    if theirs != ours:
+        in_16_bit, in_4_bit = map(some_names, (ours - theirs, theirs - ours))
+        raise bad_configuration(
+            f"{CONFIG} describes a model whose 4-bit layers are not those that a job has: it has {in_16_bit} in 16 bit "
+            f"and {in_4_bit} in 4 bit instead (llm_int8_skip_modules); {ORIGINAL}"
+        )
+
+
+def _require(stored: str, dtype: str, shape: tuple[int, ...], wanted: tuple[int, ...], file: str) -> None:
+    if shape != wanted:
+        raise model_unavailable(
+            f"the weights do not fit config.json: {stored} in {file} has shape {list(shape)}, not {list(wanted)}"
+        )
+    if dtype not in _WEIGHT_TYPES:
+        raise model_unavailable(
+            f"{stored} in {file} is stored as {dtype}, and must be one of {', '.join(_WEIGHT_TYPES)}: use a "
+            "revision that is not quantized"
+        )
+
+
+def library_config(
+    quantization: QuantizationSpec,
+    storage_dtype: torch.dtype = torch.uint8,
+    *,
+    experts: bool,
+    in_16_bit: tuple[str, ...] = (),
+) -> BitsAndBytesConfig:
+    """How transformers is told of the quantization, of a model that has, or may have, routed `experts`.
+
+    `in_16_bit`: names of all modules that are not quantized; without any, transformers takes the output layer.
+    """
+    settings = ExpertsConfig if experts else BitsAndBytesConfig
+    return settings(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.type,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=COMPUTE_DTYPE,
+        bnb_4bit_quant_storage=storage_dtype,
+        llm_int8_skip_modules=list(in_16_bit) or None,
+    )
+
+
+def _layer(name: str, parameters: int, quantization: QuantizationSpec) -> Iterator[Entry]:
+    """The tensors of a 4-bit layer: 32 bit first, so that each begins at a multiple of its size, and so the next layer.
+
+    Packed bytes that begin at a multiple of four can be read as another type, as a sharded base needs them.
+    """
+    blocks = -(-parameters // BLOCK)
+    entries = [Entry(f"{name}.quant_map", "F32", (16,))]
+    packed = Entry(name, "U8", (-(-parameters // 2), 1))
+    if quantization.double_quant:
+        entries += [
+            Entry(f"{name}.nested_absmax", "F32", (-(-blocks // OUTER_BLOCK),)),
+            Entry(f"{name}.nested_quant_map", "F32", (256,)),
+            packed,
+            Entry(f"{name}.absmax", "U8", (blocks,)),
+        ]
+    else:
+        entries += [Entry(f"{name}.absmax", "F32", (blocks,)), packed]
+    filled = -sum(entry.bytes for entry in entries) % ALIGNMENT
+    yield from entries
+    yield Entry(f"{name}.quant_state.bitsandbytes__{quantization.type}", "U8", (STATE_BYTES + filled,))

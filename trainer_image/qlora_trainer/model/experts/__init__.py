@@ -1,0 +1,1 @@
+"""Routed experts of a mixture, frozen in 4-bit stacks."""

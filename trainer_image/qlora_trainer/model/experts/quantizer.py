@@ -1,0 +1,82 @@
+"""Has transformers load a model whose routed experts are 4-bit stacks, and leave these and the routers alone."""
+
+from re import escape
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+from qlora_api.training import QuantizationSpec
+from qlora_trainer.model.experts.compute import expert_modules
+from qlora_trainer.model.experts.layout import ExpertLayout, routing_linears
+from qlora_trainer.model.source.quantization import EXPERTS_FORMAT
+
+_METHOD = "qlora_4bit"
+"""Not bitsandbytes' own name: whoever loads without this module must get an error, not random experts."""
+_IN_4_BIT = "load_in_4bit"
+
+
+@register_quantization_config(_METHOD)
+class ExpertsConfig(BitsAndBytesConfig):
+    """bitsandbytes' settings for a model whose experts are stacks, for transformers."""
+
+    def __init__(self, **settings: Any) -> None:
+        """The settings of bitsandbytes, and `experts`, which is "mxfp4" if they are stored in that format."""
+        experts = settings.pop(EXPERTS_FORMAT, None)
+        super().__init__(**settings | {_IN_4_BIT: True})
+        self.quant_method = cast("Any", _METHOD)
+        if experts is not None:
+            setattr(self, EXPERTS_FORMAT, experts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings for config.json, without the one by which transformers would choose bitsandbytes' quantizer."""
+        return {name: value for name, value in super().to_dict().items() if name.lstrip("_") != _IN_4_BIT}
+
+
+@register_quantizer(_METHOD)
+class ExpertsQuantizer(Bnb4BitHfQuantizer):
+    """bitsandbytes' quantizer, which in addition keeps transformers from loading experts and quantizing routers."""
+
+    layout: ExpertLayout
+
+    def _process_model_before_weight_loading(self, model: Any, **settings: Any) -> None:
+        self.layout = ExpertLayout.of(model)
+        given = self.quantization_config
+        stack_experts(
+            model,
+            self.layout,
+            QuantizationSpec(type=given.bnb_4bit_quant_type, double_quant=given.bnb_4bit_use_double_quant),
+            "meta",
+        )
+        # Whatever is stored for them is not loaded by transformers, which would warn.
+        ignored = {escape(name) for name in self.layout.stacks}
+        model._keys_to_ignore_on_load_unexpected = ignored | set(model._keys_to_ignore_on_load_unexpected or ())
+        super()._process_model_before_weight_loading(model, **settings)
+
+    @staticmethod
+    def get_modules_to_not_convert(model: Any, *settings: Any, **more: Any) -> list[str]:
+        """Those of bitsandbytes, and routers."""
+        return [*HfQuantizer.get_modules_to_not_convert(model, *settings, **more), *routing_linears(model)]
+
+
+def stack_experts(
+    model: nn.Module, layout: ExpertLayout, quantization: QuantizationSpec, device: torch.device | str
+) -> None:
+    """Replace the weights of routed experts by stacks without values."""
+    for name, shape in layout.stacks.items():
+        module, weight = holder(model, name)
+        delattr(module, weight)
+        setattr(module, weight, shape.stack(quantization, device))
+    for _, module in expert_modules(model):
+        # transformers would initialize the weights, which are no parameters any more.
+        module._is_hf_initialized = True
+
+
+def holder(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter or stack of this name, and its name there."""
+    parent, _, last = name.rpartition(".")
+    return model.get_submodule(parent), last

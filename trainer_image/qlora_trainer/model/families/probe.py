@@ -1,0 +1,258 @@
+"""Probes a family with a shrunken random model: do we compute what transformers does, and keep packed rows apart?"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from qlora_trainer.core.model_error import ModelError, explained
+from qlora_trainer.model.architecture.decoder import (
+    block_linears,
+    block_structures,
+    compute_as_in_use,
+    decoder_states,
+    place_in_block,
+)
+from qlora_trainer.model.architecture.text_part import random_text_part
+from qlora_trainer.model.experts.compute import EXPERTS, expert_modules, register_experts
+from qlora_trainer.model.families.tiny_model import SPECIAL_TOKENS, VOCABULARY, WEIGHT_DEVIATION, shrunken
+from qlora_trainer.model.kernels.attention import ATTENTION, RowBoundaries, register_attention
+from qlora_trainer.model.losses.loss import LogitTransform
+
+_OF_TRANSFORMERS = ("sdpa", "eager")
+_ROWS = (7, 12)
+"""Both longer than the shrunken window."""
+_UNKNOWN = (ModelError, ValueError, RuntimeError, TypeError, AttributeError, KeyError)
+"""What transformers raises for a setting that a family does not know."""
+_SMALL_MODEL = "the small model by which this type is tested"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a small random model of a family shows."""
+
+    attention: str | None
+    """The `attn_implementation` with which a row's logits are those of transformers' own attention, experts and head.
+
+    None if there is none."""
+    isolated: bool = False
+    """Another row before it in its sequence does not change a bit of them. See `_same_behind`."""
+    causal: bool = False
+    """Nor does a later token change those of an earlier one, beyond rounding."""
+    stateless: bool = False
+    """Nor does a sequence before it change a bit."""
+    steady: bool = False
+    """They are the same in training mode, without what `compute_as_in_use` turns off."""
+    without_gradient: frozenset[tuple[int, str]] = frozenset()
+    """Linear layers whose result has no part in the loss: number of the whole model's block, and name in it."""
+    bypassed: tuple[str, ...] = ()
+    """Names in their blocks of linear layers whose weights have a part in the loss, but not by their forward pass."""
+    unlike: tuple[str, ...] = ()
+    """Parts of blocks that only the whole model has, or only the small one."""
+    fixed_positions: bool = False
+    """It computes no row with more tokens than it has positions, as where each has a vector that was learned."""
+
+
+def probe(config: Any, whole: Any) -> Probe:
+    """Compare a small random model of this `config` with our attention, positions and head with itself.
+
+    Where our attention does not compute what the family's own does, transformers' is tried, for one row a sequence.
+    `whole` is the model that it stands for, with weights or without: each kind of block of one must be in the other.
+
+    Takes a tenth of a second for most families, and seconds for recurrent layers. Raises ModelError for a
+    configuration that this trainer cannot make small, and for a small model that transformers cannot build or run.
+    """
+    register_attention()
+    register_experts()
+    with explained(f"this trainer cannot make {_SMALL_MODEL}"):
+        small = shrunken(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokens = VOCABULARY - len(SPECIAL_TOKENS)
+        first, other, second = (torch.randint(tokens, (1, length)) for length in (_ROWS[0], *_ROWS))
+        expected = _expected_logits(small.config, second)
+        with explained(f"{_SMALL_MODEL} cannot be run as in training"):
+            with torch.no_grad():
+                model, attention = _exact_model(small.config, second, expected)
+                if model is None:
+                    return Probe(None)
+                isolated = attention == ATTENTION and _isolates(model, second, (first, other), expected)
+                causal, stateless = _is_causal(model, second), _is_stateless(model, second, other)
+            silent, bypassed = _without_gradient(model, second)
+            with torch.no_grad():
+                # It is in training mode now.
+                steady = _close(_logits(model, second, _ROWS[1:]), expected)
+            unlike = _unlike(whole, model)
+        fixed = _has_fixed_positions(small.config, second)
+    blocks = enumerate(small.stands_for)
+    silent_layers = {(block, name) for block, small_block in blocks for number, name in silent if number == small_block}
+    return Probe(attention, isolated, causal, stateless, steady, frozenset(silent_layers), bypassed, unlike, fixed)
+
+
+def _unlike(whole: Any, small: Any) -> tuple[str, ...]:
+    """Of each kind of block that only one of the two models has, the parts that the others of the other one lack."""
+    kinds, small_kinds = block_structures(whole), block_structures(small)
+    parts: set[str] = set()
+    for kind in kinds ^ small_kinds:
+        others = small_kinds if kind in kinds else kinds
+        parts |= min((kind ^ other for other in others), key=len)
+    return tuple(sorted(parts))
+
+
+def _expected_logits(config: Any, row: Tensor) -> Tensor:
+    """What transformers computes for the row with its own attention and experts."""
+    with explained(f"transformers cannot build {_SMALL_MODEL}"):
+        model = _random_model(config, "eager", "eager")
+    with explained(f"transformers cannot run on text alone {_SMALL_MODEL}"), torch.no_grad():
+        return model(input_ids=row, use_cache=False).logits
+
+
+def _has_fixed_positions(config: Any, row: Tensor) -> bool:
+    """Whether the model computes a row of as many tokens as it has positions, but none with one token more."""
+    of_row = copy.deepcopy(config)
+    text = of_row.get_text_config(decoder=True)
+    if getattr(text, "max_position_embeddings", None) is None:
+        return False
+    text.max_position_embeddings = row.shape[1]
+    try:
+        model = _random_model(of_row, "eager", "eager")
+    except (*_UNKNOWN, IndexError):
+        # Such as a rotation that is stated for a longer context. Then it is computed, for any position.
+        return False
+    return not _computes(model, torch.cat([row, row[:, :1]], dim=1)) and _computes(model, row)
+
+
+def _computes(model: Any, row: Tensor) -> bool:
+    try:
+        with torch.no_grad():
+            model(input_ids=row, use_cache=False)
+    except (IndexError, RuntimeError, ValueError):
+        return False
+    return True
+
+
+def _random_model(config: Any, attention: str, experts: str = EXPERTS) -> Any:
+    """The model with these implementations of attention and experts, and the same random weights for each."""
+    torch.manual_seed(1)
+    model = random_text_part(config, dtype=torch.float32, attn_implementation=attention, experts_implementation=experts)
+    for parameter in model.eval().parameters():
+        if parameter.requires_grad and (parameter.ndim == 1 or _is_constant(parameter)):
+            # Biases, and some routers, are initialized with 0 and norms with 1: leaving one out, or drawing experts at
+            # random, would not change the logits.
+            parameter.data.add_(WEIGHT_DEVIATION * torch.randn_like(parameter))
+    return model
+
+
+def _is_constant(parameter: Tensor) -> bool:
+    return bool((parameter == parameter.flatten()[:1]).all())
+
+
+def _exact_model(config: Any, row: Tensor, expected: Tensor) -> tuple[Any, str | None]:
+    """The model with the first implementation that gives the expected logits, and that; None if there is none.
+
+    Made with it, as it is loaded: some families do not change theirs afterwards. Raises what ours raises if
+    none is exact.
+    """
+    refusal: Exception | None = None
+    for attention in (ATTENTION, *_OF_TRANSFORMERS):
+        try:
+            model = _random_model(config, attention)
+            if _close(_logits(model, row, _ROWS[1:]), expected):
+                return model, attention
+        except _UNKNOWN as error:
+            # An implementation that a family does not know makes it fail in any of these ways.
+            refusal = error if attention == ATTENTION else refusal
+    if refusal is not None:
+        raise refusal
+    return None, None
+
+
+def _has_experts(model: Any) -> bool:
+    return next(expert_modules(model), None) is not None
+
+
+def _isolates(model: Any, row: Tensor, before: tuple[Tensor, Tensor], expected: Tensor) -> bool:
+    """Whether a row's logits are the expected ones behind other rows, the same ones behind each."""
+    behind, behind_other = (
+        _logits(model, torch.cat([other, row], dim=1), _ROWS)[:, other.shape[1] :] for other in before
+    )
+    return _same_behind(model, behind, behind_other) and _close(behind, expected)
+
+
+def _same_behind(model: Any, logits: Tensor, others: Tensor) -> bool:
+    """Whether a row's logits behind two different rows are the same to the bit.
+
+    With routed experts up to rounding, 2^-16 of the largest: how many tokens an expert gets depends on the other row,
+    and a matrix product of another size adds in another order. What another row leaks is above: its tokens' states are
+    as large as the row's own.
+    """
+    if not _has_experts(model):
+        return torch.equal(logits, others)
+    return bool((logits - others).abs().max() <= 2**-16 * logits.abs().max())
+
+
+def _is_causal(model: Any, row: Tensor) -> bool:
+    half = row.shape[1] // 2
+    changed = torch.cat([row[:, :half], row[:, half:].flip(1)], dim=1)
+    before, after = (_logits(model, tokens, _ROWS[1:])[:, :half] for tokens in (row, changed))
+    return _close(after, before)
+
+
+def _is_stateless(model: Any, row: Tensor, other: Tensor) -> bool:
+    before = _logits(model, row, _ROWS[1:])
+    _logits(model, other, _ROWS[:1])
+    return torch.equal(_logits(model, row, _ROWS[1:]), before)
+
+
+def _close(logits: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(logits, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def _logits(model: Any, input_ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """Logits as training computes them: decoder, head, transform."""
+    rows = RowBoundaries.of(lengths, input_ids.device)
+    states = decoder_states(model, input_ids, rows.position_ids(), rows)
+    return LogitTransform.of(model.config)(model.get_output_embeddings()(states))
+
+
+def _without_gradient(model: Any, row: Tensor) -> tuple[list[tuple[int, str]], tuple[str, ...]]:
+    """Linear layers of the blocks whose result has no part in the loss, by number of the block and name in it.
+
+    And the names of those of which the weights have one all the same.
+    """
+    linears = block_linears(model)
+    compute_as_in_use(model)
+    model.train()
+    with _results_of(model, linears) as results:
+        cross_entropy(_logits(model, row, _ROWS[1:])[0, :-1].float(), row[0, 1:]).backward()
+    reached = {name for name, result in results if result.grad is not None and bool(result.grad.any())}
+    called = {name for name, _ in results}
+    bypassed = [name for name in linears if name not in called and model.get_submodule(name).weight.grad is not None]
+    silent = [place_in_block(name) for name in linears if name not in reached]
+    return silent, tuple(sorted({place_in_block(name)[1] for name in bypassed}))
+
+
+@contextmanager
+def _results_of(model: nn.Module, names: tuple[str, ...]) -> Iterator[list[tuple[str, Tensor]]]:
+    """What the modules of these names compute in the body, with its gradient after a backward pass."""
+    results: list[tuple[str, Tensor]] = []
+
+    def keep(name: str, result: Tensor) -> None:
+        if result.requires_grad:
+            result.retain_grad()
+            results.append((name, result))
+
+    hooks = [
+        model.get_submodule(name).register_forward_hook(lambda _module, _given, result, name=name: keep(name, result))
+        for name in names
+    ]
+    try:
+        yield results
+    finally:
+        for hook in hooks:
+            hook.remove()

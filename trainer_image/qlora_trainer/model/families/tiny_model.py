@@ -1,0 +1,242 @@
+"""Makes a small configuration of the same family: few heads, tokens and blocks, but a block of each kind."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_trainer.model.experts.layout import EXPERT_COUNTS
+
+VOCABULARY = 128
+"""Tokens of a small model. The last ones are the special ones, which a test is not to draw."""
+SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+WEIGHT_DEVIATION = 0.2
+"""Standard deviation of the weights: enough for scores to differ, too little for one token to take all attention."""
+_WINDOW = 5
+_CHUNK = 4
+"""Tokens after which a Mamba layer hands on its state: the rows of the probe are longer, and few sums are computed."""
+_CHUNKS = ("mamba_chunk_size", "chunk_size")
+_SOFTCAP = 1.0
+"""Low enough to change every score and logit."""
+_MOST_BLOCKS = 8
+_WIDTH = 64
+_WIDTHS = ("intermediate_size", "moe_intermediate_size", "hidden_size_per_layer_input")
+"""Sizes that no other depends on."""
+_NUMBERS_OF_BLOCKS = ("attn_layer_indices", "cross_attention_layers")
+"""Lists of the blocks that are of another kind, by number."""
+_NO_VALUES_OF_BLOCKS = (*SPECIAL_TOKENS, "full_attn_idxs", *_NUMBERS_OF_BLOCKS)
+"""Lists that may have as many entries as the model has blocks, by chance."""
+_MOST_EXPERTS = 16
+_DENSE_BLOCKS = ("first_k_dense_replace", "num_dense_layers")
+"""Names for the number of first blocks without experts."""
+_SEGMENTS = ("n_input_layers", "n_recurrent_layers", "n_output_layers")
+"""Numbers of blocks that follow one another, in families that repeat those in the middle."""
+
+
+@dataclass(frozen=True)
+class Shrunken:
+    """A small configuration, and what its blocks stand for."""
+
+    config: Any
+    stands_for: tuple[int, ...]
+    """For each block of the whole model, the number of the small model's block that is of its kind."""
+
+
+def shrunken(config: Any) -> Shrunken:
+    """The same family with few heads (of the same size, which positions depend on), few tokens and few blocks.
+
+    The blocks show each kind that the model has: sliding or global, with or without rotation, with keys of their own or
+    of an earlier block, with sizes of their own. Of a multimodal model the text decoder is small, and the rest as it
+    is.
+    """
+    text = config.get_text_config(decoder=True)
+    if text is config:
+        return _shrunken_decoder(config)
+    small = _shrunken_decoder(text)
+    whole = copy.copy(config)
+    for name, value in vars(config).items():
+        if value is text:
+            setattr(whole, name, small.config)
+    return Shrunken(whole, small.stands_for)
+
+
+def _shrunken_decoder(config: Any) -> Shrunken:
+    settings, overrides = _settings(config), _overrides(config)
+    kinds = _kinds_of_blocks(config, settings, overrides)
+    blocks = _blocks_of_each_kind(kinds)
+    changes: dict[str, Any] = {
+        **{name: [values[block] for block in blocks] for name, values in _lists_by_block(config, settings).items()},
+        **_small_sizes(settings, len(blocks)),
+        **_parts_of_depth(config, settings, blocks),
+        **_numbers_of_blocks(settings, blocks),
+        **_experts(config, settings, blocks),
+        "num_hidden_layers": len(blocks),
+        "initializer_range": WEIGHT_DEVIATION,
+        **{name: _SOFTCAP for name, value in settings.items() if "softcap" in name and value is not None},
+        # The embedding rejects ids outside the small vocabulary.
+        **{name: VOCABULARY - number for number, name in enumerate(SPECIAL_TOKENS, start=1)},
+    }
+    if settings.get("sliding_window"):
+        changes["sliding_window"] = _WINDOW
+    small = copy.deepcopy(config)
+    if overrides:
+        small.per_layer_config = {}
+    for name, value in changes.items():
+        if name in settings:
+            setattr(small, name, value)
+    if overrides:
+        small.per_layer_config = _small_overrides(overrides, blocks)
+    number_of = {kinds[block]: number for number, block in reversed(list(enumerate(blocks)))}
+    return Shrunken(small, tuple(number_of.get(kind, 0) for kind in kinds))
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """What the configuration holds, under its own names and under those that transformers has for all families."""
+    own = vars(config)
+    return own | {name: own[of_family] for name, of_family in config.attribute_map.items() if of_family in own}
+
+
+def _overrides(config: Any) -> dict[int, dict[str, Any]]:
+    """What single blocks have otherwise than the configuration says for all, by their numbers."""
+    found = config.to_dict().get("per_layer_config") or {}
+    return {int(block): dict(values) for block, values in found.items()}
+
+
+def _small_sizes(settings: Mapping[str, Any], blocks: int) -> dict[str, Any]:
+    heads, key_heads = settings.get("num_attention_heads"), settings.get("num_key_value_heads")
+    head_size = settings.get("head_dim") or (settings["hidden_size"] // heads if heads else _WIDTH)
+    small_heads = 2 if key_heads in (None, heads) else 4
+    hidden = small_heads * head_size
+    sizes: dict[str, Any] = {
+        "num_attention_heads": small_heads,
+        "num_key_value_heads": 2,
+        "head_dim": head_size,
+        "hidden_size": hidden,
+        **_sizes_of_state(settings, hidden),
+        "vocab_size": VOCABULARY,
+        "vocab_size_per_layer_input": VOCABULARY,
+    }
+    sizes |= {name: _CHUNK for name in _CHUNKS if (settings.get(name) or 0) > _CHUNK}
+    for name in _WIDTHS:
+        if value := settings.get(name):
+            sizes[name] = [_WIDTH] * blocks if isinstance(value, list) else _WIDTH
+    return sizes
+
+
+def _sizes_of_state(settings: Mapping[str, Any], hidden: int) -> dict[str, int]:
+    """Numbers of heads of a Mamba layer, whose inner width is a multiple of the hidden size (arXiv 2405.21060)."""
+    sizes: dict[str, int] = {}
+    for expand, heads, head_size in (
+        ("mamba_expand", "mamba_n_heads", "mamba_d_head"),
+        ("expand", "num_heads", "head_dim"),
+    ):
+        inner = (settings.get(expand) or 0) * hidden
+        if inner and settings.get(heads):
+            size = settings[head_size] if isinstance(settings.get(head_size), int) else inner // 2
+            sizes |= {heads: inner // size, "n_groups": 1, "mamba_n_groups": 1}
+    return sizes
+
+
+def _parts_of_depth(config: Any, settings: Mapping[str, Any], blocks: list[int]) -> dict[str, int]:
+    """Settings that count some of the blocks, for those that remain."""
+    parts = {name: sum(_segment(settings, block) == name for block in blocks) for name in _SEGMENTS}
+    if shared := settings.get("num_kv_shared_layers"):
+        first = config.num_hidden_layers - shared
+        parts["num_kv_shared_layers"] = sum(block >= first for block in blocks)
+    return parts
+
+
+def _numbers_of_blocks(settings: Mapping[str, Any], blocks: list[int]) -> dict[str, list[int]]:
+    """Settings that list blocks, with the numbers of those that remain."""
+    return {
+        name: [number for number, block in enumerate(blocks) if block in settings[name]]
+        for name in _NUMBERS_OF_BLOCKS
+        if settings.get(name)
+    }
+
+
+def _experts(config: Any, settings: Mapping[str, Any], blocks: list[int]) -> dict[str, Any]:
+    """Fewer experts, in those of the remaining blocks that have some; dense blocks are the first ones."""
+    dense = sum(not _is_sparse(config, settings, block) for block in blocks)
+    changes: dict[str, Any] = {
+        **dict.fromkeys(_DENSE_BLOCKS, dense),
+        "mlp_only_layers": list(range(dense)),
+        "decoder_sparse_step": 1,
+        "moe_layer_start_index": dense,
+        "moe_layer_end_index": len(blocks) - 1,
+        "moe_layer_interval": 1,
+    }
+    # Experts in groups have as many as their groups allow.
+    if (settings.get("n_group") or 1) == 1:
+        changes |= {name: min(settings[name], _MOST_EXPERTS) for name in EXPERT_COUNTS if settings.get(name)}
+    return {name: value for name, value in changes.items() if settings.get(name) is not None}
+
+
+def _is_sparse(config: Any, settings: Mapping[str, Any], block: int) -> bool:
+    """Whether the numbers by which families choose say that a block has routed experts."""
+    last = settings.get("moe_layer_end_index", -1)
+    return (
+        all(block >= (settings.get(name) or 0) for name in _DENSE_BLOCKS)
+        and block not in (settings.get("mlp_only_layers") or ())
+        and (block + 1) % (settings.get("decoder_sparse_step") or 1) == 0
+        and (settings.get("moe_layer_start_index") or 0) <= block <= (last if last >= 0 else config.num_hidden_layers)
+        and (block + 1) % (settings.get("moe_layer_interval") or 1) == 0
+    )
+
+
+def _segment(settings: Mapping[str, Any], block: int) -> str | None:
+    end = 0
+    for name in _SEGMENTS:
+        end += settings.get(name) or 0
+        if block < end:
+            return name
+    return None
+
+
+def _small_overrides(overrides: Mapping[int, dict[str, Any]], blocks: list[int]) -> dict[int, dict[str, Any]]:
+    small = {number: dict(overrides[block]) for number, block in enumerate(blocks) if block in overrides}
+    for values in small.values():
+        values.update({name: size for name, size in (("num_key_value_heads", 1),) if name in values})
+        values.update({name: _WIDTH for name in _WIDTHS if values.get(name)})
+    return small
+
+
+def _lists_by_block(config: Any, settings: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The entries of a configuration that have a value for each block, such as `layer_types` and `no_rope_layers`."""
+    blocks = config.num_hidden_layers
+    return {
+        name: value
+        for name, value in settings.items()
+        if isinstance(value, list) and len(value) == blocks and name not in _NO_VALUES_OF_BLOCKS
+    }
+
+
+def _kinds_of_blocks(config: Any, settings: Mapping[str, Any], overrides: Mapping[int, dict[str, Any]]) -> list[str]:
+    """For each block all that distinguishes it."""
+    blocks = config.num_hidden_layers
+    first_shared = blocks - (settings.get("num_kv_shared_layers") or 0)
+    columns = list(_lists_by_block(config, settings).values())
+    return [
+        repr(
+            (
+                [column[block] for column in columns],
+                overrides.get(block),
+                block >= first_shared,
+                not _is_sparse(config, settings, block),
+                _segment(settings, block),
+                [block in (settings.get(name) or ()) for name in _NUMBERS_OF_BLOCKS],
+            )
+        )
+        for block in range(blocks)
+    ]
+
+
+def _blocks_of_each_kind(kinds: list[str]) -> list[int]:
+    """Numbers of blocks, at least two and at most eight, that together are of each kind; the last is of the last's."""
+    first: dict[str, int] = {}
+    for block, kind in enumerate(kinds):
+        first.setdefault(kind, block)
+    found = list(first.values())[:_MOST_BLOCKS]
+    if kinds[found[-1]] != kinds[-1]:
+        found = [*found[: _MOST_BLOCKS - 1], len(kinds) - 1]
+    return found if len(found) > 1 else found * 2

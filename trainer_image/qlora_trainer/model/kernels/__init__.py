@@ -1,0 +1,1 @@
+"""Operations that training computes itself, each in one differentiable step."""

@@ -1,0 +1,205 @@
+"""Attention within the rows of a sequence, registered with transformers.
+
+Rows follow one another on a single batch row, without padding. Each token sees the tokens before it in its own
+row and nothing of other rows, so a batch of several rows equals as many batches of one. No attention mask exists: with
+a mask transformers would decide itself what a token sees.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import varlen
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from qlora_trainer.core import cpu
+from qlora_trainer.core.model_error import ModelError
+from qlora_trainer.model.kernels.attention_capped import capped_rows
+from qlora_trainer.model.kernels.attention_cpu import causal_rows
+
+ATTENTION = "qlora_rows"
+"""The name to give as `attn_implementation`."""
+# What torch's variable-length kernels are built for, on the GPUs that `training.device` accepts: heads up to this size,
+# in steps of eight.
+_LARGEST_HEAD = 256
+_HEAD_MULTIPLE = 8
+_SHORTEST_BOUND = 256
+# Arguments that transformers passes to every attention and that change nothing here. Dropout of weights is a setting of
+# the base's own training: the base is frozen and computes what it computes in use; the adapter has its own dropout.
+_WITHOUT_EFFECT = frozenset({"position_ids", "use_cache", "dropout"})
+
+
+@dataclass(frozen=True)
+class RowBoundaries:
+    """Where the rows of a sequence start and end.
+
+    On Hopper and Blackwell cuDNN computes attention, and builds a graph, which takes tens of milliseconds, for each
+    number of tokens, number of rows and longest row that it is given. Packed batches hardly ever agree in those. So it
+    is given powers of two: rows without tokens follow the real ones, and the longest row is a bound. FlashAttention
+    builds nothing, and takes memory for each row: it is given the real ones.
+    """
+
+    lengths: tuple[int, ...]
+    """Tokens of each row."""
+    offsets: Tensor
+    """int32 [power of two + 1] on the model's device: where each row starts, then the end of the last, repeated."""
+
+    @classmethod
+    def of(cls, lengths: tuple[int, ...], device: torch.device) -> "RowBoundaries":
+        """Rows of `lengths` tokens, one after the other."""
+        offsets = [0, *accumulate(lengths)]
+        offsets += [offsets[-1]] * (_power_of_two(len(lengths)) - len(lengths))
+        return cls(lengths, torch.tensor(offsets, dtype=torch.int32).to(device, non_blocking=True))
+
+    @property
+    def real_offsets(self) -> Tensor:
+        """int32 [rows + 1]: the part of `offsets` without rows that have no tokens."""
+        return self.offsets[: len(self.lengths) + 1]
+
+    @property
+    def longest(self) -> int:
+        """A bound of the tokens of each row."""
+        return max(_SHORTEST_BOUND, _power_of_two(max(self.lengths)))
+
+    def position_ids(self) -> Tensor:
+        """int64 [1, tokens] in main memory: positions, from 0 in each row."""
+        return torch.cat([torch.arange(length) for length in self.lengths]).unsqueeze(0)
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest that is not smaller than `number`, which is at least 1."""
+    return 1 << (number - 1).bit_length()
+
+
+def register_attention() -> None:
+    """Make `attn_implementation=ATTENTION` known to transformers. May be called again."""
+    AttentionInterface.register(ATTENTION, rows_attention)
+
+
+def rows_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    rows: RowBoundaries | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each row; without `rows`, the tokens are one row.
+
+    `query` is [1, heads, tokens, head size]; `key` and `value` may have fewer heads (grouped-query attention). With a
+    sliding window a token sees itself and the `sliding_window - 1` tokens before it. With a soft cap the scores become
+    `softcap * tanh(score / softcap)` (Gemma 2, arXiv 2408.00118). Returns [1, tokens, heads, head size].
+
+    Raises ModelError for what it does not compute: a mask, several batch rows, keys from a cache, attention to later
+    tokens, or anything else that a family passes, such as attention sinks.
+    """
+    unknown = sorted(name for name in others.keys() - _WITHOUT_EFFECT if others[name] is not None)
+    if unknown:
+        raise ModelError(f"its attention takes {', '.join(unknown)}, which this trainer does not support")
+    if not getattr(module, "is_causal", True):
+        raise ModelError("its tokens attend to later ones, which this trainer does not support")
+    if attention_mask is not None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        raise ModelError("attention within rows takes a single batch row, no mask and no cache")
+    if rows is None:
+        rows = RowBoundaries.of((query.shape[2],), query.device)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    if softcap is not None:
+        return capped_rows(query, key, value, rows.lengths, scale, sliding_window, softcap), None
+    if query.is_cuda and torch.is_autocast_enabled("cuda"):
+        # As for PyTorch's own attention. Norms of some families return 32 bit on a GPU.
+        query, key, value = (tensor.to(torch.get_autocast_dtype("cuda")) for tensor in (query, key, value))
+    if _has_kernel(query, value):
+        return _all_rows_at_once(query, key, value, rows, scale, sliding_window), None
+    if cpu.fuses_attention(query.device.type):
+        return causal_rows(query, key, value, rows.lengths, scale, sliding_window), None
+    return _row_by_row(query, key, value, rows, scale, sliding_window), None
+
+
+def _has_kernel(query: Tensor, value: Tensor) -> bool:
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] == value.shape[-1] <= _LARGEST_HEAD
+    )
+
+
+def _all_rows_at_once(
+    query: Tensor, key: Tensor, value: Tensor, rows: RowBoundaries, scale: float, window: int | None
+) -> Tensor:
+    size = query.shape[3]
+    query, key, value = (_for_kernel(tensor.squeeze(0).transpose(0, 1)) for tensor in (query, key, value))
+    # The kernel counts the tokens before the current one, transformers the current one too.
+    window_size = (-1 if window is None else window - 1, 0)
+    # As varlen_attn will choose. cuDNN takes causal rows only if both arguments are the same tensor.
+    chosen = varlen._select_backend(query, key, value, rows.offsets, rows.offsets, rows.longest, list(window_size))
+    offsets = rows.offsets if chosen == varlen._CUDNN_ATTENTION_BACKEND else rows.real_offsets
+    # Without the sums of its rows, which are not asked for.
+    output: Any = varlen_attn(
+        query,
+        key,
+        value,
+        offsets,
+        offsets,
+        rows.longest,
+        rows.longest,
+        scale=scale,
+        window_size=window_size,
+        enable_gqa=True,
+    )
+    return output[..., :size].unsqueeze(0)
+
+
+def _for_kernel(heads: Tensor) -> Tensor:
+    """[tokens, heads, head size] with zeros behind each head up to a size that a kernel takes, or as it is.
+
+    The zeros add nothing to a score, and a weighted sum of them is cut off. Kernels read 16 bytes at a time, and so
+    must each head begin: in a storage of its own it does. A part of another tensor, such as the values that one layer
+    computes together with queries and keys, is copied: the backward pass would keep the whole for it.
+    """
+    missing = -heads.shape[2] % _HEAD_MULTIPLE
+    if missing:
+        return pad(heads, (0, missing))
+    if heads.stride(2) == 1 and heads.untyped_storage().nbytes() == heads.nbytes:
+        return heads
+    return heads.clone(memory_format=torch.contiguous_format)
+
+
+def _row_by_row(
+    query: Tensor, key: Tensor, value: Tensor, rows: RowBoundaries, scale: float, window: int | None
+) -> Tensor:
+    # Split, not sliced: the backward pass of each slice would write a tensor of all rows.
+    parts = (tensor.split(rows.lengths, dim=2) for tensor in (query, key, value))
+    outputs = [
+        _one_row(row_query, row_key, row_value, scale, window)
+        for row_query, row_key, row_value in zip(*parts, strict=True)
+    ]
+    # Some families view the result in another shape, as transformers' own attention lets them.
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+
+
+def _one_row(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+    tokens, groups = query.shape[2], query.shape[1] // key.shape[1]
+    if query.is_cuda and groups > 1:
+        # The one kernel for heads of this size takes no groups; without it, all scores would be built.
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    mask = None
+    if window is not None and tokens > window:
+        mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril_().triu_(1 - window)
+    return scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )

@@ -1,0 +1,221 @@
+"""LoRA over a 4-bit layer as one differentiable operation, without the copies that PEFT makes of every matmul's result.
+
+PEFT computes the base's output, copies it, scales the adapter's output into a third tensor and adds both into a fourth:
+a sixth of a step. Here the adapter's matmul adds in place to the base's output, and likewise to the gradient in
+backward, which dequantizes the weight again instead of keeping it. Only rounding to 16 bit differs: it happens less
+often.
+
+A sequence may have segments whose tokens have adapters of their own: the base's matmul is one for all tokens, and each
+adapter's matmuls are of its tokens only (as in Punica, Chen et al. 2023, arXiv 2310.18547).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.bnb import Linear4bit
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from qlora_trainer.core import cpu
+from qlora_trainer.core.model_error import ModelError
+
+_NOT_APART = "one of its layers does not take the tokens of several adapters together"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens of a sequence, from `start` to before `stop`, and the adapter that they have."""
+
+    adapter: str
+    start: int
+    stop: int
+
+
+@dataclass
+class Routing:
+    """Which tokens of the next forward and backward passes have which adapter. All layers of a model share one."""
+
+    segments: tuple[Segment, ...] = ()
+    """In the order of the tokens. Tokens in none, as those of padding, have no adapter. Empty: the active adapter."""
+    tokens: int = 0
+    """Of the whole sequence."""
+
+
+class FusedLora(Linear4bit):
+    """PEFT's layer with another forward pass for training plain LoRA without dropout, and with PEFT's for all else.
+
+    An evaluation is PEFT's to the last bit, as everyone who loads the adapter will compute it.
+    """
+
+    recomputed = False
+    """Whether backward comes right after a second forward pass: gradient checkpointing recomputes the block."""
+    routing = Routing()
+
+    def forward(self, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        """The output x Wᵀ + bias + s (x Aᵀ) Bᵀ (Hu et al. 2021, arXiv 2106.09685), in autocast's type.
+
+        Raises ModelError if tokens are to have adapters of their own and the layer cannot tell whose they are.
+        """
+        if arguments or keywords or not self._is_plain(x):
+            if self.routing.segments:
+                raise ModelError(_NOT_APART)
+            return cast("Tensor", super().forward(x, *arguments, **keywords))
+        base, parts = self.get_base_layer(), self._parts(x)
+        # Wider only behind what autocast computes in float32: it would multiply in 16 bit too.
+        x = x.to(base.compute_dtype)
+        weights = [
+            layer.weight.to(x.dtype)
+            for part in parts
+            for layer in (self.lora_A[part.adapter], self.lora_B[part.adapter])
+        ]
+        scaled = tuple(_Part(part.start, part.stop, self.scaling[part.adapter]) for part in parts)
+        kept = cpu.keeps_dequantized(x.device.type, recomputed=self.recomputed)
+        output, dense, *inners = _LoraMatmul.apply(x, base.weight, base.quant_state, scaled, kept, *weights)
+        if dense is None:
+            dense = _dequantized(base.weight, base.quant_state, x.dtype)
+        with torch.no_grad():
+            rows = output.detach().view(-1, output.shape[-1])
+            _matmul_into(rows, x.reshape(-1, x.shape[-1]), dense.T, base.bias)
+            for part, inner, b in zip(scaled, inners, weights[1::2], strict=True):
+                rows[part.start : part.stop].addmm_(inner, b.T, alpha=part.scaling)
+        return cast("Tensor", output)
+
+    def _parts(self, x: Tensor) -> tuple[Segment, ...]:
+        """The tokens that have an adapter in this layer: jobs that are trained together may adapt other layers."""
+        tokens = x.numel() // x.shape[-1]
+        segments = self.routing.segments or (Segment(self.active_adapters[0], 0, tokens),)
+        return tuple(segment for segment in segments if segment.adapter in self.lora_A)
+
+    def _is_plain(self, x: Tensor) -> bool:
+        device, routing = x.device.type, self.routing
+        if routing.segments:
+            names = tuple(segment.adapter for segment in routing.segments)
+            known = x.numel() // x.shape[-1] == routing.tokens
+        else:
+            names, known = tuple(self.active_adapters), len(self.active_adapters) == 1
+        return (
+            known
+            and torch.is_grad_enabled()
+            and not self.disable_adapters
+            and not self.merged
+            and torch.is_autocast_enabled(device)
+            and x.is_floating_point()
+            and torch.get_autocast_dtype(device) == self.get_base_layer().compute_dtype
+            and all(map(self._has_plain, names))
+        )
+
+    def _has_plain(self, name: str) -> bool:
+        return name not in self.lora_A or (
+            name not in self.lora_variant
+            and not self.lora_bias[name]
+            and isinstance(self.lora_dropout[name], nn.Identity)
+        )
+
+
+def fuse_lora(model: nn.Module, *, recomputed: bool) -> None:
+    """Make every LoRA layer over a 4-bit layer a FusedLora; `recomputed` is its attribute, False on the meta device."""
+    _fuse(model, Routing(), recomputed=recomputed)
+
+
+def fuse_further_lora(model: nn.Module) -> None:
+    """The same for layers that a further adapter is the first in; they share the others' routing."""
+    first = next((module for module in model.modules() if isinstance(module, FusedLora)), None)
+    if first is not None:
+        _fuse(model, first.routing, recomputed=first.recomputed)
+
+
+def _fuse(model: nn.Module, routing: Routing, *, recomputed: bool) -> None:
+    for module in model.modules():
+        if type(module) is Linear4bit:
+            layer: Any = module
+            layer.__class__ = FusedLora
+            layer.recomputed = recomputed and layer.get_base_layer().weight.device.type != "meta"
+            layer.routing = routing
+
+
+def routing_of(model: nn.Module) -> Routing:
+    """What the fused layers of a model share."""
+    return next(module.routing for module in model.modules() if isinstance(module, FusedLora))
+
+
+def require_apart(model: nn.Module) -> None:
+    """Raise ModelError unless every layer with an adapter is a fused one, which can tell whose a token is."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if not all(isinstance(layer, FusedLora) for layer in layers):
+        raise ModelError(_NOT_APART)
+
+
+def _matmul_into(output: Tensor, rows: Tensor, matrix: Tensor, bias: Tensor | None) -> None:
+    """Write rows · matrix + bias to `output`, [tokens, out]."""
+    parts = cpu.matmul_parts(len(rows), matrix.shape[1], rows.device.type)
+    for part, part_of_output in zip(rows.chunk(parts), output.chunk(parts), strict=True):
+        if bias is None:
+            torch.mm(part, matrix, out=part_of_output)
+        else:
+            torch.addmm(bias.to(rows.dtype), part, matrix, out=part_of_output)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Tokens from `start` to before `stop`, and the scale of their adapter."""
+
+    start: int
+    stop: int
+    scaling: float
+
+
+class _LoraMatmul(torch.autograd.Function):
+    """`x` is [..., in], `weight` the frozen packed one of [out, in]; for each part `a` [rank, in], `b` [out, rank].
+
+    Returns an uninitialized output, which the caller computes; the dequantized weight if it is `kept` for backward; and
+    x Aᵀ of each part, [its tokens, rank], which has no gradient. The caller computes the output because recomputing a
+    block stops as soon as the last tensor that backward needs exists. The output of the block's last matmul is none of
+    these, so that matmul is left out: 7 % of a step's operations with Llama's widths.
+
+    The layer provides the quantization state: a weight that FSDP has gathered is a plain parameter without it.
+    """
+
+    @staticmethod
+    def forward(
+        context: Any, x: Tensor, weight: Tensor, state: Any, parts: Sequence[_Part], kept: bool, *adapters: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        rows = x.reshape(-1, x.shape[-1])
+        inners = [rows[part.start : part.stop] @ a.T for part, a in zip(parts, adapters[::2], strict=True)]
+        dense = _dequantized(weight, state, x.dtype) if kept else None
+        context.save_for_backward(rows, dense, *inners, *adapters)
+        context.mark_non_differentiable(*inners, *(() if dense is None else (dense,)))
+        context.set_materialize_grads(False)
+        context.weight, context.state, context.parts, context.shape = weight, state, parts, x.shape
+        # Not returned as a view: OLMo clamps its queries in place, which autograd forbids for a view made here.
+        return x.new_empty(*x.shape[:-1], state.shape[0]), dense, *inners
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
+        rows, dense, *rest = context.saved_tensors
+        parts, inners, adapters = context.parts, rest[: len(context.parts)], rest[len(context.parts) :]
+        gradient = gradient.reshape(-1, gradient.shape[-1])
+        x_gradient = None
+        if context.needs_input_grad[0]:
+            if dense is None:
+                dense = _dequantized(context.weight, context.state, gradient.dtype)
+            x_gradient = gradient.new_empty(rows.shape)
+            _matmul_into(x_gradient, gradient, dense, None)
+        gradients = []
+        for part, inner, a, b in zip(parts, inners, adapters[::2], adapters[1::2], strict=True):
+            tokens = slice(part.start, part.stop)
+            inner_gradient = (gradient[tokens] @ b).mul_(part.scaling)
+            if x_gradient is not None:
+                x_gradient[tokens].addmm_(inner_gradient, a)
+            gradients += [inner_gradient.T @ rows[tokens], (gradient[tokens].T @ inner).mul_(part.scaling)]
+        if x_gradient is not None:
+            x_gradient = x_gradient.view(context.shape)
+        return x_gradient, None, None, None, None, *gradients
+
+
+def _dequantized(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+    return cast("Tensor", dequantize_4bit(weight.data.view(-1, 1), state)).to(dtype)

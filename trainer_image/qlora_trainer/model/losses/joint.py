@@ -1,0 +1,78 @@
+"""The losses of several adapters on one base, each with rows of its own, from one forward pass."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.nn.functional import pad
+
+from qlora_trainer.core import cpu
+from qlora_trainer.model.architecture.decoder import decoder_states
+from qlora_trainer.model.kernels.attention import RowBoundaries
+from qlora_trainer.model.kernels.fused_lora import Segment, routing_of
+from qlora_trainer.model.losses.batch import Batch
+from qlora_trainer.model.losses.loss import LogitTransform, summed_loss
+
+
+@contextmanager
+def routed(model: PeftModel, batches: Mapping[str, Batch]) -> Iterator[None]:
+    """In the body, forward passes are `joint_losses` of these batches, by the names of their adapters.
+
+    Their backward passes have to be in it too: gradient checkpointing computes the blocks again. `require_apart` says
+    whether the model's layers can tell whose a token is.
+    """
+    routing = routing_of(model)
+    offsets = list(accumulate((batch.tokens for batch in batches.values()), initial=0))
+    routing.tokens = offsets[-1] + cpu.padding(offsets[-1], model.device.type)
+    routing.segments = tuple(
+        Segment(name, start, start + batch.tokens)
+        for (name, batch), start in zip(batches.items(), offsets, strict=False)
+    )
+    try:
+        yield
+    finally:
+        routing.segments = ()
+
+
+def joint_losses(model: PeftModel, batches: Mapping[str, Batch]) -> dict[str, Tensor]:
+    """For each adapter the summed loss of its batch's targets, a float32 scalar. To be called where they are `routed`.
+
+    The base computes the tokens of all at once, and each adapter its own. Raises ModelError for layers that are given
+    other tokens.
+    """
+    base: Any = model.get_base_model()
+    batch = joined(tuple(batches.values()))
+    states = decoder_states(base, batch.input_ids, batch.position_ids, batch.rows)[0]
+    positions = batch.predicting.split([part.target_count for part in batches.values()])
+    head, transform = base.get_output_embeddings(), LogitTransform.of(base.config)
+    chunk_tokens = cpu.loss_chunk_tokens(states.device.type)
+    return {
+        name: summed_loss(states[predicting], part.targets, head, transform, chunk_tokens)
+        for (name, part), predicting in zip(batches.items(), positions, strict=True)
+    }
+
+
+def joined(batches: tuple[Batch, ...]) -> Batch:
+    """The batches one after the other as one. Padding follows the last only."""
+    device = batches[0].input_ids.device
+    offsets = list(accumulate((batch.tokens for batch in batches), initial=0))
+    padding = cpu.padding(offsets[-1], device.type)
+    lengths = tuple(length for batch in batches for length in _without_padding(batch))
+    rows = RowBoundaries.of((*lengths, padding) if padding else lengths, device)
+    predicting = [batch.predicting + offset for batch, offset in zip(batches, offsets, strict=False)]
+    return Batch(
+        pad(torch.cat([batch.input_ids[:, : batch.tokens] for batch in batches], dim=1), (0, padding)),
+        rows.position_ids().to(device, non_blocking=True),
+        rows,
+        torch.cat(predicting),
+        torch.cat([batch.targets for batch in batches]),
+        offsets[-1],
+    )
+
+
+def _without_padding(batch: Batch) -> tuple[int, ...]:
+    return batch.rows.lengths[: -1 if batch.tokens < batch.input_ids.shape[1] else None]

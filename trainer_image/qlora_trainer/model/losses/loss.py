@@ -1,0 +1,216 @@
+"""The training loss: cross-entropy of the labeled tokens, computed so that the full logits never exist."""
+
+from dataclasses import dataclass
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from qlora_trainer.core import cpu
+from qlora_trainer.model.architecture.decoder import decoder_states
+from qlora_trainer.model.losses.batch import Batch
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a family does to the logits after its output layer; the identity for most."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> Self:
+        """The transform that a model's configuration asks for (Granite divides, Cohere multiplies, Gemma 2 caps)."""
+        text = config.get_text_config(decoder=True)
+        multiplier = getattr(text, "logit_scale", None) or 1.0
+        divisor = getattr(text, "logits_scaling", None) or 1.0
+        return cls(multiplier / divisor, getattr(text, "final_logit_softcapping", None))
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """The logits as the model would return them."""
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+
+def batch_loss(model: Any, batch: Batch) -> Tensor:
+    """Sum of the losses of a batch's targets, a float32 scalar. `model` is a causal language model of transformers."""
+    return summed_loss(*_of_targets(model, batch))
+
+
+def row_losses(model: Any, batch: Batch) -> Tensor:
+    """float32 [rows]: the sum of the losses of each row's targets, for a batch of pairs.
+
+    It is the negative logarithm of the likelihood that the model gives to the row's targets.
+    """
+    if batch.pairs is None:
+        raise AssertionError("a job whose objective compares answers has rows that are pairs")
+    losses = target_losses(*_of_targets(model, batch))
+    return torch.stack([row.sum() for row in losses.split(batch.pairs.target_counts)])
+
+
+def _of_targets(model: Any, batch: Batch) -> tuple[Tensor, Tensor, torch.nn.Module, LogitTransform, int]:
+    """What the functions below take: the last states that predict a target, the targets, the head, and the rest."""
+    states = decoder_states(model, batch.input_ids, batch.position_ids, batch.rows)[0]
+    head, transform = model.get_output_embeddings(), LogitTransform.of(model.config)
+    return states[batch.predicting], batch.targets, head, transform, cpu.loss_chunk_tokens(states.device.type)
+
+
+def summed_loss(
+    hidden: Tensor,
+    targets: Tensor,
+    head: torch.nn.Module,
+    transform: LogitTransform,
+    chunk_tokens: int,
+) -> Tensor:
+    """Sum of the negative log-likelihoods (natural log) of `targets`, a float32 scalar.
+
+    `hidden` is [targets, hidden size]: the decoder's last states at the positions that predict a target. `head` gives
+    their logits, a chunk at a time, which are never kept. The gradient of a frozen head's input is computed while they
+    exist (Hsu et al. 2024, arXiv 2410.10989); for a head that is trained, backward recomputes each chunk's logits
+    (Chen et al. 2016, arXiv 1604.06174). The caller divides by the number of targets of the whole optimizer step.
+    """
+    if not len(targets):
+        return hidden.sum().float() * 0.0
+    if _is_frozen(head):
+        return cast("Tensor", _FrozenHeadLoss.apply(hidden, targets, head, transform, chunk_tokens))
+    return torch.stack(_trained_head_losses(hidden, targets, head, transform, chunk_tokens, "sum")).sum()
+
+
+def target_losses(
+    hidden: Tensor,
+    targets: Tensor,
+    head: torch.nn.Module,
+    transform: LogitTransform,
+    chunk_tokens: int,
+) -> Tensor:
+    """float32 [targets]: the negative log-likelihood of each of `targets`, computed like `summed_loss`.
+
+    The losses may count with any weights, which need not be known before backward: what is kept from the forward pass
+    is the gradient of each loss by its own state, [targets, hidden size] in the states' type, as for the sum.
+    """
+    if not len(targets):
+        return hidden.sum(dim=-1).float() * 0.0
+    if _is_frozen(head):
+        return cast("Tensor", _FrozenHeadLosses.apply(hidden, targets, head, transform, chunk_tokens))
+    return torch.cat(_trained_head_losses(hidden, targets, head, transform, chunk_tokens, "none"))
+
+
+def _is_frozen(head: torch.nn.Module) -> bool:
+    return not any(parameter.requires_grad for parameter in head.parameters())
+
+
+def _trained_head_losses(
+    hidden: Tensor, targets: Tensor, head: torch.nn.Module, transform: LogitTransform, chunk_tokens: int, reduction: str
+) -> list[Tensor]:
+    """The losses of each chunk, whose logits backward computes again."""
+
+    def chunk_loss(hidden: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(transform(head(hidden)).float(), targets, reduction=reduction)
+
+    return [
+        checkpoint(chunk_loss, part, part_targets, use_reentrant=False, preserve_rng_state=False)
+        for part, part_targets in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
+    ]
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """The loss and, from the same logits, its gradient."""
+
+    @staticmethod
+    def forward(
+        context: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        head: torch.nn.Module,
+        transform: LogitTransform,
+        chunk_tokens: int,
+    ) -> Tensor:
+        needed = context.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if needed else None
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for chunk in _chunks(len(targets), chunk_tokens):
+            loss += _chunk_losses(hidden, targets, head, transform, chunk, gradient).sum()
+        context.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = context.saved_tensors
+        return gradient * loss_gradient, None, None, None, None
+
+
+class _FrozenHeadLosses(torch.autograd.Function):
+    """The loss of each target and, from the same logits, its gradient."""
+
+    @staticmethod
+    def forward(
+        context: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        head: torch.nn.Module,
+        transform: LogitTransform,
+        chunk_tokens: int,
+    ) -> Tensor:
+        gradient = torch.empty_like(hidden) if context.needs_input_grad[0] else None
+        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        for chunk in _chunks(len(targets), chunk_tokens):
+            losses[chunk] = _chunk_losses(hidden, targets, head, transform, chunk, gradient).squeeze(1)
+        context.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = context.saved_tensors
+        # Multiplied in float32, but never there as a whole in it.
+        return torch.mul(gradient, weights.unsqueeze(1), out=torch.empty_like(gradient)), None, None, None, None
+
+
+def _chunks(targets: int, chunk_tokens: int) -> list[slice]:
+    return [slice(first, first + chunk_tokens) for first in range(0, targets, chunk_tokens)]
+
+
+def _chunk_losses(
+    hidden: Tensor,
+    targets: Tensor,
+    head: torch.nn.Module,
+    transform: LogitTransform,
+    chunk: slice,
+    gradient: Tensor | None,
+) -> Tensor:
+    """float32 [chunk, 1]: the loss of each target in the chunk. Its gradient is put into `gradient`, unless None."""
+    needed = gradient is not None
+    with torch.set_grad_enabled(needed):
+        part = hidden[chunk].detach().requires_grad_(needed)
+        logits = transform(head(part))
+    # No operation of a head or a transform saves its result for backward; autograd would reject one that does.
+    in_place = logits.detach()
+    losses = _replace_by_gradient(in_place, targets[chunk])
+    if gradient is not None:
+        gradient[chunk] = torch.autograd.grad(logits, part, in_place)[0]
+    return losses
+
+
+def _replace_by_gradient(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each target, float32 [targets, 1]. The logits become its gradient: softmax, less 1 at it.
+
+    Computed in float32, in the memory of a single copy of the logits. The largest logit is subtracted first: the
+    exponential of more than 88 is no float32.
+    """
+    columns = targets.unsqueeze(1)
+    values = logits.to(torch.float32, copy=True)
+    values -= values.amax(dim=1, keepdim=True)
+    of_targets = values.gather(1, columns)
+    totals = values.exp_().sum(dim=1, keepdim=True)
+    losses = totals.log() - of_targets
+    values /= totals
+    values.scatter_add_(1, columns, values.new_full((), -1.0).expand_as(columns))
+    logits.copy_(values)
+    return losses

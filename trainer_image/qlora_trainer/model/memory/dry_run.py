@@ -1,0 +1,62 @@
+"""Measures a job's memory by a dry run in the sandbox. Loads no torch itself."""
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_api.memory.estimate import ActivationBytes
+from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_trainer.core.measured_memory import MeasuredMemory
+from qlora_trainer.core.sandbox import DryRunFailed, within_limits
+
+INSTALL = "run `pip install '.[cli,trainer]'` in a checkout of the repository"
+"""What to do where the trainer, or its client of the Hub, is not installed."""
+# By its name: importers of this module do not load torch.
+_MEASURE = "qlora_trainer.model.memory.measure"
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """A micro batch to measure."""
+
+    sequences: int
+    sequence_tokens: int
+    gradient_checkpointing: bool
+
+
+def measure_within_limits(
+    config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str, family: Any = None
+) -> MeasuredMemory:
+    """`measure.measure` in at most ten minutes and 2 GiB. `family` is what is known of the model from an inspection.
+
+    Raises StepFailure for a model that cannot be trained, RuntimeError in a process that sees a GPU, and DryRunFailed
+    for whatever else there is.
+    """
+    _require_trainer()
+    found: MeasuredMemory = within_limits(_call, (config, spec, tuple(sizes), digest, family))
+    return found
+
+
+def measure_together_within_limits(
+    config: Path, specs: Sequence[QLoRAJobSpec], passes: Sequence[tuple[int, ...]], family: Any = None
+) -> tuple[ActivationBytes, ...]:
+    """`measure.measure_together`, with the same limits and `family`. Raises as `measure_within_limits` does."""
+    _require_trainer()
+    found: tuple[ActivationBytes, ...] = within_limits(_call_together, (config, tuple(specs), tuple(passes), family))
+    return found
+
+
+def _require_trainer() -> None:
+    if importlib.util.find_spec("torch") is None:
+        raise DryRunFailed(f"the trainer is not installed: {INSTALL}")
+
+
+def _call(*arguments: Any) -> Any:
+    return importlib.import_module(_MEASURE).measure(*arguments)
+
+
+def _call_together(*arguments: Any) -> Any:
+    return importlib.import_module(_MEASURE).measure_together(*arguments)

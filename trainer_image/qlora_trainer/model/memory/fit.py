@@ -1,0 +1,246 @@
+"""Judges whether a job fits its GPU, before any weight is fetched."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from qlora_api.contract import ExitCode
+from qlora_api.gate import MAX_PROMPT_TOKENS
+from qlora_api.memory.advice import (
+    ADAPTER_FIELDS,
+    RUN_FIELDS,
+    Advice,
+    Verdict,
+    advice,
+    budget,
+    larger_micro_batch,
+    verdict,
+)
+from qlora_api.memory.estimate import GIB, ActivationBytes
+from qlora_api.memory.model_shape import ModelShape, NotInTableError, UnsupportedModelError
+from qlora_api.memory.one_row import ONE_ROW_MODEL_TYPES
+from qlora_api.memory.together import shared_bytes
+from qlora_api.memory.training_shape import TrainingShape
+from qlora_api.status import MAX_MESSAGE_LENGTH, MemoryStatus
+from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_trainer.core.failures import StepFailure, bad_configuration
+from qlora_trainer.core.measured_memory import MeasuredMemory
+from qlora_trainer.core.sandbox import DryRunFailed
+from qlora_trainer.model.memory.dry_run import measure_together_within_limits, measure_within_limits
+from qlora_trainer.model.memory.job_memory import JobMemory, Measure, MeasuredJob, TableJob, measured_further
+from qlora_trainer.model.memory.joint_memory import MeasurePasses, memory_together
+
+
+def read_shape(config: Path) -> ModelShape | None:
+    """The sizes in a model's config.json; None for a model that the table of families does not describe.
+
+    Raises StepFailure BAD_CONFIGURATION for a size that no model has.
+    """
+    try:
+        return ModelShape.from_config(json.loads(config.read_bytes()))
+    except NotInTableError:
+        return None
+    except UnsupportedModelError as error:
+        raise bad_configuration(f"spec.model.source: {error}") from error
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise bad_configuration(f"the model's {config.name} is not a JSON object ({error})") from error
+
+
+def type_of_model(config: Path) -> str:
+    """The model's type in its config.json; empty if it has none. Raises StepFailure if that is not a JSON object."""
+    read_shape(config)
+    found = json.loads(config.read_bytes()).get("model_type")
+    return found if isinstance(found, str) else ""
+
+
+def training_shape(spec: QLoRAJobSpec, target_modules: Iterable[str]) -> TrainingShape:
+    """The settings of a job that decide its memory.
+
+    `target_modules`: names of the adapted layers, exact or their last part.
+    """
+    return TrainingShape(
+        rank=spec.lora.rank,
+        adapter_bytes=4 if spec.lora.dtype == "float32" else 2,
+        target_modules=frozenset(name.rpartition(".")[2] for name in target_modules),
+        micro_batch_size=spec.training.micro_batch_size,
+        sequence_length=spec.training.max_sequence_length,
+        gradient_accumulation_steps=spec.training.gradient_accumulation_steps,
+        optimizer=spec.training.optimizer,
+        double_quantization=spec.quantization.double_quant,
+        gradient_checkpointing=spec.training.gradient_checkpointing,
+        dropout=spec.lora.dropout,
+        adapted_layers=len(set(spec.lora.layers_to_transform)) if spec.lora.layers_to_transform else None,
+        use_dora=spec.lora.use_dora,
+        whole_modules=frozenset(spec.lora.modules_to_save or ()),
+        gpus=spec.resources.gpu_count,
+        sharding=spec.training.sharding,
+        answer_tokens=_answer_tokens(spec),
+        fixed=_fixed(spec),
+    )
+
+
+def _fixed(spec: QLoRAJobSpec) -> frozenset[str]:
+    """What the job cannot be created again with, for it would not be what it begins with."""
+    if spec.continues is not None:
+        return RUN_FIELDS
+    return frozenset() if spec.lora.initial_adapter is None else ADAPTER_FIELDS
+
+
+def _answer_tokens(spec: QLoRAJobSpec) -> tuple[int, int] | None:
+    """Tokens of the longest prompt that is answered for a score, and of it with its answer."""
+    if spec.gate is None or spec.gate.score is None:
+        return None
+    prompt = min(MAX_PROMPT_TOKENS, spec.training.max_sequence_length)
+    return prompt, prompt + spec.gate.score.max_new_tokens
+
+
+def job_of_table(shape: ModelShape, training: TrainingShape) -> TableJob:
+    """The job in the table. Raises StepFailure BAD_CONFIGURATION for target modules that the model does not have."""
+    try:
+        return TableJob(shape, training)
+    except ValueError as error:
+        raise bad_configuration(f"spec.lora.targetModules: {error}") from error
+
+
+@dataclass(frozen=True)
+class MemoryFit:
+    """Whether a job fits its GPU."""
+
+    status: MemoryStatus
+    """The estimate; its verdict is `unknown` if the job does not state the GPU's size."""
+    objection: str | None
+    """Why the job cannot run, with the first advice; None if it can, or if that is unknown."""
+    parameters: int | None
+    """Of the model, without its adapter; None if the estimate is unknown."""
+    measured: MeasuredMemory | None
+    """The dry runs that the estimate is from."""
+
+    @classmethod
+    def of(
+        cls,
+        config: Path,
+        spec: QLoRAJobSpec,
+        target_modules: Iterable[str],
+        *,
+        rows_apart: bool = True,
+        group_size: int = 1,
+        earlier: MeasuredMemory | None = None,
+        measure: Measure = measure_within_limits,
+        measure_passes: MeasurePasses = measure_together_within_limits,
+    ) -> "MemoryFit":
+        """Judge a job, whose model has this config.json. It cannot run if even the low estimate exceeds the GPU.
+
+        `rows_apart`: whether a micro batch may hold several rows. `group_size`: how many jobs are trained together with
+        it, itself included. `earlier` are dry runs of an earlier prepare. If the dry run fails, the table has the
+        estimate; if the model is not in it, the estimate is unknown.
+        Raises StepFailure BAD_CONFIGURATION for target modules that the model does not have.
+        """
+        training = training_shape(spec, target_modules)
+        try:
+            job: JobMemory = MeasuredJob.of(config, spec, training, earlier, measure)
+            remark = ""
+        except DryRunFailed as failure:
+            shape = read_shape(config)
+            if shape is None:
+                status = MemoryStatus(
+                    verdict="unknown", message=f"the memory is unknown: {failure}"[:MAX_MESSAGE_LENGTH]
+                )
+                return cls(status, None, None, None)
+            remark = f"from the table of model families: {failure}"
+            job = job_of_table(shape, training)
+        fit = _judged(job, spec.resources.gpu_memory, remark, rows_apart)
+        if group_size == 1 or not rows_apart or fit.objection is not None:
+            return fit
+        return _with_shared(fit, lambda: _shared(config, spec, job, group_size, measure_passes))
+
+    @classmethod
+    def planned(cls, config: Path, spec: QLoRAJobSpec, measure: Measure = measure_within_limits) -> "MemoryFit":
+        """Judge a job before it exists: by the table of families if that describes it, which takes no time.
+
+        Otherwise as `of` does. Raises StepFailure BAD_CONFIGURATION.
+        """
+        shape, rows_apart = read_shape(config), type_of_model(config) not in ONE_ROW_MODEL_TYPES
+        if shape is not None:
+            job = job_of_table(shape, training_shape(spec, spec.lora.target_modules))
+            if not job.is_rough:
+                return _judged(job, spec.resources.gpu_memory, "", rows_apart)
+        return cls.of(config, spec, spec.lora.target_modules, rows_apart=rows_apart, measure=measure)
+
+    def require(self) -> None:
+        """Raise StepFailure DOES_NOT_FIT, with the first advice, if the job cannot run."""
+        if self.objection is not None:
+            raise StepFailure(ExitCode.DOES_NOT_FIT, self.objection)
+
+
+def _judged(job: JobMemory, gpu_gib: int | None, remark: str, rows_apart: bool) -> MemoryFit:
+    memory = job.estimate(job.training)
+    judged: Verdict | Literal["unknown"] = "unknown" if gpu_gib is None else verdict(memory, gpu_gib)
+    objection = None
+    if gpu_gib is not None and judged == "exceeds":
+        job = measured_further(job, job.with_smaller)
+        objection = (
+            f"training needs about {memory.expected / GIB:.1f} GiB of GPU memory (at least {memory.low / GIB:.1f}), "
+            f"but a GPU of {gpu_gib} GiB (spec.resources.gpuMemory) has {budget(gpu_gib) / GIB:.1f} to use: "
+            f"{_remedy(advice(job.estimate, job.training, gpu_gib), job.training)}"
+        )
+    elif gpu_gib is not None and judged == "fits" and rows_apart:
+        job = measured_further(job, job.with_larger)
+        step = larger_micro_batch(job.estimate, job.training, gpu_gib)
+        remark = "; ".join(filter(None, (remark, "" if step is None else _recommended(step))))
+    status = MemoryStatus(
+        estimate_bytes=memory.expected,
+        low_bytes=memory.low,
+        high_bytes=memory.high,
+        budget_bytes=None if gpu_gib is None else budget(gpu_gib),
+        verdict=judged,
+        source="Table" if isinstance(job, TableJob) else "DryRun",
+        message=remark[:MAX_MESSAGE_LENGTH],
+    )
+    return MemoryFit(status, objection, job.parameters, job.measured if isinstance(job, MeasuredJob) else None)
+
+
+def _shared(config: Path, spec: QLoRAJobSpec, job: JobMemory, group_size: int, measure: MeasurePasses) -> int:
+    """Bytes that so many jobs like it take once, when they are trained together. Raises as the dry run does."""
+    rest = spec.training.micro_batch_size * (group_size - 1)
+    others = spec.model_copy(update={"training": spec.training.model_copy(update={"micro_batch_size": rest})})
+
+    def of_two(config: Path, *_: object) -> tuple[ActivationBytes, ...]:
+        # As many tokens as of all, and two adapters: a dry run with sixteen takes minutes.
+        return measure(config, (spec, others), ((0, 1),))
+
+    together = memory_together(config, [spec] * group_size, [job] * group_size, of_two)
+    return shared_bytes(job.estimate(job.training), together, group_size)
+
+
+def _with_shared(fit: MemoryFit, find: Callable[[], int]) -> MemoryFit:
+    """The same with the bytes that are shared, which an earlier prepare may have found."""
+    found = None if fit.measured is None else fit.measured.shared_bytes
+    try:
+        shared = find() if found is None else found
+    except DryRunFailed as failure:
+        remark = "; ".join(filter(None, (fit.status.message, f"the memory of the whole group is unknown: {failure}")))
+        return replace(fit, status=fit.status.model_copy(update={"message": remark[:MAX_MESSAGE_LENGTH]}))
+    measured = None if fit.measured is None else fit.measured.model_copy(update={"shared_bytes": shared})
+    return replace(fit, status=fit.status.model_copy(update={"shared_bytes": shared}), measured=measured)
+
+
+def _recommended(step: Advice) -> str:
+    changes = " and ".join(f"spec.{change.setting}: {change.proposed}" for change in step.changes)
+    return f"{changes} fits too ({step.expected / GIB:.1f} GiB) and is faster, with the same result"
+
+
+def _remedy(steps: tuple[Advice, ...], training: TrainingShape) -> str:
+    if not steps and training.fixed >= RUN_FIELDS:
+        return "use a larger GPU: a job with spec.continues cannot change these settings"
+    if not steps:
+        return "use a larger GPU or a smaller model"
+    first = steps[0]
+    changes = " and ".join(f"spec.{change.setting}: {change.proposed}" for change in first.changes)
+    remedy = f"set {changes}, which makes it {first.expected / GIB:.1f} GiB"
+    if first.verdict == "fits":
+        return remedy
+    if steps[-1].verdict != "exceeds":
+        return f"{remedy}, and more (`qlora plan` lists all), or use a larger GPU"
+    return f"{remedy}; no setting is enough, so use a larger GPU or a smaller model"

@@ -1,0 +1,247 @@
+"""The GPU memory of a job with any settings: from a dry run of its model, or from the table of families."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from qlora_api.contract import GPU_LOSS_CHUNK_TOKENS
+from qlora_api.memory.advice import SHORTEST_SEQUENCE, larger_micro_batches
+from qlora_api.memory.answers import AnswerBytes
+from qlora_api.memory.estimate import (
+    ActivationBytes,
+    CountedRun,
+    MemoryEstimate,
+    WeightCounts,
+    combined,
+    estimate,
+)
+from qlora_api.memory.model_shape import ModelShape
+from qlora_api.memory.training_shape import TrainingShape
+from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
+from qlora_trainer.core.sandbox import DryRunFailed
+from qlora_trainer.model.memory.dry_run import StepSize, measure_within_limits
+
+logger = logging.getLogger(__name__)
+Measure = Callable[[Path, QLoRAJobSpec, Sequence[StepSize], str], MeasuredMemory]
+_PACKAGES = ("qlora-operator", "torch", "transformers", "peft", "bitsandbytes")
+
+
+def measured_estimate(measured: MeasuredMemory, training: TrainingShape) -> MemoryEstimate:
+    """The estimate of the measured model with these settings.
+
+    Activations are interpolated between the measured steps with the same gradient checkpointing, by the tokens of the
+    micro batch: what a step takes is a largest of sums that grow linearly with them, so a straight line between two
+    steps is never too low. The loss alone grows no further beyond a chunk of tokens, of which there has to be a step.
+    Below the smallest step they are that step's, beyond the largest they grow in proportion.
+    A smaller rank is given the activations of the measured one, and gradient checkpointing what there is without it if
+    no step was measured with it.
+    """
+    return measured_together([(measured, training)], lambda trainings: _activations(measured.steps, trainings[0]))
+
+
+def measured_together(
+    runs: Sequence[tuple[MeasuredMemory, TrainingShape]],
+    activations: Callable[[Sequence[TrainingShape]], ActivationBytes],
+) -> MemoryEstimate:
+    """The estimate of measured runs on one base with these activations. See `combined`."""
+    first, _ = runs[0]
+    answers = AnswerBytes(first.answer_bytes_per_token, first.answer_bytes_per_pair)
+    return combined([CountedRun(_counted(*run), run[1]) for run in runs], activations, answers)
+
+
+def _counted(measured: MeasuredMemory, training: TrainingShape) -> WeightCounts:
+    share = training.rank / measured.rank
+    return WeightCounts(
+        blocks=measured.blocks,
+        quantized_parameters=measured.quantized_parameters,
+        mxfp4_parameters=measured.mxfp4_parameters,
+        unquantized_bytes=measured.unquantized_bytes,
+        adapter_parameters=round(measured.adapter_parameters * share),
+        pageable_parameters=round(measured.pageable_parameters * share),
+        whole_parameters=measured.whole_parameters,
+    )
+
+
+def _activations(steps: Sequence[MeasuredStep], training: TrainingShape) -> ActivationBytes:
+    kept, loss, work = _at(training, steps)
+    return ActivationBytes.of_measured(
+        kept=kept, loss=loss, work=work, gradient_checkpointing=training.gradient_checkpointing
+    )
+
+
+def _at(training: TrainingShape, steps: Sequence[MeasuredStep]) -> tuple[int, int, int]:
+    """What is kept, and what loss and layers take, in a micro batch of the settings."""
+    tokens = training.tokens
+    points = {
+        step.tokens: (step.kept, step.loss, step.work)
+        for step in steps
+        if step.gradient_checkpointing == training.gradient_checkpointing
+    }
+    if not points:
+        # Recomputing takes no more than keeping everything.
+        return _at(replace(training, gradient_checkpointing=not training.gradient_checkpointing), steps)
+    below = max((size for size in points if size <= tokens), default=min(points))
+    above = min((size for size in points if size >= tokens), default=None)
+    if above is None:
+        kept, loss, work = (-(-size * tokens // below) for size in points[below])
+    elif above <= below:
+        kept, loss, work = points[below]
+    else:
+        share = (tokens - below) / (above - below)
+        kept, loss, work = (
+            round(low + share * (high - low)) for low, high in zip(points[below], points[above], strict=True)
+        )
+    return kept, loss, work
+
+
+@dataclass(frozen=True)
+class MeasuredJob:
+    """A job's model with its dry runs so far, and how to do more."""
+
+    config: Path
+    spec: QLoRAJobSpec
+    training: TrainingShape
+    measured: MeasuredMemory
+    measure: Measure
+
+    @classmethod
+    def of(
+        cls,
+        config: Path,
+        spec: QLoRAJobSpec,
+        training: TrainingShape,
+        earlier: MeasuredMemory | None = None,
+        measure: Measure = measure_within_limits,
+    ) -> "MeasuredJob":
+        """The job with its own micro batch measured, unless `earlier` holds already. Raises as the dry run does.
+
+        If the run may halve it, the smallest is measured too.
+        """
+        digest = _digest(config, spec)
+        if earlier is None or earlier.digest != digest:
+            own = _size(training)
+            sizes = [own, replace(own, sequences=1)] if spec.training.auto_micro_batch and own.sequences > 1 else [own]
+            earlier = measure(config, spec, sizes, digest)
+        return cls(config, spec, training, earlier, measure)
+
+    def estimate(self, training: TrainingShape) -> MemoryEstimate:
+        """The estimate with other settings."""
+        return measured_estimate(self.measured, training)
+
+    @property
+    def parameters(self) -> int:
+        """Of the model, without its adapter."""
+        packed = self.measured.quantized_parameters + self.measured.mxfp4_parameters
+        return packed + self.measured.unquantized_bytes // 2
+
+    def with_smaller(self) -> "MeasuredJob":
+        """The job with the steps measured that settings to save memory are interpolated between."""
+        own = _size(self.training)
+        smallest = min(own.sequence_tokens, SHORTEST_SEQUENCE)
+        shapes = {(own.sequences, own.sequence_tokens), (1, own.sequence_tokens), (1, smallest)}
+        if smallest < GPU_LOSS_CHUNK_TOKENS < own.sequences * own.sequence_tokens:
+            shapes.add((1, GPU_LOSS_CHUNK_TOKENS))
+        ways = {own.gradient_checkpointing, True}
+        return self._with([StepSize(*shape, way) for way in sorted(ways) for shape in sorted(shapes)])
+
+    def with_larger(self) -> "MeasuredJob":
+        """The job with the largest micro batch measured that could be advised; itself if there is none."""
+        largest = next(larger_micro_batches(self.training), None)
+        if largest is None:
+            return self
+        sizes = [_size(largest)]
+        if self.training.tokens < GPU_LOSS_CHUNK_TOKENS < largest.tokens:
+            sizes.append(StepSize(1, GPU_LOSS_CHUNK_TOKENS, self.training.gradient_checkpointing))
+        return self._with(sizes)
+
+    def _with(self, sizes: Sequence[StepSize]) -> "MeasuredJob":
+        known = {(s.sequences, s.sequence_tokens, s.gradient_checkpointing) for s in self.measured.steps}
+        missing = [
+            size for size in sizes if (size.sequences, size.sequence_tokens, size.gradient_checkpointing) not in known
+        ]
+        if not missing:
+            return self
+        more = self.measure(self.config, self.spec, missing, self.measured.digest)
+        steps = (*self.measured.steps, *more.steps)
+        return replace(self, measured=self.measured.model_copy(update={"steps": steps}))
+
+
+def _size(training: TrainingShape) -> StepSize:
+    return StepSize(training.micro_batch_size, training.sequence_length, training.gradient_checkpointing)
+
+
+def _digest(config: Path, spec: QLoRAJobSpec) -> str:
+    """SHA-256 of what a dry run depends on: the model, the settings, and the code."""
+    training = spec.training
+    depends_on: Mapping[str, object] = {
+        "config": hashlib.sha256(config.read_bytes()).hexdigest(),
+        "lora": spec.lora.model_copy(update={"initial_adapter": None}).dump(),
+        "quantization": spec.quantization.dump(),
+        "step": [
+            training.micro_batch_size,
+            training.max_sequence_length,
+            training.gradient_checkpointing,
+            training.auto_micro_batch,
+        ],
+        **({"objective": training.objective} if training.compares_answers else {}),
+        "versions": [_version(package) for package in _PACKAGES],
+    }
+    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+@dataclass(frozen=True)
+class TableJob:
+    """A job whose model's family is in the table."""
+
+    model: ModelShape
+    training: TrainingShape
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for target modules that the family does not have."""
+        self.training.targets(self.model)
+
+    @property
+    def is_rough(self) -> bool:
+        """Whether the job has settings that take gigabytes more, or less, than the table's numbers, read without."""
+        return self.training.use_dora or bool(self.training.whole_modules) or self.training.adapted_layers is not None
+
+    def estimate(self, training: TrainingShape) -> MemoryEstimate:
+        """The estimate with other settings."""
+        return estimate(self.model, training)
+
+    @property
+    def parameters(self) -> int:
+        """Of the model, without its adapter."""
+        return self.model.linear_parameters + self.model.embedding_parameters
+
+    def with_smaller(self) -> "TableJob":
+        """Itself: the formula holds for all settings."""
+        return self
+
+    def with_larger(self) -> "TableJob":
+        """Itself: the formula holds for all settings."""
+        return self
+
+
+JobMemory = MeasuredJob | TableJob
+
+
+def measured_further(job: JobMemory, further: Callable[[], JobMemory]) -> JobMemory:
+    """The job with what advice needs too; without it, advice is rougher, which is no reason to stop."""
+    try:
+        return further()
+    except DryRunFailed as failure:
+        logger.warning("the advice is from the job's own dry run alone: %s", failure)
+        return job

@@ -1,0 +1,188 @@
+"""Measures a job's memory: builds its model without data, counts what it consists of, and runs micro batches."""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from transformers import AutoConfig
+
+from qlora_api.memory.answers import AnswerBytes
+from qlora_api.memory.estimate import SMALLEST_PAGED_TENSOR, ActivationBytes
+from qlora_api.training import LoraSpec
+from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
+from qlora_trainer.model.adapter.attach import adapter_name, attach_further_adapter
+from qlora_trainer.model.experts.mxfp4_stack import Mxfp4Stack
+from qlora_trainer.model.experts.stack import ExpertStack, expert_stacks
+from qlora_trainer.model.families.inspection import Family, inspect_family
+from qlora_trainer.model.memory.device import fake_batch, fake_cuda, on_fake_cuda
+from qlora_trainer.model.memory.dry_run import StepSize
+from qlora_trainer.model.memory.skeleton import adapted_skeleton
+from qlora_trainer.model.memory.step import full_batch, joint_step_bytes, step_bytes
+from qlora_trainer.model.source.files import CONFIG
+
+
+def measure(
+    config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str, family: Family | None = None
+) -> MeasuredMemory:
+    """Run a micro batch of each size of the model with this config.json, at full depth. Takes seconds for each.
+
+    `family` is what an inspection for the same adapter has found; without it the model is inspected.
+
+    Gradients of an earlier micro batch are there, as when they are accumulated. Raises StepFailure for a model that
+    cannot be trained, and what PyTorch and transformers raise for one that they cannot run so.
+    """
+    # A process that was forked has none of its parent's threads, which PyTorch would wait for.
+    torch.set_num_threads(1)
+    family = family or _inspected(config, spec.lora)
+    read = AutoConfig.from_pretrained(config, local_files_only=True, trust_remote_code=False)
+    steps: list[MeasuredStep] = []
+    model: Any = None
+    for checkpointing in sorted({size.gradient_checkpointing for size in sizes}):
+        training = spec.training.model_copy(update={"gradient_checkpointing": checkpointing})
+        model = adapted_skeleton(read, family, spec.lora, training, spec.quantization)
+        wanted = [size for size in sizes if size.gradient_checkpointing == checkpointing]
+        steps += _steps(model, wanted, pairs=training.compares_answers)
+    return _counted(model, spec, steps, digest)
+
+
+def measure_together(
+    config: Path, specs: Sequence[QLoRAJobSpec], passes: Sequence[tuple[int, ...]], family: Family | None = None
+) -> tuple[ActivationBytes, ...]:
+    """Run passes with a micro batch of each of several jobs, given by their numbers, of one model with all adapters.
+
+    `family` is what an inspection for the adapter of the first job has found. Raises as `measure` does.
+    """
+    torch.set_num_threads(1)
+    first, families = specs[0], _inspected_for_each(config, specs, family)
+    read = AutoConfig.from_pretrained(config, local_files_only=True, trust_remote_code=False)
+    model = adapted_skeleton(read, families[0], first.lora, first.training, first.quantization)
+    names = [adapter_name(position) for position in range(len(specs))]
+    for name, spec, of_job in zip(names[1:], specs[1:], families[1:], strict=True):
+        with torch.device("meta"):
+            attach_further_adapter(
+                model,
+                name,
+                spec.lora,
+                of_job.target_modules,
+                seed=spec.training.seed,
+                base_name="",
+                base_revision="",
+            )
+    full = [full_batch(spec.training.micro_batch_size, spec.training.max_sequence_length) for spec in specs]
+    with _trained_on_fake_cuda(model):
+        steps = [
+            joint_step_bytes(model, {names[number]: fake_batch(full[number]) for number in numbers})
+            for numbers in passes
+        ]
+    checkpointing = first.training.gradient_checkpointing
+    return tuple(
+        ActivationBytes.of_measured(
+            kept=step.kept, loss=step.loss, work=step.work, gradient_checkpointing=checkpointing
+        )
+        for step in steps
+    )
+
+
+@contextmanager
+def _trained_on_fake_cuda(model: Any) -> Iterator[None]:
+    """In the body the model is on a GPU, without data, with the gradients of an earlier micro batch."""
+    with fake_cuda():
+        on_fake_cuda(model)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+        yield
+
+
+def _inspected(config: Path, lora: LoraSpec) -> Family:
+    with TemporaryDirectory() as folder:
+        return inspect_family(Path(shutil.copyfile(config, Path(folder) / CONFIG)).parent, lora)
+
+
+def _inspected_for_each(config: Path, specs: Sequence[QLoRAJobSpec], first: Family | None) -> list[Family]:
+    """What an inspection finds for each job; made once for adapters that are alike. `first`: if known, of the first."""
+    found: dict[str, Family] = {} if first is None else {specs[0].lora.model_dump_json(): first}
+    for spec in specs:
+        adapter = spec.lora.model_dump_json()
+        if adapter not in found:
+            found[adapter] = _inspected(config, spec.lora)
+    return [found[spec.lora.model_dump_json()] for spec in specs]
+
+
+def _steps(model: Any, sizes: Sequence[StepSize], *, pairs: bool) -> list[MeasuredStep]:
+    batches = [full_batch(size.sequences, size.sequence_tokens, pairs=pairs) for size in sizes]
+    measured = []
+    with _trained_on_fake_cuda(model):
+        for size, batch in zip(sizes, batches, strict=True):
+            found = step_bytes(model, fake_batch(batch))
+            measured.append(
+                MeasuredStep(
+                    sequences=size.sequences,
+                    sequence_tokens=size.sequence_tokens,
+                    gradient_checkpointing=size.gradient_checkpointing,
+                    kept=found.kept,
+                    loss=found.loss,
+                    work=found.work,
+                )
+            )
+    return measured
+
+
+def _counted(model: Any, spec: QLoRAJobSpec, steps: Sequence[MeasuredStep], digest: str) -> MeasuredMemory:
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    packed = {id(layer.weight) for layer in layers}
+    stacks = [stack for _, stack in expert_stacks(model)]
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    adapter = [parameter.numel() for name, parameter in trained if ".lora_" in name]
+    frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in packed]
+    config = model.config.get_text_config(decoder=True)
+    answers = answer_bytes(config)
+    return MeasuredMemory(
+        digest=digest,
+        blocks=config.num_hidden_layers,
+        rank=spec.lora.rank,
+        quantized_parameters=sum(layer.quant_state.shape.numel() for layer in layers)
+        + sum(stack.parameters_count for stack in stacks if isinstance(stack, ExpertStack)),
+        mxfp4_parameters=sum(stack.parameters_count for stack in stacks if isinstance(stack, Mxfp4Stack)),
+        unquantized_bytes=sum(parameter.nbytes for parameter in frozen),
+        adapter_parameters=sum(adapter),
+        pageable_parameters=sum(size for size in adapter if size >= SMALLEST_PAGED_TENSOR),
+        whole_parameters=sum(parameter.numel() for name, parameter in trained if ".lora_" not in name),
+        answer_bytes_per_token=answers.per_token,
+        answer_bytes_per_pair=answers.per_pair,
+        steps=tuple(steps),
+    )
+
+
+def answer_bytes(config: Any) -> AnswerBytes:
+    """What an answer takes, by the text model's configuration, with every block counted as attention.
+
+    Of multi-head latent attention transformers keeps the keys and values of each head. A size that differs between
+    blocks counts as its largest.
+    """
+    # transformers refuses to read a size from the configuration of all blocks if theirs are different.
+    blocks = list(config.per_layer_config) if config.is_heterogeneous else [config]
+    heads, sizes = zip(*map(_attention_sizes, blocks), strict=True)
+    return AnswerBytes.of(config.num_hidden_layers, max(heads), keys_and_values=max(sizes))
+
+
+def _attention_sizes(config: Any) -> tuple[int, int]:
+    """The heads of a block, and the elements of a token's keys and values."""
+
+    def size(name: str, default: int) -> int:
+        value = getattr(config, name, None)
+        return max(value) if isinstance(value, list | tuple) and value else value if isinstance(value, int) else default
+
+    heads = size("num_attention_heads", 1)
+    width = size("head_dim", size("hidden_size", 0) // heads)
+    groups, key, value = size("num_key_value_heads", heads), width, width
+    if size("kv_lora_rank", 0):
+        groups, value = heads, size("v_head_dim", width)
+        key = size("qk_nope_head_dim", width) + size("qk_rope_head_dim", 0)
+    return heads, groups * (key + value)

@@ -1,0 +1,122 @@
+"""Builds the model that a job trains, with its adapter and its 4-bit layers, on tensors without data."""
+
+from typing import Any, cast
+
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
+from qlora_trainer.model.adapter.attach import attach_adapter
+from qlora_trainer.model.architecture.text_part import text_part
+from qlora_trainer.model.experts.compute import EXPERTS, register_experts
+from qlora_trainer.model.experts.layout import ExpertLayout, routing_linears
+from qlora_trainer.model.experts.quantizer import stack_experts
+from qlora_trainer.model.experts.routers import route_without_autocast
+from qlora_trainer.model.families.inspection import Family
+from qlora_trainer.model.kernels.activations import fuse_activations
+from qlora_trainer.model.kernels.attention import register_attention
+from qlora_trainer.model.kernels.norms import fuse_norms
+from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
+
+_BLOCK, _NESTED_BLOCK = 64, 256
+
+
+def base_skeleton(config: PretrainedConfig, attention: str) -> Any:
+    """The base model on the meta device, in 16 bit, with this `attn_implementation` and the trainer's experts."""
+    register_attention()
+    register_experts()
+    return text_part(config, dtype=COMPUTE_DTYPE, attn_implementation=attention, experts_implementation=EXPERTS)
+
+
+def adapted_skeleton(
+    config: PretrainedConfig, family: Family, lora: LoraSpec, training: TrainingSpec, quantization: QuantizationSpec
+) -> Any:
+    """The model with its adapter on the meta device, its linear layers replaced by 4-bit ones."""
+    model = base_skeleton(config, family.attention)
+    kept = {id(model.get_submodule(name)) for name in routing_linears(model)} | {id(model.get_output_embeddings())}
+    # transformers does not quantize what a family would have in 32 bit.
+    wide = list(model._keep_in_fp32_modules or ())
+    kept |= {id(module) for name, module in model.named_modules() if not should_convert_module(name, wide)}
+    stack_experts(model, ExpertLayout.of(model), quantization, "meta")
+    with torch.device("meta"):
+        _quantize(model, kept, quantization)
+    # PEFT asks for this before it makes a layer for 4-bit weights.
+    model.is_loaded_in_4bit = True
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    fuse_norms(model)
+    fuse_activations(model)
+    route_without_autocast(model)
+    with torch.device("meta"):
+        return attach_adapter(
+            model.eval(),
+            lora,
+            family.target_modules,
+            seed=training.seed,
+            gradient_checkpointing=training.gradient_checkpointing,
+            base_name="",
+            base_revision="",
+        )
+
+
+class Linear4bitWithoutData(Linear4bit):
+    """bitsandbytes' layer, with its own forward and backward, on a weight that bitsandbytes' parameter cannot hold."""
+
+    def __init__(self, linear: nn.Linear, quantization: QuantizationSpec) -> None:
+        # bitsandbytes' own would quantize, which needs data.
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+        self.compute_dtype, self.compute_type_is_set = COMPUTE_DTYPE, True
+        self.support_avx512bf16_for_cpu = False
+        size = linear.weight.numel()
+        weight: Any = nn.Parameter(torch.empty(-(-size // 2), 1, dtype=torch.uint8), requires_grad=False)
+        weight.quant_state = self.quant_state = _quant_state(linear, size, quantization)
+        weight.compress_statistics = quantization.double_quant
+        weight.quant_type = quantization.type
+        self.weight = weight
+
+    # PEFT dequantizes bitsandbytes' own parameters, and by `dequantize` a layer that has a `W_q`.
+    @property
+    def W_q(self) -> Tensor:  # noqa: N802 - PEFT's name
+        """The weight, packed."""
+        return cast("Tensor", self.weight)
+
+    def dequantize(self) -> Tensor:
+        """The weight [outputs, inputs] in 16 bit."""
+        return cast("Tensor", dequantize_4bit(self.weight.data, self.quant_state))
+
+
+def _quant_state(linear: nn.Linear, size: int, quantization: QuantizationSpec) -> QuantState:
+    blocks = -(-size // _BLOCK)
+    nested = None
+    if quantization.double_quant:
+        nested = QuantState(
+            absmax=torch.empty(-(-blocks // _NESTED_BLOCK)),
+            blocksize=_NESTED_BLOCK,
+            code=torch.empty(_NESTED_BLOCK),
+            dtype=torch.float32,
+        )
+    return QuantState(
+        absmax=torch.empty(blocks, dtype=torch.float32 if nested is None else torch.uint8),
+        shape=linear.weight.shape,
+        code=torch.empty(16),
+        blocksize=_BLOCK,
+        quant_type=quantization.type,
+        dtype=COMPUTE_DTYPE,
+        offset=None if nested is None else torch.empty(()),
+        state2=nested,
+    )
+
+
+def _quantize(module: nn.Module, kept: set[int], quantization: QuantizationSpec) -> None:
+    """Replace what transformers replaces: each exact `nn.Linear` but those that are `kept`."""
+    for name, child in module.named_children():
+        if type(child) is nn.Linear and id(child) not in kept:
+            setattr(module, name, Linear4bitWithoutData(child, quantization))
+        else:
+            _quantize(child, kept, quantization)

@@ -1,0 +1,119 @@
+"""Runs one micro batch, forward and backward, and says how many bytes it takes beyond those that are there before."""
+
+import gc
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_api.training import PreferenceSpec
+from qlora_trainer.data.prepared import PackedSequence
+from qlora_trainer.model.losses.batch import Batch
+from qlora_trainer.model.losses.joint import joint_losses, routed
+from qlora_trainer.model.losses.loss import batch_loss, row_losses
+from qlora_trainer.model.losses.preference import dpo
+from qlora_trainer.model.memory.backward import backward
+from qlora_trainer.model.memory.live_bytes import LiveBytes
+from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Bytes of one micro batch on top of those that are alive before it."""
+
+    kept: int
+    """When the decoder has run: activations, or their checkpoints, until the backward pass."""
+    loss: int
+    """The most while the loss is computed, less what is kept."""
+    work: int
+    """The most while the decoder runs, forward or backward, less what is kept."""
+
+
+def full_batch(sequences: int, tokens: int, *, pairs: bool = False) -> Batch:
+    """A micro batch of full sequences as it is given to a GPU, in main memory: each is a row, all tokens are targets.
+
+    With `pairs` each is two rows of half the tokens.
+    Another batch of this size takes more only where FlashAttention computes the gradients of more rows: 128 tokens'
+    worth of sums for each further row, while a block's attention is at work (see `workspaces`).
+    """
+    anything = torch.zeros(tokens, dtype=torch.int64)
+    sequence = PackedSequence(anything, anything, (tokens,))
+    if pairs:
+        sequence = PackedSequence(anything, anything, (tokens - tokens // 2, tokens // 2), row_numbers=(0, 1))
+    # The batch is not for a CPU, which gets other sizes.
+    return Batch.of([sequence] * sequences, torch.device("meta"))
+
+
+def step_bytes(
+    model: Any, batch: Batch, run_backward: Callable[[Tensor], None] = backward, live: LiveBytes | None = None
+) -> StepBytes:
+    """The bytes of a micro batch of a model with its adapter, on the batch's device.
+
+    When gradients are accumulated, those of an earlier micro batch are there already, and are not counted.
+    """
+    return _bytes(model, [batch], lambda: _loss(model.get_base_model(), batch), run_backward, live or LiveBytes())
+
+
+def joint_step_bytes(
+    model: Any,
+    batches: Mapping[str, Batch],
+    run_backward: Callable[[Tensor], None] = backward,
+    live: LiveBytes | None = None,
+) -> StepBytes:
+    """The same of a pass with a micro batch of each of several adapters, by their names."""
+    with routed(model, batches):
+        return _bytes(
+            model,
+            batches.values(),
+            lambda: torch.stack(list(joint_losses(model, batches).values())).sum(),
+            run_backward,
+            live or LiveBytes(),
+        )
+
+
+def _bytes(
+    model: Any,
+    batches: Collection[Batch],
+    loss_of: Callable[[], Tensor],
+    run_backward: Callable[[Tensor], None],
+    live: LiveBytes,
+) -> StepBytes:
+    base, device = model.get_base_model(), model.device.type
+    gc.collect()
+    with live:
+        for tensor in _tensors(model, batches):
+            live.add(tensor)
+        before = live.bytes
+        live.take_peak()
+        at_end: list[tuple[int, int]] = []
+        hook = base.get_decoder().register_forward_hook(lambda *_: at_end.append((live.bytes, live.take_peak())))
+        try:
+            with torch.autocast(device, dtype=COMPUTE_DTYPE, cache_enabled=False):
+                loss = loss_of()
+        finally:
+            hook.remove()
+        kept, forward_peak = at_end[0]
+        loss_peak = live.take_peak()
+        run_backward(loss)
+        work_peak = max(forward_peak, live.take_peak())
+    return StepBytes(kept - before, loss_peak - kept, work_peak - kept)
+
+
+def _loss(base: Any, batch: Batch) -> Tensor:
+    """The loss of a batch, if of pairs that of DPO. The pass that finds its reference takes less than this one."""
+    if batch.pairs is None:
+        return batch_loss(base, batch)
+    losses = row_losses(base, batch)
+    return dpo(losses, torch.zeros_like(losses), PreferenceSpec()).loss.sum()
+
+
+def _tensors(model: Any, batches: Iterable[Batch]) -> Iterator[Tensor]:
+    for parameter in model.parameters():
+        yield parameter
+        if parameter.grad is not None:
+            yield parameter.grad
+    yield from model.buffers()
+    for batch in batches:
+        yield from (batch.input_ids, batch.position_ids, batch.rows.offsets, batch.predicting, batch.targets)

@@ -1,0 +1,187 @@
+"""Quantizes weights to the 4-bit format of bitsandbytes, in pieces and to the same bytes on every machine.
+
+bitsandbytes quantizes a tensor on a CPU in seven times its memory, more than a small pod has for the largest layers.
+Its blocks of 64 weights are independent, so pieces give the same bytes.
+
+It searches for one weight at a time, which took most of the time of making a base: 110 MB of 16-bit weights a second on
+two cores, where a copy moves 2,805. Comparisons are 3.4 times as fast (`python -m benchmarks.base`).
+"""
+
+import math
+from collections.abc import Mapping
+from functools import cache
+from itertools import chain, pairwise
+
+import numpy
+import torch
+from bitsandbytes.functional import QuantState, get_4bit_type
+from torch import Tensor
+
+from qlora_api.training import QuantizationSpec
+
+BLOCK = 64
+"""Weights that share one quantization constant (arXiv 2305.14314, section 3)."""
+OUTER_BLOCK = 256
+"""Constants that share one constant of the second level, if they are quantized too."""
+_FLOAT32_BYTES = 4
+_CODE_BYTES = 16 * _FLOAT32_BYTES
+_CONSTANTS_CODE_BYTES = 256 * _FLOAT32_BYTES
+
+
+def layer_bytes(parameters: int, *, double_quant: bool) -> int:
+    """Bytes of one layer of so many weights in the format of bitsandbytes.
+
+    Two weights per byte, a constant for each block, and the table of the 16 values. Double quantization stores the
+    constants in 8 bit: with a float32 for each outer block of them, their mean, and the table of their 256 values.
+    """
+    blocks = -(-parameters // BLOCK)
+    weights = -(-parameters // 2) + _CODE_BYTES
+    if not double_quant:
+        return weights + blocks * _FLOAT32_BYTES
+    outer_blocks = -(-blocks // OUTER_BLOCK)
+    return weights + blocks + outer_blocks * _FLOAT32_BYTES + _FLOAT32_BYTES + _CONSTANTS_CODE_BYTES
+
+
+_EXPONENTS = 7
+
+
+@cache
+def dynamic_map() -> Tensor:
+    """The 256 values, float32, in ascending order; do not change them (arXiv 1511.04561).
+
+    For each of the exponents 10^-6 to 10^0, 1, 2, … 64 means of neighbors among evenly spaced numbers from 0.1 to 1,
+    with both signs; 0 and 1. bitsandbytes' `create_dynamic_map` has PyTorch space them, which rounds once for each
+    where the CPU multiplies and adds in one operation, as all with AVX2 do, and otherwise twice. Quantized constants
+    depend on the values. Here products and sums are computed in 64 bit and rounded once, whatever the CPU.
+    """
+    values = [0.0, 1.0]
+    for exponent in range(_EXPONENTS):
+        count = 2**exponent
+        edges = _evenly_spaced(count)
+        power = numpy.float32(10.0 ** (exponent - _EXPONENTS + 1))
+        for low, high in pairwise(edges):
+            value = float(power * ((low + high) / numpy.float32(2)))
+            values += [value, -value]
+    # Models are built on the meta device, and these values are kept.
+    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
+
+
+def _evenly_spaced(count: int) -> list[numpy.float32]:
+    """`count` steps from 0.1 to 1: up from the first up to the middle, and down from the last beyond it."""
+    first, last = numpy.float32(0.1), numpy.float32(1)
+    step = float((last - first) / numpy.float32(count))
+    middle = (count + 1) // 2
+    up = [numpy.float32(float(first) + step * place) for place in range(middle)]
+    return up + [numpy.float32(float(last) - step * (count - place)) for place in range(middle, count + 1)]
+
+
+class NearestValues:
+    """Quantizes blocks of 64 weights; what it needs meanwhile is used again for the next piece.
+
+    bitsandbytes searches the place of each weight among the fifteen means of neighboring values, one weight at a time.
+    Here all weights of a piece are compared with one mean after the other, which is faster: processors compare eight
+    or more numbers at once. The numbers that are compared are the same, and so are the bytes.
+    """
+
+    def __init__(self, kind: str, weights: int) -> None:
+        """`kind` is "nf4" or "fp4"; no piece has more than so many `weights`."""
+        values = get_4bit_type(kind, device="cpu")
+        order = torch.argsort(values)
+        ascending = values[order]
+        codes = order.tolist()
+        self._lowest = codes[0]
+        # Beyond each mean the code grows by this much, in the arithmetic of one byte.
+        means = ((ascending[:-1] + ascending[1:]) / 2).tolist()
+        self._steps = [
+            (mean, (after - before) % 256) for mean, (before, after) in zip(means, pairwise(codes), strict=True)
+        ]
+        self._scaled = torch.empty(weights, dtype=torch.float32)
+        self._beyond = torch.empty(weights, dtype=torch.bool)
+        self._codes = torch.empty(weights, dtype=torch.uint8)
+
+    def quantize(self, piece: Tensor, packed: Tensor, absmax: Tensor) -> None:
+        """Quantize [weights], a multiple of 64, of a floating point type.
+
+        Sets `packed`, uint8 [weights / 2, 1], to two codes a byte, and `absmax`, float32 [weights / 64], to the largest
+        magnitude of each block: not finite if one of its weights is not.
+        """
+        scaled, beyond, codes = (buffer[: piece.numel()] for buffer in (self._scaled, self._beyond, self._codes))
+        scaled.copy_(piece)
+        blocks = scaled.view(-1, BLOCK)
+        torch.amax(blocks.abs(), dim=1, out=absmax)
+        # A block of zeros is divided by the smallest number that bitsandbytes divides by.
+        blocks.mul_(absmax.clamp(min=1e-38).reciprocal_().unsqueeze(1)).clamp_(-1, 1)
+        codes.fill_(self._lowest)
+        for mean, step in self._steps:
+            torch.gt(scaled, mean, out=beyond)
+            codes.add_(beyond.view(torch.uint8), alpha=step)
+        high, low = codes.view(-1, 2).unbind(1)
+        torch.bitwise_or(high << 4, low, out=packed.view(-1))
+
+
+COMPUTE_DTYPE = torch.bfloat16
+"""The type in which 4-bit layers multiply, and to which a weight is rounded before it is quantized."""
+PIECE = 2**18
+"""Weights that are quantized at a time. Each takes twelve bytes meanwhile, which should stay in the caches."""
+
+
+def quantize(weight: Tensor, quantization: QuantizationSpec) -> Mapping[str, Tensor]:
+    """The tensors of a 4-bit layer for a floating point `weight` of any shape, named as in a checkpoint after `weight`.
+
+    These are "" (two weights a byte, [bytes, 1]), ".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4" or `fp4`,
+    and with double quantization ".nested_absmax" and ".nested_quant_map" (arXiv 2305.14314, section 3). Besides them
+    it takes `PIECE` times 12 bytes, and 4 for each block of 64 weights.
+
+    Every byte is as bitsandbytes makes it on a CPU, except where the mean of the constants matters, which double
+    quantization subtracts from them, and on one without AVX2, where 42 of its 256 values for constants are others in
+    their last bit (see `dynamic_map`). bitsandbytes adds in 32 bit, in an order that depends on the number of threads;
+    here it is the exact sum, divided and rounded once. The two differ in the last bits, by less than 2^-24 times the
+    mean and the number of constants; a constant that lies between two of its 256 values may then get the other one.
+    Raises ValueError if a weight is infinite or not a number.
+    """
+    packed, absmax = _in_pieces(weight.detach().reshape(-1), quantization.type)
+    if not absmax.isfinite().all():
+        raise ValueError("it has values that are infinite or not a number")
+    offset, outer = None, None
+    if quantization.double_quant:
+        offset = _mean(absmax)
+        absmax, outer = _nested(absmax.sub_(offset))
+    state = QuantState(
+        absmax=absmax,
+        shape=weight.shape,
+        code=get_4bit_type(quantization.type, device=torch.device("cpu")),
+        blocksize=BLOCK,
+        quant_type=quantization.type,
+        dtype=COMPUTE_DTYPE,
+        offset=offset,
+        state2=outer,
+    )
+    return {"": packed, **{f".{name}": tensor for name, tensor in state.as_dict(packed=True).items()}}
+
+
+def _in_pieces(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Packed weights and the largest magnitude of each block."""
+    packed = torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8)
+    absmax = torch.empty(-(-weight.numel() // BLOCK), dtype=torch.float32)
+    whole = weight.numel() // BLOCK * BLOCK
+    nearest = NearestValues(kind, min(PIECE, whole))
+    for first in range(0, whole, PIECE):
+        end = min(first + PIECE, whole)
+        rounded = weight[first:end].to(COMPUTE_DTYPE)
+        nearest.quantize(rounded, packed[first // 2 : end // 2], absmax[first // BLOCK : end // BLOCK])
+    if whole < weight.numel():
+        rest = weight[whole:].to(COMPUTE_DTYPE)
+        packed[whole // 2 :], absmax[-1:] = torch.ops.bitsandbytes.quantize_4bit.default(rest, BLOCK, kind, torch.uint8)
+    return packed, absmax
+
+
+def _mean(values: Tensor) -> Tensor:
+    total = math.fsum(chain.from_iterable(piece.tolist() for piece in values.split(PIECE // BLOCK)))
+    return torch.tensor(total / values.numel(), dtype=torch.float32)
+
+
+def _nested(constants: Tensor) -> tuple[Tensor, QuantState]:
+    """Constants of the first level in 8 bit, and those of the second level."""
+    code = dynamic_map()
+    eight_bit, absmax = torch.ops.bitsandbytes.quantize_blockwise.default(constants, code, OUTER_BLOCK)
+    return eight_bit, QuantState(absmax=absmax, code=code, blocksize=OUTER_BLOCK, dtype=torch.float32)

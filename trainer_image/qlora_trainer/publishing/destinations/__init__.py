@@ -1,0 +1,1 @@
+"""Where a finished folder may go. To add a kind, see `destination.Destination` and `addresses`."""

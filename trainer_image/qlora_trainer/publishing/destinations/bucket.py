@@ -1,0 +1,99 @@
+"""Publishes into a folder of an object store, where objects appear one by one.
+
+A half-written folder of an earlier attempt looks like files of another run, so the first object is a claim, created
+only if there is none. An ETag is no digest: each file is read back, and a publication costs a download of its bytes.
+"""
+
+from functools import partial
+
+from qlora_api.sources import ObjectStoreSource
+from qlora_trainer.core.credentials import Secret
+from qlora_trainer.core.failures import StepFailure, bad_configuration, unreachable
+from qlora_trainer.core.file_names import PUBLISHED_MANIFEST
+from qlora_trainer.publishing.destinations.destination import reject_occupied
+from qlora_trainer.publishing.manifest import MAX_MANIFEST_BYTES, STATEMENTS, Manifest, parse_manifest
+from qlora_trainer.stores.contents import Contents
+from qlora_trainer.stores.objects import ObjectFolder
+from qlora_trainer.stores.retry import read_back
+
+# Present while files are being written, so that the next attempt recognizes them as its own; the manifest replaces it.
+_CLAIM = ".manifest.partial.json"
+# Written and deleted again to see whether that is allowed. It belongs to nobody.
+_PROBE = ".write-check"
+
+
+class ObjectDestination:
+    """A folder of an object store as a destination. See Destination."""
+
+    def __init__(self, source: ObjectStoreSource, secret: Secret) -> None:
+        self.uri = str(source)
+        self._folder = ObjectFolder(source, secret, reject=bad_configuration)
+
+    def published(self) -> Manifest | None:
+        """See Destination."""
+        return self._manifest(PUBLISHED_MANIFEST)
+
+    def holders(self) -> tuple[Manifest, ...]:
+        """See Destination. The claim counts too, so that two runs that start at once do not mix their files."""
+        found = (self.published(), self._manifest(_CLAIM))
+        return tuple(manifest for manifest in found if manifest is not None)
+
+    def is_free(self) -> bool:
+        """See Destination."""
+        return set(self._folder.list()) <= {_PROBE}
+
+    def require_writable(self) -> None:
+        """See Destination. Publish deletes objects too."""
+        self._folder.write(_PROBE, b"")
+        self._folder.delete(_PROBE)
+
+    def damaged(self, manifest: Manifest) -> str | None:
+        """See Destination."""
+        stored = self._folder.list()
+        for name, described in manifest.files.items():
+            if name not in stored or stored[name].size != described.size:
+                return name
+            if read_back(partial(self._folder.digest, name)) != described.sha256:
+                return name
+        return None
+
+    def write(self, contents: Contents, manifest: Manifest) -> None:
+        """See Destination. Files that an earlier attempt has written completely are not written again."""
+        self._claim(manifest)
+        self._folder.delete(PUBLISHED_MANIFEST)
+        stored = self._folder.list()
+        for name, content in contents.items():
+            described = manifest.files[name]
+            whole = name in stored and stored[name].size == described.size
+            if not (whole and self._folder.digest(name) == described.sha256):
+                self._folder.write(name, content)
+                if read_back(partial(self._folder.digest, name)) != described.sha256:
+                    raise self._differs(name)
+        # What is stated about other files must not lie beside these.
+        for name in (STATEMENTS & stored.keys()) - contents.keys():
+            self._folder.delete(name)
+        self._folder.write(PUBLISHED_MANIFEST, manifest.text())
+        if self.published() != manifest:
+            raise self._differs(PUBLISHED_MANIFEST)
+        self._folder.delete(_CLAIM)
+
+    def location(self, manifest: Manifest) -> str:
+        """See Destination."""
+        return self.uri
+
+    def _manifest(self, name: str) -> Manifest | None:
+        return parse_manifest(self._folder.read(name, most=MAX_MANIFEST_BYTES))
+
+    def _differs(self, name: str) -> StepFailure:
+        return unreachable(f"{self.uri}/{name} does not read back as it was written: the next attempt writes it again")
+
+    def _claim(self, manifest: Manifest) -> None:
+        """Create the claim, unless an earlier attempt has. Raises StepFailure if the folder is another run's by now."""
+        created = self._folder.create(_CLAIM, manifest.text())
+        try:
+            reject_occupied(self, manifest.publisher)
+        except StepFailure:
+            # Another run has published, and removed its own claim, after this one had found the folder free.
+            if created:
+                self._folder.delete(_CLAIM)
+            raise

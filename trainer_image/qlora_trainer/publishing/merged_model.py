@@ -1,0 +1,146 @@
+"""Merges the adapter into the base, evaluates the merged model and publishes it, for a job with output.merged.
+
+The adapter is published before, so that a merge for which there is no room costs nothing but itself.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+
+import torch
+
+from qlora_api.contract import ExitCode, WorkspaceLayout
+from qlora_api.status import MergedStatus
+from qlora_trainer.core.completion import Comparison
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.core.file_names import ADAPTER_FILE, MODEL_CARD_FILE
+from qlora_trainer.core.filesystem import require_space, scratch_folder
+from qlora_trainer.core.trained_job import TrainedJob
+from qlora_trainer.data.prepared import PreparedDataset, open_prepared
+from qlora_trainer.evaluation.held_out import mean_loss, read_compared
+from qlora_trainer.model.adapter.merge import MergeSource, merged_bytes, merged_model, write_merged
+from qlora_trainer.model.architecture.text_part import load_text_part
+from qlora_trainer.model.base.artifact import require_sha256
+from qlora_trainer.model.kernels.attention import ATTENTION, register_attention
+from qlora_trainer.model.nf4.base_weights import BaseWeights
+from qlora_trainer.model.source.files import GENERATION_CONFIG, PROCESSOR_FILES, TOKENIZER_FILES
+from qlora_trainer.publishing.chat_template import give_template, job_template_file
+from qlora_trainer.publishing.destinations.destination import Destination, publish_folder, reject_occupied
+from qlora_trainer.publishing.manifest import run_manifest
+from qlora_trainer.report.model_card import merged_model_card
+from qlora_trainer.stores.contents import Contents
+
+_COPIED = (*sorted(TOKENIZER_FILES | PROCESSOR_FILES), GENERATION_CONFIG)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged model in a folder of this machine."""
+
+    contents: Contents
+    weight_bytes: int
+    loss: float | None
+    """On the held-out rows that training compared the adapter on, in nats; None if there are none."""
+
+
+def publish_merged(
+    job: TrainedJob, workspace: WorkspaceLayout, destination: Destination, say: Callable[[str], None]
+) -> MergedStatus:
+    """Merge, evaluate and publish. `say` reports what is being done.
+
+    Raises StepFailure as `merge` and `publish_folder` do. The folder of the workspace in which the model is merged is
+    removed afterwards.
+    """
+    reject_occupied(destination, run_manifest(job, {}).publisher)
+    with scratch_folder(workspace.merged) as folder:
+        say("merging the adapter into the base")
+        merged = merge(job, workspace, folder)
+        say(f"writing to {destination.uri}")
+        manifest = run_manifest(job, merged.contents)
+        uri = publish_folder(destination, merged.contents, manifest)
+    compared = job.trained.compared
+    return MergedStatus(
+        uri=uri,
+        sha256=hashlib.sha256(manifest.text()).hexdigest(),
+        size_bytes=merged.weight_bytes,
+        eval_loss=merged.loss,
+        adapter_eval_loss=None if compared is None else compared.loss,
+        eval_tokens=0 if compared is None else compared.targets,
+    )
+
+
+def still_published(destination: Destination, status: MergedStatus | None) -> bool:
+    """Whether the merged model that an earlier attempt has published is at the destination, undamaged."""
+    manifest = destination.published()
+    return (
+        status is not None
+        and manifest is not None
+        and hashlib.sha256(manifest.text()).hexdigest() == status.sha256
+        and destination.damaged(manifest) is None
+    )
+
+
+def merge(job: TrainedJob, workspace: WorkspaceLayout, folder: Path) -> Merged:
+    """Merge the trained adapter into the base that it was trained on, write the model into `folder` and evaluate it.
+
+    Raises StepFailure: STORAGE_FULL with the numbers if there is no room for it, UNSAFE_ARTIFACT if the base has
+    changed since, INTERNAL_ERROR if the merged model does not load whole or its loss is not finite.
+    """
+    prepared, trained = job.prepared, job.trained
+    model_folder = workspace.root / prepared.model_path
+    model = merged_model(model_folder)
+    # Without a destination of its own it takes room twice: as it is written here, and as it is published beside that.
+    copies = 1 if job.spec.output.merged and job.spec.output.merged.destination else 2
+    require_space(workspace.root, copies * merged_bytes(model), "writing the merged model in 16 bit")
+    base_folder = workspace.root / prepared.base_path
+    require_sha256(base_folder, trained.base_sha256)
+    base = BaseWeights(base_folder, model)
+    adapter = workspace.root / trained.adapter_path / ADAPTER_FILE
+    write_merged(model, MergeSource(base, adapter, job.spec.lora), folder)
+    loss = None
+    if trained.compared is not None:
+        held_out = open_prepared(workspace.root / prepared.data_path, "eval")
+        loss = _held_out_loss(
+            folder, prepared.attention or ATTENTION, held_out, trained.compared, together=prepared.packed
+        )
+    for name in _COPIED:
+        if (model_folder / name).is_file():
+            shutil.copyfile(model_folder / name, folder / name)
+    template = job_template_file(prepared, workspace)
+    if template is not None:
+        give_template(folder, template, prepared.end_of_turn)
+    (folder / MODEL_CARD_FILE).write_text(merged_model_card(job, loss))
+    return Merged({path.name: path for path in sorted(folder.iterdir())}, merged_bytes(model), loss)
+
+
+def _held_out_loss(
+    folder: Path, attention: str, held_out: PreparedDataset, compared: Comparison, *, together: bool
+) -> float:
+    """Loss of the written files, in nats. Weights are mapped, not in memory, and read once per batch.
+
+    `attention` is the `attn_implementation` that the adapter was trained with. `together` puts all sequences into one
+    batch, for a model that keeps rows apart. Raises StepFailure INTERNAL_ERROR if the loss is not finite, or if the
+    files lack a tensor of the model or have another one.
+    """
+    register_attention()
+    model, report = load_text_part(
+        folder, dtype=torch.bfloat16, attn_implementation=attention, output_loading_info=True
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, report.get(kind) or ())):
+            raise StepFailure(
+                ExitCode.INTERNAL_ERROR,
+                f"transformers reports {len(names)} {kind.replace('_', ' ')} of the merged model, first {names[0]}: it "
+                "is not published; the adapter is",
+            )
+    loss = mean_loss(model.eval(), read_compared(held_out, compared.sequences, torch.device("cpu"), together=together))
+    if not isfinite(loss):
+        raise StepFailure(
+            ExitCode.INTERNAL_ERROR,
+            f"the merged model's loss on the held-out rows is {loss}, the adapter's {compared.loss:.4f}: the merged "
+            "model is not published; the adapter is",
+        )
+    return loss

@@ -1,0 +1,62 @@
+"""Publishes the 4-bit base that an adapter was trained on, for a job with output.base."""
+
+from qlora_api.contract import WorkspaceLayout
+from qlora_api.status import BaseStatus
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.core.file_names import MODEL_CARD_FILE
+from qlora_trainer.core.trained_job import TrainedJob
+from qlora_trainer.model.base.artifact import require_files, require_sum
+from qlora_trainer.model.source.files import tokenizer_and_processor
+from qlora_trainer.publishing.destinations.destination import Destination, reject_occupied
+from qlora_trainer.publishing.manifest import Manifest, Publisher, base_manifest, base_publisher
+from qlora_trainer.report.model_card import base_model_card
+from qlora_trainer.stores.contents import Contents
+
+
+def publish_base(job: TrainedJob, workspace: WorkspaceLayout, destination: Destination) -> BaseStatus:
+    """Publish it with the tokenizer and a model card; writes nothing if another job has published both there.
+
+    Raises StepFailure: UNSAFE_ARTIFACT if the base has changed since training, BAD_CONFIGURATION if the destination has
+    anything else, the base with another tokenizer included.
+    """
+    if job.prepared.base is None:
+        raise AssertionError("a release without the base's status knows no output.base")
+    folder, model = workspace.root / job.prepared.base_path, workspace.root / job.prepared.model_path
+    names = require_files(folder)
+    contents: Contents = {
+        **{name: folder / name for name in names},
+        **tokenizer_and_processor(model),
+        MODEL_CARD_FILE: base_model_card(job).encode(),
+    }
+    manifest = base_manifest(job, contents)
+    require_sum(folder, {name: manifest.files[name].sha256 for name in names}, job.trained.base_sha256)
+    if not _is_there(destination, manifest, manifest.publisher):
+        reject_occupied(destination, manifest.publisher)
+        try:
+            destination.write(contents, manifest)
+        except (OSError, StepFailure):
+            # Another job with the same base has been faster, and has removed or replaced what this one had begun.
+            if not _is_there(destination, manifest, manifest.publisher):
+                raise
+    # Another job's has another model card, and so another address.
+    uri = destination.location(destination.published() or manifest)
+    return job.prepared.base.model_copy(update={"uri": uri})
+
+
+def base_still_published(job: TrainedJob, workspace: WorkspaceLayout, destination: Destination) -> bool:
+    """Whether the base of the job's training is at the destination with its tokenizer, undamaged."""
+    publisher = base_publisher(job.trained.base_sha256, workspace.root / job.prepared.model_path)
+    found = destination.published()
+    return found is not None and _is_there(destination, found, publisher)
+
+
+def _is_there(destination: Destination, manifest: Manifest, publisher: Publisher) -> bool:
+    """Whether the publisher's is there, by whichever job, with every file of the manifest but the model card.
+
+    The card says where the job that wrote it had the base from, and people may change it.
+    """
+    found = destination.published()
+    if found is None or not publisher.owns(found):
+        return False
+    files = {name: file for name, file in manifest.files.items() if name != MODEL_CARD_FILE}
+    return destination.damaged(manifest.model_copy(update={"files": files})) is None

@@ -1,0 +1,103 @@
+"""What prepare reports and reuses: the work of a run, warnings about its evaluations, and earlier prepared data."""
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from qlora_api.forecast import training_flops
+from qlora_api.status import DatasetStatus
+from qlora_api.training import TrainingSpec
+from qlora_api.usage import WorkStatus
+from qlora_trainer.core.completion import PrepareRecord
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.records import RecordWriter
+from qlora_trainer.data.fingerprint import ResolvedInputs
+from qlora_trainer.data.prepared import PreparedDataset, Split
+from qlora_trainer.evaluation.answers import AnswerTexts
+from qlora_trainer.evaluation.scorable import SCORE, require_readable, require_scorable
+from qlora_trainer.model.adapter.initial import is_unchanged
+from qlora_trainer.model.base.artifact import is_present
+from qlora_trainer.model.base.cache import is_whole
+from qlora_trainer.model.memory.fit import MemoryFit
+from qlora_trainer.model.source.files import CONFIG, tokenizer_digests
+from qlora_trainer.training.progress.evaluations import EVALUATIONS, too_few_evaluations
+from qlora_trainer.training.schedule import Schedule
+
+
+def work_of(
+    parameters: int | None, data: PreparedDataset, found: DatasetStatus, training: TrainingSpec
+) -> WorkStatus | None:
+    """The operations of the planned run; None if it is not known how many weights a token is multiplied by.
+
+    `parameters`: of the model; None if unknown, or if each token uses some of them only (a mixture of experts).
+    """
+    if parameters is None:
+        return None
+    schedule = Schedule.of(len(data), training, data.epoch_offsets)
+    tokens = round(found.tokens * schedule.epoch(schedule.total_steps))
+    return WorkStatus(parameters=parameters, tokens=tokens, flops=training_flops(parameters, tokens, training))
+
+
+logger = logging.getLogger(__name__)
+
+
+def remarks_on_evaluations(training: TrainingSpec, data_folder: Path) -> tuple[str, ...]:
+    """What is to be said of the run's evaluations, which is logged too; nothing if all is well."""
+    data = PreparedDataset.open(data_folder, "train")
+    remark = too_few_evaluations(training, Schedule.of(len(data), training, data.epoch_offsets).total_steps)
+    if remark is None:
+        return ()
+    logger.warning("%s", remark)
+    return (remark,)
+
+
+def still_valid(record: PrepareRecord, context: StepContext, records: RecordWriter) -> PrepareRecord | None:
+    """The record with a new estimate, if what it describes is there and is what the job asks for; else None.
+
+    Raises StepFailure if the job does not fit its GPU, or asks for a score that no adapter could have.
+    """
+    spec, root = context.spec, context.workspace.root
+    resolved, folder = ResolvedInputs.read(root / record.data_path), root / record.model_path
+    if resolved is None or resolved.fingerprint(spec) != record.fingerprint or not (folder / CONFIG).is_file():
+        return None
+    if not _can_be_trained_on(root / record.data_path, ("train", "eval") if spec.dataset.eval else ("train",)):
+        return None
+    if not is_unchanged(record.initial_adapter, context):
+        return None
+    if not is_whole(root / record.base_path, context.mounts.model_cache):
+        return None
+    if spec.lora.initialization == "loftq" and not any(folder.glob("*.safetensors")):
+        return None
+    if not is_present(root / record.base_path, record.base_sha256, spec.quantization):
+        return None
+    if tokenizer_digests(folder) != resolved.tokenizer or not resolved.unchanged(spec.dataset, context.mounts):
+        return None
+    memory = MemoryFit.of(
+        folder / CONFIG,
+        spec,
+        record.target_modules,
+        rows_apart=record.rows_apart,
+        group_size=context.group_size,
+        earlier=record.measured,
+    )
+    records.note(memory=memory.status)
+    memory.require()
+    require_readable(spec.gate)
+    texts = partial(AnswerTexts, folder, record.end_of_turn)
+    of_score = require_scorable(
+        spec.gate, root / record.data_path, record.dataset, texts, fixed_positions=record.fixed_positions
+    )
+    kept = (remark for remark in record.remarks if not remark.startswith((SCORE, EVALUATIONS)))
+    remarks = (*kept, *of_score, *remarks_on_evaluations(spec.training, root / record.data_path))
+    return record.model_copy(update={"memory": memory.status, "measured": memory.measured, "remarks": remarks})
+
+
+def _can_be_trained_on(data_folder: Path, splits: Sequence[Split]) -> bool:
+    """Whether all prepared rows are there, in files of which none is damaged as far as opening it shows."""
+    try:
+        for split in splits:
+            PreparedDataset.open(data_folder, split)
+    except (OSError, ValueError):
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""Checkpoints and attempts on disk, and the run that they belong to."""

@@ -1,0 +1,1 @@
+"""The ranks of a run: devices, processes, communication, sharding."""

@@ -1,0 +1,104 @@
+"""Shards the 4-bit base over the ranks of a run (FSDP2), for models that do not fit on one GPU.
+
+Each rank keeps a part of every decoder block and gathers a block's whole weights while it computes with them, in the
+forward pass and again in the backward pass. Only frozen weights are sharded: the adapter stays whole in each rank,
+because bitsandbytes' optimizers take no sharded tensors, and its gradients are summed as without sharding. The
+embeddings and the output layer stay whole too.
+"""
+
+import logging
+from itertools import chain
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from qlora_trainer.core.failures import bad_configuration
+from qlora_trainer.model.architecture.decoder import decoder_blocks
+
+logger = logging.getLogger(__name__)
+STORAGE_DTYPE = torch.bfloat16
+"""The type in which packed weights must be stored: FSDP gathers a block as one buffer, which has the norms' type."""
+
+
+def shard_base(model: Any, device: torch.device, processes: int) -> None:
+    """Shard the decoder blocks of a model of `attach_adapter` over the ranks, and move the model to `device`.
+
+    The base must be in main memory and asserted to be NF4 or FP4: its shards are plain memory, whose type cannot be
+    checked afterwards. Of a base that is mapped from a file, this rank's part of each weight is all that is read of the
+    blocks' weights, and all that the device gets. From then on every rank must run the same number of forward and
+    backward passes, and the bytes of two blocks at most are gathered at a time: those of the block at work, and the
+    buffer through which they or the next block's arrived.
+    Raises StepFailure (BAD_CONFIGURATION) for a block that FSDP cannot gather as it is stored.
+    """
+    mesh = init_device_mesh(device.type, (processes,))
+    decoder, blocks = model.get_base_model().get_decoder(), decoder_blocks(model.get_base_model())
+    whole = sum(_bytes(parameter) for parameter in blocks.parameters() if not parameter.requires_grad)
+    for number, block in enumerate(blocks):
+        _require_one_dtype(number, block)
+        _shard_block(block, mesh, device)
+    # A root without weights of its own: under it the blocks share the streams on which the next one is gathered while
+    # one is at work. Each block alone would be a root.
+    not_sharded = {parameter for parameter in decoder.parameters() if not isinstance(parameter, DTensor)}
+    fully_shard(decoder, mesh=mesh, ignored_params=not_sharded, reshard_after_forward=True)
+    for tensor in chain(model.parameters(), model.buffers()):
+        if not isinstance(tensor, DTensor):
+            tensor.data = tensor.data.to(device)
+        if isinstance(tensor, Params4bit):
+            # A layer outside the blocks, as Gemma 3n has one: its constants are no buffers.
+            tensor.quant_state.to(device)
+    own = sum(_bytes(parameter.to_local()) for parameter in blocks.parameters() if isinstance(parameter, DTensor))
+    logger.info("this rank holds %d of %d bytes of the decoder blocks", own, whole)
+
+
+def _shard_block(block: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
+    """Leave this rank's part of each frozen weight in the block, and move it and the constants to the device.
+
+    FSDP would move each weight to the device whole before it takes the part of it. Therefore it is given weights
+    without data, and their parts afterwards, as when a checkpoint is loaded into a sharded model.
+    """
+    adapter = {parameter for parameter in block.parameters() if parameter.requires_grad}
+    whole = {name: parameter.data for name, parameter in block.named_parameters() if not parameter.requires_grad}
+    for name, weight in whole.items():
+        _set_frozen(block, name, weight.to("meta"))
+    fully_shard(block, mesh=mesh, ignored_params=adapter, reshard_after_forward=True)
+    for name, weight in whole.items():
+        part = _part(weight, mesh.get_local_rank(), mesh.size()).to(device, copy=True)
+        shape = {"shape": weight.shape, "stride": weight.stride()}
+        _set_frozen(block, name, DTensor.from_local(part, mesh, [Shard(0)], run_check=False, **shape))
+    for module in block.modules():
+        if isinstance(module, Linear4bit):
+            module.quant_state.to(device)
+
+
+def _part(weight: Tensor, rank: int, processes: int) -> Tensor:
+    """The rows that FSDP gives to the rank: as many to each, until there are no more."""
+    parts = weight.chunk(processes)
+    return parts[rank] if rank < len(parts) else weight[:0]
+
+
+def _set_frozen(block: nn.Module, name: str, tensor: Tensor) -> None:
+    module, _, last = name.rpartition(".")
+    setattr(block.get_submodule(module), last, nn.Parameter(tensor, requires_grad=False))
+
+
+def _require_one_dtype(number: int, block: nn.Module) -> None:
+    for name, module in block.named_modules():
+        if isinstance(module, Linear4bit) and not (
+            isinstance(module.weight, Params4bit) and module.weight.quant_state is not None
+        ):
+            raise bad_configuration(f"block {number}: {name} is not 4-bit and cannot be sharded")
+    found = {str(parameter.dtype) for parameter in block.parameters() if not parameter.requires_grad}
+    if found != {str(STORAGE_DTYPE)}:
+        raise bad_configuration(
+            f"block {number} holds tensors of {', '.join(sorted(found))} and can only be sharded in {STORAGE_DTYPE}: "
+            "set spec.training.sharding to none"
+        )
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,106 @@
+"""Finishes a run: writes the adapter that is kept, the completion record, the score of answers, and samples."""
+
+from qlora_api.printable import first_line
+from qlora_trainer.core.completion import Comparison, TrainRecord, write_completion
+from qlora_trainer.core.failures import damaged
+from qlora_trainer.core.file_names import ADAPTER_FILE, SAMPLES_FILE
+from qlora_trainer.core.filesystem import atomic_folder, file_sha256, remove
+from qlora_trainer.evaluation.answers import leave_samples as write_samples
+from qlora_trainer.evaluation.held_out import compare
+from qlora_trainer.model.adapter.attach import restore_adapter, save_adapter
+from qlora_trainer.training.checkpoints.attempts import read_attempts
+from qlora_trainer.training.checkpoints.best_adapter import read_best
+from qlora_trainer.training.checkpoints.time_spent import run_usage
+from qlora_trainer.training.prepared_job import PreparedJob
+from qlora_trainer.training.progress.evaluations import Kept, kept
+from qlora_trainer.training.progress.run_state import RunState
+from qlora_trainer.training.run import Run
+from qlora_trainer.training.scoring import measure_score
+
+
+def finish_run(run: Run, state: RunState, job: PreparedJob) -> TrainRecord:
+    """Write the adapter, then the completion record that points at it."""
+    workspace = run.context.workspace
+    chosen = kept(run.training, state.evaluations, state.step, state.eval_loss)
+    _put_into_model(run, state, chosen)
+    with atomic_folder(workspace.trained) as folder:
+        save_adapter(run.model, folder)
+    if state.loss is None or run.history is None:
+        raise AssertionError("a plan has at least one step, each step has a loss, and the main process notes it")
+    run.history.sync()
+    record = TrainRecord(
+        fingerprint=job.digest,
+        adapter_path=workspace.trained.name,
+        adapter_sha256=file_sha256(workspace.trained / ADAPTER_FILE),
+        training_step=state.step,
+        total_steps=run.schedule.total_steps,
+        adapter_step=chosen.step,
+        loss=state.loss,
+        initial_eval_loss=state.initial_eval_loss,
+        eval_loss=chosen.eval_loss,
+        eval_accuracy=(state.eval_measured if chosen.step == state.step else state.best_measured).get("evalAccuracy"),
+        eval_tokens=None if run.eval_data is None else run.eval_data.target_tokens,
+        peak_memory_bytes=state.peak_memory_bytes,
+        ranks=run.ranks.rank_info.size,
+        micro_batch_size=state.micro_batch_size,
+        quantized_parameters=run.storage.parameters,
+        bits_per_parameter=round(run.storage.bits_per_parameter, 4),
+        quantized_layers=run.storage.layers,
+        base_sha256=job.prepared.base_sha256,
+        compared=_comparison(run),
+        attempts=len(run.attempts),
+        goodput=run.goodput(state),
+        usage=run_usage(read_attempts(workspace.records), run.ranks.rank_info.size, run.runtime.now()),
+    )
+    write_completion(workspace.completion("train"), record)
+    # One that was found after the last checkpoint was saved is in no checkpoint, and is needed no more.
+    remove(workspace.best)
+    return record
+
+
+def _put_into_model(run: Run, state: RunState, chosen: Kept) -> None:
+    """Put the adapter that is kept into the model, for all that follows: it may be that of an earlier step."""
+    if chosen.step == state.step:
+        return
+    if run.best is None:
+        raise AssertionError("the main process writes the best adapter when it is found, and each checkpoint holds it")
+    try:
+        restore_adapter(run.model, read_best(run.best))
+    except (ValueError, KeyError) as error:
+        raise damaged(f"the best adapter cannot be kept ({first_line(error)}): check the volume") from error
+
+
+def _comparison(run: Run) -> Comparison | None:
+    """The adapter's loss on the rows on which a merged model will be compared with it; None if there will be none."""
+    if run.eval_data is None or run.context.spec.output.merged is None:
+        return None
+    return compare(run.model, run.eval_data, run.storage.parameters, run.device)
+
+
+def with_score(run: Run, state: RunState, job: PreparedJob, record: TrainRecord) -> TrainRecord:
+    """The completion record, written again with the score of the adapter's answers, if the job asks for that."""
+    gate = run.context.spec.gate
+    if gate is None or gate.score is None or run.eval_data is None:
+        return record
+    score = measure_score(run, state, run.eval_data, gate.score, job, record.adapter_sha256)
+    record = record.model_copy(update={"score": score})
+    write_completion(run.context.workspace.completion("train"), record)
+    return record
+
+
+def leave_samples(run: Run, job: PreparedJob) -> None:
+    """Write samples of answers for the report. The model must not be trained any further."""
+    path = run.context.workspace.report / SAMPLES_FILE
+    # One rank alone cannot run a sharded base.
+    count = 0 if run.ranks.sharded else run.training.samples
+    data, stop = run.eval_data or run.data, run.runtime.stop
+    write_samples(
+        path,
+        run.model,
+        job.texts,
+        data,
+        count,
+        lambda: stop.requested,
+        run.device,
+        fixed_positions=job.prepared.fixed_positions,
+    )

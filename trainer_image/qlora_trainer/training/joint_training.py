@@ -1,0 +1,162 @@
+"""Trains several runs on one base: the micro batches of all runs go through the model in the same pass.
+
+Each run has its own adapter, optimizer, schedule, evaluations and checkpoints, and computes what it computes alone, up
+to the rounding of the base's matmuls, whose order of additions depends on how many tokens are multiplied at once.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qlora_trainer.core.failures import Interrupted, StepFailure
+from qlora_trainer.core.outcome import ENDS_ONE_JOB, as_failure
+from qlora_trainer.model.losses.batch import Batch, read_batch
+from qlora_trainer.model.losses.joint import joint_losses, routed
+from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
+from qlora_trainer.training.loop import StepCost, apply_gradient, between_steps, is_done, note_step
+from qlora_trainer.training.progress.run_state import RunState
+from qlora_trainer.training.run import Gradient, Run, report
+
+
+@dataclass
+class Member:
+    """One of the runs that share a base, by the name of its adapter in the model."""
+
+    adapter: str
+    run: Run
+    state: RunState
+
+
+Ended = RunState | StepFailure
+"""How a run ended: its final state, or why it failed."""
+
+
+def run_together(members: Sequence[Member]) -> Iterator[tuple[Member, Ended]]:
+    """Train all members to their ends, which may be at different steps, and give each as it ends.
+
+    A member that fails, also because its files cannot be read or written, does not stop the others. Raises Interrupted
+    when a stop is requested, after every member that still trains has been saved as alone.
+    """
+    training = list(members)
+    while training:
+        interrupted: list[Interrupted] = []
+        for member in tuple(training):
+            try:
+                member.state = between_steps(member.run, member.state)
+            except Interrupted as stop:
+                interrupted.append(stop)
+                continue
+            except ENDS_ONE_JOB as error:
+                training.remove(member)
+                yield member, as_failure(error)
+                _leave(member)
+                continue
+            if is_done(member.run, member.state):
+                training.remove(member)
+                yield member, member.state
+                _leave(member)
+        if interrupted and len(interrupted) < len(training):
+            # The stop came between two of them: those before it are not saved yet.
+            continue
+        if interrupted:
+            raise interrupted[0]
+        for failed in _step(training):
+            training.remove(failed[0])
+            yield failed
+            _leave(failed[0])
+
+
+def _leave(member: Member) -> None:
+    """Free what only training needs, once the member is finished, and let the others train, whatever that needed."""
+    member.run.optimizer.zero_grad(set_to_none=True)
+    member.run.optimizer.state.clear()
+    member.run.model.train()
+
+
+_Failed = list[tuple[Member, StepFailure]]
+
+
+def _step(members: Sequence[Member]) -> _Failed:
+    """One optimizer step of each member. Returns those that failed."""
+    if not members:
+        return []
+    first, applied = members[0].run, list[tuple[Member, Gradient]]()
+    started = first.runtime.monotonic()
+    shares, failed = _shares(members)
+    for member, gradient in _gradients(shares, failed):
+        try:
+            member.state = apply_gradient(member.run, member.state, gradient)
+            applied.append((member, gradient))
+        except ENDS_ONE_JOB as error:
+            failed.append((member, as_failure(error)))
+    cost = StepCost.since(started, first)
+    for member, gradient in applied:
+        try:
+            member.state = note_step(member.run, member.state, gradient, cost)
+        except ENDS_ONE_JOB as error:
+            failed.append((member, as_failure(error)))
+    return failed
+
+
+@dataclass
+class _Share:
+    """A member's part of a step."""
+
+    member: Member
+    batches: list[Batch]
+    weight: int
+    """What its losses are divided by."""
+    means: torch.Tensor
+    """float32 [1] on the device: the loss so far."""
+
+
+def _shares(members: Sequence[Member]) -> tuple[dict[str, _Share], _Failed]:
+    """What each member computes in its next step, by its adapter, and those whose data cannot be read."""
+    shares: dict[str, _Share] = {}
+    failed: _Failed = []
+    for member in members:
+        try:
+            shares[member.adapter] = _share(member)
+        except ENDS_ONE_JOB as error:
+            failed.append((member, as_failure(error)))
+    return shares, failed
+
+
+def _gradients(shares: dict[str, _Share], failed: _Failed) -> list[tuple[Member, Gradient]]:
+    """The gradients of each member's next step. In each pass are the next micro batches of all that have one left.
+
+    Members that cannot report are moved from `shares` to `failed`, and are in no later pass.
+    """
+    for number in range(max((len(share.batches) for share in shares.values()), default=0)):
+        present = {name: share.batches[number] for name, share in shares.items() if number < len(share.batches)}
+        if not present:
+            break
+        first = next(iter(shares.values())).member.run
+        model, device = first.adapted_base, first.device
+        with routed(model, present):
+            with torch.autocast(device.type, dtype=COMPUTE_DTYPE, cache_enabled=False):
+                losses = joint_losses(model, present)
+            means = {name: loss / shares[name].weight for name, loss in losses.items()}
+            torch.stack(list(means.values())).sum().backward()
+        for name, mean in means.items():
+            shares[name].means += mean.detach()
+        for name, share in tuple(shares.items()):
+            try:
+                report(share.member.run, share.member.state, "training")
+            except OSError as error:
+                del shares[name]
+                failed.append((share.member, as_failure(error)))
+    return [(share.member, _gradient(share)) for share in shares.values()]
+
+
+def _gradient(share: _Share) -> Gradient:
+    tokens = sum(batch.tokens for batch in share.batches)
+    return Gradient(share.means, share.weight, tokens, [(batch, True) for batch in share.batches])
+
+
+def _share(member: Member) -> _Share:
+    run = member.run
+    batches = [read_batch(run.data, item, run.device) for item in run.schedule.micro_batches(member.state.step)]
+    weight = max(1, sum(map(run.objective.weight, batches)))
+    return _Share(member, batches, weight, torch.zeros(1, device=run.device))

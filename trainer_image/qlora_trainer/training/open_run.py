@@ -1,0 +1,201 @@
+"""Opens a job's run: the base in 4-bit, the adapter, the data, the optimizer, in the state that a checkpoint saved."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qlora_api.printable import first_line
+from qlora_trainer.core.environment import available_cpus
+from qlora_trainer.core.failures import damaged
+from qlora_trainer.core.records import timestamp
+from qlora_trainer.data.prepared import PreparedDataset, open_prepared
+from qlora_trainer.history.metrics_log import MetricsLog
+from qlora_trainer.history.trackers import open_trackers
+from qlora_trainer.model.adapter.attach import adapter_parameters, attach_adapter, restore_adapter
+from qlora_trainer.model.adapter.initial import read_initial_adapter
+from qlora_trainer.model.base.byte_count import Storage, storage_of
+from qlora_trainer.model.base.load import load_base
+from qlora_trainer.model.families.inspection import cannot_keep_rows_apart
+from qlora_trainer.model.kernels.attention import ATTENTION
+from qlora_trainer.model.nf4.base_weights import BaseWeights
+from qlora_trainer.training.base_check import BaseCheck
+from qlora_trainer.training.checkpoints.attempts import note_training, read_attempts
+from qlora_trainer.training.checkpoints.checkpoint import Checkpoint
+from qlora_trainer.training.distributed.device import use_device
+from qlora_trainer.training.distributed.launch import RankInfo
+from qlora_trainer.training.distributed.ranks import Ranks
+from qlora_trainer.training.distributed.sharding import STORAGE_DTYPE, shard_base
+from qlora_trainer.training.optimizer import PAGING_NEEDS_GPU, make_optimizer
+from qlora_trainer.training.preference import make_objective
+from qlora_trainer.training.prepared_job import PreparedJob
+from qlora_trainer.training.progress.run_state import RunState
+from qlora_trainer.training.resume import restore
+from qlora_trainer.training.run import Run, Runtime, report
+from qlora_trainer.training.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class ProcessSettings:
+    """What the process that opens a run has, besides the job."""
+
+    runtime: Runtime
+    ranks: Ranks
+    base_check: BaseCheck | None
+    """Reads the base's files again, in one process of each node."""
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """The base that a process trains on, which may have adapters already."""
+
+    model: Any
+    storage: Storage
+    device: torch.device
+    threads: int
+    """CPU threads of this process."""
+
+
+def open_run(job: PreparedJob, process: ProcessSettings, checkpoint: Checkpoint | None) -> tuple[Run, RunState]:
+    """Load everything, in the state that the checkpoint saved; without one, at step 0."""
+    ranks = process.ranks
+    base = open_base(job, process, checkpoint, checkpoint)
+    model = attach_job_adapter(base, job, initialized=checkpoint is None)
+    if ranks.sharded:
+        shard_base(model, base.device, ranks.rank_info.size)
+    return open_on_model(job, process, checkpoint, base, model)
+
+
+def open_base(
+    job: PreparedJob, process: ProcessSettings, checkpoint: Checkpoint | None, begun: Checkpoint | None
+) -> LoadedBase:
+    """The job's base. Reports what takes minutes, with the step from which the run resumes.
+
+    `begun` is the checkpoint whose number of CPU threads the process goes on with, of this job or of another that is
+    trained with it. Raises StepFailure for a model that cannot keep rows apart, and is to train on several at once.
+    """
+    spec, prepared, rank_info = job.context.spec, job.prepared, process.ranks.rank_info
+    threads = _own_threads(rank_info) if begun is None else begun.state.threads
+    device = use_device(job.context.device, threads, rank_info.local_rank)
+    _say_loading(job, process.runtime, checkpoint)
+    if spec.training.micro_batch_size > 1 and not prepared.packed and not prepared.rows_apart:
+        raise cannot_keep_rows_apart(prepared.model_type)
+    model = _load_base(job, process.ranks.sharded)
+    return LoadedBase(model, storage_of(model), device, threads)
+
+
+def _own_threads(rank_info: RankInfo) -> int:
+    """This rank's share of the pod's CPU cores."""
+    return max(1, available_cpus() // rank_info.local_size)
+
+
+def _say_loading(job: PreparedJob, runtime: Runtime, checkpoint: Checkpoint | None) -> None:
+    loading = job.context.progress(
+        "train",
+        runtime.now(),
+        "loading the base model in 4-bit",
+        training_step=0 if checkpoint is None else checkpoint.step,
+        total_steps=_schedule(job, open_prepared(job.data_folder, "train")).total_steps,
+    )
+    runtime.records.progress(loading, force=True)
+
+
+def _load_base(job: PreparedJob, sharded: bool) -> Any:
+    quantization, attention = job.context.spec.quantization, job.prepared.attention or ATTENTION
+    # A base that is to be sharded may be larger than the GPU: shard_base moves it there block by block.
+    if sharded:
+        return load_base(job.base_folder, quantization, "cpu", STORAGE_DTYPE, attention)
+    return load_base(job.base_folder, quantization, job.context.device, attention=attention)
+
+
+def attach_job_adapter(base: LoadedBase, job: PreparedJob, *, initialized: bool) -> Any:
+    """The base with the job's adapter: initialized, on the device or with an earlier one, or to be restored.
+
+    Each rank initializes it: the others cannot wait for one longer than `ranks.TIMEOUT`, which a large model may take.
+    """
+    spec = job.context.spec
+    from_original = initialized and spec.lora.initialization == "loftq"
+    model = attach_adapter(
+        base.model,
+        spec.lora,
+        job.prepared.target_modules,
+        seed=spec.training.seed,
+        gradient_checkpointing=spec.training.gradient_checkpointing,
+        base_name=job.context.base_name,
+        base_revision=job.prepared.model_revision,
+        original=BaseWeights(job.model_folder, base.model) if from_original else None,
+        device=base.device,
+    )
+    if initialized:
+        begin_with_earlier(model, job)
+    return model
+
+
+def begin_with_earlier(model: Any, job: PreparedJob) -> None:
+    """Put the adapter of spec.lora.from into the active one, if the job names one."""
+    initial = job.prepared.initial_adapter
+    if initial is None:
+        return
+    folder = job.context.workspace.initial_adapter
+    tensors = read_initial_adapter(folder, initial.sha256)
+    try:
+        restore_adapter(model, tensors)
+    except KeyError as error:
+        raise damaged(f"{folder} does not fit the job ({first_line(error)}): prepare the job again") from error
+
+
+def open_on_model(
+    job: PreparedJob, process: ProcessSettings, checkpoint: Checkpoint | None, base: LoadedBase, model: Any
+) -> tuple[Run, RunState]:
+    """The run of the model's active adapter, which is attached and, without a checkpoint, initialized."""
+    context, spec, prepared, ranks = job.context, job.context.spec, job.prepared, process.ranks
+    data = open_prepared(job.data_folder, "train")
+    eval_data = open_prepared(job.data_folder, "eval") if spec.dataset.eval else None
+    run = Run(
+        context=context,
+        runtime=process.runtime,
+        ranks=ranks,
+        device=base.device,
+        data=data,
+        eval_data=eval_data,
+        adapted_base=model,
+        adapter=model.active_adapter,
+        parameters=adapter_parameters(model),
+        optimizer=make_optimizer(adapter_parameters(model).values(), spec.training),
+        objective=make_objective(spec.training, data, eval_data, base.device),
+        history=_open_history(job, checkpoint) if ranks.main else None,
+        fingerprint=job.fingerprint,
+        threads=base.threads,
+        storage=base.storage,
+        base_check=process.base_check,
+        initial_adapter_sha256=None if prepared.initial_adapter is None else prepared.initial_adapter.sha256,
+        attempts=read_attempts(context.workspace.records) if ranks.main else (),
+        schedule=_schedule(job, data),
+    )
+    state = RunState() if checkpoint is None else restore(run, checkpoint)
+    ranks.copy_from_main(run.parameters.values())
+    began = process.runtime.now()
+    run.training_since = timestamp(began)
+    if ranks.main:
+        note_training(context.workspace.records, context.pod_uid, began)
+    unpaged = context.device == "cpu" and spec.training.optimizer != "adamw"
+    report(run, state, PAGING_NEEDS_GPU if unpaged else "training", force=True)
+    return run, state
+
+
+def _schedule(job: PreparedJob, data: PreparedDataset) -> Schedule:
+    return Schedule.of(len(data), job.context.spec.training, data.epoch_offsets)
+
+
+def _open_history(job: PreparedJob, checkpoint: Checkpoint | None) -> MetricsLog:
+    """The run's metrics, on disk and for the trackers that the job names, continued from the checkpoint."""
+    spec, folder = job.context.spec, job.context.workspace.report
+    trackers = open_trackers(
+        spec.training.report_to,
+        folder,
+        run_name=job.context.document.metadata.name,
+        run_id=job.digest[:16],
+        settings={"model": spec.model.source, **spec.lora.dump(), **spec.training.dump()},
+        from_step=0 if checkpoint is None else checkpoint.step,
+    )
+    return MetricsLog(folder, 0 if checkpoint is None else checkpoint.state.history_bytes, trackers)

@@ -1,0 +1,1 @@
+"""What a run has reached: its state, its evaluations, its divergence. Pure."""

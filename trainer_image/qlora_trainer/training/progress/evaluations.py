@@ -1,0 +1,94 @@
+"""Decides from the evaluations of a run which adapter is the best, and whether to stop early. Pure.
+
+The loss before training counts for early stopping and never as the best: no job needs an untrained adapter. A run that
+stops early keeps its planned length for the learning rate, so its steps are those of a run without early stopping.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from qlora_api.training import EarlyStoppingSpec, TrainingSpec
+
+EVALUATIONS = "spec.training.evalEverySteps"
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """What the evaluations so far have shown. Losses are in nats per target of the held-out rows."""
+
+    lowest_loss: float | None = None
+    """Of all evaluations, that before training included; None before the first."""
+    best_step: int | None = None
+    """Optimizer steps after which a trained adapter had its lowest loss, the first time; None before such a step."""
+    best_loss: float | None = None
+    without_improvement: int = 0
+    """The latest evaluations in a row that did not improve on the lowest loss before them by more than minDelta."""
+
+    def after(self, step: int, loss: float, early_stopping: EarlyStoppingSpec | None = None) -> "Evaluations":
+        """With the evaluation after `step` optimizer steps. What is not trained yet (step 0) can be no best adapter."""
+        min_delta = 0.0 if early_stopping is None else early_stopping.min_delta
+        improved = self.lowest_loss is None or self.lowest_loss - loss > min_delta
+        best = step > 0 and (self.best_loss is None or loss < self.best_loss)
+        return Evaluations(
+            lowest_loss=loss if self.lowest_loss is None else min(self.lowest_loss, loss),
+            best_step=step if best else self.best_step,
+            best_loss=loss if best else self.best_loss,
+            without_improvement=0 if improved else self.without_improvement + 1,
+        )
+
+    def exhaust(self, early_stopping: EarlyStoppingSpec | None) -> bool:
+        """Whether the run has no patience left."""
+        return early_stopping is not None and self.without_improvement >= early_stopping.patience
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which adapter of a run is kept."""
+
+    step: int
+    """Optimizer steps after which it was so."""
+    eval_loss: float | None
+    """Its held-out loss; None without held-out rows."""
+
+
+def kept(training: TrainingSpec, evaluations: Evaluations, step: int, eval_loss: float | None) -> Kept:
+    """The adapter to keep of a run that ends after `step` steps, where the last evaluation found `eval_loss`."""
+    if training.keep == "best" and evaluations.best_step is not None:
+        return Kept(evaluations.best_step, evaluations.best_loss)
+    return Kept(step, eval_loss)
+
+
+def expected_end(training: TrainingSpec, planned_steps: int, curve: Iterable[tuple[int, float]]) -> tuple[int, int]:
+    """After how many optimizer steps a run ends, and the step of the adapter that it keeps.
+
+    `curve` has the step and the loss of each evaluation. Of a run that has not ended, the end is where it is planned.
+    """
+    evaluations, end = Evaluations(), planned_steps
+    for step, loss in curve:
+        evaluations = evaluations.after(step, loss, training.early_stopping)
+        if evaluations.exhaust(training.early_stopping):
+            end = step
+            break
+    return end, kept(training, evaluations, end, None).step
+
+
+def too_few_evaluations(training: TrainingSpec, total_steps: int) -> str | None:
+    """What a user should know of a run of `total_steps` steps whose settings need more evaluations; None if not.
+
+    The run is evaluated at its start and its end in any case. The remark begins with the name of the setting.
+    """
+    every, stopping = training.eval_every_steps, training.early_stopping
+    if every is None:
+        return None
+    between, without_effect = (total_steps - 1) // every, []
+    if training.keep == "best" and not between:
+        without_effect.append("keep: best has only the last adapter to choose from")
+    if stopping is not None and between < stopping.patience:
+        without_effect.append(f"earlyStopping with patience {stopping.patience} ends nothing early")
+    if not without_effect:
+        return None
+    found = f"{between or 'no'} evaluation{'' if between == 1 else 's'}"
+    return (
+        f"{EVALUATIONS} is {every} and the run has {total_steps} steps, with {found} between its start and its end: "
+        f"{' and '.join(without_effect)}; lower evalEverySteps if that is not intended"
+    )

@@ -1,0 +1,202 @@
+"""A run of the training loop: what it works with, and its progress report."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_api.contract import MIN_SECONDS_BETWEEN_PROGRESS, nine_digits
+from qlora_api.training import TrainingSpec
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.failures import StopRequest
+from qlora_trainer.core.records import RecordWriter
+from qlora_trainer.data.prepared import PreparedDataset
+from qlora_trainer.history.metrics_log import MetricsLog
+from qlora_trainer.model.adapter.attach import activate_adapter
+from qlora_trainer.model.base.byte_count import Storage
+from qlora_trainer.model.losses.batch import Batch
+from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
+from qlora_trainer.training.base_check import BaseCheck
+from qlora_trainer.training.checkpoints.attempts import Attempt, show_life
+from qlora_trainer.training.checkpoints.checkpoint import StoredFile
+from qlora_trainer.training.checkpoints.fingerprint import Fingerprint
+from qlora_trainer.training.checkpoints.time_spent import Pace, goodput, spent_seconds
+from qlora_trainer.training.distributed.ranks import Ranks
+from qlora_trainer.training.objective import BatchSums, Objective
+from qlora_trainer.training.progress.run_state import RunState
+from qlora_trainer.training.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What the process that runs the step provides: where to report, when to stop, and the time."""
+
+    records: RecordWriter
+    stop: StopRequest
+    now: Callable[[], datetime]
+    """The time for records, with a time zone."""
+    monotonic: Callable[[], float]
+    """Seconds, for speeds."""
+
+
+@dataclass
+class Run:
+    """What the loop works with. Only the fields from `schedule` on change."""
+
+    context: StepContext
+    runtime: Runtime
+    ranks: Ranks
+    device: torch.device
+    data: PreparedDataset
+    eval_data: PreparedDataset | None
+    adapted_base: Any
+    """The PEFT model, which may have the adapters of other runs too."""
+    adapter: str
+    """The name of the run's adapter in it."""
+    parameters: Mapping[str, nn.Parameter]
+    """The adapter's parameters by name."""
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    history: MetricsLog | None
+    """None in the ranks that do not write."""
+    fingerprint: Fingerprint
+    threads: int
+    """CPU threads of this rank; a resumed run uses as many, so that it adds in the same order."""
+    storage: Storage
+    base_check: BaseCheck | None
+    """Reads the base's files again, in one process of each node."""
+    initial_adapter_sha256: str | None
+    """Of the adapter in the workspace with which the run was initialized; None if it began with a new one."""
+    attempts: Sequence[Attempt]
+    """All so far, the running one included."""
+    schedule: Schedule
+    """Its micro batches become smaller if the GPU runs out of memory and the job allows it."""
+    checkpoint_step: int | None = None
+    """Step of the newest checkpoint."""
+    checkpoint_time: str | None = None
+    training_since: str | None = None
+    """When this process had loaded all and began to train."""
+    best: StoredFile | None = None
+    """The adapter of the best evaluation so far, in the process that writes; None if the job keeps the last."""
+    pace: Pace = field(default_factory=Pace)
+    next_sign_of_life: float = float("-inf")
+
+    @property
+    def model(self) -> Any:
+        """The PEFT model, with the run's adapter active. To change the active one takes as long as a short pass."""
+        if self.adapted_base.active_adapter != self.adapter:
+            activate_adapter(self.adapted_base, self.adapter)
+        return self.adapted_base
+
+    @property
+    def training(self) -> TrainingSpec:
+        """The job's settings of the loop."""
+        return self.context.spec.training
+
+    def stopping(self) -> bool:
+        """Whether a stop has been requested in any rank; all ranks must ask together."""
+        return self.ranks.any(self.runtime.stop.requested)
+
+    def stopped_early(self, state: RunState) -> bool:
+        """Whether the run ends at this state, before its last step."""
+        return state.step < self.schedule.total_steps and state.evaluations.exhaust(self.training.early_stopping)
+
+    def ended(self, state: RunState) -> bool:
+        """Whether no optimizer step follows."""
+        return state.step == self.schedule.total_steps or self.stopped_early(state)
+
+    def goodput(self, state: RunState) -> float | None:
+        """The share of the attempts' time that is in this state."""
+        return goodput(state.kept_seconds, spent_seconds(self.attempts, self.runtime.now()))
+
+    def sums(self, batch: Batch) -> BatchSums:
+        """The objective's sums of a batch. Matmuls are computed in 16 bit; adapter weights keep their own type."""
+        # Without the cache, which would hold a 16-bit copy of the adapter until the loss is done: at 65B and rank 64,
+        # 1.6 GB.
+        with torch.autocast(self.device.type, dtype=COMPUTE_DTYPE, cache_enabled=False):
+            return self.objective.sums(self.model, batch)
+
+    def show_life(self) -> None:
+        """Leave a sign of life, unless the last one is younger than five seconds."""
+        now = self.runtime.monotonic()
+        if now >= self.next_sign_of_life:
+            show_life(self.context.workspace.records)
+            self.next_sign_of_life = now + MIN_SECONDS_BETWEEN_PROGRESS
+
+    def note(self, entry: Mapping[str, float]) -> None:
+        """Add a line to the metrics."""
+        if self.history is not None:
+            self.history.append(entry)
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """The results of a step's backward passes, besides the gradients of the parameters."""
+
+    means: Tensor
+    """float32 [1 + measures] on the device: the loss, and what the objective measures with it."""
+    weight: int
+    """Of the whole step: what the sums of the objective were divided by."""
+    tokens: int
+    """Without padding, of all ranks."""
+    batches: Sequence[tuple[Batch, bool]]
+    """This rank's share, each with whether it counts."""
+
+
+def report(run: Run, state: RunState, activity: str, *, force: bool = False) -> None:
+    """Write a progress record; the writer drops those that follow too fast, unless `force` is set."""
+    pace, total = run.pace, run.schedule.total_steps
+    steps_left = 0 if run.ended(state) else total - state.step
+    remaining = pace.remaining_seconds(steps_left, _evaluations_left(run, state))
+    if run.ranks.main:
+        run.show_life()
+    run.runtime.records.progress(
+        run.context.progress(
+            "train",
+            run.runtime.now(),
+            _training(run, state) if activity == "training" else activity,
+            training_step=state.step,
+            total_steps=total,
+            epoch=round(run.schedule.epoch(state.step), 4),
+            loss=_short(state.loss),
+            eval_loss=_short(state.eval_loss),
+            learning_rate=_short(state.learning_rate),
+            grad_norm=_short(state.grad_norm),
+            tokens_per_second=None if pace.tokens_per_second is None else round(pace.tokens_per_second, 1),
+            remaining_seconds=None if remaining is None else round(remaining, 1),
+            peak_memory_bytes=state.peak_memory_bytes or None,
+            micro_batch_size=state.micro_batch_size,
+            goodput=run.goodput(state),
+            reward_margin=_short(state.measured.get("rewardMargin")),
+            accuracy=_short(state.measured.get("accuracy")),
+            eval_accuracy=_short(state.eval_measured.get("evalAccuracy")),
+            evaluations=tuple((step, nine_digits(loss)) for step, loss in state.at_rungs) or None,
+            checkpoint_step=run.checkpoint_step,
+            checkpoint_time=run.checkpoint_time,
+            training_since=run.training_since,
+        ),
+        force=force,
+    )
+
+
+def _short(figure: float | None) -> float | None:
+    return None if figure is None else nine_digits(figure)
+
+
+def _training(run: Run, state: RunState) -> str:
+    """What a run does that is training, or that has stopped early."""
+    if run.stopped_early(state):
+        return f"stopped early: {state.evaluations.without_improvement} evaluations without improvement"
+    if state.micro_batch_size is None:
+        return "training"
+    return f"training with microBatchSize {state.micro_batch_size}, lowered because the GPU ran out of memory"
+
+
+def _evaluations_left(run: Run, state: RunState) -> int:
+    total, every = run.schedule.total_steps, run.training.eval_every_steps
+    if run.eval_data is None or run.ended(state):
+        return 0
+    return 1 if every is None else total // every - state.step // every + (total % every != 0)

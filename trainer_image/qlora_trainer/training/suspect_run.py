@@ -1,0 +1,132 @@
+"""Compares a suspect run with the model before its first step, and ends one that has diverged."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from qlora_api.contract import ExitCode
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.model.adapter.attach import activate_adapter, adapter_tensors, restore_adapter
+from qlora_trainer.model.adapter.initial import read_initial_adapter
+from qlora_trainer.training.progress.divergence import Stability, cleared, has_diverged
+from qlora_trainer.training.progress.evaluations import kept
+from qlora_trainer.training.progress.run_state import RunState
+from qlora_trainer.training.run import Gradient, Run
+
+
+@contextmanager
+def as_at_start(run: Run) -> Iterator[None]:
+    """In the body the model computes as at step 0: as the base alone, or with the adapter of spec.lora.from.
+
+    The trained adapter waits in main memory, and is put back to the last bit. Raises StepFailure (UNSAFE_ARTIFACT) if
+    somebody has changed the earlier adapter in the workspace.
+    """
+    if run.initial_adapter_sha256 is None:
+        try:
+            with run.model.disable_adapter():
+                yield
+        finally:
+            # PEFT gives gradients back to the active adapter only.
+            activate_adapter(run.adapted_base, run.adapter)
+        return
+    initial = read_initial_adapter(run.context.workspace.initial_adapter, run.initial_adapter_sha256)
+    trained = {name: tensor.clone() for name, tensor in adapter_tensors(run.model).items()}
+    restore_adapter(run.model, initial)
+    try:
+        yield
+    finally:
+        restore_adapter(run.model, trained)
+
+
+def named_start(run: Run) -> str:
+    """What that is, for messages."""
+    if run.initial_adapter_sha256 is None:
+        return "the base model without the adapter"
+    return "the adapter of spec.lora.from"
+
+
+logger = logging.getLogger(__name__)
+
+
+def judge_step(run: Run, state: RunState, loss: float, grad_norm: float, gradient: Gradient) -> Stability:
+    """The run's stability after this step. Raises StepFailure (DIVERGED) if it is suspect too long."""
+    patience = run.training.divergence_patience
+    if patience == 0:
+        return state.stability
+    stability = state.stability.after_step(state.step, loss, grad_norm)
+    if not stability.to_be_judged(state.step, patience):
+        return stability
+    loss_at_start = _loss_at_start(run, gradient)
+    if not has_diverged(loss, loss_at_start):
+        logger.info("step %d: loss %.4f is high, but %s has %.4f", state.step, loss, named_start(run), loss_at_start)
+        return cleared(loss, grad_norm)
+    raise diverged(
+        run,
+        replace(state, stability=stability),
+        f"loss {loss:.4g} and gradient norm {grad_norm:.3g}, suspect since step {stability.suspect_since} (before, the "
+        f"loss had come down to {stability.lowest_loss_level:.4g}); {named_start(run)} has {loss_at_start:.4g} on the "
+        "same rows",
+    )
+
+
+def judge_end(run: Run, state: RunState, loss_before: float, gradient: Gradient) -> None:
+    """Check what the last step did to the loss of its own rows, since no later step would show it."""
+    if run.training.divergence_patience == 0:
+        return
+    loss = _loss_without_gradient(run, gradient)
+    if not state.stability.end_to_be_judged(loss_before, loss):
+        return
+    loss_at_start = _loss_at_start(run, gradient)
+    if has_diverged(loss, loss_at_start):
+        raise diverged(
+            run,
+            state,
+            f"loss {loss:.4g} with the finished adapter on the rows of the last step ({loss_before:.4g} before it); "
+            f"{named_start(run)} has {loss_at_start:.4g} (spec.training.divergencePatience: 0 would publish it)",
+        )
+
+
+def judge_kept(run: Run, state: RunState) -> None:
+    """Check the adapter that a run keeps at its end, on the held-out rows: no later step would show its harm."""
+    loss, before = kept(run.training, state.evaluations, state.step, state.eval_loss).eval_loss, state.initial_eval_loss
+    if run.training.divergence_patience == 0 or loss is None or before is None or not has_diverged(loss, before):
+        return
+    raise diverged(
+        run,
+        state,
+        f"the run would {'stop early' if run.stopped_early(state) else 'end'} with loss {loss:.4g} on the held-out "
+        f"rows ({before:.4g} before training; spec.training.divergencePatience: 0 would publish it)",
+    )
+
+
+def diverged(run: Run, state: RunState, what: str) -> StepFailure:
+    """The failure of a run that has diverged at this state; `what` says how it shows."""
+    saved = f"the checkpoint of step {run.checkpoint_step} is kept" if run.checkpoint_step else "nothing was saved yet"
+    if run.checkpoint_step and run.checkpoint_step + 1 == state.stability.suspect_since:
+        saved += " (that step may already have diverged; the checkpoint before it has not)"
+    return StepFailure(
+        ExitCode.DIVERGED,
+        f"training diverged at step {state.step}: {what}; {saved}. Lower spec.training.learningRate or set "
+        "warmupSteps, and look for broken rows",
+    )
+
+
+def _loss_at_start(run: Run, gradient: Gradient) -> float:
+    """Mean loss of the step as the model was before the first one."""
+    with as_at_start(run):
+        return _loss_without_gradient(run, gradient)
+
+
+def _loss_without_gradient(run: Run, gradient: Gradient) -> float:
+    """Mean loss of the step, of all ranks. Draws no random number, leaves the gradients alone."""
+    run.model.eval()
+    try:
+        with torch.no_grad():
+            losses = [run.sums(batch).loss * float(counts) for batch, counts in gradient.batches]
+            summed = torch.stack(losses).sum() if losses else torch.zeros((), device=run.device)
+            return float(run.ranks.sum(summed)) / gradient.weight
+    finally:
+        run.model.train()
