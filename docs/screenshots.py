@@ -1,25 +1,21 @@
-"""Makes the pictures of the README and the site from a real run: the report, the watch, the terminal and the site.
+"""Makes the pictures of the README and the site from a real run: the report, the watch and the terminal.
 
     make demo | tee demo.log
     make walk WALK_OPTIONS=--terminals
-    make docs
     .venv/bin/python -m docs.screenshots --report demo-output/report/report.html --watch demo.log \
-        --terminals walk-output/terminals --site site
+        --terminals walk-output/terminals
 
 Needs Chromium (Debian's package `chromium`), and the walk with `--terminals` needs tmux.
 """
 
 import argparse
-import functools
 import html
-import http.server
 import io
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
 from rich.console import Console
@@ -28,8 +24,6 @@ from rich.text import Text
 
 IMAGES = Path(__file__).parent / "images"
 _REPORT_SIZE = (1100, 1075)
-# Ends below a paragraph, and between two lines of the navigation.
-_SITE_SIZE = (1280, 700)
 _CHARACTER_WIDTH = 8.43
 _LINE_HEIGHT = 22
 # More lines of one phase tell nobody anything.
@@ -118,22 +112,6 @@ def _photograph_terminal(page: str, lines: list[str], target: Path) -> None:
         photograph(file.as_uri(), target, size)
 
 
-def _photograph_site(site: Path, target: Path) -> None:
-    """Its first page, from a server on this machine: opened as a file, it hides its search."""
-    handler = functools.partial(_QuietHandler, directory=str(site))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        photograph(f"http://127.0.0.1:{server.server_port}/index.html", target, _SITE_SIZE)
-        server.shutdown()
-
-
-class _QuietHandler(http.server.SimpleHTTPRequestHandler):
-    """Serves files, and prints no line for each."""
-
-    def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002 - the name of the base class
-        """Print nothing."""
-
-
 def photograph(address: str, target: Path, size: tuple[int, int]) -> None:
     """Write what Chromium shows of the page, in a window of that width and height in pixels."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
@@ -153,13 +131,10 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="report.html of a finished run")
     parser.add_argument("--watch", type=Path, help="output of `make demo`, or of `kubectl get qlorajobs --watch`")
     parser.add_argument("--terminals", type=Path, help="folder that `make walk WALK_OPTIONS=--terminals` has filled")
-    parser.add_argument("--site", type=Path, help="folder that `make docs` has written")
     arguments = parser.parse_args()
     IMAGES.mkdir(exist_ok=True)
     if arguments.report:
         photograph(arguments.report.resolve().as_uri(), IMAGES / "report.png", _REPORT_SIZE)
-    if arguments.site:
-        _photograph_site(arguments.site, IMAGES / "site.png")
     if arguments.watch:
         lines = watch_lines(arguments.watch.read_text())
         _photograph_terminal(terminal_page(lines), ["", *lines], IMAGES / "watch.png")

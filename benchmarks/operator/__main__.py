@@ -1,6 +1,6 @@
 """Measures the operator under one of several loads; writes `results/operator-LOAD.json`.
 
-The tables of docs/concepts/scale.md are written too, unless the result goes elsewhere. Each load has its own etcd, API
+The tables of `results/operator.md` are written too, unless the result goes elsewhere. Each load has its own etcd, API
 server and controller manager on this machine.
 """
 

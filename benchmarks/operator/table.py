@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PAGE = Path(__file__).parents[2] / "docs" / "concepts" / "scale.md"
+PAGE = Path(__file__).parents[2] / "benchmarks" / "results" / "operator.md"
 
 Run = dict[str, Any]
 

@@ -17,11 +17,12 @@ from benchmarks.operator import table
 from benchmarks.quality.figure import write_figure
 from benchmarks.quality.plan import waiting_cells
 from benchmarks.quality.results import FILE, append_run, read_runs
-from benchmarks.quality.summary import COMMAND, NAME, claim_table, tables
+from benchmarks.quality.summary import COMMAND, NAME, claim_table, further_tables, tables
 from qlora_trainer.core.cpu import library_settings
 
 PAGE = ROOT / "docs" / "trainer" / "quality.md"
 MEASUREMENTS = ROOT / "docs" / "trainer" / "measurements.md"
+FURTHER = ROOT / "benchmarks" / "results" / "quality.md"
 FIGURE = ROOT / "docs" / "images" / "quality.svg"
 
 
@@ -41,6 +42,7 @@ def main() -> int:
         runs = read_runs()
         table.write(NAME, tables(runs), PAGE, COMMAND)
         table.write(NAME, claim_table(runs), MEASUREMENTS, COMMAND)
+        table.write(NAME, further_tables(runs), FURTHER, COMMAND)
         write_figure(runs, FIGURE)
         print(tables(runs))
     return 0

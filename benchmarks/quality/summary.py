@@ -16,7 +16,7 @@ NOTHING = "No task has two runs of each arm yet.\n"
 
 
 def tables(runs: Sequence[Run]) -> str:
-    """The figure and all tables in Markdown; sentences if no task has been compared yet."""
+    """The figure and the main tables in Markdown; sentences if no task has been compared yet."""
     by_task = compared(runs)
     if not by_task:
         return f"{NOTHING}\n{_spent(runs)}\n" if runs else NOTHING
@@ -25,10 +25,17 @@ def tables(runs: Sequence[Run]) -> str:
         _scores(runs, list(by_task)),
         _claim(by_task),
         _against_lora(by_task),
-        _rates(runs, list(by_task)),
     ]
-    parts += [part for part in (_ranks(runs), _rows(runs)) if part]
     return "\n".join([*("\n".join(part) + "\n" for part in parts), _spent(runs)]) + "\n"
+
+
+def further_tables(runs: Sequence[Run]) -> str:
+    """The chosen rates, and the scores by rank and by rows; a sentence if no task has been compared yet."""
+    by_task = compared(runs)
+    if not by_task:
+        return NOTHING
+    parts = [part for part in (_rates(runs, list(by_task)), _ranks(runs), _rows(runs)) if part]
+    return "\n".join("\n".join(part) + "\n" for part in parts)
 
 
 def claim_table(runs: Sequence[Run]) -> str:

@@ -73,6 +73,7 @@ def test_every_yaml_block_is_a_valid_job_or_sweep_a_part_of_one_or_profiles_valu
         jsonschema.validate(_over(CHART_VALUES, content), CHART_SCHEMA)
         return
     if "profiles" in content:
+        jsonschema.validate(_over(CHART_VALUES, content), CHART_SCHEMA)
         for profile in content["profiles"].values():
             Profile.model_validate({"image": "trainer", **profile})
         return

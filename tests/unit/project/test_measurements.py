@@ -128,12 +128,34 @@ def test_the_speed_of_prepare_is_that_measured() -> None:
     assert f"at most {figures['peakMiB']:,.0f} MiB" in memory
 
 
+def operator_tables(load: str) -> str:
+    """The tables of a load as its benchmark has written them."""
+    return table.PAGE.read_text().split(table.begin(load))[1].split(table.end(load))[0].strip()
+
+
 @pytest.mark.parametrize("load", LOADS)
 def test_the_figures_of_many_jobs_are_those_measured(load: str) -> None:
-    page = (ROOT / "docs" / "concepts" / "scale.md").read_text()
-    shown = page.split(table.begin(load))[1].split(table.end(load))[0].strip()
     measured = (RESULTS / f"operator-{load}.json").exists()
-    assert shown == (LOADS[load].tables(result(f"operator-{load}")).strip() if measured else "")
+    assert operator_tables(load) == (LOADS[load].tables(result(f"operator-{load}")).strip() if measured else "")
+
+
+def test_the_page_on_many_jobs_repeats_the_targets_and_figures_of_the_tables() -> None:
+    page = (ROOT / "docs" / "concepts" / "scale.md").read_text()
+    targets = re.findall(r"^\| `(\w+)` \| .* \| ([\d.]+) \| .*(met|missed)\W* \|$", page, re.MULTILINE)
+    assert {load for load, *_ in targets} == set(LOADS)
+    for load, value, verdict in targets:
+        assert f"| {value} | {verdict} |\n" in f"{operator_tables(load)}\n"
+    sections = {title: text for title, _, text in (part.partition("\n") for part in page.split("\n## ")[1:])}
+    compared = re.findall(r"^\| .* \| \d.* \|$", sections["A thousand new jobs"], re.MULTILINE)
+    assert [row for row in compared if row not in operator_tables("arrival")] == []
+    for title, load in (
+        ("A neighbor of a flood", "neighbor"),
+        ("A day", "day"),
+        ("Thousands of jobs, from beginning to end", "simulation"),
+    ):
+        figures = re.findall(r"\d+\.\d+", sections[title])
+        assert figures
+        assert [figure for figure in figures if figure not in operator_tables(load)] == []
 
 
 def test_the_figures_of_the_base_are_those_measured() -> None:

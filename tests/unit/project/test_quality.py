@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.operator import table
 from benchmarks.quality import summary
-from benchmarks.quality.__main__ import FIGURE, MEASUREMENTS, PAGE
+from benchmarks.quality.__main__ import FIGURE, FURTHER, MEASUREMENTS, PAGE
 from benchmarks.quality.analysis import Interval, compared, ratios, verdict
 from benchmarks.quality.figure import scores_figure
 from benchmarks.quality.plan import (
@@ -205,7 +205,8 @@ def test_the_tables_have_every_arm_and_what_was_spent() -> None:
     assert all(label in text for label in ARMS.values())
     assert f"{len(runs)} of {CELLS} runs, 0.2 hours of processor time; code at 1234567; processors: AVX512." in text
     assert "97.5 %" in summary.claim_table(runs)
-    assert summary.tables([]) == summary.claim_table([]) == summary.NOTHING
+    assert all(f"| {label} |" in summary.further_tables(runs) for label in ARMS.values())
+    assert summary.tables([]) == summary.claim_table([]) == summary.further_tables([]) == summary.NOTHING
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +221,11 @@ def test_the_results_are_of_the_plan_and_none_was_chosen_by_its_held_out_score(m
 
 def test_the_documentation_has_the_tables_of_the_results(measured: list[Run]) -> None:
     begin, end = table.begin(summary.NAME, summary.COMMAND), table.end(summary.NAME)
-    for page, text in ((PAGE, summary.tables(measured)), (MEASUREMENTS, summary.claim_table(measured))):
+    for page, text in (
+        (PAGE, summary.tables(measured)),
+        (MEASUREMENTS, summary.claim_table(measured)),
+        (FURTHER, summary.further_tables(measured)),
+    ):
         assert page.read_text().split(begin)[1].split(end)[0].strip() == text.strip()
 
 

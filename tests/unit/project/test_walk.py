@@ -72,10 +72,22 @@ def commands() -> list[str]:
     return [command for step in WALK for command in step.with_values({"steps": "8"}).commands]
 
 
+def readme_commands() -> list[str]:
+    """The commands of README for a cluster, without their comments."""
+    section = README.read_text().partition("## On your own cluster\n")[2].partition("\n## ")[0]
+    lines = re.findall(r"^(?:kubectl qlora|qlora|helm) .*$", section, re.MULTILINE)
+    return [shlex.join(shlex.split(line, comments=True)) for line in lines]
+
+
 @pytest.mark.parametrize(
-    "command", [c for c in (*commands(), *TERMINALS.values()) if c.startswith(("qlora ", "kubectl qlora "))]
+    "command",
+    [
+        command
+        for command in (*commands(), *TERMINALS.values(), *readme_commands())
+        if command.startswith(("qlora ", "kubectl qlora "))
+    ],
 )
-def test_the_program_takes_each_command_of_the_walk(
+def test_the_program_takes_each_command_of_the_walk_and_of_the_readme(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -88,9 +100,14 @@ def test_the_program_takes_each_command_of_the_walk(
 
 
 def test_every_command_that_the_readme_shows_for_a_cluster_is_walked() -> None:
-    block = README.read_text().partition("## Use it\n")[2].partition("\n## ")[0]
-    verbs = re.findall(r"^(kubectl qlora \w+|qlora \w+|helm \w+)", block, re.MULTILINE)
-    assert {"kubectl qlora doctor", "kubectl qlora submit", "qlora verify"} <= set(verbs)
+    verbs = [re.findall(r"^(?:kubectl qlora|qlora|helm) \w+", command)[0] for command in readme_commands()]
+    assert {"kubectl qlora doctor", "kubectl qlora submit"} <= set(verbs)
+    assert [verb for verb in verbs if not any(command.startswith(verb) for command in commands())] == []
+
+
+def test_the_walk_verifies_suspends_compares_and_uninstalls() -> None:
+    verbs = ("qlora verify", "kubectl qlora suspend", "kubectl qlora resume", "kubectl qlora report")
+    verbs += ("kubectl qlora compare", "helm uninstall")
     assert [verb for verb in verbs if not any(command.startswith(verb) for command in commands())] == []
 
 
