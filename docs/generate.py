@@ -139,7 +139,7 @@ def _command_line() -> str:
         "Command line",
         "`cli/qlora_cli`",
         "`pip install '.[cli,client,trainer]'` in a checkout installs `qlora`, also as a "
-        "[plugin of kubectl](../how-to/kubectl-plugin.md). `plan`, `data` and `run` need no cluster, and the extra "
+        "[plugin of kubectl](../how-to/command-line.md). `plan`, `data` and `run` need no cluster, and the extra "
         "`trainer`; the others ask a cluster, with the extra `client`. `adapter`, `report` and `verify` take `stores` "
         "for what is on the Hub, in a bucket or in a registry. Exit codes are [those of the "
         "steps](exit-codes.md), or 1 for what a cluster denies, rejects or does not have.",

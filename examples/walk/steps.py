@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 TITLE = "A walk, from installation to removal"
 INTRODUCTION = (
     "Recorded by `make walk`: each command ran in a shell, against the embedded cluster, and each output is as it "
-    "came. Two things were done before: `qlora` was [installed](how-to/kubectl-plugin.md#install-it), and, because "
+    "came. Two things were done before: `qlora` was [installed](how-to/command-line.md#install-it), and, because "
     "that cluster reaches no Hub, a base model was put on the claim `models` of the namespace `walk`: one so small "
     "that a CPU trains it in minutes, so its losses and its speed say nothing about yours. `values.yaml` names the "
     "images, and lets pods compute on the CPU: the only node declares two GPUs and has none."

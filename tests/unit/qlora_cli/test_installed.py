@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def documented(folder: Path) -> Path:
-    """As docs/how-to/kubectl-plugin.md installs it."""
+    """As docs/how-to/command-line.md installs it."""
     return install(("cli", "client"), folder / "documented")
 
 
