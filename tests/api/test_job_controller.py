@@ -18,7 +18,7 @@ def train(operated: Nodeless, name: str) -> dict[str, Any]:
     spec = {"model": {"source": "hf://org/model"}, "dataset": {"source": "hf://org/rows"}}
     operated.kubectl.apply(json.dumps({**job, "spec": spec}))
     operated.succeed(name, "prepare")
-    pod = operated._pod(name, "train")
+    pod = operated.pod(name, "train")
     operated.start_pod(pod)
     operated.wait_for_phase(name, "Training")
     return pod

@@ -90,8 +90,8 @@ def test_a_sweep_runs_its_cells_and_its_best_adapter_outlives_it(sweeps: Sweeps)
     assert stored["spec"]["resources"]["requests"]["storage"] == "3Gi"
     assert "ownerReferences" not in stored["metadata"]
     # Its pods find there what the other cells have downloaded and quantized.
-    (pod,) = [pod for pod in cluster.pods() if pod["metadata"]["name"].startswith(f"{first}-prepare")]
-    environment = {entry["name"]: entry.get("value") for entry in pod["spec"]["containers"][0]["env"]}
+    container = cluster.pod(first, "prepare")["spec"]["containers"][0]
+    environment = {entry["name"]: entry.get("value") for entry in container["env"]}
     assert environment["QLORA_MODEL_CACHE"] == f"/workspace/{claim}.sweep"
 
     sweeps.succeed(first, 1.5)

@@ -85,9 +85,19 @@ class Nodeless:
         listed = self.kubectl.get(kind, f"--namespace={NAMESPACE}", f"--selector={JOB_LABEL}={name}")
         return [item["metadata"]["name"] for item in listed["items"]]
 
+    def pod(self, name: str, step: StepName) -> dict[str, Any]:
+        """Wait for a pod of the step that has not ended."""
+
+        def started() -> list[dict[str, Any]]:
+            selector = f"--selector={JOB_LABEL}={name},{STEP_LABEL}={step}"
+            pods: list[dict[str, Any]] = self.kubectl.get("pods", f"--namespace={NAMESPACE}", selector)["items"]
+            return [pod for pod in pods if pod["status"]["phase"] in ("Pending", "Running")]
+
+        return eventually(started, seconds=60, every=0.2, what=f"a pod of the {step} step of {name}")[-1]
+
     def run(self, name: str, step: StepName) -> None:
         """The pod of the step starts."""
-        self._report(self._pod(name, step), "Running", {"running": {"startedAt": ENDED}})
+        self._report(self.pod(name, step), "Running", {"running": {"startedAt": ENDED}})
 
     def succeed(self, name: str, *steps: StepName) -> None:
         """The steps end well, one after the other; all of them by default."""
@@ -139,7 +149,7 @@ class Nodeless:
         self._end_pod(pod, code, reason, fields)
 
     def _end(self, name: str, step: StepName, code: int, reason: str, fields: dict[str, Any]) -> None:
-        self._end_pod(self._pod(name, step), code, reason, fields)
+        self._end_pod(self.pod(name, step), code, reason, fields)
 
     def _end_pod(self, pod: dict[str, Any], code: int, reason: str, fields: dict[str, Any]) -> None:
         labels = pod["metadata"]["labels"]
@@ -155,14 +165,6 @@ class Nodeless:
         )
         terminated = _terminated(code, encode_record(record))
         self._report(pod, "Failed" if code else "Succeeded", {"terminated": terminated})
-
-    def _pod(self, name: str, step: StepName) -> dict[str, Any]:
-        def started() -> list[dict[str, Any]]:
-            selector = f"--selector={JOB_LABEL}={name},{STEP_LABEL}={step}"
-            pods: list[dict[str, Any]] = self.kubectl.get("pods", f"--namespace={NAMESPACE}", selector)["items"]
-            return [pod for pod in pods if pod["status"]["phase"] in ("Pending", "Running")]
-
-        return eventually(started, seconds=60, every=0.2, what=f"a pod of the {step} step of {name}")[-1]
 
     def _report(self, pod: dict[str, Any], phase: str, state: dict[str, Any]) -> None:
         container = {"name": "trainer", "image": "", "imageID": "", "ready": False, "restartCount": 0, "state": state}
