@@ -56,15 +56,12 @@ def test_a_pod_whose_labels_somebody_takes_runs_neither_unseen_nor_beside_anothe
 
 
 def test_a_job_that_its_own_deadline_stops_goes_on_with_the_next_and_costs_no_retry(operated: Nodeless) -> None:
-    pod = train(operated, "unattended")
-    name, here = pod["metadata"]["name"], f"--namespace={NAMESPACE}"
+    pod, here = train(operated, "unattended"), f"--namespace={NAMESPACE}"
     bound = operated.kubectl.get("job", "unattended-train-1", here)["spec"]["activeDeadlineSeconds"]
     assert bound == 7 * 24 * 3600, "without an operator, nothing would stop a pod that is interrupted again and again"
     operated.kubectl(
         "patch", "job", "unattended-train-1", here, "--type=merge", '--patch={"spec": {"activeDeadlineSeconds": 1}}'
     )
-    stopping = lambda: "deletionTimestamp" in operated.kubectl.get("pod", name, here)["metadata"]  # noqa: E731
-    eventually(stopping, seconds=60, every=0.2, what="the Job controller to stop the pod")
     operated.stop_pod(pod, 143)
     eventually(
         lambda: "unattended-train-2" in operated.children("unattended"), seconds=60, every=0.2, what="the next Job"
@@ -80,9 +77,6 @@ def test_a_job_whose_deletion_a_finalizer_delays_stops_and_goes_when_it_may(oper
     finalizers = '--patch={"metadata": {"finalizers": %s}}'
     operated.kubectl("patch", "qlorajob", "audited", here, "--type=merge", finalizers % '["example.org/audit"]')
     operated.kubectl("delete", "qlorajob", "audited", here, "--wait=false")
-
-    stopping = lambda: "deletionTimestamp" in operated.kubectl.get("pod", name, here)["metadata"]  # noqa: E731
-    eventually(stopping, seconds=60, every=0.2, what="the pod to be asked to stop")
     operated.stop_pod(pod, 143)
     eventually(lambda: name not in operated.children("audited", "pods"), seconds=60, every=0.2, what="its end")
     # Another job's life is longer than the operator would need to replace the Job.

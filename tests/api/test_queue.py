@@ -49,7 +49,7 @@ def test_a_job_in_a_queue_is_created_suspended_and_only_the_queue_resumes_it(ope
     labels = train["metadata"]["labels"]
     assert labels["kueue.x-k8s.io/queue-name"] == "gpus"
     assert labels["kueue.x-k8s.io/priority-class"] == "high"
-    assert not [pod for pod in operated.children(name, "pods") if "-train-" in pod]
+    operated.wait_for_no_pod(name, "train")
     suspend(operated, f"{name}-train-1", False)
     operated.succeed(name, "train", "publish")
     succeeded(operated, name)
@@ -62,15 +62,11 @@ def test_every_step_may_be_suspended_by_somebody_else(operated: Nodeless) -> Non
         operated.run(name, step)
         suspend(operated, child, True)
         operated.wait_for_phase(name, "Queued")
-        eventually(lambda child=child: _pods(operated, name, child) == [], seconds=60, every=0.2)  # type: ignore[misc]
+        operated.wait_for_no_pod(name, step)
         assert f"Job {child} is suspended" in message(operated, name)
         suspend(operated, child, False)
         operated.succeed(name, step)
     succeeded(operated, name)
-
-
-def _pods(cluster: Nodeless, name: str, child: str) -> list[str]:
-    return [pod for pod in cluster.children(name, "pods") if pod.startswith(child)]
 
 
 @pytest.fixture

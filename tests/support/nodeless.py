@@ -86,14 +86,28 @@ class Nodeless:
         return [item["metadata"]["name"] for item in listed["items"]]
 
     def pod(self, name: str, step: StepName) -> dict[str, Any]:
-        """Wait for a pod of the step that has not ended."""
+        """Wait for a pod of the step that has not ended and is not being deleted."""
 
         def started() -> list[dict[str, Any]]:
-            selector = f"--selector={JOB_LABEL}={name},{STEP_LABEL}={step}"
-            pods: list[dict[str, Any]] = self.kubectl.get("pods", f"--namespace={NAMESPACE}", selector)["items"]
-            return [pod for pod in pods if pod["status"]["phase"] in ("Pending", "Running")]
+            return [pod for pod in self.live_pods(name, step) if "deletionTimestamp" not in pod["metadata"]]
 
         return eventually(started, seconds=60, every=0.2, what=f"a pod of the {step} step of {name}")[-1]
+
+    def live_pods(self, name: str, step: StepName) -> list[dict[str, Any]]:
+        """The pods of the step that have not ended."""
+        selector = f"--selector={JOB_LABEL}={name},{STEP_LABEL}={step}"
+        pods: list[dict[str, Any]] = self.kubectl.get("pods", f"--namespace={NAMESPACE}", selector)["items"]
+        return [pod for pod in pods if pod["status"]["phase"] in ("Pending", "Running")]
+
+    def wait_for_no_pod(self, name: str, step: StepName) -> None:
+        """Wait until the step's first Job is suspended and none of its pods is left."""
+
+        def is_suspended() -> bool:
+            job = self.kubectl.get("job", f"{name}-{step}-1", f"--namespace={NAMESPACE}")
+            conditions = {each["type"]: each["status"] for each in job["status"].get("conditions", ())}
+            return conditions.get("Suspended") == "True" and not self.live_pods(name, step)
+
+        eventually(is_suspended, seconds=60, every=0.2, what=f"no pod of the {step} step of {name}")
 
     def run(self, name: str, step: StepName) -> None:
         """The pod of the step starts."""
@@ -135,12 +149,15 @@ class Nodeless:
         self._end_pod(pod, 0, "Done", _FOUND[pod["metadata"]["labels"][STEP_LABEL]])
 
     def stop_pod(self, pod: dict[str, Any], code: int) -> None:
-        """A pod that is being deleted ends with that exit code, and is removed.
-
-        The Job controller deletes the pods of a Job that fails; one that has ended before is then gone at once.
-        """
-        self._report(pod, "Failed", {"terminated": _terminated(code, "")})
+        """Wait until the pod is being deleted, end it with that exit code and remove it."""
         name = pod["metadata"]["name"]
+
+        def is_deleted() -> bool:
+            return "deletionTimestamp" in self.kubectl.get("pod", name, f"--namespace={NAMESPACE}")["metadata"]
+
+        if "deletionTimestamp" not in pod["metadata"]:
+            eventually(is_deleted, seconds=60, every=0.2, what=f"the deletion of {name}")
+        self._report(pod, "Failed", {"terminated": _terminated(code, "")})
         options = ("--grace-period=0", "--force", "--wait=false", "--ignore-not-found")
         self.kubectl("delete", "pod", name, f"--namespace={NAMESPACE}", *options)
 
