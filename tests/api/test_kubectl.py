@@ -177,12 +177,17 @@ def test_waits_end_on_the_condition_and_on_the_end_whichever_it_is(operated: Nod
 
 @pytest.mark.usefixtures("lives")
 def test_events_for_a_job_tell_its_life_in_order(operated: Nodeless) -> None:
-    def told(name: str) -> list[tuple[str, str]]:
-        rows = operated.kubectl("events", f"--for=qlorajob/{name}", IN_NAMESPACE, "--no-headers").splitlines()
-        return [(row.split()[1], row.split()[2]) for row in rows]
+    def rows(name: str, last: str) -> list[str]:
+        """The Events, once the last one is stored, which is after the status."""
+
+        def found() -> list[str] | None:
+            said = operated.kubectl("events", f"--for=qlorajob/{name}", IN_NAMESPACE, "--no-headers")
+            return said.splitlines() if last in said else None
+
+        return eventually(found, seconds=60, every=0.2, what=f"the Event {last} of {name}") or []
 
     phases = ("Preparing", "Queued", "Training", "Publishing", "Succeeded")
-    assert told("good") == [("Normal", phase) for phase in phases]
-    assert told("bad") == [("Normal", "Preparing"), ("Warning", "BadDataset")]
-    rows = operated.kubectl("events", "--for=qlorajob/bad", IN_NAMESPACE, "--no-headers").splitlines()
-    assert rows[-1].endswith("train.jsonl, row 3: no field 'messages'; add it")
+    good, bad = rows("good", "Succeeded"), rows("bad", "BadDataset")
+    assert [row.split()[1:3] for row in good] == [["Normal", phase] for phase in phases]
+    assert [row.split()[1:3] for row in bad] == [["Normal", "Preparing"], ["Warning", "BadDataset"]]
+    assert bad[-1].endswith("train.jsonl, row 3: no field 'messages'; add it")

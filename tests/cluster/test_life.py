@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from tests.cluster.conftest import row
 from tests.cluster.environment import INPUTS, LONG, Object, Tenant, tiny_job
 from tests.support.typed import typed
+from tests.support.waiting import eventually
 
 NAME = "life"
 
@@ -106,9 +107,13 @@ def test_conditions_let_nobody_wait_for_ever(finished: Finished) -> None:
 
 @pytest.mark.usefixtures("finished")
 def test_every_change_of_phase_is_an_event(tenant: Tenant) -> None:
-    events = tenant.get("events", f"--field-selector=involvedObject.name={NAME}")["items"]
-    reasons = [event["reason"] for event in events]
-    assert {"Preparing", "Training", "Publishing", "Succeeded"} <= set(reasons)
+    def all_phases() -> list[str] | None:
+        events = tenant.get("events", f"--field-selector=involvedObject.name={NAME}")["items"]
+        reasons = [event["reason"] for event in events]
+        return reasons if {"Preparing", "Training", "Publishing", "Succeeded"} <= set(reasons) else None
+
+    # An Event follows the status.
+    reasons = eventually(all_phases, seconds=60, what="an Event of each phase") or []
     assert len(reasons) == len(set(reasons)), f"an event was doubled: {reasons}"
 
 

@@ -352,9 +352,15 @@ def a_failure_with_control_characters(t: Tenancy) -> None:
     t.end(own, result(job, own, outcome="failed", exit_code=10, reason="\x1b[31mOwned", message=message), code=10)
     status = t.wait("control-characters", phase="Failed")["status"]
     assert "gone" in status["lastFailure"]["message"]
-    shown = json.dumps(status["conditions"], ensure_ascii=False) + json.dumps(
-        [one["message"] for one in t.admin.list(TENANT, "events")], ensure_ascii=False
-    )
+
+    def told() -> list[str]:
+        """The messages of all Events, once that of the failure is stored, which is after the status."""
+        events = t.admin.list(TENANT, "events")
+        about = {(one["involvedObject"]["name"], one["type"]) for one in events}
+        return [one["message"] for one in events] if ("control-characters", "Warning") in about else []
+
+    messages = eventually(told, seconds=30, every=0.1, what="the Event of the failure")
+    shown = json.dumps([status["conditions"], messages], ensure_ascii=False)
     assert not [sign for sign in ("\\u001b", "\\r", "\\n", "\u202e") if sign in shown]
 
 
