@@ -200,6 +200,7 @@ def a_pod_with_the_labels_of_the_job_of_another(t: Tenancy) -> None:
     own = t.tenant.create(TENANT, "pods", body)
     t.run(own)
     t.end(own, result(victims_job(t), own), code=10)
+    running(t, "after-the-forged-labels")
 
 
 @attempt
@@ -443,6 +444,7 @@ def other_labels_on_what_the_operator_has_created(t: Tenancy) -> None:
     labels = {"labels": {JOB_LABEL: other["name"], JOB_UID_LABEL: other["uid"]}}
     t.tenant.patch(TENANT, "pods", own["metadata"]["name"], {"metadata": labels})
     t.end(own, "", code=203)
+    running(t, "after-the-other-labels")
 
 
 @attempt
