@@ -44,14 +44,19 @@ def test_several_managers_each_keep_their_fields(operated: Nodeless) -> None:
     apply_as(operated, "platform", part(name, spec={"activeDeadlineSeconds": 3600}))
     apply_as(operated, "operations", part(name, spec={"suspend": True}))
     operated.wait_for_phase(name, "Suspended")
-    before = version(operated, name)
-    for manager, manifest in (
-        ("argocd-controller", named(name)),
-        ("platform", part(name, spec={"activeDeadlineSeconds": 3600})),
-        ("operations", part(name, spec={"suspend": True})),
-    ):
-        apply_as(operated, manager, manifest)
-    assert version(operated, name) == before, "an apply of the same changed something"
+
+    def settled() -> bool:
+        before = version(operated, name)
+        for manager, manifest in (
+            ("argocd-controller", named(name)),
+            ("platform", part(name, spec={"activeDeadlineSeconds": 3600})),
+            ("operations", part(name, spec={"suspend": True})),
+        ):
+            apply_as(operated, manager, manifest)
+        return version(operated, name) == before
+
+    # The operator may write the status in between, as the pods of a step that had begun end.
+    assert eventually(settled, seconds=60, every=0.2, what="an apply of the same that changes nothing")
     job = operated.job(name)
     assert (job["spec"]["activeDeadlineSeconds"], job["spec"]["suspend"]) == (3600, True)
     managed = operated.kubectl.get("qlorajob", name, IN_NAMESPACE, "--show-managed-fields")["metadata"]["managedFields"]
@@ -121,9 +126,11 @@ def watching(cluster: Nodeless, output: Path, *arguments: str) -> Iterator[None]
 def lives(operated: Nodeless, tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
     """One job succeeds and one fails; the rows of a wide watch over both, as words."""
     output = tmp_path_factory.mktemp("watch") / "rows"
+    apply(operated, named("good"))
+    apply(operated, named("bad"))
     with watching(operated, output, "qlorajobs", "--output=wide"):
-        apply(operated, named("good"))
-        apply(operated, named("bad"))
+        first = ("\ngood ", "\nbad ")
+        eventually(lambda: all(row in output.read_text() for row in first), seconds=60, what="the first rows of both")
         operated.run("good", "prepare")
         operated.succeed("good", "prepare")
         operated.run("good", "train")

@@ -55,6 +55,7 @@ def finished(tenant: Tenant, tmp_path_factory: pytest.TempPathFactory) -> Finish
                 status = tenant.succeed(NAME, seconds=600)
                 tenant.kubectl("wait", f"qlorajob/{NAME}", "--for=condition=Succeeded", "--timeout=10s")
                 assert (watched.end(), logs.end()) == (0, 0)
+                eventually(lambda: "Succeeded" in output.read_text(), seconds=60, what="the row of the end")
         finally:
             watch.terminate()
             watch.wait()
@@ -147,7 +148,8 @@ def test_the_command_line_downloads_the_adapter_and_the_report_and_leaves_no_pod
     assert f"{LONG}/{LONG}" in compared
     assert f"A  {NAME}" in compared
     assert picture.read_text().startswith("<?xml")
-    assert tenant.get("pods", "--selector=app.kubernetes.io/name=qlora-reader")["items"] == []
+    readers = "--selector=app.kubernetes.io/name=qlora-reader"
+    eventually(lambda: tenant.get("pods", readers)["items"] == [], seconds=60, what="no pod of a reader")
 
 
 def test_the_command_line_finds_no_problem_in_the_cluster(tenant: Tenant) -> None:
