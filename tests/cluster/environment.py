@@ -23,6 +23,8 @@ ENDED = ("Succeeded", "Failed")
 # Steps of a training that takes some seconds, and of one that leaves time to watch or interrupt it: at 30 steps a
 # second 800 take 27 seconds, and the operator shows its progress every ten.
 SHORT, LONG = 30, 800
+# Of a training that a test stops.
+ENDLESS = 1_000_000
 INPUTS = "inputs"
 
 
