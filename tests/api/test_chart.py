@@ -645,7 +645,7 @@ def test_an_operator_that_announces_writes_no_config_map_without_the_label(
                     return denial in str(error)
                 return False
 
-            for _ in range(100):  # until the API server knows the policy
+            for _ in range(600):  # a minute, within which the API server knows the policy
                 if await is_denied():
                     break
                 await asyncio.sleep(0.1)

@@ -54,8 +54,7 @@ def test_it_starts_when_the_other_job_has_ended_and_needs_it_no_more(operated: N
 def test_it_waits_for_the_pod_of_a_job_that_has_exceeded_its_deadline(operated: Nodeless) -> None:
     create(operated, "late")
     operated.succeed("late", "prepare")
-    operated.run("late", "train")
-    (pod,) = [pod for pod in operated.pods() if pod["metadata"]["name"].startswith("late-train")]
+    pod = operated.pod("late", "train")
     operated.start_pod(pod)
     deadline = '--patch={"spec": {"activeDeadlineSeconds": 60}}'
     operated.kubectl("patch", "qlorajob", "late", f"--namespace={NAMESPACE}", "--type=merge", deadline)

@@ -204,7 +204,7 @@ def test_what_leaves_the_source_is_deleted_with_its_pods_and_the_claim_stays(flu
     name = "flux-pruned"
     started(flux, operated, name)
     claim = operated.job(name)["status"]["resolved"]["claimName"]
-    assert operated.children(name, "pods")
+    operated.pod(name, "prepare")
     flux.wait_for_revision(name, flux.publish(name, [named("flux-next")]))
 
     def gone() -> bool:

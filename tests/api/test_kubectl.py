@@ -44,14 +44,19 @@ def test_several_managers_each_keep_their_fields(operated: Nodeless) -> None:
     apply_as(operated, "platform", part(name, spec={"activeDeadlineSeconds": 3600}))
     apply_as(operated, "operations", part(name, spec={"suspend": True}))
     operated.wait_for_phase(name, "Suspended")
-    before = version(operated, name)
-    for manager, manifest in (
-        ("argocd-controller", named(name)),
-        ("platform", part(name, spec={"activeDeadlineSeconds": 3600})),
-        ("operations", part(name, spec={"suspend": True})),
-    ):
-        apply_as(operated, manager, manifest)
-    assert version(operated, name) == before, "an apply of the same changed something"
+
+    def settled() -> bool:
+        before = version(operated, name)
+        for manager, manifest in (
+            ("argocd-controller", named(name)),
+            ("platform", part(name, spec={"activeDeadlineSeconds": 3600})),
+            ("operations", part(name, spec={"suspend": True})),
+        ):
+            apply_as(operated, manager, manifest)
+        return version(operated, name) == before
+
+    # The operator may write the status in between, as the pods of a step that had begun end.
+    assert eventually(settled, seconds=60, every=0.2, what="an apply of the same that changes nothing")
     job = operated.job(name)
     assert (job["spec"]["activeDeadlineSeconds"], job["spec"]["suspend"]) == (3600, True)
     managed = operated.kubectl.get("qlorajob", name, IN_NAMESPACE, "--show-managed-fields")["metadata"]["managedFields"]
@@ -121,9 +126,11 @@ def watching(cluster: Nodeless, output: Path, *arguments: str) -> Iterator[None]
 def lives(operated: Nodeless, tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
     """One job succeeds and one fails; the rows of a wide watch over both, as words."""
     output = tmp_path_factory.mktemp("watch") / "rows"
+    apply(operated, named("good"))
+    apply(operated, named("bad"))
     with watching(operated, output, "qlorajobs", "--output=wide"):
-        apply(operated, named("good"))
-        apply(operated, named("bad"))
+        first = ("\ngood ", "\nbad ")
+        eventually(lambda: all(row in output.read_text() for row in first), seconds=60, what="the first rows of both")
         operated.run("good", "prepare")
         operated.succeed("good", "prepare")
         operated.run("good", "train")
@@ -177,12 +184,17 @@ def test_waits_end_on_the_condition_and_on_the_end_whichever_it_is(operated: Nod
 
 @pytest.mark.usefixtures("lives")
 def test_events_for_a_job_tell_its_life_in_order(operated: Nodeless) -> None:
-    def told(name: str) -> list[tuple[str, str]]:
-        rows = operated.kubectl("events", f"--for=qlorajob/{name}", IN_NAMESPACE, "--no-headers").splitlines()
-        return [(row.split()[1], row.split()[2]) for row in rows]
+    def rows(name: str, last: str) -> list[str]:
+        """The Events, once the last one is stored, which is after the status."""
+
+        def found() -> list[str] | None:
+            said = operated.kubectl("events", f"--for=qlorajob/{name}", IN_NAMESPACE, "--no-headers")
+            return said.splitlines() if last in said else None
+
+        return eventually(found, seconds=60, every=0.2, what=f"the Event {last} of {name}") or []
 
     phases = ("Preparing", "Queued", "Training", "Publishing", "Succeeded")
-    assert told("good") == [("Normal", phase) for phase in phases]
-    assert told("bad") == [("Normal", "Preparing"), ("Warning", "BadDataset")]
-    rows = operated.kubectl("events", "--for=qlorajob/bad", IN_NAMESPACE, "--no-headers").splitlines()
-    assert rows[-1].endswith("train.jsonl, row 3: no field 'messages'; add it")
+    good, bad = rows("good", "Succeeded"), rows("bad", "BadDataset")
+    assert [row.split()[1:3] for row in good] == [["Normal", phase] for phase in phases]
+    assert [row.split()[1:3] for row in bad] == [["Normal", "Preparing"], ["Warning", "BadDataset"]]
+    assert bad[-1].endswith("train.jsonl, row 3: no field 'messages'; add it")

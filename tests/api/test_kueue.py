@@ -56,14 +56,12 @@ class Queued:
         self.cluster.wait_for_phase(name, phase)
         eventually(lambda: part in self.sentence(name), seconds=90, every=0.2, what=f"{name}: {part}")
 
-    def wait_for_pod(self, name: str, step: str = "train") -> None:
-        eventually(lambda: self.pods(name, step), seconds=60, every=0.2, what=f"a pod of {name}")
+    def wait_for_pod(self, name: str) -> dict[str, Any]:
+        return self.cluster.pod(name, "train")
 
-    def pods(self, name: str, step: str = "train") -> list[dict[str, Any]]:
-        """The pods of the step that have not ended."""
-        selector = f"--selector={JOB_LABEL}={name},{STEP_LABEL}={step}"
-        found = self.cluster.kubectl.get("pods", IN_NAMESPACE, selector)["items"]
-        return [pod for pod in found if pod["status"]["phase"] not in ("Succeeded", "Failed")]
+    def pods(self, name: str) -> list[dict[str, Any]]:
+        """The train pods that have not ended."""
+        return self.cluster.live_pods(name, "train")
 
     def finish(self, name: str) -> None:
         """The job ends well, and nothing of what happened to it counts."""
@@ -96,11 +94,11 @@ def test_a_quota_of_one_runs_three_jobs_one_after_the_other(queued: Queued) -> N
     queued.wait_for_pod(first)
     for name in others:
         queued.wait_for(name, "Queued", f"Kueue: couldn't assign flavors to pod set main: {NO_QUOTA}")
-        assert not queued.pods(name)
+        queued.cluster.wait_for_no_pod(name, "train")
     queued.finish(first)
     eventually(lambda: any(queued.pods(name) for name in others), seconds=60, every=0.2)
     second, third = sorted(others, key=lambda name: not queued.pods(name))
-    assert not queued.pods(third)
+    queued.cluster.wait_for_no_pod(third, "train")
     queued.finish(second)
     queued.finish(third)
 
@@ -114,7 +112,7 @@ def test_a_preempted_job_waits_with_kueues_sentence_and_goes_on_in_the_same_job(
     queued.wait_for(low, "Queued", "due to prioritization in the ClusterQueue")
     assert queued.sentence(low).startswith("Kueue: Preempted to accommodate a workload")
     queued.wait_for_pod(high)
-    assert not queued.pods(low)
+    queued.cluster.wait_for_no_pod(low, "train")
     queued.finish(high)
     queued.wait_for_pod(low)
     queued.finish(low)
@@ -126,7 +124,7 @@ def test_a_job_of_two_nodes_gets_both_pods_or_none_and_is_preempted_as_a_whole(q
     queued.wait_for_pod(alone)
     pair = queued.start("pair", nodes=2, queueName="gang", queuePriority="low")
     queued.wait_for(pair, "Queued", NO_QUOTA)
-    assert not queued.pods(pair)
+    queued.cluster.wait_for_no_pod(pair, "train")
     queued.finish(alone)
     both = started_pair(queued, pair)
 
@@ -135,7 +133,7 @@ def test_a_job_of_two_nodes_gets_both_pods_or_none_and_is_preempted_as_a_whole(q
     for pod in both:
         queued.cluster.stop_pod(pod, 143)
     queued.wait_for_pod(high)
-    assert not queued.pods(pair)
+    queued.cluster.wait_for_no_pod(pair, "train")
     queued.finish(high)
 
     for pod in started_pair(queued, pair):
@@ -159,12 +157,11 @@ def started_pair(queued: Queued, name: str) -> list[dict[str, Any]]:
 def test_a_preempted_pod_that_is_killed_before_it_has_saved_is_no_failure(queued: Queued) -> None:
     queued.kueue.queue("killing", 1)
     low = queued.start("killed", queueName="killing", queuePriority="low")
-    queued.wait_for_pod(low)
-    queued.cluster.start_pod(queued.pods(low)[0])
+    pod = queued.wait_for_pod(low)
+    queued.cluster.start_pod(pod)
     queued.cluster.wait_for_phase(low, "Training")
     high = queued.start("killer", queueName="killing", queuePriority="high")
-    eventually(lambda: "deletionTimestamp" in queued.pods(low)[0]["metadata"], seconds=60, every=0.2)
-    queued.cluster.stop_pod(queued.pods(low)[0], 137)
+    queued.cluster.stop_pod(pod, 137)
     queued.finish(high)
     queued.wait_for_pod(low)
     queued.finish(low)
@@ -179,7 +176,9 @@ def test_a_cohort_lends_its_quota_until_its_owner_needs_it(queued: Queued) -> No
         queued.cluster.run(name, "train")
     owner = queued.start("owning", queueName="owner")
     queued.wait_for_pod(owner)
-    stopped = next(name for name in borrowers if not queued.pods(name))
+    (stopped,) = eventually(
+        lambda: [name for name in borrowers if not queued.pods(name)], seconds=60, every=0.2, what="a stopped borrower"
+    )
     queued.wait_for(stopped, "Queued", "due to reclamation within the cohort")
     queued.finish(owner)
     queued.wait_for_pod(stopped)
@@ -242,7 +241,7 @@ def test_a_local_queue_named_default_takes_every_step(queued: Queued) -> None:
     name = queued.apply("by-default")
     try:
         queued.wait_for(name, "Queued", "Kueue: ClusterQueue default is inactive")
-        assert not queued.pods(name, "prepare")
+        queued.cluster.wait_for_no_pod(name, "prepare")
         queued.kueue.queue("default", 1, stopPolicy="None")
         queued.cluster.succeed(name, "prepare")
         queued.finish(name)
@@ -258,7 +257,7 @@ def test_jobs_without_a_queue_that_kueue_holds_say_that(queued: Queued) -> None:
     try:
         name = queued.apply("unnamed")
         queued.wait_for(name, "Queued", "add a LocalQueue named default to the namespace")
-        assert not queued.pods(name, "prepare")
+        queued.cluster.wait_for_no_pod(name, "prepare")
         queued.kueue.queue("default", 1)
         queued.cluster.kubectl("delete", "job", f"{name}-prepare-1", IN_NAMESPACE)
         queued.cluster.succeed(name, "prepare")

@@ -194,8 +194,8 @@ def prometheus(
 def test_promtool_has_nothing_to_say_against_the_metrics_of_an_operator_at_work(
     programs: Programs, operated: Nodeless, job: str
 ) -> None:
-    page = operated.metrics()
-    assert f'name="{job}"' in page
+    # The operator has seen the job's figures a moment after they are stored.
+    page = eventually(lambda: text if f'name="{job}"' in (text := operated.metrics()) else "", seconds=30, every=0.2)
     assert run([programs.promtool, "check", "metrics"], input_text=page, seconds=60) == ""
 
 
@@ -239,7 +239,9 @@ def test_every_query_of_the_dashboards_has_an_answer(
     # A rate has an answer from the second scrape on.
     eventually(all_answered, seconds=30, every=1, what="an answer to each query")
     assert prometheus.value(f'qlora_job_loss{{name="{job}"}}') == PROGRESS["loss"]
-    assert (prometheus.value('sum(increase(qlora_job_failures_total{reason="Diverged"}[1h]))') or 0) > 0
+    # A rate has an answer before the scrape that has the failure.
+    failures = 'sum(increase(qlora_job_failures_total{reason="Diverged"}[1h]))'
+    eventually(lambda: (prometheus.value(failures) or 0) > 0, seconds=30, every=1, what="the failure")
 
 
 def test_the_alerts_are_evaluated_without_an_error_and_fire(

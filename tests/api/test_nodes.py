@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from qlora_api.naming import STEP_LABEL
 from tests.support.manifests import MINIMAL
 from tests.support.nodeless import NAMESPACE, SHARED, Nodeless
 from tests.support.waiting import eventually
@@ -24,13 +23,19 @@ def start(operated: Nodeless, name: str, **scheduling: str) -> str:
     return name
 
 
+def live_pods(operated: Nodeless, name: str, attempt: int) -> list[dict[str, Any]]:
+    """The train pods of that attempt that have not ended, that of node 0 first."""
+    pods = operated.kubectl.get("pods", IN_NAMESPACE, f"--selector={JOB_NAME}={name}-train-{attempt}")["items"]
+    live = [pod for pod in pods if pod["status"]["phase"] in ("Pending", "Running")]
+    return sorted(live, key=lambda pod: str(pod["metadata"]["labels"][INDEX]))
+
+
 def train_pods(operated: Nodeless, name: str, attempt: int) -> list[dict[str, Any]]:
-    """The two train pods of that attempt, that of node 0 first, once they are there and have not ended."""
+    """Wait for the two train pods of that attempt, that of node 0 first."""
 
     def found() -> list[dict[str, Any]] | None:
-        pods = operated.kubectl.get("pods", IN_NAMESPACE, f"--selector={JOB_NAME}={name}-train-{attempt}")["items"]
-        live = [pod for pod in pods if pod["status"]["phase"] in ("Pending", "Running")]
-        return sorted(live, key=lambda pod: str(pod["metadata"]["labels"][INDEX])) if len(live) == 2 else None
+        live = live_pods(operated, name, attempt)
+        return live if len(live) == 2 else None
 
     return eventually(found, seconds=60, every=0.2, what=f"two train pods of attempt {attempt} of {name}") or []
 
@@ -128,17 +133,10 @@ def test_pods_that_save_and_stop_together_cost_one_disruption(operated: Nodeless
     operated.stop_pod(second, INTERRUPTED)
 
     eventually(lambda: f"{name}-train-1" not in operated.children(name), seconds=60, every=0.2, what="no first Job")
-    for pod in operated.pods():
-        labels = pod["metadata"]["labels"]
-        if labels[JOB_NAME] == f"{name}-train-1" and labels[STEP_LABEL] == "train" and _live(pod):
-            # The Job has replaced them before it was deleted.
-            operated.stop_pod(pod, INTERRUPTED)
+    # A pod that the Job has made in their place is on no node, and is deleted with the Job.
+    eventually(lambda: not live_pods(operated, name, 1), seconds=60, every=0.2, what="no pod of the first Job")
     status = train_to_the_end(operated, name, 2)
     assert (status["disruptions"], status.get("failures", 0)) == (1, 0)
-
-
-def _live(pod: dict[str, Any]) -> bool:
-    return pod["status"]["phase"] in ("Pending", "Running")
 
 
 def test_the_failure_of_node_1_is_the_jobs_reason(operated: Nodeless) -> None:

@@ -41,6 +41,11 @@ def message(cluster: Nodeless, name: str) -> str:
     return next((str(each["message"]) for each in conditions if each["type"] == "Succeeded"), "")
 
 
+def wait_for_message(cluster: Nodeless, name: str, part: str) -> None:
+    """Wait until the job says that; the phase may have changed before."""
+    eventually(lambda: part in message(cluster, name), seconds=60, every=0.2, what=f"{name}: {part}")
+
+
 def test_a_job_in_a_queue_is_created_suspended_and_only_the_queue_resumes_it(operated: Nodeless) -> None:
     name = start(operated, "queued", queueName="gpus", queuePriority="high")
     operated.succeed(name, "prepare")
@@ -49,7 +54,7 @@ def test_a_job_in_a_queue_is_created_suspended_and_only_the_queue_resumes_it(ope
     labels = train["metadata"]["labels"]
     assert labels["kueue.x-k8s.io/queue-name"] == "gpus"
     assert labels["kueue.x-k8s.io/priority-class"] == "high"
-    assert not [pod for pod in operated.children(name, "pods") if "-train-" in pod]
+    operated.wait_for_no_pod(name, "train")
     suspend(operated, f"{name}-train-1", False)
     operated.succeed(name, "train", "publish")
     succeeded(operated, name)
@@ -62,15 +67,11 @@ def test_every_step_may_be_suspended_by_somebody_else(operated: Nodeless) -> Non
         operated.run(name, step)
         suspend(operated, child, True)
         operated.wait_for_phase(name, "Queued")
-        eventually(lambda child=child: _pods(operated, name, child) == [], seconds=60, every=0.2)  # type: ignore[misc]
-        assert f"Job {child} is suspended" in message(operated, name)
+        operated.wait_for_no_pod(name, step)
+        wait_for_message(operated, name, f"Job {child} is suspended")
         suspend(operated, child, False)
         operated.succeed(name, step)
     succeeded(operated, name)
-
-
-def _pods(cluster: Nodeless, name: str, child: str) -> list[str]:
-    return [pod for pod in cluster.children(name, "pods") if pod.startswith(child)]
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_a_webhook_that_does_not_answer_is_in_the_status_and_tried_again(operate
     eventually(in_force, seconds=60, every=0.2, what="the webhook")
     start(operated, unreachable)
     sentence = f'the API server rejects Job {unreachable}-prepare-1: Internal error occurred: failed calling webhook "'
-    eventually(lambda: sentence in message(operated, unreachable), seconds=60, every=0.2, what="the server's words")
+    wait_for_message(operated, unreachable, sentence)
     assert operated.job(unreachable)["status"]["phase"] == "Pending"
     operated.kubectl("delete", "validatingwebhookconfiguration", "away")
     operated.succeed(unreachable, *STEPS)
@@ -145,7 +146,8 @@ def test_a_held_job_says_what_kueues_workload_states(operated: Nodeless) -> None
     name, step = start(operated, "explained", queueName="gpus"), "train"
     operated.succeed(name, "prepare")
     operated.wait_for_phase(name, "Queued")
-    assert "suspended until a queue admits it" in message(operated, name), "without Kueue"
+    # Without Kueue.
+    wait_for_message(operated, name, "suspended until a queue admits it")
     operated.kubectl.apply(json.dumps(WORKLOADS))
     eventually(lambda: operated.kubectl("get", "workloads", IN_NAMESPACE) or True, seconds=60, what="the new kind")
     uid = operated.kubectl.get("job", f"{name}-{step}-1", IN_NAMESPACE)["metadata"]["uid"]

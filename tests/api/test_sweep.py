@@ -90,8 +90,8 @@ def test_a_sweep_runs_its_cells_and_its_best_adapter_outlives_it(sweeps: Sweeps)
     assert stored["spec"]["resources"]["requests"]["storage"] == "3Gi"
     assert "ownerReferences" not in stored["metadata"]
     # Its pods find there what the other cells have downloaded and quantized.
-    (pod,) = [pod for pod in cluster.pods() if pod["metadata"]["name"].startswith(f"{first}-prepare")]
-    environment = {entry["name"]: entry.get("value") for entry in pod["spec"]["containers"][0]["env"]}
+    container = cluster.pod(first, "prepare")["spec"]["containers"][0]
+    environment = {entry["name"]: entry.get("value") for entry in container["env"]}
     assert environment["QLORA_MODEL_CACHE"] == f"/workspace/{claim}.sweep"
 
     sweeps.succeed(first, 1.5)
@@ -110,8 +110,13 @@ def test_a_sweep_runs_its_cells_and_its_best_adapter_outlives_it(sweeps: Sweeps)
     ]
     table = cluster.kubectl("get", "qs", "life", f"--namespace={NAMESPACE}")
     assert ["life", "Succeeded", "3/3", third, "1.25"] == table.splitlines()[1].split()[:5]
-    events = cluster.kubectl.get("events", f"--namespace={NAMESPACE}", "--field-selector=involvedObject.name=life")
-    assert {"Running", "Succeeded"} <= {event["reason"] for event in events["items"]}
+    about = "--field-selector=involvedObject.name=life"
+
+    def has_events() -> bool:
+        events = cluster.kubectl.get("events", f"--namespace={NAMESPACE}", about)["items"]
+        return {"Running", "Succeeded"} <= {event["reason"] for event in events}
+
+    eventually(has_events, seconds=60, every=0.2, what="the Events of the sweep")
 
     cluster.kubectl("delete", "qlorasweep", "life", f"--namespace={NAMESPACE}")
     eventually(lambda: not sweeps.cells("life"), seconds=60, every=0.2, what="the end of the cells")

@@ -80,18 +80,28 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
         victim.create(VICTIM, "qlorajobs", MINIMAL | {"metadata": {"name": "tune"}})
         pod = tenants.wait_for_pod("tune", "prepare", VICTIM)
         tenants.wait("tune", VICTIM, phase="Preparing")
-        still = eventually(lambda: _still(tenants), seconds=60, every=1, what="a victim at rest") or {}
         assert pod["metadata"]["namespace"] == VICTIM
-        yield Attacked(tenants, still, tenants.audit_size())
+        yield Attacked(tenants, _settled(tenants), tenants.audit_size())
 
 
-def _still(tenants: Tenancy) -> dict[str, Object] | None:
-    """What the victim has, once the controllers have written all that they write."""
-    before = _lasting(tenants.everything(VICTIM))
-    eventually(lambda: True, seconds=1)
-    claims = [one for name, one in before.items() if name.startswith("persistentvolumeclaims/")]
-    finalized = all(one["metadata"].get("finalizers") for one in claims)
-    return before if finalized and _lasting(tenants.everything(VICTIM)) == before else None
+def _settled(tenants: Tenancy) -> dict[str, Object]:
+    """Wait until the victim has all that the operator and the controllers write, and nothing changes any more."""
+    latest: dict[str, Object] = {}
+
+    def unchanged() -> dict[str, Object] | None:
+        nonlocal latest
+        before, latest = latest, _lasting(tenants.everything(VICTIM))
+        finalized = all(one["metadata"].get("finalizers") for one in _of_kind(latest, "persistentvolumeclaims"))
+        started = all(one["status"].get("active") for one in _of_kind(latest, "jobs"))
+        has_event = bool(_of_kind(latest, "events"))
+        whole = finalized and started and has_event and "configmaps/kube-root-ca.crt" in latest
+        return latest if whole and latest == before else None
+
+    return eventually(unchanged, seconds=60, every=1, what="a victim at rest") or {}
+
+
+def _of_kind(objects: dict[str, Object], kind: str) -> list[Object]:
+    return [one for name, one in objects.items() if name.startswith(f"{kind}/")]
 
 
 def test_there_are_many_attempts() -> None:

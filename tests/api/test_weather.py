@@ -20,6 +20,7 @@ import yaml
 
 from devcluster.certificates import Authority
 from devcluster.controlplane import ControlPlane
+from devcluster.errors import ClusterError
 from qlora_operator.kube.listing import OBJECTS_PER_PAGE
 from tests.support.api_proxy import ApiProxy, Reply, Weather, fair, serve_api
 from tests.support.operator_process import OperatorProcess, running_operator
@@ -95,7 +96,17 @@ class Tenant:
         self.apply(role | {"kind": "RoleBinding", "roleRef": reference, "subjects": [subject]})
 
     def deny(self) -> None:
+        """Take the rights away, and wait until the API server denies them."""
         self.kubectl("delete", "rolebinding", "operator")
+        eventually(self._is_denied, seconds=60, every=0.2, what="the denial")
+
+    def _is_denied(self) -> bool:
+        account = f"--as=system:serviceaccount:{OWN}:operator"
+        try:
+            self.kubectl("auth", "can-i", "list", "qlorajobs.qlora.dev", account)
+        except ClusterError:
+            return True
+        return False
 
 
 @pytest.fixture(scope="module")

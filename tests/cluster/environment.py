@@ -23,6 +23,8 @@ ENDED = ("Succeeded", "Failed")
 # Steps of a training that takes some seconds, and of one that leaves time to watch or interrupt it: at 30 steps a
 # second 800 take 27 seconds, and the operator shows its progress every ten.
 SHORT, LONG = 30, 800
+# Of a training that a test stops.
+ENDLESS = 1_000_000
 INPUTS = "inputs"
 
 
@@ -46,10 +48,14 @@ class Cluster:
         name = self.operator_pod()["metadata"]["name"]
         self.kubectl("delete", "pod", name, f"--namespace={OPERATOR_NAMESPACE}", "--grace-period=0", "--force")
 
+    def is_operator_ready(self) -> bool:
+        """Whether the operator's pod is ready. The Deployment's status may still be that of a pod before it."""
+        conditions = self.operator_pod()["status"].get("conditions", ())
+        return any(item["type"] == "Ready" and item["status"] == "True" for item in conditions)
+
     def wait_for_operator(self) -> None:
-        """Until the operator's Deployment is available."""
-        deployment = "deployment/qlora-operator"
-        self.kubectl("rollout", "status", deployment, f"--namespace={OPERATOR_NAMESPACE}", "--timeout=120s")
+        """Wait until the operator's pod is ready."""
+        eventually(self.is_operator_ready, seconds=120, what="the operator's readiness")
 
     def operator_log(self) -> str:
         """What the operator has logged."""

@@ -8,7 +8,7 @@ import pytest
 from devcluster.files import claim
 from devcluster.product import SHARED_PROFILE
 from qlora_api.naming import STEP_LABEL
-from tests.cluster.environment import INPUTS, SHORT, Object, Tenant, tiny_job
+from tests.cluster.environment import ENDLESS, INPUTS, SHORT, Object, Tenant, tiny_job
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.slow
@@ -115,12 +115,12 @@ def test_a_gate_holds_an_adapter_back_until_it_is_loosened_and_nothing_is_traine
 
 
 def test_a_job_that_continues_a_failed_one_begins_at_its_checkpoint(tenant: Tenant) -> None:
-    first = tenant.apply(tiny_job("first", steps=4000, activeDeadlineSeconds=3600))
+    first = tenant.apply(tiny_job("first", steps=ENDLESS, activeDeadlineSeconds=3600))
     tenant.wait(first, lambda s: s.get("checkpoint", {}).get("step", 0) >= 20, seconds=300, what="a checkpoint")
     tenant.kubectl("patch", "qlorajob", first, "--type=merge", '--patch={"spec": {"suspend": true}}')
     status = tenant.wait_for_phase(first, "Suspended", seconds=300)
     saved = status["checkpoint"]["step"]
-    second = tenant.apply(tiny_job("second", steps=4000, continues=first))
+    second = tenant.apply(tiny_job("second", steps=ENDLESS, continues=first))
     progress = tenant.wait(
         second, lambda s: s.get("progress", {}).get("step", 0) > 0, seconds=300, what="the second job trains"
     )

@@ -61,8 +61,8 @@ def test_three_jobs_share_a_quota_of_one_and_the_preempted_one_ends_in_the_same_
     queues.local_queue(LATE, QUEUE)
 
     status = tenant.wait_for_phase(low, "Queued", seconds=300)
-    assert tenant.condition(low, "Succeeded")["reason"] == "WaitingForQueue"
     tenant.wait(low, lambda _: "Kueue: Preempted to accommodate a workload" in said(tenant, low))
+    assert tenant.condition(low, "Succeeded")["reason"] == "WaitingForQueue"
     tenant.wait_for_phase(high, "Training", seconds=300)
     for waiting in (low, also_low):
         assert tenant.running_pod(waiting, "train") is None

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from tests.cluster.conftest import row
 from tests.cluster.environment import INPUTS, LONG, Object, Tenant, tiny_job
 from tests.support.typed import typed
+from tests.support.waiting import eventually
 
 NAME = "life"
 
@@ -54,6 +55,7 @@ def finished(tenant: Tenant, tmp_path_factory: pytest.TempPathFactory) -> Finish
                 status = tenant.succeed(NAME, seconds=600)
                 tenant.kubectl("wait", f"qlorajob/{NAME}", "--for=condition=Succeeded", "--timeout=10s")
                 assert (watched.end(), logs.end()) == (0, 0)
+                eventually(lambda: "Succeeded" in output.read_text(), seconds=60, what="the row of the end")
         finally:
             watch.terminate()
             watch.wait()
@@ -106,9 +108,13 @@ def test_conditions_let_nobody_wait_for_ever(finished: Finished) -> None:
 
 @pytest.mark.usefixtures("finished")
 def test_every_change_of_phase_is_an_event(tenant: Tenant) -> None:
-    events = tenant.get("events", f"--field-selector=involvedObject.name={NAME}")["items"]
-    reasons = [event["reason"] for event in events]
-    assert {"Preparing", "Training", "Publishing", "Succeeded"} <= set(reasons)
+    def all_phases() -> list[str] | None:
+        events = tenant.get("events", f"--field-selector=involvedObject.name={NAME}")["items"]
+        reasons = [event["reason"] for event in events]
+        return reasons if {"Preparing", "Training", "Publishing", "Succeeded"} <= set(reasons) else None
+
+    # An Event follows the status.
+    reasons = eventually(all_phases, seconds=60, what="an Event of each phase") or []
     assert len(reasons) == len(set(reasons)), f"an event was doubled: {reasons}"
 
 
@@ -142,7 +148,8 @@ def test_the_command_line_downloads_the_adapter_and_the_report_and_leaves_no_pod
     assert f"{LONG}/{LONG}" in compared
     assert f"A  {NAME}" in compared
     assert picture.read_text().startswith("<?xml")
-    assert tenant.get("pods", "--selector=app.kubernetes.io/name=qlora-reader")["items"] == []
+    readers = "--selector=app.kubernetes.io/name=qlora-reader"
+    eventually(lambda: tenant.get("pods", readers)["items"] == [], seconds=60, what="no pod of a reader")
 
 
 def test_the_command_line_finds_no_problem_in_the_cluster(tenant: Tenant) -> None:

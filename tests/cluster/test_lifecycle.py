@@ -5,13 +5,13 @@ Most are slow: what is decided is in tests/unit/qlora_operator, what the API ser
 
 import pytest
 
-from tests.cluster.environment import LONG, Tenant, tiny_job
+from tests.cluster.environment import ENDLESS, Tenant, tiny_job
 from tests.support.waiting import eventually
 
 
 @pytest.mark.slow
 def test_a_deadline_ends_the_job_and_its_pods(tenant: Tenant) -> None:
-    name = tenant.apply(tiny_job("late", steps=1_000_000, activeDeadlineSeconds=30))
+    name = tenant.apply(tiny_job("late", steps=ENDLESS, activeDeadlineSeconds=30))
     status = tenant.wait_for_end(name)
     assert status["phase"] == "Failed"
     failed = tenant.condition(name, "Failed")
@@ -45,7 +45,7 @@ def test_a_deleted_job_takes_its_pods_along_and_leaves_the_adapter(tenant: Tenan
 
 @pytest.mark.slow
 def test_a_namesake_created_at_once_starts_anew(tenant: Tenant) -> None:
-    name = tenant.apply(tiny_job("again", steps=LONG))
+    name = tenant.apply(tiny_job("again", steps=ENDLESS))
     first = tenant.wait_for_phase(name, "Training")
     tenant.kubectl("delete", "qlorajob", name)
     tenant.apply(tiny_job("again"))

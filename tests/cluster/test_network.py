@@ -206,7 +206,8 @@ def test_the_operator_reaches_the_api_server_only_and_is_asked_for_metrics_only(
     wanted = targets(neighbor)
     product.install(where, where.kubeconfig, installed.images, {**product.SMALL_MACHINE, "networkPolicy": policy})
     try:
-        assert operator.reached(wanted) == {"the API server", "the API server's node"}
+        allowed = {"the API server", "the API server's node"}
+        eventually(lambda: operator.reached(wanted) == allowed, seconds=60, what="the policy")
         assert neighbor.reached(own) == {"metrics", "probes"}
         tenant.wait_for_phase(tenant.apply(tiny_job("unhindered", suspend=True)), "Suspended")
     finally:

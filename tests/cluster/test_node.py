@@ -11,13 +11,12 @@ import pytest
 from devcluster import addresses, cluster, layout, processes
 from devcluster.files import claim
 from devcluster.processes import run
-from tests.cluster.environment import LONG, Object, Tenant, signal_processes_of, tiny_job
+from tests.cluster.environment import ENDLESS, LONG, Object, Tenant, signal_processes_of, tiny_job
 from tests.support.waiting import eventually
 
 # Disruptions are counted in tests/unit/qlora_operator/test_status.py; a full disk is met in tests/trainer/promises.
 pytestmark = pytest.mark.slow
 SMALL = "small"
-ENDLESS = 1_000_000
 
 
 @pytest.fixture(scope="module")

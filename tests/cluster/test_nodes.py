@@ -10,7 +10,7 @@ import pytest
 from devcluster import cluster, layout, node, toolchain
 from devcluster.files import claim
 from devcluster.product import SHARED_PROFILE
-from tests.cluster.environment import LONG, Object, Tenant, tiny_job
+from tests.cluster.environment import ENDLESS, LONG, Object, Tenant, tiny_job
 from tests.support.manifests import Manifest
 from tests.support.waiting import eventually
 
@@ -38,10 +38,10 @@ def shared(tenant: Tenant) -> str:
     return WORKSPACE
 
 
-def job_of_two(name: str, workspace: str) -> Manifest:
+def job_of_two(name: str, workspace: str, steps: int = LONG) -> Manifest:
     return tiny_job(
         name,
-        steps=LONG,
+        steps=steps,
         resources={"cpu": "500m", "nodes": 2},
         workspace={"claimName": workspace},
         scheduling={"profile": SHARED_PROFILE},
@@ -80,7 +80,7 @@ def undisturbed(tenant: Tenant, shared: str) -> Object:
 
 
 def test_no_other_pod_of_the_namespace_reaches_the_train_pods(tenant: Tenant, shared: str) -> None:
-    name = tenant.apply(job_of_two("closed", shared))
+    name = tenant.apply(job_of_two("closed", shared, ENDLESS))
     tenant.wait(name, lambda s: s.get("checkpoint", {}).get("step", 0) > 0 and s["phase"] == "Training")
     first = tenant.get("pod", train_pods(tenant, name, 1)[0]["metadata"]["name"])
     uid = tenant.job(name)["metadata"]["uid"]
@@ -90,12 +90,13 @@ def test_no_other_pod_of_the_namespace_reaches_the_train_pods(tenant: Tenant, sh
         if found["metadata"]["name"].startswith(f"qlora-{uid}")
     ]
     with tenant.volume(shared) as pod:
-        assert pod.run("python3", "-c", _REACH, first["status"]["podIP"]).strip() == "denied"
+
+        def answer() -> str:
+            return pod.run("python3", "-c", _REACH, first["status"]["podIP"]).strip()
+
+        # A policy is enforced a moment after its pods start.
+        eventually(lambda: answer() == "denied", seconds=60, what="the policy")
         # The same attempt, of the same pod.
         tenant.kubectl("delete", "networkpolicy", policy)
-        eventually(
-            lambda: pod.run("python3", "-c", _REACH, first["status"]["podIP"]).strip() == "reached",
-            seconds=60,
-            what="no policy",
-        )
+        eventually(lambda: answer() == "reached", seconds=60, what="no policy")
     tenant.kubectl("delete", "qlorajob", name)

@@ -98,19 +98,14 @@ def test_an_operator_that_cannot_watch_is_not_ready_and_recovers_without_a_resta
     cluster, kubectl = tenant.cluster, tenant.cluster.kubectl
     binding = kubectl.get("clusterrolebinding", "qlora-operator")
     before = cluster.operator_pod()
-
-    def ready() -> bool:
-        conditions = cluster.operator_pod()["status"]["conditions"]
-        return any(item["type"] == "Ready" and item["status"] == "True" for item in conditions)
-
     try:
         kubectl("delete", "clusterrolebinding", "qlora-operator")
-        eventually(lambda: not ready(), seconds=300, every=2, what="an operator that is not ready")
+        eventually(lambda: not cluster.is_operator_ready(), seconds=300, every=2, what="an operator that is not ready")
     finally:
         for key in ("resourceVersion", "uid", "creationTimestamp", "managedFields"):
             binding["metadata"].pop(key, None)
         kubectl("apply", "--filename=-", input_text=json.dumps(binding))
-    eventually(ready, seconds=120, every=2, what="the operator's readiness")
+    cluster.wait_for_operator()
     after = cluster.operator_pod()
     assert (after["metadata"]["uid"], restarts(after)) == (before["metadata"]["uid"], restarts(before))
     name = tenant.apply(tiny_job("after-denial", suspend=True))

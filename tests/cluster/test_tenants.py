@@ -15,7 +15,7 @@ from devcluster.controlplane import ControlPlane
 from devcluster.files import claim
 from devcluster.product import NAMESPACE as OPERATOR_NAMESPACE
 from tests.cluster.conftest import give_inputs
-from tests.cluster.environment import INPUTS, Cluster, Object, Tenant, tiny_job
+from tests.cluster.environment import ENDLESS, INPUTS, Cluster, Object, Tenant, tiny_job
 from tests.support.harmless_attempts import NEEDS_NO_NODE, batch_job
 from tests.support.manifests import MINIMAL
 from tests.support.node_attempts import CANARY, ON_A_NODE, Assault
@@ -35,7 +35,6 @@ from tests.support.tenancy import (
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.slow
-ENDLESS = 1_000_000
 PROFILES: Object = {
     # Nobody listens there: jobs whose data are missing never get that far.
     "default": {"registries": ["registry.example.org"], "hubEndpoint": "http://127.0.0.1:9"},

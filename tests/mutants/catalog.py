@@ -48,7 +48,7 @@ API = (
 OPERATOR = (
     Mutant(
         name="a-deleted-cell-is-created-again",
-        file=f"{_DECISIONS}/sweep_plan.py",
+        file=f"{_DECISIONS}/sweeps/plan.py",
         old="{line.name for line in sweep.status.cells if line.uid} | jobs.keys()",
         new="jobs.keys()",
         tests=(
@@ -57,7 +57,7 @@ OPERATOR = (
     ),
     Mutant(
         name="a-cell-that-has-not-succeeded-is-the-best",
-        file=f"{_DECISIONS}/sweep_plan.py",
+        file=f"{_DECISIONS}/sweeps/plan.py",
         old='[line for line in lines if line.phase == "Succeeded" and line.adapter]',
         new="list(lines)",
         tests=(
@@ -121,14 +121,14 @@ OPERATOR = (
     ),
     Mutant(
         name="exit-code-0-is-out-of-memory",
-        file=f"{_DECISIONS}/observe.py",
+        file=f"{_DECISIONS}/observed/objects.py",
         old='self.termination.reason == "OOMKilled" and not self.exited_well',
         new='self.termination.reason == "OOMKilled"',
         tests=(f"{_OPERATOR_TESTS}/test_observe.py::test_a_pods_state",),
     ),
     Mutant(
         name="any-owner-is-the-controller",
-        file=f"{_DECISIONS}/parsing.py",
+        file=f"{_DECISIONS}/observed/parsing.py",
         old=' if owner.get("controller")',
         new="",
         tests=(
@@ -137,14 +137,14 @@ OPERATOR = (
     ),
     Mutant(
         name="a-false-condition-counts",
-        file=f"{_DECISIONS}/parsing.py",
+        file=f"{_DECISIONS}/observed/parsing.py",
         old=' if condition["status"] == "True"',
         new="",
         tests=(f"{_OPERATOR_TESTS}/test_observe.py::test_a_condition_that_does_not_hold_ends_no_job",),
     ),
     Mutant(
         name="deleting-its-job-disrupts-a-pod",
-        file=f"{_DECISIONS}/attempts.py",
+        file=f"{_DECISIONS}/pods/attempts.py",
         old="child is None or child.deleting or",
         new="child is None or",
         tests=(
@@ -153,7 +153,7 @@ OPERATOR = (
     ),
     Mutant(
         name="an-attempt-is-counted-again",
-        file=f"{_DECISIONS}/attempts.py",
+        file=f"{_DECISIONS}/pods/attempts.py",
         old="and end > until",
         new="and end >= until",
         tests=(
@@ -162,7 +162,7 @@ OPERATOR = (
     ),
     Mutant(
         name="a-pod-without-a-container-is-not-explained",
-        file=f"{_DECISIONS}/attempts.py",
+        file=f"{_DECISIONS}/pods/attempts.py",
         old="if pod.termination is None:",
         new="if False:",
         tests=(
@@ -171,7 +171,7 @@ OPERATOR = (
     ),
     Mutant(
         name="a-pod-without-a-container-has-no-start",
-        file=f"{_DECISIONS}/attempts.py",
+        file=f"{_DECISIONS}/pods/attempts.py",
         old="return pod.running_since or (pod.created if pod.ended else None)",
         new="return pod.running_since",
         tests=(
@@ -180,7 +180,7 @@ OPERATOR = (
     ),
     Mutant(
         name="a-pod-without-a-container-has-no-end",
-        file=f"{_DECISIONS}/attempts.py",
+        file=f"{_DECISIONS}/pods/attempts.py",
         old="return pod.deletion_requested or (pod.created if pod.ended else None)",
         new="return pod.deletion_requested",
         tests=(
@@ -189,7 +189,7 @@ OPERATOR = (
     ),
     Mutant(
         name="a-lost-pod-gives-the-reason",
-        file=f"{_DECISIONS}/together.py",
+        file=f"{_DECISIONS}/pods/nodes.py",
         old="    found = min(ended, key=_order, default=None)",
         new="    found = min(ended, key=lambda pod: pod.node, default=None)",
         tests=(
@@ -198,7 +198,7 @@ OPERATOR = (
     ),
     Mutant(
         name="the-reason-is-told-too-early",
-        file=f"{_DECISIONS}/together.py",
+        file=f"{_DECISIONS}/pods/nodes.py",
         old="return found if is_own_failure(found) or all(pod.ended for pod in pods) else None",
         new="return found",
         tests=(
@@ -207,7 +207,7 @@ OPERATOR = (
     ),
     Mutant(
         name="waiting-for-nodes-is-a-failure",
-        file=f"{_DECISIONS}/together.py",
+        file=f"{_DECISIONS}/pods/nodes.py",
         old="    return pod.lost_peer or pod.missed_peers",
         new="    return pod.lost_peer",
         tests=(
@@ -234,7 +234,7 @@ OPERATOR = (
     ),
     Mutant(
         name="pods-that-are-done-explain-a-failed-job",
-        file=f"{_DECISIONS}/together.py",
+        file=f"{_DECISIONS}/pods/nodes.py",
         old="    return all(pod.ended for pod in pods)",
         new="    return not pods",
         tests=(
@@ -243,21 +243,21 @@ OPERATOR = (
     ),
     Mutant(
         name="node-0-runs-for-nothing-when-another-pod-ends-first",
-        file=f"{_DECISIONS}/attempts.py",
+        file=f"{_DECISIONS}/pods/attempts.py",
         old="    status = charge_running(status, observed, now)\n    return",
         new="    return",
         tests=(f"{_OPERATOR_TESTS}/test_together.py::test_the_time_of_node_0_counts_however_the_attempt_ends",),
     ),
     Mutant(
         name="a-node-0-that-is-gone-has-run-for-nothing",
-        file=f"{_DECISIONS}/attempts.py",
+        file=f"{_DECISIONS}/pods/attempts.py",
         old="    return _charge_vanished(status, child, pods, now) if _has_vanished(status, pods) else status",
         new="    return status",
         tests=(f"{_OPERATOR_TESTS}/test_together.py::test_the_time_of_node_0_counts_however_the_attempt_ends",),
     ),
     Mutant(
         name="what-node-0-saves-last-is-not-told",
-        file=f"{_DECISIONS}/attempts.py",
+        file=f"{_DECISIONS}/pods/attempts.py",
         old="if step.job_uid else _charge_earlier(status, job, observed)",
         new="if step.job_uid else status",
         tests=(
@@ -266,7 +266,7 @@ OPERATOR = (
     ),
     Mutant(
         name="the-spec-says-how-many-nodes-a-started-job-has",
-        file=f"{_DECISIONS}/stored_job.py",
+        file=f"{_DECISIONS}/observed/stored_job.py",
         old="    spec = _with_fixed_nodes(spec, status.resolved)\n",
         new="",
         tests=(
@@ -302,21 +302,21 @@ OPERATOR = (
     ),
     Mutant(
         name="suspensions-count-as-disruptions",
-        file=f"{_DECISIONS}/attempts.py",
+        file=f"{_DECISIONS}/pods/attempts.py",
         old="child.deleting or child.suspended or child.complete or child.expired",
         new="child.deleting or child.complete or child.expired",
         tests=(f"{_OPERATOR_TESTS}/test_limits.py::test_a_suspension_by_a_queue_is_no_disruption",),
     ),
     Mutant(
         name="a-late-look-counts-a-suspension",
-        file=f"{_DECISIONS}/attempts.py",
+        file=f"{_DECISIONS}/pods/attempts.py",
         old="return child is not None and child.resumed is not None and pod.stopped_by(child.resumed)",
         new="return False",
         tests=(f"{_OPERATOR_TESTS}/test_limits.py::test_a_suspension_by_a_queue_is_no_disruption",),
     ),
     Mutant(
         name="a-vanished-pod-costs-nothing",
-        file=f"{_DECISIONS}/attempts.py",
+        file=f"{_DECISIONS}/pods/attempts.py",
         old="return _count_vanished(status, job, child, pods, now)",
         new="return status",
         tests=(f"{_OPERATOR_TESTS}/test_limits.py::test_a_deadline_is_not_evaded_by_deleting_pods_by_force",),
@@ -360,7 +360,7 @@ OPERATOR = (
     ),
     Mutant(
         name="an-old-profile-is-kept",
-        file=f"{_DECISIONS}/taking_up.py",
+        file=f"{_DECISIONS}/retry.py",
         old='"resolved": _resolved_again(status, facts, has_its_run=_has_its_run(status, cleaned=cleaned)),',
         new='"resolved": status.resolved,',
         tests=(
@@ -369,7 +369,7 @@ OPERATOR = (
     ),
     Mutant(
         name="characters-beyond-ascii-make-a-document-too-large",
-        file=f"{_DECISIONS}/manifests.py",
+        file=f"{_DECISIONS}/manifests/objects.py",
         old=", ensure_ascii=False",
         new="",
         tests=(f"{_OPERATOR_TESTS}/test_starts.py::test_a_system_prompt_of_any_characters_reaches_the_pods",),
@@ -385,7 +385,7 @@ OPERATOR = (
     ),
     Mutant(
         name="the-document-changes-with-the-operator",
-        file=f"{_DECISIONS}/manifests.py",
+        file=f"{_DECISIONS}/manifests/objects.py",
         old="if resolved.document is not None:",
         new="if False:",
         tests=(f"{_OPERATOR_TESTS}/test_manifests.py::test_the_document_is_what_was_fixed_when_the_job_started",),
@@ -410,7 +410,7 @@ OPERATOR = (
     ),
     Mutant(
         name="a-later-attempt-of-prepare-is-taken-for-the-first",
-        file=f"{_DECISIONS}/conditions.py",
+        file=f"{_DECISIONS}/observed/conditions.py",
         old='if step is None or (step.name == "prepare" and not has_begun(status)):',
         new='if step is None or (step.name == "prepare" and not step.job_uid):',
         tests=(
@@ -419,14 +419,14 @@ OPERATOR = (
     ),
     Mutant(
         name="somebody-is-accused-of-the-operators-own-deletion",
-        file=f"{_DECISIONS}/deletions.py",
+        file=f"{_DECISIONS}/pods/deletions.py",
         old="shown.reason == POD_DETACHED",
         new="False",
         tests=(f"{_OPERATOR_TESTS}/test_reconcile.py::test_nobody_is_accused_of_deleting_the_job_of_a_detached_pod",),
     ),
     Mutant(
         name="restarts-are-taken-for-deletions",
-        file=f"{_DECISIONS}/deletions.py",
+        file=f"{_DECISIONS}/pods/deletions.py",
         old=" - restarts",
         new="",
         tests=(
@@ -444,35 +444,35 @@ OPERATOR = (
     ),
     Mutant(
         name="a-service-mesh-adds-its-proxy",
-        file=f"{_DECISIONS}/manifests.py",
+        file=f"{_DECISIONS}/manifests/objects.py",
         old=' | {"sidecar.istio.io/inject": "false"}',
         new="",
         tests=(f"{_OPERATOR_TESTS}/test_manifests.py::test_no_service_mesh_adds_a_proxy_that_would_outlive_the_step",),
     ),
     Mutant(
         name="threads-follow-a-limit-that-is-not-set",
-        file=f"{_DECISIONS}/manifests.py",
+        file=f"{_DECISIONS}/manifests/objects.py",
         old='"requests.cpu"',
         new='"limits.cpu"',
         tests=(f"{_OPERATOR_TESTS}/test_manifests.py::test_libraries_start_as_many_threads_as_the_pod_requests_cpus",),
     ),
     Mutant(
         name="readiness-ignores-a-dead-watch",
-        file=f"{_OPERATOR}/resync.py",
+        file=f"{_OPERATOR}/watch/resync.py",
         old="if dead := self.monitor.dead:",
         new="if dead := ():",
         tests=(f"{_OPERATOR_TESTS}/test_resync.py::test_a_watch_that_shows_nothing_is_reported_at_the_second_list",),
     ),
     Mutant(
         name="a-denied-namespace-stops-all",
-        file=f"{_OPERATOR}/resync.py",
+        file=f"{_OPERATOR}/watch/resync.py",
         old="if len(rejected) == len(self._namespaces):",
         new="if rejected:",
         tests=(f"{_OPERATOR_TESTS}/test_resync.py::test_a_denied_namespace_leaves_the_others_alone_and_comes_back",),
     ),
     Mutant(
         name="infinity-is-sent",
-        file=f"{_OPERATOR}/transport.py",
+        file=f"{_OPERATOR}/kube/transport.py",
         old="json.dumps(body, allow_nan=False, ",
         new="json.dumps(body, ",
         tests=(f"{_OPERATOR_TESTS}/test_transport.py::test_a_number_that_json_has_not_is_never_sent",),
@@ -509,7 +509,7 @@ OPERATOR = (
     ),
     Mutant(
         name="a-task-that-goes-on-is-canceled-once",
-        file=f"{_OPERATOR}/task_scope.py",
+        file=f"{_OPERATOR}/watch/tasks.py",
         old="_ROUNDS = 100",
         new="_ROUNDS = 1",
         tests=(
@@ -518,14 +518,14 @@ OPERATOR = (
     ),
     Mutant(
         name="a-watch-is-never-overdue",
-        file=f"{_OPERATOR}/resync.py",
+        file=f"{_OPERATOR}/watch/resync.py",
         old="interval / 2",
         new="interval * 20",
         tests=(f"{_OPERATOR_TESTS}/test_resync.py::test_a_watch_that_shows_nothing_is_reported_at_the_second_list",),
     ),
     Mutant(
         name="a-failed-key-keeps-its-request",
-        file=f"{_OPERATOR}/workqueue.py",
+        file=f"{_OPERATOR}/reconcile/queue.py",
         old="if (request := self._requests.pop(key, None)) is not None:\n            pause",
         new="if (request := self._requests.get(key)) is not None:\n            pause",
         tests=(
@@ -534,7 +534,7 @@ OPERATOR = (
     ),
     Mutant(
         name="a-request-during-a-failure-is-dropped",
-        file=f"{_OPERATOR}/workqueue.py",
+        file=f"{_OPERATOR}/reconcile/queue.py",
         old="pause = min(pause, max(BACKOFF_SECONDS, request.due - now))",
         new="pass",
         tests=(
@@ -543,14 +543,14 @@ OPERATOR = (
     ),
     Mutant(
         name="a-flood-occupies-every-worker",
-        file=f"{_OPERATOR}/workqueue.py",
+        file=f"{_OPERATOR}/reconcile/queue.py",
         old="return self.most is None or self._working_in[namespace] < self.most",
         new="return True",
         tests=(f"{_OPERATOR_TESTS}/test_workqueue.py::test_a_neighbor_begins_while_everything_of_a_flood_is_stuck",),
     ),
     Mutant(
         name="a-detached-pod-runs-unseen",
-        file=f"{_OPERATOR}/reconcile.py",
+        file=f"{_OPERATOR}/reconcile/job.py",
         old="if missing and step.running_pod_name:",
         new="if False:",
         tests=(
@@ -568,7 +568,7 @@ OPERATOR = (
     ),
     Mutant(
         name="the-deadline-of-the-job-itself-costs-a-retry",
-        file=f"{_DECISIONS}/attempts.py",
+        file=f"{_DECISIONS}/pods/attempts.py",
         old=" or child.expired",
         new="",
         tests=(
@@ -577,7 +577,7 @@ OPERATOR = (
     ),
     Mutant(
         name="an-older-definition-is-not-noticed",
-        file=f"{_OPERATOR}/schema_check.py",
+        file=f"{_OPERATOR}/kube/schema_check.py",
         old="                self._note(problem)\n            elif",
         new="                pass\n            elif",
         tests=(
@@ -586,7 +586,7 @@ OPERATOR = (
     ),
     Mutant(
         name="new-jobs-stop-the-others",
-        file=f"{_OPERATOR}/workqueue.py",
+        file=f"{_OPERATOR}/reconcile/queue.py",
         old="due[0] if self._working_of_the_rest >= self.reserved else due[-1]",
         new="due[0]",
         tests=(
@@ -595,7 +595,7 @@ OPERATOR = (
     ),
     Mutant(
         name="a-foreign-claim-is-adopted",
-        file=f"{_OPERATOR}/actions.py",
+        file=f"{_OPERATOR}/reconcile/actions.py",
         old="if not _has_label(existing, job):",
         new="if False:",
         tests=(
@@ -604,7 +604,7 @@ OPERATOR = (
     ),
     Mutant(
         name="a-job-that-nobody-watches-is-the-steps",
-        file=f"{_OPERATOR}/actions.py",
+        file=f"{_OPERATOR}/reconcile/actions.py",
         old="if not _has_label(found, job):",
         new="if False:",
         tests=(
@@ -613,7 +613,7 @@ OPERATOR = (
     ),
     Mutant(
         name="a-pass-that-changes-nothing-is-followed-at-once",
-        file=f"{_OPERATOR}/pauses.py",
+        file=f"{_OPERATOR}/reconcile/pauses.py",
         old="case AtOnce(changed=True):",
         new="case AtOnce():",
         tests=(
@@ -622,7 +622,7 @@ OPERATOR = (
     ),
     Mutant(
         name="a-status-that-is-not-kept-is-written-at-once",
-        file=f"{_OPERATOR}/reconcile.py",
+        file=f"{_OPERATOR}/reconcile/job.py",
         old='return bool(written["metadata"]["resourceVersion"] != job.resource_version)',
         new="return True",
         tests=(
@@ -638,7 +638,7 @@ OPERATOR = (
     ),
     Mutant(
         name="a-request-is-taken-up-without-a-place",
-        file=f"{_OPERATOR}/reconcile.py",
+        file=f"{_OPERATOR}/reconcile/job.py",
         old="if self._needs_another_count(confirmed.job, view.job, others):",
         new="if False:",
         tests=(
@@ -656,7 +656,7 @@ OPERATOR = (
     ),
     Mutant(
         name="a-watch-shows-the-end-of-a-hidden-pod",
-        file=f"{_OPERATOR}/reconcile.py",
+        file=f"{_OPERATOR}/reconcile/job.py",
         old=" or lacks_earlier_pod(view.job.status.step, view.observed):",
         new=":",
         tests=(
@@ -665,7 +665,7 @@ OPERATOR = (
     ),
     Mutant(
         name="a-detached-pod-runs-free-of-charge",
-        file=f"{_DECISIONS}/attempts.py",
+        file=f"{_DECISIONS}/pods/attempts.py",
         old="return _charge_detached(status, job, observed)",
         new="return status",
         tests=(
@@ -674,7 +674,7 @@ OPERATOR = (
     ),
     Mutant(
         name="a-job-that-was-replaced-is-counted-for-ever",
-        file=f"{_OPERATOR}/reconcile.py",
+        file=f"{_OPERATOR}/reconcile/job.py",
         old="self.metrics.job_is_gone(key, replaced_by=job.uid)",
         new="pass",
         tests=(
@@ -683,7 +683,7 @@ OPERATOR = (
     ),
     Mutant(
         name="a-list-that-the-server-prepares-keeps-others-waiting",
-        file=f"{_OPERATOR}/transport.py",
+        file=f"{_OPERATOR}/kube/transport.py",
         old="                answer = await self._send(*sent, own_turn, answered.append)",
         new="                async with own_turn:\n"
         "                    answer = await self._send(*sent, nullcontext(), answered.append)",
@@ -693,7 +693,7 @@ OPERATOR = (
     ),
     Mutant(
         name="an-orphan-is-deleted",
-        file=f"{_OPERATOR}/reconcile.py",
+        file=f"{_OPERATOR}/reconcile/job.py",
         old="if job.deleting and controller_uid(body) != job.uid:",
         new="if False:",
         tests=(
@@ -702,7 +702,7 @@ OPERATOR = (
     ),
     Mutant(
         name="a-pod-without-an-owner-is-of-every-step",
-        file=f"{_DECISIONS}/observe.py",
+        file=f"{_DECISIONS}/observed/objects.py",
         old="if job_uid and pod.owner_uid == job_uid",
         new="if pod.owner_uid == job_uid",
         tests=(
@@ -727,7 +727,7 @@ OPERATOR = (
     ),
     Mutant(
         name="an-older-view-replaces-a-newer-one",
-        file=f"{_OPERATOR}/store.py",
+        file=f"{_OPERATOR}/watch/store.py",
         old="if version <= entry.version and self._ordered:",
         new="if False:",
         tests=(
@@ -736,7 +736,7 @@ OPERATOR = (
     ),
     Mutant(
         name="a-deletion-is-forgotten-at-once",
-        file=f"{_OPERATOR}/store.py",
+        file=f"{_OPERATOR}/watch/store.py",
         old="return uid in self._buried and version <= self._buried[uid]",
         new="return False",
         tests=(
@@ -745,7 +745,7 @@ OPERATOR = (
     ),
     Mutant(
         name="a-dead-watch-hides-what-it-does-not-show",
-        file=f"{_OPERATOR}/store.py",
+        file=f"{_OPERATOR}/watch/store.py",
         old="                    entry.wanted[each.uid] = number\n",
         new="",
         tests=(
@@ -754,7 +754,7 @@ OPERATOR = (
     ),
     Mutant(
         name="what-cannot-be-undone-is-not-confirmed",
-        file=f"{_OPERATOR}/reconcile.py",
+        file=f"{_OPERATOR}/reconcile/job.py",
         old="if not view.live and _must_be_confirmed(view, decision):",
         new="if False:",
         tests=(f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_job_that_the_store_has_missed_is_not_created_again",),
@@ -768,7 +768,7 @@ OPERATOR = (
     ),
     Mutant(
         name="a-rejected-job-is-no-reason",
-        file=f"{_OPERATOR}/actions.py",
+        file=f"{_OPERATOR}/reconcile/actions.py",
         old='except RejectedError as error:\n            sentence = f"the API server rejects Job {name}',
         new='except ValueError as error:\n            sentence = f"the API server rejects Job {name}',
         tests=(
@@ -777,7 +777,7 @@ OPERATOR = (
     ),
     Mutant(
         name="a-rejected-claim-is-no-reason",
-        file=f"{_OPERATOR}/actions.py",
+        file=f"{_OPERATOR}/reconcile/actions.py",
         old='except RejectedError as error:\n            sentence = f"the API server rejects PersistentVolumeClaim',
         new='except ValueError as error:\n            sentence = f"the API server rejects PersistentVolumeClaim',
         tests=(
@@ -786,14 +786,14 @@ OPERATOR = (
     ),
     Mutant(
         name="a-list-ends-with-its-first-page",
-        file=f"{_OPERATOR}/cluster.py",
+        file=f"{_OPERATOR}/kube/client.py",
         old='metadata.get("continue") or ""',
         new='""',
         tests=(f"{_OPERATOR_TESTS}/test_cluster.py::test_a_list_is_read_to_its_last_page",),
     ),
     Mutant(
         name="every-reader-has-a-page-of-its-own",
-        file=f"{_OPERATOR}/cluster.py",
+        file=f"{_OPERATOR}/kube/client.py",
         old="_PAGES_AT_A_TIME = 2",
         new="_PAGES_AT_A_TIME = 99",
         tests=(
@@ -802,7 +802,7 @@ OPERATOR = (
     ),
     Mutant(
         name="a-page-has-any-length",
-        file=f"{_OPERATOR}/cluster.py",
+        file=f"{_OPERATOR}/kube/client.py",
         old="_BYTES_PER_PAGE if size > 1 else None",
         new="None",
         tests=(
@@ -811,7 +811,7 @@ OPERATOR = (
     ),
     Mutant(
         name="an-answer-is-read-whatever-its-length",
-        file=f"{_OPERATOR}/transport.py",
+        file=f"{_OPERATOR}/kube/transport.py",
         old="if length > most:",
         new="if False:",
         tests=(
@@ -820,7 +820,7 @@ OPERATOR = (
     ),
     Mutant(
         name="any-job-says-what-was-resolved",
-        file=f"{_OPERATOR}/listing.py",
+        file=f"{_OPERATOR}/kube/listing.py",
         old="if job_name is not None and value.name == child_job_name(job_name, *FIRST_JOB):",
         new="if True:",
         tests=(
@@ -830,21 +830,21 @@ OPERATOR = (
     ),
     Mutant(
         name="what-was-resolved-may-have-any-length",
-        file=f"{_DECISIONS}/parsing.py",
+        file=f"{_DECISIONS}/observed/parsing.py",
         old='return text if len(text) <= MAX_RESOLVED else ""',
         new="return text",
         tests=(f"{_OPERATOR_TESTS}/test_store.py::test_of_what_is_longer_than_any_operator_writes_nothing_is_kept",),
     ),
     Mutant(
         name="a-first-job-shown-before-its-job-has-resolved-nothing",
-        file=f"{_OPERATOR}/store.py",
+        file=f"{_OPERATOR}/watch/store.py",
         old="            version = 0\n",
         new="            pass\n",
         tests=(f"{_OPERATOR_TESTS}/test_store.py::test_a_first_job_that_is_shown_before_its_job_is_read_once_more",),
     ),
     Mutant(
         name="what-a-list-has-shown-is-lost-if-the-next-fails",
-        file=f"{_OPERATOR}/resync.py",
+        file=f"{_OPERATOR}/watch/resync.py",
         old="        finally:\n            # Only now",
         new="        except ArithmeticError:\n            raise\n        else:\n            # Only now",
         tests=(
@@ -853,14 +853,14 @@ OPERATOR = (
     ),
     Mutant(
         name="any-conflict-means-that-the-object-exists",
-        file=f"{_OPERATOR}/cluster.py",
+        file=f"{_OPERATOR}/kube/client.py",
         old='if reason == "AlreadyExists" else ConflictError',
         new="if reason else AlreadyExistsError",
         tests=(f"{_OPERATOR_TESTS}/test_cluster.py::test_only_a_conflict_that_says_so_means_that_the_object_exists",),
     ),
     Mutant(
         name="a-watch-shows-names-only",
-        file=f"{_OPERATOR}/handlers.py",
+        file=f"{_OPERATOR}/watch/handlers.py",
         old='metadata["name"], metadata["uid"])',
         new='metadata["name"], "")',
         tests=(
@@ -869,14 +869,14 @@ OPERATOR = (
     ),
     Mutant(
         name="the-series-of-a-job-stay-when-it-has-ended",
-        file=f"{_DECISIONS}/shown.py",
+        file=f"{_OPERATOR}/metrics/shown.py",
         old="return self.phase in RUNNING",
         new="return True",
         tests=(f"{_OPERATOR_TESTS}/test_metrics.py::test_the_series_of_a_job_end_when_it_no_longer_runs",),
     ),
     Mutant(
         name="a-pod-invents-labels-of-metrics",
-        file=f"{_DECISIONS}/failure_reasons.py",
+        file=f"{_OPERATOR}/metrics/shown.py",
         old="return reason if reason in FAILURE_REASONS else OTHER",
         new="return reason",
         tests=(f"{_OPERATOR_TESTS}/test_metrics.py::test_what_a_tenant_writes_makes_no_series",),
@@ -892,7 +892,7 @@ OPERATOR = (
     ),
     Mutant(
         name="jobs-of-one-name-are-counted-as-one",
-        file=f"{_OPERATOR}/job_metrics.py",
+        file=f"{_OPERATOR}/metrics/jobs.py",
         old="        self._jobs.setdefault(key, {})[uid] = job\n",
         new="        self._jobs[key] = {uid: job}\n",
         tests=(
@@ -940,7 +940,7 @@ TRAINER = (
     ),
     Mutant(
         name="a-small-blob-is-not-checked",
-        file=f"{_TRAINER}/stores/oci.py",
+        file=f"{_TRAINER}/stores/registry.py",
         old="if digest_of(content) != blob.digest:",
         new="if False:",
         tests=(
@@ -949,7 +949,7 @@ TRAINER = (
     ),
     Mutant(
         name="a-download-resumes-behind-what-is-sent",
-        file=f"{_TRAINER}/stores/oci.py",
+        file=f"{_TRAINER}/stores/registry.py",
         old="0 if offset and answer.status_code != 206 else offset",
         new="offset",
         tests=(
@@ -967,7 +967,7 @@ TRAINER = (
     ),
     Mutant(
         name="a-cached-folder-that-was-filled-again-is-set-aside",
-        file=f"{_TRAINER}/model/cache.py",
+        file=f"{_TRAINER}/model/base/cache.py",
         old="(found.st_ino, found.st_mtime_ns)",
         new="(found.st_ino, 0)",
         tests=(
@@ -976,7 +976,7 @@ TRAINER = (
     ),
     Mutant(
         name="a-dry-run-is-repeated",
-        file=f"{_TRAINER}/model/job_memory.py",
+        file=f"{_TRAINER}/model/memory/job_memory.py",
         old="if earlier is None or earlier.digest != digest:",
         new="if earlier is None or earlier.digest:",
         tests=(
@@ -985,7 +985,7 @@ TRAINER = (
     ),
     Mutant(
         name="a-dry-run-without-a-limit-of-memory",
-        file=f"{_TRAINER}/model/dry_run/limited.py",
+        file=f"{_TRAINER}/core/sandbox.py",
         old="        _limit_memory(memory_bytes)\n",
         new="",
         tests=(
@@ -1001,7 +1001,7 @@ TRAINER = (
     ),
     Mutant(
         name="memory-without-dora",
-        file=f"{_TRAINER}/model/memory_fit.py",
+        file=f"{_TRAINER}/model/memory/fit.py",
         old="use_dora=spec.lora.use_dora,",
         new="",
         tests=(
@@ -1010,7 +1010,7 @@ TRAINER = (
     ),
     Mutant(
         name="memory-without-whole-modules",
-        file=f"{_TRAINER}/model/memory_fit.py",
+        file=f"{_TRAINER}/model/memory/fit.py",
         old="whole_modules=frozenset(spec.lora.modules_to_save or ()),",
         new="",
         tests=(
@@ -1019,7 +1019,7 @@ TRAINER = (
     ),
     Mutant(
         name="memory-of-one-gpu",
-        file=f"{_TRAINER}/model/memory_fit.py",
+        file=f"{_TRAINER}/model/memory/fit.py",
         old="gpus=spec.resources.gpu_count,",
         new="",
         tests=(
@@ -1028,7 +1028,7 @@ TRAINER = (
     ),
     Mutant(
         name="memory-without-sharding",
-        file=f"{_TRAINER}/model/memory_fit.py",
+        file=f"{_TRAINER}/model/memory/fit.py",
         old="sharding=spec.training.sharding,",
         new="",
         tests=(
@@ -1065,28 +1065,28 @@ TRAINER = (
     ),
     Mutant(
         name="a-changed-base-is-trained-on",
-        file=f"{_TRAINER}/model/base_artifact.py",
+        file=f"{_TRAINER}/model/base/artifact.py",
         old="    if found != sha256:\n",
         new="    if not found:\n",
         tests=(f"{_TRAINER_TESTS}/steps/test_train.py::test_nothing_that_was_trained_on_a_changed_base_is_kept",),
     ),
     Mutant(
         name="an-original-that-is-in-the-base-stays",
-        file=f"{_TRAINER}/model/source.py",
+        file=f"{_TRAINER}/model/source/files.py",
         old="                remove(path)\n",
         new="                pass\n",
         tests=(f"{_TRAINER_TESTS}/steps/test_prepare_hub.py::test_one_file_of_the_original_at_a_time_takes_room",),
     ),
     Mutant(
         name="the-last-answer-is-the-first",
-        file=f"{_TRAINER}/data/chat_template.py",
+        file=f"{_TRAINER}/data/render/chat_template.py",
         old='self.targets[-1:] if train_on == "last"',
         new='self.targets[:1] if train_on == "last"',
         tests=(f"{_TRAINER_TESTS}/data/test_turns.py::test_the_last_answer_alone_is_trained_on",),
     ),
     Mutant(
         name="servers-know-every-end-of-an-answer",
-        file=f"{_TRAINER}/data/turn_end.py",
+        file=f"{_TRAINER}/data/render/end_of_turn.py",
         old="if ids and ids[0] in known:",
         new="if ids:",
         tests=(
@@ -1098,7 +1098,7 @@ TRAINER = (
     ),
     Mutant(
         name="a-checkpoint-is-not-read-back",
-        file=f"{_TRAINER}/training/checkpoint.py",
+        file=f"{_TRAINER}/training/checkpoints/checkpoint.py",
         old="saved = read_checkpoint(final)",
         new="saved = Checkpoint(final, step, state)",
         tests=(
@@ -1122,7 +1122,7 @@ TRAINER = (
     ),
     Mutant(
         name="patience-for-one-evaluation-more",
-        file=f"{_TRAINER}/training/evaluations.py",
+        file=f"{_TRAINER}/training/progress/evaluations.py",
         old="self.without_improvement >= early_stopping.patience",
         new="self.without_improvement > early_stopping.patience",
         tests=(
@@ -1131,7 +1131,7 @@ TRAINER = (
     ),
     Mutant(
         name="a-creeping-loss-is-never-suspect",
-        file=f"{_TRAINER}/training/divergence.py",
+        file=f"{_TRAINER}/training/progress/divergence.py",
         old="loss > self.lowest_loss_level + LOSS_RISE_NATS",
         new="loss > self.loss_level + LOSS_RISE_NATS",
         tests=(
@@ -1169,7 +1169,7 @@ TRAINER = (
     ),
     Mutant(
         name="answers-that-no-adapter-may-finish-are-hoped-for",
-        file=f"{_TRAINER}/training/scorable.py",
+        file=f"{_TRAINER}/evaluation/scorable.py",
         old="row.answer[: spec.max_new_tokens]",
         new="row.answer",
         tests=(
@@ -1181,7 +1181,7 @@ TRAINER = (
     ),
     Mutant(
         name="gradient-norms-may-rise-ninefold-more",
-        file=f"{_TRAINER}/training/divergence.py",
+        file=f"{_TRAINER}/training/progress/divergence.py",
         old="NORM_RISE = 100.0",
         new="NORM_RISE = 900.0",
         tests=(
@@ -1193,7 +1193,7 @@ TRAINER = (
     ),
     Mutant(
         name="a-weight-on-a-mean-gets-the-larger-value",
-        file=f"{_TRAINER}/model/nearest_values.py",
+        file=f"{_TRAINER}/model/nf4/quantization.py",
         old="torch.gt(",
         new="torch.ge(",
         tests=(
@@ -1205,7 +1205,7 @@ TRAINER = (
     ),
     Mutant(
         name="experts-live-until-the-next-are-dequantized",
-        file=f"{_TRAINER}/model/experts.py",
+        file=f"{_TRAINER}/model/experts/compute.py",
         old="        del dense, matrix\n",
         new="",
         tests=(
@@ -1217,14 +1217,14 @@ TRAINER = (
     ),
     Mutant(
         name="a-rank-gets-each-weight-whole",
-        file=f"{_TRAINER}/training/sharding.py",
+        file=f"{_TRAINER}/training/distributed/sharding.py",
         old='_set_frozen(block, name, weight.to("meta"))',
         new="_set_frozen(block, name, weight)",
         tests=(f"{_TRAINER_TESTS}/training/test_sharding.py::test_a_rank_reads_its_part_of_each_packed_weight",),
     ),
     Mutant(
         name="large-logits-overflow",
-        file=f"{_TRAINER}/model/loss.py",
+        file=f"{_TRAINER}/model/losses/loss.py",
         old="    values -= values.amax(dim=1, keepdim=True)\n",
         new="",
         tests=(
@@ -1236,7 +1236,7 @@ TRAINER = (
     ),
     Mutant(
         name="a-run-with-an-earlier-adapter-is-compared-with-the-base",
-        file=f"{_TRAINER}/training/start.py",
+        file=f"{_TRAINER}/training/suspect_run.py",
         old="if run.initial_adapter_sha256 is None:\n        try:",
         new="if True:\n        try:",
         tests=(
@@ -1273,7 +1273,7 @@ TRAINER = (
     ),
     Mutant(
         name="weights-of-rows-do-not-reach-the-gradient",
-        file=f"{_TRAINER}/model/loss.py",
+        file=f"{_TRAINER}/model/losses/loss.py",
         old="torch.mul(gradient, weights.unsqueeze(1), out=torch.empty_like(gradient))",
         new="gradient",
         tests=(
@@ -1285,7 +1285,7 @@ TRAINER = (
     ),
     Mutant(
         name="every-epoch-of-a-mix-is-the-same-draw",
-        file=f"{_TRAINER}/data/mix.py",
+        file=f"{_TRAINER}/data/epochs.py",
         old="(epoch, source)",
         new="(0, source)",
         tests=(
@@ -1301,21 +1301,21 @@ TRAINER = (
     ),
     Mutant(
         name="rows-that-differ-in-their-targets-are-equal",
-        file=f"{_TRAINER}/data/chunks.py",
+        file=f"{_TRAINER}/data/tokenize/chunks.py",
         old="    digest.update(row.is_target.tobytes())\n",
         new="",
         tests=(f"{_TRAINER_TESTS}/data/test_duplicates.py::test_rows_are_equal_if_all_their_tokens_and_targets_are",),
     ),
     Mutant(
         name="an-overlap-is-missed-where-the-rows-are-of-different-sources",
-        file=f"{_TRAINER}/data/duplicates.py",
+        file=f"{_TRAINER}/data/selection.py",
         old="numpy.isin(first_equal_[training], first_equal_[held_out])",
         new="numpy.isin(training, held_out)",
         tests=(f"{_TRAINER_TESTS}/data/test_duplicates.py::test_the_overlap_names_its_first_rows",),
     ),
     Mutant(
         name="adapters-in-one-pass-have-the-scale-of-the-first",
-        file=f"{_TRAINER}/model/fused_lora.py",
+        file=f"{_TRAINER}/model/kernels/fused_lora.py",
         old="self.scaling[part.adapter]) for part in parts)",
         new="self.scaling[parts[0].adapter]) for part in parts)",
         tests=(
@@ -1324,7 +1324,7 @@ TRAINER = (
     ),
     Mutant(
         name="layers-that-only-a-further-job-adapts-have-the-active-adapter-for-all-tokens",
-        file=f"{_TRAINER}/model/adapter.py",
+        file=f"{_TRAINER}/model/adapter/attach.py",
         old="    fuse_further_lora(model)\n",
         new="",
         tests=(
@@ -1333,7 +1333,7 @@ TRAINER = (
     ),
     Mutant(
         name="a-stop-between-two-jobs-loses-the-steps-of-the-first",
-        file=f"{_TRAINER}/training/together.py",
+        file=f"{_TRAINER}/training/joint_training.py",
         old="        if interrupted and len(interrupted) < len(training):\n",
         new="        if not training:\n",
         tests=(
@@ -1342,7 +1342,7 @@ TRAINER = (
     ),
     Mutant(
         name="jobs-that-train-together-write-into-one-record-of-weights-and-biases",
-        file=f"{_TRAINER}/report/trackers.py",
+        file=f"{_TRAINER}/history/trackers.py",
         old='reinit="create_new"',
         new='reinit="default"',
         tests=(f"{_TRAINER_TESTS}/report/test_trackers.py::test_runs_of_one_process_have_records_of_their_own",),

@@ -200,6 +200,7 @@ def a_pod_with_the_labels_of_the_job_of_another(t: Tenancy) -> None:
     own = t.tenant.create(TENANT, "pods", body)
     t.run(own)
     t.end(own, result(victims_job(t), own), code=10)
+    running(t, "after-the-forged-labels")
 
 
 @attempt
@@ -352,9 +353,15 @@ def a_failure_with_control_characters(t: Tenancy) -> None:
     t.end(own, result(job, own, outcome="failed", exit_code=10, reason="\x1b[31mOwned", message=message), code=10)
     status = t.wait("control-characters", phase="Failed")["status"]
     assert "gone" in status["lastFailure"]["message"]
-    shown = json.dumps(status["conditions"], ensure_ascii=False) + json.dumps(
-        [one["message"] for one in t.admin.list(TENANT, "events")], ensure_ascii=False
-    )
+
+    def told() -> list[str]:
+        """The messages of all Events, once that of the failure is stored, which is after the status."""
+        events = t.admin.list(TENANT, "events")
+        about = {(one["involvedObject"]["name"], one["type"]) for one in events}
+        return [one["message"] for one in events] if ("control-characters", "Warning") in about else []
+
+    messages = eventually(told, seconds=30, every=0.1, what="the Event of the failure")
+    shown = json.dumps([status["conditions"], messages], ensure_ascii=False)
     assert not [sign for sign in ("\\u001b", "\\r", "\\n", "\u202e") if sign in shown]
 
 
@@ -437,6 +444,7 @@ def other_labels_on_what_the_operator_has_created(t: Tenancy) -> None:
     labels = {"labels": {JOB_LABEL: other["name"], JOB_UID_LABEL: other["uid"]}}
     t.tenant.patch(TENANT, "pods", own["metadata"]["name"], {"metadata": labels})
     t.end(own, "", code=203)
+    running(t, "after-the-other-labels")
 
 
 @attempt

@@ -92,7 +92,14 @@ class Kueue:
         self.local_queue(name, name)
 
     def local_queue(self, name: str, cluster_queue: str) -> None:
+        """Apply the LocalQueue, and wait until the controller has seen it: it takes Jobs for one named `default`."""
         self.apply("LocalQueue", name, {"spec": {"clusterQueue": cluster_queue}})
+
+        def conditions() -> list[Object] | None:
+            queue = self.kubectl.get("localqueues.kueue.x-k8s.io", name, f"--namespace={self.namespace}")
+            return queue["status"].get("conditions")
+
+        eventually(conditions, seconds=60, every=0.2, what=f"the conditions of LocalQueue {name}")
 
     def priority(self, name: str, value: int) -> None:
         self.apply("WorkloadPriorityClass", name, {"value": value, "description": name}, namespaced=False)

@@ -85,9 +85,33 @@ class Nodeless:
         listed = self.kubectl.get(kind, f"--namespace={NAMESPACE}", f"--selector={JOB_LABEL}={name}")
         return [item["metadata"]["name"] for item in listed["items"]]
 
+    def pod(self, name: str, step: StepName) -> dict[str, Any]:
+        """Wait for a pod of the step that has not ended and is not being deleted."""
+
+        def started() -> list[dict[str, Any]]:
+            return [pod for pod in self.live_pods(name, step) if "deletionTimestamp" not in pod["metadata"]]
+
+        return eventually(started, seconds=60, every=0.2, what=f"a pod of the {step} step of {name}")[-1]
+
+    def live_pods(self, name: str, step: StepName) -> list[dict[str, Any]]:
+        """The pods of the step that have not ended."""
+        selector = f"--selector={JOB_LABEL}={name},{STEP_LABEL}={step}"
+        pods: list[dict[str, Any]] = self.kubectl.get("pods", f"--namespace={NAMESPACE}", selector)["items"]
+        return [pod for pod in pods if pod["status"]["phase"] in ("Pending", "Running")]
+
+    def wait_for_no_pod(self, name: str, step: StepName) -> None:
+        """Wait until the step's first Job is suspended and none of its pods is left."""
+
+        def is_suspended() -> bool:
+            job = self.kubectl.get("job", f"{name}-{step}-1", f"--namespace={NAMESPACE}")
+            conditions = {each["type"]: each["status"] for each in job["status"].get("conditions", ())}
+            return conditions.get("Suspended") == "True" and not self.live_pods(name, step)
+
+        eventually(is_suspended, seconds=60, every=0.2, what=f"no pod of the {step} step of {name}")
+
     def run(self, name: str, step: StepName) -> None:
         """The pod of the step starts."""
-        self._report(self._pod(name, step), "Running", {"running": {"startedAt": ENDED}})
+        self._report(self.pod(name, step), "Running", {"running": {"startedAt": ENDED}})
 
     def succeed(self, name: str, *steps: StepName) -> None:
         """The steps end well, one after the other; all of them by default."""
@@ -125,12 +149,15 @@ class Nodeless:
         self._end_pod(pod, 0, "Done", _FOUND[pod["metadata"]["labels"][STEP_LABEL]])
 
     def stop_pod(self, pod: dict[str, Any], code: int) -> None:
-        """A pod that is being deleted ends with that exit code, and is removed.
-
-        The Job controller deletes the pods of a Job that fails; one that has ended before is then gone at once.
-        """
-        self._report(pod, "Failed", {"terminated": _terminated(code, "")})
+        """Wait until the pod is being deleted, end it with that exit code and remove it."""
         name = pod["metadata"]["name"]
+
+        def is_deleted() -> bool:
+            return "deletionTimestamp" in self.kubectl.get("pod", name, f"--namespace={NAMESPACE}")["metadata"]
+
+        if "deletionTimestamp" not in pod["metadata"]:
+            eventually(is_deleted, seconds=60, every=0.2, what=f"the deletion of {name}")
+        self._report(pod, "Failed", {"terminated": _terminated(code, "")})
         options = ("--grace-period=0", "--force", "--wait=false", "--ignore-not-found")
         self.kubectl("delete", "pod", name, f"--namespace={NAMESPACE}", *options)
 
@@ -139,7 +166,7 @@ class Nodeless:
         self._end_pod(pod, code, reason, fields)
 
     def _end(self, name: str, step: StepName, code: int, reason: str, fields: dict[str, Any]) -> None:
-        self._end_pod(self._pod(name, step), code, reason, fields)
+        self._end_pod(self.pod(name, step), code, reason, fields)
 
     def _end_pod(self, pod: dict[str, Any], code: int, reason: str, fields: dict[str, Any]) -> None:
         labels = pod["metadata"]["labels"]
@@ -155,14 +182,6 @@ class Nodeless:
         )
         terminated = _terminated(code, encode_record(record))
         self._report(pod, "Failed" if code else "Succeeded", {"terminated": terminated})
-
-    def _pod(self, name: str, step: StepName) -> dict[str, Any]:
-        def started() -> list[dict[str, Any]]:
-            selector = f"--selector={JOB_LABEL}={name},{STEP_LABEL}={step}"
-            pods: list[dict[str, Any]] = self.kubectl.get("pods", f"--namespace={NAMESPACE}", selector)["items"]
-            return [pod for pod in pods if pod["status"]["phase"] in ("Pending", "Running")]
-
-        return eventually(started, seconds=60, every=0.2, what=f"a pod of the {step} step of {name}")[-1]
 
     def _report(self, pod: dict[str, Any], phase: str, state: dict[str, Any]) -> None:
         container = {"name": "trainer", "image": "", "imageID": "", "ready": False, "restartCount": 0, "state": state}
