@@ -1,7 +1,4 @@
-"""`qlora verify`: whether the files of an adapter are those that its lineage states, and whose key has signed that.
-
-Needs no PyTorch, and for a folder nothing but the library that checks signatures.
-"""
+"""`qlora verify`: whether the files of an adapter are those that its lineage states, and whose key signed it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,14 +7,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+import click
 from pydantic import ValidationError
 
+from qlora_api.contract import ExitCode
 from qlora_api.lineage import SIGNED_FILE, UNSIGNED_FILE, Lineage, Statement
 from qlora_api.printable import one_line, printable
 from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource, parse_source
-from qlora_cli.run import allowed_registries
+from qlora_cli.endings import fail
+from qlora_cli.local.run import allowed_registries
 from qlora_trainer.core.credentials import Secret
-from qlora_trainer.core.failures import bad_configuration
+from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.file_names import PUBLISHED_MANIFEST
 from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.core.signing import BUNDLE_TYPE, PAYLOAD_TYPE, PublicKey, payload_of, read_public_key, verified
@@ -230,3 +230,30 @@ def shown(found: Verified) -> Iterator[str]:
     }
     for name, value in lines.items():
         yield f"{name + ':':<11}{one_line(value)}"
+
+
+@click.command("verify")
+@click.argument("adapter")
+@click.option(
+    "--key",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Public key (PEM) of the profile's signingKey. Without it only the sums are compared, with what anybody may "
+    "have written.",
+)
+def verify_adapter(adapter: str, key: Path | None) -> None:
+    """Check that the files of ADAPTER are those that its lineage states, and who has signed that.
+
+    ADAPTER is a folder, or hf://, s3:// or oci:// as in status.adapter.uri, read with this machine's logins. Exits with
+    15 if it is not what was published.
+    """
+    try:
+        found = verify(adapter, key)
+    except NotVerified as difference:
+        fail(f"not verified: {difference}", ExitCode.UNSAFE_ARTIFACT)
+    except StepFailure as failure:
+        fail(failure.message, failure.exit_code)
+    except (ValueError, OSError) as error:
+        fail(str(error), ExitCode.BAD_CONFIGURATION)
+    for line in shown(found):
+        click.echo(line)

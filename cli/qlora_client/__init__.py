@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from qlora_client.client_types import Plan as Plan
     from qlora_client.client_types import QLoRAJob as QLoRAJob
     from qlora_client.comparison import Row as Row
-    from qlora_client.events import Event as Event
     from qlora_client.history import LossHistory as LossHistory
+    from qlora_client.jobs.events import Event as Event
     from qlora_client.local import LocalBackendConfig as LocalBackendConfig
 
 _PUBLIC = {

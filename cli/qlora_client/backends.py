@@ -10,14 +10,13 @@ from pydantic import BaseModel, ConfigDict
 
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.status import StepName
-from qlora_client.adapter import download_adapter
-from qlora_client.cluster import Cluster
-from qlora_client.events import Event, events_of
-from qlora_client.histories import read_histories
-from qlora_client.history import LossHistory
-from qlora_client.job import Job
-from qlora_client.logs import read_logs
-from qlora_client.resources import JOBS
+from qlora_client.files.adapter import download_adapter
+from qlora_client.history import LossHistory, read_histories
+from qlora_client.jobs.events import Event, events_of
+from qlora_client.jobs.job import Job
+from qlora_client.jobs.logs import read_logs
+from qlora_client.kube.cluster import Cluster
+from qlora_client.kube.resources import JOBS
 
 _LOGGER = logging.getLogger("qlora_client")
 

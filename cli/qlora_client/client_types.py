@@ -12,9 +12,9 @@ from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.status import MemoryStatus, Phase, QLoRAJobStatus
 from qlora_api.usage import ForecastStatus
 from qlora_client.comparison import Row
-from qlora_client.errors import ClusterError
 from qlora_client.history import LossHistory
-from qlora_client.job import Job
+from qlora_client.jobs.job import Job
+from qlora_client.kube.errors import ClusterError
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from qlora_api.figures import format_duration
 from qlora_client.history import LossHistory
-from qlora_client.job import Job
+from qlora_client.jobs.job import Job
 
 ABSENT = "–"
 # They say how the job is run and not what is trained.

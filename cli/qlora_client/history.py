@@ -1,12 +1,17 @@
-"""The losses of a run over its optimizer steps, from what its trainer has written."""
+"""The losses of jobs over their optimizer steps, from the logs of their pods or from their workspaces."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
-from qlora_api.contract import ProgressRecord
+from qlora_api.contract import ProgressRecord, decode_record
+from qlora_client.files.claims import ClaimReader, reading
+from qlora_client.jobs.job import Job
+from qlora_client.jobs.pods import CONTAINER, pods_of
+from qlora_client.kube.cluster import Cluster
+from qlora_client.kube.errors import ClusterError, MissingError
 
 METRICS = "metrics.jsonl"
 _FEW_POINTS = 20
@@ -87,3 +92,95 @@ class _Growing:
 
     def finished(self) -> LossHistory:
         return LossHistory(dict(sorted(self._training.items())), dict(sorted(self._held_out.items())))
+
+
+def read_losses(cluster: Cluster, job: Job) -> dict[int, float]:
+    """Training loss by optimizer step, in their order: what the train pods that are still there have reported.
+
+    They report every few seconds, so not each step is there. Raises ForbiddenError if the user may not read logs, and
+    ClusterError.
+    """
+    losses: dict[int, float] = {}
+    for record in read_progress(cluster, job):
+        add_loss(losses, record.training_step, record.loss)
+    return losses
+
+
+def read_progress(cluster: Cluster, job: Job) -> Iterator[ProgressRecord]:
+    """What the train pods that are still there have reported, pod by pod. Raises as `read_losses` does."""
+    for pod in pods_of(cluster, job):
+        if pod.step != "train" or not pod.has_log:
+            continue
+        try:
+            for entry in cluster.log(pod.name, CONTAINER):
+                record = decode_record(entry.text, job_uid=job.uid, pod_uid=pod.uid)
+                if isinstance(record, ProgressRecord):
+                    yield record
+        except MissingError:
+            # Deleted since it was listed.
+            continue
+
+
+def add_loss(losses: dict[int, float], step: int, loss: float | None) -> None:
+    """Add the latest loss. Those of later steps are dropped: the run has gone back to a checkpoint."""
+    if loss is None or step < 1:
+        return
+    while losses and next(reversed(losses)) >= step:
+        losses.popitem()
+    losses[step] = loss
+
+
+_MOST_BYTES = 2**28
+
+
+def read_histories(cluster: Cluster, jobs: Sequence[Job], say: Callable[[str], None]) -> dict[str, LossHistory]:
+    """The histories by the jobs' names, as far as they can be read.
+
+    Logs are read at once, and are gone a while after a job; the workspace keeps every step, and takes a pod for each
+    claim. `say` is told what is read and why a history is incomplete or missing.
+    """
+    histories = {job.name: _of_logs(cluster, job, say) for job in jobs}
+    for claim, users in _by_claim(job for job in jobs if not histories[job.name].suffices(_total_steps(job))).items():
+        try:
+            with reading(cluster, users[0], claim, say=say) as reader:
+                for job in users:
+                    histories[job.name] = _of_workspace(reader, job, histories[job.name], say)
+        except ClusterError as error:
+            names = ", ".join(job.name for job in users)
+            say(f"the curve of {names} is as complete as the logs that are left: {error}")
+    return histories
+
+
+def _of_logs(cluster: Cluster, job: Job, say: Callable[[str], None]) -> LossHistory:
+    try:
+        return of_records(read_progress(cluster, job))
+    except ClusterError as error:
+        say(f"the logs of {job.name} cannot be read: {error}")
+        return LossHistory()
+
+
+def _by_claim(jobs: Iterator[Job]) -> Mapping[str, list[Job]]:
+    """The jobs that have trained, by the claim of their workspace: the cells of a sweep share one.
+
+    Without those that are running: their volume may be attached to one node, and their pods have logs.
+    """
+    found: dict[str, list[Job]] = {}
+    for job in jobs:
+        resolved = job.status.get("resolved")
+        idle = job.ended or job.phase == "Suspended"
+        if resolved is not None and idle and _total_steps(job):
+            found.setdefault(str(resolved["claimName"]), []).append(job)
+    return found
+
+
+def _of_workspace(reader: ClaimReader, job: Job, otherwise: LossHistory, say: Callable[[str], None]) -> LossHistory:
+    folder = f"{job.status['resolved']['workspacePath']}/report"
+    try:
+        return of_metrics(reader.read(folder, METRICS, _MOST_BYTES))
+    except (ClusterError, ValueError) as error:
+        say(f"the metrics of {job.name} cannot be read: {error}")
+        return otherwise
+
+
+def _total_steps(job: Job) -> int:
+    return int(job.progress.get("totalSteps") or 0)

@@ -22,14 +22,14 @@ from qlora_api.profile import DNS_LABEL
 from qlora_api.sources import VolumeSource, parse_source
 from qlora_api.spec.job import QLoRAJobDocument, QLoRAJobSpec
 from qlora_api.status import StepName
-from qlora_client.adapter import fetch_adapter
 from qlora_client.backends import BackendConfig
-from qlora_client.errors import ClusterError, MissingError, RejectedError
-from qlora_client.events import Event
+from qlora_client.files.adapter import fetch_adapter
+from qlora_client.files.published import Folder, OnBytes, PublishedFile
 from qlora_client.history import METRICS, LossHistory, of_metrics
-from qlora_client.job import Job
+from qlora_client.jobs.events import Event
+from qlora_client.jobs.job import Job
+from qlora_client.kube.errors import ClusterError, MissingError, RejectedError
 from qlora_client.local_status import local_status
-from qlora_client.published import Folder, OnBytes, PublishedFile
 
 _LOGGER = logging.getLogger("qlora_client")
 _MANIFEST, _OUTPUT, _PROCESS = "manifest.json", "run.jsonl", "run.pid"
@@ -219,7 +219,7 @@ class LocalBackend:
             if source.claim not in self.config.volumes:
                 raise ClusterError(f"the adapter is at {address}: give a folder for {source.claim} with volumes")
             return nullcontext(_LocalFolder(Path(self.config.volumes[source.claim]) / source.path))
-        from qlora_client.stores import open_store
+        from qlora_client.files.stores import open_store
 
         return open_store(source, {})
 

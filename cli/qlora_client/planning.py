@@ -20,8 +20,8 @@ from qlora_api.sources import HubSource, parse_source
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.usage import ForecastStatus
 from qlora_client.client_types import Plan
-from qlora_client.errors import ClusterError
-from qlora_client.folders import INSTALL
+from qlora_client.files.folders import INSTALL
+from qlora_client.kube.errors import ClusterError
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.model.memory.fit import MemoryFit
 
@@ -85,7 +85,7 @@ def _fetched(spec: QLoRAJobSpec, folder: Path) -> Path:
         raise ValueError(f"{found}: give the model's config.json with config")  # noqa: TRY004 - found in a value
     try:
         # It takes most of a second to import.
-        from qlora_client.stores import open_store
+        from qlora_client.files.stores import open_store
     except ModuleNotFoundError as error:
         what = f"reading {spec.model.source} takes the library {error.name}, which is missing"
         raise ClusterError(f"{what}: {INSTALL}, or give the model's config.json with config") from None

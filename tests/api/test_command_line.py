@@ -12,9 +12,9 @@ from click.testing import CliRunner, Result
 
 from devcluster.controlplane import ControlPlane
 from qlora_cli.__main__ import main
-from qlora_client.cluster import Cluster
-from qlora_client.errors import UnreachableError
-from qlora_client.follow import PATIENCE_SECONDS, follow_job
+from qlora_client.jobs.follow import PATIENCE_SECONDS, follow_job
+from qlora_client.kube.cluster import Cluster
+from qlora_client.kube.errors import UnreachableError
 from tests.support.api_proxy import ApiProxy, Reply, serve_api
 from tests.support.manifests import FULL, MINIMAL
 from tests.support.reported import Reported, reported

@@ -15,7 +15,7 @@ from requests.adapters import HTTPAdapter
 from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_api.sources import ObjectStoreSource, RegistrySource
 from qlora_api.spec.training import LoraSpec
-from qlora_cli.run import LocalRun
+from qlora_cli.local.run import LocalRun
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration, model_unavailable
 from qlora_trainer.data.examples.example import Conversation, Message, ToolCall

@@ -6,10 +6,10 @@ import shutil
 import tarfile
 from pathlib import Path
 
-from qlora_client.archive import UnsafeArchiveError, extract
-from qlora_client.channels import CommandError, standard_output
+from qlora_client.files.archive import UnsafeArchiveError, extract
+from qlora_client.files.published import DamagedError, parse_manifest
 from qlora_client.history import of_metrics
-from qlora_client.published import DamagedError, parse_manifest
+from qlora_client.kube.channels import CommandError, standard_output
 from tests.fuzz.target import Target
 
 _NAME, _MOST = "README.md", 4096

@@ -13,12 +13,12 @@ from ruamel.yaml.error import YAMLError
 from qlora_api.naming import JOB_LABEL
 from qlora_api.profile import Profile
 from qlora_api.served_schema import OPENAPI_PATH
-from qlora_client.claims import NEEDED as READS_CLAIMS
-from qlora_client.cluster import Cluster, Object
 from qlora_client.doctor.facts import Facts, NamedProfile, Operator, Unknown, profiles_of
-from qlora_client.errors import ForbiddenError, MissingError, RejectedError
-from qlora_client.resources import EVENTS, JOBS, LOGS, PODS, SWEEPS, Resource
-from qlora_client.rights import Rights, lacking
+from qlora_client.files.claims import NEEDED as READS_CLAIMS
+from qlora_client.kube.cluster import Cluster, Object
+from qlora_client.kube.errors import ForbiddenError, MissingError, RejectedError
+from qlora_client.kube.resources import EVENTS, JOBS, LOGS, PODS, SWEEPS, Resource
+from qlora_client.kube.rights import Rights, lacking
 
 DEPLOYMENTS = Resource("apps", "v1", "deployments")
 LEASES = Resource("coordination.k8s.io", "v1", "leases")

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from qlora_api.contract import CPU_ALLOCATOR, ResultRecord, WorkspaceLayout
 from qlora_api.status import StepName
 from qlora_cli.__main__ import main
-from qlora_cli.run import Ended
+from qlora_cli.local.run import Ended
 from qlora_trainer.core.completion import PublishRecord, read_completion
 from qlora_trainer.core.cpu import preloaded_allocator
 from tests.support.command import SPEC, Files, new_files, qlora
@@ -319,7 +319,7 @@ def test_the_paths_of_a_workspace_are_shown_as_they_are(tmp_path: Path, monkeypa
         "train": ResultRecord.model_validate({**done, "step": "train", "trainingStep": 3}),
         "publish": ResultRecord.model_validate({**done, "step": "publish", "adapter": adapter}),
     }
-    monkeypatch.setattr("qlora_cli.local_commands.run_steps", lambda *_: Ended(0, None, results))
+    monkeypatch.setattr("qlora_cli.local.commands.run_steps", lambda *_: Ended(0, None, results))
     shown = CliRunner().invoke(main, arguments(files, manifest(files, SPEC)), env={"COLUMNS": "80"})
     assert shown.exit_code == 0, shown.output
     assert re.search(rf"Adapter +{re.escape(uri)}\n", shown.output)

@@ -12,7 +12,7 @@ from rich.console import Console
 from qlora_api.contract import ExitCode
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_cli.__main__ import main
-from qlora_cli.rows import RowAccess, show_rows
+from qlora_cli.local.rows import RowAccess, show_rows
 from qlora_trainer.core.context import Mounts
 from tests.support.tiny import chat_row, write_rows
 

@@ -11,10 +11,10 @@ import obstore
 import pytest
 
 from qlora_api.sources import RegistrySource, parse_source
-from qlora_client.adapter import copy_published
-from qlora_client.errors import ClusterError
-from qlora_client.published import ADAPTER, DamagedError
-from qlora_client.stores import open_store
+from qlora_client.files.adapter import copy_published
+from qlora_client.files.published import ADAPTER, DamagedError
+from qlora_client.files.stores import open_store
+from qlora_client.kube.errors import ClusterError
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.publishing.destinations.bucket import ObjectDestination
 from qlora_trainer.publishing.destinations.destination import publish_folder

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora_cli.curves import draw_curves, require_picture, save_picture
-from qlora_client.errors import ClusterError
+from qlora_cli.cluster.draw import draw_curves, require_picture, save_picture
 from qlora_client.history import LossHistory
+from qlora_client.kube.errors import ClusterError
 
 RUNS = {
     "rank-16": LossHistory({step: 3 - step / 100 for step in range(1, 200)}, {0: 3.1, 199: 1.2}),

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from qlora_api.contract import ProgressRecord
-from qlora_cli.display import describe
+from qlora_cli.local.display import describe
 
 
 @pytest.mark.parametrize(

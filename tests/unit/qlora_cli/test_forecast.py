@@ -11,8 +11,8 @@ from rich.console import Console
 
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_cli.__main__ import main
-from qlora_cli.forecast import GpuOfPlan, show_forecast
-from qlora_cli.plan import make_plan
+from qlora_cli.local.forecast import GpuOfPlan, show_forecast
+from qlora_cli.local.plan import make_plan
 from tests.support.manifests import MINIMAL, Manifest, with_value
 
 LLAMA = {

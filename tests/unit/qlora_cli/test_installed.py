@@ -78,15 +78,15 @@ def test_the_plugin_of_krew_has_each_command_or_says_what_to_install(krew: Path,
 
 
 def test_the_plugin_of_krew_reads_adapters_from_hubs_buckets_and_registries(krew: Path) -> None:
-    said = python(krew, "import qlora_client.stores, qlora_trainer.model.source.downloads")
+    said = python(krew, "import qlora_client.files.stores, qlora_trainer.model.source.downloads")
     assert said.returncode == 0, said.stderr
 
 
 def test_a_missing_library_is_never_taken_from_an_index_where_anybody_can_register_its_name(documented: Path) -> None:
     said = python(
         documented,
-        "from qlora_client.errors import ClusterError\n"
-        "from qlora_client.folders import open_folder\n"
+        "from qlora_client.kube.errors import ClusterError\n"
+        "from qlora_client.files.folders import open_folder\n"
         "try:\n"
         "    open_folder(None, None, 'hf://org/adapter', print).__enter__()\n"
         "except ClusterError as error:\n"

@@ -12,7 +12,7 @@ from rich.console import Console
 from qlora_api.contract import ExitCode
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.training import LoraSpec
-from qlora_cli.plan import make_plan, show_plan
+from qlora_cli.local.plan import make_plan, show_plan
 from qlora_trainer.core.failures import StepFailure
 
 SPEC = QLoRAJobSpec.model_validate(

@@ -19,7 +19,7 @@ from qlora_api.memory.estimate import ActivationBytes
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.sweep.spec import QLoRASweepDocument
 from qlora_cli.__main__ import main
-from qlora_cli.plan_sweep import SweepPlan, make_sweep_plan, show_sweep_plan
+from qlora_cli.local.plan_sweep import SweepPlan, make_sweep_plan, show_sweep_plan
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.model.memory.dry_run import StepSize
 from tests.support.model_configs import LLAMA_3_8B

@@ -13,7 +13,7 @@ from rich.console import Console
 from qlora_api.contract import ExitCode
 from qlora_api.memory.estimate import ActivationBytes
 from qlora_api.spec.job import QLoRAJobDocument, QLoRAJobSpec
-from qlora_cli.plan_together import JointPlan, make_joint_plan, require_joinable, show_joint_plan
+from qlora_cli.local.plan_together import JointPlan, make_joint_plan, require_joinable, show_joint_plan
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.model.memory.dry_run import StepSize

@@ -10,9 +10,9 @@ from rich.console import Console
 
 from qlora_api.contract import ExitCode
 from qlora_api.spec.job import QLoRAJobDocument
-from qlora_cli import run_together
-from qlora_cli.display import ConsoleDisplay
-from qlora_cli.run import Ended, LocalRun
+from qlora_cli.local import run_together
+from qlora_cli.local.display import ConsoleDisplay
+from qlora_cli.local.run import Ended, LocalRun
 from qlora_trainer.core.failures import StepFailure
 from tests.support.tiny import merged
 

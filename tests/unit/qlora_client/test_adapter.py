@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from qlora_client import adapter as adapter_module
-from qlora_client.adapter import copy_published, download_adapter
-from qlora_client.cluster import Cluster
-from qlora_client.errors import ClusterError, RejectedError
-from qlora_client.job import Job
-from qlora_client.published import ADAPTER, MANIFEST, DamagedError, OnBytes, PublishedFile
+from qlora_client.files import adapter as adapter_module
+from qlora_client.files.adapter import copy_published, download_adapter
+from qlora_client.files.published import ADAPTER, MANIFEST, DamagedError, OnBytes, PublishedFile
+from qlora_client.jobs.job import Job
+from qlora_client.kube.cluster import Cluster
+from qlora_client.kube.errors import ClusterError, RejectedError
 
 WEIGHTS = b"weights" * 1000
 CONTENTS = {ADAPTER: WEIGHTS, "adapter_config.json": b"{}", "README.md": b"# card"}

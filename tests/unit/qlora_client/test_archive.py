@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_client.archive import UnsafeArchiveError, extract
+from qlora_client.files.archive import UnsafeArchiveError, extract
 
 WANTED = {"adapter_model.safetensors": 100, "README.md": 10}
 

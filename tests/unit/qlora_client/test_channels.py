@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from qlora_client.channels import CommandError, standard_output
+from qlora_client.kube.channels import CommandError, standard_output
 
 BINARY, CLOSE, PING = 2, 8, 9
 SUCCESS = b"\x03" + json.dumps({"status": "Success"}).encode()

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from qlora_client.channels import CommandError
-from qlora_client.claims import NEEDED, ClaimReader, reading
-from qlora_client.cluster import Object
-from qlora_client.errors import ClusterError, ForbiddenError, MissingError, RejectedError
-from qlora_client.job import Job
-from qlora_client.published import DamagedError
-from qlora_client.reader_pod import reader_pod, why_not_started
-from qlora_client.resources import PODS, Resource
+from qlora_client.files.claims import NEEDED, ClaimReader, reading
+from qlora_client.files.published import DamagedError
+from qlora_client.files.reader_pod import reader_pod, why_not_started
+from qlora_client.jobs.job import Job
+from qlora_client.kube.channels import CommandError
+from qlora_client.kube.cluster import Object
+from qlora_client.kube.errors import ClusterError, ForbiddenError, MissingError, RejectedError
+from qlora_client.kube.resources import PODS, Resource
 
 PROFILE: dict[str, Any] = {
     "image": "registry.example.org/qlora-trainer@sha256:1",

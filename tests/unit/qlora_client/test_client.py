@@ -12,8 +12,8 @@ from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.model import BaseModelSpec
 from qlora_api.spec.training import LoraSpec, ResourcesSpec, TrainingSpec
 from qlora_client import ClusterBackendConfig, Comparison, LocalBackendConfig, QLoRAClient, QLoRAJob, Row
-from qlora_client.errors import UnreachableError
-from qlora_client.job import Job
+from qlora_client.jobs.job import Job
+from qlora_client.kube.errors import UnreachableError
 from tests.support.model_configs import LLAMA_3_8B
 
 SPEC = QLoRAJobSpec(model=BaseModelSpec(source="hf://org/model"), dataset=DatasetSpec(source="hf://org/rows"))

@@ -5,7 +5,7 @@ from typing import Any
 
 from qlora_client.comparison import ABSENT, Compared, differing_settings, results
 from qlora_client.history import LossHistory
-from qlora_client.job import Job
+from qlora_client.jobs.job import Job
 
 NOW = datetime(2026, 1, 2, 5, 0, tzinfo=UTC)
 SPEC: dict[str, Any] = {

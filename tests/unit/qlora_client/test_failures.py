@@ -6,9 +6,16 @@ import ssl
 import pytest
 from urllib3.exceptions import MaxRetryError, NameResolutionError, NewConnectionError, ProtocolError, ReadTimeoutError
 
-from qlora_client.errors import ClusterError, ForbiddenError, MissingError, RejectedError, UnreachableError
-from qlora_client.failures import answered, unreachable
-from qlora_client.resources import JOBS, LOGS, Request
+from qlora_client.kube.errors import (
+    ClusterError,
+    ForbiddenError,
+    MissingError,
+    RejectedError,
+    UnreachableError,
+    answered,
+    unreachable,
+)
+from qlora_client.kube.resources import JOBS, LOGS, Request
 
 
 def retried(cause: Exception) -> MaxRetryError:

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from qlora_client.job import Job
-from qlora_client.pods import Pod
+from qlora_client.jobs.job import Job
+from qlora_client.jobs.pods import Pod
 
 
 def job(spec: dict[str, Any] | None = None, **status: Any) -> Job:

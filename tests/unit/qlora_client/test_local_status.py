@@ -6,7 +6,7 @@ import pytest
 
 from qlora_api.contract import ProgressRecord, Record, ResultRecord
 from qlora_api.status import AdapterStatus, Phase, QLoRAJobStatus, StepName
-from qlora_client.job import Job
+from qlora_client.jobs.job import Job
 from qlora_client.local_status import local_status
 
 STARTED, TIME = "2026-01-02T03:04:05Z", "2026-01-02T03:05:00Z"

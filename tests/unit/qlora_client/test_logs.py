@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_api.contract import TRAINER_CONTAINER
-from qlora_client.cluster import LogEntry
-from qlora_client.logs import _Place
-from qlora_client.losses import add_loss
-from qlora_client.pods import CONTAINER
+from qlora_client.history import add_loss
+from qlora_client.jobs.logs import _Place
+from qlora_client.jobs.pods import CONTAINER
+from qlora_client.kube.cluster import LogEntry
 
 BEGIN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from qlora_client import report as report_module
-from qlora_client.cluster import Cluster
-from qlora_client.errors import ClusterError, MissingError
-from qlora_client.job import Job
-from qlora_client.published import DamagedError
-from qlora_client.report import fetch_report, save
+from qlora_client.files import report as report_module
+from qlora_client.files.published import DamagedError
+from qlora_client.files.report import fetch_report, save
+from qlora_client.jobs.job import Job
+from qlora_client.kube.cluster import Cluster
+from qlora_client.kube.errors import ClusterError, MissingError
 
 PAGE = b"<h1>published</h1>"
 CLUSTER = Cluster.__new__(Cluster)

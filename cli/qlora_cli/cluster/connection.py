@@ -1,0 +1,83 @@
+"""What the commands that ask a cluster have in common: which cluster, names of jobs, and how an error ends them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import click
+
+from qlora_api.printable import one_line
+from qlora_cli.endings import fail
+from qlora_client.kube.cluster import Cluster
+from qlora_client.kube.errors import ClusterError
+from qlora_client.kube.resources import JOBS
+
+
+def note(text: str) -> None:
+    """Print what is no result, such as what is waited for, to standard error."""
+    click.echo(one_line(text), err=True)
+
+
+@dataclass(frozen=True)
+class Connection:
+    """How to reach the cluster that a command's options name."""
+
+    context: str | None
+    namespace: str | None
+    """As the option has it."""
+    kubeconfig: str | None
+
+    def open(self, namespace: str | None = None) -> Cluster:
+        """The cluster; `namespace` counts where the option is not given."""
+        return Cluster.connect(
+            context=self.context,
+            namespace=self.namespace or namespace,
+            kubeconfig=self.kubeconfig,
+            warn=lambda text: note(f"Warning: {text}"),
+        )
+
+
+def with_connection(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command kubectl's options for the cluster, and as first argument the Connection that they describe.
+
+    A ClusterError ends the command with its message.
+    """
+
+    @click.option("-n", "--namespace", metavar="NAME", help="Namespace; that of the context if not set.")
+    @click.option("--context", metavar="NAME", help="Context of the kubeconfig; the current one if not set.")
+    @click.option("--kubeconfig", metavar="FILE", help="Kubeconfig; as kubectl finds it if not set.")
+    @wraps(command)
+    def with_options(context: str | None, namespace: str | None, kubeconfig: str | None, **options: Any) -> None:
+        try:
+            command(Connection(context, namespace, kubeconfig), **options)
+        except ClusterError as error:
+            fail(one_line(str(error)))
+
+    return with_options
+
+
+def with_cluster(command: Callable[..., None]) -> Callable[..., None]:
+    """The same with the cluster itself as first argument."""
+
+    @wraps(command)
+    def connected(connection: Connection, **options: Any) -> None:
+        command(connection.open(), **options)
+
+    return with_connection(connected)
+
+
+def _names_of_jobs(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """The jobs' names that begin so, for a shell that completes them; none where the cluster does not answer."""
+    given = context.params
+    try:
+        cluster = Connection(given.get("context"), given.get("namespace"), given.get("kubeconfig")).open()
+        names = [str(job["metadata"]["name"]) for job in cluster.find(JOBS)]
+    except ClusterError:
+        return []
+    known = given.get(parameter.name or "") or ()
+    return sorted(name for name in names if name.startswith(incomplete) and name not in known)
+
+
+job_name = click.argument("name", shell_complete=_names_of_jobs)
+job_names = click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=_names_of_jobs)

@@ -1,0 +1,75 @@
+"""The commands that change a job: suspend, resume, retry and cancel it."""
+
+import click
+
+from qlora_cli.cluster.connection import job_name, job_names, with_cluster
+from qlora_cli.endings import fail
+from qlora_client.jobs.job import Job
+from qlora_client.kube.cluster import Cluster
+from qlora_client.kube.resources import JOBS
+
+
+@click.command()
+@job_names
+@with_cluster
+def suspend(cluster: Cluster, names: tuple[str, ...]) -> None:
+    """Stop jobs at a checkpoint, from which they can be resumed, and free their GPUs."""
+    _change_suspension(cluster, names, suspended=True)
+
+
+@click.command()
+@job_names
+@with_cluster
+def resume(cluster: Cluster, names: tuple[str, ...]) -> None:
+    """Resume suspended jobs, from their checkpoints."""
+    _change_suspension(cluster, names, suspended=False)
+
+
+@click.command()
+@job_names
+@with_cluster
+def retry(cluster: Cluster, names: tuple[str, ...]) -> None:
+    """Retry failed jobs at the step that failed, from their last checkpoints."""
+    for name in names:
+        job = Job(cluster.get(JOBS, name))
+        if job.phase != "Failed":
+            fail(f"{name} is {job.phase}, and only a failed job can be retried")
+        cluster.merge(JOBS, name, {"spec": {"retry": {"request": job.next_retry}}})
+        click.echo(f"{name} is retried")
+
+
+@click.command()
+@job_name
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@with_cluster
+def cancel(cluster: Cluster, name: str, yes: bool) -> None:
+    """Delete a job. Its workspace stays unless spec.workspace.retain is false."""
+    job = Job(cluster.get(JOBS, name))
+    rest = "its workspace stays" if job.retains_workspace else "its workspace is deleted with it"
+    if not yes:
+        _ask(f"Delete {name}, which is {job.phase}? ({rest})", name)
+    cluster.delete(JOBS, name, job.uid)
+    click.echo(f"{name} is deleted; {rest}")
+
+
+def _ask(question: str, name: str) -> None:
+    """Exit unless the user says yes."""
+    try:
+        agreed = click.confirm(question, err=True)
+    except click.Abort:
+        click.echo(err=True)
+        fail(f"{name} is not deleted, because nobody has answered: give --yes where nobody can")
+    if not agreed:
+        fail(f"{name} is not deleted")
+
+
+def _change_suspension(cluster: Cluster, names: tuple[str, ...], *, suspended: bool) -> None:
+    for name in names:
+        job = Job(cluster.get(JOBS, name))
+        if job.ended:
+            fail(f"{name} has ended ({job.phase}), so there is nothing to {'suspend' if suspended else 'resume'}")
+        if bool(job.spec.get("suspend")) == suspended:
+            click.echo(f"{name} is {'suspended' if suspended else 'not suspended'} already")
+            continue
+        cluster.merge(JOBS, name, {"spec": {"suspend": suspended}})
+        click.echo(f"{name} is {'suspended: it saves a checkpoint first' if suspended else 'resumed'}")

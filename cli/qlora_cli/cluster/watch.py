@@ -1,0 +1,116 @@
+"""`qlora watch`: a job as it goes on, until it has ended. Drawn on a terminal; elsewhere a line for each change."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+
+import click
+from rich.console import Console, RenderableType
+from rich.live import Live
+
+from qlora_cli.cluster.connection import job_name, note, with_cluster
+from qlora_cli.cluster.draw import Moment, end_of, line_of, picture
+from qlora_client.history import add_loss, read_losses
+from qlora_client.jobs.events import Event, events_of
+from qlora_client.jobs.follow import Say, follow_job
+from qlora_client.jobs.job import Job
+from qlora_client.kube.cluster import Cluster
+from qlora_client.kube.errors import ClusterError, UnreachableError
+
+_INTERRUPTED = 130
+
+
+@click.command()
+@job_name
+@with_cluster
+def watch(cluster: Cluster, name: str) -> None:
+    """Show a job's progress, its loss curve and its events until it has ended.
+
+    Exits with 0 if it has succeeded, else with the exit code of the step that failed. Ctrl-C ends the watching only.
+    """
+    sys.exit(watch_job(cluster, name, Console(emoji=False, highlight=False)))
+
+
+def watch_job(cluster: Cluster, name: str, console: Console) -> int:
+    """Show the job until it has ended. Returns its exit code, or 130 if the user has ended the watching.
+
+    Raises ClusterError.
+    """
+    show = _draw if console.is_terminal and not console.is_dumb_terminal else _print
+    try:
+        last = show(cluster, name, console)
+    except KeyboardInterrupt:
+        note(f"{name} goes on; watch it again with: qlora watch {name} --namespace {cluster.namespace}")
+        return _INTERRUPTED
+    console.print(end_of(last), markup=False, soft_wrap=True)
+    return last.exit_code
+
+
+class _Observer:
+    """Collects what a picture shows beside the job itself. `say` is told, once for each, what cannot be read."""
+
+    def __init__(self, cluster: Cluster, say: Say) -> None:
+        self._cluster = cluster
+        self._say = say
+        self._denied: set[str] = set()
+        self._losses: dict[int, float] = {}
+        self._has_read_losses = False
+
+    def look(self, job: Job) -> Moment:
+        """The job as it is, with what has been found of it so far."""
+        step = int(job.progress.get("step", 0))
+        if step and not self._has_read_losses:
+            # What happened before somebody watched. Later losses are in the status.
+            with self._told():
+                self._losses = read_losses(self._cluster, job)
+                self._has_read_losses = True
+        add_loss(self._losses, step, job.progress.get("loss"))
+        events: list[Event] = []
+        with self._told():
+            events = events_of(self._cluster, job.uid)
+        return Moment(job, self._losses, events)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Go on without what cannot be read: the job itself is what is watched."""
+        try:
+            yield
+        except UnreachableError:
+            # The next look may find it; whether the cluster is away is told by who follows the job.
+            return
+        except ClusterError as error:
+            if str(error) not in self._denied:
+                self._denied.add(str(error))
+                self._say(str(error))
+
+
+def _draw(cluster: Cluster, name: str, console: Console) -> Job:
+    moments: list[Moment] = []
+
+    def current() -> RenderableType:
+        return picture(moments[-1], console, datetime.now(UTC)) if moments else ""
+
+    with Live(get_renderable=current, console=console, refresh_per_second=2) as live:
+
+        def say(text: str) -> None:
+            live.console.print(text, style="yellow", markup=False, soft_wrap=True)
+
+        for moment in _moments(cluster, name, say):
+            moments[:] = [moment]
+    return moments[-1].job
+
+
+def _print(cluster: Cluster, name: str, console: Console) -> Job:
+    told = ""
+    for moment in _moments(cluster, name, note):
+        if (line := line_of(moment.job)) != told:
+            told = line
+            console.print(f"{datetime.now(UTC):%H:%M:%S} {line}", markup=False, soft_wrap=True)
+    return moment.job
+
+
+def _moments(cluster: Cluster, name: str, say: Say) -> Iterator[Moment]:
+    observer = _Observer(cluster, say)
+    for job in follow_job(cluster, name, say=say):
+        yield observer.look(job)

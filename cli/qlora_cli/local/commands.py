@@ -1,0 +1,368 @@
+"""The commands that need no cluster: what a job needs (`plan`) and sees (`data`), and the job itself (`run`)."""
+
+import importlib.util
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn, get_args
+
+import click
+from rich.console import Console
+from rich.progress import Progress
+
+from qlora_api.contract import ExitCode
+from qlora_api.spec.job import QLoRAJobDocument, QLoRAJobSpec
+from qlora_api.sweep.spec import QLoRASweepDocument
+from qlora_cli.local.display import ConsoleDisplay, progress_bar
+from qlora_cli.local.forecast import GpuOfPlan, parse_price, show_forecast
+from qlora_cli.local.plan import find_config, make_plan, show_plan
+from qlora_cli.local.plan_sweep import make_sweep_plan, show_sweep_plan
+from qlora_cli.local.plan_together import make_joint_plan, require_joinable, show_joint_plan
+from qlora_cli.local.record_display import RecordDisplay
+from qlora_cli.local.rows import RowAccess, show_lengths, show_rows
+from qlora_cli.local.run import Display, Ended, LocalRun, has_gpu, missing_data, missing_sources, run_steps
+from qlora_cli.local.run_together import earlier_runs, holds_joint_run, joint_runs, run_jobs_together
+from qlora_cli.manifest import Document, ManifestError, load_job, load_manifest
+from qlora_trainer.core.context import Device, Mounts
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.core.outcome import steps_done
+from qlora_trainer.model.memory.dry_run import INSTALL
+
+
+def _fail(message: str, exit_code: int = ExitCode.BAD_CONFIGURATION) -> NoReturn:
+    """Print the message to standard error, and exit with the code that the job's step would end with."""
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(exit_code)
+
+
+def _folders(_context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Path]:
+    folders = {}
+    for value in values:
+        name, _, folder = value.partition("=")
+        if not (name and folder):
+            raise click.BadParameter(f"found {value!r}, must be {parameter.metavar}")
+        if not Path(folder).is_dir():
+            raise click.BadParameter(f"found {value!r}, and {folder} is not a folder: create it, or name another")
+        folders[name] = Path(folder)
+    return folders
+
+
+_file = click.argument("file", type=click.Path(path_type=Path))
+_files = click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+_volume = click.option(
+    "--volume",
+    "claims",
+    multiple=True,
+    metavar="CLAIM=DIR",
+    callback=_folders,
+    help="Folder to use for pvc://CLAIM/….",
+)
+
+
+_config_map = click.option(
+    "--config-map",
+    "config_maps",
+    multiple=True,
+    metavar="NAME=DIR",
+    callback=_folders,
+    help="Folder to use for configMap://NAME/….",
+)
+_tokenizer = click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    metavar="DIR",
+    help="Folder of the model's tokenizer.",
+)
+
+
+_RUN_A_CELL = "write a cell's changes into the template's spec, or apply the sweep to a cluster"
+
+
+def _load(file: Path) -> Document:
+    try:
+        return load_manifest(file)
+    except ManifestError as error:
+        _fail(str(error))
+
+
+def _load_job(file: Path, instead: str) -> QLoRAJobDocument:
+    """The job, or the end with `instead` as what to do with a sweep."""
+    try:
+        return load_job(file, instead)
+    except ManifestError as error:
+        _fail(str(error))
+
+
+def _spec(document: Document) -> QLoRAJobSpec:
+    """The spec of the job, or of the sweep's template: which model and data it has."""
+    return document.spec.template.spec if isinstance(document, QLoRASweepDocument) else document.spec
+
+
+@click.command()
+@_files
+@_volume
+@click.option("--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="The model's config.json.")
+@click.option(
+    "--gpu-memory", type=click.IntRange(1, 1024), help="GPU memory in GiB, instead of spec.resources.gpuMemory."
+)
+@click.option(
+    "--data",
+    is_flag=True,
+    help="Also show how long the rows are, how many maxSequenceLength leaves out, which are equal, and what a mix "
+    "gives to an epoch.",
+)
+@click.option(
+    "--gpu-tflops",
+    type=click.FloatRange(0, 1e6, min_open=True),
+    help="Speed of the GPU in dense bfloat16, for a forecast of GPU hours; the profile's gpuTflops.",
+)
+@click.option(
+    "--gpu-hour-price", metavar="PRICE", callback=parse_price, help="What a GPU hour costs, for example '2.50 EUR'."
+)
+@click.option("--tokens", type=click.IntRange(1, 10**15), help="Tokens of one epoch, for the forecast.")
+@_config_map
+@_tokenizer
+def plan(
+    files: tuple[Path, ...],
+    claims: dict[str, Path],
+    config: Path | None,
+    gpu_memory: int | None,
+    data: bool,
+    gpu_tflops: float | None,
+    gpu_hour_price: tuple[str, str] | None,
+    tokens: int | None,
+    config_maps: dict[str, Path],
+    tokenizer: Path | None,
+) -> None:
+    """Show the GPU memory that the job in FILE needs, and what to change if it does not fit.
+
+    Of a QLoRASweep, show the cells and what each needs. With several files, show whether the jobs can be trained
+    together, and what they need then. With --gpu-tflops, show the GPU hours that a job is expected to take. Exits with
+    17 if it cannot fit, as the job itself does.
+    """
+    jobs = [_load_job(file, "plan a sweep by itself") for file in files] if len(files) > 1 else []
+    documents: Sequence[Document] = jobs or [_load(files[0])]
+    console = Console(emoji=False)
+    accesses = [_row_access(_spec(each), claims, config_maps, tokenizer) for each in documents] if data else []
+    try:
+        if jobs:
+            require_joinable(jobs)
+        config = config or find_config(_spec(documents[0]).model, Mounts(claims=claims))
+        gpu = GpuOfPlan(gpu_tflops, gpu_hour_price, tokens)
+        exit_code = _show_plan(documents, jobs, config, gpu_memory, gpu, console)
+        for document, access in zip(documents, accesses, strict=False):
+            if jobs:
+                console.print(f"\n{document.metadata.name}", style="bold", markup=False, highlight=False)
+            show_lengths(_spec(document), access, console)
+    except StepFailure as failure:
+        _fail(failure.message, failure.exit_code)
+    sys.exit(exit_code)
+
+
+def _show_plan(
+    documents: Sequence[Document],
+    jobs: Sequence[QLoRAJobDocument],
+    config: Path,
+    gpu_memory: int | None,
+    gpu: GpuOfPlan,
+    console: Console,
+) -> ExitCode:
+    """Of the `jobs` together, or of the only document if there are none."""
+    if jobs:
+        joint = make_joint_plan(jobs, config, gpu_memory)
+        show_joint_plan(joint, console)
+        return joint.exit_code
+    [document] = documents
+    if isinstance(document, QLoRASweepDocument):
+        sweep = make_sweep_plan(document, config, gpu_memory)
+        show_sweep_plan(sweep, console)
+        return sweep.exit_code
+    made = make_plan(document.metadata.name, document.spec, config, gpu_memory)
+    show_plan(made, console)
+    show_forecast(made, document.spec, config, gpu, console)
+    if (group := document.spec.group) is not None:
+        console.print(
+            f"This is the memory of the job alone. Its group trains {group.size} jobs together: give the files of all."
+        )
+    return made.exit_code
+
+
+@click.command()
+@_file
+@click.option("--rows", type=click.IntRange(1, 1000), default=3, show_default=True, help="Rows to show.")
+@_volume
+@_config_map
+@_tokenizer
+def data(file: Path, rows: int, claims: dict[str, Path], config_maps: dict[str, Path], tokenizer: Path | None) -> None:
+    """Show the first rows of the job or sweep in FILE as the model sees them, and which tokens are trained on.
+
+    These are green on a terminal, and between [[ and ]] elsewhere or with NO_COLOR set.
+    """
+    access = _row_access(_spec(_load(file)), claims, config_maps, tokenizer)
+    try:
+        with access.previews(rows) as previews:
+            for preview in previews:
+                show_rows(preview, Console(emoji=False))
+    except StepFailure as failure:
+        _fail(failure.message, failure.exit_code)
+
+
+def _row_access(
+    spec: QLoRAJobSpec, claims: dict[str, Path], config_maps: dict[str, Path], tokenizer: Path | None
+) -> RowAccess:
+    """Access to the job's rows; exits with what is missing."""
+    missing = missing_data(spec, claims, config_maps)
+    if missing:
+        _fail("\n".join(missing))
+    if importlib.util.find_spec("torch") is None:
+        _fail(f"the trainer is not installed: {INSTALL}")
+    return RowAccess(spec, Mounts(claims=claims, config_map_folders=config_maps), tokenizer)
+
+
+@click.command()
+@click.argument("files", metavar="[FILE]...", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "--workspace",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder of the run; kept between runs. With several files, each job has a folder by its name in it.",
+)
+@click.option("--resume", is_flag=True, help="Resume the run in the workspace; fails if there is none.")
+@_volume
+@_config_map
+@click.option(
+    "--continues",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Workspace of the run that spec.continues names.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(get_args(Device)),
+    help="Device to train on; by default cuda, if there is a driver.",
+)
+@click.option("-o", "--output", type=click.Choice(["json"]), help="Print the steps' records, a line of JSON each.")
+def run(
+    files: tuple[Path, ...],
+    workspace: Path,
+    resume: bool,
+    claims: dict[str, Path],
+    config_maps: dict[str, Path],
+    continues: Path | None,
+    device: Device | None,
+    output: str | None,
+) -> None:
+    """Run the job in FILE on this machine: prepare, train, publish.
+
+    With several files, all are prepared, then trained together on one base in one process, then published. Ctrl-C saves
+    a checkpoint and stops. With --resume, FILE and the options default to those of the run in the workspace. The exit
+    code is that of the step that failed first.
+    """
+    earlier = _earlier_runs(workspace, files) if resume else []
+    documents = [_load_job(file, _RUN_A_CELL) for file in files] or [each.document for each in earlier]
+    if not documents:
+        raise click.UsageError("Missing argument 'FILE': name the manifest, or resume an earlier run with --resume.")
+    chosen = device or next((each.device for each in earlier), None)
+    if len(documents) == 1 and holds_joint_run(workspace):
+        _fail(f"{workspace} holds a run of several jobs: name another --workspace, such as that of one of them in it")
+    options = LocalRun(
+        documents[0], workspace, claims, config_maps, chosen or ("cuda" if has_gpu() else "cpu"), continues
+    )
+    try:
+        runs = joint_runs(documents, earlier, options) if len(documents) > 1 else [options.resuming(*earlier)]
+    except StepFailure as failure:
+        _fail(failure.message, failure.exit_code)
+    problems = [problem for each in runs for problem in _problems(each, named=len(runs) > 1)]
+    if problems:
+        _fail("\n".join(problems))
+    if importlib.util.find_spec("torch") is None:
+        _fail(f"the trainer is not installed: {INSTALL}")
+    console = Console(emoji=False, quiet=output is not None)
+    if chosen is None:
+        console.print(f"Training on {options.device}; choose with --device.", highlight=False)
+    bar = progress_bar(console)
+    try:
+        displays = [_display(each, console, bar, named=len(runs) > 1, output=output) for each in runs]
+        ended = [run_steps(runs[0], displays[0])] if len(runs) == 1 else run_jobs_together(workspace, runs, displays)
+    except OSError as error:
+        _fail(f"--workspace {workspace} cannot be written: {error.strerror}")
+    finally:
+        bar.stop()
+    _show_ends(ended, runs, workspace, console)
+    sys.exit(next((each.exit_code for each in ended if each.exit_code), 0))
+
+
+def _display(run: LocalRun, console: Console, bar: Progress, *, named: bool, output: str | None) -> Display:
+    if output is not None:
+        return RecordDisplay()
+    return ConsoleDisplay(console, run.layout.records, job=run.document.metadata.name if named else "", bar=bar)
+
+
+def _problems(run: LocalRun, *, named: bool) -> list[str]:
+    """What keeps the job from running here, one sentence each, which begins with its name if it is to be `named`."""
+    if (nodes := run.document.spec.resources.node_count) > 1:
+        found = [f"spec.resources.nodes is {nodes}, and this command runs a job on one machine: remove it from FILE"]
+    else:
+        found = missing_sources(run.document.spec, run.claims, run.config_maps, run.continues)
+    return [f"{run.document.metadata.name}: {problem}" if named else problem for problem in found]
+
+
+def _earlier_runs(workspace: Path, files: tuple[Path, ...]) -> list[LocalRun]:
+    """The runs in the workspace, of the jobs in the files if there are any."""
+    try:
+        together = earlier_runs(workspace)
+        if together is None and len(files) < 2:
+            return [LocalRun.recall(workspace)]
+    except ValueError as error:
+        _fail(str(error))
+    if together is None:
+        _fail(f"{workspace} holds no run of several jobs to resume: leave --resume out to start one")
+    if len(files) == 1:
+        _fail(f"{workspace} holds a run of {len(together)} jobs: give the FILEs of all, or none")
+    return together
+
+
+def _show_ends(ended: Sequence[Ended], runs: Sequence[LocalRun], workspace: Path, console: Console) -> None:
+    if any(each.stopped_by is not None for each in ended):
+        command = shlex.join(["qlora", "run", "--resume", "--workspace", str(workspace)])
+        console.print(f"To resume:\n  {command}", highlight=False, markup=False, soft_wrap=True)
+        return
+    for each, local in zip(ended, runs, strict=False):
+        if len(runs) > 1 and "publish" in each.results:
+            console.print(f"\n{local.document.metadata.name}", style="bold", markup=False, highlight=False)
+        _show_end(each, local, console)
+
+
+def _show_end(ended: Ended, local: LocalRun, console: Console) -> None:
+    if "publish" not in ended.results or ended.results["publish"].adapter is None:
+        return
+    adapter, merged = ended.results["publish"].adapter, ended.results["publish"].merged
+    base, gate = ended.results["publish"].base, ended.results["publish"].gate
+    trained = ended.results["train"]
+    rows = {
+        "Adapter": adapter.uri,
+        "SHA-256": adapter.sha256,
+        "Optimizer steps": steps_done(trained.training_step or 0, trained.total_steps, adapter.step),
+        "Training loss": _number(trained.loss),
+    }
+    if trained.eval_loss is not None:
+        rows["Held-out loss"] = f"{_number(trained.initial_eval_loss)} before, {_number(trained.eval_loss)} after"
+    if gate is not None and gate.score is not None:
+        others = f"{gate.base_score or 0:.1%} without the adapter, {gate.score_rows} held-out rows"
+        rows["Answers that passed"] = f"{gate.score:.1%} ({others})"
+    if base is not None and base.uri is not None:
+        rows["Base in 4-bit"] = base.uri
+    if merged is not None:
+        rows["Merged model"] = merged.uri
+    if merged is not None and merged.eval_loss is not None:
+        losses = f"{_number(merged.eval_loss)} merged, {_number(merged.adapter_eval_loss)} with the adapter"
+        rows[f"Loss on {merged.eval_tokens} tokens"] = losses
+    rows["Report"] = str(local.layout.report / "report.html")
+    # A table of rich would cut paths and the digest to the width of the terminal, or to 80 columns without one.
+    width = max(map(len, rows))
+    for label, value in rows.items():
+        console.print(f"{label:{width}}  {value}", markup=False, soft_wrap=True)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"

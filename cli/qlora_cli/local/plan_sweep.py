@@ -1,0 +1,209 @@
+"""Shows the cells of a sweep with the GPU memory that each of its pods needs, and how much runs at the same time."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from qlora_api.contract import ExitCode
+from qlora_api.joinable import rows_not_apart
+from qlora_api.memory.advice import Verdict, verdict
+from qlora_api.memory.estimate import MemoryEstimate
+from qlora_api.memory.one_row import ONE_ROW_MODEL_TYPES
+from qlora_api.spec.job import ObjectMeta, QLoRAJobDocument
+from qlora_api.sweep.cells import repeated_cell
+from qlora_api.sweep.halving import HalvingSpec
+from qlora_api.sweep.spec import Cell, QLoRASweepDocument, cells, pods
+from qlora_cli.local.plan import GPU_SIZES_GIB, MemoryPlan, gib, make_plan, show_origin
+from qlora_cli.local.plan_together import colored, make_joint_plan, once
+from qlora_trainer.core.failures import bad_configuration
+from qlora_trainer.model.memory.dry_run import measure_together_within_limits, measure_within_limits
+from qlora_trainer.model.memory.fit import training_shape, type_of_model
+from qlora_trainer.model.memory.job_memory import Measure
+from qlora_trainer.model.memory.joint_memory import MeasurePasses
+
+# The operator creates the claim of a sweep that names none; no memory depends on its name.
+_CLAIM = "workspace"
+
+
+@dataclass(frozen=True)
+class PodPlan:
+    """The memory of the cells that one pod trains."""
+
+    cells: tuple[Cell, ...]
+    alone: tuple[MemoryPlan, ...]
+    """Of each cell by itself."""
+    memory: MemoryEstimate | None
+    """Of all together; None if it is not known."""
+    unknown: str = ""
+    """Why it is not known."""
+
+    def verdict(self, gpu_gib: int) -> Verdict | None:
+        """Whether the cells fit a GPU of that size; None if that is not known."""
+        return None if self.memory is None else verdict(self.memory, gpu_gib)
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """The memory of each pod of a sweep, and of the GPU that it runs on, in GiB; None if that is not given."""
+
+    document: QLoRASweepDocument
+    pods: tuple[PodPlan, ...]
+    gpu_gib: int | None
+
+    @property
+    def exceeding(self) -> tuple[PodPlan, ...]:
+        """The pods that cannot fit the GPU."""
+        if self.gpu_gib is None:
+            return ()
+        return tuple(pod for pod in self.pods if pod.verdict(self.gpu_gib) == "exceeds")
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """DOES_NOT_FIT if a pod cannot fit the GPU, else DONE."""
+        return ExitCode.DOES_NOT_FIT if self.exceeding else ExitCode.DONE
+
+
+def make_sweep_plan(
+    document: QLoRASweepDocument,
+    config: Path,
+    gpu_gib: int | None,
+    measure: Measure = measure_within_limits,
+    measure_passes: MeasurePasses = measure_together_within_limits,
+) -> SweepPlan:
+    """The plan of a sweep whose model has this config.json. Pods whose cells need the same memory are estimated once.
+
+    Raises StepFailure if a cell does not fit the template or is the same as another, or the model is not supported.
+    """
+    template, measured = document.spec.template.spec, once(measure)
+    try:
+        found = cells(document.metadata.name, document.spec, template.workspace.claim_name or _CLAIM)
+    except ValueError as error:
+        raise bad_configuration(str(error)) from error
+    if (repeated := repeated_cell(document.spec, found)) is not None:
+        raise bad_configuration(repeated)
+    _require_rows_apart(document, config)
+    known: dict[tuple[object, ...], PodPlan] = {}
+    planned = []
+    for pod in pods(document.spec, found):
+        key = tuple(_decides_memory(cell) for cell in pod)
+        if key not in known:
+            known[key] = _pod_plan(pod, config, measured, measure_passes)
+        planned.append(replace(known[key], cells=tuple(pod)))
+    return SweepPlan(document, tuple(planned), gpu_gib if gpu_gib is not None else template.resources.gpu_memory)
+
+
+def _require_rows_apart(document: QLoRASweepDocument, config: Path) -> None:
+    model_type, together = type_of_model(config), document.spec.cells_per_pod
+    if together > 1 and model_type in ONE_ROW_MODEL_TYPES:
+        raise bad_configuration(f"spec.cellsPerPod is {together}: {rows_not_apart(model_type)}: remove cellsPerPod")
+
+
+def _decides_memory(cell: Cell) -> object:
+    """The same for two cells of a sweep that need the same memory."""
+    # The shape has the last parts of the names only.
+    return training_shape(cell.spec, cell.spec.lora.target_modules), cell.spec.lora.target_modules
+
+
+def _pod_plan(pod: Sequence[Cell], config: Path, measure: Measure, measure_passes: MeasurePasses) -> PodPlan:
+    if len(pod) > 1:
+        joint = make_joint_plan([_job(cell) for cell in pod], config, None, measure, measure_passes)
+        return PodPlan(tuple(pod), joint.alone, joint.memory, joint.unknown)
+    [cell] = pod
+    alone = make_plan(cell.name, cell.spec, config, None, measure)
+    memory = None if alone.job is None else alone.job.estimate(alone.training)
+    return PodPlan(tuple(pod), (alone,), memory, alone.unknown)
+
+
+def _job(cell: Cell) -> QLoRAJobDocument:
+    return QLoRAJobDocument(
+        api_version="qlora.dev/v1alpha1", kind="QLoRAJob", metadata=ObjectMeta(name=cell.name), spec=cell.spec
+    )
+
+
+def show_sweep_plan(plan: SweepPlan, console: Console) -> None:
+    """Print a line for each cell, where the numbers are from, what runs at the same time, and what does not fit."""
+    console.print(_table(plan))
+    _show_remarks(plan, console)
+    console.print(_totals(plan))
+    if plan.gpu_gib is None:
+        console.print("\nTo compare with one GPU, set spec.template.spec.resources.gpuMemory or --gpu-memory.")
+    elif plan.exceeding:
+        remedy = "lower spec.cellsPerPod, " if plan.document.spec.cells_per_pod > 1 else ""
+        console.print(
+            f"\n{colored('exceeds')}: {len(plan.exceeding)} of {len(plan.pods)} pods cannot fit on a GPU of "
+            f"{plan.gpu_gib} GiB: {remedy}change or remove their cells, or use a larger GPU. `qlora plan` of a "
+            "QLoRAJob with the settings of a cell lists what saves memory."
+        )
+
+
+def _table(plan: SweepPlan) -> Table:
+    together = plan.document.spec.cells_per_pod > 1
+    title = f"{plan.document.metadata.name}: {plan.document.spec.template.spec.model.source}"
+    table = Table(title=escape(title), title_justify="left", title_style="bold")
+    table.add_column("Cell", no_wrap=True)
+    table.add_column("Changes")
+    table.add_column("GiB of the pod" if together else "GiB", justify="right")
+    table.add_column("Smallest GPU" if plan.gpu_gib is None else f"On {plan.gpu_gib} GiB", no_wrap=True)
+    for pod in plan.pods:
+        need = "–" if pod.memory is None else gib(pod.memory.expected)
+        judged = _judged(pod, plan.gpu_gib)
+        for cell in pod.cells:
+            table.add_row(cell.name, escape(cell.overrides.text()), need, judged)
+            need, judged = "", ""
+        if together:
+            table.add_section()
+    return table
+
+
+def _judged(pod: PodPlan, gpu_gib: int | None) -> str:
+    if pod.memory is None:
+        return "[bold yellow]unknown[/]"
+    if gpu_gib is not None:
+        return colored(verdict(pod.memory, gpu_gib))
+    smallest = next((size for size in GPU_SIZES_GIB if verdict(pod.memory, size) == "fits"), None)
+    return f"more than {GPU_SIZES_GIB[-1]} GiB" if smallest is None else f"{smallest} GiB"
+
+
+def _show_remarks(plan: SweepPlan, console: Console) -> None:
+    """Print once what holds for all cells of a kind."""
+    unknown = next((pod for pod in plan.pods if pod.memory is None), None)
+    if unknown is not None:
+        console.print(f"[bold yellow]unknown[/]: {escape(unknown.unknown)}.")
+    alone = [(cell, each) for pod in plan.pods for cell, each in zip(pod.cells, pod.alone, strict=True)]
+    show_origin(next((each for _, each in alone if each.is_rough), alone[0][1]), console)
+    for text, count in Counter(each.one_row for _, each in alone if each.one_row).items():
+        console.print(f"[yellow]One row a sequence[/] in {count} of {len(alone)} cells: {escape(text)}.")
+
+
+def _totals(plan: SweepPlan) -> Table:
+    spec = plan.document.spec
+    pods_at_a_time = min(spec.parallelism, len(plan.pods))
+    gpus = spec.template.spec.resources.gpu_count
+    table = Table.grid(padding=(0, 2))
+    table.add_row("Cells", str(sum(len(pod.cells) for pod in plan.pods)))
+    table.add_row("Cells per pod", f"{spec.cells_per_pod} (spec.cellsPerPod)")
+    table.add_row("Pods at a time", f"{pods_at_a_time} of {len(plan.pods)} (spec.parallelism)")
+    if spec.halving is not None:
+        longest = (cell.spec.training.max_steps for pod in plan.pods for cell in pod.cells)
+        table.add_row("Rungs", _rungs(spec.halving, list(longest)))
+    each = f", {gpus} for each pod, of which each needs this much memory" if gpus > 1 else ""
+    if spec.cells_per_pod > 1:
+        each = "; when a pod has ended, each further cell of it asks for one for a few seconds"
+    table.add_row("GPUs at a time", f"{pods_at_a_time * gpus}{each}")
+    return table
+
+
+def _rungs(halving: HalvingSpec, longest: Sequence[int | None]) -> str:
+    """At which steps cells are compared, by the length of each cell in steps; None where the data decides it."""
+    known = [steps for steps in longest if steps is not None]
+    rungs = halving.rungs(max(known) if len(known) == len(longest) else None)
+    if not rungs:
+        return f"none: no cell has more than spec.halving.minSteps ({halving.min_steps}) steps, so none is stopped"
+    steps = ", ".join(str(rung) for rung in rungs)
+    until = "" if len(known) == len(longest) else ", as far as a cell has as many"
+    return f"{steps} steps{until}; the best 1/{halving.factor} go on (spec.halving)"

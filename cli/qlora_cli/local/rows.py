@@ -1,0 +1,219 @@
+"""Shows rows of a job's data set as the model sees them, and what prepare will make of all of them."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qlora_api.printable import printable
+from qlora_api.sources import HubSource, VolumeSource, parse_source
+from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.model import BaseModelSpec
+from qlora_cli.local.plan import fetching, require_hub_client
+from qlora_trainer.core.context import Mounts
+from qlora_trainer.core.credentials import Secret
+from qlora_trainer.core.failures import bad_configuration
+
+if TYPE_CHECKING:
+    from qlora_trainer.data.build import ExaminedData
+    from qlora_trainer.data.dataset import Dataset, TokenizedSource
+    from qlora_trainer.data.preview import Preview, PreviewedRow
+    from qlora_trainer.data.read.locate import DataAccess
+    from qlora_trainer.data.render.chat_template import Tokenizer
+
+_TRAINED = "bold green"
+_MARKS = ("[[", "]]")
+_BAR_WIDTH = 40
+
+
+@dataclass(frozen=True)
+class RowAccess:
+    """How the rows and the tokenizer of a job are got on this machine."""
+
+    spec: QLoRAJobSpec
+    mounts: Mounts
+    tokenizer_folder: Path | None = None
+    """The model's tokenizer, if it is not to be looked for."""
+
+    def tokenizer(self) -> "Tokenizer":
+        """The model's tokenizer with the job's chat template. Raises StepFailure."""
+        from qlora_trainer.data.render.chat_template import Tokenizer
+        from qlora_trainer.data.render.template_source import job_template
+
+        folder = self.tokenizer_folder or find_tokenizer(self.spec.model, self.mounts)
+        return Tokenizer(folder, job_template(self.spec.dataset, self.mounts))
+
+    @contextmanager
+    def previews(self, count: int) -> Iterator[Iterator["Preview"]]:
+        """The first `count` rows of each source. What is downloaded is deleted afterwards. Raises StepFailure."""
+        from qlora_trainer.data.preview import previews
+
+        with TemporaryDirectory() as folder:
+            tokenizer = self.tokenizer()
+            dataset, training = self.spec.dataset, self.spec.training
+            yield previews(dataset, training, tokenizer, self._data(), Path(folder), count)
+
+    def examine(self, folder: Path) -> "ExaminedData":
+        """All rows, tokenized on all cores, with their files in `folder`. Raises StepFailure if they are not read."""
+        from qlora_trainer.data.build import DatasetBuilder
+        from qlora_trainer.data.tokenize.chunk_maker import ANY_VOCABULARY
+        from qlora_trainer.data.tokenize.row_cache import RowsFolder
+
+        return DatasetBuilder(
+            self.spec.dataset,
+            self.spec.training,
+            self.tokenizer(),
+            {},
+            vocabulary=ANY_VOCABULARY,
+            access=self._data(),
+            scratch=lambda name: folder / name,
+            rows=RowsFolder(folder / "rows"),
+            say=lambda _activity: None,
+        ).examine()
+
+    def _data(self) -> "DataAccess":
+        from qlora_trainer.data.read.locate import DataAccess
+        from qlora_trainer.stores.hub import Hub, hub_token
+
+        secret = Secret(self.mounts.credentials / "dataset", "spec.dataset.secretRef", None)
+        return DataAccess(self.mounts, cache(lambda: Hub(hub_token(self.mounts.token_file, None))), secret)
+
+
+def find_tokenizer(model: BaseModelSpec, mounts: Mounts) -> Path:
+    """The folder of the model's tokenizer, on a volume or fetched from the hub. Raises StepFailure without one."""
+    source, advice = parse_source(model.source), "give the folder of the model's tokenizer with --tokenizer DIR"
+    if isinstance(source, VolumeSource):
+        if source.claim not in mounts.claims:
+            raise bad_configuration(
+                f"spec.model.source is {model.source}: give a folder for the claim with --volume {source.claim}=DIR, "
+                f"or {advice.removeprefix('give ')}"
+            )
+        return mounts.volume(source)
+    if not isinstance(source, HubSource):
+        raise bad_configuration(f"spec.model.source is {model.source}, which this command does not download: {advice}")
+    require_hub_client(f"or {advice}")
+    from huggingface_hub import snapshot_download
+
+    from qlora_trainer.model.source.files import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
+
+    with fetching(model, f"or {advice}"):
+        names = [CONFIG, GENERATION_CONFIG, *sorted(TOKENIZER_FILES)]
+        return Path(snapshot_download(source.repository, revision=model.revision, allow_patterns=names))
+
+
+def show_rows(preview: "Preview", console: Console, environment: Mapping[str, str] = os.environ) -> None:
+    """Print each row's text; what is trained on is green on a terminal, and elsewhere between [[ and ]].
+
+    Raises StepFailure for an invalid row, after those before it.
+    """
+    colored = console.is_terminal and not environment.get("NO_COLOR")
+    reading = preview.reading
+    of = f"{preview.uri} (held out)" if preview.held_out else preview.uri
+    console.print(Text(printable(f"{of}: format {reading.format}, columns {', '.join(reading.columns)}")))
+    if reading.ignored:
+        console.print(Text(printable(f"Not used: {', '.join(reading.ignored)}")))
+    how = Text("green", _TRAINED) if colored else Text(f"between {_MARKS[0]} and {_MARKS[1]}")
+    console.print(Text("Tokens that are trained on are ").append_text(how).append("."))
+    for row in preview.rows:
+        console.print()
+        _show_row(row, console, colored=colored)
+
+
+def _show_row(row: "PreviewedRow", console: Console, *, colored: bool) -> None:
+    counts = f"{printable(row.location)}: {row.tokens} tokens, {row.targets} trained on"
+    console.print(Text(counts, "bold"), soft_wrap=True)
+    if row.left_out:
+        console.print(Text(f"Left out: {row.left_out}", "yellow"), soft_wrap=True)
+    text = Text()
+    for stretch in row.stretches:
+        shown = "\n".join(map(printable, stretch.text.split("\n")))
+        if stretch.trained and not colored:
+            shown = f"{_MARKS[0]}{shown}{_MARKS[1]}"
+        text.append(shown, _TRAINED if stretch.trained and colored else None)
+    console.print(text, soft_wrap=True, highlight=False, end="" if text.plain.endswith("\n") else "\n")
+
+
+def show_lengths(spec: QLoRAJobSpec, access: RowAccess, console: Console) -> None:
+    """Print how long rows are, how many a maxSequenceLength loses, and what the job makes of the others.
+
+    Raises StepFailure if the rows cannot be read.
+    """
+    with TemporaryDirectory() as folder:
+        examined = access.examine(Path(folder))
+        for source in examined.sources:
+            _show_source(source, spec.training.max_sequence_length, console)
+        console.print()
+        if examined.dataset is not None:
+            _show_chosen(examined.dataset, spec, console)
+        if examined.rejection:
+            console.print(Text(printable(f"The job fails: {examined.rejection}."), "bold red"), soft_wrap=True)
+
+
+def _show_chosen(dataset: "Dataset", spec: QLoRAJobSpec, console: Console) -> None:
+    """Print which rows are equal, and what each source of a mix gives to an epoch."""
+    found, evaluation = dataset.status(), spec.dataset.eval
+    treated = f", {'left out' if spec.dataset.deduplicate else 'kept'}" if found.duplicate_rows else ""
+    lines = [f"Duplicates: {_counted(found.duplicate_rows) if found.duplicate_rows else 'none'}{treated}."]
+    # If the job refuses an overlap, the reason why it fails says which.
+    if dataset.overlap is not None and evaluation is not None and evaluation.overlap != "refuse":
+        lines.append(f"Overlap: {dataset.overlap.remark()}.")
+    sources = found.sources or ()
+    of_epoch = sum(source.epoch_rows for source in sources)
+    for source in sources:
+        times = "once" if source.epoch_rows == source.used_rows else f"{source.epoch_rows / source.used_rows:.3g} times"
+        lines.append(f"{source.source}: {source.epoch_rows:,} of {of_epoch:,} rows of an epoch, each {times}.")
+    for line in lines:
+        console.print(Text(printable(line)), soft_wrap=True)
+
+
+def _show_source(source: "TokenizedSource", chosen: int, console: Console) -> None:
+    from qlora_trainer.data.examples.formats import PAIRS
+    from qlora_trainer.data.statistics import unlabeled_rows
+
+    console.print()
+    console.print(Text(printable(f"{source.data.uri}: {_counted(source.rows.rows_read)}"), "bold"), soft_wrap=True)
+    unlabeled = unlabeled_rows(source.rows, pairs=source.reading.format in PAIRS)
+    if unlabeled.rows:
+        left_out = f"Left out: {_counted(unlabeled.rows)}: {unlabeled.reason} (the first: {unlabeled.first})"
+        console.print(Text(printable(left_out), "yellow"), soft_wrap=True)
+    lengths = source.all_lengths()
+    if len(lengths):
+        _show_lengths(lengths, chosen, console)
+
+
+def _counted(rows: int) -> str:
+    return "1 row" if rows == 1 else f"{rows:,} rows"
+
+
+def _show_lengths(lengths: Any, chosen: int, console: Console) -> None:
+    """`lengths`: int32 [rows]."""
+    from qlora_trainer.data.statistics import Lengths
+
+    found = Lengths.of(lengths)
+    console.print(
+        f"Tokens per row: {found.shortest:,} to {found.longest:,}, median {found.median:,}, "
+        f"99 % at most {found.p99:,}.",
+        highlight=False,
+    )
+    table = Table("Tokens", "Rows", "", "Longer", box=None, pad_edge=False)
+    most = max(bar.rows for bar in found.histogram)
+    for bar in found.histogram:
+        width = round(_BAR_WIDTH * bar.rows / most)
+        table.add_row(f"≤ {bar.up_to:,}", f"{bar.rows:,}", "█" * width, _lost(lengths, bar.up_to))
+    console.print(table)
+    lost = _lost(lengths, chosen)
+    console.print(f"spec.training.maxSequenceLength is {chosen:,}: it leaves out {lost}.", highlight=False)
+
+
+def _lost(lengths: Any, longest: int) -> str:
+    """The rows that are longer, for people."""
+    rows = int((lengths > longest).sum())
+    return f"{rows:,} of {len(lengths):,} rows ({rows / len(lengths):.1%})" if rows else "none"

@@ -1,0 +1,92 @@
+"""A published folder, and what its manifest.json says of its files: their names, sizes and digests."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from qlora_client.kube.errors import ClusterError
+
+MANIFEST = "manifest.json"
+ADAPTER = "adapter_model.safetensors"
+MAX_MANIFEST_BYTES = 2**22
+OnBytes = Callable[[int], None]
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MAX_FILES = 256
+
+
+class DamagedError(ClusterError):
+    """What is stored is not what the job has published; the message says how it differs."""
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """One file as the manifest describes it."""
+
+    sha256: str
+    size: int
+    """Bytes."""
+
+
+class Folder(Protocol):
+    """A published folder. Methods raise ClusterError."""
+
+    def read(self, name: str, most: int) -> bytes:
+        """The content of a small file of at most `most` bytes."""
+
+    def fetch(self, files: Mapping[str, PublishedFile], into: Path, on_bytes: OnBytes) -> None:
+        """Copy files into a folder on this machine. `on_bytes` is called with the bytes that have arrived so far."""
+
+
+def parse_manifest(content: bytes, place: str) -> dict[str, PublishedFile]:
+    """The files beside a manifest.json, by name. `place`: where it was found, for messages.
+
+    A name is that of a file in the same folder: no slash, no dot in front. Raises DamagedError.
+    """
+    try:
+        files = json.loads(content)["files"]
+        described = {name: _described(entry) for name, entry in files.items()}
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{place}/{MANIFEST} is not a manifest of published files ({error})") from None
+    if len(described) > _MAX_FILES:
+        raise DamagedError(f"{place}/{MANIFEST} lists {len(described)} files, and a folder has at most {_MAX_FILES}")
+    for name in described:
+        if not _NAME.fullmatch(name) or name == MANIFEST:
+            raise DamagedError(f"{place}/{MANIFEST} lists {name[:80]!r}, which is no name of a published file")
+    return described
+
+
+def _described(entry: Mapping[str, Any]) -> PublishedFile:
+    sha256, size = entry["sha256"], entry["size"]
+    if not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
+        raise ValueError(f"found the SHA-256 {str(sha256)[:80]!r}")
+    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        raise ValueError(f"found the size {str(size)[:80]!r}")
+    return PublishedFile(sha256, size)
+
+
+def require_same_adapter(files: Mapping[str, PublishedFile], sha256: str, place: str) -> None:
+    """Raise DamagedError unless the manifest is about the adapter with this SHA-256, that of the job's status."""
+    if ADAPTER not in files:
+        raise DamagedError(f"{place}/{MANIFEST} lists no {ADAPTER}: something else has been published there")
+    if files[ADAPTER].sha256 != sha256:
+        raise DamagedError(
+            f"{place} has another adapter: its manifest says SHA-256 {files[ADAPTER].sha256}, and the job's status "
+            f"{sha256}; it has been replaced since"
+        )
+
+
+def require_as_described(files: Mapping[str, PublishedFile], arrived: Mapping[str, PublishedFile], place: str) -> None:
+    """Raise DamagedError unless every file has arrived with its size and SHA-256."""
+    for name, expected in files.items():
+        found = arrived.get(name)
+        if found is None:
+            raise DamagedError(f"{place}/{name} is missing, though the manifest lists it")
+        if found != expected:
+            raise DamagedError(
+                f"{place}/{name} is damaged: it has {found.size} bytes with SHA-256 {found.sha256}, and was published "
+                f"with {expected.size} bytes and {expected.sha256}"
+            )

@@ -1,0 +1,128 @@
+"""The pod through which a user reads a claim: what it may do, and why it does not start; pure."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qlora_api.naming import JOB_LABEL
+from qlora_api.spec.job import API_VERSION, KIND
+from qlora_client.jobs.job import Job
+from qlora_client.jobs.pods import CONTAINER, Pod
+
+MOUNT = "/volume"
+# It copies files and does nothing else. Limits of CPU too, as some quotas ask for them.
+_RESOURCES = {"requests": {"cpu": "100m", "memory": "64Mi"}, "limits": {"cpu": "1", "memory": "256Mi"}}
+_UNDISTURBED = {"sidecar.istio.io/inject": "false", "linkerd.io/inject": "disabled"}
+# Reasons for which a container waits that time does not cure.
+_HOPELESS = (
+    "ImagePullBackOff",
+    "ErrImageNeverPull",
+    "InvalidImageName",
+    "CreateContainerConfigError",
+    "CreateContainerError",
+)
+
+
+def reader_pod(job: Job, claim: str, seconds: int) -> dict[str, Any]:
+    """A pod that has the claim at MOUNT, read-only, does nothing, and is ended by the kubelet after `seconds`.
+
+    It is as restricted as the job's own pods: their image, user, nodes and name of the container, no token of a service
+    account, and the label by which NetworkPolicies keep pods of jobs from connecting anywhere. It goes with the job,
+    should it be left over.
+    """
+    profile: Mapping[str, Any] = job.status["resolved"]["profile"]
+    spec: dict[str, Any] = {
+        "restartPolicy": "Never",
+        "activeDeadlineSeconds": seconds,
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": 0,
+        "securityContext": _identity(profile.get("runAs")),
+        "containers": [_container(profile, seconds)],
+        "volumes": [{"name": "volume", "persistentVolumeClaim": {"claimName": claim}}],
+    }
+    optional = {
+        "serviceAccountName": profile.get("serviceAccountName"),
+        "imagePullSecrets": [{"name": name} for name in profile.get("imagePullSecrets") or ()],
+        **_placement(job, profile),
+    }
+    owner = {"apiVersion": API_VERSION, "kind": KIND, "name": job.name, "uid": job.uid, "blockOwnerDeletion": False}
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "generateName": f"{job.name}-reader-",
+            "labels": {
+                "app.kubernetes.io/name": "qlora-reader",
+                "app.kubernetes.io/part-of": "qlora",
+                JOB_LABEL: job.name,
+            },
+            "annotations": _UNDISTURBED,
+            "ownerReferences": [owner],
+        },
+        "spec": spec | {key: value for key, value in optional.items() if value},
+    }
+
+
+def _container(profile: Mapping[str, Any], seconds: int) -> dict[str, Any]:
+    return {
+        "name": CONTAINER,
+        "image": profile["image"],
+        "imagePullPolicy": profile.get("imagePullPolicy", "IfNotPresent"),
+        "command": ["sleep", str(seconds)],
+        "resources": _RESOURCES,
+        "volumeMounts": [{"name": "volume", "mountPath": MOUNT, "readOnly": True}],
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+    }
+
+
+def _identity(run_as: Mapping[str, Any] | None) -> dict[str, Any]:
+    """User and groups of the job's pods, whose files only these may read; the platform's choice if it chose theirs."""
+    security: dict[str, Any] = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+    if run_as is None:
+        return security
+    return security | {
+        "runAsUser": run_as["user"],
+        "runAsGroup": run_as["group"],
+        "fsGroup": run_as["fsGroup"],
+        "fsGroupChangePolicy": "OnRootMismatch",
+    }
+
+
+def _placement(job: Job, profile: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the volume can be mounted: on any node, or where the job's own pods ran."""
+    if (profile.get("workspace") or {}).get("topology") == "shared":
+        return {}
+    asked: Mapping[str, Any] = job.spec.get("scheduling") or {}
+    tolerations = [*(profile.get("tolerations") or ()), *(asked.get("tolerations") or ())]
+    if gpu := profile.get("gpuResource"):
+        tolerations.append({"key": gpu, "operator": "Exists", "effect": "NoSchedule"})
+    return {
+        "nodeSelector": {**(asked.get("nodeSelector") or {}), **(profile.get("nodeSelector") or {})},
+        "tolerations": tolerations,
+    }
+
+
+def is_running(pod: Mapping[str, Any]) -> bool:
+    """Whether files can be read through it."""
+    return bool((pod.get("status") or {}).get("phase") == "Running" and Pod(pod).has_log)
+
+
+def hopeless(pod: Mapping[str, Any]) -> str:
+    """Why waiting longer does not help; empty if it may."""
+    status: Mapping[str, Any] = pod.get("status") or {}
+    if status.get("phase") in ("Failed", "Succeeded"):
+        told = ": ".join(str(status[key]) for key in ("reason", "message") if status.get(key))
+        return f"it has ended ({told or status['phase']})"
+    reason = Pod(pod).waits_for
+    return reason if reason.startswith(_HOPELESS) else ""
+
+
+def why_not_started(pod: Mapping[str, Any], warnings: Sequence[str], seconds: float) -> str:
+    """The sentence for a pod that has not started in time. `warnings`: what Events say of it, oldest first."""
+    reason = hopeless(pod) or Pod(pod).waits_for or (warnings[-1] if warnings else "nothing says why")
+    more = f"; {warnings[-1]}" if warnings and warnings[-1] not in reason else ""
+    return f"the pod that reads the claim did not start within {seconds:.0f} s: {reason}{more}"

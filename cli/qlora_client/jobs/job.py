@@ -1,0 +1,132 @@
+"""A QLoRAJob as users see it: what the API server returned, by name instead of by path."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from qlora_api.spec.job import MAX_NAME_LENGTH
+
+_ENDED = ("Succeeded", "Failed")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job at one moment."""
+
+    body: Mapping[str, Any]
+    """The object, as JSON."""
+
+    @property
+    def name(self) -> str:
+        """Its name in its namespace."""
+        return str(self.body["metadata"]["name"])
+
+    @property
+    def namespace(self) -> str:
+        """Its namespace."""
+        return str(self.body["metadata"]["namespace"])
+
+    @property
+    def uid(self) -> str:
+        """Differs from that of a deleted job of the same name."""
+        return str(self.body["metadata"]["uid"])
+
+    @property
+    def version(self) -> str:
+        """The moment, as the API server counts: what has happened since can be watched."""
+        return str(self.body["metadata"]["resourceVersion"])
+
+    @property
+    def created(self) -> datetime:
+        """When it was created, with its time zone."""
+        return datetime.fromisoformat(self.body["metadata"]["creationTimestamp"])
+
+    @property
+    def spec(self) -> Mapping[str, Any]:
+        """What its user has written, with the schema's defaults."""
+        return dict(self.body["spec"])
+
+    @property
+    def status(self) -> Mapping[str, Any]:
+        """What the operator reports; empty before it has seen the job."""
+        return dict(self.body.get("status") or {})
+
+    @property
+    def phase(self) -> str:
+        """Where it is in its life; Pending before the operator has seen it."""
+        return str(self.status.get("phase") or "Pending")
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more happens to it unless it is retried."""
+        return self.phase in _ENDED
+
+    @property
+    def progress(self) -> Mapping[str, Any]:
+        """Step, loss and time left of training; empty before."""
+        return self.status.get("progress") or {}
+
+    @property
+    def trained_by_uid(self) -> str:
+        """UID of the job whose pod trains it: its own, or that of the leader of its group."""
+        return str((self.status.get("group") or {}).get("leaderUid") or self.uid)
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """Hours for which it has had GPUs, times their number; None if the operator does not report them."""
+        seconds = (self.status.get("usage") or {}).get("gpuSeconds")
+        return None if seconds is None else float(seconds) / 3600
+
+    @property
+    def cost(self) -> str | None:
+        """What these hours cost, with the currency; None if the profile has no price."""
+        return (self.status.get("usage") or {}).get("cost")
+
+    @property
+    def forecast(self) -> Mapping[str, str]:
+        """The gpuHours that the whole job is expected to take, and their cost if there is a price; empty if unknown."""
+        return self.status.get("forecast") or {}
+
+    @property
+    def budget_hours(self) -> float | None:
+        """GPU hours that it may use, by its own budget and its profile's limit; None if there is neither."""
+        limits = ((part or {}).get("gpuHours") for part in (self.spec.get("budget"), self.status.get("resolved")))
+        return min((float(hours) for hours in limits if hours is not None), default=None)
+
+    @property
+    def recoveries(self) -> int:
+        """Attempts that ended in a failure or a disruption, after which it has gone on."""
+        return int(self.status.get("failures", 0)) + int(self.status.get("disruptions", 0))
+
+    @property
+    def next_retry(self) -> int:
+        """The value of spec.retry.request that asks for another retry."""
+        return 1 + max(int((self.spec.get("retry") or {}).get("request") or 0), int(self.status.get("retryRequest", 0)))
+
+    @property
+    def retains_workspace(self) -> bool:
+        """Whether its workspace stays when the job is deleted."""
+        return bool((self.spec.get("workspace") or {}).get("retain", True))
+
+    @property
+    def exit_code(self) -> int:
+        """0, or the exit code of the step that has failed; 1 if it has none."""
+        if self.phase != "Failed":
+            return 0
+        return int((self.status.get("lastFailure") or {}).get("exitCode") or 1)
+
+    @property
+    def message(self) -> str:
+        """What the operator says of it now: why it waits, runs or has failed."""
+        told = {entry["type"]: entry for entry in self.status.get("conditions", ())}
+        kind = self.phase if self.phase in ("Failed", "Suspended") else "Succeeded"
+        return str(told.get(kind, {}).get("message", ""))
+
+
+def generated_name(model: str, suffix: str) -> str:
+    """A name made of the last part of the model's address, and `suffix`, which makes it unused."""
+    last = model.rstrip("/").rpartition("/")[2].lower()
+    words = re.sub(r"[^a-z0-9]+", "-", last).strip("-")
+    return f"{words[: MAX_NAME_LENGTH - len(suffix) - 1].strip('-') or 'job'}-{suffix}"

@@ -1,0 +1,85 @@
+"""The pods of a job, as users need to know them: which step each belongs to, and why one has not started."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_api.naming import JOB_UID_LABEL, STEP_LABEL
+from qlora_client.jobs.job import Job
+from qlora_client.kube.cluster import Cluster
+from qlora_client.kube.resources import PODS
+
+CONTAINER = "trainer"
+"""The container that runs the step; others may be beside it, such as that of a mesh. A test compares it with the
+contract, whose models would take longer to import than the rest of a command."""
+_INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
+
+
+@dataclass(frozen=True)
+class Pod:
+    """One pod at one moment."""
+
+    body: Mapping[str, Any]
+    """The object, as JSON."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the job's namespace."""
+        return str(self.body["metadata"]["name"])
+
+    @property
+    def uid(self) -> str:
+        """Differs from that of a deleted pod of the same name."""
+        return str(self.body["metadata"]["uid"])
+
+    @property
+    def step(self) -> str:
+        """The step that it runs."""
+        return str(self.body["metadata"]["labels"].get(STEP_LABEL, ""))
+
+    @property
+    def node(self) -> int:
+        """Which of the pods that train together it is, counted from 0."""
+        return int(self.body["metadata"]["labels"].get(_INDEX_LABEL, 0))
+
+    @property
+    def has_log(self) -> bool:
+        """Whether its container has started, so that there is a log."""
+        return bool({"running", "terminated"} & self._state.keys())
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more is printed."""
+        return "terminated" in self._state
+
+    @property
+    def waits_for(self) -> str:
+        """Why it has not started, in the words of the scheduler or the kubelet; empty if neither has said so."""
+        waiting = self._state.get("waiting") or {}
+        unscheduled = [
+            entry
+            for entry in self.body.get("status", {}).get("conditions") or ()
+            if entry["type"] == "PodScheduled" and entry["status"] == "False"
+        ]
+        told = unscheduled[0] if unscheduled else waiting
+        return ": ".join(str(told[key]) for key in ("reason", "message") if told.get(key))
+
+    @property
+    def _state(self) -> Mapping[str, Any]:
+        statuses = self.body.get("status", {}).get("containerStatuses") or ()
+        return next((each.get("state") or {} for each in statuses if each["name"] == CONTAINER), {})
+
+
+def pods_of(cluster: Cluster, job: Job) -> list[Pod]:
+    """The pods that report on the job, oldest first: its own, and those in which another job of its group trains it.
+
+    Of several that train together, the first.
+    """
+    found = _labeled(cluster, job.uid)
+    if job.trained_by_uid != job.uid:
+        found += [pod for pod in _labeled(cluster, job.trained_by_uid) if pod.step == "train"]
+    return sorted(found, key=lambda pod: (pod.body["metadata"]["creationTimestamp"], pod.name))
+
+
+def _labeled(cluster: Cluster, job_uid: str) -> list[Pod]:
+    return [pod for pod in map(Pod, cluster.find(PODS, selector=f"{JOB_UID_LABEL}={job_uid}")) if pod.node == 0]

@@ -1,0 +1,1 @@
+"""Access to the API server. Only this package imports the Kubernetes client."""
