@@ -25,7 +25,7 @@ _PUBLIC = {
     "Comparison": "client_types",
     "Row": "comparison",
     "LossHistory": "history",
-    "Event": "events",
+    "Event": "jobs.events",
 }
 __all__ = list(_PUBLIC)
 

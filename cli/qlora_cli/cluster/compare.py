@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_cli.cluster.connection import job_names, note, with_cluster
-from qlora_cli.cluster.draw import MOST_CURVES, draw_curves, require_picture, save_picture
+from qlora_cli.cluster.curves import MOST_CURVES, draw_curves, require_picture, save_picture
 from qlora_cli.endings import ended_by_signals
 from qlora_cli.output import as_json, as_yaml
 from qlora_client.comparison import Compared, Row, differing_settings, results
