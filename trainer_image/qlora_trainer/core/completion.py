@@ -44,20 +44,9 @@ class EndOfTurn(ObservedModel):
         return f'"stop": {json.dumps([self.text], ensure_ascii=False)}'
 
 
-class PrepareRecord(ObservedModel):
-    """What prepare leaves for the later steps. Paths below the workspace are relative to it; others are absolute."""
+class PreparedModel(ObservedModel):
+    """The part of the record of prepare that the model's small files decide."""
 
-    fingerprint: str = Field(description="SHA-256 of everything that determines the prepared data and the model.")
-    model_path: str = Field(description="Folder of config.json and tokenizer, and of weights that are kept.")
-    model_revision: str = Field(description="Commit, or sha256:… of the content for a model on a volume.")
-    base_path: str = Field(description="Folder of the base model in 4-bit, as transformers loads it.")
-    base_sha256: str = Field(description="SHA-256 over the SHA-256 of each of its files.")
-    data_path: str = Field(description="Folder of the packed sequences.")
-    data_content: Mapping[str, Any] | None = Field(
-        None,
-        description="What decides the sequences besides the settings of model, adapter and training, wherever it was "
-        "read from: by it runs are compared. Not set by an earlier release.",
-    )
     target_modules: tuple[str, ...] = Field(description="Exact names of the linear layers that get an adapter.")
     packed: bool = Field(description="Whether a sequence may hold several rows.")
     rows_apart: bool = Field(False, description="Whether a micro batch may hold several rows.")
@@ -72,21 +61,47 @@ class PrepareRecord(ObservedModel):
         "it has positions for.",
     )
     memory: MemoryStatus
+    measured: MeasuredMemory | None = Field(
+        None, description="The dry runs that the estimate is from; not set if they failed, or by an earlier release."
+    )
+
+
+class PreparedBase(ObservedModel):
+    """The part of the record of prepare about the model's files and its base in 4-bit."""
+
+    model_path: str = Field(description="Folder of config.json and tokenizer, and of weights that are kept.")
+    model_revision: str = Field(description="Commit, or sha256:… of the content for a model on a volume.")
+    base_path: str = Field(description="Folder of the base model in 4-bit, as transformers loads it.")
+    base_sha256: str = Field(description="SHA-256 over the SHA-256 of each of its files.")
+    base: BaseStatus | None = Field(None, description="How the model was got; not set by an earlier release.")
+
+
+class PreparedData(ObservedModel):
+    """The part of the record of prepare about the data set and its sequences."""
+
+    fingerprint: str = Field(description="SHA-256 of everything that determines the prepared data and the model.")
+    data_path: str = Field(description="Folder of the packed sequences.")
+    data_content: Mapping[str, Any] | None = Field(
+        None,
+        description="What decides the sequences besides the settings of model, adapter and training, wherever it was "
+        "read from: by it runs are compared. Not set by an earlier release.",
+    )
     dataset: DatasetStatus
     work: WorkStatus | None = Field(
         None, description="How much there is to compute; not set if that is unknown, or by an earlier release."
     )
-    measured: MeasuredMemory | None = Field(
-        None, description="The dry runs that the estimate is from; not set if they failed, or by an earlier release."
-    )
-    base: BaseStatus | None = Field(None, description="How the model was got; not set by an earlier release.")
-    remarks: tuple[str, ...] = Field((), description="What a user should know, such as what is done otherwise.")
     template_sha256: str | None = Field(
         None, description="SHA-256 of the job's own chat template, which is beside the sequences; not set without one."
     )
     end_of_turn: EndOfTurn | None = Field(
         None, description="What ends an answer, if no server of the model stops there by itself."
     )
+
+
+class PrepareRecord(PreparedModel, PreparedBase, PreparedData):
+    """What prepare leaves for the later steps. Paths below the workspace are relative to it; others are absolute."""
+
+    remarks: tuple[str, ...] = Field((), description="What a user should know, such as what is done otherwise.")
     initial_adapter: InitialAdapterStatus | None = Field(
         None, description="The adapter of spec.lora.from, which is in the workspace; not set without one."
     )
