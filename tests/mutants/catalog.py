@@ -1110,8 +1110,8 @@ TRAINER = (
     ),
     Mutant(
         name="the-best-adapter-is-not-restored",
-        file=f"{_TRAINER}/training/resume.py",
-        old="    run.best = best_of(checkpoint)\n",
+        file=f"{_TRAINER}/training/open_run.py",
+        old="    progress.best = best_of(checkpoint)\n",
         new="",
         tests=(
             (

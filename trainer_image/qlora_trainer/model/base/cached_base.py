@@ -8,9 +8,8 @@ from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 
-from qlora_api.contract import ExitCode, ModelCacheLayout
+from qlora_api.contract import ExitCode
 from qlora_api.printable import one_line, shortened
-from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.filesystem import bytes_below, sizes
 from qlora_trainer.model.base.artifact import BaseManifest
@@ -36,20 +35,20 @@ _MAX_REMARK = 256
 _LOFTQ = "spec.lora.initialization loftq compares with the 16-bit model, which is not cached: the job has its own"
 
 
-def open_base_source(context: StepContext, source: SharedModel, settings: Path, layout: BaseLayout) -> BaseSource:
-    """Where the job's base comes from. `settings`: the folder of the model's config.json.
+def open_base_source(
+    source: SharedModel, layout: BaseLayout, settings: Path, target: Path, cache: ModelCache | None
+) -> BaseSource:
+    """Return where the base comes from: the cache if there is one, else the workspace folder `target`.
 
-    A base whose original is downloaded and kept is the job's own.
+    `settings` is the folder of the model's config.json. A base whose original is downloaded and kept is the job's own.
     """
-    folder, target = context.mounts.model_cache, context.workspace.base
-    if folder is None:
+    if cache is None:
         return WorkspaceBase(source, target, settings, layout)
     if isinstance(source, DownloadedModel) and source.keeps_weights:
         return WorkspaceBase(source, target, settings, layout, remark=_LOFTQ)
     own = WorkspaceBase(source, target, settings, layout)
     if source.known_version is not None and own.is_complete(source.known_version):
         return own
-    cache = ModelCache(ModelCacheLayout(folder), context.job_uid, context.pod_uid)
     return CachedBase(source, own, cache, settings, layout)
 
 
