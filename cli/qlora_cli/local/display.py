@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
 from qlora_api.contract import ProgressRecord, ResultRecord
-from qlora_api.figures import format_duration
+from qlora_api.duration import format_duration
 from qlora_api.status import StepName
 
 _DOING: dict[StepName, str] = {"prepare": "Preparing", "train": "Training", "publish": "Publishing"}
