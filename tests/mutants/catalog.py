@@ -76,7 +76,9 @@ OPERATOR = (
         file=f"{_DECISIONS}/summary.py",
         old=" or any(not child.finished for child in observed.children)",
         new="",
-        tests=(f"{_OPERATOR_TESTS}/decisions/test_status.py::test_a_suspension_is_not_over_while_a_job_may_still_create_a_pod",),
+        tests=(
+            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_a_suspension_is_not_over_while_a_job_may_still_create_a_pod",
+        ),
     ),
     Mutant(
         name="last-failure-is-forgotten",
@@ -92,14 +94,18 @@ OPERATOR = (
         file=f"{_DECISIONS}/status.py",
         old="if status.step is None or is_finished(status):",
         new="if status.step is None:",
-        tests=(f"{_OPERATOR_TESTS}/decisions/test_status.py::test_the_clean_up_job_is_not_recorded_as_the_last_steps_job",),
+        tests=(
+            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_the_clean_up_job_is_not_recorded_as_the_last_steps_job",
+        ),
     ),
     Mutant(
         name="waiting-for-a-pod-is-not-reported",
         file=f"{_DECISIONS}/summary.py",
         old="if not step.job_uid and observed.live_pods:",
         new="if False:",
-        tests=(f"{_OPERATOR_TESTS}/decisions/test_status.py::test_a_step_waits_for_the_last_pod_of_the_attempt_before",),
+        tests=(
+            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_a_step_waits_for_the_last_pod_of_the_attempt_before",
+        ),
     ),
     Mutant(
         name="attempts-of-a-found-job-are-not-counted",
@@ -335,7 +341,9 @@ OPERATOR = (
         file=f"{_DECISIONS}/advance.py",
         old="return status  # its pods are about to be deleted, and what they ran counts",
         new="pass",
-        tests=(f"{_OPERATOR_TESTS}/decisions/test_limits.py::test_a_deleted_job_is_not_replaced_before_its_pods_count",),
+        tests=(
+            f"{_OPERATOR_TESTS}/decisions/test_limits.py::test_a_deleted_job_is_not_replaced_before_its_pods_count",
+        ),
     ),
     Mutant(
         name="an-unread-log-looks-like-a-hang",
@@ -372,7 +380,9 @@ OPERATOR = (
         file=f"{_DECISIONS}/manifests/objects.py",
         old=", ensure_ascii=False",
         new="",
-        tests=(f"{_OPERATOR_TESTS}/reconcile/test_profile_limit.py::test_a_system_prompt_of_any_characters_reaches_the_pods",),
+        tests=(
+            f"{_OPERATOR_TESTS}/reconcile/test_profile_limit.py::test_a_system_prompt_of_any_characters_reaches_the_pods",
+        ),
     ),
     Mutant(
         name="a-document-of-any-size-is-resolved",
@@ -388,7 +398,9 @@ OPERATOR = (
         file=f"{_DECISIONS}/manifests/objects.py",
         old="if resolved.document is not None:",
         new="if False:",
-        tests=(f"{_OPERATOR_TESTS}/decisions/test_manifests.py::test_the_document_is_what_was_fixed_when_the_job_started",),
+        tests=(
+            f"{_OPERATOR_TESTS}/decisions/test_manifests.py::test_the_document_is_what_was_fixed_when_the_job_started",
+        ),
     ),
     Mutant(
         name="an-unsupported-trainer-fails-the-job",
@@ -422,7 +434,9 @@ OPERATOR = (
         file=f"{_DECISIONS}/pods/deletions.py",
         old="shown.reason == POD_DETACHED",
         new="False",
-        tests=(f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_nobody_is_accused_of_deleting_the_job_of_a_detached_pod",),
+        tests=(
+            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_nobody_is_accused_of_deleting_the_job_of_a_detached_pod",
+        ),
     ),
     Mutant(
         name="restarts-are-taken-for-deletions",
@@ -447,28 +461,36 @@ OPERATOR = (
         file=f"{_DECISIONS}/manifests/objects.py",
         old=' | {"sidecar.istio.io/inject": "false"}',
         new="",
-        tests=(f"{_OPERATOR_TESTS}/decisions/test_manifests.py::test_no_service_mesh_adds_a_proxy_that_would_outlive_the_step",),
+        tests=(
+            f"{_OPERATOR_TESTS}/decisions/test_manifests.py::test_no_service_mesh_adds_a_proxy_that_would_outlive_the_step",
+        ),
     ),
     Mutant(
         name="threads-follow-a-limit-that-is-not-set",
         file=f"{_DECISIONS}/manifests/objects.py",
         old='"requests.cpu"',
         new='"limits.cpu"',
-        tests=(f"{_OPERATOR_TESTS}/decisions/test_manifests.py::test_libraries_start_as_many_threads_as_the_pod_requests_cpus",),
+        tests=(
+            f"{_OPERATOR_TESTS}/decisions/test_manifests.py::test_libraries_start_as_many_threads_as_the_pod_requests_cpus",
+        ),
     ),
     Mutant(
         name="readiness-ignores-a-dead-watch",
         file=f"{_OPERATOR}/watch/resync.py",
         old="if dead := self.monitor.dead:",
         new="if dead := ():",
-        tests=(f"{_OPERATOR_TESTS}/watch/test_resync.py::test_a_watch_that_shows_nothing_is_reported_at_the_second_list",),
+        tests=(
+            f"{_OPERATOR_TESTS}/watch/test_resync.py::test_a_watch_that_shows_nothing_is_reported_at_the_second_list",
+        ),
     ),
     Mutant(
         name="a-denied-namespace-stops-all",
         file=f"{_OPERATOR}/watch/resync.py",
         old="if len(rejected) == len(self._namespaces):",
         new="if rejected:",
-        tests=(f"{_OPERATOR_TESTS}/watch/test_resync.py::test_a_denied_namespace_leaves_the_others_alone_and_comes_back",),
+        tests=(
+            f"{_OPERATOR_TESTS}/watch/test_resync.py::test_a_denied_namespace_leaves_the_others_alone_and_comes_back",
+        ),
     ),
     Mutant(
         name="infinity-is-sent",
@@ -505,7 +527,9 @@ OPERATOR = (
         file=f"{_CONTRACT}/served_schema.py",
         old='("items", "additionalProperties")',
         new='("additionalProperties",)',
-        tests=(f"{_OPERATOR_TESTS}/kube/test_schema_check.py::test_fields_that_this_release_has_and_the_cluster_has_not",),
+        tests=(
+            f"{_OPERATOR_TESTS}/kube/test_schema_check.py::test_fields_that_this_release_has_and_the_cluster_has_not",
+        ),
     ),
     Mutant(
         name="a-task-that-goes-on-is-canceled-once",
@@ -521,7 +545,9 @@ OPERATOR = (
         file=f"{_OPERATOR}/watch/resync.py",
         old="interval / 2",
         new="interval * 20",
-        tests=(f"{_OPERATOR_TESTS}/watch/test_resync.py::test_a_watch_that_shows_nothing_is_reported_at_the_second_list",),
+        tests=(
+            f"{_OPERATOR_TESTS}/watch/test_resync.py::test_a_watch_that_shows_nothing_is_reported_at_the_second_list",
+        ),
     ),
     Mutant(
         name="a-failed-key-keeps-its-request",
@@ -546,7 +572,9 @@ OPERATOR = (
         file=f"{_OPERATOR}/reconcile/queue.py",
         old="return self.most is None or self._working_in[namespace] < self.most",
         new="return True",
-        tests=(f"{_OPERATOR_TESTS}/reconcile/test_queue.py::test_a_neighbor_begins_while_everything_of_a_flood_is_stuck",),
+        tests=(
+            f"{_OPERATOR_TESTS}/reconcile/test_queue.py::test_a_neighbor_begins_while_everything_of_a_flood_is_stuck",
+        ),
     ),
     Mutant(
         name="a-detached-pod-runs-unseen",
@@ -714,7 +742,9 @@ OPERATOR = (
         file=f"{_DECISIONS}/plan.py",
         old="return () if job.orphans else tuple(_running(observed))",
         new="return ()",
-        tests=(f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_job_whose_deletion_a_finalizer_delays_runs_no_further",),
+        tests=(
+            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_job_whose_deletion_a_finalizer_delays_runs_no_further",
+        ),
     ),
     Mutant(
         name="a-clean-up-to-come-is-forgotten",
@@ -833,14 +863,18 @@ OPERATOR = (
         file=f"{_DECISIONS}/observed/parsing.py",
         old='return text if len(text) <= MAX_RESOLVED else ""',
         new="return text",
-        tests=(f"{_OPERATOR_TESTS}/watch/test_store.py::test_of_what_is_longer_than_any_operator_writes_nothing_is_kept",),
+        tests=(
+            f"{_OPERATOR_TESTS}/watch/test_store.py::test_of_what_is_longer_than_any_operator_writes_nothing_is_kept",
+        ),
     ),
     Mutant(
         name="a-first-job-shown-before-its-job-has-resolved-nothing",
         file=f"{_OPERATOR}/watch/store.py",
         old="            version = 0\n",
         new="            pass\n",
-        tests=(f"{_OPERATOR_TESTS}/watch/test_store.py::test_a_first_job_that_is_shown_before_its_job_is_read_once_more",),
+        tests=(
+            f"{_OPERATOR_TESTS}/watch/test_store.py::test_a_first_job_that_is_shown_before_its_job_is_read_once_more",
+        ),
     ),
     Mutant(
         name="what-a-list-has-shown-is-lost-if-the-next-fails",
@@ -856,7 +890,9 @@ OPERATOR = (
         file=f"{_OPERATOR}/kube/client.py",
         old='if reason == "AlreadyExists" else ConflictError',
         new="if reason else AlreadyExistsError",
-        tests=(f"{_OPERATOR_TESTS}/kube/test_client.py::test_only_a_conflict_that_says_so_means_that_the_object_exists",),
+        tests=(
+            f"{_OPERATOR_TESTS}/kube/test_client.py::test_only_a_conflict_that_says_so_means_that_the_object_exists",
+        ),
     ),
     Mutant(
         name="a-watch-shows-names-only",
@@ -904,7 +940,9 @@ OPERATOR = (
         file=f"{_DECISIONS}/continued.py",
         old="if not is_at_rest(other):",
         new="if False:",
-        tests=(f"{_OPERATOR_TESTS}/decisions/test_continued.py::test_until_then_it_waits_says_why_and_is_looked_at_again",),
+        tests=(
+            f"{_OPERATOR_TESTS}/decisions/test_continued.py::test_until_then_it_waits_says_why_and_is_looked_at_again",
+        ),
     ),
     Mutant(
         name="a-job-whose-pod-still-saves-is-continued",
@@ -1220,7 +1258,9 @@ TRAINER = (
         file=f"{_TRAINER}/training/distributed/sharding.py",
         old='_set_frozen(block, name, weight.to("meta"))',
         new="_set_frozen(block, name, weight)",
-        tests=(f"{_TRAINER_TESTS}/training/distributed/test_sharding.py::test_a_rank_reads_its_part_of_each_packed_weight",),
+        tests=(
+            f"{_TRAINER_TESTS}/training/distributed/test_sharding.py::test_a_rank_reads_its_part_of_each_packed_weight",
+        ),
     ),
     Mutant(
         name="large-logits-overflow",
