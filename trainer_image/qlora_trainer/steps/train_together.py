@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from qlora_api.contract import ExitCode
@@ -107,9 +108,9 @@ def train_together(
     part. Raises StepFailure if they cannot be trained together, or not in this memory, and Interrupted after saving all
     when `stop` was set.
     """
-    _reject_shared_folders(contexts)
+    _reject_shared_folders([context.workspace.root for context in contexts])
     results = _Results()
-    with ExitStack() as outer, _explained_shortage(contexts, results):
+    with ExitStack() as outer, _explained_shortage(contexts[0].device, len(contexts), results):
         held = [outer.enter_context(ExitStack()) for _ in contexts]
         jobs: dict[int, PreparedJob] = {}
         for number, context in enumerate(contexts):
@@ -153,8 +154,8 @@ def train_together(
     return [results[number] for number in range(len(contexts))]
 
 
-def _reject_shared_folders(contexts: Sequence[StepContext]) -> None:
-    folders = [context.workspace.root.resolve() for context in contexts]
+def _reject_shared_folders(workspaces: Sequence[Path]) -> None:
+    folders = [workspace.resolve() for workspace in workspaces]
     for number, folder in enumerate(folders):
         if folder in folders[:number]:
             raise bad_configuration(f"{folder} is the workspace of two jobs: give each job its own, and name each once")
@@ -235,15 +236,14 @@ class _SharedBase:
 
 
 @contextmanager
-def _explained_shortage(contexts: Sequence[StepContext], results: _Results) -> Iterator[None]:
-    """Turn an out-of-memory error into a StepFailure (GPU_OUT_OF_MEMORY) that says how many jobs were trained."""
+def _explained_shortage(device: Device, total: int, results: _Results) -> Iterator[None]:
+    """Turn an out-of-memory error into a StepFailure (GPU_OUT_OF_MEMORY) with the number of jobs in training."""
     try:
         yield
     except RuntimeError as error:
         if not is_out_of_gpu_memory(error):
             raise
-        device: Device = contexts[0].device
-        count = len(contexts) - len(results)
+        count = total - len(results)
         jobs = f"{count} job{'' if count == 1 else 's'}"
         raise StepFailure(
             ExitCode.GPU_OUT_OF_MEMORY,

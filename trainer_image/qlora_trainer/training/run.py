@@ -43,7 +43,7 @@ class Runtime:
 
 @dataclass
 class RunProgress:
-    """What changes in a run, besides its state: it is in no checkpoint as it is here."""
+    """What changes in a run, besides the state that a checkpoint saves."""
 
     schedule: Schedule
     """Its micro batches become smaller if the GPU runs out of memory and the job allows it."""
