@@ -14,6 +14,7 @@ from typing import Literal
 
 from qlora_api.contract import ModelCacheLayout, WorkspaceLayout
 from qlora_api.spec.model import SecretKeyRef
+from qlora_api.spec.training import LoraSpec
 from qlora_api.status import BaseStatus, InitialAdapterStatus
 from qlora_trainer.core.completion import PreparedBase, PrepareRecord, read_completion, recorded_path, write_completion
 from qlora_trainer.core.context import Identity, StepContext, base_name
@@ -22,7 +23,7 @@ from qlora_trainer.core.filesystem import is_full, partial_path, remove, remove_
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.data.render.template_source import job_template
 from qlora_trainer.evaluation.scorable import require_readable
-from qlora_trainer.model.adapter.initial import get_initial_adapter
+from qlora_trainer.model.adapter.initial import InitialAdapter, get_initial_adapter
 from qlora_trainer.model.base.cache import ModelCache
 from qlora_trainer.model.base.cached_base import open_base_source
 from qlora_trainer.model.base.workspace_base import Base, BaseSource
@@ -129,11 +130,8 @@ def _prepare(
     bases = open_base_source(source, model.layout, folder, workspace.base, model_cache)
     bases.require_room()
 
-    initial = None
-    if spec.lora.initial_adapter is not None:
-        say("fetching and checking the adapter of spec.lora.from")
-        target, modules = workspace.initial_adapter, checked.family.target_modules
-        initial = get_initial_adapter(spec.lora, access("lora"), target, folder, modules, earlier_adapter)
+    target = workspace.initial_adapter
+    initial = _initial_adapter(spec.lora, access("lora"), target, model, earlier_adapter, say)
     rows = rows_folder(workspace.data, mounts.sweep, context.identity)
     dataset = build_dataset(spec, model, access("dataset"), workspace.data, rows, say)
     records.note(dataset=dataset.status())
@@ -144,17 +142,36 @@ def _prepare(
     fetching += now() - started
 
     data = sequences.complete(spec, model, base.revision, workspace)
-    remark = None
-    if initial is not None:
-        initial.complete()
-        remark = initial.remark(base_name(spec.model), base.revision)
+    of_adapter = () if initial is None else _complete_adapter(initial, base_name(spec.model), base.revision)
     return PrepareRecord(
         **dict(model.record()),
         **dict(_base_record(bases, base, source, fetching, workspace.root)),
         **dict(data),
-        remarks=(*checked.remarks, *sequences.remarks, *(() if remark is None else (remark,))),
+        remarks=(*checked.remarks, *sequences.remarks, *of_adapter),
         initial_adapter=None if initial is None else initial.status,
     )
+
+
+def _initial_adapter(
+    lora: LoraSpec,
+    access: StoreAccess,
+    target: Path,
+    model: AdmittedModel,
+    earlier: InitialAdapterStatus | None,
+    say: Callable[[str], None],
+) -> InitialAdapter | None:
+    """Fetch and check the adapter of spec.lora.from. `earlier` is what an attempt before this one has fetched."""
+    if lora.initial_adapter is None:
+        return None
+    say("fetching and checking the adapter of spec.lora.from")
+    return get_initial_adapter(lora, access, target, model.folder, model.checked.family.target_modules, earlier)
+
+
+def _complete_adapter(initial: InitialAdapter, name: str, revision: str) -> tuple[str, ...]:
+    """Put the adapter where training reads it, and return remarks on its base, which may have another name."""
+    initial.complete()
+    remark = initial.remark(name, revision)
+    return () if remark is None else (remark,)
 
 
 def _model_cache(folder: Path | None, identity: Identity) -> ModelCache | None:

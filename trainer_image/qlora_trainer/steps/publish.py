@@ -5,7 +5,6 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,7 +34,7 @@ from qlora_trainer.history.metrics_log import read_history
 from qlora_trainer.model.adapter.initial import read_initial_adapter
 from qlora_trainer.model.base.cache import require_whole_in_cache
 from qlora_trainer.publishing.chat_template import job_template_file
-from qlora_trainer.publishing.destinations.addresses import JobDestinations, open_destination
+from qlora_trainer.publishing.destinations.addresses import JobDestinations
 from qlora_trainer.publishing.destinations.destination import Destination, is_published
 from qlora_trainer.publishing.gate import gate_failure, judge
 from qlora_trainer.publishing.gguf import GgufFile, gguf_file
@@ -78,14 +77,10 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
         _describe_adapter(job, folder, workspace, picture)
         _add_to_sweep(job, workspace.report, mounts.sweep)
         raise gate_failure(job.gate, f"{context.workspace_uri}/{job.trained.adapter_path}")
-    open_at = partial(
-        open_destination,
-        mounts=mounts,
-        secret=context.secret("output"),
-        registries=context.registries,
-        owner=identity.pod_uid,
+    secret, owner = context.secret("output"), identity.pod_uid
+    destinations = JobDestinations(
+        job.spec.output, workspace, context.workspace_uri, mounts, secret, context.registries, owner
     )
-    destinations = JobDestinations(job.spec.output, workspace, context.workspace_uri, identity.pod_uid, open_at)
     destination = destinations.adapter()
     done = _already_published(job, workspace, destination, destinations, has_key=mounts.signing_key.is_file())
     if done is not None:
@@ -99,8 +94,7 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
     with gguf_file(job, folder, workspace) as gguf:
         contents = _contents(job, folder, workspace, picture, page, gguf)
         uri = publish_with_lineage(job, destination, contents, namespace=namespace, key=key)
-        adapter = _adapter_at(uri, job, folder, signed=key is not None)
-        adapter = adapter.model_copy(update={"gguf": None if gguf is None else gguf.status})
+        adapter = _adapter_at(uri, job, folder, gguf, signed=key is not None)
     record = PublishRecord(
         fingerprint=_fingerprint(job.trained, destination),
         adapter=adapter,
@@ -278,7 +272,7 @@ def _contents(
     }
 
 
-def _adapter_at(uri: str, job: TrainedJob, folder: Path, *, signed: bool) -> AdapterStatus:
+def _adapter_at(uri: str, job: TrainedJob, folder: Path, gguf: GgufFile | None, *, signed: bool) -> AdapterStatus:
     """The status of the adapter in `folder`, which is published at `uri`. `signed`: with a lineage that is."""
     return AdapterStatus(
         uri=uri,
@@ -292,6 +286,7 @@ def _adapter_at(uri: str, job: TrainedJob, folder: Path, *, signed: bool) -> Ada
         quantization=quantization_label(job.spec.quantization),
         initial_adapter=job.prepared.initial_adapter,
         lineage="signed" if signed else "unsigned",
+        gguf=None if gguf is None else gguf.status,
     )
 
 

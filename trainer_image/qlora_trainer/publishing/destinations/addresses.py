@@ -1,6 +1,5 @@
 """Opens the destinations that the addresses of a job's spec name, and checks them before anything is trained."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +28,11 @@ class JobDestinations:
     output: OutputSpec
     workspace: WorkspaceLayout
     workspace_uri: str
+    mounts: Mounts
+    secret: Secret
+    registries: tuple[str, ...]
     owner: str
     """Distinguishes this process from another one that writes to a volume."""
-    open_at: Callable[[str], Destination]
-    """Opens the destination of an address."""
 
     def adapter(self) -> Destination:
         """Open the destination of the adapter."""
@@ -46,14 +46,19 @@ class JobDestinations:
     def base(self) -> Destination | None:
         """Open the destination of the 4-bit base; None if the job does not ask for one."""
         wanted = self.output.base
-        return None if wanted is None else self.open_at(wanted.destination)
+        return None if wanted is None else self._at(wanted.destination)
 
     def _open(self, address: str | None, folder: Path) -> Destination:
         if address is not None:
-            return self.open_at(address)
+            return self._at(address)
         root = self.workspace.root
         uri = f"{self.workspace_uri}/{folder.relative_to(root)}"
         return VolumeFolder(confined(folder, root), uri, owner=self.owner)
+
+    def _at(self, address: str) -> Destination:
+        return open_destination(
+            address, mounts=self.mounts, secret=self.secret, registries=self.registries, owner=self.owner
+        )
 
 
 def open_destination(
