@@ -198,7 +198,7 @@ def test_a_model_with_blocks_that_the_small_one_lacks_is_rejected(
 
     message = rejection(written(tmp_path, config)).message
 
-    assert "by which it is tested, has other blocks than the whole one (mamba" in message
+    assert "the small test model of the family has other blocks than the whole one (mamba" in message
 
 
 def test_routers_that_begin_at_zero_and_draw_at_random_are_refused(

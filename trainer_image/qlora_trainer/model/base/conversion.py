@@ -1,4 +1,4 @@
-"""Makes the 4-bit base of a job from the files of the original, one at a time, and resumes after any of them."""
+"""Makes the 4-bit base of a job, one original file at a time, and resumes."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -32,7 +32,7 @@ from qlora_trainer.stores.contents import PublishedFile
 
 
 class BaseConversion:
-    """The base in `target`, which is complete or absent, and what an earlier attempt has made of it. See Conversion."""
+    """The base in `target`, and an earlier attempt's part of it. See Conversion."""
 
     def __init__(self, target: Path, settings: Path, version: str, layout: BaseLayout, address: str = "") -> None:
         """Delete what was made of another original: there may be no room for both.
@@ -89,9 +89,9 @@ class BaseConversion:
         self._note({path.name: written}, {path.name: sha256})
 
     def keep_sound(self, originals: Mapping[str, str | None], on_bytes: OnBytes) -> None:
-        """Read what is there, and delete all but sound files that were made of these originals, by name with SHA-256.
+        """Delete all but sound files that were made of these originals, by name with SHA-256.
 
-        For a folder to which others write. Where the server does not know a digest, any counts. The base is
+        For a folder that others can write to. Where the server does not report a digest, any counts. The base is
         incomplete afterwards.
         """
         if self._folder == self._target:
@@ -115,7 +115,7 @@ class BaseConversion:
         write_manifest(self._folder, self._manifest)
 
     def complete(self) -> BaseManifest:
-        """Add the configuration and the index, and give the folder its name; returns what is in it.
+        """Add the configuration and the index, give the folder its name, and return its manifest.
 
         Raises StepFailure MODEL_UNAVAILABLE if the original lacks a tensor of the model.
         """
@@ -161,7 +161,7 @@ class BaseConversion:
 
 
 def small_files(folder: Path, manifest: BaseManifest, settings: Path, layout: BaseLayout) -> Mapping[str, bytes]:
-    """What a base has besides the weights, which are in the folder: its configuration and, of several files, an index.
+    """The files of a base besides the weights: its configuration and, with several files, an index.
 
     Raises StepFailure MODEL_UNAVAILABLE if the weights lack a tensor of the model.
     """

@@ -1,4 +1,4 @@
-"""Decides, before any weight is read, which tensors of a base become 4-bit and what its files then hold."""
+"""Decides which tensors of a base become 4-bit, and the content of its files."""
 
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -37,7 +37,7 @@ from qlora_trainer.model.source.quantization import (
 )
 
 STATE_BYTES = 256
-"""Bytes of a layer's description in JSON, which is filled up with spaces: its length is known before its numbers."""
+"""Bytes of a layer's description in JSON, padded with spaces to a fixed length."""
 _WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
 """The types that a weight may be stored in."""
 _PACKED_ALIGNMENT = 4
@@ -45,7 +45,7 @@ _PACKED_ALIGNMENT = 4
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor of the original, and what is written in its place: itself, or the tensors of 4-bit layers."""
+    """A tensor of the original, and its replacement: itself, or 4-bit tensors."""
 
     stored: str
     entries: tuple[Entry, ...]
@@ -79,21 +79,21 @@ class BaseLayout:
     """The names of each parameter. One of them must be stored."""
     buffers: frozenset[str]
     in_32_bit: frozenset[str]
-    """Names of the parameters that transformers keeps in 32 bit, whatever it is asked for."""
+    """Names of the parameters that transformers always keeps in 32 bit."""
     name_in_model: Callable[[str], StoredName | None]
     """See `renaming`."""
     experts: ExpertLayout
     stored_in_4_bit: bool = False
-    """Whether the original's layers are in 4 bit already, as `quantization` describes it."""
+    """Whether the original's layers are in 4 bit already, as in `quantization`."""
     in_16_bit: tuple[str, ...] = ()
-    """Names of all modules that do not become 4-bit, of a model of which transformers alone would leave fewer."""
+    """Names of all modules that stay in 16 bit, if transformers would leave fewer."""
 
     @classmethod
     def of(cls, config_folder: Path, quantization: QuantizationSpec) -> Self:
         """The layout of the model whose config.json is in the folder, and was checked. Reads no weights.
 
-        The choice of the 4-bit layers is transformers' own: it is asked to replace them in a model without weights, and
-        told to leave what is beside the text of a multimodal model, which is not adapted to the error of quantization.
+        transformers chooses the 4-bit layers: it replaces them in a model without weights, and skips the parts of a
+        multimodal model besides text, because they are not adapted to the error of quantization.
         Raises StepFailure BAD_CONFIGURATION for a model that is in 4 bit already, but in another format or in other
         layers.
         """
@@ -152,10 +152,10 @@ class BaseLayout:
         return weights + len(self.four_bit) * STATE_BYTES + kept
 
     def parts(self, stored: Mapping[str, tuple[str, tuple[int, ...]]], file: str) -> list[Part]:
-        """What to write of a file of the original with these tensors, by name with type and shape.
+        """The parts to write for a file of the original with these tensors, by name with type and shape.
 
         Tensors that the model does not have are left out, such as those of a part for images. The others get the types
-        in which transformers would load them: it does not convert those of a base in 4-bit. Where each begins is a
+        that transformers would load them in: it does not convert those of a base in 4-bit. Where each begins is a
         multiple of its type's size. Raises StepFailure MODEL_UNAVAILABLE, naming the tensor, for one of another shape,
         of no floating point type, or that the model computes with in another form.
         """
@@ -193,7 +193,7 @@ class BaseLayout:
     def _layer_part(
         self, stored: str, weight: str, role: str, name: str, dtype: str, shape: tuple[int, ...], file: str
     ) -> Part:
-        """A tensor of a layer that is in 4 bit already, whose weight has these names in the file and in the model."""
+        """A tensor of a stored 4-bit layer, with its names in the file and in the model."""
         entries = {entry.name: entry for entry in _layer(weight, prod(self.shapes[name]), self.quantization)}
         entry = entries.get(stored) if name in self.four_bit else None
         if entry is None:
@@ -228,7 +228,7 @@ class BaseLayout:
         return Part(stored, tuple(entries), four_bit=True, place=place)
 
     def matrices(self, opened: Any, part: Part) -> Iterator[tuple[str, Tensor]]:
-        """The weight of each 4-bit layer that a part becomes, out of an open file, before its entries' common name."""
+        """Name and weight of each 4-bit layer that a part becomes, from an open file."""
         if part.place is None:
             yield part.stored, opened.get_tensor(part.stored)
             return
@@ -238,10 +238,10 @@ class BaseLayout:
     def tensors(
         self, stored: Mapping[str, tuple[str, tuple[int, ...]]]
     ) -> Mapping[str, tuple[Entry, StoredTensor | None]]:
-        """What a base has whose files have these tensors, by name with type and shape; of a 4-bit layer, as what.
+        """The tensors of a base whose files have these, by name with type and shape, and their roles in 4-bit layers.
 
-        These are all tensors of the routed experts, and of each other weight that is stored. What no base has is not
-        among them. Buffers are as they are stored, and so are the rows of a weight that is stored in pieces.
+        These are all tensors of the routed experts, and of each other weight that is stored. Others are left out.
+        Buffers are as they are stored, and so are the rows of a weight that is stored in pieces.
         """
         found: dict[str, tuple[Entry, StoredTensor | None]] = {}
         for name, stack in self.experts.stacks.items():
@@ -266,7 +266,7 @@ class BaseLayout:
         return found
 
     def _layer_tensors(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[Entry, StoredTensor | None]]:
-        """The tensors of the 4-bit layer whose weight has this name in a file, and this shape."""
+        """The tensors of the 4-bit layer of a weight with this name and shape."""
         return {
             entry.name: (
                 entry,
@@ -276,7 +276,7 @@ class BaseLayout:
         }
 
     def library_config(self) -> BitsAndBytesConfig:
-        """How transformers is told of the base's quantization."""
+        """The base's quantization as transformers' configuration."""
         stacks = self.experts.stacks.values()
         settings = library_config(self.quantization, experts=bool(stacks), in_16_bit=self.in_16_bit)
         if any(stack.mxfp4 for stack in stacks):
@@ -284,7 +284,7 @@ class BaseLayout:
         return settings
 
     def require_complete(self, stored: Collection[str]) -> None:
-        """Raise StepFailure MODEL_UNAVAILABLE unless each parameter of the model is among these stored tensors."""
+        """Raise StepFailure MODEL_UNAVAILABLE unless each parameter is stored."""
         places = {name: place for name in stored if (place := self.name_in_model(name)) is not None}
         found = _whole(places.values())
         missing = sorted(min(group) for group in self.tied if not group & found)
@@ -300,7 +300,7 @@ class BaseLayout:
 
 
 def _whole(places: Iterable[StoredName]) -> set[str]:
-    """The names of which all pieces are there."""
+    """The names whose pieces are complete."""
     pieces: dict[tuple[str, int], set[int]] = {}
     for place in places:
         pieces.setdefault((place.name, place.pieces), set()).add(place.piece)
@@ -313,7 +313,10 @@ def _without_weights(config_folder: Path) -> Any:
 
 
 def _in_16_bit(config_folder: Path) -> tuple[str, ...]:
-    """Modules that stay in 16 bit, if these are others than transformers' own: it takes all or none of them by name."""
+    """Modules that stay in 16 bit, or none if transformers would choose the same.
+
+    It takes all or none of them by name.
+    """
     # Before weights are tied, as in `_chosen`.
     with no_tie_weights():
         model = _without_weights(config_folder)
@@ -322,7 +325,7 @@ def _in_16_bit(config_folder: Path) -> tuple[str, ...]:
 
 
 def _chosen(config_folder: Path, settings: BitsAndBytesConfig) -> frozenset[str]:
-    """The names of the weights that transformers puts into 4-bit layers with these settings."""
+    """The names of the weights that transformers quantizes with these settings."""
     quantizer: Any = AutoHfQuantizer.from_config(settings, pre_quantized=False)
     # The library chooses before it ties weights, and what it sees as the last one depends on that.
     with no_tie_weights():
@@ -335,7 +338,10 @@ def _chosen(config_folder: Path, settings: BitsAndBytesConfig) -> frozenset[str]
 def _kept(
     layer: StoredTensor | Mxfp4Tensor, entry: Entry, stored: str, dtype: str, shape: tuple[int, ...], file: str
 ) -> Part:
-    """The part of a stored tensor that is in 4 bit already. Raises StepFailure if it cannot be `layer`."""
+    """The part of a tensor that is in 4 bit already.
+
+    Raises StepFailure if it cannot be `layer`.
+    """
     try:
         layer.require_header(dtype, shape)
     except ValueError as error:
@@ -371,9 +377,9 @@ def library_config(
     experts: bool,
     in_16_bit: tuple[str, ...] = (),
 ) -> BitsAndBytesConfig:
-    """How transformers is told of the quantization, of a model that has, or may have, routed `experts`.
+    """The quantization as transformers' configuration, for a model that has, or may have, routed `experts`.
 
-    `in_16_bit`: names of all modules that are not quantized; without any, transformers takes the output layer.
+    `in_16_bit`: names of all modules that are not quantized. Without any, transformers takes the output layer.
     """
     settings = ExpertsConfig if experts else BitsAndBytesConfig
     return settings(

@@ -1,4 +1,7 @@
-"""Loads routed experts as 4-bit stacks, one matrix at a time: transformers loads everything else."""
+"""Loads routed experts as 4-bit stacks, one matrix at a time.
+
+transformers loads everything else.
+"""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path

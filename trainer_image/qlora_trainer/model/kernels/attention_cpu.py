@@ -1,9 +1,9 @@
 """Causal attention within rows on a CPU, as one differentiable operation.
 
-The kernel takes one row at a time. Called through autograd, every row would be cut out, padded and joined by operations
-of its own, three times over with gradient checkpointing.
+The kernel takes one row at a time. Called through autograd, every row would be cut out, padded and joined by further
+operations, three times over with gradient checkpointing.
 
-For rows below 256 tokens the kernel's 16-bit backward pass takes up to five times as long as its 32-bit one, so short
+For rows below 256 tokens the kernel's 16-bit backward pass is up to five times slower than its 32-bit one, so short
 rows have their gradients in 32 bit.
 """
 
@@ -23,7 +23,7 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 def causal_rows(
     query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float | None, window: int | None
 ) -> Tensor:
-    """Attention of each token to itself and those before it in its own row: [1, tokens, heads, head size].
+    """Attention of each token to itself and those before it in its row: [1, tokens, heads, head size].
 
     `query` is [1, heads, tokens, head size]; `key` and `value` may have fewer heads. `lengths` are the rows' tokens.
     With a window a token sees itself and the `window - 1` before it. Raises ValueError unless the rows are all tokens.
@@ -103,7 +103,10 @@ def _padded(tensor: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
 
 
 def _mask(tokens: int, window: int | None) -> Tensor | None:
-    """float32 [tokens, tokens] to add to the scores; None where a window hides nothing."""
+    """float32 [tokens, tokens] to add to the scores.
+
+    None where a window hides nothing.
+    """
     if window is None or tokens <= window:
         return None
     visible = torch.ones(tokens, tokens, dtype=torch.bool).tril_().triu_(1 - window)

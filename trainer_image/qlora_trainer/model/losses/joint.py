@@ -1,4 +1,4 @@
-"""The losses of several adapters on one base, each with rows of its own, from one forward pass."""
+"""Computes the losses of several adapters on one base in one forward pass."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,8 +22,8 @@ from qlora_trainer.model.losses.loss import LogitTransform, summed_loss
 def routed(model: PeftModel, batches: Mapping[str, Batch]) -> Iterator[None]:
     """In the body, forward passes are `joint_losses` of these batches, by the names of their adapters.
 
-    Their backward passes have to be in it too: gradient checkpointing computes the blocks again. `require_apart` says
-    whether the model's layers can tell whose a token is.
+    Their backward passes have to be in it too: gradient checkpointing computes the blocks again. `require_apart` checks
+    that the model's layers match tokens with adapters.
     """
     routing = routing_of(model)
     offsets = list(accumulate((batch.tokens for batch in batches.values()), initial=0))
@@ -39,10 +39,10 @@ def routed(model: PeftModel, batches: Mapping[str, Batch]) -> Iterator[None]:
 
 
 def joint_losses(model: PeftModel, batches: Mapping[str, Batch]) -> dict[str, Tensor]:
-    """For each adapter the summed loss of its batch's targets, a float32 scalar. To be called where they are `routed`.
+    """For each adapter the summed loss of its batch's targets, a float32 scalar. Call it inside `routed`.
 
-    The base computes the tokens of all at once, and each adapter its own. Raises ModelError for layers that are given
-    other tokens.
+    The base computes the tokens of all together, and each adapter those of its batch. Raises ModelError for layers that
+    are given other tokens.
     """
     base: Any = model.get_base_model()
     batch = joined(tuple(batches.values()))

@@ -1,4 +1,4 @@
-"""Judges whether a job fits its GPU, before any weight is fetched."""
+"""Decides whether a job fits its GPU, before any weight is fetched."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -34,7 +34,7 @@ from qlora_trainer.model.memory.joint_memory import MeasurePasses, memory_togeth
 
 
 def read_shape(config: Path) -> ModelShape | None:
-    """The sizes in a model's config.json; None for a model that the table of families does not describe.
+    """The sizes in a model's config.json, or None for a model outside the table of families.
 
     Raises StepFailure BAD_CONFIGURATION for a size that no model has.
     """
@@ -49,7 +49,10 @@ def read_shape(config: Path) -> ModelShape | None:
 
 
 def type_of_model(config: Path) -> str:
-    """The model's type in its config.json; empty if it has none. Raises StepFailure if that is not a JSON object."""
+    """The model's type in its config.json, or an empty string.
+
+    Raises StepFailure if the file is not a JSON object.
+    """
     read_shape(config)
     found = json.loads(config.read_bytes()).get("model_type")
     return found if isinstance(found, str) else ""
@@ -82,14 +85,14 @@ def training_shape(spec: QLoRAJobSpec, target_modules: Iterable[str]) -> Trainin
 
 
 def _fixed(spec: QLoRAJobSpec) -> frozenset[str]:
-    """What the job cannot be created again with, for it would not be what it begins with."""
+    """Settings that cannot change, because the job continues from an earlier one."""
     if spec.continues is not None:
         return RUN_FIELDS
     return frozenset() if spec.lora.initial_adapter is None else ADAPTER_FIELDS
 
 
 def _answer_tokens(spec: QLoRAJobSpec) -> tuple[int, int] | None:
-    """Tokens of the longest prompt that is answered for a score, and of it with its answer."""
+    """Tokens of the longest scored prompt, and of it with its answer."""
     if spec.gate is None or spec.gate.score is None:
         return None
     prompt = min(MAX_PROMPT_TOKENS, spec.training.max_sequence_length)
@@ -97,7 +100,10 @@ def _answer_tokens(spec: QLoRAJobSpec) -> tuple[int, int] | None:
 
 
 def job_of_table(shape: ModelShape, training: TrainingShape) -> TableJob:
-    """The job in the table. Raises StepFailure BAD_CONFIGURATION for target modules that the model does not have."""
+    """The job in the table.
+
+    Raises StepFailure BAD_CONFIGURATION for target modules that the model does not have.
+    """
     try:
         return TableJob(shape, training)
     except ValueError as error:
@@ -109,11 +115,11 @@ class MemoryFit:
     """Whether a job fits its GPU."""
 
     status: MemoryStatus
-    """The estimate; its verdict is `unknown` if the job does not state the GPU's size."""
+    """The estimate, with verdict `unknown` if the job does not state the GPU's size."""
     objection: str | None
-    """Why the job cannot run, with the first advice; None if it can, or if that is unknown."""
+    """Why the job cannot run, with the first advice, or None."""
     parameters: int | None
-    """Of the model, without its adapter; None if the estimate is unknown."""
+    """Of the model, without its adapter, or None if the estimate is unknown."""
     measured: MeasuredMemory | None
     """The dry runs that the estimate is from."""
 
@@ -130,7 +136,7 @@ class MemoryFit:
         measure: Measure = measure_within_limits,
         measure_passes: MeasurePasses = measure_together_within_limits,
     ) -> "MemoryFit":
-        """Judge a job, whose model has this config.json. It cannot run if even the low estimate exceeds the GPU.
+        """Estimate a job, whose model has this config.json. It cannot run if even the low estimate exceeds the GPU.
 
         `rows_apart`: whether a micro batch may hold several rows. `group_size`: how many jobs are trained together with
         it, itself included. `earlier` are dry runs of an earlier prepare. If the dry run fails, the table has the
@@ -157,7 +163,7 @@ class MemoryFit:
 
     @classmethod
     def planned(cls, config: Path, spec: QLoRAJobSpec, measure: Measure = measure_within_limits) -> "MemoryFit":
-        """Judge a job before it exists: by the table of families if that describes it, which takes no time.
+        """Estimate a job before it exists: by the table of families if that describes it, which takes no time.
 
         Otherwise as `of` does. Raises StepFailure BAD_CONFIGURATION.
         """
@@ -202,7 +208,10 @@ def _judged(job: JobMemory, gpu_gib: int | None, remark: str, rows_apart: bool) 
 
 
 def _shared(config: Path, spec: QLoRAJobSpec, job: JobMemory, group_size: int, measure: MeasurePasses) -> int:
-    """Bytes that so many jobs like it take once, when they are trained together. Raises as the dry run does."""
+    """Bytes that this many equal jobs share when they are trained together.
+
+    Raises as the dry run does.
+    """
     rest = spec.training.micro_batch_size * (group_size - 1)
     others = spec.model_copy(update={"training": spec.training.model_copy(update={"micro_batch_size": rest})})
 
@@ -215,7 +224,7 @@ def _shared(config: Path, spec: QLoRAJobSpec, job: JobMemory, group_size: int, m
 
 
 def _with_shared(fit: MemoryFit, find: Callable[[], int]) -> MemoryFit:
-    """The same with the bytes that are shared, which an earlier prepare may have found."""
+    """The same with the shared bytes, which an earlier prepare may have found."""
     found = None if fit.measured is None else fit.measured.shared_bytes
     try:
         shared = find() if found is None else found

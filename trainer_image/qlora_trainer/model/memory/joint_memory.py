@@ -1,4 +1,7 @@
-"""The GPU memory of jobs that are trained together on one base: from the table of families, or from a joint dry run."""
+"""The GPU memory of jobs that are trained together on one base.
+
+From the table of families, or from a joint dry run.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +22,7 @@ def memory_together(
     alone: Sequence[JobMemory],
     measure: MeasurePasses = measure_together_within_limits,
 ) -> MemoryEstimate:
-    """The peak of jobs whose model has this config.json, when they are trained together; `alone` is that of each.
+    """The peak of jobs trained together, whose model has this config.json. `alone` is that of each.
 
     Raises as the dry run does, which is made unless the table has all jobs.
     """

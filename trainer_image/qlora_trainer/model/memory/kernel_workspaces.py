@@ -1,7 +1,7 @@
-"""Knows what PyTorch's kernels allocate inside, which is no tensor that an operation takes or returns.
+"""Counts the memory that PyTorch's kernels allocate inside, beyond an operation's arguments and results.
 
-FlashAttention's sums are not small: 0.5 GB for 8,192 tokens of Llama 3 8B in 82 rows padded to 128, of which rows
-without tokens took 0.1 GB. A dry run counts them for one row, because the rows are unknown when it runs. 410 rows then
+FlashAttention's sums are not small: 0.5 GB for 8,192 tokens of Llama 3 8B in 82 rows padded to 128. Rows without
+tokens took 0.1 GB of it. A dry run counts them for one row, because the rows are unknown when it runs. 410 rows then
 take no more than one, because the MLP takes more than attention; 820 rows take 0.6 GB more.
 """
 
@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn.attention import varlen
 
 _ROW_MARGIN = 128
-"""Tokens between the gradients of two rows, so that a kernel's last block of a row needs no bounds."""
+"""Tokens between two rows' gradients, so that a kernel's last block fits."""
 _BACKWARD: Any = torch.ops.torch_attn._varlen_attn_backward.default
 _BACKEND = "backend"
 
 
 def workspace_bytes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """Bytes that an operation has allocated at its end, beside what it takes and returns.
+    """Bytes that an operation has allocated at its end, besides its arguments and results.
 
     FlashAttention's backward pass of rows is all that is known. cuDNN decides itself what it takes.
     """
@@ -34,7 +34,7 @@ def workspace_bytes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -
 
 
 def _flash_backward(query: Tensor, key: Tensor, rows: int) -> int:
-    """Of queries [tokens, heads, head size]; keys may have fewer heads.
+    """Bytes for queries [tokens, heads, head size]. Keys may have fewer heads.
 
     Source: PyTorch's `mha_varlen_bwd` (aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp). `dq_accum` and
     `softmax_d` are float32, `dk_expanded` and `dv_expanded` have the type of the keys.

@@ -14,8 +14,8 @@ from qlora_trainer.model.memory.kernel_workspaces import workspace_bytes
 class LiveBytes(TorchDispatchMode):
     """Adds up the bytes of all storages that operations make, until they are freed, and keeps the largest sum.
 
-    Of what kernels need inside, it counts what `workspaces` knows. The CUDA context and the allocator's fragmentation
-    are not in it.
+    Of what kernels need inside, it counts the part in `kernel_workspaces`. The CUDA context and the allocator's
+    fragmentation are not in it.
     """
 
     def __init__(self) -> None:

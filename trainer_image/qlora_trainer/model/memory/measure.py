@@ -1,4 +1,4 @@
-"""Measures a job's memory: builds its model without data, counts what it consists of, and runs micro batches."""
+"""Measures a job's memory: runs micro batches of its model without data."""
 
 import shutil
 from collections.abc import Iterator, Sequence
@@ -34,7 +34,7 @@ def measure(
 
     `family` is what an inspection for the same adapter has found; without it the model is inspected.
 
-    Gradients of an earlier micro batch are there, as when they are accumulated. Raises StepFailure for a model that
+    Gradients of an earlier micro batch exist, as when they are accumulated. Raises StepFailure for a model that
     cannot be trained, and what PyTorch and transformers raise for one that they cannot run so.
     """
     # A process that was forked has none of its parent's threads, which PyTorch would wait for.
@@ -91,7 +91,7 @@ def measure_together(
 
 @contextmanager
 def _trained_on_fake_cuda(model: Any) -> Iterator[None]:
-    """In the body the model is on a GPU, without data, with the gradients of an earlier micro batch."""
+    """In the body the model is on a GPU, without data, with accumulated gradients."""
     with fake_cuda():
         on_fake_cuda(model)
         for parameter in model.parameters():
@@ -106,7 +106,10 @@ def _inspected(config: Path, lora: LoraSpec) -> Family:
 
 
 def _inspected_for_each(config: Path, specs: Sequence[QLoRAJobSpec], first: Family | None) -> list[Family]:
-    """What an inspection finds for each job; made once for adapters that are alike. `first`: if known, of the first."""
+    """The inspection for each job, once for equal adapters.
+
+    `first`: that of the first job, if it was made already.
+    """
     found: dict[str, Family] = {} if first is None else {specs[0].lora.model_dump_json(): first}
     for spec in specs:
         adapter = spec.lora.model_dump_json()
@@ -161,12 +164,12 @@ def _counted(model: Any, spec: QLoRAJobSpec, steps: Sequence[MeasuredStep], dige
 
 
 def answer_bytes(config: Any) -> AnswerBytes:
-    """What an answer takes, by the text model's configuration, with every block counted as attention.
+    """Bytes of an answer, by the text model's configuration, with every block counted as attention.
 
     Of multi-head latent attention transformers keeps the keys and values of each head. A size that differs between
     blocks counts as its largest.
     """
-    # transformers refuses to read a size from the configuration of all blocks if theirs are different.
+    # transformers reads no size from the configuration of all blocks if theirs differ.
     blocks = list(config.per_layer_config) if config.is_heterogeneous else [config]
     heads, sizes = zip(*map(_attention_sizes, blocks), strict=True)
     return AnswerBytes.of(config.num_hidden_layers, max(heads), keys_and_values=max(sizes))

@@ -1,4 +1,4 @@
-"""Checks the tensors of a 4-bit layer that somebody else has stored, each on its own, and makes them ours."""
+"""Validates and imports pre-quantized (bitsandbytes) layers, tensor by tensor."""
 
 import json
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from qlora_trainer.model.nf4.quantization import BLOCK, COMPUTE_DTYPE, OUTER_BLO
 
 PACKED = ""
 _STORAGE_SIZES = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}
-"""Bytes of the types that packed weights may be stored as (`bnb_4bit_quant_storage`)."""
+"""Bytes of the types of packed weights (`bnb_4bit_quant_storage`)."""
 _MAX_STATE_BYTES = 4096
 _FLOATS = ("bfloat16", "float16", "float32")
 _TOLERANCE = 1e-6
 
 
 def split(stored: str) -> tuple[str, str]:
-    """Name of the weight that a stored tensor belongs to, and which of its tensors it is: `PACKED` or a constant."""
+    """Name of a stored tensor's weight, and its role: `PACKED` or a constant."""
     layer, found, constant = stored.rpartition(".weight.")
     return (f"{layer}.weight", constant) if found else (stored, PACKED)
 
@@ -54,7 +54,7 @@ class StoredTensor:
             raise ValueError(f"it is {dtype} {list(shape)}, and must be {self.dtype} {list(self.tensor_shape)}")
 
     def ours(self, tensor: Tensor) -> Tensor:
-        """The tensor as our base has it. Raises ValueError for one that cannot be of such a layer."""
+        """The tensor as our base has it. Raises ValueError if no such layer has it."""
         if self.role == PACKED:
             return tensor.contiguous().view(torch.uint8).reshape(self.tensor_shape)
         if self._is_state:
@@ -72,9 +72,10 @@ class StoredTensor:
         return self.role.startswith("quant_state.")
 
     def _state(self, tensor: Tensor) -> Tensor:
-        """The description, with the type in which our layers compute.
+        """The description, with the type that our layers compute in.
 
-        The stored one is what its maker computed in; a weight is dequantized to the type that the layer multiplies in.
+        The stored one is the type that its maker computed in. A weight is dequantized to the type that the layer
+        multiplies in.
         """
         found = _parsed(bytes(tensor.tolist()))
         wanted: dict[str, Any] = {
@@ -97,7 +98,7 @@ class StoredTensor:
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
-    """The object in `content`. Raises ValueError for anything else, a key that comes twice, or NaN."""
+    """The JSON object in `content`. Raises ValueError for a repeated key or NaN too."""
 
     def refused(constant: str) -> None:
         raise ValueError(f"it has the number {constant}")
@@ -117,7 +118,7 @@ def _parsed(content: bytes) -> dict[str, Any]:
 
 
 def _same_types(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    """Whether equal values are of equal types: JSON's true is not 1, nor 64.0 the block size 64."""
+    """Whether equal values have equal types: true is not 1, nor is 64.0 64."""
     return repr(sorted(found.items())) == repr(sorted(wanted.items()))
 
 
