@@ -1,4 +1,4 @@
-"""Builds the data set of a job: finds its files, reads and tokenizes their rows, and chooses the rows of each split."""
+"""Builds a job's data set: reads and tokenizes its files, and splits the rows."""
 
 import json
 import logging
@@ -32,19 +32,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ExaminedData:
-    """What is found in the rows of a job, whether or not it can train on them."""
+    """The findings in a job's rows, whether or not it can train on them."""
 
     sources: tuple[TokenizedSource, ...]
     """The training sources, and the evaluation's own."""
     dataset: Dataset | None
     """None if there are not enough rows for each split."""
     rejection: str
-    """Why the job fails with BAD_DATASET; empty if it does not."""
+    """Why the job fails with BAD_DATASET, or an empty string."""
 
 
 @dataclass(frozen=True)
 class DatasetBuilder:
-    """Builds the data set of one job. Methods raise StepFailure, BAD_DATASET for invalid data."""
+    """Builds one job's data set. Raises StepFailure, BAD_DATASET for invalid data."""
 
     spec: DatasetSpec
     training: TrainingSpec
@@ -107,7 +107,7 @@ class DatasetBuilder:
         return replace(dataset, mix=Mix.of([len(part) for part in selection.training], weights), weights=weights)
 
     def _require_trainable(self, dataset: Dataset) -> None:
-        """Raise StepFailure BAD_DATASET if the job rejects its overlap, or a source of the mix gives no row."""
+        """Raise StepFailure BAD_DATASET for rejected overlap or a source without rows."""
         overlap, evaluation = dataset.overlap, self.spec.eval
         if overlap is not None and evaluation is not None and evaluation.overlap == "refuse":
             raise bad_dataset(
@@ -124,14 +124,17 @@ class DatasetBuilder:
                 )
 
     def _sources(self, *, usable: bool) -> tuple[tuple[TokenizedSource, ...], TokenizedSource | None]:
-        """The training sources and the evaluation's own. `usable`: a source without a row to use is rejected."""
+        """The training sources, and that of the evaluation.
+
+        `usable`: a source without a row to use is rejected.
+        """
         training, evaluation = self._training_sources(usable=usable), self.spec.eval
         if evaluation is None or not evaluation.source:
             return training, None
         return training, self._evaluation_source(evaluation, training, usable=usable)
 
     def _names(self) -> list[str]:
-        """What messages call the training sources."""
+        """The training sources' names in messages."""
         of_a_mix = self.spec.mix is not None
         sources = self.spec.training_sources.items()
         return [f"{source.source} ({field})" if of_a_mix else source.source for field, source in sources]
@@ -174,7 +177,7 @@ class DatasetBuilder:
         usable: bool,
         like: TokenizedSource | None = None,
     ) -> TokenizedSource:
-        """The rows of the files, tokenized, with the settings of the job's `field`; in the format of `like` if set.
+        """Tokenize the rows of the files, with the settings of the job's `field`, in the format of `like` if set.
 
         `earlier`: the sources that have been tokenized before, whose rows the progress counts too. `usable`: raises
         StepFailure if none of the rows can be used.
@@ -204,7 +207,7 @@ class DatasetBuilder:
                 lambda done: self.say(f"tokenizing: {done_before + done} rows done"),
             )
         if data.versions() != before:
-            raise bad_dataset(f"{data.uri} changed while it was read: start the job again when nobody writes to it")
+            raise bad_dataset(f"{data.uri} changed while it was read: start the job again when no process writes to it")
         reading = RowReader(format_, columns).reading(first)
         source = TokenizedSource(data, digest, reading, columns, TokenizedRows(chunks))
         if usable:
@@ -238,7 +241,7 @@ class DatasetBuilder:
 
 
 def _require_few_files(sources: Sequence[DataFiles]) -> None:
-    """Raise StepFailure BAD_DATASET if the sources together have more files than one may have."""
+    """Raise StepFailure BAD_DATASET if the sources together have too many files."""
     count = sum(len(data.files) for data in sources)
     if count > MAX_FILES:
         raise bad_dataset(
@@ -247,7 +250,7 @@ def _require_few_files(sources: Sequence[DataFiles]) -> None:
 
 
 def _checked_sha256(data: DataFiles, expected: str | None, field: str) -> str:
-    """The data's SHA-256. Raises StepFailure BAD_DATASET if the job's `field` expects another one."""
+    """The data's SHA-256. Raises StepFailure BAD_DATASET unless it is the expected."""
     digest = data.sha256()
     if expected is not None and digest != expected:
         raise bad_dataset(

@@ -1,4 +1,4 @@
-"""The statistics of a data set, for the report: a file beside the prepared data."""
+"""The statistics of a data set for the report: a file next to the prepared data."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ class LengthCount(ObservedModel):
 
 
 class Lengths(ObservedModel):
-    """How long the rows are, in tokens, rows that are left out included."""
+    """Lengths of the rows in tokens, rows that are left out included."""
 
     shortest: int
     mean: float
@@ -75,7 +75,7 @@ class SplitStatistics(ObservedModel):
 
     @classmethod
     def of(cls, rows: TokenizedRows, arrangement: Arrangement, capacity: int, *, packed: bool) -> "SplitStatistics":
-        """The statistics of an arrangement of `rows` in sequences of at most `capacity` tokens."""
+        """The statistics of `rows` in sequences of at most `capacity` tokens."""
         tokens = int(rows.lengths[arrangement.rows].sum(dtype=numpy.int64))
         return cls(
             rows=len(arrangement.rows),
@@ -89,7 +89,7 @@ class SplitStatistics(ObservedModel):
 
 
 class SourceStatistics(ObservedModel):
-    """What was read from one address."""
+    """Statistics of the rows from one address."""
 
     uri: str
     files: tuple[str, ...] = Field(description="Names of the first hundred files.")
@@ -118,7 +118,7 @@ class OverlapStatistics(ObservedModel):
     held_out: str = Field(description="Location of the first held-out row that is equal to it.")
 
     def sentence(self) -> str:
-        """How many there are, and where the first is."""
+        """Report their number, and the place of the first."""
         subject = "1 row for training is" if self.rows == 1 else f"{self.rows:,} rows for training are"
         return f"{subject} also held out: the first, {self.first}, is equal to {self.held_out}"
 
@@ -158,7 +158,7 @@ def dropped_rows(rows: TokenizedRows, longest_allowed: int, *, pairs: bool) -> t
 
 
 def unlabeled_rows(rows: TokenizedRows, *, pairs: bool) -> DroppedRows:
-    """The rows that are not used because no token of them counts in the loss; there may be none."""
+    """The rows that are left out because no token of them counts in the loss."""
     return DroppedRows(
         reason=EQUAL_ANSWERS if pairs else "no token to train on",
         rows=sum(dropped.unlabeled for dropped in rows.dropped),

@@ -1,4 +1,4 @@
-"""Reads a prompt with two answers: as texts, as lists of messages, or as two whole conversations."""
+"""Reads prompts with two answers: texts, message lists, or two conversations."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ _KINDS = "must be text, or a list of {role, content}"
 
 @dataclass(frozen=True)
 class PreferenceColumns:
-    """The values of a row of format preference, with the names of their columns for messages."""
+    """The values of a preference row, with the column names for messages."""
 
     location: str
     prompt: object
@@ -52,7 +52,7 @@ class PreferenceColumns:
         return Preference(chosen, rejected)
 
     def _prompt_turns(self, chosen: Sequence[Message]) -> tuple[Message, ...]:
-        """The messages of the prompt; none where the answers have them, also if it is there once more, as text."""
+        """The messages of the prompt, or none where the answers include them."""
         if self.prompt is None:
             return ()
         if isinstance(self.prompt, str):
@@ -100,7 +100,7 @@ def _continued(prompt: tuple[Message, ...], answer: tuple[Message, ...]) -> tupl
 
 
 def _shared(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The first messages that both have: the prompt. The last answer of each never belongs to it."""
+    """The messages that both begin with: the prompt. Excludes the last answers."""
     most = min(len(chosen), len(rejected)) - 1
     count = next((index for index in range(most) if chosen[index] != rejected[index]), most)
     return chosen[:count]

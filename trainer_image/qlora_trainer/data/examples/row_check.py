@@ -1,4 +1,4 @@
-"""The check of its answer that a row brings for spec.gate.score: a regular expression, or a JSON schema."""
+"""The check of a row's answer for spec.gate.score: a regular expression or schema."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ Schema = Mapping[str, Any] | bool
 
 @dataclass(frozen=True)
 class RowCheck:
-    """What a row's answer must be. Whether it can be used is seen when it is compiled."""
+    """A condition on a row's answer. Compiling it validates it."""
 
     source: str
     """File, line and column, for messages."""
@@ -24,14 +24,17 @@ class RowCheck:
 
     @classmethod
     def of(cls, row: Row, column: str, field: str) -> Self:
-        """The check in the column that the job's `field` names. Raises StepFailure BAD_DATASET without one."""
+        """The check in the column that the job's `field` names.
+
+        Raises StepFailure BAD_DATASET without one.
+        """
         values, source = row.values(), f"{row.location}: {column!r}"
         value = values.get(column)
         if value is None:
             found = "is null" if column in values else f"is missing; the row has {listed(values)}"
             raise bad_dataset(
                 f"{source} ({field}) {found}: each row that may be held out must have the check of its answer; fill it "
-                "in, or hold out rows of a source of their own (spec.dataset.eval.source)"
+                "in, or hold out rows of a separate source (spec.dataset.eval.source)"
             )
         if isinstance(value, str):
             checked_text(value, source)

@@ -17,7 +17,7 @@ _PARQUET_BATCH_BYTES = 2**26
 
 
 def read_csv(file: DataFile) -> Iterator[Row]:
-    """The rows below the header; all values are text."""
+    """The rows below the header. All values are text."""
     # The limit holds for the whole interpreter; its default of 128 KiB is less than one document.
     csv.field_size_limit(MAX_LINE_BYTES)
     reader = csv.reader((line for _, line in lines(file)), strict=True)

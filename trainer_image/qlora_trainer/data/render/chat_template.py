@@ -1,6 +1,6 @@
 """Renders examples with the model's chat template, tokenizes them, and marks the tokens that are targets.
 
-An example is rendered as one text in which the spans to train on are known by their offsets. The text is tokenized as a
+An example is rendered as one text, with the offsets of the spans to train on. The text is tokenized as a
 whole, and a token is a target if any of its characters is in such a span: the first token of an answer may begin with
 the space that ends the prompt. Token ids decide nothing: the padding id is often that of the end of text.
 
@@ -90,13 +90,16 @@ _TOOL_PROBE = Conversation(
 
 @dataclass(frozen=True)
 class Rendered:
-    """The text of an example, and the half-open spans of characters in it that are trained on."""
+    """The text of an example, and the half-open character spans to train on."""
 
     text: str
     targets: tuple[tuple[int, int], ...]
-    """Those of every answer, or of all of a plain text; none if they were not looked for in a row that is too long."""
+    """The spans of every answer, or of all of a plain text.
+
+    Empty if they were not searched for in a row that is too long.
+    """
     ends_itself: bool
-    """Whether the text has its own begin and end marks, as that of a chat template does."""
+    """Whether the text has begin and end marks, as that of a chat template does."""
     marked: tuple[tuple[int, int], ...] = ()
     """Those of the answers that the row marks for training."""
 
@@ -113,7 +116,10 @@ class Tokenizer:
     """A model's tokenizer and chat template, or the job's template in place of that."""
 
     def __init__(self, folder: Path, template: JobTemplate | None = None) -> None:
-        """Load it from the folder; never runs model code. Raises StepFailure BAD_CONFIGURATION if that fails."""
+        """Load from the folder, without running model code.
+
+        Raises StepFailure BAD_CONFIGURATION if that fails.
+        """
         from transformers import AutoTokenizer
 
         self.folder, self.template = folder, template
@@ -140,7 +146,7 @@ class Tokenizer:
 
     @property
     def template_text(self) -> str | None:
-        """The job's chat template, as it is for this tokenizer; None without one."""
+        """The job's chat template, as it is for this tokenizer, or None."""
         return None if self.template is None else self.template.for_tokenizer(begins=bool(self._begin))
 
     @property
@@ -150,13 +156,13 @@ class Tokenizer:
         return end
 
     def tokens_of(self, text: str, start: int, end: int) -> list[int]:
-        """The ids of the tokens that have any of the characters [start, end) of a rendered text."""
+        """The ids of the tokens that overlap the characters [start, end) of a text."""
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         return [token for token, (first, past) in pairs if first < end and start < past]
 
     def pieces(self, rendered: Rendered) -> Iterator[str]:
-        """The text of each token that `tokenize` makes, special tokens included; together all of the text.
+        """The text of each token that `tokenize` makes, special tokens included: together all of the text.
 
         Where several tokens make one character, the first of them has it.
         """
@@ -181,7 +187,7 @@ class Tokenizer:
     def render(self, example: Example, location: str, longest_allowed: int | None = None) -> Rendered:
         """The example as text. With a chat template, a prompt and its completion become a user's and a model's turn.
 
-        In a conversation of many answers that is longer than `longest_allowed` tokens, no answer is looked for.
+        In a conversation of many answers that is longer than `longest_allowed` tokens, no answer is searched for.
         Raises StepFailure BAD_DATASET, beginning with `location`, if the template rejects the conversation, or if the
         model has no template and the example needs one.
         """
@@ -204,7 +210,7 @@ class Tokenizer:
     def render_pair(
         self, pair: Preference, location: str, longest_allowed: int | None = None
     ) -> tuple[Rendered, Rendered]:
-        """The prompt with each of its answers, the chosen one first; only what follows the prompt is trained on.
+        """The prompt with each of its answers, the chosen one first. Only the answers are trained on.
 
         Raises StepFailure like `render`.
         """
@@ -234,7 +240,7 @@ class Tokenizer:
                 if span is None:
                     raise bad_dataset(
                         f"{location}: in the text that {self._whose} makes, message {index} of the "
-                        "conversation cannot be told apart from the rest: use a model whose template keeps every "
+                        "conversation cannot be separated from the rest: use a model whose template keeps every "
                         "answer as it is, or rows with one answer"
                     )
                 spans.append((message, span))
@@ -261,7 +267,7 @@ class Tokenizer:
 
     @cached_property
     def _reasoning_key(self) -> str | None:
-        """What the template calls the reasoning of a message; None if it leaves it out."""
+        """The template's key for a message's reasoning, or None if it leaves it out."""
 
         def writes(key: str) -> bool:
             try:
@@ -269,7 +275,7 @@ class Tokenizer:
                     _REASONING_PROBE, 2, add_generation_prompt=False, in_parts=self._takes_parts, reasoning_key=key
                 )
             except UnusableText:
-                return True  # the first row is told what is wrong with the template
+                return True  # the first row reports the template's error
             except (*_TEMPLATE_ERRORS, MemoryError):
                 return False
             return (_REASONING_PROBE.messages[1].reasoning or "") in text
@@ -277,14 +283,14 @@ class Tokenizer:
         return next((key for key in _REASONING_KEYS if writes(key)), None)
 
     def require_system_message(self) -> None:
-        """Raise StepFailure BAD_CONFIGURATION if the template has no place for spec.dataset.systemPrompt."""
+        """Raise StepFailure BAD_CONFIGURATION unless system messages have a place."""
         if not self.has_chat_template:
             return
         try:
             text, why = self._apply_template(_SYSTEM_PROBE, 3, "a conversation with a system message"), ""
         except StepFailure as failure:
             if not self._takes_conversations:
-                return  # the first row is told what is wrong with the template
+                return  # the first row reports the template's error
             text, why = "", f" ({failure.message})"
         if _SYSTEM_PROBE.messages[0].content not in text:
             raise bad_configuration(
@@ -307,15 +313,15 @@ class Tokenizer:
         try:
             text = self._apply_template(_TOOL_PROBE, len(_TOOL_PROBE.messages), "a conversation with tools")
         except StepFailure as failure:
-            # Then the first row is told what is wrong with the template.
+            # Then the first row reports the template's error.
             return isinstance(failure.__cause__, UnusableText)
         return all(part in text for part in _TOOL_PROBE_PARTS)
 
     @cached_property
     def _closing(self) -> str:
-        """The mark that the template puts after a whole conversation (Phi's do), which is not part of its last turn.
+        """The mark that the template puts after a whole conversation (Phi's do), outside its last turn.
 
-        It is there without a generation prompt, and not with one.
+        The template writes it without a generation prompt only.
         """
         try:
             closed, asking = (
@@ -354,13 +360,13 @@ class Tokenizer:
 
     @cached_property
     def _takes_parts(self) -> bool:
-        """Whether the template takes a message's content as a list of parts only, as of images and texts."""
+        """Whether the template takes a message's content as a list of parts only."""
 
         def has_content(in_parts: bool) -> bool:
             try:
                 text = self._text(_CONTENT_PROBE, 1, add_generation_prompt=False, in_parts=in_parts)
             except UnusableText:
-                return True  # the first row is told what is wrong with the template
+                return True  # the first row reports the template's error
             except (*_TEMPLATE_ERRORS, MemoryError):
                 return False
             return _CONTENT_PROBE.messages[0].content in text
@@ -376,7 +382,10 @@ class Tokenizer:
         in_parts: bool,
         reasoning_key: str | None = None,
     ) -> str:
-        """The text of the first `count` messages. Raises what a template raises, UnusableText or LimitExceeded."""
+        """Render the first `count` messages.
+
+        Raises what a template raises, UnusableText or LimitExceeded.
+        """
         turns = [
             _turn(message, in_parts=in_parts, reasoning_key=reasoning_key) for message in conversation.messages[:count]
         ]
@@ -391,7 +400,10 @@ class Tokenizer:
         return usable(within_characters(str(text)), (turns, tools, self._tokenizer.chat_template))
 
     def tokenize(self, batch: Sequence[Rendered], train_on: TrainOn) -> Iterator[TokenizedRow]:
-        """The tokens of rendered examples. The end-of-text token after a plain text is a target too."""
+        """The tokens of rendered examples.
+
+        The end-of-text token after a plain text is a target too.
+        """
         encoded = self._tokenizer(
             [rendered.text for rendered in batch],
             add_special_tokens=False,
@@ -433,12 +445,15 @@ def _call(call: ToolCall) -> dict[str, Any]:
 
 
 def _freeze_template(tokenizer: Any, whose: str) -> None:
-    """Make what the template writes the same each time. Raises StepFailure BAD_CONFIGURATION if it does not compile."""
+    """Make the template's text reproducible.
+
+    Raises StepFailure BAD_CONFIGURATION if it does not compile.
+    """
     # Functions passed to apply_chat_template never reach the template, its globals do; compiled templates are cached.
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     try:
-        # A model may have a template of its own for conversations with tools.
+        # A model may have a separate template for conversations with tools.
         with limited_time():
             templates = [
                 _compile_jinja_template(tokenizer.get_chat_template(tools=tools)) for tools in (None, _TOOL_PROBE.tools)

@@ -20,7 +20,7 @@ _AGAIN_SECONDS = 1
 
 
 class LimitExceeded(Exception):  # noqa: N818 - the limit is what was exceeded
-    """The template takes more than it is allowed; the message says of what."""
+    """The template exceeds a limit. The message names it."""
 
 
 @contextmanager
@@ -52,9 +52,9 @@ def within_characters(text: str) -> str:
     return text
 
 
-# What a template gets as today's date, so that the same data gives the same tokens on every day.
+# A template's date of today, so that the same data gives the same tokens on every day.
 FROZEN_DATE = datetime(2025, 1, 1)  # noqa: DTZ001 - a printed date has no time zone
-# Python writes a function, a generator or an object without a text of its own as "<… at 0x7f1234567890>". Digits that
+# Python writes a function, a generator or an object without a text as "<… at 0x7f1234567890>". Digits that
 # follow may be of what the template writes next, and those of a row may be cut off.
 _ADDRESS = re.compile(r" at (0x[0-9a-f]{6})", re.IGNORECASE)
 _ANY_ADDRESS = re.compile(r"0x[0-9a-f]{6}", re.IGNORECASE)
@@ -62,7 +62,7 @@ _SHOWN_CHARACTERS = 80
 
 
 class UnusableText(Exception):  # noqa: N818 - it is the text that is unusable
-    """What a template writes cannot be trained on; the message says why, and what to do."""
+    """The template's text cannot be trained on. The message has the reason and advice."""
 
 
 def freeze(template: Any) -> None:

@@ -33,14 +33,17 @@ CHUNK_BYTES = 2**24
 """A chunk ends at this many rows or bytes of text, whichever comes first."""
 MAX_WORKERS = 8
 """About as many as the one reading process can keep busy."""
-# What is tokenized in one call: a token takes some 200 bytes until its row is in a numpy array.
+# Rows of one tokenizer call: a token takes some 200 bytes until its row is in a numpy array.
 _BATCH_ROWS = 128
 _BATCH_BYTES = 2**20
-# Workers need some seconds to load the tokenizer's libraries, in which this process makes this many chunks.
+# Workers need some seconds to load the tokenizer's libraries: this process makes this many chunks until then.
 _CHUNKS_ALONE = 4
 _PENDING_CHUNKS_PER_WORKER = 2
 ANY_VOCABULARY = 2**31
-"""For rows that are only shown: the vocabulary is in the model's configuration, which is not at hand for that."""
+"""For rows that are only shown, without the model's configuration.
+
+The vocabulary's size is in that configuration.
+"""
 OnRows = Callable[[int], None]
 """Called with the rows tokenized so far."""
 
@@ -57,7 +60,7 @@ class Recipe:
     columns: Columns
     train_on: TrainOn
     longest_allowed: int
-    """Tokens; a longer row is left out."""
+    """Most tokens of a row. Longer rows are left out."""
     field: str = DATASET
     """The job's field that has format and columns, for messages."""
     template: JobTemplate | None = None
@@ -90,7 +93,10 @@ class Recipe:
         )
 
     def require_place_for_settings(self, tokenizer: Tokenizer, uri: str) -> None:
-        """Raise StepFailure BAD_CONFIGURATION if rows cannot have the chat template or system message of the job."""
+        """Raise StepFailure BAD_CONFIGURATION if the job's template settings do not fit.
+
+        Rows may have no place for its chat template or system message.
+        """
         for field, value in {"chatTemplate": self.template, "systemPrompt": self.system_prompt}.items():
             if value is not None and self.format == "text":
                 raise bad_configuration(
@@ -102,11 +108,11 @@ class Recipe:
 
     @property
     def limits(self) -> Limits:
-        """What the tokens may be, whoever has made them."""
+        """Limits of the tokens, for chunks of any origin."""
         return Limits(self.vocabulary, self.longest_allowed)
 
     def row_reader(self) -> RowReader:
-        """Reads the rows. Raises StepFailure BAD_CONFIGURATION if they cannot have what the job asks for."""
+        """Reads the rows. Raises StepFailure BAD_CONFIGURATION for settings that conflict."""
         return RowReader(self.format, self.columns, self.field, marked=self.train_on == "marked")
 
 
@@ -144,9 +150,9 @@ class ChunkMaker:
         return Chunk.of(used, too_long, dropped, locations, checks if self.recipe.columns.check else None)
 
     def rendered(self, row: Row) -> tuple[Rendered, ...]:
-        """The row's text; of a pair, the two texts. Raises StepFailure for an invalid row.
+        """The row's text, or the two texts of a pair. Raises StepFailure for an invalid row.
 
-        In a row of many answers that is too long, these are not looked for, nor is what is wrong with them found.
+        In a row of many answers that is too long, neither the answers nor their defects are searched for.
         """
         example = self._example(row)
         if isinstance(example, Preference):
@@ -216,7 +222,10 @@ def tokenize(rows: Iterator[Row], maker: ChunkMaker, files: PartOfRows, workers:
 
 
 def _batches(rows: Iterator[Row], most: int, bytes_: int) -> Iterator[list[Row]]:
-    """Rows in lists that end at `most` rows or `bytes_`. A failure to read is raised after the rows before it."""
+    """Rows in lists of at most `most` rows or `bytes_`.
+
+    A failure to read is raised after the rows before it.
+    """
     batch: list[Row] = []
     size = 0
     failure: StepFailure | None = None
@@ -243,7 +252,7 @@ def _read_back(path: Path, limits: Limits) -> Chunk:
 
 
 class _ChunkWriter:
-    """Makes chunk files: in this process at first, and in worker processes once there are many."""
+    """Makes chunk files in this process at first, then in worker processes."""
 
     def __init__(self, maker: ChunkMaker, files: PartOfRows, workers: int) -> None:
         self._maker, self._files, self._workers = maker, files, workers
@@ -252,11 +261,11 @@ class _ChunkWriter:
 
     @property
     def waiting(self) -> int:
-        """How many chunks may be pending while the next one is read."""
+        """Most chunks that may be pending while the next one is read."""
         return 0 if self._pool is None else self._workers * _PENDING_CHUNKS_PER_WORKER
 
     def start(self, batch: list[Row], number: int) -> "Chunk | Future[Path]":
-        """The chunk of this number, of these rows; one that is still to be made, as the future of its file."""
+        """Make the chunk of this number, or return the future of its file."""
         chunk = self._files.find(number)
         if chunk is not None:
             return chunk
@@ -271,7 +280,7 @@ class _ChunkWriter:
         return self._pool.submit(_make_file, batch, file)
 
     def close(self) -> None:
-        """End the workers; chunks that none has started are not made."""
+        """End the workers, and drop the chunks that none has started."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 

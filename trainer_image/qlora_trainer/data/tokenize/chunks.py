@@ -1,4 +1,4 @@
-"""Tokenized rows in chunks, each a memory-mapped file, and all of them as one list of rows."""
+"""Tokenized rows in memory-mapped chunk files, and all of them as one list."""
 
 import json
 import zlib
@@ -54,7 +54,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the tokens of a chunk may be, beyond which training would fail."""
+    """Limits of a chunk's tokens. Training would fail beyond them."""
 
     vocabulary: int
     """Tokens that the model knows: every id is below."""
@@ -82,9 +82,9 @@ class Chunk:
     """uint8 [bytes]: file and line of each row, compressed."""
     dropped: Dropped = Dropped()
     chosen_lengths: Int32s | None = None
-    """int32 [rows]: of each row of format preference, the tokens of prompt and chosen answer; None for other rows"""
+    """int32 [rows]: tokens of prompt and chosen answer of a preference, or None."""
     checks: Flags | None = None
-    """uint8 [bytes]: the check that each row brings, as JSON, compressed; None if rows bring none."""
+    """uint8 [bytes]: the rows' checks as JSON, compressed, or None without any."""
 
     @classmethod
     def of(
@@ -163,7 +163,7 @@ class Chunk:
             return None
 
     def fits(self, limits: Limits) -> bool:
-        """Whether the arrays are what their names say, agree in their lengths, and keep within the limits."""
+        """Whether the arrays have their shapes, agree in length, and keep the limits."""
         if not self._has_shapes():
             return False
         if not len(self.lengths):
@@ -219,7 +219,10 @@ def _chosen_lengths(rows: Sequence[TokenizedRow]) -> Int32s | None:
 
 
 class TokenizedRows:
-    """The rows of some chunks, as those of a source. Takes 16 bytes per row in memory; the tokens stay in the files."""
+    """The rows of some chunks, as those of a source.
+
+    Takes 16 bytes per row in memory: the tokens stay in the files.
+    """
 
     def __init__(self, chunks: Sequence[Chunk]) -> None:
         self._chunks = tuple(chunks)
@@ -233,7 +236,7 @@ class TokenizedRows:
         """int32 [rows]: tokens of each row that count in the loss"""
         chosen = [chunk.chosen_lengths for chunk in chunks if chunk.chosen_lengths is not None]
         self.chosen_lengths: Int32s | None = numpy.concatenate(chosen) if chosen else None
-        """int32 [rows]: of each row of format preference, the tokens of prompt and chosen answer; None for others"""
+        """int32 [rows]: tokens of prompt and chosen answer of a preference, or None."""
         self._first = numpy.cumsum([0, *(len(chunk.lengths) for chunk in chunks)])
         ends = numpy.cumsum(self.lengths, dtype=numpy.int64)
         before = numpy.concatenate(([0], ends))[self._first[:-1]]
@@ -263,7 +266,7 @@ class TokenizedRows:
         return self._chunks[chunk].location(row - int(self._first[chunk]))
 
     def checks(self, rows: RowIndices) -> list[str] | None:
-        """The checks of the rows, as JSON, in their order; None if rows bring none."""
+        """The checks of the rows, as JSON, in their order, or None without any."""
         chunks = numpy.searchsorted(self._first, rows, side="right") - 1
         found = [""] * len(rows)
         for number in numpy.unique(chunks).tolist():
