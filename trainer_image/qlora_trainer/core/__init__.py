@@ -1,1 +1,4 @@
-"""What every package may use: context, failures, records, files. No store, no model, no torch."""
+"""Modules for every package: context, failures, records and files.
+
+They load no store, no model and no torch.
+"""
