@@ -16,7 +16,7 @@ _GOOGLE_METADATA = ("metadata.google.internal", "169.254.169.254")
 
 
 def aws_identity(environment: Mapping[str, str], region: str) -> Access | None:
-    """The role of IRSA or of EKS Pod Identity; None if the profile allows none of AWS.
+    """The role of IRSA or of EKS Pod Identity, or None if the profile allows none of AWS.
 
     Raises StepFailure UNREACHABLE if neither webhook has reached the pod.
     """
@@ -40,7 +40,10 @@ def aws_identity(environment: Mapping[str, str], region: str) -> Access | None:
 
 
 def google_identity(environment: Mapping[str, str]) -> Access | None:
-    """The service account of GKE's workload identity, by its metadata server; None if the profile does not allow it."""
+    """The service account of GKE's workload identity, by its metadata server.
+
+    None if the profile does not allow it.
+    """
     if environment.get(contract.ENV_CLOUD_IDENTITY) != "google":
         return None
     own = environment.get("GCE_METADATA_HOST")
@@ -48,7 +51,7 @@ def google_identity(environment: Mapping[str, str]) -> Access | None:
 
 
 def azure_identity(environment: Mapping[str, str]) -> Access | None:
-    """The application of Azure's workload identity; None if the profile does not allow it.
+    """The application of Azure's workload identity, or None if the profile does not allow it.
 
     Raises StepFailure UNREACHABLE if its webhook has not reached the pod.
     """

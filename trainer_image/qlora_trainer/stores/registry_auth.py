@@ -1,4 +1,4 @@
-"""Opens a registry for a client: which registries may be used, logins, challenges, tokens, and where none may go."""
+"""Opens a registry for a client: allowed registries, logins, tokens, redirects."""
 
 import json
 import os
@@ -41,12 +41,15 @@ class RegistrySession(requests.Session):
     """
 
     def __init__(self, source: RegistrySource, secret: Secret, allowed: tuple[str, ...]) -> None:
-        """`allowed`: HOST or HOST:PORT, with http:// before it where there is no TLS. Raises StepFailure."""
+        """Create. `allowed`: HOST or HOST:PORT, with http:// before it without TLS.
+
+        Raises StepFailure.
+        """
         super().__init__()
         scheme = "http" if require_allowed(source, allowed) else "https"
         self.base = f"{scheme}://{source.registry}/v2"
         """Address of the registry's API."""
-        # No .netrc and no proxies for plain HTTP: they would bring credentials and hosts of their own.
+        # No .netrc and no proxies for plain HTTP: they would bring other credentials and hosts.
         self.trust_env = False
         self.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
         guard = _Guard(frozenset(map(_origin, allowed)), secret.field, https_proxy(os.environ))
@@ -57,7 +60,10 @@ class RegistrySession(requests.Session):
         self._authorization: dict[str, str] = {}
 
     def get_redirect_target(self, resp: requests.Response) -> str | None:
-        """Where the answer redirects to. Raises InvalidURL if that is no address; requests lets ValueError out."""
+        """The answer's redirect address. Raises InvalidURL if that is no address.
+
+        requests would raise ValueError.
+        """
         target = super().get_redirect_target(resp)
         try:
             urlsplit(target or "")
@@ -84,7 +90,7 @@ class RegistrySession(requests.Session):
         return self.request(method, url, **{**options, "headers": headers, "timeout": _TIMEOUTS})
 
     def _authenticate(self, challenge: requests.Response) -> bool:
-        """Whether there is an answer to the challenge that was not given yet: credentials, or a token got for them."""
+        """Whether there is a new answer to the challenge: credentials, or their token."""
         before, wanted = self._authorization, challenge.headers.get("WWW-Authenticate", "")
         if wanted.lower().startswith("basic"):
             self._authorization = self._basic()
@@ -97,7 +103,7 @@ class RegistrySession(requests.Session):
         return {"Authorization": f"Basic {self._login}"} if self._login else {}
 
     def _token(self, challenge: str) -> str | None:
-        """The token from the server that the challenge names, for our credentials or without any; None if it denies.
+        """The token from the server that the challenge names, for our credentials or without any, or None if denied.
 
         Not through oras, which takes a failing token server for one that denies, and waits for one that is silent.
         """
@@ -120,10 +126,16 @@ class RegistrySession(requests.Session):
 
 
 class _Guard(HTTPAdapter):
-    """Sends requests, but those with credentials to some origins only. Before a redirect the session removes them."""
+    """Sends requests. Those with credentials only go to some origins.
+
+    Before a redirect the session removes the credentials.
+    """
 
     def __init__(self, origins: frozenset[str], field: str, proxy: Proxy | None) -> None:
-        """`origins`: scheme and host, as in https://ghcr.io. `field` names the credentials, for the message."""
+        """Create. `origins`: scheme and host, as in https://ghcr.io.
+
+        `field` names the credentials, for the message.
+        """
         super().__init__(max_retries=_RETRY)
         self._origins = origins
         self._field = field
@@ -143,7 +155,10 @@ class _Guard(HTTPAdapter):
 
 
 def require_allowed(source: RegistrySource, allowed: tuple[str, ...]) -> bool:
-    """Raise StepFailure BAD_CONFIGURATION unless the registry is allowed. Returns whether it is without TLS."""
+    """Return whether the registry is without TLS.
+
+    Raises StepFailure BAD_CONFIGURATION unless the registry is allowed.
+    """
     for entry in allowed:
         if _host(entry) == source.registry:
             return entry.startswith(_PLAIN)
@@ -158,7 +173,7 @@ def _host(entry: str) -> str:
 
 
 def _server(realm: str) -> str | None:
-    """Host and port of a token server; None if its address is none that requests can be sent to."""
+    """Host and port of a token server, or None for an unusable address."""
     try:
         address = urlsplit(realm)
     except ValueError:
@@ -173,7 +188,7 @@ def _origin(entry: str) -> str:
 def docker_login(secret: Secret, registry: str) -> str | None:
     """User and password for the registry in base64: from the Secret, else from this user's Docker configuration.
 
-    None if neither is there. Raises StepFailure BAD_CONFIGURATION if the Secret has no login for the registry.
+    None if neither exists. Raises StepFailure BAD_CONFIGURATION if the Secret has no login for the registry.
     """
     own = _own_logins()
     values = secret.require(_DOCKER_CONFIG, has_own=registry in own["auths"])
@@ -192,7 +207,7 @@ def docker_login(secret: Secret, registry: str) -> str | None:
 
 
 def _own_logins() -> dict[str, Any]:
-    """This user's Docker configuration, where Docker looks for it too; without entries if there is none.
+    """This user's Docker configuration, in Docker's place for it, or an empty one.
 
     Raises StepFailure BAD_CONFIGURATION for a file that cannot be read as one.
     """
@@ -208,7 +223,7 @@ def _own_logins() -> dict[str, Any]:
 
 
 def parse_token(content: bytes) -> str | None:
-    """The token in a token server's answer; None if there is none in it."""
+    """The token in a token server's answer, or None."""
     try:
         answer = json.loads(content)
     except (ValueError, RecursionError):
