@@ -1,4 +1,4 @@
-"""Checks answers as spec.gate.score says: in a process of its own, so that no pattern or schema can hang the step."""
+"""Checks answers for spec.gate.score in a process, so that none can hang the step."""
 
 import json
 import logging
@@ -26,9 +26,12 @@ from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.reasoning import END_OF_REASONING, after_reasoning
 
 SECONDS = 2.0
-"""For one answer, of the processor and not of the clock: a busy node changes nothing. Afterwards it has not passed."""
+"""Most processor time for one answer. Then it has failed.
+
+A busy node changes nothing, unlike with the clock.
+"""
 _SECONDS_TO_READ = 30.0
-# What is caught along the way does not stop the timer: it goes off again.
+# The timer fires again, because its exception may have been caught.
 _AGAIN_SECONDS = 1.0
 _PATIENCE_SECONDS = 300.0
 """Of the clock: afterwards the process is taken to hang."""
@@ -43,7 +46,7 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Criterion:
-    """What answers are checked by, if not by the row's own answer: that of the job, or the one that a row brings."""
+    """The criterion for answers: the job's, or the one in a row."""
 
     check: Literal["regex", "jsonSchema"]
     text: str
@@ -56,7 +59,7 @@ class Criterion:
 
     @classmethod
     def of_job(cls, spec: ScoreSpec) -> "Criterion | None":
-        """The job's, for all rows; None if there is none."""
+        """The job's criterion for all rows, or None."""
         if spec.check == "exactMatch" or spec.of_rows:
             return None
         field, text = ("pattern", spec.pattern) if spec.check == "regex" else ("schema", spec.json_schema)
@@ -68,7 +71,7 @@ class Criterion:
         return self._failure(f"cannot be used: {why}: simplify it")
 
     def compiled(self) -> Check:
-        """Whether an answer passes. Raises StepFailure for a pattern or schema that is none."""
+        """Compile the check. Raises StepFailure for an invalid pattern or schema."""
         return self._pattern() if self.check == "regex" else self._schema()
 
     def _failure(self, what: str) -> StepFailure:
@@ -98,7 +101,7 @@ class Criterion:
                 f"is no JSON schema: {first_line(error)}: correct it; a $ref must lead to a part of the same schema, "
                 "such as #/$defs/NAME"
             ) from error
-        # With a registry of its own nothing is looked up elsewhere, as jsonschema would do over the network.
+        # With a separate registry no reference is fetched, as jsonschema would do over the network.
         validator: Validator = kind(schema, registry=Registry())
         return lambda answer: validator.is_valid(json.loads(answer, parse_constant=_reject_constant))
 
@@ -111,7 +114,7 @@ def _object_or_boolean(text: str) -> Any:
 
 
 def _require_own_references(schema: Any, kind: Any) -> None:
-    """Raise Unresolvable unless every reference of a schema of this kind leads to a part of it."""
+    """Raise Unresolvable if a reference of the schema leads out of it."""
     root: Resource[Any] = specification_with(kind.ID_OF(kind.META_SCHEMA)).create_resource(schema)
     parts = [(root, Registry().resolver_with_root(root))]
     while parts:
@@ -119,7 +122,7 @@ def _require_own_references(schema: Any, kind: Any) -> None:
         for keyword in ("$ref", "$dynamicRef"):
             if isinstance(part.contents, dict) and isinstance(reference := part.contents.get(keyword), str):
                 resolver.lookup(reference)
-        # What an enum, const or default contains is no part of the schema, and each part may have an $id.
+        # The content of an enum, const or default is no part of the schema, and each part may have an $id.
         parts += [(inner, resolver.in_subresource(inner)) for inner in part.subresources()]
 
 
@@ -209,7 +212,10 @@ def _read(criterion: Criterion) -> Check:
 
 
 def _checked(check: Check, answer: str, seconds: float) -> bool | str:
-    """Whether the answer passes; why it could not be checked, if something other than the answer may be the cause."""
+    """Whether the answer passes, or why it could not be checked.
+
+    The reason may be something other than the answer.
+    """
     try:
         return _limited(lambda: check(answer), seconds)
     except _NOT_PASSED:
@@ -234,7 +240,7 @@ def _late(_signal: int, _frame: object) -> NoReturn:
 
 
 class AnswerChecker:
-    """Checks one answer after the other. Use it as a context manager: it keeps a process."""
+    """Checks answers one by one. A context manager, because it keeps a process."""
 
     def __init__(self, spec: ScoreSpec, *, seconds: float = SECONDS) -> None:
         self._exact, self._of_job = spec.check == "exactMatch", Criterion.of_job(spec)
@@ -243,7 +249,7 @@ class AnswerChecker:
         self._restarts = 0
 
     def __enter__(self) -> Self:
-        """Start. Raises StepFailure BAD_CONFIGURATION for a pattern or schema of the job that cannot be used."""
+        """Start. Raises StepFailure BAD_CONFIGURATION for an unusable check of the job."""
         if not self._exact:
             self._worker = _Worker.start(self._seconds)
         if self._of_job is not None:
@@ -273,9 +279,9 @@ class AnswerChecker:
             raise criterion.unusable(problem.why) if isinstance(problem, _Ended) else problem
 
     def passes(self, answer: str, own: str, criterion: Criterion | None = None, *, begun: bool = False) -> bool:
-        """Whether the answer passes. `own` is that of the row. Reasoning before either is not looked at.
+        """Whether the answer passes. `own` is that of the row. Reasoning before either is skipped.
 
-        An answer whose reasoning does not end has not passed; `begun`: whether the prompt has begun it. `criterion`:
+        An answer whose reasoning does not end has not passed. `begun`: whether the prompt has begun it. `criterion`:
         the row's, if the job has none. Raises its StepFailure if the checking process ends too often.
         """
         rest = after_reasoning(answer, begun=begun)
