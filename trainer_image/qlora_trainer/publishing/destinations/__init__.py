@@ -1,1 +1,4 @@
-"""Where a finished folder may go. To add a kind, see `destination.Destination` and `addresses`."""
+"""Destinations of a finished folder. To add one, see `destination.Destination`.
+
+Also `addresses`.
+"""
