@@ -1,4 +1,4 @@
-"""Takes up the run of another job: copies its newest checkpoint into this job's workspace, before a GPU is used."""
+"""Continues another job's run: copies its newest checkpoint before a GPU is used."""
 
 import logging
 import os
@@ -25,7 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 def require_something_to_continue(source: Path, name: str) -> None:
-    """Raise StepFailure unless the other job's workspace folder `source` has a checkpoint: cheap, so early."""
+    """Raise StepFailure unless the other job's folder has a checkpoint.
+
+    A cheap check of the workspace folder `source`, so it comes early.
+    """
     if not source.is_dir():
         raise unreachable(f"the workspace of {name} (spec.continues) is not mounted at {source}")
     if not numbered_checkpoints(_layout(source).checkpoints):
@@ -48,9 +51,9 @@ def reject_other_settings(source: Path, name: str, settings: Fingerprint) -> Non
 def continue_run(source: Path, name: str, job: PreparedJob) -> int | None:
     """Copy the newest intact checkpoint below `source`, with the metrics and attempts that led to it.
 
-    Returns its step; None if the job has a checkpoint of its own, from which it resumes, or is trained: then the other
-    job, whose name for messages is `name`, may be gone. Raises StepFailure (BAD_CONFIGURATION) if its run is another
-    one, naming what differs, or has no checkpoint.
+    Returns its step, or None if the job has a checkpoint to resume from, or is trained: then the other job, whose name
+    for messages is `name`, may be gone. Raises StepFailure (BAD_CONFIGURATION) if its run is another one, naming what
+    differs, or has no checkpoint.
     """
     workspace = job.context.workspace
     if newest_intact(workspace.checkpoints) is not None or job.already_trained() is not None:
@@ -89,7 +92,7 @@ def _require_same_run(found: Fingerprint, wanted: Fingerprint, name: str) -> Non
 
 
 def _history_bytes(other: WorkspaceLayout, checkpoint: Checkpoint) -> int:
-    """Length of the metrics up to the checkpoint: what follows was measured by steps that are repeated here."""
+    """Length of the metrics up to the checkpoint. Later steps are repeated here."""
     path = other.report / HISTORY_FILE
     if not path.exists():
         return 0
@@ -106,7 +109,7 @@ def _copy_history(other: WorkspaceLayout, workspace: WorkspaceLayout, length: in
 
 
 def _attempts(other: WorkspaceLayout) -> list[Attempt]:
-    """The other run's; none if it has no record of them."""
+    """The other run's attempts, or none without a record of them."""
     path = confined(other.records, other.root) / ATTEMPTS_FILE
     if not os.path.lexists(path):
         return []
@@ -116,7 +119,7 @@ def _attempts(other: WorkspaceLayout) -> list[Attempt]:
 
 def _nothing_to_continue(name: str) -> StepFailure:
     return bad_configuration(
-        f"the workspace of {name} (spec.continues) has no checkpoint that can be taken up: that job was interrupted "
+        f"the workspace of {name} (spec.continues) has no checkpoint to continue from: that job was interrupted "
         "before the first one, has been cleaned up, or its checkpoints are damaged (see the log); create this job "
         "again without continues, or with the other's adapter in spec.lora.from"
     )
