@@ -68,7 +68,7 @@ def own(folder: Path) -> Ownership:
 
     Raises BlockingIOError if it has another one.
     """
-    descriptor, _ = _locked(folder / OWNER_FILE, os.O_CREAT)
+    descriptor, _ = _lock_file(folder / OWNER_FILE, os.O_CREAT)
     os.utime(descriptor)
     return Ownership(descriptor)
 
@@ -85,7 +85,7 @@ def take(folder: Path, now: float, seconds: float, *, same_job: bool) -> Ownersh
             # Its owner may be about to give it its final name, and a new file must not come with it.
             return own(folder) if now - folder.lstat().st_mtime > seconds else None
         abandoned = now - path.lstat().st_mtime > seconds
-        descriptor, has_locks = _locked(path)
+        descriptor, has_locks = _lock_file(path)
     except (BlockingIOError, FileNotFoundError):
         return None
     if abandoned or (same_job and has_locks):
@@ -95,7 +95,7 @@ def take(folder: Path, now: float, seconds: float, *, same_job: bool) -> Ownersh
     return None
 
 
-def _locked(path: Path, flags: int = 0) -> tuple[int, bool]:
+def _lock_file(path: Path, flags: int = 0) -> tuple[int, bool]:
     """Lock the file, and return whether the volume supports locks.
 
     Raises BlockingIOError if another process holds it.

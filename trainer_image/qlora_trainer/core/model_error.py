@@ -27,7 +27,7 @@ class ModelError(Exception):
 
 
 @contextmanager
-def explained(sentence: str) -> Iterator[None]:
+def explain_errors(sentence: str) -> Iterator[None]:
     """Raise ModelError with this sentence, and a library's error behind it.
 
     A ModelError from inside stays. So does PyTorch's error for memory, which is not the model's fault.

@@ -158,7 +158,7 @@ def result_record(
         exit_code=int(ending.exit_code),
         reason=ending.exit_code.reason,
         message=message,
-        **_known(completion, findings),
+        **_known_fields(completion, findings),
     )
     while not _is_encodable(record):
         if len(message) <= _SHORT_MESSAGE and record.dataset is not None and record.dataset.sources is not None:
@@ -185,7 +185,7 @@ def _is_encodable(record: ResultRecord) -> bool:
 _OF_PAIRS = ("reward_margin", "accuracy", "eval_accuracy")
 
 
-def _known(completion: CompletionRecord | None, findings: Findings) -> dict[str, object]:
+def _known_fields(completion: CompletionRecord | None, findings: Findings) -> dict[str, object]:
     """Fields of the result record, from the completion record or the findings."""
     if isinstance(completion, PrepareRecord):
         return {

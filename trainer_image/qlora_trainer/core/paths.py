@@ -58,7 +58,7 @@ def some_names(names: Iterable[str]) -> str:
     return (", ".join(ordered[:_LISTED_NAMES]) + (f" and {more} more" if more > 0 else "")) or "none"
 
 
-def confined(path: Path, root: Path) -> Path:
+def confine(path: Path, root: Path) -> Path:
     """The path with links resolved.
 
     Raises StepFailure UNSAFE_ARTIFACT if a link leads out of `root` or to itself.

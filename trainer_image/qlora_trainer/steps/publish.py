@@ -25,7 +25,7 @@ from qlora_trainer.core.file_names import (
     REPORT_FILE,
 )
 from qlora_trainer.core.filesystem import write_atomically
-from qlora_trainer.core.paths import confined
+from qlora_trainer.core.paths import confine
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.core.trained_job import TrainedJob
 from qlora_trainer.data.render.template_source import TEMPLATE_FILE
@@ -176,7 +176,7 @@ def _destination(context: StepContext, address: str | None, folder: Path) -> Des
         )
     root = context.workspace.root
     uri = f"{context.workspace_uri}/{folder.relative_to(root)}"
-    return VolumeFolder(confined(folder, root), uri, owner=context.pod_uid)
+    return VolumeFolder(confine(folder, root), uri, owner=context.pod_uid)
 
 
 def _merged_destination(context: StepContext) -> Destination | None:
@@ -222,7 +222,7 @@ def _verify(job: TrainedJob, context: StepContext) -> Path:
     """The folder of the trained adapter, after every check. Raises StepFailure."""
     workspace, prepared, trained = context.workspace, job.prepared, job.trained
     require_own_training(prepared, trained, job.spec, workspace)
-    folder = confined(workspace.root / trained.adapter_path, workspace.root)
+    folder = confine(workspace.root / trained.adapter_path, workspace.root)
     verify_adapter(
         folder,
         trained.adapter_sha256,

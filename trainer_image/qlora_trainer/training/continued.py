@@ -8,7 +8,7 @@ from qlora_api.contract import WorkspaceLayout
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unreachable
 from qlora_trainer.core.file_names import HISTORY_FILE
 from qlora_trainer.core.filesystem import atomic_file, bytes_below, require_space
-from qlora_trainer.core.paths import confined, require_regular
+from qlora_trainer.core.paths import confine, require_regular
 from qlora_trainer.training.checkpoints.attempts import ATTEMPTS_FILE, Attempt, ended_attempts, write_attempts
 from qlora_trainer.training.checkpoints.checkpoint import (
     Checkpoint,
@@ -41,7 +41,7 @@ def reject_other_settings(source: Path, name: str, settings: Fingerprint) -> Non
     `settings` are those that are known before anything is prepared. `continue_run` sees what else makes it another run.
     """
     folder = _layout(source).checkpoints
-    states = (read_state(confined(path, folder)) for _, path in numbered_checkpoints(folder))
+    states = (read_state(confine(path, folder)) for _, path in numbered_checkpoints(folder))
     found = next((state.get("fingerprint") for state in states if state is not None), None)
     if isinstance(found, dict) and isinstance(found.get("lora"), dict):
         known = {part: found.get(part) for part in settings} | {"lora": {**found["lora"], "from": None}}
@@ -78,7 +78,7 @@ def continue_run(source: Path, name: str, job: PreparedJob) -> int | None:
 
 def _layout(source: Path) -> WorkspaceLayout:
     """The other workspace, none of whose folders is a link that leads out of it."""
-    confined(source / "checkpoints", source)
+    confine(source / "checkpoints", source)
     return WorkspaceLayout(source)
 
 
@@ -110,7 +110,7 @@ def _copy_history(other: WorkspaceLayout, workspace: WorkspaceLayout, length: in
 
 def _attempts(other: WorkspaceLayout) -> list[Attempt]:
     """The other run's attempts, or none without a record of them."""
-    path = confined(other.records, other.root) / ATTEMPTS_FILE
+    path = confine(other.records, other.root) / ATTEMPTS_FILE
     if not os.path.lexists(path):
         return []
     require_regular(path, other.root, ATTEMPTS_FILE)

@@ -19,7 +19,7 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unsafe_artifact
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from qlora_trainer.core.filesystem import complete_folder, file_sha256, new_folder, partial_path, remove, require_space
-from qlora_trainer.core.paths import confined, require_regular, some_names
+from qlora_trainer.core.paths import confine, require_regular, some_names
 from qlora_trainer.model.adapter.initial_check import check_config, check_tensors
 from qlora_trainer.model.adapter.shapes import MAX_CONFIG_BYTES, expected_tensors, largest_file
 from qlora_trainer.model.architecture.text_part import text_part
@@ -163,7 +163,7 @@ def _fetch(context: StepContext, hub: Callable[[], Hub], address: str, folder: P
 
 def _copy(context: StepContext, source: VolumeSource, folder: Path, largest: int) -> None:
     root = context.mounts.volume(VolumeSource(source.claim))
-    found = confined(root / source.path, root)
+    found = confine(root / source.path, root)
     if not found.is_dir():
         raise bad_configuration(f"{_FIELD}.source: {source} is not a folder on the volume: check the path")
     names = [path.name for path in found.iterdir()]

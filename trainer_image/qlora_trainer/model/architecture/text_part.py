@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from qlora_trainer.core.model_error import ModelError, explained
+from qlora_trainer.core.model_error import ModelError, explain_errors
 from qlora_trainer.core.paths import some_names
 
 # Published models of a type are loaded by the first that has it, and those of a single decoder by the first of all.
@@ -54,7 +54,7 @@ def without_weights(config: Any, **settings: Any) -> Any:
 def text_part(config: Any, **settings: Any) -> Any:
     """The model `without_weights` as trained: of a multimodal one only the text part."""
     model = without_weights(config, **settings)
-    with explained("this trainer does not find the text decoder of the model that transformers builds"):
+    with explain_errors("this trainer does not find the text decoder of the model that transformers builds"):
         _leave_text_part(model)
     return model
 

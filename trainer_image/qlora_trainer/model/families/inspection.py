@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from qlora_api.spec.output import OutputSpec
 from qlora_api.spec.training import LoraSpec, TrainingSpec
 from qlora_trainer.core.failures import StepFailure, bad_configuration, model_unavailable, unsafe_artifact
-from qlora_trainer.core.model_error import UNUSABLE, ModelError, explained, with_error
+from qlora_trainer.core.model_error import UNUSABLE, ModelError, explain_errors, with_error
 from qlora_trainer.model.architecture.decoder import block_linears, outer_parameters, place_in_block
 from qlora_trainer.model.architecture.peft_names import lost_by_peft, taken_for_experts
 from qlora_trainer.model.architecture.text_part import (
@@ -153,7 +153,7 @@ def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
     """
     config = _read_config(config_folder)
     try:
-        with explained("this trainer cannot use its settings"):
+        with explain_errors("this trainer cannot use its settings"):
             return _inspected(config, lora)
     except ModelError as error:
         raise bad_configuration(
@@ -167,9 +167,9 @@ def _inspected(config: Any, lora: LoraSpec) -> Family:
     model_type = config.model_type
     _reject(model_type, reason_in_config(config))
     loader: Any = auto_class(config)
-    with explained("transformers cannot build a model from this config.json"):
+    with explain_errors("transformers cannot build a model from this config.json"):
         skeleton = text_part(config)
-    with explained("this trainer cannot read the layers of the model that transformers builds"):
+    with explain_errors("this trainer cannot read the layers of the model that transformers builds"):
         _reject(model_type, reason_in_model(skeleton))
         whole = without_weights(config) if is_multimodal(config) else skeleton
         _reject(model_type, reason_against_stored_parts(whole, parts_beside_text(whole)))
@@ -187,7 +187,7 @@ def _inspected(config: Any, lora: LoraSpec) -> Family:
     _reject(model_type, reason_in_probe(probed))
     linears = block_linears(skeleton)
     taken = taken_for_experts(skeleton, linears)
-    with explained("PEFT cannot attach an adapter to its layers"):
+    with explain_errors("PEFT cannot attach an adapter to its layers"):
         refused = refused_by_peft(config, (name for name in linears if name not in taken))
         refused |= lost_by_peft(skeleton, linears)
     left_out = tuple(name for name in linears if place_in_block(name) in probed.without_gradient or name in refused)

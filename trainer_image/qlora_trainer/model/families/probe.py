@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from qlora_trainer.core.model_error import ModelError, explained
+from qlora_trainer.core.model_error import ModelError, explain_errors
 from qlora_trainer.model.architecture.decoder import (
     block_linears,
     block_structures,
@@ -72,14 +72,14 @@ def probe(config: Any, whole: Any) -> Probe:
     """
     register_attention()
     register_experts()
-    with explained(f"this trainer cannot make {_SMALL_MODEL}"):
+    with explain_errors(f"this trainer cannot make {_SMALL_MODEL}"):
         small = shrunken(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         tokens = VOCABULARY - len(SPECIAL_TOKENS)
         first, other, second = (torch.randint(tokens, (1, length)) for length in (_ROWS[0], *_ROWS))
         expected = _expected_logits(small.config, second)
-        with explained(f"{_SMALL_MODEL} cannot be run as in training"):
+        with explain_errors(f"{_SMALL_MODEL} cannot be run as in training"):
             with torch.no_grad():
                 model, attention = _exact_model(small.config, second, expected)
                 if model is None:
@@ -109,9 +109,9 @@ def _unlike(whole: Any, small: Any) -> tuple[str, ...]:
 
 def _expected_logits(config: Any, row: Tensor) -> Tensor:
     """The row's logits, as transformers computes them with its attention and experts."""
-    with explained(f"transformers cannot build {_SMALL_MODEL}"):
+    with explain_errors(f"transformers cannot build {_SMALL_MODEL}"):
         model = _random_model(config, "eager", "eager")
-    with explained(f"transformers cannot run on text alone {_SMALL_MODEL}"), torch.no_grad():
+    with explain_errors(f"transformers cannot run on text alone {_SMALL_MODEL}"), torch.no_grad():
         return model(input_ids=row, use_cache=False).logits
 
 

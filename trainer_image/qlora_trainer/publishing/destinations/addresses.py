@@ -3,7 +3,7 @@
 from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource, VolumeSource, parse_source
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.credentials import Secret
-from qlora_trainer.core.paths import confined
+from qlora_trainer.core.paths import confine
 from qlora_trainer.publishing.destinations.bucket import ObjectDestination
 from qlora_trainer.publishing.destinations.destination import Destination, reject_occupied
 from qlora_trainer.publishing.destinations.hub import HubDestination
@@ -65,4 +65,4 @@ def check_destination(
 
 def _volume_folder(source: VolumeSource, mounts: Mounts, owner: str) -> VolumeFolder:
     root = mounts.volume(VolumeSource(source.claim))
-    return VolumeFolder(confined(root / source.path, root), str(source), owner=owner)
+    return VolumeFolder(confine(root / source.path, root), str(source), owner=owner)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_trainer.core.filesystem import atomic_folder, file_sha256, remove, remove_partials
-from qlora_trainer.core.paths import confined, read_regular, require_regular
+from qlora_trainer.core.paths import confine, read_regular, require_regular
 from qlora_trainer.training.progress.run_state import SavedState
 
 FORMAT_VERSION = 1
@@ -190,7 +190,7 @@ def newest_intact(folder: Path) -> Checkpoint | None:
     """
     for _, path in numbered_checkpoints(folder):
         try:
-            return read_checkpoint(confined(path, folder))
+            return read_checkpoint(confine(path, folder))
         except ValueError as error:
             logger.warning("%s is broken and is passed over: %s", path, error.__cause__)
     return None
