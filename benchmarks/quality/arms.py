@@ -113,7 +113,7 @@ def load_16_bit(model: Path) -> Any:
 def _base_in_4_bit(arm: str, model: Path, bases: Path) -> Path:
     """The arm's base, as the prepare step makes it."""
     target, quantization = bases / arm, QUANTIZATIONS[arm]
-    conversion = BaseConversion(target, model, "study", BaseLayout.of(model, quantization))
+    conversion = BaseConversion(target, model, "study", BaseLayout.from_folder(model, quantization))
     for path in sorted(model.glob("*.safetensors")):
         if path.name not in conversion.digests:
             conversion.convert(path, file_sha256(path))

@@ -128,7 +128,7 @@ def two_steps(config: LlamaConfig, device: str, lora: LoraSpec) -> Trained:
     tokens = torch.randint(config.vocab_size, (TOKENS,))
     labels = tokens.clone()
     labels[0] = -100
-    batch = Batch.of([PackedSequence(tokens, labels, (TOKENS,))], torch.device(device))
+    batch = Batch.from_sequences([PackedSequence(tokens, labels, (TOKENS,))], torch.device(device))
     seconds = 0.0
     for _ in range(2):
         started = time.monotonic()

@@ -124,7 +124,7 @@ def _job(spec: QLoRAJobSpec, config: Path, training: TrainingShape, measure: Mea
     if in_table is not None and not in_table.is_rough:
         return in_table, ""
     try:
-        return MeasuredJob.of(config, spec, training, measure=measure), ""
+        return MeasuredJob.from_config(config, spec, training, measure=measure), ""
     except DryRunFailed as failure:
         return in_table, str(failure)
 

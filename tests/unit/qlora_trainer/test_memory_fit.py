@@ -98,7 +98,7 @@ def fit(
     """The verdict on a job, when the dry run fails."""
     (folder / "config.json").write_text(json.dumps(config))
     spec = QLoRAJobSpec.model_validate(SOURCES | {"resources": {"gpuMemory": gpu_gib}} | (settings or {}))
-    return MemoryFit.of(folder / "config.json", spec, targets, **{"measure": failing} | more)
+    return MemoryFit.from_config(folder / "config.json", spec, targets, **{"measure": failing} | more)
 
 
 def failing(*_arguments: object) -> Any:

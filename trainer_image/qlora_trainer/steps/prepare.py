@@ -233,7 +233,7 @@ def _admit(folder: Path, context: StepContext, records: RecordWriter, say: Calla
         require_convertible(folder, model.family.target_modules, spec.lora, spec.output.gguf, scratch)
     say("measuring the memory that training needs")
     rows_apart = model.family.keeps_rows_apart(training.max_sequence_length)
-    memory = MemoryFit.of(
+    memory = MemoryFit.from_config(
         folder / CONFIG,
         spec,
         model.family.target_modules,
@@ -251,7 +251,7 @@ def _admit(folder: Path, context: StepContext, records: RecordWriter, say: Calla
         memory=memory,
         tokenizer=Tokenizer(folder, template),
         tokenizer_files=tokenizer_digests(folder),
-        layout=BaseLayout.of(folder, spec.quantization),
+        layout=BaseLayout.from_folder(folder, spec.quantization),
         rows_apart=rows_apart,
         packed=model.packs(training),
     )

@@ -73,7 +73,7 @@ def still_valid(record: PrepareRecord, context: StepContext, records: RecordWrit
         return None
     if tokenizer_digests(folder) != resolved.tokenizer or not resolved.unchanged(spec.dataset, context.mounts):
         return None
-    memory = MemoryFit.of(
+    memory = MemoryFit.from_config(
         folder / CONFIG,
         spec,
         record.target_modules,

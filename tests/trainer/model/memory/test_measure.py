@@ -144,7 +144,7 @@ def test_the_table_has_a_joint_pass_within_five_percent(names: tuple[str, ...], 
         config,
         specs,
         [
-            MeasuredJob.of(config, spec, training, measure=measure)
+            MeasuredJob.from_config(config, spec, training, measure=measure)
             for spec, training in zip(specs, trainings, strict=True)
         ],
         measure_together,

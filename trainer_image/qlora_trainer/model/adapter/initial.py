@@ -138,7 +138,7 @@ def _fetch(context: StepContext, hub: Callable[[], Hub], address: str, folder: P
     if isinstance(source, VolumeSource):
         _copy(context, source, folder, largest)
         return address
-    with _explained():
+    with _explain_errors():
         if isinstance(source, HubSource):
             remote: RemoteModel = HubModel(_open_hub(context, hub), source, source.commit)
             location = f"hf://{source.repository}@{remote.version}"
@@ -205,7 +205,7 @@ def _open_hub(context: StepContext, hub: Callable[[], Hub]) -> Hub:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def _explain_errors() -> Iterator[None]:
     """Report a missing or forbidden adapter as a wrong address, not a missing base."""
     try:
         yield

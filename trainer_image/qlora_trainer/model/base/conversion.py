@@ -78,7 +78,7 @@ class BaseConversion:
         partial = partial_path(self._folder / path.name)
         try:
             with cast("Any", safe_open(path, framework="pt")) as opened:
-                stored = {name: _described(opened.get_slice(name)) for name in opened.keys()}  # noqa: SIM118
+                stored = {name: _describe(opened.get_slice(name)) for name in opened.keys()}  # noqa: SIM118
                 parts = self._layout.parts(stored, path.name)
                 entries = [entry for part in parts for entry in part.entries]
                 written = write_weights(partial, entries, self._tensors(opened, parts, path.name))
@@ -131,7 +131,7 @@ class BaseConversion:
         for part in parts:
             if part.layer is not None:
                 tensor = _ours(part.layer, part.stored, opened.get_tensor(part.stored), file)
-                yield _filled(tensor, part.entries[0].shape)
+                yield _fill(tensor, part.entries[0].shape)
                 continue
             if not part.four_bit:
                 yield opened.get_tensor(part.stored).to(DTYPES[part.entries[0].dtype])
@@ -145,7 +145,7 @@ class BaseConversion:
                         f"{part.stored} in {file} cannot be quantized: {error}; use another revision of the model"
                     ) from error
                 for entry in islice(entries, len(layer)):
-                    yield _filled(layer[entry.name.removeprefix(name)], entry.shape)
+                    yield _fill(layer[entry.name.removeprefix(name)], entry.shape)
 
     def _write(self, name: str, content: bytes) -> None:
         path = self._folder / name
@@ -187,7 +187,7 @@ def _is_of(manifest: BaseManifest, version: str, layout: BaseLayout) -> bool:
     return found == (version, layout.quantization, layout.in_16_bit)
 
 
-def _described(tensor: Any) -> tuple[str, tuple[int, ...]]:
+def _describe(tensor: Any) -> tuple[str, tuple[int, ...]]:
     """Type and shape of a tensor in a file, as its header has them."""
     return tensor.get_dtype(), tuple(tensor.get_shape())
 
@@ -199,7 +199,7 @@ def _ours(layer: StoredTensor | Mxfp4Tensor, stored: str, tensor: Tensor, file: 
         raise model_unavailable(f"{stored} in {file} is no part of a 4-bit layer: {error}; {ORIGINAL}") from error
 
 
-def _filled(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _fill(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The tensor, a description in JSON with the spaces that give it this shape."""
     if tensor.ndim != 1 or tensor.dtype != torch.uint8 or tuple(tensor.shape) >= shape:
         return tensor

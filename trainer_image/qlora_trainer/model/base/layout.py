@@ -89,7 +89,7 @@ class BaseLayout:
     """Names of all modules that stay in 16 bit, if transformers would leave fewer."""
 
     @classmethod
-    def of(cls, config_folder: Path, quantization: QuantizationSpec) -> Self:
+    def from_folder(cls, config_folder: Path, quantization: QuantizationSpec) -> Self:
         """The layout of the model whose config.json is in the folder, and was checked. Reads no weights.
 
         transformers chooses the 4-bit layers: it replaces them in a model without weights, and skips the parts of a
@@ -101,7 +101,7 @@ class BaseLayout:
         stored = source_quantization(settings, CONFIG)
         require_agreement(stored, quantization)
         model = _without_weights(config_folder)
-        rename, experts = renaming(model), ExpertLayout.of(model)
+        rename, experts = renaming(model), ExpertLayout.from_model(model)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
         names: dict[int, set[str]] = {}
@@ -110,12 +110,12 @@ class BaseLayout:
         buffers = frozenset(model.state_dict().keys() - shapes.keys())
         in_32_bit = set(model._keep_in_fp32_modules_strict or ())
         in_16_bit = _in_16_bit(config_folder)
-        four_bit = _chosen(config_folder, library_config(quantization, experts=True, in_16_bit=in_16_bit))
+        four_bit = _quantized_names(config_folder, library_config(quantization, experts=True, in_16_bit=in_16_bit))
         if stored is not None:
             # Nothing else in them has an effect on the choice.
             skipped = skipped_modules(settings[SETTINGS[0]])
             theirs = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped)
-            _require_same(_chosen(config_folder, theirs), four_bit)
+            _require_same(_quantized_names(config_folder, theirs), four_bit)
         return cls(
             quantization=quantization,
             shapes=shapes,
@@ -203,7 +203,7 @@ class BaseLayout:
                 f"{ORIGINAL}"
             )
         layer = StoredTensor(role, entry.dtype, entry.shape, self.shapes[name], self.quantization)
-        return _kept(layer, entry, stored, dtype, shape, file)
+        return _keep(layer, entry, stored, dtype, shape, file)
 
     def _dtype(self, name: str) -> str:
         """The type of a parameter that does not become 4-bit."""
@@ -216,7 +216,7 @@ class BaseLayout:
             if tensor is None:
                 raise model_unavailable(f"{stored} in {file} is not in MXFP4, as config.json describes it; {ORIGINAL}")
             entry = Entry(f"{place.stack}{place.role}", "U8", tensor.shape)
-            return _kept(tensor, entry, stored, dtype, shape, file)
+            return _keep(tensor, entry, stored, dtype, shape, file)
         whole = shape if stack.is_turned(shape) else stack.shape
         _require(stored, dtype, shape, whole if place.expert is None else stack.piece_shape, file)
         size = prod(stack.piece_shape)
@@ -317,14 +317,14 @@ def _in_16_bit(config_folder: Path) -> tuple[str, ...]:
 
     It takes all or none of them by name.
     """
-    # Before weights are tied, as in `_chosen`.
+    # Before weights are tied, as in `_quantized_names`.
     with no_tie_weights():
         model = _without_weights(config_folder)
     beside = parts_beside_text(model)
     return tuple(sorted({*HfQuantizer.get_modules_to_not_convert(model), *beside})) if beside else ()
 
 
-def _chosen(config_folder: Path, settings: BitsAndBytesConfig) -> frozenset[str]:
+def _quantized_names(config_folder: Path, settings: BitsAndBytesConfig) -> frozenset[str]:
     """The names of the weights that transformers quantizes with these settings."""
     quantizer: Any = AutoHfQuantizer.from_config(settings, pre_quantized=False)
     # The library chooses before it ties weights, and what it sees as the last one depends on that.
@@ -335,7 +335,7 @@ def _chosen(config_folder: Path, settings: BitsAndBytesConfig) -> frozenset[str]
     return frozenset(f"{layer}.weight" for layer in layers)
 
 
-def _kept(
+def _keep(
     layer: StoredTensor | Mxfp4Tensor, entry: Entry, stored: str, dtype: str, shape: tuple[int, ...], file: str
 ) -> Part:
     """The part of a tensor that is in 4 bit already.

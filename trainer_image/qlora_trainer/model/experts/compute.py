@@ -44,7 +44,7 @@ class Routing:
     choices: int
 
     @classmethod
-    def of(cls, chosen: Tensor, experts: int) -> "Routing":
+    def from_choices(cls, chosen: Tensor, experts: int) -> "Routing":
         """The routing of `chosen`, int64 [tokens, choices]."""
         places = chosen.reshape(-1)
         sorted_experts, order = torch.sort(places, stable=True)
@@ -67,12 +67,12 @@ def _experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, to
     `hidden_states` is [tokens, hidden size], `top_k_index` and `top_k_weights` are [tokens, choices]. Gradients reach
     the first and the last of them.
     """
-    routing = Routing.of(top_k_index, module.num_experts)
+    routing = Routing.from_choices(top_k_index, module.num_experts)
     inner_name = "gate_up_proj" if module.has_gate else "up_proj"
     rows = _Dispatched.apply(hidden_states.to(_compute_dtype(hidden_states)), routing)
-    inner = _projected(module, inner_name, rows, routing)
+    inner = _project(module, inner_name, rows, routing)
     inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-    output = _projected(module, "down_proj", inner, routing)
+    output = _project(module, "down_proj", inner, routing)
     if module.has_post_expert_norm:
         output = module.post_expert_norm(output)
     weights = _Permuted.apply(top_k_weights.reshape(-1), routing.order, routing.inverse)
@@ -86,7 +86,7 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
-def _projected(module: Any, name: str, rows: Tensor, routing: Routing) -> Tensor:
+def _project(module: Any, name: str, rows: Tensor, routing: Routing) -> Tensor:
     """Each row multiplied by its expert's weight, [rows, output features]."""
     output = _Product.apply(rows.to(_compute_dtype(rows)), getattr(module, name), routing.counts, module.is_transposed)
     if module.has_bias:
@@ -136,16 +136,16 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, rows: Tensor, weights: Any, counts: tuple[int, ...], transposed: bool) -> Tensor:
         context.weights, context.counts, context.transposed = weights, counts, transposed
-        return _multiplied(rows, weights, counts, transposed=transposed)
+        return _multiply(rows, weights, counts, transposed=transposed)
 
     @staticmethod
     @once_differentiable
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        product = _multiplied(gradient, context.weights, context.counts, transposed=not context.transposed)
+        product = _multiply(gradient, context.weights, context.counts, transposed=not context.transposed)
         return product, None, None, None
 
 
-def _multiplied(rows: Tensor, weights: Any, counts: Sequence[int], *, transposed: bool) -> Tensor:
+def _multiply(rows: Tensor, weights: Any, counts: Sequence[int], *, transposed: bool) -> Tensor:
     """Multiply rows [rows, in], sorted by expert, by each expert's weights.
 
     These are [out, in], or [in, out] if `transposed`.

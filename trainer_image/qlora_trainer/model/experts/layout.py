@@ -93,7 +93,7 @@ class ExpertLayout:
     prefix: str
 
     @classmethod
-    def of(cls, model: Any) -> Self:
+    def from_model(cls, model: Any) -> Self:
         """The layout of a transformers model with parameters as experts, or an empty one."""
         mapping = get_model_conversion_mapping(model)
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -193,7 +193,7 @@ def reason_against_experts(model: Any) -> str | None:
 
     None if they can, or if the model has none.
     """
-    layout = ExpertLayout.of(model)
+    layout = ExpertLayout.from_model(model)
     for name, stack in layout.stacks.items():
         size = prod(stack.piece_shape)
         if stack.mxfp4 and stack.shape[1] % GROUP:

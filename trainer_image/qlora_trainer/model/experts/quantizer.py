@@ -47,7 +47,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
     layout: ExpertLayout
 
     def _process_model_before_weight_loading(self, model: Any, **settings: Any) -> None:
-        self.layout = ExpertLayout.of(model)
+        self.layout = ExpertLayout.from_model(model)
         given = self.quantization_config
         stack_experts(
             model,

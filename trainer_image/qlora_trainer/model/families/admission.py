@@ -48,7 +48,7 @@ def check_model(folder: Path, lora: LoraSpec, training: TrainingSpec) -> Checked
     or not with these settings.
     """
     reject_code(folder)
-    family = _inspected(folder, lora)
+    family = _inspect_within_limits(folder, lora)
     family.require_positions(training.max_sequence_length)
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     model = CheckedModel(config.get_text_config(decoder=True).vocab_size, family)
@@ -63,7 +63,7 @@ def check_model(folder: Path, lora: LoraSpec, training: TrainingSpec) -> Checked
     return replace(model, remarks=remarks)
 
 
-def _inspected(folder: Path, lora: LoraSpec) -> Family:
+def _inspect_within_limits(folder: Path, lora: LoraSpec) -> Family:
     """Inspect the family within limits: a small file may describe huge blocks."""
     try:
         family: Family = within_limits(

@@ -154,7 +154,7 @@ def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
     config = _read_config(config_folder)
     try:
         with explain_errors("this trainer cannot use its settings"):
-            return _inspected(config, lora)
+            return _inspect(config, lora)
     except ModelError as error:
         raise bad_configuration(
             f"{config_folder / 'config.json'} (model_type {config.model_type!r}) describes no model that can be "
@@ -162,7 +162,7 @@ def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
         ) from error
 
 
-def _inspected(config: Any, lora: LoraSpec) -> Family:
+def _inspect(config: Any, lora: LoraSpec) -> Family:
     """See `inspect_family`. Raises ModelError if a library cannot use the model."""
     model_type = config.model_type
     _reject(model_type, reason_in_config(config))
@@ -174,7 +174,7 @@ def _inspected(config: Any, lora: LoraSpec) -> Family:
         whole = without_weights(config) if is_multimodal(config) else skeleton
         _reject(model_type, reason_against_stored_parts(whole, parts_beside_text(whole)))
         fraction = quantized_fraction(skeleton)
-        experts = bool(ExpertLayout.of(skeleton).stacks)
+        experts = bool(ExpertLayout.from_model(skeleton).stacks)
         _reject_untying(model_type, skeleton, lora)
     if fraction < MIN_QUANTIZED_FRACTION:
         _reject(
@@ -304,7 +304,7 @@ def quantized_fraction(model: PreTrainedModel) -> float:
         for name, module in model.named_modules()
         if type(module) is nn.Linear and module is not head and name not in routing
     )
-    experts = sum(prod(stack.shape) for stack in ExpertLayout.of(model).stacks.values())
+    experts = sum(prod(stack.shape) for stack in ExpertLayout.from_model(model).stacks.values())
     return (linear + experts) / inner if inner else 0.0
 
 
@@ -345,12 +345,12 @@ def resolve_targets(
     chosen: set[str] = set()
     allowed = [name for name in linears if name not in left_out and name not in without_dora]
     for target in wanted:
-        found = allowed if target == ALL_LINEAR else _named(target, allowed)
+        found = allowed if target == ALL_LINEAR else _matching_names(target, allowed)
         if not found:
             why = "which the model does not have"
-            if _named(target, left_out):
+            if _matching_names(target, left_out):
                 why = "which can have no adapter in this family"
-            elif _named(target, without_dora):
+            elif _matching_names(target, without_dora):
                 why = "which can have no DoRA (spec.lora.useDora) in this family"
             elif experts:
                 why = "which no layer has besides routed experts and routers, and these get no adapter"
@@ -362,7 +362,7 @@ def resolve_targets(
     return tuple(sorted(chosen))
 
 
-def _named(target: str, linears: Iterable[str]) -> list[str]:
+def _matching_names(target: str, linears: Iterable[str]) -> list[str]:
     return [name for name in linears if name == target or name.endswith(f".{target}")]
 
 

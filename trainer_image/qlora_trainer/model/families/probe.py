@@ -221,9 +221,9 @@ def _close(logits: Tensor, expected: Tensor) -> bool:
 
 def _logits(model: Any, input_ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """Logits as training computes them: decoder, head, transform."""
-    rows = RowBoundaries.of(lengths, input_ids.device)
+    rows = RowBoundaries.from_lengths(lengths, input_ids.device)
     states = decoder_states(model, input_ids, rows.position_ids(), rows)
-    return LogitTransform.of(model.config)(model.get_output_embeddings()(states))
+    return LogitTransform.from_config(model.config)(model.get_output_embeddings()(states))
 
 
 def _without_gradient(model: Any, row: Tensor) -> tuple[list[tuple[int, str]], tuple[str, ...]]:

@@ -77,7 +77,7 @@ def reason_in_model(model: Any) -> str | None:
     if unrouted := experts_without_router(model):
         return f"it is a mixture of experts ({unrouted}) whose router is not found, which must compute without autocast"
     # A configuration has the family's default count even if none of its blocks has experts (Nemotron-H).
-    if not ExpertLayout.of(model).stacks and _names_experts(model):
+    if not ExpertLayout.from_model(model).stacks and _names_experts(model):
         for name, value in entries(model.config.get_text_config(decoder=True).to_dict()):
             if name in EXPERT_COUNTS and isinstance(value, int) and value > 1:
                 return (

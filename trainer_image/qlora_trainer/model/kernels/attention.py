@@ -52,7 +52,7 @@ class RowBoundaries:
     """
 
     @classmethod
-    def of(cls, lengths: tuple[int, ...], device: torch.device) -> "RowBoundaries":
+    def from_lengths(cls, lengths: tuple[int, ...], device: torch.device) -> "RowBoundaries":
         """Rows of `lengths` tokens, one after the other."""
         offsets = [0, *accumulate(lengths)]
         offsets += [offsets[-1]] * (_power_of_two(len(lengths)) - len(lengths))
@@ -113,7 +113,7 @@ def rows_attention(
     if attention_mask is not None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise ModelError("attention within rows takes a single batch row, no mask and no cache")
     if rows is None:
-        rows = RowBoundaries.of((query.shape[2],), query.device)
+        rows = RowBoundaries.from_lengths((query.shape[2],), query.device)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     if softcap is not None:
         return capped_rows(query, key, value, rows.lengths, scale, sliding_window, softcap), None

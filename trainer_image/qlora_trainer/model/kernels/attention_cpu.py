@@ -49,7 +49,7 @@ class _CausalRows(torch.autograd.Function):
         output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
         normalizers = []
         for row, padded in _rows(lengths):
-            parts = (_padded(tensor[:, :, row], padded, tensor.dtype) for tensor in (query, key, value))
+            parts = (_pad(tensor[:, :, row], padded, tensor.dtype) for tensor in (query, key, value))
             mask = _mask(padded, window)
             row_output, normalizer = _forward(*parts, 0.0, mask is None, attn_mask=mask, scale=scale)
             output[:, row] = row_output[:, :, : row.stop - row.start].transpose(1, 2)
@@ -70,7 +70,7 @@ class _CausalRows(torch.autograd.Function):
         for (row, padded), normalizer in zip(_rows(context.lengths), normalizers, strict=True):
             in_float32 = padded <= cpu.FLOAT32_GRADIENT_TOKENS
             dtype = torch.promote_types(query.dtype, torch.float32) if in_float32 else query.dtype
-            parts = (_padded(tensor[:, :, row], padded, dtype) for tensor in given)
+            parts = (_pad(tensor[:, :, row], padded, dtype) for tensor in given)
             mask = _mask(padded, context.window)
             of_rows = _backward(*parts, normalizer, 0.0, mask is None, attn_mask=mask, scale=context.scale)
             for whole, part in zip(gradients, of_rows, strict=True):
@@ -88,7 +88,7 @@ def _rows(lengths: tuple[int, ...]) -> list[tuple[slice, int]]:
     return rows
 
 
-def _padded(tensor: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+def _pad(tensor: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
     """[1, heads, row, size] as [1, heads, tokens, size] of the type, with zeros after the row, which no token sees.
 
     In the layout that the kernel reads, a token's heads side by side.

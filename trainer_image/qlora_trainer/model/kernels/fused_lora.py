@@ -79,7 +79,7 @@ class FusedLora(Linear4bit):
         kept = cpu.keeps_dequantized(x.device.type, recomputed=self.recomputed)
         output, dense, *inners = _LoraMatmul.apply(x, base.weight, base.quant_state, scaled, kept, *weights)
         if dense is None:
-            dense = _dequantized(base.weight, base.quant_state, x.dtype)
+            dense = _dequantize(base.weight, base.quant_state, x.dtype)
         with torch.no_grad():
             rows = output.detach().view(-1, output.shape[-1])
             _matmul_into(rows, x.reshape(-1, x.shape[-1]), dense.T, base.bias)
@@ -197,7 +197,7 @@ class _LoraMatmul(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         rows = x.reshape(-1, x.shape[-1])
         inners = [rows[part.start : part.stop] @ a.T for part, a in zip(parts, adapters[::2], strict=True)]
-        dense = _dequantized(weight, state, x.dtype) if kept else None
+        dense = _dequantize(weight, state, x.dtype) if kept else None
         context.save_for_backward(rows, dense, *inners, *adapters)
         context.mark_non_differentiable(*inners, *(() if dense is None else (dense,)))
         context.set_materialize_grads(False)
@@ -214,7 +214,7 @@ class _LoraMatmul(torch.autograd.Function):
         x_gradient = None
         if context.needs_input_grad[0]:
             if dense is None:
-                dense = _dequantized(context.weight, context.state, gradient.dtype)
+                dense = _dequantize(context.weight, context.state, gradient.dtype)
             x_gradient = gradient.new_empty(rows.shape)
             _matmul_into(x_gradient, gradient, dense, None)
         gradients = []
@@ -229,5 +229,5 @@ class _LoraMatmul(torch.autograd.Function):
         return x_gradient, None, None, None, None, *gradients
 
 
-def _dequantized(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+def _dequantize(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
     return cast("Tensor", dequantize_4bit(weight.data.view(-1, 1), state)).to(dtype)

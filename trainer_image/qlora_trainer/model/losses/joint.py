@@ -48,7 +48,7 @@ def joint_losses(model: PeftModel, batches: Mapping[str, Batch]) -> dict[str, Te
     batch = joined(tuple(batches.values()))
     states = decoder_states(base, batch.input_ids, batch.position_ids, batch.rows)[0]
     positions = batch.predicting.split([part.target_count for part in batches.values()])
-    head, transform = base.get_output_embeddings(), LogitTransform.of(base.config)
+    head, transform = base.get_output_embeddings(), LogitTransform.from_config(base.config)
     chunk_tokens = cpu.loss_chunk_tokens(states.device.type)
     return {
         name: summed_loss(states[predicting], part.targets, head, transform, chunk_tokens)
@@ -62,7 +62,7 @@ def joined(batches: tuple[Batch, ...]) -> Batch:
     offsets = list(accumulate((batch.tokens for batch in batches), initial=0))
     padding = cpu.padding(offsets[-1], device.type)
     lengths = tuple(length for batch in batches for length in _without_padding(batch))
-    rows = RowBoundaries.of((*lengths, padding) if padding else lengths, device)
+    rows = RowBoundaries.from_lengths((*lengths, padding) if padding else lengths, device)
     predicting = [batch.predicting + offset for batch, offset in zip(batches, offsets, strict=False)]
     return Batch(
         pad(torch.cat([batch.input_ids[:, : batch.tokens] for batch in batches], dim=1), (0, padding)),

@@ -22,7 +22,7 @@ class LogitTransform:
     softcap: float | None = None
 
     @classmethod
-    def of(cls, config: Any) -> Self:
+    def from_config(cls, config: Any) -> Self:
         """The configuration's transform: Granite divides, Cohere multiplies, Gemma 2 caps."""
         text = config.get_text_config(decoder=True)
         multiplier = getattr(text, "logit_scale", None) or 1.0
@@ -63,7 +63,7 @@ def _of_targets(model: Any, batch: Batch) -> tuple[Tensor, Tensor, torch.nn.Modu
     The last states that predict a target, the targets, the head, the transform and the chunk's tokens.
     """
     states = decoder_states(model, batch.input_ids, batch.position_ids, batch.rows)[0]
-    head, transform = model.get_output_embeddings(), LogitTransform.of(model.config)
+    head, transform = model.get_output_embeddings(), LogitTransform.from_config(model.config)
     return states[batch.predicting], batch.targets, head, transform, cpu.loss_chunk_tokens(states.device.type)
 
 

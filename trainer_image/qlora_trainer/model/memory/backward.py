@@ -109,7 +109,7 @@ def _walk(roots: list[Edge], gradient: Tensor) -> Iterator[tuple[Any, list[Tenso
     while ready:
         node = heapq.heappop(ready)[2]
         came = arrived.pop(node, {})
-        given = [_fitted(came.pop(number, None), meta) for number, meta in enumerate(node._input_metadata)]
+        given = [_fit(came.pop(number, None), meta) for number, meta in enumerate(node._input_metadata)]
         edges = node.next_functions
         reached = any(one is not None for one in given)
         if reached:
@@ -156,7 +156,7 @@ def _consumers(root: Any) -> Counter[Any]:
     return counted
 
 
-def _fitted(gradient: Tensor | None, metadata: Any) -> Tensor | None:
+def _fit(gradient: Tensor | None, metadata: Any) -> Tensor | None:
     """The gradient in the shape and type of its tensor, as the engine makes it."""
     if gradient is None:
         return None

@@ -43,7 +43,7 @@ def fake_cuda(capability: tuple[int, int] = AMPERE) -> Iterator[None]:
     )
     with ExitStack() as stack:
         for module, name, stand_in in stand_ins:
-            stack.enter_context(_replaced(module, name, stand_in))
+            stack.enter_context(_replace(module, name, stand_in))
         _forget_capability()
         stack.callback(_forget_capability)
         stack.enter_context(FakeTensorMode())
@@ -51,7 +51,7 @@ def fake_cuda(capability: tuple[int, int] = AMPERE) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(module: Any, name: str, stand_in: Any) -> Iterator[None]:
+def _replace(module: Any, name: str, stand_in: Any) -> Iterator[None]:
     original = getattr(module, name)
     setattr(module, name, stand_in)
     try:
@@ -110,7 +110,7 @@ def on_fake_cuda(model: nn.Module) -> None:
             if parameter is None:
                 continue
             if id(parameter) not in moved:
-                moved[id(parameter)] = _moved(parameter)
+                moved[id(parameter)] = _move(parameter)
             module._parameters[name] = moved[id(parameter)]
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else _like(buffer)
@@ -130,7 +130,7 @@ def constants(layer: Linear4bit) -> list[tuple[Any, str, Tensor]]:
     ]
 
 
-def _moved(parameter: Tensor) -> nn.Parameter:
+def _move(parameter: Tensor) -> nn.Parameter:
     new = nn.Parameter(_like(parameter), requires_grad=parameter.requires_grad)
     # Of a 4-bit weight: how it is quantized.
     new.__dict__.update(parameter.__dict__)

@@ -80,11 +80,11 @@ def training_shape(spec: QLoRAJobSpec, target_modules: Iterable[str]) -> Trainin
         gpus=spec.resources.gpu_count,
         sharding=spec.training.sharding,
         answer_tokens=_answer_tokens(spec),
-        fixed=_fixed(spec),
+        fixed=_fixed_settings(spec),
     )
 
 
-def _fixed(spec: QLoRAJobSpec) -> frozenset[str]:
+def _fixed_settings(spec: QLoRAJobSpec) -> frozenset[str]:
     """Settings that cannot change, because the job continues from an earlier one."""
     if spec.continues is not None:
         return RUN_FIELDS
@@ -124,7 +124,7 @@ class MemoryFit:
     """The dry runs that the estimate is from."""
 
     @classmethod
-    def of(
+    def from_config(
         cls,
         config: Path,
         spec: QLoRAJobSpec,
@@ -145,7 +145,7 @@ class MemoryFit:
         """
         training = training_shape(spec, target_modules)
         try:
-            job: JobMemory = MeasuredJob.of(config, spec, training, earlier, measure)
+            job: JobMemory = MeasuredJob.from_config(config, spec, training, earlier, measure)
             remark = ""
         except DryRunFailed as failure:
             shape = read_shape(config)
@@ -156,23 +156,23 @@ class MemoryFit:
                 return cls(status, None, None, None)
             remark = f"from the table of model families: {failure}"
             job = job_of_table(shape, training)
-        fit = _judged(job, spec.resources.gpu_memory, remark, rows_apart)
+        fit = _estimate(job, spec.resources.gpu_memory, remark, rows_apart)
         if group_size == 1 or not rows_apart or fit.objection is not None:
             return fit
-        return _with_shared(fit, lambda: _shared(config, spec, job, group_size, measure_passes))
+        return _with_shared(fit, lambda: _shared_bytes(config, spec, job, group_size, measure_passes))
 
     @classmethod
     def planned(cls, config: Path, spec: QLoRAJobSpec, measure: Measure = measure_within_limits) -> "MemoryFit":
         """Estimate a job before it exists: by the table of families if that describes it, which takes no time.
 
-        Otherwise as `of` does. Raises StepFailure BAD_CONFIGURATION.
+        Otherwise as `from_config` does. Raises StepFailure BAD_CONFIGURATION.
         """
         shape, rows_apart = read_shape(config), type_of_model(config) not in ONE_ROW_MODEL_TYPES
         if shape is not None:
             job = job_of_table(shape, training_shape(spec, spec.lora.target_modules))
             if not job.is_rough:
-                return _judged(job, spec.resources.gpu_memory, "", rows_apart)
-        return cls.of(config, spec, spec.lora.target_modules, rows_apart=rows_apart, measure=measure)
+                return _estimate(job, spec.resources.gpu_memory, "", rows_apart)
+        return cls.from_config(config, spec, spec.lora.target_modules, rows_apart=rows_apart, measure=measure)
 
     def require(self) -> None:
         """Raise StepFailure DOES_NOT_FIT, with the first advice, if the job cannot run."""
@@ -180,7 +180,7 @@ class MemoryFit:
             raise StepFailure(ExitCode.DOES_NOT_FIT, self.objection)
 
 
-def _judged(job: JobMemory, gpu_gib: int | None, remark: str, rows_apart: bool) -> MemoryFit:
+def _estimate(job: JobMemory, gpu_gib: int | None, remark: str, rows_apart: bool) -> MemoryFit:
     memory = job.estimate(job.training)
     judged: Verdict | Literal["unknown"] = "unknown" if gpu_gib is None else verdict(memory, gpu_gib)
     objection = None
@@ -194,7 +194,7 @@ def _judged(job: JobMemory, gpu_gib: int | None, remark: str, rows_apart: bool) 
     elif gpu_gib is not None and judged == "fits" and rows_apart:
         job = measured_further(job, job.with_larger)
         step = larger_micro_batch(job.estimate, job.training, gpu_gib)
-        remark = "; ".join(filter(None, (remark, "" if step is None else _recommended(step))))
+        remark = "; ".join(filter(None, (remark, "" if step is None else _recommend(step))))
     status = MemoryStatus(
         estimate_bytes=memory.expected,
         low_bytes=memory.low,
@@ -207,7 +207,7 @@ def _judged(job: JobMemory, gpu_gib: int | None, remark: str, rows_apart: bool) 
     return MemoryFit(status, objection, job.parameters, job.measured if isinstance(job, MeasuredJob) else None)
 
 
-def _shared(config: Path, spec: QLoRAJobSpec, job: JobMemory, group_size: int, measure: MeasurePasses) -> int:
+def _shared_bytes(config: Path, spec: QLoRAJobSpec, job: JobMemory, group_size: int, measure: MeasurePasses) -> int:
     """Bytes that this many equal jobs share when they are trained together.
 
     Raises as the dry run does.
@@ -235,7 +235,7 @@ def _with_shared(fit: MemoryFit, find: Callable[[], int]) -> MemoryFit:
     return replace(fit, status=fit.status.model_copy(update={"shared_bytes": shared}), measured=measured)
 
 
-def _recommended(step: Advice) -> str:
+def _recommend(step: Advice) -> str:
     changes = " and ".join(f"spec.{change.setting}: {change.proposed}" for change in step.changes)
     return f"{changes} fits too ({step.expected / GIB:.1f} GiB) and is faster, with the same result"
 

@@ -51,10 +51,10 @@ def measured_together(
     """The estimate of measured runs together on one base. See `combined`."""
     first, _ = runs[0]
     answers = AnswerBytes(first.answer_bytes_per_token, first.answer_bytes_per_pair)
-    return combined([CountedRun(_counted(*run), run[1]) for run in runs], activations, answers)
+    return combined([CountedRun(_count_weights(*run), run[1]) for run in runs], activations, answers)
 
 
-def _counted(measured: MeasuredMemory, training: TrainingShape) -> WeightCounts:
+def _count_weights(measured: MeasuredMemory, training: TrainingShape) -> WeightCounts:
     share = training.rank / measured.rank
     return WeightCounts(
         blocks=measured.blocks,
@@ -110,7 +110,7 @@ class MeasuredJob:
     measure: Measure
 
     @classmethod
-    def of(
+    def from_config(
         cls,
         config: Path,
         spec: QLoRAJobSpec,

@@ -31,7 +31,7 @@ def memory_together(
     if len(in_table) == len(alone):
         return estimate_together(in_table[0].model, trainings)
     measured = [
-        job if isinstance(job, MeasuredJob) else MeasuredJob.of(config, spec, job.training)
+        job if isinstance(job, MeasuredJob) else MeasuredJob.from_config(config, spec, job.training)
         for spec, job in zip(specs, alone, strict=True)
     ]
     everyone = tuple(range(len(trainings)))

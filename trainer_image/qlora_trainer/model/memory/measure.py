@@ -39,7 +39,7 @@ def measure(
     """
     # A process that was forked has none of its parent's threads, which PyTorch would wait for.
     torch.set_num_threads(1)
-    family = family or _inspected(config, spec.lora)
+    family = family or _inspect(config, spec.lora)
     read = AutoConfig.from_pretrained(config, local_files_only=True, trust_remote_code=False)
     steps: list[MeasuredStep] = []
     model: Any = None
@@ -48,7 +48,7 @@ def measure(
         model = adapted_skeleton(read, family, spec.lora, training, spec.quantization)
         wanted = [size for size in sizes if size.gradient_checkpointing == checkpointing]
         steps += _steps(model, wanted, pairs=training.compares_answers)
-    return _counted(model, spec, steps, digest)
+    return _count(model, spec, steps, digest)
 
 
 def measure_together(
@@ -59,7 +59,7 @@ def measure_together(
     `family` is what an inspection for the adapter of the first job has found. Raises as `measure` does.
     """
     torch.set_num_threads(1)
-    first, families = specs[0], _inspected_for_each(config, specs, family)
+    first, families = specs[0], _inspect_each(config, specs, family)
     read = AutoConfig.from_pretrained(config, local_files_only=True, trust_remote_code=False)
     model = adapted_skeleton(read, families[0], first.lora, first.training, first.quantization)
     names = [adapter_name(position) for position in range(len(specs))]
@@ -100,12 +100,12 @@ def _trained_on_fake_cuda(model: Any) -> Iterator[None]:
         yield
 
 
-def _inspected(config: Path, lora: LoraSpec) -> Family:
+def _inspect(config: Path, lora: LoraSpec) -> Family:
     with TemporaryDirectory() as folder:
         return inspect_family(Path(shutil.copyfile(config, Path(folder) / CONFIG)).parent, lora)
 
 
-def _inspected_for_each(config: Path, specs: Sequence[QLoRAJobSpec], first: Family | None) -> list[Family]:
+def _inspect_each(config: Path, specs: Sequence[QLoRAJobSpec], first: Family | None) -> list[Family]:
     """The inspection for each job, once for equal adapters.
 
     `first`: that of the first job, if it was made already.
@@ -114,7 +114,7 @@ def _inspected_for_each(config: Path, specs: Sequence[QLoRAJobSpec], first: Fami
     for spec in specs:
         adapter = spec.lora.model_dump_json()
         if adapter not in found:
-            found[adapter] = _inspected(config, spec.lora)
+            found[adapter] = _inspect(config, spec.lora)
     return [found[spec.lora.model_dump_json()] for spec in specs]
 
 
@@ -137,7 +137,7 @@ def _steps(model: Any, sizes: Sequence[StepSize], *, pairs: bool) -> list[Measur
     return measured
 
 
-def _counted(model: Any, spec: QLoRAJobSpec, steps: Sequence[MeasuredStep], digest: str) -> MeasuredMemory:
+def _count(model: Any, spec: QLoRAJobSpec, steps: Sequence[MeasuredStep], digest: str) -> MeasuredMemory:
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     packed = {id(layer.weight) for layer in layers}
     stacks = [stack for _, stack in expert_stacks(model)]

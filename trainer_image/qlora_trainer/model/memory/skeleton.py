@@ -41,7 +41,7 @@ def adapted_skeleton(
     # transformers does not quantize what a family would have in 32 bit.
     wide = list(model._keep_in_fp32_modules or ())
     kept |= {id(module) for name, module in model.named_modules() if not should_convert_module(name, wide)}
-    stack_experts(model, ExpertLayout.of(model), quantization, "meta")
+    stack_experts(model, ExpertLayout.from_model(model), quantization, "meta")
     with torch.device("meta"):
         _quantize(model, kept, quantization)
     # PEFT asks for this before it makes a layer for 4-bit weights.

@@ -46,7 +46,7 @@ def full_batch(sequences: int, tokens: int, *, pairs: bool = False) -> Batch:
     if pairs:
         sequence = PackedSequence(anything, anything, (tokens - tokens // 2, tokens // 2), row_numbers=(0, 1))
     # The batch is not for a CPU, which gets other sizes.
-    return Batch.of([sequence] * sequences, torch.device("meta"))
+    return Batch.from_sequences([sequence] * sequences, torch.device("meta"))
 
 
 def step_bytes(

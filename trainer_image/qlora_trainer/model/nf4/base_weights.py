@@ -77,10 +77,10 @@ class BaseWeights:
         Raises StepFailure MODEL_UNAVAILABLE if there is none of this name.
         """
         self.require(name)
-        pieces = [self._dequantized(*self._stored[name][piece]) for piece in sorted(self._stored[name])]
+        pieces = [self._dequantize(*self._stored[name][piece]) for piece in sorted(self._stored[name])]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def _dequantized(self, opened: Any, stored: str) -> Tensor:
+    def _dequantize(self, opened: Any, stored: str) -> Tensor:
         tensor = cast("Tensor", opened.get_tensor(stored))
         if stored not in self._constants:
             return tensor

@@ -24,7 +24,7 @@ def correct_dequantization() -> torch.library.Library:
     """
     theirs: Any = torch.library.get_kernel(f"{_NAMESPACE}::{_OPERATION}", _DEVICE)
 
-    def dequantized(
+    def dequantize(
         keys: Any, packed: Tensor, absmax: Tensor, block: int, kind: str, shape: Sequence[int], dtype: torch.dtype
     ) -> Tensor:
         def given(bytes_of: Tensor, constants: Tensor, rows: Sequence[int]) -> Tensor:
@@ -41,5 +41,5 @@ def correct_dequantization() -> torch.library.Library:
         return dense.view(*shape)
 
     library = torch.library.Library(_NAMESPACE, "IMPL")
-    library.impl(_OPERATION, dequantized, _DEVICE, with_keyset=True, allow_override=True)
+    library.impl(_OPERATION, dequantize, _DEVICE, with_keyset=True, allow_override=True)
     return library

@@ -148,7 +148,7 @@ def quantize(weight: Tensor, quantization: QuantizationSpec) -> Mapping[str, Ten
     offset, outer = None, None
     if quantization.double_quant:
         offset = _mean(absmax)
-        absmax, outer = _nested(absmax.sub_(offset))
+        absmax, outer = _quantize_constants(absmax.sub_(offset))
     state = QuantState(
         absmax=absmax,
         shape=weight.shape,
@@ -183,7 +183,7 @@ def _mean(values: Tensor) -> Tensor:
     return torch.tensor(total / values.numel(), dtype=torch.float32)
 
 
-def _nested(constants: Tensor) -> tuple[Tensor, QuantState]:
+def _quantize_constants(constants: Tensor) -> tuple[Tensor, QuantState]:
     """Constants of the first level in 8 bit, and those of the second level."""
     code = dynamic_map()
     eight_bit, absmax = torch.ops.bitsandbytes.quantize_blockwise.default(constants, code, OUTER_BLOCK)

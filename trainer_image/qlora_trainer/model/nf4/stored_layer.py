@@ -77,7 +77,7 @@ class StoredTensor:
         The stored one is the type that its maker computed in. A weight is dequantized to the type that the layer
         multiplies in.
         """
-        found = _parsed(bytes(tensor.tolist()))
+        found = _parse(bytes(tensor.tolist()))
         wanted: dict[str, Any] = {
             "quant_type": self.quantization.type,
             "blocksize": BLOCK,
@@ -91,16 +91,16 @@ class StoredTensor:
                 raise ValueError("its nested_offset is no finite number")
         if found != wanted or found["dtype"] not in _FLOATS or not _same_types(found, wanted):
             raise ValueError(
-                f"it describes {_shortened(found)}, and must describe {wanted} with a dtype of {', '.join(_FLOATS)}"
+                f"it describes {_shorten(found)}, and must describe {wanted} with a dtype of {', '.join(_FLOATS)}"
             )
         ours = json.dumps(wanted | {"dtype": str(COMPUTE_DTYPE).removeprefix("torch.")}).encode()
         return torch.frombuffer(bytearray(ours), dtype=torch.uint8)
 
 
-def _parsed(content: bytes) -> dict[str, Any]:
+def _parse(content: bytes) -> dict[str, Any]:
     """The JSON object in `content`. Raises ValueError for a repeated key or NaN too."""
 
-    def refused(constant: str) -> None:
+    def reject(constant: str) -> None:
         raise ValueError(f"it has the number {constant}")
 
     def once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def _parsed(content: bytes) -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        found = json.loads(content, parse_constant=refused, object_pairs_hook=once)
+        found = json.loads(content, parse_constant=reject, object_pairs_hook=once)
     except RecursionError as error:
         raise ValueError("it nests too deep") from error
     if not isinstance(found, dict):
@@ -122,7 +122,7 @@ def _same_types(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
     return repr(sorted(found.items())) == repr(sorted(wanted.items()))
 
 
-def _shortened(value: object) -> str:
+def _shorten(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}…"
 

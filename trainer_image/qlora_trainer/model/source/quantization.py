@@ -48,14 +48,14 @@ def source_quantization(config: Mapping[str, Any], place: str) -> QuantizationSp
     kind, double = settings.get("bnb_4bit_quant_type", "fp4"), settings.get("bnb_4bit_use_double_quant", False)
     if kind not in ("nf4", "fp4") or not isinstance(double, bool) or settings.get("load_in_8bit"):
         raise bad_configuration(
-            f"{place} has {found} with bnb_4bit_quant_type {_shown(kind)}, bnb_4bit_use_double_quant {_shown(double)} "
-            f"and load_in_8bit {_shown(settings.get('load_in_8bit'))}: allowed are nf4 or fp4, true or false, and no 8 "
+            f"{place} has {found} with bnb_4bit_quant_type {_show(kind)}, bnb_4bit_use_double_quant {_show(double)} "
+            f"and load_in_8bit {_show(settings.get('load_in_8bit'))}: allowed are nf4 or fp4, true or false, and no 8 "
             f"bit; {ORIGINAL}"
         )
     if skipped_modules(settings) is None and settings.get(_SKIPPED) is not None:
         # transformers takes each as a regular expression.
         raise bad_configuration(
-            f"{place} has {found} with {_SKIPPED} {_shown(settings[_SKIPPED])}: allowed is a list of up to "
+            f"{place} has {found} with {_SKIPPED} {_show(settings[_SKIPPED])}: allowed is a list of up to "
             f"{_MOST_SKIPPED} names of modules; {ORIGINAL}"
         )
     return QuantizationSpec(type=kind, double_quant=double)
@@ -98,8 +98,8 @@ def require_agreement(found: QuantizationSpec | None, wanted: QuantizationSpec) 
     """
     if found is not None and found != wanted:
         raise bad_configuration(
-            f"spec.quantization is type {wanted.type}, doubleQuant {_shown(wanted.double_quant)}, and the model is "
-            f"stored in 4 bit as type {found.type}, doubleQuant {_shown(found.double_quant)} (quantization_config in "
+            f"spec.quantization is type {wanted.type}, doubleQuant {_show(wanted.double_quant)}, and the model is "
+            f"stored in 4 bit as type {found.type}, doubleQuant {_show(found.double_quant)} (quantization_config in "
             "its config.json). It is not quantized again: set spec.quantization to that, or name the original "
             "16-bit model"
         )
@@ -123,5 +123,5 @@ def _method(settings: object) -> str:
     return one_line(str(method or "by an unnamed method"))[:_MAX_NAME]
 
 
-def _shown(value: object) -> str:
+def _show(value: object) -> str:
     return str(value).lower()[:_MAX_NAME] if isinstance(value, bool) else repr(value)[:_MAX_NAME]
