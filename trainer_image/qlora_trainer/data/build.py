@@ -67,7 +67,7 @@ class DatasetBuilder:
                 "spec.dataset.shuffle has no effect without spec.dataset.maxRows, whose rows it chooses: set "
                 "maxRows, or leave shuffle out; training.seed orders the rows of each epoch anyway"
             )
-        dataset = self._chosen(*self._sources(usable=True))
+        dataset = self._choose(*self._sources(usable=True))
         self._require_trainable(dataset)
         if dataset.overlap is not None:
             logger.warning("%s", dataset.overlap.remark())
@@ -83,15 +83,15 @@ class DatasetBuilder:
         try:
             for source in sources:
                 _require_usable(source, self.training.max_sequence_length)
-            dataset = self._chosen(training, own)
+            dataset = self._choose(training, own)
             self._require_trainable(dataset)
         except StepFailure as failure:
             rejection = failure.message
         return ExaminedData(sources, dataset, rejection)
 
-    def _chosen(self, training: tuple[TokenizedSource, ...], own: TokenizedSource | None) -> Dataset:
+    def _choose(self, training: tuple[TokenizedSource, ...], own: TokenizedSource | None) -> Dataset:
         """The rows of each split and, with a mix, how many of each source an epoch has."""
-        rows = TokenizedRows.joined([source.rows for source in (*training, *([own] if own else []))])
+        rows = TokenizedRows.from_parts([source.rows for source in (*training, *([own] if own else []))])
         self.say("looking for rows that are equal")
         selection = select_rows(
             self.spec,
@@ -104,7 +104,9 @@ class DatasetBuilder:
         if self.spec.mix is None:
             return dataset
         weights = tuple(source.weight for source in self.spec.mix)
-        return replace(dataset, mix=Mix.of([len(part) for part in selection.training], weights), weights=weights)
+        return replace(
+            dataset, mix=Mix.from_sizes([len(part) for part in selection.training], weights), weights=weights
+        )
 
     def _require_trainable(self, dataset: Dataset) -> None:
         """Raise StepFailure BAD_DATASET for rejected overlap or a source without rows."""
@@ -148,7 +150,7 @@ class DatasetBuilder:
             _require_few_files([*(earlier.data for earlier in sources), data])
             digest = _checked_sha256(data, source.sha256, f"{field}.sha256")
             rows = read_used_rows(data.files, self.spec.max_rows, seed)
-            sources.append(self._tokenized(part, data, digest, rows, field, earlier=sources, usable=usable))
+            sources.append(self._tokenize(part, data, digest, rows, field, earlier=sources, usable=usable))
         return tuple(sources)
 
     def _evaluation_source(
@@ -159,13 +161,13 @@ class DatasetBuilder:
         digest = _checked_sha256(data, spec.sha256, "spec.dataset.eval.sha256")
         field = next(iter(self.spec.training_sources))
         rows = read_rows(data.files)
-        return self._tokenized("eval", data, digest, rows, field, earlier=training, usable=usable, like=training[0])
+        return self._tokenize("eval", data, digest, rows, field, earlier=training, usable=usable, like=training[0])
 
     def _find(self, part: str, uri: str, wanted: Wanted) -> DataFiles:
         self.say("reading the data set")
         return find_data(uri, wanted, self.access, self.scratch(f"download-{part}"))
 
-    def _tokenized(
+    def _tokenize(
         self,
         part: str,
         data: DataFiles,
@@ -193,7 +195,7 @@ class DatasetBuilder:
             format_, columns = settings.format, settings.columns or Columns()
         of_rows = self.spec.check_column(field, own_evaluation=like is not None)
         columns = columns.model_copy(update={"check": of_rows})
-        recipe = Recipe.of(
+        recipe = Recipe.from_spec(
             self.spec, self.training, self.tokenizer, format_, columns, field, vocabulary=self.vocabulary
         )
         recipe.require_place_for_settings(self.tokenizer, data.uri)

@@ -62,7 +62,7 @@ class TokenizedSource:
             ignored_columns=self.reading.ignored,
             rows_read=self.rows.rows_read,
             dropped=dropped_rows(self.rows, longest_allowed, pairs=self.reading.format in PAIRS),
-            lengths=Lengths.of(self.all_lengths()),
+            lengths=Lengths.from_lengths(self.all_lengths()),
             **counts,
         )
 
@@ -155,7 +155,7 @@ class Dataset:
             return pack(rows, lengths, capacity, training.seed) if packed else one_row_each(rows)
 
         def statistics(arrangement: Arrangement) -> SplitStatistics:
-            return SplitStatistics.of(self.rows, arrangement, capacity, packed=packed)
+            return SplitStatistics.from_rows(self.rows, arrangement, capacity, packed=packed)
 
         def write(split: Split, rows: RowIndices) -> SplitStatistics:
             arrangement = arrange(rows, self.rows.lengths[rows])
@@ -167,7 +167,9 @@ class Dataset:
             train = write("train", used)
         else:
             drawn = self.mix.epochs(training.seed)
-            epochs = EpochArrangements.of(drawn, lambda rows: arrange(rows, lengths[rows]), training, folder, on_epoch)
+            epochs = EpochArrangements.from_epochs(
+                drawn, lambda rows: arrange(rows, lengths[rows]), training, folder, on_epoch
+            )
             write_split(split_file(folder, "train"), self.rows, one_row_each(used), epochs)
             train = statistics(Arrangement(used[epochs.first.rows], epochs.first.offsets))
         held_out = self.selection.held_out

@@ -39,7 +39,7 @@ class Mix:
     """Rows of each source in an epoch."""
 
     @classmethod
-    def of(cls, sizes: Sequence[int], weights: Sequence[float | None]) -> "Mix":
+    def from_sizes(cls, sizes: Sequence[int], weights: Sequence[float | None]) -> "Mix":
         """The mix of sources with so many rows. Where they are None each row is in every epoch once.
 
         Shares are rounded by largest remainders, so that they add up to all rows.
@@ -92,7 +92,7 @@ class EpochArrangements:
     """int64 [epochs + 1]: the first sequence of each epoch."""
 
     @classmethod
-    def of(
+    def from_epochs(
         cls,
         epochs: Iterable[RowIndices],
         arrange: Callable[[RowIndices], Arrangement],

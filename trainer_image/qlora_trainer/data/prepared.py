@@ -73,7 +73,7 @@ class PackedSequence:
     """Row numbers in the split, if chosen and rejected alternate, or None."""
 
     @classmethod
-    def joined(cls, parts: "Sequence[PackedSequence]") -> "PackedSequence":
+    def from_parts(cls, parts: "Sequence[PackedSequence]") -> "PackedSequence":
         """The sequence with the rows of all parts."""
         return cls(
             torch.cat([part.input_ids for part in parts]),
@@ -233,10 +233,10 @@ class PreparedDataset:
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
         if self._sequence_offsets is None:
-            return self._stored(index)
-        return PackedSequence.joined([self._stored(row) for row in self._drawn(index)])
+            return self._stored_sequence(index)
+        return PackedSequence.from_parts([self._stored_sequence(row) for row in self._drawn_rows(index)])
 
-    def _stored(self, index: int) -> PackedSequence:
+    def _stored_sequence(self, index: int) -> PackedSequence:
         start, end = self._token_offsets[index : index + 2].tolist()
         rows = self._stored_rows(index)
         input_ids = self._input_ids[start:end].to(torch.int64)
@@ -248,7 +248,7 @@ class PreparedDataset:
         """The numbers, in the split, of the rows in the sequence at `index`."""
         if self._sequence_offsets is None:
             return self._stored_rows(index)
-        return [number for row in self._drawn(index) for number in self._stored_rows(row)]
+        return [number for row in self._drawn_rows(index) for number in self._stored_rows(row)]
 
     def check(self, row: int) -> RowCheck | None:
         """The check of a row of the split, or None. A pair counts as one row."""
@@ -262,7 +262,7 @@ class PreparedDataset:
         first, past = self._segment_offsets[index : index + 2].tolist()
         return range(first, past)
 
-    def _drawn(self, index: int) -> list[int]:
+    def _drawn_rows(self, index: int) -> list[int]:
         """The rows of the sequence at `index`, where epochs have different sequences."""
         if self._sequence_offsets is None:
             raise AssertionError("all epochs have the sequences that are stored")

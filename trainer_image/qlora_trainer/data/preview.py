@@ -74,12 +74,12 @@ def previews(
     Files of a server are downloaded below `download`. Raises StepFailure as prepare does.
     """
     for source in _sources(spec, training, access, download, count):
-        recipe = Recipe.of(
+        recipe = Recipe.from_spec(
             spec, training, tokenizer, source.format, source.columns, source.field, vocabulary=ANY_VOCABULARY
         )
         recipe.require_place_for_settings(tokenizer, source.uri)
         reading = RowReader(source.format, source.columns).reading(source.rows[0])
-        shown = _shown(source.rows, ChunkMaker(recipe, tokenizer), tokenizer)
+        shown = _show(source.rows, ChunkMaker(recipe, tokenizer), tokenizer)
         yield Preview(source.uri, reading, shown, source.held_out)
 
 
@@ -110,17 +110,17 @@ def _sources(
         )
 
 
-def _shown(rows: Sequence[Row], maker: ChunkMaker, tokenizer: Tokenizer) -> Iterator[PreviewedRow]:
+def _show(rows: Sequence[Row], maker: ChunkMaker, tokenizer: Tokenizer) -> Iterator[PreviewedRow]:
     reader = maker.recipe.row_reader()
     for row in rows:
-        shown = list(_previewed(tokenizer, maker.rendered(row), row.location, maker.recipe))
+        shown = list(_preview_row(tokenizer, maker.render(row), row.location, maker.recipe))
         if not any(text.left_out for text in shown):
             # A row that is used must have all that prepare asks for.
             reader.check(row)
         yield from shown
 
 
-def _previewed(
+def _preview_row(
     tokenizer: Tokenizer, texts: tuple[Rendered, ...], location: str, recipe: Recipe
 ) -> Iterator[PreviewedRow]:
     """The parts of a row: one text, or a pair's two, used or left out together."""

@@ -38,7 +38,7 @@ class Overlap:
     """The first of them, and the first held-out row that is equal to it, or None."""
 
     @classmethod
-    def of(cls, first_equal_: RowIndices, training: RowIndices, held_out: RowIndices) -> "Overlap":
+    def from_rows(cls, first_equal_: RowIndices, training: RowIndices, held_out: RowIndices) -> "Overlap":
         """The overlap of `training` and `held_out`, row indices for `first_equal_`."""
         is_held_out = numpy.isin(first_equal_[training], first_equal_[held_out])
         found = training[is_held_out]
@@ -95,10 +95,10 @@ def select_rows(
     held_out: tuple[RowIndices, ...] = ()
     evaluation = spec.eval
     if evaluation is not None and evaluation.fraction is not None:
-        training, held_out = _divided(dict(zip(sources, usable, strict=True)), evaluation.fraction, seed)
+        training, held_out = _divide(dict(zip(sources, usable, strict=True)), evaluation.fraction, seed)
     elif evaluation is not None:
         held_out = (own_firsts if spec.deduplicate else own,)
-    overlap = Overlap.of(first_equal, numpy.concatenate(training), numpy.concatenate([bounds[:0], *held_out]))
+    overlap = Overlap.from_rows(first_equal, numpy.concatenate(training), numpy.concatenate([bounds[:0], *held_out]))
     drops = evaluation is not None and evaluation.overlap == "drop"
     if drops:
         training = _without(training, overlap)
@@ -117,7 +117,7 @@ def _firsts(rows: RowIndices, first_equal: RowIndices) -> RowIndices:
     return rows[numpy.sort(positions)]
 
 
-def _divided(
+def _divide(
     sources: Mapping[str, RowIndices], fraction: float, seed: int
 ) -> tuple[tuple[RowIndices, ...], tuple[RowIndices, ...]]:
     """The rows of each source that are kept, and those that are held out."""

@@ -36,7 +36,7 @@ class Lengths(ObservedModel):
     histogram: tuple[LengthCount, ...] = Field(description="Bars whose upper ends are consecutive powers of two.")
 
     @classmethod
-    def of(cls, lengths: NDArray[numpy.int32]) -> "Lengths":
+    def from_lengths(cls, lengths: NDArray[numpy.int32]) -> "Lengths":
         """The statistics of at least one row's length. `lengths`: int32 [rows]."""
         ordered = numpy.sort(lengths)
         top = max(int(ordered[-1]) - 1, 0).bit_length()
@@ -74,7 +74,9 @@ class SplitStatistics(ObservedModel):
     packing_efficiency: float = Field(description="Tokens, as a fraction of what the sequences could hold.")
 
     @classmethod
-    def of(cls, rows: TokenizedRows, arrangement: Arrangement, capacity: int, *, packed: bool) -> "SplitStatistics":
+    def from_rows(
+        cls, rows: TokenizedRows, arrangement: Arrangement, capacity: int, *, packed: bool
+    ) -> "SplitStatistics":
         """The statistics of `rows` in sequences of at most `capacity` tokens."""
         tokens = int(rows.lengths[arrangement.rows].sum(dtype=numpy.int64))
         return cls(

@@ -8,7 +8,7 @@ from typing import Any, cast, get_args
 from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.data.examples.example import Function, Message, Role, ToolCall
 from qlora_trainer.data.read.json_values import parse_json
-from qlora_trainer.data.read.rows import describe, listed
+from qlora_trainer.data.read.rows import describe, list_names
 from qlora_trainer.data.read.text import MAX_LINE_BYTES
 
 _ROLES = get_args(Role)
@@ -128,7 +128,7 @@ class _TurnReader:
         missing = [field for field in needed if field not in value]
         if missing:
             raise bad_dataset(
-                f"{self.location}: {self.name!r} has no {' and no '.join(missing)}; it has {listed(value)}"
+                f"{self.location}: {self.name!r} has no {' and no '.join(missing)}; it has {list_names(value)}"
             )
         if value.get("function_call"):
             raise bad_dataset(f"{self._field('function_call')} is set: write it as a list of tool_calls")

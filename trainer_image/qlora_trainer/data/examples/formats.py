@@ -9,7 +9,7 @@ from qlora_trainer.data.examples.conversations import CHAT, SHAREGPT, check_turn
 from qlora_trainer.data.examples.example import Conversation, Example, Message, PlainText, Preference, PromptCompletion
 from qlora_trainer.data.examples.preferences import PreferenceColumns
 from qlora_trainer.data.examples.row_check import RowCheck
-from qlora_trainer.data.read.rows import Row, listed
+from qlora_trainer.data.read.rows import Row, list_names
 
 DATASET = "spec.dataset"
 PAIRS: frozenset[RowFormat] = frozenset({"preference"})
@@ -66,7 +66,7 @@ class RowReader:
         Raises StepFailure BAD_DATASET without one.
         """
         column = self._columns.check
-        return None if column is None else RowCheck.of(row, column, f"{self._field}.columns.check")
+        return None if column is None else RowCheck.from_row(row, column, f"{self._field}.columns.check")
 
     def reading(self, row: Row) -> Reading:
         """Which of the row's columns are used."""
@@ -103,7 +103,7 @@ def detect_format(
     needs = "; ".join(f"{format_}: {', '.join(required)}" for format_, required in needed.items())
     found = "fits more than one format, " + " and ".join(fitting) if fitting else "fits no format"
     raise bad_dataset(
-        f"{row.location} {found}; it has the columns {listed(values)}. Formats and the columns that they need are "
+        f"{row.location} {found}; it has the columns {list_names(values)}. Formats and the columns that they need are "
         f"{needs}: set {field}.format, and {field}.columns where names differ"
     )
 
@@ -120,7 +120,7 @@ def _require_no_pairs(row: Row, names: Columns, field: str, *, pairs: bool) -> N
     if pairs:
         raise bad_dataset(
             f"{row.location} has no {chosen!r} and {rejected!r}, which spec.training.objective compares; it has the "
-            f"columns {listed(values)}: name them in {field}.columns.chosen and rejected, or set objective to "
+            f"columns {list_names(values)}: name them in {field}.columns.chosen and rejected, or set objective to "
             "supervised"
         )
 
@@ -166,7 +166,7 @@ class _Fields:
         if column not in self.values:
             raise bad_dataset(
                 f"{self.row.location} has no column {column!r}, which format {self.format} needs; it has "
-                f"{listed(self.values)}: name it in {self.field}.columns.{field} or choose another {self.field}.format"
+                f"{list_names(self.values)}: name it in {self.field}.columns.{field} or choose another {self.field}.format"
             )
         return self.values[column]
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 from qlora_api.spec.gate import MAX_PATTERN_CHARACTERS, MAX_SCHEMA_CHARACTERS
 from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.data.examples.conversations import checked_text, require_plain
-from qlora_trainer.data.read.rows import Row, describe, listed
+from qlora_trainer.data.read.rows import Row, describe, list_names
 
 Schema = Mapping[str, Any] | bool
 
@@ -23,7 +23,7 @@ class RowCheck:
     """A regular expression or a schema as text, or a schema."""
 
     @classmethod
-    def of(cls, row: Row, column: str, field: str) -> Self:
+    def from_row(cls, row: Row, column: str, field: str) -> Self:
         """The check in the column that the job's `field` names.
 
         Raises StepFailure BAD_DATASET without one.
@@ -31,7 +31,7 @@ class RowCheck:
         values, source = row.values(), f"{row.location}: {column!r}"
         value = values.get(column)
         if value is None:
-            found = "is null" if column in values else f"is missing; the row has {listed(values)}"
+            found = "is null" if column in values else f"is missing; the row has {list_names(values)}"
             raise bad_dataset(
                 f"{source} ({field}) {found}: each row that may be held out must have the check of its answer; fill it "
                 "in, or hold out rows of a separate source (spec.dataset.eval.source)"

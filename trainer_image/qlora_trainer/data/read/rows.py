@@ -51,6 +51,6 @@ def describe(value: object) -> str:
     return next((name for kind, name in kinds if isinstance(value, kind)), type(value).__name__)
 
 
-def listed(names: Mapping[str, object]) -> str:
+def list_names(names: Mapping[str, object]) -> str:
     """The first names, for a message."""
     return ", ".join(repr(name[:80]) for name in list(names)[:12]) or "none"

@@ -24,7 +24,7 @@ def end_of_turn(tokenizer: Tokenizer, folder: Path) -> EndOfTurn | None:
     Its text is empty if the template writes nothing after an answer. Also None if the template rejects a question and
     its answer.
     """
-    rendered = _rendered(tokenizer)
+    rendered = _render(tokenizer)
     if rendered is None:
         return None
     text, (_, end) = rendered.text, rendered.targets[0]
@@ -38,7 +38,7 @@ def end_of_turn(tokenizer: Tokenizer, folder: Path) -> EndOfTurn | None:
     return EndOfTurn(text=mark, token=ids[0] if mark and len(ids) == 1 else None, known=tuple(sorted(known)))
 
 
-def _rendered(tokenizer: Tokenizer) -> Rendered | None:
+def _render(tokenizer: Tokenizer) -> Rendered | None:
     try:
         return tokenizer.render(_PROBE, "a question and its answer")
     except StepFailure:
@@ -56,7 +56,7 @@ def _stops(folder: Path) -> set[int]:
 
 def marks_in_pieces(tokenizer: Tokenizer) -> tuple[str, ...]:
     """The template's marks that become several tokens, in the order of the text."""
-    rendered = _rendered(tokenizer)
+    rendered = _render(tokenizer)
     if rendered is None:
         return ()
     marks = dict.fromkeys(_MARK.findall(rendered.text))

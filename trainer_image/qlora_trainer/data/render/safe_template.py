@@ -32,7 +32,7 @@ def limited_time() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGVTALRM, _exceeded)
+    before = signal.signal(signal.SIGVTALRM, _raise_exceeded)
     signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, _AGAIN_SECONDS)
     try:
         yield
@@ -41,7 +41,7 @@ def limited_time() -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
-def _exceeded(_signal: int, _frame: object) -> None:
+def _raise_exceeded(_signal: int, _frame: object) -> None:
     raise LimitExceeded(f"takes more than {SECONDS} seconds")
 
 

@@ -68,7 +68,7 @@ class Recipe:
     system_prompt: SystemPromptSpec | None = None
 
     @classmethod
-    def of(
+    def from_spec(
         cls,
         spec: DatasetSpec,
         training: TrainingSpec,
@@ -133,7 +133,7 @@ class ChunkMaker:
         too_long: list[int] = []
         unlabeled: list[str] = []
         first_too_long: str | None = None
-        for row, tokens in self._tokenized(rows):
+        for row, tokens in self._tokenize(rows):
             count = len(tokens.input_ids)
             if count > self.recipe.longest_allowed:
                 too_long.append(count)
@@ -147,9 +147,9 @@ class ChunkMaker:
                 check = self._reader.check(row)
                 checks += [] if check is None else [check.dump()]
         dropped = Dropped(len(unlabeled), unlabeled[0] if unlabeled else None, first_too_long)
-        return Chunk.of(used, too_long, dropped, locations, checks if self.recipe.columns.check else None)
+        return Chunk.from_rows(used, too_long, dropped, locations, checks if self.recipe.columns.check else None)
 
-    def rendered(self, row: Row) -> tuple[Rendered, ...]:
+    def render(self, row: Row) -> tuple[Rendered, ...]:
         """The row's text, or the two texts of a pair. Raises StepFailure for an invalid row.
 
         In a row of many answers that is too long, neither the answers nor their defects are searched for.
@@ -165,9 +165,9 @@ class ChunkMaker:
             return example
         return example.with_system(system.text, replace=system.mode == "replace")
 
-    def _tokenized(self, rows: Sequence[Row]) -> Iterator[tuple[Row, TokenizedRow]]:
+    def _tokenize(self, rows: Sequence[Row]) -> Iterator[tuple[Row, TokenizedRow]]:
         for batch in _batches(iter(rows), _BATCH_ROWS, _BATCH_BYTES):
-            rendered = [text for row in batch for text in self.rendered(row)]
+            rendered = [text for row in batch for text in self.render(row)]
             tokenized = self._tokenizer.tokenize(rendered, self.recipe.train_on)
             yield from zip(batch, paired(tokenized) if self.recipe.format in PAIRS else tokenized, strict=True)
 

@@ -87,7 +87,7 @@ class Chunk:
     """uint8 [bytes]: the rows' checks as JSON, compressed, or None without any."""
 
     @classmethod
-    def of(
+    def from_rows(
         cls,
         rows: Sequence[TokenizedRow],
         too_long: Sequence[int] = (),
@@ -107,21 +107,21 @@ class Chunk:
             numpy.array(too_long, dtype=numpy.int32),
             numpy.frombuffer(b"".join(map(row_digest, rows)), numpy.uint8).reshape(-1, DIGEST_BYTES),
             # The name of the file is in each of them: level 1 already leaves some five bytes per row.
-            _compressed(locations),
+            _compress(locations),
             dropped,
             _chosen_lengths(rows),
-            None if checks is None else _compressed(checks),
+            None if checks is None else _compress(checks),
         )
 
     def location(self, row: int) -> str:
         """File and line of the row at `row`."""
-        return _decompressed(self.locations)[row]
+        return _decompress(self.locations)[row]
 
     def check(self, rows: Sequence[int]) -> list[str]:
         """The checks of these rows, as JSON. Raises ValueError if rows bring none."""
         if self.checks is None:
             raise ValueError("the rows of this chunk bring no check")
-        checks = _decompressed(self.checks)
+        checks = _decompress(self.checks)
         return [checks[row] for row in rows]
 
     @property
@@ -205,11 +205,11 @@ def _digest(tensors: Mapping[str, NDArray[Any]], dropped: Dropped) -> str:
     return digest.hexdigest()
 
 
-def _compressed(texts: Sequence[str]) -> Flags:
+def _compress(texts: Sequence[str]) -> Flags:
     return numpy.frombuffer(zlib.compress(_BETWEEN.join(texts).encode(errors="surrogateescape"), 1), numpy.uint8)
 
 
-def _decompressed(texts: Flags) -> list[str]:
+def _decompress(texts: Flags) -> list[str]:
     return zlib.decompress(texts.tobytes()).decode(errors="surrogateescape").split(_BETWEEN)
 
 
@@ -252,7 +252,7 @@ class TokenizedRows:
         return sum(chunk.rows_read for chunk in self._chunks)
 
     @classmethod
-    def joined(cls, parts: "Sequence[TokenizedRows]") -> "TokenizedRows":
+    def from_parts(cls, parts: "Sequence[TokenizedRows]") -> "TokenizedRows":
         """The rows of all parts, one part after the other."""
         return cls([chunk for part in parts for chunk in part._chunks])
 

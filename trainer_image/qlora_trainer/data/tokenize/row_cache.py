@@ -50,7 +50,7 @@ class RowsFolder:
         for path in self.own.glob(f"{part}-*"):
             if not path.name.startswith(f"{part}-{key}-"):
                 path.unlink()
-        shared = None if self.shared is None else _opened(self.shared)
+        shared = None if self.shared is None else _open(self.shared)
         rows = PartOfRows(self.own, shared, f"{part}-{key}", limits, on_wait)
         try:
             yield rows
@@ -160,7 +160,7 @@ class PartOfRows:
         return self._claimed is not None
 
 
-def _opened(shared: PartialFolders) -> PartialFolders | None:
+def _open(shared: PartialFolders) -> PartialFolders | None:
     """The folder, without incomplete files of killed pods, or None if forbidden.
 
     Raises OSError.
