@@ -70,7 +70,7 @@ class Criterion:
         """The failure of a criterion that cannot be used."""
         return self._failure(f"cannot be used: {why}: simplify it")
 
-    def compiled(self) -> Check:
+    def compile(self) -> Check:
         """Compile the check. Raises StepFailure for an invalid pattern or schema."""
         return self._pattern() if self.check == "regex" else self._schema()
 
@@ -163,15 +163,15 @@ class _Worker:
         try:
             self.connection.send((criterion, answer))
         except OSError:
-            return self._ended()
+            return self._report_end()
         try:
             if self.connection.poll(_PATIENCE_SECONDS):
                 return self.connection.recv()
         except (EOFError, OSError):
-            return self._ended()
+            return self._report_end()
         return _Ended(f"it did not reply within {_PATIENCE_SECONDS:g} seconds")
 
-    def _ended(self) -> _Ended:
+    def _report_end(self) -> _Ended:
         self.process.join()
         return _Ended(f"its process ended with exit code {self.process.exitcode}")
 
@@ -198,7 +198,7 @@ def _serve(connection: Connection, seconds: float) -> None:
             return
         try:
             check = read(criterion)
-            connection.send(None if answer is None else _checked(check, answer, seconds))
+            connection.send(None if answer is None else _check_answer(check, answer, seconds))
         except StepFailure as failure:
             connection.send(failure if answer is None else failure.message)
 
@@ -206,18 +206,18 @@ def _serve(connection: Connection, seconds: float) -> None:
 def _read(criterion: Criterion) -> Check:
     """The criterion, compiled. Raises StepFailure if it cannot be used."""
     try:
-        return _limited(criterion.compiled, criterion.seconds_to_read)
+        return _run_limited(criterion.compiled, criterion.seconds_to_read)
     except TimeoutError as error:
         raise criterion.unusable(f"reading it takes more than {criterion.seconds_to_read:g} seconds") from error
 
 
-def _checked(check: Check, answer: str, seconds: float) -> bool | str:
+def _check_answer(check: Check, answer: str, seconds: float) -> bool | str:
     """Whether the answer passes, or why it could not be checked.
 
     The reason may be something other than the answer.
     """
     try:
-        return _limited(lambda: check(answer), seconds)
+        return _run_limited(lambda: check(answer), seconds)
     except _NOT_PASSED:
         return False
     except TimeoutError:
@@ -226,7 +226,7 @@ def _checked(check: Check, answer: str, seconds: float) -> bool | str:
         return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _limited(work: Callable[[], _Result], seconds: float) -> _Result:
+def _run_limited(work: Callable[[], _Result], seconds: float) -> _Result:
     """The result. Raises TimeoutError after that much computing."""
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds, _AGAIN_SECONDS)
     try:

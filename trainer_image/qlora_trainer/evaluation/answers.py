@@ -65,7 +65,7 @@ class ScoredPrompts:
     """Rows whose prompt is not."""
 
     @classmethod
-    def of(cls, data: PreparedDataset, count: int) -> Self:
+    def from_data(cls, data: PreparedDataset, count: int) -> Self:
         """At most `count` rows, those with the lowest SHA-256.
 
         They are the same for every seed and packing.

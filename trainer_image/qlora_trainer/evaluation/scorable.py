@@ -141,7 +141,7 @@ def row_criterion(spec: ScoreSpec, row: Prompt) -> Criterion | None:
 
 def scored_rows(data: PreparedDataset, spec: ScoreSpec) -> ScoredPrompts:
     """The rows to answer. Raises StepFailure BAD_CONFIGURATION if there is none."""
-    scored = ScoredPrompts.of(data, spec.rows)
+    scored = ScoredPrompts.from_data(data, spec.rows)
     if not scored.chosen:
         raise bad_configuration(
             f"{SCORE}: none of the {scored.too_long} held-out rows has a prompt of at most {MAX_PROMPT_TOKENS} "
