@@ -159,25 +159,23 @@ def _run_converter(adapter: Path, arguments: tuple[str, ...]) -> str | NotConver
     try:
         runpy.run_path(str(CONVERTER), run_name="__main__")
     except SystemExit as end:
-        return NotConvertible(_shortened(said.text) or f"it has ended with exit code {end.code}")
+        return NotConvertible(_shorten(said.text) or f"it has ended with exit code {end.code}")
     except (NotImplementedError, TypeError, AttributeError) as error:
         # An adapter takes the place of a tensor there, and lacks most of what one has.
         logger.info("the converter failed", exc_info=True)
         said_so = str(error) if isinstance(error, NotImplementedError) else ""
-        return NotConvertible(
-            _shortened(said_so) or "it changes the form of a layer in a way that no adapter can follow"
-        )
+        return NotConvertible(_shorten(said_so) or "it changes the form of a layer in a way that no adapter can follow")
     except (MemoryError, OSError):
         raise
     except Exception as error:
         if is_out_of_memory(error):
             raise
         logger.info("the converter failed", exc_info=True)
-        return NotConvertible(f"{type(error).__name__}: {_shortened(str(error))}")
+        return NotConvertible(f"{type(error).__name__}: {_shorten(str(error))}")
     return _architecture_of(adapter.with_name(GGUF_FILE), adapter / ADAPTER_FILE)
 
 
-def _shortened(text: str) -> str:
+def _shorten(text: str) -> str:
     """A text with names from an untrusted config.json, shortened for a record."""
     return shortened(one_line(text), 300)
 

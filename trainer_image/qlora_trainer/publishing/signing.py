@@ -87,22 +87,22 @@ def payload_of(bundle: bytes) -> bytes:
 
     Raises ValueError if it has no statement.
     """
-    return _opened(bundle)[0]
+    return _open(bundle)[0]
 
 
-def verified(bundle: bytes, key: PublicKey) -> bytes:
+def verify_bundle(bundle: bytes, key: PublicKey) -> bytes:
     """The statement in a bundle, verified with this key.
 
     Raises ValueError if another key has signed it, or it is no such bundle.
     """
-    payload, signatures = _opened(bundle)
+    payload, signatures = _open(bundle)
     encoded = _pre_authentication_encoding(payload)
     if not any(_is_of(key, signature, encoded) for signature in signatures):
         raise ValueError("no signature is of this key, or the statement was changed afterwards")
     return payload
 
 
-def _opened(bundle: bytes) -> tuple[bytes, list[bytes]]:
+def _open(bundle: bytes) -> tuple[bytes, list[bytes]]:
     """Payload and signatures."""
     try:
         envelope = json.loads(bundle)["dsseEnvelope"]

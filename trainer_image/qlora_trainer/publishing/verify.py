@@ -82,7 +82,7 @@ def verify_tensors(
             unmoved = [
                 name
                 for name, wanted in expected.items()
-                if not _moved(name, _checked(name, tensors.get_tensor(name), wanted, lora), initial)
+                if not _has_moved(name, _check(name, tensors.get_tensor(name), wanted, lora), initial)
             ]
     except SafetensorError as error:
         raise _wrong_adapter(f"{path.name} is not a safetensors file: {error}") from error
@@ -99,7 +99,7 @@ def _require_same_names(found: set[str], expected: set[str]) -> None:
             raise _wrong_adapter(f"the adapter {what} {len(names)} of {len(expected)} tensors, first {min(names)}")
 
 
-def _checked(name: str, tensor: torch.Tensor, expected: Expected, lora: LoraSpec) -> torch.Tensor:
+def _check(name: str, tensor: torch.Tensor, expected: Expected, lora: LoraSpec) -> torch.Tensor:
     """The tensor, once it is checked."""
     if tuple(tensor.shape) != expected.shape:
         raise _wrong_adapter(f"{name} has shape {list(tensor.shape)}, not {list(expected.shape)}")
@@ -115,7 +115,7 @@ def _checked(name: str, tensor: torch.Tensor, expected: Expected, lora: LoraSpec
     return tensor
 
 
-def _moved(name: str, tensor: torch.Tensor, initial: Mapping[str, torch.Tensor] | None) -> bool:
+def _has_moved(name: str, tensor: torch.Tensor, initial: Mapping[str, torch.Tensor] | None) -> bool:
     """False for a B that training left as it was: an earlier adapter's, or zero."""
     if not name.endswith(B_SUFFIX):
         return True

@@ -60,7 +60,7 @@ class RegistryDestination:
 
     def write(self, contents: Contents, manifest: Manifest) -> None:
         """See Destination. Skips layers that an earlier attempt has uploaded."""
-        described = _described(manifest)
+        described = _describe(manifest)
         for name, content in {**contents, PUBLISHED_MANIFEST: manifest.text()}.items():
             self._registry.upload(Blob(f"sha256:{described[name].sha256}", described[name].size), content)
         config, artifact = pack(manifest.job_name, described)
@@ -100,11 +100,11 @@ class RegistryDestination:
 
 def artifact_digest(manifest: Manifest) -> str:
     """The digest, sha256:…, of the artifact of exactly these files and the manifest."""
-    _, artifact = pack(manifest.job_name, _described(manifest))
+    _, artifact = pack(manifest.job_name, _describe(manifest))
     return digest_of(artifact)
 
 
-def _described(manifest: Manifest) -> dict[str, PublishedFile]:
+def _describe(manifest: Manifest) -> dict[str, PublishedFile]:
     return {**manifest.files, **describe_files({PUBLISHED_MANIFEST: manifest.text()})}
 
 
