@@ -198,7 +198,7 @@ def _data(spec: DatasetSpec, found: DatasetStatus, statistics: DataStatistics) -
         "SHA-256": found.sha256,
         "Format": found.format,
         "Rows": f"{found.rows:,} read, {found.used_rows:,} trained on, {found.eval_rows:,} held out",
-        "Left out": "; ".join(_left_out(statistics, len(spec.training_sources))) or "none",
+        "Left out": "; ".join(_unused_rows(statistics, len(spec.training_sources))) or "none",
         "Duplicates": f"{found.duplicate_rows:,} rows, {'left out' if spec.deduplicate else 'kept'}"
         if found.duplicate_rows
         else "none",
@@ -210,7 +210,7 @@ def _data(spec: DatasetSpec, found: DatasetStatus, statistics: DataStatistics) -
     }
 
 
-def _left_out(statistics: DataStatistics, training_sources: int) -> Iterator[str]:
+def _unused_rows(statistics: DataStatistics, training_sources: int) -> Iterator[str]:
     """Counts of unused rows with reasons, by source if there are several."""
     for number, source in enumerate(statistics.sources):
         held_out = " (held out)" if number >= training_sources else ""

@@ -58,7 +58,7 @@ class _Points(ObservedModel):
         return self
 
     @classmethod
-    def of(cls, curve: Curve) -> "_Points":
+    def from_curve(cls, curve: Curve) -> "_Points":
         stride = max(1, -(-len(curve.steps) // (_MOST_POINTS - 1)))
         # The last point, which is compared, is always among them.
         kept = sorted({*range(0, len(curve.steps), stride), *range(len(curve.steps))[-1:]})
@@ -129,8 +129,8 @@ def _curves(name: str, spec: QLoRAJobSpec, history: MetricsHistory) -> _CellCurv
     return _CellCurves(
         name=name,
         settings=spec.lora.dump() | spec.training.dump(),
-        loss=_Points.of(Curve(history.loss.steps, history.loss.smoothed(span))),
-        evaluation=_Points.of(history.evaluation),
+        loss=_Points.from_curve(Curve(history.loss.steps, history.loss.smoothed(span))),
+        evaluation=_Points.from_curve(history.evaluation),
     )
 
 
@@ -141,7 +141,7 @@ def _add(own: _CellCurves, shared: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with exclusive(folder / _LOCK_FILE, _LONGEST_WAIT_SECONDS):
         write_atomically(folder / f"{own.name}.json", json.dumps(own.dump(), allow_nan=False).encode())
-        write_atomically(shared / SWEEP_REPORT, _drawn(_read_all(folder)))
+        write_atomically(shared / SWEEP_REPORT, _draw(_read_all(folder)))
 
 
 def _read_all(folder: Path) -> list[_CellCurves]:
@@ -172,7 +172,7 @@ def _read(path: Path) -> _CellCurves | None:
     return cell
 
 
-def _drawn(cells: Sequence[_CellCurves]) -> bytes:
+def _draw(cells: Sequence[_CellCurves]) -> bytes:
     """Draw the page. Raises ValueError for any error of a drawing library.
 
     Other cells have written the content.
