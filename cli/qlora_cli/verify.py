@@ -198,11 +198,11 @@ def _with_referrers(
     folder: Path, source: RegistrySource, secret: Secret, registries: tuple[str, ...], sha256: str
 ) -> Adapter:
     """The files of an artifact with the statements that are attached to it."""
-    from qlora_trainer.stores.referrers import attached
+    from qlora_trainer.stores.referrers import find_attached
     from qlora_trainer.stores.registry import Registry
 
     registry = Registry(source, secret, allowed=registries, reject=bad_configuration)
-    signed, unsigned = (attached(registry, f"sha256:{sha256}", kind) for kind in (BUNDLE_TYPE, PAYLOAD_TYPE))
+    signed, unsigned = (find_attached(registry, f"sha256:{sha256}", kind) for kind in (BUNDLE_TYPE, PAYLOAD_TYPE))
     partly = [found.looked_at for found in (signed, unsigned) if not found.is_all]
     return Adapter(folder, signed.documents, unsigned.documents, sha256, looked_at=max(partly, default=None))
 

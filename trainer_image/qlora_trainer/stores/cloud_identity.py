@@ -24,7 +24,7 @@ def aws_identity(environment: Mapping[str, str], region: str) -> Access | None:
         return None
     if token := environment.get("AWS_WEB_IDENTITY_TOKEN_FILE"):
         sts = environment.get("AWS_ENDPOINT_URL_STS") or f"https://sts.{region}.amazonaws.com"
-        role = _required(environment, "AWS_ROLE_ARN")
+        role = _require(environment, "AWS_ROLE_ARN")
         session = environment.get("AWS_ROLE_SESSION_NAME") or "qlora"
         config = {
             "web_identity_token_file": token,
@@ -33,8 +33,8 @@ def aws_identity(environment: Mapping[str, str], region: str) -> Access | None:
             "aws_endpoint_url_sts": sts,
         }
         return Access(config, (sts,), by_identity=True)
-    agent = _required(environment, "AWS_CONTAINER_CREDENTIALS_FULL_URI")
-    file = _required(environment, "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE")
+    agent = _require(environment, "AWS_CONTAINER_CREDENTIALS_FULL_URI")
+    file = _require(environment, "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE")
     config = {"container_credentials_full_uri": agent, "container_authorization_token_file": file}
     return Access(config, (agent,), by_identity=True)
 
@@ -60,15 +60,15 @@ def azure_identity(environment: Mapping[str, str]) -> Access | None:
     login = environment.get("AZURE_AUTHORITY_HOST") or _AZURE_LOGIN
     config = {
         "credential_type": "workload_identity",
-        "client_id": _required(environment, "AZURE_CLIENT_ID"),
-        "tenant_id": _required(environment, "AZURE_TENANT_ID"),
-        "federated_token_file": _required(environment, "AZURE_FEDERATED_TOKEN_FILE"),
+        "client_id": _require(environment, "AZURE_CLIENT_ID"),
+        "tenant_id": _require(environment, "AZURE_TENANT_ID"),
+        "federated_token_file": _require(environment, "AZURE_FEDERATED_TOKEN_FILE"),
         "authority_host": login.rstrip("/"),
     }
     return Access(config, (login,), by_identity=True)
 
 
-def _required(environment: Mapping[str, str], variable: str) -> str:
+def _require(environment: Mapping[str, str], variable: str) -> str:
     if value := environment.get(variable):
         return value
     raise _not_given(variable)

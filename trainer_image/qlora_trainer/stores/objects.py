@@ -59,7 +59,7 @@ def version_of(objects: Mapping[str, StoredObject]) -> str:
     return sha256("".join(lines).encode()).hexdigest()
 
 
-def _opened(source: ObjectStoreSource, secret: Secret) -> Bucket:
+def _open(source: ObjectStoreSource, secret: Secret) -> Bucket:
     """Open the bucket. Raises StepFailure BAD_CONFIGURATION for credentials that the client cannot use.
 
     The client's error is not shown, as it quotes them.
@@ -85,7 +85,7 @@ class ObjectFolder:
         self._prefix = source.path
         self._secret = secret
         self._reject = reject
-        self._bucket = _opened(source, secret)
+        self._bucket = _open(source, secret)
         self._endpoint, self._store = self._bucket.endpoint, self._bucket.store
         self.address = f"{self._endpoint}/{source.bucket}/{source.path}"
 
@@ -133,7 +133,7 @@ class ObjectFolder:
             wrong = "another MD5 than its ETag"
         if wrong is not None:
             partial.unlink()
-            raise unreachable(f"{self._named(found.name)} arrived with {wrong}: it is downloaded again")
+            raise unreachable(f"{self._object_name(found.name)} arrived with {wrong}: it is downloaded again")
         partial.replace(path)
 
     def digest(self, name: str) -> str:
@@ -205,13 +205,13 @@ class ObjectFolder:
                     yield bytes(block)
             except PreconditionError as error:
                 raise unreachable(
-                    f"{self._named(found.name)} was replaced while it was read: it is downloaded again"
+                    f"{self._object_name(found.name)} was replaced while it was read: it is downloaded again"
                 ) from error
 
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}" if name else self._prefix
 
-    def _named(self, name: str) -> str:
+    def _object_name(self, name: str) -> str:
         return f"{self.uri}/{name}" if name else self.uri
 
     @contextmanager

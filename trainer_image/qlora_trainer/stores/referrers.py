@@ -61,7 +61,7 @@ class Attached:
     """Whether no more is attached: whoever may push can attach more than is looked at."""
 
 
-def attached(registry: Registry, digest: str, media_type: str) -> Attached:
+def find_attached(registry: Registry, digest: str, media_type: str) -> Attached:
     """The documents of this type that are attached to the artifact with the digest. Raises StepFailure.
 
     Other attachments are skipped: any client with push access can attach anything.
