@@ -47,7 +47,7 @@ def operator(plane: ControlPlane, folder: Path) -> Iterator[subprocess.Popen[byt
             process.wait()
 
 
-def list_names(plane: ControlPlane, kind: str) -> list[dict[str, Any]]:
+def listed(plane: ControlPlane, kind: str) -> list[dict[str, Any]]:
     return list(plane.kubectl.get(kind, f"--namespace={NAMESPACE}")["items"])
 
 
@@ -71,25 +71,24 @@ def test_killed_in_the_middle_of_many_jobs_it_starts_each_of_them_once(namespace
         "create", "--filename=-", input_text=json.dumps({"apiVersion": "v1", "kind": "List", "items": jobs})
     )
     with operator(namespace, tmp_path) as process:
-        eventually(lambda: list_names(namespace, "jobs"), seconds=60, every=0, what="a first Job")
+        eventually(lambda: listed(namespace, "jobs"), seconds=60, every=0, what="a first Job")
         process.send_signal(signal.SIGKILL)
         process.wait()
-    before = {job["metadata"]["uid"] for job in list_names(namespace, "jobs")}
+    before = {job["metadata"]["uid"] for job in listed(namespace, "jobs")}
 
     def started() -> bool:
-        statuses = [job["status"] for job in list_names(namespace, "qlorajobs")]
+        statuses = [job["status"] for job in listed(namespace, "qlorajobs")]
         return [status.get("phase") for status in statuses] == ["Preparing"] * JOBS
 
     with operator(namespace, tmp_path):
         eventually(started, seconds=60, what="a status of every job")
         created = {
-            job["metadata"]["uid"]: job["metadata"]["ownerReferences"][0]["uid"]
-            for job in list_names(namespace, "jobs")
+            job["metadata"]["uid"]: job["metadata"]["ownerReferences"][0]["uid"] for job in listed(namespace, "jobs")
         }
         assert before <= created.keys(), "a Job of before the kill was replaced"
         assert len(created) == JOBS
-        assert set(created.values()) == {job["metadata"]["uid"] for job in list_names(namespace, "qlorajobs")}
-        assert {job["status"]["step"]["jobUid"] for job in list_names(namespace, "qlorajobs")} == created.keys()
+        assert set(created.values()) == {job["metadata"]["uid"] for job in listed(namespace, "qlorajobs")}
+        assert {job["status"]["step"]["jobUid"] for job in listed(namespace, "qlorajobs")} == created.keys()
 
         # From here on only the watches tell it what happens.
         suspend = json.dumps({"spec": {"suspend": True}})
@@ -103,4 +102,4 @@ def test_killed_in_the_middle_of_many_jobs_it_starts_each_of_them_once(namespace
         namespace.kubectl("delete", "job/job-1-prepare-1", f"--namespace={NAMESPACE}")
         second = ("get", "job/job-1-prepare-2", f"--namespace={NAMESPACE}", "--ignore-not-found", "--output=name")
         eventually(lambda: namespace.kubectl(*second), seconds=30, what="the second attempt of a job whose Job is gone")
-        assert len(list_names(namespace, "jobs")) == JOBS - 1
+        assert len(listed(namespace, "jobs")) == JOBS - 1

@@ -7,7 +7,7 @@ SOURCE = Source("0.1.0", "https://github.com/qlora-operator/qlora-operator", "a"
 IMAGE = Artifact("ghcr.io/team/qlora-operator", "0.1.0", "sha256:" + "b" * 64)
 
 
-def list_names(time: str, name: str) -> dict[str, object]:
+def listed(time: str, name: str) -> dict[str, object]:
     """As syft writes it, with what differs each time."""
     return {
         "documentNamespace": name,
@@ -22,14 +22,14 @@ def list_names(time: str, name: str) -> dict[str, object]:
 
 
 def test_the_same_image_has_the_same_list() -> None:
-    first = packages_only(list_names("2026-11-30T00:00:00Z", "https://anchore.com/1"), IMAGE, SOURCE)
-    assert first == packages_only(list_names("2026-12-01T00:00:00Z", "https://anchore.com/2"), IMAGE, SOURCE)
+    first = packages_only(listed("2026-11-30T00:00:00Z", "https://anchore.com/1"), IMAGE, SOURCE)
+    assert first == packages_only(listed("2026-12-01T00:00:00Z", "https://anchore.com/2"), IMAGE, SOURCE)
     assert first["creationInfo"]["created"] == SOURCE.created == "2026-05-28T20:26:40Z"
     assert IMAGE.digest.removeprefix("sha256:") in first["documentNamespace"]
 
 
 def test_it_has_packages_and_what_they_depend_on_but_no_files() -> None:
-    made = packages_only(list_names("", ""), IMAGE, SOURCE)
+    made = packages_only(listed("", ""), IMAGE, SOURCE)
     assert packages(made) == {"kopf": "1.45.2"}
     assert [relation["relatedSpdxElement"] for relation in made["relationships"]] == ["SPDXRef-Package-kopf"]
     assert "files" not in made

@@ -206,7 +206,7 @@ def _serve(connection: Connection, seconds: float) -> None:
 def _read(criterion: Criterion) -> Check:
     """The criterion, compiled. Raises StepFailure if it cannot be used."""
     try:
-        return _run_limited(criterion.compiled, criterion.seconds_to_read)
+        return _run_limited(criterion.compile, criterion.seconds_to_read)
     except TimeoutError as error:
         raise criterion.unusable(f"reading it takes more than {criterion.seconds_to_read:g} seconds") from error
 

@@ -166,7 +166,8 @@ class _Fields:
         if column not in self.values:
             raise bad_dataset(
                 f"{self.row.location} has no column {column!r}, which format {self.format} needs; it has "
-                f"{list_names(self.values)}: name it in {self.field}.columns.{field} or choose another {self.field}.format"
+                f"{list_names(self.values)}: name it in {self.field}.columns.{field} or choose another "
+                f"{self.field}.format"
             )
         return self.values[column]
 
