@@ -18,7 +18,7 @@ from qlora_trainer.core.environment import trainer_version
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.data.prepared import FORMAT_VERSION, PREPARED_MANIFEST
 from qlora_trainer.data.read.locate import mounted_data
-from qlora_trainer.data.render.template_source import template_unchanged
+from qlora_trainer.data.render.template_source import is_template_unchanged
 
 # Of these the content is known.
 _OF_AN_ADDRESS = ("source", "revision", "sha256", "secretRef", "chatTemplate")
@@ -87,7 +87,7 @@ class ResolvedInputs:
             "libraries": library_versions(),
         }
 
-    def unchanged(self, dataset: DatasetSpec, mounts: Mounts) -> bool:
+    def is_unchanged(self, dataset: DatasetSpec, mounts: Mounts) -> bool:
         """Whether mounted data still has this content.
 
         Data that is gone, or on a server, counts as unchanged.
@@ -97,7 +97,7 @@ class ResolvedInputs:
             data = mounted_data(uri, mounts)
             if data is not None and data.sha256() != digest:
                 return False
-        return template_unchanged(dataset, mounts, self.template)
+        return is_template_unchanged(dataset, mounts, self.template)
 
     def write(self, folder: Path, fingerprint: str) -> None:
         """Write the manifest of a data folder, the last of its files."""

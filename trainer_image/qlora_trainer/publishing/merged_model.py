@@ -71,7 +71,7 @@ def publish_merged(
     )
 
 
-def still_published(destination: Destination, status: MergedStatus | None) -> bool:
+def is_merged_published(destination: Destination, status: MergedStatus | None) -> bool:
     """Whether an earlier attempt's merged model is at the destination, undamaged."""
     manifest = destination.published()
     return (

@@ -43,7 +43,7 @@ def publish_base(job: TrainedJob, workspace: WorkspaceLayout, destination: Desti
     return job.prepared.base.model_copy(update={"uri": uri})
 
 
-def base_still_published(job: TrainedJob, workspace: WorkspaceLayout, destination: Destination) -> bool:
+def is_base_published(job: TrainedJob, workspace: WorkspaceLayout, destination: Destination) -> bool:
     """Whether the trained base is at the destination with its tokenizer, undamaged."""
     publisher = base_publisher(job.trained.base_sha256, workspace.root / job.prepared.model_path)
     found = destination.published()

@@ -52,7 +52,7 @@ class _Points(ObservedModel):
     values: _Values
 
     @model_validator(mode="after")
-    def _has_a_value_for_each_step(self) -> Self:
+    def _validate_lengths(self) -> Self:
         if len(self.steps) != len(self.values):
             raise ValueError(f"{len(self.steps)} steps and {len(self.values)} values: must be as many")
         return self

@@ -71,7 +71,7 @@ def still_valid(record: PrepareRecord, context: StepContext, records: RecordWrit
         return None
     if not is_present(root / record.base_path, record.base_sha256, spec.quantization):
         return None
-    if tokenizer_digests(folder) != resolved.tokenizer or not resolved.unchanged(spec.dataset, context.mounts):
+    if tokenizer_digests(folder) != resolved.tokenizer or not resolved.is_unchanged(spec.dataset, context.mounts):
         return None
     memory = MemoryFit.from_config(
         folder / CONFIG,

@@ -39,8 +39,8 @@ from qlora_trainer.publishing.destinations.volume import VolumeFolder
 from qlora_trainer.publishing.gate import gate_failure, judge
 from qlora_trainer.publishing.gguf import GgufFile, gguf_file
 from qlora_trainer.publishing.lineage import publish_with_lineage, read_signing_key
-from qlora_trainer.publishing.merged_model import publish_merged, still_published
-from qlora_trainer.publishing.quantized_base import base_still_published, publish_base
+from qlora_trainer.publishing.merged_model import is_merged_published, publish_merged
+from qlora_trainer.publishing.quantized_base import is_base_published, publish_base
 from qlora_trainer.publishing.tracking import upload_run
 from qlora_trainer.publishing.verify import require_own_training, verify_adapter
 from qlora_trainer.report.model_card import adapter_model_card, quantization_label
@@ -199,11 +199,11 @@ def _already_published(context: StepContext, job: TrainedJob, destination: Desti
     if context.mounts.signing_key.is_file() and record.adapter.lineage != "signed":
         return None  # the profile has got a key since
     merged_destination = _merged_destination(context)
-    if merged_destination is not None and not still_published(merged_destination, record.merged):
+    if merged_destination is not None and not is_merged_published(merged_destination, record.merged):
         return None
     base_destination = _base_destination(context)
     if base_destination is not None and not (
-        record.base and base_still_published(job, context.workspace, base_destination)
+        record.base and is_base_published(job, context.workspace, base_destination)
     ):
         return None
     manifest = destination.published()

@@ -72,7 +72,7 @@ def template_sha256(text: str) -> str:
     return sha256(text.encode()).hexdigest()
 
 
-def template_unchanged(spec: DatasetSpec, mounts: Mounts, known: str | None) -> bool:
+def is_template_unchanged(spec: DatasetSpec, mounts: Mounts, known: str | None) -> bool:
     """Whether the ConfigMap's template has the SHA-256 `known`.
 
     A template that is gone counts as unchanged.

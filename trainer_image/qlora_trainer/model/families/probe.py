@@ -41,7 +41,7 @@ class Probe:
 
     None if there is none."""
     isolated: bool = False
-    """Whether another row before it changes no bit of its values. See `_same_behind`."""
+    """Whether another row before it changes no bit of its values. See `_is_same_behind`."""
     causal: bool = False
     """Nor does a later token change those of an earlier one, beyond rounding."""
     stateless: bool = False
@@ -89,7 +89,7 @@ def probe(config: Any, whole: Any) -> Probe:
             silent, bypassed = _without_gradient(model, second)
             with torch.no_grad():
                 # It is in training mode now.
-                steady = _close(_logits(model, second, _ROWS[1:]), expected)
+                steady = _is_close(_logits(model, second, _ROWS[1:]), expected)
             unlike = _unlike(whole, model)
         fixed = _has_fixed_positions(small.config, second)
     blocks = enumerate(small.stands_for)
@@ -168,7 +168,7 @@ def _exact_model(config: Any, row: Tensor, expected: Tensor) -> tuple[Any, str |
     for attention in (ATTENTION, *_OF_TRANSFORMERS):
         try:
             model = _random_model(config, attention)
-            if _close(_logits(model, row, _ROWS[1:]), expected):
+            if _is_close(_logits(model, row, _ROWS[1:]), expected):
                 return model, attention
         except _UNKNOWN as error:
             # A family without support for an implementation fails in any of these ways.
@@ -187,10 +187,10 @@ def _isolates(model: Any, row: Tensor, before: tuple[Tensor, Tensor], expected: 
     behind, behind_other = (
         _logits(model, torch.cat([other, row], dim=1), _ROWS)[:, other.shape[1] :] for other in before
     )
-    return _same_behind(model, behind, behind_other) and _close(behind, expected)
+    return _is_same_behind(model, behind, behind_other) and _is_close(behind, expected)
 
 
-def _same_behind(model: Any, logits: Tensor, others: Tensor) -> bool:
+def _is_same_behind(model: Any, logits: Tensor, others: Tensor) -> bool:
     """Whether a row's logits behind two different rows are the same to the bit.
 
     With routed experts up to rounding, 2^-16 of the largest: an expert's number of tokens depends on the other row, and
@@ -206,7 +206,7 @@ def _is_causal(model: Any, row: Tensor) -> bool:
     half = row.shape[1] // 2
     changed = torch.cat([row[:, :half], row[:, half:].flip(1)], dim=1)
     before, after = (_logits(model, tokens, _ROWS[1:])[:, :half] for tokens in (row, changed))
-    return _close(after, before)
+    return _is_close(after, before)
 
 
 def _is_stateless(model: Any, row: Tensor, other: Tensor) -> bool:
@@ -215,7 +215,7 @@ def _is_stateless(model: Any, row: Tensor, other: Tensor) -> bool:
     return torch.equal(_logits(model, row, _ROWS[1:]), before)
 
 
-def _close(logits: Tensor, expected: Tensor) -> bool:
+def _is_close(logits: Tensor, expected: Tensor) -> bool:
     return torch.allclose(logits, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 

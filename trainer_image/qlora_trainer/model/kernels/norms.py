@@ -119,12 +119,12 @@ def _as_root_mean_square(module: nn.Module) -> tuple[int, float] | None:
     for epsilon in (value for value in vars(module).values() if isinstance(value, float)):
         for added in (0, 1):
             expected = rms_norm(x, trial.weight.shape, trial.weight + added, epsilon)
-            if _close(found, expected):
+            if _is_close(found, expected):
                 return added, epsilon
     return None
 
 
-def _close(found: Any, expected: Tensor) -> bool:
+def _is_close(found: Any, expected: Tensor) -> bool:
     return (
         isinstance(found, Tensor)
         and (found.shape, found.dtype) == (expected.shape, expected.dtype)

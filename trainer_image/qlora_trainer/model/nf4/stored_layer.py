@@ -89,7 +89,7 @@ class StoredTensor:
             wanted |= {"nested_blocksize": OUTER_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
             if type(offset) is not float or not isfinite(offset):
                 raise ValueError("its nested_offset is no finite number")
-        if found != wanted or found["dtype"] not in _FLOATS or not _same_types(found, wanted):
+        if found != wanted or found["dtype"] not in _FLOATS or not _has_same_types(found, wanted):
             raise ValueError(
                 f"it describes {_shorten(found)}, and must describe {wanted} with a dtype of {', '.join(_FLOATS)}"
             )
@@ -117,7 +117,7 @@ def _parse(content: bytes) -> dict[str, Any]:
     return found
 
 
-def _same_types(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
+def _has_same_types(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
     """Whether equal values have equal types: true is not 1, nor is 64.0 64."""
     return repr(sorted(found.items())) == repr(sorted(wanted.items()))
 

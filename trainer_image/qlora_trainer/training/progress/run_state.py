@@ -63,7 +63,7 @@ class SavedState(ObservedModel):
     run: RunState
 
     @model_validator(mode="after")
-    def _of_one_step(self) -> Self:
+    def _validate_steps(self) -> Self:
         run, best = self.run, self.run.evaluations.best_step
         if run.step != self.step or (best is not None and not 0 < best <= run.step):
             raise ValueError(f"its steps contradict each other: {self.step}, of the run {run.step}, of its best {best}")
