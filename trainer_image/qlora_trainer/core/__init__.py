@@ -1,4 +1,1 @@
-"""Modules for every package: context, failures, records and files.
-
-They load no store, no model and no torch.
-"""
+"""Modules for every package: context, failures, records, files. Loads no torch."""

@@ -37,10 +37,7 @@ class EndOfTurn(ObservedModel):
 
     @property
     def request_field(self) -> str:
-        """The request field that makes an OpenAI-compatible server stop there.
-
-        As JSON without the braces.
-        """
+        """The JSON field, without braces, that makes an OpenAI-compatible server stop."""
         # A server searches for texts in its visible output, which has no special tokens.
         if self.token is not None:
             return f'"stop_token_ids": [{self.token}]'

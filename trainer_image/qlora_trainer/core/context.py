@@ -137,10 +137,7 @@ class StepContext:
 
 
 def load_document(path: Path) -> QLoRAJobDocument:
-    """Read the job's document from the pod's JSON file.
-
-    Raises StepFailure with the wrong fields.
-    """
+    """Read the job's document. Raises StepFailure with the wrong fields."""
     try:
         return QLoRAJobDocument.model_validate_json(path.read_bytes())
     except FileNotFoundError as missing:

@@ -37,10 +37,7 @@ _LOSS_CHUNK_TOKENS = 128
 
 
 def library_settings(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment variables to set before PyTorch is imported.
-
-    A variable that `environ` has stays as it is.
-    """
+    """Environment variables to set before importing PyTorch, unless in `environ`."""
     settings = {
         # oneDNN keeps the code of 1024 matmuls, by their exact shapes, which change with every packed sequence: some
         # 40 MB more with each. One pass through a model needs a few dozen of them.
@@ -107,10 +104,7 @@ def matmul_parts(rows: int, columns: int, device_type: str) -> int:
 
 
 def fuses_norms(device_type: str) -> bool:
-    """Whether `model.kernels.norms` computes root mean squares.
-
-    PyTorch has a kernel for GPUs only.
-    """
+    """Whether `model.kernels.norms` replaces root mean squares, as on a CPU only."""
     return device_type == "cpu"
 
 

@@ -75,10 +75,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make a file durable, or the names in a folder.
-
-    These are new ones, renames and removals.
-    """
+    """Make a file durable, or the names in a folder: new, renamed and removed ones."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -87,10 +84,7 @@ def sync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a folder with its content, or a link but not its target.
-
-    Does nothing if there is none.
-    """
+    """Delete a file, a folder with its content, or a link, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -160,10 +154,7 @@ def new_folder(path: Path) -> Path:
 
 
 def complete_folder(partial: Path, target: Path) -> None:
-    """Sync the folder `partial` and rename it to `target` in the same folder.
-
-    Replaces an existing `target`.
-    """
+    """Sync the folder `partial` and rename it to its sibling `target`, replacing that."""
     sync_tree(partial)
     remove(target)
     partial.rename(target)

@@ -64,10 +64,7 @@ def exclusive(path: Path, longest_wait: float) -> Iterator[float]:
 
 
 def own(folder: Path) -> Ownership:
-    """Become the owner of a folder with a name of this process only.
-
-    Raises BlockingIOError if it has another one.
-    """
+    """Own a folder that only this process names. Raises BlockingIOError if owned."""
     descriptor, _ = _lock_file(folder / OWNER_FILE, os.O_CREAT)
     os.utime(descriptor)
     return Ownership(descriptor)

@@ -55,10 +55,7 @@ def classify(error: BaseException) -> Ending:
 
 
 ENDS_ONE_JOB = (StepFailure, OSError, SafetensorError)
-"""Errors that end one of several jobs of a process.
-
-safetensors has a separate error for a full disk.
-"""
+"""Errors that end one of several jobs. safetensors has one for a full disk."""
 
 
 def as_failure(error: StepFailure | OSError | SafetensorError) -> StepFailure:

@@ -30,10 +30,7 @@ class PartialFolders:
         self._job, self._pod = _short(job_uid), _short(pod_uid)
 
     def exclusive(self) -> AbstractContextManager[float]:
-        """Let in one pod at a time, and yield the volume's time.
-
-        Raises TimeoutError if one stays in.
-        """
+        """Let in one pod, and yield the volume's time. Raises TimeoutError if one stays."""
         return exclusive(self.folder / _LOCK_FILE, self._longest_wait)
 
     def claim(self, key: str) -> tuple[Path, Ownership] | None:
@@ -68,10 +65,7 @@ class PartialFolders:
         return self.folder / f".{key}.{self._job}.{self._pod}{PARTIAL}"
 
     def _first(self, abandoned: Mapping[Path, Ownership], key: str) -> tuple[Path, Ownership]:
-        """This pod's folder: the largest abandoned one, else a new one.
-
-        The other abandoned ones are deleted.
-        """
+        """This pod's folder: the largest abandoned one, or a new one. Deletes the others."""
         mine = self.of_this_pod(key)
         usable = [partial for partial in abandoned if _is_of(partial, key) and _is_plain(partial)]
         chosen = max(usable, key=_plain_bytes, default=None)
@@ -110,10 +104,7 @@ class PartialFolders:
 
 
 def open_shared(folder: Path) -> None:
-    """Make a folder and its parent, if missing, for pods of other users too.
-
-    Raises OSError.
-    """
+    """Make a folder and its parent for pods of other users too. Raises OSError."""
     for path in (folder.parent, folder):
         if not path.is_dir():
             path.mkdir(exist_ok=True)
@@ -121,10 +112,7 @@ def open_shared(folder: Path) -> None:
 
 
 def set_mode(path: Path, mode: int) -> None:
-    """Set the mode, but keep the bit that gives new files the folder's group.
-
-    Not every volume has modes.
-    """
+    """Set the mode, if the volume has modes, but keep the bit for the files' group."""
     with suppress(OSError):
         path.chmod(mode | (path.stat().st_mode & stat.S_ISGID))
 
@@ -134,10 +122,7 @@ def _is_of(partial: Path, key: str) -> bool:
 
 
 def _is_plain(folder: Path) -> bool:
-    """Whether all below the folder are folders and regular files.
-
-    Nothing else, such as a link, can lead a write out of it.
-    """
+    """Whether a folder has only folders and regular files, without a way out of it."""
     for path in folder.rglob("*"):
         mode = path.lstat().st_mode
         if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):

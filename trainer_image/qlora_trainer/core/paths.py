@@ -12,10 +12,7 @@ _LISTED_NAMES = 12
 
 
 def require_regular(path: Path, folder: Path, name: str) -> None:
-    """Raise StepFailure UNSAFE_ARTIFACT unless `path` is a regular file in `folder`.
-
-    Links are resolved.
-    """
+    """Raise StepFailure UNSAFE_ARTIFACT unless `path` resolves to a file in `folder`."""
     if leads_to_itself(path):
         raise unsafe_artifact(f"{name} is a link that leads to itself: put the file itself there")
     if not path.resolve().is_relative_to(folder.resolve()):
@@ -40,10 +37,7 @@ def read_regular(path: Path, largest: int) -> bytes:
 
 
 def leads_to_itself(path: Path) -> bool:
-    """Whether the path is a loop of symbolic links.
-
-    Do not resolve it then: some versions of Python raise.
-    """
+    """Whether the path is a loop of links, which some Python versions cannot resolve."""
     try:
         path.stat()
     except OSError as error:

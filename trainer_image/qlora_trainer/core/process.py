@@ -27,10 +27,7 @@ class Streams:
 
 
 def claim_streams() -> Streams:
-    """Keep standard output and error for the step, and discard other prints.
-
-    Until `log_to`.
-    """
+    """Keep the standard streams for the step. Discard other prints until `log_to`."""
     streams = Streams(
         records=os.fdopen(os.dup(1), "w", encoding="utf-8"),
         errors=os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace"),

@@ -126,10 +126,7 @@ class DatasetBuilder:
                 )
 
     def _sources(self, *, usable: bool) -> tuple[tuple[TokenizedSource, ...], TokenizedSource | None]:
-        """The training sources, and that of the evaluation.
-
-        `usable`: a source without a row to use is rejected.
-        """
+        """The sources of training and evaluation. `usable`: reject those without rows."""
         training, evaluation = self._training_sources(usable=usable), self.spec.eval
         if evaluation is None or not evaluation.source:
             return training, None

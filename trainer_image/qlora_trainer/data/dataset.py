@@ -48,10 +48,7 @@ class TokenizedSource:
         return numpy.concatenate([self.rows.lengths, self.rows.too_long])
 
     def statistics(self, longest_allowed: int, counts: Mapping[str, Any]) -> SourceStatistics:
-        """Its part of `statistics.json`, with these `counts`.
-
-        `longest_allowed`: tokens of a sequence.
-        """
+        """Its part of `statistics.json`. `longest_allowed`: tokens of a sequence."""
         return SourceStatistics(
             uri=self.data.uri,
             files=self.data.relative_names[:_LISTED_FILES],
@@ -74,10 +71,7 @@ class Dataset:
     training: tuple[TokenizedSource, ...]
     """The one source, or those of the mix."""
     own_evaluation: TokenizedSource | None
-    """The source of the held-out rows.
-
-    None without any, and where they are a fraction of the training sources.
-    """
+    """The source of the held-out rows, unless none or a fraction of the training's."""
     rows: TokenizedRows
     """Of all sources: of the training sources, then the evaluation's own."""
     selection: Selection

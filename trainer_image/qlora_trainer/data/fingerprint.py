@@ -1,7 +1,4 @@
-"""Fingerprints of prepared data: equal ones need not be prepared again.
-
-A fingerprint is one SHA-256 of everything that decides the data.
-"""
+"""Fingerprints of prepared data: one SHA-256 of everything that decides them."""
 
 import json
 from collections.abc import Mapping
@@ -137,10 +134,7 @@ def _without_defaults(dataset: DatasetSpec) -> dict[str, Any]:
 
 
 def _without_addresses(dataset: DatasetSpec) -> dict[str, Any]:
-    """The settings that decide the choice, reading and writing of rows.
-
-    Sources of a mix are numbered.
-    """
+    """The settings that decide the rows and their form, with numbers for sources."""
     described = _without_defaults(dataset)
     sources = described.get("mix", ())
     for part in (described, described.get("eval", {}), *sources):

@@ -163,10 +163,7 @@ def _header(shapes: dict[str, tuple[str, int]], facts: dict[str, int]) -> bytes:
 
 
 class PreparedDataset:
-    """The sequences of one split, read from the memory-mapped file on access.
-
-    Opening it reads nothing.
-    """
+    """The sequences of one split, read from the memory-mapped file on access only."""
 
     def __init__(self, path: Path) -> None:
         """Open the file of a split.
@@ -195,10 +192,7 @@ class PreparedDataset:
         self._segment_offsets: Tensor = file.get_tensor("segment_offsets")
         self._sequence_offsets: Tensor | None = None
         self.epoch_offsets: tuple[int, ...] = ()
-        """The first sequence of each epoch, and the end of the last.
-
-        Empty if every epoch has all sequences.
-        """
+        """First sequence of each epoch, and the end. Empty if each epoch has all of them."""
         if "epoch_offsets" in file.keys():  # noqa: SIM118 - no mapping
             self._sequence_offsets = file.get_tensor("sequence_offsets")
             self._sequence_rows: Tensor = file.get_tensor("sequence_rows")

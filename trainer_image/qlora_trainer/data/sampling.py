@@ -16,10 +16,7 @@ RowIndices = NDArray[numpy.int64]
 
 
 class Purpose(IntEnum):
-    """The purpose of a permutation: each has a separate random stream.
-
-    Smaller keys are the epochs' orders.
-    """
+    """A permutation's purpose, with a separate random stream. Smaller keys: epochs."""
 
     USED = 2**32
     HELD_OUT = 2**32 + 1

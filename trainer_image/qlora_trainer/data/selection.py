@@ -55,10 +55,7 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Selection:
-    """The rows of each split, as ascending indices into the rows of all sources.
-
-    The sources follow one another.
-    """
+    """The rows of each split: ascending indices into the rows of consecutive sources."""
 
     training: tuple[RowIndices, ...]
     """Of each training source: those that are trained on."""

@@ -26,10 +26,7 @@ from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.render.reasoning import END_OF_REASONING, after_reasoning
 
 SECONDS = 2.0
-"""Most processor time for one answer. Then it has failed.
-
-A busy node changes nothing, unlike with the clock.
-"""
+"""Most processor time for one answer, to be independent of a busy node."""
 _SECONDS_TO_READ = 30.0
 # The timer fires again, because its exception may have been caught.
 _AGAIN_SECONDS = 1.0
@@ -212,10 +209,7 @@ def _read(criterion: Criterion) -> Check:
 
 
 def _check_answer(check: Check, answer: str, seconds: float) -> bool | str:
-    """Whether the answer passes, or why it could not be checked.
-
-    The reason may be something other than the answer.
-    """
+    """Whether the answer passes, or why that is unknown (perhaps not its fault)."""
     try:
         return _run_limited(lambda: check(answer), seconds)
     except _NOT_PASSED:

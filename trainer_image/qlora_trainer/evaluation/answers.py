@@ -66,10 +66,7 @@ class ScoredPrompts:
 
     @classmethod
     def from_data(cls, data: PreparedDataset, count: int) -> Self:
-        """At most `count` rows, those with the lowest SHA-256.
-
-        They are the same for every seed and packing.
-        """
+        """The `count` rows with the lowest SHA-256, for every seed and packing."""
         fitting = rows = 0
 
         def short_enough() -> Iterator[Prompt]:
@@ -157,10 +154,7 @@ class Answering:
         model.eval()
 
     def answer(self, prompt: Prompt, *, adapter: bool, max_new_tokens: int) -> str:
-        """Generate the model's answer, with or without its adapter, up to its end.
-
-        A base model may never end it.
-        """
+        """Generate the answer, with or without adapter, up to its end, if it has one."""
         stopped = self._stopped
         ends = torch.tensor(self.texts.last_tokens(prompt), dtype=torch.int64, device=self._device)
 
@@ -184,10 +178,7 @@ class Answering:
 
 
 def _samples(answering: Answering, prompts: Iterable[Prompt], stopped: Stopped, fixed_positions: int | None) -> Samples:
-    """Generate the samples, until `stopped` turns true.
-
-    A sample in progress is then dropped, with those after it.
-    """
+    """Generate samples until `stopped` turns true. Drops the one in progress."""
     samples = []
     for prompt in prompts:
         # A prompt is shorter than its row, which has positions: at least one token can be answered.

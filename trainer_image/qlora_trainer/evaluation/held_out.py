@@ -52,10 +52,7 @@ def read_compared(data: PreparedDataset, sequences: int, device: torch.device, *
 
 @torch.no_grad()
 def mean_loss(model: Any, batches: Iterable[Batch]) -> float:
-    """Mean loss of the target tokens of all batches, in 16 bit as in training.
-
-    The model is in eval mode.
-    """
+    """Mean target loss of all batches, in 16 bit as in training, in eval mode."""
     summed, targets = 0.0, 0
     for batch in batches:
         with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16):

@@ -103,10 +103,7 @@ class MetricsHistory:
     memory: Curve
     """Bytes: the step's peak on a GPU, resident memory at its end on a CPU."""
     reward_margin: Curve = Curve()
-    """Implicit reward of the chosen answer less the rejected one's, in nats.
-
-    Only for objectives that compare answers.
-    """
+    """With pairs: implicit reward of the chosen less that of the rejected, in nats."""
     chosen_reward: Curve = Curve()
     accuracy: Curve = Curve()
     """Share of the pairs with a positive margin, for each step."""

@@ -1,7 +1,4 @@
-"""Publishes the job's chat template with an adapter, and in a merged model.
-
-There it replaces the base's.
-"""
+"""Publishes the job's chat template, with an adapter and in a merged model."""
 
 import json
 from pathlib import Path

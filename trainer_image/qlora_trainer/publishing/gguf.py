@@ -210,19 +210,13 @@ def _architecture_of(converted: Path, tensors: Path) -> str | NotConvertible:
 
 
 def _block(name: str) -> str:
-    """The number of the decoder's block in a tensor's name, or an empty string.
-
-    The name is PEFT's or GGUF's.
-    """
+    """The block's number in a tensor's name of PEFT or GGUF, or an empty string."""
     found = re.search(r"\.(\d+)\.", name)
     return found[1] if found else ""
 
 
 def _write_trial(model_folder: Path, target_modules: tuple[str, ...], lora: LoraSpec, path: Path) -> None:
-    """Write an adapter of rank 1 for these layers, no two alike.
-
-    The converter joins some that are alike.
-    """
+    """Write an adapter of rank 1, layers different: the converter joins equal ones."""
     torch.set_num_threads(1)
     config: Any = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
     shapes: Mapping[str, Any] = expected_tensors(text_part(config), target_modules, lora.model_copy(update={"rank": 1}))

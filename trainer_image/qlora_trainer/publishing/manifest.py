@@ -116,10 +116,7 @@ def base_manifest(job: TrainedJob, contents: Contents) -> Manifest:
 
 
 def parse_manifest(content: bytes | None) -> Manifest | None:
-    """Parse a file's content, or return None.
-
-    None if it is no manifest, or larger than MAX_MANIFEST_BYTES.
-    """
+    """Parse a manifest of at most MAX_MANIFEST_BYTES, or return None."""
     if content is None or len(content) > MAX_MANIFEST_BYTES:
         return None
     try:
@@ -129,10 +126,7 @@ def parse_manifest(content: bytes | None) -> Manifest | None:
 
 
 def read_manifest(path: Path) -> Manifest | None:
-    """Read the manifest of a folder, or return None without a usable file.
-
-    A link, a pipe or a file that is too large is none.
-    """
+    """Read a folder's manifest, or None: no links, pipes or files that are too large."""
     # Reading a pipe would block, and a link can lead to an endless device.
     if path.is_symlink() or not path.is_file():
         return None

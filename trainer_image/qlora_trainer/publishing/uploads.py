@@ -47,10 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 class UploadError(Exception):
-    """The tool's server rejected the run. The message is from its client.
-
-    It may have an address.
-    """
+    """The tool rejected the run. Its client's message may have an address."""
 
 
 @dataclass(frozen=True)

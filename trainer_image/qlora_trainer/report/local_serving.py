@@ -1,7 +1,4 @@
-"""Makes the Modelfile and command to load an adapter's GGUF file.
-
-For Ollama and llama.cpp.
-"""
+"""Makes the Modelfile and command for a GGUF file in Ollama and llama.cpp."""
 
 from collections.abc import Iterator, Mapping
 
@@ -39,10 +36,7 @@ def _modelfile(job: TrainedJob, adapter: str) -> Iterator[str]:
 
 
 def _setting(name: str, quote: str, text: str) -> Iterator[str]:
-    """The setting, or a comment if its text cannot be written.
-
-    Neither Ollama's syntax nor a block of Markdown can hold every text.
-    """
+    """The setting, or a comment if neither Ollama nor Markdown can hold its text."""
     if '"' in text or "```" in text or (quote == '"' and not text.isprintable()):
         yield f"# {name}: a text that cannot be written here; see the job's settings"
     else:

@@ -66,10 +66,7 @@ def judged_on(gate: GateStatus) -> str:
 
 
 def adapter_model_card(job: TrainedJob, history: MetricsHistory) -> str:
-    """The adapter's model card as Markdown with the hub's metadata.
-
-    The same job gives the same text.
-    """
+    """The adapter's model card as Markdown with metadata, the same for the same job."""
     spec, prepared = job.spec, job.prepared
     hub = isinstance(parse_source(spec.model.source), HubSource)
     data = ModelCardData(

@@ -57,10 +57,7 @@ class ServedBase:
 
 
 def served_base(job: TrainedJob) -> ServedBase:
-    """The published base if there is one, else the model that the job names.
-
-    Placeholders stand for missing names.
-    """
+    """The published base, or else the model that the job names, with placeholders."""
     published = job.spec.output.base
     source = parse_source(job.spec.model.source if published is None else published.destination)
     path = source.repository if isinstance(source, HubSource) else BASE_PLACEHOLDER
@@ -108,10 +105,7 @@ def tokenizer_settings(job: TrainedJob, adapter: str) -> str:
 
 
 def request_command(job: TrainedJob) -> str | None:
-    """A request to a server with training's system message and end of an answer.
-
-    None if the server needs none.
-    """
+    """A request with training's system message and end of answer, or None."""
     end, system = job.prepared.end_of_turn, job.spec.dataset.system_prompt
     fields = [f'"model": {json.dumps(job.name)}']
     said = [] if system is None else [{"role": "system", "content": system.text}]

@@ -173,10 +173,7 @@ def _read(path: Path) -> _CellCurves | None:
 
 
 def _draw(cells: Sequence[_CellCurves]) -> bytes:
-    """Draw the page. Raises ValueError for any error of a drawing library.
-
-    Other cells have written the content.
-    """
+    """Draw the page. Raises ValueError for any error: other cells wrote its content."""
     try:
         return _page(cells).encode()
     except Exception as error:

@@ -1,7 +1,4 @@
-"""The step `clean`: deletes files that no step needs again.
-
-The adapter, the report and the records stay.
-"""
+"""The step `clean`: deletes all but the adapter, the report and the records."""
 
 from qlora_api.contract import WorkspaceLayout
 from qlora_trainer.core.completion import PublishRecord, read_completion

@@ -41,10 +41,7 @@ class RegistrySession(requests.Session):
     """
 
     def __init__(self, source: RegistrySource, secret: Secret, allowed: tuple[str, ...]) -> None:
-        """Create. `allowed`: HOST or HOST:PORT, with http:// before it without TLS.
-
-        Raises StepFailure.
-        """
+        """Create. `allowed`: HOST:PORT, with http:// without TLS. Raises StepFailure."""
         super().__init__()
         scheme = "http" if require_allowed(source, allowed) else "https"
         self.base = f"{scheme}://{source.registry}/v2"
@@ -60,10 +57,7 @@ class RegistrySession(requests.Session):
         self._authorization: dict[str, str] = {}
 
     def get_redirect_target(self, resp: requests.Response) -> str | None:
-        """The answer's redirect address. Raises InvalidURL if that is no address.
-
-        requests would raise ValueError.
-        """
+        """The answer's redirect address. Raises InvalidURL, and not ValueError."""
         target = super().get_redirect_target(resp)
         try:
             urlsplit(target or "")
@@ -126,10 +120,7 @@ class RegistrySession(requests.Session):
 
 
 class _Guard(HTTPAdapter):
-    """Sends requests. Those with credentials only go to some origins.
-
-    Before a redirect the session removes the credentials.
-    """
+    """Sends requests, with credentials to some origins only, without on redirects."""
 
     def __init__(self, origins: frozenset[str], field: str, proxy: Proxy | None) -> None:
         """Create. `origins`: scheme and host, as in https://ghcr.io.

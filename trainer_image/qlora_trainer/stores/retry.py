@@ -13,10 +13,7 @@ from qlora_trainer.core.records import redact
 RETRYABLE_STATUS = frozenset({408, 425, 429})
 """HTTP statuses below 500 that are temporary: timeout, too early, too many."""
 CONFLICT_STATUS = frozenset({409, 412})
-"""Another client has written in between. For hubs and buckets only.
-
-A registry has them for a tag that may not change.
-"""
+"""Another client has written in between, in a hub or bucket (not a registry)."""
 _READ_BACK_WAITS = (0.0, 0.0)
 _Answer = TypeVar("_Answer")
 logger = logging.getLogger(__name__)

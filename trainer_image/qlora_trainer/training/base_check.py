@@ -26,10 +26,7 @@ class BaseCheck:
         self._thread.start()
 
     def raise_failure(self) -> None:
-        """Raise the result so far, without waiting: StepFailure, or a bug.
-
-        StepFailure is that of `require_sha256`.
-        """
+        """Raise StepFailure of `require_sha256`, or a bug, if found. Waits for nothing."""
         if self._failure is not None:
             raise self._failure
 

@@ -48,10 +48,7 @@ def is_done(run: Run, state: RunState) -> bool:
 
 
 def between_steps(run: Run, state: RunState) -> RunState:
-    """Evaluate and save as due before the next step, or at the end.
-
-    Raises as `run_to_end` does.
-    """
+    """Evaluate and save as due before the next step. Raises as `run_to_end` does."""
     if run.base_check is not None:
         run.base_check.raise_failure()
     if run.eval_data is not None and _evaluation_due(run, state) and not run.stopping():
@@ -80,10 +77,7 @@ def _require_checked_base(run: Run) -> None:
 
 
 def _report_interruption(run: Run, state: RunState) -> None:
-    """Report the step that the next attempt resumes from.
-
-    It is an earlier one if the last steps are suspect.
-    """
+    """Report the step to resume from, which is earlier if the last ones are suspect."""
     report(run, replace(state, step=run.checkpoint_step or 0), "interrupted")
 
 
@@ -234,10 +228,7 @@ def _share(run: Run, data: PreparedDataset, micro_batches: Sequence[MicroBatch])
 
 
 def _may_halve(run: Run) -> bool:
-    """Whether smaller micro batches are allowed.
-
-    Not with a sharded base: the other ranks wait in its blocks.
-    """
+    """Whether micro batches may halve. Other ranks would wait in a sharded base."""
     return run.training.auto_micro_batch and run.schedule.micro_batch_size > 1 and not run.ranks.sharded
 
 

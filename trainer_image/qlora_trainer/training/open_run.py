@@ -147,10 +147,7 @@ def begin_with_earlier(model: Any, job: PreparedJob) -> None:
 def open_on_model(
     job: PreparedJob, process: ProcessSettings, checkpoint: Checkpoint | None, base: LoadedBase, model: Any
 ) -> tuple[Run, RunState]:
-    """The run of the model's active adapter.
-
-    The adapter is attached and, without a checkpoint, initialized.
-    """
+    """The run of the model's active adapter, initialized without a checkpoint."""
     context, spec, prepared, ranks = job.context, job.context.spec, job.prepared, process.ranks
     data = open_prepared(job.data_folder, "train")
     eval_data = open_prepared(job.data_folder, "eval") if spec.dataset.eval else None

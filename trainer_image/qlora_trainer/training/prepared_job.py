@@ -92,10 +92,7 @@ class PreparedJob:
         )
 
     def attempt(self, now: Callable[[], datetime]) -> AbstractContextManager[Checkpoint | None]:
-        """Train the job in the body, in this process alone, from the yielded checkpoint.
-
-        None without a checkpoint.
-        """
+        """Train the job in the body, in this process alone, from a checkpoint or None."""
         context = self.context
         pod = PodOfJob(context.pod_uid, context.attempt, context.started or now())
         return resumed_attempt(context.workspace, self.fingerprint, pod, now)

@@ -42,10 +42,7 @@ class ReferenceLosses:
         self._missing = bool(self._known[split][rows].isnan().any())
 
     def of(self, model: Any, batch: Batch, pairs: PairedRows) -> Tensor:
-        """float32 [rows]: those of one of the micro batches, on the device.
-
-        Runs the model if any is missing.
-        """
+        """float32 [rows]: those of a micro batch, on the device. Computes missing ones."""
         known = self._known[self._split][list(pairs.numbers)].to(self._device, non_blocking=True)
         if not self._missing:
             return known

@@ -14,10 +14,7 @@ from qlora_trainer.model.losses.batch import MicroBatch
 
 @dataclass(frozen=True)
 class Schedule:
-    """The run's data as a function of the step.
-
-    Without state: a resumed run sees the same data as an undisturbed one.
-    """
+    """The run's data as a function of the step, without state, to resume equally."""
 
     sequences: int
     """Of the data: each epoch has all of them, unless each epoch has its own."""
@@ -27,10 +24,7 @@ class Schedule:
     total_steps: int
     seed: int
     epoch_offsets: tuple[int, ...] = ()
-    """The first sequence of each epoch, and the end, where epochs differ.
-
-    So they do with a mix.
-    """
+    """The first sequence of each epoch, and the end, where a mix makes them differ."""
 
     @classmethod
     def of(cls, sequences: int, training: TrainingSpec, epoch_offsets: tuple[int, ...] = ()) -> "Schedule":
@@ -73,10 +67,7 @@ class Schedule:
         return whole + min(done, sequences) / sequences
 
     def position(self, step: int) -> tuple[int, int]:
-        """Epoch, and its sequences that were trained on, before step number `step`.
-
-        Steps count from 0.
-        """
+        """Epoch, and its sequences before step number `step`, counted from 0."""
         if self.epoch_offsets:
             epoch = int(numpy.searchsorted(self._first_steps, step, side="right")) - 1
         else:
@@ -100,19 +91,13 @@ class Schedule:
 
     @cached_property
     def _first_steps(self) -> NDArray[numpy.int64]:
-        """int64 [epochs + 1]: the first step of each epoch, and the end of the last.
-
-        Where epochs have different sequences.
-        """
+        """int64 [epochs + 1]: first steps of epochs with different sequences, and the end."""
         steps = -(-numpy.diff(self.epoch_offsets) // self.sequences_per_step)
         return numpy.concatenate(([0], numpy.cumsum(steps, dtype=numpy.int64)))
 
 
 @lru_cache(maxsize=2)
 def _order(sequences: int, seed: int, epoch: int) -> NDArray[numpy.int64]:
-    """The epoch's order: a different permutation for each seed and epoch.
-
-    Drawn with Philox (Salmon et al. 2011).
-    """
+    """A permutation for each seed and epoch, by Philox (Salmon et al. 2011)."""
     generator = numpy.random.Generator(numpy.random.Philox(key=(seed, epoch)))
     return generator.permutation(sequences)

@@ -63,10 +63,7 @@ class AnswerLog:
     @classmethod
     @contextmanager
     def opened(cls, path: Path, adapter_sha256: str, settings: str) -> Iterator[Self]:
-        """Open the log of this adapter and these settings.
-
-        Drops one of others, or the rest of a torn line.
-        """
+        """Open the log of this adapter and settings. Drops others, and torn lines."""
         heading = _Heading(adapter_sha256=adapter_sha256, settings=settings)
         known = _read(path, heading)
         write_atomically(path, b"".join(_line(entry) for entry in (heading, *known)))

@@ -73,10 +73,7 @@ def judge_step(run: Run, state: RunState, loss: float, grad_norm: float, gradien
 
 
 def judge_end(run: Run, state: RunState, loss_before: float, gradient: Gradient) -> None:
-    """Check the last step's effect on the loss of its rows.
-
-    No later step would show it.
-    """
+    """Check the last step's effect on the loss of its rows: no later one shows it."""
     if run.training.divergence_patience == 0:
         return
     loss = _loss_without_gradient(run, gradient)
@@ -93,10 +90,7 @@ def judge_end(run: Run, state: RunState, loss_before: float, gradient: Gradient)
 
 
 def judge_kept(run: Run, state: RunState) -> None:
-    """Check the kept adapter on the held-out rows at the end of a run.
-
-    No later step would show its harm.
-    """
+    """Check the kept adapter on held-out rows at the end: no later step shows harm."""
     loss, before = kept(run.training, state.evaluations, state.step, state.eval_loss).eval_loss, state.initial_eval_loss
     if run.training.divergence_patience == 0 or loss is None or before is None or not has_diverged(loss, before):
         return

@@ -60,10 +60,7 @@ def checked_text(value: object, name: str) -> str:
 
 
 def require_unicode(value: str, name: str) -> None:
-    """Raise StepFailure BAD_DATASET if text cannot be encoded.
-
-    The message begins with `name`.
-    """
+    """Raise StepFailure BAD_DATASET, naming `name`, if text cannot be encoded."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -91,10 +88,7 @@ def read_turns(
 
 
 def _with_all_marks(messages: list[Message], turns: list[Any], location: str, column: str) -> tuple[Message, ...]:
-    """The messages, each answer with a mark.
-
-    Raises StepFailure BAD_DATASET if the row has none.
-    """
+    """The messages, each answer with a mark. Raises StepFailure BAD_DATASET if none."""
     if all(message.trained is None for message in messages):
         raise bad_dataset(
             f"{location}: {column!r} has no mark, and spec.training.trainOn is marked: set train: true (or weight: 1) "

@@ -61,10 +61,7 @@ class RowReader:
         return _FORMATS[self._format].read(fields)
 
     def check(self, row: Row) -> RowCheck | None:
-        """The row's check, if a column for it is named.
-
-        Raises StepFailure BAD_DATASET without one.
-        """
+        """The row's check, if it has a column. Raises StepFailure BAD_DATASET if missing."""
         column = self._columns.check
         return None if column is None else RowCheck.from_row(row, column, f"{self._field}.columns.check")
 
@@ -143,10 +140,7 @@ def _column(field: str, columns: Columns) -> str:
 
 @dataclass(frozen=True)
 class _Fields:
-    """A row's values by the format's column names.
-
-    Methods raise StepFailure BAD_DATASET.
-    """
+    """A row's values by the format's columns. Raises StepFailure BAD_DATASET."""
 
     row: Row
     values: Mapping[str, object]

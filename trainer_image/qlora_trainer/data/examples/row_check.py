@@ -24,10 +24,7 @@ class RowCheck:
 
     @classmethod
     def from_row(cls, row: Row, column: str, field: str) -> Self:
-        """The check in the column that the job's `field` names.
-
-        Raises StepFailure BAD_DATASET without one.
-        """
+        """The check in the job's column `field`. Raises StepFailure BAD_DATASET without."""
         values, source = row.values(), f"{row.location}: {column!r}"
         value = values.get(column)
         if value is None:

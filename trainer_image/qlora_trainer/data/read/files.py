@@ -33,10 +33,7 @@ class DataFiles:
     """The files' names within the folder or repository."""
 
     def sha256(self) -> str:
-        """SHA-256 of the file, or of the lines that sha256sum prints for several.
-
-        A line is `<sha256>  <name>`.
-        """
+        """SHA-256 of the file, or of the lines of sha256sum for several files."""
         digests = [file_sha256(file.path) for file in self.files]
         if len(digests) == 1:
             return digests[0]
@@ -55,10 +52,7 @@ MAX_FILES = 10_000
 
 
 def data_kind(name: str) -> str | None:
-    """The ending that decides how a file is read, or None for other files.
-
-    The ending of a compression is left out.
-    """
+    """The ending that decides how a file is read, without compression, or None."""
     if name.endswith(".parquet"):
         return ".parquet"
     plain = next((name.removesuffix(ending) for ending in COMPRESSIONS if name.endswith(ending)), name)

@@ -117,10 +117,7 @@ class _JsonList:
                 return ""
 
     def _read_more(self) -> bool:
-        """Read at least as many bytes as are left over. Returns False at the end.
-
-        So no long object is scanned once per block.
-        """
+        """Read at least as many bytes as are left over, to scan few twice. False at end."""
         rest = self._text[self._at :]
         read: list[str] = []
         while not self._ended and sum(map(len, read)) <= len(rest):

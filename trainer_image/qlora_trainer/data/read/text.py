@@ -104,10 +104,7 @@ def open_data(file: DataFile) -> Iterator[IO[bytes]]:
 
 
 def lines(file: DataFile) -> Iterator[tuple[int, str]]:
-    """The lines with their numbers from 1, with line ends, decoded from UTF-8.
-
-    Raises StepFailure BAD_DATASET.
-    """
+    """The numbered lines in UTF-8, with line ends. Raises StepFailure BAD_DATASET."""
     offset = 0
     with open_data(file) as stream:
         number = 0
@@ -128,10 +125,7 @@ def lines(file: DataFile) -> Iterator[tuple[int, str]]:
 
 
 def text_blocks(file: DataFile) -> Iterator[str]:
-    """The content in blocks of about a megabyte, decoded from UTF-8.
-
-    Raises StepFailure BAD_DATASET.
-    """
+    """The content in UTF-8, a megabyte at a time. Raises StepFailure BAD_DATASET."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     with open_data(file) as stream:
         offset, line = 0, 1

@@ -6,10 +6,7 @@ END_OF_REASONING = "</think>"
 
 
 def asks_for_reasoning(prompt: str) -> bool:
-    """Whether the prompt ends with the mark that begins reasoning.
-
-    So it is in templates of models that always think.
-    """
+    """Whether the prompt begins reasoning, as of models that always think."""
     return prompt.rstrip().endswith(BEGIN_OF_REASONING)
 
 

@@ -40,10 +40,7 @@ _BATCH_BYTES = 2**20
 _CHUNKS_ALONE = 4
 _PENDING_CHUNKS_PER_WORKER = 2
 ANY_VOCABULARY = 2**31
-"""For rows that are only shown, without the model's configuration.
-
-The vocabulary's size is in that configuration.
-"""
+"""For shown rows only, without the configuration that has the vocabulary's size."""
 OnRows = Callable[[int], None]
 """Called with the rows tokenized so far."""
 
@@ -222,10 +219,7 @@ def tokenize(rows: Iterator[Row], maker: ChunkMaker, files: PartOfRows, workers:
 
 
 def _batches(rows: Iterator[Row], most: int, bytes_: int) -> Iterator[list[Row]]:
-    """Rows in lists of at most `most` rows or `bytes_`.
-
-    A failure to read is raised after the rows before it.
-    """
+    """Rows in lists of `most` rows or `bytes_`. Read errors follow the rows before."""
     batch: list[Row] = []
     size = 0
     failure: StepFailure | None = None

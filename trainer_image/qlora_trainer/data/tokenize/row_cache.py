@@ -1,7 +1,4 @@
-"""Keeps tokenized rows for a job's next attempt, or for all cells of a sweep.
-
-One of the cells makes them.
-"""
+"""Keeps tokenized rows for a job's next attempt, or for all cells of a sweep."""
 
 import logging
 import time
@@ -23,10 +20,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RowsFolder:
-    """A folder with chunks of rows, each complete or absent.
-
-    Their names identify the data and the settings.
-    """
+    """A folder with chunks of rows, complete or absent, named by data and settings."""
 
     own: Path
     """The job's own."""
@@ -161,10 +155,7 @@ class PartOfRows:
 
 
 def _open(shared: PartialFolders) -> PartialFolders | None:
-    """The folder, without incomplete files of killed pods, or None if forbidden.
-
-    Raises OSError.
-    """
+    """The folder without killed pods' files, or None if unusable. Raises OSError."""
     folder = shared.folder
     for path in (folder.parent, folder):
         if path.is_symlink():

@@ -48,10 +48,7 @@ def merged_weight(base: Tensor, a: Tensor, b: Tensor, scaling: float, magnitude:
 
 
 def adapter_scaling(lora: LoraSpec) -> float:
-    """The factor of B A: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
-
-    See arXiv 2312.03732.
-    """
+    """B A's factor: alpha / rank, or / sqrt(rank) with rsLoRA (arXiv 2312.03732)."""
     return lora.alpha / (math.sqrt(lora.rank) if lora.use_rslora else lora.rank)
 
 

@@ -1,7 +1,4 @@
-"""Loads routed experts as 4-bit stacks, one matrix at a time.
-
-transformers loads everything else.
-"""
+"""Loads routed experts as 4-bit stacks, one by one. transformers loads the rest."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path

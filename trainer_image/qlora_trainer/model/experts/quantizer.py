@@ -16,10 +16,7 @@ from qlora_trainer.model.experts.layout import ExpertLayout, routing_linears
 from qlora_trainer.model.source.quantization import EXPERTS_FORMAT
 
 _METHOD = "qlora_4bit"
-"""Not bitsandbytes' name: loading without this module must fail.
-
-It would give random experts.
-"""
+"""Loading without this module must fail, instead of giving random experts."""
 _IN_4_BIT = "load_in_4bit"
 
 

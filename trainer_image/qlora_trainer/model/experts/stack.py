@@ -43,10 +43,7 @@ class ExpertStack(nn.Module):
     def __init__(
         self, shape: tuple[int, int, int], pieces: int, quantization: QuantizationSpec, device: torch.device | str
     ) -> None:
-        """Create without values. Raises ValueError unless pieces have whole blocks.
-
-        A piece must have a multiple of 64 weights.
-        """
+        """Create without values. Raises ValueError unless pieces have 64 N weights."""
         super().__init__()
         experts, size = shape[0], shape[1] * shape[2]
         if size % (pieces * BLOCK):

@@ -1,7 +1,4 @@
-"""Checks, by a model's small files, that a job can train it.
-
-No weight is fetched before.
-"""
+"""Checks, by small files, that a model can be trained, before fetching weights."""
 
 import logging
 from collections import Counter

@@ -61,24 +61,15 @@ class Family:
     quantized_fraction: float
     """Share of 4-bit layers in the parameters outside embeddings and head."""
     one_row: bool
-    """Whether a sequence must have a single row.
-
-    True if other rows had an effect in a small model of this family.
-    """
+    """Whether a sequence must have one row, as others had an effect in a small model."""
     attention: str = ATTENTION
     """The model's `attn_implementation`: ours, or transformers' for single rows."""
     longest_row: int | None = None
     """Tokens that the model has positions for, None if its configuration has no limit."""
     fixed_positions: int | None = None
-    """Tokens beyond which it computes no row at all.
-
-    None if it computes any, as with rotary positions.
-    """
+    """Tokens beyond which it computes no row, or None, as with rotary positions."""
     same_rotation_up_to: int | None = None
-    """Tokens of a row beyond which all rows of its sequence rotate differently.
-
-    None if that never happens.
-    """
+    """Tokens of a row beyond which all rows of its sequence rotate differently."""
     without_adapter: tuple[str, ...] = ()
     """Linear layers that get no adapter: no gradient reaches it, or PEFT rejects them."""
     mixture_of_experts: bool = False
@@ -367,10 +358,7 @@ def _matching_names(target: str, linears: Iterable[str]) -> list[str]:
 
 
 def in_blocks(targets: tuple[str, ...], blocks: tuple[int, ...] | None) -> tuple[str, ...]:
-    """The `targets` in the blocks of spec.lora.layersToTransform.
-
-    Each block must hold some.
-    """
+    """The `targets` in the blocks of spec.lora.layersToTransform, some in each block."""
     if blocks is None:
         return targets
     numbers = {target: next(int(part) for part in target.split(".") if part.isdecimal()) for target in targets}

@@ -55,10 +55,7 @@ class Probe:
     unlike: tuple[str, ...] = ()
     """Parts of blocks that only the whole model has, or only the small one."""
     fixed_positions: bool = False
-    """Whether it computes no row with more tokens than it has positions.
-
-    So it is where each position has a learned vector.
-    """
+    """Whether it computes no row beyond its positions, as with learned vectors."""
 
 
 def probe(config: Any, whole: Any) -> Probe:
@@ -140,10 +137,7 @@ def _computes(model: Any, row: Tensor) -> bool:
 
 
 def _random_model(config: Any, attention: str, experts: str = EXPERTS) -> Any:
-    """The model with these implementations of attention and experts.
-
-    Its random weights are the same for each.
-    """
+    """The model with these implementations, and the same random weights for each."""
     torch.manual_seed(1)
     model = random_text_part(config, dtype=torch.float32, attn_implementation=attention, experts_implementation=experts)
     for parameter in model.eval().parameters():

@@ -1,7 +1,4 @@
-"""Gives the reason why models of a family cannot be trained.
-
-From the configuration, the layers, or a small model of the family.
-"""
+"""Gives reasons against training a family, by its configuration or a small model."""
 
 from collections.abc import Iterator
 from typing import Any

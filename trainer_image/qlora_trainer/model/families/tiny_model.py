@@ -11,16 +11,10 @@ VOCABULARY = 128
 """Tokens of a small model. The last ones are special: a test never draws them."""
 SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 WEIGHT_DEVIATION = 0.2
-"""Standard deviation of the weights.
-
-Enough for scores to differ, too little for one token to take all attention.
-"""
+"""Standard deviation of the weights: scores differ, no token takes all attention."""
 _WINDOW = 5
 _CHUNK = 4
-"""Tokens per state of a Mamba layer: fewer than in the probe's rows.
-
-Few sums are computed then.
-"""
+"""Tokens per state of a Mamba layer: fewer than in the probe's rows."""
 _CHUNKS = ("mamba_chunk_size", "chunk_size")
 _SOFTCAP = 1.0
 """Low enough to change every score and logit."""
@@ -130,10 +124,7 @@ def _small_sizes(settings: Mapping[str, Any], blocks: int) -> dict[str, Any]:
 
 
 def _sizes_of_state(settings: Mapping[str, Any], hidden: int) -> dict[str, int]:
-    """Numbers of heads of a Mamba layer (arXiv 2405.21060).
-
-    Its inner width is a multiple of the hidden size.
-    """
+    """Numbers of heads that fit a Mamba layer's inner width (arXiv 2405.21060)."""
     sizes: dict[str, int] = {}
     for expand, heads, head_size in (
         ("mamba_expand", "mamba_n_heads", "mamba_d_head"),

@@ -46,10 +46,7 @@ class RowBoundaries:
     lengths: tuple[int, ...]
     """Tokens of each row."""
     offsets: Tensor
-    """int32 [power of two + 1] on the model's device: where each row starts.
-
-    The end of the last row is repeated.
-    """
+    """int32 [power of two + 1] on the device: starts of rows, repeating the end."""
 
     @classmethod
     def from_lengths(cls, lengths: tuple[int, ...], device: torch.device) -> "RowBoundaries":

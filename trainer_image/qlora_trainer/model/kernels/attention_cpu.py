@@ -103,10 +103,7 @@ def _pad(tensor: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
 
 
 def _mask(tokens: int, window: int | None) -> Tensor | None:
-    """float32 [tokens, tokens] to add to the scores.
-
-    None where a window hides nothing.
-    """
+    """float32 [tokens, tokens] to add to the scores, or None where nothing is hidden."""
     if window is None or tokens <= window:
         return None
     visible = torch.ones(tokens, tokens, dtype=torch.bool).tril_().triu_(1 - window)

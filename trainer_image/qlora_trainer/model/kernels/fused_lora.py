@@ -88,10 +88,7 @@ class FusedLora(Linear4bit):
         return cast("Tensor", output)
 
     def _parts(self, x: Tensor) -> tuple[Segment, ...]:
-        """The tokens that have an adapter in this layer.
-
-        Jobs that are trained together may adapt different layers.
-        """
+        """The tokens with an adapter in this layer. Jobs may adapt different layers."""
         tokens = x.numel() // x.shape[-1]
         segments = self.routing.segments or (Segment(self.active_adapters[0], 0, tokens),)
         return tuple(segment for segment in segments if segment.adapter in self.lora_A)
@@ -123,10 +120,7 @@ class FusedLora(Linear4bit):
 
 
 def fuse_lora(model: nn.Module, *, recomputed: bool) -> None:
-    """Make every LoRA layer over a 4-bit layer a FusedLora.
-
-    `recomputed` is its attribute, False on the meta device.
-    """
+    """Make LoRA layers over 4-bit layers FusedLora, with this value of `recomputed`."""
     _fuse(model, Routing(), recomputed=recomputed)
 
 
@@ -152,10 +146,7 @@ def routing_of(model: nn.Module) -> Routing:
 
 
 def require_apart(model: nn.Module) -> None:
-    """Raise ModelError unless every layer with an adapter is a fused one.
-
-    Only a fused layer matches tokens with adapters.
-    """
+    """Raise ModelError unless all adapted layers are fused, and match tokens."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if not all(isinstance(layer, FusedLora) for layer in layers):
         raise ModelError(_NOT_APART)

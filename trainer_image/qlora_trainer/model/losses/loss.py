@@ -39,10 +39,7 @@ class LogitTransform:
 
 
 def batch_loss(model: Any, batch: Batch) -> Tensor:
-    """Sum of the losses of a batch's targets, a float32 scalar.
-
-    `model` is a causal language model of transformers.
-    """
+    """Sum of a batch's target losses, a float32 scalar, of a causal language model."""
     return summed_loss(*_of_targets(model, batch))
 
 

@@ -21,10 +21,7 @@ _ACCUMULATES = "torch::autograd::AccumulateGrad"
 
 
 def backward(output: Tensor) -> None:
-    """Do `output.backward()` for a scalar, on tensors with or without data.
-
-    Detaches it from its graph, which is freed.
-    """
+    """Do `output.backward()` for a scalar, also without data, and free its graph."""
     # Not the root itself: a reference to it keeps the whole graph.
     roots: list[Edge] = [(output.grad_fn, output.output_nr)]
     gradient = torch.ones_like(output)

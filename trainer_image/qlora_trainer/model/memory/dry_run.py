@@ -43,10 +43,7 @@ def measure_within_limits(
 def measure_together_within_limits(
     config: Path, specs: Sequence[QLoRAJobSpec], passes: Sequence[tuple[int, ...]], family: Any = None
 ) -> tuple[ActivationBytes, ...]:
-    """Run `measure.measure_together` within the limits of `measure_within_limits`.
-
-    Raises the same.
-    """
+    """Run `measure.measure_together` with the limits of `measure_within_limits`."""
     _require_trainer()
     found: tuple[ActivationBytes, ...] = within_limits(_call_together, (config, tuple(specs), tuple(passes), family))
     return found

@@ -49,10 +49,7 @@ def read_shape(config: Path) -> ModelShape | None:
 
 
 def type_of_model(config: Path) -> str:
-    """The model's type in its config.json, or an empty string.
-
-    Raises StepFailure if the file is not a JSON object.
-    """
+    """The model's type, or an empty string. Raises StepFailure if it is no object."""
     read_shape(config)
     found = json.loads(config.read_bytes()).get("model_type")
     return found if isinstance(found, str) else ""
@@ -208,10 +205,7 @@ def _estimate(job: JobMemory, gpu_gib: int | None, remark: str, rows_apart: bool
 
 
 def _shared_bytes(config: Path, spec: QLoRAJobSpec, job: JobMemory, group_size: int, measure: MeasurePasses) -> int:
-    """Bytes that this many equal jobs share when they are trained together.
-
-    Raises as the dry run does.
-    """
+    """Bytes that this many equal jobs share. Raises as the dry run does."""
     rest = spec.training.micro_batch_size * (group_size - 1)
     others = spec.model_copy(update={"training": spec.training.model_copy(update={"micro_batch_size": rest})})
 

@@ -1,7 +1,4 @@
-"""The GPU memory of jobs that are trained together on one base.
-
-From the table of families, or from a joint dry run.
-"""
+"""The GPU memory of jobs together on one base, from the table or a dry run."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

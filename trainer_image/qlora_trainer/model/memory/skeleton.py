@@ -64,10 +64,7 @@ def adapted_skeleton(
 
 
 class Linear4bitWithoutData(Linear4bit):
-    """bitsandbytes' layer, forward and backward, on a weight without data.
-
-    bitsandbytes' parameter cannot hold such a weight.
-    """
+    """bitsandbytes' layer on a weight without data, which its parameter cannot hold."""
 
     def __init__(self, linear: nn.Linear, quantization: QuantizationSpec) -> None:
         # bitsandbytes' own would quantize, which needs data.

@@ -1,7 +1,4 @@
-"""Runs one micro batch, forward and backward, and reports the bytes it takes.
-
-Bytes that exist before it do not count.
-"""
+"""Runs one micro batch, forward and backward, and reports its additional bytes."""
 
 import gc
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping

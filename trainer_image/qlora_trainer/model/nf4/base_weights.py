@@ -23,10 +23,7 @@ class StoredName:
     """The place of a file's tensor in the model."""
 
     name: str
-    """The parameter or buffer.
-
-    Without one, a name that the model does not have.
-    """
+    """The parameter or buffer, or else a name that the model does not have."""
     piece: int = 0
     """The tensor's number among those whose rows follow one another in the parameter."""
     pieces: int = 1

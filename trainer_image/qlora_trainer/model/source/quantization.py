@@ -92,10 +92,7 @@ def experts_in_mxfp4(config: Any) -> bool:
 
 
 def require_agreement(found: QuantizationSpec | None, wanted: QuantizationSpec) -> None:
-    """Reject a job whose 4-bit format differs from the model's.
-
-    Raises StepFailure BAD_CONFIGURATION.
-    """
+    """Raise StepFailure BAD_CONFIGURATION if the model has another 4-bit format."""
     if found is not None and found != wanted:
         raise bad_configuration(
             f"spec.quantization is type {wanted.type}, doubleQuant {_show(wanted.double_quant)}, and the model is "

@@ -1,4 +1,1 @@
-"""Destinations of a finished folder. To add one, see `destination.Destination`.
-
-Also `addresses`.
-"""
+"""Destinations of a finished folder: see `destination.Destination`, `addresses`."""

@@ -89,10 +89,7 @@ class ObjectDestination:
         return unreachable(f"{self.uri}/{name} does not read back as it was written: the next attempt writes it again")
 
     def _claim(self, manifest: Manifest) -> None:
-        """Create the claim, unless an earlier attempt has.
-
-        Raises StepFailure if the folder is another run's by now.
-        """
+        """Create the claim, unless an earlier attempt has. Raises StepFailure if taken."""
         created = self._folder.create(_CLAIM, manifest.text())
         try:
             reject_occupied(self, manifest.publisher)

@@ -33,10 +33,7 @@ class PodOfJob:
 
     uid: str
     job_attempt: int
-    """Number of the step's Job, from 1, or 0 in the Job of another one.
-
-    That is a job that this one is trained with.
-    """
+    """Number of the step's Job, from 1, or 0 in the Job of another job."""
     started: datetime
     """When its trainer started."""
 
@@ -49,19 +46,13 @@ class Attempt(ObservedModel):
     from_step: int
     """Step of the checkpoint that it resumed from, or 0 without one."""
     job_attempt: int = 0
-    """Number of the step's Job, or 0.
-
-    0 if it was another job's, or an earlier release has recorded it.
-    """
+    """Number of the step's Job, or 0 in another job's or from an earlier release."""
     ended: Literal["succeeded", "interrupted", "failed"] | None = None
     """None if it was killed before it could record its end."""
     ended_at: Timestamp | None = None
     """Of an attempt that was killed, its last sign of life. None while it runs."""
     trained_at: Timestamp | None = None
-    """When it began to train, all being loaded, or None.
-
-    None before, or if an earlier release has recorded it.
-    """
+    """When it began to train, or None before, or from an earlier release."""
     saved_at: Timestamp | None = None
     """When it saved its latest checkpoint, or None before the first."""
 
@@ -143,10 +134,7 @@ def _noting_end(
 
 
 def note_training(records: Path, pod_uid: str, now: datetime) -> None:
-    """Note that the pod's attempt has loaded all and begins to train.
-
-    Does nothing without room for that.
-    """
+    """Note, if there is room, that the pod's attempt has loaded all and trains."""
     _change_latest(records, pod_uid, {"trained_at": _precise(now)})
 
 
@@ -180,10 +168,7 @@ def _precise(time: datetime) -> str:
 
 
 def show_life(records: Path) -> None:
-    """Touch the running attempt's record, for an end that it cannot record.
-
-    Raises OSError.
-    """
+    """Touch the attempt's record, in case it cannot record its end. Raises OSError."""
     # Not os.utime: the run must survive a deleted file.
     (records / ATTEMPTS_FILE).touch()
 

@@ -17,10 +17,7 @@ BEST_FILE = "best.safetensors"
 
 
 def write_best(folder: Path, tensors: Mapping[str, Tensor]) -> StoredFile:
-    """Write the adapter's tensors durably, in place of those in `folder`.
-
-    Raises as `save_checkpoint` does.
-    """
+    """Write the adapter durably to `folder`. Raises as `save_checkpoint` does."""
     with atomic_folder(folder) as partial:
         save_file(dict(tensors), partial / BEST_FILE)
         sha256 = file_sha256(partial / BEST_FILE)

@@ -1,7 +1,4 @@
-"""The fingerprint of a run: everything that decides its adapter.
-
-Rejects the checkpoint of another run.
-"""
+"""The fingerprint of a run: everything that decides its adapter."""
 
 import hashlib
 import json
@@ -46,10 +43,7 @@ def run_fingerprint(spec: QLoRAJobSpec, prepared: PrepareRecord, device: Device,
 
 
 def run_settings(spec: QLoRAJobSpec, device: Device, ranks: int) -> Fingerprint:
-    """The part of it that is known before anything is prepared.
-
-    All but the model, the data and an earlier adapter.
-    """
+    """The part before preparation, without model, data and an earlier adapter."""
     training = {
         name: value
         for name, value in spec.training.dump().items()

@@ -14,10 +14,7 @@ from qlora_trainer.core.failures import StepFailure, bad_configuration
 _UNITS = ("avx512_bf16", "amx_bf16")
 _PROCESS_MEMORY = Path("/proc/self/statm")
 FIRST_CAPABILITY = (8, 0)
-"""The first compute capability with bfloat16 and PyTorch's kernel for rows.
-
-The trainer computes in bfloat16.
-"""
+"""The first compute capability with bfloat16 and PyTorch's kernel for rows."""
 
 
 def use_device(device: Device, threads: int, local_rank: int) -> torch.device:

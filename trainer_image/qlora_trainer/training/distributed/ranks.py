@@ -46,15 +46,9 @@ TO_CONNECT = timedelta(minutes=2)
 GLOO_CONNECTS_FOR = 5
 """For how many times as long gloo then waits for that rank itself."""
 SECONDS_TO_ANSWER = 60.0
-"""How long the shared store may be silent. Its client would wait without end.
-
-So it does for a store whose node has stopped.
-"""
+"""How long the shared store may be silent. Its client would wait forever."""
 BUCKET_BYTES = 25 * 2**20
-"""Bytes of the buckets that gradients are summed in, and the memory it costs.
-
-As in PyTorch's DDP (arXiv 2006.15704).
-"""
+"""Bytes of the buckets for sums of gradients, as in DDP (arXiv 2006.15704)."""
 _FAILURE = "failure"
 _JOINED = "joined"
 _SECONDS_BETWEEN_LOOKS = 0.1
@@ -204,10 +198,7 @@ class _Endings:
             logger.warning("the other ranks were not informed of this failure: the store of the main process is gone")
 
     def __call__(self, error: Exception) -> StepFailure:
-        """The failure to raise for an exchange's `error`.
-
-        Waits a moment to find a lost rank.
-        """
+        """The failure for an exchange's `error`. Waits a moment to find a lost rank."""
         for _ in range(_LOOKS):
             try:
                 self.require_none()
@@ -397,10 +388,7 @@ def _connected(rank_info: RankInfo, *, serves: bool) -> Any:
 
 
 def _is_of_this_round(store: Any, rank_info: RankInfo, meeting: Meeting) -> bool:
-    """Whether this rank has not joined the store before in another pod.
-
-    The peers of that pod are about to end.
-    """
+    """Whether no earlier pod of this rank, with peers about to end, has joined."""
     if not meeting.incarnation:
         return True
     joined_as = _answer(lambda: store.compare_set(f"rank-{rank_info.rank}", "", meeting.incarnation))
@@ -422,10 +410,7 @@ def _wait_for_all(store: Any, rank_info: RankInfo, endings: _Endings, meeting: M
 
 
 def _leave(store: Any, rank_info: RankInfo) -> None:
-    """Free the ranks that have joined from waiting for this one, which is stopped.
-
-    They meet its successor again.
-    """
+    """Free the joined ranks from this one, which stops. They meet its successor."""
     message = "stopped before all nodes had started"
     text = json.dumps({"rank": None, "code": int(ExitCode.INTERRUPTED), "message": message})
     _answer(lambda: store.compare_set(_FAILURE, "", text))

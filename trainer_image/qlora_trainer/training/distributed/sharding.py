@@ -22,10 +22,7 @@ from qlora_trainer.model.architecture.decoder import decoder_blocks
 
 logger = logging.getLogger(__name__)
 STORAGE_DTYPE = torch.bfloat16
-"""The storage type of packed weights: FSDP gathers a block as one buffer.
-
-That has the norms' type.
-"""
+"""The storage type of packed weights: that of the norms in FSDP's one buffer."""
 
 
 def shard_base(model: Any, device: torch.device, processes: int) -> None:

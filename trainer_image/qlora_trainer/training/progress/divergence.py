@@ -11,17 +11,11 @@ import math
 from dataclasses import dataclass, replace
 
 LOSS_RISE_NATS = 2.0
-"""A loss this far above its lowest level is suspect.
-
-Each target has become seven times less likely.
-"""
+"""A loss this far above its lowest is suspect: targets are 7 times less likely."""
 NORM_RISE = 100.0
 """A gradient norm of this many times its own level is suspect too."""
 WORSE_THAN_START_NATS = 1.0
-"""A loss this far above the model's before the first step means divergence.
-
-On the same rows.
-"""
+"""A loss this far above that before the first step, on equal rows, has diverged."""
 # Weight of the newest step in the levels: about the last twenty steps count.
 _NEWEST = 0.1
 _SMALLEST_NORM = 1e-12
