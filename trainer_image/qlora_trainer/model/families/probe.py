@@ -41,7 +41,7 @@ class Probe:
 
     None if there is none."""
     isolated: bool = False
-    """Whether another row before it changes no bit of its values. See `_is_same_behind`."""
+    """Whether a row before it changes no bit of its values. See `_is_same_behind`."""
     causal: bool = False
     """Nor does a later token change those of an earlier one, beyond rounding."""
     stateless: bool = False

@@ -72,7 +72,7 @@ class _RootMeanSquare(nn.Module):
 
 
 class _Normalize(torch.autograd.Function):
-    """x / rms(x) · factor, for a frozen float32 `factor`. Keeps x and a number per row."""
+    """x / rms(x) · factor, for a frozen float32 `factor`. Keeps x and 1 number a row."""
 
     @staticmethod
     def forward(context: Any, x: Tensor, factor: Tensor, epsilon: float) -> Tensor:

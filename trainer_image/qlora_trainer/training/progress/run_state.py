@@ -55,7 +55,7 @@ class SavedState(ObservedModel):
 
     format_version: int
     step: Count
-    fingerprint: dict[str, Any] = Field(description="What decides the run's adapter.")
+    fingerprint: dict[str, Any] = Field(description="Everything that decides the run's adapter.")
     threads: Annotated[int, Field(ge=1, le=_MOST_THREADS, description="CPU threads of each process.")]
     processor: str = Field(description="The kind of processor that computed it.")
     history_bytes: Bytes = Field(description="Length of the metrics up to it.")
