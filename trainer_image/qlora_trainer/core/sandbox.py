@@ -66,7 +66,7 @@ def iterate_within_limits(
     memory_bytes: int = MEMORY_BYTES,
     what: str = "the dry run",
 ) -> Generator[Any, None, None]:
-    """Yield what the function yields, which is called in a forked process; each item may take `seconds`.
+    """Call the function in a forked process, and yield its items. Each may take `seconds`.
 
     The process ends with the generator. Raises as `within_limits`.
     """
