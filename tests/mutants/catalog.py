@@ -1073,7 +1073,7 @@ TRAINER = (
     Mutant(
         name="an-original-that-is-in-the-base-stays",
         file=f"{_TRAINER}/model/source/models.py",
-        old="                remove(path)\n",
+        old="            remove(path)\n",
         new="                pass\n",
         tests=(f"{_TRAINER_TESTS}/steps/test_prepare_hub.py::test_one_file_of_the_original_at_a_time_takes_room",),
     ),

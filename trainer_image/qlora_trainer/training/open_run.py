@@ -18,7 +18,6 @@ from qlora_trainer.model.base.byte_count import Storage, storage_of
 from qlora_trainer.model.base.load import load_base
 from qlora_trainer.model.families.inspection import cannot_keep_rows_apart
 from qlora_trainer.model.kernels.attention import ATTENTION
-from qlora_trainer.model.nf4.base_weights import BaseWeights
 from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.checkpoints.attempts import note_training, read_attempts
 from qlora_trainer.training.checkpoints.checkpoint import Checkpoint
@@ -109,12 +108,8 @@ def _load_base(job: PreparedJob, sharded: bool) -> Any:
 
 
 def attach_job_adapter(base: LoadedBase, job: PreparedJob, *, initialized: bool) -> Any:
-    """The base with the job's adapter: initialized, on the device or with an earlier one, or to be restored.
-
-    Each rank initializes it: the others cannot wait for one longer than `ranks.TIMEOUT`, which a large model may take.
-    """
+    """The base with the job's adapter: initialized, also with an earlier one, or to be restored."""
     spec = job.context.spec
-    from_original = initialized and spec.lora.initialization == "loftq"
     model = attach_adapter(
         base.model,
         spec.lora,
@@ -123,8 +118,6 @@ def attach_job_adapter(base: LoadedBase, job: PreparedJob, *, initialized: bool)
         gradient_checkpointing=spec.training.gradient_checkpointing,
         base_name=job.context.base_name,
         base_revision=job.prepared.model_revision,
-        original=BaseWeights(job.model_folder, base.model) if from_original else None,
-        device=base.device,
     )
     if initialized:
         begin_with_earlier(model, job)
