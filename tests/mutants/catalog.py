@@ -1340,13 +1340,6 @@ TRAINER = (
             f"{_TRAINER_TESTS}/steps/test_train_together.py::test_a_stop_between_two_of_them_saves_those_that_have_passed_it_too",
         ),
     ),
-    Mutant(
-        name="jobs-that-train-together-write-into-one-record-of-weights-and-biases",
-        file=f"{_TRAINER}/history/trackers.py",
-        old='reinit="create_new"',
-        new='reinit="default"',
-        tests=(f"{_TRAINER_TESTS}/report/test_trackers.py::test_runs_of_one_process_have_records_of_their_own",),
-    ),
 )
 
 BENCHMARKS = (

@@ -203,8 +203,8 @@ class TrainingSpec(ApiModel):
     )
     report_to: Annotated[tuple[Literal["tensorboard", "mlflow", "wandb"], ...], Field(max_length=3)] = Field(
         default=(),
-        description="Trackers that the curves are also written for, as files in report/ of the workspace. If the "
-        "profile names a server of mlflow or wandb, publish uploads the run to it (output.tracking).",
+        description="Trackers of the run. tensorboard: train writes its files to report/tensorboard of the workspace. "
+        "mlflow, wandb: publish uploads the run to the server that the profile names, if any (output.tracking).",
     )
     optimizer: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw"] = Field(
         default="paged_adamw_32bit", description="AdamW with paged state in 32-bit or 8-bit, or PyTorch's AdamW."

@@ -11,7 +11,7 @@ from qlora_trainer.core.failures import damaged
 from qlora_trainer.core.records import timestamp
 from qlora_trainer.data.prepared import PreparedDataset, open_prepared
 from qlora_trainer.history.metrics_log import MetricsLog
-from qlora_trainer.history.trackers import open_trackers
+from qlora_trainer.history.trackers import EventFiles
 from qlora_trainer.model.adapter.attach import adapter_parameters, attach_adapter, restore_adapter
 from qlora_trainer.model.adapter.initial import read_initial_adapter
 from qlora_trainer.model.base.byte_count import Storage, storage_of
@@ -181,14 +181,10 @@ def _schedule(job: PreparedJob, data: PreparedDataset) -> Schedule:
 
 
 def _open_history(job: PreparedJob, checkpoint: Checkpoint | None) -> MetricsLog:
-    """The run's metrics, on disk and for the trackers that the job names, continued from the checkpoint."""
+    """The run's metrics, also in TensorBoard's files if the job asks for them, continued from the checkpoint."""
     spec, folder = job.context.spec, job.context.workspace.report
-    trackers = open_trackers(
-        spec.training.report_to,
-        folder,
-        run_name=job.context.document.metadata.name,
-        run_id=job.digest[:16],
-        settings={"model": spec.model.source, **spec.lora.dump(), **spec.training.dump()},
-        from_step=0 if checkpoint is None else checkpoint.step,
-    )
-    return MetricsLog(folder, 0 if checkpoint is None else checkpoint.state.history_bytes, trackers)
+    event_files = None
+    if "tensorboard" in spec.training.report_to:
+        settings = {"model": spec.model.source, **spec.lora.dump(), **spec.training.dump()}
+        event_files = EventFiles(folder / "tensorboard", settings, 0 if checkpoint is None else checkpoint.step)
+    return MetricsLog(folder, 0 if checkpoint is None else checkpoint.state.history_bytes, event_files)
