@@ -1,8 +1,7 @@
 """Uploads the history of a finished run to MLflow and Weights & Biases, through their clients.
 
-The measurements come from `metrics.jsonl`. It has each step once, however often the run was interrupted; the tools'
-files from training may lack steps, or have some of them twice. An upload can be repeated: it finds the run that an
-earlier one has begun, and sends the same points again.
+The measurements come from `metrics.jsonl`. It has each step once, however often the run was interrupted. An upload can
+be repeated: it finds the run that an earlier one has begun, and sends the same points again.
 """
 
 import json
