@@ -108,7 +108,7 @@ def _load_base(job: PreparedJob, sharded: bool) -> Any:
 
 
 def attach_job_adapter(base: LoadedBase, job: PreparedJob, *, initialized: bool) -> Any:
-    """The base with the job's adapter: initialized, also with an earlier one, or to be restored."""
+    """Attach the job's adapter: initialized, perhaps with another, or to restore."""
     spec = job.context.spec
     model = attach_adapter(
         base.model,

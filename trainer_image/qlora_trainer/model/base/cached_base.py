@@ -36,7 +36,7 @@ _MAX_REMARK = 256
 
 
 def open_base_source(context: StepContext, source: SharedModel, settings: Path, layout: BaseLayout) -> BaseSource:
-    """Where the job's base comes from. `settings`: the folder of the model's config.json."""
+    """The source of the job's base. `settings`: the folder with config.json."""
     folder, target = context.mounts.model_cache, context.workspace.base
     own = WorkspaceBase(source, target, settings, layout)
     if folder is None:
