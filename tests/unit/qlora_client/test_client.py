@@ -1,5 +1,6 @@
 """What a program sees of its jobs through QLoRAClient: values, waiting, plans, and errors of three kinds."""
 
+import importlib.util
 import json
 import logging
 from pathlib import Path
@@ -14,6 +15,7 @@ from qlora_api.spec.training import LoraSpec, ResourcesSpec, TrainingSpec
 from qlora_client import ClusterBackendConfig, Comparison, LocalBackendConfig, QLoRAClient, QLoRAJob, Row
 from qlora_client.jobs.job import Job
 from qlora_client.kube.errors import UnreachableError
+from tests.support.dry_runs import stand_in
 from tests.support.model_configs import LLAMA_3_8B
 
 SPEC = QLoRAJobSpec(model=BaseModelSpec(source="hf://org/model"), dataset=DatasetSpec(source="hf://org/rows"))
@@ -193,11 +195,12 @@ def config(tmp_path: Path) -> Path:
     return file
 
 
-def test_a_plan_judges_the_gpu_and_forecasts_its_hours(config: Path) -> None:
+def test_a_plan_judges_the_gpu_and_forecasts_its_hours(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch)
     client = QLoRAClient(LocalBackendConfig())
     fits = changed(resources=ResourcesSpec(gpu_memory=24), training=TrainingSpec(epochs=2))
     plan = client.plan(fits, config=config, gpu_tflops=312, tokens=1_000_000, gpu_hour_price="2.50 EUR")
-    assert (plan.memory.verdict, plan.memory.source, plan.objection) == ("fits", "Table", None)
+    assert (plan.memory.verdict, plan.memory.source, plan.objection) == ("fits", "DryRun", None)
     assert plan.memory.estimate_bytes is not None
     assert plan.forecast is not None
     # Six operations for each of 8.03e9 weights and 2e6 tokens, at 30 % of the GPU's speed.
@@ -211,7 +214,19 @@ def test_a_plan_judges_the_gpu_and_forecasts_its_hours(config: Path) -> None:
     assert "a GPU of 8 GiB" in objection
 
 
-def test_a_plan_says_what_a_forecast_lacks(config: Path) -> None:
+def test_without_the_trainer_a_plan_has_a_forecast_and_says_why_the_memory_is_unknown(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    job = changed(resources=ResourcesSpec(gpu_memory=4))
+    plan = QLoRAClient(LocalBackendConfig()).plan(job, config=config, gpu_tflops=312, tokens=1_000_000)
+    assert (plan.memory.verdict, plan.objection) == ("unknown", None)
+    assert "the trainer is not installed: run `pip install '.[cli,trainer]'`" in plan.memory.message
+    assert plan.forecast is not None
+
+
+def test_a_plan_says_what_a_forecast_lacks(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch)
     client = QLoRAClient(LocalBackendConfig())
     assert client.plan(SPEC, config=config).remark == "no forecast: give the GPU's speed with gpu_tflops"
     assert "give the tokens of an epoch" in client.plan(SPEC, config=config, gpu_tflops=312).remark
@@ -224,7 +239,7 @@ def test_a_plan_says_what_a_forecast_lacks(config: Path) -> None:
         client.plan(SPEC, config=config, gpu_tflops=312, tokens=-5)
 
 
-def test_a_plan_needs_a_config_that_can_be_read(tmp_path: Path) -> None:
+def test_a_plan_needs_a_config_that_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     client = QLoRAClient(LocalBackendConfig(volumes={"models": tmp_path}))
     bucket = changed(model=BaseModelSpec(source="s3://bucket/model"))
     with pytest.raises(ValueError, match=r"give the model's config\.json with config"):
@@ -240,6 +255,7 @@ def test_a_plan_needs_a_config_that_can_be_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model_type"):
         client.plan(claim)
     (tmp_path / "base" / "config.json").write_text(json.dumps(LLAMA_3_8B))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     assert client.plan(claim).memory.verdict == "unknown"
     with pytest.raises(ValueError, match="targetModules"):
         client.plan(claim.model_copy(update={"lora": LoraSpec(target_modules=("nothing",))}))
