@@ -1,12 +1,10 @@
 """The program `qlora`, also `kubectl qlora`: which commands it has. A command's module is imported when it is used."""
 
 import importlib
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import click
 from click.shell_completion import CompletionItem
-
-from qlora_cli.libraries import say_what_to_install
 
 _COMMANDS = {
     "submit": ("cluster.submit:submit", "Create a job from a file, or from options without one."),
@@ -41,6 +39,19 @@ _COMMANDS = {
 }
 """By name, in the order of the help: where the command is, and what it does in one line."""
 
+# The extra of the project with the libraries of a command.
+_EXTRAS = {"verify": "cli,stores", "plan": "cli,trainer", "data": "cli,trainer", "run": "cli,trainer"}
+_ASKS_A_CLUSTER = "cli,client"
+
+
+def _explain_missing_library(command: str, error: ModuleNotFoundError) -> NoReturn:
+    """Raise a ClickException with the extra that has the library. Raises the error itself for a module of our own."""
+    if error.name is None or error.name.startswith("qlora_"):
+        raise error
+    install = f"run `pip install '.[{_EXTRAS.get(command, _ASKS_A_CLUSTER)}]'` in a checkout of the repository"
+    library = error.name.partition(".")[0]
+    raise click.ClickException(f"`{command}` takes the library {library}, which is not installed: {install}") from None
+
 
 class _Commands(click.Group):
     """Knows the commands without importing them: the modules of some take longer than most commands run."""
@@ -57,14 +68,14 @@ class _Commands(click.Group):
         try:
             return cast("click.Command", getattr(importlib.import_module(f"qlora_cli.{module}"), attribute))
         except ModuleNotFoundError as error:
-            say_what_to_install(name, error)
+            _explain_missing_library(name, error)
 
     def invoke(self, context: click.Context) -> Any:
         """Run the command; a library that it imports only now may be missing too."""
         try:
             return super().invoke(context)
         except ModuleNotFoundError as error:
-            say_what_to_install(context.invoked_subcommand or "", error)
+            _explain_missing_library(context.invoked_subcommand or "", error)
 
     def shell_complete(self, context: click.Context, incomplete: str) -> list[CompletionItem[str]]:
         """The names that begin so, for a shell that completes them, and the options of the program itself."""

@@ -20,7 +20,7 @@ from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.file_names import PUBLISHED_MANIFEST
 from qlora_trainer.core.filesystem import file_sha256
-from qlora_trainer.core.signing import BUNDLE_TYPE, PAYLOAD_TYPE, PublicKey, payload_of, read_public_key, verified
+from qlora_trainer.publishing.signing import BUNDLE_TYPE, PAYLOAD_TYPE, PublicKey, payload_of, read_public_key, verified
 
 if TYPE_CHECKING:
     from qlora_trainer.model.source.models import RemoteModel

@@ -15,7 +15,7 @@ from qlora_client.client_types import Comparison, Plan, QLoRAJob
 from qlora_client.comparison import Compared, differing_settings, results
 from qlora_client.figure import draw_histories
 from qlora_client.jobs.events import Event
-from qlora_client.jobs.job import generated_name
+from qlora_client.jobs.names import generated_name
 from qlora_client.kube.errors import ClusterError, MissingError, UnreachableError
 from qlora_client.local import LocalBackend, LocalBackendConfig
 from qlora_client.planning import make_plan

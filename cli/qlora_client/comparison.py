@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from qlora_api.figures import format_duration
+from qlora_api.duration import format_duration
 from qlora_client.history import LossHistory
 from qlora_client.jobs.job import Job
 

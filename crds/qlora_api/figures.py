@@ -3,23 +3,9 @@
 from collections.abc import Collection
 
 from qlora_api.contract import REPORT_FILE, ProgressRecord, ResultRecord, nine_digits
+from qlora_api.duration import format_duration
 from qlora_api.spec.output import SERVED_TRACKERS, TrackedRun, TrackingStatus
 from qlora_api.status import CheckpointStatus, EvaluationStatus, ProgressStatus, QLoRAJobStatus, ReportStatus
-
-
-def format_duration(seconds: float) -> str:
-    """The duration in its two largest units, rounded down and without padding, as kubectl writes ages: `1h12m`, `45s`.
-
-    `seconds` is finite and not negative.
-    """
-    whole = int(seconds)
-    days, hours, minutes = whole // 86_400, whole // 3600 % 24, whole // 60 % 60
-    if days:
-        return f"{days}d{hours}h"
-    if hours:
-        return f"{hours}h{minutes}m"
-    return f"{minutes}m{whole % 60}s" if minutes else f"{whole}s"
-
 
 _DECIMALS = 4
 """Of the figures that are only shown."""

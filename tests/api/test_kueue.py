@@ -1,6 +1,6 @@
 """The operator with Kueue's own controller, Kubernetes' controllers and no node: tests write what a kubelet would.
 
-What Kueue states was recorded here; tests/unit/qlora_operator/test_queue.py has the same sentences without Kueue.
+Kueue's sentences were recorded here; `decisions/test_kueue.py` of the unit tests has them without Kueue.
 """
 
 import json

@@ -192,8 +192,8 @@ REJECTED = {
         "sha256 are for source: in a mix, set them for each of its sources",
     ),
     "some samples of a mix": (
-        with_value(MIXED, "spec.dataset.maxSamples", 5),
-        "maxSamples and shuffle are for source: a mix draws its rows by weight",
+        with_value(MIXED, "spec.dataset.maxRows", 5),
+        "maxRows and shuffle are for source: a mix draws its rows by weight",
     ),
     "a source of a mix without a weight": (
         with_value(MIXED, "spec.dataset.mix", [{"source": "hf://a/b", "weight": 1}, {"source": "hf://a/c"}]),
@@ -516,7 +516,7 @@ def test_the_models_reject_what_the_server_rejects(manifest: Manifest) -> None:
 
 CHANGES = {
     "model": with_value(FULL, "spec.model.revision", "v2.0"),
-    "dataset": with_value(FULL, "spec.dataset.maxSamples", 1001),
+    "dataset": with_value(FULL, "spec.dataset.maxRows", 1001),
     "quantization": with_value(FULL, "spec.quantization.type", "fp4"),
     "lora": with_value(FULL, "spec.lora.rank", 8),
     "training": with_value(FULL, "spec.training.seed", 8),

@@ -24,7 +24,7 @@ API = (
         old="Field(allow_inf_nan=False)",
         new="Field(allow_inf_nan=True)",
         tests=(
-            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_result_with_a_number_that_json_has_not_ends_the_job_as_an_unreadable_one_does",
+            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_result_with_a_number_that_json_has_not_ends_the_job_as_an_unreadable_one_does",
         ),
     ),
     Mutant(
@@ -43,7 +43,7 @@ OPERATOR = (
         old="{line.name for line in sweep.status.cells if line.uid} | jobs.keys()",
         new="jobs.keys()",
         tests=(
-            f"{_OPERATOR_TESTS}/test_sweep.py::test_a_cell_that_somebody_has_deleted_is_not_created_again_and_what_has_ended_keeps_its_line",
+            f"{_OPERATOR_TESTS}/decisions/test_sweep.py::test_a_cell_that_somebody_has_deleted_is_not_created_again_and_what_has_ended_keeps_its_line",
         ),
     ),
     Mutant(
@@ -52,7 +52,7 @@ OPERATOR = (
         old='[line for line in lines if line.phase == "Succeeded" and line.adapter]',
         new="list(lines)",
         tests=(
-            f"{_OPERATOR_TESTS}/test_sweep.py::test_the_best_is_the_cell_with_the_lowest_loss_of_those_that_have_succeeded",
+            f"{_OPERATOR_TESTS}/decisions/test_sweep.py::test_the_best_is_the_cell_with_the_lowest_loss_of_those_that_have_succeeded",
         ),
     ),
     Mutant(
@@ -60,14 +60,16 @@ OPERATOR = (
         file=f"{_DECISIONS}/plan.py",
         old="if cleaning is None and not observed.live_pods:",
         new="if cleaning is None:",
-        tests=(f"{_OPERATOR_TESTS}/test_plan.py::test_clean_up_waits_for_the_last_pod_that_may_still_write",),
+        tests=(f"{_OPERATOR_TESTS}/decisions/test_plan.py::test_clean_up_waits_for_the_last_pod_that_may_still_write",),
     ),
     Mutant(
         name="suspended-while-a-job-may-create-a-pod",
         file=f"{_DECISIONS}/summary.py",
         old=" or any(not child.finished for child in observed.children)",
         new="",
-        tests=(f"{_OPERATOR_TESTS}/test_status.py::test_a_suspension_is_not_over_while_a_job_may_still_create_a_pod",),
+        tests=(
+            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_a_suspension_is_not_over_while_a_job_may_still_create_a_pod",
+        ),
     ),
     Mutant(
         name="last-failure-is-forgotten",
@@ -75,7 +77,7 @@ OPERATOR = (
         old="if last is not None and last.step == step.name:",
         new="if False:",
         tests=(
-            f"{_OPERATOR_TESTS}/test_status.py::test_a_failure_whose_pods_are_gone_is_reported_as_it_was_last_seen",
+            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_a_failure_whose_pods_are_gone_is_reported_as_it_was_last_seen",
         ),
     ),
     Mutant(
@@ -83,14 +85,18 @@ OPERATOR = (
         file=f"{_DECISIONS}/status.py",
         old="if status.step is None or is_finished(status):",
         new="if status.step is None:",
-        tests=(f"{_OPERATOR_TESTS}/test_status.py::test_the_clean_up_job_is_not_recorded_as_the_last_steps_job",),
+        tests=(
+            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_the_clean_up_job_is_not_recorded_as_the_last_steps_job",
+        ),
     ),
     Mutant(
         name="waiting-for-a-pod-is-not-reported",
         file=f"{_DECISIONS}/summary.py",
         old="if not step.job_uid and observed.live_pods:",
         new="if False:",
-        tests=(f"{_OPERATOR_TESTS}/test_status.py::test_a_step_waits_for_the_last_pod_of_the_attempt_before",),
+        tests=(
+            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_a_step_waits_for_the_last_pod_of_the_attempt_before",
+        ),
     ),
     Mutant(
         name="attempts-of-a-found-job-are-not-counted",
@@ -98,7 +104,7 @@ OPERATOR = (
         old="        return count_attempts(status, job, facts.observed, facts.now)",
         new="        return status",
         tests=(
-            f"{_OPERATOR_TESTS}/test_status.py::test_attempts_of_a_job_that_was_created_just_before_the_operator_died_are_counted",
+            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_attempts_of_a_job_that_was_created_just_before_the_operator_died_are_counted",
         ),
     ),
     Mutant(
@@ -107,7 +113,7 @@ OPERATOR = (
         old="in reversed([pod for pod in facts.observed.pods_of(child.uid) if pod.node == 0]):",
         new="in reversed(facts.observed.pods):",
         tests=(
-            f"{_OPERATOR_TESTS}/test_status.py::test_the_result_of_a_pod_that_the_steps_job_does_not_control_is_no_result",
+            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_the_result_of_a_pod_that_the_steps_job_does_not_control_is_no_result",
         ),
     ),
     Mutant(
@@ -115,7 +121,7 @@ OPERATOR = (
         file=f"{_DECISIONS}/observed/objects.py",
         old='self.termination.reason == "OOMKilled" and not self.exited_well',
         new='self.termination.reason == "OOMKilled"',
-        tests=(f"{_OPERATOR_TESTS}/test_observe.py::test_a_pods_state",),
+        tests=(f"{_OPERATOR_TESTS}/decisions/test_objects.py::test_a_pods_state",),
     ),
     Mutant(
         name="any-owner-is-the-controller",
@@ -123,7 +129,7 @@ OPERATOR = (
         old=' if owner.get("controller")',
         new="",
         tests=(
-            f"{_OPERATOR_TESTS}/test_observe.py::test_a_job_of_which_the_qlorajob_is_an_owner_but_not_the_controller_is_not_ours",
+            f"{_OPERATOR_TESTS}/decisions/test_objects.py::test_a_job_of_which_the_qlorajob_is_an_owner_but_not_the_controller_is_not_ours",
         ),
     ),
     Mutant(
@@ -131,7 +137,7 @@ OPERATOR = (
         file=f"{_DECISIONS}/observed/parsing.py",
         old=' if condition["status"] == "True"',
         new="",
-        tests=(f"{_OPERATOR_TESTS}/test_observe.py::test_a_condition_that_does_not_hold_ends_no_job",),
+        tests=(f"{_OPERATOR_TESTS}/decisions/test_objects.py::test_a_condition_that_does_not_hold_ends_no_job",),
     ),
     Mutant(
         name="deleting-its-job-disrupts-a-pod",
@@ -139,7 +145,7 @@ OPERATOR = (
         old="child is None or child.deleting or",
         new="child is None or",
         tests=(
-            f"{_OPERATOR_TESTS}/test_status.py::test_a_pod_that_ends_because_its_job_is_being_deleted_was_not_disturbed",
+            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_a_pod_that_ends_because_its_job_is_being_deleted_was_not_disturbed",
         ),
     ),
     Mutant(
@@ -148,7 +154,7 @@ OPERATOR = (
         old="and end > until",
         new="and end >= until",
         tests=(
-            f"{_OPERATOR_TESTS}/test_status.py::test_an_attempt_counted_before_is_not_counted_again_when_the_latest_counted_pod_is_gone",
+            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_an_attempt_counted_before_is_not_counted_again_when_the_latest_counted_pod_is_gone",
         ),
     ),
     Mutant(
@@ -157,7 +163,7 @@ OPERATOR = (
         old="if pod.termination is None:",
         new="if False:",
         tests=(
-            f"{_OPERATOR_TESTS}/test_status.py::test_a_pod_that_the_kubelet_rejects_is_reported_and_uses_up_no_retry",
+            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_a_pod_that_the_kubelet_rejects_is_reported_and_uses_up_no_retry",
         ),
     ),
     Mutant(
@@ -166,7 +172,7 @@ OPERATOR = (
         old="return pod.running_since or (pod.created if pod.ended else None)",
         new="return pod.running_since",
         tests=(
-            f"{_OPERATOR_TESTS}/test_status.py::test_a_pod_that_the_kubelet_rejects_is_reported_and_uses_up_no_retry",
+            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_a_pod_that_the_kubelet_rejects_is_reported_and_uses_up_no_retry",
         ),
     ),
     Mutant(
@@ -175,7 +181,7 @@ OPERATOR = (
         old="return pod.deletion_requested or (pod.created if pod.ended else None)",
         new="return pod.deletion_requested",
         tests=(
-            f"{_OPERATOR_TESTS}/test_status.py::test_a_pod_that_the_kubelet_rejects_is_reported_and_uses_up_no_retry",
+            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_a_pod_that_the_kubelet_rejects_is_reported_and_uses_up_no_retry",
         ),
     ),
     Mutant(
@@ -184,7 +190,7 @@ OPERATOR = (
         old="    found = min(ended, key=_order, default=None)",
         new="    found = min(ended, key=lambda pod: pod.node, default=None)",
         tests=(
-            f"{_OPERATOR_TESTS}/test_together.py::test_the_pod_that_failed_gives_the_reason_and_not_the_one_that_lost_it",
+            f"{_OPERATOR_TESTS}/decisions/test_nodes.py::test_the_pod_that_failed_gives_the_reason_and_not_the_one_that_lost_it",
         ),
     ),
     Mutant(
@@ -193,7 +199,7 @@ OPERATOR = (
         old="return found if is_own_failure(found) or all(pod.ended for pod in pods) else None",
         new="return found",
         tests=(
-            f"{_OPERATOR_TESTS}/test_together.py::test_the_reason_is_not_told_before_the_pod_that_may_have_it_has_ended",
+            f"{_OPERATOR_TESTS}/decisions/test_nodes.py::test_the_reason_is_not_told_before_the_pod_that_may_have_it_has_ended",
         ),
     ),
     Mutant(
@@ -202,7 +208,7 @@ OPERATOR = (
         old="    return pod.lost_peer or pod.missed_peers",
         new="    return pod.lost_peer",
         tests=(
-            f"{_OPERATOR_TESTS}/test_together.py::test_pods_that_waited_in_vain_count_nothing_and_try_again_after_a_pause_that_grows",
+            f"{_OPERATOR_TESTS}/decisions/test_nodes.py::test_pods_that_waited_in_vain_count_nothing_and_try_again_after_a_pause_that_grows",
         ),
     ),
     Mutant(
@@ -211,7 +217,7 @@ OPERATOR = (
         old="or not step.counted_pod or not trains_together(facts.job, step.name):",
         new="or True:",
         tests=(
-            f"{_OPERATOR_TESTS}/test_together.py::test_pods_that_stopped_together_are_replaced_together_and_count_once",
+            f"{_OPERATOR_TESTS}/decisions/test_nodes.py::test_pods_that_stopped_together_are_replaced_together_and_count_once",
         ),
     ),
     Mutant(
@@ -220,7 +226,7 @@ OPERATOR = (
         old="waits = bool(step.counted_pod) or not is_over(pods, child)",
         new="waits = True",
         tests=(
-            f"{_OPERATOR_TESTS}/test_together.py::test_pods_that_are_lost_before_node_0_runs_cost_nothing_but_another_job_after_a_pause",
+            f"{_OPERATOR_TESTS}/decisions/test_nodes.py::test_pods_that_are_lost_before_node_0_runs_cost_nothing_but_another_job_after_a_pause",
         ),
     ),
     Mutant(
@@ -229,7 +235,7 @@ OPERATOR = (
         old="    return all(pod.ended for pod in pods)",
         new="    return not pods",
         tests=(
-            f"{_OPERATOR_TESTS}/test_together.py::test_a_node_0_that_is_lost_after_the_other_pods_are_done_is_one_disruption",
+            f"{_OPERATOR_TESTS}/decisions/test_nodes.py::test_a_node_0_that_is_lost_after_the_other_pods_are_done_is_one_disruption",
         ),
     ),
     Mutant(
@@ -237,14 +243,14 @@ OPERATOR = (
         file=f"{_DECISIONS}/pods/attempts.py",
         old="    status = charge_running(status, observed, now)\n    return",
         new="    return",
-        tests=(f"{_OPERATOR_TESTS}/test_together.py::test_the_time_of_node_0_counts_however_the_attempt_ends",),
+        tests=(f"{_OPERATOR_TESTS}/decisions/test_nodes.py::test_the_time_of_node_0_counts_however_the_attempt_ends",),
     ),
     Mutant(
         name="a-node-0-that-is-gone-has-run-for-nothing",
         file=f"{_DECISIONS}/pods/attempts.py",
         old="    return _charge_vanished(status, child, pods, now) if _has_vanished(status, pods) else status",
         new="    return status",
-        tests=(f"{_OPERATOR_TESTS}/test_together.py::test_the_time_of_node_0_counts_however_the_attempt_ends",),
+        tests=(f"{_OPERATOR_TESTS}/decisions/test_nodes.py::test_the_time_of_node_0_counts_however_the_attempt_ends",),
     ),
     Mutant(
         name="what-node-0-saves-last-is-not-told",
@@ -252,7 +258,7 @@ OPERATOR = (
         old="if step.job_uid else _charge_earlier(status, job, observed)",
         new="if step.job_uid else status",
         tests=(
-            f"{_OPERATOR_TESTS}/test_together.py::test_a_node_0_that_saves_after_its_job_was_left_gives_its_checkpoint_and_its_time",
+            f"{_OPERATOR_TESTS}/decisions/test_nodes.py::test_a_node_0_that_saves_after_its_job_was_left_gives_its_checkpoint_and_its_time",
         ),
     ),
     Mutant(
@@ -261,7 +267,7 @@ OPERATOR = (
         old="    spec = _with_fixed_nodes(spec, status.resolved)\n",
         new="",
         tests=(
-            f"{_OPERATOR_TESTS}/test_together.py::test_a_job_whose_spec_has_lost_its_nodes_goes_on_with_as_many_as_it_has_started_with",
+            f"{_OPERATOR_TESTS}/decisions/test_nodes.py::test_a_job_whose_spec_has_lost_its_nodes_goes_on_with_as_many_as_it_has_started_with",
         ),
     ),
     Mutant(
@@ -270,7 +276,7 @@ OPERATOR = (
         old="yield max(ended) + pause * (1 + _share(job.uid))",
         new="yield max(ended) + pause",
         tests=(
-            f"{_OPERATOR_TESTS}/test_together.py::test_two_jobs_that_wait_for_one_anothers_nodes_never_try_again_at_the_same_time",
+            f"{_OPERATOR_TESTS}/decisions/test_nodes.py::test_two_jobs_that_wait_for_one_anothers_nodes_never_try_again_at_the_same_time",
         ),
     ),
     Mutant(
@@ -279,7 +285,7 @@ OPERATOR = (
         old="    yield from _after_failures(job, status, observed)\n",
         new="",
         tests=(
-            f"{_OPERATOR_TESTS}/test_together.py::test_jobs_that_fail_one_after_the_other_are_followed_after_pauses_that_grow",
+            f"{_OPERATOR_TESTS}/decisions/test_nodes.py::test_jobs_that_fail_one_after_the_other_are_followed_after_pauses_that_grow",
         ),
     ),
     Mutant(
@@ -288,7 +294,7 @@ OPERATOR = (
         old="any(pod.starting for pod in observed.pods_of(step.job_uid)):",
         new="False:",
         tests=(
-            f"{_OPERATOR_TESTS}/test_reconcile.py::test_what_connects_the_pods_of_several_nodes_is_set_right_while_one_of_them_starts",
+            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_what_connects_the_pods_of_several_nodes_is_set_right_while_one_of_them_starts",
         ),
     ),
     Mutant(
@@ -296,21 +302,21 @@ OPERATOR = (
         file=f"{_DECISIONS}/pods/attempts.py",
         old="child.deleting or child.suspended or child.complete or child.expired",
         new="child.deleting or child.complete or child.expired",
-        tests=(f"{_OPERATOR_TESTS}/test_limits.py::test_a_suspension_by_a_queue_is_no_disruption",),
+        tests=(f"{_OPERATOR_TESTS}/decisions/test_limits.py::test_a_suspension_by_a_queue_is_no_disruption",),
     ),
     Mutant(
         name="a-late-look-counts-a-suspension",
         file=f"{_DECISIONS}/pods/attempts.py",
         old="return child is not None and child.resumed is not None and pod.stopped_by(child.resumed)",
         new="return False",
-        tests=(f"{_OPERATOR_TESTS}/test_limits.py::test_a_suspension_by_a_queue_is_no_disruption",),
+        tests=(f"{_OPERATOR_TESTS}/decisions/test_limits.py::test_a_suspension_by_a_queue_is_no_disruption",),
     ),
     Mutant(
         name="a-vanished-pod-costs-nothing",
         file=f"{_DECISIONS}/pods/attempts.py",
         old="return _count_vanished(status, job, child, pods, now)",
         new="return status",
-        tests=(f"{_OPERATOR_TESTS}/test_limits.py::test_a_deadline_is_not_evaded_by_deleting_pods_by_force",),
+        tests=(f"{_OPERATOR_TESTS}/decisions/test_limits.py::test_a_deadline_is_not_evaded_by_deleting_pods_by_force",),
     ),
     Mutant(
         name="a-deleted-job-is-always-replaced-at-once",
@@ -318,7 +324,7 @@ OPERATOR = (
         old="status = note_deletion(status, facts)",
         new="pass",
         tests=(
-            f"{_OPERATOR_TESTS}/test_plan.py::test_a_job_that_somebody_deletes_is_replaced_at_once_and_after_pauses_that_grow_if_that_goes_on",
+            f"{_OPERATOR_TESTS}/decisions/test_plan.py::test_a_job_that_somebody_deletes_is_replaced_at_once_and_after_pauses_that_grow_if_that_goes_on",
         ),
     ),
     Mutant(
@@ -326,28 +332,30 @@ OPERATOR = (
         file=f"{_DECISIONS}/advance.py",
         old="return status  # its pods are about to be deleted, and what they ran counts",
         new="pass",
-        tests=(f"{_OPERATOR_TESTS}/test_limits.py::test_a_deleted_job_is_not_replaced_before_its_pods_count",),
+        tests=(
+            f"{_OPERATOR_TESTS}/decisions/test_limits.py::test_a_deleted_job_is_not_replaced_before_its_pods_count",
+        ),
     ),
     Mutant(
         name="an-unread-log-looks-like-a-hang",
         file=f"{_DECISIONS}/limits.py",
         old="known = facts.log_read or _is_stalled(facts.job.status, step)",
         new="known = True",
-        tests=(f"{_OPERATOR_TESTS}/test_limits.py::test_a_log_that_cannot_be_read_says_nothing",),
+        tests=(f"{_OPERATOR_TESTS}/decisions/test_limits.py::test_a_log_that_cannot_be_read_says_nothing",),
     ),
     Mutant(
         name="the-trainers-clock-decides",
         file=f"{_DECISIONS}/status.py",
         old='"progressed_at": format_time(facts.now)',
         new='"progressed_at": record.time',
-        tests=(f"{_OPERATOR_TESTS}/test_limits.py::test_a_trainers_clock_does_not_matter",),
+        tests=(f"{_OPERATOR_TESTS}/decisions/test_limits.py::test_a_trainers_clock_does_not_matter",),
     ),
     Mutant(
         name="a-request-is-not-spent",
         file=f"{_DECISIONS}/status.py",
         old="    _note_request,\n",
         new="",
-        tests=(f"{_OPERATOR_TESTS}/test_taking_up.py::test_a_request_that_was_made_before_the_failure_is_spent",),
+        tests=(f"{_OPERATOR_TESTS}/decisions/test_retry.py::test_a_request_that_was_made_before_the_failure_is_spent",),
     ),
     Mutant(
         name="an-old-profile-is-kept",
@@ -355,7 +363,7 @@ OPERATOR = (
         old='"resolved": _resolved_again(status, facts, has_its_run=_has_its_run(status, cleaned=cleaned)),',
         new='"resolved": status.resolved,',
         tests=(
-            f"{_OPERATOR_TESTS}/test_taking_up.py::test_the_profile_of_today_is_used_because_the_administrator_may_have_mended_it",
+            f"{_OPERATOR_TESTS}/decisions/test_retry.py::test_the_profile_of_today_is_used_because_the_administrator_may_have_mended_it",
         ),
     ),
     Mutant(
@@ -363,7 +371,9 @@ OPERATOR = (
         file=f"{_DECISIONS}/manifests/objects.py",
         old=", ensure_ascii=False",
         new="",
-        tests=(f"{_OPERATOR_TESTS}/test_starts.py::test_a_system_prompt_of_any_characters_reaches_the_pods",),
+        tests=(
+            f"{_OPERATOR_TESTS}/reconcile/test_profile_limit.py::test_a_system_prompt_of_any_characters_reaches_the_pods",
+        ),
     ),
     Mutant(
         name="a-document-of-any-size-is-resolved",
@@ -371,7 +381,7 @@ OPERATOR = (
         old="    if size <= limit:",
         new="    if size:",
         tests=(
-            f"{_OPERATOR_TESTS}/test_starts.py::test_a_spec_that_no_annotation_holds_waits_and_says_which_texts_are_too_long",
+            f"{_OPERATOR_TESTS}/reconcile/test_profile_limit.py::test_a_spec_that_no_annotation_holds_waits_and_says_which_texts_are_too_long",
         ),
     ),
     Mutant(
@@ -379,7 +389,9 @@ OPERATOR = (
         file=f"{_DECISIONS}/manifests/objects.py",
         old="if resolved.document is not None:",
         new="if False:",
-        tests=(f"{_OPERATOR_TESTS}/test_manifests.py::test_the_document_is_what_was_fixed_when_the_job_started",),
+        tests=(
+            f"{_OPERATOR_TESTS}/decisions/test_manifests.py::test_the_document_is_what_was_fixed_when_the_job_started",
+        ),
     ),
     Mutant(
         name="an-unsupported-trainer-fails-the-job",
@@ -387,7 +399,7 @@ OPERATOR = (
         old="if ended[-1].unsupported:",
         new="if False:",
         tests=(
-            f"{_OPERATOR_TESTS}/test_taking_up.py::test_a_trainer_of_another_release_is_waited_for_and_costs_no_failure",
+            f"{_OPERATOR_TESTS}/decisions/test_retry.py::test_a_trainer_of_another_release_is_waited_for_and_costs_no_failure",
         ),
     ),
     Mutant(
@@ -396,7 +408,7 @@ OPERATOR = (
         old="if rejected := rejection(status, facts):",
         new="if (rejected := rejection(status, facts)) and False:",
         tests=(
-            f"{_OPERATOR_TESTS}/test_status.py::test_a_step_that_waits_after_a_rejected_pod_says_why_and_until_when",
+            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_a_step_that_waits_after_a_rejected_pod_says_why_and_until_when",
         ),
     ),
     Mutant(
@@ -405,7 +417,7 @@ OPERATOR = (
         old='if step is None or (step.name == "prepare" and not has_begun(status)):',
         new='if step is None or (step.name == "prepare" and not step.job_uid):',
         tests=(
-            f"{_OPERATOR_TESTS}/test_status.py::test_a_step_that_waits_after_a_rejected_pod_says_why_and_until_when",
+            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_a_step_that_waits_after_a_rejected_pod_says_why_and_until_when",
         ),
     ),
     Mutant(
@@ -413,7 +425,9 @@ OPERATOR = (
         file=f"{_DECISIONS}/pods/deletions.py",
         old="shown.reason == POD_DETACHED",
         new="False",
-        tests=(f"{_OPERATOR_TESTS}/test_reconcile.py::test_nobody_is_accused_of_deleting_the_job_of_a_detached_pod",),
+        tests=(
+            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_nobody_is_accused_of_deleting_the_job_of_a_detached_pod",
+        ),
     ),
     Mutant(
         name="restarts-are-taken-for-deletions",
@@ -421,7 +435,7 @@ OPERATOR = (
         old=" - restarts",
         new="",
         tests=(
-            f"{_OPERATOR_TESTS}/test_plan.py::test_jobs_that_the_operator_has_restarted_are_not_counted_with_those_that_somebody_deletes",
+            f"{_OPERATOR_TESTS}/decisions/test_plan.py::test_jobs_that_the_operator_has_restarted_are_not_counted_with_those_that_somebody_deletes",
         ),
     ),
     Mutant(
@@ -430,7 +444,7 @@ OPERATOR = (
         old="if spared and step.failures <= allowed and not ended[-1].decisive:",
         new="if False:",
         tests=(
-            f"{_OPERATOR_TESTS}/test_status.py::test_a_job_that_ends_because_the_kubelet_rejected_its_pods_is_followed_by_another",
+            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_a_job_that_ends_because_the_kubelet_rejected_its_pods_is_followed_by_another",
         ),
     ),
     Mutant(
@@ -438,35 +452,43 @@ OPERATOR = (
         file=f"{_DECISIONS}/manifests/objects.py",
         old=' | {"sidecar.istio.io/inject": "false"}',
         new="",
-        tests=(f"{_OPERATOR_TESTS}/test_manifests.py::test_no_service_mesh_adds_a_proxy_that_would_outlive_the_step",),
+        tests=(
+            f"{_OPERATOR_TESTS}/decisions/test_manifests.py::test_no_service_mesh_adds_a_proxy_that_would_outlive_the_step",
+        ),
     ),
     Mutant(
         name="threads-follow-a-limit-that-is-not-set",
         file=f"{_DECISIONS}/manifests/objects.py",
         old='"requests.cpu"',
         new='"limits.cpu"',
-        tests=(f"{_OPERATOR_TESTS}/test_manifests.py::test_libraries_start_as_many_threads_as_the_pod_requests_cpus",),
+        tests=(
+            f"{_OPERATOR_TESTS}/decisions/test_manifests.py::test_libraries_start_as_many_threads_as_the_pod_requests_cpus",
+        ),
     ),
     Mutant(
         name="readiness-ignores-a-dead-watch",
         file=f"{_OPERATOR}/watch/resync.py",
         old="if dead := self.monitor.dead:",
         new="if dead := ():",
-        tests=(f"{_OPERATOR_TESTS}/test_resync.py::test_a_watch_that_shows_nothing_is_reported_at_the_second_list",),
+        tests=(
+            f"{_OPERATOR_TESTS}/watch/test_resync.py::test_a_watch_that_shows_nothing_is_reported_at_the_second_list",
+        ),
     ),
     Mutant(
         name="a-denied-namespace-stops-all",
         file=f"{_OPERATOR}/watch/resync.py",
         old="if len(rejected) == len(self._namespaces):",
         new="if rejected:",
-        tests=(f"{_OPERATOR_TESTS}/test_resync.py::test_a_denied_namespace_leaves_the_others_alone_and_comes_back",),
+        tests=(
+            f"{_OPERATOR_TESTS}/watch/test_resync.py::test_a_denied_namespace_leaves_the_others_alone_and_comes_back",
+        ),
     ),
     Mutant(
         name="infinity-is-sent",
         file=f"{_OPERATOR}/kube/transport.py",
         old="json.dumps(body, allow_nan=False, ",
         new="json.dumps(body, ",
-        tests=(f"{_OPERATOR_TESTS}/test_transport.py::test_a_number_that_json_has_not_is_never_sent",),
+        tests=(f"{_OPERATOR_TESTS}/kube/test_transport.py::test_a_number_that_json_has_not_is_never_sent",),
     ),
     Mutant(
         name="a-leader-that-is-cut-off-works-on",
@@ -496,7 +518,9 @@ OPERATOR = (
         file=f"{_CONTRACT}/served_schema.py",
         old='("items", "additionalProperties")',
         new='("additionalProperties",)',
-        tests=(f"{_OPERATOR_TESTS}/test_schema_check.py::test_fields_that_this_release_has_and_the_cluster_has_not",),
+        tests=(
+            f"{_OPERATOR_TESTS}/kube/test_schema_check.py::test_fields_that_this_release_has_and_the_cluster_has_not",
+        ),
     ),
     Mutant(
         name="a-task-that-goes-on-is-canceled-once",
@@ -504,7 +528,7 @@ OPERATOR = (
         old="_ROUNDS = 100",
         new="_ROUNDS = 1",
         tests=(
-            f"{_OPERATOR_TESTS}/test_task_scope.py::test_a_task_that_ignores_its_cancellation_a_few_times_ends_too",
+            f"{_OPERATOR_TESTS}/watch/test_tasks.py::test_a_task_that_ignores_its_cancellation_a_few_times_ends_too",
         ),
     ),
     Mutant(
@@ -512,7 +536,9 @@ OPERATOR = (
         file=f"{_OPERATOR}/watch/resync.py",
         old="interval / 2",
         new="interval * 20",
-        tests=(f"{_OPERATOR_TESTS}/test_resync.py::test_a_watch_that_shows_nothing_is_reported_at_the_second_list",),
+        tests=(
+            f"{_OPERATOR_TESTS}/watch/test_resync.py::test_a_watch_that_shows_nothing_is_reported_at_the_second_list",
+        ),
     ),
     Mutant(
         name="a-failed-key-keeps-its-request",
@@ -520,7 +546,7 @@ OPERATOR = (
         old="if (request := self._requests.pop(key, None)) is not None:\n            pause",
         new="if (request := self._requests.get(key)) is not None:\n            pause",
         tests=(
-            f"{_OPERATOR_TESTS}/test_workqueue.py::test_a_request_made_during_an_attempt_that_fails_is_served_by_the_retry_and_not_once_more",
+            f"{_OPERATOR_TESTS}/reconcile/test_queue.py::test_a_request_made_during_an_attempt_that_fails_is_served_by_the_retry_and_not_once_more",
         ),
     ),
     Mutant(
@@ -529,7 +555,7 @@ OPERATOR = (
         old="pause = min(pause, max(BACKOFF_SECONDS, request.due - now))",
         new="pass",
         tests=(
-            f"{_OPERATOR_TESTS}/test_workqueue.py::test_a_request_made_during_an_attempt_that_fails_shortens_a_long_pause",
+            f"{_OPERATOR_TESTS}/reconcile/test_queue.py::test_a_request_made_during_an_attempt_that_fails_shortens_a_long_pause",
         ),
     ),
     Mutant(
@@ -537,7 +563,9 @@ OPERATOR = (
         file=f"{_OPERATOR}/reconcile/queue.py",
         old="return self.most is None or self._working_in[namespace] < self.most",
         new="return True",
-        tests=(f"{_OPERATOR_TESTS}/test_workqueue.py::test_a_neighbor_begins_while_everything_of_a_flood_is_stuck",),
+        tests=(
+            f"{_OPERATOR_TESTS}/reconcile/test_queue.py::test_a_neighbor_begins_while_everything_of_a_flood_is_stuck",
+        ),
     ),
     Mutant(
         name="a-detached-pod-runs-unseen",
@@ -545,7 +573,7 @@ OPERATOR = (
         old="if missing and step.running_pod_name:",
         new="if False:",
         tests=(
-            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_running_pod_that_somebody_detaches_still_counts_against_the_deadline",
+            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_running_pod_that_somebody_detaches_still_counts_against_the_deadline",
         ),
     ),
     Mutant(
@@ -554,7 +582,7 @@ OPERATOR = (
         old="if child.name != wanted or detached)",
         new="if child.name != wanted)",
         tests=(
-            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_detached_pod_and_another_one_of_its_job_never_write_at_the_same_time",
+            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_detached_pod_and_another_one_of_its_job_never_write_at_the_same_time",
         ),
     ),
     Mutant(
@@ -563,7 +591,7 @@ OPERATOR = (
         old=" or child.expired",
         new="",
         tests=(
-            f"{_OPERATOR_TESTS}/test_limits.py::test_a_job_that_its_own_deadline_has_ended_is_followed_by_another_and_costs_no_retry",
+            f"{_OPERATOR_TESTS}/decisions/test_limits.py::test_a_job_that_its_own_deadline_has_ended_is_followed_by_another_and_costs_no_retry",
         ),
     ),
     Mutant(
@@ -572,7 +600,7 @@ OPERATOR = (
         old="                self._note(problem)\n            elif",
         new="                pass\n            elif",
         tests=(
-            f"{_OPERATOR_TESTS}/test_schema_check.py::test_an_older_definition_that_is_applied_meanwhile_is_noticed_said_once_and_over_when_the_right_one_is_back",
+            f"{_OPERATOR_TESTS}/kube/test_schema_check.py::test_an_older_definition_that_is_applied_meanwhile_is_noticed_said_once_and_over_when_the_right_one_is_back",
         ),
     ),
     Mutant(
@@ -581,7 +609,7 @@ OPERATOR = (
         old="due[0] if self._working_of_the_rest >= self.reserved else due[-1]",
         new="due[0]",
         tests=(
-            f"{_OPERATOR_TESTS}/test_workqueue.py::test_new_jobs_come_first_and_some_workers_are_kept_for_the_rest",
+            f"{_OPERATOR_TESTS}/reconcile/test_queue.py::test_new_jobs_come_first_and_some_workers_are_kept_for_the_rest",
         ),
     ),
     Mutant(
@@ -590,7 +618,7 @@ OPERATOR = (
         old="if not _has_label(existing, job):",
         new="if False:",
         tests=(
-            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_claim_of_the_workspaces_name_is_used_only_if_it_was_created_for_the_job",
+            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_claim_of_the_workspaces_name_is_used_only_if_it_was_created_for_the_job",
         ),
     ),
     Mutant(
@@ -599,7 +627,7 @@ OPERATOR = (
         old="if not _has_label(found, job):",
         new="if False:",
         tests=(
-            f"{_OPERATOR_TESTS}/test_reconcile.py::test_what_cannot_be_created_is_tried_less_and_less_often_and_quickly_again_after_it_could_be",
+            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_what_cannot_be_created_is_tried_less_and_less_often_and_quickly_again_after_it_could_be",
         ),
     ),
     Mutant(
@@ -608,7 +636,7 @@ OPERATOR = (
         old="case AtOnce(changed=True):",
         new="case AtOnce():",
         tests=(
-            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_job_whose_first_job_no_watch_shows_is_tried_less_and_less_often",
+            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_job_whose_first_job_no_watch_shows_is_tried_less_and_less_often",
         ),
     ),
     Mutant(
@@ -617,7 +645,7 @@ OPERATOR = (
         old='return bool(written["metadata"]["resourceVersion"] != job.resource_version)',
         new="return True",
         tests=(
-            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_status_of_which_the_api_server_keeps_nothing_is_written_less_and_less_often",
+            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_status_of_which_the_api_server_keeps_nothing_is_written_less_and_less_often",
         ),
     ),
     Mutant(
@@ -625,7 +653,7 @@ OPERATOR = (
         file=f"{_DECISIONS}/plan.py",
         old="store_first=counts_itself and _creates_a_job(actions))",
         new="store_first=counts_itself and bool(actions))",
-        tests=(f"{_OPERATOR_TESTS}/test_reconcile.py::test_what_runs_for_a_job_that_waits_for_a_place_is_stopped",),
+        tests=(f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_what_runs_for_a_job_that_waits_for_a_place_is_stopped",),
     ),
     Mutant(
         name="a-request-is-taken-up-without-a-place",
@@ -633,7 +661,7 @@ OPERATOR = (
         old="if self._needs_another_count(confirmed.job, view.job, others):",
         new="if False:",
         tests=(
-            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_request_that_only_a_live_read_shows_waits_for_a_place_too",
+            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_request_that_only_a_live_read_shows_waits_for_a_place_too",
         ),
     ),
     Mutant(
@@ -642,7 +670,7 @@ OPERATOR = (
         old="    renew,\n    keep_earlier_pod,\n",
         new="    renew,\n",
         tests=(
-            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_job_that_is_taken_up_waits_for_the_detached_pod_that_its_failure_has_left",
+            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_job_that_is_taken_up_waits_for_the_detached_pod_that_its_failure_has_left",
         ),
     ),
     Mutant(
@@ -651,7 +679,7 @@ OPERATOR = (
         old=" or lacks_earlier_pod(view.job.status.step, view.observed):",
         new=":",
         tests=(
-            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_restart_waits_for_the_pod_that_it_stops_although_somebody_hides_that",
+            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_restart_waits_for_the_pod_that_it_stops_although_somebody_hides_that",
         ),
     ),
     Mutant(
@@ -660,7 +688,7 @@ OPERATOR = (
         old="return _charge_detached(status, job, observed)",
         new="return status",
         tests=(
-            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_job_that_is_taken_up_waits_for_the_detached_pod_that_its_failure_has_left",
+            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_job_that_is_taken_up_waits_for_the_detached_pod_that_its_failure_has_left",
         ),
     ),
     Mutant(
@@ -669,7 +697,7 @@ OPERATOR = (
         old="self.metrics.job_is_gone(key, replaced_by=job.uid)",
         new="pass",
         tests=(
-            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_job_whose_deletion_no_watch_has_shown_is_not_counted_beside_the_one_that_replaces_it",
+            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_job_whose_deletion_no_watch_has_shown_is_not_counted_beside_the_one_that_replaces_it",
         ),
     ),
     Mutant(
@@ -679,7 +707,7 @@ OPERATOR = (
         new="                async with own_turn:\n"
         "                    answer = await self._send(*sent, nullcontext(), answered.append)",
         tests=(
-            f"{_OPERATOR_TESTS}/test_transport.py::test_a_request_waits_for_its_turn_to_read_the_answer_and_not_to_be_sent",
+            f"{_OPERATOR_TESTS}/kube/test_transport.py::test_a_request_waits_for_its_turn_to_read_the_answer_and_not_to_be_sent",
         ),
     ),
     Mutant(
@@ -688,7 +716,7 @@ OPERATOR = (
         old="if job.deleting and controller_uid(body) != job.uid:",
         new="if False:",
         tests=(
-            f"{_OPERATOR_TESTS}/test_reconcile.py::test_its_children_are_left_alone_too_after_the_garbage_collector_has_done_its_part",
+            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_its_children_are_left_alone_too_after_the_garbage_collector_has_done_its_part",
         ),
     ),
     Mutant(
@@ -697,7 +725,7 @@ OPERATOR = (
         old="if job_uid and pod.owner_uid == job_uid",
         new="if pod.owner_uid == job_uid",
         tests=(
-            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_pod_without_an_owner_is_none_of_a_step_that_has_no_job_yet",
+            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_pod_without_an_owner_is_none_of_a_step_that_has_no_job_yet",
         ),
     ),
     Mutant(
@@ -705,7 +733,9 @@ OPERATOR = (
         file=f"{_DECISIONS}/plan.py",
         old="return () if job.orphans else tuple(_running(observed))",
         new="return ()",
-        tests=(f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_job_whose_deletion_a_finalizer_delays_runs_no_further",),
+        tests=(
+            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_job_whose_deletion_a_finalizer_delays_runs_no_further",
+        ),
     ),
     Mutant(
         name="a-clean-up-to-come-is-forgotten",
@@ -713,7 +743,7 @@ OPERATOR = (
         old=" or cleanup_at(job, status) is not None:",
         new=":",
         tests=(
-            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_finished_job_with_a_clean_up_to_come_is_looked_at_when_that_is_due",
+            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_finished_job_with_a_clean_up_to_come_is_looked_at_when_that_is_due",
         ),
     ),
     Mutant(
@@ -722,7 +752,7 @@ OPERATOR = (
         old="if version <= entry.version and self._ordered:",
         new="if False:",
         tests=(
-            f"{_OPERATOR_TESTS}/test_store.py::test_an_older_event_after_the_answer_of_an_own_write_changes_nothing",
+            f"{_OPERATOR_TESTS}/watch/test_store.py::test_an_older_event_after_the_answer_of_an_own_write_changes_nothing",
         ),
     ),
     Mutant(
@@ -731,7 +761,7 @@ OPERATOR = (
         old="return uid in self._buried and version <= self._buried[uid]",
         new="return False",
         tests=(
-            f"{_OPERATOR_TESTS}/test_store.py::test_a_deletion_that_overtakes_the_answer_of_the_creation_is_not_undone",
+            f"{_OPERATOR_TESTS}/watch/test_store.py::test_a_deletion_that_overtakes_the_answer_of_the_creation_is_not_undone",
         ),
     ),
     Mutant(
@@ -740,7 +770,7 @@ OPERATOR = (
         old="                    entry.wanted[each.uid] = number\n",
         new="",
         tests=(
-            f"{_OPERATOR_TESTS}/test_store.py::test_what_a_dead_watch_has_not_shown_is_read_live_until_it_is_known",
+            f"{_OPERATOR_TESTS}/watch/test_store.py::test_what_a_dead_watch_has_not_shown_is_read_live_until_it_is_known",
         ),
     ),
     Mutant(
@@ -748,14 +778,14 @@ OPERATOR = (
         file=f"{_OPERATOR}/reconcile/job.py",
         old="if not view.live and _must_be_confirmed(view, decision):",
         new="if False:",
-        tests=(f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_job_that_the_store_has_missed_is_not_created_again",),
+        tests=(f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_job_that_the_store_has_missed_is_not_created_again",),
     ),
     Mutant(
         name="an-attempt-is-counted-without-a-look",
         file=f"{_DECISIONS}/plan.py",
         old="step.attempt, step.counted_pod)",
         new="step.attempt)",
-        tests=(f"{_OPERATOR_TESTS}/test_plan.py::test_what_cannot_be_undone_is_told_from_what_can",),
+        tests=(f"{_OPERATOR_TESTS}/decisions/test_plan.py::test_what_cannot_be_undone_is_told_from_what_can",),
     ),
     Mutant(
         name="a-rejected-job-is-no-reason",
@@ -763,7 +793,7 @@ OPERATOR = (
         old='except RejectedError as error:\n            sentence = f"the API server rejects Job {name}',
         new='except ValueError as error:\n            sentence = f"the API server rejects Job {name}',
         tests=(
-            f"{_OPERATOR_TESTS}/test_reconcile.py::test_an_object_that_the_api_server_rejects_is_reported_in_its_words_and_tried_again",
+            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_an_object_that_the_api_server_rejects_is_reported_in_its_words_and_tried_again",
         ),
     ),
     Mutant(
@@ -772,7 +802,7 @@ OPERATOR = (
         old='except RejectedError as error:\n            sentence = f"the API server rejects PersistentVolumeClaim',
         new='except ValueError as error:\n            sentence = f"the API server rejects PersistentVolumeClaim',
         tests=(
-            f"{_OPERATOR_TESTS}/test_reconcile.py::test_an_object_that_the_api_server_rejects_is_reported_in_its_words_and_tried_again",
+            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_an_object_that_the_api_server_rejects_is_reported_in_its_words_and_tried_again",
         ),
     ),
     Mutant(
@@ -780,7 +810,7 @@ OPERATOR = (
         file=f"{_OPERATOR}/kube/client.py",
         old='metadata.get("continue") or ""',
         new='""',
-        tests=(f"{_OPERATOR_TESTS}/test_cluster.py::test_a_list_is_read_to_its_last_page",),
+        tests=(f"{_OPERATOR_TESTS}/kube/test_client.py::test_a_list_is_read_to_its_last_page",),
     ),
     Mutant(
         name="every-reader-has-a-page-of-its-own",
@@ -788,7 +818,7 @@ OPERATOR = (
         old="_PAGES_AT_A_TIME = 2",
         new="_PAGES_AT_A_TIME = 99",
         tests=(
-            f"{_OPERATOR_TESTS}/test_cluster.py::test_however_many_lists_are_read_the_objects_of_one_page_are_there_and_two_pages_on_their_way",
+            f"{_OPERATOR_TESTS}/kube/test_client.py::test_however_many_lists_are_read_the_objects_of_one_page_are_there_and_two_pages_on_their_way",
         ),
     ),
     Mutant(
@@ -797,7 +827,7 @@ OPERATOR = (
         old="_BYTES_PER_PAGE if size > 1 else None",
         new="None",
         tests=(
-            f"{_OPERATOR_TESTS}/test_cluster.py::test_a_page_of_large_objects_is_asked_for_in_parts_and_the_small_ones_after_them_are_not",
+            f"{_OPERATOR_TESTS}/kube/test_client.py::test_a_page_of_large_objects_is_asked_for_in_parts_and_the_small_ones_after_them_are_not",
         ),
     ),
     Mutant(
@@ -806,7 +836,7 @@ OPERATOR = (
         old="if length > most:",
         new="if False:",
         tests=(
-            f"{_OPERATOR_TESTS}/test_transport.py::test_an_answer_that_is_longer_than_it_may_be_is_not_read_to_its_end",
+            f"{_OPERATOR_TESTS}/kube/test_transport.py::test_an_answer_that_is_longer_than_it_may_be_is_not_read_to_its_end",
         ),
     ),
     Mutant(
@@ -815,8 +845,8 @@ OPERATOR = (
         old="if job_name is not None and value.name == child_job_name(job_name, *FIRST_JOB):",
         new="if True:",
         tests=(
-            f"{_OPERATOR_TESTS}/test_store.py::test_what_other_jobs_than_the_first_say_was_resolved_is_neither_kept_nor_believed",
-            f"{_OPERATOR_TESTS}/test_cluster.py::test_of_a_crowd_of_jobs_only_the_first_says_what_was_resolved",
+            f"{_OPERATOR_TESTS}/watch/test_store.py::test_what_other_jobs_than_the_first_say_was_resolved_is_neither_kept_nor_believed",
+            f"{_OPERATOR_TESTS}/kube/test_client.py::test_of_a_crowd_of_jobs_only_the_first_says_what_was_resolved",
         ),
     ),
     Mutant(
@@ -824,14 +854,18 @@ OPERATOR = (
         file=f"{_DECISIONS}/observed/parsing.py",
         old='return text if len(text) <= MAX_RESOLVED else ""',
         new="return text",
-        tests=(f"{_OPERATOR_TESTS}/test_store.py::test_of_what_is_longer_than_any_operator_writes_nothing_is_kept",),
+        tests=(
+            f"{_OPERATOR_TESTS}/watch/test_store.py::test_of_what_is_longer_than_any_operator_writes_nothing_is_kept",
+        ),
     ),
     Mutant(
         name="a-first-job-shown-before-its-job-has-resolved-nothing",
         file=f"{_OPERATOR}/watch/store.py",
         old="            version = 0\n",
         new="            pass\n",
-        tests=(f"{_OPERATOR_TESTS}/test_store.py::test_a_first_job_that_is_shown_before_its_job_is_read_once_more",),
+        tests=(
+            f"{_OPERATOR_TESTS}/watch/test_store.py::test_a_first_job_that_is_shown_before_its_job_is_read_once_more",
+        ),
     ),
     Mutant(
         name="what-a-list-has-shown-is-lost-if-the-next-fails",
@@ -839,7 +873,7 @@ OPERATOR = (
         old="        finally:\n            # Only now",
         new="        except ArithmeticError:\n            raise\n        else:\n            # Only now",
         tests=(
-            f"{_OPERATOR_TESTS}/test_resync.py::test_a_job_that_a_list_has_shown_to_be_gone_is_looked_at_although_the_next_list_fails",
+            f"{_OPERATOR_TESTS}/watch/test_resync.py::test_a_job_that_a_list_has_shown_to_be_gone_is_looked_at_although_the_next_list_fails",
         ),
     ),
     Mutant(
@@ -847,7 +881,9 @@ OPERATOR = (
         file=f"{_OPERATOR}/kube/client.py",
         old='if reason == "AlreadyExists" else ConflictError',
         new="if reason else AlreadyExistsError",
-        tests=(f"{_OPERATOR_TESTS}/test_cluster.py::test_only_a_conflict_that_says_so_means_that_the_object_exists",),
+        tests=(
+            f"{_OPERATOR_TESTS}/kube/test_client.py::test_only_a_conflict_that_says_so_means_that_the_object_exists",
+        ),
     ),
     Mutant(
         name="a-watch-shows-names-only",
@@ -855,7 +891,7 @@ OPERATOR = (
         old='metadata["name"], metadata["uid"])',
         new='metadata["name"], "")',
         tests=(
-            f"{_OPERATOR_TESTS}/test_handlers.py::test_a_job_that_is_created_anew_is_known_although_the_deletion_of_the_old_one_is_shown_last",
+            f"{_OPERATOR_TESTS}/watch/test_handlers.py::test_a_job_that_is_created_anew_is_known_although_the_deletion_of_the_old_one_is_shown_last",
         ),
     ),
     Mutant(
@@ -878,7 +914,7 @@ OPERATOR = (
         old="stored.phase_since if phase == stored.phase else format_time(facts.now)",
         new="format_time(facts.now)",
         tests=(
-            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_write_that_changes_the_phase_says_since_when_and_measures_the_phase_before",
+            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_write_that_changes_the_phase_says_since_when_and_measures_the_phase_before",
         ),
     ),
     Mutant(
@@ -887,7 +923,7 @@ OPERATOR = (
         old="        self._jobs.setdefault(key, {})[uid] = job\n",
         new="        self._jobs[key] = {uid: job}\n",
         tests=(
-            f"{_OPERATOR_TESTS}/test_handlers.py::test_a_job_that_is_created_anew_is_known_although_the_deletion_of_the_old_one_is_shown_last",
+            f"{_OPERATOR_TESTS}/watch/test_handlers.py::test_a_job_that_is_created_anew_is_known_although_the_deletion_of_the_old_one_is_shown_last",
         ),
     ),
     Mutant(
@@ -895,7 +931,9 @@ OPERATOR = (
         file=f"{_DECISIONS}/continued.py",
         old="if not is_at_rest(other):",
         new="if False:",
-        tests=(f"{_OPERATOR_TESTS}/test_continued.py::test_until_then_it_waits_says_why_and_is_looked_at_again",),
+        tests=(
+            f"{_OPERATOR_TESTS}/decisions/test_continued.py::test_until_then_it_waits_says_why_and_is_looked_at_again",
+        ),
     ),
     Mutant(
         name="a-job-whose-pod-still-saves-is-continued",
@@ -903,8 +941,8 @@ OPERATOR = (
         old="if facts.continued_writer:",
         new="if False:",
         tests=(
-            f"{_OPERATOR_TESTS}/test_continued.py::test_it_waits_for_the_train_pod_of_a_job_that_has_failed_which_still_saves_a_checkpoint",
-            f"{_OPERATOR_TESTS}/test_continued.py::test_it_waits_for_the_pod_of_a_leader_that_trains_a_suspended_job_on",
+            f"{_OPERATOR_TESTS}/decisions/test_continued.py::test_it_waits_for_the_train_pod_of_a_job_that_has_failed_which_still_saves_a_checkpoint",
+            f"{_OPERATOR_TESTS}/decisions/test_continued.py::test_it_waits_for_the_pod_of_a_leader_that_trains_a_suspended_job_on",
         ),
     ),
     Mutant(
@@ -913,7 +951,7 @@ OPERATOR = (
         old='return float(f"{figure:.9g}")',
         new="return round(figure, 4)",
         tests=(
-            f"{_OPERATOR_TESTS}/test_halving.py::test_losses_that_agree_in_four_decimals_are_told_apart_at_a_rung_and_at_the_end",
+            f"{_OPERATOR_TESTS}/decisions/test_halving.py::test_losses_that_agree_in_four_decimals_are_told_apart_at_a_rung_and_at_the_end",
         ),
     ),
 )
@@ -935,7 +973,7 @@ TRAINER = (
         old="if digest_of(content) != blob.digest:",
         new="if False:",
         tests=(
-            f"{_TRAINER_TESTS}/stores/test_oci.py::test_a_small_blob_with_another_content_than_its_digest_is_rejected",
+            f"{_TRAINER_TESTS}/stores/test_registry.py::test_a_small_blob_with_another_content_than_its_digest_is_rejected",
         ),
     ),
     Mutant(
@@ -944,7 +982,7 @@ TRAINER = (
         old="0 if offset and answer.status_code != 206 else offset",
         new="offset",
         tests=(
-            f"{_TRAINER_TESTS}/stores/test_oci.py::test_a_download_resumes_with_the_same_bytes_whether_the_server_knows_ranges_or_not",
+            f"{_TRAINER_TESTS}/stores/test_registry.py::test_a_download_resumes_with_the_same_bytes_whether_the_server_knows_ranges_or_not",
         ),
     ),
     Mutant(
@@ -1073,7 +1111,7 @@ TRAINER = (
         file=f"{_TRAINER}/data/render/chat_template.py",
         old='self.targets[-1:] if train_on == "last"',
         new='self.targets[:1] if train_on == "last"',
-        tests=(f"{_TRAINER_TESTS}/data/test_turns.py::test_the_last_answer_alone_is_trained_on",),
+        tests=(f"{_TRAINER_TESTS}/data/examples/test_turns.py::test_the_last_answer_alone_is_trained_on",),
     ),
     Mutant(
         name="servers-know-every-end-of-an-answer",
@@ -1082,7 +1120,7 @@ TRAINER = (
         new="if ids:",
         tests=(
             (
-                f"{_TRAINER_TESTS}/data/test_job_template.py"
+                f"{_TRAINER_TESTS}/data/render/test_template_source.py"
                 "::test_an_end_of_answers_that_is_another_token_is_named_with_its_id"
             ),
         ),
@@ -1165,7 +1203,7 @@ TRAINER = (
         new="row.answer",
         tests=(
             (
-                f"{_TRAINER_TESTS}/training/test_scorable.py"
+                f"{_TRAINER_TESTS}/evaluation/test_scorable.py"
                 "::test_a_row_whose_own_answer_is_longer_than_an_answer_may_be_is_counted"
             ),
         ),
@@ -1189,7 +1227,7 @@ TRAINER = (
         new="torch.ge(",
         tests=(
             (
-                f"{_TRAINER_TESTS}/model/test_four_bit.py"
+                f"{_TRAINER_TESTS}/model/nf4/test_quantization.py"
                 "::test_every_16_bit_number_gets_the_value_that_bitsandbytes_gives_it"
             ),
         ),
@@ -1201,7 +1239,7 @@ TRAINER = (
         new="",
         tests=(
             (
-                f"{_TRAINER_TESTS}/model/test_experts.py"
+                f"{_TRAINER_TESTS}/model/experts/test_experts.py"
                 "::test_a_dry_run_counts_the_experts_that_are_dequantized_at_a_time"
             ),
         ),
@@ -1211,7 +1249,9 @@ TRAINER = (
         file=f"{_TRAINER}/training/distributed/sharding.py",
         old='_set_frozen(block, name, weight.to("meta"))',
         new="_set_frozen(block, name, weight)",
-        tests=(f"{_TRAINER_TESTS}/training/test_sharding.py::test_a_rank_reads_its_part_of_each_packed_weight",),
+        tests=(
+            f"{_TRAINER_TESTS}/training/distributed/test_sharding.py::test_a_rank_reads_its_part_of_each_packed_weight",
+        ),
     ),
     Mutant(
         name="large-logits-overflow",
@@ -1220,7 +1260,7 @@ TRAINER = (
         new="",
         tests=(
             (
-                f"{_TRAINER_TESTS}/model/test_loss.py"
+                f"{_TRAINER_TESTS}/model/losses/test_loss.py"
                 "::test_logits_whose_exponential_overflows_have_the_loss_and_gradient_of_cross_entropy"
             ),
         ),
@@ -1269,7 +1309,7 @@ TRAINER = (
         new="gradient",
         tests=(
             (
-                f"{_TRAINER_TESTS}/model/test_loss.py"
+                f"{_TRAINER_TESTS}/model/losses/test_loss.py"
                 "::test_the_losses_of_targets_may_count_with_weights_that_depend_on_them"
             ),
         ),
@@ -1310,7 +1350,7 @@ TRAINER = (
         old="self.scaling[part.adapter]) for part in parts)",
         new="self.scaling[parts[0].adapter]) for part in parts)",
         tests=(
-            f"{_TRAINER_TESTS}/model/test_joint.py::test_losses_and_gradients_of_one_pass_are_those_of_each_adapter_alone",
+            f"{_TRAINER_TESTS}/model/losses/test_joint.py::test_losses_and_gradients_of_one_pass_are_those_of_each_adapter_alone",
         ),
     ),
     Mutant(
@@ -1319,7 +1359,7 @@ TRAINER = (
         old="    fuse_further_lora(model)\n",
         new="",
         tests=(
-            f"{_TRAINER_TESTS}/model/test_joint.py::test_losses_and_gradients_of_one_pass_are_those_of_each_adapter_alone",
+            f"{_TRAINER_TESTS}/model/losses/test_joint.py::test_losses_and_gradients_of_one_pass_are_those_of_each_adapter_alone",
         ),
     ),
     Mutant(
@@ -1336,7 +1376,7 @@ TRAINER = (
         file=f"{_TRAINER}/history/trackers.py",
         old='reinit="create_new"',
         new='reinit="default"',
-        tests=(f"{_TRAINER_TESTS}/report/test_trackers.py::test_runs_of_one_process_have_records_of_their_own",),
+        tests=(f"{_TRAINER_TESTS}/history/test_trackers.py::test_runs_of_one_process_have_records_of_their_own",),
     ),
 )
 

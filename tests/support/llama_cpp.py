@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import xllamacpp
 from gguf import LlamaFileType
-from qlora_trainer.model.dry_run.limited import within_limits
 from torch import Tensor
 
+from qlora_trainer.core.sandbox import within_limits
 from qlora_trainer.publishing.gguf import CONVERTER
 
 

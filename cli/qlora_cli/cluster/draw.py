@@ -10,7 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from qlora_api.figures import format_duration
+from qlora_api.duration import format_duration
 from qlora_api.printable import one_line
 from qlora_client.jobs.events import Event
 from qlora_client.jobs.job import Job

@@ -7,7 +7,7 @@ import click
 from pydantic import ValidationError
 
 from qlora_api.spec.job import API_VERSION, KIND, QLoRAJobDocument
-from qlora_client.jobs.job import generated_name
+from qlora_client.jobs.names import generated_name
 
 Object = dict[str, Any]
 

@@ -14,12 +14,11 @@ from rich.progress import Progress
 from qlora_api.contract import ExitCode
 from qlora_api.spec.job import QLoRAJobDocument, QLoRAJobSpec
 from qlora_api.sweep.spec import QLoRASweepDocument
-from qlora_cli.local.display import ConsoleDisplay, progress_bar
+from qlora_cli.local.display import ConsoleDisplay, RecordDisplay, progress_bar
 from qlora_cli.local.forecast import GpuOfPlan, parse_price, show_forecast
 from qlora_cli.local.plan import find_config, make_plan, show_plan
 from qlora_cli.local.plan_sweep import make_sweep_plan, show_sweep_plan
 from qlora_cli.local.plan_together import make_joint_plan, require_joinable, show_joint_plan
-from qlora_cli.local.record_display import RecordDisplay
 from qlora_cli.local.rows import RowAccess, show_lengths, show_rows
 from qlora_cli.local.run import Display, Ended, LocalRun, has_gpu, missing_data, missing_sources, run_steps
 from qlora_cli.local.run_together import earlier_runs, holds_joint_run, joint_runs, run_jobs_together

@@ -1,13 +1,14 @@
-"""Shows a local run: a progress bar on a terminal, elsewhere one line per progress record."""
+"""Shows a local run: a progress bar on a terminal, a line per record elsewhere, or the records themselves."""
 
 from pathlib import Path
 
+import click
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
-from qlora_api.contract import ProgressRecord, ResultRecord
-from qlora_api.figures import format_duration
+from qlora_api.contract import ProgressRecord, ResultRecord, encode_record
+from qlora_api.duration import format_duration
 from qlora_api.status import StepName
 
 _DOING: dict[StepName, str] = {"prepare": "Preparing", "train": "Training", "publish": "Publishing"}
@@ -107,3 +108,27 @@ def describe(record: ProgressRecord) -> str:
     if record.remaining_seconds:
         parts.append(f"{format_duration(record.remaining_seconds)} left")
     return ", ".join(parts)
+
+
+class RecordDisplay:
+    """Prints to standard output."""
+
+    def begin(self, step: StepName) -> None:
+        """Nothing: the first record of the step says that it runs."""
+
+    def progress(self, record: ProgressRecord) -> None:
+        """Print the record."""
+        click.echo(encode_record(record))
+
+    def end(self, step: StepName, result: ResultRecord | None, exit_code: int) -> None:
+        """Print the result; of a step that has left none, the exit code to standard error."""
+        if result is None:
+            click.echo(f"{step} has ended with exit code {exit_code} and without a result", err=True)
+        else:
+            click.echo(encode_record(result))
+
+    def not_trained(self, log: Path) -> None:
+        """Nothing: the result of the process that has trained the jobs says it."""
+
+    def stopping(self, *, again: bool) -> None:
+        """Nothing: the result of the step says it."""

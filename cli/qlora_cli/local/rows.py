@@ -163,7 +163,7 @@ def _show_chosen(dataset: "Dataset", spec: QLoRAJobSpec, console: Console) -> No
     treated = f", {'left out' if spec.dataset.deduplicate else 'kept'}" if found.duplicate_rows else ""
     lines = [f"Duplicates: {_counted(found.duplicate_rows) if found.duplicate_rows else 'none'}{treated}."]
     # If the job refuses an overlap, the reason why it fails says which.
-    if dataset.overlap is not None and evaluation is not None and evaluation.overlap != "refuse":
+    if dataset.overlap is not None and evaluation is not None and evaluation.overlap != "fail":
         lines.append(f"Overlap: {dataset.overlap.remark()}.")
     sources = found.sources or ()
     of_epoch = sum(source.epoch_rows for source in sources)

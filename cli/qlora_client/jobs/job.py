@@ -1,12 +1,9 @@
 """A QLoRAJob as users see it: what the API server returned, by name instead of by path."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
-
-from qlora_api.spec.job import MAX_NAME_LENGTH
 
 _ENDED = ("Succeeded", "Failed")
 
@@ -123,10 +120,3 @@ class Job:
         told = {entry["type"]: entry for entry in self.status.get("conditions", ())}
         kind = self.phase if self.phase in ("Failed", "Suspended") else "Succeeded"
         return str(told.get(kind, {}).get("message", ""))
-
-
-def generated_name(model: str, suffix: str) -> str:
-    """A name made of the last part of the model's address, and `suffix`, which makes it unused."""
-    last = model.rstrip("/").rpartition("/")[2].lower()
-    words = re.sub(r"[^a-z0-9]+", "-", last).strip("-")
-    return f"{words[: MAX_NAME_LENGTH - len(suffix) - 1].strip('-') or 'job'}-{suffix}"

@@ -100,10 +100,10 @@ class EvalSpec(ApiModel):
         lt=1,
         description="Fraction of the rows to hold out, of each source of a mix, by training.seed.",
     )
-    overlap: Literal["report", "refuse", "drop"] | None = Field(
+    overlap: Literal["report", "fail", "drop"] | None = Field(
         default=None,
         description="What to do about rows that are trained on and also held out, token for token: report counts them "
-        "in status.dataset.overlapRows, refuse fails the job, drop leaves them out of training; report if not set.",
+        "in status.dataset.overlapRows, fail fails the job, drop leaves them out of training; report if not set.",
     )
 
     @model_validator(mode="after")
@@ -192,7 +192,7 @@ _ONE_OR_A_MIX = "set exactly one of source and mix"
 _OF_EACH_SOURCE = (
     "revision, config, split, format, columns and sha256 are for source: in a mix, set them for each of its sources"
 )
-_NO_SAMPLES_OF_A_MIX = "maxSamples and shuffle are for source: a mix draws its rows by weight, in each epoch anew"
+_NO_MAX_ROWS_OF_A_MIX = "maxRows and shuffle are for source: a mix draws its rows by weight, in each epoch anew"
 _ALL_WEIGHTS_OR_NONE = "set the weight of every source of the mix, or of none"
 
 
@@ -218,7 +218,7 @@ class DatasetSpec(ApiModel):
                 "self.format == 'auto' && !has(self.columns) && !has(self.sha256))",
                 _OF_EACH_SOURCE,
             ),
-            rule("!has(self.mix) || (!has(self.maxSamples) && !self.shuffle)", _NO_SAMPLES_OF_A_MIX),
+            rule("!has(self.mix) || (!has(self.maxRows) && !self.shuffle)", _NO_MAX_ROWS_OF_A_MIX),
             rule(
                 "!has(self.mix) || self.mix.all(part, has(part.weight)) || !self.mix.exists(part, has(part.weight))",
                 _ALL_WEIGHTS_OR_NONE,
@@ -257,12 +257,12 @@ class DatasetSpec(ApiModel):
     )
     split: ColumnName | None = Field(default=None, description=_SPLIT)
     eval: EvalSpec | None = Field(default=None, description="Rows held out for evaluation; none if not set.")
-    max_samples: int | None = Field(
+    max_rows: int | None = Field(
         default=None, ge=1, le=2**31 - 1, description="Use only this many rows, the first ones; all if not set."
     )
     shuffle: bool = Field(
         default=False,
-        description="Choose the maxSamples rows at random, by training.seed, instead of using the first ones.",
+        description="Choose the maxRows rows at random, by training.seed, instead of using the first ones.",
     )
     deduplicate: bool | None = Field(
         default=None,
@@ -311,8 +311,8 @@ class DatasetSpec(ApiModel):
             return self
         if self.revision or self.config or self.split or self.columns or self.sha256 or self.format != "auto":
             raise ValueError(_OF_EACH_SOURCE)
-        if self.max_samples is not None or self.shuffle:
-            raise ValueError(_NO_SAMPLES_OF_A_MIX)
+        if self.max_rows is not None or self.shuffle:
+            raise ValueError(_NO_MAX_ROWS_OF_A_MIX)
         if len({part.weight is None for part in self.mix}) > 1:
             raise ValueError(_ALL_WEIGHTS_OR_NONE)
         return self

@@ -1,7 +1,7 @@
 """Enforces what a job may take: interruptions, time, and time without progress; pure."""
 
 from qlora_api.contract import ExitCode
-from qlora_api.figures import format_duration
+from qlora_api.duration import format_duration
 from qlora_api.status import QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.observed.conditions import condition, is_finished, truncate
 from qlora_operator.decisions.observed.endings import fail, failure_of

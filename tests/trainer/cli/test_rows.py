@@ -205,7 +205,7 @@ def test_a_plan_shows_lengths_where_no_row_fits_and_names_rows_without_a_target(
     assert "\nThe job fails: pvc://data/train.jsonl: all 2 rows are longer than" in done.output
 
 
-@pytest.mark.parametrize("overlap", ["report", "refuse", "drop"])
+@pytest.mark.parametrize("overlap", ["report", "fail", "drop"])
 def test_a_plan_shows_lengths_where_rows_are_held_out_too(qlora: Any, tmp_path: Path, overlap: str) -> None:
     write_rows(tmp_path / "data" / "held-out.jsonl", ROWS[:1])
     own = {"source": "pvc://data/held-out.jsonl", "overlap": overlap}
@@ -217,7 +217,7 @@ def test_a_plan_shows_lengths_where_rows_are_held_out_too(qlora: Any, tmp_path: 
     ends = {
         "report": f"\nOverlap: {sentence}; trained on nevertheless.\n",
         "drop": f"\nOverlap: {sentence}; left out of training.\n",
-        "refuse": f"\nThe job fails: {sentence}; spec.dataset.eval.overlap is refuse: ",
+        "fail": f"\nThe job fails: {sentence}; spec.dataset.eval.overlap is fail: ",
     }
     assert done.output.count(sentence) == 1
     assert ends[overlap] in done.output

@@ -131,11 +131,11 @@ def _rows(data: PreparedDataset) -> list[list[int]]:
 @pytest.mark.usefixtures("data")
 def test_an_overlap_fails_the_job_if_it_says_so(make_context: MakeContext, records: Recorded) -> None:
     with pytest.raises(StepFailure) as caught:
-        prepare(make_context({"dataset": {"eval": {**EVAL["eval"], "overlap": "refuse"}}}), records)
+        prepare(make_context({"dataset": {"eval": {**EVAL["eval"], "overlap": "fail"}}}), records)
     assert caught.value.exit_code is ExitCode.BAD_DATASET
     assert caught.value.message == (
         "1 row for training is also held out: the first, pvc://data/train.jsonl line 3, is equal to "
-        "pvc://data/eval.jsonl line 4; spec.dataset.eval.overlap is refuse: remove them from one of the two, or set it "
+        "pvc://data/eval.jsonl line 4; spec.dataset.eval.overlap is fail: remove them from one of the two, or set it "
         "to drop to leave them out of training"
     )
 

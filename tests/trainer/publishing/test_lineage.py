@@ -18,7 +18,7 @@ from qlora_api.contract import ENV_IMAGE, ExitCode
 from qlora_cli.__main__ import main
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.core.signing import PrivateKey
+from qlora_trainer.publishing.signing import PrivateKey
 from tests.support.command import Files
 from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
 from tests.support.published import published

@@ -118,7 +118,7 @@ def test_a_run_too_short_to_choose_an_adapter_from_or_to_end_early_says_so(
 @pytest.mark.parametrize(
     "change",
     [
-        {"dataset": {"maxSamples": 10}},
+        {"dataset": {"maxRows": 10}},
         {"training": {"maxSequenceLength": 48}},
         {"training": {"packing": False}},
         {"training": {"trainOn": "all"}},
@@ -273,8 +273,8 @@ def test_the_seed_alone_chooses_what_is_held_out() -> None:
 
 
 @pytest.mark.usefixtures("rows")
-def test_only_the_first_rows_are_read_with_max_samples(make_context: MakeContext, records: Recorded) -> None:
-    status = prepare(make_context({"dataset": {"maxSamples": 5}}), records).dataset
+def test_only_the_first_rows_are_read_with_max_rows(make_context: MakeContext, records: Recorded) -> None:
+    status = prepare(make_context({"dataset": {"maxRows": 5}}), records).dataset
     assert (status.rows, status.used_rows) == (5, 5)
 
 

@@ -106,8 +106,8 @@ def test_every_command_that_the_readme_shows_for_a_cluster_is_walked() -> None:
 
 
 def test_the_walk_verifies_suspends_compares_and_uninstalls() -> None:
-    verbs = ("qlora verify", "kubectl qlora suspend", "kubectl qlora resume", "kubectl qlora report")
-    verbs += ("kubectl qlora compare", "helm uninstall")
+    verbs = [f"kubectl qlora {verb}" for verb in ("suspend", "resume", "report", "compare")]
+    verbs += ["qlora verify", "helm uninstall"]
     assert [verb for verb in verbs if not any(command.startswith(verb) for command in commands())] == []
 
 

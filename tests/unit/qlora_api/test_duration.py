@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_api.figures import format_duration
+from qlora_api.duration import format_duration
 
 
 @pytest.mark.parametrize(

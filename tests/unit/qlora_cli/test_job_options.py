@@ -6,7 +6,7 @@ import pytest
 
 from qlora_api.spec.job import MAX_NAME_LENGTH, QLoRAJobDocument
 from qlora_cli.cluster.job_options import _OPTIONS, OptionError, job_of
-from qlora_client.jobs.job import generated_name
+from qlora_client.jobs.names import generated_name
 
 NONE = {option.parameter: None for option in _OPTIONS}
 SMALLEST: dict[str, Any] = {**NONE, "model": "hf://org/model", "data": "hf://org/rows"}

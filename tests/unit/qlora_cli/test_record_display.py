@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_cli.local.record_display import RecordDisplay
+from qlora_cli.local.display import RecordDisplay
 
 
 def test_a_step_without_a_result_is_told_by_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:

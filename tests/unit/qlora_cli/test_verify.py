@@ -19,7 +19,7 @@ from qlora_api.lineage import (
 )
 from qlora_cli import verify as verify_module
 from qlora_cli.verify import Adapter, NotVerified, verify
-from qlora_trainer.core.signing import sign
+from qlora_trainer.publishing.signing import sign
 
 ADDRESS = "oci://registry.example.org/team/adapter:v1"
 OWN, OTHER = "a" * 64, "b" * 64

@@ -65,7 +65,7 @@ MIX: dict[str, Any] = {"source": None, "mix": [{"source": "pvc://data/a.jsonl"},
 @pytest.mark.parametrize(
     ("one", "other", "named"),
     [
-        ({}, {"dataset": {"maxSamples": 5}}, "data.dataset.maxSamples was null, is 5"),
+        ({}, {"dataset": {"maxRows": 5}}, "data.dataset.maxRows was null, is 5"),
         ({}, {"dataset": {"format": "text"}}, 'data.dataset.format was "auto", is "text"'),
         ({}, {"dataset": {"eval": {"fraction": 0.1}}}, "data.dataset.eval.fraction was null, is 0.1"),
         (

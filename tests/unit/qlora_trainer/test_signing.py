@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
-from qlora_trainer.core.signing import PrivateKey, payload_of, read_private_key, read_public_key, sign, verified
+from qlora_trainer.publishing.signing import PrivateKey, payload_of, read_private_key, read_public_key, sign, verified
 
 KEYS: dict[str, PrivateKey] = {"ecdsa": generate_private_key(SECP256R1()), "ed25519": Ed25519PrivateKey.generate()}
 

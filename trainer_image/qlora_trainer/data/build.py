@@ -19,7 +19,7 @@ from qlora_trainer.data.fingerprint import library_versions
 from qlora_trainer.data.read.files import MAX_FILES, DataFiles
 from qlora_trainer.data.read.hub_splits import Wanted, evaluation_part, training_part
 from qlora_trainer.data.read.locate import DataAccess, find_data
-from qlora_trainer.data.read.reading import read_rows, read_sample
+from qlora_trainer.data.read.reading import read_rows, read_used_rows
 from qlora_trainer.data.read.rows import Row
 from qlora_trainer.data.render.chat_template import Tokenizer
 from qlora_trainer.data.selection import first_equal, select_rows
@@ -62,10 +62,10 @@ class DatasetBuilder:
 
     def build(self) -> Dataset:
         """The data set: all rows tokenized, and which of them are trained on and held out."""
-        if self.spec.shuffle and self.spec.max_samples is None:
+        if self.spec.shuffle and self.spec.max_rows is None:
             logger.warning(
-                "spec.dataset.shuffle has no effect without spec.dataset.maxSamples, whose rows it chooses: set "
-                "maxSamples, or leave shuffle out; training.seed orders the rows of each epoch anyway"
+                "spec.dataset.shuffle has no effect without spec.dataset.maxRows, whose rows it chooses: set "
+                "maxRows, or leave shuffle out; training.seed orders the rows of each epoch anyway"
             )
         dataset = self._chosen(*self._sources(usable=True))
         self._require_trainable(dataset)
@@ -109,9 +109,9 @@ class DatasetBuilder:
     def _require_trainable(self, dataset: Dataset) -> None:
         """Raise StepFailure BAD_DATASET if the job rejects its overlap, or a source of the mix gives no row."""
         overlap, evaluation = dataset.overlap, self.spec.eval
-        if overlap is not None and evaluation is not None and evaluation.overlap == "refuse":
+        if overlap is not None and evaluation is not None and evaluation.overlap == "fail":
             raise bad_dataset(
-                f"{overlap.sentence()}; spec.dataset.eval.overlap is refuse: remove them from one of the two, or set "
+                f"{overlap.sentence()}; spec.dataset.eval.overlap is fail: remove them from one of the two, or set "
                 "it to drop to leave them out of training"
             )
         if dataset.mix is None:
@@ -144,7 +144,7 @@ class DatasetBuilder:
             data = self._find(part, source.source, training_part(source, field))
             _require_few_files([*(earlier.data for earlier in sources), data])
             digest = _checked_sha256(data, source.sha256, f"{field}.sha256")
-            rows = read_sample(data.files, self.spec.max_samples, seed)
+            rows = read_used_rows(data.files, self.spec.max_rows, seed)
             sources.append(self._tokenized(part, data, digest, rows, field, earlier=sources, usable=usable))
         return tuple(sources)
 
@@ -229,7 +229,7 @@ class DatasetBuilder:
             "trainOn": recipe.train_on,
             "longestAllowed": recipe.longest_allowed,
             "vocabulary": recipe.vocabulary,
-            "maxSamples": self.spec.max_samples,
+            "maxRows": self.spec.max_rows,
             "shuffleSeed": self.training.seed if self.spec.shuffle else None,
             "chatTemplate": self.tokenizer.template_text,
             "systemPrompt": None if recipe.system_prompt is None else recipe.system_prompt.dump(),

@@ -12,7 +12,7 @@ from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.data.examples.formats import PAIRS, Reading, RowReader, detect_format
 from qlora_trainer.data.read.hub_splits import evaluation_part, training_part
 from qlora_trainer.data.read.locate import DataAccess, find_data
-from qlora_trainer.data.read.reading import read_rows, read_sample
+from qlora_trainer.data.read.reading import read_rows, read_used_rows
 from qlora_trainer.data.read.rows import Row
 from qlora_trainer.data.render.chat_template import Rendered, Tokenizer
 from qlora_trainer.data.statistics import EQUAL_ANSWERS
@@ -90,7 +90,7 @@ def _sources(
     like: _Source | None = None
     for number, (field, source) in enumerate(spec.training_sources.items()):
         data = find_data(source.source, training_part(source, field), access, download / str(number))
-        rows = list(islice(read_sample(data.files, spec.max_samples, training.seed if spec.shuffle else None), count))
+        rows = list(islice(read_used_rows(data.files, spec.max_rows, training.seed if spec.shuffle else None), count))
         if source.format == "auto":
             format_, columns = detect_format(rows[0], source.columns, field, pairs=training.compares_answers)
         else:

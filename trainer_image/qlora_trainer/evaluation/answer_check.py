@@ -23,7 +23,7 @@ from qlora_api.contract import ExitCode
 from qlora_api.printable import first_line, shortened
 from qlora_api.spec.gate import ScoreSpec
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.core.reasoning import END_OF_REASONING, after_reasoning
+from qlora_trainer.data.render.reasoning import END_OF_REASONING, after_reasoning
 
 SECONDS = 2.0
 """For one answer, of the processor and not of the clock: a busy node changes nothing. Afterwards it has not passed."""

@@ -17,9 +17,9 @@ from qlora_api.printable import first_line
 from qlora_api.spec.gate import MAX_PROMPT_TOKENS
 from qlora_trainer.core.completion import EndOfTurn
 from qlora_trainer.core.filesystem import write_atomically
-from qlora_trainer.core.reasoning import asks_for_reasoning
 from qlora_trainer.data.examples.row_check import RowCheck
 from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset
+from qlora_trainer.data.render.reasoning import asks_for_reasoning
 from qlora_trainer.history.samples import MAX_NEW_TOKENS, Sample, Samples
 from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
 

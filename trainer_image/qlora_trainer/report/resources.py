@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qlora_api.figures import format_duration
+from qlora_api.duration import format_duration
 from qlora_api.forecast import cost_text, hours_text
 from qlora_api.status import MemoryStatus
 from qlora_trainer.core.completion import AttemptUsage, RunUsage

@@ -33,7 +33,7 @@ def read_rows(files: Sequence[DataFile]) -> Iterator[Row]:
             raise bad_dataset(f"{file.name} has no rows ({size} bytes): it needs at least one")
 
 
-def read_sample(files: Sequence[DataFile], limit: int | None, seed: int | None) -> Iterator[Row]:
+def read_used_rows(files: Sequence[DataFile], limit: int | None, seed: int | None) -> Iterator[Row]:
     """At most `limit` rows of the files, all if it is None: the first ones, or those that `seed` chooses if it is set.
 
     Reads the files twice if `seed` is set: a first time to count the rows. Raises as `read_rows`.

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 
-from qlora_trainer.core.reasoning import BEGIN_OF_REASONING, END_OF_REASONING
+from qlora_trainer.data.render.reasoning import BEGIN_OF_REASONING, END_OF_REASONING
 
 
 def answer_span(text: str, prompt: str, through: str, answer: str) -> tuple[int, int] | None:

@@ -176,7 +176,7 @@ def test_the_seed_chooses_the_rows_with_shuffle(make_context: MakeContext, recor
     write_rows(tmp_path / "data" / "train.jsonl", [{"text": "a " * (n + 1)} for n in range(40)])
 
     def tokens(shuffle: bool, seed: int) -> int:
-        dataset = {"maxSamples": 5, "shuffle": shuffle}
+        dataset = {"maxRows": 5, "shuffle": shuffle}
         status = prepare(make_context({"dataset": dataset, "training": {"seed": seed}}), records).dataset
         assert (status.rows, status.used_rows) == (5, 5)
         return status.tokens
@@ -185,7 +185,7 @@ def test_the_seed_chooses_the_rows_with_shuffle(make_context: MakeContext, recor
     assert tokens(True, 0) == tokens(True, 0)
 
 
-@pytest.mark.parametrize(("dataset", "told"), [({}, True), ({"maxSamples": 5}, False)])
+@pytest.mark.parametrize(("dataset", "told"), [({}, True), ({"maxRows": 5}, False)])
 def test_a_shuffle_without_effect_is_logged(
     make_context: MakeContext,
     records: Recorded,
@@ -196,7 +196,7 @@ def test_a_shuffle_without_effect_is_logged(
 ) -> None:
     write_rows(tmp_path / "data" / "train.jsonl", PAIRS)
     prepare(make_context({"dataset": {"shuffle": True, **dataset}}), records)
-    assert ("spec.dataset.shuffle has no effect without spec.dataset.maxSamples" in caplog.text) is told
+    assert ("spec.dataset.shuffle has no effect without spec.dataset.maxRows" in caplog.text) is told
 
 
 def test_rows_of_a_config_map_are_read(make_context: MakeContext, records: Recorded, tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 from weakref import WeakSet
 
 import pytest
-import qlora_operator.cluster
 
 from qlora_api.naming import JOB_UID_LABEL, child_job_name
 from qlora_operator.decisions.observed.facts import FIRST_JOB
 from qlora_operator.decisions.observed.objects import ChildJob
+from qlora_operator.kube import client
 from qlora_operator.kube.client import (
     AlreadyExistsError,
     Cluster,
@@ -188,7 +188,7 @@ def test_however_many_lists_are_read_the_objects_of_one_page_are_there_and_two_p
         return body
 
     loads = partial(json.loads, object_hook=watched)
-    monkeypatch.setattr(qlora_operator.kube.client, "json", SimpleNamespace(loads=loads))
+    monkeypatch.setattr(client, "json", SimpleNamespace(loads=loads))
     server = Busy([10] * 100)
 
     async def count(pages: AsyncIterator[Sequence[Any]]) -> int:

@@ -237,7 +237,7 @@ def test_a_cell_does_not_wait_for_a_pod_that_hangs_with_the_lock(
 def test_cells_with_other_rows_leave_those_of_the_others_and_what_a_pod_is_still_writing(
     cell: MakeCell, rows: Path
 ) -> None:
-    drawn = {"shuffle": True, "maxSamples": 100}
+    drawn = {"shuffle": True, "maxRows": 100}
     prepare(cell("rates-00", {"dataset": drawn}), Recorded())
     before = set(rows.glob("train-*"))
     fresh, forgotten = rows / ".train-0.partial", rows / ".train-1.partial"
