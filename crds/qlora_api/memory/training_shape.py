@@ -56,8 +56,9 @@ class TrainingShape:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}: must be at least 0 and below 1")
         if unknown := sorted(self.whole_modules - WHOLE_MODULES):
-            allowed = ", ".join(sorted(WHOLE_MODULES))
-            raise ValueError(f"whole_modules is {', '.join(unknown)}: must be some of {allowed}")
+            raise ValueError(
+                f"whole_modules is {', '.join(unknown)}: must be some of {', '.join(sorted(WHOLE_MODULES))}"
+            )
 
     @property
     def tokens(self) -> int:
