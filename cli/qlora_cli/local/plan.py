@@ -77,7 +77,7 @@ class MemoryPlan:
 
     @property
     def exceeds(self) -> bool:
-        """Whether the job cannot fit the GPU; weights that exceed it do so with any activations."""
+        """Whether the job cannot fit the GPU: weights that exceed it do so with any activations."""
         memory, gpu_gib = self.memory, self.gpu_gib
         return memory is not None and gpu_gib is not None and verdict(memory, gpu_gib) == "exceeds"
 
@@ -208,7 +208,7 @@ def show_plan(plan: MemoryPlan, console: Console) -> None:
 
 
 def _show_without_activations(plan: MemoryPlan, console: Console) -> None:
-    """Print what is known without a dry run, and why there is none."""
+    """Print weights, gradients and optimizer, and the reason without a dry run."""
     memory = plan.memory
     if memory is None:
         console.print(f"[bold]{escape(plan.title)}[/]")

@@ -173,7 +173,7 @@ def combined(
 
 
 def without_activations(weights: WeightCounts, training: TrainingShape) -> MemoryEstimate:
-    """What weights, gradients and optimizer of a run take, which is less than its peak."""
+    """Add up weights, gradients and optimizer of a run: less than its peak with activations."""
     none = ActivationBytes(checkpoints=0, kept=0, layers=0, logits=0)
     return combined([CountedRun(weights, training)], lambda _: none, AnswerBytes(per_token=0, per_pair=0))
 
