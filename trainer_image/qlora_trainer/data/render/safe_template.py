@@ -11,6 +11,12 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, NoReturn
 
+from jinja2 import TemplateError
+
+from qlora_api.printable import first_line
+from qlora_trainer.core.failures import bad_configuration
+from qlora_trainer.data.render.messages import TOOL_PROBE
+
 SECONDS = 10
 """Of the processor, not of the clock: a busy machine changes nothing."""
 CHARACTERS = 2**26
@@ -65,6 +71,22 @@ class UnusableText(Exception):  # noqa: N818 - it is the text that is unusable
     """The template's text cannot be trained on. The message has the reason and advice."""
 
 
+# A template is a program: its filters raise their errors, and compiling it raises Python's.
+TEMPLATE_ERRORS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,
+    SyntaxError,
+    LimitExceeded,
+    UnusableText,
+)
+
+
 def freeze(template: Any) -> None:
     """Give a compiled template a fixed day, and nothing that draws at random."""
     template.globals["strftime_now"] = FROZEN_DATE.strftime
@@ -108,3 +130,25 @@ def _require_no_address(text: str, given: object) -> None:
                 f"writes {shown!r} in place of a text, with an address that is another one each time: call a function "
                 "with (), as in content.strip(), and give what is generated to the filter list or join"
             )
+
+
+def freeze_template(tokenizer: Any, whose: str) -> None:
+    """Make the template's text reproducible.
+
+    Raises StepFailure BAD_CONFIGURATION if it does not compile.
+    """
+    # Functions passed to apply_chat_template never reach the template, its globals do; compiled templates are cached.
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    try:
+        # A model may have a separate template for conversations with tools.
+        with limited_time():
+            templates = [
+                _compile_jinja_template(tokenizer.get_chat_template(tools=tools)) for tools in (None, TOOL_PROBE.tools)
+            ]
+    except TEMPLATE_ERRORS as error:
+        raise bad_configuration(f"{whose} cannot be used: {first_line(error)}") from error
+    except MemoryError as error:
+        raise bad_configuration(f"{whose} needs more memory than there is: use another model") from error
+    for template in templates:
+        freeze(template)
