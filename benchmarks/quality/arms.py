@@ -18,7 +18,7 @@ from qlora_trainer.model.architecture.text_part import load_text_part
 from qlora_trainer.model.base.conversion import BaseConversion
 from qlora_trainer.model.base.layout import BaseLayout
 from qlora_trainer.model.base.load import load_base
-from qlora_trainer.model.families.inspection import resolve_targets
+from qlora_trainer.model.families.targets import resolve_targets
 from qlora_trainer.model.kernels.activations import fuse_activations
 from qlora_trainer.model.kernels.attention import ATTENTION, register_attention
 from qlora_trainer.model.kernels.norms import fuse_norms

@@ -8,23 +8,24 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from torch import Tensor
-from transformers import AutoConfig, BitsAndBytesConfig
-from transformers.initialization import no_tie_weights
-from transformers.quantizers.auto import AutoHfQuantizer
-from transformers.quantizers.base import HfQuantizer
+from transformers import BitsAndBytesConfig
 
 from qlora_api.spec.training import QuantizationSpec
-from qlora_trainer.core.failures import bad_configuration, model_unavailable
+from qlora_trainer.core.failures import model_unavailable
 from qlora_trainer.core.paths import some_names
-from qlora_trainer.model.architecture.text_part import parts_beside_text, without_weights
+from qlora_trainer.model.base.chosen_layers import (
+    library_config,
+    modules_in_16_bit,
+    quantized_names,
+    require_same_layers,
+    unloaded_model,
+)
 from qlora_trainer.model.base.weights_file import ALIGNMENT, DTYPES, Entry
 from qlora_trainer.model.experts.layout import ExpertLayout, Place, entry_name, matrices
 from qlora_trainer.model.experts.mxfp4_stack import Mxfp4Tensor, tensors_of
-from qlora_trainer.model.experts.quantizer import ExpertsConfig
 from qlora_trainer.model.nf4.base_weights import StoredName, renaming
-from qlora_trainer.model.nf4.quantization import BLOCK, COMPUTE_DTYPE, OUTER_BLOCK, layer_bytes
+from qlora_trainer.model.nf4.quantization import BLOCK, OUTER_BLOCK, layer_bytes
 from qlora_trainer.model.nf4.stored_layer import PACKED, StoredTensor, split
 from qlora_trainer.model.source.files import CONFIG
 from qlora_trainer.model.source.quantization import (
@@ -100,7 +101,7 @@ class BaseLayout:
         settings = json.loads((config_folder / CONFIG).read_bytes())
         stored = source_quantization(settings, CONFIG)
         require_agreement(stored, quantization)
-        model = _without_weights(config_folder)
+        model = unloaded_model(config_folder)
         rename, experts = renaming(model), ExpertLayout.from_model(model)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
@@ -109,13 +110,13 @@ class BaseLayout:
             names.setdefault(id(tensor), set()).add(name)
         buffers = frozenset(model.state_dict().keys() - shapes.keys())
         in_32_bit = set(model._keep_in_fp32_modules_strict or ())
-        in_16_bit = _in_16_bit(config_folder)
-        four_bit = _quantized_names(config_folder, library_config(quantization, experts=True, in_16_bit=in_16_bit))
+        in_16_bit = modules_in_16_bit(config_folder)
+        four_bit = quantized_names(config_folder, library_config(quantization, experts=True, in_16_bit=in_16_bit))
         if stored is not None:
             # Nothing else in them has an effect on the choice.
             skipped = skipped_modules(settings[SETTINGS[0]])
             theirs = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped)
-            _require_same(_quantized_names(config_folder, theirs), four_bit)
+            require_same_layers(quantized_names(config_folder, theirs), four_bit)
         return cls(
             quantization=quantization,
             shapes=shapes,
@@ -307,34 +308,6 @@ def _whole(places: Iterable[StoredName]) -> set[str]:
     return {name for (name, count), those in pieces.items() if len(those) == count}
 
 
-def _without_weights(config_folder: Path) -> Any:
-    config = AutoConfig.from_pretrained(config_folder, local_files_only=True, trust_remote_code=False)
-    return without_weights(config, dtype=COMPUTE_DTYPE)
-
-
-def _in_16_bit(config_folder: Path) -> tuple[str, ...]:
-    """Modules that stay in 16 bit, or none if transformers would choose the same.
-
-    It takes all or none of them by name.
-    """
-    # Before weights are tied, as in `_quantized_names`.
-    with no_tie_weights():
-        model = _without_weights(config_folder)
-    beside = parts_beside_text(model)
-    return tuple(sorted({*HfQuantizer.get_modules_to_not_convert(model), *beside})) if beside else ()
-
-
-def _quantized_names(config_folder: Path, settings: BitsAndBytesConfig) -> frozenset[str]:
-    """The names of the weights that transformers quantizes with these settings."""
-    quantizer: Any = AutoHfQuantizer.from_config(settings, pre_quantized=False)
-    # The library chooses before it ties weights, and what it sees as the last one depends on that.
-    with no_tie_weights():
-        replaced = _without_weights(config_folder)
-    quantizer.preprocess_model(replaced, device_map={"": "cpu"})
-    layers = (name for name, module in replaced.named_modules() if isinstance(module, Linear4bit))
-    return frozenset(f"{layer}.weight" for layer in layers)
-
-
 def _keep(
     layer: StoredTensor | Mxfp4Tensor, entry: Entry, stored: str, dtype: str, shape: tuple[int, ...], file: str
 ) -> Part:
@@ -349,15 +322,6 @@ def _keep(
     return Part(stored, (entry,), four_bit=False, layer=layer)
 
 
-def _require_same(theirs: frozenset[str], ours: frozenset[str]) -> None:
-    if theirs != ours:
-        in_16_bit, in_4_bit = map(some_names, (ours - theirs, theirs - ours))
-        raise bad_configuration(
-            f"{CONFIG} describes a model whose 4-bit layers are not those that a job has: it has {in_16_bit} in 16 bit "
-            f"and {in_4_bit} in 4 bit instead (llm_int8_skip_modules); {ORIGINAL}"
-        )
-
-
 def _require(stored: str, dtype: str, shape: tuple[int, ...], wanted: tuple[int, ...], file: str) -> None:
     if shape != wanted:
         raise model_unavailable(
@@ -368,28 +332,6 @@ def _require(stored: str, dtype: str, shape: tuple[int, ...], wanted: tuple[int,
             f"{stored} in {file} is stored as {dtype}, and must be one of {', '.join(_WEIGHT_TYPES)}: use a "
             "revision that is not quantized"
         )
-
-
-def library_config(
-    quantization: QuantizationSpec,
-    storage_dtype: torch.dtype = torch.uint8,
-    *,
-    experts: bool,
-    in_16_bit: tuple[str, ...] = (),
-) -> BitsAndBytesConfig:
-    """The quantization as transformers' configuration, for a model that has, or may have, routed `experts`.
-
-    `in_16_bit`: names of all modules that are not quantized. Without any, transformers takes the output layer.
-    """
-    settings = ExpertsConfig if experts else BitsAndBytesConfig
-    return settings(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantization.type,
-        bnb_4bit_use_double_quant=quantization.double_quant,
-        bnb_4bit_compute_dtype=COMPUTE_DTYPE,
-        bnb_4bit_quant_storage=storage_dtype,
-        llm_int8_skip_modules=list(in_16_bit) or None,
-    )
 
 
 def _layer(name: str, parameters: int, quantization: QuantizationSpec) -> Iterator[Entry]:

@@ -15,7 +15,7 @@ from qlora_trainer.core.failures import StepFailure, bad_configuration, model_un
 from qlora_trainer.model.architecture.decoder import outer_parameters
 from qlora_trainer.model.architecture.text_part import load_text_part
 from qlora_trainer.model.base.artifact import MANIFEST
-from qlora_trainer.model.base.layout import library_config
+from qlora_trainer.model.base.chosen_layers import library_config
 from qlora_trainer.model.experts.compute import EXPERTS, register_experts
 from qlora_trainer.model.experts.loading import load_experts
 from qlora_trainer.model.experts.routers import route_without_autocast
