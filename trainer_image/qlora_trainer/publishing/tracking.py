@@ -1,4 +1,4 @@
-"""Uploads the run of a published adapter to the trackers that the job and its profile name; never fails the step."""
+"""Uploads a published adapter's run to trackers, without failing the step."""
 
 import logging
 import os

@@ -1,8 +1,8 @@
 """The step `prepare`: finds and checks the model and the data, and lays them out in the workspace.
 
-What is cheap and often wrong comes first: the destinations, the model's configuration, whether it fits the GPU, the
-data. The weights come last. What is not complete is in folders named `.NAME.partial`, from which the next attempt
-resumes.
+Checks that are cheap and often fail come first: the destinations, the model's configuration, the GPU's memory, the
+data. The weights come last. Incomplete content is in folders named `.NAME.partial`. The next attempt resumes from
+them.
 """
 
 from collections.abc import Callable, Iterator
@@ -44,7 +44,7 @@ from qlora_trainer.training.prepared_job import PreparedJob
 def prepare(
     context: StepContext, records: RecordWriter, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)
 ) -> PrepareRecord:
-    """Lay out model and data in the workspace and write the completion record; returns at once if it still holds.
+    """Lay out model and data in the workspace and write the completion record. Returns early if it still holds.
 
     Raises StepFailure. After a failure that another attempt cannot fix, nothing is left in the workspace that was not
     there before, but for a base whose destination turns out to hold another one, or if the run to continue turns out
@@ -115,8 +115,7 @@ def _prepare(
 
     require_readable(spec.gate)
     say("reading the model's configuration")
-    loftq = spec.lora.initialization == "loftq"
-    source = open_model_source(spec.model, access("model"), workspace.models, keeps_weights=loftq)
+    source = open_model_source(spec.model, access("model"), workspace.models)
     started = now()
     folder = source.settings()
     fetching = now() - started
@@ -160,7 +159,10 @@ def _initial_adapter(
     earlier: InitialAdapterStatus | None,
     say: Callable[[str], None],
 ) -> InitialAdapter | None:
-    """Fetch and check the adapter of spec.lora.from. `earlier` is what an attempt before this one has fetched."""
+    """Fetch and check the adapter of spec.lora.from.
+
+    `earlier` is the adapter that an earlier attempt has fetched.
+    """
     if lora.initial_adapter is None:
         return None
     say("fetching and checking the adapter of spec.lora.from")
@@ -168,7 +170,7 @@ def _initial_adapter(
 
 
 def _complete_adapter(initial: InitialAdapter, name: str, revision: str) -> tuple[str, ...]:
-    """Put the adapter where training reads it, and return remarks on its base, which may have another name."""
+    """Complete the adapter's folder, and return remarks on its base."""
     initial.complete()
     remark = initial.remark(name, revision)
     return () if remark is None else (remark,)
@@ -205,7 +207,10 @@ def _open_hub(reference: SecretKeyRef | None, token_file: Path) -> Hub:
 
 @contextmanager
 def _leaving_what_can_be_resumed(workspace: WorkspaceLayout) -> Iterator[None]:
-    """Delete, when the body ends or raises, the incomplete folders from which no attempt will resume."""
+    """Delete the incomplete folders that no attempt will resume from.
+
+    When the body ends or raises.
+    """
     try:
         yield
     except StepFailure as failure:
@@ -223,7 +228,7 @@ def _leaving_what_can_be_resumed(workspace: WorkspaceLayout) -> Iterator[None]:
 
 
 def _discard_partials(folder: Path) -> None:
-    """Delete what is incomplete in the folder, and then the folder itself if nothing else is in it."""
+    """Delete incomplete files in the folder, and then the folder itself if empty."""
     remove_partials(folder)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

@@ -1,4 +1,4 @@
-"""What prepare reports and reuses: the work of a run, warnings about its evaluations, and earlier prepared data."""
+"""Checks of prepare: a run's work, evaluation warnings, earlier prepared data."""
 
 import logging
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from qlora_trainer.training.schedule import Schedule
 def work_of(
     parameters: int | None, data: PreparedDataset, found: DatasetStatus, training: TrainingSpec
 ) -> WorkStatus | None:
-    """The operations of the planned run; None if it is not known how many weights a token is multiplied by.
+    """The operations of the planned run, or None if the weights per token are unknown.
 
     `parameters`: of the model; None if unknown, or if each token uses some of them only (a mixture of experts).
     """
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 def remarks_on_evaluations(training: TrainingSpec, data_folder: Path) -> tuple[str, ...]:
-    """What is to be said of the run's evaluations, which is logged too; nothing if all is well."""
+    """Warnings about the evaluation schedule, also logged. Empty if none."""
     data = PreparedDataset.open(data_folder, "train")
     remark = too_few_evaluations(training, Schedule.of(len(data), training, data.epoch_offsets).total_steps)
     if remark is None:
@@ -76,13 +76,11 @@ def still_valid(
         return None
     if not is_whole(root / record.base_path, mounts.model_cache):
         return None
-    if spec.lora.initialization == "loftq" and not any(folder.glob("*.safetensors")):
-        return None
     if not is_present(root / record.base_path, record.base_sha256, spec.quantization):
         return None
-    if tokenizer_digests(folder) != resolved.tokenizer or not resolved.unchanged(spec.dataset, mounts):
+    if tokenizer_digests(folder) != resolved.tokenizer or not resolved.is_unchanged(spec.dataset, mounts):
         return None
-    memory = MemoryFit.of(
+    memory = MemoryFit.from_config(
         folder / CONFIG,
         spec,
         record.target_modules,
@@ -103,7 +101,7 @@ def still_valid(
 
 
 def _can_be_trained_on(data_folder: Path, splits: Sequence[Split]) -> bool:
-    """Whether all prepared rows are there, in files of which none is damaged as far as opening it shows."""
+    """Whether all prepared rows exist, in files that can be opened."""
     try:
         for split in splits:
             PreparedDataset.open(data_folder, split)

@@ -1,4 +1,4 @@
-"""The stage of prepare that tokenizes the data set and writes its sequences."""
+"""Tokenizes the data set of a job and writes its sequences, for prepare."""
 
 import logging
 from collections.abc import Callable
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WrittenSequences:
-    """The data set's sequences, in a folder that is incomplete until the model's revision is known."""
+    """The data set's sequences, in a folder that `complete` renames."""
 
     dataset: Dataset
     folder: Path
@@ -41,7 +41,7 @@ class WrittenSequences:
     def complete(
         self, spec: QLoRAJobSpec, model: AdmittedModel, revision: str, workspace: WorkspaceLayout
     ) -> PreparedData:
-        """Name the folder by its fingerprint, and return the data's part of the completion record."""
+        """Rename the folder to its fingerprint, and return the data's part of the record."""
         template = _write_template(model.tokenizer, self.folder)
         own = self.dataset.own_evaluation
         resolved = ResolvedInputs(
@@ -75,7 +75,7 @@ def build_dataset(
     rows: RowsFolder,
     say: Callable[[str], None],
 ) -> Dataset:
-    """Read and tokenize the job's data set. What the next attempt resumes from is below `data`."""
+    """Tokenize the job's data set. The next attempt resumes from files below `data`."""
     return DatasetBuilder(
         spec.dataset,
         spec.training,
@@ -90,7 +90,10 @@ def build_dataset(
 
 
 def rows_folder(data: Path, sweep: Path | None, identity: Identity) -> RowsFolder:
-    """Return where tokenized rows are kept. The cells of a sweep differ in nothing that changes a token."""
+    """Return the folder of tokenized rows.
+
+    The cells of a sweep share it: they differ in nothing that changes a token.
+    """
     own = partial_path(data / "rows")
     if sweep is None:
         return RowsFolder(own)
@@ -100,7 +103,10 @@ def rows_folder(data: Path, sweep: Path | None, identity: Identity) -> RowsFolde
 def write_sequences(
     dataset: Dataset, spec: QLoRAJobSpec, model: AdmittedModel, data: Path, say: Callable[[str], None]
 ) -> WrittenSequences:
-    """Write the sequences to a new folder below `data`. Raises StepFailure if spec.gate.score cannot be measured."""
+    """Write the sequences to a new folder below `data`.
+
+    Raises StepFailure if spec.gate.score cannot be measured.
+    """
     folder = new_folder(partial_path(data / "layout"))
     dataset.write(
         folder,
@@ -121,7 +127,7 @@ def write_sequences(
 
 
 def _write_template(tokenizer: Tokenizer, folder: Path) -> str | None:
-    """Write the job's chat template, from where it is published, and return its SHA-256; None without one."""
+    """Write the job's chat template for publication, and return its SHA-256, or None."""
     text = tokenizer.template_text
     if text is None:
         return None
@@ -130,7 +136,7 @@ def _write_template(tokenizer: Tokenizer, folder: Path) -> str | None:
 
 
 def _end_of_turn(model: AdmittedModel, dataset: Dataset) -> tuple[EndOfTurn | None, tuple[str, ...]]:
-    """Return how answers end, if servers have to be given that, and remarks on it and on the job's chat template."""
+    """Return the end of answers, if servers need it, and remarks on the template."""
     tokenizer = model.tokenizer
     if not tokenizer.has_chat_template or all(source.reading.format == "text" for source in dataset.training):
         return None, ()

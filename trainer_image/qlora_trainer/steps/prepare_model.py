@@ -1,4 +1,4 @@
-"""The stage of prepare that decides by the model's small files whether and how a job is trained."""
+"""Decides by the model's small files whether and how a job is trained."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,7 +43,10 @@ class AdmittedModel:
     def of(
         cls, folder: Path, spec: QLoRAJobSpec, checked: CheckedModel, memory: MemoryFit, template: JobTemplate | None
     ) -> Self:
-        """Return the checked model with its tokenizer. Raises StepFailure if the job does not fit its GPU."""
+        """Load the tokenizer of a checked model.
+
+        Raises StepFailure if the job does not fit its GPU.
+        """
         memory.require()
         advise_learning_rate(memory.parameters or 0, spec.training.learning_rate)
         return cls(
@@ -52,14 +55,17 @@ class AdmittedModel:
             memory=memory,
             tokenizer=Tokenizer(folder, template),
             tokenizer_files=tokenizer_digests(folder),
-            layout=BaseLayout.of(folder, spec.quantization),
+            layout=BaseLayout.from_folder(folder, spec.quantization),
             rows_apart=checked.family.keeps_rows_apart(spec.training.max_sequence_length),
             packed=checked.packs(spec.training),
         )
 
     @property
     def parameters(self) -> int | None:
-        """Weights that each token is multiplied by; None if unknown, or if each token uses some of them only."""
+        """Weights that each token is multiplied by.
+
+        None if unknown, or if each token uses some of them only.
+        """
         return None if self.checked.family.mixture_of_experts else self.memory.parameters
 
     def record(self) -> PreparedModel:
@@ -96,7 +102,7 @@ def check_settings(folder: Path, spec: QLoRAJobSpec, scratch: Path) -> CheckedMo
 
 def measure_memory(folder: Path, spec: QLoRAJobSpec, family: Family, group_size: int) -> MemoryFit:
     """Measure in dry runs the memory that `group_size` such jobs need together."""
-    return MemoryFit.of(
+    return MemoryFit.from_config(
         folder / CONFIG,
         spec,
         family.target_modules,

@@ -1,4 +1,4 @@
-"""The step `publish`: verify the adapter, draw the report, write both, merge if asked to, and upload the history."""
+"""The step `publish`: verify, report, publish, merge, and upload the history."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ from qlora_trainer.core.file_names import (
     REPORT_FILE,
 )
 from qlora_trainer.core.filesystem import write_atomically
-from qlora_trainer.core.paths import confined
+from qlora_trainer.core.paths import confine
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.core.trained_job import TrainedJob
 from qlora_trainer.data.render.template_source import TEMPLATE_FILE
@@ -39,8 +39,8 @@ from qlora_trainer.publishing.destinations.destination import Destination, is_pu
 from qlora_trainer.publishing.gate import gate_failure, judge
 from qlora_trainer.publishing.gguf import GgufFile, gguf_file
 from qlora_trainer.publishing.lineage import publish_with_lineage, read_signing_key
-from qlora_trainer.publishing.merged_model import publish_merged, still_published
-from qlora_trainer.publishing.quantized_base import base_still_published, publish_base
+from qlora_trainer.publishing.merged_model import is_merged_published, publish_merged
+from qlora_trainer.publishing.quantized_base import is_base_published, publish_base
 from qlora_trainer.publishing.tracking import upload_run
 from qlora_trainer.publishing.verify import require_own_training, verify_adapter
 from qlora_trainer.report.model_card import adapter_model_card, quantization_label
@@ -57,7 +57,7 @@ _Completion = TypeVar("_Completion", PrepareRecord, TrainRecord)
 def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], datetime]) -> PublishRecord:
     """Verify the trained adapter, write the report and publish to the destination. `now` gives the time for records.
 
-    Returns at once if the completion record matches and the files at the destination are still what it says.
+    Returns early if the completion record matches, and the files at the destination match it.
     Raises StepFailure; the adapter is not published then, unless it is the base or the merge that has failed. One that
     does not pass spec.gate (GATE_FAILED) reaches no destination, and neither do its base and a merged model.
     """
@@ -109,7 +109,7 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
 
 
 def _with_tracking(record: PublishRecord, tracking: TrackingStatus | None, path: Path) -> PublishRecord:
-    """Record at `path` the uploads to trackers. The adapter is published by then: they can be repeated."""
+    """Record at `path` the uploads to trackers, which can be repeated."""
     if tracking == record.tracking:
         return record
     record = record.model_copy(update={"tracking": tracking})
@@ -122,7 +122,7 @@ def _with_tracking(record: PublishRecord, tracking: TrackingStatus | None, path:
 
 
 def _published_page(job: TrainedJob, workspace: WorkspaceLayout, device: Device) -> bytes | None:
-    """Return the page of the run for the adapter's folder; None if the job wants none there."""
+    """The page of the run for the adapter's folder, or None if the job wants none."""
     wanted = job.spec.output.report
     if wanted == "none":
         return None
@@ -143,7 +143,10 @@ def _add_to_sweep(job: TrainedJob, report: Path, sweep: Path | None) -> None:
 
 
 def _trained_job(context: StepContext) -> TrainedJob:
-    """The job with the records of the steps before, judged. Raises StepFailure if one is missing."""
+    """The job with earlier records and the gate's result.
+
+    Raises StepFailure if a record is missing.
+    """
     trained = _required(context.workspace.completion("train"), "train", TrainRecord)
     prepared = _required(context.workspace.completion("prepare"), "prepare", PrepareRecord)
     pairs = context.spec.training.compares_answers
@@ -186,10 +189,10 @@ def _already_published(
     if has_key and record.adapter.lineage != "signed":
         return None
     merged = destinations.merged()
-    if merged is not None and not still_published(merged, record.merged):
+    if merged is not None and not is_merged_published(merged, record.merged):
         return None
     base = destinations.base()
-    if base is not None and not (record.base and base_still_published(job, workspace, base)):
+    if base is not None and not (record.base and is_base_published(job, workspace, base)):
         return None
     manifest = destination.published()
     if manifest is None or ADAPTER_FILE not in manifest.files:
@@ -206,7 +209,7 @@ def _fingerprint(trained: TrainRecord, destination: Destination) -> str:
 def _verify_and_report(
     job: TrainedJob, workspace: WorkspaceLayout, device: Device, say: Callable[[str], None]
 ) -> tuple[Path, bytes]:
-    """Check the trained adapter and write the report. Returns the adapter's folder and the picture of its loss."""
+    """Verify the adapter and write the report. Returns its folder and the picture."""
     say("verifying the adapter")
     folder = _verify(job, workspace)
     say("writing the report")
@@ -217,7 +220,7 @@ def _verify(job: TrainedJob, workspace: WorkspaceLayout) -> Path:
     """Return the folder of the trained adapter, after every check. Raises StepFailure."""
     prepared, trained = job.prepared, job.trained
     require_own_training(prepared, trained, job.spec, workspace)
-    folder = confined(workspace.root / trained.adapter_path, workspace.root)
+    folder = confine(workspace.root / trained.adapter_path, workspace.root)
     verify_adapter(
         folder,
         trained.adapter_sha256,
@@ -232,7 +235,7 @@ def _verify(job: TrainedJob, workspace: WorkspaceLayout) -> Path:
 
 
 def _describe_adapter(job: TrainedJob, folder: Path, workspace: WorkspaceLayout, picture: bytes) -> None:
-    """Write what would be published beside an adapter that stays in `folder` of the workspace."""
+    """Write model card, picture and template to `folder`, where the adapter stays."""
     contents = {MODEL_CARD_FILE: _card(job, workspace), CURVE_FILE: picture}
     template = job_template_file(job.prepared, workspace)
     if template is not None:
@@ -243,12 +246,12 @@ def _describe_adapter(job: TrainedJob, folder: Path, workspace: WorkspaceLayout,
 
 
 def _card(job: TrainedJob, workspace: WorkspaceLayout) -> bytes:
-    """The adapter's model card. Raises OSError if the metrics are missing, ValueError for broken ones."""
+    """The adapter's model card. Raises OSError or ValueError for unusable metrics."""
     return adapter_model_card(job, read_history(workspace.report / HISTORY_FILE)).encode()
 
 
 def _initial_adapter(job: TrainedJob, workspace: WorkspaceLayout) -> Mapping[str, Tensor] | None:
-    """The tensors with which training was initialized; None if it began with a new adapter."""
+    """The tensors that training continued from, or None for a new adapter."""
     initial = job.prepared.initial_adapter
     return None if initial is None else read_initial_adapter(workspace.initial_adapter, initial.sha256)
 
@@ -256,7 +259,7 @@ def _initial_adapter(job: TrainedJob, workspace: WorkspaceLayout) -> Mapping[str
 def _contents(
     job: TrainedJob, folder: Path, workspace: WorkspaceLayout, picture: bytes, page: bytes | None, gguf: GgufFile | None
 ) -> Contents:
-    """What is published: the adapter of `folder`, its model card, the picture of its loss, and what else it has.
+    """The files to publish: the adapter of `folder`, its model card, the picture of its loss, and other files of it.
 
     `page` is the report, if it is published too.
     """
@@ -273,7 +276,10 @@ def _contents(
 
 
 def _adapter_at(uri: str, job: TrainedJob, folder: Path, gguf: GgufFile | None, *, signed: bool) -> AdapterStatus:
-    """The status of the adapter in `folder`, which is published at `uri`. `signed`: with a lineage that is."""
+    """The status of the adapter in `folder`, published at `uri`.
+
+    `signed`: with a lineage that is.
+    """
     return AdapterStatus(
         uri=uri,
         sha256=job.trained.adapter_sha256,
@@ -297,7 +303,10 @@ def _publish_base(
     destinations: JobDestinations,
     say: Callable[[str], None],
 ) -> BaseStatus | None:
-    """Publish the 4-bit base, if the job asks for it. Raises StepFailure if a cached base is no longer whole."""
+    """Publish the 4-bit base, if the job asks for it.
+
+    Raises StepFailure if a cached base is no longer whole. The adapter is published without it.
+    """
     destination = destinations.base()
     if destination is None:
         return None
@@ -314,7 +323,10 @@ def _merge(
     device: Device,
     say: Callable[[str], None],
 ) -> MergedStatus | None:
-    """Publish the merged model, if the job asks for one, and add it to the report. Raises as `_publish_base`."""
+    """Publish the merged model, if the job asks for one, and add it to the report.
+
+    Raises StepFailure as `_publish_base`.
+    """
     destination = destinations.merged()
     if destination is None:
         return None

@@ -1,4 +1,4 @@
-"""Leaves the curves of a run that does not reach `publish` on the page of its sweep."""
+"""Leaves the curves of a run without `publish` on the page of its sweep."""
 
 import logging
 from collections.abc import Iterator

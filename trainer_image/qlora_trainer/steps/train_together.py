@@ -237,7 +237,7 @@ class _SharedBase:
 
 @contextmanager
 def _explained_shortage(device: Device, total: int, results: _Results) -> Iterator[None]:
-    """Turn an out-of-memory error into a StepFailure (GPU_OUT_OF_MEMORY) with the number of jobs in training."""
+    """Turn an out-of-memory error into a StepFailure with the number of jobs."""
     try:
         yield
     except RuntimeError as error:

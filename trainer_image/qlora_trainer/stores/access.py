@@ -1,4 +1,4 @@
-"""What opens the addresses of a job's spec: mounts, the hub's client, credentials and allowed registries."""
+"""Access to the stores that a job's spec names."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

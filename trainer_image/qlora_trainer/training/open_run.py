@@ -1,4 +1,4 @@
-"""Opens a job's run: the base in 4-bit, the adapter, the data, the optimizer, in the state that a checkpoint saved."""
+"""Opens a job's run: base, adapter, data and optimizer, as a checkpoint saved it."""
 
 import logging
 from dataclasses import dataclass
@@ -13,14 +13,13 @@ from qlora_trainer.core.failures import damaged
 from qlora_trainer.core.records import timestamp
 from qlora_trainer.data.prepared import PreparedDataset, open_prepared
 from qlora_trainer.history.metrics_log import MetricsLog
-from qlora_trainer.history.trackers import open_trackers
+from qlora_trainer.history.trackers import EventFiles
 from qlora_trainer.model.adapter.attach import adapter_parameters, attach_adapter, restore_adapter
 from qlora_trainer.model.adapter.initial import read_initial_adapter
 from qlora_trainer.model.base.byte_count import Storage, storage_of
 from qlora_trainer.model.base.load import load_base
 from qlora_trainer.model.families.inspection import cannot_keep_rows_apart
 from qlora_trainer.model.kernels.attention import ATTENTION
-from qlora_trainer.model.nf4.base_weights import BaseWeights
 from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.checkpoints.attempts import note_training, read_attempts
 from qlora_trainer.training.checkpoints.best_adapter import best_of
@@ -41,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ProcessSettings:
-    """What the process that opens a run has, besides the job."""
+    """The settings of the process that opens a run, besides the job."""
 
     runtime: Runtime
     ranks: Ranks
@@ -61,7 +60,7 @@ class LoadedBase:
 
 
 def open_run(job: PreparedJob, process: ProcessSettings, checkpoint: Checkpoint | None) -> tuple[Run, RunState]:
-    """Load everything, in the state that the checkpoint saved; without one, at step 0."""
+    """Load everything, in the checkpoint's state, or at step 0 without one."""
     ranks = process.ranks
     base = open_base(job, process, checkpoint, checkpoint)
     model = attach_job_adapter(base, job, initialized=checkpoint is None)
@@ -73,10 +72,10 @@ def open_run(job: PreparedJob, process: ProcessSettings, checkpoint: Checkpoint 
 def open_base(
     job: PreparedJob, process: ProcessSettings, checkpoint: Checkpoint | None, begun: Checkpoint | None
 ) -> LoadedBase:
-    """The job's base. Reports what takes minutes, with the step from which the run resumes.
+    """The job's base. Reports what takes minutes, with the step that the run resumes from.
 
-    `begun` is the checkpoint whose number of CPU threads the process goes on with, of this job or of another that is
-    trained with it. Raises StepFailure for a model that cannot keep rows apart, and is to train on several at once.
+    `begun` is the checkpoint whose number of CPU threads the process keeps, of this job or of another that is trained
+    with it. Raises StepFailure for a model that cannot keep rows apart, and must train on several together.
     """
     spec, prepared, rank_info = job.spec, job.prepared, process.ranks.rank_info
     threads = _own_threads(rank_info) if begun is None else begun.state.threads
@@ -106,19 +105,15 @@ def _say_loading(job: PreparedJob, runtime: Runtime, checkpoint: Checkpoint | No
 
 def _load_base(job: PreparedJob, sharded: bool) -> Any:
     quantization, attention = job.spec.quantization, job.prepared.attention or ATTENTION
-    # A base that is to be sharded may be larger than the GPU: shard_base moves it there block by block.
+    # A base that will be sharded may be larger than the GPU: shard_base moves it there block by block.
     if sharded:
         return load_base(job.base_folder, quantization, "cpu", STORAGE_DTYPE, attention)
     return load_base(job.base_folder, quantization, job.device, attention=attention)
 
 
 def attach_job_adapter(base: LoadedBase, job: PreparedJob, *, initialized: bool) -> Any:
-    """The base with the job's adapter: initialized, on the device or with an earlier one, or to be restored.
-
-    Each rank initializes it: the others cannot wait for one longer than `ranks.TIMEOUT`, which a large model may take.
-    """
+    """Attach the job's adapter: initialized, perhaps with another, or to restore."""
     spec = job.spec
-    from_original = initialized and spec.lora.initialization == "loftq"
     model = attach_adapter(
         base.model,
         spec.lora,
@@ -127,8 +122,6 @@ def attach_job_adapter(base: LoadedBase, job: PreparedJob, *, initialized: bool)
         gradient_checkpointing=spec.training.gradient_checkpointing,
         base_name=base_name(spec.model),
         base_revision=job.prepared.model_revision,
-        original=BaseWeights(job.model_folder, base.model) if from_original else None,
-        device=base.device,
     )
     if initialized:
         begin_with_earlier(model, job)
@@ -151,7 +144,7 @@ def begin_with_earlier(model: Any, job: PreparedJob) -> None:
 def open_on_model(
     job: PreparedJob, process: ProcessSettings, checkpoint: Checkpoint | None, base: LoadedBase, model: Any
 ) -> tuple[Run, RunState]:
-    """The run of the model's active adapter, which is attached and, without a checkpoint, initialized."""
+    """The run of the model's active adapter, initialized without a checkpoint."""
     spec, records, ranks = job.spec, job.workspace.records, process.ranks
     data = open_prepared(job.data_folder, "train")
     eval_data = open_prepared(job.data_folder, "eval") if spec.dataset.eval else None
@@ -218,14 +211,10 @@ def _schedule(job: PreparedJob, data: PreparedDataset) -> Schedule:
 
 
 def _open_history(job: PreparedJob, checkpoint: Checkpoint | None) -> MetricsLog:
-    """The run's metrics, on disk and for the trackers that the job names, continued from the checkpoint."""
+    """Continue the metrics from the checkpoint, for TensorBoard too if asked for."""
     spec, folder = job.spec, job.workspace.report
-    trackers = open_trackers(
-        spec.training.report_to,
-        folder,
-        run_name=job.name,
-        run_id=job.digest[:16],
-        settings={"model": spec.model.source, **spec.lora.dump(), **spec.training.dump()},
-        from_step=0 if checkpoint is None else checkpoint.step,
-    )
-    return MetricsLog(folder, 0 if checkpoint is None else checkpoint.state.history_bytes, trackers)
+    event_files = None
+    if "tensorboard" in spec.training.report_to:
+        settings = {"model": spec.model.source, **spec.lora.dump(), **spec.training.dump()}
+        event_files = EventFiles(folder / "tensorboard", settings, 0 if checkpoint is None else checkpoint.step)
+    return MetricsLog(folder, 0 if checkpoint is None else checkpoint.state.history_bytes, event_files)

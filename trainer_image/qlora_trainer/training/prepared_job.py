@@ -66,7 +66,7 @@ class PreparedJob:
 
     @property
     def model_folder(self) -> Path:
-        """The base model's configuration and tokenizer, and the original weights if they are kept."""
+        """The base's configuration and tokenizer, and original weights that are kept."""
         return self.workspace.root / self.prepared.model_path
 
     @property
@@ -86,7 +86,7 @@ class PreparedJob:
         return None if initial is None else initial.sha256
 
     def texts(self) -> AnswerTexts:
-        """What turns tokens into answers."""
+        """Converts tokens into answers."""
         return AnswerTexts(self.model_folder, self.prepared.end_of_turn)
 
     @cached_property
@@ -109,7 +109,7 @@ class PreparedJob:
         return record if adapter.is_file() and file_sha256(adapter) == record.adapter_sha256 else None
 
     def _lacks_samples(self) -> bool:
-        """Whether samples are missing, and a checkpoint with which only they would be made."""
+        """Whether samples are missing although a checkpoint could make them."""
         workspace, wanted = self.workspace, self.spec.training.samples > 0
         samples = workspace.report / SAMPLES_FILE
         return wanted and not samples.exists() and bool(numbered_checkpoints(workspace.checkpoints))
@@ -124,13 +124,13 @@ class PreparedJob:
         )
 
     def attempt(self, now: Callable[[], datetime]) -> AbstractContextManager[Checkpoint | None]:
-        """In the body this process alone trains the job, from the checkpoint that it is given, if there is one."""
+        """Train the job in the body, in this process alone, from a checkpoint or None."""
         identity = self.identity
         pod = PodOfJob(identity.pod_uid, identity.attempt, identity.started or now())
         return resumed_attempt(self.workspace, self.fingerprint, pod, now)
 
     def rest_of_attempt(self, now: Callable[[], datetime]) -> AbstractContextManager[None]:
-        """In the body this process does what follows the training: until it ends, the job's attempt has not ended."""
+        """Extend the job's attempt over the body, which follows the training."""
         return reopened(self.workspace, self.identity.pod_uid, now)
 
 

@@ -20,7 +20,7 @@ def resumed_attempt(
     pod: PodOfJob,
     now: Callable[[], datetime],
 ) -> Iterator[Checkpoint | None]:
-    """Run the body as the workspace's only attempt, with the checkpoint from which it resumes; None without one.
+    """Run the body as the workspace's only attempt, with the checkpoint that it resumes from, or None.
 
     Raises StepFailure: UNREACHABLE while another attempt runs, BAD_CONFIGURATION if the checkpoint is of another run,
     RETRIES_EXHAUSTED after too many attempts that were killed at this checkpoint.
@@ -47,7 +47,7 @@ def reopened(workspace: WorkspaceLayout, pod_uid: str, now: Callable[[], datetim
 def agreed_checkpoint(
     ranks: Ranks, fingerprint: str, checkpoint: Checkpoint | None, checkpoints: Path
 ) -> Checkpoint | None:
-    """The checkpoint that the main process has chosen, which passes it as `checkpoint`; others read it themselves.
+    """The checkpoint that the main process has chosen. It passes it as `checkpoint`, and others read it.
 
     Raises StepFailure (BAD_CONFIGURATION) if this rank's fingerprint differs: it would compute another run.
     """

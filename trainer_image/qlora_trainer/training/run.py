@@ -1,4 +1,4 @@
-"""A run of the training loop: what is fixed, what changes, and its progress record."""
+"""A run of the training loop: its fixed parts, its progress, and its record."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

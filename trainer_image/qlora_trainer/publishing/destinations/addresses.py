@@ -1,4 +1,4 @@
-"""Opens the destinations that the addresses of a job's spec name, and checks them before anything is trained."""
+"""Opens the destinations of a job by their addresses, and checks them early."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource, Volu
 from qlora_api.spec.output import OutputSpec
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.credentials import Secret
-from qlora_trainer.core.paths import confined
+from qlora_trainer.core.paths import confine
 from qlora_trainer.publishing.destinations.bucket import ObjectDestination
 from qlora_trainer.publishing.destinations.destination import Destination, reject_occupied
 from qlora_trainer.publishing.destinations.hub import HubDestination
@@ -53,7 +53,7 @@ class JobDestinations:
             return self._at(address)
         root = self.workspace.root
         uri = f"{self.workspace_uri}/{folder.relative_to(root)}"
-        return VolumeFolder(confined(folder, root), uri, owner=self.owner)
+        return VolumeFolder(confine(folder, root), uri, owner=self.owner)
 
     def _at(self, address: str) -> Destination:
         return open_destination(
@@ -91,8 +91,8 @@ def check_destination(
 ) -> None:
     """Raise StepFailure if the publisher could not publish there: not allowed, occupied, or no right to write.
 
-    For the prepare step, before a GPU is used. What it does not know yet of the publisher is not compared: any run of
-    the job counts as its own, and any base before its own is made.
+    For the prepare step, before a GPU is used. Unknown parts of the publisher are not compared: any run of the job
+    counts as the same, and any base before the job's is made.
     `secret` is None where the step is not given the credentials, by an operator of the first contract; then only what
     needs none is checked.
     """
@@ -113,4 +113,4 @@ def check_destination(
 
 def _volume_folder(source: VolumeSource, mounts: Mounts, owner: str) -> VolumeFolder:
     root = mounts.volume(VolumeSource(source.claim))
-    return VolumeFolder(confined(root / source.path, root), str(source), owner=owner)
+    return VolumeFolder(confine(root / source.path, root), str(source), owner=owner)
