@@ -207,7 +207,7 @@ def _show_labels(metrics: Metrics) -> None:
 
 
 def _cardinality() -> Iterator[str]:
-    """What the number of series is bounded by."""
+    """The bound of the number of series."""
     yield (
         f"Metrics with the label `name` are those of one running job: {SERIES_PER_RUNNING_JOB} series at most while it "
         "prepares, trains or publishes, and none when it waits, is suspended or has ended. Of at most "
@@ -328,7 +328,7 @@ def _type(field: Schema, path: str) -> str:
 
 
 def _range(field: Schema) -> str:
-    """The bounds that somebody could meet: 2^31 and beyond only keep numbers exact."""
+    """The bounds that a user could meet: 2^31 and beyond only keep numbers exact."""
     low, high = field.get("minimum", field.get("exclusiveMinimum")), field.get("maximum", field.get("exclusiveMaximum"))
     if high is None or high is True or high >= 2**31 - 1:
         return "" if not low or low is True else f", {low} or more"

@@ -45,7 +45,7 @@ Hit = tuple[str, int, str, str]
 
 
 def prose(path: Path) -> str:
-    """The text of a file, on its own line numbers; lines of code are empty."""
+    """The text of a file, on its line numbers; lines of code are empty."""
     text = path.read_text()
     if path.suffix == ".md":
         return _FENCE.sub(lambda block: "\n" * block[0].count("\n"), text)
