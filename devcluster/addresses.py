@@ -1,4 +1,4 @@
-"""Names and addresses of the cluster: change them here when they collide with a machine's own network."""
+"""Names and addresses of the cluster: change them here when they collide with a machine's network."""
 
 import random
 import socket
@@ -8,7 +8,7 @@ from devcluster.errors import ClusterError
 
 NODE = "devcluster"
 BRIDGE = "qlora0"
-# The bridge is also the node's and the API server's address, so nothing listens on the machine's own network.
+# The bridge is also the node's and the API server's address, so nothing listens on the machine's network.
 BRIDGE_ADDRESS = "10.244.0.1"
 POD_SUBNET = "10.244.0.0/24"
 SERVICE_SUBNET = "10.96.0.0/24"

@@ -28,7 +28,7 @@ class FilePod:
         self._run("cp", f"{self.name}:/volume/{source}", str(target))
 
     def run(self, *command: str) -> str:
-        """What a command in the pod prints."""
+        """The output of a command in the pod."""
         return self._run("exec", self.name, "--", *command)
 
     def _run(self, *arguments: str) -> str:
