@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,27 +21,6 @@ def rows(name: str) -> list[tuple[str, str]]:
         assert (system["role"], user["role"], assistant["role"]) == ("system", "user", "assistant")
         pairs.append((user["content"], assistant["content"]))
     return pairs
-
-
-def generate(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(DEMO / "generate.py"), *arguments], capture_output=True, text=True, check=False
-    )
-
-
-def test_the_committed_files_are_what_the_generator_makes() -> None:
-    result = generate("--check")
-    assert result.returncode == 0, result.stderr
-
-
-def test_the_check_names_a_file_that_differs_and_changes_nothing(tmp_path: Path) -> None:
-    shutil.copy(DEMO / "train.jsonl", tmp_path)
-    (tmp_path / "held-out.jsonl").write_text("{}\n", encoding="utf-8")
-    result = generate("--check", "--folder", str(tmp_path))
-    assert result.returncode == 1
-    assert "held-out.jsonl" in result.stderr
-    assert "train.jsonl" not in result.stderr
-    assert (tmp_path / "held-out.jsonl").read_text(encoding="utf-8") == "{}\n"
 
 
 def test_the_sets_have_the_size_that_the_demo_promises() -> None:

@@ -34,7 +34,7 @@ class Checkout:
             file.touch()
         names = ("python", "ruff", "mypy", "lint-imports", "deptry")
         programs = [folder / ".venv" / "bin" / name for name in names]
-        for program in (*programs, uv, self._cache / "plugin-venv" / "bin" / "python"):
+        for program in (*programs, uv):
             program.parent.mkdir(parents=True, exist_ok=True)
             program.write_text(PROGRAM.format(behavior=behavior))
             program.chmod(0o755)
@@ -110,13 +110,3 @@ def test_ctrl_c_ends_it_and_what_is_built_beside_it(tmp_path: Path) -> None:
     assert checkout.make().returncode != 0
     assert checkout.suites() == SUITES[:1]
     eventually(lambda: not (tmp_path / "building").exists(), seconds=10, every=0.01, what="the end of the build")
-
-
-def test_the_plugin_is_packed_from_the_code_of_now(tmp_path: Path) -> None:
-    """What uv has installed of a project it keeps as long as pyproject.toml is the same."""
-    checkout = Checkout(tmp_path, "")
-    done = checkout.make("plugin", "ADDRESS=https://example.org")
-    assert done.returncode == 0, done.stdout + done.stderr
-    installs, packs = checkout.calls.read_text().splitlines()
-    assert "uv sync --locked --no-editable --reinstall-package qlora-operator " in installs
-    assert packs.startswith("python krew/plugin.py ")
