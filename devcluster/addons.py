@@ -71,5 +71,5 @@ def set_gpus(kubectl: Kubectl, count: int) -> None:
 
 
 def gpus(kubectl: Kubectl) -> int:
-    """How many GPUs the scheduler may hand out."""
+    """The number of GPUs that the scheduler may assign."""
     return int(kubectl.get("node", addresses.NODE)["status"].get("allocatable", {}).get(addresses.GPU_RESOURCE, 0))

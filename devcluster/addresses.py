@@ -20,7 +20,7 @@ LOOPBACK = "127.0.0.1"
 CHAIN_PREFIX = "QLORA-"
 # Of netfilter: where new connections of pods wait for a verdict. Other programs like 0 and 100.
 POLICY_QUEUE = 24_410
-# Below the ports that the kernel gives to outgoing connections, one of which could take a port between choice and use.
+# Below the kernel's ports for outgoing connections: such a connection could take a port between choice and use.
 _CHOSEN_PORTS = range(20_000, 30_000)
 GPU_RESOURCE = "nvidia.com/gpu"
 CONTAINERD_NAMESPACE = "k8s.io"

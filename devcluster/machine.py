@@ -102,7 +102,7 @@ def bridge_links() -> list[str]:
 
 
 def mounts() -> list[str]:
-    """Mount points, in the order in which they were mounted."""
+    """Mount points, in the order of mounting."""
     # proc_pid_mountinfo(5): the fifth field, with space, tab, newline and backslash as octal escapes.
     lines = Path("/proc/self/mountinfo").read_text().splitlines()
     return [re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), line.split(" ")[4]) for line in lines]

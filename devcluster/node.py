@@ -74,7 +74,7 @@ def ctr(layout: Layout, *arguments: str, seconds: float = 600) -> str:
 
 
 def remove_containers(layout: Layout) -> None:
-    """End and remove every container that containerd knows."""
+    """End and remove every container of containerd."""
     for task in ctr(layout, "tasks", "list", "--quiet").split():
         ctr(layout, "tasks", "delete", "--force", task, seconds=60)
     for container in ctr(layout, "containers", "list", "--quiet").split():

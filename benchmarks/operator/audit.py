@@ -66,6 +66,6 @@ def parse(lines: Iterable[bytes], agents: tuple[str, ...] = OPERATOR_AGENTS) -> 
 
 
 def by_call(found: Iterable[Request], per: float) -> dict[str, float]:
-    """How many there are of each, divided by `per`, in alphabetical order."""
+    """The number of each, divided by `per`, in alphabetical order."""
     counts = Counter(request.call for request in found)
     return {call: round(count / per, 3) for call, count in sorted(counts.items())}

@@ -38,7 +38,7 @@ _RUNNING = "running"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of the command line."""
     parser.add_argument(
-        "--cleaned-up", type=int, default=4000, help="finished jobs of which nothing else is left (%(default)s)"
+        "--cleaned-up", type=int, default=4000, help="finished jobs without Jobs and pods (%(default)s)"
     )
     parser.add_argument("--kept", type=int, default=1000, help="finished jobs with Jobs and pods (%(default)s)")
     parser.add_argument("--running", type=int, default=200, help="jobs that train (%(default)s)")

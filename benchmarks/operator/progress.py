@@ -83,7 +83,7 @@ async def all_report(client: Client, jobs: int, selector: str = "") -> bool:
 
 
 def status_writes(requests: Iterable[audit.Request]) -> dict[str, float]:
-    """How often a status was written in ten seconds, in the mean and of the busiest job, and the shortest pause.
+    """Status writes in ten seconds, in the mean and of the busiest job, and the shortest pause.
 
     The rate of a job is that between its first write and its last.
     """

@@ -36,7 +36,7 @@ def end(load: str) -> str:
 
 
 def write(load: str, tables: str, page: Path = PAGE, command: str = "") -> None:
-    """Put the tables into the page, in place of those that are there."""
+    """Put the tables into the page, in place of the earlier ones."""
     first = begin(load, command)
     before, rest = page.read_text().split(first)
     page.write_text(f"{before}{first}\n{tables}\n{end(load)}{rest.split(end(load))[1]}")
