@@ -29,7 +29,7 @@ class QLoRAClient:
     """Creates QLoRAJobs and follows them, in a cluster or on this machine.
 
     Methods raise ValueError for arguments that cannot be right, TimeoutError, OSError for a file of this machine, and
-    RuntimeError for everything else; the message is one sentence with what to do. What is waited for is logged by the
+    RuntimeError for everything else; the message is one sentence with the remedy. Reasons for waiting are logged by the
     logger `qlora_client`.
     """
 
@@ -70,7 +70,7 @@ class QLoRAClient:
         labels: Mapping[str, str] | None = None,
         annotations: Mapping[str, str] | None = None,
     ) -> str:
-        """Create a job, and return its name at once.
+        """Create a job, and return its name without waiting.
 
         Args:
             spec: The job, of the models of `qlora_api`. Only the fields that are set are sent.
@@ -120,7 +120,7 @@ class QLoRAClient:
         Args:
             name: The job.
             step: Only those of this step.
-            follow: Wait for what is yet to come, also for pods that have not started, until the job has ended.
+            follow: Wait for further lines, also of pods that have not started, until the job has ended.
 
         Raises:
             ValueError: There is no such step.
@@ -152,8 +152,8 @@ class QLoRAClient:
             name: The job.
             status: The phases.
             timeout: For how many seconds to wait.
-            polling_interval: Seconds between two looks. A cluster that cannot be reached is asked again.
-            callbacks: Called with the job at each look.
+            polling_interval: Seconds between two reads. A cluster that cannot be reached is retried.
+            callbacks: Called with the job at each read.
 
         Raises:
             ValueError: A phase that does not exist, or seconds that make no sense.
@@ -206,7 +206,7 @@ class QLoRAClient:
         tokens: int | None = None,
         gpu_hour_price: str | None = None,
     ) -> Plan:
-        """What the job is expected to need, before it is created; nothing is sent to the cluster.
+        """The expected needs of a job, before it is created; nothing is sent to the cluster.
 
         Args:
             spec: The job. With spec.resources.gpuMemory it is judged whether it fits.
@@ -256,7 +256,7 @@ class QLoRAClient:
         return draw_histories(self.compare(*names).histories, _new_axes() if axes is None else axes)
 
     def compare(self, *names: str) -> Comparison:
-        """The settings in which jobs differ, what came of each, and their losses.
+        """The different settings of jobs, their results, and their losses.
 
         Losses of a cluster's jobs are read from their logs or, once these are gone, from their workspaces through a
         short-lived pod for each claim; what cannot be read is logged and left out.
