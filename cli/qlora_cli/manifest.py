@@ -72,7 +72,7 @@ def _load(path: Path) -> tuple[Document, str]:
 
 
 def load_job(path: Path, instead: str) -> QLoRAJobDocument:
-    """The same for a QLoRAJob only: a QLoRASweep is rejected, with `instead` as the remedy."""
+    """The same where a QLoRASweep is rejected, with `instead` as what to do."""
     document = load_manifest(path)
     if isinstance(document, QLoRASweepDocument):
         raise ManifestError(f"{path}: found a QLoRASweep, must be a QLoRAJob: {instead}")

@@ -86,7 +86,7 @@ def _load(file: Path) -> Document:
 
 
 def _load_job(file: Path, instead: str) -> QLoRAJobDocument:
-    """The job. For a sweep, the program ends with `instead` as the remedy."""
+    """The job, or the end with `instead` as what to do with a sweep."""
     try:
         return load_job(file, instead)
     except ManifestError as error:
@@ -298,7 +298,7 @@ def _display(run: LocalRun, console: Console, bar: Progress, *, named: bool, out
 
 
 def _problems(run: LocalRun, *, named: bool) -> list[str]:
-    """Reasons that prevent the job from running here, one sentence each; `named`: beginning with the job's name."""
+    """What keeps the job from running here, one sentence each, which begins with its name if it is to be `named`."""
     if (nodes := run.document.spec.resources.node_count) > 1:
         found = [f"spec.resources.nodes is {nodes}, and this command runs a job on one machine: remove it from FILE"]
     else:

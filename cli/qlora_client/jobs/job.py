@@ -67,7 +67,7 @@ class Job:
 
     @property
     def trained_by_uid(self) -> str:
-        """UID of the job whose pod trains it: this one, or the leader of its group."""
+        """UID of the job whose pod trains it: its own, or that of the leader of its group."""
         return str((self.status.get("group") or {}).get("leaderUid") or self.uid)
 
     @property

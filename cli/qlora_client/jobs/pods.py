@@ -71,7 +71,7 @@ class Pod:
 
 
 def pods_of(cluster: Cluster, job: Job) -> list[Pod]:
-    """The pods that report on the job, oldest first: also those of another job of its group that trains it.
+    """The pods that report on the job, oldest first: its own, and those in which another job of its group trains it.
 
     Of several that train together, the first.
     """
