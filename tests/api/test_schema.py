@@ -98,10 +98,6 @@ REJECTED = {
         with_value(COMPARED, "spec.training", {"objective": "orpo", "preference": {"labelSmoothing": 0.1}}),
         "training.preference.labelSmoothing is for objective dpo",
     ),
-    "a reference that the run does not begin with": (
-        with_value(COMPARED, "spec.lora", {"initialization": "loftq"}),
-        "training.objective dpo is measured against the base without the adapter",
-    ),
     "pairs trained on with their prompts": (
         with_value(COMPARED, "spec.training.trainOn", "all"),
         "set training.trainOn to completion",
@@ -293,10 +289,6 @@ REJECTED = {
         with_value(MINIMAL, "spec.lora.from", {"source": "hf://org/adapter@main"}),
         "must be pvc://CLAIM/PATH, s3://BUCKET/PATH, gs://BUCKET/PATH, az://CONTAINER/PATH, hf://ORG/NAME (or @COMMIT)",
     ),
-    "two initializations": (
-        with_value(MINIMAL, "spec.lora", {"from": {"source": "pvc://a/b"}, "initialization": "loftq"}),
-        "initialization: loftq and from both say how the adapter is initialized",
-    ),
     "a group of one": (with_value(GROUPED, "spec.group.size", 1), "spec.group.size"),
     "a group of seventeen": (with_value(GROUPED, "spec.group.size", 17), "spec.group.size"),
     "a group without a name": (without(GROUPED, "spec.group.name"), "spec.group.name"),
@@ -313,7 +305,6 @@ REJECTED = {
             ("lora.dropout", 0.1, "lora.dropout"),
             ("lora.useDora", True, "lora.useDora"),
             ("lora.modulesToSave", ["embed_tokens"], "lora.modulesToSave"),
-            ("lora.initialization", "loftq", "lora.initialization"),
             ("training.autoMicroBatch", True, "training.autoMicroBatch"),
             ("training.objective", "orpo", "training.objective"),
         )
@@ -374,10 +365,6 @@ REJECTED = {
     "a GGUF file of fully trained modules": (
         with_value(CONVERTED, "spec.lora.modulesToSave", ["lm_head"]),
         "output.gguf is not possible with lora.modulesToSave, as llama.cpp loads no fully trained modules",
-    ),
-    "a GGUF file of a LoftQ adapter": (
-        with_value(CONVERTED, "spec.lora.initialization", "loftq"),
-        "such an adapter also corrects the rounding of its own 4-bit base",
     ),
     "a GGUF file in 2 bits": (with_value(CONVERTED, "spec.output.gguf.type", "q2_k"), "spec.output.gguf.type"),
     "an announcement to no ConfigMap": (
