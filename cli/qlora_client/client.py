@@ -62,7 +62,7 @@ class QLoRAClient:
         sleep: Callable[[float], None] = time.sleep,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Nothing is sent yet.
+        """Connect; sends nothing yet.
 
         Args:
             backend_config: The cluster; the kubeconfig's current context if not set.
@@ -151,7 +151,7 @@ class QLoRAClient:
         return (line.text for line in read_logs(self._cluster, name, steps, follow=follow, say=_LOGGER.info))
 
     def get_job_events(self, name: str) -> list[Event]:
-        """What the operator has noted of the job, oldest first; a cluster keeps it for an hour or so.
+        """The operator's Events about the job, oldest first; a cluster keeps them for an hour or so.
 
         Raises:
             RuntimeError: There is no such job, or its Events cannot be read.
@@ -229,7 +229,7 @@ class QLoRAClient:
         """The expected needs of a job, before it is created; nothing is sent to the cluster.
 
         Args:
-            spec: The job. With spec.resources.gpuMemory it is judged whether it fits.
+            spec: The job. With spec.resources.gpuMemory the plan has a verdict.
             config: The model's config.json; fetched for a model of the hub.
             gpu_tflops: Speed of the GPU in dense bfloat16, in 10^12 operations per second, for the forecast.
             tokens: Tokens of one epoch, for the forecast; not needed with spec.training.maxSteps.
