@@ -34,15 +34,6 @@ API = (
         new='(".spec.model.source",),',
         tests=(f"{_API_TESTS}/test_crd.py::test_jobs_can_be_selected_by_model_and_by_phase",),
     ),
-    Mutant(
-        name="capped-scores-take-half-the-memory",
-        file=f"{_CONTRACT}/memory/estimate.py",
-        old="_BYTES_PER_CAPPED_SCORE = 26",
-        new="_BYTES_PER_CAPPED_SCORE = 13",
-        tests=(
-            f"{_API_TESTS}/test_memory.py::test_capped_attention_scores_take_26_bytes_each_for_256_queries_at_a_time",
-        ),
-    ),
 )
 
 OPERATOR = (

@@ -30,7 +30,7 @@ from tests.support.tiny import SHAPE, save_model
 
 def loss_of(model: Any, seed: int = 1) -> torch.Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        return batch_loss(model.get_base_model(), Batch.of([random_sequence((9, 14, 5), seed)], CPU))
+        return batch_loss(model.get_base_model(), Batch.from_sequences([random_sequence((9, 14, 5), seed)], CPU))
 
 
 def copied(model: Path, folder: Path) -> Path:
@@ -141,7 +141,7 @@ def test_rows_of_the_quantized_model_do_not_see_each_other(tiny_llama: Path) -> 
     only_second_row[:20] = -100
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         losses = [
-            batch_loss(model.get_base_model(), Batch.of([type(first)(ids, labels, (20, 12))], CPU)).item()
+            batch_loss(model.get_base_model(), Batch.from_sequences([type(first)(ids, labels, (20, 12))], CPU)).item()
             for ids, labels in ((first.input_ids, only_second_row), (mixed_ids, mixed_labels))
         ]
 
