@@ -186,10 +186,10 @@ def test_the_table_of_many_jobs_shows_the_run_with_the_median_rate() -> None:
     runs += [operator_run("kubeflow-trainer", 20.0)]
     shown = arrival_table.tables({"runs": [*runs, operator_run("operator", 40.0, 1000)]})
     assert (
-        "| 500 jobs created at once | This operator | A script that creates the objects | Kubeflow Trainer |" in shown
+        "| 500 jobs in one burst | This operator | A script that creates the objects | Kubeflow Trainer |" in shown
     )
     assert "| First Jobs per second | 60 | 90 | 20 |" in shown
-    assert "| 1,000 jobs created at once | This operator |\n| --- | --- |\n| First Jobs per second | 40 |" in shown
+    assert "| 1,000 jobs in one burst | This operator |\n| --- | --- |\n| First Jobs per second | 40 |" in shown
     assert "| Seconds until one has it, median / 99th percentile | 1.0 / 60.0 | 1.0 / 90.0 | 1.0 / 20.0 |" in shown
     assert "| all of them | 3.0 |" in shown
     assert "| 500 jobs: ≥ 63 first Jobs per second | 60.0 | missed |" in shown

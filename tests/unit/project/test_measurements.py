@@ -183,7 +183,7 @@ def test_the_goodput_is_that_measured() -> None:
 
 @pytest.mark.parametrize(("objective", "name"), [("dpo", "preference"), ("orpo", "preference-orpo")])
 def test_the_figures_of_preference_tuning_are_those_measured(objective: str, name: str) -> None:
-    page = (ROOT / "docs" / "how-to" / "preference.md").read_text().split("## What it did once")[1]
+    page = (ROOT / "docs" / "how-to" / "preference.md").read_text().split("## One measured result")[1]
     tables = re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE)
     shown = [re.split(r" \| |\| | \|", line)[1:-1] for line in tables[objective == "orpo"].splitlines()]
     measured = result(name)
