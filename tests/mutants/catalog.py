@@ -1389,14 +1389,4 @@ TRAINER = (
     ),
 )
 
-BENCHMARKS = (
-    Mutant(
-        name="the-study-of-quality-runs-rates-that-were-not-chosen",
-        file="benchmarks/quality/plan.py",
-        old="    if set(tried) != set(rates(arm)):\n        return None\n",
-        new="    if not tried:\n        return rates(arm)[0]\n",
-        tests=("tests/unit/project/test_quality.py::test_no_run_on_held_out_rows_has_a_rate_that_was_not_chosen",),
-    ),
-)
-
-MUTANTS = (*API, *OPERATOR, *TRAINER, *BENCHMARKS)
+MUTANTS = (*API, *OPERATOR, *TRAINER)
