@@ -154,29 +154,6 @@ def test_the_failure_of_node_1_is_the_jobs_reason(operated: Nodeless) -> None:
     assert (status["failures"], status.get("disruptions", 0)) == (1, 0)
 
 
-# The same with Kueue itself is in test_kueue.py.
-@pytest.mark.slow
-def test_a_queue_holds_all_pods_of_a_job_and_stops_them_without_cost(operated: Nodeless) -> None:
-    name = start(operated, "nodes-queued", queueName="gpus")
-    operated.wait_for_phase(name, "Queued")
-    assert _set_suspend(operated, f"{name}-train-1", False)
-    pods = running_pods(operated, name, 1)
-    assert _set_suspend(operated, f"{name}-train-1", True)
-    for pod in pods:
-        operated.stop_pod(pod, INTERRUPTED)
-    operated.wait_for_phase(name, "Queued")
-    assert _set_suspend(operated, f"{name}-train-1", False)
-
-    status = train_to_the_end(operated, name, 1)
-
-    assert (status.get("disruptions", 0), status.get("failures", 0)) == (0, 0)
-
-
-def _set_suspend(operated: Nodeless, child: str, value: bool) -> str:
-    change = json.dumps({"spec": {"suspend": value}})
-    return operated.kubectl("patch", "job", child, IN_NAMESPACE, "--type=merge", f"--patch={change}")
-
-
 @pytest.mark.slow
 def test_suspend_stops_all_pods_and_resumes_them_together(operated: Nodeless) -> None:
     name = start(operated, "nodes-suspended")

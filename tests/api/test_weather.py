@@ -8,7 +8,6 @@ import contextlib
 import itertools
 import json
 import signal
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -265,16 +264,6 @@ def test_an_outage_ends_nothing_and_loses_nothing(site: Site, kind: str, elected
         # At most one for the lists and, as the errors say so too, one for the rights.
         assert sum("cannot be listed" in line for line in said) <= 2, said
         assert sum("Request attempt" in line for line in said) <= 6, said
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "elected"), [*OUTAGES, ("silence", False), ("silence", True)])
-@pytest.mark.timeout(1200)
-def test_ten_minutes_of_outage_end_nothing_and_lose_nothing(site: Site, kind: str, elected: bool) -> None:
-    with site.operator(resyncSeconds=300, watchSilenceSeconds=75, **settings_of(site, elected)) as operator:
-        end = time.monotonic() + 600
-        live_through(site, operator, kind, lambda: time.monotonic() >= end, seconds=700)
-        assert len(problems(operator)) < 40
 
 
 def test_a_stream_that_ends_breaks_or_falls_silent_is_opened_again(site: Site) -> None:

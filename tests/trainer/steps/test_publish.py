@@ -292,24 +292,6 @@ def test_an_adapter_that_is_not_complete_finite_and_trained_is_rejected(
     assert not (trained.workspace / "adapter").exists()
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("r", 8),
-        ("lora_alpha", 16),
-        ("base_model_name_or_path", "/tmp/model"),
-        ("revision", None),
-        ("task_type", None),
-        ("target_modules", ["q_proj"]),
-        ("auto_mapping", {"base_model_class": "Evil", "parent_library": "evil"}),
-    ],
-)
-def test_a_configuration_that_does_not_describe_the_adapter_is_rejected(trained: Files, key: str, value: Any) -> None:
-    path = trained.workspace / "trained" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    rejected(trained, ExitCode.INTERNAL_ERROR, f"adapter_config.json has {key}")
-
-
 def test_the_steps_before_must_be_done(trained: Files) -> None:
     (trained.workspace / "records" / "train.json").unlink()
     rejected(trained, ExitCode.BAD_CONFIGURATION, "run the train step first")

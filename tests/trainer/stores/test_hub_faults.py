@@ -53,23 +53,6 @@ def of_weights(request: Request) -> bool:
     return request.method == "GET" and request.path.endswith("/model.safetensors")
 
 
-@pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_hub_in_trouble_is_tried_again(
-    make_context: MakeContext, records: Recorded, hub: FakeHub, status: int
-) -> None:
-    hub.reject = lambda _method, _path: Rejection(status)
-    message = rejection(make_context, records, ExitCode.UNREACHABLE)
-    assert message == f"{hub.endpoint} answered HTTP {status} for model hf://acme/tiny"
-
-
-def test_a_hub_that_does_not_answer_is_tried_again(
-    make_context: MakeContext, records: Recorded, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    message = rejection(make_context, records, ExitCode.UNREACHABLE)
-    assert message.startswith("http://127.0.0.1:9 cannot be reached (ConnectError")
-
-
 def test_a_download_goes_on_where_it_was_cut_off(make_context: MakeContext, records: Recorded, hub: FakeHub) -> None:
     """The client writes parts of 10 MB; of the 15 MB that arrive before the cut, the first 10 are kept."""
     save_file(large_weights(weights(hub).parent), weights(hub))
@@ -165,16 +148,4 @@ def test_a_file_of_another_size_than_listed_is_loaded_again(
         in message
     )
     hub.pointers.clear()
-    assert prepare(make_context(MODEL), records).model_revision == COMMIT
-
-
-@pytest.mark.parametrize("more", [-10, 10])
-def test_a_file_of_another_size_than_announced_is_loaded_again(
-    make_context: MakeContext, records: Recorded, hub: FakeHub, proxy: FaultProxy, more: int
-) -> None:
-    content = weights(hub).read_bytes()
-    sent = (content + b" " * 10)[: len(content) + more]
-    proxy.rule = lambda request: Fault(200, body=sent) if of_weights(request) else None
-    rejection(make_context, records, ExitCode.UNREACHABLE)
-    proxy.rule = lambda _request: None
     assert prepare(make_context(MODEL), records).model_revision == COMMIT

@@ -11,7 +11,6 @@ from qlora_trainer.core.completion import RunUsage
 from qlora_trainer.report.resources import estimated_peaks, resources_used
 from qlora_trainer.training.checkpoints import attempts
 from qlora_trainer.training.checkpoints.attempts import (
-    ATTEMPTS_FILE,
     Attempt,
     PodOfJob,
     note_saved,
@@ -96,14 +95,6 @@ def test_an_attempt_notes_when_it_trained_and_saved(tmp_path: Path) -> None:
     assert running.ended is None
     (ended,) = read_attempts(tmp_path)
     assert ended == running.model_copy(update={"ended": "succeeded", "ended_at": "2026-01-02T03:05:05.000Z"})
-
-
-def test_a_run_outlives_the_record_of_its_attempts(tmp_path: Path) -> None:
-    with recorded_attempt(tmp_path, 0, PodOfJob("a", 1, START), lambda: after(60)):
-        (tmp_path / ATTEMPTS_FILE).unlink()
-        note_saved(tmp_path, "a", after(30))
-        assert not (tmp_path / ATTEMPTS_FILE).exists()
-    assert [found.ended for found in read_attempts(tmp_path)] == ["succeeded"]
 
 
 def test_a_full_volume_costs_the_record_of_an_attempt_and_not_the_run(

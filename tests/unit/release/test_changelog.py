@@ -33,10 +33,6 @@ def test_the_newest_section_has_its_date_and_its_entries_by_kind() -> None:
     assert section.entries == (Entry("added", "A field."), Entry("security", "A fix."))
 
 
-def test_a_version_that_is_not_released_has_no_date() -> None:
-    assert changelog.newest(TEXT.replace("2026-12-01", "not yet released")).date is None
-
-
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [

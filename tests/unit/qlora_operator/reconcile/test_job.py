@@ -302,15 +302,6 @@ def test_what_runs_for_a_job_that_waits_for_a_place_is_stopped() -> None:
     assert reason_of(cluster.status) == "JobLimitReached"
 
 
-@pytest.mark.parametrize(("kind", "reason"), [("Job", "JobRejected"), ("PersistentVolumeClaim", "ClaimRejected")])
-def test_an_object_that_the_api_server_rejects_is_reported_in_its_words_and_tried_again(kind: str, reason: str) -> None:
-    cluster = MemoryCluster(job_body(), rejected=(kind,))
-    assert reconcile(cluster) == 5
-    assert (cluster.status.phase, reason_of(cluster.status)) == ("Pending", reason)
-    assert "exceeded quota: team" in message_of(cluster.status)
-    assert cluster.jobs == []
-
-
 @pytest.mark.parametrize("kind", ["Service", "NetworkPolicy"])
 def test_no_train_pod_of_several_nodes_is_created_before_what_connects_them(kind: str) -> None:
     ready = status_in("train", 1, step=step_status("train", jobUid="").dump())

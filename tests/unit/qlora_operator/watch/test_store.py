@@ -60,11 +60,6 @@ def rows(kind: Any, *bodies: Object) -> list[ObjectVersion]:
     return [object_version(kind, body) for body in bodies]
 
 
-def test_a_job_is_held_with_its_children() -> None:
-    store = store_with(("jobs", child("train")), ("pods", pod("train")))
-    assert names(store) == ([f"{NAME}-train-1"], [f"{NAME}-train-1-pod1"])
-
-
 def test_an_older_event_after_the_answer_of_an_own_write_changes_nothing() -> None:
     store = store_with()
     written = status_in("train").dump()
@@ -94,13 +89,6 @@ def test_a_deletion_that_overtakes_the_answer_of_the_creation_is_not_undone() ->
     assert names(store) == ([], [])
 
 
-def test_an_object_that_gets_its_label_back_is_held_again() -> None:
-    store = store_with(("pods", at(11, pod("train"))))
-    store.child_changed("pods", at(12, pod("train")), deleted=True)
-    assert store.child_changed("pods", at(13, pod("train")))
-    assert len(names(store)[1]) == 1
-
-
 @pytest.mark.parametrize("deletion_first", [True, False])
 def test_a_job_of_the_same_name_is_another_job(deletion_first: bool) -> None:
     store = store_with(("jobs", child("train")))
@@ -125,16 +113,6 @@ def test_a_late_event_of_a_deleted_job_does_not_take_the_name_of_the_new_one() -
     held = store.held(KEY)
     assert held is not None
     assert held.body["metadata"]["uid"] == OTHER
-
-
-def test_children_that_are_shown_before_their_job_are_there_with_it() -> None:
-    store = Store()
-    store.child_changed("jobs", child("prepare"))
-    assert store.held(KEY) is None
-    store.job_changed(at(10, job_body()), created=True)
-    held = store.held(KEY)
-    assert held is not None
-    assert (names(store)[0], held.fresh) == ([f"{NAME}-prepare-1"], False)
 
 
 @pytest.mark.parametrize(("created", "fresh"), [(True, True), (False, False)])
