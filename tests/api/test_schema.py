@@ -199,7 +199,7 @@ def test_a_change_of_a_created_job_is_rejected_with_what_to_do(plane: ControlPla
         "labels",
     ],
 )
-def test_what_may_change_may_change(plane: ControlPlane, manifest: Manifest) -> None:
+def test_mutable_fields_can_be_updated(plane: ControlPlane, manifest: Manifest) -> None:
     changed = apply(plane, manifest)
     for field in (
         "suspend",

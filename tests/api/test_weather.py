@@ -414,7 +414,7 @@ def test_it_waits_for_the_definition_of_its_release(site: Site) -> None:
         site.plane.kubectl("apply", f"--filename={path}")
 
 
-def test_an_older_definition_applied_under_it_stops_the_writing_until_the_right_one_is_back(site: Site) -> None:
+def test_an_older_definition_stops_status_writes_until_the_right_one_is_back(site: Site) -> None:
     path = ROOT / "crds" / "qlorajobs.qlora.dev.yaml"
     older = yaml.safe_load(path.read_text())
     properties = older["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]

@@ -9,7 +9,6 @@ from tests.cluster.environment import Object, Tenant, tiny_job
 from tests.support.waiting import eventually
 
 
-
 def test_everything_runs_in_restricted_namespaces(tenant: Tenant) -> None:
     name = tenant.apply(tiny_job("restricted"))
     eventually(lambda: tenant.children(name, "pods"), seconds=60, what="a pod of the job")

@@ -182,7 +182,7 @@ def test_the_report_shows_the_run(finished: Files) -> None:
     assert summary["dataset"]["usedRows"] == 30
 
 
-def test_the_page_beside_the_adapter_shows_rows_of_the_data_only_if_the_job_wants_that(trained: Files) -> None:
+def test_the_published_page_shows_rows_of_the_data_only_with_report_full(trained: Files) -> None:
     prompt = "List the pods of namespace"
     assert prompt in (trained.workspace / "report" / "samples.json").read_text()
     record = published(trained)

@@ -97,7 +97,7 @@ def test_training_lowers_both_losses_and_records_its_results(workspace: Prepare)
     assert last["evalLoss"] == nine_digits(record.eval_loss)
 
 
-def test_the_losses_at_the_rungs_of_a_sweep_are_in_every_later_record_and_its_page_shows_a_stopped_run(
+def test_records_have_the_losses_at_rungs_and_the_sweeps_page_a_stopped_run(
     workspace: Prepare,
 ) -> None:
     context = workspace()

@@ -169,7 +169,7 @@ def test_an_event_ends_the_pause_after_a_failure() -> None:
     assert schedule.take(0.5) == A
 
 
-def test_a_request_made_during_an_attempt_that_fails_is_served_by_the_retry_and_not_once_more() -> None:
+def test_a_request_during_a_failing_attempt_is_served_by_its_retry_only() -> None:
     schedule = Schedule()
     schedule.add(A, 0)
     schedule.take(0)
@@ -208,7 +208,7 @@ def test_new_jobs_come_first_and_some_workers_are_kept_for_the_rest() -> None:
     assert [schedule.take(1) for _ in range(5)] == [*new[5:], rest[2], None]
 
 
-def test_a_key_that_waits_among_the_rest_goes_first_once_it_is_asked_for_so_and_once_only() -> None:
+def test_a_waiting_key_that_becomes_urgent_goes_first_once() -> None:
     schedule = Schedule(reserved=0)
     schedule.add(A, 0)
     schedule.add(B, 0)
