@@ -6,7 +6,8 @@ The same with Kueue itself is in test_kueue.py.
 import json
 
 from tests.support.manifests import MINIMAL
-from tests.support.nodeless import NAMESPACE, STEPS, Nodeless
+from tests.support.nodeless import NAMESPACE, Nodeless
+from tests.support.played import STEPS
 from tests.support.waiting import eventually
 
 IN_NAMESPACE = f"--namespace={NAMESPACE}"

@@ -21,6 +21,7 @@ from qlora_cli.local.run import Ended
 from qlora_trainer.core.completion import PublishRecord, read_completion
 from qlora_trainer.core.cpu import preloaded_allocator
 from tests.support.command import SPEC, Files, new_files, qlora
+from tests.support.model_configs import LLAMA_3_8B
 
 MANIFEST = """\
 apiVersion: qlora.dev/v1alpha1
@@ -46,15 +47,6 @@ LLAMA_65B = {
     "intermediate_size": 22016,
     "num_attention_heads": 64,
     "vocab_size": 32000,
-}
-LLAMA_8B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
 }
 
 
@@ -121,7 +113,7 @@ def test_several_errors_are_reported_at_once(tmp_path: Path) -> None:
 def planned(tmp_path: Path, *arguments: str, training: str = "") -> "subprocess.CompletedProcess[str]":
     """`qlora plan` of an 8B model."""
     (tmp_path / "job.yaml").write_text(MANIFEST + training)
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
     return qlora("plan", str(tmp_path / "job.yaml"), "--config", str(tmp_path / "config.json"), *arguments)
 
 

@@ -39,9 +39,9 @@ from qlora_trainer.steps.train import train
 from qlora_trainer.stores.contents import describe_files
 from tests.support.bad_disk import bad_disk
 from tests.support.command import Done, new_files
-from tests.support.fake_hub import FakeHub, Rejection, serve
+from tests.support.fake_hub import FakeHub, Rejection
 from tests.support.four_bit import quantized, settings
-from tests.support.hub_jobs import MODEL
+from tests.support.hub_jobs import MODEL, tiny_hub
 from tests.support.mxfp4 import save_gpt_oss
 from tests.support.tiny import Recorded, chat_row, write_rows
 from tests.support.waiting import eventually
@@ -54,13 +54,8 @@ JobOf = Callable[..., StepContext]
 @pytest.fixture
 def hub(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """A hub with the model acme/tiny."""
-    shutil.copytree(tiny_llama, tmp_path / "hub" / "tiny")
-    write_rows(tmp_path / "data" / "train.jsonl", [chat_row("Which pods?", "kubectl get pods")])
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(cached_base, "_WAIT_SECONDS", 0.02)
-    with serve(FakeHub({"models/acme/tiny": tmp_path / "hub" / "tiny"})) as served:
-        monkeypatch.setenv("HF_ENDPOINT", served.endpoint)
+    with tiny_hub(tmp_path, tiny_llama, monkeypatch) as served:
         yield served
 
 

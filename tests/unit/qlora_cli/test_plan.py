@@ -14,6 +14,7 @@ from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.training import LoraSpec
 from qlora_cli.local.plan import make_plan, show_plan
 from qlora_trainer.core.failures import StepFailure
+from tests.support.model_configs import SMALL_LLAMA
 
 SPEC = QLoRAJobSpec.model_validate(
     {
@@ -50,16 +51,6 @@ def test_without_the_trainer_the_memory_of_such_a_model_is_unknown(tmp_path: Pat
     ]
 
 
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 4096,
-    "num_hidden_layers": 2,
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_attention_heads": 8,
-}
-
-
 def shown(spec: QLoRAJobSpec, config: Path) -> str:
     output = io.StringIO()
     show_plan(make_plan("tiny", spec, config, None), Console(file=output, width=400))
@@ -69,7 +60,7 @@ def shown(spec: QLoRAJobSpec, config: Path) -> str:
 @pytest.mark.usefixtures("_no_trainer")
 @pytest.mark.parametrize("lora", [{"useDora": True}, {"modulesToSave": ["lm_head"]}, {"layersToTransform": [1]}])
 def test_without_the_trainer_a_plan_says_for_which_settings_it_is_rough(tmp_path: Path, lora: dict[str, Any]) -> None:
-    config = written(tmp_path, **LLAMA)
+    config = written(tmp_path, **SMALL_LLAMA)
     rough = SPEC.model_copy(update={"lora": LoraSpec.model_validate(lora)})
     assert "This is rough" in shown(rough, config)
     assert "run `pip install '.[cli,trainer]'` in a checkout" in shown(rough, config)
@@ -87,7 +78,7 @@ BAMBA = {"model_type": "bamba"}
 
 @pytest.mark.usefixtures("_no_trainer")
 def test_a_plan_of_a_job_that_continues_a_run_advises_no_other_settings(tmp_path: Path) -> None:
-    large = {**LLAMA, "num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672}
+    large = {**SMALL_LLAMA, "num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672}
     config, settings = written(tmp_path, **large), {"continues": "earlier", "training": {"microBatchSize": 4}}
     output = shown(SPEC.model_validate(SPEC.dump() | settings), config)
     assert "exceeds: the run cannot fit on a GPU of 24 GiB" in output
@@ -101,7 +92,7 @@ def test_a_plan_says_what_one_row_a_sequence_costs(tmp_path: Path) -> None:
     text = shown(SPEC, written(tmp_path, **BAMBA))
     assert "One row a sequence: packing is off, because models of type bamba cannot keep packed rows apart." in text
     assert "A step has 16 rows (training.gradientAccumulationSteps) and at most 8192 tokens" in text
-    assert "One row" not in shown(SPEC, written(tmp_path, **LLAMA))
+    assert "One row" not in shown(SPEC, written(tmp_path, **SMALL_LLAMA))
 
 
 @pytest.mark.usefixtures("_no_trainer")
