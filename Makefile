@@ -98,7 +98,7 @@ $(VENV)/bin/ruff format --check
 $(VENV)/bin/mypy
 $(VENV)/bin/lint-imports
 $(VENV)/bin/deptry crds cli operator trainer_image
-$(VENV)/bin/deptry --ignore DEP002,DEP004 benchmarks devcluster docs examples gitops helm krew release tests
+$(VENV)/bin/deptry --ignore DEP002,DEP004 benchmarks devcluster docs examples gitops helm release tests
 $(DEVCLUSTER) build vale > /dev/null
 $(PYTHON) -m docs.words
 $(PYTHON) -m pytest -q -rfEs $(TOGETHER) tests/unit
@@ -146,13 +146,6 @@ release-check: $(VENV)/.synced ## Print what a release of this checkout would la
 .PHONY: families
 families: $(VENV)/.synced ## Probe all model families of transformers, and write the page of those that are trained
 	@CUDA_VISIBLE_DEVICES= $(PYTHON) -m docs.families
-
-# Its own environment: the archive has all that is installed where it is built, and PyTorch is. What uv has installed of
-# the project it keeps as long as pyproject.toml is the same, whatever has changed in the code.
-.PHONY: plugin
-plugin: $(UV) ## Build the archive of the kubectl plugin for this platform and krew's manifest of it, into dist/
-	@UV_PROJECT_ENVIRONMENT=$(CACHE)/plugin-venv $(UV) sync --locked --no-editable --reinstall-package qlora-operator --extra cli --extra client --extra stores --extra plugin --python '>=3.11,<3.14' $(QUIETLY)
-	$(CACHE)/plugin-venv/bin/python krew/plugin.py $(or $(DIST),dist) --address $(or $(ADDRESS),$(error set ADDRESS to the URL below which the archive is published))
 
 .PHONY: images
 images: $(VENV)/.synced ## Build the operator's and the trainer's image

@@ -56,8 +56,6 @@ TOOLS = {
     "coredns": Tool("coredns", "github.com/coredns/coredns"),
     "local-path-provisioner": Tool("local-path-provisioner", "github.com/rancher/local-path-provisioner"),
     "helm": Tool("helm", "helm.sh/helm/v4/cmd/helm", ("helm.sh/helm/v4/internal/version",)),
-    "kubectl-krew": Tool("krew", "sigs.k8s.io/krew/cmd/krew"),
-    "validate-krew-manifest": Tool("krew", "sigs.k8s.io/krew/cmd/validate-krew-manifest"),
     # What a release is checked with.
     "actionlint": Tool("actionlint", "github.com/rhysd/actionlint/cmd/actionlint"),
     "helm-docs": Tool("helm-docs", "github.com/norwoodj/helm-docs/cmd/helm-docs"),

@@ -67,7 +67,7 @@ def with_images(values: str, images: Sequence[Artifact]) -> str:
 
 
 def annotations(changes: Section, images: Sequence[Artifact]) -> dict[str, str]:
-    """What Artifact Hub shows of this release (artifacthub.io, "Helm annotations")."""
+    """The annotations that Artifact Hub shows of this release (artifacthub.io, "Helm annotations")."""
     listed = [
         {"name": image.name, "image": f"{image.repository}:{image.version}@{image.digest}"}
         for image in sorted(images, key=lambda image: image.name)

@@ -1,4 +1,4 @@
-"""What the command line reports in one message instead of a traceback."""
+"""Errors that the command line reports in one message instead of a traceback."""
 
 
 class ReleaseError(Exception):

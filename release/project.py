@@ -1,4 +1,4 @@
-"""What is released: the version and commit of this checkout, and the names that things get in a registry."""
+"""The version and commit of this checkout, and the names that a release gets in a registry."""
 
 import re
 import tomllib

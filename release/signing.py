@@ -119,7 +119,7 @@ class Cosign:
     program: Path
 
     def key_pair(self, folder: Path, password: str, registry: str | None = None) -> KeyPair:
-        """The key pair in a folder, made when there is none and nobody else reads the registry.
+        """The key pair in a folder, made when there is none and no other user reads the registry.
 
         Raises ReleaseError for a registry of others: users have the public part of one key, and not of a new one.
         """

@@ -13,7 +13,7 @@ _IMAGE = re.compile(r"^\s*(?:container|image): *([^\s{]+)$")
 
 
 def unpinned(workflow: str) -> list[str]:
-    """Lines that run what somebody could replace: an action without commit and version, an image without digest."""
+    """Lines that run what another user could replace: an action without commit and version, an image without digest."""
     found = []
     for number, line in enumerate(workflow.splitlines(), 1):
         if (used := _USES.match(line)) and not used[1].startswith("./"):
@@ -32,7 +32,7 @@ def files(root: Path = ROOT) -> list[Path]:
 
 
 def findings(root: Path = ROOT) -> list[str]:
-    """What is not pinned, by file."""
+    """The lines that are not pinned, by file."""
     return [f"{path.relative_to(root)}, {finding}" for path in files(root) for finding in unpinned(path.read_text())]
 
 

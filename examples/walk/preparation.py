@@ -1,4 +1,4 @@
-"""What is in the cluster and in the folder before the walk begins: a namespace, a base model, data and values."""
+"""Puts a namespace, a base model, data and values into cluster and folder before the walk begins."""
 
 import json
 import shutil

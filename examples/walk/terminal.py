@@ -1,4 +1,4 @@
-"""What a command leaves on a terminal, colors included, for the pictures of the documentation."""
+"""Captures the output of a command on a terminal, colors included, for the pictures of the documentation."""
 
 import shlex
 import subprocess

@@ -2,7 +2,6 @@
 
 import bz2
 import gzip
-import io
 import json
 import lzma
 import shutil
@@ -15,7 +14,6 @@ from typing import Any, TypeVar
 
 import numpy
 import pyarrow
-import pyarrow.parquet
 import torch
 from safetensors.numpy import save
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -166,12 +164,6 @@ def _read_example(row: Row) -> None:
         except StepFailure as failure:
             if failure.exit_code is not _DATASET or not failure.message.startswith(row.location):
                 raise AssertionError(f"{failure.exit_code!r}: {failure.message}") from failure
-
-
-def _column_file(values: dict[str, list[object]]) -> bytes:
-    sink = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(values), sink, compression="zstd")
-    return sink.getvalue()
 
 
 def _zstandard(content: bytes) -> bytes:
@@ -337,9 +329,6 @@ FILES: dict[str, Target] = {
     "jsonl": _data("a.jsonl", _LINES, b"\xef\xbb\xbf" + _LINES),
     "json": _data("a.json", _json(_ROWS), _LINES),
     "csv": _data("a.csv", b'prompt,completion\np,c\n"a ""b""\nc",d\n'),
-    "parquet": _data(
-        "a.parquet", _column_file({"text": ["a", "b"]}), _column_file({"messages": [_ROWS[0]["messages"]]})
-    ),
     "gzip": _data("a.jsonl.gz", gzip.compress(_LINES)),
     "bzip2": _data("a.jsonl.bz2", bz2.compress(_LINES)),
     "xz": _data("a.jsonl.xz", lzma.compress(_LINES)),

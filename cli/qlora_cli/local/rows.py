@@ -21,6 +21,7 @@ from qlora_cli.local.plan import fetching, require_hub_client
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import bad_configuration
+from qlora_trainer.core.process import hide_gpus
 
 if TYPE_CHECKING:
     from qlora_trainer.data.build import ExaminedData
@@ -48,6 +49,8 @@ class RowAccess:
         from qlora_trainer.data.render.chat_template import Tokenizer
         from qlora_trainer.data.render.template_source import job_template
 
+        # This loads PyTorch. Parquet files are read in forked processes, and none is forked where it sees a GPU.
+        hide_gpus()
         folder = self.tokenizer_folder or find_tokenizer(self.spec.model, self.mounts)
         return Tokenizer(folder, job_template(self.spec.dataset, self.mounts))
 

@@ -115,7 +115,7 @@ def a_number_of_a_million_digits(place: Place) -> None:
     place.rows(b'{"text": "a", "n": ' + b"9" * 1_000_000 + b"}\n")
 
 
-@case(DATASET, "bytes when it is decompressed")
+@case(DATASET, "reading it took more than 1.0 GiB of host memory")
 def a_parquet_page_that_says_it_is_huge(place: Place) -> None:
     """The header of the only page says 2 GiB, in a file whose footer says nothing of it."""
     sink = pyarrow.BufferOutputStream()
@@ -131,13 +131,13 @@ def a_parquet_page_that_says_it_is_huge(place: Place) -> None:
     place.rows(begin + content[11 : 4 + length - 3] + content[4 + length :], "train.parquet")
 
 
-@case(DATASET, "bytes when it is decompressed")
+@case(DATASET, "reading it took more than 1.0 GiB of host memory")
 def a_parquet_value_that_every_row_has(place: Place) -> None:
     """A thousand rows with the same 60 MB in two columns, which are stored once."""
     write_repeated_values(place)
 
 
-@case(DATASET, "bytes when it is decompressed")
+@case(DATASET, "reading it took more than 1.0 GiB of host memory")
 def a_parquet_value_that_every_row_has_in_a_column_called_int32(place: Place) -> None:
     """The same, but the footer gives each column's pages another type, which pyarrow ignores for that of the schema."""
     write_repeated_values(place)

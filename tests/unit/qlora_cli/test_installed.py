@@ -1,13 +1,12 @@
 """Each command with the extras that its page names, and what it says without them: never a traceback."""
 
-import re
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
-from tests.support.installed import ROOT, install, python, qlora
+from tests.support.installed import install, python, qlora
 
 JOB = """apiVersion: qlora.dev/v1alpha1
 kind: QLoRAJob
@@ -43,10 +42,9 @@ def documented(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def krew(folder: Path) -> Path:
-    """As `make plugin` does."""
-    recipe = (ROOT / "Makefile").read_text().partition("\nplugin:")[2].partition("\n\n")[0]
-    return install(re.findall(r"--extra (\w+)", recipe), folder / "krew")
+def with_stores(folder: Path) -> Path:
+    """With the extra for hubs, buckets and registries too, and without the trainer."""
+    return install(("cli", "client", "stores"), folder / "stores")
 
 
 @pytest.mark.parametrize(
@@ -73,12 +71,12 @@ def test_the_documented_installation_has_each_command_or_says_what_to_install(
         ("run job.yaml --workspace work", "Error: the trainer is not installed: run `pip install"),
     ],
 )
-def test_the_plugin_of_krew_has_each_command_or_says_what_to_install(krew: Path, arguments: str, said: str) -> None:
-    assert qlora(krew, *arguments.split()).stderr.startswith(said)
+def test_an_installation_without_the_trainer_says_what_to_install(with_stores: Path, arguments: str, said: str) -> None:
+    assert qlora(with_stores, *arguments.split()).stderr.startswith(said)
 
 
-def test_the_plugin_of_krew_reads_adapters_from_hubs_buckets_and_registries(krew: Path) -> None:
-    said = python(krew, "import qlora_client.files.stores, qlora_trainer.model.source.downloads")
+def test_the_extra_stores_reads_adapters_from_hubs_buckets_and_registries(with_stores: Path) -> None:
+    said = python(with_stores, "import qlora_client.files.stores, qlora_trainer.model.source.downloads")
     assert said.returncode == 0, said.stderr
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import pytest
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_trainer.core import sandbox as limited
 from qlora_trainer.core.failures import StepFailure, bad_configuration
-from qlora_trainer.core.sandbox import DryRunFailed, within_limits
+from qlora_trainer.core.sandbox import DryRunFailed, LimitReached, iterate_within_limits, within_limits
 from qlora_trainer.model.memory.dry_run import measure_within_limits
 
 
@@ -55,6 +56,34 @@ def _killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def test_items_arrive_before_the_limit_ends_them() -> None:
+    items = iterate_within_limits(_each_filled, (2**20, 2**30), memory_bytes=2**29)
+    assert next(items) == 2**20
+    with pytest.raises(LimitReached, match=r"the dry run took more than 0\.5 GiB of host memory"):
+        next(items)
+
+
+def test_the_time_of_the_reader_of_items_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = 2
+    monkeypatch.setattr(limited, "_SECONDS_FOR_PARENT", seconds - limited.SECONDS)
+    # More than a pipe takes.
+    items = iterate_within_limits(map, (bytes, [2**20] * 3))
+    sizes = [len(next(items))]
+    time.sleep(seconds)
+    assert sizes + [len(item) for item in items] == [2**20] * 3
+
+
+def test_items_that_are_not_wanted_are_not_waited_for() -> None:
+    items = iterate_within_limits(map, (time.sleep, [0, 600]), seconds=600)
+    next(items)
+    items.close()
+    assert multiprocessing.active_children() == []
+
+
+def _each_filled(*sizes: int) -> Iterator[int]:
+    yield from map(_filled, sizes)
+
+
 def test_a_lower_limit_of_the_machine_holds() -> None:
     program = (
         "import resource; from qlora_trainer.core.sandbox import within_limits\n"
@@ -70,7 +99,7 @@ def test_a_dry_run_outlives_a_killed_parent_no_longer_than_its_time(monkeypatch:
     receiver, sender = context.Pipe(duplex=False)
     # As if nobody waited for it.
     orphan = context.Process(
-        target=limited._run, args=(sender, time.sleep, (60,), 0.1, 2**30, "the dry run"), daemon=True
+        target=limited._run, args=(receiver, sender, time.sleep, (60,), 0.1, 2**30, "the dry run"), daemon=True
     )
     orphan.start()
     orphan.join()

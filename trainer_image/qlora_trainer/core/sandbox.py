@@ -1,6 +1,7 @@
 """Runs a function on untrusted input in a forked process with limits of time and memory. Loads no torch itself.
 
-A model's configuration is untrusted: it may describe a model that takes hours, or all memory, even without data.
+A model's configuration is untrusted: it may describe a model that takes hours, or all memory, even without data. So is
+a Parquet file: a few of its bytes may become gigabytes, or crash the library that reads them.
 """
 
 import logging
@@ -8,7 +9,8 @@ import multiprocessing
 import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -45,16 +47,46 @@ def within_limits(
     `what` is what a message calls the function. Raises its StepFailure, LimitReached, or DryRunFailed for any other
     end; RuntimeError in a process that sees a GPU, from which none can be forked that computes.
     """
+    answers = iterate_within_limits(
+        _returned, (function, arguments), seconds=seconds, memory_bytes=memory_bytes, what=what
+    )
+    with closing(answers):
+        return next(answers)
+
+
+def _returned(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Iterator[Any]:
+    yield function(*arguments)
+
+
+def iterate_within_limits(
+    function: Callable[..., Iterator[Any]],
+    arguments: tuple[Any, ...],
+    *,
+    seconds: float = SECONDS,
+    memory_bytes: int = MEMORY_BYTES,
+    what: str = "the dry run",
+) -> Generator[Any, None, None]:
+    """Yield what the function yields, which is called in a forked process; each item may take `seconds`.
+
+    The process ends with the generator. Raises as `within_limits`.
+    """
     _require_no_gpu(what)
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(sender, function, arguments, seconds, memory_bytes, what), daemon=True)
+    settings = (receiver, sender, function, arguments, seconds, memory_bytes, what)
+    process = context.Process(target=_run, args=settings, daemon=True)
     process.start()
     sender.close()
     try:
-        if not receiver.poll(seconds):
-            raise LimitReached(f"{what} took more than {seconds:g} seconds")
-        answer = receiver.recv()
+        while True:
+            if not receiver.poll(seconds):
+                raise LimitReached(f"{what} took more than {seconds:g} seconds")
+            answer = receiver.recv()
+            if isinstance(answer, _End):
+                return
+            if isinstance(answer, StepFailure | DryRunFailed):
+                raise answer
+            yield answer
     except EOFError:
         process.join()
         raise DryRunFailed(f"{what} was ended by signal or exit code {process.exitcode}") from None
@@ -62,9 +94,10 @@ def within_limits(
         process.kill()
         process.join()
         receiver.close()
-    if isinstance(answer, StepFailure | DryRunFailed):
-        raise answer
-    return answer
+
+
+class _End:
+    """Follows the last item."""
 
 
 def _require_no_gpu(what: str) -> None:
@@ -78,22 +111,31 @@ def _require_no_gpu(what: str) -> None:
 
 
 def _run(
+    receiver: Connection,
     sender: Connection,
-    function: Callable[..., Any],
+    function: Callable[..., Iterator[Any]],
     arguments: tuple[Any, ...],
     seconds: float,
     memory_bytes: int,
     what: str,
 ) -> None:
+    # Otherwise sending would not fail after the parent's death.
+    receiver.close()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
     # The parent may have loaded no library yet.
     hide_gpus()
     # The parent may be killed and end nothing.
-    signal.setitimer(signal.ITIMER_REAL, seconds + _SECONDS_FOR_PARENT)
+    longest = seconds + _SECONDS_FOR_PARENT
+    signal.setitimer(signal.ITIMER_REAL, longest)
+    answer: object = _End()
     try:
         _limit_memory(memory_bytes)
-        answer = function(*arguments)
+        for item in function(*arguments):
+            # The parent may take its time.
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            sender.send(item)
+            signal.setitimer(signal.ITIMER_REAL, longest)
     except StepFailure as failure:
         answer = failure
     except MemoryError:

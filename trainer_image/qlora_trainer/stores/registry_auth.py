@@ -2,13 +2,14 @@
 
 import json
 import os
+from base64 import b64encode
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import requests
-from oras.auth.utils import get_basic_auth, parse_auth_header
 from requests.adapters import HTTPAdapter
+from requests.utils import parse_dict_header
 from urllib3.util import Retry
 
 from qlora_api.sources import RegistrySource
@@ -97,16 +98,14 @@ class RegistrySession(requests.Session):
         return {"Authorization": f"Basic {self._login}"} if self._login else {}
 
     def _token(self, challenge: str) -> str | None:
-        """The token from the server that the challenge names, for our credentials or without any; None if it denies.
-
-        Not through oras, which takes a failing token server for one that denies, and waits for one that is silent.
-        """
-        wanted = parse_auth_header(challenge)
-        server = _server(wanted.realm or "")
+        """The token from the server that the challenge names, for our credentials or without any; None if it denies."""
+        wanted = parse_dict_header(challenge.partition(" ")[2])
+        realm = wanted.get("realm") or ""
+        server = _server(realm)
         if server is None:
             return None
-        parameters = {"service": wanted.service, "scope": wanted.scope}
-        answer = self.get(wanted.realm, params=parameters, headers=self._basic(), timeout=_TIMEOUTS)
+        parameters = {name: wanted.get(name) for name in ("service", "scope")}
+        answer = self.get(realm, params=parameters, headers=self._basic(), timeout=_TIMEOUTS)
         if is_retryable(answer.status_code):
             raise unreachable(f"{server} answered HTTP {answer.status_code} for a token")
         if answer.status_code != 200:
@@ -180,7 +179,7 @@ def docker_login(secret: Secret, registry: str) -> str | None:
     try:
         known = own if values is None else json.loads(values[_DOCKER_CONFIG])
         entry = known.get("auths", {}).get(registry) or {}
-        login = entry.get("auth") or (get_basic_auth(entry["username"], entry["password"]) if entry else None)
+        login = entry.get("auth") or (_basic_login(entry["username"], entry["password"]) if entry else None)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise bad_configuration(
             f"{secret.field}: {_DOCKER_CONFIG} is not a Docker configuration with auths: create the Secret with "
@@ -189,6 +188,10 @@ def docker_login(secret: Secret, registry: str) -> str | None:
     if values is not None and login is None:
         raise bad_configuration(f"{secret.field}: {_DOCKER_CONFIG} has no entry for {registry} in auths: add one")
     return login
+
+
+def _basic_login(user: str, password: str) -> str:
+    return b64encode(f"{user}:{password}".encode()).decode()
 
 
 def _own_logins() -> dict[str, Any]:

@@ -4,8 +4,10 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from signal import SIGKILL
 from typing import Any
 
 import pyarrow as pa
@@ -104,6 +106,19 @@ def test_a_parquet_file_without_rows_says_so(
     pq.write_table(pa.Table.from_pylist(PAIRS).slice(0, 0), data / "none.parquet", use_dictionary=dictionaries)
     with pytest.raises(StepFailure, match=r"pvc://data/none\.parquet has no rows"):
         prepare(make_context({"dataset": {"source": "pvc://data/none.parquet"}}), records)
+
+
+def test_a_parquet_file_that_crashes_its_reader_is_named(
+    make_context: MakeContext, records: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.Table.from_pylist(PAIRS), tmp_path / "data" / "a.parquet")
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *_, **_options: os.kill(os.getpid(), SIGKILL))
+    with pytest.raises(
+        StepFailure, match=r"a\.parquet cannot be read as Parquet \(.* ended by signal or exit code -9"
+    ) as failure:
+        prepare(make_context({"dataset": {"source": "pvc://data/a.parquet"}}), records)
+    assert failure.value.exit_code is ExitCode.BAD_DATASET
 
 
 def test_the_files_of_a_folder_are_one_data_set(make_context: MakeContext, records: Recorded, tmp_path: Path) -> None:

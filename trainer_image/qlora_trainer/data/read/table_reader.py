@@ -2,18 +2,20 @@
 
 import csv
 from collections.abc import Iterator
-from itertools import chain
+from contextlib import closing
 from typing import Any
 
-from qlora_api.printable import first_line
 from qlora_trainer.core.failures import bad_dataset
+from qlora_trainer.core.sandbox import DryRunFailed, iterate_within_limits
 from qlora_trainer.data.read.files import DataFile
-from qlora_trainer.data.read.parquet_pages import RowGroupSizes, row_group_sizes
 from qlora_trainer.data.read.rows import Row
 from qlora_trainer.data.read.text import MAX_LINE_BYTES, Inflation, lines
 
 _PARQUET_BATCH_ROWS = 64
-_PARQUET_BATCH_BYTES = 2**26
+_PARQUET_SENT_BYTES = 2**26
+"""At a time, to the process that reads the rows; more for a single row, and for a value that many rows share."""
+_PARQUET_BUFFER_BYTES = 2**20
+_PARQUET_MEMORY_BYTES = 2**30
 
 
 def read_csv(file: DataFile) -> Iterator[Row]:
@@ -57,39 +59,44 @@ def _header(cells: list[str], file: DataFile) -> list[str]:
 
 
 def read_parquet(file: DataFile) -> Iterator[Row]:
-    """The rows of all row groups. Memory: one row group's compressed columns, and 64 rows.
+    """The rows of all row groups, which a forked process reads with a limit of memory.
 
-    Fewer rows where dictionaries have large values, since each row gets a copy of its value.
+    Neither the footer nor the headers of pages bound what pyarrow allocates for them, and some damage ends its process.
     """
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
+    import pyarrow.parquet
 
-    number, inflation = 0, Inflation(file)
+    # Its allocator reserves a gigabyte at first use, which must not count for the limit.
+    pyarrow.allocate_buffer(1)
+    number = 0
+    reading = iterate_within_limits(_batches, (file,), memory_bytes=_PARQUET_MEMORY_BYTES, what="reading it")
     try:
-        with ParquetFile(file.path) as table:
-            groups = row_group_sizes(file.path)
-            # Checked before any page is decompressed, since a page is decompressed whole.
-            Inflation(file).add(sum(group.pages for group in groups))
-            numbered = zip(range(table.num_row_groups), groups, strict=True)
-            for batch in chain.from_iterable(_batches(table, index, group) for index, group in numbered):
-                inflation.add(batch.nbytes)
-                size = batch.nbytes // max(1, batch.num_rows)
-                for values in batch.to_pylist():
+        with closing(reading) as batches:
+            for rows, size in batches:
+                for values in rows:
                     number += 1
                     yield Row(f"{file.name} row {number}", values, size, columnar=True)
-    except (ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
+    except DryRunFailed as error:
         where = f"after row {number}" if number else "at its start or end"
         raise bad_dataset(
-            f"{file.name} cannot be read as Parquet ({where}: {first_line(error)}): "
+            f"{file.name} cannot be read as Parquet ({where}: {error}): "
             "write it again, without the columns that training does not need"
         ) from error
 
 
-def _batches(table: Any, index: int, sizes: RowGroupSizes) -> Iterator[Any]:
-    """The rows of one row group, as many at a time as fit even if each has the largest value of every column.
+def _batches(file: DataFile) -> Iterator[tuple[list[dict[str, Any]], int]]:
+    """The rows, and about how many bytes each takes. Memory: a page of each column, and 64 rows."""
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
 
-    A single row whose list repeats one value many times is bounded by the pod's memory only.
-    """
-    rows = _PARQUET_BATCH_BYTES // max(1, sizes.dictionaries)
-    batches: Iterator[Any] = table.iter_batches(batch_size=max(1, min(rows, _PARQUET_BATCH_ROWS)), row_groups=[index])
-    return batches
+    # Takes what it allocates from the system, so that it counts for the limit.
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())
+    inflation = Inflation(file)
+    with ParquetFile(file.path, buffer_size=_PARQUET_BUFFER_BYTES) as table:
+        # Without row groups pyarrow takes them from `metadata`, which aborts on a damaged footer.
+        groups = range(table.num_row_groups)
+        for batch in table.iter_batches(_PARQUET_BATCH_ROWS, row_groups=groups, use_threads=False):
+            inflation.add(batch.nbytes)
+            size = batch.nbytes // max(1, batch.num_rows)
+            together = max(1, _PARQUET_SENT_BYTES // max(1, size))
+            for first in range(0, batch.num_rows, together):
+                yield batch.slice(first, together).to_pylist(), size
