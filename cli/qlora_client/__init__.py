@@ -6,7 +6,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qlora_client.backends import ClusterBackendConfig as ClusterBackendConfig
+    from qlora_client.client import ClusterBackendConfig as ClusterBackendConfig
     from qlora_client.client import QLoRAClient as QLoRAClient
     from qlora_client.client_types import Comparison as Comparison
     from qlora_client.client_types import Plan as Plan
@@ -14,12 +14,10 @@ if TYPE_CHECKING:
     from qlora_client.comparison import Row as Row
     from qlora_client.history import LossHistory as LossHistory
     from qlora_client.jobs.events import Event as Event
-    from qlora_client.local import LocalBackendConfig as LocalBackendConfig
 
 _PUBLIC = {
     "QLoRAClient": "client",
-    "ClusterBackendConfig": "backends",
-    "LocalBackendConfig": "local",
+    "ClusterBackendConfig": "client",
     "QLoRAJob": "client_types",
     "Plan": "client_types",
     "Comparison": "client_types",

@@ -8,16 +8,22 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any, get_args
 
+from pydantic import BaseModel, ConfigDict
+
 from qlora_api.spec.job import API_VERSION, KIND, QLoRAJobDocument, QLoRAJobSpec
 from qlora_api.status import Phase, StepName
-from qlora_client.backends import Backend, BackendConfig, ClusterBackend, ClusterBackendConfig
 from qlora_client.client_types import Comparison, Plan, QLoRAJob
 from qlora_client.comparison import Compared, differing_settings, results
 from qlora_client.figure import draw_histories
-from qlora_client.jobs.events import Event
+from qlora_client.files.adapter import download_adapter
+from qlora_client.history import read_histories
+from qlora_client.jobs.events import Event, events_of
+from qlora_client.jobs.job import Job
+from qlora_client.jobs.logs import read_logs
 from qlora_client.jobs.names import generated_name
+from qlora_client.kube.cluster import Cluster
 from qlora_client.kube.errors import ClusterError, MissingError, UnreachableError
-from qlora_client.local import LocalBackend, LocalBackendConfig
+from qlora_client.kube.resources import JOBS
 from qlora_client.planning import make_plan
 
 _LOGGER = logging.getLogger("qlora_client")
@@ -25,8 +31,24 @@ _PHASES: tuple[Phase, ...] = get_args(Phase)
 _STEPS: tuple[StepName, ...] = get_args(StepName)
 
 
+class ClusterBackendConfig(BaseModel):
+    """A cluster with the operator, reached as kubectl reaches it.
+
+    Attributes:
+        namespace: Namespace of the jobs; that of the context if not set.
+        context: Context of the kubeconfig; the current one if not set.
+        config_file: The kubeconfig; as kubectl finds it if not set. In a pod without one, its service account.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    namespace: str | None = None
+    context: str | None = None
+    config_file: Path | str | None = None
+
+
 class QLoRAClient:
-    """Creates QLoRAJobs and follows them, in a cluster or on this machine.
+    """Creates QLoRAJobs in a cluster and follows them.
 
     Methods raise ValueError for arguments that cannot be right, TimeoutError, OSError for a file of this machine, and
     RuntimeError for everything else; the message is one sentence with what to do. What is waited for is logged by the
@@ -35,7 +57,7 @@ class QLoRAClient:
 
     def __init__(
         self,
-        backend_config: BackendConfig | None = None,
+        backend_config: ClusterBackendConfig | None = None,
         *,
         sleep: Callable[[float], None] = time.sleep,
         monotonic: Callable[[], float] = time.monotonic,
@@ -43,24 +65,21 @@ class QLoRAClient:
         """Nothing is sent yet.
 
         Args:
-            backend_config: ClusterBackendConfig or LocalBackendConfig; the kubeconfig's current context if not set.
+            backend_config: The cluster; the kubeconfig's current context if not set.
             sleep: Waits so many seconds.
             monotonic: A clock, in seconds.
 
         Raises:
             RuntimeError: The kubeconfig cannot be used.
-            ValueError: The config is neither of the two.
         """
         self._sleep, self._monotonic = sleep, monotonic
-        config = ClusterBackendConfig() if backend_config is None else backend_config
-        self._backend: Backend
-        if isinstance(config, ClusterBackendConfig):
-            self._backend = ClusterBackend.of(config)
-        elif isinstance(config, LocalBackendConfig):
-            self._backend = LocalBackend(config, sleep, monotonic)
-        else:
-            found = f"backend_config is {config!r}"
-            raise ValueError(f"{found}, must be a ClusterBackendConfig or a LocalBackendConfig")  # noqa: TRY004
+        config = backend_config or ClusterBackendConfig()
+        self._cluster = Cluster.connect(
+            context=config.context,
+            namespace=config.namespace,
+            kubeconfig=None if config.config_file is None else str(config.config_file),
+            warn=_LOGGER.warning,
+        )
 
     def train(
         self,
@@ -87,7 +106,7 @@ class QLoRAClient:
         metadata = {"name": name, "labels": dict(labels or {}), "annotations": dict(annotations or {})}
         body: dict[str, Any] = {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": fields}
         QLoRAJobDocument.model_validate(body)
-        self._backend.create(body)
+        self._cluster.create(JOBS, body)
         return name
 
     def get_job(self, name: str) -> QLoRAJob:
@@ -96,10 +115,10 @@ class QLoRAClient:
         Raises:
             RuntimeError: There is none of this name, or it cannot be read.
         """
-        return QLoRAJob.of(self._backend.get(name))
+        return QLoRAJob.of(self._get(name))
 
     def list_jobs(self) -> list[QLoRAJob]:
-        """All jobs of the namespace, or of the folder of runs.
+        """All jobs of the namespace.
 
         One with values that only a newer version of the client can read is logged and left out.
 
@@ -107,9 +126,9 @@ class QLoRAClient:
             RuntimeError: They cannot be read.
         """
         jobs = []
-        for found in self._backend.find():
+        for found in self._cluster.find(JOBS):
             try:
-                jobs.append(QLoRAJob.of(found))
+                jobs.append(QLoRAJob.of(Job(found)))
             except ClusterError as error:
                 _LOGGER.warning("%s", error)
         return jobs
@@ -128,15 +147,16 @@ class QLoRAClient:
         """
         if step is not None and step not in _STEPS:
             raise ValueError(f"step is {step!r}, must be one of {', '.join(_STEPS)}")
-        return self._backend.logs(name, _STEPS if step is None else (step,), follow=follow)
+        steps = _STEPS if step is None else (step,)
+        return (line.text for line in read_logs(self._cluster, name, steps, follow=follow, say=_LOGGER.info))
 
     def get_job_events(self, name: str) -> list[Event]:
-        """What the operator has noted of the job, oldest first.
+        """What the operator has noted of the job, oldest first; a cluster keeps it for an hour or so.
 
         Raises:
             RuntimeError: There is no such job, or its Events cannot be read.
         """
-        return self._backend.events(self._backend.get(name))
+        return events_of(self._cluster, self._get(name).uid)
 
     def wait_for_job_status(
         self,
@@ -170,7 +190,7 @@ class QLoRAClient:
         deadline, seen, uid = self._monotonic() + timeout, "not been reached", ""
         while True:
             try:
-                found = self._backend.get(name)
+                found = self._get(name)
             except UnreachableError as error:
                 seen = f"not been seen, as {error}"
             else:
@@ -195,7 +215,7 @@ class QLoRAClient:
         Raises:
             RuntimeError: There is no such job, or you may not delete it.
         """
-        self._backend.delete(self._backend.get(name))
+        self._cluster.delete(JOBS, name, self._get(name).uid)
 
     def plan(
         self,
@@ -210,7 +230,7 @@ class QLoRAClient:
 
         Args:
             spec: The job. With spec.resources.gpuMemory it is judged whether it fits.
-            config: The model's config.json; fetched for a model of the hub, and found in a local volume.
+            config: The model's config.json; fetched for a model of the hub.
             gpu_tflops: Speed of the GPU in dense bfloat16, in 10^12 operations per second, for the forecast.
             tokens: Tokens of one epoch, for the forecast; not needed with spec.training.maxSteps.
             gpu_hour_price: Price of a GPU hour and its currency, such as `2.50 EUR`.
@@ -219,8 +239,7 @@ class QLoRAClient:
             ValueError: The model's config is not given where it is needed, or not supported; or an argument is wrong.
             RuntimeError: The config cannot be fetched.
         """
-        found = self._backend.model_config(spec) if config is None else Path(config)
-        return make_plan(spec, found, gpu_tflops, tokens, gpu_hour_price)
+        return make_plan(spec, None if config is None else Path(config), gpu_tflops, tokens, gpu_hour_price)
 
     def get_adapter(self, name: str, output: Path | str | None = None) -> Path:
         """Download the job's adapter: complete, with the SHA-256 of the status, or not at all.
@@ -236,7 +255,7 @@ class QLoRAClient:
             RuntimeError: There is no adapter, it is damaged, it cannot be read, or the folder has other files.
         """
         target = Path(name if output is None else output)
-        self._backend.download(self._backend.get(name), target)
+        download_adapter(self._cluster, self._get(name), target, say=_LOGGER.info)
         return target
 
     def plot(self, *names: str, axes: Any = None) -> Any:
@@ -258,7 +277,7 @@ class QLoRAClient:
     def compare(self, *names: str) -> Comparison:
         """The settings in which jobs differ, what came of each, and their losses.
 
-        Losses of a cluster's jobs are read from their logs or, once these are gone, from their workspaces through a
+        Losses are read from the logs of the jobs or, once these are gone, from their workspaces through a
         short-lived pod for each claim; what cannot be read is logged and left out.
 
         Raises:
@@ -267,11 +286,14 @@ class QLoRAClient:
         """
         if not names:
             raise ValueError("found no name, must be the names of one or more jobs")
-        jobs = [self._backend.get(name) for name in dict.fromkeys(names)]
-        histories = self._backend.histories(jobs)
+        jobs = [self._get(name) for name in dict.fromkeys(names)]
+        histories = read_histories(self._cluster, jobs, _LOGGER.info)
         compared = [Compared(job, histories[job.name]) for job in jobs]
         found = results(compared, datetime.now(UTC))
         return Comparison(tuple(job.name for job in jobs), tuple(differing_settings(jobs)), tuple(found), histories)
+
+    def _get(self, name: str) -> Job:
+        return Job(self._cluster.get(JOBS, name))
 
 
 def _new_axes() -> Any:

@@ -35,7 +35,7 @@ class QLoRAJob:
 
     @classmethod
     def of(cls, job: Job) -> Self:
-        """The job that a backend has. Raises RuntimeError if it has values that this version does not know."""
+        """The job as the cluster stores it. Raises RuntimeError if it has values that this version does not know."""
         try:
             # What a newer version has added is ignored, as with other clients of the API.
             spec = QLoRAJobSpec.model_validate(job.spec, extra="ignore")

@@ -343,7 +343,7 @@ class Profile(ApiModel):
         "without TLS. Their token servers must be listed too: credentials are sent to no other host.",
     )
     tracking: TrackingServers | None = Field(
-        None, description="Servers of the trackers that jobs name in training.reportTo; runs stay in files if not set."
+        None, description="Servers of the trackers that jobs name in training.reportTo; no run is uploaded if not set."
     )
     signing_key: SigningKey | None = Field(
         None, description="Signs the lineage of each adapter; a statement without signature is published if not set."

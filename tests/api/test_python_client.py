@@ -123,9 +123,9 @@ _BESIDE_KUBEFLOW = """
 import sys
 from importlib.metadata import version
 from kubeflow.trainer import TrainerClient
-from qlora_api.dataset import DatasetSpec
-from qlora_api.model_and_output import BaseModelSpec
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.spec.dataset import DatasetSpec
+from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.model import BaseModelSpec
 from qlora_client import ClusterBackendConfig, QLoRAClient
 assert int(version("kubernetes").partition(".")[0]) < 36, version("kubernetes")
 shared = set(dir(TrainerClient)) & set(dir(QLoRAClient))

@@ -21,7 +21,6 @@ from tests.support.tiny import save_model
 VARIANTS: dict[str, dict[str, Any]] = {
     "rslora": {"useRslora": True},
     "dora": {"useDora": True},
-    "loftq": {"initialization": "loftq"},
 }
 
 

@@ -1107,7 +1107,7 @@ TRAINER = (
     Mutant(
         name="an-original-that-is-in-the-base-stays",
         file=f"{_TRAINER}/model/source/models.py",
-        old="                remove(path)\n",
+        old="            remove(path)\n",
         new="                pass\n",
         tests=(f"{_TRAINER_TESTS}/steps/test_prepare_hub.py::test_one_file_of_the_original_at_a_time_takes_room",),
     ),
@@ -1375,13 +1375,6 @@ TRAINER = (
         tests=(
             f"{_TRAINER_TESTS}/steps/test_train_together.py::test_a_stop_between_two_of_them_saves_those_that_have_passed_it_too",
         ),
-    ),
-    Mutant(
-        name="jobs-that-train-together-write-into-one-record-of-weights-and-biases",
-        file=f"{_TRAINER}/history/trackers.py",
-        old='reinit="create_new"',
-        new='reinit="default"',
-        tests=(f"{_TRAINER_TESTS}/history/test_trackers.py::test_runs_of_one_process_have_records_of_their_own",),
     ),
 )
 

@@ -16,7 +16,6 @@ from qlora_trainer.model.base.load import load_base
 from qlora_trainer.model.families.inspection import Family, inspect_family
 from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.model.losses.loss import batch_loss
-from qlora_trainer.model.nf4.base_weights import BaseWeights
 from tests.support.sequences import CPU
 
 NF4 = QuantizationSpec()
@@ -27,7 +26,6 @@ def adapted(
     *,
     dropout: float = 0.0,
     checkpointing: bool = True,
-    original: BaseWeights | None = None,
     **lora: Any,
 ) -> Any:
     """The model of a folder in 4-bit with an adapter."""
@@ -41,7 +39,6 @@ def adapted(
         gradient_checkpointing=checkpointing,
         base_name="org/tiny",
         base_revision="0123abc",
-        original=original,
     )
 
 

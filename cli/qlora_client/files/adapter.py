@@ -3,7 +3,7 @@
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -41,22 +41,12 @@ def download_adapter(
     otherwise nothing appears at `target`. `say` is told what happens, `on_bytes` the bytes that have arrived and all.
     Raises ClusterError: RejectedError if `target` has other files, DamagedError if a sum is wrong.
     """
-    return fetch_adapter(job, target, lambda address: open_folder(cluster, job, address, say), on_bytes)
-
-
-def fetch_adapter(
-    job: Job,
-    target: Path,
-    open_published: Callable[[str], AbstractContextManager[Folder]],
-    on_bytes: Callable[[int, int], None] = lambda _done, _all: None,
-) -> bool:
-    """The same with a folder that `open_published` opens by its address. Raises ClusterError."""
     adapter = published_adapter(job)
     if _is_occupied(target):
         if _holds(target, adapter["sha256"]):
             return False
         raise RejectedError(f"{target} exists and does not hold this adapter: name another folder (--output)")
-    with open_published(adapter["uri"]) as folder:
+    with open_folder(cluster, job, adapter["uri"], say) as folder:
         copy_published(folder, adapter["uri"], adapter["sha256"], target, on_bytes)
     return True
 

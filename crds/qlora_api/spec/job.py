@@ -65,10 +65,6 @@ _PAIRS_NEEDED = (
 _PAIRS_UNUSED = (
     "dataset.format preference needs an objective that compares two answers: set training.objective to dpo or orpo"
 )
-_REFERENCE_IS_THE_BASE = (
-    "training.objective dpo is measured against the base without the adapter, and lora.initialization: loftq begins "
-    "with another model: set initialization to default, or remove it"
-)
 _GATE_AND_NO_ROWS = "gate is decided on held-out rows: set dataset.eval, or remove gate"
 _SCORE_AND_SHARDED = (
     "gate.score needs the whole base in one process, and training.sharding: full shards it: remove one of them"
@@ -136,11 +132,6 @@ def _spec_rules(schema: dict[str, Any]) -> None:
                 "!self.dataset.mix.exists(part, part.format == 'preference'))) || "
                 "(has(self.training.objective) && self.training.objective != 'supervised')",
                 _PAIRS_UNUSED,
-            ),
-            rule(
-                "!has(self.training.objective) || self.training.objective != 'dpo' || "
-                "self.lora.initialization != 'loftq'",
-                _REFERENCE_IS_THE_BASE,
             ),
             rule(
                 "!has(self.training.keep) || self.training.keep != 'best' || has(self.dataset.eval)", _BEST_OF_NOTHING
@@ -250,12 +241,6 @@ class QLoRAJobSpec(ApiModel):
             raise ValueError(_PAIRS_NEEDED)
         if not self.training.compares_answers and "preference" in formats:
             raise ValueError(_PAIRS_UNUSED)
-        return self
-
-    @model_validator(mode="after")
-    def _begins_with_the_reference(self) -> Self:
-        if self.training.objective == "dpo" and self.lora.initialization == "loftq":
-            raise ValueError(_REFERENCE_IS_THE_BASE)
         return self
 
     @model_validator(mode="after")

@@ -75,12 +75,6 @@ _EXCLUDED = (
         lambda lora: lora.modules_to_save is not None,
         "llama.cpp loads no fully trained modules from an adapter",
     ),
-    _Excluded(
-        "lora.initialization: loftq",
-        "self.lora.initialization == 'default'",
-        lambda lora: lora.initialization != "default",
-        "such an adapter also corrects the rounding of its own 4-bit base, which llama.cpp does not load",
-    ),
 )
 
 

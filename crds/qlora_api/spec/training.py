@@ -22,18 +22,8 @@ class QuantizationSpec(ApiModel):
     )
 
 
-_TWO_INITIALIZATIONS = (
-    "initialization: loftq and from both say how the adapter is initialized: remove one of them (an adapter that was "
-    "initialized with loftq can be named in from)"
-)
-
-
 class LoraSpec(ApiModel):
     """The low-rank adapter that is trained."""
-
-    model_config = ConfigDict(
-        json_schema_extra=rules(rule("!has(self.from) || self.initialization != 'loftq'", _TWO_INITIALIZATIONS))
-    )
 
     rank: int = Field(
         default=64, ge=1, le=1024, description="Rank r of the adapter. A server must allow it (vLLM: --max-lora-rank)."
@@ -56,11 +46,6 @@ class LoraSpec(ApiModel):
         default=False,
         description="DoRA: train magnitude and direction separately (arXiv 2402.09353). Slower; not served by vLLM.",
     )
-    initialization: Literal["default", "loftq"] = Field(
-        default="default",
-        description="How A and B are initialized: default (B is 0), or loftq, which compensates for the quantization "
-        "error (arXiv 2310.08659).",
-    )
     layers_to_transform: Annotated[tuple[BlockNumber, ...], Field(min_length=1, max_length=256)] | None = Field(
         default=None, description="Indices of the decoder blocks that get an adapter, from 0; all if not set."
     )
@@ -81,12 +66,6 @@ class LoraSpec(ApiModel):
         description="An earlier adapter to train further, instead of a new one. The base, rank, alpha, useRslora, "
         "useDora, modulesToSave and the adapted layers must be those of that adapter.",
     )
-
-    @model_validator(mode="after")
-    def _one_initialization(self) -> Self:
-        if self.initial_adapter is not None and self.initialization == "loftq":
-            raise ValueError(_TWO_INITIALIZATIONS)
-        return self
 
 
 class PreferenceSpec(ApiModel):
@@ -224,8 +203,8 @@ class TrainingSpec(ApiModel):
     )
     report_to: Annotated[tuple[Literal["tensorboard", "mlflow", "wandb"], ...], Field(max_length=3)] = Field(
         default=(),
-        description="Trackers that the curves are also written for, as files in report/ of the workspace. If the "
-        "profile names a server of mlflow or wandb, publish uploads the run to it (output.tracking).",
+        description="Trackers of the run. tensorboard: train writes its files to report/tensorboard of the workspace. "
+        "mlflow, wandb: publish uploads the run to the server that the profile names, if any (output.tracking).",
     )
     optimizer: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw"] = Field(
         default="paged_adamw_32bit", description="AdamW with paged state in 32-bit or 8-bit, or PyTorch's AdamW."

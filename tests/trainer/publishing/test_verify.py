@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from qlora_api.contract import ExitCode
 from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.filesystem import file_sha256
+from qlora_trainer.model.adapter.shapes import Expected
 from qlora_trainer.publishing.verify import verify_config, verify_tensors
 
 LORA = LoraSpec(rank=4, alpha=8)
-LOFTQ = LoraSpec(rank=4, alpha=8, initialization="loftq")
 CONFIG: dict[str, Any] = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
@@ -103,10 +104,12 @@ def test_a_configuration_that_is_a_link_is_rejected_even_if_the_file_behind_it_i
 
 def test_tensors_that_are_a_link_are_rejected_even_if_the_file_behind_it_is_right(tmp_path: Path) -> None:
     path, behind = tmp_path / "adapter_model.safetensors", tmp_path / "elsewhere.safetensors"
-    save_file({}, behind)
-    verify_tensors(behind, file_sha256(behind), {}, LOFTQ)
+    name, learned = "base_model.model.q_proj.lora_B.weight", torch.ones(2, 4)
+    expected = {name: Expected(tuple(learned.shape), learned.dtype)}
+    save_file({name: learned}, behind)
+    verify_tensors(behind, file_sha256(behind), expected, LORA)
     path.symlink_to(behind)
-    replaced(lambda: verify_tensors(path, file_sha256(behind), {}, LOFTQ))
+    replaced(lambda: verify_tensors(path, file_sha256(behind), expected, LORA))
 
 
 def test_files_that_are_gone_since_the_training_are_an_unsafe_artifact(tmp_path: Path) -> None:

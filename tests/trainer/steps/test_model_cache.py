@@ -225,14 +225,6 @@ def test_another_quantization_or_another_release_of_a_library_is_another_base(
     assert [base_of(record).origin for record in records] == ["downloaded"] * 4
 
 
-def test_a_job_that_compares_with_the_original_has_its_own(job: JobOf, hub: FakeHub, cache: Path) -> None:
-    context = job(spec={"lora": {"initialization": "loftq"}})
-    record = prepare(context, Recorded())
-    assert (record.base_path, [*cache.iterdir()]) == ("base", [])
-    assert "spec.lora.initialization loftq" in base_of(record).message
-    assert (context.workspace.root / record.model_path / WEIGHTS).is_file()
-
-
 def test_a_job_trains_and_publishes_from_the_cache_which_clean_leaves(
     hub: FakeHub, cache: Path, tmp_path: Path
 ) -> None:

@@ -204,22 +204,6 @@ def test_another_quantization_is_another_base_of_the_same_model(
     assert not [*context.workspace.models.rglob("*.safetensors")]
 
 
-def test_loftq_keeps_the_original(make_context: MakeContext, records: Recorded, hub: FakeHub) -> None:
-    context = make_context({**MODEL, "lora": {"initialization": "loftq"}})
-    record = prepare(context, records)
-    kept = context.workspace.root / record.model_path / "model.safetensors"
-    assert kept.read_bytes() == (hub.repositories["models/acme/tiny"] / "model.safetensors").read_bytes()
-
-
-def test_an_adapter_that_is_to_begin_as_loftq_needs_the_original_again(
-    make_context: MakeContext, records: Recorded, hub: FakeHub
-) -> None:
-    prepare(make_context(MODEL), records)
-    context = make_context({**MODEL, "lora": {"initialization": "loftq"}})
-    record = prepare(context, records)
-    assert (context.workspace.root / record.model_path / "model.safetensors").is_file()
-
-
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "sub/model.safetensors", "code.py", 3, ""])
 def test_an_index_that_leads_elsewhere_is_rejected(
     make_context: MakeContext, records: Recorded, hub: FakeHub, name: object

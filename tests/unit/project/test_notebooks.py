@@ -1,7 +1,6 @@
-"""The example notebooks are stored without outputs, and one line of each decides where its jobs run."""
+"""The example notebooks are stored without outputs."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -10,10 +9,6 @@ NOTEBOOKS = sorted((Path(__file__).parents[3] / "examples" / "notebooks").glob("
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
-def test_a_notebook_has_no_outputs_and_one_line_to_change(file: Path) -> None:
-    cells = json.loads(file.read_text())["cells"]
-    code = [cell for cell in cells if cell["cell_type"] == "code"]
+def test_a_notebook_has_no_outputs(file: Path) -> None:
+    code = [cell for cell in json.loads(file.read_text())["cells"] if cell["cell_type"] == "code"]
     assert [cell for cell in code if cell["outputs"] or cell["execution_count"] is not None] == []
-    lines = "\n".join("".join(cell["source"]) for cell in code)
-    assert re.findall(r"^(\w+) = \w+BackendConfig\(", lines, re.MULTILINE) == ["here", "cluster"]
-    assert re.findall(r".*\bhere\b.*", lines)[1:] == ["client = QLoRAClient(here)"]

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ from qlora_api.spec.dataset import DatasetSpec
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.model import BaseModelSpec
 from qlora_api.spec.training import LoraSpec, ResourcesSpec, TrainingSpec
-from qlora_client import ClusterBackendConfig, Comparison, LocalBackendConfig, QLoRAClient, QLoRAJob, Row
+from qlora_client import ClusterBackendConfig, Comparison, QLoRAClient, QLoRAJob, Row
 from qlora_client.jobs.job import Job
 from qlora_client.kube.errors import UnreachableError
+from qlora_client.kube.resources import Resource
 from tests.support.model_configs import LLAMA_3_8B
 
+Script = Callable[..., QLoRAClient]
 SPEC = QLoRAJobSpec(model=BaseModelSpec(source="hf://org/model"), dataset=DatasetSpec(source="hf://org/rows"))
 
 
@@ -35,19 +39,19 @@ def job(phase: str, message: str = "", uid: str = "1", **spec: Any) -> Job:
 
 
 class Scripted:
-    """A backend whose job is each time the next of these; an error is raised."""
+    """A cluster whose job is each time the next of these; an error is raised."""
 
     def __init__(self, *moments: Job | Exception) -> None:
         self.moments = iter(moments)
 
-    def get(self, name: str) -> Job:
+    def get(self, resource: Resource, name: str) -> Any:
         moment = next(self.moments)
         if isinstance(moment, Exception):
             raise moment
-        return moment
+        return moment.body
 
-    def find(self) -> list[Job]:
-        return [moment for moment in self.moments if isinstance(moment, Job)]
+    def find(self, resource: Resource) -> list[Any]:
+        return [moment.body for moment in self.moments if isinstance(moment, Job)]
 
 
 class Clock:
@@ -62,19 +66,40 @@ class Clock:
 
 
 @pytest.fixture
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> ClusterBackendConfig:
+    """A cluster that cannot be reached."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        server = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    kubeconfig = {
+        "current-context": "away",
+        "contexts": [{"name": "away", "context": {"cluster": "away", "user": "tenant", "namespace": "team"}}],
+        "clusters": [{"name": "away", "cluster": {"server": server}}],
+        "users": [{"name": "tenant", "user": {}}],
+    }
+    file = tmp_path_factory.mktemp("kube") / "config"
+    file.write_text(json.dumps(kubeconfig))
+    return ClusterBackendConfig(config_file=file)
+
+
+@pytest.fixture
 def clock() -> Clock:
     return Clock()
 
 
-def scripted(monkeypatch: pytest.MonkeyPatch, clock: Clock, *moments: Job | Exception) -> QLoRAClient:
-    client = QLoRAClient(LocalBackendConfig(), sleep=clock.sleep, monotonic=clock.monotonic)
-    monkeypatch.setattr(client, "_backend", Scripted(*moments))
-    return client
+@pytest.fixture
+def scripted(cluster: ClusterBackendConfig, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Script:
+    def of(*moments: Job | Exception) -> QLoRAClient:
+        client = QLoRAClient(cluster, sleep=clock.sleep, monotonic=clock.monotonic)
+        monkeypatch.setattr(client, "_cluster", Scripted(*moments))
+        return client
+
+    return of
 
 
-def test_waiting_ends_with_the_phase_and_tells_of_each_look(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+def test_waiting_ends_with_the_phase_and_tells_of_each_look(scripted: Script, clock: Clock) -> None:
     away = UnreachableError("the cluster cannot be reached")
-    client = scripted(monkeypatch, clock, job("Queued"), away, job("Training"), job("Succeeded"))
+    client = scripted(job("Queued"), away, job("Training"), job("Succeeded"))
     seen: list[str] = []
     found = client.wait_for_job_status("demo", polling_interval=5, callbacks=[lambda each: seen.append(each.phase)])
     assert found.phase == "Succeeded"
@@ -82,8 +107,8 @@ def test_waiting_ends_with_the_phase_and_tells_of_each_look(monkeypatch: pytest.
     assert clock.now == 15
 
 
-def test_waiting_for_what_cannot_come_any_more_is_an_error(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
-    client = scripted(monkeypatch, clock, job("Failed", "DoesNotFit: a larger GPU"), job("Failed"), job("Succeeded"))
+def test_waiting_for_what_cannot_come_any_more_is_an_error(scripted: Script) -> None:
+    client = scripted(job("Failed", "DoesNotFit: a larger GPU"), job("Failed"), job("Succeeded"))
     with pytest.raises(RuntimeError, match="demo has ended as Failed: DoesNotFit: a larger GPU"):
         client.wait_for_job_status("demo")
     assert client.wait_for_job_status("demo", status={"Succeeded", "Failed"}).phase == "Failed"
@@ -91,27 +116,27 @@ def test_waiting_for_what_cannot_come_any_more_is_an_error(monkeypatch: pytest.M
         client.wait_for_job_status("demo", status={"Training"})
 
 
-def test_waiting_ends_in_time_and_says_how_far_the_job_came(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
-    client = scripted(monkeypatch, clock, *[job("Queued")] * 99)
+def test_waiting_ends_in_time_and_says_how_far_the_job_came(scripted: Script, clock: Clock) -> None:
+    client = scripted(*[job("Queued")] * 99)
     with pytest.raises(TimeoutError, match="demo has come to Queued in 60 s, and not to Succeeded"):
         client.wait_for_job_status("demo", timeout=60, polling_interval=7)
     assert clock.now <= 60
-    client = scripted(monkeypatch, clock, *[UnreachableError("the cluster is away")] * 99)
+    client = scripted(*[UnreachableError("the cluster is away")] * 99)
     with pytest.raises(TimeoutError, match="not been seen, as the cluster is away"):
         client.wait_for_job_status("demo", timeout=10)
 
 
-def test_waiting_does_not_go_over_to_a_new_job_of_the_same_name(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
-    client = scripted(monkeypatch, clock, job("Training"), job("Succeeded", uid="2"))
+def test_waiting_does_not_go_over_to_a_new_job_of_the_same_name(scripted: Script) -> None:
+    client = scripted(job("Training"), job("Succeeded", uid="2"))
     with pytest.raises(RuntimeError, match="demo has been deleted, and another job has its name now"):
         client.wait_for_job_status("demo")
 
 
-def test_an_error_of_a_callback_ends_the_waiting(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+def test_an_error_of_a_callback_ends_the_waiting(scripted: Script) -> None:
     def fails(_job: QLoRAJob) -> None:
         raise UnreachableError("another cluster is away")
 
-    client = scripted(monkeypatch, clock, *[job("Training")] * 2)
+    client = scripted(*[job("Training")] * 2)
     with pytest.raises(UnreachableError, match="another cluster is away"):
         client.wait_for_job_status("demo", callbacks=[fails])
 
@@ -126,9 +151,11 @@ def test_an_error_of_a_callback_ends_the_waiting(monkeypatch: pytest.MonkeyPatch
         ({"polling_interval": 0}, "more than 0"),
     ],
 )
-def test_waiting_rejects_arguments_that_make_no_sense(arguments: dict[str, Any], message: str) -> None:
+def test_waiting_rejects_arguments_that_make_no_sense(
+    scripted: Script, arguments: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        QLoRAClient(LocalBackendConfig()).wait_for_job_status("demo", **arguments)
+        scripted().wait_for_job_status("demo", **arguments)
 
 
 def test_fields_of_a_newer_version_are_ignored_and_values_of_it_are_said() -> None:
@@ -151,33 +178,27 @@ def test_a_profile_of_a_newer_operator_keeps_no_job_from_being_read() -> None:
 
 
 def test_a_job_that_only_a_newer_version_can_read_hides_no_other(
-    monkeypatch: pytest.MonkeyPatch, clock: Clock, caplog: pytest.LogCaptureFixture
+    scripted: Script, caplog: pytest.LogCaptureFixture
 ) -> None:
-    client = scripted(monkeypatch, clock, job("Archived"), job("Training"))
+    client = scripted(job("Archived"), job("Training"))
     with caplog.at_level(logging.WARNING, "qlora_client"):
         assert [each.phase for each in client.list_jobs()] == ["Training"]
     assert "demo has a phase that this version of the client cannot read" in caplog.text
 
 
-def test_wrong_arguments_are_value_errors(tmp_path: Path) -> None:
-    client = QLoRAClient(LocalBackendConfig(folder=tmp_path))
+def test_wrong_arguments_are_value_errors(scripted: Script) -> None:
+    client = scripted()
     with pytest.raises(ValueError, match="step is 'node-0', must be one of prepare, train, publish"):
         client.get_job_logs("demo", "node-0")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"metadata\.name"):
         client.train(SPEC, name="No Name")
     with pytest.raises(ValueError, match="found no name"):
         client.compare()
-    with pytest.raises(ValueError, match="backend_config is 'cluster'"):
-        QLoRAClient("cluster")  # type: ignore[arg-type]
-    assert list(tmp_path.iterdir()) == []
 
 
-def test_what_does_not_exist_is_a_runtime_error(tmp_path: Path) -> None:
-    client = QLoRAClient(LocalBackendConfig(folder=tmp_path))
-    with pytest.raises(RuntimeError, match="there is no job lost"):
-        client.get_job("lost")
-    with pytest.raises(RuntimeError, match="there is no job lost"):
-        list(client.get_job_logs("lost"))
+def test_a_cluster_that_cannot_be_asked_is_a_runtime_error(cluster: ClusterBackendConfig, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="the context away cannot be reached"):
+        QLoRAClient(cluster).get_job("demo")
     with pytest.raises(RuntimeError, match="kubeconfig"):
         QLoRAClient(ClusterBackendConfig(config_file=tmp_path / "none"))
 
@@ -193,8 +214,8 @@ def config(tmp_path: Path) -> Path:
     return file
 
 
-def test_a_plan_judges_the_gpu_and_forecasts_its_hours(config: Path) -> None:
-    client = QLoRAClient(LocalBackendConfig())
+def test_a_plan_judges_the_gpu_and_forecasts_its_hours(scripted: Script, config: Path) -> None:
+    client = scripted()
     fits = changed(resources=ResourcesSpec(gpu_memory=24), training=TrainingSpec(epochs=2))
     plan = client.plan(fits, config=config, gpu_tflops=312, tokens=1_000_000, gpu_hour_price="2.50 EUR")
     assert (plan.memory.verdict, plan.memory.source, plan.objection) == ("fits", "Table", None)
@@ -211,8 +232,8 @@ def test_a_plan_judges_the_gpu_and_forecasts_its_hours(config: Path) -> None:
     assert "a GPU of 8 GiB" in objection
 
 
-def test_a_plan_says_what_a_forecast_lacks(config: Path) -> None:
-    client = QLoRAClient(LocalBackendConfig())
+def test_a_plan_says_what_a_forecast_lacks(scripted: Script, config: Path) -> None:
+    client = scripted()
     assert client.plan(SPEC, config=config).remark == "no forecast: give the GPU's speed with gpu_tflops"
     assert "give the tokens of an epoch" in client.plan(SPEC, config=config, gpu_tflops=312).remark
     steps = client.plan(changed(training=TrainingSpec(max_steps=3)), config=config, gpu_tflops=312)
@@ -224,25 +245,23 @@ def test_a_plan_says_what_a_forecast_lacks(config: Path) -> None:
         client.plan(SPEC, config=config, gpu_tflops=312, tokens=-5)
 
 
-def test_a_plan_needs_a_config_that_can_be_read(tmp_path: Path) -> None:
-    client = QLoRAClient(LocalBackendConfig(volumes={"models": tmp_path}))
-    bucket = changed(model=BaseModelSpec(source="s3://bucket/model"))
-    with pytest.raises(ValueError, match=r"give the model's config\.json with config"):
-        client.plan(bucket)
-    claim = changed(model=BaseModelSpec(source="pvc://models/base"))
-    with pytest.raises(ValueError, match=r"base/config\.json cannot be read"):
-        client.plan(claim)
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "config.json").write_text("[]")
+def test_a_plan_needs_a_config_that_can_be_read(scripted: Script, tmp_path: Path) -> None:
+    client, config = scripted(), tmp_path / "config.json"
+    for source in ("s3://bucket/model", "pvc://models/base"):
+        with pytest.raises(ValueError, match=r"give the model's config\.json with config"):
+            client.plan(changed(model=BaseModelSpec(source=source)))
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+        client.plan(SPEC, config=config)
+    config.write_text("[]")
     with pytest.raises(ValueError, match="not a JSON object"):
-        client.plan(claim)
-    (tmp_path / "base" / "config.json").write_text(json.dumps({**LLAMA_3_8B, "model_type": []}))
+        client.plan(SPEC, config=config)
+    config.write_text(json.dumps({**LLAMA_3_8B, "model_type": []}))
     with pytest.raises(ValueError, match="model_type"):
-        client.plan(claim)
-    (tmp_path / "base" / "config.json").write_text(json.dumps(LLAMA_3_8B))
-    assert client.plan(claim).memory.verdict == "unknown"
+        client.plan(SPEC, config=config)
+    config.write_text(json.dumps(LLAMA_3_8B))
+    assert client.plan(SPEC, config=config).memory.verdict == "unknown"
     with pytest.raises(ValueError, match="targetModules"):
-        client.plan(claim.model_copy(update={"lora": LoraSpec(target_modules=("nothing",))}))
+        client.plan(changed(lora=LoraSpec(target_modules=("nothing",))), config=config)
 
 
 def test_a_comparison_is_a_table_that_obeys_nothing() -> None:

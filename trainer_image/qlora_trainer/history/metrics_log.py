@@ -2,24 +2,24 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self, get_args
 
 from qlora_trainer.core.file_names import HISTORY_FILE
-from qlora_trainer.history.trackers import Tracker
+from qlora_trainer.history.trackers import EventFiles
 
 
 class MetricsLog:
     """`report/metrics.jsonl`: a line for each optimizer step and one for each evaluation."""
 
-    def __init__(self, folder: Path, length: int, trackers: Sequence[Tracker] = ()) -> None:
+    def __init__(self, folder: Path, length: int, event_files: EventFiles | None = None) -> None:
         """Open the file and cut it to `length` bytes: steps that a lost attempt took after its checkpoint are repeated.
 
-        Each line goes to the `trackers` too.
+        Each line goes to `event_files` too.
         """
-        self._trackers = trackers
+        self._event_files = event_files
         folder.mkdir(parents=True, exist_ok=True)
         self._file: BinaryIO = (folder / HISTORY_FILE).open("ab")
         self._file.truncate(min(length, self._file.tell()))
@@ -28,8 +28,8 @@ class MetricsLog:
         """Add a line. Raises ValueError for a number that JSON cannot express."""
         self._file.write(json.dumps(entry, allow_nan=False).encode() + b"\n")
         self._file.flush()
-        for tracker in self._trackers:
-            tracker.log(int(entry["step"]), entry)
+        if self._event_files is not None:
+            self._event_files.log(int(entry["step"]), entry)
 
     def sync(self) -> int:
         """Make the lines so far durable; returns the file's length in bytes, for the checkpoint."""
@@ -39,13 +39,13 @@ class MetricsLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
-        """Close the file. The trackers write what they have buffered; a failure leaves their runs unfinished."""
+    def __exit__(self, *_: object) -> None:
+        """Close the files."""
         try:
             self._file.close()
         finally:
-            for tracker in self._trackers:
-                tracker.close(finished=failure is None)
+            if self._event_files is not None:
+                self._event_files.close()
 
 
 _Quantity = Literal[

@@ -1,8 +1,7 @@
 """Uploads the history of a finished run to the servers of MLflow and Weights & Biases, through their own clients.
 
 What a run has measured is read from `metrics.jsonl`, in which each step is once, however often the run was
-interrupted; what the tools have written in training may lack steps, or have some of them twice. An upload can be
-repeated: it finds the run that an earlier one has begun, and sends the same points again.
+interrupted. An upload can be repeated: it finds the run that an earlier one has begun, and sends the same points again.
 """
 
 import json

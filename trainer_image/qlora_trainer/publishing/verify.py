@@ -89,7 +89,7 @@ def verify_tensors(
     layers = sum(name.endswith(B_SUFFIX) for name in expected)
     if initial is not None:
         _require_trained_further(unmoved, layers)
-    elif lora.initialization == "default":
+    else:
         _require_learned(unmoved, layers)
 
 

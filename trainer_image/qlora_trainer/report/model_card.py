@@ -41,11 +41,10 @@ def quantization_label(quantization: QuantizationSpec) -> str:
 
 
 def variant_label(lora: LoraSpec) -> str:
-    """Which variant of LoRA it is, for people: `rsLoRA, LoftQ, blocks 0, 1`."""
+    """Which variant of LoRA it is, for people: `rsLoRA, blocks 0, 1`."""
     parts = [
         "rsLoRA" if lora.use_rslora else "",
         "DoRA" if lora.use_dora else "",
-        "LoftQ" if lora.initialization == "loftq" else "",
         f"blocks {', '.join(map(str, lora.layers_to_transform))}" if lora.layers_to_transform else "",
         f"{' and '.join(lora.modules_to_save)} fully trained" if lora.modules_to_save else "",
     ]

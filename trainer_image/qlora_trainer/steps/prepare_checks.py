@@ -67,8 +67,6 @@ def still_valid(record: PrepareRecord, context: StepContext, records: RecordWrit
         return None
     if not is_whole(root / record.base_path, context.mounts.model_cache):
         return None
-    if spec.lora.initialization == "loftq" and not any(folder.glob("*.safetensors")):
-        return None
     if not is_present(root / record.base_path, record.base_sha256, spec.quantization):
         return None
     if tokenizer_digests(folder) != resolved.tokenizer or not resolved.unchanged(spec.dataset, context.mounts):

@@ -11,14 +11,13 @@ from qlora_trainer.core.failures import damaged
 from qlora_trainer.core.records import timestamp
 from qlora_trainer.data.prepared import PreparedDataset, open_prepared
 from qlora_trainer.history.metrics_log import MetricsLog
-from qlora_trainer.history.trackers import open_trackers
+from qlora_trainer.history.trackers import EventFiles
 from qlora_trainer.model.adapter.attach import adapter_parameters, attach_adapter, restore_adapter
 from qlora_trainer.model.adapter.initial import read_initial_adapter
 from qlora_trainer.model.base.byte_count import Storage, storage_of
 from qlora_trainer.model.base.load import load_base
 from qlora_trainer.model.families.inspection import cannot_keep_rows_apart
 from qlora_trainer.model.kernels.attention import ATTENTION
-from qlora_trainer.model.nf4.base_weights import BaseWeights
 from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.checkpoints.attempts import note_training, read_attempts
 from qlora_trainer.training.checkpoints.checkpoint import Checkpoint
@@ -109,12 +108,8 @@ def _load_base(job: PreparedJob, sharded: bool) -> Any:
 
 
 def attach_job_adapter(base: LoadedBase, job: PreparedJob, *, initialized: bool) -> Any:
-    """The base with the job's adapter: initialized, on the device or with an earlier one, or to be restored.
-
-    Each rank initializes it: the others cannot wait for one longer than `ranks.TIMEOUT`, which a large model may take.
-    """
+    """The base with the job's adapter: initialized, also with an earlier one, or to be restored."""
     spec = job.context.spec
-    from_original = initialized and spec.lora.initialization == "loftq"
     model = attach_adapter(
         base.model,
         spec.lora,
@@ -123,8 +118,6 @@ def attach_job_adapter(base: LoadedBase, job: PreparedJob, *, initialized: bool)
         gradient_checkpointing=spec.training.gradient_checkpointing,
         base_name=job.context.base_name,
         base_revision=job.prepared.model_revision,
-        original=BaseWeights(job.model_folder, base.model) if from_original else None,
-        device=base.device,
     )
     if initialized:
         begin_with_earlier(model, job)
@@ -188,14 +181,10 @@ def _schedule(job: PreparedJob, data: PreparedDataset) -> Schedule:
 
 
 def _open_history(job: PreparedJob, checkpoint: Checkpoint | None) -> MetricsLog:
-    """The run's metrics, on disk and for the trackers that the job names, continued from the checkpoint."""
+    """The run's metrics, also in TensorBoard's files if the job asks for them, continued from the checkpoint."""
     spec, folder = job.context.spec, job.context.workspace.report
-    trackers = open_trackers(
-        spec.training.report_to,
-        folder,
-        run_name=job.context.document.metadata.name,
-        run_id=job.digest[:16],
-        settings={"model": spec.model.source, **spec.lora.dump(), **spec.training.dump()},
-        from_step=0 if checkpoint is None else checkpoint.step,
-    )
-    return MetricsLog(folder, 0 if checkpoint is None else checkpoint.state.history_bytes, trackers)
+    event_files = None
+    if "tensorboard" in spec.training.report_to:
+        settings = {"model": spec.model.source, **spec.lora.dump(), **spec.training.dump()}
+        event_files = EventFiles(folder / "tensorboard", settings, 0 if checkpoint is None else checkpoint.step)
+    return MetricsLog(folder, 0 if checkpoint is None else checkpoint.state.history_bytes, event_files)

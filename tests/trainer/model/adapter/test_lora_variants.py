@@ -5,12 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes.nn as bnb
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from peft import PeftModel
-from peft.tuners.lora import Linear4bit
 from safetensors.torch import load_file, save_file
 
 from qlora_api.contract import ExitCode, WorkspaceLayout
@@ -20,27 +17,21 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.model.adapter.attach import adapter_tensors
 from qlora_trainer.model.adapter.initial import get_initial_adapter
 from qlora_trainer.model.base.load import load_base
 from qlora_trainer.model.families.inspection import inspect_family
 from qlora_trainer.model.losses.batch import read_batch
 from qlora_trainer.model.losses.loss import batch_loss
-from qlora_trainer.model.nf4.base_weights import BaseWeights
 from qlora_trainer.publishing.verify import verify_adapter
 from qlora_trainer.report.serving import rejected_by_vllm, served_rank
 from qlora_trainer.stores.hub import Hub
-from tests.support.adapted import adapted
-from tests.support.families import FAMILIES
 from tests.support.sequences import CPU
-from tests.support.tiny import save_model
 from tests.support.training import StopAtStep, adapter_bytes, history, prepared, run
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "rslora": {"useRslora": True},
     "dora": {"useDora": True},
-    "dora-loftq-16bit": {"useDora": True, "initialization": "loftq", "dtype": "bfloat16"},
-    "loftq": {"initialization": "loftq", "alpha": 2},
+    "dora-16bit": {"useDora": True, "dtype": "bfloat16"},
     "one-block": {"layersToTransform": [1]},
     "whole-modules": {"modulesToSave": ["lm_head", "embed_tokens"]},
 }
@@ -108,8 +99,7 @@ def test_a_variant_is_trained_further_from_the_loss_that_it_ended_with(
     trained: tuple[StepContext, TrainRecord, Path], tmp_path: Path
 ) -> None:
     first, record, model = trained
-    lora = {name: value for name, value in first.spec.lora.dump().items() if name != "initialization"}
-    lora |= {"from": {"source": "pvc://adapters/trained"}}
+    lora = {**first.spec.lora.dump(), "from": {"source": "pvc://adapters/trained"}}
     context = prepared(tmp_path / "workspace", model, {"lora": lora, "training": {"maxSteps": 1}})
     mounts = dataclasses.replace(context.mounts, claims={"adapters": first.workspace.root})
     context = dataclasses.replace(context, mounts=mounts)
@@ -142,57 +132,6 @@ def test_the_check_before_publication_knows_every_tensor(
             assert name in caught.value.message
 
 
-@pytest.fixture(scope="session")
-def tiny_gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a multimodal Gemma 3 whose weights have the names that the hub's have. Do not change it: copy it."""
-    folder = save_model(tmp_path_factory.mktemp("gemma3") / "model", FAMILIES["gemma3"][0])
-    assert "language_model.model.layers.0.mlp.up_proj.weight" in load_file(folder / "model.safetensors")
-    return folder
-
-
-def quantized_layers(model: Any) -> dict[str, dict[str, torch.Tensor]]:
-    """The tensors of each 4-bit layer by its name."""
-    return {
-        name: {"weight": module.weight.data} | module.weight.quant_state.as_dict(packed=True)
-        for name, module in model.named_modules()
-        if isinstance(module, bnb.Linear4bit)
-    }
-
-
-# Gemma 3's layers here are larger, and the adapter's rank is the same.
-@pytest.mark.parametrize(("family", "remaining"), [("tiny_llama", 0.9), ("tiny_gemma3", 0.95)])
-def test_loftq_corrects_a_part_of_the_quantization_error_and_leaves_the_base(
-    request: pytest.FixtureRequest, family: str, remaining: float
-) -> None:
-    folder = request.getfixturevalue(family)
-    base = load_base(folder, QuantizationSpec(), "cpu")
-    weights, held = BaseWeights(folder, base), quantized_layers(base)
-    plain, loftq, again = (
-        adapted(folder, initialization=kind, original=weights) for kind in ("default", "loftq", "loftq")
-    )
-
-    def error(model: Any) -> float:
-        """Distance of all layers from the original weights, as the adapter's own formula adds it up."""
-        squares = 0.0
-        for name, layer in model.get_base_model().named_modules():
-            if isinstance(layer, Linear4bit):
-                base = layer.get_base_layer().weight
-                found = dequantize_4bit(base.data, base.quant_state).float() + layer.get_delta_weight("default")
-                squares += float((weights[f"{name}.weight"].float() - found).square().sum())
-        return squares**0.5
-
-    assert error(loftq) < remaining * error(plain)
-    # What was computed in 32 bit has not passed through 16.
-    assert not any(torch.equal(tensor, tensor.bfloat16().float()) for tensor in adapter_tensors(loftq).values())
-    assert all(torch.equal(tensor, adapter_tensors(again)[name]) for name, tensor in adapter_tensors(loftq).items())
-    found = {
-        name.replace("base_model.model.", "").replace(".base_layer", ""): tensors
-        for name, tensors in quantized_layers(loftq).items()
-    }
-    assert found.keys() == held.keys()
-    assert all(torch.equal(found[name][key], tensor) for name in held for key, tensor in held[name].items())
-
-
 def test_blocks_are_chosen_by_number_and_must_exist(tiny_llama: Path) -> None:
     chosen = inspect_family(tiny_llama, LoraSpec(layers_to_transform=(1,))).target_modules
     assert len(chosen) == 7
@@ -212,7 +151,7 @@ def test_tied_modules_are_not_trained_apart(tiny_qwen2: Path) -> None:
     ("lora", "word"),
     [
         (LoraSpec(), None),
-        (LoraSpec(use_rslora=True, initialization="loftq", layers_to_transform=(1,)), None),
+        (LoraSpec(use_rslora=True, layers_to_transform=(1,)), None),
         (LoraSpec(rank=512), None),
         (LoraSpec(use_dora=True), "DoRA"),
         (LoraSpec(modules_to_save=("lm_head",)), "modulesToSave"),

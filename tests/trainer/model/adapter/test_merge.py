@@ -55,7 +55,7 @@ FUSED_PHI3 = Phi3Config(**SHAPE, pad_token_id=0)
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "tied-rslora": (TIED_LLAMA, {"useRslora": True}),
     "biased-dora-one-block": (BIASED_QWEN2, {"useDora": True, "layersToTransform": [1]}),
-    "multimodal-loftq": (FAMILIES["gemma3"][0], {"initialization": "loftq"}),
+    "multimodal": (FAMILIES["gemma3"][0], {}),
     "fused-whole-head": (FUSED_PHI3, {"modulesToSave": ["lm_head"], "targetModules": ["qkv_proj", "down_proj"]}),
 }
 

@@ -184,9 +184,7 @@ def test_a_model_with_other_layers_in_4_bit_is_refused(
     convert(same, tmp_path / "base", NF4)
 
 
-def test_loftq_and_experts_need_the_original(tmp_path: Path, in_nf4: Path) -> None:
-    with pytest.raises(StepFailure, match=r"spec\.lora\.initialization is loftq.* stored in 4 bit only"):
-        inspect_family(in_nf4, LoraSpec(initialization="loftq"))
+def test_experts_need_the_original(tmp_path: Path) -> None:
     routed = save_model(tmp_path / "routed", EXPERTS["qwen3_moe"][0])
     model = quantized(routed, tmp_path / "model", settings())
     with pytest.raises(StepFailure, match="mixture of experts that is quantized already, and its experts are not"):

@@ -135,7 +135,6 @@ def test_an_expert_that_is_missing_or_has_another_shape_is_named(tiny_qwen3_moe:
         ({"target_modules": ("down_proj",)}, "'down_proj', which no layer has besides routed experts and routers"),
         ({"target_modules": ("gate",)}, "'gate', which no layer has besides routed experts and routers"),
         ({"target_modules": ("gate_up_proj",)}, "allowed are all-linear and k_proj, o_proj, q_proj, v_proj"),
-        ({"initialization": "loftq"}, "spec.lora.initialization is loftq"),
     ],
 )
 def test_adapters_on_experts_and_what_is_not_supported_for_them_is_refused(

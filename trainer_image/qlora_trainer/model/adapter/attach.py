@@ -13,11 +13,9 @@ from torch import Tensor, nn
 
 from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
-from qlora_trainer.model.adapter.loftq import initialize_loftq
 from qlora_trainer.model.architecture.decoder import block_linears, compute_as_in_use
 from qlora_trainer.model.architecture.peft_names import taken_for_experts
 from qlora_trainer.model.kernels.fused_lora import fuse_further_lora, fuse_lora
-from qlora_trainer.model.nf4.base_weights import BaseWeights
 from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
 
 ADAPTER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -32,22 +30,16 @@ def attach_adapter(
     gradient_checkpointing: bool,
     base_name: str,
     base_revision: str,
-    original: BaseWeights | None = None,
-    device: torch.device | None = None,
 ) -> Any:
     """The base with a LoRA adapter on `target_modules` (exact names), in training mode; only the adapter has gradients.
 
-    A is drawn from `seed` (Kaiming uniform), B is 0, so training starts from the base model's own loss. With LoftQ
-    both are initialized from the `original` weights, on `device` or else on the base's; without these they are to be
-    restored.
+    A is drawn from `seed` (Kaiming uniform), B is 0, so training starts from the base model's own loss.
     """
     compute_as_in_use(base)
     torch.manual_seed(seed)
     config = _configuration(base, lora, target_modules)
     model = get_peft_model(base, config, autocast_adapter_dtype=False)
     _name_origin(config, base, target_modules, base_name, base_revision)
-    if lora.initialization == "loftq" and original is not None:
-        initialize_loftq(model, original, device or base.device)
     for name, parameter in adapter_parameters(model).items():
         parameter.data = parameter.data.to(tensor_dtype(name, lora))
     fuse_lora(model, recomputed=gradient_checkpointing)

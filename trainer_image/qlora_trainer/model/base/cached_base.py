@@ -28,25 +28,19 @@ from qlora_trainer.model.base.layout import BaseLayout
 from qlora_trainer.model.base.workspace_base import Base, BaseSource, WorkspaceBase
 from qlora_trainer.model.nf4.stored_layer import StoredTensor
 from qlora_trainer.model.source.files import OnBytes
-from qlora_trainer.model.source.models import DownloadedModel, Origin, SharedModel
+from qlora_trainer.model.source.models import Origin, SharedModel
 from qlora_trainer.stores.contents import describe_files
 
 _WAIT_SECONDS = 2.0
 _MAX_REMARK = 256
-_LOFTQ = "spec.lora.initialization loftq compares with the 16-bit model, which is not cached: the job has its own"
 
 
 def open_base_source(context: StepContext, source: SharedModel, settings: Path, layout: BaseLayout) -> BaseSource:
-    """Where the job's base comes from. `settings`: the folder of the model's config.json.
-
-    A base whose original is downloaded and kept is the job's own.
-    """
+    """Where the job's base comes from. `settings`: the folder of the model's config.json."""
     folder, target = context.mounts.model_cache, context.workspace.base
-    if folder is None:
-        return WorkspaceBase(source, target, settings, layout)
-    if isinstance(source, DownloadedModel) and source.keeps_weights:
-        return WorkspaceBase(source, target, settings, layout, remark=_LOFTQ)
     own = WorkspaceBase(source, target, settings, layout)
+    if folder is None:
+        return own
     if source.known_version is not None and own.is_complete(source.known_version):
         return own
     cache = ModelCache(ModelCacheLayout(folder), context.job_uid, context.pod_uid)

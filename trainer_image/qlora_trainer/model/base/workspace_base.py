@@ -47,11 +47,10 @@ class BaseSource(Protocol):
 class WorkspaceBase:
     """A base of the job's own, in its workspace. See BaseSource."""
 
-    def __init__(
-        self, source: ModelSource, target: Path, settings: Path, layout: BaseLayout, *, remark: str = ""
-    ) -> None:
+    remark = ""
+
+    def __init__(self, source: ModelSource, target: Path, settings: Path, layout: BaseLayout) -> None:
         """`target`: the base's folder. `settings`: that of the model's config.json."""
-        self.remark = remark
         self._source, self._target, self._settings, self._layout = source, target, settings, layout
 
     @property

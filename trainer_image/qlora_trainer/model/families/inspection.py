@@ -40,7 +40,6 @@ from qlora_trainer.model.nf4.base_weights import reason_against_stored_parts
 from qlora_trainer.model.source.quantization import (
     SETTINGS,
     experts_in_mxfp4,
-    require_original,
     source_quantization,
     unusable,
 )
@@ -173,7 +172,7 @@ def _inspected(config: Any, lora: LoraSpec) -> Family:
             f"only {fraction:.1%} of its parameters outside the embeddings are in plain linear layers, which is "
             f"what is stored in 4-bit, and at least {MIN_QUANTIZED_FRACTION:.0%} must be",
         )
-    _reject_settings(config, lora, experts=experts)
+    _reject_stored_experts(config, experts=experts)
     probed = probe(config, skeleton)
     _reject(model_type, reason_in_probe(probed))
     linears = block_linears(skeleton)
@@ -208,18 +207,11 @@ def _inspected(config: Any, lora: LoraSpec) -> Family:
     )
 
 
-def _reject_settings(config: Any, lora: LoraSpec, *, experts: bool) -> None:
-    """Reject what does not go with weights that are stored in 4 bit, or with `experts`."""
+def _reject_stored_experts(config: Any, *, experts: bool) -> None:
+    """Reject a mixture of experts that bitsandbytes has stored in 4 bit."""
     stored_in_4_bit = getattr(config, SETTINGS[0], None) is not None and not experts_in_mxfp4(config)
-    if stored_in_4_bit:
-        require_original(lora.initialization)
     if stored_in_4_bit and experts:
         _reject(config.model_type, "it is a mixture of experts that is quantized already, and its experts are not")
-    if experts and lora.initialization == "loftq":
-        raise bad_configuration(
-            f"spec.lora.initialization is loftq, and the model (model_type {config.model_type!r}) is a mixture of "
-            "experts, for which it is not supported: leave it out"
-        )
 
 
 def _reject(model_type: str, reason: str | None) -> None:

@@ -60,20 +60,13 @@ class BaseWeights:
         """Whether there is a tensor of this name."""
         return name in self._stored
 
-    def require(self, name: str) -> None:
-        """Raise StepFailure MODEL_UNAVAILABLE unless there is a tensor of this name."""
-        if name not in self:
-            raise model_unavailable(
-                f"the weights in {self._folder} have no tensor for {name}: spec.lora.initialization: loftq needs each "
-                "layer's weight as the model computes with it; leave it out, or name a model that stores it so"
-            )
-
     def __getitem__(self, name: str) -> Tensor:
         """The tensor as the model computes with it: as it is stored, or dequantized.
 
         Raises StepFailure MODEL_UNAVAILABLE if there is none of this name.
         """
-        self.require(name)
+        if name not in self:
+            raise model_unavailable(f"the weights in {self._folder} have no tensor for {name}: create the job again")
         pieces = [self._dequantized(*self._stored[name][piece]) for piece in sorted(self._stored[name])]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 

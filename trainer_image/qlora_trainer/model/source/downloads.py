@@ -125,8 +125,7 @@ def open_model_source(context: StepContext, hub: Callable[[], Hub]) -> SharedMod
     if isinstance(source, VolumeSource):
         return VolumeModel(context.mounts, source)
     remote = _remote_model(source, context, hub)
-    keeps_weights = context.spec.lora.initialization == "loftq"
-    return DownloadedModel(remote, context.workspace.models, keeps_weights=keeps_weights)
+    return DownloadedModel(remote, context.workspace.models)
 
 
 def _remote_model(source: Source, context: StepContext, hub: Callable[[], Hub]) -> RemoteModel:

@@ -136,14 +136,12 @@ class DownloadedModel:
     making = "downloading and quantizing"
     origin: Origin = "downloaded"
 
-    def __init__(self, remote: RemoteModel, models: Path, *, keeps_weights: bool = False) -> None:
+    def __init__(self, remote: RemoteModel, models: Path) -> None:
         """Choose the files. `models`: folder of downloaded models, one folder for each version.
 
-        A file of weights is deleted as soon as it is converted, so that one at a time takes room, unless
-        `keeps_weights`.
+        A file of weights is deleted as soon as it is converted, so that one at a time takes room.
         """
         self.remote = remote
-        self.keeps_weights = keeps_weights
         self.small_files = choose_settings(remote.sizes, remote.uri)
         self.bytes_fetched = 0
         self._target = models / remote.version
@@ -160,8 +158,8 @@ class DownloadedModel:
 
     def check_weights(self, beside: int) -> None:
         """See ModelSource."""
-        held = self.weight_bytes() if self.keeps_weights else max(map(self._size, self.weight_names()))
-        missing = max(0, held - bytes_below(self.folder)) + beside
+        largest = max(map(self._size, self.weight_names()))
+        missing = max(0, largest - bytes_below(self.folder)) + beside
         purpose = f"the download of {self.remote.uri}" + (" and its 4-bit base" if beside else "")
         require_space(self.folder, missing, purpose)
 
@@ -174,13 +172,11 @@ class DownloadedModel:
         total, finished = self.weight_bytes(), 0
         for name in self.weight_names():
             path, before = self.folder / name, finished
-            if self.keeps_weights or name not in conversion.digests:
+            if name not in conversion.digests:
                 self._fetch(name, self.folder, lambda done, before=before: on_bytes(before + done, total))  # type: ignore[misc]
                 require_whole(path, f"{self.remote.uri}/{name}")
-            if name not in conversion.digests:
                 conversion.convert(path, self.remote.digests.get(name) or file_sha256(path))
-            if not self.keeps_weights:
-                remove(path)
+            remove(path)
             finished += self._size(name)
             on_bytes(finished, total)
         return self.revision(conversion.digests)

@@ -96,15 +96,6 @@ def require_agreement(found: QuantizationSpec | None, wanted: QuantizationSpec) 
         )
 
 
-def require_original(initialization: str) -> None:
-    """Raise StepFailure BAD_CONFIGURATION if LoftQ is asked for, of a model that has no weights in 16 bit."""
-    if initialization == "loftq":
-        raise bad_configuration(
-            "spec.lora.initialization is loftq, which compares 4-bit weights with the original ones, and the model is "
-            "stored in 4 bit only: leave it out, or name the original 16-bit model"
-        )
-
-
 def _method(settings: object) -> str:
     if not isinstance(settings, dict):
         return "by an unnamed method"
