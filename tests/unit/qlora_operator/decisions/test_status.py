@@ -7,7 +7,7 @@ import pytest
 from qlora_api.contract import needed_contract
 from qlora_api.profile import Profile
 from qlora_api.spec.output import GgufStatus, TrackedRun, TrackingStatus
-from qlora_api.status import AdapterStatus, BaseStatus, MergedStatus, QLoRAJobStatus
+from qlora_api.status import BaseStatus, MergedStatus, QLoRAJobStatus
 from qlora_operator.decisions.cleanup import cleanup_at
 from qlora_operator.decisions.events import tracking_event
 from qlora_operator.decisions.observed.objects import Reason
@@ -690,46 +690,39 @@ def test_a_published_adapter_that_the_record_does_not_name_is_no_success() -> No
     assert status.step == step_status("publish", 2, jobUid="", unverified=1)
 
 
-def test_a_merged_model_that_was_asked_for_is_reported_and_without_it_there_is_no_success() -> None:
-    body = pod("publish")
-    output: dict[str, Any] = {"merged": {}}
+GGUF = GgufStatus(file="adapter.gguf", sha256="c" * 64, size_bytes=3, architecture="llama")
+MERGED = MergedStatus(uri="pvc://out/merged", sha256="b" * 64, size_bytes=14, eval_loss=1.5, adapter_eval_loss=1.5)
+PUBLISHED_BASE = BaseStatus(origin="cache", sha256="b" * 64, uri="pvc://out/base")
 
-    def reported(**found: Any) -> QLoRAJobStatus:
-        end = ended(body, 0, result(body, "publish", adapter=ADAPTER, **found))
+
+@pytest.mark.parametrize(
+    ("output", "whole", "partial"),
+    [
+        ({"merged": {}}, {"merged": MERGED}, {}),
+        ({"gguf": {}}, {"adapter": ADAPTER.model_copy(update={"gguf": GGUF})}, {}),
+        ({"base": {"destination": "pvc://out/base"}}, {"base": PUBLISHED_BASE}, {}),
+        (
+            {"base": {"destination": "pvc://out/base"}},
+            {"base": PUBLISHED_BASE},
+            {"base": PUBLISHED_BASE.model_copy(update={"uri": None})},
+        ),
+    ],
+    ids=["merged model", "GGUF file", "base", "base that is not published"],
+)
+def test_a_further_output_is_reported_and_without_it_there_is_no_success(
+    output: dict[str, Any], whole: dict[str, Any], partial: dict[str, Any]
+) -> None:
+    body = pod("publish")
+
+    def reported(found: dict[str, Any]) -> QLoRAJobStatus:
+        end = ended(body, 0, result(body, "publish", **{"adapter": ADAPTER, **found}))
         return follow(make_job(status_in("publish"), output=output), child("publish", Complete=""), end)
 
-    merged = MergedStatus(uri="pvc://out/merged", sha256="b" * 64, size_bytes=14, eval_loss=1.5, adapter_eval_loss=1.5)
-    assert (reported(merged=merged).phase, reported(merged=merged).merged) == ("Succeeded", merged)
-    assert reported().step == step_status("publish", 2, jobUid="", unverified=1)
-
-
-def test_without_the_gguf_file_that_was_asked_for_there_is_no_success() -> None:
-    body = pod("publish")
-    file = GgufStatus(file="adapter.gguf", sha256="c" * 64, size_bytes=3, architecture="llama")
-    converted = ADAPTER.model_copy(update={"gguf": file})
-
-    def reported(adapter: AdapterStatus) -> QLoRAJobStatus:
-        end = ended(body, 0, result(body, "publish", adapter=adapter))
-        return follow(make_job(status_in("publish"), output={"gguf": {}}), child("publish", Complete=""), end)
-
-    assert (reported(converted).phase, reported(converted).adapter) == ("Succeeded", converted)
-    assert reported(ADAPTER).step == step_status("publish", 2, jobUid="", unverified=1)
-
-
-def test_a_base_that_was_asked_for_is_reported_and_without_it_there_is_no_success() -> None:
-    body = pod("publish")
-    output: dict[str, Any] = {"base": {"destination": "pvc://out/base"}}
-    found = BaseStatus(origin="cache", sha256="b" * 64)
-
-    def reported(base: BaseStatus | None) -> QLoRAJobStatus:
-        end = ended(body, 0, result(body, "publish", adapter=ADAPTER, base=base))
-        return follow(make_job(status_in("publish"), output=output), child("publish", Complete=""), end)
-
-    there = found.model_copy(update={"uri": "pvc://out/base"})
-    assert (reported(there).phase, reported(there).base) == ("Succeeded", there)
-    assert "its base at pvc://out/base" in message_of(reported(there))
-    for base in (found, None):
-        assert reported(base).step == step_status("publish", 2, jobUid="", unverified=1)
+    status = reported(whole)
+    assert status.phase == "Succeeded"
+    assert {name: getattr(status, name) for name in whole} == whole
+    assert ("its base at pvc://out/base" in message_of(status)) == ("base" in output)
+    assert reported(partial).step == step_status("publish", 2, jobUid="", unverified=1)
 
 
 def test_a_suspension_is_over_when_no_pod_is_left() -> None:
@@ -848,22 +841,15 @@ def test_progress_is_shown_and_kept_while_nothing_new_is_known() -> None:
     assert newer.checkpoint == status.checkpoint
 
 
-def test_figures_of_preferences_are_shown_with_four_digits() -> None:
-    record = progress(training_step=2, total_steps=4, reward_margin=0.123456, accuracy=0.75, eval_accuracy=2 / 3)
-    status = follow(make_job(status_in("train")), child("train"), running(pod("train")), progress=record)
-    assert status.progress is not None
-    shown = status.progress
-    assert (shown.reward_margin, shown.accuracy, shown.eval_accuracy) == (0.1235, 0.75, 0.6667)
-
-
-def test_figures_of_preferences_come_with_the_result_of_a_training_whose_progress_nobody_has_read() -> None:
-    body = pod("train")
-    record = result(body, "train", reward_margin=0.123456, accuracy=0.75, eval_accuracy=2 / 3, training_step=4)
-    bodies = [child("train", Complete=""), ended(body, 0, record)]
-    status = follow(make_job(status_in("train")), *bodies)
-    assert status.progress is not None
-    shown = status.progress
-    assert (shown.reward_margin, shown.accuracy, shown.eval_accuracy) == (0.1235, 0.75, 0.6667)
+def test_figures_of_preferences_are_shown_with_four_digits_from_progress_and_result() -> None:
+    figures = {"reward_margin": 0.123456, "accuracy": 0.75, "eval_accuracy": 2 / 3}
+    record, body = progress(training_step=2, total_steps=4, **figures), pod("train")
+    live = follow(make_job(status_in("train")), child("train"), running(pod("train")), progress=record)
+    done = ended(body, 0, result(body, "train", training_step=4, **figures))
+    for status in (live, follow(make_job(status_in("train")), child("train", Complete=""), done)):
+        assert status.progress is not None
+        shown = status.progress
+        assert (shown.reward_margin, shown.accuracy, shown.eval_accuracy) == (0.1235, 0.75, 0.6667)
 
 
 def test_what_prepare_does_is_shown_until_training_has_its_own_figures() -> None:
