@@ -113,7 +113,7 @@ OPERATOR = (
         old="        return count_attempts(status, job, facts.observed, facts.now)",
         new="        return status",
         tests=(
-            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_attempts_of_a_job_that_was_created_just_before_the_operator_died_are_counted",
+            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_attempts_of_a_job_created_just_before_a_crash_are_counted",
         ),
     ),
     Mutant(
@@ -163,7 +163,7 @@ OPERATOR = (
         old="and end > until",
         new="and end >= until",
         tests=(
-            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_an_attempt_counted_before_is_not_counted_again_when_the_latest_counted_pod_is_gone",
+            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_an_attempt_is_not_counted_again_when_the_counted_pod_is_gone",
         ),
     ),
     Mutant(
@@ -453,7 +453,7 @@ OPERATOR = (
         old="if spared and step.failures <= allowed and not ended[-1].decisive:",
         new="if False:",
         tests=(
-            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_a_job_that_ends_because_the_kubelet_rejected_its_pods_is_followed_by_another",
+            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_a_job_whose_pods_the_kubelet_rejected_is_followed_by_another",
         ),
     ),
     Mutant(
@@ -987,7 +987,7 @@ TRAINER = (
         old="0 if offset and answer.status_code != 206 else offset",
         new="offset",
         tests=(
-            f"{_TRAINER_TESTS}/stores/test_registry.py::test_a_download_resumes_with_the_same_bytes_whether_the_server_knows_ranges_or_not",
+            f"{_TRAINER_TESTS}/stores/test_registry.py::test_a_download_resumes_to_the_same_bytes_with_and_without_ranges",
         ),
     ),
     Mutant(

@@ -168,7 +168,7 @@ def test_the_cells_of_a_sweep_share_the_base_of_a_model_on_a_volume_too(
     assert third.base_sha256 != first.base_sha256
 
 
-def test_a_model_on_a_volume_that_changes_while_it_is_quantized_is_left_to_no_other_cell(
+def test_a_model_that_changes_while_it_is_quantized_is_not_shared(
     make_context: MakeContext, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_rows(tmp_path / "data" / "train.jsonl", [chat_row("Which pods?", "kubectl get pods")])
@@ -289,7 +289,7 @@ def test_nothing_is_kept_of_a_training_on_a_base_that_was_replaced_in_the_cache(
 # Permission
 
 
-def test_a_token_that_may_not_read_the_model_is_rejected_although_it_is_in_the_cache(
+def test_a_token_without_access_is_rejected_although_the_model_is_cached(
     job: JobOf, hub: FakeHub, tmp_path: Path
 ) -> None:
     hub.token = "hf_abcdefghijklmnop"
@@ -850,7 +850,7 @@ def test_a_cache_that_cannot_be_written_costs_the_job_nothing(
 
 
 @pytest.mark.parametrize("found", ["nothing", "damaged"])
-def test_a_pod_that_hangs_with_the_lock_of_the_cache_costs_the_others_a_base_of_their_own(
+def test_a_pod_that_hangs_with_the_caches_lock_makes_the_others_use_their_own(
     job: JobOf, hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch, found: str
 ) -> None:
     monkeypatch.setattr(cache_module, "_LONGEST_WAIT_SECONDS", 0.2)

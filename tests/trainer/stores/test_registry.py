@@ -399,9 +399,7 @@ def test_a_small_blob_with_another_content_than_its_digest_is_rejected(tmp_path:
 
 
 @pytest.mark.parametrize("ranges", [True, False], ids=["a server with ranges", "a server without"])
-def test_a_download_resumes_with_the_same_bytes_whether_the_server_knows_ranges_or_not(
-    ranges: bool, tmp_path: Path
-) -> None:
+def test_a_download_resumes_to_the_same_bytes_with_and_without_ranges(ranges: bool, tmp_path: Path) -> None:
     content = random.Random(0).randbytes(300_000)
     blob, path = Blob(digest_of(content), len(content)), tmp_path / "model.safetensors"
     arrived: list[int] = []

@@ -37,7 +37,7 @@ def copied(model: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(("kind", "double"), [("nf4", True), ("nf4", False), ("fp4", True)])
-def test_every_inner_layer_is_4_bit_as_specified_and_everything_else_16_bit_and_frozen(
+def test_inner_layers_are_4_bit_and_everything_else_16_bit_and_frozen(
     tiny_llama: Path, kind: Literal["nf4", "fp4"], double: bool
 ) -> None:
     model = load_base(tiny_llama, QuantizationSpec(type=kind, double_quant=double), "cpu")

@@ -203,7 +203,7 @@ def test_a_run_that_the_trainer_does_not_upload_is_named_in_the_status() -> None
     assert published(PROFILE, training={"reportTo": ["mlflow"]}).tracking is None
 
 
-def test_the_status_names_the_page_and_the_runs_of_trackers_and_an_event_what_was_not_uploaded() -> None:
+def test_the_status_names_page_and_tracked_runs_and_an_event_a_failed_upload() -> None:
     body = pod("publish")
     tracking = TrackingStatus(mlflow=TrackedRun(url="https://m.example.org/#/r"), wandb=TrackedRun(message="denied"))
     reported = ended(body, 0, result(body, "publish", adapter=ADAPTER, report_sha256="d" * 64, tracking=tracking))
@@ -377,9 +377,7 @@ def test_the_end_decides_both_summary_conditions() -> None:
         ("prepare", [child("prepare"), ended(pod("prepare"), 1, reason="OOMKilled")], "HostOutOfMemory", "4Gi"),
     ],
 )
-def test_a_failure_is_reported_in_the_words_of_who_knows_it_best(
-    step: Any, bodies: Any, reason: str, words: str
-) -> None:
+def test_a_failures_message_prefers_the_most_specific_source(step: Any, bodies: Any, reason: str, words: str) -> None:
     status = follow(make_job(status_in(step)), *bodies)
     assert status.phase == "Failed"
     assert {"Succeeded": "False", "Failed": "True", "Stalled": "True", "Ready": "False"}.items() <= (
@@ -453,7 +451,7 @@ def test_a_pod_that_the_kubelet_rejects_is_reported_and_uses_up_no_retry() -> No
     assert (reason_of(status), status.last_failure.message) == ("Retrying", sentence)
 
 
-def test_a_job_that_ends_because_the_kubelet_rejected_its_pods_is_followed_by_another() -> None:
+def test_a_job_whose_pods_the_kubelet_rejected_is_followed_by_another() -> None:
     own = failed("train", 203, "InternalError", "no luck", number=2)
     rejected = pod("train", number=3, phase="Failed", reason="OutOfcpu")
     bodies = [child("train", Failed="BackoffLimitExceeded"), rejected_by_the_kubelet("train"), own, rejected]
@@ -495,7 +493,7 @@ def test_what_a_failed_step_has_found_out_is_shown() -> None:
     assert (status.phase, status.memory, status.dataset) == ("Failed", exceeds, None)
 
 
-def test_the_checkpoint_that_an_attempt_left_is_shown_although_no_log_line_reported_it() -> None:
+def test_the_checkpoint_of_a_result_is_shown_without_a_log_line() -> None:
     body = pod("train")
     stored = status_in("train", checkpoint={"step": 5, "savedAt": time(-40)})
     saved = ended(body, 143, result(body, "train", 143, training_step=7, total_steps=10))
@@ -567,7 +565,7 @@ def test_attempts_are_counted_once_while_they_come_and_go() -> None:
             job = make_job(status)
 
 
-def test_an_attempt_counted_before_is_not_counted_again_when_the_latest_counted_pod_is_gone() -> None:
+def test_an_attempt_is_not_counted_again_when_the_counted_pod_is_gone() -> None:
     """The first attempt ended in the second in which the next one was started and deleted."""
     stored = status_in(
         "train",
@@ -614,7 +612,7 @@ def test_a_job_that_was_made_just_before_the_operator_died_is_found() -> None:
     assert status.phase == "Training"
 
 
-def test_attempts_of_a_job_that_was_created_just_before_the_operator_died_are_counted() -> None:
+def test_attempts_of_a_job_created_just_before_a_crash_are_counted() -> None:
     stored = status_in("train", step=step_status("train", jobUid="").dump())
     status = follow(make_job(stored), child("train"), ended(pod("train"), 203))
     assert status.step == step_status("train", countedPod=f"uid-{NAME}-train-1-pod1", failures=1)
