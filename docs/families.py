@@ -1,4 +1,4 @@
-"""Writes the page of all model families that transformers has, and the table of `qlora plan`; run by `make families`.
+"""Writes the page of all model families that transformers has, and the types with one row; run by `make families`.
 
 Each is probed as `prepare` does it, from the default configuration, with what every published model of it has besides.
 """

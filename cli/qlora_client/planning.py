@@ -16,6 +16,7 @@ from qlora_api.forecast import (
     training_flops,
 )
 from qlora_api.memory.model_shape import mixes_experts
+from qlora_api.memory.one_row import ONE_ROW_MODEL_TYPES
 from qlora_api.sources import HubSource, parse_source
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.usage import ForecastStatus
@@ -23,7 +24,7 @@ from qlora_client.client_types import Plan
 from qlora_client.files.folders import INSTALL
 from qlora_client.kube.errors import ClusterError
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.model.memory.fit import MemoryFit
+from qlora_trainer.model.memory.fit import MemoryFit, type_of_model
 
 _MAX_CONFIG_BYTES = 2**22
 _SECONDS = 3600
@@ -40,7 +41,8 @@ def make_plan(
     with TemporaryDirectory() as folder:
         found = config or _fetched(spec, Path(folder))
         try:
-            fit = MemoryFit.planned(found, spec)
+            rows_apart = type_of_model(found) not in ONE_ROW_MODEL_TYPES
+            fit = MemoryFit.of(found, spec, spec.lora.target_modules, rows_apart=rows_apart)
             parameters = None if mixes_experts(json.loads(found.read_bytes())) else fit.parameters
         except StepFailure as failure:
             kind = ValueError if failure.exit_code == ExitCode.BAD_CONFIGURATION else ClusterError

@@ -27,7 +27,7 @@ MAX_DOCUMENT_LENGTH = 131_072
 MAX_MIXED_SOURCE_LENGTH = 48
 
 Phase = Literal["Pending", "Preparing", "Queued", "Training", "Publishing", "Succeeded", "Failed", "Suspended"]
-MemorySource = Literal["DryRun", "Table"]
+MemorySource = Literal["DryRun"]
 StepName = Literal["prepare", "train", "publish", "clean"]
 
 
@@ -192,8 +192,8 @@ class MemoryStatus(ObservedModel):
     )
     source: MemorySource | None = Field(
         None,
-        description="Where the estimate is from: a training step of the model's layers without data (DryRun), or a "
-        "formula with numbers for each model family (Table), when the dry run failed; not set if it is unknown.",
+        description="Where the estimate is from: a training step of the model's layers without data (DryRun); not set "
+        "if it is unknown.",
     )
     message: Message = Field(
         "",

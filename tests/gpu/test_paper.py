@@ -3,8 +3,12 @@
 The paper's claim: one step of a 65B model at rank 64 and 512 tokens fits 48 GB (arXiv 2305.14314).
 """
 
+import multiprocessing
+import os
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +18,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from qlora_api.memory.advice import budget
-from qlora_api.memory.estimate import estimate
-from qlora_api.memory.model_shape import ModelShape
-from qlora_api.memory.training_shape import TrainingShape
+from qlora_api.memory.estimate import MemoryEstimate
+from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.training import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.data.prepared import PackedSequence
 from qlora_trainer.model.adapter.attach import adapter_parameters, attach_adapter
@@ -27,6 +30,8 @@ from qlora_trainer.model.kernels.attention import ATTENTION, register_attention
 from qlora_trainer.model.kernels.norms import fuse_norms
 from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.model.losses.loss import batch_loss
+from qlora_trainer.model.memory.fit import training_shape
+from qlora_trainer.model.memory.job_memory import MeasuredJob
 from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
 from qlora_trainer.training.optimizer import make_optimizer
 from tests.gpu.ballast import GIB, Ballast
@@ -147,15 +152,33 @@ def two_steps(config: LlamaConfig, device: str, lora: LoraSpec) -> Trained:
     return Trained(paged, MICRO_BATCHES * TOKENS / seconds)
 
 
+def estimated(config: LlamaConfig, lora: LoraSpec, folder: Path) -> MemoryEstimate:
+    """The estimate of a dry run, in a process that sees no GPU."""
+    config.save_pretrained(folder)
+    sources = {"model": {"source": "hf://acme/model"}, "dataset": {"source": "hf://acme/rows"}}
+    spec = QLoRAJobSpec.model_validate(sources | {"lora": lora.dump(), "training": {"maxSequenceLength": TOKENS}})
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_hide_gpus) as pool:
+        return pool.submit(_dry_run, folder / "config.json", spec).result()
+
+
+def _hide_gpus() -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def _dry_run(config: Path, spec: QLoRAJobSpec) -> MemoryEstimate:
+    training = training_shape(spec, spec.lora.target_modules)
+    return MeasuredJob.of(config, spec, training).estimate(training)
+
+
 @pytest.mark.gpu(gib=44)
-def test_65b_at_rank_64_fits_48_gb_and_the_estimate_knows_it(figures: Figures) -> None:
+def test_65b_at_rank_64_fits_48_gb_and_the_estimate_knows_it(figures: Figures, tmp_path: Path) -> None:
     free, total = torch.cuda.mem_get_info()
     # What is not free belongs to CUDA's context, on the smaller GPU too.
     with Ballast(free=CARD_BYTES - (total - free)) as ballast:
         torch.cuda.reset_peak_memory_stats()
         trained = two_steps(LLAMA_65B, "cuda", LoraSpec())
         peak = torch.cuda.max_memory_allocated() - ballast.bytes
-    memory = estimate(ModelShape.from_config(LLAMA_65B.to_dict()), TrainingShape())
+    memory = estimated(LLAMA_65B, LoraSpec(), tmp_path)
     resident = memory.context + peak
     needed = resident + trained.paged
     figures.add("65B, rank 64, 512 tokens: memory without paged state", resident / 1e9, "GB", limit=RESIDENT_65B_GB)
@@ -169,11 +192,11 @@ def test_65b_at_rank_64_fits_48_gb_and_the_estimate_knows_it(figures: Figures) -
 
 
 @pytest.mark.gpu(gib=10)
-def test_8b_at_rank_16_needs_what_is_promised(figures: Figures) -> None:
+def test_8b_at_rank_16_needs_what_is_promised(figures: Figures, tmp_path: Path) -> None:
     lora = LoraSpec(rank=16)
     torch.cuda.reset_peak_memory_stats()
     trained = two_steps(LLAMA_8B, "cuda", lora)
-    memory = estimate(ModelShape.from_config(LLAMA_8B.to_dict()), TrainingShape(rank=lora.rank))
+    memory = estimated(LLAMA_8B, lora, tmp_path)
     needed = memory.context + torch.cuda.max_memory_allocated() + trained.paged
     figures.add("8B, rank 16, 512 tokens: memory with all state", needed / GIB, "GiB", limit=WHOLE_8B_GIB)
     figures.add("8B, rank 16, 512 tokens: estimate", memory.expected / GIB, "GiB")

@@ -34,15 +34,6 @@ API = (
         new='(".spec.model.source",),',
         tests=(f"{_API_TESTS}/test_crd.py::test_jobs_can_be_selected_by_model_and_by_phase",),
     ),
-    Mutant(
-        name="capped-scores-take-half-the-memory",
-        file=f"{_CONTRACT}/memory/estimate.py",
-        old="_BYTES_PER_CAPPED_SCORE = 26",
-        new="_BYTES_PER_CAPPED_SCORE = 13",
-        tests=(
-            f"{_API_TESTS}/test_memory.py::test_capped_attention_scores_take_26_bytes_each_for_256_queries_at_a_time",
-        ),
-    ),
 )
 
 OPERATOR = (
@@ -798,7 +789,7 @@ OPERATOR = (
         old='except RejectedError as error:\n            sentence = f"the API server rejects Job {name}',
         new='except ValueError as error:\n            sentence = f"the API server rejects Job {name}',
         tests=(
-            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_an_object_that_the_api_server_rejects_is_reported_in_its_words_and_tried_again",
+            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_creation_retries_back_off_and_the_backoff_resets_after_success",
         ),
     ),
     Mutant(
@@ -807,7 +798,7 @@ OPERATOR = (
         old='except RejectedError as error:\n            sentence = f"the API server rejects PersistentVolumeClaim',
         new='except ValueError as error:\n            sentence = f"the API server rejects PersistentVolumeClaim',
         tests=(
-            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_an_object_that_the_api_server_rejects_is_reported_in_its_words_and_tried_again",
+            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_creation_retries_back_off_and_the_backoff_resets_after_success",
         ),
     ),
     Mutant(

@@ -50,13 +50,13 @@ def show_forecast(plan: MemoryPlan, spec: QLoRAJobSpec, config: Path, gpu: GpuOf
     if gpu.tflops is None:
         return
     tokens, at_most = tokens_of_run(spec.training, gpu.tokens)
-    if plan.job is None or mixes_experts(json.loads(config.read_bytes())):
+    if plan.parameters is None or mixes_experts(json.loads(config.read_bytes())):
         _say(console, "unknown: how many weights each token is multiplied by is not known for this model.")
         return
     if tokens is None:
         _say(console, "unknown: give the tokens of an epoch with --tokens N (status.dataset.tokens of an earlier job).")
         return
-    seconds = hours_of_flops(training_flops(plan.job.parameters, tokens, spec.training), gpu.tflops) * _SECONDS
+    seconds = hours_of_flops(training_flops(plan.parameters, tokens, spec.training), gpu.tflops) * _SECONDS
     cost = cost_text(seconds, *gpu.price) if gpu.price is not None else None
     _say(
         console,

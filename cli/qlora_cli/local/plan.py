@@ -22,9 +22,10 @@ from qlora_api.memory.advice import (
     room,
     verdict,
 )
-from qlora_api.memory.estimate import GIB, MemoryEstimate
+from qlora_api.memory.estimate import GIB, MemoryEstimate, without_activations
 from qlora_api.memory.one_row import ONE_ROW_MODEL_TYPES
 from qlora_api.memory.training_shape import TrainingShape
+from qlora_api.memory.weights import WeightCounts
 from qlora_api.sources import HubSource, VolumeSource, parse_source
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.model import BaseModelSpec
@@ -32,8 +33,8 @@ from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.failures import bad_configuration, model_unavailable, unreachable
 from qlora_trainer.core.sandbox import DryRunFailed
 from qlora_trainer.model.memory.dry_run import INSTALL, measure_within_limits
-from qlora_trainer.model.memory.fit import job_of_table, read_shape, training_shape, type_of_model
-from qlora_trainer.model.memory.job_memory import JobMemory, Measure, MeasuredJob, measured_further
+from qlora_trainer.model.memory.fit import training_shape, type_of_model, weights_of
+from qlora_trainer.model.memory.job_memory import Measure, MeasuredJob, measured_further
 
 GPU_SIZES_GIB = (16, 24, 32, 40, 48, 80, 96, 141)
 COLORS = {"fits": "green", "tight": "yellow", "exceeds": "red"}
@@ -49,40 +50,58 @@ class MemoryPlan:
     """The memory of a job, and that of the GPU that it runs on, in GiB; None if it is not given."""
 
     title: str
-    job: JobMemory | None
-    """None if the memory is not known."""
+    job: MeasuredJob | None
+    """None if the dry run failed."""
     training: TrainingShape
     gpu_gib: int | None
     nodes: int = 1
     unknown: str = ""
-    """Why the memory is not known."""
+    """Why the dry run failed."""
+    weights: WeightCounts | None = None
+    """Counted from config.json if the dry run failed; None for a family whose layers are not listed."""
     one_row: str = ""
     """What it costs that a sequence has a single row; empty if models of this type keep packed rows apart."""
 
     @property
-    def is_rough(self) -> bool:
-        """Whether the estimate is from the table of families, which has no numbers for a setting of the job."""
-        return self.job is not None and not isinstance(self.job, MeasuredJob) and bool(self.unknown)
+    def memory(self) -> MemoryEstimate | None:
+        """The estimate; without activations if the dry run failed."""
+        if self.job is not None:
+            return self.job.estimate(self.training)
+        return None if self.weights is None else without_activations(self.weights, self.training)
+
+    @property
+    def parameters(self) -> int | None:
+        """Of the model, without its adapter; None if that is unknown."""
+        counted = self.weights if self.job is None else self.job
+        return None if counted is None else counted.parameters
+
+    @property
+    def exceeds(self) -> bool:
+        """Whether the job cannot fit the GPU: weights that exceed it do so with any activations."""
+        memory, gpu_gib = self.memory, self.gpu_gib
+        return memory is not None and gpu_gib is not None and verdict(memory, gpu_gib) == "exceeds"
 
     @property
     def exit_code(self) -> ExitCode:
         """DOES_NOT_FIT if `prepare` would reject the job, else DONE."""
-        if self.job is None or self.gpu_gib is None:
-            return ExitCode.DONE
-        judged = verdict(self.job.estimate(self.training), self.gpu_gib)
-        return ExitCode.DOES_NOT_FIT if judged == "exceeds" else ExitCode.DONE
+        return ExitCode.DOES_NOT_FIT if self.exceeds else ExitCode.DONE
 
 
 def make_plan(
     name: str, spec: QLoRAJobSpec, config: Path, gpu_gib: int | None, measure: Measure = measure_within_limits
 ) -> MemoryPlan:
-    """The plan of a job whose model has this config.json: from the table of families if that describes the job.
+    """The plan of a job whose model has this config.json, from a dry run.
 
-    Otherwise from a dry run, for which the trainer has to be installed. Raises StepFailure if the model is not
+    Without one, as without the trainer, the plan has the weights only. Raises StepFailure if the model is not
     supported.
     """
     training = training_shape(spec, spec.lora.target_modules)
-    job, unknown = _job(spec, config, training, measure)
+    job: MeasuredJob | None = None
+    weights, unknown = None, ""
+    try:
+        job = MeasuredJob.of(config, spec, training, measure=measure)
+    except DryRunFailed as failure:
+        weights, unknown = weights_of(config, training), str(failure)
     return MemoryPlan(
         title=f"{name}: {spec.model.source}, rank {spec.lora.rank}, "
         f"{spec.training.micro_batch_size} × {spec.training.max_sequence_length} tokens",
@@ -91,6 +110,7 @@ def make_plan(
         gpu_gib=gpu_gib if gpu_gib is not None else spec.resources.gpu_memory,
         nodes=spec.resources.node_count,
         unknown=unknown,
+        weights=weights,
         one_row=_cost_of_one_row(spec, config),
     )
 
@@ -115,18 +135,6 @@ def _cost_of_one_row(spec: QLoRAJobSpec, config: Path) -> str:
         f"(training.gradientAccumulationSteps) and at most {rows * training.max_sequence_length} tokens (fewer if "
         "rows are short), so the same data takes more steps than with packing"
     )
-
-
-def _job(spec: QLoRAJobSpec, config: Path, training: TrainingShape, measure: Measure) -> tuple[JobMemory | None, str]:
-    """The job's memory, or None and why it is not known."""
-    shape = read_shape(config)
-    in_table = None if shape is None else job_of_table(shape, training)
-    if in_table is not None and not in_table.is_rough:
-        return in_table, ""
-    try:
-        return MeasuredJob.of(config, spec, training, measure=measure), ""
-    except DryRunFailed as failure:
-        return in_table, str(failure)
 
 
 def find_config(model: BaseModelSpec, mounts: Mounts) -> Path:
@@ -186,15 +194,10 @@ def fetching(model: BaseModelSpec, offline: str) -> Iterator[None]:
 def show_plan(plan: MemoryPlan, console: Console) -> None:
     """Print the estimate by component, its range, and the verdict with the settings to change."""
     if plan.job is None:
-        console.print(f"[bold]{escape(plan.title)}[/]")
-        console.print(
-            f"[bold yellow]unknown[/]: the table of model families does not have this model; {escape(plan.unknown)}."
-        )
-        _show_one_row(plan, console)
+        _show_without_activations(plan, console)
         return
     memory = plan.job.estimate(plan.training)
     show_components(plan.title, memory, console)
-    show_origin(plan, console)
     _show_one_row(plan, console)
     if plan.training.gpus > 1:
         _show_gpus(plan, console)
@@ -204,6 +207,24 @@ def show_plan(plan: MemoryPlan, console: Console) -> None:
         _show_verdict(plan.job, plan.gpu_gib, console, rows_apart=not plan.one_row)
 
 
+def _show_without_activations(plan: MemoryPlan, console: Console) -> None:
+    """Print weights, gradients and optimizer, and the reason without a dry run."""
+    memory = plan.memory
+    if memory is None:
+        console.print(f"[bold]{escape(plan.title)}[/]")
+    else:
+        console.print(_components(plan.title, memory, "Without activations"))
+    _show_one_row(plan, console)
+    if memory is not None and plan.training.gpus > 1:
+        _show_gpus(plan, console)
+    console.print(f"[bold yellow]unknown[/]: activations take a dry run; {escape(plan.unknown)}.")
+    if plan.exceeds and memory is not None and plan.gpu_gib is not None:
+        console.print(
+            f"\n[bold {COLORS['exceeds']}]exceeds[/]: {MEANING['exceeds']} on a GPU of {plan.gpu_gib} GiB with any "
+            f"activations: without them it needs at least {gib(memory.low)} of {gib(budget(plan.gpu_gib))} usable."
+        )
+
+
 def _show_one_row(plan: MemoryPlan, console: Console) -> None:
     if plan.one_row:
         console.print(f"[yellow]One row a sequence[/]: {escape(plan.one_row)}.")
@@ -211,8 +232,16 @@ def _show_one_row(plan: MemoryPlan, console: Console) -> None:
 
 def show_components(title: str, memory: MemoryEstimate, console: Console) -> None:
     """Print the estimate by component, and its range."""
+    console.print(_components(title, memory, "Expected peak"))
+    console.print(
+        f"Low {gib(memory.low)}, expected {gib(memory.expected)}, high {gib(memory.high)} GiB. "
+        "Low assumes that the optimizer's pages are in host memory."
+    )
+
+
+def _components(title: str, memory: MemoryEstimate, total: str) -> Table:
     table = Table(title=escape(title), title_justify="left", title_style="bold", show_footer=True)
-    table.add_column("GPU memory", footer="Expected peak")
+    table.add_column("GPU memory", footer=total)
     table.add_column("GiB", justify="right", footer=gib(memory.expected))
     table.add_column("", style="dim")
     for component in memory.components():
@@ -220,22 +249,7 @@ def show_components(title: str, memory: MemoryEstimate, console: Console) -> Non
             continue
         note = "" if component.at_peak else "not at the peak"
         table.add_row(component.label, gib(component.size), note, style=None if component.at_peak else "dim")
-    console.print(table)
-    console.print(
-        f"Low {gib(memory.low)}, expected {gib(memory.expected)}, high {gib(memory.high)} GiB. "
-        "Low assumes that the optimizer's pages are in host memory."
-    )
-
-
-def show_origin(plan: MemoryPlan, console: Console) -> None:
-    """Print where the numbers are from, if not from the table of families alone."""
-    if isinstance(plan.job, MeasuredJob):
-        console.print("Activations and logits are from a dry run of the model's layers.")
-    elif plan.is_rough:
-        console.print(
-            "[yellow]This is rough[/]: the table of model families has no numbers for useDora, modulesToSave or "
-            f"layersToTransform; {escape(plan.unknown)}."
-        )
+    return table
 
 
 def _show_gpus(plan: MemoryPlan, console: Console) -> None:
@@ -256,7 +270,7 @@ def _show_gpu_sizes(memory: MemoryEstimate, console: Console) -> None:
         console.print(f"  {size:>4}  [{COLORS[judged]}]{judged}[/]")
 
 
-def _show_verdict(job: JobMemory, gpu_gib: int, console: Console, *, rows_apart: bool) -> None:
+def _show_verdict(job: MeasuredJob, gpu_gib: int, console: Console, *, rows_apart: bool) -> None:
     memory = job.estimate(job.training)
     judged = verdict(memory, gpu_gib)
     spare = room(memory, gpu_gib)
@@ -284,7 +298,7 @@ def _show_verdict(job: JobMemory, gpu_gib: int, console: Console, *, rows_apart:
         console.print("Even with all of this, only a larger GPU or a smaller model is sure to fit.")
 
 
-def _show_larger(job: JobMemory, gpu_gib: int, console: Console) -> None:
+def _show_larger(job: MeasuredJob, gpu_gib: int, console: Console) -> None:
     """Micro batches that make use of the memory that is left."""
     step = larger_micro_batch(job.estimate, job.training, gpu_gib)
     if step is None:
@@ -294,7 +308,7 @@ def _show_larger(job: JobMemory, gpu_gib: int, console: Console) -> None:
     console.print(f"  {gib(step.expected)} GiB, [{COLORS[step.verdict]}]{step.verdict}[/].")
 
 
-def _show_first_change(job: JobMemory, gpu_gib: int, expected: int, console: Console) -> None:
+def _show_first_change(job: MeasuredJob, gpu_gib: int, expected: int, console: Console) -> None:
     """The setting to change if the memory that is left turns out to be too little."""
     step = first_change(job.estimate, job.training, gpu_gib)
     if step is None:

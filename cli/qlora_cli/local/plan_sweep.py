@@ -18,7 +18,7 @@ from qlora_api.spec.job import ObjectMeta, QLoRAJobDocument
 from qlora_api.sweep.cells import repeated_cell
 from qlora_api.sweep.halving import HalvingSpec
 from qlora_api.sweep.spec import Cell, QLoRASweepDocument, cells, pods
-from qlora_cli.local.plan import GPU_SIZES_GIB, MemoryPlan, gib, make_plan, show_origin
+from qlora_cli.local.plan import GPU_SIZES_GIB, MemoryPlan, gib, make_plan
 from qlora_cli.local.plan_together import colored, make_joint_plan, once
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.model.memory.dry_run import measure_together_within_limits, measure_within_limits
@@ -126,7 +126,7 @@ def _job(cell: Cell) -> QLoRAJobDocument:
 
 
 def show_sweep_plan(plan: SweepPlan, console: Console) -> None:
-    """Print a line for each cell, where the numbers are from, what runs at the same time, and what does not fit."""
+    """Print a line for each cell, what runs at the same time, and what does not fit."""
     console.print(_table(plan))
     _show_remarks(plan, console)
     console.print(_totals(plan))
@@ -175,7 +175,6 @@ def _show_remarks(plan: SweepPlan, console: Console) -> None:
     if unknown is not None:
         console.print(f"[bold yellow]unknown[/]: {escape(unknown.unknown)}.")
     alone = [(cell, each) for pod in plan.pods for cell, each in zip(pod.cells, pod.alone, strict=True)]
-    show_origin(next((each for _, each in alone if each.is_rough), alone[0][1]), console)
     for text, count in Counter(each.one_row for _, each in alone if each.one_row).items():
         console.print(f"[yellow]One row a sequence[/] in {count} of {len(alone)} cells: {escape(text)}.")
 

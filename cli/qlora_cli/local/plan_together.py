@@ -22,7 +22,6 @@ from qlora_cli.local.plan import (
     gib,
     make_plan,
     show_components,
-    show_origin,
 )
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.core.measured_memory import MeasuredMemory
@@ -120,8 +119,6 @@ def show_joint_plan(plan: JointPlan, console: Console) -> None:
         console.print(f"[bold yellow]unknown[/]: {escape(plan.unknown)}.")
         return
     show_components(title, plan.memory, console)
-    if (rough := next((one for one in plan.alone if one.is_rough), None)) is not None:
-        show_origin(rough, console)
     console.print(_jobs(plan, plan.memory))
     if plan.group_size is not None and plan.group_size != len(plan.names):
         console.print(

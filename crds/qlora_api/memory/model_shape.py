@@ -1,4 +1,4 @@
-"""Reads a model's sizes from its `config.json`, and rejects models that the estimate does not describe."""
+"""Reads a dense model's sizes from its `config.json`."""
 
 import reprlib
 from collections.abc import Mapping
@@ -20,15 +20,14 @@ LARGEST_SIZES: Mapping[str, int] = {
     "head_dim": 4_096,
     "vocab_size": 10_000_000,
 }
-_LARGEST_CAP = 1e9
 
 
 class UnsupportedModelError(ValueError):
-    """A model whose memory the formula cannot describe; the message names the field, what was found and what works."""
+    """A size that no model has; the message names the field, what was found and what works."""
 
 
-class NotInTableError(UnsupportedModelError):
-    """A model that the formula has no numbers for; its memory may be measured."""
+class UnlistedModelError(UnsupportedModelError):
+    """A model whose layers FAMILIES does not list; a dry run may count them."""
 
 
 def _shown(value: object) -> str:
@@ -67,9 +66,6 @@ class ModelShape:
     head_dim: int
     vocab_size: int
     tie_word_embeddings: bool = False
-    attn_logit_softcapping: float | None = None
-    """A cap on attention's scores (Gemma 2), for which they have to be built, a block of queries at a time."""
-    final_logit_softcapping: float | None = None
 
     def __post_init__(self) -> None:
         if self.model_type not in FAMILIES:
@@ -103,7 +99,7 @@ class ModelShape:
         }
         for field in LARGEST_SIZES:
             if field not in sizes and field not in ("num_key_value_heads", "head_dim"):
-                raise NotInTableError(f"{field} is missing in the model's config.json; {_SUPPORTED}")
+                raise UnlistedModelError(f"{field} is missing in the model's config.json; {_SUPPORTED}")
         heads = sizes["num_attention_heads"]
         sizes.setdefault("num_key_value_heads", heads)
         if "head_dim" not in sizes:
@@ -114,8 +110,6 @@ class ModelShape:
         return cls(
             model_type=str(decoder["model_type"]),
             tie_word_embeddings=tied,
-            attn_logit_softcapping=_cap(decoder, "attn_logit_softcapping"),
-            final_logit_softcapping=_cap(decoder, "final_logit_softcapping"),
             **sizes,
         )
 
@@ -165,31 +159,17 @@ def _head_dim(hidden_size: int, heads: int) -> int:
     return hidden_size // heads
 
 
-def _cap(decoder: Mapping[str, object], field: str) -> float | None:
-    value = decoder.get(field)
-    if value is None:
-        return None
-    # Larger is no float.
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < _LARGEST_CAP:
-        raise UnsupportedModelError(f"{field} is {_shown(value)}: must be a positive number or null")
-    return float(value)
-
-
 def _known_family(decoder: Mapping[str, object]) -> Family:
-    """The family of a parsed `config.json`. Raises NotInTableError for an architecture that is not known."""
+    """The family of a parsed `config.json`. Raises UnlistedModelError for an architecture that is not known."""
     for field in _EXPERT_COUNTS:
         experts = decoder.get(field)
         if isinstance(experts, int) and experts > 1:
-            raise NotInTableError(
-                f"{field} is {min(experts, 10**9)}: a mixture of experts is not in the table; {_SUPPORTED}"
+            raise UnlistedModelError(
+                f"{field} is {min(experts, 10**9)}: a mixture of experts is not listed; {_SUPPORTED}"
             )
     model_type = decoder.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         found = "missing" if model_type is None else _shown(model_type)
-        raise NotInTableError(f"model_type is {found}; {_SUPPORTED}")
-    activation = decoder.get("hidden_activation") or decoder.get("hidden_act")
-    if activation is not None and not (isinstance(activation, str) and activation in family.activations):
-        allowed = ", ".join(sorted(family.activations))
-        raise NotInTableError(f"hidden_act is {_shown(activation)}: must be one of {allowed} in this family")
+        raise UnlistedModelError(f"model_type is {found}; {_SUPPORTED}")
     return family

@@ -47,7 +47,7 @@ def shared_bytes(alone: MemoryEstimate, together: MemoryEstimate, jobs: int) -> 
 def add_up(shares: Sequence[ShareOfMemory]) -> JointPeak:
     """The peak of at least one job.
 
-    It is that of `estimate_together` for jobs that are alike, if they are as many as each was told that there are. Of
+    It is that of a joint pass for jobs that are alike, if they are as many as each was told that there are. Of
     others it is not above that: a pass takes the more for each further token, the more it has, and the least that
     is shared is that of the job whose pass is the largest.
     """

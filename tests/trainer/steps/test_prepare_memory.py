@@ -30,7 +30,7 @@ def _rows(tmp_path: Path) -> None:
     write_rows(tmp_path / "data" / "train.jsonl", [chat_row(f"Question {n}?", "pods " * 3) for n in range(8)])
 
 
-def test_a_family_without_an_entry_in_the_table_is_measured(
+def test_a_family_whose_layers_are_not_listed_is_measured(
     make_context: MakeContext, records: Recorded, tmp_path: Path
 ) -> None:
     model = save_model(tmp_path / "starcoder2", Starcoder2Config(**WIDE))

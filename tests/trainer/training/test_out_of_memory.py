@@ -20,8 +20,10 @@ from qlora_trainer.core.outcome import summary
 from qlora_trainer.evaluation import held_out
 from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.model.losses.loss import batch_loss
+from qlora_trainer.model.memory.dry_run import StepSize
 from qlora_trainer.training import loop, objective
 from qlora_trainer.training.out_of_memory import explained_shortage
+from tests.support.dry_runs import measure
 from tests.support.tiny import Recorded, merged
 from tests.support.training import Lost, LostAtStep, adapter_bytes, failure, history, interrupted_at, prepared, run
 
@@ -102,18 +104,20 @@ def test_the_shares_that_are_named_add_up_to_the_estimate(spec: dict[str, Any], 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **vocabulary, **shape}))
     sources = {"model": {"source": "pvc://a/b"}, "dataset": {"source": "pvc://c/d"}}
     settings = QLoRAJobSpec.model_validate(merged(sources | {"training": {"maxSequenceLength": 4096}}, spec))
+    size = StepSize(1, settings.training.max_sequence_length, True)
+    found = measure(tmp_path / "config.json", settings, [size], "")
 
     with (
         pytest.raises(StepFailure) as caught,
-        explained_shortage(settings, settings.lora.target_modules, tmp_path, "cpu", lambda: 1),
+        explained_shortage(settings, settings.lora.target_modules, "cpu", lambda: 1, found),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    found = re.search(r"the estimate is (\d+\.\d) GiB \((.*?)\)", caught.value.message)
-    assert found is not None
-    sizes = {name: float(size) for name, _, size in (part.rpartition(" ") for part in found[2].split(", "))}
+    named = re.search(r"the estimate is (\d+\.\d) GiB \((.*?)\)", caught.value.message)
+    assert named is not None
+    sizes = {name: float(size) for name, _, size in (part.rpartition(" ") for part in named[2].split(", "))}
     assert sizes[share] > 0.5
-    assert sum(sizes.values()) == pytest.approx(float(found[1]), abs=0.05 * (len(sizes) + 1))
+    assert sum(sizes.values()) == pytest.approx(float(named[1]), abs=0.05 * (len(sizes) + 1))
 
 
 @pytest.mark.parametrize(

@@ -1,75 +1,48 @@
-"""The figures of the page on choosing a model are those of the memory estimate, and of what a workspace has to hold."""
+"""The figures of the page on choosing a model are those of its weights, and of what a workspace has to hold."""
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
-from qlora_api.memory.advice import verdict
-from qlora_api.memory.estimate import GIB, estimate
+from qlora_api.memory.estimate import GIB, without_activations
 from qlora_api.memory.model_shape import ModelShape
 from qlora_api.memory.training_shape import TrainingShape
+from qlora_api.memory.weights import count_weights
+from tests.support.model_configs import TO_CHOOSE
 
-ROOT = Path(__file__).parents[3]
-PAGE = ROOT / "docs" / "how-to" / "choose-a-model.md"
-MODELS: dict[str, dict[str, Any]] = yaml.safe_load(
-    (ROOT / "tests" / "unit" / "qlora_api" / "memory_points.yaml").read_text()
-)["models"]
-NAMES = {
-    "Llama 3.2 1B": "llama-3.2-1b",
-    "Llama 3.2 3B": "llama-3.2-3b",
-    "Qwen 2.5 7B": "qwen2.5-7b",
-    "Llama 3.1 8B": "llama-3-8b",
-    "Mistral Small 24B": "mistral-small-24b",
-    "Seed-OSS 36B": "seed-oss-36b",
-    "Llama 3.1 70B": "llama-3-70b",
+PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "choose-a-model.md"
+ROWS = {
+    name: cells.split(" | ")
+    for name, cells in re.findall(r"^\| (.+?) \| ([\d.]+, on \d+ \| .*) \|$", PAGE.read_text(), re.MULTILINE)
 }
-GPUS = (16, 24, 32, 40, 48, 80)
-"""GiB."""
 
 
-def shape(model: dict[str, Any]) -> ModelShape:
-    return ModelShape(
-        model_type=model["type"],
-        num_hidden_layers=model["layers"],
-        hidden_size=model["hidden"],
-        intermediate_size=model["mlp"],
-        num_attention_heads=model["heads"],
-        num_key_value_heads=model["kv_heads"],
-        head_dim=model["head_dim"],
-        vocab_size=model["vocabulary"],
-        tie_word_embeddings=model["tied"],
-    )
-
-
-def gpu_memory(model: ModelShape, tokens: int) -> str:
-    """The estimate at rank 16, and the smallest GPU on which it fits."""
-    memory = estimate(model, TrainingShape(rank=16, sequence_length=tokens))
-    gpu = next(size for size in GPUS if verdict(memory, size) == "fits")
-    return f"{memory.expected / GIB:.1f}, on {gpu}"
-
-
-def base_and_run(model: ModelShape) -> str:
-    """GB of the base; of two checkpoints, with 12 bytes for each weight of the adapter, and two copies of it."""
-    memory = estimate(model, TrainingShape(rank=16))
-    base = memory.base_weights + memory.unquantized_weights
-    return f"{base / 1e9:.1f} | {memory.adapters / 4 * (2 * 12 + 2 * 4) / 1e9:.1f}"
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TO_CHOOSE)
 def test_each_model_has_the_figures_that_its_sizes_give(name: str) -> None:
-    model = MODELS[NAMES[name]]
-    row = [
-        name,
-        *(gpu_memory(shape(model), tokens) for tokens in (512, 2048, 8192)),
-        f"{model['parameters'] * 2 / 1e9:.1f}",
-        base_and_run(shape(model)),
-    ]
-    assert f"| {' | '.join(row)} |" in PAGE.read_text().splitlines()
+    """The GPU memory is that of a dry run, with which tests/trainer/model/memory/test_measure.py compares it."""
+    config, parameters = TO_CHOOSE[name]
+    training = TrainingShape(rank=16)
+    weights = count_weights(ModelShape.from_config(config), training)
+    memory = without_activations(weights, training)
+    # Two checkpoints, with 12 bytes for each weight of the adapter, and two copies of it.
+    run = weights.adapter_parameters * (2 * 12 + 2 * 4)
+    *gpu, download, base, checkpoints = ROWS[name]
+    assert (download, base, checkpoints) == (
+        f"{parameters * 2 / 1e9:.1f}",
+        f"{(memory.base_weights + memory.unquantized_weights) / 1e9:.1f}",
+        f"{run / 1e9:.1f}",
+    )
+    needed = [float(cell.partition(",")[0]) for cell in gpu]
+    assert [memory.expected / GIB, *needed] == sorted([memory.expected / GIB, *needed])
+
+
+@pytest.mark.parametrize("name", TO_CHOOSE)
+def test_each_model_has_as_many_parameters_as_its_publisher_says(name: str) -> None:
+    config, parameters = TO_CHOOSE[name]
+    counted = count_weights(ModelShape.from_config(config), TrainingShape()).parameters
+    assert counted == pytest.approx(parameters, rel=2e-4)
 
 
 def test_no_other_model_has_figures() -> None:
-    rows = re.findall(r"^\| (.+?) \| [\d.]+, on \d+ \|", PAGE.read_text(), re.MULTILINE)
-    assert rows == list(NAMES)
+    assert list(ROWS) == list(TO_CHOOSE)

@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from qlora_api.memory.estimate import GIB, estimate, estimate_together
+from qlora_api.memory.estimate import GIB
 from qlora_api.memory.model_shape import ModelShape
 from qlora_api.memory.together import ShareOfMemory, add_up, shared_bytes
 from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.status import MemoryStatus
+from tests.support.dry_runs import estimate, estimate_together
 
 MODEL = ModelShape.from_config(
     {

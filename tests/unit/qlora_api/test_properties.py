@@ -71,11 +71,11 @@ def test_an_unpaired_surrogate_in_a_log_is_no_record() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("hidden_act", ["silu"]), ("attn_logit_softcapping", 10**400), ("final_logit_softcapping", float("inf"))],
+    [("model_type", ["llama"]), ("head_dim", 10**400), ("num_key_value_heads", float("inf"))],
 )
 def test_a_configuration_of_the_wrong_types_is_rejected_by_field(field: str, value: object) -> None:
     with pytest.raises(UnsupportedModelError, match=field):
-        ModelShape.from_config({"model_type": "llama", **dict.fromkeys(_SIZES, 8), field: value})
+        ModelShape.from_config({"model_type": "llama", **dict.fromkeys(_SIZES, 8)} | {field: value})
 
 
 _SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "vocab_size")

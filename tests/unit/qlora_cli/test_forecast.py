@@ -1,5 +1,6 @@
 """The GPU hours that `qlora plan` forecasts, and when it says that it does not know."""
 
+import importlib.util
 import io
 import json
 from pathlib import Path
@@ -18,6 +19,11 @@ from tests.support.model_configs import SMALL_LLAMA
 
 PARAMETERS = 2 * (4 * 1024 * 1024 + 3 * 1024 * 4096) + 2 * 4096 * 1024
 FAST = "--gpu-tflops=0.01"
+
+
+@pytest.fixture(autouse=True)
+def _no_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
 
 
 def planned(folder: Path, manifest: Manifest, *options: str) -> Result:

@@ -1,10 +1,10 @@
-"""The plan of a model that is not in the table of families, with the trainer and without."""
+"""The plan of a job with a dry run, and without the trainer."""
 
 import importlib.util
 import io
 import json
+import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -14,6 +14,9 @@ from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.training import LoraSpec
 from qlora_cli.local.plan import make_plan, show_plan
 from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.model.memory.dry_run import measure_within_limits
+from qlora_trainer.model.memory.job_memory import Measure
+from tests.support.dry_runs import measure
 from tests.support.model_configs import SMALL_LLAMA
 
 SPEC = QLoRAJobSpec.model_validate(
@@ -37,7 +40,7 @@ def written(folder: Path, **config: object) -> Path:
 
 
 @pytest.mark.usefixtures("_no_trainer")
-def test_without_the_trainer_the_memory_of_such_a_model_is_unknown(tmp_path: Path) -> None:
+def test_without_the_trainer_the_memory_of_a_model_whose_layers_are_not_listed_is_unknown(tmp_path: Path) -> None:
     plan = make_plan("tiny", SPEC, written(tmp_path, model_type="starcoder2", hidden_size=3072), None)
     assert plan.exit_code is ExitCode.DONE
     output = io.StringIO()
@@ -45,26 +48,49 @@ def test_without_the_trainer_the_memory_of_such_a_model_is_unknown(tmp_path: Pat
     assert output.getvalue().splitlines() == [
         "tiny: hf://acme/model, rank 64, 1 × 512 tokens",
         (
-            "unknown: the table of model families does not have this model; the trainer is not installed: "
+            "unknown: activations take a dry run; the trainer is not installed: "
             "run `pip install '.[cli,trainer]'` in a checkout of the repository."
         ),
     ]
 
 
-def shown(spec: QLoRAJobSpec, config: Path) -> str:
+def shown(spec: QLoRAJobSpec, config: Path, measure: Measure = measure_within_limits) -> str:
     output = io.StringIO()
-    show_plan(make_plan("tiny", spec, config, None), Console(file=output, width=400))
+    show_plan(make_plan("tiny", spec, config, None, measure), Console(file=output, width=400))
     return output.getvalue()
 
 
+def rows(text: str) -> dict[str, str]:
+    """The GiB of each component."""
+    cells = [re.split(r" *[│┃] *", line.strip("│┃ ")) for line in text.splitlines() if "│" in line]
+    return {name: size for name, size, *_ in cells}
+
+
 @pytest.mark.usefixtures("_no_trainer")
-@pytest.mark.parametrize("lora", [{"useDora": True}, {"modulesToSave": ["lm_head"]}, {"layersToTransform": [1]}])
-def test_without_the_trainer_a_plan_says_for_which_settings_it_is_rough(tmp_path: Path, lora: dict[str, Any]) -> None:
+def test_without_the_trainer_a_plan_counts_what_the_dry_run_counts(tmp_path: Path) -> None:
     config = written(tmp_path, **SMALL_LLAMA)
-    rough = SPEC.model_copy(update={"lora": LoraSpec.model_validate(lora)})
-    assert "This is rough" in shown(rough, config)
-    assert "run `pip install '.[cli,trainer]'` in a checkout" in shown(rough, config)
-    assert "rough" not in shown(SPEC, config)
+    for lora in ({}, {"useDora": True}, {"modulesToSave": ["lm_head"]}, {"layersToTransform": [1]}):
+        spec = SPEC.model_copy(update={"lora": LoraSpec.model_validate(lora)})
+        without, measured = shown(spec, config), rows(shown(spec, config, measure))
+        assert "unknown: activations take a dry run; the trainer is not installed: run `pip install" in without
+        counted = rows(without)
+        assert float(counted.pop("Without activations")) < float(measured["Expected peak"])
+        assert set(measured) - set(counted) == {
+            "Expected peak",
+            "Activation checkpoints",
+            "Working set of the layers",
+            "Logits and their gradient",
+        }
+        assert counted.items() <= measured.items()
+
+
+@pytest.mark.usefixtures("_no_trainer")
+def test_without_the_trainer_weights_that_exceed_the_gpu_are_reported(tmp_path: Path) -> None:
+    large = {**SMALL_LLAMA, "num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672}
+    config = written(tmp_path, **large)
+    assert make_plan("large", SPEC, config, None).exit_code is ExitCode.DOES_NOT_FIT
+    assert "exceeds: the run cannot fit on a GPU of 24 GiB with any activations: " in shown(SPEC, config)
+    assert make_plan("large", SPEC, config, 80).exit_code is ExitCode.DONE
 
 
 @pytest.mark.usefixtures("_no_trainer")
@@ -76,15 +102,14 @@ def test_without_the_trainer_an_impossible_size_is_still_rejected(tmp_path: Path
 BAMBA = {"model_type": "bamba"}
 
 
-@pytest.mark.usefixtures("_no_trainer")
 def test_a_plan_of_a_job_that_continues_a_run_advises_no_other_settings(tmp_path: Path) -> None:
     large = {**SMALL_LLAMA, "num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672}
     config, settings = written(tmp_path, **large), {"continues": "earlier", "training": {"microBatchSize": 4}}
-    output = shown(SPEC.model_validate(SPEC.dump() | settings), config)
+    output = shown(SPEC.model_validate(SPEC.dump() | settings), config, measure)
     assert "exceeds: the run cannot fit on a GPU of 24 GiB" in output
     assert "Only a larger GPU is sure to fit: a job with spec.continues cannot change these settings." in output
     assert "What to change" not in output
-    assert "What to change" in shown(SPEC, config)
+    assert "What to change" in shown(SPEC, config, measure)
 
 
 @pytest.mark.usefixtures("_no_trainer")

@@ -22,6 +22,7 @@ from qlora_cli.__main__ import main
 from qlora_cli.local.plan_sweep import SweepPlan, make_sweep_plan, show_sweep_plan
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.model.memory.dry_run import StepSize
+from tests.support.dry_runs import stand_in
 from tests.support.model_configs import LLAMA_3_8B
 from tests.support.tiny import merged
 
@@ -30,8 +31,8 @@ UNKNOWN = {"model_type": "starcoder2"}
 
 
 @pytest.fixture(autouse=True)
-def _no_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+def _dry_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch)
 
 
 def manifest(**changes: Any) -> dict[str, Any]:
@@ -156,8 +157,10 @@ def test_the_rungs_at_which_cells_are_compared_are_shown(
     assert "Rungs" not in shown(planned(tmp_path, LLAMA_3_8B))
 
 
-def test_the_memory_of_a_model_outside_the_table_is_unknown_without_the_trainer(tmp_path: Path) -> None:
-    plan = planned(tmp_path, UNKNOWN)
+def test_the_memory_is_unknown_without_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    plan = planned(tmp_path, LLAMA_3_8B)
     assert plan.exit_code is ExitCode.DONE
     text = shown(plan)
     assert row(text, "support-rates-00")[-2:] == ["–", "unknown"]
@@ -205,7 +208,11 @@ def test_cells_that_need_the_same_memory_are_measured_once(tmp_path: Path, cells
     assert len({pod.cells[0].name for pod in plan.pods}) == len(plan.pods)
 
 
-def test_a_model_with_one_row_a_sequence_says_so_once_and_takes_one_cell_a_pod(tmp_path: Path) -> None:
+def test_a_model_with_one_row_a_sequence_says_so_once_and_takes_one_cell_a_pod(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     text = shown(planned(tmp_path, {"model_type": "bamba"}, template=template(training={"microBatchSize": 1})))
     assert text.count("One row a sequence in 6 of 6 cells: packing is off") == 1
     done = invoked(
@@ -288,9 +295,10 @@ def test_rows_are_looked_for_where_the_template_says(tmp_path: Path) -> None:
         assert "unknown field" not in done.output
 
 
-def test_a_plan_loads_neither_the_trainers_libraries_nor_the_operators(tmp_path: Path) -> None:
+def test_without_pytorch_a_plan_loads_neither_the_trainers_libraries_nor_the_operators(tmp_path: Path) -> None:
     program = f"""
 import sys
+sys.modules["torch"] = None
 from qlora_cli.__main__ import main
 main(["plan", {str(EXAMPLE)!r}, "--config", {str(written(tmp_path, LLAMA_3_8B))!r}], standalone_mode=False)
 """

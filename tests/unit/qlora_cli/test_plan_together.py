@@ -17,6 +17,7 @@ from qlora_cli.local.plan_together import JointPlan, make_joint_plan, require_jo
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.model.memory.dry_run import StepSize
+from tests.support.dry_runs import measure, measure_passes
 from tests.support.model_configs import LLAMA_3_8B
 from tests.support.tiny import merged
 
@@ -28,11 +29,6 @@ SPEC: dict[str, Any] = {
     # Asked for in a group.
     "workspace": {"claimName": "experiments"},
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
 
 
 def documents(**changes: dict[str, Any]) -> list[QLoRAJobDocument]:
@@ -53,7 +49,7 @@ def documents(**changes: dict[str, Any]) -> list[QLoRAJobDocument]:
 def planned(folder: Path, config: dict[str, Any], **changes: dict[str, Any]) -> JointPlan:
     path = folder / "config.json"
     path.write_text(json.dumps(config))
-    return make_joint_plan(documents(**changes), path, None)
+    return make_joint_plan(documents(**changes), path, None, measure, measure_passes)
 
 
 def shown(plan: JointPlan) -> str:
@@ -93,23 +89,20 @@ def test_a_plan_of_a_part_of_a_group_says_so(tmp_path: Path) -> None:
     assert "spec.group.size" not in shown(planned(tmp_path, LLAMA_3_8B, support=group, billing=group, legal=group))
 
 
-def test_the_memory_of_a_model_outside_the_table_is_unknown_without_the_trainer(tmp_path: Path) -> None:
-    plan = planned(tmp_path, {"model_type": "starcoder2"}, support={}, billing={})
+def test_the_memory_is_unknown_without_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA_3_8B))
+    plan = make_joint_plan(documents(support={}, billing={}), path, None)
     assert plan.exit_code is ExitCode.DONE
     assert "unknown: the trainer is not installed" in shown(plan)
-
-
-def test_the_sum_is_as_rough_as_the_roughest_of_them(tmp_path: Path) -> None:
-    plan = planned(tmp_path, LLAMA_3_8B, support={}, billing={"lora": {"layersToTransform": [0, 1]}})
-    assert "This is rough: the table of model families has no numbers for" in shown(plan)
-    assert "This is rough" not in shown(planned(tmp_path, LLAMA_3_8B, support={}, billing={}))
 
 
 def test_jobs_that_are_alike_are_measured_once_and_all_of_them_together(tmp_path: Path) -> None:
     ranks: list[int] = []
     joint: list[tuple[int, ...]] = []
 
-    def measure(config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str) -> MeasuredMemory:
+    def counted(config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str) -> MeasuredMemory:
         ranks.append(spec.lora.rank)
         step = MeasuredStep(
             sequences=1, sequence_tokens=1024, gradient_checkpointing=True, kept=2**20, loss=2**20, work=2**20
@@ -126,7 +119,7 @@ def test_jobs_that_are_alike_are_measured_once_and_all_of_them_together(tmp_path
             steps=(step,),
         )
 
-    def measure_passes(
+    def counted_passes(
         config: Path, specs: Sequence[QLoRAJobSpec], passes: Sequence[tuple[int, ...]]
     ) -> tuple[ActivationBytes, ...]:
         joint.extend(passes)
@@ -138,7 +131,7 @@ def test_jobs_that_are_alike_are_measured_once_and_all_of_them_together(tmp_path
     path.write_text(json.dumps({"model_type": "starcoder2"}))
     unaccumulated = {"lora": {"rank": 64}, "training": {"gradientAccumulationSteps": 1}}
     jobs = documents(first={}, second={"training": {"learningRate": 1e-3}}, third=unaccumulated)
-    plan = make_joint_plan(jobs, path, None, measure, measure_passes)
+    plan = make_joint_plan(jobs, path, None, counted, counted_passes)
     assert ranks == [16, 64]
     # Of a step's later passes, and of the first, in which all take part.
     assert joint == [(0, 1), (0, 1, 2)]

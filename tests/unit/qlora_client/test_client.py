@@ -1,5 +1,6 @@
 """What a program sees of its jobs through QLoRAClient: values, waiting, plans, and errors of three kinds."""
 
+import importlib.util
 import json
 import logging
 import socket
@@ -17,6 +18,7 @@ from qlora_client import ClusterBackendConfig, Comparison, QLoRAClient, QLoRAJob
 from qlora_client.jobs.job import Job
 from qlora_client.kube.errors import UnreachableError
 from qlora_client.kube.resources import Resource
+from tests.support.dry_runs import stand_in
 from tests.support.model_configs import LLAMA_3_8B
 
 Script = Callable[..., QLoRAClient]
@@ -214,11 +216,14 @@ def config(tmp_path: Path) -> Path:
     return file
 
 
-def test_a_plan_judges_the_gpu_and_forecasts_its_hours(scripted: Script, config: Path) -> None:
+def test_a_plan_judges_the_gpu_and_forecasts_its_hours(
+    scripted: Script, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch)
     client = scripted()
     fits = changed(resources=ResourcesSpec(gpu_memory=24), training=TrainingSpec(epochs=2))
     plan = client.plan(fits, config=config, gpu_tflops=312, tokens=1_000_000, gpu_hour_price="2.50 EUR")
-    assert (plan.memory.verdict, plan.memory.source, plan.objection) == ("fits", "Table", None)
+    assert (plan.memory.verdict, plan.memory.source, plan.objection) == ("fits", "DryRun", None)
     assert plan.memory.estimate_bytes is not None
     assert plan.forecast is not None
     # Six operations for each of 8.03e9 weights and 2e6 tokens, at 30 % of the GPU's speed.
@@ -232,7 +237,19 @@ def test_a_plan_judges_the_gpu_and_forecasts_its_hours(scripted: Script, config:
     assert "a GPU of 8 GiB" in objection
 
 
-def test_a_plan_says_what_a_forecast_lacks(scripted: Script, config: Path) -> None:
+def test_without_the_trainer_a_plan_has_a_forecast_and_says_why_the_memory_is_unknown(
+    scripted: Script, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    job = changed(resources=ResourcesSpec(gpu_memory=4))
+    plan = scripted().plan(job, config=config, gpu_tflops=312, tokens=1_000_000)
+    assert (plan.memory.verdict, plan.objection) == ("unknown", None)
+    assert "the trainer is not installed: run `pip install '.[cli,trainer]'`" in plan.memory.message
+    assert plan.forecast is not None
+
+
+def test_a_plan_says_what_a_forecast_lacks(scripted: Script, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch)
     client = scripted()
     assert client.plan(SPEC, config=config).remark == "no forecast: give the GPU's speed with gpu_tflops"
     assert "give the tokens of an epoch" in client.plan(SPEC, config=config, gpu_tflops=312).remark
@@ -245,7 +262,9 @@ def test_a_plan_says_what_a_forecast_lacks(scripted: Script, config: Path) -> No
         client.plan(SPEC, config=config, gpu_tflops=312, tokens=-5)
 
 
-def test_a_plan_needs_a_config_that_can_be_read(scripted: Script, tmp_path: Path) -> None:
+def test_a_plan_needs_a_config_that_can_be_read(
+    scripted: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     client, config = scripted(), tmp_path / "config.json"
     for source in ("s3://bucket/model", "pvc://models/base"):
         with pytest.raises(ValueError, match=r"give the model's config\.json with config"):
@@ -259,6 +278,7 @@ def test_a_plan_needs_a_config_that_can_be_read(scripted: Script, tmp_path: Path
     with pytest.raises(ValueError, match="model_type"):
         client.plan(SPEC, config=config)
     config.write_text(json.dumps(LLAMA_3_8B))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     assert client.plan(SPEC, config=config).memory.verdict == "unknown"
     with pytest.raises(ValueError, match="targetModules"):
         client.plan(changed(lora=LoraSpec(target_modules=("nothing",))), config=config)

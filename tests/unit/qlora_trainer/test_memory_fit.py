@@ -3,26 +3,24 @@
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from qlora_api.contract import ExitCode
 from qlora_api.memory.advice import advice
-from qlora_api.memory.estimate import estimate, estimate_together
 from qlora_api.memory.model_shape import ModelShape
 from qlora_api.memory.together import ShareOfMemory, add_up
 from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.spec.gate import GateSpec, ScoreSpec
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.core.sandbox import DryRunFailed
-from qlora_trainer.model.memory.fit import MemoryFit, job_of_table, read_shape, training_shape
+from qlora_trainer.model.memory.fit import MemoryFit, training_shape
+from qlora_trainer.model.memory.job_memory import MeasuredJob
+from tests.support.dry_runs import estimate, estimate_together, measure, measure_passes
 
 SOURCES = {"model": {"source": "hf://org/model"}, "dataset": {"source": "hf://org/rows"}}
-# Fields that describe other trainers.
-OF_OTHER_TRAINERS = {"loss_chunk_tokens", "composed", "upcast", "loss_bytes_per_logit"}
 # What decides the advice, and not the memory.
 OF_ADVICE = {"fixed"}
 
@@ -73,7 +71,7 @@ def test_every_setting_that_decides_the_memory_reaches_the_estimate() -> None:
     )
     default = TrainingShape()
     same = {field.name for field in fields(shape) if getattr(shape, field.name) == getattr(default, field.name)}
-    assert same == OF_OTHER_TRAINERS | OF_ADVICE
+    assert same == OF_ADVICE
 
 
 LLAMA_8B = {
@@ -95,39 +93,42 @@ def fit(
     settings: dict[str, Any] | None = None,
     **more: Any,
 ) -> MemoryFit:
-    """The verdict on a job, when the dry run fails."""
+    """The verdict on a job."""
     (folder / "config.json").write_text(json.dumps(config))
     spec = QLoRAJobSpec.model_validate(SOURCES | {"resources": {"gpuMemory": gpu_gib}} | (settings or {}))
-    return MemoryFit.of(folder / "config.json", spec, targets, **{"measure": failing} | more)
+    return MemoryFit.of(
+        folder / "config.json", spec, targets, **{"measure": measure, "measure_passes": measure_passes} | more
+    )
 
 
 def failing(*_arguments: object) -> Any:
     raise DryRunFailed("the dry run took more than 600 seconds")
 
 
-def test_when_the_dry_run_fails_the_table_has_the_estimate_and_the_status_says_so(tmp_path: Path) -> None:
+def test_a_job_that_fits_is_told_of_a_larger_micro_batch(tmp_path: Path) -> None:
     found = fit(tmp_path, LLAMA_8B)
-    assert found.status.verdict == "fits"
-    assert found.status.source == "Table"
-    assert found.status.message.startswith("from the table of model families: the dry run took more than 600 seconds")
-    assert "spec.training.microBatchSize: 8 and spec.training.gradientAccumulationSteps: 2 fits too" in (
-        found.status.message
+    assert (found.status.verdict, found.status.source, found.objection) == ("fits", "DryRun", None)
+    assert found.status.message.startswith(
+        "spec.training.microBatchSize: 8 and spec.training.gradientAccumulationSteps: 2 fits too"
     )
-    assert (found.measured, found.objection) == (None, None)
 
 
-def test_when_the_dry_run_fails_for_a_model_that_is_not_in_the_table_the_memory_is_unknown(tmp_path: Path) -> None:
-    found = fit(tmp_path, {"model_type": "starcoder2"})
+@pytest.mark.parametrize(("config", "parameters"), [(LLAMA_8B, 8_029_995_008), ({"model_type": "starcoder2"}, None)])
+def test_when_the_dry_run_fails_the_memory_is_unknown_and_the_status_says_why(
+    config: dict[str, Any], parameters: int | None, tmp_path: Path
+) -> None:
+    found = fit(tmp_path, config, gpu_gib=4, measure=failing)
     assert found.status.dump() == {
         "verdict": "unknown",
         "message": "the memory is unknown: the dry run took more than 600 seconds",
     }
+    assert (found.parameters, found.measured) == (parameters, None)
     found.require()
 
 
 def test_a_target_module_that_the_family_does_not_have_is_rejected_by_field(tmp_path: Path) -> None:
     with pytest.raises(StepFailure, match=r"spec\.lora\.targetModules: .*embed_tokens") as failure:
-        fit(tmp_path, LLAMA_8B, ("embed_tokens",))
+        fit(tmp_path, LLAMA_8B, ("embed_tokens",), measure=failing)
     assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
 
 
@@ -144,7 +145,7 @@ def test_a_job_that_begins_with_an_earlier_adapter_is_not_told_to_change_it(tmp_
     assert with_earlier is not None
     assert "set spec.training.optimizer: paged_adamw_8bit" in with_earlier
     spec = QLoRAJobSpec.model_validate(SOURCES | EARLIER)
-    job = job_of_table(cast("ModelShape", read_shape(tmp_path / "config.json")), training_shape(spec, ["all-linear"]))
+    job = MeasuredJob.of(tmp_path / "config.json", spec, training_shape(spec, ["all-linear"]), measure=measure)
     changed = {change.setting for step in advice(job.estimate, job.training, 8) for change in step.changes}
     assert "training.optimizer" in changed
     assert not any(setting.startswith("lora.") for setting in changed)
@@ -163,7 +164,7 @@ def test_in_a_group_what_jobs_like_it_share_is_found_too(tmp_path: Path) -> None
     found = fit(tmp_path, LLAMA_8B, group_size=4)
     share = ShareOfMemory.of(found.status)
     assert share is not None
-    shape = cast("ModelShape", read_shape(tmp_path / "config.json"))
+    shape = ModelShape.from_config(LLAMA_8B)
     training = training_shape(QLoRAJobSpec.model_validate(SOURCES), ["all-linear"])
     together, alone = estimate_together(shape, [training] * 4), estimate(shape, training)
     assert add_up([share] * 4).expected == pytest.approx(together.expected, abs=4)
@@ -178,21 +179,6 @@ def test_in_a_group_what_jobs_like_it_share_is_found_too(tmp_path: Path) -> None
 
 
 def test_a_joint_dry_run_that_fails_leaves_the_memory_of_the_group_unknown_and_says_why(tmp_path: Path) -> None:
-    measured = MeasuredMemory(
-        digest="",
-        blocks=32,
-        rank=64,
-        quantized_parameters=7 * 10**9,
-        unquantized_bytes=2**30,
-        adapter_parameters=10**8,
-        pageable_parameters=10**8,
-        whole_parameters=0,
-        steps=(
-            MeasuredStep(
-                sequences=1, sequence_tokens=2048, gradient_checkpointing=True, kept=2**29, loss=2**28, work=2**28
-            ),
-        ),
-    )
-    found = fit(tmp_path, LLAMA_8B, group_size=4, measure=lambda *_: measured, measure_passes=failing)
+    found = fit(tmp_path, LLAMA_8B, group_size=4, measure_passes=failing)
     assert (found.status.source, found.status.shared_bytes, found.objection) == ("DryRun", None, None)
     assert "the memory of the whole group is unknown: the dry run took more than 600 seconds" in found.status.message

@@ -57,7 +57,6 @@ def train(
             explained_shortage,
             context.spec,
             job.prepared.target_modules,
-            job.model_folder,
             context.device,
             measured=job.prepared.measured,
         )

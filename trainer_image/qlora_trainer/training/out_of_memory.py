@@ -3,18 +3,16 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 from qlora_api.contract import ExitCode
-from qlora_api.memory.estimate import GIB, MemoryEstimate, estimate
+from qlora_api.memory.estimate import GIB, MemoryEstimate
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import StepFailure, is_out_of_gpu_memory
 from qlora_trainer.core.measured_memory import MeasuredMemory
-from qlora_trainer.model.memory.fit import read_shape, training_shape
+from qlora_trainer.model.memory.fit import training_shape
 from qlora_trainer.model.memory.job_memory import measured_estimate
-from qlora_trainer.model.source.files import CONFIG
 from qlora_trainer.training.distributed.device import peak_memory_bytes
 
 # The shares that the message lists, and the estimate's components in each; each component is in one of them.
@@ -34,7 +32,6 @@ _SHARES = {
 def explained_shortage(
     spec: QLoRAJobSpec,
     target_modules: Iterable[str],
-    model_folder: Path,
     device: Device,
     micro_batch_size: Callable[[], int],
     measured: MeasuredMemory | None = None,
@@ -42,8 +39,7 @@ def explained_shortage(
     """Turn an out-of-memory error into a StepFailure (GPU_OUT_OF_MEMORY).
 
     The message has the measured peak, the estimate by share, and what to change first. `micro_batch_size` is called
-    when it happens: the run may have lowered it. The estimate is from the dry runs `measured` by prepare, or else from
-    the table of families.
+    when it happens: the run may have lowered it. The estimate is from the dry runs `measured` by prepare.
     """
     try:
         yield
@@ -57,13 +53,9 @@ def explained_shortage(
             micro_batch_size=size,
             gradient_accumulation_steps=training.gradient_accumulation_steps,
         )
-        table = read_shape(model_folder / CONFIG) if measured is None else None
+        estimated = "there is no estimate"
         if measured is not None:
             estimated = f"the estimate is {_by_share(measured_estimate(measured, shape))}"
-        elif table is not None:
-            estimated = f"the estimate is {_by_share(estimate(table, shape))}"
-        else:
-            estimated = "there is no estimate"
         raise StepFailure(
             ExitCode.GPU_OUT_OF_MEMORY,
             f"the GPU is out of memory at a measured peak of {peak_memory_bytes(device) / GIB:.1f} GiB with "

@@ -271,6 +271,7 @@ def test_creation_retries_back_off_and_the_backoff_resets_after_success(
     reconciler = operator(cluster, store)
     assert [until_it_waits(reconciler) for _ in range(9)] == [5, 10, 20, 40, 80, 160, 300, 300, 300]
     assert reason_of(cluster.status) == reason
+    assert ("exceeded quota: team" in message_of(cluster.status)) == reason.endswith("Rejected")
     cluster.existing, cluster._rejected = None, ()
     until_it_waits(reconciler)
     assert cluster.status.phase == "Preparing"

@@ -18,10 +18,10 @@ from qlora_api.memory.advice import (
     verdict,
 )
 from qlora_api.memory.estimate import GIB, ActivationBytes
-from qlora_api.memory.model_shape import ModelShape, NotInTableError, UnsupportedModelError
-from qlora_api.memory.one_row import ONE_ROW_MODEL_TYPES
+from qlora_api.memory.model_shape import ModelShape, UnlistedModelError, UnsupportedModelError
 from qlora_api.memory.together import shared_bytes
 from qlora_api.memory.training_shape import TrainingShape
+from qlora_api.memory.weights import WeightCounts, count_weights
 from qlora_api.spec.gate import MAX_PROMPT_TOKENS
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.status import MAX_MESSAGE_LENGTH, MemoryStatus
@@ -29,18 +29,18 @@ from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.core.sandbox import DryRunFailed
 from qlora_trainer.model.memory.dry_run import measure_together_within_limits, measure_within_limits
-from qlora_trainer.model.memory.job_memory import JobMemory, Measure, MeasuredJob, TableJob, measured_further
+from qlora_trainer.model.memory.job_memory import Measure, MeasuredJob, measured_further
 from qlora_trainer.model.memory.joint_memory import MeasurePasses, memory_together
 
 
 def read_shape(config: Path) -> ModelShape | None:
-    """The sizes in a model's config.json; None for a model that the table of families does not describe.
+    """The sizes in a model's config.json; None for a model whose layers are not listed by family.
 
     Raises StepFailure BAD_CONFIGURATION for a size that no model has.
     """
     try:
         return ModelShape.from_config(json.loads(config.read_bytes()))
-    except NotInTableError:
+    except UnlistedModelError:
         return None
     except UnsupportedModelError as error:
         raise bad_configuration(f"spec.model.source: {error}") from error
@@ -96,10 +96,16 @@ def _answer_tokens(spec: QLoRAJobSpec) -> tuple[int, int] | None:
     return prompt, prompt + spec.gate.score.max_new_tokens
 
 
-def job_of_table(shape: ModelShape, training: TrainingShape) -> TableJob:
-    """The job in the table. Raises StepFailure BAD_CONFIGURATION for target modules that the model does not have."""
+def weights_of(config: Path, training: TrainingShape) -> WeightCounts | None:
+    """The weights of a job by its model's config.json; None for a model whose layers are not listed by family.
+
+    Raises StepFailure BAD_CONFIGURATION for target modules that the model does not have.
+    """
+    shape = read_shape(config)
+    if shape is None:
+        return None
     try:
-        return TableJob(shape, training)
+        return count_weights(shape, training)
     except ValueError as error:
         raise bad_configuration(f"spec.lora.targetModules: {error}") from error
 
@@ -109,11 +115,11 @@ class MemoryFit:
     """Whether a job fits its GPU."""
 
     status: MemoryStatus
-    """The estimate; its verdict is `unknown` if the job does not state the GPU's size."""
+    """The estimate; its verdict is `unknown` without the GPU's size, or if the dry run failed."""
     objection: str | None
     """Why the job cannot run, with the first advice; None if it can, or if that is unknown."""
     parameters: int | None
-    """Of the model, without its adapter; None if the estimate is unknown."""
+    """Of the model, without its adapter; None if that is unknown."""
     measured: MeasuredMemory | None
     """The dry runs that the estimate is from."""
 
@@ -133,40 +139,20 @@ class MemoryFit:
         """Judge a job, whose model has this config.json. It cannot run if even the low estimate exceeds the GPU.
 
         `rows_apart`: whether a micro batch may hold several rows. `group_size`: how many jobs are trained together with
-        it, itself included. `earlier` are dry runs of an earlier prepare. If the dry run fails, the table has the
-        estimate; if the model is not in it, the estimate is unknown.
+        it, itself included. `earlier` are dry runs of an earlier prepare. If the dry run fails, the memory is unknown.
         Raises StepFailure BAD_CONFIGURATION for target modules that the model does not have.
         """
         training = training_shape(spec, target_modules)
         try:
-            job: JobMemory = MeasuredJob.of(config, spec, training, earlier, measure)
-            remark = ""
+            job = MeasuredJob.of(config, spec, training, earlier, measure)
         except DryRunFailed as failure:
-            shape = read_shape(config)
-            if shape is None:
-                status = MemoryStatus(
-                    verdict="unknown", message=f"the memory is unknown: {failure}"[:MAX_MESSAGE_LENGTH]
-                )
-                return cls(status, None, None, None)
-            remark = f"from the table of model families: {failure}"
-            job = job_of_table(shape, training)
-        fit = _judged(job, spec.resources.gpu_memory, remark, rows_apart)
+            weights = weights_of(config, training)
+            status = MemoryStatus(verdict="unknown", message=f"the memory is unknown: {failure}"[:MAX_MESSAGE_LENGTH])
+            return cls(status, None, None if weights is None else weights.parameters, None)
+        fit = _judged(job, spec.resources.gpu_memory, rows_apart)
         if group_size == 1 or not rows_apart or fit.objection is not None:
             return fit
         return _with_shared(fit, lambda: _shared(config, spec, job, group_size, measure_passes))
-
-    @classmethod
-    def planned(cls, config: Path, spec: QLoRAJobSpec, measure: Measure = measure_within_limits) -> "MemoryFit":
-        """Judge a job before it exists: by the table of families if that describes it, which takes no time.
-
-        Otherwise as `of` does. Raises StepFailure BAD_CONFIGURATION.
-        """
-        shape, rows_apart = read_shape(config), type_of_model(config) not in ONE_ROW_MODEL_TYPES
-        if shape is not None:
-            job = job_of_table(shape, training_shape(spec, spec.lora.target_modules))
-            if not job.is_rough:
-                return _judged(job, spec.resources.gpu_memory, "", rows_apart)
-        return cls.of(config, spec, spec.lora.target_modules, rows_apart=rows_apart, measure=measure)
 
     def require(self) -> None:
         """Raise StepFailure DOES_NOT_FIT, with the first advice, if the job cannot run."""
@@ -174,10 +160,10 @@ class MemoryFit:
             raise StepFailure(ExitCode.DOES_NOT_FIT, self.objection)
 
 
-def _judged(job: JobMemory, gpu_gib: int | None, remark: str, rows_apart: bool) -> MemoryFit:
+def _judged(job: MeasuredJob, gpu_gib: int | None, rows_apart: bool) -> MemoryFit:
     memory = job.estimate(job.training)
     judged: Verdict | Literal["unknown"] = "unknown" if gpu_gib is None else verdict(memory, gpu_gib)
-    objection = None
+    objection, remark = None, ""
     if gpu_gib is not None and judged == "exceeds":
         job = measured_further(job, job.with_smaller)
         objection = (
@@ -188,20 +174,20 @@ def _judged(job: JobMemory, gpu_gib: int | None, remark: str, rows_apart: bool) 
     elif gpu_gib is not None and judged == "fits" and rows_apart:
         job = measured_further(job, job.with_larger)
         step = larger_micro_batch(job.estimate, job.training, gpu_gib)
-        remark = "; ".join(filter(None, (remark, "" if step is None else _recommended(step))))
+        remark = "" if step is None else _recommended(step)
     status = MemoryStatus(
         estimate_bytes=memory.expected,
         low_bytes=memory.low,
         high_bytes=memory.high,
         budget_bytes=None if gpu_gib is None else budget(gpu_gib),
         verdict=judged,
-        source="Table" if isinstance(job, TableJob) else "DryRun",
+        source="DryRun",
         message=remark[:MAX_MESSAGE_LENGTH],
     )
-    return MemoryFit(status, objection, job.parameters, job.measured if isinstance(job, MeasuredJob) else None)
+    return MemoryFit(status, objection, job.parameters, job.measured)
 
 
-def _shared(config: Path, spec: QLoRAJobSpec, job: JobMemory, group_size: int, measure: MeasurePasses) -> int:
+def _shared(config: Path, spec: QLoRAJobSpec, job: MeasuredJob, group_size: int, measure: MeasurePasses) -> int:
     """Bytes that so many jobs like it take once, when they are trained together. Raises as the dry run does."""
     rest = spec.training.micro_batch_size * (group_size - 1)
     others = spec.model_copy(update={"training": spec.training.model_copy(update={"micro_batch_size": rest})})

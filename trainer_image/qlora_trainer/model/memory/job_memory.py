@@ -1,4 +1,4 @@
-"""The GPU memory of a job with any settings: from a dry run of its model, or from the table of families."""
+"""The GPU memory of a job with any settings, from dry runs of its model."""
 
 import hashlib
 import json
@@ -15,12 +15,10 @@ from qlora_api.memory.estimate import (
     ActivationBytes,
     CountedRun,
     MemoryEstimate,
-    WeightCounts,
     combined,
-    estimate,
 )
-from qlora_api.memory.model_shape import ModelShape
 from qlora_api.memory.training_shape import TrainingShape
+from qlora_api.memory.weights import WeightCounts
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.core.sandbox import DryRunFailed
@@ -136,8 +134,7 @@ class MeasuredJob:
     @property
     def parameters(self) -> int:
         """Of the model, without its adapter."""
-        packed = self.measured.quantized_parameters + self.measured.mxfp4_parameters
-        return packed + self.measured.unquantized_bytes // 2
+        return _counted(self.measured, self.training).parameters
 
     def with_smaller(self) -> "MeasuredJob":
         """The job with the steps measured that settings to save memory are interpolated between."""
@@ -201,44 +198,7 @@ def _version(package: str) -> str:
         return ""
 
 
-@dataclass(frozen=True)
-class TableJob:
-    """A job whose model's family is in the table."""
-
-    model: ModelShape
-    training: TrainingShape
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for target modules that the family does not have."""
-        self.training.targets(self.model)
-
-    @property
-    def is_rough(self) -> bool:
-        """Whether the job has settings that take gigabytes more, or less, than the table's numbers, read without."""
-        return self.training.use_dora or bool(self.training.whole_modules) or self.training.adapted_layers is not None
-
-    def estimate(self, training: TrainingShape) -> MemoryEstimate:
-        """The estimate with other settings."""
-        return estimate(self.model, training)
-
-    @property
-    def parameters(self) -> int:
-        """Of the model, without its adapter."""
-        return self.model.linear_parameters + self.model.embedding_parameters
-
-    def with_smaller(self) -> "TableJob":
-        """Itself: the formula holds for all settings."""
-        return self
-
-    def with_larger(self) -> "TableJob":
-        """Itself: the formula holds for all settings."""
-        return self
-
-
-JobMemory = MeasuredJob | TableJob
-
-
-def measured_further(job: JobMemory, further: Callable[[], JobMemory]) -> JobMemory:
+def measured_further(job: MeasuredJob, further: Callable[[], MeasuredJob]) -> MeasuredJob:
     """The job with what advice needs too; without it, advice is rougher, which is no reason to stop."""
     try:
         return further()

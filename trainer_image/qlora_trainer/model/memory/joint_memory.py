@@ -1,13 +1,13 @@
-"""The GPU memory of jobs that are trained together on one base: from the table of families, or from a joint dry run."""
+"""The GPU memory of jobs that are trained together on one base, from a joint dry run."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from qlora_api.memory.estimate import ActivationBytes, MemoryEstimate, estimate_together
+from qlora_api.memory.estimate import ActivationBytes, MemoryEstimate
 from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_trainer.model.memory.dry_run import measure_together_within_limits
-from qlora_trainer.model.memory.job_memory import JobMemory, MeasuredJob, TableJob, measured_together
+from qlora_trainer.model.memory.job_memory import MeasuredJob, measured_together
 
 MeasurePasses = Callable[[Path, Sequence[QLoRAJobSpec], Sequence[tuple[int, ...]]], tuple[ActivationBytes, ...]]
 """Measures passes of some of the jobs, given by their numbers."""
@@ -16,21 +16,14 @@ MeasurePasses = Callable[[Path, Sequence[QLoRAJobSpec], Sequence[tuple[int, ...]
 def memory_together(
     config: Path,
     specs: Sequence[QLoRAJobSpec],
-    alone: Sequence[JobMemory],
+    alone: Sequence[MeasuredJob],
     measure: MeasurePasses = measure_together_within_limits,
 ) -> MemoryEstimate:
     """The peak of jobs whose model has this config.json, when they are trained together; `alone` is that of each.
 
-    Raises as the dry run does, which is made unless the table has all jobs.
+    Raises as the dry run does.
     """
     trainings = [job.training for job in alone]
-    in_table = [job for job in alone if isinstance(job, TableJob)]
-    if len(in_table) == len(alone):
-        return estimate_together(in_table[0].model, trainings)
-    measured = [
-        job if isinstance(job, MeasuredJob) else MeasuredJob.of(config, spec, job.training)
-        for spec, job in zip(specs, alone, strict=True)
-    ]
     everyone = tuple(range(len(trainings)))
     accumulating = tuple(number for number in everyone if trainings[number].gradient_accumulation_steps > 1)
     passes = sorted({everyone, accumulating} - {()}, key=len)
@@ -39,4 +32,4 @@ def memory_together(
     def activations(passing: Sequence[TrainingShape]) -> ActivationBytes:
         return found[len(passing)]
 
-    return measured_together([(job.measured, job.training) for job in measured], activations)
+    return measured_together([(job.measured, job.training) for job in alone], activations)

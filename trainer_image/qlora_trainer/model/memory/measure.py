@@ -12,7 +12,8 @@ from bitsandbytes.nn import Linear4bit
 from transformers import AutoConfig
 
 from qlora_api.memory.answers import AnswerBytes
-from qlora_api.memory.estimate import SMALLEST_PAGED_TENSOR, ActivationBytes
+from qlora_api.memory.estimate import ActivationBytes
+from qlora_api.memory.weights import SMALLEST_PAGED_TENSOR
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep

@@ -1,0 +1,66 @@
+"""Counts the weights of a dense model and of its adapter, from the sizes in `config.json` and the job's settings."""
+
+from dataclasses import dataclass
+
+from qlora_api.memory.model_shape import ModelShape
+from qlora_api.memory.training_shape import ALL_LINEAR, TrainingShape
+
+SMALLEST_PAGED_TENSOR = 100_000
+"""Parameters. bitsandbytes keeps the state of smaller tensors in ordinary device memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightCounts:
+    """What a model and its adapter consist of, whatever is trained on."""
+
+    blocks: int
+    quantized_parameters: int
+    """In 4-bit layers."""
+    unquantized_bytes: int
+    """Of frozen weights that are not in 4-bit."""
+    adapter_parameters: int
+    pageable_parameters: int
+    """Those of the adapter in tensors that are large enough to be paged."""
+    whole_parameters: int
+    """Of modules that are trained whole."""
+    mxfp4_parameters: int = 0
+    """Of experts in MXFP4."""
+
+    @property
+    def parameters(self) -> int:
+        """Of the model, without its adapter."""
+        return self.quantized_parameters + self.mxfp4_parameters + self.unquantized_bytes // 2
+
+
+def count_weights(model: ModelShape, training: TrainingShape) -> WeightCounts:
+    """Count the weights of a job, without the model's norms and biases, below 0.05 % of its parameters.
+
+    Raises ValueError for target modules that the model does not have.
+    """
+    shapes = [model.projections[name] for name in _adapted(model, training)]
+    tensors = [training.rank * features for shape in shapes for features in shape]
+    if training.use_dora:
+        tensors += [outputs for _, outputs in shapes]
+    layers = min(training.adapted_layers or model.num_hidden_layers, model.num_hidden_layers)
+    return WeightCounts(
+        blocks=model.num_hidden_layers,
+        quantized_parameters=model.linear_parameters,
+        unquantized_bytes=2 * model.embedding_parameters,
+        adapter_parameters=layers * sum(tensors),
+        pageable_parameters=layers * sum(size for size in tensors if size >= SMALLEST_PAGED_TENSOR),
+        whole_parameters=len(training.whole_modules) * model.vocab_size * model.hidden_size,
+    )
+
+
+def _adapted(model: ModelShape, training: TrainingShape) -> frozenset[str]:
+    """Names of the layers of a block that get an adapter."""
+    linears, targets = frozenset(model.projections), training.target_modules
+    if targets == ALL_LINEAR:
+        return linears
+    if not targets or targets - linears:
+        found = ", ".join(sorted(targets - linears)) or "empty"
+        raise ValueError(
+            f"target_modules is {found}: must be for a {model.model_type} all-linear, or some of "
+            f"{', '.join(sorted(linears))}"
+        )
+    return targets

@@ -1,0 +1,113 @@
+"""Stands in for dry runs: the activations of a Llama's blocks by arithmetic, for tests of what is made of a dry run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_api.contract import GPU_LOSS_CHUNK_TOKENS
+from qlora_api.memory.answers import AnswerBytes
+from qlora_api.memory.estimate import ActivationBytes, CountedRun, MemoryEstimate, combined
+from qlora_api.memory.model_shape import ModelShape
+from qlora_api.memory.training_shape import TrainingShape
+from qlora_api.memory.weights import count_weights
+from qlora_api.spec.job import QLoRAJobSpec
+from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
+from qlora_trainer.model.memory import dry_run
+from qlora_trainer.model.memory.dry_run import StepSize
+from qlora_trainer.model.memory.fit import read_shape, training_shape
+
+
+def estimate(model: ModelShape, training: TrainingShape) -> MemoryEstimate:
+    """The estimate of one job."""
+    return estimate_together(model, [training])
+
+
+def estimate_together(model: ModelShape, trainings: Sequence[TrainingShape]) -> MemoryEstimate:
+    """The estimate of jobs that are trained together."""
+    runs = [CountedRun(count_weights(model, training), training) for training in trainings]
+    return combined(runs, lambda passing: activations(model, passing), _answers(model))
+
+
+def activations(model: ModelShape, trainings: Sequence[TrainingShape]) -> ActivationBytes:
+    """Of a pass with a micro batch of each job."""
+    checkpointing = trainings[0].gradient_checkpointing
+    kept, loss, work = _pass(
+        model,
+        sum(training.tokens for training in trainings),
+        max(min(training.tokens, GPU_LOSS_CHUNK_TOKENS) for training in trainings),
+        checkpointing,
+    )
+    return ActivationBytes.of_measured(kept=kept, loss=loss, work=work, gradient_checkpointing=checkpointing)
+
+
+def _pass(model: ModelShape, tokens: int, tokens_of_chunk: int, checkpointing: bool) -> tuple[int, int, int]:
+    """Bytes kept for the backward pass, of the loss, and of the block at work."""
+    hidden, query, key, mlp = model.widths
+    rest = 8 * hidden + 4 * query + 4 * key
+    each = 2 * hidden if checkpointing else rest + 8 * mlp
+    loss = 6 * model.vocab_size * tokens_of_chunk + 8 * hidden * tokens
+    return model.num_hidden_layers * each * tokens, loss, (rest + 12 * mlp) * tokens
+
+
+def _answers(model: ModelShape) -> AnswerBytes:
+    return AnswerBytes.of(model.num_hidden_layers, model.num_attention_heads, keys_and_values=2 * model.widths.key)
+
+
+def measure(config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str) -> MeasuredMemory:
+    """A dry run of a model whose layers are listed."""
+    model, training = _shape(config), training_shape(spec, spec.lora.target_modules)
+    weights, answers = count_weights(model, training), _answers(model)
+    steps = []
+    for size in sizes:
+        tokens = size.sequences * size.sequence_tokens
+        kept, loss, work = _pass(model, tokens, min(tokens, GPU_LOSS_CHUNK_TOKENS), size.gradient_checkpointing)
+        steps.append(
+            MeasuredStep(
+                sequences=size.sequences,
+                sequence_tokens=size.sequence_tokens,
+                gradient_checkpointing=size.gradient_checkpointing,
+                kept=kept,
+                loss=loss,
+                work=work,
+            )
+        )
+    return MeasuredMemory(
+        digest=digest,
+        blocks=weights.blocks,
+        rank=training.rank,
+        quantized_parameters=weights.quantized_parameters,
+        unquantized_bytes=weights.unquantized_bytes,
+        adapter_parameters=weights.adapter_parameters,
+        pageable_parameters=weights.pageable_parameters,
+        whole_parameters=weights.whole_parameters,
+        answer_bytes_per_token=answers.per_token,
+        answer_bytes_per_pair=answers.per_pair,
+        steps=tuple(steps),
+    )
+
+
+def measure_passes(
+    config: Path, specs: Sequence[QLoRAJobSpec], passes: Sequence[tuple[int, ...]]
+) -> tuple[ActivationBytes, ...]:
+    """Joint dry runs of some of the jobs each."""
+    model, trainings = _shape(config), [training_shape(spec, spec.lora.target_modules) for spec in specs]
+    return tuple(activations(model, [trainings[number] for number in numbers]) for numbers in passes)
+
+
+def _shape(config: Path) -> ModelShape:
+    model = read_shape(config)
+    assert model is not None
+    return model
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have commands use these instead of dry runs."""
+
+    def within_limits(function: Any, arguments: tuple[Any, ...], **_limits: Any) -> Any:
+        *given, _family = arguments
+        return measure_passes(*given) if len(given) == 3 else measure(*given)
+
+    monkeypatch.setattr(dry_run, "_require_trainer", lambda: None)
+    monkeypatch.setattr(dry_run, "within_limits", within_limits)
