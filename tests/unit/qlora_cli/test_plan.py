@@ -40,7 +40,7 @@ def written(folder: Path, **config: object) -> Path:
 
 
 @pytest.mark.usefixtures("_no_trainer")
-def test_without_the_trainer_the_memory_of_a_model_whose_layers_are_not_listed_is_unknown(tmp_path: Path) -> None:
+def test_without_the_trainer_the_memory_of_unlisted_layers_is_unknown(tmp_path: Path) -> None:
     plan = make_plan("tiny", SPEC, written(tmp_path, model_type="starcoder2", hidden_size=3072), None)
     assert plan.exit_code is ExitCode.DONE
     output = io.StringIO()
