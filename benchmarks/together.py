@@ -96,7 +96,7 @@ class _Adapters:
             activate_adapter(self.model, name)
             input_ids = torch.randint(0, _TOKEN_IDS, (tokens,), generator=generator)
             rows = (tokens // 2, tokens - tokens // 2)
-            self.batches[name] = Batch.of([PackedSequence(input_ids, input_ids, rows)], torch.device("cpu"))
+            self.batches[name] = Batch.from_sequences([PackedSequence(input_ids, input_ids, rows)], torch.device("cpu"))
             self.parameters[name] = adapter_parameters(self.model)
             self.optimizers[name] = make_optimizer(self.parameters[name].values(), training)
 

@@ -90,7 +90,7 @@ def convert(model: Path, target: Path, *, nothing: bool) -> None:
     from qlora_trainer.model.base.conversion import BaseConversion
     from qlora_trainer.model.base.layout import BaseLayout
 
-    layout = BaseLayout.of(model, QuantizationSpec())
+    layout = BaseLayout.from_folder(model, QuantizationSpec())
     began = time.monotonic()
     files = [] if nothing else sorted(model.glob("*.safetensors"))
     conversion = BaseConversion(target, model, "benchmark", layout)

@@ -18,7 +18,7 @@ from qlora_trainer.model.architecture.text_part import load_text_part
 from qlora_trainer.model.base.conversion import BaseConversion
 from qlora_trainer.model.base.layout import BaseLayout
 from qlora_trainer.model.base.load import load_base
-from qlora_trainer.model.families.inspection import resolve_targets
+from qlora_trainer.model.families.targets import resolve_targets
 from qlora_trainer.model.kernels.activations import fuse_activations
 from qlora_trainer.model.kernels.attention import ATTENTION, register_attention
 from qlora_trainer.model.kernels.norms import fuse_norms
@@ -113,7 +113,7 @@ def load_16_bit(model: Path) -> Any:
 def _base_in_4_bit(arm: str, model: Path, bases: Path) -> Path:
     """The arm's base, as the prepare step makes it."""
     target, quantization = bases / arm, QUANTIZATIONS[arm]
-    conversion = BaseConversion(target, model, "study", BaseLayout.of(model, quantization))
+    conversion = BaseConversion(target, model, "study", BaseLayout.from_folder(model, quantization))
     for path in sorted(model.glob("*.safetensors")):
         if path.name not in conversion.digests:
             conversion.convert(path, file_sha256(path))

@@ -20,7 +20,14 @@ from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.file_names import PUBLISHED_MANIFEST
 from qlora_trainer.core.filesystem import file_sha256
-from qlora_trainer.publishing.signing import BUNDLE_TYPE, PAYLOAD_TYPE, PublicKey, payload_of, read_public_key, verified
+from qlora_trainer.publishing.signing import (
+    BUNDLE_TYPE,
+    PAYLOAD_TYPE,
+    PublicKey,
+    payload_of,
+    read_public_key,
+    verify_bundle,
+)
 
 if TYPE_CHECKING:
     from qlora_trainer.model.source.models import RemoteModel
@@ -77,7 +84,7 @@ def _statement(adapter: Adapter, address: str, key: PublicKey | None) -> Stateme
     if key is None:
         candidates = [*_payloads(adapter.signed, payload_of), *_payloads(adapter.unsigned, lambda content: content)]
     else:
-        candidates = [*_payloads(adapter.signed, lambda bundle: verified(bundle, key))]
+        candidates = [*_payloads(adapter.signed, lambda bundle: verify_bundle(bundle, key))]
     if not adapter.signed and (key is not None or not adapter.unsigned):
         wanted = SIGNED_FILE if key is not None else f"{SIGNED_FILE} or {UNSIGNED_FILE}"
         raise NotVerified(f"{address} has no {'signed ' if key else ''}lineage ({wanted}){_overlooked(adapter)}")
@@ -191,11 +198,11 @@ def _with_referrers(
     folder: Path, source: RegistrySource, secret: Secret, registries: tuple[str, ...], sha256: str
 ) -> Adapter:
     """The files of an artifact with the statements that are attached to it."""
-    from qlora_trainer.stores.referrers import attached
+    from qlora_trainer.stores.referrers import find_attached
     from qlora_trainer.stores.registry import Registry
 
     registry = Registry(source, secret, allowed=registries, reject=bad_configuration)
-    signed, unsigned = (attached(registry, f"sha256:{sha256}", kind) for kind in (BUNDLE_TYPE, PAYLOAD_TYPE))
+    signed, unsigned = (find_attached(registry, f"sha256:{sha256}", kind) for kind in (BUNDLE_TYPE, PAYLOAD_TYPE))
     partly = [found.looked_at for found in (signed, unsigned) if not found.is_all]
     return Adapter(folder, signed.documents, unsigned.documents, sha256, looked_at=max(partly, default=None))
 

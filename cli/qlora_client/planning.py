@@ -42,7 +42,7 @@ def make_plan(
         found = config or _fetched(spec, Path(folder))
         try:
             rows_apart = type_of_model(found) not in ONE_ROW_MODEL_TYPES
-            fit = MemoryFit.of(found, spec, spec.lora.target_modules, rows_apart=rows_apart)
+            fit = MemoryFit.from_config(found, spec, spec.lora.target_modules, rows_apart=rows_apart)
             parameters = None if mixes_experts(json.loads(found.read_bytes())) else fit.parameters
         except StepFailure as failure:
             kind = ValueError if failure.exit_code == ExitCode.BAD_CONFIGURATION else ClusterError

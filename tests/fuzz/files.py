@@ -302,7 +302,7 @@ def _seed_chunk() -> bytes:
     row = TokenizedRow(numpy.array([1, 7, 2], numpy.int32), numpy.array([False, True, True]))
     with TemporaryDirectory() as folder:
         path = Path(folder, "chunk.safetensors")
-        Chunk.of([row, row]).write(path)
+        Chunk.from_rows([row, row]).write(path)
         return path.read_bytes()
 
 

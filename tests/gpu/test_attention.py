@@ -19,7 +19,7 @@ def inputs(heads: int, key_heads: int, size: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def attend(tensors: tuple[Tensor, Tensor, Tensor], window: int | None, softcap: float | None = None) -> Tensor:
-    rows = RowBoundaries.of(LENGTHS, tensors[0].device)
+    rows = RowBoundaries.from_lengths(LENGTHS, tensors[0].device)
     output, _ = rows_attention(torch.nn.Module(), *tensors, None, rows=rows, sliding_window=window, softcap=softcap)
     return output
 

@@ -25,7 +25,7 @@ def attend(lengths: tuple[int, ...], size: int = SHAPE[2]) -> tuple[Tensor, ...]
     device = torch.device("cuda")
     shape = (1, SHAPE[0], sum(lengths), size)
     inputs = [torch.randn(shape, device=device, dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
-    rows = RowBoundaries.of(lengths, device)
+    rows = RowBoundaries.from_lengths(lengths, device)
     output, _ = rows_attention(MODULE, inputs[0], inputs[1], inputs[2], None, rows=rows)
     return output, *torch.autograd.grad(output.float().square().sum(), inputs)
 
@@ -45,7 +45,7 @@ def test_a_hundred_packings_need_few_kernels(figures: Figures) -> None:
         lengths = tuple(torch.randint(20, 400, (9,), generator=generator).tolist())
         padding = cpu.padding(sum(lengths), "cuda")
         lengths = (*lengths, padding) if padding else lengths
-        rows = RowBoundaries.of(lengths, torch.device("cpu"))
+        rows = RowBoundaries.from_lengths(lengths, torch.device("cpu"))
         shapes.add((sum(lengths), len(rows.offsets), rows.longest))
         times.append(seconds(partial(attend, lengths)))
     assert len(shapes) < GEOMETRIES / 2
@@ -60,7 +60,7 @@ def test_empty_rows_and_padded_heads_leave_every_number_finite_and_equal_to_the_
     torch.manual_seed(0)
     shape = (1, SHAPE[0], sum(lengths), size)
     inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16).cpu().float().requires_grad_() for _ in range(3)]
-    rows = RowBoundaries.of(lengths, torch.device("cpu"))
+    rows = RowBoundaries.from_lengths(lengths, torch.device("cpu"))
     output, _ = rows_attention(MODULE, inputs[0], inputs[1], inputs[2], None, rows=rows)
     expected = (output, *torch.autograd.grad(output.square().sum(), inputs))
     for one, other in zip(found, expected, strict=True):

@@ -133,7 +133,7 @@ def two_steps(config: LlamaConfig, device: str, lora: LoraSpec) -> Trained:
     tokens = torch.randint(config.vocab_size, (TOKENS,))
     labels = tokens.clone()
     labels[0] = -100
-    batch = Batch.of([PackedSequence(tokens, labels, (TOKENS,))], torch.device(device))
+    batch = Batch.from_sequences([PackedSequence(tokens, labels, (TOKENS,))], torch.device(device))
     seconds = 0.0
     for _ in range(2):
         started = time.monotonic()
@@ -167,7 +167,7 @@ def _hide_gpus() -> None:
 
 def _dry_run(config: Path, spec: QLoRAJobSpec) -> MemoryEstimate:
     training = training_shape(spec, spec.lora.target_modules)
-    return MeasuredJob.of(config, spec, training).estimate(training)
+    return MeasuredJob.from_config(config, spec, training).estimate(training)
 
 
 @pytest.mark.gpu(gib=44)

@@ -68,7 +68,7 @@ def in_32_bit(model: Any) -> Any:
 def loss_and_gradients(model: Any, *rows: Tensor, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
     """Of the last row, behind the others in one sequence."""
     labels = torch.cat([*(torch.full_like(row, IGNORED_LABEL) for row in rows[:-1]), rows[-1]])
-    batch = Batch.of([PackedSequence(torch.cat(rows), labels, tuple(map(len, rows)))], CPU)
+    batch = Batch.from_sequences([PackedSequence(torch.cat(rows), labels, tuple(map(len, rows)))], CPU)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         loss = batch_loss(model.get_base_model(), batch)
     return [loss.detach(), *torch.autograd.grad(loss, list(adapter_parameters(model).values()))]

@@ -26,7 +26,7 @@ from qlora_trainer.model.nf4.quantization import quantize
 
 def convert(model: Path, target: Path, quantization: QuantizationSpec) -> str:
     """Make the base of a model's folder in `target`, and return its sum."""
-    conversion = BaseConversion(target, model, "tiny", BaseLayout.of(model, quantization))
+    conversion = BaseConversion(target, model, "tiny", BaseLayout.from_folder(model, quantization))
     for path in sorted(model.glob("*.safetensors")):
         conversion.convert(path, file_sha256(path))
     return conversion.complete().sha256

@@ -77,14 +77,14 @@ def write_data(folder: Path, *, packed: bool, pairs: bool = False, checks: Seque
             targets = numpy.arange(length) >= length // 2
             row = TokenizedRow(numpy.array(tokens, dtype=numpy.int32), targets)
             rows.append(_with_rejected(row) if pairs else row)
-        tokenized = TokenizedRows([Chunk.of(rows)])
+        tokenized = TokenizedRows([Chunk.from_rows(rows)])
         used = numpy.arange(len(rows))
         sequences = pack(used, tokenized.lengths, 64, seed=0) if packed else one_row_each(used)
         brought = None
         if checks is not None and split == "eval":
             brought = [RowCheck(f"row {row}", checks[row]).dump() for row in sequences.rows]
         write_split(split_file(folder, "train" if split == "train" else "eval"), tokenized, sequences, checks=brought)
-        statistics[split] = SplitStatistics.of(tokenized, sequences, 64, packed=packed)
+        statistics[split] = SplitStatistics.from_rows(tokenized, sequences, 64, packed=packed)
     source = SourceStatistics(
         uri="pvc://data/rows.jsonl",
         files=("rows.jsonl",),
@@ -94,7 +94,7 @@ def write_data(folder: Path, *, packed: bool, pairs: bool = False, checks: Seque
         columns=("text",),
         ignored_columns=(),
         rows_read=len(ROW_LENGTHS),
-        lengths=Lengths.of(numpy.array(ROW_LENGTHS, dtype=numpy.int32)),
+        lengths=Lengths.from_lengths(numpy.array(ROW_LENGTHS, dtype=numpy.int32)),
     )
     DataStatistics(sources=(source,), train=statistics["train"], eval=statistics["eval"]).write(folder)
     (folder / "manifest.json").write_text(json.dumps({"fingerprint": "rows"}))
@@ -109,7 +109,7 @@ def write_held_out(folder: Path, model: Path, rows: Sequence[tuple[str, str]]) -
         targets = numpy.arange(len(asked) + len(answered)) >= len(asked)
         written.append(TokenizedRow(numpy.array(asked + answered, dtype=numpy.int32), targets))
     used = numpy.arange(len(written))
-    write_split(split_file(folder, "eval"), TokenizedRows([Chunk.of(written)]), one_row_each(used), checks=None)
+    write_split(split_file(folder, "eval"), TokenizedRows([Chunk.from_rows(written)]), one_row_each(used), checks=None)
 
 
 def _with_rejected(row: TokenizedRow) -> TokenizedRow:

@@ -51,7 +51,7 @@ _OPTIONS = (
         type=click.Path(path_type=Path),
         envvar=contract.ENV_MODEL_CACHE,
         show_envvar=True,
-        help="Folder in which downloaded base models are shared.",
+        help="Folder for shared base models.",
     ),
     click.option(
         "--sweep-folder",
@@ -64,7 +64,7 @@ _OPTIONS = (
         "--termination-log",
         type=click.Path(path_type=Path),
         default=_EXISTING_LOG,
-        help="File to which the result record is also written.",
+        help="File for another copy of the result record.",
     ),
     click.option(
         "--device",
@@ -88,7 +88,10 @@ _OPTIONS = (
 
 @click.group(context_settings={"show_default": True, "max_content_width": 120})
 def main() -> None:
-    """Fine-tune a language model with QLoRA, one step at a time. Standard output carries records only."""
+    """Fine-tune a language model with QLoRA, one step at a time.
+
+    Standard output carries records only.
+    """
 
 
 _FURTHER = {

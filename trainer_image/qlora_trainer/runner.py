@@ -1,4 +1,4 @@
-"""Runs one step as a process: sets up streams and signals, and ends with a result record and an exit code."""
+"""Runs one step as a process, and ends with a result record and an exit code."""
 
 import json
 import logging
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Invocation:
-    """What the command line and the pod's environment give to a step."""
+    """The step's input from the command line and the pod's environment."""
 
     step: StepName
     job: Path
@@ -54,14 +54,14 @@ class Invocation:
     attempt: int
     """Counted from 1."""
     claim: str
-    """The claim of the workspace; empty on a laptop."""
+    """The claim of the workspace, or an empty string on a laptop."""
     termination_log: Path | None
     rank: int = 0
     """Which of the processes that train together this is, as torchrun sets it."""
     node: int = 0
     """Which of the train pods this is, if there are several."""
     others: Sequence[tuple[Path, Path]] = ()
-    """Documents and workspaces of further jobs, which are trained together with the job."""
+    """Documents and workspaces of further jobs to train together with the job."""
 
 
 def _now() -> datetime:
@@ -69,7 +69,10 @@ def _now() -> datetime:
 
 
 def run(invocation: Invocation) -> NoReturn:
-    """Run the step and end the process with its exit code. The result record is the last line of standard output."""
+    """Run the step and end the process with its exit code.
+
+    The result record is the last line of standard output.
+    """
     end_with_parent()
     stop = StopRequest()
     process.on_termination(stop.set if invocation.step == "train" else _terminate)
@@ -101,7 +104,7 @@ def _terminate() -> NoReturn:
 
 
 def _perform(invocation: Invocation, records: RecordWriter, stop: StopRequest) -> CompletionRecord | None:
-    """Prepare the process for the step, and run it. Raises whatever ends the step early."""
+    """Prepare the process for the step, and run it. Raises errors that end the step."""
     workspace = WorkspaceLayout(invocation.workspace.absolute())
     # `clean` must work on a full volume, and loads no library that prints.
     if invocation.step != "clean":
@@ -143,22 +146,25 @@ def _others(invocation: Invocation, context: StepContext) -> Iterator[StepContex
     for job, folder in invocation.others:
         document, workspace = load_document(job), WorkspaceLayout(folder.absolute())
         uri = _workspace_uri(workspace.root, invocation.claim, document)
-        # Of no Job of its own: what kills this pod says nothing about whether it could be trained alone.
+        # Of no separate Job: an end of this pod does not show whether the job could be trained alone.
         yield replace(context, document=document, workspace=workspace, workspace_uri=uri, attempt=0)
 
 
 def require_known_contract(version: str) -> None:
-    """Raise StepFailure (UNSUPPORTED_CONTRACT) if the operator expects what only a newer trainer can do."""
+    """Raise StepFailure (UNSUPPORTED_CONTRACT) if the operator needs a newer trainer."""
     if not version.isdigit() or int(version) > contract.CONTRACT_VERSION:
         raise StepFailure(
             ExitCode.UNSUPPORTED_CONTRACT,
-            f"this trainer knows the contract up to version {contract.CONTRACT_VERSION}, and the operator works with "
-            f"version {version}: set the profile's image to the trainer of the operator's release",
+            f"this trainer supports the contract up to version {contract.CONTRACT_VERSION}, and the operator works "
+            f"with version {version}: set the profile's image to the trainer of the operator's release",
         )
 
 
 def _open_log(invocation: Invocation, workspace: WorkspaceLayout) -> None:
-    """Send what libraries print to a log in the workspace. Raises StepFailure if it cannot be written."""
+    """Send what libraries print to a log in the workspace.
+
+    Raises StepFailure if it cannot be written.
+    """
     heading = f"{timestamp(_now())} {invocation.step}, attempt {invocation.attempt}, pod {invocation.pod_uid}"
     name: str = invocation.step
     if invocation.rank:
@@ -176,7 +182,10 @@ def _publishes_to_hub(spec: QLoRAJobSpec) -> bool:
 
 
 def _workspace_uri(workspace: Path, claim: str, document: QLoRAJobDocument) -> str:
-    """Where people and servers find the workspace: pvc://CLAIM/FOLDER, or its path where there is no claim."""
+    """The address of the workspace for people and servers.
+
+    pvc://CLAIM/FOLDER, or its path where there is no claim.
+    """
     mount = Path(contract.WORKSPACE_MOUNT)
     if not claim:
         return str(workspace)
@@ -213,7 +222,10 @@ def _conclude(
 
 
 def _job_uid(job: Path) -> str:
-    """The UID in the job's document, even if the rest of it is wrong: the operator accepts no record without it."""
+    """The UID in the job's document, even if the rest of it is wrong.
+
+    The operator accepts no record without it.
+    """
     try:
         uid = json.loads(job.read_bytes())["metadata"]["uid"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -238,7 +250,10 @@ def _train(context: StepContext, records: RecordWriter, stop: StopRequest) -> Co
 
 
 def _train_together(contexts: Sequence[StepContext], records: RecordWriter, stop: StopRequest) -> CompletionRecord:
-    """Train the first job and others. How one of the others ended is in its workspace, for a step of its own."""
+    """Train the first job and others.
+
+    The end of each other one is in its workspace, for a separate step.
+    """
     from qlora_trainer.steps.train_together import train_together
 
     writers = [records, *(records.beside() for _ in contexts[1:])]

@@ -99,7 +99,7 @@ def make_plan(
     job: MeasuredJob | None = None
     weights, unknown = None, ""
     try:
-        job = MeasuredJob.of(config, spec, training, measure=measure)
+        job = MeasuredJob.from_config(config, spec, training, measure=measure)
     except DryRunFailed as failure:
         weights, unknown = weights_of(config, training), str(failure)
     return MemoryPlan(

@@ -200,7 +200,7 @@ def _show_lengths(lengths: Any, chosen: int, console: Console) -> None:
     """`lengths`: int32 [rows]."""
     from qlora_trainer.data.statistics import Lengths
 
-    found = Lengths.of(lengths)
+    found = Lengths.from_lengths(lengths)
     console.print(
         f"Tokens per row: {found.shortest:,} to {found.longest:,}, median {found.median:,}, "
         f"99 % at most {found.p99:,}.",

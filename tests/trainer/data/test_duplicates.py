@@ -28,7 +28,9 @@ def tokenized(rows: list[tuple[list[int], list[bool]]], chunk_rows: int = 3) -> 
     made = [TokenizedRow(numpy.array(ids, dtype=numpy.int32), numpy.array(flags, dtype=bool)) for ids, flags in rows]
     numbers = [f"line {n}" for n in range(len(rows))]
     starts = range(0, len(rows), chunk_rows)
-    return TokenizedRows([Chunk.of(made[n : n + chunk_rows], locations=numbers[n : n + chunk_rows]) for n in starts])
+    return TokenizedRows(
+        [Chunk.from_rows(made[n : n + chunk_rows], locations=numbers[n : n + chunk_rows]) for n in starts]
+    )
 
 
 @given(st.lists(st.lists(st.tuples(st.integers(1, 2), st.booleans()), min_size=1, max_size=3), max_size=40))
@@ -44,10 +46,10 @@ def test_a_row_keeps_its_location() -> None:
 
 def test_the_overlap_names_its_first_rows() -> None:
     first = numpy.array([0, 1, 0, 3, 1, 3])
-    overlap = Overlap.of(first, training=numpy.array([0, 1, 2, 3]), held_out=numpy.array([4, 5]))
+    overlap = Overlap.from_rows(first, training=numpy.array([0, 1, 2, 3]), held_out=numpy.array([4, 5]))
     assert overlap.is_held_out.tolist() == [False, True, False, True]
     assert (overlap.count, overlap.first) == (2, (1, 4))
-    assert Overlap.of(first, numpy.array([0, 2]), numpy.array([4, 5])).first is None
+    assert Overlap.from_rows(first, numpy.array([0, 2]), numpy.array([4, 5])).first is None
 
 
 @pytest.fixture

@@ -86,14 +86,14 @@ def failure(context: StepContext) -> str:
 )
 def test_shares_follow_the_weights_and_add_up_to_all_rows(sources: list[tuple[int, float]]) -> None:
     sizes, weights = zip(*sources, strict=True)
-    mix = Mix.of(sizes, weights)
+    mix = Mix.from_sizes(sizes, weights)
     assert sum(mix.shares) == sum(sizes)
     for share, weight in zip(mix.shares, weights, strict=True):
         assert abs(share - sum(sizes) * weight / sum(weights)) < 1 + 1e-6
 
 
 def test_an_epoch_has_no_row_twice_before_it_has_all_rows_of_the_source() -> None:
-    mix = Mix.of((10, 4), (1.0, 1.0))
+    mix = Mix.from_sizes((10, 4), (1.0, 1.0))
     epochs = [rows.tolist() for rows in islice(mix.epochs(seed=0), 20)]
     for rows in epochs:
         counts = Counter(rows)
@@ -108,7 +108,7 @@ def test_an_epoch_has_no_row_twice_before_it_has_all_rows_of_the_source() -> Non
 
 def test_the_rows_of_an_epoch_are_drawn_evenly() -> None:
     """Each of 100 rows is drawn in half of 2000 epochs: three in four within 1.15 deviations, all within five."""
-    mix = Mix.of((100, 100), (1.0, 3.0))
+    mix = Mix.from_sizes((100, 100), (1.0, 3.0))
     counts = numpy.bincount(numpy.concatenate(list(islice(mix.epochs(seed=3), 2000))), minlength=200)
     deviations = numpy.abs(counts[:100] - 1000) / numpy.sqrt(2000 * 0.25)
     assert numpy.mean(deviations < 1.15) > 0.6
@@ -245,8 +245,8 @@ def drawn(sizes: tuple[int, ...], folder: Path, **training: Any) -> int:
     epochs: list[int] = []
 
     def arranged() -> EpochArrangements:
-        return EpochArrangements.of(
-            Mix.of(sizes, [None] * len(sizes)).epochs(seed=0),
+        return EpochArrangements.from_epochs(
+            Mix.from_sizes(sizes, [None] * len(sizes)).epochs(seed=0),
             one_row_each,
             TrainingSpec.model_validate({"gradientAccumulationSteps": 12, **training}),
             folder,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.outcome import classify, result_record
-from qlora_trainer.core.paths import confined, require_regular
+from qlora_trainer.core.paths import confine, require_regular
 from qlora_trainer.core.records import Findings
 from qlora_trainer.history.metrics_log import read_history
 from qlora_trainer.training.checkpoints.attempts import ATTEMPTS_FILE, read_attempts
@@ -87,7 +87,7 @@ def endless(tmp_path: Path) -> Path:
 def test_a_link_that_leads_to_itself_is_rejected_wherever_it_is_followed(endless: Path) -> None:
     for follow in (
         lambda: require_regular(endless, endless.parent, "pvc://claim/train.jsonl"),
-        lambda: confined(endless, endless.parent),
+        lambda: confine(endless, endless.parent),
     ):
         with pytest.raises(StepFailure, match="is a link that leads to itself") as failure:
             follow()

@@ -191,7 +191,7 @@ def test_every_row_lands_once_with_its_own_mask(rows: list[list[tuple[int, bool]
         chunks = []
         for first in range(0, len(pairs), chunk_rows):
             path = Path(folder, f"{first}.safetensors")
-            Chunk.of(tokens[first : first + chunk_rows]).write(path)
+            Chunk.from_rows(tokens[first : first + chunk_rows]).write(path)
             chunks.append(Chunk.read(path, Limits(vocabulary=501, longest=32)))
         assert None not in chunks
         tokenized = TokenizedRows([chunk for chunk in chunks if chunk is not None])

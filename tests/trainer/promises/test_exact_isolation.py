@@ -35,7 +35,7 @@ FAMILIES = [
 def loss_of(model: Any, sequence: PackedSequence) -> Tensor:
     """The loss as the loop computes it."""
     with torch.autocast("cpu", dtype=COMPUTE_DTYPE, cache_enabled=False):
-        return batch_loss(model.get_base_model(), Batch.of([sequence], torch.device("cpu")))
+        return batch_loss(model.get_base_model(), Batch.from_sequences([sequence], torch.device("cpu")))
 
 
 def evaluated_and_trained(folder: Path) -> Any:

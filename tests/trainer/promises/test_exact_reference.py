@@ -202,7 +202,7 @@ def test_loss_and_gradients_are_those_of_one_example_at_a_time(
     folder = request.getfixturevalue(family)
     rows = random_rows(seed)
     context = prepared_rows(make_context, tmp_path, rows, folder, trainOn=train_on)
-    model, batch = our_model(folder, seed), Batch.of(sequences_of(context), torch.device("cpu"))
+    model, batch = our_model(folder, seed), Batch.from_sequences(sequences_of(context), torch.device("cpu"))
     examples = examples_of(rows, folder, train_on)
     reference = reference_model(folder, torch.float32, attention, adapter_tensors(model))
 
@@ -223,7 +223,7 @@ def test_in_bfloat16_the_trainer_is_as_exact_as_the_reference(
 ) -> None:
     rows = random_rows(0)
     context = prepared_rows(make_context, tmp_path, rows, tiny_llama)
-    model, batch = our_model(tiny_llama, 0), Batch.of(sequences_of(context), torch.device("cpu"))
+    model, batch = our_model(tiny_llama, 0), Batch.from_sequences(sequences_of(context), torch.device("cpu"))
     examples, tensors = examples_of(rows, tiny_llama, "completion"), adapter_tensors(model)
     exact, usual = (reference_model(tiny_llama, dtype, "eager", tensors) for dtype in (torch.float32, torch.bfloat16))
 

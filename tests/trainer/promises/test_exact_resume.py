@@ -297,7 +297,7 @@ def test_long_rows_on_two_threads_lead_to_the_bytes_of_an_undisturbed_run(tmp_pa
     assert undisturbed.run("prepare").exit_code == 0
     data = PreparedDataset.open(next(undisturbed.workspace.glob("data/*/train.safetensors")).parent, "train")
     sequences = [data[index] for index in range(len(data))]
-    batches = [Batch.of([sequence], torch.device("cpu")) for sequence in sequences]
+    batches = [Batch.from_sequences([sequence], torch.device("cpu")) for sequence in sequences]
     assert all(max(sequence.row_lengths) > cpu.FLOAT32_GRADIENT_TOKENS for sequence in sequences)
     assert any(batch.input_ids.shape[1] > batch.tokens for batch in batches)
     assert all(batch.target_count > cpu.loss_chunk_tokens("cpu") for batch in batches)

@@ -197,11 +197,11 @@ def test_the_newest_intact_checkpoint_is_taken_and_a_damaged_one_left_as_it_is(m
     assert continued(make("new"), other) == 2
     assert sorted(path.name for path in other.workspace.checkpoints.iterdir()) == ["step-2", "step-4"]
     shutil.rmtree(other.workspace.checkpoints / "step-2")
-    rejected(make("another"), other, "has no checkpoint that can be taken up")
+    rejected(make("another"), other, "has no checkpoint to continue from")
 
 
 def test_a_workspace_without_checkpoints_has_nothing_to_continue(tmp_path: Path) -> None:
-    with pytest.raises(StepFailure, match="has no checkpoint that can be taken up") as failure:
+    with pytest.raises(StepFailure, match="has no checkpoint to continue from") as failure:
         require_something_to_continue(tmp_path, "other")
     assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
     with pytest.raises(StepFailure, match="is not mounted at") as failure:
@@ -381,6 +381,6 @@ def test_prepare_copies_the_checkpoint_and_says_where_it_goes_on(make_context: M
 def test_prepare_fetches_nothing_when_there_is_nothing_to_continue(make_context: MakeContext, tmp_path: Path) -> None:
     context = make_context({"continues": "other"})
     context = replace(context, mounts=replace(context.mounts, continued=tmp_path))
-    with pytest.raises(StepFailure, match="has no checkpoint that can be taken up"):
+    with pytest.raises(StepFailure, match="has no checkpoint to continue from"):
         step.prepare(context, Recorded())
     assert not (tmp_path / "workspace").exists()

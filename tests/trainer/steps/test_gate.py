@@ -252,7 +252,7 @@ def test_each_held_out_row_is_checked_by_what_it_brings(
     data = PreparedDataset.open(job.workspace.root / record.data_path, "eval")
     texts = AnswerTexts(job.workspace.root / record.model_path, record.end_of_turn)
     spec = ScoreSpec.model_validate({"check": kind})
-    rows = ScoredPrompts.of(data, 12).chosen
+    rows = ScoredPrompts.from_data(data, 12).chosen
     with AnswerChecker(spec) as checker:
         for answered in rows:
             criterion = row_criterion(spec, answered)

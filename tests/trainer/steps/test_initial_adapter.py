@@ -317,7 +317,7 @@ def test_classes_that_a_configuration_names_are_not_imported(place: Place) -> No
         ({"alpha_pattern": {"q_proj": 64}}, '"alpha_pattern": {"q_proj": 64}, which this trainer does not support'),
         ({"fan_in_fan_out": True}, '"fan_in_fan_out": true, which this trainer does not support'),
         ({"use_something_new": True}, '"use_something_new": true, which this trainer does not support'),
-        ({"init_lora_weights": "pissa_niter_4"}, 'initialized with "pissa_niter_4", for which PEFT changed the base'),
+        ({"init_lora_weights": "pissa_niter_4"}, 'initialized with "pissa_niter_4". PEFT changed the base for it'),
     ],
 )
 def test_a_variant_of_lora_that_would_compute_something_else_is_rejected(

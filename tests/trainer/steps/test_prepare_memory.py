@@ -81,7 +81,7 @@ def test_of_a_group_prepare_reports_what_its_jobs_share_as_a_joint_dry_run_finds
     assert share is not None
     assert record.measured is not None
     config, spec = model / "config.json", context.spec
-    job = MeasuredJob.of(config, spec, training_shape(spec, record.target_modules), record.measured)
+    job = MeasuredJob.from_config(config, spec, training_shape(spec, record.target_modules), record.measured)
     together = memory_together(config, [spec] * 2, [job] * 2)
     assert add_up([share] * 2).expected == pytest.approx(together.expected, rel=0.01)
     base = job.measured.unquantized_bytes + job.measured.quantized_parameters // 2

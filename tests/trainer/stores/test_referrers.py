@@ -10,7 +10,7 @@ import pytest
 from qlora_api.sources import RegistrySource, parse_source
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import bad_configuration
-from qlora_trainer.stores.referrers import Attached, attached
+from qlora_trainer.stores.referrers import Attached, find_attached
 from qlora_trainer.stores.registry import INDEX_TYPE, MANIFEST_TYPE, Registry, digest_of
 from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
 
@@ -73,7 +73,7 @@ def found(proxy: FaultProxy, tmp_path: Path) -> Callable[[], Attached]:
     assert isinstance(source, RegistrySource)
     secret = Secret(tmp_path, "spec.output.secretRef", None)
     registry = Registry(source, secret, allowed=(f"http://{proxy.address}",), reject=bad_configuration)
-    return lambda: attached(registry, ARTIFACT, KIND)
+    return lambda: find_attached(registry, ARTIFACT, KIND)
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def test_each_answer_is_checked_by_what_its_row_brings(pairs: bool, tmp_path: Pa
     # Each row has its own: the prompts tell which.
     lengths = {check: {ROW_LENGTHS[row] // 2 for row in range(4) if checks[row] == check} for check in (some, none)}
     data = PreparedDataset.open(context.workspace.data / "rows", "eval")
-    rows = ScoredPrompts.of(data, 4).chosen
+    rows = ScoredPrompts.from_data(data, 4).chosen
     assert all(row.check is not None and len(row.tokens) in lengths[str(row.check.value)] for row in rows)
 
     # With other checks the same adapter has another score.
@@ -246,9 +246,9 @@ def test_packing_does_not_decide_which_rows_are_answered(tmp_path: Path) -> None
     write_data(tmp_path / "apart", packed=False)
     packed, apart = (PreparedDataset.open(tmp_path / name, "eval") for name in ("packed", "apart"))
     assert len(packed) < len(apart) == 4
-    assert ScoredPrompts.of(packed, 3) == ScoredPrompts.of(apart, 3)
-    assert len(ScoredPrompts.of(packed, 3).chosen) == 3
-    assert len({prompt.sha256 for prompt in ScoredPrompts.of(packed, 100).chosen}) == 4
+    assert ScoredPrompts.from_data(packed, 3) == ScoredPrompts.from_data(apart, 3)
+    assert len(ScoredPrompts.from_data(packed, 3).chosen) == 3
+    assert len({prompt.sha256 for prompt in ScoredPrompts.from_data(packed, 100).chosen}) == 4
 
 
 def test_an_answer_ends_where_the_model_was_taught_to_end_it(tiny_llama: Path) -> None:

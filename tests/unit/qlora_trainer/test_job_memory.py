@@ -111,16 +111,16 @@ def test_without_checkpointing_all_that_the_blocks_keep_is_their_working_set() -
 
 def test_a_dry_run_is_not_repeated_unless_something_that_it_depends_on_changes(config: Path) -> None:
     measuring = Measuring()
-    first = MeasuredJob.of(config, job(), training_shape(job(), ()), measure=measuring)
+    first = MeasuredJob.from_config(config, job(), training_shape(job(), ()), measure=measuring)
     same = job(training={"learningRate": 1e-3}, resources={"gpuMemory": 24})
-    again = MeasuredJob.of(config, same, training_shape(same, ()), first.measured, measuring)
+    again = MeasuredJob.from_config(config, same, training_shape(same, ()), first.measured, measuring)
     assert again.measured == first.measured
     assert measuring.sizes == [StepSize(1, 512, True)]
 
     longer = job(training={"maxSequenceLength": 4096})
-    MeasuredJob.of(config, longer, training_shape(longer, ()), first.measured, measuring)
+    MeasuredJob.from_config(config, longer, training_shape(longer, ()), first.measured, measuring)
     config.write_text(json.dumps({"model_type": "starcoder2", "hidden_size": 64}))
-    MeasuredJob.of(config, job(), training_shape(job(), ()), first.measured, measuring)
+    MeasuredJob.from_config(config, job(), training_shape(job(), ()), first.measured, measuring)
     assert measuring.sizes[1:] == [StepSize(1, 4096, True), StepSize(1, 512, True)]
 
 
@@ -129,7 +129,7 @@ def test_advice_takes_a_few_more_dry_runs(config: Path) -> None:
         lora={"rank": 16}, training={"microBatchSize": 8, "maxSequenceLength": 1024, "gradientCheckpointing": False}
     )
     measuring = Measuring()
-    planned = MeasuredJob.of(config, spec, training_shape(spec, ()), measure=measuring).with_smaller()
+    planned = MeasuredJob.from_config(config, spec, training_shape(spec, ()), measure=measuring).with_smaller()
     assert measuring.sizes == [
         StepSize(8, 1024, False),
         StepSize(1, 256, False),
@@ -148,7 +148,7 @@ def test_advice_takes_a_few_more_dry_runs(config: Path) -> None:
 def test_a_larger_micro_batch_is_measured_before_it_is_advised(config: Path) -> None:
     spec = job(training={"maxSequenceLength": 1024})
     measuring = Measuring()
-    planned = MeasuredJob.of(config, spec, training_shape(spec, ()), measure=measuring).with_larger()
+    planned = MeasuredJob.from_config(config, spec, training_shape(spec, ()), measure=measuring).with_larger()
     assert measuring.sizes == [StepSize(1, 1024, True), StepSize(4, 1024, True)]
     step = larger_micro_batch(planned.estimate, planned.training, 24)
     assert step is not None
@@ -170,7 +170,7 @@ def test_no_larger_micro_batch_gives_a_gpu_more_to_do(gpus: int, steps: int, siz
 
 def test_a_run_that_may_halve_its_micro_batch_knows_the_smallest(config: Path) -> None:
     spec = job(training={"microBatchSize": 8, "autoMicroBatch": True})
-    planned = MeasuredJob.of(config, spec, training_shape(spec, ()), measure=Measuring())
+    planned = MeasuredJob.from_config(config, spec, training_shape(spec, ()), measure=Measuring())
     whole, halved = (planned.estimate(replace(planned.training, micro_batch_size=size)) for size in (8, 1))
     assert whole.checkpoints == 8 * halved.checkpoints
 
@@ -178,12 +178,12 @@ def test_a_run_that_may_halve_its_micro_batch_knows_the_smallest(config: Path) -
 def test_the_loss_is_measured_at_the_tokens_beyond_which_it_does_not_grow(config: Path) -> None:
     short = job(training={"maxSequenceLength": 256})
     larger = Measuring()
-    MeasuredJob.of(config, short, training_shape(short, ()), measure=larger).with_larger()
+    MeasuredJob.from_config(config, short, training_shape(short, ()), measure=larger).with_larger()
     assert larger.sizes == [StepSize(1, 256, True), StepSize(16, 256, True), StepSize(1, 512, True)]
 
     long = job(training={"maxSequenceLength": 2048})
     smaller = Measuring()
-    MeasuredJob.of(config, long, training_shape(long, ()), measure=smaller).with_smaller()
+    MeasuredJob.from_config(config, long, training_shape(long, ()), measure=smaller).with_smaller()
     assert smaller.sizes == [StepSize(1, 2048, True), StepSize(1, 256, True), StepSize(1, 512, True)]
 
 
@@ -191,6 +191,6 @@ def test_advice_comes_from_the_jobs_own_dry_run_if_another_fails(config: Path) -
     def failing(*_arguments: object) -> MeasuredMemory:
         raise DryRunFailed("too long")
 
-    planned = MeasuredJob.of(config, job(), training_shape(job(), ()), measure=Measuring())
+    planned = MeasuredJob.from_config(config, job(), training_shape(job(), ()), measure=Measuring())
     planned = replace(planned, measure=failing)
     assert measured_further(planned, planned.with_larger) is planned

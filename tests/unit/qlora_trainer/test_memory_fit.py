@@ -96,7 +96,7 @@ def fit(
     """The verdict on a job."""
     (folder / "config.json").write_text(json.dumps(config))
     spec = QLoRAJobSpec.model_validate(SOURCES | {"resources": {"gpuMemory": gpu_gib}} | (settings or {}))
-    return MemoryFit.of(
+    return MemoryFit.from_config(
         folder / "config.json", spec, targets, **{"measure": measure, "measure_passes": measure_passes} | more
     )
 
@@ -145,7 +145,7 @@ def test_a_job_that_begins_with_an_earlier_adapter_is_not_told_to_change_it(tmp_
     assert with_earlier is not None
     assert "set spec.training.optimizer: paged_adamw_8bit" in with_earlier
     spec = QLoRAJobSpec.model_validate(SOURCES | EARLIER)
-    job = MeasuredJob.of(tmp_path / "config.json", spec, training_shape(spec, ["all-linear"]), measure=measure)
+    job = MeasuredJob.from_config(tmp_path / "config.json", spec, training_shape(spec, ["all-linear"]), measure=measure)
     changed = {change.setting for step in advice(job.estimate, job.training, 8) for change in step.changes}
     assert "training.optimizer" in changed
     assert not any(setting.startswith("lora.") for setting in changed)

@@ -13,7 +13,14 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
-from qlora_trainer.publishing.signing import PrivateKey, payload_of, read_private_key, read_public_key, sign, verified
+from qlora_trainer.publishing.signing import (
+    PrivateKey,
+    payload_of,
+    read_private_key,
+    read_public_key,
+    sign,
+    verify_bundle,
+)
 
 KEYS: dict[str, PrivateKey] = {"ecdsa": generate_private_key(SECP256R1()), "ed25519": Ed25519PrivateKey.generate()}
 
@@ -25,10 +32,10 @@ def test_what_is_signed_verifies_with_the_public_part_of_the_key_and_no_other(ki
     bundle = sign(b"statement", read)
     public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     assert sign(b"statement", read) == bundle
-    assert verified(bundle, read_public_key(public)) == payload_of(bundle) == b"statement"
+    assert verify_bundle(bundle, read_public_key(public)) == payload_of(bundle) == b"statement"
     for other in (Ed25519PrivateKey.generate(), generate_private_key(SECP256R1())):
         with pytest.raises(ValueError, match="no signature is of this key"):
-            verified(bundle, other.public_key())
+            verify_bundle(bundle, other.public_key())
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""What every package may use: context, failures, records, files. No store, no model, no torch."""
+"""Modules for every package: context, failures, records, files. Loads no torch."""

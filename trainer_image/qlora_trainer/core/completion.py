@@ -1,4 +1,4 @@
-"""The completion records that make a step idempotent: what each step leaves for the next."""
+"""The completion records that make a step idempotent, and inform the next one."""
 
 import hashlib
 import json
@@ -29,23 +29,26 @@ from qlora_trainer.core.measured_memory import MeasuredMemory
 
 
 class EndOfTurn(ObservedModel):
-    """What the model is taught to end its answers with, where a server does not know it."""
+    """The mark that ends a model's answers, where no server stops by default."""
 
     text: str = Field(description="Empty if nothing follows an answer.")
     token: int | None = Field(None, description="Its id, if it is one token.")
-    known: tuple[int, ...] = Field((), description="The tokens at which a server stops by itself.")
+    known: tuple[int, ...] = Field((), description="Tokens where a server stops by default.")
 
     @property
     def request_field(self) -> str:
-        """The field of a request to an OpenAI-compatible server that stops there, as JSON without the braces."""
-        # A server looks for texts in what it shows, which has no special tokens.
+        """The JSON field, without braces, that makes an OpenAI-compatible server stop."""
+        # A server searches for texts in its visible output, which has no special tokens.
         if self.token is not None:
             return f'"stop_token_ids": [{self.token}]'
         return f'"stop": {json.dumps([self.text], ensure_ascii=False)}'
 
 
 class PrepareRecord(ObservedModel):
-    """What prepare leaves for the later steps. Paths below the workspace are relative to it; others are absolute."""
+    """The result of prepare for the later steps.
+
+    Paths below the workspace are relative to it. Others are absolute.
+    """
 
     fingerprint: str = Field(description="SHA-256 of everything that determines the prepared data and the model.")
     model_path: str = Field(description="Folder of config.json and tokenizer, and of weights that are kept.")
@@ -55,8 +58,8 @@ class PrepareRecord(ObservedModel):
     data_path: str = Field(description="Folder of the packed sequences.")
     data_content: Mapping[str, Any] | None = Field(
         None,
-        description="What decides the sequences besides the settings of model, adapter and training, wherever it was "
-        "read from: by it runs are compared. Not set by an earlier release.",
+        description="Everything besides the settings of model, adapter and training that decides the sequences, "
+        "whatever its address: runs are compared by it. Not set by an earlier release.",
     )
     target_modules: tuple[str, ...] = Field(description="Exact names of the linear layers that get an adapter.")
     packed: bool = Field(description="Whether a sequence may hold several rows.")
@@ -74,42 +77,42 @@ class PrepareRecord(ObservedModel):
     memory: MemoryStatus
     dataset: DatasetStatus
     work: WorkStatus | None = Field(
-        None, description="How much there is to compute; not set if that is unknown, or by an earlier release."
+        None, description="The amount of computation; not set if that is unknown, or by an earlier release."
     )
     measured: MeasuredMemory | None = Field(
         None, description="The dry runs that the estimate is from; not set if they failed, or by an earlier release."
     )
     base: BaseStatus | None = Field(None, description="How the model was got; not set by an earlier release.")
-    remarks: tuple[str, ...] = Field((), description="What a user should know, such as what is done otherwise.")
+    remarks: tuple[str, ...] = Field((), description="Remarks for the user, such as deviations from the spec.")
     template_sha256: str | None = Field(
-        None, description="SHA-256 of the job's own chat template, which is beside the sequences; not set without one."
+        None, description="SHA-256 of the job's chat template, stored with the sequences; not set without one."
     )
     end_of_turn: EndOfTurn | None = Field(
-        None, description="What ends an answer, if no server of the model stops there by itself."
+        None, description="The end of an answer, if no server of the model stops there by default."
     )
     initial_adapter: InitialAdapterStatus | None = Field(
         None, description="The adapter of spec.lora.from, which is in the workspace; not set without one."
     )
     continued_step: int | None = Field(
-        None, description="Optimizer steps of the run that spec.continues takes up; not set without it."
+        None, description="Optimizer steps of the run that spec.continues resumes; not set without it."
     )
 
 
 def recorded_path(path: Path, root: Path) -> str:
-    """A path as a PrepareRecord has it: relative if it is in the workspace folder `root`, else absolute."""
+    """A path as a PrepareRecord has it: relative to `root` if inside, else absolute."""
     return str(path.relative_to(root) if path.is_relative_to(root) else path.absolute())
 
 
 class Comparison(ObservedModel):
     """The adapter's loss on some held-out rows, for a comparison with a merged model."""
 
-    sequences: int = Field(description="How many held-out sequences, from the first on.")
+    sequences: int = Field(description="Number of held-out sequences, from the first.")
     targets: int = Field(description="Target tokens in them.")
     loss: float = Field(description="Mean loss on these, of the adapter on the 4-bit base.")
 
 
 class Score(ObservedModel):
-    """How many of the answers to some held-out rows pass the check of spec.gate.score."""
+    """The number of answers to held-out rows that pass the check of spec.gate.score."""
 
     settings: str = Field(description="SHA-256 of spec.gate.score, and of the rows' own checks, if they bring any.")
     adapter_sha256: str = Field(description="SHA-256 of the adapter that gave the answers.")
@@ -120,18 +123,21 @@ class Score(ObservedModel):
 
 
 def score_settings(spec: ScoreSpec, prepared: str = "") -> str:
-    """SHA-256 of how answers are scored. `prepared`: fingerprint of the data, which has the checks that rows bring."""
+    """SHA-256 of the settings that score answers.
+
+    `prepared`: fingerprint of the data, which has the checks of the rows.
+    """
     settings = spec.dump() | ({"checks": prepared} if spec.of_rows else {})
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 class QuantizedLayers(ObservedModel):
-    """The base's 4-bit layers of one name and shape, such as the q_proj of every block."""
+    """The base's 4-bit layers of one name and shape, such as every block's q_proj."""
 
     name: str = Field(description="The last part of their module's name.")
     shape: tuple[PositiveInt, ...] = Field(description="Of one layer's weight: outputs and inputs.")
-    count: int = Field(description="How many there are.")
-    bytes_each: int = Field(description="What one takes, constants and tables included.")
+    count: int = Field(description="Number of layers.")
+    bytes_each: int = Field(description="Bytes of a layer, constants and tables included.")
 
     @property
     def bits_per_parameter(self) -> float:
@@ -140,7 +146,7 @@ class QuantizedLayers(ObservedModel):
 
 
 class AttemptUsage(ObservedModel):
-    """What one start of the train step took, by the trainer's own clock."""
+    """The usage of one start of the train step, by the trainer's clock."""
 
     started_at: Timestamp = Field(description="When its process started.")
     from_step: int = Field(description="Optimizer steps of the checkpoint that it resumed from; 0 without one.")
@@ -153,7 +159,7 @@ class AttemptUsage(ObservedModel):
 class RunUsage(ObservedModel):
     """The time of all starts of the train step."""
 
-    gpus: int = Field(description="Processes that trained at the same time, each on a GPU of its own.")
+    gpus: int = Field(description="Processes that trained at the same time, each on a separate GPU.")
     count: int = Field(description="Attempts.")
     seconds: float = Field(description="For how long all attempts ran together.")
     startup_seconds: float = Field(description="Of these, what attempts took until they trained.")
@@ -162,7 +168,7 @@ class RunUsage(ObservedModel):
 
 
 class TrainRecord(ObservedModel):
-    """What train leaves for publish."""
+    """The result of train for publish."""
 
     fingerprint: str = Field(description="SHA-256 of everything that determines the adapter.")
     adapter_path: str = Field(description="Folder of the trained adapter, relative to the workspace.")
@@ -172,7 +178,7 @@ class TrainRecord(ObservedModel):
         None, description="Optimizer steps planned; more than were done if the run was stopped early."
     )
     adapter_step: int | None = Field(
-        None, description="Optimizer steps after which the adapter was as it is kept; all that were done if not set."
+        None, description="Optimizer steps of the adapter that is kept; all steps of the run if not set."
     )
     loss: float
     initial_eval_loss: float | None = None
@@ -185,16 +191,16 @@ class TrainRecord(ObservedModel):
     peak_memory_bytes: int | None = None
     ranks: int = Field(1, description="Processes that trained together.")
     micro_batch_size: int | None = Field(
-        None, description="What it was lowered to when the GPU ran out of memory; not set if it never was."
+        None, description="The lower value after the GPU ran out of memory; not set if it never did."
     )
     quantized_parameters: int | None = Field(None, description="Weights of the base that are stored in 4-bit.")
     bits_per_parameter: float | None = Field(None, description="Bits that one of them takes, constants included.")
     quantized_layers: tuple[QuantizedLayers, ...] = Field((), description="The layers that hold them, by kind.")
     base_sha256: str = Field("", description="SHA-256 of the base that it was trained on, as prepare recorded it.")
-    compared: Comparison | None = Field(None, description="What a merged model is compared with; not set without one.")
-    attempts: int = Field(1, description="How often the step was started.")
+    compared: Comparison | None = Field(None, description="Loss to compare a merged model with; not set without one.")
+    attempts: int = Field(1, description="Number of starts of the step.")
     goodput: Share | None = Field(None, description="Share of the time of all attempts that is in the adapter.")
-    usage: RunUsage | None = Field(None, description="What the attempts took; not set by an earlier release.")
+    usage: RunUsage | None = Field(None, description="Usage of the attempts; not set by an earlier release.")
 
     @property
     def kept_step(self) -> int:
@@ -208,11 +214,11 @@ class TrainRecord(ObservedModel):
 
 
 class PublishRecord(ObservedModel):
-    """What publish has done."""
+    """The result of publish."""
 
     fingerprint: str
     adapter: AdapterStatus
-    gate: GateStatus | None = Field(None, description="How it was judged; not set without spec.gate.")
+    gate: GateStatus | None = Field(None, description="Result of the gate; not set without spec.gate.")
     merged: MergedStatus | None = None
     base: BaseStatus | None = Field(None, description="The base, if it was published.")
     report_sha256: str | None = Field(None, description="SHA-256 of the published page; not set if there is none.")
@@ -223,7 +229,10 @@ _Completion = TypeVar("_Completion", PrepareRecord, TrainRecord, PublishRecord)
 
 
 def read_completion(path: Path, kind: type[_Completion]) -> _Completion | None:
-    """The completion record at `path`; None if there is none that can be read: the step is then done (again)."""
+    """Read the completion record at `path`.
+
+    None if there is none that can be read: the step is then done (again).
+    """
     try:
         return kind.model_validate_json(path.read_bytes())
     except (FileNotFoundError, ValidationError):
@@ -231,5 +240,5 @@ def read_completion(path: Path, kind: type[_Completion]) -> _Completion | None:
 
 
 def write_completion(path: Path, record: PrepareRecord | TrainRecord | PublishRecord) -> None:
-    """Write the record: afterwards it is complete and durable or, if that fails, as it was."""
+    """Write the record durably. If that fails, it is unchanged."""
     write_atomically(path, json.dumps(record.dump(), indent=2, sort_keys=True, allow_nan=False).encode() + b"\n")

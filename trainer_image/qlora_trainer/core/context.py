@@ -1,4 +1,4 @@
-"""What a step is given: the job's document, its workspace and where its volumes are mounted."""
+"""The input of a step: the job's document, its workspace and its volumes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,27 +29,33 @@ class Mounts:
     token_file: Path = Path(contract.TOKEN_FILE)
     credentials: Path = Path(contract.CREDENTIALS_MOUNT)
     signing_key: Path = Path(contract.SIGNING_KEY_FILE)
-    """The key with which lineage is signed; not there if the profile names none, and on a laptop."""
+    """The key that signs lineage. Missing without one in the profile, or on a laptop."""
     model_cache: Path | None = None
-    """Where downloaded base models are shared; None if each job has its own."""
+    """The shared folder of downloaded base models, or None if each job has its own."""
     continued: Path = Path(contract.CONTINUED_MOUNT)
     """The workspace folder of the job that spec.continues names."""
     sweep: Path | None = None
-    """The folder that the cells of a sweep share; None if the job is no cell."""
+    """The folder that the cells of a sweep share, or None if the job is no cell."""
     claims: Mapping[str, Path] = field(default_factory=dict)
     """Claims that are elsewhere: on a laptop, from `--volume CLAIM=DIR`."""
     config_map_folders: Mapping[str, Path] = field(default_factory=dict)
-    """ConfigMaps that are elsewhere, from `--config-map NAME=DIR`: folders with one file per key."""
+    """ConfigMaps as folders with a file per key, from `--config-map NAME=DIR`."""
 
     def volume(self, source: VolumeSource) -> Path:
-        """The file or folder that a pvc:// address names. Raises StepFailure (retryable) if it is not mounted."""
+        """The file or folder that a pvc:// address names.
+
+        Raises StepFailure (retryable) if it is not mounted.
+        """
         root = self.claims.get(source.claim, self.volumes / source.claim)
         if not root.is_dir():
             raise unreachable(f"volume claim {source.claim!r} is not mounted at {root}")
         return root / source.path if source.path else root
 
     def config_map(self, source: ConfigMapSource) -> Path:
-        """The file of a ConfigMap's key. Raises StepFailure (retryable: the object may follow) if it is missing."""
+        """The file of a ConfigMap's key.
+
+        Raises StepFailure (retryable: the object may follow) if it is missing.
+        """
         path = self.config_map_folders.get(source.name, self.config_maps / source.name) / source.key
         if not path.is_file():
             raise unreachable(
@@ -60,7 +66,7 @@ class Mounts:
 
 @dataclass(frozen=True)
 class StepContext:
-    """Everything that a step depends on besides the clock and its own files."""
+    """Everything that a step depends on besides the clock and the step's files."""
 
     document: QLoRAJobDocument
     workspace: WorkspaceLayout
@@ -69,17 +75,17 @@ class StepContext:
     pod_uid: str
     attempt: int
     workspace_uri: str
-    """Address of the workspace folder for people and servers: pvc://CLAIM/FOLDER, or a path on a laptop."""
+    """Address of the workspace folder: pvc://CLAIM/FOLDER, or a path on a laptop."""
     registries: tuple[str, ...] = ()
     """OCI registries that may be used, as a profile lists them."""
     started: datetime | None = None
-    """When this process started; None if it does more than this step."""
+    """When this process started, or None if it does more than this step."""
     contract_version: int = contract.CONTRACT_VERSION
     """Version of the contract with the operator."""
     gpu_hour_price: str = ""
-    """Of the profile, with the currency; empty if there is none."""
+    """The price in the profile, with the currency, or an empty string."""
     rungs: tuple[int, ...] = ()
-    """Optimizer steps after which the job's sweep compares its cells, if it is a cell of one that does."""
+    """Optimizer steps after which the job's sweep compares its cells, if it does."""
     group_size: int = 1
     """How many jobs are trained together with this one, itself included."""
 
@@ -105,17 +111,20 @@ class StepContext:
 
     @property
     def base_name(self) -> str:
-        """The base model's name as PEFT and servers know it: ORG/NAME of the hub, else the address."""
+        """The base's name for PEFT and servers: ORG/NAME of the hub, else the address."""
         source = parse_source(self.spec.model.source)
         return source.repository if isinstance(source, HubSource) else self.spec.model.source
 
     @property
     def job_uid(self) -> str:
-        """UID of the job; `local` where no API server has given one."""
+        """UID of the job, or `local` without an API server."""
         return self.document.metadata.uid or "local"
 
     def progress(self, step: StepName, time: datetime, activity: str, **figures: Any) -> ProgressRecord:
-        """The progress record of this job and pod. `figures` are other fields of the record; a long activity is cut."""
+        """Create the progress record of this job and pod.
+
+        `figures` are other fields of the record. A long activity is cut.
+        """
         record = ProgressRecord(
             job_uid=self.job_uid,
             pod_uid=self.pod_uid,
@@ -128,7 +137,7 @@ class StepContext:
 
 
 def load_document(path: Path) -> QLoRAJobDocument:
-    """The job's document from the JSON file that the pod is given. Raises StepFailure with the wrong fields."""
+    """Read the job's document. Raises StepFailure with the wrong fields."""
     try:
         return QLoRAJobDocument.model_validate_json(path.read_bytes())
     except FileNotFoundError as missing:
@@ -138,7 +147,7 @@ def load_document(path: Path) -> QLoRAJobDocument:
 
 
 def explain(error: ValidationError, limit: int = 3) -> str:
-    """The first `limit` problems of a validation, each with its field, as one sentence."""
+    """The first `limit` problems of a validation as a sentence, with their fields."""
     problems = [
         f"{'.'.join(map(str, problem['loc'])) or 'document'}: {problem['msg'].removeprefix('Value error, ')}"
         for problem in error.errors(include_url=False)[:limit]

@@ -1,4 +1,4 @@
-"""Everything that training does otherwise on a CPU than on a GPU: what its libraries are told and how they are called.
+"""Everything that training does differently on a CPU than on a GPU: settings and calls of libraries.
 
 It concerns speed and memory only: other modules ask here and compute the same function either way, up to rounding. A
 device is given by its type, as `torch.device` names it, so that this module can be used before PyTorch is imported.
@@ -37,7 +37,7 @@ _LOSS_CHUNK_TOKENS = 128
 
 
 def library_settings(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment variables to set before PyTorch is imported; one that `environ` has stays as it is."""
+    """Environment variables to set before importing PyTorch, unless in `environ`."""
     settings = {
         # oneDNN keeps the code of 1024 matmuls, by their exact shapes, which change with every packed sequence: some
         # 40 MB more with each. One pass through a model needs a few dozen of them.
@@ -52,25 +52,25 @@ def library_settings(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def preloaded_allocator(environ: Mapping[str, str]) -> dict[str, str]:
-    """What to add to the environment in which training on a CPU is started, as the operator does in a pod.
+    """Variables to add to the environment that training on a CPU is started in, as in the operator's pods.
 
-    Nothing if the allocator is not installed, or another library is preloaded already: no result depends on it.
+    Empty if the allocator is not installed, or another library is preloaded already: no result depends on it.
     """
     installed = find_library("tcmalloc_minimal") == CPU_ALLOCATOR
     return {"LD_PRELOAD": CPU_ALLOCATOR} if installed and "LD_PRELOAD" not in environ else {}
 
 
 def copies_mapped_weights(device_type: str, *, sharded: bool) -> bool:
-    """Whether to copy the weights that stay in 16 bit out of the mapped file from which they were loaded.
+    """Whether to copy the weights that stay in 16 bit out of the mapped file.
 
     As long as one of them is used in place, the whole file stays in memory, including all weights that are now 4-bit.
-    A base that is to be sharded leaves main memory anyway.
+    A base that will be sharded leaves main memory anyway.
     """
     return device_type == "cpu" and not sharded
 
 
 def padding(tokens: int, device_type: str) -> int:
-    """How many tokens of padding to append to a batch of `tokens` tokens."""
+    """Tokens of padding to append to a batch of `tokens` tokens."""
     if device_type == "cpu":
         return -tokens % _TOKENS_MULTIPLE if tokens >= _PADDED_FROM_TOKENS else 0
     return -tokens % _GPU_TOKENS_MULTIPLE
@@ -104,15 +104,15 @@ def matmul_parts(rows: int, columns: int, device_type: str) -> int:
 
 
 def fuses_norms(device_type: str) -> bool:
-    """Whether a root mean square is an operation of ours (`model.norms`): PyTorch has a kernel for GPUs only."""
+    """Whether `model.kernels.norms` replaces root mean squares, as on a CPU only."""
     return device_type == "cpu"
 
 
 def fuses_attention(device_type: str) -> bool:
-    """Whether the attention of all rows is one operation of ours (`model.attention_cpu`)."""
+    """Whether `model.kernels.attention_cpu` computes the attention of all rows."""
     return device_type == "cpu"
 
 
 def padded_row(tokens: int) -> int:
-    """Tokens of a row of `tokens` tokens with its padding, as the attention kernel is given it."""
+    """Tokens of a row of `tokens` tokens with the attention kernel's padding."""
     return tokens + -tokens % _ROW_MULTIPLE

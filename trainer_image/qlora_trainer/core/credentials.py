@@ -8,7 +8,7 @@ from qlora_trainer.core.failures import bad_configuration, unreachable
 
 @dataclass(frozen=True)
 class Secret:
-    """A Secret that the job names, mounted as a folder with one file per key; or none, if it names none.
+    """A Secret that the job names, mounted as a folder with one file per key, or none.
 
     The values are read when they are needed and are never part of this object, so that no message can show them.
     """
@@ -20,7 +20,7 @@ class Secret:
     """None if the field is not set."""
 
     def value(self, key: str) -> str | None:
-        """The value of a key without surrounding white space; None if there is none, or no Secret is named.
+        """The value of a key without surrounding white space, or None.
 
         Raises StepFailure BAD_CONFIGURATION for a value that is no text.
         """
@@ -49,10 +49,10 @@ class Secret:
         return value
 
     def require(self, *keys: str, has_own: bool) -> dict[str, str] | None:
-        """The values of all these keys; None if no Secret is named.
+        """The values of all these keys, or None if no Secret is named.
 
-        Raises StepFailure UNREACHABLE if one is missing, since the Secret may be made after the job; unless `has_own`,
-        that is, the user of this machine has credentials of their own, as on a laptop. Then it returns None too.
+        Raises StepFailure UNREACHABLE if one is missing, since the Secret may be made after the job. With `has_own`,
+        the user of this machine has credentials, as on a laptop: it returns None instead.
         """
         if self.name is None:
             return None

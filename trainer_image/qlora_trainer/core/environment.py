@@ -1,4 +1,4 @@
-"""What this process runs in: its CPU cores, when it started, and the trainer's version."""
+"""The environment of this process: CPU cores, start time, trainer version."""
 
 import os
 import time
@@ -38,5 +38,5 @@ def process_started() -> datetime:
 
 
 def trainer_version() -> str:
-    """Version of this program: any release may add in another order, draw other numbers, or read data otherwise."""
+    """Version of this program. Any release may change rounding, draws or reading."""
     return version(_TRAINER)

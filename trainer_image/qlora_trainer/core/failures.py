@@ -1,12 +1,12 @@
-"""Why a step stops: a failure with its exit code and the sentence for the user, or a request from outside."""
+"""Why a step stops: a failure with exit code and message, or a stop request."""
 
 import re
 import sys
 
 from qlora_api.contract import ExitCode
 
-# What libraries beside PyTorch's allocator report when it has left them nothing: cuBLAS, cuSOLVER, cuDNN (and PyTorch
-# about cuDNN), CUDA, its driver, Triton and NCCL. Their errors have no type of their own. bitsandbytes raises none: it
+# Reports of libraries that find no memory left by PyTorch's allocator: cuBLAS, cuSOLVER, cuDNN (and PyTorch
+# about cuDNN), CUDA, its driver, Triton and NCCL. Their errors have no separate type. bitsandbytes raises none: it
 # prints a line and ends the process with exit code 1.
 _OUT_OF_GPU_MEMORY = re.compile(
     r"(CUBLAS|CUSOLVER|CUDNN)_STATUS_ALLOC_FAILED|CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"
@@ -16,7 +16,10 @@ _OUT_OF_GPU_MEMORY = re.compile(
 
 
 class StepFailure(Exception):  # noqa: N818 - the step is what fails
-    """Ends the step with `exit_code`. The message names what was found, what is allowed and what to do."""
+    """Ends the step with `exit_code`.
+
+    The message names what was found, what is allowed and what to do.
+    """
 
     def __init__(self, exit_code: ExitCode, message: str) -> None:
         super().__init__(message)
@@ -49,24 +52,24 @@ def unsafe_artifact(message: str) -> StepFailure:
 
 
 def unreachable(message: str) -> StepFailure:
-    """The hub, the network or a mounted object is not there (yet): worth another attempt."""
+    """The hub, the network or a mounted object is missing (yet): worth a retry."""
     return StepFailure(ExitCode.UNREACHABLE, message)
 
 
 def damaged(message: str) -> StepFailure:
-    """A file in the workspace that is not as this program has written it: the disk, or somebody, has changed it."""
+    """A workspace file differs from what was written: disk error or other writer."""
     return StepFailure(ExitCode.INTERNAL_ERROR, message)
 
 
 def peer_lost(message: str) -> StepFailure:
-    """Another node of the job has ended or is away: all its nodes start again, from the latest checkpoint."""
+    """Another node of the job has ended: all nodes restart from the checkpoint."""
     return StepFailure(ExitCode.PEER_LOST, message)
 
 
 def is_out_of_gpu_memory(error: BaseException) -> bool:
-    """Whether the GPU is out of memory, whether PyTorch or a library below it has asked for it. Does not load torch.
+    """Whether the GPU is out of memory, by PyTorch or a library below. Loads no torch.
 
-    The only judge of that: training halves its micro batches for the errors that end a step as GPU_OUT_OF_MEMORY.
+    The only test of that: training halves its micro batches for the errors that end a step as GPU_OUT_OF_MEMORY.
     """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
@@ -75,7 +78,10 @@ def is_out_of_gpu_memory(error: BaseException) -> bool:
 
 
 class Interrupted(Exception):  # noqa: N818 - no error: the step was asked to stop and has saved its state
-    """The step stopped on request; the next attempt resumes from the checkpoint of `saved_step` (exit 143)."""
+    """The step stopped on request (exit 143).
+
+    The next attempt resumes from the checkpoint of `saved_step`.
+    """
 
     def __init__(self, training_step: int, total_steps: int, saved_step: int) -> None:
         kept = f"the checkpoint of step {saved_step} is saved" if saved_step else "there was nothing to save yet"
@@ -87,14 +93,14 @@ class Interrupted(Exception):  # noqa: N818 - no error: the step was asked to st
 
 
 class StopRequest:
-    """Set by a signal handler, and looked at between pieces of work. Importing it loads nothing heavy."""
+    """Set by a signal handler, and read between pieces of work. Loads nothing heavy."""
 
     def __init__(self) -> None:
         # Not a threading.Event: a handler that interrupts itself would wait for its lock for ever.
         self._requested = False
 
     def set(self) -> None:
-        """Ask the step to save its state and stop. Safe in a signal handler; may be called again."""
+        """Ask the step to save and stop. Can be called again, and in a signal handler."""
         self._requested = True
 
     @property

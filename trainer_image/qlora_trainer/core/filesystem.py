@@ -1,4 +1,4 @@
-"""Writes files and folders that are complete and durable or not there; measures digests, free space and sizes."""
+"""Writes files and folders atomically, and measures digests, space and sizes."""
 
 import errno
 import hashlib
@@ -25,7 +25,7 @@ _QUOTED_NUMBER = re.compile(r"\(os error (\d+)\)")
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether the disk is full, its quota used up, or the file at its largest allowed size."""
+    """Whether the disk is full, its quota used up, or the file too large for it."""
     # `qlora verify` needs this module without the library, which must be loaded where one of its errors is raised.
     library = sys.modules.get("safetensors")
     if library is not None and isinstance(error, library.SafetensorError):
@@ -41,7 +41,7 @@ def sizes(*counts: int) -> str:
 
 
 def require_space(root: Path, needed: int, purpose: str) -> None:
-    """Raise StepFailure STORAGE_FULL if fewer than `needed` bytes are free below `root`."""
+    """Raise StepFailure STORAGE_FULL unless `needed` bytes are free below `root`."""
     free = shutil.disk_usage(root).free
     if needed > free:
         raise StepFailure(
@@ -52,12 +52,12 @@ def require_space(root: Path, needed: int, purpose: str) -> None:
 
 
 def bytes_below(folder: Path) -> int:
-    """Bytes of the files in the folder and its folders; 0 if there is none."""
+    """Bytes of the files in the folder and its folders, or 0 without it."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def file_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file's content, in hexadecimal. `on_bytes` is called with the bytes read so far."""
+    """SHA-256 of a file, in hexadecimal. `on_bytes` gets the bytes read so far."""
     digest, done = hashlib.sha256(), 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
@@ -75,7 +75,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make a file's content durable; for a folder, the names in it: new ones, renames and removals."""
+    """Make a file durable, or the names in a folder: new, renamed and removed ones."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -84,7 +84,7 @@ def sync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a folder with everything in it, or a link but not its target. Does nothing if there is none."""
+    """Delete a file, a folder with its content, or a link, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -92,14 +92,17 @@ def remove(path: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace the file at `path` in one step; it is durable afterwards. Raises OSError and then leaves it as it was."""
+    """Replace the file at `path` durably in one step, or raise OSError unchanged."""
     with atomic_file(path) as file:
         file.write(content)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Yield a new file that replaces the one at `path` when the body ends, durably; if it raises, that is as it was."""
+    """Yield a new file that replaces the one at `path`, durably, when the body ends.
+
+    If the body raises, that one is unchanged.
+    """
     _make_folder(path.parent)
     # A pod on a lost node may still write the same file, and processes of two containers often have the same id.
     partial = partial_path(path.with_name(f"{path.name}.{token_hex(8)}"))
@@ -116,16 +119,16 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def partial_path(target: Path) -> Path:
-    """Where the file or folder `target` is written until it is complete: beside it, `.NAME.partial`."""
+    """The path of `target` until it is complete: `.NAME.partial` in its folder."""
     return target.with_name(f".{target.name}{PARTIAL}")
 
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """Yield a new, empty folder that becomes `target` when the body ends: complete and durable, or not there.
+    """Yield a new, empty folder that becomes `target` when the body ends: complete and durable, or absent.
 
-    Whatever is at `target` is replaced then. If the body raises, what it has written is removed, because on a full
-    volume its space is needed, and `target` stays as it was.
+    It replaces an existing `target`. If the body raises, its files are removed, because on a full volume their space is
+    needed, and `target` stays as it was.
     """
     with scratch_folder(target) as partial:
         yield partial
@@ -134,7 +137,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder(target: Path) -> Iterator[Path]:
-    """Yield a new, empty folder at the partial path of `target`, and remove it when the body ends or raises."""
+    """Yield a new folder at the partial path of `target`, and remove it at the end."""
     partial = new_folder(partial_path(target))
     try:
         yield partial
@@ -143,7 +146,7 @@ def scratch_folder(target: Path) -> Iterator[Path]:
 
 
 def new_folder(path: Path) -> Path:
-    """Make an empty folder at `path`, in place of whatever is there."""
+    """Make an empty folder at `path`, and replace an existing one."""
     remove(path)
     _make_folder(path.parent)
     path.mkdir()
@@ -151,7 +154,7 @@ def new_folder(path: Path) -> Path:
 
 
 def complete_folder(partial: Path, target: Path) -> None:
-    """Sync the folder `partial` and rename it to `target`, which must be beside it and is replaced."""
+    """Sync the folder `partial` and rename it to its sibling `target`, replacing that."""
     sync_tree(partial)
     remove(target)
     partial.rename(target)
@@ -159,14 +162,14 @@ def complete_folder(partial: Path, target: Path) -> None:
 
 
 def remove_partials(folder: Path, *, but: Path | None = None) -> None:
-    """Delete whatever an earlier attempt has left incomplete in the folder, except `but`."""
+    """Delete an earlier attempt's incomplete files in the folder, except `but`."""
     for path in folder.glob(f"*{PARTIAL}"):
         if path != but:
             remove(path)
 
 
 def _make_folder(path: Path) -> None:
-    """Make the folder durable, with all above it: after a power failure, what was synced into it must have a name."""
+    """Make the folder and all above it durable: synced content must have a name."""
     if not path.is_dir():
         _make_folder(path.parent)
         path.mkdir(exist_ok=True)

@@ -43,7 +43,7 @@ class Ownership:
             try:
                 os.utime(self._descriptor)
             except OSError:
-                # The folder is gone, or the volume: whoever writes to it gets the error.
+                # The folder or the volume is gone: its writer gets the error.
                 return
 
 
@@ -51,8 +51,8 @@ class Ownership:
 def exclusive(path: Path, longest_wait: float) -> Iterator[float]:
     """Let in one process at a time that names this file, or all of them if the volume supports no locks.
 
-    Yields the time by the clock of the volume, with which ages of its files are to be computed. Raises TimeoutError
-    after `longest_wait` seconds in which another process was in.
+    Yields the time by the clock of the volume, to compute ages of its files. Raises TimeoutError if another process was
+    in for `longest_wait` seconds.
     """
     descriptor = _open(path, os.O_CREAT)
     try:
@@ -64,14 +64,14 @@ def exclusive(path: Path, longest_wait: float) -> Iterator[float]:
 
 
 def own(folder: Path) -> Ownership:
-    """Become the owner of a folder whose name only this process uses. Raises BlockingIOError if it has another one."""
-    descriptor, _ = _locked(folder / OWNER_FILE, os.O_CREAT)
+    """Own a folder that only this process names. Raises BlockingIOError if owned."""
+    descriptor, _ = _lock_file(folder / OWNER_FILE, os.O_CREAT)
     os.utime(descriptor)
     return Ownership(descriptor)
 
 
 def take(folder: Path, now: float, seconds: float, *, same_job: bool) -> Ownership | None:
-    """Become the owner of a folder that is abandoned; None if it is not, or no longer there.
+    """Become the owner of a folder that is abandoned, or return None if it is not, or is gone.
 
     It is abandoned if its owner has not touched it for so many `seconds` before `now`, or was an earlier pod of the
     `same_job`, which has ended if it holds no lock. Raises PermissionError if this pod may not take it.
@@ -82,7 +82,7 @@ def take(folder: Path, now: float, seconds: float, *, same_job: bool) -> Ownersh
             # Its owner may be about to give it its final name, and a new file must not come with it.
             return own(folder) if now - folder.lstat().st_mtime > seconds else None
         abandoned = now - path.lstat().st_mtime > seconds
-        descriptor, has_locks = _locked(path)
+        descriptor, has_locks = _lock_file(path)
     except (BlockingIOError, FileNotFoundError):
         return None
     if abandoned or (same_job and has_locks):
@@ -92,8 +92,11 @@ def take(folder: Path, now: float, seconds: float, *, same_job: bool) -> Ownersh
     return None
 
 
-def _locked(path: Path, flags: int = 0) -> tuple[int, bool]:
-    """The locked file, and whether the volume supports locks. Raises BlockingIOError if another process holds it."""
+def _lock_file(path: Path, flags: int = 0) -> tuple[int, bool]:
+    """Lock the file, and return whether the volume supports locks.
+
+    Raises BlockingIOError if another process holds it.
+    """
     descriptor = _open(path, flags)
     try:
         return descriptor, _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,7 +106,7 @@ def _locked(path: Path, flags: int = 0) -> tuple[int, bool]:
 
 
 def _open(path: Path, flags: int = 0) -> int:
-    """The file, open for writing. One that is made is so for pods with another user and the same group, too."""
+    """Open or make the file for writing, for pods of another user and the same group."""
     descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | flags, _MODE)
     if flags:
         with suppress(OSError):
@@ -126,7 +129,10 @@ def _lock_within(descriptor: int, seconds: float, path: Path) -> None:
 
 
 def _lock(descriptor: int, operation: int) -> bool:
-    """Whether the volume supports locks; the file then has one. Raises BlockingIOError if it must not wait for it."""
+    """Lock the file, and return whether the volume supports locks.
+
+    Raises BlockingIOError if it must not wait for it.
+    """
     try:
         fcntl.flock(descriptor, operation)
     except OSError as error:

@@ -12,7 +12,7 @@ class MeasuredStep(ObservedModel):
     sequences: Count = Field(description="Sequences in the micro batch.")
     sequence_tokens: Count = Field(description="Tokens of each.")
     gradient_checkpointing: bool
-    kept: Bytes = Field(description="What the decoder has kept for the backward pass when the loss is computed.")
+    kept: Bytes = Field(description="Kept by the decoder for the backward pass when the loss is computed.")
     loss: Bytes = Field(description="The most while the loss is computed, without what is kept.")
     work: Bytes = Field(description="The most while the decoder runs, forward or backward, without what is kept.")
 
@@ -23,7 +23,7 @@ class MeasuredStep(ObservedModel):
 
 
 class MeasuredMemory(ObservedModel):
-    """What a job's model consists of, and what steps of it take."""
+    """The parts of a job's model, and the bytes that its steps take."""
 
     digest: str = Field(description="SHA-256 of everything that the numbers depend on.")
     blocks: Count = Field(description="Blocks of the decoder.")
@@ -36,5 +36,5 @@ class MeasuredMemory(ObservedModel):
     whole_parameters: Count = Field(description="Weights of modules that are trained whole.")
     answer_bytes_per_token: Bytes = Field(0, description="Keys and values of a token that is answered with or to.")
     answer_bytes_per_pair: Bytes = Field(0, description="Attention's scores for each pair of a prompt's tokens.")
-    shared_bytes: Bytes | None = Field(None, description="What jobs of a group that are like it take once, together.")
+    shared_bytes: Bytes | None = Field(None, description="Shared once by equal jobs of a group, together.")
     steps: tuple[MeasuredStep, ...]

@@ -1,4 +1,4 @@
-"""Says what cannot be done with a model, and whose error shows it, where a library raises one without a sentence."""
+"""Turns a library's bare exception about a model into a message."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,14 +23,14 @@ UNUSABLE = (
 
 
 class ModelError(Exception):
-    """Something cannot be done with a model. The message says what, and ends with a library's error if one shows it."""
+    """A model cannot be used. The message has the reason, and a library's error."""
 
 
 @contextmanager
-def explained(sentence: str) -> Iterator[None]:
-    """Raise ModelError instead of an error of a library: `sentence`, which says what cannot be done, and the error.
+def explain_errors(sentence: str) -> Iterator[None]:
+    """Raise ModelError with this sentence, and a library's error behind it.
 
-    A sentence from inside stays. So does PyTorch's error for memory, which is not the model's fault.
+    A ModelError from inside stays. So does PyTorch's error for memory, which is not the model's fault.
     """
     try:
         yield
@@ -41,5 +41,8 @@ def explained(sentence: str) -> Iterator[None]:
 
 
 def with_error(sentence: str, error: Exception) -> str:
-    """The sentence, and behind a colon type and text of the error in one line: of a KeyError the text is a key only."""
+    """The sentence, a colon, and type and text of the error in one line.
+
+    Of a KeyError the text is a key only.
+    """
     return f"{sentence}: {type(error).__name__}: {' '.join(str(error).split())}"

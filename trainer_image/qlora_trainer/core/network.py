@@ -30,9 +30,9 @@ _BUNDLE_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
 
 
 def use_network(environment: MutableMapping[str, str], scratch: Path) -> None:
-    """Apply what the profile says about the network; nothing happens if it says nothing. Call it before libraries load.
+    """Apply the profile's network settings, if it has any. Call it before libraries load.
 
-    `scratch` is a folder of this pod's own. Raises StepFailure: UNREACHABLE if the ConfigMap or the Secret is not
+    `scratch` is a folder of this pod only. Raises StepFailure: UNREACHABLE if the ConfigMap or the Secret is not
     there, BAD_CONFIGURATION if it holds no certificates, the Secret no text, or the proxy is not reached by http://.
     """
     if authority := environment.get(contract.ENV_CA_FILE):
@@ -43,12 +43,12 @@ def use_network(environment: MutableMapping[str, str], scratch: Path) -> None:
     if secret := environment.get(contract.ENV_PROXY_SECRET):
         environment["HTTPS_PROXY"] = _with_login(environment.get("HTTPS_PROXY", ""), Path(secret))
     if https_proxy(environment) or authority:
-        # The hub's accelerated transfer has an HTTP client of its own, with roots and proxy rules of its own.
+        # The hub's accelerated transfer has another HTTP client, with different roots and proxy rules.
         environment["HF_HUB_DISABLE_XET"] = "1"
 
 
 def _certificates(file: Path) -> str:
-    """The certificates in PEM of the mounted key, at least one, all of which can be read. Text around them is left out.
+    """The certificates in PEM of the mounted key, at least one, all readable. Text around them is left out.
 
     OpenSSL allows any text there, and companies' bundles name their certificates so, in any language.
     """
@@ -93,7 +93,7 @@ class Proxy:
     url: str = field(repr=False)
     """With the credentials, which no message shows."""
     direct: tuple[str, ...] = ()
-    """Hosts that are reached without it: as `noProxy` of a profile, or NO_PROXY on a laptop."""
+    """Hosts to reach without it: a profile's `noProxy`, or NO_PROXY on a laptop."""
 
     def serves(self, url: str) -> bool:
         """Whether requests to this address go through the proxy."""
@@ -103,7 +103,7 @@ class Proxy:
 
 
 def https_proxy(environment: Mapping[str, str]) -> Proxy | None:
-    """The proxy of the environment, also where a user of this machine has set one; None if there is none.
+    """The proxy of the environment, also where a user of this machine has set one, or None.
 
     Raises StepFailure BAD_CONFIGURATION for one that is not reached by http://, as clients differ in whether they then
     send the password in plain text.
@@ -123,7 +123,10 @@ def https_proxy(environment: Mapping[str, str]) -> Proxy | None:
 
 
 def trouble(url: str, error: str) -> str:
-    """What a client's error says about the way to the server at `url`, as the end of a sentence; empty if nothing."""
+    """Explain a client's error by the way to the server at `url`.
+
+    The end of a sentence, or an empty string.
+    """
     if _REJECTED in error:
         return f": {NOT_TRUSTED}"
     proxy, answer = https_proxy(os.environ), _TUNNEL.search(error)

@@ -1,4 +1,4 @@
-"""Decides what the end of a step means: exception → exit code and sentence → result record."""
+"""Classifies the end of a step: exception → exit code, message → result record."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +20,10 @@ CompletionRecord = PrepareRecord | TrainRecord | PublishRecord
 
 
 class Terminated(BaseException):
-    """SIGTERM in a step that has nothing to save. Not an Exception, so that no library catches it as an error."""
+    """SIGTERM in a step that has nothing to save.
+
+    Not an Exception, so that no library catches it as an error.
+    """
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Ending:
 
 
 def classify(error: BaseException) -> Ending:
-    """The ending that an exception means. The clients of servers raise StepFailure, so that none is known here."""
+    """The ending for an exception. Clients of servers raise StepFailure only."""
     if isinstance(error, StepFailure):
         return Ending(error.exit_code, error.message)
     if isinstance(error, Interrupted):
@@ -52,11 +55,14 @@ def classify(error: BaseException) -> Ending:
 
 
 ENDS_ONE_JOB = (StepFailure, OSError, SafetensorError)
-"""What ends one of several jobs of a process; safetensors says by an error of its own that a disk is full."""
+"""Errors that end one of several jobs. safetensors has one for a full disk."""
 
 
 def as_failure(error: StepFailure | OSError | SafetensorError) -> StepFailure:
-    """The failure of one of several jobs of a process that go on without it: what would end the step of it alone."""
+    """The failure of one of several jobs of a process, while the others continue.
+
+    It is the one that would end the step of the job alone.
+    """
     if isinstance(error, StepFailure):
         return error
     ending = classify(error)
@@ -149,7 +155,7 @@ def result_record(
         exit_code=int(ending.exit_code),
         reason=ending.exit_code.reason,
         message=message,
-        **_known(completion, findings),
+        **_known_fields(completion, findings),
     )
     while not _is_encodable(record):
         if len(message) <= _SHORT_MESSAGE and record.dataset is not None and record.dataset.sources is not None:
@@ -172,12 +178,12 @@ def _is_encodable(record: ResultRecord) -> bool:
     return True
 
 
-# What an objective that compares answers measures beside the loss.
+# Measurements of an objective that compares answers, besides the loss.
 _OF_PAIRS = ("reward_margin", "accuracy", "eval_accuracy")
 
 
-def _known(completion: CompletionRecord | None, findings: Findings) -> dict[str, object]:
-    """Fields of the result record: from the completion record, else from what the step has found so far."""
+def _known_fields(completion: CompletionRecord | None, findings: Findings) -> dict[str, object]:
+    """Fields of the result record, from the completion record or the findings."""
     if isinstance(completion, PrepareRecord):
         return {
             "model_revision": completion.model_revision,
@@ -232,14 +238,14 @@ def summary(completion: CompletionRecord | None, step: StepName) -> str:
 
 
 def steps_done(done: int, planned: int | None, kept: int | None) -> str:
-    """How long a run was, and of which step its adapter is if that is not the last."""
+    """The length of a run, and the step of its adapter if that is not the last."""
     early = f" of {planned}, stopped early" if planned is not None and done < planned else ""
     earlier = f"; the adapter is that of step {kept}, with the lowest held-out loss" if kept not in (None, done) else ""
     return f"{done}{early}{earlier}"
 
 
 def _remarks(trained: TrainRecord) -> str:
-    """What a user should know of a training that succeeded; empty if there is nothing."""
+    """Remarks for the user on a training that succeeded, or an empty string."""
     remarks = ""
     if trained.stopped_early:
         remarks += ", stopped early because the held-out loss no longer fell"

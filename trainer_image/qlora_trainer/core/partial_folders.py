@@ -1,6 +1,6 @@
-"""Decides which of several pods makes what they share on a volume, and gives it an incomplete folder to make it in.
+"""Chooses the pod that makes shared content on a volume, and gives it an incomplete folder for that.
 
-The folder `.<key>.<job>.<pod>.partial` has a name of the pod's own, and an owner as `folder_lock` shows it.
+The folder `.<key>.<job>.<pod>.partial` has a name of this pod only, and an owner as `folder_lock` shows it.
 """
 
 import stat
@@ -13,30 +13,30 @@ from qlora_trainer.core.filesystem import PARTIAL, bytes_below, new_folder, remo
 from qlora_trainer.core.folder_lock import ABANDONED_SECONDS, Ownership, exclusive, own, take
 
 FORGOTTEN_SECONDS = 3600.0
-"""So long after its owner's last sign of life, what is incomplete is deleted by whoever makes something else there."""
+"""How long an owner may be silent before another pod deletes its leftovers."""
 _LOCK_FILE = ".lock"
 # Pods with other users, but with the group that owns the volume, read what is shared and can replace it.
 FOLDER_MODE = 0o775
 
 
 class PartialFolders:
-    """The incomplete folders in a folder that pods share, as one pod uses them. Methods raise OSError."""
+    """The incomplete folders in a shared folder, for one pod. Methods raise OSError."""
 
     def __init__(self, folder: Path, job_uid: str, pod_uid: str, longest_wait: float) -> None:
-        """`longest_wait`: seconds for the lock, which nobody needs for more than some milliseconds unless it hangs."""
+        """Create. The lock is held for milliseconds, so `longest_wait` ends at a hang."""
         self.folder = folder
         self._longest_wait = longest_wait
         # Both may come from a file of the user's, and become parts of a name.
         self._job, self._pod = _short(job_uid), _short(pod_uid)
 
     def exclusive(self) -> AbstractContextManager[float]:
-        """Let in one pod at a time. Yields the time by the clock of the volume. Raises TimeoutError if one stays in."""
+        """Let in one pod, and yield the volume's time. Raises TimeoutError if one stays."""
         return exclusive(self.folder / _LOCK_FILE, self._longest_wait)
 
     def claim(self, key: str) -> tuple[Path, Ownership] | None:
-        """This pod's folder for what has this key, which has no dot; None while another pod makes that.
+        """This pod's folder for the content of this key (without a dot), or None while another pod makes it.
 
-        The folder may have what a killed pod has left in it. Whoever is done with it removes it and releases it.
+        The folder may have what a killed pod has left in it. The caller removes and releases it when done.
         Raises TimeoutError as `exclusive` does.
         """
         with self.exclusive() as now, ExitStack() as held:
@@ -56,16 +56,16 @@ class PartialFolders:
             return claimed
 
     def bytes_made(self, key: str) -> int | None:
-        """Bytes in an incomplete folder of this key, of whichever pod; None if there is none."""
+        """Bytes in an incomplete folder of this key, of any pod, or None without one."""
         found = [partial for partial in self._all() if _is_of(partial, key)]
         return max(map(_plain_bytes, found), default=None)
 
     def of_this_pod(self, key: str) -> Path:
-        """The path of this pod's folder for the key, whether or not it is there."""
+        """The path of this pod's folder for the key, existing or not."""
         return self.folder / f".{key}.{self._job}.{self._pod}{PARTIAL}"
 
     def _first(self, abandoned: Mapping[Path, Ownership], key: str) -> tuple[Path, Ownership]:
-        """This pod's folder: that of the abandoned ones which has most, else a new one. The others are deleted."""
+        """This pod's folder: the largest abandoned one, or a new one. Deletes the others."""
         mine = self.of_this_pod(key)
         usable = [partial for partial in abandoned if _is_of(partial, key) and _is_plain(partial)]
         chosen = max(usable, key=_plain_bytes, default=None)
@@ -94,17 +94,17 @@ class PartialFolders:
         except PermissionError:
             if wanted:
                 raise
-            # Another user's, of something else: it is in nobody's way.
+            # Another user's, of other content: it blocks no pod.
             return None
 
     def _all(self) -> list[Path]:
-        """Incomplete folders, in the order of their names. What is no folder is not looked at."""
+        """Incomplete folders, sorted by name, without files."""
         found = sorted(self.folder.glob(f".*.*.*{PARTIAL}"))
         return [path for path in found if path.name.count(".") == 4 and path.is_dir() and not path.is_symlink()]
 
 
 def open_shared(folder: Path) -> None:
-    """Make the folder and the one that it is in, unless they are there, for pods of other users too. Raises OSError."""
+    """Make a folder and its parent for pods of other users too. Raises OSError."""
     for path in (folder.parent, folder):
         if not path.is_dir():
             path.mkdir(exist_ok=True)
@@ -112,7 +112,7 @@ def open_shared(folder: Path) -> None:
 
 
 def set_mode(path: Path, mode: int) -> None:
-    """Set the mode, but not the bit by which new files get a folder's group. Not every volume has modes."""
+    """Set the mode, if the volume has modes, but keep the bit for the files' group."""
     with suppress(OSError):
         path.chmod(mode | (path.stat().st_mode & stat.S_ISGID))
 
@@ -122,7 +122,7 @@ def _is_of(partial: Path, key: str) -> bool:
 
 
 def _is_plain(folder: Path) -> bool:
-    """Whether all below the folder are folders and regular files: nothing through which a write would leave it."""
+    """Whether a folder has only folders and regular files, without a way out of it."""
     for path in folder.rglob("*"):
         mode = path.lstat().st_mode
         if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
@@ -131,7 +131,7 @@ def _is_plain(folder: Path) -> bool:
 
 
 def _plain_bytes(folder: Path) -> int:
-    """Bytes below a folder that another process may change, rename or delete meanwhile."""
+    """Bytes below a folder that another process may change while it is read."""
     try:
         return bytes_below(folder)
     except OSError:

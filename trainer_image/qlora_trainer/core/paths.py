@@ -12,7 +12,7 @@ _LISTED_NAMES = 12
 
 
 def require_regular(path: Path, folder: Path, name: str) -> None:
-    """Raise StepFailure UNSAFE_ARTIFACT unless `path` is a regular file inside `folder`, with links resolved."""
+    """Raise StepFailure UNSAFE_ARTIFACT unless `path` resolves to a file in `folder`."""
     if leads_to_itself(path):
         raise unsafe_artifact(f"{name} is a link that leads to itself: put the file itself there")
     if not path.resolve().is_relative_to(folder.resolve()):
@@ -37,7 +37,7 @@ def read_regular(path: Path, largest: int) -> bytes:
 
 
 def leads_to_itself(path: Path) -> bool:
-    """Whether the path is a loop of symbolic links. Do not resolve it then: some versions of Python raise."""
+    """Whether the path is a loop of links, which some Python versions cannot resolve."""
     try:
         path.stat()
     except OSError as error:
@@ -46,14 +46,17 @@ def leads_to_itself(path: Path) -> bool:
 
 
 def some_names(names: Iterable[str]) -> str:
-    """The first names in alphabetical order, and how many more there are, for a message."""
+    """The first names in alphabetical order, and the number of others."""
     ordered = sorted(names)
     more = len(ordered) - _LISTED_NAMES
     return (", ".join(ordered[:_LISTED_NAMES]) + (f" and {more} more" if more > 0 else "")) or "none"
 
 
-def confined(path: Path, root: Path) -> Path:
-    """The path with links resolved. Raises StepFailure UNSAFE_ARTIFACT if a link leads out of `root` or to itself."""
+def confine(path: Path, root: Path) -> Path:
+    """The path with links resolved.
+
+    Raises StepFailure UNSAFE_ARTIFACT if a link leads out of `root` or to itself.
+    """
     if leads_to_itself(path):
         raise unsafe_artifact(f"{path} is a link that leads to itself: remove the symbolic link")
     resolved = path.resolve()

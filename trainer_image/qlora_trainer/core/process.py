@@ -1,4 +1,4 @@
-"""Sets up the process that a step runs in: environment, standard streams and signals, before any heavy import."""
+"""Sets up a step's process (environment, streams, signals) before heavy imports."""
 
 import logging
 import os
@@ -15,19 +15,19 @@ from qlora_trainer.core import cpu
 from qlora_trainer.core.context import Device
 
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""Where PyTorch reads its GPU allocator's settings: the name, and the one that it had before."""
+"""Variables of PyTorch's GPU allocator settings: the name, and the earlier one."""
 
 
 @dataclass(frozen=True)
 class Streams:
-    """The process's own standard output and error, which libraries that print cannot reach."""
+    """The process's standard output and error, hidden from libraries that print."""
 
     records: TextIO
     errors: TextIO
 
 
 def claim_streams() -> Streams:
-    """Keep standard output and error for the step itself, and discard what anything else prints, until `log_to`."""
+    """Keep the standard streams for the step. Discard other prints until `log_to`."""
     streams = Streams(
         records=os.fdopen(os.dup(1), "w", encoding="utf-8"),
         errors=os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace"),
@@ -37,7 +37,7 @@ def claim_streams() -> Streams:
 
 
 def log_to(path: Path, heading: str) -> None:
-    """Send what libraries print to the file at `path`, keeping one previous file beside it as `<name>.1`.
+    """Send what libraries print to the file at `path`, and keep one previous file as `<name>.1`.
 
     Raises OSError if the file cannot be written: then nothing else in the workspace can be either.
     """
@@ -51,7 +51,7 @@ def log_to(path: Path, heading: str) -> None:
     _send_output_to(log)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.captureWarnings(True)
-    # They would log the signed addresses of downloads, with which anybody can download.
+    # They would log the signed addresses of downloads, which give access without credentials.
     for client in ("httpx", "httpx2"):
         logging.getLogger(client).setLevel(logging.WARNING)
 
@@ -73,7 +73,7 @@ def hide_gpus() -> None:
 
 
 def set_environment(step: StepName, workspace: Path, *, device: Device = "cpu", publishes_to_hub: bool = False) -> None:
-    """Switch off telemetry everywhere and the hub where no network is needed; give libraries a folder to write to.
+    """Switch off telemetry everywhere and the hub where no network is needed, and give libraries a folder to write to.
 
     Only a step that trains on a GPU sees one: call this before libraries are loaded. The root file system of a pod is
     read-only and its user often has no entry in the password file: libraries that keep caches below the home directory,
@@ -113,6 +113,6 @@ def on_termination(action: Callable[[], None]) -> None:
 
 
 def ignore_termination() -> None:
-    """Ignore signals from now on: the step is over, and its result record must not be cut off."""
+    """Ignore signals from now on, so that the result record is not cut off."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

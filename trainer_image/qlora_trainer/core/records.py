@@ -1,4 +1,4 @@
-"""Writes progress and result records to standard output: redacted, and progress at most once in five seconds."""
+"""Writes records to standard output: redacted, progress every five seconds."""
 
 import re
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def timestamp(now: datetime) -> str:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a step has found so far. The result record has it, however the step ends."""
+    """A step's findings so far. The result record has them, however the step ends."""
 
     model_revision: str | None = None
     memory: MemoryStatus | None = None
@@ -45,7 +45,7 @@ class Findings:
 
 
 class RecordWriter:
-    """Writes a step's records to `stream`, and keeps for the result what the step has found."""
+    """Writes a step's records to `stream`, and keeps findings for the result."""
 
     def __init__(self, stream: TextIO, monotonic: Callable[[], float], *, reports_progress: bool = True) -> None:
         """`monotonic` gives seconds."""
@@ -56,7 +56,7 @@ class RecordWriter:
         self.findings = Findings()
 
     def beside(self) -> "RecordWriter":
-        """A writer on the same stream, for another job of this process, whose records have its UID."""
+        """A writer on the same stream for another job, with its UID in the records."""
         return RecordWriter(self._stream, self._monotonic, reports_progress=self._reports_progress)
 
     def note(
@@ -67,7 +67,7 @@ class RecordWriter:
         dataset: DatasetStatus | None = None,
         gate: GateStatus | None = None,
     ) -> None:
-        """Keep what the step has found, so that the result has it even if the step fails afterwards."""
+        """Keep findings, so that the result has them even if the step fails afterwards."""
         self.findings = replace(
             self.findings,
             model_revision=model_revision or self.findings.model_revision,
@@ -77,7 +77,7 @@ class RecordWriter:
         )
 
     def progress(self, record: ProgressRecord, *, force: bool = False) -> None:
-        """Write the record, unless one was written less than five seconds ago and `force` is not set."""
+        """Write the record, at most once in five seconds unless `force` is set."""
         self.findings = replace(self.findings, progress=record)
         if not self._reports_progress or (not force and self._monotonic() < self._next_progress):
             return

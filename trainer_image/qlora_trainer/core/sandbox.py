@@ -27,7 +27,7 @@ _SECONDS_FOR_PARENT = 5.0
 
 
 class DryRunFailed(Exception):  # noqa: N818 - the dry run is what failed
-    """There is no result; the message says why."""
+    """There is no result. The message has the reason."""
 
 
 class LimitReached(DryRunFailed):
@@ -42,10 +42,10 @@ def within_limits(
     memory_bytes: int = MEMORY_BYTES,
     what: str = "the dry run",
 ) -> Any:
-    """What the function returns, which is called in a forked process.
+    """Call the function in a forked process, and return its result.
 
-    `what` is what a message calls the function. Raises its StepFailure, LimitReached, or DryRunFailed for any other
-    end; RuntimeError in a process that sees a GPU, from which none can be forked that computes.
+    `what` names the function in messages. Raises its StepFailure, LimitReached, or DryRunFailed for any other end;
+    RuntimeError in a process that sees a GPU: a fork of it cannot compute.
     """
     answers = iterate_within_limits(
         _returned, (function, arguments), seconds=seconds, memory_bytes=memory_bytes, what=what
@@ -66,7 +66,7 @@ def iterate_within_limits(
     memory_bytes: int = MEMORY_BYTES,
     what: str = "the dry run",
 ) -> Generator[Any, None, None]:
-    """Yield what the function yields, which is called in a forked process; each item may take `seconds`.
+    """Call the function in a forked process, and yield its items. Each may take `seconds`.
 
     The process ends with the generator. Raises as `within_limits`.
     """
@@ -167,7 +167,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def _private_bytes() -> int:
-    """What counts for the limit: the process's private, writable memory."""
+    """The process's private, writable memory in bytes, which the limit is for."""
     with open("/proc/self/status") as file:
         size = next(line.split()[1] for line in file if line.startswith("VmData:"))
     return int(size) * 1024

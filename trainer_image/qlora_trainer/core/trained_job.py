@@ -1,4 +1,4 @@
-"""What reports, model cards and manifests describe: a job and what its prepare and train steps have left."""
+"""A trained job, with its records, for reports, model cards and manifests."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,17 +17,17 @@ class TrainedJob:
     """`local` where no API server has given one."""
     spec: QLoRAJobSpec
     base_name: str
-    """The base model's name as PEFT and servers know it: ORG/NAME of the hub, else the address."""
+    """The base's name for PEFT and servers: ORG/NAME of the hub, else the address."""
     prepared: PrepareRecord
     trained: TrainRecord
     gate: GateStatus | None = None
-    """How the adapter was judged; None without spec.gate."""
+    """The gate's result, or None without spec.gate."""
     gpu_hour_price: str = ""
-    """What a GPU hour costs, with the currency; empty if that is not known."""
+    """The price of a GPU hour, with the currency, or an empty string."""
 
     @property
     def continued(self) -> dict[str, Any] | None:
-        """The job whose run this one has taken up, and at which step if that is known; None if it began anew."""
+        """The job whose run this one continues, and the step if known, or None."""
         if self.spec.continues is None:
             return None
         step = self.prepared.continued_step

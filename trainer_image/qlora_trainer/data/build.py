@@ -1,4 +1,4 @@
-"""Builds the data set of a job: finds its files, reads and tokenizes their rows, and chooses the rows of each split."""
+"""Builds a job's data set: reads and tokenizes its files, and splits the rows."""
 
 import json
 import logging
@@ -32,19 +32,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ExaminedData:
-    """What is found in the rows of a job, whether or not it can train on them."""
+    """The findings in a job's rows, whether or not it can train on them."""
 
     sources: tuple[TokenizedSource, ...]
     """The training sources, and the evaluation's own."""
     dataset: Dataset | None
     """None if there are not enough rows for each split."""
     rejection: str
-    """Why the job fails with BAD_DATASET; empty if it does not."""
+    """Why the job fails with BAD_DATASET, or an empty string."""
 
 
 @dataclass(frozen=True)
 class DatasetBuilder:
-    """Builds the data set of one job. Methods raise StepFailure, BAD_DATASET for invalid data."""
+    """Builds one job's data set. Raises StepFailure, BAD_DATASET for invalid data."""
 
     spec: DatasetSpec
     training: TrainingSpec
@@ -67,7 +67,7 @@ class DatasetBuilder:
                 "spec.dataset.shuffle has no effect without spec.dataset.maxRows, whose rows it chooses: set "
                 "maxRows, or leave shuffle out; training.seed orders the rows of each epoch anyway"
             )
-        dataset = self._chosen(*self._sources(usable=True))
+        dataset = self._choose(*self._sources(usable=True))
         self._require_trainable(dataset)
         if dataset.overlap is not None:
             logger.warning("%s", dataset.overlap.remark())
@@ -83,15 +83,15 @@ class DatasetBuilder:
         try:
             for source in sources:
                 _require_usable(source, self.training.max_sequence_length)
-            dataset = self._chosen(training, own)
+            dataset = self._choose(training, own)
             self._require_trainable(dataset)
         except StepFailure as failure:
             rejection = failure.message
         return ExaminedData(sources, dataset, rejection)
 
-    def _chosen(self, training: tuple[TokenizedSource, ...], own: TokenizedSource | None) -> Dataset:
+    def _choose(self, training: tuple[TokenizedSource, ...], own: TokenizedSource | None) -> Dataset:
         """The rows of each split and, with a mix, how many of each source an epoch has."""
-        rows = TokenizedRows.joined([source.rows for source in (*training, *([own] if own else []))])
+        rows = TokenizedRows.from_parts([source.rows for source in (*training, *([own] if own else []))])
         self.say("looking for rows that are equal")
         selection = select_rows(
             self.spec,
@@ -104,10 +104,12 @@ class DatasetBuilder:
         if self.spec.mix is None:
             return dataset
         weights = tuple(source.weight for source in self.spec.mix)
-        return replace(dataset, mix=Mix.of([len(part) for part in selection.training], weights), weights=weights)
+        return replace(
+            dataset, mix=Mix.from_sizes([len(part) for part in selection.training], weights), weights=weights
+        )
 
     def _require_trainable(self, dataset: Dataset) -> None:
-        """Raise StepFailure BAD_DATASET if the job rejects its overlap, or a source of the mix gives no row."""
+        """Raise StepFailure BAD_DATASET for rejected overlap or a source without rows."""
         overlap, evaluation = dataset.overlap, self.spec.eval
         if overlap is not None and evaluation is not None and evaluation.overlap == "fail":
             raise bad_dataset(
@@ -124,14 +126,14 @@ class DatasetBuilder:
                 )
 
     def _sources(self, *, usable: bool) -> tuple[tuple[TokenizedSource, ...], TokenizedSource | None]:
-        """The training sources and the evaluation's own. `usable`: a source without a row to use is rejected."""
+        """The sources of training and evaluation. `usable`: reject those without rows."""
         training, evaluation = self._training_sources(usable=usable), self.spec.eval
         if evaluation is None or not evaluation.source:
             return training, None
         return training, self._evaluation_source(evaluation, training, usable=usable)
 
     def _names(self) -> list[str]:
-        """What messages call the training sources."""
+        """The training sources' names in messages."""
         of_a_mix = self.spec.mix is not None
         sources = self.spec.training_sources.items()
         return [f"{source.source} ({field})" if of_a_mix else source.source for field, source in sources]
@@ -145,7 +147,7 @@ class DatasetBuilder:
             _require_few_files([*(earlier.data for earlier in sources), data])
             digest = _checked_sha256(data, source.sha256, f"{field}.sha256")
             rows = read_used_rows(data.files, self.spec.max_rows, seed)
-            sources.append(self._tokenized(part, data, digest, rows, field, earlier=sources, usable=usable))
+            sources.append(self._tokenize(part, data, digest, rows, field, earlier=sources, usable=usable))
         return tuple(sources)
 
     def _evaluation_source(
@@ -156,13 +158,13 @@ class DatasetBuilder:
         digest = _checked_sha256(data, spec.sha256, "spec.dataset.eval.sha256")
         field = next(iter(self.spec.training_sources))
         rows = read_rows(data.files)
-        return self._tokenized("eval", data, digest, rows, field, earlier=training, usable=usable, like=training[0])
+        return self._tokenize("eval", data, digest, rows, field, earlier=training, usable=usable, like=training[0])
 
     def _find(self, part: str, uri: str, wanted: Wanted) -> DataFiles:
         self.say("reading the data set")
         return find_data(uri, wanted, self.access, self.scratch(f"download-{part}"))
 
-    def _tokenized(
+    def _tokenize(
         self,
         part: str,
         data: DataFiles,
@@ -174,7 +176,7 @@ class DatasetBuilder:
         usable: bool,
         like: TokenizedSource | None = None,
     ) -> TokenizedSource:
-        """The rows of the files, tokenized, with the settings of the job's `field`; in the format of `like` if set.
+        """Tokenize the rows of the files, with the settings of the job's `field`, in the format of `like` if set.
 
         `earlier`: the sources that have been tokenized before, whose rows the progress counts too. `usable`: raises
         StepFailure if none of the rows can be used.
@@ -190,7 +192,7 @@ class DatasetBuilder:
             format_, columns = settings.format, settings.columns or Columns()
         of_rows = self.spec.check_column(field, own_evaluation=like is not None)
         columns = columns.model_copy(update={"check": of_rows})
-        recipe = Recipe.of(
+        recipe = Recipe.from_spec(
             self.spec, self.training, self.tokenizer, format_, columns, field, vocabulary=self.vocabulary
         )
         recipe.require_place_for_settings(self.tokenizer, data.uri)
@@ -204,7 +206,7 @@ class DatasetBuilder:
                 lambda done: self.say(f"tokenizing: {done_before + done} rows done"),
             )
         if data.versions() != before:
-            raise bad_dataset(f"{data.uri} changed while it was read: start the job again when nobody writes to it")
+            raise bad_dataset(f"{data.uri} changed while it was read: start the job again when no process writes to it")
         reading = RowReader(format_, columns).reading(first)
         source = TokenizedSource(data, digest, reading, columns, TokenizedRows(chunks))
         if usable:
@@ -238,7 +240,7 @@ class DatasetBuilder:
 
 
 def _require_few_files(sources: Sequence[DataFiles]) -> None:
-    """Raise StepFailure BAD_DATASET if the sources together have more files than one may have."""
+    """Raise StepFailure BAD_DATASET if the sources together have too many files."""
     count = sum(len(data.files) for data in sources)
     if count > MAX_FILES:
         raise bad_dataset(
@@ -247,7 +249,7 @@ def _require_few_files(sources: Sequence[DataFiles]) -> None:
 
 
 def _checked_sha256(data: DataFiles, expected: str | None, field: str) -> str:
-    """The data's SHA-256. Raises StepFailure BAD_DATASET if the job's `field` expects another one."""
+    """The data's SHA-256. Raises StepFailure BAD_DATASET unless it is the expected."""
     digest = data.sha256()
     if expected is not None and digest != expected:
         raise bad_dataset(

@@ -1,4 +1,4 @@
-"""A job's data set, tokenized: which rows each split has, and the files that the train step reads."""
+"""A job's data set, tokenized: the rows of each split, and the files for train."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class TokenizedSource:
         return numpy.concatenate([self.rows.lengths, self.rows.too_long])
 
     def statistics(self, longest_allowed: int, counts: Mapping[str, Any]) -> SourceStatistics:
-        """Its part of `statistics.json`, with these `counts`. `longest_allowed`: tokens of a sequence."""
+        """Its part of `statistics.json`. `longest_allowed`: tokens of a sequence."""
         return SourceStatistics(
             uri=self.data.uri,
             files=self.data.relative_names[:_LISTED_FILES],
@@ -59,19 +59,19 @@ class TokenizedSource:
             ignored_columns=self.reading.ignored,
             rows_read=self.rows.rows_read,
             dropped=dropped_rows(self.rows, longest_allowed, pairs=self.reading.format in PAIRS),
-            lengths=Lengths.of(self.all_lengths()),
+            lengths=Lengths.from_lengths(self.all_lengths()),
             **counts,
         )
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The rows of a job: where they come from, and which of them are trained on and held out."""
+    """The rows of a job, with their sources and the splits that use them."""
 
     training: tuple[TokenizedSource, ...]
     """The one source, or those of the mix."""
     own_evaluation: TokenizedSource | None
-    """The source of the held-out rows; None without any, and where they are a fraction of the training sources."""
+    """The source of the held-out rows, unless none or a fraction of the training's."""
     rows: TokenizedRows
     """Of all sources: of the training sources, then the evaluation's own."""
     selection: Selection
@@ -112,14 +112,14 @@ class Dataset:
             )
 
     def _epoch_tokens(self, source: int) -> int:
-        """Tokens that a source gives to an epoch; with a mix, on average."""
+        """Tokens that a source gives to an epoch, on average with a mix."""
         used = self.selection.training[source]
         tokens = int(self.rows.lengths[used].sum(dtype=numpy.int64))
         return tokens if self.mix is None else round(Fraction(tokens * self.mix.shares[source], len(used)))
 
     @property
     def overlap(self) -> OverlapStatistics | None:
-        """The rows for training that are also held out; None if there are none."""
+        """The rows for training that are also held out, or None."""
         found = self.selection.overlap
         if found.first is None:
             return None
@@ -129,7 +129,7 @@ class Dataset:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What a user should know of the rows."""
+        """Remarks on the rows for the user."""
         of_columns = [
             f"{source.data.uri}: {source.reading.remark}" for source in self.training if source.reading.remark
         ]
@@ -149,7 +149,7 @@ class Dataset:
             return pack(rows, lengths, capacity, training.seed) if packed else one_row_each(rows)
 
         def statistics(arrangement: Arrangement) -> SplitStatistics:
-            return SplitStatistics.of(self.rows, arrangement, capacity, packed=packed)
+            return SplitStatistics.from_rows(self.rows, arrangement, capacity, packed=packed)
 
         def write(split: Split, rows: RowIndices) -> SplitStatistics:
             arrangement = arrange(rows, self.rows.lengths[rows])
@@ -161,7 +161,9 @@ class Dataset:
             train = write("train", used)
         else:
             drawn = self.mix.epochs(training.seed)
-            epochs = EpochArrangements.of(drawn, lambda rows: arrange(rows, lengths[rows]), training, folder, on_epoch)
+            epochs = EpochArrangements.from_epochs(
+                drawn, lambda rows: arrange(rows, lengths[rows]), training, folder, on_epoch
+            )
             write_split(split_file(folder, "train"), self.rows, one_row_each(used), epochs)
             train = statistics(Arrangement(used[epochs.first.rows], epochs.first.offsets))
         held_out = self.selection.held_out

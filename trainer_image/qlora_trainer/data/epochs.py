@@ -26,7 +26,7 @@ from qlora_trainer.data.sampling import Purpose, RowIndices, permutation
 
 @dataclass(frozen=True)
 class Mix:
-    """How many rows of each source an epoch has. It has as many as all sources together.
+    """The number of rows of each source in an epoch. It has as many as all sources together.
 
     The definition is that of MosaicML Streaming for streams with a `proportion`: a source larger than its share gives
     a part of its rows, drawn without replacement; a smaller one all of its rows as often as its share holds them, and
@@ -39,7 +39,7 @@ class Mix:
     """Rows of each source in an epoch."""
 
     @classmethod
-    def of(cls, sizes: Sequence[int], weights: Sequence[float | None]) -> "Mix":
+    def from_sizes(cls, sizes: Sequence[int], weights: Sequence[float | None]) -> "Mix":
         """The mix of sources with so many rows. Where they are None each row is in every epoch once.
 
         Shares are rounded by largest remainders, so that they add up to all rows.
@@ -77,7 +77,7 @@ class Mix:
 
 MAX_EPOCHS = 100_000
 MAX_DRAWN_ROWS = 10**9
-"""Of all epochs together: some ten minutes of drawing and packing, and 4 GB on the volume."""
+"""Most rows of all epochs: minutes of drawing and packing, 4 GB on the volume."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,14 @@ class EpochArrangements:
     """The sequences of all epochs of a run."""
 
     rows: NDArray[numpy.int32]
-    """int32 [rows of all epochs]: indices of the rows, sequence after sequence; memory-mapped."""
+    """int32 [rows of all epochs]: row indices by sequence, memory-mapped."""
     sequence_offsets: NDArray[numpy.int64]
     """int64 [sequences + 1]: where a sequence begins in `rows`."""
     epoch_offsets: NDArray[numpy.int64]
     """int64 [epochs + 1]: the first sequence of each epoch."""
 
     @classmethod
-    def of(
+    def from_epochs(
         cls,
         epochs: Iterable[RowIndices],
         arrange: Callable[[RowIndices], Arrangement],

@@ -1,4 +1,4 @@
-"""What decides the prepared data, as one SHA-256: prepared data with the same fingerprint need not be made again."""
+"""Fingerprints of prepared data: one SHA-256 of everything that decides them."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from qlora_trainer.core.environment import trainer_version
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.data.prepared import FORMAT_VERSION, PREPARED_MANIFEST
 from qlora_trainer.data.read.locate import mounted_data
-from qlora_trainer.data.render.template_source import template_unchanged
+from qlora_trainer.data.render.template_source import is_template_unchanged
 
 # Of these the content is known.
 _OF_AN_ADDRESS = ("source", "revision", "sha256", "secretRef", "chatTemplate")
@@ -24,7 +24,10 @@ _LIBRARIES = ("transformers", "tokenizers", "jinja2", "numpy")
 
 @dataclass(frozen=True)
 class ResolvedInputs:
-    """The content that a job's addresses had when they were read. With the spec it decides the prepared data."""
+    """The content of a job's addresses when they were read.
+
+    With the spec it decides the prepared data.
+    """
 
     model: str
     """Revision of the model."""
@@ -33,12 +36,12 @@ class ResolvedInputs:
     data: tuple[str, ...]
     """SHA-256 of the data of each training source."""
     eval_data: str | None
-    """SHA-256 of the evaluation's own data; None if it has none."""
+    """SHA-256 of the evaluation's separate data, or None."""
     template: str | None = None
-    """SHA-256 of the job's own chat template; None if it has none."""
+    """SHA-256 of the job's chat template override, or None."""
 
     def fingerprint(self, spec: QLoRAJobSpec) -> str:
-        """SHA-256 of everything that decides the prepared data of a job with this spec, in hexadecimal."""
+        """SHA-256, in hexadecimal, of everything that decides a job's prepared data."""
         training = spec.training
         inputs = {
             "format": FORMAT_VERSION,
@@ -67,7 +70,7 @@ class ResolvedInputs:
         return sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
     def content(self, dataset: DatasetSpec) -> dict[str, Any]:
-        """What decides the sequences besides the settings of model, adapter and training, by name.
+        """Everything besides the settings of model, adapter and training that decides the sequences, by name.
 
         An address, a revision or a Secret is not in it: the same bytes may have been read from elsewhere.
         """
@@ -81,14 +84,17 @@ class ResolvedInputs:
             "libraries": library_versions(),
         }
 
-    def unchanged(self, dataset: DatasetSpec, mounts: Mounts) -> bool:
-        """Whether mounted data still has this content. Data that is gone, or on a server, counts as unchanged."""
+    def is_unchanged(self, dataset: DatasetSpec, mounts: Mounts) -> bool:
+        """Whether mounted data still has this content.
+
+        Data that is gone, or on a server, counts as unchanged.
+        """
         digests = (*self.data, *([] if self.eval_data is None else [self.eval_data]))
         for uri, digest in zip(dataset.addresses.values(), digests, strict=True):
             data = mounted_data(uri, mounts)
             if data is not None and data.sha256() != digest:
                 return False
-        return template_unchanged(dataset, mounts, self.template)
+        return is_template_unchanged(dataset, mounts, self.template)
 
     def write(self, folder: Path, fingerprint: str) -> None:
         """Write the manifest of a data folder, the last of its files."""
@@ -97,7 +103,7 @@ class ResolvedInputs:
 
     @classmethod
     def read(cls, folder: Path) -> "ResolvedInputs | None":
-        """The inputs of a data folder by its manifest; None if that is missing or damaged."""
+        """Read the inputs from a data folder's manifest. None if missing or damaged."""
         try:
             found = json.loads((folder / PREPARED_MANIFEST).read_bytes())["resolved"]
             data = found["data"]
@@ -128,18 +134,18 @@ def _without_defaults(dataset: DatasetSpec) -> dict[str, Any]:
 
 
 def _without_addresses(dataset: DatasetSpec) -> dict[str, Any]:
-    """The settings that decide which rows are used, and how they are read and written; sources of a mix by number."""
+    """The settings that decide the rows and their form, with numbers for sources."""
     described = _without_defaults(dataset)
     sources = described.get("mix", ())
     for part in (described, described.get("eval", {}), *sources):
         for name in _OF_AN_ADDRESS:
             part.pop(name, None)
-        # What answers are checked by decides no sequence.
+        # The column of checks decides no sequence.
         if part.get("columns", {}).pop("check", None) is not None and not part["columns"]:
             del part["columns"]
     return described | ({"mix": {str(number): part for number, part in enumerate(sources)}} if sources else {})
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries that decide which tokens a row becomes and which rows are used, by name."""
+    """Versions of the libraries that decide tokens and rows, by name."""
     return {name: version(name) for name in _LIBRARIES}

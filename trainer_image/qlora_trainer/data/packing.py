@@ -59,7 +59,7 @@ def pack(rows: RowIndices, lengths: NDArray[numpy.int32], capacity: int, seed: i
 
 
 def _best_fit(lengths: NDArray[numpy.int32], capacity: int) -> NDArray[numpy.int32]:
-    """int32 [rows]: the sequence of each row, numbered in the order in which they are opened."""
+    """int32 [rows]: the sequence of each row, numbered in the order of their opening."""
     open_by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
     # Bit r is set where there is a sequence with room for exactly r tokens: the next set bit is found in one operation.
     rooms, opened = 0, 0

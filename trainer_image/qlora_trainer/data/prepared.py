@@ -14,10 +14,10 @@ If the rows bring the checks of their answers, the held-out split also has
     check_offsets    int64 [rows + 1]        where a row's check begins in `checks`
     checks           uint8 [bytes]           of each row its check as JSON, in UTF-8
 
-A row of format preference is there as two, which follow each other in one sequence: the prompt with the chosen answer,
+A row of format preference is stored as two, which follow each other in one sequence: the prompt with the chosen answer,
 and the prompt with the rejected one.
 
-With a mix, each epoch has sequences of its own. What is a sequence above is then one row, stored once, and there are
+With a mix, each epoch has different sequences. A sequence above is then one row, stored once, with these tensors:
 
     sequence_offsets int64 [sequences + 1]   where a sequence begins in `sequence_rows`; all of one epoch, then the next
     epoch_offsets    int64 [epochs + 1]      the first sequence of each epoch
@@ -63,14 +63,17 @@ class PackedSequence:
     input_ids: Tensor
     """int64 [tokens]"""
     labels: Tensor
-    """int64 [tokens], aligned with `input_ids`; -100 where the token is not a target, as the first of every row."""
+    """int64 [tokens], aligned with `input_ids`, -100 where the token is not a target.
+
+    The first token of every row is none.
+    """
     row_lengths: tuple[int, ...]
-    """Tokens of each row in it; position ids restart at each."""
+    """Tokens of each row in it. Position ids restart at each row."""
     row_numbers: tuple[int, ...] | None = None
-    """The numbers, in the split, of its rows, if they are chosen and rejected in turn; None for others."""
+    """Row numbers in the split, if chosen and rejected alternate, or None."""
 
     @classmethod
-    def joined(cls, parts: "Sequence[PackedSequence]") -> "PackedSequence":
+    def from_parts(cls, parts: "Sequence[PackedSequence]") -> "PackedSequence":
         """The sequence with the rows of all parts."""
         return cls(
             torch.cat([part.input_ids for part in parts]),
@@ -160,10 +163,13 @@ def _header(shapes: dict[str, tuple[str, int]], facts: dict[str, int]) -> bytes:
 
 
 class PreparedDataset:
-    """The sequences of one split, read from the memory-mapped file on access: opening it reads nothing."""
+    """The sequences of one split, read from the memory-mapped file on access only."""
 
     def __init__(self, path: Path) -> None:
-        """Open the file of a split. Raises FileNotFoundError, or ValueError if it is damaged or of another version."""
+        """Open the file of a split.
+
+        Raises FileNotFoundError, or ValueError if it is damaged or of another version.
+        """
         try:
             self._open(path)
         except (SafetensorError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -186,7 +192,7 @@ class PreparedDataset:
         self._segment_offsets: Tensor = file.get_tensor("segment_offsets")
         self._sequence_offsets: Tensor | None = None
         self.epoch_offsets: tuple[int, ...] = ()
-        """The first sequence of each epoch, and the end of the last; empty if every epoch has all sequences."""
+        """First sequence of each epoch, and the end. Empty if each epoch has all of them."""
         if "epoch_offsets" in file.keys():  # noqa: SIM118 - no mapping
             self._sequence_offsets = file.get_tensor("sequence_offsets")
             self._sequence_rows: Tensor = file.get_tensor("sequence_rows")
@@ -213,7 +219,7 @@ class PreparedDataset:
         return len(self._segment_lengths)
 
     def __len__(self) -> int:
-        """Sequences; with a mix, of all epochs."""
+        """The number of sequences. With a mix it is that of all epochs."""
         return len(self._token_offsets if self._sequence_offsets is None else self._sequence_offsets) - 1
 
     def __getitem__(self, index: int) -> PackedSequence:
@@ -221,10 +227,10 @@ class PreparedDataset:
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
         if self._sequence_offsets is None:
-            return self._stored(index)
-        return PackedSequence.joined([self._stored(row) for row in self._drawn(index)])
+            return self._stored_sequence(index)
+        return PackedSequence.from_parts([self._stored_sequence(row) for row in self._drawn_rows(index)])
 
-    def _stored(self, index: int) -> PackedSequence:
+    def _stored_sequence(self, index: int) -> PackedSequence:
         start, end = self._token_offsets[index : index + 2].tolist()
         rows = self._stored_rows(index)
         input_ids = self._input_ids[start:end].to(torch.int64)
@@ -236,10 +242,10 @@ class PreparedDataset:
         """The numbers, in the split, of the rows in the sequence at `index`."""
         if self._sequence_offsets is None:
             return self._stored_rows(index)
-        return [number for row in self._drawn(index) for number in self._stored_rows(row)]
+        return [number for row in self._drawn_rows(index) for number in self._stored_rows(row)]
 
     def check(self, row: int) -> RowCheck | None:
-        """The check that a row of the split brings, a pair counted as one row; None if rows bring none."""
+        """The check of a row of the split, or None. A pair counts as one row."""
         if self._checks is None:
             return None
         offsets, checks = self._checks
@@ -250,8 +256,8 @@ class PreparedDataset:
         first, past = self._segment_offsets[index : index + 2].tolist()
         return range(first, past)
 
-    def _drawn(self, index: int) -> list[int]:
-        """What the sequence at `index` consists of, where each epoch has its own."""
+    def _drawn_rows(self, index: int) -> list[int]:
+        """The rows of the sequence at `index`, where epochs have different sequences."""
         if self._sequence_offsets is None:
             raise AssertionError("all epochs have the sequences that are stored")
         first, past = self._sequence_offsets[index : index + 2].tolist()

@@ -1,4 +1,4 @@
-"""Reads the first rows of a job's data set, and divides the text of each into what is trained on and what is not."""
+"""Reads a job's first rows, and divides their text into targets and the rest."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +38,7 @@ class PreviewedRow:
     targets: int
     """Tokens that are trained on."""
     left_out: str
-    """Why prepare leaves the row out; empty if it does not."""
+    """Why prepare leaves the row out, or an empty string."""
 
 
 @dataclass(frozen=True)
@@ -74,19 +74,22 @@ def previews(
     Files of a server are downloaded below `download`. Raises StepFailure as prepare does.
     """
     for source in _sources(spec, training, access, download, count):
-        recipe = Recipe.of(
+        recipe = Recipe.from_spec(
             spec, training, tokenizer, source.format, source.columns, source.field, vocabulary=ANY_VOCABULARY
         )
         recipe.require_place_for_settings(tokenizer, source.uri)
         reading = RowReader(source.format, source.columns).reading(source.rows[0])
-        shown = _shown(source.rows, ChunkMaker(recipe, tokenizer), tokenizer)
+        shown = _show(source.rows, ChunkMaker(recipe, tokenizer), tokenizer)
         yield Preview(source.uri, reading, shown, source.held_out)
 
 
 def _sources(
     spec: DatasetSpec, training: TrainingSpec, access: DataAccess, download: Path, count: int
 ) -> Iterator[_Source]:
-    """The sources of the training rows, then the evaluation's own, which is read in the format of the first."""
+    """The sources of the training rows, then the evaluation's separate source.
+
+    That one is read in the format of the first.
+    """
     like: _Source | None = None
     for number, (field, source) in enumerate(spec.training_sources.items()):
         data = find_data(source.source, training_part(source, field), access, download / str(number))
@@ -107,27 +110,27 @@ def _sources(
         )
 
 
-def _shown(rows: Sequence[Row], maker: ChunkMaker, tokenizer: Tokenizer) -> Iterator[PreviewedRow]:
+def _show(rows: Sequence[Row], maker: ChunkMaker, tokenizer: Tokenizer) -> Iterator[PreviewedRow]:
     reader = maker.recipe.row_reader()
     for row in rows:
-        shown = list(_previewed(tokenizer, maker.rendered(row), row.location, maker.recipe))
+        shown = list(_preview_row(tokenizer, maker.render(row), row.location, maker.recipe))
         if not any(text.left_out for text in shown):
             # A row that is used must have all that prepare asks for.
             reader.check(row)
         yield from shown
 
 
-def _previewed(
+def _preview_row(
     tokenizer: Tokenizer, texts: tuple[Rendered, ...], location: str, recipe: Recipe
 ) -> Iterator[PreviewedRow]:
-    """What a row has: one text, or the two of a pair, which are used or left out together."""
+    """The parts of a row: one text, or a pair's two, used or left out together."""
     rows = list(tokenizer.tokenize(texts, recipe.train_on))
     pairs = recipe.format in PAIRS
     [row] = paired(iter(rows)) if pairs else rows
     left_out = "" if row.is_target.any() else EQUAL_ANSWERS if pairs else "no token is trained on"
     if sum(len(row.input_ids) for row in rows) > recipe.longest_allowed:
         left_out = f"longer than {recipe.longest_allowed} tokens (spec.training.maxSequenceLength)"
-        # Answers are looked for in some of these rows, and not in those with many.
+        # Answers are only searched for in some of these rows, and not in those with many.
         rows = [replace(row, is_target=numpy.zeros_like(row.is_target)) for row in rows]
     names = ("",) if len(rows) == 1 else (", chosen", ", rejected")
     for name, text, row in zip(names, texts, rows, strict=True):

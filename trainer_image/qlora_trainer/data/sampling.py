@@ -16,7 +16,7 @@ RowIndices = NDArray[numpy.int64]
 
 
 class Purpose(IntEnum):
-    """What a permutation is for: each purpose has a random stream of its own. Smaller keys are the epochs' orders."""
+    """A permutation's purpose, with a separate random stream. Smaller keys: epochs."""
 
     USED = 2**32
     HELD_OUT = 2**32 + 1
@@ -35,7 +35,7 @@ def permutation(count: int, seed: int, purpose: Purpose, part: tuple[int, int] =
 
 
 def used_rows(count: int, limit: int, seed: int) -> RowIndices:
-    """The `limit` of `count` rows that `seed` chooses, ascending; all rows if there are no more than `limit`."""
+    """The `limit` of `count` rows that `seed` chooses, ascending, or all rows."""
     return numpy.sort(permutation(count, seed, Purpose.USED)[:limit])
 
 

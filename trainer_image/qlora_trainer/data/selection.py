@@ -1,4 +1,4 @@
-"""Decides which of the tokenized rows are trained on and which are held out, and finds equal ones."""
+"""Chooses the rows to train on and to hold out, and finds equal ones."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from qlora_trainer.data.tokenize.chunks import Digests
 
 
 def first_equal(digests: Digests) -> RowIndices:
-    """int64 [rows]: for each row the index of the first that is equal to it, its own if none is before it.
+    """int64 [rows]: for each row the index of the first equal one, which may be the row itself.
 
     `digests`: uint8 [rows, 16]. Takes some 60 bytes per row, by sorting.
     """
@@ -35,11 +35,11 @@ class Overlap:
     is_held_out: NDArray[numpy.bool_]
     """bool [training rows]: which of them."""
     first: tuple[int, int] | None
-    """The first of them, and the first held-out row that is equal to it; None if there are none."""
+    """The first of them, and the first held-out row that is equal to it, or None."""
 
     @classmethod
-    def of(cls, first_equal_: RowIndices, training: RowIndices, held_out: RowIndices) -> "Overlap":
-        """The overlap of `training` and `held_out`, indices into the rows that `first_equal_` describes."""
+    def from_rows(cls, first_equal_: RowIndices, training: RowIndices, held_out: RowIndices) -> "Overlap":
+        """The overlap of `training` and `held_out`, row indices for `first_equal_`."""
         is_held_out = numpy.isin(first_equal_[training], first_equal_[held_out])
         found = training[is_held_out]
         if not len(found):
@@ -55,15 +55,15 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Selection:
-    """The rows of each split, as indices into the rows of all sources, one source after another, ascending."""
+    """The rows of each split: ascending indices into the rows of consecutive sources."""
 
     training: tuple[RowIndices, ...]
     """Of each training source: those that are trained on."""
     held_out: tuple[RowIndices, ...]
-    """Of each training source; or those of the evaluation's own source."""
+    """Of each training source, or of the evaluation's separate source."""
     duplicates: tuple[int, ...]
-    """Of each training source, how many rows are equal to an earlier row, also of an earlier source; then of the
-    evaluation's own, how many are equal to an earlier one of it.
+    """Of each training source, how many rows are equal to an earlier row, also of an earlier source. Then of the
+    evaluation's separate source, how many are equal to an earlier one of it.
     """
     overlap: Overlap
     """Of training and held-out rows, before any are left out for it."""
@@ -92,10 +92,10 @@ def select_rows(
     held_out: tuple[RowIndices, ...] = ()
     evaluation = spec.eval
     if evaluation is not None and evaluation.fraction is not None:
-        training, held_out = _divided(dict(zip(sources, usable, strict=True)), evaluation.fraction, seed)
+        training, held_out = _divide(dict(zip(sources, usable, strict=True)), evaluation.fraction, seed)
     elif evaluation is not None:
         held_out = (own_firsts if spec.deduplicate else own,)
-    overlap = Overlap.of(first_equal, numpy.concatenate(training), numpy.concatenate([bounds[:0], *held_out]))
+    overlap = Overlap.from_rows(first_equal, numpy.concatenate(training), numpy.concatenate([bounds[:0], *held_out]))
     drops = evaluation is not None and evaluation.overlap == "drop"
     if drops:
         training = _without(training, overlap)
@@ -109,12 +109,12 @@ def select_rows(
 
 
 def _firsts(rows: RowIndices, first_equal: RowIndices) -> RowIndices:
-    """Those of `rows` that are equal to no earlier one of them; one of other rows may be equal all the same."""
+    """The `rows` that are equal to no earlier one of them. Other rows may be equal."""
     _, positions = numpy.unique(first_equal[rows], return_index=True)
     return rows[numpy.sort(positions)]
 
 
-def _divided(
+def _divide(
     sources: Mapping[str, RowIndices], fraction: float, seed: int
 ) -> tuple[tuple[RowIndices, ...], tuple[RowIndices, ...]]:
     """The rows of each source that are kept, and those that are held out."""

@@ -1,4 +1,4 @@
-"""The statistics of a data set, for the report: a file beside the prepared data."""
+"""The statistics of a data set for the report: a file next to the prepared data."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ class LengthCount(ObservedModel):
 
 
 class Lengths(ObservedModel):
-    """How long the rows are, in tokens, rows that are left out included."""
+    """Lengths of the rows in tokens, rows that are left out included."""
 
     shortest: int
     mean: float
@@ -36,7 +36,7 @@ class Lengths(ObservedModel):
     histogram: tuple[LengthCount, ...] = Field(description="Bars whose upper ends are consecutive powers of two.")
 
     @classmethod
-    def of(cls, lengths: NDArray[numpy.int32]) -> "Lengths":
+    def from_lengths(cls, lengths: NDArray[numpy.int32]) -> "Lengths":
         """The statistics of at least one row's length. `lengths`: int32 [rows]."""
         ordered = numpy.sort(lengths)
         top = max(int(ordered[-1]) - 1, 0).bit_length()
@@ -74,8 +74,10 @@ class SplitStatistics(ObservedModel):
     packing_efficiency: float = Field(description="Tokens, as a fraction of what the sequences could hold.")
 
     @classmethod
-    def of(cls, rows: TokenizedRows, arrangement: Arrangement, capacity: int, *, packed: bool) -> "SplitStatistics":
-        """The statistics of an arrangement of `rows` in sequences of at most `capacity` tokens."""
+    def from_rows(
+        cls, rows: TokenizedRows, arrangement: Arrangement, capacity: int, *, packed: bool
+    ) -> "SplitStatistics":
+        """The statistics of `rows` in sequences of at most `capacity` tokens."""
         tokens = int(rows.lengths[arrangement.rows].sum(dtype=numpy.int64))
         return cls(
             rows=len(arrangement.rows),
@@ -89,7 +91,7 @@ class SplitStatistics(ObservedModel):
 
 
 class SourceStatistics(ObservedModel):
-    """What was read from one address."""
+    """Statistics of the rows from one address."""
 
     uri: str
     files: tuple[str, ...] = Field(description="Names of the first hundred files.")
@@ -118,7 +120,7 @@ class OverlapStatistics(ObservedModel):
     held_out: str = Field(description="Location of the first held-out row that is equal to it.")
 
     def sentence(self) -> str:
-        """How many there are, and where the first is."""
+        """Report their number, and the place of the first."""
         subject = "1 row for training is" if self.rows == 1 else f"{self.rows:,} rows for training are"
         return f"{subject} also held out: the first, {self.first}, is equal to {self.held_out}"
 
@@ -158,7 +160,7 @@ def dropped_rows(rows: TokenizedRows, longest_allowed: int, *, pairs: bool) -> t
 
 
 def unlabeled_rows(rows: TokenizedRows, *, pairs: bool) -> DroppedRows:
-    """The rows that are not used because no token of them counts in the loss; there may be none."""
+    """The rows that are left out because no token of them counts in the loss."""
     return DroppedRows(
         reason=EQUAL_ANSWERS if pairs else "no token to train on",
         rows=sum(dropped.unlabeled for dropped in rows.dropped),

@@ -1,1 +1,1 @@
-"""How good an adapter is: losses on held-out rows, and answers that a program checks."""
+"""Evaluates adapters: held-out losses, and answers that a program checks."""

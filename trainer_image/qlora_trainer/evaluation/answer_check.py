@@ -1,4 +1,4 @@
-"""Checks answers as spec.gate.score says: in a process of its own, so that no pattern or schema can hang the step."""
+"""Checks answers for spec.gate.score in a process, so that none can hang the step."""
 
 import json
 import logging
@@ -26,9 +26,9 @@ from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.render.reasoning import END_OF_REASONING, after_reasoning
 
 SECONDS = 2.0
-"""For one answer, of the processor and not of the clock: a busy node changes nothing. Afterwards it has not passed."""
+"""Most processor time for one answer, to be independent of a busy node."""
 _SECONDS_TO_READ = 30.0
-# What is caught along the way does not stop the timer: it goes off again.
+# The timer fires again, because its exception may have been caught.
 _AGAIN_SECONDS = 1.0
 _PATIENCE_SECONDS = 300.0
 """Of the clock: afterwards the process is taken to hang."""
@@ -43,7 +43,7 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Criterion:
-    """What answers are checked by, if not by the row's own answer: that of the job, or the one that a row brings."""
+    """The criterion for answers: the job's, or the one in a row."""
 
     check: Literal["regex", "jsonSchema"]
     text: str
@@ -56,7 +56,7 @@ class Criterion:
 
     @classmethod
     def of_job(cls, spec: ScoreSpec) -> "Criterion | None":
-        """The job's, for all rows; None if there is none."""
+        """The job's criterion for all rows, or None."""
         if spec.check == "exactMatch" or spec.of_rows:
             return None
         field, text = ("pattern", spec.pattern) if spec.check == "regex" else ("schema", spec.json_schema)
@@ -67,8 +67,8 @@ class Criterion:
         """The failure of a criterion that cannot be used."""
         return self._failure(f"cannot be used: {why}: simplify it")
 
-    def compiled(self) -> Check:
-        """Whether an answer passes. Raises StepFailure for a pattern or schema that is none."""
+    def compile(self) -> Check:
+        """Compile the check. Raises StepFailure for an invalid pattern or schema."""
         return self._pattern() if self.check == "regex" else self._schema()
 
     def _failure(self, what: str) -> StepFailure:
@@ -98,7 +98,7 @@ class Criterion:
                 f"is no JSON schema: {first_line(error)}: correct it; a $ref must lead to a part of the same schema, "
                 "such as #/$defs/NAME"
             ) from error
-        # With a registry of its own nothing is looked up elsewhere, as jsonschema would do over the network.
+        # With a separate registry no reference is fetched, as jsonschema would do over the network.
         validator: Validator = kind(schema, registry=Registry())
         return lambda answer: validator.is_valid(json.loads(answer, parse_constant=_reject_constant))
 
@@ -111,7 +111,7 @@ def _object_or_boolean(text: str) -> Any:
 
 
 def _require_own_references(schema: Any, kind: Any) -> None:
-    """Raise Unresolvable unless every reference of a schema of this kind leads to a part of it."""
+    """Raise Unresolvable if a reference of the schema leads out of it."""
     root: Resource[Any] = specification_with(kind.ID_OF(kind.META_SCHEMA)).create_resource(schema)
     parts = [(root, Registry().resolver_with_root(root))]
     while parts:
@@ -119,7 +119,7 @@ def _require_own_references(schema: Any, kind: Any) -> None:
         for keyword in ("$ref", "$dynamicRef"):
             if isinstance(part.contents, dict) and isinstance(reference := part.contents.get(keyword), str):
                 resolver.lookup(reference)
-        # What an enum, const or default contains is no part of the schema, and each part may have an $id.
+        # The content of an enum, const or default is no part of the schema, and each part may have an $id.
         parts += [(inner, resolver.in_subresource(inner)) for inner in part.subresources()]
 
 
@@ -160,15 +160,15 @@ class _Worker:
         try:
             self.connection.send((criterion, answer))
         except OSError:
-            return self._ended()
+            return self._report_end()
         try:
             if self.connection.poll(_PATIENCE_SECONDS):
                 return self.connection.recv()
         except (EOFError, OSError):
-            return self._ended()
+            return self._report_end()
         return _Ended(f"it did not reply within {_PATIENCE_SECONDS:g} seconds")
 
-    def _ended(self) -> _Ended:
+    def _report_end(self) -> _Ended:
         self.process.join()
         return _Ended(f"its process ended with exit code {self.process.exitcode}")
 
@@ -195,7 +195,7 @@ def _serve(connection: Connection, seconds: float) -> None:
             return
         try:
             check = read(criterion)
-            connection.send(None if answer is None else _checked(check, answer, seconds))
+            connection.send(None if answer is None else _check_answer(check, answer, seconds))
         except StepFailure as failure:
             connection.send(failure if answer is None else failure.message)
 
@@ -203,15 +203,15 @@ def _serve(connection: Connection, seconds: float) -> None:
 def _read(criterion: Criterion) -> Check:
     """The criterion, compiled. Raises StepFailure if it cannot be used."""
     try:
-        return _limited(criterion.compiled, criterion.seconds_to_read)
+        return _run_limited(criterion.compile, criterion.seconds_to_read)
     except TimeoutError as error:
         raise criterion.unusable(f"reading it takes more than {criterion.seconds_to_read:g} seconds") from error
 
 
-def _checked(check: Check, answer: str, seconds: float) -> bool | str:
-    """Whether the answer passes; why it could not be checked, if something other than the answer may be the cause."""
+def _check_answer(check: Check, answer: str, seconds: float) -> bool | str:
+    """Whether the answer passes, or why that is unknown (perhaps not its fault)."""
     try:
-        return _limited(lambda: check(answer), seconds)
+        return _run_limited(lambda: check(answer), seconds)
     except _NOT_PASSED:
         return False
     except TimeoutError:
@@ -220,7 +220,7 @@ def _checked(check: Check, answer: str, seconds: float) -> bool | str:
         return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _limited(work: Callable[[], _Result], seconds: float) -> _Result:
+def _run_limited(work: Callable[[], _Result], seconds: float) -> _Result:
     """The result. Raises TimeoutError after that much computing."""
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds, _AGAIN_SECONDS)
     try:
@@ -234,7 +234,7 @@ def _late(_signal: int, _frame: object) -> NoReturn:
 
 
 class AnswerChecker:
-    """Checks one answer after the other. Use it as a context manager: it keeps a process."""
+    """Checks answers one by one. A context manager, because it keeps a process."""
 
     def __init__(self, spec: ScoreSpec, *, seconds: float = SECONDS) -> None:
         self._exact, self._of_job = spec.check == "exactMatch", Criterion.of_job(spec)
@@ -243,7 +243,7 @@ class AnswerChecker:
         self._restarts = 0
 
     def __enter__(self) -> Self:
-        """Start. Raises StepFailure BAD_CONFIGURATION for a pattern or schema of the job that cannot be used."""
+        """Start. Raises StepFailure BAD_CONFIGURATION for an unusable check of the job."""
         if not self._exact:
             self._worker = _Worker.start(self._seconds)
         if self._of_job is not None:
@@ -273,9 +273,9 @@ class AnswerChecker:
             raise criterion.unusable(problem.why) if isinstance(problem, _Ended) else problem
 
     def passes(self, answer: str, own: str, criterion: Criterion | None = None, *, begun: bool = False) -> bool:
-        """Whether the answer passes. `own` is that of the row. Reasoning before either is not looked at.
+        """Whether the answer passes. `own` is that of the row. Reasoning before either is skipped.
 
-        An answer whose reasoning does not end has not passed; `begun`: whether the prompt has begun it. `criterion`:
+        An answer whose reasoning does not end has not passed. `begun`: whether the prompt has begun it. `criterion`:
         the row's, if the job has none. Raises its StepFailure if the checking process ends too often.
         """
         rest = after_reasoning(answer, begun=begun)

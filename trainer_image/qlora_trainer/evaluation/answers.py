@@ -1,4 +1,4 @@
-"""Generates answers to prompts of rows without and with the adapter: samples for the report, answers to score."""
+"""Generates answers with and without the adapter, as samples and for scores."""
 
 import hashlib
 import heapq
@@ -37,13 +37,13 @@ class Prompt:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of prompt, answer and check, in hexadecimal; not of where the row was read."""
+        """SHA-256 of prompt, answer and check, in hexadecimal, without the row's place."""
         brought = () if self.check is None else (self.check.value,)
         return hashlib.sha256(json.dumps([self.tokens, self.answer, *brought], sort_keys=True).encode()).hexdigest()
 
 
 def choose_prompts(data: PreparedDataset, count: int) -> list[Prompt]:
-    """The prompts of `count` sequences at equal distances in `data`, each from the sequence's first row."""
+    """The prompts of the first rows of `count` evenly spaced sequences in `data`."""
     every = max(1, len(data) // max(1, count))
     prompts = (_first_prompt(data, index) for index in range(0, len(data), every))
     fitting = [prompt for prompt in prompts if len(prompt.tokens) <= MAX_PROMPT_TOKENS]
@@ -56,7 +56,7 @@ def _first_prompt(data: PreparedDataset, index: int) -> Prompt:
 
 @dataclass(frozen=True)
 class ScoredPrompts:
-    """What is answered for a score."""
+    """The prompts to answer for a score."""
 
     chosen: tuple[Prompt, ...]
     fitting: int
@@ -65,8 +65,8 @@ class ScoredPrompts:
     """Rows whose prompt is not."""
 
     @classmethod
-    def of(cls, data: PreparedDataset, count: int) -> Self:
-        """At most `count` of the rows, those with the lowest SHA-256: the same for every seed and packing."""
+    def from_data(cls, data: PreparedDataset, count: int) -> Self:
+        """The `count` rows with the lowest SHA-256, for every seed and packing."""
         fitting = rows = 0
 
         def short_enough() -> Iterator[Prompt]:
@@ -82,7 +82,7 @@ class ScoredPrompts:
 
 
 def _prompts(data: PreparedDataset, index: int) -> Iterator[Prompt]:
-    """The prompt of each row of a sequence; of a pair, with the chosen answer."""
+    """The prompt of each row of a sequence. A pair counts with its chosen answer."""
     sequence, start, answers = data[index], 0, 2 if data.pairs else 1
     for number, length in zip(data.row_numbers(index), sequence.row_lengths, strict=True):
         ids, labels = sequence.input_ids[start : start + length], sequence.labels[start : start + length]
@@ -107,7 +107,7 @@ class AnswerTexts:
     """Turns tokens into the texts of prompts and answers."""
 
     def __init__(self, tokenizer_folder: Path, end: EndOfTurn | None) -> None:
-        """`end`: what the model is taught to end its answers with, where its configuration does not name it."""
+        """Create. `end`: the mark that ends answers, if the configuration lacks it."""
         self.tokenizer: Any = AutoTokenizer.from_pretrained(
             tokenizer_folder, local_files_only=True, trust_remote_code=False
         )
@@ -123,18 +123,18 @@ class AnswerTexts:
         return text.partition(self._end.text)[0] if self._end is not None and self._end.text else text
 
     def asks_for_reasoning(self, prompt: Prompt) -> bool:
-        """Whether the prompt has begun the reasoning with which its answer begins."""
+        """Whether the prompt has begun the reasoning that an answer starts with."""
         return asks_for_reasoning(self.prompt(prompt.tokens))
 
     def last_tokens(self, prompt: Prompt) -> tuple[int, ...]:
-        """Tokens with which an answer ends: the special one that ends the row's own, such as the end of a turn."""
+        """Tokens that end an answer: the special one after the row's, as a turn's end."""
         own = prompt.answer[-1]
         ends = (own if own in self.tokenizer.all_special_ids else None, None if self._end is None else self._end.token)
         return tuple(token for token in ends if token is not None)
 
     @property
     def stop_strings(self) -> list[str] | None:
-        """Texts with which an answer ends, if they are several tokens."""
+        """Texts that end an answer, if they are several tokens."""
         return [self._end.text] if self._end is not None and self._end.text and self._end.token is None else None
 
 
@@ -154,7 +154,7 @@ class Answering:
         model.eval()
 
     def answer(self, prompt: Prompt, *, adapter: bool, max_new_tokens: int) -> str:
-        """The model's answer, with or without its adapter, up to its end, which a base model need not know."""
+        """Generate the answer, with or without adapter, up to its end, if it has one."""
         stopped = self._stopped
         ends = torch.tensor(self.texts.last_tokens(prompt), dtype=torch.int64, device=self._device)
 
@@ -178,7 +178,7 @@ class Answering:
 
 
 def _samples(answering: Answering, prompts: Iterable[Prompt], stopped: Stopped, fixed_positions: int | None) -> Samples:
-    """The samples; one in progress when `stopped` turns true is dropped, with those after it."""
+    """Generate samples until `stopped` turns true. Drops the one in progress."""
     samples = []
     for prompt in prompts:
         # A prompt is shorter than its row, which has positions: at least one token can be answered.

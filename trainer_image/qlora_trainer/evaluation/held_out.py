@@ -1,4 +1,4 @@
-"""Compares a merged model with its adapter: the held-out rows to compare on, and the loss on them."""
+"""Compares a merged model with its adapter by the loss on some held-out rows."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -16,7 +16,7 @@ _OPERATIONS = 4e13
 
 
 def compare(model: Any, data: PreparedDataset, parameters: int, device: torch.device) -> Comparison:
-    """The loss of a PEFT model on the first held-out sequences, each in a batch of its own. Leaves it in eval mode.
+    """The loss of a PEFT model on the first held-out sequences, each in a separate batch. Leaves it in eval mode.
 
     `parameters` are the quantized ones of its base, which decide how many sequences are compared.
     """
@@ -28,7 +28,7 @@ def compare(model: Any, data: PreparedDataset, parameters: int, device: torch.de
 
 
 def compared_sequences(data: PreparedDataset, parameters: int) -> int:
-    """How many of the first held-out sequences a model of so many parameters is compared on, which may be on a CPU.
+    """The number of held-out sequences for a model of so many parameters, which may be on a CPU.
 
     As many as have 4096 tokens, or fewer for a large model: a token costs two operations per parameter. At least one.
     """
@@ -42,14 +42,17 @@ def compared_sequences(data: PreparedDataset, parameters: int) -> int:
 
 
 def read_compared(data: PreparedDataset, sequences: int, device: torch.device, *, together: bool) -> list[Batch]:
-    """The first sequences: together in one batch, for a model that keeps rows apart, or each in a batch of its own."""
+    """The first sequences, together in one batch or each in a separate batch.
+
+    Together: for a model that keeps rows apart.
+    """
     batches = [tuple(range(sequences))] if together else [(index,) for index in range(sequences)]
     return [read_batch(data, indices, device) for indices in batches]
 
 
 @torch.no_grad()
 def mean_loss(model: Any, batches: Iterable[Batch]) -> float:
-    """Mean loss of the target tokens of all batches, computed in 16 bit as in training. The model is in eval mode."""
+    """Mean target loss of all batches, in 16 bit as in training, in eval mode."""
     summed, targets = 0.0, 0
     for batch in batches:
         with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16):

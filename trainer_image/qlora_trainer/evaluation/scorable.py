@@ -1,4 +1,4 @@
-"""Decides which held-out rows are answered for a score, and rejects a score that cannot be measured."""
+"""Chooses the held-out rows for a score, and rejects an unmeasurable score."""
 
 import logging
 from collections.abc import Callable
@@ -31,11 +31,11 @@ def require_scorable(
     *,
     fixed_positions: int | None,
 ) -> tuple[str, ...]:
-    """What a user should know of the rows that are scored; each begins with the name of the setting.
+    """Remarks for the user on the rows that are scored. Each begins with the name of the setting.
 
-    `found` is what the data set is; `fixed_positions`: tokens of the longest prompt and answer that the model computes,
+    `found` is what the data set is. `fixed_positions`: tokens of the longest prompt and answer that the model computes,
     None if it has no limit. Raises StepFailure: BAD_CONFIGURATION for a score that no answer to the prepared rows could
-    have, or for which the model has too few positions, BAD_DATASET for a row whose own check cannot be used.
+    have, or that the model has too few positions for, BAD_DATASET for a row whose check cannot be used.
     """
     if gate is None or gate.score is None:
         return ()
@@ -76,7 +76,10 @@ def require_scorable(
 
 
 def _require_positions(scored: ScoredPrompts, spec: ScoreSpec, positions: int) -> None:
-    """Not left to training: the model fails at the first answer that is too long, when the adapter is finished."""
+    """Reject rows beyond the model's positions before training.
+
+    The model would fail at the first answer that is too long, when the adapter is finished.
+    """
     longest = max(len(prompt.tokens) for prompt in scored.chosen)
     if longest + spec.max_new_tokens > positions:
         raise bad_configuration(
@@ -93,7 +96,7 @@ class _Failed:
 
     answer: str
     source: str
-    """Where its row's check was read; empty if the row brings none."""
+    """Where its row's check was read, or an empty string without one."""
 
 
 def _own_answers_that_fail(scored: ScoredPrompts, spec: ScoreSpec, texts: AnswerTexts) -> list[_Failed]:
@@ -114,7 +117,7 @@ def _own_answers_that_fail(scored: ScoredPrompts, spec: ScoreSpec, texts: Answer
 
 
 def row_criterion(spec: ScoreSpec, row: Prompt) -> Criterion | None:
-    """What the answers to a row are checked by, if the row brings it; None if all rows are checked by the same.
+    """The row's criterion for answers, or None if all rows share the job's.
 
     Raises StepFailure BAD_DATASET for a row with a schema where the job asks for a regular expression.
     """
@@ -137,8 +140,8 @@ def row_criterion(spec: ScoreSpec, row: Prompt) -> Criterion | None:
 
 
 def scored_rows(data: PreparedDataset, spec: ScoreSpec) -> ScoredPrompts:
-    """The rows that are answered. Raises StepFailure BAD_CONFIGURATION if there is none."""
-    scored = ScoredPrompts.of(data, spec.rows)
+    """The rows to answer. Raises StepFailure BAD_CONFIGURATION if there is none."""
+    scored = ScoredPrompts.from_data(data, spec.rows)
     if not scored.chosen:
         raise bad_configuration(
             f"{SCORE}: none of the {scored.too_long} held-out rows has a prompt of at most {MAX_PROMPT_TOKENS} "

@@ -1,1 +1,1 @@
-"""What a run records while it trains: metrics, sample answers, trackers."""
+"""Records of a run while it trains: metrics, sample answers, trackers."""

@@ -1,4 +1,4 @@
-"""The run's metrics on disk: one JSON line per optimizer step and one per evaluation."""
+"""The run's metrics on disk: a JSON line per optimizer step and evaluation."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from qlora_trainer.history.trackers import EventFiles
 
 
 class MetricsLog:
-    """`report/metrics.jsonl`: a line for each optimizer step and one for each evaluation."""
+    """Writes `report/metrics.jsonl`: a line per optimizer step and evaluation."""
 
     def __init__(self, folder: Path, length: int, event_files: EventFiles | None = None) -> None:
         """Open the file and cut it to `length` bytes: steps that a lost attempt took after its checkpoint are repeated.
@@ -32,7 +32,7 @@ class MetricsLog:
             self._event_files.log(int(entry["step"]), entry)
 
     def sync(self) -> int:
-        """Make the lines so far durable; returns the file's length in bytes, for the checkpoint."""
+        """Make the lines durable, and return the file's bytes for the checkpoint."""
         os.fsync(self._file.fileno())
         return self._file.seek(0, os.SEEK_END)
 
@@ -84,13 +84,13 @@ class Curve:
 
     @property
     def median(self) -> float | None:
-        """The middle value; None for an empty curve."""
+        """The middle value, or None for an empty curve."""
         return sorted(self.values)[len(self.values) // 2] if self.values else None
 
 
 @dataclass(frozen=True)
 class MetricsHistory:
-    """What `metrics.jsonl` holds. A quantity that a run did not measure is an empty curve."""
+    """The content of `metrics.jsonl`. An unmeasured quantity is an empty curve."""
 
     loss: Curve
     """Nats per target token, or per pair of answers, for each step."""
@@ -101,9 +101,9 @@ class MetricsHistory:
     """Before it is clipped."""
     tokens_per_second: Curve
     memory: Curve
-    """Bytes: on a GPU the peak of the step; on a CPU the resident memory at its end."""
+    """Bytes: the step's peak on a GPU, resident memory at its end on a CPU."""
     reward_margin: Curve = Curve()
-    """Objectives that compare answers: implicit reward of the chosen one, less that of the rejected one, in nats."""
+    """With pairs: implicit reward of the chosen less that of the rejected, in nats."""
     chosen_reward: Curve = Curve()
     accuracy: Curve = Curve()
     """Share of the pairs with a positive margin, for each step."""
@@ -111,7 +111,7 @@ class MetricsHistory:
     """The same of the held-out pairs, for each evaluation."""
 
     def held_out_accuracy(self, step: int) -> float | None:
-        """`eval_accuracy` at this optimizer step; None if it was not measured there."""
+        """`eval_accuracy` at this optimizer step, or None if it was not measured."""
         return dict(zip(self.eval_accuracy.steps, self.eval_accuracy.values, strict=True)).get(step)
 
     @property
@@ -126,7 +126,7 @@ def _entry(line: Any) -> tuple[int, dict[str, float]]:
 
 
 def read_history(metrics: Path) -> MetricsHistory:
-    """Read the metrics. Raises ValueError, naming file and line, for a line that is not a metric."""
+    """Read the metrics. Raises ValueError, naming file and line, for other lines."""
     entries: list[tuple[int, dict[str, float]]] = []
     for number, line in enumerate(metrics.read_bytes().splitlines(), start=1):
         try:

@@ -23,14 +23,14 @@ class Sample(ObservedModel):
 
 
 class Samples(ObservedModel):
-    """What `report/samples.json` holds."""
+    """The content of `report/samples.json`."""
 
     samples: tuple[Sample, ...] = ()
     missing: str = Field("", description="Why there are none.")
 
 
 def read_samples(path: Path) -> Samples:
-    """The samples that training wrote; none, with the reason, if they cannot be read."""
+    """Read training's samples, or none, with the reason, if they are unreadable."""
     try:
         return Samples.model_validate_json(path.read_bytes())
     except (FileNotFoundError, ValidationError) as error:

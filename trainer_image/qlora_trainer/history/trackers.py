@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def require_installed(names: Sequence[str]) -> None:
-    """Raise StepFailure (BAD_CONFIGURATION) for a tool of spec.training.reportTo that is not installed."""
+    """Raise StepFailure (BAD_CONFIGURATION) if a tool is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise bad_configuration(
@@ -43,15 +43,15 @@ def require_installed(names: Sequence[str]) -> None:
 
 
 def grouped(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics by the names under which such tools group them."""
+    """The metrics by the names that such tools group them by."""
     return {_GROUPS.get(name, name): value for name, value in metrics.items() if name != "step"}
 
 
 class EventFiles:
-    """TensorBoard's files of one run, which does not depend on them: after an OSError they get no more metrics."""
+    """TensorBoard's files of one run, without more metrics after an OSError."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], from_step: int) -> None:
-        """Continue the files of an earlier process after `from_step`. `settings`: the run's hyperparameters."""
+        """Continue an earlier process's files. `settings`: the hyperparameters."""
         self._writer: Any = None
         self._failed = False
         self._attempt("could not be opened", lambda: self._open(folder, settings, from_step))

@@ -1,1 +1,1 @@
-"""The model: whether it can be trained, loading, adapting, computing and merging it."""
+"""The model: its support, loading, adapting, computing and merging."""

@@ -1,4 +1,4 @@
-"""The job's chat template where it is published: beside an adapter, and in a merged model in place of the base's."""
+"""Publishes the job's chat template, with an adapter and in a merged model."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from qlora_trainer.model.source.files import GENERATION_CONFIG
 
 
 def job_template_file(prepared: PrepareRecord, workspace: WorkspaceLayout) -> Path | None:
-    """The file of the chat template that the rows were written with; None if it is the model's own.
+    """The file of the chat template that the rows were written with, or None for the model's.
 
     Raises StepFailure UNSAFE_ARTIFACT if it is not what prepare has written.
     """
@@ -29,7 +29,7 @@ def job_template_file(prepared: PrepareRecord, workspace: WorkspaceLayout) -> Pa
 
 
 def give_template(folder: Path, template: Path, end: EndOfTurn | None) -> None:
-    """Give a model's folder this chat template instead of its own, and let servers stop where it ends an answer."""
+    """Replace the chat template in a model's folder, and make servers stop at its end."""
     (folder / TEMPLATE_FILE).write_bytes(template.read_bytes())
     (folder / PROCESSOR_TEMPLATE).unlink(missing_ok=True)
     if end is None or end.token is None:

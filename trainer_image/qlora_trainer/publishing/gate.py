@@ -1,4 +1,4 @@
-"""Decides whether a trained adapter is good enough to be published; pure."""
+"""Decides whether a trained adapter is good enough to be published."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from qlora_trainer.core.failures import StepFailure, bad_configuration, unsafe_a
 
 
 def judge(gate: GateSpec | None, trained: TrainRecord, *, pairs: bool = False, prepared: str = "") -> GateStatus | None:
-    """What the gate says of the adapter that training recorded; None without a gate.
+    """The gate's result for the adapter that training recorded, or None without a gate.
 
     `pairs`: the losses are means over pairs of answers, not over target tokens. `prepared`: fingerprint of the data.
 

@@ -1,6 +1,6 @@
 """Converts an adapter into a GGUF file, for llama.cpp and Ollama, with llama.cpp's own converter.
 
-The converter is a program, which runs in a process that is forked for it, with limits: a stranger's config.json
+The converter is a program, which runs in a process that is forked for it, with limits: an untrusted config.json
 decides what it does.
 """
 
@@ -41,7 +41,7 @@ from qlora_trainer.model.source.files import CONFIG
 logger = logging.getLogger(__name__)
 
 _PACKAGE = Path(qlora_trainer.__file__).parent
-# A wheel has it in the package, a checkout beside all packages.
+# A wheel has it in the package, a checkout next to all packages.
 _FOLDERS = (_PACKAGE / "llama.cpp", _PACKAGE.parents[1] / "third_party" / "llama.cpp")
 CONVERTER = next(filter(Path.is_dir, _FOLDERS), _FOLDERS[0]) / "convert_lora_to_gguf.py"
 _SECONDS = 1800
@@ -51,7 +51,7 @@ _ARCHITECTURE = "general.architecture"
 
 
 class NotConvertible(Exception):  # noqa: N818 - a finding about the adapter
-    """The converter does not convert it; the message says why."""
+    """The converter does not convert it. The message has the reason."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class GgufFile:
 def require_convertible(
     model_folder: Path, target_modules: tuple[str, ...], lora: LoraSpec, gguf: GgufSpec, scratch: Path
 ) -> None:
-    """Raise StepFailure (BAD_CONFIGURATION) unless the converter knows the model and each of its adapted layers.
+    """Raise StepFailure (BAD_CONFIGURATION) unless the converter supports the model and each of its adapted layers.
 
     For the prepare step, before a GPU is used: it converts an adapter that has the layers of the job's, and rank 1.
     `model_folder` has config.json; the folder `scratch` is made, and removed afterwards.
@@ -81,13 +81,13 @@ def require_convertible(
                 "output.gguf, or choose a model of another family"
             ) from failure
         except DryRunFailed as failure:
-            # Not the model's fault as far as is known: somebody has ended the process.
+            # Presumably not the model's fault: the process was killed.
             raise StepFailure(ExitCode.INTERNAL_ERROR, f"spec.output.gguf: {failure}") from failure
 
 
 @contextmanager
 def gguf_file(job: TrainedJob, adapter: Path, workspace: WorkspaceLayout) -> Iterator[GgufFile | None]:
-    """Yield the GGUF file of the verified adapter in that folder, until the block ends; None if the job wants none.
+    """Yield the GGUF file of the verified adapter in that folder, until the block ends, or None if the job wants none.
 
     The same adapter gives the same bytes. Raises StepFailure: STORAGE_FULL without room for it, INTERNAL_ERROR if it
     cannot be converted although prepare has tried that.
@@ -118,20 +118,21 @@ def gguf_file(job: TrainedJob, adapter: Path, workspace: WorkspaceLayout) -> Ite
 
 
 def llama_cpp_alpha(lora: LoraSpec) -> float:
-    """The alpha with which llama.cpp, which multiplies by alpha / rank, scales as the adapter was trained."""
+    """The alpha that makes llama.cpp, which multiplies by alpha / rank, scale alike."""
     return lora.alpha * sqrt(lora.rank) if lora.use_rslora else float(lora.alpha)
 
 
 def _convert(tensors: Path, config: Path, lora: LoraSpec, gguf: GgufSpec, folder: Path) -> str:
-    """Write GGUF_FILE beside `folder`, whose name the file keeps as the adapter's; returns the architecture's name.
+    """Write GGUF_FILE next to `folder`, and return the architecture's name.
 
-    Raises NotConvertible with what the converter says, DryRunFailed for any other end of it.
+    The file keeps the folder's name as the adapter's. Raises NotConvertible with the converter's message, DryRunFailed
+    for any other end of it.
     """
     # No job has a name with a dot.
     base = folder.with_name(".base")
     for made in (folder, base):
         made.mkdir()
-    # The converter reads what lies beside these files too, and would load tensors of a base that is quantized.
+    # The converter reads other files in their folder too, and would load tensors of a base that is quantized.
     settings = json.loads(config.read_bytes())
     settings.pop("quantization_config", None)
     (base / CONFIG).write_text(json.dumps(settings))
@@ -158,26 +159,24 @@ def _run_converter(adapter: Path, arguments: tuple[str, ...]) -> str | NotConver
     try:
         runpy.run_path(str(CONVERTER), run_name="__main__")
     except SystemExit as end:
-        return NotConvertible(_shortened(said.text) or f"it has ended with exit code {end.code}")
+        return NotConvertible(_shorten(said.text) or f"it has ended with exit code {end.code}")
     except (NotImplementedError, TypeError, AttributeError) as error:
         # An adapter takes the place of a tensor there, and lacks most of what one has.
         logger.info("the converter failed", exc_info=True)
         said_so = str(error) if isinstance(error, NotImplementedError) else ""
-        return NotConvertible(
-            _shortened(said_so) or "it changes the form of a layer in a way that no adapter can follow"
-        )
+        return NotConvertible(_shorten(said_so) or "it changes the form of a layer in a way that no adapter can follow")
     except (MemoryError, OSError):
         raise
     except Exception as error:
         if is_out_of_memory(error):
             raise
         logger.info("the converter failed", exc_info=True)
-        return NotConvertible(f"{type(error).__name__}: {_shortened(str(error))}")
+        return NotConvertible(f"{type(error).__name__}: {_shorten(str(error))}")
     return _architecture_of(adapter.with_name(GGUF_FILE), adapter / ADAPTER_FILE)
 
 
-def _shortened(text: str) -> str:
-    """A text that may have names from a stranger's config.json, as a record can have it."""
+def _shorten(text: str) -> str:
+    """A text with names from an untrusted config.json, shortened for a record."""
     return shortened(one_line(text), 300)
 
 
@@ -211,13 +210,13 @@ def _architecture_of(converted: Path, tensors: Path) -> str | NotConvertible:
 
 
 def _block(name: str) -> str:
-    """The number of the decoder's block in a tensor's name, of PEFT or of GGUF; empty if it is outside of them."""
+    """The block's number in a tensor's name of PEFT or GGUF, or an empty string."""
     found = re.search(r"\.(\d+)\.", name)
     return found[1] if found else ""
 
 
 def _write_trial(model_folder: Path, target_modules: tuple[str, ...], lora: LoraSpec, path: Path) -> None:
-    """Write the tensors of an adapter of rank 1 for these layers, no two alike: the converter joins some that are."""
+    """Write an adapter of rank 1, layers different: the converter joins equal ones."""
     torch.set_num_threads(1)
     config: Any = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
     shapes: Mapping[str, Any] = expected_tensors(text_part(config), target_modules, lora.model_copy(update={"rank": 1}))

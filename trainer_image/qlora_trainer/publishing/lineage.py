@@ -1,4 +1,4 @@
-"""States what the files of an adapter were made of, and signs that if there is a key."""
+"""States the origin of an adapter's files, and signs that if there is a key."""
 
 import json
 import os
@@ -45,7 +45,7 @@ class LineageFile:
 
     @property
     def annotations(self) -> dict[str, str]:
-        """What a registry lists about it, as cosign does."""
+        """A registry's list entry for it, as from cosign."""
         signed = {"dev.sigstore.bundle.content": "dsse-envelope"} if self.is_signed else {}
         return {**signed, "dev.sigstore.bundle.predicateType": LINEAGE_TYPE}
 
@@ -53,11 +53,11 @@ class LineageFile:
 def publish_with_lineage(
     job: TrainedJob, destination: Destination, contents: Contents, *, namespace: str, key: PrivateKey | None
 ) -> str:
-    """Publish the files, and what they were made of beside them; returns the address of exactly that.
+    """Publish the files with a statement of their origin, and return their exact address.
 
-    In a registry that is attached to the artifact, since an artifact cannot hold a statement about itself, and there
-    cosign and admission policies find it: of what was packed here, whatever the tag names by then. Raises StepFailure
-    as `publish_folder`.
+    In a registry the statement is attached to the artifact, since an artifact cannot hold a statement about itself, and
+    there cosign and admission policies find it: of what was packed here, whatever the tag names by then. Raises
+    StepFailure as `publish_folder`.
     """
     manifest = run_manifest(job, contents)
     if isinstance(destination, RegistryDestination):
@@ -72,9 +72,9 @@ def publish_with_lineage(
 
 
 def read_signing_key(file: Path) -> PrivateKey | None:
-    """The key of the profile; None if there is no such file. Raises StepFailure BAD_CONFIGURATION for an unusable one.
+    """The key of the profile, or None without its file. Raises StepFailure BAD_CONFIGURATION for an unusable one.
 
-    It is read before anything is published, which nobody could take back.
+    It is read before anything is published, because a publication cannot be undone.
     """
     if not file.is_file():
         return None

@@ -18,16 +18,16 @@ from qlora_trainer.model.source.files import PROCESSOR_FILES, TOKENIZER_FILES, t
 from qlora_trainer.stores.contents import Contents, PublishedFile, describe_files
 
 MAX_MANIFEST_BYTES = 2**22
-"""Enough for tens of thousands of files. The size is limited since anybody may have written the file that is there."""
+"""Enough for tens of thousands of files. Limited, since any writer may make it."""
 SHARED_BASE = "base"
 """In place of a job's UID: the base is of every job that was trained on it."""
 STATEMENTS = frozenset({SIGNED_FILE, UNSIGNED_FILE})
-"""The files that state what others were made of, of which a folder has one at most."""
+"""Files with a statement of the others' origin. A folder has one at most."""
 _LIBRARIES = ("qlora-operator", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 
 
 class Manifest(ObservedModel):
-    """What a published folder holds, and which run made it."""
+    """The files of a published folder, and the run that made it."""
 
     job_uid: str
     job_name: str
@@ -38,7 +38,7 @@ class Manifest(ObservedModel):
     libraries: dict[str, str]
     files: dict[str, PublishedFile]
     initial_adapter: InitialAdapterStatus | None = Field(
-        None, description="The adapter with which training was initialized; not set if it began with a new one."
+        None, description="The adapter that training continued from; not set if it began with a new one."
     )
 
     def text(self) -> bytes:
@@ -47,7 +47,7 @@ class Manifest(ObservedModel):
 
     @property
     def publisher(self) -> "Publisher":
-        """Who has published it, or is about to."""
+        """The run that has published it, or will."""
         return Publisher(self.job_uid, self.fingerprint, self.tokenizer if self.job_uid == SHARED_BASE else None)
 
     @property
@@ -58,7 +58,7 @@ class Manifest(ObservedModel):
 
 @dataclass(frozen=True)
 class Publisher:
-    """Who publishes: a run of a job or, of a base, every job that has it. What is None is not known, and not compared.
+    """A publisher: a run of a job or, of a base, every job that has it. Unknown parts are None, and not compared.
 
     Neither addresses nor versions of libraries are part of it: the same base from a mirror is the same base.
     """
@@ -79,7 +79,7 @@ class Publisher:
 
 
 def base_publisher(base_sha256: str, model: Path) -> Publisher:
-    """Whoever publishes the base of that sum with the tokenizer in the folder `model`."""
+    """The publisher of the base of that sum with the tokenizer in `model`."""
     return Publisher(SHARED_BASE, base_sha256, describe_files(tokenizer_and_processor(model)))
 
 
@@ -116,7 +116,7 @@ def base_manifest(job: TrainedJob, contents: Contents) -> Manifest:
 
 
 def parse_manifest(content: bytes | None) -> Manifest | None:
-    """The manifest in a file's content; None if it holds none, or is larger than MAX_MANIFEST_BYTES."""
+    """Parse a manifest of at most MAX_MANIFEST_BYTES, or return None."""
     if content is None or len(content) > MAX_MANIFEST_BYTES:
         return None
     try:
@@ -126,7 +126,7 @@ def parse_manifest(content: bytes | None) -> Manifest | None:
 
 
 def read_manifest(path: Path) -> Manifest | None:
-    """The manifest in a file of a folder; None if there is none, or a link, a pipe or a file that is too large."""
+    """Read a folder's manifest, or None: no links, pipes or files that are too large."""
     # Reading a pipe would block, and a link can lead to an endless device.
     if path.is_symlink() or not path.is_file():
         return None

@@ -1,6 +1,6 @@
 """Merges the adapter into the base, evaluates the merged model and publishes it, for a job with output.merged.
 
-The adapter is published before, so that a merge for which there is no room costs nothing but itself.
+The adapter is published before, so that a merge without enough room costs nothing but itself.
 """
 
 import hashlib
@@ -43,16 +43,15 @@ class Merged:
     contents: Contents
     weight_bytes: int
     loss: float | None
-    """On the held-out rows that training compared the adapter on, in nats; None if there are none."""
+    """Loss on training's held-out rows for comparison, in nats, or None without any."""
 
 
 def publish_merged(
     job: TrainedJob, workspace: WorkspaceLayout, destination: Destination, say: Callable[[str], None]
 ) -> MergedStatus:
-    """Merge, evaluate and publish. `say` reports what is being done.
+    """Merge, evaluate and publish. `say` reports progress.
 
-    Raises StepFailure as `merge` and `publish_folder` do. The folder of the workspace in which the model is merged is
-    removed afterwards.
+    Raises StepFailure as `merge` and `publish_folder` do. The workspace folder of the merge is removed afterwards.
     """
     reject_occupied(destination, run_manifest(job, {}).publisher)
     with scratch_folder(workspace.merged) as folder:
@@ -72,8 +71,8 @@ def publish_merged(
     )
 
 
-def still_published(destination: Destination, status: MergedStatus | None) -> bool:
-    """Whether the merged model that an earlier attempt has published is at the destination, undamaged."""
+def is_merged_published(destination: Destination, status: MergedStatus | None) -> bool:
+    """Whether an earlier attempt's merged model is at the destination, undamaged."""
     manifest = destination.published()
     return (
         status is not None
@@ -92,7 +91,7 @@ def merge(job: TrainedJob, workspace: WorkspaceLayout, folder: Path) -> Merged:
     prepared, trained = job.prepared, job.trained
     model_folder = workspace.root / prepared.model_path
     model = merged_model(model_folder)
-    # Without a destination of its own it takes room twice: as it is written here, and as it is published beside that.
+    # Without a separate destination it takes room twice: as it is written here, and as it is published next to that.
     copies = 1 if job.spec.output.merged and job.spec.output.merged.destination else 2
     require_space(workspace.root, copies * merged_bytes(model), "writing the merged model in 16 bit")
     base_folder = workspace.root / prepared.base_path

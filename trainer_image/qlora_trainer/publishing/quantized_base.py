@@ -1,4 +1,4 @@
-"""Publishes the 4-bit base that an adapter was trained on, for a job with output.base."""
+"""Publishes the 4-bit base that an adapter was trained on, for output.base."""
 
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.status import BaseStatus
@@ -14,13 +14,13 @@ from qlora_trainer.stores.contents import Contents
 
 
 def publish_base(job: TrainedJob, workspace: WorkspaceLayout, destination: Destination) -> BaseStatus:
-    """Publish it with the tokenizer and a model card; writes nothing if another job has published both there.
+    """Publish it with the tokenizer and a model card, unless another job has published both there.
 
     Raises StepFailure: UNSAFE_ARTIFACT if the base has changed since training, BAD_CONFIGURATION if the destination has
     anything else, the base with another tokenizer included.
     """
     if job.prepared.base is None:
-        raise AssertionError("a release without the base's status knows no output.base")
+        raise AssertionError("a release without the base's status has no output.base")
     folder, model = workspace.root / job.prepared.base_path, workspace.root / job.prepared.model_path
     names = require_files(folder)
     contents: Contents = {
@@ -43,17 +43,17 @@ def publish_base(job: TrainedJob, workspace: WorkspaceLayout, destination: Desti
     return job.prepared.base.model_copy(update={"uri": uri})
 
 
-def base_still_published(job: TrainedJob, workspace: WorkspaceLayout, destination: Destination) -> bool:
-    """Whether the base of the job's training is at the destination with its tokenizer, undamaged."""
+def is_base_published(job: TrainedJob, workspace: WorkspaceLayout, destination: Destination) -> bool:
+    """Whether the trained base is at the destination with its tokenizer, undamaged."""
     publisher = base_publisher(job.trained.base_sha256, workspace.root / job.prepared.model_path)
     found = destination.published()
     return found is not None and _is_there(destination, found, publisher)
 
 
 def _is_there(destination: Destination, manifest: Manifest, publisher: Publisher) -> bool:
-    """Whether the publisher's is there, by whichever job, with every file of the manifest but the model card.
+    """Whether any job has published it there, with every file of the manifest but the model card.
 
-    The card says where the job that wrote it had the base from, and people may change it.
+    The card names where the job that wrote it had the base from, and people may change it.
     """
     found = destination.published()
     if found is None or not publisher.owns(found):

@@ -33,7 +33,7 @@ PublicKey = EllipticCurvePublicKey | Ed25519PublicKey
 
 
 def read_private_key(pem: bytes) -> PrivateKey:
-    """The key in a PEM file. Raises ValueError for anything but an allowed key without a password."""
+    """Read a PEM file's key. Raises ValueError unless allowed and without password."""
     try:
         key = load_pem_private_key(pem, password=None)
     # The library raises TypeError for a key with a password, and UnsupportedAlgorithm for a curve that it lacks.
@@ -60,7 +60,10 @@ def read_public_key(pem: bytes) -> PublicKey:
 
 
 def sign(payload: bytes, key: PrivateKey) -> bytes:
-    """The bundle of a statement, JSON. The same statement and key give the same bytes, so that it can be repeated."""
+    """The bundle of a statement, JSON.
+
+    The same statement and key give the same bytes, so that it can be repeated.
+    """
     encoded = _pre_authentication_encoding(payload)
     if isinstance(key, Ed25519PrivateKey):
         signature = key.sign(encoded)
@@ -80,20 +83,26 @@ def sign(payload: bytes, key: PrivateKey) -> bytes:
 
 
 def payload_of(bundle: bytes) -> bytes:
-    """The statement in a bundle, whose signature is not looked at. Raises ValueError if it is none of a statement."""
-    return _opened(bundle)[0]
+    """The statement in a bundle, without verifying its signature.
+
+    Raises ValueError if it has no statement.
+    """
+    return _open(bundle)[0]
 
 
-def verified(bundle: bytes, key: PublicKey) -> bytes:
-    """The statement in a bundle that this key has signed. Raises ValueError if it has not, or it is no such bundle."""
-    payload, signatures = _opened(bundle)
+def verify_bundle(bundle: bytes, key: PublicKey) -> bytes:
+    """The statement in a bundle, verified with this key.
+
+    Raises ValueError if another key has signed it, or it is no such bundle.
+    """
+    payload, signatures = _open(bundle)
     encoded = _pre_authentication_encoding(payload)
     if not any(_is_of(key, signature, encoded) for signature in signatures):
         raise ValueError("no signature is of this key, or the statement was changed afterwards")
     return payload
 
 
-def _opened(bundle: bytes) -> tuple[bytes, list[bytes]]:
+def _open(bundle: bytes) -> tuple[bytes, list[bytes]]:
     """Payload and signatures."""
     try:
         envelope = json.loads(bundle)["dsseEnvelope"]

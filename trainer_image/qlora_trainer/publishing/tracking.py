@@ -1,4 +1,4 @@
-"""Uploads the run of a published adapter to the trackers that the job and its profile name; never fails the step."""
+"""Uploads a published adapter's run to trackers, without failing the step."""
 
 import logging
 import os
@@ -51,9 +51,10 @@ def upload_run(
     say: Callable[[str], None],
     earlier: TrackingStatus | None = None,
 ) -> TrackingStatus | None:
-    """The run on each tracker that has a server; None without any. `earlier`: what an attempt before has uploaded.
+    """Upload the run to each tracker that has a server. Returns None without any.
 
-    Whatever goes wrong is in the result, as the adapter is published and the history is in the workspace.
+    `earlier`: the result of an earlier attempt. An error is in the result, as the adapter is published and the history
+    is in the workspace.
     """
     done = {} if earlier is None else earlier.model_dump(exclude_none=True)
     found: dict[str, TrackedRun] = {}

@@ -1,7 +1,7 @@
-"""Uploads the history of a finished run to the servers of MLflow and Weights & Biases, through their own clients.
+"""Uploads the history of a finished run to MLflow and Weights & Biases, through their clients.
 
-What a run has measured is read from `metrics.jsonl`, in which each step is once, however often the run was
-interrupted. An upload can be repeated: it finds the run that an earlier one has begun, and sends the same points again.
+The measurements come from `metrics.jsonl`. It has each step once, however often the run was interrupted. An upload can
+be repeated: it finds the run that an earlier one has begun, and sends the same points again.
 """
 
 import json
@@ -21,7 +21,10 @@ from typing import Any
 from qlora_trainer.history.trackers import grouped
 
 _MLFLOW_BATCH = 1000
-"""Points that MLflow's REST API takes in a request; of parameters it takes 100, and a job has fewer."""
+"""Points that MLflow's REST API takes in a request.
+
+It takes 100 parameters, and a job has fewer.
+"""
 _MLFLOW_VALUE_LENGTH = 500
 """Characters of a parameter that every MLflow server accepts."""
 _RUN_TAG = "qlora.job"
@@ -30,20 +33,20 @@ _MLFLOW_PATIENCE = {
     # Waits of 2, 4, 8 and 16 seconds, for a server that is unreachable, overloaded or failing.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "2",
-    # The server could ask for a wait of hours, in which a pod would do nothing.
+    # The server could ask for a wait of hours, while the pod does nothing.
     "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
     # To another host they would take the credentials along.
     "MLFLOW_ALLOW_HTTP_REDIRECTS": "false",
 }
 _MLFLOW_SECONDS = 180
-"""After which no further request is sent to MLflow's server. One is tried for three minutes at most."""
+"""Time limit to begin a request to MLflow. Each is tried for three minutes."""
 _WANDB_SECONDS = 180
-"""For how long the client of Weights & Biases may try: it retries by itself, and would for days."""
+"""Time limit of the client of Weights & Biases, which would retry for days."""
 logger = logging.getLogger(__name__)
 
 
 class UploadError(Exception):
-    """The tool's server did not accept the run; the message is what its client reports, perhaps with an address."""
+    """The tool rejected the run. Its client's message may have an address."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,14 @@ class FinishedRun:
     settings: Mapping[str, Any]
     tags: Mapping[str, str]
     points: Sequence[tuple[int, Mapping[str, float]]]
-    """Optimizer step, and what was measured after it, by the names under which tools group them."""
+    """Optimizer step, and its measurements by the names that tools group them by."""
 
 
 def read_points(metrics: Path) -> list[tuple[int, dict[str, float]]]:
-    """The points of a run's `metrics.jsonl`. Raises OSError, and ValueError for a line that is not a metric."""
+    """The points of a run's `metrics.jsonl`.
+
+    Raises OSError, and ValueError for a line that is not a metric.
+    """
     points = []
     for number, line in enumerate(metrics.read_bytes().splitlines(), start=1):
         try:
@@ -113,9 +119,9 @@ def _to_mlflow(client: Any, server: str, run: FinishedRun, clock: Callable[[], f
 
 
 def _mlflow_run(client: Any, experiment: str, run: FinishedRun) -> Any:
-    """The run that an earlier upload has begun, with the tags of now; else a new one.
+    """The run that an earlier upload has begun, with current tags, or a new one.
 
-    Of several, which two attempts at once have made, it is the oldest, and the others are ended.
+    Of several, made by concurrent attempts, it is the oldest, and the others are ended.
     """
     tags = {_RUN_TAG: run.uid, **run.tags}
     same = client.search_runs([experiment], f"tags.`{_RUN_TAG}` = '{run.uid}'", order_by=["attributes.start_time ASC"])
@@ -140,7 +146,7 @@ def _mlflow_experiment(client: Any, name: str) -> str:
         try:
             return str(client.create_experiment(name))
         except MlflowException:
-            # Another run may have made it meanwhile.
+            # Another run may have made it since.
             found = client.get_experiment_by_name(name)
             if found is None:
                 raise
@@ -156,7 +162,7 @@ def upload_to_wandb(server: str, credentials: Mapping[str, str], run: FinishedRu
         written = _wandb_files(Path(folder), run)
         quiet = {"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "false", "WANDB_DIR": folder}
         settings = {**os.environ, **quiet, "WANDB_BASE_URL": server, "WANDB_MODE": "online", **credentials}
-        # The service that has written the files, in which the credentials and an error of the upload would end up.
+        # The service that has written the files would get the credentials and an error of the upload.
         settings.pop("WANDB_SERVICE", None)
         command = [sys.executable, "-m", "wandb", "sync", "--include-synced", str(written)]
         try:
@@ -196,7 +202,7 @@ def _wandb_files(folder: Path, run: FinishedRun) -> Path:
 
 @contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """These variables, which the tools read when they are called, and afterwards those of before."""
+    """Set the variables that the tools read when called, then restore the old ones."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -1,4 +1,4 @@
-"""Verifies a trained adapter before it is published: the right files, every tensor, every number."""
+"""Verifies a trained adapter before publication: files, tensors and numbers."""
 
 import json
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ def verify_adapter(
 ) -> None:
     """Check both files of an adapter, `sha256` being what training recorded for its tensors.
 
-    `initial` are the tensors of an earlier adapter with which training was initialized.
+    `initial` are the tensors of an earlier adapter that training continued from.
 
     Raises StepFailure: UNSAFE_ARTIFACT if they are not what training wrote, DIVERGED if a number is not finite,
     BAD_CONFIGURATION if training changed nothing, INTERNAL_ERROR if it is not the adapter that the spec describes.
@@ -68,7 +68,7 @@ def verify_tensors(
     lora: LoraSpec,
     initial: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Check the adapter's file against its recorded SHA-256, its tensors' names, shapes and types, and every number."""
+    """Check the adapter's file: SHA-256, names, shapes, types, and every number."""
     _require_regular(path)
     found = file_sha256(path)
     if found != sha256:
@@ -82,7 +82,7 @@ def verify_tensors(
             unmoved = [
                 name
                 for name, wanted in expected.items()
-                if not _moved(name, _checked(name, tensors.get_tensor(name), wanted, lora), initial)
+                if not _has_moved(name, _check(name, tensors.get_tensor(name), wanted, lora), initial)
             ]
     except SafetensorError as error:
         raise _wrong_adapter(f"{path.name} is not a safetensors file: {error}") from error
@@ -99,7 +99,7 @@ def _require_same_names(found: set[str], expected: set[str]) -> None:
             raise _wrong_adapter(f"the adapter {what} {len(names)} of {len(expected)} tensors, first {min(names)}")
 
 
-def _checked(name: str, tensor: torch.Tensor, expected: Expected, lora: LoraSpec) -> torch.Tensor:
+def _check(name: str, tensor: torch.Tensor, expected: Expected, lora: LoraSpec) -> torch.Tensor:
     """The tensor, once it is checked."""
     if tuple(tensor.shape) != expected.shape:
         raise _wrong_adapter(f"{name} has shape {list(tensor.shape)}, not {list(expected.shape)}")
@@ -115,15 +115,18 @@ def _checked(name: str, tensor: torch.Tensor, expected: Expected, lora: LoraSpec
     return tensor
 
 
-def _moved(name: str, tensor: torch.Tensor, initial: Mapping[str, torch.Tensor] | None) -> bool:
-    """False for a B that still is what it was before training: that of an earlier adapter, or zero."""
+def _has_moved(name: str, tensor: torch.Tensor, initial: Mapping[str, torch.Tensor] | None) -> bool:
+    """False for a B that training left as it was: an earlier adapter's, or zero."""
     if not name.endswith(B_SUFFIX):
         return True
     return bool(tensor.any()) if initial is None else not torch.equal(tensor, initial[name].to(tensor.dtype))
 
 
 def _require_trained_further(unmoved: list[str], layers: int) -> None:
-    """Some layers may stay as they were: rounding takes small updates of numbers that are not zero."""
+    """Raise StepFailure if every layer stays as it was.
+
+    Some may: rounding takes small updates of numbers that are not zero.
+    """
     if len(unmoved) == layers:
         raise bad_configuration(
             "the trained adapter is that of spec.lora.from, unchanged: each update was rounded away; raise "
@@ -193,7 +196,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _require_regular(path: Path) -> None:
-    """Training wrote a regular file. Whoever can change the file behind a link could change what is published."""
+    """Raise StepFailure unless it is a regular file, as training wrote.
+
+    A user with access to the file behind a link could change what is published.
+    """
     if path.is_symlink() or not path.is_file():
         raise unsafe_artifact(
             f"{path} is missing or not a regular file, although training wrote one: it was removed or replaced "
@@ -212,11 +218,11 @@ def require_own_training(
 ) -> None:
     """Raise StepFailure (UNSAFE_ARTIFACT) unless the train record is of this spec, data and number of steps.
 
-    Where a run may stop early, or keep an earlier adapter than the last, its evaluations decide again at which steps.
+    Where a run may stop early, or keep an earlier adapter than the last, its evaluations decide the steps again.
     Raises OSError if they are missing, ValueError if they cannot be read, StepFailure BAD_DATASET for damaged rows.
     """
     path = workspace.completion("train")
-    # Publish runs without a GPU and does not know which device training ran on.
+    # Publish runs without a GPU, and the training's device is not recorded.
     fingerprints = {digest(run_fingerprint(spec, prepared, device, trained.ranks)) for device in get_args(Device)}
     if trained.fingerprint not in fingerprints:
         raise unsafe_artifact(

@@ -1,1 +1,1 @@
-"""What people and their tools see of a run."""
+"""Reports of a run for people and their tools."""

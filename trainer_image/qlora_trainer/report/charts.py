@@ -1,4 +1,4 @@
-"""Draws a run's curves: the picture of the loss for model cards and email, and the charts of the report."""
+"""Draws a run's curves: the loss for model cards and email, and report charts."""
 
 from collections.abc import Mapping, Set
 from io import BytesIO
@@ -57,7 +57,7 @@ def chart(
     unit: str = "",
     lines: Mapping[str, float] | None = None,
 ) -> str:
-    """One quantity over optimizer steps as an SVG element; nothing for an empty curve.
+    """One quantity over optimizer steps as an SVG element, or nothing for an empty curve.
 
     `name` makes the identifiers in it differ from those of other charts on the same page. `lines`: values to compare
     it with, by their labels.
@@ -80,7 +80,7 @@ def chart(
 
 
 def curves_chart(name: str, label: str, curves: Mapping[str, Curve], runaway: Set[str] = frozenset()) -> str:
-    """Curves of one quantity over each other, the first in front, as an SVG element; nothing if all are empty.
+    """Curves of one quantity over each other, the first in front, as an SVG element, or nothing if all are empty.
 
     Those of `runaway` leave the chart at its top where they would press the others flat.
     """

@@ -1,4 +1,4 @@
-"""Gives what loads an adapter's GGUF file in Ollama and llama.cpp: a Modelfile and a command line."""
+"""Makes the Modelfile and command for a GGUF file in Ollama and llama.cpp."""
 
 from collections.abc import Iterator, Mapping
 
@@ -10,9 +10,9 @@ BASE_GGUF_PLACEHOLDER = "PATH/OF/THE/BASE/MODEL.gguf"
 
 
 def gguf_commands(job: TrainedJob, adapter: str) -> Mapping[str, str]:
-    """Command and file by the name of the tool that reads it; `adapter` is the adapter's folder. Empty without a GGUF.
+    """Command and file by the name of the tool that reads it, or empty without a GGUF.
 
-    Both need a GGUF file of the base, in any quantization.
+    Both need a GGUF file of the base, in any quantization. `adapter` is the adapter's folder.
     """
     if job.spec.output.gguf is None:
         return {}
@@ -27,7 +27,7 @@ def _modelfile(job: TrainedJob, adapter: str) -> Iterator[str]:
     yield f"FROM {BASE_GGUF_PLACEHOLDER}"
     yield f"ADAPTER {adapter}/{GGUF_FILE}"
     if job.prepared.template_sha256 is not None:
-        yield f"# TEMPLATE: write {TEMPLATE_FILE}, in which the rows were written, in Ollama's own syntax."
+        yield f"# TEMPLATE: write {TEMPLATE_FILE}, the template of the rows, in Ollama's syntax."
     system, end = job.spec.dataset.system_prompt, job.prepared.end_of_turn
     if system is not None:
         yield from _setting("SYSTEM", '"""', system.text)
@@ -36,7 +36,7 @@ def _modelfile(job: TrainedJob, adapter: str) -> Iterator[str]:
 
 
 def _setting(name: str, quote: str, text: str) -> Iterator[str]:
-    """The setting, or a comment if Ollama's syntax, or a block of Markdown, has no way to write its text."""
+    """The setting, or a comment if neither Ollama nor Markdown can hold its text."""
     if '"' in text or "```" in text or (quote == '"' and not text.isprintable()):
         yield f"# {name}: a text that cannot be written here; see the job's settings"
     else:

@@ -1,4 +1,4 @@
-"""Writes the model cards of an adapter, a merged model and a base: what it is, and how to load and serve it."""
+"""Writes model cards of adapters, merged models and bases, with usage."""
 
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def variant_label(lora: LoraSpec) -> str:
 
 
 def judged_on(gate: GateStatus) -> str:
-    """What the losses and the score of a gate are of, for people: sentences, or nothing."""
+    """The data of a gate's losses and score, for people: sentences, or nothing."""
     sentences = []
     if gate.eval_tokens is not None:
         sentences.append(f"The held-out losses are means over {gate.eval_tokens:,} target tokens.")
@@ -65,7 +65,7 @@ def judged_on(gate: GateStatus) -> str:
 
 
 def adapter_model_card(job: TrainedJob, history: MetricsHistory) -> str:
-    """The adapter's model card as Markdown with the hub's metadata block. The same job gives the same text."""
+    """The adapter's model card as Markdown with metadata, the same for the same job."""
     spec, prepared = job.spec, job.prepared
     hub = isinstance(parse_source(spec.model.source), HubSource)
     data = ModelCardData(
@@ -113,7 +113,7 @@ def adapter_model_card(job: TrainedJob, history: MetricsHistory) -> str:
 
 
 def merged_model_card(job: TrainedJob, loss: float | None) -> str:
-    """The merged model's model card as Markdown. `loss` (nats) is None if no rows were held out to measure it on."""
+    """The merged model's model card as Markdown. `loss` (nats) is None if unmeasured."""
     compared = job.trained.compared
     comparison = "No rows were held out, so the merged model was not compared with the adapter."
     if compared is not None and loss is not None:
@@ -137,7 +137,7 @@ effect. To serve in 4-bit, load the original model in 4-bit and the adapter on t
 
 
 def base_model_card(job: TrainedJob) -> str:
-    """The model card of a published base as Markdown. It names the base as the job that writes it does."""
+    """The model card of a published base as Markdown. Names the base as the job does."""
     return f"""# {job.base_name}, in 4-bit
 
 `{job.base_name}` (`{job.prepared.model_revision}`) in {quantization_label(job.spec.quantization)}, as adapters were

@@ -1,4 +1,4 @@
-"""Writes the report of a run: one self-contained HTML page, the picture of the loss, and a summary for programs."""
+"""Writes the report of a run: an HTML page, the loss picture, and a summary."""
 
 import json
 from collections import Counter
@@ -41,7 +41,7 @@ class Figure:
 def write_report(
     job: TrainedJob, workspace: WorkspaceLayout, *, device: Device, merged: MergedStatus | None = None
 ) -> bytes:
-    """Write `report.html`, `loss.png` and `summary.json` into `report/`; returns the picture.
+    """Write `report.html`, `loss.png` and `summary.json` into `report/`, and return the picture.
 
     `device` is what training ran on; `merged` is the merged model, once there is one.
     Raises OSError if the metrics are missing or the report cannot be written, ValueError for broken metrics.
@@ -68,7 +68,7 @@ def write_report(
 def published_page(job: TrainedJob, workspace: WorkspaceLayout, *, device: Device, samples: bool) -> bytes:
     """The page for the folder of the adapter. Without `samples` it shows no row of the data, and never a price.
 
-    An adapter may be for everybody; what a GPU costs is between a company and its provider. The same run gives the same
+    An adapter may be public; a GPU's price is between a company and its provider. The same run gives the same
     bytes. Raises as `write_report`.
     """
     job, folder = replace(job, gpu_hour_price=""), workspace.report
@@ -85,7 +85,7 @@ def _page(
     samples: Samples,
     merged: MergedStatus | None,
 ) -> str:
-    # Names, prompts and answers come from users and data: everything is escaped except the charts, which are our own.
+    # Names, prompts and answers come from users and data: everything is escaped except this module's charts.
     environment = Environment(
         loader=PackageLoader("qlora_trainer.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -130,7 +130,7 @@ def _figures(job: TrainedJob, history: MetricsHistory, merged: MergedStatus | No
         figures.append(Figure("Held-out loss", f"{after:.4f}", f"{before:.4f} before training"))
     if merged is not None and merged.eval_loss is not None and merged.adapter_eval_loss is not None:
         same_rows = f"the adapter has {merged.adapter_eval_loss:.4f} on the same {merged.eval_tokens:,} tokens"
-        # What is compared is always the cross-entropy, whatever the objective is.
+        # The compared loss is always the cross-entropy, whatever the objective is.
         label = "Cross-entropy, merged" if history.compares_answers else "Held-out loss, merged"
         figures.append(Figure(label, f"{merged.eval_loss:.4f}", same_rows))
     if gate is not None and gate.score is not None:
@@ -198,7 +198,7 @@ def _data(spec: DatasetSpec, found: DatasetStatus, statistics: DataStatistics) -
         "SHA-256": found.sha256,
         "Format": found.format,
         "Rows": f"{found.rows:,} read, {found.used_rows:,} trained on, {found.eval_rows:,} held out",
-        "Left out": "; ".join(_left_out(statistics, len(spec.training_sources))) or "none",
+        "Left out": "; ".join(_unused_rows(statistics, len(spec.training_sources))) or "none",
         "Duplicates": f"{found.duplicate_rows:,} rows, {'left out' if spec.deduplicate else 'kept'}"
         if found.duplicate_rows
         else "none",
@@ -210,8 +210,8 @@ def _data(spec: DatasetSpec, found: DatasetStatus, statistics: DataStatistics) -
     }
 
 
-def _left_out(statistics: DataStatistics, training_sources: int) -> Iterator[str]:
-    """How many rows are not used, and why; of which source, if there are several."""
+def _unused_rows(statistics: DataStatistics, training_sources: int) -> Iterator[str]:
+    """Counts of unused rows with reasons, by source if there are several."""
     for number, source in enumerate(statistics.sources):
         held_out = " (held out)" if number >= training_sources else ""
         of = f" of {source.uri}{held_out}" if len(statistics.sources) > 1 else ""
@@ -220,12 +220,12 @@ def _left_out(statistics: DataStatistics, training_sources: int) -> Iterator[str
 
 
 def _mix(statistics: DataStatistics) -> list[SourceStatistics]:
-    """The sources that were mixed; none without a mix."""
+    """The sources that were mixed, or none without a mix."""
     return [source for source in statistics.sources if source.epoch_rows is not None]
 
 
 def _turns(job: TrainedJob) -> Mapping[str, str]:
-    """What the job changes about how rows become turns."""
+    """Settings of the job that change how rows become turns."""
     dataset, prepared = job.spec.dataset, job.prepared
     rows = {"Trained on": TRAINED_ON[job.spec.training.train_on]}
     if dataset.chat_template is not None:
@@ -246,12 +246,15 @@ def _lengths(statistics: DataStatistics) -> str:
 
 
 def _addresses(spec: DatasetSpec) -> dict[str, Any]:
-    """What the job names as its training data."""
+    """The addresses of the job's training data."""
     return {"source": spec.source} if spec.mix is None else {"mix": [source.dump() for source in spec.mix]}
 
 
 def _summary(job: TrainedJob, device: Device, history: MetricsHistory) -> dict[str, Any]:
-    """What people and programs compare between runs. Sizes in bytes, losses in nats per target token, or per pair."""
+    """Values to compare between runs, for people and programs.
+
+    Sizes in bytes, losses in nats per target token, or per pair.
+    """
     spec, prepared, trained = job.spec, job.prepared, job.trained
     return {
         "job": {"name": job.name, "uid": job.uid},
@@ -285,7 +288,7 @@ def _summary(job: TrainedJob, device: Device, history: MetricsHistory) -> dict[s
 
 
 def _preference(history: MetricsHistory, kept_step: int) -> dict[str, Any]:
-    """What an objective that compares answers adds to the summary."""
+    """The summary's values for an objective that compares answers."""
     if not history.compares_answers:
         return {}
     return {

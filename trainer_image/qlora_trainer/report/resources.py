@@ -1,4 +1,4 @@
-"""What a run has taken, as the report shows it: its time on the GPUs, by attempt, and the memory that was expected."""
+"""The resources of a run for the report: GPU time by attempt, expected memory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +18,14 @@ class Resources:
 
     summary: str
     rows: Sequence[Sequence[str]]
-    """A row for each attempt: when it started, for how long it ran, and so on, as the table's head says."""
+    """A row for each attempt, in the order of the table's head, such as its start."""
 
 
 def resources_used(usage: RunUsage, device: Device, price: str = "") -> Resources:
-    """The section for that usage. `device`: what training ran on. `price`: of a GPU hour, such as `2.50 EUR`."""
+    """The section for that usage.
+
+    `device`: what training ran on. `price`: of a GPU hour, such as `2.50 EUR`.
+    """
     what = "GPU" if device == "cuda" else "processor"
     each = f"{usage.gpus} {what}{'' if usage.gpus == 1 else 's'}"
     used = usage.seconds * usage.gpus
@@ -37,7 +40,7 @@ def resources_used(usage: RunUsage, device: Device, price: str = "") -> Resource
 
 
 def _cost(seconds: float, price: str) -> str:
-    """In parentheses, after a blank; empty without a price."""
+    """In parentheses, after a blank, or empty without a price."""
     amount, _, currency = price.partition(" ")
     return f" ({cost_text(seconds, amount, currency)})" if currency else ""
 
@@ -58,6 +61,6 @@ def _duration(seconds: float) -> str:
 
 
 def estimated_peaks(memory: MemoryStatus) -> dict[str, float]:
-    """The peaks, in bytes, that the estimate expects and admits, by their labels; none if it is unknown."""
+    """The estimate's expected and most bytes, by label, or none if unknown."""
     values = {"estimate": memory.estimate_bytes, "estimate, high": memory.high_bytes, "usable": memory.budget_bytes}
     return {label: float(value) for label, value in values.items() if value is not None}

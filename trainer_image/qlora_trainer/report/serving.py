@@ -1,4 +1,4 @@
-"""Gives the commands that load an adapter in PEFT and vLLM, and the rank that vLLM must be started with."""
+"""Makes the commands that load an adapter in PEFT and vLLM, with vLLM's rank."""
 
 import json
 import logging
@@ -15,21 +15,21 @@ from qlora_trainer.report.local_serving import gguf_commands
 
 logger = logging.getLogger(__name__)
 
-# What vLLM's --max-lora-rank accepts; its default is 16.
+# Values for vLLM's --max-lora-rank. Its default is 16.
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 ADAPTER_PLACEHOLDER = "PATH/OF/THE/ADAPTER"
 BASE_PLACEHOLDER = "PATH/OF/THE/BASE/MODEL"
 
 
 def served_rank(lora: LoraSpec) -> int | None:
-    """The smallest --max-lora-rank of vLLM that allows an adapter of this kind; None if vLLM does not load it."""
+    """The smallest --max-lora-rank of vLLM for the adapter, or None if unsupported."""
     if rejected_by_vllm(lora) is not None:
         return None
     return next(allowed for allowed in _VLLM_RANKS if allowed >= lora.rank)
 
 
 def rejected_by_vllm(lora: LoraSpec) -> str | None:
-    """Why vLLM does not load an adapter of this kind, as the end of a sentence; None if it does."""
+    """Why vLLM does not load such an adapter, as a sentence's end, or None."""
     reasons = {
         "it does not support DoRA (spec.lora.useDora)": lora.use_dora,
         "it does not load fully trained modules (spec.lora.modulesToSave)": lora.modules_to_save is not None,
@@ -39,7 +39,7 @@ def rejected_by_vllm(lora: LoraSpec) -> str | None:
 
 
 def warn_if_not_served(spec: QLoRAJobSpec) -> None:
-    """Log a warning if vLLM loads neither the adapter nor, because the job asks for none, a merged model."""
+    """Log a warning if vLLM loads neither the adapter nor a merged model."""
     rejected = rejected_by_vllm(spec.lora)
     if rejected is not None and spec.output.merged is None:
         logger.warning("vLLM will not serve the adapter: %s; spec.output.merged makes a model that it serves", rejected)
@@ -57,7 +57,7 @@ class ServedBase:
 
 
 def served_base(job: TrainedJob) -> ServedBase:
-    """The published base if there is one, else the model that the job names; placeholders where there is no name."""
+    """The published base, or else the model that the job names, with placeholders."""
     published = job.spec.output.base
     source = parse_source(job.spec.model.source if published is None else published.destination)
     path = source.repository if isinstance(source, HubSource) else BASE_PLACEHOLDER
@@ -66,7 +66,7 @@ def served_base(job: TrainedJob) -> ServedBase:
 
 
 def serving_commands(job: TrainedJob) -> Mapping[str, str]:
-    """Commands and programs by the name of the tool that runs them, ready to paste except for the adapter's path."""
+    """Commands and programs by tool, to paste with the adapter's path."""
     base = served_base(job)
     commands = {
         "PEFT": _peft(job.prepared.auto_class, *loading_settings(job), base)
@@ -86,14 +86,14 @@ def serving_commands(job: TrainedJob) -> Mapping[str, str]:
 
 
 def template_option(job: TrainedJob, adapter: str) -> str:
-    """The rest of vLLM's command line for a job with a chat template of its own; `adapter` is the adapter's folder."""
+    """The option of vLLM for a job's chat template. `adapter`: the adapter's folder."""
     return "" if job.prepared.template_sha256 is None else f" \\\n  --chat-template {adapter}/{TEMPLATE_FILE}"
 
 
 def tokenizer_settings(job: TrainedJob, adapter: str) -> str:
-    """The lines of a program that let tokenizer and model write and end turns as in training; empty if they do."""
+    """A program's lines to write and end turns as in training, or an empty string."""
     lines, end = [], job.prepared.end_of_turn
-    # A stranger's tokenizer has written it, and a line break would end the comment.
+    # The text comes from an untrusted tokenizer, and a line break would end the comment.
     text = json.dumps("" if end is None else end.text, ensure_ascii=False)
     if job.prepared.template_sha256 is not None:
         lines.append(f'tokenizer.chat_template = open("{adapter}/{TEMPLATE_FILE}", encoding="utf-8").read()')
@@ -105,7 +105,7 @@ def tokenizer_settings(job: TrainedJob, adapter: str) -> str:
 
 
 def request_command(job: TrainedJob) -> str | None:
-    """A request to a server that has the system message and the end of an answer of training; None if it needs none."""
+    """A request with training's system message and end of answer, or None."""
     end, system = job.prepared.end_of_turn, job.spec.dataset.system_prompt
     fields = [f'"model": {json.dumps(job.name)}']
     said = [] if system is None else [{"role": "system", "content": system.text}]
@@ -120,7 +120,7 @@ def request_command(job: TrainedJob) -> str | None:
 
 
 def loading_settings(job: TrainedJob) -> tuple[str, str]:
-    """The class of transformers for settings with which the base is most like the one trained on, and such settings."""
+    """The class and settings of transformers for a base most like the trained one."""
     if job.prepared.experts_in_mxfp4:
         # transformers does not combine it with another quantization.
         return "Mxfp4Config", "Mxfp4Config(dequantize=True),\n    dtype=torch.bfloat16"

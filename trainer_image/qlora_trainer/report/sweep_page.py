@@ -1,7 +1,7 @@
 """Writes the report of a sweep: one HTML page with the curves of its cells over each other.
 
-Nobody but its cells can read their volume. Each of them leaves its curves in the folder that they share, when it is
-published or does not pass its gate, when it diverges, or when its sweep may have stopped it, and writes the page anew
+Only its cells can read their volume. Each of them leaves its curves in the folder that they share, when it is
+published or does not pass its gate, when it diverges, or when its sweep may have stopped it, and rewrites the page
 from those of all, so that the last to end has written the whole one.
 """
 
@@ -38,7 +38,7 @@ _LONGEST_WAIT_SECONDS = 30.0
 _MOST_CELLS, _MOST_POINTS, _MOST_BYTES = 64, 400, 262_144
 
 _LARGEST = 3.5e38
-"""Above all 32-bit numbers. The axis of a chart has to be longer than what it shows, and still a number."""
+"""Above all 32-bit numbers. An axis must be longer than its values, and a number."""
 
 _Figure = Annotated[float, Field(ge=-_LARGEST, le=_LARGEST, allow_inf_nan=False)]
 _Steps = Annotated[tuple[Annotated[int, Field(ge=0, le=2**53)], ...], Field(max_length=_MOST_POINTS)]
@@ -52,13 +52,13 @@ class _Points(ObservedModel):
     values: _Values
 
     @model_validator(mode="after")
-    def _has_a_value_for_each_step(self) -> Self:
+    def _validate_lengths(self) -> Self:
         if len(self.steps) != len(self.values):
             raise ValueError(f"{len(self.steps)} steps and {len(self.values)} values: must be as many")
         return self
 
     @classmethod
-    def of(cls, curve: Curve) -> "_Points":
+    def from_curve(cls, curve: Curve) -> "_Points":
         stride = max(1, -(-len(curve.steps) // (_MOST_POINTS - 1)))
         # The last point, which is compared, is always among them.
         kept = sorted({*range(0, len(curve.steps), stride), *range(len(curve.steps))[-1:]})
@@ -71,7 +71,7 @@ class _Points(ObservedModel):
 
 
 class _CellCurves(ObservedModel):
-    """What a cell leaves for the page."""
+    """A cell's part of the page."""
 
     name: str = Field(max_length=63, pattern=DNS_LABEL)
     settings: dict[str, Any]
@@ -84,21 +84,21 @@ class _CellCurves(ObservedModel):
     score: Share | None = None
     """Of its answers, if its gate has one."""
     stopped_at: Annotated[int, Field(ge=0, le=2**53)] | None = None
-    """The optimizer step of the latest evaluation of a cell that was stopped before its end, or diverged."""
+    """The optimizer step of the last evaluation of a stopped or diverged cell."""
     failed: Literal["gate", "diverged"] | None = None
-    """Why it has no published adapter: it has not passed its gate, or training diverged."""
+    """Why it has no published adapter: it failed its gate, or training diverged."""
 
     @property
     def compared(self) -> bool:
-        """Whether its results may be the best: it was trained to its end, and has not failed."""
+        """Whether it may be the best: trained to its end, and not failed."""
         return self.stopped_at is None and self.failed is None
 
 
 def add_to_sweep_report(job: TrainedJob, report: Path, shared: Path) -> None:
-    """Leave the curves of this cell in the folder `shared`, and write the page there anew.
+    """Leave the curves of this cell in the folder `shared`, and rewrite the page there.
 
-    It is trained to its end; whether it has passed its gate, `job` knows.
-    `report`: the cell's own report. Raises OSError if a file cannot be written, also if another cell does not let this
+    It is trained to its end. `job` has the result of its gate.
+    `report`: the cell's report. Raises OSError if a file cannot be written, also if another cell does not let this
     one do it within half a minute (TimeoutError); ValueError for broken metrics, or if the page cannot be drawn.
     """
     curves = _curves(job.name, job.spec, read_history(report / HISTORY_FILE))
@@ -129,8 +129,8 @@ def _curves(name: str, spec: QLoRAJobSpec, history: MetricsHistory) -> _CellCurv
     return _CellCurves(
         name=name,
         settings=spec.lora.dump() | spec.training.dump(),
-        loss=_Points.of(Curve(history.loss.steps, history.loss.smoothed(span))),
-        evaluation=_Points.of(history.evaluation),
+        loss=_Points.from_curve(Curve(history.loss.steps, history.loss.smoothed(span))),
+        evaluation=_Points.from_curve(history.evaluation),
     )
 
 
@@ -141,13 +141,13 @@ def _add(own: _CellCurves, shared: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with exclusive(folder / _LOCK_FILE, _LONGEST_WAIT_SECONDS):
         write_atomically(folder / f"{own.name}.json", json.dumps(own.dump(), allow_nan=False).encode())
-        write_atomically(shared / SWEEP_REPORT, _drawn(_read_all(folder)))
+        write_atomically(shared / SWEEP_REPORT, _draw(_read_all(folder)))
 
 
 def _read_all(folder: Path) -> list[_CellCurves]:
-    """The cells that have left their curves, the lowest loss first; after them those stopped, and then those failed.
+    """The cells that have left their curves, lowest loss first, then those stopped, then those failed.
 
-    What cannot be read is left out, and logged.
+    Unreadable ones are left out, and logged.
     """
     found = [cell for path in sorted(folder.glob("*.json"))[:_MOST_CELLS] if (cell := _read(path)) is not None]
 
@@ -172,8 +172,8 @@ def _read(path: Path) -> _CellCurves | None:
     return cell
 
 
-def _drawn(cells: Sequence[_CellCurves]) -> bytes:
-    """The page. Raises ValueError, whatever the libraries that draw it raise: others have written what it shows."""
+def _draw(cells: Sequence[_CellCurves]) -> bytes:
+    """Draw the page. Raises ValueError for any error: other cells wrote its content."""
     try:
         return _page(cells).encode()
     except Exception as error:
@@ -181,7 +181,8 @@ def _drawn(cells: Sequence[_CellCurves]) -> bytes:
 
 
 def _page(cells: Sequence[_CellCurves]) -> str:
-    # Names and settings come from files that other pods have written: everything is escaped except our own charts.
+    # Names and settings come from files that other pods have written: everything is escaped except this module's
+    # charts.
     environment = Environment(
         loader=PackageLoader("qlora_trainer.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -201,9 +202,9 @@ def _page(cells: Sequence[_CellCurves]) -> str:
 
 
 def _highest_score(cells: Sequence[_CellCurves]) -> str | None:
-    """Name of the cell with the highest score, of equal ones the first; None if no cell has one.
+    """Name of the first cell with the highest score, or None without a score.
 
-    Which cell its sweep takes for the best, by loss or by score, no cell knows.
+    The sweep's best cell, by loss or by score, is unknown here.
     """
     scored = [(cell.score, cell.name) for cell in cells if cell.score is not None]
     return max(scored, key=lambda each: each[0], default=(0.0, None))[1]

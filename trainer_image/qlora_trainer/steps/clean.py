@@ -1,4 +1,4 @@
-"""The step `clean`: deletes what no step will need again; the adapter, the report and the records stay."""
+"""The step `clean`: deletes all but the adapter, the report and the records."""
 
 from qlora_api.contract import WorkspaceLayout
 from qlora_trainer.core.completion import PublishRecord, read_completion
@@ -9,11 +9,11 @@ def clean(workspace: WorkspaceLayout) -> None:
     """Delete what only the steps needed in one job's folder, and all `*.partial`.
 
     That is `model/`, `base/`, `data/`, `initial-adapter/`, `checkpoints/` and `best/`.
-    Once the adapter has been published, `trained/` goes too. Until then it holds its only copy, with which a job whose
-    publication failed can be taken up; the base is then made again, to the same bytes.
+    Once the adapter has been published, `trained/` goes too. Until then it holds its only copy. A job whose publication
+    failed can be resumed with it. The base is then made again, to the same bytes.
 
-    `*.partial` is what a killed step has left of its writes: of the adapter, the merged model, the base, a record or a
-    part of the report. May be called again.
+    `*.partial` is the unfinished part of a killed step's writes: of the adapter, the merged model, the base, a record
+    or a part of the report. May be called again.
 
     A symbolic link is deleted and its target is not: nothing outside the folder is touched. Raises OSError if something
     cannot be deleted.
@@ -24,6 +24,6 @@ def clean(workspace: WorkspaceLayout) -> None:
     for folder in (*inputs, workspace.checkpoints, workspace.best, *only_copy):
         remove(folder)
     for folder in (workspace.root, workspace.records, workspace.report):
-        # What a link leads to is outside. The root itself may be reached by one.
+        # A link's target is outside. The root itself may be reached by one.
         if folder == workspace.root or not folder.is_symlink():
             remove_partials(folder)

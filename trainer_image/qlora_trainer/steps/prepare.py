@@ -1,8 +1,8 @@
 """The step `prepare`: finds and checks the model and the data, and lays them out in the workspace.
 
-What is cheap and often wrong comes first: the destinations, the model's configuration, whether it fits the GPU, the
-data. The weights come last. What is not complete is in folders named `.NAME.partial`, from which the next attempt
-resumes.
+Checks that are cheap and often fail come first: the destinations, the model's configuration, the GPU's memory, the
+data. The weights come last. Incomplete content is in folders named `.NAME.partial`. The next attempt resumes from
+them.
 """
 
 import logging
@@ -66,7 +66,7 @@ logger = logging.getLogger(__name__)
 def prepare(
     context: StepContext, records: RecordWriter, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)
 ) -> PrepareRecord:
-    """Lay out model and data in the workspace and write the completion record; returns at once if it still holds.
+    """Lay out model and data in the workspace and write the completion record. Returns early if it still holds.
 
     Raises StepFailure. After a failure that another attempt cannot fix, nothing is left in the workspace that was not
     there before, but for a base whose destination turns out to hold another one, or if the run to continue turns out
@@ -101,7 +101,7 @@ def prepare(
 
 
 def _continue_run(context: StepContext, record: PrepareRecord, name: str, taken_up_at: int | None) -> PrepareRecord:
-    """Copy the checkpoint of the job of that name; the record says at which step its run was taken up.
+    """Copy the checkpoint of the job of that name. The record has the step where its run is continued.
 
     `taken_up_at`: that step, if an attempt before this one has copied it.
     """
@@ -117,7 +117,10 @@ def _continue_run(context: StepContext, record: PrepareRecord, name: str, taken_
 
 @dataclass(frozen=True)
 class _Admitted:
-    """What the model's small files decide about a job that can be trained, before data and weights are fetched."""
+    """The decisions about a trainable job by the model's small files.
+
+    They come before data and weights are fetched.
+    """
 
     folder: Path
     """The model's, with its small files."""
@@ -215,7 +218,10 @@ def _prepare(
 
 
 def _admit(folder: Path, context: StepContext, records: RecordWriter, say: Callable[[str], None]) -> _Admitted:
-    """Decide whether and how the job is trained, by its model's small files. Raises StepFailure if it cannot be."""
+    """Decide by the model's small files how the job is trained.
+
+    Raises StepFailure if it cannot be.
+    """
     spec, training = context.spec, context.spec.training
     template = job_template(spec.dataset, context.mounts)
     require_installed(training.report_to)
@@ -227,7 +233,7 @@ def _admit(folder: Path, context: StepContext, records: RecordWriter, say: Calla
         require_convertible(folder, model.family.target_modules, spec.lora, spec.output.gguf, scratch)
     say("measuring the memory that training needs")
     rows_apart = model.family.keeps_rows_apart(training.max_sequence_length)
-    memory = MemoryFit.of(
+    memory = MemoryFit.from_config(
         folder / CONFIG,
         spec,
         model.family.target_modules,
@@ -245,7 +251,7 @@ def _admit(folder: Path, context: StepContext, records: RecordWriter, say: Calla
         memory=memory,
         tokenizer=Tokenizer(folder, template),
         tokenizer_files=tokenizer_digests(folder),
-        layout=BaseLayout.of(folder, spec.quantization),
+        layout=BaseLayout.from_folder(folder, spec.quantization),
         rows_apart=rows_apart,
         packed=model.packs(training),
     )
@@ -267,7 +273,10 @@ def _dataset(context: StepContext, admitted: _Admitted, hub: Callable[[], Hub], 
 
 
 def _rows_folder(context: StepContext) -> RowsFolder:
-    """Where rows are kept once they are tokenized. The cells of a sweep differ in nothing that changes a token."""
+    """The folder of tokenized rows.
+
+    The cells of a sweep differ in nothing that changes a token.
+    """
     own = partial_path(context.workspace.data / "rows")
     if context.mounts.sweep is None:
         return RowsFolder(own)
@@ -281,7 +290,10 @@ def _initial_adapter(
     say: Callable[[str], None],
     earlier: InitialAdapterStatus | None,
 ) -> InitialAdapter | None:
-    """The adapter of spec.lora.from, fetched and checked. `earlier`: what an attempt before this one found."""
+    """The adapter of spec.lora.from, fetched and checked.
+
+    `earlier`: the result of an attempt before this one.
+    """
     if context.spec.lora.initial_adapter is None:
         return None
     say("fetching and checking the adapter of spec.lora.from")
@@ -311,7 +323,7 @@ def _resolved(dataset: Dataset, admitted: _Admitted, revision: str, template: st
 
 
 def _complete_data(sequences: Path, resolved: ResolvedInputs, context: StepContext) -> Path:
-    """The data folder, named by its fingerprint, that the folder of the sequences becomes."""
+    """The data folder, named by its fingerprint, for the folder of the sequences."""
     fingerprint = resolved.fingerprint(context.spec)
     resolved.write(sequences, fingerprint)
     complete_folder(sequences, context.workspace.data / fingerprint)
@@ -330,7 +342,7 @@ def _base_status(bases: BaseSource, base: Base, fetched: int, fetching: timedelt
 
 
 def _write_template(tokenizer: Tokenizer, folder: Path) -> str | None:
-    """Write the job's chat template, from where it is published, and return its SHA-256; None without one."""
+    """Write the job's chat template for publication, and return its SHA-256, or None."""
     text = tokenizer.template_text
     if text is None:
         return None
@@ -339,7 +351,7 @@ def _write_template(tokenizer: Tokenizer, folder: Path) -> str | None:
 
 
 def _turns(admitted: _Admitted, dataset: Dataset) -> tuple[EndOfTurn | None, tuple[str, ...]]:
-    """How answers end, if servers have to be given that, and what to say of it and of the job's chat template."""
+    """How answers end, if servers need that, and remarks on it and on the template."""
     tokenizer = admitted.tokenizer
     if not tokenizer.has_chat_template or all(source.reading.format == "text" for source in dataset.training):
         return None, ()
@@ -351,7 +363,10 @@ def _turns(admitted: _Admitted, dataset: Dataset) -> tuple[EndOfTurn | None, tup
 
 
 def _check_destinations(context: StepContext, base: Publisher | None = None) -> None:
-    """Raise StepFailure unless the job can publish where it names; once its `base` is known, only where that goes."""
+    """Raise StepFailure unless the job can publish where it names.
+
+    Once its `base` is known, only the destination of the base is checked.
+    """
     for field, address in context.spec.output.destinations.items():
         shared = field == "base.destination"
         if shared or base is None:
@@ -372,7 +387,10 @@ def _open_hub(context: StepContext) -> Hub:
 
 @contextmanager
 def _leaving_what_can_be_resumed(workspace: WorkspaceLayout) -> Iterator[None]:
-    """Delete, when the body ends or raises, the incomplete folders from which no attempt will resume."""
+    """Delete the incomplete folders that no attempt will resume from.
+
+    When the body ends or raises.
+    """
     try:
         yield
     except StepFailure as failure:
@@ -390,7 +408,7 @@ def _leaving_what_can_be_resumed(workspace: WorkspaceLayout) -> Iterator[None]:
 
 
 def _discard_partials(folder: Path) -> None:
-    """Delete what is incomplete in the folder, and then the folder itself if nothing else is in it."""
+    """Delete incomplete files in the folder, and then the folder itself if empty."""
     remove_partials(folder)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

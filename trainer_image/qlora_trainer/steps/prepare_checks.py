@@ -1,4 +1,4 @@
-"""What prepare reports and reuses: the work of a run, warnings about its evaluations, and earlier prepared data."""
+"""Checks of prepare: a run's work, evaluation warnings, earlier prepared data."""
 
 import logging
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from qlora_trainer.training.schedule import Schedule
 def work_of(
     parameters: int | None, data: PreparedDataset, found: DatasetStatus, training: TrainingSpec
 ) -> WorkStatus | None:
-    """The operations of the planned run; None if it is not known how many weights a token is multiplied by.
+    """The operations of the planned run, or None if the weights per token are unknown.
 
     `parameters`: of the model; None if unknown, or if each token uses some of them only (a mixture of experts).
     """
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 def remarks_on_evaluations(training: TrainingSpec, data_folder: Path) -> tuple[str, ...]:
-    """What is to be said of the run's evaluations, which is logged too; nothing if all is well."""
+    """Warnings about the evaluation schedule, also logged. Empty if none."""
     data = PreparedDataset.open(data_folder, "train")
     remark = too_few_evaluations(training, Schedule.of(len(data), training, data.epoch_offsets).total_steps)
     if remark is None:
@@ -53,7 +53,7 @@ def remarks_on_evaluations(training: TrainingSpec, data_folder: Path) -> tuple[s
 
 
 def still_valid(record: PrepareRecord, context: StepContext, records: RecordWriter) -> PrepareRecord | None:
-    """The record with a new estimate, if what it describes is there and is what the job asks for; else None.
+    """The record with a new estimate, or None unless its content exists and matches the job.
 
     Raises StepFailure if the job does not fit its GPU, or asks for a score that no adapter could have.
     """
@@ -69,9 +69,9 @@ def still_valid(record: PrepareRecord, context: StepContext, records: RecordWrit
         return None
     if not is_present(root / record.base_path, record.base_sha256, spec.quantization):
         return None
-    if tokenizer_digests(folder) != resolved.tokenizer or not resolved.unchanged(spec.dataset, context.mounts):
+    if tokenizer_digests(folder) != resolved.tokenizer or not resolved.is_unchanged(spec.dataset, context.mounts):
         return None
-    memory = MemoryFit.of(
+    memory = MemoryFit.from_config(
         folder / CONFIG,
         spec,
         record.target_modules,
@@ -92,7 +92,7 @@ def still_valid(record: PrepareRecord, context: StepContext, records: RecordWrit
 
 
 def _can_be_trained_on(data_folder: Path, splits: Sequence[Split]) -> bool:
-    """Whether all prepared rows are there, in files of which none is damaged as far as opening it shows."""
+    """Whether all prepared rows exist, in files that can be opened."""
     try:
         for split in splits:
             PreparedDataset.open(data_folder, split)

@@ -1,4 +1,4 @@
-"""The step `publish`: verify the adapter, draw the report, write both, merge if asked to, and upload the history."""
+"""The step `publish`: verify, report, publish, merge, and upload the history."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ from qlora_trainer.core.file_names import (
     REPORT_FILE,
 )
 from qlora_trainer.core.filesystem import write_atomically
-from qlora_trainer.core.paths import confined
+from qlora_trainer.core.paths import confine
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.core.trained_job import TrainedJob
 from qlora_trainer.data.render.template_source import TEMPLATE_FILE
@@ -39,8 +39,8 @@ from qlora_trainer.publishing.destinations.volume import VolumeFolder
 from qlora_trainer.publishing.gate import gate_failure, judge
 from qlora_trainer.publishing.gguf import GgufFile, gguf_file
 from qlora_trainer.publishing.lineage import publish_with_lineage, read_signing_key
-from qlora_trainer.publishing.merged_model import publish_merged, still_published
-from qlora_trainer.publishing.quantized_base import base_still_published, publish_base
+from qlora_trainer.publishing.merged_model import is_merged_published, publish_merged
+from qlora_trainer.publishing.quantized_base import is_base_published, publish_base
 from qlora_trainer.publishing.tracking import upload_run
 from qlora_trainer.publishing.verify import require_own_training, verify_adapter
 from qlora_trainer.report.model_card import adapter_model_card, quantization_label
@@ -57,7 +57,7 @@ _Completion = TypeVar("_Completion", PrepareRecord, TrainRecord)
 def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], datetime]) -> PublishRecord:
     """Verify the trained adapter, write the report and publish to the destination. `now` gives the time for records.
 
-    Returns at once if the completion record matches and the files at the destination are still what it says.
+    Returns early if the completion record matches, and the files at the destination match it.
     Raises StepFailure; the adapter is not published then, unless it is the base or the merge that has failed. One that
     does not pass spec.gate (GATE_FAILED) reaches no destination, and neither do its base and a merged model.
     """
@@ -101,7 +101,7 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
 
 
 def _track(job: TrainedJob, record: PublishRecord, context: StepContext, say: Callable[[str], None]) -> PublishRecord:
-    """Upload the run to trackers. Everything is published by then: what is left can be repeated."""
+    """Upload the run to trackers. All else is published, and this can be repeated."""
     tracking = upload_run(job, record.adapter, context, say, record.tracking)
     if tracking == record.tracking:
         return record
@@ -115,7 +115,7 @@ def _track(job: TrainedJob, record: PublishRecord, context: StepContext, say: Ca
 
 
 def _published_page(job: TrainedJob, context: StepContext) -> bytes | None:
-    """The page of the run for the adapter's folder; None if the job wants none there."""
+    """The page of the run for the adapter's folder, or None if the job wants none."""
     wanted = context.spec.output.report
     if wanted == "none":
         return None
@@ -123,7 +123,7 @@ def _published_page(job: TrainedJob, context: StepContext) -> bytes | None:
 
 
 def _add_to_sweep(job: TrainedJob, context: StepContext) -> None:
-    """Write the report of the sweep anew, if the job is a cell of one.
+    """Rewrite the report of the sweep, if the job is a cell of one.
 
     After everything else: other pods write what it shows, and none of that may cost this cell its adapter.
     """
@@ -136,7 +136,10 @@ def _add_to_sweep(job: TrainedJob, context: StepContext) -> None:
 
 
 def _trained_job(context: StepContext) -> TrainedJob:
-    """The job with the records of the steps before, judged. Raises StepFailure if one is missing."""
+    """The job with earlier records and the gate's result.
+
+    Raises StepFailure if a record is missing.
+    """
     trained = _required(context.workspace.completion("train"), "train", TrainRecord)
     prepared = _required(context.workspace.completion("prepare"), "prepare", PrepareRecord)
     pairs = context.spec.training.compares_answers
@@ -162,7 +165,7 @@ def _required(path: Path, step: StepName, kind: type[_Completion]) -> _Completio
 
 
 def _destination(context: StepContext, address: str | None, folder: Path) -> Destination:
-    """The destination of an address of spec.output; without one, `folder` of the workspace."""
+    """The destination of an address of spec.output, or `folder` of the workspace."""
     if address is not None:
         return open_destination(
             address,
@@ -173,34 +176,34 @@ def _destination(context: StepContext, address: str | None, folder: Path) -> Des
         )
     root = context.workspace.root
     uri = f"{context.workspace_uri}/{folder.relative_to(root)}"
-    return VolumeFolder(confined(folder, root), uri, owner=context.pod_uid)
+    return VolumeFolder(confine(folder, root), uri, owner=context.pod_uid)
 
 
 def _merged_destination(context: StepContext) -> Destination | None:
-    """The destination of the merged model; None if the job does not ask for one."""
+    """The destination of the merged model, or None if the job asks for none."""
     wanted = context.spec.output.merged
     return None if wanted is None else _destination(context, wanted.destination, context.workspace.merged)
 
 
 def _base_destination(context: StepContext) -> Destination | None:
-    """The destination of the 4-bit base; None if the job does not ask for one."""
+    """The destination of the 4-bit base, or None if the job asks for none."""
     wanted = context.spec.output.base
     return None if wanted is None else _destination(context, wanted.destination, context.workspace.base)
 
 
 def _already_published(context: StepContext, job: TrainedJob, destination: Destination) -> PublishRecord | None:
-    """The completion record, if it is of this adapter and every file is still what its manifest says."""
+    """The record, if of this adapter with every file as in its manifest, or None."""
     record = read_completion(context.workspace.completion("publish"), PublishRecord)
     if record is None or record.fingerprint != _fingerprint(job.trained, destination):
         return None
     if context.mounts.signing_key.is_file() and record.adapter.lineage != "signed":
         return None  # the profile has got a key since
     merged_destination = _merged_destination(context)
-    if merged_destination is not None and not still_published(merged_destination, record.merged):
+    if merged_destination is not None and not is_merged_published(merged_destination, record.merged):
         return None
     base_destination = _base_destination(context)
     if base_destination is not None and not (
-        record.base and base_still_published(job, context.workspace, base_destination)
+        record.base and is_base_published(job, context.workspace, base_destination)
     ):
         return None
     manifest = destination.published()
@@ -219,7 +222,7 @@ def _verify(job: TrainedJob, context: StepContext) -> Path:
     """The folder of the trained adapter, after every check. Raises StepFailure."""
     workspace, prepared, trained = context.workspace, job.prepared, job.trained
     require_own_training(prepared, trained, job.spec, workspace)
-    folder = confined(workspace.root / trained.adapter_path, workspace.root)
+    folder = confine(workspace.root / trained.adapter_path, workspace.root)
     verify_adapter(
         folder,
         trained.adapter_sha256,
@@ -234,7 +237,10 @@ def _verify(job: TrainedJob, context: StepContext) -> Path:
 
 
 def _held_back(job: TrainedJob, gate: GateStatus, context: StepContext, say: Callable[[str], None]) -> StepFailure:
-    """Why the adapter is not published. It stays where it is, with what would be published, for people to look at."""
+    """Why the adapter is not published.
+
+    It stays in its place, with its report and model card, for people to inspect.
+    """
     say("verifying the adapter")
     folder = _verify(job, context)
     say("writing the report")
@@ -251,12 +257,12 @@ def _held_back(job: TrainedJob, gate: GateStatus, context: StepContext, say: Cal
 
 
 def _card(job: TrainedJob, workspace: WorkspaceLayout) -> bytes:
-    """The adapter's model card. Raises OSError if the metrics are missing, ValueError for broken ones."""
+    """The adapter's model card. Raises OSError or ValueError for unusable metrics."""
     return adapter_model_card(job, read_history(workspace.report / HISTORY_FILE)).encode()
 
 
 def _initial_adapter(job: TrainedJob, workspace: WorkspaceLayout) -> Mapping[str, Tensor] | None:
-    """The tensors with which training was initialized; None if it began with a new adapter."""
+    """The tensors that training continued from, or None for a new adapter."""
     initial = job.prepared.initial_adapter
     return None if initial is None else read_initial_adapter(workspace.initial_adapter, initial.sha256)
 
@@ -264,7 +270,7 @@ def _initial_adapter(job: TrainedJob, workspace: WorkspaceLayout) -> Mapping[str
 def _contents(
     job: TrainedJob, folder: Path, workspace: WorkspaceLayout, picture: bytes, page: bytes | None, gguf: GgufFile | None
 ) -> Contents:
-    """What is published: the adapter of `folder`, its model card, the picture of its loss, and what else it has.
+    """The files to publish: the adapter of `folder`, its model card, the picture of its loss, and other files of it.
 
     `page` is the report, if it is published too.
     """
@@ -281,7 +287,10 @@ def _contents(
 
 
 def _adapter_at(uri: str, job: TrainedJob, folder: Path, *, signed: bool) -> AdapterStatus:
-    """The status of the adapter in `folder`, which is published at `uri`. `signed`: with a lineage that is."""
+    """The status of the adapter in `folder`, published at `uri`.
+
+    `signed`: with a lineage that is.
+    """
     return AdapterStatus(
         uri=uri,
         sha256=job.trained.adapter_sha256,
@@ -298,7 +307,10 @@ def _adapter_at(uri: str, job: TrainedJob, folder: Path, *, signed: bool) -> Ada
 
 
 def _require_base(job: TrainedJob, context: StepContext) -> None:
-    """Raise StepFailure if the base is in the cache and no longer whole there. The adapter is published without it."""
+    """Raise StepFailure if the base is in the cache and no longer whole there.
+
+    The adapter is published without it.
+    """
     require_whole_in_cache(context.workspace.root / job.prepared.base_path, context.mounts.model_cache)
 
 

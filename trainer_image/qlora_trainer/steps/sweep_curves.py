@@ -1,4 +1,4 @@
-"""Leaves the curves of a run that does not reach `publish` on the page of its sweep."""
+"""Leaves the curves of a run without `publish` on the page of its sweep."""
 
 import logging
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ def leaving_curves(context: StepContext) -> Iterator[None]:
     try:
         yield
     except Interrupted:
-        # Without rungs no sweep stops a cell: it is suspended or moved, and goes on.
+        # Without rungs no sweep stops a cell: it is suspended or moved, and continues.
         if context.rungs:
             _leave(context, diverged=False)
         raise

@@ -38,7 +38,7 @@ def train(
     """Train, from the newest checkpoint if there is one, and write the adapter to `trained/`.
 
     `now` gives the time for records (with a time zone), `monotonic` seconds for speeds. `command` starts the same step
-    as a further process, for a job with several GPUs that torchrun has not started. Returns at once if the completion
+    as a further process, for a job with several GPUs that torchrun has not started. Returns early if the completion
     record matches. Raises StepFailure, or Interrupted after saving when `stop` was set.
     """
     rank_info = RankInfo.of(os.environ, context.spec.resources)
@@ -96,7 +96,7 @@ def _agreed_record(ranks: Ranks, record: TrainRecord | None) -> TrainRecord:
 
 
 def _meeting(context: StepContext, rank_info: RankInfo, runtime: Runtime) -> Meeting:
-    """How this process meets the others: in several pods, for as long as the profile says."""
+    """How this process meets others in several pods, with the profile's time limit."""
     if not rank_info.several_nodes or contract.ENV_NODE not in os.environ:
         return Meeting(stopped=lambda: runtime.stop.requested)
 

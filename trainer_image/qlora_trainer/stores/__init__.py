@@ -1,1 +1,1 @@
-"""Clients of model hubs, object stores and registries. Each raises StepFailure only."""
+"""Clients of hubs, object stores and registries. They raise StepFailure only."""

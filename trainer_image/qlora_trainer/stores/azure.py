@@ -44,7 +44,10 @@ def open_azure(name: str, secret: Secret) -> Bucket:
 
 
 def _access(secret: Secret) -> Access:
-    """From the Secret, else the identity of the pod, else from the environment; without any, nothing is signed."""
+    """Access by the Secret, else the pod's identity, else the environment.
+
+    Without any, nothing is signed.
+    """
     given = _keys(secret.line(_ACCOUNT_KEY), secret.line(_SAS))
     own = given or _keys(os.environ.get(_ACCOUNT_KEY), os.environ.get(_SAS))
     if secret.name is not None and own is None:
@@ -58,7 +61,7 @@ def _access(secret: Secret) -> Access:
 
 
 def _keys(account_key: str | None, sas: str | None) -> "AzureConfig | None":
-    """The settings for the key of the account, or else for a shared access signature; None without either."""
+    """The settings for the account's key, else for a signature, or None."""
     if account_key:
         return {"credential_type": "access_key", "account_key": account_key}
     return {"credential_type": "sas_token", "sas_key": sas.removeprefix("?")} if sas else None

@@ -1,4 +1,4 @@
-"""A bucket of an object store, opened: where it is, which client reads it, and why it cannot be reached."""
+"""An opened bucket: its address, its client, and why it cannot be reached."""
 
 import os
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # Nothing can listen on port 0. The client follows redirects and takes credentials with it to any host; requests to all
 # hosts but the store's own go to this proxy, that is, nowhere.
 _NOWHERE = "127.0.0.1:0"
-# What the client says, after a proxy or a redirect has failed and after a certificate was rejected.
+# The client's errors after a proxy or a redirect has failed and after a certificate was rejected.
 _TUNNEL, _REDIRECT, _CERTIFICATE = "TunnelUnsuccessful", "error following redirect", "InvalidCertificate"
 STALLED = timedelta(seconds=30)
 """A transfer is given up when nothing has arrived for so long."""
@@ -28,10 +28,13 @@ RETRY: "RetryConfig" = {
 
 
 class Route:
-    """How a client reaches a store and the servers that it needs for that, and no other host."""
+    """The way of a client to a store and its helper servers, and to no other host."""
 
     def __init__(self, endpoint: str, others: Iterable[str] = ()) -> None:
-        """All are http:// or https:// addresses. Those that the environment's proxy serves are reached through it."""
+        """Create from http:// or https:// addresses.
+
+        Those that the environment's proxy serves are reached through it.
+        """
         servers, proxy = (endpoint, *others), https_proxy(os.environ)
         proxied = frozenset(_host_and_port(url) for url in servers if proxy is not None and proxy.serves(url))
         direct = sorted({urlsplit(url).hostname or "" for url in servers if _host_and_port(url) not in proxied})
@@ -53,7 +56,10 @@ class Route:
         return strayed or _NOWHERE in error or _REDIRECT in error
 
     def trouble(self, error: str) -> str:
-        """What the client's error says about the way to the store, as the end of a sentence; empty if nothing."""
+        """Explain the client's error by the way to the store.
+
+        The end of a sentence, or an empty string.
+        """
         if _CERTIFICATE in error:
             return f": {NOT_TRUSTED}"
         if self._relay is not None and _TUNNEL in error:
@@ -77,7 +83,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Access:
-    """With which credentials a bucket is opened."""
+    """The credentials that open a bucket."""
 
     config: Any
     """Settings of the store's client."""

@@ -16,7 +16,7 @@ _GOOGLE_METADATA = ("metadata.google.internal", "169.254.169.254")
 
 
 def aws_identity(environment: Mapping[str, str], region: str) -> Access | None:
-    """The role of IRSA or of EKS Pod Identity; None if the profile allows none of AWS.
+    """The role of IRSA or of EKS Pod Identity, or None if the profile allows none of AWS.
 
     Raises StepFailure UNREACHABLE if neither webhook has reached the pod.
     """
@@ -24,7 +24,7 @@ def aws_identity(environment: Mapping[str, str], region: str) -> Access | None:
         return None
     if token := environment.get("AWS_WEB_IDENTITY_TOKEN_FILE"):
         sts = environment.get("AWS_ENDPOINT_URL_STS") or f"https://sts.{region}.amazonaws.com"
-        role = _required(environment, "AWS_ROLE_ARN")
+        role = _require(environment, "AWS_ROLE_ARN")
         session = environment.get("AWS_ROLE_SESSION_NAME") or "qlora"
         config = {
             "web_identity_token_file": token,
@@ -33,14 +33,17 @@ def aws_identity(environment: Mapping[str, str], region: str) -> Access | None:
             "aws_endpoint_url_sts": sts,
         }
         return Access(config, (sts,), by_identity=True)
-    agent = _required(environment, "AWS_CONTAINER_CREDENTIALS_FULL_URI")
-    file = _required(environment, "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE")
+    agent = _require(environment, "AWS_CONTAINER_CREDENTIALS_FULL_URI")
+    file = _require(environment, "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE")
     config = {"container_credentials_full_uri": agent, "container_authorization_token_file": file}
     return Access(config, (agent,), by_identity=True)
 
 
 def google_identity(environment: Mapping[str, str]) -> Access | None:
-    """The service account of GKE's workload identity, by its metadata server; None if the profile does not allow it."""
+    """The service account of GKE's workload identity, by its metadata server.
+
+    None if the profile does not allow it.
+    """
     if environment.get(contract.ENV_CLOUD_IDENTITY) != "google":
         return None
     own = environment.get("GCE_METADATA_HOST")
@@ -48,7 +51,7 @@ def google_identity(environment: Mapping[str, str]) -> Access | None:
 
 
 def azure_identity(environment: Mapping[str, str]) -> Access | None:
-    """The application of Azure's workload identity; None if the profile does not allow it.
+    """The application of Azure's workload identity, or None if the profile does not allow it.
 
     Raises StepFailure UNREACHABLE if its webhook has not reached the pod.
     """
@@ -57,15 +60,15 @@ def azure_identity(environment: Mapping[str, str]) -> Access | None:
     login = environment.get("AZURE_AUTHORITY_HOST") or _AZURE_LOGIN
     config = {
         "credential_type": "workload_identity",
-        "client_id": _required(environment, "AZURE_CLIENT_ID"),
-        "tenant_id": _required(environment, "AZURE_TENANT_ID"),
-        "federated_token_file": _required(environment, "AZURE_FEDERATED_TOKEN_FILE"),
+        "client_id": _require(environment, "AZURE_CLIENT_ID"),
+        "tenant_id": _require(environment, "AZURE_TENANT_ID"),
+        "federated_token_file": _require(environment, "AZURE_FEDERATED_TOKEN_FILE"),
         "authority_host": login.rstrip("/"),
     }
     return Access(config, (login,), by_identity=True)
 
 
-def _required(environment: Mapping[str, str], variable: str) -> str:
+def _require(environment: Mapping[str, str], variable: str) -> str:
     if value := environment.get(variable):
         return value
     raise _not_given(variable)

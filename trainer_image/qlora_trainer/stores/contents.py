@@ -8,7 +8,7 @@ from qlora_api.schema import ApiModel
 from qlora_trainer.core.filesystem import file_sha256
 
 Contents = Mapping[str, Path | bytes]
-"""Files by their names in the published folder, each given by a path or by its content."""
+"""Paths or contents of files, by their names in the published folder."""
 
 
 class PublishedFile(ApiModel):

@@ -7,13 +7,13 @@ from urllib.parse import urlsplit
 
 from qlora_trainer.core.failures import bad_configuration
 
-# Besides link-local addresses such as 169.254.169.254, at which clouds hand out the credentials of the node.
+# Besides link-local addresses such as 169.254.169.254, where clouds hand out the credentials of the node.
 _METADATA = frozenset(map(ip_address, ("fd00:ec2::254", "fd00:ec2::23", "100.100.100.200")))
 _METADATA_NAMES = frozenset({"metadata", "metadata.google.internal"})
 
 
 def server_address(environment: Mapping[str, str], variable: str) -> str | None:
-    """The address in the variable; None if it is not set.
+    """The address in the variable, or None if it is not set.
 
     Raises StepFailure BAD_CONFIGURATION unless it is http:// or https:// with a host, without credentials, since the
     profile that sets it is not a secret, and not a cloud's metadata service, which would receive the job's credentials

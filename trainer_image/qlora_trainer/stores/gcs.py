@@ -36,7 +36,7 @@ def open_gcs(name: str, secret: Secret) -> Bucket:
         base_url=endpoint,
         client_options=route.options,
         retry_config=settings.RETRY,
-        # To write, the client asks the node's metadata service for a token even if it is told not to sign.
+        # To write, the client asks the node's metadata service for a token even with signing off.
         credential_provider=_no_token if access.config.get("skip_signature") else None,
     )
     return Bucket(store, endpoint, route, "googleStorage.endpoint", access)
@@ -47,7 +47,10 @@ def _no_token() -> "GCSCredential":
 
 
 def _access(secret: Secret) -> Access:
-    """From the Secret, else the identity of the pod, else from the environment; without any, nothing is signed."""
+    """Access by the Secret, else the pod's identity, else the environment.
+
+    Without any, nothing is signed.
+    """
     own = any(os.environ.get(name) for name in _FROM_ENVIRONMENT)
     values = secret.require(_KEY, has_own=own)
     if values is not None:
@@ -58,7 +61,10 @@ def _access(secret: Secret) -> Access:
 
 
 def _service_account(text: str, secret: Secret) -> str:
-    """The key, with only the fields that sign: others would name a server, which is for the administrator to choose."""
+    """The key, with only the fields that sign.
+
+    Others would name a server, which is for the administrator to choose.
+    """
     try:
         key = json.loads(text)
         fields = {name: str(key[name]) for name in _FIELDS}

@@ -41,7 +41,7 @@ from qlora_trainer.stores.retry import is_retryable, retry
 
 @dataclass(frozen=True)
 class HubRequest:
-    """What is asked of a hub, as far as a message about its failure needs it."""
+    """A request to a hub, as far as a message about its failure needs it."""
 
     endpoint: str
     kind: str
@@ -55,7 +55,7 @@ class HubRequest:
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """Raise the StepFailure for whatever the client raises in the body, and OSError only for a full disk."""
+        """Raise StepFailure for any client error in the body, OSError for a full disk."""
         try:
             yield
         except HFValidationError as error:
@@ -91,7 +91,10 @@ class HubRequest:
         return f"{self.kind} hf://{self.repository}"
 
     def _rejection(self, error: HTTPError, status: int | None) -> str | None:
-        """Why the hub will not do this later either; None if it may. `status`: None if there was no answer."""
+        """Why the hub will never do this, or None if it may later.
+
+        `status`: None if there was no answer.
+        """
         token = f"the token of {self.field}" if self.has_token else f"no token ({self.field})"
         done = "written" if self.writes else "read"
         # Its class is below that of a repository that does not exist, so that it comes first.
@@ -107,9 +110,9 @@ class HubRequest:
         if isinstance(error, RepositoryNotFoundError) or status in (401, 403, 404):
             return (
                 f"{self._name} does not exist, or may not be {done} with {token} (HTTP {status}): check the name, and "
-                f"set {self.field} to a token with which it may be {done}"
+                f"set {self.field} to a token that allows it"
             )
-        # Conflicts too: somebody else has committed, and the next attempt decides anew.
+        # Conflicts too: another client has committed, and the next attempt decides again.
         if status is not None and not is_retryable(status, conflicts=True):
             return f"{self._name} was rejected by {self.endpoint} with HTTP {status}: check its name"
         return None
@@ -145,7 +148,7 @@ class Listing:
 
 
 def _ignore(_bytes: int) -> None:
-    """For a download that nobody watches."""
+    """Ignore the progress of a download."""
 
 
 class Hub:
@@ -163,7 +166,7 @@ class Hub:
         field: str = "spec.model.tokenSecretRef",
         writes: bool = False,
     ) -> None:
-        """`endpoint`: address of the hub; HF_ENDPOINT, or the public one, if None. `token` is sent to it only.
+        """`endpoint`: address of the hub. None: HF_ENDPOINT, or the public one. `token` is sent to it only.
 
         For messages: `field` is the field of the spec that the token comes from, `writes` what it is for.
         """
@@ -173,7 +176,10 @@ class Hub:
         self._api = HfApi(endpoint=endpoint or server_address(os.environ, "HF_ENDPOINT"), token=token)
 
     def list(self, kind: RepositoryKind, repository: str, revision: str | None) -> Listing:
-        """The files of the repository at the commit that `revision` (None: the default branch) stands for now."""
+        """The files of the repository at the current commit of `revision`.
+
+        None: the default branch.
+        """
         ask = self._api.model_info if kind == "model" else self._api.dataset_info
         with self._errors(kind, repository, revision):
             info = _retry(lambda: ask(repository, revision=revision, files_metadata=True, timeout=_TIMEOUT_SECONDS))
@@ -185,7 +191,7 @@ class Hub:
         return Listing(kind, repository, info.sha, files)
 
     def fetch(self, listing: Listing, file: HubFile, folder: Path, on_bytes: Callable[[int], None] = _ignore) -> Path:
-        """Download one file into `folder`, from where an earlier attempt stopped; returns its path.
+        """Download one file into `folder`, from where an earlier attempt stopped, and return its path.
 
         `on_bytes` is called with the bytes of this file that have arrived so far. Raises StepFailure UNREACHABLE, and
         removes the file, unless its size and SHA-256 are those that the hub lists.
@@ -211,7 +217,10 @@ class Hub:
         return path
 
     def digest(self, listing: Listing, file: HubFile) -> str:
-        """SHA-256, in hexadecimal, of the file's content as the hub sends it now; it is not written anywhere."""
+        """SHA-256, in hexadecimal, of the file's content as the hub sends it now.
+
+        The content is not stored.
+        """
         address = self._address(listing, file)
         headers, found = build_hf_headers(token=self._token), sha256()
         with (
@@ -238,7 +247,7 @@ class Hub:
             )
 
     def find(self, repository: str) -> Listing | None:
-        """The files of a model's repository on its default branch; None if there is none that the token may see."""
+        """The files of a model's default branch, or None if the token sees none."""
         try:
             return self.list("model", repository, None)
         except StepFailure as failure:
@@ -248,7 +257,7 @@ class Hub:
             raise
 
     def make(self, repository: str) -> Listing:
-        """Create a private model repository unless it exists; returns its files."""
+        """Create a private model repository unless it exists, and return its files."""
         with self._errors("model", repository, None):
             self._api.create_repo(repository, private=True, exist_ok=True)
         return self.list("model", repository, None)
@@ -271,7 +280,7 @@ class Hub:
                     ) from None
 
     def _role(self) -> str | None:
-        """What the token is for: read, write or fineGrained; None without a token."""
+        """The token's role: read, write or fineGrained, or None without a token."""
         if not self._token:
             return None
         found = _retry(self._api.whoami)
@@ -280,10 +289,10 @@ class Hub:
     def commit(
         self, repository: str, files: Contents, message: str, *, parent: str, without: Sequence[str] = ()
     ) -> str:
-        """Commit all these files at once to a model repository, and delete those in `without`; returns the commit.
+        """Commit all these files together to a model repository, delete those in `without`, and return the commit.
 
-        `parent` is the commit that the caller has looked at. If another one has come since, the hub rejects this one,
-        so that nobody else's files are overwritten.
+        `parent` is the commit that the caller has read. If another one has come since, the hub rejects this one, so
+        that no other client's files are overwritten.
         """
         with self._errors("model", repository, None), ExitStack() as opened:
             # As open files they go over Git LFS, which every hub supports; given by path the client insists on Xet.
@@ -322,7 +331,7 @@ class Hub:
 def hub_token(token_file: Path, secret: str | None) -> str | None:
     """The read token: mounted from a Secret, else that of the user who is logged in on this machine, else None.
 
-    `secret` names the Secret and key that the job refers to. Raises StepFailure UNREACHABLE if neither is there: the
+    `secret` names the Secret and key that the job refers to. Raises StepFailure UNREACHABLE if neither exists: the
     Secret may be created after the job.
     """
     if token_file.is_file():
@@ -334,12 +343,12 @@ def hub_token(token_file: Path, secret: str | None) -> str | None:
 
 
 def _stays_in_its_folder(name: str) -> bool:
-    """Whether the file is written inside the folder it is downloaded to. One that is not does not exist for us."""
+    """Whether the file would be inside its download folder. Others are ignored."""
     return not name.startswith("/") and ".." not in name.split("/")
 
 
 def _difference(path: Path, file: HubFile) -> str | None:
-    """How the downloaded file differs from the listed one; None if it does not."""
+    """The difference between the downloaded and the listed file, or None."""
     size = path.stat().st_size
     if size != file.size:
         return f"{size} bytes, but the hub lists {file.size}"
@@ -349,7 +358,7 @@ def _difference(path: Path, file: HubFile) -> str | None:
 
 
 def _retry(ask: Callable[[], _Answer]) -> _Answer:
-    """The answer to a request that only reads, sent again while the hub is overloaded or failing."""
+    """Answer a read request, and retry while the hub is overloaded or failing."""
     return retry(ask, waits=_WAITS, retryable=_is_retryable)
 
 
@@ -358,7 +367,10 @@ def _is_retryable(error: Exception) -> bool:
 
 
 def _byte_counter(on_bytes: Callable[[int], None]) -> type[Any]:
-    """A class of progress bars for the client, which calls `on_bytes`. Of two bars for one file the larger counts."""
+    """A progress bar class for the client, which calls `on_bytes`.
+
+    Of two bars for one file the larger counts.
+    """
     largest = 0
 
     class ByteCounter:

@@ -1,4 +1,7 @@
-"""Writes and reads the CNCF's ModelPack format, files as layers of an artifact (github.com/modelpack/model-spec v1)."""
+"""Writes and reads the CNCF's ModelPack format: an artifact with files as layers.
+
+See github.com/modelpack/model-spec v1.
+"""
 
 import json
 import re
@@ -22,7 +25,7 @@ _DOCUMENTS = frozenset({"README.md", "manifest.json"})
 
 
 def pack(name: str, files: Mapping[str, PublishedFile]) -> tuple[bytes, bytes]:
-    """Configuration and manifest of the artifact of these files, each of which is a layer as it is.
+    """Configuration and manifest of the artifact of these files. Each is one layer, unchanged.
 
     The same files give the same bytes.
     """
@@ -92,7 +95,7 @@ def archives(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _is_archive(layer: Mapping[str, Any]) -> bool:
-    """Whether a layer is an archive, compressed or encrypted, and so not simply a file."""
+    """Whether a layer is compressed, encrypted or packed, and not simply a file."""
     return "+" in str(layer.get("mediaType")) or ".tar" in str(layer.get("mediaType"))
 
 

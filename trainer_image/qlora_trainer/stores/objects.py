@@ -1,4 +1,4 @@
-"""Reads and writes objects of a bucket: of S3, of Google Cloud Storage, or of a container of Azure Blob Storage."""
+"""Reads and writes objects of a bucket: S3, Google Cloud Storage, or Azure."""
 
 import os
 import re
@@ -50,19 +50,19 @@ class StoredObject:
     size: int
     """Bytes."""
     etag: str
-    """Differs if the content does. Not a digest of it: that of a multipart upload depends on the parts."""
+    """Differs if the content does. No digest: a multipart upload's has the parts."""
 
 
 def version_of(objects: Mapping[str, StoredObject]) -> str:
-    """A name, in hexadecimal, that differs once the name, size or ETag of any of these objects does."""
+    """A name, in hexadecimal, for these objects' names, sizes and ETags."""
     lines = (f"{found.etag} {found.size} {name}\n" for name, found in sorted(objects.items()))
     return sha256("".join(lines).encode()).hexdigest()
 
 
-def _opened(source: ObjectStoreSource, secret: Secret) -> Bucket:
-    """The bucket. Raises StepFailure BAD_CONFIGURATION for credentials that the client cannot use.
+def _open(source: ObjectStoreSource, secret: Secret) -> Bucket:
+    """Open the bucket. Raises StepFailure BAD_CONFIGURATION for credentials that the client cannot use.
 
-    What it says about them is not shown, as it quotes them.
+    The client's error is not shown, as it quotes them.
     """
     try:
         return _OPEN[source.scheme](source.bucket, secret)
@@ -76,21 +76,21 @@ def _opened(source: ObjectStoreSource, secret: Secret) -> Bucket:
 class ObjectFolder:
     """An object, or the objects below a prefix, of one bucket. Methods raise StepFailure.
 
-    What is missing or may not be read or written ends as `reject` says; a store in trouble is UNREACHABLE.
+    Missing or forbidden objects end as in `reject`. A store in trouble is UNREACHABLE.
     """
 
     def __init__(self, source: ObjectStoreSource, secret: Secret, *, reject: Callable[[str], StepFailure]) -> None:
-        """The store's address comes from environment variables, which the administrator's profile sets."""
+        """Open the store. Its address is in environment variables, set by the profile."""
         self.uri = str(source)
         self._prefix = source.path
         self._secret = secret
         self._reject = reject
-        self._bucket = _opened(source, secret)
+        self._bucket = _open(source, secret)
         self._endpoint, self._store = self._bucket.endpoint, self._bucket.store
         self.address = f"{self._endpoint}/{source.bucket}/{source.path}"
 
     def list(self) -> dict[str, StoredObject]:
-        """The objects below the prefix by their names below it; that of the prefix itself is not among them."""
+        """The objects below the prefix, by their names below it, without its object."""
         with self._errors("listed"):
             found = [entry for page in obstore.list(self._store, f"{self._prefix}/") for entry in page]
         entries = ((entry["path"].removeprefix(f"{self._prefix}/"), entry) for entry in found)
@@ -133,15 +133,21 @@ class ObjectFolder:
             wrong = "another MD5 than its ETag"
         if wrong is not None:
             partial.unlink()
-            raise unreachable(f"{self._named(found.name)} arrived with {wrong}: it is downloaded again")
+            raise unreachable(f"{self._object_name(found.name)} arrived with {wrong}: it is downloaded again")
         partial.replace(path)
 
     def digest(self, name: str) -> str:
-        """SHA-256, in hexadecimal, of the object's content as the store sends it now; it is not written anywhere."""
+        """SHA-256, in hexadecimal, of the object's content as the store sends it now.
+
+        The content is not stored.
+        """
         return self._digest(self.stat(name), "sha256")
 
     def read(self, name: str, *, most: int) -> bytes | None:
-        """The content of an object; None if there is none, or it has more than `most` bytes, which are not read."""
+        """The content of an object, or None.
+
+        None too, without reading it, if it has more than `most` bytes.
+        """
         with self._errors("read"):
             try:
                 found = obstore.get(self._store, self._key(name))
@@ -150,12 +156,12 @@ class ObjectFolder:
             return bytes(found.bytes()) if found.meta["size"] <= most else None
 
     def write(self, name: str, content: Path | bytes) -> None:
-        """Upload an object, replacing one of this name. It becomes visible complete or not at all."""
+        """Upload or replace an object. It becomes visible complete or not at all."""
         with self._errors("written"):
             obstore.put(self._store, self._key(name), content, chunk_size=_PART_BYTES, max_concurrency=2)
 
     def create(self, name: str, content: bytes) -> bool:
-        """Upload a small object unless there is one of this name; returns whether there was none."""
+        """Upload a small object unless its name exists. Returns whether it was new."""
         with self._errors("written"):
             try:
                 obstore.put(self._store, self._key(name), content, mode="create")
@@ -164,15 +170,15 @@ class ObjectFolder:
         return True
 
     def delete(self, name: str) -> None:
-        """Delete an object; nothing happens if there is none."""
+        """Delete an object, if it exists."""
         with self._errors("written"), suppress(FileNotFoundError):
             # S3 answers as if there had been one, Google and Azure do not.
             obstore.delete(self._store, self._key(name))
 
     def _is_as_stored(self, found: StoredObject, path: Path) -> bool:
-        """Whether the file is the object, as far as its ETag can tell.
+        """Whether the file is the object, as far as its ETag shows.
 
-        A store that encrypts with its own keys (SSE-KMS) has ETags that look like an MD5 but are not. So if they
+        A store that encrypts with separate keys (SSE-KMS) has ETags that look like an MD5 but are not. So if they
         differ, the object is read a second time: content that arrives the same twice is what the store has.
         """
         expected = _PLAIN_ETAG.fullmatch(found.etag)
@@ -183,7 +189,7 @@ class ObjectFolder:
         return arrived == expected[1].lower() or arrived == self._digest(found, "md5")
 
     def _digest(self, found: StoredObject, algorithm: str) -> str:
-        # Against accidents only; a machine on which MD5 is forbidden for security allows this.
+        # Against accidents only: a machine that forbids MD5 for security allows this.
         digest = new(algorithm, usedforsecurity=False)
         for block in self._blocks(found, 0):
             digest.update(block)
@@ -199,18 +205,21 @@ class ObjectFolder:
                     yield bytes(block)
             except PreconditionError as error:
                 raise unreachable(
-                    f"{self._named(found.name)} was replaced while it was read: it is downloaded again"
+                    f"{self._object_name(found.name)} was replaced while it was read: it is downloaded again"
                 ) from error
 
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}" if name else self._prefix
 
-    def _named(self, name: str) -> str:
+    def _object_name(self, name: str) -> str:
         return f"{self.uri}/{name}" if name else self.uri
 
     @contextmanager
     def _errors(self, wanted: str) -> Iterator[None]:
-        """Translate what the client raises. Its messages quote the server's answer, which may contain credentials."""
+        """Translate the client's errors.
+
+        They quote the server's answer, which may contain credentials.
+        """
         try:
             yield
         except (BaseError, FileNotFoundError) as error:

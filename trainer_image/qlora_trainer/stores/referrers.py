@@ -1,7 +1,7 @@
 """Attaches a document to an artifact of a registry, and finds those that are attached: OCI 1.1's referrers.
 
-Sources: https://github.com/opencontainers/distribution-spec/blob/v1.1.1/spec.md#listing-referrers, and for where cosign
-looks, https://github.com/sigstore/cosign/blob/main/specs/BUNDLE_SPEC.md
+Sources: https://github.com/opencontainers/distribution-spec/blob/v1.1.1/spec.md#listing-referrers, and for cosign's
+place, https://github.com/sigstore/cosign/blob/main/specs/BUNDLE_SPEC.md
 """
 
 import json
@@ -21,7 +21,10 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 def attach(
     registry: Registry, artifact: Artifact, document: bytes, media_type: str, annotations: Mapping[str, str]
 ) -> None:
-    """Attach the document to the artifact, once however often it is done. Raises StepFailure."""
+    """Attach the document to the artifact, once for repeated calls.
+
+    Raises StepFailure.
+    """
     for content in (_EMPTY, document):
         registry.upload(Blob(digest_of(content), len(content)), content)
     manifest = _json(
@@ -58,10 +61,10 @@ class Attached:
     """Whether no more is attached: whoever may push can attach more than is looked at."""
 
 
-def attached(registry: Registry, digest: str, media_type: str) -> Attached:
+def find_attached(registry: Registry, digest: str, media_type: str) -> Attached:
     """The documents of this type that are attached to the artifact with the digest. Raises StepFailure.
 
-    What is attached and is no such document is passed over: whoever may push can attach anything.
+    Other attachments are skipped: any client with push access can attach anything.
     """
     referrers = registry.referrers(digest, media_type)
     pages = [registry.index(_tag(digest))] if referrers is None else referrers.pages
@@ -76,7 +79,10 @@ def attached(registry: Registry, digest: str, media_type: str) -> Attached:
 
 
 def _document(registry: Registry, digest: object) -> Blob | None:
-    """The first layer of what is attached; None if that is no manifest, or its layer none that is read into memory."""
+    """The first layer of an attachment.
+
+    None if that is no manifest, or its layer none that is read into memory.
+    """
     found = registry.referrer(digest) if isinstance(digest, str) and _DIGEST.fullmatch(digest) else None
     layer: dict[str, Any] = next(iter(found["layers"]), {}) if found is not None else {}
     name, size = layer.get("digest"), layer.get("size")

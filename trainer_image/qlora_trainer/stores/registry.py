@@ -22,7 +22,7 @@ from qlora_trainer.stores.retry import is_retryable
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 MAX_MANIFEST_BYTES = 2**22
-"""The size of a manifest that the distribution specification asks every registry to accept."""
+"""The size of a manifest that every registry should accept, by the specification."""
 _MAX_PAGES = 20
 """Of a list of referrers, which anybody who may push can make long."""
 # So much of a transfer is lost when it is cut off.
@@ -41,7 +41,7 @@ class Blob:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A manifest and the digest under which the registry has it."""
+    """A manifest and its digest in the registry."""
 
     digest: str
     manifest: Mapping[str, Any]
@@ -51,7 +51,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Referrers:
-    """What refers to an artifact, as far as the registry was asked."""
+    """The referrers of an artifact, as far as the registry was asked."""
 
     pages: list[Mapping[str, Any]]
     """Indexes."""
@@ -62,8 +62,8 @@ class Referrers:
 class Registry:
     """One repository of a registry that the administrator allows. Methods raise StepFailure.
 
-    What is missing or may not be read or written ends as `reject` says; a registry in trouble is UNREACHABLE. For where
-    credentials are sent, see RegistrySession.
+    Missing or forbidden artifacts end as in `reject`. A registry in trouble is UNREACHABLE. For where credentials are
+    sent, see RegistrySession.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Registry:
         self._repository = f"{self._session.base}/{source.repository}"
 
     def manifest(self, reference: str) -> Artifact | None:
-        """The manifest of a tag or digest; None if there is none. That of a digest is checked against it."""
+        """The manifest of a tag or digest, or None. That of a digest is checked."""
         content = self._manifest_content(reference)
         if content is None:
             return None
@@ -92,7 +92,10 @@ class Registry:
         return Artifact(digest_of(content), manifest, len(content))
 
     def referrer(self, digest: str) -> Mapping[str, Any] | None:
-        """The manifest of a digest; None if there is none with layers: anybody may attach anything to an artifact."""
+        """The manifest of a digest, or None if it has no layers.
+
+        Any client may attach anything to an artifact.
+        """
         content = self._manifest_content(digest)
         return None if content is None else parse_layers(content)
 
@@ -103,11 +106,11 @@ class Registry:
         return content
 
     def index(self, tag: str) -> Mapping[str, Any] | None:
-        """The index of a tag, as the registry has it; None if there is none."""
+        """The index of a tag, as the registry has it, or None."""
         return _object(self._small(self._manifest_url(tag), INDEX_TYPE)[0])
 
     def referrers(self, digest: str, artifact_type: str) -> Referrers | None:
-        """What refers to the artifact with the digest; None from a registry without that API.
+        """The referrers of the artifact with the digest, or None from a registry without that API.
 
         The registry may leave out what has another type.
         """
@@ -123,7 +126,7 @@ class Registry:
         return Referrers(pages, following is None) if pages else None
 
     def put_referrer(self, manifest: bytes) -> bool:
-        """Upload a manifest with a subject; returns whether the registry lists it among the referrers by itself."""
+        """Upload a manifest with a subject, and return whether the registry lists it."""
         with self._errors():
             url, headers = self._manifest_url(digest_of(manifest)), {"Content-Type": MANIFEST_TYPE}
             answer = self._session.ask("PUT", url, headers=headers, data=manifest)
@@ -131,7 +134,10 @@ class Registry:
         return "OCI-Subject" in answer.headers
 
     def _small(self, url: str, media_type: str) -> tuple[bytes | None, str | None]:
-        """The content of a manifest or an index, None if there is none, and the address of its next page."""
+        """The content of a manifest or an index, and the address of its next page.
+
+        The content is None if there is none.
+        """
         content = b""
         with self._errors(), self._session.ask("GET", url, headers={"Accept": media_type}, stream=True) as answer:
             if answer.status_code == 404:
@@ -145,7 +151,10 @@ class Registry:
         return content, following
 
     def _next_page(self, answer: requests.Response) -> str | None:
-        """The address in the answer's Link; None without one, empty if it is of another server, or of this page."""
+        """The next address in the answer's Link, or None without one.
+
+        Empty if it is of another server, or of this page.
+        """
         if "next" not in answer.links:
             return None
         try:
@@ -165,7 +174,10 @@ class Registry:
         return answer.headers.get("Content-Length") == str(blob.size)
 
     def digest(self, blob: Blob) -> str:
-        """The digest of the blob's content as the registry sends it now; it is not written anywhere."""
+        """The digest of the blob's content as the registry sends it now.
+
+        The content is not stored.
+        """
         found = sha256()
         for block in self._blocks(blob, 0):
             found.update(block)
@@ -200,7 +212,7 @@ class Registry:
         partial.replace(path)
 
     def upload(self, blob: Blob, content: Path | bytes) -> None:
-        """Upload a blob unless the registry has it, which accepts it only if its content has its digest."""
+        """Upload a blob unless the registry has it. The registry checks its digest."""
         if self.has_blob(blob):
             return
         with self._errors():
@@ -219,15 +231,15 @@ class Registry:
             self._require(answer, "written")
 
     def require_writable(self) -> None:
-        """Begin an upload and cancel it. Raises StepFailure if the credentials do not allow one."""
+        """Begin an upload and cancel it. Raises StepFailure if credentials forbid it."""
         with self._errors():
             started = self._session.ask("POST", f"{self._repository}/blobs/uploads/")
             self._require(started, "written")
-            # A registry that cannot cancel forgets an upload without content by itself.
+            # A registry that cannot cancel drops an upload without content after some time.
             self._session.ask("DELETE", self._upload_location(started))
 
     def _upload_location(self, started: requests.Response) -> str:
-        """The address to which the registry wants the content of an upload."""
+        """The address where the registry wants the content of an upload."""
         given = started.headers.get("Location", "")
         try:
             return urljoin(started.url, given)
@@ -238,7 +250,7 @@ class Registry:
             ) from error
 
     def tag(self, content: bytes, reference: str, *, media_type: str = MANIFEST_TYPE) -> None:
-        """Upload a manifest, or an index, under a tag, replacing one that is there."""
+        """Upload a manifest, or an index, under a tag, and replace an existing one."""
         with self._errors():
             headers = {"Content-Type": media_type}
             self._require(
@@ -246,7 +258,10 @@ class Registry:
             )
 
     def _blocks(self, blob: Blob, offset: int) -> Iterator[bytes]:
-        """The blob's content from `offset` on. Raises StepFailure UNSAFE_ARTIFACT if too many bytes arrive."""
+        """The blob's content from `offset`.
+
+        Raises StepFailure UNSAFE_ARTIFACT if too many bytes arrive.
+        """
         if offset >= blob.size:
             return
         headers = {"Range": f"bytes={offset}-"} if offset else {}
@@ -271,7 +286,7 @@ class Registry:
         return f"{self._repository}/blobs/{blob.digest}"
 
     def _require(self, answer: requests.Response, done: Literal["read", "written"]) -> None:
-        """Raise the StepFailure of an answer that is not a success. `done` is what was asked for."""
+        """Raise StepFailure unless the answer is a success. `done` names the request."""
         status = answer.status_code
         if status < 300:
             return
@@ -284,7 +299,10 @@ class Registry:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """Raise StepFailure UNREACHABLE where requests raises. Not the cause, which may quote a signed address."""
+        """Raise StepFailure UNREACHABLE for the errors of requests.
+
+        Not their cause, which may quote a signed address.
+        """
         try:
             yield
         except requests.RequestException as error:
@@ -295,7 +313,7 @@ class Registry:
 
 
 def parse_layers(content: bytes) -> Mapping[str, Any] | None:
-    """The manifest of an artifact with layers, each an object; None for anything else."""
+    """The manifest of an artifact with layers, each an object, or None."""
     try:
         manifest = json.loads(content)
     except (ValueError, RecursionError):
@@ -305,7 +323,7 @@ def parse_layers(content: bytes) -> Mapping[str, Any] | None:
 
 
 def _object(content: bytes | None) -> Mapping[str, Any] | None:
-    """The JSON object in the content; None for anything else."""
+    """The JSON object in the content, or None for anything else."""
     try:
         found = None if content is None else json.loads(content)
     except (ValueError, RecursionError):

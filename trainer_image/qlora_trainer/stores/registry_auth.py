@@ -1,4 +1,4 @@
-"""Opens a registry for a client: which registries may be used, logins, challenges, tokens, and where none may go."""
+"""Opens a registry for a client: allowed registries, logins, tokens, redirects."""
 
 import json
 import os
@@ -42,12 +42,12 @@ class RegistrySession(requests.Session):
     """
 
     def __init__(self, source: RegistrySource, secret: Secret, allowed: tuple[str, ...]) -> None:
-        """`allowed`: HOST or HOST:PORT, with http:// before it where there is no TLS. Raises StepFailure."""
+        """Create. `allowed`: HOST:PORT, with http:// without TLS. Raises StepFailure."""
         super().__init__()
         scheme = "http" if require_allowed(source, allowed) else "https"
         self.base = f"{scheme}://{source.registry}/v2"
         """Address of the registry's API."""
-        # No .netrc and no proxies for plain HTTP: they would bring credentials and hosts of their own.
+        # No .netrc and no proxies for plain HTTP: they would bring other credentials and hosts.
         self.trust_env = False
         self.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
         guard = _Guard(frozenset(map(_origin, allowed)), secret.field, https_proxy(os.environ))
@@ -58,7 +58,7 @@ class RegistrySession(requests.Session):
         self._authorization: dict[str, str] = {}
 
     def get_redirect_target(self, resp: requests.Response) -> str | None:
-        """Where the answer redirects to. Raises InvalidURL if that is no address; requests lets ValueError out."""
+        """The answer's redirect address. Raises InvalidURL, and not ValueError."""
         target = super().get_redirect_target(resp)
         try:
             urlsplit(target or "")
@@ -85,7 +85,7 @@ class RegistrySession(requests.Session):
         return self.request(method, url, **{**options, "headers": headers, "timeout": _TIMEOUTS})
 
     def _authenticate(self, challenge: requests.Response) -> bool:
-        """Whether there is an answer to the challenge that was not given yet: credentials, or a token got for them."""
+        """Whether there is a new answer to the challenge: credentials, or their token."""
         before, wanted = self._authorization, challenge.headers.get("WWW-Authenticate", "")
         if wanted.lower().startswith("basic"):
             self._authorization = self._basic()
@@ -98,7 +98,7 @@ class RegistrySession(requests.Session):
         return {"Authorization": f"Basic {self._login}"} if self._login else {}
 
     def _token(self, challenge: str) -> str | None:
-        """The token from the server that the challenge names, for our credentials or without any; None if it denies."""
+        """The token of the challenge's server, with or without credentials, or None."""
         wanted = parse_dict_header(challenge.partition(" ")[2])
         realm = wanted.get("realm") or ""
         server = _server(realm)
@@ -119,10 +119,13 @@ class RegistrySession(requests.Session):
 
 
 class _Guard(HTTPAdapter):
-    """Sends requests, but those with credentials to some origins only. Before a redirect the session removes them."""
+    """Sends requests, with credentials to some origins only, without on redirects."""
 
     def __init__(self, origins: frozenset[str], field: str, proxy: Proxy | None) -> None:
-        """`origins`: scheme and host, as in https://ghcr.io. `field` names the credentials, for the message."""
+        """Create. `origins`: scheme and host, as in https://ghcr.io.
+
+        `field` names the credentials, for the message.
+        """
         super().__init__(max_retries=_RETRY)
         self._origins = origins
         self._field = field
@@ -142,7 +145,10 @@ class _Guard(HTTPAdapter):
 
 
 def require_allowed(source: RegistrySource, allowed: tuple[str, ...]) -> bool:
-    """Raise StepFailure BAD_CONFIGURATION unless the registry is allowed. Returns whether it is without TLS."""
+    """Return whether the registry is without TLS.
+
+    Raises StepFailure BAD_CONFIGURATION unless the registry is allowed.
+    """
     for entry in allowed:
         if _host(entry) == source.registry:
             return entry.startswith(_PLAIN)
@@ -157,7 +163,7 @@ def _host(entry: str) -> str:
 
 
 def _server(realm: str) -> str | None:
-    """Host and port of a token server; None if its address is none that requests can be sent to."""
+    """Host and port of a token server, or None for an unusable address."""
     try:
         address = urlsplit(realm)
     except ValueError:
@@ -172,7 +178,7 @@ def _origin(entry: str) -> str:
 def docker_login(secret: Secret, registry: str) -> str | None:
     """User and password for the registry in base64: from the Secret, else from this user's Docker configuration.
 
-    None if neither is there. Raises StepFailure BAD_CONFIGURATION if the Secret has no login for the registry.
+    None if neither exists. Raises StepFailure BAD_CONFIGURATION if the Secret has no login for the registry.
     """
     own = _own_logins()
     values = secret.require(_DOCKER_CONFIG, has_own=registry in own["auths"])
@@ -195,7 +201,7 @@ def _basic_login(user: str, password: str) -> str:
 
 
 def _own_logins() -> dict[str, Any]:
-    """This user's Docker configuration, where Docker looks for it too; without entries if there is none.
+    """This user's Docker configuration, in Docker's place for it, or an empty one.
 
     Raises StepFailure BAD_CONFIGURATION for a file that cannot be read as one.
     """
@@ -211,7 +217,7 @@ def _own_logins() -> dict[str, Any]:
 
 
 def parse_token(content: bytes) -> str | None:
-    """The token in a token server's answer; None if there is none in it."""
+    """The token in a token server's answer, or None."""
     try:
         answer = json.loads(content)
     except (ValueError, RecursionError):

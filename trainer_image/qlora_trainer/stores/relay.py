@@ -36,7 +36,7 @@ class Relay:
 
 @cache
 def start_relay(proxy: Proxy, servers: frozenset[str]) -> Relay:
-    """A proxy for connections to `servers` (HOST:PORT) only, which answers until the process ends."""
+    """Start a proxy to `servers` (HOST:PORT) only, until the process ends."""
     relay = Relay()
     handler = type("Handler", (_Handler,), {"proxy": proxy, "servers": servers, "relay": relay})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -78,7 +78,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _tunnel(proxy: str, server: str) -> socket.socket:
-    """A connection to the server through the proxy. Raises OSError if either does not answer as it should."""
+    """Connect to the server through the proxy. Raises OSError if either fails."""
     address = urlsplit(proxy)
     host, _, port = server.rpartition(":")
     connection = HTTPConnection(address.hostname or "", address.port or 80, timeout=_CONNECT_SECONDS)
@@ -96,7 +96,7 @@ def _login(user: str | None, password: str | None) -> dict[str, str]:
 
 
 def _copy(source: socket.socket, target: socket.socket) -> None:
-    """Send on what arrives until either side closes, and say so to the other."""
+    """Forward data until either side closes, and pass its end on."""
     try:
         while block := source.recv(_BLOCK_BYTES):
             target.sendall(block)

@@ -1,4 +1,4 @@
-"""Decides which answers of a server may change soon, and asks again: the one policy of all clients in `stores`."""
+"""Decides which requests to retry: the one policy of all clients in `stores`."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -11,16 +11,16 @@ from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.records import redact
 
 RETRYABLE_STATUS = frozenset({408, 425, 429})
-"""HTTP statuses below 500 that are about the moment and not about the request: timeout, too early, too many."""
+"""HTTP statuses below 500 that are temporary: timeout, too early, too many."""
 CONFLICT_STATUS = frozenset({409, 412})
-"""Somebody else has written meanwhile. Of hubs and buckets only: a registry has them for a tag that may not change."""
+"""Another client has written in between, in a hub or bucket (not a registry)."""
 _READ_BACK_WAITS = (0.0, 0.0)
 _Answer = TypeVar("_Answer")
 logger = logging.getLogger(__name__)
 
 
 def is_retryable(status: int, *, conflicts: bool = False) -> bool:
-    """Whether the same request may succeed later. `conflicts`: also where another writer has been faster."""
+    """Whether the request may succeed later. `conflicts`: also after other writers."""
     return status >= 500 or status in RETRYABLE_STATUS or (conflicts and status in CONFLICT_STATUS)
 
 
@@ -43,7 +43,7 @@ def retry(ask: Callable[[], _Answer], *, waits: Sequence[float], retryable: Call
 def read_back(digest: Callable[[], str]) -> str:
     """The digest of a published file, read up to three times, because a lost connection must not cost the step.
 
-    Raises the StepFailure of `digest`: at once if it is permanent, else that of the third time.
+    Raises the StepFailure of `digest`: immediately if it is permanent, else that of the third time.
     """
     return retry(digest, waits=_READ_BACK_WAITS, retryable=_is_unreachable)
 

@@ -20,7 +20,7 @@ _DEFAULT_REGION = "us-east-1"
 
 
 def open_s3(name: str, secret: Secret) -> Bucket:
-    """The bucket. Endpoint and region come from AWS_ENDPOINT_URL and AWS_REGION, which the profile sets."""
+    """Open the bucket. AWS_ENDPOINT_URL and AWS_REGION come from the profile."""
     region = os.environ.get("AWS_REGION") or _DEFAULT_REGION
     endpoint = server_address(os.environ, "AWS_ENDPOINT_URL") or f"https://s3.{region}.amazonaws.com"
     own = os.environ.get("AWS_ENDPOINT_URL_S3")
@@ -43,7 +43,10 @@ def open_s3(name: str, secret: Secret) -> Bucket:
 
 
 def _access(secret: Secret, region: str) -> Access:
-    """From the Secret, else the identity of the pod, else from the environment; without any, nothing is signed."""
+    """Access by the Secret, else the pod's identity, else the environment.
+
+    Without any, nothing is signed.
+    """
     values = secret.require(_ACCESS_KEY, _SECRET_KEY, has_own=_ACCESS_KEY in os.environ)
     if values is not None:
         config: S3Config = {

@@ -1,4 +1,4 @@
-"""Checks the base's bytes while training has begun on them: a GPU does not wait for a sum."""
+"""Verifies the base's checksum in the background, to not keep the GPU waiting."""
 
 import threading
 from pathlib import Path
@@ -9,14 +9,14 @@ _SECONDS_TO_END = 5.0
 
 
 class _ClosedError(Exception):
-    """Nobody waits for the result any more."""
+    """The result is no longer needed."""
 
 
 class BaseCheck:
-    """Reads the files of a base in a thread of its own, and compares their sum with what prepare recorded."""
+    """Reads the files of a base in a thread, and compares their recorded sum."""
 
     def __init__(self, folder: Path, sha256: str) -> None:
-        """Begin. Raises StepFailure at once, as `require_files` does."""
+        """Begin. Raises StepFailure immediately, as `require_files` does."""
         require_files(folder)
         self._failure: Exception | None = None
         self._passed = False
@@ -26,7 +26,7 @@ class BaseCheck:
         self._thread.start()
 
     def raise_failure(self) -> None:
-        """Raise what the check has found so far: StepFailure as `require_sha256`, or a bug. Waits for nothing."""
+        """Raise StepFailure of `require_sha256`, or a bug, if found. Waits for nothing."""
         if self._failure is not None:
             raise self._failure
 
@@ -38,7 +38,7 @@ class BaseCheck:
             raise AssertionError("a check that has ended has passed, failed, or was closed by its owner")
 
     def close(self) -> None:
-        """End the check, whatever it has found. A read that does not return is not waited for."""
+        """End the check, whatever its result, without waiting for a pending read."""
         self._closed.set()
         self._thread.join(_SECONDS_TO_END)
 

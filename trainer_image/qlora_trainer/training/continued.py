@@ -1,4 +1,4 @@
-"""Takes up the run of another job: copies its newest checkpoint into this job's workspace, before a GPU is used."""
+"""Continues another job's run: copies its newest checkpoint before a GPU is used."""
 
 import logging
 import os
@@ -8,7 +8,7 @@ from qlora_api.contract import WorkspaceLayout
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unreachable
 from qlora_trainer.core.file_names import HISTORY_FILE
 from qlora_trainer.core.filesystem import atomic_file, bytes_below, require_space
-from qlora_trainer.core.paths import confined, require_regular
+from qlora_trainer.core.paths import confine, require_regular
 from qlora_trainer.training.checkpoints.attempts import ATTEMPTS_FILE, Attempt, ended_attempts, write_attempts
 from qlora_trainer.training.checkpoints.checkpoint import (
     Checkpoint,
@@ -25,7 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 def require_something_to_continue(source: Path, name: str) -> None:
-    """Raise StepFailure unless the other job's workspace folder `source` has a checkpoint: cheap, so early."""
+    """Raise StepFailure unless the other job's folder has a checkpoint.
+
+    A cheap check of the workspace folder `source`, so it comes early.
+    """
     if not source.is_dir():
         raise unreachable(f"the workspace of {name} (spec.continues) is not mounted at {source}")
     if not numbered_checkpoints(_layout(source).checkpoints):
@@ -38,7 +41,7 @@ def reject_other_settings(source: Path, name: str, settings: Fingerprint) -> Non
     `settings` are those that are known before anything is prepared. `continue_run` sees what else makes it another run.
     """
     folder = _layout(source).checkpoints
-    states = (read_state(confined(path, folder)) for _, path in numbered_checkpoints(folder))
+    states = (read_state(confine(path, folder)) for _, path in numbered_checkpoints(folder))
     found = next((state.get("fingerprint") for state in states if state is not None), None)
     if isinstance(found, dict) and isinstance(found.get("lora"), dict):
         known = {part: found.get(part) for part in settings} | {"lora": {**found["lora"], "from": None}}
@@ -48,9 +51,9 @@ def reject_other_settings(source: Path, name: str, settings: Fingerprint) -> Non
 def continue_run(source: Path, name: str, job: PreparedJob) -> int | None:
     """Copy the newest intact checkpoint below `source`, with the metrics and attempts that led to it.
 
-    Returns its step; None if the job has a checkpoint of its own, from which it resumes, or is trained: then the other
-    job, whose name for messages is `name`, may be gone. Raises StepFailure (BAD_CONFIGURATION) if its run is another
-    one, naming what differs, or has no checkpoint.
+    Returns its step, or None if the job has a checkpoint to resume from, or is trained: then the other job, whose name
+    for messages is `name`, may be gone. Raises StepFailure (BAD_CONFIGURATION) if its run is another one, naming what
+    differs, or has no checkpoint.
     """
     workspace = job.context.workspace
     if newest_intact(workspace.checkpoints) is not None or job.already_trained() is not None:
@@ -75,7 +78,7 @@ def continue_run(source: Path, name: str, job: PreparedJob) -> int | None:
 
 def _layout(source: Path) -> WorkspaceLayout:
     """The other workspace, none of whose folders is a link that leads out of it."""
-    confined(source / "checkpoints", source)
+    confine(source / "checkpoints", source)
     return WorkspaceLayout(source)
 
 
@@ -89,7 +92,7 @@ def _require_same_run(found: Fingerprint, wanted: Fingerprint, name: str) -> Non
 
 
 def _history_bytes(other: WorkspaceLayout, checkpoint: Checkpoint) -> int:
-    """Length of the metrics up to the checkpoint: what follows was measured by steps that are repeated here."""
+    """Length of the metrics up to the checkpoint. Later steps are repeated here."""
     path = other.report / HISTORY_FILE
     if not path.exists():
         return 0
@@ -106,8 +109,8 @@ def _copy_history(other: WorkspaceLayout, workspace: WorkspaceLayout, length: in
 
 
 def _attempts(other: WorkspaceLayout) -> list[Attempt]:
-    """The other run's; none if it has no record of them."""
-    path = confined(other.records, other.root) / ATTEMPTS_FILE
+    """The other run's attempts, or none without a record of them."""
+    path = confine(other.records, other.root) / ATTEMPTS_FILE
     if not os.path.lexists(path):
         return []
     require_regular(path, other.root, ATTEMPTS_FILE)
@@ -116,7 +119,7 @@ def _attempts(other: WorkspaceLayout) -> list[Attempt]:
 
 def _nothing_to_continue(name: str) -> StepFailure:
     return bad_configuration(
-        f"the workspace of {name} (spec.continues) has no checkpoint that can be taken up: that job was interrupted "
+        f"the workspace of {name} (spec.continues) has no checkpoint to continue from: that job was interrupted "
         "before the first one, has been cleaned up, or its checkpoints are damaged (see the log); create this job "
         "again without continues, or with the other's adapter in spec.lora.from"
     )

@@ -1,4 +1,4 @@
-"""Finishes a run: writes the adapter that is kept, the completion record, the score of answers, and samples."""
+"""Finishes a run: writes the kept adapter, the record, the score and samples."""
 
 from qlora_api.printable import first_line
 from qlora_trainer.core.completion import Comparison, TrainRecord, write_completion
@@ -59,7 +59,7 @@ def finish_run(run: Run, state: RunState, job: PreparedJob) -> TrainRecord:
 
 
 def _put_into_model(run: Run, state: RunState, chosen: Kept) -> None:
-    """Put the adapter that is kept into the model, for all that follows: it may be that of an earlier step."""
+    """Put the kept adapter, perhaps an earlier step's, into the model."""
     if chosen.step == state.step:
         return
     if run.best is None:
@@ -71,14 +71,14 @@ def _put_into_model(run: Run, state: RunState, chosen: Kept) -> None:
 
 
 def _comparison(run: Run) -> Comparison | None:
-    """The adapter's loss on the rows on which a merged model will be compared with it; None if there will be none."""
+    """The adapter's loss on the rows to compare a merged model on, or None."""
     if run.eval_data is None or run.context.spec.output.merged is None:
         return None
     return compare(run.model, run.eval_data, run.storage.parameters, run.device)
 
 
 def with_score(run: Run, state: RunState, job: PreparedJob, record: TrainRecord) -> TrainRecord:
-    """The completion record, written again with the score of the adapter's answers, if the job asks for that."""
+    """The record, written again with the score of the answers if the job asks for it."""
     gate = run.context.spec.gate
     if gate is None or gate.score is None or run.eval_data is None:
         return record
@@ -89,7 +89,7 @@ def with_score(run: Run, state: RunState, job: PreparedJob, record: TrainRecord)
 
 
 def leave_samples(run: Run, job: PreparedJob) -> None:
-    """Write samples of answers for the report. The model must not be trained any further."""
+    """Write sample answers for the report. The model must not be trained afterwards."""
     path = run.context.workspace.report / SAMPLES_FILE
     # One rank alone cannot run a sharded base.
     count = 0 if run.ranks.sharded else run.training.samples

@@ -1,4 +1,4 @@
-"""The training loop: optimizer steps, evaluations and checkpoints, from the run's current step to its end."""
+"""The training loop: steps, evaluations and checkpoints until the run's end."""
 
 import gc
 import logging
@@ -48,7 +48,7 @@ def is_done(run: Run, state: RunState) -> bool:
 
 
 def between_steps(run: Run, state: RunState) -> RunState:
-    """Evaluate and save what is due before the next optimizer step, or at the end. Raises as `run_to_end` does."""
+    """Evaluate and save as due before the next step. Raises as `run_to_end` does."""
     if run.base_check is not None:
         run.base_check.raise_failure()
     if run.eval_data is not None and _evaluation_due(run, state) and not run.stopping():
@@ -60,21 +60,24 @@ def between_steps(run: Run, state: RunState) -> RunState:
         _save(run, state)
     if stopping and not is_done(run, state):
         _report_interruption(run, state)
-        # What started the ranks may end the others when the first one has ended.
+        # The launcher of the ranks may end the others when the first one has ended.
         run.ranks.wait()
         raise Interrupted(state.step, run.schedule.total_steps, run.checkpoint_step or 0)
     return state
 
 
 def _require_checked_base(run: Run) -> None:
-    """Wait until every node has read the base: what was trained on other bytes must not be resumed from."""
+    """Wait until every node has read the base.
+
+    No run may resume from training on other bytes.
+    """
     if run.base_check is not None:
         run.base_check.wait()
     run.ranks.wait()
 
 
 def _report_interruption(run: Run, state: RunState) -> None:
-    """Report the step from which the next attempt resumes: earlier than now if the last steps are suspect."""
+    """Report the step to resume from, which is earlier if the last ones are suspect."""
     report(run, replace(state, step=run.checkpoint_step or 0), "interrupted")
 
 
@@ -86,7 +89,10 @@ def _evaluation_due(run: Run, state: RunState) -> bool:
 
 
 def _save_due(run: Run, state: RunState, stopping: bool) -> bool:
-    """Whether to save now. A suspect run is not saved before its end, or until a step is not suspect."""
+    """Whether to save now.
+
+    A suspect run is not saved before its end, or until a step is not suspect.
+    """
     if state.step == 0 or state.step == run.checkpoint_step:
         return False
     if run.ended(state):
@@ -98,7 +104,7 @@ def _save_due(run: Run, state: RunState, stopping: bool) -> bool:
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a step has taken of the process, for all runs that have made it together."""
+    """The cost of a step of the process, for all runs that have made it together."""
 
     seconds: float
     memory_bytes: int
@@ -108,7 +114,7 @@ class StepCost:
 
     @classmethod
     def since(cls, started: float, run: Run) -> Self:
-        """The cost of the step that began at `started`, in seconds. Begins to measure that of the next."""
+        """The cost of the step that began at `started`, in seconds. Begins the next."""
         seconds, device = run.runtime.monotonic() - started, run.context.device
         # In this order: the second starts to look for a new peak.
         peak, used = peak_memory_bytes(device), memory_bytes(device)
@@ -161,7 +167,7 @@ def note_step(run: Run, state: RunState, gradient: Gradient, cost: StepCost) -> 
         kept_seconds=state.kept_seconds + seconds,
         peak_memory_bytes=max(state.peak_memory_bytes, cost.peak_memory_bytes),
     )
-    # Which adapter is the best is known only after the last evaluation, which judges it then.
+    # The best adapter is only known after the last evaluation, which checks it then.
     if state.step == run.schedule.total_steps and run.training.keep != "best":
         judge_end(run, state, loss, gradient)
     learned = {"gradNorm": state.grad_norm, "learningRate": state.learning_rate}
@@ -204,7 +210,7 @@ def _gradient(run: Run, state: RunState) -> Gradient | None:
             raise
         logger.warning("step %d ran out of memory and is repeated", state.step + 1, exc_info=True)
         short = True
-    # Also where no rank may halve: a lost rank is noticed here at once, and by NCCL's sum after half an hour.
+    # Also where no rank may halve: a lost rank is noticed here immediately, and by NCCL's sum after half an hour.
     if run.ranks.any(short):
         return None
     run.objective.after(run.ranks)
@@ -213,18 +219,24 @@ def _gradient(run: Run, state: RunState) -> Gradient | None:
 
 
 def _share(run: Run, data: PreparedDataset, micro_batches: Sequence[MicroBatch]) -> list[tuple[Batch, bool]]:
-    """This rank's batches, with whether they count: one that does not lets the other ranks gather a sharded base."""
+    """This rank's batches, with whether they count.
+
+    One that does not count lets the other ranks gather a sharded base.
+    """
     rounds = run.ranks.rounds(micro_batches)
     return [(read_batch(data, item, run.device), counts) for item, counts in rounds if counts or run.ranks.sharded]
 
 
 def _may_halve(run: Run) -> bool:
-    """Whether smaller micro batches are allowed. Not with a sharded base, in whose blocks the other ranks wait."""
+    """Whether micro batches may halve. Other ranks would wait in a sharded base."""
     return run.training.auto_micro_batch and run.schedule.micro_batch_size > 1 and not run.ranks.sharded
 
 
 def _halve_micro_batches(run: Run, state: RunState) -> RunState:
-    """Prepare the same step in twice as many micro batches of half the size. Nothing of it has reached the weights."""
+    """Prepare the same step in twice as many micro batches of half the size.
+
+    Nothing of it has reached the weights.
+    """
     run.optimizer.zero_grad(set_to_none=True)
     # The pass that was given up left cycles, whose tensors are memory in use until they are found.
     gc.collect()
@@ -237,7 +249,10 @@ def _halve_micro_batches(run: Run, state: RunState) -> RunState:
 
 
 def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:
-    """Mean loss of the held-out rows. Draws no random number, changes no weight; given up if a stop is requested."""
+    """Mean loss of the held-out rows, given up if a stop is requested.
+
+    Draws no random number, changes no weight.
+    """
     started = run.runtime.monotonic()
     run.model.eval()
     try:
@@ -277,15 +292,15 @@ def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:
 
 
 def _keep_if_best(run: Run, state: RunState) -> None:
-    """Write the adapter if the job keeps the best one and this is it, so far. Only the main process writes."""
+    """Write the adapter if the job keeps the best and this is it, on rank 0."""
     if run.training.keep == "best" and state.evaluations.best_step == state.step and run.history is not None:
         run.best = write_best(run.context.workspace.best, adapter_tensors(run.model))
 
 
 def _held_out_means(run: Run, state: RunState, data: PreparedDataset) -> list[float] | None:
-    """The loss, and what is measured with it. None if a stop was requested, or if micro batches are to be halved.
+    """The loss, and the objective's measures. None if a stop was requested, or if micro batches must be halved.
 
-    Each rank takes its share of the batches, in rounds, between which all ranks agree to continue.
+    Each rank takes its share of the batches, in rounds. Between rounds all ranks agree to continue.
     """
     summed = torch.zeros(1 + len(run.objective.measures), dtype=torch.float64, device=run.device)
     weight = 0
@@ -314,7 +329,7 @@ def _held_out_means(run: Run, state: RunState, data: PreparedDataset) -> list[fl
 
 
 def _save(run: Run, state: RunState) -> None:
-    """Save the run. Only the main process writes; the other ranks continue."""
+    """Save the run. Only the main process writes, while the other ranks continue."""
     report(run, state, "saving a checkpoint")
     saved_at = timestamp(run.runtime.now())
     if run.history is not None:

@@ -1,4 +1,4 @@
-"""What a run minimizes: the loss of a batch, what it is divided by, and what else is measured with it.
+"""The objective of a run: the loss of a batch, its divisor, and other measures.
 
 Every objective is a sum over a batch, divided by a count that is known before its forward pass, so that micro batches,
 ranks and packing change the result of a step by rounding only.
@@ -19,7 +19,7 @@ from qlora_trainer.training.distributed.ranks import Ranks
 
 @dataclass(frozen=True)
 class BatchSums:
-    """What one batch adds to the loss and to what is measured with it."""
+    """One batch's part of the loss and of the measures."""
 
     loss: Tensor
     """float32 scalar, with its graph."""
@@ -37,33 +37,36 @@ def of_evaluation(measure: str) -> str:
 
 
 class Objective(Protocol):
-    """What the loop asks for each micro batch. Every rank calls `before` and `after`, in the same order."""
+    """The loop's interface to an objective.
+
+    Every rank calls `before` and `after`, in the same order.
+    """
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """Names, in the run's metrics, of the means that are measured beside the loss."""
+        """Names, in the run's metrics, of the means that are measured besides the loss."""
 
     def weight(self, batch: Batch) -> int:
-        """How much the batch counts in the means of an optimizer step, or of an evaluation."""
+        """The batch's weight in the means of an optimizer step, or of an evaluation."""
 
     def before(self, split: Split, micro_batches: Sequence[MicroBatch]) -> None:
-        """What follows are the forward passes of these micro batches, of all ranks together."""
+        """Prepare for the forward passes of these micro batches, of all ranks together."""
 
     def sums(self, model: Any, batch: Batch) -> BatchSums:
         """The batch's sums, under autocast. `model` is the PEFT model."""
 
     def after(self, ranks: Ranks) -> None:
-        """The micro batches of `before` are done, in all ranks. Not called if they are given up."""
+        """The micro batches of `before` are done, in all ranks. Not called if given up."""
 
     def state(self) -> dict[str, Tensor]:
-        """What the objective has found out so far and a resumed run needs; empty for none."""
+        """The tensors that a resumed run needs, or none."""
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` has returned."""
 
 
 class Stateless:
-    """What objectives have in common that need nothing but the batch."""
+    """The common part of objectives that need nothing but the batch."""
 
     def before(self, split: Split, micro_batches: Sequence[MicroBatch]) -> None:
         """Nothing to do."""
@@ -80,7 +83,7 @@ class Stateless:
 
 
 class Supervised(Stateless):
-    """Cross-entropy of the targets: their mean over an optimizer step, whichever rows they are in."""
+    """Mean cross-entropy of the targets of an optimizer step, in any rows."""
 
     measures: tuple[str, ...] = ()
 

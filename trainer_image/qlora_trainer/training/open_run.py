@@ -1,4 +1,4 @@
-"""Opens a job's run: the base in 4-bit, the adapter, the data, the optimizer, in the state that a checkpoint saved."""
+"""Opens a job's run: base, adapter, data and optimizer, as a checkpoint saved it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +36,7 @@ from qlora_trainer.training.schedule import Schedule
 
 @dataclass(frozen=True)
 class ProcessSettings:
-    """What the process that opens a run has, besides the job."""
+    """The settings of the process that opens a run, besides the job."""
 
     runtime: Runtime
     ranks: Ranks
@@ -56,7 +56,7 @@ class LoadedBase:
 
 
 def open_run(job: PreparedJob, process: ProcessSettings, checkpoint: Checkpoint | None) -> tuple[Run, RunState]:
-    """Load everything, in the state that the checkpoint saved; without one, at step 0."""
+    """Load everything, in the checkpoint's state, or at step 0 without one."""
     ranks = process.ranks
     base = open_base(job, process, checkpoint, checkpoint)
     model = attach_job_adapter(base, job, initialized=checkpoint is None)
@@ -68,10 +68,10 @@ def open_run(job: PreparedJob, process: ProcessSettings, checkpoint: Checkpoint 
 def open_base(
     job: PreparedJob, process: ProcessSettings, checkpoint: Checkpoint | None, begun: Checkpoint | None
 ) -> LoadedBase:
-    """The job's base. Reports what takes minutes, with the step from which the run resumes.
+    """The job's base. Reports what takes minutes, with the step that the run resumes from.
 
-    `begun` is the checkpoint whose number of CPU threads the process goes on with, of this job or of another that is
-    trained with it. Raises StepFailure for a model that cannot keep rows apart, and is to train on several at once.
+    `begun` is the checkpoint whose number of CPU threads the process keeps, of this job or of another that is trained
+    with it. Raises StepFailure for a model that cannot keep rows apart, and must train on several together.
     """
     spec, prepared, rank_info = job.context.spec, job.prepared, process.ranks.rank_info
     threads = _own_threads(rank_info) if begun is None else begun.state.threads
@@ -101,14 +101,14 @@ def _say_loading(job: PreparedJob, runtime: Runtime, checkpoint: Checkpoint | No
 
 def _load_base(job: PreparedJob, sharded: bool) -> Any:
     quantization, attention = job.context.spec.quantization, job.prepared.attention or ATTENTION
-    # A base that is to be sharded may be larger than the GPU: shard_base moves it there block by block.
+    # A base that will be sharded may be larger than the GPU: shard_base moves it there block by block.
     if sharded:
         return load_base(job.base_folder, quantization, "cpu", STORAGE_DTYPE, attention)
     return load_base(job.base_folder, quantization, job.context.device, attention=attention)
 
 
 def attach_job_adapter(base: LoadedBase, job: PreparedJob, *, initialized: bool) -> Any:
-    """The base with the job's adapter: initialized, also with an earlier one, or to be restored."""
+    """Attach the job's adapter: initialized, perhaps with another, or to restore."""
     spec = job.context.spec
     model = attach_adapter(
         base.model,
@@ -140,7 +140,7 @@ def begin_with_earlier(model: Any, job: PreparedJob) -> None:
 def open_on_model(
     job: PreparedJob, process: ProcessSettings, checkpoint: Checkpoint | None, base: LoadedBase, model: Any
 ) -> tuple[Run, RunState]:
-    """The run of the model's active adapter, which is attached and, without a checkpoint, initialized."""
+    """The run of the model's active adapter, initialized without a checkpoint."""
     context, spec, prepared, ranks = job.context, job.context.spec, job.prepared, process.ranks
     data = open_prepared(job.data_folder, "train")
     eval_data = open_prepared(job.data_folder, "eval") if spec.dataset.eval else None
@@ -181,7 +181,7 @@ def _schedule(job: PreparedJob, data: PreparedDataset) -> Schedule:
 
 
 def _open_history(job: PreparedJob, checkpoint: Checkpoint | None) -> MetricsLog:
-    """The run's metrics, also in TensorBoard's files if the job asks for them, continued from the checkpoint."""
+    """Continue the metrics from the checkpoint, for TensorBoard too if asked for."""
     spec, folder = job.context.spec, job.context.workspace.report
     event_files = None
     if "tensorboard" in spec.training.report_to:

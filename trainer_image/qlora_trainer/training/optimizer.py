@@ -1,4 +1,4 @@
-"""The optimizer, its learning rate at each step, and its state as tensors that a checkpoint can hold."""
+"""The optimizer, its learning rate at each step, and its state for checkpoints."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""Explains a GPU that is out of memory: what used the memory, and what to change first."""
+"""Explains a GPU that is out of memory: its use, and the first change to make."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -64,7 +64,7 @@ def explained_shortage(
 
 
 def _as_run(training: TrainingSpec, micro_batch_size: int) -> TrainingSpec:
-    """The settings when it happened: the same sequences per step, in micro batches of this size."""
+    """The settings then: the same sequences per step, in these micro batches."""
     sequences = training.micro_batch_size * training.gradient_accumulation_steps
     steps = -(-sequences // micro_batch_size)
     return training.model_copy(update={"micro_batch_size": micro_batch_size, "gradient_accumulation_steps": steps})
@@ -78,7 +78,7 @@ def _by_share(memory: MemoryEstimate) -> str:
 
 
 def smaller(training: TrainingSpec) -> str:
-    """What to change first: micro batches, then gradient checkpointing, and only then the sequences."""
+    """The first change: micro batches, gradient checkpointing, then the sequences."""
     if training.micro_batch_size > 1:
         half, twice = training.micro_batch_size // 2, training.gradient_accumulation_steps * 2
         automatic = "" if training.auto_micro_batch else ", or spec.training.autoMicroBatch to true"

@@ -17,13 +17,16 @@ from qlora_trainer.training.objective import BatchSums, Objective, Stateless, Su
 from qlora_trainer.training.reference import ReferenceLosses
 
 MEASURES = ("chosenReward", "rejectedReward", "rewardMargin", "accuracy")
-"""Means over pairs: implicit rewards in nats, and the share of pairs whose chosen answer has the higher one."""
+"""Names of the means over pairs: rewards in nats, and accuracy.
+
+Accuracy is the share of pairs whose chosen answer has the higher implicit reward.
+"""
 
 
 def make_objective(
     training: TrainingSpec, data: PreparedDataset, eval_data: PreparedDataset | None, device: torch.device
 ) -> Objective:
-    """The job's objective for these data. Raises StepFailure (BAD_CONFIGURATION) for data that it cannot use."""
+    """The job's objective. Raises StepFailure (BAD_CONFIGURATION) for unusable data."""
     if training.compares_answers != data.pairs:
         found = "pairs of answers" if data.pairs else "rows with one answer"
         raise bad_configuration(
@@ -42,7 +45,7 @@ def make_objective(
 
 
 class _OfPairs:
-    """What both have in common: the mean over pairs, whichever micro batch or rank they are in."""
+    """The common part: the mean over pairs, in any micro batch or rank."""
 
     measures: tuple[str, ...] = MEASURES
 
@@ -65,7 +68,10 @@ class DirectPreference(_OfPairs):
         self._reference.before(split, micro_batches)
 
     def sums(self, model: Any, batch: Batch) -> BatchSums:
-        """Those of its pairs; runs the model a second time, without the adapter, for rows that were never seen."""
+        """The sums of its pairs.
+
+        Runs the model a second time, without the adapter, for rows that were never seen.
+        """
         reference = self._reference.of(model, batch, _pairs(batch))
         return self._summed(dpo(row_losses(model.get_base_model(), batch), reference, self._settings))
 

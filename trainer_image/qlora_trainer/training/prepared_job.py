@@ -22,7 +22,7 @@ from qlora_trainer.training.resume import reopened, resumed_attempt
 
 @dataclass(frozen=True)
 class PreparedJob:
-    """What this process is to train, known before anything is loaded."""
+    """The job that this process trains, before anything is loaded."""
 
     context: StepContext
     prepared: PrepareRecord
@@ -40,7 +40,7 @@ class PreparedJob:
 
     @property
     def model_folder(self) -> Path:
-        """The base model's configuration and tokenizer, and the original weights if they are kept."""
+        """The base's configuration and tokenizer, and original weights that are kept."""
         return self.context.workspace.root / self.prepared.model_path
 
     @property
@@ -54,7 +54,7 @@ class PreparedJob:
         return self.context.workspace.root / self.prepared.data_path
 
     def texts(self) -> AnswerTexts:
-        """What turns tokens into answers."""
+        """Converts tokens into answers."""
         return AnswerTexts(self.model_folder, self.prepared.end_of_turn)
 
     @cached_property
@@ -77,7 +77,7 @@ class PreparedJob:
         return record if adapter.is_file() and file_sha256(adapter) == record.adapter_sha256 else None
 
     def _lacks_samples(self) -> bool:
-        """Whether samples are missing, and a checkpoint with which only they would be made."""
+        """Whether samples are missing although a checkpoint could make them."""
         workspace, wanted = self.context.workspace, self.context.spec.training.samples > 0
         samples = workspace.report / SAMPLES_FILE
         return wanted and not samples.exists() and bool(numbered_checkpoints(workspace.checkpoints))
@@ -92,13 +92,13 @@ class PreparedJob:
         )
 
     def attempt(self, now: Callable[[], datetime]) -> AbstractContextManager[Checkpoint | None]:
-        """In the body this process alone trains the job, from the checkpoint that it is given, if there is one."""
+        """Train the job in the body, in this process alone, from a checkpoint or None."""
         context = self.context
         pod = PodOfJob(context.pod_uid, context.attempt, context.started or now())
         return resumed_attempt(context.workspace, self.fingerprint, pod, now)
 
     def rest_of_attempt(self, now: Callable[[], datetime]) -> AbstractContextManager[None]:
-        """In the body this process does what follows the training: until it ends, the job's attempt has not ended."""
+        """Extend the job's attempt over the body, which follows the training."""
         return reopened(self.context.workspace, self.context.pod_uid, now)
 
 

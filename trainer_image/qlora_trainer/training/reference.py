@@ -1,4 +1,7 @@
-"""The losses of rows without the adapter, which preferences are measured against: each computed once, and kept."""
+"""The losses of rows without the adapter, each computed once, and kept.
+
+Preferences are measured against them.
+"""
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -23,14 +26,14 @@ class ReferenceLosses:
     def __init__(self, data: Mapping[Split, PreparedDataset], device: torch.device) -> None:
         self._data, self._device = data, device
         self._known = {split: torch.full((rows.rows,), torch.nan) for split, rows in data.items()}
-        """float32 [rows] in main memory; NaN where a row has not been seen."""
+        """float32 [rows] in main memory, NaN where a row has not been seen."""
         self._split: Split = "train"
         self._micro_batches: Sequence[MicroBatch] = ()
         self._missing = False
         self._found: dict[tuple[int, ...], Tensor] = {}
 
     def before(self, split: Split, micro_batches: Sequence[MicroBatch]) -> None:
-        """What follows are passes over these micro batches, of all ranks. All are computed if any row is unknown.
+        """Prepare for passes over these micro batches, of all ranks. All are computed if any row is unknown.
 
         Ranks that share one base must run the same passes, so that this is the same decision in each.
         """
@@ -39,7 +42,7 @@ class ReferenceLosses:
         self._missing = bool(self._known[split][rows].isnan().any())
 
     def of(self, model: Any, batch: Batch, pairs: PairedRows) -> Tensor:
-        """float32 [rows]: those of a batch of the micro batches, on the device. Runs the model if any is missing."""
+        """float32 [rows]: those of a micro batch, on the device. Computes missing ones."""
         known = self._known[self._split][list(pairs.numbers)].to(self._device, non_blocking=True)
         if not self._missing:
             return known
@@ -47,7 +50,7 @@ class ReferenceLosses:
         return torch.where(known.isnan(), computed, known)
 
     def after(self, ranks: Ranks) -> None:
-        """Keep what was computed in the passes over the micro batches, in every rank what all have computed."""
+        """Keep the results of the passes over the micro batches, in every rank."""
         if not self._missing:
             return
         own = {index for index, counts in ranks.rounds(range(len(self._micro_batches))) if counts}
@@ -62,7 +65,7 @@ class ReferenceLosses:
         self._missing, self._found = False, {}
 
     def state(self) -> dict[str, Tensor]:
-        """What is known, for the checkpoint."""
+        """The known losses, for the checkpoint."""
         return {split: known.clone() for split, known in self._known.items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -76,7 +79,7 @@ class ReferenceLosses:
 
 
 def _without_adapter(model: Any, batch: Batch) -> Tensor:
-    """By PEFT's layers, without a gradient; what is compared with it comes from `FusedLora` while it has one.
+    """By PEFT's layers, without a gradient. The loss to compare comes from `FusedLora` while it has one.
 
     With a new adapter of plain LoRA, whose B is 0, the two losses of a row are the same bits on a CPU. On a GPU, where
     the two take other kernels, they may differ in rounding.

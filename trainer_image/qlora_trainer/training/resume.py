@@ -1,4 +1,4 @@
-"""Where an attempt resumes: its checkpoint, on which all ranks agree, and the run as that checkpoint saved it."""
+"""Resumes an attempt: agrees on a checkpoint with all ranks, and restores the run."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ def resumed_attempt(
     pod: PodOfJob,
     now: Callable[[], datetime],
 ) -> Iterator[Checkpoint | None]:
-    """Run the body as the workspace's only attempt, with the checkpoint from which it resumes; None without one.
+    """Run the body as the workspace's only attempt, with the checkpoint that it resumes from, or None.
 
     Raises StepFailure: UNREACHABLE while another attempt runs, BAD_CONFIGURATION if the checkpoint is of another run,
     RETRIES_EXHAUSTED after too many attempts that were killed at this checkpoint.
@@ -57,7 +57,7 @@ def reopened(workspace: WorkspaceLayout, pod_uid: str, now: Callable[[], datetim
 def agreed_checkpoint(
     ranks: Ranks, fingerprint: str, checkpoint: Checkpoint | None, checkpoints: Path
 ) -> Checkpoint | None:
-    """The checkpoint that the main process has chosen, which passes it as `checkpoint`; others read it themselves.
+    """The checkpoint that the main process has chosen. It passes it as `checkpoint`, and others read it.
 
     Raises StepFailure (BAD_CONFIGURATION) if this rank's fingerprint differs: it would compute another run.
     """
@@ -76,7 +76,7 @@ def agreed_checkpoint(
 def restore(run: Run, checkpoint: Checkpoint) -> RunState:
     """Put the model, the optimizer and the schedule into the state that the checkpoint saved, which is returned.
 
-    There is no random state to restore: each step seeds its own. Raises StepFailure if it is of another adapter.
+    There is no random state to restore: each step has a seed. Raises StepFailure if it is of another adapter.
     """
     try:
         restore_adapter(run.model, checkpoint.tensors("adapter"))

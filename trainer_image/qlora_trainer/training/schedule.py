@@ -14,7 +14,7 @@ from qlora_trainer.model.losses.batch import MicroBatch
 
 @dataclass(frozen=True)
 class Schedule:
-    """The run's data as a function of the step: no state, so a resumed run sees the same data as an undisturbed one."""
+    """The run's data as a function of the step, without state, to resume equally."""
 
     sequences: int
     """Of the data: each epoch has all of them, unless each epoch has its own."""
@@ -24,13 +24,13 @@ class Schedule:
     total_steps: int
     seed: int
     epoch_offsets: tuple[int, ...] = ()
-    """Where epochs have sequences of their own, as with a mix: the first of each epoch, and the end of the last."""
+    """The first sequence of each epoch, and the end, where a mix makes them differ."""
 
     @classmethod
     def of(cls, sequences: int, training: TrainingSpec, epoch_offsets: tuple[int, ...] = ()) -> "Schedule":
         """The schedule for `sequences` sequences. An epoch ends with a smaller step if they do not divide.
 
-        Raises StepFailure (BAD_CONFIGURATION) if epochs have sequences of their own, and too few of them are prepared.
+        Raises StepFailure (BAD_CONFIGURATION) if epochs have different sequences, and too few of them are prepared.
         """
         sequences_per_step = training.micro_batch_size * training.gradient_accumulation_steps
         schedule = cls(sequences, training.micro_batch_size, sequences_per_step, 0, training.seed, epoch_offsets)
@@ -67,7 +67,7 @@ class Schedule:
         return whole + min(done, sequences) / sequences
 
     def position(self, step: int) -> tuple[int, int]:
-        """Epoch, and sequences of it already trained on, before the step that is number `step`, counted from 0."""
+        """Epoch, and its sequences before step number `step`, counted from 0."""
         if self.epoch_offsets:
             epoch = int(numpy.searchsorted(self._first_steps, step, side="right")) - 1
         else:
@@ -91,13 +91,13 @@ class Schedule:
 
     @cached_property
     def _first_steps(self) -> NDArray[numpy.int64]:
-        """int64 [epochs + 1]: the first step of each epoch that has sequences of its own, and the end of the last."""
+        """int64 [epochs + 1]: first steps of epochs with different sequences, and the end."""
         steps = -(-numpy.diff(self.epoch_offsets) // self.sequences_per_step)
         return numpy.concatenate(([0], numpy.cumsum(steps, dtype=numpy.int64)))
 
 
 @lru_cache(maxsize=2)
 def _order(sequences: int, seed: int, epoch: int) -> NDArray[numpy.int64]:
-    """The epoch's order: a permutation drawn from seed and epoch (Philox, Salmon et al. 2011), different in each."""
+    """A permutation for each seed and epoch, by Philox (Salmon et al. 2011)."""
     generator = numpy.random.Generator(numpy.random.Philox(key=(seed, epoch)))
     return generator.permutation(sequences)

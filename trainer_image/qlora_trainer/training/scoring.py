@@ -1,4 +1,4 @@
-"""Scores a finished adapter beside its base: both answer the same held-out rows, and each answer is checked.
+"""Scores a finished adapter and its base: both answer the same held-out rows, and each answer is checked.
 
 Prompts are answered greedily and one at a time: padding a batch changes the order of 16-bit sums, and sometimes a word.
 The rows are those with the lowest SHA-256 of their tokens, so that neither seed nor packing chooses them. Each pair of
@@ -55,7 +55,7 @@ class _Heading(ObservedModel):
 
 
 class AnswerLog:
-    """The answers so far, on disk after each: an attempt that is stopped is continued with the next row."""
+    """The answers so far, on disk after each: a stopped attempt continues there."""
 
     def __init__(self, file: IO[bytes], known: dict[str, Answers]) -> None:
         self._file, self._known = file, known
@@ -63,7 +63,7 @@ class AnswerLog:
     @classmethod
     @contextmanager
     def opened(cls, path: Path, adapter_sha256: str, settings: str) -> Iterator[Self]:
-        """The log of this adapter and these settings. One of others, or the rest of a torn line, is dropped."""
+        """Open the log of this adapter and settings. Drops others, and torn lines."""
         heading = _Heading(adapter_sha256=adapter_sha256, settings=settings)
         known = _read(path, heading)
         write_atomically(path, b"".join(_line(entry) for entry in (heading, *known)))
@@ -107,9 +107,9 @@ def _read(path: Path, heading: _Heading) -> list[Answers]:
 def measure_score(
     run: Run, state: RunState, data: PreparedDataset, spec: ScoreSpec, job: PreparedJob, adapter_sha256: str
 ) -> Score:
-    """The score of the run's adapter, whose file has this sum, and of its base. The run must be over.
+    """The score of the run's adapter, whose file has this sum, and of its base. The run must have ended.
 
-    Raises Interrupted when a stop is requested, after which another attempt continues with the next row, and
+    Raises Interrupted when a stop is requested: another attempt then continues with the next row. Raises
     StepFailure: BAD_CONFIGURATION for a model that cannot generate, GPU_OUT_OF_MEMORY.
     """
     # Gradients are gone, and what the optimizer holds is not needed any more: answers need memory.
@@ -150,7 +150,7 @@ def _texts(job: PreparedJob) -> AnswerTexts:
 
 
 def _answered(answering: Answering, checker: AnswerChecker, prompt: Prompt, spec: ScoreSpec, name: str) -> Answers:
-    """The answers to one row. `name`: the job's, whose adapter another job can take up."""
+    """The answers to one row. `name`: the job, whose adapter others can continue from."""
     try:
         base, adapter = (
             answering.answer(prompt, adapter=with_adapter, max_new_tokens=spec.max_new_tokens)

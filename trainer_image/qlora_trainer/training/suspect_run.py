@@ -1,4 +1,4 @@
-"""Compares a suspect run with the model before its first step, and ends one that has diverged."""
+"""Compares a suspect run with the model before its first step, and may end it."""
 
 import logging
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def as_at_start(run: Run) -> Iterator[None]:
     """In the body the model computes as at step 0: as the base alone, or with the adapter of spec.lora.from.
 
     The trained adapter waits in main memory, and is put back to the last bit. Raises StepFailure (UNSAFE_ARTIFACT) if
-    somebody has changed the earlier adapter in the workspace.
+    the earlier adapter in the workspace has changed.
     """
     if run.initial_adapter_sha256 is None:
         try:
@@ -42,7 +42,7 @@ def as_at_start(run: Run) -> Iterator[None]:
 
 
 def named_start(run: Run) -> str:
-    """What that is, for messages."""
+    """Its name for messages."""
     if run.initial_adapter_sha256 is None:
         return "the base model without the adapter"
     return "the adapter of spec.lora.from"
@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 
 def judge_step(run: Run, state: RunState, loss: float, grad_norm: float, gradient: Gradient) -> Stability:
-    """The run's stability after this step. Raises StepFailure (DIVERGED) if it is suspect too long."""
+    """The stability after this step. Raises StepFailure (DIVERGED) if that ends it."""
     patience = run.training.divergence_patience
     if patience == 0:
         return state.stability
@@ -73,7 +73,7 @@ def judge_step(run: Run, state: RunState, loss: float, grad_norm: float, gradien
 
 
 def judge_end(run: Run, state: RunState, loss_before: float, gradient: Gradient) -> None:
-    """Check what the last step did to the loss of its own rows, since no later step would show it."""
+    """Check the last step's effect on the loss of its rows: no later one shows it."""
     if run.training.divergence_patience == 0:
         return
     loss = _loss_without_gradient(run, gradient)
@@ -90,7 +90,7 @@ def judge_end(run: Run, state: RunState, loss_before: float, gradient: Gradient)
 
 
 def judge_kept(run: Run, state: RunState) -> None:
-    """Check the adapter that a run keeps at its end, on the held-out rows: no later step would show its harm."""
+    """Check the kept adapter on held-out rows at the end: no later step shows harm."""
     loss, before = kept(run.training, state.evaluations, state.step, state.eval_loss).eval_loss, state.initial_eval_loss
     if run.training.divergence_patience == 0 or loss is None or before is None or not has_diverged(loss, before):
         return
@@ -103,7 +103,7 @@ def judge_kept(run: Run, state: RunState) -> None:
 
 
 def diverged(run: Run, state: RunState, what: str) -> StepFailure:
-    """The failure of a run that has diverged at this state; `what` says how it shows."""
+    """The failure of a run that has diverged at this state. `what` has the evidence."""
     saved = f"the checkpoint of step {run.checkpoint_step} is kept" if run.checkpoint_step else "nothing was saved yet"
     if run.checkpoint_step and run.checkpoint_step + 1 == state.stability.suspect_since:
         saved += " (that step may already have diverged; the checkpoint before it has not)"
@@ -121,7 +121,10 @@ def _loss_at_start(run: Run, gradient: Gradient) -> float:
 
 
 def _loss_without_gradient(run: Run, gradient: Gradient) -> float:
-    """Mean loss of the step, of all ranks. Draws no random number, leaves the gradients alone."""
+    """Mean loss of the step, of all ranks.
+
+    Draws no random number, leaves the gradients alone.
+    """
     run.model.eval()
     try:
         with torch.no_grad():

@@ -96,6 +96,6 @@ def test_a_conversation_of_as_many_tokens_as_are_allowed_is_trained_on_whole(tin
 
 def test_what_is_wrong_with_the_answers_of_a_row_matters_only_if_it_is_used(tiny_llama: Path) -> None:
     row = row_of({"messages": turns(100)})
-    with pytest.raises(StepFailure, match=r"line 1: .* message 1 of the conversation cannot be told apart"):
+    with pytest.raises(StepFailure, match=r"line 1: .* message 1 of the conversation cannot be separated"):
         maker(tiny_llama, 10_000, template=FORGETFUL).make([row])
     assert len(maker(tiny_llama, 64, template=FORGETFUL).make([row]).too_long) == 1

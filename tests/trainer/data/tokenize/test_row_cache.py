@@ -227,7 +227,7 @@ def test_a_cell_does_not_wait_for_a_pod_that_hangs_with_the_lock(
         prepare(cell("rates-01"), later)
 
     assert said(records).count(WAITING) == 3, "as for a pod that makes the rows and hangs"
-    assert "or not released the lock beside it: this one makes the rows itself" in caplog.text
+    assert "or not released the lock next to it: this one makes the rows itself" in caplog.text
     assert WAITING not in said(later), "what is there needs no lock"
     assert made == [10] * 12
     assert data_bytes(waiting) == alone

@@ -25,7 +25,7 @@ from tests.support.sequences import CPU, random_sequence
 
 def loss_of(model: Any, seed: int = 1) -> torch.Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        return batch_loss(model.get_base_model(), Batch.of([random_sequence((9, 14, 5), seed)], CPU))
+        return batch_loss(model.get_base_model(), Batch.from_sequences([random_sequence((9, 14, 5), seed)], CPU))
 
 
 def copied(model: Path, folder: Path) -> Path:

@@ -145,7 +145,7 @@ class Killed(BaseException):
 def test_it_resumes_with_the_file_at_which_it_was_killed(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, layout = in_files(tiny_llama, tmp_path, 3), BaseLayout.of(tiny_llama, NF4)
+    model, layout = in_files(tiny_llama, tmp_path, 3), BaseLayout.from_folder(tiny_llama, NF4)
     whole = convert(model, tmp_path / "whole", NF4)
     calls = iter(range(10**6))
 
@@ -175,7 +175,7 @@ def test_it_resumes_with_the_file_at_which_it_was_killed(
 def test_what_a_killed_attempt_has_left_is_not_in_the_base(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layout = BaseLayout.of(tiny_llama, NF4)
+    layout = BaseLayout.from_folder(tiny_llama, NF4)
     conversion = BaseConversion(tmp_path / "base", tiny_llama, "v1", layout)
     conversion.convert(tiny_llama / WEIGHTS, "0" * 64)
     with monkeypatch.context() as killed:
@@ -222,7 +222,7 @@ def test_it_generates_as_the_original_says(tmp_path: Path, tiny_llama: Path) -> 
 
 
 def test_a_file_that_has_lost_bytes_is_made_again(tmp_path: Path, tiny_llama: Path) -> None:
-    layout = BaseLayout.of(tiny_llama, NF4)
+    layout = BaseLayout.from_folder(tiny_llama, NF4)
     BaseConversion(tmp_path / "base", tiny_llama, "v1", layout).convert(tiny_llama / WEIGHTS, "0" * 64)
     (tmp_path / ".base.partial" / WEIGHTS).write_bytes(b"short")
     assert not BaseConversion(tmp_path / "base", tiny_llama, "v1", layout).digests
@@ -291,7 +291,7 @@ def test_its_tensors_are_those_that_the_layout_announces(tmp_path: Path, family:
     model = save_model(tmp_path / "model", (CHECKPOINTS | ROUTED)[family])
     quantization = QuantizationSpec(type="fp4", double_quant=family == "qwen3_moe")
     convert(model, tmp_path / "base", quantization)
-    layout = BaseLayout.of(model, quantization)
+    layout = BaseLayout.from_folder(model, quantization)
     require_tensors(tmp_path / "base", [WEIGHTS], layout)
     weights = load_file(tmp_path / "base" / WEIGHTS)
     cut = max(name for name in weights if name.endswith(".absmax"))
@@ -302,7 +302,7 @@ def test_its_tensors_are_those_that_the_layout_announces(tmp_path: Path, family:
 
 def test_its_size_is_known_before_it_is_made(tmp_path: Path, tiny_llama: Path) -> None:
     convert(tiny_llama, tmp_path / "base", NF4)
-    estimate = BaseLayout.of(tiny_llama, NF4).bytes
+    estimate = BaseLayout.from_folder(tiny_llama, NF4).bytes
     with safe_open(tmp_path / "base" / WEIGHTS, framework="pt") as opened:
         found = sum(opened.get_tensor(name).nbytes for name in opened.keys())  # noqa: SIM118
     assert estimate == pytest.approx(found, rel=0.01)

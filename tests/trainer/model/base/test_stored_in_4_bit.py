@@ -178,7 +178,7 @@ def test_a_model_with_other_layers_in_4_bit_is_refused(
 ) -> None:
     model = quantized(tiny_llama, tmp_path / "model", settings(llm_int8_skip_modules=skipped))
     with pytest.raises(StepFailure, match=message) as caught:
-        BaseLayout.of(model, NF4)
+        BaseLayout.from_folder(model, NF4)
     assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
     same = quantized(tiny_llama, tmp_path / "same", settings(llm_int8_skip_modules=["lm_head", "vision_tower"]))
     convert(same, tmp_path / "base", NF4)

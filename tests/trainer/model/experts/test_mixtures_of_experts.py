@@ -273,7 +273,7 @@ def test_rows_that_attend_to_each_other_are_noticed_although_experts_round(
     assert not inspect_family(tiny_qwen3_moe, LoraSpec()).one_row
 
     def leaky(module: Any, query: Any, key: Any, value: Any, mask: Any, **settings: Any) -> Any:
-        one = RowBoundaries.of((query.shape[2],), CPU)
+        one = RowBoundaries.from_lengths((query.shape[2],), CPU)
         mixed, _ = rows_attention(module, query, key, value, mask, **settings | {"rows": one})
         apart, weights = rows_attention(module, query, key, value, mask, **settings)
         return apart + 1e-3 * (mixed - apart), weights

@@ -96,7 +96,7 @@ def test_the_base_has_the_published_bytes_of_the_experts(tmp_path: Path, gpt_oss
     packed = [name for name in published if name.endswith((BLOCKS, SCALES))]
     assert len(packed) == 8
     assert all(torch.equal(base[name], published[name]) for name in packed)
-    assert BaseLayout.of(gpt_oss, NF4).bytes == pytest.approx(sum(t.nbytes for t in base.values()), rel=0.01)
+    assert BaseLayout.from_folder(gpt_oss, NF4).bytes == pytest.approx(sum(t.nbytes for t in base.values()), rel=0.01)
 
     model = load_base(tmp_path / "base", NF4, "cpu", attention="eager")
 

@@ -32,7 +32,7 @@ DROPPING: dict[str, dict[str, Any]] = {
 
 def loss_of(model: Any) -> float:
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        return float(batch_loss(model.get_base_model(), Batch.of([random_sequence((40,), 1)], CPU)))
+        return float(batch_loss(model.get_base_model(), Batch.from_sequences([random_sequence((40,), 1)], CPU)))
 
 
 @pytest.mark.parametrize("family", DROPPING)

@@ -278,7 +278,7 @@ def test_the_dry_run_counts_what_a_step_takes(trained: Trained, monkeypatch: pyt
     assert measured.adapter_parameters == sum(tensor.numel() for tensor in adapter.values())
 
     # Its walk over the graph, in real training on a CPU.
-    model, batch = adapted(trained), Batch.of([random_sequence((64,), 1)], CPU)
+    model, batch = adapted(trained), Batch.from_sequences([random_sequence((64,), 1)], CPU)
     counted: list[StepBytes] = []
     for run_backward in (Tensor.backward, backward):
         counted.append(step_bytes(model, batch, run_backward))

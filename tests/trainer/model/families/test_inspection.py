@@ -198,7 +198,7 @@ def test_a_model_with_blocks_that_the_small_one_lacks_is_rejected(
 
     message = rejection(written(tmp_path, config)).message
 
-    assert "by which it is tested, has other blocks than the whole one (mamba" in message
+    assert "the small test model of the family has other blocks than the whole one (mamba" in message
 
 
 def test_routers_that_begin_at_zero_and_draw_at_random_are_refused(
@@ -218,13 +218,13 @@ def test_routers_that_begin_at_zero_and_draw_at_random_are_refused(
 
 
 def test_biases_of_experts_that_are_left_out_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    projected = experts._projected
+    projected = experts._project
 
     def without_bias(module: Any, *tensors: Any) -> Any:
         module.has_bias = False
         return projected(module, *tensors)
 
-    monkeypatch.setattr(experts, "_projected", without_bias)
+    monkeypatch.setattr(experts, "_project", without_bias)
 
     assert "describes no model that can be trained" in rejection(written(tmp_path, CASES["gpt_oss"].config())).message
 
@@ -405,7 +405,7 @@ def test_rows_beyond_the_length_where_longrope_changes_do_not_share_a_sequence(t
     row = torch.arange(20)
 
     def behind(tokens: int) -> torch.Tensor:
-        rows = RowBoundaries.of((tokens, len(row)), row.device)
+        rows = RowBoundaries.from_lengths((tokens, len(row)), row.device)
         input_ids = torch.cat([torch.full((tokens,), 7), row])[None]
         with torch.no_grad():
             return model(input_ids=input_ids, position_ids=rows.position_ids(), rows=rows).logits[0, tokens:]

@@ -14,7 +14,7 @@ from tests.support.tiny import SHAPE, Recorded
 from tests.trainer.conftest import MakeContext
 
 NO_MODEL = "describes no model that can be trained here"
-NO_SMALL_RUN = "transformers cannot run on text alone the small model by which this type is tested"
+NO_SMALL_RUN = "transformers cannot run on text alone the small test model of this type"
 QUANTIZED = "already quantized"
 ALTERNATIVE = "choose a model of a family that is trained, such as Llama"
 ORIGINAL = "name the original 16-bit model"
@@ -38,19 +38,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "blt": (
         {"model_type": "blt"},
-        f"{NO_MODEL}: this trainer cannot make the small model by which this type is tested: AttributeError: ",
+        f"{NO_MODEL}: this trainer cannot make the small test model of this type: AttributeError: ",
         ALTERNATIVE,
     ),
     "git": ({"model_type": "git"}, f"{NO_MODEL}: this trainer does not find its decoder blocks", ALTERNATIVE),
     "modernbert-decoder": (
         {"model_type": "modernbert-decoder"},
-        f"{NO_MODEL}: the small model by which this type is tested cannot be run as in training: TypeError: ",
+        f"{NO_MODEL}: the small test model of this type cannot be run as in training: TypeError: ",
         ALTERNATIVE,
     ),
     "shieldgemma2": ({"model_type": "shieldgemma2"}, "no layer of its blocks can have an adapter", ALTERNATIVE),
     "kyutai_speech_to_text": (
         {"model_type": "kyutai_speech_to_text"},
-        f"{NO_MODEL}: transformers cannot build the small model by which this type is tested: AssertionError: ",
+        f"{NO_MODEL}: transformers cannot build the small test model of this type: AssertionError: ",
         ALTERNATIVE,
     ),
     "experts-of-odd-size": (
@@ -66,7 +66,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "sarvam_moe": ({"model_type": "sarvam_moe"}, "self_attn.q_proj.weight together with others", ALTERNATIVE),
     "lara_mini": ({"model_type": "lara_mini"}, "linear_attn.in_proj_qkv.weight together with others", ALTERNATIVE),
     "ctrl": ({"model_type": "ctrl"}, "cannot recompute its blocks", ALTERNATIVE),
-    "rwkv": ({"model_type": "rwkv"}, "changes its own weights", ALTERNATIVE),
+    "rwkv": ({"model_type": "rwkv"}, "changes its weights", ALTERNATIVE),
     "recurrent_gemma": ({"model_type": "recurrent_gemma"}, "computes attention or logits in a way", ALTERNATIVE),
     **{name: ({"model_type": name}, NO_MODEL, ALTERNATIVE) for name in ("zamba", "reformer")},
     **{

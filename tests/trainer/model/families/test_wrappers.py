@@ -295,7 +295,7 @@ def test_a_base_of_an_earlier_release_whose_tower_is_4_bit_has_the_same_text(
     model, spec = save_wrapper(tmp_path / "model", tiny_wrapper("gemma3")), NF4
     convert(model, tmp_path / "base", spec)
     with monkeypatch.context() as earlier:
-        earlier.setattr(base_layout, "_in_16_bit", lambda _model: ())
+        earlier.setattr(base_layout, "modules_in_16_bit", lambda _model: ())
         convert(model, tmp_path / "earlier", spec)
 
     found, before = (load_base(tmp_path / name, spec, "cpu") for name in ("base", "earlier"))

@@ -20,7 +20,7 @@ def test_capped_attention_and_its_gradients_are_those_of_transformers(window: in
     mask = torch.zeros(1, 1, sum(LENGTHS), sum(LENGTHS)).masked_fill(~visible(window), float("-inf"))
     inputs = tensors()
     expected, _ = eager_attention_forward(MODULE, *inputs, mask, **settings)
-    rows = RowBoundaries.of(LENGTHS, torch.device("cpu"))
+    rows = RowBoundaries.from_lengths(LENGTHS, torch.device("cpu"))
     output, _ = rows_attention(MODULE, *inputs, None, sliding_window=window, rows=rows, **settings)
 
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
@@ -34,14 +34,14 @@ def test_capped_attention_and_its_gradients_are_those_of_transformers(window: in
 def test_the_familys_dropout_of_attention_is_off() -> None:
     """It is a setting of the base's own training, and the base is frozen."""
     inputs = tensors()
-    rows = RowBoundaries.of(LENGTHS, torch.device("cpu"))
+    rows = RowBoundaries.from_lengths(LENGTHS, torch.device("cpu"))
     for softcap in (None, 1.5):
         dropped, _ = rows_attention(MODULE, *inputs, None, dropout=0.5, softcap=softcap, rows=rows)
         assert torch.equal(dropped, rows_attention(MODULE, *inputs, None, softcap=softcap, rows=rows)[0])
 
 
 def test_another_row_changes_not_a_bit_of_a_rows_capped_attention_and_gradients() -> None:
-    rows = RowBoundaries.of(LENGTHS, torch.device("cpu"))
+    rows = RowBoundaries.from_lengths(LENGTHS, torch.device("cpu"))
     first, last = slice(LENGTHS[0]), slice(-LENGTHS[-1], None)
     results = []
     for shift in (0.0, 1.0):
@@ -61,7 +61,7 @@ def test_a_kernel_is_given_few_numbers_of_rows_and_few_bounds_of_them() -> None:
     geometries = set()
     for _ in range(200):
         lengths = tuple(torch.randint(20, 400, (int(torch.randint(5, 16, (), generator=generator)),)).tolist())
-        rows = RowBoundaries.of(lengths, torch.device("cpu"))
+        rows = RowBoundaries.from_lengths(lengths, torch.device("cpu"))
         offsets = rows.offsets.tolist()
         assert [after - before for before, after in pairwise(offsets)][: len(lengths)] == list(lengths)
         assert set(offsets[len(lengths) :]) == {sum(lengths)}

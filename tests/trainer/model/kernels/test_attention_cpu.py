@@ -30,7 +30,7 @@ def test_attention_and_its_gradients_are_those_of_explicit_scores(
     exact = [tensor.detach().to(dtype).double().requires_grad_() for tensor in tensors()]
     inputs = [tensor.detach().to(dtype).requires_grad_() for tensor in exact]
     expected = explicit(exact[0], exact[1], exact[2], 0.7, window)
-    rows = RowBoundaries.of(LENGTHS, torch.device("cpu"))
+    rows = RowBoundaries.from_lengths(LENGTHS, torch.device("cpu"))
     query, key, value = inputs
     output, _ = rows_attention(MODULE, query, key, value, None, scaling=0.7, sliding_window=window, rows=rows)
 
@@ -46,7 +46,7 @@ def test_attention_and_its_gradients_are_those_of_explicit_scores(
 
 def test_inputs_of_other_types_are_computed_in_the_type_of_autocast() -> None:
     query, key, value = tensors()
-    rows = RowBoundaries.of(LENGTHS, torch.device("cpu"))
+    rows = RowBoundaries.from_lengths(LENGTHS, torch.device("cpu"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed, _ = rows_attention(MODULE, query, key, value.bfloat16(), None, rows=rows)
     narrow, _ = rows_attention(MODULE, query.bfloat16(), key.bfloat16(), value.bfloat16(), None, rows=rows)
@@ -56,4 +56,4 @@ def test_inputs_of_other_types_are_computed_in_the_type_of_autocast() -> None:
 
 def test_rows_that_do_not_cover_all_tokens_are_rejected() -> None:
     with pytest.raises(ValueError, match="rows of 300 tokens, but 1005 tokens"):
-        rows_attention(MODULE, *tensors(), None, rows=RowBoundaries.of((300,), torch.device("cpu")))
+        rows_attention(MODULE, *tensors(), None, rows=RowBoundaries.from_lengths((300,), torch.device("cpu")))

@@ -125,7 +125,7 @@ def test_a_recomputed_block_leaves_out_its_last_matmul_and_may_keep_weights_for_
 
         monkeypatch.setattr(fused_lora, name, counted)
 
-    count("_dequantized")
+    count("_dequantize")
     count("_matmul_into")
     first, second = (fused(recomputed=recomputed, outputs=64) for _ in range(2))
     x = torch.randn(1, 50, 64).bfloat16().requires_grad_()
@@ -133,7 +133,7 @@ def test_a_recomputed_block_leaves_out_its_last_matmul_and_may_keep_weights_for_
         checkpoint(lambda rows: second(first(rows)), x, use_reentrant=False).float().sum().backward()
     # Two matmuls forward, one of them again, two backward.
     assert calls.count("_matmul_into") == 5
-    assert calls.count("_dequantized") == dequantized
+    assert calls.count("_dequantize") == dequantized
 
 
 @pytest.mark.parametrize("lora", [{"lora_dropout": 0.5}, {"use_dora": True}], ids=["dropout", "dora"])

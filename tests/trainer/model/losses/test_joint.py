@@ -36,7 +36,7 @@ ADAPTERS = {
     "job01": (LoraSpec(rank=4, alpha=8, layers_to_transform=(1,)), 5),
 }
 ROWS = {"default": (40, 25, 70), "job00": (90, 31), "job01": (12, 55, 64, 8)}
-BATCHES = {name: Batch.of([random_sequence(rows, seed=len(rows))], CPU) for name, rows in ROWS.items()}
+BATCHES = {name: Batch.from_sequences([random_sequence(rows, seed=len(rows))], CPU) for name, rows in ROWS.items()}
 NAME, REVISION = "org/tiny", "0123abc"
 
 

@@ -62,7 +62,7 @@ def test_loss_and_gradients_of_packed_rows_equal_those_of_one_row_at_a_time(conf
     reference = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
     model.set_attn_implementation(ATTENTION)
-    loss = batch_loss(model, Batch.of(sequences, CPU))
+    loss = batch_loss(model, Batch.from_sequences(sequences, CPU))
     loss.backward()
 
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
@@ -150,7 +150,7 @@ def test_positions_without_a_target_are_never_given_to_the_head() -> None:
     model.lm_head = CountingHead(64, 512)
     sequence = random_sequence((12, 8), 3)
 
-    batch_loss(model, Batch.of([sequence], CPU))
+    batch_loss(model, Batch.from_sequences([sequence], CPU))
 
     assert model.lm_head.positions == [int((sequence.labels != IGNORED_LABEL).sum())]
 
@@ -162,8 +162,8 @@ def test_the_padding_of_a_long_batch_on_a_cpu_changes_no_loss_and_counts_nowhere
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION)
     first, second = random_sequence((300,), 1), random_sequence((260,), 2)
 
-    batch = Batch.of([first, second], CPU)
-    apart = sum(batch_loss(model, Batch.of([sequence], CPU)) for sequence in (first, second))
+    batch = Batch.from_sequences([first, second], CPU)
+    apart = sum(batch_loss(model, Batch.from_sequences([sequence], CPU)) for sequence in (first, second))
 
     assert batch.input_ids.shape == batch.position_ids.shape == (1, 576)
     assert batch.tokens == 560
@@ -172,7 +172,7 @@ def test_the_padding_of_a_long_batch_on_a_cpu_changes_no_loss_and_counts_nowhere
 
 
 def test_a_batch_on_a_gpu_is_padded_to_whole_tiles_and_its_logits_are_computed_512_at_a_time() -> None:
-    batch = Batch.of([random_sequence((300, 260), 1)], torch.device("meta"))
+    batch = Batch.from_sequences([random_sequence((300, 260), 1)], torch.device("meta"))
 
     assert batch.input_ids.shape == batch.position_ids.shape == (1, 640)
     assert (batch.rows.lengths, batch.tokens) == ((300, 260, 80), 560)
@@ -199,7 +199,7 @@ def test_a_batch_without_targets_has_no_loss_and_no_gradient() -> None:
 def test_a_micro_batch_of_several_sequences_is_one_row_without_padding() -> None:
     first, second = random_sequence((9, 14), 1), random_sequence((5,), 2)
 
-    batch = Batch.of([first, second], CPU)
+    batch = Batch.from_sequences([first, second], CPU)
 
     assert batch.input_ids.tolist() == [first.input_ids.tolist() + second.input_ids.tolist()]
     assert batch.position_ids.tolist() == [[*range(9), *range(14), *range(5)]]

@@ -167,7 +167,8 @@ def test_jobs_that_are_trained_together_share_the_base_and_take_more_for_each(tm
     LlamaConfig(**WIDE).save_pretrained(tmp_path)
     config, specs = tmp_path / "config.json", [job(*JOBS[name]) for name in ("large", "small", "unaccumulated")]
     alone = [
-        MeasuredJob.of(config, spec, training_shape(spec, spec.lora.target_modules), measure=measure) for spec in specs
+        MeasuredJob.from_config(config, spec, training_shape(spec, spec.lora.target_modules), measure=measure)
+        for spec in specs
     ]
     estimates = [one.estimate(one.training) for one in alone]
     together = memory_together(config, specs, alone, measure_together)

@@ -83,7 +83,7 @@ class Step:
         sequences: Sequence[PackedSequence] = SEQUENCES,
     ) -> None:
         model = adapted(save_model(folder, config))
-        batch = Batch.of(sequences, torch.device("meta"))
+        batch = Batch.from_sequences(sequences, torch.device("meta"))
         self.inputs: list[torch.dtype] = []
         for name, _module in model.named_modules():
             if name.endswith(".lora_A"):
@@ -231,7 +231,7 @@ def test_the_walk_over_the_graph_gives_the_gradients_of_the_engine(tmp_path: Pat
 
     def loss() -> Tensor:
         with torch.autocast("cpu", dtype=COMPUTE_DTYPE, cache_enabled=False):
-            return batch_loss(model.get_base_model(), Batch.of(SEQUENCES, CPU))
+            return batch_loss(model.get_base_model(), Batch.from_sequences(SEQUENCES, CPU))
 
     expected = torch.autograd.grad(loss(), list(trained.values()))
     # As within a backward pass of the engine.

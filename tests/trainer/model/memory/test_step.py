@@ -23,7 +23,7 @@ from tests.support.sequences import CPU, random_sequence
 from tests.support.tiny import SHAPE, save_model
 
 WIDE = LlamaConfig(**SHAPE | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4})
-BATCH = Batch.of([random_sequence((128, 128), 1)], CPU)
+BATCH = Batch.from_sequences([random_sequence((128, 128), 1)], CPU)
 
 
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "all kept"])
@@ -54,7 +54,7 @@ def test_a_joint_pass_of_several_adapters_is_walked_as_the_engine_goes(
         attach_further_adapter(model, name, LoraSpec(rank=8), targets, seed=1, base_name="", base_revision="")
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    batches = dict(zip(names, (BATCH, BATCH, Batch.of([random_sequence((64,), 2)], CPU)), strict=True))
+    batches = dict(zip(names, (BATCH, BATCH, Batch.from_sequences([random_sequence((64,), 2)], CPU)), strict=True))
     engine = joint_step_bytes(model, batches, Tensor.backward)
     monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 1)
     walk = joint_step_bytes(model, batches, backward)
@@ -65,7 +65,7 @@ def test_a_joint_pass_of_several_adapters_is_walked_as_the_engine_goes(
 def test_pairs_take_the_memory_of_other_rows_with_as_many_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pairs = Batch.of([replace(random_sequence((128, 128), 1), row_numbers=(0, 1))], CPU)
+    pairs = Batch.from_sequences([replace(random_sequence((128, 128), 1), row_numbers=(0, 1))], CPU)
     model = adapted(save_model(tmp_path / "model", WIDE))
     for parameter in adapter_parameters(model).values():
         parameter.grad = torch.zeros_like(parameter)
@@ -92,7 +92,7 @@ def test_capped_attention_is_walked_as_the_engine_goes(tmp_path: Path, monkeypat
 
 def attention_peak(capability: tuple[int, int], rows: int, key_heads: int) -> int:
     """The most that is alive in the backward pass of the attention of 640 tokens, with 8 heads of 40."""
-    boundaries = RowBoundaries.of((640 // rows,) * rows, CPU)
+    boundaries = RowBoundaries.from_lengths((640 // rows,) * rows, CPU)
     with fake_cuda(capability):
         offsets = torch.empty(boundaries.offsets.shape, dtype=torch.int32, device="cuda")
         on_gpu = RowBoundaries(boundaries.lengths, offsets)

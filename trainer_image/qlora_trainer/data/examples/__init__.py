@@ -1,1 +1,1 @@
-"""Turns rows into examples: conversations, prompts with completions, texts, preferences."""
+"""Turns rows into examples: conversations, completions, texts, preferences."""

@@ -1,4 +1,4 @@
-"""Reads the turns of a conversation, in the notation of OpenAI or ShareGPT, with tool calls."""
+"""Reads conversations in the notation of OpenAI or ShareGPT, with tool calls."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -8,11 +8,11 @@ from typing import Any, cast, get_args
 from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.data.examples.example import Function, Message, Role, ToolCall
 from qlora_trainer.data.read.json_values import parse_json
-from qlora_trainer.data.read.rows import describe, listed
+from qlora_trainer.data.read.rows import describe, list_names
 from qlora_trainer.data.read.text import MAX_LINE_BYTES
 
 _ROLES = get_args(Role)
-# What data sets on the hub call the roles in the notation of ShareGPT.
+# Names of the roles in data sets on the hub, in the notation of ShareGPT.
 _SHAREGPT_ROLES: Mapping[str, Role] = {
     "system": "system",
     "human": "user",
@@ -25,7 +25,7 @@ _SHAREGPT_ROLES: Mapping[str, Role] = {
     "observation": "tool",
 }
 _CALL_ROLE = "function_call"
-# What data sets call the reasoning of an answer, besides the content.
+# Keys of an answer's reasoning in data sets, besides the content.
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 # OpenAI's format for fine-tuning marks answers by weight, and trains on those without.
 _MARK, _WEIGHT = "train", "weight"
@@ -48,7 +48,7 @@ SHAREGPT = Notation("from", "value", _SHAREGPT_ROLES)
 
 
 def checked_text(value: object, name: str) -> str:
-    """The value if it is text to train on. Raises StepFailure BAD_DATASET beginning with `name`."""
+    """The text to train on. Raises StepFailure BAD_DATASET beginning with `name`."""
     if not isinstance(value, str):
         raise bad_dataset(f"{name} is {describe(value)}: must be text")
     if not value.strip():
@@ -60,7 +60,7 @@ def checked_text(value: object, name: str) -> str:
 
 
 def require_unicode(value: str, name: str) -> None:
-    """Raise StepFailure BAD_DATASET beginning with `name` if the text cannot be encoded."""
+    """Raise StepFailure BAD_DATASET, naming `name`, if text cannot be encoded."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -88,7 +88,7 @@ def read_turns(
 
 
 def _with_all_marks(messages: list[Message], turns: list[Any], location: str, column: str) -> tuple[Message, ...]:
-    """The messages, each answer with a mark. Raises StepFailure BAD_DATASET if the row has none."""
+    """The messages, each answer with a mark. Raises StepFailure BAD_DATASET if none."""
     if all(message.trained is None for message in messages):
         raise bad_dataset(
             f"{location}: {column!r} has no mark, and spec.training.trainOn is marked: set train: true (or weight: 1) "
@@ -122,7 +122,7 @@ class _TurnReader:
         missing = [field for field in needed if field not in value]
         if missing:
             raise bad_dataset(
-                f"{self.location}: {self.name!r} has no {' and no '.join(missing)}; it has {listed(value)}"
+                f"{self.location}: {self.name!r} has no {' and no '.join(missing)}; it has {list_names(value)}"
             )
         if value.get("function_call"):
             raise bad_dataset(f"{self._field('function_call')} is set: write it as a list of tool_calls")
@@ -145,7 +145,7 @@ class _TurnReader:
         )
 
     def _reasoning(self, value: Mapping[str, object], role: Role, content: str) -> str | None:
-        """What the model thinks before its answer; None for nothing."""
+        """The model's reasoning before its answer, or None."""
         found = [key for key in _REASONING if value.get(key) not in (None, "")]
         if not found:
             return None
@@ -162,7 +162,7 @@ class _TurnReader:
         return reasoning
 
     def _mark(self, value: Mapping[str, object], role: Role) -> bool | None:
-        """Whether the message is marked for training; None without a mark."""
+        """Whether the message is marked for training, or None without a mark."""
         train, weight = value.get(_MARK), value.get(_WEIGHT)
         if train is not None and not isinstance(train, bool):
             raise bad_dataset(f"{self._field(_MARK)} is {describe(train)}: must be true or false")
@@ -232,7 +232,7 @@ class _TurnReader:
 
 
 def read_tools(value: object, name: str, *, columnar: bool) -> tuple[Function, ...]:
-    """The tools of a row: a list of JSON schemas, or its JSON as text; none for null.
+    """The tools of a row: a list of JSON schemas, or its JSON as text. Empty for null.
 
     Raises StepFailure BAD_DATASET beginning with `name`.
     """
@@ -278,7 +278,7 @@ def _has_null(value: object) -> bool:
 
 
 def check_turns(messages: tuple[Message, ...], location: str, column: str) -> None:
-    """Raise StepFailure BAD_DATASET unless the roles follow each other as in a Conversation."""
+    """Raise StepFailure BAD_DATASET unless the roles alternate as in a Conversation."""
     expected: tuple[Role, ...] = ("system", "user")
     for index, message in enumerate(messages):
         if message.role not in expected:

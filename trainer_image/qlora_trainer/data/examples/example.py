@@ -1,4 +1,4 @@
-"""What a model is trained on in one row: a conversation, a prompt with its completion, or plain text."""
+"""An example from one row: a conversation, a completion, a preference or text."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 Role = Literal["system", "user", "assistant", "tool"]
 Function = Mapping[str, object]
-"""A tool's description, as the model's chat template takes it: a JSON schema with `type` and `function`."""
+"""A tool's description for chat templates: JSON with `type` and `function`."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Message:
     """Role tool: the function that gave this result."""
     tool_call_id: str | None = None
     reasoning: str | None = None
-    """Role assistant: what the model thinks before its answer, where the row has it apart from the content."""
+    """Role assistant: the reasoning before the answer, if the row has it apart."""
     trained: bool | None = None
-    """Role assistant: whether the row marks the answer for training; None without a mark."""
+    """Role assistant: whether the row marks the answer for training, or None."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Conversation:
         return any(message.reasoning is not None for message in self.messages)
 
     def with_system(self, text: str, *, replace: bool) -> "Conversation":
-        """The conversation with this system message, also in place of its own if `replace`."""
+        """The conversation with this system message. `replace` overrides an existing one."""
         own = self.messages[0].role == "system"
         if own and not replace:
             return self
@@ -81,7 +81,7 @@ class PromptCompletion:
         return Conversation((*system, Message("user", self.prompt), Message("assistant", self.completion)))
 
     def with_system(self, text: str, *, replace: bool) -> "PromptCompletion":
-        """The same with this system message, also in place of its own if `replace`."""
+        """The same with this system message. `replace` overrides an existing one."""
         if self.system is not None and not replace:
             return self
         return PromptCompletion(self.prompt, self.completion, self.separator, text)
@@ -89,7 +89,7 @@ class PromptCompletion:
 
 @dataclass(frozen=True)
 class PlainText:
-    """Text to continue; the model is trained on all of it."""
+    """Text to continue. The model is trained on all of it."""
 
     text: str
 
@@ -99,7 +99,7 @@ Example = Conversation | PromptCompletion | PlainText
 
 @dataclass(frozen=True)
 class Preference:
-    """A prompt with two answers, of which one is preferred. The prompt is in both."""
+    """A prompt with two answers, one of them preferred. The prompt is in both."""
 
     chosen: Conversation | PromptCompletion
     rejected: Conversation | PromptCompletion
@@ -107,14 +107,17 @@ class Preference:
     """How many of the first answers in the two conversations are part of the prompt."""
 
     def with_system(self, text: str, *, replace: bool) -> "Preference":
-        """The same with this system message for both answers, also in place of their own if `replace`."""
+        """The same with this system message in both. `replace` overrides existing ones."""
         chosen, rejected = (one.with_system(text, replace=replace) for one in (self.chosen, self.rejected))
         return Preference(chosen, rejected, self.shared_answers)
 
 
 @dataclass(frozen=True)
 class TokenizedRow:
-    """The tokens of a row and, for each, whether it counts in the loss. The first never does: nothing predicts it."""
+    """The tokens of a row and, for each, whether it counts in the loss.
+
+    The first never counts: no token predicts it.
+    """
 
     input_ids: NDArray[numpy.int32]
     """int32 [tokens]"""

@@ -9,12 +9,12 @@ from qlora_trainer.data.examples.conversations import CHAT, SHAREGPT, check_turn
 from qlora_trainer.data.examples.example import Conversation, Example, Message, PlainText, Preference, PromptCompletion
 from qlora_trainer.data.examples.preferences import PreferenceColumns
 from qlora_trainer.data.examples.row_check import RowCheck
-from qlora_trainer.data.read.rows import Row, listed
+from qlora_trainer.data.read.rows import Row, list_names
 
 DATASET = "spec.dataset"
 PAIRS: frozenset[RowFormat] = frozenset({"preference"})
 """Formats whose rows are pairs of answers, for objectives that compare them."""
-# Unpaired preferences, as for KTO, have it beside prompt and completion.
+# Unpaired preferences, as for KTO, have this column besides prompt and completion.
 _LABEL = "label"
 _PARAGRAPH = "\n\n"
 
@@ -29,7 +29,7 @@ class Reading:
 
     @property
     def remark(self) -> str:
-        """What a user should know of a column that is not used; empty for nothing."""
+        """A remark for the user on an unused column, or an empty string."""
         if _LABEL not in self.ignored or self.format == "text" or self.format in PAIRS:
             return ""
         return (
@@ -61,9 +61,9 @@ class RowReader:
         return _FORMATS[self._format].read(fields)
 
     def check(self, row: Row) -> RowCheck | None:
-        """The check that the row brings, if a column for it is named. Raises StepFailure BAD_DATASET without one."""
+        """The row's check, if it has a column. Raises StepFailure BAD_DATASET if missing."""
         column = self._columns.check
-        return None if column is None else RowCheck.of(row, column, f"{self._field}.columns.check")
+        return None if column is None else RowCheck.from_row(row, column, f"{self._field}.columns.check")
 
     def reading(self, row: Row) -> Reading:
         """Which of the row's columns are used."""
@@ -100,13 +100,13 @@ def detect_format(
     needs = "; ".join(f"{format_}: {', '.join(required)}" for format_, required in needed.items())
     found = "fits more than one format, " + " and ".join(fitting) if fitting else "fits no format"
     raise bad_dataset(
-        f"{row.location} {found}; it has the columns {listed(values)}. Formats and the columns that they need are "
+        f"{row.location} {found}; it has the columns {list_names(values)}. Formats and the columns that they need are "
         f"{needs}: set {field}.format, and {field}.columns where names differ"
     )
 
 
 def _require_no_pairs(row: Row, names: Columns, field: str, *, pairs: bool) -> None:
-    """Explain what fits no format: the data have pairs that the objective cannot use, or none that it needs."""
+    """Reject pairs that the objective cannot use, or data without pairs it needs."""
     values = row.values()
     chosen, rejected = (_column(field, names) for field in _FORMATS["preference"].required)
     if not pairs and chosen in values and rejected in values:
@@ -117,7 +117,7 @@ def _require_no_pairs(row: Row, names: Columns, field: str, *, pairs: bool) -> N
     if pairs:
         raise bad_dataset(
             f"{row.location} has no {chosen!r} and {rejected!r}, which spec.training.objective compares; it has the "
-            f"columns {listed(values)}: name them in {field}.columns.chosen and rejected, or set objective to "
+            f"columns {list_names(values)}: name them in {field}.columns.chosen and rejected, or set objective to "
             "supervised"
         )
 
@@ -140,7 +140,7 @@ def _column(field: str, columns: Columns) -> str:
 
 @dataclass(frozen=True)
 class _Fields:
-    """The values of one row, by the format's names for its columns. Methods raise StepFailure BAD_DATASET."""
+    """A row's values by the format's columns. Raises StepFailure BAD_DATASET."""
 
     row: Row
     values: Mapping[str, object]
@@ -155,22 +155,23 @@ class _Fields:
         return _column(field, self.columns)
 
     def value(self, field: str) -> object:
-        """The value of a field that must be there."""
+        """The value of a required field."""
         column = self.column(field)
         if column not in self.values:
             raise bad_dataset(
                 f"{self.row.location} has no column {column!r}, which format {self.format} needs; it has "
-                f"{listed(self.values)}: name it in {self.field}.columns.{field} or choose another {self.field}.format"
+                f"{list_names(self.values)}: name it in {self.field}.columns.{field} or choose another "
+                f"{self.field}.format"
             )
         return self.values[column]
 
     def optional_value(self, field: str) -> object:
-        """The value, or None without it. A column that spec.dataset.columns names must be there."""
+        """The value, or None. Columns named by spec.dataset.columns are required."""
         named = getattr(self.columns, field) is not None
         return self.value(field) if named else self.values.get(field)
 
     def text(self, field: str) -> str:
-        """The text of a field that must be there."""
+        """The text of a required field."""
         return checked_text(self.value(field), self.where(field))
 
     def optional_text(self, field: str) -> str:

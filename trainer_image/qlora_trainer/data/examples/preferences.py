@@ -1,4 +1,4 @@
-"""Reads a prompt with two answers: as texts, as lists of messages, or as two whole conversations."""
+"""Reads prompts with two answers: texts, message lists, or two conversations."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ _KINDS = "must be text, or a list of {role, content}"
 
 @dataclass(frozen=True)
 class PreferenceColumns:
-    """The values of a row of format preference, with the names of their columns for messages."""
+    """The values of a preference row, with the column names for messages."""
 
     location: str
     prompt: object
@@ -34,7 +34,7 @@ class PreferenceColumns:
         chosen, rejected = self._turns(self.chosen, self.chosen_name), self._turns(self.rejected, self.rejected_name)
         prompt = self._prompt_turns(chosen)
         if prompt:
-            chosen, rejected = _continued(prompt, chosen), _continued(prompt, rejected)
+            chosen, rejected = _continue(prompt, chosen), _continue(prompt, rejected)
         return self._of_conversations(chosen, rejected, tools)
 
     def _of_texts(self) -> Preference:
@@ -52,7 +52,7 @@ class PreferenceColumns:
         return Preference(chosen, rejected)
 
     def _prompt_turns(self, chosen: Sequence[Message]) -> tuple[Message, ...]:
-        """The messages of the prompt; none where the answers have them, also if it is there once more, as text."""
+        """The messages of the prompt, or none where the answers include them."""
         if self.prompt is None:
             return ()
         if isinstance(self.prompt, str):
@@ -71,7 +71,7 @@ class PreferenceColumns:
                     f"{self._where(name)} ends with a message of role {messages[-1].role!r}"
                     f"{' that calls a tool' if messages[-1].tool_calls else ''}: must end with an answer in words"
                 )
-        shared = _shared(chosen, rejected)
+        shared = _shared_messages(chosen, rejected)
         if not any(message.role == "user" for message in shared):
             raise bad_dataset(
                 f"{self.location}: {self.chosen_name!r} and {self.rejected_name!r} do not begin with the same prompt: "
@@ -94,13 +94,13 @@ class PreferenceColumns:
         return f"{self.location}: {name!r}"
 
 
-def _continued(prompt: tuple[Message, ...], answer: tuple[Message, ...]) -> tuple[Message, ...]:
+def _continue(prompt: tuple[Message, ...], answer: tuple[Message, ...]) -> tuple[Message, ...]:
     """The prompt with its answer, which may begin with the prompt already."""
     return answer if answer[: len(prompt)] == prompt else (*prompt, *answer)
 
 
-def _shared(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The first messages that both have: the prompt. The last answer of each never belongs to it."""
+def _shared_messages(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The messages that both begin with: the prompt. Excludes the last answers."""
     most = min(len(chosen), len(rejected)) - 1
     count = next((index for index in range(most) if chosen[index] != rejected[index]), most)
     return chosen[:count]

@@ -1,4 +1,4 @@
-"""The check of its answer that a row brings for spec.gate.score: a regular expression, or a JSON schema."""
+"""The check of a row's answer for spec.gate.score: a regular expression or schema."""
 
 import json
 from collections.abc import Mapping
@@ -8,14 +8,14 @@ from typing import Any, Self
 from qlora_api.spec.gate import MAX_PATTERN_CHARACTERS, MAX_SCHEMA_CHARACTERS
 from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.data.examples.conversations import checked_text, require_plain
-from qlora_trainer.data.read.rows import Row, describe, listed
+from qlora_trainer.data.read.rows import Row, describe, list_names
 
 Schema = Mapping[str, Any] | bool
 
 
 @dataclass(frozen=True)
 class RowCheck:
-    """What a row's answer must be. Whether it can be used is seen when it is compiled."""
+    """A condition on a row's answer. Compiling it validates it."""
 
     source: str
     """File, line and column, for messages."""
@@ -23,15 +23,15 @@ class RowCheck:
     """A regular expression or a schema as text, or a schema."""
 
     @classmethod
-    def of(cls, row: Row, column: str, field: str) -> Self:
-        """The check in the column that the job's `field` names. Raises StepFailure BAD_DATASET without one."""
+    def from_row(cls, row: Row, column: str, field: str) -> Self:
+        """The check in the job's column `field`. Raises StepFailure BAD_DATASET without."""
         values, source = row.values(), f"{row.location}: {column!r}"
         value = values.get(column)
         if value is None:
-            found = "is null" if column in values else f"is missing; the row has {listed(values)}"
+            found = "is null" if column in values else f"is missing; the row has {list_names(values)}"
             raise bad_dataset(
                 f"{source} ({field}) {found}: each row that may be held out must have the check of its answer; fill it "
-                "in, or hold out rows of a source of their own (spec.dataset.eval.source)"
+                "in, or hold out rows of a separate source (spec.dataset.eval.source)"
             )
         if isinstance(value, str):
             checked_text(value, source)

@@ -1,4 +1,4 @@
-"""The files of a data set; a file's name says how it is read."""
+"""The files of a data set. A file's name decides how it is read."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class DataFiles:
     """The files' names within the folder or repository."""
 
     def sha256(self) -> str:
-        """SHA-256 of the file; of several, of the lines `<sha256>  <name>` that sha256sum prints for them."""
+        """SHA-256 of the file, or of the lines of sha256sum for several files."""
         digests = [file_sha256(file.path) for file in self.files]
         if len(digests) == 1:
             return digests[0]
@@ -41,7 +41,7 @@ class DataFiles:
         return sha256("".join(lines).encode()).hexdigest()
 
     def versions(self) -> tuple[tuple[int, int], ...]:
-        """Size in bytes and modification time in ns of each file: they change when somebody writes to it."""
+        """Size in bytes and modification time in ns of each file. Writing changes them."""
         stats = [file.path.stat() for file in self.files]
         return tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
 
@@ -52,7 +52,7 @@ MAX_FILES = 10_000
 
 
 def data_kind(name: str) -> str | None:
-    """The ending that says how a file is read, without that of its compression; None if it is not a data file."""
+    """The ending that decides how a file is read, without compression, or None."""
     if name.endswith(".parquet"):
         return ".parquet"
     plain = next((name.removesuffix(ending) for ending in COMPRESSIONS if name.endswith(ending)), name)

@@ -26,7 +26,7 @@ _SPLIT_NAMES: Mapping[str, tuple[str, ...]] = {
 }
 _MOST_STARS = 8
 _GLOB = re.compile(r"(\*\*/|\*\*|\*|\?)")
-# What the YAML library raises for a value that is not of its tag's type.
+# Exceptions of the YAML library for a value that is not of its tag's type.
 _UNUSABLE_VALUES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
 
@@ -38,7 +38,7 @@ class Wanted:
     """In order of preference: the first that exists is used."""
     config: str | None = None
     revision: str | None = None
-    """Branch, tag or commit; main if None."""
+    """Branch, tag or commit, or None for main."""
     field: str = "spec.dataset"
     """The job's field that asks for it, for messages."""
 
@@ -48,12 +48,15 @@ EVALUATION = Wanted(("validation", "test"), field="spec.dataset.eval")
 
 
 def training_part(source: MixSource, field: str = TRAINING.field) -> Wanted:
-    """The part of a source, whose settings are in the job's `field`, that the job trains on."""
+    """The part of a source to train on. Its settings are in the job's `field`."""
     return Wanted((source.split,) if source.split else TRAINING.splits, source.config, source.revision, field)
 
 
 def evaluation_part(spec: DatasetSpec, own: EvalSpec) -> Wanted:
-    """The part that the job evaluates with. From the same repository it inherits configuration and revision."""
+    """The part to evaluate with.
+
+    From the same repository it inherits configuration and revision.
+    """
     repository = _repository(own.source or "")
     same = (source for source in spec.training_sources.values() if _repository(source.source) == repository is not None)
     inherited = next(same, own)
@@ -71,7 +74,10 @@ def _repository(uri: str) -> str | None:
 
 
 def read_dataset_card(path: Path, uri: str) -> Mapping[str, Any]:
-    """The metadata of a data set card, YAML at its top. Raises StepFailure BAD_DATASET if that is not YAML."""
+    """The metadata of a data set card: YAML at its top.
+
+    Raises StepFailure BAD_DATASET if it is not YAML.
+    """
     try:
         return metadata_load(path) or {}
     except (YAMLError, RecursionError, *_UNUSABLE_VALUES) as error:

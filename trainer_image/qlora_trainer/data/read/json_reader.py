@@ -13,14 +13,17 @@ _WHITESPACE = " \t\r\n"
 
 
 def read_json_lines(file: DataFile) -> Iterator[Row]:
-    """One row per line, not parsed yet; blank lines are skipped."""
+    """Read one row per line without parsing it. Skips blank lines."""
     for number, line in lines(file):
         if line.strip():
             yield Row(f"{file.name} line {number}", line, len(line))
 
 
 def read_json(file: DataFile) -> Iterator[Row]:
-    """The rows of one list of objects, or of one object per line. Memory: one row, of at most 16 MiB, and a block."""
+    """The rows of one list of objects, or of one object per line.
+
+    Memory: one row, of at most 16 MiB, and a block.
+    """
     objects = _JsonList(file)
     if objects.begins():
         yield from objects.rows()
@@ -52,7 +55,7 @@ class _JsonList:
         """Line of the file at `_at`."""
 
     def begins(self) -> bool:
-        """Whether the file begins with a list; consumes the [."""
+        """Whether the file begins with a list. Consumes the [."""
         return self._take("[")
 
     def rows(self) -> Iterator[Row]:
@@ -102,7 +105,7 @@ class _JsonList:
         return found
 
     def _peek(self) -> str:
-        """The next character that is not whitespace; empty at the end."""
+        """The next character that is not whitespace, or an empty string at the end."""
         while True:
             rest = self._at
             while rest < len(self._text) and self._text[rest] in _WHITESPACE:
@@ -114,7 +117,7 @@ class _JsonList:
                 return ""
 
     def _read_more(self) -> bool:
-        """Read at least as much as is left over: no long object is scanned once per block. False at the end."""
+        """Read at least as many bytes as are left over, to scan few twice. False at end."""
         rest = self._text[self._at :]
         read: list[str] = []
         while not self._ended and sum(map(len, read)) <= len(rest):

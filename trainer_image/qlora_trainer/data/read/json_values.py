@@ -1,4 +1,4 @@
-"""Parses JSON strictly: finite numbers only, no key twice, errors with their location."""
+"""Parses JSON strictly: finite numbers, no repeated key, errors with location."""
 
 import json
 from typing import NoReturn
@@ -9,7 +9,7 @@ ONE_OBJECT_PER_LINE = "a .jsonl file has one whole JSON object per line"
 
 
 def parse_json(text: str, location: str, advice: str = "write it as one JSON value") -> object:
-    """The JSON value that `text` is. Raises StepFailure BAD_DATASET beginning with `location`."""
+    """Parse JSON. Raises StepFailure BAD_DATASET beginning with `location`."""
 
     def reject_number(found: str) -> NoReturn:
         raise bad_dataset(f"{location}: {found} is not a JSON value: only finite numbers are allowed")
@@ -32,11 +32,11 @@ def parse_json(text: str, location: str, advice: str = "write it as one JSON val
 
 
 def invalid_json(location: str, message: str, advice: str, *, cut: bool) -> StepFailure:
-    """BAD_DATASET for text that is not JSON. `cut`: the file seems to end in the middle of a value."""
+    """BAD_DATASET for text that is not JSON. `cut`: the file ends inside a value."""
     seems = "; the file seems to be cut off here" if cut else ""
     return bad_dataset(f"{location}: not valid JSON ({message}){seems}: {advice}")
 
 
 def oversized_json(location: str, error: Exception) -> StepFailure:
-    """BAD_DATASET for JSON beyond the parser's limits: digits of a number, depth of nesting."""
+    """BAD_DATASET for JSON beyond the parser's limits of digits or nesting."""
     return bad_dataset(f"{location}: not valid JSON ({error}): a number is too long or the nesting too deep")

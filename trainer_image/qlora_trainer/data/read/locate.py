@@ -21,7 +21,7 @@ _MAX_DATASET_CARD_BYTES = 2**21
 
 @dataclass(frozen=True)
 class DataAccess:
-    """What the data of a job can be read with."""
+    """Access to the data of a job."""
 
     mounts: Mounts
     hub: Callable[[], Hub]
@@ -50,7 +50,10 @@ def find_data(uri: str, wanted: Wanted, access: DataAccess, download: Path) -> D
 
 
 def mounted_data(uri: str, mounts: Mounts) -> DataFiles | None:
-    """The files on a volume or in a ConfigMap that an address names; None for a server, and for files that are gone."""
+    """The files on a volume or in a ConfigMap that an address names.
+
+    None for a server, and for files that are gone.
+    """
     source = parse_source(uri)
     if not isinstance(source, (VolumeSource, ConfigMapSource)):
         return None
@@ -132,6 +135,6 @@ def _hub_data(source: HubSource, wanted: Wanted, hub: Hub, download: Path) -> Da
 
 
 def _make_room(folder: Path, total: int, uri: str) -> None:
-    """Make the folder. Raises StepFailure if there is no space for what earlier attempts left of `total` bytes."""
+    """Make the folder. Raises StepFailure without space for the rest of `total` bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     require_space(folder, total - bytes_below(folder), f"the download of {uri}")

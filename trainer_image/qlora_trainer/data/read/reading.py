@@ -19,7 +19,7 @@ _READERS: Mapping[str, Callable[[DataFile], Iterator[Row]]] = {
 
 
 def read_rows(files: Sequence[DataFile]) -> Iterator[Row]:
-    """The rows of the files in order; no file is read into memory whole.
+    """The rows of the files in order, without reading a whole file into memory.
 
     Raises StepFailure BAD_DATASET, with file and line, for invalid content and for a file without rows.
     """

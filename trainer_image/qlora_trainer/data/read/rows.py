@@ -10,7 +10,7 @@ from qlora_trainer.data.read.json_values import ONE_OBJECT_PER_LINE, parse_json
 
 @dataclass(frozen=True)
 class Row:
-    """One row, unparsed: cheap to make, and cheap to send to the process that parses it."""
+    """One row, unparsed: cheap to make, and to send to the process that parses it."""
 
     location: str
     """File and line (JSON), or file and row from 1 (CSV, Parquet), for messages."""
@@ -19,10 +19,16 @@ class Row:
     size: int
     """About how many bytes the content takes."""
     columnar: bool = False
-    """Whether the file has typed columns: every object then has the keys of all rows, null where a row has none."""
+    """Whether the file has typed columns.
+
+    Every object then has the keys of all rows, null where a row has none.
+    """
 
     def values(self) -> Mapping[str, object]:
-        """The values by column, parsed at each call. Raises StepFailure BAD_DATASET if they are not a JSON object."""
+        """The values by column, parsed at each call.
+
+        Raises StepFailure BAD_DATASET if they are not a JSON object.
+        """
         if not isinstance(self.content, str):
             return self.content
         value = parse_json(self.content, self.location, ONE_OBJECT_PER_LINE)
@@ -32,7 +38,7 @@ class Row:
 
 
 def describe(value: object) -> str:
-    """What a value of a row is, for a message."""
+    """Describe a value of a row for a message."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -45,6 +51,6 @@ def describe(value: object) -> str:
     return next((name for kind, name in kinds if isinstance(value, kind)), type(value).__name__)
 
 
-def listed(names: Mapping[str, object]) -> str:
+def list_names(names: Mapping[str, object]) -> str:
     """The first names, for a message."""
     return ", ".join(repr(name[:80]) for name in list(names)[:12]) or "none"

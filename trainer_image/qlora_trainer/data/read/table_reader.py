@@ -13,13 +13,13 @@ from qlora_trainer.data.read.text import MAX_LINE_BYTES, Inflation, lines
 
 _PARQUET_BATCH_ROWS = 64
 _PARQUET_SENT_BYTES = 2**26
-"""At a time, to the process that reads the rows; more for a single row, and for a value that many rows share."""
+"""Bytes sent together to the reading process. Single rows, shared values add more."""
 _PARQUET_BUFFER_BYTES = 2**20
 _PARQUET_MEMORY_BYTES = 2**30
 
 
 def read_csv(file: DataFile) -> Iterator[Row]:
-    """The rows below the header; all values are text."""
+    """The rows below the header. All values are text."""
     # The limit holds for the whole interpreter; its default of 128 KiB is less than one document.
     csv.field_size_limit(MAX_LINE_BYTES)
     reader = csv.reader((line for _, line in lines(file)), strict=True)
@@ -84,7 +84,7 @@ def read_parquet(file: DataFile) -> Iterator[Row]:
 
 
 def _batches(file: DataFile) -> Iterator[tuple[list[dict[str, Any]], int]]:
-    """The rows, and about how many bytes each takes. Memory: a page of each column, and 64 rows."""
+    """The rows and their approximate bytes. Memory: a page per column, and 64 rows."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
 

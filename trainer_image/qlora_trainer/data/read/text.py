@@ -21,14 +21,14 @@ MAX_LINE_BYTES = 2**24
 """Of the longest row, as text."""
 INFLATION_FREE_BYTES = 2**26
 MAX_INFLATION = 200
-"""Text compresses 3 to 20 times, repetitive logs up to 100 times; a file beyond that is made to fill memory."""
+"""Largest plausible compression. Text reaches 3 to 20, repetitive logs up to 100."""
 _BLOCK_BYTES = 2**20
 _BYTE_ORDER_MARK = codecs.BOM_UTF8
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 class Inflation:
-    """Counts the bytes that come out of a compressed file, to stop when they are out of proportion to its size."""
+    """Counts a compressed file's output, to stop a decompression bomb."""
 
     def __init__(self, file: DataFile) -> None:
         self._file = file
@@ -63,7 +63,7 @@ _DECOMPRESSION_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueErr
 
 
 class _Decompressed(io.RawIOBase):
-    """The content of a compressed file; raises StepFailure BAD_DATASET if it cannot be decompressed."""
+    """The content of a compressed file. Raises StepFailure BAD_DATASET if damaged."""
 
     def __init__(self, file: DataFile) -> None:
         self._file, self._inflation = file, Inflation(file)
@@ -104,7 +104,7 @@ def open_data(file: DataFile) -> Iterator[IO[bytes]]:
 
 
 def lines(file: DataFile) -> Iterator[tuple[int, str]]:
-    """The lines with their numbers from 1, with line ends, decoded from UTF-8. Raises StepFailure BAD_DATASET."""
+    """The numbered lines in UTF-8, with line ends. Raises StepFailure BAD_DATASET."""
     offset = 0
     with open_data(file) as stream:
         number = 0
@@ -125,7 +125,7 @@ def lines(file: DataFile) -> Iterator[tuple[int, str]]:
 
 
 def text_blocks(file: DataFile) -> Iterator[str]:
-    """The content in blocks of about a megabyte, decoded from UTF-8. Raises StepFailure BAD_DATASET."""
+    """The content in UTF-8, a megabyte at a time. Raises StepFailure BAD_DATASET."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     with open_data(file) as stream:
         offset, line = 0, 1

@@ -1,4 +1,4 @@
-"""Finds the model's answer in a rendered conversation, by what the chat template makes of its parts."""
+"""Finds the model's answer in a rendered conversation by rendering its parts."""
 
 from bisect import bisect_left
 
@@ -9,7 +9,7 @@ def answer_span(text: str, prompt: str, through: str, answer: str) -> tuple[int,
     """The characters [start, end) of the model's answer in a rendered conversation, its end mark included.
 
     `text` is the whole conversation, `prompt` the part before the answer with the generation prompt, `through` the
-    part up to and including the answer, each rendered on its own. None if they do not fit together.
+    part up to and including the answer, each rendered separately. None if they do not fit together.
 
     Some templates leave the reasoning out of all answers but the last one. `text` then has only the end of what follows
     the prompt in `through`: the longest such end is taken, and it must have as much of the end of the answer as
@@ -37,10 +37,10 @@ def answer_span(text: str, prompt: str, through: str, answer: str) -> tuple[int,
 
 
 def _longest_overlap(ending: str, beginning: str, shortest: int) -> int:
-    """The characters of the longest end of `ending` that `beginning` begins with, at least `shortest`; 0 without one.
+    """The length of the longest end of `ending` that `beginning` begins with.
 
-    Takes time in proportion to the characters, whatever these are (Knuth, Morris, Pratt): a row may be made to have
-    many ends that differ from the beginning late.
+    It is at least `shortest`, or 0. Takes time in proportion to the characters, whatever these are (Knuth, Morris,
+    Pratt): a row may be made to have many ends that differ from the beginning late.
     """
     # Most reasoning has nothing of what follows it, so this leaves the short rest to look at.
     start = ending.find(beginning[:shortest])
@@ -59,7 +59,7 @@ def _longest_overlap(ending: str, beginning: str, shortest: int) -> int:
 
 
 def _overlaps_with_itself(text: str) -> list[int]:
-    """For each beginning of the text, the characters of its longest proper end that the text begins with."""
+    """For each beginning, the length of its longest proper end that begins the text."""
     overlaps, matched = [0], 0
     for character in text[1:]:
         while matched and text[matched] != character:

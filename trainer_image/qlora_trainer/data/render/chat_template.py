@@ -1,6 +1,6 @@
 """Renders examples with the model's chat template, tokenizes them, and marks the tokens that are targets.
 
-An example is rendered as one text in which the spans to train on are known by their offsets. The text is tokenized as a
+An example is rendered as one text, with the offsets of the spans to train on. The text is tokenized as a
 whole, and a token is a target if any of its characters is in such a span: the first token of an answer may begin with
 the space that ends the prompt. Token ids decide nothing: the padding id is often that of the end of text.
 
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-from jinja2 import TemplateError
 
 from qlora_api.printable import first_line
 from qlora_api.spec.training import TrainOn
@@ -23,18 +22,27 @@ from qlora_trainer.core.failures import StepFailure, bad_configuration, bad_data
 from qlora_trainer.data.examples.example import (
     Conversation,
     Example,
-    Message,
     PlainText,
     Preference,
     PromptCompletion,
     TokenizedRow,
-    ToolCall,
 )
 from qlora_trainer.data.render.answer_span import answer_span
+from qlora_trainer.data.render.messages import (
+    CLOSING_PROBE,
+    CONTENT_PROBE,
+    REASONING_KEYS,
+    REASONING_PROBE,
+    SYSTEM_PROBE,
+    TOOL_PROBE,
+    TOOL_PROBE_PARTS,
+    template_message,
+)
 from qlora_trainer.data.render.safe_template import (
+    TEMPLATE_ERRORS,
     LimitExceeded,
     UnusableText,
-    freeze,
+    freeze_template,
     limited_time,
     usable,
     within_characters,
@@ -43,60 +51,20 @@ from qlora_trainer.data.render.template_source import JobTemplate, processor_tem
 
 # Each answer takes two more renderings. For up to so many answers, tokenizing the row before them would save nothing.
 _FEW_ANSWERS = 8
-# The names that templates have for the reasoning before an answer: Qwen3's and DeepSeek's, others, gpt-oss's.
-_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-_REASONING_PROBE = Conversation((Message("user", "question"), Message("assistant", "answer", reasoning="probethought")))
-# A word that no template writes by itself.
-_CONTENT_PROBE = Conversation((Message("user", "probecontent"),))
-_CLOSING_PROBE = Conversation((Message("user", "a"),))
-_SYSTEM_PROBE = Conversation(
-    (Message("system", "probesystem"), Message("user", "question"), Message("assistant", "answer"))
-)
-# A template is a program: its filters raise their errors, and compiling it raises Python's.
-_TEMPLATE_ERRORS = (
-    TemplateError,
-    TypeError,
-    ValueError,
-    ArithmeticError,
-    LookupError,
-    AttributeError,
-    AssertionError,
-    RuntimeError,
-    SyntaxError,
-    LimitExceeded,
-    UnusableText,
-)
-# Words that no template writes by itself. Mistral's template wants ids of nine letters and digits.
-_TOOL_PROBE_PARTS = ("probetool", "probecall", "probekey", "probevalue", "proberesult")
-_TOOL_PROBE = Conversation(
-    (
-        Message("user", "question"),
-        Message("assistant", "", (ToolCall("probecall", {"probekey": "probevalue"}, "probeid12"),)),
-        Message("tool", "proberesult", name="probecall", tool_call_id="probeid12"),
-        Message("assistant", "answer"),
-    ),
-    (
-        {
-            "type": "function",
-            "function": {
-                "name": "probetool",
-                "description": "None",
-                "parameters": {"type": "object", "properties": {}},
-            },
-        },
-    ),
-)
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """The text of an example, and the half-open spans of characters in it that are trained on."""
+    """The text of an example, and the half-open character spans to train on."""
 
     text: str
     targets: tuple[tuple[int, int], ...]
-    """Those of every answer, or of all of a plain text; none if they were not looked for in a row that is too long."""
+    """The spans of every answer, or of all of a plain text.
+
+    Empty if they were not searched for in a row that is too long.
+    """
     ends_itself: bool
-    """Whether the text has its own begin and end marks, as that of a chat template does."""
+    """Whether the text has begin and end marks, as that of a chat template does."""
     marked: tuple[tuple[int, int], ...] = ()
     """Those of the answers that the row marks for training."""
 
@@ -113,7 +81,10 @@ class Tokenizer:
     """A model's tokenizer and chat template, or the job's template in place of that."""
 
     def __init__(self, folder: Path, template: JobTemplate | None = None) -> None:
-        """Load it from the folder; never runs model code. Raises StepFailure BAD_CONFIGURATION if that fails."""
+        """Load from the folder, without running model code.
+
+        Raises StepFailure BAD_CONFIGURATION if that fails.
+        """
         from transformers import AutoTokenizer
 
         self.folder, self.template = folder, template
@@ -136,11 +107,11 @@ class Tokenizer:
             self._tokenizer.chat_template = processor_template(folder)
         self.has_chat_template = bool(self._tokenizer.chat_template)
         if self.has_chat_template:
-            _freeze_template(self._tokenizer, self._whose)
+            freeze_template(self._tokenizer, self._whose)
 
     @property
     def template_text(self) -> str | None:
-        """The job's chat template, as it is for this tokenizer; None without one."""
+        """The job's chat template, as it is for this tokenizer, or None."""
         return None if self.template is None else self.template.for_tokenizer(begins=bool(self._begin))
 
     @property
@@ -150,13 +121,13 @@ class Tokenizer:
         return end
 
     def tokens_of(self, text: str, start: int, end: int) -> list[int]:
-        """The ids of the tokens that have any of the characters [start, end) of a rendered text."""
+        """The ids of the tokens that overlap the characters [start, end) of a text."""
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         return [token for token, (first, past) in pairs if first < end and start < past]
 
     def pieces(self, rendered: Rendered) -> Iterator[str]:
-        """The text of each token that `tokenize` makes, special tokens included; together all of the text.
+        """The text of each token that `tokenize` makes, special tokens included: together all of the text.
 
         Where several tokens make one character, the first of them has it.
         """
@@ -181,7 +152,7 @@ class Tokenizer:
     def render(self, example: Example, location: str, longest_allowed: int | None = None) -> Rendered:
         """The example as text. With a chat template, a prompt and its completion become a user's and a model's turn.
 
-        In a conversation of many answers that is longer than `longest_allowed` tokens, no answer is looked for.
+        In a conversation of many answers that is longer than `longest_allowed` tokens, no answer is searched for.
         Raises StepFailure BAD_DATASET, beginning with `location`, if the template rejects the conversation, or if the
         model has no template and the example needs one.
         """
@@ -204,7 +175,7 @@ class Tokenizer:
     def render_pair(
         self, pair: Preference, location: str, longest_allowed: int | None = None
     ) -> tuple[Rendered, Rendered]:
-        """The prompt with each of its answers, the chosen one first; only what follows the prompt is trained on.
+        """The prompt with each of its answers, the chosen one first. Only the answers are trained on.
 
         Raises StepFailure like `render`.
         """
@@ -234,7 +205,7 @@ class Tokenizer:
                 if span is None:
                     raise bad_dataset(
                         f"{location}: in the text that {self._whose} makes, message {index} of the "
-                        "conversation cannot be told apart from the rest: use a model whose template keeps every "
+                        "conversation cannot be separated from the rest: use a model whose template keeps every "
                         "answer as it is, or rows with one answer"
                     )
                 spans.append((message, span))
@@ -261,32 +232,32 @@ class Tokenizer:
 
     @cached_property
     def _reasoning_key(self) -> str | None:
-        """What the template calls the reasoning of a message; None if it leaves it out."""
+        """The template's key for a message's reasoning, or None if it leaves it out."""
 
         def writes(key: str) -> bool:
             try:
                 text = self._text(
-                    _REASONING_PROBE, 2, add_generation_prompt=False, in_parts=self._takes_parts, reasoning_key=key
+                    REASONING_PROBE, 2, add_generation_prompt=False, in_parts=self._takes_parts, reasoning_key=key
                 )
             except UnusableText:
-                return True  # the first row is told what is wrong with the template
-            except (*_TEMPLATE_ERRORS, MemoryError):
+                return True  # the first row reports the template's error
+            except (*TEMPLATE_ERRORS, MemoryError):
                 return False
-            return (_REASONING_PROBE.messages[1].reasoning or "") in text
+            return (REASONING_PROBE.messages[1].reasoning or "") in text
 
-        return next((key for key in _REASONING_KEYS if writes(key)), None)
+        return next((key for key in REASONING_KEYS if writes(key)), None)
 
     def require_system_message(self) -> None:
-        """Raise StepFailure BAD_CONFIGURATION if the template has no place for spec.dataset.systemPrompt."""
+        """Raise StepFailure BAD_CONFIGURATION unless system messages have a place."""
         if not self.has_chat_template:
             return
         try:
-            text, why = self._apply_template(_SYSTEM_PROBE, 3, "a conversation with a system message"), ""
+            text, why = self._apply_template(SYSTEM_PROBE, 3, "a conversation with a system message"), ""
         except StepFailure as failure:
             if not self._takes_conversations:
-                return  # the first row is told what is wrong with the template
+                return  # the first row reports the template's error
             text, why = "", f" ({failure.message})"
-        if _SYSTEM_PROBE.messages[0].content not in text:
+        if SYSTEM_PROBE.messages[0].content not in text:
             raise bad_configuration(
                 f"spec.dataset.systemPrompt is set, but {self._whose} takes no system message{why}: remove it, write "
                 "the text into the rows' questions, or name another template in spec.dataset.chatTemplate"
@@ -296,7 +267,7 @@ class Tokenizer:
     def _takes_conversations(self) -> bool:
         """Whether the template renders a conversation that has nothing special."""
         try:
-            self._apply_template(Conversation(_SYSTEM_PROBE.messages[1:]), 2, "a conversation")
+            self._apply_template(Conversation(SYSTEM_PROBE.messages[1:]), 2, "a conversation")
         except StepFailure:
             return False
         return True
@@ -305,21 +276,21 @@ class Tokenizer:
     def _takes_tools(self) -> bool:
         """Whether the rendered text has all parts of a conversation with tools."""
         try:
-            text = self._apply_template(_TOOL_PROBE, len(_TOOL_PROBE.messages), "a conversation with tools")
+            text = self._apply_template(TOOL_PROBE, len(TOOL_PROBE.messages), "a conversation with tools")
         except StepFailure as failure:
-            # Then the first row is told what is wrong with the template.
+            # Then the first row reports the template's error.
             return isinstance(failure.__cause__, UnusableText)
-        return all(part in text for part in _TOOL_PROBE_PARTS)
+        return all(part in text for part in TOOL_PROBE_PARTS)
 
     @cached_property
     def _closing(self) -> str:
-        """The mark that the template puts after a whole conversation (Phi's do), which is not part of its last turn.
+        """The mark that the template puts after a whole conversation (Phi's do), outside its last turn.
 
-        It is there without a generation prompt, and not with one.
+        The template writes it without a generation prompt only.
         """
         try:
             closed, asking = (
-                self._apply_template(_CLOSING_PROBE, 1, "a question", add_generation_prompt=asked)
+                self._apply_template(CLOSING_PROBE, 1, "a question", add_generation_prompt=asked)
                 for asked in (False, True)
             )
         except StepFailure:
@@ -345,7 +316,7 @@ class Tokenizer:
             raise bad_dataset(f"{location}: {self._whose} {error} for this conversation: use another") from error
         except UnusableText as error:
             raise bad_dataset(f"{location}: {self._whose} {error}") from error
-        except _TEMPLATE_ERRORS as error:
+        except TEMPLATE_ERRORS as error:
             raise bad_dataset(f"{location}: {self._whose} rejects this conversation: {first_line(error)}") from error
         except MemoryError as error:
             raise bad_dataset(
@@ -354,16 +325,16 @@ class Tokenizer:
 
     @cached_property
     def _takes_parts(self) -> bool:
-        """Whether the template takes a message's content as a list of parts only, as of images and texts."""
+        """Whether the template takes a message's content as a list of parts only."""
 
         def has_content(in_parts: bool) -> bool:
             try:
-                text = self._text(_CONTENT_PROBE, 1, add_generation_prompt=False, in_parts=in_parts)
+                text = self._text(CONTENT_PROBE, 1, add_generation_prompt=False, in_parts=in_parts)
             except UnusableText:
-                return True  # the first row is told what is wrong with the template
-            except (*_TEMPLATE_ERRORS, MemoryError):
+                return True  # the first row reports the template's error
+            except (*TEMPLATE_ERRORS, MemoryError):
                 return False
-            return _CONTENT_PROBE.messages[0].content in text
+            return CONTENT_PROBE.messages[0].content in text
 
         return not has_content(in_parts=False) and has_content(in_parts=True)
 
@@ -376,9 +347,13 @@ class Tokenizer:
         in_parts: bool,
         reasoning_key: str | None = None,
     ) -> str:
-        """The text of the first `count` messages. Raises what a template raises, UnusableText or LimitExceeded."""
+        """Render the first `count` messages.
+
+        Raises what a template raises, UnusableText or LimitExceeded.
+        """
         turns = [
-            _turn(message, in_parts=in_parts, reasoning_key=reasoning_key) for message in conversation.messages[:count]
+            template_message(message, in_parts=in_parts, reasoning_key=reasoning_key)
+            for message in conversation.messages[:count]
         ]
         tools = [dict(tool) for tool in conversation.tools] or None
         with limited_time():
@@ -391,7 +366,10 @@ class Tokenizer:
         return usable(within_characters(str(text)), (turns, tools, self._tokenizer.chat_template))
 
     def tokenize(self, batch: Sequence[Rendered], train_on: TrainOn) -> Iterator[TokenizedRow]:
-        """The tokens of rendered examples. The end-of-text token after a plain text is a target too."""
+        """The tokens of rendered examples.
+
+        The end-of-text token after a plain text is a target too.
+        """
         encoded = self._tokenizer(
             [rendered.text for rendered in batch],
             add_special_tokens=False,
@@ -410,42 +388,3 @@ class Tokenizer:
                 is_target = numpy.concatenate([numpy.zeros(len(self._begin), numpy.bool_), is_target, [True]])
             is_target[:1] = False
             yield TokenizedRow(numpy.array(ids, dtype=numpy.int32), is_target)
-
-
-def _turn(message: Message, *, in_parts: bool, reasoning_key: str | None = None) -> dict[str, Any]:
-    """The message as a chat template gets it, without keys that are not set."""
-    content = [{"type": "text", "text": message.content}] if in_parts else message.content
-    turn: dict[str, Any] = {"role": message.role, "content": content}
-    if message.tool_calls:
-        turn["tool_calls"] = [_call(call) for call in message.tool_calls]
-    if message.reasoning is not None and reasoning_key is not None:
-        turn[reasoning_key] = message.reasoning
-    if message.name is not None:
-        turn["name"] = message.name
-    if message.tool_call_id is not None:
-        turn["tool_call_id"] = message.tool_call_id
-    return turn
-
-
-def _call(call: ToolCall) -> dict[str, Any]:
-    described = {"type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
-    return described if call.id is None else {**described, "id": call.id}
-
-
-def _freeze_template(tokenizer: Any, whose: str) -> None:
-    """Make what the template writes the same each time. Raises StepFailure BAD_CONFIGURATION if it does not compile."""
-    # Functions passed to apply_chat_template never reach the template, its globals do; compiled templates are cached.
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    try:
-        # A model may have a template of its own for conversations with tools.
-        with limited_time():
-            templates = [
-                _compile_jinja_template(tokenizer.get_chat_template(tools=tools)) for tools in (None, _TOOL_PROBE.tools)
-            ]
-    except _TEMPLATE_ERRORS as error:
-        raise bad_configuration(f"{whose} cannot be used: {first_line(error)}") from error
-    except MemoryError as error:
-        raise bad_configuration(f"{whose} needs more memory than there is: use another model") from error
-    for template in templates:
-        freeze(template)

@@ -1,4 +1,4 @@
-"""Tells what a model is taught to end its answers with, and which of a chat template's marks are no tokens."""
+"""Finds the end-of-turn mark and template marks that are not single tokens."""
 
 import json
 import re
@@ -19,12 +19,12 @@ _LISTED_MARKS = 6
 
 
 def end_of_turn(tokenizer: Tokenizer, folder: Path) -> EndOfTurn | None:
-    """What ends an answer, if a server of the model in `folder` does not stop there by itself; else None.
+    """The end of an answer, if a server of the model in `folder` does not stop there by default, or None.
 
     Its text is empty if the template writes nothing after an answer. Also None if the template rejects a question and
     its answer.
     """
-    rendered = _rendered(tokenizer)
+    rendered = _render(tokenizer)
     if rendered is None:
         return None
     text, (_, end) = rendered.text, rendered.targets[0]
@@ -38,7 +38,7 @@ def end_of_turn(tokenizer: Tokenizer, folder: Path) -> EndOfTurn | None:
     return EndOfTurn(text=mark, token=ids[0] if mark and len(ids) == 1 else None, known=tuple(sorted(known)))
 
 
-def _rendered(tokenizer: Tokenizer) -> Rendered | None:
+def _render(tokenizer: Tokenizer) -> Rendered | None:
     try:
         return tokenizer.render(_PROBE, "a question and its answer")
     except StepFailure:
@@ -46,7 +46,7 @@ def _rendered(tokenizer: Tokenizer) -> Rendered | None:
 
 
 def _stops(folder: Path) -> set[int]:
-    """The tokens at which a server stops, by the model's generation_config.json."""
+    """The tokens where a server stops, by the model's generation_config.json."""
     try:
         found = json.loads((folder / "generation_config.json").read_bytes())["eos_token_id"]
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
@@ -55,8 +55,8 @@ def _stops(folder: Path) -> set[int]:
 
 
 def marks_in_pieces(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """The marks that the template writes and of which the tokenizer makes several tokens, in the order of the text."""
-    rendered = _rendered(tokenizer)
+    """The template's marks that become several tokens, in the order of the text."""
+    rendered = _render(tokenizer)
     if rendered is None:
         return ()
     marks = dict.fromkeys(_MARK.findall(rendered.text))
@@ -64,7 +64,7 @@ def marks_in_pieces(tokenizer: Tokenizer) -> tuple[str, ...]:
 
 
 def template_remarks(end: EndOfTurn | None, pieces: Collection[str]) -> tuple[str, ...]:
-    """What a user should know of how answers end, and of the marks that are several tokens."""
+    """Remarks for the user on the end of answers and marks of several tokens."""
     remarks = []
     if pieces:
         listed = ", ".join(list(pieces)[:_LISTED_MARKS])

@@ -1,17 +1,17 @@
 """The marks around the reasoning of a model, and what an answer has after it."""
 
-# What Qwen3, DeepSeek-R1, SmolLM3 and others put around the reasoning before the answer itself.
+# Marks of the reasoning before the answer in Qwen3, DeepSeek-R1, SmolLM3 and others.
 BEGIN_OF_REASONING = "<think>"
 END_OF_REASONING = "</think>"
 
 
 def asks_for_reasoning(prompt: str) -> bool:
-    """Whether the prompt ends with the mark that begins reasoning, as in templates of models that always think."""
+    """Whether the prompt begins reasoning, as of models that always think."""
     return prompt.rstrip().endswith(BEGIN_OF_REASONING)
 
 
 def after_reasoning(answer: str, *, begun: bool) -> str | None:
-    """What follows the reasoning of an answer: all of it without reasoning, None if the reasoning does not end.
+    """The text after the reasoning of an answer: all of it without reasoning, None if the reasoning does not end.
 
     `begun`: whether the prompt has begun it.
     """

@@ -11,6 +11,12 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, NoReturn
 
+from jinja2 import TemplateError
+
+from qlora_api.printable import first_line
+from qlora_trainer.core.failures import bad_configuration
+from qlora_trainer.data.render.messages import TOOL_PROBE
+
 SECONDS = 10
 """Of the processor, not of the clock: a busy machine changes nothing."""
 CHARACTERS = 2**26
@@ -20,7 +26,7 @@ _AGAIN_SECONDS = 1
 
 
 class LimitExceeded(Exception):  # noqa: N818 - the limit is what was exceeded
-    """The template takes more than it is allowed; the message says of what."""
+    """The template exceeds a limit. The message names it."""
 
 
 @contextmanager
@@ -32,7 +38,7 @@ def limited_time() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGVTALRM, _exceeded)
+    before = signal.signal(signal.SIGVTALRM, _raise_exceeded)
     signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, _AGAIN_SECONDS)
     try:
         yield
@@ -41,7 +47,7 @@ def limited_time() -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
-def _exceeded(_signal: int, _frame: object) -> None:
+def _raise_exceeded(_signal: int, _frame: object) -> None:
     raise LimitExceeded(f"takes more than {SECONDS} seconds")
 
 
@@ -52,9 +58,9 @@ def within_characters(text: str) -> str:
     return text
 
 
-# What a template gets as today's date, so that the same data gives the same tokens on every day.
+# A template's date of today, so that the same data gives the same tokens on every day.
 FROZEN_DATE = datetime(2025, 1, 1)  # noqa: DTZ001 - a printed date has no time zone
-# Python writes a function, a generator or an object without a text of its own as "<… at 0x7f1234567890>". Digits that
+# Python writes a function, a generator or an object without a text as "<… at 0x7f1234567890>". Digits that
 # follow may be of what the template writes next, and those of a row may be cut off.
 _ADDRESS = re.compile(r" at (0x[0-9a-f]{6})", re.IGNORECASE)
 _ANY_ADDRESS = re.compile(r"0x[0-9a-f]{6}", re.IGNORECASE)
@@ -62,7 +68,23 @@ _SHOWN_CHARACTERS = 80
 
 
 class UnusableText(Exception):  # noqa: N818 - it is the text that is unusable
-    """What a template writes cannot be trained on; the message says why, and what to do."""
+    """The template's text cannot be trained on. The message has the reason and advice."""
+
+
+# A template is a program: its filters raise their errors, and compiling it raises Python's.
+TEMPLATE_ERRORS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,
+    SyntaxError,
+    LimitExceeded,
+    UnusableText,
+)
 
 
 def freeze(template: Any) -> None:
@@ -108,3 +130,25 @@ def _require_no_address(text: str, given: object) -> None:
                 f"writes {shown!r} in place of a text, with an address that is another one each time: call a function "
                 "with (), as in content.strip(), and give what is generated to the filter list or join"
             )
+
+
+def freeze_template(tokenizer: Any, whose: str) -> None:
+    """Make the template's text reproducible.
+
+    Raises StepFailure BAD_CONFIGURATION if it does not compile.
+    """
+    # Functions passed to apply_chat_template never reach the template, its globals do; compiled templates are cached.
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    try:
+        # A model may have a separate template for conversations with tools.
+        with limited_time():
+            templates = [
+                _compile_jinja_template(tokenizer.get_chat_template(tools=tools)) for tools in (None, TOOL_PROBE.tools)
+            ]
+    except TEMPLATE_ERRORS as error:
+        raise bad_configuration(f"{whose} cannot be used: {first_line(error)}") from error
+    except MemoryError as error:
+        raise bad_configuration(f"{whose} needs more memory than there is: use another model") from error
+    for template in templates:
+        freeze(template)

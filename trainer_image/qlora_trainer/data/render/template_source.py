@@ -1,4 +1,4 @@
-"""Finds the chat template of a job: its override, or the one of a multimodal model's processor."""
+"""Finds a job's chat template: its override, or a multimodal processor's."""
 
 import json
 from dataclasses import dataclass
@@ -24,15 +24,15 @@ class JobTemplate:
 
     text: str
     begins: bool = False
-    """Whether the mark that begins a text is to be put before it, for a tokenizer that has one."""
+    """Whether to begin a text with the begin mark, for a tokenizer that has one."""
 
     def for_tokenizer(self, *, begins: bool) -> str:
-        """The template for a tokenizer. `begins`: whether it begins texts with a mark (bos_token)."""
+        """The template for a tokenizer. `begins`: texts begin with a mark (bos_token)."""
         return _BEGIN + self.text if self.begins and begins else self.text
 
 
 def job_template(spec: DatasetSpec, mounts: Mounts) -> JobTemplate | None:
-    """The template of spec.dataset.chatTemplate; None without one.
+    """The template of spec.dataset.chatTemplate, or None without one.
 
     Raises StepFailure: UNREACHABLE if its ConfigMap is missing, BAD_CONFIGURATION if it is not a text of at most
     MAX_TEMPLATE_BYTES.
@@ -72,8 +72,11 @@ def template_sha256(text: str) -> str:
     return sha256(text.encode()).hexdigest()
 
 
-def template_unchanged(spec: DatasetSpec, mounts: Mounts, known: str | None) -> bool:
-    """Whether the ConfigMap's template has the SHA-256 that is `known`; one that is gone counts as unchanged."""
+def is_template_unchanged(spec: DatasetSpec, mounts: Mounts, known: str | None) -> bool:
+    """Whether the ConfigMap's template has the SHA-256 `known`.
+
+    A template that is gone counts as unchanged.
+    """
     if spec.template_address is None:
         return True
     try:
@@ -88,7 +91,7 @@ PROCESSOR_TEMPLATE = "chat_template.json"
 
 
 def processor_template(folder: Path) -> str | None:
-    """The template in the model's folder; None if there is no such file.
+    """The template in the model's folder, or None without its file.
 
     Raises StepFailure BAD_CONFIGURATION if the file has none.
     """

@@ -33,14 +33,14 @@ CHUNK_BYTES = 2**24
 """A chunk ends at this many rows or bytes of text, whichever comes first."""
 MAX_WORKERS = 8
 """About as many as the one reading process can keep busy."""
-# What is tokenized in one call: a token takes some 200 bytes until its row is in a numpy array.
+# Rows of one tokenizer call: a token takes some 200 bytes until its row is in a numpy array.
 _BATCH_ROWS = 128
 _BATCH_BYTES = 2**20
-# Workers need some seconds to load the tokenizer's libraries, in which this process makes this many chunks.
+# Workers need some seconds to load the tokenizer's libraries: this process makes this many chunks until then.
 _CHUNKS_ALONE = 4
 _PENDING_CHUNKS_PER_WORKER = 2
 ANY_VOCABULARY = 2**31
-"""For rows that are only shown: the vocabulary is in the model's configuration, which is not at hand for that."""
+"""For shown rows only, without the configuration that has the vocabulary's size."""
 OnRows = Callable[[int], None]
 """Called with the rows tokenized so far."""
 
@@ -57,7 +57,7 @@ class Recipe:
     columns: Columns
     train_on: TrainOn
     longest_allowed: int
-    """Tokens; a longer row is left out."""
+    """Most tokens of a row. Longer rows are left out."""
     field: str = DATASET
     """The job's field that has format and columns, for messages."""
     template: JobTemplate | None = None
@@ -65,7 +65,7 @@ class Recipe:
     system_prompt: SystemPromptSpec | None = None
 
     @classmethod
-    def of(
+    def from_spec(
         cls,
         spec: DatasetSpec,
         training: TrainingSpec,
@@ -90,7 +90,10 @@ class Recipe:
         )
 
     def require_place_for_settings(self, tokenizer: Tokenizer, uri: str) -> None:
-        """Raise StepFailure BAD_CONFIGURATION if rows cannot have the chat template or system message of the job."""
+        """Raise StepFailure BAD_CONFIGURATION if the job's template settings do not fit.
+
+        Rows may have no place for its chat template or system message.
+        """
         for field, value in {"chatTemplate": self.template, "systemPrompt": self.system_prompt}.items():
             if value is not None and self.format == "text":
                 raise bad_configuration(
@@ -102,11 +105,11 @@ class Recipe:
 
     @property
     def limits(self) -> Limits:
-        """What the tokens may be, whoever has made them."""
+        """Limits of the tokens, for chunks of any origin."""
         return Limits(self.vocabulary, self.longest_allowed)
 
     def row_reader(self) -> RowReader:
-        """Reads the rows. Raises StepFailure BAD_CONFIGURATION if they cannot have what the job asks for."""
+        """Reads the rows. Raises StepFailure BAD_CONFIGURATION for settings that conflict."""
         return RowReader(self.format, self.columns, self.field, marked=self.train_on == "marked")
 
 
@@ -127,7 +130,7 @@ class ChunkMaker:
         too_long: list[int] = []
         unlabeled: list[str] = []
         first_too_long: str | None = None
-        for row, tokens in self._tokenized(rows):
+        for row, tokens in self._tokenize(rows):
             count = len(tokens.input_ids)
             if count > self.recipe.longest_allowed:
                 too_long.append(count)
@@ -141,12 +144,12 @@ class ChunkMaker:
                 check = self._reader.check(row)
                 checks += [] if check is None else [check.dump()]
         dropped = Dropped(len(unlabeled), unlabeled[0] if unlabeled else None, first_too_long)
-        return Chunk.of(used, too_long, dropped, locations, checks if self.recipe.columns.check else None)
+        return Chunk.from_rows(used, too_long, dropped, locations, checks if self.recipe.columns.check else None)
 
-    def rendered(self, row: Row) -> tuple[Rendered, ...]:
-        """The row's text; of a pair, the two texts. Raises StepFailure for an invalid row.
+    def render(self, row: Row) -> tuple[Rendered, ...]:
+        """The row's text, or the two texts of a pair. Raises StepFailure for an invalid row.
 
-        In a row of many answers that is too long, these are not looked for, nor is what is wrong with them found.
+        In a row of many answers that is too long, neither the answers nor their defects are searched for.
         """
         example = self._example(row)
         if isinstance(example, Preference):
@@ -159,9 +162,9 @@ class ChunkMaker:
             return example
         return example.with_system(system.text, replace=system.mode == "replace")
 
-    def _tokenized(self, rows: Sequence[Row]) -> Iterator[tuple[Row, TokenizedRow]]:
+    def _tokenize(self, rows: Sequence[Row]) -> Iterator[tuple[Row, TokenizedRow]]:
         for batch in _batches(iter(rows), _BATCH_ROWS, _BATCH_BYTES):
-            rendered = [text for row in batch for text in self.rendered(row)]
+            rendered = [text for row in batch for text in self.render(row)]
             tokenized = self._tokenizer.tokenize(rendered, self.recipe.train_on)
             yield from zip(batch, paired(tokenized) if self.recipe.format in PAIRS else tokenized, strict=True)
 
@@ -216,7 +219,7 @@ def tokenize(rows: Iterator[Row], maker: ChunkMaker, files: PartOfRows, workers:
 
 
 def _batches(rows: Iterator[Row], most: int, bytes_: int) -> Iterator[list[Row]]:
-    """Rows in lists that end at `most` rows or `bytes_`. A failure to read is raised after the rows before it."""
+    """Rows in lists of `most` rows or `bytes_`. Read errors follow the rows before."""
     batch: list[Row] = []
     size = 0
     failure: StepFailure | None = None
@@ -243,7 +246,7 @@ def _read_back(path: Path, limits: Limits) -> Chunk:
 
 
 class _ChunkWriter:
-    """Makes chunk files: in this process at first, and in worker processes once there are many."""
+    """Makes chunk files in this process at first, then in worker processes."""
 
     def __init__(self, maker: ChunkMaker, files: PartOfRows, workers: int) -> None:
         self._maker, self._files, self._workers = maker, files, workers
@@ -252,11 +255,11 @@ class _ChunkWriter:
 
     @property
     def waiting(self) -> int:
-        """How many chunks may be pending while the next one is read."""
+        """Most chunks that may be pending while the next one is read."""
         return 0 if self._pool is None else self._workers * _PENDING_CHUNKS_PER_WORKER
 
     def start(self, batch: list[Row], number: int) -> "Chunk | Future[Path]":
-        """The chunk of this number, of these rows; one that is still to be made, as the future of its file."""
+        """Make the chunk of this number, or return the future of its file."""
         chunk = self._files.find(number)
         if chunk is not None:
             return chunk
@@ -271,7 +274,7 @@ class _ChunkWriter:
         return self._pool.submit(_make_file, batch, file)
 
     def close(self) -> None:
-        """End the workers; chunks that none has started are not made."""
+        """End the workers, and drop the chunks that none has started."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 

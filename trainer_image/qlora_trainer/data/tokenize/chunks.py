@@ -1,4 +1,4 @@
-"""Tokenized rows in chunks, each a memory-mapped file, and all of them as one list of rows."""
+"""Tokenized rows in memory-mapped chunk files, and all of them as one list."""
 
 import json
 import zlib
@@ -54,7 +54,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the tokens of a chunk may be, beyond which training would fail."""
+    """Limits of a chunk's tokens. Training would fail beyond them."""
 
     vocabulary: int
     """Tokens that the model knows: every id is below."""
@@ -82,12 +82,12 @@ class Chunk:
     """uint8 [bytes]: file and line of each row, compressed."""
     dropped: Dropped = Dropped()
     chosen_lengths: Int32s | None = None
-    """int32 [rows]: of each row of format preference, the tokens of prompt and chosen answer; None for other rows"""
+    """int32 [rows]: tokens of prompt and chosen answer of a preference, or None."""
     checks: Flags | None = None
-    """uint8 [bytes]: the check that each row brings, as JSON, compressed; None if rows bring none."""
+    """uint8 [bytes]: the rows' checks as JSON, compressed, or None without any."""
 
     @classmethod
-    def of(
+    def from_rows(
         cls,
         rows: Sequence[TokenizedRow],
         too_long: Sequence[int] = (),
@@ -107,21 +107,21 @@ class Chunk:
             numpy.array(too_long, dtype=numpy.int32),
             numpy.frombuffer(b"".join(map(row_digest, rows)), numpy.uint8).reshape(-1, DIGEST_BYTES),
             # The name of the file is in each of them: level 1 already leaves some five bytes per row.
-            _compressed(locations),
+            _compress(locations),
             dropped,
             _chosen_lengths(rows),
-            None if checks is None else _compressed(checks),
+            None if checks is None else _compress(checks),
         )
 
     def location(self, row: int) -> str:
         """File and line of the row at `row`."""
-        return _decompressed(self.locations)[row]
+        return _decompress(self.locations)[row]
 
     def check(self, rows: Sequence[int]) -> list[str]:
         """The checks of these rows, as JSON. Raises ValueError if rows bring none."""
         if self.checks is None:
             raise ValueError("the rows of this chunk bring no check")
-        checks = _decompressed(self.checks)
+        checks = _decompress(self.checks)
         return [checks[row] for row in rows]
 
     @property
@@ -163,7 +163,7 @@ class Chunk:
             return None
 
     def fits(self, limits: Limits) -> bool:
-        """Whether the arrays are what their names say, agree in their lengths, and keep within the limits."""
+        """Whether the arrays have their shapes, agree in length, and keep the limits."""
         if not self._has_shapes():
             return False
         if not len(self.lengths):
@@ -205,11 +205,11 @@ def _digest(tensors: Mapping[str, NDArray[Any]], dropped: Dropped) -> str:
     return digest.hexdigest()
 
 
-def _compressed(texts: Sequence[str]) -> Flags:
+def _compress(texts: Sequence[str]) -> Flags:
     return numpy.frombuffer(zlib.compress(_BETWEEN.join(texts).encode(errors="surrogateescape"), 1), numpy.uint8)
 
 
-def _decompressed(texts: Flags) -> list[str]:
+def _decompress(texts: Flags) -> list[str]:
     return zlib.decompress(texts.tobytes()).decode(errors="surrogateescape").split(_BETWEEN)
 
 
@@ -219,7 +219,10 @@ def _chosen_lengths(rows: Sequence[TokenizedRow]) -> Int32s | None:
 
 
 class TokenizedRows:
-    """The rows of some chunks, as those of a source. Takes 16 bytes per row in memory; the tokens stay in the files."""
+    """The rows of some chunks, as those of a source.
+
+    Takes 16 bytes per row in memory: the tokens stay in the files.
+    """
 
     def __init__(self, chunks: Sequence[Chunk]) -> None:
         self._chunks = tuple(chunks)
@@ -233,7 +236,7 @@ class TokenizedRows:
         """int32 [rows]: tokens of each row that count in the loss"""
         chosen = [chunk.chosen_lengths for chunk in chunks if chunk.chosen_lengths is not None]
         self.chosen_lengths: Int32s | None = numpy.concatenate(chosen) if chosen else None
-        """int32 [rows]: of each row of format preference, the tokens of prompt and chosen answer; None for others"""
+        """int32 [rows]: tokens of prompt and chosen answer of a preference, or None."""
         self._first = numpy.cumsum([0, *(len(chunk.lengths) for chunk in chunks)])
         ends = numpy.cumsum(self.lengths, dtype=numpy.int64)
         before = numpy.concatenate(([0], ends))[self._first[:-1]]
@@ -249,7 +252,7 @@ class TokenizedRows:
         return sum(chunk.rows_read for chunk in self._chunks)
 
     @classmethod
-    def joined(cls, parts: "Sequence[TokenizedRows]") -> "TokenizedRows":
+    def from_parts(cls, parts: "Sequence[TokenizedRows]") -> "TokenizedRows":
         """The rows of all parts, one part after the other."""
         return cls([chunk for part in parts for chunk in part._chunks])
 
@@ -263,7 +266,7 @@ class TokenizedRows:
         return self._chunks[chunk].location(row - int(self._first[chunk]))
 
     def checks(self, rows: RowIndices) -> list[str] | None:
-        """The checks of the rows, as JSON, in their order; None if rows bring none."""
+        """The checks of the rows, as JSON, in their order, or None without any."""
         chunks = numpy.searchsorted(self._first, rows, side="right") - 1
         found = [""] * len(rows)
         for number in numpy.unique(chunks).tolist():

@@ -1,4 +1,4 @@
-"""Keeps the files of tokenized rows: for a job's next attempt, or for all cells of a sweep, of which one makes them."""
+"""Keeps tokenized rows for a job's next attempt, or for all cells of a sweep."""
 
 import logging
 import time
@@ -14,13 +14,13 @@ from qlora_trainer.data.tokenize.chunks import Chunk, Limits
 
 _LOOK_SECONDS = 1.0
 _MOST_LOOKS = 600
-"""For one chunk, which takes seconds: what takes longer hangs, whatever its owner's lock says."""
+"""For one chunk, which takes seconds. A longer one hangs, whatever its lock shows."""
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RowsFolder:
-    """A folder with chunks of rows, each complete or absent. Their names say which data and settings they are of."""
+    """A folder with chunks of rows, complete or absent, named by data and settings."""
 
     own: Path
     """The job's own."""
@@ -31,7 +31,7 @@ class RowsFolder:
     @classmethod
     def sharing(cls, own: Path, shared: Path, job_uid: str, pod_uid: str) -> "RowsFolder":
         """The rows of one of the jobs that share them."""
-        # Nobody waits for the lock: who does not get it counts it as another job that makes the rows.
+        # No job waits for the lock: without it, another job counts as the one that makes the rows.
         return cls(own, PartialFolders(shared, job_uid, pod_uid, longest_wait=0))
 
     @contextmanager
@@ -44,7 +44,7 @@ class RowsFolder:
         for path in self.own.glob(f"{part}-*"):
             if not path.name.startswith(f"{part}-{key}-"):
                 path.unlink()
-        shared = None if self.shared is None else _opened(self.shared)
+        shared = None if self.shared is None else _open(self.shared)
         rows = PartOfRows(self.own, shared, f"{part}-{key}", limits, on_wait)
         try:
             yield rows
@@ -61,20 +61,22 @@ class ChunkFile:
     """Of one in a shared folder: where this job keeps it if it may not write there."""
 
     def read(self, limits: Limits) -> Chunk | None:
-        """The chunk, if it is there, whole and within the limits. Raises OSError."""
+        """The chunk, if it exists, whole and within the limits. Raises OSError."""
         chunk = Chunk.read(self.path, limits, verify=True)
         if chunk is None and self.own is not None:
             return Chunk.read(self.own, limits, verify=True)
         return chunk
 
     def write(self, chunk: Chunk) -> Path:
-        """Write the chunk, in place of what is there. Returns its file. Raises OSError."""
+        """Write or replace the chunk, and return its file. Raises OSError."""
         try:
             chunk.write(self.path)
         except (PermissionError, IsADirectoryError) as error:
             if self.own is None:
                 raise
-            logger.warning("the rows of this job go into its own folder: other jobs let nobody write theirs: %s", error)
+            logger.warning(
+                "the rows of this job go into its own folder: other jobs do not allow writing theirs: %s", error
+            )
             chunk.write(self.own)
             return self.own
         return self.path
@@ -84,7 +86,7 @@ class PartOfRows:
     """The chunks of one part. Of the jobs that want it at the same time one makes it, the others wait for its files.
 
     A chunk has the same content whichever job makes it. Where two of them do, because one has waited for too long or
-    the volume knows no locks, that costs time and nothing else.
+    the volume has no locks, that costs time and nothing else.
     """
 
     def __init__(
@@ -95,14 +97,14 @@ class PartOfRows:
         self._claimed: tuple[Path, Ownership] | None = None
 
     def file(self, number: int) -> ChunkFile:
-        """Where the chunk of this number is, or is to be."""
+        """The path of the chunk of this number, existing or not."""
         name = f"{self._name}-{number:06}.safetensors"
         if self._shared is None:
             return ChunkFile(self._own / name)
         return ChunkFile(self._shared.folder / name, self._own / name)
 
     def find(self, number: int) -> Chunk | None:
-        """The chunk of this number; None if it is this job's to make. Raises OSError.
+        """Return the chunk of this number, or None for this job to make it. Raises OSError.
 
         Waits while another job makes the part, until that ends, dies, or takes too long.
         """
@@ -113,12 +115,12 @@ class PartOfRows:
                 return chunk
             if self._claim():
                 self._makes = True
-                # Who has made the part until now may have ended between the two.
+                # The job that made the part may have ended between the two.
                 return file.read(self._limits)
             self._on_wait()
             time.sleep(_LOOK_SECONDS)
         logger.warning(
-            "in %.0f seconds another job has not made %s, or not released the lock beside it: this one makes the rows "
+            "in %.0f seconds another job has not made %s, or not released the lock next to it: this one makes the rows "
             "itself",
             _MOST_LOOKS * _LOOK_SECONDS,
             file.path,
@@ -132,7 +134,7 @@ class PartOfRows:
             return
         folder, ownership = self._claimed
         try:
-            # Nothing is in it. Where it stays, it is deleted once it is forgotten.
+            # Nothing is in it. A folder that stays is deleted as an outdated one later.
             with suppress(OSError):
                 remove(folder)
         finally:
@@ -152,15 +154,15 @@ class PartOfRows:
         return self._claimed is not None
 
 
-def _opened(shared: PartialFolders) -> PartialFolders | None:
-    """The folder, without what killed pods have left incomplete; None if this job may not use it. Raises OSError."""
+def _open(shared: PartialFolders) -> PartialFolders | None:
+    """The folder without killed pods' files, or None if unusable. Raises OSError."""
     folder = shared.folder
     for path in (folder.parent, folder):
         if path.is_symlink():
             raise OSError(f"{path} is a symbolic link: delete it")
     try:
         open_shared(folder)
-        # Whoever holds the lock may be doing the same; if it hangs, the next job does it.
+        # The lock's holder may be doing the same. If it hangs, the next job does it.
         with suppress(TimeoutError), shared.exclusive() as now:
             for path in folder.glob(f".*{PARTIAL}"):
                 # One that is being written gets its name at any time, and another user's may stay.

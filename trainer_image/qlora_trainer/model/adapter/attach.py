@@ -31,7 +31,7 @@ def attach_adapter(
     base_name: str,
     base_revision: str,
 ) -> Any:
-    """The base with a LoRA adapter on `target_modules` (exact names), in training mode; only the adapter has gradients.
+    """The base with a LoRA adapter on `target_modules` (exact names), in training mode. Only the adapter has gradients.
 
     A is drawn from `seed` (Kaiming uniform), B is 0, so training starts from the base model's own loss.
     """
@@ -50,7 +50,7 @@ def attach_adapter(
 
 
 def adapter_name(position: int) -> str:
-    """A name for one of several adapters of a model; that at position 0 has PEFT's own for the only one.
+    """A name for one of several adapters. The first has PEFT's own for a single one.
 
     None is a part of another, or of a module's name.
     """
@@ -67,7 +67,7 @@ def attach_further_adapter(
     base_name: str,
     base_revision: str,
 ) -> None:
-    """Another adapter beside those of `attach_adapter`, initialized as that would do, and active. All have gradients.
+    """Attach another adapter, initialized as in `attach_adapter`, and activate it. All adapters have gradients.
 
     PEFT finds an adapter's tensors by its name: it must not be part of the name of another adapter or module.
     """
@@ -83,7 +83,7 @@ def attach_further_adapter(
 
 
 def activate_adapter(model: PeftModel, name: str) -> None:
-    """Make one of several adapters that which the model computes with, saves and restores. All keep their gradients."""
+    """Activate one of several adapters. All keep their gradients."""
     model.set_adapter(name)
     for module in model.modules():
         if isinstance(module, LoraLayer):
@@ -109,7 +109,7 @@ def _configuration(base: Any, lora: LoraSpec, target_modules: tuple[str, ...]) -
 def _name_origin(config: LoraConfig, base: Any, target_modules: tuple[str, ...], name: str, revision: str) -> None:
     """Name the base and the targets in the configuration of an attached adapter.
 
-    PEFT sets the folder from which the base was loaded, which means nothing elsewhere, and shortens long lists of
+    PEFT sets the folder that the base was loaded from. It means nothing elsewhere. PEFT also shortens long lists of
     targets to suffixes.
     """
     modules, parameters = peft_targets(base, target_modules)
@@ -120,7 +120,7 @@ def _name_origin(config: LoraConfig, base: Any, target_modules: tuple[str, ...],
 def peft_targets(model: Any, layers: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The layers as PEFT's configuration has them: `target_modules`, and `target_parameters` for the others.
 
-    Those that PEFT takes for routed experts by their own names are named by their weights. On a 4-bit layer PEFT makes
+    Those whose names PEFT takes for routed experts are named by their weights. On a 4-bit layer PEFT makes
     the same adapter of both, and its file has the same names for the tensors.
     """
     # Of a model that has adapters already, the layers that they adapt are inside PEFT's.
@@ -131,14 +131,14 @@ def peft_targets(model: Any, layers: tuple[str, ...]) -> tuple[tuple[str, ...], 
 
 
 def whole_modules(model: Any, lora: LoraSpec) -> tuple[str, ...]:
-    """Paths in the model of the modules in spec.lora.modulesToSave, whatever the family calls them."""
+    """Paths in the model of the modules in spec.lora.modulesToSave."""
     modules = {"embed_tokens": model.get_input_embeddings(), "lm_head": model.get_output_embeddings()}
     paths = {id(module): path for path, module in model.named_modules()}
     return tuple(sorted(paths[id(modules[kind])] for kind in lora.modules_to_save or ()))
 
 
 def tensor_dtype(name: str, lora: LoraSpec) -> torch.dtype:
-    """The type of a tensor of the adapter's file: modules that are trained whole keep the base's 16 bit."""
+    """The type of a tensor in the adapter's file: 16 bit for whole modules."""
     return ADAPTER_DTYPES[lora.dtype] if ".lora_" in name else COMPUTE_DTYPE
 
 
@@ -157,7 +157,7 @@ def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
 
 
 def restore_adapter(model: PeftModel, tensors: Mapping[str, Tensor]) -> None:
-    """Put saved tensors into the adapter. Raises KeyError if they are of another adapter."""
+    """Restore the adapter's tensors. Raises KeyError for those of another adapter."""
     parameters = adapter_parameters(model)
     if parameters.keys() != tensors.keys():
         raise KeyError(f"the saved adapter has other tensors: {sorted(parameters.keys() ^ tensors.keys())[:3]}")
@@ -167,7 +167,7 @@ def restore_adapter(model: PeftModel, tensors: Mapping[str, Tensor]) -> None:
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the adapter's two files into `folder`, which exists. The same adapter gives the same bytes."""
+    """Write the adapter's two files into `folder`. Equal adapters give equal bytes."""
     save_file(adapter_tensors(model), folder / ADAPTER_FILE, metadata={"format": "pt"})
     config = model.peft_config[model.active_adapter].to_dict() | {"inference_mode": True}
     if config["target_parameters"]:
@@ -178,7 +178,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """JSON for the values in PEFT's configuration; a set's order would depend on the hash seed."""
+    """Convert a value of PEFT's configuration for JSON, with sets in sorted order."""
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     raise TypeError(f"{type(value).__name__} cannot be written to {ADAPTER_CONFIG_FILE}")

@@ -1,4 +1,4 @@
-"""Gets an earlier adapter, with which training is initialized, into the workspace, and reads it from there."""
+"""Fetches an earlier adapter to continue from into the workspace, and reads it."""
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +19,7 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unsafe_artifact
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from qlora_trainer.core.filesystem import complete_folder, file_sha256, new_folder, partial_path, remove, require_space
-from qlora_trainer.core.paths import confined, require_regular, some_names
+from qlora_trainer.core.paths import confine, require_regular, some_names
 from qlora_trainer.model.adapter.initial_check import check_config, check_tensors
 from qlora_trainer.model.adapter.shapes import MAX_CONFIG_BYTES, expected_tensors, largest_file
 from qlora_trainer.model.architecture.text_part import text_part
@@ -37,17 +37,17 @@ class InitialAdapter:
 
     status: InitialAdapterStatus
     base_name: str | None
-    """The base as its configuration names it; None if it does not."""
+    """The base as its configuration names it, or None."""
     base_revision: str | None
     folder: Path
     """Where `complete` puts it."""
 
     def complete(self) -> None:
-        """Put it where training looks for it."""
+        """Move it to its place in the workspace."""
         complete_folder(partial_path(self.folder), self.folder)
 
     def remark(self, base_name: str, base_revision: str) -> str | None:
-        """What to tell about its base: names of the same files may differ, so that none is a reason to stop."""
+        """A remark on another base. No reason to stop: the same files have many names."""
         if self.base_name is None or (self.base_name == base_name and self.base_revision in (None, base_revision)):
             return None
         return (
@@ -64,11 +64,11 @@ def get_initial_adapter(
     target_modules: tuple[str, ...],
     earlier: InitialAdapterStatus | None = None,
 ) -> InitialAdapter | None:
-    """Fetch and check the adapter that the job is to begin with; None if it begins with a new one.
+    """Fetch and check the adapter that training continues from, or return None without one.
 
     `earlier` is the one that prepare has got for this job before, which it must still be. Raises StepFailure:
-    BAD_CONFIGURATION if it is not there or does not fit the job, UNSAFE_ARTIFACT if it is only a pickle, a link out of
-    its folder, too large, or has another SHA-256 than the job states or `earlier` has.
+    BAD_CONFIGURATION if it does not exist or does not fit the job, UNSAFE_ARTIFACT if it is only a pickle, a link out
+    of its folder, too large, or has another SHA-256 than the job states or `earlier` has.
     """
     lora = context.spec.lora
     if lora.initial_adapter is None:
@@ -98,7 +98,7 @@ def get_initial_adapter(
 
 
 def is_unchanged(record: InitialAdapterStatus | None, context: StepContext) -> bool:
-    """Whether what prepare has recorded is what the job asks for, and is still in the workspace."""
+    """Whether the recorded adapter matches the job, and is still in the workspace."""
     wanted = context.spec.lora.initial_adapter
     if wanted is None or record is None:
         return wanted is None and record is None
@@ -109,7 +109,7 @@ def is_unchanged(record: InitialAdapterStatus | None, context: StepContext) -> b
 
 
 def read_initial_adapter(folder: Path, sha256: str) -> Mapping[str, Tensor]:
-    """The tensors that prepare has checked, in main memory. Raises StepFailure if they are others by now."""
+    """Read the adapter that prepare has checked. Raises StepFailure if it changed."""
     path = folder / ADAPTER_FILE
     if path.is_symlink() or not path.is_file() or file_sha256(path) != sha256:
         raise unsafe_artifact(
@@ -120,7 +120,7 @@ def read_initial_adapter(folder: Path, sha256: str) -> Mapping[str, Tensor]:
 
 
 def _is_wanted(record: InitialAdapterStatus, wanted: InitialAdapterSpec) -> bool:
-    """Whether the record, whose location may have a commit or digest, is of the adapter that the job names."""
+    """Whether the record is of the job's adapter. Its location may have a commit."""
     address = _without_slash(wanted.source)
     return wanted.sha256 in (None, record.sha256) and (
         record.source == address or record.source.startswith(f"{address}@")
@@ -133,12 +133,12 @@ def _without_slash(address: str) -> str:
 
 
 def _fetch(context: StepContext, hub: Callable[[], Hub], address: str, folder: Path, largest: int) -> str:
-    """Copy both files from the address into the folder; returns the address of exactly these."""
+    """Copy both files from the address into the folder, and return its exact form."""
     source = parse_source(address)
     if isinstance(source, VolumeSource):
         _copy(context, source, folder, largest)
         return address
-    with _explained():
+    with _explain_errors():
         if isinstance(source, HubSource):
             remote: RemoteModel = HubModel(_open_hub(context, hub), source, source.commit)
             location = f"hf://{source.repository}@{remote.version}"
@@ -155,7 +155,7 @@ def _fetch(context: StepContext, hub: Callable[[], Hub], address: str, folder: P
         for name in _FILES:
             remote.fetch(name, folder, lambda _done: None)
     for path in folder.iterdir():
-        # The hub's client leaves notes of its own.
+        # The hub's client also stores notes there.
         if path.name not in _FILES:
             remove(path)
     return location
@@ -163,7 +163,7 @@ def _fetch(context: StepContext, hub: Callable[[], Hub], address: str, folder: P
 
 def _copy(context: StepContext, source: VolumeSource, folder: Path, largest: int) -> None:
     root = context.mounts.volume(VolumeSource(source.claim))
-    found = confined(root / source.path, root)
+    found = confine(root / source.path, root)
     if not found.is_dir():
         raise bad_configuration(f"{_FIELD}.source: {source} is not a folder on the volume: check the path")
     names = [path.name for path in found.iterdir()]
@@ -177,7 +177,7 @@ def _copy(context: StepContext, source: VolumeSource, folder: Path, largest: int
 
 
 def _require_files(sizes: Mapping[str, int], location: str, largest: int) -> None:
-    """Raise StepFailure unless both files are there, and no larger than those of such an adapter can be."""
+    """Raise StepFailure unless both files exist with at most the adapter's size."""
     pickles = [name for name in sizes if name.endswith((".bin", ".pt", ".pth"))]
     if ADAPTER_FILE not in sizes and pickles:
         raise unsafe_artifact(
@@ -205,8 +205,8 @@ def _open_hub(context: StepContext, hub: Callable[[], Hub]) -> Hub:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
-    """An adapter that is missing or forbidden is no missing base model: the job names another address."""
+def _explain_errors() -> Iterator[None]:
+    """Report a missing or forbidden adapter as a wrong address, not a missing base."""
     try:
         yield
     except StepFailure as failure:

@@ -19,7 +19,7 @@ from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.paths import some_names
 from qlora_trainer.model.adapter.shapes import MAX_CONFIG_BYTES, Expected
 
-# What decides nothing about the values that the adapter computes, or shows in the names of its tensors.
+# Settings without effect on the values that the adapter computes or on the names of its tensors.
 _WITHOUT_EFFECT = frozenset(
     {
         "task_type",
@@ -48,14 +48,17 @@ _REMEDY = "set these fields to what the adapter has, or remove spec.lora.from to
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What an adapter's configuration says of its base."""
+    """The base that an adapter's configuration names."""
 
     base_name: str | None
     base_revision: str | None
 
 
 def check_config(path: Path, location: str, lora: LoraSpec) -> AdapterConfig:
-    """Compare adapter_config.json with spec.lora. Raises StepFailure (BAD_CONFIGURATION) naming all that differs."""
+    """Compare adapter_config.json with spec.lora.
+
+    Raises StepFailure (BAD_CONFIGURATION) naming all that differs.
+    """
     config = _read(path, location)
     if config.get("peft_type") != "LORA":
         raise bad_configuration(
@@ -106,12 +109,12 @@ def _read(path: Path, location: str) -> dict[str, Any]:
 
 
 def _require_plain(config: Mapping[str, Any], location: str, compared: set[str]) -> None:
-    """Raise StepFailure for a variant of LoRA that the job cannot have, also one that this release does not know."""
+    """Raise StepFailure for a variant of LoRA that is unsupported or newer."""
     initialized = config.get("init_lora_weights")
     if isinstance(initialized, str) and initialized.startswith(_CHANGE_THE_BASE):
         raise bad_configuration(
             f"the adapter of spec.lora.from, {location}, was initialized with "
-            f"{shortened_json(initialized)}, for which PEFT changed the base: convert it with PEFT's "
+            f"{shortened_json(initialized)}. PEFT changed the base for it: convert it with PEFT's "
             "path_initial_model_for_weight_conversion"
         )
     defaults = LoraConfig().to_dict()
@@ -126,7 +129,7 @@ def _require_plain(config: Mapping[str, Any], location: str, compared: set[str])
 
 
 def _require_same_tensors(found: set[str], expected: set[str], location: str) -> None:
-    """Raise StepFailure naming the settings of which one side has more."""
+    """Raise StepFailure naming the settings where one side has more tensors."""
     different = []
     for field, marks in (
         ("targetModules", (".lora_A.weight", ".lora_B.weight")),
@@ -144,7 +147,7 @@ def _layers(names: Iterable[str], marks: tuple[str, ...]) -> set[str]:
 
 
 def _difference(field: str, found: set[str], expected: set[str]) -> list[str]:
-    """One sentence for the layers or modules of which one side has more: their names, or else how many."""
+    """One sentence for the layers or modules that only one side has, if any."""
     if found == expected:
         return []
     same_names = {_last(name) for name in found} == {_last(name) for name in expected}

@@ -1,7 +1,7 @@
 """Merges an adapter into the 4-bit weights that it was trained on: a plain model in bfloat16, one tensor at a time.
 
-Not into the original weights, from which the trained-on weights differ by the whole quantization error, and not to
-4-bit again, which would round off most of what was trained.
+Not into the original weights: the trained-on weights differ from them by the whole quantization error. And not to
+4-bit again: that would round off most of the training.
 
 Memory, besides what the process holds before: a file's tensors (`SHARD_BYTES`, or one tensor if that is larger),
 `BYTES_PER_ENTRY` bytes for each entry of the largest layer, and what the allocator keeps of freed pieces below 32 MiB.
@@ -29,7 +29,7 @@ from qlora_trainer.model.nf4.base_weights import BaseWeights
 SHARD_BYTES = 2**30
 """Size of a file of weights, unless one tensor is larger."""
 BYTES_PER_ENTRY = 8
-"""Working memory of a merge per entry of the current layer: its weight in 16 and 32 bit, and the result."""
+"""Working memory of a merge per entry of a layer: 16 bit, 32 bit, the result."""
 _MERGED_DTYPE = torch.bfloat16
 _INDEX = "model.safetensors.index.json"
 
@@ -48,13 +48,13 @@ def merged_weight(base: Tensor, a: Tensor, b: Tensor, scaling: float, magnitude:
 
 
 def adapter_scaling(lora: LoraSpec) -> float:
-    """What B A is multiplied by: alpha / rank, or alpha / sqrt(rank) with rsLoRA (arXiv 2312.03732)."""
+    """B A's factor: alpha / rank, or / sqrt(rank) with rsLoRA (arXiv 2312.03732)."""
     return lora.alpha / (math.sqrt(lora.rank) if lora.use_rslora else lora.rank)
 
 
 @dataclass(frozen=True)
 class MergeSource:
-    """What a merged model is made of."""
+    """The source of a merged model."""
 
     base: BaseWeights
     """The 4-bit base."""
@@ -62,7 +62,7 @@ class MergeSource:
     lora: LoraSpec
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor of this name of the merged model. Raises StepFailure if the base lacks it."""
+        """This tensor of the merged model. Raises StepFailure if the base lacks it."""
         layer = name.removesuffix(".weight")
         with safe_open(self.adapter_file, framework="pt") as adapter:
             trained = set(adapter.keys())
@@ -83,16 +83,16 @@ class MergeSource:
 
 
 def merged_model(model_folder: Path) -> Any:
-    """The merged model, with shapes and without weights, from the configuration in `model_folder`."""
+    """The merged model without weights, from the configuration in `model_folder`."""
     config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
-    # What is merged is in 16 bit, also if the base was published in 4.
+    # The merged model is in 16 bit, also if the base was published in 4.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return without_weights(config, dtype=_MERGED_DTYPE)
 
 
 def merged_bytes(model: Any) -> int:
-    """Bytes of the weights of a model of `merged_model`; tied weights count once."""
+    """Bytes of the weights of a model of `merged_model`. Tied weights count once."""
     return sum(parameter.numel() * _MERGED_DTYPE.itemsize for parameter in model.parameters())
 
 

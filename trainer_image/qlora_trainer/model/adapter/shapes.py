@@ -1,4 +1,4 @@
-"""Says which tensors a complete adapter's file holds: their names, shapes and types."""
+"""Describes the tensors of a complete adapter's file: names, shapes and types."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from qlora_trainer.model.adapter.attach import tensor_dtype, whole_modules
 
 B_SUFFIX = ".lora_B.weight"
 MAX_CONFIG_BYTES = 2**22
-"""Of adapter_config.json, which names every target module: about 50 KB for the largest models."""
-# A safetensors file begins with names, types, shapes and places in JSON, and notes of whoever wrote it.
+"""Of adapter_config.json with all target modules: about 50 KB at most."""
+# A safetensors file begins with names, types, shapes and places in JSON, and notes of its writer.
 _HEADER_BYTES = 2**20
 _HEADER_BYTES_PER_TENSOR = 512
 
@@ -46,6 +46,6 @@ def expected_tensors(skeleton: Any, target_modules: tuple[str, ...], lora: LoraS
 
 
 def largest_file(expected: Mapping[str, Expected]) -> int:
-    """Bytes that the file of such an adapter has at most, in whatever type: 4 for each number, and the header."""
+    """Most bytes of such an adapter's file: 4 for each number, and the header."""
     numbers = sum(prod(wanted.shape) for wanted in expected.values())
     return 4 * numbers + _HEADER_BYTES + _HEADER_BYTES_PER_TENSOR * len(expected)

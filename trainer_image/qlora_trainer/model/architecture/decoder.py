@@ -1,4 +1,4 @@
-"""Knows the parts of a model of any family: the text decoder, its blocks, their linear layers, the embeddings."""
+"""Finds the text decoder of a model, its blocks, linear layers and embeddings."""
 
 import inspect
 import re
@@ -13,7 +13,7 @@ from qlora_trainer.model.kernels.attention import RowBoundaries
 
 
 def decoder_blocks(model: Any) -> nn.ModuleList:
-    """The blocks of a causal language model's text decoder. Raises ModelError if it has none."""
+    """The blocks of a model's text decoder. Raises ModelError if it has none."""
     number = model.config.get_text_config(decoder=True).num_hidden_layers
     for child in model.get_decoder().children():
         if isinstance(child, nn.ModuleList) and len(child) == number:
@@ -22,16 +22,16 @@ def decoder_blocks(model: Any) -> nn.ModuleList:
 
 
 def block_linears(model: Any) -> tuple[str, ...]:
-    """Sorted names of the linear layers in the text decoder's blocks: no head, no router, no vision tower."""
+    """Sorted names of the linear layers in the blocks, without head or routers."""
     inside = {id(module) for module in decoder_blocks(model).modules() if isinstance(module, nn.Linear)}
     names = {name for name, module in model.named_modules() if id(module) in inside}
     return tuple(sorted(names.difference(routing_linears(model))))
 
 
 def block_structures(model: Any) -> frozenset[frozenset[str]]:
-    """What the blocks consist of: for each kind of block its modules, with their classes, and its parameters.
+    """The structures of the blocks: of each kind the modules, with their classes, and the parameters.
 
-    How many members a list inside a block has makes no difference.
+    A list inside a block counts the same for any number of members.
     """
     return frozenset(frozenset(map(_without_numbers, _parts(block))) for block in decoder_blocks(model))
 
@@ -48,7 +48,7 @@ def _without_numbers(name: str) -> str:
 
 
 def place_in_block(name: str) -> tuple[int, str]:
-    """The number of the block of a linear layer with this name, and the layer's name inside the block."""
+    """The block's number of a linear layer, and its name inside the block."""
     found = re.search(r"\.(\d+)\.", name)
     if found is None:
         raise ValueError(f"{name} is not inside a block")
@@ -58,7 +58,7 @@ def place_in_block(name: str) -> tuple[int, str]:
 def decoder_states(model: Any, input_ids: Tensor, position_ids: Tensor, rows: RowBoundaries) -> Tensor:
     """The decoder's last states, [1, tokens, hidden size], of rows of tokens [1, tokens] that follow one another.
 
-    A decoder that takes no positions or no other arguments computes its own for a single row.
+    A decoder that takes no positions or no other arguments computes them for a single row.
     """
     decoder = model.get_decoder()
     arguments = {"input_ids": input_ids, "position_ids": position_ids, "rows": rows, "use_cache": False}
@@ -69,11 +69,11 @@ def decoder_states(model: Any, input_ids: Tensor, position_ids: Tensor, rows: Ro
 
 
 def compute_as_in_use(model: Any) -> None:
-    """Turn off what a family does in training mode only, since the base is frozen: it computes what it does in use.
+    """Turn off what a family does in training mode only: the frozen base computes as in use.
 
     That is every dropout, of values and of whole layers, the noise of routers (Mixtral's jitter), and the clipping of
-    weights by Gemma 3n, which is done beside the layers' forward passes and would take packed weights for numbers.
-    To be called before the model has an adapter, whose dropout is to stay.
+    weights by Gemma 3n. That runs outside the layers' forward passes and would take packed weights for numbers.
+    Call it before the model has an adapter, whose dropout stays.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -89,12 +89,12 @@ def compute_as_in_use(model: Any) -> None:
 
 
 def _without_dropout(settings: dict[str, Any]) -> None:
-    """Set each probability of dropout to 0, whatever a family calls it: attention_dropout, resid_pdrop, layerdrop."""
+    """Set each probability of dropout to 0, under any family's name for it."""
     settings.update({name: 0.0 for name, value in settings.items() if "drop" in name and isinstance(value, float)})
 
 
 def outer_parameters(model: Any) -> set[int]:
-    """The ids of all parameters in embeddings, of tokens or else, and in the output layer."""
+    """The ids of all parameters in embeddings and in the output layer."""
     modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     head = model.get_output_embeddings()
     return {id(parameter) for module in (*modules, head) if module is not None for parameter in module.parameters()}

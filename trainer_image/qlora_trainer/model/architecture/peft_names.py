@@ -9,7 +9,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 
 def taken_for_experts(model: Any, linears: tuple[str, ...]) -> frozenset[str]:
-    """Those of a model's linear layers of which PEFT takes the names, as `target_modules`, for others.
+    """The linear layers whose names, as `target_modules`, PEFT takes for others.
 
     For files of older releases of transformers, PEFT reads some names, such as `gate_proj`, as those of routed experts,
     wherever in the model they are: also in the shared experts and the dense blocks of the same families.
@@ -20,7 +20,7 @@ def taken_for_experts(model: Any, linears: tuple[str, ...]) -> frozenset[str]:
 
 
 def lost_by_peft(model: Any, linears: tuple[str, ...]) -> frozenset[str]:
-    """Those of a model's linear layers whose adapter PEFT renames when it reads it, and then does not find.
+    """The linear layers whose adapter PEFT renames when it reads it, and then does not find.
 
     It renames an adapter's tensors as transformers renames those of older checkpoints: Laguna's `shared_expert` became
     `shared_experts`, and so would `shared_experts` become something else.

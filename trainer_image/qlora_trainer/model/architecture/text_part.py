@@ -1,4 +1,4 @@
-"""Decides by which class of transformers a model is loaded, and takes from a multimodal one what text does not need."""
+"""Loads a model by its transformers class, without parts that text does not need."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from qlora_trainer.core.model_error import ModelError, explained
+from qlora_trainer.core.model_error import ModelError, explain_errors
 from qlora_trainer.core.paths import some_names
 
 # Published models of a type are loaded by the first that has it, and those of a single decoder by the first of all.
@@ -35,7 +35,7 @@ def is_multimodal(config: Any) -> bool:
 
 
 def auto_class(config: Any) -> Any | None:
-    """The one of transformers' auto classes by which users load such a model; None if there is none for text.
+    """The auto class of transformers that loads such a model, or None if there is none for text.
 
     A multimodal model is loaded whole, because then its layers have the names that PEFT and servers look for in an
     adapter. Its text decoder alone has others.
@@ -45,16 +45,16 @@ def auto_class(config: Any) -> Any | None:
 
 
 def without_weights(config: Any, **settings: Any) -> Any:
-    """The whole model on the meta device, with shapes and without weights. Its configuration has an `auto_class`."""
+    """The whole model on the meta device. Its configuration has an `auto_class`."""
     loader: Any = auto_class(config)
     with torch.device("meta"):
         return loader.from_config(config, trust_remote_code=False, **settings)
 
 
 def text_part(config: Any, **settings: Any) -> Any:
-    """The model `without_weights` as it is trained: of a multimodal one only what text needs."""
+    """The model `without_weights` as trained: of a multimodal one only the text part."""
     model = without_weights(config, **settings)
-    with explained("this trainer does not find the text decoder of the model that transformers builds"):
+    with explain_errors("this trainer does not find the text decoder of the model that transformers builds"):
         _leave_text_part(model)
     return model
 
@@ -87,7 +87,7 @@ def _unset(tensor: Tensor) -> Tensor:
 
 
 def _set_constants(model: Any) -> None:
-    """Set what transformers does not initialize, because its modules are made with the values (those of xIELU)."""
+    """Set constants that transformers does not initialize, such as those of xIELU."""
     decoder = model.get_decoder()
     constants = _unset_tensors(decoder)
     if constants:
@@ -101,7 +101,7 @@ def _set_constants(model: Any) -> None:
 
 def _unset_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    # Not of towers: their zeros would take memory to be looked at.
+    # Not of towers: inspecting their zeros would take memory.
     looked_at = {name: tensor for name, tensor in tensors.items() if tensor.untyped_storage().nbytes() >= tensor.nbytes}
     return {name: tensor for name, tensor in looked_at.items() if bool(tensor.isnan().any())}
 
@@ -145,7 +145,7 @@ def _outside(module: nn.Module, kept: set[int], prefix: str = "") -> Iterator[st
 
 
 def _leave_text_part(model: Any) -> tuple[str, ...]:
-    """Remove `parts_beside_text`, and return their names. All other modules keep theirs."""
+    """Remove `parts_beside_text`, and return their names."""
     removed = parts_beside_text(model)
     for name in removed:
         parent, _, last = name.rpartition(".")
@@ -154,7 +154,7 @@ def _leave_text_part(model: Any) -> tuple[str, ...]:
 
 
 def _without_other_parts(config: Any) -> type[PreTrainedModel]:
-    """The class of the model, which removes `parts_beside_text` as soon as it is made: before weights are read."""
+    """The model's class, changed to remove `parts_beside_text` before reading weights."""
     family = next(types[type(config)] for _, types in (*_MULTIMODAL, *_TEXT) if type(config) in types)
     return type(family.__name__, (_TextPart, family), {"__module__": family.__module__})
 
@@ -166,5 +166,5 @@ class _TextPart:
         super().__init__(*given, **settings)
         model: Any = self
         removed = [f"^{escape(name)}\\." for name in _leave_text_part(model)]
-        # Their weights are in the files, of which transformers would warn.
+        # Their weights are in the files, and transformers would warn of them.
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *removed}

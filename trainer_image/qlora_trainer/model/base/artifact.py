@@ -1,4 +1,4 @@
-"""The 4-bit base of a job: a folder in the format of transformers, with a manifest of what it was made of."""
+"""The 4-bit base of a job: a folder for transformers, with a manifest."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -17,13 +17,13 @@ from qlora_trainer.stores.contents import PublishedFile
 
 MANIFEST = "base.json"
 FORMAT = 1
-"""Raised by a release that makes other bytes of the same original, for another reason than another library."""
+"""Raised by a release whose bytes differ for another reason than a library."""
 _MAX_MANIFEST_BYTES = 2**22
 _AGAIN = "create the job again"
 
 
 class BaseManifest(ObservedModel):
-    """What the folder holds so far, and what it was made of."""
+    """The manifest: files written so far, and their origin."""
 
     address: str = ""
     """Of the original, for people who look for it in a cache."""
@@ -35,7 +35,7 @@ class BaseManifest(ObservedModel):
     sources: dict[str, str]
     """SHA-256 of each file of the original that is in it, by name."""
     files: dict[str, PublishedFile]
-    """What was written, by name: a file of weights for each of the original, the configuration, the index."""
+    """Files that were written, by name: weights, the configuration, the index."""
 
     @property
     def sha256(self) -> str:
@@ -44,7 +44,10 @@ class BaseManifest(ObservedModel):
 
 
 def read_manifest(folder: Path) -> BaseManifest | None:
-    """The manifest of a folder; None if there is none that can be read: the base is then made (again)."""
+    """Read the manifest of a folder.
+
+    Returns None if there is none that can be read. The base is then made (again).
+    """
     path = folder / MANIFEST
     try:
         if path.stat().st_size > _MAX_MANIFEST_BYTES:
@@ -62,7 +65,7 @@ def write_manifest(folder: Path, manifest: BaseManifest) -> None:
 
 
 def is_present(folder: Path, sha256: str, quantization: QuantizationSpec) -> bool:
-    """Whether the folder has the base of this sum, by its manifest and the files' sizes."""
+    """Whether the folder has the base of this sum, by manifest and file sizes."""
     manifest = read_manifest(folder)
     if manifest is None or manifest.sha256 != sha256 or manifest.quantization != quantization:
         return False
@@ -82,8 +85,8 @@ def has_size(path: Path, size: int) -> bool:
 def require_files(folder: Path) -> list[str]:
     """The names of the base's files. Raises StepFailure UNSAFE_ARTIFACT unless these are in the folder, and no others.
 
-    Libraries load more than they are asked for, such as an adapter that lies beside the weights. UNREACHABLE if the
-    folder is gone or cannot be read: then nobody knows whether the base has changed.
+    Libraries load more than they are asked for, such as an adapter in the same folder. UNREACHABLE if the folder is
+    gone or cannot be read: a change of the base can then not be excluded.
     """
     with _reading(folder):
         if not folder.is_dir():
@@ -110,7 +113,7 @@ def require_sha256(folder: Path, sha256: str, on_block: Callable[[], None] = lam
 
 
 def require_sum(folder: Path, digests: dict[str, str], sha256: str) -> None:
-    """Raise StepFailure UNSAFE_ARTIFACT unless the sum of files with these SHA-256 is what prepare recorded."""
+    """Raise StepFailure UNSAFE_ARTIFACT unless the sum is the recorded one."""
     found = _sum(digests)
     if found != sha256:
         raise unsafe_artifact(
@@ -121,7 +124,7 @@ def require_sum(folder: Path, digests: dict[str, str], sha256: str) -> None:
 
 @contextmanager
 def _reading(folder: Path) -> Iterator[None]:
-    """Raise StepFailure UNREACHABLE for an OSError: an error of the volume is no change of the base."""
+    """Raise StepFailure UNREACHABLE for an OSError: the base is unchanged."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Counts the bytes that the 4-bit weights of a loaded model take, and checks them against their format."""
+"""Counts the bytes of a loaded model's 4-bit weights, and checks their format."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Storage:
 
     @property
     def bits_per_parameter(self) -> float:
-        """Bits per weight; 0 without weights."""
+        """Bits per weight, or 0 without weights."""
         return 8 * self.bytes / self.parameters if self.parameters else 0.0
 
 

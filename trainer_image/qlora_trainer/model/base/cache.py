@@ -1,7 +1,7 @@
-"""4-bit bases that the jobs of a namespace share: a folder for each, complete and with its digests, or not there.
+"""4-bit bases that the jobs of a namespace share: a folder for each, complete and with its digests, or absent.
 
-`quantized/<key>/` has the files of a base and a manifest with the size and SHA-256 of each; nothing in it is changed
-again. It is made in a folder with a name of the pod's own, `.<key>.<job>.<pod>.partial`, and moved out at the end.
+`quantized/<key>/` has the files of a base and a manifest with the size and SHA-256 of each. Nothing in it is changed
+again. It is made in a folder named after the pod, `.<key>.<job>.<pod>.partial`, and moved out at the end.
 """
 
 import errno
@@ -30,19 +30,19 @@ _MADE = "base"
 _LIBRARIES = ("bitsandbytes", "torch", "transformers")
 """They choose the layers and compute the bytes."""
 _LONGEST_WAIT_SECONDS = 60.0
-"""For the lock of a cache, which is held for some milliseconds: a pod that holds it for longer hangs."""
+"""For the cache's lock. A pod holds it for milliseconds, unless it hangs."""
 # Pods with other users, but with the group that owns the volume, read the files and can replace a damaged folder.
 _FILE_MODE, _UMASK = 0o444, 0o002
 
 
 class DamagedCacheError(Exception):
-    """A folder in the cache is not what was put there. The message is a part of a sentence about it."""
+    """A cached folder is damaged. The message is part of a sentence about it."""
 
 
 class UnusableCacheError(Exception):
     """The cache's volume is full, read-only or broken. The message is a part of a sentence about it.
 
-    What is in it may be sound, and other jobs may be reading it: nothing is set aside.
+    Its content may be sound, and other jobs may be reading it: nothing is set aside.
     """
 
     def __init__(self, message: str, *, may_pass: bool = False) -> None:
@@ -53,7 +53,7 @@ class UnusableCacheError(Exception):
 
 @contextmanager
 def volume_errors() -> Iterator[None]:
-    """Raise UnusableCacheError for an OSError: the job goes on without the cache, unlike for one of its workspace."""
+    """Raise UnusableCacheError for an OSError: the job continues without the cache."""
     try:
         yield
     except OSError as error:
@@ -62,7 +62,7 @@ def volume_errors() -> Iterator[None]:
 
 @contextmanager
 def read_errors() -> Iterator[None]:
-    """Raise DamagedCacheError for a file that is gone, and UnusableCacheError for one that cannot be read now."""
+    """Raise DamagedCacheError for a missing file, UnusableCacheError for a read error."""
     with volume_errors():
         try:
             yield
@@ -80,7 +80,7 @@ class CachedFolder:
 
     @read_errors()
     def manifest(self) -> BaseManifest:
-        """What is in it, without reading it. Raises DamagedCacheError, UnusableCacheError."""
+        """Its manifest. Raises DamagedCacheError, UnusableCacheError."""
         return manifest_of(self.path)
 
     @read_errors()
@@ -100,7 +100,7 @@ class CachedFolder:
 
 
 class ModelCache:
-    """The cache as one pod uses it. Methods raise UnusableCacheError if the volume does not let them."""
+    """The cache as one pod uses it. Methods raise UnusableCacheError."""
 
     def __init__(self, layout: ModelCacheLayout, job_uid: str, pod_uid: str) -> None:
         self._bases = layout.quantized
@@ -119,7 +119,7 @@ class ModelCache:
 
     @volume_errors()
     def bytes_being_made(self, key: str) -> int | None:
-        """Bytes in an incomplete folder of the base, of whichever pod; None if there is none."""
+        """Bytes in an incomplete folder of the base, of any pod, or None."""
         return self._partials.bytes_made(key)
 
     @volume_errors()
@@ -129,10 +129,10 @@ class ModelCache:
 
     @contextmanager
     def claim(self, key: str) -> Iterator[Path | None]:
-        """Yield where to make the base, perhaps with what a killed pod has left of it; None while another pod makes it.
+        """Yield the folder to make the base in, or None while another pod makes it.
 
-        If the body raises, the folder stays where the next attempt may resume from it, and is removed after an error
-        that another attempt cannot fix.
+        The folder may have what a killed pod has left. If the body raises, the folder stays for the next attempt to
+        resume from it, and is removed after an error that another attempt cannot fix.
         """
         with volume_errors():
             claimed = self._claim(key)
@@ -156,9 +156,9 @@ class ModelCache:
 
     @volume_errors()
     def complete(self, made: Path, key: str) -> Path | None:
-        """Move a complete base from where it was made to its name; None, and it is removed, if another pod was faster.
+        """Move a complete base to its name, and return its folder.
 
-        Returns its folder.
+        Returns None, and removes the base, if another pod was faster.
         """
         target = self._bases / key
         for path in made.iterdir():
@@ -178,12 +178,12 @@ class ModelCache:
 
     @volume_errors()
     def discard(self, made: Path) -> None:
-        """Remove what was made, or begun, where `claim` has said."""
+        """Remove a base, complete or not, from the folder of `claim`."""
         remove(made.parent)
 
     @volume_errors()
     def set_aside(self, folder: CachedFolder) -> None:
-        """Make a damaged base one that this pod has begun; nothing if it was replaced."""
+        """Make a damaged base an incomplete one of this pod, unless it was replaced."""
         with self._partials.exclusive():
             if self.find(folder.path.name) != folder:
                 return
@@ -209,7 +209,7 @@ class ModelCache:
 
 
 def cache_key(version: str, quantization: QuantizationSpec) -> str:
-    """The folder's name for a base, in hexadecimal: the SHA-256 of everything on which its bytes depend.
+    """The folder's name for a base, in hexadecimal: the SHA-256 of everything that its bytes depend on.
 
     `version` identifies the original. A base of other libraries gets another folder, because a folder never changes.
     """
@@ -220,7 +220,7 @@ def cache_key(version: str, quantization: QuantizationSpec) -> str:
 
 
 def manifest_of(folder: Path) -> BaseManifest:
-    """The manifest of a complete base. Only names, kinds and sizes are looked at; no link is followed.
+    """The manifest of a complete base. Only checks names, kinds and sizes, and follows no link.
 
     Raises DamagedCacheError if a file is missing, strange, of another size or too many, and OSError.
     """
@@ -245,7 +245,7 @@ def manifest_of(folder: Path) -> BaseManifest:
 
 
 def is_whole(folder: Path, cache: Path | None) -> bool:
-    """Whether the base is complete, if it is in the cache. Of one elsewhere nothing is looked at."""
+    """Whether the base is complete, if it is in the cache. Else True, unread."""
     try:
         require_whole_in_cache(folder, cache)
     except StepFailure:
@@ -254,9 +254,9 @@ def is_whole(folder: Path, cache: Path | None) -> bool:
 
 
 def require_whole_in_cache(folder: Path, cache: Path | None) -> None:
-    """Raise StepFailure if the base is in the cache, and MODEL_UNAVAILABLE if it is no longer complete there.
+    """Raise StepFailure MODEL_UNAVAILABLE if the base is in the cache, but no longer complete there.
 
-    UNREACHABLE if the volume does not tell.
+    UNREACHABLE if the volume cannot be read.
     """
     if cache is None or not folder.is_relative_to(cache):
         return

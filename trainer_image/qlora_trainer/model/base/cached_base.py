@@ -1,4 +1,4 @@
-"""Gets the 4-bit base from the cache of a namespace or a sweep, or makes it there for the jobs after this one."""
+"""Gets the 4-bit base from a shared cache, or adds it to that cache."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -36,7 +36,7 @@ _MAX_REMARK = 256
 
 
 def open_base_source(context: StepContext, source: SharedModel, settings: Path, layout: BaseLayout) -> BaseSource:
-    """Where the job's base comes from. `settings`: the folder of the model's config.json."""
+    """The source of the job's base. `settings`: the folder with config.json."""
     folder, target = context.mounts.model_cache, context.workspace.base
     own = WorkspaceBase(source, target, settings, layout)
     if folder is None:
@@ -64,7 +64,7 @@ class CachedBase:
         layout: BaseLayout,
         wait: Callable[[], None] = lambda: time.sleep(_WAIT_SECONDS),
     ) -> None:
-        """`own`: used without the cache. `wait` lets some time pass while another pod makes the same base."""
+        """Create. `own` is used without the cache, `wait` waits while another pod works."""
         self.activity = source.making
         self.origin: Origin = source.origin
         self.remark = ""
@@ -90,7 +90,7 @@ class CachedBase:
             self._require_room_without(error)
 
     def base(self, on_bytes: OnBytes) -> Base:
-        """See BaseSource. Nothing in the cache is touched before it is known that the job may read the model."""
+        """See BaseSource. The cache is untouched until the job may read the model."""
         self._source.require_readable()
         if self._version is None:
             self.activity = self._source.activity
@@ -144,7 +144,10 @@ class CachedBase:
                 self._wait()
 
     def _use(self, found: CachedFolder, on_bytes: OnBytes) -> Base | None:
-        """The base in the cache; None if it was damaged, and is then set aside."""
+        """The base in the cache.
+
+        Returns None if it was damaged, and sets it aside.
+        """
         self.activity = "checking the cached"
         try:
             manifest = found.manifest()
@@ -157,9 +160,9 @@ class CachedBase:
         return Base(found.path, manifest, self._revision(manifest))
 
     def _require_of_model(self, folder: Path, manifest: BaseManifest) -> None:
-        """Raise DamagedCacheError unless all but the numbers in it is what this job would have made.
+        """Raise DamagedCacheError unless this job would have made the same, but for the numbers.
 
-        Of weights nothing tells but their sum, which is the manifest's.
+        Weights are only compared by their sum, which is the manifest's.
         """
         originals = self._source.originals()
         made_of = {name: originals.get(name) or digest for name, digest in manifest.sources.items()}
@@ -176,7 +179,7 @@ class CachedBase:
             raise DamagedCacheError("its configuration is another one")
 
     def _make(self, place: Path, on_bytes: OnBytes) -> Base | None:
-        """Make it where the cache has said; None if another pod has been faster."""
+        """Make it in the cache's folder, or return None if another pod was faster."""
         with volume_errors():
             present = bytes_below(place.parent)
         if self._layout.bytes - present > self._cache.free_bytes():
@@ -197,7 +200,8 @@ class CachedBase:
         except (StepFailure, SafetensorError, ValueError):
             if not kept:
                 raise
-            # What another pod has left does not fit the model, whatever its sums are: the next round begins anew.
+            # Another pod's leftover does not fit the model, whatever its sums are: the next round starts from the
+            # beginning.
             self._cache.discard(place)
             return None
         folder = self._cache.complete(place, self._key)
@@ -238,7 +242,7 @@ class _InCache:
 
 
 def _remark(text: str) -> str:
-    """The text, which may quote the name of a file that anybody has put there, as a status can have it."""
+    """The text as a status can have it. It may quote file names of any writer."""
     return shortened(one_line(text), _MAX_REMARK)
 
 

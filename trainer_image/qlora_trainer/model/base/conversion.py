@@ -1,4 +1,4 @@
-"""Makes the 4-bit base of a job from the files of the original, one at a time, and resumes after any of them."""
+"""Makes the 4-bit base of a job, one original file at a time, and resumes."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -32,7 +32,7 @@ from qlora_trainer.stores.contents import PublishedFile
 
 
 class BaseConversion:
-    """The base in `target`, which is complete or absent, and what an earlier attempt has made of it. See Conversion."""
+    """The base in `target`, and an earlier attempt's part of it. See Conversion."""
 
     def __init__(self, target: Path, settings: Path, version: str, layout: BaseLayout, address: str = "") -> None:
         """Delete what was made of another original: there may be no room for both.
@@ -78,7 +78,7 @@ class BaseConversion:
         partial = partial_path(self._folder / path.name)
         try:
             with cast("Any", safe_open(path, framework="pt")) as opened:
-                stored = {name: _described(opened.get_slice(name)) for name in opened.keys()}  # noqa: SIM118
+                stored = {name: _describe(opened.get_slice(name)) for name in opened.keys()}  # noqa: SIM118
                 parts = self._layout.parts(stored, path.name)
                 entries = [entry for part in parts for entry in part.entries]
                 written = write_weights(partial, entries, self._tensors(opened, parts, path.name))
@@ -89,9 +89,9 @@ class BaseConversion:
         self._note({path.name: written}, {path.name: sha256})
 
     def keep_sound(self, originals: Mapping[str, str | None], on_bytes: OnBytes) -> None:
-        """Read what is there, and delete all but sound files that were made of these originals, by name with SHA-256.
+        """Delete all but sound files that were made of these originals, by name with SHA-256.
 
-        For a folder to which others write. Where the server does not know a digest, any counts. The base is
+        For a folder that others can write to. Where the server does not report a digest, any counts. The base is
         incomplete afterwards.
         """
         if self._folder == self._target:
@@ -115,7 +115,7 @@ class BaseConversion:
         write_manifest(self._folder, self._manifest)
 
     def complete(self) -> BaseManifest:
-        """Add the configuration and the index, and give the folder its name; returns what is in it.
+        """Add the configuration and the index, give the folder its name, and return its manifest.
 
         Raises StepFailure MODEL_UNAVAILABLE if the original lacks a tensor of the model.
         """
@@ -131,7 +131,7 @@ class BaseConversion:
         for part in parts:
             if part.layer is not None:
                 tensor = _ours(part.layer, part.stored, opened.get_tensor(part.stored), file)
-                yield _filled(tensor, part.entries[0].shape)
+                yield _fill(tensor, part.entries[0].shape)
                 continue
             if not part.four_bit:
                 yield opened.get_tensor(part.stored).to(DTYPES[part.entries[0].dtype])
@@ -145,7 +145,7 @@ class BaseConversion:
                         f"{part.stored} in {file} cannot be quantized: {error}; use another revision of the model"
                     ) from error
                 for entry in islice(entries, len(layer)):
-                    yield _filled(layer[entry.name.removeprefix(name)], entry.shape)
+                    yield _fill(layer[entry.name.removeprefix(name)], entry.shape)
 
     def _write(self, name: str, content: bytes) -> None:
         path = self._folder / name
@@ -161,7 +161,7 @@ class BaseConversion:
 
 
 def small_files(folder: Path, manifest: BaseManifest, settings: Path, layout: BaseLayout) -> Mapping[str, bytes]:
-    """What a base has besides the weights, which are in the folder: its configuration and, of several files, an index.
+    """The files of a base besides the weights: its configuration and, with several files, an index.
 
     Raises StepFailure MODEL_UNAVAILABLE if the weights lack a tensor of the model.
     """
@@ -187,7 +187,7 @@ def _is_of(manifest: BaseManifest, version: str, layout: BaseLayout) -> bool:
     return found == (version, layout.quantization, layout.in_16_bit)
 
 
-def _described(tensor: Any) -> tuple[str, tuple[int, ...]]:
+def _describe(tensor: Any) -> tuple[str, tuple[int, ...]]:
     """Type and shape of a tensor in a file, as its header has them."""
     return tensor.get_dtype(), tuple(tensor.get_shape())
 
@@ -199,7 +199,7 @@ def _ours(layer: StoredTensor | Mxfp4Tensor, stored: str, tensor: Tensor, file: 
         raise model_unavailable(f"{stored} in {file} is no part of a 4-bit layer: {error}; {ORIGINAL}") from error
 
 
-def _filled(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _fill(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The tensor, a description in JSON with the spaces that give it this shape."""
     if tensor.ndim != 1 or tensor.dtype != torch.uint8 or tuple(tensor.shape) >= shape:
         return tensor

@@ -1,4 +1,4 @@
-"""Decides, before any weight is read, which tensors of a base become 4-bit and what its files then hold."""
+"""Decides which tensors of a base become 4-bit, and the content of its files."""
 
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -8,23 +8,24 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from torch import Tensor
-from transformers import AutoConfig, BitsAndBytesConfig
-from transformers.initialization import no_tie_weights
-from transformers.quantizers.auto import AutoHfQuantizer
-from transformers.quantizers.base import HfQuantizer
+from transformers import BitsAndBytesConfig
 
 from qlora_api.spec.training import QuantizationSpec
-from qlora_trainer.core.failures import bad_configuration, model_unavailable
+from qlora_trainer.core.failures import model_unavailable
 from qlora_trainer.core.paths import some_names
-from qlora_trainer.model.architecture.text_part import parts_beside_text, without_weights
+from qlora_trainer.model.base.chosen_layers import (
+    library_config,
+    modules_in_16_bit,
+    quantized_names,
+    require_same_layers,
+    unloaded_model,
+)
 from qlora_trainer.model.base.weights_file import ALIGNMENT, DTYPES, Entry
 from qlora_trainer.model.experts.layout import ExpertLayout, Place, entry_name, matrices
 from qlora_trainer.model.experts.mxfp4_stack import Mxfp4Tensor, tensors_of
-from qlora_trainer.model.experts.quantizer import ExpertsConfig
 from qlora_trainer.model.nf4.base_weights import StoredName, renaming
-from qlora_trainer.model.nf4.quantization import BLOCK, COMPUTE_DTYPE, OUTER_BLOCK, layer_bytes
+from qlora_trainer.model.nf4.quantization import BLOCK, OUTER_BLOCK, layer_bytes
 from qlora_trainer.model.nf4.stored_layer import PACKED, StoredTensor, split
 from qlora_trainer.model.source.files import CONFIG
 from qlora_trainer.model.source.quantization import (
@@ -37,7 +38,7 @@ from qlora_trainer.model.source.quantization import (
 )
 
 STATE_BYTES = 256
-"""Bytes of a layer's description in JSON, which is filled up with spaces: its length is known before its numbers."""
+"""Bytes of a layer's description in JSON, padded with spaces to a fixed length."""
 _WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
 """The types that a weight may be stored in."""
 _PACKED_ALIGNMENT = 4
@@ -45,7 +46,7 @@ _PACKED_ALIGNMENT = 4
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor of the original, and what is written in its place: itself, or the tensors of 4-bit layers."""
+    """A tensor of the original, and its replacement: itself, or 4-bit tensors."""
 
     stored: str
     entries: tuple[Entry, ...]
@@ -79,29 +80,29 @@ class BaseLayout:
     """The names of each parameter. One of them must be stored."""
     buffers: frozenset[str]
     in_32_bit: frozenset[str]
-    """Names of the parameters that transformers keeps in 32 bit, whatever it is asked for."""
+    """Names of the parameters that transformers always keeps in 32 bit."""
     name_in_model: Callable[[str], StoredName | None]
     """See `renaming`."""
     experts: ExpertLayout
     stored_in_4_bit: bool = False
-    """Whether the original's layers are in 4 bit already, as `quantization` describes it."""
+    """Whether the original's layers are in 4 bit already, as in `quantization`."""
     in_16_bit: tuple[str, ...] = ()
-    """Names of all modules that do not become 4-bit, of a model of which transformers alone would leave fewer."""
+    """Names of all modules that stay in 16 bit, if transformers would leave fewer."""
 
     @classmethod
-    def of(cls, config_folder: Path, quantization: QuantizationSpec) -> Self:
+    def from_folder(cls, config_folder: Path, quantization: QuantizationSpec) -> Self:
         """The layout of the model whose config.json is in the folder, and was checked. Reads no weights.
 
-        The choice of the 4-bit layers is transformers' own: it is asked to replace them in a model without weights, and
-        told to leave what is beside the text of a multimodal model, which is not adapted to the error of quantization.
+        transformers chooses the 4-bit layers: it replaces them in a model without weights, and skips the parts of a
+        multimodal model besides text, because they are not adapted to the error of quantization.
         Raises StepFailure BAD_CONFIGURATION for a model that is in 4 bit already, but in another format or in other
         layers.
         """
         settings = json.loads((config_folder / CONFIG).read_bytes())
         stored = source_quantization(settings, CONFIG)
         require_agreement(stored, quantization)
-        model = _without_weights(config_folder)
-        rename, experts = renaming(model), ExpertLayout.of(model)
+        model = unloaded_model(config_folder)
+        rename, experts = renaming(model), ExpertLayout.from_model(model)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
         names: dict[int, set[str]] = {}
@@ -109,13 +110,13 @@ class BaseLayout:
             names.setdefault(id(tensor), set()).add(name)
         buffers = frozenset(model.state_dict().keys() - shapes.keys())
         in_32_bit = set(model._keep_in_fp32_modules_strict or ())
-        in_16_bit = _in_16_bit(config_folder)
-        four_bit = _chosen(config_folder, library_config(quantization, experts=True, in_16_bit=in_16_bit))
+        in_16_bit = modules_in_16_bit(config_folder)
+        four_bit = quantized_names(config_folder, library_config(quantization, experts=True, in_16_bit=in_16_bit))
         if stored is not None:
             # Nothing else in them has an effect on the choice.
             skipped = skipped_modules(settings[SETTINGS[0]])
             theirs = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped)
-            _require_same(_chosen(config_folder, theirs), four_bit)
+            require_same_layers(quantized_names(config_folder, theirs), four_bit)
         return cls(
             quantization=quantization,
             shapes=shapes,
@@ -152,10 +153,10 @@ class BaseLayout:
         return weights + len(self.four_bit) * STATE_BYTES + kept
 
     def parts(self, stored: Mapping[str, tuple[str, tuple[int, ...]]], file: str) -> list[Part]:
-        """What to write of a file of the original with these tensors, by name with type and shape.
+        """The parts to write for a file of the original with these tensors, by name with type and shape.
 
         Tensors that the model does not have are left out, such as those of a part for images. The others get the types
-        in which transformers would load them: it does not convert those of a base in 4-bit. Where each begins is a
+        that transformers would load them in: it does not convert those of a base in 4-bit. Where each begins is a
         multiple of its type's size. Raises StepFailure MODEL_UNAVAILABLE, naming the tensor, for one of another shape,
         of no floating point type, or that the model computes with in another form.
         """
@@ -193,7 +194,7 @@ class BaseLayout:
     def _layer_part(
         self, stored: str, weight: str, role: str, name: str, dtype: str, shape: tuple[int, ...], file: str
     ) -> Part:
-        """A tensor of a layer that is in 4 bit already, whose weight has these names in the file and in the model."""
+        """A tensor of a stored 4-bit layer, with its names in the file and in the model."""
         entries = {entry.name: entry for entry in _layer(weight, prod(self.shapes[name]), self.quantization)}
         entry = entries.get(stored) if name in self.four_bit else None
         if entry is None:
@@ -203,7 +204,7 @@ class BaseLayout:
                 f"{ORIGINAL}"
             )
         layer = StoredTensor(role, entry.dtype, entry.shape, self.shapes[name], self.quantization)
-        return _kept(layer, entry, stored, dtype, shape, file)
+        return _keep(layer, entry, stored, dtype, shape, file)
 
     def _dtype(self, name: str) -> str:
         """The type of a parameter that does not become 4-bit."""
@@ -216,7 +217,7 @@ class BaseLayout:
             if tensor is None:
                 raise model_unavailable(f"{stored} in {file} is not in MXFP4, as config.json describes it; {ORIGINAL}")
             entry = Entry(f"{place.stack}{place.role}", "U8", tensor.shape)
-            return _kept(tensor, entry, stored, dtype, shape, file)
+            return _keep(tensor, entry, stored, dtype, shape, file)
         whole = shape if stack.is_turned(shape) else stack.shape
         _require(stored, dtype, shape, whole if place.expert is None else stack.piece_shape, file)
         size = prod(stack.piece_shape)
@@ -228,7 +229,7 @@ class BaseLayout:
         return Part(stored, tuple(entries), four_bit=True, place=place)
 
     def matrices(self, opened: Any, part: Part) -> Iterator[tuple[str, Tensor]]:
-        """The weight of each 4-bit layer that a part becomes, out of an open file, before its entries' common name."""
+        """Name and weight of each 4-bit layer that a part becomes, from an open file."""
         if part.place is None:
             yield part.stored, opened.get_tensor(part.stored)
             return
@@ -238,10 +239,10 @@ class BaseLayout:
     def tensors(
         self, stored: Mapping[str, tuple[str, tuple[int, ...]]]
     ) -> Mapping[str, tuple[Entry, StoredTensor | None]]:
-        """What a base has whose files have these tensors, by name with type and shape; of a 4-bit layer, as what.
+        """The tensors of a base whose files have these, by name with type and shape, and their roles in 4-bit layers.
 
-        These are all tensors of the routed experts, and of each other weight that is stored. What no base has is not
-        among them. Buffers are as they are stored, and so are the rows of a weight that is stored in pieces.
+        These are all tensors of the routed experts, and of each other weight that is stored. Others are left out.
+        Buffers are as they are stored, and so are the rows of a weight that is stored in pieces.
         """
         found: dict[str, tuple[Entry, StoredTensor | None]] = {}
         for name, stack in self.experts.stacks.items():
@@ -266,7 +267,7 @@ class BaseLayout:
         return found
 
     def _layer_tensors(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[Entry, StoredTensor | None]]:
-        """The tensors of the 4-bit layer whose weight has this name in a file, and this shape."""
+        """The tensors of the 4-bit layer of a weight with this name and shape."""
         return {
             entry.name: (
                 entry,
@@ -276,7 +277,7 @@ class BaseLayout:
         }
 
     def library_config(self) -> BitsAndBytesConfig:
-        """How transformers is told of the base's quantization."""
+        """The base's quantization as transformers' configuration."""
         stacks = self.experts.stacks.values()
         settings = library_config(self.quantization, experts=bool(stacks), in_16_bit=self.in_16_bit)
         if any(stack.mxfp4 for stack in stacks):
@@ -284,7 +285,7 @@ class BaseLayout:
         return settings
 
     def require_complete(self, stored: Collection[str]) -> None:
-        """Raise StepFailure MODEL_UNAVAILABLE unless each parameter of the model is among these stored tensors."""
+        """Raise StepFailure MODEL_UNAVAILABLE unless each parameter is stored."""
         places = {name: place for name in stored if (place := self.name_in_model(name)) is not None}
         found = _whole(places.values())
         missing = sorted(min(group) for group in self.tied if not group & found)
@@ -300,56 +301,25 @@ class BaseLayout:
 
 
 def _whole(places: Iterable[StoredName]) -> set[str]:
-    """The names of which all pieces are there."""
+    """The names whose pieces are complete."""
     pieces: dict[tuple[str, int], set[int]] = {}
     for place in places:
         pieces.setdefault((place.name, place.pieces), set()).add(place.piece)
     return {name for (name, count), those in pieces.items() if len(those) == count}
 
 
-def _without_weights(config_folder: Path) -> Any:
-    config = AutoConfig.from_pretrained(config_folder, local_files_only=True, trust_remote_code=False)
-    return without_weights(config, dtype=COMPUTE_DTYPE)
-
-
-def _in_16_bit(config_folder: Path) -> tuple[str, ...]:
-    """Modules that stay in 16 bit, if these are others than transformers' own: it takes all or none of them by name."""
-    # Before weights are tied, as in `_chosen`.
-    with no_tie_weights():
-        model = _without_weights(config_folder)
-    beside = parts_beside_text(model)
-    return tuple(sorted({*HfQuantizer.get_modules_to_not_convert(model), *beside})) if beside else ()
-
-
-def _chosen(config_folder: Path, settings: BitsAndBytesConfig) -> frozenset[str]:
-    """The names of the weights that transformers puts into 4-bit layers with these settings."""
-    quantizer: Any = AutoHfQuantizer.from_config(settings, pre_quantized=False)
-    # The library chooses before it ties weights, and what it sees as the last one depends on that.
-    with no_tie_weights():
-        replaced = _without_weights(config_folder)
-    quantizer.preprocess_model(replaced, device_map={"": "cpu"})
-    layers = (name for name, module in replaced.named_modules() if isinstance(module, Linear4bit))
-    return frozenset(f"{layer}.weight" for layer in layers)
-
-
-def _kept(
+def _keep(
     layer: StoredTensor | Mxfp4Tensor, entry: Entry, stored: str, dtype: str, shape: tuple[int, ...], file: str
 ) -> Part:
-    """The part of a stored tensor that is in 4 bit already. Raises StepFailure if it cannot be `layer`."""
+    """The part of a tensor that is in 4 bit already.
+
+    Raises StepFailure if it cannot be `layer`.
+    """
     try:
         layer.require_header(dtype, shape)
     except ValueError as error:
         raise model_unavailable(f"{stored} in {file} is no part of a 4-bit layer: {error}; {ORIGINAL}") from error
     return Part(stored, (entry,), four_bit=False, layer=layer)
-
-
-def _require_same(theirs: frozenset[str], ours: frozenset[str]) -> None:
-    if theirs != ours:
-        in_16_bit, in_4_bit = map(some_names, (ours - theirs, theirs - ours))
-        raise bad_configuration(
-            f"{CONFIG} describes a model whose 4-bit layers are not those that a job has: it has {in_16_bit} in 16 bit "
-            f"and {in_4_bit} in 4 bit instead (llm_int8_skip_modules); {ORIGINAL}"
-        )
 
 
 def _require(stored: str, dtype: str, shape: tuple[int, ...], wanted: tuple[int, ...], file: str) -> None:
@@ -362,28 +332,6 @@ def _require(stored: str, dtype: str, shape: tuple[int, ...], wanted: tuple[int,
             f"{stored} in {file} is stored as {dtype}, and must be one of {', '.join(_WEIGHT_TYPES)}: use a "
             "revision that is not quantized"
         )
-
-
-def library_config(
-    quantization: QuantizationSpec,
-    storage_dtype: torch.dtype = torch.uint8,
-    *,
-    experts: bool,
-    in_16_bit: tuple[str, ...] = (),
-) -> BitsAndBytesConfig:
-    """How transformers is told of the quantization, of a model that has, or may have, routed `experts`.
-
-    `in_16_bit`: names of all modules that are not quantized; without any, transformers takes the output layer.
-    """
-    settings = ExpertsConfig if experts else BitsAndBytesConfig
-    return settings(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantization.type,
-        bnb_4bit_use_double_quant=quantization.double_quant,
-        bnb_4bit_compute_dtype=COMPUTE_DTYPE,
-        bnb_4bit_quant_storage=storage_dtype,
-        llm_int8_skip_modules=list(in_16_bit) or None,
-    )
 
 
 def _layer(name: str, parameters: int, quantization: QuantizationSpec) -> Iterator[Entry]:

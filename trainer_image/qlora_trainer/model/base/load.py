@@ -15,7 +15,7 @@ from qlora_trainer.core.failures import StepFailure, bad_configuration, model_un
 from qlora_trainer.model.architecture.decoder import outer_parameters
 from qlora_trainer.model.architecture.text_part import load_text_part
 from qlora_trainer.model.base.artifact import MANIFEST
-from qlora_trainer.model.base.layout import library_config
+from qlora_trainer.model.base.chosen_layers import library_config
 from qlora_trainer.model.experts.compute import EXPERTS, register_experts
 from qlora_trainer.model.experts.loading import load_experts
 from qlora_trainer.model.experts.routers import route_without_autocast
@@ -27,7 +27,7 @@ from qlora_trainer.model.nf4.dequantization import correct_dequantization
 from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
 
 MIN_QUANTIZED_FRACTION = 0.98
-"""Of a model's parameters in blocks: with less in 4-bit it is not what `quantization` asks for."""
+"""Least share of the blocks' parameters in 4-bit that `quantization` stands for."""
 
 
 def load_base(
@@ -37,10 +37,10 @@ def load_base(
     storage_dtype: torch.dtype = torch.uint8,
     attention: str = ATTENTION,
 ) -> Any:
-    """The base model of `folder` in 4-bit on the device, frozen and in evaluation mode; see `load_text_part`.
+    """The base model of `folder` in 4-bit on the device, frozen and in evaluation mode. See `load_text_part`.
 
     The folder is what `BaseConversion` has made, or a model in 16 bit, which bitsandbytes then quantizes on the device.
-    `storage_dtype` is that of the tensors that hold the packed weights, other than uint8 for a base that is to be
+    `storage_dtype` is that of the tensors that hold the packed weights, other than uint8 for a base that will be
     sharded; it changes no value. `attention` is the family's `attn_implementation`.
     Raises StepFailure: MODEL_UNAVAILABLE if a tensor is missing or has another shape, BAD_CONFIGURATION if what was
     loaded is not stored as `quantization` specifies.
@@ -103,13 +103,13 @@ def _copy_constants(state: QuantState) -> None:
 
 
 def _view_as(weight: Any, dtype: torch.dtype) -> None:
-    """Give the packed bytes another type, as bitsandbytes does when it quantizes for such a storage."""
+    """Give the packed bytes another type, as bitsandbytes does for such a storage."""
     weight.data = weight.data.reshape(-1).view(dtype).unsqueeze(1)
     weight.quant_storage = dtype
 
 
 def check_quantization(model: Any, quantization: QuantizationSpec) -> None:
-    """Raise StepFailure unless every 4-bit layer has the specified type, and they hold 98 % of the inner parameters."""
+    """Raise StepFailure unless 4-bit layers match, and hold 98 % of the parameters."""
     quantized = 0
     for name, layer in model.named_modules():
         if not isinstance(layer, Linear4bit):

@@ -1,4 +1,4 @@
-"""Writes a safetensors file of any size while it holds one tensor: what is in it is known before any is computed."""
+"""Writes a safetensors file of any size while it holds a single tensor."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ class Entry:
 
     @property
     def bytes(self) -> int:
-        """What it takes."""
+        """Bytes of the tensor."""
         return prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
@@ -63,7 +63,7 @@ def write_weights(path: Path, entries: Sequence[Entry], tensors: Iterable[Tensor
 
 
 def _header(entries: Sequence[Entry]) -> bytes:
-    """The header with its length; spaces fill it up to the alignment, as the format allows."""
+    """The header with its length, padded with spaces to the alignment."""
     described: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for entry in entries:

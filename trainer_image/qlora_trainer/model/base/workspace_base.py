@@ -1,4 +1,4 @@
-"""Gets the 4-bit base of a job: makes it in the workspace, unless the jobs of the namespace share it."""
+"""Gets the 4-bit base of a job from the workspace, or makes it there."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +23,11 @@ class Base:
 
 
 class BaseSource(Protocol):
-    """Where the base comes from. Call its methods in this order. They raise StepFailure."""
+    """A source of the base. Call its methods in this order. They raise StepFailure."""
 
     @property
     def activity(self) -> str:
-        """What `base` does, for the progress record."""
+        """The activity of `base`, for the progress record."""
 
     @property
     def origin(self) -> Origin:
@@ -35,13 +35,13 @@ class BaseSource(Protocol):
 
     @property
     def remark(self) -> str:
-        """What a user should know about a cache that was not used; empty if there is nothing."""
+        """Why a cache was not used, for the user. Empty without such a reason."""
 
     def require_room(self) -> None:
-        """Check, without reading the weights, that they are complete and safe, and that there is room."""
+        """Check, without reading the weights, that they are complete, safe, and fit."""
 
     def base(self, on_bytes: OnBytes) -> Base:
-        """The base, which is made now unless it is there."""
+        """Return the base, and make it if it is missing."""
 
 
 class WorkspaceBase:
@@ -86,6 +86,6 @@ class WorkspaceBase:
         return Base(self._target, conversion.complete(), revision)
 
     def discard(self) -> None:
-        """Delete what is there of it: the base is elsewhere."""
+        """Delete the workspace's part of it: the base is elsewhere."""
         remove(self._target)
         remove(partial_path(self._target))

@@ -2,7 +2,7 @@
 
 The classes of these families differ only in whether they have a gate, biases, a norm behind each expert, or transposed
 weights (`transformers.integrations.moe`). Here their frozen weights are dequantized a few at a time, in the forward
-pass and again in the backward pass, and no result depends on the order in which a GPU's threads add.
+pass and again in the backward pass, and no result depends on the order of additions in a GPU's threads.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ def register_experts() -> None:
 
 @dataclass(frozen=True)
 class Routing:
-    """Which tokens go to which expert. A token has `choices` experts; a row is a token at one of its experts."""
+    """The experts of each token, `choices` for each. A row is a token at an expert."""
 
     order: Tensor
     """int64 [rows]: for each row, sorted by expert, its place in [tokens, choices]."""
@@ -44,7 +44,7 @@ class Routing:
     choices: int
 
     @classmethod
-    def of(cls, chosen: Tensor, experts: int) -> "Routing":
+    def from_choices(cls, chosen: Tensor, experts: int) -> "Routing":
         """The routing of `chosen`, int64 [tokens, choices]."""
         places = chosen.reshape(-1)
         sorted_experts, order = torch.sort(places, stable=True)
@@ -67,12 +67,12 @@ def _experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, to
     `hidden_states` is [tokens, hidden size], `top_k_index` and `top_k_weights` are [tokens, choices]. Gradients reach
     the first and the last of them.
     """
-    routing = Routing.of(top_k_index, module.num_experts)
+    routing = Routing.from_choices(top_k_index, module.num_experts)
     inner_name = "gate_up_proj" if module.has_gate else "up_proj"
     rows = _Dispatched.apply(hidden_states.to(_compute_dtype(hidden_states)), routing)
-    inner = _projected(module, inner_name, rows, routing)
+    inner = _project(module, inner_name, rows, routing)
     inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-    output = _projected(module, "down_proj", inner, routing)
+    output = _project(module, "down_proj", inner, routing)
     if module.has_post_expert_norm:
         output = module.post_expert_norm(output)
     weights = _Permuted.apply(top_k_weights.reshape(-1), routing.order, routing.inverse)
@@ -86,7 +86,7 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
-def _projected(module: Any, name: str, rows: Tensor, routing: Routing) -> Tensor:
+def _project(module: Any, name: str, rows: Tensor, routing: Routing) -> Tensor:
     """Each row multiplied by its expert's weight, [rows, output features]."""
     output = _Product.apply(rows.to(_compute_dtype(rows)), getattr(module, name), routing.counts, module.is_transposed)
     if module.has_bias:
@@ -95,7 +95,10 @@ def _projected(module: Any, name: str, rows: Tensor, routing: Routing) -> Tensor
 
 
 class _Dispatched(torch.autograd.Function):
-    """Tokens [tokens, features] as rows [rows, features]; backward adds a token's rows in the order of its choices."""
+    """Tokens [tokens, features] as rows [rows, features].
+
+    Backward adds a token's rows in the order of its choices.
+    """
 
     @staticmethod
     def forward(context: Any, tokens: Tensor, routing: Routing) -> Tensor:
@@ -111,7 +114,10 @@ class _Dispatched(torch.autograd.Function):
 
 
 class _Permuted(torch.autograd.Function):
-    """The entries of a tensor's first axis in another order; autograd's own backward would add them atomically."""
+    """The entries of a tensor's first axis in another order.
+
+    Autograd's own backward would add them atomically.
+    """
 
     @staticmethod
     def forward(context: Any, tensor: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -125,22 +131,25 @@ class _Permuted(torch.autograd.Function):
 
 
 class _Product(torch.autograd.Function):
-    """Rows times the frozen weights of their experts. Backward needs nothing but the 4-bit weights."""
+    """Rows times their experts' frozen weights. Backward needs only these weights."""
 
     @staticmethod
     def forward(context: Any, rows: Tensor, weights: Any, counts: tuple[int, ...], transposed: bool) -> Tensor:
         context.weights, context.counts, context.transposed = weights, counts, transposed
-        return _multiplied(rows, weights, counts, transposed=transposed)
+        return _multiply(rows, weights, counts, transposed=transposed)
 
     @staticmethod
     @once_differentiable
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        product = _multiplied(gradient, context.weights, context.counts, transposed=not context.transposed)
+        product = _multiply(gradient, context.weights, context.counts, transposed=not context.transposed)
         return product, None, None, None
 
 
-def _multiplied(rows: Tensor, weights: Any, counts: Sequence[int], *, transposed: bool) -> Tensor:
-    """Rows [rows, in], sorted by expert, times each expert's [out, in], or [in, out] if `transposed`."""
+def _multiply(rows: Tensor, weights: Any, counts: Sequence[int], *, transposed: bool) -> Tensor:
+    """Multiply rows [rows, in], sorted by expert, by each expert's weights.
+
+    These are [out, in], or [in, out] if `transposed`.
+    """
     _, *shape = weights.shape
     output = rows.new_empty(len(rows), shape[1] if transposed else shape[0])
     parts, outputs = rows.split(counts), output.split(counts)
@@ -154,7 +163,7 @@ def _multiplied(rows: Tensor, weights: Any, counts: Sequence[int], *, transposed
 
 
 def _runs(counts: Sequence[int], expert_bytes: int) -> Iterator[tuple[int, int]]:
-    """First and end of neighboring experts that all have rows, and that may be dequantized at a time."""
+    """First and end of neighboring experts with rows, to be dequantized together."""
     most = max(1, DENSE_BYTES // expert_bytes)
     first = 0
     while first < len(counts):
@@ -173,7 +182,7 @@ def _dense(weights: Any, first: int, end: int, dtype: torch.dtype) -> Tensor:
 
 
 def expert_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Name and module of each collection of routed experts that uses transformers' interface for them."""
+    """Name and module of each collection of experts with transformers' interface."""
     for name, module in model.named_modules():
         if all(hasattr(module, mark) for mark in ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")):
             yield name, module

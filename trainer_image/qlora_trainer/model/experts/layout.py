@@ -1,4 +1,4 @@
-"""Decides which weights of a model are stacks of routed experts, and where the tensors of its files belong in them."""
+"""Decides which weights are stacks of experts, and the places of tensors in them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,16 +34,16 @@ _ROUTERS = ("gate", "router")
 
 @dataclass(frozen=True)
 class StackShape:
-    """A weight of all experts of a block, and of how many matrices each expert's part consists."""
+    """A weight of all experts of a block, with the number of matrices per expert."""
 
     shape: tuple[int, int, int]
     """Experts, rows, columns."""
     pieces: int
-    """One, or more that follow one another, such as gate and up. A checkpoint has them apart, by expert."""
+    """One, or more in sequence, such as gate and up. A checkpoint has them apart."""
     mxfp4: bool = False
     """Whether it is stored in MXFP4, and stays so."""
     turned: bool = False
-    """Whether files may have each matrix the other way round, as the shape of all experts together shows."""
+    """Whether files may have each matrix transposed, as the tensor's shape shows."""
 
     @property
     def piece_shape(self) -> tuple[int, int]:
@@ -51,7 +51,7 @@ class StackShape:
         return self.shape[1] // self.pieces, self.shape[2]
 
     def is_turned(self, stored: tuple[int, ...]) -> bool:
-        """Whether a tensor of all experts with this shape has rows for columns. Squares have not, for transformers."""
+        """Whether a tensor of all experts is transposed. Squares are not."""
         experts, rows, columns = self.shape
         return self.turned and stored == (experts, columns, rows) != self.shape
 
@@ -93,8 +93,8 @@ class ExpertLayout:
     prefix: str
 
     @classmethod
-    def of(cls, model: Any) -> Self:
-        """The layout of transformers' model, whose experts are still parameters. Empty for a dense model."""
+    def from_model(cls, model: Any) -> Self:
+        """The layout of a transformers model with parameters as experts, or an empty one."""
         mapping = get_model_conversion_mapping(model)
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         mxfp4 = experts_in_mxfp4(model.config)
@@ -108,7 +108,7 @@ class ExpertLayout:
         return cls(stacks, renamings, converters, model.base_model_prefix)
 
     def place(self, stored: str) -> Place | None:
-        """Where the tensor of this name in a file belongs; None if it is no part of a stack."""
+        """The place of a file's tensor, or None if it is no part of a stack."""
         for role in (BLOCKS, SCALES):
             found = self.stacks.get(stored.removesuffix(role)) if stored.endswith(role) else None
             if found is not None and found.mxfp4:
@@ -141,7 +141,7 @@ def entry_name(stack: str, expert: int, piece: int) -> str:
 
 
 def matrices(opened: Any, stored: str, place: Place, stack: StackShape) -> Iterator[tuple[int, int, Tensor]]:
-    """Expert, piece and weight of each matrix in a tensor of an open file, which is read one matrix at a time."""
+    """Expert, piece and weight of each matrix in a tensor, read one at a time."""
     for expert, piece in stack.matrices(place):
         if place.expert is not None:
             yield expert, piece, opened.get_tensor(stored)
@@ -168,12 +168,12 @@ def _stack_shape(
 
 
 def _into(stack: str, converters: Sequence[WeightConverter]) -> list[WeightConverter]:
-    """Those by which transformers computes the stack from what is stored. up_proj does not mean gate_up_proj."""
+    """The converters that compute the stack. up_proj does not mean gate_up_proj."""
     return [entry for entry in converters if any(search(rf"\b{target}", stack) for target in entry.target_patterns)]
 
 
 def _merges(converter: WeightConverter) -> bool:
-    """Whether it makes a stack of one expert's matrices after the other, those of an expert one below the other."""
+    """Whether it concatenates the matrices of each expert, and stacks the experts."""
     operations = list(converter.operations)
     if not operations or type(operations[0]) is not MergeModulelist or operations[0].dim != 0:
         return False
@@ -183,7 +183,7 @@ def _merges(converter: WeightConverter) -> bool:
 
 
 def _turns(converter: WeightConverter) -> bool:
-    """Whether it exchanges rows and columns of each matrix in a tensor of all experts, if its shape asks for it."""
+    """Whether it transposes each matrix in a tensor of all experts, by its shape."""
     turn, *others = converter.operations
     return not others and type(turn) is Transpose and {turn.dim0, turn.dim1} == {1, 2} and turn.check_dims
 
@@ -193,7 +193,7 @@ def reason_against_experts(model: Any) -> str | None:
 
     None if they can, or if the model has none.
     """
-    layout = ExpertLayout.of(model)
+    layout = ExpertLayout.from_model(model)
     for name, stack in layout.stacks.items():
         size = prod(stack.piece_shape)
         if stack.mxfp4 and stack.shape[1] % GROUP:

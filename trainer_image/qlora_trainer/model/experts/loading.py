@@ -1,4 +1,4 @@
-"""Loads routed experts as 4-bit stacks, one matrix at a time: transformers loads everything else."""
+"""Loads routed experts as 4-bit stacks, one by one. transformers loads the rest."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -43,7 +43,7 @@ def load_experts(model: Any, folder: Path, quantization: QuantizationSpec) -> No
                     stack.put(place.role, opened.get_tensor(stored))
                     missing.discard(f"{place.stack}{place.role}")
                     continue
-                read = _four_bit if f"{stored}.absmax" in names else _quantized
+                read = _four_bit if f"{stored}.absmax" in names else _quantize
                 try:
                     for expert, piece, layer in read(opened, stored, place, shapes[place.stack], quantization):
                         stack.put(expert, piece, layer)
@@ -69,7 +69,7 @@ def _four_bit(opened: Any, stored: str, place: Place, _shape: StackShape, quanti
     yield place.expert or 0, place.piece, {name: opened.get_tensor(f"{stored}{name}") for name in ("", *constants)}
 
 
-def _quantized(opened: Any, stored: str, place: Place, shape: StackShape, quantization: QuantizationSpec) -> Layers:
+def _quantize(opened: Any, stored: str, place: Place, shape: StackShape, quantization: QuantizationSpec) -> Layers:
     """The layers that quantization makes of a stored tensor."""
     for expert, piece, matrix in matrices(opened, stored, place, shape):
         if tuple(matrix.shape) != shape.piece_shape:

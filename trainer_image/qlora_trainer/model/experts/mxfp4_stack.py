@@ -17,7 +17,7 @@ BLOCKS, SCALES = "_blocks", "_scales"
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _BIAS = 127
 _LARGEST_SCALE = 252
-"""6 · 2^(252 - 127) is the largest product that is finite in bfloat16; 255 is no number."""
+"""6 · 2^(252 - 127) is the largest finite product in bfloat16, 255 is no number."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Mxfp4Tensor:
             raise ValueError(f"it is {dtype} {list(shape)}, and must be U8 {list(self.shape)}")
 
     def ours(self, tensor: Tensor) -> Tensor:
-        """The tensor, as it is. Raises ValueError for scales with which a weight would be infinite or no number."""
+        """The unchanged tensor. Raises ValueError for scales of infinite or NaN weights."""
         if self.role == SCALES and tensor.numel() and int(tensor.max()) > _LARGEST_SCALE:
             raise ValueError(f"it has the scale {int(tensor.max())}, and at most {_LARGEST_SCALE} is finite")
         return tensor
@@ -64,7 +64,7 @@ class Mxfp4Stack(nn.Module):
     """bfloat16 [256]: the factor of each scale."""
 
     def __init__(self, shape: tuple[int, int, int], device: torch.device | str) -> None:
-        """A stack without values. Raises ValueError if its inputs cannot be cut into groups."""
+        """Create without values. Raises ValueError if inputs cannot be cut into groups."""
         super().__init__()
         if shape[1] % GROUP:
             raise ValueError(f"{shape[1]} inputs cannot be cut into groups of {GROUP}")
@@ -96,7 +96,7 @@ class Mxfp4Stack(nn.Module):
         return self.parameters_count * (GROUP // 2 + 1) // GROUP + _pairs().nbytes + _powers().nbytes
 
     def put(self, role: str, tensor: Tensor) -> None:
-        """Set one of its two tensors. Raises ValueError if it is of another role, type or shape."""
+        """Set one of its two tensors. Raises ValueError for a wrong role, type or shape."""
         wanted = self._tensors.get(role)
         if wanted is None or tensor.dtype != torch.uint8 or tuple(tensor.shape) != wanted.shape:
             raise ValueError(f"it is {tensor.dtype} {list(tensor.shape)}, and no part of experts in MXFP4")

@@ -1,4 +1,4 @@
-"""Has transformers load a model whose routed experts are 4-bit stacks, and leave these and the routers alone."""
+"""Keeps transformers from loading 4-bit experts, and from quantizing routers."""
 
 from re import escape
 from typing import Any, cast
@@ -16,7 +16,7 @@ from qlora_trainer.model.experts.layout import ExpertLayout, routing_linears
 from qlora_trainer.model.source.quantization import EXPERTS_FORMAT
 
 _METHOD = "qlora_4bit"
-"""Not bitsandbytes' own name: whoever loads without this module must get an error, not random experts."""
+"""Loading without this module must fail, instead of giving random experts."""
 _IN_4_BIT = "load_in_4bit"
 
 
@@ -25,7 +25,7 @@ class ExpertsConfig(BitsAndBytesConfig):
     """bitsandbytes' settings for a model whose experts are stacks, for transformers."""
 
     def __init__(self, **settings: Any) -> None:
-        """The settings of bitsandbytes, and `experts`, which is "mxfp4" if they are stored in that format."""
+        """Take bitsandbytes' settings, and `experts`: "mxfp4" if stored in that format."""
         experts = settings.pop(EXPERTS_FORMAT, None)
         super().__init__(**settings | {_IN_4_BIT: True})
         self.quant_method = cast("Any", _METHOD)
@@ -33,18 +33,18 @@ class ExpertsConfig(BitsAndBytesConfig):
             setattr(self, EXPERTS_FORMAT, experts)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings for config.json, without the one by which transformers would choose bitsandbytes' quantizer."""
+        """The settings for config.json, without the key of bitsandbytes' quantizer."""
         return {name: value for name, value in super().to_dict().items() if name.lstrip("_") != _IN_4_BIT}
 
 
 @register_quantizer(_METHOD)
 class ExpertsQuantizer(Bnb4BitHfQuantizer):
-    """bitsandbytes' quantizer, which in addition keeps transformers from loading experts and quantizing routers."""
+    """Quantizes as bitsandbytes does, but leaves experts and routers out."""
 
     layout: ExpertLayout
 
     def _process_model_before_weight_loading(self, model: Any, **settings: Any) -> None:
-        self.layout = ExpertLayout.of(model)
+        self.layout = ExpertLayout.from_model(model)
         given = self.quantization_config
         stack_experts(
             model,
@@ -52,7 +52,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
             QuantizationSpec(type=given.bnb_4bit_quant_type, double_quant=given.bnb_4bit_use_double_quant),
             "meta",
         )
-        # Whatever is stored for them is not loaded by transformers, which would warn.
+        # transformers does not load their tensors, and would warn.
         ignored = {escape(name) for name in self.layout.stacks}
         model._keys_to_ignore_on_load_unexpected = ignored | set(model._keys_to_ignore_on_load_unexpected or ())
         super()._process_model_before_weight_loading(model, **settings)

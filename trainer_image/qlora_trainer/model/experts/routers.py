@@ -1,4 +1,4 @@
-"""Keeps the routers of a mixture of experts out of autocast, which would round what they compute in 32 bit.
+"""Keeps the routers of a mixture of experts out of autocast, which would round their 32-bit results.
 
 Many multiply in float32 (`linear(x.float(), weight.float())`), because a token goes to other experts for a small
 difference of scores. Autocast casts both back to 16 bit: in training, tokens would go to other experts than in use.
@@ -13,14 +13,14 @@ from qlora_trainer.model.experts.compute import expert_modules
 
 
 def route_without_autocast(model: nn.Module) -> None:
-    """Make every router compute as it does without autocast. Parameters and their names do not change."""
+    """Make every router compute as without autocast. Keeps parameters and names."""
     router: Any
     for router in routers(model):
         router.__class__ = type(f"Exact{type(router).__name__}", (_WithoutAutocast, type(router)), {})
 
 
 def routers(model: nn.Module) -> list[nn.Module]:
-    """The modules beside routed experts, in the module that holds both, with a matrix of one row for each expert.
+    """The routers: modules next to routed experts with a matrix of one row for each expert.
 
     Layers in 4-bit are none, whatever their sizes.
     """
@@ -28,7 +28,7 @@ def routers(model: nn.Module) -> list[nn.Module]:
 
 
 def experts_without_router(model: nn.Module) -> str | None:
-    """The name of the first experts beside which no router is found; None if there are none."""
+    """The name of the first experts without a router next to them, or None."""
     return next((name for name, experts in expert_modules(model) if not _routers_of(model, name, experts)), None)
 
 
@@ -38,7 +38,7 @@ def _routers_of(model: nn.Module, name: str, experts: Any) -> list[nn.Module]:
 
 
 def _routes(module: nn.Module, experts: int) -> bool:
-    """Whether it, or a part of it, has a score for each expert, or for each and for none of them (Zaya)."""
+    """Whether it has a score for each expert, or also for none of them (Zaya)."""
     return any(
         parameter.ndim == 2 and parameter.shape[0] in (experts, experts + 1) and parameter.is_floating_point()
         for parameter in module.parameters()

@@ -1,4 +1,4 @@
-"""Keeps the frozen weights of routed experts in 4-bit, and dequantizes any of them on its own."""
+"""Keeps routed experts' frozen weights in 4-bit, and dequantizes any of them."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -16,7 +16,7 @@ class ExpertStack(nn.Module):
     """One weight of all experts of a block: [experts, rows, columns] in 4-bit, not a parameter.
 
     An expert consists of one or more `pieces` of the same size, which follow one another: its matrices in the
-    checkpoint, such as gate and up. Each was quantized on its own, exactly as bitsandbytes quantizes a linear layer, so
+    checkpoint, such as gate and up. Each was quantized separately, exactly as bitsandbytes quantizes a linear layer, so
     no block of 64 weights and no constant of the second level crosses from one to the next. Therefore a piece has a
     multiple of 64 weights. The tables of the values are the same for all, and are kept once.
     """
@@ -28,16 +28,22 @@ class ExpertStack(nn.Module):
     code: Tensor
     """float32 [16]: the 4-bit values."""
     outer_absmax: Tensor
-    """float32 [experts, pieces, outer blocks]: the constants of the constants; empty without double quantization."""
+    """float32 [experts, pieces, outer blocks]: the constants of the constants.
+
+    Empty without double quantization.
+    """
     outer_code: Tensor
-    """float32 [256]: the values of constants in 8 bit; empty without double quantization."""
+    """float32 [256]: values of 8-bit constants, empty without double quantization."""
     offset: Tensor
-    """float32 [experts, pieces]: the mean that was subtracted from the constants; empty without double quantization."""
+    """float32 [experts, pieces]: the mean that was subtracted from the constants.
+
+    Empty without double quantization.
+    """
 
     def __init__(
         self, shape: tuple[int, int, int], pieces: int, quantization: QuantizationSpec, device: torch.device | str
     ) -> None:
-        """A stack without values. Raises ValueError if a piece has no multiple of 64 weights."""
+        """Create without values. Raises ValueError unless pieces have 64 N weights."""
         super().__init__()
         experts, size = shape[0], shape[1] * shape[2]
         if size % (pieces * BLOCK):
@@ -99,11 +105,11 @@ class ExpertStack(nn.Module):
             self.offset[expert, piece].copy_(state.offset)
 
     def dense(self, first: int, end: int, dtype: torch.dtype) -> Tensor:
-        """The weights [end - first, rows, columns] of the experts from `first` to before `end`."""
+        """The weights [end - first, rows, columns] of experts `first` to before `end`."""
         weights = (end - first) * self.shape[1] * self.shape[2]
         state = QuantState(
             absmax=self._constants(first, end).reshape(-1),
-            # bitsandbytes' kernel for CPUs lets no block cross rows: it gives wrong values for rows of, say, 32.
+            # bitsandbytes' kernel for CPUs lets no block cross rows: it gives wrong values for rows of 32, for example.
             shape=torch.Size((weights // BLOCK, BLOCK)),
             code=self.code,
             blocksize=BLOCK,

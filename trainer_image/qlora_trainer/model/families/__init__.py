@@ -1,1 +1,1 @@
-"""Which models can be trained: inspection, a probe with a tiny model, and reasons for rejection."""
+"""Supported models: inspection, a probe with a tiny model, and rejections."""

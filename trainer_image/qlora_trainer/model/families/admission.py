@@ -1,4 +1,4 @@
-"""Checks, by the small files of a model, that a job can train it: before any weight is fetched."""
+"""Checks, by small files, that a model can be trained, before fetching weights."""
 
 import logging
 from collections import Counter
@@ -25,7 +25,7 @@ _LARGE_MODEL_LEARNING_RATE = 1e-4
 
 @dataclass(frozen=True)
 class CheckedModel:
-    """What is known about a model that can be trained."""
+    """A model that passed the check."""
 
     vocabulary: int
     """Tokens that it has embeddings for."""
@@ -34,18 +34,18 @@ class CheckedModel:
     """What is done otherwise than the job asks."""
 
     def packs(self, training: TrainingSpec) -> bool:
-        """Whether a sequence may have several rows: the job wants it, and they have no effect on each other."""
+        """Whether the job packs rows, and they have no effect on each other."""
         return training.packing and self.family.keeps_rows_apart(training.max_sequence_length)
 
 
 def check_model(folder: Path, lora: LoraSpec, training: TrainingSpec) -> CheckedModel:
     """Check the model whose config.json and tokenizer are in `folder`.
 
-    Raises StepFailure: UNSAFE_ARTIFACT for a model with its own code, BAD_CONFIGURATION for one that cannot be trained,
+    Raises StepFailure: UNSAFE_ARTIFACT for a model with code, BAD_CONFIGURATION for one that cannot be trained,
     or not with these settings.
     """
     reject_code(folder)
-    family = _inspected(folder, lora)
+    family = _inspect_within_limits(folder, lora)
     family.require_positions(training.max_sequence_length)
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     model = CheckedModel(config.get_text_config(decoder=True).vocab_size, family)
@@ -60,8 +60,8 @@ def check_model(folder: Path, lora: LoraSpec, training: TrainingSpec) -> Checked
     return replace(model, remarks=remarks)
 
 
-def _inspected(folder: Path, lora: LoraSpec) -> Family:
-    """What `inspect_family` finds, within limits: a small file may describe blocks of any size."""
+def _inspect_within_limits(folder: Path, lora: LoraSpec) -> Family:
+    """Inspect the family within limits: a small file may describe huge blocks."""
     try:
         family: Family = within_limits(
             _inspect, (folder, lora), seconds=_INSPECTION_SECONDS, what="the inspection of the model"
@@ -71,7 +71,7 @@ def _inspected(folder: Path, lora: LoraSpec) -> Family:
             f"{folder / CONFIG} describes no model that can be trained here: {failure}; {ALTERNATIVE}"
         ) from failure
     except DryRunFailed as failure:
-        # Not the model's fault as far as is known: somebody has ended the process, or this program has a defect.
+        # Presumably not the model's fault: the process was killed, or this program has a defect.
         raise StepFailure(ExitCode.INTERNAL_ERROR, f"{folder / CONFIG}: {failure}") from failure
     return family
 
@@ -85,14 +85,14 @@ def _inspect(folder: Path, lora: LoraSpec) -> Family:
 def _remarks(family: Family, *, unpacked: bool) -> Iterator[str]:
     if family.without_adapter:
         names = ", ".join(_without_adapter(family))
-        yield f"no adapter on {names}: no gradient reaches it, or PEFT refuses it"
+        yield f"no adapter on {names}: no gradient reaches it, or PEFT rejects it"
     if family.without_dora:
         names = ", ".join(_last_parts(family.without_dora))
-        yield f"no adapter on {names}: with spec.lora.useDora, PEFT cannot tell these layers from routed experts"
+        yield f"no adapter on {names}: with spec.lora.useDora, PEFT cannot distinguish these layers from routed experts"
     if unpacked:
         yield (
             f"no packing: rows in one sequence would affect each other in this {family.model_type} model; each is a "
-            "sequence of its own, so that short rows take more steps for the same tokens"
+            "separate sequence, so that short rows take more steps for the same tokens"
         )
 
 
@@ -103,7 +103,7 @@ def advise_learning_rate(parameters: int, learning_rate: float) -> None:
 
 
 def _without_adapter(family: Family) -> list[str]:
-    """Last parts of the layers' names, with the number of layers where others of the name have an adapter."""
+    """Last parts of the layers' names, with a count where others have an adapter."""
     counts = Counter(name.rpartition(".")[2] for name in family.without_adapter)
     adapted = set(_last_parts(family.target_modules))
     return [f"{name} of {count} blocks" if name in adapted else name for name, count in sorted(counts.items())]

@@ -1,4 +1,4 @@
-"""Probes a family with a shrunken random model: do we compute what transformers does, and keep packed rows apart?"""
+"""Probes a family with a random tiny model: exact values, and isolated rows."""
 
 import copy
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from qlora_trainer.core.model_error import ModelError, explained
+from qlora_trainer.core.model_error import ModelError, explain_errors
 from qlora_trainer.model.architecture.decoder import (
     block_linears,
     block_structures,
@@ -29,19 +29,19 @@ _ROWS = (7, 12)
 """Both longer than the shrunken window."""
 _UNKNOWN = (ModelError, ValueError, RuntimeError, TypeError, AttributeError, KeyError)
 """What transformers raises for a setting that a family does not know."""
-_SMALL_MODEL = "the small model by which this type is tested"
+_SMALL_MODEL = "the small test model of this type"
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a small random model of a family shows."""
+    """The findings with a small random model of a family."""
 
     attention: str | None
     """The `attn_implementation` with which a row's logits are those of transformers' own attention, experts and head.
 
     None if there is none."""
     isolated: bool = False
-    """Another row before it in its sequence does not change a bit of them. See `_same_behind`."""
+    """Whether a row before it changes no bit of its values. See `_is_same_behind`."""
     causal: bool = False
     """Nor does a later token change those of an earlier one, beyond rounding."""
     stateless: bool = False
@@ -49,13 +49,13 @@ class Probe:
     steady: bool = False
     """They are the same in training mode, without what `compute_as_in_use` turns off."""
     without_gradient: frozenset[tuple[int, str]] = frozenset()
-    """Linear layers whose result has no part in the loss: number of the whole model's block, and name in it."""
+    """Linear layers without part in the loss, by block number and name in the block."""
     bypassed: tuple[str, ...] = ()
-    """Names in their blocks of linear layers whose weights have a part in the loss, but not by their forward pass."""
+    """Names of linear layers whose weights are used outside their forward pass."""
     unlike: tuple[str, ...] = ()
     """Parts of blocks that only the whole model has, or only the small one."""
     fixed_positions: bool = False
-    """It computes no row with more tokens than it has positions, as where each has a vector that was learned."""
+    """Whether it computes no row beyond its positions, as with learned vectors."""
 
 
 def probe(config: Any, whole: Any) -> Probe:
@@ -69,14 +69,14 @@ def probe(config: Any, whole: Any) -> Probe:
     """
     register_attention()
     register_experts()
-    with explained(f"this trainer cannot make {_SMALL_MODEL}"):
+    with explain_errors(f"this trainer cannot make {_SMALL_MODEL}"):
         small = shrunken(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         tokens = VOCABULARY - len(SPECIAL_TOKENS)
         first, other, second = (torch.randint(tokens, (1, length)) for length in (_ROWS[0], *_ROWS))
         expected = _expected_logits(small.config, second)
-        with explained(f"{_SMALL_MODEL} cannot be run as in training"):
+        with explain_errors(f"{_SMALL_MODEL} cannot be run as in training"):
             with torch.no_grad():
                 model, attention = _exact_model(small.config, second, expected)
                 if model is None:
@@ -86,7 +86,7 @@ def probe(config: Any, whole: Any) -> Probe:
             silent, bypassed = _without_gradient(model, second)
             with torch.no_grad():
                 # It is in training mode now.
-                steady = _close(_logits(model, second, _ROWS[1:]), expected)
+                steady = _is_close(_logits(model, second, _ROWS[1:]), expected)
             unlike = _unlike(whole, model)
         fixed = _has_fixed_positions(small.config, second)
     blocks = enumerate(small.stands_for)
@@ -95,7 +95,7 @@ def probe(config: Any, whole: Any) -> Probe:
 
 
 def _unlike(whole: Any, small: Any) -> tuple[str, ...]:
-    """Of each kind of block that only one of the two models has, the parts that the others of the other one lack."""
+    """Block kinds that only one of the models has, by the parts that differ."""
     kinds, small_kinds = block_structures(whole), block_structures(small)
     parts: set[str] = set()
     for kind in kinds ^ small_kinds:
@@ -105,15 +105,15 @@ def _unlike(whole: Any, small: Any) -> tuple[str, ...]:
 
 
 def _expected_logits(config: Any, row: Tensor) -> Tensor:
-    """What transformers computes for the row with its own attention and experts."""
-    with explained(f"transformers cannot build {_SMALL_MODEL}"):
+    """The row's logits, as transformers computes them with its attention and experts."""
+    with explain_errors(f"transformers cannot build {_SMALL_MODEL}"):
         model = _random_model(config, "eager", "eager")
-    with explained(f"transformers cannot run on text alone {_SMALL_MODEL}"), torch.no_grad():
+    with explain_errors(f"transformers cannot run on text alone {_SMALL_MODEL}"), torch.no_grad():
         return model(input_ids=row, use_cache=False).logits
 
 
 def _has_fixed_positions(config: Any, row: Tensor) -> bool:
-    """Whether the model computes a row of as many tokens as it has positions, but none with one token more."""
+    """Whether the model computes a row as long as its positions, but none longer."""
     of_row = copy.deepcopy(config)
     text = of_row.get_text_config(decoder=True)
     if getattr(text, "max_position_embeddings", None) is None:
@@ -137,7 +137,7 @@ def _computes(model: Any, row: Tensor) -> bool:
 
 
 def _random_model(config: Any, attention: str, experts: str = EXPERTS) -> Any:
-    """The model with these implementations of attention and experts, and the same random weights for each."""
+    """The model with these implementations, and the same random weights for each."""
     torch.manual_seed(1)
     model = random_text_part(config, dtype=torch.float32, attn_implementation=attention, experts_implementation=experts)
     for parameter in model.eval().parameters():
@@ -153,7 +153,7 @@ def _is_constant(parameter: Tensor) -> bool:
 
 
 def _exact_model(config: Any, row: Tensor, expected: Tensor) -> tuple[Any, str | None]:
-    """The model with the first implementation that gives the expected logits, and that; None if there is none.
+    """The model and first implementation with the expected logits, or None without one.
 
     Made with it, as it is loaded: some families do not change theirs afterwards. Raises what ours raises if
     none is exact.
@@ -162,10 +162,10 @@ def _exact_model(config: Any, row: Tensor, expected: Tensor) -> tuple[Any, str |
     for attention in (ATTENTION, *_OF_TRANSFORMERS):
         try:
             model = _random_model(config, attention)
-            if _close(_logits(model, row, _ROWS[1:]), expected):
+            if _is_close(_logits(model, row, _ROWS[1:]), expected):
                 return model, attention
         except _UNKNOWN as error:
-            # An implementation that a family does not know makes it fail in any of these ways.
+            # A family without support for an implementation fails in any of these ways.
             refusal = error if attention == ATTENTION else refusal
     if refusal is not None:
         raise refusal
@@ -177,19 +177,19 @@ def _has_experts(model: Any) -> bool:
 
 
 def _isolates(model: Any, row: Tensor, before: tuple[Tensor, Tensor], expected: Tensor) -> bool:
-    """Whether a row's logits are the expected ones behind other rows, the same ones behind each."""
+    """Whether a row's logits are the expected ones behind each of the other rows."""
     behind, behind_other = (
         _logits(model, torch.cat([other, row], dim=1), _ROWS)[:, other.shape[1] :] for other in before
     )
-    return _same_behind(model, behind, behind_other) and _close(behind, expected)
+    return _is_same_behind(model, behind, behind_other) and _is_close(behind, expected)
 
 
-def _same_behind(model: Any, logits: Tensor, others: Tensor) -> bool:
+def _is_same_behind(model: Any, logits: Tensor, others: Tensor) -> bool:
     """Whether a row's logits behind two different rows are the same to the bit.
 
-    With routed experts up to rounding, 2^-16 of the largest: how many tokens an expert gets depends on the other row,
-    and a matrix product of another size adds in another order. What another row leaks is above: its tokens' states are
-    as large as the row's own.
+    With routed experts up to rounding, 2^-16 of the largest: an expert's number of tokens depends on the other row, and
+    a matrix product of another size adds in another order. A leak from another row is above: its tokens' states are as
+    large as those of this row.
     """
     if not _has_experts(model):
         return torch.equal(logits, others)
@@ -200,7 +200,7 @@ def _is_causal(model: Any, row: Tensor) -> bool:
     half = row.shape[1] // 2
     changed = torch.cat([row[:, :half], row[:, half:].flip(1)], dim=1)
     before, after = (_logits(model, tokens, _ROWS[1:])[:, :half] for tokens in (row, changed))
-    return _close(after, before)
+    return _is_close(after, before)
 
 
 def _is_stateless(model: Any, row: Tensor, other: Tensor) -> bool:
@@ -209,21 +209,21 @@ def _is_stateless(model: Any, row: Tensor, other: Tensor) -> bool:
     return torch.equal(_logits(model, row, _ROWS[1:]), before)
 
 
-def _close(logits: Tensor, expected: Tensor) -> bool:
+def _is_close(logits: Tensor, expected: Tensor) -> bool:
     return torch.allclose(logits, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 def _logits(model: Any, input_ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """Logits as training computes them: decoder, head, transform."""
-    rows = RowBoundaries.of(lengths, input_ids.device)
+    rows = RowBoundaries.from_lengths(lengths, input_ids.device)
     states = decoder_states(model, input_ids, rows.position_ids(), rows)
-    return LogitTransform.of(model.config)(model.get_output_embeddings()(states))
+    return LogitTransform.from_config(model.config)(model.get_output_embeddings()(states))
 
 
 def _without_gradient(model: Any, row: Tensor) -> tuple[list[tuple[int, str]], tuple[str, ...]]:
-    """Linear layers of the blocks whose result has no part in the loss, by number of the block and name in it.
+    """Linear layers without part in the loss, by number of the block and name in it.
 
-    And the names of those of which the weights have one all the same.
+    And the names of those whose weights still have one.
     """
     linears = block_linears(model)
     compute_as_in_use(model)
@@ -239,7 +239,7 @@ def _without_gradient(model: Any, row: Tensor) -> tuple[list[tuple[int, str]], t
 
 @contextmanager
 def _results_of(model: nn.Module, names: tuple[str, ...]) -> Iterator[list[tuple[str, Tensor]]]:
-    """What the modules of these names compute in the body, with its gradient after a backward pass."""
+    """The results of these modules in the body, with gradients after a backward pass."""
     results: list[tuple[str, Tensor]] = []
 
     def keep(name: str, result: Tensor) -> None:

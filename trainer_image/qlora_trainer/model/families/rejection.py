@@ -1,4 +1,4 @@
-"""Gives the reason why models of a family cannot be trained: from configuration, layers, or what a small one does."""
+"""Gives reasons against training a family, by its configuration or a small model."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,14 +14,14 @@ from qlora_trainer.model.nf4.base_weights import reason_against_storage
 ALTERNATIVE = (
     "choose a model of a family that is trained, such as Llama, Mistral, Qwen3, Gemma, Phi-3, OLMo 2 or Granite"
 )
-# Types whose probe passes, and of which no small model could be trained.
+# Types whose probe passes, although no small model of them could be trained.
 _NOT_TRAINED = frozenset({"deepseek_v4"})
-# What transformers' decoders call their attention to an encoder.
+# Names of the attention to an encoder in transformers' decoders.
 _CROSS_ATTENTION = ("encoder_attn", "crossattention")
 
 
 def entries(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every key of nested JSON with its value, at any depth, each before those inside it."""
+    """Every key of nested JSON with its value, outer ones first."""
     # Not recursive: JSON may nest deeper than calls may.
     begun = [_inside(value)]
     while begun:
@@ -42,7 +42,7 @@ def _inside(value: Any) -> Iterator[tuple[str | None, Any]]:
 
 
 def reason_in_config(config: Any) -> str | None:
-    """Why a model of this configuration cannot be trained, as far as the configuration shows; None if it can."""
+    """Why a model of this configuration cannot be trained, or None."""
     text = config.get_text_config(decoder=True)
     if config.is_encoder_decoder:
         return "it is an encoder-decoder, and only decoders are trained"
@@ -55,31 +55,31 @@ def reason_in_config(config: Any) -> str | None:
         if isinstance(found, int) and found > most:
             return f"its {name} is {min(found, 10**18)}, and at most {most} are allowed"
     for name, value in entries(config.to_dict()):
-        # A tower has as many layers as its own configuration says, under a name of its own.
+        # A tower's configuration sets its number of layers, under another name.
         limit = LARGEST_SIZES.get("num_hidden_layers" if str(name).endswith(("layers", "depth")) else name)
         if limit is not None and isinstance(value, int) and value > limit:
             return f"its {name} is {min(value, 10**18)}, and at most {limit} are allowed"
     if auto_class(config) is None:
         return "transformers has no causal language model of this type"
     if getattr(text, "rescale_every", 0):
-        return f"it changes its own weights between training and use (rescale_every {text.rescale_every})"
+        return f"it changes its weights between training and use (rescale_every {text.rescale_every})"
     return None
 
 
 def reason_in_model(model: Any) -> str | None:
-    """Why a model, with or without weights, cannot be trained, as far as its layers show; None if it can."""
+    """Why a model's layers, with or without weights, prevent training, or None."""
     unread = reason_against_experts(model) or reason_against_storage(model)
     if unread is not None:
         return unread
     if unrouted := experts_without_router(model):
         return f"it is a mixture of experts ({unrouted}) whose router is not found, which must compute without autocast"
     # A configuration has the family's default count even if none of its blocks has experts (Nemotron-H).
-    if not ExpertLayout.of(model).stacks and _names_experts(model):
+    if not ExpertLayout.from_model(model).stacks and _names_experts(model):
         for name, value in entries(model.config.get_text_config(decoder=True).to_dict()):
             if name in EXPERT_COUNTS and isinstance(value, int) and value > 1:
                 return (
                     f"it is a mixture of experts ({name} {value}) that does not use transformers' interface for "
-                    "experts, by which they are kept in 4-bit"
+                    "experts, which 4-bit experts need"
                 )
     for name, _ in model.named_modules():
         if name.rpartition(".")[2] in _CROSS_ATTENTION:
@@ -94,7 +94,7 @@ def _names_experts(model: Any) -> bool:
 
 
 def reason_in_probe(found: Probe) -> str | None:
-    """Why a model cannot be trained, as far as a small one of its family shows; None if it can."""
+    """Why the small model of a family prevents training, or None."""
     if found.attention is None:
         return "it computes attention or logits in a way that this trainer does not support"
     if not found.causal:
@@ -106,8 +106,5 @@ def reason_in_probe(found: Probe) -> str | None:
     if not found.steady:
         return "in training it computes something else than in use"
     if found.unlike:
-        return (
-            "a small model of the family, by which it is tested, has other blocks than the whole one "
-            f"({some_names(found.unlike)})"
-        )
+        return f"the small test model of the family has other blocks than the whole one ({some_names(found.unlike)})"
     return None

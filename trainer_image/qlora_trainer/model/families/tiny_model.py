@@ -1,4 +1,4 @@
-"""Makes a small configuration of the same family: few heads, tokens and blocks, but a block of each kind."""
+"""Makes a small configuration of a family, with a block of each kind."""
 
 import copy
 from collections.abc import Mapping
@@ -8,13 +8,13 @@ from typing import Any
 from qlora_trainer.model.experts.layout import EXPERT_COUNTS
 
 VOCABULARY = 128
-"""Tokens of a small model. The last ones are the special ones, which a test is not to draw."""
+"""Tokens of a small model. The last ones are special: a test never draws them."""
 SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 WEIGHT_DEVIATION = 0.2
-"""Standard deviation of the weights: enough for scores to differ, too little for one token to take all attention."""
+"""Standard deviation of the weights: scores differ, no token takes all attention."""
 _WINDOW = 5
 _CHUNK = 4
-"""Tokens after which a Mamba layer hands on its state: the rows of the probe are longer, and few sums are computed."""
+"""Tokens per state of a Mamba layer: fewer than in the probe's rows."""
 _CHUNKS = ("mamba_chunk_size", "chunk_size")
 _SOFTCAP = 1.0
 """Low enough to change every score and logit."""
@@ -30,7 +30,7 @@ _MOST_EXPERTS = 16
 _DENSE_BLOCKS = ("first_k_dense_replace", "num_dense_layers")
 """Names for the number of first blocks without experts."""
 _SEGMENTS = ("n_input_layers", "n_recurrent_layers", "n_output_layers")
-"""Numbers of blocks that follow one another, in families that repeat those in the middle."""
+"""Numbers of consecutive blocks, in families that repeat those in the middle."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class Shrunken:
 
     config: Any
     stands_for: tuple[int, ...]
-    """For each block of the whole model, the number of the small model's block that is of its kind."""
+    """For each block of the whole model, the small model's block of its kind."""
 
 
 def shrunken(config: Any) -> Shrunken:
     """The same family with few heads (of the same size, which positions depend on), few tokens and few blocks.
 
-    The blocks show each kind that the model has: sliding or global, with or without rotation, with keys of their own or
-    of an earlier block, with sizes of their own. Of a multimodal model the text decoder is small, and the rest as it
+    The blocks show each kind that the model has: sliding or global, with or without rotation, with separate keys or
+    those of an earlier block, with different sizes. Of a multimodal model the text decoder is small, and the rest as it
     is.
     """
     text = config.get_text_config(decoder=True)
@@ -91,13 +91,13 @@ def _shrunken_decoder(config: Any) -> Shrunken:
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    """What the configuration holds, under its own names and under those that transformers has for all families."""
+    """The settings, under the names of this family and of transformers."""
     own = vars(config)
     return own | {name: own[of_family] for name, of_family in config.attribute_map.items() if of_family in own}
 
 
 def _overrides(config: Any) -> dict[int, dict[str, Any]]:
-    """What single blocks have otherwise than the configuration says for all, by their numbers."""
+    """Settings of single blocks that override the configuration, by block number."""
     found = config.to_dict().get("per_layer_config") or {}
     return {int(block): dict(values) for block, values in found.items()}
 
@@ -124,7 +124,7 @@ def _small_sizes(settings: Mapping[str, Any], blocks: int) -> dict[str, Any]:
 
 
 def _sizes_of_state(settings: Mapping[str, Any], hidden: int) -> dict[str, int]:
-    """Numbers of heads of a Mamba layer, whose inner width is a multiple of the hidden size (arXiv 2405.21060)."""
+    """Numbers of heads that fit a Mamba layer's inner width (arXiv 2405.21060)."""
     sizes: dict[str, int] = {}
     for expand, heads, head_size in (
         ("mamba_expand", "mamba_n_heads", "mamba_d_head"),
@@ -156,7 +156,7 @@ def _numbers_of_blocks(settings: Mapping[str, Any], blocks: list[int]) -> dict[s
 
 
 def _experts(config: Any, settings: Mapping[str, Any], blocks: list[int]) -> dict[str, Any]:
-    """Fewer experts, in those of the remaining blocks that have some; dense blocks are the first ones."""
+    """Fewer experts, in the remaining blocks that have some, after dense blocks."""
     dense = sum(not _is_sparse(config, settings, block) for block in blocks)
     changes: dict[str, Any] = {
         **dict.fromkeys(_DENSE_BLOCKS, dense),
@@ -173,7 +173,7 @@ def _experts(config: Any, settings: Mapping[str, Any], blocks: list[int]) -> dic
 
 
 def _is_sparse(config: Any, settings: Mapping[str, Any], block: int) -> bool:
-    """Whether the numbers by which families choose say that a block has routed experts."""
+    """Whether a block has routed experts, by the numbers that families set."""
     last = settings.get("moe_layer_end_index", -1)
     return (
         all(block >= (settings.get(name) or 0) for name in _DENSE_BLOCKS)
@@ -202,7 +202,7 @@ def _small_overrides(overrides: Mapping[int, dict[str, Any]], blocks: list[int])
 
 
 def _lists_by_block(config: Any, settings: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The entries of a configuration that have a value for each block, such as `layer_types` and `no_rope_layers`."""
+    """The settings that have a value for each block, such as `layer_types`."""
     blocks = config.num_hidden_layers
     return {
         name: value
@@ -232,7 +232,10 @@ def _kinds_of_blocks(config: Any, settings: Mapping[str, Any], overrides: Mappin
 
 
 def _blocks_of_each_kind(kinds: list[str]) -> list[int]:
-    """Numbers of blocks, at least two and at most eight, that together are of each kind; the last is of the last's."""
+    """Numbers of two to eight blocks that include each kind.
+
+    The last is of the last block's kind.
+    """
     first: dict[str, int] = {}
     for block, kind in enumerate(kinds):
         first.setdefault(kind, block)

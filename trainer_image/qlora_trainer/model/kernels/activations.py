@@ -1,4 +1,4 @@
-"""Activation functions that transformers composes of many operations, in the one that PyTorch has for them."""
+"""Replaces activation functions made of many operations by PyTorch's single one."""
 
 import torch
 from torch import nn

@@ -1,6 +1,6 @@
 """Attention within the rows of a sequence, registered with transformers.
 
-Rows follow one another on a single batch row, without padding. Each token sees the tokens before it in its own
+Rows follow one another on a single batch row, without padding. Each token sees the tokens before it in the same
 row and nothing of other rows, so a batch of several rows equals as many batches of one. No attention mask exists: with
 a mask transformers would decide itself what a token sees.
 """
@@ -23,13 +23,13 @@ from qlora_trainer.model.kernels.attention_cpu import causal_rows
 
 ATTENTION = "qlora_rows"
 """The name to give as `attn_implementation`."""
-# What torch's variable-length kernels are built for, on the GPUs that `training.device` accepts: heads up to this size,
+# The limit of torch's variable-length kernels on the GPUs that `training.device` accepts: heads up to this size,
 # in steps of eight.
 _LARGEST_HEAD = 256
 _HEAD_MULTIPLE = 8
 _SHORTEST_BOUND = 256
 # Arguments that transformers passes to every attention and that change nothing here. Dropout of weights is a setting of
-# the base's own training: the base is frozen and computes what it computes in use; the adapter has its own dropout.
+# the base's training: the base is frozen and computes as in use; the adapter has a separate dropout.
 _WITHOUT_EFFECT = frozenset({"position_ids", "use_cache", "dropout"})
 
 
@@ -46,10 +46,10 @@ class RowBoundaries:
     lengths: tuple[int, ...]
     """Tokens of each row."""
     offsets: Tensor
-    """int32 [power of two + 1] on the model's device: where each row starts, then the end of the last, repeated."""
+    """int32 [power of two + 1] on the device: starts of rows, repeating the end."""
 
     @classmethod
-    def of(cls, lengths: tuple[int, ...], device: torch.device) -> "RowBoundaries":
+    def from_lengths(cls, lengths: tuple[int, ...], device: torch.device) -> "RowBoundaries":
         """Rows of `lengths` tokens, one after the other."""
         offsets = [0, *accumulate(lengths)]
         offsets += [offsets[-1]] * (_power_of_two(len(lengths)) - len(lengths))
@@ -93,7 +93,7 @@ def rows_attention(
     rows: RowBoundaries | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each row; without `rows`, the tokens are one row.
+    """Causal attention within each row. Without `rows`, the tokens are one row.
 
     `query` is [1, heads, tokens, head size]; `key` and `value` may have fewer heads (grouped-query attention). With a
     sliding window a token sees itself and the `sliding_window - 1` tokens before it. With a soft cap the scores become
@@ -110,7 +110,7 @@ def rows_attention(
     if attention_mask is not None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise ModelError("attention within rows takes a single batch row, no mask and no cache")
     if rows is None:
-        rows = RowBoundaries.of((query.shape[2],), query.device)
+        rows = RowBoundaries.from_lengths((query.shape[2],), query.device)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     if softcap is not None:
         return capped_rows(query, key, value, rows.lengths, scale, sliding_window, softcap), None
@@ -162,7 +162,7 @@ def _for_kernel(heads: Tensor) -> Tensor:
     """[tokens, heads, head size] with zeros behind each head up to a size that a kernel takes, or as it is.
 
     The zeros add nothing to a score, and a weighted sum of them is cut off. Kernels read 16 bytes at a time, and so
-    must each head begin: in a storage of its own it does. A part of another tensor, such as the values that one layer
+    must each head begin: in a separate storage it does. A part of another tensor, such as the values that one layer
     computes together with queries and keys, is copied: the backward pass would keep the whole for it.
     """
     missing = -heads.shape[2] % _HEAD_MULTIPLE

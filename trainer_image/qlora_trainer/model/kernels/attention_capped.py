@@ -15,7 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _QUERIES = 256
-"""Queries whose capped scores exist at once: heads x this x tokens of the row, in 32 bit, four times over."""
+"""Queries whose capped scores are computed together.
+
+The scores are heads x this x tokens of the row, in 32 bit, four times over.
+"""
 
 
 def capped_rows(
@@ -30,7 +33,7 @@ def capped_rows(
     """Attention with the scores `softcap * tanh(scale * query · key / softcap)` (Gemma 2, arXiv 2408.00118).
 
     `query` is [1, heads, tokens, head size]; `key` and `value` may have fewer heads. A token sees itself and those
-    before it in its own row, of `lengths` tokens, or of these only the `window - 1` before it. Returns
+    before it in the same row, of `lengths` tokens, or of these only the `window - 1` before it. Returns
     [1, tokens, heads, head size].
     """
     device = query.device.type
@@ -100,7 +103,10 @@ def _tanh(query: Tensor, key: Tensor, block: slice, seen: slice, factor: float) 
 
 
 def _by_key(tensor: Tensor, block: slice, groups: int) -> Tensor:
-    """Of [1, heads, tokens, size] the block's tokens, [key heads, queries of these, size]."""
+    """The block's tokens of [1, heads, tokens, size], grouped by key.
+
+    Returns [1, key heads, queries of these, size].
+    """
     return tensor[0, :, block].reshape(groups, -1, tensor.shape[3])
 
 

@@ -1,9 +1,9 @@
 """Causal attention within rows on a CPU, as one differentiable operation.
 
-The kernel takes one row at a time. Called through autograd, every row would be cut out, padded and joined by operations
-of its own, three times over with gradient checkpointing.
+The kernel takes one row at a time. Called through autograd, every row would be cut out, padded and joined by further
+operations, three times over with gradient checkpointing.
 
-For rows below 256 tokens the kernel's 16-bit backward pass takes up to five times as long as its 32-bit one, so short
+For rows below 256 tokens the kernel's 16-bit backward pass is up to five times slower than its 32-bit one, so short
 rows have their gradients in 32 bit.
 """
 
@@ -23,7 +23,7 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 def causal_rows(
     query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float | None, window: int | None
 ) -> Tensor:
-    """Attention of each token to itself and those before it in its own row: [1, tokens, heads, head size].
+    """Attention of each token to itself and those before it in its row: [1, tokens, heads, head size].
 
     `query` is [1, heads, tokens, head size]; `key` and `value` may have fewer heads. `lengths` are the rows' tokens.
     With a window a token sees itself and the `window - 1` before it. Raises ValueError unless the rows are all tokens.
@@ -49,7 +49,7 @@ class _CausalRows(torch.autograd.Function):
         output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
         normalizers = []
         for row, padded in _rows(lengths):
-            parts = (_padded(tensor[:, :, row], padded, tensor.dtype) for tensor in (query, key, value))
+            parts = (_pad(tensor[:, :, row], padded, tensor.dtype) for tensor in (query, key, value))
             mask = _mask(padded, window)
             row_output, normalizer = _forward(*parts, 0.0, mask is None, attn_mask=mask, scale=scale)
             output[:, row] = row_output[:, :, : row.stop - row.start].transpose(1, 2)
@@ -70,7 +70,7 @@ class _CausalRows(torch.autograd.Function):
         for (row, padded), normalizer in zip(_rows(context.lengths), normalizers, strict=True):
             in_float32 = padded <= cpu.FLOAT32_GRADIENT_TOKENS
             dtype = torch.promote_types(query.dtype, torch.float32) if in_float32 else query.dtype
-            parts = (_padded(tensor[:, :, row], padded, dtype) for tensor in given)
+            parts = (_pad(tensor[:, :, row], padded, dtype) for tensor in given)
             mask = _mask(padded, context.window)
             of_rows = _backward(*parts, normalizer, 0.0, mask is None, attn_mask=mask, scale=context.scale)
             for whole, part in zip(gradients, of_rows, strict=True):
@@ -88,7 +88,7 @@ def _rows(lengths: tuple[int, ...]) -> list[tuple[slice, int]]:
     return rows
 
 
-def _padded(tensor: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+def _pad(tensor: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
     """[1, heads, row, size] as [1, heads, tokens, size] of the type, with zeros after the row, which no token sees.
 
     In the layout that the kernel reads, a token's heads side by side.
@@ -103,7 +103,7 @@ def _padded(tensor: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
 
 
 def _mask(tokens: int, window: int | None) -> Tensor | None:
-    """float32 [tokens, tokens] to add to the scores; None where a window hides nothing."""
+    """float32 [tokens, tokens] to add to the scores, or None where nothing is hidden."""
     if window is None or tokens <= window:
         return None
     visible = torch.ones(tokens, tokens, dtype=torch.bool).tril_().triu_(1 - window)

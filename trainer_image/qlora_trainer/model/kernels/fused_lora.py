@@ -5,7 +5,7 @@ a sixth of a step. Here the adapter's matmul adds in place to the base's output,
 backward, which dequantizes the weight again instead of keeping it. Only rounding to 16 bit differs: it happens less
 often.
 
-A sequence may have segments whose tokens have adapters of their own: the base's matmul is one for all tokens, and each
+A sequence may have segments with different adapters: the base's matmul is one for all tokens, and each
 adapter's matmuls are of its tokens only (as in Punica, Chen et al. 2023, arXiv 2310.18547).
 """
 
@@ -28,7 +28,7 @@ _NOT_APART = "one of its layers does not take the tokens of several adapters tog
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens of a sequence, from `start` to before `stop`, and the adapter that they have."""
+    """Tokens of a sequence, `start` to before `stop`, and their adapter."""
 
     adapter: str
     start: int
@@ -37,10 +37,13 @@ class Segment:
 
 @dataclass
 class Routing:
-    """Which tokens of the next forward and backward passes have which adapter. All layers of a model share one."""
+    """The adapter of each token in the next passes, shared by a model's layers."""
 
     segments: tuple[Segment, ...] = ()
-    """In the order of the tokens. Tokens in none, as those of padding, have no adapter. Empty: the active adapter."""
+    """Segments in the order of the tokens.
+
+    Tokens in none, as those of padding, have no adapter. Empty: all tokens have the active adapter.
+    """
     tokens: int = 0
     """Of the whole sequence."""
 
@@ -52,13 +55,13 @@ class FusedLora(Linear4bit):
     """
 
     recomputed = False
-    """Whether backward comes right after a second forward pass: gradient checkpointing recomputes the block."""
+    """Whether backward follows a recomputed forward pass (gradient checkpointing)."""
     routing = Routing()
 
     def forward(self, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
         """The output x Wᵀ + bias + s (x Aᵀ) Bᵀ (Hu et al. 2021, arXiv 2106.09685), in autocast's type.
 
-        Raises ModelError if tokens are to have adapters of their own and the layer cannot tell whose they are.
+        Raises ModelError if segments have different adapters and the layer cannot match tokens with segments.
         """
         if arguments or keywords or not self._is_plain(x):
             if self.routing.segments:
@@ -76,7 +79,7 @@ class FusedLora(Linear4bit):
         kept = cpu.keeps_dequantized(x.device.type, recomputed=self.recomputed)
         output, dense, *inners = _LoraMatmul.apply(x, base.weight, base.quant_state, scaled, kept, *weights)
         if dense is None:
-            dense = _dequantized(base.weight, base.quant_state, x.dtype)
+            dense = _dequantize(base.weight, base.quant_state, x.dtype)
         with torch.no_grad():
             rows = output.detach().view(-1, output.shape[-1])
             _matmul_into(rows, x.reshape(-1, x.shape[-1]), dense.T, base.bias)
@@ -85,7 +88,7 @@ class FusedLora(Linear4bit):
         return cast("Tensor", output)
 
     def _parts(self, x: Tensor) -> tuple[Segment, ...]:
-        """The tokens that have an adapter in this layer: jobs that are trained together may adapt other layers."""
+        """The tokens with an adapter in this layer. Jobs may adapt different layers."""
         tokens = x.numel() // x.shape[-1]
         segments = self.routing.segments or (Segment(self.active_adapters[0], 0, tokens),)
         return tuple(segment for segment in segments if segment.adapter in self.lora_A)
@@ -117,12 +120,12 @@ class FusedLora(Linear4bit):
 
 
 def fuse_lora(model: nn.Module, *, recomputed: bool) -> None:
-    """Make every LoRA layer over a 4-bit layer a FusedLora; `recomputed` is its attribute, False on the meta device."""
+    """Make LoRA layers over 4-bit layers FusedLora, with this value of `recomputed`."""
     _fuse(model, Routing(), recomputed=recomputed)
 
 
 def fuse_further_lora(model: nn.Module) -> None:
-    """The same for layers that a further adapter is the first in; they share the others' routing."""
+    """Fuse the layers where a further adapter is the first. Shares the routing."""
     first = next((module for module in model.modules() if isinstance(module, FusedLora)), None)
     if first is not None:
         _fuse(model, first.routing, recomputed=first.recomputed)
@@ -138,12 +141,12 @@ def _fuse(model: nn.Module, routing: Routing, *, recomputed: bool) -> None:
 
 
 def routing_of(model: nn.Module) -> Routing:
-    """What the fused layers of a model share."""
+    """The routing that the model's fused layers share."""
     return next(module.routing for module in model.modules() if isinstance(module, FusedLora))
 
 
 def require_apart(model: nn.Module) -> None:
-    """Raise ModelError unless every layer with an adapter is a fused one, which can tell whose a token is."""
+    """Raise ModelError unless all adapted layers are fused, and match tokens."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if not all(isinstance(layer, FusedLora) for layer in layers):
         raise ModelError(_NOT_APART)
@@ -169,7 +172,7 @@ class _Part:
 
 
 class _LoraMatmul(torch.autograd.Function):
-    """`x` is [..., in], `weight` the frozen packed one of [out, in]; for each part `a` [rank, in], `b` [out, rank].
+    """`x` is [..., in], `weight` the frozen packed one of [out, in]. Each part has `a` [rank, in], `b` [out, rank].
 
     Returns an uninitialized output, which the caller computes; the dequantized weight if it is `kept` for backward; and
     x Aᵀ of each part, [its tokens, rank], which has no gradient. The caller computes the output because recomputing a
@@ -185,7 +188,7 @@ class _LoraMatmul(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         rows = x.reshape(-1, x.shape[-1])
         inners = [rows[part.start : part.stop] @ a.T for part, a in zip(parts, adapters[::2], strict=True)]
-        dense = _dequantized(weight, state, x.dtype) if kept else None
+        dense = _dequantize(weight, state, x.dtype) if kept else None
         context.save_for_backward(rows, dense, *inners, *adapters)
         context.mark_non_differentiable(*inners, *(() if dense is None else (dense,)))
         context.set_materialize_grads(False)
@@ -202,7 +205,7 @@ class _LoraMatmul(torch.autograd.Function):
         x_gradient = None
         if context.needs_input_grad[0]:
             if dense is None:
-                dense = _dequantized(context.weight, context.state, gradient.dtype)
+                dense = _dequantize(context.weight, context.state, gradient.dtype)
             x_gradient = gradient.new_empty(rows.shape)
             _matmul_into(x_gradient, gradient, dense, None)
         gradients = []
@@ -217,5 +220,5 @@ class _LoraMatmul(torch.autograd.Function):
         return x_gradient, None, None, None, None, *gradients
 
 
-def _dequantized(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+def _dequantize(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
     return cast("Tensor", dequantize_4bit(weight.data.view(-1, 1), state)).to(dtype)

@@ -25,7 +25,7 @@ def fuse_norms(model: nn.Module) -> None:
 
     `nn.LayerNorm` is recognized by its forward pass. A root mean square (Zhang and Sennrich 2019, arXiv 1910.07467) is
     recognized by what it computes from random numbers: x / rms(x), times its weight or times one plus its weight
-    (Gemma). Whatever else there is stays as it is. Parameters and their names do not change.
+    (Gemma). Other modules stay as they are. Parameters and their names do not change.
     """
     module: Any
     for module in model.modules():
@@ -41,7 +41,7 @@ def _class_of(family: Any, fused: Any) -> Any:
 
 
 class _LayerNorm(nn.LayerNorm):
-    """Computed in the type of its weights, as without autocast: the kernel's statistics are in 32 bit anyway."""
+    """Computed in the type of its weights, with the kernel's statistics in 32 bit."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The normalized `x`, in the type of the weights."""
@@ -51,7 +51,7 @@ class _LayerNorm(nn.LayerNorm):
 
 
 class _RootMeanSquare(nn.Module):
-    """x / rms(x) · (c + weight), with c 0 or 1. An evaluation is the family's own, to the last bit."""
+    """x / rms(x) · (c + weight), with c 0 or 1. Evaluation is the family's, bit-equal."""
 
     weight: Tensor
     added_to_weight: int
@@ -72,7 +72,7 @@ class _RootMeanSquare(nn.Module):
 
 
 class _Normalize(torch.autograd.Function):
-    """x / rms(x) · factor for a frozen float32 `factor`. Keeps x and one number for each row."""
+    """x / rms(x) · factor, for a frozen float32 `factor`. Keeps x and 1 number a row."""
 
     @staticmethod
     def forward(context: Any, x: Tensor, factor: Tensor, epsilon: float) -> Tensor:
@@ -93,9 +93,9 @@ class _Normalize(torch.autograd.Function):
 
 
 def _as_root_mean_square(module: nn.Module) -> tuple[int, float] | None:
-    """What is added to the weight, and the epsilon, if the module computes a root mean square, else None.
+    """The constant added to the weight, and the epsilon, if the module computes a root mean square, else None.
 
-    A copy is tried in float32 on a CPU, with weights of its own: the module's may have no data.
+    Tries a copy in float32 on a CPU, with random weights: the module's may have no data.
     """
     # A second argument, such as the gate of a Mamba block, would be lost.
     if len(inspect.signature(module.forward).parameters) != 1:
@@ -106,7 +106,7 @@ def _as_root_mean_square(module: nn.Module) -> tuple[int, float] | None:
     trial: Any = copy.deepcopy(module).to_empty(device="cpu").float().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     trial.weight.normal_(generator=generator)
-    # Small rows too, in which epsilon counts.
+    # With small rows, where epsilon counts.
     sizes = torch.logspace(-5, 1, _ROWS, device="cpu").unsqueeze(1)
     x = sizes * torch.randn((_ROWS, *shapes["weight"]), generator=generator, device="cpu")
     try:
@@ -116,12 +116,12 @@ def _as_root_mean_square(module: nn.Module) -> tuple[int, float] | None:
     for epsilon in (value for value in vars(module).values() if isinstance(value, float)):
         for added in (0, 1):
             expected = rms_norm(x, trial.weight.shape, trial.weight + added, epsilon)
-            if _close(found, expected):
+            if _is_close(found, expected):
                 return added, epsilon
     return None
 
 
-def _close(found: Any, expected: Tensor) -> bool:
+def _is_close(found: Any, expected: Tensor) -> bool:
     return (
         isinstance(found, Tensor)
         and (found.shape, found.dtype) == (expected.shape, expected.dtype)

@@ -17,7 +17,7 @@ MicroBatch = tuple[int, ...]
 
 @dataclass(frozen=True)
 class PairedRows:
-    """The rows of a batch whose rows are chosen and rejected in turn, without a row of padding."""
+    """The rows of alternating chosen and rejected answers, without padding rows."""
 
     numbers: tuple[int, ...]
     """Of each row, in its split."""
@@ -29,8 +29,8 @@ class PairedRows:
         return len(self.numbers) // 2
 
     @classmethod
-    def of(cls, sequences: Sequence[PackedSequence], next_tokens: Tensor) -> "PairedRows | None":
-        """The rows of `sequences`, with the targets of `next_tokens`; None if they are no pairs."""
+    def from_sequences(cls, sequences: Sequence[PackedSequence], next_tokens: Tensor) -> "PairedRows | None":
+        """The rows of `sequences`, with their targets, or None if they are no pairs."""
         numbers: list[int] = []
         for sequence in sequences:
             if sequence.row_numbers is None:
@@ -63,13 +63,13 @@ class Batch:
     """What its rows are, if they are chosen and rejected in turn."""
 
     @classmethod
-    def of(cls, sequences: Sequence[PackedSequence], device: torch.device) -> "Batch":
-        """The batch of `sequences`; everything is computed in main memory, so that nothing waits for a GPU."""
+    def from_sequences(cls, sequences: Sequence[PackedSequence], device: torch.device) -> "Batch":
+        """The batch of `sequences`, computed in main memory to not wait for a GPU."""
         lengths = tuple(length for sequence in sequences for length in sequence.row_lengths)
         next_tokens = next_token_targets(torch.cat([sequence.labels for sequence in sequences]), lengths)
         predicting = (next_tokens != IGNORED_LABEL).nonzero().squeeze(1)
         padding = cpu.padding(sum(lengths), device.type)
-        rows = RowBoundaries.of((*lengths, padding) if padding else lengths, device)
+        rows = RowBoundaries.from_lengths((*lengths, padding) if padding else lengths, device)
         input_ids = torch.cat([sequence.input_ids for sequence in sequences])
 
         def on_device(tensor: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class Batch:
             on_device(predicting),
             on_device(next_tokens[predicting]),
             sum(lengths),
-            PairedRows.of(sequences, next_tokens),
+            PairedRows.from_sequences(sequences, next_tokens),
         )
 
     @property
@@ -92,7 +92,7 @@ class Batch:
 
 
 def next_token_targets(labels: Tensor, row_lengths: tuple[int, ...]) -> Tensor:
-    """int64 [tokens]: the label of the token that follows in the same row, -100 where there is none."""
+    """int64 [tokens]: the next token's label in the same row, -100 without one."""
     targets = torch.full_like(labels, IGNORED_LABEL)
     targets[:-1] = labels[1:]
     targets[torch.tensor(row_lengths).cumsum(0) - 1] = IGNORED_LABEL
@@ -101,4 +101,4 @@ def next_token_targets(labels: Tensor, row_lengths: tuple[int, ...]) -> Tensor:
 
 def read_batch(dataset: PreparedDataset, indices: MicroBatch, device: torch.device) -> Batch:
     """The batch of the sequences at `indices`."""
-    return Batch.of([dataset[index] for index in indices], device)
+    return Batch.from_sequences([dataset[index] for index in indices], device)

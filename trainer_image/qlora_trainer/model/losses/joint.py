@@ -1,4 +1,4 @@
-"""The losses of several adapters on one base, each with rows of its own, from one forward pass."""
+"""Computes the losses of several adapters on one base in one forward pass."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,8 +22,8 @@ from qlora_trainer.model.losses.loss import LogitTransform, summed_loss
 def routed(model: PeftModel, batches: Mapping[str, Batch]) -> Iterator[None]:
     """In the body, forward passes are `joint_losses` of these batches, by the names of their adapters.
 
-    Their backward passes have to be in it too: gradient checkpointing computes the blocks again. `require_apart` says
-    whether the model's layers can tell whose a token is.
+    Their backward passes have to be in it too: gradient checkpointing computes the blocks again. `require_apart` checks
+    that the model's layers match tokens with adapters.
     """
     routing = routing_of(model)
     offsets = list(accumulate((batch.tokens for batch in batches.values()), initial=0))
@@ -39,16 +39,16 @@ def routed(model: PeftModel, batches: Mapping[str, Batch]) -> Iterator[None]:
 
 
 def joint_losses(model: PeftModel, batches: Mapping[str, Batch]) -> dict[str, Tensor]:
-    """For each adapter the summed loss of its batch's targets, a float32 scalar. To be called where they are `routed`.
+    """For each adapter the summed loss of its batch's targets, a float32 scalar. Call it inside `routed`.
 
-    The base computes the tokens of all at once, and each adapter its own. Raises ModelError for layers that are given
-    other tokens.
+    The base computes the tokens of all together, and each adapter those of its batch. Raises ModelError for layers that
+    are given other tokens.
     """
     base: Any = model.get_base_model()
     batch = joined(tuple(batches.values()))
     states = decoder_states(base, batch.input_ids, batch.position_ids, batch.rows)[0]
     positions = batch.predicting.split([part.target_count for part in batches.values()])
-    head, transform = base.get_output_embeddings(), LogitTransform.of(base.config)
+    head, transform = base.get_output_embeddings(), LogitTransform.from_config(base.config)
     chunk_tokens = cpu.loss_chunk_tokens(states.device.type)
     return {
         name: summed_loss(states[predicting], part.targets, head, transform, chunk_tokens)
@@ -62,7 +62,7 @@ def joined(batches: tuple[Batch, ...]) -> Batch:
     offsets = list(accumulate((batch.tokens for batch in batches), initial=0))
     padding = cpu.padding(offsets[-1], device.type)
     lengths = tuple(length for batch in batches for length in _without_padding(batch))
-    rows = RowBoundaries.of((*lengths, padding) if padding else lengths, device)
+    rows = RowBoundaries.from_lengths((*lengths, padding) if padding else lengths, device)
     predicting = [batch.predicting + offset for batch, offset in zip(batches, offsets, strict=False)]
     return Batch(
         pad(torch.cat([batch.input_ids[:, : batch.tokens] for batch in batches], dim=1), (0, padding)),

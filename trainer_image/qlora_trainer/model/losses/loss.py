@@ -1,4 +1,4 @@
-"""The training loss: cross-entropy of the labeled tokens, computed so that the full logits never exist."""
+"""The training loss: cross-entropy of labeled tokens, without full logits."""
 
 from dataclasses import dataclass
 from typing import Any, Self, cast
@@ -16,14 +16,14 @@ from qlora_trainer.model.losses.batch import Batch
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a family does to the logits after its output layer; the identity for most."""
+    """A family's change of the logits after its output layer, mostly the identity."""
 
     scale: float = 1.0
     softcap: float | None = None
 
     @classmethod
-    def of(cls, config: Any) -> Self:
-        """The transform that a model's configuration asks for (Granite divides, Cohere multiplies, Gemma 2 caps)."""
+    def from_config(cls, config: Any) -> Self:
+        """The configuration's transform: Granite divides, Cohere multiplies, Gemma 2 caps."""
         text = config.get_text_config(decoder=True)
         multiplier = getattr(text, "logit_scale", None) or 1.0
         divisor = getattr(text, "logits_scaling", None) or 1.0
@@ -39,7 +39,7 @@ class LogitTransform:
 
 
 def batch_loss(model: Any, batch: Batch) -> Tensor:
-    """Sum of the losses of a batch's targets, a float32 scalar. `model` is a causal language model of transformers."""
+    """Sum of a batch's target losses, a float32 scalar, of a causal language model."""
     return summed_loss(*_of_targets(model, batch))
 
 
@@ -55,9 +55,12 @@ def row_losses(model: Any, batch: Batch) -> Tensor:
 
 
 def _of_targets(model: Any, batch: Batch) -> tuple[Tensor, Tensor, torch.nn.Module, LogitTransform, int]:
-    """What the functions below take: the last states that predict a target, the targets, the head, and the rest."""
+    """Arguments for the functions below.
+
+    The last states that predict a target, the targets, the head, the transform and the chunk's tokens.
+    """
     states = decoder_states(model, batch.input_ids, batch.position_ids, batch.rows)[0]
-    head, transform = model.get_output_embeddings(), LogitTransform.of(model.config)
+    head, transform = model.get_output_embeddings(), LogitTransform.from_config(model.config)
     return states[batch.predicting], batch.targets, head, transform, cpu.loss_chunk_tokens(states.device.type)
 
 
@@ -92,7 +95,7 @@ def target_losses(
     """float32 [targets]: the negative log-likelihood of each of `targets`, computed like `summed_loss`.
 
     The losses may count with any weights, which need not be known before backward: what is kept from the forward pass
-    is the gradient of each loss by its own state, [targets, hidden size] in the states' type, as for the sum.
+    is the gradient of each loss by its state, [targets, hidden size] in the states' type, as for the sum.
     """
     if not len(targets):
         return hidden.sum(dim=-1).float() * 0.0
@@ -185,7 +188,10 @@ def _chunk_losses(
     chunk: slice,
     gradient: Tensor | None,
 ) -> Tensor:
-    """float32 [chunk, 1]: the loss of each target in the chunk. Its gradient is put into `gradient`, unless None."""
+    """float32 [chunk, 1]: the loss of each target in the chunk.
+
+    Its gradient is put into `gradient`, unless None.
+    """
     needed = gradient is not None
     with torch.set_grad_enabled(needed):
         part = hidden[chunk].detach().requires_grad_(needed)

@@ -1,4 +1,4 @@
-"""The losses of pairs of answers: how much likelier a model makes the chosen one than the rejected one."""
+"""The losses of pairs: how much likelier the chosen answer is than the rejected."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from torch.nn.functional import logsigmoid
 from qlora_api.spec.training import PreferenceSpec
 
 _LIKELIEST = -1e-6
-"""The largest mean log-likelihood of which odds are computed: those of a certain answer are infinite."""
+"""The largest mean log-likelihood for odds: those of certainty are infinite."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class PairLosses:
     rejected_reward: Tensor
 
     def measured(self) -> tuple[Tensor, ...]:
-        """Sums over the pairs: both rewards, their difference, and the share in which the chosen one is preferred.
+        """Sums over the pairs: both rewards, their difference, and the share that prefers the chosen one.
 
-        A pair with equal rewards counts half, as for a model that has not learned anything.
+        A pair with equal rewards counts half, as for an untrained model.
         """
         margin = self.chosen_reward - self.rejected_reward
         preferred = (margin > 0).float() + 0.5 * (margin == 0).float()
@@ -49,7 +49,7 @@ def dpo(row_losses: Tensor, reference: Tensor, settings: PreferenceSpec) -> Pair
 def orpo(row_losses: Tensor, targets: Tensor, settings: PreferenceSpec) -> PairLosses:
     """Odds ratio preference optimization (Hong et al. 2024, arXiv 2403.07691, equations 3 to 7).
 
-    `targets` is [2 x pairs]: by which `row_losses` are divided, so that an answer's odds are those of its mean token.
+    `row_losses` are divided by `targets`, [2 x pairs], so that an answer's odds are those of its mean token.
     The loss is the mean cross-entropy of the chosen answer and beta times that of the odds ratio.
     """
     likelihoods = (-row_losses / targets).clamp(max=_LIKELIEST)

@@ -1,1 +1,1 @@
-"""GPU memory of a job, measured on its model's layers without data and without a GPU."""
+"""GPU memory of a job, measured on its layers without data or a GPU."""

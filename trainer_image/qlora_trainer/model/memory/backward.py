@@ -21,8 +21,8 @@ _ACCUMULATES = "torch::autograd::AccumulateGrad"
 
 
 def backward(output: Tensor) -> None:
-    """`output.backward()` for a scalar, on tensors with or without data. Detaches it from its graph, which is freed."""
-    # Not the root by itself: whoever refers to it keeps the whole graph.
+    """Do `output.backward()` for a scalar, also without data, and free its graph."""
+    # Not the root itself: a reference to it keeps the whole graph.
     roots: list[Edge] = [(output.grad_fn, output.output_nr)]
     gradient = torch.ones_like(output)
     output.detach_()
@@ -43,7 +43,10 @@ def _accumulate(variable: Tensor, gradient: Tensor) -> None:
 def gradients(
     outputs: Tensor, inputs: Tensor | Sequence[Tensor], grad_outputs: Tensor | None = None
 ) -> tuple[Tensor | None, ...]:
-    """`torch.autograd.grad` of one output, on tensors with or without data; None for an input that it does not use."""
+    """`torch.autograd.grad` of one output, on tensors with or without data.
+
+    None for an input that it does not use.
+    """
     wanted = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     edges: list[Edge] = [(edge.node, edge.output_nr) for edge in map(get_gradient_edge, wanted)]
     found: dict[Edge, Tensor | None] = {}
@@ -55,7 +58,7 @@ def gradients(
 
 
 def nodes(output: Tensor) -> list[Any]:
-    """The graph's nodes from which `output` was computed, each once."""
+    """The nodes of the graph that computed `output`, each once."""
     root: Any = output.grad_fn
     found, stack = {root: None}, [root]
     while stack:
@@ -68,7 +71,7 @@ def nodes(output: Tensor) -> list[Any]:
 
 @torch.no_grad()
 def _run(node: Any, given: Sequence[Tensor | None]) -> Sequence[tuple[Edge, Tensor | None]]:
-    """What a node makes of the gradients of its outputs, with the edges along which it goes."""
+    """A node's gradients for those of its outputs, with the edges they follow."""
     edges = node.next_functions
     # The engine runs backward as the forward pass of a thread without autocast.
     with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
@@ -90,7 +93,7 @@ def _run(node: Any, given: Sequence[Tensor | None]) -> Sequence[tuple[Edge, Tens
 
 
 def _walk(roots: list[Edge], gradient: Tensor) -> Iterator[tuple[Any, list[Tensor | None]]]:
-    """Run the nodes in the engine's order; each is given, before it runs, with the gradients of its outputs.
+    """Run the nodes in the engine's order. Yields each, before it runs, with the gradients of its outputs.
 
     Takes the only root out of `roots`: a node, and what it has saved, lives until it has run, unless the caller has
     another reference to it.
@@ -103,7 +106,7 @@ def _walk(roots: list[Edge], gradient: Tensor) -> Iterator[tuple[Any, list[Tenso
     while ready:
         node = heapq.heappop(ready)[2]
         came = arrived.pop(node, {})
-        given = [_fitted(came.pop(number, None), meta) for number, meta in enumerate(node._input_metadata)]
+        given = [_fit(came.pop(number, None), meta) for number, meta in enumerate(node._input_metadata)]
         edges = node.next_functions
         reached = any(one is not None for one in given)
         if reached:
@@ -118,13 +121,13 @@ def _walk(roots: list[Edge], gradient: Tensor) -> Iterator[tuple[Any, list[Tenso
 def _push_ready(
     ready: list[tuple[int, int, Any]], edges: Sequence[Edge], waiting: Counter[Any], order: Iterator[int]
 ) -> None:
-    """Push the nodes for which a node with these edges was the last to wait for."""
+    """Push the nodes that only waited for a node with these edges."""
     for node, _ in edges:
         if node is not None:
             waiting[node] -= 1
             if not waiting[node]:
                 del waiting[node]
-                # The engine runs what was made last first, but gradients are accumulated as soon as they are there.
+                # The engine runs the newest node first, but accumulates gradients as soon as they exist.
                 last_first = -(2**63) if node.name() == _ACCUMULATES else -node._sequence_nr()
                 heapq.heappush(ready, (last_first, next(order), node))
 
@@ -138,7 +141,7 @@ def _add(arrived: dict[Any, dict[int, Tensor]], made: Sequence[tuple[Edge, Tenso
 
 
 def _consumers(root: Any) -> Counter[Any]:
-    """How many edges lead to each node behind `root`."""
+    """Number of edges to each node behind `root`."""
     counted: Counter[Any] = Counter()
     stack = [root]
     while stack:
@@ -150,8 +153,8 @@ def _consumers(root: Any) -> Counter[Any]:
     return counted
 
 
-def _fitted(gradient: Tensor | None, metadata: Any) -> Tensor | None:
-    """The gradient in the shape and type of what it is the gradient of, as the engine makes it."""
+def _fit(gradient: Tensor | None, metadata: Any) -> Tensor | None:
+    """The gradient in the shape and type of its tensor, as the engine makes it."""
     if gradient is None:
         return None
     if gradient.shape != tuple(metadata.shape):

@@ -1,7 +1,7 @@
 """CUDA tensors without data: shapes, types and operations are those of a GPU, and none is needed.
 
-PyTorch's fake tensors say which device they are on, so autocast, the choice of kernels and transformers' own branches
-go the way of a GPU. What they do not have is a backward pass, which is `dry_run.backward`.
+PyTorch's fake tensors report a device, so autocast, the choice of kernels and transformers' own branches
+go the way of a GPU. They have no backward pass: that is `backward`.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ _GRAPH_TASK = 1
 
 @contextmanager
 def fake_cuda(capability: tuple[int, int] = AMPERE) -> Iterator[None]:
-    """Tensors that are made here have no data; those on `cuda` are on a GPU of this compute capability."""
+    """Create tensors without data. Those on `cuda` have this compute capability."""
     # If autograd starts inside, it starts a thread for the GPU, and no fork of this process can train afterwards.
     torch.ones(1, requires_grad=True).sum().backward()
     stand_ins: tuple[tuple[Any, str, Any], ...] = (
@@ -36,14 +36,14 @@ def fake_cuda(capability: tuple[int, int] = AMPERE) -> Iterator[None]:
         (torch.cuda, "is_bf16_supported", lambda **_: True),
         (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         (torch.autograd, "grad", gradients),
-        # Gradient checkpointing recomputes a block once for each backward pass, which it knows by its number.
+        # Gradient checkpointing recomputes a block once for each backward pass, identified by its number.
         (attention, "scaled_dot_product_attention", _fused_attention),
         (torch.nn.functional, "scaled_dot_product_attention", _fused_attention),
         (torch._C, "_current_graph_task_id", lambda: _GRAPH_TASK),
     )
     with ExitStack() as stack:
         for module, name, stand_in in stand_ins:
-            stack.enter_context(_replaced(module, name, stand_in))
+            stack.enter_context(_replace(module, name, stand_in))
         _forget_capability()
         stack.callback(_forget_capability)
         stack.enter_context(FakeTensorMode())
@@ -51,7 +51,7 @@ def fake_cuda(capability: tuple[int, int] = AMPERE) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(module: Any, name: str, stand_in: Any) -> Iterator[None]:
+def _replace(module: Any, name: str, stand_in: Any) -> Iterator[None]:
     original = getattr(module, name)
     setattr(module, name, stand_in)
     try:
@@ -71,7 +71,7 @@ def _fused_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`scaled_dot_product_attention` with the kernel that a GPU takes; PyTorch asks the GPU, and there is none.
+    """`scaled_dot_product_attention` with a GPU's kernel: PyTorch asks the GPU, and there is none.
 
     Without it PyTorch would keep all scores, in 32 bit. As with PyTorch's own, autocast chooses the type.
     """
@@ -103,14 +103,14 @@ def _forget_capability() -> None:
 
 
 def on_fake_cuda(model: nn.Module) -> None:
-    """Put CUDA tensors without data in the place of all tensors of a model, its 4-bit layers' too."""
+    """Replace a model's tensors, also of 4-bit layers, by CUDA ones without data."""
     moved: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
             if id(parameter) not in moved:
-                moved[id(parameter)] = _moved(parameter)
+                moved[id(parameter)] = _move(parameter)
             module._parameters[name] = moved[id(parameter)]
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else _like(buffer)
@@ -120,7 +120,7 @@ def on_fake_cuda(model: nn.Module) -> None:
 
 
 def constants(layer: Linear4bit) -> list[tuple[Any, str, Tensor]]:
-    """The tensors of a 4-bit layer's quantization, each with what holds it and its name there."""
+    """A 4-bit layer's quantization tensors, each with its holder and name there."""
     outer: Any = layer.quant_state
     return [
         (state, name, tensor)
@@ -130,7 +130,7 @@ def constants(layer: Linear4bit) -> list[tuple[Any, str, Tensor]]:
     ]
 
 
-def _moved(parameter: Tensor) -> nn.Parameter:
+def _move(parameter: Tensor) -> nn.Parameter:
     new = nn.Parameter(_like(parameter), requires_grad=parameter.requires_grad)
     # Of a 4-bit weight: how it is quantized.
     new.__dict__.update(parameter.__dict__)

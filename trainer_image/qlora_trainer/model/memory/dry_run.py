@@ -43,7 +43,7 @@ def measure_within_limits(
 def measure_together_within_limits(
     config: Path, specs: Sequence[QLoRAJobSpec], passes: Sequence[tuple[int, ...]], family: Any = None
 ) -> tuple[ActivationBytes, ...]:
-    """`measure.measure_together`, with the same limits and `family`. Raises as `measure_within_limits` does."""
+    """Run `measure.measure_together` with the limits of `measure_within_limits`."""
     _require_trainer()
     found: tuple[ActivationBytes, ...] = within_limits(_call_together, (config, tuple(specs), tuple(passes), family))
     return found

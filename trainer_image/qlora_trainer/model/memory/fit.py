@@ -1,4 +1,4 @@
-"""Judges whether a job fits its GPU, before any weight is fetched."""
+"""Decides whether a job fits its GPU, before any weight is fetched."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -34,7 +34,7 @@ from qlora_trainer.model.memory.joint_memory import MeasurePasses, memory_togeth
 
 
 def read_shape(config: Path) -> ModelShape | None:
-    """The sizes in a model's config.json; None for a model whose layers are not listed by family.
+    """The sizes in a model's config.json, or None if its family is not listed.
 
     Raises StepFailure BAD_CONFIGURATION for a size that no model has.
     """
@@ -49,7 +49,7 @@ def read_shape(config: Path) -> ModelShape | None:
 
 
 def type_of_model(config: Path) -> str:
-    """The model's type in its config.json; empty if it has none. Raises StepFailure if that is not a JSON object."""
+    """The model's type, or an empty string. Raises StepFailure if it is no object."""
     read_shape(config)
     found = json.loads(config.read_bytes()).get("model_type")
     return found if isinstance(found, str) else ""
@@ -77,19 +77,19 @@ def training_shape(spec: QLoRAJobSpec, target_modules: Iterable[str]) -> Trainin
         gpus=spec.resources.gpu_count,
         sharding=spec.training.sharding,
         answer_tokens=_answer_tokens(spec),
-        fixed=_fixed(spec),
+        fixed=_fixed_settings(spec),
     )
 
 
-def _fixed(spec: QLoRAJobSpec) -> frozenset[str]:
-    """What the job cannot be created again with, for it would not be what it begins with."""
+def _fixed_settings(spec: QLoRAJobSpec) -> frozenset[str]:
+    """Settings that cannot change, because the job continues from an earlier one."""
     if spec.continues is not None:
         return RUN_FIELDS
     return frozenset() if spec.lora.initial_adapter is None else ADAPTER_FIELDS
 
 
 def _answer_tokens(spec: QLoRAJobSpec) -> tuple[int, int] | None:
-    """Tokens of the longest prompt that is answered for a score, and of it with its answer."""
+    """Tokens of the longest scored prompt, and of it with its answer."""
     if spec.gate is None or spec.gate.score is None:
         return None
     prompt = min(MAX_PROMPT_TOKENS, spec.training.max_sequence_length)
@@ -97,7 +97,7 @@ def _answer_tokens(spec: QLoRAJobSpec) -> tuple[int, int] | None:
 
 
 def weights_of(config: Path, training: TrainingShape) -> WeightCounts | None:
-    """The weights of a job by its model's config.json; None for a model whose layers are not listed by family.
+    """The weights of a job by its model's config.json, or None if its family is not listed.
 
     Raises StepFailure BAD_CONFIGURATION for target modules that the model does not have.
     """
@@ -115,16 +115,16 @@ class MemoryFit:
     """Whether a job fits its GPU."""
 
     status: MemoryStatus
-    """The estimate; its verdict is `unknown` without the GPU's size, or if the dry run failed."""
+    """The estimate: `unknown` without the GPU's size, or if the dry run failed."""
     objection: str | None
-    """Why the job cannot run, with the first advice; None if it can, or if that is unknown."""
+    """Why the job cannot run, with the first advice, or None."""
     parameters: int | None
-    """Of the model, without its adapter; None if that is unknown."""
+    """Of the model, without its adapter, or None if unknown."""
     measured: MeasuredMemory | None
     """The dry runs that the estimate is from."""
 
     @classmethod
-    def of(
+    def from_config(
         cls,
         config: Path,
         spec: QLoRAJobSpec,
@@ -136,7 +136,7 @@ class MemoryFit:
         measure: Measure = measure_within_limits,
         measure_passes: MeasurePasses = measure_together_within_limits,
     ) -> "MemoryFit":
-        """Judge a job, whose model has this config.json. It cannot run if even the low estimate exceeds the GPU.
+        """Estimate a job, whose model has this config.json. It cannot run if even the low estimate exceeds the GPU.
 
         `rows_apart`: whether a micro batch may hold several rows. `group_size`: how many jobs are trained together with
         it, itself included. `earlier` are dry runs of an earlier prepare. If the dry run fails, the memory is unknown.
@@ -144,15 +144,15 @@ class MemoryFit:
         """
         training = training_shape(spec, target_modules)
         try:
-            job = MeasuredJob.of(config, spec, training, earlier, measure)
+            job = MeasuredJob.from_config(config, spec, training, earlier, measure)
         except DryRunFailed as failure:
             weights = weights_of(config, training)
             status = MemoryStatus(verdict="unknown", message=f"the memory is unknown: {failure}"[:MAX_MESSAGE_LENGTH])
             return cls(status, None, None if weights is None else weights.parameters, None)
-        fit = _judged(job, spec.resources.gpu_memory, rows_apart)
+        fit = _estimate(job, spec.resources.gpu_memory, rows_apart)
         if group_size == 1 or not rows_apart or fit.objection is not None:
             return fit
-        return _with_shared(fit, lambda: _shared(config, spec, job, group_size, measure_passes))
+        return _with_shared(fit, lambda: _shared_bytes(config, spec, job, group_size, measure_passes))
 
     def require(self) -> None:
         """Raise StepFailure DOES_NOT_FIT, with the first advice, if the job cannot run."""
@@ -160,7 +160,7 @@ class MemoryFit:
             raise StepFailure(ExitCode.DOES_NOT_FIT, self.objection)
 
 
-def _judged(job: MeasuredJob, gpu_gib: int | None, rows_apart: bool) -> MemoryFit:
+def _estimate(job: MeasuredJob, gpu_gib: int | None, rows_apart: bool) -> MemoryFit:
     memory = job.estimate(job.training)
     judged: Verdict | Literal["unknown"] = "unknown" if gpu_gib is None else verdict(memory, gpu_gib)
     objection, remark = None, ""
@@ -174,7 +174,7 @@ def _judged(job: MeasuredJob, gpu_gib: int | None, rows_apart: bool) -> MemoryFi
     elif gpu_gib is not None and judged == "fits" and rows_apart:
         job = measured_further(job, job.with_larger)
         step = larger_micro_batch(job.estimate, job.training, gpu_gib)
-        remark = "" if step is None else _recommended(step)
+        remark = "" if step is None else _recommend(step)
     status = MemoryStatus(
         estimate_bytes=memory.expected,
         low_bytes=memory.low,
@@ -187,8 +187,8 @@ def _judged(job: MeasuredJob, gpu_gib: int | None, rows_apart: bool) -> MemoryFi
     return MemoryFit(status, objection, job.parameters, job.measured)
 
 
-def _shared(config: Path, spec: QLoRAJobSpec, job: MeasuredJob, group_size: int, measure: MeasurePasses) -> int:
-    """Bytes that so many jobs like it take once, when they are trained together. Raises as the dry run does."""
+def _shared_bytes(config: Path, spec: QLoRAJobSpec, job: MeasuredJob, group_size: int, measure: MeasurePasses) -> int:
+    """Bytes that this many equal jobs share. Raises as the dry run does."""
     rest = spec.training.micro_batch_size * (group_size - 1)
     others = spec.model_copy(update={"training": spec.training.model_copy(update={"micro_batch_size": rest})})
 
@@ -201,7 +201,7 @@ def _shared(config: Path, spec: QLoRAJobSpec, job: MeasuredJob, group_size: int,
 
 
 def _with_shared(fit: MemoryFit, find: Callable[[], int]) -> MemoryFit:
-    """The same with the bytes that are shared, which an earlier prepare may have found."""
+    """The same with the shared bytes, which an earlier prepare may have found."""
     found = None if fit.measured is None else fit.measured.shared_bytes
     try:
         shared = find() if found is None else found
@@ -212,7 +212,7 @@ def _with_shared(fit: MemoryFit, find: Callable[[], int]) -> MemoryFit:
     return replace(fit, status=fit.status.model_copy(update={"shared_bytes": shared}), measured=measured)
 
 
-def _recommended(step: Advice) -> str:
+def _recommend(step: Advice) -> str:
     changes = " and ".join(f"spec.{change.setting}: {change.proposed}" for change in step.changes)
     return f"{changes} fits too ({step.expected / GIB:.1f} GiB) and is faster, with the same result"
 

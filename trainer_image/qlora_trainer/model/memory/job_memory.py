@@ -34,7 +34,7 @@ def measured_estimate(measured: MeasuredMemory, training: TrainingShape) -> Memo
 
     Activations are interpolated between the measured steps with the same gradient checkpointing, by the tokens of the
     micro batch: what a step takes is a largest of sums that grow linearly with them, so a straight line between two
-    steps is never too low. The loss alone grows no further beyond a chunk of tokens, of which there has to be a step.
+    steps is never too low. The loss alone grows no further beyond a chunk of tokens, so a step of that size must exist.
     Below the smallest step they are that step's, beyond the largest they grow in proportion.
     A smaller rank is given the activations of the measured one, and gradient checkpointing what there is without it if
     no step was measured with it.
@@ -46,13 +46,13 @@ def measured_together(
     runs: Sequence[tuple[MeasuredMemory, TrainingShape]],
     activations: Callable[[Sequence[TrainingShape]], ActivationBytes],
 ) -> MemoryEstimate:
-    """The estimate of measured runs on one base with these activations. See `combined`."""
+    """The estimate of measured runs together on one base. See `combined`."""
     first, _ = runs[0]
     answers = AnswerBytes(first.answer_bytes_per_token, first.answer_bytes_per_pair)
-    return combined([CountedRun(_counted(*run), run[1]) for run in runs], activations, answers)
+    return combined([CountedRun(_count_weights(*run), run[1]) for run in runs], activations, answers)
 
 
-def _counted(measured: MeasuredMemory, training: TrainingShape) -> WeightCounts:
+def _count_weights(measured: MeasuredMemory, training: TrainingShape) -> WeightCounts:
     share = training.rank / measured.rank
     return WeightCounts(
         blocks=measured.blocks,
@@ -73,7 +73,7 @@ def _activations(steps: Sequence[MeasuredStep], training: TrainingShape) -> Acti
 
 
 def _at(training: TrainingShape, steps: Sequence[MeasuredStep]) -> tuple[int, int, int]:
-    """What is kept, and what loss and layers take, in a micro batch of the settings."""
+    """Bytes kept, and bytes of the loss and of the layers, in a micro batch."""
     tokens = training.tokens
     points = {
         step.tokens: (step.kept, step.loss, step.work)
@@ -108,7 +108,7 @@ class MeasuredJob:
     measure: Measure
 
     @classmethod
-    def of(
+    def from_config(
         cls,
         config: Path,
         spec: QLoRAJobSpec,
@@ -116,7 +116,7 @@ class MeasuredJob:
         earlier: MeasuredMemory | None = None,
         measure: Measure = measure_within_limits,
     ) -> "MeasuredJob":
-        """The job with its own micro batch measured, unless `earlier` holds already. Raises as the dry run does.
+        """The job with its micro batch measured, unless `earlier` holds already. Raises as the dry run does.
 
         If the run may halve it, the smallest is measured too.
         """
@@ -134,10 +134,10 @@ class MeasuredJob:
     @property
     def parameters(self) -> int:
         """Of the model, without its adapter."""
-        return _counted(self.measured, self.training).parameters
+        return _count_weights(self.measured, self.training).parameters
 
     def with_smaller(self) -> "MeasuredJob":
-        """The job with the steps measured that settings to save memory are interpolated between."""
+        """The job with the steps measured that memory-saving settings need."""
         own = _size(self.training)
         smallest = min(own.sequence_tokens, SHORTEST_SEQUENCE)
         shapes = {(own.sequences, own.sequence_tokens), (1, own.sequence_tokens), (1, smallest)}
@@ -147,7 +147,7 @@ class MeasuredJob:
         return self._with([StepSize(*shape, way) for way in sorted(ways) for shape in sorted(shapes)])
 
     def with_larger(self) -> "MeasuredJob":
-        """The job with the largest micro batch measured that could be advised; itself if there is none."""
+        """The job with the largest advisable micro batch measured, if there is one."""
         largest = next(larger_micro_batches(self.training), None)
         if largest is None:
             return self
@@ -199,7 +199,7 @@ def _version(package: str) -> str:
 
 
 def measured_further(job: MeasuredJob, further: Callable[[], MeasuredJob]) -> MeasuredJob:
-    """The job with what advice needs too; without it, advice is rougher, which is no reason to stop."""
+    """The job with the measurements for advice, which is rougher without them."""
     try:
         return further()
     except DryRunFailed as failure:

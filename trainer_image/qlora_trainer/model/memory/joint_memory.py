@@ -1,4 +1,4 @@
-"""The GPU memory of jobs that are trained together on one base, from a joint dry run."""
+"""The GPU memory of jobs together on one base, from a joint dry run."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ def memory_together(
     alone: Sequence[MeasuredJob],
     measure: MeasurePasses = measure_together_within_limits,
 ) -> MemoryEstimate:
-    """The peak of jobs whose model has this config.json, when they are trained together; `alone` is that of each.
+    """The peak of jobs trained together, whose model has this config.json. `alone` is that of each.
 
     Raises as the dry run does.
     """

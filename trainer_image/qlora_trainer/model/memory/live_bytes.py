@@ -16,13 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _ROW_MARGIN = 128
-"""Tokens between the gradients of two rows, so that a kernel's last block of a row needs no bounds."""
+"""Tokens between two rows' gradients, so that a kernel's last block fits."""
 _BACKWARD: Any = torch.ops.torch_attn._varlen_attn_backward.default
 _BACKEND = "backend"
 
 
 def workspace_bytes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """Bytes that an operation has allocated at its end, beside what it takes and returns.
+    """Bytes that an operation has allocated at its end, besides its arguments and results.
 
     FlashAttention's backward pass of rows is all that is known. cuDNN decides itself what it takes.
     """
@@ -37,7 +37,7 @@ def workspace_bytes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -
 
 
 def _flash_backward(query: Tensor, key: Tensor, rows: int) -> int:
-    """Of queries [tokens, heads, head size]; keys may have fewer heads.
+    """Bytes for queries [tokens, heads, head size]. Keys may have fewer heads.
 
     Source: PyTorch's `mha_varlen_bwd` (aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp). `dq_accum` and
     `softmax_d` are float32, `dk_expanded` and `dv_expanded` have the type of the keys.
@@ -53,8 +53,8 @@ def _flash_backward(query: Tensor, key: Tensor, rows: int) -> int:
 class LiveBytes(TorchDispatchMode):
     """Adds up the bytes of all storages that operations make, until they are freed, and keeps the largest sum.
 
-    Of what kernels need inside, it counts what `workspaces` knows. The CUDA context and the allocator's fragmentation
-    are not in it.
+    Of what kernels need inside, it counts `workspace_bytes`. The CUDA context and the allocator's
+    fragmentation are not in it.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Measures a job's memory: builds its model without data, counts what it consists of, and runs micro batches."""
+"""Measures a job's memory: runs micro batches of its model without data."""
 
 import shutil
 from collections.abc import Iterator, Sequence
@@ -35,12 +35,12 @@ def measure(
 
     `family` is what an inspection for the same adapter has found; without it the model is inspected.
 
-    Gradients of an earlier micro batch are there, as when they are accumulated. Raises StepFailure for a model that
+    Gradients of an earlier micro batch exist, as when they are accumulated. Raises StepFailure for a model that
     cannot be trained, and what PyTorch and transformers raise for one that they cannot run so.
     """
     # A process that was forked has none of its parent's threads, which PyTorch would wait for.
     torch.set_num_threads(1)
-    family = family or _inspected(config, spec.lora)
+    family = family or _inspect(config, spec.lora)
     read = AutoConfig.from_pretrained(config, local_files_only=True, trust_remote_code=False)
     steps: list[MeasuredStep] = []
     model: Any = None
@@ -49,7 +49,7 @@ def measure(
         model = adapted_skeleton(read, family, spec.lora, training, spec.quantization)
         wanted = [size for size in sizes if size.gradient_checkpointing == checkpointing]
         steps += _steps(model, wanted, pairs=training.compares_answers)
-    return _counted(model, spec, steps, digest)
+    return _count(model, spec, steps, digest)
 
 
 def measure_together(
@@ -60,7 +60,7 @@ def measure_together(
     `family` is what an inspection for the adapter of the first job has found. Raises as `measure` does.
     """
     torch.set_num_threads(1)
-    first, families = specs[0], _inspected_for_each(config, specs, family)
+    first, families = specs[0], _inspect_each(config, specs, family)
     read = AutoConfig.from_pretrained(config, local_files_only=True, trust_remote_code=False)
     model = adapted_skeleton(read, families[0], first.lora, first.training, first.quantization)
     names = [adapter_name(position) for position in range(len(specs))]
@@ -92,7 +92,7 @@ def measure_together(
 
 @contextmanager
 def _trained_on_fake_cuda(model: Any) -> Iterator[None]:
-    """In the body the model is on a GPU, without data, with the gradients of an earlier micro batch."""
+    """In the body the model is on a GPU, without data, with accumulated gradients."""
     with fake_cuda():
         on_fake_cuda(model)
         for parameter in model.parameters():
@@ -101,18 +101,18 @@ def _trained_on_fake_cuda(model: Any) -> Iterator[None]:
         yield
 
 
-def _inspected(config: Path, lora: LoraSpec) -> Family:
+def _inspect(config: Path, lora: LoraSpec) -> Family:
     with TemporaryDirectory() as folder:
         return inspect_family(Path(shutil.copyfile(config, Path(folder) / CONFIG)).parent, lora)
 
 
-def _inspected_for_each(config: Path, specs: Sequence[QLoRAJobSpec], first: Family | None) -> list[Family]:
-    """What an inspection finds for each job; made once for adapters that are alike. `first`: if known, of the first."""
+def _inspect_each(config: Path, specs: Sequence[QLoRAJobSpec], first: Family | None) -> list[Family]:
+    """The inspection for each job, once for equal adapters. `first`: if known."""
     found: dict[str, Family] = {} if first is None else {specs[0].lora.model_dump_json(): first}
     for spec in specs:
         adapter = spec.lora.model_dump_json()
         if adapter not in found:
-            found[adapter] = _inspected(config, spec.lora)
+            found[adapter] = _inspect(config, spec.lora)
     return [found[spec.lora.model_dump_json()] for spec in specs]
 
 
@@ -135,7 +135,7 @@ def _steps(model: Any, sizes: Sequence[StepSize], *, pairs: bool) -> list[Measur
     return measured
 
 
-def _counted(model: Any, spec: QLoRAJobSpec, steps: Sequence[MeasuredStep], digest: str) -> MeasuredMemory:
+def _count(model: Any, spec: QLoRAJobSpec, steps: Sequence[MeasuredStep], digest: str) -> MeasuredMemory:
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     packed = {id(layer.weight) for layer in layers}
     stacks = [stack for _, stack in expert_stacks(model)]
@@ -162,12 +162,12 @@ def _counted(model: Any, spec: QLoRAJobSpec, steps: Sequence[MeasuredStep], dige
 
 
 def answer_bytes(config: Any) -> AnswerBytes:
-    """What an answer takes, by the text model's configuration, with every block counted as attention.
+    """Bytes of an answer, by the text model's configuration, with every block counted as attention.
 
     Of multi-head latent attention transformers keeps the keys and values of each head. A size that differs between
     blocks counts as its largest.
     """
-    # transformers refuses to read a size from the configuration of all blocks if theirs are different.
+    # transformers reads no size from the configuration of all blocks if theirs differ.
     blocks = list(config.per_layer_config) if config.is_heterogeneous else [config]
     heads, sizes = zip(*map(_attention_sizes, blocks), strict=True)
     return AnswerBytes.of(config.num_hidden_layers, max(heads), keys_and_values=max(sizes))

@@ -1,4 +1,4 @@
-"""Builds the model that a job trains, with its adapter and its 4-bit layers, on tensors without data."""
+"""Builds a job's model, with adapter and 4-bit layers, on tensors without data."""
 
 from typing import Any, cast
 
@@ -26,7 +26,7 @@ _BLOCK, _NESTED_BLOCK = 64, 256
 
 
 def base_skeleton(config: PretrainedConfig, attention: str) -> Any:
-    """The base model on the meta device, in 16 bit, with this `attn_implementation` and the trainer's experts."""
+    """The base in 16 bit on the meta device, with this attention and our experts."""
     register_attention()
     register_experts()
     return text_part(config, dtype=COMPUTE_DTYPE, attn_implementation=attention, experts_implementation=EXPERTS)
@@ -35,13 +35,13 @@ def base_skeleton(config: PretrainedConfig, attention: str) -> Any:
 def adapted_skeleton(
     config: PretrainedConfig, family: Family, lora: LoraSpec, training: TrainingSpec, quantization: QuantizationSpec
 ) -> Any:
-    """The model with its adapter on the meta device, its linear layers replaced by 4-bit ones."""
+    """The model on the meta device with its adapter and 4-bit layers."""
     model = base_skeleton(config, family.attention)
     kept = {id(model.get_submodule(name)) for name in routing_linears(model)} | {id(model.get_output_embeddings())}
     # transformers does not quantize what a family would have in 32 bit.
     wide = list(model._keep_in_fp32_modules or ())
     kept |= {id(module) for name, module in model.named_modules() if not should_convert_module(name, wide)}
-    stack_experts(model, ExpertLayout.of(model), quantization, "meta")
+    stack_experts(model, ExpertLayout.from_model(model), quantization, "meta")
     with torch.device("meta"):
         _quantize(model, kept, quantization)
     # PEFT asks for this before it makes a layer for 4-bit weights.
@@ -64,7 +64,7 @@ def adapted_skeleton(
 
 
 class Linear4bitWithoutData(Linear4bit):
-    """bitsandbytes' layer, with its own forward and backward, on a weight that bitsandbytes' parameter cannot hold."""
+    """bitsandbytes' layer on a weight without data, which its parameter cannot hold."""
 
     def __init__(self, linear: nn.Linear, quantization: QuantizationSpec) -> None:
         # bitsandbytes' own would quantize, which needs data.
@@ -114,7 +114,7 @@ def _quant_state(linear: nn.Linear, size: int, quantization: QuantizationSpec) -
 
 
 def _quantize(module: nn.Module, kept: set[int], quantization: QuantizationSpec) -> None:
-    """Replace what transformers replaces: each exact `nn.Linear` but those that are `kept`."""
+    """Replace each exact `nn.Linear`, as transformers does, but those `kept`."""
     for name, child in module.named_children():
         if type(child) is nn.Linear and id(child) not in kept:
             setattr(module, name, Linear4bitWithoutData(child, quantization))

@@ -1,4 +1,4 @@
-"""Runs one micro batch, forward and backward, and says how many bytes it takes beyond those that are there before."""
+"""Runs one micro batch, forward and backward, and reports its additional bytes."""
 
 import gc
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -24,7 +24,7 @@ class StepBytes:
     """Bytes of one micro batch on top of those that are alive before it."""
 
     kept: int
-    """When the decoder has run: activations, or their checkpoints, until the backward pass."""
+    """After the decoder: activations, or checkpoints, until the backward pass."""
     loss: int
     """The most while the loss is computed, less what is kept."""
     work: int
@@ -43,7 +43,7 @@ def full_batch(sequences: int, tokens: int, *, pairs: bool = False) -> Batch:
     if pairs:
         sequence = PackedSequence(anything, anything, (tokens - tokens // 2, tokens // 2), row_numbers=(0, 1))
     # The batch is not for a CPU, which gets other sizes.
-    return Batch.of([sequence] * sequences, torch.device("meta"))
+    return Batch.from_sequences([sequence] * sequences, torch.device("meta"))
 
 
 def step_bytes(
@@ -51,7 +51,7 @@ def step_bytes(
 ) -> StepBytes:
     """The bytes of a micro batch of a model with its adapter, on the batch's device.
 
-    When gradients are accumulated, those of an earlier micro batch are there already, and are not counted.
+    When gradients are accumulated, those of an earlier micro batch exist already, and are not counted.
     """
     return _bytes(model, [batch], lambda: _loss(model.get_base_model(), batch), run_backward, live or LiveBytes())
 
@@ -62,7 +62,7 @@ def joint_step_bytes(
     run_backward: Callable[[Tensor], None] = backward,
     live: LiveBytes | None = None,
 ) -> StepBytes:
-    """The same of a pass with a micro batch of each of several adapters, by their names."""
+    """The same for a pass with micro batches of several adapters, by their names."""
     with routed(model, batches):
         return _bytes(
             model,
@@ -102,7 +102,10 @@ def _bytes(
 
 
 def _loss(base: Any, batch: Batch) -> Tensor:
-    """The loss of a batch, if of pairs that of DPO. The pass that finds its reference takes less than this one."""
+    """The loss of a batch, for pairs that of DPO.
+
+    The pass for its reference takes less than this one.
+    """
     if batch.pairs is None:
         return batch_loss(base, batch)
     losses = row_losses(base, batch)

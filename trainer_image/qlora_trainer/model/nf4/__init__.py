@@ -1,1 +1,1 @@
-"""Weights in the 4-bit format of bitsandbytes: quantizing, reading and dequantizing them."""
+"""Weights in bitsandbytes' 4-bit format: quantizing, reading, dequantizing."""

@@ -1,4 +1,4 @@
-"""Reads the weights of a base model, in 4-bit or not, one tensor at a time and by their names in the loaded model."""
+"""Reads a base model's weights, one tensor at a time, by their names in the model."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,14 +23,14 @@ class StoredName:
     """The place of a file's tensor in the model."""
 
     name: str
-    """The parameter or buffer; a name that the model does not have, if it has none for the tensor."""
+    """The parameter or buffer, or else a name that the model does not have."""
     piece: int = 0
     """The tensor's number among those whose rows follow one another in the parameter."""
     pieces: int = 1
 
 
 class BaseWeights:
-    """The tensors of `model.safetensors`, or of the files that its index names. Each is read when it is needed."""
+    """The tensors of `model.safetensors`, or of an index's files, read when needed."""
 
     def __init__(self, folder: Path, model: Any) -> None:
         """Read the files' headers. `model` is transformers' model for the folder, with weights or without.
@@ -67,10 +67,10 @@ class BaseWeights:
         """
         if name not in self:
             raise model_unavailable(f"the weights in {self._folder} have no tensor for {name}: create the job again")
-        pieces = [self._dequantized(*self._stored[name][piece]) for piece in sorted(self._stored[name])]
+        pieces = [self._dequantize(*self._stored[name][piece]) for piece in sorted(self._stored[name])]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def _dequantized(self, opened: Any, stored: str) -> Tensor:
+    def _dequantize(self, opened: Any, stored: str) -> Tensor:
         tensor = cast("Tensor", opened.get_tensor(stored))
         if stored not in self._constants:
             return tensor
@@ -82,8 +82,8 @@ def renaming(model: Any) -> Callable[[str], StoredName | None]:
     """A function from a tensor's name in a file to its place in the model.
 
     It renames as transformers does when it loads: a checkpoint of the inner model lacks the inner model's name, and a
-    multimodal one has older names for its parts. The function returns None for a tensor of which transformers computes
-    the weight by more than putting pieces together.
+    multimodal one has older names for its parts. The function returns None for a tensor if transformers computes its
+    weight by more than putting pieces together.
     """
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -113,7 +113,7 @@ def _joins_rows(converter: WeightConverter) -> bool:
 def reason_against_storage(model: Any) -> str | None:
     """Why a model whose layers' weights are stored in another form than it computes with cannot be kept in 4-bit.
 
-    `model` is without weights. None if each of its linear layers has a weight of its own in a checkpoint.
+    `model` is without weights. None if each of its linear layers has a separate weight in a checkpoint.
     """
     weights = [f".{name}.weight" for name, module in model.named_modules() if type(module) is nn.Linear]
     for entry in get_model_conversion_mapping(model):
@@ -126,7 +126,7 @@ def reason_against_storage(model: Any) -> str | None:
 
 
 def reason_against_stored_parts(model: Any, parts: Iterable[str]) -> str | None:
-    """Why modules of these names, such as towers, cannot be kept as they are stored; None if they can.
+    """Why modules of these names, such as towers, cannot be kept as they are stored, or None if they can.
 
     `model` is the whole one, without weights.
     """

@@ -1,4 +1,4 @@
-"""Has bitsandbytes give the right values on a CPU for a weight of any shape."""
+"""Corrects bitsandbytes' dequantization on a CPU for weights of any shape."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -17,20 +17,20 @@ def correct_dequantization() -> torch.library.Library:
     """Put a kernel before that of `bitsandbytes::dequantize_4bit` for CPUs which gives it rows of whole blocks only.
 
     The library's own begins a block with each row, if rows are of even length. Blocks of 64 weights were quantized
-    across rows, and GPUs dequantize them so: in a weight of [64, 32] every second row would get the constant of
-    another block. What a 4-bit layer multiplies with on a CPU, what PEFT adds an adapter to, and what is merged comes
-    from this operation. Weights whose rows are a multiple of a block, as in nearly every model, are not affected.
+    across rows, and GPUs dequantize them so: in a weight of [64, 32] every second row would get the constant of another
+    block. This operation computes the weights that a 4-bit layer multiplies with on a CPU, that PEFT adds an adapter
+    to, and that are merged. Weights whose rows are a multiple of a block, as in nearly every model, are not affected.
     The returned registration lasts as long as the process, and is made once.
     """
     theirs: Any = torch.library.get_kernel(f"{_NAMESPACE}::{_OPERATION}", _DEVICE)
 
-    def dequantized(
+    def dequantize(
         keys: Any, packed: Tensor, absmax: Tensor, block: int, kind: str, shape: Sequence[int], dtype: torch.dtype
     ) -> Tensor:
         def given(bytes_of: Tensor, constants: Tensor, rows: Sequence[int]) -> Tensor:
             return cast("Tensor", theirs.call_boxed(keys, bytes_of, constants, block, kind, list(rows), dtype))
 
-        # Rows of odd length take a path of their own in the library, which is right.
+        # Rows of odd length take another path in the library, which is right.
         if shape[-1] % block == 0 or shape[-1] % 2:
             return given(packed, absmax, shape)
         blocks, rest = divmod(prod(shape), block)
@@ -41,5 +41,5 @@ def correct_dequantization() -> torch.library.Library:
         return dense.view(*shape)
 
     library = torch.library.Library(_NAMESPACE, "IMPL")
-    library.impl(_OPERATION, dequantized, _DEVICE, with_keyset=True, allow_override=True)
+    library.impl(_OPERATION, dequantize, _DEVICE, with_keyset=True, allow_override=True)
     return library

@@ -22,7 +22,7 @@ from qlora_api.spec.training import QuantizationSpec
 BLOCK = 64
 """Weights that share one quantization constant (arXiv 2305.14314, section 3)."""
 OUTER_BLOCK = 256
-"""Constants that share one constant of the second level, if they are quantized too."""
+"""Constants that share one constant of the second level (double quantization)."""
 _FLOAT32_BYTES = 4
 _CODE_BYTES = 16 * _FLOAT32_BYTES
 _CONSTANTS_CODE_BYTES = 256 * _FLOAT32_BYTES
@@ -47,7 +47,7 @@ _EXPONENTS = 7
 
 @cache
 def dynamic_map() -> Tensor:
-    """The 256 values, float32, in ascending order; do not change them (arXiv 1511.04561).
+    """The 256 values, float32, in ascending order (arXiv 1511.04561). Do not change them.
 
     For each of the exponents 10^-6 to 10^0, 1, 2, … 64 means of neighbors among evenly spaced numbers from 0.1 to 1,
     with both signs; 0 and 1. bitsandbytes' `create_dynamic_map` has PyTorch space them, which rounds once for each
@@ -67,7 +67,7 @@ def dynamic_map() -> Tensor:
 
 
 def _evenly_spaced(count: int) -> list[numpy.float32]:
-    """`count` steps from 0.1 to 1: up from the first up to the middle, and down from the last beyond it."""
+    """`count` steps from 0.1 to 1, up to the middle and down from the last."""
     first, last = numpy.float32(0.1), numpy.float32(1)
     step = float((last - first) / numpy.float32(count))
     middle = (count + 1) // 2
@@ -76,15 +76,15 @@ def _evenly_spaced(count: int) -> list[numpy.float32]:
 
 
 class NearestValues:
-    """Quantizes blocks of 64 weights; what it needs meanwhile is used again for the next piece.
+    """Quantizes blocks of 64 weights, and reuses its working memory.
 
     bitsandbytes searches the place of each weight among the fifteen means of neighboring values, one weight at a time.
     Here all weights of a piece are compared with one mean after the other, which is faster: processors compare eight
-    or more numbers at once. The numbers that are compared are the same, and so are the bytes.
+    or more numbers in parallel. The numbers that are compared are the same, and so are the bytes.
     """
 
     def __init__(self, kind: str, weights: int) -> None:
-        """`kind` is "nf4" or "fp4"; no piece has more than so many `weights`."""
+        """Create for pieces of up to `weights` weights. `kind` is "nf4" or "fp4"."""
         values = get_4bit_type(kind, device="cpu")
         order = torch.argsort(values)
         ascending = values[order]
@@ -120,9 +120,12 @@ class NearestValues:
 
 
 COMPUTE_DTYPE = torch.bfloat16
-"""The type in which 4-bit layers multiply, and to which a weight is rounded before it is quantized."""
+"""The type that 4-bit layers multiply in. A weight is rounded to it first."""
 PIECE = 2**18
-"""Weights that are quantized at a time. Each takes twelve bytes meanwhile, which should stay in the caches."""
+"""Weights that are quantized together.
+
+Each takes twelve bytes of working memory, which should stay in the caches.
+"""
 
 
 def quantize(weight: Tensor, quantization: QuantizationSpec) -> Mapping[str, Tensor]:
@@ -145,7 +148,7 @@ def quantize(weight: Tensor, quantization: QuantizationSpec) -> Mapping[str, Ten
     offset, outer = None, None
     if quantization.double_quant:
         offset = _mean(absmax)
-        absmax, outer = _nested(absmax.sub_(offset))
+        absmax, outer = _quantize_constants(absmax.sub_(offset))
     state = QuantState(
         absmax=absmax,
         shape=weight.shape,
@@ -180,7 +183,7 @@ def _mean(values: Tensor) -> Tensor:
     return torch.tensor(total / values.numel(), dtype=torch.float32)
 
 
-def _nested(constants: Tensor) -> tuple[Tensor, QuantState]:
+def _quantize_constants(constants: Tensor) -> tuple[Tensor, QuantState]:
     """Constants of the first level in 8 bit, and those of the second level."""
     code = dynamic_map()
     eight_bit, absmax = torch.ops.bitsandbytes.quantize_blockwise.default(constants, code, OUTER_BLOCK)

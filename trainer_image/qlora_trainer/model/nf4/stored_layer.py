@@ -1,4 +1,4 @@
-"""Checks the tensors of a 4-bit layer that somebody else has stored, each on its own, and makes them ours."""
+"""Validates and imports pre-quantized (bitsandbytes) layers, tensor by tensor."""
 
 import json
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from qlora_trainer.model.nf4.quantization import BLOCK, COMPUTE_DTYPE, OUTER_BLO
 
 PACKED = ""
 _STORAGE_SIZES = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}
-"""Bytes of the types that packed weights may be stored as (`bnb_4bit_quant_storage`)."""
+"""Bytes of the types of packed weights (`bnb_4bit_quant_storage`)."""
 _MAX_STATE_BYTES = 4096
 _FLOATS = ("bfloat16", "float16", "float32")
 _TOLERANCE = 1e-6
 
 
 def split(stored: str) -> tuple[str, str]:
-    """Name of the weight that a stored tensor belongs to, and which of its tensors it is: `PACKED` or a constant."""
+    """Name of a stored tensor's weight, and its role: `PACKED` or a constant."""
     layer, found, constant = stored.rpartition(".weight.")
     return (f"{layer}.weight", constant) if found else (stored, PACKED)
 
@@ -54,7 +54,7 @@ class StoredTensor:
             raise ValueError(f"it is {dtype} {list(shape)}, and must be {self.dtype} {list(self.tensor_shape)}")
 
     def ours(self, tensor: Tensor) -> Tensor:
-        """The tensor as our base has it. Raises ValueError for one that cannot be of such a layer."""
+        """The tensor as our base has it. Raises ValueError if no such layer has it."""
         if self.role == PACKED:
             return tensor.contiguous().view(torch.uint8).reshape(self.tensor_shape)
         if self._is_state:
@@ -72,11 +72,12 @@ class StoredTensor:
         return self.role.startswith("quant_state.")
 
     def _state(self, tensor: Tensor) -> Tensor:
-        """The description, with the type in which our layers compute.
+        """The description, with the type that our layers compute in.
 
-        The stored one is what its maker computed in; a weight is dequantized to the type that the layer multiplies in.
+        The stored one is the type that its maker computed in. A weight is dequantized to the type that the layer
+        multiplies in.
         """
-        found = _parsed(bytes(tensor.tolist()))
+        found = _parse(bytes(tensor.tolist()))
         wanted: dict[str, Any] = {
             "quant_type": self.quantization.type,
             "blocksize": BLOCK,
@@ -88,18 +89,18 @@ class StoredTensor:
             wanted |= {"nested_blocksize": OUTER_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
             if type(offset) is not float or not isfinite(offset):
                 raise ValueError("its nested_offset is no finite number")
-        if found != wanted or found["dtype"] not in _FLOATS or not _same_types(found, wanted):
+        if found != wanted or found["dtype"] not in _FLOATS or not _has_same_types(found, wanted):
             raise ValueError(
-                f"it describes {_shortened(found)}, and must describe {wanted} with a dtype of {', '.join(_FLOATS)}"
+                f"it describes {_shorten(found)}, and must describe {wanted} with a dtype of {', '.join(_FLOATS)}"
             )
         ours = json.dumps(wanted | {"dtype": str(COMPUTE_DTYPE).removeprefix("torch.")}).encode()
         return torch.frombuffer(bytearray(ours), dtype=torch.uint8)
 
 
-def _parsed(content: bytes) -> dict[str, Any]:
-    """The object in `content`. Raises ValueError for anything else, a key that comes twice, or NaN."""
+def _parse(content: bytes) -> dict[str, Any]:
+    """The JSON object in `content`. Raises ValueError for a repeated key or NaN too."""
 
-    def refused(constant: str) -> None:
+    def reject(constant: str) -> None:
         raise ValueError(f"it has the number {constant}")
 
     def once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def _parsed(content: bytes) -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        found = json.loads(content, parse_constant=refused, object_pairs_hook=once)
+        found = json.loads(content, parse_constant=reject, object_pairs_hook=once)
     except RecursionError as error:
         raise ValueError("it nests too deep") from error
     if not isinstance(found, dict):
@@ -116,12 +117,12 @@ def _parsed(content: bytes) -> dict[str, Any]:
     return found
 
 
-def _same_types(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    """Whether equal values are of equal types: JSON's true is not 1, nor 64.0 the block size 64."""
+def _has_same_types(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether equal values have equal types: true is not 1, nor is 64.0 64."""
     return repr(sorted(found.items())) == repr(sorted(wanted.items()))
 
 
-def _shortened(value: object) -> str:
+def _shorten(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}…"
 

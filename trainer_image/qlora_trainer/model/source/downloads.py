@@ -1,4 +1,4 @@
-"""Opens the base model at its address: the hub, an object store, a registry or a volume."""
+"""Opens the base model at its address: hub, object store, registry or volume."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from hashlib import sha256
@@ -36,7 +36,7 @@ class HubModel:
         self._hub.fetch(self._listing, self._listing.files[name], folder, on_bytes)
 
     def require_readable(self, names: Iterable[str]) -> None:
-        """See RemoteModel. The listing of a gated repository is open to everybody, its files are not."""
+        """See RemoteModel. A gated repository lists files that it does not serve."""
         for name in names:
             self._hub.require_readable(self._listing, self._listing.files[name])
 
@@ -59,7 +59,7 @@ class ObjectStoreModel:
         if not self._objects:
             raise model_unavailable(f"{self.uri} has no objects: check bucket and path")
         self.sizes = {name: found.size for name, found in self._objects.items()}
-        # Not every store makes its ETags from the content: they say nothing about objects of another address.
+        # Not every store makes its ETags from the content: they do not compare objects of two addresses.
         self.version = sha256(f"{self._folder.address} {version_of(self._objects)}".encode()).hexdigest()
         self.digests: Mapping[str, str] = {}
 
@@ -68,7 +68,7 @@ class ObjectStoreModel:
         self._folder.download(self._objects[name], folder / name, on_bytes)
 
     def require_readable(self, names: Iterable[str]) -> None:
-        """See RemoteModel. Whoever may list a folder need not be allowed to read what is in it."""
+        """See RemoteModel. The right to list a folder does not include reading it."""
         for name in names:
             self._folder.stat(name)
 
@@ -120,7 +120,10 @@ class RegistryModel:
 
 
 def open_model_source(context: StepContext, hub: Callable[[], Hub]) -> SharedModel:
-    """The job's base model. Raises StepFailure BAD_CONFIGURATION for an address that a model cannot have."""
+    """Open the job's base model.
+
+    Raises StepFailure BAD_CONFIGURATION for an address that a model cannot have.
+    """
     source = parse_source(context.spec.model.source)
     if isinstance(source, VolumeSource):
         return VolumeModel(context.mounts, source)

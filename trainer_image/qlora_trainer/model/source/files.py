@@ -32,7 +32,7 @@ TOKENIZER_FILES = frozenset(
     }
 )
 PROCESSOR_FILES = frozenset({"preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"})
-"""What servers need of a multimodal model besides. It is copied, and never read here."""
+"""Other files that servers of a multimodal model need: copied, never read here."""
 _VOCABULARIES = frozenset({"tokenizer.json", "tokenizer.model", "vocab.json"})
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
@@ -93,7 +93,7 @@ def weight_files(index: bytes | None, names: Collection[str], source: str) -> li
 
 
 def reject_code(folder: Path) -> None:
-    """Raise StepFailure UNSAFE_ARTIFACT if the model's tokenizer has Python code of its own."""
+    """Raise StepFailure UNSAFE_ARTIFACT if the model's tokenizer has Python code."""
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return
@@ -137,7 +137,7 @@ def content_revision(digests: Mapping[str, str]) -> str:
 
 
 def require_whole(path: Path, name: str) -> None:
-    """Raise StepFailure MODEL_UNAVAILABLE unless the safetensors file's header fits its length."""
+    """Raise StepFailure MODEL_UNAVAILABLE if a safetensors file is truncated."""
     try:
         with safe_open(path, framework="pt"):
             pass

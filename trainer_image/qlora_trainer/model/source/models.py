@@ -1,4 +1,4 @@
-"""Gets the files of a base model into one folder, complete and safe to load: from a server or a volume."""
+"""Gets the files of a base model, complete and safe, from a server or a volume."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -35,18 +35,21 @@ Origin = Literal["downloaded", "cache", "volume"]
 
 
 class Conversion(Protocol):
-    """What is made of the weights, file by file."""
+    """Converts the weights, file by file."""
 
     @property
     def digests(self) -> Mapping[str, str]:
-        """SHA-256 of each file of weights that it has taken and needs no more, by its name."""
+        """SHA-256 of each file of weights that was converted, by its name."""
 
     def convert(self, path: Path, sha256: str) -> None:
-        """Take the whole file of this digest. Raises StepFailure for weights that cannot be used."""
+        """Convert a whole file. Raises StepFailure for weights that cannot be used."""
 
 
 class ModelSource(Protocol):
-    """Where the base model comes from, a server or a volume. Call its methods in this order. They raise StepFailure."""
+    """Where the base model comes from, a server or a volume.
+
+    Call its methods in this order. They raise StepFailure.
+    """
 
     activity: str
     """What `weights` does, for the progress record."""
@@ -55,13 +58,13 @@ class ModelSource(Protocol):
 
     @property
     def bytes_fetched(self) -> int:
-        """What a server has sent so far."""
+        """Bytes that a server has sent so far."""
 
     def settings(self) -> Path:
-        """The model's folder, with config.json, generation_config.json and the tokenizer's files: small, so first."""
+        """The model's folder with its small files: configuration and tokenizer."""
 
     def check_weights(self, beside: int) -> None:
-        """Check, without reading them, that the weights are complete and safe, and have disk space beside the base.
+        """Check, without reading them, that the weights are complete, safe, and fit on the disk with the base.
 
         `beside`: bytes that the base is yet to take.
         """
@@ -70,7 +73,10 @@ class ModelSource(Protocol):
         """Identifies the weights: a base of another version is made of others."""
 
     def weights(self, conversion: Conversion, on_bytes: OnBytes) -> str:
-        """Give each file of weights to `conversion`; returns the revision: commit, or sha256:… of the content."""
+        """Give each file of weights to `conversion`.
+
+        Returns the revision: a commit, or sha256:… of the content.
+        """
 
     def complete(self) -> Path:
         """The model's folder under its final name."""
@@ -94,7 +100,10 @@ class SharedModel(ModelSource, Protocol):
         """Raise StepFailure unless the job's own credentials open the weights."""
 
     def originals(self) -> Mapping[str, str | None]:
-        """SHA-256 of each file of weights, by its name, once `version` has returned; None where nobody knows it."""
+        """SHA-256 of each file of weights, by its name, once `version` has returned.
+
+        None for a digest that the server does not report.
+        """
 
     def revision(self, weights: Mapping[str, str]) -> str:
         """The revision, as `weights` returns it, by the SHA-256 of each file of weights."""
@@ -109,7 +118,7 @@ class RemoteModel(Protocol):
 
     @property
     def version(self) -> str:
-        """Identifies the content that the server has now; can be a folder's name."""
+        """Identifies the server's current content. Can be a folder's name."""
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -117,16 +126,19 @@ class RemoteModel(Protocol):
 
     @property
     def digests(self) -> Mapping[str, str]:
-        """SHA-256 of each file of which the server knows it, by its name."""
+        """SHA-256 of each file, by its name, as far as the server reports it."""
 
     def fetch(self, name: str, folder: Path, on_bytes: Callable[[int], None]) -> None:
-        """Download the file into `folder`, whole and as the server describes it; resumes an earlier attempt."""
+        """Download the whole file into `folder`, and resume an earlier attempt."""
 
     def require_readable(self, names: Iterable[str]) -> None:
-        """Ask the server, without the content, whether the job's own credentials open these files."""
+        """Check with the server that the job's credentials open these files."""
 
     def revision(self, digests: Callable[[], Mapping[str, str]]) -> str:
-        """The model's revision: commit, or sha256:… of the content, whose digests are asked for only then."""
+        """The model's revision: a commit, or sha256:… of the content.
+
+        The digests are computed only if they are needed.
+        """
 
 
 class DownloadedModel:
@@ -182,7 +194,7 @@ class DownloadedModel:
         return self.revision(conversion.digests)
 
     def small_digests(self) -> dict[str, str]:
-        """SHA-256 of each of the small files, once they are there, by its name."""
+        """SHA-256 of each of the downloaded small files, by its name."""
         return file_digests(self.folder, self.small_files, lambda _done, _total: None)
 
     @property
@@ -215,7 +227,7 @@ class DownloadedModel:
         return self.folder
 
     def weight_names(self) -> list[str]:
-        """The names of the weights' files, once the small files are there."""
+        """The names of the weights' files, once the small files are downloaded."""
         index = (self.folder / WEIGHTS_INDEX).read_bytes() if WEIGHTS_INDEX in self.small_files else None
         return weight_files(index, self.remote.sizes, self.remote.uri)
 
@@ -229,7 +241,7 @@ class DownloadedModel:
     def _fetch(self, name: str, folder: Path, on_bytes: Callable[[int], None]) -> None:
         before = bytes_below(folder)
         self.remote.fetch(name, folder, on_bytes)
-        # The hub's client leaves notes of its own beside the files.
+        # The hub's client also stores notes in the folder.
         self.bytes_fetched += min(max(bytes_below(folder) - before, 0), self.remote.sizes[name])
 
 
@@ -242,7 +254,10 @@ class VolumeModel:
     known_version = None
 
     def __init__(self, mounts: Mounts, source: VolumeSource) -> None:
-        """List the files. Raises StepFailure UNSAFE_ARTIFACT for one that is not a regular file inside the folder."""
+        """List the files.
+
+        Raises StepFailure UNSAFE_ARTIFACT for one that is not a regular file inside the folder.
+        """
         self.activity = "reading"
         self._uri = str(source)
         folder = mounts.volume(source)
@@ -286,7 +301,7 @@ class VolumeModel:
         # Other jobs may find the base by the digest of what was read first.
         if self._states() != self._before:
             raise model_unavailable(
-                f"{self._uri} changed while it was read: start the job again when nobody writes to it"
+                f"{self._uri} changed while it was read: start the job again when no process writes to it"
             )
         return content_revision(self._digests)
 
@@ -311,7 +326,7 @@ class VolumeModel:
         return self.folder
 
     def _states(self) -> list[tuple[int, int, int]]:
-        """Differ once a file of weights has been replaced or written to."""
+        """States that differ once a file of weights was replaced or written to."""
         found = [(self.folder / name).stat() for name in self._weight_files()]
         return [(state.st_ino, state.st_size, state.st_mtime_ns) for state in found]
 

@@ -48,21 +48,24 @@ def source_quantization(config: Mapping[str, Any], place: str) -> QuantizationSp
     kind, double = settings.get("bnb_4bit_quant_type", "fp4"), settings.get("bnb_4bit_use_double_quant", False)
     if kind not in ("nf4", "fp4") or not isinstance(double, bool) or settings.get("load_in_8bit"):
         raise bad_configuration(
-            f"{place} has {found} with bnb_4bit_quant_type {_shown(kind)}, bnb_4bit_use_double_quant {_shown(double)} "
-            f"and load_in_8bit {_shown(settings.get('load_in_8bit'))}: allowed are nf4 or fp4, true or false, and no 8 "
+            f"{place} has {found} with bnb_4bit_quant_type {_show(kind)}, bnb_4bit_use_double_quant {_show(double)} "
+            f"and load_in_8bit {_show(settings.get('load_in_8bit'))}: allowed are nf4 or fp4, true or false, and no 8 "
             f"bit; {ORIGINAL}"
         )
     if skipped_modules(settings) is None and settings.get(_SKIPPED) is not None:
         # transformers takes each as a regular expression.
         raise bad_configuration(
-            f"{place} has {found} with {_SKIPPED} {_shown(settings[_SKIPPED])}: allowed is a list of up to "
+            f"{place} has {found} with {_SKIPPED} {_show(settings[_SKIPPED])}: allowed is a list of up to "
             f"{_MOST_SKIPPED} names of modules; {ORIGINAL}"
         )
     return QuantizationSpec(type=kind, double_quant=double)
 
 
 def skipped_modules(settings: Mapping[str, Any]) -> list[str] | None:
-    """The modules that bitsandbytes has left in 16 bit; None if transformers has chosen, or these are no names."""
+    """The modules that bitsandbytes has left in 16 bit.
+
+    None if transformers has chosen them, or if these are no names.
+    """
     names = settings.get(_SKIPPED)
     if not isinstance(names, list) or len(names) > _MOST_SKIPPED:
         return None
@@ -70,7 +73,10 @@ def skipped_modules(settings: Mapping[str, Any]) -> list[str] | None:
 
 
 def unusable(config: Mapping[str, Any], place: str, name: str, settings: object) -> StepFailure:
-    """The failure of a model whose quantization, under this name in config.json, is not bitsandbytes' 4-bit format."""
+    """The failure of a model that is quantized in another format than bitsandbytes' 4 bit.
+
+    `name`: key of the quantization in config.json.
+    """
     return bad_configuration(
         f"{place} has {name}: the model (model_type {config.get('model_type')!r}) is already quantized "
         f"({_method(settings)}), and of quantized models only those that bitsandbytes has stored in 4 bit (NF4 or FP4) "
@@ -79,19 +85,19 @@ def unusable(config: Mapping[str, Any], place: str, name: str, settings: object)
 
 
 def experts_in_mxfp4(config: Any) -> bool:
-    """Whether transformers' configuration, of a published model or of a base of ours, says so of the routed experts."""
+    """Whether the configuration, published or ours, has routed experts in MXFP4."""
     settings = getattr(config, SETTINGS[0], None)
     found = settings if isinstance(settings, dict) else vars(settings) if settings is not None else {}
     return _MXFP4 in (found.get("quant_method"), found.get(EXPERTS_FORMAT))
 
 
 def require_agreement(found: QuantizationSpec | None, wanted: QuantizationSpec) -> None:
-    """Raise StepFailure BAD_CONFIGURATION if a model is stored in another 4-bit format than the job asks for."""
+    """Raise StepFailure BAD_CONFIGURATION if the model has another 4-bit format."""
     if found is not None and found != wanted:
         raise bad_configuration(
-            f"spec.quantization is type {wanted.type}, doubleQuant {_shown(wanted.double_quant)}, and the model is "
-            f"stored in 4 bit as type {found.type}, doubleQuant {_shown(found.double_quant)} (quantization_config in "
-            "its config.json), which is not quantized again: set spec.quantization to that, or name the original "
+            f"spec.quantization is type {wanted.type}, doubleQuant {_show(wanted.double_quant)}, and the model is "
+            f"stored in 4 bit as type {found.type}, doubleQuant {_show(found.double_quant)} (quantization_config in "
+            "its config.json). It is not quantized again: set spec.quantization to that, or name the original "
             "16-bit model"
         )
 
@@ -105,5 +111,5 @@ def _method(settings: object) -> str:
     return one_line(str(method or "by an unnamed method"))[:_MAX_NAME]
 
 
-def _shown(value: object) -> str:
+def _show(value: object) -> str:
     return str(value).lower()[:_MAX_NAME] if isinstance(value, bool) else repr(value)[:_MAX_NAME]

@@ -1,1 +1,1 @@
-"""Where a finished folder may go. To add a kind, see `destination.Destination` and `addresses`."""
+"""Destinations of a finished folder: see `destination.Destination`, `addresses`."""

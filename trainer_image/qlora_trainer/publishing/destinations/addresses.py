@@ -1,9 +1,9 @@
-"""Opens the destination that an address of a job's spec names, and checks it before anything is trained."""
+"""Opens the destination of an address in a job's spec, and checks it early."""
 
 from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource, VolumeSource, parse_source
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.credentials import Secret
-from qlora_trainer.core.paths import confined
+from qlora_trainer.core.paths import confine
 from qlora_trainer.publishing.destinations.bucket import ObjectDestination
 from qlora_trainer.publishing.destinations.destination import Destination, reject_occupied
 from qlora_trainer.publishing.destinations.hub import HubDestination
@@ -43,8 +43,8 @@ def check_destination(
 ) -> None:
     """Raise StepFailure if the publisher could not publish there: not allowed, occupied, or no right to write.
 
-    For the prepare step, before a GPU is used. What it does not know yet of the publisher is not compared: any run of
-    the job counts as its own, and any base before its own is made.
+    For the prepare step, before a GPU is used. Unknown parts of the publisher are not compared: any run of the job
+    counts as the same, and any base before the job's is made.
     `secret` is None where the step is not given the credentials, by an operator of the first contract; then only what
     needs none is checked.
     """
@@ -65,4 +65,4 @@ def check_destination(
 
 def _volume_folder(source: VolumeSource, mounts: Mounts, owner: str) -> VolumeFolder:
     root = mounts.volume(VolumeSource(source.claim))
-    return VolumeFolder(confined(root / source.path, root), str(source), owner=owner)
+    return VolumeFolder(confine(root / source.path, root), str(source), owner=owner)

@@ -16,9 +16,10 @@ from qlora_trainer.stores.contents import Contents
 from qlora_trainer.stores.objects import ObjectFolder
 from qlora_trainer.stores.retry import read_back
 
-# Present while files are being written, so that the next attempt recognizes them as its own; the manifest replaces it.
+# Present while files are being written, so that the next attempt recognizes them as the same run's. The manifest
+# replaces it.
 _CLAIM = ".manifest.partial.json"
-# Written and deleted again to see whether that is allowed. It belongs to nobody.
+# Written and deleted again to check the permission. It belongs to no run.
 _PROBE = ".write-check"
 
 
@@ -34,7 +35,7 @@ class ObjectDestination:
         return self._manifest(PUBLISHED_MANIFEST)
 
     def holders(self) -> tuple[Manifest, ...]:
-        """See Destination. The claim counts too, so that two runs that start at once do not mix their files."""
+        """See Destination. The claim counts too: concurrent runs never mix their files."""
         found = (self.published(), self._manifest(_CLAIM))
         return tuple(manifest for manifest in found if manifest is not None)
 
@@ -58,7 +59,7 @@ class ObjectDestination:
         return None
 
     def write(self, contents: Contents, manifest: Manifest) -> None:
-        """See Destination. Files that an earlier attempt has written completely are not written again."""
+        """See Destination. Skips files that an earlier attempt has written completely."""
         self._claim(manifest)
         self._folder.delete(PUBLISHED_MANIFEST)
         stored = self._folder.list()
@@ -69,7 +70,7 @@ class ObjectDestination:
                 self._folder.write(name, content)
                 if read_back(partial(self._folder.digest, name)) != described.sha256:
                     raise self._differs(name)
-        # What is stated about other files must not lie beside these.
+        # Statements about other files must not lie next to these.
         for name in (STATEMENTS & stored.keys()) - contents.keys():
             self._folder.delete(name)
         self._folder.write(PUBLISHED_MANIFEST, manifest.text())
@@ -88,12 +89,12 @@ class ObjectDestination:
         return unreachable(f"{self.uri}/{name} does not read back as it was written: the next attempt writes it again")
 
     def _claim(self, manifest: Manifest) -> None:
-        """Create the claim, unless an earlier attempt has. Raises StepFailure if the folder is another run's by now."""
+        """Create the claim, unless an earlier attempt has. Raises StepFailure if taken."""
         created = self._folder.create(_CLAIM, manifest.text())
         try:
             reject_occupied(self, manifest.publisher)
         except StepFailure:
-            # Another run has published, and removed its own claim, after this one had found the folder free.
+            # Another run has published, and removed its claim, after this one had found the folder free.
             if created:
                 self._folder.delete(_CLAIM)
             raise

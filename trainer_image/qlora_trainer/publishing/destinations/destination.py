@@ -1,4 +1,4 @@
-"""Publishes a folder to a destination of any kind, and decides whether a run may write there."""
+"""Publishes a folder to any destination, if the run may write there."""
 
 from typing import Protocol
 
@@ -16,34 +16,34 @@ class Destination(Protocol):
         """Its address, as the spec has it."""
 
     def published(self) -> Manifest | None:
-        """The manifest of the folder that is there, complete or damaged; None if none can be read."""
+        """The manifest of the existing folder, complete or damaged, or None."""
 
     def holders(self) -> tuple[Manifest, ...]:
-        """The manifests of the runs that have published there or have started to; at most one of each."""
+        """The manifests of the runs that have published there or begun to, one of each."""
 
     def is_free(self) -> bool:
-        """Whether nothing is there."""
+        """Whether the destination is empty."""
 
     def require_writable(self) -> None:
-        """Raise StepFailure if the credentials do not allow writing there, as far as that shows without a trace."""
+        """Raise StepFailure if the credentials forbid writing, as far as can be tested."""
 
     def damaged(self, manifest: Manifest) -> str | None:
-        """The first file of the manifest that is missing there or has another SHA-256; None if all are intact."""
+        """The first file of the manifest that is missing or differs there, or None."""
 
     def write(self, contents: Contents, manifest: Manifest) -> None:
-        """Write the files, read them back, and write the manifest last; resumes what an earlier attempt has started.
+        """Write the files, read them back, and write the manifest last. Resumes an earlier attempt.
 
         Calls `reject_occupied` once more, as late as it can: another run may have published in the meantime.
         """
 
     def location(self, manifest: Manifest) -> str:
-        """The address of exactly the manifest's files, which are published: with a commit or digest if it has one."""
+        """The address of exactly the manifest's files, with a commit or digest if any."""
 
 
 def reject_occupied(destination: Destination, publisher: Publisher) -> None:
-    """Raise StepFailure (BAD_CONFIGURATION), naming what is there, unless the destination is free or the publisher's.
+    """Raise StepFailure (BAD_CONFIGURATION), naming the content, unless the destination is free or the publisher's.
 
-    Files without a manifest belong to nobody known.
+    Files without a manifest have no known owner.
     """
     if destination.is_free():
         return
@@ -58,7 +58,7 @@ def reject_occupied(destination: Destination, publisher: Publisher) -> None:
 
 
 def _occupation(holder: Manifest, publisher: Publisher) -> str:
-    """What the holder has there that is not the publisher's, and what to do."""
+    """Describe the holder's foreign content there, and the fix."""
     if holder.job_uid != SHARED_BASE:
         return (
             f"holds another adapter, of job {holder.job_name!r} (UID {holder.job_uid}, trained on "
@@ -78,9 +78,9 @@ def _occupation(holder: Manifest, publisher: Publisher) -> str:
 
 
 def publish_folder(destination: Destination, contents: Contents, manifest: Manifest) -> str:
-    """Publish the files with their manifest and verify them; returns the address of exactly that.
+    """Publish the files with their manifest, verify them, and return their exact address.
 
-    Writes nothing if they are there already. Raises StepFailure: BAD_CONFIGURATION if the destination is occupied.
+    Writes nothing if they exist already. Raises StepFailure: BAD_CONFIGURATION if the destination is occupied.
     """
     if not is_published(destination, manifest):
         reject_occupied(destination, manifest.publisher)
@@ -89,5 +89,5 @@ def publish_folder(destination: Destination, contents: Contents, manifest: Manif
 
 
 def is_published(destination: Destination, manifest: Manifest) -> bool:
-    """Whether exactly this is there, every file with its SHA-256."""
+    """Whether exactly this exists, every file with its SHA-256."""
     return destination.published() == manifest and destination.damaged(manifest) is None

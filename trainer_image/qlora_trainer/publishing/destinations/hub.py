@@ -24,7 +24,7 @@ class HubDestination:
     """A model repository of the hub as a destination. See Destination."""
 
     def __init__(self, source: HubSource, secret: Secret) -> None:
-        """Uses the token of the Secret; without one, that of the user who is logged in here."""
+        """Use the Secret's token, or without one that of the logged-in user."""
         self.uri = f"hf://{source.repository}"
         self._repository = source.repository
         own = get_token()
@@ -55,7 +55,7 @@ class HubDestination:
         self._hub.require_writable(self._repository)
 
     def damaged(self, manifest: Manifest) -> str | None:
-        """See Destination. Reads every file: the digest that the hub lists is only what a commit has stated."""
+        """See Destination. Reads every file: the hub only lists a commit's digests."""
         listing = self._listing()
         for name, described in manifest.files.items():
             file = None if listing is None else listing.files.get(name)
@@ -72,7 +72,7 @@ class HubDestination:
         # not go unnoticed either.
         reject_occupied(self, manifest.publisher)
         everything = {**contents, PUBLISHED_MANIFEST: manifest.text()}
-        # What is stated about other files must not lie beside these.
+        # Statements about other files must not lie next to these.
         left = (STATEMENTS & listing.files.keys()) - contents.keys()
         commit = self._hub.commit(
             self._repository, everything, f"Publish {manifest.job_name}", parent=listing.commit, without=sorted(left)

@@ -25,7 +25,7 @@ class RegistryDestination:
         self._registry = Registry(source, secret, allowed=allowed, reject=bad_configuration)
 
     def published(self) -> Manifest | None:
-        """See Destination. An artifact that has other layers too, or was packed differently, is not this folder."""
+        """See Destination. Other layers or packing make it another folder."""
         found = self._artifact()
         manifest = self._manifest_in(found)
         return (
@@ -48,7 +48,7 @@ class RegistryDestination:
         self._registry.require_writable()
 
     def damaged(self, manifest: Manifest) -> str | None:
-        """See Destination. A registry checks content when it receives it; this checks what it returns."""
+        """See Destination. The registry checks uploads only: this checks its answers."""
         files = _files(self._artifact())
         for name, described in manifest.files.items():
             blob = Blob(f"sha256:{described.sha256}", described.size)
@@ -59,8 +59,8 @@ class RegistryDestination:
         return None
 
     def write(self, contents: Contents, manifest: Manifest) -> None:
-        """See Destination. Layers that an earlier attempt has uploaded are not uploaded again."""
-        described = _described(manifest)
+        """See Destination. Skips layers that an earlier attempt has uploaded."""
+        described = _describe(manifest)
         for name, content in {**contents, PUBLISHED_MANIFEST: manifest.text()}.items():
             self._registry.upload(Blob(f"sha256:{described[name].sha256}", described[name].size), content)
         config, artifact = pack(manifest.job_name, described)
@@ -76,7 +76,7 @@ class RegistryDestination:
             )
 
     def location(self, manifest: Manifest) -> str:
-        """See Destination. The tag is not asked, which whoever may push can move at any time."""
+        """See Destination. Without the tag, which any client with push access can move."""
         return f"{self.uri}@{artifact_digest(manifest)}"
 
     def attach(self, document: bytes, media_type: str, annotations: Mapping[str, str], manifest: Manifest) -> None:
@@ -92,19 +92,19 @@ class RegistryDestination:
 
     def _manifest_in(self, artifact: Artifact | None) -> Manifest | None:
         blob = _files(artifact).get(PUBLISHED_MANIFEST)
-        # The size is stated by whoever has published under this tag, and the file is read into memory.
+        # The size comes from the publisher under this tag, and the file is read into memory.
         if blob is None or blob.size > MAX_MANIFEST_BYTES:
             return None
         return parse_manifest(self._registry.read(blob))
 
 
 def artifact_digest(manifest: Manifest) -> str:
-    """The digest, sha256:…, of the artifact of exactly the manifest's files and the manifest itself."""
-    _, artifact = pack(manifest.job_name, _described(manifest))
+    """The digest, sha256:…, of the artifact of exactly these files and the manifest."""
+    _, artifact = pack(manifest.job_name, _describe(manifest))
     return digest_of(artifact)
 
 
-def _described(manifest: Manifest) -> dict[str, PublishedFile]:
+def _describe(manifest: Manifest) -> dict[str, PublishedFile]:
     return {**manifest.files, **describe_files({PUBLISHED_MANIFEST: manifest.text()})}
 
 

@@ -16,7 +16,7 @@ class VolumeFolder:
     """A folder of a volume as a destination. See Destination."""
 
     def __init__(self, folder: Path, uri: str, *, owner: str) -> None:
-        """`owner` distinguishes this process from another one that may write there at the same time."""
+        """Create. `owner` separates this process from another one that may write there."""
         self.uri = uri
         self._folder = folder
         self._owner = owner
@@ -26,7 +26,7 @@ class VolumeFolder:
         return read_manifest(self._folder / PUBLISHED_MANIFEST)
 
     def holders(self) -> tuple[Manifest, ...]:
-        """See Destination. Unfinished files are beside the folder, not in it."""
+        """See Destination. Unfinished files are next to the folder, not in it."""
         manifest = self.published()
         return () if manifest is None else (manifest,)
 
@@ -35,16 +35,19 @@ class VolumeFolder:
         return not self._folder.exists() or (self._folder.is_dir() and not any(self._folder.iterdir()))
 
     def require_writable(self) -> None:
-        """See Destination. Volumes have no credentials, and only publish mounts them so that it can write."""
+        """See Destination. Volumes have no credentials: only publish mounts them writable."""
 
     def damaged(self, manifest: Manifest) -> str | None:
         """See Destination."""
         return _damaged_file(self._folder, manifest)
 
     def write(self, contents: Contents, manifest: Manifest) -> None:
-        """See Destination. OSError if it cannot be written; then, as after a StepFailure, the folder is as it was."""
+        """See Destination. Raises OSError if it cannot write.
+
+        Then, as after a StepFailure, the folder is unchanged.
+        """
         folder = self._folder
-        # Not `atomic_folder`: others write beside it, and an intact folder of theirs must survive.
+        # Not `atomic_folder`: others write next to it, and an intact folder of theirs must survive.
         prefix = f".{folder.name}.{manifest.job_uid}"
         stage = new_folder(folder.with_name(f"{prefix}.{self._owner}{PARTIAL}"))
         try:
@@ -77,10 +80,10 @@ def _write(path: Path, content: Path | bytes) -> None:
 
 
 def _swap(stage: Path, folder: Path) -> None:
-    """Rename over an empty folder or none; a folder of the same run, damaged or older, is moved aside first."""
+    """Rename to an empty or absent folder. Moves an older one of the run aside first."""
     if folder.exists() and any(folder.iterdir()):
         aside = stage.with_suffix(f".replaced{PARTIAL}")
-        # What was here before the last time, if its attempt was killed after the swap: on a laptop all are one owner.
+        # The folder before the last attempt, if that was killed after the swap: on a laptop all are one owner.
         remove(aside)
         folder.rename(aside)
     os.replace(stage, folder)
@@ -93,7 +96,7 @@ def _require_intact(folder: Path, manifest: Manifest) -> None:
 
 
 def _damaged_file(folder: Path, manifest: Manifest) -> str | None:
-    """The first file of the manifest that is missing in the folder or has another SHA-256; None if all are intact."""
+    """The first file of the manifest that is missing or differs, or None."""
     for name, described in manifest.files.items():
         path = folder / name
         if path.is_symlink() or not path.is_file() or file_sha256(path) != described.sha256:

@@ -1,6 +1,6 @@
 """Records the train step's attempts: at most one runs at a time, none after too many without a checkpoint.
 
-How often a job may be interrupted is not judged here: a pod cannot tell an eviction from a suspension.
+The number of interruptions is not limited here: a pod cannot distinguish an eviction from a suspension.
 """
 
 import fcntl
@@ -33,7 +33,7 @@ class PodOfJob:
 
     uid: str
     job_attempt: int
-    """Number of the step's Job, counted from 1; 0 if it is the Job of another one, with which the job is trained."""
+    """Number of the step's Job, from 1, or 0 in the Job of another job."""
     started: datetime
     """When its trainer started."""
 
@@ -44,26 +44,26 @@ class Attempt(ObservedModel):
     pod_uid: str
     started_at: Timestamp
     from_step: int
-    """Step of the checkpoint from which it resumed; 0 without one."""
+    """Step of the checkpoint that it resumed from, or 0 without one."""
     job_attempt: int = 0
-    """Number of the step's Job that it belongs to; 0 if it was another job's, or an earlier release has recorded it."""
+    """Number of the step's Job, or 0 in another job's or from an earlier release."""
     ended: Literal["succeeded", "interrupted", "failed"] | None = None
     """None if it was killed before it could record its end."""
     ended_at: Timestamp | None = None
     """Of an attempt that was killed, its last sign of life. None while it runs."""
     trained_at: Timestamp | None = None
-    """When it began to train, all being loaded; None before, or if an earlier release has recorded it."""
+    """When it began to train, or None before, or from an earlier release."""
     saved_at: Timestamp | None = None
-    """When it saved its latest checkpoint; None before the first."""
+    """When it saved its latest checkpoint, or None before the first."""
 
 
 def reject_if_stuck(attempts: Sequence[Attempt], from_step: int, job_attempt: int) -> None:
     """Raise StepFailure (RETRIES_EXHAUSTED) if the latest attempts of this Job were all killed at the same checkpoint.
 
     `from_step`: step of the checkpoint that the next attempt would resume from. An attempt that was asked to stop has
-    saved a checkpoint and does not count, nor does one of an earlier Job: a job that is taken up again starts afresh.
-    On several nodes each attempt is a Job of its own, and only the operator's limits apply. In the Job of another one
-    (`job_attempt` 0) nothing counts: it cannot be told from that one's earlier Jobs, and its own attempts do.
+    saved a checkpoint and does not count, nor does one of an earlier Job: a resumed job starts afresh. On several nodes
+    each attempt has a separate Job, and only the operator's limits apply. In the Job of another one (`job_attempt` 0)
+    nothing counts: it cannot be distinguished from that one's earlier Jobs, and that job's attempts do count.
     """
     if job_attempt == 0:
         return
@@ -96,9 +96,9 @@ def recorded_attempt(records: Path, from_step: int, pod: PodOfJob, now: Callable
 
 @contextmanager
 def reopened_attempt(records: Path, pod_uid: str, now: Callable[[], datetime]) -> Iterator[None]:
-    """Run the body as a later part of this pod's attempt, which has ended: how the body ends is how that has ended.
+    """Run the body as a later part of this pod's ended attempt, and record the end of the body as its end.
 
-    If another pod has begun one since, or somebody has deleted the file, nothing is recorded.
+    If another pod has begun one since, or another process has deleted the file, nothing is recorded.
     """
     attempts = read_attempts(records)
     if not attempts or attempts[-1].pod_uid != pod_uid:
@@ -134,7 +134,7 @@ def _noting_end(
 
 
 def note_training(records: Path, pod_uid: str, now: datetime) -> None:
-    """Note that the pod's attempt has loaded all and begins to train, if there is room for that."""
+    """Note, if there is room, that the pod's attempt has loaded all and trains."""
     _change_latest(records, pod_uid, {"trained_at": _precise(now)})
 
 
@@ -144,7 +144,10 @@ def note_saved(records: Path, pod_uid: str, now: datetime) -> None:
 
 
 def _change_latest(records: Path, pod_uid: str, changes: Mapping[str, str]) -> None:
-    """Nothing is recorded if somebody has deleted the file, or the volume is full, which must not end the run."""
+    """Change the latest record.
+
+    A full volume, or a deleted file, must not end the run: then nothing is recorded.
+    """
     try:
         latest = _latest_of(records, pod_uid)
         if latest is not None:
@@ -165,13 +168,16 @@ def _precise(time: datetime) -> str:
 
 
 def show_life(records: Path) -> None:
-    """Leave a sign of life of the running attempt, for an end that it cannot record. Raises OSError."""
-    # Not os.utime: somebody who deletes the file must not end the run.
+    """Touch the attempt's record, in case it cannot record its end. Raises OSError."""
+    # Not os.utime: the run must survive a deleted file.
     (records / ATTEMPTS_FILE).touch()
 
 
 def ended_attempts(records: Path) -> list[Attempt]:
-    """All attempts so far while none runs, the latest of which ended at its last sign of life if it was killed."""
+    """All attempts so far while none runs.
+
+    A killed one, the latest, ended at its last sign of life.
+    """
     attempts = read_attempts(records)
     if not attempts or attempts[-1].ended_at is not None:
         return list(attempts)
@@ -180,7 +186,10 @@ def ended_attempts(records: Path) -> list[Attempt]:
 
 
 def read_attempts(records: Path) -> list[Attempt]:
-    """All attempts so far, oldest first. A line that cannot be read is left out, and logged without what is in it."""
+    """All attempts so far, oldest first.
+
+    A line that cannot be read is left out, and logged without its content.
+    """
     attempts = []
     try:
         lines = (records / ATTEMPTS_FILE).read_bytes().splitlines()

@@ -17,7 +17,7 @@ BEST_FILE = "best.safetensors"
 
 
 def write_best(folder: Path, tensors: Mapping[str, Tensor]) -> StoredFile:
-    """Write the adapter's tensors in place of whatever is in `folder`, durably. Raises as `save_checkpoint` does."""
+    """Write the adapter durably to `folder`. Raises as `save_checkpoint` does."""
     with atomic_folder(folder) as partial:
         save_file(dict(tensors), partial / BEST_FILE)
         sha256 = file_sha256(partial / BEST_FILE)
@@ -25,13 +25,13 @@ def write_best(folder: Path, tensors: Mapping[str, Tensor]) -> StoredFile:
 
 
 def best_of(checkpoint: Checkpoint) -> StoredFile | None:
-    """The best adapter up to the checkpoint; None if it holds none."""
+    """The best adapter up to the checkpoint, or None if it holds none."""
     sha256 = checkpoint.sha256.get(BEST_FILE)
     return None if sha256 is None else StoredFile(checkpoint.path / BEST_FILE, sha256)
 
 
 def read_best(stored: StoredFile) -> dict[str, Tensor]:
-    """The adapter's tensors, in main memory. Raises ValueError if they are not what was written."""
+    """The adapter's tensors, in main memory. Raises ValueError if they changed."""
     found = file_sha256(stored.path)
     if found != stored.sha256:
         raise ValueError(f"{stored.path} has sha256 {found}, not {stored.sha256}: it was changed or damaged")

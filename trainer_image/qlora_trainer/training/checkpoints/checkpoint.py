@@ -1,8 +1,9 @@
-"""Checkpoints on disk: each is there whole and verified, or not at all.
+"""Checkpoints on disk: each is whole and verified, or absent.
 
 `checkpoints/step-N/` holds safetensors files, `state.json`, and `manifest.json` with the SHA-256 of each. It is written
-beside under a hidden name, synced, and renamed. Nothing is pickled, so reading one cannot run code. A file that was
-written before, as the best adapter so far, is copied into it: one damaged block must not be in both checkpoints.
+in the same folder under a hidden name, synced, and renamed. Nothing is pickled, so reading one cannot run code. A file
+that was written before, as the best adapter so far, is copied into it: one damaged block must not be in both
+checkpoints.
 """
 
 import errno
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_trainer.core.filesystem import atomic_folder, file_sha256, remove, remove_partials
-from qlora_trainer.core.paths import confined, read_regular, require_regular
+from qlora_trainer.core.paths import confine, read_regular, require_regular
 from qlora_trainer.training.progress.run_state import SavedState
 
 FORMAT_VERSION = 1
@@ -30,7 +31,7 @@ CHECKPOINT_MANIFEST = "manifest.json"
 STATE = "state.json"
 CORRUPT = ".corrupt"
 _MAX_JSON_BYTES = 2**24
-# What a damaged checkpoint answers. Anything else, as a network volume that is away, may pass.
+# Errors of a damaged checkpoint. Others, as for a network volume that is away, may pass.
 _DAMAGED = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO})
 _NAME = re.compile(r"step-(\d+)")
 logger = logging.getLogger(__name__)
@@ -109,9 +110,9 @@ def _write_manifest(folder: Path, sums: Mapping[str, str]) -> None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`. Raises ValueError, saying what is wrong, unless every file is as it was written.
+    """Read the checkpoint at `path`. Raises ValueError, with the reason, unless every file is as it was written.
 
-    Raises OSError if it cannot be told now.
+    Raises OSError for a temporary read error.
     """
     try:
         return _verified(path)
@@ -124,7 +125,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def _verified(path: Path) -> Checkpoint:
     sums = json.loads(read_regular(path / CHECKPOINT_MANIFEST, _MAX_JSON_BYTES))["sha256"]
     present = {entry.name for entry in path.iterdir() if entry.is_file() and not entry.is_symlink()}
-    # Before the sums, which would read it all however large somebody has made it.
+    # Before the sums, which would read all of it, whatever its size is now.
     content = read_regular(path / STATE, _MAX_JSON_BYTES) if STATE in present else b""
     for name, expected in sums.items():
         if name not in present:
@@ -145,7 +146,7 @@ def _verified(path: Path) -> Checkpoint:
 
 
 def _run_of(content: bytes) -> SavedState:
-    """The state of a run. Raises ValueError, naming the place but not what is there, if it is none."""
+    """The state of a run. Raises ValueError, naming the place only, if it is none."""
     try:
         return SavedState.model_validate_json(content)
     except ValidationError as error:
@@ -155,7 +156,7 @@ def _run_of(content: bytes) -> SavedState:
 
 
 def read_state(path: Path) -> Mapping[str, Any] | None:
-    """The state of the checkpoint at `path`, if it is as it was written; its other files are not looked at."""
+    """The intact state of the checkpoint at `path`, without reading its other files."""
     try:
         written = json.loads(read_regular(path / CHECKPOINT_MANIFEST, _MAX_JSON_BYTES))["sha256"][STATE]
         content = read_regular(path / STATE, _MAX_JSON_BYTES)
@@ -166,9 +167,9 @@ def read_state(path: Path) -> Mapping[str, Any] | None:
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that verifies; None if there is none. Those that do not are renamed `….corrupt` and logged.
+    """The newest checkpoint that verifies, or None. Others are renamed `….corrupt` and logged.
 
-    What a killed attempt left unfinished is removed.
+    The unfinished files of a killed attempt are removed.
     """
     remove_partials(folder)
     for _, path in numbered_checkpoints(folder):
@@ -183,10 +184,13 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def newest_intact(folder: Path) -> Checkpoint | None:
-    """The same for another run's folder, in which nothing is changed: those that do not verify are only logged."""
+    """The same for another run's folder, without changes.
+
+    Checkpoints that do not verify are only logged.
+    """
     for _, path in numbered_checkpoints(folder):
         try:
-            return read_checkpoint(confined(path, folder))
+            return read_checkpoint(confine(path, folder))
         except ValueError as error:
             logger.warning("%s is broken and is passed over: %s", path, error.__cause__)
     return None

@@ -1,4 +1,4 @@
-"""The fingerprint of a run: everything that decides its adapter. Rejects the checkpoint of another run."""
+"""The fingerprint of a run: everything that decides its adapter."""
 
 import hashlib
 import json
@@ -17,14 +17,17 @@ from qlora_trainer.core.failures import bad_configuration
 Fingerprint = dict[str, Any]
 # numpy draws the order of the data and the seeds of the steps.
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
-# How often to save, where to draw curves and when to give up decide nothing about what is computed.
+# The interval of saving, the place of curves and the time to give up decide no result.
 _WITHOUT_EFFECT = ("saveEverySteps", "divergencePatience", "reportTo", "samples", "autoMicroBatch")
 # Another word for leaving the field out.
 _SAME_AS_NOT_SET = {"keep": "last", "objective": "supervised", "preference": PreferenceSpec().dump()}
 
 
 def run_fingerprint(spec: QLoRAJobSpec, prepared: PrepareRecord, device: Device, ranks: int) -> Fingerprint:
-    """Everything that decides the adapter, by name. Another number of processes adds gradients in another order."""
+    """Everything that decides the adapter, by name.
+
+    Another number of processes adds gradients in another order.
+    """
     settings = run_settings(spec, device, ranks)
     initial = prepared.initial_adapter
     return settings | {
@@ -40,7 +43,7 @@ def run_fingerprint(spec: QLoRAJobSpec, prepared: PrepareRecord, device: Device,
 
 
 def run_settings(spec: QLoRAJobSpec, device: Device, ranks: int) -> Fingerprint:
-    """The part of it that is known before anything is prepared: all but the model, the data and an earlier adapter."""
+    """The part before preparation, without model, data and an earlier adapter."""
     training = {
         name: value
         for name, value in spec.training.dump().items()
@@ -58,7 +61,7 @@ def run_settings(spec: QLoRAJobSpec, device: Device, ranks: int) -> Fingerprint:
 
 
 def _data(prepared: PrepareRecord) -> dict[str, Any]:
-    """The content of the data and what decides the rows, by name: where they were read from decides nothing."""
+    """The content of the data and the choice of rows, by name, without addresses."""
     if prepared.data_content is None:
         return {"fingerprint": prepared.fingerprint}
     return dict(prepared.data_content)
@@ -70,7 +73,7 @@ def digest(fingerprint: Fingerprint) -> str:
 
 
 def reject_other_run(found: Fingerprint, wanted: Fingerprint, checkpoint: Path) -> None:
-    """Raise StepFailure naming what differs, if a checkpoint is of another run than this one."""
+    """Raise StepFailure naming the differences if a checkpoint is of another run."""
     different = differences(found, wanted)
     if different:
         raise bad_configuration(
@@ -80,7 +83,7 @@ def reject_other_run(found: Fingerprint, wanted: Fingerprint, checkpoint: Path) 
 
 
 def differences(found: Fingerprint, wanted: Fingerprint) -> str:
-    """The first differences between two runs, for a message; empty if they are the same."""
+    """The first differences between two runs for a message, or an empty string."""
     before, now = _flat(found), _flat(wanted)
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     return ", ".join(f"{name} was {_short(before.get(name))}, is {_short(now.get(name))}" for name in changed[:3])

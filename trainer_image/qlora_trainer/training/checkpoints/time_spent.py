@@ -14,11 +14,10 @@ from qlora_trainer.training.checkpoints.attempts import Attempt
 
 
 def spent_seconds(attempts: Sequence[Attempt], now: datetime) -> float:
-    """Seconds for which the attempts have run; the last of them, if it has not ended, until `now`.
+    """Seconds that the attempts have run, until `now` if the last has not ended.
 
-    Of an attempt that was killed the last sign of life counts as its end. One whose end nobody has recorded, as by an
-    earlier release, ended at the latest when the next one started. Without any, as in all but the main process of a
-    run, 0.
+    Of an attempt that was killed the last sign of life counts as its end. One without a recorded end, as by an earlier
+    release, ended at the latest when the next one started. Without any, as in all but the main process of a run, 0.
     """
     starts = [datetime.fromisoformat(attempt.started_at) for attempt in attempts]
     seconds = 0.0
@@ -29,7 +28,7 @@ def spent_seconds(attempts: Sequence[Attempt], now: datetime) -> float:
 
 
 def goodput(kept_seconds: float, spent: float) -> float | None:
-    """Share from 0 to 1 of `spent` seconds; None before a second of them has passed.
+    """Share from 0 to 1 of `spent` seconds, or None before a second of them has passed.
 
     `kept_seconds`: of the optimizer steps and evaluations that no interruption has undone. The clocks of two machines
     may differ, so that the quotient would exceed 1.
@@ -47,7 +46,7 @@ class Pace:
 
     seconds_per_step: float | None = None
     tokens_per_second: float | None = None
-    """Tokens of the data; padding does not count."""
+    """Tokens of the data, without padding."""
     seconds_per_evaluation: float = 0.0
 
     def after_step(self, seconds: float, tokens: int) -> "Pace":
@@ -63,7 +62,7 @@ class Pace:
         return Pace(self.seconds_per_step, self.tokens_per_second, seconds)
 
     def remaining_seconds(self, steps: int, evaluations: int) -> float | None:
-        """Seconds for so many more steps and evaluations; None before the first step is done."""
+        """Seconds for these steps and evaluations, or None before the first step."""
         if self.seconds_per_step is None:
             return None
         return steps * self.seconds_per_step + evaluations * self.seconds_per_evaluation
@@ -77,7 +76,7 @@ _LISTED = 50
 
 
 def run_usage(attempts: Sequence[Attempt], gpus: int, now: datetime) -> RunUsage:
-    """The time of all attempts, the last of which has just trained to its end. `gpus`: processes of each.
+    """The time of all attempts. The last has just trained to its end. `gpus`: processes of each.
 
     The time before a process starts, as for pulling its image, is not known here: `status.usage` has it.
     """

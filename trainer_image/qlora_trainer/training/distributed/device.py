@@ -1,4 +1,4 @@
-"""The device to train on: choose it, name it, seed its random numbers, and read how much of its memory is in use."""
+"""The device to train on: its choice, name, random seed and used memory."""
 
 import resource
 from pathlib import Path
@@ -14,7 +14,7 @@ from qlora_trainer.core.failures import StepFailure, bad_configuration
 _UNITS = ("avx512_bf16", "amx_bf16")
 _PROCESS_MEMORY = Path("/proc/self/statm")
 FIRST_CAPABILITY = (8, 0)
-"""The first compute capability with bfloat16, in which the trainer computes, and with PyTorch's kernel for rows."""
+"""The first compute capability with bfloat16 and PyTorch's kernel for rows."""
 
 
 def use_device(device: Device, threads: int, local_rank: int) -> torch.device:
@@ -31,7 +31,7 @@ def use_device(device: Device, threads: int, local_rank: int) -> torch.device:
 
 
 def require_gpu(local_rank: int) -> None:
-    """Raise StepFailure (BAD_CONFIGURATION) unless there is a GPU that this rank of a node can use."""
+    """Raise StepFailure (BAD_CONFIGURATION) without a GPU for this rank of a node."""
     if not torch.cuda.is_available():
         raise no_gpu()
     if local_rank >= torch.cuda.device_count():
@@ -66,7 +66,7 @@ def no_gpu() -> StepFailure:
 
 
 def processor(device: Device) -> str:
-    """The kind of processor that computes: on another kind, the same run may differ in its last digits."""
+    """The kind of processor. On another kind, the same run may differ by rounding."""
     if device == "cuda":
         return str(torch.cuda.get_device_name())
     found = torch.cpu.get_capabilities()
@@ -83,7 +83,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def memory_bytes(device: Device) -> int:
-    """The most GPU memory that this process has used since the last call, so that each step shows its own peak.
+    """The most GPU memory that this process has used since the last call, so that each step shows a separate peak.
 
     On a CPU, the main memory that the process uses now.
     """
@@ -96,7 +96,7 @@ def memory_bytes(device: Device) -> int:
 
 
 def peak_memory_bytes(device: Device) -> int:
-    """The most memory that this process has used: of the GPU, or on a CPU of main memory."""
+    """The most memory that this process has used, of the GPU or on a CPU."""
     if device == "cuda":
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,7 +1,7 @@
 """Starts the child ranks of a run with several GPUs in the same pod, and ensures that none outlives the main process.
 
-On several nodes, each pod starts its own. torchrun may have started all ranks already, on one node or several. The
-environment of this process says so.
+On several nodes, each pod starts its ranks. torchrun may have started all ranks already, on one node or several. The
+environment of this process shows that.
 """
 
 import ctypes
@@ -29,17 +29,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Which of a run's processes this is: its rank among all nodes and its rank on its own node, as torchrun counts."""
+    """The rank of this process among all nodes and on its node, as torchrun counts."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
     address: str = ""
-    """Host of the store that all ranks share; empty while it is not known."""
+    """Host of the store that all ranks share, or an empty string while unknown."""
     port: int = 0
     launched: bool = False
-    """Whether another process has started this one and its siblings: torchrun, or the pod's main process."""
+    """Whether torchrun or the pod's main process has started this and its siblings."""
 
     @property
     def several_nodes(self) -> bool:
@@ -53,7 +53,7 @@ class RankInfo:
 
     @classmethod
     def of(cls, environ: Mapping[str, str], resources: ResourcesSpec | None = None) -> "RankInfo":
-        """The rank that torchrun's variables name; without them, the first of this pod.
+        """The rank that torchrun's variables name, or without them the first of this pod.
 
         Raises StepFailure (BAD_CONFIGURATION) for variables that contradict each other, or that several nodes lack.
         """
@@ -94,13 +94,13 @@ class RankInfo:
             rank=int(node) * resources.gpus,
             size=resources.gpu_count,
             local_size=resources.gpus,
-            # Not every network lets a pod reach itself by the name that others know.
+            # Not every network lets a pod reach itself by the name that others use.
             address=address if int(node) else _LOOPBACK,
             port=int(port),
         )
 
     def environment(self) -> dict[str, str]:
-        """The variables from which `of` makes this value."""
+        """The variables for `of` to make this value."""
         return {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.size),
@@ -112,7 +112,7 @@ class RankInfo:
 
 
 def named_rank(environ: Mapping[str, str]) -> int:
-    """The rank that the environment names, 0 without one; `RankInfo.of` checks that it is in range."""
+    """The rank in the environment, or 0. `RankInfo.of` checks its range."""
     return _number(environ, "RANK")
 
 
@@ -137,7 +137,7 @@ class ChildRanks:
     def require_alive(self) -> None:
         """Raise StepFailure (UNREACHABLE, which is retried) if a child rank has been killed or has crashed.
 
-        PEER_LOST if it has lost another node, which it cannot tell the others if that was the one with the store.
+        PEER_LOST if it has lost another node. It cannot report that to the others if that node had the store.
         """
         for rank, process in enumerate(self._processes, start=self.rank_info.rank + 1):
             status = process.poll()
@@ -146,10 +146,10 @@ class ChildRanks:
                 raise failure(f"{self._ending(rank, status)}. The step is retried")
 
     def end(self, deadline: float, expected: ExitCode | None = None) -> None:
-        """Wait until all have ended; kill those that still run at `deadline` (a time of time.monotonic).
+        """Wait until all have ended, and kill those that still run at `deadline` (a time of time.monotonic).
 
         Logs how each ended, as a warning if its status is not `expected`. Nothing else depends on it: by then the
-        adapter or the checkpoint is written, or this process reports a failure of its own.
+        adapter or the checkpoint is written, or this process reports another failure.
         """
         for rank, process in enumerate(self._processes, start=self.rank_info.rank + 1):
             try:
@@ -210,7 +210,7 @@ def _free_port() -> int:
 
 
 def end_with_parent(environ: Mapping[str, str] = os.environ) -> None:
-    """Let the kernel kill this process, if it is a child rank, as soon as its parent has ended for any reason."""
+    """Let the kernel kill this process, if a child rank, when its parent has ended."""
     if _PARENT not in environ:
         return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -16,7 +16,7 @@ from qlora_trainer.core.failures import StepFailure
 
 SECONDS_BETWEEN_LOOKS = 5.0
 SECONDS_TO_NOTICE = 60.0
-"""For how long the main thread may take to notice by itself that another process has failed."""
+"""How long the main thread may take to find that another process has failed."""
 WATCH = "qlora-watch"
 """Name of the thread that looks for it."""
 _ABORT_HOOK = 1
@@ -45,7 +45,7 @@ def ended_with_the_others(
 def _watch(over: threading.Event, require_none: Callable[[], None]) -> None:
     """End this process if another one has failed and the main thread does not notice: it waits for that one in NCCL.
 
-    NCCL reports a connection that is lost. It does not know of a process that has failed and is kept by its pod, or
+    NCCL reports a connection that is lost. It does not report a process that has failed and is kept by its pod, or
     by its other threads, so that the GPUs would wait until the watchdog gives up.
     """
     while not over.wait(SECONDS_BETWEEN_LOOKS):
@@ -63,8 +63,8 @@ def _watch(over: threading.Event, require_none: Callable[[], None]) -> None:
 def _ended_by_watchdog(failure_of: Callable[[Exception], StepFailure]) -> Iterator[None]:
     """End this process with an exit code that is retried when NCCL's watchdog gives up an exchange.
 
-    It does so after the group's timeout, or at once when NCCL has lost a connection, and would abort the process
-    (SIGABRT). The watchdog calls hooks before that, in its own thread. PyTorch's older implementation
+    It does so after the group's timeout, or immediately when NCCL has lost a connection, and would abort the process
+    (SIGABRT). The watchdog calls hooks before that, in a separate thread. PyTorch's older implementation
     (TORCH_DIST_USE_NCCL2=0) has none, and aborts.
     """
     nccl = torch.distributed.group.WORLD._get_backend(torch.device("cuda"))
@@ -74,11 +74,11 @@ def _ended_by_watchdog(failure_of: Callable[[Exception], StepFailure]) -> Iterat
     given_up = torch.distributed.DistBackendError("NCCL has given up an exchange")
     nccl.register_abort_hook(_ABORT_HOOK, lambda: _end_now(failure_of(given_up)))
     yield
-    # Nothing that NCCL reports while it is taken down changes how a run that is over ends. One that fails keeps it.
+    # NCCL's reports while it is taken down do not change the end of a finished run. One that fails keeps it.
     nccl.unregister_abort_hook(_ABORT_HOOK)
 
 
 def _end_now(failure: StepFailure) -> None:
     logger.error(failure.message)
-    # The operator knows the exit code's reason; no result record can be written beside the main thread.
+    # The operator maps the exit code to a reason. No result record can be written outside the main thread.
     os._exit(failure.exit_code)

@@ -1,10 +1,10 @@
-"""Communication between the ranks of one run, each of which trains on its share of every step (data parallel).
+"""Communication between the ranks of one run. Each trains on its share of every step (data parallel).
 
 The base is frozen, so only the adapter's gradient is summed, once per optimizer step. That needs no wrapper such as
 DistributedDataParallel, whose `no_sync` over all micro batches but the last does the same. Decisions are exchanged in
-main memory (gloo), so that nothing waits for a GPU and a lost rank is noticed at once.
+main memory (gloo), so that nothing waits for a GPU and a lost rank is noticed immediately.
 
-At an equal global batch, several ranks compute what one does except for the order in which numbers are added: losses
+At an equal global batch, several ranks compute what one does except for the order of additions: losses
 and gradient norms are equal within 1e-4 of their size, each tensor of the adapter within 1e-3 of its norm. Sharding
 the base over as many ranks changes losses and gradient norms by 1e-5 at most. All this holds without dropout, which
 each rank draws for itself.
@@ -46,9 +46,9 @@ TO_CONNECT = timedelta(minutes=2)
 GLOO_CONNECTS_FOR = 5
 """For how many times as long gloo then waits for that rank itself."""
 SECONDS_TO_ANSWER = 60.0
-"""How long the shared store may be silent. Its own client waits without end for one whose node has stopped."""
+"""How long the shared store may be silent. Its client would wait forever."""
 BUCKET_BYTES = 25 * 2**20
-"""Gradients are summed in buckets of this size, as in PyTorch's DDP (arXiv 2006.15704): the memory that it costs."""
+"""Bytes of the buckets for sums of gradients, as in DDP (arXiv 2006.15704)."""
 _FAILURE = "failure"
 _JOINED = "joined"
 _SECONDS_BETWEEN_LOOKS = 0.1
@@ -57,11 +57,11 @@ _LOOKS = 50
 _SECONDS_TO_CONNECT = timedelta(seconds=5)
 _SECONDS_BETWEEN_CONNECTS = 1.0
 _SECONDS_TO_TELL = 1.0
-# What gloo and NCCL report outside of our own exchanges, as in the passes of a sharded base. It has no type of its own.
+# Reports of gloo and NCCL outside of the explicit exchanges, as in the passes of a sharded base. They have no type.
 _CONNECTION = re.compile(
     r"gloo/|Connection (closed|reset|refused)|Broken pipe|ncclRemoteError|collective operation timeout|NCCL timeout"
 )
-# What they report of this machine: an interface that is missing, shared memory that is full, a broken GPU.
+# Their reports of this machine: an interface that is missing, shared memory that is full, a broken GPU.
 _OWN_ERROR = re.compile(r"enforce fail at|CUDA error|ncclSystemError|ncclUnhandledCudaError|ncclInvalid")
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -73,9 +73,9 @@ class Ranks:
 
     rank_info: RankInfo = field(default_factory=RankInfo)
     store: Any = None
-    """Names and texts that all ranks see, a torch.distributed.Store; None if there is one rank."""
+    """A torch.distributed.Store of names and texts for all ranks, or None for one."""
     sharded: bool = False
-    """Whether the base is sharded over the ranks, so that all must take part in every pass through the model."""
+    """Whether the ranks share the base, so that all take part in every pass."""
     lost: Callable[[Exception], StepFailure] | None = None
     """Why an exchange failed: what another rank reported about its end, if it did."""
 
@@ -85,7 +85,7 @@ class Ranks:
         return self.rank_info.main
 
     def rounds(self, items: Sequence[T]) -> list[tuple[T, bool]]:
-        """This rank's item of each round, with whether it counts; every item counts in exactly one rank.
+        """This rank's item of each round, with whether it counts. Every item counts in exactly one rank.
 
         In each round all ranks take the next items. In the last there may be too few: a rank without one gets the first
         item, which does not count.
@@ -95,7 +95,7 @@ class Ranks:
         return [(items[first + rank], True) if first + rank < len(items) else (items[0], False) for first in firsts]
 
     def gather(self, *numbers: int) -> list[tuple[int, ...]]:
-        """What each rank has passed, in the order of the ranks."""
+        """The values that each rank has passed, in the order of the ranks."""
         if self.rank_info.size == 1:
             return [numbers]
         own = torch.tensor(numbers, dtype=torch.int64)
@@ -151,7 +151,7 @@ class Ranks:
         return value
 
     def copy_from_main(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Give every rank the parameters of rank 0, so that all begin alike however they were initialized."""
+        """Copy rank 0's parameters to every rank, so that all begin alike."""
         if self.rank_info.size == 1:
             return
         # One that was lost while the model was loaded is noticed here; NCCL would wait for it without end.
@@ -189,7 +189,7 @@ class _Endings:
         self._store, self._child_ranks, self._own = store, child_ranks, child_ranks.rank_info
 
     def publish(self, error: Exception) -> None:
-        """Put this rank's failure into the shared store, unless another rank's is there."""
+        """Put this rank's failure into the shared store, unless it has another rank's."""
         ending = classify(error)
         text = json.dumps({"rank": self._own.rank, "code": int(ending.exit_code), "message": ending.message})
         try:
@@ -198,7 +198,7 @@ class _Endings:
             logger.warning("the other ranks were not informed of this failure: the store of the main process is gone")
 
     def __call__(self, error: Exception) -> StepFailure:
-        """What to raise when an exchange failed with `error`, after a moment in which a lost rank can be found."""
+        """The failure for an exchange's `error`. Waits a moment to find a lost rank."""
         for _ in range(_LOOKS):
             try:
                 self.require_none()
@@ -214,7 +214,7 @@ class _Endings:
         )
 
     def require_none(self) -> None:
-        """Raise the StepFailure of the first rank that failed, or of a child rank that has been killed."""
+        """Raise the StepFailure of the first rank that failed, or of a killed child."""
         if _answer(lambda: self._store.check([_FAILURE])):
             said = json.loads(_answer(lambda: self._store.get(_FAILURE)))
             own = said["rank"] in (self._own.rank, None)
@@ -225,7 +225,7 @@ class _Endings:
 
 
 def _answer(ask: Callable[[], T], waits: float = 0.0) -> T:
-    """What the shared store answers, which waits for at most `waits` seconds to do so.
+    """The shared store's answer. It waits for at most `waits` seconds.
 
     Raises RuntimeError if it is gone, or silent for SECONDS_TO_ANSWER more, and whatever else `ask` raises.
     """
@@ -269,7 +269,7 @@ class Meeting:
 def joined(
     child_ranks: ChildRanks, device: Device, sharding: Literal["none", "full"], meeting: Meeting | None = None
 ) -> Iterator[Ranks]:
-    """The ranks of this run, once all have joined; they shard the base if `sharding` is full.
+    """The ranks of this run, once all have joined. They shard the base if `sharding` is full.
 
     A failure of this rank is published before it ends, so that every rank ends with the same exit code. Raises
     StepFailure: UNREACHABLE if a rank does not join, or is lost later without a reason; if that can be one of another
@@ -304,7 +304,10 @@ def joined(
 
 
 def _second_connection(store: Any, child_ranks: ChildRanks) -> Any:
-    """To the same store, for failures: an exchange may keep the first one for half an hour."""
+    """Connect again to the store, for failures.
+
+    An exchange may keep the first connection for half an hour.
+    """
     try:
         return store.clone()
     except torch.distributed.DistNetworkError as error:
@@ -314,7 +317,7 @@ def _second_connection(store: Any, child_ranks: ChildRanks) -> Any:
 
 def _connect_all(store: Any, rank_info: RankInfo, device: Device) -> None:
     if device == "cuda":
-        # Else NCCL says only that there is no GPU, and takes the one that has the number of the rank among all nodes.
+        # Else NCCL only reports a missing GPU, and takes the one with the rank's number among all nodes.
         require_gpu(rank_info.local_rank)
     torch.distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
@@ -327,7 +330,7 @@ def _connect_all(store: Any, rank_info: RankInfo, device: Device) -> None:
 
 
 def is_lost_connection(error: Exception) -> bool:
-    """Whether torch.distributed or a library below it has raised this because a rank or its network is gone."""
+    """Whether torch.distributed or a library below it has lost a rank or its network."""
     if isinstance(error, (torch.distributed.DistNetworkError, torch.distributed.DistStoreError)):
         # The connection to the store is broken; or a rank did not leave there in time what the others need to reach it.
         return True
@@ -340,7 +343,7 @@ def _is_own_error(error: Exception) -> bool:
 
 
 def _store(rank_info: RankInfo, meeting: Meeting, child_ranks: ChildRanks) -> Any:
-    """The store that the ranks share. It is torchrun's agent that serves it, or else the main process."""
+    """The store that the ranks share, served by torchrun's agent or the main process."""
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     serves = rank_info.main and not by_agent
     deadline = time.monotonic() + meeting.seconds
@@ -366,7 +369,10 @@ def _store(rank_info: RankInfo, meeting: Meeting, child_ranks: ChildRanks) -> An
 
 
 def _connected(rank_info: RankInfo, *, serves: bool) -> Any:
-    """The store, served or connected to. Raises RuntimeError, or OSError if nothing listens there yet."""
+    """Serve or connect to the store.
+
+    Raises RuntimeError, or OSError if nothing listens there yet.
+    """
     is_remote = rank_info.several_nodes and not serves
     if is_remote:
         # PyTorch's own tries end after ten seconds and more, notice no signal, and log a page each.
@@ -382,7 +388,7 @@ def _connected(rank_info: RankInfo, *, serves: bool) -> Any:
 
 
 def _is_of_this_round(store: Any, rank_info: RankInfo, meeting: Meeting) -> bool:
-    """Whether this rank has not joined the store before in another pod, whose peers are about to end."""
+    """Whether no earlier pod of this rank, with peers about to end, has joined."""
     if not meeting.incarnation:
         return True
     joined_as = _answer(lambda: store.compare_set(f"rank-{rank_info.rank}", "", meeting.incarnation))
@@ -404,7 +410,7 @@ def _wait_for_all(store: Any, rank_info: RankInfo, endings: _Endings, meeting: M
 
 
 def _leave(store: Any, rank_info: RankInfo) -> None:
-    """Have those that have joined not wait for this rank, which is stopped: its successor meets them anew."""
+    """Free the joined ranks from this one, which stops. They meet its successor."""
     message = "stopped before all nodes had started"
     text = json.dumps({"rank": None, "code": int(ExitCode.INTERRUPTED), "message": message})
     _answer(lambda: store.compare_set(_FAILURE, "", text))

@@ -22,7 +22,7 @@ from qlora_trainer.model.architecture.decoder import decoder_blocks
 
 logger = logging.getLogger(__name__)
 STORAGE_DTYPE = torch.bfloat16
-"""The type in which packed weights must be stored: FSDP gathers a block as one buffer, which has the norms' type."""
+"""The storage type of packed weights: that of the norms in FSDP's one buffer."""
 
 
 def shard_base(model: Any, device: torch.device, processes: int) -> None:
@@ -32,7 +32,7 @@ def shard_base(model: Any, device: torch.device, processes: int) -> None:
     checked afterwards. Of a base that is mapped from a file, this rank's part of each weight is all that is read of the
     blocks' weights, and all that the device gets. From then on every rank must run the same number of forward and
     backward passes, and the bytes of two blocks at most are gathered at a time: those of the block at work, and the
-    buffer through which they or the next block's arrived.
+    buffer where they or the next block's arrived.
     Raises StepFailure (BAD_CONFIGURATION) for a block that FSDP cannot gather as it is stored.
     """
     mesh = init_device_mesh(device.type, (processes,))
@@ -41,7 +41,7 @@ def shard_base(model: Any, device: torch.device, processes: int) -> None:
     for number, block in enumerate(blocks):
         _require_one_dtype(number, block)
         _shard_block(block, mesh, device)
-    # A root without weights of its own: under it the blocks share the streams on which the next one is gathered while
+    # A root without other weights: under it the blocks share the streams that gather the next one while
     # one is at work. Each block alone would be a root.
     not_sharded = {parameter for parameter in decoder.parameters() if not isinstance(parameter, DTensor)}
     fully_shard(decoder, mesh=mesh, ignored_params=not_sharded, reshard_after_forward=True)

@@ -1,1 +1,1 @@
-"""What a run has reached: its state, its evaluations, its divergence. Pure."""
+"""The progress of a run: its state, evaluations and divergence. All pure."""

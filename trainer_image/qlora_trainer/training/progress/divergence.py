@@ -1,21 +1,21 @@
-"""Decides when a run is suspect, and when it has diverged; pure, so that a resumed run decides the same.
+"""Decides when a run is suspect, and when it has diverged. A resumed run decides the same.
 
 A jump of the loss alone proves nothing: a curriculum has one wherever harder rows begin, and small batches have many.
 Proof is a comparison with the model before the first step, on the same rows: the base without the adapter or, where
 training was initialized with an earlier one, with that. So a cheap test at every step finds
 suspect steps, and when they have lasted for the job's patience, that comparison decides. It also decides after a last
-step that is suspect, or that raises the loss of its own rows, which no later step would show.
+step that is suspect, or that raises the loss of the step's rows, which no later step would show.
 """
 
 import math
 from dataclasses import dataclass, replace
 
 LOSS_RISE_NATS = 2.0
-"""A loss this far above its lowest level is suspect: each target has become seven times less likely."""
+"""A loss this far above its lowest is suspect: targets are 7 times less likely."""
 NORM_RISE = 100.0
 """A gradient norm of this many times its own level is suspect too."""
 WORSE_THAN_START_NATS = 1.0
-"""A run whose loss is this far above that of the model before the first step, on the same rows, has diverged."""
+"""A loss this far above that before the first step, on equal rows, has diverged."""
 # Weight of the newest step in the levels: about the last twenty steps count.
 _NEWEST = 0.1
 _SMALLEST_NORM = 1e-12
@@ -23,23 +23,26 @@ _SMALLEST_NORM = 1e-12
 
 @dataclass(frozen=True)
 class Stability:
-    """The levels of loss and gradient norm over the steps so far that were not suspect, and since when the run is."""
+    """Levels of loss and gradient norm without suspect steps, and since when suspect."""
 
     loss_level: float | None = None
-    """Running mean of the loss, in nats per target; None before the first step."""
+    """Running mean of the loss, in nats per target, or None before the first step."""
     lowest_loss_level: float | None = None
     norm_level: float | None = None
     """Running geometric mean of the gradient norm before clipping."""
     suspect_since: int | None = None
-    """First of the latest suspect steps in a row, counted from 1; None if the latest step was not suspect."""
+    """First of the latest consecutive suspect steps, counted from 1, or None."""
 
     @property
     def suspect(self) -> bool:
-        """Whether the latest step was suspect: then nothing may replace the last good checkpoint."""
+        """Whether the latest step was suspect. The last good checkpoint then stays."""
         return self.suspect_since is not None
 
     def after_step(self, step: int, loss: float, grad_norm: float) -> "Stability":
-        """The state after the step that is number `step`, counted from 1. A suspect step does not move the levels."""
+        """The state after the step with number `step`, counted from 1.
+
+        A suspect step does not move the levels.
+        """
         if self.loss_level is None or self.lowest_loss_level is None or self.norm_level is None:
             return cleared(loss, grad_norm)
         if loss > self.lowest_loss_level + LOSS_RISE_NATS or grad_norm > NORM_RISE * self.norm_level:
@@ -49,7 +52,10 @@ class Stability:
         return Stability(level, min(self.lowest_loss_level, level), norm)
 
     def end_to_be_judged(self, loss_before: float, loss_after: float) -> bool:
-        """Whether the last step was suspect, or did harm: the losses are those of its own rows, before and after it."""
+        """Whether the last step was suspect, or did harm.
+
+        The losses are those of the step's rows, before and after it.
+        """
         return self.suspect or has_diverged(loss_after, loss_before)
 
     def to_be_judged(self, step: int, patience: int) -> bool:
@@ -58,7 +64,7 @@ class Stability:
 
 
 def cleared(loss: float, grad_norm: float) -> Stability:
-    """The state of a run that is not suspect, or no longer, with the latest loss and norm as its levels."""
+    """The state of a run that is not suspect, with these levels of loss and norm."""
     return Stability(loss, loss, max(grad_norm, _SMALLEST_NORM))
 
 

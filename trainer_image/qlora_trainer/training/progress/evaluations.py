@@ -1,4 +1,4 @@
-"""Decides from the evaluations of a run which adapter is the best, and whether to stop early. Pure.
+"""Decides from the evaluations of a run which adapter is the best, and whether to stop early.
 
 The loss before training counts for early stopping and never as the best: no job needs an untrained adapter. A run that
 stops early keeps its planned length for the learning rate, so its steps are those of a run without early stopping.
@@ -14,18 +14,21 @@ EVALUATIONS = "spec.training.evalEverySteps"
 
 @dataclass(frozen=True)
 class Evaluations:
-    """What the evaluations so far have shown. Losses are in nats per target of the held-out rows."""
+    """The results of evaluations so far, in nats per target of the held-out rows."""
 
     lowest_loss: float | None = None
-    """Of all evaluations, that before training included; None before the first."""
+    """Of all evaluations, that before training included, or None before the first."""
     best_step: int | None = None
-    """Optimizer steps after which a trained adapter had its lowest loss, the first time; None before such a step."""
+    """First optimizer step with the lowest loss of a trained adapter, or None."""
     best_loss: float | None = None
     without_improvement: int = 0
-    """The latest evaluations in a row that did not improve on the lowest loss before them by more than minDelta."""
+    """The latest evaluations in a row without an improvement by minDelta."""
 
     def after(self, step: int, loss: float, early_stopping: EarlyStoppingSpec | None = None) -> "Evaluations":
-        """With the evaluation after `step` optimizer steps. What is not trained yet (step 0) can be no best adapter."""
+        """Add the evaluation after `step` optimizer steps.
+
+        An untrained adapter (step 0) can be no best one.
+        """
         min_delta = 0.0 if early_stopping is None else early_stopping.min_delta
         improved = self.lowest_loss is None or self.lowest_loss - loss > min_delta
         best = step > 0 and (self.best_loss is None or loss < self.best_loss)
@@ -48,11 +51,11 @@ class Kept:
     step: int
     """Optimizer steps after which it was so."""
     eval_loss: float | None
-    """Its held-out loss; None without held-out rows."""
+    """Its held-out loss, or None without held-out rows."""
 
 
 def kept(training: TrainingSpec, evaluations: Evaluations, step: int, eval_loss: float | None) -> Kept:
-    """The adapter to keep of a run that ends after `step` steps, where the last evaluation found `eval_loss`."""
+    """The adapter to keep of a run that ends after `step` steps, with `eval_loss`."""
     if training.keep == "best" and evaluations.best_step is not None:
         return Kept(evaluations.best_step, evaluations.best_loss)
     return Kept(step, eval_loss)
@@ -73,7 +76,7 @@ def expected_end(training: TrainingSpec, planned_steps: int, curve: Iterable[tup
 
 
 def too_few_evaluations(training: TrainingSpec, total_steps: int) -> str | None:
-    """What a user should know of a run of `total_steps` steps whose settings need more evaluations; None if not.
+    """A remark for the user on a run of `total_steps` steps whose settings need more evaluations, or None.
 
     The run is evaluated at its start and its end in any case. The remark begins with the name of the setting.
     """

@@ -1,4 +1,4 @@
-"""What a run has reached besides its tensors, and what every checkpoint states of it, as it is read back."""
+"""The state of a run besides its tensors, as checkpoints save and restore it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ _MOST_THREADS = 4096
 
 @dataclass(frozen=True)
 class RunState:
-    """What the run has reached, besides the tensors of model and optimizer. Every checkpoint holds it."""
+    """The run's progress, besides tensors. Every checkpoint holds it."""
 
     step: Count = 0
     """Optimizer steps done."""
@@ -36,9 +36,9 @@ class RunState:
     peak_memory_bytes: Bytes = 0
     """The largest of all attempts."""
     micro_batch_size: PositiveInt | None = None
-    """What the loop lowered it to when the GPU ran out of memory; None while it is the job's own."""
+    """The micro batch, lowered when the GPU ran out of memory, or None."""
     kept_seconds: float = 0.0
-    """Time of the optimizer steps and evaluations that led to this state; what an interruption undid is not in it."""
+    """Seconds of the steps and evaluations that led here, without undone ones."""
     stability: Stability = field(default_factory=Stability)
     evaluations: Evaluations = field(default_factory=Evaluations)
     at_rungs: tuple[tuple[int, float], ...] = ()
@@ -46,16 +46,16 @@ class RunState:
 
 
 class SavedState(ObservedModel):
-    """What a run needs of a checkpoint's `state.json`, each value as the run that saved it may have had it.
+    """The parts of a checkpoint's `state.json` that a run needs, each value as the run that saved it may have had it.
 
-    What another version states besides is not read, at any depth: its fingerprint says that the run is another one.
+    Other values of another version are not read, at any depth: its fingerprint shows that the run is another one.
     """
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     format_version: int
     step: Count
-    fingerprint: dict[str, Any] = Field(description="What decides the run's adapter.")
+    fingerprint: dict[str, Any] = Field(description="Everything that decides the run's adapter.")
     threads: Annotated[int, Field(ge=1, le=_MOST_THREADS, description="CPU threads of each process.")]
     processor: str = Field(description="The kind of processor that computed it.")
     history_bytes: Bytes = Field(description="Length of the metrics up to it.")
@@ -63,7 +63,7 @@ class SavedState(ObservedModel):
     run: RunState
 
     @model_validator(mode="after")
-    def _of_one_step(self) -> Self:
+    def _validate_steps(self) -> Self:
         run, best = self.run, self.run.evaluations.best_step
         if run.step != self.step or (best is not None and not 0 < best <= run.step):
             raise ValueError(f"its steps contradict each other: {self.step}, of the run {run.step}, of its best {best}")
