@@ -14,10 +14,10 @@ PYTEST := $(PYTHON) -m pytest -rfEs --durations=15
 # Processes that test at the same time: `make test WORKERS=8`. Each takes a core and up to 4 GB of memory.
 WORKERS := 2
 TOGETHER := --numprocesses=$(WORKERS) --dist=worksteal
-# The tests of a file share what takes long to start, such as a control plane.
+# The tests of a file share slow fixtures, such as a control plane.
 BY_FILE := --numprocesses=$(WORKERS) --dist=loadfile
 
-# What installers print goes to the log file that devcluster uses too (console.py), and is shown when they fail.
+# Installers print to the log file that devcluster uses too (console.py), which is shown when they fail.
 LOG := $(CACHE)/build.log
 QUIETLY := $(if $(VERBOSE),,>> $(LOG) 2>&1 || { tail --lines=40 $(LOG); exit 1; })
 export VERBOSE
@@ -181,7 +181,7 @@ $(VENV)/.synced-benchmarks: $(VENV)/.synced
 	$(UV) sync --locked --inexact --extra dev --extra benchmarks --python '>=3.11,<3.14' $(QUIETLY)
 	touch $@
 
-# Inexact, as above: one extra does not remove what another target has installed.
+# Inexact, as above: one extra does not remove the packages of another target.
 $(VENV)/.synced-docs: $(VENV)/.synced
 	@$(UV) sync --locked --inexact --extra dev --extra docs --python '>=3.11,<3.14' $(QUIETLY)
 	touch $@

@@ -1,1 +1,1 @@
-"""Measures the trainer: speed and memory beside what people use today, the loop's own cost, where the time goes."""
+"""Measures the trainer: speed and memory next to other trainers, the loop's overhead, and a profile."""

@@ -1,7 +1,7 @@
 """Writes the data of the benchmarks: conversations whose lengths are distributed as in real chat, from a fixed seed.
 
 Real chat is mostly short with a long tail; a log-normal distribution is its usual model. The text is a small grammar
-about machines and what is wrong with them: a model can learn it, so the loss falls, and no text has to be shipped.
+about machines and their faults: a model can learn it, so the loss falls, and no text has to be shipped.
 """
 
 import json
@@ -33,7 +33,7 @@ WORDS_A_SENTENCE = 17
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long conversations are, in words; 4 words are about 5 tokens."""
+    """Distribution of the lengths of conversations, in words; 4 words are about 5 tokens."""
 
     median: float
     sigma: float

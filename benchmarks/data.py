@@ -32,14 +32,14 @@ class Sample:
     seconds: float
     """Since the start."""
     resident_bytes: int
-    """All of it. What is neither anonymous nor shared is content of mapped files, which the kernel can drop."""
+    """All of it. The rest besides anonymous and shared memory is content of mapped files, which the kernel can drop."""
     anonymous_bytes: int
     shared_bytes: int
 
 
 @dataclass(frozen=True)
 class Watched:
-    """What a process and its descendants took."""
+    """Time and memory of a process and its descendants."""
 
     seconds: float
     cpu_seconds: float
@@ -93,7 +93,7 @@ def _figures(watched: Watched, dataset: dict[str, Any], cores: int) -> dict[str,
 
 
 def watch(command: list[str], output: Any) -> Watched:
-    """Run a command and look at it and its descendants until it ends. Raises CalledProcessError if it fails."""
+    """Run a command and sample it and its descendants until it ends. Raises CalledProcessError if it fails."""
     started, samples, before = time.monotonic(), list[Sample](), os.times()
     with subprocess.Popen(command, env={**os.environ, "QLORA_DEVICE": "cpu"}, stdout=output) as process:
         while process.poll() is None:
@@ -115,7 +115,7 @@ def watch(command: list[str], output: Any) -> Watched:
 
 
 def descendants(process: int) -> list[int]:
-    """Processes that it started, and that these started, as far as they still run."""
+    """Its running descendants."""
     found = []
     for children in Path(f"/proc/{process}/task").glob("*/children"):
         try:

@@ -1,6 +1,6 @@
 """Measures goodput under preemption: a train step that is ended every ten minutes; writes `results/goodput.json`.
 
-Each attempt is a process of its own, started as in a pod, and ended by SIGTERM, as by a preemption, or by SIGKILL, as
+Each attempt is a separate process, started as in a pod, and ended by SIGTERM, as by a preemption, or by SIGKILL, as
 by a node that is lost. Its time is taken here, from the start of the process to its end; the share that the trainer
 reports is compared with it.
 """
@@ -40,7 +40,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run that was ended again and again by one signal."""
+    """A run that was ended repeatedly by one signal."""
 
     signal: str
     attempts: tuple[Attempt, ...]
@@ -51,7 +51,7 @@ class Outcome:
 
     @property
     def measured(self) -> float:
-        """Kept time as a share of what the processes ran."""
+        """Kept time as a share of the processes' time."""
         return self.kept_seconds / sum(attempt.seconds for attempt in self.attempts)
 
 

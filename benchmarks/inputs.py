@@ -1,4 +1,4 @@
-"""Makes what every benchmark starts from: the model's folder and a place for results."""
+"""Makes the inputs of every benchmark: the model's folder and a place for results."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Measures what the training loop costs beyond forward and backward; writes `results/loop.json`.
+"""Measures the overhead of the training loop beyond forward and backward; writes `results/loop.json`.
 
 The real train step runs; before or after each of its optimizer steps, in turn, the same batches go through a bare
 forward and backward pass of the same model, so that both are measured in one process and neither is always the first.
@@ -43,7 +43,7 @@ class Span:
         return cls(time.monotonic(), time.process_time())
 
     def minus(self, earlier: "Span") -> "Span":
-        """What has passed since then, or what is left without that."""
+        """The difference of both clocks."""
         return Span(self.seconds - earlier.seconds, self.cpu_seconds - earlier.cpu_seconds)
 
 
@@ -64,21 +64,21 @@ class Alternation:
     """Listens to the training loop and has bare passes over a step's batches made after it and before it in turn."""
 
     share: Callable[..., list[tuple[Any, bool]]]
-    """The loop's own way to read the batches of its next step."""
+    """The loop's function that reads the batches of its next step."""
     bare_passes: Callable[[Any, list[Any]], Span]
-    """Forward and backward passes of a run's model over batches, and what they took."""
+    """Forward and backward passes of a run's model over batches, and their time."""
     pairs: list[Pair] = field(default_factory=list)
     _run: Any = None
     _batches: list[Any] = field(default_factory=list)
     _began: Span | None = None
-    """None in the first step, which pays for what is made once."""
+    """None in the first step, which has one-time costs."""
     _optimizer_began: Span = Span(0.0, 0.0)
     _bare: Span | None = None
     _paused: Span = Span(0.0, 0.0)
-    """What has passed inside of the step and does not belong to it."""
+    """Time inside of the step that does not belong to it."""
 
     def read(self, run: Any, *arguments: Any) -> list[tuple[Any, bool]]:
-        """In place of the loop's reading: the same, remembered. In every other step the bare passes come here."""
+        """Replaces the loop's reading and keeps its batches. In every other step the bare passes come here."""
         shared = self.share(run, *arguments)
         self._run, self._batches = run, [batch for batch, _ in shared]
         if self._began is not None and len(self.pairs) % 2:

@@ -1,4 +1,4 @@
-"""Describes the machine, the libraries and the state of the code that figures were measured with."""
+"""Describes the machine, the libraries and the code behind the figures."""
 
 import os
 import platform
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 LIBRARIES = ("torch", "bitsandbytes", "transformers", "peft", "trl", "accelerate", "datasets", "numpy", "tokenizers")
-# What decides threads and memory allocation in a process.
+# Variables that decide threads and memory allocation in a process.
 VARIABLES = (
     "OMP_NUM_THREADS",
     "OMP_WAIT_POLICY",
@@ -29,7 +29,7 @@ RESULTS = "benchmarks/results"
 
 @dataclass(frozen=True)
 class Machine:
-    """What the figures depend on."""
+    """The conditions of the figures."""
 
     processor: str
     instructions: tuple[str, ...]
@@ -37,7 +37,7 @@ class Machine:
     cores: int
     memory_bytes: int
     kernel: str
-    """Its version, without what a distributor adds behind the first dash."""
+    """Its version, without a distributor's suffix behind the first dash."""
     python: str
     libraries: dict[str, str | None]
     environment: dict[str, str | None]
@@ -81,17 +81,17 @@ def describe_checkout(root: Path) -> tuple[str | None, bool | None]:
     """The commit of the git checkout at `root`, and whether tracked files differ from it; None twice if it is none."""
     found = _git(root, "rev-parse", "--show-toplevel", "HEAD")
     top, commit = found.splitlines() if found else ("", None)
-    # Elsewhere the code is a copy inside of another project's checkout.
+    # Otherwise the code is a copy inside of another project's checkout.
     if commit is None or Path(top).resolve() != root.resolve():
         return None, None
-    # Benchmarks write their results and tables one after the other; these say nothing about the code.
+    # Benchmarks write their results and tables one after the other; they are no change of the code.
     written = (f":(exclude){RESULTS}", ":(exclude)docs")
     changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *written)
     return commit, None if changes is None else bool(changes)
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    """What git prints; None if it fails, or is not there."""
+    """The output of git; None if it fails, or is missing."""
     try:
         done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
     except FileNotFoundError:

@@ -22,7 +22,7 @@ def shared_bytes(process: int | str = "self") -> int:
 
 
 def peak_resident_bytes(process: int | str = "self") -> int:
-    """The most it has held since it started, or since `forget_peak`.
+    """The peak since its start, or since `forget_peak`.
 
     Unlike getrusage's figure it does not begin with that of the process that started this one.
     """
@@ -30,12 +30,12 @@ def peak_resident_bytes(process: int | str = "self") -> int:
 
 
 def forget_peak() -> None:
-    """Count this process's peak anew from here."""
+    """Reset this process's peak."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def release_freed() -> None:
-    """Give back to the kernel what this process has freed, which its allocator may hold: tcmalloc or glibc's."""
+    """Return freed memory from this process's allocator (tcmalloc or glibc's) to the kernel."""
     loaded = ctypes.CDLL(None)
     if hasattr(loaded, "MallocExtension_ReleaseFreeMemory"):
         loaded.MallocExtension_ReleaseFreeMemory()

@@ -1,9 +1,9 @@
-"""Measures what DPO teaches a small model: to answer in one sentence; writes `results/preference.json`.
+"""Measures the effect of DPO on a small model, taught to answer in one sentence; writes `results/preference.json`.
 
 With `--objectives orpo` it is ORPO, and `results/preference-orpo.json`.
 
-The pairs are the model's own: of its answer to a question, the first sentence is preferred to the first three. What is
-scored is what it then says to other questions: the share of answers that are one sentence and end there.
+The pairs are from the model: of its answer to a question, the first sentence is preferred to the first three. The score
+is the share of its answers to other questions that are one sentence and end there.
 """
 
 import argparse
@@ -49,7 +49,7 @@ LORA = {"rank": 16, "alpha": 32}
 
 
 def main() -> int:
-    """Make the pairs if they are not there, train with each objective, score, write and print."""
+    """Make the pairs if they do not exist, train with each objective, score, write and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.preference", description=__doc__)
     parser.add_argument("--objectives", nargs="+", choices=("dpo", "orpo"), default=("dpo",))
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result")
@@ -85,14 +85,14 @@ def _questions(things: Sequence[str]) -> list[str]:
 
 
 def write_pairs(name: str, questions: Sequence[str], given: Iterable[str]) -> None:
-    """Write the pairs that the model's answers give."""
+    """Write the pairs made of the model's answers."""
     PAIRS.mkdir(exist_ok=True)
     pairs = [pair(*asked) for asked in zip(questions, given, strict=True)]
     (PAIRS / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs if row))
 
 
 def pair(question: str, answer: str) -> dict[str, str] | None:
-    """The preference for brevity that an answer gives; None if it is one sentence already."""
+    """The preference for brevity made of an answer; None if it is one sentence already."""
     sentences = sentences_of(answer)
     if len(sentences) < 2:
         return None
@@ -135,7 +135,7 @@ def _run(objective: str, model: Path, questions: Sequence[str]) -> dict[str, Any
 
 
 def answers(model: Path, adapter: Path | None, questions: Sequence[str]) -> Iterator[str]:
-    """What the model says to each question, greedily, in 16 bit and with the adapter if there is one."""
+    """The model's greedy answer to each question, in 16 bit and with the adapter if there is one."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer

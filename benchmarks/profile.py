@@ -1,4 +1,4 @@
-"""Shows where the time of a training step goes; writes `results/profile.md`.
+"""Profiles a training step; writes `results/profile.md`.
 
 The real train step runs. Its middle steps are measured by phase, with clocks around the model's parts, and its last one
 by operation, with PyTorch's profiler, which slows it down.
@@ -33,7 +33,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "softmax of the loss": ("log_softmax", "nll_loss"),
     "copies and casts": ("aten::copy_", "aten::clone", "aten::cat", "aten::fill_"),
 }
-"""What an operation belongs to, by a part of its name; the first that fits."""
+"""The kind of an operation, by a part of its name; the first match counts."""
 REST = "elementwise and bookkeeping"
 
 Operation = tuple[str, float, int]
@@ -42,7 +42,7 @@ Operation = tuple[str, float, int]
 
 @dataclass
 class Phases:
-    """Processor seconds of each phase, of all steps that were measured."""
+    """Processor seconds of each phase, of all measured steps."""
 
     batch_loss: Callable[[Any, Any], Any]
     summed_loss: Callable[..., Any]
@@ -54,7 +54,7 @@ class Phases:
     _watched: bool = False
 
     def enter(self, phase: str) -> None:
-        """What passes from here on belongs to this phase."""
+        """Begin a phase."""
         now = time.process_time()
         if self.measuring and self._phase:
             self.seconds[self._phase] += now - self._since
@@ -75,7 +75,7 @@ class Phases:
         return self.summed_loss(*arguments, **keywords)
 
     def _watch_blocks(self, model: Any) -> None:
-        """What a decoder block does in the backward pass is done again, for its checkpoint.
+        """Mark a block's forward work in the backward pass as recomputation, for its checkpoint.
 
         Its parts are watched: hooks of the block itself stay outside the checkpoint.
         """
@@ -90,7 +90,7 @@ class Phases:
 
         for part in (part for block in model.get_decoder().layers for part in block.children()):
             part.register_forward_pre_hook(before)
-            # The recomputation ends by an exception, as soon as all that backward needs is there.
+            # The recomputation ends by an exception, as soon as it has all that backward needs.
             part.register_forward_hook(after, always_call=True)
         self._watched = True
 

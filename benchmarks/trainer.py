@@ -1,4 +1,4 @@
-"""Runs this trainer as its pods do: the prepare step in a process of its own, then the train step's function here."""
+"""Runs this trainer as its pods do: the prepare step in a separate process, then the train step's function here."""
 
 import io
 import json
@@ -24,7 +24,7 @@ JOB_UID = "7d0c2f5e-0000-4000-8000-000000000003"
 def prepare_command(
     folder: Path, model: Path, training: dict[str, Any], lora: dict[str, Any], dataset: dict[str, Any] | None = None
 ) -> list[str]:
-    """The command line that lays `folder`/train.jsonl out in `folder`/workspace; what is not set has its default."""
+    """The command line that lays `folder`/train.jsonl out in `folder`/workspace; other settings have their defaults."""
     (folder / JOB).write_text(
         json.dumps(
             {
@@ -48,7 +48,7 @@ def prepare_command(
 def prepared_context(
     folder: Path, model: Path, training: dict[str, Any], lora: dict[str, Any], dataset: dict[str, Any] | None = None
 ) -> StepContext:
-    """The train step's context after prepare has run. Raises CalledProcessError if it fails; its record says why."""
+    """The train step's context after prepare has run. Raises CalledProcessError if it fails; see its record."""
     command = prepare_command(folder, model, training, lora, dataset)
     subprocess.run(command, check=True, env={**os.environ, "QLORA_DEVICE": "cpu"}, stdout=sys.stderr)
     return context_of(folder, model)

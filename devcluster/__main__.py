@@ -12,7 +12,7 @@ _NAMES = f"one of {', '.join(toolchain.ALL_TOOLS)} (default: {', '.join(toolchai
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; 0 when it did what was asked, 1 with a message on standard error when not."""
+    """Run one command; 0 if it succeeded, else 1 with a message on standard error."""
     options = _parser().parse_args(argv)
     try:
         return _run(options, from_environment())
@@ -20,9 +20,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"devcluster: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(
-            "devcluster: interrupted; the next `up` starts from scratch, `down` removes what is left", file=sys.stderr
-        )
+        print("devcluster: interrupted; the next `up` starts from scratch, `down` removes the rest", file=sys.stderr)
         return 130
 
 
@@ -124,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     prepare = commands.add_parser(
         "prepare", help="install packages and build programs and images: all that the tests and the demo need"
     )
-    prepare.add_argument("--slow", action="store_true", help="build what only the slow tests need too")
+    prepare.add_argument("--slow", action="store_true", help="also build the programs of the slow tests")
     build = commands.add_parser("build", help="build the programs that the cache lacks and print their paths")
     build.add_argument("names", nargs="*", metavar="NAME", help=_NAMES)
     path = commands.add_parser("path", help="build a program if needed, and print its path")
@@ -132,8 +130,8 @@ def _parser() -> argparse.ArgumentParser:
     up = commands.add_parser("up", help="start the cluster, or keep a healthy one; prints the kubeconfig's path")
     up.add_argument("--gpus", type=_count, default=cluster.DEFAULT_GPUS, help="simulated GPUs of the node (default: 2)")
     up.add_argument("--network-policies", action="store_true", help="enforce NetworkPolicies")
-    commands.add_parser("down", help="stop the cluster and remove everything that it made, except caches")
-    commands.add_parser("leftovers", help="print what a cluster has left on this machine; exit status 1 if anything")
+    commands.add_parser("down", help="stop the cluster and remove everything that it created, except caches")
+    commands.add_parser("leftovers", help="print leftovers of a cluster on this machine; exit status 1 if any")
     commands.add_parser(
         "status", help="print the programs, their logs and the node's state; exit status 1 if unhealthy"
     )

@@ -1,4 +1,4 @@
-"""Adds what a cluster has beyond Kubernetes itself: DNS, volumes, and GPUs that only the scheduler believes in."""
+"""Adds DNS, volumes, and simulated GPUs, which only the scheduler uses."""
 
 import secrets
 import socket
@@ -42,7 +42,7 @@ def dns_query(identity: bytes, name: str) -> bytes:
 
 
 def allow_network_policies(kubectl: Kubectl) -> None:
-    """Let the program that enforces NetworkPolicies read them, and whom they are about."""
+    """Let the program that enforces NetworkPolicies read them, and the pods and namespaces that they select."""
     kubectl.apply((_MANIFESTS / "network-policies.yaml").read_text())
 
 
@@ -60,7 +60,7 @@ def start_storage(layout: Layout, kubectl: Kubectl, start: Callable[[str, list[s
 
 
 def set_gpus(kubectl: Kubectl, count: int) -> None:
-    """Make the node claim `count` GPUs. The kubelet forgets them when it restarts, so set them again after that."""
+    """Make the node claim `count` GPUs. The kubelet drops them when it restarts, so set them again after that."""
     node = kubectl.get("node", addresses.NODE)
     if gpus(kubectl) == count:
         return
@@ -71,5 +71,5 @@ def set_gpus(kubectl: Kubectl, count: int) -> None:
 
 
 def gpus(kubectl: Kubectl) -> int:
-    """How many GPUs the scheduler may hand out."""
+    """The number of GPUs that the scheduler may assign."""
     return int(kubectl.get("node", addresses.NODE)["status"].get("allocatable", {}).get(addresses.GPU_RESOURCE, 0))

@@ -1,4 +1,4 @@
-"""Names and addresses of the cluster: change them here when they collide with a machine's own network."""
+"""Names and addresses of the cluster: change them here when they collide with a machine's network."""
 
 import random
 import socket
@@ -8,7 +8,7 @@ from devcluster.errors import ClusterError
 
 NODE = "devcluster"
 BRIDGE = "qlora0"
-# The bridge is also the node's and the API server's address, so nothing listens on the machine's own network.
+# The bridge is also the node's and the API server's address, so nothing listens on the machine's network.
 BRIDGE_ADDRESS = "10.244.0.1"
 POD_SUBNET = "10.244.0.0/24"
 SERVICE_SUBNET = "10.96.0.0/24"
@@ -20,7 +20,7 @@ LOOPBACK = "127.0.0.1"
 CHAIN_PREFIX = "QLORA-"
 # Of netfilter: where new connections of pods wait for a verdict. Other programs like 0 and 100.
 POLICY_QUEUE = 24_410
-# Below the ports that the kernel gives to outgoing connections, one of which could take a port between choice and use.
+# Below the kernel's ports for outgoing connections: such a connection could take a port between choice and use.
 _CHOSEN_PORTS = range(20_000, 30_000)
 GPU_RESOURCE = "nvidia.com/gpu"
 CONTAINERD_NAMESPACE = "k8s.io"

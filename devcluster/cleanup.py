@@ -1,4 +1,4 @@
-"""Removes the cluster from the machine, however it ended, and reports what is left."""
+"""Removes the cluster from the machine, however it ended, and reports leftovers."""
 
 import contextlib
 import os
@@ -14,11 +14,11 @@ from devcluster.layout import Layout
 from devcluster.machine import Machine
 from devcluster.processes import Record, run
 
-# What starts pods or volumes goes first, so that nothing comes back; containerd is last, it knows the containers.
+# Programs that start pods or volumes end first, so that nothing comes back; containerd is last, it has the containers.
 _LAST = ("containerd",)
 _LOOPBACK_RESULTS = "cni-loopback"
 _SETTLE_SECONDS = 15
-# What a program would still write is thrown away anyhow.
+# Later output of a program is thrown away anyhow.
 _GRACE_SECONDS = 2
 
 
@@ -26,7 +26,7 @@ def down(layout: Layout) -> None:
     """Stop and remove everything that `up` made, then check.
 
     Every step is found by record or by name, not by memory of what `up` reached, and can be repeated.
-    Raises ClusterError with what is left; records and logs then stay for the next try.
+    Raises ClusterError with the leftovers; records and logs then stay for the next try.
     """
     before = machine.load(layout.before)
     if before is None and not layout.cluster.exists():
@@ -48,7 +48,7 @@ def down(layout: Layout) -> None:
 
 
 def settle(layout: Layout) -> list[str]:
-    """What is left once the kernel has had time to take down devices and control groups by itself."""
+    """The leftovers once the kernel has had time to remove devices and control groups."""
     deadline = time.monotonic() + _SETTLE_SECONDS
     while (left := leftovers(layout)) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -95,7 +95,7 @@ def _kill_containers(layout: Layout, before: Machine | None) -> None:
 
 
 def _our_processes(layout: Layout, before: Machine | None) -> Iterator[Record]:
-    """Processes with our record, our marker or our containerd's socket in their arguments, or in our containers."""
+    """Processes with our record, marker or containerd socket in their arguments, or in our containers."""
     yield from (record for record in processes.records(layout.records) if processes.alive(record))
     marker = f"{processes.MARKER}={layout.records}".encode()
     socket_path = str(layout.containerd_socket).encode()
@@ -104,7 +104,7 @@ def _our_processes(layout: Layout, before: Machine | None) -> Iterator[Record]:
             environment = (folder / "environ").read_bytes().split(b"\0")
             arguments = (folder / "cmdline").read_bytes().split(b"\0")
         except OSError:
-            continue  # it ended meanwhile, or is a kernel thread
+            continue  # it has ended, or is a kernel thread
         shim = arguments[0].endswith(b"containerd-shim-runc-v2") and socket_path in arguments
         if marker in environment or shim:
             record = processes.identify(int(folder.name), arguments[0].decode(errors="replace"))
@@ -123,7 +123,7 @@ def _our_processes(layout: Layout, before: Machine | None) -> Iterator[Record]:
 def _read_lines(path: Path) -> list[str]:
     try:
         return path.read_text().split()
-    except OSError:  # the group was removed while we looked
+    except OSError:  # the group was removed in the meantime
         return []
 
 
@@ -167,7 +167,7 @@ def _remove_cgroups(before: Machine) -> None:
 
 
 def _remove_files(layout: Layout, before: Machine) -> None:
-    """CNI's results of our pods, sockets that nobody serves, and folders that are new and empty."""
+    """CNI's results of our pods, sockets without a server, and folders that are new and empty."""
     results = Path("/var/lib/cni/results")
     for result in results.glob(f"{node.NETWORK}-*"):
         container = result.name.removeprefix(f"{node.NETWORK}-").removesuffix("-eth0")
@@ -198,7 +198,7 @@ def _remove_empty(folder: Path) -> None:
     try:
         os.rmdir(folder)
     except OSError:
-        return  # not there, or somebody else uses it; `leftovers` reports which
+        return  # missing, or another program uses it; `leftovers` reports which
 
 
 def _restore_sysctls(before: Machine) -> None:

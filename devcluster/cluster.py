@@ -47,7 +47,7 @@ _DNS_SECONDS = 120
 
 @contextmanager
 def locked(layout: Layout) -> Iterator[None]:
-    """Let one command at a time change the cluster; a killed command lets go by itself."""
+    """Let one command at a time change the cluster; a killed command releases the lock."""
     layout.cache.mkdir(parents=True, exist_ok=True)
     with layout.lock.open("w") as lock:
         try:
@@ -72,7 +72,7 @@ def up(layout: Layout, gpus: int = DEFAULT_GPUS) -> None:
             cleanup.down(layout)
         binaries = toolchain.build(layout, _PROGRAMS)
         machine.reject_conflicts()
-        # From here on `down` knows what to go back to, at whatever point this is cut short.
+        # From here on `down` can restore the machine, at whatever point this is cut short.
         machine.observe().save(layout.before)
         _Start(layout, binaries).everything()
     kubectl = kubectl_of(layout)
@@ -84,7 +84,7 @@ def up(layout: Layout, gpus: int = DEFAULT_GPUS) -> None:
 
 
 class _Start:
-    """One run of `up`: the programs already started die loudly while later ones are waited for."""
+    """One run of `up`: a started program that dies is reported while later ones start."""
 
     def __init__(self, layout: Layout, binaries: dict[str, Path]) -> None:
         self._layout = layout
@@ -170,7 +170,7 @@ def start_node_again(layout: Layout, gpus: int = DEFAULT_GPUS) -> None:
 
 
 def broken(layout: Layout) -> list[str]:
-    """Why the cluster cannot become healthy by itself, one line each; empty when it can."""
+    """Reasons why the cluster cannot become healthy without help, one line each."""
     if not layout.cluster.exists():
         return ["there is no cluster; start one with `python -m devcluster up`"]
     found = [] if layout.ready.exists() else ["the last `up` did not finish"]
@@ -182,7 +182,7 @@ def broken(layout: Layout) -> list[str]:
 
 
 def trouble(layout: Layout) -> list[str]:
-    """Why the cluster is not healthy at this moment, one line each; empty when it is."""
+    """Reasons why the cluster is not healthy now, one line each."""
     found = broken(layout)
     if not found and not node_is_ready(kubectl_of(layout)):
         found.append(f"the node is not Ready; see {layout.log('kubelet')}")

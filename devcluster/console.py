@@ -1,4 +1,4 @@
-"""Shows one line per stage to the person who waits; what installers and image builders print goes to a log file."""
+"""Shows one line per stage; the output of installers and image builders goes to a log file."""
 
 import os
 import subprocess
@@ -13,14 +13,14 @@ from devcluster.errors import ClusterError
 from devcluster.layout import Layout
 from devcluster.processes import environment, tail
 
-# Set to anything, it shows what otherwise goes to the log file.
+# Set to anything, it shows the output that otherwise goes to the log file.
 VERBOSE = "VERBOSE"
 _LARGEST_LOG_BYTES = 8 << 20
 _LINES_OF_A_FAILURE = 40
 
 
 def verbose() -> bool:
-    """Whether the person wants to see everything."""
+    """Whether the user wants to see everything."""
     return bool(os.environ.get(VERBOSE))
 
 
@@ -30,7 +30,7 @@ def say(text: str) -> None:
 
 
 def mention(layout: Layout, text: str) -> None:
-    """Write a line that few people want: to the log file, or to standard error where VERBOSE is set."""
+    """Write a detail: to the log file, or to standard error where VERBOSE is set."""
     with _noise(layout) as output:
         output.write(f"{text}\n".encode())
 
@@ -42,13 +42,13 @@ def run_noisy(
 
     Without `env` it gets `processes.environment()`.
 
-    Raises ClusterError with the command and the last lines of what it printed.
+    Raises ClusterError with the command and the last lines of its output.
     """
     command = " ".join(map(str, argv))
     mention(layout, f"{time.strftime('%H:%M:%S')} {command}")
     with _noise(layout) as output:
         try:
-            # A command that outlives a killed caller would go on changing the machine behind the back of `down`.
+            # A command that outlives a killed caller would keep changing the machine during `down`.
             status = subprocess.run(
                 ["setpriv", "--pdeathsig", "TERM", *argv],
                 stdin=subprocess.DEVNULL,
@@ -65,7 +65,7 @@ def run_noisy(
 
 
 def _shown(layout: Layout) -> str:
-    """Where the output of a failed command can be read."""
+    """A note on the output of a failed command."""
     if verbose():
         return ", see above"
     return f"; last lines of {layout.build_log}:\n{tail(layout.build_log, _LINES_OF_A_FAILURE)}"
@@ -73,7 +73,7 @@ def _shown(layout: Layout) -> str:
 
 @contextmanager
 def _noise(layout: Layout) -> Iterator[BinaryIO]:
-    """Where output goes that is not for everybody."""
+    """The file for output that few users need."""
     if verbose():
         sys.stderr.flush()
         yield sys.stderr.buffer

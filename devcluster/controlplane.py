@@ -39,7 +39,7 @@ class ControlPlane:
 
 @dataclass(frozen=True)
 class Settings:
-    """What differs between the cluster and a control plane on its own."""
+    """Differences between the cluster and a control plane without a node."""
 
     directory: Path
     address: str
@@ -147,7 +147,7 @@ def apiserver_arguments(settings: Settings) -> list[str]:
 
 
 def controller_manager_arguments(settings: Settings) -> list[str]:
-    """The controllers, each with its own ServiceAccount as in any cluster; no port, nobody scrapes them here."""
+    """The controllers, each with its own ServiceAccount as in any cluster; without a port for metrics."""
     where = settings.certificates
     return [
         f"--kubeconfig={settings.directory / 'kube-controller-manager.kubeconfig'}",
@@ -201,7 +201,7 @@ def start_controllers(
 
 
 def is_ready(settings: Settings) -> bool:
-    """Whether the API server answers that it is ready (readiness is open to everybody, so no credentials)."""
+    """Whether the API server answers that it is ready (readiness is public, so no credentials)."""
     context = ssl.create_default_context(cafile=settings.certificates / "ca.crt")
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
     try:
@@ -219,7 +219,7 @@ def running(
 
     Everything is in a temporary folder and ends with the block, or with the calling process.
     `controller_manager` adds the controllers: garbage collection, Jobs (whose pods stay pending), ServiceAccounts.
-    `controller_options` are options of theirs.
+    `controller_options` are their options.
     Raises ClusterError where a program has not been built before: a test builds nothing.
     """
     layout = layout or from_environment()

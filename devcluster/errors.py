@@ -1,5 +1,5 @@
-"""What the command line reports in one message instead of a traceback."""
+"""An error that the command line reports in one message instead of a traceback."""
 
 
 class ClusterError(Exception):
-    """A step failed; the message says what was found and what to do."""
+    """A step failed; the message has the finding and the remedy."""

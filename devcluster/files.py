@@ -19,7 +19,7 @@ class FilePod:
     name: str
 
     def put(self, source: Path, target: str) -> None:
-        """Copy a file or folder to the path on the claim, replacing what is there."""
+        """Copy a file or folder to the path on the claim, and replace an earlier one."""
         self._run("exec", self.name, "--", "rm", "-rf", f"/volume/{target}")
         self._run("cp", "--no-preserve", str(source), f"{self.name}:/volume/{target}")
 
@@ -28,7 +28,7 @@ class FilePod:
         self._run("cp", f"{self.name}:/volume/{source}", str(target))
 
     def run(self, *command: str) -> str:
-        """What a command in the pod prints."""
+        """The output of a command in the pod."""
         return self._run("exec", self.name, "--", *command)
 
     def _run(self, *arguments: str) -> str:

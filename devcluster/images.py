@@ -72,7 +72,7 @@ def load(layout: Layout, ports: Ports, image: str) -> str:
 
 
 def qualified(image: str) -> str:
-    """The name under which the kubelet looks for an image that a pod calls `image`.
+    """The name that the kubelet uses for the pod's image `image`.
 
     Names without a registry belong to docker.io, those without a tag are `latest` (distribution/reference).
     """
@@ -167,9 +167,9 @@ def program_image(program: Path) -> str:
 
 
 def pip_configuration(environ: Mapping[str, str], files: Sequence[Path]) -> str:
-    """One pip.conf that says what this machine's files and PIP_… variables say; later files and variables win.
+    """One pip.conf with the settings of this machine's files and PIP_… variables; later files and variables win.
 
-    The certificate is left out: it is mounted where the system keeps its own.
+    The certificate is left out: it is mounted at the system's path.
     """
     parser = configparser.RawConfigParser()
     parser.read(files)
@@ -188,7 +188,7 @@ def pip_configuration(environ: Mapping[str, str], files: Sequence[Path]) -> str:
 
 
 def _pip_files(environ: Mapping[str, str]) -> list[Path]:
-    """Where pip looks, lowest priority first (pip's user guide, "Configuration")."""
+    """The files that pip reads, lowest priority first (pip's user guide, "Configuration")."""
     home = Path.home()
     user = Path(environ.get("XDG_CONFIG_HOME") or home / ".config") / "pip/pip.conf"
     files = [Path("/etc/pip.conf"), home / ".pip/pip.conf", user]
@@ -211,7 +211,7 @@ def _local_identity(image: str) -> str:
 
 
 def _loaded_identity(layout: Layout, name: str) -> str | None:
-    """The digest of the configuration of an image that containerd has, which is what buildah calls its id."""
+    """The digest of the configuration of an image that containerd has, which is buildah's id of it."""
     lines = ctr(layout, "images", "list", f"name=={name}").splitlines()[1:]
     if not lines:
         return None

@@ -1,4 +1,4 @@
-"""Talks to the API server through kubectl."""
+"""Sends requests to the API server through kubectl."""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from devcluster.processes import run
 
 @dataclass(frozen=True)
 class Kubectl:
-    """kubectl with one kubeconfig. Every method raises ClusterError with kubectl's own words."""
+    """kubectl with one kubeconfig. Every method raises ClusterError with kubectl's message."""
 
     program: Path
     kubeconfig: Path

@@ -44,12 +44,12 @@ class Layout:
 
     @property
     def build_log(self) -> Path:
-        """What installers and image builders have printed."""
+        """The output of installers and image builders."""
         return self.cache / "build.log"
 
     @property
     def before(self) -> Path:
-        """What the machine looked like before `up`; removed when `down` has brought that back."""
+        """The machine's state before `up`; removed when `down` has restored it."""
         return self.cache / "machine-before.json"
 
     @property

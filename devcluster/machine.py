@@ -51,7 +51,7 @@ _JUMP = re.compile(f" -[jg] {_PREFIX}")
 
 @dataclass(frozen=True)
 class Machine:
-    """What of the above there is: settings by name, and the names of the rest."""
+    """The state of the above: settings by name, and the names of the rest."""
 
     sysctls: dict[str, str]
     links: list[str]
@@ -102,7 +102,7 @@ def bridge_links() -> list[str]:
 
 
 def mounts() -> list[str]:
-    """Mount points, in the order in which they were mounted."""
+    """Mount points, in the order of mounting."""
     # proc_pid_mountinfo(5): the fifth field, with space, tab, newline and backslash as octal escapes.
     lines = Path("/proc/self/mountinfo").read_text().splitlines()
     return [re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), line.split(" ")[4]) for line in lines]
@@ -154,7 +154,7 @@ def rule_removal(saved: str) -> str:
 
 
 def _has(program: str) -> bool:
-    """Whether a program is there; `down` and `leftovers` also answer on a machine that never had a cluster."""
+    """Whether a program is installed; `down` and `leftovers` also work on a machine that never had a cluster."""
     return shutil.which(program, path=environment()["PATH"]) is not None
 
 

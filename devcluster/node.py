@@ -1,4 +1,4 @@
-"""Starts the node: bridge, containerd, kubelet, kube-proxy, and what enforces NetworkPolicies."""
+"""Starts the node: bridge, containerd, kubelet, kube-proxy, and the enforcement of NetworkPolicies."""
 
 import json
 from collections.abc import Callable
@@ -27,7 +27,7 @@ Start = Callable[[str, list[str]], Record]
 def set_up_network() -> None:
     """Make the bridge, let pods reach the world through it, and nothing else.
 
-    The CNI plugin could do both, but its chains are named after container ids; fixed names are sure to be removed.
+    The CNI plugin could do both, but its chains are named after container ids; fixed names can be removed reliably.
     Raises ClusterError when the kernel would let packets between pods pass by its rules.
     """
     if not _BRIDGED.exists():
@@ -74,7 +74,7 @@ def ctr(layout: Layout, *arguments: str, seconds: float = 600) -> str:
 
 
 def remove_containers(layout: Layout) -> None:
-    """End and remove every container that containerd knows."""
+    """End and remove every container of containerd."""
     for task in ctr(layout, "tasks", "list", "--quiet").split():
         ctr(layout, "tasks", "delete", "--force", task, seconds=60)
     for container in ctr(layout, "containers", "list", "--quiet").split():
@@ -117,9 +117,9 @@ def start_kube_proxy(layout: Layout, ports: Ports, start: Start) -> Record:
 
 
 def start_network_policies(layout: Layout, start: Start) -> Record:
-    """Let NetworkPolicies decide about each new connection from or to a pod; the node's own to pods are allowed.
+    """Let NetworkPolicies decide about each new connection from or to a pod; those of the node to pods are allowed.
 
-    Without the program a queue drops what is put into it: pods then make no new connection.
+    Without the program the queue drops its packets: pods then make no new connection.
     """
     kubeconfig = layout.cluster / f"{POLICY_PROGRAM}.kubeconfig"
     arguments = [f"--kubeconfig={kubeconfig}", f"--node={addresses.NODE}", f"--queue={addresses.POLICY_QUEUE}"]
@@ -148,14 +148,14 @@ COMMIT
 
 
 def _policies_are_enforced() -> bool:
-    """Whether somebody serves the queue, which happens once the policies have been read."""
+    """Whether a process serves the queue, which happens once the policies have been read."""
     if not _QUEUES.exists():
         return False
     return str(addresses.POLICY_QUEUE) in (line.split()[0] for line in _QUEUES.read_text().splitlines())
 
 
 def cni_configuration(leases: Path) -> dict[str, object]:
-    """A bridge that gives each pod an address; `leases` is the folder that remembers which are taken."""
+    """A bridge that gives each pod an address; `leases` is the folder of taken addresses."""
     bridge = {
         "type": "bridge",
         "bridge": addresses.BRIDGE,

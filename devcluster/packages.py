@@ -12,7 +12,7 @@ from devcluster.layout import Layout
 from devcluster.processes import environment
 
 CNI_PLUGINS = Path("/usr/lib/cni")
-# Debian package -> the program that shows it is there.
+# Debian package -> the program that shows that it is installed.
 NODE = {
     "containerd": "containerd",
     "runc": "runc",
@@ -40,9 +40,9 @@ def missing(packages: Mapping[str, str]) -> list[str]:
 
 
 def ensure(layout: Layout, packages: Mapping[str, str]) -> None:
-    """Install what is missing with apt.
+    """Install missing packages with apt.
 
-    Raises ClusterError where that is impossible, with the list of what to install.
+    Raises ClusterError where that is impossible, with the missing packages.
     """
     wanted = missing(packages)
     if not wanted:
@@ -54,7 +54,7 @@ def ensure(layout: Layout, packages: Mapping[str, str]) -> None:
 def unpack(layout: Layout) -> None:
     """Keep the files of the packages of UNPACKED in the cache.
 
-    Raises ClusterError where that is impossible, with the list of what is missing.
+    Raises ClusterError where that is impossible, with the missing packages.
     """
     wanted = sorted({package for program, package in UNPACKED.items() if not _kept(layout, program).exists()})
     if not wanted:
@@ -80,7 +80,7 @@ def unpack(layout: Layout) -> None:
 def unpacked(layout: Layout, program: str) -> Path:
     """The path of a program of UNPACKED, for tests, which install nothing.
 
-    Raises ClusterError with what to run where it is missing.
+    Raises ClusterError with the command to run where it is missing.
     """
     if not (path := _kept(layout, program)).exists():
         raise ClusterError(f"missing: {program}; run `python -m devcluster packages`")

@@ -12,7 +12,7 @@ from devcluster.processes import run
 from devcluster.product import ROOT, Images
 
 COMMIT = "cbd1e333f6b7f03bd96760520e898ba9fb9feb38"
-"""What is upgraded from. Raise it with each release, and `tests/support/previous_release` with it."""
+"""The start of upgrades. Raise it with each release, and `tests/support/previous_release` with it."""
 _BUILD_SECONDS = 3600.0
 
 
@@ -37,7 +37,7 @@ def build(layout: Layout) -> Release:
 
 
 def built(layout: Layout) -> Release:
-    """The release, for tests, which build nothing. Raises ClusterError with what to run where it is missing."""
+    """The release, for tests, which build nothing. Raises ClusterError with the command to run where it is missing."""
     if not _is_built(layout):
         raise ClusterError("the previous release is not built: run `python -m devcluster prepare --slow`")
     operator, trainer = _names(layout).read_text().splitlines()
@@ -45,7 +45,7 @@ def built(layout: Layout) -> Release:
 
 
 def _is_built(layout: Layout) -> bool:
-    """Somebody who needs the room may have removed the images since."""
+    """Whether the images exist; a user may have removed them to free space."""
     names = _names(layout)
     return names.exists() and all(images.exists(name) for name in names.read_text().splitlines())
 

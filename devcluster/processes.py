@@ -1,4 +1,4 @@
-"""Starts background processes and ends them by recorded identity, never a stranger that got the same pid."""
+"""Starts background processes and ends them by recorded identity, never another one that got the same pid."""
 
 import os
 import signal
@@ -11,9 +11,9 @@ from pathlib import Path
 from devcluster.addresses import LOOPBACK, POD_SUBNET, SERVICE_SUBNET
 from devcluster.errors import ClusterError
 
-# In the environment of every process we start; `leftovers` finds by it what no record names.
+# In the environment of every process we start; `leftovers` finds processes without a record by it.
 MARKER = "QLORA_DEVCLUSTER"
-# The child records itself before it becomes the program: whoever is killed when, no program runs unrecorded.
+# The child records itself before it becomes the program: whatever is killed, no program runs unrecorded.
 _RECORD_THEN_EXEC = (
     "read -r boot < /proc/sys/kernel/random/boot_id; read -r stat < /proc/$$/stat; "
     'printf "%s\\n%s\\n" "$boot" "$stat" > "$0.new"; mv "$0.new" "$0"; exec "$@"'
@@ -54,7 +54,7 @@ def records(directory: Path) -> Iterator[Record]:
 
 
 def alive(record: Record) -> bool:
-    """Whether this very process still runs; a zombie and a stranger with the same pid do not count."""
+    """Whether this very process still runs; a zombie and another one with the same pid do not count."""
     try:
         stat = Path(f"/proc/{record.pid}/stat").read_text()
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -109,7 +109,7 @@ def start(
 def stop(record: Record, grace: float = 10.0) -> None:
     """End one recorded process: SIGTERM, and SIGKILL after `grace` seconds. A process that is gone is fine."""
     try:
-        # The descriptor names the process itself: what is checked below is what gets the signal.
+        # The descriptor names the process itself: the checked process gets the signal.
         handle = os.pidfd_open(record.pid)
     except ProcessLookupError:
         return
@@ -140,7 +140,7 @@ def until(
 ) -> None:
     """Wait for a condition; give up when it takes too long or a process in `needs` has died.
 
-    Raises ClusterError with the last lines of the log that shows why.
+    Raises ClusterError with the last lines of the log that shows the reason.
     """
     deadline = time.monotonic() + seconds
     while not condition():
@@ -172,10 +172,10 @@ def environment(base: Mapping[str, str] = os.environ) -> dict[str, str]:
 def run(argv: Sequence[str | Path], *, input_text: str | None = None, seconds: float = 600) -> str:
     """Run a short command to its end and return its standard output.
 
-    Raises ClusterError with the command and what it printed.
+    Raises ClusterError with the command and its output.
     """
     try:
-        # A command that outlives a killed caller would go on changing the machine behind the back of `down`.
+        # A command that outlives a killed caller would keep changing the machine during `down`.
         done = subprocess.run(
             ["setpriv", "--pdeathsig", "TERM", *argv],
             input=input_text,

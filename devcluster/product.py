@@ -28,7 +28,7 @@ _DOCKERFILES = {
 # Name of the profile of jobs whose pods share a workspace.
 SHARED_PROFILE = "shared"
 
-# One small machine that plays a GPU node: it computes on the CPU and leaves room for the cluster itself.
+# One small machine as a simulated GPU node: it computes on the CPU and leaves room for the cluster.
 _SMALL = {"cpu": "100m", "memory": "4Gi"}
 SMALL_MACHINE: dict[str, Any] = {
     "profiles": {
@@ -46,7 +46,7 @@ SMALL_MACHINE: dict[str, Any] = {
     "jobNetworkPolicies": {"dnsPorts": [1053]},
 }
 
-# The same for a cluster that need not have a GPU, real or played. Null takes the chart's default away.
+# The same for a cluster without a GPU, real or simulated. Null removes the chart's default.
 ANY_MACHINE: dict[str, Any] = {
     "profiles": {"default": {**SMALL_MACHINE["profiles"]["default"], "gpuResource": None}},
 }
@@ -83,7 +83,7 @@ def build_images(layout: Layout) -> Images:
 def built_images() -> Images:
     """The images of this checkout that have been built before, for tests, which build nothing.
 
-    Raises ClusterError with what to run where one is missing.
+    Raises ClusterError with the command to run where one is missing.
     """
     names = {name: image_name(name) for name in _DOCKERFILES}
     if missing := [full_name for full_name in names.values() if not images.exists(full_name)]:
@@ -107,7 +107,7 @@ def install(
     *,
     chart: Path = CHART,
 ) -> None:
-    """Install or upgrade the chart and wait until the operator is ready. Raises ClusterError with Helm's words."""
+    """Install or upgrade the chart and wait until the operator is ready. Raises ClusterError with Helm's message."""
     helm = toolchain.build(layout, ["helm"])["helm"]
     kubectl = Kubectl(toolchain.build(layout, ["kubectl"])["kubectl"], kubeconfig)
     kubectl("apply", "--filename=-", input_text=json.dumps(restricted_namespace(NAMESPACE)))
@@ -120,14 +120,14 @@ def install(
 
 
 def chart_values(product: Images, values: Mapping[str, Any] = SMALL_MACHINE) -> dict[str, Any]:
-    """The values with which `install` installs the chart: the images, and what `values` adds."""
+    """The values of `install`: the images, and `values`."""
     return _merge(_image_values(product), values)
 
 
 def uninstall(layout: Layout, kubeconfig: Path) -> None:
-    """Remove the operator, the definitions and with them all jobs, if they are there. Raises ClusterError.
+    """Remove the operator, the definitions and with them all jobs, if they exist. Raises ClusterError.
 
-    With its Lease, for which the next operator would wait.
+    Also remove its Lease: the next operator would wait for it.
     """
     helm = toolchain.build(layout, ["helm"])["helm"]
     kubectl = Kubectl(toolchain.build(layout, ["kubectl"])["kubectl"], kubeconfig)
@@ -138,7 +138,7 @@ def uninstall(layout: Layout, kubeconfig: Path) -> None:
 
 
 def roll_back(layout: Layout, kubeconfig: Path) -> None:
-    """Return to the revision of the chart that was installed before. Raises ClusterError with Helm's words."""
+    """Return to the revision of the chart that was installed before. Raises ClusterError with Helm's message."""
     helm = toolchain.build(layout, ["helm"])["helm"]
     arguments = ["rollback", RELEASE, "--namespace", NAMESPACE, "--wait", "--timeout", "5m"]
     run([helm, "--kubeconfig", kubeconfig, *arguments], seconds=360)

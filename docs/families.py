@@ -34,7 +34,7 @@ MULTIMODAL_NAMES = tuple(sorted(set(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES).diffe
 _SECONDS = 120
 _LONGEST_REASON = 240
 _ROTATION = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5}
-# What every published model of the family has and transformers' default leaves out.
+# Settings of every published model of the family that transformers' default leaves out.
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "aya_vision": {"vision_config": {"model_type": "siglip_vision_model", "num_attention_heads": 16}},
     "bamba": {"attn_layer_indices": [9, 18, 27]},

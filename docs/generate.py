@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,19 @@ ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "docs" / "reference"
 DECISIONS = ROOT / "docs" / "decisions"
 DECISION_GROUPS = ("Architecture", "API", "Security", "Numerics", "Operations")
+# Fields below spec that most jobs set, in the order of the page.
+MOST_JOBS = (
+    "model.source",
+    "model.tokenSecretRef",
+    "dataset.source",
+    "dataset.eval",
+    "lora.rank",
+    "training.epochs",
+    "training.microBatchSize",
+    "training.maxSequenceLength",
+    "output.destination",
+    "resources.gpuMemory",
+)
 # Objects whose fields another page has.
 ELSEWHERE = {"status.resolved.profile": "chart.md#a-profile", "spec.template.spec": "resource.md#what-you-write"}
 VALUES = ROOT / "helm" / "qlora-operator" / "values.yaml"
@@ -48,10 +62,25 @@ def pages() -> dict[Path, str]:
 
 def _resource() -> str:
     mutable = ", ".join(f"`spec.{_camel(name)}`" for name in sorted(MUTABLE_FIELDS))
+    definition = custom_resource_definition()
     return _kind(
-        custom_resource_definition(),
+        definition,
         f"Once a job exists, only {mutable} and `spec.resources.memory` can be changed.",
+        "## Fields of most jobs",
+        _table(("Field", "Meaning"), map(partial(_field, definition), MOST_JOBS)),
+        "All other fields are advanced: their defaults fit most jobs.",
     )
+
+
+def _field(definition: Schema, path: str) -> tuple[str, str]:
+    """The row of a field below spec."""
+    schema: Schema = definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    *parents, name = path.split(".")
+    for parent in parents:
+        schema = schema["properties"][parent]
+    field = schema["properties"][name]
+    required = name in schema.get("required", ())
+    return _lines(f"`spec.{path}`", _type(field, f"spec.{path}"), _default(field, required)), _description(field)
 
 
 def _sweep() -> str:
@@ -59,7 +88,7 @@ def _sweep() -> str:
     return _kind(sweep_definition(), f"Once a sweep exists, only {mutable} can be changed.")
 
 
-def _kind(definition: Schema, mutable: str) -> str:
+def _kind(definition: Schema, *introduction: str) -> str:
     names, version = definition["spec"]["names"], definition["spec"]["versions"][0]
     properties = version["schema"]["openAPIV3Schema"]["properties"]
     columns = [
@@ -71,7 +100,7 @@ def _kind(definition: Schema, mutable: str) -> str:
         "`crds/qlora_api`",
         f"`apiVersion: {API_VERSION}`, `kind: {names['kind']}`, short name `{names['shortNames'][0]}`. "
         f"`kubectl explain {names['singular']}.spec` prints the same text.",
-        mutable,
+        *introduction,
         "## Columns of `kubectl get`",
         _table(("Column", "Meaning", "Shown"), columns),
         "## What you write",
@@ -181,12 +210,12 @@ def _metrics() -> str:
         rows.append((_lines(f"`{name}`", labelled), family.documentation))
     return _page(
         "Metrics",
-        "`operator/qlora_operator/metrics/metrics.py` and the modules of which it is made",
+        "`operator/qlora_operator/metrics/metrics.py` and its parts",
         "The operator serves them in Prometheus' format on `/metrics`, port 9090 of its pod. `metrics.service` and "
         "`metrics.serviceMonitor` in the [chart's values](chart.md) make them reachable. "
-        "[Watch the jobs and the operator](../how-to/monitoring.md) has dashboards, alerts, and who may read them.",
+        "[Watch the jobs and the operator](../how-to/monitoring.md) has dashboards, alerts, and access.",
         _table(("Metric", "Meaning"), rows),
-        "## How many series",
+        "## Number of series",
         "\n".join(f"- {sentence}" for sentence in _cardinality()),
     )
 
@@ -207,12 +236,12 @@ def _show_labels(metrics: Metrics) -> None:
 
 
 def _cardinality() -> Iterator[str]:
-    """What the number of series is bounded by."""
+    """The bound of the number of series."""
     yield (
         f"Metrics with the label `name` are those of one running job: {SERIES_PER_RUNNING_JOB} series at most while it "
-        "prepares, trains or publishes, and none when it waits, is suspended or has ended. Of at most "
-        f"`settings.metrics.runningJobs` ({DEFAULT_RUNNING_JOBS} by default) jobs there are any; `qlora_jobs_left_out` "
-        "is how many run beyond that."
+        "prepares, trains or publishes, and none when it waits, is suspended or has ended. At most "
+        f"`settings.metrics.runningJobs` ({DEFAULT_RUNNING_JOBS} by default) jobs have them; `qlora_jobs_left_out` "
+        "counts running jobs beyond that."
     )
     yield f"`qlora_jobs` has {len(PHASES)} series for each namespace with a job."
     yield (
@@ -231,10 +260,7 @@ def _cardinality() -> Iterator[str]:
         "A tenant chooses the names of a job, its profile and its claim. They are labels of the job while it runs, and "
         "make no other series: in counters and histograms a profile that does not exist is `unknown`."
     )
-    yield (
-        "An operator that stands by has no series of jobs. Counters start at 0 in each process: use `rate` or "
-        "`increase`."
-    )
+    yield ("A standby operator has no series of jobs. Counters start at 0 in each process: use `rate` or `increase`.")
 
 
 def _exit_codes() -> str:
@@ -281,7 +307,7 @@ def _decisions() -> str:
 def _objects(schema: Schema, path: str, level: int, defaults: Schema | None = None) -> Iterator[str]:
     """A section for the object and one for each object below it: description, fields, rules.
 
-    `defaults`: what the object has where its parent leaves it out, which wins over the defaults of its fields.
+    `defaults`: the object's default in its parent, which wins over the defaults of its fields.
     """
     required = set(schema.get("required", ()))
     fields: dict[str, Schema] = {
@@ -294,7 +320,7 @@ def _objects(schema: Schema, path: str, level: int, defaults: Schema | None = No
     rows = [
         (
             _lines(f"`{name}`", _type(field, f"{path}.{name}"), _default(field, name in required)),
-            field.get("description", "").removesuffix(default_sentence(field["default"])),
+            _description(field),
         )
         for name, field in fields.items()
     ]
@@ -310,6 +336,10 @@ def _objects(schema: Schema, path: str, level: int, defaults: Schema | None = No
             yield from _objects(field, f"{path}.{name}", min(level + 1, 4), field["default"])
         elif "properties" in field.get("items", ()):
             yield from _objects(field["items"], f"{path}.{name}", min(level + 1, 4))
+
+
+def _description(field: Schema) -> str:
+    return str(field.get("description", "")).removesuffix(default_sentence(field.get("default")))
 
 
 def _type(field: Schema, path: str) -> str:
@@ -328,7 +358,7 @@ def _type(field: Schema, path: str) -> str:
 
 
 def _range(field: Schema) -> str:
-    """The bounds that somebody could meet: 2^31 and beyond only keep numbers exact."""
+    """The bounds that a user could meet: 2^31 and beyond only keep numbers exact."""
     low, high = field.get("minimum", field.get("exclusiveMinimum")), field.get("maximum", field.get("exclusiveMaximum"))
     if high is None or high is True or high >= 2**31 - 1:
         return "" if not low or low is True else f", {low} or more"
@@ -338,7 +368,7 @@ def _range(field: Schema) -> str:
 def _default(field: Schema, required: bool) -> str:
     if required:
         return "**required**"
-    return "" if "properties" in field else _default_of(field["default"])
+    return "" if "properties" in field else _default_of(field.get("default"))
 
 
 def _default_of(value: Any) -> str:
@@ -351,7 +381,7 @@ def _lines(*parts: str) -> str:
 
 
 def _inline(node: Any, schemas: Mapping[str, Any]) -> Any:
-    """The schema with each reference replaced by what it refers to, and `null` left out of its unions."""
+    """The schema with each reference replaced by the referenced one, and `null` left out of its unions."""
     if isinstance(node, list):
         return [_inline(item, schemas) for item in node]
     if not isinstance(node, dict):

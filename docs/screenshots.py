@@ -26,7 +26,7 @@ IMAGES = Path(__file__).parent / "images"
 _REPORT_SIZE = (1100, 1075)
 _CHARACTER_WIDTH = 8.43
 _LINE_HEIGHT = 22
-# More lines of one phase tell nobody anything.
+# More lines of one phase add nothing.
 _LINES_PER_PHASE = 3
 
 _TERMINAL = """<!doctype html><meta charset="utf-8"><style>
@@ -73,7 +73,7 @@ def terminal_page(lines: list[str]) -> str:
 
 
 def colored_page(command: str, screen: str) -> str:
-    """What a terminal shows after the command, in its colors; `screen` has them as escape sequences."""
+    """The terminal after the command, in its colors; `screen` has them as escape sequences."""
     width = max(map(len, plain_lines(screen)))
     console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     console.print(Text.from_ansi(screen), soft_wrap=True)
@@ -86,7 +86,7 @@ def plain_lines(screen: str) -> list[str]:
 
 
 def _dotted(character: str) -> str:
-    """A Braille pattern, of which curves are made, drawn over its whole cell: fonts differ in its width and gaps."""
+    """A Braille pattern of a curve, drawn over its whole cell: fonts differ in its width and gaps."""
     # Bits of U+2800 and following: dots 1 to 3 and 7 are the left column from top to bottom, 4 to 6 and 8 the right.
     cells = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (0, 3), (1, 3)]
     raised = [cell for bit, cell in enumerate(cells) if (ord(character) - 0x2800) >> bit & 1]

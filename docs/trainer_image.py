@@ -35,7 +35,7 @@ def pages(root: Path = ROOT) -> dict[Path, str]:
         "## Layers",
         f"On top of the base, `{dockerfiles.base_image(dockerfile)}`:",
         "\n".join(f"{number}. {layer.purpose}" for number, layer in enumerate(layers, 1)),
-        "## What it does without",
+        "## Left out",
         dockerfiles.left_out_packages(dockerfile),
         "Of the packages that are installed, these files are removed:",
         "\n".join(f"- `{removal.command}`: {removal.reason}" for removal in removals),

@@ -23,16 +23,16 @@ ROOT = Path(__file__).parents[1]
 RULES = ("Actors", "Which", "Personified", "NounClauses", "Words", "Own")
 # Hits per 1,000 words, by rule. Lower them when text is rewritten: the goals of the first three are 0, 0.4 and 0.3.
 CEILINGS = {
-    "crds": (0.3, 3.1, 2.2, 5.5, 2.6, 1.2),
-    "cli": (0.7, 2.7, 8.0, 5.2, 3.6, 1.1),
+    "crds": (0.2, 1.1, 0.6, 2.0, 1.2, 0.2),
+    "cli": (0.0, 0.3, 0.4, 0.3, 0.5, 0.3),
     "operator": (3.2, 3.1, 6.3, 5.1, 5.4, 1.5),
     "trainer_image": (0.0, 0.1, 0.1, 0.2, 0.2, 0.2),
     "tests": (2.3, 3.3, 5.1, 7.0, 3.4, 2.2),
-    "docs": (1.7, 1.0, 3.3, 1.9, 3.4, 2.4),
-    "helm": (0.6, 6.6, 0.6, 3.0, 1.2, 3.0),
-    "devcluster": (2.7, 1.2, 2.9, 3.4, 2.2, 1.0),
-    "benchmarks": (0.5, 0.7, 1.3, 6.1, 3.6, 2.1),
-    "other": (0.5, 2.3, 4.0, 5.2, 3.3, 1.0),
+    "docs": (0.0, 0.1, 0.1, 0.2, 0.3, 0.4),
+    "helm": (0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+    "devcluster": (0.0, 0.0, 0.0, 0.0, 0.0, 0.5),
+    "benchmarks": (0.0, 0.0, 0.0, 0.3, 0.3, 1.0),
+    "other": (0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
 }
 # Vendored files, an earlier release, and pages that are generated from text that is read at its source.
 _EXCLUDED = re.compile(
@@ -45,7 +45,7 @@ Hit = tuple[str, int, str, str]
 
 
 def prose(path: Path) -> str:
-    """The text of a file, on its own line numbers; lines of code are empty."""
+    """The text of a file, on its line numbers; lines of code are empty."""
     text = path.read_text()
     if path.suffix == ".md":
         return _FENCE.sub(lambda block: "\n" * block[0].count("\n"), text)

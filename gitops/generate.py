@@ -1,4 +1,4 @@
-"""Writes the settings of Argo CD from the Lua files beside them; run by `make generate`."""
+"""Writes the settings of Argo CD from the Lua files in the same folder; run by `make generate`."""
 
 from pathlib import Path
 

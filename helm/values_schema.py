@@ -7,11 +7,11 @@ from typing import Any
 from qlora_operator.settings import Settings
 
 SCHEMA = Path(__file__).parent / "qlora-operator" / "values.schema.json"
-# What the chart sets itself: values of their own, and the ports that the Deployment names.
+# Set by the chart: separate values, and the ports that the Deployment names.
 _NOT_IN_SETTINGS = frozenset({"namespaces", "profiles", "probePort", "metricsPort", "dnsPorts"})
 # The Lease is in the release's namespace, where the operator has the right to write it, and has the release's name.
 _NOT_IN_LEADER_ELECTION = frozenset({"namespace", "leaseName"})
-# What the chart fills in where a profile leaves it out.
+# Defaults of the chart for a profile.
 _NOT_REQUIRED_OF_PROFILES = frozenset({"image"})
 
 

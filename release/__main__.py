@@ -17,12 +17,12 @@ from release.provenance import LOCAL_BUILDER, builder, workflow_identity
 from release.signing import Cosign, Identity, Keyless, PublicKey, Signer, Verifier
 
 _TARGET = ROOT / "dist" / "release"
-# The variable that cosign itself reads.
+# The variable that cosign reads.
 _PASSWORD = "COSIGN_PASSWORD"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; 0 when it did what was asked, 1 with a message on standard error when not."""
+    """Run one command; 0 if it succeeded, else 1 with a message on standard error."""
     options = _parser().parse_args(argv)
     layout = from_environment()
     try:
@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="release", description="Makes a release that can be verified.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     make = commands.add_parser("make", help="build, list, sign, push and verify images and chart")
-    make.add_argument("--registry", help="HOST/PATH to push to (default: a registry that runs here meanwhile)")
+    make.add_argument("--registry", help="HOST/PATH to push to (default: a temporary one on this machine)")
     make.add_argument("--keyless", action="store_true", help="sign as this workflow on GitHub, not with a key")
     make.add_argument("--base", help="NAME@sha256:DIGEST to build on instead of what the Dockerfiles pin")
     make.add_argument("--tag", help="the tag that is released; its changelog must be closed")
@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     who.add_argument("--key", type=Path, help="public key of who signed it")
     who.add_argument("--identity", help="workflow that signed it: https://github.com/…/release.yaml@refs/tags/v0.1.0")
     check = commands.add_parser("check", help="print what is missing or stale; exit status 1 if anything")
-    check.add_argument("--tag", help="the tag that is to be released, as in v0.1.0")
+    check.add_argument("--tag", help="the tag of the release, as in v0.1.0")
     commands.add_parser("readme", help="write the chart's README with helm-docs")
     return parser
 

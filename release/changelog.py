@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from release.errors import ReleaseError
 
-# Headings of Keep a Changelog, which are also the kinds that Artifact Hub knows.
+# Headings of Keep a Changelog, which are also the kinds of Artifact Hub.
 _KINDS = {name.capitalize(): name for name in ("added", "changed", "deprecated", "removed", "fixed", "security")}
 _HEADING = re.compile(r"## (?P<version>\d+\.\d+\.\d+), (?P<date>\d{4}-\d{2}-\d{2}|not yet released)")
 

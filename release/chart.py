@@ -1,4 +1,4 @@
-"""Packages the chart with the images it was tested with, by digest, and what Artifact Hub shows, and pushes it."""
+"""Packages the chart with its images by digest and the annotations of Artifact Hub, and pushes it."""
 
 import os
 import re
@@ -40,7 +40,7 @@ def package(
 
 
 def push(helm: Path, archive: Path, source: Source, registry: str) -> Artifact:
-    """Push a packaged chart; what it is now."""
+    """Push a packaged chart; returns it as an artifact."""
     repository = chart_repository(registry)
     options = ["--plain-http"] if on_loopback(registry) else []
     said = run([helm, "push", *options, archive, f"oci://{repository.rpartition('/')[0]}"])

@@ -22,7 +22,7 @@ _LABELS = frozenset(
 INSTALL_PAGE = Path("docs/how-to/install.md")
 # Of an image, a chart, or a chart's file.
 _TAG = re.compile(r"(?:/qlora-(?:operator|trainer):|--version |qlora-operator-)(\d+\.\d+\.\d+)")
-# What stays the same from release to release; chart.annotations adds the rest.
+# Annotations that stay the same from release to release; chart.annotations adds the rest.
 REQUIRED_ANNOTATIONS = frozenset(
     f"artifacthub.io/{name}"
     for name in (

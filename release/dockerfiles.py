@@ -1,4 +1,4 @@
-"""Reads our Dockerfiles: the base that they pin, their labels, and what each layer of the last stage is for."""
+"""Reads our Dockerfiles: the pinned base, the labels, and the purpose of each layer of the last stage."""
 
 import re
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ _REMOVAL = re.compile(r"&& (rm|find) ")
 
 @dataclass(frozen=True)
 class Removal:
-    """Files that a layer does without: the command, and why nothing misses them."""
+    """Files removed from a layer: the command, and the reason."""
 
     command: str
     reason: str
@@ -23,7 +23,7 @@ class Removal:
 
 @dataclass(frozen=True)
 class Layers:
-    """The layers of one or more instructions, what they are for, and what is removed from them."""
+    """A layer of one or more instructions: its purpose, and the files removed from it."""
 
     purpose: str
     instructions: tuple[str, ...]
@@ -44,7 +44,7 @@ def labels(dockerfile: str) -> dict[str, str]:
 
 
 def layers(dockerfile: str) -> list[Layers]:
-    """What the last stage adds to its base, in order. A comment is for all instructions up to the next comment.
+    """The layers of the last stage, in order. A comment is for all instructions up to the next comment.
 
     Raises ReleaseError where a layer or a removal has no comment.
     """
@@ -63,7 +63,7 @@ def layers(dockerfile: str) -> list[Layers]:
 
 
 def left_out_packages(dockerfile: str) -> str:
-    """The comment of the instruction that lists packages: which it leaves out, and why."""
+    """The comment of the instruction that lists packages: the omitted ones, with reasons."""
     for comment, instruction in _instructions(dockerfile.splitlines()):
         if "--no-emit-package" in instruction:
             return comment

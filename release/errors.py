@@ -2,4 +2,4 @@
 
 
 class ReleaseError(Exception):
-    """A step of a release failed; the message says what was found and what to do."""
+    """A step of a release failed; the message has the finding and the remedy."""

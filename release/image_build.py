@@ -9,7 +9,7 @@ from devcluster.processes import run
 from release import dockerfiles
 from release.project import DOCKERFILES, Artifact, Source, image_repository, on_loopback
 
-# Kubernetes 1.31 runs on nothing that cannot unpack it, and the trainer's image is pulled in half the time.
+# Every node with Kubernetes 1.31 can unpack it, and the trainer's image is pulled in half the time.
 _COMPRESSION = ("--compression-format", "zstd")
 _SECONDS = 3600.0
 
@@ -31,7 +31,7 @@ def publish(
 
 
 def labels(source: Source, base: str) -> dict[str, str]:
-    """The labels that a Dockerfile cannot know (OCI image specification, annotations)."""
+    """The labels that depend on the commit (OCI image specification, annotations)."""
     return {
         "org.opencontainers.image.created": source.created,
         "org.opencontainers.image.revision": source.revision,
@@ -41,7 +41,7 @@ def labels(source: Source, base: str) -> dict[str, str]:
 
 
 def push(tag: str, registry: str) -> str:
-    """Push a local image under its own name; its digest in the registry."""
+    """Push a local image under its name; its digest in the registry."""
     with TemporaryDirectory() as folder:
         digest = Path(folder) / "digest"
         options: list[str | Path] = ["--quiet", *_COMPRESSION, "--digestfile", digest]
@@ -57,6 +57,6 @@ def local_base(layout: Layout, registry: str) -> str:
     tag = f"{registry}/{made.rpartition('/')[2]}"
     run(["buildah", "tag", made, tag])
     reference = f"{tag.rpartition(':')[0]}@{push(tag, registry)}"
-    # A build looks for it here first, and would ask for TLS elsewhere.
+    # A build searches it here first, and would ask for TLS elsewhere.
     run(["buildah", "pull", "--quiet", "--tls-verify=false", reference], seconds=_SECONDS)
     return reference

@@ -1,4 +1,4 @@
-"""Makes a release in a registry: build, list, state, sign; in the order in which one needs the other."""
+"""Makes a release in a registry: builds, lists, states and signs, in the order of dependency."""
 
 import json
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class Programs:
 
 @dataclass(frozen=True)
 class Release:
-    """What is in the registry."""
+    """The artifacts in the registry."""
 
     operator: Artifact
     trainer: Artifact
@@ -32,7 +32,7 @@ class Release:
 
     @property
     def artifacts(self) -> tuple[Artifact, ...]:
-        """All that is signed."""
+        """The signed artifacts."""
         return self.operator, self.trainer, self.chart
 
 
@@ -85,7 +85,7 @@ def _sign(
     builder: Builder,
     target: Path,
 ) -> None:
-    """State where it comes from, and sign that and the artifact itself."""
+    """State its provenance, and sign that and the artifact."""
     kind = "chart" if recipe == str(CHART) else "image"
     statement = target / f"{artifact.name}-{kind}.provenance.json"
     statement.write_text(json.dumps(provenance(artifact, source, recipe, inputs, builder), indent=1) + "\n")

@@ -39,7 +39,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Artifact:
-    """Something in a registry, named by what it is and not by where a tag points."""
+    """Something in a registry, named by its digest and not by a tag."""
 
     repository: str
     version: str
@@ -47,7 +47,7 @@ class Artifact:
 
     @property
     def reference(self) -> str:
-        """The name by which it is signed and verified."""
+        """The name for signing and verifying."""
         return f"{self.repository}@{self.digest}"
 
     @property
@@ -57,17 +57,17 @@ class Artifact:
 
 
 def image_repository(registry: str, name: str) -> str:
-    """Where an image is pushed to: `ghcr.io/OWNER/qlora-operator`."""
+    """The repository of an image: `ghcr.io/OWNER/qlora-operator`."""
     return f"{registry}/{name}"
 
 
 def chart_repository(registry: str) -> str:
-    """Where the chart is pushed to. Helm adds the chart's name to the folder that it is told."""
+    """The folder of the chart in the registry, without the chart's name, which Helm adds."""
     return f"{registry}/charts/{CHART.name}"
 
 
 def on_loopback(registry: str) -> bool:
-    """Whether the registry is one of this machine, which is spoken to without TLS."""
+    """Whether the registry is one of this machine, which is used without TLS."""
     return re.match(r"(localhost|127(\.\d+){3}|\[::1\])(:|/|$)", registry) is not None
 
 
@@ -94,7 +94,7 @@ def committed_source(root: Path = ROOT) -> Source:
 
 @contextmanager
 def exported(source: Source, root: Path = ROOT) -> Iterator[Path]:
-    """A folder with the files of the commit, all of its time, and no others: what images and chart are made from."""
+    """A folder with the files of the commit, all of its time, and no others: the source of images and chart."""
     with TemporaryDirectory(prefix="qlora-release-") as folder:
         archive = Path(folder) / "source.tar"
         files = Path(folder) / "source"

@@ -9,12 +9,12 @@ from release.project import Artifact, Source
 BUILD_TYPE = "https://qlora.dev/build-types/make-release/v1"
 """Names the meaning of the parameters, which docs/release.md describes."""
 LOCAL_BUILDER = "https://qlora.dev/builders/local"
-"""Somebody's own machine: whoever has the key vouches for it, and nobody else."""
+"""A maintainer's machine: only the holder of the key vouches for it."""
 
 
 @dataclass(frozen=True)
 class Builder:
-    """Who runs the build, and this run of it, which may have no name."""
+    """The builder, and this run of it, which may have no name."""
 
     id: str
     run: str
@@ -22,7 +22,7 @@ class Builder:
 
 @dataclass(frozen=True)
 class Dependency:
-    """An input of the build: its address, and the digest of what was there, by the digest's algorithm."""
+    """An input of the build: its address, and its digest, by the digest's algorithm."""
 
     uri: str
     digest: Mapping[str, str]

@@ -1,4 +1,4 @@
-"""Runs a registry on this machine while a release is tried."""
+"""Runs a registry on this machine for the rehearsal of a release."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Lists what is in an image, as SPDX, with syft; equal images get an equal list."""
+"""Lists the packages of an image, as SPDX, with syft; equal images get an equal list."""
 
 import json
 import sys
@@ -33,7 +33,7 @@ def write(image: str, artifact: Artifact, source: Source, target: Path) -> None:
 def packages_only(listed: Mapping[str, Any], artifact: Artifact, source: Source) -> dict[str, Any]:
     """The same list of packages, with the commit's time, and a name that follows from the image (SPDX 2.3, 6.5, 6.9).
 
-    Each file of each package would make it ten times as long; what reads it asks for packages.
+    Each file of each package would make it ten times as long; its readers need packages.
     """
     related = [
         relation

@@ -13,36 +13,36 @@ from release.errors import ReleaseError
 from release.project import on_loopback
 
 GITHUB_ISSUER = "https://token.actions.githubusercontent.com"
-"""Who vouches for the identity of a workflow."""
+"""The authority for the identity of a workflow."""
 # cosign's names of predicates, and the types that they stand for in a statement.
 PROVENANCE = "slsaprovenance1"
 SBOM = "spdxjson"
 PREDICATE_TYPES = {PROVENANCE: "https://slsa.dev/provenance/v1", SBOM: "https://spdx.dev/Document"}
-# What `cosign sign` makes.
+# The type of `cosign sign`.
 _SIGNATURE_TYPE = "https://sigstore.dev/cosign/sign/v1"
 _SECONDS = 600.0
 
 
 class Verifier(Protocol):
-    """Whose signature a user expects."""
+    """The expected signer of a user."""
 
     def verifying(self) -> list[str]:
         """Options of `cosign verify` and `cosign verify-attestation`."""
 
 
 class Signer(Protocol):
-    """Who signs."""
+    """A signer."""
 
     def signing(self) -> list[str]:
         """Options of `cosign sign` and `cosign attest`."""
 
     @property
     def environment(self) -> Mapping[str, str]:
-        """Variables that cosign needs beside those of this process."""
+        """Variables for cosign, in addition to those of this process."""
 
     @property
     def verifier(self) -> Verifier:
-        """What verifies these signatures."""
+        """The verifier of these signatures."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Cosign:
     program: Path
 
     def key_pair(self, folder: Path, password: str, registry: str | None = None) -> KeyPair:
-        """The key pair in a folder, made when there is none and no other user reads the registry.
+        """The key pair in a folder, created if missing and the registry is local.
 
         Raises ReleaseError for a registry of others: users have the public part of one key, and not of a new one.
         """
@@ -136,7 +136,7 @@ class Cosign:
         return pair
 
     def sign(self, signer: Signer, reference: str) -> None:
-        """Sign what a digest names, unless the signer has. Raises ReleaseError with cosign's words."""
+        """Sign the artifact of a digest, unless the signer has. Raises ReleaseError with cosign's message."""
         if not self.is_signed(signer.verifier, reference):
             self._run(["sign", *signer.signing(), reference], signer.environment)
 
@@ -159,7 +159,7 @@ class Cosign:
             )
 
     def attest(self, signer: Signer, reference: str, kind: str, predicate: Path) -> None:
-        """Sign a statement about what a digest names, unless the signer has signed this one."""
+        """Sign a statement about the artifact of a digest, unless the signer has signed this one."""
         stated = json.loads(predicate.read_text())
         if stated not in self.attested(signer.verifier, reference, kind):
             command = ["attest", *signer.signing(), "--type", kind, "--predicate", str(predicate), reference]
@@ -173,7 +173,7 @@ class Cosign:
             return []
 
     def verified_predicates(self, verifier: Verifier, reference: str, kind: str) -> list[dict[str, Any]]:
-        """As `attested`; raises ReleaseError with cosign's words where there is none."""
+        """As `attested`; raises ReleaseError with cosign's message where there is none."""
         said = self._run(["verify-attestation", *verifier.verifying(), "--type", kind, reference], {})
         statements = [json.loads(base64.b64decode(json.loads(line)["payload"])) for line in said.splitlines()]
         return [_predicate(statement, reference, kind) for statement in statements]
@@ -194,7 +194,7 @@ class Cosign:
 
 
 def _predicate(statement: Mapping[str, Any], reference: str, kind: str) -> dict[str, Any]:
-    """What a statement says, if it is about this digest and of this kind. cosign has checked both; so would a user."""
+    """The predicate of a statement about this digest and of this kind. cosign has checked both, as a user would."""
     digests = [f"sha256:{subject['digest'].get('sha256')}" for subject in statement["subject"]]
     if digests != [reference.rpartition("@")[2]] or statement["predicateType"] != PREDICATE_TYPES[kind]:
         raise ReleaseError(f"{reference}: a statement of type {statement['predicateType']} about {digests}")

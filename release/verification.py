@@ -1,4 +1,4 @@
-"""Verifies a release the way a user does: with the registry, and the key or identity that signatures must be of."""
+"""Verifies a release the way a user does: with the registry, and the key or identity of the signatures."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from release.project import Artifact, chart_repository, image_repository, on_loo
 from release.provenance import BUILD_TYPE
 from release.signing import PROVENANCE, SBOM, Cosign, Verifier
 
-# A package that each image cannot do without: a list without it is not the image's.
+# A package that each image needs: a list without it is not the image's.
 _EXPECTED_PACKAGES = {"qlora-operator": ("kopf", "kubernetes"), "qlora-trainer": ("torch", "bitsandbytes", "peft")}
 
 _Found = TypeVar("_Found")
@@ -25,7 +25,7 @@ _Found = TypeVar("_Found")
 
 @dataclass(frozen=True)
 class Verified:
-    """What was verified, and the commit that all of it was made from."""
+    """The verified artifacts, and their common commit."""
 
     artifacts: tuple[Artifact, ...]
     revision: str
@@ -34,9 +34,9 @@ class Verified:
 def verify(
     cosign: Cosign, helm: Path, registry: str, version: str, verifier: Verifier, builder: str, repository: str
 ) -> Verified:
-    """Follow the chart to its images. Raises ReleaseError at the first thing that does not hold.
+    """Follow the chart to its images. Raises ReleaseError at the first failed check.
 
-    `builder` and `repository`: who must have built it, and from which sources.
+    `builder` and `repository`: the expected builder and sources.
     """
     chart = Artifact(chart_repository(registry), version, _chart_digest(helm, registry, version))
     # Before anything in it is believed.
@@ -62,9 +62,9 @@ def verify(
 def stated_revisions(
     statements: Sequence[Mapping[str, Any]], artifact: Artifact, builder: str, repository: str
 ) -> list[str]:
-    """The commits of the statements that fit, of which each run of the builder may have made one.
+    """The commits of the matching statements; each run of the builder may have made one.
 
-    Raises ReleaseError, with what is wrong with the last, if none does.
+    Raises ReleaseError, with the problem of the last, if none matches.
     """
     check = partial(stated_revision, artifact=artifact, builder=builder, repository=repository)
     return _fitting(statements, check)
@@ -81,7 +81,7 @@ def common_revision(stated: Sequence[Sequence[str]]) -> str:
 
 
 def _fitting(statements: Sequence[Mapping[str, Any]], check: Callable[[Mapping[str, Any]], _Found]) -> list[_Found]:
-    """What the check finds in each statement that it accepts. Raises what it has raised last if it accepts none."""
+    """The check's result for each accepted statement. Raises its last error if it accepts none."""
     found, complaints = [], []
     for statement in statements:
         try:
@@ -94,7 +94,7 @@ def _fitting(statements: Sequence[Mapping[str, Any]], check: Callable[[Mapping[s
 
 
 def require_packages(listed: Mapping[str, Any], image: Artifact) -> None:
-    """Raise ReleaseError unless the SBOM has what the image cannot do without, and the project itself."""
+    """Raise ReleaseError unless the SBOM has the image's required packages, and the project itself."""
     versions = sbom.packages(listed)
     if missing := [name for name in _EXPECTED_PACKAGES[image.name] if name not in versions]:
         raise ReleaseError(f"{image.reference}: its SBOM lacks {', '.join(missing)}")
@@ -145,7 +145,7 @@ def images_of(values: Mapping[str, Any], registry: str) -> tuple[Artifact, ...]:
 
 
 def _require_images(rendered: str, description: Mapping[str, Any], images: tuple[Artifact, ...]) -> None:
-    """What is installed, and what Artifact Hub shows, must be the images by their digest."""
+    """Raise ReleaseError unless the manifests and Artifact Hub's annotations name the images by digest."""
     listed = {
         entry["name"]: entry["image"] for entry in yaml.safe_load(description["annotations"]["artifacthub.io/images"])
     }

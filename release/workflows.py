@@ -1,4 +1,4 @@
-"""Checks the workflows: what they run is pinned, and actionlint has nothing to say."""
+"""Checks the workflows: their actions and images must be pinned, and actionlint must report nothing."""
 
 import re
 import subprocess
@@ -37,6 +37,6 @@ def findings(root: Path = ROOT) -> list[str]:
 
 
 def lint(actionlint: Path, root: Path = ROOT) -> list[str]:
-    """What actionlint reports."""
+    """The findings of actionlint."""
     done = subprocess.run([actionlint, "-oneline", *files(root)], cwd=root, capture_output=True, text=True, check=False)
     return (done.stdout + done.stderr).splitlines() if done.returncode else []

@@ -1,1 +1,1 @@
-"""Measures the 4-bit base: how fast it is made and in how much memory, and what training that starts from it saves."""
+"""Measures the 4-bit base: time and memory of its creation, and the savings of training from it."""

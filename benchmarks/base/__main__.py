@@ -1,7 +1,7 @@
-"""Measures how the 4-bit base is made and what it saves; writes `results/base.json` and a table of the documentation.
+"""Measures the creation of the 4-bit base and its savings; writes `results/base.json` and a table of the documentation.
 
-Each measurement runs in a process of its own. Before each start of the train step the kernel is asked to forget the
-model's files, so that they are read from disk.
+Each measurement runs in a separate process. Before each start of the train step the kernel is asked to drop the
+model's files from its cache, so that they are read from disk.
 """
 
 import argparse
@@ -31,7 +31,7 @@ ROWS = 40
 FILE_BYTES = 2**29
 """Of a random model's files: a file of the original is what prepare holds on disk."""
 RANDOM_BLOCKS = [4, 16]
-"""Blocks of random Llamas with the widths of one of 3B, whose bases are made too."""
+"""Blocks of further models: random Llamas with the widths of one of 3B."""
 _WIDTHS = {
     "vocab_size": 128_256,
     "hidden_size": 3072,
@@ -142,7 +142,7 @@ def _write_random_model(folder: Path, blocks: int) -> None:
 
 
 def _starts(folder: Path, model: Path, repetitions: int) -> dict[str, list[dict[str, float]]]:
-    """What each start of the train step took, each way in turn."""
+    """Time and memory of each start of the train step, each way in turn."""
     write_conversations(folder / "train.jsonl", ROWS, SEED, CHAT)
     training = {
         "maxSteps": 1,
@@ -160,7 +160,7 @@ def _starts(folder: Path, model: Path, repetitions: int) -> dict[str, list[dict[
             print(f"starting: {way}", file=sys.stderr, flush=True)
             for path in (*model.glob("*.safetensors"), *(folder / WORKSPACE / "base").glob("*.safetensors")):
                 forget_content(path)
-            # Each start is ended after a step, and too many such attempts of one job would be refused.
+            # Each start is ended after a step, and too many such attempts of one job would be rejected.
             (folder / WORKSPACE / "records" / ATTEMPTS_FILE).unlink(missing_ok=True)
             began = time.monotonic()
             printed = _printed(

@@ -1,4 +1,4 @@
-"""Makes figures of what was measured of the 4-bit base, and the tables of the documentation of them."""
+"""Turns the measurements of the 4-bit base into figures, and these into tables of the documentation."""
 
 from collections.abc import Mapping, Sequence
 from statistics import median
@@ -8,7 +8,7 @@ from benchmarks.operator.table import head, row
 
 MIB, MB, GB = 2**20, 10**6, 10**9
 NAME, COMMAND = "base", "benchmarks.base"
-"""Of the result, and what measures it."""
+"""Name of the result, and its command."""
 NAMES = {
     "ours": "In pieces, as `prepare` does",
     "bitsandbytes": "bitsandbytes, the whole weight",
@@ -21,7 +21,7 @@ WAYS = {
 
 
 def figures(measured: Mapping[str, Any]) -> dict[str, Any]:
-    """The medians of the repetitions, and memory above what the libraries alone take."""
+    """The medians of the repetitions, and memory above that of the libraries alone."""
     return {
         "quantizer": {
             name: {

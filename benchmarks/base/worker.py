@@ -1,4 +1,4 @@
-"""Does, in a process of its own, one of the things that are measured, and prints what it took as a line of JSON."""
+"""Runs one measured operation in a separate process, and prints its time and memory as a line of JSON."""
 
 import argparse
 import json
@@ -48,7 +48,7 @@ def _print(found: dict[str, Any]) -> None:
 
 
 def quantize(subject: str, repetitions: int) -> None:
-    """Bytes of a weight in 16 bit per second, and the most memory besides it and what has been made."""
+    """Bytes of a weight in 16 bit per second, and the peak memory besides weight and result."""
     import torch
 
     work = _subject(subject)
@@ -144,7 +144,7 @@ def train_one_step(folder: Path, model: Path, way: str) -> None:
 
 
 def read_bytes(lines: Sequence[str] | None = None) -> int:
-    """What the process has had read from storage, mapped files included: `read_bytes` of Linux's /proc/self/io."""
+    """Bytes that the process has read from storage, mapped files included: `read_bytes` of Linux's /proc/self/io."""
     for line in Path("/proc/self/io").read_text().splitlines() if lines is None else lines:
         name, _, value = line.partition(":")
         if name == "read_bytes":

@@ -1,1 +1,1 @@
-"""How many new jobs a second the operator starts, and what that costs."""
+"""Measures the rate of new jobs that the operator starts, and their cost."""

@@ -33,7 +33,7 @@ LIBRARIES = ("aiohttp", "kopf", "kubernetes", "pydantic")
 
 @dataclass(frozen=True)
 class Load:
-    """What the command line needs of a load."""
+    """The part of a load for the command line."""
 
     description: str
     add_options: Callable[[argparse.ArgumentParser], None]

@@ -1,7 +1,7 @@
-"""Many new jobs at once: how fast each gets its first Job and its status, and at what cost.
+"""A burst of new jobs: how fast each gets its first Job and its status, and at what cost.
 
-Each run has its own control plane, and no pod is scheduled. The operator is compared with the least that anybody can
-do (`floor.py`) and with Kubeflow Trainer, whose TrainJobs become Jobs by way of JobSet.
+Each run has its own control plane, and no pod is scheduled. The operator is compared with the least possible
+work (`floor.py`) and with Kubeflow Trainer, whose TrainJobs become Jobs by way of JobSet.
 """
 
 import argparse
@@ -35,7 +35,7 @@ _KUBEFLOW_AGENTS = ("kubeflow-trainer", "jobset")
 
 @dataclass
 class Seen:
-    """When what was shown about each job, by its name, in seconds of the monotonic clock."""
+    """Times of the changes of each job, by its name, in seconds of the monotonic clock."""
 
     subject: tuple[subprocess.Popen[bytes], ...]
     created: dict[str, float] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Seen:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What can be chosen on the command line."""
+    """Options of the command line."""
     parser.add_argument("--jobs", type=int, nargs="+", default=[500, 1000], help="jobs of each run (%(default)s)")
     parser.add_argument("--repetitions", type=int, default=3, help="runs of each, in turn; Trainer: one (%(default)s)")
     parser.add_argument("--workers", type=int, help="the operator's workers, if not its default")
@@ -94,7 +94,7 @@ def run(subject: Subject, jobs: int, workers: int | None = None) -> dict[str, An
 def _started(
     subject: Subject, plane: ControlPlane, workers: int | None
 ) -> Iterator[tuple[subprocess.Popen[bytes], ...]]:
-    """What is measured, as processes of their own."""
+    """The measured programs, as separate processes."""
     if subject in _KUBEFLOW:
         with kubeflow.kubeflow_trainer(plane, unlimited=subject == "kubeflow-trainer-unlimited") as started:
             yield started
@@ -113,7 +113,7 @@ async def _measure(
     seen = Seen(started)
     measured, api_server = Processes(tuple(process.pid for process in started)), site.api_server(plane)
     async with _observed(plane, seen), connect(plane.kubeconfig) as client:
-        # The first job waits for the subject to start; it is none of those that count.
+        # The first job waits for the subject to start; it does not count.
         await _create(client, subject, seen, 0)
         await seen.until(seen.first_job, 1, "a first Job")
         await site.until(lambda: _there_is_a_pod(client), "pod", *started)
@@ -192,7 +192,7 @@ async def _until_quiet(plane: ControlPlane, subject: Subject) -> None:
 
 @asynccontextmanager
 async def _observed(plane: ControlPlane, seen: Seen) -> AsyncIterator[None]:
-    """Note what the watches of an outsider show, during the block."""
+    """Record the events of separate watches, during the block."""
 
     async def see_first_jobs() -> None:
         async for event in watch(plane.kubeconfig, "jobs"):
@@ -212,7 +212,7 @@ async def _observed(plane: ControlPlane, seen: Seen) -> AsyncIterator[None]:
 
 
 async def _stored_bytes(client: Client, name: str, operated: bool) -> dict[str, int]:
-    """Size of each object of one job as etcd holds it: JSON for the QLoRAJob, protobuf for what Kubernetes defines."""
+    """Size of each object of one job as etcd holds it: JSON for the QLoRAJob, protobuf for built-in kinds."""
     job = await client.get(f"{jobs_path()}/{name}")
     sizes = {"QLoRAJob": len(json.dumps(job, separators=(",", ":")))}
     selector = [("labelSelector", f"{JOB_LABEL}={name}")]

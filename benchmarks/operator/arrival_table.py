@@ -1,4 +1,4 @@
-"""The figures of many new jobs at once, as the documentation shows them."""
+"""The figures of a burst of new jobs, as the documentation shows them."""
 
 from collections.abc import Callable, Iterable
 from statistics import median_low
@@ -39,7 +39,7 @@ _ROWS: tuple[tuple[str, Callable[[Run], str]], ...] = (
 
 
 def tables(result: dict[str, Any]) -> str:
-    """Tables in Markdown: how fast new jobs start, what was to be reached, and what one of them takes."""
+    """Tables in Markdown: the rate of new jobs, the targets, and the cost of one job."""
     lines: list[str] = []
     ours: dict[int, Run] = {}
     for jobs in sorted({run["jobs"] for run in result["runs"]}):
@@ -49,7 +49,7 @@ def tables(result: dict[str, Any]) -> str:
             if (runs := [run for run in result["runs"] if (run["subject"], run["jobs"]) == (subject, jobs)])
         }
         ours[jobs] = chosen["operator"]
-        lines += head(f"{jobs:,} jobs created at once", *(_COLUMNS[subject] for subject in chosen))
+        lines += head(f"{jobs:,} jobs in one burst", *(_COLUMNS[subject] for subject in chosen))
         lines += [row(name, *(cell(run) for run in chosen.values())) for name, cell in _ROWS]
         lines.append("")
     reached = targets([(target, ours[jobs]) for jobs, target in _TARGETS if jobs in ours])

@@ -1,4 +1,4 @@
-"""Counts requests in the API server's audit log, which has every one of them, whoever sent it."""
+"""Counts requests in the API server's audit log, which has those of every client."""
 
 import json
 from collections import Counter
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-# The agent of the operator's own requests, and that of kopf's watches.
+# The agent of the operator's requests, and that of kopf's watches.
 OPERATOR_AGENTS = ("qlora-operator", "kopf")
 WRITES = ("create", "update", "patch", "delete", "deletecollection")
 
@@ -27,17 +27,17 @@ class Request:
 
     @property
     def call(self) -> str:
-        """What was asked: `patch qlorajobs/status`."""
+        """Verb and resource: `patch qlorajobs/status`."""
         return f"{self.verb} {self.resource}"
 
     @property
     def writes(self) -> bool:
-        """Whether it was to change something."""
+        """Whether it writes."""
         return self.verb in WRITES
 
 
 def requests(log: Path, since: int = 0, agents: tuple[str, ...] = OPERATOR_AGENTS) -> list[Request]:
-    """What these agents have asked, from that byte of the log on."""
+    """The requests of these agents, from that byte of the log on."""
     with log.open("rb") as lines:
         lines.seek(since)
         return list(parse(lines, agents))
@@ -66,6 +66,6 @@ def parse(lines: Iterable[bytes], agents: tuple[str, ...] = OPERATOR_AGENTS) -> 
 
 
 def by_call(found: Iterable[Request], per: float) -> dict[str, float]:
-    """How many there are of each, divided by `per`, in alphabetical order."""
+    """The number of each, divided by `per`, in alphabetical order."""
     counts = Counter(request.call for request in found)
     return {call: round(count / per, 3) for call, count in sorted(counts.items())}

@@ -1,4 +1,4 @@
-"""Sends the benchmarks' own requests, under a name that the audit log tells from the operator's."""
+"""Sends the benchmarks' requests, under a name that differs from the operator's in the audit log."""
 
 import json
 from collections.abc import AsyncIterator
@@ -19,7 +19,7 @@ Object = dict[str, Any]
 
 
 class Client:
-    """What the benchmarks ask of the API server. Every call raises RuntimeError with the server's answer."""
+    """The requests of the benchmarks. Every call raises RuntimeError with the server's answer."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
@@ -41,7 +41,7 @@ class Client:
             query = [entry for entry in query if entry[0] != "continue"] + [("continue", token)]
 
     async def stored_bytes(self, path: str, query: Query | None = None) -> int:
-        """The size of a list of what Kubernetes itself defines, as etcd has it: protobuf."""
+        """The size of a list of a built-in kind, as etcd has it: protobuf."""
         return len(await self._send("GET", path, query=query, accept=_PROTOBUF))
 
     async def create(self, path: str, body: Object) -> Object:
@@ -53,7 +53,7 @@ class Client:
         return dict(json.loads(await self._send("PUT", path, body=body)))
 
     async def merge(self, path: str, body: Object) -> Object:
-        """Change what `body` names; returns the object as it is stored."""
+        """Change the fields of `body`; returns the object as it is stored."""
         return dict(json.loads(await self._send("PATCH", path, body=body, content_type=_MERGE)))
 
     async def _send(

@@ -25,7 +25,7 @@ from benchmarks.operator.watching import watch
 from devcluster.controlplane import ControlPlane
 from qlora_api.naming import JOB_LABEL
 
-# The jobs of a resync are looked at within half of it, and a watch has as long to show what a list has shown: with
+# The jobs of a resync are read within half of it, and a watch has as long to show the changes of a list: with
 # much less, the day would be a load that no operator has.
 _RESYNC_SECONDS = 30
 _SECONDS_BETWEEN_NEW_JOBS = 3.0
@@ -36,9 +36,9 @@ _RUNNING = "running"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What can be chosen on the command line."""
+    """Options of the command line."""
     parser.add_argument(
-        "--cleaned-up", type=int, default=4000, help="finished jobs of which nothing else is left (%(default)s)"
+        "--cleaned-up", type=int, default=4000, help="finished jobs without Jobs and pods (%(default)s)"
     )
     parser.add_argument("--kept", type=int, default=1000, help="finished jobs with Jobs and pods (%(default)s)")
     parser.add_argument("--running", type=int, default=200, help="jobs that train (%(default)s)")
@@ -95,7 +95,7 @@ async def _seed(plane: ControlPlane, client: Client, options: argparse.Namespace
         await site.until(lambda: _is(client, "original-cleaned-up", "CleanedUp"), "clean-up", operator)
     kept = await seeding.template(client, "original-kept")
     await seeding.copy(client, kept, [f"kept-{number}" for number in range(options.kept)])
-    # A day after its end, the Job that has cleaned up is gone too (`finishedJobSeconds` of the profile).
+    # A day after its end, the clean-up Job is gone too (`finishedJobSeconds` of the profile).
     cleaned_up = replace(await seeding.template(client, "original-cleaned-up"), children=(), pods=())
     await seeding.copy(client, cleaned_up, [f"cleaned-up-{number}" for number in range(options.cleaned_up)])
 
@@ -106,7 +106,7 @@ async def _is(client: Client, name: str, condition: str) -> bool:
 
 
 async def _quiet(plane: ControlPlane, operator: subprocess.Popen[bytes], seconds: int) -> dict[str, Any]:
-    """What the operator asks while nothing changes: no log grows, and nobody creates a job."""
+    """The operator's requests while nothing changes: no log grows, and no job is created."""
     measured, audit_from = Processes((operator.pid,)), plane.audit_log.stat().st_size
     before = measured.processor_seconds()
     await asyncio.sleep(seconds)
@@ -124,7 +124,7 @@ async def _quiet(plane: ControlPlane, operator: subprocess.Popen[bytes], seconds
 
 
 async def _restart(plane: ControlPlane, running: int) -> dict[str, Any]:
-    """What the operator writes when it starts and nothing has changed, until it has looked at every running job."""
+    """The operator's writes after a start without changes, until it has read every running job."""
     audit_from, began = plane.audit_log.stat().st_size, time.monotonic()
     with site.operator(plane) as operator:
 

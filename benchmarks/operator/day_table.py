@@ -6,7 +6,7 @@ from benchmarks.operator.table import Target, head, row, targets
 
 _TARGETS = (
     Target("memory grows over the day by {} MiB", 5, lambda run: run["day"]["residentMiB"]["growth"]),
-    Target("when quiet, {} requests per second beside log reads", 5, lambda run: run["quiet"]["otherCallsPerSecond"]),
+    Target("when quiet, {} requests per second besides log reads", 5, lambda run: run["quiet"]["otherCallsPerSecond"]),
     Target("a restart writes {} times", 0, lambda run: run["restart"]["writes"]),
     Target(
         "every new job, during a resync or not, has its first Job in {} s",
@@ -17,7 +17,7 @@ _TARGETS = (
 
 
 def tables(result: dict[str, Any]) -> str:
-    """Tables in Markdown: what the operator does when quiet, at a restart and over a day; and the targets."""
+    """Tables in Markdown: the operator when quiet, at a restart and over a day; and the targets."""
     quiet, restart, day, finished = result["quiet"], result["restart"], result["day"], result["finished"]
     memory, wait = day["residentMiB"], day["secondsToFirstJob"]
     jobs = (
@@ -30,7 +30,7 @@ def tables(result: dict[str, Any]) -> str:
         row("other requests per second", f"{quiet['otherCallsPerSecond']:.2f}"),
         row("share of one core", f"{100 * quiet['processorShare']:.1f} %"),
         row("memory", f"{quiet['residentMiB']:.0f} MiB"),
-        row("Restart: seconds until every running job was looked at", f"{restart['secondsUntilAllWereLookedAt']:.1f}"),
+        row("Restart: seconds until every running job was read", f"{restart['secondsUntilAllWereLookedAt']:.1f}"),
         row("lists", f"{restart['lists']}"),
         row("writes", f"{restart['writes']}"),
         row(

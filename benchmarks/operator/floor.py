@@ -1,7 +1,7 @@
-"""The least that anybody can do for a new job: a script that creates its claim and its first Job, and nothing else.
+"""The least work for a new job: a script that creates its claim and its first Job, and nothing else.
 
 It watches QLoRAJobs and creates the same objects as the operator, over the same connection, without a queue, a status,
-an Event, a restart or an error in mind. What the operator takes longer is what these cost.
+an Event, or code for restarts and errors. The operator's extra time is the cost of these.
 """
 
 import asyncio

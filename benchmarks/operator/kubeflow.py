@@ -1,6 +1,6 @@
-"""Starts Kubeflow Trainer and JobSet beside a control plane, to compare with: both as released, with their webhooks.
+"""Starts Kubeflow Trainer and JobSet with a control plane, for a comparison: both as released, with their webhooks.
 
-They run on this machine and not in pods, so what a cluster does for their pods is done here: certificates come from
+They run on this machine and not in pods, so the work of a cluster for their pods is done here: certificates come from
 their Secrets as files, and the API server finds their webhooks on this machine.
 """
 
@@ -27,7 +27,7 @@ from devcluster.layout import from_environment
 
 JOBSET_LABEL = "jobset.sigs.k8s.io/jobset-name"
 TRAIN_JOBS = f"/apis/trainer.kubeflow.org/v1alpha1/namespaces/{NAMESPACE}/trainjobs"
-# Trainer looks for the certificate's file there, in whatever folder it then reads it from.
+# Trainer expects the certificate's file there, in whatever folder it then reads it from.
 _CERTIFICATES = Path("/tmp/k8s-webhook-server/serving-certs")
 _RUNTIME = "torch-distributed"
 _START_SECONDS = 90
@@ -38,7 +38,7 @@ Object = dict[str, Any]
 
 @dataclass(frozen=True)
 class _Controller:
-    """One of the two programs, and what its manifests call its namespace, Service and Secret."""
+    """One of the two programs, with the names of its namespace, Service and Secret in its manifests."""
 
     tool: str
     kustomization: tuple[str, ...]
@@ -58,7 +58,7 @@ _JOBSET = _Controller("jobset", ("default",), "jobset-system", "jobset-webhook-s
 
 
 def train_job(number: int) -> Object:
-    """A job with what its user has to give."""
+    """A job with the required fields."""
     return {
         "apiVersion": "trainer.kubeflow.org/v1alpha1",
         "kind": "TrainJob",
@@ -140,13 +140,13 @@ def _install(plane: ControlPlane, controller: _Controller, port: int) -> None:
 
 @contextmanager
 def _mounted(plane: ControlPlane, folder: Path) -> Iterator[None]:
-    """The certificates as files, as soon as the controllers have made them: what the kubelet does with a Secret."""
+    """The certificates as files, as soon as the controllers have made them: as the kubelet does with a Secret."""
     folders = {_JOBSET: folder / _JOBSET.tool, _TRAINER: folder / "k8s-webhook-server" / "serving-certs"}
     for controller, path in folders.items():
         path.mkdir(parents=True)
         for name, content in _secret(plane, controller).items():
             (path / name).write_bytes(content)
-    # That it exists is all that is asked of it.
+    # It only has to exist.
     _CERTIFICATES.mkdir(parents=True)
     certificate = _CERTIFICATES / "tls.crt"
     try:
@@ -169,7 +169,7 @@ def _secret(plane: ControlPlane, controller: _Controller) -> dict[str, bytes]:
 
 
 def _install_runtime(plane: ControlPlane) -> None:
-    """The runtime, once the webhooks answer; and a TrainJob that is tried, so that everything that it needs works."""
+    """The runtime, once the webhooks answer; and a TrainJob as a trial, so that everything that it needs works."""
     manifests = toolchain.manifests(from_environment(), _TRAINER.tool)
     runtime = (manifests / "runtimes" / "torch_distributed.yaml").read_text()
     deadline = time.monotonic() + _START_SECONDS

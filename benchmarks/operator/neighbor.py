@@ -1,7 +1,7 @@
 """A neighbor's new jobs while another namespace's jobs arrive by the hundred: how long each waits for its first Job.
 
 Measured on a quiet cluster and during the flood, in two parts: until the operator's first request for the job, and from
-there to its Job. The floor beside it is what the same two requests, for a claim and a Job, take a client that does
+there to its Job. The floor is the time of the same two requests, for a claim and a Job, of a client that does
 nothing else, at the same time.
 """
 
@@ -35,7 +35,7 @@ _PAUSE_SECONDS = 0.4
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What can be chosen on the command line."""
+    """Options of the command line."""
     parser.add_argument("--jobs", type=int, default=1000, help="jobs of the flood (%(default)s)")
     parser.add_argument("--quiet", type=int, default=20, help="the neighbor's jobs before the flood (%(default)s)")
 
@@ -116,7 +116,7 @@ async def _floor(client: Client, body: dict[str, Any]) -> float:
 
 
 def _of_nobody(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The object without what makes it the operator's, or the garbage collector's."""
+    """The object without its labels for the operator and its owner."""
     return manifest | {"metadata": {"name": manifest["metadata"]["name"]}}
 
 

@@ -23,7 +23,7 @@ _TARGETS = (
 
 
 def tables(result: dict[str, Any]) -> str:
-    """Tables in Markdown: how long a neighbor's jobs wait, and what was to be reached."""
+    """Tables in Markdown: the waits of a neighbor's jobs, and the targets."""
     quiet, flooded = result["neighbor"]["quiet"], result["neighbor"]["flooded"]
     lines = [
         *head("Seconds, median / 99th percentile", "Quiet", f"While {result['jobs']:,} jobs of another one arrive"),

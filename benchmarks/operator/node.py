@@ -1,6 +1,6 @@
-"""Plays a node: binds pods, reports that they start and end, and answers requests for their logs as a kubelet does.
+"""Simulates a node: binds pods, reports their starts and ends, and answers requests for their logs as a kubelet does.
 
-Nothing runs in the pods. How long each step takes is chosen; what the pods report is in `trainer.py`.
+Nothing runs in the pods. The duration of each step is an option; the pods' reports are in `trainer.py`.
 """
 
 import asyncio
@@ -56,19 +56,19 @@ class Node:
         self._stopped: datetime | None = None
 
     def stop_reporting(self) -> None:
-        """From now on logs do not grow."""
+        """Stop the growth of logs."""
         self._stopped = datetime.now(UTC)
 
     def report_again(self) -> None:
-        """From now on logs grow again."""
+        """Let logs grow again."""
         self._stopped = None
 
     def set_seconds(self, step: StepName, seconds: float) -> None:
-        """How long pods of the step run that start from now on."""
+        """Set the duration of the step's pods that start from now on."""
         self._seconds[step] = seconds
 
     async def register(self, port: int) -> None:
-        """Make the node known, with the port that logs are read from."""
+        """Register the node, with the port for logs."""
         await self._client.create(f"{CORE}/nodes", {"apiVersion": "v1", "kind": "Node", "metadata": {"name": NAME}})
         status = {
             "addresses": [{"type": "InternalIP", "address": LOOPBACK}],
@@ -85,13 +85,13 @@ class Node:
             await self._client.merge(f"{_LEASES}/{NAME}", self._lease())
 
     async def play(self, plane: ControlPlane) -> None:
-        """Play every pod of a job, from its creation to its end."""
+        """Simulate every pod of a job, from its creation to its end."""
         async with asyncio.TaskGroup() as group:
             async for event in watch(plane.kubeconfig, "pods"):
                 metadata = event.body["metadata"]
                 if event.kind == "DELETED":
                     self._running.pop((metadata["namespace"], metadata["name"]), None)
-                # The watch begins anew from time to time, and shows everything once more.
+                # The watch restarts from time to time, and shows everything once more.
                 elif _is_of_a_job(metadata) and metadata["uid"] not in self._known:
                     self._known.add(metadata["uid"])
                     group.create_task(self._play(metadata))
@@ -114,7 +114,7 @@ class Node:
             binding = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": pod.name}, "target": target}
             await self._client.create(f"{pod.path}/binding", binding)
             seconds = self._seconds.get(step, 0.0)
-            # A kubelet looks once a second: what ends at once is not reported as running.
+            # A kubelet polls once a second: a pod that ends immediately is not reported as running.
             if seconds > 0:
                 self._running[pod.namespace, pod.name] = pod
                 await self._report(pod, "Running", {"running": {"startedAt": trainer.timestamp(pod.started)}})
@@ -168,7 +168,7 @@ def _is_of_a_job(metadata: Object) -> bool:
 
 @asynccontextmanager
 async def playing(plane: ControlPlane, seconds: Mapping[StepName, float]) -> AsyncIterator[Node]:
-    """A node that plays all pods during the block. `seconds`: how long each step takes; at once, if it is not named."""
+    """A node that simulates all pods during the block. `seconds`: duration of each step; 0 if it is not named."""
     port = free_port()
     async with connect(plane.kubeconfig) as client:
         node = Node(client, seconds)
@@ -178,7 +178,7 @@ async def playing(plane: ControlPlane, seconds: Mapping[StepName, float]) -> Asy
         runner = web.AppRunner(application, access_log=None)
         await runner.setup()
         tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        # The API server's own certificate, which is for this address, serves the kubelet's port as well.
+        # The API server's certificate, which is for this address, serves the kubelet's port as well.
         certificates = plane.directory / "certificates"
         tls.load_cert_chain(certificates / "kube-apiserver.crt", certificates / "kube-apiserver.key")
         await web.TCPSite(runner, LOOPBACK, port, ssl_context=tls).start()

@@ -1,4 +1,4 @@
-"""The jobs that are created, and the settings that the operator runs them with."""
+"""The created jobs, and the operator's settings."""
 
 from typing import Any
 
@@ -13,17 +13,17 @@ QLORA = f"/apis/{GROUP}/{VERSION}"
 BATCH = "/apis/batch/v1"
 CORE = "/api/v1"
 
-# Label of a pod whose life is over when it is created: no node is to start it.
+# Label of a pod that has ended before it is created: no node must start it.
 COPIED_LABEL = "qlora.dev/copied"
 
 
 def jobs_path(namespace: str = NAMESPACE) -> str:
-    """Where the QLoRAJobs of a namespace are."""
+    """The path of a namespace's QLoRAJobs."""
     return f"{QLORA}/namespaces/{namespace}/{PLURAL}"
 
 
 def qlora_job(number: int, namespace: str = NAMESPACE, name: str = "", **spec: Any) -> dict[str, Any]:
-    """A job with the fields that a user has to give, and the schema's defaults for the rest."""
+    """A job with the required fields, and the schema's defaults for the rest."""
     return {
         "apiVersion": API_VERSION,
         "kind": KIND,

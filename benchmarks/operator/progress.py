@@ -1,6 +1,6 @@
-"""Many jobs that train and report their progress: what they ask of the API server as long as they run.
+"""Many jobs that train and report their progress: their requests to the API server while they run.
 
-A node is played (`node.py`): the operator reads the logs of its pods through the API server, as from a kubelet.
+A node is simulated (`node.py`): the operator reads the logs of its pods through the API server, as from a kubelet.
 """
 
 import argparse
@@ -24,7 +24,7 @@ _AT_A_TIME = 16
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What can be chosen on the command line."""
+    """Options of the command line."""
     parser.add_argument("--jobs", type=int, default=200, help="jobs that train (%(default)s)")
     parser.add_argument("--seconds", type=int, default=120, help="how long is measured (%(default)s)")
 
@@ -83,9 +83,9 @@ async def all_report(client: Client, jobs: int, selector: str = "") -> bool:
 
 
 def status_writes(requests: Iterable[audit.Request]) -> dict[str, float]:
-    """How often a status was written in ten seconds, in the mean and of the busiest job, and the shortest pause.
+    """Status writes in ten seconds, in the mean and of the busiest job, and the shortest pause.
 
-    The rate of a job is that between its first write and its last: what came before and after was not measured.
+    The rate of a job is that between its first write and its last.
     """
     moments: dict[tuple[str, str], list[float]] = defaultdict(list)
     for request in requests:

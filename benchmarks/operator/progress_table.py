@@ -12,7 +12,7 @@ _TARGETS = (
 
 
 def tables(result: dict[str, Any]) -> str:
-    """Tables in Markdown: what running jobs ask of the API server, and what was to be reached."""
+    """Tables in Markdown: the requests of running jobs to the API server, and the targets."""
     used = result["processorMillisecondsPerJobAndMinute"]
     lines = [
         *head(f"{result['jobs']:,} jobs that train, for {result['seconds']} s", "For each job and minute"),

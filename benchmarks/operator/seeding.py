@@ -1,7 +1,7 @@
-"""Copies a finished job with its Jobs and pods as often as asked: thousands of them, without the hours that they took.
+"""Copies a finished job with its Jobs and pods: thousands of them, without the hours that they took.
 
-What is stored is what the operator, the Job controller and a node have written for the original, with other names and
-UIDs. Claims are not copied: the operator does not watch them.
+The copies have the objects that the operator, the Job controller and a node have written for the original, with other
+names and UIDs. Claims are not copied: the operator does not watch them.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from benchmarks.operator.objects import BATCH, COPIED_LABEL, CORE, NAMESPACE, jo
 from qlora_api.naming import JOB_UID_LABEL
 
 _AT_A_TIME = 32
-# No controller is to look at the copies: what they describe has happened.
+# No controller must read the copies: they describe the past.
 _MANAGED_BY = "qlora.dev/benchmark"
 _GENERATED_LABELS = ("controller-uid", "batch.kubernetes.io/controller-uid")
 _JOBS, _PODS = f"{BATCH}/namespaces/{NAMESPACE}/jobs", f"{CORE}/namespaces/{NAMESPACE}/pods"
@@ -23,7 +23,7 @@ _JOBS, _PODS = f"{BATCH}/namespaces/{NAMESPACE}/jobs", f"{CORE}/namespaces/{NAME
 
 @dataclass(frozen=True)
 class Template:
-    """A finished job, and what is left of its Jobs and pods."""
+    """A finished job, and its remaining Jobs and pods."""
 
     job: Object
     children: tuple[Object, ...]
@@ -81,7 +81,7 @@ async def _write_status(client: Client, path: str, body: Object) -> None:
 
 
 def bare(body: Object, known: Mapping[str, str]) -> Object:
-    """What is to be created for a copy, with the UID of the original."""
+    """The objects of a copy, with the UID of the original."""
     metadata = body["metadata"]
     copied = renamed(body, known)
     kept = ("name", "namespace", "labels", "annotations", "ownerReferences")

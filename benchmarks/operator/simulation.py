@@ -1,6 +1,6 @@
 """Thousands of jobs from their creation to their end, served by several operators with a share of the namespaces each.
 
-A node is played (`node.py`): pods start, and end well after a few seconds, without anything running in them.
+A node is simulated (`node.py`): pods start, and end well after a few seconds, without anything running in them.
 """
 
 import argparse
@@ -47,7 +47,7 @@ class _Share:
 
 @dataclass
 class _Lives:
-    """Which phases were seen of each job, and a place for another one whenever one has ended."""
+    """The observed phases of each job, and a place for another one whenever one has ended."""
 
     places: asyncio.Semaphore
     phases: dict[tuple[str, str], set[str]] = field(default_factory=lambda: defaultdict(set))
@@ -69,7 +69,7 @@ class _Lives:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What can be chosen on the command line."""
+    """Options of the command line."""
     parser.add_argument("--jobs", type=int, default=5000, help="jobs in all (%(default)s)")
     parser.add_argument("--at-once", type=int, default=150, help="how many have not ended at a time (%(default)s)")
     parser.add_argument("--operators", type=int, default=2, help="operators (%(default)s)")
@@ -98,7 +98,7 @@ async def _measure(plane: ControlPlane, shares: Sequence[_Share], options: argpa
     lives = _Lives(asyncio.Semaphore(options.at_once))
     namespaces = [name for share in shares for name in share.namespaces]
     jobs = [qlora_job(number, namespaces[number % len(namespaces)]) for number in range(options.jobs)]
-    # The benchmark itself plays the node and follows all jobs.
+    # The benchmark simulates the node and follows all jobs.
     everybody = {**site.processes_of(plane), "benchmark": Processes((os.getpid(),))}
     async with (
         connect(plane.kubeconfig) as client,
@@ -183,7 +183,7 @@ def _figures_of(
 
 
 def batch_jobs(children: Sequence[dict[str, Any]], requests: Sequence[audit.Request]) -> dict[str, int]:
-    """How many Jobs there are for the steps, how many were created and deleted, and how many steps have two."""
+    """Numbers of Jobs for the steps, of created and deleted ones, and of steps with two."""
     of_step = Counter(
         (labels[JOB_UID_LABEL], labels[STEP_LABEL]) for labels in (each["metadata"]["labels"] for each in children)
     )
@@ -197,7 +197,7 @@ def batch_jobs(children: Sequence[dict[str, Any]], requests: Sequence[audit.Requ
 
 
 async def _stored_bytes(client: Client, metadata: dict[str, Any]) -> dict[str, int]:
-    """Size of what a finished job has left in etcd."""
+    """Size of a finished job's objects in etcd."""
     namespace, name = metadata["namespace"], metadata["name"]
     body = await client.get(f"{jobs_path(namespace)}/{name}")
     sizes = {"QLoRAJob": len(json.dumps(body, separators=(",", ":")))}

@@ -21,7 +21,7 @@ _OPERATOR_ROWS: tuple[tuple[str, Callable[[Run], str]], ...] = (
 
 
 def tables(result: dict[str, Any]) -> str:
-    """Tables in Markdown: how all jobs ended, what each operator needed, and what one job leaves."""
+    """Tables in Markdown: the ends of all jobs, the needs of each operator, and the remains of one job."""
     operators, sizes = result["operators"], result["storedBytesOfOne"]
     names = [f"Operator {number}" for number in range(1, len(operators) + 1)]
     asked = sorted({call for each in operators for call, _ in calls(each["callsPerJob"])})
@@ -40,7 +40,7 @@ def tables(result: dict[str, Any]) -> str:
         *(row(name, *(cell(each) for each in operators)) for name, cell in _OPERATOR_ROWS),
         *(row(f"`{call}`", *(f"{each['callsPerJob'].get(call, 0):.2f}" for each in operators)) for call in asked),
         "",
-        *head("What a finished job leaves in etcd", "KiB"),
+        *head("Objects of a finished job in etcd", "KiB"),
         *(row(kind, f"{size / _KIB:.1f}") for kind, size in sizes.items()),
         row("all of them", f"{sum(sizes.values()) / _KIB:.1f}"),
         "",

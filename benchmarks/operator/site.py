@@ -1,4 +1,4 @@
-"""Starts what every load needs: a control plane with the resource, and the operator as a process of its own."""
+"""Starts the processes of every load: a control plane with the resource, and the operator."""
 
 import asyncio
 import os
@@ -52,7 +52,7 @@ def api_server(plane: ControlPlane) -> Processes:
 def program(
     plane: ControlPlane, command: Sequence[str | Path], **environment: str
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that finds the API server by KUBECONFIG; its output is shown if it has ended by itself."""
+    """A process that finds the API server by KUBECONFIG; its output is shown if it has ended unexpectedly."""
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             command,

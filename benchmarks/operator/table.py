@@ -12,7 +12,7 @@ Run = dict[str, Any]
 
 @dataclass(frozen=True)
 class Target:
-    """What was to be reached. The name has a place for the value."""
+    """A target. The name has a place for the value."""
 
     name: str
     value: float
@@ -26,7 +26,7 @@ class Target:
 
 
 def begin(load: str, command: str = "") -> str:
-    """The line of the page before the tables of a load, which the command measures: its own by default."""
+    """The line of the page before the tables of a load, by default of the load of that name."""
     return f"<!-- {load}: written by `python -m {command or f'benchmarks.operator {load}'}` -->\n"
 
 
@@ -36,7 +36,7 @@ def end(load: str) -> str:
 
 
 def write(load: str, tables: str, page: Path = PAGE, command: str = "") -> None:
-    """Put the tables into the page, in place of those that are there."""
+    """Put the tables into the page, in place of the earlier ones."""
     first = begin(load, command)
     before, rest = page.read_text().split(first)
     page.write_text(f"{before}{first}\n{tables}\n{end(load)}{rest.split(end(load))[1]}")
@@ -53,7 +53,7 @@ def row(*cells: str) -> str:
 
 
 def targets(pairs: Sequence[tuple[Target, Run]]) -> list[str]:
-    """A table of what was to be reached, by this run, and what was missed."""
+    """A table of the targets, met or missed by this run."""
     lines = head("Target", "Measured", "")
     for target, run in pairs:
         sign = "≥" if target.at_least else "≤"

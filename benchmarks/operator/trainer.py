@@ -1,4 +1,4 @@
-"""What the trainer reports from its pods: the records that the operator reads, as the real trainer writes them."""
+"""The trainer's reports from its pods: the records that the operator reads, as the real trainer writes them."""
 
 from datetime import UTC, datetime
 

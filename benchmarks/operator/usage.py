@@ -1,4 +1,4 @@
-"""Reads what processes use: time of processors, and memory."""
+"""Reads the processor time and memory of processes."""
 
 import os
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ class Processes:
     pids: tuple[int, ...]
 
     def processor_seconds(self) -> float:
-        """What they have used so far."""
+        """Their processor time so far."""
         return sum(_processor_seconds(pid) for pid in self.pids)
 
     def resident_mib(self) -> float:
@@ -27,7 +27,7 @@ class Processes:
         return round(sum(resident_bytes(pid) for pid in self.pids) / MIB, 1)
 
     def peak_mib(self) -> float:
-        """The most that each has held, added up."""
+        """The sum of their peaks."""
         return round(sum(peak_resident_bytes(pid) for pid in self.pids) / MIB, 1)
 
 

@@ -17,14 +17,14 @@ _PATHS = {
     "jobs": "/apis/batch/v1/jobs",
     "pods": "/api/v1/pods",
 }
-# The answer for a new kind until the API server has read what is stored of it.
+# The answer for a new kind until the API server has read its stored objects.
 _STARTING = 429
 _METADATA = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 
 
 @dataclass(frozen=True)
 class Event:
-    """What a watch has shown, and when it arrived here, in seconds of the monotonic clock."""
+    """An event of a watch, and its arrival here, in seconds of the monotonic clock."""
 
     kind: str
     body: dict[str, Any]

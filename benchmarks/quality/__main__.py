@@ -1,6 +1,6 @@
 """Runs the study of quality from where its results end, and writes the tables and the figure of the documentation.
 
-A run is a line of `results/quality.jsonl`. What has a line is not run again, so the study can be stopped at any time
+A run is a line of `results/quality.jsonl`. A run with a line is not repeated, so the study can be stopped at any time
 and continued by the same command.
 """
 
@@ -27,7 +27,7 @@ FIGURE = ROOT / "docs" / "images" / "quality.svg"
 
 
 def main() -> int:
-    """Run what is left, or what there is time for; returns the exit code."""
+    """Run the remaining cells, as far as time allows; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
     parser.add_argument("--part", type=int, default=1, help="which part of the study to run (default: %(default)s)")
     parser.add_argument("--parts", type=int, default=1, help="parts that run at the same time (default: %(default)s)")
@@ -49,7 +49,7 @@ def main() -> int:
 
 
 def _run(output: Path, part: int, parts: int, minutes: float) -> None:
-    """Run one cell after the other, and add each result as soon as it is there."""
+    """Run one cell after the other, and add each result immediately."""
     os.environ |= library_settings(os.environ)
     import torch
 

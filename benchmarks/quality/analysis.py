@@ -1,4 +1,4 @@
-"""What the runs show: scores with confidence intervals, and an arm's score as a share of another one's."""
+"""Analyzes the runs: scores with confidence intervals, and an arm's score as a share of another one's."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from benchmarks.quality.plan import ARMS, FULL
 from benchmarks.quality.results import Run
 
 CLAIMED = 0.99
-"""The share of full fine-tuning's score that QLoRA is claimed to reach."""
+"""The claimed share of QLoRA in full fine-tuning's score."""
 RESAMPLES = 4000
 # The 97.5 % quantile of Student's t with 1, 2, … degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -45,7 +45,7 @@ def scores(runs: Sequence[Run], **cell: object) -> list[float]:
 
 
 def compared(runs: Sequence[Run]) -> dict[str, dict[str, Rights]]:
-    """By task and arm, what was right: of the seeds that all arms have. A task without two such seeds is left out."""
+    """The right answers by task and arm, of the seeds that all arms have. A task without two such seeds is left out."""
     main = [run for run in runs if run.cell.purpose == "main" and run.cell.arm in ARMS]
     found: dict[str, dict[str, Rights]] = {}
     for task in dict.fromkeys(run.cell.task for run in main):
@@ -62,7 +62,7 @@ def compared(runs: Sequence[Run]) -> dict[str, dict[str, Rights]]:
 def ratios(by_task: Mapping[str, Mapping[str, Rights]], reference: str = FULL) -> dict[str, Interval]:
     """Each arm's mean score over the tasks, as a share of that of the reference; with bootstrap intervals.
 
-    Seeds and held-out rows are drawn anew in each task, the same for all arms, which were trained on the same rows by
+    Seeds and held-out rows are drawn again in each task, the same for all arms, which were trained on the same rows by
     seed and answer the same prompts; tasks are fixed. Percentile intervals (Efron and Tibshirani 1993, chapter 13).
     """
     generator = numpy.random.Generator(numpy.random.Philox(key=0))
@@ -85,7 +85,7 @@ def ratios(by_task: Mapping[str, Mapping[str, Rights]], reference: str = FULL) -
 
 
 def verdict(share: Interval) -> str:
-    """What the interval of a share says of the claim."""
+    """The verdict on the claim by the interval of a share."""
     if share.low is not None and share.low >= CLAIMED:
         return "met"
     if share.high is not None and share.high < CLAIMED:

@@ -16,7 +16,7 @@ BATCH = 50
 def answers(model: Any, tokenizer_folder: Path, prompts: Sequence[str], longest: int) -> list[str]:
     """The answers, of at most `longest` tokens each, up to the token that ends them.
 
-    The model must not be trained any further: its attention is transformers' own from here on.
+    The model must not be trained any further: it has transformers' attention from here on.
     """
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True, padding_side="left")
     network = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,4 +1,4 @@
-"""The arms: how each stores the base, and what it trains. All else is the same for all."""
+"""The arms: each one's storage of the base, and its trained weights. All else is the same for all."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,20 +34,20 @@ QUANTIZATIONS: Mapping[str, QuantizationSpec] = {
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and what is trained of it: the adapter's parameters."""
+    """A model and its trained parameters: those of the adapter."""
 
     model: Any
-    """What generates: the network, or the PEFT model around it."""
+    """The model that generates: the network, or the PEFT model around it."""
     network: Any
     """The causal language model of transformers, whose loss is computed."""
     parameters: Sequence[nn.Parameter]
-    """What the optimizer updates, in 32 bit."""
+    """The optimizer's parameters, in 32 bit."""
 
     def collect_gradients(self) -> None:
         """Give the parameters the gradients of the backward passes. An adapter's have them."""
 
     def apply_update(self) -> None:
-        """Give the model what the optimizer has made of the parameters. An adapter's are the model's."""
+        """Copy the updated parameters into the model. An adapter's are the model's."""
 
 
 @dataclass(frozen=True)

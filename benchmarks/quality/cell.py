@@ -25,7 +25,7 @@ _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 @dataclass(frozen=True)
 class Place:
-    """Where the study works."""
+    """The folders of the study."""
 
     model: Path
     """The base model's folder, without chat template."""

@@ -1,4 +1,4 @@
-"""What the study runs, in which order, and how it chooses learning rates: pure functions of the results so far."""
+"""Plans the runs of the study, their order, and the learning rates: pure functions of the results so far."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -17,7 +17,7 @@ ARMS: Mapping[str, str] = {
     "nf4": "QLoRA: NF4",
     "fp4-dq": "QLoRA: FP4 with double quantization",
 }
-"""What is tuned, in the order of the tables."""
+"""The tuned arms, in the order of the tables."""
 ADAPTER_RATES = (6e-4, 2e-3, 6e-3)
 FULL_RATES = (3e-5, 1e-4, 3e-4)
 TUNING_SEED = 0
@@ -57,7 +57,7 @@ def chosen_rate(runs: Sequence[Run], task: str, arm: str) -> float | None:
 
 
 def waiting_cells(runs: Sequence[Run], part: int = 0, parts: int = 1) -> Iterator[Cell]:
-    """The cells without a result whose learning rate is known, in the order of the study.
+    """The cells with a learning rate and without a result, in the order of the study.
 
     With several parts, a process runs one of them: all cells of some pairs of task and arm, so that no part waits for
     another.
@@ -70,7 +70,7 @@ def waiting_cells(runs: Sequence[Run], part: int = 0, parts: int = 1) -> Iterato
 
 
 def planned_cells(runs: Sequence[Run]) -> Iterator[Cell]:
-    """All cells whose learning rate is known by these runs, in the order of the study, done or not.
+    """All cells with a learning rate by these runs, in the order of the study, done or not.
 
     Task by task, so that each has all arms and seeds as early as possible; then ranks, targets and fewer rows.
     """
@@ -82,7 +82,7 @@ def planned_cells(runs: Sequence[Run]) -> Iterator[Cell]:
             chosen = ((arm, rate_of[task, arm]) for arm in ARMS)
             yield from (_cell("main", task, arm, seed, rate) for arm, rate in chosen if rate is not None)
     for task in TASKS:
-        # Not tuned anew: the rate that was chosen at the usual rank, with all targets and rows.
+        # Not tuned again: the rate that was chosen at the usual rank, with all targets and rows.
         rate, of_full = rate_of[task, QLORA], rate_of[task, FULL]
         for seed in SEEDS[:FEWER_SEEDS]:
             if rate is not None:

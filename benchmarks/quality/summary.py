@@ -10,7 +10,7 @@ from benchmarks.quality.results import Run, of_purpose
 from benchmarks.quality.tasks import TASKS
 
 NAME, COMMAND = "quality", "benchmarks.quality"
-"""Of the block in the documentation, and what writes it."""
+"""Name of the block in the documentation, and its command."""
 PICTURE = "![Right answers on held-out rows, for each task and arm, with 95 % intervals](../images/quality.svg)"
 NOTHING = "No task has two runs of each arm yet.\n"
 
@@ -55,7 +55,7 @@ def _claim(by_task: Mapping[str, Mapping[str, Rights]]) -> list[str]:
 
 
 def _against_lora(by_task: Mapping[str, Mapping[str, Rights]]) -> list[str]:
-    """What the base in 4 bit costs, apart from what training an adapter does. No claim was made of it."""
+    """The cost of the 4-bit base, separate from that of training an adapter. No claim was made of it."""
     lines = head("Share of the score of LoRA on the base in 16 bit", "")
     shares = ratios(by_task, LORA)
     return [*lines, *(row(ARMS[arm], _percent(shares[arm], over=True)) for arm in ARMS if arm not in (FULL, LORA))]

@@ -1,6 +1,6 @@
 """Compares this trainer with TRL and with the original recipe; writes `results/speed.json` and prints the table.
 
-Each system runs in a process of its own, again and again in turn, so that a slow moment of the machine hits all.
+Each system runs in a separate process, repeatedly in turn, so that a slow moment of the machine hits all.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from qlora_trainer.core.cpu import preloaded_allocator
 
 # The same for all.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-# How threads wait (by default they spin, which is fastest on an idle machine), and who allocates memory.
+# Waiting of threads (by default they spin, which is fastest on an idle machine), and the memory allocator.
 LEFT_TO_EACH = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "LD_PRELOAD")
 
 
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(
     system: SystemName, inputs: Inputs, length: Length, folder: Path, environment: Mapping[str, str]
 ) -> dict[str, Any]:
-    """One run in a new process; what it measured. Raises CalledProcessError with its output printed."""
+    """The measurement of one run in a new process. Raises CalledProcessError with its output printed."""
     folder.mkdir()
     (folder / inputs.train.name).hardlink_to(inputs.train)
     lengths = [f"--steps={length.steps}", f"--snapshot-every={length.snapshot_every}"]
@@ -111,7 +111,7 @@ def _evaluate(inputs: Inputs, measured: dict[SystemName, list[dict[str, Any]]]) 
 
 
 def _checked(module: Sequence[str], given: str = "", environment: Mapping[str, str] = MappingProxyType({})) -> str:
-    """What the module prints when it is run with its arguments and `given` on standard input."""
+    """The module's output, for its arguments and `given` on standard input."""
     inherited = {name: value for name, value in os.environ.items() if name not in LEFT_TO_EACH}
     done = subprocess.run(
         [sys.executable, "-m", *module],

@@ -1,4 +1,4 @@
-"""Counts the useful tokens that a transformers Trainer is given, where its batches are made."""
+"""Counts the useful tokens of a transformers Trainer in its collator."""
 
 from typing import Any
 

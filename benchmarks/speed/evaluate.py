@@ -1,4 +1,4 @@
-"""Evaluates adapters of every system on the same held-out rows in the same way, in a process of its own.
+"""Evaluates adapters of every system on the same held-out rows in the same way, in a separate process.
 
 python -m benchmarks.speed.evaluate MODEL HELD_OUT < SNAPSHOTS, one object of `system` and `snapshots` (paths) per line
 """

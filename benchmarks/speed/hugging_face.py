@@ -1,4 +1,4 @@
-"""What the compared systems have in common: the quantized base as they load it, and the rows as their tokens."""
+"""Shared by the compared systems: the quantized base as they load it, and the rows as their tokens."""
 
 import json
 from pathlib import Path

@@ -36,7 +36,7 @@ class Instrument:
 
         def first_forward(_module: torch.nn.Module, _arguments: Any) -> None:
             handles.pop().remove()
-            # What loading has freed but the allocator still holds is not needed by the loaded model.
+            # Memory that loading has freed but the allocator still holds is not needed by the loaded model.
             release_freed()
             self.loaded = {"residentBytes": resident_bytes(), "peakBytes": peak_resident_bytes()}
             forget_peak()
@@ -61,7 +61,7 @@ class Instrument:
         self.paused_cpu += time.process_time() - cpu
 
     def result(self, tokens: list[int], rows: list[int]) -> dict[str, Any]:
-        """What was measured; `tokens` and `rows` are the useful tokens and the rows of each step."""
+        """The measurement; `tokens` and `rows` are the useful tokens and the rows of each step."""
         if not len(self.steps) == len(tokens) == len(rows):
             raise AssertionError(f"{len(self.steps)} steps measured, tokens of {len(tokens)}, rows of {len(rows)}")
         described = [

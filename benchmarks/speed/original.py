@@ -1,4 +1,4 @@
-"""Runs the recipe of the QLoRA paper's own program on today's plain transformers and PEFT.
+"""Runs the recipe of the QLoRA paper's program on today's plain transformers and PEFT.
 
 As artidoro/qlora: PEFT's preparation for k-bit training, then LoRA weights and embeddings back to bf16 and norms in 32
 bit, rows sorted by length, one row padded to the longest of its batch, 16 accumulated, paged 32-bit AdamW, a constant

@@ -18,7 +18,7 @@ from qlora_trainer.core.context import StepContext
 def train(inputs: Inputs, instrument: Instrument) -> tuple[list[int], list[int]]:
     """Train; returns the tokens and the rows of each step.
 
-    What is not set has the schema's default: packing, checkpointing, paged 32-bit AdamW, no dropout.
+    Other settings have the schema's default: packing, checkpointing, paged 32-bit AdamW, no dropout.
     """
     training = {
         "maxSteps": instrument.length.steps,

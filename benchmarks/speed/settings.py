@@ -1,4 +1,4 @@
-"""What all systems share: the hyperparameters, the data and the measurement's length."""
+"""Settings of all systems: the hyperparameters, the data and the measurement's length."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Length:
-    """How long a system is measured."""
+    """Length of a system's measurement."""
 
     steps: int
     """Optimizer steps."""
@@ -68,5 +68,5 @@ def describe_settings() -> dict[str, Any]:
 
 
 def describe_length(length: Length) -> dict[str, Any]:
-    """How long was measured, as it goes into the result."""
+    """The length, as it goes into the result."""
     return asdict(length)

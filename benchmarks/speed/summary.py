@@ -1,4 +1,4 @@
-"""Turns what was measured into the figures of the comparison and sets them beside the targets."""
+"""Turns measurements into the figures of the comparison, next to the targets."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,10 +8,10 @@ from typing import Any
 from benchmarks.speed.settings import SystemName
 
 Measured = Mapping[str, Any]
-"""What a worker wrote, with `evalLosses`: the evaluation loss after each step that has a snapshot."""
+"""A worker's result, with `evalLosses`: the evaluation loss after each step that has a snapshot."""
 
 WARM_UP_STEPS = 1
-"""The first step pays for what is made once; it does not count in the speed."""
+"""The first step has one-time costs; it does not count in the speed."""
 MIB = 2**20
 
 
@@ -22,17 +22,17 @@ class Figures:
     tokens_per_second: float
     """Useful tokens, in the steady state."""
     peak_bytes: int
-    """The most that was held at one time, loading included."""
+    """Peak, loading included."""
     loaded_bytes: int
     """Resident before the first forward pass."""
     above_loaded_bytes: int
-    """The most that training held beyond that."""
+    """Peak of training beyond that."""
     seconds_to_target: float | None
     """Training time, without loading and evaluation, until the evaluation loss was reached."""
 
 
 def figures(repetitions: Sequence[Measured], base_loss: float, target_loss: float) -> Figures:
-    """The figures of one system; `base_loss` is the evaluation loss without an adapter, from which all start."""
+    """The figures of one system; `base_loss` is the evaluation loss without an adapter, the start of all."""
     times = [seconds_to(target_loss, base_loss, measured) for measured in repetitions]
     reached = [seconds for seconds in times if seconds is not None]
     return Figures(
@@ -71,7 +71,7 @@ def seconds_to(target_loss: float, base_loss: float, measured: Measured) -> floa
 
 @dataclass(frozen=True)
 class Comparison:
-    """A figure of this trainer over another system's, and what it is to be."""
+    """A figure of this trainer over another system's, and its target."""
 
     what: str
     value: float
@@ -85,7 +85,7 @@ class Comparison:
 
 
 def compare(all_figures: Mapping[SystemName, Figures]) -> list[Comparison]:
-    """The targets that the measured systems allow to check."""
+    """The targets for the measured systems."""
     if not {"ours", "trl", "trl-packing"} <= all_figures.keys():
         return []
     ours, default, packing = all_figures["ours"], all_figures["trl"], all_figures["trl-packing"]

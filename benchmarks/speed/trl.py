@@ -18,7 +18,7 @@ from benchmarks.speed.settings import (
 )
 
 DEFAULT_BATCH = 8
-"""TRL's own per_device_train_batch_size."""
+"""TRL's default per_device_train_batch_size."""
 
 
 def train(inputs: Inputs, instrument: Instrument, *, packing: bool) -> tuple[list[int], list[int]]:

@@ -1,4 +1,4 @@
-"""Runs one system once, in a process of its own, and writes what was measured.
+"""Runs one system once, in a separate process, and writes the measurement.
 
 python -m benchmarks.speed.worker SYSTEM FOLDER MODEL --steps N --snapshot-every N
 """
@@ -28,7 +28,7 @@ def main() -> None:
     if options.system == "ours":
         from qlora_trainer.core.process import set_environment
 
-        # As a step does, before PyTorch is there: OpenMP reads its settings when it is loaded and never again.
+        # As a step does, before PyTorch is imported: OpenMP reads its settings when it is loaded and never again.
         set_environment("train", options.folder)
 
     import torch

@@ -1,4 +1,4 @@
-"""The program `qlora`, also `kubectl qlora`: which commands it has. A command's module is imported when it is used."""
+"""Defines the program `qlora`, also `kubectl qlora`. A command's module is imported when it is used."""
 
 import importlib
 from typing import Any, NoReturn, cast
@@ -13,31 +13,31 @@ _COMMANDS = {
     "logs": ("cluster.logs:logs", "Print the logs of a job's pods, with records as sentences."),
     "suspend": (
         "cluster.control:suspend",
-        "Stop jobs at a checkpoint, from which they can be resumed, and free their GPUs.",
+        "Stop jobs at a checkpoint and free their GPUs; `resume` continues them.",
     ),
     "resume": ("cluster.control:resume", "Resume suspended jobs, from their checkpoints."),
     "retry": ("cluster.control:retry", "Retry failed jobs at the step that failed, from their last checkpoints."),
-    "cancel": ("cluster.control:cancel", "Delete a job; its workspace stays unless it says otherwise."),
+    "cancel": ("cluster.control:cancel", "Delete a job; its workspace stays unless spec.workspace.retain is false."),
     "adapter": (
         "cluster.adapter:adapter",
-        "Download a job's adapter, and check that it is the one that was published.",
+        "Download a job's adapter, and verify it.",
     ),
     "report": ("cluster.report:report", "Save a job's report, and open it in the browser."),
     "compare": (
         "cluster.compare:compare",
         "Compare jobs: settings that differ, losses, time and GPU hours, and curves.",
     ),
-    "verify": ("verify:verify_adapter", "Check an adapter against its lineage, and who has signed that."),
+    "verify": ("verify:verify_adapter", "Check an adapter against its lineage, and the lineage's signature."),
     "doctor": ("cluster.doctor:doctor", "Check whether the cluster and the namespace are ready for jobs."),
     "plan": ("local.commands:plan", "Show the GPU memory that a job needs, without a cluster."),
     "data": ("local.commands:data", "Show rows as the model sees them, without a cluster."),
     "run": ("local.commands:run", "Run a job on this machine."),
     "completion": (
         "completion:completion",
-        "Print the script with which a shell completes commands and jobs.",
+        "Print a script for shell completion of commands and jobs.",
     ),
 }
-"""By name, in the order of the help: where the command is, and what it does in one line."""
+"""By name, in the order of the help: the command's module, and a summary in one line."""
 
 # The extra of the project with the libraries of a command.
 _EXTRAS = {"verify": "cli,stores", "plan": "cli,trainer", "data": "cli,trainer", "run": "cli,trainer"}
@@ -45,7 +45,7 @@ _ASKS_A_CLUSTER = "cli,client"
 
 
 def _explain_missing_library(command: str, error: ModuleNotFoundError) -> NoReturn:
-    """Raise a ClickException with the extra that has the library. Raises the error itself for a module of our own."""
+    """Raise a ClickException with the extra that has the library, or the error itself for a module of this project."""
     if error.name is None or error.name.startswith("qlora_"):
         raise error
     install = f"run `pip install '.[{_EXTRAS.get(command, _ASKS_A_CLUSTER)}]'` in a checkout of the repository"
@@ -54,14 +54,14 @@ def _explain_missing_library(command: str, error: ModuleNotFoundError) -> NoRetu
 
 
 class _Commands(click.Group):
-    """Knows the commands without importing them: the modules of some take longer than most commands run."""
+    """Lists the commands without importing them: some modules take longer to import than most commands to run."""
 
     def list_commands(self, context: click.Context) -> list[str]:
         """All names, in the order of the help."""
         return list(_COMMANDS)
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        """The command that is called; its module is imported now."""
+        """Import and return the called command."""
         if name not in _COMMANDS:
             return None
         module, _, attribute = _COMMANDS[name][0].partition(":")
@@ -78,7 +78,7 @@ class _Commands(click.Group):
             _explain_missing_library(context.invoked_subcommand or "", error)
 
     def shell_complete(self, context: click.Context, incomplete: str) -> list[CompletionItem[str]]:
-        """The names that begin so, for a shell that completes them, and the options of the program itself."""
+        """The commands and options of the program that begin so, for shell completion."""
         names = [
             CompletionItem(name, help=text) for name, (_, text) in _COMMANDS.items() if name.startswith(incomplete)
         ]
@@ -97,7 +97,7 @@ def main() -> None:
 
 
 def plugin() -> None:
-    """The same program as a plugin of kubectl, which its help calls by that name."""
+    """Run the program as a plugin of kubectl, with that name in its help."""
     main(prog_name="kubectl qlora")
 
 

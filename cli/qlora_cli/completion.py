@@ -10,16 +10,16 @@ from qlora_cli.__main__ import main
 
 Shell = Literal["bash", "zsh", "fish"]
 _PROGRAM, _VARIABLE = "qlora", "_QLORA_COMPLETE"
-# Directives of Cobra, which kubectl reads as the last line of what a plugin's completion program prints.
+# Directives of Cobra, which kubectl reads from the last line of a completion program's output.
 _FILES_TOO, _NOTHING_ELSE = ":0", ":4"
 
 
 @click.command()
 @click.argument("shell", type=click.Choice(get_args(Shell)))
 def completion(shell: Shell) -> None:
-    """Print the script with which a shell completes commands, options and names of jobs.
+    """Print a script for shell completion of commands, options and names of jobs.
 
-    For bash, add `eval "$(qlora completion bash)"` to ~/.bashrc. kubectl completes `kubectl qlora` by itself.
+    For bash, add `eval "$(qlora completion bash)"` to ~/.bashrc. kubectl completes `kubectl qlora` without it.
     """
     kind = get_completion_class(shell)
     if kind is None:
@@ -28,7 +28,7 @@ def completion(shell: Shell) -> None:
 
 
 def complete_for_kubectl() -> None:
-    """What may stand for the last of this program's arguments, after the others, as kubectl reads it."""
+    """Print the completions of this program's last argument, in the format of kubectl."""
     *before, incomplete = sys.argv[1:] or [""]
     found = ShellComplete(main, {}, _PROGRAM, _VARIABLE).get_completions(before, incomplete)
     plain = [item for item in found if item.type == "plain"]

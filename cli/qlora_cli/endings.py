@@ -1,4 +1,4 @@
-"""How a command ends: with an error, or told by Ctrl-C and other signals, after it has cleaned up."""
+"""Ends a command after its clean-up: with an error, or after Ctrl-C and other signals."""
 
 import signal
 import sys
@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import click
 
-# What `kill` sends, and what a terminal sends that is closed; Windows has no such signal.
+# Sent by `kill`, and by a closed terminal; Windows has no such signal.
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
@@ -21,7 +21,7 @@ def fail(message: str, exit_code: int = 1) -> NoReturn:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """While the body runs, these signals raise SystemExit with 128 + their number, so that `finally` is reached."""
+    """Turn these signals into SystemExit with 128 + their number during the body, so that `finally` is reached."""
     before = {number: signal.signal(number, _end) for number in _SIGNALS}
     try:
         yield

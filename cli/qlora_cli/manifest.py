@@ -1,4 +1,4 @@
-"""Reads a manifest as the API server would, and names file, line and field of everything that it would reject."""
+"""Reads a manifest as the API server would, and names file, line and field of each value that it would reject."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,11 +18,11 @@ from qlora_api.spec.job import KIND, QLoRAJobDocument
 from qlora_api.sweep.spec import SWEEP_KIND, QLoRASweepDocument
 from qlora_cli.manifest_problems import Location, describe_value, explain, follows_from_another
 
-# What the API server accepts in one object.
+# The API server's limit for one object.
 _MAX_BYTES = 1_500_000
 # Written by the cluster and part of `kubectl get -o yaml`: not read from a manifest.
 _OBSERVED = frozenset({"status"})
-# What the YAML library raises for a value that does not match its tag.
+# Errors of the YAML library for a value that does not match its tag.
 _UNUSABLE_VALUES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
 Document = QLoRAJobDocument | QLoRASweepDocument
@@ -80,7 +80,7 @@ def load_job(path: Path, instead: str) -> QLoRAJobDocument:
 
 
 def _model(document: CommentedMap, path: Path) -> type[Document]:
-    """By the document's kind. Raises ManifestError, so that fields of one kind are not measured by another's."""
+    """The model of the document's kind. Raises ManifestError for an unknown kind."""
     if "kind" not in document:
         raise ManifestError(f"{path}:{_line(document, ())}: kind: is required and missing: {KIND} or {SWEEP_KIND}")
     kind = _plain(document["kind"], ("kind",))
@@ -171,7 +171,7 @@ def _line(document: CommentedMap, location: Location) -> int:
     """Line of the innermost part of the location that the file has."""
     line, node = document.lc.line, document
     for part in location:
-        # What a merge (<<) adds has no line of its own.
+        # Keys added by a merge (<<) have no line.
         if not isinstance(node, (CommentedMap, CommentedSeq)) or part not in (node.lc.data or ()):
             break
         line, node = node.lc.data[part][0], node[part]

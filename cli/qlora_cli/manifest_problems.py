@@ -1,4 +1,4 @@
-"""Says in one sentence what is wrong with a field of a manifest: what was found, what is allowed, what to do."""
+"""Describes a problem of a manifest's field in one sentence: the value, the allowed ones, the remedy."""
 
 import difflib
 import json
@@ -16,7 +16,7 @@ from qlora_api.sweep.grid import Grid, Overrides
 Location = tuple[int | str, ...]
 
 _SHARE = "; it is a share: 0.1 is 10 percent"
-# What to do instead of what users write, by field, or by field and value as JSON.
+# Remedies for common mistakes, by field, or by field and value as JSON.
 _ADVICE: Mapping[tuple[str, ...], str] = {
     ("chatTemplate",): ", such as chatml or configMap://NAME/KEY",
     ("continues",): "; it is the name of the job whose checkpoint is taken up",
@@ -26,7 +26,7 @@ _ADVICE: Mapping[tuple[str, ...], str] = {
     ("objective", '"kto"'): "; for these, make pairs of a good and a bad answer to the same prompt (format preference)",
     ("schema",): "; write `schema: |`, and the JSON in the lines below",
 }
-# What YAML calls a type, by pydantic's name of the problem.
+# YAML's names of types, by pydantic's name of the problem.
 _TYPES: Mapping[str, str] = {
     "bool_type": "true or false",
     "dict_type": "an object",
@@ -36,13 +36,13 @@ _TYPES: Mapping[str, str] = {
     "string_type": "text",
     "tuple_type": "a list: in [ ], or with '- ' before each entry",
 }
-# Of a field that more objects have, such as source, nobody can say which one was meant.
+# A field that more objects have, such as source, is ambiguous.
 _MAX_PLACES = 3
 _NUMBERS: Mapping[str, re.Pattern[str]] = {
     "float_type": re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?"),
     "int_type": re.compile(r"[-+]?[0-9]+"),
 }
-"""How numbers of a type are written, by pydantic's name of the problem."""
+"""Notation of a number type, by pydantic's name of the problem."""
 _NAME_CHARACTERS = "must be letters, digits, '-', '_' and '.'"
 WORDS_OF_PATTERN: Mapping[str, str] = {
     r"\S": "must not be blank",
@@ -60,7 +60,7 @@ WORDS_OF_PATTERN: Mapping[str, str] = {
     QUANTITY: "must be a number above 0, as in '2', '500m' or '24Gi'; units are m, k, M, G, T, P, Ki, Mi, Gi, Ti and "
     "Pi",
 }
-"""What a regular expression of the schema allows, for people; one for each that the manifests' models have."""
+"""A description of each regular expression of the manifests' models."""
 
 
 def follows_from_another(problem: ErrorDetails) -> bool:
@@ -102,7 +102,7 @@ def describe_value(value: Any) -> str:
 
 
 def _quotes(problem: str, value: Any) -> str:
-    """What to do if only quotes are missing, or too many."""
+    """The remedy if only quotes are missing, or too many."""
     if problem in _NUMBERS and isinstance(value, str) and _NUMBERS[problem].fullmatch(value):
         return ", without quotes"
     return ", in quotes" if problem == "string_type" and isinstance(value, (int, float)) else ""
@@ -123,7 +123,7 @@ def _unknown_field(location: Location, model: type[BaseModel]) -> str:
 def _places(location: Location, model: type[BaseModel]) -> list[str]:
     """The fields of that name below the innermost object around the location that has any, up to the spec."""
     *around, name = location
-    # Where a field of the template is does not help who wants to vary it.
+    # The place of a template's field does not help a user who wants to vary it.
     if _model_at(around, model) in (Grid, Overrides):
         return []
     for outer in [around[:depth] for depth in range(len(around), 0, -1)] or [[]]:
@@ -134,7 +134,7 @@ def _places(location: Location, model: type[BaseModel]) -> list[str]:
 
 
 def _paths(model: type[BaseModel]) -> Iterator[Location]:
-    """Where each field is, at any depth; without the index in a list."""
+    """The location of each field, at any depth; without the index in a list."""
     for name, field in _fields(model).items():
         yield (name,)
         for inner in _models(field.annotation):

@@ -12,8 +12,8 @@ def as_json(value: Mapping[str, Any]) -> str:
 
 
 def as_yaml(value: Mapping[str, Any]) -> str:
-    """YAML 1.1, which `kubectl apply` reads: text that it would take for a number or a truth value is quoted."""
-    # Of no use to commands that print a table, which are to start fast.
+    """YAML 1.1, which `kubectl apply` reads: text like a number or a truth value is quoted."""
+    # Imported here: commands that print a table must start fast.
     from ruamel.yaml import YAML
 
     writer = YAML(typ="safe", pure=True)

@@ -1,4 +1,4 @@
-"""`qlora verify`: whether the files of an adapter are those that its lineage states, and whose key signed it."""
+"""`qlora verify`: checks the files of an adapter against its lineage, and the lineage's signature."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,17 +33,17 @@ if TYPE_CHECKING:
     from qlora_trainer.model.source.models import RemoteModel
 
 _MAX_LINEAGE_BYTES = 2**22
-# It lists the lineage among the files, and so cannot be among those that the lineage is about.
+# It lists the lineage among the files, so the lineage cannot list it.
 _NOT_STATED = frozenset({SIGNED_FILE, UNSIGNED_FILE, PUBLISHED_MANIFEST})
 
 
 class NotVerified(Exception):  # noqa: N818 - what was found, not an error of the program
-    """The adapter is not what its lineage states, or has none; the message says what differs."""
+    """The adapter differs from its lineage, or has none; the message has the difference."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """The files of an adapter, and the statements about them. A registry may have several, also of others."""
+    """The files of an adapter, and the statements about them. A registry may have several, also of other users."""
 
     folder: Path
     signed: tuple[bytes, ...]
@@ -53,7 +53,7 @@ class Adapter:
     artifact_sha256: str | None = None
     """Of the artifact in a registry that holds the files."""
     looked_at: int | None = None
-    """How much of what is attached to the artifact was looked at; None if all of it was."""
+    """Number of attachments of the artifact that were read; None for all of them."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Verified:
     lineage: Lineage
     files: int
     by_key: bool
-    """Whether the key that was given has signed the lineage. Otherwise anybody may have written it."""
+    """Whether the given key has signed the lineage. Otherwise any user may have written it."""
 
 
 def verify(address: str, key: Path | None) -> Verified:
@@ -80,7 +80,7 @@ def verify(address: str, key: Path | None) -> Verified:
 
 
 def _statement(adapter: Adapter, address: str, key: PublicKey | None) -> Statement:
-    """What is stated about the adapter, and signed with the key if there is one. Raises NotVerified."""
+    """The statement about the adapter, signed with the key if there is one. Raises NotVerified."""
     if key is None:
         candidates = [*_payloads(adapter.signed, payload_of), *_payloads(adapter.unsigned, lambda content: content)]
     else:
@@ -91,7 +91,7 @@ def _statement(adapter: Adapter, address: str, key: PublicKey | None) -> Stateme
     statements, reasons = _parsed(candidates)
     if not statements:
         raise NotVerified(f"the lineage does not verify: {reasons[0]}{_overlooked(adapter)}")
-    # Whoever may push can attach what the same key has signed about another artifact.
+    # A user who may push can attach a statement of the same key about another artifact.
     found = next((each for each in statements if _is_about(each, adapter)), None)
     if found is None:
         artifact = f"sha256:{adapter.artifact_sha256}"
@@ -100,7 +100,7 @@ def _statement(adapter: Adapter, address: str, key: PublicKey | None) -> Stateme
 
 
 def _parsed(candidates: Iterable[bytes | str]) -> tuple[list[Statement], list[str]]:
-    """The statements among them, and why the others are none."""
+    """The statements among them, and the reasons against the others."""
     statements: list[Statement] = []
     reasons: list[str] = []
     for payload in candidates:
@@ -121,7 +121,7 @@ def _is_about(statement: Statement, adapter: Adapter) -> bool:
 
 
 def _overlooked(adapter: Adapter) -> str:
-    """What is to be said of a registry that lists more than was looked at."""
+    """A note for a registry with more attachments than were read."""
     if adapter.looked_at is None:
         return ""
     return (
@@ -131,7 +131,7 @@ def _overlooked(adapter: Adapter) -> str:
 
 
 def _payloads(contents: Iterable[bytes], read: Callable[[bytes], bytes]) -> Iterator[bytes | str]:
-    """What `read` makes of each, or why it cannot."""
+    """The result of `read` for each, or its error."""
     for content in contents:
         try:
             yield read(content)
@@ -157,7 +157,7 @@ def _compare(folder: Path, stated: Mapping[str, str]) -> None:
 
 @contextmanager
 def _opened(address: str) -> Iterator[Adapter]:
-    """The adapter, for as long as it is looked at."""
+    """The adapter, while the body runs."""
     if "://" not in address:
         folder = Path(address)
         if not folder.is_dir():
@@ -169,7 +169,7 @@ def _opened(address: str) -> Iterator[Adapter]:
 
 
 def _downloaded(address: str, folder: Path) -> Adapter:
-    """The adapter, downloaded with what this user is logged in with."""
+    """The adapter, downloaded with this user's logins."""
     # With the libraries of the servers' clients, which a folder does not need.
     from huggingface_hub import get_token
 
@@ -208,7 +208,7 @@ def _with_referrers(
 
 
 def _with_lineage(folder: Path) -> Adapter:
-    """The files of a folder with the statements beside them."""
+    """The files of a folder with its statements."""
     return Adapter(folder, _small(folder / SIGNED_FILE), _small(folder / UNSIGNED_FILE))
 
 
@@ -220,9 +220,9 @@ def _small(path: Path) -> tuple[bytes, ...]:
 
 
 def shown(found: Verified) -> Iterator[str]:
-    """What was verified, in lines for people."""
+    """The verified facts, as lines for the terminal."""
     lineage, result = found.lineage, found.lineage.result
-    signature = "of the given key" if found.by_key else "not checked: anybody may have written this; give --key"
+    signature = "of the given key" if found.by_key else "not checked, so any user may have written this; pass --key"
     losses = f"{result.loss:.4f} in training"
     if result.initial_eval_loss is not None and result.eval_loss is not None:
         losses += f", {result.initial_eval_loss:.4f} before and {result.eval_loss:.4f} after on held-out rows"
@@ -245,14 +245,14 @@ def shown(found: Verified) -> Iterator[str]:
     "--key",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     metavar="FILE",
-    help="Public key (PEM) of the profile's signingKey. Without it only the sums are compared, with what anybody may "
-    "have written.",
+    help="Public key (PEM) of the profile's signingKey. Without it only checksums are compared, with an "
+    "unverified list.",
 )
 def verify_adapter(adapter: str, key: Path | None) -> None:
-    """Check that the files of ADAPTER are those that its lineage states, and who has signed that.
+    """Check the files of ADAPTER against its lineage, and the lineage's signature.
 
     ADAPTER is a folder, or hf://, s3:// or oci:// as in status.adapter.uri, read with this machine's logins. Exits with
-    15 if it is not what was published.
+    15 if it differs from the published adapter.
     """
     try:
         found = verify(adapter, key)

@@ -1,6 +1,6 @@
 """Submits QLoRAJobs to a cluster and follows them, with the rights of the user who asks.
 
-`from qlora_client import QLoRAClient` is the Python client; the other modules are what it shares with the command line.
+`from qlora_client import QLoRAClient` is the Python client; it shares the other modules with the command line.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ __all__ = list(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: a command that lists jobs needs none, and starts at once."""
+    """Import a public name when it is first used: a command that lists jobs needs none, and starts faster."""
     from importlib import import_module
 
     if name not in _PUBLIC:

@@ -51,7 +51,7 @@ class QLoRAClient:
     """Creates QLoRAJobs in a cluster and follows them.
 
     Methods raise ValueError for arguments that cannot be right, TimeoutError, OSError for a file of this machine, and
-    RuntimeError for everything else; the message is one sentence with what to do. What is waited for is logged by the
+    RuntimeError for everything else; the message is one sentence with the remedy. Reasons for waiting are logged by the
     logger `qlora_client`.
     """
 
@@ -62,7 +62,7 @@ class QLoRAClient:
         sleep: Callable[[float], None] = time.sleep,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Nothing is sent yet.
+        """Connect; sends nothing yet.
 
         Args:
             backend_config: The cluster; the kubeconfig's current context if not set.
@@ -89,7 +89,7 @@ class QLoRAClient:
         labels: Mapping[str, str] | None = None,
         annotations: Mapping[str, str] | None = None,
     ) -> str:
-        """Create a job, and return its name at once.
+        """Create a job, and return its name without waiting.
 
         Args:
             spec: The job, of the models of `qlora_api`. Only the fields that are set are sent.
@@ -139,7 +139,7 @@ class QLoRAClient:
         Args:
             name: The job.
             step: Only those of this step.
-            follow: Wait for what is yet to come, also for pods that have not started, until the job has ended.
+            follow: Wait for further lines, also of pods that have not started, until the job has ended.
 
         Raises:
             ValueError: There is no such step.
@@ -151,7 +151,7 @@ class QLoRAClient:
         return (line.text for line in read_logs(self._cluster, name, steps, follow=follow, say=_LOGGER.info))
 
     def get_job_events(self, name: str) -> list[Event]:
-        """What the operator has noted of the job, oldest first; a cluster keeps it for an hour or so.
+        """The operator's Events about the job, oldest first; a cluster keeps them for an hour or so.
 
         Raises:
             RuntimeError: There is no such job, or its Events cannot be read.
@@ -172,8 +172,8 @@ class QLoRAClient:
             name: The job.
             status: The phases.
             timeout: For how many seconds to wait.
-            polling_interval: Seconds between two looks. A cluster that cannot be reached is asked again.
-            callbacks: Called with the job at each look.
+            polling_interval: Seconds between two reads. A cluster that cannot be reached is retried.
+            callbacks: Called with the job at each read.
 
         Raises:
             ValueError: A phase that does not exist, or seconds that make no sense.
@@ -226,10 +226,10 @@ class QLoRAClient:
         tokens: int | None = None,
         gpu_hour_price: str | None = None,
     ) -> Plan:
-        """What the job is expected to need, before it is created; nothing is sent to the cluster.
+        """The expected needs of a job, before it is created; nothing is sent to the cluster.
 
         Args:
-            spec: The job. With spec.resources.gpuMemory it is judged whether it fits.
+            spec: The job. With spec.resources.gpuMemory the plan has a verdict.
             config: The model's config.json; fetched for a model of the hub.
             gpu_tflops: Speed of the GPU in dense bfloat16, in 10^12 operations per second, for the forecast.
             tokens: Tokens of one epoch, for the forecast; not needed with spec.training.maxSteps.
@@ -275,7 +275,7 @@ class QLoRAClient:
         return draw_histories(self.compare(*names).histories, _new_axes() if axes is None else axes)
 
     def compare(self, *names: str) -> Comparison:
-        """The settings in which jobs differ, what came of each, and their losses.
+        """The different settings of jobs, their results, and their losses.
 
         Losses are read from the logs of the jobs or, once these are gone, from their workspaces through a
         short-lived pod for each claim; what cannot be read is logged and left out.

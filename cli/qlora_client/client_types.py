@@ -1,4 +1,4 @@
-"""What the Python client returns: jobs, plans and comparisons as typed values."""
+"""The results of the Python client: jobs, plans and comparisons as typed values."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,21 +25,21 @@ class QLoRAJob:
     namespace: str
     created: datetime
     phase: Phase
-    """Where it is in its life; Pending before the operator has seen it."""
+    """The phase; Pending before the operator has seen the job."""
     message: str
-    """Why it waits, runs or has failed."""
+    """The reason why it waits, runs or has failed."""
     spec: QLoRAJobSpec
-    """What its user has written, with the schema's defaults."""
+    """The user's spec, with the schema's defaults."""
     status: QLoRAJobStatus
-    """What is reported of it: progress, memory, usage, adapter and more."""
+    """The operator's report: progress, memory, usage, adapter and more."""
 
     @classmethod
     def of(cls, job: Job) -> Self:
-        """The job as the cluster stores it. Raises RuntimeError if it has values that this version does not know."""
+        """The job as the cluster stores it. Raises RuntimeError if it has values of a newer version."""
         try:
-            # What a newer version has added is ignored, as with other clients of the API.
+            # Fields of a newer version are ignored, as with other clients of the API.
             spec = QLoRAJobSpec.model_validate(job.spec, extra="ignore")
-            # Said here too: the profile in it forbids what it does not know.
+            # Set here too: the profile in it forbids unknown fields.
             status = QLoRAJobStatus.model_validate({"phase": "Pending", **job.status}, extra="ignore")
         except ValidationError as error:
             [first, *_] = error.errors(include_url=False)
@@ -50,33 +50,33 @@ class QLoRAJob:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more happens to it unless it is retried."""
+        """Whether it has ended; only a retry starts it again."""
         return self.phase in ("Succeeded", "Failed")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a job is expected to need."""
+    """The expected needs of a job."""
 
     memory: MemoryStatus
     """The estimate; its verdict is `unknown` if spec.resources.gpuMemory is not set."""
     objection: str | None
     """Why the job cannot run, with the setting to change first; None if it can, or if that is unknown."""
     forecast: ForecastStatus | None
-    """GPU hours, and what they cost if a price is given; None if they are not known."""
+    """GPU hours, and their cost if a price is given; None if they are unknown."""
     remark: str
     """Why there is no forecast, or what it leaves out."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Jobs beside each other. Shown as a table in a notebook, and as text by `print`."""
+    """Jobs side by side. Shown as a table in a notebook, and as text by `print`."""
 
     names: tuple[str, ...]
     settings: tuple[Row, ...]
     """The fields of the spec, by their paths, that are not the same in all jobs."""
     results: tuple[Row, ...]
-    """What came of each: phase, losses, speed, memory, GPU hours."""
+    """The results of each: phase, losses, speed, memory, GPU hours."""
     histories: Mapping[str, LossHistory]
     """Losses by optimizer step, by the jobs' names."""
 

@@ -1,4 +1,4 @@
-"""Compares jobs: the settings in which they differ, and what came of each; pure."""
+"""Compares jobs: their different settings, and their results; pure."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from qlora_client.history import LossHistory
 from qlora_client.jobs.job import Job
 
 ABSENT = "–"
-# They say how the job is run and not what is trained.
+# They decide how the job runs, not the adapter.
 _WITHOUT_EFFECT = frozenset({"suspend", "retry.request", "cleanupAfterSeconds", "activeDeadlineSeconds"})
 
 
@@ -35,7 +35,7 @@ def differing_settings(jobs: Sequence[Job]) -> list[Row]:
     """The fields of the spec, and of what was fixed when the jobs started, that are not the same in all jobs.
 
     A field is named by its path below spec. A list of plain values is one field; of a list of objects, each entry has
-    fields of its own.
+    separate fields.
     """
     written = [row for row in _rows([dict(_fields(job.spec, "")) for job in jobs]) if row.label not in _WITHOUT_EFFECT]
     # A job that has not started differs in none of these yet.
@@ -66,7 +66,7 @@ def _text(value: Any) -> str:
 
 
 def _fixed(job: Job) -> dict[str, str]:
-    """What the spec does not say: which version of the model, the data and the trainer it was."""
+    """Facts that the spec lacks: the version of the model, the data and the trainer."""
     resolved: Mapping[str, Any] = job.status.get("resolved") or {}
     found = {
         "the model's revision": resolved.get("modelRevision"),
@@ -77,7 +77,7 @@ def _fixed(job: Job) -> dict[str, str]:
 
 
 def results(compared: Sequence[Compared], now: datetime) -> list[Row]:
-    """What came of the jobs; properties that no job has are left out. `now` is the end of those that still run."""
+    """The results of the jobs; properties that no job has are left out. `now` is the end of running jobs."""
     rows = [Row(label, tuple(read(each) for each in compared)) for label, read in _RESULTS.items()]
     rows.append(Row("Time", tuple(_duration(each.job, now) for each in compared)))
     return [row for row in rows if any(value != ABSENT for value in row.values)]

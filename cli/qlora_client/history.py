@@ -41,7 +41,7 @@ class LossHistory:
 
 
 def of_metrics(content: bytes) -> LossHistory:
-    """What `metrics.jsonl` of a workspace holds: every step. Raises ValueError for a line that is none of it."""
+    """The losses of a workspace's `metrics.jsonl`: every step. Raises ValueError for an invalid line."""
     history = _Growing()
     for number, line in enumerate(content.splitlines(), start=1):
         try:
@@ -53,7 +53,7 @@ def of_metrics(content: bytes) -> LossHistory:
 
 
 def of_records(records: Iterable[ProgressRecord]) -> LossHistory:
-    """What the trainer has reported in its logs: a point every few seconds.
+    """The losses of the trainer's logs: a point every few seconds.
 
     A record repeats the latest evaluation, so that one is taken for a new one if its loss differs from the one before.
     """
@@ -95,9 +95,9 @@ class _Growing:
 
 
 def read_losses(cluster: Cluster, job: Job) -> dict[int, float]:
-    """Training loss by optimizer step, in their order: what the train pods that are still there have reported.
+    """Training loss by optimizer step, in their order, from the remaining train pods.
 
-    They report every few seconds, so not each step is there. Raises ForbiddenError if the user may not read logs, and
+    They report every few seconds, so steps are missing. Raises ForbiddenError if the user may not read logs, and
     ClusterError.
     """
     losses: dict[int, float] = {}
@@ -107,7 +107,7 @@ def read_losses(cluster: Cluster, job: Job) -> dict[int, float]:
 
 
 def read_progress(cluster: Cluster, job: Job) -> Iterator[ProgressRecord]:
-    """What the train pods that are still there have reported, pod by pod. Raises as `read_losses` does."""
+    """The records of the remaining train pods, pod by pod. Raises as `read_losses` does."""
     for pod in pods_of(cluster, job):
         if pod.step != "train" or not pod.has_log:
             continue
@@ -136,8 +136,8 @@ _MOST_BYTES = 2**28
 def read_histories(cluster: Cluster, jobs: Sequence[Job], say: Callable[[str], None]) -> dict[str, LossHistory]:
     """The histories by the jobs' names, as far as they can be read.
 
-    Logs are read at once, and are gone a while after a job; the workspace keeps every step, and takes a pod for each
-    claim. `say` is told what is read and why a history is incomplete or missing.
+    Logs are read directly, and are deleted a while after a job; the workspace keeps every step, and takes a pod for
+    each claim. `say` receives progress messages, and the reason for an incomplete or missing history.
     """
     histories = {job.name: _of_logs(cluster, job, say) for job in jobs}
     for claim, users in _by_claim(job for job in jobs if not histories[job.name].suffices(_total_steps(job))).items():

@@ -1,4 +1,4 @@
-"""Plans a job before it is created: GPU memory, as prepare judges it, and GPU hours."""
+"""Plans a job before it is created: GPU memory, as prepare checks it, and GPU hours."""
 
 import json
 from dataclasses import replace

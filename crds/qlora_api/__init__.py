@@ -1,1 +1,1 @@
-"""What the operator, the trainer and the command line agree on: the resource, the records, the exit codes."""
+"""The contract of the operator, the trainer and the command line: the resource, the records, the exit codes."""

@@ -1,4 +1,4 @@
-"""What a profile defines about the network: trusted roots, a proxy, object stores and cloud identity."""
+"""The network settings of a profile: trusted roots, a proxy, object stores and cloud identity."""
 
 import re
 from ipaddress import IPv4Network
@@ -75,7 +75,7 @@ class AzureStorage(ApiModel):
 
 
 class CloudIdentity(ApiModel):
-    """A ServiceAccount that the cloud knows. The administrator connects it with a role in each namespace."""
+    """A ServiceAccount with a cloud identity. The administrator connects it with a role in each namespace."""
 
     provider: Literal["aws", "google", "azure"] = Field(
         description="aws: IRSA or EKS Pod Identity, for s3://; google: GKE's workload identity, for gs://; azure: "

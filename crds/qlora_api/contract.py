@@ -37,7 +37,7 @@ the same process; only jobs of a group need it. 5: publish signs the lineage; on
 
 
 def needed_contract(nodes: int, *, grouped: bool = False, signed: bool = False) -> int:
-    """The lowest version with which a job of so many nodes works: older operators and trainers do the others too."""
+    """The lowest version that supports a job of so many nodes; all versions support one node."""
     return 5 if signed else 4 if grouped else 3 if nodes > 1 else 2
 
 
@@ -166,7 +166,7 @@ Evaluations = Annotated[tuple[tuple[Count, Finite], ...], Field(max_length=MAX_R
 
 
 class _Record(ObservedModel):
-    """What every record carries, so that a reader can tell its own from another job's or a forged one."""
+    """The fields of every record, so that a reader can reject another job's or a forged one."""
 
     contract_version: int = CONTRACT_VERSION
     job_uid: str = Field(max_length=64)
@@ -248,7 +248,7 @@ def encode_record(record: Record) -> str:
 
 
 def within_limit(record: ProgressRecord) -> ProgressRecord:
-    """The record, its activity cut to what it has room for: JSON takes up to twelve bytes for a character."""
+    """The record, its activity cut to the record's limit: JSON takes up to twelve bytes for a character."""
     excess, kept = len(_line(record)) - MAX_PROGRESS_BYTES, len(record.activity)
     while excess > 0 and kept:
         kept -= 1
@@ -267,7 +267,7 @@ def decode_record(line: str, *, job_uid: str, pod_uid: str) -> Record | None:
 
 
 def decode_any_record(line: str) -> Record | None:
-    """The record in a line of a log, whoever has written it; None for anything else. Only to be shown to people."""
+    """The record in a line of a log, by any writer; None for anything else. Only for display."""
     if not line.startswith("{") or len(line.encode(errors="replace")) > MAX_RESULT_BYTES:
         return None
     try:
@@ -344,13 +344,13 @@ class WorkspaceLayout:
 
 @dataclass(frozen=True)
 class SweepLayout:
-    """Paths in the folder that the cells of a sweep share, beside their own folders on the claim."""
+    """Paths in the folder that the cells of a sweep share, next to each cell's folder on the claim."""
 
     root: Path
 
     @property
     def rows(self) -> Path:
-        """Rows as tokens, in files whose names say of which data and settings; each complete or absent."""
+        """Rows as tokens, in files whose names have the data and settings; each complete or absent."""
         return self.root / "rows"
 
 

@@ -23,7 +23,7 @@ def _name_rule(longest: int, of: str) -> dict[str, str]:
     )
 
 
-# Keywords that a structural schema must not have; where they matter, a CEL rule says the same.
+# Keywords that a structural schema must not have; where they matter, a CEL rule has the same limit.
 _DROPPED = frozenset({"title", "propertyNames", "discriminator"})
 
 
@@ -58,7 +58,7 @@ _SWEEP_COLUMNS = [
     _column(
         "Score", ".status.best.score", type_="number", wide=True, description="Score of that cell, if its gate has one."
     ),
-    _column("Changes", ".status.best.overrides", wide=True, description="What that cell changes in the template."),
+    _column("Changes", ".status.best.overrides", wide=True, description="Changes of that cell to the template."),
     _column("Adapter", ".status.best.adapter", wide=True, description="Address of that cell's adapter."),
     _column("GPU-Hours", ".status.usage.gpuHours", wide=True, description="GPU hours that all cells have used."),
     _column(
@@ -88,7 +88,7 @@ def custom_resource_definition() -> Schema:
 def sweep_definition() -> Schema:
     """The complete CustomResourceDefinition of QLoRASweep as a plain object."""
     spec = structural_schema(QLoRASweepSpec, defaults=True)
-    # The template never changes, which a rule of the sweep says: those of a job would name fields that are not here.
+    # The template never changes, by a rule of the sweep: those of a job would name fields that a sweep does not have.
     template = spec["properties"]["template"]["properties"]
     template["spec"] = _without_transitions(template["spec"])
     return _definition(
@@ -232,7 +232,7 @@ def _one_line_per_paragraph(text: str) -> str:
 
 
 def _resolve(node: Schema, definitions: dict[str, Schema]) -> Schema:
-    """The node with its reference replaced by what it refers to; keywords beside the reference win."""
+    """The node with its reference replaced by the referenced node; keywords next to the reference win."""
     if "$ref" not in node:
         return node
     name = node["$ref"].rpartition("/")[2]

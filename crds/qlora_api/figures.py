@@ -51,7 +51,7 @@ def with_progress(status: QLoRAJobStatus, record: ProgressRecord) -> QLoRAJobSta
 
 
 def _of_pairs(record: ProgressRecord | ResultRecord) -> dict[str, float | None]:
-    """What an objective that compares answers measures beside the loss."""
+    """Measures of an objective that compares answers, in addition to the loss."""
     return {
         "reward_margin": _rounded(record.reward_margin),
         "accuracy": _rounded(record.accuracy),
@@ -83,7 +83,7 @@ def with_known_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobSt
 
 
 def with_publication(status: QLoRAJobStatus, record: ResultRecord, report_to: Collection[str]) -> QLoRAJobStatus:
-    """The status with what publish has left beside the adapter and on trackers. `report_to`: those the job names."""
+    """The status with publish's results, trackers included. `report_to`: the trackers that the job names."""
     report = None
     if record.adapter is not None and record.report_sha256 is not None:
         report = ReportStatus(uri=f"{record.adapter.uri}/{REPORT_FILE}", sha256=record.report_sha256)
@@ -91,9 +91,9 @@ def with_publication(status: QLoRAJobStatus, record: ResultRecord, report_to: Co
 
 
 def _tracking(status: QLoRAJobStatus, record: ResultRecord, report_to: Collection[str]) -> TrackingStatus | None:
-    """What has become of the run on each server that the job and its profile name; None if there is none.
+    """The result of the upload to each server that the job and its profile name; None if there is none.
 
-    A trainer of an earlier release says nothing of a server that it does not know.
+    A trainer of an earlier release reports nothing about a server that it does not support.
     """
     servers = status.resolved.profile.tracking if status.resolved is not None else None
     silent: dict[str, TrackedRun] = {
@@ -147,14 +147,14 @@ def without_remaining(status: QLoRAJobStatus) -> QLoRAJobStatus:
 
 
 def _time_left(seconds: float | None) -> dict[str, object]:
-    """For people and for programs; of a run that does not know it, neither."""
+    """For people and for programs; neither for a run without it."""
     if seconds is None:
         return _NOTHING_LEFT
     return {"remaining": format_duration(seconds), "remaining_seconds": int(seconds)}
 
 
 def _steps(step: int, total: int, *, ended: bool = False) -> dict[str, object]:
-    """How far a run is. One that has ended before its last step was stopped early, and is as done as any other."""
+    """The progress of a run. One that has ended before its last step was stopped early, and is complete."""
     if ended and step < total:
         return {"step": step, "total_steps": total, "percent": 100, "summary": f"stopped early {step}/{total}"}
     percent = min(100, 100 * step // total) if total else 0

@@ -2,7 +2,7 @@
 
 Operations for each token and weight, after Kaplan et al. (arXiv 2001.08361, section 2.1): 2 in the forward pass, and in
 the backward pass 2 for the gradients of the activations and 2 for those of the weights. The weights of the base are
-frozen, and need none of their own. Gradient checkpointing computes the forward pass a second time (Chen et al., arXiv
+frozen, and need none. Gradient checkpointing computes the forward pass a second time (Chen et al., arXiv
 1604.06174). Attention's scores and the adapter itself, a few percent of the whole, are left out.
 """
 
@@ -64,7 +64,7 @@ def hours_text(seconds: float) -> str:
 
 
 def cost_text(seconds: float, price: str | None, currency: str | None) -> str | None:
-    """What GPU seconds cost at that price of an hour, with two decimals and the currency; None without a price."""
+    """The cost of GPU seconds at that price of an hour, with two decimals and the currency; None without a price."""
     if price is None or currency is None:
         return None
     with localcontext(_DIGITS):

@@ -1,6 +1,6 @@
 """Decides by their manifests whether jobs can be trained together, on one base in one process; pure.
 
-What only their workspaces show, such as the bytes of the base, the train step compares.
+The train step compares the contents of their workspaces, such as the bytes of the base.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What an adapter was made of, as an in-toto statement: the form in which publish writes it and others verify it.
+"""The inputs of an adapter, as an in-toto statement, which publish writes and users verify.
 
 Source: https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md
 """
@@ -60,11 +60,11 @@ class LineageResult(ObservedModel):
 
     steps: int = Field(description="Optimizer steps done.")
     adapter_step: int = Field(description="The step that the adapter is of.")
-    attempts: int = Field(description="How often training was started.")
+    attempts: int = Field(description="Number of starts of training.")
     loss: float = Field(description="Training loss of the last step, nats per target token, or per pair.")
     initial_eval_loss: float | None = Field(None, description="Loss on the held-out rows before training.")
     eval_loss: float | None = Field(None, description="The same of the adapter.")
-    gate: GateStatus | None = Field(None, description="How it was judged; not set without spec.gate.")
+    gate: GateStatus | None = Field(None, description="Result of spec.gate; not set without it.")
 
 
 class Lineage(ObservedModel):
@@ -73,7 +73,7 @@ class Lineage(ObservedModel):
     job: LineageJob
     base: LineageBase
     initial_adapter: InitialAdapterStatus | None = Field(None, description="The adapter that training began with.")
-    continues: str | None = Field(None, description="The job whose run was taken up.")
+    continues: str | None = Field(None, description="The job whose run was continued.")
     data: LineageData
     trainer: LineageTrainer
     settings: dict[str, Any] = Field(description="quantization, lora and training of the spec, with all defaults.")

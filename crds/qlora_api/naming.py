@@ -20,7 +20,7 @@ SWEEP_UID_LABEL = "qlora.dev/sweep-uid"
 SUSPENDED_ANNOTATION = "qlora.dev/suspended-by-sweep"
 # Annotation of a cell that its sweep has stopped for good, with the reason.
 STOPPED_ANNOTATION = "qlora.dev/stopped-by-sweep"
-# Annotation of a cell: the optimizer steps after which its sweep compares the held-out losses, separated by commas.
+# Annotation of a cell: the optimizer steps of its sweep's comparisons of held-out losses, separated by commas.
 RUNGS_ANNOTATION = "qlora.dev/rungs"
 # Annotation of a step's pod: the manifest that the pod reads as a file (contract.JOB_FILE), by the downward API.
 SPEC_ANNOTATION = "qlora.dev/spec"
@@ -34,7 +34,7 @@ RESOLVED_ANNOTATION = "qlora.dev/resolved"
 
 
 def short_uid(uid: str) -> str:
-    """The first eight characters of a UID: enough to tell a job from a deleted one of the same name."""
+    """The first eight characters of a UID: enough to distinguish a job from a deleted one of the same name."""
     return uid[:8]
 
 
@@ -54,7 +54,7 @@ def workspace_folder(job_name: str, uid: str) -> str:
 
 
 def shared_folder(sweep_name: str, sweep_uid: str) -> str:
-    """The folder that the cells of a sweep share on their workspace claim, beside that of each.
+    """The folder that the cells of a sweep share on their workspace claim, next to that of each.
 
     No job has a folder of that name, as no job's name or UID has a dot: who forges a sweep cannot name one.
     """

@@ -1,4 +1,4 @@
-"""What the administrator decides for a class of jobs: images, node pools, security identity, limits."""
+"""The administrator's settings for a class of jobs: images, node pools, security identity, limits."""
 
 import re
 from decimal import Decimal
@@ -12,7 +12,7 @@ from qlora_api.sources import REGISTRY
 
 DNS_LABEL = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 DNS_SUBDOMAIN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
-# Zero is rejected here because the API server rejects it later, in a claim's size for example, when nobody is watching.
+# Zero is rejected here because the API server rejects it later, in a claim's size for example, where no user sees it.
 QUANTITY = r"^(0\.[0-9]*[1-9][0-9]*|[1-9][0-9]*(\.[0-9]+)?)(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
 LABEL_KEY = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
 LABEL_VALUE = r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"
@@ -90,7 +90,7 @@ NcclSettings = Annotated[
 AccessMode = Literal["ReadWriteOnce", "ReadWriteOncePod", "ReadWriteMany"]
 
 
-# What the API server would reject in the pod, long after it has admitted the QLoRAJob.
+# Rejected here because the API server rejects it in the pod, long after it has admitted the QLoRAJob.
 _NO_KEY = "a toleration without a key needs operator: Exists"
 _VALUE_OF_EXISTS = "operator: Exists takes no value"
 _SECONDS = "tolerationSeconds needs effect: NoExecute"
@@ -163,7 +163,7 @@ class RunAs(ApiModel):
 
 
 class WorkspaceDefaults(ApiModel):
-    """The claim that the operator creates for a job that does not name its own."""
+    """The claim that the operator creates for a job that names none."""
 
     topology: Literal["shared", "zonal", "node-local"] = Field(
         "zonal",
@@ -195,14 +195,14 @@ class TrackingServer(ApiModel):
 
 
 class TrackingServers(ApiModel):
-    """The servers to which publish uploads the history of runs. A job names trackers, never a server."""
+    """The servers that get the history of runs from publish. A job names trackers, never a server."""
 
     mlflow: TrackingServer | None = Field(None, description="MLflow's tracking server.")
     wandb: TrackingServer | None = Field(None, description="Weights & Biases.")
 
 
 class SigningKey(ApiModel):
-    """A key of a Secret in each namespace with jobs, with which publish signs what an adapter was made of."""
+    """A key of a Secret in each namespace with jobs. Publish signs the list of an adapter's inputs with it."""
 
     name: ObjectName = Field(
         description="Name of the Secret. Publish waits for it, no other step mounts it, and no job may name it."
@@ -217,7 +217,7 @@ class SigningKey(ApiModel):
 
 
 class ModelCache(ApiModel):
-    """A claim on which the jobs of a namespace share base models in 4-bit."""
+    """A claim where the jobs of a namespace share base models in 4-bit."""
 
     claim_name: ObjectName = Field(
         description="Name of a PersistentVolumeClaim that exists in each namespace with jobs: ReadWriteMany, or a "
@@ -226,7 +226,7 @@ class ModelCache(ApiModel):
 
 
 class Limits(ApiModel):
-    """What the jobs of one namespace may ask of the profile. They bind new starts, not jobs that have started."""
+    """Limits of the profile for the jobs of one namespace. They bind new starts, not jobs that have started."""
 
     gpus: int | None = Field(
         None,
@@ -295,7 +295,7 @@ class Profile(ApiModel):
         None,
         ge=30,
         le=86_400,
-        description="Seconds for which the train pods of a job with several nodes wait for one another before they "
+        description="Seconds that the train pods of a job with several nodes wait for one another before they "
         "free their GPUs and try again later; 900 if not set.",
     )
     runtime_class_name: ObjectName | None = Field(None, description="RuntimeClass of the train pod.")
@@ -316,11 +316,11 @@ class Profile(ApiModel):
         "reason ProfileNotAllowed. Not copied into the status of jobs.",
     )
     limits: Limits | None = Field(
-        None, description="What the jobs of one namespace may ask of it; no limits if not set. Not copied either."
+        None, description="Limits for the jobs of one namespace; none if not set. Not copied either."
     )
     workspace: WorkspaceDefaults = Field(WorkspaceDefaults(), description="Workspace volumes.")
     model_cache: ModelCache | None = Field(
-        None, description="Where base models in 4-bit are shared; each job downloads and quantizes its own if not set."
+        None, description="Shared base models in 4-bit; each job downloads and quantizes its base if not set."
     )
     resources: Resources = Field(Resources(), description="CPU and memory of each step.")
     hub_endpoint: str | None = Field(
@@ -333,7 +333,7 @@ class Profile(ApiModel):
     )
     cloud_identity: CloudIdentity | None = Field(
         None,
-        description="Identity with which prepare and publish use the cloud's object store where a job names no Secret; "
+        description="Identity of prepare and publish for the cloud's object store if a job names no Secret; "
         "nothing is signed there if not set.",
     )
     registries: tuple[RegistryHost, ...] = Field(
@@ -357,7 +357,7 @@ class Profile(ApiModel):
         None,
         max_length=512,
         pattern=PROXY_URL,
-        description="HTTP proxy (http://HOST:PORT) through which prepare and publish reach https:// servers, with "
+        description="HTTP proxy (http://HOST:PORT) of prepare and publish for https:// servers, with "
         "CONNECT; none if not set. Servers with http:// are reached directly.",
     )
     no_proxy: tuple[DirectHost, ...] | None = Field(
@@ -375,7 +375,7 @@ class Profile(ApiModel):
         86_400,
         ge=3600,
         le=2**31 - 1,
-        description="Seconds after which a step's finished Job is deleted with its pods and their logs. The status of "
+        description="Seconds until a step's finished Job is deleted with its pods and their logs. The status of "
         "the QLoRAJob and the workspace stay. A step whose Job is deleted before the operator has seen its end "
         "runs again, so it must not be away for as long.",
     )

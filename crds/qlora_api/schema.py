@@ -26,7 +26,7 @@ class ObservedModel(ApiModel):
 
 
 def rule(expression: str, message: str) -> dict[str, str]:
-    """One CEL rule of the schema. `message` says what is allowed and what to do."""
+    """One CEL rule of the schema. `message` has the allowed values and the remedy."""
     return {"rule": expression, "message": message}
 
 

@@ -91,7 +91,7 @@ class RegistrySource:
 
     @property
     def reference(self) -> str:
-        """What to request from the registry: the digest if it is known, else the tag."""
+        """The reference to request from the registry: the digest if it is known, else the tag."""
         return self.digest or self.tag or ""
 
     def __str__(self) -> str:

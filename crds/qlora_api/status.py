@@ -38,7 +38,7 @@ class Condition(ObservedModel):
     makes progress), Reconciling, Ready, Stalled (for tools that wait), CleanedUp, Announced.
     """
 
-    type: str = Field(max_length=64, description="What is observed.")
+    type: str = Field(max_length=64, description="The observed property.")
     status: Literal["True", "False", "Unknown"] = Field(description="Whether it holds.")
     reason: str = Field(max_length=128, description="Why, in one CamelCase word.")
     message: Message = Field("", description="Why, and what to do, for people.")
@@ -52,11 +52,11 @@ class ContinuedRun(ObservedModel):
     job: ShortText = Field(description="Name of that job.")
     uid: str = Field(max_length=64, description="Its UID.")
     claim_name: str = Field(max_length=253, description="The PersistentVolumeClaim of its workspace.")
-    workspace_path: str = Field(max_length=256, description="Its own folder on that claim, which prepare reads.")
+    workspace_path: str = Field(max_length=256, description="Its folder on that claim, which prepare reads.")
 
 
 class Resolved(ObservedModel):
-    """What was fixed before the first pod, so that an upgrade of the operator does not change a running job."""
+    """Values fixed before the first pod, so that an upgrade of the operator does not change a running job."""
 
     contract_version: int = Field(ge=1, le=1000, description="Version of the contract between operator and trainer.")
     profile: Profile = Field(description="The administrator's profile when the job started.")
@@ -71,11 +71,10 @@ class Resolved(ObservedModel):
     document: str | None = Field(
         None,
         max_length=MAX_DOCUMENT_LENGTH,
-        description="What the pods read, as JSON: the part of the spec that the steps need. Not set if an earlier "
-        "release has started the job.",
+        description="The part of the spec for the pods, as JSON. Not set if an earlier release has started the job.",
     )
     continued: ContinuedRun | None = Field(
-        None, description="Where the run is that spec.continues takes up; not set without it."
+        None, description="Location of the run of spec.continues; not set without it."
     )
     gpu_hours: float | None = Field(
         None, gt=0, le=1e6, description="GPU hours that the profile allows one job; not set if it has no such limit."
@@ -93,7 +92,7 @@ class StepStatus(ObservedModel):
     name: StepName = Field(description="The step.")
     job_name: str = Field(max_length=63, description="Name of its batch/v1 Job.")
     job_uid: str = Field("", max_length=64, description="UID of that Job; empty until it is known to exist.")
-    attempt: int = Field(ge=1, le=100_000, description="How many Jobs the step has had.")
+    attempt: int = Field(ge=1, le=100_000, description="Number of Jobs of the step so far.")
     counted_pod: str = Field(
         "", max_length=64, description="UID of its latest pod that failures, disruptions and activeSeconds include."
     )
@@ -107,9 +106,9 @@ class StepStatus(ObservedModel):
         None, description="When the operator last saw that pod start or make progress, by the operator's clock."
     )
     reported_at: Timestamp | None = Field(None, description="When that progress was made, by the trainer's clock.")
-    nodes: Count | None = Field(None, description="How many pods train together; not set if it is one.")
-    running_nodes: Count | None = Field(None, description="How many of these run now.")
-    unverified: int = Field(0, ge=0, le=100, description="How many of its Jobs completed without a readable result.")
+    nodes: Count | None = Field(None, description="Number of pods that train together; not set if it is one.")
+    running_nodes: Count | None = Field(None, description="Number of these that run now.")
+    unverified: int = Field(0, ge=0, le=100, description="Number of its Jobs that completed without a readable result.")
 
 
 class EvaluationStatus(ObservedModel):
@@ -146,7 +145,7 @@ class ProgressStatus(ObservedModel):
     )
     eval_accuracy: Share | None = Field(
         None,
-        description="Share of the held-out pairs for which that holds, in the latest evaluation; of the finished "
+        description="Share of the held-out pairs with that preference, in the latest evaluation; of the finished "
         "adapter at the end.",
     )
     evaluations: tuple[EvaluationStatus, ...] | None = Field(
@@ -158,7 +157,7 @@ class ProgressStatus(ObservedModel):
     tokens_per_second: Finite | None = Field(None, description="Tokens per second, without padding.")
     peak_memory_bytes: Bytes | None = Field(None, description="Peak GPU memory (on CPU: resident memory).")
     micro_batch_size: Count | None = Field(
-        None, description="What autoMicroBatch lowered microBatchSize to; not set if it did not."
+        None, description="The lower microBatchSize by autoMicroBatch; not set if it was not lowered."
     )
     goodput: Share | None = Field(
         None,
@@ -216,7 +215,7 @@ class BaseStatus(ObservedModel):
         "quantization with this release, whether it has made the base or found it.",
     )
     uri: Uri | None = Field(
-        None, description="Folder in which output.base has published it; not set before, or if it is not."
+        None, description="Folder of the base published by output.base; not set before, or if it is not published."
     )
     bytes_fetched: Bytes = Field(0, description="Bytes that this job's latest prepare has fetched from the server.")
     seconds: Count = Field(
@@ -230,17 +229,17 @@ class BaseStatus(ObservedModel):
 
 
 class MixedSourceStatus(ObservedModel):
-    """What prepare found in one source of the mix. Short: a step's result has at most 4096 bytes."""
+    """Counts of prepare for one source of the mix. Short: a step's result has at most 4096 bytes."""
 
     source: str = Field(max_length=MAX_MIXED_SOURCE_LENGTH, description="Its address, shortened in the middle.")
     rows: Count = Field(description="Rows read.")
-    used_rows: Count = Field(description="Rows of which an epoch's are drawn.")
+    used_rows: Count = Field(description="Rows that an epoch's rows are drawn from.")
     epoch_rows: Count = Field(description="Rows drawn in each epoch; if more than usedRows, some of them repeatedly.")
     tokens: Count = Field(description="Tokens of these, on average over the epochs.")
 
 
 class DatasetStatus(ObservedModel):
-    """What prepare found in the data set."""
+    """Counts of prepare for the data set."""
 
     format: ShortText = Field(description="The format, as set or as detected.")
     rows: Count = Field(description="Rows read.")
@@ -267,7 +266,7 @@ class DatasetStatus(ObservedModel):
 
 
 class CheckpointStatus(ObservedModel):
-    """The latest checkpoint, from which a resumed run starts."""
+    """The latest checkpoint, the start of a resumed run."""
 
     step: Count = Field(description="Optimizer steps done.")
     saved_at: Timestamp = Field(description="When it was saved.")
@@ -278,7 +277,7 @@ class GateCriterion(ObservedModel):
 
     name: ShortText = Field(description="The field of spec.gate.")
     required: Finite = Field(description="Its value.")
-    found: Finite = Field(description="What the adapter has.")
+    found: Finite = Field(description="Value of the adapter.")
     passed: bool = Field(description="Whether that is enough.")
 
 
@@ -287,7 +286,7 @@ class GateStatus(ObservedModel):
 
     passed: bool = Field(description="Whether every limit of spec.gate is met.")
     adapter_sha256: str = Field(
-        max_length=64, pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the adapter that was judged."
+        max_length=64, pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the adapter that was checked."
     )
     criteria: tuple[GateCriterion, ...] = Field((), max_length=8, description="The limits that spec.gate sets.")
     eval_loss: Finite | None = Field(None, description="Held-out loss of the adapter.")
@@ -306,7 +305,7 @@ class GateStatus(ObservedModel):
 
 
 class InitialAdapterStatus(ObservedModel):
-    """The adapter with which training was initialized."""
+    """The adapter at the start of training."""
 
     source: Uri = Field(description="Its address, with the commit or digest where there is one.")
     sha256: str = Field(
@@ -331,7 +330,7 @@ class AdapterStatus(ObservedModel):
         None,
         ge=1,
         le=8192,
-        description="The smallest --max-lora-rank with which vLLM loads the adapter, for example 64 for rank 48 "
+        description="The smallest --max-lora-rank of vLLM for the adapter, for example 64 for rank 48 "
         "(vLLM's default is 16). Not set if vLLM does not load it.",
     )
     quantization: ShortText = Field(
@@ -364,7 +363,7 @@ class MergedStatus(ObservedModel):
 
 
 class ReportStatus(ObservedModel):
-    """The page of the run that is published beside the adapter."""
+    """The page of the run that is published with the adapter."""
 
     uri: Uri = Field(description="Its address: that of the adapter, and its name there.")
     sha256: str = Field(max_length=64, pattern=r"^[0-9a-f]{64}$", description="Its SHA-256.")
@@ -376,12 +375,12 @@ class FailureStatus(ObservedModel):
     step: StepName = Field(description="The step that failed.")
     reason: str = Field(max_length=128, description="Why, in one CamelCase word.")
     exit_code: int | None = Field(None, ge=0, le=255, description="Exit code of the trainer.")
-    message: Message = Field("", description="What happened and what to do.")
+    message: Message = Field("", description="The cause and the remedy.")
     time: Timestamp = Field(description="When the attempt ended, or when the failure was seen.")
 
 
 class QLoRAJobStatus(ObservedModel):
-    """What the operator reports about a job. The conditions are authoritative; the other fields explain them."""
+    """The operator's report about a job. The conditions are authoritative; the other fields explain them."""
 
     observed_generation: int | None = Field(
         None, ge=-1, le=2**53, description="Generation of the spec that the status is about."
@@ -401,7 +400,7 @@ class QLoRAJobStatus(ObservedModel):
     )
     progress: ProgressStatus | None = Field(None, description="Progress of training.")
     memory: MemoryStatus | None = Field(None, description="GPU memory, estimated and measured.")
-    dataset: DatasetStatus | None = Field(None, description="What prepare found in the data set.")
+    dataset: DatasetStatus | None = Field(None, description="Counts of prepare for the data set.")
     base: BaseStatus | None = Field(None, description="How prepare got the base model.")
     checkpoint: CheckpointStatus | None = Field(None, description="The latest checkpoint.")
     gate: GateStatus | None = Field(None, description="Whether the adapter has passed spec.gate; not set without one.")
@@ -427,7 +426,7 @@ class QLoRAJobStatus(ObservedModel):
     highest_attempt: int = Field(0, ge=0, le=100_000, description="The highest number of a Job so far, if it is not 1.")
     retry_request: Count | None = Field(None, description="The latest retry.request that has been seen.")
     active_seconds: Count = Field(0, description="Seconds that finished attempts have run, for activeDeadlineSeconds.")
-    active_until: Timestamp | None = Field(None, description="Time up to which activeSeconds has been counted.")
+    active_until: Timestamp | None = Field(None, description="End of the time that activeSeconds includes.")
     usage: UsageStatus | None = Field(
         None, description="GPU time used and lost; not set before a pod has had a GPU, or if the profile requests none."
     )

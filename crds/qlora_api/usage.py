@@ -1,4 +1,4 @@
-"""What a job takes of the GPUs: the budget that a user sets, and what the status reports of time, cost and forecast."""
+"""A job's use of GPUs: the user's budget, and the time, cost and forecast of the status."""
 
 from typing import Annotated, Literal
 
@@ -15,12 +15,12 @@ GpuHours = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 
 
 class BudgetSpec(ApiModel):
-    """What the job may cost."""
+    """Limit of the job's GPU hours."""
 
     gpu_hours: GpuHours | None = Field(
         default=None,
         description="GPU hours that the train pods may use in total: one GPU for one hour is 1. Then the job saves a "
-        "checkpoint and fails with the reason BudgetExceeded; raise this and retry.request to go on from there. No "
+        "checkpoint and fails with the reason BudgetExceeded; raise this and retry.request to continue from there. No "
         "limit if not set, except that of the profile.",
     )
 
@@ -29,7 +29,7 @@ class LostGpuSeconds(ObservedModel):
     """GPU seconds that are in no checkpoint, by what they were lost to. Each second counts once."""
 
     startup: Count = Field(
-        0, description="From when a pod had its GPUs until it began to train, or had waited for other nodes in vain."
+        0, description="From when a pod had its GPUs until it began to train, or gave up waiting for other nodes."
     )
     disruption: Count = Field(
         0,
@@ -89,7 +89,7 @@ class UsageStatus(ObservedModel):
     )
     cost: ShortText | None = Field(
         None,
-        description='What gpuSeconds cost at the profile\'s price, for example "31.25 EUR"; not set without a price.',
+        description='Cost of gpuSeconds at the profile\'s price, for example "31.25 EUR"; not set without a price.',
     )
     pods: tuple[PodUsage, ...] = Field(
         (),
@@ -105,7 +105,7 @@ class UsageStatus(ObservedModel):
 
 
 class WorkStatus(ObservedModel):
-    """How much there is to compute, as prepare finds it."""
+    """The amount of computation, as prepare counts it."""
 
     parameters: Count = Field(description="Weights that each token is multiplied by.")
     tokens: Count = Field(description="Tokens of the whole run, without padding.")
@@ -117,10 +117,10 @@ class ForecastStatus(ObservedModel):
 
     gpu_hours: ShortText = Field(description='Expected GPU hours, for example "12.50".')
     basis: Literal["Flops", "Measured"] = Field(
-        description="What it is computed from: the operations of the run and the GPU's speed (profile gpuTflops), "
-        "before training; or the speed of the run's own optimizer steps, from its tenth on."
+        description="Basis of the forecast: the operations of the run and the GPU's speed (profile gpuTflops), "
+        "before training; or the speed of the run's optimizer steps, from its tenth on."
     )
     utilization: Share | None = Field(
         None, description="With basis Flops: the share of the GPU's speed that was assumed to be reached."
     )
-    cost: ShortText | None = Field(None, description="What these cost at the profile's price; not set without one.")
+    cost: ShortText | None = Field(None, description="Cost of these at the profile's price; not set without one.")

@@ -26,7 +26,7 @@ LONGEST_RUN_SECONDS = 1800
 
 
 def main() -> int:
-    """Run the demo; the exit status says whether the adapter is there, verified, and better than the base model."""
+    """Run the demo; exits with 0 if the adapter exists, is verified, and better than the base model."""
     options = _parser().parse_args()
     started = time.monotonic()
 
@@ -42,7 +42,7 @@ def main() -> int:
 
 
 def _run(options: argparse.Namespace, say: Callable[[str], None]) -> int:
-    """Every stage in order, each announced in one line; the exit status."""
+    """Run every stage in order, with one line for each; the exit status."""
     kubectl, images = _cluster(options, say)
     say("Putting the model and the data set on a volume")
     model = model_folder()
@@ -127,7 +127,7 @@ def _delete_job(kubectl: Kubectl) -> None:
 
 
 def _follow(kubectl: Kubectl) -> dict[str, object]:
-    """Show what a user sees until the job has ended; the finished resource. Raises ClusterError if it failed."""
+    """Show the user's view until the job has ended; the finished resource. Raises ClusterError if it failed."""
     base: list[str | Path] = [
         kubectl.program,
         "--kubeconfig",

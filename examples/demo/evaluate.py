@@ -137,7 +137,7 @@ def completion_loss(model: Any, tokenizer: Any, questions: Sequence[Question]) -
 
 
 def side_by_side(questions: Sequence[Question], base: Outcome, tuned: Outcome, show: int) -> str:
-    """A table of the first ``show`` questions, base and tuned answers beside each other, right ones marked ✓."""
+    """A table of the first ``show`` questions, base and tuned answers side by side, right ones marked ✓."""
     lines = []
     rule = "-+-".join("-" * COLUMN for _ in range(3))
     cells: list[tuple[str, ...]] = [("Request", "Base model", "Tuned model")]

@@ -1,7 +1,7 @@
 """Decides by program whether an answer is the kubectl command that was asked for.
 
 Two spellings of one command are equal: flags in any order and place, ``-n x``, ``--namespace x`` and ``--namespace=x``,
-``deploy/web`` and ``deployment web``. A command among other text counts when it stands on its own line or between
+``deploy/web`` and ``deployment web``. A command among other text counts if it stands on a separate line or between
 backticks. Anything else that differs is an error, for a command that is nearly right does something else.
 """
 

@@ -3,7 +3,7 @@
 The ConfigMap of `spec.output.announce` is mounted as a folder, with one file for each adapter. One on a claim is linked
 from where that is mounted, one of the Hugging Face Hub is downloaded; both only if the file is the one that the job has
 trained. Adapters of another base are left out, and those whose entry is gone are removed. A vLLM that has loaded an
-adapter goes on answering with it until it is restarted, whatever becomes of the folder.
+adapter keeps answering with it until it is restarted, whatever happens to the folder.
 
     python sync_adapters.py ENTRIES ADAPTERS --base ORG/NAME --claim NAME=FOLDER --every 15
 """
@@ -28,16 +28,16 @@ TENSORS = "adapter_model.safetensors"
 
 @dataclass
 class Seen:
-    """What earlier rounds have found out, so that a file is read, and a wrong one downloaded, once."""
+    """Results of earlier rounds, so that a file is read, and a wrong one downloaded, once."""
 
     equal: dict[str, tuple[str, int, int]] = field(default_factory=dict)
     """By name: the digest that the file has, and its size and time when it was compared."""
     wrong: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By name: the entry that is not what is at its address."""
+    """By name: the entry that differs from the file at its address."""
 
 
 def sync(entries: Path, adapters: Path, base: str, claims: dict[str, Path], seen: Seen) -> list[str]:
-    """Do it once. Returns what is wrong with entries, which hold up no other."""
+    """Sync once. Returns the problems of entries, which block no other."""
     wanted, problems = {}, []
     for path in sorted(entries.glob("*.json")):
         try:
@@ -58,7 +58,7 @@ def sync(entries: Path, adapters: Path, base: str, claims: dict[str, Path], seen
 
 
 def provide(folder: Path, entry: dict[str, Any], claims: dict[str, Path], seen: Seen) -> None:
-    """Put the entry's adapter at `folder`. Raises ValueError or OSError if that is not what was announced."""
+    """Put the entry's adapter at `folder`. Raises ValueError or OSError if it differs from the announcement."""
     if is_there(folder, entry["digest"], seen) or seen.wrong.get(folder.name) == entry:
         return
     scheme, _, rest = str(entry["uri"]).partition("://")
@@ -109,7 +109,7 @@ def digest(folder: Path) -> str:
 
 
 def remove(path: Path) -> None:
-    """Remove the link or the folder, if it is there."""
+    """Remove the link or the folder, if it exists."""
     if path.is_symlink():
         path.unlink()
     elif path.exists():
@@ -118,8 +118,8 @@ def remove(path: Path) -> None:
 
 def main() -> int:
     """Sync once, or again and again; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Sync vLLM's folder of adapters with what jobs have announced.")
-    parser.add_argument("entries", type=Path, help="the folder at which the ConfigMap is mounted")
+    parser = argparse.ArgumentParser(description="Sync vLLM's folder of adapters with the announcements of jobs.")
+    parser.add_argument("entries", type=Path, help="the mount point of the ConfigMap")
     parser.add_argument("adapters", type=Path, help="VLLM_LORA_RESOLVER_CACHE_DIR")
     parser.add_argument("--base", required=True, help="the argument of `vllm serve`")
     parser.add_argument("--claim", action="append", default=[], metavar="NAME=FOLDER", help="where a claim is mounted")

@@ -18,14 +18,14 @@ _STEPS = 24
 
 
 def main() -> int:
-    """Walk; the exit status says whether each command did what it must. The page is written only then."""
+    """Walk; exits with 0 if each command did what it must. The page is written only then."""
     parser = argparse.ArgumentParser(prog="make walk", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("walk-output"), help="where commands run; emptied first")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "walk.md", help="the page to write")
     parser.add_argument("--model", type=Path, help="folder of another base model than the demo's")
     parser.add_argument("--steps", type=int, default=_STEPS, help="optimizer steps of each job (default: %(default)s)")
     parser.add_argument(
-        "--terminals", action="store_true", help="also keep what a terminal shows, for docs/screenshots.py (needs tmux)"
+        "--terminals", action="store_true", help="also keep the terminals, for docs/screenshots.py (needs tmux)"
     )
     try:
         return _walk(parser.parse_args())
@@ -57,7 +57,7 @@ def _show(text: str) -> None:
 
 
 def _keep_terminals(shell: Shell, folder: Path) -> None:
-    """A file for each picture: the command in the first line, and below it what the terminal shows."""
+    """A file for each picture: the command in the first line, and below it the terminal."""
     folder.mkdir()
     for name, command in TERMINALS.items():
         (folder / f"{name}.ansi").write_text(f"{command}\n{screen_after(command, shell)}\n")

@@ -1,4 +1,4 @@
-"""Runs the commands of a walk in a real shell, and writes what each printed as a page."""
+"""Runs the commands of a walk in a real shell, and writes their output as a page."""
 
 import os
 import subprocess
@@ -10,12 +10,12 @@ from examples.walk.steps import Step
 
 
 class WalkError(Exception):
-    """A command did not do what the walk says; the message has the command and what it printed."""
+    """A command did not do what the walk expects; the message has the command and its output."""
 
 
 @dataclass(frozen=True)
 class Shell:
-    """Where the commands run: a folder, a kubeconfig of their own, and where their programs are."""
+    """The environment of the commands: a folder, a separate kubeconfig, and the folders of their programs."""
 
     folder: Path
     kubeconfig: Path
@@ -25,7 +25,7 @@ class Shell:
     """A command that takes longer fails."""
 
     def environment(self) -> dict[str, str]:
-        """The caller's, without what would make a command's output depend on the caller's terminal."""
+        """The caller's, without the variables that make a command's output depend on the caller's terminal."""
         inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
         path = os.pathsep.join([*map(str, self.programs), os.environ["PATH"]])
         own = {"KUBECONFIG": str(self.kubeconfig), "PATH": path, "LANG": "C.UTF-8", "TZ": "UTC"}
@@ -34,7 +34,7 @@ class Shell:
 
 @dataclass(frozen=True)
 class Recorded:
-    """A step, and for each of its commands what it printed, standard error included, in the order in which it came."""
+    """A step, and the output of each of its commands, standard error included, in the order of its arrival."""
 
     step: Step
     outputs: Sequence[tuple[str, str]]
@@ -44,7 +44,7 @@ def run(steps: Iterable[Step], shell: Shell, show: Callable[[str], None]) -> Ite
     """Run the commands one after the other; show each, and its output while it runs.
 
     Raises WalkError at the first that ends with another code than its step names, takes too long, or does not print
-    what its step says.
+    its step's text.
     """
     for step in steps:
         outputs = []
@@ -81,14 +81,14 @@ def _run_one(command: str, shell: Shell, show: Callable[[str], None]) -> tuple[i
             show(line)
         return process.wait(), "".join(lines)
     finally:
-        # Also when the caller was interrupted: nothing of a walk goes on behind its back.
+        # Also when the caller was interrupted: no process of a walk outlives it.
         if process.poll() is None:
             process.terminate()
             process.wait()
 
 
 def page(title: str, introduction: str, recorded: Iterable[Recorded]) -> str:
-    """The walk as Markdown: what each step is for, its commands, and their output as it came."""
+    """The walk as Markdown: the purpose of each step, its commands, and their output as it came."""
     parts = [f"# {title}\n", f"{introduction}\n"]
     chapter = ""
     for each in recorded:
@@ -104,10 +104,10 @@ def page(title: str, introduction: str, recorded: Iterable[Recorded]) -> str:
 
 
 def _whole_lines(output: str) -> str:
-    """Without the blanks at the ends of lines with which tables are filled up."""
+    """Without the blanks that tables have at the ends of lines."""
     return "".join(f"{line.rstrip()}\n" for line in output.splitlines())
 
 
 def _longest_fence(text: str) -> int:
-    """The most backquotes with which a line begins."""
+    """The most backquotes at the beginning of a line."""
     return max((len(line) - len(line.lstrip("`")) for line in text.splitlines()), default=0)

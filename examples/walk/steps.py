@@ -1,4 +1,4 @@
-"""The walk: what a person who has read only the README types, and what it must show."""
+"""The walk: the commands of a user who has read only the README, and their expected output."""
 
 import re
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ INTRODUCTION = (
     "Recorded by `make walk`: each command ran in a shell, against the embedded cluster, and each output is as it "
     "came. Two things were done before: `qlora` was [installed](how-to/command-line.md#install-it), and, because "
     "that cluster reaches no Hub, a base model was put on the claim `models` of the namespace `walk`: one so small "
-    "that a CPU trains it in minutes, so its losses and its speed say nothing about yours. `values.yaml` names the "
+    "that a CPU trains it in minutes, so its losses and its speed are no guide to yours. `values.yaml` names the "
     "images, and lets pods compute on the CPU: the only node declares two GPUs and has none."
 )
 
@@ -20,9 +20,9 @@ class Step:
 
     chapter: str
     script: str
-    """A command a line; a line that ends with a backslash goes on in the next."""
+    """A command a line; a line that ends with a backslash continues in the next."""
     tells: str = ""
-    """What a reader should know before it, as Markdown."""
+    """An introduction to it, as Markdown."""
     shows: tuple[str, ...] = ()
     """Texts that the output must contain."""
     exit_code: int = 0
@@ -30,7 +30,7 @@ class Step:
 
     @property
     def commands(self) -> list[str]:
-        """Its commands, each as it is typed."""
+        """The commands as typed."""
         return re.split(r"(?<!\\)\n", self.script)
 
     def with_values(self, values: Mapping[str, str]) -> "Step":
@@ -60,15 +60,14 @@ WALK = (
     Step(
         _INSTALL,
         "kubectl qlora doctor",
-        "`doctor` says what a cluster lacks and what to do about it. Here it is everything:",
+        "`doctor` lists what a cluster lacks, with the fix. Here it is everything:",
         shows=("install the operator's chart", "2 problems"),
         exit_code=1,
     ),
     Step(
         _INSTALL,
         "cat values.yaml",
-        "What the cluster's administrator decides. `signingKey` names the Secret with which published adapters are "
-        "signed:",
+        "The settings of the cluster's administrator. `signingKey` names the Secret that signs published adapters:",
     ),
     Step(
         _INSTALL,
@@ -81,7 +80,7 @@ WALK = (
         "openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out signing.key\n"
         "openssl pkey -in signing.key -pubout -out signing.pub\n"
         "kubectl create secret generic qlora-signing --from-file=signing.key",
-        "The key stays in this namespace; `signing.pub` is for everybody:",
+        "The key stays in this namespace; `signing.pub` is for all users:",
         shows=("secret/qlora-signing created",),
     ),
     Step(_INSTALL, "kubectl qlora doctor", shows=("Operator", "Definitions")),
@@ -101,7 +100,7 @@ WALK = (
         "Once it has trained some steps, suspend it: it saves a checkpoint and frees the GPU.",
         shows=("saves a checkpoint first", "Suspended"),
     ),
-    Step(_TRAIN, "kubectl qlora resume rank-8", "It goes on from the checkpoint:", shows=("rank-8 is resumed",)),
+    Step(_TRAIN, "kubectl qlora resume rank-8", "It continues from the checkpoint:", shows=("rank-8 is resumed",)),
     Step(
         _TRAIN,
         "kubectl qlora watch rank-8",
@@ -114,7 +113,7 @@ WALK = (
     Step(
         _GET,
         "qlora verify rank-8 --key signing.pub",
-        "Who has signed it, and what it was made of:",
+        "Its signer, and its inputs:",
         shows=("of the given key", "pvc://models/base"),
     ),
     Step(
@@ -144,7 +143,7 @@ WALK = (
     Step(
         UNINSTALL,
         "kubectl get pvc",
-        "The workspaces stay until somebody deletes them. They have the checkpoints and the adapters:",
+        "The workspaces stay until a user deletes them. They have the checkpoints and the adapters:",
         shows=("rank-2", "rank-8"),
     ),
 )

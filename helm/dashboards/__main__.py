@@ -37,14 +37,14 @@ class Page:
     description: str
     rows: Sequence[Row]
     namespaced: bool
-    """Whether it shows the jobs of one namespace, which its reader chooses."""
+    """Whether it shows the jobs of one namespace, chosen by the reader."""
 
 
 PAGES = (
     Page(
         "team.json",
         "QLoRA jobs of a team",
-        "The fine-tuning jobs of one namespace: what runs, what waits, and what it takes.",
+        "The fine-tuning jobs of one namespace: running, waiting, and their use of GPUs.",
         TEAM,
         namespaced=True,
     ),
@@ -59,7 +59,7 @@ PAGES = (
 
 
 def render() -> dict[Path, str]:
-    """Every dashboard: its file, and its JSON."""
+    """Each dashboard's file and JSON."""
     return {FOLDER / page.file: _encode(page) for page in PAGES}
 
 

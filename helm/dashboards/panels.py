@@ -1,4 +1,4 @@
-"""What a dashboard is made of: titles, units and queries, without Grafana's layout."""
+"""The parts of a dashboard: titles, units and queries, without Grafana's layout."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ Panel = Number | Graph | Table
 
 @dataclass(frozen=True)
 class Row:
-    """Panels below one heading, so many beside each other."""
+    """Panels below one heading, so many in a line."""
 
     title: str
     columns: int

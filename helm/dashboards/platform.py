@@ -29,7 +29,7 @@ PLATFORM: Sequence[Row] = (
             ),
             Number(
                 "Longest wait",
-                "For how long the job has waited that has been in phase Queued for longest.",
+                "Waiting time of the job that has been in phase Queued for longest.",
                 "s",
                 Query("time() - min(qlora_jobs_queued_since_timestamp_seconds)", "longest wait"),
             ),
@@ -60,13 +60,13 @@ PLATFORM: Sequence[Row] = (
             ),
             Graph(
                 "Time in each phase",
-                "For how long jobs were in a phase that they have left within a day.",
+                "Duration of the phases that jobs have left within a day.",
                 "s",
                 percentiles("qlora_job_phase_duration_seconds", by="phase", window="1d"),
             ),
             Graph(
                 "Longest wait",
-                "For how long the job has waited that has been in phase Queued for longest, by namespace.",
+                "Waiting time of the job that has been in phase Queued for longest, by namespace.",
                 "s",
                 (
                     Query(
@@ -83,7 +83,7 @@ PLATFORM: Sequence[Row] = (
             ),
             Graph(
                 "Jobs that have ended",
-                "Jobs that have ended within an hour, by how.",
+                "Jobs that have ended within an hour, by result.",
                 "short",
                 (Query("sum by (phase) (increase(qlora_jobs_ended_total[1h]))", "{{phase}}"),),
             ),
@@ -163,7 +163,7 @@ PLATFORM: Sequence[Row] = (
             ),
             Graph(
                 "Time in the queue",
-                "Time from when a job was due until a worker took it.",
+                "Time between a job's due time and its start by a worker.",
                 "s",
                 percentiles("qlora_operator_queue_wait_seconds"),
             ),
@@ -186,8 +186,8 @@ PLATFORM: Sequence[Row] = (
                 ),
             ),
             Graph(
-                "What is not served or shown",
-                "Namespaces that the operator may not list, running jobs without metrics of their own, and whether the "
+                "Not served or not shown",
+                "Namespaces that the operator may not list, running jobs without metrics, and whether the "
                 "CustomResourceDefinition is older than the operator.",
                 "short",
                 (

@@ -8,7 +8,7 @@ _TEAM = 'namespace="$namespace"'
 
 
 def _of_each_job(metric: str) -> str:
-    """The metric of each running job of the team, once, although two operators may show it while the leader changes."""
+    """The metric of each running job of the team, once: two operators may export it while the leader changes."""
     return f"max by (name) ({metric}{{{_TEAM}}})"
 
 
@@ -31,7 +31,7 @@ TEAM: Sequence[Row] = (
             ),
             Number(
                 "Longest wait",
-                "For how long the job has waited that has been in phase Queued for longest.",
+                "Waiting time of the job that has been in phase Queued for longest.",
                 "s",
                 Query(f"time() - min(qlora_jobs_queued_since_timestamp_seconds{{{_TEAM}}})", "longest wait"),
             ),
@@ -61,7 +61,7 @@ TEAM: Sequence[Row] = (
         (
             Table(
                 "Running jobs",
-                "The latest figures of each running job. A job shows what its status has: loss, speed and time left "
+                "The latest figures of each running job, from its status: loss, speed and time left "
                 "from its first optimizer steps on.",
                 (
                     (Query(f"max by (name, phase, profile) (qlora_job_info{{{_TEAM}}})", "Runs"), "short"),
@@ -132,7 +132,7 @@ TEAM: Sequence[Row] = (
             ),
             Graph(
                 "Time since progress",
-                "For how long the operator has seen no progress of each running job.",
+                "Time since the operator last saw progress of each running job.",
                 "s",
                 (Query(f"time() - {_of_each_job('qlora_job_last_progress_timestamp_seconds')}", "{{name}}"),),
             ),
@@ -145,7 +145,7 @@ TEAM: Sequence[Row] = (
         ),
     ),
     Row(
-        "What it takes",
+        "GPU time and cost",
         2,
         (
             Graph(
@@ -167,7 +167,7 @@ TEAM: Sequence[Row] = (
             Graph("Jobs", "Jobs by phase.", "short", (Query(f"sum by (phase) (qlora_jobs{{{_TEAM}}})", "{{phase}}"),)),
             Graph(
                 "Failed jobs",
-                "Jobs in phase Failed, by the reason why.",
+                "Jobs in phase Failed, by reason.",
                 "short",
                 (Query(f"sum by (reason) (qlora_jobs_failed{{{_TEAM}}})", "{{reason}}"),),
             ),

@@ -164,7 +164,7 @@ def test_a_job_is_deleted_only_after_a_yes(team: Reported) -> None:
     assert team.stored("unwanted")
     nobody = qlora(team.plane.kubeconfig, "cancel", "unwanted", "--namespace", team.namespace)
     assert nobody.exit_code == 1
-    reason = "nobody has answered: give --yes where nobody can"
+    reason = "there was no answer: pass --yes to skip the question"
     assert nobody.stderr.endswith(f"\nError: unwanted is not deleted, because {reason}\n")
     done(team, "cancel", "unwanted", "--yes")
     assert team.kubectl("get", "qlorajob", "unwanted", "--ignore-not-found") == ""

@@ -6,4 +6,4 @@ from benchmarks.quality.tasks.task import Task
 TASKS: dict[str, Task] = {
     task.name: task for task in (dates.TASK, extraction.TASK, classification.TASK, commands.TASK, arithmetic.TASK)
 }
-"""By name, in the order in which the study takes them."""
+"""By name, in the order of the study."""

@@ -1,4 +1,4 @@
-"""The demo's commands: a request in English and the kubectl command that answers it, split anew."""
+"""The demo's commands: a request in English and the kubectl command that answers it, in a different split."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Extraction: what a sentence says of an order, as JSON."""
+"""Extraction: the facts of a sentence about an order, as JSON."""
 
 import json
 from collections.abc import Iterator

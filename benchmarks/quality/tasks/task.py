@@ -1,4 +1,4 @@
-"""What a task is: its rows, how they are split, and how an answer is checked."""
+"""A task: its rows, their split, and the check of answers."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 HELD_OUT_ROWS = 100
 VALIDATION_ROWS = 50
 POOL_ROWS = 240
-"""Rows from which each seed draws what is trained on."""
+"""Rows that each seed draws its training rows from."""
 _SEED = 20261128
 T = TypeVar("T")
 
@@ -29,15 +29,15 @@ class Task:
 
     name: str
     says: str
-    """What is asked for, for people."""
+    """A description of the task."""
     rows: Callable[[Random], Iterator[Row]]
     """Rows in an order drawn from the generator; without end, or at least as many as all sets need."""
     is_right: Callable[[str, str], bool]
     """Whether an answer is right, given the expected one."""
     train_rows: int
-    """Rows that a run is trained on, unless its cell says otherwise."""
+    """Default number of training rows."""
     max_answer_tokens: int
-    """Where an answer is cut off; no expected answer is longer."""
+    """Maximal tokens of an answer; no expected answer is longer."""
 
 
 @dataclass(frozen=True)

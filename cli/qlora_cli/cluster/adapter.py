@@ -1,4 +1,4 @@
-"""`qlora adapter`: downloads the adapter of a job and checks that it is the one that the job has published."""
+"""`qlora adapter`: downloads the adapter of a job and verifies it."""
 
 from pathlib import Path
 
@@ -21,13 +21,13 @@ from qlora_client.kube.resources import JOBS
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help="Folder to make; NAME in the current one if not set.",
+    help="Folder to create; NAME in the current one if not set.",
 )
 @with_cluster
 def adapter(cluster: Cluster, name: str, output: Path | None) -> None:
     """Download a job's adapter and check it: it appears complete, with the SHA-256 of the status, or not at all.
 
-    A bucket, hub or registry is read with your own credentials: those of the clouds' environment variables, HF_TOKEN or
+    A bucket, hub or registry is read with your credentials: those of the clouds' environment variables, HF_TOKEN or
     `hf auth login`, and `docker login`. A claim is read through a short-lived pod in the job's namespace.
     """
     target = output or Path(name)

@@ -1,4 +1,4 @@
-"""`qlora compare`: the settings in which jobs differ, what came of each, and their losses in one picture."""
+"""`qlora compare`: the different settings of jobs, their results, and their losses in one picture."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -20,19 +20,21 @@ from qlora_client.kube.cluster import Cluster
 from qlora_client.kube.resources import JOBS
 
 _ANY_WIDTH = 10_000
-"""For a file or a pipe, in which nothing may be cut."""
+"""For a file or a pipe, where nothing may be cut."""
 
 
 @click.command()
 @job_names
-@click.option("--curves/--no-curves", default=True, help="Read the losses of each step too, which may take a pod.")
+@click.option("--curves/--no-curves", default=True, help="Also read per-step losses; may start a pod.")
 @click.option(
     "--picture",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
     help="Write the curves to a .png or .svg file too.",
 )
-@click.option("-o", "--output", type=click.Choice(["json", "yaml"]), help="Another form than tables and a picture.")
+@click.option(
+    "-o", "--output", type=click.Choice(["json", "yaml"]), help="Output format, instead of tables and a picture."
+)
 @with_cluster
 def compare(cluster: Cluster, names: tuple[str, ...], curves: bool, picture: Path | None, output: str | None) -> None:
     """Compare jobs: settings that differ, losses, time and GPU hours, and the training losses in one picture.

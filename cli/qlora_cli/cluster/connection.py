@@ -1,4 +1,4 @@
-"""What the commands that ask a cluster have in common: which cluster, names of jobs, and how an error ends them."""
+"""Shared by the commands that read a cluster: its options, completion of job names, and errors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from qlora_client.kube.resources import JOBS
 
 
 def note(text: str) -> None:
-    """Print what is no result, such as what is waited for, to standard error."""
+    """Print progress, such as the reason for waiting, to standard error."""
     click.echo(one_line(text), err=True)
 
 
@@ -25,11 +25,11 @@ class Connection:
 
     context: str | None
     namespace: str | None
-    """As the option has it."""
+    """The value of the option."""
     kubeconfig: str | None
 
     def open(self, namespace: str | None = None) -> Cluster:
-        """The cluster; `namespace` counts where the option is not given."""
+        """The cluster; `namespace` is the default of the option."""
         return Cluster.connect(
             context=self.context,
             namespace=self.namespace or namespace,
@@ -58,7 +58,7 @@ def with_connection(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def with_cluster(command: Callable[..., None]) -> Callable[..., None]:
-    """The same with the cluster itself as first argument."""
+    """Give a command the cluster as first argument, and kubectl's options for it."""
 
     @wraps(command)
     def connected(connection: Connection, **options: Any) -> None:
@@ -68,7 +68,7 @@ def with_cluster(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _names_of_jobs(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    """The jobs' names that begin so, for a shell that completes them; none where the cluster does not answer."""
+    """The jobs' names that begin so, for shell completion; none if the cluster does not answer."""
     given = context.params
     try:
         cluster = Connection(given.get("context"), given.get("namespace"), given.get("kubeconfig")).open()

@@ -13,7 +13,7 @@ from qlora_client.kube.resources import JOBS
 @job_names
 @with_cluster
 def suspend(cluster: Cluster, names: tuple[str, ...]) -> None:
-    """Stop jobs at a checkpoint, from which they can be resumed, and free their GPUs."""
+    """Stop jobs at a checkpoint and free their GPUs; `resume` continues them."""
     _change_suspension(cluster, names, suspended=True)
 
 
@@ -40,7 +40,7 @@ def retry(cluster: Cluster, names: tuple[str, ...]) -> None:
 
 @click.command()
 @job_name
-@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@click.option("-y", "--yes", is_flag=True, help="Skip the question.")
 @with_cluster
 def cancel(cluster: Cluster, name: str, yes: bool) -> None:
     """Delete a job. Its workspace stays unless spec.workspace.retain is false."""
@@ -58,7 +58,7 @@ def _ask(question: str, name: str) -> None:
         agreed = click.confirm(question, err=True)
     except click.Abort:
         click.echo(err=True)
-        fail(f"{name} is not deleted, because nobody has answered: give --yes where nobody can")
+        fail(f"{name} is not deleted, because there was no answer: pass --yes to skip the question")
     if not agreed:
         fail(f"{name} is not deleted")
 

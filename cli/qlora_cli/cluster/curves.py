@@ -16,7 +16,7 @@ MOST_CURVES = 12
 _COLORS = ("cyan", "yellow", "magenta", "green", "blue", "red")
 _HEIGHT, _LEAST_WIDTH, _MOST_WIDTH = 16, 20, 120
 _AXIS_WIDTH = 24
-"""Columns that the library needs beside the curves."""
+"""Columns that the library needs next to the curves."""
 _LETTERS_ON_A_CURVE = 8
 _MARGIN = 0.05
 
@@ -24,7 +24,7 @@ _MARGIN = 0.05
 def draw_curves(histories: Mapping[str, LossHistory], width: int, *, colors: bool) -> str:
     """The smoothed training losses over the optimizer steps, in at most `width` columns, with their letters below.
 
-    Each curve has a letter, so that it can be told from the others without colors, which only a terminal gets. Empty if
+    Each curve has a letter, which identifies it without colors, as only a terminal gets them. Empty if
     there is nothing to draw.
     """
     drawn = [(name, smoothed(history.training)) for name, history in histories.items() if len(history.training) > 1]

@@ -1,4 +1,4 @@
-"""`qlora doctor`: whether a cluster is ready for QLoRAJobs, and what to do where it is not."""
+"""`qlora doctor`: checks whether a cluster is ready for QLoRAJobs, and reports a fix for each finding."""
 
 import sys
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from qlora_client.kube.cluster import Cluster
 _COLORS: dict[Verdict, str] = {"ok": "green", "warning": "yellow", "problem": "red bold", "unknown": "dim"}
 _PLURALS: dict[Verdict, str] = {"warning": "warnings", "problem": "problems"}
 _ANY_WIDTH = 10_000
-"""For a file or a pipe, in which nothing may be cut."""
+"""For a file or a pipe, where nothing may be cut."""
 
 
 @click.command()
@@ -28,12 +28,12 @@ _ANY_WIDTH = 10_000
     default="qlora-system",
     show_default=True,
     metavar="NAME",
-    help="Where the operator runs; counts if you may not list Deployments of all namespaces.",
+    help="Namespace of the operator; used if you may not list Deployments of all namespaces.",
 )
-@click.option("-o", "--output", type=click.Choice(["json", "yaml"]), help="Another form than a table.")
+@click.option("-o", "--output", type=click.Choice(["json", "yaml"]), help="Output format, instead of a table.")
 @with_cluster
 def doctor(cluster: Cluster, operator_namespace: str, output: str | None) -> None:
-    """Check whether the cluster and the namespace are ready for jobs, and say what to do where they are not.
+    """Check whether the cluster and the namespace are ready for jobs, and report each problem with a fix.
 
     It changes nothing and uses your rights only: a check that takes a right that you lack is `unknown` and names the
     rule. Exits with 1 if there is a problem.

@@ -18,7 +18,7 @@ from qlora_client.jobs.job import Job
 _LEAST_POINTS = 3
 _HEIGHT = 10
 _AXIS_WIDTH = 24
-"""Columns that the library needs beside the curve."""
+"""Columns that the library needs next to the curve."""
 _LEAST_WIDTH, _MOST_WIDTH = 20, 100
 
 
@@ -42,14 +42,14 @@ def draw_losses(losses: Mapping[int, float], width: int) -> str:
 
 
 COLORS = {"Succeeded": "green", "Failed": "red", "Suspended": "yellow", "Training": "cyan"}
-"""Of phases; the others have none."""
+"""Of phases; others have no color."""
 _EVENTS_SHOWN = 5
 _BAR_WIDTH = 40
 
 
 @dataclass(frozen=True)
 class Moment:
-    """What is known of the job at one moment."""
+    """The state of a job at one moment."""
 
     job: Job
     losses: Mapping[int, float]
@@ -86,14 +86,14 @@ def _event(event: Event) -> Text:
 
 
 def line_of(job: Job) -> str:
-    """The phase, and what there is to say of it: `Training: 42% 420/1000, loss 1.234, 850 tokens/s, 1h12m left`."""
+    """The phase with its details: `Training: 42% 420/1000, loss 1.234, 850 tokens/s, 1h12m left`."""
     figures = figures_of(job)
     text = figures if job.phase == "Training" and figures else one_line(job.message)
     return f"{job.phase}: {text}" if text else job.phase
 
 
 def end_of(job: Job) -> str:
-    """How the job has ended, and what to do now."""
+    """The job's end, and the next commands."""
     where = f"{job.name} --namespace {job.namespace}"
     if job.phase == "Failed":
         text = one_line(job.message)

@@ -1,4 +1,4 @@
-"""The options with which `qlora submit` describes a job without a file, and the manifest that they make."""
+"""The options of `qlora submit` for a job without a file, and their manifest."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ class _Option(NamedTuple):
         return _parameter(self.name)
 
 
-# What most jobs set. Any other field is a matter of a file, which `--dry-run=client -o yaml` begins.
+# Fields that most jobs set. Any other field takes a file, which `--dry-run=client -o yaml` begins.
 _OPTIONS = (
     _Option("--model", "model.source", str, "Base model: hf://ORG/NAME, pvc://CLAIM/PATH, s3:// or oci://.", "ADDRESS"),
     _Option("--revision", "model.revision", str, "Branch, tag or commit of an hf:// model."),
@@ -47,8 +47,16 @@ _OPTIONS = (
         "Forward passes in an optimizer step.",
     ),
     _Option("--max-sequence-length", "training.maxSequenceLength", int, "Tokens in a sequence."),
-    _Option("--destination", "output.destination", str, "Where the adapter goes; its workspace if not set.", "ADDRESS"),
-    _Option("--destination-secret", "output.secretRef.name", str, "Secret with credentials for that.", "SECRET"),
+    _Option(
+        "--destination", "output.destination", str, "Destination of the adapter; its workspace if not set.", "ADDRESS"
+    ),
+    _Option(
+        "--destination-secret",
+        "output.secretRef.name",
+        str,
+        "Secret with the credentials of the destination.",
+        "SECRET",
+    ),
     _Option("--gpus", "resources.gpus", int, "GPUs."),
     _Option("--gpu-memory", "resources.gpuMemory", int, "GPU memory in GiB, for the check that the job fits."),
     _Option("--profile", "scheduling.profile", str, "The administrator's profile."),
@@ -58,11 +66,11 @@ _REQUIRED = ("--model", "--data")
 
 
 class OptionError(Exception):
-    """The options describe no valid job; the message names one of them, what was found and what is allowed."""
+    """The options describe no valid job; the message names one of them, the value, and the allowed ones."""
 
 
 def with_job_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options; it gets `name` and the value of each, or None."""
+    """Add the options to a command; it gets `name` and the value of each, or None."""
     for option in reversed(_OPTIONS):
         command = click.option(option.name, type=option.kind, metavar=option.metavar, help=option.help)(command)
     return click.option("--name", help="Name of the job; made of the model's name if not set.")(command)
@@ -74,7 +82,7 @@ def given(values: Mapping[str, Any]) -> list[str]:
 
 
 def job_of(name: str | None, values: Mapping[str, Any], suffix: str) -> Object:
-    """The manifest, after the schema's checks. `suffix` makes a name that is not given unused.
+    """The manifest, after the schema's checks. `suffix` makes a generated name unique.
 
     Raises OptionError.
     """

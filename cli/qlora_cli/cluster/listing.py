@@ -23,7 +23,7 @@ _WIDTH_WITH_BARS = 100
 _WIDE_WITH_BARS = 150
 _LEAST_NAME = 12
 _ANY_WIDTH = 10_000
-"""For a file or a pipe, in which nothing may be cut, and for -o wide, as of kubectl."""
+"""For a file or a pipe, where nothing may be cut, and for -o wide, as of kubectl."""
 _NONE = "-"
 _WIDE = ("Cost", "Forecast", "Budget")
 
@@ -35,13 +35,13 @@ _WIDE = ("Cost", "Forecast", "Budget")
     "-o",
     "--output",
     type=click.Choice(["wide", "name", "json", "yaml"]),
-    help="A table with costs, forecasts and budgets too, or another form than a table.",
+    help="Output format; `wide` adds costs, forecasts and budgets to the table.",
 )
 @with_cluster
 def list_jobs(cluster: Cluster, everywhere: bool, selector: str, output: str | None) -> None:
     """Show jobs: phase, progress, loss, time left, recoveries and GPU hours.
 
-    Recoveries are attempts that ended in a failure or a disruption, after which the job has gone on. With -o wide also
+    Recoveries are attempts that ended in a failure or a disruption and were followed by another. With -o wide also
     what the GPU hours cost, how many the whole job is expected to take, with their cost, and how many it may use.
     """
     bodies = cluster.find(JOBS, everywhere=everywhere, selector=selector)
@@ -65,7 +65,7 @@ def list_jobs(cluster: Cluster, everywhere: bool, selector: str, output: str | N
 def job_table(jobs: Sequence[Job], now: datetime, *, namespaces: bool, bars: bool, wide: bool = False) -> Table:
     """A row for each job. `namespaces`: with a column for them. `bars`: progress is drawn too. `wide`: with costs.
 
-    Where it is too wide, names are cut first.
+    Names are cut first if the row is too wide.
     """
     summaries = [one_line(str(job.progress.get("summary") or _NONE)) for job in jobs]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))

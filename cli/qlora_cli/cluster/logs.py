@@ -1,4 +1,4 @@
-"""`qlora logs`: what the pods of a job have printed, its records as sentences."""
+"""`qlora logs`: prints the logs of a job's pods, with its records as sentences."""
 
 import sys
 from typing import get_args
@@ -19,14 +19,14 @@ _TAB = 8
 
 @click.command()
 @job_name
-@click.option("-f", "--follow", is_flag=True, help="Wait for what is yet to come, until the job has ended.")
+@click.option("-f", "--follow", is_flag=True, help="Wait for further lines, until the job has ended.")
 @click.option("--step", "steps", type=click.Choice(_STEPS), multiple=True, help="Only of this step; may be repeated.")
 @click.option("--raw", is_flag=True, help="Print the lines as they are.")
 @with_cluster
 def logs(cluster: Cluster, name: str, follow: bool, steps: tuple[StepName, ...], raw: bool) -> None:
     """Print the logs of a job's pods, one after the other, with records as sentences.
 
-    With --follow it also waits for pods that have not started, and goes on when a job is resumed.
+    With --follow it also waits for pods that have not started, and continues when a job is resumed.
     """
     try:
         for line in read_logs(cluster, name, steps or _STEPS, follow=follow, say=note):
@@ -41,7 +41,7 @@ def sentence(text: str, job_uid: str) -> str | None:
     """A record of the job as a sentence, None for one of another job, and any other line without control characters."""
     record = decode_any_record(text)
     if record is None:
-        # What a terminal would obey: the pod reads what anybody has published.
+        # Control characters, which a terminal would obey: the pod reads data that any user can publish.
         return printable(text.expandtabs(_TAB))
     if record.job_uid != job_uid:
         return None

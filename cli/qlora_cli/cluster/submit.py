@@ -23,11 +23,19 @@ _STANDARD_INPUT = Path("/dev/stdin")
 
 @click.command()
 @click.argument("file", required=False, type=click.Path(path_type=Path))
-@click.option("-f", "--filename", type=click.Path(path_type=Path), metavar="FILE", help="The FILE, as kubectl has it.")
+@click.option(
+    "-f",
+    "--filename",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Manifest to create, as in `kubectl create -f`.",
+)
 @with_job_options
-@click.option("--watch", is_flag=True, help="Show its progress until it has ended; the exit code is that of its step.")
-@click.option("--dry-run", type=click.Choice(["client", "server"]), help="Only check, here or by the API server.")
-@click.option("-o", "--output", type=click.Choice(["name", "yaml", "json"]), help="Another form than a sentence.")
+@click.option("--watch", is_flag=True, help="Show its progress until it has ended; exits with the code of its step.")
+@click.option("--dry-run", type=click.Choice(["client", "server"]), help="Validate only, on the client or the server.")
+@click.option(
+    "-o", "--output", type=click.Choice(["name", "yaml", "json"]), help="Output format, instead of a sentence."
+)
 @with_connection
 def submit(
     connection: Connection,
@@ -41,7 +49,7 @@ def submit(
 ) -> None:
     """Create the QLoRAJob or QLoRASweep in FILE, or without one the job that the options describe.
 
-    FILE may be - for standard input. With --dry-run=client nothing is sent, and -o yaml prints the manifest, to begin a
+    FILE may be - for standard input. With --dry-run=client nothing is sent, and -o yaml prints the manifest to start a
     file with.
     """
     body = _job(file or filename, name, values)
@@ -59,7 +67,7 @@ def submit(
 
 
 def _job(file: Path | None, name: str | None, values: dict[str, Any]) -> Object:
-    """The job in the file, or that of the options, after the schema's checks."""
+    """The job of the file or of the options, after the schema's checks."""
     try:
         if file is None:
             return job_of(name, values, secrets.token_hex(3))
@@ -71,7 +79,7 @@ def _job(file: Path | None, name: str | None, values: dict[str, Any]) -> Object:
 
 
 def _cluster(connection: Connection, body: Object) -> Cluster:
-    """The cluster, in the namespace that the manifest names if it names one."""
+    """The cluster, in the manifest's namespace if it names one."""
     named = body["metadata"].get("namespace")
     cluster = connection.open(named)
     if named is not None and named != cluster.namespace:

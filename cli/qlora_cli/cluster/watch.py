@@ -1,4 +1,4 @@
-"""`qlora watch`: a job as it goes on, until it has ended. Drawn on a terminal; elsewhere a line for each change."""
+"""`qlora watch`: shows a job until it has ended. Drawn on a terminal; elsewhere a line for each change."""
 
 import sys
 from collections.abc import Iterator
@@ -48,7 +48,7 @@ def watch_job(cluster: Cluster, name: str, console: Console) -> int:
 
 
 class _Observer:
-    """Collects what a picture shows beside the job itself. `say` is told, once for each, what cannot be read."""
+    """Collects the losses and Events of a picture. `say` receives one message for each that cannot be read."""
 
     def __init__(self, cluster: Cluster, say: Say) -> None:
         self._cluster = cluster
@@ -58,10 +58,10 @@ class _Observer:
         self._has_read_losses = False
 
     def look(self, job: Job) -> Moment:
-        """The job as it is, with what has been found of it so far."""
+        """The job's current state, with the losses and Events so far."""
         step = int(job.progress.get("step", 0))
         if step and not self._has_read_losses:
-            # What happened before somebody watched. Later losses are in the status.
+            # Losses from before the watch. Later ones are in the status.
             with self._told():
                 self._losses = read_losses(self._cluster, job)
                 self._has_read_losses = True
@@ -73,11 +73,11 @@ class _Observer:
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """Go on without what cannot be read: the job itself is what is watched."""
+        """Continue without losses or Events that cannot be read: only the job is essential."""
         try:
             yield
         except UnreachableError:
-            # The next look may find it; whether the cluster is away is told by who follows the job.
+            # The next read may find it; an unreachable cluster is reported by `follow`.
             return
         except ClusterError as error:
             if str(error) not in self._denied:

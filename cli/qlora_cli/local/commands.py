@@ -1,4 +1,4 @@
-"""The commands that need no cluster: what a job needs (`plan`) and sees (`data`), and the job itself (`run`)."""
+"""The commands that need no cluster: `plan` (memory), `data` (rows) and `run` (the job)."""
 
 import importlib.util
 import shlex
@@ -30,7 +30,7 @@ from qlora_trainer.model.memory.dry_run import INSTALL
 
 
 def _fail(message: str, exit_code: int = ExitCode.BAD_CONFIGURATION) -> NoReturn:
-    """Print the message to standard error, and exit with the code that the job's step would end with."""
+    """Print the message to standard error, and exit with the code of the job's step."""
     click.echo(f"Error: {message}", err=True)
     sys.exit(exit_code)
 
@@ -94,7 +94,7 @@ def _load_job(file: Path, instead: str) -> QLoRAJobDocument:
 
 
 def _spec(document: Document) -> QLoRAJobSpec:
-    """The spec of the job, or of the sweep's template: which model and data it has."""
+    """The spec of the job, or of the sweep's template."""
     return document.spec.template.spec if isinstance(document, QLoRASweepDocument) else document.spec
 
 
@@ -117,7 +117,7 @@ def _spec(document: Document) -> QLoRAJobSpec:
     help="Speed of the GPU in dense bfloat16, for a forecast of GPU hours; the profile's gpuTflops.",
 )
 @click.option(
-    "--gpu-hour-price", metavar="PRICE", callback=parse_price, help="What a GPU hour costs, for example '2.50 EUR'."
+    "--gpu-hour-price", metavar="PRICE", callback=parse_price, help="Price of a GPU hour, for example '2.50 EUR'."
 )
 @click.option("--tokens", type=click.IntRange(1, 10**15), help="Tokens of one epoch, for the forecast.")
 @_config_map
@@ -210,7 +210,7 @@ def data(file: Path, rows: int, claims: dict[str, Path], config_maps: dict[str, 
 def _row_access(
     spec: QLoRAJobSpec, claims: dict[str, Path], config_maps: dict[str, Path], tokenizer: Path | None
 ) -> RowAccess:
-    """Access to the job's rows; exits with what is missing."""
+    """Access to the job's rows; exits with a message if something is missing."""
     missing = missing_data(spec, claims, config_maps)
     if missing:
         _fail("\n".join(missing))
@@ -227,7 +227,7 @@ def _row_access(
     required=True,
     help="Folder of the run; kept between runs. With several files, each job has a folder by its name in it.",
 )
-@click.option("--resume", is_flag=True, help="Resume the run in the workspace; fails if there is none.")
+@click.option("--resume", is_flag=True, help="Resume the run in the workspace; fails without one.")
 @_volume
 @_config_map
 @click.option(
@@ -238,9 +238,9 @@ def _row_access(
 @click.option(
     "--device",
     type=click.Choice(get_args(Device)),
-    help="Device to train on; by default cuda, if there is a driver.",
+    help="Device to train on; cuda by default, if a driver is installed.",
 )
-@click.option("-o", "--output", type=click.Choice(["json"]), help="Print the steps' records, a line of JSON each.")
+@click.option("-o", "--output", type=click.Choice(["json"]), help="Print the steps' records as lines of JSON.")
 def run(
     files: tuple[Path, ...],
     workspace: Path,

@@ -15,7 +15,7 @@ _DOING: dict[StepName, str] = {"prepare": "Preparing", "train": "Training", "pub
 
 
 def progress_bar(console: Console) -> Progress:
-    """A bar for each job that a step of is running, on a terminal."""
+    """A bar on a terminal for each job with a running step."""
     return Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=30),
@@ -28,7 +28,7 @@ def progress_bar(console: Console) -> Progress:
 
 
 class ConsoleDisplay:
-    """Draws on a console. `logs`: folder of the steps' logs, which is named when a step fails.
+    """Draws on a console. `logs`: folder of the steps' logs, named when a step fails.
 
     Where several jobs run, each has a display with the `job`'s name, and they share a `bar`.
     """
@@ -56,7 +56,7 @@ class ConsoleDisplay:
             self._console.print(f"{self._job}{record.step}: {details}", markup=False, soft_wrap=True)
 
     def end(self, step: StepName, result: ResultRecord | None, exit_code: int) -> None:
-        """Remove the bar and print how the step ended."""
+        """Remove the bar and print the step's result."""
         self._remove_bar()
         if result is None:
             sign, text = "[red]✗[/]", f"ended with exit code {exit_code} and without a result; see {self._log(step)}"
@@ -69,7 +69,7 @@ class ConsoleDisplay:
         self._console.print(f"{sign} {escape(self._job)}{step}: {escape(text)}", highlight=False, soft_wrap=True)
 
     def not_trained(self, log: Path) -> None:
-        """Remove the bar and print where to look."""
+        """Remove the bar and print the path of the log."""
         self._remove_bar()
         text = f"training did not finish; see {log}. `--resume` continues from the latest checkpoint"
         self._console.print(f"[red]✗[/] {escape(self._job)}train: {escape(text)}", highlight=False, soft_wrap=True)
@@ -82,11 +82,11 @@ class ConsoleDisplay:
             self._bar.stop()
 
     def stopping(self, *, again: bool) -> None:
-        """Print what happens now, and what a further Ctrl-C does."""
+        """Print what is being stopped, and the effect of another Ctrl-C."""
         if again:
-            self._console.print("Stopping at once; steps after the last checkpoint are lost.")
+            self._console.print("Stopping immediately; steps after the last checkpoint are lost.")
         else:
-            self._console.print("Stopping: training saves a checkpoint first. Ctrl-C again stops it at once.")
+            self._console.print("Stopping: training saves a checkpoint first. Ctrl-C again stops it immediately.")
 
     def _log(self, step: StepName) -> Path:
         return self._logs / f"{step}.log"
@@ -114,21 +114,21 @@ class RecordDisplay:
     """Prints to standard output."""
 
     def begin(self, step: StepName) -> None:
-        """Nothing: the first record of the step says that it runs."""
+        """Print nothing: the step's first record shows that it runs."""
 
     def progress(self, record: ProgressRecord) -> None:
         """Print the record."""
         click.echo(encode_record(record))
 
     def end(self, step: StepName, result: ResultRecord | None, exit_code: int) -> None:
-        """Print the result; of a step that has left none, the exit code to standard error."""
+        """Print the result, or to standard error the exit code of a step without one."""
         if result is None:
             click.echo(f"{step} has ended with exit code {exit_code} and without a result", err=True)
         else:
             click.echo(encode_record(result))
 
     def not_trained(self, log: Path) -> None:
-        """Nothing: the result of the process that has trained the jobs says it."""
+        """Print nothing: the result of the process that trains the jobs has it."""
 
     def stopping(self, *, again: bool) -> None:
-        """Nothing: the result of the step says it."""
+        """Print nothing: the step's result has it."""

@@ -1,4 +1,4 @@
-"""Shows rows of a job's data set as the model sees them, and what prepare will make of all of them."""
+"""Shows rows of a job's data set as the model sees them, and statistics of all rows."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -37,12 +37,12 @@ _BAR_WIDTH = 40
 
 @dataclass(frozen=True)
 class RowAccess:
-    """How the rows and the tokenizer of a job are got on this machine."""
+    """Access to the rows and the tokenizer of a job on this machine."""
 
     spec: QLoRAJobSpec
     mounts: Mounts
     tokenizer_folder: Path | None = None
-    """The model's tokenizer, if it is not to be looked for."""
+    """Folder of the model's tokenizer, if it is given."""
 
     def tokenizer(self) -> "Tokenizer":
         """The model's tokenizer with the job's chat template. Raises StepFailure."""
@@ -56,7 +56,7 @@ class RowAccess:
 
     @contextmanager
     def previews(self, count: int) -> Iterator[Iterator["Preview"]]:
-        """The first `count` rows of each source. What is downloaded is deleted afterwards. Raises StepFailure."""
+        """The first `count` rows of each source. Downloads are deleted afterwards. Raises StepFailure."""
         from qlora_trainer.data.preview import previews
 
         with TemporaryDirectory() as folder:
@@ -113,7 +113,7 @@ def find_tokenizer(model: BaseModelSpec, mounts: Mounts) -> Path:
 
 
 def show_rows(preview: "Preview", console: Console, environment: Mapping[str, str] = os.environ) -> None:
-    """Print each row's text; what is trained on is green on a terminal, and elsewhere between [[ and ]].
+    """Print each row's text; targets are green on a terminal, and elsewhere between [[ and ]].
 
     Raises StepFailure for an invalid row, after those before it.
     """
@@ -145,7 +145,7 @@ def _show_row(row: "PreviewedRow", console: Console, *, colored: bool) -> None:
 
 
 def show_lengths(spec: QLoRAJobSpec, access: RowAccess, console: Console) -> None:
-    """Print how long rows are, how many a maxSequenceLength loses, and what the job makes of the others.
+    """Print the lengths of rows, the number above each maxSequenceLength, and the job's use of the others.
 
     Raises StepFailure if the rows cannot be read.
     """
@@ -161,11 +161,11 @@ def show_lengths(spec: QLoRAJobSpec, access: RowAccess, console: Console) -> Non
 
 
 def _show_chosen(dataset: "Dataset", spec: QLoRAJobSpec, console: Console) -> None:
-    """Print which rows are equal, and what each source of a mix gives to an epoch."""
+    """Print the number of equal rows, and the share of each source of a mix in an epoch."""
     found, evaluation = dataset.status(), spec.dataset.eval
     treated = f", {'left out' if spec.dataset.deduplicate else 'kept'}" if found.duplicate_rows else ""
     lines = [f"Duplicates: {_counted(found.duplicate_rows) if found.duplicate_rows else 'none'}{treated}."]
-    # If the job refuses an overlap, the reason why it fails says which.
+    # If the job fails on an overlap, its reason has the rows.
     if dataset.overlap is not None and evaluation is not None and evaluation.overlap != "fail":
         lines.append(f"Overlap: {dataset.overlap.remark()}.")
     sources = found.sources or ()

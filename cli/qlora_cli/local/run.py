@@ -1,4 +1,4 @@
-"""Runs the three steps of a job on this machine, one process after the other, and displays what they report."""
+"""Runs the three steps of a job on this machine, one process after the other, and displays their records."""
 
 import ctypes
 import json
@@ -36,24 +36,24 @@ class Display(Protocol):
     """Shows the run to the user. Called from the main thread, `stopping` also from a signal handler."""
 
     def begin(self, step: StepName) -> None:
-        """The step's process starts."""
+        """Called when the step's process starts."""
 
     def progress(self, record: ProgressRecord) -> None:
-        """The step has written a progress record."""
+        """Called for each progress record of the step."""
 
     def end(self, step: StepName, result: ResultRecord | None, exit_code: int) -> None:
-        """The step's process has ended; `result` is None if it left none, for example because it was killed."""
+        """Called when the step's process has ended; `result` is None without a record, for example after a kill."""
 
     def not_trained(self, log: Path) -> None:
-        """The process that trained several jobs has ended without this one; `log` says why."""
+        """Called when the process that trained several jobs has ended without this one; `log` has the reason."""
 
     def stopping(self, *, again: bool) -> None:
-        """The user has asked to stop: the step saves a checkpoint first; with `again`, it is killed."""
+        """Called when the user asks to stop: the step saves a checkpoint first; with `again`, it is killed."""
 
 
 @dataclass(frozen=True)
 class LocalRun:
-    """A job, and the folders on this machine that its claims and ConfigMaps stand for."""
+    """A job, and the folders on this machine in place of its claims and ConfigMaps."""
 
     document: QLoRAJobDocument
     workspace: Path
@@ -63,7 +63,7 @@ class LocalRun:
     continues: Path | None = None
     """Workspace of the job that spec.continues names."""
     model_cache: Path | None = None
-    """Where runs share downloaded base models; None for what the environment says."""
+    """Shared folder of downloaded base models; None for that of the environment."""
 
     @property
     def layout(self) -> WorkspaceLayout:
@@ -71,7 +71,7 @@ class LocalRun:
         return WorkspaceLayout(self.workspace.absolute())
 
     def remember(self) -> Path:
-        """Store in the workspace what `recall` reads. Returns the job's file; raises OSError."""
+        """Store the run in the workspace for `recall`. Returns the job's file; raises OSError."""
         locations = {
             "device": self.device,
             "claims": {name: str(folder.absolute()) for name, folder in self.claims.items()},
@@ -85,7 +85,7 @@ class LocalRun:
         return job
 
     def resuming(self, earlier: "LocalRun | None" = None) -> "LocalRun":
-        """This run with the folders of the earlier one where it names no others."""
+        """This run, with the earlier one's folders as defaults."""
         if earlier is None:
             return self
         return replace(
@@ -98,7 +98,7 @@ class LocalRun:
 
     @classmethod
     def recall(cls, workspace: Path) -> "LocalRun":
-        """The run that was started in the workspace. Raises ValueError if there is none, or none that can be read."""
+        """The run that was started in the workspace. Raises ValueError without a readable one."""
         records = WorkspaceLayout(workspace.absolute()).records
         try:
             document = QLoRAJobDocument.model_validate_json((records / _JOB_FILE).read_bytes())
@@ -118,7 +118,7 @@ class LocalRun:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended."""
+    """The end of a run."""
 
     step_exit_code: int
     """Of the last step that ran; 128 + the signal, as in a shell, if a signal has killed it."""
@@ -161,7 +161,7 @@ def missing_sources(
 
 
 def missing_data(spec: QLoRAJobSpec, claims: Mapping[str, Path], config_maps: Mapping[str, Path]) -> list[str]:
-    """The same for what the rows are read and written with."""
+    """The same for the tokenizer and the data."""
     return _missing(_data_addresses(spec), claims, config_maps)
 
 
@@ -304,13 +304,13 @@ def _start(step: StepName, jobs: Sequence[ShownRun]) -> _Step:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A session of its own: Ctrl-C reaches only `qlora run`, which passes it on.
+        # A new session: Ctrl-C reaches only `qlora run`, which passes it on.
         start_new_session=True,
     )
     if process.stdout is None or process.stderr is None:
         raise AssertionError("both are pipes")
     errors: list[str] = []
-    # On a thread of its own: a step that fills the pipe of its errors would wait for a reader.
+    # On another thread: a step that fills the pipe of its errors would wait for a reader.
     drain = threading.Thread(target=errors.extend, args=(process.stderr,))
     drain.start()
     return _Step(process, process.stdout, pod_uid, errors, drain)
@@ -328,7 +328,7 @@ def _environment(run: LocalRun, step: StepName, pod_uid: str) -> dict[str, str]:
 
 
 def _follow(step: _Step, jobs: Sequence[ShownRun]) -> ResultRecord | None:
-    """Show progress until the step closes its output. Returns its result; raises what the display raises."""
+    """Show progress until the step closes its output. Returns its result; raises the display's errors."""
     result: ResultRecord | None = None
     try:
         for line in step.output:

@@ -1,1 +1,1 @@
-"""Whether a cluster is ready for QLoRAJobs: what is asked of it, and what follows from the answers."""
+"""Checks whether a cluster is ready for QLoRAJobs: requests, and conclusions from the answers."""

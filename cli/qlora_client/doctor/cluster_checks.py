@@ -1,4 +1,4 @@
-"""Judges what belongs to the whole cluster: the API server, the definitions and the operator; pure."""
+"""Checks the cluster's API server, definitions and operator; pure."""
 
 import re
 from datetime import datetime, timedelta
@@ -12,8 +12,8 @@ _MOST_NAMED = 3
 _UNSEEN = timedelta(minutes=2)
 # A leader renews its Lease six times before it runs out.
 _LATE = 2
-# What has held the Lease before does not give it up where its rights are removed together with it.
-_ABSENT_LEADER = "look again in a minute if the operator has just been installed, or else see its pods' log"
+# The previous holder cannot release the Lease if its rights are removed together with it.
+_ABSENT_LEADER = "check again in a minute if the operator has just been installed, or else see its pods' log"
 
 
 def check_cluster(facts: Facts) -> list[Check]:
@@ -135,7 +135,7 @@ def _check_served(operator: Operator, place: str, namespace: str) -> list[Check]
 
 
 def _check_unseen(facts: Facts) -> Check:
-    """Shows a dead operator to those, too, who may not look at it."""
+    """Detect a dead operator for users who may not read its Deployment."""
     name = "Jobs seen"
     if isinstance(facts.jobs, Unknown):
         return Check(name, "unknown", facts.jobs.why)

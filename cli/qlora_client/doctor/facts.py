@@ -1,4 +1,4 @@
-"""What is known of a cluster before it is judged, and what a judgment is."""
+"""The facts about a cluster, and the result of a check."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,43 +11,43 @@ Verdict = Literal["ok", "warning", "problem", "unknown"]
 
 @dataclass(frozen=True)
 class Unknown:
-    """In place of what could not be asked."""
+    """In place of a fact that could not be read."""
 
     why: str
-    """With the rule that is missing, or what the API server said."""
+    """The missing rule, or the API server's answer."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """What was looked at, and what follows."""
+    """The subject of a check, and its result."""
 
     name: str
     verdict: Verdict
     message: str
-    """One sentence: what was found and, unless all is well, what to do."""
+    """One sentence: the finding and, if there is a problem, the fix."""
 
 
 @dataclass(frozen=True)
 class Operator:
-    """A Deployment of the operator, with what belongs to it."""
+    """A Deployment of the operator, with its pods, settings and Lease."""
 
     deployment: Object
     settings: Object | Unknown
-    """What the administrator has set, as the operator reads it."""
+    """The administrator's settings, as the operator reads them."""
     lease: Object | Unknown | None
     """None: there is none, or the operator elects no leader."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the API server has answered. Lists are those of the cluster, or of the namespace."""
+    """The API server's answers. Lists are those of the cluster, or of the namespace."""
 
     namespace: str
     now: datetime
     """By the API server's clock."""
     server_version: str
     schemas: Object | None
-    """The OpenAPI document of QLoRAJobs; None if the API server does not know the kind."""
+    """The OpenAPI document of QLoRAJobs; None if the API server does not have the kind."""
     cli_version: str
     operators: Sequence[Operator] | Unknown
     jobs: Sequence[Object] | Unknown
@@ -61,9 +61,9 @@ class Facts:
     limit_ranges: Sequence[Object] | Unknown
     network_policies: Sequence[Object] | Unknown
     denied: Mapping[str, Sequence[str]]
-    """What of the program the user may not do, with the rules that are missing."""
+    """The purposes that the user lacks rights for, with the missing rules."""
     trials: Mapping[str, str | Unknown | None] = field(default_factory=dict)
-    """What the API server says to a pod like that of train, by profile; None if it would admit it."""
+    """The API server's answer to a pod like that of train, by profile; None if it would admit it."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Asks a cluster for everything by which it is judged, with the user's own rights; a right that is missing is noted."""
+"""Reads the facts about a cluster with the user's rights; missing rights are recorded."""
 
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +40,7 @@ _PURPOSES: Mapping[str, Rights] = {
     "logs and compare": {PODS: ("list",), LOGS: ("get",)},
     "adapter, report and compare from a claim": READS_CLAIMS,
 }
-"""What the commands take, by what they are for."""
+"""The rights that the commands need, by purpose."""
 
 _Answer = TypeVar("_Answer")
 
@@ -48,7 +48,7 @@ _Answer = TypeVar("_Answer")
 def gather(cluster: Cluster, operator_namespace: str) -> Facts:
     """The facts about the cluster and the namespace. Raises ClusterError only if nothing can be asked.
 
-    Deployments are looked for in all namespaces, or, without that right, in `operator_namespace`.
+    Deployments are listed in all namespaces, or, without that right, in `operator_namespace`.
     """
     server_version, now = cluster.server()
     schemas = _schemas(cluster)
@@ -158,7 +158,7 @@ def _is_valid(profile: NamedProfile) -> bool:
 
 
 def _trial(cluster: Cluster, profile: NamedProfile) -> str | Unknown | None:
-    """What the API server says to a pod like that of train, of which nothing is stored; None if it admits it."""
+    """The API server's answer to a dry run of a pod like that of train; None if it admits it."""
     try:
         cluster.create(PODS, trial_pod(Profile.model_validate(profile.content, extra="ignore")), dry_run=True)
     except ForbiddenError:
@@ -169,7 +169,7 @@ def _trial(cluster: Cluster, profile: NamedProfile) -> str | Unknown | None:
 
 
 def trial_pod(profile: Profile) -> Object:
-    """A pod with what admission looks at in one of train: user, resources and restrictions."""
+    """A pod with the fields of one of train that admission checks: user, resources and restrictions."""
     train = profile.resources.train
     gpu = {profile.gpu_resource: "1"} if profile.gpu_resource else {}
     user = profile.run_as

@@ -1,4 +1,4 @@
-"""Judges the namespace: which pods and claims it admits, what they may connect to, and the user's rights; pure."""
+"""Checks the namespace: admission of pods and claims, their connections, and the user's rights; pure."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
@@ -15,7 +15,7 @@ _STEP_LABELS = {JOB_LABEL: "any", JOB_UID_LABEL: "any"}
 
 
 def check_namespace(facts: Facts) -> list[Check]:
-    """The checks of the namespace in which the user works."""
+    """The checks of the user's namespace."""
     needs = dict(_needs(profiles_of(facts)))
     return [
         _check_pod_security(facts),
@@ -28,12 +28,12 @@ def check_namespace(facts: Facts) -> list[Check]:
 
 
 def _needs(profiles: Sequence[NamedProfile]) -> Iterator[tuple[str, Mapping[str, str]]]:
-    """What one job takes of a quota, by the quota's names: its largest pod and its claim."""
+    """The share of one job in a quota, by the quota's names: its largest pod and its claim."""
     for named in profiles:
         try:
             profile = Profile.model_validate(named.content, extra="ignore")
         except ValidationError:
-            # It has a problem of its own.
+            # Another check reports it.
             continue
         train = profile.resources.train
         gpu = {f"requests.{profile.gpu_resource}": "1"} if profile.gpu_resource else {}
@@ -95,11 +95,11 @@ def _check_quotas(facts: Facts, needs: Mapping[str, Mapping[str, str]]) -> Itera
 
 
 def _short(quota: Object, needs: Mapping[str, Mapping[str, str]]) -> Iterator[Check]:
-    """What the quota has too little of, for which profiles."""
+    """The quota's shortages, by profile."""
     name, status, spec = f"Quota {quota['metadata']['name']}", quota.get("status") or {}, quota.get("spec") or {}
     hard, used = status.get("hard") or {}, status.get("used") or {}
     if spec.get("scopes") or spec.get("scopeSelector"):
-        # It counts some pods only, and which is not for this program to tell.
+        # It counts selected pods only, and the selection is not evaluated here.
         return
     if "limits.cpu" in hard:
         text = (

@@ -1,4 +1,4 @@
-"""Judges each profile: its fields, its image, the GPUs of its nodes, and its volumes; pure."""
+"""Checks each profile: its fields, its image, the GPUs of its nodes, and its volumes; pure."""
 
 from collections.abc import Iterator, Sequence
 
@@ -42,7 +42,7 @@ def _why_unknown(facts: Facts) -> str:
 def _check_profile(named: NamedProfile, facts: Facts) -> Iterator[Check]:
     title = f"Profile {named.name}"
     try:
-        # A profile in a job's status may have fields that this release does not know yet.
+        # A profile in a job's status may have fields of a newer release.
         profile = Profile.model_validate(named.content, extra="ignore")
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]

@@ -1,4 +1,4 @@
-"""Which objects the labels and taints of Kubernetes select; pure."""
+"""Evaluates selectors, labels and taints of Kubernetes; pure."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -25,7 +25,7 @@ def _holds(requirement: Object, labels: Mapping[str, str]) -> bool:
 
 
 def has_labels(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
-    """Whether all of the wanted labels are there."""
+    """Whether the labels include all wanted ones."""
     return all(labels.get(key) == value for key, value in wanted.items())
 
 

@@ -1,1 +1,1 @@
-"""Files of a job: its adapter, its report, and whatever a claim, hub, bucket or registry holds."""
+"""Files of a job: its adapter, its report, and folders on claims, hubs, buckets and registries."""

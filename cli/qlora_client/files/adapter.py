@@ -35,10 +35,10 @@ def download_adapter(
     say: Callable[[str], None] = lambda _: None,
     on_bytes: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> bool:
-    """Download the job's adapter into the folder `target`; False if it is there already.
+    """Download the job's adapter into the folder `target`; False if the folder has it already.
 
-    The weights must have the SHA-256 of the job's status, and the other files those of the manifest beside them;
-    otherwise nothing appears at `target`. `say` is told what happens, `on_bytes` the bytes that have arrived and all.
+    The weights must have the SHA-256 of the job's status, and the other files those of the manifest with them;
+    otherwise nothing appears at `target`. `say` receives progress messages, `on_bytes` the received and total bytes.
     Raises ClusterError: RejectedError if `target` has other files, DamagedError if a sum is wrong.
     """
     adapter = published_adapter(job)
@@ -52,7 +52,7 @@ def download_adapter(
 
 
 def published_adapter(job: Job) -> Mapping[str, Any]:
-    """`status.adapter`. Raises ClusterError, which says why, for a job that has none."""
+    """`status.adapter`. Raises ClusterError, with the reason, for a job that has none."""
     adapter: Mapping[str, Any] | None = job.status.get("adapter")
     if adapter is not None:
         return adapter
@@ -82,11 +82,11 @@ def _counter(files: Mapping[str, PublishedFile], on_bytes: Callable[[int, int], 
 
 @contextmanager
 def new_folder(target: Path, size: int) -> Iterator[Path]:
-    """A folder beside `target` that becomes it when the body ends, and is removed when the body raises.
+    """A folder next to `target` that becomes it when the body ends, and is removed when the body raises.
 
     `size`: bytes that it will hold. Raises ClusterError if the disk has no room, or it cannot be written.
     """
-    # Beside it, so that the last step is a rename: another disk would make it a copy.
+    # Next to it, so that the last step is a rename: another disk would make it a copy.
     partial = target.with_name(f".{target.name}.{token_hex(4)}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

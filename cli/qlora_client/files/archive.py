@@ -1,4 +1,4 @@
-"""Takes files out of a tar stream that somebody else has written: only those that are wanted, and only plain ones."""
+"""Extracts files from an untrusted tar stream: only the wanted ones, and only plain ones."""
 
 import hashlib
 import io
@@ -12,7 +12,7 @@ _MOST_PADDING = 2**20
 
 
 class UnsafeArchiveError(Exception):
-    """The stream is no tar archive, or has something that was not asked for; the message says what."""
+    """The stream is no tar archive, or has an unexpected entry, which the message names."""
 
 
 def extract(
@@ -42,7 +42,7 @@ def extract(
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise UnsafeArchiveError(f"it is no complete tar archive ({error})") from error
     _drain(blocks)
-    # The library takes a header that is cut off for the end.
+    # The library treats a truncated header as the end.
     if missing := [name for name in wanted if name not in found]:
         raise UnsafeArchiveError(f"it is no complete tar archive (without {', '.join(missing)})")
     return found

@@ -1,4 +1,4 @@
-"""Reads files of a PersistentVolumeClaim through a short-lived pod, with the user's own rights."""
+"""Reads files of a PersistentVolumeClaim through a short-lived pod, with the user's rights."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,11 +20,11 @@ from qlora_client.kube.resources import EXEC, PODS
 from qlora_client.kube.rights import require
 
 START_SECONDS = 300.0
-"""For how long to wait for the pod. Its image is on the nodes where the job ran."""
+"""Seconds to wait for the pod. Its image is on the nodes where the job ran."""
 _LIFE_SECONDS = 3600
 _BETWEEN_LOOKS = 0.5
 NEEDED = {PODS: ("create", "get", "delete"), EXEC: ("create", "get")}
-"""The rights that it takes: get beside create, as the API server asks for either to open a connection."""
+"""The required rights: get and create, as the API server checks either to open a connection."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ def reading(
 ) -> Iterator[ClaimReader]:
     """A pod that reads the claim for as long as the body runs; it is deleted also when the body raises.
 
-    `job` is one whose pods have used the claim: the pod gets their image, user and nodes. `say` is told what happens.
-    Raises ForbiddenError with the rules that are missing, RejectedError if the namespace does not admit the pod, and
+    `job` is one whose pods have used the claim: the pod gets their image, user and nodes. `say` receives progress
+    messages. Raises ForbiddenError with the missing rules, RejectedError if the namespace does not admit the pod, and
     ClusterError if it does not start.
     """
     require(cluster, NEEDED, f"reading the claim {claim} through a pod")
@@ -123,7 +123,7 @@ def _warnings(cluster: Cluster, pod: Object) -> list[str]:
 
 
 def _delete(cluster: Cluster, pod: Object, say: Callable[[str], None]) -> None:
-    """Delete the pod; that it is left over is said and does not hide what the body has raised."""
+    """Delete the pod; a failure is reported and does not hide the body's error."""
     name = str(pod["metadata"]["name"])
     try:
         cluster.delete(PODS, name, str(pod["metadata"]["uid"]))

@@ -31,8 +31,8 @@ class _ClaimFolder:
 def open_folder(cluster: Cluster, job: Job, address: str, say: Callable[[str], None]) -> Iterator[Folder]:
     """The folder at an address of the job's status.
 
-    A claim is read through a pod, anything else from this machine with the user's own credentials. `say` is told what
-    happens. Raises ClusterError.
+    A claim is read through a pod, anything else from this machine with the user's credentials. `say` receives progress
+    messages. Raises ClusterError.
     """
     try:
         source = parse_source(address)
@@ -43,7 +43,7 @@ def open_folder(cluster: Cluster, job: Job, address: str, say: Callable[[str], N
             yield _ClaimFolder(reader, source.path)
         return
     try:
-        # Its libraries take most of a second to import, and those who read claims only need none of them.
+        # Its libraries take most of a second to import, and reading claims needs none of them.
         from qlora_client.files.stores import open_store
     except ModuleNotFoundError as error:
         raise ClusterError(f"reading {address} takes the library {error.name}, which is missing: {INSTALL}") from None

@@ -1,4 +1,4 @@
-"""A published folder, and what its manifest.json says of its files: their names, sizes and digests."""
+"""A published folder, and the names, sizes and digests of its manifest.json."""
 
 import json
 import re
@@ -19,7 +19,7 @@ _MAX_FILES = 256
 
 
 class DamagedError(ClusterError):
-    """What is stored is not what the job has published; the message says how it differs."""
+    """The stored files differ from the published ones; the message has the difference."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Folder(Protocol):
 
 
 def parse_manifest(content: bytes, place: str) -> dict[str, PublishedFile]:
-    """The files beside a manifest.json, by name. `place`: where it was found, for messages.
+    """The files of a manifest.json, by name. `place`: its address, for messages.
 
     A name is that of a file in the same folder: no slash, no dot in front. Raises DamagedError.
     """

@@ -1,4 +1,4 @@
-"""The pod through which a user reads a claim: what it may do, and why it does not start; pure."""
+"""The pod that reads a claim for a user: its manifest, and the reasons why it does not start; pure."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ MOUNT = "/volume"
 # It copies files and does nothing else. Limits of CPU too, as some quotas ask for them.
 _RESOURCES = {"requests": {"cpu": "100m", "memory": "64Mi"}, "limits": {"cpu": "1", "memory": "256Mi"}}
 _UNDISTURBED = {"sidecar.istio.io/inject": "false", "linkerd.io/inject": "disabled"}
-# Reasons for which a container waits that time does not cure.
+# Reasons of a waiting container that more time does not fix.
 _HOPELESS = (
     "ImagePullBackOff",
     "ErrImageNeverPull",
@@ -26,8 +26,8 @@ def reader_pod(job: Job, claim: str, seconds: int) -> dict[str, Any]:
     """A pod that has the claim at MOUNT, read-only, does nothing, and is ended by the kubelet after `seconds`.
 
     It is as restricted as the job's own pods: their image, user, nodes and name of the container, no token of a service
-    account, and the label by which NetworkPolicies keep pods of jobs from connecting anywhere. It goes with the job,
-    should it be left over.
+    account, and the label that NetworkPolicies for pods of jobs select. It is deleted with the job,
+    if it is left over.
     """
     profile: Mapping[str, Any] = job.status["resolved"]["profile"]
     spec: dict[str, Any] = {
@@ -93,7 +93,7 @@ def _identity(run_as: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _placement(job: Job, profile: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the volume can be mounted: on any node, or where the job's own pods ran."""
+    """Where the volume can be mounted: on any node, or where the job's pods ran."""
     if (profile.get("workspace") or {}).get("topology") == "shared":
         return {}
     asked: Mapping[str, Any] = job.spec.get("scheduling") or {}
@@ -122,7 +122,7 @@ def hopeless(pod: Mapping[str, Any]) -> str:
 
 
 def why_not_started(pod: Mapping[str, Any], warnings: Sequence[str], seconds: float) -> str:
-    """The sentence for a pod that has not started in time. `warnings`: what Events say of it, oldest first."""
+    """The sentence for a pod that has not started in time. `warnings`: messages of its Events, oldest first."""
     reason = hopeless(pod) or Pod(pod).waits_for or (warnings[-1] if warnings else "nothing says why")
     more = f"; {warnings[-1]}" if warnings and warnings[-1] not in reason else ""
     return f"the pod that reads the claim did not start within {seconds:.0f} s: {reason}{more}"

@@ -22,10 +22,10 @@ _MOST_BYTES = 2**26
 
 
 def fetch_report(cluster: Cluster, job: Job, say: Callable[[str], None] = lambda _: None) -> bytes:
-    """The report of the job: what is published beside the adapter, else that in its workspace.
+    """The report of the job: the one published with the adapter, else that in its workspace.
 
-    `say` is told what happens. Raises DamagedError if what was published has been changed, and ClusterError, which says
-    why there is no report yet.
+    `say` receives progress messages. Raises DamagedError if the published one was changed, and ClusterError with the
+    reason if there is no report yet.
     """
     published: Mapping[str, Any] | None = job.status.get("report")
     if published is not None:
@@ -65,7 +65,7 @@ def _of_workspace(cluster: Cluster, job: Job, say: Callable[[str], None]) -> byt
 
 
 def save(content: bytes, target: Path) -> None:
-    """Write the file, complete or not at all, in place of one that is there. Raises ClusterError."""
+    """Write or replace the file, completely or not at all. Raises ClusterError."""
     partial = target.with_name(f".{target.name}.{token_hex(4)}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Reads published folders from hubs, buckets and registries, with the credentials of the user of this machine.
 
 A cluster may name any server in its profiles. So credentials that are not bound to a server, such as those of
-environment variables, are sent to one only if the user's own environment names it.
+environment variables, are sent to one only if the user's environment names it.
 """
 
 import os
@@ -34,12 +34,12 @@ _HUB = "https://huggingface.co"
 
 @dataclass(frozen=True)
 class _ObjectStore:
-    """The environment variables by which the client of an object store knows where it is, and who asks."""
+    """The environment variables of an object store's client, for its address and credentials."""
 
     places: Mapping[str, tuple[str, str]]
     """By variable: the part of the profile and the field in it that has its value."""
     bound: frozenset[str]
-    """Of these, the variables that say to which server credentials are sent."""
+    """Of these, the variables that decide the server that gets the credentials."""
     credentials: tuple[str, ...]
     """Variables of which any has credentials."""
     remedy: str
@@ -79,7 +79,7 @@ _OBJECT_STORES = {
 def open_store(source: Source, profile: Mapping[str, Any]) -> Iterator[Folder]:
     """The folder at the address. `profile`: that of the job, which names the servers. Raises ClusterError.
 
-    What a server denies while the folder is used is a ClusterError too.
+    A later denial of the server is a ClusterError too.
     """
     try:
         with _opened(source, profile) as folder:
@@ -139,7 +139,7 @@ def _open_bucket(source: ObjectStoreSource, store: _ObjectStore) -> Folder:
 
 def _open_registry(source: RegistrySource, allowed: tuple[str, ...]) -> Folder:
     login = f"docker login {source.registry}"
-    # The profile may have changed since; its list also says which token servers get the login.
+    # The profile may have changed since; its list also names the token servers that get the login.
     listed = {entry.removeprefix("http://") for entry in allowed}
     servers = allowed if source.registry in listed else (*allowed, source.registry)
     registry = Registry(
@@ -155,7 +155,7 @@ def _open_registry(source: RegistrySource, allowed: tuple[str, ...]) -> Folder:
 
 
 def _denied(address: str, remedy: str, message: str) -> StepFailure:
-    """In place of the message for a step, which speaks of Secrets and profiles."""
+    """In place of the message for a step, which names Secrets and profiles."""
     answer = _ANSWER.search(message)
     found = f" {answer[0]}" if answer else ""
     return StepFailure(
@@ -177,7 +177,7 @@ class _Repository:
     def fetch(self, files: Mapping[str, PublishedFile], into: Path, on_bytes: OnBytes) -> None:
         for name, count in _one_by_one(files, self.listing.files, on_bytes):
             self.hub.fetch(self.listing, self.listing.files[name], into, count)
-        # What the client keeps to resume a download.
+        # The client's files for resuming a download.
         remove(into / ".cache")
 
 
@@ -220,7 +220,7 @@ def _require_small(size: int | None, name: str, most: int) -> None:
 def _one_by_one(
     files: Mapping[str, PublishedFile], present: Mapping[str, object], on_bytes: OnBytes
 ) -> Iterator[tuple[str, Callable[[int], None]]]:
-    """The names, each with what counts its bytes after those of the files before it."""
+    """The names, each with a counter of its bytes that starts after those of the files before it."""
     done = 0
     for name, file in files.items():
         if name not in present:

@@ -1,1 +1,1 @@
-"""Jobs as users see them: their state, pods, logs, losses and comparison."""
+"""Jobs as users see them: their state, pods, Events and logs."""

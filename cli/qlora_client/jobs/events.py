@@ -1,4 +1,4 @@
-"""The Events of a job: what the operator has noted for people."""
+"""The Events of a job, which the operator writes for users."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -19,7 +19,7 @@ Monotonic = Callable[[], float]
 
 
 class Patience:
-    """Tries again when the cluster cannot be reached, until it has been away for ten minutes. `say` is told once."""
+    """Retries while the cluster cannot be reached, for at most ten minutes. `say` receives one message."""
 
     def __init__(self, say: Say, sleep: Sleep, monotonic: Monotonic) -> None:
         self._say = say
@@ -47,8 +47,8 @@ def follow_job(
 ) -> Iterator[Job]:
     """The job as it is, and again after each change, the last time when it has ended.
 
-    Raises MissingError if there is none, or it is deleted meanwhile, and ClusterError. `say` is told why nothing comes
-    while the cluster cannot be reached.
+    Raises MissingError if there is none, or it is deleted, and ClusterError. `say` receives a message while the cluster
+    cannot be reached.
     """
     patience = Patience(say, sleep, monotonic)
     last: Job | None = None

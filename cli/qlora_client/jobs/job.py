@@ -32,7 +32,7 @@ class Job:
 
     @property
     def version(self) -> str:
-        """The moment, as the API server counts: what has happened since can be watched."""
+        """The resourceVersion: later changes can be watched from it."""
         return str(self.body["metadata"]["resourceVersion"])
 
     @property
@@ -42,22 +42,22 @@ class Job:
 
     @property
     def spec(self) -> Mapping[str, Any]:
-        """What its user has written, with the schema's defaults."""
+        """The user's spec, with the schema's defaults."""
         return dict(self.body["spec"])
 
     @property
     def status(self) -> Mapping[str, Any]:
-        """What the operator reports; empty before it has seen the job."""
+        """The operator's report; empty before it has seen the job."""
         return dict(self.body.get("status") or {})
 
     @property
     def phase(self) -> str:
-        """Where it is in its life; Pending before the operator has seen it."""
+        """The phase; Pending before the operator has seen the job."""
         return str(self.status.get("phase") or "Pending")
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more happens to it unless it is retried."""
+        """Whether it has ended; only a retry starts it again."""
         return self.phase in _ENDED
 
     @property
@@ -72,13 +72,13 @@ class Job:
 
     @property
     def gpu_hours(self) -> float | None:
-        """Hours for which it has had GPUs, times their number; None if the operator does not report them."""
+        """Hours with GPUs, times their number; None if the operator does not report them."""
         seconds = (self.status.get("usage") or {}).get("gpuSeconds")
         return None if seconds is None else float(seconds) / 3600
 
     @property
     def cost(self) -> str | None:
-        """What these hours cost, with the currency; None if the profile has no price."""
+        """The cost of these hours, with the currency; None if the profile has no price."""
         return (self.status.get("usage") or {}).get("cost")
 
     @property
@@ -88,13 +88,13 @@ class Job:
 
     @property
     def budget_hours(self) -> float | None:
-        """GPU hours that it may use, by its own budget and its profile's limit; None if there is neither."""
+        """GPU hours that it may use, by its budget and its profile's limit; None if there is neither."""
         limits = ((part or {}).get("gpuHours") for part in (self.spec.get("budget"), self.status.get("resolved")))
         return min((float(hours) for hours in limits if hours is not None), default=None)
 
     @property
     def recoveries(self) -> int:
-        """Attempts that ended in a failure or a disruption, after which it has gone on."""
+        """Attempts that ended in a failure or a disruption and were followed by another."""
         return int(self.status.get("failures", 0)) + int(self.status.get("disruptions", 0))
 
     @property
@@ -116,7 +116,7 @@ class Job:
 
     @property
     def message(self) -> str:
-        """What the operator says of it now: why it waits, runs or has failed."""
+        """The operator's message: why the job waits, runs or has failed."""
         told = {entry["type"]: entry for entry in self.status.get("conditions", ())}
         kind = self.phase if self.phase in ("Failed", "Suspended") else "Succeeded"
         return str(told.get(kind, {}).get("message", ""))

@@ -1,4 +1,4 @@
-"""Reads the log of a job across all its pods, also of those that are yet to come."""
+"""Reads the log of a job across all its pods, future ones included."""
 
 import time
 from collections.abc import Collection, Iterable, Iterator
@@ -27,7 +27,7 @@ class LogLine:
 
 
 class _Place:
-    """Up to where a log has been read: streams end early, and the next begins at a whole second."""
+    """The position in a log: streams end early, and the next begins at a whole second."""
 
     def __init__(self) -> None:
         self.time: datetime | None = None
@@ -58,9 +58,9 @@ def read_logs(
 ) -> Iterator[LogLine]:
     """The lines of the job's pods that run one of the steps, pod by pod in the order of their creation.
 
-    With `follow` it waits for pods that have not started, also of a job that is suspended, and goes on where a
-    connection has ended, until the job has ended. `say` is told what it waits for. Raises MissingError if there is no
-    such job, or it is deleted meanwhile, and ClusterError.
+    With `follow` it waits for pods that have not started, also of a job that is suspended, and continues where a
+    connection has ended, until the job has ended. `say` receives the reasons for waiting. Raises MissingError if there
+    is no such job, or it is deleted, and ClusterError.
     """
     patience, tell = Patience(say, sleep, monotonic), _without_repeats(say)
     places: dict[str, _Place] = {}
@@ -80,7 +80,7 @@ def read_logs(
                     try:
                         yield from _lines(cluster, job, pod, place, follow=follow)
                     except MissingError as error:
-                        # It has been deleted since, and its log with it: the job goes on in another pod.
+                        # It has been deleted since, and its log with it: the job continues in another pod.
                         tell(str(error))
                     read.update({pod.uid} if pod.ended or not follow else ())
         except UnreachableError as error:
@@ -98,7 +98,7 @@ def read_logs(
 
 
 def _without_repeats(say: Say) -> Say:
-    """Says a text unless it was the last that was said."""
+    """Passes on a message unless it repeats the last one."""
     last = ""
 
     def tell(text: str) -> None:
@@ -117,7 +117,7 @@ def _lines(cluster: Cluster, job: Job, pod: Pod, place: _Place, *, follow: bool)
 
 
 def _waits_for(job: Job, pods: Collection[Pod], places: Collection[str]) -> str:
-    """What a user who follows the job waits for now; empty while a pod runs that has been read."""
+    """The reason for waiting, for a user who follows the job; empty while a pod runs that has been read."""
     if any(pod.has_log and not pod.ended and pod.uid in places for pod in pods):
         return ""
     pending = [pod for pod in pods if not pod.has_log]
@@ -128,7 +128,7 @@ def _waits_for(job: Job, pods: Collection[Pod], places: Collection[str]) -> str:
 
 
 def _nothing(job: Job, pods: Collection[Pod]) -> str:
-    """Why there was no line to read."""
+    """The reason why there was no line to read."""
     if job.ended:
         return f"{job.name} is {job.phase}, and its pods are gone: the steps' logs are in records/ of its workspace"
     return f"no log yet: {_waits_for(job, pods, ())}"

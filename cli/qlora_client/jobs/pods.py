@@ -1,4 +1,4 @@
-"""The pods of a job, as users need to know them: which step each belongs to, and why one has not started."""
+"""The pods of a job: the step of each, and the reason why one has not started."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Pod:
 
     @property
     def node(self) -> int:
-        """Which of the pods that train together it is, counted from 0."""
+        """The pod's index among the pods that train together, from 0."""
         return int(self.body["metadata"]["labels"].get(_INDEX_LABEL, 0))
 
     @property
@@ -49,12 +49,12 @@ class Pod:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more is printed."""
+        """Whether its log is complete."""
         return "terminated" in self._state
 
     @property
     def waits_for(self) -> str:
-        """Why it has not started, in the words of the scheduler or the kubelet; empty if neither has said so."""
+        """The reason of the scheduler or the kubelet why it has not started; empty without one."""
         waiting = self._state.get("waiting") or {}
         unscheduled = [
             entry

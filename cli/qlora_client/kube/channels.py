@@ -1,4 +1,4 @@
-"""Reads what a command in a pod prints, from the channels in which the API server sends it (v4.channel.k8s.io)."""
+"""Reads the output of a command in a pod from the API server's channels (v4.channel.k8s.io)."""
 
 import json
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ _ERRORS_KEPT = 2000
 
 
 class CommandError(ClusterError):
-    """The command has failed in the pod; the message ends with what it has printed to standard error."""
+    """The command has failed in the pod; the message ends with its standard error."""
 
 
 class Socket(Protocol):
-    """What is needed of a connection."""
+    """The used part of a connection."""
 
     def recv_data(self, control_frame: bool) -> tuple[int, bytes]:
         """The kind of the next message, and its content; of control messages too, if that is asked for."""
@@ -34,7 +34,7 @@ class Socket(Protocol):
 def standard_output(socket: Socket) -> Iterator[bytes]:
     """The blocks of standard output as they arrive, until the command ends.
 
-    Raises CommandError if it fails, or the connection ends before that is known, and what the socket raises.
+    Raises CommandError if it fails, or the connection ends before that is known, and the socket's errors.
     """
     errors, result = b"", b""
     while True:

@@ -1,4 +1,4 @@
-"""Asks a cluster, with the user's own rights: the only importer of the Kubernetes client.
+"""Sends requests to a cluster with the user's rights: the only importer of the Kubernetes client.
 
 Requests are made by path, because the client's classes for the core API take a second to import.
 """
@@ -33,9 +33,9 @@ _PAGE = 500
 """Objects in one answer to a list."""
 _CONNECT_SECONDS, _ANSWER_SECONDS = 10, 60
 _WATCH_SECONDS = 45
-"""After so long the server ends a watch, so that a connection that has died is noticed soon after."""
+"""Seconds until the server ends a watch, so that a dead connection is noticed soon after."""
 _SILENT_SECONDS = 60
-"""After so long without a byte a stream is given up: its connection may have died."""
+"""Seconds without a byte until a stream is closed: its connection may have died."""
 _MERGE_PATCH = "application/merge-patch+json"
 _GONE = 410
 _KUBECONFIG = "set KUBECONFIG, or name one with --kubeconfig"
@@ -54,7 +54,7 @@ class LogEntry:
 
 
 class _NoDiscovery:
-    """Paths are known: the client need not ask the server for them first."""
+    """Skips discovery: paths are fixed."""
 
     def __init__(self, _client: DynamicClient, _cache_file: str | None) -> None:
         pass
@@ -66,7 +66,7 @@ class Cluster:
     def __init__(
         self, client: DynamicClient, name: str, namespace: str, warn: Callable[[str], None] = lambda _text: None
     ) -> None:
-        """`name` is what messages call the cluster; `warn` is called with what the API server warns of."""
+        """`name` is what messages call the cluster; `warn` is called with the API server's warnings."""
         self._client = client
         self._name = name
         self._warn = warn
@@ -81,7 +81,7 @@ class Cluster:
         kubeconfig: str | None = None,
         warn: Callable[[str], None] = lambda _text: None,
     ) -> Self:
-        """As kubectl does: by a kubeconfig, or else as the service account of this pod. Nothing is sent yet."""
+        """Connect as kubectl does: by a kubeconfig, or else as this pod's service account. Sends nothing yet."""
         try:
             contexts, active = config.list_kube_config_contexts(kubeconfig)
         except ConfigException as error:
@@ -155,7 +155,7 @@ class Cluster:
     def changes(self, resource: Resource, name: str, version: str) -> Iterator[Object]:
         """The object after each change since `version`, its resourceVersion. Raises MissingError once it is deleted.
 
-        Ends after a while, or when the server no longer knows that version: get the object again and go on.
+        Ends after a while, or when that version is too old for the server: get the object again and continue.
         """
         request = Request("watch", resource, self.namespace)
         query = {
@@ -193,7 +193,7 @@ class Cluster:
             try:
                 yield LogEntry(datetime.fromisoformat(time).astimezone(UTC), text)
             except ValueError:
-                # So the kubelet says, instead of the log, that it has none.
+                # The kubelet's answer in place of a log that it does not have.
                 raise MissingError(f"the log of the pod {pod} cannot be read: {line}") from None
 
     def may(self, verb: str, resource: Resource) -> bool:
@@ -210,9 +210,9 @@ class Cluster:
         return bool(answer["status"].get("allowed"))
 
     def exec(self, pod: str, container: str, command: Sequence[str]) -> Iterator[bytes]:
-        """What the command prints to standard output in the container, as it arrives.
+        """The command's standard output in the container, as it arrives.
 
-        Raises CommandError, with the end of what it prints to standard error, if it fails.
+        Raises CommandError, with the end of its standard error, if it fails.
         """
         # Imported here: it takes a tenth of a second, and few commands need it.
         from websocket import WebSocketBadStatusException, WebSocketException
@@ -244,7 +244,7 @@ class Cluster:
         return str(self._parsed(content).get("gitVersion")), now
 
     def within(self, namespace: str) -> "Cluster":
-        """The same cluster, of which the user works in another namespace."""
+        """The same cluster with another namespace."""
         return Cluster(self._client, self._name, namespace, self._warn)
 
     def _about(self, verb: str, resource: Resource, name: str) -> Request:
@@ -330,7 +330,7 @@ class Cluster:
 
     @contextmanager
     def _explained(self, request: Request) -> Iterator[None]:
-        """Turn what the client raises into sentences."""
+        """Turn the client's errors into sentences."""
         try:
             yield
         except ApiException as error:
@@ -342,7 +342,7 @@ class Cluster:
 
 @contextmanager
 def _logged_errors() -> Iterator[list[str]]:
-    """The messages of errors that are logged meanwhile: so the client reports a credential plugin that has failed."""
+    """Collect the errors logged by the body: the client reports a failed credential plugin there."""
     logged: list[str] = []
 
     class _Keeper(logging.Handler):

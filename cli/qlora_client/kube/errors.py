@@ -1,4 +1,4 @@
-"""What can fail between a user and a cluster: each error's message is one sentence, with what to do."""
+"""Errors between a user and a cluster: each message is one sentence, with the remedy."""
 
 import json
 import socket
@@ -10,11 +10,11 @@ from qlora_client.kube.resources import JOBS, Request
 
 
 class ClusterError(RuntimeError):
-    """The cluster could not be asked, or has answered something that leaves no way to go on."""
+    """The cluster could not be reached, or its answer is unusable."""
 
 
 class UnreachableError(ClusterError):
-    """No answer, or one by which the API server says that it cannot answer now: the same request may succeed later."""
+    """No answer, or a temporary error of the API server: the same request may succeed later."""
 
 
 class MissingError(ClusterError):
@@ -76,7 +76,7 @@ def _status(body: bytes | str, reason: str) -> tuple[str, Mapping[str, Any]]:
 
 
 def _cause(error: BaseException) -> str:
-    """The words of the operating system or of TLS, which are at the bottom of what the HTTP library raises."""
+    """The message of the operating system or of TLS, the innermost cause of the HTTP library's error."""
     for inner in reversed(tuple(_chain(error))):
         if isinstance(inner, ssl.SSLCertVerificationError):
             return f"its certificate is not accepted: {inner.verify_message}"
@@ -88,7 +88,7 @@ def _cause(error: BaseException) -> str:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, then what it was raised for, and so on: the library notes that in three ways."""
+    """The error, then its cause, and so on: the library stores causes in three ways."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

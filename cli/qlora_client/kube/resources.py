@@ -1,4 +1,4 @@
-"""The kinds of objects that are asked for: their paths, and the words for them in RBAC rules."""
+"""The requested kinds of objects: their paths, and their names in RBAC rules."""
 
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ class Resource:
         return f"{self.plural}/{self.subresource}" if self.subresource else self.plural
 
     def rule(self, *verbs: str) -> str:
-        """The rule with which a role would allow these verbs, as YAML."""
+        """The rule of a role that allows these verbs, as YAML."""
         allowed = ", ".join(f'"{verb}"' for verb in verbs)
         return f'{{apiGroups: ["{self.group}"], resources: ["{self.in_rules}"], verbs: [{allowed}]}}'
 
@@ -40,7 +40,7 @@ class Page(Resource):
         return self.plural
 
     def rule(self, *verbs: str) -> str:
-        """The rule with which a role would allow to read it, as YAML."""
+        """The rule of a role that allows reading it, as YAML."""
         return f'{{nonResourceURLs: ["{self.plural}"], verbs: ["get"]}}'
 
 
@@ -60,7 +60,7 @@ ACCESS_REVIEWS = Resource("authorization.k8s.io", "v1", "selfsubjectaccessreview
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for, as messages and RBAC rules say it."""
+    """A request, in the terms of messages and RBAC rules."""
 
     verb: str
     resource: Resource
@@ -70,7 +70,7 @@ class Request:
 
     @property
     def rule(self) -> str:
-        """The rule with which a role would allow it, as YAML."""
+        """The rule of a role that allows it, as YAML."""
         return self.resource.rule(self.verb)
 
     @property
@@ -80,7 +80,7 @@ class Request:
 
     @property
     def place(self) -> str:
-        """Where it is asked for."""
+        """The scope of the request."""
         if self.namespace:
             return f"in the namespace {self.namespace}"
         return "in all namespaces" if self.resource.namespaced else "in the cluster"

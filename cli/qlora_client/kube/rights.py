@@ -1,4 +1,4 @@
-"""Which rights a user lacks for something, as the rules of a Role to ask for."""
+"""Finds the rights that a user lacks, as the rules of a Role."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -11,7 +11,7 @@ Rights = Mapping[Resource, Sequence[str]]
 
 
 def lacking(cluster: Cluster, needed: Rights) -> dict[Resource, list[str]]:
-    """Those that the user does not have in the namespace."""
+    """The rights that the user lacks in the namespace."""
     denied = {kind: [verb for verb in verbs if not cluster.may(verb, kind)] for kind, verbs in needed.items()}
     return {kind: verbs for kind, verbs in denied.items() if verbs}
 

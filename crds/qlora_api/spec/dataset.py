@@ -55,7 +55,7 @@ _NO_OWN_SOURCE = "sha256, revision, config and split are for the evaluation's ow
 
 
 class EvalSpec(ApiModel):
-    """Rows held out for evaluation: from a source of their own, or a fraction of the data set."""
+    """Rows held out for evaluation: from another source, or a fraction of the data set."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(
@@ -102,7 +102,7 @@ class EvalSpec(ApiModel):
     )
     overlap: Literal["report", "fail", "drop"] | None = Field(
         default=None,
-        description="What to do about rows that are trained on and also held out, token for token: report counts them "
+        description="Treatment of rows that are trained on and also held out, token for token: report counts them "
         "in status.dataset.overlapRows, fail fails the job, drop leaves them out of training; report if not set.",
     )
 
@@ -128,8 +128,7 @@ class SystemPromptSpec(ApiModel):
     text: str = Field(max_length=16_384, pattern=r"\S", description="The system message.")
     mode: Literal["add", "replace"] = Field(
         default="add",
-        description="add gives it to the rows that have no system message of their own; replace to all rows, in place "
-        "of their own.",
+        description="add gives it to the rows without a system message; replace to all rows, in place of theirs.",
     )
 
 
@@ -236,7 +235,7 @@ class DatasetSpec(ApiModel):
         min_length=1,
         max_length=MAX_MIX_SOURCES,
         description="Several sources instead of one. An epoch has as many rows as all of them have together; each "
-        "source gives its share by weight, drawn anew in each epoch by training.seed.",
+        "source gives its share by weight, drawn again in each epoch by training.seed.",
     )
     revision: Revision | None = Field(default=None, description=_REVISION)
     config: ColumnName | None = Field(default=None, description=_CONFIG)
@@ -274,7 +273,7 @@ class DatasetSpec(ApiModel):
 
     @property
     def training_sources(self) -> Mapping[str, MixSource]:
-        """What the training rows are read from, by the path of the fields in the job: the mix, or the one source."""
+        """The sources of the training rows, by the path of the fields in the job: the mix, or the one source."""
         if self.mix is not None:
             return {f"spec.dataset.mix[{number}]": part for number, part in enumerate(self.mix)}
         if self.source is None:
@@ -285,7 +284,7 @@ class DatasetSpec(ApiModel):
     def check_column(self, field: str, *, own_evaluation: bool = False) -> str | None:
         """The column with the checks of the rows of the training source that `field` names.
 
-        None for rows that are not held out: those that are trained on if the evaluation has a source of its own, whose
+        None for rows that are not held out: those that are trained on if the evaluation has another source, whose
         rows are read with the columns of `field` (`own_evaluation`).
         """
         columns = self.training_sources[field].columns

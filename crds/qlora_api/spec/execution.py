@@ -34,7 +34,7 @@ class WorkspaceSpec(ApiModel):
 
     claim_name: ObjectName | None = Field(
         default=None,
-        description="An existing PersistentVolumeClaim of this namespace. The job uses a folder of its own in it.",
+        description="An existing PersistentVolumeClaim of this namespace. The job uses a separate folder in it.",
     )
     size: Quantity | None = Field(
         default=None, description="Size of the claim to create, for example 100Gi; the profile's if not set."
@@ -82,7 +82,7 @@ class SchedulingSpec(ApiModel):
     tolerations: Tolerations | None = Field(default=None, description="Additional taints that the pods tolerate.")
     queue_name: ObjectName | None = Field(
         default=None,
-        description="LocalQueue of Kueue in which train waits for its GPUs; that of the QLoRAJob's label "
+        description="LocalQueue of Kueue where train waits for its GPUs; that of the QLoRAJob's label "
         "kueue.x-k8s.io/queue-name if not set, else none. Prepare and publish need no GPU and do not wait.",
     )
     queue_priority: ObjectName | None = Field(
@@ -99,21 +99,21 @@ class SchedulingSpec(ApiModel):
 
 
 class RetrySpec(ApiModel):
-    """How often a step is retried after failures and resumed after interruptions."""
+    """Limits of retries after failures and of resumptions after interruptions."""
 
     max_failures: int = Field(
-        default=3, ge=0, le=20, description="How often a failed step is retried, with exponential back-off."
+        default=3, ge=0, le=20, description="Maximal retries of a failed step, with exponential backoff."
     )
     max_disruptions: int = Field(
         default=20,
         ge=0,
         le=1000,
-        description="How often the job resumes after its pod was evicted, preempted or deleted. Suspensions, also by a "
+        description="Maximal resumptions after the pod was evicted, preempted or deleted. Suspensions, also by a "
         "queue, do not count.",
     )
     on_no_progress: Literal["report", "restart"] | None = Field(
         default=None,
-        description="What to do about a step that makes no progress for progressDeadlineSeconds: report it in the "
+        description="Treatment of a step without progress for progressDeadlineSeconds: report it in the "
         "condition Progressing, or also restart it from its checkpoint, which counts as a failure; report if not set.",
     )
     request: int | None = Field(

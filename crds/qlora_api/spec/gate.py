@@ -1,4 +1,4 @@
-"""The part of a QLoRAJob's spec that says how good an adapter must be to be published."""
+"""The part of a QLoRAJob's spec with the conditions for publishing an adapter."""
 
 from typing import Annotated, Literal, Self
 
@@ -25,29 +25,29 @@ class ScoreSpec(ApiModel):
     )
 
     check: Literal["exactMatch", "jsonSchema", "regex"] = Field(
-        description="What an answer must be: the row's own answer, apart from white space at both ends (exactMatch); "
-        "JSON that a schema allows (jsonSchema); or text in which a pattern is found (regex). Schema and pattern are "
-        "the same for all rows, or those that each row brings (dataset.columns.check). Reasoning up to </think> is not "
-        "looked at. An answer has not passed if its reasoning does not end, or if it takes more than two seconds of "
-        "computing to check."
+        description="Rule for answers: the row's answer, apart from white space at both ends (exactMatch); "
+        "JSON that a schema allows (jsonSchema); or text with a match of a pattern (regex). Schema and pattern are "
+        "the same for all rows, or those of each row (dataset.columns.check). Reasoning up to </think> is ignored. "
+        "An answer has not passed if its reasoning does not end, or if its check takes more than two seconds of "
+        "computing."
     )
     json_schema: Annotated[str, Field(min_length=1, max_length=MAX_SCHEMA_CHARACTERS)] | None = Field(
         default=None,
         alias="schema",
         description="Check jsonSchema: the schema, as JSON text; draft 2020-12 if $schema does not name another. It "
-        "may refer to its own parts ($ref), not to other documents. Not set if each row brings its own.",
+        "may refer to parts of itself ($ref), not to other documents. Not set if each row has one.",
     )
     pattern: Annotated[str, Field(min_length=1, max_length=MAX_PATTERN_CHARACTERS)] | None = Field(
         default=None,
         description="Check regex: a regular expression of Python's re, found anywhere in the answer unless anchored. "
-        "Not set if each row brings its own.",
+        "Not set if each row has one.",
     )
     rows: int = Field(
         default=100,
         ge=1,
         le=1000,
-        description="How many held-out rows are answered at most, by the base and by the adapter. Their content "
-        "decides which, so that they are the same for every seed.",
+        description="Maximal number of held-out rows that the base and the adapter answer. Their content "
+        "decides the selection, so it is the same for every seed.",
     )
     max_new_tokens: int = Field(default=128, ge=1, le=1024, description="Tokens of the longest answer.")
 
@@ -70,7 +70,7 @@ _NEEDS_SCORE = "minScore needs score, which says how answers are checked: set it
 
 
 class GateSpec(ApiModel):
-    """What the adapter must be worth. One that does not pass is not published, and the job fails (GateFailed)."""
+    """Conditions for publishing. An adapter that does not pass is not published, and the job fails (GateFailed)."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(
@@ -86,8 +86,7 @@ class GateSpec(ApiModel):
         default=None,
         ge=0,
         lt=1,
-        description="By which share of the loss before training the held-out loss must at least have fallen: 0.1 is "
-        "10 percent.",
+        description="Minimal fall of the held-out loss, as a share of the loss before training: 0.1 is 10 percent.",
     )
     max_eval_loss: float | None = Field(
         default=None,

@@ -172,12 +172,12 @@ class QLoRAJobSpec(ApiModel):
     output: OutputSpec = Field(default=OutputSpec(), description="Where the adapter is published.")
     gate: GateSpec | None = Field(
         default=None,
-        description="How good the adapter must be to be published; not judged if not set. A change counts from the "
+        description="Conditions for publishing the adapter; none if not set. A change counts from the "
         "job's next step on, and for a failed job that is retried; removing the whole gate only for the latter.",
     )
     continues: JobName | None = Field(
         default=None,
-        description="Another QLoRAJob of this namespace, whose run is taken up at its newest checkpoint. Model, data "
+        description="Another QLoRAJob of this namespace, whose run continues at its newest checkpoint. Model, data "
         "and settings that decide the adapter must be the same. Starts when that job has ended or is suspended.",
     )
     group: GroupSpec | None = Field(
@@ -189,7 +189,7 @@ class QLoRAJobSpec(ApiModel):
     workspace: WorkspaceSpec = Field(default=WorkspaceSpec(), description="The volume that the steps share.")
     resources: ResourcesSpec = Field(default=ResourcesSpec(), description="GPUs, CPU and memory of the train pods.")
     scheduling: SchedulingSpec = Field(default=SchedulingSpec(), description="Where the pods run.")
-    retry: RetrySpec = Field(default=RetrySpec(), description="How often a step is retried or resumed.")
+    retry: RetrySpec = Field(default=RetrySpec(), description="Limits of retries and resumptions.")
     suspend: bool = Field(
         default=False,
         description="true saves a checkpoint, stops the job and frees the GPU; false resumes it from there.",
@@ -201,13 +201,13 @@ class QLoRAJobSpec(ApiModel):
         description="Seconds that the steps may run in total, not counting time in queues and suspension; no limit if "
         "not set.",
     )
-    budget: BudgetSpec | None = Field(default=None, description="What the job may cost; no limit if not set.")
+    budget: BudgetSpec | None = Field(default=None, description="GPU hours that the job may use; no limit if not set.")
     progress_deadline_seconds: int | None = Field(
         default=None,
         ge=60,
         le=2**31 - 1,
-        description="Seconds without any progress of a running step after which the condition Progressing becomes "
-        "False; 3600 if not set. What happens then, retry.onNoProgress says.",
+        description="Seconds without any progress of a running step until the condition Progressing becomes "
+        "False; 3600 if not set. retry.onNoProgress decides the consequence.",
     )
     cleanup_after_seconds: int | None = Field(
         default=None,

@@ -84,7 +84,7 @@ _NOTHING_TO_READ = "secretRef is for s3://, gs://, az://, hf:// and oci:// adapt
 
 
 class InitialAdapterSpec(ApiModel):
-    """An earlier adapter with which training is initialized. It must be of the same base, rank, alpha and targets."""
+    """An earlier adapter as the start of training. It must be of the same base, rank, alpha and targets."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(

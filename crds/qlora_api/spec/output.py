@@ -1,4 +1,4 @@
-"""The part of a QLoRAJob's spec about where the adapter is published, and in which forms."""
+"""The part of a QLoRAJob's spec about the adapter's destination and formats."""
 
 from collections.abc import Callable
 from itertools import combinations
@@ -32,7 +32,7 @@ def entry_key(job: str) -> str:
 
 
 class GgufSpec(ApiModel):
-    """The adapter as a GGUF file too, beside adapter_model.safetensors."""
+    """The adapter as a GGUF file, in addition to adapter_model.safetensors."""
 
     type: Literal["f16", "f32", "q8_0"] = Field(
         default="f16",
@@ -53,7 +53,7 @@ class GgufStatus(ObservedModel):
 
 
 class _Excluded(NamedTuple):
-    """A setting with which there is no GGUF file, and why."""
+    """A setting that excludes a GGUF file, and the reason."""
 
     field: str
     absent: str
@@ -79,7 +79,7 @@ _EXCLUDED = (
 
 
 def gguf_rules() -> list[dict[str, Any]]:
-    """The rules of a spec with output.gguf, which `reject_unconvertible` knows too."""
+    """The rules of a spec with output.gguf, which `reject_unconvertible` checks too."""
     return [rule(f"!has(self.output.gguf) || {each.absent}", _message(each)) for each in _EXCLUDED]
 
 
@@ -195,7 +195,7 @@ def _one_in_the_other(one: str, other: str) -> str:
 
 def _apart(one: str, other: str) -> dict[str, str]:
     """The rule that neither folder is inside of the other."""
-    # An address may end in a slash, and pvc:// loses one of its own on both sides.
+    # An address may end in a slash, and pvc:// loses one on both sides.
     first, second = (f"(self.{field} + '/').replace('//', '/')" for field in (one, other))
     return rule(
         f"{_DESTINATIONS[one][0]} || {_DESTINATIONS[other][0]} || "
@@ -238,7 +238,7 @@ class OutputSpec(ApiModel):
     )
     report: Literal["full", "withoutSamples", "none"] | None = Field(
         default=None,
-        description="The page report.html beside the adapter: without the sample answers, which show rows of the data "
+        description="The page report.html next to the adapter: without the sample answers, which show rows of the data "
         "(withoutSamples, also if not set), with them (full), or not at all (none). The workspace has it in full.",
     )
     tracking: TrackingSpec | None = Field(

@@ -1,4 +1,4 @@
-"""The part of a QLoRAJob's spec that says what is trained, how, and on which hardware."""
+"""The part of a QLoRAJob's spec about the adapter, its training, and the hardware."""
 
 from typing import Annotated, Literal, Self
 
@@ -75,8 +75,8 @@ class PreferenceSpec(ApiModel):
         default=0.1,
         gt=0,
         le=100,
-        description="dpo: how much the adapter is held to the base; a small value lets it go further. orpo: weight of "
-        "the odds ratio beside the cross-entropy of the chosen answer (lambda of arXiv 2403.07691).",
+        description="dpo: strength of the constraint to the base; a small value lets the adapter go further. orpo: "
+        "weight of the odds ratio relative to the cross-entropy of the chosen answer (lambda of arXiv 2403.07691).",
     )
     label_smoothing: float = Field(
         default=0.0,
@@ -104,7 +104,7 @@ class EarlyStoppingSpec(ApiModel):
     patience: int = Field(
         ge=1,
         le=10_000,
-        description="Evaluations in a row without an improvement after which training ends, as a success.",
+        description="Consecutive evaluations without an improvement until training ends, as a success.",
     )
     min_delta: float = Field(
         default=0.0,
@@ -126,7 +126,7 @@ _NOTHING_TO_CHOOSE = (
 
 
 class TrainingSpec(ApiModel):
-    """How long and how the adapter is trained. The defaults are those of the QLoRA paper."""
+    """Settings of training. The defaults are those of the QLoRA paper."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(
@@ -150,7 +150,7 @@ class TrainingSpec(ApiModel):
 
     objective: Literal["supervised", "dpo", "orpo"] | None = Field(
         default=None,
-        description="What is minimized: the cross-entropy of the targets (supervised, also if not set); or, for data "
+        description="The minimized loss: the cross-entropy of the targets (supervised, also if not set); or, for data "
         "of format preference, the loss of direct preference optimization (dpo, arXiv 2305.18290), whose reference is "
         "the base without the adapter, or of odds ratio preference optimization (orpo, arXiv 2403.07691).",
     )
@@ -178,7 +178,7 @@ class TrainingSpec(ApiModel):
         default="constant", description="Learning rate after the warm-up."
     )
     warmup_steps: int = Field(
-        default=0, ge=0, le=1_000_000, description="Optimizer steps over which the rate rises linearly from 0."
+        default=0, ge=0, le=1_000_000, description="Optimizer steps of the linear rise of the rate from 0."
     )
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="Decoupled weight decay.")
     max_grad_norm: float = Field(default=0.3, gt=0, le=1000, description="Gradients are scaled down to this norm.")
@@ -191,10 +191,10 @@ class TrainingSpec(ApiModel):
         default=20,
         ge=0,
         le=10_000,
-        description="Optimizer steps in a row with a loss or gradient norm far above that of the steps before, after "
-        "which training fails if the loss is more than 1 nat above the loss before the first step (the base, or the "
+        description="Consecutive optimizer steps with a loss or gradient norm far above that of the steps before; then "
+        "training fails if the loss is more than 1 nat above the loss before the first step (the base, or the "
         "adapter of lora.from) on the same rows; at the run's last step one is enough, or a rise of the loss. 0 never "
-        "fails for this. NaN and infinity fail at once.",
+        "fails for this. NaN and infinity fail immediately.",
     )
     sharding: Literal["none", "full"] = Field(
         default="none",
@@ -244,7 +244,7 @@ class TrainingSpec(ApiModel):
     early_stopping: EarlyStoppingSpec | None = Field(
         default=None,
         description="End training once the loss on the held-out rows no longer falls; needs dataset.eval and "
-        "evalEverySteps. Which adapter is published, keep says. Not set: train to the last step.",
+        "evalEverySteps. keep selects the published adapter. Not set: train to the last step.",
     )
     save_every_steps: int = Field(default=50, ge=1, le=10_000_000, description="Optimizer steps between checkpoints.")
     samples: int = Field(
@@ -302,7 +302,7 @@ class ResourcesSpec(ApiModel):
         default=None,
         ge=1,
         le=MAX_NODES,
-        description="Train pods, each with its own gpus, cpu and memory, that train one adapter together; 1 if not "
+        description="Train pods, each with these gpus, cpu and memory, that train one adapter together; 1 if not "
         "set. Several need a workspace that is ReadWriteMany, and a profile whose workspace.topology is shared.",
     )
     gpu_memory: int | None = Field(

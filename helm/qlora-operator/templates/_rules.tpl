@@ -9,7 +9,7 @@ spec.cleanupAfterSeconds and annotations of its own.
 - apiGroups: [qlora.dev]
   resources: [qlorajobs/status, qlorasweeps/status]
   verbs: [patch]
-# The cells of a sweep, which it also suspends, resumes, marks as it does so, and has cleaned up.
+# The cells of a sweep. It also suspends, resumes and marks them, and has them cleaned up.
 - apiGroups: [qlora.dev]
   resources: [qlorajobs]
   verbs: [create, patch]
@@ -37,7 +37,7 @@ spec.cleanupAfterSeconds and annotations of its own.
 - apiGroups: [""]
   resources: [persistentvolumeclaims]
   verbs: [get, create]
-# By which the train pods of a job on several nodes find and reach one another.
+# The train pods of a job on several nodes find and reach one another through these.
 - apiGroups: [""]
   resources: [services]
   verbs: [create]

@@ -1,4 +1,4 @@
-{{/* What the operator reads: the settings, the ports that the Deployment names, and every profile in full. */}}
+{{/* The operator's settings, the ports that the Deployment names, and every profile in full. */}}
 {{- define "qlora-operator.settings" -}}
 {{- $trainer := include "qlora-operator.image" (list .Values.trainer.image .Chart.AppVersion) -}}
 {{- $profiles := dict -}}
@@ -27,7 +27,7 @@ a rule with an empty list of ports allows all of them. */}}
 {{- toJson (default (list 53) .Values.jobNetworkPolicies.dnsPorts) -}}
 {{- end }}
 
-{{/* Clouds whose identity some profile lets prepare and publish use, as a JSON list. */}}
+{{/* Clouds whose identity prepare and publish may use by some profile, as a JSON list. */}}
 {{- define "qlora-operator.identityProviders" -}}
 {{- $providers := list -}}
 {{- range (include "qlora-operator.settings" . | fromYaml).profiles -}}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import together_tables
 from benchmarks.base import summary as base
 from benchmarks.inputs import RESULTS
 from benchmarks.operator import table
@@ -35,6 +36,11 @@ def test_the_figures_of_many_jobs_are_those_measured(load: str) -> None:
 
 def test_the_figures_of_the_base_are_those_measured() -> None:
     assert generated(MEASUREMENTS, base.NAME, base.COMMAND) == tables(base.NAME, base.tables)
+
+
+def test_the_figures_of_adapters_trained_together_are_those_measured() -> None:
+    shown = generated(MEASUREMENTS, together_tables.NAME, together_tables.COMMAND)
+    assert shown == tables(together_tables.NAME, together_tables.tables)
 
 
 def test_the_tables_and_the_figure_of_quality_are_those_measured() -> None:

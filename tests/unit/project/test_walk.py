@@ -21,7 +21,7 @@ def commands() -> list[str]:
 
 def readme_commands() -> list[str]:
     """The commands of README for a cluster, without their comments."""
-    section = README.read_text().partition("## On your own cluster\n")[2].partition("\n## ")[0]
+    section = README.read_text().partition("## On your cluster\n")[2].partition("\n## ")[0]
     lines = re.findall(r"^(?:kubectl qlora|qlora|helm) .*$", section, re.MULTILINE)
     return [shlex.join(shlex.split(line, comments=True)) for line in lines]
 
