@@ -48,7 +48,7 @@ def test_a_process_that_is_killed_ends_the_other_for_another_attempt(
     spec = merged(TWO, {"training": {"sharding": sharding, "maxSteps": 2000, "evalEverySteps": None}})
     files = tiny.copied(tmp_path / "job").with_spec(spec)
     # The default limit is half an hour.
-    hurried = "from datetime import timedelta\nfrom qlora_trainer.training import ranks\n"
+    hurried = "from datetime import timedelta\nfrom qlora_trainer.training.distributed import ranks\n"
     code = beginning_with(tmp_path / "code", hurried + "ranks.TIMEOUT = timedelta(seconds=20)\n")
     process = files.start("train", QLORA_DEVICE="cuda", **code)
     said = until(process, 5)

@@ -145,7 +145,7 @@ SAVE = """
 import sys
 from pathlib import Path
 from tests.support.adapted import adapted
-from qlora_trainer.model.adapter import save_adapter
+from qlora_trainer.model.adapter.attach import save_adapter
 save_adapter(adapted(Path(sys.argv[1])), Path(sys.argv[2]))
 """
 

@@ -133,9 +133,9 @@ def test_a_value_that_is_no_finite_number_is_refused(value: float, quantization:
 
 DIGEST = """
 import hashlib, sys, torch
-from qlora_api.training import QuantizationSpec
-from qlora_trainer.model.dynamic_map import dynamic_map
-from qlora_trainer.model.four_bit import quantize
+from qlora_api.spec.training import QuantizationSpec
+from qlora_trainer.model.nf4.quantization import dynamic_map
+from qlora_trainer.model.nf4.quantization import quantize
 torch.set_num_threads(1)
 weight = torch.frombuffer(bytearray(hashlib.shake_128(b"weights").digest(2**20)), dtype=torch.uint8).view(1024, 1024)
 weight = weight.float().sub_(127.5).mul_(2e-4 * torch.arange(1, 1025).unsqueeze(1))
@@ -183,9 +183,9 @@ def test_the_values_of_8_bit_constants_can_be_asked_for_first_while_a_model_is_b
 
 MEMORY = """
 import resource, sys, torch
-from qlora_api.training import QuantizationSpec
-from qlora_trainer.model.dynamic_map import dynamic_map
-from qlora_trainer.model.four_bit import quantize
+from qlora_api.spec.training import QuantizationSpec
+from qlora_trainer.model.nf4.quantization import dynamic_map
+from qlora_trainer.model.nf4.quantization import quantize
 quantize(torch.ones(1024, 1024, dtype=torch.bfloat16), QuantizationSpec())
 weight = torch.ones(8192, 8192, dtype=torch.bfloat16)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
