@@ -840,7 +840,7 @@ def test_progress_is_shown_and_kept_while_nothing_new_is_known() -> None:
 
 
 def test_figures_of_preferences_are_shown_with_four_digits_from_progress_and_result() -> None:
-    figures = {"reward_margin": 0.123456, "accuracy": 0.75, "eval_accuracy": 2 / 3}
+    figures: dict[str, Any] = {"reward_margin": 0.123456, "accuracy": 0.75, "eval_accuracy": 2 / 3}
     record, body = progress(training_step=2, total_steps=4, **figures), pod("train")
     live = follow(make_job(status_in("train")), child("train"), running(pod("train")), progress=record)
     done = ended(body, 0, result(body, "train", training_step=4, **figures))
