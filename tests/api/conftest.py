@@ -22,15 +22,3 @@ def operated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodeless]:
     """With the controllers and the operator: tests write what a kubelet would."""
     with nodeless(tmp_path_factory.mktemp("nodeless")) as cluster:
         yield cluster
-
-
-TABLE = "table"
-"""The property of a test with lines for the end of the output. A process that tests sends it with its report."""
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print what tests have measured."""
-    for outcome in ("passed", "failed"):
-        for report in terminalreporter.getreports(outcome):
-            for line in dict(report.user_properties).get(TABLE, ()):
-                terminalreporter.write_line(line)

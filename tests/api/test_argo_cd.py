@@ -14,7 +14,6 @@ from devcluster.layout import from_environment
 from gitops import generate
 from tests.support.manifests import MINIMAL, Manifest, with_value
 from tests.support.nodeless import NAMESPACE, Nodeless
-from tests.support.phases import Case, cases, changed_spec
 
 SWEEP = yaml.safe_load((generate.ARGO_CD / "sweep.yaml").read_text())
 
@@ -27,33 +26,6 @@ def ask(**content: object) -> dict[str, Any]:
     said = subprocess.run([program], input=given, capture_output=True, text=True, check=False, timeout=60)
     assert said.returncode == 0, said.stderr
     return dict(json.loads(said.stdout))
-
-
-@pytest.fixture(scope="module")
-def shown() -> dict[str, dict[str, Any]]:
-    """By the case's name: health and offered actions, each with the object that it would write."""
-    answers = ask(objects=[case.body for case in cases()])["objects"]
-    return dict(zip((case.name for case in cases()), answers, strict=True))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
-def test_argo_cd_shows_the_health_of_every_phase(case: Case, shown: dict[str, dict[str, Any]]) -> None:
-    health = shown[case.name]["health"]
-    assert health["status"] == case.health
-    assert health["message"].startswith(case.message)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
-def test_argo_cd_offers_the_action_that_fits_which_changes_one_field(
-    case: Case, shown: dict[str, dict[str, Any]]
-) -> None:
-    actions = shown[case.name]["actions"]
-    if case.action is None:
-        assert actions == {}
-    else:
-        assert actions == {case.action: case.body | {"spec": changed_spec(case.body, case.action)}}
 
 
 def synced(cluster: Nodeless, manifest: Manifest, *flags: str) -> None:
@@ -132,8 +104,3 @@ def test_the_sweep_makes_one_valid_job_of_each_element(plane: ControlPlane, tmp_
         assert "{{" not in text
         applications.append(json.loads(text))
     check_sweep(applications, plane, tmp_path)
-
-
-@pytest.mark.slow
-def test_argo_cds_templates_make_the_jobs_of_the_sweep(plane: ControlPlane, tmp_path: Path) -> None:
-    check_sweep(ask(applicationSets=[SWEEP])["applications"], plane, tmp_path)

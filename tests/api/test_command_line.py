@@ -198,15 +198,6 @@ def test_a_right_that_is_missing_is_named_as_the_rule_to_ask_for(team: Reported,
     assert 'resources: ["events"], verbs: ["list"]' in watched.stderr
 
 
-def test_a_policy_that_denies_a_job_is_no_missing_right(team: Reported) -> None:
-    proxy = proxy_of(team)
-    status = {"kind": "Status", "message": 'qlorajobs "more" is forbidden: exceeded quota: jobs'}
-    proxy.weather = lambda _request: Reply(403, json.dumps(status).encode())
-    with serve_api(proxy):
-        line = asked_through(team, proxy, "submit", "--name", "more", "--model", "hf://o/m", "--data", "hf://o/rows")
-    assert line == 'Error: qlorajobs "more" is forbidden: exceeded quota: jobs'
-
-
 def test_a_cluster_without_the_operators_kinds_is_told_apart(team: Reported) -> None:
     proxy = proxy_of(team)
     proxy.weather = lambda _request: Reply(404, b"404 page not found\n", {"Content-Type": "text/plain"})
@@ -260,20 +251,6 @@ def test_a_job_is_watched_though_what_is_shown_beside_it_cannot_be_read(team: Re
         watched = qlora(team.kubeconfig(tmp_path, "watcher", ALL, server=proxy.url), "watch", "beside")
     assert watched.exit_code == 14
     assert watched.stderr == "the weather is 400\n"
-
-
-def test_nothing_that_listens_and_a_foreign_certificate_are_told_in_a_few_words(team: Reported) -> None:
-    proxy = proxy_of(team)
-    with serve_api(proxy):
-        pass
-    line = asked_through(team, proxy, "list")
-    assert line == f"Error: the context devcluster cannot be reached at {proxy.url}: Connection refused"
-    document = yaml.safe_load(team.plane.kubeconfig.read_text())
-    del document["clusters"][0]["cluster"]["certificate-authority-data"]
-    file = team.plane.directory / "untrusted.kubeconfig"
-    file.write_text(yaml.safe_dump(document))
-    [line] = qlora(file, "list").stderr.splitlines()
-    assert "its certificate is not accepted: " in line
 
 
 @pytest.mark.parametrize(

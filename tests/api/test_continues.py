@@ -49,18 +49,3 @@ def test_it_starts_when_the_other_job_has_ended_and_needs_it_no_more(operated: N
     operated.kubectl("delete", "qlorajob", "broken", f"--namespace={NAMESPACE}")
     operated.succeed("taken-up")
     operated.wait_for_phase("taken-up", "Succeeded")
-
-
-def test_it_waits_for_the_pod_of_a_job_that_has_exceeded_its_deadline(operated: Nodeless) -> None:
-    create(operated, "late")
-    operated.succeed("late", "prepare")
-    pod = operated.pod("late", "train")
-    operated.start_pod(pod)
-    deadline = '--patch={"spec": {"activeDeadlineSeconds": 60}}'
-    operated.kubectl("patch", "qlorajob", "late", f"--namespace={NAMESPACE}", "--type=merge", deadline)
-    operated.wait_for_phase("late", "Failed")
-    create(operated, "in-time", continues="late")
-    eventually(lambda: reason(operated, "in-time") == "ContinuedJobRunning", seconds=60, every=0.2)
-    assert f"pod {pod['metadata']['name']} may still save a checkpoint" in message(operated, "in-time")
-    operated.stop_pod(pod, 143)
-    operated.wait_for_phase("in-time", "Preparing")

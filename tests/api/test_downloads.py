@@ -135,59 +135,6 @@ def test_a_program_downloads_compares_and_draws(team: Reported, node: ClaimNode,
     eventually(lambda: not node.readers(), seconds=30, what="no pod")
 
 
-def test_an_adapter_that_was_changed_is_not_downloaded(team: Reported, node: ClaimNode, tmp_path: Path) -> None:
-    workspace = ended_job(team, node, tmp_path, "changed")
-    (workspace / "adapter" / "adapter_model.safetensors").write_bytes(WEIGHTS[:-1] + b"x")
-    said = run(team, "adapter", "changed", "--output", str(tmp_path / "out"), code=1)
-    assert "Error: pvc://changed/work/adapter/adapter_model.safetensors is damaged" in said
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_link_in_place_of_a_file_is_not_followed(team: Reported, node: ClaimNode, tmp_path: Path) -> None:
-    workspace = ended_job(team, node, tmp_path, "linked")
-    (workspace / "adapter" / "README.md").unlink()
-    (workspace / "adapter" / "README.md").symlink_to("/etc/passwd")
-    said = run(team, "adapter", "linked", "--output", str(tmp_path / "out"), code=1)
-    assert "'README.md' in it is a link, a device, a folder or a sparse file, and no plain file" in said
-    assert "Traceback" not in said
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_pod_that_sends_something_else_is_not_believed(team: Reported, node: ClaimNode, tmp_path: Path) -> None:
-    ended_job(team, node, tmp_path, "hostile")
-    node.instead = ["tar", "--create", "--file=-", "--absolute-names", "/etc/hostname"]
-    said = run(team, "adapter", "hostile", "--output", str(tmp_path / "out"), code=1)
-    assert "it has '/etc/hostname', which was not asked for" in said
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("rights", [[JOBS], [JOBS, READER]], ids=["no pods", "no exec"])
-def test_missing_rights_are_named_and_no_pod_is_made(
-    team: Reported, node: ClaimNode, tmp_path: Path, rights: list[Any]
-) -> None:
-    name = f"denied-{len(rights)}"
-    ended_job(team, node, tmp_path, name)
-    user = team.kubeconfig(tmp_path, name, *rights)
-    said = run(team, "adapter", name, "--output", str(tmp_path / "out"), code=1, kubeconfig=user)
-    assert "ask for a Role with the rule" in said
-    assert '{apiGroups: [""], resources: ["pods/exec"], verbs: ["create", "get"]}' in said
-    assert ('resources: ["pods"]' in said) == (len(rights) == 1)
-    assert not node.readers()
-
-
-def test_a_quota_that_does_not_admit_the_pod_is_named(team: Reported, node: ClaimNode, tmp_path: Path) -> None:
-    ended_job(team, node, tmp_path, "limited")
-    limits = {"limits": [{"type": "Container", "max": {"memory": "32Mi"}}]}
-    limited = {"apiVersion": "v1", "kind": "LimitRange", "metadata": {"name": "tiny"}, "spec": limits}
-    team.create(limited)
-    try:
-        said = run(team, "report", "limited", "--no-open", "--output", str(tmp_path / "r.html"), code=1)
-    finally:
-        team.kubectl("delete", "limitrange", "tiny")
-    assert f"Error: the namespace {NAMESPACE} does not admit the pod that reads the claim limited" in said
-    assert "maximum memory usage per Container is 32Mi" in said
-
-
 def test_ctrl_c_deletes_the_pod(team: Reported, node: ClaimNode, tmp_path: Path) -> None:
     ended_job(team, node, tmp_path, "interrupted")
     node.hold = True

@@ -141,17 +141,7 @@ def test_waiting_for_finished_ends_at_once_when_the_job_fails(flux: Flux, operat
 
 
 @pytest.mark.slow
-def test_reconciling_again_changes_nothing(flux: Flux, operated: Nodeless) -> None:
-    started(flux, operated, "flux-again")
-    before = operated.job("flux-again")
-    flux.reconcile("flux-again")
-    assert operated.job("flux-again") == before
-
-
-@pytest.mark.slow
-def test_a_suspension_by_hand_is_undone_and_one_of_another_manager_or_of_the_source_stays(
-    flux: Flux, operated: Nodeless
-) -> None:
+def test_flux_undoes_a_suspension_by_hand_and_keeps_those_of_other_managers(flux: Flux, operated: Nodeless) -> None:
     name = "flux-suspended"
     started(flux, operated, name)
 

@@ -4,18 +4,12 @@ Kueue's sentences were recorded here; `decisions/test_kueue.py` of the unit test
 """
 
 import json
-import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from random import Random
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from devcluster.errors import ClusterError
-from qlora_api.naming import JOB_LABEL, STEP_LABEL
 from tests.support.kueue import GPU, SHIPPED, Kueue, kueue
 from tests.support.manifests import MINIMAL
 from tests.support.nodeless import NAMESPACE, SHARED, Nodeless, nodeless
@@ -167,25 +161,6 @@ def test_a_preempted_pod_that_is_killed_before_it_has_saved_is_no_failure(queued
     queued.finish(low)
 
 
-def test_a_cohort_lends_its_quota_until_its_owner_needs_it(queued: Queued) -> None:
-    for name in ("owner", "borrower"):
-        queued.kueue.queue(name, 1, cohort="department")
-    borrowers = [queued.start(f"borrowing-{number}", queueName="borrower") for number in range(2)]
-    for name in borrowers:
-        queued.wait_for_pod(name)
-        queued.cluster.run(name, "train")
-    owner = queued.start("owning", queueName="owner")
-    queued.wait_for_pod(owner)
-    (stopped,) = eventually(
-        lambda: [name for name in borrowers if not queued.pods(name)], seconds=60, every=0.2, what="a stopped borrower"
-    )
-    queued.wait_for(stopped, "Queued", "due to reclamation within the cohort")
-    queued.finish(owner)
-    queued.wait_for_pod(stopped)
-    for name in borrowers:
-        queued.finish(name)
-
-
 def test_a_queue_that_comes_late_admits_the_job(queued: Queued) -> None:
     name = queued.start("missing", queueName="late")
     queued.wait_for(name, "Queued", "Kueue: LocalQueue late doesn't exist")
@@ -266,112 +241,3 @@ def test_jobs_without_a_queue_that_kueue_holds_say_that(queued: Queued) -> None:
         queued.cluster.kubectl("delete", "localqueue", "default", IN_NAMESPACE, "--ignore-not-found")
         queued.kueue.stop()
         queued.kueue.start()
-
-
-@dataclass
-class Count:
-    """How many train Jobs were admitted, and how many of their pods ran, at the same time."""
-
-    kind: str
-    lines: Path
-    most: int = 0
-    suspended: int = 0
-    """How often an admitted Job was suspended again."""
-    _active: dict[str, bool] = field(default_factory=dict)
-
-    def read(self) -> None:
-        """All events of the watch, in the order in which they happened."""
-        text, decoder, at = self.lines.read_text(), json.JSONDecoder(), 0
-        while at < len(text):
-            event, at = decoder.raw_decode(text, at)
-            at += len(text[at:]) - len(text[at:].lstrip())
-            body, uid = event["object"], event["object"]["metadata"]["uid"]
-            self.suspended += bool(self._active.get(uid) and body["spec"].get("suspend"))
-            self._active[uid] = event["type"] != "DELETED" and _is_active(self.kind, body)
-            self.most = max(self.most, sum(self._active.values()))
-
-
-def _is_active(kind: str, body: dict[str, Any]) -> bool:
-    status = body.get("status", {})
-    if kind == "pods":
-        return "deletionTimestamp" not in body["metadata"] and status.get("phase") not in ("Succeeded", "Failed")
-    ended = {each["type"] for each in status.get("conditions", ()) if each["status"] == "True"}
-    # The Job controller counts the pod that has decided its end as soon as it sees that.
-    return not body["spec"].get("suspend") and not ended & {"Complete", "Failed", "SuccessCriteriaMet"}
-
-
-@contextmanager
-def counting(cluster: Nodeless, kind: str, folder: Path) -> Iterator[Count]:
-    """Counts from a watch, which misses nothing."""
-    count = Count(kind, folder / f"{kind}.json")
-    command: list[str | Path] = [
-        cluster.kubectl.program,
-        f"--kubeconfig={cluster.kubectl.kubeconfig}",
-        "get",
-        kind,
-        IN_NAMESPACE,
-        f"--selector={STEP_LABEL}=train",
-        "--watch",
-        "--output-watch-events",
-        "--output=json",
-    ]
-    with count.lines.open("w") as lines:
-        watch = subprocess.Popen(command, stdout=lines)
-    try:
-        yield count
-    finally:
-        watch.terminate()
-        watch.wait(timeout=30)
-        count.read()
-
-
-def test_thirty_jobs_with_random_preemptions_never_exceed_the_quota(queued: Queued, tmp_path: Path) -> None:
-    random, cluster = Random(7), queued.cluster
-    queued.kueue.queue("crowded", 2)
-    levels = [f"level-{value}" for value in range(10)]
-    for value, level in enumerate(levels):
-        queued.kueue.priority(level, value)
-    names = [f"crowd-{number}" for number in range(30)]
-    waiting = list(names)
-    with counting(cluster, "jobs", tmp_path) as admitted, counting(cluster, "pods", tmp_path) as running:
-        while True:
-            # About as many jobs come as end, so that the queue is short and a job often finds a lower one running.
-            if waiting and random.random() < 0.3:
-                queued.apply(waiting.pop(0), queueName="crowded", queuePriority=random.choice(levels))
-            for pod in cluster.pods():
-                _play_if_there(cluster, pod, random)
-            listed = cluster.kubectl.get("qlorajobs", IN_NAMESPACE)["items"]
-            crowd = [job for job in listed if job["metadata"]["name"] in names]
-            phases = [job.get("status", {}).get("phase") for job in crowd]
-            assert "Failed" not in phases
-            if phases.count("Succeeded") == len(names):
-                break
-    assert (admitted.most, running.most) == (2, 2)
-    assert admitted.suspended >= 5, "too few preemptions to show anything"
-    for kind in ("disruptions", "failures"):
-        assert {job["metadata"]["name"]: job["status"][kind] for job in crowd if job["status"].get(kind)} == {}, kind
-
-
-def _play_if_there(cluster: Nodeless, pod: dict[str, Any], random: Random) -> None:
-    """As `_play`, for a pod that may have been deleted since it was listed."""
-    try:
-        _play(cluster, pod, random)
-    except ClusterError as error:
-        if "NotFound" not in str(error) and "Conflict" not in str(error):
-            raise
-
-
-def _play(cluster: Nodeless, pod: dict[str, Any], random: Random) -> None:
-    """One look of a slow kubelet at the pod."""
-    phase, step = pod["status"]["phase"], pod["metadata"]["labels"][STEP_LABEL]
-    if not pod["metadata"]["labels"][JOB_LABEL].startswith("crowd-") or phase in ("Succeeded", "Failed"):
-        return
-    if "deletionTimestamp" in pod["metadata"]:
-        if random.random() < 0.5:
-            cluster.stop_pod(pod, random.choice((143, 143, 137)))
-    elif step != "train":
-        cluster.succeed_pod(pod)
-    elif phase == "Pending":
-        cluster.start_pod(pod)
-    elif random.random() < 0.1:
-        cluster.succeed_pod(pod)

@@ -72,14 +72,6 @@ def test_a_name_leads_to_no_other_object(client: QLoRAClient, name: str) -> None
     assert client.get_job("named").name == "named"
 
 
-def test_missing_rights_are_a_runtime_error_with_the_rule(team: Reported, tmp_path: Path) -> None:
-    reader = {"apiGroups": ["qlora.dev"], "resources": ["qlorajobs"], "verbs": ["list"]}
-    user = QLoRAClient(ClusterBackendConfig(config_file=team.kubeconfig(tmp_path, "reader", reader)))
-    user.list_jobs()
-    with pytest.raises(RuntimeError, match=r'resources: \["qlorajobs"\], verbs: \["create"\]'):
-        user.train(SPEC)
-
-
 def test_logs_are_followed_from_before_the_pod_starts_to_the_end_of_the_job(
     team: Reported, client: QLoRAClient
 ) -> None:

@@ -32,7 +32,6 @@ FILES = {
     "list.jsonl": f"{GOOD}\n[1, 2]\n",
     "wrong-type.jsonl": '{"messages": "hello"}\n',
     "columns.jsonl": '{"question": "a", "reply": "b"}\n',
-    "long.jsonl": f"{GOOD}\n{json.dumps(row(1, padding='x ' * 500))}\n",
 }
 
 
@@ -106,13 +105,3 @@ def test_bad_input_fails_before_a_gpu_is_asked_for(
     assert [job["metadata"]["name"] for job in bad.children(name)] == [f"{name}-prepare-1"]
     assert bad.condition(name, "Stalled")["status"] == "True"
     assert bad.condition(name, "Succeeded")["status"] == "False"
-
-
-@pytest.mark.slow
-def test_a_row_over_the_limit_is_left_out_and_counted(bad: Tenant) -> None:
-    name = bad.apply(tiny_job("one-too-long", dataset={"source": f"pvc://{INPUTS}/long.jsonl"}))
-    status = bad.succeed(name)
-    assert status["dataset"]["rows"] == 2
-    assert status["dataset"]["usedRows"] == 1
-    assert status["dataset"]["tooLongRows"] == 1
-    assert status["dataset"]["longestRowTokens"] > 128

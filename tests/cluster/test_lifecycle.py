@@ -10,17 +10,6 @@ from tests.support.waiting import eventually
 
 
 @pytest.mark.slow
-def test_a_deadline_ends_the_job_and_its_pods(tenant: Tenant) -> None:
-    name = tenant.apply(tiny_job("late", steps=ENDLESS, activeDeadlineSeconds=30))
-    status = tenant.wait_for_end(name)
-    assert status["phase"] == "Failed"
-    failed = tenant.condition(name, "Failed")
-    assert failed["reason"] == "DeadlineExceeded"
-    assert "activeDeadlineSeconds" in failed["message"]
-    eventually(lambda: tenant.running_pod(name, "train") is None, seconds=60)
-
-
-@pytest.mark.slow
 def test_clean_up_deletes_pods_and_scratch_but_neither_job_nor_adapter(tenant: Tenant) -> None:
     name = tenant.apply(tiny_job("tidy", cleanupAfterSeconds=0))
     tenant.succeed(name)
@@ -57,15 +46,6 @@ def test_a_namesake_created_at_once_starts_anew(tenant: Tenant) -> None:
 
 
 @pytest.mark.slow
-def test_a_job_suspended_from_the_start_makes_nothing(tenant: Tenant) -> None:
-    name = tenant.apply(tiny_job("later", suspend=True))
-    tenant.wait_for_phase(name, "Suspended")
-    assert tenant.children(name) == []
-    tenant.kubectl("patch", "qlorajob", name, "--type=merge", '--patch={"spec":{"suspend":false}}')
-    tenant.succeed(name)
-
-
-@pytest.mark.slow
 def test_a_destination_on_another_claim_outlives_the_workspace(tenant: Tenant) -> None:
     name = tenant.apply(
         tiny_job(
@@ -80,12 +60,3 @@ def test_a_destination_on_another_claim_outlives_the_workspace(tenant: Tenant) -
     claim = status["resolved"]["claimName"]
     eventually(lambda: claim not in tenant.kubectl("get", "pvc", "--output=name"), seconds=90)
     assert tenant.adapter_sum(status) == status["adapter"]["sha256"]
-
-
-@pytest.mark.parametrize("profile", ["missing"])
-def test_an_unknown_profile_waits_and_says_which_there_are(tenant: Tenant, profile: str) -> None:
-    name = tenant.apply(tiny_job("lost", scheduling={"profile": profile}))
-    tenant.wait(name, lambda _: tenant.condition(name, "Succeeded").get("reason") == "ProfileNotFound")
-    assert tenant.status(name)["phase"] == "Pending"
-    assert "default" in tenant.condition(name, "Succeeded")["message"]
-    assert tenant.children(name) == []

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from devcluster import processes
-from devcluster.errors import ClusterError
 from devcluster.processes import Record
 
 
@@ -45,13 +44,6 @@ def test_a_process_that_ignores_sigterm_is_ended_all_the_same(tmp_path: Path) ->
     assert not processes.alive(record)
 
 
-def test_a_program_is_on_record_before_it_does_anything(tmp_path: Path) -> None:
-    path, log = tmp_path / "records/reader", tmp_path / "log"
-    record = processes.start("reader", ["cat", path], directory=path.parent, log=log)
-    processes.until(lambda: not processes.alive(record), 10, "cat to end", log)
-    assert processes.parse_record("reader", log.read_text()) == record
-
-
 def test_a_killed_starter_leaves_a_record_that_ends_its_child(tmp_path: Path) -> None:
     starter = (
         "import os, signal, sys, pathlib; from devcluster import processes; folder = pathlib.Path(sys.argv[1]);"
@@ -64,20 +56,3 @@ def test_a_killed_starter_leaves_a_record_that_ends_its_child(tmp_path: Path) ->
     assert processes.alive(orphan)
     processes.stop(orphan)
     assert not processes.alive(orphan)
-
-
-def test_a_command_name_with_spaces_and_parentheses_is_read() -> None:
-    rest = " ".join(["S", *map(str, range(4, 22)), "777", "23", "24"])
-    assert processes.parse_record("odd", f"boot\n42 (a) b (c)) {rest}\n") == Record("odd", 42, "boot", 777)
-
-
-def test_a_broken_record_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ClusterError, match="process record etcd: expected a boot id"):
-        processes.parse_record("etcd", "17\n")
-
-
-def test_waiting_ends_at_once_with_the_log_when_a_needed_process_dies(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    record = processes.start("fragile", ["sh", "-c", "echo no disk; exit 3"], directory=tmp_path / "records", log=log)
-    with pytest.raises(ClusterError, match=r"fragile died while waiting for a miracle; last lines of .*log:\nno disk"):
-        processes.until(lambda: False, 60, "a miracle", log, [record])

@@ -17,6 +17,14 @@ LLAMA_2_7B: dict[str, Any] = {
     "vocab_size": 32000,
 }
 LLAMA_3_8B = LLAMA_2_7B | {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
+SMALL_LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 4096,
+    "num_hidden_layers": 2,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 8,
+}
 
 
 def _dense(

@@ -1,7 +1,7 @@
 """What a tenant tries from inside its pods and on its volumes, which takes a node: none of it reaches a neighbor.
 
 The tenant has a job that trains, and a shell in its pod. That the neighbor's job goes on is checked by the test, after
-each of them. That each way out is one where nothing is in its way: tests/unit/project/test_node_attempts.py.
+each of them.
 """
 
 import json

@@ -18,36 +18,16 @@ from devcluster.controlplane import ControlPlane, running
 from devcluster.kubectl import Kubectl
 from qlora_api.contract import ResultRecord, encode_record
 from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, STEP_LABEL
-from qlora_api.status import AdapterStatus, DatasetStatus, MemoryStatus, StepName
+from qlora_api.status import MemoryStatus, StepName
 from tests.support.definitions import apply_definitions
+from tests.support.played import ENDED, FOUND, STEPS
 from tests.support.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
 NAMESPACE, NODE = "team", "played"
-STEPS: tuple[StepName, ...] = ("prepare", "train", "publish")
 SHARED, GPU = "shared", "gpu"
 _SHARED_WORKSPACE = {"topology": "shared", "accessMode": "ReadWriteMany"}
-ENDED = "2026-01-02T03:04:05Z"
 URI = "pvc://a/b"
-_FOUND: dict[StepName, dict[str, Any]] = {
-    "prepare": {
-        "model_revision": "c0ffee",
-        "memory": MemoryStatus(estimate_bytes=10, low_bytes=9, high_bytes=11, verdict="unknown"),
-        "dataset": DatasetStatus(format="chat", rows=12, used_rows=10),
-    },
-    "train": {"training_step": 10, "total_steps": 10, "loss": 1.25},
-    "publish": {
-        "adapter": AdapterStatus(
-            uri=URI,
-            sha256="a" * 64,
-            size_bytes=7,
-            base_model="hf://org/model",
-            base_revision="c0ffee",
-            rank=64,
-            quantization="nf4",
-        )
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -116,15 +96,15 @@ class Nodeless:
     def succeed(self, name: str, *steps: StepName) -> None:
         """The steps end well, one after the other; all of them by default."""
         for step in steps or STEPS:
-            self._end(name, step, 0, "Done", _FOUND[step])
+            self._end(name, step, 0, "Done", FOUND[step])
 
     def train(self, name: str, eval_loss: float) -> None:
         """The train step ends well, with that loss on the held-out rows."""
-        self._end(name, "train", 0, "Done", _FOUND["train"] | {"eval_loss": eval_loss})
+        self._end(name, "train", 0, "Done", FOUND["train"] | {"eval_loss": eval_loss})
 
     def prepare(self, name: str, memory: MemoryStatus) -> None:
         """The prepare step ends well, with that estimate."""
-        self._end(name, "prepare", 0, "Done", _FOUND["prepare"] | {"memory": memory})
+        self._end(name, "prepare", 0, "Done", FOUND["prepare"] | {"memory": memory})
 
     def fail(self, name: str, step: StepName, code: int, reason: str, message: str) -> None:
         """The step ends with that exit code and record."""
@@ -146,7 +126,7 @@ class Nodeless:
 
     def succeed_pod(self, pod: dict[str, Any]) -> None:
         """The pod's step ends well."""
-        self._end_pod(pod, 0, "Done", _FOUND[pod["metadata"]["labels"][STEP_LABEL]])
+        self._end_pod(pod, 0, "Done", FOUND[pod["metadata"]["labels"][STEP_LABEL]])
 
     def stop_pod(self, pod: dict[str, Any], code: int) -> None:
         """Wait until the pod is being deleted, end it with that exit code and remove it."""
@@ -160,10 +140,6 @@ class Nodeless:
         self._report(pod, "Failed", {"terminated": _terminated(code, "")})
         options = ("--grace-period=0", "--force", "--wait=false", "--ignore-not-found")
         self.kubectl("delete", "pod", name, f"--namespace={NAMESPACE}", *options)
-
-    def end_pod(self, pod: dict[str, Any], code: int, reason: str, **fields: Any) -> None:
-        """The pod ends with that exit code and record."""
-        self._end_pod(pod, code, reason, fields)
 
     def _end(self, name: str, step: StepName, code: int, reason: str, fields: dict[str, Any]) -> None:
         self._end_pod(self.pod(name, step), code, reason, fields)

@@ -11,7 +11,7 @@ from typing import Any
 from devcluster.controlplane import ControlPlane
 from qlora_api.contract import ExitCode, ResultRecord, encode_record
 from qlora_api.profile import Profile
-from qlora_api.status import AdapterStatus, DatasetStatus, MemoryStatus, StepName
+from qlora_api.status import DatasetStatus, StepName
 from qlora_operator.decisions.observed.objects import Object
 from qlora_operator.keys import Key
 from qlora_operator.kube.client import Cluster, connect
@@ -19,7 +19,7 @@ from qlora_operator.metrics.metrics import Metrics
 from qlora_operator.reconcile.job import Reconciler
 from qlora_operator.reconcile.profile_limit import Starts
 from qlora_operator.watch.store import Store
-from tests.support.builders import PROFILE, PROFILES
+from tests.support.builders import ADAPTER, MEMORY, PROFILE, PROFILES
 
 NAMESPACE, SHARED = "team", "shared"
 _SHARED = Profile.model_validate(PROFILE.dump() | {"workspace": {"topology": "shared", "accessMode": "ReadWriteMany"}})
@@ -31,22 +31,11 @@ ENDED = "2026-01-02T03:04:05Z"
 FOUND: dict[StepName, dict[str, Any]] = {
     "prepare": {
         "model_revision": "c0ffee",
-        "memory": MemoryStatus(estimate_bytes=10, low_bytes=9, high_bytes=11, verdict="unknown"),
+        "memory": MEMORY,
         "dataset": DatasetStatus(format="chat", rows=12, used_rows=10),
     },
     "train": {"training_step": 10, "total_steps": 10, "loss": 1.25},
-    "publish": {
-        "adapter": AdapterStatus(
-            uri="pvc://a/b",
-            sha256="a" * 64,
-            size_bytes=7,
-            base_model="hf://org/model",
-            base_revision="c0ffee",
-            rank=48,
-            served_rank=64,
-            quantization="nf4",
-        )
-    },
+    "publish": {"adapter": ADAPTER.model_copy(update={"uri": "pvc://a/b"})},
 }
 
 

@@ -217,9 +217,6 @@ class Reported:
         self.kubelet.logs[pod].end()
         self._report_pod(pod, "Failed" if code else "Succeeded", {"terminated": {"exitCode": code}})
 
-    def delete_pod(self, pod: str) -> None:
-        self.kubectl("delete", "pod", pod, "--grace-period=0", "--force")
-
     def _report_pod(self, pod: str, phase: str, state: Object) -> None:
         containers: list[Object] = [
             {"name": name, "image": "", "imageID": "", "ready": False, "restartCount": 0, "state": each}

@@ -21,6 +21,7 @@ from qlora_cli.local.run import Ended
 from qlora_trainer.core.completion import PublishRecord, read_completion
 from qlora_trainer.core.cpu import preloaded_allocator
 from tests.support.command import SPEC, Files, new_files, qlora
+from tests.support.model_configs import LLAMA_3_8B
 
 MANIFEST = """\
 apiVersion: qlora.dev/v1alpha1
@@ -46,15 +47,6 @@ LLAMA_65B = {
     "intermediate_size": 22016,
     "num_attention_heads": 64,
     "vocab_size": 32000,
-}
-LLAMA_8B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
 }
 
 
@@ -121,7 +113,7 @@ def test_several_errors_are_reported_at_once(tmp_path: Path) -> None:
 def planned(tmp_path: Path, *arguments: str, training: str = "") -> "subprocess.CompletedProcess[str]":
     """`qlora plan` of an 8B model."""
     (tmp_path / "job.yaml").write_text(MANIFEST + training)
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
     return qlora("plan", str(tmp_path / "job.yaml"), "--config", str(tmp_path / "config.json"), *arguments)
 
 
@@ -153,7 +145,7 @@ def test_a_plan_that_barely_fits_says_by_how_much_and_what_to_change_first(tmp_p
     assert "spec.training." in said
 
 
-def test_the_plan_of_the_papers_65b_job_on_a_48_gb_gpu_names_the_8_bit_optimizer_first(tmp_path: Path) -> None:
+def test_the_plan_of_a_65b_job_on_48_gb_names_the_8_bit_optimizer_first(tmp_path: Path) -> None:
     job = MANIFEST.replace("rank: 8", "rank: 64") + "    maxSequenceLength: 512\n"
     (tmp_path / "job.yaml").write_text(job)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_65B))
@@ -178,7 +170,7 @@ def test_a_plan_without_a_gpus_size_compares_sizes(tmp_path: Path) -> None:
     assert re.search(r"^ +24  fits$", done.stdout, re.MULTILINE)
 
 
-def test_a_plan_of_several_nodes_counts_the_gpus_of_all_and_names_what_they_cannot_share(tmp_path: Path) -> None:
+def test_a_plan_of_several_nodes_counts_all_gpus_and_names_uneven_batches(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(MANIFEST + "  resources: {gpus: 2, nodes: 3}\n")
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_65B | {"num_hidden_layers": 2}))
     done = qlora("plan", str(tmp_path / "job.yaml"), "--config", str(tmp_path / "config.json"))
@@ -427,7 +419,7 @@ def test_a_run_whose_adapter_does_not_pass_its_gate_ends_with_the_numbers(traine
         (None, {}, {}),
     ],
 )
-def test_training_on_a_cpu_gets_the_pods_allocator_where_it_is_installed_and_no_other_is_chosen(
+def test_cpu_training_preloads_the_allocator_unless_one_is_chosen(
     monkeypatch: pytest.MonkeyPatch, installed: str | None, environment: dict[str, str], added: dict[str, str]
 ) -> None:
     monkeypatch.setattr("qlora_trainer.core.cpu.find_library", lambda _name: installed)

@@ -170,12 +170,6 @@ def test_a_score_of_another_adapter_and_a_changed_adapter_are_not_judged(trained
     assert "was changed or damaged afterwards" in failure.message
 
 
-def test_a_score_that_training_has_not_measured_is_asked_for_in_vain(trained: Files) -> None:
-    failure, _ = held_back(gated(trained, {"minScore": 0.5, "score": EXACT}))
-    assert failure.exit_code is ExitCode.BAD_CONFIGURATION
-    assert "training has measured no score, and publish has no GPU to measure it" in failure.message
-
-
 ANSWERS = [chat_row(f"Which pods has n{i}?", f'{{"pods": {i}}}') for i in range(12)]
 
 

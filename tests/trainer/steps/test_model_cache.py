@@ -39,9 +39,9 @@ from qlora_trainer.steps.train import train
 from qlora_trainer.stores.contents import describe_files
 from tests.support.bad_disk import bad_disk
 from tests.support.command import Done, new_files
-from tests.support.fake_hub import FakeHub, Rejection, serve
+from tests.support.fake_hub import FakeHub, Rejection
 from tests.support.four_bit import quantized, settings
-from tests.support.hub_jobs import MODEL
+from tests.support.hub_jobs import MODEL, tiny_hub
 from tests.support.mxfp4 import save_gpt_oss
 from tests.support.tiny import Recorded, chat_row, write_rows
 from tests.support.waiting import eventually
@@ -54,13 +54,8 @@ JobOf = Callable[..., StepContext]
 @pytest.fixture
 def hub(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """A hub with the model acme/tiny."""
-    shutil.copytree(tiny_llama, tmp_path / "hub" / "tiny")
-    write_rows(tmp_path / "data" / "train.jsonl", [chat_row("Which pods?", "kubectl get pods")])
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(cached_base, "_WAIT_SECONDS", 0.02)
-    with serve(FakeHub({"models/acme/tiny": tmp_path / "hub" / "tiny"})) as served:
-        monkeypatch.setenv("HF_ENDPOINT", served.endpoint)
+    with tiny_hub(tmp_path, tiny_llama, monkeypatch) as served:
         yield served
 
 
@@ -173,7 +168,7 @@ def test_the_cells_of_a_sweep_share_the_base_of_a_model_on_a_volume_too(
     assert third.base_sha256 != first.base_sha256
 
 
-def test_a_model_on_a_volume_that_changes_while_it_is_quantized_is_left_to_no_other_cell(
+def test_a_model_that_changes_while_it_is_quantized_is_not_shared(
     make_context: MakeContext, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_rows(tmp_path / "data" / "train.jsonl", [chat_row("Which pods?", "kubectl get pods")])
@@ -294,7 +289,7 @@ def test_nothing_is_kept_of_a_training_on_a_base_that_was_replaced_in_the_cache(
 # Permission
 
 
-def test_a_token_that_may_not_read_the_model_is_rejected_although_it_is_in_the_cache(
+def test_a_token_without_access_is_rejected_although_the_model_is_cached(
     job: JobOf, hub: FakeHub, tmp_path: Path
 ) -> None:
     hub.token = "hf_abcdefghijklmnop"
@@ -855,7 +850,7 @@ def test_a_cache_that_cannot_be_written_costs_the_job_nothing(
 
 
 @pytest.mark.parametrize("found", ["nothing", "damaged"])
-def test_a_pod_that_hangs_with_the_lock_of_the_cache_costs_the_others_a_base_of_their_own(
+def test_a_pod_that_hangs_with_the_caches_lock_makes_the_others_use_their_own(
     job: JobOf, hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch, found: str
 ) -> None:
     monkeypatch.setattr(cache_module, "_LONGEST_WAIT_SECONDS", 0.2)

@@ -226,17 +226,6 @@ def test_rows_that_are_too_long_are_left_out_and_counted(
 
 
 @pytest.mark.usefixtures("rows")
-def test_without_packing_each_row_is_a_sequence(
-    make_context: MakeContext, records: Recorded, rows: list[dict[str, Any]]
-) -> None:
-    context = make_context({"training": {"packing": False}})
-    record = prepare(context, records)
-    data = opened(context, record)
-    assert not record.packed
-    assert [len(data[n].row_lengths) for n in range(len(data))] == [1] * 20
-
-
-@pytest.mark.usefixtures("rows")
 def test_a_family_whose_rows_see_each_other_is_not_packed(
     make_context: MakeContext, records: Recorded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -388,12 +377,6 @@ def test_incomplete_folders_of_a_killed_attempt_are_deleted(make_context: MakeCo
     (left / "train.safetensors").write_bytes(b"half")
     record = prepare(context, records)
     assert [path.name for path in context.workspace.data.iterdir()] == [record.fingerprint]
-
-
-@pytest.mark.usefixtures("rows")
-def test_qwen2_is_prepared_too(make_context: MakeContext, records: Recorded, tiny_qwen2: Path) -> None:
-    record = prepare(make_context(model=tiny_qwen2), records)
-    assert (record.model_type, record.packed, record.dataset.used_rows) == ("qwen2", True, 20)
 
 
 def run(context: StepContext, tmp_path: Path, model: Path) -> tuple[int, dict[str, Any]]:

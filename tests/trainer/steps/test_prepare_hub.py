@@ -14,9 +14,9 @@ from qlora_api.contract import ExitCode
 from qlora_trainer.model.base.conversion import BaseConversion
 from qlora_trainer.steps.prepare import prepare
 from tests.support.command import new_files
-from tests.support.fake_hub import COMMIT, OTHER_COMMIT, FakeHub, Rejection, serve
+from tests.support.fake_hub import COMMIT, OTHER_COMMIT, FakeHub, Rejection
 from tests.support.four_bit import manifest_of, require_made_of
-from tests.support.hub_jobs import MODEL, rejection
+from tests.support.hub_jobs import MODEL, rejection, tiny_hub
 from tests.support.tiny import Recorded, chat_row, write_rows
 from tests.trainer.conftest import MakeContext
 
@@ -25,18 +25,12 @@ LARGE_CARD: dict[str, Any] = {"resources": {"gpuMemory": 80}}
 
 @pytest.fixture
 def hub(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A hub with the model acme/tiny; one row of data lies on the volume."""
-    repository = tmp_path / "hub" / "tiny"
-    shutil.copytree(tiny_llama, repository)
-    (repository / "pytorch_model.bin").write_bytes(b"pickle")
-    (repository / "modeling_tiny.py").write_text("raise SystemExit('this must never run')")
-    (repository / "README.md").write_text("# Tiny")
-    write_rows(tmp_path / "data" / "train.jsonl", [chat_row("Which pods?", "kubectl get pods")])
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with serve(FakeHub({"models/acme/tiny": repository})) as served:
-        monkeypatch.setenv("HF_ENDPOINT", served.endpoint)
+    """A hub with the model acme/tiny, beside which are files that nothing reads."""
+    with tiny_hub(tmp_path, tiny_llama, monkeypatch) as served:
+        repository = served.repositories["models/acme/tiny"]
+        (repository / "pytorch_model.bin").write_bytes(b"pickle")
+        (repository / "modeling_tiny.py").write_text("raise SystemExit('this must never run')")
+        (repository / "README.md").write_text("# Tiny")
         yield served
 
 

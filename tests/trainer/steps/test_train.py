@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -34,7 +33,6 @@ from tests.support.training import (
     failure,
     history,
     interrupted_at,
-    job,
     prepared,
     run,
 )
@@ -51,11 +49,6 @@ def workspace(tmp_path: Path, tiny_llama: Path) -> Prepare:
         return prepared(tmp_path / name, settings.pop("model", tiny_llama), spec, **settings)
 
     return make
-
-
-def with_spec(context: StepContext, spec: dict[str, Any]) -> StepContext:
-    """The same workspace for a job with another spec."""
-    return dataclasses.replace(context, document=job(spec))
 
 
 def test_damaged_rows_end_the_step_and_it_resumes_once_prepare_has_made_them_again(
@@ -104,46 +97,7 @@ def test_training_lowers_both_losses_and_records_its_results(workspace: Prepare)
     assert last["evalLoss"] == nine_digits(record.eval_loss)
 
 
-@pytest.mark.parametrize("optimizer", ["paged_adamw_32bit", "paged_adamw_8bit", "adamw"])
-def test_a_run_interrupted_after_every_step_ends_in_the_same_bytes(optimizer: str, workspace: Prepare) -> None:
-    # Rank 64 makes tensors large enough that the 8-bit optimizer really keeps 8 bits.
-    spec = {"training": {"optimizer": optimizer, "microBatchSize": 2}, "lora": {"rank": 64}}
-    undisturbed, disturbed = workspace("undisturbed", spec), workspace("disturbed", spec)
-    expected = run(undisturbed)
-
-    for step in range(1, 6):
-        interrupted_at(disturbed, step)
-        # A new process would not have the random state of this one.
-        torch.manual_seed(step)
-    found = run(disturbed)
-
-    assert adapter_bytes(disturbed) == adapter_bytes(undisturbed)
-    assert history(disturbed) == history(undisturbed)
-    assert found.adapter_sha256 == expected.adapter_sha256
-    assert (found.loss, found.eval_loss, found.initial_eval_loss) == (
-        expected.loss,
-        expected.eval_loss,
-        expected.initial_eval_loss,
-    )
-    attempts = [json.loads(line) for line in (disturbed.workspace.records / "attempts.jsonl").read_text().splitlines()]
-    assert [attempt["ended"] for attempt in attempts] == ["interrupted"] * 5 + ["succeeded"]
-    assert [attempt["fromStep"] for attempt in attempts] == list(range(6))
-
-
-def test_a_lost_attempt_repeats_the_steps_since_its_checkpoint_and_ends_in_the_same_bytes(workspace: Prepare) -> None:
-    undisturbed, lost = workspace("undisturbed"), workspace("lost")
-    run(undisturbed)
-
-    with pytest.raises(Lost):
-        run(lost, records=LostAtStep(5))
-    assert history(lost)[-1]["step"] == 5
-    run(lost)
-
-    assert adapter_bytes(lost) == adapter_bytes(undisturbed)
-    assert history(lost) == history(undisturbed)
-
-
-def test_the_losses_at_the_rungs_of_a_sweep_are_in_every_later_record_and_its_page_shows_a_stopped_run(
+def test_records_have_the_losses_at_rungs_and_the_sweeps_page_a_stopped_run(
     workspace: Prepare,
 ) -> None:
     context = workspace()
@@ -196,19 +150,6 @@ def test_goodput_is_the_share_of_all_attempts_that_is_in_the_adapter(workspace: 
     assert 0 < first.lost_seconds < first.seconds - first.startup_seconds
     assert (second.lost_seconds, repeated.usage.lost_seconds) == (0, first.lost_seconds)
     assert all(record["trainingSince"] for record in shown.written[1:])
-
-
-def test_a_broken_newest_checkpoint_costs_its_steps_only(workspace: Prepare) -> None:
-    undisturbed, broken = workspace("undisturbed"), workspace("broken")
-    run(undisturbed)
-    interrupted_at(broken, 5)
-    path = broken.workspace.checkpoints / "step-5" / "optimizer.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
-
-    run(broken)
-
-    assert adapter_bytes(broken) == adapter_bytes(undisturbed)
-    assert (broken.workspace.checkpoints / "step-5.corrupt").is_dir()
 
 
 def test_a_checkpoint_that_cannot_be_read_just_now_is_kept(workspace: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,35 +221,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_reaches_the_weights(
     assert kept
     assert all(tensor.isfinite().all() for path in kept for tensor in load_file(path / "adapter.safetensors").values())
     assert not context.workspace.trained.exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"training": {"learningRate": 0.02}}, "training.learningRate was 0.01, is 0.02"),
-        ({"training": {"seed": 1}}, "training.seed was 0, is 1"),
-        ({"lora": {"alpha": 16}}, "lora.alpha was 8, is 16"),
-        ({"quantization": {"type": "fp4"}}, 'quantization.type was "nf4", is "fp4"'),
-    ],
-)
-def test_a_checkpoint_of_another_run_is_rejected_with_the_difference(
-    change: dict[str, Any], named: str, workspace: Prepare
-) -> None:
-    context = workspace()
-    interrupted_at(context, 1)
-
-    found = failure(with_spec(context, change))
-
-    assert found.exit_code is ExitCode.BAD_CONFIGURATION
-    assert named in found.message
-    assert "step-1 belongs to another run" in found.message
-
-
-def test_how_often_to_save_may_change_between_attempts(workspace: Prepare) -> None:
-    context = workspace()
-    interrupted_at(context, 1)
-
-    assert run(with_spec(context, {"training": {"saveEverySteps": 1}})).training_step == 6
 
 
 def test_no_number_of_suspensions_ends_a_job(workspace: Prepare) -> None:

@@ -85,7 +85,7 @@ CONFIGURATION = {
 
 @pytest.mark.parametrize("error", UNREACHABLE.values(), ids=UNREACHABLE)
 @pytest.mark.parametrize("request_", [MODEL, DATASET, DESTINATION], ids=("model", "dataset", "destination"))
-def test_trouble_is_worth_another_attempt(request_: HubRequest, error: Exception) -> None:
+def test_server_errors_are_retryable(request_: HubRequest, error: Exception) -> None:
     assert failure(request_, error).exit_code is ExitCode.UNREACHABLE
 
 

@@ -1,6 +1,5 @@
 """Downloads from a hub that is in trouble, slow, wrong or sends its readers elsewhere."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,11 +11,11 @@ from safetensors.torch import save_file
 from qlora_api.contract import ExitCode
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.stores import hub as hub_module
-from tests.support.fake_hub import COMMIT, FakeHub, Rejection, serve
+from tests.support.fake_hub import COMMIT, FakeHub, Rejection
 from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
 from tests.support.four_bit import large_weights, require_made_of
-from tests.support.hub_jobs import MODEL, rejection
-from tests.support.tiny import Recorded, chat_row, write_rows
+from tests.support.hub_jobs import MODEL, rejection, tiny_hub
+from tests.support.tiny import Recorded
 from tests.trainer.conftest import MakeContext
 
 TOKEN = "hf_canarytokenthatreads"
@@ -24,16 +23,9 @@ TOKEN = "hf_canarytokenthatreads"
 
 @pytest.fixture
 def hub(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A hub with the model acme/tiny, whose requests are retried at once; one row of data is on the volume."""
-    repository = tmp_path / "hub" / "tiny"
-    shutil.copytree(tiny_llama, repository)
-    write_rows(tmp_path / "data" / "train.jsonl", [chat_row("Which pods?", "kubectl get pods")])
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1,127.0.0.2")
+    """A hub with the model acme/tiny, whose requests are retried at once."""
     monkeypatch.setattr(hub_module, "_WAITS", (0, 0, 0, 0))
-    with serve(FakeHub({"models/acme/tiny": repository})) as served:
-        monkeypatch.setenv("HF_ENDPOINT", served.endpoint)
+    with tiny_hub(tmp_path, tiny_llama, monkeypatch) as served:
         yield served
 
 
@@ -51,23 +43,6 @@ def weights(hub: FakeHub) -> Path:
 
 def of_weights(request: Request) -> bool:
     return request.method == "GET" and request.path.endswith("/model.safetensors")
-
-
-@pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_hub_in_trouble_is_tried_again(
-    make_context: MakeContext, records: Recorded, hub: FakeHub, status: int
-) -> None:
-    hub.reject = lambda _method, _path: Rejection(status)
-    message = rejection(make_context, records, ExitCode.UNREACHABLE)
-    assert message == f"{hub.endpoint} answered HTTP {status} for model hf://acme/tiny"
-
-
-def test_a_hub_that_does_not_answer_is_tried_again(
-    make_context: MakeContext, records: Recorded, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    message = rejection(make_context, records, ExitCode.UNREACHABLE)
-    assert message.startswith("http://127.0.0.1:9 cannot be reached (ConnectError")
 
 
 def test_a_download_goes_on_where_it_was_cut_off(make_context: MakeContext, records: Recorded, hub: FakeHub) -> None:
@@ -165,16 +140,4 @@ def test_a_file_of_another_size_than_listed_is_loaded_again(
         in message
     )
     hub.pointers.clear()
-    assert prepare(make_context(MODEL), records).model_revision == COMMIT
-
-
-@pytest.mark.parametrize("more", [-10, 10])
-def test_a_file_of_another_size_than_announced_is_loaded_again(
-    make_context: MakeContext, records: Recorded, hub: FakeHub, proxy: FaultProxy, more: int
-) -> None:
-    content = weights(hub).read_bytes()
-    sent = (content + b" " * 10)[: len(content) + more]
-    proxy.rule = lambda request: Fault(200, body=sent) if of_weights(request) else None
-    rejection(make_context, records, ExitCode.UNREACHABLE)
-    proxy.rule = lambda _request: None
     assert prepare(make_context(MODEL), records).model_revision == COMMIT

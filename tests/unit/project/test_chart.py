@@ -17,19 +17,6 @@ DOCKERFILES = [ROOT / "operator" / "Dockerfile", ROOT / "trainer_image" / "Docke
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def test_chart_and_images_carry_the_version_of_the_project() -> None:
-    version = PROJECT["project"]["version"]
-    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
-    labels = [re.findall(r'image\.version="([^"]+)"', file.read_text()) for file in DOCKERFILES]
-    assert (chart["appVersion"], chart["version"], labels) == (version, version, [[version], [version]])
-
-
-def test_the_documents_build_images_with_the_tag_that_the_chart_pulls() -> None:
-    version = PROJECT["project"]["version"]
-    for file in (ROOT / "docs" / "how-to" / "install.md", CHART / "README.md", *DOCKERFILES):
-        assert set(re.findall(r"REGISTRY/qlora-\w+:(\S+)", file.read_text())) == {version}, file
-
-
 def test_values_schema_describes_the_profile_of_the_models() -> None:
     assert SCHEMA.read_text() == render(), "run `make generate`"
 
@@ -76,11 +63,6 @@ def test_the_build_context_has_what_the_wheel_is_made_of_and_nothing_else() -> N
     files = {PROJECT["project"]["readme"], *PROJECT["project"]["license-files"], "pyproject.toml", "uv.lock"}
     assert "*" in ignore
     assert sent == packages | files
-
-
-def test_images_and_makefile_install_the_same_uv() -> None:
-    makefile = re.findall(r"^UV_VERSION := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert [re.findall(r"uv==(\S+)", file.read_text()) for file in DOCKERFILES] == [makefile, makefile]
 
 
 def test_the_documents_name_the_oldest_kubernetes_that_the_chart_admits() -> None:

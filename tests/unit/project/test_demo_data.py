@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 
-from examples.demo.score import Score, is_right, parse, partial_credit, score
+from examples.demo.score import is_right, parse, partial_credit
 
 DEMO = Path(__file__).parents[3] / "examples" / "demo"
 
@@ -23,41 +22,10 @@ def rows(name: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def test_the_sets_have_the_size_that_the_demo_promises() -> None:
-    assert 400 <= len(rows("train.jsonl")) <= 600
-    assert 40 <= len(rows("held-out.jsonl")) <= 50
-
-
 def test_no_request_or_command_comes_twice_or_in_both_sets() -> None:
     both = rows("train.jsonl") + rows("held-out.jsonl")
     assert len({request for request, _ in both}) == len(both)
     assert len({parse(command) for _, command in both}) == len(both)
-
-
-def test_every_held_out_row_has_a_namespace_workload_or_node_that_training_never_saw() -> None:
-    seen = {word for request, command in rows("train.jsonl") for word in words(request) | words(command)}
-    for request, command in rows("held-out.jsonl"):
-        assert words(command) - seen, request
-
-
-def words(text: str) -> set[str]:
-    """Words of a request or command, without the punctuation around them."""
-    return set(re.split(r"[\s.,;:/=?()]+", text))
-
-
-def test_every_operation_of_the_held_out_set_is_taught() -> None:
-    def operation(command: str) -> tuple[str, ...]:
-        verb, *rest = command.removeprefix("kubectl ").partition(" -- ")[0].split()
-        return verb, *sorted(word.split("=")[0] for word in rest if word.startswith("-"))
-
-    taught = {operation(command) for _, command in rows("train.jsonl")}
-    assert {operation(command) for _, command in rows("held-out.jsonl")} == taught
-    assert len(taught) >= 15
-
-
-def test_every_command_scores_as_its_own_answer() -> None:
-    commands = [command for _, command in rows("train.jsonl") + rows("held-out.jsonl")]
-    assert score(commands, commands) == Score(exact=len(commands), total=len(commands), partial=1.0)
 
 
 @pytest.mark.parametrize(
@@ -122,14 +90,3 @@ def test_flags_after_the_double_dash_belong_to_the_command_in_the_pod() -> None:
 def test_partial_credit_is_the_share_of_common_parts() -> None:
     # get, pod | --namespace=shop or --namespace=dev: two of four parts in common
     assert partial_credit("kubectl get pods -n dev", "kubectl get pods -n shop") == pytest.approx(0.5)
-
-
-def test_the_score_counts_exact_answers() -> None:
-    measured = score(["kubectl cordon node-1", "no idea"], ["kubectl cordon node-1", "kubectl cordon node-2"])
-    assert measured == Score(exact=1, total=2, partial=0.5)
-    assert measured.share == 0.5
-
-
-def test_answers_and_commands_must_pair_up() -> None:
-    with pytest.raises(ValueError, match="got 1 for 2"):
-        score(["kubectl cordon node-1"], ["kubectl cordon node-1", "kubectl cordon node-2"])

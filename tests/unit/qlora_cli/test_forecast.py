@@ -15,15 +15,8 @@ from qlora_cli.__main__ import main
 from qlora_cli.local.forecast import GpuOfPlan, show_forecast
 from qlora_cli.local.plan import make_plan
 from tests.support.manifests import MINIMAL, Manifest, with_value
+from tests.support.model_configs import SMALL_LLAMA
 
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 4096,
-    "num_hidden_layers": 2,
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_attention_heads": 8,
-}
 PARAMETERS = 2 * (4 * 1024 * 1024 + 3 * 1024 * 4096) + 2 * 4096 * 1024
 FAST = "--gpu-tflops=0.01"
 
@@ -34,7 +27,7 @@ def _no_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def planned(folder: Path, manifest: Manifest, *options: str) -> Result:
-    (folder / "config.json").write_text(json.dumps(LLAMA))
+    (folder / "config.json").write_text(json.dumps(SMALL_LLAMA))
     (folder / "job.yaml").write_text(yaml.safe_dump(manifest))
     arguments = ["plan", str(folder / "job.yaml"), f"--config={folder / 'config.json'}", *options]
     return CliRunner().invoke(main, arguments)
@@ -66,9 +59,9 @@ def test_what_is_not_known_is_not_invented(tmp_path: Path) -> None:
 def test_of_a_mixture_of_experts_not_every_weight_counts(tmp_path: Path) -> None:
     spec = QLoRAJobSpec.model_validate(MINIMAL["spec"])
     config, output = tmp_path / "config.json", io.StringIO()
-    config.write_text(json.dumps(LLAMA))
+    config.write_text(json.dumps(SMALL_LLAMA))
     plan = make_plan("tiny", spec, config, None)
-    config.write_text(json.dumps(LLAMA | {"num_local_experts": 8}))
+    config.write_text(json.dumps(SMALL_LLAMA | {"num_local_experts": 8}))
     show_forecast(plan, spec, config, GpuOfPlan(tflops=1.0, tokens=9), Console(file=output, width=200))
     assert output.getvalue().startswith("Forecast: unknown: how many weights")
 

@@ -17,6 +17,7 @@ from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.model.memory.dry_run import measure_within_limits
 from qlora_trainer.model.memory.job_memory import Measure
 from tests.support.dry_runs import measure
+from tests.support.model_configs import SMALL_LLAMA
 
 SPEC = QLoRAJobSpec.model_validate(
     {
@@ -39,7 +40,7 @@ def written(folder: Path, **config: object) -> Path:
 
 
 @pytest.mark.usefixtures("_no_trainer")
-def test_without_the_trainer_the_memory_of_a_model_whose_layers_are_not_listed_is_unknown(tmp_path: Path) -> None:
+def test_without_the_trainer_the_memory_of_unlisted_layers_is_unknown(tmp_path: Path) -> None:
     plan = make_plan("tiny", SPEC, written(tmp_path, model_type="starcoder2", hidden_size=3072), None)
     assert plan.exit_code is ExitCode.DONE
     output = io.StringIO()
@@ -51,16 +52,6 @@ def test_without_the_trainer_the_memory_of_a_model_whose_layers_are_not_listed_i
             "run `pip install '.[cli,trainer]'` in a checkout of the repository."
         ),
     ]
-
-
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 4096,
-    "num_hidden_layers": 2,
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_attention_heads": 8,
-}
 
 
 def shown(spec: QLoRAJobSpec, config: Path, measure: Measure = measure_within_limits) -> str:
@@ -76,8 +67,8 @@ def rows(text: str) -> dict[str, str]:
 
 
 @pytest.mark.usefixtures("_no_trainer")
-def test_without_the_trainer_a_plan_has_weights_adapter_and_optimizer_as_the_dry_run_has_them(tmp_path: Path) -> None:
-    config = written(tmp_path, **LLAMA)
+def test_without_the_trainer_a_plan_counts_what_the_dry_run_counts(tmp_path: Path) -> None:
+    config = written(tmp_path, **SMALL_LLAMA)
     for lora in ({}, {"useDora": True}, {"modulesToSave": ["lm_head"]}, {"layersToTransform": [1]}):
         spec = SPEC.model_copy(update={"lora": LoraSpec.model_validate(lora)})
         without, measured = shown(spec, config), rows(shown(spec, config, measure))
@@ -95,7 +86,7 @@ def test_without_the_trainer_a_plan_has_weights_adapter_and_optimizer_as_the_dry
 
 @pytest.mark.usefixtures("_no_trainer")
 def test_without_the_trainer_weights_that_exceed_the_gpu_are_reported(tmp_path: Path) -> None:
-    large = {**LLAMA, "num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672}
+    large = {**SMALL_LLAMA, "num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672}
     config = written(tmp_path, **large)
     assert make_plan("large", SPEC, config, None).exit_code is ExitCode.DOES_NOT_FIT
     assert "exceeds: the run cannot fit on a GPU of 24 GiB with any activations: " in shown(SPEC, config)
@@ -112,7 +103,7 @@ BAMBA = {"model_type": "bamba"}
 
 
 def test_a_plan_of_a_job_that_continues_a_run_advises_no_other_settings(tmp_path: Path) -> None:
-    large = {**LLAMA, "num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672}
+    large = {**SMALL_LLAMA, "num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672}
     config, settings = written(tmp_path, **large), {"continues": "earlier", "training": {"microBatchSize": 4}}
     output = shown(SPEC.model_validate(SPEC.dump() | settings), config, measure)
     assert "exceeds: the run cannot fit on a GPU of 24 GiB" in output
@@ -126,7 +117,7 @@ def test_a_plan_says_what_one_row_a_sequence_costs(tmp_path: Path) -> None:
     text = shown(SPEC, written(tmp_path, **BAMBA))
     assert "One row a sequence: packing is off, because models of type bamba cannot keep packed rows apart." in text
     assert "A step has 16 rows (training.gradientAccumulationSteps) and at most 8192 tokens" in text
-    assert "One row" not in shown(SPEC, written(tmp_path, **LLAMA))
+    assert "One row" not in shown(SPEC, written(tmp_path, **SMALL_LLAMA))
 
 
 @pytest.mark.usefixtures("_no_trainer")

@@ -3,11 +3,9 @@
 import asyncio
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import kopf
@@ -112,15 +110,7 @@ def test_no_address_or_name_of_a_job_is_opened_asked_or_started(spec: dict[str, 
     assert [path for _, path in cluster.requests if not own.fullmatch(path)] == []
 
 
-def test_the_recorder_sees_files_hosts_and_programs(recorded: list[Any]) -> None:
-    with pytest.raises(OSError, match=CANARY):
-        Path(f"/{CANARY}").read_bytes()
-    with pytest.raises(OSError, match=CANARY):
-        subprocess.run([f"/{CANARY}"], check=False)
-    assert {event for event, arguments in recorded if CANARY in repr(arguments)} >= {"open", "subprocess.Popen"}
-
-
-def test_an_operator_of_some_namespaces_asks_for_nothing_in_others_or_in_the_whole_cluster() -> None:
+def test_an_operator_of_some_namespaces_lists_these_only() -> None:
     cluster = RecordingCluster(job_body())
     resync = Resync(
         cluster, ("team-a", "team-b"), lambda _key, _after: None, store=Store(), interval=300, monotonic=lambda: 0.0

@@ -9,53 +9,6 @@ from release.errors import ReleaseError
 from release.project import DOCKERFILES, ROOT
 
 TRAINER = (ROOT / DOCKERFILES["qlora-trainer"]).read_text()
-STAGE = """\
-FROM base AS tools
-RUN nobody asks what this is for
-FROM base
-# The user.
-COPY --from=tools /etc/passwd /etc/
-# Packages,
-# and their bytecode.
-COPY list /
-RUN install \\
-    # No compiler.
- && rm -r include \\
- && rm *.a \\
-    # Nobody serves.
- && rm server
-USER 10001
-"""
-
-
-def test_each_layer_of_the_last_stage_has_a_purpose_and_each_removal_a_reason() -> None:
-    user, packages = dockerfiles.layers(STAGE)
-    assert (user.purpose, len(user.instructions), user.removals) == ("The user.", 1, ())
-    assert (packages.purpose, len(packages.instructions)) == ("Packages, and their bytecode.", 2)
-    assert [(removal.command, removal.reason) for removal in packages.removals] == [
-        ("rm -r include", "No compiler."),
-        ("rm *.a", "No compiler."),
-        ("rm server", "Nobody serves."),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("gone", "complaint"),
-    [
-        ("# The user.\n", "no comment says what this layer is for: COPY --from=tools"),
-        ("    # No compiler.\n", "no comment says why nothing misses this: rm -r include"),
-    ],
-)
-def test_a_layer_or_a_removal_without_a_comment_is_rejected(gone: str, complaint: str) -> None:
-    with pytest.raises(ReleaseError, match=re.escape(complaint)):
-        dockerfiles.layers(STAGE.replace(gone, ""))
-
-
-def test_what_is_removed_after_apt_needs_no_reason() -> None:
-    assert (
-        dockerfiles.layers("FROM base\n# Fonts.\nRUN apt-get install fonts \\\n && rm -r /var/cache/*\n")[0].removals
-        == ()
-    )
 
 
 @pytest.mark.parametrize(

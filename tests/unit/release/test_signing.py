@@ -1,7 +1,6 @@
 """Whose signature is made and accepted; that cosign does so is shown by tests/cluster/test_release.py."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -29,13 +28,6 @@ def test_a_key_is_verified_with_its_public_part_only() -> None:
     assert "cosign.key" in pair.signing()
     assert "cosign.key" not in " ".join(pair.verifier.verifying())
     assert "secret" not in repr(pair)
-
-
-@pytest.mark.parametrize("registry", [None, "127.0.0.1:5000", "localhost:5000/team"])
-def test_a_key_is_made_for_a_registry_of_this_machine(tmp_path: Path, registry: str | None) -> None:
-    """The program in place of cosign does what is asked, and makes nothing."""
-    pair = Cosign(Path(shutil.which("true") or "")).key_pair(tmp_path / "keys", "", registry)
-    assert pair.private == tmp_path / "keys" / "cosign.key"
 
 
 def test_what_others_read_is_signed_with_a_key_that_is_there_or_not_at_all(tmp_path: Path) -> None:

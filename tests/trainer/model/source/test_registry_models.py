@@ -80,24 +80,6 @@ def of_weights(registry_proxy: FaultProxy, tiny_llama: Path) -> Callable[[Reques
     return lambda request: request.method == "GET" and request.path.endswith(f"/blobs/sha256:{digest}")
 
 
-def test_a_download_resumes_where_it_was_cut_off(
-    make_context: MakeContext, records: Recorded, registry_proxy: FaultProxy, model: str, tiny_llama: Path
-) -> None:
-    wanted = of_weights(registry_proxy, tiny_llama)
-    registry_proxy.rule = lambda request: Fault(cut=100_000) if wanted(request) else None
-    context = with_model(make_context, registry_proxy, model)
-    unusable(context, records, ExitCode.UNREACHABLE)
-    (partial,) = context.workspace.models.glob("*.partial/*.partial")
-    kept = partial.stat().st_size
-    registry_proxy.rule = lambda _request: None
-    registry_proxy.seen.clear()
-    record = prepare(context, records)
-    asked = [request.headers.get("Range") for request in registry_proxy.seen if wanted(request)]
-    assert asked[-1] == f"bytes={kept}-"
-    assert 0 < kept <= 100_000
-    require_made_of(context, record, (tiny_llama / "model.safetensors").read_bytes())
-
-
 def in_cache(context: StepContext, root: Path, name: str) -> StepContext:
     """The same job under another name, with a cache for models."""
     (root / "cache").mkdir(exist_ok=True)

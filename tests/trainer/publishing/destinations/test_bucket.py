@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_api.contract import ExitCode
 from qlora_api.sources import ObjectStoreSource
+from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.model.adapter.merge import write_merged
@@ -300,16 +301,28 @@ def test_the_step_publishes_with_the_credentials_of_its_secret(
         assert not any(canary in text for text in (*said, *left))
 
 
+@pytest.fixture
+def keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store's credentials are those of this machine's user."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+
+
+def trained_with(output: str, folder: Path, model: Path) -> tuple[str, StepContext]:
+    """The address of a further output of a job that is trained, and the job."""
+    address = f"s3://{BUCKET}/{output}"
+    context = prepared(folder / "workspace", model, {"output": {output: {"destination": address}}})
+    run(context)
+    return address, context
+
+
+@pytest.mark.usefixtures("keys")
 def test_a_merged_model_loads_from_the_store(
     tmp_path: Path, tiny_llama: Path, store: FaultProxy, bucket: S3Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In several files with an index, as larger ones are."""
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
     monkeypatch.setattr(publish_merged, "write_merged", partial(write_merged, shard_bytes=10**5))
-    address = f"s3://{BUCKET}/merged"
-    context = prepared(tmp_path / "workspace", tiny_llama, {"output": {"merged": {"destination": address}}})
-    run(context)
+    address, context = trained_with("merged", tmp_path, tiny_llama)
     record = publish_step(context, Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
     folder = pulled(bucket, "merged", tmp_path / "pulled")
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -325,14 +338,11 @@ def test_a_merged_model_loads_from_the_store(
     assert written(store) == []
 
 
+@pytest.mark.usefixtures("keys")
 def test_a_base_loads_from_the_store_and_is_written_once(
-    tmp_path: Path, tiny_llama: Path, store: FaultProxy, bucket: S3Store, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_llama: Path, store: FaultProxy, bucket: S3Store
 ) -> None:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
-    address = f"s3://{BUCKET}/base"
-    context = prepared(tmp_path / "workspace", tiny_llama, {"output": {"base": {"destination": address}}})
-    run(context)
+    address, context = trained_with("base", tmp_path, tiny_llama)
     record = publish_step(context, Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
     assert record.base is not None
     assert record.base.uri == address
@@ -346,15 +356,12 @@ def test_a_base_loads_from_the_store_and_is_written_once(
     assert written(store) == []
 
 
+@pytest.mark.usefixtures("keys")
 def test_a_job_that_writes_the_same_base_from_a_mirror_at_once_is_no_failure(
-    tmp_path: Path, tiny_llama: Path, store: FaultProxy, bucket: S3Store, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_llama: Path, store: FaultProxy, bucket: S3Store
 ) -> None:
     """The other one writes its manifest after this one has, and before this one reads it back."""
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
-    address = f"s3://{BUCKET}/base"
-    context = prepared(tmp_path / "workspace", tiny_llama, {"output": {"base": {"destination": address}}})
-    run(context)
+    address, context = trained_with("base", tmp_path, tiny_llama)
 
     def rule(request: Request) -> Fault | None:
         own = stored(bucket).get("base/manifest.json")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qlora_api.contract import ExitCode, ResultRecord
+from qlora_api.contract import ExitCode
 from qlora_trainer.core.context import StepContext
 from tests.support.command import Files
 from tests.support.ranks import (
@@ -23,7 +23,6 @@ from tests.support.ranks import (
     runs,
     second_gpu,
     succeeded,
-    two_nodes,
     until,
     workspace,
 )
@@ -103,34 +102,6 @@ def test_sigterm_on_any_process_saves_once_and_ends_both_and_the_resume_is_exact
     succeeded(files.run("train"))
     assert adapter_bytes(context) == adapter_bytes(undisturbed(sharding))
     assert history(context) == history(undisturbed(sharding))
-
-
-# torchrun ends with a status of its own. It signals the shell too, which must not end before the step.
-STATUS_KEPT = 'trap : TERM; "$@"; status=$?; echo $status > "$0.$RANK"; exit $status'
-
-
-# A signal to one of two processes is above, two nodes are in test_ranks.py.
-@pytest.mark.slow
-def test_sigterm_on_one_node_saves_once_and_ends_both_and_the_resume_is_exact(
-    tmp_path: Path, long_job: tuple[Files, StepContext], undisturbed: Callable[[str], StepContext]
-) -> None:
-    files, context = long_job
-
-    kept = ("sh", "-c", STATUS_KEPT, str(tmp_path / "status"))
-    first, second = (files.start("train", (*node, *kept)) for node in two_nodes())
-    said = until(first, 5)
-    second.terminate()
-    interrupted = [files.finish(first, said), files.finish(second)]
-
-    assert [int((tmp_path / f"status.{rank}").read_text()) for rank in range(2)] == [ExitCode.INTERRUPTED] * 2
-    (result,) = [record for record in interrupted[0].records if isinstance(record, ResultRecord)]
-    assert result.exit_code == ExitCode.INTERRUPTED
-    assert result.training_step is not None
-    assert f"the checkpoint of step {result.training_step} is saved" in result.message
-    assert [saves(log, result.training_step) for log in logs(files)] == [1, 0]
-    succeeded(files.run("train"))
-    assert adapter_bytes(context) == adapter_bytes(undisturbed("none"))
-    assert history(context) == history(undisturbed("none"))
 
 
 CRASH_AT_THE_END = """

@@ -1,6 +1,5 @@
 """Several processes that train one adapter: what they compute together is what one computes."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,20 +61,6 @@ def test_all_processes_end_early_after_the_same_step_and_the_best_adapter_is_kep
     best = context.workspace.checkpoints / f"step-{record.training_step}" / "best.safetensors"
     ours, kept = load_file(context.workspace.trained / "adapter_model.safetensors"), load_file(best)
     assert all(torch.equal(ours[name], tensor) for name, tensor in kept.items())
-
-
-# The next test has torchrun start them as well, on two nodes.
-@pytest.mark.slow
-def test_torchrun_starts_the_processes_too(
-    tmp_path: Path, tiny_llama: Path, together: tuple[Files, StepContext]
-) -> None:
-    (files, by_torchrun), (_, by_itself) = workspace(tmp_path / "job", tiny_llama, EXACT, packed=False), together
-    prefix = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python")
-
-    succeeded(files.run("train", prefix, OMP_NUM_THREADS="2"))
-
-    assert adapter_bytes(by_torchrun) == adapter_bytes(by_itself)
-    assert history(by_torchrun) == history(by_itself)
 
 
 def test_two_nodes_compute_what_one_does(tmp_path: Path, tiny_llama: Path, together: tuple[Files, StepContext]) -> None:

@@ -7,7 +7,7 @@ import pytest
 from qlora_api.contract import needed_contract
 from qlora_api.profile import Profile
 from qlora_api.spec.output import GgufStatus, TrackedRun, TrackingStatus
-from qlora_api.status import AdapterStatus, BaseStatus, MergedStatus, QLoRAJobStatus
+from qlora_api.status import BaseStatus, MergedStatus, QLoRAJobStatus
 from qlora_operator.decisions.cleanup import cleanup_at
 from qlora_operator.decisions.events import tracking_event
 from qlora_operator.decisions.observed.objects import Reason
@@ -203,7 +203,7 @@ def test_a_run_that_the_trainer_does_not_upload_is_named_in_the_status() -> None
     assert published(PROFILE, training={"reportTo": ["mlflow"]}).tracking is None
 
 
-def test_the_status_names_the_page_and_the_runs_of_trackers_and_an_event_what_was_not_uploaded() -> None:
+def test_the_status_names_page_and_tracked_runs_and_an_event_a_failed_upload() -> None:
     body = pod("publish")
     tracking = TrackingStatus(mlflow=TrackedRun(url="https://m.example.org/#/r"), wandb=TrackedRun(message="denied"))
     reported = ended(body, 0, result(body, "publish", adapter=ADAPTER, report_sha256="d" * 64, tracking=tracking))
@@ -377,9 +377,7 @@ def test_the_end_decides_both_summary_conditions() -> None:
         ("prepare", [child("prepare"), ended(pod("prepare"), 1, reason="OOMKilled")], "HostOutOfMemory", "4Gi"),
     ],
 )
-def test_a_failure_is_reported_in_the_words_of_who_knows_it_best(
-    step: Any, bodies: Any, reason: str, words: str
-) -> None:
+def test_a_failures_message_prefers_the_most_specific_source(step: Any, bodies: Any, reason: str, words: str) -> None:
     status = follow(make_job(status_in(step)), *bodies)
     assert status.phase == "Failed"
     assert {"Succeeded": "False", "Failed": "True", "Stalled": "True", "Ready": "False"}.items() <= (
@@ -453,7 +451,7 @@ def test_a_pod_that_the_kubelet_rejects_is_reported_and_uses_up_no_retry() -> No
     assert (reason_of(status), status.last_failure.message) == ("Retrying", sentence)
 
 
-def test_a_job_that_ends_because_the_kubelet_rejected_its_pods_is_followed_by_another() -> None:
+def test_a_job_whose_pods_the_kubelet_rejected_is_followed_by_another() -> None:
     own = failed("train", 203, "InternalError", "no luck", number=2)
     rejected = pod("train", number=3, phase="Failed", reason="OutOfcpu")
     bodies = [child("train", Failed="BackoffLimitExceeded"), rejected_by_the_kubelet("train"), own, rejected]
@@ -495,7 +493,7 @@ def test_what_a_failed_step_has_found_out_is_shown() -> None:
     assert (status.phase, status.memory, status.dataset) == ("Failed", exceeds, None)
 
 
-def test_the_checkpoint_that_an_attempt_left_is_shown_although_no_log_line_reported_it() -> None:
+def test_the_checkpoint_of_a_result_is_shown_without_a_log_line() -> None:
     body = pod("train")
     stored = status_in("train", checkpoint={"step": 5, "savedAt": time(-40)})
     saved = ended(body, 143, result(body, "train", 143, training_step=7, total_steps=10))
@@ -567,7 +565,7 @@ def test_attempts_are_counted_once_while_they_come_and_go() -> None:
             job = make_job(status)
 
 
-def test_an_attempt_counted_before_is_not_counted_again_when_the_latest_counted_pod_is_gone() -> None:
+def test_an_attempt_is_not_counted_again_when_the_counted_pod_is_gone() -> None:
     """The first attempt ended in the second in which the next one was started and deleted."""
     stored = status_in(
         "train",
@@ -614,7 +612,7 @@ def test_a_job_that_was_made_just_before_the_operator_died_is_found() -> None:
     assert status.phase == "Training"
 
 
-def test_attempts_of_a_job_that_was_created_just_before_the_operator_died_are_counted() -> None:
+def test_attempts_of_a_job_created_just_before_a_crash_are_counted() -> None:
     stored = status_in("train", step=step_status("train", jobUid="").dump())
     status = follow(make_job(stored), child("train"), ended(pod("train"), 203))
     assert status.step == step_status("train", countedPod=f"uid-{NAME}-train-1-pod1", failures=1)
@@ -690,46 +688,39 @@ def test_a_published_adapter_that_the_record_does_not_name_is_no_success() -> No
     assert status.step == step_status("publish", 2, jobUid="", unverified=1)
 
 
-def test_a_merged_model_that_was_asked_for_is_reported_and_without_it_there_is_no_success() -> None:
-    body = pod("publish")
-    output: dict[str, Any] = {"merged": {}}
+GGUF = GgufStatus(file="adapter.gguf", sha256="c" * 64, size_bytes=3, architecture="llama")
+MERGED = MergedStatus(uri="pvc://out/merged", sha256="b" * 64, size_bytes=14, eval_loss=1.5, adapter_eval_loss=1.5)
+PUBLISHED_BASE = BaseStatus(origin="cache", sha256="b" * 64, uri="pvc://out/base")
 
-    def reported(**found: Any) -> QLoRAJobStatus:
-        end = ended(body, 0, result(body, "publish", adapter=ADAPTER, **found))
+
+@pytest.mark.parametrize(
+    ("output", "whole", "partial"),
+    [
+        ({"merged": {}}, {"merged": MERGED}, {}),
+        ({"gguf": {}}, {"adapter": ADAPTER.model_copy(update={"gguf": GGUF})}, {}),
+        ({"base": {"destination": "pvc://out/base"}}, {"base": PUBLISHED_BASE}, {}),
+        (
+            {"base": {"destination": "pvc://out/base"}},
+            {"base": PUBLISHED_BASE},
+            {"base": PUBLISHED_BASE.model_copy(update={"uri": None})},
+        ),
+    ],
+    ids=["merged model", "GGUF file", "base", "base that is not published"],
+)
+def test_a_further_output_is_reported_and_without_it_there_is_no_success(
+    output: dict[str, Any], whole: dict[str, Any], partial: dict[str, Any]
+) -> None:
+    body = pod("publish")
+
+    def reported(found: dict[str, Any]) -> QLoRAJobStatus:
+        end = ended(body, 0, result(body, "publish", **{"adapter": ADAPTER, **found}))
         return follow(make_job(status_in("publish"), output=output), child("publish", Complete=""), end)
 
-    merged = MergedStatus(uri="pvc://out/merged", sha256="b" * 64, size_bytes=14, eval_loss=1.5, adapter_eval_loss=1.5)
-    assert (reported(merged=merged).phase, reported(merged=merged).merged) == ("Succeeded", merged)
-    assert reported().step == step_status("publish", 2, jobUid="", unverified=1)
-
-
-def test_without_the_gguf_file_that_was_asked_for_there_is_no_success() -> None:
-    body = pod("publish")
-    file = GgufStatus(file="adapter.gguf", sha256="c" * 64, size_bytes=3, architecture="llama")
-    converted = ADAPTER.model_copy(update={"gguf": file})
-
-    def reported(adapter: AdapterStatus) -> QLoRAJobStatus:
-        end = ended(body, 0, result(body, "publish", adapter=adapter))
-        return follow(make_job(status_in("publish"), output={"gguf": {}}), child("publish", Complete=""), end)
-
-    assert (reported(converted).phase, reported(converted).adapter) == ("Succeeded", converted)
-    assert reported(ADAPTER).step == step_status("publish", 2, jobUid="", unverified=1)
-
-
-def test_a_base_that_was_asked_for_is_reported_and_without_it_there_is_no_success() -> None:
-    body = pod("publish")
-    output: dict[str, Any] = {"base": {"destination": "pvc://out/base"}}
-    found = BaseStatus(origin="cache", sha256="b" * 64)
-
-    def reported(base: BaseStatus | None) -> QLoRAJobStatus:
-        end = ended(body, 0, result(body, "publish", adapter=ADAPTER, base=base))
-        return follow(make_job(status_in("publish"), output=output), child("publish", Complete=""), end)
-
-    there = found.model_copy(update={"uri": "pvc://out/base"})
-    assert (reported(there).phase, reported(there).base) == ("Succeeded", there)
-    assert "its base at pvc://out/base" in message_of(reported(there))
-    for base in (found, None):
-        assert reported(base).step == step_status("publish", 2, jobUid="", unverified=1)
+    status = reported(whole)
+    assert status.phase == "Succeeded"
+    assert {name: getattr(status, name) for name in whole} == whole
+    assert ("its base at pvc://out/base" in message_of(status)) == ("base" in output)
+    assert reported(partial).step == step_status("publish", 2, jobUid="", unverified=1)
 
 
 def test_a_suspension_is_over_when_no_pod_is_left() -> None:
@@ -848,22 +839,15 @@ def test_progress_is_shown_and_kept_while_nothing_new_is_known() -> None:
     assert newer.checkpoint == status.checkpoint
 
 
-def test_figures_of_preferences_are_shown_with_four_digits() -> None:
-    record = progress(training_step=2, total_steps=4, reward_margin=0.123456, accuracy=0.75, eval_accuracy=2 / 3)
-    status = follow(make_job(status_in("train")), child("train"), running(pod("train")), progress=record)
-    assert status.progress is not None
-    shown = status.progress
-    assert (shown.reward_margin, shown.accuracy, shown.eval_accuracy) == (0.1235, 0.75, 0.6667)
-
-
-def test_figures_of_preferences_come_with_the_result_of_a_training_whose_progress_nobody_has_read() -> None:
-    body = pod("train")
-    record = result(body, "train", reward_margin=0.123456, accuracy=0.75, eval_accuracy=2 / 3, training_step=4)
-    bodies = [child("train", Complete=""), ended(body, 0, record)]
-    status = follow(make_job(status_in("train")), *bodies)
-    assert status.progress is not None
-    shown = status.progress
-    assert (shown.reward_margin, shown.accuracy, shown.eval_accuracy) == (0.1235, 0.75, 0.6667)
+def test_figures_of_preferences_are_shown_with_four_digits_from_progress_and_result() -> None:
+    figures: dict[str, Any] = {"reward_margin": 0.123456, "accuracy": 0.75, "eval_accuracy": 2 / 3}
+    record, body = progress(training_step=2, total_steps=4, **figures), pod("train")
+    live = follow(make_job(status_in("train")), child("train"), running(pod("train")), progress=record)
+    done = ended(body, 0, result(body, "train", training_step=4, **figures))
+    for status in (live, follow(make_job(status_in("train")), child("train", Complete=""), done)):
+        assert status.progress is not None
+        shown = status.progress
+        assert (shown.reward_margin, shown.accuracy, shown.eval_accuracy) == (0.1235, 0.75, 0.6667)
 
 
 def test_what_prepare_does_is_shown_until_training_has_its_own_figures() -> None:

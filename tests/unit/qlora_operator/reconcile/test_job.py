@@ -262,7 +262,7 @@ def _quota(kind: str) -> Callable[[MemoryCluster], None]:
         (_quota("PersistentVolumeClaim"), "ClaimRejected"),
     ],
 )
-def test_what_cannot_be_created_is_tried_less_and_less_often_and_quickly_again_after_it_could_be(
+def test_creation_retries_back_off_and_the_backoff_resets_after_success(
     block: Callable[[MemoryCluster], None], reason: str
 ) -> None:
     cluster = MemoryCluster(job_body())
@@ -271,6 +271,7 @@ def test_what_cannot_be_created_is_tried_less_and_less_often_and_quickly_again_a
     reconciler = operator(cluster, store)
     assert [until_it_waits(reconciler) for _ in range(9)] == [5, 10, 20, 40, 80, 160, 300, 300, 300]
     assert reason_of(cluster.status) == reason
+    assert ("exceeded quota: team" in message_of(cluster.status)) == reason.endswith("Rejected")
     cluster.existing, cluster._rejected = None, ()
     until_it_waits(reconciler)
     assert cluster.status.phase == "Preparing"
@@ -286,7 +287,7 @@ def test_a_job_whose_first_job_no_watch_shows_is_tried_less_and_less_often() -> 
     assert [until_it_waits(reconciler) for _ in range(3)] == [5, 10, 20]
 
 
-def test_a_status_of_which_the_api_server_keeps_nothing_is_written_less_and_less_often() -> None:
+def test_status_writes_back_off_if_the_api_server_drops_them() -> None:
     cluster = MemoryCluster(job_body())
     cluster.keeps_status = False
     reconciler = full(cluster, shown(cluster))
@@ -300,15 +301,6 @@ def test_what_runs_for_a_job_that_waits_for_a_place_is_stopped() -> None:
     assert until_it_waits(full(cluster, shown(cluster))) == SECONDS_BETWEEN_LOOKS
     assert cluster.writes == [f"deletion of {NAME}-train-1", "status", "Event"]
     assert reason_of(cluster.status) == "JobLimitReached"
-
-
-@pytest.mark.parametrize(("kind", "reason"), [("Job", "JobRejected"), ("PersistentVolumeClaim", "ClaimRejected")])
-def test_an_object_that_the_api_server_rejects_is_reported_in_its_words_and_tried_again(kind: str, reason: str) -> None:
-    cluster = MemoryCluster(job_body(), rejected=(kind,))
-    assert reconcile(cluster) == 5
-    assert (cluster.status.phase, reason_of(cluster.status)) == ("Pending", reason)
-    assert "exceeded quota: team" in message_of(cluster.status)
-    assert cluster.jobs == []
 
 
 @pytest.mark.parametrize("kind", ["Service", "NetworkPolicy"])
@@ -334,7 +326,7 @@ def test_what_connects_them_is_tried_again_if_a_quota_has_changed_meanwhile() ->
     assert cluster.jobs == []
 
 
-def test_what_connects_the_pods_of_several_nodes_is_set_right_while_one_of_them_starts() -> None:
+def test_service_and_policy_of_peers_are_restored_while_a_pod_starts() -> None:
     """Somebody may have deleted or changed it while their Job waited in a queue."""
     cluster = stored(status_in("train"), resources={"nodes": 2})
     cluster.jobs, cluster.pods = [child("train")], [running(node(0)), node(1)]
@@ -367,7 +359,7 @@ def test_a_job_whose_deletion_a_finalizer_delays_runs_no_further(status: QLoRAJo
         assert (cluster.writes, cluster.reads, store.is_settled(KEY)) == ([], 0, True)
 
 
-def test_a_deletion_that_is_rejected_while_a_finalizer_delays_that_of_the_job_is_tried_less_and_less_often() -> None:
+def test_a_rejected_deletion_under_a_finalizer_is_retried_with_backoff() -> None:
     cluster = stored(status_in("train"))
     cluster.job["metadata"] |= {"deletionTimestamp": time(), "finalizers": ["example.org/audit"]}
     cluster.jobs, cluster._rejected = [child("train")], (f"deletion of {NAME}-train-1",)
@@ -384,7 +376,7 @@ def test_a_job_that_is_deleted_without_its_children_leaves_them_alone() -> None:
     assert (cluster.writes, cluster.reads) == ([], 0)
 
 
-def test_its_children_are_left_alone_too_after_the_garbage_collector_has_done_its_part() -> None:
+def test_orphaned_children_are_left_alone_after_garbage_collection() -> None:
     cluster = stored(status_in("train"))
     cluster.job["metadata"] |= {"deletionTimestamp": time(), "finalizers": ["example.org/audit"]}
     cluster.existing = {**child("train"), "metadata": {**child("train")["metadata"], "ownerReferences": []}}
@@ -392,7 +384,7 @@ def test_its_children_are_left_alone_too_after_the_garbage_collector_has_done_it
     assert cluster.writes == []
 
 
-def test_a_deletion_that_another_finalizer_delays_ends_the_job_too_that_no_watch_shows_any_more() -> None:
+def test_a_job_under_a_finalizer_loses_its_unlabeled_job_too() -> None:
     cluster = stored(status_in("train"))
     cluster.job["metadata"] |= {"deletionTimestamp": time(), "finalizers": ["example.org/audit"]}
     cluster.existing = {**child("train"), "metadata": {**child("train")["metadata"], "labels": {}}}
@@ -400,7 +392,7 @@ def test_a_deletion_that_another_finalizer_delays_ends_the_job_too_that_no_watch
     assert cluster.writes == [f"deletion of {NAME}-train-1"]
 
 
-def test_a_job_whose_deletion_no_watch_has_shown_is_not_counted_beside_the_one_that_replaces_it() -> None:
+def test_a_replaced_job_is_not_counted_with_its_successor() -> None:
     cluster = stored(FINISHED)
     reconciler = operator(cluster, shown(cluster))
     earlier = job_body({"phase": "Training", "conditions": [condition("Progressing", "False")]})
@@ -465,7 +457,7 @@ def test_a_finished_job_without_clean_up_is_not_looked_at_any_more(status: QLoRA
 
 
 @pytest.mark.parametrize("document", [document(make_job()), None], ids=["begun by this release", "by an earlier one"])
-def test_a_finished_job_whose_model_this_release_cannot_read_is_cleaned_up_if_its_pods_can_read_it(
+def test_a_finished_job_of_another_release_is_cleaned_up_if_its_pods_can_read_it(
     document: str | None,
 ) -> None:
     assert FINISHED.resolved is not None
@@ -492,7 +484,7 @@ def test_a_new_job_takes_four_calls_and_its_event_tells_what_is_stored() -> None
     assert (cluster.status.phase, cluster.status.step) == ("Preparing", step_status("prepare"))
 
 
-def test_the_first_job_of_a_job_that_is_older_than_the_watch_is_created_after_a_look() -> None:
+def test_the_first_job_of_a_job_older_than_the_watch_is_looked_up_first() -> None:
     cluster = MemoryCluster(job_body())
     store = shown(cluster)
     cluster.jobs = [with_resolved(child("prepare"), image="example.org/old")]
@@ -547,7 +539,7 @@ def test_an_end_that_the_watch_has_shown_is_read_again_before_it_is_stored() -> 
 
 
 @pytest.mark.parametrize("number", ["1e999", "-Infinity", "NaN"])
-def test_a_result_with_a_number_that_json_has_not_ends_the_job_as_an_unreadable_one_does(number: str) -> None:
+def test_a_result_with_a_number_that_is_no_json_is_an_unreadable_result(number: str) -> None:
     """As a status it would be rejected for ever, and the job would stay in its phase."""
 
     def published(attempt: int) -> dict[str, Any]:
@@ -640,7 +632,7 @@ def test_a_job_that_is_gone_is_forgotten() -> None:
     assert "qlora_jobs{" not in reconciler.metrics.page()[0].decode()
 
 
-def test_a_status_write_that_the_api_server_rejects_is_counted_and_a_conflict_is_not() -> None:
+def test_rejected_status_writes_are_counted_and_conflicts_are_not() -> None:
     cluster = MemoryCluster(job_body(status_in("train").dump()), rejected=("status",))
     cluster.jobs, cluster.pods = [child("train")], [running(pod("train"))]
     reconciler = operator(cluster, shown(cluster))
@@ -655,7 +647,7 @@ def test_a_status_write_that_the_api_server_rejects_is_counted_and_a_conflict_is
     assert errors() == 1
 
 
-def test_a_write_that_changes_the_phase_says_since_when_and_measures_the_phase_before() -> None:
+def test_a_change_of_phase_stores_its_time_and_measures_the_phase_before() -> None:
     queued = status_in("train", phase="Queued", phaseSince=time(-90))
     cluster = MemoryCluster(job_body(queued.dump()))
     cluster.jobs, cluster.pods = [child("train")], [running(pod("train"))]
@@ -788,7 +780,7 @@ def _spec_changed(cluster: MemoryCluster, **spec: Any) -> None:
 
 
 @TAKEN
-def test_a_job_that_is_taken_up_waits_for_the_detached_pod_that_its_failure_has_left(
+def test_a_retried_job_waits_for_the_detached_pod_of_its_failure(
     taken: Callable[[Object], dict[str, Any]],
 ) -> None:
     cluster = training(taken, activeDeadlineSeconds=100)
@@ -860,7 +852,7 @@ def test_what_a_detached_pod_ran_counts_although_its_job_has_another_pod_by_then
     assert cluster.status.active_seconds == 50
 
 
-def test_a_pod_that_lost_its_labels_before_it_was_seen_running_is_found_by_those_of_its_job() -> None:
+def test_a_pod_without_labels_is_found_by_the_labels_of_its_job() -> None:
     cluster = stored(status_in("train"))
     cluster.jobs = [{**child("train"), "status": {"active": 1}}]
     cluster.pods = [without_labels(running(pod("train")))]

@@ -132,16 +132,6 @@ def test_many_requests_for_a_key_are_one_and_the_earliest_counts() -> None:
     assert (schedule.take(2), schedule.take(3), schedule.take(100)) == (None, A, None)
 
 
-def test_a_key_that_is_worked_on_is_not_given_to_another_worker() -> None:
-    schedule = Schedule()
-    schedule.add(A, 0)
-    assert schedule.take(0) == A
-    schedule.add(A, 0)
-    assert schedule.take(10) is None
-    schedule.done(A, None)
-    assert schedule.take(10) == A
-
-
 def test_after_the_work_the_earlier_of_request_and_plan_counts() -> None:
     schedule = Schedule()
     schedule.add(A, 0)
@@ -179,7 +169,7 @@ def test_an_event_ends_the_pause_after_a_failure() -> None:
     assert schedule.take(0.5) == A
 
 
-def test_a_request_made_during_an_attempt_that_fails_is_served_by_the_retry_and_not_once_more() -> None:
+def test_a_request_during_a_failing_attempt_is_served_by_its_retry_only() -> None:
     schedule = Schedule()
     schedule.add(A, 0)
     schedule.take(0)
@@ -218,14 +208,7 @@ def test_new_jobs_come_first_and_some_workers_are_kept_for_the_rest() -> None:
     assert [schedule.take(1) for _ in range(5)] == [*new[5:], rest[2], None]
 
 
-def test_the_rest_is_worked_on_when_there_is_no_new_job() -> None:
-    schedule = Schedule()
-    schedule.add(A, 0)
-    schedule.add(B, 0)
-    assert [schedule.take(0), schedule.take(0)] == [A, B]
-
-
-def test_a_key_that_waits_among_the_rest_goes_first_once_it_is_asked_for_so_and_once_only() -> None:
+def test_a_waiting_key_that_becomes_urgent_goes_first_once() -> None:
     schedule = Schedule(reserved=0)
     schedule.add(A, 0)
     schedule.add(B, 0)
@@ -390,19 +373,3 @@ def test_an_expected_failure_is_retried_without_an_error() -> None:
     drive(work, during, on_error=lambda: errors.append(None))
     assert seen == pytest.approx([0, 1, 3])
     assert errors == []
-
-
-def test_a_delayed_request_waits_its_time() -> None:
-    seen: list[float] = []
-
-    async def work(key: Key) -> None:
-        seen.append(asyncio.get_running_loop().time())
-
-    async def during(queue: WorkQueue) -> None:
-        queue.add(A, after=50)
-        await asyncio.sleep(10)
-        queue.add(B, after=5)
-        await asyncio.sleep(1000)
-
-    drive(work, during)
-    assert seen == pytest.approx([15, 50])

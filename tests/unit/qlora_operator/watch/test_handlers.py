@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import kopf
@@ -111,7 +110,7 @@ def test_jobs_without_progress_are_counted(watches: Watches) -> None:
     assert count() == 0
 
 
-def test_a_job_that_is_created_anew_is_known_although_the_deletion_of_the_old_one_is_shown_last(
+def test_a_recreated_job_is_known_although_the_old_ones_deletion_comes_last(
     watches: Watches,
 ) -> None:
     training = status_in("train", phase="Training").dump()
@@ -135,7 +134,7 @@ def test_a_child_leads_to_a_pass_of_its_job_when_something_about_it_matters(watc
     assert watches.show("pods", "DELETED", 14, running(pod("train"))) == [(KEY, False)]
 
 
-def test_a_job_of_the_deleted_qlorajob_of_the_same_name_wakes_the_new_one_when_it_goes(watches: Watches) -> None:
+def test_the_end_of_a_predecessors_job_wakes_the_qlorajob_of_its_name(watches: Watches) -> None:
     earlier = child("prepare", owner="earlier")
     earlier["metadata"]["labels"] = earlier["metadata"]["labels"] | {JOB_UID_LABEL: "earlier"}
     watches.show("qlorajobs", "ADDED", 10, job_body())
@@ -220,32 +219,3 @@ def test_kopf_neither_keeps_what_it_has_shown_nor_copies_it() -> None:
     body: Any = {"spec": {"a": 1}}
     assert settings.persistence.diffbase_storage.build(body=body) == {}
     assert settings.persistence.diffbase_storage.fetch(body=body) is None
-
-
-def test_the_watches_start_again_when_the_authority_that_a_pod_trusts_is_replaced(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Kopf reads it once, and repeats a connection that it cannot verify for ever."""
-    monkeypatch.setattr("qlora_operator.watch.handlers._SERVICE_ACCOUNT", tmp_path)
-    (tmp_path / "ca.crt").write_text("first")
-    trusted: list[str] = []
-
-    async def spawn_tasks(**_: Any) -> list[asyncio.Task[Any]]:
-        trusted.append((tmp_path / "ca.crt").read_text())
-        return [asyncio.create_task(asyncio.Event().wait())]
-
-    async def scenario() -> None:
-        hooks = Hooks(
-            lambda _key, first=False: None, WatchMonitor(150), Metrics().jobs.show, lambda: None, Store(), lambda: 1
-        )
-        watching = asyncio.create_task(watch(Settings(profiles={"default": Profile(image="trainer")}), hooks))
-        await asyncio.sleep(60)
-        assert trusted == ["first"]
-        (tmp_path / "ca.crt").write_text("second")
-        await asyncio.sleep(60)
-        watching.cancel()
-
-    monkeypatch.setattr(kopf, "spawn_tasks", spawn_tasks)
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        runner.run(scenario())
-    assert trusted == ["first", "second"]

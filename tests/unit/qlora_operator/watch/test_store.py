@@ -60,11 +60,6 @@ def rows(kind: Any, *bodies: Object) -> list[ObjectVersion]:
     return [object_version(kind, body) for body in bodies]
 
 
-def test_a_job_is_held_with_its_children() -> None:
-    store = store_with(("jobs", child("train")), ("pods", pod("train")))
-    assert names(store) == ([f"{NAME}-train-1"], [f"{NAME}-train-1-pod1"])
-
-
 def test_an_older_event_after_the_answer_of_an_own_write_changes_nothing() -> None:
     store = store_with()
     written = status_in("train").dump()
@@ -73,7 +68,7 @@ def test_an_older_event_after_the_answer_of_an_own_write_changes_nothing() -> No
     assert status(store) == written
 
 
-def test_the_echo_of_a_status_write_is_no_news_and_a_change_of_the_spec_is() -> None:
+def test_an_own_status_write_does_not_requeue_and_a_spec_change_does() -> None:
     store = store_with()
     assert not store.job_changed(at(12, job_body(status_in("train").dump())))
     assert store.job_changed(at(13, job_body(suspend=True, generation=2)))
@@ -92,13 +87,6 @@ def test_a_deletion_that_overtakes_the_answer_of_the_creation_is_not_undone() ->
     store.child_changed("jobs", at(12, child("train")), deleted=True)
     assert not store.child_changed("jobs", at(11, child("train")))
     assert names(store) == ([], [])
-
-
-def test_an_object_that_gets_its_label_back_is_held_again() -> None:
-    store = store_with(("pods", at(11, pod("train"))))
-    store.child_changed("pods", at(12, pod("train")), deleted=True)
-    assert store.child_changed("pods", at(13, pod("train")))
-    assert len(names(store)[1]) == 1
 
 
 @pytest.mark.parametrize("deletion_first", [True, False])
@@ -127,16 +115,6 @@ def test_a_late_event_of_a_deleted_job_does_not_take_the_name_of_the_new_one() -
     assert held.body["metadata"]["uid"] == OTHER
 
 
-def test_children_that_are_shown_before_their_job_are_there_with_it() -> None:
-    store = Store()
-    store.child_changed("jobs", child("prepare"))
-    assert store.held(KEY) is None
-    store.job_changed(at(10, job_body()), created=True)
-    held = store.held(KEY)
-    assert held is not None
-    assert (names(store)[0], held.fresh) == ([f"{NAME}-prepare-1"], False)
-
-
 @pytest.mark.parametrize(("created", "fresh"), [(True, True), (False, False)])
 def test_only_a_job_whose_creation_a_watch_has_shown_is_fresh(created: bool, fresh: bool) -> None:
     store = Store()
@@ -154,7 +132,7 @@ def test_a_label_in_another_namespace_or_without_control_makes_no_child() -> Non
     assert names(store) == ([], [])
 
 
-def test_what_a_watch_has_missed_to_delete_is_pruned_by_the_list_and_what_is_newer_stays() -> None:
+def test_a_list_prunes_missed_deletions_and_keeps_newer_objects() -> None:
     old, new = at(20, pod("train")), at(50, pod("train", number=2))
     store = store_with(("pods", old), ("pods", new))
     assert store.compare("pods", None, [], "40") == {KEY}
@@ -225,7 +203,7 @@ def test_versions_that_are_no_numbers_make_every_read_live(kind: Any) -> None:
     assert store.held(KEY) is None
 
 
-def test_a_first_job_that_is_gone_is_remembered_until_the_status_says_what_was_resolved() -> None:
+def test_a_deleted_first_job_is_remembered_until_the_status_is_resolved() -> None:
     first = with_resolved(child("prepare"))
     store = store_with(("jobs", at(11, first)))
     store.child_changed("jobs", at(12, first), deleted=True)
@@ -248,7 +226,7 @@ def jobs_with_resolved(names: Iterable[str], length: int = 0) -> list[dict[str, 
     return [at(11, body, name=name, uid=f"uid-{name}") for name in names]
 
 
-def test_what_other_jobs_than_the_first_say_was_resolved_is_neither_kept_nor_believed() -> None:
+def test_only_the_first_job_may_state_what_was_resolved() -> None:
     foreign = jobs_with_resolved((f"x-{number}" for number in range(50)), length=MAX_RESOLVED)
     store = store_with(*(("jobs", body) for body in foreign))
     tracemalloc.start()
@@ -299,7 +277,7 @@ def test_a_job_is_settled_until_something_is_shown_about_it() -> None:
         assert not store.is_settled(KEY)
 
 
-def test_nothing_is_kept_of_what_is_gone() -> None:
+def test_the_store_drops_deleted_objects() -> None:
     store = store_with(("jobs", child("train")), ("pods", pod("train")))
     store.job_changed(at(20, job_body()), deleted=True)
     store.child_changed("jobs", at(21, child("train")), deleted=True)
@@ -336,9 +314,7 @@ def test_what_nobody_reads_of_a_job_is_not_kept() -> None:
 
 @pytest.mark.parametrize("kind", ["jobs", "pods"])
 @pytest.mark.parametrize("listed_only", [True, False])
-def test_a_child_that_gets_the_label_of_another_job_is_held_there_alone_and_both_are_looked_at(
-    kind: ChildKind, listed_only: bool
-) -> None:
+def test_a_relabeled_child_moves_to_the_other_job_and_both_are_reconciled(kind: ChildKind, listed_only: bool) -> None:
     body = {"jobs": child("train"), "pods": running(pod("train"))}[kind]
     store = store_with((kind, at(11, body)))
     store.job_changed(at(10, job_body(), uid=OTHER, name="other"))
