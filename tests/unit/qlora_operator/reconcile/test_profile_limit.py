@@ -249,20 +249,6 @@ def test_whoever_waits_longest_starts_by_itself_when_a_job_ends_or_goes() -> Non
     assert namespace.started() == ["job-2", "job-4"]
 
 
-def test_two_groups_never_wait_for_each_other_half_started() -> None:
-    namespace = Namespace(count=6, limit=4)
-    for number, body in enumerate(namespace.bodies.values()):
-        body["spec"] |= {"group": {"name": f"group-{number % 2}", "size": 3}, "workspace": {"claimName": "team"}}
-    for name in namespace.bodies:
-        namespace.reconcile(name)
-    namespace.serve()
-    assert namespace.started() == ["job-0", "job-1", "job-2", "job-4"]
-    namespace.delete("job-0", "job-2")
-    namespace.reconcile("job-0", "job-2")
-    namespace.serve()
-    assert namespace.started() == ["job-1", "job-3", "job-4", "job-5"]
-
-
 def test_a_job_that_is_deleted_and_does_not_go_keeps_no_other_waiting() -> None:
     namespace = Namespace(count=4, limit=1)
     for name in namespace.bodies:
