@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from qlora_operator.kube.client import endpoint_of
+from qlora_operator.kube.connection import endpoint_of
 from qlora_operator.kube.transport import Query, Transport, open_transport
 
 AGENT = "qlora-benchmark"

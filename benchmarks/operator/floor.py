@@ -16,7 +16,8 @@ from qlora_api.status import Resolved
 from qlora_operator.decisions.manifests.objects import build_claim, build_job
 from qlora_operator.decisions.observed.objects import QLoRAJob
 from qlora_operator.decisions.observed.stored_job import parse_job
-from qlora_operator.kube.client import Cluster, connect
+from qlora_operator.kube.client import Cluster
+from qlora_operator.kube.connection import connect
 
 _AT_A_TIME = 16
 

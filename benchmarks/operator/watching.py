@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import aiohttp
 
-from qlora_operator.kube.client import endpoint_of
+from qlora_operator.kube.connection import endpoint_of
 
 _PATHS = {
     "qlorajobs": "/apis/qlora.dev/v1alpha1/qlorajobs",

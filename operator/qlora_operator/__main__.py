@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora_operator.keys import Key
-from qlora_operator.kube.client import Cluster, ClusterError, connect
+from qlora_operator.kube.client import Cluster
+from qlora_operator.kube.connection import connect
+from qlora_operator.kube.errors import ClusterError
 from qlora_operator.kube.schema_check import SchemaCheck
 from qlora_operator.leadership import Election, LeaseSettings
 from qlora_operator.logs import configure_logging

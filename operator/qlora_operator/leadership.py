@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import Any, Protocol
 
 from qlora_operator.decisions.observed.objects import Object
-from qlora_operator.kube.client import ClusterError, ConflictError
+from qlora_operator.kube.errors import ClusterError, ConflictError
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,8 @@ from devcluster.layout import from_environment
 from devcluster.processes import run
 from devcluster.product import ANY_MACHINE, SMALL_MACHINE
 from qlora_api.naming import CLOUD_IDENTITY_LABEL, JOB_LABEL, STEP_LABEL
-from qlora_operator.kube.client import RejectedError, connect
+from qlora_operator.kube.connection import connect
+from qlora_operator.kube.errors import RejectedError
 from qlora_operator.settings import Settings, load_settings
 from tests.support.waiting import eventually
 

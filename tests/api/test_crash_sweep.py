@@ -16,7 +16,8 @@ from devcluster.controlplane import ControlPlane
 from qlora_api.contract import ExitCode
 from qlora_api.naming import STEP_LABEL
 from qlora_operator.decisions.observed.objects import Object
-from qlora_operator.kube.client import Cluster, ConflictError
+from qlora_operator.kube.client import Cluster
+from qlora_operator.kube.errors import ConflictError
 from qlora_operator.reconcile.job import Reconciler
 from qlora_operator.reconcile.queue import RetryError
 from qlora_operator.watch.resync import Resync

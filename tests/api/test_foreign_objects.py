@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from devcluster.controlplane import ControlPlane
-from qlora_operator.kube.client import connect
+from qlora_operator.kube.connection import connect
 from tests.support.operator_process import OperatorProcess, running_operator
 from tests.support.phases import cases
 from tests.support.waiting import eventually

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from devcluster.controlplane import ControlPlane
-from qlora_operator.kube.client import Cluster, RejectedError, connect
+from qlora_operator.kube.client import Cluster
+from qlora_operator.kube.connection import connect
+from qlora_operator.kube.errors import RejectedError
 from qlora_operator.reconcile.sweep import SweepReconciler
 from tests.support.builders import PROFILES
 from tests.support.played import NAMESPACE, Api, prepared

@@ -12,7 +12,8 @@ import pytest
 
 from devcluster.controlplane import ControlPlane
 from qlora_api.profile import Profile
-from qlora_operator.kube.client import Cluster, connect
+from qlora_operator.kube.client import Cluster
+from qlora_operator.kube.connection import connect
 from qlora_operator.reconcile.sweep import SweepReconciler
 from tests.support.builders import ADAPTER, PROFILES
 from tests.support.played import NAMESPACE, Api, prepared

@@ -14,7 +14,8 @@ from qlora_api.profile import Profile
 from qlora_api.status import DatasetStatus, StepName
 from qlora_operator.decisions.observed.objects import Object
 from qlora_operator.keys import Key
-from qlora_operator.kube.client import Cluster, connect
+from qlora_operator.kube.client import Cluster
+from qlora_operator.kube.connection import connect
 from qlora_operator.metrics.metrics import Metrics
 from qlora_operator.reconcile.job import Reconciler
 from qlora_operator.reconcile.profile_limit import Starts

@@ -1,4 +1,4 @@
-"""Calls the API server: the only importer of the Kubernetes client. Plain objects in, plain objects out.
+"""Calls the API server: plain objects in, plain objects out.
 
 Every call has a timeout and raises a ClusterError whose class says what to do: wait, read again or report.
 """
@@ -6,17 +6,11 @@ Every call has a timeout and raises a ClusterError whose class says what to do: 
 import asyncio
 import json
 import logging
-import os
-import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import aiohttp
-from kubernetes.aio import client, config
-from kubernetes.aio.client import rest
 
 from qlora_api.contract import TRAINER_CONTAINER
 from qlora_api.naming import JOB_UID_LABEL, SWEEP_UID_LABEL
@@ -25,6 +19,15 @@ from qlora_api.sweep.spec import SWEEP_KIND, SWEEP_PLURAL
 from qlora_operator.decisions.observed.objects import Object, QLoRAJob
 from qlora_operator.decisions.observed.parsing import profile_in_use
 from qlora_operator.decisions.sweeps.sweep import CellJob, QLoRASweep, StoredSweep, parse_cell
+from qlora_operator.kube.errors import (
+    ClusterError,
+    ConflictError,
+    NotFoundError,
+    UnavailableError,
+    error_for_status,
+    first_characters,
+    unusable_answer,
+)
 from qlora_operator.kube.listing import (
     OBJECTS_PER_PAGE,
     ChildList,
@@ -37,14 +40,9 @@ from qlora_operator.kube.listing import (
     without_foreign_resolved,
 )
 from qlora_operator.kube.transport import (
-    Credentials,
-    Endpoint,
-    OnRequest,
     Query,
     TooLongError,
     Transport,
-    open_transport,
-    unobserved,
 )
 
 logger = logging.getLogger(__name__)
@@ -60,7 +58,8 @@ _PAGES_AT_A_TIME = 2
 _BYTES_PER_PAGE = 4 * 2**20
 _TAIL_LINES = 40
 _TAIL_BYTES = 64 * 1024
-_SERVICE_ACCOUNT_TOKEN = "/var/run/secrets/kubernetes.io/serviceaccount/token"  # noqa: S105 - a path
+
+
 _METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 
 _JOBS = "/apis/batch/v1"
@@ -72,34 +71,6 @@ _KUEUE = "/apis/kueue.x-k8s.io/v1beta2"
 _CONTROLLER_UID = "batch.kubernetes.io/controller-uid"
 _WORKLOAD_JOB_UID = "kueue.x-k8s.io/job-uid"
 _UNFINISHED = "status.phase!=Succeeded,status.phase!=Failed"
-
-
-class ClusterError(Exception):
-    """A call has failed."""
-
-
-class UnavailableError(ClusterError):
-    """The API server was not reached, or could not answer: try again later."""
-
-
-class NotFoundError(ClusterError):
-    """The object does not exist."""
-
-
-class ConflictError(ClusterError):
-    """Somebody else was faster: the object, or a quota that counts it, has changed, or it is another one (UID)."""
-
-
-class AlreadyExistsError(ConflictError):
-    """An object of that name exists."""
-
-
-class RejectedError(ClusterError):
-    """The API server rejects the request as it is; the message is the server's own."""
-
-
-class ForbiddenError(RejectedError):
-    """The API server does not allow this to the operator, whatever exactly is written."""
 
 
 class _Page(NamedTuple, Generic[T]):
@@ -368,7 +339,7 @@ class Cluster:
         """An object of the API, or a list of them."""
         answer = await self._document(method, path, **request)
         if not isinstance(answer.get("metadata"), dict):
-            raise _strange(f"{method} {path}", "a JSON object without metadata")
+            raise unusable_answer(f"{method} {path}", "a JSON object without metadata")
         return answer
 
     async def _document(self, method: str, path: str, **request: Any) -> dict[str, Any]:
@@ -377,9 +348,9 @@ class Cluster:
         try:
             answer = json.loads(data)
         except ValueError as error:
-            raise _strange(f"{method} {path}", f"not JSON: {_beginning(data)!r}") from error
+            raise unusable_answer(f"{method} {path}", f"not JSON: {first_characters(data)!r}") from error
         if not isinstance(answer, dict):
-            raise _strange(f"{method} {path}", f"JSON, but no object: {_beginning(data)!r}")
+            raise unusable_answer(f"{method} {path}", f"JSON, but no object: {first_characters(data)!r}")
         return answer
 
     async def _request(
@@ -397,7 +368,7 @@ class Cluster:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise UnavailableError(f"{method} {path}: {str(error) or type(error).__name__}") from error
         if status >= 300:
-            raise _error(status, f"{method} {path}", data)
+            raise error_for_status(status, f"{method} {path}", data)
         return data
 
 
@@ -421,83 +392,3 @@ def _watched(kind: Kind, namespace: str | None) -> tuple[str, Query]:
     prefix = {"qlorajobs": _QLORA, "jobs": _JOBS, "pods": _CORE}[kind]
     where = f"/namespaces/{namespace}" if namespace else ""
     return f"{prefix}{where}/{kind}", [] if kind == "qlorajobs" else [("labelSelector", JOB_UID_LABEL)]
-
-
-def _error(status: int, request: str, data: bytes) -> ClusterError:
-    text, reason = "", ""
-    try:
-        answer = json.loads(data)
-        if isinstance(answer, dict):
-            text, reason = str(answer.get("message", "")), answer.get("reason", "")
-    except ValueError:
-        text = _beginning(data)
-    if status == 404:
-        return NotFoundError(f"{request}: {text}")
-    if status == 409:
-        # The server also answers so if a quota has changed while it counted the new object.
-        return (AlreadyExistsError if reason == "AlreadyExists" else ConflictError)(f"{request}: {text}")
-    if status in (401, 403):
-        return ForbiddenError(text)
-    # The server answers with 500 if a webhook of the kind cannot be reached.
-    if status in (400, 422) or (status == 500 and "failed calling webhook" in text):
-        return RejectedError(text)
-    return UnavailableError(f"{request}: status {status}: {text}")
-
-
-def _strange(request: str, found: str) -> UnavailableError:
-    return UnavailableError(f"{request}: the answer is not the API server's: {found}")
-
-
-def _beginning(data: bytes) -> str:
-    return data[:200].decode(errors="replace")
-
-
-@asynccontextmanager
-async def connect(kubeconfig: Path | None = None, *, on_request: OnRequest = unobserved) -> AsyncIterator[Cluster]:
-    """The cluster of `kubeconfig`; without one, that which the pod runs in, or else that of the environment.
-
-    `on_request`: called after each request. Raises ClusterError without any cluster.
-    """
-    async with open_transport(await endpoint_of(kubeconfig), FIELD_MANAGER, on_request) as transport:
-        yield Cluster(transport)
-
-
-async def endpoint_of(kubeconfig: Path | None) -> Endpoint:
-    """The API server and the credentials for it, as the Kubernetes client finds and renews them."""
-    configuration = client.Configuration()
-
-    async def load() -> ssl.SSLContext:
-        try:
-            await _load_configuration(configuration, kubeconfig)
-            # Reads the authorities, and the operator's own certificate, from their files.
-            return rest.RESTClientObject(configuration).ssl_context
-        except config.ConfigException as error:
-            raise UnavailableError(f"no cluster is reachable: {error}") from error
-
-    tls = await load()
-
-    async def renew() -> None:
-        nonlocal tls
-        tls = await load()
-
-    async def credentials() -> Credentials:
-        # Reads the file of a pod's token again once it is a minute old.
-        return Credentials(await configuration.get_api_key_with_prefix("BearerToken", alias="authorization"), tls)
-
-    return Endpoint(
-        server=configuration.host,
-        credentials=credentials,
-        renew=renew,
-        server_hostname=configuration.tls_server_name or None,
-        proxy=configuration.proxy or None,
-        proxy_headers=configuration.proxy_headers,
-    )
-
-
-async def _load_configuration(configuration: client.Configuration, kubeconfig: Path | None) -> None:
-    if kubeconfig is not None:
-        await config.load_kube_config(config_file=str(kubeconfig), client_configuration=configuration)
-    elif os.path.exists(_SERVICE_ACCOUNT_TOKEN) and "KUBECONFIG" not in os.environ:  # noqa: ASYNC240 - a local file
-        config.load_incluster_config(client_configuration=configuration)
-    else:
-        await config.load_kube_config(client_configuration=configuration)

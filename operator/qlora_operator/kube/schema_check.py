@@ -15,7 +15,7 @@ from typing import Protocol
 from qlora_api.served_schema import missing_fields
 from qlora_api.spec.job import GROUP, VERSION
 from qlora_operator.decisions.observed.objects import Object
-from qlora_operator.kube.client import ClusterError, NotFoundError
+from qlora_operator.kube.errors import ClusterError, NotFoundError
 
 logger = logging.getLogger(__name__)
 

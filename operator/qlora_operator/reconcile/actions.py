@@ -30,14 +30,8 @@ from qlora_operator.decisions.plan import (
     creates_first_job,
 )
 from qlora_operator.decisions.status import with_child, with_rejection
-from qlora_operator.kube.client import (
-    AlreadyExistsError,
-    Cluster,
-    ClusterError,
-    ForbiddenError,
-    NotFoundError,
-    RejectedError,
-)
+from qlora_operator.kube.client import Cluster
+from qlora_operator.kube.errors import AlreadyExistsError, ClusterError, ForbiddenError, NotFoundError, RejectedError
 from qlora_operator.reconcile.pauses import Postponed
 from qlora_operator.reconcile.queue import RetryError
 from qlora_operator.watch.store import Store

@@ -4,7 +4,8 @@ import logging
 
 from qlora_operator.decisions.observed.objects import Object
 from qlora_operator.keys import Key
-from qlora_operator.kube.client import AlreadyExistsError, Cluster, ClusterError
+from qlora_operator.kube.client import Cluster
+from qlora_operator.kube.errors import AlreadyExistsError, ClusterError
 
 logger = logging.getLogger(__name__)
 

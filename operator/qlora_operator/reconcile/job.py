@@ -46,14 +46,8 @@ from qlora_operator.decisions.pods.kueue import queue_reason
 from qlora_operator.decisions.profile_limit import held_back, limit_of_jobs
 from qlora_operator.decisions.status import next_status
 from qlora_operator.keys import Key
-from qlora_operator.kube.client import (
-    Cluster,
-    ClusterError,
-    ConflictError,
-    NotFoundError,
-    RejectedError,
-    UnavailableError,
-)
+from qlora_operator.kube.client import Cluster
+from qlora_operator.kube.errors import ClusterError, ConflictError, NotFoundError, RejectedError, UnavailableError
 from qlora_operator.kube.listing import ChildView
 from qlora_operator.metrics.metrics import Metrics
 from qlora_operator.reconcile.actions import Actions

@@ -45,14 +45,8 @@ from qlora_operator.decisions.sweeps.sweep import (
     suspension,
 )
 from qlora_operator.keys import Key
-from qlora_operator.kube.client import (
-    AlreadyExistsError,
-    Cluster,
-    ClusterError,
-    ConflictError,
-    NotFoundError,
-    RejectedError,
-)
+from qlora_operator.kube.client import Cluster
+from qlora_operator.kube.errors import AlreadyExistsError, ClusterError, ConflictError, NotFoundError, RejectedError
 from qlora_operator.reconcile.events import post
 from qlora_operator.reconcile.pauses import Pauses
 from qlora_operator.reconcile.progress import ProgressReader

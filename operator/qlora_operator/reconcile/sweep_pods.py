@@ -24,7 +24,8 @@ from qlora_operator.decisions.sweeps.pods import (
     pods_of,
 )
 from qlora_operator.decisions.sweeps.sweep import CellJob, QLoRASweep
-from qlora_operator.kube.client import AlreadyExistsError, Cluster, ClusterError, NotFoundError, RejectedError
+from qlora_operator.kube.client import Cluster
+from qlora_operator.kube.errors import AlreadyExistsError, ClusterError, NotFoundError, RejectedError
 from qlora_operator.reconcile.progress import LogReading, ProgressReader
 from qlora_operator.reconcile.queue import RetryError
 

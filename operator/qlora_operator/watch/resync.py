@@ -9,7 +9,8 @@ from functools import partial
 
 from qlora_operator.decisions.observed.objects import Object
 from qlora_operator.keys import Key
-from qlora_operator.kube.client import Cluster, ClusterError, NotFoundError, RejectedError
+from qlora_operator.kube.client import Cluster
+from qlora_operator.kube.errors import ClusterError, NotFoundError, RejectedError
 from qlora_operator.kube.listing import KINDS, Kind, ObjectVersion, object_version, version_number
 from qlora_operator.kube.schema_check import NO_DEFINITION
 from qlora_operator.watch.store import Store

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qlora_operator.decisions.observed.objects import Object
-from qlora_operator.kube.client import ConflictError, UnavailableError
+from qlora_operator.kube.errors import ConflictError, UnavailableError
 from qlora_operator.leadership import Election, LeaseSettings, Step, decide
 from tests.support.builders import NOW, VirtualLoop
 

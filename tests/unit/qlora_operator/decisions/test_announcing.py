@@ -18,7 +18,7 @@ from qlora_operator.decisions.announcing import (
 from qlora_operator.decisions.events import announcement_event
 from qlora_operator.decisions.observed.objects import Object
 from qlora_operator.decisions.plan import Announce, CreateJob, plan
-from qlora_operator.kube.client import ClusterError, ForbiddenError, RejectedError, UnavailableError
+from qlora_operator.kube.errors import ClusterError, ForbiddenError, RejectedError, UnavailableError
 from qlora_operator.reconcile.actions import Actions, Result
 from qlora_operator.reconcile.pauses import Postponed
 from qlora_operator.watch.store import Store

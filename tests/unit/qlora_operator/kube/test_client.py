@@ -16,9 +16,9 @@ from qlora_api.naming import JOB_UID_LABEL, child_job_name
 from qlora_operator.decisions.observed.facts import FIRST_JOB
 from qlora_operator.decisions.observed.objects import ChildJob
 from qlora_operator.kube import client
-from qlora_operator.kube.client import (
+from qlora_operator.kube.client import Cluster
+from qlora_operator.kube.errors import (
     AlreadyExistsError,
-    Cluster,
     ClusterError,
     ConflictError,
     NotFoundError,

@@ -9,7 +9,7 @@ import pytest
 
 from qlora_api.crd import definitions
 from qlora_api.served_schema import missing_fields
-from qlora_operator.kube.client import ClusterError, NotFoundError
+from qlora_operator.kube.errors import ClusterError, NotFoundError
 from qlora_operator.kube.schema_check import SchemaCheck
 from tests.support.builders import VirtualLoop
 

@@ -15,7 +15,9 @@ from aiohttp import web
 from kubernetes.aio.config import incluster_config
 
 from devcluster.certificates import Authority
-from qlora_operator.kube.client import Cluster, ClusterError, RejectedError, connect, endpoint_of
+from qlora_operator.kube.client import Cluster
+from qlora_operator.kube.connection import connect, endpoint_of
+from qlora_operator.kube.errors import ClusterError, RejectedError
 from qlora_operator.kube.transport import TooLongError
 from tests.support.builders import job_body, make_job
 
@@ -218,7 +220,7 @@ def test_the_token_of_a_pod_is_read_again_when_the_server_rejects_it(
     token, authority = tmp_path / "token", tmp_path / "ca.crt"
     authority.write_bytes(Authority(datetime.now(UTC)).certificate)
     token.write_text("first")
-    monkeypatch.setattr("qlora_operator.kube.client._SERVICE_ACCOUNT_TOKEN", str(token))
+    monkeypatch.setattr("qlora_operator.kube.connection._SERVICE_ACCOUNT_TOKEN", str(token))
     monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(token))
     monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(authority))
     monkeypatch.delenv("KUBECONFIG", raising=False)

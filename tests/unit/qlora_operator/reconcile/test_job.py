@@ -14,7 +14,7 @@ from qlora_api.status import MergedStatus, QLoRAJobStatus
 from qlora_operator.decisions.manifests.objects import document
 from qlora_operator.decisions.observed.objects import Object, QLoRAJob
 from qlora_operator.decisions.observed.parsing import controller_uid
-from qlora_operator.kube.client import (
+from qlora_operator.kube.errors import (
     AlreadyExistsError,
     ClusterError,
     ConflictError,

@@ -5,7 +5,7 @@ from typing import Any
 
 from qlora_operator.decisions.observed.objects import Object
 from qlora_operator.decisions.sweeps.sweep import CellJob, QLoRASweep, parse_cell
-from qlora_operator.kube.client import NotFoundError
+from qlora_operator.kube.errors import NotFoundError
 from qlora_operator.reconcile.sweep import SweepReconciler
 from tests.support.builders import ADAPTER, NOW, PROFILES, UID, condition, job_body, time
 from tests.support.sweeps import TEMPLATE

@@ -8,7 +8,7 @@ from typing import Any
 from qlora_api.contract import encode_record
 from qlora_operator.decisions.observed.objects import Object, QLoRAJob
 from qlora_operator.decisions.sweeps.sweep import CellJob, parse_cell, sweep_of_child
-from qlora_operator.kube.client import AlreadyExistsError, RejectedError
+from qlora_operator.kube.errors import AlreadyExistsError, RejectedError
 from qlora_operator.kube.listing import ChildKind, ChildList, child_view
 from qlora_operator.metrics.metrics import Metrics
 from qlora_operator.reconcile.job import Reconciler

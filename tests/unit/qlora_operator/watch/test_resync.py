@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qlora_operator.decisions.events import phase_event
-from qlora_operator.kube.client import ClusterError, NotFoundError, RejectedError, UnavailableError
+from qlora_operator.kube.errors import ClusterError, NotFoundError, RejectedError, UnavailableError
 from qlora_operator.kube.listing import Kind, ObjectVersion, object_version
 from qlora_operator.watch.resync import Identity, Resync, WatchMonitor
 from qlora_operator.watch.store import Store
