@@ -2,8 +2,9 @@
 
 from datetime import UTC, datetime
 
+from qlora_api.artifact_status import AdapterStatus
 from qlora_api.contract import MIN_SECONDS_BETWEEN_PROGRESS, ProgressRecord, ResultRecord, encode_record
-from qlora_api.status import AdapterStatus, DatasetStatus, MemoryStatus, StepName
+from qlora_api.status import DatasetStatus, MemoryStatus, StepName
 
 _TOTAL_STEPS = 10_000
 _TAIL_RECORDS = 3

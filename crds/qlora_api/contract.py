@@ -8,22 +8,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from qlora_api.artifact_status import AdapterStatus, BaseStatus, GateStatus, MergedStatus
 from qlora_api.schema import ObservedModel
 from qlora_api.spec.output import TrackingStatus
-from qlora_api.status import (
-    AdapterStatus,
-    BaseStatus,
-    Bytes,
-    Count,
-    DatasetStatus,
-    Finite,
-    GateStatus,
-    MemoryStatus,
-    MergedStatus,
-    Share,
-    StepName,
-    Timestamp,
-)
+from qlora_api.status import Bytes, Count, DatasetStatus, Finite, MemoryStatus, Share, StepName, Timestamp
 from qlora_api.status_types import MAX_RUNGS
 from qlora_api.usage import WorkStatus
 

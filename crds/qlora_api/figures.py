@@ -2,10 +2,11 @@
 
 from collections.abc import Collection
 
+from qlora_api.artifact_status import ReportStatus
 from qlora_api.contract import REPORT_FILE, ProgressRecord, ResultRecord, nine_digits
 from qlora_api.duration import format_duration
 from qlora_api.spec.output import SERVED_TRACKERS, TrackedRun, TrackingStatus
-from qlora_api.status import CheckpointStatus, EvaluationStatus, ProgressStatus, QLoRAJobStatus, ReportStatus
+from qlora_api.status import CheckpointStatus, EvaluationStatus, ProgressStatus, QLoRAJobStatus
 
 _DECIMALS = 4
 """Of the figures that are only shown."""

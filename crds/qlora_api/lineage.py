@@ -7,8 +7,8 @@ from typing import Any, Final, Literal
 
 from pydantic import Field
 
+from qlora_api.artifact_status import GateStatus, InitialAdapterStatus
 from qlora_api.schema import ObservedModel
-from qlora_api.status import GateStatus, InitialAdapterStatus
 
 STATEMENT_TYPE: Final = "https://in-toto.io/Statement/v1"
 LINEAGE_TYPE: Final = "https://qlora.dev/lineage/v1"

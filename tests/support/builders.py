@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from qlora_api.artifact_status import AdapterStatus, BaseStatus, GateStatus
 from qlora_api.contract import ProgressRecord, ResultRecord, encode_record, needed_contract
 from qlora_api.naming import (
     JOB_LABEL,
@@ -17,17 +18,7 @@ from qlora_api.naming import (
     workspace_folder,
 )
 from qlora_api.profile import Profile
-from qlora_api.status import (
-    AdapterStatus,
-    BaseStatus,
-    DatasetStatus,
-    GateStatus,
-    MemoryStatus,
-    QLoRAJobStatus,
-    Resolved,
-    StepName,
-    StepStatus,
-)
+from qlora_api.status import DatasetStatus, MemoryStatus, QLoRAJobStatus, Resolved, StepName, StepStatus
 from qlora_operator.decisions.observed.facts import Facts
 from qlora_operator.decisions.observed.objects import Observed, QLoRAJob, format_time
 from qlora_operator.decisions.observed.parsing import observe, profile_in_use

@@ -10,9 +10,10 @@ import numpy
 import pytest
 from transformers import AutoTokenizer
 
+from qlora_api.artifact_status import BaseStatus
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.spec.job import QLoRAJobDocument
-from qlora_api.status import BaseStatus, DatasetStatus, MemoryStatus
+from qlora_api.status import DatasetStatus, MemoryStatus
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord, write_completion
 from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest

@@ -4,11 +4,12 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from qlora_api.artifact_status import AdapterStatus
 from qlora_api.profile import Profile
 from qlora_api.sources import HubSource, parse_source
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.output import ANNOUNCEMENTS_LABEL, entry_key
-from qlora_api.status import AdapterStatus, QLoRAJobStatus
+from qlora_api.status import QLoRAJobStatus
 from qlora_operator.decisions.observed.conditions import is_true
 from qlora_operator.decisions.observed.facts import Facts, set_condition
 from qlora_operator.decisions.observed.objects import Object, QLoRAJob, Reason

@@ -5,8 +5,9 @@ from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from datetime import datetime
 
+from qlora_api.artifact_status import AdapterStatus
 from qlora_api.naming import JOB_UID_LABEL
-from qlora_api.status import AdapterStatus, QLoRAJobStatus, Resolved, StepName
+from qlora_api.status import QLoRAJobStatus, Resolved, StepName
 from qlora_operator.decisions.announcing import (
     build_config_map,
     build_patches,

@@ -14,9 +14,9 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from qlora_api.artifact_status import InitialAdapterStatus
 from qlora_api.contract import ExitCode
 from qlora_api.spec.training import EarlyStoppingSpec, LoraSpec, PreferenceSpec, QuantizationSpec, TrainingSpec
-from qlora_api.status import InitialAdapterStatus
 from qlora_trainer.core import environment
 from qlora_trainer.core.completion import PrepareRecord, read_completion, write_completion
 from qlora_trainer.core.context import StepContext

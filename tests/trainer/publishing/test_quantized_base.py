@@ -14,8 +14,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qlora_api.artifact_status import BaseStatus
 from qlora_api.contract import ExitCode, WorkspaceLayout
-from qlora_api.status import BaseStatus
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord, read_completion
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.filesystem import sync_tree

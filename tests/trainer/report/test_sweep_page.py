@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qlora_api.status import GateStatus
+from qlora_api.artifact_status import GateStatus
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.folder_lock import exclusive

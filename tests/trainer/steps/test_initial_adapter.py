@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qlora_api.artifact_status import InitialAdapterStatus
 from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_api.spec.job import QLoRAJobDocument
 from qlora_api.spec.training import LoraSpec
-from qlora_api.status import InitialAdapterStatus
 from qlora_trainer.core.completion import PublishRecord, TrainRecord
 from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.core.failures import StepFailure, StopRequest

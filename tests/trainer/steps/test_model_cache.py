@@ -19,8 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qlora_api.artifact_status import BaseStatus
 from qlora_api.contract import ExitCode, ModelCacheLayout, WorkspaceLayout
-from qlora_api.status import BaseStatus
 from qlora_trainer.core import folder_lock
 from qlora_trainer.core.completion import PrepareRecord
 from qlora_trainer.core.context import StepContext

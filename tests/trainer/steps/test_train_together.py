@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from qlora_api.artifact_status import InitialAdapterStatus
 from qlora_api.contract import ExitCode, ProgressRecord, ResultRecord, decode_record
-from qlora_api.status import InitialAdapterStatus
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest

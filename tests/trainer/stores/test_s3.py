@@ -13,9 +13,9 @@ import pytest
 from obstore.store import S3Store
 from safetensors.torch import save_file
 
+from qlora_api.artifact_status import BaseStatus
 from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_api.sources import ObjectStoreSource
-from qlora_api.status import BaseStatus
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_dataset

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from qlora_api.artifact_status import InitialAdapterStatus
 from qlora_api.contract import ExitCode
-from qlora_api.status import InitialAdapterStatus
 from qlora_trainer.core.completion import PrepareRecord, read_completion, write_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest

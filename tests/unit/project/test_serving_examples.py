@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from examples.serving.sync_adapters import Seen, sync
+from qlora_api.artifact_status import AdapterStatus
 from qlora_api.sources import HubSource, VolumeSource, parse_source
-from qlora_api.status import AdapterStatus
 from qlora_operator.decisions.announcing import entry
 
 SERVING = Path(__file__).parents[3] / "examples" / "serving"

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from qlora_api.artifact_status import MergedStatus
 from qlora_api.contract import (
     MAX_PROGRESS_BYTES,
     MAX_RESULT_BYTES,
@@ -15,7 +16,6 @@ from qlora_api.contract import (
     encode_record,
 )
 from qlora_api.spec.dataset import MAX_MIX_SOURCES
-from qlora_api.status import MergedStatus
 
 OURS = {"job_uid": "job-1", "pod_uid": "pod-1"}
 TIME = "2026-01-02T03:04:05Z"

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from qlora_api.artifact_status import AdapterStatus, GateStatus
 from qlora_api.contract import ExitCode, ResultRecord
-from qlora_api.status import AdapterStatus, GateStatus
 from qlora_api.sweep.spec import QLoRASweepDocument, cells
 from qlora_cli.local import run_sweep
 from qlora_cli.local.display import ConsoleDisplay

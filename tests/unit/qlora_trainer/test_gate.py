@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
+from qlora_api.artifact_status import GateStatus
 from qlora_api.contract import ExitCode
 from qlora_api.spec.gate import GateSpec
-from qlora_api.status import GateStatus
 from qlora_trainer.core.completion import Score, TrainRecord, score_settings
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.publishing.gate import gate_failure, judge

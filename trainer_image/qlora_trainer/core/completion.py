@@ -9,20 +9,11 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field, PositiveInt, ValidationError
 
+from qlora_api.artifact_status import AdapterStatus, BaseStatus, GateStatus, InitialAdapterStatus, MergedStatus
 from qlora_api.schema import ObservedModel
 from qlora_api.spec.gate import ScoreSpec
 from qlora_api.spec.output import TrackingStatus
-from qlora_api.status import (
-    AdapterStatus,
-    BaseStatus,
-    DatasetStatus,
-    GateStatus,
-    InitialAdapterStatus,
-    MemoryStatus,
-    MergedStatus,
-    Share,
-    Timestamp,
-)
+from qlora_api.status import DatasetStatus, MemoryStatus, Share, Timestamp
 from qlora_api.usage import WorkStatus
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.measured_memory import MeasuredMemory

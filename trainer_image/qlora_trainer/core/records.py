@@ -7,8 +7,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
 
+from qlora_api.artifact_status import GateStatus
 from qlora_api.contract import MIN_SECONDS_BETWEEN_PROGRESS, ProgressRecord, Record, ResultRecord, encode_record
-from qlora_api.status import DatasetStatus, GateStatus, MemoryStatus
+from qlora_api.status import DatasetStatus, MemoryStatus
 
 # Tokens of model hubs and of clouds (JWT), private keys, credentials in headers, passwords in addresses and the
 # parameters that sign an address: never in a record, whatever a library quotes.

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_api.artifact_status import GateStatus
 from qlora_api.spec.job import QLoRAJobSpec
-from qlora_api.status import GateStatus
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord
 
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
+from qlora_api.artifact_status import GateCriterion, GateStatus
 from qlora_api.contract import ExitCode
 from qlora_api.spec.gate import GateSpec
-from qlora_api.status import GateCriterion, GateStatus
 from qlora_trainer.core.completion import Score, TrainRecord, score_settings
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unsafe_artifact
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
+from qlora_api.artifact_status import InitialAdapterStatus
 from qlora_api.lineage import SIGNED_FILE, UNSIGNED_FILE
 from qlora_api.schema import ObservedModel
 from qlora_api.spec.job import MUTABLE_FIELDS
-from qlora_api.status import InitialAdapterStatus
 from qlora_trainer.core.trained_job import TrainedJob
 from qlora_trainer.model.source.files import PROCESSOR_FILES, TOKENIZER_FILES, tokenizer_and_processor
 from qlora_trainer.stores.contents import Contents, PublishedFile, describe_files

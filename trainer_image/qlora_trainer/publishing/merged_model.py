@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from qlora_api.artifact_status import MergedStatus
 from qlora_api.contract import ExitCode, WorkspaceLayout
-from qlora_api.status import MergedStatus
 from qlora_trainer.core.completion import Comparison
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.file_names import ADAPTER_FILE, MODEL_CARD_FILE

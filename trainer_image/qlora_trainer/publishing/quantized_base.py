@@ -1,7 +1,7 @@
 """Publishes the 4-bit base that an adapter was trained on, for output.base."""
 
+from qlora_api.artifact_status import BaseStatus
 from qlora_api.contract import WorkspaceLayout
-from qlora_api.status import BaseStatus
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.file_names import MODEL_CARD_FILE
 from qlora_trainer.core.trained_job import TrainedJob

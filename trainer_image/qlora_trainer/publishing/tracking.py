@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from qlora_api import contract
+from qlora_api.artifact_status import AdapterStatus
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.printable import one_line, shortened
 from qlora_api.spec.output import TrackedRun, TrackingStatus
-from qlora_api.status import AdapterStatus
 from qlora_trainer.core.completion import PublishRecord
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.file_names import HISTORY_FILE

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from qlora_api.artifact_status import GateStatus
 from qlora_api.printable import printable
 from qlora_api.sources import HubSource, parse_source
 from qlora_api.spec.gate import MAX_PROMPT_TOKENS
 from qlora_api.spec.training import LoraSpec, PreferenceSpec, QuantizationSpec
-from qlora_api.status import GateStatus
 from qlora_trainer.core.file_names import CURVE_FILE
 from qlora_trainer.core.outcome import steps_done
 from qlora_trainer.core.trained_job import TrainedJob

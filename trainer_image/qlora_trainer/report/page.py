@@ -8,9 +8,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from qlora_api.artifact_status import MergedStatus
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.spec.dataset import DatasetSpec
-from qlora_api.status import DatasetStatus, MemoryStatus, MergedStatus
+from qlora_api.status import DatasetStatus, MemoryStatus
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.file_names import CURVE_FILE, HISTORY_FILE, REPORT_FILE, SAMPLES_FILE, SUMMARY_FILE
 from qlora_trainer.core.filesystem import write_atomically

@@ -12,10 +12,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
+from qlora_api.artifact_status import BaseStatus, InitialAdapterStatus
 from qlora_api.contract import ModelCacheLayout, WorkspaceLayout
 from qlora_api.spec.model import SecretKeyRef
 from qlora_api.spec.training import LoraSpec
-from qlora_api.status import BaseStatus, InitialAdapterStatus
 from qlora_trainer.core.completion import PreparedBase, PrepareRecord, read_completion, recorded_path, write_completion
 from qlora_trainer.core.context import Identity, StepContext, base_name
 from qlora_trainer.core.failures import StepFailure

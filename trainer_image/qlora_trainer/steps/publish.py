@@ -10,9 +10,10 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from qlora_api.artifact_status import AdapterStatus, BaseStatus, MergedStatus
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.spec.output import TrackingStatus
-from qlora_api.status import AdapterStatus, BaseStatus, MergedStatus, StepName
+from qlora_api.status import StepName
 from qlora_trainer.core.completion import PrepareRecord, PublishRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.context import Device, StepContext, base_name
 from qlora_trainer.core.failures import bad_configuration

@@ -15,25 +15,23 @@ from qlora_api.naming import (
     SPEC_ANNOTATION,
     STEP_LABEL,
     child_job_name,
-    node_host,
     other_spec_annotation,
     peers_name,
 )
-from qlora_api.profile import Profile, StepResources, Toleration, TrackingServers
+from qlora_api.profile import Profile, StepResources, Toleration
 from qlora_api.spec.gate import GateSpec
 from qlora_api.spec.job import API_VERSION, KIND, STEP_FIELDS
 from qlora_api.status import Resolved, StepName
 from qlora_operator.decisions.manifests.environment import (
-    cloud_environment,
     identity_labels,
-    network_environment,
     network_volumes,
+    node_count,
     service_account_name,
+    step_environment,
 )
-from qlora_operator.decisions.manifests.volumes import mounts_and_volumes, uses_cache
+from qlora_operator.decisions.manifests.volumes import mounts_and_volumes
 from qlora_operator.decisions.observed.facts import FIRST_JOB
 from qlora_operator.decisions.observed.objects import QLoRAJob
-from qlora_operator.decisions.observed.shared_pod import is_shared
 
 Manifest = dict[str, Any]
 _SHORT_GRACE_SECONDS = 30
@@ -63,7 +61,7 @@ def build_job(
     `others`: the jobs that train trains together with this one. It depends on the jobs as their users, or their sweep,
     have written them and on what was resolved only.
     """
-    labels, nodes = _labels(job, step), _nodes(job, step)
+    labels, nodes = _labels(job, step), node_count(job, step)
     queue = _queue(resolved) if step == "train" else {}
     metadata: Manifest = {
         "name": child_job_name(job.name, step, attempt),
@@ -222,11 +220,6 @@ def _documents(others: Sequence[QLoRAJob]) -> dict[str, str]:
     return {other_spec_annotation(other.name): _document(other, it) for other, it in fixed if it is not None}
 
 
-def _nodes(job: QLoRAJob, step: StepName) -> int:
-    """Pods of the step's Job."""
-    return job.spec.resources.node_count if step == "train" else 1
-
-
 def _queue(resolved: Resolved) -> dict[str, str]:
     """Kueue's labels, for the Job only: on a pod they would make a second workload of it."""
     if not resolved.queue_name:
@@ -295,7 +288,7 @@ def _pod(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int, others
         "imagePullSecrets": [{"name": name} for name in profile.image_pull_secrets],
         "priorityClassName": job.spec.scheduling.priority_class_name,
         "runtimeClassName": profile.runtime_class_name if step == "train" else None,
-        "subdomain": peers_name(job.uid) if _nodes(job, step) > 1 else None,
+        "subdomain": peers_name(job.uid) if node_count(job, step) > 1 else None,
     }
     if step == "train" or profile.workspace.topology != "shared":
         # All steps mount the workspace volume, which may exist in one zone or on one node only.
@@ -312,7 +305,7 @@ def _container(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int, 
         "image": profile.image,
         "imagePullPolicy": profile.image_pull_policy,
         "args": [step, "--job", str(contract.JOB_FILE), "--workspace", str(workspace), *_further(others)],
-        "env": _environment(job, resolved, step, attempt),
+        "env": step_environment(job, resolved, step, attempt),
         "resources": _resources(job, profile, step),
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -337,80 +330,6 @@ def _further(others: Sequence[QLoRAJob]) -> list[str]:
             str(contract.WORKSPACE_MOUNT / it.workspace_path),
         )
     ]
-
-
-def _environment(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int) -> list[Manifest]:
-    values = {
-        "HOME": "/tmp",  # noqa: S108 - the one folder outside the workspace that a pod can write to
-        contract.ENV_ATTEMPT: str(attempt),
-        contract.ENV_CONTRACT_VERSION: str(resolved.contract_version),
-        contract.ENV_DEVICE: resolved.profile.device,
-        contract.ENV_OUTPUT_CLAIM: resolved.claim_name,
-    }
-    if step in ("prepare", "publish"):
-        values |= _servers(resolved.profile) | network_environment(resolved.profile)
-    if step == "publish":
-        values |= _of_publish(resolved.profile)
-    values |= _model_cache(job, resolved, step)
-    # Not the job that publishes the best cell: that cell is on the page already.
-    writes_report = step in ("train", "publish") and job.spec.continues is None
-    if (step == "prepare" or writes_report) and resolved.shared_path is not None:
-        values[contract.ENV_SWEEP_FOLDER] = str(contract.WORKSPACE_MOUNT / resolved.shared_path)
-    if step == "prepare" and is_shared(job):
-        values[contract.ENV_GROUP_SIZE] = str(job.cells_in_pod)
-    if step == "publish" and resolved.profile.gpu_resource and resolved.profile.gpu_hour_price:
-        values[contract.ENV_GPU_HOUR_PRICE] = f"{resolved.profile.gpu_hour_price} {resolved.profile.currency}"
-    if step == "train" and job.rungs:
-        values[contract.ENV_RUNGS] = job.rungs
-    if step == "train" and job.spec.resources.gpu_count > 1:
-        values |= resolved.profile.nccl or {}
-    if _nodes(job, step) > 1:
-        child = child_job_name(job.name, step, attempt)
-        values[contract.ENV_RENDEZVOUS] = f"{node_host(child, 0, job.uid)}:{contract.RENDEZVOUS_PORT}"
-        wait = resolved.profile.node_wait_seconds or contract.DEFAULT_NODE_WAIT_SECONDS
-        values[contract.ENV_NODE_WAIT] = str(wait)
-    if step == "train" and resolved.profile.device == "cpu":
-        values["LD_PRELOAD"] = contract.CPU_ALLOCATOR
-    pod_uid = {"name": contract.ENV_POD_UID, "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}
-    # As many threads as the pod requests CPUs, rounded up: libraries would start one per core of the node.
-    threads = {"name": "OMP_NUM_THREADS", "valueFrom": {"resourceFieldRef": {"resource": "requests.cpu"}}}
-    fields = [pod_uid, threads]
-    if _nodes(job, step) > 1:
-        index = {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}
-        fields.append({"name": contract.ENV_NODE, "valueFrom": {"fieldRef": index}})
-    return [*fields, *({"name": name, "value": value} for name, value in values.items())]
-
-
-def _model_cache(job: QLoRAJob, resolved: Resolved, step: StepName) -> dict[str, str]:
-    """Where the job shares its base; without a cache for all jobs, the cells of a sweep do on their common claim."""
-    if resolved.profile.model_cache is not None and uses_cache(job.spec, step):
-        return {contract.ENV_MODEL_CACHE: str(contract.MODEL_CACHE_MOUNT)}
-    if resolved.shared_path is not None and step != "clean":
-        return {contract.ENV_MODEL_CACHE: str(contract.WORKSPACE_MOUNT / resolved.shared_path)}
-    return {}
-
-
-def _servers(profile: Profile) -> dict[str, str]:
-    """Servers of the jobs' addresses, set by the administrator: no tenant can send a pod's credentials elsewhere."""
-    values: dict[str, str | None] = {
-        "HF_ENDPOINT": profile.hub_endpoint,
-        "AWS_ENDPOINT_URL": profile.object_store.endpoint,
-        "AWS_REGION": profile.object_store.region,
-        contract.ENV_REGISTRIES: " ".join(profile.registries),
-        **cloud_environment(profile),
-    }
-    return {name: value for name, value in values.items() if value}
-
-
-def _of_publish(profile: Profile) -> dict[str, str]:
-    """The image, for the lineage, and the servers of trackers."""
-    tracking = profile.tracking or TrackingServers()
-    values = {
-        contract.ENV_IMAGE: profile.image,
-        contract.ENV_MLFLOW_SERVER: tracking.mlflow and tracking.mlflow.url,
-        contract.ENV_WANDB_SERVER: tracking.wandb and tracking.wandb.url,
-    }
-    return {name: value for name, value in values.items() if value}
 
 
 def _resources(job: QLoRAJob, profile: Profile, step: StepName) -> Manifest:

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 
+from qlora_api.artifact_status import BaseStatus, MergedStatus
 from qlora_api.contract import needed_contract
 from qlora_api.profile import Profile
 from qlora_api.spec.output import GgufStatus, TrackedRun, TrackingStatus
-from qlora_api.status import BaseStatus, MergedStatus, QLoRAJobStatus
+from qlora_api.status import QLoRAJobStatus
 from qlora_operator.decisions.cleanup import cleanup_at
 from qlora_operator.decisions.events import tracking_event
 from qlora_operator.decisions.observed.objects import Reason

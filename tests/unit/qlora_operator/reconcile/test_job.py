@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from qlora_api.artifact_status import MergedStatus
 from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.profile import Profile
-from qlora_api.status import MergedStatus, QLoRAJobStatus
+from qlora_api.status import QLoRAJobStatus
 from qlora_operator.decisions.manifests.objects import document
 from qlora_operator.decisions.observed.objects import Object, QLoRAJob
 from qlora_operator.decisions.observed.parsing import controller_uid

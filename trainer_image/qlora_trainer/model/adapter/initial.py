@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig
 
+from qlora_api.artifact_status import InitialAdapterStatus
 from qlora_api.contract import ExitCode
 from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource, VolumeSource, parse_source
 from qlora_api.spec.model import InitialAdapterSpec
 from qlora_api.spec.training import LoraSpec
-from qlora_api.status import InitialAdapterStatus
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unsafe_artifact
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
