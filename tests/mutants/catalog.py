@@ -458,7 +458,7 @@ OPERATOR = (
     ),
     Mutant(
         name="threads-follow-a-limit-that-is-not-set",
-        file=f"{_DECISIONS}/manifests/objects.py",
+        file=f"{_DECISIONS}/manifests/environment.py",
         old='"requests.cpu"',
         new='"limits.cpu"',
         tests=(
@@ -874,7 +874,7 @@ OPERATOR = (
     ),
     Mutant(
         name="any-conflict-means-that-the-object-exists",
-        file=f"{_OPERATOR}/kube/client.py",
+        file=f"{_OPERATOR}/kube/errors.py",
         old='if reason == "AlreadyExists" else ConflictError',
         new="if reason else AlreadyExistsError",
         tests=(
