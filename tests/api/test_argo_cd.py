@@ -19,7 +19,7 @@ SWEEP = yaml.safe_load((generate.ARGO_CD / "sweep.yaml").read_text())
 
 
 def ask(**content: object) -> dict[str, Any]:
-    """What Argo CD says, with the shipped settings."""
+    """Argo CD's verdict with the shipped settings."""
     program = toolchain.built(from_environment(), ["argo-cd"])["argo-cd"]
     settings = yaml.safe_load(generate.VALUES.read_text())["configs"]["cm"]
     given = json.dumps({"settings": settings, **content})

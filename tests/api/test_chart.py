@@ -58,7 +58,7 @@ EVERYTHING_OPTIONAL = {
     "serviceAccount": {"annotations": {"example.com/note": "kept"}},
 }
 
-# What the operator may do, and all of it: resource -> verbs.
+# All rights of the operator: resource -> verbs.
 RIGHTS = {
     "qlorajobs.qlora.dev": {"get", "list", "watch", "create", "patch"},
     "qlorajobs.qlora.dev/status": {"patch"},
@@ -72,7 +72,7 @@ RIGHTS = {
     "networkpolicies.networking.k8s.io": {"create"},
     "events": {"create"},
 }
-# What it may do in its own namespace too.
+# Further rights in the operator's namespace.
 OWN_RIGHTS = {"leases.coordination.k8s.io": {"get", "create", "update"}}
 
 
@@ -342,7 +342,7 @@ def test_the_embedded_clusters_values_ask_for_no_label_of_a_gpu_node(helm: Helm,
 
 
 def with_values(helm: Helm, folder: Path, values: Object) -> list[Object]:
-    """What `helm upgrade --reuse-values` makes of the chart: it takes these for the defaults, and no others."""
+    """Render as `helm upgrade --reuse-values`: these are the defaults, and no others."""
     chart = shutil.copytree(CHART, folder / "reused", dirs_exist_ok=True)
     (chart / "values.yaml").write_text(yaml.safe_dump(values))
     return helm.template(chart=chart)
@@ -385,11 +385,11 @@ def meaning(objects: list[Object]) -> list[Object]:
 VALUES: Object = yaml.safe_load((CHART / "values.yaml").read_text())
 PREVIOUS_VALUES: Object = yaml.safe_load((ROOT / "tests/support/previous_release/values.yaml").read_text())
 NEW_KEYS = [path for path in keys(VALUES) if path not in set(keys(PREVIOUS_VALUES))]
-# Whose absence has a meaning of its own: the platform chooses, no GPU, no request or limit.
+# Absence has a meaning: the platform chooses, no GPU, no request or limit.
 ABSENT_BY_CHOICE = {("runAs",), ("profiles", "default", "runAs"), ("profiles", "default", "gpuResource")} | {
     path for path in keys(VALUES) if path[0] == "resources"
 }
-# What cannot be absent is rejected with its name.
+# A required value that is absent is rejected by name.
 CLEAR_FAILURE = re.compile(r"missing property '\w+'|needs jobNetworkPolicies\.namespaces")
 
 
@@ -415,7 +415,7 @@ def test_a_value_that_the_older_chart_lacks_has_its_default_or_is_asked_for(
 
 @pytest.fixture(scope="module")
 def whole(helm: Helm, tmp_path_factory: pytest.TempPathFactory) -> list[Object]:
-    """What the chart makes with all values."""
+    """Render the chart with all values."""
     return meaning(with_values(helm, tmp_path_factory.mktemp("whole"), everything_on(VALUES)))
 
 
@@ -442,7 +442,7 @@ def test_only_the_steps_that_need_servers_have_a_network_and_nobody_reaches_a_jo
     assert [policy["metadata"]["namespace"] for policy in policies] == ["team-a", "team-a", "team-b", "team-b"]
 
     def rules(step: str, direction: str) -> list[Object] | None:
-        """What a job's pod may do in team-a; None if no policy restricts it."""
+        """Allowed traffic of a job's pod in team-a; None if no policy restricts it."""
         selecting = [
             policy["spec"]
             for policy in policies[:2]
@@ -645,7 +645,7 @@ def test_an_operator_that_announces_writes_no_config_map_without_the_label(
                     return denial in str(error)
                 return False
 
-            for _ in range(600):  # a minute, within which the API server knows the policy
+            for _ in range(600):  # a minute for the API server to load the policy
                 if await is_denied():
                     break
                 await asyncio.sleep(0.1)
@@ -669,7 +669,7 @@ def test_an_operator_that_announces_writes_no_config_map_without_the_label(
 def test_the_largest_settings_fit_beside_what_kubectl_notes_of_them(
     helm: Helm, installed: Helm, plane: ControlPlane
 ) -> None:
-    """`kubectl apply` writes the whole object into another annotation, with its own limit of 256 KiB."""
+    """`kubectl apply` writes the whole object into another annotation, with a limit of 256 KiB."""
     objects = helm.template(settings_of_size(helm, LIMIT))
     arguments = ("apply", "--dry-run=server", "--filename=-")
     assert "configured" in plane.kubectl(*arguments, input_text=yaml.safe_dump(only(objects, "Deployment")))
@@ -781,7 +781,7 @@ def test_upgrade_and_rollback_change_the_definition_and_no_job(
 def test_each_release_keeps_its_own_settings_and_a_rollback_brings_them_back(
     installed: Helm, plane: ControlPlane
 ) -> None:
-    """A container of the old release that restarts during an upgrade would reject what only the new one knows."""
+    """A container of the old release that restarts during an upgrade would reject settings of the new one."""
 
     def workers(template: Object) -> int:
         return int(yaml.safe_load(settings_in(template))["workers"])

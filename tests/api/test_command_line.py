@@ -1,4 +1,4 @@
-"""What a person does with `qlora` on a cluster: creates, lists and changes jobs, with few rights and bad networks."""
+"""`qlora` on a cluster: create, list and change jobs, with few rights and bad networks."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def qlora(kubeconfig: Path, *arguments: str, answer: str | None = None) -> Resul
 
 
 def done(team: Reported, *arguments: str, answer: str | None = None) -> str:
-    """What a command prints that succeeds, as an administrator."""
+    """Output of a command that succeeds, as an administrator."""
     result = qlora(team.plane.kubeconfig, *arguments, "--namespace", team.namespace, answer=answer)
     assert result.exit_code == 0, result.output
     return result.stdout
@@ -192,7 +192,7 @@ def test_a_right_that_is_missing_is_named_as_the_rule_to_ask_for(team: Reported,
         assert result.exit_code == 1
         [line] = result.stderr.splitlines()
         assert line.endswith(f"ask for a {rule}")
-    # What a picture shows besides is left out, and named once.
+    # Other fields of a picture are left out, and named once.
     watched = qlora(reader, "watch", "read-only")
     assert watched.exit_code == 14
     assert 'resources: ["events"], verbs: ["list"]' in watched.stderr
@@ -300,7 +300,7 @@ def test_names_of_jobs_are_completed(team: Reported) -> None:
     environment = {"COMP_WORDS": words, "COMP_CWORD": "7", "_QLORA_COMPLETE": "bash_complete"}
     result = CliRunner().invoke(main, prog_name="qlora", env=environment)
     assert result.output.split() == ["plain,complete-me"]
-    # Nothing is said where the cluster is away.
+    # Nothing is printed where the cluster is away.
     environment["COMP_WORDS"] = words.replace(str(team.plane.kubeconfig), "/nowhere")
     assert CliRunner().invoke(main, prog_name="qlora", env=environment).output.split() == []
 

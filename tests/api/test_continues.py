@@ -1,4 +1,4 @@
-"""A job that takes up another one's run, on a real API server with the real operator and no node."""
+"""Continuing another job's run, on a real API server with the real operator and no node."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""`qlora doctor` beside a real API server: before the chart is installed, after it, and with few rights."""
+"""`qlora doctor` with a real API server: before the chart is installed, after it, and with few rights."""
 
 import json
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ def examine(team: Reported, *options: str, code: int, kubeconfig: Path | None = 
 
 
 def install(plane: ControlPlane) -> None:
-    """What the chart makes, with what its controllers would report, and a node with GPUs."""
+    """Objects of the chart, with statuses as from its controllers, and a node with GPUs."""
     plane.kubectl.apply(json.dumps({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": OPERATOR_NAMESPACE}}))
     deployment = next(each for each in rendered({"profiles": PROFILES}) if each["kind"] == "Deployment")
     plane.kubectl.apply(yaml.safe_dump(deployment))
@@ -62,7 +62,7 @@ def install(plane: ControlPlane) -> None:
     conditions = [{"type": "Ready", "status": "True", "reason": "Ready", "message": ""}]
     amounts = {GPUS: "4", "cpu": "64", "memory": "256Gi"}
     patch_status(plane, "node", "gpu-1", {"conditions": conditions, "allocatable": amounts, "capacity": amounts})
-    # Nobody marks the node as reachable here.
+    # The test has no agent that marks the node as reachable.
     plane.kubectl("patch", "node", "gpu-1", "--type=merge", '--patch={"spec": {"taints": null}}')
     annotations = {"storageclass.kubernetes.io/is-default-class": "true"}
     plane.kubectl.apply(

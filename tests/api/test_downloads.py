@@ -1,4 +1,4 @@
-"""`qlora adapter`, `qlora report` and `qlora compare` over claims, as users type them, beside a real API server."""
+"""`qlora adapter`, `qlora report` and `qlora compare` over claims, as users type them, with a real API server."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""`qlora watch`, `qlora logs` and `qlora submit --watch` beside a job that goes on: what a person sees, and when."""
+"""`qlora watch`, `qlora logs` and `qlora submit --watch` on a running job: the output, and its time."""
 
 import re
 from collections.abc import Iterator

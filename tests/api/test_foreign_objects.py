@@ -1,4 +1,4 @@
-"""What tenants write into objects that the operator reads: large, strange, and thousands of them.
+"""Foreign input in objects that the operator reads: large, strange, and thousands of them.
 
 There are no controllers and no node here: a pod stays as its tenant has made it.
 """
@@ -29,7 +29,7 @@ def namespace(plane: ControlPlane) -> None:
 
 @pytest.fixture(autouse=True)
 def clean(plane: ControlPlane) -> Iterator[None]:
-    """Nothing of one test is there in the next."""
+    """Isolate the tests: none leaves an object for the next."""
     yield
     everything = ("--all", f"--namespace={NAMESPACE}")
     plane.kubectl("delete", "pods", *everything, "--grace-period=0", "--force")
@@ -42,7 +42,7 @@ def create(plane: ControlPlane, *objects: dict[str, Any]) -> None:
 
 
 def job(name: str, *, suspend: bool = True, **annotations: str) -> dict[str, Any]:
-    """Suspended, unless said otherwise, so that nothing is created for it."""
+    """Suspended by default, so that nothing is created for it."""
     return {
         "apiVersion": "qlora.dev/v1alpha1",
         "kind": "QLoRAJob",
@@ -106,7 +106,7 @@ def test_pods_of_many_small_fields_do_not_end_the_operator_at_its_start(plane: C
         # A watch begins after its list.
         eventually(lambda: watches_pods(plane, since=logged), seconds=120, every=0.2, what="the watch of pods")
         grown = peak_mebibytes(operator) - before
-    # A pod takes 2 MiB, and 37 when it is parsed. Listed at once, they took 918.
+    # A pod takes 2 MiB, and 37 when it is parsed. One list of all took 918.
     assert grown < 250, f"{grown} MiB for 25 pods"
 
 

@@ -1,4 +1,4 @@
-"""What the real Job controller does with a step's Job and pods while the operator watches, or instead of it."""
+"""Actions of the real Job controller on a step's Job and pods while the operator watches, or instead of it."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""What people and tools see through kubectl: several managers of one job, diffs, watches, waits and Events."""
+"""Views of people and tools through kubectl: several managers of one job, diffs, watches, waits and Events."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ def named(name: str, manifest: Manifest = MINIMAL) -> Manifest:
 
 
 def part(name: str, **content: object) -> Manifest:
-    """What a manager applies that wants these fields only."""
+    """Apply as a manager that wants these fields only."""
     return {key: MINIMAL[key] for key in ("apiVersion", "kind")} | named(name, dict(content))
 
 

@@ -46,7 +46,7 @@ class Queued:
         return next((str(each["message"]) for each in conditions if each["type"] == "Succeeded"), "")
 
     def wait_for(self, name: str, phase: str, part: str) -> None:
-        """Until the job is in the phase, and says why."""
+        """Until the job is in the phase, with a reason."""
         self.cluster.wait_for_phase(name, phase)
         eventually(lambda: part in self.sentence(name), seconds=90, every=0.2, what=f"{name}: {part}")
 

@@ -109,7 +109,7 @@ def test_the_chart_installs_the_dashboards_where_grafana_looks_for_them() -> Non
 
 @pytest.mark.parametrize("file", ["prometheusrule", "dashboards"])
 def test_neither_is_installed_unless_it_is_asked_for(file: str) -> None:
-    # What Helm says of a file that makes no object.
+    # Helm's report on a file that makes no object.
     with pytest.raises(ClusterError, match="could not find template"):
         template(file)
     # `helm upgrade --reuse-values` from a chart that did not have them.

@@ -1,4 +1,4 @@
-"""QLoRAClient beside a real API server: jobs that it creates are stored, followed and deleted with a user's rights."""
+"""QLoRAClient with a real API server: jobs that it creates are stored, followed and deleted with a user's rights."""
 
 import os
 import re

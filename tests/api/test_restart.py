@@ -1,4 +1,4 @@
-"""A restart of the operator is no news: what has ended, waits or runs is looked at again, and nothing is written.
+"""A restart of the operator is no news: ended, waiting and running jobs are checked again, and nothing is written.
 
 There are no controllers and no node here: a Job stays as it was created.
 """

@@ -140,7 +140,7 @@ def test_no_neighbor_waits_for_a_thousand_jobs(attacked: Attacked) -> None:
 
 
 def require_turns(attacked: Attacked, count: int, name: str) -> None:
-    """A flood and then a neighbor's job come while the operator stands still: it looks at few of the flood first."""
+    """A flood and then a neighbor's job come while the operator stands still: it reconciles few of the flood first."""
     tenants = attacked.tenants
     tenants.operator.send_signal(signal.SIGSTOP)
     for number in range(count):

@@ -59,7 +59,7 @@ def test_jobs_live_through_an_upgrade_and_a_rollback(plane: ControlPlane) -> Non
 
     install(plane, CURRENT)
 
-    # The new definition gives no job a field that the previous operator would not know.
+    # The new definition gives no job a field that the previous operator would reject.
     assert plane.kubectl.get("qlorajob", "plain")["spec"] == plain["spec"]
     # A job that is no longer admitted can still be changed.
     assert patch(plane, "lost", {"suspend": True})["spec"]["suspend"] is True

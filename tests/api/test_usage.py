@@ -1,4 +1,4 @@
-"""GPU seconds against a real API server: counted from patched pods by operators that start anew, and the budget."""
+"""GPU seconds against a real API server: counted from patched pods by restarted operators, and the budget."""
 
 import asyncio
 from datetime import UTC, datetime, timedelta
@@ -21,7 +21,7 @@ def namespace(plane: ControlPlane) -> ControlPlane:
 
 
 def new_operator(api: Api) -> Reconciler:
-    """One that has just been started, and knows only what is stored."""
+    """An operator that has just started, with only the stored state."""
     return operator(api._cluster)
 
 

@@ -110,7 +110,7 @@ class Tenant:
 
 @pytest.fixture(scope="module")
 def account(plane: ControlPlane) -> str:
-    """The token of an account that may write Leases in its own namespace, and nothing else yet."""
+    """The token of an account that may write Leases in its namespace, and nothing else yet."""
     plane.kubectl("create", "namespace", OWN)
     plane.kubectl("create", "serviceaccount", "operator", f"--namespace={OWN}")
     Tenant(plane, OWN).grant(rules=LEASES)
@@ -119,7 +119,7 @@ def account(plane: ControlPlane) -> str:
 
 @dataclass(frozen=True)
 class Site:
-    """What one test has for itself: a namespace, a proxy, and a folder."""
+    """Resources of one test: a namespace, a proxy, and a folder."""
 
     plane: ControlPlane
     tenant: Tenant
@@ -184,7 +184,7 @@ def of_statuses(*statuses: int) -> Weather:
 
 
 def login_page() -> Weather:
-    """What a proxy answers to whom it does not know: a redirect to its page, or the page itself."""
+    """A proxy's answer to an unauthenticated client: a redirect to its page, or the page itself."""
     html = {"Content-Type": "text/html"}
     page = Reply(200, b"<html>Log in to go on.</html>", html)
     turn = itertools.cycle([Reply(302, b"<html>Moved.</html>", html | {"Location": "/login"}), page])
@@ -235,14 +235,14 @@ def live_through(site: Site, operator: OperatorProcess, kind: str, until: Callab
 
 
 def problems(operator: OperatorProcess) -> list[str]:
-    """What the log warns of. Raises AssertionError for a traceback."""
+    """The warnings in the log. Raises AssertionError for a traceback."""
     entries = operator.entries()
     assert not [entry for entry in entries if "exception" in entry]
     return [entry["message"] for entry in entries if entry["level"] in ("warning", "error", "critical")]
 
 
 def warnings(operator: OperatorProcess, part: str) -> int:
-    """How many of what the log warns of have this part."""
+    """The number of warnings with this part."""
     return sum(part in line for line in problems(operator))
 
 
@@ -261,7 +261,7 @@ def test_an_outage_ends_nothing_and_loses_nothing(site: Site, kind: str, elected
         live_through(site, operator, kind, lambda: operator.says(noticed), seconds=60)
         assert operator.says("leads no longer") is elected
         said = problems(operator)
-        # At most one for the lists and, as the errors say so too, one for the rights.
+        # At most one for the lists and, as the errors name them too, one for the rights.
         assert sum("cannot be listed" in line for line in said) <= 2, said
         assert sum("Request attempt" in line for line in said) <= 6, said
 
@@ -369,7 +369,7 @@ def test_a_namespace_that_is_lost_stops_only_itself(site: Site, neighbor: Tenant
         status, text = operator.get("/readyz")
         assert (status, neighbor.namespace in text) == (200, True)
         assert neighbor.status("waits").get("phase") is None
-        # Sweeps are listed at an interval of their own.
+        # Sweeps are listed at a different interval.
         eventually(lambda: warnings(operator, "the sweeps cannot be listed"), seconds=60, every=0.2)
         neighbor.grant()
         neighbor.wait_for_phase("waits", "Preparing")
@@ -466,7 +466,7 @@ def leads(operator: OperatorProcess) -> bool:
 
 
 def test_one_of_two_works_and_the_other_takes_over(site: Site) -> None:
-    """When it is killed, cut off, frozen for a while, and told to end."""
+    """Killed, cut off, frozen for a while, and terminated."""
     settings: Object = {"leaderElection": election(site.tenant.namespace)}
 
     def starts(name: str) -> None:
