@@ -1,4 +1,4 @@
-"""What the cluster tests do over and over: apply a job, wait for it, look at its pods and its volume."""
+"""Common actions of the cluster tests: apply a job, wait for it, read its pods and its volume."""
 
 import json
 import os
@@ -58,7 +58,7 @@ class Cluster:
         eventually(self.is_operator_ready, seconds=120, what="the operator's readiness")
 
     def operator_log(self) -> str:
-        """What the operator has logged."""
+        """The operator's log."""
         return self.kubectl("logs", f"--namespace={OPERATOR_NAMESPACE}", "deployment/qlora-operator", "--tail=-1")
 
 
@@ -84,7 +84,7 @@ def signal_processes_of(pod: Object, number: signal.Signals) -> None:
 
 @dataclass(frozen=True)
 class Tenant:
-    """A namespace of its own under the `restricted` Pod Security level, with a volume of inputs."""
+    """A new namespace under the `restricted` Pod Security level, with a volume of inputs."""
 
     cluster: Cluster
     namespace: str

@@ -1,4 +1,4 @@
-"""What builds on the life of one job: sweeps, a gate that is loosened, continued jobs, preferences, groups."""
+"""Features that build on the life of one job: sweeps, a loosened gate, continued jobs, preferences, groups."""
 
 import json
 from typing import Any

@@ -95,7 +95,7 @@ def test_the_trainers_image_can_quantize(images: Images) -> None:
 
 
 def test_the_trainers_image_has_each_library_that_pytorch_and_bitsandbytes_link_with(images: Images) -> None:
-    """What training loads on a GPU, which no test has here: nothing of it may be among what the image does without."""
+    """Libraries for training on a GPU, which no test has here: the image removes none of them."""
     with container(images.trainer) as inside:
         code, output = said(inside, PYTHON, "-c", LINKED, SITE_PACKAGES)
     assert code == 0, output

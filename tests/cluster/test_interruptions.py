@@ -7,7 +7,7 @@ from tests.cluster.environment import LONG, Tenant, tiny_job
 
 @pytest.fixture(scope="module")
 def undisturbed(tenant: Tenant) -> str:
-    """The name of a job that nobody touches, and that runs beside the first that somebody does."""
+    """The name of an undisturbed job that runs next to the disturbed one."""
     return tenant.apply(tiny_job("undisturbed", steps=LONG))
 
 

@@ -1,6 +1,6 @@
 """Real jobs and Kueue's own controller: quota, preemption, and what a preemption does to the adapter.
 
-What Kueue states about jobs that it holds is in tests/api/test_kueue.py.
+See tests/api/test_kueue.py for Kueue's statements about held jobs.
 """
 
 from collections.abc import Iterator

@@ -24,7 +24,7 @@ NAME = "life"
 
 @dataclass(frozen=True)
 class Finished:
-    """A job that has run to its end while somebody watched it."""
+    """A job that has run to its end under `qlora watch`."""
 
     status: Object
     seen: list[list[str]]
@@ -123,7 +123,7 @@ def test_the_sum_in_the_status_is_that_of_the_file(tenant: Tenant, finished: Fin
 
 
 def qlora(tenant: Tenant, *arguments: str) -> str:
-    """What the command prints, which must succeed."""
+    """Output of the command, which must succeed."""
     options = [f"--namespace={tenant.namespace}", "--kubeconfig", str(tenant.cluster.kubectl.kubeconfig)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Deadline, clean-up, deletion, and a namesake that is created at once.
+"""Deadline, clean-up, deletion, and a namesake that is created right after.
 
 Most are slow: what is decided is in tests/unit/qlora_operator, what the API server makes of it in tests/api.
 """

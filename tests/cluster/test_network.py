@@ -1,7 +1,7 @@
 """NetworkPolicies of the chart, enforced: what each step and the operator reach, and who reaches them.
 
-Each attempt is made again once the policies are gone, and then succeeds: what is denied is denied by them. What the
-chart writes into them is in tests/api/test_chart.py.
+Each attempt is repeated without the policies, and then succeeds: only the policies deny it. Their content is checked in
+tests/api/test_chart.py.
 """
 
 import json
@@ -30,7 +30,7 @@ POLICIES: Object = {
     },
 }
 POLICIES["profiles"]["default"]["objectStore"] = {"endpoint": f"http://{STORE}:{STORE_PORT}"}
-# Tries all at once; a denied packet is dropped, so an attempt that is denied takes as long as it is given.
+# All attempts run in parallel; a denied packet is dropped, so a denied attempt lasts for its whole timeout.
 _REACH = """
 import concurrent.futures, json, socket, struct, sys
 def reached(target):
@@ -66,7 +66,7 @@ Targets = dict[str, tuple[str, int, str]]
 
 @dataclass(frozen=True)
 class Place:
-    """A pod, from which connections are made, and to which they are."""
+    """A pod that makes and accepts connections."""
 
     cluster: Cluster
     pod: Object
@@ -91,7 +91,7 @@ class Place:
 
 @pytest.fixture(scope="module")
 def beyond(installed: Cluster) -> Iterator[None]:
-    """Policies are enforced, and there is somebody outside the cluster."""
+    """Policies are enforced, and a host outside the cluster answers."""
     where = layout.from_environment()
     toolchain.built(where, [node.POLICY_PROGRAM])
     assert not cluster.trouble(where), installed
@@ -137,7 +137,7 @@ def neighbor(installed: Cluster) -> Iterator[Place]:
 
 
 def targets(neighbor: Place) -> Targets:
-    """What a pod could want to reach."""
+    """Possible destinations of a pod."""
     ports = cluster.ports_of(layout.from_environment())
     return {
         "DNS": (addresses.DNS_ADDRESS, 53, "udp"),

@@ -1,4 +1,4 @@
-"""What a node does to a job: it is drained, it is lost with its pods, its volume fills up, its GPUs are shared."""
+"""Effects of a node on a job: it is drained, it is lost with its pods, its volume fills up, its GPUs are shared."""
 
 import json
 import signal
@@ -21,7 +21,7 @@ SMALL = "small"
 
 @pytest.fixture(scope="module")
 def undisturbed(tenant: Tenant) -> Object:
-    """The status of a job that nobody has touched."""
+    """The status of an undisturbed job."""
     return tenant.succeed(tenant.apply(tiny_job("undisturbed", steps=LONG)))
 
 
@@ -72,7 +72,7 @@ def test_a_full_claim_is_named_and_the_job_goes_on_when_there_is_room(tenant: Te
 
 @contextmanager
 def small_claim(tenant: Tenant) -> Iterator[Path]:
-    """A claim of 16 MiB, which is a file system of its own below the cluster's folder, so that `down` unmounts it."""
+    """A claim of 16 MiB, a separate file system below the cluster's folder, so that `down` unmounts it."""
     folder = layout.from_environment().cluster / SMALL
     folder.mkdir()
     run(["mount", "-t", "tmpfs", "-o", "size=16m,mode=0777", "tmpfs", folder])
@@ -125,7 +125,7 @@ def test_two_gpus_of_one_job_keep_the_next_job_waiting(tenant: Tenant) -> None:
 
 
 def test_a_lost_node_is_one_disruption(tenant: Tenant, undisturbed: Object) -> None:
-    """Its kubelet and its containers end at once, and its Node is deleted, as by the cloud that has taken it away."""
+    """End its kubelet and its containers immediately, and delete its Node, as a cloud that removes it."""
     pod = training(tenant, "lost")
     where, kubectl = layout.from_environment(), tenant.cluster.kubectl
     with cluster.locked(where):

@@ -75,7 +75,7 @@ def test_a_pod_of_two_that_is_lost_is_one_disruption_and_the_adapter_has_the_sam
 
 @pytest.fixture(scope="module")
 def undisturbed(tenant: Tenant, shared: str) -> Object:
-    """The status of a job of two pods that nobody has touched."""
+    """The status of an undisturbed job of two pods."""
     return tenant.succeed(tenant.apply(job_of_two("two-undisturbed", shared)))
 
 

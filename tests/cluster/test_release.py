@@ -70,7 +70,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
         base = image_build.local_base(layout, address)
         release = pipeline.make(layout, programs, source, address, signer, BUILDER, folder / "made", base)
         yield Made(layout, programs, source, address, base, signer, folder / "made", release)
-        # Names only: layers that the tested images have too stay. The digest of the base is not a name of its own.
+        # Names only: layers that the tested images have too stay. The digest of the base is not a separate name.
         base_tag = f"{address}/{images.base_image(layout).rpartition('/')[2]}"
         names = [f"{image.repository}:{image.version}" for image in release.artifacts[:2]]
         run(["buildah", "rmi", *names, base_tag])
@@ -150,7 +150,7 @@ def test_an_image_of_another_commit_shares_the_layers_whose_files_are_equal(made
 
 
 def signatures(made: Made, artifact: Artifact) -> int:
-    """How many there are, without the statements that cosign verifies too."""
+    """The number of signatures, without the statements that cosign verifies too."""
     said = run([made.programs.cosign.program, "verify", *made.signer.verifier.verifying(), artifact.reference])
     types = [found["critical"]["type"] for found in json.loads(said)]
     return types.count("https://sigstore.dev/cosign/sign/v1")

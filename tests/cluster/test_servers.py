@@ -1,6 +1,6 @@
 """Destinations and a hub that pods really use: an S3 server, a registry, and a hub with a cache of models.
 
-What their clients do is in tests/trainer/stores and tests/trainer/publishing.
+See tests/trainer/stores and tests/trainer/publishing for the clients of these servers.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What comes late is waited for, and a failed job goes on where it failed."""
+"""The job waits for late objects, and a failed job continues where it failed."""
 
 import json
 

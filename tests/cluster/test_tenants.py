@@ -36,7 +36,7 @@ from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.slow
 PROFILES: Object = {
-    # Nobody listens there: jobs whose data are missing never get that far.
+    # The host has no listener: jobs whose data are missing never get that far.
     "default": {"registries": ["registry.example.org"], "hubEndpoint": "http://127.0.0.1:9"},
     "small": {"allowJobScheduling": False, "limits": {"gpus": 1, "workspaceSize": "60Gi", "jobs": 2}},
     "private": {"namespaces": [VICTIM]},
@@ -85,7 +85,7 @@ def tenants(installed: Cluster, since: int, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def untouched(tenants: Tenants) -> dict[str, Object]:
-    """What there is in the victim's namespace, once it is whole: an Event follows the status that it tells of."""
+    """The objects of the victim's namespace, once it is complete: an Event follows its status."""
 
     def whole() -> dict[str, Object] | None:
         found = tenants.everything(VICTIM)
