@@ -40,10 +40,10 @@ def lacking(cards: Sequence[Card], wanted: int, gib: float, visible: str | None 
 
 
 def unusable(pytorch: str, cuda: str | None, visible: str | None) -> str | None:
-    """What to do if PyTorch sees no GPU although the machine has a driver for one; None if it has no driver.
+    """Advice if PyTorch sees no GPU although the machine has a driver for one; None if it has no driver.
 
     `pytorch` and `cuda` are versions, of PyTorch and of the CUDA that it is built with; `visible` is the value of
-    CUDA_VISIBLE_DEVICES, with which GPUs may be hidden on purpose.
+    CUDA_VISIBLE_DEVICES, which may hide GPUs on purpose.
     """
     if visible == "":
         return None

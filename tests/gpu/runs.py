@@ -9,7 +9,7 @@ from tests.support.tiny import chat_row, write_rows
 
 
 def on_gpu(files: Files, *steps: str) -> Files:
-    """The same files after these steps, each of which must succeed."""
+    """The same files after these steps; each must succeed."""
     for step in steps:
         done = files.run(step, QLORA_DEVICE="cuda")
         assert done.exit_code == 0, done.stdout + done.stderr

@@ -105,7 +105,7 @@ def random_base(config: LlamaConfig, device: str) -> Any:
 
 @dataclass(frozen=True)
 class Trained:
-    """What two steps took."""
+    """Measurements of two steps."""
 
     paged: int
     """Bytes of the paged optimizer state, memory which PyTorch's allocator does not count."""
@@ -173,7 +173,7 @@ def _dry_run(config: Path, spec: QLoRAJobSpec) -> MemoryEstimate:
 @pytest.mark.gpu(gib=44)
 def test_65b_at_rank_64_fits_48_gb_and_the_estimate_knows_it(figures: Figures, tmp_path: Path) -> None:
     free, total = torch.cuda.mem_get_info()
-    # What is not free belongs to CUDA's context, on the smaller GPU too.
+    # Memory in use belongs to CUDA's context, on the smaller GPU too.
     with Ballast(free=CARD_BYTES - (total - free)) as ballast:
         torch.cuda.reset_peak_memory_stats()
         trained = two_steps(LLAMA_65B, "cuda", LoraSpec())

@@ -41,7 +41,7 @@ def test_a_run_is_close_to_the_same_on_a_cpu(undisturbed: Files, tiny: Files, tm
 
 
 def until(process: "subprocess.Popen[str]", reached: Callable[[ProgressRecord], bool]) -> str:
-    """What the process prints until it has reached something."""
+    """Output of the process until it has reached the given state."""
     read = ""
     for line in process.stdout or ():
         read += line
@@ -89,7 +89,7 @@ def test_the_estimate_is_right_about_the_peak(tmp_path: Path, billion: Files, fi
     figures.add("1B: from the start of train to the end of its first step", time.monotonic() - started, "s")
     done = files.finish(process, read)
     assert done.exit_code == 0, done.stdout + done.stderr
-    # The last step is the one in which nothing is loaded or compiled any more.
+    # The last step loads and compiles nothing any more.
     figures.add("1B, 2 × 2048 tokens: speed of the last step", metrics(files)[-1]["tokensPerSecond"], "tokens/s")
     estimated = record(files, "prepare")["memory"]["estimateBytes"]
     # The estimate holds 0.6 GB for the context of CUDA, which the allocator does not see.

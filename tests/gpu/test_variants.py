@@ -1,4 +1,4 @@
-"""What a job may choose, on a GPU: variants of LoRA, 8-bit optimizer state, other families, a merged model."""
+"""Options of a job on a GPU: variants of LoRA, 8-bit optimizer state, other families, a merged model."""
 
 import shutil
 from pathlib import Path
