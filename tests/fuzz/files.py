@@ -180,7 +180,7 @@ def _family(content: bytes, folder: Path) -> None:
 
 @cache
 def _model() -> Any:
-    """A model without weights, of which the files' weights might be."""
+    """A model without weights, to go with the files' weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(**_LLAMA))
 

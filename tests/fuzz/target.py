@@ -1,4 +1,4 @@
-"""What a parser may do with any bytes, so that hypothesis and atheris can hold it to that."""
+"""The contract of a parser for any bytes, so that hypothesis and atheris can check it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ LONGEST_MESSAGE = 20_000
 
 @dataclass(frozen=True)
 class Target:
-    """A parser. Whatever the input is, it returns, or rejects it in one of the ways that are documented."""
+    """A parser. For any input it returns, or rejects it in one of the documented ways."""
 
     parse: Callable[[bytes, Path], object]
     """Gets the input, and a folder where it may write files. What it gives back besides is looked at here, too."""
@@ -42,7 +42,7 @@ class Target:
 
 
 def _record(failure: StepFailure) -> ResultRecord:
-    """What people get to see of the failure."""
+    """The failure as people see it."""
     time = "2026-01-02T12:00:00Z"
     return result_record(
         classify(failure), None, Findings(), step="prepare", job_uid="job", pod_uid="pod", attempt=1, time=time
