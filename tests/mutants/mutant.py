@@ -1,4 +1,4 @@
-"""Applies one mutant to a copy of the sources and says whether the tests notice."""
+"""Applies one mutant to a copy of the sources and reports whether the tests notice."""
 
 import os
 import shutil
@@ -38,7 +38,7 @@ class Mutant:
 
 
 class Verdict(StrEnum):
-    """What became of a mutant."""
+    """The outcome of a mutant."""
 
     CAUGHT = "caught"
     SURVIVED = "SURVIVED"
@@ -110,7 +110,7 @@ def try_mutant(mutant: Mutant, copy: Path, log: Path) -> tuple[Verdict, str]:
 
 
 def verdict_of(code: int | None) -> Verdict:
-    """What pytest's exit code says of a mutant; None if it took too long."""
+    """The verdict of pytest's exit code on a mutant; None if it took too long."""
     return {_FAILED: Verdict.CAUGHT, _PASSED: Verdict.SURVIVED}.get(code if code is not None else -1, Verdict.BROKEN)
 
 
