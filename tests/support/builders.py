@@ -95,7 +95,7 @@ def make_job(status: QLoRAJobStatus | None = None, /, generation: int = 1, **spe
 
 
 def resolved(profile: Profile = PROFILE) -> Resolved:
-    """What is fixed before the first pod."""
+    """Values that are fixed before the first pod."""
     return Resolved(
         contract_version=needed_contract(1),
         profile=profile,
@@ -158,7 +158,7 @@ def with_resolved(body: dict[str, Any], **profile: Any) -> dict[str, Any]:
 
 
 def pod(step: StepName, attempt: int = 1, number: int = 1, **status: Any) -> dict[str, Any]:
-    """A pod of that Job, pending unless `status` says otherwise."""
+    """A pod of that Job, pending unless `status` is given."""
     owner = f"{NAME}-{step}-{attempt}"
     return {
         "metadata": {
@@ -215,7 +215,7 @@ def _with_state(body: dict[str, Any], phase: str, state: dict[str, Any]) -> dict
 
 
 def deleted(body: dict[str, Any], requested: float, grace: int = 120) -> dict[str, Any]:
-    """The pod after somebody has asked for its deletion."""
+    """The pod after a request for its deletion."""
     marks = {"deletionTimestamp": time(requested + grace), "deletionGracePeriodSeconds": grace}
     return body | {"metadata": body["metadata"] | marks}
 
@@ -291,7 +291,7 @@ def to_json(value: object) -> str:
 
 
 def starts(*bodies: dict[str, Any], woken: list[Any] | None = None) -> Starts:
-    """Counts these QLoRAJobs, whose clock stands still; `woken` gets the keys of those that are to be looked at."""
+    """Counts these QLoRAJobs, whose clock stands still; `woken` gets the keys of those to requeue."""
 
     async def pages(_namespace: str) -> AsyncIterator[list[str | None]]:
         for body in bodies:
@@ -317,7 +317,7 @@ class _Jump(selectors.SelectSelector):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock jumps to the next timer, so that hours pass at once."""
+    """An event loop whose clock jumps to the next timer, so that hours pass immediately."""
 
     def __init__(self) -> None:
         self._jump = _Jump()

@@ -42,7 +42,7 @@ class Done:
 
     @property
     def records(self) -> list[ProgressRecord | ResultRecord]:
-        """Standard output, in which every line must be a record of this job and pod."""
+        """Standard output; every line must be a record of this job and pod."""
         records = [decode_record(line, job_uid=JOB_UID, pod_uid=POD_UID) for line in self.stdout.splitlines()]
         assert None not in records, f"not only records on standard output: {self.stdout}"
         return [record for record in records if record is not None]
@@ -78,7 +78,7 @@ class Files:
 
     @property
     def document(self) -> dict[str, Any]:
-        """What a user applies, with the UID that the API server gives it."""
+        """A user's manifest, with the UID that the API server gives it."""
         metadata = {"name": "tiny", "uid": JOB_UID}
         return {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "metadata": metadata, "spec": self.spec}
 

@@ -43,7 +43,7 @@ def _private_key(_whose: str) -> rsa.RSAPrivateKey:
 
 
 def of_somebody_else() -> rsa.RSAPrivateKey:
-    """A key that no server of these knows."""
+    """A key that none of these servers accepts."""
     return _private_key("somebody else's")
 
 
@@ -141,7 +141,7 @@ def _decoded(text: str) -> bytes:
 def serve_cloud(cloud: FakeCloud, kind: str, *, tls: tuple[Path, Path] | None = None) -> Iterator[FakeCloud]:
     """Answer as `google`, `azure` or `aws` (its token servers only) on a free port until the block ends.
 
-    `tls`: the certificate and its key, in PEM, with which it answers.
+    `tls`: the server's certificate and its key, in PEM.
     """
     base = {"google": _Google, "azure": _Azure, "aws": _Aws}[kind]
     handler = type("Handler", (base,), {"cloud": cloud})
@@ -340,7 +340,7 @@ class _Azure(_Handler):
             self._keep(self.body)
 
     def _delete_many(self) -> None:
-        """Each part of the body is a request of its own, with its own signature."""
+        """Each part of the body is a separate request with a separate signature."""
         boundary = self.asked["content-type"].partition("boundary=")[2]
         answers = ""
         for number, part in enumerate(self.body.decode().split(f"--{boundary}")[1:-1]):

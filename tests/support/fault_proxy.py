@@ -23,7 +23,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong with a request. Without a status the real server's answer is used."""
+    """A fault of a request. Without a status the real server's answer is used."""
 
     status: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Flux's kustomize-controller as a process beside an API server; sources are archives on a server of our own."""
+"""Flux's kustomize-controller as a process with an API server; sources are archives on the test's server."""
 
 import hashlib
 import io
@@ -36,7 +36,7 @@ _TIME = "2026-01-02T03:04:05Z"
 
 
 class Flux:
-    """What an administrator of Flux does."""
+    """Actions of an administrator of Flux."""
 
     def __init__(self, kubectl: Kubectl, folder: Path, address: str) -> None:
         self.kubectl = kubectl

@@ -81,7 +81,7 @@ def require_quantized_experts(base: nn.Module, whole: nn.Module) -> None:
 
 
 def settings(quantization: QuantizationSpec = _NF4, **more: Any) -> BitsAndBytesConfig:
-    """What transformers is told to quantize a model so."""
+    """The quantization settings for transformers."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.type,
@@ -109,7 +109,7 @@ def manifest_of(context: StepContext, record: PrepareRecord) -> BaseManifest:
 
 
 def require_made_of(context: StepContext, record: PrepareRecord, weights: bytes) -> None:
-    """The base was made of a model.safetensors with this content, of which nothing is left."""
+    """The base was made of a model.safetensors with this content; that file is deleted."""
     assert manifest_of(context, record).sources == {"model.safetensors": hashlib.sha256(weights).hexdigest()}
     assert not [*context.workspace.models.rglob("*.safetensors")]
 

@@ -51,7 +51,7 @@ class Place:
 
     @property
     def canary(self) -> Path:
-        """What code of the input would make."""
+        """The effect of code in the input."""
         return self.outside / "canary"
 
     def config(self, **changes: Any) -> None:
@@ -101,7 +101,7 @@ class Case:
 
 
 def collector(cases: dict[str, Case]) -> Callable[[ExitCode, str], Callable[[Callable[[Place], None]], None]]:
-    """Makes a decorator that collects a case; the function's name, with blanks, says what it tries."""
+    """Makes a decorator that collects a case; the function's name, with blanks, is its title."""
 
     def case(code: ExitCode, says: str) -> Callable[[Callable[[Place], None]], None]:
         def collect(attack: Callable[[Place], None]) -> None:
@@ -120,7 +120,7 @@ class Trial:
     context: MakeContext
 
     def require_rejection(self, case: Case) -> None:
-        """It ends as the case says, no code has run, and nothing but the workspace is another than before."""
+        """It ends as the case states, no code has run, and nothing but the workspace has changed."""
         case.attack(self.place)
         source = next((path.name for path in self.place.data.iterdir() if path.name.startswith("train.")), "")
         context = self.context({"dataset": {"source": f"pvc://data/{source}"}}, model=self.place.model)

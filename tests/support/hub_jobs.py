@@ -19,7 +19,7 @@ MODEL: dict[str, Any] = {"model": {"source": "hf://acme/tiny"}}
 
 
 def rejection(make_context: MakeContext, records: Recorded, code: ExitCode, spec: dict[str, Any] | None = None) -> str:
-    """The message with which prepare ends with `code`; what cannot be mended leaves nothing behind."""
+    """The message of prepare when it ends with `code`; a permanent failure leaves nothing behind."""
     context = make_context({**MODEL, **(spec or {})})
     with pytest.raises(StepFailure) as failure:
         prepare(context, records)

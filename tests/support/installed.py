@@ -32,7 +32,7 @@ def _wanted(requirements: Iterable[str], extras: Iterable[str]) -> Iterator[Requ
 
 
 def distributions(extras: Iterable[str]) -> dict[str, Distribution]:
-    """What the extras install, with all that it requires, as far as it is installed here; by name."""
+    """Packages of the extras, with all that they require, as far as they are installed here; by name."""
     declared = _project()
     lists = [declared["dependencies"], *(declared["optional-dependencies"][extra] for extra in extras)]
     pending, found = [each for listed in lists for each in _wanted(listed, ())], {}

@@ -1,4 +1,4 @@
-"""What is trained on in rows: the text that the model sees, and the stretches of it that are targets."""
+"""The learned part of rows: the text that the model sees, and the stretches of it that are targets."""
 
 import json
 from itertools import groupby

@@ -43,7 +43,7 @@ class Nodeless:
         return self.plane.kubectl
 
     def metrics(self) -> str:
-        """What the operator answers to a scrape."""
+        """The operator's answer to a scrape."""
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10) as answer:
             return str(answer.read().decode())

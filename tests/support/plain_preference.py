@@ -43,7 +43,7 @@ class PlainPair:
 
     @property
     def answer_tokens(self) -> Tensor:
-        """How many tokens each answer has, int64 [2]."""
+        """The number of tokens of each answer, int64 [2]."""
         return self.is_answer.sum(dim=1)
 
 
@@ -73,7 +73,7 @@ def plain_model(folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype = t
 def frozen_base(folder: Path) -> Any:
     """A second model, which is the reference of DPO: the base in 4-bit, in float32.
 
-    In training mode, in which bitsandbytes does not round to 16 bit on a CPU. It has no dropout.
+    In training mode, because there bitsandbytes does not round to 16 bit on a CPU. It has no dropout.
     """
     model = AutoModelForCausalLM.from_pretrained(
         folder,
@@ -117,7 +117,7 @@ def plain_orpo(likelihoods: Tensor, tokens: Tensor, beta: float) -> Tensor:
 
 @dataclass(frozen=True)
 class PlainStep:
-    """What a plain loop saw in one step: means over the pairs."""
+    """Results of a plain loop for one step: means over the pairs."""
 
     loss: float
     chosen_reward: float

@@ -1,4 +1,4 @@
-"""A real Prometheus that scrapes what a test tells it to."""
+"""A real Prometheus with the scrape settings of a test."""
 
 import json
 import subprocess

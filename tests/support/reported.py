@@ -31,7 +31,7 @@ Object = dict[str, Any]
 
 @dataclass
 class Log:
-    """What a container has printed. Each line is half a second after the one before."""
+    """A container's output. Each line is half a second after the one before."""
 
     lines: list[str] = field(default_factory=list)
     ended: bool = False
@@ -136,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @dataclass(frozen=True)
 class Reported:
-    """A namespace with its jobs, as whoever reports on them sees it."""
+    """A namespace with its jobs, as a reader of their report sees it."""
 
     plane: ControlPlane
     kubelet: Kubelet
@@ -250,7 +250,7 @@ def reported(plane: ControlPlane, folder: Path, namespace: str) -> Iterator[Repo
     """A new namespace of the control plane, with a node whose kubelet this is."""
     with kubelet(folder) as served:
         plane.kubectl("create", "namespace", namespace)
-        # Without the controllers nobody creates it.
+        # Without the controllers no process creates it.
         plane.kubectl("create", "serviceaccount", "default", f"--namespace={namespace}")
         node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "reported"}}
         plane.kubectl.apply(json.dumps(node))

@@ -1,4 +1,4 @@
-"""A workspace in which prepare is done, and the train step over it, for the trainer's tests."""
+"""A prepared workspace, and the train step over it, for the trainer's tests."""
 
 import json
 from collections.abc import Sequence

@@ -10,7 +10,7 @@ from typing import Any
 
 
 class WandbStub:
-    """What a client has sent."""
+    """Requests of a client."""
 
     def __init__(self) -> None:
         self.url = ""

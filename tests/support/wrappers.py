@@ -1,4 +1,4 @@
-"""Tiny multimodal models, of which the text decoder is trained, made of transformers' own defaults."""
+"""Tiny multimodal models, made of transformers' defaults; the trainer trains their text decoder."""
 
 from pathlib import Path
 from typing import Any

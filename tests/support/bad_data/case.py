@@ -1,4 +1,4 @@
-"""What a case of the corpus is."""
+"""A case of the corpus."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ GOOD = json.dumps(chat_row("Which pods?", "kubectl get pods")) + "\n"
 
 @dataclass(frozen=True)
 class BadData:
-    """Files on the claim `data`, and what prepare says of them."""
+    """Files on the claim `data`, and prepare's message about them."""
 
     name: str
     files: Mapping[str, bytes]
