@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-# As steps do (process.py), which these tests also call in their own process. Before anything loads bitsandbytes.
+# As steps do (process.py), which these tests also call in this process. Before anything loads bitsandbytes.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
@@ -36,7 +36,7 @@ MakeContext = Callable[..., StepContext]
 
 @pytest.fixture(autouse=True)
 def _the_hubs_client_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It waits one second, two, four, … between its own tries; here they follow each other at once."""
+    """The client waits one second, two, four, … between its tries; here they follow each other immediately."""
     for module in (_http, file_download):
         monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda _seconds: None))
 
@@ -115,7 +115,7 @@ def trained(tmp_path: Path, finished: Files) -> Files:
 
 @pytest.fixture(scope="session")
 def together(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> tuple[Files, StepContext]:
-    """What two processes have trained, each with the whole base. Do not change it: copy it."""
+    """Files of two processes that trained with the whole base each. Do not change them: copy them."""
     files, context = workspace(
         tmp_path_factory.mktemp("together") / "job", tiny_llama, merged(EXACT, TWO), packed=False
     )

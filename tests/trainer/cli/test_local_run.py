@@ -290,7 +290,7 @@ def test_a_run_shows_a_bar_stops_on_ctrl_c_and_resumes(tmp_path: Path, tiny_llam
 
 
 def test_the_paths_of_a_workspace_are_shown_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What stands in brackets or between colons is a style or a picture to the library that prints.
+    """To the printing library, text in brackets or between colons is a style or a picture.
 
     Nor is anything cut to the width of the terminal, or to the 80 columns that count where there is none.
     """
@@ -361,7 +361,7 @@ def test_a_run_that_nobody_reads_any_more_saves_and_ends(tmp_path: Path, tiny_ll
         assert process.stderr is not None
         assert any("train: training" in line for line in process.stdout)
         process.stdout.close()
-        # As click ends a command whose output nobody reads: without a word.
+        # As click ends a command whose output no process reads: without a message.
         assert process.stderr.read() == ""
     assert process.returncode == 1
     [attempt] = (files.workspace / "records" / "attempts.jsonl").read_text().splitlines()
@@ -369,7 +369,7 @@ def test_a_run_that_nobody_reads_any_more_saves_and_ends(tmp_path: Path, tiny_ll
 
 
 def read_until(terminal: int, pattern: str) -> str:
-    """What the terminal shows until the pattern appears."""
+    """Output of the terminal until the pattern appears."""
     shown = ""
     while not re.search(pattern, shown):
         try:

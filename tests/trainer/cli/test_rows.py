@@ -1,4 +1,4 @@
-"""What `qlora data` and `qlora plan --data` print of a job's rows."""
+"""Output of `qlora data` and `qlora plan --data` about a job's rows."""
 
 import io
 import json

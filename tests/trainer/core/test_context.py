@@ -1,4 +1,4 @@
-"""What a step says of itself while it works, whatever the text is."""
+"""Log records of a step while it works, for any text."""
 
 from datetime import UTC, datetime
 
@@ -16,7 +16,7 @@ NOW = datetime(2026, 1, 2, tzinfo=UTC)
 def test_an_activity_is_cut_to_what_a_record_has_room_for(
     make_context: MakeContext, character: str, evaluations: tuple[tuple[int, float], ...] | None
 ) -> None:
-    """JSON takes up to twelve bytes for a character."""
+    """A character has at most twelve bytes in JSON."""
     records = Recorded()
     activity = f"writing to {character * 200}"
     records.progress(make_context().progress("publish", NOW, activity, loss=1.25, evaluations=evaluations))

@@ -35,7 +35,7 @@ def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def aged(folder: Path, seconds: float) -> Path:
-    """The folder, as if nobody had touched it for so long."""
+    """The folder, as if it had been idle for so long."""
     for path in (folder / OWNER_FILE, folder):
         if path.exists():
             os.utime(path, (time.time() - seconds,) * 2)

@@ -1,4 +1,4 @@
-"""What an error means for the job: its exit code, decided without loading a library."""
+"""Meaning of an error for the job: its exit code, decided without loading a library."""
 
 import errno
 import os

@@ -54,7 +54,7 @@ def test_the_overlap_names_its_first_rows() -> None:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Twenty rows, of which two follow again, and four held-out rows, of which one is the third row again."""
+    """Twenty rows with two repetitions, and four held-out rows; one of these is the third row again."""
     folder = tmp_path / "data"
     write_rows(folder / "train.jsonl", [*ROWS, ROWS[4], ROWS[9]])
     write_rows(folder / "eval.jsonl", [chat_row(f"Other {n}?", "nodes") for n in range(3)] + [ROWS[2]])
@@ -145,7 +145,7 @@ def test_an_overlap_fails_the_job_if_it_says_so(make_context: MakeContext, recor
 def test_what_a_fraction_holds_out_of_duplicates_is_noticed_and_gone_without_them(
     make_context: MakeContext, records: Recorded, tmp_path: Path
 ) -> None:
-    """Each row is there twice: some of those that are held out have their equal among those that are trained on."""
+    """Each row exists twice: some held-out rows have their equal among the training rows."""
     write_rows(tmp_path / "data" / "train.jsonl", [*ROWS, *ROWS])
     record = prepare(make_context({"dataset": {"eval": {"fraction": 0.25}}}), records)
     assert (record.dataset.duplicate_rows, record.dataset.eval_rows) == (20, 10)

@@ -1,4 +1,4 @@
-"""A mix: each source gives its share to each epoch, drawn anew, and the rows of a run are those that were drawn."""
+"""A mix: each source gives its share to each epoch, in a new draw, and the rows of a run are the drawn ones."""
 
 import shutil
 from collections import Counter
@@ -37,7 +37,7 @@ SHARES = {"pods": 18, "nodes": 9, "jobs": 9}
 
 @pytest.fixture(autouse=True)
 def sources(tmp_path: Path) -> None:
-    """A file for each source, in which no two rows are equal."""
+    """A file for each source, without equal rows."""
     for name, size in SIZES.items():
         rows = [chat_row(f"{name} {n}?", f"{name} " * (n % 4 + 1)) for n in range(size)]
         write_rows(tmp_path / "data" / f"{name}.jsonl", rows)
@@ -74,7 +74,7 @@ def epochs_of(data: PreparedDataset, tokenizer: Any, steps: range, schedule: Sch
 
 
 def failure(context: StepContext) -> str:
-    """What prepare says about data that it rejects."""
+    """Prepare's message about data that it rejects."""
     with pytest.raises(StepFailure) as caught:
         prepare(context, Recorded())
     assert caught.value.exit_code is ExitCode.BAD_DATASET
@@ -241,7 +241,7 @@ def test_each_source_must_have_rows_to_hold_out(make_mixed: MakeContext, tmp_pat
 
 
 def drawn(sizes: tuple[int, ...], folder: Path, **training: Any) -> int:
-    """How many epochs of the sources are drawn for a run, in steps of 12 rows; up to the rejection if there is one."""
+    """The epochs of the sources that are drawn for a run, in steps of 12 rows; up to the rejection if one occurs."""
     epochs: list[int] = []
 
     def arranged() -> EpochArrangements:

@@ -1,4 +1,4 @@
-"""Answers are checked as spec.gate.score says, and no pattern, schema or answer holds up the step."""
+"""Answers are checked as in spec.gate.score, and no pattern, schema or answer holds up the step."""
 
 import multiprocessing
 import os
@@ -127,7 +127,7 @@ def test_the_checks_of_rows_are_used_in_turn_and_none_holds_up_the_next() -> Non
         assert not checker.passes("a" * 60 + "b", "", evil)
         assert checker.passes("<think>a</think>7", "", digits)
         assert checker.passes("aaa", "", evil)
-        # Prepare rejects it; where it is met all the same, one answer has not passed.
+        # Prepare rejects it; if it still occurs, one answer has not passed.
         assert not checker.passes("aaa", "", Criterion("regex", "(", "line 3: 'check'"))
         assert checker.passes("8", "", digits)
 

@@ -1,4 +1,4 @@
-"""Before the GPU is used, a job learns which held-out rows its score is decided on, and what their own answers have."""
+"""Before the GPU is used, a job reports the held-out rows behind its score, and their reference answers."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -29,7 +29,7 @@ def remarks(
     positions: int | None = None,
     **score: Any,
 ) -> tuple[str, ...]:
-    """What is said of four rows, whose prompts have 2 to 10 tokens and whose answers have 3 to 11."""
+    """Messages about four rows, whose prompts have 2 to 10 tokens and whose answers have 3 to 11."""
     if not folder.exists():
         write_data(folder, packed=False, pairs=pairs, checks=checks)
     gate = GateSpec.model_validate({"score": {"check": "exactMatch", **score}})

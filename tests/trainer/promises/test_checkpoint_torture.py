@@ -178,7 +178,7 @@ SHORT_RUN = {
 
 
 def full_from(failing: int, workspace: Path) -> AbstractContextManager[BadDisk]:
-    """A volume on which there is no more room from that write on."""
+    """A volume that is full from that write on."""
     return bad_disk(workspace, failing, errno.ENOSPC, stays_full=True)
 
 
@@ -267,7 +267,7 @@ def test_a_volume_that_is_full_at_any_write_leaves_the_earlier_checkpoints(kind:
 def test_power_may_fail_at_any_time_because_everything_is_synced_before_it_is_relied_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What fsync has not been told may be lost: at the rename all files are synced, at a removal the rename is."""
+    """Unsynced changes may be lost: at the rename all files are synced, at a removal the rename is."""
     folder = tmp_path / "checkpoints"
     events: list[tuple[str, str]] = []
     fsync, rename, remove = os.fsync, os.rename, shutil.rmtree

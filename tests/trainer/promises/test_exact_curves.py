@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 .venv/bin/python -m tests.trainer.promises.test_exact_curves
 
-writes them anew into `curves/`, each with the processor, threads and libraries it was computed with. Where these are
-the same here, every loss must be the same number; elsewhere, as bfloat16 matmuls are summed in another order, it may
-differ by a thousandth of itself.
+writes them again into `curves/`, each with the processor, threads and libraries of its computation. Where these are the
+same here, every loss must be the same number; elsewhere, as bfloat16 matmuls are summed in another order, it may differ
+by a thousandth of itself.
 """
 
 import json
@@ -24,7 +24,7 @@ from tests.support.training import history, prepared, run
 CURVES = Path(__file__).parent / "curves"
 SEEDS = (0, 1)
 TOLERANCE = 1e-3
-# Those on which oneDNN and MKL decide how they compute.
+# Features that oneDNN and MKL choose their kernels by.
 _INSTRUCTIONS = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16")
 
 

@@ -106,5 +106,5 @@ def test_what_a_row_teaches_does_not_depend_on_the_rows_beside_it_by_a_single_bi
             assert other_loss == loss
             different = [name for name in gradients if not torch.equal(gradients[name], other_gradients[name])]
             assert not different, f"row {beside} has a part in what row {row} teaches"
-        # The test would notice: another token in the row itself changes what it teaches.
+        # The test would notice: another token of the same row changes its gradients.
         assert lesson(model, taught_by(row, with_row(row, sequence, other)))[0] != loss

@@ -1,9 +1,9 @@
-"""What is learnt of a conversation, token by token, with templates in the style of the families that people train.
+"""Targets of a conversation, token by token, with templates in the style of common model families.
 
-Each template is written once, with the marks `{% generation %}` around what the model says. With the marks transformers
-itself tells which tokens those are; the trainer is given the template without them, as most models have it, and must
-find the same. Two things differ by design: the first token of a row is never a target, as nothing predicts it, and the
-mark that ends a turn is learnt (the templates here put it inside the marks, with a line's end after it outside).
+Each template is written once, with the marks `{% generation %}` around the model's words. With the marks transformers
+itself finds their tokens; the trainer is given the template without them, as most models have it, and must find the
+same. Two things differ by design: the first token of a row is never a target, as nothing predicts it, and the mark that
+ends a turn is learned (the templates here put it inside the marks, with a line's end after it outside).
 """
 
 import re
@@ -108,13 +108,13 @@ CONVERSATIONS = {
 
 
 def without_marks(template: str) -> str:
-    """The template as a model has it that does not say what is generated."""
+    """The template as of a model without marks of the generated part."""
     return re.sub(r"{%-? *(end)?generation *-?%}", "", template)
 
 
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level tokenizer that knows the marks of all families. A blank belongs to the word after it."""
+    """A byte-level tokenizer with the marks of all families. A blank belongs to the word after it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

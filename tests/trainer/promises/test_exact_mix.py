@@ -1,4 +1,4 @@
-"""A run over a mix that is interrupted in any epoch ends in the same bytes, though each epoch draws its own rows."""
+"""A run over a mix that is interrupted in any epoch ends in the same bytes, though each epoch draws other rows."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,7 +37,7 @@ def sources(tmp_path: Path) -> None:
 
 
 def workspace(make_context: MakeContext, root: Path, spec: dict[str, Any]) -> StepContext:
-    """A workspace of its own in which prepare is done."""
+    """A new prepared workspace."""
     context = StepContext(**{**vars(make_context(spec)), "workspace": WorkspaceLayout(root)})
     prepare(context, Recorded())
     return context

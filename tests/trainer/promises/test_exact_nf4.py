@@ -79,7 +79,7 @@ def test_every_weight_that_is_loaded_is_what_bitsandbytes_makes_of_the_file(
         assert torch.equal(layer.weight.data, packed), name
         read = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
         assert torch.equal(read, dequantize_4bit(packed, state)), name
-        # What the layer multiplies with is that weight: of the identity it makes its transpose.
+        # The layer multiplies with that weight: of the identity it makes its transpose.
         size = layer.in_features
         unit = identity.setdefault(size, torch.eye(size, dtype=torch.bfloat16))
         bias = 0 if layer.bias is None else layer.bias

@@ -83,7 +83,7 @@ def _flat(metadata: list[Any]) -> list[Any]:
 
 
 def with_value(context: StepContext, field: str, value: Any) -> StepContext:
-    """The same workspace for a job in which one field has another value."""
+    """The same workspace for a job with another value of one field."""
     section, name = field.split(".")
     spec = job().spec
     part = getattr(spec, section).model_copy(update={name: value})
@@ -99,7 +99,7 @@ def camel(field: str) -> str:
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> StepContext:
-    """A workspace with a checkpoint of its first step. What is rejected leaves it as it is."""
+    """A workspace with a checkpoint of its first step. A rejection leaves it as it is."""
     context, stop = prepared(tmp_path_factory.mktemp("interrupted") / "workspace", tiny_llama), StopRequest()
     with pytest.raises(Interrupted):
         run(context, stop=stop, records=StopAtStep(1, stop))
@@ -107,7 +107,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> S
 
 
 def rejection(context: StepContext) -> str:
-    """Why the train step does not go on."""
+    """The reason why the train step does not continue."""
     with pytest.raises(StepFailure, match="step-1 belongs to another run: ") as caught:
         run(context)
     assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION

@@ -1,4 +1,4 @@
-"""However often and wherever attempts end, the run that is gone on with ends in the same bytes as an undisturbed one.
+"""However often and wherever attempts end, the continued run ends in the same bytes as an undisturbed one.
 
 An instant is a place of the trainer's code and how often it has been passed: a function's call or return, or a call of
 C code as `os.fsync`, before or after. Each attempt is a forked process that ends at one instant in one of four ways.
@@ -123,7 +123,7 @@ def sites_of(context: StepContext) -> Counter[Site]:
 
 
 def attempt(context: StepContext, instant: Instant | None) -> int:
-    """The train step in a process of its own that ends at `instant`; its exit code, negative for a signal."""
+    """The train step in a new process that ends at `instant`; its exit code, negative for a signal."""
     child = os.fork()
     if child == 0:
         stop = StopRequest()
@@ -220,7 +220,7 @@ def test_attempts_that_end_anywhere_lead_to_the_bytes_of_an_undisturbed_run(
 
 
 def signalled(files: Files, step: int, *signals: signal.Signals, threads: str = "1") -> int:
-    """The train step's command line, sent `signals` once it says that `step` steps are done; its exit code."""
+    """The train step's command line, sent `signals` after its report of `step` steps; its exit code."""
     process = files.start("train", OMP_NUM_THREADS=threads)
     assert process.stdout is not None
     for line in process.stdout:
@@ -234,7 +234,7 @@ def signalled(files: Files, step: int, *signals: signal.Signals, threads: str = 
 
 
 def losses(metrics: Path) -> list[dict[str, float | None]]:
-    """What was computed at each line of a history."""
+    """Computed values at each line of a history."""
     entries = map(json.loads, metrics.read_text().splitlines())
     return [{name: entry.get(name) for name in ("step", "loss", "gradNorm", "evalLoss")} for entry in entries]
 
@@ -275,7 +275,7 @@ def test_the_command_line_under_real_signals_leads_to_the_bytes_of_an_undisturbe
 
 
 def long_rows() -> list[dict[str, Any]]:
-    """Rows of which two or three fill a sequence of 1024 tokens."""
+    """Rows that fill a sequence of 1024 tokens in twos or threes."""
     random = Random(0)
     words = ("list", "the", "pods", "of", "namespace", "web", "labels", "deployment", "shop", "three", "node")
     return [chat_row(f"Question {n}?", " ".join(random.choices(words, k=random.randint(270, 420)))) for n in range(14)]

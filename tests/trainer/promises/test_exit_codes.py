@@ -1,4 +1,4 @@
-"""Each way in which a step can end, through the command line: the exit code, the record, and what is left."""
+"""Each ending of a step, through the command line: the exit code, the record, and the remaining files."""
 
 import json
 import os
@@ -20,8 +20,8 @@ from tests.support.command import Done, Files, new_files
 from tests.support.ranks import beginning_with
 from tests.support.tiny import JOB_UID, POD_UID
 
-# What ends the step so is tested without a process of its own, by the tests of the step; that the command line reports
-# such an end as it should is shown by the other tests here.
+# The causes of such an end are tested without a separate process, by the tests of the step; the other tests here show
+# that the command line reports it correctly.
 in_process_too = pytest.mark.slow
 
 
@@ -33,7 +33,7 @@ def files(tmp_path: Path, tiny_llama: Path) -> Files:
 
 @pytest.fixture
 def prepared(tmp_path: Path, finished: Files) -> Files:
-    """A job for which prepare is done."""
+    """A prepared job."""
     files = finished.copied(tmp_path / "job")
     for folder in ("checkpoints", "trained", "adapter", "report"):
         shutil.rmtree(files.workspace / folder)
@@ -44,14 +44,14 @@ def prepared(tmp_path: Path, finished: Files) -> Files:
 
 
 def copied_model(files: Files, tiny_llama: Path) -> tuple[Files, Path]:
-    """The job with a model of its own, to spoil."""
+    """A job with a copy of the model, to spoil."""
     folder = files.root / "models" / "model"
     shutil.copytree(tiny_llama, folder)
     return Files(files.root, folder.parent, files.spec), folder
 
 
 def failed(done: Done, code: ExitCode, *words: str) -> None:
-    """Check that the step failed in this way, with a sentence that has these words, and said nothing else."""
+    """Check that the step failed in this way, with a sentence that has these words, and reported nothing else."""
     assert done.exit_code == code, done.stdout + done.stderr
     assert (done.result.outcome, done.result.reason) == ("failed", code.reason)
     for word in words:
@@ -72,7 +72,7 @@ def test_10_a_document_that_no_api_server_would_have_admitted(files: Files) -> N
 
 @in_process_too
 def test_10_a_password_in_the_hubs_address_is_rejected_and_not_told(files: Files) -> None:
-    """A profile, in which it would stand, is read by every tenant."""
+    """Every tenant reads the profile that would contain it."""
     done = files.with_spec({"model": {"source": "hf://acme/tiny"}}).run(
         "prepare", HF_ENDPOINT="http://reader:s3cret@127.0.0.1:9"
     )
@@ -264,7 +264,7 @@ def test_203_an_error_that_nobody_foresaw(tmp_path: Path, finished: Files) -> No
     assert "hf_abcdefghijklmnop" not in done.stderr
 
 
-# Without a GPU, each call of CUDA fails. What bitsandbytes does then does not depend on the reason.
+# Without a GPU, each call of CUDA fails. The reaction of bitsandbytes does not depend on the reason.
 FAILING_CUDA = """
 import ctypes
 from pathlib import Path

@@ -181,7 +181,7 @@ def test_what_is_not_the_whole_trained_adapter_is_never_published(trained: Files
 
 
 def verdict(done: Done) -> QLoRAJobStatus:
-    """What the operator makes of a publish pod that ended like this and left this termination message."""
+    """The operator's verdict on a publish pod that ended like this and left this termination message."""
     body = pod("publish")
     body["metadata"]["uid"] = POD_UID
     job = make_job(status_in("publish"))
@@ -230,7 +230,7 @@ def test_exit_0_with_anything_but_the_pods_own_record_is_no_success(finished: Fi
 
 
 def with_perfect_record(code: int, reason: str) -> QLoRAJobStatus:
-    """What the operator makes of a publish pod that left the record of a success and ended like this."""
+    """The operator's verdict on a publish pod that left the record of a success and ended like this."""
     body = pod("publish")
     message = result(body, "publish", **FACTS["publish"])
     kind = "Failed" if code else "Complete"

@@ -1,8 +1,8 @@
 """An environment and a workspace that were made to do harm, around the real `prepare` command.
 
-A pod's environment is the administrator's: its addresses decide, and what else libraries would take from it (proxies,
-logins, services that give the node's credentials) gets and gives nothing. What lies in data, models and the workspace
-is the tenant's, and is never run or followed.
+A pod's environment is the administrator's: its addresses decide, and other settings of libraries (proxies, logins,
+services that give the node's credentials) get and give nothing. Files in data, models and the workspace are the
+tenant's, and are never run or followed.
 """
 
 import json
@@ -26,7 +26,7 @@ from tests.support.tiny import Recorded
 from tests.trainer.conftest import MakeContext
 
 PASSWORD = "canary-password"
-# What Python, the trainer and its libraries import by name.
+# Modules that Python, the trainer and its libraries import by name.
 OURS, OTHERS = ("qlora_trainer", "qlora_api"), ("sitecustomize", "usercustomize", "json", "torch", "numpy")
 MODULES = tuple(f"{name}.py" for name in OURS + OTHERS)
 
@@ -39,13 +39,13 @@ def files(tmp_path: Path, tiny_llama: Path) -> Files:
 
 @pytest.fixture
 def elsewhere() -> Iterator[FakeHub]:
-    """A server to which nothing may be sent."""
+    """A server that must get no request."""
     with serve(FakeHub()) as server:
         yield server
 
 
 def prepared(files: Files, folder: Path, **environment: str) -> Done:
-    """Run in that folder, with Python as the image sets it up: it looks for no modules where it is started."""
+    """Run in that folder, with Python as the image sets it up: it imports no modules from its working directory."""
     return files.run("prepare", ("env", f"--chdir={folder}"), PYTHONSAFEPATH="1", **environment)
 
 
@@ -62,7 +62,7 @@ def test_code_beside_the_model_and_the_data_is_not_run(tmp_path: Path, tiny_llam
 
 
 def test_qlora_run_imports_nothing_from_the_folder_that_it_is_started_in(tmp_path: Path, files: Files) -> None:
-    """Which may hold data from anywhere. The program itself is told by its own place what it is."""
+    """It may hold data from anywhere. The program itself gets its identity from its location."""
     place = Place(tmp_path)
     place.outside.mkdir()
     place.code(files.data, *MODULES)
@@ -192,7 +192,7 @@ def test_home_and_temporary_folder_that_are_none_are_done_without(
 
 
 def test_a_link_in_place_of_the_log_is_not_followed(tmp_path: Path) -> None:
-    """Whoever may write to the volume can put it there before the step begins."""
+    """Any process that may write to the volume can put it there before the step begins."""
     log = tmp_path / "records" / "prepare.log"
     log.parent.mkdir()
     log.symlink_to(tmp_path / "not-there")

@@ -1,6 +1,6 @@
 """Addresses and files of jobs that were made to do harm: what leads elsewhere is rejected, what has no end is not read.
 
-Models and data sets of that kind have tests of their own, and so has the environment.
+Other tests cover models and data sets of that kind, and the environment.
 """
 
 import json
@@ -122,7 +122,7 @@ def _large(path: Path) -> None:
 
 @pytest.mark.parametrize("make", [_endless, _gigabytes, _large, os.mkfifo, Path.mkdir])
 def test_a_published_manifest_that_has_no_end_is_not_read(tmp_path: Path, make: Callable[[Path], None]) -> None:
-    """Whoever can write to the volume can put it where a job is to publish."""
+    """Any process that can write to the volume can put it where a job publishes."""
     make(tmp_path / "manifest.json")
     destination = VolumeFolder(tmp_path, "pvc://claim/folder", owner="pod")
     with bounded():

@@ -1,4 +1,4 @@
-"""What is published of a job with a chat template and a system prompt: servers must be given both."""
+"""Published files of a job with a chat template and a system prompt: servers must be given both."""
 
 import json
 import shlex
@@ -55,7 +55,7 @@ def base_without_template(tiny_llama: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> StepContext:
-    """A job that is prepared, trained and published. What is changed must be put back."""
+    """A job that is prepared, trained and published. A test that changes it must restore it."""
     root = tmp_path_factory.mktemp("template")
     write_rows(root / "data" / "train.jsonl", ROWS)
     base_without_template(tiny_llama, root / "models" / "base")
@@ -81,7 +81,7 @@ def publish_again(context: StepContext) -> None:
 
 
 def request_of(text: str) -> Any:
-    """What the request in a report or a model card sends."""
+    """The payload of the request in a report or a model card."""
     command = "\n".join(text[text.index("curl ") :].splitlines()[:2])
     return json.loads(shlex.split(command)[-1])
 

@@ -1,4 +1,4 @@
-"""What a published adapter was made of: stated, signed, and verified by `qlora verify` wherever the adapter is."""
+"""Lineage of a published adapter: stated, signed, and verified by `qlora verify` wherever the adapter is."""
 
 import base64
 import json
@@ -162,7 +162,7 @@ def test_the_statement_about_an_artifact_is_attached_to_it_once(
 def test_a_statement_among_more_than_is_looked_at_is_not_said_to_be_missing(
     trained: Files, keys: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """Whoever may push can attach so much that the statement is not reached."""
+    """A user who may push can attach so much that the statement is not reached."""
 
     def crowded(request: Request) -> Fault | None:
         path, _, query = request.path.partition("?")

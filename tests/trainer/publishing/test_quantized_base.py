@@ -1,4 +1,4 @@
-"""The 4-bit base beside the adapter: what servers load, shared by jobs, and taken for no other."""
+"""The 4-bit base with the adapter: it loads in servers, is shared by jobs, and is taken for no other."""
 
 import json
 import shutil
@@ -134,7 +134,7 @@ def test_jobs_on_the_same_base_share_it(job: Files) -> None:
     first = run(job)
     folder = job.data / "bases" / "tiny"
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    # As another job that has trained its own adapter.
+    # As another job that has trained another adapter.
     shutil.rmtree(job.workspace / "adapter")
     (job.workspace / "records" / "publish.json").unlink()
     assert run(job, uid=OTHER_UID).base == first.base

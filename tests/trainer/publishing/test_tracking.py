@@ -91,7 +91,7 @@ def test_a_run_that_is_uploaded_again_has_the_tags_of_the_last_upload_and_is_the
     first = upload_to_mlflow(mlflow, {}, finished_run(adapter="one"))
     experiment = client.get_experiment_by_name("repeated")
     assert experiment is not None
-    # Two attempts at once have each made one.
+    # Two concurrent attempts have each made one.
     second = client.create_run(experiment.experiment_id, tags={"qlora.job": "7f3c"}).info.run_id
     assert upload_to_mlflow(mlflow, {}, finished_run(adapter="two")) == first
     runs = {run.info.run_id: run for run in client.search_runs([experiment.experiment_id])}

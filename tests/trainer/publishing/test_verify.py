@@ -96,7 +96,7 @@ def test_a_configuration_that_leaves_something_out_is_rejected(path: Path, key: 
 
 
 def test_a_configuration_that_is_a_link_is_rejected_even_if_the_file_behind_it_is_right(path: Path) -> None:
-    """Whoever can change that file afterwards would change what is published."""
+    """A process that can change that file afterwards would change the published adapter."""
     behind = path.rename(path.with_name("elsewhere.json"))
     path.symlink_to(behind)
     replaced(lambda: verify(path))
@@ -118,7 +118,7 @@ def test_files_that_are_gone_since_the_training_are_an_unsafe_artifact(tmp_path:
 
 
 def replaced(check: Callable[[], None]) -> None:
-    """It is rejected for good, and the trainer is not said to be at fault."""
+    """It is rejected for good, and the trainer is not blamed."""
     with pytest.raises(StepFailure, match="is missing or not a regular file") as failure:
         check()
     assert failure.value.exit_code is ExitCode.UNSAFE_ARTIFACT

@@ -30,7 +30,7 @@ from tests.support.training import Lost, LostAtStep, adapter_bytes, history, int
 
 Prepare = Callable[..., StepContext]
 
-# A learning rate with which the held-out loss falls until step 4, rises twice, and falls again.
+# A learning rate that makes the held-out loss fall until step 4, rise twice, and fall again.
 UNSTEADY: dict[str, Any] = {
     "training": {
         "maxSteps": 9,

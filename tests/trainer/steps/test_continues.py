@@ -1,4 +1,4 @@
-"""A job that takes up the run of another one: to the same bytes, only if it is the same run, changing nothing there."""
+"""A job that resumes the run of another one: to the same bytes, only if it is the same run, changing nothing there."""
 
 import json
 import os
@@ -211,7 +211,7 @@ def test_a_workspace_without_checkpoints_has_nothing_to_continue(tmp_path: Path)
 
 @pytest.mark.parametrize("place", ["checkpoints", "checkpoints/step-4", "records", "report/metrics.jsonl"])
 def test_links_that_lead_out_of_the_other_workspace_are_not_followed(make: Make, tmp_path: Path, place: str) -> None:
-    """Somebody may have laid them there, and the pod has Secrets."""
+    """A tenant may have put them there, and the pod has Secrets."""
     other, context = make("other", "stopped"), make("new")
     path, outside = other.workspace.root / place, tmp_path / "outside"
     path.rename(outside)

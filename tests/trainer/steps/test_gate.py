@@ -65,7 +65,7 @@ def with_score(files: Files, adapter: float, *, of: str | None = None, too_long:
 
 
 def with_template(files: Files) -> bytes:
-    """Note a chat template of the job's own in the record of prepare, and write it beside the rows."""
+    """Note a chat template of the job in the record of prepare, and write it next to the rows."""
     path = files.workspace / "records" / "prepare.json"
     record = read_completion(path, PrepareRecord)
     assert record is not None
@@ -149,7 +149,7 @@ def test_it_is_published_without_training_once_the_gate_lets_it_pass(trained: Fi
     card = ModelCard.load(folder / "README.md").text
     assert "Of the answers to 10 held-out rows 60.0 % passed the check" in card
     assert "| minScore | 0.6 | 0.6 | yes |" in card
-    # What is at the destination does not depend on the limits: a run with others finds it there.
+    # The objects at the destination do not depend on the limits: a run with others finds them there.
     assert published(mild) == record
     with pytest.raises(StepFailure) as failure:
         published(replace(mild, spec={**mild.spec, "gate": {"maxEvalLoss": 0.01}}))
@@ -258,7 +258,7 @@ def test_each_held_out_row_is_checked_by_what_it_brings(
             criterion = row_criterion(spec, answered)
             found = [checker.passes(texts.answer(row.answer), "", criterion) for row in rows]
             assert found == [row == answered for row in rows]
-    # The same rows without their checks are the same sequences, by which runs are compared.
+    # The same rows without their checks are the same sequences, which identify runs for a comparison.
     without = prepare(make_context({"dataset": {"eval": {"fraction": 0.25}}}), Recorded())
     assert without.fingerprint != record.fingerprint
     assert {**(without.data_content or {}), "rows": 0} == {**(record.data_content or {}), "rows": 0}
@@ -326,7 +326,7 @@ def test_an_answer_for_which_the_model_has_no_positions_is_found_before_training
 
 @pytest.mark.slow
 def test_the_command_line_judges_an_adapter_by_the_checks_that_its_rows_bring(tmp_path: Path, tiny_llama: Path) -> None:
-    """The rows ask for what the tiny model never says, or for anything."""
+    """The rows ask for words that the tiny model never generates, or for anything."""
     files = new_files(tmp_path, tiny_llama.parent)
     write_rows(files.data / "train.jsonl", ROWS)
     held_out = [row | {"expected": "^kubectl" if number % 2 else "^"} for number, row in enumerate(ROWS[:4])]

@@ -46,7 +46,7 @@ class Place:
 
     @property
     def adapter(self) -> Path:
-        """What the first job has published."""
+        """Published files of the first job."""
         return self.root / "adapters" / "first"
 
     def context(self, name: str, spec: dict[str, Any] | None = None) -> StepContext:
@@ -95,7 +95,7 @@ def targets(lora: LoraSpec) -> tuple[str, ...]:
 
 
 def checked(context: StepContext, earlier: InitialAdapterStatus | None = None) -> InitialAdapter:
-    """What prepare does about the earlier adapter, without the rest of it."""
+    """Prepare's handling of the earlier adapter, without the rest of the step."""
     model = context.mounts.claims["models"] / "model"
     found = get_initial_adapter(context, lambda: Hub(None), model, targets(context.spec.lora), earlier)
     assert found is not None
@@ -444,7 +444,7 @@ def test_prepare_begins_with_the_adapter_that_it_had_got_before_or_with_none(pla
 def test_the_run_is_compared_with_where_it_began_and_goes_on_to_the_last_bit(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that unlearns what the earlier adapter knew has diverged, although the base alone knows no more either."""
+    """A run that unlearns the earlier adapter has diverged, although it ends no worse than the base alone."""
     spec = {"lora": {"from": FROM}, "training": {"maxSteps": 2, "learningRate": 0.05, "evalEverySteps": 1000}}
     context = place.context("second", spec)
     prepare(context, Recorded())

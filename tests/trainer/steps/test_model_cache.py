@@ -68,7 +68,7 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def job(make_context: MakeContext, tmp_path: Path, cache: Path) -> JobOf:
-    """Makes the context of a job of that name, in a pod of its own, over the cache."""
+    """Makes the context of a job of that name, in a new pod, over the cache."""
 
     def make(name: str = "first", spec: dict[str, Any] | None = None, pod: str = "pod") -> StepContext:
         context = make_context({**MODEL, **(spec or {})})
@@ -90,7 +90,7 @@ def base_of(record: PrepareRecord) -> BaseStatus:
 
 
 def cached(cache: Path) -> Path:
-    """The one base in the cache, beside which nothing is left."""
+    """The one base in the cache, which holds nothing else."""
     (folder,) = (path for path in (cache / "quantized").iterdir() if path.name != ".lock")
     assert not folder.name.startswith(".")
     return folder
@@ -213,7 +213,7 @@ def test_what_is_published_in_4_bit_is_shared_too(
 def test_another_quantization_or_another_release_of_a_library_is_another_base(
     job: JobOf, hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What one job reads never changes for another."""
+    """A job's reads never change for another."""
     kinds: list[dict[str, Any]] = [{}, {"doubleQuant": False}, {"type": "fp4"}]
     records = [prepare(job(f"job-{n}", {"quantization": kind}), Recorded()) for n, kind in enumerate(kinds)]
     monkeypatch.setattr(cache_module, "installed", lambda _name: "99.0+cpu")
@@ -307,7 +307,7 @@ def test_a_token_without_access_is_rejected_although_the_model_is_cached(
 def test_files_of_a_gated_model_are_asked_for_with_the_jobs_own_token(
     job: JobOf, hub: FakeHub, closed: Callable[[str], bool]
 ) -> None:
-    """The listing of a gated repository is open to everybody, its files are not."""
+    """The listing of a gated repository is public, its files are not."""
     prepare(job("owner"), Recorded())
     hub.reject = lambda _method, path: Rejection(403, "GatedRepo") if "/resolve/" in path and closed(path) else None
     with pytest.raises(StepFailure, match="is gated and was asked for with no token") as failure:
@@ -337,7 +337,7 @@ def overwritten(folder: Path, name: str = WEIGHTS) -> None:
 
 
 def with_a_matching_manifest(folder: Path) -> None:
-    """As somebody would who knows the format."""
+    """As a user with knowledge of the format would."""
     overwritten(folder)
     in_manifest(folder, WEIGHTS)
 
@@ -361,7 +361,7 @@ def with_tensors_of_another_model(folder: Path, name: str = WEIGHTS) -> None:
 
 
 def replaced(folder: Path, name: str, role: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Change the first of the layers' tensors of that role, as somebody would who knows the format."""
+    """Change the first of the layers' tensors of that role, as a user with knowledge of the format would."""
     tensors = load_file(folder / name)
     chosen = min(tensor for tensor in tensors if f".weight.{role}" in tensor)
     (folder / name).unlink()
@@ -370,7 +370,7 @@ def replaced(folder: Path, name: str, role: str, change: Callable[[torch.Tensor]
 
 
 def with_too_few_constants(folder: Path, name: str = WEIGHTS) -> None:
-    """For which a kernel reads memory that is not the tensor's."""
+    """A kernel would read memory outside the tensor."""
     replaced(folder, name, "absmax", lambda tensor: tensor[:1].clone())
 
 
@@ -511,7 +511,7 @@ def test_a_cached_base_that_was_changed_is_made_again(
 def test_the_sum_tells_a_base_with_other_numbers_that_somebody_has_planted(
     job: JobOf, hub: FakeHub, cache: Path
 ) -> None:
-    """No server knows the sum of a base: whoever can write to the claim can plant one, and anybody can compare."""
+    """No server publishes a base's sum: a process that can write to the claim can plant a base, and jobs compare."""
     first = prepare(job("first"), Recorded())
     with_a_matching_manifest(cached(cache))
     second = prepare(job("second"), Recorded())
@@ -584,11 +584,11 @@ def test_training_is_retried_while_the_cache_does_not_answer(
     assert failure.value.exit_code is ExitCode.UNREACHABLE
 
 
-# At once, and killed
+# Concurrently, and killed
 
 
 def test_jobs_that_start_at_once_wait_for_one_that_makes_the_base(hub: FakeHub, cache: Path, tmp_path: Path) -> None:
-    """Three processes, the first of which is held up while it downloads."""
+    """Three processes; the first is held up while it downloads."""
     go_on, started = threading.Event(), threading.Event()
 
     def hold(method: str, path: str) -> Rejection | None:
@@ -615,7 +615,7 @@ def test_jobs_that_start_at_once_wait_for_one_that_makes_the_base(hub: FakeHub, 
 
 
 def test_a_job_whose_base_another_one_has_completed_first_uses_that(job: JobOf, hub: FakeHub, cache: Path) -> None:
-    """As on a volume without locks: both make one, and the loser deletes its own."""
+    """As on a volume without locks: both make one, and the loser deletes the one it made."""
     contexts = iter([job("second")])
     records: list[PrepareRecord] = []
     (cache / "quantized").mkdir()
@@ -662,7 +662,7 @@ def test_the_next_pod_of_a_killed_job_fetches_what_is_missing(hub: FakeHub, cach
 
 
 def aged(partial: Path, seconds: float) -> None:
-    """As if nobody had touched the folder for so long."""
+    """As if the folder had been idle for so long."""
     for path in (partial / ".owner", partial):
         if path.exists():
             at = path.stat().st_mtime - seconds
@@ -675,7 +675,7 @@ def begun(partial: Path) -> Path:
 
 
 def left_behind(job: JobOf, hub: FakeHub, cache: Path) -> Path:
-    """What a job leaves that was stopped between the two files of the weights, and no longer holds a lock."""
+    """Files of a job that was stopped between the two files of the weights, and no longer holds a lock."""
     parts = in_two_parts(hub)
     hub.corrupt = lambda path: path.endswith(parts[1])
     with pytest.raises(StepFailure):
@@ -730,7 +730,7 @@ def test_nobody_goes_on_with_files_that_their_token_does_not_open(job: JobOf, hu
 
 
 def test_a_folder_with_a_live_owner_is_never_taken_or_deleted(job: JobOf, hub: FakeHub, cache: Path) -> None:
-    """Not even if it looks old: of the same model, and of another."""
+    """Not even with an old timestamp: a folder of the same model, and of another."""
     partial = left_behind(job, hub, cache)
     ownership = own(partial)
     aged(partial, 10**6)

@@ -25,7 +25,7 @@ LARGE_CARD: dict[str, Any] = {"resources": {"gpuMemory": 80}}
 
 @pytest.fixture
 def hub(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A hub with the model acme/tiny, beside which are files that nothing reads."""
+    """A hub with the model acme/tiny and further files that no test reads."""
     with tiny_hub(tmp_path, tiny_llama, monkeypatch) as served:
         repository = served.repositories["models/acme/tiny"]
         (repository / "pytorch_model.bin").write_bytes(b"pickle")
@@ -396,7 +396,7 @@ def test_a_missing_or_mixed_data_set_of_the_hub_is_rejected(
 
 
 def test_neither_the_token_nor_a_signed_address_is_left_anywhere(hub: FakeHub, tmp_path: Path) -> None:
-    """The real hub sends a download on to an address with which anybody can read the file."""
+    """The real hub redirects a download to an address that gives the file to any client."""
     hub.token = "hf_canarytokenthatreads"
     signed = iter([f"{hub.endpoint}/acme/tiny/resolve/{COMMIT}/model.safetensors?X-Amz-Signature=canary"])
 

@@ -1,4 +1,4 @@
-"""What publish leaves, for people, for PEFT and for servers; what it rejects; and what clean deletes."""
+"""Output of publish for people, for PEFT and for servers; its rejections; and the deletions of clean."""
 
 import html
 import json

@@ -68,7 +68,7 @@ def azure(give: Give, token: Path) -> Iterator[FakeCloud]:
 
 @pytest.fixture
 def s3(give: Give) -> Iterator[FaultProxy]:
-    """A store that lets whoever has temporary keys list."""
+    """A store that lets any client with temporary keys list."""
 
     def answer(request: Request) -> Fault:
         given = request.headers.get("x-amz-security-token"), request.headers.get("authorization", "")
@@ -167,7 +167,7 @@ def test_a_pod_that_no_webhook_has_reached_is_tried_again(
 
 
 def test_a_secret_that_the_job_names_comes_before_the_identity(google: FakeCloud, give: Give) -> None:
-    """One that is missing too: the step waits for it, and does not go on with other rights."""
+    """One that is missing too: the step waits for it, and does not continue with other rights."""
     give(**{contract.ENV_CLOUD_IDENTITY: "google"})
     with pytest.raises(StepFailure, match="Secret 'keys' with GOOGLE_SERVICE_ACCOUNT_KEY"):
         folder_of("gs", "keys")

@@ -54,7 +54,7 @@ class Company:
     registry: str
 
     def environment(self, **changes: str) -> dict[str, str]:
-        """What the operator gives a pod of a profile with all settings."""
+        """The operator's input to a pod of a profile with all settings."""
         return {
             contract.ENV_CA_FILE: str(self.certificates.authority),
             contract.ENV_PROXY_SECRET: str(self.proxy.log.parent / "proxy-secret"),
@@ -103,7 +103,7 @@ def job(company: Company, tmp_path: Path, tiny_llama: Path) -> Files:
 
 
 def require_no_password(files: Files, done: Done) -> None:
-    """Neither what the step has written nor what it has left says the proxy's password, however it is encoded."""
+    """Neither output nor files of the step contain the proxy's password, however it is encoded."""
     written = [path.read_bytes() for path in files.root.rglob("*") if path.is_file()]
     for content in (*written, done.stdout.encode(), done.stderr.encode(), done.termination.encode()):
         assert b"canary" not in content.lower()
@@ -139,7 +139,7 @@ class Clients:
         monkeypatch.setattr(hub_store, "_WAITS", ())
 
     def apply(self, **changes: str) -> None:
-        """What the operator gives a pod, with changes; an empty value is none."""
+        """The operator's environment for a pod, with changes; an empty value is none."""
         environment = {name: value for name, value in self._company.environment(**changes).items() if value}
         use_network(environment, self._scratch)
         for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "HTTPS_PROXY", "NO_PROXY"):
@@ -150,7 +150,7 @@ class Clients:
         self._company.proxy.log.write_text("")
 
     def ask(self, client: str, host: str | None = None) -> None:
-        """One request. Without a host it is to the company's name, which this machine does not know."""
+        """One request. Without a host it is to the company's name, which this machine cannot resolve."""
         company, secret = self._company, Secret(Path("/nowhere"), "spec.output.secretRef", None)
         server = {"hub": company.hub, "s3": company.store, "registry": company.registry}[client]
         server = server if host is None else f"{host}:{server.rpartition(':')[2]}"
@@ -206,7 +206,7 @@ def test_every_client_understands_no_proxy_in_the_same_way(
 def test_a_domain_stands_for_all_names_below_it(
     company: Company, clients: Clients, client: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the object store the client is told the name itself: see Proxy.serves."""
+    """The client gets the name of the object store itself: see Proxy.serves."""
     resolve = socket.getaddrinfo
 
     def known(host: str, *arguments: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Every error of the hub's client becomes a failure of the step: nobody above the hub's client has to know them."""
+"""Every error of the hub's client becomes a failure of the step, so that its callers need no types of the client."""
 
 import errno
 

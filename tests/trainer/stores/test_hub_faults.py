@@ -23,7 +23,7 @@ TOKEN = "hf_canarytokenthatreads"
 
 @pytest.fixture
 def hub(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A hub with the model acme/tiny, whose requests are retried at once."""
+    """A hub with the model acme/tiny; requests are retried without delay."""
     monkeypatch.setattr(hub_module, "_WAITS", (0, 0, 0, 0))
     with tiny_hub(tmp_path, tiny_llama, monkeypatch) as served:
         yield served
@@ -60,7 +60,7 @@ def test_a_second_attempt_keeps_what_the_first_has_loaded(
     reject_weights = True
 
     def reject(method: str, path: str) -> Rejection | None:
-        # Answering the client's first question about the file makes it fail at once, without its own retries.
+        # Answering the client's first question about the file makes it fail immediately, without the client's retries.
         return Rejection(500) if reject_weights and method == "GET" and path.endswith("model.safetensors") else None
 
     hub.reject = reject

@@ -1,4 +1,4 @@
-"""Adapters published to an OCI registry, a real one: whole, read back, once, and over nobody else's."""
+"""Adapters published to an OCI registry, a real one: whole, read back, once, and without overwriting others."""
 
 import base64
 import json
@@ -58,7 +58,7 @@ def rejected(publish: Publish, code: ExitCode, manifest: Manifest = MANIFEST) ->
 
 
 def pulled(uri: str, real_registry: str, folder: Path) -> dict[str, bytes]:
-    """What `oras pull` leaves of the artifact, from the registry itself."""
+    """Files that `oras pull` leaves of the artifact, from the registry itself."""
     give_login(folder, real_registry)
     reference = f"{real_registry}/{uri.removeprefix('oci://').partition('/')[2]}"
     client = OrasClient(insecure=True, auth_backend="basic")
@@ -110,7 +110,7 @@ def test_publishing_again_uploads_nothing(publish: Publish, registry_proxy: Faul
 
 
 def add_layer(real_registry: str, tag: str) -> None:
-    """Somebody who may push moves the tag, a path of the registry, to the same files and one more."""
+    """A user with push rights moves the tag, a path of the registry, to the same files and one more."""
     url = f"http://{real_registry}{tag}"
     kind, login = "application/vnd.oci.image.manifest.v1+json", (USER, PASSWORD)
     manifest = requests.get(url, auth=login, headers={"Accept": kind}, timeout=10).json()
@@ -365,7 +365,7 @@ def test_a_token_is_got_for_the_credentials_where_the_registry_wants_one(
 
 
 def test_a_huge_manifest_is_not_read_to_its_end(publish: Publish, registry_proxy: FaultProxy) -> None:
-    # What is behind the first megabytes never arrives, and nobody waits for it.
+    # The bytes after the first megabytes never arrive, and the step does not wait for them.
     registry_proxy.rule = lambda _request: Fault(200, body=b" " * 2**23, cut=2**23 - 1, stall=True)
     assert "has more than 4194304 bytes" in rejected(publish, ExitCode.UNSAFE_ARTIFACT)
 

@@ -11,7 +11,7 @@ from qlora_trainer.stores.retry import is_retryable, read_back, retry
 
 @pytest.fixture
 def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds of each wait, none of which happens."""
+    """The seconds of each wait, none of them real."""
     seconds: list[float] = []
     monkeypatch.setattr(retry_module, "sleep", seconds.append)
     return seconds

@@ -12,7 +12,7 @@ DENIED = "TunnelUnsuccessful"
 
 
 def connect(route: Route, server: str) -> int:
-    """The status with which the route's proxy answers a client that wants to go to HOST:PORT."""
+    """The status of the route's proxy for a client that wants to connect to HOST:PORT."""
     address = urlsplit(route.options["proxy_url"])
     connection = HTTPConnection(address.hostname or "", address.port)
     connection.putrequest("CONNECT", server, skip_host=True)

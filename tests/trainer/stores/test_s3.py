@@ -45,7 +45,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def store(s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FaultProxy]:
-    """The object store of the profile, behind a proxy. The Secrets of model, data and output are there."""
+    """The object store of the profile, behind a proxy. The Secrets of model, data and output exist."""
     for name in SECRET:
         monkeypatch.delenv(name, raising=False)
     for part in ("model", "dataset", "output"):
@@ -89,7 +89,7 @@ def clear(bucket: S3Store, prefix: str) -> None:
 
 
 def rejection(context: StepContext, records: Recorded, code: ExitCode) -> str:
-    """The message with which prepare ends with `code`, without a credential in it."""
+    """The message of prepare when it ends with `code`, without a credential in it."""
     with pytest.raises(StepFailure) as failure:
         prepare(context, records)
     assert failure.value.exit_code is code, failure.value.message
@@ -98,7 +98,7 @@ def rejection(context: StepContext, records: Recorded, code: ExitCode) -> str:
 
 
 def require_no_canary(folder: Path, *texts: str) -> None:
-    """Nothing that a step has said or left holds a credential."""
+    """No output or file of a step holds a credential."""
     contents = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
     for content in (*contents, *(text.encode() for text in texts)):
         for canary in (ACCESS_KEY, SECRET_KEY, SESSION_TOKEN):
@@ -224,13 +224,13 @@ def test_data_for_training_and_evaluation_are_read(
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tries follow each other at once."""
+    """Tries follow each other without delay."""
     soon = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=2), "base": 2}
     monkeypatch.setattr(store_settings, "RETRY", {**store_settings.RETRY, "backoff": soon})
 
 
 def answering(status: int, code: str, **headers: str) -> Fault:
-    """What S3 answers when it rejects, quoting what it was sent."""
+    """S3's answer when it rejects, quoting the request."""
     canaries = f"{ACCESS_KEY} {SECRET_KEY} {SESSION_TOKEN}"
     body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{canaries}</Message></Error>"
     return Fault(status, {"Content-Type": "application/xml", **headers}, body.encode())
@@ -464,7 +464,7 @@ def test_a_file_that_arrives_changed_is_loaded_again(
 
 
 def test_an_etag_that_is_no_digest_is_no_reason_to_reject(store: FaultProxy, tmp_path: Path) -> None:
-    """A store that encrypts with keys of its own gives such ETags."""
+    """A store that encrypts with private keys gives such ETags."""
     headers = {"ETag": f'"{"0" * 32}"', "Last-Modified": "Wed, 01 Jul 2026 00:00:00 GMT"}
     store.rule = lambda _request: Fault(200, headers, b"{}")
     secret = Secret(tmp_path / "credentials" / "dataset", "spec.dataset.secretRef", "store")

@@ -26,7 +26,7 @@ PATIENCE = 20
 
 
 def judgements(losses: Iterable[float], norms: Iterable[float] | None = None) -> list[int]:
-    """The steps, counted from 1, at which the run would be compared with its base."""
+    """The steps, counted from 1, of comparisons of the run with its base."""
     losses = list(losses)
     stability, judged = Stability(), []
     for step, (loss, norm) in enumerate(zip(losses, norms or [1.0] * len(losses), strict=True), start=1):
@@ -129,7 +129,7 @@ def test_a_cell_that_diverges_leaves_its_curves_on_the_page_of_its_sweep(workspa
     page = Page((tmp_path / "shared" / "report.html").read_text())
     assert "Held-out loss tiny diverged" in page.words
     assert page.elements.count("svg") == 1, "the training loss; nothing was held out"
-    # What it reports does not depend on the page.
+    # Its report does not depend on the page.
     (tmp_path / "file").touch()
     again = workspace("again", 1.0, divergencePatience=6, warmupSteps=0)
     assert given_up(replace(again, mounts=replace(again.mounts, sweep=tmp_path / "file"))).message == expected

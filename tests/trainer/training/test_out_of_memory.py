@@ -41,7 +41,7 @@ def workspace(tmp_path: Path, tiny_llama: Path) -> Prepare:
 
 
 class Card:
-    """A GPU on which so many rows of a micro batch fit, since there is none here to fill."""
+    """A GPU with room for so many rows of a micro batch, as the test has none to fill."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, rows: int, error: RuntimeError | None = None) -> None:
         self.sizes: list[int] = []
@@ -77,7 +77,7 @@ def test_running_out_of_gpu_memory_reports_what_used_it_and_what_to_change(
     assert advice in found.message
     size = training.get("microBatchSize", 1)
     assert re.search(rf"measured peak of \d+\.\d GiB with microBatchSize {size}; the estimate is \d", found.message)
-    # What is not on the GPU at the peak, such as logits that are smaller than the layers' work, is not named.
+    # Memory outside the peak, such as logits that are smaller than the layers' work, is not named.
     assert re.search(r"GiB \(base model .*, adapter .*, optimizer .*, activations .*, CUDA .*\)", found.message)
 
 
@@ -149,7 +149,7 @@ def test_micro_batches_are_halved_until_they_fit_and_the_steps_stay_what_they_we
 
     found = run(small, records=records)
 
-    # The last step's rows are looked at once more after it.
+    # The last step's rows are evaluated once more after it.
     assert card.sizes == [1] * 4 * 7
     assert (found.training_step, found.micro_batch_size, expected.micro_batch_size) == (6, 1, None)
     assert [line["loss"] for line in history(small)] == pytest.approx(
@@ -243,7 +243,7 @@ def test_memory_that_runs_out_after_the_last_step_is_reported_too(
 
 
 class Kept:
-    """What refers to itself, as modules and their hooks do, so that only a search finds that nobody needs it."""
+    """Objects that refer to themselves, as modules and their hooks do, so that only a garbage collection frees them."""
 
     def __init__(self) -> None:
         self.own, self.tensor = self, torch.zeros(8)

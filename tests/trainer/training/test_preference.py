@@ -24,7 +24,7 @@ from tests.support.ranks import SHARDED, same_numbers, succeeded, workspace
 from tests.support.tiny import Recorded, merged
 from tests.support.training import Lost, LostAtStep, adapter_bytes, failure, history, interrupted_at, prepared, run
 
-# Sixteen pairs in sequences of their own, four in a step: four steps make an epoch.
+# Sixteen pairs in separate sequences, four in a step: four steps make an epoch.
 DPO: dict[str, Any] = {
     "lora": {"dropout": 0.0},
     "training": {"objective": "dpo", "gradientAccumulationSteps": 4, "maxSteps": 6, "scheduler": "constant"},
@@ -76,7 +76,7 @@ def test_each_row_passes_the_base_once_and_a_resumed_run_ends_in_the_same_bytes(
 
 
 def test_a_row_that_is_first_seen_late_has_the_same_reference(tmp_path: Path, tiny_llama: Path) -> None:
-    """All rows in the first step, before which the adapter changes nothing, against four in a step."""
+    """All rows in the first step, when the adapter changes nothing yet, against four in a step."""
     at_once = job(tmp_path / "at-once", tiny_llama, {"training": {"gradientAccumulationSteps": 16, "maxSteps": 1}})
     in_turn = job(tmp_path / "in-turn", tiny_llama, {"training": {"maxSteps": 4}})
     run(at_once)
@@ -113,7 +113,7 @@ def test_the_result_has_loss_and_accuracy_of_the_adapter_that_is_kept(tmp_path: 
     assert (result.eval_loss, result.eval_accuracy) == (kept["evalLoss"], kept["evalAccuracy"])
 
 
-# Of the first step's adapter, which is the best, later checkpoints must know; the run ends two evaluations after it.
+# Later checkpoints must record the first step's adapter, which is the best; the run ends two evaluations after it.
 @pytest.mark.parametrize(("objective", "micro_batches"), [("dpo", 2), pytest.param("orpo", 4, marks=pytest.mark.slow)])
 def test_a_run_that_is_stopped_after_every_step_ends_early_and_keeps_the_same_best_adapter(
     objective: str, micro_batches: int, tmp_path: Path, tiny_llama: Path
@@ -156,7 +156,7 @@ def test_two_processes_compute_what_one_does(sharded: bool, tmp_path: Path, tiny
 
 
 def trained(root: Path, model: Path, spec: dict[str, Any]) -> StepContext:
-    """A workspace in which the command line has trained."""
+    """A workspace after a training with the command line."""
     files, context = workspace(root, model, spec, packed=False, pairs=True)
     succeeded(files.run("train"))
     return context
@@ -180,7 +180,7 @@ def test_micro_batches_of_several_pairs_and_packed_pairs_have_the_same_losses(tm
 def test_the_loss_of_the_base_by_which_a_run_is_judged_is_log_2(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the adapter the model is its own reference, whatever the data are."""
+    """Without the adapter the model is the reference, whatever the data are."""
     monkeypatch.setattr(judging, "has_diverged", lambda _loss, _base_loss: True)
     monkeypatch.setattr(divergence.Stability, "to_be_judged", lambda *_: True)
     failed = failure(job(tmp_path / "workspace", tiny_llama))

@@ -81,7 +81,7 @@ TIME = "2026-01-02T03:04:05Z"
 
 
 def attempts(*ends: str | None, from_steps: tuple[int, ...] | None = None) -> list[Attempt]:
-    """Attempts that ended so, each from a later checkpoint if nothing else is said."""
+    """Attempts that ended so, each from a later checkpoint by default."""
     steps = from_steps or tuple(range(len(ends)))
     return [
         Attempt.model_validate(

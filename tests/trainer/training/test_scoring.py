@@ -136,7 +136,7 @@ def test_each_answer_is_checked_by_what_its_row_brings(pairs: bool, tmp_path: Pa
     assert (record.score.rows, record.score.adapter, record.score.base) == (4, 0.5, 0.5)
     _, *lines = answers(context)
     assert [line["adapterPassed"] for line in lines] == [line["check"] == some for line in lines]
-    # Each row has its own: the prompts tell which.
+    # Each row has a different one: the prompts identify it.
     lengths = {check: {ROW_LENGTHS[row] // 2 for row in range(4) if checks[row] == check} for check in (some, none)}
     data = PreparedDataset.open(context.workspace.data / "rows", "eval")
     rows = ScoredPrompts.from_data(data, 4).chosen

@@ -179,7 +179,7 @@ def test_rows_with_one_answer_that_is_marked_as_good_or_bad_are_not_taken_for_go
     assert remark.startswith(
         "pvc://data/train.jsonl: the column 'label' is not used: if it marks answers as good or bad"
     )
-    # What is no answer, or has been compared, is another matter.
+    # Answers that are missing or already compared are another matter.
     assert Reading("text", ("text",), ("label",)).remark == ""
     assert Reading("preference", ("chosen", "rejected"), ("label",)).remark == ""
 

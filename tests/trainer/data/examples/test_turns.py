@@ -26,7 +26,7 @@ DIALOGUE: list[dict[str, Any]] = [
 ]
 END = "<|im_end|>"
 
-# As Qwen3's: the reasoning of an answer is a key of its own, and is kept after the last question only.
+# As Qwen3's: the reasoning of an answer is a separate key, and is kept after the last question only.
 THINKS = """\
 {%- set ns = namespace(last=-1) %}
 {%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}

@@ -1,4 +1,4 @@
-"""Data that cannot be trained on: each file of the corpus is rejected, and with which message."""
+"""Bad data sets: each file of the corpus is rejected with its message."""
 
 from pathlib import Path
 

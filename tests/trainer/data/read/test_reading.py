@@ -280,7 +280,7 @@ def test_evaluation_rows_are_those_of_the_revision_configuration_and_split_that_
     rows: int,
     listed: list[str],
 ) -> None:
-    """What is not named is that of the training data if these are of the same repository."""
+    """An omitted field is that of the training data if both are of the same repository."""
     training = {"source": "hf://acme/rows", "config": "small", **dataset}
     record = prepare(make_context({"dataset": {**training, "eval": evaluation}}), records)
     assert (record.dataset.used_rows, record.dataset.eval_rows) == (1, rows)

@@ -1,4 +1,4 @@
-"""What a model is trained on in a row: its text, and the tokens that are targets."""
+"""The learned part of a row: its text, and the tokens that are targets."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ FORGETFUL = (
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 
-# As SmolVLM's and LLaVA's: it looks for texts among the parts of a message, and leaves out a content that is text.
+# As SmolVLM's and LLaVA's: it reads the texts among the parts of a message, and leaves out a content that is text.
 IN_PARTS = (
     "{% for m in messages %}{{ m['role'] | capitalize + ': ' }}{% for part in m['content'] %}"
     "{% if part['type'] == 'text' %}{{ part['text'] }}{% elif part['type'] == 'image' %}<image>{% endif %}"
@@ -59,7 +59,7 @@ DIALOGUE = [
 
 
 class TokenizeRows:
-    """What prepare makes of rows with a model's template."""
+    """Rows of prepare with a model's template."""
 
     def __init__(self, make_context: MakeContext, records: Recorded, tmp_path: Path, tiny_llama: Path) -> None:
         self._make_context, self._records = make_context, records

@@ -1,4 +1,4 @@
-"""A chat template of the job: the text that it makes, its limits, and what is said of marks and the end of answers."""
+"""A chat template of the job: its text, its limits, and the remarks on marks and the end of answers."""
 
 import json
 import shutil

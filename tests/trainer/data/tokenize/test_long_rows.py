@@ -1,4 +1,4 @@
-"""Rows of many answers: one that is too long is left out by its length, and its answers are not looked for."""
+"""Rows of many answers: one that is too long is left out by its length, without a search for its answers."""
 
 import json
 from pathlib import Path

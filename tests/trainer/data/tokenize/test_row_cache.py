@@ -67,7 +67,7 @@ def rows(tmp_path: Path) -> Path:
 
 
 class Acting(Recorded):
-    """Records that act once, when the step says that it does this."""
+    """Records that act once, when the step logs this action."""
 
     def __init__(self, activity: str, act: Callable[[], object]) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Acting(Recorded):
 
 
 def said(records: Recorded) -> list[str]:
-    """What the step has said that it does."""
+    """Actions that the step has logged."""
     return [entry["activity"] for entry in records.written]
 
 
@@ -359,7 +359,7 @@ class Cell(Files):
 
     @property
     def document(self) -> dict[str, Any]:
-        """With a UID of its own."""
+        """With a UID unlike the default."""
         name = self.root.name
         return {**super().document, "metadata": {"name": name, "uid": name}}
 

@@ -1,4 +1,4 @@
-"""Earlier adapters on servers, each as publish has written it there: what is fetched, with which credentials."""
+"""Earlier adapters on servers, each as publish has written it: the fetched files and the credentials used."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -38,7 +38,7 @@ CONFIG = b'{"peft_type": "LORA", "r": 4, "lora_alpha": 8.0, "base_model_name_or_
 
 @pytest.fixture
 def adapter(tmp_path: Path, tiny_llama: Path) -> Path:
-    """A folder with an adapter of the tiny Llama, and what publish writes beside it."""
+    """A folder with an adapter of the tiny Llama, and the other files of publish."""
     folder = tmp_path / "adapter"
     folder.mkdir()
     shapes = expected_tensors(text_part(AutoConfig.from_pretrained(tiny_llama)), TARGETS, LORA)

@@ -81,7 +81,7 @@ def test_a_variant_lowers_the_loss_and_resumes_bit_identically(
 def test_plain_peft_computes_the_same_loss(trained: tuple[StepContext, TrainRecord, Path]) -> None:
     context, record, model = trained
     base = load_base(model, QuantizationSpec(), "cpu")
-    # PEFT widens 16-bit adapters unless told not to.
+    # PEFT widens 16-bit adapters by default.
     widen = context.spec.lora.dtype == "float32"
     # Trainable, since the loss of a head that is trained is added up in another order.
     adapter = str(context.workspace.trained)

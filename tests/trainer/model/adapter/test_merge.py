@@ -274,7 +274,7 @@ _MMAP_THRESHOLD = -3
 
 
 def merge_of_a_larger_model(root: Path) -> int:
-    """Merge into `root/merged`, and return the bytes that it has held in memory. In a process of its own."""
+    """Merge into `root/merged` in a new process; returns the peak bytes of memory."""
     allocator = ctypes.CDLL(None)
     # Pieces of 64 KiB and more go back to the kernel when they are freed. By default glibc keeps those below 32 MiB,
     # and a process that has freed some before serves the merge from them. Source: M_MMAP_THRESHOLD in mallopt(3). A

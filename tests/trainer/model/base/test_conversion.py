@@ -94,7 +94,7 @@ def test_what_transformers_keeps_in_32_bit_is_in_32_bit(
 
 
 def test_every_tensor_begins_where_its_type_can_be_read(tmp_path: Path) -> None:
-    """An odd number of blocks, and norms of which two make four bytes."""
+    """An odd number of blocks, and norms whose pairs make four bytes."""
     odd = {**SHAPE, "hidden_size": 72, "intermediate_size": 127, "head_dim": 18}
     model = save_model(tmp_path / "model", LlamaConfig(**odd))
     convert(model, tmp_path / "base", NF4)
@@ -166,7 +166,7 @@ def test_it_resumes_with_the_file_at_which_it_was_killed(
     for number in (1, 2):
         again.convert(model / f"model-{number}.safetensors", str(number) * 64)
     assert again.complete().sha256 == whole
-    # What is complete is taken as it is, and what was made of other weights is not.
+    # A complete base is used as it is; one made of other weights is not.
     assert BaseConversion(tmp_path / "base", model, "v1", layout).complete().sha256 == whole
     assert not BaseConversion(tmp_path / "base", model, "v2", layout).digests
     assert not (tmp_path / "base").exists()

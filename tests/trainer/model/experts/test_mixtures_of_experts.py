@@ -1,4 +1,4 @@
-"""Experts become 4-bit however they are stored; what is not supported for a mixture of experts is refused."""
+"""Experts become 4-bit however they are stored; unsupported options for a mixture of experts are rejected."""
 
 import re
 from pathlib import Path

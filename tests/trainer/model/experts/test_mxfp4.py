@@ -1,4 +1,4 @@
-"""gpt-oss is trained on its experts as they are published, in MXFP4: exact, and in their own bytes."""
+"""gpt-oss is trained on its experts as they are published, in MXFP4: exact, and in the same bytes."""
 
 import json
 import math
@@ -109,7 +109,7 @@ def test_the_base_has_the_published_bytes_of_the_experts(tmp_path: Path, gpt_oss
     layers = {kind.name: kind for kind in storage_of(model).layers}
     assert layers["gate_up_proj"].bytes_each == 4 * 64 * 256 * 17 // 32 + 1536
     settings = json.loads((tmp_path / "base" / CONFIG).read_text())["quantization_config"]
-    # Whoever loads the base without this trainer gets an error, not random experts.
+    # A program that loads the base without this trainer gets an error, not random experts.
     assert (settings["quant_method"], settings["experts"]) == ("qlora_4bit", "mxfp4")
 
 
@@ -139,7 +139,7 @@ def test_it_is_trained_and_plain_libraries_get_the_same_loss(
         attn_implementation="eager",
         device_map={"": "cpu"},
     )
-    # What transformers has not in 4 bit is attention: its weights are given those of the base.
+    # Transformers does not have attention in 4 bit: its weights are given those of the base.
     base = load_base(context.workspace.base, NF4, "cpu", attention="eager")
     replace_attention(plain, base)
     assert math.isclose(mean_loss(plain, data), trained.initial_eval_loss, rel_tol=2e-3)

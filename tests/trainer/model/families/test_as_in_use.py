@@ -1,4 +1,4 @@
-"""The frozen base computes in training what it computes in use: no dropout of its own, tokens to the same experts."""
+"""The frozen base computes the same in training as in use: no dropout, tokens to the same experts."""
 
 from pathlib import Path
 from typing import Any

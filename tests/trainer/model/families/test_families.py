@@ -287,5 +287,5 @@ def test_the_dry_run_counts_what_a_step_takes(trained: Trained, monkeypatch: pyt
         for parameter in adapter_parameters(model).values():
             parameter.grad = None
     engine, walk = counted
-    # Nodes that are ready at the same time are run in an order of their own, and some free more than others.
+    # Nodes that are ready at the same time run in an arbitrary order, and some free more than others.
     assert (walk.kept, walk.loss, walk.work) == pytest.approx((engine.kept, engine.loss, engine.work), rel=0.05)

@@ -1,4 +1,4 @@
-"""The page of model families, and the table beside it, say what `prepare` finds today."""
+"""The page of model families, and its table, match the findings of `prepare`."""
 
 import pytest
 

@@ -384,7 +384,7 @@ def test_rows_longer_than_the_models_positions_are_rejected(
     ids=["learned", "table"],
 )
 def test_a_model_that_computes_no_position_beyond_its_last_one_is_told_apart(config: Any, tmp_path: Path) -> None:
-    """Of other families a row may go on: XGLM makes more of its vectors."""
+    """A row of other families may be longer: XGLM makes more of its vectors."""
     assert inspect_family(written(tmp_path, config), LoraSpec()).fixed_positions == 72
     more = transformers.XGLMConfig(
         vocab_size=512, d_model=64, ffn_dim=512, num_layers=2, attention_heads=4, max_position_embeddings=300

@@ -119,7 +119,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
 
 
 def described(folder: Path, config: dict[str, Any]) -> Path:
-    """A model of which nothing but config.json is read."""
+    """A model with a config.json only."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     for never_read in ("model.safetensors", "tokenizer.json"):

@@ -40,7 +40,7 @@ from tests.support.sequences import rows_of
 from tests.support.training import adapter_bytes, history, interrupted_at, prepared, run
 from tests.support.wrappers import MIXTURES, ONE_ROW, PACKED, save_wrapper, tiny_wrapper
 
-# One whose decoder is a text model's, and one that has a decoder of its own, with positions on three axes.
+# One with the decoder of a text model, and one with a special decoder, with positions on three axes.
 ALWAYS = frozenset({"mistral3", "qwen2_5_vl"})
 SPEC = {"training": {"maxSteps": 4, "maxSequenceLength": 64, "scheduler": "linear"}}
 PROCESSOR = "preprocessor_config.json"
@@ -62,7 +62,7 @@ class Trained:
 
     @property
     def loader(self) -> Any:
-        """The class by which users load the base."""
+        """The class that users load the base with."""
         return getattr(transformers, self.family.auto_class)
 
     @cached_property
@@ -77,7 +77,7 @@ class Trained:
 
     @property
     def as_plain(self) -> BitsAndBytesConfig:
-        """What transformers is told to have the same layers of text in 4-bit."""
+        """Settings for transformers to have the same layers of text in 4-bit."""
         routing = routing_linears(self.skeleton)
         return settings(llm_int8_skip_modules=["lm_head", *routing] if routing else None)
 
@@ -171,7 +171,7 @@ def test_plain_peft_over_the_whole_model_gives_the_loss_that_was_reported(traine
 
 
 def held_out_loss(trained: Trained, model: Any) -> float:
-    """What the model's own forward pass gives for the rows on which training was evaluated, one by one."""
+    """Losses of the model's forward pass on the rows of the training's evaluation, one by one."""
     data = PreparedDataset.open(trained.context.workspace.data / "rows", "eval")
     total, targets = 0.0, 0
     for index in range(len(data)):

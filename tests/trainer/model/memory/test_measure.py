@@ -72,7 +72,7 @@ def test_what_a_llama_consists_of_is_counted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_each_listed_family_has_the_weights_that_are_counted_from_its_config(model_type: str, tmp_path: Path) -> None:
-    # GPT-NeoX has no groups of queries, Ministral no head size of its own.
+    # GPT-NeoX has no groups of queries, Ministral no separate head size.
     left_out = {"num_key_value_heads"} if model_type == "gpt_neox" else set()
     sizes = {name: size for name, size in WIDE.items() if name not in left_out}
     extra: dict[str, Any] = {"head_dim": 128} if model_type == "ministral" else {}

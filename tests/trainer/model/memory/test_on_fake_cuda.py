@@ -30,7 +30,7 @@ BLOCKS = SHAPE["num_hidden_layers"]
 KERNEL, KERNEL_BACKWARD = "torch_attn._varlen_attn.default", "torch_attn._varlen_attn_backward.default"
 MATMULS = ("aten.mm.", "aten.addmm", "aten.bmm.", "aten.baddbmm")
 FUSED = ("torch_attn._varlen_attn", "aten._scaled_dot_product_flash", "aten._scaled_dot_product_efficient")
-# Capped, with sinks, or with a bias or a type of their own: transformers computes them so, too.
+# Capped, with sinks, or with a bias or a type of the model: transformers computes them so, too.
 ALL_SCORES = frozenset(
     {
         "bloom",
@@ -161,7 +161,7 @@ def test_a_head_size_that_no_kernel_takes_is_padded_to_one_that_it_takes(
     [
         (AMPERE, {}, 5),
         (HOPPER, {}, 8),
-        # What cuDNN does not compute.
+        # Attention that cuDNN does not compute.
         (HOPPER, {"head_dim": 256}, 5),
         (HOPPER, {"sliding_window": 16}, 5),
     ],
@@ -174,7 +174,7 @@ def test_only_cudnn_is_given_rows_without_tokens(
     offsets: list[tuple[int, bool]] = []
 
     def kernel(query: Tensor, key: Tensor, value: Tensor, of_queries: Tensor, of_keys: Tensor, *others: Any) -> Any:
-        # Not two tensors: cuDNN would refuse them.
+        # Not two tensors: cuDNN would reject them.
         offsets.append((len(of_queries) - 1, of_queries is of_keys))
         return select_backend(query, key, value, of_queries, of_keys, *others)
 

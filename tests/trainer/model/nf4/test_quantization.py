@@ -15,7 +15,7 @@ from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.model.nf4.quantization import PIECE, dynamic_map, quantize
 
 KINDS = [QuantizationSpec(type=kind, double_quant=double) for kind in ("nf4", "fp4") for double in (True, False)]
-# No whole byte, no whole block, no whole block of constants, exactly one piece, and pieces of which the last is odd.
+# No whole byte, no whole block, no whole block of constants, exactly one piece, and an odd last piece.
 SHAPES = [(1, 1), (3, 50), (7, 9), (128, 129), (1, PIECE), (257, 2049), (1023, 513)]
 
 
@@ -31,7 +31,7 @@ def weights(shape: tuple[int, ...], values: str) -> Tensor:
 
 
 def expected(weight: Tensor, quantization: QuantizationSpec, offset: Tensor | None) -> dict[str, Tensor]:
-    """What bitsandbytes makes of the whole weight, with this offset if it is given."""
+    """The result of bitsandbytes for the whole weight, with this offset if it is given."""
     packed, state = quantize_4bit(
         weight.to(torch.bfloat16),
         blocksize=64,
@@ -167,7 +167,7 @@ def test_the_bytes_do_not_depend_on_the_processor(tmp_path: Path) -> None:
 
 
 def test_the_values_of_constants_are_those_of_bitsandbytes() -> None:
-    """To the bit where PyTorch multiplies and adds at once."""
+    """To the bit where PyTorch fuses multiplication and addition."""
     assert torch.allclose(dynamic_map(), create_dynamic_map(), rtol=0, atol=6e-8)
     assert torch.backends.cpu.get_cpu_capability() == "DEFAULT" or torch.equal(dynamic_map(), create_dynamic_map())
 

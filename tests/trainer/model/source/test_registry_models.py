@@ -50,7 +50,7 @@ def with_model(make_context: MakeContext, registry_proxy: FaultProxy, source: st
 
 
 def unusable(context: StepContext, records: Recorded, code: ExitCode) -> str:
-    """The message with which prepare ends with `code`, without a credential in it or left behind."""
+    """The message of prepare when it ends with `code`, without a credential in it or left behind."""
     with pytest.raises(StepFailure) as failure:
         prepare(context, records)
     assert failure.value.exit_code is code, failure.value.message

@@ -1,4 +1,4 @@
-"""Adapters published to an object store: whole, verified, once, and over nobody else's."""
+"""Adapters published to an object store: whole, verified, once, and without overwriting others."""
 
 import json
 import os

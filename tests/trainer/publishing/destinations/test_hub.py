@@ -1,4 +1,4 @@
-"""Adapters published to a model hub over its own protocol: one commit, verified, and over nobody else's."""
+"""Adapters published to a model hub over the hub's protocol: one commit, verified, and without overwriting others."""
 
 import os
 import subprocess
@@ -193,7 +193,7 @@ save_file(get_peft_model_state_dict(PeftModel.from_pretrained(base, "acme/tuned"
 
 
 def test_peft_loads_the_adapter_by_the_name_of_its_repository(trained: Files, hub: FakeHub, tmp_path: Path) -> None:
-    """In a process of its own: the client reads the hub's address once, when it is imported."""
+    """In a new process: the client reads the hub's address once, when it is imported."""
     files = trained.with_spec({"output": {"destination": "hf://acme/tuned", "secretRef": {"name": "write"}}})
     (tmp_path / "credentials" / "output").mkdir(parents=True)
     (tmp_path / "credentials" / "output" / "token").write_text(TOKEN)

@@ -1,4 +1,4 @@
-"""GPUs on which the trainer does not run are rejected by name, and NCCL between those that do has a time limit."""
+"""Unsupported GPUs are rejected by name, and NCCL between supported ones has a time limit."""
 
 import json
 import os
@@ -124,7 +124,7 @@ class Ended(BaseException):
 
 @pytest.fixture
 def nccl(cards: Cards, monkeypatch: pytest.MonkeyPatch) -> Nccl:
-    """NCCL between two processes, of which this is one and the other has joined and says nothing."""
+    """NCCL between two processes: this one, and one that has joined and sends nothing."""
     cards.see(A10)
     found = Nccl()
     started = found.started
@@ -161,7 +161,7 @@ def test_an_exchange_that_nccl_gives_up_ends_the_process_with_a_code_that_is_ret
             hook()
     assert ended.value.args == (code,)
     assert not code.permanent
-    # A run that is over ends as it does, whatever NCCL reports while it is taken down.
+    # A finished run ends as it does, whatever NCCL reports at its shutdown.
     assert nccl.hooks == {}
 
 

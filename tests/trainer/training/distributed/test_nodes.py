@@ -54,7 +54,7 @@ def test_two_pods_train_the_adapter_of_two_processes_in_one(
     files, apart = workspace(tmp_path / "job", tiny_llama, merged(NODES, EXACT), packed=False)
     pods = Pods.of(files)
 
-    # Node 1 is there first, and waits.
+    # Node 1 comes first, and waits.
     second = pods.start(1)
     first = pods.start(0)
     one, two = first.done(), second.done()
@@ -63,7 +63,7 @@ def test_two_pods_train_the_adapter_of_two_processes_in_one(
     succeeded(two)
     assert adapter_bytes(apart) == adapter_bytes(together[1])
     assert history(apart) == history(together[1])
-    # Node 0 reports; the other says only how it has ended.
+    # Node 0 reports; the other one leaves only its ending.
     assert len(one.records) > 1
     assert len(two.records) == 1
 
@@ -322,7 +322,7 @@ def test_an_error_of_the_own_machine_in_an_exchange_is_not_taken_for_a_lost_node
 
 
 def test_a_child_that_has_lost_another_node_makes_its_pod_end_so_too() -> None:
-    """It cannot say so in the store, which may have been what was lost."""
+    """It cannot report it in the store, whose loss may be the cause."""
     child = subprocess.Popen([sys.executable, "-S", "-c", f"raise SystemExit({ExitCode.PEER_LOST:d})"])
     child.wait()
 
