@@ -1,4 +1,4 @@
-"""What Argo CD shows of a job in every phase, and what its actions change.
+"""Argo CD's view of a job in every phase, and the changes of its actions.
 
 The Lua runs in a Lua 5.1 with the libraries that Argo CD's has; `tests/api/test_argo_cd.py` runs Argo CD's own.
 """
@@ -27,7 +27,7 @@ string, math, io, coroutine, debug, python = nil
 
 
 def evaluate(script: str, body: dict[str, Any]) -> Any:
-    """What the script returns for the object."""
+    """Result of the script for the object."""
     lua = LuaRuntime(unpack_returned_tuples=True)
     lua.execute(ONLY_ARGO_CDS_LIBRARIES)
     lua.globals().obj = lua.table_from(body, recursive=True)

@@ -1,4 +1,4 @@
-"""The chart's alerts: each has a runbook, a severity, and cases in which it fires and does not."""
+"""The chart's alerts: each has a runbook, a severity, and firing and silent cases."""
 
 import re
 

@@ -44,7 +44,7 @@ def test_each_panel_explains_itself_and_asks_for_what_exists(name: str) -> None:
 def test_a_team_sees_its_own_namespace_in_every_panel() -> None:
     for panel in panels(DASHBOARDS["team"]):
         for query in queries(panel):
-            # The join is on the namespace of what is selected beside it.
+            # The join is on the namespace of the other selected series.
             selectors = [one for one in selected(promql.parse(query)) if "and on" not in query or one.name in KUBELET]
             for selector in selectors:
                 matchers = [(one.name, one.value) for one in selector.matchers.matchers]
@@ -52,7 +52,7 @@ def test_a_team_sees_its_own_namespace_in_every_panel() -> None:
 
 
 def test_every_metric_is_in_a_dashboard_or_an_alert() -> None:
-    """A number that nobody looks at only costs."""
+    """An unused number only costs."""
     histograms = {name.removesuffix("_bucket") for name in asked() if name.endswith("_bucket")}
     unseen = {name for name in series() - asked() if name.rpartition("_")[0] not in histograms}
     assert unseen == set()

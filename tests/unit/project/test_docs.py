@@ -127,7 +127,7 @@ def test_a_decision_record_states_its_context_options_decision_and_consequences(
 
 
 def paths_in(page: Path) -> Iterator[str]:
-    """What the page names as a file of this repository: inline code with a folder and a known ending."""
+    """Files of this repository that the page names: inline code with a folder and a known ending."""
     for code in re.findall(r"`([^`\n]+)`", page.read_text()):
         for word in code.split():
             if re.fullmatch(r"[\w.][\w./-]*/[\w-]+\.(?:py|md|yaml|yml|toml|json|jsonl)", word):

@@ -11,7 +11,7 @@ CAUSAL, MULTIMODAL = PAGE.read_text().split("## Multimodal models")
 
 
 def rows(text: str) -> tuple[tuple[str, ...], str]:
-    """The types in the table of a part, and what the part must say of them."""
+    """The types in the table of a part, and its expected statements about them."""
     found = re.findall(r"^\| `(\S+)` \| (packed|one row a sequence|no) \|", text, re.MULTILINE)
     packed, one_row = (sum(how == way for _, how in found) for way in ("packed", "one row a sequence"))
     said = f"{packed + one_row} can be trained: {packed} with packed rows, {one_row} with one row in a sequence."

@@ -20,7 +20,7 @@ ROWS = {
 
 @pytest.mark.parametrize("name", TO_CHOOSE)
 def test_each_model_has_the_figures_that_its_sizes_give(name: str) -> None:
-    """The GPU memory is that of a dry run, with which tests/trainer/model/memory/test_measure.py compares it."""
+    """The GPU memory is that of a dry run; tests/trainer/model/memory/test_measure.py compares them."""
     config, parameters = TO_CHOOSE[name]
     training = TrainingShape(rank=16)
     weights = count_weights(ModelShape.from_config(config), training)

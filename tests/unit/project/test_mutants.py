@@ -1,4 +1,4 @@
-"""The mutants fit the code and the tests of today, and replaying them tells what is caught from what is not."""
+"""The mutants fit the current code and tests, and a replay separates caught mutants from survivors."""
 
 import ast
 from collections import Counter
@@ -46,7 +46,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "tests" / "test_toy.py").write_text(
         "from toy import double\n\n\ndef test_two() -> None:\n    assert double(2) == 4\n"
     )
-    # Plugins take most of the time in which pytest starts.
+    # Plugins take most of pytest's startup time.
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     return tmp_path
 

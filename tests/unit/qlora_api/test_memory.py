@@ -25,7 +25,7 @@ from qlora_api.memory.weights import count_weights
 from tests.support.dry_runs import estimate, estimate_together
 from tests.support.model_configs import LLAMA_2_7B, LLAMA_3_8B
 
-# What stands in the models' own config.json, without the fields that nothing here reads.
+# The models' config.json, without the fields that no test reads.
 MISTRAL_7B = LLAMA_2_7B | {
     "architectures": ["MistralForCausalLM"],
     "intermediate_size": 14336,

@@ -1,4 +1,4 @@
-"""What shells and kubectl are told may stand next."""
+"""Completions for shells and kubectl."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What a local run says of its progress: one line that a person reads at a glance."""
+"""Progress of a local run: one line that a person reads at a glance."""
 
 from typing import Any
 

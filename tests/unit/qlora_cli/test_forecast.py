@@ -1,4 +1,4 @@
-"""The GPU hours that `qlora plan` forecasts, and when it says that it does not know."""
+"""The GPU hours that `qlora plan` forecasts, and its report if no forecast is possible."""
 
 import importlib.util
 import io

@@ -1,4 +1,4 @@
-"""What a wrong field of a manifest is answered with: the words of the manifest, and what to write instead."""
+"""The answer to a wrong field of a manifest: the words of the manifest, and a valid value."""
 
 import json
 from collections.abc import Iterator

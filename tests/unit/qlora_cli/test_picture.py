@@ -1,4 +1,4 @@
-"""What a terminal and a file show of a job at one moment."""
+"""View of a job in a terminal and in a file at one moment."""
 
 import io
 from datetime import UTC, datetime, timedelta
@@ -51,7 +51,7 @@ def shown(moment: Moment, width: int = 100) -> list[str]:
             job("Training", "trains", progress=PROGRESS),
             "Training: 42% 420/1000, loss 1.234, held-out 1.500, 12,346 tokens/s, 1h12m left",
         ),
-        # What stopped it is news, how far it came is not.
+        # The cause of its end is news, its progress is not.
         (job("Suspended", "a checkpoint is saved", progress=PROGRESS), "Suspended: a checkpoint is saved"),
         (job("Failed", "the loss is NaN", progress=PROGRESS), "Failed: the loss is NaN"),
     ],

@@ -1,4 +1,4 @@
-"""What a command imports before it does anything: a person waits for it each time."""
+"""Imports of a command before it does anything: a person waits for them each time."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""An adapter appears complete and as the status says, or not at all."""
+"""An adapter appears complete and as in the status, or not at all."""
 
 import hashlib
 import json

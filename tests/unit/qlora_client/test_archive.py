@@ -1,4 +1,4 @@
-"""Files come out of an archive only if they were asked for and are plain: the pod that sends it may be anybody's."""
+"""Files come out of an archive only if they are requested and plain: the pod that sends it may be any user's."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""What a command in a pod prints, and how its failure is told from a connection that has ended."""
+"""Output of a command in a pod, and the difference between its failure and a closed connection."""
 
 import json
 from collections.abc import Iterator

@@ -86,7 +86,7 @@ def waiting(pod: Object, reason: str, message: str = "") -> Object:
 
 @dataclass
 class Played:
-    """A cluster in which a pod goes through these states."""
+    """A cluster with a pod that goes through these states."""
 
     states: list[Any] = field(default_factory=lambda: [running])
     denied: Sequence[tuple[str, Resource]] = ()

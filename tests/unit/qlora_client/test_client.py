@@ -1,4 +1,4 @@
-"""What a program sees of its jobs through QLoRAClient: values, waiting, plans, and errors of three kinds."""
+"""A program's view of its jobs through QLoRAClient: values, waiting, plans, and errors of three kinds."""
 
 import importlib.util
 import json

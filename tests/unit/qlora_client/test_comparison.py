@@ -1,4 +1,4 @@
-"""What a comparison shows: the settings that differ, and what came of each job."""
+"""A comparison: the settings that differ, and the result of each job."""
 
 from datetime import UTC, datetime
 from typing import Any

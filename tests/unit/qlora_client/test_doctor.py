@@ -1,4 +1,4 @@
-"""What `doctor` says of a cluster, and what to do about it."""
+"""Findings of `doctor` about a cluster, and their fixes."""
 
 import copy
 from collections.abc import Callable
@@ -24,7 +24,7 @@ DENIED = Unknown("you may not list nodes: a ClusterRole with the rule {nodes} he
 
 
 def schemas(change: Callable[[dict[str, Any]], object] = lambda _: None) -> dict[str, Any]:
-    """What the API server publishes for our definitions, after a change of a QLoRAJob's properties."""
+    """The published schema of our definitions, after a change of a QLoRAJob's properties."""
     found = {}
     for kind, definition in definitions().items():
         schema = copy.deepcopy(definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"])

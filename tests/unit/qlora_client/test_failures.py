@@ -1,4 +1,4 @@
-"""What a user is told when a request gets no answer: the words at the bottom of what the HTTP library raises."""
+"""Errors of unanswered requests: the words at the bottom of the HTTP library's exception."""
 
 import socket
 import ssl

@@ -1,4 +1,4 @@
-"""What a job's JSON says, read by name."""
+"""A job's JSON, read by name."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Where a report is looked for, and that a published one is the one that the status names."""
+"""The places of a report; a published one is the one that the status names."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +33,7 @@ class Found:
 
 @pytest.fixture
 def places(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes | Exception]:
-    """What is published, and what is in the workspace."""
+    """The published report, and the one in the workspace."""
     found: dict[str, bytes | Exception] = {"published": PAGE, "workspace": b"<h1>workspace</h1>"}
 
     @contextmanager

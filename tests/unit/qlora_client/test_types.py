@@ -1,4 +1,4 @@
-"""What a user's type checker sees, which has no plugin of pydantic: types at all, and what may be left out."""
+"""A user's type checker, which has no plugin of pydantic: it sees types, and optional arguments."""
 
 import ast
 import inspect

@@ -1,4 +1,4 @@
-"""What a profile says about a company's network and cloud, and which pods get it: prepare and publish, and no other."""
+"""A profile's settings for a company's network and cloud: they reach the pods of prepare and publish, and no other."""
 
 from typing import Any
 
@@ -84,7 +84,7 @@ def test_prepare_and_publish_alone_have_the_identity_that_the_profile_names(prov
     for step in (*ONLINE, *OFFLINE):
         template, online = build(step, identity), step in ONLINE
         assert template["spec"]["serviceAccountName"] == ("data" if online else "plain")
-        # The cloud's webhook adds a token of its own.
+        # The cloud's webhook adds a separate token.
         assert template["spec"]["automountServiceAccountToken"] is False
         assert environment_of(template).get("QLORA_CLOUD_IDENTITY") == (provider if online else None)
         labels = template["metadata"]["labels"]

@@ -1,4 +1,4 @@
-"""What a tenant writes into a job leads the operator nowhere: no file, no host, no program, no other namespace."""
+"""A tenant's text in a job leads the operator nowhere: no file, no host, no program, no other namespace."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ _recorded: list[tuple[str, tuple[Any, ...]]] | None = None
 
 
 def _record(event: str, arguments: tuple[Any, ...]) -> None:
-    """Note what the interpreter opens, asks and starts, while a test wants to know. A hook stays for good."""
+    """Note the files, hosts and programs of the interpreter during a test. A hook stays for good."""
     if _recorded is not None and event.partition(".")[0] in ("open", "os", "socket", "subprocess", "urllib", "shutil"):
         _recorded.append((event, arguments))
 
@@ -35,7 +35,7 @@ sys.addaudithook(_record)
 
 @pytest.fixture
 def recorded() -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
-    """What is opened, asked and started from now on."""
+    """The files, hosts and programs used from now on."""
     global _recorded
     _recorded = []
     yield _recorded

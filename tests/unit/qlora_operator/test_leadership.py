@@ -1,4 +1,4 @@
-"""Which of several operators works: at every moment at most one, whatever their clocks say and whoever is cut off."""
+"""At every moment at most one of several operators works, whatever their clocks show and whichever is cut off."""
 
 import asyncio
 from collections.abc import Callable
@@ -96,7 +96,7 @@ class Road:
 
 @dataclass
 class Shift:
-    """Who works, over time. Raises AssertionError if two do at once."""
+    """The working operator, over time. Raises AssertionError if two work at the same time."""
 
     working: list[str] = field(default_factory=list)
     began: list[tuple[str, float]] = field(default_factory=list)

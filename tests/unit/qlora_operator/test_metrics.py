@@ -1,4 +1,4 @@
-"""What the metrics say of the jobs and of the operator's own work, and how many series there are at most."""
+"""Metrics of the jobs and of the operator's work, and the maximum number of series."""
 
 import asyncio
 import itertools
@@ -139,7 +139,7 @@ def test_the_series_of_a_job_end_when_it_is_deleted_or_replaced() -> None:
 
 
 def test_what_a_job_does_not_know_yet_has_no_series() -> None:
-    """Zero would be a loss, a speed and a time left that nobody has measured."""
+    """Zero would be a loss, a speed and a time left that were never measured."""
     metrics = Metrics()
     preparing = status_in("prepare", phase="Preparing", progress={"summary": "downloading", "step": 0}).dump()
     preparing["step"] |= {"progressedAt": time()}
@@ -180,7 +180,7 @@ def test_at_most_so_many_running_jobs_have_series_of_their_own_and_the_rest_is_c
 
 
 def test_the_bill_has_its_zero_before_a_job_has_used_anything() -> None:
-    """Prometheus adds up increases: it does not know those with which a series begins, as all do after a restart."""
+    """Prometheus adds up increases: it misses the first value of a series, and a restart begins all series."""
     metrics = Metrics()
     metrics.show(job_body(training()))
     of = {"namespace": "team", "profile": "default"}

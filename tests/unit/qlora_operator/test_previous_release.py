@@ -1,4 +1,4 @@
-"""This release beside the one before it: neither may reject what the other has begun.
+"""This release with the one before it: neither may reject a job that the other has begun.
 
 `tests/support/previous_release` has its CustomResourceDefinition, and the schema of the document that its trainer
 reads.

@@ -1,4 +1,4 @@
-"""Settings: what an administrator may write, and what a mistake says."""
+"""Settings: valid values for an administrator, and messages for mistakes."""
 
 import json
 from pathlib import Path

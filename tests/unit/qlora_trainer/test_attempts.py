@@ -1,4 +1,4 @@
-"""What the records of attempts say about a run: its goodput, and what each attempt took, cost and lost."""
+"""A run's records of attempts: its goodput, and the time, cost and loss of each attempt."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What training does otherwise on a CPU than on a GPU; nothing that the user has set is overridden."""
+"""Differences of training on a CPU from a GPU; no setting of the user is overridden."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A dry run is ended when it takes too long or too much memory, and says so; torch is not needed to know that."""
+"""A dry run is ended when it takes too long or too much memory, with a message; all without torch."""
 
 import importlib.util
 import multiprocessing
@@ -97,7 +97,7 @@ def test_a_dry_run_outlives_a_killed_parent_no_longer_than_its_time(monkeypatch:
     monkeypatch.setattr(limited, "_SECONDS_FOR_PARENT", 0.5)
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    # As if nobody waited for it.
+    # As if its caller had gone.
     orphan = context.Process(
         target=limited._run, args=(receiver, sender, time.sleep, (60,), 0.1, 2**30, "the dry run"), daemon=True
     )

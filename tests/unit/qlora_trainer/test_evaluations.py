@@ -33,7 +33,7 @@ def test_the_best_adapter_is_the_first_trained_one_with_the_lowest_loss(losses: 
     ("patience", "min_delta", "losses", "end"),
     [
         (1, 0.0, [2.0, 1.5, 1.5], 20),  # an equal loss is no improvement
-        (2, 0.0, [2.0, 1.5, 1.6, 1.4, 1.5, 1.5], 50),  # one that is lower starts the count anew
+        (2, 0.0, [2.0, 1.5, 1.6, 1.4, 1.5, 1.5], 50),  # one that is lower restarts the count
         (2, 0.0, [2.0, 1.5, 1.6, 1.55, 1.1], 30),  # lower than the one before, but not than the lowest
         (3, 0.0, [2.0, 1.5, 1.6, 1.7], 100),
         (1, 0.25, [2.0, 1.75, 1.0], 10),  # exactly minDelta is not more than it
@@ -88,7 +88,7 @@ def test_settings_that_need_more_evaluations_than_the_run_has_are_named(
 
 
 def test_a_run_of_so_few_evaluations_ends_as_the_remark_says() -> None:
-    """Whatever its losses are: the curve rises from its start, which is when a run would stop or keep another."""
+    """For any losses: the curve rises from its start, where a run would stop or keep another."""
     assert expected_end(training("best", 3), 10, [(0, 1.0), (10, 9.0)]) == (10, 10)
     assert expected_end(training("last", 3), 30, [(0, 1.0), (10, 7.0), (20, 8.0), (30, 9.0)]) == (30, 30)
     assert expected_end(training("last", 3), 31, [(0, 1.0), (10, 7.0), (20, 8.0), (30, 9.0)]) == (30, 30)

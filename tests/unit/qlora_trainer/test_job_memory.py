@@ -20,7 +20,7 @@ MIB = 2**20
 
 
 def measured(*steps: tuple[StepSize, int], digest: str = "", rank: int = 16) -> MeasuredMemory:
-    """Steps of which each keeps so many bytes, and takes twice and thrice as many for loss and layers."""
+    """Steps that each keep so many bytes, and take twice and thrice as many for loss and layers."""
     return MeasuredMemory(
         digest=digest,
         blocks=2,

@@ -1,4 +1,4 @@
-"""What of a job decides its memory: every such setting reaches the estimate."""
+"""Settings of a job that decide its memory: every one reaches the estimate."""
 
 import json
 from dataclasses import fields
@@ -21,7 +21,7 @@ from qlora_trainer.model.memory.job_memory import MeasuredJob
 from tests.support.dry_runs import estimate, estimate_together, measure, measure_passes
 
 SOURCES = {"model": {"source": "hf://org/model"}, "dataset": {"source": "hf://org/rows"}}
-# What decides the advice, and not the memory.
+# Settings that decide the advice, and not the memory.
 OF_ADVICE = {"fixed"}
 
 

@@ -1,4 +1,4 @@
-"""What a release reads in a Dockerfile: the pinned base, and what each layer and each removal is for."""
+"""A release's view of a Dockerfile: the pinned base, and the purpose of each layer and each removal."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Workflows run nothing that somebody could replace."""
+"""Workflows run nothing that an outsider could replace."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What is announced of a finished job, and that nothing else of the job waits for it."""
+"""The announcement of a finished job; nothing else of the job waits for it."""
 
 import asyncio
 import json
@@ -109,7 +109,7 @@ def test_a_rejected_entry_is_tried_again_ever_more_seldom(error: RejectedError, 
             assert NOW + timedelta(seconds=at) < result.look_again <= NOW + timedelta(seconds=at + 7200)
     assert len(times) < 35
     assert times[-1] - times[-2] == 7200
-    # It is allowed at last, and the job is forgotten.
+    # It is allowed at last, and the job is dropped.
     cluster.error = None
     done = announce(cluster, postponed, 51 * 3600)
     assert (conditions_of(done.status)["Announced"], done.look_again) == ("True", None)

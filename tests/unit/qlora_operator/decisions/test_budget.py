@@ -48,7 +48,7 @@ def status_with(step: str, profile: Profile = PRICED, **fields: Any) -> QLoRAJob
 
 
 def prepared(profile: Profile = PRICED, **spec: Any) -> QLoRAJobStatus:
-    """The status once prepare has said how much there is to compute."""
+    """The status after prepare's report of the steps to compute."""
     body = pod("prepare")
     done = ended(body, 0, result(body, "prepare", **FACTS["prepare"], work=WORK))
     return follow(make_job(status_with("prepare", profile), **spec), child("prepare", Complete="Done"), done)
@@ -197,7 +197,7 @@ def test_a_run_that_has_just_ended_is_not_stopped_by_its_budget() -> None:
 
 
 def test_a_pod_that_has_ended_well_does_not_hide_one_that_runs_on() -> None:
-    """Anybody who may create pods can make one that the Job seems to own; and of two nodes one may hang."""
+    """A user who may create pods can make one that the Job seems to own; and of two nodes one may hang."""
     job, body = make_job(seen_running(), budget={"gpuHours": 1}), pod("train", 1, 9)
     decoy = ended(body, 0, start=-50, end=-49)
     status = follow(job, *RUNNING, decoy, now=after(61))

@@ -1,4 +1,4 @@
-"""A job that takes up the run of another one: when it starts, what its pods see, and what it cannot reach."""
+"""A job that resumes the run of another one: its start, its pods' view, and the paths that it cannot reach."""
 
 import asyncio
 import json
@@ -49,7 +49,7 @@ RUN = ContinuedRun(job="other", uid=OTHER_UID, claim_name="shared", workspace_pa
 
 
 def other_body(status: QLoRAJobStatus | None, **spec: Any) -> dict[str, Any]:
-    """The other job as stored, on a claim of its own choice."""
+    """The other job as stored, on a claim of its choice."""
     body = job_body(status.dump() if status else None, **spec)
     return body | {"metadata": body["metadata"] | {"name": "other", "uid": OTHER_UID}}
 
@@ -139,7 +139,7 @@ def image(status: QLoRAJobStatus) -> str:
 
 
 def test_the_job_that_publishes_a_cell_of_its_sweep_keeps_to_the_trainer_of_that_cell() -> None:
-    """A release that was installed since takes up no run of the one before."""
+    """A release that was installed since resumes no run of the one before."""
     fixed = resolved().model_copy(update={"claim_name": "shared"})
     cell_body = other_body(status_in("publish", resolved=fixed.dump(), conditions=[condition("Succeeded", "True")]))
     cell = of_sweep(cell_body, OTHER_UID)
@@ -163,7 +163,7 @@ def test_the_job_that_publishes_a_cell_of_its_sweep_keeps_to_the_trainer_of_that
     failed = status_in("prepare", resolved=resolved().dump(), conditions=ended)
     retried = follow(best(failed, retry={"request": 1}), profiles=NEWER)
     assert (retried.phase, image(retried)) == ("Pending", PROFILE.image)
-    # Whatever else is continued is retried with today's trainer, as the user is told.
+    # A continued job of another kind is retried with today's trainer, and its message states it.
     for another in (parse_job(cell_body), of_sweep(cell_body, OTHER_UID.replace("f", "e"))):
         assert image(follow(best(), continued=another, profiles=NEWER)) == "example.org/newer"
     assert image(follow(make_job(continues="other"), continued=cell, profiles=NEWER)) == "example.org/newer"
@@ -214,7 +214,7 @@ def test_the_trainer_is_told_so_that_an_older_one_rejects_the_job_instead_of_sta
 def test_a_job_that_is_taken_up_mounts_the_other_run_only_if_it_still_needs_it(
     reached: tuple[str, ...], cleaned: bool, still_mounted: bool
 ) -> None:
-    """The other job's claim may be gone, for which a pod would wait for ever."""
+    """The other job's claim may be gone; a pod would wait for it for ever."""
     conditions = [condition(name, "True") for name in (*reached, "Failed", *(["CleanedUp"] if cleaned else []))]
     fixed = resolved().model_copy(update={"continued": RUN}).dump()
     cached = Profile.model_validate(PROFILE.dump() | {"modelCache": {"claimName": "models"}})
@@ -284,7 +284,7 @@ def owned(body: dict[str, Any], name: str, uid: str) -> dict[str, Any]:
 
 
 def one_pass(cluster: TwoJobs) -> str:
-    """What the condition Succeeded of the job says after a pass; the name of its first Job if it has started."""
+    """The message of the job's condition Succeeded after a pass; the name of its first Job if it has started."""
     store = Store()
     store.job_changed(cluster.bodies[NAME], created=True)
     reconciler = Reconciler(cluster, PROFILES, None, Metrics(), lambda: NOW, starts(), store)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Which cells of a sweep go on after a rung, which are stopped, and what the sweep says of them."""
+"""The cells of a sweep that continue after a rung, the stopped ones, and their status in the sweep."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a job says while a queue holds it. Kueue's own sentences were recorded by tests/api/test_kueue.py."""
+"""Messages of a job while a queue holds it. Kueue's sentences were recorded by tests/api/test_kueue.py."""
 
 from typing import Any
 
@@ -54,7 +54,7 @@ def held() -> dict[str, Any]:
 
 
 def said(workload: Object | None = None, shown: str | None = None, reason: str = "WaitingForQueue") -> str:
-    """The sentence of a job that has said `shown` until now."""
+    """The message of the job, given the one `shown` until now."""
     (job,) = observe(UID, [held()], []).children
     before = condition("Succeeded", "Unknown", reason=reason) | {"message": shown}
     found = queue_reason(job, workload, Condition.model_validate(before) if shown is not None else None)
@@ -102,7 +102,7 @@ def test_sentences_that_alternate_leave_the_status_as_it_is_and_others_do_not() 
     for sentence in (NEVER, "ClusterQueue one is inactive"):
         assert said(workload(QuotaReserved=("False", sentence)), shown=f"Kueue: {NO_QUOTA}") == f"Kueue: {sentence}"
         assert said(workload(QuotaReserved=("False", NO_QUOTA)), shown=f"Kueue: {sentence}") == f"Kueue: {NO_QUOTA}"
-    # What was shown for another reason is not kept.
+    # A message of another reason is not kept.
     assert said(workload(QuotaReserved=("False", NO_QUOTA)), shown=pending, reason="Queued") == f"Kueue: {NO_QUOTA}"
 
 

@@ -1,4 +1,4 @@
-"""What a job may take: time without progress, pods that vanish, and waiting that counts for nothing."""
+"""Limits of a job: time without progress, pods that vanish, and waiting that counts for nothing."""
 
 from typing import Any
 
@@ -56,7 +56,7 @@ def test_no_progress_for_too_long_is_a_condition_and_one_event() -> None:
     event = progress_event(make_job(stored), status, after(3600))
     assert event is not None
     assert (event["type"], event["reason"]) == ("Warning", "ProgressDeadlineExceeded")
-    # Nothing changes while it goes on, whether the log is read or not, and nothing is said twice.
+    # Nothing changes while it runs, whether the log is read or not, and no message is repeated.
     for log_read in (True, False):
         again = look(status, 7200, log_read=log_read)
         assert again.model_copy(update={"usage": status.usage}) == status
@@ -250,7 +250,7 @@ def test_a_job_that_a_queue_holds_has_no_pod_and_that_is_no_fault() -> None:
     suspended["spec"] = {"suspend": True}
     status = follow(make_job(status_in("prepare")), suspended)
     assert (status.phase, reason_of(status)) == ("Queued", "WaitingForQueue")
-    # The minute after which a missing pod is reported begins when the Job is resumed.
+    # The minute before the report of a missing pod begins when the Job is resumed.
     resumed = child("prepare", created=-600)
     resumed["status"] = {"startTime": time(), "conditions": [{"type": "Suspended", "status": "False"}]}
     for seconds, reason in ((59, "Preparing"), (60, "NoPod")):

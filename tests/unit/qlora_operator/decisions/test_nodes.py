@@ -300,7 +300,7 @@ def test_pods_that_are_all_gone_are_one_disruption() -> None:
         "train", 1, step=step_status("train", runningPod="uid-0", runningSince="2026-01-02T11:59:00Z").dump()
     )
     assert counts(follow(job_in(seen_running), RUNS)) == (0, 1, 2)
-    # As long as another pod is there, it says what has happened.
+    # As long as another pod exists, its status has the cause.
     assert counts(follow(job_in(seen_running), RUNS, running(node(1)))) == (0, 0, 1)
 
 
@@ -539,7 +539,7 @@ def test_the_train_pods_of_a_job_find_and_reach_each_other_and_nothing_else() ->
         (5353, "UDP"),
         (5353, "TCP"),
     }
-    # Created beside the first, which may have the wrong ports, and which the operator may not change.
+    # Created next to the first, which may have the wrong ports; the operator may not change it.
     assert other["metadata"]["name"] != policy["metadata"]["name"]
     for manifest in (service, policy):
         assert manifest["metadata"]["ownerReferences"][0]["uid"] == UID

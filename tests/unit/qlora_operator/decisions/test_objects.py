@@ -1,4 +1,4 @@
-"""What the operator reads from Jobs and pods, and what it does not believe."""
+"""Fields that the operator reads from Jobs and pods, and values that it does not believe."""
 
 from typing import Any
 
@@ -161,7 +161,7 @@ BODIES: tuple[tuple[ChildKind, dict[str, Any]], ...] = (
 
 
 def chosen_by_others(place: tuple[Any, ...]) -> bool:
-    """What of an object is not the API server's own, or checked by it for objects of every kind."""
+    """Fields of an object that the API server neither sets nor checks for objects of every kind."""
     free = ("annotations", "deletionTimestamp", "deletionGracePeriodSeconds")
     return bool(place) and (place[0] != "metadata" or (len(place) > 1 and place[1] in free))
 

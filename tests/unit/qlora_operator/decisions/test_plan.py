@@ -1,4 +1,4 @@
-"""What the operator does, given a job and what is there."""
+"""The operator's action, given a job and the existing objects."""
 
 from typing import Any
 

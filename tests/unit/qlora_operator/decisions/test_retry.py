@@ -1,4 +1,4 @@
-"""A failed job that its user takes up: where it goes on, with what, and what it may not lose."""
+"""A failed job that its user retries: its next step, its inputs, and the state that it may not lose."""
 
 import json
 from typing import Any
@@ -112,7 +112,7 @@ def test_the_profile_of_today_is_used_because_the_administrator_may_have_mended_
     status = take_up(old, profiles={"default": mended})
 
     assert status.resolved is not None
-    # Except for the image: only the trainer that began a run goes on with it.
+    # Except for the image: only the trainer that began a run continues it.
     assert (status.resolved.profile, status.resolved.contract_version) == (kept, 1)
     without = take_up(old, profiles={"other": mended})
     assert without.resolved is not None
@@ -120,7 +120,7 @@ def test_the_profile_of_today_is_used_because_the_administrator_may_have_mended_
 
 
 def test_a_job_whose_profile_has_a_key_by_now_is_not_published_by_a_trainer_that_does_not_sign() -> None:
-    """The image stays, and ends with UnsupportedContract if it does not know this version."""
+    """The image stays, and ends with UnsupportedContract if it does not support this version."""
     status = take_up(failed_job(), profiles={"default": SIGNING})
     assert status.resolved is not None
     assert status.step is not None
@@ -219,7 +219,7 @@ def test_a_profile_is_not_fixed_before_anything_exists() -> None:
     status = follow(make_job(rejected), profiles={"default": mended})
     assert status.resolved is not None
     assert status.resolved.profile == mended
-    # What exists says itself what it was made from.
+    # Existing objects name the profile that they were made from.
     status = follow(make_job(rejected), child("prepare"), profiles={"default": mended})
     assert status.resolved is not None
     assert status.resolved.profile == PROFILE
@@ -338,5 +338,5 @@ def test_an_adapter_that_did_not_pass_is_judged_again_by_the_gate_of_today() -> 
 def test_a_gate_that_is_changed_while_the_job_runs_counts_from_the_next_step_on() -> None:
     begun = follow(make_job(dataset=GATED, gate=STRICT))
     assert gate_read(make_job(begun, dataset=GATED, gate=MILD), begun) == MILD
-    # An older definition of the resource drops the field: the gate with which the job began holds on.
+    # An older definition of the resource drops the field: the original gate of the job remains.
     assert gate_read(make_job(begun, dataset=GATED), begun) == STRICT

@@ -172,7 +172,7 @@ TRACKING = Profile.model_validate(PROFILE.dump() | {"tracking": {"mlflow": {"url
 
 
 def published(profile: Profile, *, lineage: str | None = None, **spec: Any) -> QLoRAJobStatus:
-    """The status once publish says that it has published the adapter, whose lineage is signed or not."""
+    """The status after publish has reported the adapter, whose lineage is signed or not."""
     body = pod("publish")
     adapter = ADAPTER.model_copy(update={"lineage": lineage})
     done = ended(body, 0, result(body, "publish", adapter=adapter))
@@ -182,7 +182,7 @@ def published(profile: Profile, *, lineage: str | None = None, **spec: Any) -> Q
 
 @pytest.mark.parametrize("lineage", [None, "unsigned"])
 def test_an_adapter_that_is_not_signed_although_the_profile_has_a_key_fails_the_job(lineage: str | None) -> None:
-    """A run that is taken up keeps its trainer, which may be too old to know the key that the profile has since."""
+    """A resumed run keeps its trainer, which may be too old to read the key that the profile has since."""
     status = published(SIGNING, lineage=lineage)
     assert (status.phase, reason_of(status, "Failed")) == ("Failed", "AdapterNotSigned")
     assert ADAPTER.uri in message_of(status, "Failed")
@@ -566,7 +566,7 @@ def test_attempts_are_counted_once_while_they_come_and_go() -> None:
 
 
 def test_an_attempt_is_not_counted_again_when_the_counted_pod_is_gone() -> None:
-    """The first attempt ended in the second in which the next one was started and deleted."""
+    """The first attempt ended in the same second as the start and deletion of the next one."""
     stored = status_in(
         "train",
         step=step_status("train", countedPod="uid-of-a-pod-that-is-gone").dump(),

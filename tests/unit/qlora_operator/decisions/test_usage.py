@@ -1,4 +1,4 @@
-"""GPU seconds: what each train pod adds, what of it is lost to which cause, and that each second counts once."""
+"""GPU seconds: the share of each train pod, the causes of lost seconds, and each second counts once."""
 
 from dataclasses import replace
 from typing import Any
@@ -60,7 +60,7 @@ def usage_of(status: QLoRAJobStatus) -> UsageStatus:
 
 
 def lost(status: QLoRAJobStatus) -> dict[str, int]:
-    """The causes to which something was lost."""
+    """The causes of lost seconds."""
     return {cause: seconds for cause, seconds in usage_of(status).lost_gpu_seconds if seconds}
 
 
@@ -157,7 +157,7 @@ def evicted(body: dict[str, Any]) -> dict[str, Any]:
         ([child("train"), deleted(interrupted(training_step=6), 10)], {}, {}),
         ([deleted(interrupted(training_step=6), 10)], {"suspend": True}, {}),
         ([deleted(ended(train_pod(), 137, start=-90, end=20), 10)], {"suspend": True}, {"suspension": 100}),
-        # The kubelet evicts it, and does not say when the trainer has ended.
+        # The kubelet evicts it, and does not report when the trainer has ended.
         ([child("train"), evicted(train_pod())], {}, {"disruption": 100}),
         # It vanishes with its node: it was last heard of at 0.
         ([child("train")], {}, {"disruption": 100}),
@@ -169,7 +169,7 @@ def test_what_is_in_no_checkpoint_is_lost_to_what_ended_the_pod(
     stored = watched()
     status = then(stored, *bodies, at=20, **spec)
     assert lost(status) == {"startup": 40} | expected
-    # Looked at again, also by an operator that has just started, it is the same.
+    # A repeated pass, also by an operator that has just started, changes nothing.
     again = follow(make_job(QLoRAJobStatus.model_validate(status.dump()), **(SPEC | spec)), *bodies, now=after(500))
     assert again.usage == status.usage
 
@@ -377,12 +377,12 @@ class Group:
     def count(
         self, name: str, at: float, pod: dict[str, Any] | None = None, report: ProgressRecord | None = None
     ) -> None:
-        """A pass over the job, if it is there; the pod runs unless given."""
+        """A pass over the job, if it exists; the pod runs unless given."""
         if name not in self.jobs:
             return  # deleted
         found = self.facts(name, at, pod or running(train_pod(), since=-90), report)
         job = self.jobs[name]
-        # What is stored is all that the next pass knows.
+        # The next pass has only the stored state.
         status = QLoRAJobStatus.model_validate(count_usage(job.status, found, until_now=True).dump())
         self.jobs[name], usage = replace(job, status=status), status.usage or UsageStatus()
         assert self.counted.get(name, 0) <= usage.gpu_seconds
@@ -394,7 +394,7 @@ class Group:
             self.count(name, at, pod)
 
     def not_copied(self, name: str) -> int:
-        """Seconds of the pod of which the job has a part that it has not counted yet."""
+        """Seconds of the pod that the job has not counted yet, in part."""
         entries, own = self._entries("alpha"), sum(entry.seconds for entry in self._entries(name))
         uid = self.jobs[name].uid
         until = (part.after_seconds for entry in entries for part in entry.taken_over or () if part.uid == uid)
@@ -405,7 +405,7 @@ class Group:
         return usage.pods if usage is not None else ()
 
     def end(self, name: str) -> None:
-        """Let it fail, as it does by a deadline that somebody has set."""
+        """Let it fail, as it does by a deadline that a user has set."""
         failed = grouped.job("failed", name, grouped.FOLLOWER).status
         self.retry(name, failed)
 
@@ -433,7 +433,7 @@ def test_who_is_deleted_while_the_pod_goes_on_keeps_what_it_has_counted() -> Non
     group.jobs["again"] = replace(grouped.job("prepared", NAME), uid="another")
     group.count_all(800)
     assert group.counted == {"alpha": 300 + 200, NAME: 100, "zulu": 300, "again": 0}
-    # With a finalizer it may be there for long, and counts nothing.
+    # With a finalizer it may stay for long, and counts nothing.
     group.jobs["zulu"] = replace(group.jobs["zulu"], deleting=True)
     group.count("alpha", 1100)
     assert group.counted["alpha"] == 500 + 300
@@ -536,7 +536,7 @@ _NEWS = st.none() | st.integers(0, 60)
 
 
 def trains_since(body: dict[str, Any], since: float, now: float) -> ProgressRecord:
-    """What that pod reports then."""
+    """The pod's report then."""
     uid = body["metadata"]["uid"]
     return progress(pod_uid=uid, training_step=3, total_steps=9, training_since=time(since), time=time(now))
 
@@ -563,7 +563,7 @@ def as_at(lives: list[tuple[int, int, int]], moment: int) -> list[dict[str, Any]
 def test_usage_never_decreases_and_never_counts_twice(
     lives: list[tuple[int, int, int]], looks: list[tuple[int, int, int | None]]
 ) -> None:
-    """Whatever is seen when, in any order, with pods missing: as watches show late what has changed, or lose it."""
+    """Any order of observations, with pods missing: watches show changes late, or lose them."""
     whole = sum(runs for _, runs, _ in lives)
     status, highest = status_in("train"), 0
     for moment, shown, news in looks:

@@ -296,7 +296,7 @@ def test_only_a_conflict_that_says_so_means_that_the_object_exists(
 
 
 class Foreign(Transport):
-    """What stands between the operator and the API server answers in its place."""
+    """A proxy between the operator and the API server answers in its place."""
 
     def __init__(self, status: int, body: bytes) -> None:
         self._answer = status, body

@@ -1,4 +1,4 @@
-"""What a CustomResourceDefinition of another release lacks, and how long the operator waits for it."""
+"""Missing fields in a CustomResourceDefinition of another release, and the operator's wait for it."""
 
 import asyncio
 import copy
@@ -15,7 +15,7 @@ from tests.support.builders import VirtualLoop
 
 
 def document(change: Callable[[dict[str, Any]], object] = lambda _properties: None) -> dict[str, Any]:
-    """What the API server publishes for our definitions, after a change of a QLoRAJob's properties."""
+    """The published schema of our definitions, after a change of a QLoRAJob's properties."""
     schemas = {kind: published(kind) for kind in definitions()}
     change(schemas["QLoRAJob"]["properties"])
     listed = {"x-kubernetes-group-version-kind": [{"kind": "QLoRAJobList"}]}

@@ -116,11 +116,11 @@ def test_each_request_is_observed_with_its_status_and_without_one_if_there_is_no
         server.expired = "token"
         with pytest.raises(ClusterError):
             await cluster.get_qlora_job("team", "tune")
-        # The API server has answered all the same.
+        # The API server has still answered.
         server.expired = ""
         with pytest.raises(TooLongError):
             await cluster._transport.send("GET", path, headers={}, most=1)
-        # Nobody knows what the answer would have been.
+        # The answer would have been unknown.
         cancelled = asyncio.create_task(cluster._transport.send("GET", path, headers={}))
         await asyncio.sleep(0)
         cancelled.cancel()

@@ -1,4 +1,4 @@
-"""One pass over a job, against a cluster in memory: what is written, what is left alone, and when it looks again."""
+"""One pass over a job, against a cluster in memory: its writes, the untouched objects, and the next pass."""
 
 import asyncio
 import json
@@ -182,7 +182,7 @@ class MemoryCluster:
 
 
 def reconcile(cluster: MemoryCluster, store: Store | None = None, now: datetime = NOW) -> float | None:
-    """Seconds until the operator looks again, as soon as it waits."""
+    """Seconds until the operator's next pass, as soon as it waits."""
     return until_it_waits(operator(cluster, store or Store(), now))
 
 
@@ -198,7 +198,7 @@ def operator(cluster: MemoryCluster, store: Store, now: datetime = NOW) -> Recon
 
 
 def full(cluster: MemoryCluster, store: Store, now: datetime = NOW) -> Reconciler:
-    """The operator with a profile that allows one job at a time, of which there is one."""
+    """The operator with a profile that allows one job at a time, and one such job."""
     limited = {"default": Profile.model_validate(PROFILES["default"].dump() | {"limits": {"jobs": 1}})}
     other = starts(job_body(status_in("train").dump()))
     return Reconciler(cluster, limited, None, Metrics(), lambda: now, other, store)  # type: ignore[arg-type]
@@ -209,7 +209,7 @@ def has_label(body: Object) -> bool:
 
 
 def shown(cluster: MemoryCluster, *, created: bool = False) -> Store:
-    """What the watches have shown, if that is all that there is."""
+    """Objects that the watches have shown, if no others exist."""
     store = Store()
     store.job_changed(cluster.job, created=created)
     for body in cluster.jobs:
@@ -327,7 +327,7 @@ def test_what_connects_them_is_tried_again_if_a_quota_has_changed_meanwhile() ->
 
 
 def test_service_and_policy_of_peers_are_restored_while_a_pod_starts() -> None:
-    """Somebody may have deleted or changed it while their Job waited in a queue."""
+    """A user may have deleted or changed it while their Job waited in a queue."""
     cluster = stored(status_in("train"), resources={"nodes": 2})
     cluster.jobs, cluster.pods = [child("train")], [running(node(0)), node(1)]
     reconcile(cluster)
@@ -348,7 +348,7 @@ def test_a_job_whose_deletion_a_finalizer_delays_runs_no_further(status: QLoRAJo
     assert reconcile(cluster, shown(cluster)) is None
     assert cluster.writes == [f"deletion of {status.step.job_name}"]
 
-    # Nothing is created in its place, and nobody is asked for anything any more.
+    # Nothing is created in its place, and no request is sent any more.
     going = {**cluster.jobs[0], "metadata": {**cluster.jobs[0]["metadata"], "deletionTimestamp": time()}}
     stopping = deleted(dict(cluster.pods[0]), 0)
     cluster.writes.clear()
@@ -704,7 +704,7 @@ def without_labels(body: Object) -> dict[str, Any]:
 
 
 def without_owner(body: Object) -> dict[str, Any]:
-    """As the Job controller leaves it after it has lost the labels by which its Job selects it."""
+    """As the Job controller leaves it after it has lost the labels that its Job selects it by."""
     return {**body, "metadata": {**body["metadata"], "ownerReferences": []}}
 
 
@@ -716,7 +716,7 @@ TAKEN = pytest.mark.parametrize("taken", [without_labels, without_owner, both], 
 
 
 def training(taken: Callable[[Object], dict[str, Any]], **spec: Any) -> MemoryCluster:
-    """The train pod was seen running, and now somebody takes something away from it."""
+    """The train pod was seen running, and now an object is taken away from it."""
     cluster = stored(status_in("train"), **spec)
     cluster.jobs, cluster.pods = [{**child("train"), "status": {"active": 1}}], [running(pod("train"))]
     reconcile(cluster)
@@ -797,7 +797,7 @@ def test_a_retried_job_waits_for_the_detached_pod_of_its_failure(
     reconcile(cluster, shown(cluster), after(62))
     assert _created(cluster) == [f"{NAME}-train-2"]
     assert cluster.status.active_seconds == 121
-    # The step knows its own pod now.
+    # The step has the name of its pod now.
     cluster.pods = [*cluster.pods, running(pod("train", 2), since=63)]
     reconcile(cluster, shown(cluster), after(64))
     assert (cluster.status.phase, cluster.status.disruptions, cluster.status.failures) == ("Training", 0, 0)
@@ -832,7 +832,7 @@ def test_a_restart_waits_for_the_pod_that_it_stops_although_somebody_hides_that(
 
 @pytest.mark.parametrize("end", [[], [ended(pod("train", 4), 143)]], ids=["gone", "ended"])
 def test_nobody_is_accused_of_deleting_the_job_of_a_detached_pod(end: list[dict[str, Any]]) -> None:
-    """As often as that happens, the operator deletes that Job itself, and replaces it at once."""
+    """Each time, the operator deletes that Job itself, and replaces it immediately."""
     cluster = stored(status_in("train", 4))
     cluster.jobs, cluster.pods = [child("train", 4)], [running(pod("train", 4))]
     reconcile(cluster)

@@ -1,4 +1,4 @@
-"""What a profile allows a namespace: who may use it, how much a job may ask for, and how many run at a time."""
+"""Limits of a profile for a namespace: its users, the size of a job, and the number of running jobs."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -107,7 +107,7 @@ def test_a_job_within_what_its_profile_allows_starts(settings: dict[str, Any], s
     assert status.resolved is not None
     # The names of other tenants' namespaces are not for this one, and an older release reads the status as before.
     assert {"namespaces", "limits"}.isdisjoint(status.resolved.profile.dump())
-    # Who has started is not stopped by limits that come later.
+    # Later limits do not stop a job that has started.
     later = follow(make_job(status_in("train")), profiles=limited(namespaces=["other"], limits={"jobs": 1}))
     assert later.step is not None
 
@@ -196,7 +196,7 @@ class Namespace:
         pass
 
     async def create_job(self, _namespace: str, manifest: dict[str, Any]) -> dict[str, Any]:
-        # Whoever has a Job counts, whatever happens to the next write of its status.
+        # A job with a Job counts, whatever happens to the next write of its status.
         assert manifest["metadata"]["labels"][JOB_LABEL] in self.started()
         created = {"uid": f"uid-{manifest['metadata']['name']}", "resourceVersion": "8", "creationTimestamp": time()}
         return manifest | {"metadata": manifest["metadata"] | created}
@@ -212,7 +212,7 @@ class Namespace:
         return [name for name, body in self.bodies.items() if body["status"].get("resolved")]
 
     def reconcile(self, *names: str) -> None:
-        """All of them at once."""
+        """All of them concurrently."""
 
         async def all_at_once() -> None:
             await asyncio.gather(*(self._operator.reconcile(("team", name)) for name in names))
@@ -220,7 +220,7 @@ class Namespace:
         asyncio.run(all_at_once())
 
     def serve(self) -> None:
-        """Whoever was woken, until nobody is."""
+        """The woken jobs, until none is."""
         while self.woken:
             self.reconcile(self.woken.pop(0)[1])
 
@@ -242,7 +242,7 @@ def test_whoever_waits_longest_starts_by_itself_when_a_job_ends_or_goes() -> Non
     namespace.reconcile("job-0")
     namespace.serve()
     assert namespace.started() == ["job-1", "job-2"]
-    # One that waits is deleted, and one that runs: the next in the row starts.
+    # A waiting job is deleted, and a running one: the next in the queue starts.
     namespace.delete("job-3", "job-1")
     namespace.reconcile("job-3", "job-1")
     namespace.serve()

@@ -53,7 +53,7 @@ class Watches:
         self.asked.append((key, first))
 
     def show(self, kind: str, type_: str | None, version: int, body: dict[str, Any]) -> list[tuple[Key, bool]]:
-        """What is asked for after this event."""
+        """The keys that this event requeues."""
         self.asked.clear()
         body = body | {"metadata": body["metadata"] | {"resourceVersion": str(version)}}
         asyncio.run(self._handlers[kind](event={"type": type_, "object": body}))

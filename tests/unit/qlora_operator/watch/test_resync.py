@@ -1,4 +1,4 @@
-"""Whether a watch is alive, judged by what lists show and it does not; and the Events of a change of phase."""
+"""Whether a watch is alive, measured by the changes that only lists show; and the Events of a change of phase."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable

@@ -1,4 +1,4 @@
-"""What the store holds, in whatever order watches, lists and the answers of the operator's own writes arrive."""
+"""The content of the store, whatever the order of watches, lists and the answers of the operator's writes."""
 
 import json
 import tracemalloc
@@ -347,7 +347,7 @@ STEPS: tuple[StepName, ...] = ("prepare", "train", "publish")
 
 
 class World:
-    """What happens in an API server: objects that are created, changed and deleted, each time in a new version."""
+    """Changes in an API server: objects that are created, changed and deleted, each time in a new version."""
 
     def __init__(self, random: Random) -> None:
         self.version = 100

@@ -1,4 +1,4 @@
-"""Ending the tasks that somebody else's code has started, and no others."""
+"""Ending the tasks that other code has started, and no others."""
 
 import asyncio
 import contextlib
