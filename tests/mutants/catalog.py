@@ -1135,8 +1135,8 @@ TRAINER = (
     ),
     Mutant(
         name="the-best-adapter-is-not-restored",
-        file=f"{_TRAINER}/training/resume.py",
-        old="    run.best = best_of(checkpoint)\n",
+        file=f"{_TRAINER}/training/open_run.py",
+        old="    progress.best = best_of(checkpoint)\n",
         new="",
         tests=(
             (
@@ -1264,7 +1264,7 @@ TRAINER = (
     Mutant(
         name="a-run-with-an-earlier-adapter-is-compared-with-the-base",
         file=f"{_TRAINER}/training/suspect_run.py",
-        old="if run.initial_adapter_sha256 is None:\n        try:",
+        old="if run.job.initial_adapter_sha256 is None:\n        try:",
         new="if True:\n        try:",
         tests=(
             f"{_TRAINER_TESTS}/training/test_divergence.py::test_a_run_that_began_with_a_worse_adapter_than_none_is_not_given_up_for_that",

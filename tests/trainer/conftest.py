@@ -23,7 +23,7 @@ from qlora_api.spec.job import QLoRAJobDocument, QLoRAJobSpec
 from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.model.memory.dry_run import StepSize, measure_within_limits
-from qlora_trainer.steps import prepare
+from qlora_trainer.steps import prepare_model
 from qlora_trainer.stores import registry_auth as oci_auth
 from tests.support.command import ROWS, Files, new_files
 from tests.support.fault_proxy import FaultProxy, serve_proxy
@@ -56,7 +56,7 @@ def _a_model_is_measured_once() -> Iterator[None]:
         return found[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "measure_within_limits", measure)
+        patch.setattr(prepare_model, "measure_within_limits", measure)
         yield
 
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from qlora_trainer.data.build import ExaminedData
     from qlora_trainer.data.dataset import Dataset, TokenizedSource
     from qlora_trainer.data.preview import Preview, PreviewedRow
-    from qlora_trainer.data.read.locate import DataAccess
     from qlora_trainer.data.render.chat_template import Tokenizer
+    from qlora_trainer.stores.access import StoreAccess
 
 _TRAINED = "bold green"
 _MARKS = ("[[", "]]")
@@ -82,12 +82,12 @@ class RowAccess:
             say=lambda _activity: None,
         ).examine()
 
-    def _data(self) -> "DataAccess":
-        from qlora_trainer.data.read.locate import DataAccess
+    def _data(self) -> "StoreAccess":
+        from qlora_trainer.stores.access import StoreAccess
         from qlora_trainer.stores.hub import Hub, hub_token
 
         secret = Secret(self.mounts.credentials / "dataset", "spec.dataset.secretRef", None)
-        return DataAccess(self.mounts, cache(lambda: Hub(hub_token(self.mounts.token_file, None))), secret)
+        return StoreAccess(self.mounts, cache(lambda: Hub(hub_token(self.mounts.token_file, None))), secret)
 
 
 def find_tokenizer(model: BaseModelSpec, mounts: Mounts) -> Path:

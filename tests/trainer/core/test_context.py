@@ -19,7 +19,7 @@ def test_an_activity_is_cut_to_what_a_record_has_room_for(
     """A character has at most twelve bytes in JSON."""
     records = Recorded()
     activity = f"writing to {character * 200}"
-    records.progress(make_context().progress("publish", NOW, activity, loss=1.25, evaluations=evaluations))
+    records.progress(make_context().identity.progress("publish", NOW, activity, loss=1.25, evaluations=evaluations))
     [line] = records.stream.getvalue().splitlines()
     [record] = records.written
     assert activity.startswith(record["activity"])

@@ -18,7 +18,7 @@ from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.steps import prepare as step
 from qlora_trainer.steps.clean import clean
 from qlora_trainer.training.checkpoints.attempts import MAX_ATTEMPTS_WITHOUT_PROGRESS, read_attempts, write_attempts
-from qlora_trainer.training.checkpoints.fingerprint import Fingerprint, run_fingerprint, run_settings
+from qlora_trainer.training.checkpoints.fingerprint import Fingerprint, run_settings
 from qlora_trainer.training.continued import continue_run, reject_other_settings, require_something_to_continue
 from qlora_trainer.training.prepared_job import PreparedJob
 from tests.support.tiny import POD_UID, Recorded, chat_row, merged, write_rows
@@ -55,8 +55,7 @@ def record_of(context: StepContext) -> PrepareRecord:
 
 
 def continued(context: StepContext, other: StepContext) -> int | None:
-    fingerprint = run_fingerprint(context.spec, record_of(context), "cpu", 1)
-    return continue_run(other.workspace.root, "other", PreparedJob(context, record_of(context), fingerprint))
+    return continue_run(other.workspace.root, "other", PreparedJob.from_record(context, record_of(context), 1))
 
 
 def rejected(context: StepContext, other: StepContext, *words: str) -> None:

@@ -27,6 +27,7 @@ from qlora_trainer.steps.clean import clean
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
 from qlora_trainer.steps.train_together import train_together
+from qlora_trainer.stores.access import StoreAccess
 from qlora_trainer.stores.hub import Hub
 from qlora_trainer.training import suspect_run as judging
 from qlora_trainer.training.progress.divergence import Stability
@@ -97,7 +98,9 @@ def targets(lora: LoraSpec) -> tuple[str, ...]:
 def checked(context: StepContext, earlier: InitialAdapterStatus | None = None) -> InitialAdapter:
     """Prepare's handling of the earlier adapter, without the rest of the step."""
     model = context.mounts.claims["models"] / "model"
-    found = get_initial_adapter(context, lambda: Hub(None), model, targets(context.spec.lora), earlier)
+    lora, folder = context.spec.lora, context.workspace.initial_adapter
+    access = StoreAccess(context.mounts, lambda: Hub(None), context.secret("lora"))
+    found = get_initial_adapter(lora, access, folder, model, targets(lora), earlier)
     assert found is not None
     return found
 

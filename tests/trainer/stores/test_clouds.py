@@ -15,10 +15,11 @@ from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration, model_unavailable
 from qlora_trainer.data.read.hub_splits import TRAINING
-from qlora_trainer.data.read.locate import DataAccess, find_data
+from qlora_trainer.data.read.locate import find_data
 from qlora_trainer.publishing.destinations.addresses import open_destination
 from qlora_trainer.publishing.destinations.destination import publish_folder
 from qlora_trainer.stores import bucket
+from qlora_trainer.stores.access import StoreAccess
 from qlora_trainer.stores.contents import describe_files
 from qlora_trainer.stores.objects import ObjectFolder
 from tests.support.fake_clouds import ACCOUNT, BUCKET, FakeCloud, of_somebody_else, serve_cloud
@@ -204,7 +205,7 @@ def test_an_adapter_is_published_and_data_are_read(
     assert publish_folder(destination, contents, manifest) == address
     cloud = google if scheme == "gs" else azure
     assert set(cloud.objects) == {f"adapters/v1/{name}" for name in (*contents, "manifest.json")}
-    access = DataAccess(mounts, lambda: pytest.fail("no hub is needed"), keys)
+    access = StoreAccess(mounts, lambda: pytest.fail("no hub is needed"), keys)
     found = find_data(f"{address}/rows.jsonl", TRAINING, access, tmp_path / "download")
     assert [file.path.read_bytes() for file in found.files] == [contents["rows.jsonl"]]
 

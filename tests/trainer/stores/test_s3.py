@@ -21,9 +21,10 @@ from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_dataset
 from qlora_trainer.data.read.files import DataFiles
 from qlora_trainer.data.read.hub_splits import training_part
-from qlora_trainer.data.read.locate import DataAccess, find_data
+from qlora_trainer.data.read.locate import find_data
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.stores import bucket as store_settings
+from qlora_trainer.stores.access import StoreAccess
 from qlora_trainer.stores.objects import ObjectFolder, StoredObject
 from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
 from tests.support.four_bit import large_weights, require_made_of
@@ -374,7 +375,7 @@ def find_stored(context: StepContext) -> DataFiles:
     return find_data(
         source.source,
         training_part(source),
-        DataAccess(context.mounts, lambda: pytest.fail("no hub is needed"), context.secret("dataset")),
+        StoreAccess(context.mounts, lambda: pytest.fail("no hub is needed"), context.secret("dataset")),
         context.workspace.data / ".download-train.partial",
     )
 

@@ -44,23 +44,9 @@ class EndOfTurn(ObservedModel):
         return f'"stop": {json.dumps([self.text], ensure_ascii=False)}'
 
 
-class PrepareRecord(ObservedModel):
-    """The result of prepare for the later steps.
+class PreparedModel(ObservedModel):
+    """The part of the record of prepare that the model's small files decide."""
 
-    Paths below the workspace are relative to it. Others are absolute.
-    """
-
-    fingerprint: str = Field(description="SHA-256 of everything that determines the prepared data and the model.")
-    model_path: str = Field(description="Folder of config.json and tokenizer, and of weights that are kept.")
-    model_revision: str = Field(description="Commit, or sha256:… of the content for a model on a volume.")
-    base_path: str = Field(description="Folder of the base model in 4-bit, as transformers loads it.")
-    base_sha256: str = Field(description="SHA-256 over the SHA-256 of each of its files.")
-    data_path: str = Field(description="Folder of the packed sequences.")
-    data_content: Mapping[str, Any] | None = Field(
-        None,
-        description="Everything besides the settings of model, adapter and training that decides the sequences, "
-        "whatever its address: runs are compared by it. Not set by an earlier release.",
-    )
     target_modules: tuple[str, ...] = Field(description="Exact names of the linear layers that get an adapter.")
     packed: bool = Field(description="Whether a sequence may hold several rows.")
     rows_apart: bool = Field(False, description="Whether a micro batch may hold several rows.")
@@ -75,21 +61,50 @@ class PrepareRecord(ObservedModel):
         "it has positions for.",
     )
     memory: MemoryStatus
+    measured: MeasuredMemory | None = Field(
+        None, description="The dry runs that the estimate is from; not set if they failed, or by an earlier release."
+    )
+
+
+class PreparedBase(ObservedModel):
+    """The part of the record of prepare about the model's files and its base in 4-bit."""
+
+    model_path: str = Field(description="Folder of config.json and tokenizer, and of weights that are kept.")
+    model_revision: str = Field(description="Commit, or sha256:… of the content for a model on a volume.")
+    base_path: str = Field(description="Folder of the base model in 4-bit, as transformers loads it.")
+    base_sha256: str = Field(description="SHA-256 over the SHA-256 of each of its files.")
+    base: BaseStatus | None = Field(None, description="How the model was got; not set by an earlier release.")
+
+
+class PreparedData(ObservedModel):
+    """The part of the record of prepare about the data set and its sequences."""
+
+    fingerprint: str = Field(description="SHA-256 of everything that determines the prepared data and the model.")
+    data_path: str = Field(description="Folder of the packed sequences.")
+    data_content: Mapping[str, Any] | None = Field(
+        None,
+        description="Everything besides the settings of model, adapter and training that decides the sequences, "
+        "whatever its address: runs are compared by it. Not set by an earlier release.",
+    )
     dataset: DatasetStatus
     work: WorkStatus | None = Field(
         None, description="The amount of computation; not set if that is unknown, or by an earlier release."
     )
-    measured: MeasuredMemory | None = Field(
-        None, description="The dry runs that the estimate is from; not set if they failed, or by an earlier release."
-    )
-    base: BaseStatus | None = Field(None, description="How the model was got; not set by an earlier release.")
-    remarks: tuple[str, ...] = Field((), description="Remarks for the user, such as deviations from the spec.")
     template_sha256: str | None = Field(
         None, description="SHA-256 of the job's chat template, stored with the sequences; not set without one."
     )
     end_of_turn: EndOfTurn | None = Field(
         None, description="The end of an answer, if no server of the model stops there by default."
     )
+
+
+class PrepareRecord(PreparedModel, PreparedBase, PreparedData):
+    """The result of prepare for the later steps.
+
+    Paths below the workspace are relative to it. Others are absolute.
+    """
+
+    remarks: tuple[str, ...] = Field((), description="Remarks for the user, such as deviations from the spec.")
     initial_adapter: InitialAdapterStatus | None = Field(
         None, description="The adapter of spec.lora.from, which is in the workspace; not set without one."
     )

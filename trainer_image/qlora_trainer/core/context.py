@@ -12,6 +12,7 @@ from qlora_api import contract
 from qlora_api.contract import MAX_ACTIVITY_LENGTH, ProgressRecord, WorkspaceLayout, within_limit
 from qlora_api.sources import ConfigMapSource, HubSource, VolumeSource, parse_source
 from qlora_api.spec.job import QLoRAJobDocument, QLoRAJobSpec
+from qlora_api.spec.model import BaseModelSpec
 from qlora_api.status import StepName
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import bad_configuration, unreachable
@@ -65,8 +66,39 @@ class Mounts:
 
 
 @dataclass(frozen=True)
+class Identity:
+    """The job, pod and attempt that a process works for."""
+
+    job_uid: str
+    """`local` where no API server has given one."""
+    pod_uid: str
+    attempt: int
+    """Number of the step's Job, counted from 1; 0 in the Job of another QLoRAJob."""
+    started: datetime | None
+    """When the process started; None if it does more than one step."""
+
+    def progress(self, step: StepName, time: datetime, activity: str, **figures: Any) -> ProgressRecord:
+        """Return the progress record of this job and pod, with a long activity cut.
+
+        `figures` are other fields of the record.
+        """
+        record = ProgressRecord(
+            job_uid=self.job_uid,
+            pod_uid=self.pod_uid,
+            step=step,
+            time=timestamp(time),
+            activity=activity[:MAX_ACTIVITY_LENGTH],
+            **figures,
+        )
+        return within_limit(record)
+
+
+@dataclass(frozen=True)
 class StepContext:
-    """Everything that a step depends on besides the clock and the step's files."""
+    """Everything that a step depends on besides the clock and its own files.
+
+    The step takes it apart: functions below `steps/` take the fields that they use.
+    """
 
     document: QLoRAJobDocument
     workspace: WorkspaceLayout
@@ -94,46 +126,29 @@ class StepContext:
         """The job's spec, with the schema's defaults."""
         return self.document.spec
 
-    def secret(self, part: Literal["model", "dataset", "output"]) -> Secret:
-        """The Secret that this part of the spec names in its secretRef."""
-        reference = getattr(self.spec, part).secret_ref
-        return Secret(
-            self.mounts.credentials / part, f"spec.{part}.secretRef", None if reference is None else reference.name
-        )
-
     @property
-    def initial_adapter_secret(self) -> Secret:
-        """The Secret of spec.lora.from.secretRef."""
-        wanted = self.spec.lora.initial_adapter
-        reference = None if wanted is None else wanted.secret_ref
+    def identity(self) -> Identity:
+        """The job, pod and attempt that the step works for."""
+        return Identity(self.document.metadata.uid or "local", self.pod_uid, self.attempt, self.started)
+
+    def secret(self, part: Literal["model", "dataset", "output", "lora", "tracking"]) -> Secret:
+        """Return the Secret that a part of the spec names, mounted below `credentials/`."""
+        spec, lora, tracking = self.spec, self.spec.lora.initial_adapter, self.spec.output.tracking
+        field, reference = {
+            "model": ("spec.model", spec.model.secret_ref),
+            "dataset": ("spec.dataset", spec.dataset.secret_ref),
+            "output": ("spec.output", spec.output.secret_ref),
+            "lora": ("spec.lora.from", None if lora is None else lora.secret_ref),
+            "tracking": ("spec.output.tracking", None if tracking is None else tracking.secret_ref),
+        }[part]
         name = None if reference is None else reference.name
-        return Secret(self.mounts.credentials / "lora", "spec.lora.from.secretRef", name)
+        return Secret(self.mounts.credentials / part, f"{field}.secretRef", name)
 
-    @property
-    def base_name(self) -> str:
-        """The base's name for PEFT and servers: ORG/NAME of the hub, else the address."""
-        source = parse_source(self.spec.model.source)
-        return source.repository if isinstance(source, HubSource) else self.spec.model.source
 
-    @property
-    def job_uid(self) -> str:
-        """UID of the job, or `local` without an API server."""
-        return self.document.metadata.uid or "local"
-
-    def progress(self, step: StepName, time: datetime, activity: str, **figures: Any) -> ProgressRecord:
-        """Create the progress record of this job and pod.
-
-        `figures` are other fields of the record. A long activity is cut.
-        """
-        record = ProgressRecord(
-            job_uid=self.job_uid,
-            pod_uid=self.pod_uid,
-            step=step,
-            time=timestamp(time),
-            activity=activity[:MAX_ACTIVITY_LENGTH],
-            **figures,
-        )
-        return within_limit(record)
+def base_name(model: BaseModelSpec) -> str:
+    """Return the base's name for PEFT and servers: ORG/NAME, else the address."""
+    source = parse_source(model.source)
+    return source.repository if isinstance(source, HubSource) else model.source
 
 
 def load_document(path: Path) -> QLoRAJobDocument:

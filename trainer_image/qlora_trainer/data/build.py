@@ -18,7 +18,7 @@ from qlora_trainer.data.examples.formats import PAIRS, RowReader, detect_format
 from qlora_trainer.data.fingerprint import library_versions
 from qlora_trainer.data.read.files import MAX_FILES, DataFiles
 from qlora_trainer.data.read.hub_splits import Wanted, evaluation_part, training_part
-from qlora_trainer.data.read.locate import DataAccess, find_data
+from qlora_trainer.data.read.locate import find_data
 from qlora_trainer.data.read.reading import read_rows, read_used_rows
 from qlora_trainer.data.read.rows import Row
 from qlora_trainer.data.render.chat_template import Tokenizer
@@ -26,6 +26,7 @@ from qlora_trainer.data.selection import first_equal, select_rows
 from qlora_trainer.data.tokenize.chunk_maker import CHUNK_BYTES, CHUNK_ROWS, ChunkMaker, Recipe, tokenize
 from qlora_trainer.data.tokenize.chunks import TokenizedRows
 from qlora_trainer.data.tokenize.row_cache import RowsFolder
+from qlora_trainer.stores.access import StoreAccess
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class DatasetBuilder:
     """SHA-256 of each of the tokenizer's files."""
     vocabulary: int
     """Tokens that the model has."""
-    access: DataAccess
+    access: StoreAccess
     scratch: Callable[[str], Path]
     """Gives folders, by name, for what the next attempt resumes from."""
     rows: RowsFolder

@@ -11,12 +11,13 @@ from qlora_api.spec.dataset import Columns, DatasetSpec, RowFormat
 from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.data.examples.formats import PAIRS, Reading, RowReader, detect_format
 from qlora_trainer.data.read.hub_splits import evaluation_part, training_part
-from qlora_trainer.data.read.locate import DataAccess, find_data
+from qlora_trainer.data.read.locate import find_data
 from qlora_trainer.data.read.reading import read_rows, read_used_rows
 from qlora_trainer.data.read.rows import Row
 from qlora_trainer.data.render.chat_template import Rendered, Tokenizer
 from qlora_trainer.data.statistics import EQUAL_ANSWERS
 from qlora_trainer.data.tokenize.chunk_maker import ANY_VOCABULARY, ChunkMaker, Recipe, paired
+from qlora_trainer.stores.access import StoreAccess
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class _Source:
 
 
 def previews(
-    spec: DatasetSpec, training: TrainingSpec, tokenizer: Tokenizer, access: DataAccess, download: Path, count: int
+    spec: DatasetSpec, training: TrainingSpec, tokenizer: Tokenizer, access: StoreAccess, download: Path, count: int
 ) -> Iterator[Preview]:
     """The first `count` rows that a job would use of each source, the evaluation's own last.
 
@@ -84,7 +85,7 @@ def previews(
 
 
 def _sources(
-    spec: DatasetSpec, training: TrainingSpec, access: DataAccess, download: Path, count: int
+    spec: DatasetSpec, training: TrainingSpec, access: StoreAccess, download: Path, count: int
 ) -> Iterator[_Source]:
     """The sources of the training rows, then the evaluation's separate source.
 

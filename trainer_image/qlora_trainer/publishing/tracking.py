@@ -4,13 +4,14 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from qlora_api import contract
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.printable import one_line, shortened
 from qlora_api.spec.output import TrackedRun, TrackingStatus
 from qlora_api.status import AdapterStatus
-from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.completion import PublishRecord
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.file_names import HISTORY_FILE
 from qlora_trainer.core.records import redact
@@ -46,17 +47,18 @@ _TRACKERS = {
 
 def upload_run(
     job: TrainedJob,
-    adapter: AdapterStatus,
-    context: StepContext,
+    record: PublishRecord,
+    secret: Secret,
+    workspace: WorkspaceLayout,
+    namespace: str,
     say: Callable[[str], None],
-    earlier: TrackingStatus | None = None,
 ) -> TrackingStatus | None:
-    """Upload the run to each tracker that has a server. Returns None without any.
+    """Upload the run to each tracker that has a server, unless the record has it; None without any.
 
-    `earlier`: the result of an earlier attempt. An error is in the result, as the adapter is published and the history
-    is in the workspace.
+    Every error is in the result: the adapter is published, and the history is in the workspace.
     """
-    done = {} if earlier is None else earlier.model_dump(exclude_none=True)
+    done = {} if record.tracking is None else record.tracking.model_dump(exclude_none=True)
+    finished = partial(_finished_run, job, record.adapter, workspace, namespace)
     found: dict[str, TrackedRun] = {}
     for name in job.spec.training.report_to:
         tracker = _TRACKERS.get(name)
@@ -66,17 +68,16 @@ def upload_run(
             found[name] = TrackedRun.model_validate(done[name])
             continue
         say(f"uploading the run to {name}")
-        found[name] = _upload(tracker, job, adapter, context)
+        found[name] = _upload(tracker, secret, finished)
     return TrackingStatus(**found) if found else None
 
 
-def _upload(tracker: _Tracker, job: TrainedJob, adapter: AdapterStatus, context: StepContext) -> TrackedRun:
+def _upload(tracker: _Tracker, secret: Secret, finished: Callable[[], FinishedRun]) -> TrackedRun:
     values: dict[str, str] = {}
     try:
-        server, secret = server_address(os.environ, tracker.server_variable) or "", _secret(context)
+        server = server_address(os.environ, tracker.server_variable) or ""
         values = {key: value for key in tracker.credentials if (value := secret.value(key))}
-        run = _finished_run(job, adapter, context.workspace, context.document.metadata.namespace)
-        return TrackedRun(url=tracker.upload(server, values, run))
+        return TrackedRun(url=tracker.upload(server, values, finished()))
     except Exception as error:  # noqa: BLE001 - whatever a tracker's client raises must not cost the job its success
         text = str(error) or type(error).__name__
         for value in values.values():
@@ -84,13 +85,6 @@ def _upload(tracker: _Tracker, job: TrainedJob, adapter: AdapterStatus, context:
         text = one_line(redact(text))
     logger.warning("the run could not be uploaded: %s", text)
     return TrackedRun(message=shortened(text, _MESSAGE_LENGTH))
-
-
-def _secret(context: StepContext) -> Secret:
-    wanted = context.spec.output.tracking
-    reference = None if wanted is None else wanted.secret_ref
-    name = None if reference is None else reference.name
-    return Secret(context.mounts.credentials / "tracking", "spec.output.tracking.secretRef", name)
 
 
 def _finished_run(job: TrainedJob, adapter: AdapterStatus, workspace: WorkspaceLayout, namespace: str) -> FinishedRun:

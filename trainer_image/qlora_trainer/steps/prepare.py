@@ -5,62 +5,40 @@ data. The weights come last. Incomplete content is in folders named `.NAME.parti
 them.
 """
 
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache, partial
 from pathlib import Path
+from typing import Literal
 
-from qlora_api.contract import SweepLayout, WorkspaceLayout
+from qlora_api.contract import ModelCacheLayout, WorkspaceLayout
+from qlora_api.spec.model import SecretKeyRef
+from qlora_api.spec.training import LoraSpec
 from qlora_api.status import BaseStatus, InitialAdapterStatus
-from qlora_trainer.core.completion import EndOfTurn, PrepareRecord, read_completion, recorded_path, write_completion
-from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.completion import PreparedBase, PrepareRecord, read_completion, recorded_path, write_completion
+from qlora_trainer.core.context import Identity, StepContext, base_name
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.core.filesystem import (
-    complete_folder,
-    is_full,
-    new_folder,
-    partial_path,
-    remove,
-    remove_partials,
-    sizes,
-)
+from qlora_trainer.core.filesystem import is_full, partial_path, remove, remove_partials, sizes
 from qlora_trainer.core.records import RecordWriter
-from qlora_trainer.data.build import DatasetBuilder
-from qlora_trainer.data.dataset import Dataset
-from qlora_trainer.data.fingerprint import ResolvedInputs
-from qlora_trainer.data.prepared import open_prepared
-from qlora_trainer.data.read.locate import DataAccess
-from qlora_trainer.data.render.chat_template import Tokenizer
-from qlora_trainer.data.render.end_of_turn import end_of_turn, marks_in_pieces, template_remarks
-from qlora_trainer.data.render.template_source import TEMPLATE_FILE, job_template, template_sha256
-from qlora_trainer.data.tokenize.row_cache import RowsFolder
-from qlora_trainer.evaluation.answers import AnswerTexts
-from qlora_trainer.evaluation.scorable import require_readable, require_scorable
-from qlora_trainer.history.trackers import require_installed
+from qlora_trainer.data.render.template_source import job_template
+from qlora_trainer.evaluation.scorable import require_readable
 from qlora_trainer.model.adapter.initial import InitialAdapter, get_initial_adapter
+from qlora_trainer.model.base.cache import ModelCache
 from qlora_trainer.model.base.cached_base import open_base_source
-from qlora_trainer.model.base.layout import BaseLayout
 from qlora_trainer.model.base.workspace_base import Base, BaseSource
-from qlora_trainer.model.families.admission import CheckedModel, advise_learning_rate, check_model
-from qlora_trainer.model.kernels.attention import ATTENTION
-from qlora_trainer.model.memory.dry_run import measure_together_within_limits, measure_within_limits
-from qlora_trainer.model.memory.fit import MemoryFit
 from qlora_trainer.model.source.downloads import open_model_source
-from qlora_trainer.model.source.files import CONFIG, tokenizer_digests
+from qlora_trainer.model.source.models import SharedModel
 from qlora_trainer.publishing.destinations.addresses import check_destination
-from qlora_trainer.publishing.gguf import require_convertible
 from qlora_trainer.publishing.manifest import SHARED_BASE, Publisher, base_publisher
-from qlora_trainer.report.serving import warn_if_not_served
-from qlora_trainer.steps.prepare_checks import remarks_on_evaluations, still_valid, work_of
+from qlora_trainer.steps.prepare_checks import still_valid
+from qlora_trainer.steps.prepare_data import build_dataset, rows_folder, write_sequences
+from qlora_trainer.steps.prepare_model import AdmittedModel, check_settings, measure_memory
+from qlora_trainer.stores.access import StoreAccess
 from qlora_trainer.stores.hub import Hub, hub_token
-from qlora_trainer.training.checkpoints.fingerprint import run_fingerprint, run_settings
+from qlora_trainer.training.checkpoints.fingerprint import run_settings
 from qlora_trainer.training.continued import continue_run, reject_other_settings, require_something_to_continue
 from qlora_trainer.training.prepared_job import PreparedJob
-
-logger = logging.getLogger(__name__)
 
 
 def prepare(
@@ -73,67 +51,52 @@ def prepare(
     to be another one; after any other, what has been downloaded and tokenized stays and the next attempt resumes from
     it.
     """
+    spec, workspace, mounts, identity = context.spec, context.workspace, context.mounts, context.identity
 
     def say(activity: str) -> None:
-        records.progress(context.progress("prepare", now(), activity))
+        records.progress(identity.progress("prepare", now(), activity))
 
-    path = context.workspace.completion("prepare")
+    path, gpus = workspace.completion("prepare"), spec.resources.gpu_count
     written = read_completion(path, PrepareRecord)
-    if written is None and context.spec.continues is not None:
-        require_something_to_continue(context.mounts.continued, context.spec.continues)
-        settings = run_settings(context.spec, context.device, context.spec.resources.gpu_count)
-        reject_other_settings(context.mounts.continued, context.spec.continues, settings)
-    record = None if written is None else still_valid(written, context, records)
+    if written is None and spec.continues is not None:
+        require_something_to_continue(mounts.continued, spec.continues)
+        reject_other_settings(mounts.continued, spec.continues, run_settings(spec, context.device, gpus))
+    secret = context.secret("output") if context.contract_version > 1 else None
+    check = partial(check_destination, mounts=mounts, secret=secret, registries=context.registries)
+    record = None
+    if written is not None:
+        record = still_valid(written, spec, workspace, mounts, context.group_size, records)
     if record is None:
-        with _leaving_what_can_be_resumed(context.workspace):
+        with _leaving_what_can_be_resumed(workspace):
+            for field, address in spec.output.destinations.items():
+                check(address, publisher=Publisher(SHARED_BASE if field == "base.destination" else identity.job_uid))
             record = _prepare(context, records, say, now, None if written is None else written.initial_adapter)
-    if context.spec.output.base is not None:
-        model = context.workspace.root / record.model_path
-        _check_destinations(context, base_publisher(record.base_sha256, model))
-    if context.spec.continues is not None:
-        say(f"copying the checkpoint of {context.spec.continues}")
-        taken_up_at = None if written is None else written.continued_step
-        record = _continue_run(context, record, context.spec.continues, taken_up_at)
+    if spec.output.base is not None:
+        publisher = base_publisher(record.base_sha256, workspace.root / record.model_path)
+        check(spec.output.base.destination, publisher=publisher)
+    if spec.continues is not None:
+        say(f"copying the checkpoint of {spec.continues}")
+        job = PreparedJob.from_record(context, record, gpus)
+        record = _continue_run(job, mounts.continued, spec.continues, written)
     if record != written:
         write_completion(path, record)
     records.note(model_revision=record.model_revision, memory=record.memory, dataset=record.dataset)
     return record
 
 
-def _continue_run(context: StepContext, record: PrepareRecord, name: str, taken_up_at: int | None) -> PrepareRecord:
-    """Copy the checkpoint of the job of that name. The record has the step where its run is continued.
+def _continue_run(job: PreparedJob, source: Path, name: str, written: PrepareRecord | None) -> PrepareRecord:
+    """Copy the checkpoint of the job of that name from `source`; the record has the step from which it continues.
 
-    `taken_up_at`: that step, if an attempt before this one has copied it.
+    `written` is the record of an attempt before this one, which may have copied it.
     """
-    fingerprint = run_fingerprint(context.spec, record, context.device, context.spec.resources.gpu_count)
-    copied = continue_run(context.mounts.continued, name, PreparedJob(context, record, fingerprint))
-    step = taken_up_at if copied is None else copied
+    copied, record = continue_run(source, name, job), job.prepared
+    earlier_step = None if written is None else written.continued_step
+    step = earlier_step if copied is None else copied
     if step is None or step == record.continued_step:
         return record
     earlier = f"continues {name} from step "
     remarks = (remark for remark in record.remarks if not remark.startswith(earlier))
     return record.model_copy(update={"remarks": (*remarks, f"{earlier}{step}"), "continued_step": step})
-
-
-@dataclass(frozen=True)
-class _Admitted:
-    """The decisions about a trainable job by the model's small files.
-
-    They come before data and weights are fetched.
-    """
-
-    folder: Path
-    """The model's, with its small files."""
-    model: CheckedModel
-    memory: MemoryFit
-    tokenizer: Tokenizer
-    tokenizer_files: Mapping[str, str]
-    """SHA-256 of each of the tokenizer's files."""
-    layout: BaseLayout
-    rows_apart: bool
-    """Whether rows can share a sequence."""
-    packed: bool
-    """Whether they do."""
 
 
 def _prepare(
@@ -143,246 +106,103 @@ def _prepare(
     now: Callable[[], datetime],
     earlier_adapter: InitialAdapterStatus | None,
 ) -> PrepareRecord:
-    hub = cache(lambda: _open_hub(context))
-    _check_destinations(context)
-    require_readable(context.spec.gate)
+    """Prepare model and data in stages, each of which returns its part of the record."""
+    spec, workspace, mounts = context.spec, context.workspace, context.mounts
+    hub = cache(lambda: _open_hub(spec.model.token_secret_ref, mounts.token_file))
 
+    def access(part: Literal["model", "dataset", "lora"]) -> StoreAccess:
+        return StoreAccess(mounts, hub, context.secret(part), context.registries)
+
+    require_readable(spec.gate)
     say("reading the model's configuration")
-    source = open_model_source(context, hub)
+    source = open_model_source(spec.model, access("model"), workspace.models)
     started = now()
     folder = source.settings()
     fetching = now() - started
-    admitted = _admit(folder, context, records, say)
-    bases = open_base_source(context, source, folder, admitted.layout)
+    template = job_template(spec.dataset, mounts)
+    checked = check_settings(folder, spec, workspace.root / "gguf")
+    say("measuring the memory that training needs")
+    memory = measure_memory(folder, spec, checked.family, context.group_size)
+    records.note(memory=memory.status)
+    model = AdmittedModel.of(folder, spec, checked, memory, template)
+    model_cache = _model_cache(mounts.model_cache, context.identity)
+    bases = open_base_source(source, model.layout, folder, workspace.base, model_cache)
     bases.require_room()
 
-    initial = _initial_adapter(context, admitted, hub, say, earlier_adapter)
-    dataset = _dataset(context, admitted, hub, say)
+    target = workspace.initial_adapter
+    initial = _initial_adapter(spec.lora, access("lora"), target, model, earlier_adapter, say)
+    rows = rows_folder(workspace.data, mounts.sweep, context.identity)
+    dataset = build_dataset(spec, model, access("dataset"), workspace.data, rows, say)
     records.note(dataset=dataset.status())
-    sequences = _write_sequences(dataset, context, admitted, say)
-    end, of_turns = _turns(admitted, dataset)
-    of_score = require_scorable(
-        context.spec.gate,
-        sequences,
-        dataset.status(),
-        partial(AnswerTexts, folder, end),
-        fixed_positions=admitted.model.family.fixed_positions,
-    )
-    of_evaluations = remarks_on_evaluations(context.spec.training, sequences)
+    sequences = write_sequences(dataset, spec, model, workspace.data, say)
 
     started = now()
     base = bases.base(lambda done, total: say(f"{bases.activity} model {sizes(done, total)}"))
     fetching += now() - started
 
-    template = _write_template(admitted.tokenizer, sequences)
-    resolved = _resolved(dataset, admitted, base.revision, template)
-    data = _complete_data(sequences, resolved, context)
-    remarks = (*admitted.model.remarks, *of_turns, *dataset.remarks, *of_score, *of_evaluations)
-    if initial is not None:
-        initial.complete()
-        remark = initial.remark(context.base_name, base.revision)
-        remarks += () if remark is None else (remark,)
-    root, family = context.workspace.root, admitted.model.family
+    data = sequences.complete(spec, model, base.revision, workspace)
+    of_adapter = () if initial is None else _complete_adapter(initial, base_name(spec.model), base.revision)
     return PrepareRecord(
-        fingerprint=data.name,
+        **dict(model.record()),
+        **dict(_base_record(bases, base, source, fetching, workspace.root)),
+        **dict(data),
+        remarks=(*checked.remarks, *sequences.remarks, *of_adapter),
+        initial_adapter=None if initial is None else initial.status,
+    )
+
+
+def _initial_adapter(
+    lora: LoraSpec,
+    access: StoreAccess,
+    target: Path,
+    model: AdmittedModel,
+    earlier: InitialAdapterStatus | None,
+    say: Callable[[str], None],
+) -> InitialAdapter | None:
+    """Fetch and check the adapter of spec.lora.from.
+
+    `earlier` is the adapter that an earlier attempt has fetched.
+    """
+    if lora.initial_adapter is None:
+        return None
+    say("fetching and checking the adapter of spec.lora.from")
+    return get_initial_adapter(lora, access, target, model.folder, model.checked.family.target_modules, earlier)
+
+
+def _complete_adapter(initial: InitialAdapter, name: str, revision: str) -> tuple[str, ...]:
+    """Complete the adapter's folder, and return remarks on its base."""
+    initial.complete()
+    remark = initial.remark(name, revision)
+    return () if remark is None else (remark,)
+
+
+def _model_cache(folder: Path | None, identity: Identity) -> ModelCache | None:
+    return None if folder is None else ModelCache(ModelCacheLayout(folder), identity.job_uid, identity.pod_uid)
+
+
+def _base_record(bases: BaseSource, base: Base, source: SharedModel, fetching: timedelta, root: Path) -> PreparedBase:
+    """Complete the model's folder, and return the base's part of the completion record.
+
+    `fetching` is the time in which the model arrived; `root` is the workspace folder.
+    """
+    return PreparedBase(
         model_path=recorded_path(source.complete(), root),
         model_revision=base.revision,
         base_path=recorded_path(base.folder, root),
         base_sha256=base.manifest.sha256,
-        data_path=recorded_path(data, root),
-        data_content=resolved.content(context.spec.dataset),
-        target_modules=family.target_modules,
-        packed=admitted.packed,
-        rows_apart=admitted.rows_apart,
-        mixture_of_experts=family.mixture_of_experts,
-        experts_in_mxfp4=family.experts_in_mxfp4,
-        model_type=family.model_type,
-        auto_class=family.auto_class,
-        fixed_positions=family.fixed_positions,
-        attention=None if family.attention == ATTENTION else family.attention,
-        memory=admitted.memory.status,
-        work=work_of(
-            None if family.mixture_of_experts else admitted.memory.parameters,
-            open_prepared(data, "train"),
-            dataset.status(),
-            context.spec.training,
+        base=BaseStatus(
+            origin=bases.origin,
+            sha256=base.manifest.sha256,
+            bytes_fetched=source.bytes_fetched,
+            seconds=max(0, round(fetching.total_seconds())),
+            message=bases.remark,
         ),
-        dataset=dataset.status(),
-        remarks=remarks,
-        template_sha256=template,
-        end_of_turn=end,
-        initial_adapter=None if initial is None else initial.status,
-        measured=admitted.memory.measured,
-        base=_base_status(bases, base, source.bytes_fetched, fetching),
     )
 
 
-def _admit(folder: Path, context: StepContext, records: RecordWriter, say: Callable[[str], None]) -> _Admitted:
-    """Decide by the model's small files how the job is trained.
-
-    Raises StepFailure if it cannot be.
-    """
-    spec, training = context.spec, context.spec.training
-    template = job_template(spec.dataset, context.mounts)
-    require_installed(training.report_to)
-    model = check_model(folder, spec.lora, training)
-    model.family.require_whole_and_unmerged(training, spec.output)
-    warn_if_not_served(spec)
-    if spec.output.gguf is not None:
-        scratch = context.workspace.root / "gguf"
-        require_convertible(folder, model.family.target_modules, spec.lora, spec.output.gguf, scratch)
-    say("measuring the memory that training needs")
-    rows_apart = model.family.keeps_rows_apart(training.max_sequence_length)
-    memory = MemoryFit.from_config(
-        folder / CONFIG,
-        spec,
-        model.family.target_modules,
-        rows_apart=rows_apart,
-        group_size=context.group_size,
-        measure=partial(measure_within_limits, family=model.family),
-        measure_passes=partial(measure_together_within_limits, family=model.family),
-    )
-    records.note(memory=memory.status)
-    memory.require()
-    advise_learning_rate(memory.parameters or 0, training.learning_rate)
-    return _Admitted(
-        folder=folder,
-        model=model,
-        memory=memory,
-        tokenizer=Tokenizer(folder, template),
-        tokenizer_files=tokenizer_digests(folder),
-        layout=BaseLayout.from_folder(folder, spec.quantization),
-        rows_apart=rows_apart,
-        packed=model.packs(training),
-    )
-
-
-def _dataset(context: StepContext, admitted: _Admitted, hub: Callable[[], Hub], say: Callable[[str], None]) -> Dataset:
-    """The job's data set, tokenized."""
-    return DatasetBuilder(
-        context.spec.dataset,
-        context.spec.training,
-        admitted.tokenizer,
-        admitted.tokenizer_files,
-        vocabulary=admitted.model.vocabulary,
-        access=DataAccess(context.mounts, hub, context.secret("dataset")),
-        scratch=lambda name: partial_path(context.workspace.data / name),
-        rows=_rows_folder(context),
-        say=say,
-    ).build()
-
-
-def _rows_folder(context: StepContext) -> RowsFolder:
-    """The folder of tokenized rows.
-
-    The cells of a sweep differ in nothing that changes a token.
-    """
-    own = partial_path(context.workspace.data / "rows")
-    if context.mounts.sweep is None:
-        return RowsFolder(own)
-    return RowsFolder.sharing(own, SweepLayout(context.mounts.sweep).rows, context.job_uid, context.pod_uid)
-
-
-def _initial_adapter(
-    context: StepContext,
-    admitted: _Admitted,
-    hub: Callable[[], Hub],
-    say: Callable[[str], None],
-    earlier: InitialAdapterStatus | None,
-) -> InitialAdapter | None:
-    """The adapter of spec.lora.from, fetched and checked.
-
-    `earlier`: the result of an attempt before this one.
-    """
-    if context.spec.lora.initial_adapter is None:
-        return None
-    say("fetching and checking the adapter of spec.lora.from")
-    return get_initial_adapter(context, hub, admitted.folder, admitted.model.family.target_modules, earlier)
-
-
-def _write_sequences(dataset: Dataset, context: StepContext, admitted: _Admitted, say: Callable[[str], None]) -> Path:
-    """A new folder with the data set's sequences, incomplete until `_complete_data`."""
-    folder = new_folder(partial_path(context.workspace.data / "layout"))
-    dataset.write(
-        folder,
-        context.spec.training,
-        packed=admitted.packed,
-        on_epoch=lambda number: say(f"drawing the rows of epoch {number + 1}"),
-    )
-    return folder
-
-
-def _resolved(dataset: Dataset, admitted: _Admitted, revision: str, template: str | None) -> ResolvedInputs:
-    return ResolvedInputs(
-        revision,
-        admitted.tokenizer_files,
-        tuple(source.sha256 for source in dataset.training),
-        None if dataset.own_evaluation is None else dataset.own_evaluation.sha256,
-        template,
-    )
-
-
-def _complete_data(sequences: Path, resolved: ResolvedInputs, context: StepContext) -> Path:
-    """The data folder, named by its fingerprint, for the folder of the sequences."""
-    fingerprint = resolved.fingerprint(context.spec)
-    resolved.write(sequences, fingerprint)
-    complete_folder(sequences, context.workspace.data / fingerprint)
-    return context.workspace.data / fingerprint
-
-
-def _base_status(bases: BaseSource, base: Base, fetched: int, fetching: timedelta) -> BaseStatus:
-    """How the base came here. `fetched`: bytes of the model, in the time `fetching`."""
-    return BaseStatus(
-        origin=bases.origin,
-        sha256=base.manifest.sha256,
-        bytes_fetched=fetched,
-        seconds=max(0, round(fetching.total_seconds())),
-        message=bases.remark,
-    )
-
-
-def _write_template(tokenizer: Tokenizer, folder: Path) -> str | None:
-    """Write the job's chat template for publication, and return its SHA-256, or None."""
-    text = tokenizer.template_text
-    if text is None:
-        return None
-    (folder / TEMPLATE_FILE).write_text(text, encoding="utf-8", newline="")
-    return template_sha256(text)
-
-
-def _turns(admitted: _Admitted, dataset: Dataset) -> tuple[EndOfTurn | None, tuple[str, ...]]:
-    """How answers end, if servers need that, and remarks on it and on the template."""
-    tokenizer = admitted.tokenizer
-    if not tokenizer.has_chat_template or all(source.reading.format == "text" for source in dataset.training):
-        return None, ()
-    end = end_of_turn(tokenizer, admitted.folder)
-    remarks = template_remarks(end, () if tokenizer.template is None else marks_in_pieces(tokenizer))
-    for remark in remarks:
-        logger.warning("%s", remark)
-    return end, remarks
-
-
-def _check_destinations(context: StepContext, base: Publisher | None = None) -> None:
-    """Raise StepFailure unless the job can publish where it names.
-
-    Once its `base` is known, only the destination of the base is checked.
-    """
-    for field, address in context.spec.output.destinations.items():
-        shared = field == "base.destination"
-        if shared or base is None:
-            check_destination(
-                address,
-                mounts=context.mounts,
-                secret=context.secret("output") if context.contract_version > 1 else None,
-                registries=context.registries,
-                publisher=(base or Publisher(SHARED_BASE)) if shared else Publisher(context.job_uid),
-            )
-
-
-def _open_hub(context: StepContext) -> Hub:
-    reference = context.spec.model.token_secret_ref
+def _open_hub(reference: SecretKeyRef | None, token_file: Path) -> Hub:
     secret = None if reference is None else f"Secret {reference.name!r} with key {reference.key!r}"
-    return Hub(hub_token(context.mounts.token_file, secret))
+    return Hub(hub_token(token_file, secret))
 
 
 @contextmanager

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from qlora_api.contract import WorkspaceLayout
 from qlora_api.forecast import training_flops
+from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.training import TrainingSpec
 from qlora_api.status import DatasetStatus
 from qlora_api.usage import WorkStatus
 from qlora_trainer.core.completion import PrepareRecord
-from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.data.fingerprint import ResolvedInputs
 from qlora_trainer.data.prepared import PreparedDataset, Split
@@ -52,31 +54,38 @@ def remarks_on_evaluations(training: TrainingSpec, data_folder: Path) -> tuple[s
     return (remark,)
 
 
-def still_valid(record: PrepareRecord, context: StepContext, records: RecordWriter) -> PrepareRecord | None:
-    """The record with a new estimate, or None unless its content exists and matches the job.
+def still_valid(
+    record: PrepareRecord,
+    spec: QLoRAJobSpec,
+    workspace: WorkspaceLayout,
+    mounts: Mounts,
+    group_size: int,
+    records: RecordWriter,
+) -> PrepareRecord | None:
+    """Return the record with a new estimate if it describes the job and its files are whole; else None.
 
     Raises StepFailure if the job does not fit its GPU, or asks for a score that no adapter could have.
     """
-    spec, root = context.spec, context.workspace.root
+    root = workspace.root
     resolved, folder = ResolvedInputs.read(root / record.data_path), root / record.model_path
     if resolved is None or resolved.fingerprint(spec) != record.fingerprint or not (folder / CONFIG).is_file():
         return None
     if not _can_be_trained_on(root / record.data_path, ("train", "eval") if spec.dataset.eval else ("train",)):
         return None
-    if not is_unchanged(record.initial_adapter, context):
+    if not is_unchanged(record.initial_adapter, spec.lora.initial_adapter, workspace.initial_adapter):
         return None
-    if not is_whole(root / record.base_path, context.mounts.model_cache):
+    if not is_whole(root / record.base_path, mounts.model_cache):
         return None
     if not is_present(root / record.base_path, record.base_sha256, spec.quantization):
         return None
-    if tokenizer_digests(folder) != resolved.tokenizer or not resolved.is_unchanged(spec.dataset, context.mounts):
+    if tokenizer_digests(folder) != resolved.tokenizer or not resolved.is_unchanged(spec.dataset, mounts):
         return None
     memory = MemoryFit.from_config(
         folder / CONFIG,
         spec,
         record.target_modules,
         rows_apart=record.rows_apart,
-        group_size=context.group_size,
+        group_size=group_size,
         earlier=record.measured,
     )
     records.note(memory=memory.status)

@@ -11,10 +11,11 @@ from typing import TypeVar
 from torch import Tensor
 
 from qlora_api.contract import WorkspaceLayout
-from qlora_api.status import AdapterStatus, BaseStatus, GateStatus, MergedStatus, StepName
+from qlora_api.spec.output import TrackingStatus
+from qlora_api.status import AdapterStatus, BaseStatus, MergedStatus, StepName
 from qlora_trainer.core.completion import PrepareRecord, PublishRecord, TrainRecord, read_completion, write_completion
-from qlora_trainer.core.context import StepContext
-from qlora_trainer.core.failures import StepFailure, bad_configuration
+from qlora_trainer.core.context import Device, StepContext, base_name
+from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.core.file_names import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -33,9 +34,8 @@ from qlora_trainer.history.metrics_log import read_history
 from qlora_trainer.model.adapter.initial import read_initial_adapter
 from qlora_trainer.model.base.cache import require_whole_in_cache
 from qlora_trainer.publishing.chat_template import job_template_file
-from qlora_trainer.publishing.destinations.addresses import open_destination
+from qlora_trainer.publishing.destinations.addresses import JobDestinations
 from qlora_trainer.publishing.destinations.destination import Destination, is_published
-from qlora_trainer.publishing.destinations.volume import VolumeFolder
 from qlora_trainer.publishing.gate import gate_failure, judge
 from qlora_trainer.publishing.gguf import GgufFile, gguf_file
 from qlora_trainer.publishing.lineage import publish_with_lineage, read_signing_key
@@ -61,76 +61,83 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
     Raises StepFailure; the adapter is not published then, unless it is the base or the merge that has failed. One that
     does not pass spec.gate (GATE_FAILED) reaches no destination, and neither do its base and a merged model.
     """
+    workspace, mounts, identity, device = context.workspace, context.mounts, context.identity, context.device
+    job, namespace = _trained_job(context), context.document.metadata.namespace
 
     def say(activity: str) -> None:
-        records.progress(context.progress("publish", now(), activity))
+        records.progress(identity.progress("publish", now(), activity))
 
-    workspace, job = context.workspace, _trained_job(context)
+    def track(record: PublishRecord) -> PublishRecord:
+        tracking = upload_run(job, record, context.secret("tracking"), workspace, namespace, say)
+        return _with_tracking(record, tracking, workspace.completion("publish"))
+
     records.note(gate=job.gate)
     if job.gate is not None and not job.gate.passed:
-        raise _held_back(job, job.gate, context, say)
-    destination = _destination(context, context.spec.output.destination, workspace.adapter)
-    done = _already_published(context, job, destination)
+        folder, picture = _verify_and_report(job, workspace, device, say)
+        _describe_adapter(job, folder, workspace, picture)
+        _add_to_sweep(job, workspace.report, mounts.sweep)
+        raise gate_failure(job.gate, f"{context.workspace_uri}/{job.trained.adapter_path}")
+    secret, owner = context.secret("output"), identity.pod_uid
+    destinations = JobDestinations(
+        job.spec.output, workspace, context.workspace_uri, mounts, secret, context.registries, owner
+    )
+    destination = destinations.adapter()
+    done = _already_published(job, workspace, destination, destinations, has_key=mounts.signing_key.is_file())
     if done is not None:
         # The attempt before may have been killed before it had written the page of the sweep.
-        _add_to_sweep(job, context)
-        return _track(job, done.model_copy(update={"gate": job.gate}), context, say)
-    key = read_signing_key(context.mounts.signing_key)
-    say("verifying the adapter")
-    folder = _verify(job, context)
-    say("writing the report")
-    picture = write_report(job, workspace, device=context.device)
+        _add_to_sweep(job, workspace.report, mounts.sweep)
+        return track(done.model_copy(update={"gate": job.gate}))
+    key = read_signing_key(mounts.signing_key)
+    folder, picture = _verify_and_report(job, workspace, device, say)
     say(f"writing to {destination.uri}")
-    page = _published_page(job, context)
+    page = _published_page(job, workspace, device)
     with gguf_file(job, folder, workspace) as gguf:
         contents = _contents(job, folder, workspace, picture, page, gguf)
-        uri = publish_with_lineage(job, destination, contents, namespace=context.document.metadata.namespace, key=key)
-        adapter = _adapter_at(uri, job, folder, signed=key is not None)
-        adapter = adapter.model_copy(update={"gguf": None if gguf is None else gguf.status})
+        uri = publish_with_lineage(job, destination, contents, namespace=namespace, key=key)
+        adapter = _adapter_at(uri, job, folder, gguf, signed=key is not None)
     record = PublishRecord(
         fingerprint=_fingerprint(job.trained, destination),
         adapter=adapter,
         gate=job.gate,
-        base=_publish_base(job, context, say),
-        merged=_merge(job, context, say),
+        base=_publish_base(job, workspace, mounts.model_cache, destinations, say),
+        merged=_merge(job, workspace, mounts.model_cache, destinations, device, say),
         report_sha256=None if page is None else hashlib.sha256(page).hexdigest(),
     )
     write_completion(workspace.completion("publish"), record)
-    _add_to_sweep(job, context)
-    return _track(job, record, context, say)
+    _add_to_sweep(job, workspace.report, mounts.sweep)
+    return track(record)
 
 
-def _track(job: TrainedJob, record: PublishRecord, context: StepContext, say: Callable[[str], None]) -> PublishRecord:
-    """Upload the run to trackers. All else is published, and this can be repeated."""
-    tracking = upload_run(job, record.adapter, context, say, record.tracking)
+def _with_tracking(record: PublishRecord, tracking: TrackingStatus | None, path: Path) -> PublishRecord:
+    """Record at `path` the uploads to trackers, which can be repeated."""
     if tracking == record.tracking:
         return record
     record = record.model_copy(update={"tracking": tracking})
     try:
-        write_completion(context.workspace.completion("publish"), record)
+        write_completion(path, record)
     except OSError as error:
         # Only a later attempt would read it, which uploads the same run again.
         logger.warning("the upload of the run is not recorded: %s", error)
     return record
 
 
-def _published_page(job: TrainedJob, context: StepContext) -> bytes | None:
+def _published_page(job: TrainedJob, workspace: WorkspaceLayout, device: Device) -> bytes | None:
     """The page of the run for the adapter's folder, or None if the job wants none."""
-    wanted = context.spec.output.report
+    wanted = job.spec.output.report
     if wanted == "none":
         return None
-    return published_page(job, context.workspace, device=context.device, samples=wanted == "full")
+    return published_page(job, workspace, device=device, samples=wanted == "full")
 
 
-def _add_to_sweep(job: TrainedJob, context: StepContext) -> None:
-    """Rewrite the report of the sweep, if the job is a cell of one.
+def _add_to_sweep(job: TrainedJob, report: Path, sweep: Path | None) -> None:
+    """Update the report of the sweep, if the job is a cell of one.
 
     After everything else: other pods write what it shows, and none of that may cost this cell its adapter.
     """
-    if context.mounts.sweep is None:
+    if sweep is None:
         return
     try:
-        add_to_sweep_report(job, context.workspace.report, context.mounts.sweep)
+        add_to_sweep_report(job, report, sweep)
     except (OSError, ValueError) as error:
         logger.warning("the report of the sweep cannot be written: %s", error)
 
@@ -145,9 +152,9 @@ def _trained_job(context: StepContext) -> TrainedJob:
     pairs = context.spec.training.compares_answers
     return TrainedJob(
         name=context.document.metadata.name,
-        uid=context.job_uid,
+        uid=context.identity.job_uid,
         spec=context.spec,
-        base_name=context.base_name,
+        base_name=base_name(context.spec.model),
         prepared=prepared,
         trained=trained,
         gate=judge(context.spec.gate, trained, pairs=pairs, prepared=prepared.fingerprint),
@@ -164,47 +171,28 @@ def _required(path: Path, step: StepName, kind: type[_Completion]) -> _Completio
     return record
 
 
-def _destination(context: StepContext, address: str | None, folder: Path) -> Destination:
-    """The destination of an address of spec.output, or `folder` of the workspace."""
-    if address is not None:
-        return open_destination(
-            address,
-            mounts=context.mounts,
-            secret=context.secret("output"),
-            registries=context.registries,
-            owner=context.pod_uid,
-        )
-    root = context.workspace.root
-    uri = f"{context.workspace_uri}/{folder.relative_to(root)}"
-    return VolumeFolder(confine(folder, root), uri, owner=context.pod_uid)
+def _already_published(
+    job: TrainedJob,
+    workspace: WorkspaceLayout,
+    destination: Destination,
+    destinations: JobDestinations,
+    *,
+    has_key: bool,
+) -> PublishRecord | None:
+    """Return the completion record if it is of this adapter and every file matches its manifest.
 
-
-def _merged_destination(context: StepContext) -> Destination | None:
-    """The destination of the merged model, or None if the job asks for none."""
-    wanted = context.spec.output.merged
-    return None if wanted is None else _destination(context, wanted.destination, context.workspace.merged)
-
-
-def _base_destination(context: StepContext) -> Destination | None:
-    """The destination of the 4-bit base, or None if the job asks for none."""
-    wanted = context.spec.output.base
-    return None if wanted is None else _destination(context, wanted.destination, context.workspace.base)
-
-
-def _already_published(context: StepContext, job: TrainedJob, destination: Destination) -> PublishRecord | None:
-    """The record, if of this adapter with every file as in its manifest, or None."""
-    record = read_completion(context.workspace.completion("publish"), PublishRecord)
+    `has_key`: whether the profile has a signing key now.
+    """
+    record = read_completion(workspace.completion("publish"), PublishRecord)
     if record is None or record.fingerprint != _fingerprint(job.trained, destination):
         return None
-    if context.mounts.signing_key.is_file() and record.adapter.lineage != "signed":
-        return None  # the profile has got a key since
-    merged_destination = _merged_destination(context)
-    if merged_destination is not None and not is_merged_published(merged_destination, record.merged):
+    if has_key and record.adapter.lineage != "signed":
         return None
-    base_destination = _base_destination(context)
-    if base_destination is not None and not (
-        record.base and is_base_published(job, context.workspace, base_destination)
-    ):
+    merged = destinations.merged()
+    if merged is not None and not is_merged_published(merged, record.merged):
+        return None
+    base = destinations.base()
+    if base is not None and not (record.base and is_base_published(job, workspace, base)):
         return None
     manifest = destination.published()
     if manifest is None or ADAPTER_FILE not in manifest.files:
@@ -218,9 +206,19 @@ def _fingerprint(trained: TrainRecord, destination: Destination) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _verify(job: TrainedJob, context: StepContext) -> Path:
-    """The folder of the trained adapter, after every check. Raises StepFailure."""
-    workspace, prepared, trained = context.workspace, job.prepared, job.trained
+def _verify_and_report(
+    job: TrainedJob, workspace: WorkspaceLayout, device: Device, say: Callable[[str], None]
+) -> tuple[Path, bytes]:
+    """Verify the adapter and write the report. Returns its folder and the picture."""
+    say("verifying the adapter")
+    folder = _verify(job, workspace)
+    say("writing the report")
+    return folder, write_report(job, workspace, device=device)
+
+
+def _verify(job: TrainedJob, workspace: WorkspaceLayout) -> Path:
+    """Return the folder of the trained adapter, after every check. Raises StepFailure."""
+    prepared, trained = job.prepared, job.trained
     require_own_training(prepared, trained, job.spec, workspace)
     folder = confine(workspace.root / trained.adapter_path, workspace.root)
     verify_adapter(
@@ -236,24 +234,15 @@ def _verify(job: TrainedJob, context: StepContext) -> Path:
     return folder
 
 
-def _held_back(job: TrainedJob, gate: GateStatus, context: StepContext, say: Callable[[str], None]) -> StepFailure:
-    """Why the adapter is not published.
-
-    It stays in its place, with its report and model card, for people to inspect.
-    """
-    say("verifying the adapter")
-    folder = _verify(job, context)
-    say("writing the report")
-    picture = write_report(job, context.workspace, device=context.device)
-    contents = {MODEL_CARD_FILE: _card(job, context.workspace), CURVE_FILE: picture}
-    template = job_template_file(job.prepared, context.workspace)
+def _describe_adapter(job: TrainedJob, folder: Path, workspace: WorkspaceLayout, picture: bytes) -> None:
+    """Write model card, picture and template to `folder`, where the adapter stays."""
+    contents = {MODEL_CARD_FILE: _card(job, workspace), CURVE_FILE: picture}
+    template = job_template_file(job.prepared, workspace)
     if template is not None:
         # The prepared data, where it is, does not stay as long as the adapter.
         contents[TEMPLATE_FILE] = template.read_bytes()
     for name, content in contents.items():
         write_atomically(folder / name, content)
-    _add_to_sweep(job, context)
-    return gate_failure(gate, f"{context.workspace_uri}/{job.trained.adapter_path}")
 
 
 def _card(job: TrainedJob, workspace: WorkspaceLayout) -> bytes:
@@ -286,7 +275,7 @@ def _contents(
     }
 
 
-def _adapter_at(uri: str, job: TrainedJob, folder: Path, *, signed: bool) -> AdapterStatus:
+def _adapter_at(uri: str, job: TrainedJob, folder: Path, gguf: GgufFile | None, *, signed: bool) -> AdapterStatus:
     """The status of the adapter in `folder`, published at `uri`.
 
     `signed`: with a lineage that is.
@@ -303,33 +292,45 @@ def _adapter_at(uri: str, job: TrainedJob, folder: Path, *, signed: bool) -> Ada
         quantization=quantization_label(job.spec.quantization),
         initial_adapter=job.prepared.initial_adapter,
         lineage="signed" if signed else "unsigned",
+        gguf=None if gguf is None else gguf.status,
     )
 
 
-def _require_base(job: TrainedJob, context: StepContext) -> None:
-    """Raise StepFailure if the base is in the cache and no longer whole there.
+def _publish_base(
+    job: TrainedJob,
+    workspace: WorkspaceLayout,
+    model_cache: Path | None,
+    destinations: JobDestinations,
+    say: Callable[[str], None],
+) -> BaseStatus | None:
+    """Publish the 4-bit base, if the job asks for it.
 
-    The adapter is published without it.
+    Raises StepFailure if a cached base is no longer whole. The adapter is published without it.
     """
-    require_whole_in_cache(context.workspace.root / job.prepared.base_path, context.mounts.model_cache)
-
-
-def _publish_base(job: TrainedJob, context: StepContext, say: Callable[[str], None]) -> BaseStatus | None:
-    """Publish the 4-bit base, if the job asks for it."""
-    destination = _base_destination(context)
+    destination = destinations.base()
     if destination is None:
         return None
-    _require_base(job, context)
+    require_whole_in_cache(workspace.root / job.prepared.base_path, model_cache)
     say(f"writing the base to {destination.uri}")
-    return publish_base(job, context.workspace, destination)
+    return publish_base(job, workspace, destination)
 
 
-def _merge(job: TrainedJob, context: StepContext, say: Callable[[str], None]) -> MergedStatus | None:
-    """Publish the merged model, if the job asks for one, and add it to the report."""
-    destination = _merged_destination(context)
+def _merge(
+    job: TrainedJob,
+    workspace: WorkspaceLayout,
+    model_cache: Path | None,
+    destinations: JobDestinations,
+    device: Device,
+    say: Callable[[str], None],
+) -> MergedStatus | None:
+    """Publish the merged model, if the job asks for one, and add it to the report.
+
+    Raises StepFailure as `_publish_base`.
+    """
+    destination = destinations.merged()
     if destination is None:
         return None
-    _require_base(job, context)
-    merged = publish_merged(job, context.workspace, destination, say)
-    write_report(job, context.workspace, device=context.device, merged=merged)
+    require_whole_in_cache(workspace.root / job.prepared.base_path, model_cache)
+    merged = publish_merged(job, workspace, destination, say)
+    write_report(job, workspace, device=device, merged=merged)
     return merged

@@ -8,7 +8,7 @@ from functools import partial
 
 from qlora_api import contract
 from qlora_trainer.core.completion import TrainRecord
-from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.context import Identity, StepContext
 from qlora_trainer.core.failures import StopRequest
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.steps.sweep_curves import leaving_curves
@@ -50,7 +50,7 @@ def train(
         checkpoint = held.enter_context(job.attempt(now)) if rank_info.main else None
         child_ranks = together.enter_context(started_child_ranks(rank_info, command))
         runtime = Runtime(records, stop, now, monotonic)
-        meeting = _meeting(context, rank_info, runtime)
+        meeting = _meeting(context.identity, rank_info, runtime)
         ranks = together.enter_context(joined(child_ranks, context.device, context.spec.training.sharding, meeting))
         checkpoint = agreed_checkpoint(ranks, job.digest, checkpoint, context.workspace.checkpoints)
         shortage = partial(
@@ -68,8 +68,8 @@ def train(
             run, state = open_run(job, ProcessSettings(runtime, ranks, base_check), checkpoint)
         if run.history is not None:
             held.enter_context(run.history)
-        leaving = leaving_curves(context) if ranks.main else nullcontext()
-        with shortage(lambda: run.schedule.micro_batch_size), leaving:
+        leaving = leaving_curves(job, context.mounts.sweep) if ranks.main else nullcontext()
+        with shortage(lambda: run.progress.schedule.micro_batch_size), leaving:
             state = run_to_end(run, state)
         if base_check is not None:
             base_check.wait()
@@ -77,15 +77,15 @@ def train(
         ranks.wait()
         # All that still needs GPU memory is the comparison, which takes one sequence at a time.
         with shortage(lambda: 1):
-            record = finish_run(run, state, job) if ranks.main else None
+            record = finish_run(run, state) if ranks.main else None
         # Not read from the workspace, where another node may see the file only after a while.
         record = _agreed_record(ranks, record)
         ranks.wait()
         # However the others end from here on, the adapter is written.
         together.close()
         if ranks.main:
-            record = with_score(run, state, job, record)
-            leave_samples(run, job)
+            record = with_score(run, state, record)
+            leave_samples(run)
     return record
 
 
@@ -95,17 +95,17 @@ def _agreed_record(ranks: Ranks, record: TrainRecord | None) -> TrainRecord:
     return record or TrainRecord.model_validate_json(text)
 
 
-def _meeting(context: StepContext, rank_info: RankInfo, runtime: Runtime) -> Meeting:
+def _meeting(identity: Identity, rank_info: RankInfo, runtime: Runtime) -> Meeting:
     """How this process meets others in several pods, with the profile's time limit."""
     if not rank_info.several_nodes or contract.ENV_NODE not in os.environ:
         return Meeting(stopped=lambda: runtime.stop.requested)
 
     def report_waiting(activity: str) -> None:
-        runtime.records.progress(context.progress("train", runtime.now(), activity))
+        runtime.records.progress(identity.progress("train", runtime.now(), activity))
 
     return Meeting(
         seconds=float(os.environ.get(contract.ENV_NODE_WAIT, contract.DEFAULT_NODE_WAIT_SECONDS)),
-        incarnation=context.pod_uid,
+        incarnation=identity.pod_uid,
         stopped=lambda: runtime.stop.requested,
         report=report_waiting,
     )

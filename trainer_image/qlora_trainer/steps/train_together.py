@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from qlora_api.contract import ExitCode
 from qlora_api.joinable import SAME_BASE, different_pass, not_joinable, rows_not_apart, setting_alone
 from qlora_trainer.core.completion import TrainRecord
-from qlora_trainer.core.context import Device, StepContext
+from qlora_trainer.core.context import Device, StepContext, base_name
 from qlora_trainer.core.failures import StepFailure, StopRequest, bad_configuration, is_out_of_gpu_memory
 from qlora_trainer.core.filesystem import GIB
 from qlora_trainer.core.model_error import ModelError
@@ -42,22 +43,22 @@ def reject_unjoinable(jobs: Sequence[PreparedJob]) -> None:
     for job in jobs:
         reason = _reason_alone(job) or _difference(job, jobs[0])
         if reason:
-            raise bad_configuration(not_joinable(job.context.document.metadata.name, reason))
+            raise bad_configuration(not_joinable(job.name, reason))
 
 
 def _reason_alone(job: PreparedJob) -> str:
     """Why a job is trained alone only; empty for no reason."""
     prepared = job.prepared
     apart = prepared.packed or prepared.rows_apart
-    return setting_alone(job.context.spec) or ("" if apart else rows_not_apart(prepared.model_type))
+    return setting_alone(job.spec) or ("" if apart else rows_not_apart(prepared.model_type))
 
 
 def _difference(job: PreparedJob, first: PreparedJob) -> str:
     """What differs from the first job in what they have to share; empty for nothing."""
-    name = first.context.document.metadata.name
+    name = first.name
     if job.prepared.base_sha256 != first.prepared.base_sha256:
         return f"its 4-bit base has other bytes than that of {name}: {SAME_BASE}"
-    return different_pass(job.context.spec, first.context.spec, name)
+    return different_pass(job.spec, first.spec, name)
 
 
 logger = logging.getLogger(__name__)
@@ -107,9 +108,9 @@ def train_together(
     part. Raises StepFailure if they cannot be trained together, or not in this memory, and Interrupted after saving all
     when `stop` was set.
     """
-    _reject_shared_folders(contexts)
+    _reject_shared_folders([context.workspace.root for context in contexts])
     results = _Results()
-    with ExitStack() as outer, _explained_shortage(contexts, results):
+    with ExitStack() as outer, _explained_shortage(contexts[0].device, len(contexts), results):
         held = [outer.enter_context(ExitStack()) for _ in contexts]
         jobs: dict[int, PreparedJob] = {}
         for number, context in enumerate(contexts):
@@ -141,10 +142,10 @@ def train_together(
             with results.failing_alone(entry.number, entry.held):
                 if isinstance(ended, StepFailure):
                     # The others leave their curves in the train step that each of them still has.
-                    with leaving_curves(contexts[0]) if entry.number == 0 else nullcontext():
+                    with leaving_curves(entry.job, contexts[0].mounts.sweep) if entry.number == 0 else nullcontext():
                         raise ended
                 base.wait()
-                results[entry.number] = finish_run(member.run, ended, entry.job)
+                results[entry.number] = finish_run(member.run, ended)
                 # Now, not after the last of the others: what happens to those must not count as its own end.
                 entry.held.close()
         # After the last step: what generates answers leaves the model unfit for training.
@@ -153,8 +154,8 @@ def train_together(
     return [results[number] for number in range(len(contexts))]
 
 
-def _reject_shared_folders(contexts: Sequence[StepContext]) -> None:
-    folders = [context.workspace.root.resolve() for context in contexts]
+def _reject_shared_folders(workspaces: Sequence[Path]) -> None:
+    folders = [workspace.resolve() for workspace in workspaces]
     for number, folder in enumerate(folders):
         if folder in folders[:number]:
             raise bad_configuration(f"{folder} is the workspace of two jobs: give each job its own, and name each once")
@@ -166,8 +167,8 @@ def _measure_answers(entry: _Entry, member: Member, results: _Results) -> None:
     if isinstance(record, StepFailure):
         return
     with results.failing_alone(entry.number, entry.held), entry.job.rest_of_attempt(entry.runtime.now):
-        results[entry.number] = with_score(member.run, member.state, entry.job, record)
-        leave_samples(member.run, entry.job)
+        results[entry.number] = with_score(member.run, member.state, record)
+        leave_samples(member.run)
 
 
 class _SharedBase:
@@ -202,7 +203,7 @@ class _SharedBase:
             require_apart(self._model)
         except ModelError as error:
             reason = f"{rows_not_apart(job.prepared.model_type)} ({error})"
-            raise bad_configuration(not_joinable(job.context.document.metadata.name, reason)) from error
+            raise bad_configuration(not_joinable(job.name, reason)) from error
 
     def wait(self) -> None:
         """Wait until the bytes of the base are checked. Raises StepFailure if they are not those of prepare."""
@@ -225,25 +226,24 @@ class _SharedBase:
         attach_further_adapter(
             self._model,
             name,
-            job.context.spec.lora,
+            job.spec.lora,
             job.prepared.target_modules,
-            seed=job.context.spec.training.seed,
-            base_name=job.context.base_name,
+            seed=job.spec.training.seed,
+            base_name=base_name(job.spec.model),
             base_revision=job.prepared.model_revision,
         )
         return name
 
 
 @contextmanager
-def _explained_shortage(contexts: Sequence[StepContext], results: _Results) -> Iterator[None]:
-    """Turn an out-of-memory error into a StepFailure (GPU_OUT_OF_MEMORY) that says how many jobs were trained."""
+def _explained_shortage(device: Device, total: int, results: _Results) -> Iterator[None]:
+    """Turn an out-of-memory error into a StepFailure with the number of jobs."""
     try:
         yield
     except RuntimeError as error:
         if not is_out_of_gpu_memory(error):
             raise
-        device: Device = contexts[0].device
-        count = len(contexts) - len(results)
+        count = total - len(results)
         jobs = f"{count} job{'' if count == 1 else 's'}"
         raise StepFailure(
             ExitCode.GPU_OUT_OF_MEMORY,

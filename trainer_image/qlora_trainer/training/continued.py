@@ -55,7 +55,7 @@ def continue_run(source: Path, name: str, job: PreparedJob) -> int | None:
     for messages is `name`, may be gone. Raises StepFailure (BAD_CONFIGURATION) if its run is another one, naming what
     differs, or has no checkpoint.
     """
-    workspace = job.context.workspace
+    workspace = job.workspace
     if newest_intact(workspace.checkpoints) is not None or job.already_trained() is not None:
         return None
     other = _layout(source)

@@ -11,18 +11,18 @@ from qlora_trainer.model.adapter.attach import restore_adapter, save_adapter
 from qlora_trainer.training.checkpoints.attempts import read_attempts
 from qlora_trainer.training.checkpoints.best_adapter import read_best
 from qlora_trainer.training.checkpoints.time_spent import run_usage
-from qlora_trainer.training.prepared_job import PreparedJob
-from qlora_trainer.training.progress.evaluations import Kept, kept
+from qlora_trainer.training.progress.evaluations import kept
 from qlora_trainer.training.progress.run_state import RunState
 from qlora_trainer.training.run import Run
 from qlora_trainer.training.scoring import measure_score
 
 
-def finish_run(run: Run, state: RunState, job: PreparedJob) -> TrainRecord:
+def finish_run(run: Run, state: RunState) -> TrainRecord:
     """Write the adapter, then the completion record that points at it."""
-    workspace = run.context.workspace
+    job, workspace = run.job, run.job.workspace
     chosen = kept(run.training, state.evaluations, state.step, state.eval_loss)
-    _put_into_model(run, state, chosen)
+    if chosen.step != state.step:
+        _put_best_into_model(run)
     with atomic_folder(workspace.trained) as folder:
         save_adapter(run.model, folder)
     if state.loss is None or run.history is None:
@@ -33,7 +33,7 @@ def finish_run(run: Run, state: RunState, job: PreparedJob) -> TrainRecord:
         adapter_path=workspace.trained.name,
         adapter_sha256=file_sha256(workspace.trained / ADAPTER_FILE),
         training_step=state.step,
-        total_steps=run.schedule.total_steps,
+        total_steps=run.progress.schedule.total_steps,
         adapter_step=chosen.step,
         loss=state.loss,
         initial_eval_loss=state.initial_eval_loss,
@@ -58,49 +58,48 @@ def finish_run(run: Run, state: RunState, job: PreparedJob) -> TrainRecord:
     return record
 
 
-def _put_into_model(run: Run, state: RunState, chosen: Kept) -> None:
-    """Put the kept adapter, perhaps an earlier step's, into the model."""
-    if chosen.step == state.step:
-        return
-    if run.best is None:
+def _put_best_into_model(run: Run) -> None:
+    """Put the best adapter, of an earlier step, into the model for all that follows."""
+    best = run.progress.best
+    if best is None:
         raise AssertionError("the main process writes the best adapter when it is found, and each checkpoint holds it")
     try:
-        restore_adapter(run.model, read_best(run.best))
+        restore_adapter(run.model, read_best(best))
     except (ValueError, KeyError) as error:
         raise damaged(f"the best adapter cannot be kept ({first_line(error)}): check the volume") from error
 
 
 def _comparison(run: Run) -> Comparison | None:
     """The adapter's loss on the rows to compare a merged model on, or None."""
-    if run.eval_data is None or run.context.spec.output.merged is None:
+    if run.eval_data is None or run.job.spec.output.merged is None:
         return None
     return compare(run.model, run.eval_data, run.storage.parameters, run.device)
 
 
-def with_score(run: Run, state: RunState, job: PreparedJob, record: TrainRecord) -> TrainRecord:
+def with_score(run: Run, state: RunState, record: TrainRecord) -> TrainRecord:
     """The record, written again with the score of the answers if the job asks for it."""
-    gate = run.context.spec.gate
+    gate = run.job.spec.gate
     if gate is None or gate.score is None or run.eval_data is None:
         return record
-    score = measure_score(run, state, run.eval_data, gate.score, job, record.adapter_sha256)
+    score = measure_score(run, state, run.eval_data, gate.score, record.adapter_sha256)
     record = record.model_copy(update={"score": score})
-    write_completion(run.context.workspace.completion("train"), record)
+    write_completion(run.job.workspace.completion("train"), record)
     return record
 
 
-def leave_samples(run: Run, job: PreparedJob) -> None:
+def leave_samples(run: Run) -> None:
     """Write sample answers for the report. The model must not be trained afterwards."""
-    path = run.context.workspace.report / SAMPLES_FILE
+    path = run.job.workspace.report / SAMPLES_FILE
     # One rank alone cannot run a sharded base.
     count = 0 if run.ranks.sharded else run.training.samples
     data, stop = run.eval_data or run.data, run.runtime.stop
     write_samples(
         path,
         run.model,
-        job.texts,
+        run.job.texts,
         data,
         count,
         lambda: stop.requested,
         run.device,
-        fixed_positions=job.prepared.fixed_positions,
+        fixed_positions=run.job.prepared.fixed_positions,
     )

@@ -90,7 +90,7 @@ def _step(members: Sequence[Member]) -> _Failed:
             applied.append((member, gradient))
         except ENDS_ONE_JOB as error:
             failed.append((member, as_failure(error)))
-    cost = StepCost.since(started, first)
+    cost = StepCost.of(first.runtime.monotonic() - started, first.job.device)
     for member, gradient in applied:
         try:
             member.state = note_step(member.run, member.state, gradient, cost)
@@ -157,6 +157,8 @@ def _gradient(share: _Share) -> Gradient:
 
 def _share(member: Member) -> _Share:
     run = member.run
-    batches = [read_batch(run.data, item, run.device) for item in run.schedule.micro_batches(member.state.step)]
+    batches = [
+        read_batch(run.data, item, run.device) for item in run.progress.schedule.micro_batches(member.state.step)
+    ]
     weight = max(1, sum(map(run.objective.weight, batches)))
     return _Share(member, batches, weight, torch.zeros(1, device=run.device))

@@ -11,16 +11,19 @@ import torch
 from torch import nn
 
 from qlora_api.printable import first_line
+from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import Interrupted, damaged, is_out_of_gpu_memory
 from qlora_trainer.core.filesystem import remove
 from qlora_trainer.core.records import timestamp
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.adapter.attach import adapter_tensors
 from qlora_trainer.model.losses.batch import Batch, MicroBatch, read_batch
+from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.checkpoints.attempts import note_saved
 from qlora_trainer.training.checkpoints.best_adapter import BEST_FILE, best_of, write_best
 from qlora_trainer.training.checkpoints.checkpoint import save_checkpoint
 from qlora_trainer.training.distributed.device import memory_bytes, peak_memory_bytes, processor, seed_step
+from qlora_trainer.training.distributed.ranks import Ranks
 from qlora_trainer.training.objective import of_evaluation
 from qlora_trainer.training.optimizer import learning_rate, optimizer_tensors, set_learning_rate
 from qlora_trainer.training.progress.run_state import RunState
@@ -56,36 +59,36 @@ def between_steps(run: Run, state: RunState) -> RunState:
     # Asked once: a stop between saving and raising would lose the steps since the last checkpoint.
     stopping = run.stopping()
     if _save_due(run, state, stopping):
-        _require_checked_base(run)
+        _require_checked_base(run.base_check, run.ranks)
         _save(run, state)
     if stopping and not is_done(run, state):
         _report_interruption(run, state)
         # The launcher of the ranks may end the others when the first one has ended.
         run.ranks.wait()
-        raise Interrupted(state.step, run.schedule.total_steps, run.checkpoint_step or 0)
+        raise Interrupted(state.step, run.progress.schedule.total_steps, run.progress.checkpoint_step or 0)
     return state
 
 
-def _require_checked_base(run: Run) -> None:
+def _require_checked_base(base_check: BaseCheck | None, ranks: Ranks) -> None:
     """Wait until every node has read the base.
 
     No run may resume from training on other bytes.
     """
-    if run.base_check is not None:
-        run.base_check.wait()
-    run.ranks.wait()
+    if base_check is not None:
+        base_check.wait()
+    ranks.wait()
 
 
 def _report_interruption(run: Run, state: RunState) -> None:
     """Report the step to resume from, which is earlier if the last ones are suspect."""
-    report(run, replace(state, step=run.checkpoint_step or 0), "interrupted")
+    report(run, replace(state, step=run.progress.checkpoint_step or 0), "interrupted")
 
 
 def _evaluation_due(run: Run, state: RunState) -> bool:
     if run.eval_data is None or state.evaluated_step == state.step:
         return False
     every = run.training.eval_every_steps
-    return state.step in (0, run.schedule.total_steps) or (every is not None and state.step % every == 0)
+    return state.step in (0, run.progress.schedule.total_steps) or (every is not None and state.step % every == 0)
 
 
 def _save_due(run: Run, state: RunState, stopping: bool) -> bool:
@@ -93,12 +96,12 @@ def _save_due(run: Run, state: RunState, stopping: bool) -> bool:
 
     A suspect run is not saved before its end, or until a step is not suspect.
     """
-    if state.step == 0 or state.step == run.checkpoint_step:
+    if state.step == 0 or state.step == run.progress.checkpoint_step:
         return False
     if run.ended(state):
         return True
     every = run.training.save_every_steps
-    passed = state.step // every > (run.checkpoint_step or 0) // every
+    passed = state.step // every > (run.progress.checkpoint_step or 0) // every
     return (passed or stopping) and not state.stability.suspect
 
 
@@ -113,9 +116,8 @@ class StepCost:
     """As `device.peak_memory_bytes` gives it."""
 
     @classmethod
-    def since(cls, started: float, run: Run) -> Self:
-        """The cost of the step that began at `started`, in seconds. Begins the next."""
-        seconds, device = run.runtime.monotonic() - started, run.context.device
+    def of(cls, seconds: float, device: Device) -> Self:
+        """Return the cost of a step, and begin to measure that of the next."""
         # In this order: the second starts to look for a new peak.
         peak, used = peak_memory_bytes(device), memory_bytes(device)
         return cls(seconds, used, peak)
@@ -132,7 +134,7 @@ def _optimizer_step(run: Run, state: RunState) -> RunState:
         state = _halve_micro_batches(run, state)
         gradient = _gradient(run, state)
     state = apply_gradient(run, state, gradient)
-    return note_step(run, state, gradient, StepCost.since(started, run))
+    return note_step(run, state, gradient, StepCost.of(run.runtime.monotonic() - started, run.job.device))
 
 
 def apply_gradient(run: Run, state: RunState, gradient: Gradient) -> RunState:
@@ -143,11 +145,11 @@ def apply_gradient(run: Run, state: RunState, gradient: Gradient) -> RunState:
     training = run.training
     norm = nn.utils.clip_grad_norm_(run.parameters.values(), training.max_grad_norm)
     (loss, *measured), grad_norm = gradient.means.tolist(), float(norm)
-    rate = learning_rate(state.step, run.schedule.total_steps, training)
+    rate = learning_rate(state.step, run.progress.schedule.total_steps, training)
     named = dict(zip(run.objective.measures, measured, strict=True))
     state = replace(state, step=state.step + 1, loss=loss, measured=named, grad_norm=grad_norm, learning_rate=rate)
     if not (isfinite(loss) and isfinite(grad_norm)):
-        raise diverged(run, state, f"loss {loss}, gradient norm {grad_norm} at learning rate {rate:.3g}")
+        raise diverged(run.progress, state, f"loss {loss}, gradient norm {grad_norm} at learning rate {rate:.3g}")
     state = replace(state, stability=judge_step(run, state, loss, grad_norm, gradient))
     set_learning_rate(run.optimizer, rate)
     run.optimizer.step()
@@ -161,14 +163,14 @@ def note_step(run: Run, state: RunState, gradient: Gradient, cost: StepCost) -> 
     Raises StepFailure as `run_to_end` does.
     """
     loss, seconds = float(gradient.means[0]), cost.seconds
-    run.pace = run.pace.after_step(seconds, gradient.tokens)
+    run.progress.pace = run.progress.pace.after_step(seconds, gradient.tokens)
     state = replace(
         state,
         kept_seconds=state.kept_seconds + seconds,
         peak_memory_bytes=max(state.peak_memory_bytes, cost.peak_memory_bytes),
     )
-    # The best adapter is only known after the last evaluation, which checks it then.
-    if state.step == run.schedule.total_steps and run.training.keep != "best":
+    # Which adapter is the best is known only after the last evaluation, which judges it then.
+    if state.step == run.progress.schedule.total_steps and run.training.keep != "best":
         judge_end(run, state, loss, gradient)
     learned = {"gradNorm": state.grad_norm, "learningRate": state.learning_rate}
     run.note(
@@ -190,8 +192,8 @@ def _gradient(run: Run, state: RunState) -> Gradient | None:
 
     Dropout is drawn from the step's own seed, so a step that is repeated draws the same numbers.
     """
-    seed_step(run.schedule.seed, state.step, run.ranks.rank_info.rank)
-    micro_batches = run.schedule.micro_batches(state.step)
+    seed_step(run.progress.schedule.seed, state.step, run.ranks.rank_info.rank)
+    micro_batches = run.progress.schedule.micro_batches(state.step)
     batches = _share(run, run.data, micro_batches)
     # Micro batches differ in targets: dividing by those of the whole step gives every target the same weight.
     counted = [batch for batch, counts in batches if counts]
@@ -229,7 +231,7 @@ def _share(run: Run, data: PreparedDataset, micro_batches: Sequence[MicroBatch])
 
 def _may_halve(run: Run) -> bool:
     """Whether micro batches may halve. Other ranks would wait in a sharded base."""
-    return run.training.auto_micro_batch and run.schedule.micro_batch_size > 1 and not run.ranks.sharded
+    return run.training.auto_micro_batch and run.progress.schedule.micro_batch_size > 1 and not run.ranks.sharded
 
 
 def _halve_micro_batches(run: Run, state: RunState) -> RunState:
@@ -242,8 +244,8 @@ def _halve_micro_batches(run: Run, state: RunState) -> RunState:
     gc.collect()
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
-    run.schedule = run.schedule.with_micro_batch_size(run.schedule.micro_batch_size // 2)
-    state = replace(state, micro_batch_size=run.schedule.micro_batch_size)
+    run.progress.schedule = run.progress.schedule.with_micro_batch_size(run.progress.schedule.micro_batch_size // 2)
+    state = replace(state, micro_batch_size=run.progress.schedule.micro_batch_size)
     report(run, state, "training", force=True)
     return state
 
@@ -266,9 +268,9 @@ def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:
         return state
     loss, *measured = means
     if not isfinite(loss):
-        raise diverged(run, state, f"loss {loss} on the held-out rows")
+        raise diverged(run.progress, state, f"loss {loss} on the held-out rows")
     seconds = run.runtime.monotonic() - started
-    run.pace = run.pace.after_evaluation(seconds)
+    run.progress.pace = run.progress.pace.after_evaluation(seconds)
     named = {of_evaluation(name): value for name, value in zip(run.objective.measures, measured, strict=True)}
     run.note({"step": state.step, "evalLoss": loss, **named})
     initial = loss if state.step == 0 else state.initial_eval_loss
@@ -281,7 +283,7 @@ def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:
         initial_eval_loss=initial,
         evaluations=evaluations,
         best_measured=named if evaluations.best_step == state.step else state.best_measured,
-        at_rungs=(*state.at_rungs, *(((state.step, loss),) if state.step in run.context.rungs else ())),
+        at_rungs=(*state.at_rungs, *(((state.step, loss),) if state.step in run.job.rungs else ())),
         kept_seconds=state.kept_seconds + seconds,
     )
     _keep_if_best(run, state)
@@ -294,7 +296,7 @@ def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:
 def _keep_if_best(run: Run, state: RunState) -> None:
     """Write the adapter if the job keeps the best and this is it, on rank 0."""
     if run.training.keep == "best" and state.evaluations.best_step == state.step and run.history is not None:
-        run.best = write_best(run.context.workspace.best, adapter_tensors(run.model))
+        run.progress.best = write_best(run.job.workspace.best, adapter_tensors(run.model))
 
 
 def _held_out_means(run: Run, state: RunState, data: PreparedDataset) -> list[float] | None:
@@ -304,7 +306,7 @@ def _held_out_means(run: Run, state: RunState, data: PreparedDataset) -> list[fl
     """
     summed = torch.zeros(1 + len(run.objective.measures), dtype=torch.float64, device=run.device)
     weight = 0
-    size = run.schedule.micro_batch_size
+    size = run.progress.schedule.micro_batch_size
     batches = [tuple(range(first, min(first + size, len(data)))) for first in range(0, len(data), size)]
     run.objective.before("eval", batches)
     for indices, counts in run.ranks.rounds(batches):
@@ -333,11 +335,11 @@ def _save(run: Run, state: RunState) -> None:
     report(run, state, "saving a checkpoint")
     saved_at = timestamp(run.runtime.now())
     if run.history is not None:
-        best = {} if run.best is None else {BEST_FILE: run.best}
-        epoch, sequence = run.schedule.position(state.step)
+        best = {} if run.progress.best is None else {BEST_FILE: run.progress.best}
+        epoch, sequence = run.progress.schedule.position(state.step)
         try:
             saved = save_checkpoint(
-                run.context.workspace.checkpoints,
+                run.job.workspace.checkpoints,
                 state.step,
                 {
                     "adapter": adapter_tensors(run.model),
@@ -345,9 +347,9 @@ def _save(run: Run, state: RunState) -> None:
                     **({"objective": objective} if (objective := run.objective.state()) else {}),
                 },
                 {
-                    "fingerprint": run.fingerprint,
+                    "fingerprint": run.job.fingerprint,
                     "threads": run.threads,
-                    "processor": processor(run.context.device),
+                    "processor": processor(run.job.device),
                     "run": asdict(state),
                     "data": {"epoch": epoch, "sequence": sequence},
                     "historyBytes": run.history.sync(),
@@ -361,8 +363,8 @@ def _save(run: Run, state: RunState) -> None:
                 "checkpoints before it are kept"
             ) from error
         # The checkpoint holds it now; the one that held it before may be gone.
-        run.best = best_of(saved)
-        remove(run.context.workspace.best)
-        note_saved(run.context.workspace.records, run.context.pod_uid, run.runtime.now())
-    run.checkpoint_step, run.checkpoint_time = state.step, saved_at
+        run.progress.best = best_of(saved)
+        remove(run.job.workspace.best)
+        note_saved(run.job.workspace.records, run.job.identity.pod_uid, run.runtime.now())
+    run.progress.checkpoint_step, run.progress.checkpoint_time = state.step, saved_at
     report(run, state, "training", force=True)

@@ -1,11 +1,13 @@
 """Opens a job's run: base, adapter, data and optimizer, as a checkpoint saved it."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from qlora_api.printable import first_line
+from qlora_trainer.core.context import base_name
 from qlora_trainer.core.environment import available_cpus
 from qlora_trainer.core.failures import damaged
 from qlora_trainer.core.records import timestamp
@@ -20,18 +22,20 @@ from qlora_trainer.model.families.inspection import cannot_keep_rows_apart
 from qlora_trainer.model.kernels.attention import ATTENTION
 from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.checkpoints.attempts import note_training, read_attempts
+from qlora_trainer.training.checkpoints.best_adapter import best_of
 from qlora_trainer.training.checkpoints.checkpoint import Checkpoint
-from qlora_trainer.training.distributed.device import use_device
+from qlora_trainer.training.distributed.device import processor, use_device
 from qlora_trainer.training.distributed.launch import RankInfo
 from qlora_trainer.training.distributed.ranks import Ranks
 from qlora_trainer.training.distributed.sharding import STORAGE_DTYPE, shard_base
-from qlora_trainer.training.optimizer import PAGING_NEEDS_GPU, make_optimizer
+from qlora_trainer.training.optimizer import PAGING_NEEDS_GPU, make_optimizer, restore_optimizer
 from qlora_trainer.training.preference import make_objective
 from qlora_trainer.training.prepared_job import PreparedJob
 from qlora_trainer.training.progress.run_state import RunState
-from qlora_trainer.training.resume import restore
-from qlora_trainer.training.run import Run, Runtime, report
+from qlora_trainer.training.run import Run, RunProgress, Runtime, report
 from qlora_trainer.training.schedule import Schedule
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,9 +77,9 @@ def open_base(
     `begun` is the checkpoint whose number of CPU threads the process keeps, of this job or of another that is trained
     with it. Raises StepFailure for a model that cannot keep rows apart, and must train on several together.
     """
-    spec, prepared, rank_info = job.context.spec, job.prepared, process.ranks.rank_info
+    spec, prepared, rank_info = job.spec, job.prepared, process.ranks.rank_info
     threads = _own_threads(rank_info) if begun is None else begun.state.threads
-    device = use_device(job.context.device, threads, rank_info.local_rank)
+    device = use_device(job.device, threads, rank_info.local_rank)
     _say_loading(job, process.runtime, checkpoint)
     if spec.training.micro_batch_size > 1 and not prepared.packed and not prepared.rows_apart:
         raise cannot_keep_rows_apart(prepared.model_type)
@@ -89,7 +93,7 @@ def _own_threads(rank_info: RankInfo) -> int:
 
 
 def _say_loading(job: PreparedJob, runtime: Runtime, checkpoint: Checkpoint | None) -> None:
-    loading = job.context.progress(
+    loading = job.identity.progress(
         "train",
         runtime.now(),
         "loading the base model in 4-bit",
@@ -100,23 +104,23 @@ def _say_loading(job: PreparedJob, runtime: Runtime, checkpoint: Checkpoint | No
 
 
 def _load_base(job: PreparedJob, sharded: bool) -> Any:
-    quantization, attention = job.context.spec.quantization, job.prepared.attention or ATTENTION
+    quantization, attention = job.spec.quantization, job.prepared.attention or ATTENTION
     # A base that will be sharded may be larger than the GPU: shard_base moves it there block by block.
     if sharded:
         return load_base(job.base_folder, quantization, "cpu", STORAGE_DTYPE, attention)
-    return load_base(job.base_folder, quantization, job.context.device, attention=attention)
+    return load_base(job.base_folder, quantization, job.device, attention=attention)
 
 
 def attach_job_adapter(base: LoadedBase, job: PreparedJob, *, initialized: bool) -> Any:
     """Attach the job's adapter: initialized, perhaps with another, or to restore."""
-    spec = job.context.spec
+    spec = job.spec
     model = attach_adapter(
         base.model,
         spec.lora,
         job.prepared.target_modules,
         seed=spec.training.seed,
         gradient_checkpointing=spec.training.gradient_checkpointing,
-        base_name=job.context.base_name,
+        base_name=base_name(spec.model),
         base_revision=job.prepared.model_revision,
     )
     if initialized:
@@ -129,7 +133,7 @@ def begin_with_earlier(model: Any, job: PreparedJob) -> None:
     initial = job.prepared.initial_adapter
     if initial is None:
         return
-    folder = job.context.workspace.initial_adapter
+    folder = job.workspace.initial_adapter
     tensors = read_initial_adapter(folder, initial.sha256)
     try:
         restore_adapter(model, tensors)
@@ -141,11 +145,11 @@ def open_on_model(
     job: PreparedJob, process: ProcessSettings, checkpoint: Checkpoint | None, base: LoadedBase, model: Any
 ) -> tuple[Run, RunState]:
     """The run of the model's active adapter, initialized without a checkpoint."""
-    context, spec, prepared, ranks = job.context, job.context.spec, job.prepared, process.ranks
+    spec, records, ranks = job.spec, job.workspace.records, process.ranks
     data = open_prepared(job.data_folder, "train")
     eval_data = open_prepared(job.data_folder, "eval") if spec.dataset.eval else None
     run = Run(
-        context=context,
+        job=job,
         runtime=process.runtime,
         ranks=ranks,
         device=base.device,
@@ -157,32 +161,58 @@ def open_on_model(
         optimizer=make_optimizer(adapter_parameters(model).values(), spec.training),
         objective=make_objective(spec.training, data, eval_data, base.device),
         history=_open_history(job, checkpoint) if ranks.main else None,
-        fingerprint=job.fingerprint,
         threads=base.threads,
         storage=base.storage,
         base_check=process.base_check,
-        initial_adapter_sha256=None if prepared.initial_adapter is None else prepared.initial_adapter.sha256,
-        attempts=read_attempts(context.workspace.records) if ranks.main else (),
-        schedule=_schedule(job, data),
+        attempts=read_attempts(records) if ranks.main else (),
+        progress=RunProgress(_schedule(job, data)),
     )
-    state = RunState() if checkpoint is None else restore(run, checkpoint)
+    state = RunState() if checkpoint is None else _restore(run, checkpoint)
     ranks.copy_from_main(run.parameters.values())
     began = process.runtime.now()
-    run.training_since = timestamp(began)
+    run.progress.training_since = timestamp(began)
     if ranks.main:
-        note_training(context.workspace.records, context.pod_uid, began)
-    unpaged = context.device == "cpu" and spec.training.optimizer != "adamw"
+        note_training(records, job.identity.pod_uid, began)
+    unpaged = job.device == "cpu" and spec.training.optimizer != "adamw"
     report(run, state, PAGING_NEEDS_GPU if unpaged else "training", force=True)
     return run, state
 
 
+def _restore(run: Run, checkpoint: Checkpoint) -> RunState:
+    """Restore model, optimizer and schedule from the checkpoint, and return the state that it saved.
+
+    There is no random state to restore: each step seeds its own. Raises StepFailure if it is of another adapter.
+    """
+    try:
+        restore_adapter(run.model, checkpoint.tensors("adapter"))
+        restore_optimizer(run.optimizer, run.parameters, checkpoint.tensors("optimizer"))
+        run.objective.restore(checkpoint.tensors("objective") if checkpoint.has("objective") else {})
+    except KeyError as error:
+        raise damaged(
+            f"{checkpoint.path} does not fit the job ({first_line(error)}): delete that folder, and the job resumes "
+            "from the checkpoint before it, or from its first step"
+        ) from error
+    before, here = checkpoint.state.processor, processor(run.job.device)
+    if before != here:
+        logger.warning(
+            "%s was made on %s, this is %s: the adapter may differ in its last digits", checkpoint.path, before, here
+        )
+    progress = run.progress
+    progress.checkpoint_step, progress.checkpoint_time = checkpoint.step, checkpoint.state.saved_at
+    progress.best = best_of(checkpoint)
+    state = checkpoint.state.run
+    if state.micro_batch_size is not None:
+        progress.schedule = progress.schedule.with_micro_batch_size(state.micro_batch_size)
+    return state
+
+
 def _schedule(job: PreparedJob, data: PreparedDataset) -> Schedule:
-    return Schedule.of(len(data), job.context.spec.training, data.epoch_offsets)
+    return Schedule.of(len(data), job.spec.training, data.epoch_offsets)
 
 
 def _open_history(job: PreparedJob, checkpoint: Checkpoint | None) -> MetricsLog:
     """Continue the metrics from the checkpoint, for TensorBoard too if asked for."""
-    spec, folder = job.context.spec, job.context.workspace.report
+    spec, folder = job.spec, job.workspace.report
     event_files = None
     if "tensorboard" in spec.training.report_to:
         settings = {"model": spec.model.source, **spec.lora.dump(), **spec.training.dump()}

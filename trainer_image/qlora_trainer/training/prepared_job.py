@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
+from qlora_api.contract import WorkspaceLayout
+from qlora_api.spec.job import QLoRAJobDocument, QLoRAJobSpec
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord, read_completion, score_settings
-from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.context import Device, Identity, StepContext
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.core.file_names import ADAPTER_FILE, SAMPLES_FILE
 from qlora_trainer.core.filesystem import file_sha256
@@ -22,36 +25,65 @@ from qlora_trainer.training.resume import reopened, resumed_attempt
 
 @dataclass(frozen=True)
 class PreparedJob:
-    """The job that this process trains, before anything is loaded."""
+    """A job that this process trains, known before anything is loaded."""
 
-    context: StepContext
+    document: QLoRAJobDocument
+    workspace: WorkspaceLayout
+    identity: Identity
+    device: Device
+    rungs: tuple[int, ...]
+    """Optimizer steps after which the job's sweep compares its cells; empty without one that does."""
     prepared: PrepareRecord
     fingerprint: Fingerprint
 
     @classmethod
-    def of(cls, context: StepContext, ranks: int) -> "PreparedJob":
-        """The job of a workspace, to be trained by so many processes.
+    def of(cls, context: StepContext, ranks: int) -> Self:
+        """Return the job of a workspace, to be trained by so many processes.
 
         Raises StepFailure if it is not prepared, or its base is no longer whole.
         """
-        prepared = _prepared(context)
+        prepared = _prepared(context.workspace.completion("prepare"))
         require_whole_in_cache(context.workspace.root / prepared.base_path, context.mounts.model_cache)
-        return cls(context, prepared, run_fingerprint(context.spec, prepared, context.device, ranks))
+        return cls.from_record(context, prepared, ranks)
+
+    @classmethod
+    def from_record(cls, context: StepContext, prepared: PrepareRecord, ranks: int) -> Self:
+        """Return the job that prepare has recorded, to be trained by so many processes."""
+        fingerprint = run_fingerprint(context.spec, prepared, context.device, ranks)
+        return cls(
+            context.document, context.workspace, context.identity, context.device, context.rungs, prepared, fingerprint
+        )
+
+    @property
+    def spec(self) -> QLoRAJobSpec:
+        """The job's spec, with the schema's defaults."""
+        return self.document.spec
+
+    @property
+    def name(self) -> str:
+        """The job's name, for messages and reports."""
+        return self.document.metadata.name
 
     @property
     def model_folder(self) -> Path:
         """The base's configuration and tokenizer, and original weights that are kept."""
-        return self.context.workspace.root / self.prepared.model_path
+        return self.workspace.root / self.prepared.model_path
 
     @property
     def base_folder(self) -> Path:
         """The base model in 4-bit."""
-        return self.context.workspace.root / self.prepared.base_path
+        return self.workspace.root / self.prepared.base_path
 
     @property
     def data_folder(self) -> Path:
         """The rows, tokenized and in sequences."""
-        return self.context.workspace.root / self.prepared.data_path
+        return self.workspace.root / self.prepared.data_path
+
+    @property
+    def initial_adapter_sha256(self) -> str | None:
+        """SHA-256 of the adapter that the run is initialized with; None for a new adapter."""
+        initial = self.prepared.initial_adapter
+        return None if initial is None else initial.sha256
 
     def texts(self) -> AnswerTexts:
         """Converts tokens into answers."""
@@ -67,7 +99,7 @@ class PreparedJob:
 
         None if samples are still to be written: jobs that train together leave theirs after the last of them.
         """
-        workspace = self.context.workspace
+        workspace = self.workspace
         record = read_completion(workspace.completion("train"), TrainRecord)
         if record is None or record.fingerprint != self.digest or not self._has_score(record):
             return None
@@ -78,13 +110,13 @@ class PreparedJob:
 
     def _lacks_samples(self) -> bool:
         """Whether samples are missing although a checkpoint could make them."""
-        workspace, wanted = self.context.workspace, self.context.spec.training.samples > 0
+        workspace, wanted = self.workspace, self.spec.training.samples > 0
         samples = workspace.report / SAMPLES_FILE
         return wanted and not samples.exists() and bool(numbered_checkpoints(workspace.checkpoints))
 
     def _has_score(self, record: TrainRecord) -> bool:
         """Whether the record has the score that the job asks for."""
-        gate = self.context.spec.gate
+        gate = self.spec.gate
         if gate is None or gate.score is None:
             return True
         return record.score is not None and record.score.settings == score_settings(
@@ -93,17 +125,16 @@ class PreparedJob:
 
     def attempt(self, now: Callable[[], datetime]) -> AbstractContextManager[Checkpoint | None]:
         """Train the job in the body, in this process alone, from a checkpoint or None."""
-        context = self.context
-        pod = PodOfJob(context.pod_uid, context.attempt, context.started or now())
-        return resumed_attempt(context.workspace, self.fingerprint, pod, now)
+        identity = self.identity
+        pod = PodOfJob(identity.pod_uid, identity.attempt, identity.started or now())
+        return resumed_attempt(self.workspace, self.fingerprint, pod, now)
 
     def rest_of_attempt(self, now: Callable[[], datetime]) -> AbstractContextManager[None]:
         """Extend the job's attempt over the body, which follows the training."""
-        return reopened(self.context.workspace, self.context.pod_uid, now)
+        return reopened(self.workspace, self.identity.pod_uid, now)
 
 
-def _prepared(context: StepContext) -> PrepareRecord:
-    path = context.workspace.completion("prepare")
+def _prepared(path: Path) -> PrepareRecord:
     record = read_completion(path, PrepareRecord)
     if record is None:
         raise bad_configuration(f"{path} is missing or of another release: run the prepare step first")

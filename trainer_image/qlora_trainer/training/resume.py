@@ -1,26 +1,16 @@
-"""Resumes an attempt: agrees on a checkpoint with all ranks, and restores the run."""
+"""Finds where an attempt resumes: its checkpoint, the same in all ranks."""
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
 from qlora_api.contract import WorkspaceLayout
-from qlora_api.printable import first_line
-from qlora_trainer.core.failures import bad_configuration, damaged
-from qlora_trainer.model.adapter.attach import restore_adapter
+from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.training.checkpoints.attempts import PodOfJob, only_attempt, recorded_attempt, reopened_attempt
-from qlora_trainer.training.checkpoints.best_adapter import best_of
 from qlora_trainer.training.checkpoints.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from qlora_trainer.training.checkpoints.fingerprint import Fingerprint, reject_other_run
-from qlora_trainer.training.distributed.device import processor
 from qlora_trainer.training.distributed.ranks import Ranks
-from qlora_trainer.training.optimizer import restore_optimizer
-from qlora_trainer.training.progress.run_state import RunState
-from qlora_trainer.training.run import Run
-
-logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -71,30 +61,3 @@ def agreed_checkpoint(
     if ranks.main or not main_name:
         return checkpoint
     return read_checkpoint(checkpoints / main_name)
-
-
-def restore(run: Run, checkpoint: Checkpoint) -> RunState:
-    """Put the model, the optimizer and the schedule into the state that the checkpoint saved, which is returned.
-
-    There is no random state to restore: each step has a seed. Raises StepFailure if it is of another adapter.
-    """
-    try:
-        restore_adapter(run.model, checkpoint.tensors("adapter"))
-        restore_optimizer(run.optimizer, run.parameters, checkpoint.tensors("optimizer"))
-        run.objective.restore(checkpoint.tensors("objective") if checkpoint.has("objective") else {})
-    except KeyError as error:
-        raise damaged(
-            f"{checkpoint.path} does not fit the job ({first_line(error)}): delete that folder, and the job resumes "
-            "from the checkpoint before it, or from its first step"
-        ) from error
-    before, here = checkpoint.state.processor, processor(run.context.device)
-    if before != here:
-        logger.warning(
-            "%s was made on %s, this is %s: the adapter may differ in its last digits", checkpoint.path, before, here
-        )
-    run.checkpoint_step, run.checkpoint_time = checkpoint.step, checkpoint.state.saved_at
-    run.best = best_of(checkpoint)
-    state = checkpoint.state.run
-    if state.micro_batch_size is not None:
-        run.schedule = run.schedule.with_micro_batch_size(state.micro_batch_size)
-    return state

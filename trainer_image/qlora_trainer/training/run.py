@@ -1,4 +1,4 @@
-"""A run of the training loop: what it works with, and its progress report."""
+"""A run of the training loop: its fixed parts, its progress, and its record."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from qlora_api.contract import MIN_SECONDS_BETWEEN_PROGRESS, nine_digits
 from qlora_api.spec.training import TrainingSpec
-from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StopRequest
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.data.prepared import PreparedDataset
@@ -22,10 +21,10 @@ from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
 from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.checkpoints.attempts import Attempt, show_life
 from qlora_trainer.training.checkpoints.checkpoint import StoredFile
-from qlora_trainer.training.checkpoints.fingerprint import Fingerprint
 from qlora_trainer.training.checkpoints.time_spent import Pace, goodput, spent_seconds
 from qlora_trainer.training.distributed.ranks import Ranks
 from qlora_trainer.training.objective import BatchSums, Objective
+from qlora_trainer.training.prepared_job import PreparedJob
 from qlora_trainer.training.progress.run_state import RunState
 from qlora_trainer.training.schedule import Schedule
 
@@ -43,10 +42,27 @@ class Runtime:
 
 
 @dataclass
-class Run:
-    """What the loop works with. Only the fields from `schedule` on change."""
+class RunProgress:
+    """What changes in a run, besides the state that a checkpoint saves."""
 
-    context: StepContext
+    schedule: Schedule
+    """Its micro batches become smaller if the GPU runs out of memory and the job allows it."""
+    checkpoint_step: int | None = None
+    """Step of the newest checkpoint."""
+    checkpoint_time: str | None = None
+    training_since: str | None = None
+    """When this process had loaded all and began to train."""
+    best: StoredFile | None = None
+    """The adapter of the best evaluation so far, in the process that writes; None if the job keeps the last."""
+    pace: Pace = field(default_factory=Pace)
+    next_sign_of_life: float = float("-inf")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the loop works with. Only `progress` changes."""
+
+    job: PreparedJob
     runtime: Runtime
     ranks: Ranks
     device: torch.device
@@ -62,27 +78,14 @@ class Run:
     objective: Objective
     history: MetricsLog | None
     """None in the ranks that do not write."""
-    fingerprint: Fingerprint
     threads: int
     """CPU threads of this rank; a resumed run uses as many, so that it adds in the same order."""
     storage: Storage
     base_check: BaseCheck | None
     """Reads the base's files again, in one process of each node."""
-    initial_adapter_sha256: str | None
-    """Of the adapter in the workspace with which the run was initialized; None if it began with a new one."""
     attempts: Sequence[Attempt]
     """All so far, the running one included."""
-    schedule: Schedule
-    """Its micro batches become smaller if the GPU runs out of memory and the job allows it."""
-    checkpoint_step: int | None = None
-    """Step of the newest checkpoint."""
-    checkpoint_time: str | None = None
-    training_since: str | None = None
-    """When this process had loaded all and began to train."""
-    best: StoredFile | None = None
-    """The adapter of the best evaluation so far, in the process that writes; None if the job keeps the last."""
-    pace: Pace = field(default_factory=Pace)
-    next_sign_of_life: float = float("-inf")
+    progress: RunProgress
 
     @property
     def model(self) -> Any:
@@ -94,7 +97,7 @@ class Run:
     @property
     def training(self) -> TrainingSpec:
         """The job's settings of the loop."""
-        return self.context.spec.training
+        return self.job.spec.training
 
     def stopping(self) -> bool:
         """Whether a stop has been requested in any rank; all ranks must ask together."""
@@ -102,11 +105,12 @@ class Run:
 
     def stopped_early(self, state: RunState) -> bool:
         """Whether the run ends at this state, before its last step."""
-        return state.step < self.schedule.total_steps and state.evaluations.exhaust(self.training.early_stopping)
+        early_stopping, total = self.training.early_stopping, self.progress.schedule.total_steps
+        return state.step < total and state.evaluations.exhaust(early_stopping)
 
     def ended(self, state: RunState) -> bool:
         """Whether no optimizer step follows."""
-        return state.step == self.schedule.total_steps or self.stopped_early(state)
+        return state.step == self.progress.schedule.total_steps or self.stopped_early(state)
 
     def goodput(self, state: RunState) -> float | None:
         """The share of the attempts' time that is in this state."""
@@ -122,9 +126,9 @@ class Run:
     def show_life(self) -> None:
         """Leave a sign of life, unless the last one is younger than five seconds."""
         now = self.runtime.monotonic()
-        if now >= self.next_sign_of_life:
-            show_life(self.context.workspace.records)
-            self.next_sign_of_life = now + MIN_SECONDS_BETWEEN_PROGRESS
+        if now >= self.progress.next_sign_of_life:
+            show_life(self.job.workspace.records)
+            self.progress.next_sign_of_life = now + MIN_SECONDS_BETWEEN_PROGRESS
 
     def note(self, entry: Mapping[str, float]) -> None:
         """Add a line to the metrics."""
@@ -148,19 +152,20 @@ class Gradient:
 
 def report(run: Run, state: RunState, activity: str, *, force: bool = False) -> None:
     """Write a progress record; the writer drops those that follow too fast, unless `force` is set."""
-    pace, total = run.pace, run.schedule.total_steps
+    progress = run.progress
+    pace, total = progress.pace, progress.schedule.total_steps
     steps_left = 0 if run.ended(state) else total - state.step
     remaining = pace.remaining_seconds(steps_left, _evaluations_left(run, state))
     if run.ranks.main:
         run.show_life()
     run.runtime.records.progress(
-        run.context.progress(
+        run.job.identity.progress(
             "train",
             run.runtime.now(),
             _training(run, state) if activity == "training" else activity,
             training_step=state.step,
             total_steps=total,
-            epoch=round(run.schedule.epoch(state.step), 4),
+            epoch=round(progress.schedule.epoch(state.step), 4),
             loss=_short(state.loss),
             eval_loss=_short(state.eval_loss),
             learning_rate=_short(state.learning_rate),
@@ -174,9 +179,9 @@ def report(run: Run, state: RunState, activity: str, *, force: bool = False) -> 
             accuracy=_short(state.measured.get("accuracy")),
             eval_accuracy=_short(state.eval_measured.get("evalAccuracy")),
             evaluations=tuple((step, nine_digits(loss)) for step, loss in state.at_rungs) or None,
-            checkpoint_step=run.checkpoint_step,
-            checkpoint_time=run.checkpoint_time,
-            training_since=run.training_since,
+            checkpoint_step=progress.checkpoint_step,
+            checkpoint_time=progress.checkpoint_time,
+            training_since=progress.training_since,
         ),
         force=force,
     )
@@ -196,7 +201,7 @@ def _training(run: Run, state: RunState) -> str:
 
 
 def _evaluations_left(run: Run, state: RunState) -> int:
-    total, every = run.schedule.total_steps, run.training.eval_every_steps
+    total, every = run.progress.schedule.total_steps, run.training.eval_every_steps
     if run.eval_data is None or run.ended(state):
         return 0
     return 1 if every is None else total // every - state.step // every + (total % every != 0)

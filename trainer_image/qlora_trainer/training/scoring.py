@@ -104,18 +104,16 @@ def _read(path: Path, heading: _Heading) -> list[Answers]:
     return answers
 
 
-def measure_score(
-    run: Run, state: RunState, data: PreparedDataset, spec: ScoreSpec, job: PreparedJob, adapter_sha256: str
-) -> Score:
-    """The score of the run's adapter, whose file has this sum, and of its base. The run must have ended.
+def measure_score(run: Run, state: RunState, data: PreparedDataset, spec: ScoreSpec, adapter_sha256: str) -> Score:
+    """Return the score of the adapter, whose file has this checksum, and of its base, after the last step.
 
     Raises Interrupted when a stop is requested: another attempt then continues with the next row. Raises
     StepFailure: BAD_CONFIGURATION for a model that cannot generate, GPU_OUT_OF_MEMORY.
     """
     # Gradients are gone, and what the optimizer holds is not needed any more: answers need memory.
     run.optimizer.state.clear()
-    name = run.context.document.metadata.name
-    path, stop = run.context.workspace.report / ANSWERS_FILE, run.runtime.stop
+    job, stop = run.job, run.runtime.stop
+    path = job.workspace.report / ANSWERS_FILE
     settings = score_settings(spec, job.prepared.fingerprint)
     scored = scored_rows(data, spec)
     rows = scored.chosen
@@ -124,9 +122,9 @@ def measure_score(
     with AnswerLog.opened(path, adapter_sha256, settings) as log, AnswerChecker(spec) as checker:
         for number, prompt in enumerate(rows, start=1):
             report(run, state, f"scoring answer {number} of {len(rows)}")
-            answers = log.get(prompt) or _answered(answering, checker, prompt, spec, name)
+            answers = log.get(prompt) or _answered(answering, checker, prompt, spec, job.name)
             if stop.requested:
-                raise Interrupted(state.step, run.schedule.total_steps, run.checkpoint_step or 0)
+                raise Interrupted(state.step, run.progress.schedule.total_steps, run.progress.checkpoint_step or 0)
             log.add(answers)
             base, adapter = base + answers.base_passed, adapter + answers.adapter_passed
     return Score(

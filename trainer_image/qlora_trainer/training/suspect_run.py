@@ -11,10 +11,11 @@ from qlora_api.contract import ExitCode
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.model.adapter.attach import activate_adapter, adapter_tensors, restore_adapter
 from qlora_trainer.model.adapter.initial import read_initial_adapter
+from qlora_trainer.training.prepared_job import PreparedJob
 from qlora_trainer.training.progress.divergence import Stability, cleared, has_diverged
 from qlora_trainer.training.progress.evaluations import kept
 from qlora_trainer.training.progress.run_state import RunState
-from qlora_trainer.training.run import Gradient, Run
+from qlora_trainer.training.run import Gradient, Run, RunProgress
 
 
 @contextmanager
@@ -24,7 +25,7 @@ def as_at_start(run: Run) -> Iterator[None]:
     The trained adapter waits in main memory, and is put back to the last bit. Raises StepFailure (UNSAFE_ARTIFACT) if
     the earlier adapter in the workspace has changed.
     """
-    if run.initial_adapter_sha256 is None:
+    if run.job.initial_adapter_sha256 is None:
         try:
             with run.model.disable_adapter():
                 yield
@@ -32,7 +33,7 @@ def as_at_start(run: Run) -> Iterator[None]:
             # PEFT gives gradients back to the active adapter only.
             activate_adapter(run.adapted_base, run.adapter)
         return
-    initial = read_initial_adapter(run.context.workspace.initial_adapter, run.initial_adapter_sha256)
+    initial = read_initial_adapter(run.job.workspace.initial_adapter, run.job.initial_adapter_sha256)
     trained = {name: tensor.clone() for name, tensor in adapter_tensors(run.model).items()}
     restore_adapter(run.model, initial)
     try:
@@ -41,9 +42,9 @@ def as_at_start(run: Run) -> Iterator[None]:
         restore_adapter(run.model, trained)
 
 
-def named_start(run: Run) -> str:
-    """Its name for messages."""
-    if run.initial_adapter_sha256 is None:
+def named_start(job: PreparedJob) -> str:
+    """Name the model at step 0, for messages."""
+    if job.initial_adapter_sha256 is None:
         return "the base model without the adapter"
     return "the adapter of spec.lora.from"
 
@@ -59,15 +60,15 @@ def judge_step(run: Run, state: RunState, loss: float, grad_norm: float, gradien
     stability = state.stability.after_step(state.step, loss, grad_norm)
     if not stability.to_be_judged(state.step, patience):
         return stability
-    loss_at_start = _loss_at_start(run, gradient)
+    start, loss_at_start = named_start(run.job), _loss_at_start(run, gradient)
     if not has_diverged(loss, loss_at_start):
-        logger.info("step %d: loss %.4f is high, but %s has %.4f", state.step, loss, named_start(run), loss_at_start)
+        logger.info("step %d: loss %.4f is high, but %s has %.4f", state.step, loss, start, loss_at_start)
         return cleared(loss, grad_norm)
     raise diverged(
-        run,
+        run.progress,
         replace(state, stability=stability),
         f"loss {loss:.4g} and gradient norm {grad_norm:.3g}, suspect since step {stability.suspect_since} (before, the "
-        f"loss had come down to {stability.lowest_loss_level:.4g}); {named_start(run)} has {loss_at_start:.4g} on the "
+        f"loss had come down to {stability.lowest_loss_level:.4g}); {start} has {loss_at_start:.4g} on the "
         "same rows",
     )
 
@@ -82,10 +83,10 @@ def judge_end(run: Run, state: RunState, loss_before: float, gradient: Gradient)
     loss_at_start = _loss_at_start(run, gradient)
     if has_diverged(loss, loss_at_start):
         raise diverged(
-            run,
+            run.progress,
             state,
             f"loss {loss:.4g} with the finished adapter on the rows of the last step ({loss_before:.4g} before it); "
-            f"{named_start(run)} has {loss_at_start:.4g} (spec.training.divergencePatience: 0 would publish it)",
+            f"{named_start(run.job)} has {loss_at_start:.4g} (spec.training.divergencePatience: 0 would publish it)",
         )
 
 
@@ -95,21 +96,22 @@ def judge_kept(run: Run, state: RunState) -> None:
     if run.training.divergence_patience == 0 or loss is None or before is None or not has_diverged(loss, before):
         return
     raise diverged(
-        run,
+        run.progress,
         state,
         f"the run would {'stop early' if run.stopped_early(state) else 'end'} with loss {loss:.4g} on the held-out "
         f"rows ({before:.4g} before training; spec.training.divergencePatience: 0 would publish it)",
     )
 
 
-def diverged(run: Run, state: RunState, what: str) -> StepFailure:
-    """The failure of a run that has diverged at this state. `what` has the evidence."""
-    saved = f"the checkpoint of step {run.checkpoint_step} is kept" if run.checkpoint_step else "nothing was saved yet"
-    if run.checkpoint_step and run.checkpoint_step + 1 == state.stability.suspect_since:
+def diverged(progress: RunProgress, state: RunState, symptom: str) -> StepFailure:
+    """Return the failure of a run that has diverged at this state, with its symptom."""
+    step = progress.checkpoint_step
+    saved = f"the checkpoint of step {step} is kept" if step else "nothing was saved yet"
+    if step and step + 1 == state.stability.suspect_since:
         saved += " (that step may already have diverged; the checkpoint before it has not)"
     return StepFailure(
         ExitCode.DIVERGED,
-        f"training diverged at step {state.step}: {what}; {saved}. Lower spec.training.learningRate or set "
+        f"training diverged at step {state.step}: {symptom}; {saved}. Lower spec.training.learningRate or set "
         "warmupSteps, and look for broken rows",
     )
 

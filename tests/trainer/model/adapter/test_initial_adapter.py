@@ -23,6 +23,7 @@ from qlora_trainer.model.architecture.text_part import text_part
 from qlora_trainer.publishing.destinations.bucket import ObjectDestination
 from qlora_trainer.publishing.destinations.destination import Destination, publish_folder
 from qlora_trainer.publishing.destinations.registry import RegistryDestination
+from qlora_trainer.stores.access import StoreAccess
 from qlora_trainer.stores.contents import Contents, describe_files
 from qlora_trainer.stores.hub import Hub
 from tests.support.fake_hub import COMMIT, OTHER_COMMIT, FakeHub, serve
@@ -52,10 +53,14 @@ def adapter(tmp_path: Path, tiny_llama: Path) -> Path:
 
 def fetched(context: StepContext, token: str | None = None) -> InitialAdapter:
     model = context.mounts.claims["models"] / "model"
-    found = get_initial_adapter(context, lambda: Hub(token), model, TARGETS)
+    access = StoreAccess(context.mounts, lambda: Hub(token), context.secret("lora"), context.registries)
+    folder = context.workspace.initial_adapter
+    found = get_initial_adapter(context.spec.lora, access, folder, model, TARGETS)
     assert found is not None
-    folder = partial_path(context.workspace.initial_adapter)
-    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in partial_path(folder).iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     return found
 
 

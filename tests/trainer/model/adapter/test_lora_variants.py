@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_api.spec.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord, write_completion
-from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.context import StepContext, base_name
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.data.prepared import PreparedDataset
@@ -24,6 +24,7 @@ from qlora_trainer.model.losses.batch import read_batch
 from qlora_trainer.model.losses.loss import batch_loss
 from qlora_trainer.publishing.verify import verify_adapter
 from qlora_trainer.report.serving import rejected_by_vllm, served_rank
+from qlora_trainer.stores.access import StoreAccess
 from qlora_trainer.stores.hub import Hub
 from tests.support.sequences import CPU
 from tests.support.training import StopAtStep, adapter_bytes, history, prepared, run
@@ -56,7 +57,7 @@ def check(context: StepContext, record: TrainRecord, model: Path) -> None:
         lora,
         model_folder=model,
         target_modules=inspect_family(model, lora).target_modules,
-        base_name=context.base_name,
+        base_name=base_name(context.spec.model),
         base_revision="sha256:tiny",
     )
 
@@ -105,7 +106,8 @@ def test_a_variant_is_trained_further_from_the_loss_that_it_ended_with(
     context = dataclasses.replace(context, mounts=mounts)
     path = context.workspace.completion("prepare")
     done = PrepareRecord.model_validate_json(path.read_bytes())
-    initial = get_initial_adapter(context, lambda: Hub(None), model, done.target_modules)
+    access, folder = StoreAccess(mounts, lambda: Hub(None), context.secret("lora")), context.workspace.initial_adapter
+    initial = get_initial_adapter(context.spec.lora, access, folder, model, done.target_modules)
     assert initial is not None
     initial.complete()
     write_completion(path, done.model_copy(update={"initial_adapter": initial.status}))

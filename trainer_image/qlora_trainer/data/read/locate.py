@@ -1,17 +1,16 @@
 """Finds the files of a data set at its address, and downloads them from servers."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from qlora_api.sources import ConfigMapSource, HubSource, ObjectStoreSource, VolumeSource, parse_source
 from qlora_trainer.core.context import Mounts
-from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration, bad_dataset
 from qlora_trainer.core.filesystem import bytes_below, require_space
 from qlora_trainer.core.paths import require_regular, some_names
 from qlora_trainer.data.read.files import DATA_ENDINGS, DataFile, DataFiles, data_kind, require_one_kind
 from qlora_trainer.data.read.hub_splits import Wanted, choose_data_files, read_dataset_card
+from qlora_trainer.stores.access import StoreAccess
 from qlora_trainer.stores.hub import Hub
 from qlora_trainer.stores.objects import ObjectFolder, version_of
 
@@ -19,18 +18,7 @@ _DATASET_CARD = "README.md"
 _MAX_DATASET_CARD_BYTES = 2**21
 
 
-@dataclass(frozen=True)
-class DataAccess:
-    """Access to the data of a job."""
-
-    mounts: Mounts
-    hub: Callable[[], Hub]
-    """Opens the hub's client, only if an address needs it."""
-    secret: Secret
-    """Credentials of object stores."""
-
-
-def find_data(uri: str, wanted: Wanted, access: DataAccess, download: Path) -> DataFiles:
+def find_data(uri: str, wanted: Wanted, access: StoreAccess, download: Path) -> DataFiles:
     """The data files of an address: one file, or those of one kind that are in a folder or make up a split.
 
     Files of the hub and of an object store are downloaded below `download`. Raises StepFailure: BAD_DATASET if there is

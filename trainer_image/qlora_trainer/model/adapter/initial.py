@@ -1,7 +1,7 @@
 """Fetches an earlier adapter to continue from into the workspace, and reads it."""
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +14,9 @@ from transformers import AutoConfig
 from qlora_api.contract import ExitCode
 from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource, VolumeSource, parse_source
 from qlora_api.spec.model import InitialAdapterSpec
+from qlora_api.spec.training import LoraSpec
 from qlora_api.status import InitialAdapterStatus
-from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unsafe_artifact
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from qlora_trainer.core.filesystem import complete_folder, file_sha256, new_folder, partial_path, remove, require_space
@@ -25,6 +26,7 @@ from qlora_trainer.model.adapter.shapes import MAX_CONFIG_BYTES, expected_tensor
 from qlora_trainer.model.architecture.text_part import text_part
 from qlora_trainer.model.source.downloads import HubModel, ObjectStoreModel, RegistryModel
 from qlora_trainer.model.source.models import RemoteModel
+from qlora_trainer.stores.access import StoreAccess
 from qlora_trainer.stores.hub import Hub
 
 _FIELD = "spec.lora.from"
@@ -58,28 +60,27 @@ class InitialAdapter:
 
 
 def get_initial_adapter(
-    context: StepContext,
-    hub: Callable[[], Hub],
+    lora: LoraSpec,
+    access: StoreAccess,
+    folder: Path,
     model_folder: Path,
     target_modules: tuple[str, ...],
     earlier: InitialAdapterStatus | None = None,
 ) -> InitialAdapter | None:
-    """Fetch and check the adapter that training continues from, or return None without one.
+    """Fetch the adapter of spec.lora.from for `folder` of the workspace, and check it; None if the job names none.
 
-    `earlier` is the one that prepare has got for this job before, which it must still be. Raises StepFailure:
-    BAD_CONFIGURATION if it does not exist or does not fit the job, UNSAFE_ARTIFACT if it is only a pickle, a link out
-    of its folder, too large, or has another SHA-256 than the job states or `earlier` has.
+    `earlier` is the adapter that prepare has fetched for this job before, which must not have changed. Raises
+    StepFailure: BAD_CONFIGURATION if the adapter is missing or does not fit the job, UNSAFE_ARTIFACT if it is only a
+    pickle, a link out of its folder, too large, or has another SHA-256 than the job states or `earlier` has.
     """
-    lora = context.spec.lora
     if lora.initial_adapter is None:
         return None
     config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
     expected = expected_tensors(text_part(config), target_modules, lora)
-    folder = context.workspace.initial_adapter
     partial = new_folder(partial_path(folder))
     known = earlier if earlier is not None and _is_wanted(earlier, lora.initial_adapter) else None
     address = _without_slash(lora.initial_adapter.source) if known is None else known.source
-    location = _fetch(context, hub, address, partial, largest_file(expected))
+    location = _fetch(access, address, partial, largest_file(expected))
     found = check_config(partial / ADAPTER_CONFIG_FILE, location, lora)
     sha256, stated = file_sha256(partial / ADAPTER_FILE), lora.initial_adapter.sha256
     if stated not in (None, sha256):
@@ -97,14 +98,13 @@ def get_initial_adapter(
     return InitialAdapter(status, found.base_name, found.base_revision, folder)
 
 
-def is_unchanged(record: InitialAdapterStatus | None, context: StepContext) -> bool:
-    """Whether the recorded adapter matches the job, and is still in the workspace."""
-    wanted = context.spec.lora.initial_adapter
+def is_unchanged(record: InitialAdapterStatus | None, wanted: InitialAdapterSpec | None, folder: Path) -> bool:
+    """Whether the recorded adapter matches the job, and is still in `folder`."""
     if wanted is None or record is None:
         return wanted is None and record is None
     if not _is_wanted(record, wanted):
         return False
-    path = context.workspace.initial_adapter / ADAPTER_FILE
+    path = folder / ADAPTER_FILE
     return path.is_file() and not path.is_symlink() and file_sha256(path) == record.sha256
 
 
@@ -132,26 +132,26 @@ def _without_slash(address: str) -> str:
     return address.rstrip("/")
 
 
-def _fetch(context: StepContext, hub: Callable[[], Hub], address: str, folder: Path, largest: int) -> str:
+def _fetch(access: StoreAccess, address: str, folder: Path, largest: int) -> str:
     """Copy both files from the address into the folder, and return its exact form."""
     source = parse_source(address)
     if isinstance(source, VolumeSource):
-        _copy(context, source, folder, largest)
+        _copy(access.mounts, source, folder, largest)
         return address
     with _explain_errors():
         if isinstance(source, HubSource):
-            remote: RemoteModel = HubModel(_open_hub(context, hub), source, source.commit)
+            remote: RemoteModel = HubModel(_open_hub(access), source, source.commit)
             location = f"hf://{source.repository}@{remote.version}"
         elif isinstance(source, RegistrySource):
-            remote = RegistryModel(source, context.initial_adapter_secret, allowed=context.registries)
+            remote = RegistryModel(source, access.secret, allowed=access.registries)
             location = str(replace(source, digest=remote.revision(dict)))
         elif isinstance(source, ObjectStoreSource):
-            remote = ObjectStoreModel(source, context.initial_adapter_secret)
+            remote = ObjectStoreModel(source, access.secret)
             location = address
         else:
             raise TypeError(f"the schema allows no adapter at {address}")
         _require_files(remote.sizes, location, largest)
-        require_space(context.workspace.root, sum(remote.sizes[name] for name in _FILES), f"the adapter {location}")
+        require_space(folder, sum(remote.sizes[name] for name in _FILES), f"the adapter {location}")
         for name in _FILES:
             remote.fetch(name, folder, lambda _done: None)
     for path in folder.iterdir():
@@ -161,8 +161,8 @@ def _fetch(context: StepContext, hub: Callable[[], Hub], address: str, folder: P
     return location
 
 
-def _copy(context: StepContext, source: VolumeSource, folder: Path, largest: int) -> None:
-    root = context.mounts.volume(VolumeSource(source.claim))
+def _copy(mounts: Mounts, source: VolumeSource, folder: Path, largest: int) -> None:
+    root = mounts.volume(VolumeSource(source.claim))
     found = confine(root / source.path, root)
     if not found.is_dir():
         raise bad_configuration(f"{_FIELD}.source: {source} is not a folder on the volume: check the path")
@@ -171,7 +171,7 @@ def _copy(context: StepContext, source: VolumeSource, folder: Path, largest: int
         require_regular(found / name, found, f"{source}/{name}")
     sizes = {name: (found / name).stat().st_size if name in _FILES else 0 for name in names}
     _require_files(sizes, str(source), largest)
-    require_space(context.workspace.root, sum(sizes[name] for name in _FILES), f"the adapter {source}")
+    require_space(folder, sum(sizes[name] for name in _FILES), f"the adapter {source}")
     for name in _FILES:
         shutil.copyfile(found / name, folder / name)
 
@@ -194,11 +194,11 @@ def _require_files(sizes: Mapping[str, int], location: str, largest: int) -> Non
             )
 
 
-def _open_hub(context: StepContext, hub: Callable[[], Hub]) -> Hub:
-    """With the token of the adapter's own Secret, or else the model's."""
-    secret = context.initial_adapter_secret
+def _open_hub(access: StoreAccess) -> Hub:
+    """Open the hub with the token of the adapter's own Secret, or else the model's."""
+    secret = access.secret
     if secret.name is None:
-        return hub()
+        return access.hub()
     own = get_token()
     values = secret.require("token", has_own=own is not None)
     return Hub(own if values is None else values["token"], field=secret.field)

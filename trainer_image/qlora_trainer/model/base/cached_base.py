@@ -8,9 +8,8 @@ from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 
-from qlora_api.contract import ExitCode, ModelCacheLayout
+from qlora_api.contract import ExitCode
 from qlora_api.printable import one_line, shortened
-from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.filesystem import bytes_below, sizes
 from qlora_trainer.model.base.artifact import BaseManifest
@@ -35,15 +34,18 @@ _WAIT_SECONDS = 2.0
 _MAX_REMARK = 256
 
 
-def open_base_source(context: StepContext, source: SharedModel, settings: Path, layout: BaseLayout) -> BaseSource:
-    """The source of the job's base. `settings`: the folder with config.json."""
-    folder, target = context.mounts.model_cache, context.workspace.base
+def open_base_source(
+    source: SharedModel, layout: BaseLayout, settings: Path, target: Path, cache: ModelCache | None
+) -> BaseSource:
+    """Return where the base comes from: the cache if there is one, else the workspace folder `target`.
+
+    `settings` is the folder of the model's config.json.
+    """
     own = WorkspaceBase(source, target, settings, layout)
-    if folder is None:
+    if cache is None:
         return own
     if source.known_version is not None and own.is_complete(source.known_version):
         return own
-    cache = ModelCache(ModelCacheLayout(folder), context.job_uid, context.pod_uid)
     return CachedBase(source, own, cache, settings, layout)
 
 

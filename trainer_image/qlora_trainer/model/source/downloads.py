@@ -6,12 +6,13 @@ from pathlib import Path
 from re import fullmatch
 
 from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource, Source, VolumeSource, parse_source
-from qlora_trainer.core.context import StepContext
+from qlora_api.spec.model import BaseModelSpec
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import bad_configuration, model_unavailable, unreachable, unsafe_artifact
 from qlora_trainer.core.paths import some_names
 from qlora_trainer.model.source.files import content_revision
 from qlora_trainer.model.source.models import DownloadedModel, RemoteModel, SharedModel, VolumeModel
+from qlora_trainer.stores.access import StoreAccess
 from qlora_trainer.stores.hub import Hub
 from qlora_trainer.stores.model_pack import archives, unpack
 from qlora_trainer.stores.objects import ObjectFolder, version_of
@@ -119,25 +120,24 @@ class RegistryModel:
         return self._digest
 
 
-def open_model_source(context: StepContext, hub: Callable[[], Hub]) -> SharedModel:
-    """Open the job's base model.
+def open_model_source(model: BaseModelSpec, access: StoreAccess, folder: Path) -> SharedModel:
+    """Open the base model at its address, and download it below `folder` unless it is on a volume.
 
     Raises StepFailure BAD_CONFIGURATION for an address that a model cannot have.
     """
-    source = parse_source(context.spec.model.source)
+    source = parse_source(model.source)
     if isinstance(source, VolumeSource):
-        return VolumeModel(context.mounts, source)
-    remote = _remote_model(source, context, hub)
-    return DownloadedModel(remote, context.workspace.models)
+        return VolumeModel(access.mounts, source)
+    return DownloadedModel(_remote_model(model, source, access), folder)
 
 
-def _remote_model(source: Source, context: StepContext, hub: Callable[[], Hub]) -> RemoteModel:
+def _remote_model(model: BaseModelSpec, source: Source, access: StoreAccess) -> RemoteModel:
     if isinstance(source, HubSource):
-        return HubModel(hub(), source, context.spec.model.revision)
+        return HubModel(access.hub(), source, model.revision)
     if isinstance(source, ObjectStoreSource):
-        return ObjectStoreModel(source, context.secret("model"))
+        return ObjectStoreModel(source, access.secret)
     if isinstance(source, RegistrySource):
-        return RegistryModel(source, context.secret("model"), allowed=context.registries)
+        return RegistryModel(source, access.secret, allowed=access.registries)
     raise bad_configuration(
-        f"spec.model.source is {context.spec.model.source}: must be hf://, s3://, gs://, az://, oci:// or pvc://"
+        f"spec.model.source is {model.source}: must be hf://, s3://, gs://, az://, oci:// or pvc://"
     )

@@ -1,6 +1,11 @@
-"""Opens the destination of an address in a job's spec, and checks it early."""
+"""Opens the destinations of a job by their addresses, and checks them early."""
 
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_api.contract import WorkspaceLayout
 from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource, VolumeSource, parse_source
+from qlora_api.spec.output import OutputSpec
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.paths import confine
@@ -11,6 +16,49 @@ from qlora_trainer.publishing.destinations.registry import RegistryDestination
 from qlora_trainer.publishing.destinations.volume import VolumeFolder
 from qlora_trainer.publishing.manifest import Publisher
 from qlora_trainer.stores.registry_auth import require_allowed
+
+
+@dataclass(frozen=True)
+class JobDestinations:
+    """The destinations of a job's adapter, merged model and 4-bit base; without an address, folders of the workspace.
+
+    Methods raise StepFailure as `open_destination`.
+    """
+
+    output: OutputSpec
+    workspace: WorkspaceLayout
+    workspace_uri: str
+    mounts: Mounts
+    secret: Secret
+    registries: tuple[str, ...]
+    owner: str
+    """Distinguishes this process from another one that writes to a volume."""
+
+    def adapter(self) -> Destination:
+        """Open the destination of the adapter."""
+        return self._open(self.output.destination, self.workspace.adapter)
+
+    def merged(self) -> Destination | None:
+        """Open the destination of the merged model; None if the job does not ask for one."""
+        wanted = self.output.merged
+        return None if wanted is None else self._open(wanted.destination, self.workspace.merged)
+
+    def base(self) -> Destination | None:
+        """Open the destination of the 4-bit base; None if the job does not ask for one."""
+        wanted = self.output.base
+        return None if wanted is None else self._at(wanted.destination)
+
+    def _open(self, address: str | None, folder: Path) -> Destination:
+        if address is not None:
+            return self._at(address)
+        root = self.workspace.root
+        uri = f"{self.workspace_uri}/{folder.relative_to(root)}"
+        return VolumeFolder(confine(folder, root), uri, owner=self.owner)
+
+    def _at(self, address: str) -> Destination:
+        return open_destination(
+            address, mounts=self.mounts, secret=self.secret, registries=self.registries, owner=self.owner
+        )
 
 
 def open_destination(

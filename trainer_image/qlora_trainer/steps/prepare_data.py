@@ -1,0 +1,147 @@
+"""Tokenizes the data set of a job and writes its sequences, for prepare."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from qlora_api.contract import SweepLayout, WorkspaceLayout
+from qlora_api.spec.job import QLoRAJobSpec
+from qlora_trainer.core.completion import EndOfTurn, PreparedData, recorded_path
+from qlora_trainer.core.context import Identity
+from qlora_trainer.core.filesystem import complete_folder, new_folder, partial_path
+from qlora_trainer.data.build import DatasetBuilder
+from qlora_trainer.data.dataset import Dataset
+from qlora_trainer.data.fingerprint import ResolvedInputs
+from qlora_trainer.data.prepared import open_prepared
+from qlora_trainer.data.render.chat_template import Tokenizer
+from qlora_trainer.data.render.end_of_turn import end_of_turn, marks_in_pieces, template_remarks
+from qlora_trainer.data.render.template_source import TEMPLATE_FILE, template_sha256
+from qlora_trainer.data.tokenize.row_cache import RowsFolder
+from qlora_trainer.evaluation.answers import AnswerTexts
+from qlora_trainer.evaluation.scorable import require_scorable
+from qlora_trainer.steps.prepare_checks import remarks_on_evaluations, work_of
+from qlora_trainer.steps.prepare_model import AdmittedModel
+from qlora_trainer.stores.access import StoreAccess
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WrittenSequences:
+    """The data set's sequences, in a folder that `complete` renames."""
+
+    dataset: Dataset
+    folder: Path
+    end_of_turn: EndOfTurn | None
+    """How answers end, if servers have to be given that."""
+    remarks: tuple[str, ...]
+
+    def complete(
+        self, spec: QLoRAJobSpec, model: AdmittedModel, revision: str, workspace: WorkspaceLayout
+    ) -> PreparedData:
+        """Rename the folder to its fingerprint, and return the data's part of the record."""
+        template = _write_template(model.tokenizer, self.folder)
+        own = self.dataset.own_evaluation
+        resolved = ResolvedInputs(
+            revision,
+            model.tokenizer_files,
+            tuple(source.sha256 for source in self.dataset.training),
+            None if own is None else own.sha256,
+            template,
+        )
+        fingerprint = resolved.fingerprint(spec)
+        resolved.write(self.folder, fingerprint)
+        folder = workspace.data / fingerprint
+        complete_folder(self.folder, folder)
+        status = self.dataset.status()
+        return PreparedData(
+            fingerprint=fingerprint,
+            data_path=recorded_path(folder, workspace.root),
+            data_content=resolved.content(spec.dataset),
+            dataset=status,
+            work=work_of(model.parameters, open_prepared(folder, "train"), status, spec.training),
+            template_sha256=template,
+            end_of_turn=self.end_of_turn,
+        )
+
+
+def build_dataset(
+    spec: QLoRAJobSpec,
+    model: AdmittedModel,
+    access: StoreAccess,
+    data: Path,
+    rows: RowsFolder,
+    say: Callable[[str], None],
+) -> Dataset:
+    """Tokenize the job's data set. The next attempt resumes from files below `data`."""
+    return DatasetBuilder(
+        spec.dataset,
+        spec.training,
+        model.tokenizer,
+        model.tokenizer_files,
+        vocabulary=model.checked.vocabulary,
+        access=access,
+        scratch=lambda name: partial_path(data / name),
+        rows=rows,
+        say=say,
+    ).build()
+
+
+def rows_folder(data: Path, sweep: Path | None, identity: Identity) -> RowsFolder:
+    """Return the folder of tokenized rows.
+
+    The cells of a sweep share it: they differ in nothing that changes a token.
+    """
+    own = partial_path(data / "rows")
+    if sweep is None:
+        return RowsFolder(own)
+    return RowsFolder.sharing(own, SweepLayout(sweep).rows, identity.job_uid, identity.pod_uid)
+
+
+def write_sequences(
+    dataset: Dataset, spec: QLoRAJobSpec, model: AdmittedModel, data: Path, say: Callable[[str], None]
+) -> WrittenSequences:
+    """Write the sequences to a new folder below `data`.
+
+    Raises StepFailure if spec.gate.score cannot be measured.
+    """
+    folder = new_folder(partial_path(data / "layout"))
+    dataset.write(
+        folder,
+        spec.training,
+        packed=model.packed,
+        on_epoch=lambda number: say(f"drawing the rows of epoch {number + 1}"),
+    )
+    end, of_turns = _end_of_turn(model, dataset)
+    of_score = require_scorable(
+        spec.gate,
+        folder,
+        dataset.status(),
+        partial(AnswerTexts, model.folder, end),
+        fixed_positions=model.checked.family.fixed_positions,
+    )
+    of_evaluations = remarks_on_evaluations(spec.training, folder)
+    return WrittenSequences(dataset, folder, end, (*of_turns, *dataset.remarks, *of_score, *of_evaluations))
+
+
+def _write_template(tokenizer: Tokenizer, folder: Path) -> str | None:
+    """Write the job's chat template for publication, and return its SHA-256, or None."""
+    text = tokenizer.template_text
+    if text is None:
+        return None
+    (folder / TEMPLATE_FILE).write_text(text, encoding="utf-8", newline="")
+    return template_sha256(text)
+
+
+def _end_of_turn(model: AdmittedModel, dataset: Dataset) -> tuple[EndOfTurn | None, tuple[str, ...]]:
+    """Return the end of answers, if servers need it, and remarks on the template."""
+    tokenizer = model.tokenizer
+    if not tokenizer.has_chat_template or all(source.reading.format == "text" for source in dataset.training):
+        return None, ()
+    end = end_of_turn(tokenizer, model.folder)
+    remarks = template_remarks(end, () if tokenizer.template is None else marks_in_pieces(tokenizer))
+    for remark in remarks:
+        logger.warning("%s", remark)
+    return end, remarks
