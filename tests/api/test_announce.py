@@ -67,7 +67,7 @@ def config_map(name: str, **metadata: Any) -> Object:
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name, **metadata}}
 
 
-def test_an_adapter_is_announced_once_beside_those_of_other_jobs(namespace: ControlPlane) -> None:
+def test_an_adapter_is_announced_once_next_to_those_of_other_jobs(namespace: ControlPlane) -> None:
     async def scenario(api: Api) -> None:
         assert await succeed(api, "first", "adapters") is None
         assert {key: json.loads(text) for key, text in (await data_of(api, "adapters")).items()} == {
@@ -96,7 +96,7 @@ def test_a_labelled_config_map_may_be_empty(namespace: ControlPlane) -> None:
     play(namespace, scenario)
 
 
-def test_a_config_map_of_somebody_else_is_left_alone_and_the_job_succeeds_all_the_same(
+def test_a_foreign_config_map_is_left_alone_and_the_job_still_succeeds(
     namespace: ControlPlane,
 ) -> None:
     async def scenario(api: Api) -> None:

@@ -43,7 +43,7 @@ def act(cluster: Nodeless, name: str, spec: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "flags", [(), ("--server-side", "--field-manager=argocd-controller")], ids=["client-side", "server-side"]
 )
-def test_the_next_sync_keeps_a_suspension_that_the_manifest_does_not_speak_of(
+def test_the_next_sync_keeps_a_suspension_that_the_manifest_leaves_out(
     operated: Nodeless, flags: tuple[str, ...]
 ) -> None:
     name = f"argo-{len(flags)}"

@@ -132,7 +132,7 @@ def rights_of(rules: list[Object]) -> dict[str, set[str]]:
     return rights
 
 
-def test_helm_finds_nothing_to_complain_about(helm: Helm) -> None:
+def test_helm_lint_passes(helm: Helm) -> None:
     assert "0 chart(s) failed" in helm("lint", "--strict", str(CHART))
 
 
@@ -163,7 +163,7 @@ def test_cluster_wide_rights_are_exactly_those_that_the_operator_uses(helm: Helm
     assert binding["subjects"] == [{"kind": "ServiceAccount", "name": RELEASE, "namespace": NAMESPACE}]
 
 
-def test_announcing_takes_a_right_that_a_policy_restricts_where_it_is_for_all_namespaces(helm: Helm) -> None:
+def test_a_policy_restricts_the_cluster_wide_right_to_announce(helm: Helm) -> None:
     announcing = {"tenantRoles": {"create": False}, "announce": {"enabled": True}}
     objects = helm.template(announcing)
     assert rights_of(only(objects, "ClusterRole")["rules"]) == RIGHTS | {"configmaps": {"create", "patch"}}
@@ -181,7 +181,7 @@ def test_without_progress_the_operator_may_not_read_logs(helm: Helm) -> None:
     }
 
 
-def test_namespaced_installation_has_a_role_in_each_namespace_and_nothing_in_the_cluster(helm: Helm) -> None:
+def test_namespaced_installation_has_a_role_per_namespace_and_none_in_the_cluster(helm: Helm) -> None:
     objects = helm.template({"namespaces": ["team-a", "team-b"], "crds": {"install": False}})
     kinds = {document["kind"] for document in objects}
     assert not [kind for kind in kinds if kind.startswith("Cluster") or kind == "CustomResourceDefinition"]
@@ -196,7 +196,7 @@ def test_namespaced_installation_has_a_role_in_each_namespace_and_nothing_in_the
     assert settings_of(objects)["namespaces"] == ["team-a", "team-b"]
 
 
-def test_the_operator_knows_the_ports_of_dns_for_the_policies_that_it_creates(helm: Helm) -> None:
+def test_the_operator_gets_the_dns_ports_for_its_policies(helm: Helm) -> None:
     assert settings_of(helm.template({}))["dnsPorts"] == [53]
     assert settings_of(helm.template({"jobNetworkPolicies": {"dnsPorts": [5353]}}))["dnsPorts"] == [5353]
 
@@ -328,9 +328,7 @@ def test_a_profile_with_gpus_keeps_to_the_nodes_that_have_them(
     "profile", [{"nodeSelector": {}}, OTHER_GPU, {**OTHER_GPU, "workspace": {"topology": "zonal"}}]
 )
 @pytest.mark.parametrize("name", ["default", "big"])
-def test_a_profile_with_gpus_on_unknown_nodes_is_rejected_with_what_to_do(
-    helm: Helm, name: str, profile: Object
-) -> None:
+def test_a_profile_with_gpus_on_unknown_nodes_is_rejected_with_a_remedy(helm: Helm, name: str, profile: Object) -> None:
     with pytest.raises(ClusterError, match=rf"profiles\.{name}: gpuResource is set.* Set nodeSelector to labels"):
         helm.template({"profiles": {name: profile}})
 
@@ -419,9 +417,7 @@ def whole(helm: Helm, tmp_path_factory: pytest.TempPathFactory) -> list[Object]:
     return meaning(with_values(helm, tmp_path_factory.mktemp("whole"), everything_on(VALUES)))
 
 
-def test_an_upgrade_that_reuses_all_values_of_the_previous_release_names_what_is_missing(
-    helm: Helm, tmp_path: Path
-) -> None:
+def test_an_upgrade_that_reuses_previous_values_names_the_missing_ones(helm: Helm, tmp_path: Path) -> None:
     assert ("settings", "leaderElection") in NEW_KEYS
     with pytest.raises(ClusterError, match="missing property 'leaderElection'"):
         with_values(helm, tmp_path, PREVIOUS_VALUES)
@@ -435,7 +431,7 @@ SERVERS: Object = {
 }
 
 
-def test_only_the_steps_that_need_servers_have_a_network_and_nobody_reaches_a_job(helm: Helm) -> None:
+def test_only_steps_that_need_servers_have_a_network_and_no_pod_reaches_a_job(helm: Helm) -> None:
     settings = {"jobNetworkPolicies": {"enabled": True, "namespaces": ["team-a", "team-b"], "dnsPorts": [5353]}}
     objects = helm.template(settings | {"profiles": {"default": SERVERS, "other": {"hubEndpoint": "https://[::1]:9"}}})
     policies = [document for document in objects if document["kind"] == "NetworkPolicy"]
@@ -497,7 +493,7 @@ def test_the_ports_of_the_proxy_and_of_each_store_are_open(helm: Helm) -> None:
         ("azure", None),
     ],
 )
-def test_only_pods_with_an_identity_reach_what_gives_its_credentials(
+def test_only_pods_with_an_identity_reach_the_credential_service(
     helm: Helm, provider: str, addresses: set[str] | None
 ) -> None:
     profile = {"cloudIdentity": {"provider": provider, "serviceAccountName": "qlora"}}
@@ -537,7 +533,7 @@ def settings_of_size(helm: Helm, size: int) -> Object:
     return {"profiles": profiles}
 
 
-def test_settings_that_fit_into_no_annotation_are_rejected_before_anything_is_installed(helm: Helm) -> None:
+def test_settings_too_large_for_an_annotation_are_rejected_before_installation(helm: Helm) -> None:
     sentence = rf"the settings are {LIMIT + 1} bytes of YAML, and may be {LIMIT}: .* Define fewer or shorter profiles"
     with pytest.raises(ClusterError, match=sentence):
         helm.template(settings_of_size(helm, LIMIT + 1))
@@ -666,9 +662,7 @@ def test_an_operator_that_announces_writes_no_config_map_without_the_label(
     assert "data" not in plane.kubectl.get("configmap", "coredns", "--namespace=kube-system")
 
 
-def test_the_largest_settings_fit_beside_what_kubectl_notes_of_them(
-    helm: Helm, installed: Helm, plane: ControlPlane
-) -> None:
+def test_the_largest_settings_fit_next_to_kubectls_annotation(helm: Helm, installed: Helm, plane: ControlPlane) -> None:
     """`kubectl apply` writes the whole object into another annotation, with a limit of 256 KiB."""
     objects = helm.template(settings_of_size(helm, LIMIT))
     arguments = ("apply", "--dry-run=server", "--filename=-")
@@ -707,7 +701,7 @@ def test_the_operators_account_can_do_what_it_needs_and_nothing_else(installed: 
     assert rights_of(in_its_own) == RIGHTS | OWN_RIGHTS
 
 
-def test_whoever_may_edit_a_namespace_may_edit_its_jobs(installed: Helm, plane: ControlPlane) -> None:
+def test_editors_of_a_namespace_may_edit_its_jobs(installed: Helm, plane: ControlPlane) -> None:
     for role in ("view", "edit"):
         plane.kubectl("create", "rolebinding", role, f"--clusterrole={role}", f"--user={role}er", "--namespace=default")
 
@@ -805,9 +799,7 @@ def test_each_release_keeps_its_own_settings_and_a_rollback_brings_them_back(
     assert [one["metadata"]["name"] for one in mounted] == ["kube-root-ca.crt"]
 
 
-def test_an_upgrade_that_reuses_the_values_of_a_chart_without_dns_ports_opens_nothing(
-    installed: Helm, plane: ControlPlane, tmp_path: Path
-) -> None:
+def test_reused_values_without_dns_ports_open_no_port(installed: Helm, plane: ControlPlane, tmp_path: Path) -> None:
     """The API server reads a rule whose list of ports is empty as one that allows every port."""
     older = shutil.copytree(CHART, tmp_path / "older")
     (older / "values.yaml").write_text(yaml.safe_dump(without(VALUES, ("jobNetworkPolicies", "dnsPorts"))))

@@ -94,7 +94,7 @@ def test_a_cluster_becomes_ready(team: Reported) -> None:
     assert after["Profile large: storage"]["message"].startswith("the StorageClass fast makes its workspaces")
 
 
-def test_what_the_namespace_does_not_admit_is_found_without_making_a_pod(team: Reported) -> None:
+def test_an_admission_problem_is_found_without_creating_a_pod(team: Reported) -> None:
     install(team.plane)
     limits = {"limits": [{"type": "Container", "max": {"memory": "100Gi"}}]}
     team.create({"apiVersion": "v1", "kind": "LimitRange", "metadata": {"name": "small"}, "spec": limits})
@@ -110,7 +110,7 @@ def test_what_the_namespace_does_not_admit_is_found_without_making_a_pod(team: R
     assert team.kubectl("get", "pods", "--output=name") == ""
 
 
-def test_whoever_may_only_list_jobs_learns_which_rules_to_ask_for(team: Reported, tmp_path: Path) -> None:
+def test_a_user_who_may_only_list_jobs_gets_the_missing_rules(team: Reported, tmp_path: Path) -> None:
     user = team.kubeconfig(tmp_path, "newcomer", RIGHTS_TO_LIST)
     checks = examine(team, code=0, kubeconfig=user)
     assert {check["verdict"] for check in checks.values()} == {"ok", "unknown", "warning"}

@@ -75,7 +75,7 @@ def peak_mebibytes(operator: OperatorProcess) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) // 1024
 
 
-def test_a_pod_that_no_operator_has_made_ends_none(plane: ControlPlane, tmp_path: Path) -> None:
+def test_a_malformed_foreign_pod_does_not_end_the_operator(plane: ControlPlane, tmp_path: Path) -> None:
     create(plane, job("bystander"), pod("index", annotations={"batch.kubernetes.io/job-completion-index": "9" * 5000}))
     settings = {"namespaces": [NAMESPACE], "resyncSeconds": 1}
     with running_operator(tmp_path / "first", plane.kubeconfig, settings) as operator:
@@ -116,7 +116,7 @@ def watches_pods(plane: ControlPlane, *, since: int) -> bool:
         return any(f"/namespaces/{NAMESPACE}/pods?watch=true" in line for line in log)
 
 
-def test_who_has_ended_is_not_read_to_count_who_has_not(plane: ControlPlane) -> None:
+def test_ended_jobs_are_not_read_to_count_the_running_ones(plane: ControlPlane) -> None:
     create(plane, *(job(name) for name in ("fresh", "succeeded", "failed", "training")))
     stored = {case.name: case.body["status"] for case in cases()}
     for name in ("succeeded", "failed", "training"):

@@ -97,7 +97,7 @@ def test_a_quota_of_one_runs_three_jobs_one_after_the_other(queued: Queued) -> N
     queued.finish(third)
 
 
-def test_a_preempted_job_waits_with_kueues_sentence_and_goes_on_in_the_same_job(queued: Queued) -> None:
+def test_a_preempted_job_waits_with_kueues_message_and_continues_in_the_same_job(queued: Queued) -> None:
     queued.kueue.queue("preempting", 1)
     low = queued.start("preempted", queueName="preempting", queuePriority="low")
     queued.cluster.run(low, "train")
@@ -173,7 +173,7 @@ def test_a_queue_that_comes_late_admits_the_job(queued: Queued) -> None:
     queued.finish(name)
 
 
-def test_an_inactive_queue_and_a_deactivated_job_say_so(queued: Queued) -> None:
+def test_an_inactive_queue_and_a_deactivated_job_are_reported(queued: Queued) -> None:
     queued.kueue.queue("stopped", 1, stopPolicy="HoldAndDrain")
     name = queued.start("held", queueName="stopped")
     queued.wait_for(name, "Queued", "Kueue: ClusterQueue stopped is inactive")
@@ -191,7 +191,7 @@ def test_an_inactive_queue_and_a_deactivated_job_say_so(queued: Queued) -> None:
     queued.finish(name)
 
 
-def test_an_unknown_priority_means_no_workload_which_the_job_says(queued: Queued) -> None:
+def test_an_unknown_priority_makes_no_workload_and_the_status_names_it(queued: Queued) -> None:
     queued.kueue.queue("ordered", 1)
     name = queued.start("unordered", queueName="ordered", queuePriority="nosuch")
     queued.wait_for(name, "Queued", "has no Workload: Kueue must run, manage this namespace, and have the Workload")
@@ -199,7 +199,7 @@ def test_an_unknown_priority_means_no_workload_which_the_job_says(queued: Queued
     queued.finish(name)
 
 
-def test_with_kueue_away_no_job_is_created_which_the_status_says(queued: Queued) -> None:
+def test_without_kueue_no_job_is_created_and_the_status_names_it(queued: Queued) -> None:
     queued.kueue.queue("away", 1)
     queued.kueue.stop()
     name = queued.apply("unreachable", queueName="away")
@@ -226,7 +226,7 @@ def test_a_local_queue_named_default_takes_every_step(queued: Queued) -> None:
         queued.cluster.kubectl("delete", "localqueue", "default", IN_NAMESPACE)
 
 
-def test_jobs_without_a_queue_that_kueue_holds_say_that(queued: Queued) -> None:
+def test_jobs_without_a_queue_that_kueue_holds_report_it(queued: Queued) -> None:
     queued.kueue.stop()
     queued.kueue.start(unlabeled=True)
     try:

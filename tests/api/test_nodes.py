@@ -60,7 +60,7 @@ def train_to_the_end(operated: Nodeless, name: str, attempt: int) -> dict[str, A
     return dict(operated.wait_for_phase(name, "Succeeded")["status"])
 
 
-def test_all_pods_of_a_job_are_created_with_what_connects_them(operated: Nodeless) -> None:
+def test_all_pods_of_a_job_are_created_with_their_service_and_policy(operated: Nodeless) -> None:
     name = start(operated, "nodes-connected")
     pods = train_pods(operated, name, 1)
 

@@ -55,7 +55,7 @@ def test_a_job_in_a_queue_is_created_suspended_and_only_the_queue_resumes_it(ope
     succeeded(operated, name)
 
 
-def test_every_step_may_be_suspended_by_somebody_else(operated: Nodeless) -> None:
+def test_every_step_may_be_suspended_by_another_controller(operated: Nodeless) -> None:
     name = start(operated, "stopped")
     for step in STEPS:
         child = f"{name}-{step}-1"

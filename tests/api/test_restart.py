@@ -27,7 +27,7 @@ def phases(plane: ControlPlane) -> dict[str, str]:
     return {job["metadata"]["name"]: job.get("status", {}).get("phase") for job in listed}
 
 
-def test_a_restart_looks_at_every_job_and_writes_nothing(plane: ControlPlane, tmp_path: Path) -> None:
+def test_a_restart_reconciles_every_job_and_writes_nothing(plane: ControlPlane, tmp_path: Path) -> None:
     plane.kubectl("create", "namespace", NAMESPACE)
     jobs = [
         {

@@ -112,7 +112,7 @@ def test_there_are_many_attempts() -> None:
 
 
 @pytest.mark.parametrize("name", REJECTED)
-def test_what_a_tenant_may_not_do_is_rejected_with_a_reason(attacked: Attacked, name: str) -> None:
+def test_forbidden_actions_of_a_tenant_are_rejected_with_a_reason(attacked: Attacked, name: str) -> None:
     attempt = REJECTED[name]
     strict = {} if attempt.method in ("GET", "DELETE") or "?" in attempt.path else {"fieldValidation": "Strict"}
     status, answer = attacked.tenants.tenant.send(
@@ -124,7 +124,7 @@ def test_what_a_tenant_may_not_do_is_rejected_with_a_reason(attacked: Attacked, 
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_what_a_tenant_may_do_harms_nobody_else(attacked: Attacked, name: str) -> None:
+def test_permitted_actions_of_a_tenant_harm_no_other_tenant(attacked: Attacked, name: str) -> None:
     HARMLESS[name](attacked.tenants)
     attacked.require_unharmed()
 
@@ -162,7 +162,7 @@ def require_turns(attacked: Attacked, count: int, name: str) -> None:
     assert tenants.operator.poll() is None
 
 
-def test_a_flood_of_pods_and_events_that_say_they_are_a_jobs_stops_no_neighbor(attacked: Attacked) -> None:
+def test_a_flood_of_forged_pods_and_events_delays_no_neighbor(attacked: Attacked) -> None:
     tenants = attacked.tenants
     job = submit(tenants, "crowded")
     for number in range(100):
@@ -176,7 +176,7 @@ def test_a_flood_of_pods_and_events_that_say_they_are_a_jobs_stops_no_neighbor(a
     assert tenants.operator.poll() is None
 
 
-def test_everything_that_was_done_to_the_victim_was_done_by_itself_and_for_its_own_jobs(attacked: Attacked) -> None:
+def test_every_change_of_the_victims_objects_was_made_for_its_own_jobs(attacked: Attacked) -> None:
     """From the audit log of all the attempts above."""
     requests = attacked.tenants.audited(attacked.audit_start)
     of_the_tenant = [one for one in requests if one.get("impersonatedUser", {}).get("username") == TENANT_USER]

@@ -72,7 +72,7 @@ async def stop(api: Api, uid: str, pod: str, since: datetime, until: datetime) -
     await patch_pod(api, pod, "Failed", {"terminated": ended}, since)
 
 
-def test_a_budget_ends_a_job_at_a_checkpoint_and_a_larger_one_goes_on(namespace: ControlPlane) -> None:
+def test_a_budget_ends_a_job_at_a_checkpoint_and_a_larger_one_continues_it(namespace: ControlPlane) -> None:
     async def scenario() -> None:
         async with connected(namespace) as api:
             name, key = "spent", (NAMESPACE, "spent")

@@ -377,7 +377,7 @@ def test_a_namespace_that_is_lost_stops_only_itself(site: Site, neighbor: Tenant
         assert [warnings(operator, of) for of in ("its jobs wait", "the sweeps cannot be listed")] == [1, 1]
 
 
-def test_an_operator_that_may_do_nothing_is_alive_not_ready_and_recovers(site: Site) -> None:
+def test_an_operator_without_rights_is_alive_not_ready_and_recovers(site: Site) -> None:
     site.tenant.deny()
     with site.operator() as operator:
         eventually(lambda: operator.says("cannot be listed"), seconds=60, every=0.2)
@@ -465,7 +465,7 @@ def leads(operator: OperatorProcess) -> bool:
     return operator.metric("qlora_operator_leads") == 1
 
 
-def test_one_of_two_works_and_the_other_takes_over(site: Site) -> None:
+def test_one_of_two_operators_works_and_the_standby_takes_over(site: Site) -> None:
     """Killed, cut off, frozen for a while, and terminated."""
     settings: Object = {"leaderElection": election(site.tenant.namespace)}
 
@@ -513,7 +513,7 @@ def test_one_of_two_works_and_the_other_takes_over(site: Site) -> None:
         assert third.get("/healthz")[0] == 200
 
 
-def test_two_that_both_work_make_nothing_twice(site: Site) -> None:
+def test_two_active_operators_create_no_object_twice(site: Site) -> None:
     with site.operator("first") as first, site.operator("second") as second:
         first.wait_until_ready()
         second.wait_until_ready()

@@ -92,7 +92,7 @@ TRIED_ALWAYS = ("too-large", "cut")
         for name, case in CASES.items()
     ],
 )
-def test_bad_input_fails_before_a_gpu_is_asked_for(
+def test_bad_input_fails_before_a_gpu_is_requested(
     bad: Tenant, spec: dict[str, Any], reason: str, said: str, request: pytest.FixtureRequest
 ) -> None:
     name = bad.apply(tiny_job(f"bad-{request.node.callspec.id}", **spec))

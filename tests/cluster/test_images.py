@@ -94,7 +94,7 @@ def test_the_trainers_image_can_quantize(images: Images) -> None:
         assert "prepare" in said(inside, "/opt/qlora/bin/qlora-trainer", "--help")[1]
 
 
-def test_the_trainers_image_has_each_library_that_pytorch_and_bitsandbytes_link_with(images: Images) -> None:
+def test_the_trainers_image_has_each_library_linked_by_pytorch_and_bitsandbytes(images: Images) -> None:
     """Libraries for training on a GPU, which no test has here: the image removes none of them."""
     with container(images.trainer) as inside:
         code, output = said(inside, PYTHON, "-c", LINKED, SITE_PACKAGES)
@@ -112,7 +112,7 @@ def test_each_module_of_the_trainer_and_each_tracker_imports_in_its_image(images
     assert (code, output.splitlines()[-1]) == (0, "all of it"), output
 
 
-def test_the_trainers_image_does_without_what_its_dockerfile_says_it_does(images: Images) -> None:
+def test_the_trainers_image_lacks_the_packages_that_its_dockerfile_removes(images: Images) -> None:
     layers = dockerfiles.layers((project.ROOT / project.DOCKERFILES["qlora-trainer"]).read_text())
     removed = [removal.command for layer in layers for removal in layer.removals]
     patterns = [word for command in removed if command.startswith("rm") for word in command.split()[1:] if "/" in word]

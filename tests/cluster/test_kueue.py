@@ -44,9 +44,7 @@ def said(tenant: Tenant, name: str) -> str:
     return str(tenant.condition(name, "Succeeded").get("message", ""))
 
 
-def test_three_jobs_share_a_quota_of_one_and_the_preempted_one_ends_in_the_same_bytes(
-    tenant: Tenant, queues: Kueue
-) -> None:
+def test_jobs_share_a_quota_of_one_and_the_preempted_one_ends_in_the_same_bytes(tenant: Tenant, queues: Kueue) -> None:
     # A queue that does not exist yet holds these two until the third trains.
     also_low, high = (tenant.apply(queued_job(f"also-{priority}", priority, LATE)) for priority in ("low", "high"))
     for waiting in (also_low, high):

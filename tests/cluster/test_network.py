@@ -190,7 +190,7 @@ def job_policies(namespace: str) -> Object:
 
 
 @pytest.mark.usefixtures("beyond")
-def test_the_operator_reaches_the_api_server_only_and_is_asked_for_metrics_only(
+def test_the_operator_reaches_the_api_server_only_and_serves_metrics_only(
     installed: Cluster, tenant: Tenant, neighbor: Place
 ) -> None:
     where = layout.from_environment()

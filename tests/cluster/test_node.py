@@ -55,7 +55,7 @@ def test_a_drained_node_is_one_disruption(tenant: Tenant, undisturbed: Object) -
     require_one_disruption(tenant, "drained", undisturbed)
 
 
-def test_a_full_claim_is_named_and_the_job_goes_on_when_there_is_room(tenant: Tenant) -> None:
+def test_a_full_claim_is_named_and_a_retry_with_room_continues(tenant: Tenant) -> None:
     with small_claim(tenant) as folder:
         job = tenant.apply(tiny_job("full", steps=LONG, workspace={"claimName": SMALL}))
         with tenant.stopped(job, "train"):

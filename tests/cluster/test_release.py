@@ -76,7 +76,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
         run(["buildah", "rmi", *names, base_tag])
 
 
-def test_a_user_with_the_public_key_can_verify_all_of_it(made: Made) -> None:
+def test_a_user_with_the_public_key_can_verify_every_artifact(made: Made) -> None:
     verified = made.verify(made.signer.public)
     assert {artifact.reference for artifact in verified.artifacts} == {
         artifact.reference for artifact in made.release.artifacts
@@ -123,7 +123,7 @@ def test_the_sboms_have_every_package_of_the_images(made: Made) -> None:
         assert "triton" not in versions
 
 
-def test_images_say_where_they_come_from(made: Made) -> None:
+def test_images_name_their_source(made: Made) -> None:
     image = f"{made.release.operator.repository}:{made.release.operator.version}"
     labels = json.loads(run(["buildah", "inspect", "--type", "image", image]))["OCIv1"]["config"]["Labels"]
     assert labels["org.opencontainers.image.revision"] == made.source.revision
@@ -131,7 +131,7 @@ def test_images_say_where_they_come_from(made: Made) -> None:
     assert made.base.endswith(labels["org.opencontainers.image.base.digest"])
 
 
-def test_made_again_it_is_the_same_and_signed_once(made: Made) -> None:
+def test_a_repeated_release_is_identical_and_signed_once(made: Made) -> None:
     assert made.again() == made.release
     for artifact in made.release.artifacts:
         assert signatures(made, artifact) == 1

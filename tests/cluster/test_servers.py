@@ -94,7 +94,7 @@ def test_an_adapter_goes_to_a_registry(tenant: Tenant, servers: Servers) -> None
     assert status["adapter"]["sha256"] in kept
 
 
-def test_wrong_credentials_end_a_job_before_it_trains(tenant: Tenant, servers: Servers) -> None:
+def test_wrong_credentials_fail_a_job_before_it_trains(tenant: Tenant, servers: Servers) -> None:
     assert servers.objects.exists()
     give_secret(tenant, "wrong", {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": "wrong"})
     output = {"destination": f"s3://{BUCKET}/adapters/never", "secretRef": {"name": "wrong"}}

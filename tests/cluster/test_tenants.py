@@ -120,7 +120,7 @@ def assault(attacker: Tenant, tenant: Tenant) -> Assault:
 
 
 @pytest.mark.parametrize("name", REJECTED)
-def test_what_a_tenant_may_not_do_is_rejected_with_a_reason(
+def test_forbidden_actions_of_a_tenant_are_rejected_with_a_reason(
     tenants: Tenants, untouched: dict[str, Object], name: str
 ) -> None:
     attempt = REJECTED[name]
@@ -131,18 +131,20 @@ def test_what_a_tenant_may_not_do_is_rejected_with_a_reason(
 
 
 @pytest.mark.parametrize("name", NEEDS_NO_NODE)
-def test_what_a_tenant_may_do_harms_nobody_else(tenants: Tenants, untouched: dict[str, Object], name: str) -> None:
+def test_permitted_actions_of_a_tenant_harm_no_other_tenant(
+    tenants: Tenants, untouched: dict[str, Object], name: str
+) -> None:
     NEEDS_NO_NODE[name](tenants)
     assert tenants.everything(VICTIM) == untouched
 
 
 @pytest.mark.parametrize("name", ON_A_NODE)
-def test_what_a_tenant_does_in_its_pods_harms_nobody_else(assault: Assault, name: str) -> None:
+def test_actions_in_a_tenants_pods_harm_no_other_tenant(assault: Assault, name: str) -> None:
     ON_A_NODE[name](assault)
     assault.require_neighbor_unharmed()
 
 
-def test_the_neighbor_has_trained_all_the_while(assault: Assault) -> None:
+def test_the_neighbors_training_is_undisturbed(assault: Assault) -> None:
     before = assault.neighbor.status(assault.other)["progress"]["step"]
     assault.neighbor.wait(assault.other, lambda status: status["progress"]["step"] > before, what="progress")
     assault.require_neighbor_unharmed()

@@ -34,7 +34,7 @@ def show(text: str) -> None:
     sys.stdout.write(text)
 
 
-def test_a_newcomer_gets_from_installation_to_removal(
+def test_the_walk_leads_from_installation_to_removal(
     installed: Cluster, shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))

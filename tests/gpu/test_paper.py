@@ -171,7 +171,7 @@ def _dry_run(config: Path, spec: QLoRAJobSpec) -> MemoryEstimate:
 
 
 @pytest.mark.gpu(gib=44)
-def test_65b_at_rank_64_fits_48_gb_and_the_estimate_knows_it(figures: Figures, tmp_path: Path) -> None:
+def test_65b_at_rank_64_fits_48_gb_as_estimated(figures: Figures, tmp_path: Path) -> None:
     free, total = torch.cuda.mem_get_info()
     # Memory in use belongs to CUDA's context, on the smaller GPU too.
     with Ballast(free=CARD_BYTES - (total - free)) as ballast:
@@ -192,7 +192,7 @@ def test_65b_at_rank_64_fits_48_gb_and_the_estimate_knows_it(figures: Figures, t
 
 
 @pytest.mark.gpu(gib=10)
-def test_8b_at_rank_16_needs_what_is_promised(figures: Figures, tmp_path: Path) -> None:
+def test_8b_at_rank_16_needs_the_documented_memory(figures: Figures, tmp_path: Path) -> None:
     lora = LoraSpec(rank=16)
     torch.cuda.reset_peak_memory_stats()
     trained = two_steps(LLAMA_8B, "cuda", lora)

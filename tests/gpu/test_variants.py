@@ -34,7 +34,7 @@ def loss_in_peft(files: Files, model: Path) -> float:
 
 
 @pytest.mark.parametrize("lora", VARIANTS.values(), ids=VARIANTS)
-def test_a_variant_of_lora_is_trained_and_published_and_peft_reads_it_with_the_same_loss(
+def test_a_published_lora_variant_has_the_same_loss_in_peft(
     lora: dict[str, Any], tmp_path: Path, tiny_llama: Path
 ) -> None:
     spec = {"lora": lora, "training": {"maxSteps": 2}}

@@ -13,7 +13,7 @@ from tests.support.training import adapter_bytes, history, prepared, run
 SPEC = {"lora": {"dropout": 0.0}, "training": {"evalEverySteps": None}}
 
 
-def test_a_run_that_is_measured_gives_the_same_adapter_and_a_pair_for_each_step_but_the_first(
+def test_a_measured_run_gives_the_same_adapter_and_a_pair_per_step_after_the_first(
     tmp_path: Path, tiny_llama: Path
 ) -> None:
     undisturbed, measured = (prepared(tmp_path / name, tiny_llama, SPEC) for name in ("undisturbed", "measured"))

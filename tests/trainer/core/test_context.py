@@ -13,7 +13,7 @@ NOW = datetime(2026, 1, 2, tzinfo=UTC)
 
 @pytest.mark.parametrize("character", ["😀", "é", '"', "\n", "a"])
 @pytest.mark.parametrize("evaluations", [None, tuple((1_000_000, -1.23456789e-100) for _ in range(8))])
-def test_an_activity_is_cut_to_what_a_record_has_room_for(
+def test_an_activity_is_cut_to_the_size_of_a_record(
     make_context: MakeContext, character: str, evaluations: tuple[tuple[int, float], ...] | None
 ) -> None:
     """A character has at most twelve bytes in JSON."""

@@ -66,7 +66,7 @@ EVAL: dict[str, Any] = {"eval": {"source": "pvc://data/eval.jsonl"}}
 
 @pytest.mark.parametrize(("deduplicate", "used"), [(False, 22), (True, 20)])
 @pytest.mark.usefixtures("data")
-def test_duplicates_are_counted_and_left_out_if_the_job_says_so(
+def test_duplicates_are_counted_and_left_out_on_request(
     make_context: MakeContext, records: Recorded, deduplicate: bool, used: int
 ) -> None:
     context = make_context({"dataset": {"deduplicate": deduplicate}})
@@ -76,7 +76,7 @@ def test_duplicates_are_counted_and_left_out_if_the_job_says_so(
 
 
 @pytest.mark.parametrize(("deduplicate", "used"), [(False, 6), (True, 4)])
-def test_duplicates_among_the_held_out_rows_are_counted_and_left_out_if_the_job_says_so(
+def test_held_out_duplicates_are_counted_and_left_out_on_request(
     make_context: MakeContext, records: Recorded, data: Path, deduplicate: bool, used: int
 ) -> None:
     other = chat_row("Other 1?", "nodes")
@@ -91,7 +91,7 @@ def test_duplicates_among_the_held_out_rows_are_counted_and_left_out_if_the_job_
 
 
 @pytest.mark.usefixtures("data")
-def test_rows_that_are_held_out_too_are_named_in_the_status_the_message_and_the_statistics(
+def test_overlapping_rows_are_named_in_status_message_and_statistics(
     make_context: MakeContext, records: Recorded
 ) -> None:
     context = make_context({"dataset": EVAL})
@@ -108,7 +108,7 @@ def test_rows_that_are_held_out_too_are_named_in_the_status_the_message_and_the_
 
 
 @pytest.mark.usefixtures("data")
-def test_rows_that_are_held_out_too_are_left_out_of_training(make_context: MakeContext, records: Recorded) -> None:
+def test_overlapping_rows_are_left_out_of_training_on_request(make_context: MakeContext, records: Recorded) -> None:
     context = make_context({"dataset": {"eval": {**EVAL["eval"], "overlap": "drop"}}})
     record = prepare(context, records)
     assert (record.dataset.overlap_rows, record.dataset.used_rows, record.dataset.eval_rows) == (1, 21, 4)
@@ -131,7 +131,7 @@ def _rows(data: PreparedDataset) -> list[list[int]]:
 
 
 @pytest.mark.usefixtures("data")
-def test_an_overlap_fails_the_job_if_it_says_so(make_context: MakeContext, records: Recorded) -> None:
+def test_an_overlap_fails_the_job_on_request(make_context: MakeContext, records: Recorded) -> None:
     with pytest.raises(StepFailure) as caught:
         prepare(make_context({"dataset": {"eval": {**EVAL["eval"], "overlap": "fail"}}}), records)
     assert caught.value.exit_code is ExitCode.BAD_DATASET
@@ -142,7 +142,7 @@ def test_an_overlap_fails_the_job_if_it_says_so(make_context: MakeContext, recor
     )
 
 
-def test_what_a_fraction_holds_out_of_duplicates_is_noticed_and_gone_without_them(
+def test_duplicates_split_by_a_fraction_are_reported_and_removed_on_request(
     make_context: MakeContext, records: Recorded, tmp_path: Path
 ) -> None:
     """Each row exists twice: some held-out rows have their equal among the training rows."""

@@ -199,7 +199,7 @@ def test_the_train_step_rejects_rows_that_were_drawn_for_fewer_steps() -> None:
         Schedule.of(9, TrainingSpec(epochs=3), (0, 4, 9))
 
 
-def test_sources_have_formats_of_their_own(make_mixed: MakeContext, records: Recorded, tmp_path: Path) -> None:
+def test_each_source_has_its_own_format(make_mixed: MakeContext, records: Recorded, tmp_path: Path) -> None:
     write_rows(tmp_path / "data" / "plain.jsonl", [{"q": f"Which pod is number {n}?", "a": f"n{n}"} for n in range(4)])
     columns = {"prompt": "q", "completion": "a"}
     plain = {"source": "pvc://data/plain.jsonl", "weight": 1, "format": "prompt-completion", "columns": columns}
@@ -292,7 +292,7 @@ def test_prepare_rejects_a_run_of_more_epochs_than_can_be_drawn(make_mixed: Make
 
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True])
-def test_pairs_of_which_a_step_has_some_twice_are_resumed_to_the_same_bytes(
+def test_pairs_repeated_in_a_step_are_resumed_to_the_same_bytes(
     packing: bool, make_mixed: MakeContext, tmp_path: Path
 ) -> None:
     """Of a small source with a large weight; what the base makes of a pair is computed once."""

@@ -61,7 +61,7 @@ def test_train_writes_no_files_for_the_tools_to_which_publish_uploads(
     assert not {"mlflow", "wandb"} & {path.name for path in report[0].iterdir()}
 
 
-def test_a_tool_that_is_not_installed_is_named_before_anything_is_done(
+def test_a_missing_tool_is_named_before_the_run_starts(
     make_context: MakeContext, tmp_path: Path, records: Recorded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_rows(tmp_path / "data" / "train.jsonl", [chat_row("question", "answer")])

@@ -92,7 +92,7 @@ def test_any_text_of_jsons_characters_is_rows_or_rejected(name: str, content: st
 
 @UNTIMED
 @given(st.lists(st.dictionaries(st.text(max_size=5), JSON, max_size=4), min_size=1, max_size=6), st.booleans())
-def test_what_is_written_as_json_is_read_back(rows: list[dict[str, Any]], indented: bool) -> None:
+def test_written_json_is_read_back(rows: list[dict[str, Any]], indented: bool) -> None:
     """Apart from NaN and infinity, which JSON does not have."""
     try:
         text = json.dumps(rows, allow_nan=False, indent=1 if indented else None)
@@ -160,7 +160,7 @@ FILES = st.lists(
     st.sampled_from(("", "data", "test.jsonl")),
     st.sampled_from((TRAINING, EVALUATION, Wanted(("x",), "en"))),
 )
-def test_any_card_leads_to_files_that_are_there_or_is_rejected(
+def test_any_card_leads_to_existing_files_or_is_rejected(
     names: list[str], card: dict[str, Any], path: str, wanted: Wanted
 ) -> None:
     chosen = rejected_or(lambda: choose_data_files(names, card, path, wanted, "hf://a/b"), "hf://a/b")

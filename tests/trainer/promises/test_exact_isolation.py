@@ -94,7 +94,7 @@ def lesson(model: Any, sequence: PackedSequence) -> tuple[float, dict[str, Tenso
 
 
 @pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.model_type)
-def test_what_a_row_teaches_does_not_depend_on_the_rows_beside_it_by_a_single_bit(config: Any, tmp_path: Path) -> None:
+def test_gradients_of_a_row_do_not_depend_on_its_neighbors_bit_for_bit(config: Any, tmp_path: Path) -> None:
     model = evaluated_and_trained(save_model(tmp_path / "model", config))
     sequence, other = random_sequence(LENGTHS, 3), random_sequence(LENGTHS, 4)
 

@@ -151,7 +151,7 @@ def generated(folder: Path, template: str, messages: list[dict[str, Any]]) -> tu
 @pytest.mark.parametrize("messages", CONVERSATIONS.values(), ids=CONVERSATIONS)
 @pytest.mark.parametrize("marked", [False, True], ids=["plain", "with marks"])
 @pytest.mark.parametrize("family", TEMPLATES)
-def test_the_learnt_tokens_are_those_that_the_template_marks_as_generated(
+def test_the_learned_tokens_are_those_that_the_template_marks_as_generated(
     family: str, marked: bool, messages: list[dict[str, str]], tokenizer_folder: Path
 ) -> None:
     template = TEMPLATES[family]
@@ -176,7 +176,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("family", TEMPLATES)
-def test_an_answer_is_learnt_with_the_mark_that_ends_it(family: str, tokenizer_folder: Path) -> None:
+def test_an_answer_is_learned_with_the_mark_that_ends_it(family: str, tokenizer_folder: Path) -> None:
     messages = [
         {"role": "user", "content": "One?"},
         {"role": "assistant", "content": "First."},

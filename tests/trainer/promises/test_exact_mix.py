@@ -90,7 +90,7 @@ def test_a_mix_of_pairs_of_answers_ends_in_the_same_bytes_too(make_context: Make
 
 
 @pytest.mark.slow
-def test_two_processes_train_on_what_one_trains_on(make_context: MakeContext, tmp_path: Path) -> None:
+def test_two_processes_train_on_the_same_rows_as_one(make_context: MakeContext, tmp_path: Path) -> None:
     spec = merged(SPEC, merged(EXACT, {"training": {"maxSteps": 6}}))
     alone = workspace(make_context, tmp_path / "alone", spec)
     run(alone)

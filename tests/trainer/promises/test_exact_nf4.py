@@ -63,7 +63,7 @@ def layers_of(model: torch.nn.Module) -> dict[str, Linear4bit]:
 
 
 @pytest.mark.parametrize("spec", KINDS, ids=lambda spec: f"{spec.type}-{spec.double_quant}")
-def test_every_weight_that_is_loaded_is_what_bitsandbytes_makes_of_the_file(
+def test_every_loaded_weight_equals_bitsandbytes_quantization_of_the_file(
     tiny_qwen2: Path, spec: QuantizationSpec
 ) -> None:
     original = load_file(tiny_qwen2 / "model.safetensors")
@@ -144,7 +144,7 @@ def test_a_layer_held_in_another_way_is_rejected_by_name(tiny_llama: Path) -> No
     assert e.value.exit_code is ExitCode.BAD_CONFIGURATION
 
 
-def test_a_trained_job_says_what_its_base_takes(tmp_path: Path) -> None:
+def test_a_trained_job_reports_the_memory_of_its_base(tmp_path: Path) -> None:
     wide = save_model(tmp_path / "model", LlamaConfig(**(SHAPE | {"hidden_size": 256, "intermediate_size": 512})))
     context = prepared(tmp_path / "workspace", wide, {"training": {"maxSteps": 1}})
 

@@ -250,7 +250,7 @@ def assert_same_results(disturbed: Files, undisturbed: Files) -> None:
 
 # The next test sends real signals too, and test_exit_codes.py one in the middle of a step.
 @pytest.mark.slow
-def test_the_command_line_under_real_signals_leads_to_the_bytes_of_an_undisturbed_run(
+def test_the_command_line_under_signals_ends_in_the_bytes_of_an_undisturbed_run(
     tmp_path: Path, tiny_llama: Path
 ) -> None:
     training = {

@@ -71,7 +71,7 @@ def test_10_a_document_that_no_api_server_would_have_admitted(files: Files) -> N
 
 
 @in_process_too
-def test_10_a_password_in_the_hubs_address_is_rejected_and_not_told(files: Files) -> None:
+def test_10_a_password_in_the_hubs_address_is_rejected_and_not_shown(files: Files) -> None:
     """Every tenant reads the profile that would contain it."""
     done = files.with_spec({"model": {"source": "hf://acme/tiny"}}).run(
         "prepare", HF_ENDPOINT="http://reader:s3cret@127.0.0.1:9"
@@ -138,7 +138,7 @@ def test_14_weights_that_are_no_numbers(prepared: Files, tiny_llama: Path) -> No
 
 
 @in_process_too
-def test_15_a_model_that_brings_its_own_code(files: Files, tiny_llama: Path) -> None:
+def test_15_a_model_with_custom_code(files: Files, tiny_llama: Path) -> None:
     files, model = copied_model(files, tiny_llama)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "code.Model"}}))
@@ -196,7 +196,7 @@ def test_18_attempts_that_are_killed_without_a_new_checkpoint(prepared: Files) -
     failed(prepared.run("train"), ExitCode.RETRIES_EXHAUSTED, "5 attempts in a row", "spec.retry.request")
 
 
-def test_143_training_is_interrupted_and_goes_on_to_the_same_adapter(prepared: Files, finished: Files) -> None:
+def test_143_interrupted_training_continues_to_the_same_adapter(prepared: Files, finished: Files) -> None:
     process = prepared.start("train")
     read = ""
     for line in process.stdout or ():
@@ -228,7 +228,7 @@ def silent_hub() -> Iterator[str]:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
-def test_143_a_step_without_checkpoints_stops_at_once(files: Files, silent_hub: str) -> None:
+def test_143_a_step_without_checkpoints_stops_immediately(files: Files, silent_hub: str) -> None:
     process = files.with_spec({"model": {"source": "hf://acme/tiny"}}).start("prepare", HF_ENDPOINT=silent_hub)
     assert process.stdout is not None
     read = process.stdout.readline()
@@ -247,12 +247,12 @@ def test_200_a_hub_that_cannot_be_reached(files: Files) -> None:
     failed(done, ExitCode.UNREACHABLE, "acme/tiny")
 
 
-def test_200_a_claim_that_is_not_there_yet(files: Files) -> None:
+def test_200_a_claim_that_does_not_exist_yet(files: Files) -> None:
     done = files.with_spec({"dataset": {"source": "pvc://other/train.jsonl"}}).run("prepare")
     failed(done, ExitCode.UNREACHABLE, "other")
 
 
-def test_203_an_error_that_nobody_foresaw(tmp_path: Path, finished: Files) -> None:
+def test_203_an_unexpected_error(tmp_path: Path, finished: Files) -> None:
     files = finished.copied(tmp_path / "job")
     (files.workspace / "records" / "publish.json").unlink()
     (files.workspace / "report" / "metrics.jsonl").write_text('{"step": 1, "loss": "hf_abcdefghijklmnop"}\n')
@@ -279,9 +279,7 @@ objective.batch_loss = batch_loss
 """
 
 
-def test_an_error_of_cuda_in_bitsandbytes_leaves_exit_code_1_no_result_and_a_line_in_the_log(
-    prepared: Files, tmp_path: Path
-) -> None:
+def test_a_cuda_error_in_bitsandbytes_ends_with_exit_code_1_and_a_log_line(prepared: Files, tmp_path: Path) -> None:
     done = prepared.run("train", **beginning_with(tmp_path / "code", FAILING_CUDA))
     assert done.exit_code == 1, done.stdout + done.stderr
     assert not any(isinstance(record, ResultRecord) for record in done.records)

@@ -110,7 +110,7 @@ def test_template_system_prompt_and_end_of_answers_are_published_with_the_adapte
         assert request["stop_token_ids"] == [2]
 
 
-def test_what_a_server_makes_of_template_and_system_prompt_was_trained_on(trained: StepContext) -> None:
+def test_a_servers_prompt_from_template_and_system_prompt_was_trained_on(trained: StepContext) -> None:
     prepared = json.loads(trained.workspace.completion("prepare").read_text())
     tokenizer: Any = AutoTokenizer.from_pretrained(trained.workspace.root / prepared["modelPath"])
     template = (trained.workspace.adapter / "chat_template.jinja").read_text()
@@ -126,9 +126,7 @@ def test_a_merged_model_has_the_template_and_stops_at_its_end(trained: StepConte
     assert GenerationConfig.from_pretrained(trained.workspace.merged).eos_token_id == [0, 2]
 
 
-def test_a_template_that_ends_answers_with_a_line_break_leaves_the_merged_models_end_as_it_is(
-    trained: StepContext, tmp_path: Path
-) -> None:
+def test_a_line_break_after_answers_does_not_change_the_merged_models_end(trained: StepContext, tmp_path: Path) -> None:
     model = trained.workspace.root.parent / "models" / "base"
     merged, template = tmp_path / "merged", tmp_path / "template.jinja"
     shutil.copytree(model, merged)

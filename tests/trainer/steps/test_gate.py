@@ -156,7 +156,7 @@ def test_it_is_published_without_training_once_the_gate_lets_it_pass(trained: Fi
     assert failure.value.exit_code is ExitCode.GATE_FAILED
 
 
-def test_a_score_of_another_adapter_and_a_changed_adapter_are_not_judged(trained: Files) -> None:
+def test_the_gate_rejects_a_score_of_another_or_changed_adapter(trained: Files) -> None:
     with_score(trained, 1.0, of="0" * 64)
     failure, _ = held_back(gated(trained, {"minScore": 0.5, "score": EXACT}))
     assert failure.exit_code is ExitCode.UNSAFE_ARTIFACT
@@ -241,7 +241,7 @@ SCHEMAS = [{"required": ["pods"], "properties": {"pods": {"const": i}}} for i in
     ],
     ids=["patterns", "schemas", "schemas as text"],
 )
-def test_each_held_out_row_is_checked_by_what_it_brings(
+def test_each_held_out_row_is_checked_by_its_check(
     kind: str, checks: list[Any], make_context: MakeContext, tmp_path: Path
 ) -> None:
     write_rows(tmp_path / "data" / "train.jsonl", with_checks(checks))
@@ -325,7 +325,7 @@ def test_an_answer_for_which_the_model_has_no_positions_is_found_before_training
 
 
 @pytest.mark.slow
-def test_the_command_line_judges_an_adapter_by_the_checks_that_its_rows_bring(tmp_path: Path, tiny_llama: Path) -> None:
+def test_the_command_line_gates_an_adapter_by_the_checks_of_its_rows(tmp_path: Path, tiny_llama: Path) -> None:
     """The rows ask for words that the tiny model never generates, or for anything."""
     files = new_files(tmp_path, tiny_llama.parent)
     write_rows(files.data / "train.jsonl", ROWS)

@@ -127,9 +127,7 @@ def test_ten_jobs_on_one_base_download_and_quantize_once(job: JobOf, hub: FakeHu
     assert {name for name, content in contents(cached(cache)).items() if own[name] != content} == {MANIFEST}
 
 
-def test_the_cells_of_a_sweep_share_a_folder_that_the_first_of_them_makes(
-    job: JobOf, hub: FakeHub, tmp_path: Path
-) -> None:
+def test_the_cells_of_a_sweep_share_the_folder_of_the_first(job: JobOf, hub: FakeHub, tmp_path: Path) -> None:
     shared = tmp_path / "workspaces" / "sweep-0a1b2c3d"
     contexts = [job(f"sweep-0{number}", {"lora": {"rank": 4 + number}}) for number in range(2)]
     cells = [replace(context, mounts=replace(context.mounts, model_cache=shared)) for context in contexts]
@@ -195,7 +193,7 @@ def test_a_model_that_changes_while_it_is_quantized_is_not_shared(
     [lambda model, to: quantized(model, to, settings()), lambda _model, to: save_gpt_oss(to)],
     ids=["bitsandbytes", "mxfp4"],
 )
-def test_what_is_published_in_4_bit_is_shared_too(
+def test_a_model_published_in_4_bit_is_shared_too(
     job: JobOf, hub: FakeHub, cache: Path, tiny_llama: Path, make: Callable[[Path, Path], Path]
 ) -> None:
     repository = hub.repositories["models/acme/tiny"]
@@ -273,9 +271,7 @@ def test_training_does_not_start_on_a_base_that_has_changed_in_the_cache(job: Jo
     assert failure.value.exit_code is ExitCode.MODEL_UNAVAILABLE
 
 
-def test_nothing_is_kept_of_a_training_on_a_base_that_was_replaced_in_the_cache(
-    job: JobOf, hub: FakeHub, cache: Path
-) -> None:
+def test_a_training_on_a_replaced_base_keeps_no_files(job: JobOf, hub: FakeHub, cache: Path) -> None:
     """With a manifest that fits, after prepare: the sum is the one that prepare recorded."""
     context = job()
     prepare(context, Recorded())
@@ -304,7 +300,7 @@ def test_a_token_without_access_is_rejected_although_the_model_is_cached(
 
 
 @pytest.mark.parametrize("closed", [lambda path: True, lambda path: path.endswith(WEIGHTS)], ids=["all", "weights"])
-def test_files_of_a_gated_model_are_asked_for_with_the_jobs_own_token(
+def test_files_of_a_gated_model_are_requested_with_the_jobs_token(
     job: JobOf, hub: FakeHub, closed: Callable[[str], bool]
 ) -> None:
     """The listing of a gated repository is public, its files are not."""
@@ -508,9 +504,7 @@ def test_a_cached_base_that_was_changed_is_made_again(
     assert not [path for path in cached(cache).iterdir() if path.is_symlink()]
 
 
-def test_the_sum_tells_a_base_with_other_numbers_that_somebody_has_planted(
-    job: JobOf, hub: FakeHub, cache: Path
-) -> None:
+def test_the_checksum_detects_a_planted_base_with_other_numbers(job: JobOf, hub: FakeHub, cache: Path) -> None:
     """No server publishes a base's sum: a process that can write to the claim can plant a base, and jobs compare."""
     first = prepare(job("first"), Recorded())
     with_a_matching_manifest(cached(cache))
@@ -534,7 +528,7 @@ def in_two_parts(hub: FakeHub) -> list[str]:
     return parts
 
 
-def test_what_is_sound_in_a_damaged_base_is_not_made_again(job: JobOf, hub: FakeHub, cache: Path) -> None:
+def test_intact_files_of_a_damaged_base_are_kept(job: JobOf, hub: FakeHub, cache: Path) -> None:
     parts = in_two_parts(hub)
     prepare(job("first"), Recorded())
     write(cached(cache) / parts[1], (cached(cache) / parts[1]).read_bytes()[::-1])
@@ -587,7 +581,7 @@ def test_training_is_retried_while_the_cache_does_not_answer(
 # Concurrently, and killed
 
 
-def test_jobs_that_start_at_once_wait_for_one_that_makes_the_base(hub: FakeHub, cache: Path, tmp_path: Path) -> None:
+def test_concurrent_jobs_wait_for_the_one_that_makes_the_base(hub: FakeHub, cache: Path, tmp_path: Path) -> None:
     """Three processes; the first is held up while it downloads."""
     go_on, started = threading.Event(), threading.Event()
 
@@ -614,7 +608,7 @@ def test_jobs_that_start_at_once_wait_for_one_that_makes_the_base(hub: FakeHub, 
     assert not [path for file in files for path in file.workspace.rglob("model.safetensors")]
 
 
-def test_a_job_whose_base_another_one_has_completed_first_uses_that(job: JobOf, hub: FakeHub, cache: Path) -> None:
+def test_a_job_uses_a_base_that_another_one_has_completed_first(job: JobOf, hub: FakeHub, cache: Path) -> None:
     """As on a volume without locks: both make one, and the loser deletes the one it made."""
     contexts = iter([job("second")])
     records: list[PrepareRecord] = []
@@ -636,7 +630,7 @@ def test_a_job_whose_base_another_one_has_completed_first_uses_that(job: JobOf, 
     assert base_of(first).origin == "cache"
 
 
-def test_the_next_pod_of_a_killed_job_fetches_what_is_missing(hub: FakeHub, cache: Path, tmp_path: Path) -> None:
+def test_the_next_pod_of_a_killed_job_fetches_the_missing_files(hub: FakeHub, cache: Path, tmp_path: Path) -> None:
     parts = in_two_parts(hub)
     go_on, stuck = threading.Event(), threading.Event()
 
@@ -686,7 +680,7 @@ def left_behind(job: JobOf, hub: FakeHub, cache: Path) -> Path:
     return partial
 
 
-def test_what_a_stopped_job_has_left_is_used_by_another_once_it_is_stale(job: JobOf, hub: FakeHub, cache: Path) -> None:
+def test_stale_files_of_a_stopped_job_are_reused(job: JobOf, hub: FakeHub, cache: Path) -> None:
     partial = left_behind(job, hub, cache)
     waited: list[str] = []
 
@@ -707,7 +701,7 @@ def test_what_a_stopped_job_has_left_is_used_by_another_once_it_is_stale(job: Jo
 @pytest.mark.parametrize(
     "harm", [overwritten, with_tensors_of_another_model, with_too_few_constants, described_as_larger]
 )
-def test_what_a_stopped_job_has_left_is_made_again_unless_it_is_sound(
+def test_damaged_files_of_a_stopped_job_are_made_again(
     job: JobOf, hub: FakeHub, cache: Path, harm: Callable[[Path, str], None]
 ) -> None:
     partial, name = left_behind(job, hub, cache), "model-00001-of-00002.safetensors"
@@ -719,7 +713,7 @@ def test_what_a_stopped_job_has_left_is_made_again_unless_it_is_sound(
     assert record.base_sha256 == prepare(alone, Recorded()).base_sha256
 
 
-def test_nobody_goes_on_with_files_that_their_token_does_not_open(job: JobOf, hub: FakeHub, cache: Path) -> None:
+def test_a_job_does_not_resume_files_that_its_token_cannot_read(job: JobOf, hub: FakeHub, cache: Path) -> None:
     partial = left_behind(job, hub, cache)
     aged(partial, 130)
     hub.reject = lambda _method, path: Rejection(403, "GatedRepo") if "00001-of-00002" in path else None
@@ -766,9 +760,7 @@ def test_a_stale_folder_with_a_link_in_it_is_deleted_and_not_written_through(
     assert not any(path.is_symlink() for path in cached(cache).iterdir())
 
 
-def test_a_damaged_folder_that_another_pod_has_replaced_meanwhile_is_not_set_aside(
-    job: JobOf, hub: FakeHub, cache: Path
-) -> None:
+def test_a_folder_replaced_by_another_pod_is_not_set_aside(job: JobOf, hub: FakeHub, cache: Path) -> None:
     prepare(job("first"), Recorded())
     one, other = (ModelCache(ModelCacheLayout(cache), name, "pod") for name in ("one", "other"))
     found = one.find(cached(cache).name)
@@ -799,7 +791,7 @@ def test_a_volume_without_locks_holds_a_cache_too(
 # A cache that cannot be used
 
 
-def test_a_cache_without_room_is_said_and_the_base_goes_into_the_workspace(
+def test_a_full_cache_is_reported_and_the_base_goes_into_the_workspace(
     job: JobOf, hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage
@@ -870,7 +862,7 @@ def test_a_pod_that_hangs_with_the_caches_lock_makes_the_others_use_their_own(
     assert base_of(prepare(job("fourth"), Recorded())).origin == "cache"
 
 
-def test_neither_room_in_the_cache_nor_in_the_workspace_ends_before_the_weights(
+def test_without_room_in_cache_and_workspace_no_weights_are_downloaded(
     job: JobOf, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage("/")._replace(free=1000)

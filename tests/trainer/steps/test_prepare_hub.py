@@ -277,7 +277,7 @@ def test_a_bad_data_set_is_rejected_before_the_weights(
     assert "model.safetensors" not in hub.fetched
 
 
-def test_a_destination_that_may_not_be_written_is_rejected_before_anything_is_read(
+def test_a_read_only_destination_is_rejected_before_anything_is_read(
     make_context: MakeContext, records: Recorded, hub: FakeHub
 ) -> None:
     output = {"output": {"destination": "hf://acme/tuned"}}

@@ -129,7 +129,7 @@ def test_pod_identity_of_eks_opens_a_bucket_of_s3(s3: FaultProxy, give: Give, to
 
 
 @pytest.mark.parametrize("identity", [None, "aws", "azure"])
-def test_without_permission_of_the_profile_googles_identity_is_not_asked_for(
+def test_without_permission_of_the_profile_googles_identity_is_not_requested(
     google: FakeCloud, give: Give, identity: str | None
 ) -> None:
     """Permission for another cloud is none: on a node without workload identity it would be the node's own."""
@@ -139,12 +139,12 @@ def test_without_permission_of_the_profile_googles_identity_is_not_asked_for(
     assert google.tokens == set()
 
 
-def test_without_permission_of_the_profile_azures_identity_is_not_asked_for(azure: FakeCloud) -> None:
+def test_without_permission_of_the_profile_azures_identity_is_not_requested(azure: FakeCloud) -> None:
     assert "with no credentials (spec.model.secretRef)" in rejected("az", ExitCode.BAD_CONFIGURATION)
     assert azure.tokens == set()
 
 
-def test_without_permission_of_the_profile_pod_identity_of_eks_is_not_asked_for(
+def test_without_permission_of_the_profile_pod_identity_is_not_requested(
     s3: FaultProxy, give: Give, token: Path
 ) -> None:
     with serve_cloud(FakeCloud(), "aws") as agent:
@@ -158,9 +158,7 @@ def test_without_permission_of_the_profile_pod_identity_of_eks_is_not_asked_for(
     ("provider", "scheme", "variable"),
     [("aws", "s3", "AWS_CONTAINER_CREDENTIALS_FULL_URI"), ("azure", "az", "AZURE_CLIENT_ID")],
 )
-def test_a_pod_that_no_webhook_has_reached_is_tried_again(
-    give: Give, provider: str, scheme: str, variable: str
-) -> None:
+def test_a_pod_that_no_webhook_has_changed_is_retried(give: Give, provider: str, scheme: str, variable: str) -> None:
     give(**{contract.ENV_CLOUD_IDENTITY: provider}, AZURE_STORAGE_ACCOUNT_NAME=ACCOUNT)
     message = rejected(scheme, ExitCode.UNREACHABLE)
     assert message.startswith(f"the pod was given no cloud identity ({variable} is not set): ask the administrator")

@@ -119,7 +119,7 @@ def test_a_job_is_prepared_with_all_servers_behind_the_proxy(company: Company, j
     require_no_password(job, done)
 
 
-def test_a_step_takes_authority_and_proxy_over_before_it_asks_a_server(company: Company, job: Files) -> None:
+def test_a_step_applies_authority_and_proxy_before_its_first_request(company: Company, job: Files) -> None:
     """The answer is the store's own: there is no such folder."""
     company.proxy.log.write_text("")
     missing = job.with_spec({"model": {"source": f"s3://{BUCKET}/none"}})
@@ -226,7 +226,7 @@ def test_an_authority_that_is_not_named_is_not_trusted(clients: Clients, client:
 
 
 @CLIENTS
-def test_a_wrong_password_of_the_proxy_is_said_and_not_shown(clients: Clients, client: str, tmp_path: Path) -> None:
+def test_a_wrong_password_of_the_proxy_is_reported_and_not_shown(clients: Clients, client: str, tmp_path: Path) -> None:
     for key in contract.PROXY_KEYS:
         (tmp_path / key).write_text("canary-wrong")
     clients.apply(**{contract.ENV_PROXY_SECRET: str(tmp_path)})
@@ -236,7 +236,7 @@ def test_a_wrong_password_of_the_proxy_is_said_and_not_shown(clients: Clients, c
 
 
 @CLIENTS
-def test_a_proxy_that_does_not_answer_is_tried_again(clients: Clients, client: str) -> None:
+def test_a_proxy_that_does_not_answer_is_retried(clients: Clients, client: str) -> None:
     clients.apply(HTTPS_PROXY="http://127.0.0.1:9")
     assert "proxy" in clients.rejected(client).lower()
 

@@ -112,7 +112,7 @@ def test_a_request_that_is_never_sent_is_a_wrong_configuration(error: Exception)
     assert "hf://acme/rows" in found.message
 
 
-def test_a_full_disk_is_told_apart_from_a_broken_transfer() -> None:
+def test_a_full_disk_is_distinguished_from_a_broken_transfer() -> None:
     with pytest.raises(OSError, match="No space left"), MODEL.errors():
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -125,7 +125,7 @@ def test_a_missing_entry_has_no_class_that_escapes() -> None:
     }
 
 
-def test_the_message_names_the_token_the_revision_and_what_to_do() -> None:
+def test_the_message_names_the_token_the_revision_and_the_remedy() -> None:
     gated = failure(MODEL, answered(403, GatedRepoError)).message
     assert "with the token of spec.model.tokenSecretRef: accept its terms at https://hub.example.org/acme/tiny" in gated
     assert "has no revision 'v1'" in failure(MODEL, answered(404, RevisionNotFoundError)).message

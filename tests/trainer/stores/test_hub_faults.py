@@ -45,7 +45,7 @@ def of_weights(request: Request) -> bool:
     return request.method == "GET" and request.path.endswith("/model.safetensors")
 
 
-def test_a_download_goes_on_where_it_was_cut_off(make_context: MakeContext, records: Recorded, hub: FakeHub) -> None:
+def test_a_cut_download_resumes(make_context: MakeContext, records: Recorded, hub: FakeHub) -> None:
     """The client writes parts of 10 MB; of the 15 MB that arrive before the cut, the first 10 are kept."""
     save_file(large_weights(weights(hub).parent), weights(hub))
     cuts = iter([15 * 10**6])
@@ -115,7 +115,7 @@ def test_no_token_follows_a_download_to_another_host(
     assert not any(TOKEN in str(request.headers) for request in elsewhere.seen)
 
 
-def test_a_transfer_that_stalls_is_taken_up_again(
+def test_a_stalled_transfer_is_resumed(
     make_context: MakeContext, records: Recorded, hub: FakeHub, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)

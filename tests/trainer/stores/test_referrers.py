@@ -90,7 +90,7 @@ def found(proxy: FaultProxy, tmp_path: Path) -> Callable[[], Attached]:
         b"no JSON",
     ],
 )
-def test_what_somebody_else_attaches_does_not_hide_the_statement(
+def test_foreign_attachments_do_not_hide_the_statement(
     played: PlayedRegistry, found: Callable[[], Attached], foreign: bytes
 ) -> None:
     played.pages = [[foreign, manifest(layer())]]

@@ -120,7 +120,7 @@ def add_layer(real_registry: str, tag: str) -> None:
     requests.put(url, auth=login, headers={"Content-Type": kind}, json=manifest, timeout=10).raise_for_status()
 
 
-def test_an_artifact_with_a_layer_more_is_not_what_was_published(
+def test_an_artifact_with_an_extra_layer_is_rejected(
     publish: Publish, registry_proxy: FaultProxy, real_registry: str
 ) -> None:
     first = publish()
@@ -174,7 +174,7 @@ def test_a_blob_that_arrives_changed_is_rejected_by_the_registry(
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "README.md"])
-def test_what_does_not_read_back_is_never_called_published(
+def test_files_that_do_not_read_back_are_not_reported_as_published(
     publish: Publish, registry_proxy: FaultProxy, contents: Contents, name: str
 ) -> None:
     """The registry has accepted it, and reports that it has it."""
@@ -218,7 +218,7 @@ def test_the_adapter_of_a_job_that_was_faster_is_never_replaced(publish: Publish
         (503, ExitCode.UNREACHABLE),
     ],
 )
-def test_a_rejection_is_permanent_and_trouble_is_not(
+def test_a_rejection_is_permanent_and_a_server_error_is_not(
     publish: Publish, registry_proxy: FaultProxy, status: int, code: ExitCode
 ) -> None:
     registry_proxy.rule = lambda request: Fault(status) if request.method == "POST" else None
@@ -236,7 +236,7 @@ def test_a_wrong_password_is_rejected_by_the_real_registry(
     assert "(HTTP 401)" in rejected(publish, ExitCode.BAD_CONFIGURATION)
 
 
-def test_credentials_that_may_not_write_are_noticed_and_no_upload_is_left(
+def test_credentials_without_write_access_are_rejected_and_no_upload_is_left(
     tmp_path: Path, registry_proxy: FaultProxy
 ) -> None:
     source = RegistrySource(registry_proxy.address, f"team/{uuid4().hex}", "v1", None)
@@ -251,7 +251,7 @@ def test_credentials_that_may_not_write_are_noticed_and_no_upload_is_left(
     assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
 
 
-def test_a_secret_without_this_registry_says_so(publish: Publish, tmp_path: Path) -> None:
+def test_a_secret_without_this_registry_is_reported(publish: Publish, tmp_path: Path) -> None:
     give_login(tmp_path / "credentials" / "output", "ghcr.io", LOGIN)
     assert "has no entry for 127.0.0.1:" in rejected(publish, ExitCode.BAD_CONFIGURATION)
 
@@ -297,7 +297,7 @@ def test_credentials_do_not_leave_tls_for_the_same_host(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("status", "code"), [(401, 10), (403, 10), (429, 200), (503, 200)])
-def test_a_token_server_in_trouble_is_tried_again(
+def test_a_failing_token_server_is_retried(
     publish: Publish, registry_proxy: FaultProxy, status: int, code: int
 ) -> None:
     realm = f'Bearer realm="http://{registry_proxy.address}/token",service="team",scope="push"'
@@ -322,7 +322,7 @@ def test_a_token_server_that_answers_nonsense_is_named(
     assert "but not with a JSON object that has one" in message
 
 
-def test_an_address_that_is_none_is_the_registrys_trouble(publish: Publish, registry_proxy: FaultProxy) -> None:
+def test_an_invalid_upload_address_is_an_error_of_the_registry(publish: Publish, registry_proxy: FaultProxy) -> None:
     registry_proxy.rule = lambda request: Fault(202, {"Location": "http://["}) if request.method == "POST" else None
     said = f"{registry_proxy.address} wants an upload to continue at 'http://[', which is not an address"
     assert said in rejected(publish, ExitCode.UNREACHABLE)
@@ -337,7 +337,7 @@ def test_a_token_server_without_an_address_gives_no_token(
     assert "with the credentials of spec.output.secretRef (HTTP 401)" in rejected(publish, ExitCode.BAD_CONFIGURATION)
 
 
-def test_a_redirect_to_an_address_that_is_none_is_the_registrys_trouble(
+def test_a_redirect_to_an_invalid_address_is_an_error_of_the_registry(
     publish: Publish, registry_proxy: FaultProxy
 ) -> None:
     registry_proxy.rule = lambda _request: Fault(307, {"Location": "http://["})
@@ -370,7 +370,7 @@ def test_a_huge_manifest_is_not_read_to_its_end(publish: Publish, registry_proxy
     assert "has more than 4194304 bytes" in rejected(publish, ExitCode.UNSAFE_ARTIFACT)
 
 
-def test_a_huge_file_of_somebody_else_is_not_read_into_memory(publish: Publish, registry_proxy: FaultProxy) -> None:
+def test_a_huge_foreign_file_is_not_read_into_memory(publish: Publish, registry_proxy: FaultProxy) -> None:
     layer = {"digest": f"sha256:{'0' * 64}", "size": 2**40, "annotations": {"org.cncf.model.filepath": "manifest.json"}}
     registry_proxy.rule = lambda _request: Fault(200, body=json.dumps({"layers": [layer]}).encode())
     assert "has files that no QLoRAJob published" in rejected(publish, ExitCode.BAD_CONFIGURATION)

@@ -11,7 +11,7 @@ from qlora_trainer.training.checkpoints.checkpoint import newest_checkpoint
 from tests.support.checkpoints import in_child, newest_step, save
 
 
-def test_what_was_saved_is_read_back_and_only_two_are_kept(tmp_path: Path) -> None:
+def test_saved_checkpoints_are_read_back_and_only_two_are_kept(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "checkpoints") is None
 
     save(tmp_path / "checkpoints", 2, 4, 10)

@@ -66,7 +66,7 @@ class Card:
         ({"autoMicroBatch": True}, "set spec.training.maxSequenceLength to 256"),
     ],
 )
-def test_running_out_of_gpu_memory_reports_what_used_it_and_what_to_change(
+def test_running_out_of_gpu_memory_reports_its_use_and_advice(
     training: dict[str, Any], advice: str, workspace: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Card(monkeypatch, rows=0)
@@ -139,7 +139,7 @@ AUTOMATIC = {
 }
 
 
-def test_micro_batches_are_halved_until_they_fit_and_the_steps_stay_what_they_were(
+def test_micro_batches_are_halved_until_they_fit_and_the_steps_stay_equal(
     workspace: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     roomy, small = workspace("roomy", AUTOMATIC, packed=False), workspace("small", AUTOMATIC, packed=False)
@@ -249,7 +249,7 @@ class Kept:
         self.own, self.tensor = self, torch.zeros(8)
 
 
-def test_what_the_pass_that_ran_out_has_left_is_freed_before_the_step_is_repeated(
+def test_memory_of_the_failed_pass_is_freed_before_the_step_is_repeated(
     workspace: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left: list[weakref.ref[Kept]] = []

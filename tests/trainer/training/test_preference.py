@@ -84,7 +84,7 @@ def test_a_row_that_is_first_seen_late_has_the_same_reference(tmp_path: Path, ti
     assert torch.equal(known(in_turn, 4)["train"], known(at_once, 1)["train"])
 
 
-def test_the_run_learns_to_prefer_the_chosen_answers_and_says_so(tmp_path: Path, tiny_llama: Path) -> None:
+def test_the_run_learns_to_prefer_the_chosen_answers_and_reports_it(tmp_path: Path, tiny_llama: Path) -> None:
     context, records = job(tmp_path / "workspace", tiny_llama), Recorded()
     run(context, records=records)
 
@@ -115,7 +115,7 @@ def test_the_result_has_loss_and_accuracy_of_the_adapter_that_is_kept(tmp_path: 
 
 # Later checkpoints must record the first step's adapter, which is the best; the run ends two evaluations after it.
 @pytest.mark.parametrize(("objective", "micro_batches"), [("dpo", 2), pytest.param("orpo", 4, marks=pytest.mark.slow)])
-def test_a_run_that_is_stopped_after_every_step_ends_early_and_keeps_the_same_best_adapter(
+def test_a_run_interrupted_after_every_step_keeps_the_same_best_adapter(
     objective: str, micro_batches: int, tmp_path: Path, tiny_llama: Path
 ) -> None:
     each_step: dict[str, Any] = {"keep": "best", "evalEverySteps": 1, "saveEverySteps": 1, "warmupSteps": 0}
@@ -141,7 +141,7 @@ def test_a_run_that_is_stopped_after_every_step_ends_early_and_keeps_the_same_be
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True])
-def test_two_processes_compute_what_one_does(sharded: bool, tmp_path: Path, tiny_llama: Path) -> None:
+def test_two_processes_match_one(sharded: bool, tmp_path: Path, tiny_llama: Path) -> None:
     # Five sequences a step do not divide by two: in the last round one rank has a batch that does not count.
     training = merged(DPO, {"training": {"gradientAccumulationSteps": 5}})
     two = SHARDED if sharded else {"resources": {"gpus": 2}}
@@ -177,7 +177,7 @@ def test_micro_batches_of_several_pairs_and_packed_pairs_have_the_same_losses(tm
     same_numbers(packed, alone, 1e-2)
 
 
-def test_the_loss_of_the_base_by_which_a_run_is_judged_is_log_2(
+def test_the_reference_loss_of_the_base_is_log_2(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the adapter the model is the reference, whatever the data are."""

@@ -91,7 +91,7 @@ def attempts(*ends: str | None, from_steps: tuple[int, ...] | None = None) -> li
     ]
 
 
-def test_five_attempts_in_a_row_that_were_killed_at_one_checkpoint_are_enough() -> None:
+def test_five_consecutive_kills_at_one_checkpoint_end_the_job() -> None:
     stuck = attempts("interrupted", *[None] * 5, from_steps=(0, 3, 3, 3, 3, 3))
     reject_if_stuck(stuck[:-1], 3, 1)
     reject_if_stuck(stuck, 4, 1)
@@ -108,7 +108,7 @@ def test_attempts_that_were_asked_to_stop_or_belong_to_an_earlier_job_do_not_cou
     reject_if_stuck(attempts(*[None] * 5, from_steps=(3,) * 5), 3, 2)
 
 
-def test_a_job_in_the_pod_of_another_is_stopped_by_no_attempts_of_its_own() -> None:
+def test_a_job_in_the_pod_of_another_is_not_stopped_by_its_attempts() -> None:
     """Each is an attempt of the other one's Job, whose own count ends them all; or of the run that it continues."""
     led = [attempt.model_copy(update={"job_attempt": 0}) for attempt in attempts(*[None] * 6, from_steps=(3,) * 6)]
     reject_if_stuck(led, 3, 0)

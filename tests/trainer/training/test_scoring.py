@@ -119,7 +119,7 @@ def note_data(context: StepContext, fingerprint: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pairs", [False, True])
-def test_each_answer_is_checked_by_what_its_row_brings(pairs: bool, tmp_path: Path, tiny_llama: Path) -> None:
+def test_each_answer_is_checked_by_the_check_of_its_row(pairs: bool, tmp_path: Path, tiny_llama: Path) -> None:
     """Of four rows in packed sequences, two bring a pattern that every text has, and two one that none has."""
     some, none = "^", "^(?!)"
     brought: dict[str, Any] = {
@@ -158,7 +158,7 @@ def test_each_answer_is_checked_by_what_its_row_brings(pairs: bool, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_an_adapter_that_is_there_is_scored_anew_by_another_check_and_stays_as_it_is(scored: StepContext) -> None:
+def test_an_existing_adapter_is_scored_again_by_a_new_check_and_unchanged(scored: StepContext) -> None:
     first = run(scored)
     assert_is_of_its_answers(first, scored)
     before = adapter_bytes(scored)
@@ -182,7 +182,7 @@ def test_an_adapter_that_is_there_is_scored_anew_by_another_check_and_stays_as_i
 
 
 @pytest.mark.slow
-def test_a_model_that_cannot_answer_ends_the_step_with_what_to_do(
+def test_a_model_that_cannot_answer_ends_the_step_with_a_remedy(
     scored: StepContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> str:
@@ -287,7 +287,7 @@ def test_an_answer_is_not_generated_beyond_its_end(tiny_llama: Path) -> None:
 
 
 @pytest.mark.slow
-def test_of_two_processes_the_main_one_scores_what_both_have_trained(tmp_path: Path, tiny_llama: Path) -> None:
+def test_the_main_process_scores_the_adapter_of_both(tmp_path: Path, tiny_llama: Path) -> None:
     files, context = workspace(tmp_path / "together", tiny_llama, merged(merged(EXACT, TWO), SCORED), packed=False)
     succeeded(files.run("train"))
     record = read_completion(context.workspace.completion("train"), TrainRecord)

@@ -82,14 +82,14 @@ def make_sweep() -> QLoRASweep:
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
-def test_argo_cd_shows_the_health_of_every_phase_in_the_operators_words(case: Case) -> None:
+def test_argo_cd_shows_the_health_of_every_phase_with_the_operators_message(case: Case) -> None:
     health = evaluate(HEALTH, case.body)
     assert health["status"] == case.health
     assert health["message"].startswith(case.message)
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
-def test_only_the_action_that_fits_is_offered_and_it_changes_one_field(case: Case) -> None:
+def test_only_the_applicable_action_is_offered_and_it_changes_one_field(case: Case) -> None:
     assert list(evaluate(ACTIONS["discovery.lua"], case.body)) == [case.action] * (case.action is not None)
     if case.action is None:
         return

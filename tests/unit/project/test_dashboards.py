@@ -30,14 +30,14 @@ def asked() -> set[str]:
     return {str(selector.name) for expression in expressions for selector in selected(promql.parse(expression))}
 
 
-def test_the_dashboards_are_what_make_generate_writes() -> None:
+def test_the_dashboards_match_make_generate() -> None:
     for file, text in render().items():
         assert file.read_text() == text, "run `make generate`"
     assert {file.stem for file in render()} == set(DASHBOARDS)
 
 
 @pytest.mark.parametrize("name", DASHBOARDS)
-def test_each_panel_explains_itself_and_asks_for_what_exists(name: str) -> None:
+def test_each_panel_has_a_description_and_queries_existing_metrics(name: str) -> None:
     assert list(complaints(DASHBOARDS[name], series() | KUBELET)) == []
 
 

@@ -44,7 +44,7 @@ def yaml_blocks() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("page", pages(), ids=name_of)
-def test_the_reference_is_what_make_generate_writes(page: Path) -> None:
+def test_the_reference_matches_make_generate(page: Path) -> None:
     assert page.read_text() == pages()[page], "run `make generate`"
 
 
@@ -63,9 +63,7 @@ def _over(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("block", yaml_blocks())
-def test_every_yaml_block_is_a_valid_job_or_sweep_a_part_of_one_or_profiles_values_or_from_a_shipped_file(
-    block: str, tmp_path: Path
-) -> None:
+def test_every_yaml_block_is_valid_or_from_a_shipped_file(block: str, tmp_path: Path) -> None:
     if any(block in text for text in SHIPPED):
         return
     content = yaml.safe_load(block)

@@ -34,7 +34,7 @@ def test_the_page_has_a_line_for_each_further_type_that_takes_more_than_text() -
     assert said in MULTIMODAL
 
 
-def test_plan_knows_the_types_with_one_row_in_a_sequence() -> None:
+def test_plan_has_the_types_with_one_row_in_a_sequence() -> None:
     """Otherwise run `make families`."""
     assert (
         set(re.findall(r"^\| `(\S+)` \| one row a sequence \|", PAGE.read_text(), re.MULTILINE)) == ONE_ROW_MODEL_TYPES

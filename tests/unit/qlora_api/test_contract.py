@@ -73,7 +73,7 @@ def test_a_line_that_is_no_record_of_this_job_and_pod_is_ignored(line: str) -> N
     assert decode_record(line, **OURS) is None
 
 
-def test_numbers_that_json_has_not_cannot_be_reported() -> None:
+def test_numbers_outside_json_cannot_be_reported() -> None:
     with pytest.raises(ValueError, match="finite"):
         ProgressRecord(**OURS, step="train", time=TIME, loss=float("nan"))
 

@@ -33,7 +33,7 @@ def rejection(path: Path, text: str) -> str:
     return str(rejected.value)
 
 
-def test_a_problem_in_a_merged_part_of_a_manifest_is_reported_at_the_line_of_its_parent(tmp_path: Path) -> None:
+def test_a_problem_in_a_merged_part_is_reported_at_the_line_of_its_parent(tmp_path: Path) -> None:
     text = "kind: QLoRAJob\nmetadata:\n  name: a\nspec:\n  <<: {unknown: 1}\n"
     assert f"{tmp_path / 'job.yaml'}:4: spec.unknown: unknown field" in rejection(tmp_path / "job.yaml", text)
 
@@ -95,7 +95,7 @@ def test_a_layer_that_is_no_file_of_known_content_is_rejected(layer: dict[str, o
         unpack({"layers": [layer]})
 
 
-def test_a_pattern_made_to_be_slow_is_matched_at_once() -> None:
+def test_a_pattern_made_to_be_slow_is_matched_quickly() -> None:
     """A regular expression would try some 10^11 ways to share the name among the stars."""
     card = {"configs": [{"config_name": "a", "data_files": "*a" * 8 + "b"}]}
     with pytest.raises(StepFailure, match="no data file matches"):

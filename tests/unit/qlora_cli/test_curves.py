@@ -30,7 +30,7 @@ def test_nothing_but_the_curves_is_drawn() -> None:
     assert [row.partition("| ")[2][:8].strip(" \u2800") for row in rows[-5:]] == [""] * 5
 
 
-def test_colors_are_used_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colors_are_used_where_the_terminal_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
     # The library detects a terminal by itself.
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert "\x1b[" in draw_curves(RUNS, 80, colors=True)

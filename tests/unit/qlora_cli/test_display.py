@@ -41,6 +41,6 @@ from qlora_cli.local.display import describe
         ),
     ],
 )
-def test_a_record_becomes_a_line_of_what_it_knows(fields: dict[str, Any], line: str) -> None:
+def test_a_record_becomes_a_line_of_its_fields(fields: dict[str, Any], line: str) -> None:
     common = {"jobUid": "job", "podUid": "pod", "step": "train", "time": "2026-01-02T03:04:05Z"}
     assert describe(ProgressRecord.model_validate(common | fields)) == line

@@ -5,7 +5,7 @@ import pytest
 from qlora_cli.local.display import RecordDisplay
 
 
-def test_a_step_without_a_result_is_told_by_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_step_without_a_result_is_described_by_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     RecordDisplay().end("train", None, 137)
     printed = capsys.readouterr()
     assert printed.out == ""

@@ -27,7 +27,7 @@ def test_the_exit_code_is_that_of_the_step_that_failed(status: dict[str, Any], c
     assert job(**status).exit_code == code
 
 
-def test_gpu_hours_are_known_once_the_operator_reports_them() -> None:
+def test_gpu_hours_appear_once_the_operator_reports_them() -> None:
     assert job().gpu_hours is None
     assert job(usage={"gpuSeconds": 5400}).gpu_hours == 1.5
     assert job(usage={"gpuSeconds": 0}).gpu_hours == 0
@@ -68,7 +68,7 @@ def test_a_job_is_trained_by_the_leader_of_its_group() -> None:
         ({"containerStatuses": [{"name": "trainer", "state": {"terminated": {"exitCode": 1}}}]}, "", True, True),
     ],
 )
-def test_a_pod_says_what_it_waits_for_and_whether_it_has_a_log(
+def test_a_pod_has_its_waiting_reason_and_whether_it_has_a_log(
     status: dict[str, Any], waits_for: str, has_log: bool, ended: bool
 ) -> None:
     pod = Pod({"metadata": {"name": "a"}, "status": status})

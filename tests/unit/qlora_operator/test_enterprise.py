@@ -60,7 +60,7 @@ def test_a_step_with_a_network_gets_the_authority_and_the_proxy(step: StepName) 
 
 
 @pytest.mark.parametrize("step", OFFLINE)
-def test_a_step_without_a_network_gets_nothing_of_it(step: StepName) -> None:
+def test_a_step_without_a_network_gets_neither_authority_nor_proxy(step: StepName) -> None:
     template = to_json(build(step, {**NETWORK, **STORES}))
     for word in ("company-ca", "proxy", "PROXY", "teamdata", "gcs.example.org", "blob.example.org"):
         assert word not in template
@@ -93,7 +93,7 @@ def test_prepare_and_publish_alone_have_the_identity_that_the_profile_names(prov
 
 
 @pytest.mark.parametrize("step", [*ONLINE, *OFFLINE])
-def test_without_an_identity_of_the_profile_there_is_none(step: StepName) -> None:
+def test_without_an_identity_in_the_profile_pods_have_none(step: StepName) -> None:
     template = build(step, {})
     assert "serviceAccountName" not in template["spec"]
     assert "QLORA_CLOUD_IDENTITY" not in environment_of(template)

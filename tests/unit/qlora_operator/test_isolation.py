@@ -100,7 +100,7 @@ def reconciled(body: dict[str, Any]) -> RecordingCluster:
 
 
 @pytest.mark.parametrize("spec", HOSTILE, ids=["s3", "hf, oci and configMap", "pvc"])
-def test_no_address_or_name_of_a_job_is_opened_asked_or_started(spec: dict[str, Any], recorded: list[Any]) -> None:
+def test_no_address_or_name_of_a_job_is_opened_requested_or_started(spec: dict[str, Any], recorded: list[Any]) -> None:
     cluster = reconciled(job_body(**spec))
     assert cluster.jobs, "the operator has not come as far as a pod"
     assert CANARY in json.dumps(cluster.jobs), "the job's pods are to use what it names"

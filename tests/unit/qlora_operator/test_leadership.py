@@ -37,9 +37,7 @@ def lease(holder: str | None, seconds: int | None = 12) -> Object:
         ({"metadata": {"resourceVersion": "1"}}, 0, Step.TAKE),
     ],
 )
-def test_a_candidate_takes_what_nobody_holds_or_has_not_renewed(
-    found: Object | None, unchanged: float, step: Step
-) -> None:
+def test_a_candidate_takes_a_free_or_expired_lease(found: Object | None, unchanged: float, step: Step) -> None:
     assert decide(found, "me", unchanged, 12) is step
 
 
@@ -143,7 +141,7 @@ async def end(*tasks: asyncio.Task[None]) -> None:
 
 @pytest.mark.parametrize("skew", [-7200, 0, 7200])
 @pytest.mark.parametrize("fault", ["closed", "hangs"])
-def test_who_is_cut_off_stops_before_another_begins(skew: float, fault: str) -> None:
+def test_a_disconnected_leader_stops_before_another_begins(skew: float, fault: str) -> None:
     match = Match()
     road, first = match.candidate("first", skew=skew)
     _, second = match.candidate("second")
@@ -211,7 +209,7 @@ def test_alone_it_works_again_as_soon_as_it_can_renew() -> None:
     match.play(scenario)
 
 
-def test_who_ends_hands_over_at_once() -> None:
+def test_a_leader_that_ends_releases_the_lease_immediately() -> None:
     match = Match()
     _, first = match.candidate("first")
     _, second = match.candidate("second")
@@ -233,7 +231,7 @@ def test_who_ends_hands_over_at_once() -> None:
     match.play(scenario)
 
 
-def test_of_many_that_start_together_one_works() -> None:
+def test_of_many_candidates_that_start_together_one_works() -> None:
     match = Match()
     names = [f"candidate-{number}" for number in range(10)]
     elections = {name: match.candidate(name, seconds=0.1 + number / 50)[1] for number, name in enumerate(names)}
@@ -264,7 +262,7 @@ def test_a_lease_that_was_taken_without_an_answer_is_held() -> None:
     match.play(scenario)
 
 
-def test_a_lease_that_somebody_edits_or_deletes_is_kept() -> None:
+def test_a_lease_that_a_user_edits_or_deletes_is_kept() -> None:
     match = Match()
     _, only = match.candidate("only")
 
@@ -283,7 +281,7 @@ def test_a_lease_that_somebody_edits_or_deletes_is_kept() -> None:
     match.play(scenario)
 
 
-def test_work_that_does_not_stop_is_a_reason_to_restart() -> None:
+def test_work_that_does_not_stop_restarts_the_process() -> None:
     match = Match()
     road, only = match.candidate("only")
     released = asyncio.Event()
@@ -307,7 +305,7 @@ def test_work_that_does_not_stop_is_a_reason_to_restart() -> None:
     match.play(scenario)
 
 
-def test_what_the_work_raises_ends_the_election_and_frees_the_lease() -> None:
+def test_an_error_of_the_work_ends_the_election_and_frees_the_lease() -> None:
     match = Match()
     _, only = match.candidate("only")
 

@@ -102,7 +102,7 @@ def test_half_the_rank_halves_the_adapter() -> None:
     assert half.layer_working_set == whole.layer_working_set
 
 
-def test_without_checkpointing_all_that_the_blocks_keep_is_their_working_set() -> None:
+def test_without_checkpointing_all_kept_tensors_are_the_working_set() -> None:
     kept = measured((StepSize(1, 1024, False), 10 * MIB))
     memory = measured_estimate(kept, TrainingShape(rank=16, sequence_length=1024, gradient_checkpointing=False))
     assert memory.checkpoints == 0
@@ -168,7 +168,7 @@ def test_no_larger_micro_batch_gives_a_gpu_more_to_do(gpus: int, steps: int, siz
     assert [larger.micro_batch_size for larger in larger_micro_batches(training)] == sizes
 
 
-def test_a_run_that_may_halve_its_micro_batch_knows_the_smallest(config: Path) -> None:
+def test_a_run_that_may_halve_its_micro_batch_has_its_smallest_size(config: Path) -> None:
     spec = job(training={"microBatchSize": 8, "autoMicroBatch": True})
     planned = MeasuredJob.from_config(config, spec, training_shape(spec, ()), measure=Measuring())
     whole, halved = (planned.estimate(replace(planned.training, micro_batch_size=size)) for size in (8, 1))

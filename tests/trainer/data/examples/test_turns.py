@@ -119,7 +119,7 @@ def test_a_mark_that_is_missing_or_wrong_is_rejected(
     assert failure.exit_code is ExitCode.BAD_DATASET
 
 
-def test_rows_that_cannot_mark_anything_are_a_bad_configuration(tiny_llama: Path) -> None:
+def test_marks_in_rows_without_turns_are_a_bad_configuration(tiny_llama: Path) -> None:
     failure = rejected(
         tiny_llama,
         {"prompt": "a", "completion": "b"},
@@ -198,7 +198,7 @@ def test_a_system_prompt_is_added_or_replaces_the_rows_own(
     assert first[1] == second[1] == [f"First.{END}", f"Second.{END}", f"Third.{END}"]
 
 
-def test_a_system_message_that_a_row_has_left_empty_is_its_own(tiny_llama: Path) -> None:
+def test_an_empty_system_message_of_a_row_is_kept(tiny_llama: Path) -> None:
     rows = [{"messages": [{"role": "system", "content": ""}, *DIALOGUE[1:]]}]
     [(text, _)] = learned(tiny_llama, rows, system_prompt=PROMPT)
     assert "English" not in text
@@ -226,7 +226,7 @@ def test_a_template_without_system_messages_is_a_bad_configuration(tiny_llama: P
     Tokenizer(tiny_llama).require_system_message()
 
 
-def test_a_template_that_rejects_every_conversation_is_not_blamed_on_the_system_prompt(tiny_llama: Path) -> None:
+def test_a_template_that_rejects_every_conversation_is_reported_as_such(tiny_llama: Path) -> None:
     tokenizer = Tokenizer(tiny_llama, JobTemplate("{{ messages[0].content.nosuch() }}"))
     tokenizer.require_system_message()
     with pytest.raises(StepFailure, match=r"line 1: the chat template .* rejects this conversation"):

@@ -13,7 +13,7 @@ from tests.trainer.conftest import MakeContext
 
 
 @pytest.mark.parametrize("case", CORPUS, ids=[case.name for case in CORPUS])
-def test_it_is_rejected_with_what_a_person_needs_to_know(
+def test_it_is_rejected_with_its_message(
     make_context: MakeContext, records: Recorded, tmp_path: Path, case: BadData
 ) -> None:
     """The message is short enough to be read, and nothing of the data is left in the workspace."""

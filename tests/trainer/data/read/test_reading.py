@@ -163,7 +163,7 @@ def test_a_file_that_changes_while_it_is_read_is_rejected(
     assert failure.value.exit_code is ExitCode.BAD_DATASET
 
 
-def test_the_statistics_report_what_was_read_and_what_was_dropped(
+def test_the_statistics_report_read_and_dropped_rows(
     make_context: MakeContext, records: Recorded, tmp_path: Path
 ) -> None:
     rows = [{**chat_row(f"Which {n}?", "This."), "source": "web"} for n in range(30)]
@@ -271,7 +271,7 @@ AT_COMMIT = f"/revision/{OTHER_COMMIT}"
         ({}, {"source": "hf://acme/rows", "config": "large", "split": "train"}, 4, ["rows", "rows"]),
     ],
 )
-def test_evaluation_rows_are_those_of_the_revision_configuration_and_split_that_are_named(
+def test_evaluation_rows_come_from_the_named_revision_configuration_and_split(
     make_context: MakeContext,
     records: Recorded,
     hub: FakeHub,
@@ -297,7 +297,7 @@ def test_evaluation_rows_are_those_of_the_revision_configuration_and_split_that_
         ({"revision": "v9"}, "hf://acme/other has no revision 'v9'"),
     ],
 )
-def test_what_evaluation_rows_lack_is_rejected_with_its_field(
+def test_incomplete_evaluation_rows_are_rejected_with_the_missing_field(
     make_context: MakeContext, records: Recorded, evaluation: dict[str, str], message: str
 ) -> None:
     dataset = {"source": "hf://acme/rows", "config": "small", "eval": {"source": "hf://acme/other", **evaluation}}

@@ -192,7 +192,7 @@ def test_without_a_template_prompt_and_completion_are_one_text_with_an_end(token
     assert (text, targets) == ("Which pods? All.<|im_end|>", ["All.<|im_end|>"])
 
 
-def test_the_first_token_of_an_answer_is_a_target_even_with_the_space_of_the_prompt_in_it(
+def test_the_first_token_of_an_answer_is_a_target_even_with_the_prompts_space(
     tokenize_rows: TokenizeRows,
 ) -> None:
     [(text, targets)] = tokenize_rows([{"prompt": "kubectl get ", "completion": "pods"}], None)

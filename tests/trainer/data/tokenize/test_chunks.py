@@ -117,7 +117,7 @@ def test_chunks_of_other_data_or_settings_are_not_used(
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("count", [1, 2])
-def test_the_first_invalid_row_is_reported_whichever_process_finds_it(
+def test_the_first_invalid_row_is_reported_by_any_process(
     make_context: MakeContext, tmp_path: Path, workers: Any, count: int
 ) -> None:
     """The last row of a chunk is wrong, a later chunk too, and the file's end cannot be read."""
@@ -150,9 +150,7 @@ def chunk_files(files: Files) -> dict[str, int]:
     return {path.name: path.stat().st_ino for path in files.workspace.glob("data/.rows.partial/train-*.safetensors")}
 
 
-def test_a_killed_prepare_resumes_with_its_chunks_to_the_bytes_of_an_undisturbed_one(
-    tmp_path: Path, tiny_llama: Path
-) -> None:
+def test_a_killed_prepare_resumes_from_its_chunks_to_the_same_bytes(tmp_path: Path, tiny_llama: Path) -> None:
     files = new_files(tmp_path, tiny_llama.parent)
     rows = 3 * tokenize.CHUNK_ROWS + 100
     write_rows(files.data / "train.jsonl", [chat_row(f"Question {n}?", "pods " * (n % 7 + 1)) for n in range(rows)])

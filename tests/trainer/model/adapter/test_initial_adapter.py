@@ -121,7 +121,7 @@ def test_the_hubs_token_is_that_of_the_adapters_own_secret_or_else_the_models(
     assert "another" not in rejected(context)
 
 
-def test_an_adapter_that_is_larger_than_the_job_has_is_not_downloaded(
+def test_an_adapter_larger_than_the_jobs_is_not_downloaded(
     make_context: MakeContext, hub: FakeHub, adapter: Path
 ) -> None:
     with (adapter / "adapter_model.safetensors").open("ab") as file:

@@ -96,7 +96,7 @@ def test_plain_peft_computes_the_same_loss(trained: tuple[StepContext, TrainReco
 
 
 @pytest.mark.slow
-def test_a_variant_is_trained_further_from_the_loss_that_it_ended_with(
+def test_a_variant_continues_from_the_loss_that_it_ended_with(
     trained: tuple[StepContext, TrainRecord, Path], tmp_path: Path
 ) -> None:
     first, record, model = trained
@@ -114,7 +114,7 @@ def test_a_variant_is_trained_further_from_the_loss_that_it_ended_with(
     assert run(context).initial_eval_loss == record.eval_loss
 
 
-def test_the_check_before_publication_knows_every_tensor(
+def test_the_check_before_publication_covers_every_tensor(
     trained: tuple[StepContext, TrainRecord, Path], tmp_path: Path
 ) -> None:
     context, record, model = trained
@@ -160,7 +160,7 @@ def test_tied_modules_are_not_trained_apart(tiny_qwen2: Path) -> None:
         (LoraSpec(rank=1024), "rank 1024"),
     ],
 )
-def test_what_vllm_rejects_is_named_with_its_reason(lora: LoraSpec, word: str | None) -> None:
+def test_settings_that_vllm_rejects_are_named_with_the_reason(lora: LoraSpec, word: str | None) -> None:
     reason = rejected_by_vllm(lora)
     assert (reason is None) == (word is None)
     assert reason is None or str(word) in reason

@@ -62,7 +62,7 @@ def random_stack(shape: tuple[int, int, int], scales: tuple[int, int]) -> Mxfp4S
 
 @pytest.mark.parametrize("scales", [(0, 253), (118, 124)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_any_experts_are_dequantized_as_transformers_does_to_the_bit(
+def test_any_experts_are_dequantized_as_by_transformers_bit_for_bit(
     dtype: torch.dtype, scales: tuple[int, int]
 ) -> None:
     stack = random_stack((5, 96, 40), scales)
@@ -211,9 +211,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_experts_that_are_broken_or_forged_are_refused_with_the_tensors_name(
-    tmp_path: Path, gpt_oss: Path, name: str
-) -> None:
+def test_broken_or_forged_experts_are_rejected_with_the_tensors_name(tmp_path: Path, gpt_oss: Path, name: str) -> None:
     change, message = BROKEN[name]
     folder = Path(shutil.copytree(gpt_oss, tmp_path / "model"))
     weights = load_file(folder / WEIGHTS)
@@ -237,7 +235,7 @@ def test_experts_that_are_broken_or_forged_are_refused_with_the_tensors_name(
         ({"quantization_config": {"quant_method": "fp8"}}, "already quantized (fp8)"),
     ],
 )
-def test_what_is_not_published_so_is_refused_by_name(
+def test_models_in_another_form_are_rejected_by_name(
     tmp_path: Path, gpt_oss: Path, changes: dict[str, Any], message: str
 ) -> None:
     config = json.loads((gpt_oss / CONFIG).read_text())

@@ -163,7 +163,7 @@ def test_another_row_in_the_sequence_changes_not_a_bit_of_a_rows_loss_and_gradie
 
 
 @of_each(lambda case: not case.one_row and case.experts)
-def test_another_row_in_the_sequence_changes_what_experts_compute_by_rounding_only(trained: Trained) -> None:
+def test_another_row_in_the_sequence_changes_experts_by_rounding_only(trained: Trained) -> None:
     model = in_32_bit(adapted(trained))
 
     alone = loss_and_gradients(model, ROW, dtype=torch.float32)

@@ -127,9 +127,7 @@ def described(folder: Path, config: dict[str, Any]) -> Path:
     return folder
 
 
-def test_a_small_file_that_describes_a_model_too_large_to_inspect_is_rejected_within_limits(
-    make_context: MakeContext, tmp_path: Path
-) -> None:
+def test_a_configuration_of_a_model_too_large_to_inspect_is_rejected(make_context: MakeContext, tmp_path: Path) -> None:
     config = {"model_type": "qwen2_moe", "num_hidden_layers": 2, "shared_expert_intermediate_size": 5_000_000}
     folder = described(tmp_path / "model", config)
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
@@ -146,7 +144,7 @@ def test_a_small_file_that_describes_a_model_too_large_to_inspect_is_rejected_wi
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_prepare_rejects_the_family_by_name_with_the_reason_and_what_to_do(
+def test_prepare_rejects_the_family_by_name_with_reason_and_remedy(
     name: str, make_context: MakeContext, tmp_path: Path
 ) -> None:
     config, reason, way_out = REFUSED[name]

@@ -56,7 +56,7 @@ def measured(folder: Path, spec: QLoRAJobSpec, config: PretrainedConfig | None =
     return measure(folder / "config.json", spec, [size], "")
 
 
-def test_what_a_llama_consists_of_is_counted(tmp_path: Path) -> None:
+def test_every_part_of_a_llama_is_counted(tmp_path: Path) -> None:
     found = measured(tmp_path, job())
     shape = ModelShape.from_config(WIDE | {"model_type": "llama"})
     memory = measured_estimate(found, training_shape(job(), ()))
@@ -125,13 +125,13 @@ def test_a_target_that_the_model_does_not_have_is_rejected(tmp_path: Path) -> No
         measured(tmp_path, job({"targetModules": ["c_attn"]}))
 
 
-def test_a_model_that_is_not_trained_is_rejected_if_nobody_has_checked_it(tmp_path: Path) -> None:
+def test_an_unchecked_model_is_rejected(tmp_path: Path) -> None:
     AutoConfig.for_model("t5").save_pretrained(tmp_path)
     with pytest.raises(StepFailure, match="t5"):
         measure(tmp_path / "config.json", job(), [StepSize(1, 1024, True)], "")
 
 
-def test_heads_that_are_too_large_for_flash_attention_take_memory_in_proportion_to_the_tokens(tmp_path: Path) -> None:
+def test_heads_too_large_for_flash_attention_take_memory_linear_in_tokens(tmp_path: Path) -> None:
     """With grouped queries: no GPU builds all scores, which would take 2 GiB for so many tokens."""
     config = LlamaConfig(**WIDE | {"head_dim": 512})
     short, long = (

@@ -249,7 +249,7 @@ def test_the_walk_over_the_graph_gives_the_gradients_of_the_engine(tmp_path: Pat
         assert torch.equal(parameter.grad, one)
 
 
-def test_the_walk_fits_gradients_to_what_they_are_of(tmp_path: Path) -> None:
+def test_the_walk_fits_gradients_to_their_tensors(tmp_path: Path) -> None:
     """As the engine: summed over broadcast dimensions, in the type of the tensor, None where nothing leads."""
     x = torch.randn(3, 1, requires_grad=True)
     unused = torch.randn(2, requires_grad=True)

@@ -124,7 +124,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_threads() -> None:
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("quantization", KINDS[:2], ids=lambda kind: str(kind.double_quant))
-def test_a_value_that_is_no_finite_number_is_refused(value: float, quantization: QuantizationSpec) -> None:
+def test_a_value_that_is_not_finite_is_rejected(value: float, quantization: QuantizationSpec) -> None:
     weight = weights((64, 64), "normal")
     weight[5, 7] = value
     with pytest.raises(ValueError, match="infinite or not a number"):
@@ -172,7 +172,7 @@ def test_the_values_of_constants_are_those_of_bitsandbytes() -> None:
     assert torch.backends.cpu.get_cpu_capability() == "DEFAULT" or torch.equal(dynamic_map(), create_dynamic_map())
 
 
-def test_the_values_of_8_bit_constants_can_be_asked_for_first_while_a_model_is_built_without_weights() -> None:
+def test_8_bit_constants_can_be_requested_while_building_a_model_without_weights() -> None:
     dynamic_map.cache_clear()
 
     with torch.device("meta"):
@@ -200,7 +200,7 @@ def test_a_large_weight_takes_little_memory_besides_its_bytes(tmp_path: Path) ->
     assert int(found.stdout) < 40 * 2**20
 
 
-def test_the_values_of_constants_exist_also_when_a_model_without_weights_asks_first() -> None:
+def test_constants_exist_also_when_first_requested_by_a_model_without_weights() -> None:
     dynamic_map.cache_clear()
     with torch.device("meta"):
         assert dynamic_map().device.type == "cpu"

@@ -130,7 +130,7 @@ def test_a_process_that_crashes_after_the_save_changes_no_ending_and_is_logged(
     )
 
 
-def test_a_process_that_is_killed_ends_the_other_for_another_attempt(long_job: tuple[Files, StepContext]) -> None:
+def test_a_killed_process_ends_the_other_for_another_attempt(long_job: tuple[Files, StepContext]) -> None:
     files, _ = long_job
     process = files.start("train")
     said = until(process, 5)

@@ -123,7 +123,7 @@ def prepared_and_running() -> QLoRAJobStatus:
     return follow(make_job(stored), *RUNNING)
 
 
-def test_a_forecast_above_the_budget_is_said_before_the_gpu_is_used() -> None:
+def test_a_forecast_above_the_budget_is_reported_before_the_gpu_is_used() -> None:
     budget: dict[str, Any] = {"budget": {"gpuHours": 5}}
     status = prepared(**budget)
     assert status.step is not None
@@ -164,7 +164,7 @@ def test_a_job_that_has_used_its_budget_stops_at_a_checkpoint() -> None:
     assert deletion.actions == (DeleteJob(f"{NAME}-train-1", f"uid-{NAME}-train-1"),)
 
 
-def test_a_retry_with_a_larger_budget_goes_on_with_what_was_counted() -> None:
+def test_a_retry_with_a_larger_budget_keeps_the_counted_hours() -> None:
     failed = follow(make_job(seen_running(), budget={"gpuHours": 0.5}), *RUNNING)
     assert reason_of(failed) == "BudgetExceeded"
     body = pod("train")
@@ -182,7 +182,7 @@ def test_a_retry_with_a_larger_budget_goes_on_with_what_was_counted() -> None:
     assert more.usage == stopped.usage
 
 
-def test_what_is_trained_is_published_whatever_it_has_cost() -> None:
+def test_a_trained_adapter_is_published_above_its_budget() -> None:
     spent = {"gpuSeconds": 99_999, "gpuHours": "27.78", "lostGpuSeconds": {}, "pods": []}
     body = pod("publish")
     status = follow(make_job(status_with("publish", usage=spent), budget={"gpuHours": 1}), child("publish"), body)
@@ -196,7 +196,7 @@ def test_a_run_that_has_just_ended_is_not_stopped_by_its_budget() -> None:
     assert follow(job, child("train", Complete="Done"), done, now=after(62)).phase == "Publishing"
 
 
-def test_a_pod_that_has_ended_well_does_not_hide_one_that_runs_on() -> None:
+def test_a_succeeded_pod_does_not_hide_a_running_one() -> None:
     """A user who may create pods can make one that the Job seems to own; and of two nodes one may hang."""
     job, body = make_job(seen_running(), budget={"gpuHours": 1}), pod("train", 1, 9)
     decoy = ended(body, 0, start=-50, end=-49)
@@ -204,7 +204,7 @@ def test_a_pod_that_has_ended_well_does_not_hide_one_that_runs_on() -> None:
     assert (status.phase, reason_of(status)) == ("Failed", "BudgetExceeded")
 
 
-def test_a_run_that_is_published_is_not_looked_at_for_its_budget() -> None:
+def test_the_budget_of_a_publishing_job_is_not_checked() -> None:
     spec: dict[str, Any] = {"budget": {"gpuHours": 0.5}}
     used = seen_running().usage
     stored = make_job(status_with("publish", usage=used.dump() if used else None), **spec)
@@ -225,7 +225,7 @@ def test_the_budget_of_several_nodes_is_used_up_by_all_of_them() -> None:
     assert reason_of(follow(stored, *pods, now=after(450))) == "BudgetExceeded"
 
 
-def test_the_profile_limits_a_job_that_has_no_budget_of_its_own() -> None:
+def test_the_profile_limits_a_job_without_a_budget() -> None:
     profile = PROFILE.model_copy(update={"limits": Limits(gpu_hours=0.5)})
     fixed = follow(make_job(), profiles={"default": profile}).resolved
     assert fixed is not None

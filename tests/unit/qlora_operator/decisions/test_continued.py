@@ -80,7 +80,7 @@ def test_it_starts_when_the_other_job_has_ended_or_is_suspended(conditions: list
         (other(condition("Suspended", "False")), "ContinuedJobRunning", "is still running"),
     ],
 )
-def test_until_then_it_waits_says_why_and_is_looked_at_again(found: QLoRAJob | None, reason: str, says: str) -> None:
+def test_until_then_it_waits_reports_the_reason_and_is_requeued(found: QLoRAJob | None, reason: str, says: str) -> None:
     job = make_job(continues="other")
     status = follow(job, continued=found)
     assert (status.phase, status.resolved, reason_of(status)) == ("Pending", None, reason)
@@ -89,7 +89,7 @@ def test_until_then_it_waits_says_why_and_is_looked_at_again(found: QLoRAJob | N
     assert (planned.actions, planned.look_again) == ((), after(15))
 
 
-def test_a_suspended_job_waits_for_nobody() -> None:
+def test_a_suspended_job_does_not_wait_for_the_other_job() -> None:
     job = make_job(continues="other", suspend=True)
     assert plan(job, follow(job), seen(), NOW).look_again is None
 
@@ -111,7 +111,7 @@ def test_a_run_on_the_claim_of_a_cache_is_not_mounted() -> None:
     assert message_of(status).startswith("spec.continues names the claim 'shared'")
 
 
-def test_what_was_found_stays_although_the_other_job_goes_and_the_profile_changes() -> None:
+def test_the_resolved_run_stays_after_deletions_and_changes_of_the_profile() -> None:
     started = follow(make_job(continues="other"), continued=other(*ENDED))
     changed = {"default": PROFILE.model_copy(update={"image": "example.org/mended"})}
     again = follow(make_job(started, continues="other"), profiles=changed)
@@ -138,7 +138,7 @@ def image(status: QLoRAJobStatus) -> str:
     return status.resolved.profile.image
 
 
-def test_the_job_that_publishes_a_cell_of_its_sweep_keeps_to_the_trainer_of_that_cell() -> None:
+def test_the_job_that_publishes_a_sweeps_cell_uses_the_trainer_of_that_cell() -> None:
     """A release that was installed since resumes no run of the one before."""
     fixed = resolved().model_copy(update={"claim_name": "shared"})
     cell_body = other_body(status_in("publish", resolved=fixed.dump(), conditions=[condition("Succeeded", "True")]))
@@ -192,7 +192,7 @@ def test_a_claim_that_both_runs_are_on_is_one_volume_of_the_pod() -> None:
     assert mount["name"] == own.claim_name
 
 
-def test_the_trainer_is_told_so_that_an_older_one_rejects_the_job_instead_of_starting_anew() -> None:
+def test_an_older_trainer_rejects_a_continued_job() -> None:
     status = follow(make_job(continues="other"), continued=other(*ENDED))
     assert status.resolved is not None
     assert '"continues":"other"' in (status.resolved.document or "")
@@ -211,7 +211,7 @@ def test_the_trainer_is_told_so_that_an_older_one_rejects_the_job_instead_of_sta
         ((), False, True),
     ],
 )
-def test_a_job_that_is_taken_up_mounts_the_other_run_only_if_it_still_needs_it(
+def test_a_retried_job_mounts_the_other_run_only_if_it_still_needs_it(
     reached: tuple[str, ...], cleaned: bool, still_mounted: bool
 ) -> None:
     """The other job's claim may be gone; a pod would wait for it for ever."""
@@ -267,7 +267,7 @@ class TwoJobs:
     async def create_event(self, namespace: str, manifest: Object) -> None: ...
 
 
-def test_the_operator_looks_for_it_in_the_jobs_own_namespace_every_quarter_of_a_minute() -> None:
+def test_the_operator_reads_it_in_the_jobs_namespace_every_15_seconds() -> None:
     cluster, store = TwoJobs(job_body(continues="other"), other_body(None) | {"status": {"step": "?"}}), Store()
     store.job_changed(cluster.bodies[NAME], created=True)
     reconciler = Reconciler(cluster, PROFILES, None, Metrics(), lambda: NOW, starts(), store)  # type: ignore[arg-type]
@@ -300,7 +300,7 @@ def stored_other(*conditions: dict[str, Any], **fields: Any) -> dict[str, Any]:
     return other_body(status_in("train", resolved=fixed.dump(), conditions=list(conditions), **fields))
 
 
-def test_it_waits_for_the_train_pod_of_a_job_that_has_failed_which_still_saves_a_checkpoint() -> None:
+def test_it_waits_for_the_train_pod_of_a_failed_job_to_save_its_checkpoint() -> None:
     still = owned(running(pod("train")), "other", OTHER_UID)
     waiting = one_pass(TwoJobs(job_body(continues="other"), stored_other(*ENDED), pods=[still]))
     assert waiting.startswith("ContinuedJobRunning: pod other-train-1-pod1 may still save a checkpoint")
@@ -316,7 +316,7 @@ def test_it_waits_for_the_train_pod_of_a_job_that_has_failed_which_still_saves_a
     assert one_pass(cluster) == f"{NAME}-prepare-1"
 
 
-def test_it_waits_for_the_pod_of_a_leader_that_trains_a_suspended_job_on() -> None:
+def test_it_waits_for_the_leaders_pod_of_a_suspended_job() -> None:
     group = {"leader": "alpha", "leaderUid": "alphas"}
     led = stored_other(condition("Suspended", "True"), group=group)
     members = [{"name": "alpha", "uid": "alphas"}, {"name": "other", "uid": OTHER_UID}]

@@ -98,7 +98,7 @@ def test_a_pod_counts_from_its_node_to_its_end_times_its_gpus() -> None:
     assert (usage_of(status).gpu_seconds, lost(status)) == (300, {"startup": 40})
 
 
-def test_time_that_passes_is_no_reason_for_a_write() -> None:
+def test_passing_time_causes_no_write() -> None:
     stored = watched()
     same = child("train"), running(train_pod(), since=-90)
     assert then(stored, *same, at=299) == stored
@@ -107,7 +107,7 @@ def test_time_that_passes_is_no_reason_for_a_write() -> None:
     assert usage_of(status).gpu_seconds == 320
 
 
-def test_time_without_news_is_counted_every_five_minutes() -> None:
+def test_time_without_reports_is_counted_every_five_minutes() -> None:
     """Without reports of progress, all of it would be lost with a pod that vanishes but the last quarter of an hour."""
     same = child("train"), running(train_pod(), since=-90)
     stored, writes = follow(make_job(status_in("train"), **SPEC), *same), 0
@@ -121,7 +121,7 @@ def test_time_without_news_is_counted_every_five_minutes() -> None:
     assert usage_of(gone).gpu_seconds == 2 * 36_110
 
 
-def test_a_leader_that_is_gone_is_no_reason_to_write_again_and_again() -> None:
+def test_a_deleted_leader_causes_no_repeated_writes() -> None:
     leader, own = leader_with_pod(), grouped.job("prepared", NAME, grouped.FOLLOWER)
     group = GroupFacts((member_of(leader) or pytest.fail("it is in a group"),))
     status = count_usage(own.status, facts(own, group=group), until_now=True)
@@ -163,7 +163,7 @@ def evicted(body: dict[str, Any]) -> dict[str, Any]:
         ([child("train")], {}, {"disruption": 100}),
     ],
 )
-def test_what_is_in_no_checkpoint_is_lost_to_what_ended_the_pod(
+def test_time_in_no_checkpoint_is_lost_to_the_cause_of_the_pods_end(
     bodies: list[Any], spec: dict[str, Any], expected: dict[str, int]
 ) -> None:
     stored = watched()
@@ -189,14 +189,14 @@ def test_a_pod_that_never_trained_is_lost_as_a_whole(last: dict[str, Any]) -> No
     assert lost(status) == {"disruption": 240}
 
 
-def test_a_node_that_waits_for_others_in_vain_has_only_started() -> None:
+def test_a_node_whose_peers_never_come_has_only_started() -> None:
     nodes: dict[str, Any] = {"resources": {"nodes": 2}}
     waited = ended(scheduled(node(0), -100), int(ExitCode.PEERS_MISSING), start=-90, end=0)
     status = follow(make_job(status_in("train"), **nodes), child("train", Failed="BackoffLimitExceeded"), waited)
     assert lost(status) == {"startup": 100}
 
 
-def test_a_pod_that_vanishes_while_nobody_looks_is_not_charged_for_days() -> None:
+def test_a_pod_that_vanishes_without_an_operator_is_not_charged_for_days() -> None:
     status = then(watched(), child("train"), at=86_400)
     assert usage_of(status).gpu_seconds == 200 + 2 * 900
 
@@ -210,7 +210,7 @@ def brief(number: int, at: float) -> dict[str, Any]:
     return created(ended(train_pod(number, at=at), 0, start=at, end=at + 1), at)
 
 
-def test_whoever_makes_many_pods_hides_none_and_fills_no_status() -> None:
+def test_many_foreign_pods_hide_none_and_do_not_fill_the_status() -> None:
     """One that waits for ever, hundreds that run for a second, and then the pods that train: each of these counts."""
     waits, job = created(pod("train", 1, 1), -1000), child("train", created=-1100)
     many = [brief(number, -1000 + number) for number in range(2, 202)]
@@ -238,7 +238,7 @@ def test_a_pod_that_waits_for_its_image_while_hundreds_end_counts_from_its_node(
     assert usage_of(status).gpu_seconds == 2 * (398 + 100)
 
 
-def test_a_member_counts_a_pod_of_its_leader_that_many_have_overtaken() -> None:
+def test_a_member_counts_its_leaders_pod_after_many_later_ones() -> None:
     leader, own = grouped.job("training", "alpha", grouped.ALL), grouped.job("prepared", NAME, grouped.FOLLOWER)
     late = PodUsage(name="alpha-train-1-x", uid="late", created=time(-900), since=time(10), jobs=3)
     numbers: dict[str, Any] = {"jobs": 3, "seconds": 3, "end": "failure"}
@@ -259,7 +259,7 @@ def test_a_member_counts_a_pod_of_its_leader_that_many_have_overtaken() -> None:
     assert usage_of(status).gpu_seconds == 20 + 102
 
 
-def test_a_pod_that_waits_for_its_node_is_not_overtaken_by_many_that_end() -> None:
+def test_a_pod_that_waits_for_its_node_is_not_displaced_by_many_that_end() -> None:
     """Entries are dropped after a while, and what was created before then counts as counted: the pod is not yet."""
     first = created(pod("train", 1, 1), -100)
     many = [
@@ -296,7 +296,7 @@ def test_several_nodes_count_each() -> None:
     assert lost(stored) == {"startup": 2 * 20}
 
 
-def test_pods_that_others_have_made_do_not_count() -> None:
+def test_foreign_pods_do_not_count() -> None:
     stranger = running(train_pod(7), since=-90)
     owner = stranger["metadata"]["ownerReferences"][0] | {"uid": "made-up"}
     stranger = stranger | {"metadata": stranger["metadata"] | {"ownerReferences": [owner]}}
@@ -304,7 +304,7 @@ def test_pods_that_others_have_made_do_not_count() -> None:
     assert status.usage is None
 
 
-def test_a_status_has_room_for_whatever_looks_like_a_pod_of_the_job() -> None:
+def test_a_status_has_room_for_all_pods_with_the_jobs_labels() -> None:
     crowd = [running(train_pod(number), since=-90) for number in range(400)]
     status = follow(make_job(status_in("train"), **SPEC), child("train"), *crowd)
     later = [ended(train_pod(number), 203, start=-90, end=20) for number in range(400)]
@@ -325,7 +325,7 @@ def test_a_failed_job_counts_its_pod_until_that_has_stopped() -> None:
     assert is_settled(make_job(status, **job), seen(stopped))
 
 
-def test_a_failed_job_counts_its_pod_although_nobody_has_seen_it_end() -> None:
+def test_a_failed_job_counts_its_pod_although_its_end_was_not_seen() -> None:
     job = {"activeDeadlineSeconds": 60} | SPEC
     stored = then(watched(), child("train"), running(train_pod(), since=-90), **job)
     assert not is_settled(make_job(stored, **job), seen())
@@ -416,14 +416,14 @@ class Group:
         self.jobs[name] = replace(self.jobs[name], status=status.model_copy(update=kept))
 
 
-def test_the_leader_has_the_parts_of_those_that_are_deleted() -> None:
+def test_the_leader_gets_the_shares_of_deleted_members() -> None:
     group = Group()
     del group.jobs[NAME], group.jobs["zulu"]
     group.count("alpha", 3600)
     assert group.counted["alpha"] == 3700
 
 
-def test_who_is_deleted_while_the_pod_goes_on_keeps_what_it_has_counted() -> None:
+def test_a_member_deleted_during_the_run_keeps_its_counted_time() -> None:
     group = Group()
     group.count_all(200)
     del group.jobs[NAME]
@@ -439,7 +439,7 @@ def test_who_is_deleted_while_the_pod_goes_on_keeps_what_it_has_counted() -> Non
     assert group.counted["alpha"] == 500 + 300
 
 
-def test_who_ends_while_the_pod_trains_it_and_comes_back_counts_no_second_again() -> None:
+def test_a_member_that_ends_and_is_retried_counts_no_second_twice() -> None:
     group = Group()
     group.count_all(200)
     group.end(NAME)
@@ -454,7 +454,7 @@ def test_who_ends_while_the_pod_trains_it_and_comes_back_counts_no_second_again(
     assert losses == [{"failure": 500}, {"failure": 100}, {"failure": 300}]
 
 
-def test_the_limit_of_gpu_hours_holds_for_what_a_leader_has_taken_over() -> None:
+def test_the_limit_of_gpu_hours_includes_shares_of_deleted_members() -> None:
     group, limit = Group(), 1000 / 3600
     for name, job in group.jobs.items():
         fixed = job.status.resolved or pytest.fail("it has started")
@@ -484,7 +484,7 @@ def test_an_entry_of_an_earlier_release_stays_as_it_is() -> None:
     assert all("takenOver" not in str(job.status.dump()) for job in group.jobs.values())
 
 
-def test_what_others_have_copied_holds_nobody_back() -> None:
+def test_copies_of_other_members_do_not_block_a_job() -> None:
     """They list what they have copied in their statuses, where the leader and the other followers see it too."""
     group = Group()
     for at in (10, 400, 800):
@@ -492,7 +492,7 @@ def test_what_others_have_copied_holds_nobody_back() -> None:
         assert list(group.counted.values()) == [(100 + at) // 3] * 3
 
 
-def test_the_counters_get_what_each_write_adds() -> None:
+def test_the_counters_get_the_increase_of_each_write() -> None:
     metrics, before, after_it = Metrics(), watched(), then(watched(), child("train"), at=20)
     metrics.gpu_seconds.note(make_job(status_in("train"), **SPEC), before)
     metrics.gpu_seconds.note(make_job(before, **SPEC), after_it)
@@ -582,7 +582,7 @@ def test_usage_never_decreases_and_never_counts_twice(
 
 @settings(max_examples=25, deadline=None)
 @given(looks=st.lists(st.tuples(st.integers(0, 40), st.booleans(), st.booleans()), min_size=15, max_size=30))
-def test_a_group_counts_each_pod_once_whoever_has_made_it(looks: list[tuple[int, bool, bool]]) -> None:
+def test_a_member_counts_each_pod_once_under_any_leader(looks: list[tuple[int, bool, bool]]) -> None:
     """Pods of the leader and of the job come one after the other, and each lists its latest only."""
     own, whole = grouped.job("prepared", NAME, grouped.FOLLOWER), 0
     led, alone = list[PodUsage](), list[dict[str, Any]]()
@@ -624,7 +624,7 @@ _EVENTS = st.lists(
 
 @settings(max_examples=120, deadline=None)
 @given(events=_EVENTS, trains=st.none() | st.integers(-99, 999), code=st.sampled_from([137, 203]))
-def test_the_time_of_a_groups_pod_counts_once_whoever_is_gone(
+def test_the_time_of_a_groups_pod_counts_once_after_any_deletion(
     events: list[tuple[int, str, str, list[str]]], trains: int | None, code: int
 ) -> None:
     """All of it: but what a job had not yet copied of what its leader had counted when the job went."""

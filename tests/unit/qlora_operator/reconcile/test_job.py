@@ -278,7 +278,7 @@ def test_creation_retries_back_off_and_the_backoff_resets_after_success(
     assert reconciler.blocked.next(KEY) == 5
 
 
-def test_a_job_whose_first_job_no_watch_shows_is_tried_less_and_less_often() -> None:
+def test_a_job_whose_first_job_no_watch_shows_is_retried_with_backoff() -> None:
     cluster = MemoryCluster(job_body())
     store = shown(cluster, created=True)
     cluster.existing = child("prepare")
@@ -295,7 +295,7 @@ def test_status_writes_back_off_if_the_api_server_drops_them() -> None:
     assert [until_it_waits(reconciler) for _ in range(3)] == [5, 10, 20]
 
 
-def test_what_runs_for_a_job_that_waits_for_a_place_is_stopped() -> None:
+def test_a_step_of_a_job_that_waits_for_a_place_is_stopped() -> None:
     cluster = MemoryCluster(job_body())
     cluster.jobs = [child("train")]
     assert until_it_waits(full(cluster, shown(cluster))) == SECONDS_BETWEEN_LOOKS
@@ -304,7 +304,7 @@ def test_what_runs_for_a_job_that_waits_for_a_place_is_stopped() -> None:
 
 
 @pytest.mark.parametrize("kind", ["Service", "NetworkPolicy"])
-def test_no_train_pod_of_several_nodes_is_created_before_what_connects_them(kind: str) -> None:
+def test_peers_service_and_policy_are_created_before_their_train_pods(kind: str) -> None:
     ready = status_in("train", 1, step=step_status("train", jobUid="").dump())
     cluster = MemoryCluster(job_body(ready.dump(), resources={"nodes": 2}), rejected=(kind,))
     assert reconcile(cluster) == 5
@@ -317,7 +317,7 @@ def test_no_train_pod_of_several_nodes_is_created_before_what_connects_them(kind
     assert cluster.writes[:3] == ["NetworkPolicy", "Service", "Job"]
 
 
-def test_what_connects_them_is_tried_again_if_a_quota_has_changed_meanwhile() -> None:
+def test_peers_service_and_policy_are_retried_after_a_quota_change() -> None:
     ready = status_in("train", 1, step=step_status("train", jobUid="").dump())
     cluster = MemoryCluster(job_body(ready.dump(), resources={"nodes": 2}))
     cluster.contended = True
@@ -418,7 +418,7 @@ def test_nothing_is_created_for_a_job_that_is_being_deleted(spec: dict[str, Any]
 FINISHED = follow(make_job(status_in("publish")), child("publish", Complete=""), succeeded("publish"))
 
 
-def test_a_finished_job_with_a_clean_up_to_come_is_looked_at_when_that_is_due() -> None:
+def test_a_finished_job_is_requeued_for_its_clean_up() -> None:
     cluster = stored(FINISHED, cleanupAfterSeconds=100)
     assert reconcile(cluster) == 100
     assert reason_of(cluster.status, "CleanedUp") == "Scheduled"
@@ -439,7 +439,7 @@ FAILED = follow(make_job(status_in("prepare")), child("prepare", Failed="x"), fa
         (job_body(FAILED.dump(), cleanupAfterSeconds=0), "CleanedUp", "the clean-up of this job starts"),
     ],
 )
-def test_a_taken_name_says_what_waits_for_it(job: dict[str, Any], kind: str, waiting: str) -> None:
+def test_a_taken_name_is_reported_with_the_object_that_needs_it(job: dict[str, Any], kind: str, waiting: str) -> None:
     cluster = MemoryCluster(job)
     _taken(cluster)
     reconcile(cluster)
@@ -448,7 +448,7 @@ def test_a_taken_name_says_what_waits_for_it(job: dict[str, Any], kind: str, wai
 
 
 @pytest.mark.parametrize("status", [FINISHED, FAILED], ids=["succeeded", "failed"])
-def test_a_finished_job_without_clean_up_is_not_looked_at_any_more(status: QLoRAJobStatus) -> None:
+def test_a_finished_job_without_clean_up_is_not_requeued(status: QLoRAJobStatus) -> None:
     cluster = stored(status)
     store = shown(cluster)
     assert reconcile(cluster, store) is None
@@ -468,7 +468,7 @@ def test_a_finished_job_of_another_release_is_cleaned_up_if_its_pods_can_read_it
     assert [body["metadata"]["name"] for body in cluster.jobs] == ([f"{NAME}-clean-1"] if document else [])
 
 
-def test_a_failed_job_whose_step_still_runs_is_looked_at_and_the_step_deleted() -> None:
+def test_the_running_step_of_a_failed_job_is_deleted() -> None:
     cluster = stored(FAILED)
     cluster.jobs = [child("train")]
     store = shown(cluster)
@@ -477,7 +477,7 @@ def test_a_failed_job_whose_step_still_runs_is_looked_at_and_the_step_deleted() 
     assert not store.is_settled(KEY)
 
 
-def test_a_new_job_takes_four_calls_and_its_event_tells_what_is_stored() -> None:
+def test_a_new_job_takes_four_calls_and_its_event_has_the_stored_message() -> None:
     cluster = MemoryCluster(job_body())
     assert reconcile(cluster, shown(cluster, created=True)) == 60
     assert (cluster.writes, cluster.reads) == (["PersistentVolumeClaim", "Job", "status", "Event"], 0)
@@ -494,7 +494,7 @@ def test_the_first_job_of_a_job_older_than_the_watch_is_looked_up_first() -> Non
     assert cluster.status.resolved.profile.image == "example.org/old"
 
 
-def test_the_first_job_of_another_operator_says_what_was_resolved() -> None:
+def test_the_first_job_of_another_operator_has_the_resolved_spec() -> None:
     cluster = MemoryCluster(job_body())
     store = shown(cluster, created=True)
     cluster.existing = with_resolved(child("prepare"), image="example.org/other")
@@ -555,7 +555,7 @@ def test_a_result_with_a_number_that_is_no_json_is_an_unreadable_result(number: 
     assert (cluster.status.phase, reason_of(cluster.status)) == ("Failed", "ResultUnreadable")
 
 
-def test_a_job_whose_label_somebody_has_taken_is_not_created_again() -> None:
+def test_a_job_that_lost_its_label_is_not_created_again() -> None:
     cluster = stored(status_in("train"))
     cluster.existing = child("train", owner="")
     reconcile(cluster)
@@ -564,7 +564,7 @@ def test_a_job_whose_label_somebody_has_taken_is_not_created_again() -> None:
     assert cluster.status.step.attempt == 1
 
 
-def test_a_failed_job_that_waits_for_a_place_is_cleaned_up_all_the_same() -> None:
+def test_a_failed_job_that_waits_for_a_place_is_still_cleaned_up() -> None:
     cluster = MemoryCluster(job_body(FAILED.dump(), cleanupAfterSeconds=0, retry={"request": 1}))
     until_it_waits(full(cluster, Store()))
     assert cluster.writes[0] == "Job"
@@ -620,7 +620,7 @@ def test_a_pass_that_changes_nothing_asks_the_api_server_for_nothing() -> None:
     assert (cluster.writes, cluster.reads, writes) == (writes, 0, ["status", "Event"])
 
 
-def test_a_job_that_is_gone_is_forgotten() -> None:
+def test_a_deleted_job_is_dropped() -> None:
     cluster = MemoryCluster(job_body())
     store = shown(cluster)
     store.distrust(KEY)
@@ -726,7 +726,7 @@ def training(taken: Callable[[Object], dict[str, Any]], **spec: Any) -> MemoryCl
 
 
 @TAKEN
-def test_a_running_pod_that_somebody_detaches_still_counts_against_the_deadline(
+def test_a_detached_running_pod_still_counts_against_the_deadline(
     taken: Callable[[Object], dict[str, Any]],
 ) -> None:
     cluster = training(taken, activeDeadlineSeconds=100)
@@ -762,7 +762,7 @@ def test_a_detached_pod_and_another_one_of_its_job_never_write_at_the_same_time(
     assert (cluster.status.active_seconds, cluster.status.disruptions, cluster.status.failures) == (55, 0, 0)
 
 
-def test_a_pod_without_an_owner_is_none_of_a_step_that_has_no_job_yet() -> None:
+def test_a_pod_without_an_owner_does_not_belong_to_a_step_without_a_job() -> None:
     cluster = stored(status_in("train", step=step_status("train", jobUid="").dump()))
     cluster.pods = [without_owner(running(pod("train")))]
     reconcile(cluster, shown(cluster))
@@ -805,7 +805,7 @@ def test_a_retried_job_waits_for_the_detached_pod_of_its_failure(
     assert cluster.status.step.running_pod_name == f"{NAME}-train-2-pod1"
 
 
-def test_a_restart_waits_for_the_pod_that_it_stops_although_somebody_hides_that() -> None:
+def test_a_restart_waits_for_its_stopped_pod_although_that_is_detached() -> None:
     stalled = step_status(
         "train",
         runningPod=f"uid-{NAME}-train-1-pod1",
@@ -831,7 +831,7 @@ def test_a_restart_waits_for_the_pod_that_it_stops_although_somebody_hides_that(
 
 
 @pytest.mark.parametrize("end", [[], [ended(pod("train", 4), 143)]], ids=["gone", "ended"])
-def test_nobody_is_accused_of_deleting_the_job_of_a_detached_pod(end: list[dict[str, Any]]) -> None:
+def test_the_deletion_of_a_detached_pods_job_is_not_blamed_on_a_user(end: list[dict[str, Any]]) -> None:
     """Each time, the operator deletes that Job itself, and replaces it immediately."""
     cluster = stored(status_in("train", 4))
     cluster.jobs, cluster.pods = [child("train", 4)], [running(pod("train", 4))]
@@ -844,7 +844,7 @@ def test_nobody_is_accused_of_deleting_the_job_of_a_detached_pod(end: list[dict[
     assert [body["metadata"]["name"] for body in cluster.jobs] == [f"{NAME}-train-5"]
 
 
-def test_what_a_detached_pod_ran_counts_although_its_job_has_another_pod_by_then() -> None:
+def test_the_time_of_a_detached_pod_counts_although_its_job_has_another_pod() -> None:
     cluster = training(without_owner)
     detached = dict(cluster.pods[0])
     cluster.pods = [ended(detached, 0, start=-60, end=-10), running(pod("train", number=2), since=-5)]

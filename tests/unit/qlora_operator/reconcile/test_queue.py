@@ -28,7 +28,7 @@ def test_keys_come_in_the_order_in_which_they_are_due() -> None:
     assert [schedule.take(0.5), schedule.take(5), schedule.take(5), schedule.take(5)] == [None, A, B, None]
 
 
-def test_a_namespace_with_thousands_of_keys_keeps_no_other_waiting() -> None:
+def test_a_namespace_with_thousands_of_keys_delays_no_other() -> None:
     schedule = Schedule()
     for number in range(5000):
         schedule.add(("flood", f"{number:04}"), 0)
@@ -40,7 +40,7 @@ def test_a_namespace_with_thousands_of_keys_keeps_no_other_waiting() -> None:
     assert [key[0] for key in taken if key] == ["flood", "a", "b", "flood", "a", "b", "flood", "flood", "flood"]
 
 
-def test_a_namespace_that_comes_again_and_again_gets_no_more_than_its_turns() -> None:
+def test_a_busy_namespace_gets_no_more_than_its_turns() -> None:
     schedule = Schedule()
     for number in range(10):
         schedule.add(("patient", str(number)), 0)
@@ -144,7 +144,7 @@ def test_after_the_work_the_earlier_of_request_and_plan_counts() -> None:
     assert schedule.next_due() is None
 
 
-def test_the_pause_doubles_up_to_a_bound_and_success_forgets_it() -> None:
+def test_the_backoff_doubles_up_to_a_bound_and_success_resets_it() -> None:
     schedule = Schedule()
     pauses = []
     now = 0.0
@@ -160,7 +160,7 @@ def test_the_pause_doubles_up_to_a_bound_and_success_forgets_it() -> None:
     assert schedule.failed(A, now) == 1
 
 
-def test_an_event_ends_the_pause_after_a_failure() -> None:
+def test_an_event_ends_the_backoff_after_a_failure() -> None:
     schedule = Schedule()
     schedule.add(A, 0)
     schedule.take(0)
@@ -257,7 +257,7 @@ def drive(
         loop.close()
 
 
-def test_a_key_runs_alone_while_another_runs_beside_it() -> None:
+def test_a_key_runs_alone_while_other_keys_run_in_parallel() -> None:
     now: set[Key] = set()
     together: list[frozenset[Key]] = []
 
