@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-# Seconds for one test with its fixtures, by folder, on a machine of two busy cores: far above what any test needs.
+# Seconds for one test with its fixtures, by folder, on a machine of two busy cores: far above any test's need.
 LIMITS = {"unit": 120, "devcluster": 120, "trainer": 600, "gpu": 1200, "api": 300, "cluster": 1200}
 
 # A timing on a busy machine proves nothing about the code, and a random input fails in an unrelated change. Use `make

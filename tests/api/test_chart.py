@@ -1,4 +1,4 @@
-"""The chart with real Helm: what it renders, what it rejects, and what it does to a real API server."""
+"""The chart with real Helm: rendering, rejections, and its effects on a real API server."""
 
 import asyncio
 import copy
@@ -678,7 +678,7 @@ def test_pod_security_admits_the_operators_pod(installed: Helm, plane: ControlPl
         return plane.kubectl(*arguments, input_text=json.dumps(pod))
 
     assert "pod/admitted" in create(template["spec"])
-    # Beyond what the level asks for.
+    # Beyond the level's requirements.
     assert template["spec"]["containers"][0]["securityContext"]["readOnlyRootFilesystem"]
     with pytest.raises(ClusterError, match="PodSecurity"):
         create({**template["spec"], "securityContext": {}})

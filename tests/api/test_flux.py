@@ -84,7 +84,7 @@ def test_both_wait_and_prune_and_only_one_has_expressions(file: str) -> None:
 
 @pytest.fixture(scope="module")
 def flux(operated: Nodeless, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flux]:
-    """With the gate that the page recommends to those who wait for the end."""
+    """With the gate that the page recommends for waiting until the end."""
     folder = tmp_path_factory.mktemp("flux")
     with kustomize_controller(operated.kubectl, folder, "CancelHealthCheckOnNewRevision") as flux:
         yield flux

@@ -1,6 +1,6 @@
 """Foreign input in objects that the operator reads: large, strange, and thousands of them.
 
-There are no controllers and no node here: a pod stays as its tenant has made it.
+No controllers and no node run here: a pod stays as its tenant has made it.
 """
 
 import asyncio

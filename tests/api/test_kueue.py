@@ -41,7 +41,7 @@ class Queued:
         return name
 
     def sentence(self, name: str) -> str:
-        """Why the job waits, or what it does."""
+        """Reason of the job's wait, or its activity."""
         conditions = self.cluster.job(name)["status"].get("conditions", ())
         return next((str(each["message"]) for each in conditions if each["type"] == "Succeeded"), "")
 
@@ -58,7 +58,7 @@ class Queued:
         return self.cluster.live_pods(name, "train")
 
     def finish(self, name: str) -> None:
-        """The job ends well, and nothing of what happened to it counts."""
+        """The job ends well, and none of its interruptions counts."""
         self.cluster.succeed(name, "train", "publish")
         status = self.cluster.wait_for_phase(name, "Succeeded")["status"]
         assert (status.get("disruptions", 0), status.get("failures", 0)) == (0, 0)
@@ -167,7 +167,7 @@ def test_a_queue_that_comes_late_admits_the_job(queued: Queued) -> None:
     queued.kueue.local_queue("late", "later")
     queued.wait_for(name, "Queued", "Kueue: ClusterQueue later doesn't exist")
     queued.kueue.queue("later", 0)
-    # Kueue itself does not look at the Workload again before something else changes.
+    # Kueue does not check the Workload again before another change.
     queued.wait_for(name, "Queued", "current podset request (1) > maximum capacity (0)")
     queued.kueue.queue("later", 1)
     queued.finish(name)

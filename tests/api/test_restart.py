@@ -1,6 +1,6 @@
 """A restart of the operator is no news: ended, waiting and running jobs are checked again, and nothing is written.
 
-There are no controllers and no node here: a Job stays as it was created.
+No controllers and no node run here: a Job stays as it was created.
 """
 
 import json

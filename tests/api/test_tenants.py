@@ -1,4 +1,4 @@
-"""Tenants who attack: whatever they try is rejected, or has no effect on others.
+"""Attacks of tenants: each is rejected, or has no effect on others.
 
 A tenant has the chart's role `edit`, which the cluster role `edit` of Kubernetes includes, in a namespace with the Pod
 Security level `restricted`. The operator runs with the rights that the chart gives it. `pytest -s` prints a table.
@@ -46,20 +46,20 @@ CANARY = "hf_canarycanarycanarycanarycanary1234"
 
 @dataclass
 class Attacked:
-    """The tenants, and what the victim's namespace was like before."""
+    """The tenants, and the initial state of the victim's namespace."""
 
     tenants: Tenancy
     before: dict[str, Object]
     audit_start: int
 
     def require_unharmed(self) -> None:
-        """Nothing of the victim's has changed, and the operator runs."""
+        """No object of the victim has changed, and the operator runs."""
         assert _lasting(self.tenants.everything(VICTIM)) == self.before
         assert self.tenants.operator.poll() is None, self.tenants.operator_log.read_text()[-3000:]
 
 
 def _lasting(objects: dict[str, Object]) -> dict[str, Object]:
-    """Without the Events of the controllers, which count how often they have seen that there is no storage class."""
+    """Without the Events of the controllers, which count the reports of a missing storage class."""
 
     def of_the_operator(one: Object) -> bool:
         return bool(one["source"].get("component") == "qlora-operator")

@@ -1,7 +1,7 @@
 """The operator's process in bad weather: a real API server behind a proxy that rejects, freezes, cuts and goes away.
 
-There are no controllers and no node here: what the operator has done shows in the Jobs that it creates and deletes and
-in the status. No time is asserted; a wait ends with the condition that it waits for.
+No controllers and no node run here: the Jobs and the status show the operator's actions. No time is asserted; a wait
+ends with its condition.
 """
 
 import contextlib
@@ -215,7 +215,7 @@ def calm(site: Site) -> None:
 
 
 def live_through(site: Site, operator: OperatorProcess, kind: str, until: Callable[[], bool], seconds: float) -> None:
-    """A job runs, the API server is away, a user acts: what he did is obeyed once, when it is back."""
+    """A job runs, the API server is away, a user acts: the change is applied once, after the outage."""
     operator.wait_until_ready()
     site.tenant.create("before")
     site.tenant.wait_for_phase("before", "Preparing")
@@ -433,7 +433,7 @@ def test_an_older_definition_stops_status_writes_until_the_right_one_is_back(sit
             written = site.proxy.count("PATCH", "/status")
             site.tenant.suspend("before")
             site.tenant.create("later")
-            # Lists at every five seconds ask for all of them.
+            # Lists at an interval of five seconds request all of them.
             pages = f"/pods?limit={OBJECTS_PER_PAGE}"
             lists = site.proxy.count("GET", pages)
             eventually(lambda: site.proxy.count("GET", pages) > lists + 1, seconds=60, every=0.2)

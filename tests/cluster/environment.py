@@ -175,7 +175,7 @@ class Tenant:
             yield pod
 
     def adapter_sum(self, status: Object) -> str:
-        """SHA-256 of the adapter's file as it lies on the volume."""
+        """SHA-256 of the adapter's file on the volume."""
         claim, _, folder = status["adapter"]["uri"].removeprefix("pvc://").partition("/")
         with self.volume(claim) as pod:
             return pod.run("sha256sum", f"/volume/{folder}/adapter_model.safetensors").split()[0]

@@ -1,4 +1,4 @@
-"""Bad models and bad data: Failed before a GPU is asked for, with one sentence that a person can act on."""
+"""Bad models and bad data: Failed before a GPU is requested, with one sentence that names the fix."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The images as they are shipped: what each side needs and no more, for a user who is not root."""
+"""The images as they are shipped: the required files of each side and no more, for a user who is not root."""
 
 import json
 import re
@@ -19,8 +19,8 @@ PYTHON = "/opt/qlora/bin/python"
 SITE_PACKAGES = "/opt/qlora/lib/python3.11/site-packages"
 # Of the driver, which the node brings.
 DRIVER = {"libcuda.so.1", "libnvidia-ml.so.1"}
-# Run with the image's Python: what the linker finds for each library that Python or cuDNN loads by name, and for what
-# these need in turn. Others are loaded if a machine has InfiniBand, whose libraries the image never had.
+# Run with the image's Python: the linker's result for each library that Python or cuDNN loads by name, and for their
+# dependencies. Others are loaded if a machine has InfiniBand, whose libraries the image never had.
 LINKED = """
 import glob, os, subprocess, sys
 os.chdir(sys.argv[1])

@@ -1,4 +1,4 @@
-"""Real jobs and Kueue's own controller: quota, preemption, and what a preemption does to the adapter.
+"""Real jobs and Kueue's controller: quota, preemption, and the effect of a preemption on the adapter.
 
 See tests/api/test_kueue.py for Kueue's statements about held jobs.
 """
@@ -40,7 +40,7 @@ def queued_job(name: str, priority: str, queue: str) -> dict[str, object]:
 
 
 def said(tenant: Tenant, name: str) -> str:
-    """Why the job waits, or what it does."""
+    """Reason of the job's wait, or its activity."""
     return str(tenant.condition(name, "Succeeded").get("message", ""))
 
 

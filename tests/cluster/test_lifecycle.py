@@ -1,6 +1,6 @@
 """Deadline, clean-up, deletion, and a namesake that is created right after.
 
-Most are slow: what is decided is in tests/unit/qlora_operator, what the API server makes of it in tests/api.
+Most are slow: see tests/unit/qlora_operator for decisions, tests/api for the API server.
 """
 
 import pytest

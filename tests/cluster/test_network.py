@@ -1,4 +1,4 @@
-"""NetworkPolicies of the chart, enforced: what each step and the operator reach, and who reaches them.
+"""NetworkPolicies of the chart, enforced: the reachable peers of each step and the operator, in both directions.
 
 Each attempt is repeated without the policies, and then succeeds: only the policies deny it. Their content is checked in
 tests/api/test_chart.py.

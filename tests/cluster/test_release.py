@@ -93,7 +93,7 @@ def test_another_key_or_another_builder_is_rejected(made: Made, tmp_path: Path) 
 
 
 def test_an_image_that_takes_the_place_of_a_signed_one_is_not_signed(made: Made) -> None:
-    """A tag can be moved; what was signed and what the chart installs is the digest."""
+    """A tag can be moved; the signature and the chart refer to the digest."""
     repository = f"{made.registry}/qlora-operator"
     run(["buildah", "tag", "localhost/busybox:stable", f"{repository}:moved"])
     try:
@@ -140,7 +140,7 @@ def test_a_repeated_release_is_identical_and_signed_once(made: Made) -> None:
 
 
 def test_an_image_of_another_commit_shares_the_layers_whose_files_are_equal(made: Made) -> None:
-    """A node that has the release before pulls only what changed."""
+    """A node with the release before pulls only the changes."""
     later = dataclasses.replace(made.source, committed=made.source.committed + 60)
     with project.exported(made.source) as files:
         built, _ = image_build.publish(made.layout, later, files, made.registry, "qlora-trainer", made.base)

@@ -26,7 +26,7 @@ CACHE = "models"
 
 @dataclass(frozen=True)
 class Servers:
-    """The servers of the profile, on the cluster's own bridge, and where they keep what they get."""
+    """The servers of the profile, on the cluster's bridge, and their stored files."""
 
     objects: Path
     registry: str

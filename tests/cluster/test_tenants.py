@@ -1,4 +1,4 @@
-"""Tenants who attack, on a node: what tests/api/test_tenants.py tries without one, and what takes one.
+"""Attacks of tenants on a node: those of tests/api/test_tenants.py, and those that need one.
 
 A tenant has the chart's role `edit`, which the cluster role `edit` of Kubernetes includes, in a namespace with the Pod
 Security level `restricted`. Helm has installed the operator.

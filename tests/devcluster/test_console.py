@@ -1,4 +1,4 @@
-"""Installers and builders are quiet: their output is in a log file, at hand when they fail or when it is asked for."""
+"""Installers and builders are quiet: their output is in a log file, shown on failure or on request."""
 
 from pathlib import Path
 

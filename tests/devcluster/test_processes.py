@@ -1,4 +1,4 @@
-"""Background processes are ended by identity: what runs under a reused pid is never touched."""
+"""Background processes are ended by identity: another process with a reused pid is never touched."""
 
 import dataclasses
 import subprocess

@@ -1,4 +1,4 @@
-"""The parsers of what servers answer, of logins, and of what users and models bring besides data and weights."""
+"""The parsers of servers' answers, of logins, and of further files of users and models."""
 
 import io
 import json

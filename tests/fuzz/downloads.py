@@ -1,4 +1,4 @@
-"""The parsers of what a pod or a store sends to a user who downloads an adapter."""
+"""The parsers of data from a pod or a store for a user who downloads an adapter."""
 
 import io
 import json

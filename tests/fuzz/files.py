@@ -1,4 +1,4 @@
-"""The parsers of files: data sets, a model's configuration and weights, and what the steps leave for each other."""
+"""The parsers of files: data sets, a model's configuration and weights, and files that steps pass to each other."""
 
 import bz2
 import gzip

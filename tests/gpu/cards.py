@@ -1,4 +1,4 @@
-"""Decides whether a machine's GPUs are enough for a test, and what it lacks."""
+"""Decides whether a machine's GPUs are enough for a test, and names the missing ones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Card:
 def lacking(cards: Sequence[Card], wanted: int, gib: float, visible: str | None = None) -> str | None:
     """Why a test that needs `wanted` GPUs of at least `gib` GiB cannot run; None if it can.
 
-    The first GPUs count, since those are what a run takes. `visible` is the value of CUDA_VISIBLE_DEVICES.
+    The first GPUs count, since a run uses those. `visible` is the value of CUDA_VISIBLE_DEVICES.
     """
     taken = cards[:wanted]
     if len(taken) == wanted and all(card.capability >= FIRST_CAPABILITY and card.gib >= gib for card in taken):

@@ -1,4 +1,4 @@
-"""Skips, with the reason, what this machine's GPUs are not enough for, and writes what the others have measured.
+"""Skips tests that need more than this machine's GPUs, with the reason, and writes the measurements of the others.
 
 A GPU that exists and cannot be used is no reason to skip: then nothing runs, and pytest reports it and fails.
 """
@@ -73,7 +73,7 @@ def _is_ours(path: Path) -> bool:
 
 @pytest.fixture
 def figures(request: pytest.FixtureRequest) -> Figures:
-    """Where a test puts what it measures: `figures.add("peak memory", 44.1, "GB", limit=45.0)`."""
+    """Place for a test's measurements: `figures.add("peak memory", 44.1, "GB", limit=45.0)`."""
     kept = request.config.stash.setdefault(_figures, [])
     return Figures(request.node.nodeid.removeprefix("tests/gpu/"), kept)
 
@@ -92,7 +92,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Show what was measured, and write it if there was a GPU to measure on."""
+    """Show the measurements, and write them if a GPU was used."""
     outcomes = config.stash.get(_outcomes, {})
     if not _cards() or not {"passed", "failed"} & set(outcomes.values()):
         return

@@ -67,7 +67,7 @@ def report(
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """The figures of a file as a Markdown table, with the card, the date and what did not pass above it."""
+    """The figures of a file as a Markdown table, with the card, the date and failed tests above it."""
     heading = f"{found['card']}, {found['date']}: {found['passed']} tests passed, {len(found['failed'])} failed"
     lines = [f"{heading}, {len(found['skipped'])} skipped, in {found['seconds']:.0f} s.", ""]
     lines += ["| Measured | Value | Limit | Test |", "| --- | --- | --- | --- |"]

@@ -1,4 +1,4 @@
-"""Jobs that the trainer's own command line runs on a GPU, and what they leave in their workspace."""
+"""Jobs that the trainer's command line runs on a GPU, and their workspaces."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Two GPUs of one run: what they gather of a sharded base, and how one ends when the other is gone."""
+"""Two GPUs of one run: their gathered blocks of a sharded base, and the end of one after the loss of the other."""
 
 import json
 import os

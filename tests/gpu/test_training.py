@@ -1,4 +1,4 @@
-"""The trainer's own command line on a GPU: the life of a run, its resume, and what it does without memory."""
+"""The trainer's command line on a GPU: the life of a run, its resume, and its behavior without memory."""
 
 import json
 import signal

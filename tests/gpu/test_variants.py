@@ -52,7 +52,7 @@ def test_another_family_trains_close_to_the_same_on_a_cpu(family: str, tmp_path:
     here, there = (prepared.copied(tmp_path / name) for name in ("here", "there"))
     on_gpu(here, "train")
     assert there.run("train", QLORA_DEVICE="cpu").exit_code == 0
-    # As for the Llama in test_training.py: ten times what another type moves on a CPU.
+    # As for the Llama in test_training.py: ten times the effect of another type on a CPU.
     assert losses(here) == pytest.approx(losses(there), rel=1e-2)
 
 

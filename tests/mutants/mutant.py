@@ -53,7 +53,7 @@ class DriftError(ValueError):
 
 
 def copy_sources(checkout: Path, copy: Path) -> None:
-    """Copy what the tests need into the empty folder `copy`, without bytecode, which could be that of a mutant."""
+    """Copy the tests' files into the empty folder `copy`, without bytecode, which could be that of a mutant."""
     for name in SOURCES:
         if (checkout / name).is_dir():
             shutil.copytree(checkout / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"), symlinks=True)
@@ -94,7 +94,7 @@ def run_tests(copy: Path, tests: tuple[str, ...], log: Path, *, seconds: float |
 
 
 def try_mutant(mutant: Mutant, copy: Path, log: Path) -> tuple[Verdict, str]:
-    """The verdict on the mutant in the copy, which is as before afterwards, and what to look at unless it is caught."""
+    """The verdict on the mutant in the copy, which is restored afterwards, and the output unless it is caught."""
     path = copy / mutant.file
     original = path.read_text() if path.is_file() else ""
     try:

@@ -1,4 +1,4 @@
-"""A tiny base model with an adapter, and what it computes."""
+"""A tiny base model with an adapter, and its results."""
 
 from pathlib import Path
 from typing import Any

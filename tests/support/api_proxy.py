@@ -52,7 +52,7 @@ def fair(_request: Request) -> Reply | None:
 
 @dataclass
 class ApiProxy:
-    """A loopback address in front of an API server with TLS; credentials are passed on as they are."""
+    """A loopback address in front of an API server with TLS; credentials are passed on unchanged."""
 
     upstream: str
     """HOST:PORT of the API server."""
@@ -133,7 +133,7 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
 
     def handle_error(self, *_: Any) -> None:
-        """Nothing: connections that end anywhere are what this proxy is for."""
+        """Nothing: this proxy exists to end connections anywhere."""
 
 
 class _Handler(BaseHTTPRequestHandler):

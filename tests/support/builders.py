@@ -152,7 +152,7 @@ def child(step: StepName, attempt: int = 1, *, owner: str = UID, created: float 
 
 
 def with_resolved(body: dict[str, Any], **profile: Any) -> dict[str, Any]:
-    """The first Job with what was resolved; keywords are fields of the profile that differ."""
+    """The first Job with the resolved spec; keywords are fields of the profile that differ."""
     stored = resolved(PROFILE.model_copy(update=profile)).dump()
     return body | {"metadata": body["metadata"] | {"annotations": {RESOLVED_ANNOTATION: to_json(stored)}}}
 
@@ -242,7 +242,7 @@ def succeeded(step: StepName, attempt: int = 1) -> dict[str, Any]:
 
 
 def failed(step: StepName, code: int, reason: str, message: str, number: int = 1, **found: Any) -> dict[str, Any]:
-    """The pod of a step that ended badly, with its record and what it has found."""
+    """The pod of a step that ended badly, with its record and results."""
     body = pod(step, 1, number)
     return ended(body, code, result(body, step, code, reason=reason, message=message, **found))
 
@@ -266,7 +266,7 @@ def facts(job: QLoRAJob, *bodies: dict[str, Any], now: datetime = NOW, **fields:
 
 
 def follow(job: QLoRAJob, *bodies: dict[str, Any], **fields: Any) -> QLoRAJobStatus:
-    """The status that follows from what is seen."""
+    """The status that follows from the seen objects."""
     return next_status(facts(job, *bodies, **fields))
 
 

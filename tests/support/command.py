@@ -1,4 +1,4 @@
-"""The trainer's and the user's command lines as separate processes: what they print, leave and end with."""
+"""The trainer's and the user's command lines as separate processes: output, files and exit codes."""
 
 import json
 import os
@@ -49,7 +49,7 @@ class Done:
 
     @property
     def result(self) -> ResultRecord:
-        """The last line, which must be what the kubelet reads, and the only result."""
+        """The last line, which the kubelet must read, and the only result."""
         *earlier, last = self.records
         assert isinstance(last, ResultRecord)
         assert not any(isinstance(record, ResultRecord) for record in earlier)

@@ -1,8 +1,8 @@
 """Object stores of Google and of Azure on the loopback interface, and the servers that give pods credentials for them.
 
 They check signatures as the real ones do: a service account's JWT, a shared key over each request, a shared access
-signature, and tokens that only they have issued. Objects are in memory. The answers are those that obstore's client
-asks for, after the documentation of Google Cloud Storage's XML API and of Azure Blob Storage's REST API.
+signature, and tokens that they have issued. Objects are in memory. They answer the requests of obstore's client, after
+the documentation of Google Cloud Storage's XML API and of Azure Blob Storage's REST API.
 """
 
 import base64
@@ -49,7 +49,7 @@ def of_somebody_else() -> rsa.RSAPrivateKey:
 
 @dataclass
 class FakeCloud:
-    """A bucket, who may use it, and what was asked."""
+    """A bucket, its users, and its requests."""
 
     objects: dict[str, bytes] = field(default_factory=dict)
     """By their names in BUCKET."""
@@ -208,7 +208,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def send(self) -> None:
-        """The object that is asked for, or a part of it."""
+        """The requested object, or a part of it."""
         content = self.cloud.objects.get(self.name)
         if content is None:
             self.reply(404, _error("BlobNotFound"))

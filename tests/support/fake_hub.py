@@ -1,4 +1,4 @@
-"""A model hub on the loopback interface: the few answers of the real one that its client asks for.
+"""A model hub on the loopback interface: the few answers of the real one that its client needs.
 
 Reading: listing and files. Writing: making a repository, Git LFS over its batch protocol, and a commit in one request.
 """
@@ -66,7 +66,7 @@ class FakeHub:
 
     @property
     def fetched(self) -> list[str]:
-        """Names of the files that were asked for."""
+        """Names of the requested files."""
         return [line.rpartition("/")[2] for line in self.requests if line.startswith("GET") and "/resolve/" in line]
 
 

@@ -42,7 +42,7 @@ class Fault:
 
 @dataclass
 class FaultProxy:
-    """The proxy: what it has seen, and what it does about it."""
+    """The proxy: the requests it has seen, and its rules for them."""
 
     upstream: str
     """HOST:PORT of the real server; empty if every request gets an answer of the rule."""
@@ -54,7 +54,7 @@ class FaultProxy:
     """HOST:PORT of the proxy."""
 
     def lines(self, method: str) -> list[str]:
-        """Paths that were asked for with this method."""
+        """Paths that were requested with this method."""
         return [request.path for request in self.seen if request.method == method]
 
 

@@ -120,7 +120,7 @@ class Flux:
         eventually(applied, seconds=90, every=0.2, what=f"{name} at {revision}")
 
     def remove(self, name: str) -> None:
-        """Delete the Kustomization, which prunes what it has applied."""
+        """Delete the Kustomization, and with it the objects that it has applied."""
         self.kubectl("delete", "kustomization", name, f"--namespace={NAMESPACE}", "--timeout=60s")
 
     def _get(self, name: str) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def expert_weights(whole: nn.Module) -> dict[str, Tensor]:
 
 
 def require_quantized_experts(base: nn.Module, whole: nn.Module) -> None:
-    """All experts of a 4-bit base are what quantization makes of their matrices in transformers' model."""
+    """All experts of a 4-bit base match the quantization of their matrices in transformers' model."""
     stacks = {name: stack for name, stack in expert_stacks(base) if isinstance(stack, ExpertStack)}
     originals = expert_weights(whole)
     assert stacks.keys() == originals.keys()

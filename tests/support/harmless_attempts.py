@@ -38,7 +38,7 @@ def attempt(function: Callable[[Tenants], None]) -> Callable[[Tenants], None]:
 
 
 def played(function: Callable[[Tenancy], None]) -> Callable[[Tenancy], None]:
-    """The same for what needs a node that is played."""
+    """The same for attempts that need a played node."""
     HARMLESS[function.__name__.replace("_", " ")] = function
     return function
 
@@ -79,7 +79,7 @@ def must_not_be_believed(t: Tenancy, name: str, forge: Callable[[Object, Object]
 
 
 def must_not_be_shown(t: Tenancy, name: str, forge: Callable[[Object, Object], Object]) -> None:
-    """The pod logs that, after a good record: the good one is what the status shows."""
+    """The pod logs that, after a good record: the status shows the good one."""
     job, pod = running(t, name)
     good = {
         "kind": "progress",
@@ -97,13 +97,13 @@ def must_not_be_shown(t: Tenancy, name: str, forge: Callable[[Object, Object], O
 
 
 def forged(name: str, job: Object, step: StepName, **metadata: Any) -> Object:
-    """Labels of what the operator creates for a job, on something else."""
+    """Labels of the operator's objects for a job, on another object."""
     labels = {JOB_LABEL: job["metadata"]["name"], JOB_UID_LABEL: job["metadata"]["uid"], STEP_LABEL: step}
     return {"name": name, "labels": labels, **metadata}
 
 
 def controller(owner: Object, api_version: str, kind: str) -> list[Object]:
-    """The reference of something to the object that it claims to be controlled by."""
+    """The reference of an object to its claimed controller."""
     metadata = owner["metadata"]
     entry = {"apiVersion": api_version, "kind": kind, "name": metadata["name"], "uid": metadata["uid"]}
     return [entry | {"controller": True}]
@@ -163,7 +163,7 @@ def the_name_of_the_job_of_another(t: Tenancy) -> None:
 
 @attempt
 def the_claim_of_another(t: Tenants) -> None:
-    """A name means what has it in the tenant's namespace: here, nothing."""
+    """A name means an object in the tenant's namespace: here, none."""
     _, own = running(t, "foreign-claim", dataset={"source": f"pvc://{VICTIM}/rows"}, workspace={"claimName": "data"})
     claims = {v["persistentVolumeClaim"]["claimName"] for v in own["spec"]["volumes"] if "persistentVolumeClaim" in v}
     assert (own["metadata"]["namespace"], claims) == (TENANT, {VICTIM, "data"})
@@ -179,7 +179,7 @@ def the_secret_of_another(t: Tenants) -> None:
 
 @attempt
 def a_pod_with_the_claim_of_another(t: Tenants) -> None:
-    """Nothing can have such a name, so that the pod waits for ever."""
+    """No object can have such a name, so that the pod waits for ever."""
     volume = {"name": "data", "persistentVolumeClaim": {"claimName": f"{VICTIM}/data"}}
     t.tenant.create(TENANT, "pods", pod(volumes=[volume]) | {"metadata": {"name": "foreign-claim"}})
     assert t.tenant.send("GET", path_of(TENANT, "persistentvolumeclaims", f"{VICTIM}/data"))[0] in (403, 404)

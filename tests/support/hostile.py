@@ -1,4 +1,4 @@
-"""Tries hostile input: where it is put, the bounds that it is prepared under, and what must stay as it was."""
+"""Tries hostile input: its place, the bounds of its preparation, and the files that must stay unchanged."""
 
 import json
 import os
@@ -30,7 +30,7 @@ _HASHED_BYTES = 2**26
 
 @dataclass(frozen=True)
 class Place:
-    """Where a case puts what it brings. Everything lies below one folder, which is watched."""
+    """Places of a case's files, all below one watched folder."""
 
     root: Path
 

@@ -1,4 +1,4 @@
-"""A real llama.cpp: a tiny model as a GGUF file that it loads, and what it computes with an adapter."""
+"""A real llama.cpp: a tiny model as a GGUF file that it loads, and its results with an adapter."""
 
 import importlib
 import json

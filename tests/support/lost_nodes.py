@@ -32,7 +32,7 @@ How = Literal["killed", "killed behind a network", "killed as both stop", "silen
 
 
 class Case(NamedTuple):
-    """Which node is lost where, and how; or is slow, which is no loss."""
+    """The lost node, its point and its fault; or a slow node, which is no loss."""
 
     at: Point
     node: int
@@ -136,7 +136,7 @@ def _network(port: int) -> int:
             while data := source.recv(65536):
                 target.sendall(data)
         except OSError:
-            pass  # that process is gone
+            pass  # that process has ended
         if ends:
             target.shutdown(socket.SHUT_WR)
 

@@ -1,4 +1,4 @@
-"""A network outside the cluster, with the addresses that a pod could try to reach, and who answers there."""
+"""A network outside the cluster, with the addresses that a pod could try to reach, and servers on some of them."""
 
 import subprocess
 import sys

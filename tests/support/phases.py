@@ -1,4 +1,4 @@
-"""A QLoRAJob in every phase, with the status that the operator's decisions give it, and what Argo CD is to show."""
+"""A QLoRAJob in every phase, with the status of the operator's decisions, and its expected view in Argo CD."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ def _preparing() -> QLoRAJobStatus:
 
 
 def cases() -> Sequence[Case]:
-    """Every phase, and what can be in its way."""
+    """Every phase, and its obstacles."""
     unknown = {"profile": "h100"}
     ended = follow(
         make_job(status_in("prepare")),

@@ -1,4 +1,4 @@
-"""Jobs whose train step has two processes, and what starts and watches these, for their tests."""
+"""Jobs whose train step has two processes, and programs that start and watch these, for their tests."""
 
 import os
 import subprocess
@@ -110,7 +110,7 @@ class Pod:
     process: "subprocess.Popen[str]"
 
     def done(self, said: str = "") -> Done:
-        """How it has ended. `said`: what was read of its standard output."""
+        """Its ending. `said`: the read part of its standard output."""
         return self.files.finish(self.process, said)
 
 

@@ -45,7 +45,7 @@ def unknown(path: str, value: Any) -> Rejected:
 
 
 def pod(**spec: Any) -> dict[str, Any]:
-    """A pod that the level `restricted` admits, apart from what is given."""
+    """A pod that the level `restricted` admits, apart from the given fields."""
     security = {
         "allowPrivilegeEscalation": False,
         "runAsNonRoot": True,

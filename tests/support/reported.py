@@ -1,7 +1,7 @@
 """Jobs whose status, pods, logs and Events a test reports, in place of the operator and a kubelet.
 
-The API server is real, and so are its rules on who may read what. It asks the kubelet of a pod's node for logs, which
-is a server of this process.
+The API server is real, and so are its authorization rules. It reads logs from the kubelet of a pod's node, which is a
+server of this process.
 """
 
 import json

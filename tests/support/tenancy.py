@@ -202,7 +202,7 @@ class Tenants:
 
 @dataclass(frozen=True)
 class Tenancy(Tenants):
-    """The same without a node: tests write what its kubelet would, and what containers log."""
+    """The same without a node: tests write the statuses of a kubelet, and containers' logs."""
 
     logs: Logs
     operator: subprocess.Popen[bytes]

@@ -158,7 +158,7 @@ def prepared(
 
 
 def run(context: StepContext, *, stop: StopRequest | None = None, records: Recorded | None = None) -> TrainRecord:
-    """The train step, at a time that stands still and with a stopwatch that ticks at every look."""
+    """The train step, with a fixed time and a stopwatch that ticks at every reading."""
     ticks = iter(range(10**9))
     return train(
         context,

@@ -27,7 +27,7 @@ class Typed:
 
     @property
     def shown(self) -> str:
-        """All that it has printed, with what a terminal obeys."""
+        """All its output, with control characters."""
         return self._shown.decode(errors="replace")
 
     def wait_for(self, text: str) -> None:
@@ -79,7 +79,7 @@ def typed(*arguments: str, terminal: bool, columns: int = 120, **environment: st
         stdout=writing,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        # Tests that run in the background ignore Ctrl-C, and so would what they start.
+        # Tests that run in the background ignore Ctrl-C, and so would their child processes.
         preexec_fn=_heed_interrupt,
     )
     os.close(writing)

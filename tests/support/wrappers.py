@@ -70,7 +70,7 @@ MIXTURES = ("glm4v_moe", "qwen3_5_moe", "qwen3_vl_moe")
 _TURNED = {"qwen3_5_moe": False, "qwen3_vl_moe": True}
 """Types whose published files have all experts of a block in one tensor, and whether it has rows for columns."""
 WRAPPERS = frozenset({*PACKED, *ONE_ROW, *MIXTURES})
-# Sizes of towers, whatever a family calls them.
+# Sizes of towers, under any name of a family.
 _TOWER = {
     "hidden_size": 32,
     "embed_dim": 32,
@@ -105,7 +105,7 @@ def tiny_wrapper(model_type: str) -> PretrainedConfig:
             if hasattr(part, "out_hidden_size"):
                 part.out_hidden_size = text.hidden_size
             if hasattr(part, "architecture"):
-                # The sizes of a tower that timm builds are what the library calls them.
+                # A tower that timm builds has the library's names of sizes.
                 part.model_args = {**(part.model_args or {}), **_TIMM_TOWER[part.architecture]}
     text.vocab_size, text.initializer_range = VOCABULARY, 0.1
     if hasattr(text, "vocab_size_per_layer_input"):
@@ -133,7 +133,7 @@ def save_wrapper(folder: Path, config: PretrainedConfig) -> Path:
 
 
 def _store_stacks(file: Path, model: Any, *, turned: bool) -> None:
-    """Have the experts in a file as they are published: all of a block in one tensor."""
+    """Store the experts in a file in their published form: all of a block in one tensor."""
     stacks = {name: weight.mT.contiguous() if turned else weight for name, weight in expert_weights(model).items()}
     others = {name: tensor for name, tensor in load_file(file).items() if ".experts." not in name}
     if model.config.model_type == "qwen3_5_moe":

@@ -43,7 +43,7 @@ def _the_hubs_client_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _a_model_is_measured_once() -> Iterator[None]:
-    """Hundreds of tests prepare the same tiny models: what the dry run has found for the same input is found again."""
+    """Hundreds of tests prepare the same tiny models: cache the dry run's result for the same input."""
     found: dict[tuple[Any, ...], MeasuredMemory] = {}
 
     def measure(
@@ -202,7 +202,7 @@ def records() -> Recorded:
 
 @pytest.fixture
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One thread to compute with, whatever is set outside: another number adds floats in another order."""
+    """One thread to compute with, for any outer setting: another number adds floats in another order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -1,4 +1,4 @@
-"""The benchmarks run the real code, and change nothing of what it computes."""
+"""The benchmarks run the real code without changing its results."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_adapters_are_trained_together_and_one_by_one_by_the_same_steps(
     assert len(begun) == 2
     for name, before in begun.items():
         changes = [_flat(each.parameters[name]) - before for each in (joint, single)]
-        # The first step of Adam is of one size wherever there is a gradient: what counts is the direction.
+        # The first step of Adam is of one size for any gradient: only the direction counts.
         assert torch.cosine_similarity(*changes, dim=0) > 0.95
     turns = together.measure_turns(2, 64, steps=1)
     assert (len(turns.together), len(turns.one_by_one)) == (1, 1)

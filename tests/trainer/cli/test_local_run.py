@@ -292,7 +292,7 @@ def test_a_run_shows_a_bar_stops_on_ctrl_c_and_resumes(tmp_path: Path, tiny_llam
 def test_the_paths_of_a_workspace_are_shown_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the printing library, text in brackets or between colons is a style or a picture.
 
-    Nor is anything cut to the width of the terminal, or to the 80 columns that count where there is none.
+    Nor is any text cut to the width of the terminal, or to the default of 80 columns.
     """
     files = new_files(tmp_path / "[draft]" / "[" / "b]" / ":smile:", tmp_path)
     uri = str(files.workspace / "adapter")

@@ -1,4 +1,4 @@
-"""Files and folders are written complete or not at all, and what is incomplete is found by its name."""
+"""Files and folders are written complete or not at all, and incomplete ones are found by their name."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Equal rows: counted, left out where the job asks for it, and named where they are trained on and held out."""
+"""Equal rows: counted, left out on request, and named where they are in both splits."""
 
 from pathlib import Path
 from typing import Any

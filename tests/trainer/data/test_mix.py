@@ -295,7 +295,7 @@ def test_prepare_rejects_a_run_of_more_epochs_than_can_be_drawn(make_mixed: Make
 def test_pairs_repeated_in_a_step_are_resumed_to_the_same_bytes(
     packing: bool, make_mixed: MakeContext, tmp_path: Path
 ) -> None:
-    """Of a small source with a large weight; what the base makes of a pair is computed once."""
+    """Of a small source with a large weight; the base's part of a pair is computed once."""
     for name, size in (("many", 12), ("few", 4)):
         pairs = [{"prompt": f"{name} {n}?", "chosen": f"get {name} {n}", "rejected": "delete"} for n in range(size)]
         write_rows(tmp_path / "data" / f"{name}.jsonl", pairs)

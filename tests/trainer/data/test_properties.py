@@ -1,4 +1,4 @@
-"""Parsers of data, models and what the steps leave for each other: each takes any file, or rejects it as documented."""
+"""Parsers of data, models and steps' files: each reads any file, or rejects it as documented."""
 
 import json
 import logging

@@ -28,7 +28,7 @@ def report(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> tuple[
         run(context, records=LostAtStep(1))
     with pytest.raises(Interrupted):
         run(context, stop=stop, records=StopAtStep(3, stop))
-    # The process ends here, with whatever it has not written yet.
+    # The process ends here, with its unwritten data.
     shutil.copytree(context.workspace.report, context.workspace.report / "interrupted")
     run(context)
     return context.workspace.report, history(context)

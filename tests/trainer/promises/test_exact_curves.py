@@ -1,4 +1,4 @@
-"""The losses of a small run with two seeds, committed, so that a change of what is computed is seen.
+"""The losses of a small run with two seeds, committed, so that a change of the computation is seen.
 
     OMP_NUM_THREADS=1 .venv/bin/python -m tests.trainer.promises.test_exact_curves
 

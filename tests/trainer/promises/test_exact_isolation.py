@@ -1,4 +1,4 @@
-"""After an evaluation every adapter weight still learns, and no packed row has any part in what another one teaches."""
+"""After an evaluation every adapter weight still learns, and no packed row affects the gradients of another."""
 
 from pathlib import Path
 from typing import Any

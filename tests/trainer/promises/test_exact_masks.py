@@ -47,14 +47,14 @@ GEMMA = (
     "{% set ns.system = '' %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
 )
-# A mark follows the whole conversation where no answer is asked for.
+# A mark follows the whole conversation where no answer is requested.
 PHI = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\\n' }}"
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|end|>' }}{% endgeneration %}"
     "{% else %}{{ m.content + '<|end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ '<|endoftext|>' }}{% endif %}"
 )
-# Reasoning is kept in answers after the last question only, where an empty one stands if there is none.
+# Reasoning is kept in answers after the last question only, with an empty one as the default.
 QWEN_3 = (
     "{% set ns = namespace(last=-1) %}"
     "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
@@ -124,7 +124,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     corpus = [message["content"] for conversation in CONVERSATIONS.values() for message in conversation]
     tokenizer.train_from_iterator(corpus, trainer)
     folder = tmp_path_factory.mktemp("tokenizer")
-    # As with many models, what pads is what ends.
+    # As with many models, padding and end are the same token.
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>")
     fast.save_pretrained(folder)
     return folder

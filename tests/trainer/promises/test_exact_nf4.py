@@ -39,7 +39,7 @@ PAPERS_NF4 = (
     1.0,
 )
 KINDS = [QuantizationSpec(), QuantizationSpec(double_quant=False), QuantizationSpec(type="fp4")]
-# Layers that fill no whole block: 3 × 50 and 7 × 9 weights, besides the usual.
+# Layers that fill no whole block: 3 × 50 and 7 × 9 weights, in addition to the usual.
 ODD_SHAPES = [(128, 64), (3, 50), (7, 9), (1, 1)]
 
 

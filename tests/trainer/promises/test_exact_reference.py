@@ -71,7 +71,7 @@ class Example:
 
 
 def examples_of(rows: list[dict[str, Any]], model: Path, train_on: TrainOn) -> list[Example]:
-    """The rows, tokenized and labeled by prefixes: the answer is what the conversation adds to its prompt."""
+    """The rows, tokenized and labeled by prefixes: the answer is the conversation's addition to its prompt."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     examples = []
@@ -163,7 +163,7 @@ def sequences_of(context: StepContext) -> list[Any]:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Length of the difference against the length of what is expected."""
+    """Length of the difference against the length of the expected vector."""
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
@@ -171,7 +171,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 def in_float32(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the trainer compute in float32, so that two results of different ways can be compared.
 
-    With each LoRA layer: the fused one, which otherwise is for 16 bit only, and PEFT's, which is for dropout and DoRA.
+    With each LoRA layer: the fused one, by default for 16 bit only, and PEFT's, for dropout and DoRA.
     """
     for module in (trainer_base, base_layout, four_bit, state):
         monkeypatch.setattr(module, "COMPUTE_DTYPE", torch.float32)

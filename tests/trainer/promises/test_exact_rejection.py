@@ -28,7 +28,7 @@ from tests.support.training import StopAtStep, adapter_bytes, job, prepared, run
 from tests.trainer.conftest import MakeContext
 
 SECTIONS: dict[str, type[BaseModel]] = {"quantization": QuantizationSpec, "lora": LoraSpec, "training": TrainingSpec}
-# These decide when to save, to draw and to give up, and nothing of what is computed.
+# These decide when to save, to draw and to stop, and do not affect the computation.
 WITHOUT_EFFECT = {
     "training.save_every_steps": 1,
     "training.divergence_patience": 1000,
@@ -212,7 +212,7 @@ def test_data_that_another_version_of_the_trainer_prepared_are_prepared_again(
     after = prepare(context, Recorded())
 
     assert after.fingerprint != before.fingerprint
-    # The rows themselves are the same: only what made them differs.
+    # The rows themselves are the same: only their origin differs.
     message = rejection(context)
     assert 'run: trainer was "' in message
     assert "data." not in message

@@ -184,7 +184,7 @@ def drawn(sites: Counter[Site], share: int, random: Random) -> list[Instant]:
 def test_attempts_that_end_anywhere_lead_to_the_bytes_of_an_undisturbed_run(
     optimizer: str, dropout: float, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A job would be given up after so many attempts that end before their first checkpoint.
+    # A job would fail after so many attempts that end before their first checkpoint.
     monkeypatch.setattr(attempts, "MAX_ATTEMPTS_WITHOUT_PROGRESS", 1000)
     spec = merged(SPEC, {"lora": {"dropout": dropout}, "training": {"optimizer": optimizer}})
     undisturbed = prepared(tmp_path / "undisturbed", model, spec)

@@ -1,7 +1,7 @@
 """Jobs that look finished and are not: neither the step nor the job may succeed.
 
-Each case damages a trained job, or stops it at a critical moment, and then runs the trainer's own command line and the
-operator's own decision on what is left.
+Each case damages a trained job, or stops it at a critical moment, and then runs the trainer's command line and the
+operator's decision on the remaining files.
 """
 
 import json
@@ -247,8 +247,8 @@ def test_a_killed_pod_with_a_perfect_record_is_no_success(code: int, reason: str
 def test_exit_0_with_a_perfect_record_is_a_success_with_any_kubelet_reason(reason: str) -> None:
     """The kubelet reports OOMKilled also if the kernel killed only a child process of the trainer.
 
-    The exit code is the trainer's own: it exits with 0 and leaves this record only after it has verified what it
-    published.
+    The exit code is the trainer's: it exits with 0 and leaves this record only after it has verified the published
+    files.
     """
     assert with_perfect_record(0, reason).phase == "Succeeded"
 

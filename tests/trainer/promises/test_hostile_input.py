@@ -1,4 +1,4 @@
-"""Addresses and files of jobs that were made to do harm: what leads elsewhere is rejected, what has no end is not read.
+"""Harmful addresses and files of jobs: links elsewhere are rejected, endless files are not read.
 
 Other tests cover models and data sets of that kind, and the environment.
 """

@@ -41,7 +41,7 @@ Row = tuple[torch.Tensor, torch.Tensor]
 
 @pytest.fixture
 def job(trained: Files) -> Files:
-    """A trained job that asks for its base."""
+    """A trained job that publishes its base."""
     return trained.with_spec({"output": {"base": {"destination": ADDRESS}}})
 
 

@@ -1,4 +1,4 @@
-"""The checks of an adapter's two files that need no model: what is rejected, and why."""
+"""The checks of an adapter's two files that need no model: rejections and their reasons."""
 
 import json
 from collections.abc import Callable

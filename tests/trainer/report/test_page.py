@@ -1,4 +1,4 @@
-"""The report: what a person sees of a run in a browser, on one page that needs nothing else."""
+"""The report: a person's view of a run in a browser, on one self-contained page."""
 
 import json
 import re
@@ -116,7 +116,7 @@ def test_the_samples_are_what_plain_peft_answers(finished: Files) -> None:
     )
     for layer in base.modules():
         if isinstance(layer, Linear4bit):
-            layer.support_avx512bf16_for_cpu = False  # computes otherwise, and so rounds otherwise
+            layer.support_avx512bf16_for_cpu = False  # computes in another order, with other roundings
     model = PeftModel.from_pretrained(base, finished.workspace / "adapter", autocast_adapter_dtype=False)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = tokenizer(sample.prompt, return_tensors="pt")

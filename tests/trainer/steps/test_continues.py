@@ -89,7 +89,7 @@ def test_it_ends_in_the_bytes_of_an_uninterrupted_run(make: Make) -> None:
     before = everything_below(other.workspace.root)
     assert continued(context, other) == 4
     assert everything_below(other.workspace.root) == before
-    shutil.rmtree(other.workspace.root)  # what was copied is enough from here on
+    shutil.rmtree(other.workspace.root)  # the copied files are enough from here on
     trained = run(context)
     assert adapter_bytes(context) == adapter_bytes(undisturbed)
     clean(context.workspace)
@@ -269,7 +269,7 @@ def lay_foreign_state(path: Path) -> None:
 
 
 def change(checkpoint: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    """Change what a checkpoint states, and the sum that its manifest has of that."""
+    """Change a checkpoint's state, and its sum in the manifest."""
     path, manifest = checkpoint / "state.json", checkpoint / "manifest.json"
     state = json.loads(path.read_text())
     edit(state)

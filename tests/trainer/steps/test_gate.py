@@ -76,7 +76,7 @@ def with_template(files: Files) -> bytes:
 
 
 def held_back(files: Files) -> tuple[StepFailure, Recorded]:
-    """Publish, which must fail; and what it has reported."""
+    """Publish, which must fail; returns its reports."""
     records = Recorded()
     with pytest.raises(StepFailure) as failure:
         publish(context(files), records, now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
@@ -216,7 +216,7 @@ def test_prepare_admits_a_score_that_the_data_has_and_data_and_run_stay_the_same
 
 
 def brought(answers: list[Any], kind: str = "regex") -> dict[str, Any]:
-    """A job that checks answers by what the rows have in the column `expected`, one in four of them held out."""
+    """A job that checks answers by the rows' column `expected`, with one in four rows held out."""
     return {
         "dataset": {"eval": {"fraction": 0.25}, "columns": {"check": "expected"}},
         "gate": {"minScore": 0.5, "score": {"check": kind, "rows": len(answers)}},
@@ -319,7 +319,7 @@ def test_an_answer_for_which_the_model_has_no_positions_is_found_before_training
 
     record = prepare(make_context(scored(int(allowed[1])), model=model), Recorded())
     assert record.fixed_positions == 72
-    # Nor by what an earlier attempt has prepared.
+    # Nor by data of an earlier attempt.
     with pytest.raises(StepFailure, match=r"spec\.gate\.score\.maxNewTokens is 64, and the longest prompt"):
         prepare(context, Recorded())
 

@@ -116,7 +116,7 @@ def rejected(context: StepContext, code: ExitCode, *words: str) -> None:
 
 @pytest.fixture(scope="module")
 def earlier(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> tuple[Place, TrainRecord]:
-    """A job that has been published, and what its training recorded. Do not change it: copy it."""
+    """A published job with the records of its training. Do not change it: copy it."""
     place = Place(tmp_path_factory.mktemp("earlier"), tiny_llama.parent)
     write_rows(
         place.root / "data" / "train.jsonl", [chat_row(f"Question {n}?", "pods " * (n % 7 + 1)) for n in range(20)]
@@ -144,7 +144,7 @@ def test_it_begins_with_the_earlier_adapters_last_loss_and_reports_it(
     _, before = earlier
     context = place.context("second", {"lora": {"from": FROM | {"sha256": before.adapter_sha256}}})
     prepared = prepare(context, Recorded())
-    shutil.rmtree(place.adapter)  # what prepare has copied is enough from here on
+    shutil.rmtree(place.adapter)  # the copied files are enough from here on
     trained = run(context)
     assert trained.initial_eval_loss == before.eval_loss
     assert trained.eval_loss is not None

@@ -882,7 +882,7 @@ def test_without_room_in_cache_and_workspace_no_weights_are_downloaded(
 def test_a_fault_of_the_cache_is_retried_by_a_job_whose_workspace_has_no_room(
     job: JobOf, hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: ExitCode, call: str
 ) -> None:
-    """Found out before the download, or only when the base is about to be made."""
+    """Detected before the download, or only before the base is made."""
     usage, one_file = shutil.disk_usage, (hub.repositories["models/acme/tiny"] / WEIGHTS).stat().st_size
     monkeypatch.setattr(
         shutil,

@@ -1,4 +1,4 @@
-"""The step `prepare` on a volume: what it leaves, what it rejects, and that it can be run again."""
+"""The step `prepare` on a volume: its files, its rejections, and its repetition."""
 
 import json
 import os
@@ -110,7 +110,7 @@ def test_a_run_too_short_for_its_keep_and_early_stop_settings_is_reported(
     first = remarks(12)
     assert [remark.partition(" end: ")[0] for remark in first] == [said]
     assert remarks(12) == first, "not said twice"
-    # The data is prepared already, and the remark is of the job as it is now.
+    # The data is prepared already, and the remark is of the current job.
     assert remarks(11) == ()
 
 

@@ -1,4 +1,4 @@
-"""Models and data sets of a hub: what is downloaded, what is rejected, and what is retried."""
+"""Models and data sets of a hub: downloads, rejections, and retries."""
 
 import json
 import shutil

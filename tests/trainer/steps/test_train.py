@@ -1,4 +1,4 @@
-"""The train step from the outside: what it writes, that it resumes exactly where it stopped, and what it rejects."""
+"""The train step from the outside: its files, its exact resume, and its rejections."""
 
 import dataclasses
 import errno
@@ -139,7 +139,7 @@ def test_goodput_is_the_share_of_all_attempts_that_is_in_the_adapter(workspace: 
     assert (whole.attempts, repeated.attempts) == (1, 2)
     # While it runs, too.
     assert all(0 <= record["goodput"] <= 1 for record in shown.written[1:])
-    # It was killed in step 5, and had saved after step 4: what it did since is lost, and the next one loads again.
+    # It was killed in step 5, and had saved after step 4: its later work is lost, and the next one loads again.
     assert repeated.usage is not None
     first, second = repeated.usage.attempts
     assert (first.ended, first.from_step, second.from_step) == ("failed", 0, 4)

@@ -1,4 +1,4 @@
-"""The identity that a cloud gives a pod: asked for where the profile allows it, and nowhere else."""
+"""The identity that a cloud gives a pod: requested where the profile allows it, and nowhere else."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,7 +31,7 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def give(monkeypatch: pytest.MonkeyPatch) -> Give:
-    """Sets what the operator, or a webhook of the cloud, puts into the pod's environment."""
+    """Sets the variables of the operator, or of a cloud's webhook, in the pod's environment."""
 
     def give(**environment: str) -> None:
         for name, value in environment.items():
@@ -58,7 +58,7 @@ def google(give: Give) -> Iterator[FakeCloud]:
 
 @pytest.fixture
 def azure(give: Give, token: Path) -> Iterator[FakeCloud]:
-    """The store, and what the webhook of Azure workload identity puts into a pod."""
+    """The store, and the variables of Azure workload identity's webhook for a pod."""
     with serve_cloud(FakeCloud(), "azure") as cloud:
         give(AZURE_STORAGE_ENDPOINT=f"http://{cloud.address}", AZURE_STORAGE_ACCOUNT_NAME=ACCOUNT)
         give(AZURE_CLIENT_ID=CLIENT, AZURE_TENANT_ID=TENANT, AZURE_FEDERATED_TOKEN_FILE=str(token))
@@ -132,7 +132,7 @@ def test_pod_identity_of_eks_opens_a_bucket_of_s3(s3: FaultProxy, give: Give, to
 def test_without_permission_of_the_profile_googles_identity_is_not_requested(
     google: FakeCloud, give: Give, identity: str | None
 ) -> None:
-    """Permission for another cloud is none: on a node without workload identity it would be the node's own."""
+    """Permission for another cloud does not count: on a node without workload identity it would be the node's."""
     if identity is not None:
         give(**{contract.ENV_CLOUD_IDENTITY: identity})
     assert "with no credentials (spec.model.secretRef)" in rejected("gs", ExitCode.BAD_CONFIGURATION)

@@ -120,7 +120,7 @@ def test_a_job_is_prepared_with_all_servers_behind_the_proxy(company: Company, j
 
 
 def test_a_step_applies_authority_and_proxy_before_its_first_request(company: Company, job: Files) -> None:
-    """The answer is the store's own: there is no such folder."""
+    """The answer is the store's: the folder does not exist."""
     company.proxy.log.write_text("")
     missing = job.with_spec({"model": {"source": f"s3://{BUCKET}/none"}})
     done = missing.run("prepare", **company.environment())

@@ -21,7 +21,7 @@ Layer = Mapping[str, Any]
 
 
 class PlayedRegistry:
-    """Answers what a registry with these manifests would: `pages` of a list of referrers, and their documents."""
+    """Answers as a registry with these manifests: `pages` of a list of referrers, and their documents."""
 
     def __init__(self) -> None:
         self.pages: list[list[bytes]] = [[]]

@@ -1,4 +1,4 @@
-"""Adapters that a user downloads with own credentials, from a bucket and a registry, and from what plays a hub."""
+"""Adapters that a user downloads with personal credentials, from a bucket and a registry, and from a fake hub."""
 
 import json
 import os

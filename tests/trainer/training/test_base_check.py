@@ -1,4 +1,4 @@
-"""A base is known to be what prepare has made before anything that was trained on it is kept."""
+"""A base is verified to be prepare's before an adapter trained on it is kept."""
 
 import threading
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A checkpoint is on disk whole or not at all, whatever happens while it is written; the newest that verifies wins."""
+"""A checkpoint is on disk whole or not at all, even if its writing is disturbed; the newest that verifies wins."""
 
 import os
 import signal
@@ -50,7 +50,7 @@ def test_a_checkpoint_killed_at_any_moment_leaves_the_newest_usable(tmp_path: Pa
 
 
 def test_a_checkpoint_that_does_not_read_back_replaces_no_earlier_one(tmp_path: Path) -> None:
-    """A disk that changes what it was given, without an error."""
+    """A disk that changes its data, without an error."""
     save(tmp_path, 1, 2)
 
     def save_on_a_bad_disk() -> None:

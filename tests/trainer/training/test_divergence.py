@@ -1,4 +1,4 @@
-"""Divergence: a run that goes wrong is given up before its checkpoints are lost, and a healthy one never is."""
+"""Divergence: a run that goes wrong ends before its checkpoints are lost, and a healthy one never does."""
 
 import math
 import random
@@ -157,7 +157,7 @@ def test_a_suspect_run_replaces_no_good_checkpoint_and_resumes_to_the_same_end(
     good = kept(undisturbed)
     assert good
     assert good[-1] < suspect
-    # Whether a step did harm shows in the loss of the next one: the checkpoint before is what is surely sound.
+    # The next step's loss shows whether a step did harm: only the checkpoint before is surely sound.
     sound = good[-1] if good[-1] < suspect - 1 else good[-2]
     assert float(history(undisturbed)[sound]["loss"]) < 1.0
     assert ("that step may already have diverged" in expected) == (good[-1] == suspect - 1)

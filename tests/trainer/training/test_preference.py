@@ -180,7 +180,7 @@ def test_micro_batches_of_several_pairs_and_packed_pairs_have_the_same_losses(tm
 def test_the_reference_loss_of_the_base_is_log_2(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the adapter the model is the reference, whatever the data are."""
+    """Without the adapter the model is the reference, for any data."""
     monkeypatch.setattr(judging, "has_diverged", lambda _loss, _base_loss: True)
     monkeypatch.setattr(divergence.Stability, "to_be_judged", lambda *_: True)
     failed = failure(job(tmp_path / "workspace", tiny_llama))
@@ -218,7 +218,7 @@ class Card:
     """A GPU that runs out of memory in the passes, with and without the adapter, that `fits` does not admit."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fits: Callable[[int], bool]) -> None:
-        """`fits` is asked for each pass, with its pairs."""
+        """`fits` is called for each pass, with its pairs."""
         self._fits, self._losses = fits, row_losses
         for module in (preference, reference):
             monkeypatch.setattr(module, "row_losses", self._row_losses)

@@ -23,7 +23,7 @@ def series() -> set[str]:
 
 
 def asked() -> set[str]:
-    """The name of each series that a dashboard or an alert asks for."""
+    """The name of each series in the queries of a dashboard or an alert."""
     expressions = [query for page in DASHBOARDS.values() for panel in panels(page) for query in queries(panel)]
     groups = yaml.safe_load(ALERTS.read_text())["groups"]
     expressions += [rule["expr"] for group in groups for rule in group["rules"]]

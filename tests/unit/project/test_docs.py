@@ -1,4 +1,4 @@
-"""The documentation's pages: in step with what they describe, and every manifest in them valid."""
+"""The documentation's pages: in step with the code, and every manifest in them valid."""
 
 import json
 import re

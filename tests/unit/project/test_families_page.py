@@ -19,7 +19,7 @@ def rows(text: str) -> tuple[tuple[str, ...], str]:
 
 
 def test_the_page_has_a_line_for_each_type_of_this_transformers() -> None:
-    """Otherwise run `make families`, and see what a new release has changed."""
+    """On failure run `make families`, and read the changes of the new release."""
     names, said = rows(CAUSAL)
     assert names == NAMES
     assert f"transformers {transformers.__version__} has {len(NAMES)} types of causal language models. {said}" in CAUSAL
@@ -27,7 +27,7 @@ def test_the_page_has_a_line_for_each_type_of_this_transformers() -> None:
 
 
 def test_the_page_has_a_line_for_each_further_type_that_takes_more_than_text() -> None:
-    """Otherwise run `make families`."""
+    """On failure run `make families`."""
     names, said = rows(MULTIMODAL)
     assert names == MULTIMODAL_NAMES
     assert f"It has {len(MULTIMODAL_NAMES)} more types of models" in MULTIMODAL
@@ -35,7 +35,7 @@ def test_the_page_has_a_line_for_each_further_type_that_takes_more_than_text() -
 
 
 def test_plan_has_the_types_with_one_row_in_a_sequence() -> None:
-    """Otherwise run `make families`."""
+    """On failure run `make families`."""
     assert (
         set(re.findall(r"^\| `(\S+)` \| one row a sequence \|", PAGE.read_text(), re.MULTILINE)) == ONE_ROW_MODEL_TYPES
     )

@@ -1,4 +1,4 @@
-"""The example policy asks for what an adapter's lineage has."""
+"""The example policy requires existing fields of an adapter's lineage."""
 
 import re
 from pathlib import Path

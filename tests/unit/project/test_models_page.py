@@ -1,4 +1,4 @@
-"""The figures of the page on choosing a model are those of its weights, and of what a workspace has to hold."""
+"""The figures of the page on choosing a model are those of its weights, and of a workspace's content."""
 
 import re
 from pathlib import Path

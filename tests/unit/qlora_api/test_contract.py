@@ -1,4 +1,4 @@
-"""Records and exit codes: what one side writes the other reads, and nothing else passes for it."""
+"""Records and exit codes: each side reads the other's records, and rejects anything else."""
 
 import json
 
@@ -101,7 +101,7 @@ def test_a_kubelet_keeps_the_largest_result_of_a_message_in_any_script() -> None
 
 
 def test_a_result_has_room_for_the_largest_mix() -> None:
-    """All sources that a mix may have, with addresses as long as they are shown, and ten billion rows each."""
+    """The maximum sources of a mix, with addresses of the shown length, and ten billion rows each."""
     source = {"source": f"{'x' * 23}…{'y' * 24}", "rows": 10**10, "usedRows": 10**10, "epochRows": 10**10}
     counts = ("rows", "usedRows", "evalRows", "tooLongRows", "longestRowTokens", "duplicateRows", "overlapRows")
     dataset = {

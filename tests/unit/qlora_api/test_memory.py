@@ -1,4 +1,4 @@
-"""The memory estimate: weights of real models, what adds up to a peak, verdicts and advice."""
+"""The memory estimate: weights of real models, the parts of a peak, verdicts and advice."""
 
 import json
 from dataclasses import replace
@@ -536,7 +536,7 @@ def test_micro_batches_in_one_pass_take_the_memory_of_one_of_as_many_tokens() ->
 
 
 def test_jobs_that_do_not_accumulate_are_in_the_first_pass_of_a_step_only() -> None:
-    """There are no gradients yet then; in the passes after it there are those of all."""
+    """The first pass has no gradients yet; later passes have those of all."""
     several = TrainingShape(sequence_length=256)
     single = TrainingShape(sequence_length=256, gradient_accumulation_steps=1)
     first, later = (

@@ -1,4 +1,4 @@
-"""Addresses: what the schema admits parses, and what could lead elsewhere is rejected."""
+"""Addresses: those of the schema parse, and those that could lead elsewhere are rejected."""
 
 from typing import Any
 

@@ -29,7 +29,7 @@ from qlora_cli.local.display import describe
             {"activity": "training", "trainingStep": 2, "totalSteps": 4, "loss": 2, "evalLoss": 2.5},
             "training 2/4, loss 2.000, held-out 2.500",
         ),
-        # Nothing is left of what is done.
+        # Finished work leaves no trace.
         (
             {"activity": "training", "trainingStep": 4, "totalSteps": 4, "remainingSeconds": 0, "tokensPerSecond": 0},
             "training 4/4, 0 tokens/s",

@@ -1,4 +1,4 @@
-"""A job without a file: the manifest that options make, and what is wrong in terms of the options."""
+"""A job without a file: the manifest of the options, and errors in terms of the options."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A local run for programs: what it prints of a step that was killed, which leaves no record."""
+"""A local run for programs: its output for a killed step, which leaves no record."""
 
 import pytest
 

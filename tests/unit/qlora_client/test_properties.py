@@ -1,4 +1,4 @@
-"""Parsers of what a pod or a store sends: each takes any input, or rejects it as documented."""
+"""Parsers of data from a pod or a store: each reads any input, or rejects it as documented."""
 
 import tempfile
 from pathlib import Path

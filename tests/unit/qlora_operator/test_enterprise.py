@@ -46,7 +46,7 @@ def test_a_step_with_a_network_gets_the_authority_and_the_proxy(step: StepName) 
         }.items()
     )
     volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
-    # Not optional: the pod waits for them, and its status names what is missing.
+    # Not optional: the pod waits for them, and its status names the missing ones.
     items = [{"key": "bundle.pem", "path": "bundle.pem"}]
     assert volumes["ca"]["configMap"] == {"name": "company-ca", "items": items}
     assert volumes["proxy"]["secret"] == {

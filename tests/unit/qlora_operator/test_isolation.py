@@ -43,7 +43,7 @@ def recorded() -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
 
 
 class RecordingCluster(Cluster):
-    """Answers every request as an API server that holds one job would, and keeps what was asked."""
+    """Answers every request as an API server with one job, and keeps the requests."""
 
     def __init__(self, body: dict[str, Any]) -> None:
         super().__init__(None)  # type: ignore[arg-type]
@@ -91,7 +91,7 @@ HOSTILE = [
 
 
 def reconciled(body: dict[str, Any]) -> RecordingCluster:
-    """The cluster after the operator has done what it can about the job."""
+    """The cluster after the operator's last possible pass over the job."""
     cluster = RecordingCluster(body)
     reconciler = Reconciler(cluster, PROFILES, None, Metrics(), lambda: NOW + timedelta(seconds=1), starts())
     for _ in range(5):

@@ -158,7 +158,7 @@ def test_a_disconnected_leader_stops_before_another_begins(skew: float, fault: s
         assert not first.leads
         assert match.shift.working == ["second"]
         assert 8 <= match.shift.began[-1][1] - cut_at <= 18
-        # It comes back and stands by.
+        # It comes back as a standby.
         setattr(road, fault, False)
         await asyncio.sleep(100)
         assert match.shift.working == ["second"]
@@ -171,7 +171,7 @@ def test_a_disconnected_leader_stops_before_another_begins(skew: float, fault: s
 
 @pytest.mark.parametrize("offset", [0, 0.5, 1, 1.5, 2])
 def test_a_renewal_that_a_slow_answer_shows_counts_from_the_answer_on(offset: float) -> None:
-    """Whenever between two renewals it is asked for: the leader is cut off right after the one that was shown."""
+    """At any time between two renewals: the leader is cut off right after the shown one."""
     match = Match()
     first_road, first = match.candidate("first")
     second_road, second = match.candidate("second", seconds=3.1)

@@ -200,7 +200,7 @@ def test_an_attempt_notes_when_it_trained_and_saved(tmp_path: Path) -> None:
         note_training(tmp_path, "a", after(20))
         note_saved(tmp_path, "a", after(30))
         note_saved(tmp_path, "b", after(40))
-        # If it is killed now, that is what is known.
+        # If it is killed now, only that is recorded.
         (running,) = read_attempts(tmp_path)
     assert (running.trained_at, running.saved_at) == ("2026-01-02T03:04:25.000Z", "2026-01-02T03:04:35.000Z")
     assert running.ended is None

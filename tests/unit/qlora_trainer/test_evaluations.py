@@ -19,7 +19,7 @@ def training(keep: str | None = "best", patience: int | None = None, min_delta: 
         ([2.0, 1.5, 1.2, 1.4], 20),
         ([2.0, 1.2, 1.2, 1.2], 10),  # of equal ones the first
         ([2.0, 1.5, 1.4, 1.3], 30),
-        ([1.0, 1.5, 1.2, 1.4], 20),  # the untrained adapter is none to keep
+        ([1.0, 1.5, 1.2, 1.4], 20),  # the untrained adapter cannot be kept
     ],
 )
 def test_the_best_adapter_is_the_first_trained_one_with_the_lowest_loss(losses: list[float], step: int) -> None:

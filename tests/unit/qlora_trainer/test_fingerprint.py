@@ -1,4 +1,4 @@
-"""Runs are the same if the same adapter comes of them, wherever their inputs were read from; what differs is named."""
+"""Runs are the same if they give the same adapter, for any source of their inputs; differences are named."""
 
 from typing import Any
 

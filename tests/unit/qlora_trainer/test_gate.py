@@ -1,4 +1,4 @@
-"""Whether an adapter is good enough to be published, from what training has recorded."""
+"""Whether an adapter is good enough to be published, from the records of training."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The memory of a job from dry runs: what lies between them, and that none is repeated."""
+"""The memory of a job from dry runs: interpolation between them, and no repetition."""
 
 import json
 from collections.abc import Sequence

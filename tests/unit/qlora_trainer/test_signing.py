@@ -1,4 +1,4 @@
-"""Signatures of statements: the same each time, and only for what was signed."""
+"""Signatures of statements: the same each time, and only for the signed statement."""
 
 from base64 import b64encode
 

@@ -1,4 +1,4 @@
-"""`make release-check` finds what is missing or stale; each case breaks a copy of what is checked."""
+"""`make release-check` finds missing and stale files; each case breaks a copy of the checked ones."""
 
 import shutil
 from pathlib import Path

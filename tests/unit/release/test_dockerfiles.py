@@ -20,7 +20,7 @@ def test_a_base_without_a_digest_is_rejected(base: str) -> None:
 
 
 def test_a_layer_does_not_depend_on_the_name_of_the_base() -> None:
-    """An argument that is declared before them is part of what later commands are cached by."""
+    """An argument that is declared before later commands is part of their cache key."""
     for path in DOCKERFILES.values():
         stage = (ROOT / path).read_text().rpartition("\nFROM ")[2]
         before, declared, _ = stage.partition("\nARG BASE_IMAGE")

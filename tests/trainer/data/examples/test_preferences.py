@@ -1,4 +1,4 @@
-"""Which pairs a row of format preference is, and what is compared in them."""
+"""The pairs of a row of format preference, and their compared answers."""
 
 from pathlib import Path
 from typing import Any
@@ -216,7 +216,7 @@ def test_data_that_the_objective_cannot_use_are_rejected_with_a_remedy(
 
 
 def test_data_with_answers_in_another_format_too_keep_their_format(make_context: MakeContext, tmp_path: Path) -> None:
-    """UltraFeedback's rows have a conversation besides: a job without an objective for pairs trains on that."""
+    """UltraFeedback's rows have a conversation too: a job without an objective for pairs trains on that."""
     row = chat_row("q", "a") | {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}
     write_rows(tmp_path / "data" / "train.jsonl", [row])
     assert prepare(make_context(), Recorded()).dataset.format == "chat"

@@ -1,4 +1,4 @@
-"""Which turns of a conversation are trained on, what a system prompt and reasoning become, and which are rejected."""
+"""The trained turns of a conversation, the effect of a system prompt and reasoning, and rejections."""
 
 import re
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_a_prompt_has_one_answer_which_is_the_last(tiny_llama: Path) -> None:
         ([{}, {"train": True}], ["Second."]),
         ([{"train": True}, {"train": False}, {"train": True}], ["First.", "Third."]),
         ([{"weight": 0}, {"weight": 1}, {"weight": 0}], ["Second."]),
-        ([{"weight": 0}], ["Second.", "Third."]),  # OpenAI trains on what has no weight
+        ([{"weight": 0}], ["Second.", "Third."]),  # OpenAI trains on turns without a weight
         ([{"train": True, "weight": 1}, {"train": None}], ["First."]),
     ],
 )

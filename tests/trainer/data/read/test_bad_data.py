@@ -16,7 +16,7 @@ from tests.trainer.conftest import MakeContext
 def test_it_is_rejected_with_its_message(
     make_context: MakeContext, records: Recorded, tmp_path: Path, case: BadData
 ) -> None:
-    """The message is short enough to be read, and nothing of the data is left in the workspace."""
+    """The message is short enough to be read, and no data is left in the workspace."""
     context = make_context({"dataset": case.write(tmp_path / "data")})
     with pytest.raises(StepFailure) as failure:
         prepare(context, records)

@@ -1,4 +1,4 @@
-"""Data that can be trained on, of every file kind and source, and what is read from it."""
+"""Valid data of every file kind and source, and the rows read from it."""
 
 import bz2
 import gzip
@@ -122,7 +122,7 @@ def test_a_parquet_file_that_crashes_its_reader_is_named(
 
 
 def test_the_files_of_a_folder_are_one_data_set(make_context: MakeContext, records: Recorded, tmp_path: Path) -> None:
-    """In the order of their names; SHA-256 is that of what `sha256sum *.jsonl*` prints."""
+    """In the order of their names; SHA-256 is that of the output of `sha256sum *.jsonl*`."""
     rows = [chat_row(f"Which {n}?", "This.") for n in range(6)]
     folder = tmp_path / "data" / "rows"
     write_rows(folder / "part-2.jsonl", rows[4:])

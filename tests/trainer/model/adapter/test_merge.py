@@ -1,4 +1,4 @@
-"""The merged model is the function that was trained, in files that transformers loads, or there is none."""
+"""The merged model is the trained function, in files that transformers loads; otherwise none is made."""
 
 import ctypes
 import dataclasses
@@ -349,7 +349,7 @@ def test_buffers_of_a_family_are_in_the_merged_model(tmp_path: Path) -> None:
 
 
 def test_a_merged_model_is_evaluated_with_the_attention_of_its_training(tmp_path: Path) -> None:
-    """BLOOM adds to scores what depends on the distance, which attention within rows does not compute."""
+    """BLOOM adds a term by distance to scores, which attention within rows does not compute."""
     config = tiny_config("bloom")
     config.initializer_range = 0.4
     model = save_model(tmp_path / "model", config)

@@ -1,4 +1,4 @@
-"""The 4-bit base that prepare makes: libraries read it, it is what loading would have quantized, and it resumes."""
+"""The 4-bit base of prepare: libraries read it, it equals quantization at loading, and it resumes."""
 
 import errno
 import json
@@ -192,7 +192,7 @@ def test_partial_files_of_a_killed_attempt_are_not_in_the_base(
 
 
 def test_a_release_that_makes_other_bytes_has_another_format(tmp_path: Path) -> None:
-    """Raise FORMAT with the sum: a cache would give jobs of one release what the other has made."""
+    """Raise FORMAT with the sum: otherwise a cache would give jobs of one release the files of the other."""
     model = save_model(tmp_path / "model", LlamaConfig(**SHAPE))
     weights = {
         name: (torch.arange(tensor.numel()) * 7919 % 1009 - 504).reshape(tensor.shape).to(torch.bfloat16) / 4096

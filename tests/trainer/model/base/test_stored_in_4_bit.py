@@ -1,4 +1,4 @@
-"""A model that bitsandbytes has stored in 4 bit is trained as it is; what is wrong or otherwise in it is named."""
+"""A model that bitsandbytes has stored in 4 bit is trained unchanged; wrong parts are named."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Routed experts compute in 4-bit what transformers' own do with the dequantized weights, whatever their class has."""
+"""Routed experts compute in 4-bit as transformers' own with the dequantized weights, for any class."""
 
 from collections.abc import Callable
 from itertools import product
@@ -244,7 +244,7 @@ TO_THE_SAME = torch.tensor([[0, 1]] * 12)
 
 
 def most_bytes(module: Any, states: Tensor, chosen: Tensor, run_backward: Callable[[Tensor], None]) -> int:
-    """The largest sum of what is alive at a time in a forward and a backward pass, besides what is given."""
+    """The largest sum of live tensors in a forward and a backward pass, besides the arguments."""
     module.config._experts_implementation = EXPERTS
     weights = torch.ones(chosen.shape, dtype=states.dtype, device=states.device)
     with LiveBytes() as live:
@@ -259,7 +259,7 @@ def most_bytes(module: Any, states: Tensor, chosen: Tensor, run_backward: Callab
 def test_a_dry_run_counts_the_experts_that_are_dequantized_at_a_time(
     chosen: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However tokens are routed, no more than a dry run counts, and what tokens that are spread evenly take."""
+    """For any routing of tokens, no more than a dry run counts, and the memory of evenly spread tokens."""
     expert_bytes = 2 * INNER * HIDDEN * 2
     counted = {}
     for number in (1, 3):

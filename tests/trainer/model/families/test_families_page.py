@@ -7,7 +7,7 @@ from docs.families import MULTIMODAL_NAMES, NAMES, PAGE, TABLE, entry, page, tab
 
 @pytest.mark.slow
 def test_each_family_is_trained_as_the_page_says() -> None:
-    """Otherwise run `make families`."""
+    """On failure run `make families`."""
     causal, multimodal = (tuple(map(entry, names)) for names in (NAMES, MULTIMODAL_NAMES))
 
     assert page(causal, multimodal).splitlines() == PAGE.read_text().splitlines()

@@ -413,7 +413,7 @@ def test_rows_beyond_the_change_of_longrope_do_not_share_a_sequence(tmp_path: Pa
     assert not family.one_row
     assert [family.keeps_rows_apart(tokens) for tokens in (64, 65)] == [True, False]
     torch.testing.assert_close(behind(30), behind(64))
-    with pytest.raises(AssertionError, match="not close"):  # what is avoided
+    with pytest.raises(AssertionError, match="not close"):  # the avoided memory
         torch.testing.assert_close(behind(30), behind(65))
 
 

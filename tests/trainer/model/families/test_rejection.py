@@ -1,4 +1,4 @@
-"""prepare rejects what cannot be trained, from config.json alone, with a message that names it and the reason."""
+"""prepare rejects unsupported models, from config.json alone, with a message that names model and reason."""
 
 import json
 import resource
@@ -19,7 +19,7 @@ QUANTIZED = "already quantized"
 ALTERNATIVE = "choose a model of a family that is trained, such as Llama"
 ORIGINAL = "name the original 16-bit model"
 
-# config.json, why it is rejected, and what to do instead.
+# config.json, the reason of the rejection, and the remedy.
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "jetmoe": ({"model_type": "jetmoe"}, "mixture of experts (num_local_experts 8) that does not use", ALTERNATIVE),
     "phimoe": ({"model_type": "phimoe"}, "in training it computes something else than in use", ALTERNATIVE),

@@ -261,7 +261,7 @@ def test_a_job_is_published_with_the_commands_for_the_whole_model(name: str, tmp
 
 
 def test_the_small_model_has_the_constants_of_its_activations() -> None:
-    """All else is initialized by transformers. Of these it leaves what happens to be in memory."""
+    """All else is initialized by transformers. These stay uninitialized memory."""
     model = random_text_part(tiny_wrapper("apertus1p5"), dtype=torch.float32)
     activations = [block.mlp.act_fn for block in model.get_decoder().layers]
 

@@ -1,4 +1,4 @@
-"""The fused LoRA layer computes what PEFT's computes, and leaves to PEFT what it does not cover."""
+"""The fused LoRA layer computes the same as PEFT's, and leaves unsupported options to PEFT."""
 
 from typing import Any
 

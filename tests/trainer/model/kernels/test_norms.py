@@ -1,4 +1,4 @@
-"""Normalizations and activations are what the family computes, with fewer roundings; what is unknown stays as it is."""
+"""Normalizations and activations match the family's, with fewer roundings; unknown ones stay unchanged."""
 
 from typing import Any
 

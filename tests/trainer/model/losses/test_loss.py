@@ -182,7 +182,7 @@ def test_a_batch_on_a_gpu_is_padded_to_tiles_and_its_logits_computed_in_chunks()
 def test_a_token_predicts_the_next_of_its_own_row_only() -> None:
     labels = torch.tensor([IGNORED_LABEL, 11, 12, 20, 21, IGNORED_LABEL])
 
-    # 20 is labeled although it begins a row: no token of that row stands before it.
+    # 20 is labeled although it begins a row: no token of that row precedes it.
     assert next_token_targets(labels, (3, 2, 1)).tolist() == [11, 12, IGNORED_LABEL, 21, IGNORED_LABEL, IGNORED_LABEL]
 
 

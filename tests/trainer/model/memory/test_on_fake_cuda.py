@@ -1,4 +1,4 @@
-"""On a GPU every family takes the fast kernels, forward and backward, and nothing of a step is multiplied in 32 bit."""
+"""On a GPU every family uses the fast kernels, forward and backward, and no part of a step is multiplied in 32 bit."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""On a CPU every 4-bit layer computes with the weights that were quantized, whatever its shape."""
+"""On a CPU every 4-bit layer computes with the quantized weights, for any shape."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Models in an OCI registry, over a real one: what is downloaded, what is rejected, and what is retried."""
+"""Models in an OCI registry, over a real one: downloads, rejections, and retries."""
 
 import json
 import shutil
@@ -178,7 +178,7 @@ def test_an_artifact_that_is_not_a_model_is_rejected(
 
 
 def layer(part: str, name: str) -> dict[str, Any]:
-    """As modctl makes one. `part` is what the format calls the kind and the packing: weight.v1.tar."""
+    """As modctl makes one. `part` is the format's name of kind and packing: weight.v1.tar."""
     return {
         "mediaType": f"application/vnd.cncf.model.{part}",
         "digest": f"sha256:{'0' * 64}",

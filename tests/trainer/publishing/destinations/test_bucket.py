@@ -283,7 +283,7 @@ def test_a_bucket_that_may_not_be_written_is_a_permanent_failure(
 def test_the_step_publishes_with_the_credentials_of_its_secret(
     finished: Files, tmp_path: Path, store: FaultProxy, bucket: S3Store
 ) -> None:
-    """The command that a pod runs; a server loads what it finds there without renaming anything."""
+    """The command of a pod; a server loads the files without renaming anything."""
     files = finished.copied(tmp_path / "job").with_spec({"output": {"destination": f"s3://{BUCKET}/tuned"}})
     done = files.run("publish", AWS_ACCESS_KEY_ID=ACCESS_KEY, AWS_SECRET_ACCESS_KEY=SECRET_KEY)
     assert done.exit_code == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Several processes that train one adapter: what they compute together is what one computes."""
+"""Several processes that train one adapter: their joint result is that of one process."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -96,7 +96,7 @@ def announce(cluster: Rejecting, postponed: Postponed, at: float, *actions: Any,
     ("error", "tries"), [(ForbiddenError("the operator may not"), 1), (RejectedError("the test failed"), 2)]
 )
 def test_a_rejected_entry_is_retried_with_backoff(error: RejectedError, tries: int) -> None:
-    """And with the other patch only where that may be what is wrong."""
+    """And with the other patch only where that may be the cause."""
     cluster, postponed, times = Rejecting(error), Postponed(), list[float]()
     for at in range(0, 48 * 3600, 300):
         result = announce(cluster, postponed, at)

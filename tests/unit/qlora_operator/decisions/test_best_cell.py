@@ -100,7 +100,7 @@ def test_the_sweep_ends_with_that_job_and_has_its_address() -> None:
     assert status.published is not None
     assert (status.published.cell, status.published.adapter) == ("rates-01", "hf://org/adapter")
     assert "its adapter is at hf://org/adapter; 1 of 3 cells have failed" in succeeded(status)[1]
-    # It is not published again, though its job is gone or another cell is the best by now.
+    # It is not published again, although its job is deleted or another cell is the best now.
     later = (*CELLS[:2], cell(2, 1.0))
     assert actions(sweep(status), *later) == []
     assert status_of(sweep(status), *later).published == status.published

@@ -1,4 +1,4 @@
-"""The forecast of GPU hours, what they cost, and the budget that stops a job at a checkpoint."""
+"""The forecast of GPU hours, their cost, and the budget that stops a job at a checkpoint."""
 
 from typing import Any
 

@@ -55,7 +55,7 @@ def other_body(status: QLoRAJobStatus | None, **spec: Any) -> dict[str, Any]:
 
 
 def other(*conditions: dict[str, Any], **changes: str) -> QLoRAJob:
-    """The other job with what it has fixed, in a step."""
+    """The other job with its resolved spec, in a step."""
     fixed = resolved().model_copy(update={"claim_name": "shared", "workspace_path": "other-ffffffff", **changes})
     return parse_job(other_body(status_in("train", resolved=fixed.dump(), conditions=list(conditions))))
 
@@ -158,7 +158,7 @@ def test_the_job_that_publishes_a_sweeps_cell_uses_the_trainer_of_that_cell() ->
     assert signed.resolved.contract_version == needed_contract(1, signed=True)
     # The cell is read no more: its first Job could not be created yet, and the profile has changed again.
     assert image(follow(best(started), profiles=NEWER)) == PROFILE.image
-    # Its first failure is likely to be in prepare, where the credentials are first tried.
+    # Its first failure is likely in prepare, which first uses the credentials.
     ended = [condition("Failed", "True", reason="BadConfiguration"), condition("Succeeded", "False")]
     failed = status_in("prepare", resolved=resolved().dump(), conditions=ended)
     retried = follow(best(failed, retry={"request": 1}), profiles=NEWER)

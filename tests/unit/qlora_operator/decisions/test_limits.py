@@ -115,7 +115,7 @@ def test_a_requested_restart_counts_as_a_failure() -> None:
 
 def test_a_deleted_job_is_not_replaced_before_its_pods_count() -> None:
     stored = watched(activeDeadlineSeconds=100)
-    # The Job is gone, its pod is not yet marked.
+    # The Job is deleted, its pod is not yet marked.
     status = look(stored, 30, RUNNING[1], activeDeadlineSeconds=100)
     assert status.step == stored.step
     assert look(stored, 41, RUNNING[1], activeDeadlineSeconds=100).phase == "Failed"

@@ -1,4 +1,4 @@
-"""The objects that the operator makes: what each step may see, do and cost."""
+"""The objects that the operator makes: the mounts, rights and cost of each step."""
 
 import json
 from typing import Any
@@ -40,7 +40,7 @@ def environment_of(job: dict[str, Any]) -> dict[str, str]:
 
 
 def mounts_of(job: dict[str, Any]) -> dict[str, tuple[str, bool]]:
-    """Mount path -> (what is mounted there, whether it can be written)."""
+    """Mount path -> (volume, whether it can be written)."""
     volumes = {volume["name"]: volume for volume in pod_of(job)["volumes"]}
     assert len(volumes) == len(pod_of(job)["volumes"])
 

@@ -170,7 +170,7 @@ def test_jobs_that_fail_one_after_the_other_are_followed_after_pauses_that_grow(
         return (due - after(ends[-1])).total_seconds()
 
     assert [next_after(*range(count)) for count in range(1, 9)] == [10, 20, 40, 80, 160, 320, 360, 360]
-    # Nodes that are lost from time to time are no reason for a longer pause.
+    # Occasional losses of nodes do not lengthen the pause.
     assert next_after(0, 4000, 8000) == 10
 
 

@@ -1,4 +1,4 @@
-"""Which status follows from what is stored and what is seen."""
+"""The status that follows from the stored one and the seen objects."""
 
 from typing import Any
 

@@ -150,7 +150,7 @@ def evicted(body: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("bodies", "spec", "expected"),
     [
-        # Killed: what it had done since the checkpoint at -30 is gone, 50 seconds on 2 GPUs.
+        # Killed: its work since the checkpoint at -30 is lost, 50 seconds on 2 GPUs.
         ([child("train"), deleted(ended(train_pod(), 137, start=-90, end=20), 10)], {}, {"disruption": 100}),
         ([child("train"), ended(train_pod(), 203, start=-90, end=20)], {}, {"failure": 100}),
         # Asked to stop, it saved a checkpoint.
@@ -211,7 +211,7 @@ def brief(number: int, at: float) -> dict[str, Any]:
 
 
 def test_many_foreign_pods_hide_none_and_do_not_fill_the_status() -> None:
-    """One that waits for ever, hundreds that run for a second, and then the pods that train: each of these counts."""
+    """One that waits for ever, hundreds that run for a second, and then the train pods: each of these counts."""
     waits, job = created(pod("train", 1, 1), -1000), child("train", created=-1100)
     many = [brief(number, -1000 + number) for number in range(2, 202)]
     status = then(status_in("train"), job, waits, *many)
@@ -260,7 +260,7 @@ def test_a_member_counts_its_leaders_pod_after_many_later_ones() -> None:
 
 
 def test_a_pod_that_waits_for_its_node_is_not_displaced_by_many_that_end() -> None:
-    """Entries are dropped after a while, and what was created before then counts as counted: the pod is not yet."""
+    """Entries are dropped after a while, and pods created before then count as counted: this one is not yet."""
     first = created(pod("train", 1, 1), -100)
     many = [
         created(ended(train_pod(number, at=-60 + number), 0, start=-60 + number, end=-59 + number), -60 + number)
@@ -410,7 +410,7 @@ class Group:
         self.retry(name, failed)
 
     def retry(self, name: str, as_status: QLoRAJobStatus | None = None) -> None:
-        """Give it the status of one that waits for its leader again, or that one, with what it has used."""
+        """Give it the status of one that waits for its leader again, or that one, with its usage."""
         status = as_status or grouped.job("prepared", name, grouped.FOLLOWER).status
         kept = {"usage": self.jobs[name].status.usage}
         self.jobs[name] = replace(self.jobs[name], status=status.model_copy(update=kept))
@@ -485,7 +485,7 @@ def test_an_entry_of_an_earlier_release_stays_as_it_is() -> None:
 
 
 def test_copies_of_other_members_do_not_block_a_job() -> None:
-    """They list what they have copied in their statuses, where the leader and the other followers see it too."""
+    """Their statuses list the copied pods, where the leader and the other followers see them too."""
     group = Group()
     for at in (10, 400, 800):
         group.count_all(at)
@@ -504,7 +504,7 @@ def test_the_counters_get_the_increase_of_each_write() -> None:
 
 
 def test_a_follower_copies_each_pod_of_its_leader_once() -> None:
-    """Also those that the leader still lists, and the follower, which has trained by itself since, no more."""
+    """Also pods that the leader still lists, but not the follower, which has trained by itself since."""
 
     def entry(name: str, number: int, at: float, jobs: int) -> PodUsage:
         began = time(at + number)
@@ -542,7 +542,7 @@ def trains_since(body: dict[str, Any], since: float, now: float) -> ProgressReco
 
 
 def as_at(lives: list[tuple[int, int, int]], moment: int) -> list[dict[str, Any]]:
-    """The pods as they are at that moment, those that have ended among them."""
+    """The pods at that moment, including ended ones."""
     bodies, created = [], 0
     for number, (waits, runs, code) in enumerate(lives, 1):
         start, end = created + waits, created + waits + runs
@@ -627,7 +627,7 @@ _EVENTS = st.lists(
 def test_the_time_of_a_groups_pod_counts_once_after_any_deletion(
     events: list[tuple[int, str, str, list[str]]], trains: int | None, code: int
 ) -> None:
-    """All of it: but what a job had not yet copied of what its leader had counted when the job went."""
+    """All of it, except the leader's counted time that a deleted job had not yet copied."""
     group, now, lags = Group(), 0, dict[str, int]()
     for passed, event, whom, passes in events:
         now += passed

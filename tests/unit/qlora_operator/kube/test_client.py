@@ -111,7 +111,7 @@ def test_a_list_of_a_thousand_pods_takes_a_few_mebibytes(names: Callable[[Cluste
 
 
 class Busy(Transport):
-    """A server with objects of those sizes, in bytes: pods, and Jobs and QLoRAJobs if that is asked for."""
+    """A server with objects of those sizes, in bytes: pods, and on request Jobs and QLoRAJobs."""
 
     def __init__(self, sizes: list[int]) -> None:
         self._sizes = sizes

@@ -24,7 +24,7 @@ KEY = ("team", NAME)
 
 
 class Watches:
-    """Shows events to the handlers as kopf does, and keeps what they ask for."""
+    """Shows events to the handlers as kopf does, and keeps their requests."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: list[tuple[Key, bool]] = []
@@ -143,7 +143,7 @@ def test_the_end_of_a_predecessors_job_wakes_the_qlorajob_of_its_name(watches: W
 
 
 def test_kopf_keeps_no_record_of_an_object_that_it_has_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what the operator gives to kopf, and what kopf does with an event."""
+    """With the operator's settings for kopf, and kopf's handling of an event."""
     given: dict[str, Any] = {}
     shown: list[Key] = []
 

@@ -219,7 +219,7 @@ def test_a_deleted_first_job_is_remembered_until_the_status_is_resolved() -> Non
 
 
 def jobs_with_resolved(names: Iterable[str], length: int = 0) -> list[dict[str, Any]]:
-    """Jobs of the job with those names, each with what was resolved."""
+    """Jobs of the job with those names, each with the resolved spec."""
     body = with_resolved(child("prepare"))
     if length:
         body["metadata"]["annotations"] = {RESOLVED_ANNOTATION: "x" * length}
