@@ -201,7 +201,7 @@ def test_the_operator_gets_the_dns_ports_for_its_policies(helm: Helm) -> None:
     assert settings_of(helm.template({"jobNetworkPolicies": {"dnsPorts": [5353]}}))["dnsPorts"] == [5353]
 
 
-def test_a_profile_takes_what_it_leaves_out_from_the_default_profile(helm: Helm) -> None:
+def test_a_profile_inherits_omitted_fields_from_the_default_profile(helm: Helm) -> None:
     values: Object = {
         "trainer": {"image": {"repository": "registry.example/trainer", "digest": f"sha256:{'0' * 64}"}},
         "profiles": {
@@ -224,7 +224,7 @@ def test_a_profile_takes_what_it_leaves_out_from_the_default_profile(helm: Helm)
     assert profiles["shared"] == profiles["default"] | values["profiles"]["shared"]
 
 
-def test_the_operator_reads_its_settings_and_listens_where_the_deployment_says(helm: Helm, tmp_path: Path) -> None:
+def test_the_operator_reads_its_settings_and_listens_on_the_deployments_ports(helm: Helm, tmp_path: Path) -> None:
     def settings(values: Object) -> tuple[Settings, Object]:
         objects = helm.template(values)
         file = tmp_path / "settings.yaml"
@@ -276,7 +276,7 @@ def test_one_operator_is_replaced_without_a_gap_and_several_are_kept_apart(helm:
     assert (budget["maxUnavailable"], budget["selector"]["matchLabels"]) == (1, selected)
 
 
-def test_without_an_election_there_is_one_operator_and_never_two(helm: Helm) -> None:
+def test_without_an_election_at_most_one_operator_runs(helm: Helm) -> None:
     alone = {"settings": {"leaderElection": {"enabled": False}}}
     objects = helm.template(alone)
     assert only(objects, "Deployment")["spec"]["strategy"] == {"type": "Recreate"}
@@ -399,7 +399,7 @@ CLEAR_FAILURE = re.compile(r"missing property '\w+'|needs jobNetworkPolicies\.na
         if path not in ABSENT_BY_CHOICE
     ],
 )
-def test_a_value_that_the_older_chart_lacks_has_its_default_or_is_asked_for(
+def test_a_value_that_the_older_chart_lacks_has_its_default_or_is_required(
     helm: Helm, tmp_path: Path, whole: list[Object], path: tuple[str, ...]
 ) -> None:
     try:
@@ -684,7 +684,7 @@ def test_pod_security_admits_the_operators_pod(installed: Helm, plane: ControlPl
         create({**template["spec"], "securityContext": {}})
 
 
-def test_the_operators_account_can_do_what_it_needs_and_nothing_else(installed: Helm, plane: ControlPlane) -> None:
+def test_the_operators_account_has_the_required_rights_and_no_other(installed: Helm, plane: ControlPlane) -> None:
     def rules(account: str, namespace: str = "default") -> list[Object]:
         review = {
             "apiVersion": "authorization.k8s.io/v1",

@@ -99,7 +99,7 @@ def test_ctrl_c_ends_the_watch_and_reports_that_the_job_continues(team: Reported
     assert team.stored("left")["spec"]["suspend"] is False
 
 
-def test_submit_watches_what_it_has_created_and_ends_as_its_step_does(team: Reported) -> None:
+def test_submit_watches_its_job_and_ends_with_the_exit_code_of_its_step(team: Reported) -> None:
     command = ("submit", "--name", "quick", "--model", "hf://org/m", "--data", "hf://org/rows", "--watch")
     with typed(*command, *options(team), terminal=False) as submit:
         submit.wait_for("qlorajob.qlora.dev/quick created")

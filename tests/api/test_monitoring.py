@@ -108,7 +108,7 @@ def test_the_chart_installs_the_dashboards_where_grafana_reads_them() -> None:
 
 
 @pytest.mark.parametrize("file", ["prometheusrule", "dashboards"])
-def test_neither_is_installed_unless_it_is_asked_for(file: str) -> None:
+def test_neither_is_installed_by_default(file: str) -> None:
     # Helm's report on a file that makes no object.
     with pytest.raises(ClusterError, match="could not find template"):
         template(file)

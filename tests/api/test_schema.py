@@ -125,7 +125,7 @@ def test_a_bad_manifest_is_rejected_with_the_field_named(plane: ControlPlane, ma
 
 # The server coerces nothing, pydantic some; both must reject these, so that `qlora run` and `kubectl apply` agree.
 @pytest.mark.parametrize("manifest", [manifest for manifest, _ in REJECTED.values()], ids=REJECTED)
-def test_the_models_reject_what_the_server_rejects(manifest: Manifest) -> None:
+def test_the_models_reject_the_same_manifests_as_the_server(manifest: Manifest) -> None:
     with pytest.raises(ValidationError):
         QLoRAJobDocument.model_validate(manifest)
 

@@ -67,7 +67,7 @@ def test_killing_the_operator_changes_nothing_but_time(tenant: Tenant, phase: st
 
 
 @pytest.mark.slow
-def test_a_pod_over_its_memory_is_named_as_such_with_what_to_do(tenant: Tenant) -> None:
+def test_a_pod_over_its_memory_limit_is_reported_with_a_remedy(tenant: Tenant) -> None:
     name = tenant.apply(tiny_job("hungry", resources={"cpu": "500m", "memory": "128Mi"}))
     status = tenant.wait_for_end(name)
     assert status["phase"] == "Failed"

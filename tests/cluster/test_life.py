@@ -83,7 +83,7 @@ def test_the_command_line_shows_the_same_life(finished: Finished) -> None:
     assert re.search(rf"train: \S+ \d+/{LONG}, loss [\d.]+", finished.logs)
 
 
-def test_the_status_names_base_data_and_adapter(finished: Finished) -> None:
+def test_the_status_has_data_memory_progress_and_checkpoint(finished: Finished) -> None:
     status = finished.status
     assert status["dataset"]["rows"] == 64
     assert status["dataset"]["usedRows"] == 64

@@ -155,7 +155,7 @@ def targets(neighbor: Place) -> Targets:
 
 
 @pytest.mark.usefixtures("beyond")
-def test_train_has_no_network_and_the_others_reach_what_the_profile_names(tenant: Tenant, neighbor: Place) -> None:
+def test_train_has_no_network_and_the_others_reach_the_profiles_servers(tenant: Tenant, neighbor: Place) -> None:
     policies = job_policies(tenant.namespace)
     tenant.cluster.kubectl("apply", "--filename=-", input_text=json.dumps(policies))
     wanted = targets(neighbor)

@@ -32,7 +32,7 @@ def is_paged(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> list[
 
 
 @pytest.mark.parametrize("name", PAGED)
-def test_it_is_paged_before_and_after_a_resume_which_is_exact(name: str) -> None:
+def test_it_is_paged_before_and_after_an_exact_resume(name: str) -> None:
     training = TrainingSpec.model_validate({"optimizer": name, "learningRate": 0.01})
     whole = parameters()
     undisturbed = make_optimizer(whole.values(), training)

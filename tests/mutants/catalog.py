@@ -154,7 +154,7 @@ OPERATOR = (
         old="and end > until",
         new="and end >= until",
         tests=(
-            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_an_attempt_is_not_counted_again_when_the_counted_pod_is_gone",
+            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_an_attempt_is_not_counted_again_after_its_pod_is_deleted",
         ),
     ),
     Mutant(

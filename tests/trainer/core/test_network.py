@@ -116,7 +116,7 @@ def test_the_proxys_password_is_put_into_its_address_and_into_no_text(tmp_path: 
         ("https://hub.example.org", "", True),
     ],
 )
-def test_which_addresses_go_through_the_proxy(url: str, entry: str, through: bool) -> None:
+def test_no_proxy_selects_the_addresses_of_the_proxy(url: str, entry: str, through: bool) -> None:
     proxy = https_proxy({"HTTPS_PROXY": "http://proxy:3128", "NO_PROXY": f"other.test, {entry}"})
     assert proxy is not None
     assert proxy.serves(url) is through

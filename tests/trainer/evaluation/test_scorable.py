@@ -73,7 +73,7 @@ def test_rows_whose_prompt_is_too_long_are_counted(
     )
 
 
-def test_an_answer_for_which_the_model_has_no_positions_is_rejected(tmp_path: Path, tiny_llama: Path) -> None:
+def test_an_answer_beyond_the_models_positions_is_rejected(tmp_path: Path, tiny_llama: Path) -> None:
     assert remarks(tmp_path / "data", tiny_llama, positions=40, maxNewTokens=30) == ()
     assert rejection(tmp_path / "data", tiny_llama, positions=40, maxNewTokens=31) == (
         "spec.gate.score.maxNewTokens is 31, and the longest prompt that is answered has 10 tokens, but the model has "

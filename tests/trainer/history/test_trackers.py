@@ -55,7 +55,7 @@ def test_a_run_that_is_stopped_leaves_none_of_its_steps_in_memory(report: tuple[
     assert {event.step: event.value for event in events.Scalars("train/loss")} == pytest.approx(before)
 
 
-def test_train_writes_no_files_for_the_tools_to_which_publish_uploads(
+def test_train_writes_no_files_for_the_trackers_of_publish(
     report: tuple[Path, list[dict[str, float]]],
 ) -> None:
     assert not {"mlflow", "wandb"} & {path.name for path in report[0].iterdir()}

@@ -92,7 +92,7 @@ def test_11_a_row_that_is_cut_in_the_middle(files: Files) -> None:
     failed(files.run("prepare"), ExitCode.BAD_DATASET, "train.jsonl", "41")
 
 
-def test_11_a_file_whose_name_is_no_text_beside_the_data(files: Files) -> None:
+def test_11_a_file_with_an_undecodable_name_next_to_the_data(files: Files) -> None:
     Path(os.fsdecode(bytes(files.data) + b"/caf\xe9.jsonl")).touch()
     done = files.with_spec({"dataset": {"source": "pvc://data/other.jsonl"}}).run("prepare")
     failed(done, ExitCode.BAD_DATASET, "other.jsonl does not exist", "caf\\udce9.jsonl")

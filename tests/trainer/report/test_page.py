@@ -100,7 +100,7 @@ def test_the_page_shows_the_bytes_of_each_kind_of_layer(finished: Files) -> None
         assert row in words, row
 
 
-def test_the_samples_are_what_plain_peft_answers(finished: Files) -> None:
+def test_the_samples_match_the_answers_of_plain_peft(finished: Files) -> None:
     samples = Samples.model_validate_json((finished.workspace / "report" / "samples.json").read_bytes())
     assert len(samples.samples) == 1
     sample = samples.samples[0]

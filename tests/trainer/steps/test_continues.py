@@ -375,7 +375,7 @@ def test_prepare_copies_the_checkpoint_and_reports_its_step(make_context: MakeCo
     assert not context.workspace.checkpoints.exists()
 
 
-def test_prepare_fetches_nothing_when_there_is_nothing_to_continue(make_context: MakeContext, tmp_path: Path) -> None:
+def test_prepare_fetches_nothing_without_a_run_to_continue(make_context: MakeContext, tmp_path: Path) -> None:
     context = make_context({"continues": "other"})
     context = replace(context, mounts=replace(context.mounts, continued=tmp_path))
     with pytest.raises(StepFailure, match="has no checkpoint to continue from"):

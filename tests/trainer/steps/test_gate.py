@@ -287,7 +287,7 @@ def test_with_held_out_rows_of_their_own_source_only_these_bring_checks(
     assert (record.dataset.used_rows, record.dataset.eval_rows) == (8, 4)
 
 
-def test_an_answer_for_which_the_model_has_no_positions_is_found_before_training(
+def test_an_answer_beyond_the_models_positions_is_rejected_before_training(
     make_context: MakeContext, tmp_path: Path
 ) -> None:
     config = OPTConfig(

@@ -223,7 +223,7 @@ def test_another_quantization_or_another_release_of_a_library_is_another_base(
     assert [base_of(record).origin for record in records] == ["downloaded"] * 4
 
 
-def test_a_job_trains_and_publishes_from_the_cache_which_clean_leaves(
+def test_a_job_trains_and_publishes_from_the_cache_and_clean_keeps_it(
     hub: FakeHub, cache: Path, tmp_path: Path
 ) -> None:
     """Each step as a process, and with a cache that loses the weights before the last."""

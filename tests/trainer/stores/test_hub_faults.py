@@ -54,7 +54,7 @@ def test_a_cut_download_resumes(make_context: MakeContext, records: Recorded, hu
     assert hub.ranges == [f"model.safetensors bytes={DOWNLOAD_CHUNK_SIZE}-"]
 
 
-def test_a_second_attempt_keeps_what_the_first_has_loaded(
+def test_a_second_attempt_keeps_the_files_of_the_first(
     make_context: MakeContext, records: Recorded, hub: FakeHub
 ) -> None:
     reject_weights = True

@@ -103,7 +103,7 @@ def test_five_consecutive_kills_at_one_checkpoint_end_the_job() -> None:
     assert "5 attempts in a row were killed before a checkpoint after step 3" in caught.value.message
 
 
-def test_attempts_that_were_asked_to_stop_or_belong_to_an_earlier_job_do_not_count() -> None:
+def test_interrupted_attempts_and_those_of_an_earlier_job_do_not_count() -> None:
     reject_if_stuck(attempts(*["interrupted"] * 50, from_steps=(0,) * 50), 0, 1)
     reject_if_stuck(attempts(*[None] * 5, from_steps=(3,) * 5), 3, 2)
 

@@ -241,7 +241,7 @@ def test_reasoning_that_the_prompt_begins_and_an_answer_does_not_end_has_not_pas
     assert (record.score.rows, record.score.base, record.score.adapter) == (2, 0.0, 1.0)
 
 
-def test_packing_does_not_decide_which_rows_are_answered(tmp_path: Path) -> None:
+def test_packing_does_not_change_the_answered_rows(tmp_path: Path) -> None:
     write_data(tmp_path / "packed", packed=True)
     write_data(tmp_path / "apart", packed=False)
     packed, apart = (PreparedDataset.open(tmp_path / name, "eval") for name in ("packed", "apart"))

@@ -40,7 +40,7 @@ def test_vllm_reads_the_adapter_where_the_job_publishes_it() -> None:
     assert f"--max-lora-rank={job['spec']['lora']['rank']}" in server["args"]
 
 
-def test_the_sync_reads_what_the_jobs_announce() -> None:
+def test_the_sync_reads_the_announcements_of_jobs() -> None:
     job = loaded("job.yaml")["spec"]["output"]["announce"]["configMap"]
     pod = loaded("vllm-announced.yaml")["spec"]["template"]["spec"]
     announced = next(volume for volume in pod["volumes"] if volume["name"] == "announced")

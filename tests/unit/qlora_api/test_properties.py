@@ -90,7 +90,7 @@ _SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attentio
         {"annotations": {"org.cncf.model.filepath": "a"}, "digest": "sha256:" + "0" * 64, "size": True},
     ],
 )
-def test_a_layer_that_is_no_file_of_known_content_is_rejected(layer: dict[str, object]) -> None:
+def test_an_invalid_layer_is_rejected(layer: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="layer"):
         unpack({"layers": [layer]})
 

@@ -127,7 +127,7 @@ def test_the_version_of_the_api_server(version: str, verdict: str) -> None:
     assert check("Kubernetes", server_version=version).verdict == verdict
 
 
-def test_definitions_of_another_release_name_the_fields_and_which_side_to_upgrade() -> None:
+def test_definitions_of_another_release_name_the_fields_and_the_side_to_upgrade() -> None:
     older = check("Definitions", schemas=schemas(lambda fields: fields["spec"]["properties"].pop("lora")))
     assert (older.verdict, "lack spec.lora" in older.message) == ("problem", True)
     newer = check(

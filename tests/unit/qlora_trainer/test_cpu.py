@@ -33,7 +33,7 @@ def test_every_row_is_padded_for_the_attention_kernel(tokens: int, padded: int) 
     ("rows", "columns", "parts"),
     [(767, 1024, 1), (768, 1024, 2), (1024, 513, 2), (1024, 512, 1), (1025, 1024, 1), (1024, 1025, 1)],
 )
-def test_only_matmuls_for_which_onednn_uses_one_thread_are_halved(rows: int, columns: int, parts: int) -> None:
+def test_only_matmuls_that_onednn_runs_on_one_thread_are_halved(rows: int, columns: int, parts: int) -> None:
     assert cpu.matmul_parts(rows, columns, "cpu") == parts
 
 

@@ -175,7 +175,7 @@ def test_a_run_that_may_halve_its_micro_batch_has_its_smallest_size(config: Path
     assert whole.checkpoints == 8 * halved.checkpoints
 
 
-def test_the_loss_is_measured_at_the_tokens_beyond_which_it_does_not_grow(config: Path) -> None:
+def test_the_loss_is_measured_at_its_largest_chunk(config: Path) -> None:
     short = job(training={"maxSequenceLength": 256})
     larger = Measuring()
     MeasuredJob.from_config(config, short, training_shape(short, ()), measure=larger).with_larger()

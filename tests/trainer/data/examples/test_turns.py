@@ -60,7 +60,7 @@ def test_the_last_answer_alone_is_trained_on(tiny_llama: Path) -> None:
     assert targets == [f"Third.{END}"]
 
 
-def test_a_prompt_has_one_answer_which_is_the_last(tiny_llama: Path) -> None:
+def test_the_only_answer_of_a_prompt_is_its_last(tiny_llama: Path) -> None:
     row = {"prompt": "Which?", "completion": "All."}
     assert learned(tiny_llama, [row], "prompt-completion", train_on="last") == learned(
         tiny_llama, [row], "prompt-completion"
@@ -84,7 +84,7 @@ def test_the_marked_answers_alone_are_trained_on(
     assert targets == [answer + END for answer in expected]
 
 
-def test_marks_are_ignored_unless_asked_for(tiny_llama: Path) -> None:
+def test_marks_are_ignored_by_default(tiny_llama: Path) -> None:
     [(_, targets)] = learned(tiny_llama, [{"messages": marked({"weight": 0}, {"train": "?"})}])
     assert len(targets) == 3
 
@@ -132,7 +132,7 @@ def test_marks_in_rows_without_turns_are_a_bad_configuration(tiny_llama: Path) -
 
 @pytest.mark.parametrize("of_the_row", ["reasoning_content", "reasoning", "thinking"])
 @pytest.mark.parametrize("of_the_template", ["reasoning_content", "reasoning", "thinking"])
-def test_reasoning_is_trained_on_with_its_answer_by_whatever_name(
+def test_reasoning_under_any_name_is_trained_on_with_its_answer(
     tiny_llama: Path, of_the_row: str, of_the_template: str
 ) -> None:
     row = {"messages": [DIALOGUE[1], {**DIALOGUE[2], of_the_row: "I count."}]}

@@ -98,7 +98,7 @@ def test_every_kind_of_file_gives_the_same_tokens(make_context: MakeContext, rec
 
 
 @pytest.mark.parametrize("dictionaries", [True, False])
-def test_a_parquet_file_without_rows_says_so(
+def test_a_parquet_file_without_rows_is_rejected(
     make_context: MakeContext, records: Recorded, tmp_path: Path, dictionaries: bool
 ) -> None:
     data = tmp_path / "data"

@@ -270,7 +270,7 @@ def test_recomputed_blocks_with_experts_give_the_same_gradients(trained: Trained
 
 
 @of_each()
-def test_the_dry_run_counts_what_a_step_takes(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dry_run_counts_the_memory_of_a_step(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = measure_within_limits(trained.model / CONFIG, trained.context.spec, [StepSize(1, 64, True)], "")
     if trained.case.name != "gemma3":  # Its part for images is quantized too, and not in the dry run.
         assert measured.quantized_parameters == trained.record.quantized_parameters

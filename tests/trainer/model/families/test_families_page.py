@@ -6,7 +6,7 @@ from docs.families import MULTIMODAL_NAMES, NAMES, PAGE, TABLE, entry, page, tab
 
 
 @pytest.mark.slow
-def test_each_family_is_trained_as_the_page_says() -> None:
+def test_each_family_is_trained_as_documented() -> None:
     """On failure run `make families`."""
     causal, multimodal = (tuple(map(entry, names)) for names in (NAMES, MULTIMODAL_NAMES))
 

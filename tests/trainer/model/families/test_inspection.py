@@ -217,7 +217,7 @@ def test_routers_that_begin_at_zero_and_draw_at_random_are_rejected(
     )
 
 
-def test_biases_of_experts_that_are_left_out_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_biases_of_experts_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     projected = experts._project
 
     def without_bias(module: Any, *tensors: Any) -> Any:

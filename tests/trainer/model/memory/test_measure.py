@@ -106,14 +106,14 @@ def test_magnitudes_of_dora_are_part_of_the_adapter(tmp_path: Path) -> None:
     assert dora.steps[0].work > plain.steps[0].work
 
 
-def test_modules_that_are_trained_whole_are_counted_beside_their_frozen_originals(tmp_path: Path) -> None:
+def test_modules_trained_whole_are_counted_with_their_frozen_originals(tmp_path: Path) -> None:
     plain, whole = (measured(tmp_path, job({"modulesToSave": modules})) for modules in (None, ["lm_head"]))
     assert (plain.whole_parameters, whole.whole_parameters) == (0, 4096 * 1024)
     assert whole.unquantized_bytes == plain.unquantized_bytes
     assert whole.adapter_parameters == plain.adapter_parameters
 
 
-def test_only_the_layers_that_are_asked_for_get_an_adapter(tmp_path: Path) -> None:
+def test_only_the_requested_layers_get_an_adapter(tmp_path: Path) -> None:
     both, one = (
         measured(tmp_path, job({"targetModules": ["q_proj"], "layersToTransform": blocks})) for blocks in (None, [1])
     )

@@ -78,7 +78,7 @@ def test_an_older_gpu_is_rejected_by_name_with_supported_ones_and_a_remedy(
     assert cards.chosen == []
 
 
-def test_a_gpu_for_which_bitsandbytes_has_no_kernels_is_rejected(cards: Cards) -> None:
+def test_a_gpu_without_kernels_of_bitsandbytes_is_rejected(cards: Cards) -> None:
     cards.see(H100, bitsandbytes=False)
     assert "bitsandbytes has no kernels for the GPU NVIDIA H100" in rejection()
 

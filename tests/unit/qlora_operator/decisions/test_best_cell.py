@@ -199,7 +199,7 @@ def test_the_reason_of_a_waiting_job_is_read_until_it_starts() -> None:
     assert waits("JobRejected", resolved=resolved().dump()) == Reason("JobRejected", "it waits")
 
 
-def test_without_an_adapter_there_is_nothing_to_publish() -> None:
+def test_without_an_adapter_no_job_is_created_to_publish_it() -> None:
     failed = [cell(number, phase="Failed") for number in range(3)]
     status = status_of(sweep(), *failed)
     assert (status.phase, succeeded(status)[0]) == ("Failed", "AllCellsFailed")

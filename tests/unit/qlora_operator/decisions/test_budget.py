@@ -92,7 +92,7 @@ def test_the_largest_numbers_that_a_pod_may_report_have_a_forecast() -> None:
     assert QLoRAJobStatus.model_validate(status.dump()) == status
 
 
-def test_after_prepare_there_is_a_forecast_if_the_gpus_speed_is_known() -> None:
+def test_prepare_is_followed_by_a_forecast_if_the_gpus_speed_is_known() -> None:
     forecast = prepared().forecast
     assert forecast is not None
     assert (forecast.gpu_hours, forecast.basis, forecast.utilization) == ("5.56", "Flops", ASSUMED_UTILIZATION)

@@ -136,7 +136,7 @@ def test_without_an_identity_in_the_profile_the_platform_chooses() -> None:
         ("clean", {}),
     ],
 )
-def test_a_step_sees_what_it_needs_and_no_more(step: StepName, expected: dict[str, Any]) -> None:
+def test_a_step_mounts_only_its_required_volumes(step: StepName, expected: dict[str, Any]) -> None:
     assert mounts_of(build(step, **EVERYTHING)) == expected | {
         "/etc/qlora": ("downwardAPI", False),
         "/workspace": (WORKSPACE, True),
@@ -411,7 +411,7 @@ def test_the_document_has_no_operator_only_field() -> None:
     assert not {"scheduling", "retry", "suspend", "workspace"} & document_of(build("train"))["spec"].keys()
 
 
-def test_a_trainer_that_counts_suspensions_gets_the_option_not_to() -> None:
+def test_a_trainer_that_counts_suspensions_gets_a_high_disruption_limit() -> None:
     begun = resolved().model_copy(update={"contract_version": 1})
     job = build_job(make_job(retry={"maxDisruptions": 3}), begun, "train", 1)
     assert document_of(job)["spec"]["retry"] == {"maxDisruptions": 1000}

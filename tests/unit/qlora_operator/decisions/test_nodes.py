@@ -94,7 +94,7 @@ def test_the_pod_that_failed_gives_the_reason_and_not_the_one_that_lost_it() -> 
     ],
     ids=["the others have lost it", "one was stopped with the failed Job", "one was killed as it did not stop in time"],
 )
-def test_a_pod_that_is_gone_costs_one_disruption_and_another_job_for_all(others: list[dict[str, Any]]) -> None:
+def test_a_vanished_pod_costs_one_disruption_and_a_new_job_for_all(others: list[dict[str, Any]]) -> None:
     status = follow(job_in(nodes=3), FAILED, *others, lost(1))
 
     assert counts(status) == (0, 1, 2)
@@ -295,7 +295,7 @@ def test_pods_killed_while_a_queue_stops_them_cost_another_job_and_nothing_else(
     assert counts(follow(job_in(), failed, ended(node(0), INTERRUPTED), killed)) == (0, 0, 2)
 
 
-def test_pods_that_are_all_gone_are_one_disruption() -> None:
+def test_losing_all_pods_is_one_disruption() -> None:
     seen_running = status_in(
         "train", 1, step=step_status("train", runningPod="uid-0", runningSince="2026-01-02T11:59:00Z").dump()
     )

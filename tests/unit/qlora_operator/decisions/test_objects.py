@@ -189,7 +189,7 @@ def test_any_object_is_stored_and_its_job_continues(
         plan(job, next_status(facts(job, shown)), with_detached_pods(job, held.observed), NOW)
 
 
-def test_a_disruption_counts_as_an_interruption_whatever_the_exit_code() -> None:
+def test_a_disruption_is_an_interruption_with_any_exit_code() -> None:
     body = ended(pod("train"), 137)
     body["status"]["conditions"] = [
         {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI", "message": "drained"}
@@ -223,7 +223,7 @@ def test_only_a_whole_record_of_this_job_pod_and_step_is_a_result(message: str, 
     assert (attempt.result(UID, "train") is not None) == readable
 
 
-def test_pods_are_given_in_the_order_in_which_they_were_made() -> None:
+def test_pods_are_returned_in_order_of_creation() -> None:
     observed = seen(child("train"), pod("train", number=2), pod("train", number=1))
     assert [attempt.name for attempt in observed.pods] == [f"{NAME}-train-1-pod1", f"{NAME}-train-1-pod2"]
 

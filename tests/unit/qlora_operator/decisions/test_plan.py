@@ -55,7 +55,7 @@ def delete(step: str, attempt: int = 1) -> DeleteJob:
     return DeleteJob(name, f"uid-{name}")
 
 
-def test_a_new_job_gets_its_claim_and_its_first_job_at_once() -> None:
+def test_a_new_job_gets_its_claim_and_its_first_job_in_one_pass() -> None:
     assert decide(make_job()).actions == (CreateClaim(), CreateJob("prepare", 1))
     assert decide(make_job(follow(make_job()))).actions == (CreateClaim(), CreateJob("prepare", 1))
 

@@ -565,7 +565,7 @@ def test_attempts_are_counted_once_while_they_come_and_go() -> None:
             job = make_job(status)
 
 
-def test_an_attempt_is_not_counted_again_when_the_counted_pod_is_gone() -> None:
+def test_an_attempt_is_not_counted_again_after_its_pod_is_deleted() -> None:
     """The first attempt ended in the same second as the start and deletion of the next one."""
     stored = status_in(
         "train",

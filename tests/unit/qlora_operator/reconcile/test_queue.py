@@ -20,7 +20,7 @@ A: Key = ("team", "a")
 B: Key = ("team", "b")
 
 
-def test_keys_come_in_the_order_in_which_they_are_due() -> None:
+def test_keys_come_in_order_of_their_due_time() -> None:
     schedule = Schedule()
     schedule.add(B, 2)
     schedule.add(A, 1)
@@ -226,7 +226,7 @@ def test_requests_that_were_replaced_are_not_kept() -> None:
     assert [schedule.take(99_901) for _ in range(101)] == [*sorted(keys), None]
 
 
-def test_depth_counts_what_is_due_and_waits() -> None:
+def test_depth_counts_due_keys() -> None:
     schedule = Schedule()
     schedule.add(A, 0)
     schedule.add(B, 10)

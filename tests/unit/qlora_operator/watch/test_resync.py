@@ -35,7 +35,7 @@ def monitor() -> WatchMonitor:
     return WatchMonitor(patience=100)
 
 
-def test_a_watch_that_shows_what_is_listed_is_alive() -> None:
+def test_a_watch_that_shows_the_listed_versions_is_alive() -> None:
     watch = monitor()
     for number, version in enumerate(("5", "9", "12")):
         watch.show(JOB, version, deleted=False)
