@@ -71,14 +71,6 @@ def _load(path: Path) -> tuple[Document, str]:
         raise ManifestError(*(_describe(path, document, problem, model) for problem in problems)) from error
 
 
-def load_job(path: Path, instead: str) -> QLoRAJobDocument:
-    """The same where a QLoRASweep is rejected, with `instead` as what to do."""
-    document = load_manifest(path)
-    if isinstance(document, QLoRASweepDocument):
-        raise ManifestError(f"{path}: found a QLoRASweep, must be a QLoRAJob: {instead}")
-    return document
-
-
 def _model(document: CommentedMap, path: Path) -> type[Document]:
     """The model of the document's kind. Raises ManifestError for an unknown kind."""
     if "kind" not in document:

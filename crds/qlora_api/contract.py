@@ -32,7 +32,8 @@ CONTRACT_VERSION = 5
 
 1: the trainer ends a job that was interrupted too often. 2: the operator does, because only it can tell a suspension.
 3: the trainer meets those of other nodes; only jobs with several nodes need it. 4: the trainer trains further jobs in
-the same process; only jobs of a group need it. 5: publish signs the lineage; only jobs whose profile has a key need it.
+the same process; only cells that one pod trains need it. 5: publish signs the lineage; only jobs whose profile has a
+key need it.
 """
 
 

@@ -1,14 +1,60 @@
-"""Decides by their manifests whether jobs can be trained together, on one base in one process; pure.
+"""Decides by their settings whether jobs can be trained together, on one base in one process; pure.
 
 The train step compares the contents of their workspaces, such as the bytes of the base.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from qlora_api.spec.group import trained_alone
-from qlora_api.spec.job import QLoRAJobDocument, QLoRAJobSpec
+from qlora_api.schema import rule
+from qlora_api.spec.job import QLoRAJobSpec
 
-_ALONE = "remove it, or train the job alone"
+MAX_TOGETHER = 16
+"""Jobs that one process trains."""
+SAME_BASE = "give both the same model, revision and quantization"
+
+
+class _Alone(NamedTuple):
+    """A field of jobs that are trained alone only."""
+
+    field: str
+    absent: str
+    """CEL, on the spec: that it is not set."""
+    is_set: Callable[[QLoRAJobSpec], bool]
+
+
+_ALONE = (
+    _Alone(
+        "resources.gpus",
+        "self.resources.gpus == 1 && (!has(self.resources.nodes) || self.resources.nodes == 1)",
+        lambda spec: spec.resources.gpu_count > 1,
+    ),
+    _Alone("lora.dropout", "self.lora.dropout == 0.0", lambda spec: spec.lora.dropout > 0),
+    _Alone("lora.useDora", "!self.lora.useDora", lambda spec: spec.lora.use_dora),
+    _Alone("lora.modulesToSave", "!has(self.lora.modulesToSave)", lambda spec: spec.lora.modules_to_save is not None),
+    _Alone("training.autoMicroBatch", "!self.training.autoMicroBatch", lambda spec: spec.training.auto_micro_batch),
+    _Alone(
+        "training.objective",
+        "!has(self.training.objective) || self.training.objective == 'supervised'",
+        lambda spec: spec.training.compares_answers,
+    ),
+    _Alone("budget", "!has(self.budget)", lambda spec: spec.budget is not None),
+)
+
+
+def rules_of_template(spec: str, alone: str, setting: str) -> list[dict[str, Any]]:
+    """The rules that let all jobs with this template be trained together, as `not_together` checks them too.
+
+    `spec`: where the template is. `alone`: CEL, that its jobs are trained alone. `setting`: what trains them together.
+    """
+    absent = ((each.absent.replace("self.", f"{spec}."), each.field) for each in _ALONE)
+    return [rule(f"{alone} || ({condition})", _not_supported(field, setting)) for condition, field in absent]
+
+
+def not_together(spec: QLoRAJobSpec, setting: str) -> str:
+    """Why jobs with this template cannot be trained together; empty if they can."""
+    field = _field_alone(spec)
+    return _not_supported(field, setting) if field else ""
 
 
 def not_joinable(name: str, reason: str) -> str:
@@ -16,26 +62,12 @@ def not_joinable(name: str, reason: str) -> str:
     return f"{name} cannot be trained together with other jobs: {reason}"
 
 
-def unjoinable(documents: Sequence[QLoRAJobDocument]) -> str | None:
-    """The sentence for the first job that its manifest keeps from being trained together with the others, if any."""
-    first = documents[0]
-    for document in documents:
-        name, spec = first.metadata.name, document.spec
-        reason = (
-            setting_alone(spec)
-            or _different_group(spec, first.spec, name)
-            or _different_base(spec, first.spec, name)
-            or different_pass(spec, first.spec, name)
-        )
-        if reason:
-            return not_joinable(document.metadata.name, reason)
-    return None
-
-
 def setting_alone(spec: QLoRAJobSpec) -> str:
     """Which setting is for a job that is trained alone; empty for none."""
-    field = trained_alone(spec)
-    return f"spec.{field} is not supported when jobs are trained together: {_ALONE}" if field else ""
+    field = _field_alone(spec)
+    if not field:
+        return ""
+    return f"spec.{field} is not supported when jobs are trained together: remove it, or train the job alone"
 
 
 def rows_not_apart(model_type: str) -> str:
@@ -43,31 +75,18 @@ def rows_not_apart(model_type: str) -> str:
     return f"models of type {model_type} cannot keep the rows of several jobs apart: train it alone"
 
 
-def _different_group(spec: QLoRAJobSpec, first: QLoRAJobSpec, name: str) -> str:
-    """That the job is of another group than the first, whose `name` is given; empty if one of them is of none."""
-    if spec.group is None or first.group is None or spec.group == first.group:
-        return ""
-    return f"spec.group differs from that of {name}: give both the same name and size"
-
-
-def _different_base(spec: QLoRAJobSpec, first: QLoRAJobSpec, name: str) -> str:
-    """Which setting of the base differs from that of the first job, whose `name` is given; empty for none."""
-    shared = {
-        "spec.model.source": (spec.model.source, first.model.source),
-        "spec.model.revision": (spec.model.revision or "main", first.model.revision or "main"),
-        "spec.quantization": (spec.quantization, first.quantization),
-    }
-    for field, (own, other) in shared.items():
-        if own != other:
-            return f"{field} differs from that of {name}: {SAME_BASE}"
-    return ""
-
-
-SAME_BASE = "give both the same model, revision and quantization"
-
-
 def different_pass(spec: QLoRAJobSpec, first: QLoRAJobSpec, name: str) -> str:
     """Which setting of a pass through the model differs from that of the first job; empty for none."""
     if spec.training.gradient_checkpointing != first.training.gradient_checkpointing:
         return f"spec.training.gradientCheckpointing differs from that of {name}: give both the same"
     return ""
+
+
+def _field_alone(spec: QLoRAJobSpec) -> str:
+    """The field, without `spec.`, of a job that is trained alone only; empty for none."""
+    return next((each.field for each in _ALONE if each.is_set(spec)), "")
+
+
+def _not_supported(field: str, setting: str) -> str:
+    named = "resources.gpus or nodes above 1" if field == "resources.gpus" else field
+    return f"{named} is not supported with {setting}, which trains several jobs in one process: remove one of them"

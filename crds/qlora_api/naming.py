@@ -22,6 +22,10 @@ SUSPENDED_ANNOTATION = "qlora.dev/suspended-by-sweep"
 STOPPED_ANNOTATION = "qlora.dev/stopped-by-sweep"
 # Annotation of a cell: the optimizer steps of its sweep's comparisons of held-out losses, separated by commas.
 RUNGS_ANNOTATION = "qlora.dev/rungs"
+# Annotation of a cell that its sweep trains together with others: how many of them one pod trains, itself included.
+CELLS_IN_POD_ANNOTATION = "qlora.dev/cells-in-pod"
+# Annotation of a train Job of a sweep, and of its pods: the names of the cells that it trains, separated by commas.
+CELLS_ANNOTATION = "qlora.dev/cells"
 # Annotation of a step's pod: the manifest that the pod reads as a file (contract.JOB_FILE), by the downward API.
 SPEC_ANNOTATION = "qlora.dev/spec"
 # Kueue's labels of a Job that waits in a queue; on a QLoRAJob they say the same as spec.scheduling.
@@ -61,9 +65,9 @@ def shared_folder(sweep_name: str, sweep_uid: str) -> str:
     return f"{sweep_name}-{short_uid(sweep_uid)}.sweep"
 
 
-def sweep_group_name(sweep_name: str, sweep_uid: str, number: int) -> str:
-    """Name of the group of the sweep's cells that one pod trains; with the UID, as a deleted sweep's may be there."""
-    return f"{sweep_name}-{short_uid(sweep_uid)}-{number:02}"
+def sweep_pod_name(sweep_name: str, number: int) -> str:
+    """First part of the names of the Jobs that train several cells of a sweep together, by the number of their pod."""
+    return f"{sweep_name}-p{number:02}"
 
 
 def other_spec_annotation(job_name: str) -> str:

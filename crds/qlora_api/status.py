@@ -7,7 +7,6 @@ from pydantic import Field
 from qlora_api.profile import Profile
 from qlora_api.schema import ObservedModel
 from qlora_api.spec.dataset import MAX_MIX_SOURCES
-from qlora_api.spec.group import GroupStatus
 from qlora_api.spec.output import GgufStatus, TrackingStatus
 from qlora_api.status_types import MAX_MESSAGE_LENGTH as MAX_MESSAGE_LENGTH
 from qlora_api.status_types import MAX_RUNGS
@@ -186,8 +185,8 @@ class MemoryStatus(ObservedModel):
     )
     shared_bytes: Bytes | None = Field(
         None,
-        description="With spec.group: the part of the estimate that is needed once when the jobs of a group are "
-        "trained together, such as the base; the rest is needed for each. Not set without a group, or if unknown.",
+        description="Of a cell that one pod trains with others: the part of the estimate that all of them need once, "
+        "such as the base; each needs the rest. Not set for any other job, or if unknown.",
     )
     source: MemorySource | None = Field(
         None,
@@ -395,9 +394,6 @@ class QLoRAJobStatus(ObservedModel):
     )
     resolved: Resolved | None = Field(None, description="Settings that were fixed before the first pod was created.")
     step: StepStatus | None = Field(None, description="The step that runs, or ran last.")
-    group: GroupStatus | None = Field(
-        None, description="With which jobs this one is trained; not set without spec.group, or before it is known."
-    )
     progress: ProgressStatus | None = Field(None, description="Progress of training.")
     memory: MemoryStatus | None = Field(None, description="GPU memory, estimated and measured.")
     dataset: DatasetStatus | None = Field(None, description="Counts of prepare for the data set.")

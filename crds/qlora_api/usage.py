@@ -48,10 +48,10 @@ class LostGpuSeconds(ObservedModel):
 
 
 class TakenOverPart(ObservedModel):
-    """The part of a job that a pod trains for its group, from when it counts for the leader."""
+    """The part of a cell that a pod of its sweep trains, from when it counts for the sweep alone."""
 
-    uid: str = Field(max_length=64, description="UID of the job.")
-    after_seconds: Count = Field(description="Seconds of the pod after which the job's part counts for the leader.")
+    uid: str = Field(max_length=64, description="UID of the cell.")
+    after_seconds: Count = Field(description="Seconds of the pod after which the cell's part counts for the sweep.")
 
 
 class PodUsage(ObservedModel):
@@ -62,11 +62,14 @@ class PodUsage(ObservedModel):
     created: Timestamp = Field(description="When it was created.")
     since: Timestamp = Field(description="When it got its node, and with it its GPUs.")
     jobs: int = Field(1, ge=1, le=1000, description="Jobs that it trains, which share its time evenly.")
+    trained: tuple[ShortText, ...] | None = Field(
+        None, max_length=1000, description="UIDs of these jobs; only of a pod of a sweep, in the status of the sweep."
+    )
     taken_over: tuple[TakenOverPart, ...] | None = Field(
         None,
         max_length=1000,
         description="Of these jobs, those that were deleted or had ended while it went on. Their parts of its further "
-        "time count for the job that has the pod.",
+        "time count for the sweep.",
     )
     seconds: Count = Field(0, description="Seconds that it has had its GPUs, up to when they were last counted.")
     trained_since: Timestamp | None = Field(None, description="When it began to train; not set before, or if unknown.")

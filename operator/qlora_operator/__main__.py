@@ -189,10 +189,10 @@ class Operator:
 
     def _wired(self) -> tuple[WorkQueue, WorkQueue, Resync, Hooks]:
         """What works together, around one store; nothing runs yet."""
-        settings, metrics, store = self._settings, self._metrics, Store()
+        settings, metrics, store, progress = self._settings, self._metrics, Store(), self._progress_reader()
         queue = WorkQueue(
             # It requests others, when one has ended that they wait for.
-            self._reconciler(store, lambda key: queue.add(key)).reconcile,
+            self._reconciler(store, progress, lambda key: queue.add(key)).reconcile,
             monotonic=time.monotonic,
             workers=settings.workers,
             namespaces=settings.namespaces,
@@ -200,7 +200,13 @@ class Operator:
             on_start=metrics.queue_wait.observe,
         )
         sweeps = WorkQueue(
-            SweepReconciler(self._cluster, settings.profiles, clock=lambda: datetime.now(UTC)).reconcile,
+            SweepReconciler(
+                self._cluster,
+                settings.profiles,
+                clock=lambda: datetime.now(UTC),
+                progress=progress,
+                count=metrics.gpu_seconds.note_sweep,
+            ).reconcile,
             monotonic=time.monotonic,
             workers=_SWEEP_WORKERS,
             on_error=metrics.reconcile_errors.inc,
@@ -249,11 +255,14 @@ class Operator:
             self._metrics.works(None)
             health.ready, health.note = candidate, lambda: None
 
-    def _reconciler(self, store: Store, enqueue: Callable[[Key], None]) -> Reconciler:
+    def _progress_reader(self) -> ProgressReader | None:
+        if not self._settings.progress.enabled:
+            return None
+        concurrent = max(1, self._settings.workers // 2)
+        return ProgressReader(self._cluster.read_log, time.monotonic, concurrent=concurrent)
+
+    def _reconciler(self, store: Store, progress: ProgressReader | None, enqueue: Callable[[Key], None]) -> Reconciler:
         settings, cluster = self._settings, self._cluster
-        progress = None
-        if settings.progress.enabled:
-            progress = ProgressReader(cluster.read_log, time.monotonic, concurrent=max(1, settings.workers // 2))
         return Reconciler(
             cluster=cluster,
             profiles=settings.profiles,

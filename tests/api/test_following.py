@@ -1,5 +1,6 @@
 """`qlora watch`, `qlora logs` and `qlora submit --watch` on a running job: the output, and its time."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,15 +157,20 @@ def test_logs_of_one_step_are_printed_unchanged(team: Reported) -> None:
     assert logs.shown == f"of train\n{line}\n"
 
 
-def test_a_job_of_a_group_has_its_part_of_the_log_of_its_leader(team: Reported) -> None:
-    leader, member = team.job("leader"), team.job("member")
-    log = team.pod(leader, "leader-train-1", "train")
-    uid = team.pod_uid("leader-train-1")
-    log.add(progress(leader, uid, 1, 2.5), progress(member, uid, 1, 3.5))
-    team.start("leader-train-1")
-    group = {"leader": "leader", "leaderUid": leader["metadata"]["uid"]}
-    team.report("member", "Training", group=group)
-    with typed("logs", "member", *options(team), terminal=False) as logs:
+def test_a_cell_has_its_part_of_the_log_of_the_pod_that_trains_it_with_others(team: Reported) -> None:
+    sweep, cell = team.job("rates"), team.job("rates-00")
+    log = team.pod(sweep, "rates-p00-train-1", "train")
+    team.kubectl("annotate", "pod", "rates-p00-train-1", f"--namespace={team.namespace}", "qlora.dev/cells=rates-00,x")
+    owner = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRASweep", "name": "rates", "controller": True}
+    marks = {"annotations": {"qlora.dev/cells-in-pod": "2"}}
+    metadata = marks | {"ownerReferences": [owner | {"uid": sweep["metadata"]["uid"]}]}
+    change = f"--patch={json.dumps({'metadata': metadata})}"
+    team.kubectl("patch", "qlorajob", "rates-00", f"--namespace={team.namespace}", "--type=merge", change)
+    uid = team.pod_uid("rates-p00-train-1")
+    log.add(progress(sweep, uid, 1, 2.5), progress(cell, uid, 1, 3.5))
+    team.start("rates-p00-train-1")
+    team.report("rates-00", "Training")
+    with typed("logs", "rates-00", *options(team), terminal=False) as logs:
         assert logs.end() == 0
     assert "loss 3.500" in logs.shown
     assert "loss 2.500" not in logs.shown

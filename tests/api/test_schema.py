@@ -32,9 +32,6 @@ SMOOTHED = with_value(
 SCORE = {"check": "jsonSchema", "schema": '{"type": "object"}', "rows": 10, "maxNewTokens": 64}
 SCORED = with_value(EVALUATED, "spec.gate", {"minScore": 0.8, "score": SCORE})
 
-GROUPED = with_value(
-    with_value(MINIMAL, "spec.group", {"name": "rates", "size": 4}), "spec.workspace", {"claimName": "team"}
-)
 CONVERTED = with_value(MINIMAL, "spec.output.gguf", {})
 
 
@@ -58,9 +55,9 @@ FRACTION, HELD_OUT = {"fraction": 0.1}, {"source": "pvc://data/held-out.jsonl"}
 @pytest.mark.parametrize(
     "manifest",
     [MINIMAL, FULL, EVALUATED, SCORED, BY_ROWS, mixed_by_rows(FRACTION, True, True),
-     mixed_by_rows(HELD_OUT, True, False), COMPARED, SMOOTHED, MIXED, GROUPED],
+     mixed_by_rows(HELD_OUT, True, False), COMPARED, SMOOTHED, MIXED],
     ids=["minimal", "full", "evaluated", "scored", "by rows", "mixed by rows", "held out by rows", "dpo", "smoothed",
-         "mixed", "grouped"],
+         "mixed"],
 )  # fmt: skip
 def test_a_good_manifest_is_admitted_and_parses(plane: ControlPlane, manifest: Manifest) -> None:
     applied = apply(plane, manifest)
@@ -78,7 +75,6 @@ SHARDED = with_value(with_value(MINIMAL, "spec.training.sharding", "full"), "spe
 STARTS = {
     "minimal": MINIMAL,
     "mixed": MIXED,
-    "grouped": GROUPED,
     "evaluated": EVALUATED,
     "scored": SCORED,
     "by rows": BY_ROWS,
@@ -146,7 +142,6 @@ CHANGES = {
     "queue": with_value(FULL, "spec.scheduling.queueName", "gpus"),
     "another run to continue": with_value(FULL, "spec.continues", "other"),
     "no run to continue": without(FULL, "spec.continues"),
-    "group": with_value(FULL, "spec.group", {"name": "rates", "size": 4}),
     "optional field added": with_value(FULL, "spec.dataset.columns.system", "role"),
 }
 

@@ -147,26 +147,107 @@ def test_the_best_adapter_alone_is_published_by_a_job_that_takes_up_its_run(swee
         assert eventually(cleaned, seconds=60, every=0.2) == 86_400
 
 
+def together(sweeps: Sweeps, name: str, count: int, **spec: Any) -> list[str]:
+    """The cells of a sweep that one pod is to train, once all are prepared."""
+    grid = {"rank": [8, 16, 32, 64][:count]}
+    sweeps.create(name, {"scheduling": {"profile": SHARED}}, grid=grid, **{"cellsPerPod": count} | spec)
+    cells = sweeps.wait_for_cells(name, min(count, spec.get("cellsPerPod", count)))
+    for cell in cells:
+        sweeps.cluster.succeed(cell, "prepare")
+    return cells
+
+
+def pod_of(sweeps: Sweeps, name: str, job: str) -> Object:
+    """The pod of that train Job of the sweep, once it exists."""
+    selector = f"--selector=qlora.dev/sweep={name},qlora.dev/step=train"
+
+    def found() -> list[Object]:
+        pods = sweeps.cluster.kubectl.get("pods", f"--namespace={NAMESPACE}", selector)["items"]
+        return [pod for pod in pods if pod["metadata"]["name"].startswith(f"{job}-")]
+
+    return eventually(found, seconds=60, every=0.2, what=f"a pod of {job}")[-1]
+
+
+def end_together(sweeps: Sweeps, pod: Object, first: str) -> None:
+    """The pod has trained all its cells; its record has the UID of the first."""
+    uid = sweeps.cluster.job(first)["metadata"]["uid"]
+    sweeps.cluster.end_pod(pod, 0, "Done", job_uid=uid, training_step=10, total_steps=10)
+
+
 @pytest.mark.slow
-def test_one_pod_trains_as_many_cells_as_asked_for_and_the_next_pod_the_rest(sweeps: Sweeps) -> None:
+def test_one_pod_of_the_sweep_trains_as_many_cells_as_asked_for_and_the_next_pod_the_rest(sweeps: Sweeps) -> None:
     cluster = sweeps.cluster
-    sweeps.create("pods", {"scheduling": {"profile": SHARED}}, grid={"rank": [8, 16, 32]}, cellsPerPod=2)
-    first, second = sweeps.wait_for_cells("pods", 2)
-    for cell in (first, second):
-        assert cluster.job(cell)["spec"]["group"]["size"] == 2
-        cluster.succeed(cell, "prepare")
-    cluster.run(first, "train")
-    train = cluster.kubectl.get("job", f"{first}-train-1", f"--namespace={NAMESPACE}")
+    first, second = together(sweeps, "pods", 3, cellsPerPod=2)
+    pod = pod_of(sweeps, "pods", "pods-p00-train-1")
+    train = cluster.kubectl.get("job", "pods-p00-train-1", f"--namespace={NAMESPACE}")
+    (owner,) = train["metadata"]["ownerReferences"]
+    assert (owner["kind"], owner["name"], owner["controller"]) == ("QLoRASweep", "pods", True)
     arguments = train["spec"]["template"]["spec"]["containers"][0]["args"]
     assert f"/etc/qlora/with/{second}.json" in arguments
     assert sweeps.cells("pods") == [first, second]
+    cluster.start_pod(pod)
+    for cell in (first, second):
+        cluster.wait_for_phase(cell, "Training")
+        assert cluster.children(cell) == [f"{cell}-prepare-1"]
+    end_together(sweeps, pod, first)
     for cell, loss in ((first, 1.5), (second, 1.25)):
         cluster.train(cell, loss)
+        assert (
+            "--with"
+            not in cluster.kubectl.get("job", f"{cell}-train-1", f"--namespace={NAMESPACE}")["spec"]["template"][
+                "spec"
+            ]["containers"][0]["args"]
+        )
         cluster.succeed(cell, "publish")
     third = sweeps.wait_for_cells("pods", 3)[2]
-    assert "group" not in cluster.job(third)["spec"]
     sweeps.succeed(third, 1.75)
     assert sweeps.wait("pods", phase="Succeeded")["status"]["best"]["cell"] == second
+
+
+@pytest.mark.slow
+def test_a_cell_that_is_deleted_or_suspended_does_not_stop_the_others(sweeps: Sweeps) -> None:
+    cluster = sweeps.cluster
+    first, second, third = together(sweeps, "left", 3)
+    pod = pod_of(sweeps, "left", "left-p00-train-1")
+    cluster.start_pod(pod)
+    cluster.wait_for_phase(second, "Training")
+    cluster.kubectl("delete", "qlorajob", first, f"--namespace={NAMESPACE}")
+    eventually(
+        lambda: sweeps.get("left")["status"]["cells"][0]["phase"] == "Deleted", seconds=60, every=0.2, what="its end"
+    )
+    assert cluster.job(second)["status"]["phase"] == "Training"
+    assert "deletionTimestamp" not in pod_of(sweeps, "left", "left-p00-train-1")["metadata"]
+    # Once that pod is lost, the next trains the other two.
+    cluster.kubectl("delete", "pod", pod["metadata"]["name"], f"--namespace={NAMESPACE}", "--wait=false")
+    cluster.stop_pod(pod, 143)
+    pod = pod_of(sweeps, "left", "left-p00-train-2")
+    arguments = pod["spec"]["containers"][0]["args"]
+    assert f"/etc/qlora/with/{third}.json" in arguments
+    assert arguments.count("--with") == 1
+    cluster.start_pod(pod)
+    cluster.wait_for_phase(third, "Training")
+    end_together(sweeps, pod, second)
+    for cell in (second, third):
+        cluster.train(cell, 1.5)
+        cluster.succeed(cell, "publish")
+    sweeps.wait("left", phase="Succeeded", succeeded=2, failed=1)
+
+
+@pytest.mark.slow
+def test_a_suspended_sweep_stops_the_pod_of_its_cells_and_goes_on_with_the_next(sweeps: Sweeps) -> None:
+    cluster = sweeps.cluster
+    first, second = together(sweeps, "held", 2)
+    pod = pod_of(sweeps, "held", "held-p00-train-1")
+    cluster.start_pod(pod)
+    cluster.wait_for_phase(first, "Training")
+    sweeps.patch("held", suspend=True)
+    cluster.stop_pod(pod, 143)
+    sweeps.wait("held", phase="Suspended")
+    for cell in (first, second):
+        cluster.wait_for_phase(cell, "Suspended")
+    sweeps.patch("held", suspend=False)
+    pod = pod_of(sweeps, "held", "held-p00-train-2")
+    assert pod["spec"]["containers"][0]["args"].count("--with") == 1
 
 
 def test_a_suspended_sweep_suspends_its_cells_and_goes_on_later(sweeps: Sweeps) -> None:

@@ -133,7 +133,7 @@ REJECTED = {
         with_value(HALVED, "spec.cellsPerPod", 2),
         "halving stops single cells, and with cellsPerPod",
     ),
-    "more in a pod than a group has": (with_value(SWEEP, "spec.cellsPerPod", 17), "less than or equal to 16"),
+    "more in a pod than can be": (with_value(SWEEP, "spec.cellsPerPod", 17), "less than or equal to 16"),
     "a suspended template": (with_value(SWEEP, f"{TEMPLATE}.suspend", True), "suspend the sweep"),
     "one repository for all adapters": (
         with_value(SWEEP, f"{TEMPLATE}.output", {"destination": "hf://org/adapter"}),
@@ -143,7 +143,6 @@ REJECTED = {
         with_value(SWEEP, f"{TEMPLATE}.output", {"merged": {}}),
         "would merge the adapter of every cell",
     ),
-    "a group": (with_value(SWEEP, f"{TEMPLATE}.group", {"name": "rates", "size": 2}), "group is for jobs"),
     "the run of another job": (with_value(SWEEP, f"{TEMPLATE}.continues", "tune"), "continues takes up one run"),
     "what a job does not admit": (
         with_value(SWEEP, f"{TEMPLATE}.training", {"epochs": 1, "maxSteps": 10}),

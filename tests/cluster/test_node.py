@@ -45,7 +45,7 @@ def test_a_drained_node_is_one_disruption(tenant: Tenant, undisturbed: Object) -
     training(tenant, "drained")
     kubectl = tenant.cluster.kubectl
     try:
-        # Only the job's pods: the cluster has no other node for its own.
+        # Only the job's pods: the cluster has no second node for the system pods.
         chosen = "--pod-selector=qlora.dev/job=drained"
         kubectl("drain", addresses.NODE, chosen, "--delete-emptydir-data", "--timeout=300s")
         waiting = tenant.wait("drained", lambda s: s["phase"] == "Queued", what="a job that waits for a node")

@@ -920,13 +920,22 @@ OPERATOR = (
         ),
     ),
     Mutant(
+        name="the-next-job-of-a-sweeps-pod-is-created-beside-the-one-before",
+        file=f"{_DECISIONS}/sweeps/pods.py",
+        old="    allowed = CreateJob | DeleteJob if may_create else DeleteJob\n",
+        new="    allowed = CreateJob | DeleteJob\n",
+        tests=(
+            f"{_OPERATOR_TESTS}/decisions/test_sweep_pods.py::test_the_next_job_is_created_after_the_one_before_is_deleted",
+        ),
+    ),
+    Mutant(
         name="a-job-whose-pod-still-saves-is-continued",
         file=f"{_DECISIONS}/continued.py",
         old="if facts.continued_writer:",
         new="if False:",
         tests=(
             f"{_OPERATOR_TESTS}/decisions/test_continued.py::test_it_waits_for_the_train_pod_of_a_failed_job_to_save_its_checkpoint",
-            f"{_OPERATOR_TESTS}/decisions/test_continued.py::test_it_waits_for_the_leaders_pod_of_a_suspended_job",
+            f"{_OPERATOR_TESTS}/decisions/test_continued.py::test_it_waits_for_the_pod_of_a_sweep_that_trains_a_suspended_cell_on",
         ),
     ),
     Mutant(

@@ -124,6 +124,10 @@ class Nodeless:
         self.kubectl("create", "--raw", path, "--filename=-", input_text=json.dumps(binding))
         self._report(pod, "Running", {"running": {"startedAt": ENDED}})
 
+    def end_pod(self, pod: dict[str, Any], code: int, reason: str, **fields: Any) -> None:
+        """The pod ends with that exit code and record."""
+        self._end_pod(pod, code, reason, fields)
+
     def succeed_pod(self, pod: dict[str, Any]) -> None:
         """The pod's step ends well."""
         self._end_pod(pod, 0, "Done", FOUND[pod["metadata"]["labels"][STEP_LABEL]])
@@ -146,8 +150,8 @@ class Nodeless:
 
     def _end_pod(self, pod: dict[str, Any], code: int, reason: str, fields: dict[str, Any]) -> None:
         labels = pod["metadata"]["labels"]
+        fields = {"job_uid": labels[JOB_UID_LABEL]} | fields
         record = ResultRecord(
-            job_uid=labels[JOB_UID_LABEL],
             pod_uid=pod["metadata"]["uid"],
             step=labels[STEP_LABEL],
             time=ENDED,

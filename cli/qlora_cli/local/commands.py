@@ -3,7 +3,8 @@
 import importlib.util
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, get_args
 
@@ -12,17 +13,16 @@ from rich.console import Console
 from rich.progress import Progress
 
 from qlora_api.contract import ExitCode
-from qlora_api.spec.job import QLoRAJobDocument, QLoRAJobSpec
+from qlora_api.spec.job import ObjectMeta, QLoRAJobDocument, QLoRAJobSpec
 from qlora_api.sweep.spec import QLoRASweepDocument
 from qlora_cli.local.display import ConsoleDisplay, RecordDisplay, progress_bar
 from qlora_cli.local.forecast import GpuOfPlan, parse_price, show_forecast
 from qlora_cli.local.plan import find_config, make_plan, show_plan
 from qlora_cli.local.plan_sweep import make_sweep_plan, show_sweep_plan
-from qlora_cli.local.plan_together import make_joint_plan, require_joinable, show_joint_plan
 from qlora_cli.local.rows import RowAccess, show_lengths, show_rows
 from qlora_cli.local.run import Display, Ended, LocalRun, has_gpu, missing_data, missing_sources, run_steps
-from qlora_cli.local.run_together import earlier_runs, holds_joint_run, joint_runs, run_jobs_together
-from qlora_cli.manifest import Document, ManifestError, load_job, load_manifest
+from qlora_cli.local.run_sweep import LocalSweep, best_cell, earlier_sweep, run_sweep
+from qlora_cli.manifest import Document, ManifestError, load_manifest
 from qlora_trainer.core.context import Device, Mounts
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.outcome import steps_done
@@ -48,7 +48,6 @@ def _folders(_context: click.Context, parameter: click.Parameter, values: tuple[
 
 
 _file = click.argument("file", type=click.Path(path_type=Path))
-_files = click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 _volume = click.option(
     "--volume",
     "claims",
@@ -75,20 +74,9 @@ _tokenizer = click.option(
 )
 
 
-_RUN_A_CELL = "write a cell's changes into the template's spec, or apply the sweep to a cluster"
-
-
 def _load(file: Path) -> Document:
     try:
         return load_manifest(file)
-    except ManifestError as error:
-        _fail(str(error))
-
-
-def _load_job(file: Path, instead: str) -> QLoRAJobDocument:
-    """The job, or the end with `instead` as what to do with a sweep."""
-    try:
-        return load_job(file, instead)
     except ManifestError as error:
         _fail(str(error))
 
@@ -99,7 +87,7 @@ def _spec(document: Document) -> QLoRAJobSpec:
 
 
 @click.command()
-@_files
+@_file
 @_volume
 @click.option("--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="The model's config.json.")
 @click.option(
@@ -123,7 +111,7 @@ def _spec(document: Document) -> QLoRAJobSpec:
 @_config_map
 @_tokenizer
 def plan(
-    files: tuple[Path, ...],
+    file: Path,
     claims: dict[str, Path],
     config: Path | None,
     gpu_memory: int | None,
@@ -136,43 +124,23 @@ def plan(
 ) -> None:
     """Show the GPU memory that the job in FILE needs, and what to change if it does not fit.
 
-    Of a QLoRASweep, show the cells and what each needs. With several files, show whether the jobs can be trained
-    together, and what they need then. With --gpu-tflops, show the GPU hours that a job is expected to take. Exits with
-    17 if it cannot fit, as the job itself does.
+    Of a QLoRASweep, show the cells and what each of its pods needs. With --gpu-tflops, show the GPU hours that a job is
+    expected to take. Exits with 17 if it cannot fit, as the job itself does.
     """
-    jobs = [_load_job(file, "plan a sweep by itself") for file in files] if len(files) > 1 else []
-    documents: Sequence[Document] = jobs or [_load(files[0])]
-    console = Console(emoji=False)
-    accesses = [_row_access(_spec(each), claims, config_maps, tokenizer) for each in documents] if data else []
+    document, console = _load(file), Console(emoji=False)
+    access = _row_access(_spec(document), claims, config_maps, tokenizer) if data else None
     try:
-        if jobs:
-            require_joinable(jobs)
-        config = config or find_config(_spec(documents[0]).model, Mounts(claims=claims))
+        config = config or find_config(_spec(document).model, Mounts(claims=claims))
         gpu = GpuOfPlan(gpu_tflops, gpu_hour_price, tokens)
-        exit_code = _show_plan(documents, jobs, config, gpu_memory, gpu, console)
-        for document, access in zip(documents, accesses, strict=False):
-            if jobs:
-                console.print(f"\n{document.metadata.name}", style="bold", markup=False, highlight=False)
+        exit_code = _show_plan(document, config, gpu_memory, gpu, console)
+        if access is not None:
             show_lengths(_spec(document), access, console)
     except StepFailure as failure:
         _fail(failure.message, failure.exit_code)
     sys.exit(exit_code)
 
 
-def _show_plan(
-    documents: Sequence[Document],
-    jobs: Sequence[QLoRAJobDocument],
-    config: Path,
-    gpu_memory: int | None,
-    gpu: GpuOfPlan,
-    console: Console,
-) -> ExitCode:
-    """Of the `jobs` together, or of the only document if there are none."""
-    if jobs:
-        joint = make_joint_plan(jobs, config, gpu_memory)
-        show_joint_plan(joint, console)
-        return joint.exit_code
-    [document] = documents
+def _show_plan(document: Document, config: Path, gpu_memory: int | None, gpu: GpuOfPlan, console: Console) -> ExitCode:
     if isinstance(document, QLoRASweepDocument):
         sweep = make_sweep_plan(document, config, gpu_memory)
         show_sweep_plan(sweep, console)
@@ -180,10 +148,6 @@ def _show_plan(
     made = make_plan(document.metadata.name, document.spec, config, gpu_memory)
     show_plan(made, console)
     show_forecast(made, document.spec, config, gpu, console)
-    if (group := document.spec.group) is not None:
-        console.print(
-            f"This is the memory of the job alone. Its group trains {group.size} jobs together: give the files of all."
-        )
     return made.exit_code
 
 
@@ -220,12 +184,12 @@ def _row_access(
 
 
 @click.command()
-@click.argument("files", metavar="[FILE]...", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("file", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--workspace",
     type=click.Path(path_type=Path),
     required=True,
-    help="Folder of the run; kept between runs. With several files, each job has a folder by its name in it.",
+    help="Folder of the run; kept between runs. Each cell of a sweep has a folder by its name in it.",
 )
 @click.option("--resume", is_flag=True, help="Resume the run in the workspace; fails without one.")
 @_volume
@@ -242,7 +206,7 @@ def _row_access(
 )
 @click.option("-o", "--output", type=click.Choice(["json"]), help="Print the steps' records as lines of JSON.")
 def run(
-    files: tuple[Path, ...],
+    file: Path | None,
     workspace: Path,
     resume: bool,
     claims: dict[str, Path],
@@ -253,25 +217,16 @@ def run(
 ) -> None:
     """Run the job in FILE on this machine: prepare, train, publish.
 
-    With several files, all are prepared, then trained together on one base in one process, then published. Ctrl-C saves
-    a checkpoint and stops. With --resume, FILE and the options default to those of the run in the workspace. The exit
-    code is that of the step that failed first.
+    Of a QLoRASweep, run its cells one after the other; with cellsPerPod, those of a pod are trained in one process.
+    Ctrl-C saves a checkpoint and stops. With --resume, FILE and the options default to those of the run in the
+    workspace. The exit code is that of the step that failed first.
     """
-    earlier = _earlier_runs(workspace, files) if resume else []
-    documents = [_load_job(file, _RUN_A_CELL) for file in files] or [each.document for each in earlier]
-    if not documents:
-        raise click.UsageError("Missing argument 'FILE': name the manifest, or resume an earlier run with --resume.")
+    document, earlier = _what_to_run(file, workspace, resume=resume)
     chosen = device or next((each.device for each in earlier), None)
-    if len(documents) == 1 and holds_joint_run(workspace):
-        _fail(f"{workspace} holds a run of several jobs: name another --workspace, such as that of one of them in it")
-    options = LocalRun(
-        documents[0], workspace, claims, config_maps, chosen or ("cuda" if has_gpu() else "cpu"), continues
-    )
-    try:
-        runs = joint_runs(documents, earlier, options) if len(documents) > 1 else [options.resuming(*earlier)]
-    except StepFailure as failure:
-        _fail(failure.message, failure.exit_code)
-    problems = [problem for each in runs for problem in _problems(each, named=len(runs) > 1)]
+    options = _Options(workspace, claims, config_maps, chosen or ("cuda" if has_gpu() else "cpu"), continues)
+    sweep = _sweep(document, options, earlier) if isinstance(document, QLoRASweepDocument) else None
+    runs = [options.of(document).resuming(*earlier)] if isinstance(document, QLoRAJobDocument) else []
+    problems = _problems_of_sweep(sweep) if sweep is not None else _problems(runs[0])
     if problems:
         _fail("\n".join(problems))
     if importlib.util.find_spec("torch") is None:
@@ -281,14 +236,71 @@ def run(
         console.print(f"Training on {options.device}; choose with --device.", highlight=False)
     bar = progress_bar(console)
     try:
-        displays = [_display(each, console, bar, named=len(runs) > 1, output=output) for each in runs]
-        ended = [run_steps(runs[0], displays[0])] if len(runs) == 1 else run_jobs_together(workspace, runs, displays)
+        if sweep is not None:
+            ended = run_sweep(sweep, lambda run: _display(run, console, bar, named=True, output=output))
+        else:
+            ended = {"": run_steps(runs[0], _display(runs[0], console, bar, named=False, output=output))}
     except OSError as error:
         _fail(f"--workspace {workspace} cannot be written: {error.strerror}")
     finally:
         bar.stop()
-    _show_ends(ended, runs, workspace, console)
-    sys.exit(next((each.exit_code for each in ended if each.exit_code), 0))
+    if any(each.stopped_by is not None for each in ended.values()):
+        command = shlex.join(["qlora", "run", "--resume", "--workspace", str(workspace)])
+        console.print(f"To resume:\n  {command}", highlight=False, markup=False, soft_wrap=True)
+    elif sweep is not None:
+        _show_ends(sweep, ended, console)
+    else:
+        _show_end(ended[""], runs[0], console)
+    sys.exit(next((each.exit_code for each in ended.values() if each.exit_code), 0))
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What the command line gives to every run."""
+
+    workspace: Path
+    claims: dict[str, Path]
+    config_maps: dict[str, Path]
+    device: Device
+    continues: Path | None
+
+    def of(self, document: QLoRAJobDocument) -> LocalRun:
+        """The run of that job."""
+        return LocalRun(document, self.workspace, self.claims, self.config_maps, self.device, self.continues)
+
+
+def _what_to_run(file: Path | None, workspace: Path, *, resume: bool) -> tuple[Document, list[LocalRun]]:
+    """The document in FILE, or that of the run in the workspace, and the runs there, if they are to be resumed."""
+    document = _load(file) if file is not None else None
+    try:
+        sweep = earlier_sweep(workspace) if resume or isinstance(document, QLoRAJobDocument) else None
+        if sweep is not None and isinstance(document, QLoRAJobDocument):
+            _fail(f"{workspace} holds the run of a sweep: name another --workspace, such as that of a cell in it")
+        if sweep is not None:
+            return document or sweep[0], sweep[1]
+        if isinstance(document, QLoRASweepDocument) and resume:
+            _fail(f"{workspace} holds no run of a sweep to resume: leave --resume out to start one")
+        earlier = [LocalRun.recall(workspace)] if resume else []
+    except ValueError as error:
+        _fail(str(error))
+    if document is None and not earlier:
+        raise click.UsageError("Missing argument 'FILE': name the manifest, or resume an earlier run with --resume.")
+    return document or earlier[0].document, earlier
+
+
+def _sweep(document: QLoRASweepDocument, options: _Options, earlier: Sequence[LocalRun]) -> LocalSweep:
+    if options.continues is not None:
+        _fail("--continues is for a job that names another one in spec.continues, and FILE is a sweep: remove it")
+    cell = QLoRAJobDocument(
+        api_version="qlora.dev/v1alpha1",
+        kind="QLoRAJob",
+        metadata=ObjectMeta(name=document.metadata.name),
+        spec=document.spec.template.spec,
+    )
+    try:
+        return LocalSweep.of(document, earlier, options.of(cell))
+    except StepFailure as failure:
+        _fail(failure.message, failure.exit_code)
 
 
 def _display(run: LocalRun, console: Console, bar: Progress, *, named: bool, output: str | None) -> Display:
@@ -297,39 +309,31 @@ def _display(run: LocalRun, console: Console, bar: Progress, *, named: bool, out
     return ConsoleDisplay(console, run.layout.records, job=run.document.metadata.name if named else "", bar=bar)
 
 
-def _problems(run: LocalRun, *, named: bool) -> list[str]:
-    """What keeps the job from running here, one sentence each, which begins with its name if it is to be `named`."""
+def _problems(run: LocalRun) -> list[str]:
+    """What keeps the job from running here, one sentence each."""
     if (nodes := run.document.spec.resources.node_count) > 1:
-        found = [f"spec.resources.nodes is {nodes}, and this command runs a job on one machine: remove it from FILE"]
-    else:
-        found = missing_sources(run.document.spec, run.claims, run.config_maps, run.continues)
-    return [f"{run.document.metadata.name}: {problem}" if named else problem for problem in found]
+        return [f"spec.resources.nodes is {nodes}, and this command runs a job on one machine: remove it from FILE"]
+    return missing_sources(run.document.spec, run.claims, run.config_maps, run.continues)
 
 
-def _earlier_runs(workspace: Path, files: tuple[Path, ...]) -> list[LocalRun]:
-    """The runs in the workspace, of the jobs in the files if there are any."""
-    try:
-        together = earlier_runs(workspace)
-        if together is None and len(files) < 2:
-            return [LocalRun.recall(workspace)]
-    except ValueError as error:
-        _fail(str(error))
-    if together is None:
-        _fail(f"{workspace} holds no run of several jobs to resume: leave --resume out to start one")
-    if len(files) == 1:
-        _fail(f"{workspace} holds a run of {len(together)} jobs: give the FILEs of all, or none")
-    return together
+def _problems_of_sweep(sweep: LocalSweep) -> list[str]:
+    """The same of the cells, and of what publishes the best of them."""
+    best = [sweep.best_run(0)] if sweep.document.spec.publish == "best" else []
+    return list(dict.fromkeys(problem for run in (*sweep.runs, *best) for problem in _problems(run)))
 
 
-def _show_ends(ended: Sequence[Ended], runs: Sequence[LocalRun], workspace: Path, console: Console) -> None:
-    if any(each.stopped_by is not None for each in ended):
-        command = shlex.join(["qlora", "run", "--resume", "--workspace", str(workspace)])
-        console.print(f"To resume:\n  {command}", highlight=False, markup=False, soft_wrap=True)
-        return
-    for each, local in zip(ended, runs, strict=False):
-        if len(runs) > 1 and "publish" in each.results:
-            console.print(f"\n{local.document.metadata.name}", style="bold", markup=False, highlight=False)
-        _show_end(each, local, console)
+def _show_ends(sweep: LocalSweep, ended: Mapping[str, Ended], console: Console) -> None:
+    """Print what each cell has published, and which is the best."""
+    number = best_cell(sweep, ended)
+    best = [sweep.best_run(number)] if number is not None and sweep.document.spec.publish == "best" else []
+    for run in (*sweep.runs, *best):
+        name = run.document.metadata.name
+        if name in ended and "publish" in ended[name].results:
+            console.print(f"\n{name}", style="bold", markup=False, highlight=False)
+            _show_end(ended[name], run, console)
+    if number is not None:
+        cell = sweep.cells[number]
+        console.print(f"\nBest: {cell.name} ({cell.overrides.text()})", markup=False, highlight=False)
 
 
 def _show_end(ended: Ended, local: LocalRun, console: Console) -> None:

@@ -14,17 +14,18 @@ from qlora_api.joinable import rows_not_apart
 from qlora_api.memory.advice import Verdict, verdict
 from qlora_api.memory.estimate import MemoryEstimate
 from qlora_api.memory.one_row import ONE_ROW_MODEL_TYPES
-from qlora_api.spec.job import ObjectMeta, QLoRAJobDocument
+from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.sweep.cells import repeated_cell
 from qlora_api.sweep.halving import HalvingSpec
 from qlora_api.sweep.spec import Cell, QLoRASweepDocument, cells, pods
-from qlora_cli.local.plan import GPU_SIZES_GIB, MemoryPlan, gib, make_plan
-from qlora_cli.local.plan_together import colored, make_joint_plan, once
+from qlora_cli.local.plan import COLORS, GPU_SIZES_GIB, MemoryPlan, gib, make_plan
 from qlora_trainer.core.failures import bad_configuration
-from qlora_trainer.model.memory.dry_run import measure_together_within_limits, measure_within_limits
+from qlora_trainer.core.measured_memory import MeasuredMemory
+from qlora_trainer.core.sandbox import DryRunFailed
+from qlora_trainer.model.memory.dry_run import StepSize, measure_together_within_limits, measure_within_limits
 from qlora_trainer.model.memory.fit import training_shape, type_of_model
 from qlora_trainer.model.memory.job_memory import Measure
-from qlora_trainer.model.memory.joint_memory import MeasurePasses
+from qlora_trainer.model.memory.joint_memory import MeasurePasses, memory_together
 
 # The operator creates the claim of a sweep that names none; no memory depends on its name.
 _CLAIM = "workspace"
@@ -79,7 +80,7 @@ def make_sweep_plan(
 
     Raises StepFailure if a cell does not fit the template or is the same as another, or the model is not supported.
     """
-    template, measured = document.spec.template.spec, once(measure)
+    template, measured = document.spec.template.spec, _once(measure)
     try:
         found = cells(document.metadata.name, document.spec, template.workspace.claim_name or _CLAIM)
     except ValueError as error:
@@ -110,19 +111,36 @@ def _decides_memory(cell: Cell) -> object:
 
 
 def _pod_plan(pod: Sequence[Cell], config: Path, measure: Measure, measure_passes: MeasurePasses) -> PodPlan:
-    if len(pod) > 1:
-        joint = make_joint_plan([_job(cell) for cell in pod], config, None, measure, measure_passes)
-        return PodPlan(tuple(pod), joint.alone, joint.memory, joint.unknown)
-    [cell] = pod
-    alone = make_plan(cell.name, cell.spec, config, None, measure)
-    memory = None if alone.job is None else alone.job.estimate(alone.training)
-    return PodPlan(tuple(pod), (alone,), memory, alone.unknown)
+    alone = tuple(make_plan(cell.name, cell.spec, config, None, measure) for cell in pod)
+    known = [(plan, plan.job) for plan in alone if plan.job is not None]
+    if len(known) < len(alone):
+        return PodPlan(tuple(pod), alone, None, next(plan.unknown for plan in alone if plan.job is None))
+    if len(pod) == 1:
+        [(plan, job)] = known
+        return PodPlan(tuple(pod), alone, job.estimate(plan.training), plan.unknown)
+    try:
+        together = memory_together(config, [cell.spec for cell in pod], [job for _, job in known], measure_passes)
+    except DryRunFailed as failure:
+        return PodPlan(tuple(pod), alone, None, str(failure))
+    return PodPlan(tuple(pod), alone, together)
 
 
-def _job(cell: Cell) -> QLoRAJobDocument:
-    return QLoRAJobDocument(
-        api_version="qlora.dev/v1alpha1", kind="QLoRAJob", metadata=ObjectMeta(name=cell.name), spec=cell.spec
-    )
+def _once(measure: Measure) -> Measure:
+    """The same, which measures what depends on the same things once only."""
+    found: dict[tuple[str, tuple[StepSize, ...]], MeasuredMemory] = {}
+
+    def measured(config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str) -> MeasuredMemory:
+        key = (digest, tuple(sizes))
+        if key not in found:
+            found[key] = measure(config, spec, sizes, digest)
+        return found[key]
+
+    return measured
+
+
+def _colored(judged: Verdict) -> str:
+    """The verdict in its color, as markup of rich."""
+    return f"[{COLORS[judged]}]{judged}[/]"
 
 
 def show_sweep_plan(plan: SweepPlan, console: Console) -> None:
@@ -135,7 +153,7 @@ def show_sweep_plan(plan: SweepPlan, console: Console) -> None:
     elif plan.exceeding:
         remedy = "lower spec.cellsPerPod, " if plan.document.spec.cells_per_pod > 1 else ""
         console.print(
-            f"\n{colored('exceeds')}: {len(plan.exceeding)} of {len(plan.pods)} pods cannot fit on a GPU of "
+            f"\n{_colored('exceeds')}: {len(plan.exceeding)} of {len(plan.pods)} pods cannot fit on a GPU of "
             f"{plan.gpu_gib} GiB: {remedy}change or remove their cells, or use a larger GPU. `qlora plan` of a "
             "QLoRAJob with the settings of a cell lists what saves memory."
         )
@@ -164,7 +182,7 @@ def _judged(pod: PodPlan, gpu_gib: int | None) -> str:
     if pod.memory is None:
         return "[bold yellow]unknown[/]"
     if gpu_gib is not None:
-        return colored(verdict(pod.memory, gpu_gib))
+        return _colored(verdict(pod.memory, gpu_gib))
     smallest = next((size for size in GPU_SIZES_GIB if verdict(pod.memory, size) == "fits"), None)
     return f"more than {GPU_SIZES_GIB[-1]} GiB" if smallest is None else f"{smallest} GiB"
 
@@ -192,7 +210,7 @@ def _totals(plan: SweepPlan) -> Table:
         table.add_row("Rungs", _rungs(spec.halving, list(longest)))
     each = f", {gpus} for each pod, of which each needs this much memory" if gpus > 1 else ""
     if spec.cells_per_pod > 1:
-        each = "; when a pod has ended, each further cell of it asks for one for a few seconds"
+        each = "; when a pod has ended, each cell of it asks for one for a few seconds"
     table.add_row("GPUs at a time", f"{pods_at_a_time * gpus}{each}")
     return table
 

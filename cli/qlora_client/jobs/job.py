@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from qlora_api.naming import CELLS_IN_POD_ANNOTATION
+
 _ENDED = ("Succeeded", "Failed")
 
 
@@ -66,9 +68,13 @@ class Job:
         return self.status.get("progress") or {}
 
     @property
-    def trained_by_uid(self) -> str:
-        """UID of the job whose pod trains it: its own, or that of the leader of its group."""
-        return str((self.status.get("group") or {}).get("leaderUid") or self.uid)
+    def sweep_uid(self) -> str:
+        """UID of the sweep that trains it in one pod with other cells; empty if none does."""
+        metadata = self.body["metadata"]
+        if CELLS_IN_POD_ANNOTATION not in (metadata.get("annotations") or {}):
+            return ""
+        owners = metadata.get("ownerReferences") or ()
+        return next((str(owner["uid"]) for owner in owners if owner.get("controller")), "")
 
     @property
     def gpu_hours(self) -> float | None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_api.naming import JOB_UID_LABEL, STEP_LABEL
+from qlora_api.naming import CELLS_ANNOTATION, JOB_UID_LABEL, STEP_LABEL
 from qlora_client.jobs.job import Job
 from qlora_client.kube.cluster import Cluster
 from qlora_client.kube.resources import PODS
@@ -36,6 +36,11 @@ class Pod:
     def step(self) -> str:
         """The step that it runs."""
         return str(self.body["metadata"]["labels"].get(STEP_LABEL, ""))
+
+    @property
+    def cells(self) -> list[str]:
+        """The cells that it trains, if it is a pod of a sweep."""
+        return str((self.body["metadata"].get("annotations") or {}).get(CELLS_ANNOTATION, "")).split(",")
 
     @property
     def node(self) -> int:
@@ -71,13 +76,13 @@ class Pod:
 
 
 def pods_of(cluster: Cluster, job: Job) -> list[Pod]:
-    """The pods that report on the job, oldest first: its own, and those in which another job of its group trains it.
+    """The pods that report on the job, oldest first: its own, and those in which its sweep trains it with other cells.
 
     Of several that train together, the first.
     """
     found = _labeled(cluster, job.uid)
-    if job.trained_by_uid != job.uid:
-        found += [pod for pod in _labeled(cluster, job.trained_by_uid) if pod.step == "train"]
+    if job.sweep_uid:
+        found += [pod for pod in _labeled(cluster, job.sweep_uid) if job.name in pod.cells]
     return sorted(found, key=lambda pod: (pod.body["metadata"]["creationTimestamp"], pod.name))
 
 

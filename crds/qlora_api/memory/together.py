@@ -11,7 +11,7 @@ from qlora_api.status import MemoryStatus
 
 @dataclass(frozen=True, slots=True)
 class ShareOfMemory:
-    """What one job of a group takes, in bytes."""
+    """What one of the jobs that are trained together takes, in bytes."""
 
     expected: int
     """Alone."""
@@ -22,7 +22,7 @@ class ShareOfMemory:
 
     @classmethod
     def of(cls, memory: MemoryStatus | None) -> Self | None:
-        """What prepare has found out; None if it has not, as without a group or from an earlier trainer."""
+        """What prepare has found out; None if it has not, as of a job that is trained alone."""
         if memory is None:
             return None
         expected, low, shared = memory.estimate_bytes, memory.low_bytes, memory.shared_bytes

@@ -9,7 +9,6 @@ from qlora_api.schema import ApiModel, immutable, rule, rule_at_creation, rules
 from qlora_api.spec.dataset import DatasetSpec
 from qlora_api.spec.execution import RetrySpec, SchedulingSpec, WorkspaceSpec
 from qlora_api.spec.gate import GateSpec
-from qlora_api.spec.group import GroupSpec, group_rules, reject_ungroupable
 from qlora_api.spec.model import BaseModelSpec
 from qlora_api.spec.output import OutputSpec, gguf_rules, reject_unconvertible, reject_untracked, tracking_rules
 from qlora_api.spec.training import LoraSpec, QuantizationSpec, ResourcesSpec, TrainingSpec
@@ -146,7 +145,6 @@ def _spec_rules(schema: dict[str, Any]) -> None:
                 f"({_HAS_SCORE}) == ({_HAD_SCORE}) && (!({_HAS_SCORE}) || self.gate.score == oldSelf.gate.score)",
                 f"spec.gate.score cannot be changed once the job exists, as training measures it: {_REMEDY}",
             ),
-            *group_rules(),
             *tracking_rules(),
             *gguf_rules(),
             *immutable(QLoRAJobSpec, except_for=MUTABLE_FIELDS | {"resources"}, remedy=_REMEDY),
@@ -179,12 +177,6 @@ class QLoRAJobSpec(ApiModel):
         default=None,
         description="Another QLoRAJob of this namespace, whose run continues at its newest checkpoint. Model, data "
         "and settings that decide the adapter must be the same. Starts when that job has ended or is suspended.",
-    )
-    group: GroupSpec | None = Field(
-        default=None,
-        description="Trains this job together with others of this namespace, on one base in one pod; alone if not set. "
-        "Model, quantization, training.gradientCheckpointing, workspace.claimName, scheduling and group.size must be "
-        "the same in all of them.",
     )
     workspace: WorkspaceSpec = Field(default=WorkspaceSpec(), description="The volume that the steps share.")
     resources: ResourcesSpec = Field(default=ResourcesSpec(), description="GPUs, CPU and memory of the train pods.")
@@ -266,11 +258,6 @@ class QLoRAJobSpec(ApiModel):
     @model_validator(mode="after")
     def _tracking_has_a_use(self) -> Self:
         reject_untracked(self.output.tracking, self.training)
-        return self
-
-    @model_validator(mode="after")
-    def _can_be_grouped(self) -> Self:
-        reject_ungroupable(self)
         return self
 
     @model_validator(mode="after")

@@ -36,7 +36,7 @@ def best_job(name: str, spec: QLoRASweepSpec, best: Cell, stored: Mapping[str, A
     template = spec.template.spec.dump()
     taken = {key: template[key] for key in ("output", "cleanupAfterSeconds") if key in template}
     content = _pinned(best.spec.dump() | taken, run) | {"continues": best.name}
-    for field in ("group", *CHANGEABLE):
+    for field in CHANGEABLE:
         content.pop(field, None)
     content |= {field: stored[field] for field in CHANGEABLE if field in stored}
     # A request is for the job in which it is raised.

@@ -11,11 +11,10 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from qlora_api.naming import sweep_group_name
+from qlora_api.joinable import MAX_TOGETHER, not_together, rules_of_template
 from qlora_api.profile import DNS_LABEL
 from qlora_api.schema import ApiModel, immutable, rule, rules
 from qlora_api.sources import OBJECT_STORES, scheme_of
-from qlora_api.spec.group import MAX_GROUP_SIZE, not_together, rules_of_template
 from qlora_api.spec.job import MAX_NAME_LENGTH, ObjectMeta, QLoRAJobSpec
 from qlora_api.spec.output import OutputSpec
 from qlora_api.sweep.grid import MAX_CELLS, Grid, Overrides
@@ -42,7 +41,6 @@ _NOTHING_TO_PUBLISH = (
     "output.base, or remove publish"
 )
 _CONTINUED = "continues takes up one run with the same settings, which cells change: remove it, or set lora.from"
-_GROUPED = "group is for jobs that are created one by one: remove it, and set cellsPerPod of the sweep"
 _TOGETHER = "cellsPerPod"
 _DROPOUT = (
     "lora.dropout is not supported with cellsPerPod, which trains several jobs in one process: remove dropout above 0 "
@@ -72,7 +70,6 @@ class SweepTemplate(ApiModel):
             rule("has(self.spec.dataset.eval)", _NO_EVALUATION),
             rule("!self.spec.suspend", _SUSPENDED),
             rule("!has(self.spec.continues)", _CONTINUED),
-            rule("!has(self.spec.group)", _GROUPED),
         )
     )
 
@@ -89,8 +86,6 @@ class SweepTemplate(ApiModel):
             raise ValueError(_SUSPENDED)
         if self.spec.continues is not None:
             raise ValueError(_CONTINUED)
-        if self.spec.group is not None:
-            raise ValueError(_GROUPED)
         return self
 
 
@@ -198,13 +193,13 @@ class QLoRASweepSpec(ApiModel):
         1,
         ge=1,
         le=MAX_CELLS,
-        description="Cells, or groups of cellsPerPod, that run at the same time. More than 1 needs a workspace that "
+        description="Cells, or pods of cellsPerPod, that run at the same time. More than 1 needs a workspace that "
         "several nodes can mount.",
     )
     cells_per_pod: int = Field(
         1,
         ge=1,
-        le=MAX_GROUP_SIZE,
+        le=MAX_TOGETHER,
         description="Cells that one pod trains together, on one base: the first so many, then the next. Each is "
         "prepared and published by itself.",
     )
@@ -311,13 +306,13 @@ class Cell:
     spec: QLoRAJobSpec
 
 
-def cells(name: str, spec: QLoRASweepSpec, claim: str, uid: str = "") -> tuple[Cell, ...]:
-    """The cells of the sweep of that name and UID, in their order; all use the workspace `claim`.
+def cells(name: str, spec: QLoRASweepSpec, claim: str) -> tuple[Cell, ...]:
+    """The cells of the sweep of that name, in their order; all use the workspace `claim`.
 
     It depends on nothing else, so that a cell has the same name and spec each time. Raises ValueError if the changes of
     a cell do not fit the template, or are those of another cell of the grid: it names the cell.
     """
-    return tuple(_cells(name, spec, claim, uid))
+    return tuple(_cells(name, spec, claim))
 
 
 def pods(spec: QLoRASweepSpec, found: Sequence[T]) -> list[Sequence[T]]:
@@ -326,8 +321,7 @@ def pods(spec: QLoRASweepSpec, found: Sequence[T]) -> list[Sequence[T]]:
     return [found[first : first + size] for first in range(0, len(found), size)]
 
 
-def _cells(name: str, spec: QLoRASweepSpec, claim: str, uid: str) -> Iterator[Cell]:
-    sizes = [len(pod) for pod in pods(spec, spec.overrides())]
+def _cells(name: str, spec: QLoRASweepSpec, claim: str) -> Iterator[Cell]:
     known: set[Overrides] = set()
     for number, overrides in enumerate(spec.overrides()):
         cell = f"{name}-{number:02}"
@@ -336,9 +330,7 @@ def _cells(name: str, spec: QLoRASweepSpec, claim: str, uid: str) -> Iterator[Ce
             raise ValueError(f"cell {cell} ({overrides.text()}) is a duplicate: a list of the grid repeats a value")
         known.add(overrides)
         try:
-            group = number // spec.cells_per_pod
-            together = {"name": sweep_group_name(name, uid, group), "size": sizes[group]} if sizes[group] > 1 else None
-            yield Cell(cell, overrides, _cell_spec(cell, spec, overrides, claim, together))
+            yield Cell(cell, overrides, _cell_spec(cell, spec, overrides, claim))
         except ValidationError as error:
             raise ValueError(f"cell {cell} ({overrides.text()}): {first_problem(error)}") from error
 
@@ -349,9 +341,7 @@ def first_problem(error: ValidationError) -> str:
     return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
 
 
-def _cell_spec(
-    cell: str, spec: QLoRASweepSpec, overrides: Overrides, claim: str, group: dict[str, Any] | None
-) -> QLoRAJobSpec:
+def _cell_spec(cell: str, spec: QLoRASweepSpec, overrides: Overrides, claim: str) -> QLoRAJobSpec:
     template = spec.template.spec
     content = template.dump()
     changes = overrides.dump()
@@ -362,8 +352,6 @@ def _cell_spec(
     for key, value in changes.items():
         content["lora" if key in content["lora"] else "training"][key] = value
     content["workspace"] = {"claimName": claim}
-    if group is not None:
-        content["group"] = group
     destination = template.output.destination
     if spec.publish == "best":
         content["output"] = {}

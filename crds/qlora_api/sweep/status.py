@@ -4,9 +4,22 @@ from typing import Literal
 
 from pydantic import Field
 
+from qlora_api.joinable import MAX_TOGETHER
 from qlora_api.schema import ObservedModel
-from qlora_api.status import Condition, Count, Finite, Share, ShortText, Timestamp, Uri
+from qlora_api.status import (
+    Condition,
+    Count,
+    FailureStatus,
+    Finite,
+    Message,
+    Share,
+    ShortText,
+    StepStatus,
+    Timestamp,
+    Uri,
+)
 from qlora_api.status_types import MAX_RUNGS
+from qlora_api.usage import UsageStatus
 
 SweepPhase = Literal["Pending", "Running", "Suspended", "Succeeded", "Failed"]
 CellPhase = Literal[
@@ -97,6 +110,39 @@ class PublishedCell(ObservedModel):
     message: ShortText = Field("", description="Why it has not started, for people.")
 
 
+class SweepPodStatus(ObservedModel):
+    """The cells that one pod trains together, and the Job of that pod, which is the sweep's."""
+
+    number: int = Field(ge=0, le=63, description="Which pod of spec.cellsPerPod cells it is, counted from 0.")
+    cells: tuple[ShortText, ...] = Field(
+        (), max_length=MAX_TOGETHER, description="The cells that its train Job trains; empty without one."
+    )
+    alone: tuple[ShortText, ...] = Field(
+        (),
+        max_length=MAX_TOGETHER,
+        description="The cells that have a separate train step now, and train the rest of their runs alone.",
+    )
+    waiting: tuple[ShortText, ...] = Field(
+        (), max_length=MAX_TOGETHER, description="The cells that its next train Job will train."
+    )
+    step: StepStatus = Field(description="The train Job.")
+    ended: bool = Field(False, description="Whether that Job has ended; a pod of it may still run.")
+    pod: str = Field("", max_length=253, description="The pod of it that runs now.")
+    pod_uid: str = Field("", max_length=64, description="UID of that pod.")
+    reason: str = Field(
+        "", max_length=128, description="Why none runs, or the state of the one that does, in one word."
+    )
+    message: Message = Field("", description="The same for people.")
+    failures: Count = Field(0, description="Attempts that failed.")
+    disruptions: Count = Field(0, description="Attempts that were interrupted from outside.")
+    active_seconds: Count = Field(0, description="Seconds that its pods have run.")
+    active_until: Timestamp | None = Field(None, description="Up to when these are counted.")
+    last_failure: FailureStatus | None = Field(None, description="Why it failed last.")
+    usage: UsageStatus | None = Field(
+        None, description="Its pods, and the GPU time of them that counts for no cell: of cells that have ended since."
+    )
+
+
 class SweepUsage(ObservedModel):
     """GPU time of all cells, also of those that were deleted, and of what publishes the best adapter."""
 
@@ -136,6 +182,12 @@ class QLoRASweepStatus(ObservedModel):
         max_length=64,
         description="The cells in their order.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
+    )
+    pods: tuple[SweepPodStatus, ...] = Field(
+        (),
+        max_length=32,
+        description="With spec.cellsPerPod, what trains the cells of each pod.",
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["number"]},
     )
     usage: SweepUsage | None = Field(None, description="GPU time used and lost; not set before a pod has had a GPU.")
     claim_name: str = Field("", max_length=253, description="The workspace's PersistentVolumeClaim, for all cells.")

@@ -10,7 +10,6 @@ from qlora_api.status import QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.announcing import is_to_be_announced
 from qlora_operator.decisions.cleanup import clean_job_name, cleanup_at
 from qlora_operator.decisions.continued import waits_for_other_job
-from qlora_operator.decisions.groups.group import leads
 from qlora_operator.decisions.observed.conditions import is_finished, is_true
 from qlora_operator.decisions.observed.facts import FIRST_JOB
 from qlora_operator.decisions.observed.objects import ChildJob, Observed, QLoRAJob
@@ -93,12 +92,12 @@ def plan(
     now: datetime,
     *,
     counts_itself: bool = False,
-    group_again: timedelta | None = None,
+    sweep_again: timedelta | None = None,
 ) -> Plan:
     """The plan for the job, whose stored status is `job.status` and whose next one is `status`.
 
     `counts_itself`: whether the job counts among those of its profile once its status tells that it has started.
-    `group_again`: how long until the others of its group are looked at again, if it waits for them.
+    `sweep_again`: how long until its sweep is looked at again, if the job waits for that.
     """
     if job.deleting:
         # A finalizer of somebody else may keep it for days, in which nobody would stop what it runs.
@@ -111,12 +110,9 @@ def plan(
     if _is_restarted(job.status.step, status.step, observed):
         # Why its Job is deleted is stored before: after a kill in between it would look like somebody else's work.
         return Plan(store_first=True)
-    if leads(job, status) and status.group != job.status.group:
-        # Whom its train Job trains is stored before: nobody could know from that Job.
-        return Plan(store_first=True)
-    actions = tuple(_on_the_way(job, status, observed, now, waits=group_again is not None))
+    actions = tuple(_on_the_way(job, status, observed, now, waits=sweep_again is not None))
     times = list(_times(job, status, observed, now))
-    look_again = _earliest(iter([*times, now + group_again] if group_again else times), now)
+    look_again = _earliest(iter([*times, now + sweep_again] if sweep_again else times), now)
     return Plan(actions, look_again, store_first=counts_itself and _creates_a_job(actions))
 
 
@@ -131,8 +127,6 @@ def is_settled(job: QLoRAJob, observed: Observed) -> bool:
         return False  # it waits for a place among the jobs of its profile
     if is_to_be_announced(job, status):
         return False
-    if job.spec.group is not None and status.group is None:
-        return False  # its group may be formed yet, which it is to note
     if still_counts(job):
         return False  # a pod that has been asked to stop has its GPU until it has saved a checkpoint
     # The clean-up's own Job goes after the clean-up is stored.
@@ -152,8 +146,7 @@ def creates_first_job(action: Action) -> bool:
 def cannot_be_undone(job: QLoRAJob, status: QLoRAJobStatus, actions: tuple[Action, ...]) -> bool:
     """Whether this must not be decided by what the watches have shown, which may be late.
 
-    That is: to delete, to create any Job but the first, to leave a step or an attempt, to count one, to join a group,
-    to end the job.
+    That is: to delete, to create any Job but the first, to leave a step or an attempt, to count one, to end the job.
     """
     if any(
         isinstance(action, DeleteJob) or (isinstance(action, CreateJob) and not creates_first_job(action))
@@ -161,8 +154,6 @@ def cannot_be_undone(job: QLoRAJob, status: QLoRAJobStatus, actions: tuple[Actio
     ):
         return True
     if _verdicts(status) != _verdicts(job.status):
-        return True
-    if status.group != job.status.group:
         return True
     return status.step is not None and _attempt(status.step) != _attempt(job.status.step)
 

@@ -8,11 +8,11 @@ from qlora_api.profile import Limits, Profile, amount
 from qlora_api.status import MAX_DOCUMENT_LENGTH, QLoRAJobStatus, Resolved
 from qlora_operator.decisions.announcing import reserved_config_map
 from qlora_operator.decisions.continued import continued_run, objection_of_other_job
-from qlora_operator.decisions.groups.group import image_of_group, objection_of_group, yet_to_start
 from qlora_operator.decisions.manifests.objects import document
 from qlora_operator.decisions.manifests.volumes import reserved_claim, reserved_secret
 from qlora_operator.decisions.observed.facts import FIRST_JOB, Facts, new_step
 from qlora_operator.decisions.observed.objects import ChildJob, QLoRAJob, Reason
+from qlora_operator.decisions.observed.shared_pod import is_shared
 from qlora_operator.decisions.usage.budget import limit_of_hours
 
 _NOT_SHARED = "WorkspaceNotShared"
@@ -40,7 +40,7 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         document=document(job),
         queue_name=job.queue_name,
         queue_priority=job.queue_priority,
-        profile=_profile_to_start_with(facts.profiles[job.spec.scheduling.profile], facts),
+        profile=as_copied(facts.profiles[job.spec.scheduling.profile]),
         claim_name=own_claim or workspace_claim_name(job.name, job.uid),
         claim_created=own_claim is None,
         workspace_path=workspace_folder(job.name, job.uid),
@@ -73,7 +73,7 @@ def _contract(job: QLoRAJob, profile: Profile) -> int:
 
 
 def _contract_of_training(job: QLoRAJob) -> int:
-    return needed_contract(job.spec.resources.node_count, grouped=job.spec.group is not None)
+    return needed_contract(job.spec.resources.node_count, grouped=is_shared(job))
 
 
 def _signed(contract: int, profile: Profile) -> int:
@@ -88,7 +88,7 @@ def _may_still_change(status: QLoRAJobStatus, facts: Facts) -> bool:
         return False
     if step.job_uid or (step.name, step.attempt) != FIRST_JOB:
         return False
-    return _first_job(facts) is None and status.resolved.profile != _profile_to_start_with(today, facts)
+    return _first_job(facts) is None and status.resolved.profile != as_copied(today)
 
 
 def _first_job(facts: Facts) -> ChildJob | None:
@@ -136,7 +136,6 @@ def objection_to_job(facts: Facts) -> Reason | None:
         or _not_shared(facts.job, profile)
         or objection_to_retry(facts)
         or objection_of_other_job(facts, facts.profiles.values())
-        or objection_of_group(facts)
         or _too_large(facts.job)
     )
 
@@ -211,44 +210,28 @@ def objection_of_limits(facts: Facts) -> Reason | None:
 
 
 def job_limit_reached(facts: Facts) -> Reason | None:
-    """Why the job waits for others of its profile to end; None if there is a place for it.
-
-    For a job of a group there must be one for each that the group lacks: else two groups, each half of whose jobs have
-    started, would wait for each other. The group whose job was the last to start can always be completed.
-    """
+    """Why the job waits for others of its profile to end; None if there is a place for it."""
     namespace, name = facts.job.namespace, facts.job.spec.scheduling.profile
     profile = facts.profiles.get(name)
     limit = profile.limits.jobs if profile is not None and profile.limits is not None else None
-    lacking = yet_to_start(facts)
-    if limit is None or facts.jobs_of_profile + lacking <= limit:
+    if limit is None or facts.jobs_of_profile < limit:
         return None
-    starts = "one of them has ended"
-    if lacking > 1:
-        starts = f"all {lacking} jobs of its group that have not started can start together"
     return Reason(
         "JobLimitReached",
         f"{facts.jobs_of_profile} jobs of profile {name!r} have started in namespace {namespace!r}, and the "
-        f"profile allows {limit} at a time: this job starts when {starts}",
+        f"profile allows {limit} at a time: this job starts when one of them has ended",
     )
 
 
-def _profile_to_start_with(profile: Profile, facts: Facts) -> Profile:
-    """The profile of today, with the image of the jobs that are to be trained in one pod with this one."""
-    image = image_of_group(facts)
-    return as_copied(profile.model_copy(update={"image": image}) if image else profile)
-
-
-def with_profile_of_today(
-    resolved: Resolved | None, facts: Facts, *, same_trainer: bool = False, as_at_start: bool = False
-) -> Resolved | None:
+def with_profile_of_today(resolved: Resolved | None, facts: Facts, *, same_trainer: bool = False) -> Resolved | None:
     """What was resolved with the administrator's profile as it is now, if there still is one of that name.
 
-    `same_trainer`: except for the image. `as_at_start`: with the image of the job's group, if others have started.
+    `same_trainer`: except for the image.
     """
     profile = facts.profiles.get(facts.job.spec.scheduling.profile)
     if resolved is None or profile is None:
         return resolved
-    copied = _profile_to_start_with(profile, facts) if as_at_start else as_copied(profile)
+    copied = as_copied(profile)
     if same_trainer:
         copied = copied.model_copy(update={"image": resolved.profile.image})
     # The trainer that began the run may know no newer version, unless that was one for a key that is gone.

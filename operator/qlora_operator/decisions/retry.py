@@ -3,7 +3,6 @@
 from qlora_api.contract import ExitCode
 from qlora_api.status import QLoRAJobStatus, Resolved, StepName
 from qlora_operator.decisions.cleanup import clean_job_name
-from qlora_operator.decisions.groups.group import alone
 from qlora_operator.decisions.manifests.objects import with_gate
 from qlora_operator.decisions.observed.conditions import is_true
 from qlora_operator.decisions.observed.endings import DONE
@@ -46,7 +45,7 @@ def take_up(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         "resolved": _resolved_again(status, facts, has_its_run=_has_its_run(status, cleaned=cleaned)),
     }
     reason = Reason("TakenUp", f"spec.retry.request is {job.spec.retry.request}")
-    return set_condition(alone(job, status.model_copy(update=changes)), facts, "Failed", "False", reason)
+    return set_condition(status.model_copy(update=changes), facts, "Failed", "False", reason)
 
 
 def _has_its_run(status: QLoRAJobStatus, *, cleaned: bool) -> bool:
@@ -58,7 +57,7 @@ def _resolved_again(status: QLoRAJobStatus, facts: Facts, *, has_its_run: bool) 
     """What was resolved, with the profile and the gate as they are now."""
     # Only the trainer that began a run goes on with it: its image stays, once there is something to go on with.
     prepared = is_true(status, "Prepared")
-    resolved = with_profile_of_today(status.resolved, facts, same_trainer=prepared, as_at_start=True)
+    resolved = with_profile_of_today(status.resolved, facts, same_trainer=prepared)
     if resolved is not None and has_its_run:
         # A pod whose volume is gone would wait for ever, and the other job's claim may be deleted by now.
         resolved = resolved.model_copy(update={"continued": None})

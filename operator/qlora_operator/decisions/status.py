@@ -6,8 +6,6 @@ from qlora_api.figures import with_progress
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.decisions.advance import advance, renew
 from qlora_operator.decisions.cleanup import follow_cleanup
-from qlora_operator.decisions.groups.group import join_group
-from qlora_operator.decisions.groups.memory import enforce_group_memory
 from qlora_operator.decisions.limits import enforce_deadline, enforce_disruptions, enforce_failures, enforce_progress
 from qlora_operator.decisions.observed.conditions import condition, is_finished
 from qlora_operator.decisions.observed.endings import not_ready
@@ -38,6 +36,14 @@ def next_status(facts: Facts) -> QLoRAJobStatus:
     return summarize(status, facts)
 
 
+def next_status_of_pod(facts: Facts) -> QLoRAJobStatus:
+    """The same of a pod in which a sweep trains several cells, as of a job that has only a train step."""
+    status = facts.job.status
+    for transition in _OF_A_SWEEPS_POD:
+        status = transition(status, facts)
+    return summarize(status, facts)
+
+
 def with_child(status: QLoRAJobStatus, facts: Facts, job_uid: str) -> QLoRAJobStatus:
     """The status after the Job of the current step has been created."""
     if status.step is None or is_finished(status):
@@ -61,7 +67,6 @@ def _follow_end(status: QLoRAJobStatus, facts: Facts, held_back: Reason | None =
         failed = condition(status, "Failed")
         if failed is not None and failed.status == "True":
             status = set_condition(status, facts, "Ready", "False", held_back or not_ready(failed.reason))
-        status = join_group(status, facts)
     return follow_cleanup(count_usage(status, facts), facts)
 
 
@@ -104,7 +109,7 @@ def _show_progress(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     step = status.step
     if is_finished(status) or step is None:
         return status
-    # Of several jobs that one pod trains, the one whose Job it is may have ended before the others.
+    # Of several cells that one pod trains, the first may have ended before the others.
     records = [record for record in (facts.progress, facts.progress_beside) if record and record.step == step.name]
     newest = max((record.time for record in records), key=parse_time, default=step.reported_at)
     if newest != step.reported_at:
@@ -124,8 +129,6 @@ _TRANSITIONS: tuple[Transition, ...] = (
     _count,
     _watch_pod,
     advance,
-    join_group,
-    enforce_group_memory,
     enforce_failures,
     enforce_disruptions,
     enforce_deadline,
@@ -136,4 +139,15 @@ _TRANSITIONS: tuple[Transition, ...] = (
     count_usage,
     follow_forecast,
     enforce_budget,
+)
+_OF_A_SWEEPS_POD: tuple[Transition, ...] = (
+    _count,
+    _watch_pod,
+    advance,
+    enforce_failures,
+    enforce_disruptions,
+    enforce_deadline,
+    _show_progress,
+    enforce_progress,
+    count_usage,
 )

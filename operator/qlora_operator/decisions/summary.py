@@ -2,12 +2,12 @@
 
 from qlora_api.figures import without_remaining
 from qlora_api.status import Phase, QLoRAJobStatus, StepName, StepStatus
-from qlora_operator.decisions.groups.group import suffix, trained_by, waits_for_group
 from qlora_operator.decisions.limits import DEFAULT_PROGRESS_DEADLINE_SECONDS, idle_seconds, no_progress
 from qlora_operator.decisions.observed.conditions import Value, condition, has_begun, is_finished, is_true, phase_of
 from qlora_operator.decisions.observed.endings import DONE, NOT_FAILED, NOT_STALLED, NOT_SUSPENDED
 from qlora_operator.decisions.observed.facts import Facts, set_condition
 from qlora_operator.decisions.observed.objects import ChildJob, Reason, format_time
+from qlora_operator.decisions.observed.shared_pod import trained_by, waits_for_sweep
 from qlora_operator.decisions.pods.blockers import blocking_reason
 from qlora_operator.decisions.pods.deletions import deletion
 from qlora_operator.decisions.pods.kueue import WAITING
@@ -60,7 +60,7 @@ def _phase(status: QLoRAJobStatus, facts: Facts) -> Phase:
         running=step is not None and facts.observed.is_running(step.job_uid),
         queued=child is not None and child.suspended,
     )
-    if phase in ("Preparing", "Queued") and (waits := waits_for_group(status, facts)):
+    if phase in ("Preparing", "Queued") and (waits := waits_for_sweep(status, facts.shared)):
         return "Training" if waits.word == "Training" else "Queued"
     return phase
 
@@ -74,10 +74,10 @@ def _summarize_suspension(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatu
         return set_condition(
             status, facts, "Suspended", "False", blocking_reason(None, observed, facts.now) or stopping
         )
-    leader = trained_by(status, facts)
+    sweep = trained_by(status, facts.shared)
     sentence = (
-        f"the pod of QLoRAJob {leader} is still training this job; suspend {leader} to stop it"
-        if leader
+        f"a pod of QLoRASweep {sweep} still trains this cell with others; suspend the sweep to stop it"
+        if sweep
         else "spec.suspend is true; false resumes the job"
     )
     status = set_condition(status, facts, "Suspended", "True", Reason("Suspended", sentence))
@@ -134,7 +134,7 @@ def _reason(status: QLoRAJobStatus, facts: Facts) -> Reason:
         return Reason("InvalidSpec", job.problem)
     if status.resolved is None or step is None:
         return objection(facts) or Reason("Pending", _DOING["Pending"])
-    if waits := waits_for_group(status, facts):
+    if waits := waits_for_sweep(status, facts.shared):
         return waits
     child = observed.child(step.job_name)
     if child is not None and child.suspended:
@@ -154,7 +154,7 @@ def _reason(status: QLoRAJobStatus, facts: Facts) -> Reason:
     if last is not None and last.step == step.name and has_begun(status) and not running:
         return Reason("Retrying", f"the latest attempt failed and is retried: {last.reason}: {last.message}")
     phase = phase_of(status, running=running)
-    return Reason(phase, _DOING.get(phase, "") + suffix(facts, status))
+    return Reason(phase, _DOING.get(phase, ""))
 
 
 def _held(child: ChildJob) -> Reason:

@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from qlora_api.naming import (
+    CELLS_IN_POD_ANNOTATION,
     JOB_LABEL,
     JOB_UID_LABEL,
     QUEUE_LABEL,
     QUEUE_PRIORITY_LABEL,
     RUNGS_ANNOTATION,
+    SWEEP_UID_LABEL,
     child_job_name,
 )
 from qlora_operator.decisions.observed.facts import FIRST_JOB
@@ -34,7 +36,8 @@ OBJECTS_PER_PAGE = 25
 # All that is read of a QLoRAJob's metadata. The rest may have a megabyte: of annotations, labels, or notes of managers.
 _READ_METADATA = ("namespace", "name", "uid", "resourceVersion", "generation", "deletionTimestamp")
 _READ_LABELS = (QUEUE_LABEL, QUEUE_PRIORITY_LABEL)
-_MOST_RUNGS_LENGTH = 128
+_READ_ANNOTATIONS = (RUNGS_ANNOTATION, CELLS_IN_POD_ANNOTATION)
+_LONGEST_ANNOTATION = 128
 
 
 class ObjectVersion(NamedTuple):
@@ -86,8 +89,13 @@ def object_version(kind: Kind, body: Object) -> ObjectVersion:
     metadata = body["metadata"]
     name, uid = metadata["name"], metadata["uid"]
     labels = metadata.get("labels") or {}
-    job = (uid, name) if kind == "qlorajobs" else (labels.get(JOB_UID_LABEL, ""), labels.get(JOB_LABEL, ""))
+    job = (uid, name) if kind == "qlorajobs" else (labels.get(JOB_UID_LABEL, ""), _job_name(labels))
     return ObjectVersion(metadata["namespace"], name, uid, metadata["resourceVersion"], *job)
+
+
+def _job_name(labels: Object) -> str:
+    """Name of the QLoRAJob in the labels; empty for Jobs and pods of a sweep."""
+    return "" if labels.get(SWEEP_UID_LABEL) == labels.get(JOB_UID_LABEL, "") else labels.get(JOB_LABEL, "")
 
 
 def child_view(kind: ChildKind, body: Object) -> ChildView:
@@ -101,7 +109,7 @@ def child_view(kind: ChildKind, body: Object) -> ChildView:
     elif controller_uid(body) == job_uid:
         value = parse_child(body)
     version = str(metadata.get("resourceVersion", ""))
-    return ChildView(metadata["namespace"], metadata["uid"], version, job_uid, labels.get(JOB_LABEL, ""), value)
+    return ChildView(metadata["namespace"], metadata["uid"], version, job_uid, _job_name(labels), value)
 
 
 def without_foreign_resolved(child: ChildView, job_name: str | None) -> ChildView:
@@ -127,9 +135,9 @@ def compact(job: Object) -> dict[str, Any]:
     labels = metadata.get("labels") or {}
     if read := {name: labels[name] for name in _READ_LABELS if name in labels}:
         kept["labels"] = read
-    rungs = (metadata.get("annotations") or {}).get(RUNGS_ANNOTATION, "")
-    if 0 < len(rungs) <= _MOST_RUNGS_LENGTH:
-        kept["annotations"] = {RUNGS_ANNOTATION: rungs}
+    found = metadata.get("annotations") or {}
+    if noted := {key: found[key] for key in _READ_ANNOTATIONS if 0 < len(found.get(key, "")) <= _LONGEST_ANNOTATION}:
+        kept["annotations"] = noted
     if (owner := _controller(metadata)) is not None:
         kept["ownerReferences"] = [owner]
     if ORPHANED in (metadata.get("finalizers") or ()):

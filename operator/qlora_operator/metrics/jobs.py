@@ -9,8 +9,10 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from qlora_api.status import Phase, QLoRAJobStatus
+from qlora_api.sweep.status import QLoRASweepStatus
 from qlora_api.usage import LostGpuSeconds, UsageStatus
 from qlora_operator.decisions.observed.objects import Object, QLoRAJob, parse_time
+from qlora_operator.decisions.sweeps.sweep import QLoRASweep
 from qlora_operator.keys import Key
 from qlora_operator.metrics.shown import ENDED, FAILURE_REASONS, FIGURES, OTHER, PHASES, ShownJob, as_label, read_shown
 
@@ -175,6 +177,14 @@ class GpuSeconds:
         if written.usage is not None:
             before = job.status.usage or UsageStatus()
             self.add(job.namespace, job.spec.scheduling.profile, written.usage, before)
+
+    def note_sweep(self, sweep: QLoRASweep, written: QLoRASweepStatus) -> None:
+        """Count what the pods of the sweep have more for the sweep itself: the parts of cells that have ended."""
+        before = {pod.number: pod.usage for pod in sweep.status.pods}
+        for pod in written.pods:
+            if pod.usage is not None:
+                profile = sweep.spec.template.spec.scheduling.profile
+                self.add(sweep.namespace, profile, pod.usage, before.get(pod.number))
 
     def add(self, namespace: str, profile: str, usage: UsageStatus, before: UsageStatus | None = None) -> None:
         """Count what the usage has more than `before`."""

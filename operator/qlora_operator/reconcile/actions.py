@@ -1,7 +1,7 @@
 """Carries out what a plan asks for: deletes and creates the Jobs of a job, and what its pods need beside them."""
 
 import logging
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -94,8 +94,7 @@ class Actions:
                         status, written = await self._announce(facts, status)
                         changed, again = changed | written, self.announcements.due(key)
                     case CreateJob() if resolved is not None:
-                        others = facts.group.led if facts.group is not None and action.step == "train" else ()
-                        job_uid, is_new = await self._create_job(job, resolved, action, others)
+                        job_uid, is_new = await self._create_job(job, resolved, action)
                         changed |= is_new
                         # The status that tells of the first Job follows from what the next pass sees.
                         status = status if creates_first_job(action) else with_child(status, facts, job_uid)
@@ -114,15 +113,13 @@ class Actions:
             sentence = f"the API server rejects the deletion of Job {name}: {error}"
             raise _BlockedError(Reason("JobRejected", sentence)) from error
 
-    async def _create_job(
-        self, job: QLoRAJob, resolved: Resolved, action: CreateJob, others: Sequence[QLoRAJob]
-    ) -> tuple[str, bool]:
+    async def _create_job(self, job: QLoRAJob, resolved: Resolved, action: CreateJob) -> tuple[str, bool]:
         """UID of the step's Job, and whether it was created now, or the store shows it only now.
 
         It may exist already, by a pass that was interrupted. Raises _BlockedError.
         """
         key, new = (job.namespace, job.name), True
-        manifest = build_job(job, resolved, action.step, action.attempt, action.failures, others)
+        manifest = build_job(job, resolved, action.step, action.attempt, action.failures)
         name = manifest["metadata"]["name"]
         try:
             created = await self.cluster.create_job(job.namespace, manifest)

@@ -20,15 +20,15 @@ from qlora_operator.decisions.events import (
     tracking_event,
     unreadable_event,
 )
-from qlora_operator.decisions.groups.group import look_again_after, waiting_for
 from qlora_operator.decisions.manifests.objects import DNS_PORTS
 from qlora_operator.decisions.observed.conditions import condition, is_finished
 from qlora_operator.decisions.observed.facts import Facts
-from qlora_operator.decisions.observed.members import GroupFacts
 from qlora_operator.decisions.observed.objects import Object, Observed, Pod, QLoRAJob, Reason
 from qlora_operator.decisions.observed.parsing import controller_uid, parse_child
+from qlora_operator.decisions.observed.shared_pod import SharedPod, waits_for_sweep
 from qlora_operator.decisions.observed.stored_job import UnreadableJobError, parse_job
 from qlora_operator.decisions.plan import (
+    OTHER_JOB_INTERVAL,
     Plan,
     cannot_be_undone,
     creates_first_job,
@@ -58,11 +58,11 @@ from qlora_operator.kube.listing import ChildView
 from qlora_operator.metrics.metrics import Metrics
 from qlora_operator.reconcile.actions import Actions
 from qlora_operator.reconcile.events import post
-from qlora_operator.reconcile.groups import Groups
 from qlora_operator.reconcile.pauses import AtOnce, Blocked, Later, NextPass, Pauses, Postponed
 from qlora_operator.reconcile.profile_limit import Starts
 from qlora_operator.reconcile.progress import LogReading, ProgressReader
 from qlora_operator.reconcile.queue import RetryError
+from qlora_operator.reconcile.shared_pods import SharedPods
 from qlora_operator.watch.store import Store
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class _Around:
     queue: Reason | None
     continued: QLoRAJob | None
     continued_writer: str
-    group: GroupFacts | None
+    shared: SharedPod | None
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,8 @@ class Reconciler:
     """Called when the API server does not know a field of the status."""
 
     @cached_property
-    def _groups(self) -> Groups:
-        return Groups(self.cluster, self.store)
+    def _shared_pods(self) -> SharedPods:
+        return SharedPods(self.cluster, self.store)
 
     async def reconcile(self, key: Key) -> float | None:
         """Seconds until the job is reconciled again; None if the next event is enough. Raises RetryError."""
@@ -159,9 +159,8 @@ class Reconciler:
         """A pass with a true count of the jobs of the profile, if that is limited and the job needs a place."""
         limit = limit_of_jobs(view.job, self.profiles)
         if limit is None:
-            async with self._groups.joining(view.job):
-                return await self._pass(key, view, None)
-        async with self.starts.count(view.job, limit) as others, self._groups.joining(view.job):
+            return await self._pass(key, view, None)
+        async with self.starts.count(view.job, limit) as others:
             return await self._pass(key, view, others)
 
     async def _pass(self, key: Key, view: "_View", others: int | None) -> "_Done | _View":
@@ -169,10 +168,10 @@ class Reconciler:
 
         `others`: how many jobs of the profile have started; None if they were not counted.
         """
-        group = await self._groups.read(view.job, live=view.live)
-        log = await self.progress.read(key, view.job, view.observed, group) if self.progress else LogReading()
+        shared = await self._shared_pods.read(view.job, live=view.live)
+        log = await self.progress.read(key, view.job, view.observed, shared) if self.progress else LogReading()
         queue = await self._read_queue(view)
-        around = _Around(log, queue, *await self._read_continued(view), group)
+        around = _Around(log, queue, *await self._read_continued(view), shared)
         decision = self._decide(view, around, others or 0)
         if not view.live and _must_be_confirmed(view, decision):
             confirmed = await self._read(key)
@@ -180,8 +179,8 @@ class Reconciler:
                 return _Done()
             if self._needs_another_count(confirmed.job, view.job, others):
                 return confirmed
-            group = await self._groups.read(confirmed.job, live=True)
-            around = _Around(log, queue, *await self._read_continued(confirmed), group)
+            shared = await self._shared_pods.read(confirmed.job, live=True)
+            around = _Around(log, queue, *await self._read_continued(confirmed), shared)
             decision = self._decide(confirmed, around, others or 0)
         again = self.blocked.until(key, await self._carry_out(decision))
         return _Done(_soonest(again, log.again, self._follow_waiting(key, decision)))
@@ -321,7 +320,7 @@ class Reconciler:
         except UnreadableJobError as error:
             logger.warning("%s: %s", job.spec.continues, error, extra={"key": (job.namespace, job.name)})
             return None, ""
-        return other, await self._groups.read_writer(other) if other is not None and is_at_rest(other) else ""
+        return other, await self._shared_pods.read_writer(other) if other is not None and is_at_rest(other) else ""
 
     def _decide(self, view: "_View", around: "_Around", others: int) -> "_Decision":
         facts = Facts(
@@ -335,14 +334,14 @@ class Reconciler:
             queue=around.queue,
             continued=around.continued,
             continued_writer=around.continued_writer,
-            group=around.group,
+            shared=around.shared,
             jobs_of_profile=others,
         )
         status = next_status(facts)
         # A job counts once its status says that it has started, which a Job alone does not.
         counts_itself = limit_of_jobs(view.job, self.profiles) is not None
-        group_again = look_again_after(status, facts)
-        planned = plan(view.job, status, view.observed, facts.now, counts_itself=counts_itself, group_again=group_again)
+        again = OTHER_JOB_INTERVAL if waits_for_sweep(status, facts.shared) is not None else None
+        planned = plan(view.job, status, view.observed, facts.now, counts_itself=counts_itself, sweep_again=again)
         return _Decision(facts, status, planned, held_back(facts))
 
     async def _carry_out(self, decision: "_Decision") -> NextPass:
@@ -376,8 +375,6 @@ class Reconciler:
         self.store.job_changed(written)
         self.metrics.status_writes.inc()
         self.metrics.gpu_seconds.note(job, status)
-        for name in waiting_for(job, status, facts.group.others if facts.group else ()):
-            self.starts.enqueue((job.namespace, name))
         self.metrics.show(written)
         self.metrics.transitions.written(job, status)
         if event := phase_event(job, status, facts.now):

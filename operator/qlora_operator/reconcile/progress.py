@@ -1,15 +1,14 @@
 """Reads progress records from the logs of running pods, within a limit of requests for all jobs."""
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from qlora_api.contract import ProgressRecord, decode_record
 from qlora_api.figures import with_progress
 from qlora_api.status import QLoRAJobStatus, StepName
-from qlora_operator.decisions.groups.group import reporting
-from qlora_operator.decisions.observed.members import GroupFacts, PodName
 from qlora_operator.decisions.observed.objects import Observed, Pod, QLoRAJob, parse_time
+from qlora_operator.decisions.observed.shared_pod import PodName, SharedPod, waits_for_sweep
 from qlora_operator.keys import Key
 
 logger = logging.getLogger(__name__)
@@ -65,7 +64,7 @@ class LogReading:
 
     record: ProgressRecord | None = None
     beside: ProgressRecord | None = None
-    """The latest of the other jobs that the pod trains."""
+    """The latest of the other cells that the pod of a sweep trains."""
     again: float | None = None
     """Seconds until the next reading; None if the job does not run."""
     done: bool = False
@@ -85,13 +84,20 @@ class ProgressReader:
         self._monotonic = monotonic
         self._schedule = ReadSchedule()
 
-    async def read(self, key: Key, job: QLoRAJob, observed: Observed, group: GroupFacts | None = None) -> LogReading:
+    async def read(
+        self,
+        key: Key,
+        job: QLoRAJob,
+        observed: Observed,
+        shared: SharedPod | None = None,
+        beside: Sequence[str] = (),
+    ) -> LogReading:
         """The latest record of the job in the running pod that reports on it, if it is time to look for one.
 
-        `group`: the other jobs of its group, the pod of one of which may train it.
+        `shared`: the pod in which its sweep trains it with other cells. `beside`: UIDs of other jobs in that log.
         """
         step = job.status.step
-        pod, beside = reporting(job, observed, group)
+        pod = _reporting(job, observed, shared)
         if pod is None or step is None:
             self._schedule.forget(key)
             return LogReading()
@@ -115,6 +121,15 @@ class ProgressReader:
     def forget(self, key: Key) -> None:
         """Drop a job that is gone."""
         self._schedule.forget(key)
+
+
+def _reporting(job: QLoRAJob, observed: Observed, shared: SharedPod | None) -> PodName | None:
+    """The pod whose log has the job's progress."""
+    step = job.status.step
+    pod = observed.reporting_pod(step.job_uid) if step else None
+    if pod is not None:
+        return PodName(pod.name, pod.uid)
+    return shared.pod if shared is not None and waits_for_sweep(job.status, shared) is not None else None
 
 
 def latest_record(log: str, job_uid: str, pod: Pod | PodName, step: StepName) -> ProgressRecord | None:

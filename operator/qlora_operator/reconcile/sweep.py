@@ -1,13 +1,14 @@
 """Reconciles one sweep: reads it and its cells as they are now, decides, acts, writes the status once.
 
-Nothing is kept between passes. There are few sweeps, and a pass for each needs two requests at rest: it asks the API
-server, and so can never decide from what a watch has shown late.
+Nothing is kept between passes. There are few sweeps, and a pass for each needs two requests at rest, four with
+cellsPerPod: it asks the API server, and so can never decide from what a watch has shown late.
 """
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import cached_property
 
 from qlora_api.profile import Profile
 from qlora_api.sweep.spec import SWEEP_KIND, Cell
@@ -54,7 +55,9 @@ from qlora_operator.kube.client import (
 )
 from qlora_operator.reconcile.events import post
 from qlora_operator.reconcile.pauses import Pauses
+from qlora_operator.reconcile.progress import ProgressReader
 from qlora_operator.reconcile.queue import RetryError
+from qlora_operator.reconcile.sweep_pods import SweepPods
 
 logger = logging.getLogger(__name__)
 
@@ -99,8 +102,15 @@ class SweepReconciler:
     cluster: Cluster
     profiles: Mapping[str, Profile]
     clock: Callable[[], datetime]
+    progress: ProgressReader | None = None
+    count: Callable[[QLoRASweep, QLoRASweepStatus], None] = lambda _sweep, _status: None
+    """Called with what was stored of a sweep and what is now: counts the GPU time that is the sweep's."""
     blocked: Pauses = field(default_factory=Pauses)
     _denials: dict[Key, _Denial] = field(default_factory=dict)
+
+    @cached_property
+    def _pods(self) -> SweepPods:
+        return SweepPods(self.cluster, self.profiles, self.progress, self.clock)
 
     async def reconcile(self, key: Key) -> float | None:
         """Seconds until the sweep is reconciled again; None if the next event is enough. Raises RetryError."""
@@ -132,7 +142,7 @@ class SweepReconciler:
         objection = objection_to_sweep(sweep, self.profiles, self.clock())
         if judges_anew(sweep, lines := table(sweep, cells, jobs)):
             best = published(sweep, lines, jobs)
-            await self._write(sweep, next_status(sweep, lines, objection, None, self.clock(), best))
+            await self._write(sweep, next_status(sweep, lines, objection, None, self.clock(), best, sweep.status.pods))
             return 0.0
         try:
             actions = tuple(plan(sweep, cells, jobs, objection))
@@ -141,10 +151,13 @@ class SweepReconciler:
         else:
             done = await self._carry_out_all(key, sweep, actions)
         jobs |= done.jobs
+        followed = await self._pods.follow(sweep, cells, jobs)
         lines = table(sweep, cells, jobs)
         best = published(sweep, lines, jobs)
-        await self._write(sweep, next_status(sweep, lines, objection, done.blocked, self.clock(), best))
-        return done.again
+        status = next_status(sweep, lines, objection, done.blocked, self.clock(), best, followed.pods)
+        await self._write(sweep, status)
+        pause = self.blocked.next(key) if followed.blocked and done.blocked is None else None
+        return min((each for each in (done.again, followed.again, pause) if each is not None), default=None)
 
     async def _carry_out_all(self, key: Key, sweep: QLoRASweep, actions: tuple[Action, ...]) -> _Done:
         """Do what can be done now. Cells whose creation was denied wait for their time; nothing else waits for them."""
@@ -194,9 +207,9 @@ class SweepReconciler:
                 return await self._change(sweep, job, stop(job, why), "suspension")
             case SetCleanup(job, seconds):
                 return await self._change(sweep, job, cleanup(job, seconds), "clean-up")
-            case CreateCell(cell):
+            case CreateCell(cell, cells_in_pod):
                 await self._create_claim(sweep)
-                return await self._create(sweep, cell)
+                return await self._create(sweep, cell, cells_in_pod)
 
     async def _readable(self, key: Key, body: Object) -> QLoRASweep | None:
         try:
@@ -240,10 +253,10 @@ class SweepReconciler:
             raise _BlockedError(Reason("CellRejected", sentence)) from error
         return _parsed(changed, sweep)
 
-    async def _create(self, sweep: QLoRASweep, cell: Cell) -> dict[str, CellJob]:
+    async def _create(self, sweep: QLoRASweep, cell: Cell, cells_in_pod: int) -> dict[str, CellJob]:
         """The cell's QLoRAJob. It may exist already, by a pass that was interrupted. Raises _BlockedError."""
         try:
-            created = await self.cluster.create_cell(sweep.namespace, build_cell(sweep, cell))
+            created = await self.cluster.create_cell(sweep.namespace, build_cell(sweep, cell, cells_in_pod))
             logger.info("created QLoRAJob %s", cell.name, extra={"key": (sweep.namespace, sweep.name)})
         except RejectedError as error:
             sentence = f"the API server rejects QLoRAJob {cell.name}: {error}"
@@ -289,6 +302,8 @@ class SweepReconciler:
         if status == sweep.status:
             return
         await self.cluster.apply_sweep_status(sweep, status.dump())
+        if isinstance(sweep, QLoRASweep):
+            self.count(sweep, status)
         if event := sweep_event(sweep, status, self.clock()):
             logger.info("phase %s, was %s", status.phase, sweep.status.phase, extra={"key": key})
             await post(self.cluster, key, event)

@@ -16,7 +16,7 @@ from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.spec.job import GROUP, PLURAL, VERSION
 from qlora_api.sweep.spec import SWEEP_PLURAL
 from qlora_operator.decisions.observed.objects import Object
-from qlora_operator.decisions.sweeps.sweep import sweep_of
+from qlora_operator.decisions.sweeps.sweep import sweep_of, sweep_of_child
 from qlora_operator.keys import Key
 from qlora_operator.kube.listing import ChildKind, Kind
 from qlora_operator.settings import SECONDS_BETWEEN_PASSES, Settings
@@ -252,8 +252,10 @@ def _register_events(registry: kopf.OperatorRegistry, hooks: Hooks) -> None:
 
     @kopf.on.event(GROUP, VERSION, SWEEP_PLURAL, registry=registry)
     async def sweep_changed(event: kopf.RawEvent, **_: Any) -> None:
-        metadata = event["object"]["metadata"]
+        body, metadata = event["object"], event["object"]["metadata"]
         hooks.enqueue_sweep((metadata["namespace"], metadata["name"]), 0.0)
+        for cell in hooks.store.sweeps.note(body, deleted=event["type"] == "DELETED"):
+            hooks.enqueue((metadata["namespace"], cell))
 
     @kopf.on.event("batch", "v1", "jobs", labels={JOB_UID_LABEL: kopf.PRESENT}, registry=registry)
     async def child_changed(event: kopf.RawEvent, **_: Any) -> None:
@@ -265,6 +267,9 @@ def _register_events(registry: kopf.OperatorRegistry, hooks: Hooks) -> None:
 
     def _child_changed(kind: ChildKind, event: kopf.RawEvent) -> None:
         _show(hooks, kind, event)
+        if sweep := sweep_of_child(event["object"]):
+            hooks.enqueue_sweep(sweep, SECONDS_BETWEEN_PASSES)
+            return
         for key in hooks.store.child_changed(kind, event["object"], deleted=event["type"] == "DELETED"):
             hooks.enqueue(key)
 

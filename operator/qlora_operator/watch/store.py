@@ -25,7 +25,7 @@ from qlora_operator.kube.listing import (
     version_number,
     without_foreign_resolved,
 )
-from qlora_operator.watch.group_index import GroupIndex
+from qlora_operator.watch.sweep_index import SweepIndex
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class Store:
         self._ids: dict[Key, _JobId] = {}
         self._homes: dict[str, _Entry] = {}
         """Where each child is held, by its UID: whoever may change it can give it the label of another job."""
-        self.groups = GroupIndex()
+        self.sweeps = SweepIndex()
         self._buried: dict[str, int] = {}
         self._ordered = True
 
@@ -136,7 +136,6 @@ class Store:
         entry.distrusted = entry.distrusted or any(child.version == 0 for child in entry.children["jobs"].values())
         entry.key, entry.version, entry.marks = key, version, marks
         entry.body = _packed(json.dumps(kept, separators=(",", ":")).encode())
-        self.groups.note(body)
         entry.settled = entry.settled and not news
         if (body.get("status") or {}).get("resolved"):
             self._forget_resolved(entry)
@@ -307,7 +306,6 @@ class Store:
         if entry.key is not None and self._ids.get(entry.key) == job_id:
             del self._ids[entry.key]
         entry.key, entry.body, entry.marks = None, b"", b""
-        self.groups.drop(job_id[1])
         if entry.empty:
             del self._entries[job_id]
 

@@ -10,7 +10,7 @@ from qlora_api.spec.job import MUTABLE_FIELDS, QLoRAJobSpec
 from qlora_api.spec.training import LoraSpec, TrainingSpec
 from qlora_api.sweep.cells import CHANGEABLE, FoundRun, best_job, repeated_cell
 from qlora_api.sweep.grid import MAX_CELLS, Grid, Overrides
-from qlora_api.sweep.spec import Cell, QLoRASweepSpec, cells
+from qlora_api.sweep.spec import Cell, QLoRASweepSpec, cells, pods
 from tests.support.sweeps import FULL_SWEEP, SWEEP, TEMPLATE
 
 CLAIM = "rates-0a1b2c3d"
@@ -107,7 +107,7 @@ def test_cells_that_would_train_the_same_adapter_are_both_named(
     spec: dict[str, Any], message: str, more: dict[str, Any]
 ) -> None:
     found = sweep({"output": {"destination": "s3://bucket/adapters"}}, **spec, **more)
-    why = repeated_cell(found, cells("rates", found, CLAIM, UID))
+    why = repeated_cell(found, cells("rates", found, CLAIM))
     assert why is not None
     assert re.search(message, why)
 
@@ -123,26 +123,15 @@ def test_cells_that_could_not_be_compared() -> None:
         sweep({"dataset": {"source": "pvc://a/b.jsonl", "eval": {"fraction": 0.1}}}, cells=[{"seed": 1}, {}])
 
 
-UID = "0a1b2c3d-0000-4000-8000-000000000000"
-
-
 def test_cells_are_trained_so_many_in_a_pod_and_what_is_left_over_together_or_alone() -> None:
-    def groups(count: int, per_pod: int, **more: Any) -> list[tuple[str, int] | None]:
-        spec = sweep(more.pop("template", None), grid={"rank": [4, 8, 16, 32, 64][:count]}, cellsPerPod=per_pod, **more)
-        return [
-            None if cell.spec.group is None else (cell.spec.group.name, cell.spec.group.size)
-            for cell in cells("rates", spec, CLAIM, UID)
-        ]
+    def sizes(count: int, per_pod: int) -> list[int]:
+        spec = sweep(grid={"rank": [4, 8, 16, 32, 64][:count]}, cellsPerPod=per_pod)
+        return [len(pod) for pod in pods(spec, cells("rates", spec, CLAIM))]
 
-    assert groups(3, 1) == [None] * 3
-    assert groups(4, 2) == [("rates-0a1b2c3d-00", 2)] * 2 + [("rates-0a1b2c3d-01", 2)] * 2
-    assert groups(5, 3) == [("rates-0a1b2c3d-00", 3)] * 3 + [("rates-0a1b2c3d-01", 2)] * 2
-    assert groups(3, 2)[2] is None
-    output = {"output": {"destination": "hf://org/adapter"}}
-    spec = sweep(output, grid={"rank": [4, 8]}, cellsPerPod=2, publish="best")
-    first = cells("rates", spec, CLAIM, UID)[0]
-    assert first.spec.group is not None
-    assert best_job("rates", spec, first, first.spec.dump(), FoundRun()).spec.group is None, "it waits for nobody"
+    assert sizes(3, 1) == [1, 1, 1]
+    assert sizes(4, 2) == [2, 2]
+    assert sizes(5, 3) == [3, 2]
+    assert sizes(3, 2) == [2, 1]
 
 
 OUTPUT = {"output": {"destination": "hf://org/adapter"}}
@@ -151,7 +140,7 @@ OUTPUT = {"output": {"destination": "hf://org/adapter"}}
 def to_publish(template: dict[str, Any], changes: dict[str, Any], run: FoundRun | None = None) -> Cell:
     """The job that publishes the first cell of a sweep with that template, whose user has changed it since."""
     spec = sweep(OUTPUT | template, grid={"learningRate": [1e-4, 2e-4]}, publish="best")
-    first = cells("rates", spec, CLAIM, UID)[0]
+    first = cells("rates", spec, CLAIM)[0]
     return best_job("rates", spec, first, first.spec.dump() | changes, run or FoundRun())
 
 
@@ -174,7 +163,7 @@ def test_the_job_that_publishes_the_best_has_what_was_changed_in_its_cell() -> N
     assert spec.retry.request is None, "it would be retried at once, when it fails"
     assert (spec.suspend, spec.cleanup_after_seconds) == (False, None)
     gated = sweep(OUTPUT | gate, grid={"rank": [8, 16]}, publish="best")
-    best = cells("rates", gated, CLAIM, UID)[0]
+    best = cells("rates", gated, CLAIM)[0]
     removed = {field: value for field, value in best.spec.dump().items() if field != "gate"}
     assert best_job("rates", gated, best, removed, FoundRun()).spec.gate is None
     with pytest.raises(ValueError, match=r"the spec of QLoRAJob rates-00: gate\.newer: Extra inputs"):

@@ -143,7 +143,6 @@ def test_a_value_of_the_wrong_type_or_size_is_reported_with_the_allowed_ones(
         ("spec.lora.from", "pvc://a/b", "secretRef, sha256, source"),
         ("spec.gate.score", "exactMatch", "check, maxNewTokens, pattern, rows, schema"),
         ("spec.training.earlyStopping", 3, "minDelta, patience"),
-        ("spec.group", "rates", "name, size"),
     ],
 )
 def test_a_value_in_place_of_an_object_is_reported_with_the_fields(

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from qlora_api.naming import CELLS_IN_POD_ANNOTATION
 from qlora_client.jobs.job import Job
 from qlora_client.jobs.pods import Pod
 
@@ -33,9 +34,11 @@ def test_gpu_hours_appear_once_the_operator_reports_them() -> None:
     assert job(usage={"gpuSeconds": 0}).gpu_hours == 0
 
 
-def test_a_job_is_trained_by_the_leader_of_its_group() -> None:
-    assert job().trained_by_uid == "u"
-    assert job(group={"leader": "b", "leaderUid": "v"}).trained_by_uid == "v"
+def test_a_cell_is_trained_by_its_sweep_with_others_if_that_says_so() -> None:
+    owner = {"kind": "QLoRASweep", "name": "rates", "uid": "v", "controller": True}
+    metadata = {**job().body["metadata"], "ownerReferences": [owner]}
+    assert Job({"metadata": metadata}).sweep_uid == ""
+    assert Job({"metadata": metadata | {"annotations": {CELLS_IN_POD_ANNOTATION: "4"}}}).sweep_uid == "v"
 
 
 @pytest.mark.parametrize(

@@ -36,5 +36,5 @@ class MeasuredMemory(ObservedModel):
     whole_parameters: Count = Field(description="Weights of modules that are trained whole.")
     answer_bytes_per_token: Bytes = Field(0, description="Keys and values of a token that is answered with or to.")
     answer_bytes_per_pair: Bytes = Field(0, description="Attention's scores for each pair of a prompt's tokens.")
-    shared_bytes: Bytes | None = Field(None, description="Shared once by equal jobs of a group, together.")
+    shared_bytes: Bytes | None = Field(None, description="Shared once by equal jobs that are trained together.")
     steps: tuple[MeasuredStep, ...]

@@ -248,7 +248,6 @@ def _explained_shortage(device: Device, total: int, results: _Results) -> Iterat
         raise StepFailure(
             ExitCode.GPU_OUT_OF_MEMORY,
             f"the GPU is out of memory at a measured peak of {peak_memory_bytes(device) / GIB:.1f} GiB with "
-            f"{jobs} on one base: train fewer of them together (a lower spec.group.size, or fewer files to qlora run), "
-            "or lower their training.microBatchSize or maxSequenceLength; checkpoints are kept, and a job of a group "
-            "that is retried (spec.retry.request) is trained alone",
+            f"{jobs} on one base: train fewer of them together (a lower spec.cellsPerPod of the sweep), or lower "
+            "their training.microBatchSize or maxSequenceLength; checkpoints are kept",
         ) from error

@@ -33,6 +33,7 @@ from qlora_operator.decisions.manifests.environment import (
 from qlora_operator.decisions.manifests.volumes import mounts_and_volumes, uses_cache
 from qlora_operator.decisions.observed.facts import FIRST_JOB
 from qlora_operator.decisions.observed.objects import QLoRAJob
+from qlora_operator.decisions.observed.shared_pod import is_shared
 
 Manifest = dict[str, Any]
 _SHORT_GRACE_SECONDS = 30
@@ -355,8 +356,8 @@ def _environment(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int
     writes_report = step in ("train", "publish") and job.spec.continues is None
     if (step == "prepare" or writes_report) and resolved.shared_path is not None:
         values[contract.ENV_SWEEP_FOLDER] = str(contract.WORKSPACE_MOUNT / resolved.shared_path)
-    if step == "prepare" and job.spec.group is not None:
-        values[contract.ENV_GROUP_SIZE] = str(job.spec.group.size)
+    if step == "prepare" and is_shared(job):
+        values[contract.ENV_GROUP_SIZE] = str(job.cells_in_pod)
     if step == "publish" and resolved.profile.gpu_resource and resolved.profile.gpu_hour_price:
         values[contract.ENV_GPU_HOUR_PRICE] = f"{resolved.profile.gpu_hour_price} {resolved.profile.currency}"
     if step == "train" and job.rungs:

@@ -9,8 +9,8 @@ from qlora_api.naming import child_job_name
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.observed.conditions import ConditionType, Value, with_condition
-from qlora_operator.decisions.observed.members import GroupFacts
 from qlora_operator.decisions.observed.objects import Observed, QLoRAJob, Reason
+from qlora_operator.decisions.observed.shared_pod import SharedPod
 
 FIRST_JOB: tuple[StepName, int] = ("prepare", 1)
 """Step and attempt of a job's first Job, which keeps what was resolved until the status has it."""
@@ -33,10 +33,14 @@ class Facts:
     """The job that spec.continues names, as it is now; None if there is none that can be read."""
     continued_writer: str = ""
     """A pod or Job that may still save a checkpoint of that job, after its end or suspension; empty for none."""
-    group: GroupFacts | None = None
-    """The other jobs of its group; None if it is in none, or nothing depends on them."""
+    shared: SharedPod | None = None
+    """The pod in which the job's sweep trains it with other cells; None if there is none."""
+    trains: tuple[str, ...] = ()
+    """Of the pod of a sweep: UIDs of the cells that it trains."""
+    gone: frozenset[str] = frozenset()
+    """Of the cells that it trains, or has trained, those that count no GPU time any more."""
     progress_beside: ProgressRecord | None = None
-    """The latest record of the other jobs that the job's pod trains."""
+    """The latest record of the other cells that the pod of a sweep trains."""
     jobs_of_profile: int = 0
     """How many other jobs of its profile and namespace have started and not ended, if its profile limits them."""
 

@@ -48,6 +48,10 @@ class QLoRAJob:
     """Whether its children stay when it is deleted, as `kubectl delete --cascade=orphan` asks for."""
     shares: str | None = None
     """The folder of its workspace claim that it shares with the other cells of its sweep; None if it is no cell."""
+    sweep: str = ""
+    """The QLoRASweep that controls it; empty if none does."""
+    cells_in_pod: int = 1
+    """How many cells of that sweep one pod trains, the job among them."""
     rungs: str = ""
     """Optimizer steps after which its sweep compares its cells, separated by commas; empty if there are none."""
     problem: str = ""

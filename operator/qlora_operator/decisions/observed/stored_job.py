@@ -8,7 +8,14 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from qlora_api.contract import CONTRACT_VERSION, needed_contract
-from qlora_api.naming import QUEUE_LABEL, QUEUE_PRIORITY_LABEL, RUNGS_ANNOTATION, shared_folder
+from qlora_api.joinable import MAX_TOGETHER
+from qlora_api.naming import (
+    CELLS_IN_POD_ANNOTATION,
+    QUEUE_LABEL,
+    QUEUE_PRIORITY_LABEL,
+    RUNGS_ANNOTATION,
+    shared_folder,
+)
 from qlora_api.profile import DNS_LABEL
 from qlora_api.spec.job import API_VERSION, QLoRAJobSpec
 from qlora_api.status import QLoRAJobStatus, Resolved
@@ -39,6 +46,7 @@ def parse_job(body: Object) -> QLoRAJob:
         raise UnreadableJobError(f"this version of the operator cannot read the status: {explain(error)}") from error
     spec, problem = _parse_spec(body["spec"], status.resolved)
     spec = _with_fixed_nodes(spec, status.resolved)
+    sweep = _sweep(metadata)
     return QLoRAJob(
         namespace=metadata["namespace"],
         name=metadata["name"],
@@ -50,15 +58,17 @@ def parse_job(body: Object) -> QLoRAJob:
         status=status,
         queue_name=spec.scheduling.queue_name or labels.get(QUEUE_LABEL),
         queue_priority=spec.scheduling.queue_priority or labels.get(QUEUE_PRIORITY_LABEL),
-        shares=_shared_folder(metadata),
+        shares=None if sweep is None else shared_folder(*sweep),
+        sweep="" if sweep is None else sweep[0],
+        cells_in_pod=_cells_in_pod(metadata),
         rungs=_rungs(metadata),
         orphans=ORPHANED in (metadata.get("finalizers") or ()),
         problem=problem or _unknown_contract(status.resolved),
     )
 
 
-def _shared_folder(metadata: Object) -> str | None:
-    """The folder that the job shares with the other cells of the sweep that controls it; None if none does.
+def _sweep(metadata: Object) -> tuple[str, str] | None:
+    """Name and UID of the sweep that controls the job; None if none does.
 
     Whoever creates a job writes its owner, and the API server checks nothing of it: what is no name and no UID, and so
     could lead out of the claim, is no sweep.
@@ -70,7 +80,13 @@ def _shared_folder(metadata: Object) -> str | None:
         return None
     if len(name) > MAX_SWEEP_NAME_LENGTH or not re.fullmatch(DNS_LABEL, name) or not _UID.fullmatch(uid):
         return None
-    return shared_folder(name, uid)
+    return name, uid
+
+
+def _cells_in_pod(metadata: Object) -> int:
+    """What the sweep has written on its cell; 1 if that is no number of cells: any user may write there."""
+    found = str((metadata.get("annotations") or {}).get(CELLS_IN_POD_ANNOTATION, ""))
+    return int(found) if re.fullmatch("[0-9]{1,2}", found) and 1 <= int(found) <= MAX_TOGETHER else 1
 
 
 def _rungs(metadata: Object) -> str:

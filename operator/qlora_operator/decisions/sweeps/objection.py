@@ -31,21 +31,7 @@ def objection_to_sweep(sweep: QLoRASweep, profiles: Mapping[str, Profile], now: 
     if sweep.status.cells and all(line.uid for line in sweep.status.cells):
         # What is left to create, if anything, is the one job that publishes.
         return None
-    profile = profiles[job.spec.scheduling.profile]
-    return _no_place_for_a_pod(sweep, profile) or _not_shared(sweep, profile)
-
-
-def _no_place_for_a_pod(sweep: QLoRASweep, profile: Profile) -> Reason | None:
-    """Why the cells of a pod would wait for one another forever; None if all of them may have started."""
-    limit, size = profile.limits.jobs if profile.limits is not None else None, _largest_pod(sweep)
-    if limit is None or size <= limit:
-        return None
-    name = sweep.spec.template.spec.scheduling.profile
-    return Reason(
-        "LimitExceeded",
-        f"spec.cellsPerPod needs {size} jobs at a time, and profile {name!r} allows {limit}: "
-        "create the sweep again with a lower cellsPerPod, or with another profile",
-    )
+    return _not_shared(sweep, profiles[job.spec.scheduling.profile])
 
 
 def _largest_pod(sweep: QLoRASweep) -> int:

@@ -11,7 +11,15 @@ from qlora_api.forecast import hours_text, sum_of_costs
 from qlora_api.status import MAX_SHORT_TEXT_LENGTH
 from qlora_api.sweep.halving import HalvingSpec
 from qlora_api.sweep.spec import Cell, pods
-from qlora_api.sweep.status import BestCell, CellStatus, PublishedCell, QLoRASweepStatus, SweepPhase, SweepUsage
+from qlora_api.sweep.status import (
+    BestCell,
+    CellStatus,
+    PublishedCell,
+    QLoRASweepStatus,
+    SweepPhase,
+    SweepPodStatus,
+    SweepUsage,
+)
 from qlora_operator.decisions.observed.conditions import ConditionType, Value, truncate, with_condition
 from qlora_operator.decisions.observed.objects import Reason, format_time
 from qlora_operator.decisions.sweeps.best_cell import (
@@ -33,6 +41,8 @@ class CreateCell:
     """Create the QLoRAJob of the cell, and the claim before it if it is the sweep's own."""
 
     cell: Cell
+    cells_in_pod: int = 1
+    """How many cells one pod trains, this one among them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,22 +161,23 @@ def plan(
         yield from (SetSuspend(job, True) for job in others if not job.suspend)
         return
     # Also one that its user has resumed since: with the mark, a suspension of the user's would be taken back later.
-    # The last of a pod's cells first: the pod of the first leaves out those that are suspended when it starts.
-    yield from (SetSuspend(job, False) for job in reversed(others) if job.suspended_by_sweep)
+    yield from (SetSuspend(job, False) for job in others if job.suspended_by_sweep)
     if objection is not None:
         return
     created = {line.name for line in sweep.status.cells if line.uid} | jobs.keys()
-    yield from map(CreateCell, _cells_to_create(sweep, cells, created, {job.name for job in alive}))
+    yield from _cells_to_create(sweep, cells, created, {job.name for job in alive})
     if (best := job_to_publish(sweep, cells, table(sweep, cells, jobs), jobs)) is not None:
         yield CreateCell(best)
 
 
-def _cells_to_create(sweep: QLoRASweep, cells: Sequence[Cell], created: Set[str], alive: Set[str]) -> Iterator[Cell]:
+def _cells_to_create(
+    sweep: QLoRASweep, cells: Sequence[Cell], created: Set[str], alive: Set[str]
+) -> Iterator[CreateCell]:
     """The cells that are missing of pods that run, and all of as many further pods as may run beside these."""
     places = sweep.spec.parallelism
-    fresh: list[list[Cell]] = []
+    fresh: list[list[CreateCell]] = []
     for pod in pods(sweep.spec, cells):
-        missing = [cell for cell in pod if cell.name not in created]
+        missing = [CreateCell(cell, len(pod)) for cell in pod if cell.name not in created]
         if any(cell.name in alive for cell in pod):
             places -= 1
             yield from missing
@@ -183,6 +194,7 @@ def next_status(
     blocked: Reason | None,
     now: datetime,
     published: PublishedCell | None = None,
+    pods: tuple[SweepPodStatus, ...] = (),
 ) -> QLoRASweepStatus:
     """The status that follows; equal to the stored one if nothing has changed.
 
@@ -207,7 +219,8 @@ def next_status(
             "best": _best(best),
             "published": published,
             "cells": lines,
-            "usage": _usage((*lines, *([published] if published is not None else []))),
+            "pods": pods,
+            "usage": _usage((*lines, *([published] if published is not None else [])), pods),
             "claim_name": sweep.claim_name,
             "report": f"pvc://{sweep.claim_name}/{sweep.shared_folder}/{SWEEP_REPORT}"
             if any(map(_is_in_report, lines))
@@ -225,7 +238,8 @@ def next_status(
         return _with_conditions(sweep, status, phase, missing or _reason_of_the_end(status), now)
     cells_rest = all(line.phase == "Suspended" or not line.uid or _ended(line) for line in lines)
     best_rests = published is None or published.phase == "Suspended" or published.phase in ENDED
-    suspended = sweep.spec.suspend and cells_rest and best_rests
+    pods_rest = all(not (pod.cells and pod.step.job_uid) or pod.reason == "Suspended" for pod in pods)
+    suspended = sweep.spec.suspend and cells_rest and best_rests and pods_rest
     phase = "Suspended" if suspended else "Pending" if pending == len(lines) else "Running"
     held_back = blocked or (objection if pending or (publishes and published is None) else None)
     return _with_conditions(sweep, status, phase, _reason_to_go_on(sweep, status, phase, held_back), now)
@@ -252,16 +266,20 @@ def held_up(sweep: QLoRASweep | StoredSweep, reason: Reason, now: datetime) -> Q
     return _with_conditions(sweep, status, phase, reason, now)
 
 
-def _usage(jobs: Sequence[CellStatus | PublishedCell]) -> SweepUsage | None:
-    """The sum over the cells, and what publishes the best of them; None if none of them has had a GPU."""
-    seconds = sum(job.gpu_seconds for job in jobs)
+def _usage(jobs: Sequence[CellStatus | PublishedCell], pods: Sequence[SweepPodStatus]) -> SweepUsage | None:
+    """The sum over the cells, what publishes the best of them, and what of the pods counts for no cell any more.
+
+    None if none of them has had a GPU.
+    """
+    own = [pod.usage for pod in pods if pod.usage is not None]
+    seconds = sum(job.gpu_seconds for job in (*jobs, *own))
     if not seconds:
         return None
-    used = [job.cost for job in jobs if job.gpu_seconds]
+    used = [job.cost for job in (*jobs, *own) if job.gpu_seconds]
     return SweepUsage(
         gpu_seconds=seconds,
         gpu_hours=hours_text(seconds),
-        lost_gpu_seconds=sum(job.lost_gpu_seconds for job in jobs),
+        lost_gpu_seconds=sum(job.lost_gpu_seconds for job in jobs) + sum(each.lost_gpu_seconds.total for each in own),
         # A price that one profile lacks, or got later, would make the sum of the others too low.
         cost=None if None in used else sum_of_costs(used),
     )

@@ -7,6 +7,8 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from qlora_api.naming import (
+    CELLS_IN_POD_ANNOTATION,
+    JOB_UID_LABEL,
     QUEUE_LABEL,
     QUEUE_PRIORITY_LABEL,
     RUNGS_ANNOTATION,
@@ -27,7 +29,8 @@ from qlora_api.usage import UsageStatus
 from qlora_operator.decisions.observed.conditions import condition, is_true
 from qlora_operator.decisions.observed.objects import Object, QLoRAJob, Reason
 from qlora_operator.decisions.observed.parsing import controller_uid
-from qlora_operator.decisions.observed.stored_job import UnreadableJobError, explain
+from qlora_operator.decisions.observed.shared_pod import is_shared
+from qlora_operator.decisions.observed.stored_job import UnreadableJobError, explain, parse_job
 
 Manifest = dict[str, Any]
 _PHASES: tuple[CellPhase, ...] = get_args(CellPhase)
@@ -61,7 +64,7 @@ class QLoRASweep:
 
     def cells(self) -> tuple[Cell, ...]:
         """The cells in their order. Raises ValueError: see `qlora_api.sweep.spec.cells`."""
-        return cells(self.name, self.spec, self.claim_name, self.uid)
+        return cells(self.name, self.spec, self.claim_name)
 
     def as_job(self) -> QLoRAJob:
         """The template as a QLoRAJob that is never created: what the administrator's settings say of it."""
@@ -138,6 +141,8 @@ class CellJob:
     spec: Object = field(default_factory=dict)
     """As stored, with what its user has changed since it was created."""
     run: FoundRun = field(default_factory=FoundRun)
+    job: QLoRAJob | None = None
+    """The whole of it, if its sweep trains it in one pod with others and this version can read it."""
 
     @property
     def rests(self) -> bool:
@@ -232,7 +237,16 @@ def parse_cell(body: Object, sweep_uid: str) -> CellJob | None:
         trained=is_true(status, "Trained"),
         spec=spec,
         run=_run(status),
+        job=_shared_job(body),
     )
+
+
+def _shared_job(body: Object) -> QLoRAJob | None:
+    try:
+        job = parse_job(body)
+    except UnreadableJobError:
+        return None
+    return job if is_shared(job) else None
 
 
 def _waits(status: QLoRAJobStatus) -> Reason | None:
@@ -261,19 +275,32 @@ def sweep_of(body: Object) -> str | None:
     return next(names, None)
 
 
-def build_cell(sweep: QLoRASweep, cell: Cell) -> Manifest:
-    """The QLoRAJob of a cell. Of the sweep's labels it gets Kueue's only: others would be taken for its own."""
+def sweep_of_child(body: Object) -> tuple[str, str] | None:
+    """Namespace and name of the QLoRASweep whose train Job, or pod of one, it is by its labels; None if of none."""
+    metadata = body["metadata"]
+    labels = metadata.get("labels") or {}
+    of_sweep = SWEEP_LABEL in labels and labels.get(JOB_UID_LABEL) == labels.get(SWEEP_UID_LABEL)
+    return (metadata["namespace"], labels[SWEEP_LABEL]) if of_sweep else None
+
+
+def build_cell(sweep: QLoRASweep, cell: Cell, cells_in_pod: int = 1) -> Manifest:
+    """The QLoRAJob of a cell. Of the sweep's labels it gets Kueue's only: others would be taken for its own.
+
+    `cells_in_pod`: how many cells one pod trains together, this one among them.
+    """
     halving = sweep.spec.halving
     rungs = halving.rungs(cell.spec.training.max_steps) if halving is not None else ()
+    notes = {RUNGS_ANNOTATION: ",".join(map(str, rungs))} if rungs else {}
+    notes |= {CELLS_IN_POD_ANNOTATION: str(cells_in_pod)} if cells_in_pod > 1 else {}
     return {
         "apiVersion": API_VERSION,
         "kind": KIND,
         "metadata": {
             "name": cell.name,
             "namespace": sweep.namespace,
-            "labels": _labels(sweep) | dict(sweep.queue_labels),
-            **({"annotations": {RUNGS_ANNOTATION: ",".join(map(str, rungs))}} if rungs else {}),
-            "ownerReferences": [_owner(sweep, controller=True)],
+            "labels": labels_of(sweep) | dict(sweep.queue_labels),
+            **({"annotations": notes} if notes else {}),
+            "ownerReferences": [owner_of(sweep, controller=True)],
         },
         "spec": cell.spec.dump(),
     }
@@ -288,9 +315,9 @@ def build_sweep_claim(sweep: QLoRASweep, profile: Profile) -> Manifest:
     }
     if storage_class := workspace.storage_class_name or defaults.storage_class_name:
         spec["storageClassName"] = storage_class
-    metadata: Manifest = {"name": sweep.claim_name, "namespace": sweep.namespace, "labels": _labels(sweep)}
+    metadata: Manifest = {"name": sweep.claim_name, "namespace": sweep.namespace, "labels": labels_of(sweep)}
     if not workspace.retain:
-        metadata["ownerReferences"] = [_owner(sweep, controller=False)]
+        metadata["ownerReferences"] = [owner_of(sweep, controller=False)]
     return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": spec}
 
 
@@ -316,7 +343,8 @@ def cleanup(cell: CellJob, seconds: int) -> Manifest:
     return {"metadata": {"uid": cell.uid}, "spec": {"cleanupAfterSeconds": seconds}}
 
 
-def _labels(sweep: QLoRASweep) -> dict[str, str]:
+def labels_of(sweep: QLoRASweep) -> dict[str, str]:
+    """The labels of what is created for the sweep."""
     return {
         "app.kubernetes.io/part-of": "qlora",
         "app.kubernetes.io/managed-by": "qlora-operator",
@@ -325,7 +353,8 @@ def _labels(sweep: QLoRASweep) -> dict[str, str]:
     }
 
 
-def _owner(sweep: QLoRASweep, *, controller: bool) -> Manifest:
+def owner_of(sweep: QLoRASweep, *, controller: bool) -> Manifest:
+    """The reference by which the sweep owns an object."""
     owner = {
         "apiVersion": API_VERSION,
         "kind": SWEEP_KIND,

@@ -7,11 +7,11 @@ from qlora_api.forecast import ASSUMED_UTILIZATION, cost_text, hours_of_flops, h
 from qlora_api.profile import Limits, Profile
 from qlora_api.status import QLoRAJobStatus
 from qlora_api.usage import ForecastStatus, WorkStatus
-from qlora_operator.decisions.groups.group import trained_by
 from qlora_operator.decisions.observed.conditions import is_finished
 from qlora_operator.decisions.observed.endings import fail, failure_of
 from qlora_operator.decisions.observed.facts import Facts, set_condition
 from qlora_operator.decisions.observed.objects import Observed, QLoRAJob, Reason
+from qlora_operator.decisions.observed.shared_pod import trained_by
 from qlora_operator.decisions.usage.usage import (
     count_usage,
     gpus_at_a_time,
@@ -47,8 +47,8 @@ def enforce_budget(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     allowed, step = allowed_seconds(facts.job, status), status.step
     if is_finished(status) or allowed is None or step is None or step.name not in _STOPPED_STEPS:
         return status
-    if not gpus_of_a_pod(facts.job, status) or trained_by(status, facts):
-        # The pod of another job goes on whatever becomes of this one.
+    if not gpus_of_a_pod(facts.job, status) or trained_by(status, facts.shared):
+        # The pod of the sweep goes on whatever becomes of this cell.
         return status
     pods = facts.observed.pods_of(step.job_uid)
     if any(pod.exited_well for pod in pods) and not any(has_gpus(pod) for pod in pods):
@@ -104,7 +104,7 @@ def _is_steady(status: QLoRAJobStatus, record: ProgressRecord) -> bool:
 
 def _forecast_of_pace(status: QLoRAJobStatus, facts: Facts, remaining: float) -> QLoRAJobStatus:
     profile = status.resolved.profile if status.resolved is not None else None
-    gpus = gpus_at_a_time(facts.job, status, facts.observed.pods) or _part_of_leader(status, facts)
+    gpus = gpus_at_a_time(facts.job, status, facts.observed.pods) or _part_of_shared_pod(status, facts)
     if profile is None or not gpus:
         return status
     seconds = used_seconds(status) + remaining * gpus
@@ -113,8 +113,8 @@ def _forecast_of_pace(status: QLoRAJobStatus, facts: Facts, remaining: float) ->
     return status.model_copy(update={"forecast": forecast})
 
 
-def _part_of_leader(status: QLoRAJobStatus, facts: Facts) -> float:
-    """GPUs of the pod that trains the job among others."""
+def _part_of_shared_pod(status: QLoRAJobStatus, facts: Facts) -> float:
+    """The part of the job of the GPUs of the pod in which its sweep trains it with other cells."""
     entries = status.usage.pods if status.usage is not None else ()
     return sum(gpus_of_a_pod(facts.job, status) / entry.jobs for entry in entries if entry.end is None)
 

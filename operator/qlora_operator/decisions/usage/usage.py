@@ -6,23 +6,22 @@ once its pod has ended and many have come after it. `countedUntil` is when the l
 and `endedUntil` when the last of them had ended: a pod that was created before the one and has GPUs after the other
 waited for its node in between, and counts from then on. So whoever makes many pods of a job hides none of the others.
 
-The pod of a job that leads a group trains several jobs, each of which has an even part of its time: the leader counts
-it, and the others copy the entry from the leader's status. One that is deleted, or has ended, copies no more: its part
-of what the pod runs on is the leader's, for good. The entry says after which second: the last that was stored until
-then, so that no other could be copied. So each second of each part counts once, also if a job comes back.
+The pod of a sweep trains several cells, each of which has an even part of its time: the sweep counts it, and the cells
+copy the entry from the sweep's status. One that is deleted, or has ended, copies no more: its part of what the pod runs
+on is the sweep's, for good. The entry says after which second: the last that was stored until then, so that no other
+could be copied. So each second of each part counts once, also if a cell comes back.
 """
 
 from collections.abc import Iterable, Iterator, Set
 from datetime import datetime, timedelta
+from typing import Any
 
 from qlora_api.contract import ResultRecord
 from qlora_api.forecast import cost_text, hours_text
 from qlora_api.naming import child_job_name
 from qlora_api.status import QLoRAJobStatus
 from qlora_api.usage import LostGpuSeconds, PodEnd, PodUsage, TakenOverPart, UsageStatus
-from qlora_operator.decisions.groups.group import leads
 from qlora_operator.decisions.observed.facts import Facts
-from qlora_operator.decisions.observed.members import Member
 from qlora_operator.decisions.observed.objects import Pod, QLoRAJob, format_time, parse_time
 from qlora_operator.decisions.pods.attempts import LONGEST_WITHOUT_NEWS, is_stopped_on_purpose
 
@@ -54,9 +53,8 @@ def count_usage(status: QLoRAJobStatus, facts: Facts, *, until_now: bool = False
     entries = {entry.uid: entry for entry in before.pods}
     found = {entry.uid: entry for entry in _observed(status, facts, before, current=current)}
     found |= {entry.uid: entry for entry in _vanished(status, facts, before)}
-    found |= {entry.uid: entry for entry in _of_leader(facts, before, current=current)}
-    gone = _gone(status, facts)
-    merged = [_merged(entries.get(uid), entry, gone) for uid, entry in found.items()]
+    found |= {entry.uid: entry for entry in _of_sweep(facts, before, current=current)}
+    merged = [_merged(entries.get(uid), entry, facts.gone) for uid, entry in found.items()]
     changed = [entry for entry in merged if entry != entries.get(entry.uid)]
     if not changed:
         return status
@@ -83,7 +81,7 @@ def used_seconds(status: QLoRAJobStatus) -> int:
 
 
 def gpus_at_a_time(job: QLoRAJob, status: QLoRAJobStatus, pods: Iterable[Pod]) -> float:
-    """GPUs that the job has now; of those of a pod that trains several jobs, its part and those it has taken over."""
+    """GPUs that the job has now; of those of a pod that trains several cells, the parts that count for it."""
     return gpus_of_a_pod(job, status) * sum(map(_share, _running(status, pods)))
 
 
@@ -107,7 +105,7 @@ def _running(status: QLoRAJobStatus, pods: Iterable[Pod]) -> list[PodUsage]:
 
 def _share(entry: PodUsage) -> float:
     """The part of the pod's further time that counts for the job."""
-    return (1 + len(entry.taken_over or ())) / entry.jobs
+    return ((entry.trained is None) + len(entry.taken_over or ())) / entry.jobs
 
 
 def has_gpus(pod: Pod) -> bool:
@@ -149,8 +147,9 @@ def _observed(status: QLoRAJobStatus, facts: Facts, before: UsageStatus, *, curr
             if uncounted is None:
                 continue
             room -= not _is_over(pod)
-            times = {"created": format_time(pod.created), "since": format_time(uncounted)}
-            entry = PodUsage(name=pod.name, uid=pod.uid, **times, jobs=_jobs(facts.job, status))
+            times: dict[str, Any] = {"created": format_time(pod.created), "since": format_time(uncounted)}
+            jobs: dict[str, Any] = {"jobs": len(facts.trains), "trained": facts.trains} if facts.trains else {}
+            entry = PodUsage(name=pod.name, uid=pod.uid, **times, **jobs)
             yield _advanced(entry, pod, status, facts)
         elif (current or _is_over(pod) or _is_behind(entry, facts.now)) and not _ends_its_job(pod, facts):
             # Also if it had vanished: somebody may have hidden it from the watches.
@@ -186,15 +185,9 @@ def _dropped_until(created: datetime, before: UsageStatus) -> datetime | None:
     return parse_time(before.ended_until or before.counted_until)
 
 
-def _train(job: QLoRAJob | Member) -> str:
+def _train(job: QLoRAJob) -> str:
     """How the names of the train step's pods begin."""
     return child_job_name(job.name, "train", 0).removesuffix("0")
-
-
-def _jobs(job: QLoRAJob, status: QLoRAJobStatus) -> int:
-    """How many jobs a pod of the job trains."""
-    group = status.group
-    return max(1, len(group.members or ())) if group is not None and leads(job, status) else 1
 
 
 def _since(pod: Pod) -> datetime | None:
@@ -295,42 +288,30 @@ def _vanished(status: QLoRAJobStatus, facts: Facts, before: UsageStatus) -> Iter
         yield _with_end(entry.model_copy(update={"seconds": seconds}), end, status, None)
 
 
-def _of_leader(facts: Facts, before: UsageStatus, *, current: bool) -> Iterator[PodUsage]:
-    """The entries of the pods of other jobs that train, or have trained, this one."""
+def _of_sweep(facts: Facts, before: UsageStatus, *, current: bool) -> Iterator[PodUsage]:
+    """The entries of the pods of the job's sweep that train, or have trained, the job with other cells."""
     known = {entry.uid: entry for entry in before.pods}
-    for member in facts.group.others if facts.group is not None else ():
-        trains = facts.job.uid in member.leads
-        for entry in _copied(member, facts):
-            old = known.get(entry.uid)
-            if old is None and not (trains and entry.jobs > 1 and _is_uncounted(entry, before)):
-                continue
-            start = parse_time(old.since) if old else _dropped_until(parse_time(entry.created), before)
-            counted = old or entry.model_copy(update={"seconds": 0})
-            if current or entry.end is not None or _is_behind(counted, facts.now):
-                yield entry if start is None else _from(start, entry)
+    for entry in _copied(facts):
+        old = known.get(entry.uid)
+        if old is None and not _is_uncounted(entry, before):
+            continue
+        start = parse_time(old.since) if old else _dropped_until(parse_time(entry.created), before)
+        counted = old or entry.model_copy(update={"seconds": 0})
+        if current or entry.end is not None or _is_behind(counted, facts.now):
+            yield entry if start is None else _from(start, entry)
 
 
-def _copied(leader: Member, facts: Facts) -> Iterator[PodUsage]:
-    """The entries of the other job's own pods, if it leads, as far as this one has its part of them itself.
-
-    Those that it has copied from its own leader are older than what they are copies of.
-    """
-    own = _train(leader)
-    for entry in leader.pods if leader.leads else ():
-        if entry.name.startswith(own):
-            yield entry if entry.taken_over is None else _without_taken_over(entry, facts.job.uid)
-
-
-def _without_taken_over(entry: PodUsage, uid: str) -> PodUsage:
-    """The entry of a leader's pod for a member: without what comes after the leader has taken over its part."""
-    parts = (part.after_seconds for part in entry.taken_over or () if part.uid == uid)
-    later = _after(next(parts, entry.seconds), entry)
-    numbers = {name: getattr(entry, name) - getattr(later, name) for name in _NUMBERS}
-    return entry.model_copy(update={"taken_over": None, **numbers})
+def _copied(facts: Facts) -> Iterator[PodUsage]:
+    """The entries of the sweep's pods without what comes after the sweep has taken over the cell's part."""
+    for entry in facts.shared.counted if facts.shared is not None else ():
+        parts = (part.after_seconds for part in entry.taken_over or () if part.uid == facts.job.uid)
+        later = _after(next(parts, entry.seconds), entry)
+        numbers = {name: getattr(entry, name) - getattr(later, name) for name in _NUMBERS}
+        yield entry.model_copy(update={"trained": None, "taken_over": None, **numbers})
 
 
 def _is_uncounted(entry: PodUsage, before: UsageStatus) -> bool:
-    """Whether some time of a leader's pod that is not listed here is in no sum."""
+    """Whether some time of a sweep's pod that is not listed here is in no sum."""
     dropped_until = _dropped_until(parse_time(entry.created), before)
     return dropped_until is None or entry.end is None or _last_counted(entry) > dropped_until
 
@@ -348,23 +329,15 @@ def _after(earlier: int, entry: PodUsage) -> PodUsage:
     return entry.model_copy(update=dict(zip(_NUMBERS, (seconds, startup, lost), strict=True)))
 
 
-def _gone(status: QLoRAJobStatus, facts: Facts) -> Set[str]:
-    """UIDs of the jobs that the job's pod trains too, and that do not count their parts any more."""
-    if facts.group is None or status.group is None or not leads(facts.job, status):
-        return frozenset()
-    counting = {member.uid for member in facts.group.others if not member.deleting and member.state != "ended"}
-    return {member.uid for member in status.group.members or ()} - counting - {facts.job.uid}
-
-
 def _merged(old: PodUsage | None, new: PodUsage, gone: Set[str]) -> PodUsage:
     """Both entries of one pod as one: no number is less than it was.
 
-    `gone`: the jobs whose parts of what it grows by it takes over.
+    `gone`: the cells whose parts of what it grows by count for the sweep, if it is a pod of one.
     """
     counted = old.seconds if old is not None else 0
     if new.jobs > 1 and new.seconds > counted:
         taken_over = new.taken_over or ()
-        more = sorted(gone - {part.uid for part in taken_over})
+        more = sorted((gone & set(new.trained or ())) - {part.uid for part in taken_over})
         parts = (TakenOverPart(uid=uid, after_seconds=counted) for uid in more)
         new = new.model_copy(update={"taken_over": (*taken_over, *parts) or None})
     if old is None:
@@ -378,11 +351,12 @@ def _merged(old: PodUsage | None, new: PodUsage, gone: Set[str]) -> PodUsage:
 
 
 def _part(entry: PodUsage | None, name: str, gpus: int) -> int:
-    """Of that number of the pod's seconds, the job's own part and those it has taken over, times its GPUs."""
+    """Of that number of the pod's seconds, the part that counts for the job, or for the sweep, times its GPUs."""
     if entry is None:
         return 0
-    later = (_after(part.after_seconds, entry) for part in entry.taken_over or ())
-    seconds: int = sum(getattr(each, name) for each in (entry, *later))
+    counted = [entry] if entry.trained is None else []
+    counted += [_after(part.after_seconds, entry) for part in entry.taken_over or ()]
+    seconds: int = sum(getattr(each, name) for each in counted)
     return seconds * gpus // entry.jobs
 
 
@@ -400,12 +374,8 @@ def _next_to_list(listed: list[PodUsage], before: UsageStatus, status: QLoRAJobS
     known = {entry.uid for entry in listed}
     pods = (pod for pod in facts.observed.pods if pod.uid not in known and pod.name.startswith(_train(facts.job)))
     own = (pod.created for pod in pods if has_gpus(pod) and _is_own(pod, status, facts))
-    members = facts.group.others if facts.group is not None else ()
     copied = (
-        parse_time(entry.created)
-        for member in members
-        for entry in _copied(member, facts)
-        if facts.job.uid in member.leads and entry.jobs > 1 and entry.uid not in known and _is_uncounted(entry, before)
+        parse_time(entry.created) for entry in _copied(facts) if entry.uid not in known and _is_uncounted(entry, before)
     )
     return min((*own, *copied), default=None)
 

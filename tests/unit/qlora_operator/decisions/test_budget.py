@@ -6,14 +6,12 @@ import pytest
 
 from qlora_api.forecast import ASSUMED_UTILIZATION, cost_text, hours_of_flops, hours_text, training_flops
 from qlora_api.profile import Limits, Profile
-from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.training import TrainingSpec
 from qlora_api.status import QLoRAJobStatus
 from qlora_api.usage import WorkStatus
 from qlora_operator.decisions.events import budget_event
 from qlora_operator.decisions.plan import DeleteJob, plan
 from qlora_operator.decisions.usage.budget import budget_at
-from tests.support import grouped
 from tests.support.builders import (
     FACTS,
     NAME,
@@ -244,12 +242,6 @@ def test_a_job_without_gpus_has_no_budget_to_exceed() -> None:
     cpu = PROFILE.model_copy(update={"gpu_resource": None})
     stored = follow(make_job(status_with("train", cpu), budget={"gpuHours": 0.01}), *RUNNING)
     assert stored.phase == "Training"
-
-
-def test_a_budget_is_not_for_a_job_of_a_group() -> None:
-    spec = {"group": {"name": "g", "size": 2}, "workspace": {"claimName": grouped.CLAIM}, "budget": {"gpuHours": 1}}
-    with pytest.raises(ValueError, match="budget is not supported with group"):
-        QLoRAJobSpec.model_validate(make_job().spec.dump() | spec)
 
 
 @pytest.mark.parametrize(

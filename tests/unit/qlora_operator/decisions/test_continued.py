@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from qlora_api.contract import needed_contract
+from qlora_api.naming import CELLS_IN_POD_ANNOTATION
 from qlora_api.profile import Profile, SigningKey
 from qlora_api.status import ContinuedRun, QLoRAJobStatus, Resolved
 from qlora_operator.decisions.manifests.objects import build_job
@@ -42,6 +43,7 @@ from tests.support.builders import (
     starts,
     status_in,
 )
+from tests.support.shared_pods import OWNER
 
 OTHER_UID = "ffffffff-0000-4000-8000-000000000000"
 ENDED = [condition("Failed", "True", reason="DeadlineExceeded")]
@@ -232,7 +234,14 @@ def test_a_retried_job_mounts_the_other_run_only_if_it_still_needs_it(
 class TwoJobs:
     """The calls of the API server that a waiting job needs. `bodies`: the jobs by name."""
 
-    def __init__(self, *bodies: Object, jobs: Sequence[Object] = (), pods: Sequence[Object] = ()) -> None:
+    def __init__(
+        self,
+        *bodies: Object,
+        jobs: Sequence[Object] = (),
+        pods: Sequence[Object] = (),
+        sweep: Object | None = None,
+    ) -> None:
+        self.sweep = sweep
         self.bodies = {body["metadata"]["name"]: body for body in bodies}
         self.jobs, self.pods = list(jobs), list(pods)
         self.asked: list[str] = []
@@ -242,6 +251,9 @@ class TwoJobs:
     async def get_qlora_job(self, namespace: str, name: str) -> Object | None:
         self.asked.append(f"{namespace}/{name}")
         return self.bodies.get(name)
+
+    async def get_sweep(self, _namespace: str, _name: str) -> Object | None:
+        return self.sweep
 
     async def list_jobs(self, _namespace: str, _job_name: str, job_uid: str) -> ChildList:
         return self._children("jobs", self.jobs, job_uid)
@@ -316,15 +328,17 @@ def test_it_waits_for_the_train_pod_of_a_failed_job_to_save_its_checkpoint() -> 
     assert one_pass(cluster) == f"{NAME}-prepare-1"
 
 
-def test_it_waits_for_the_leaders_pod_of_a_suspended_job() -> None:
-    group = {"leader": "alpha", "leaderUid": "alphas"}
-    led = stored_other(condition("Suspended", "True"), group=group)
-    members = [{"name": "alpha", "uid": "alphas"}, {"name": "other", "uid": OTHER_UID}]
-    status = status_in("train", jobUid="uid-train", group=group | {"members": members}).dump()
-    leader = job_body(status, group={"name": "rates", "size": 2})
-    leader["metadata"] |= {"name": "alpha", "uid": "alphas"}
-    pods = [owned(running(pod("train")), "alpha", "alphas")]
-    waiting = one_pass(TwoJobs(job_body(continues="other"), led, leader, pods=pods))
-    assert waiting.startswith("ContinuedJobRunning: pod alpha-train-1-pod1 of QLoRAJob alpha may still save")
-    done = [owned(ended(pod("train"), 0), "alpha", "alphas")]
-    assert one_pass(TwoJobs(job_body(continues="other"), led, leader, pods=done)) == f"{NAME}-prepare-1"
+def test_it_waits_for_the_pod_of_a_sweep_that_trains_a_suspended_cell_on() -> None:
+    cell = stored_other(condition("Suspended", "True"))
+    marks = {"annotations": {CELLS_IN_POD_ANNOTATION: "2"}, "ownerReferences": [OWNER]}
+    cell["metadata"] |= marks
+
+    def started(*cells: str) -> str:
+        step = {"name": "train", "jobName": "rates-p00-train-1", "jobUid": "uid", "attempt": 1}
+        sweep = {"metadata": {}, "status": {"pods": [{"number": 0, "step": step, "cells": list(cells)}]}}
+        return one_pass(TwoJobs(job_body(continues="other"), cell, sweep=sweep))
+
+    assert started("other", "rates-01").startswith(
+        "ContinuedJobRunning: Job rates-p00-train-1 of QLoRASweep rates may still save"
+    )
+    assert started() == f"{NAME}-prepare-1"

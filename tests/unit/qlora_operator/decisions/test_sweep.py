@@ -88,13 +88,6 @@ def test_the_cells_of_a_pod_are_created_together_and_pods_are_counted() -> None:
     assert created(make(grid=grid, cellsPerPod=2), *ended) == ["rates-04"]
 
 
-def test_the_cell_that_leads_a_pod_is_resumed_after_the_others() -> None:
-    held = [cell(number, "Suspended", suspend=True, suspended_by_sweep=True) for number in range(2)]
-    sweep = make(cellsPerPod=2)
-    actions = list(plan(sweep, sweep.cells(), by_name(*held), None))
-    assert [action.cell.name for action in actions if isinstance(action, SetSuspend)] == ["rates-01", "rates-00"]
-
-
 def test_a_cell_that_somebody_has_deleted_is_not_created_again_and_what_has_ended_keeps_its_line() -> None:
     before = status_of(make(), done(0, 1.5), cell(1))
     sweep = make(before)
@@ -270,21 +263,6 @@ def test_cells_that_could_not_mount_their_workspace_together_wait(
     found = objection_to_sweep(sweep, {"default": profile}, NOW)
     assert (found is not None and found.word == "WorkspaceNotShared") == bool(waits)
     assert found is None or waits in found.sentence
-
-
-def test_the_cells_of_a_pod_that_could_not_all_start_are_not_created_to_wait_for_one_another() -> None:
-    def reason(limit: int, stored: QLoRASweepStatus | None = None, **spec: Any) -> Reason | None:
-        profile = Profile.model_validate(SHARED.dump() | {"limits": {"jobs": limit}})
-        return objection_to_sweep(make(stored, **spec), {"default": profile}, NOW)
-
-    found = reason(3, cellsPerPod=8)
-    assert found is not None
-    assert found.word == "LimitExceeded"
-    assert found.sentence.startswith("spec.cellsPerPod needs 4 jobs at a time, and profile 'default' allows 3:")
-    assert reason(4, cellsPerPod=8) is None
-    assert reason(1, parallelism=4) is None, "cells that are not of one pod start one after the other"
-    # The job that publishes the best waits for nobody.
-    assert reason(1, status_of(make(), *(done(number, 1.0) for number in range(4))), cellsPerPod=4) is None
 
 
 def test_a_cell_is_a_job_that_the_sweep_controls_without_its_other_labels() -> None:

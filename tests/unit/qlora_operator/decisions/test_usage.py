@@ -1,6 +1,5 @@
 """GPU seconds: the share of each train pod, the causes of lost seconds, and each second counts once."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,18 +8,11 @@ from hypothesis import strategies as st
 
 from qlora_api.contract import ExitCode, ProgressRecord
 from qlora_api.status import QLoRAJobStatus
-from qlora_api.usage import PodUsage, UsageStatus
-from qlora_operator.decisions.observed.conditions import is_finished
-from qlora_operator.decisions.observed.facts import Facts
-from qlora_operator.decisions.observed.members import GroupFacts, member_of
-from qlora_operator.decisions.observed.objects import QLoRAJob
+from qlora_api.usage import UsageStatus
 from qlora_operator.decisions.plan import is_settled, plan
-from qlora_operator.decisions.usage.budget import budget_at, enforce_budget
 from qlora_operator.decisions.usage.usage import count_usage
 from qlora_operator.metrics.metrics import Metrics
-from tests.support import grouped
 from tests.support.builders import (
-    NAME,
     PROFILE,
     after,
     child,
@@ -119,16 +111,6 @@ def test_time_without_reports_is_counted_every_five_minutes() -> None:
     assert usage_of(stored).gpu_seconds == 2 * 36_100
     gone = then(stored, child("train"), at=36_010)
     assert usage_of(gone).gpu_seconds == 2 * 36_110
-
-
-def test_a_deleted_leader_causes_no_repeated_writes() -> None:
-    leader, own = leader_with_pod(), grouped.job("prepared", NAME, grouped.FOLLOWER)
-    group = GroupFacts((member_of(leader) or pytest.fail("it is in a group"),))
-    status = count_usage(own.status, facts(own, group=group), until_now=True)
-    bodies = child("train"), running(train_pod(), since=-90)
-    status = count_usage(status, facts(replace(own, status=status), *bodies, now=after(400)))
-    later = count_usage(status, facts(replace(own, status=status), *bodies, now=after(401)))
-    assert later == status
 
 
 def test_without_gpus_in_the_profile_nothing_is_counted() -> None:
@@ -238,29 +220,8 @@ def test_a_pod_that_waits_for_its_image_while_hundreds_end_counts_from_its_node(
     assert usage_of(status).gpu_seconds == 2 * (398 + 100)
 
 
-def test_a_member_counts_its_leaders_pod_after_many_later_ones() -> None:
-    leader, own = grouped.job("training", "alpha", grouped.ALL), grouped.job("prepared", NAME, grouped.FOLLOWER)
-    late = PodUsage(name="alpha-train-1-x", uid="late", created=time(-900), since=time(10), jobs=3)
-    numbers: dict[str, Any] = {"jobs": 3, "seconds": 3, "end": "failure"}
-    many = [
-        PodUsage(name=f"alpha-train-1-{n}", uid=str(n), created=time(n), since=time(n), **numbers)
-        for n in range(-800, 0, 40)
-    ]
-    status = own.status
-    for at, pods in [
-        (0, tuple(many)),
-        (310, (*many[-8:], late.model_copy(update={"seconds": 300}))),
-        (320, (late.model_copy(update={"seconds": 306, "end": "completed"}),)),
-        (330, (late.model_copy(update={"seconds": 306, "end": "completed"}),)),
-    ]:
-        leader = replace(leader, status=leader.status.model_copy(update={"usage": UsageStatus(pods=pods)}))
-        group = GroupFacts((member_of(leader) or pytest.fail("it is in a group"),))
-        status = count_usage(status, facts(replace(own, status=status), group=group, now=after(at)))
-    assert usage_of(status).gpu_seconds == 20 + 102
-
-
 def test_a_pod_that_waits_for_its_node_is_not_displaced_by_many_that_end() -> None:
-    """Entries are dropped after a while, and pods created before then count as counted: this one is not yet."""
+    """Entries are dropped after a while, and what was created before then counts as counted: the pod is not yet."""
     first = created(pod("train", 1, 1), -100)
     many = [
         created(ended(train_pod(number, at=-60 + number), 0, start=-60 + number, end=-59 + number), -60 + number)
@@ -334,164 +295,6 @@ def test_a_failed_job_counts_its_pod_although_its_end_was_not_seen() -> None:
     assert is_settled(make_job(status, **job), seen())
 
 
-def leader_with_pod() -> QLoRAJob:
-    """A job whose pod trains three jobs, has a node since -100 and is counted until NOW."""
-    leader = grouped.job("training", "alpha", grouped.ALL)
-    pods = grouped.alphas(child("train")), grouped.alphas(running(train_pod(), since=-90))
-    counted = count_usage(leader.status, facts(leader, *pods), until_now=True)
-    return replace(leader, status=counted)
-
-
-def test_jobs_that_one_pod_trains_share_its_time() -> None:
-    leader = leader_with_pod()
-    assert usage_of(leader.status).gpu_seconds == 33
-    own = grouped.job("prepared", NAME, grouped.FOLLOWER)
-    group = GroupFacts((member_of(leader) or pytest.fail("it is in a group"),))
-    status = count_usage(own.status, facts(own, group=group), until_now=True)
-    assert usage_of(status).gpu_seconds == 33
-    # Once that pod has ended it is known for good, and its leader may be gone.
-    pods = grouped.alphas(child("train")), grouped.alphas(ended(train_pod(), 203, start=-90, end=20))
-    leader = replace(leader, status=count_usage(leader.status, facts(leader, *pods, now=after(30))))
-    group = GroupFacts((member_of(leader) or pytest.fail("it is in a group"),))
-    status = count_usage(status, facts(own, group=group, now=after(40)))
-    assert (usage_of(status).gpu_seconds, lost(status)) == (40, {"failure": 40})
-    assert count_usage(status, facts(own, group=GroupFacts(), now=after(900))) == status
-
-
-class Group:
-    """Three jobs that the pod of `alpha` trains, which has a node since -100."""
-
-    def __init__(self, **spec: Any) -> None:
-        followers = {name: grouped.job("prepared", name, grouped.FOLLOWER, **spec) for name in (NAME, "zulu")}
-        self.jobs = {"alpha": grouped.job("training", "alpha", grouped.ALL, **spec)} | followers
-        self.counted = dict.fromkeys(self.jobs, 0)
-        """GPU seconds, also of those that are deleted."""
-
-    def facts(self, name: str, at: float, pod: dict[str, Any], report: ProgressRecord | None = None) -> Facts:
-        others = (member_of(job) for other, job in self.jobs.items() if other != name)
-        group = GroupFacts(tuple(other for other in others if other is not None))
-        bodies = grouped.alphas(child("train")), grouped.alphas(pod)
-        own = bodies if name == "alpha" else ()
-        return facts(self.jobs[name], *own, group=group, now=after(at), progress=report if own else None)
-
-    def count(
-        self, name: str, at: float, pod: dict[str, Any] | None = None, report: ProgressRecord | None = None
-    ) -> None:
-        """A pass over the job, if it exists; the pod runs unless given."""
-        if name not in self.jobs:
-            return  # deleted
-        found = self.facts(name, at, pod or running(train_pod(), since=-90), report)
-        job = self.jobs[name]
-        # The next pass has only the stored state.
-        status = QLoRAJobStatus.model_validate(count_usage(job.status, found, until_now=True).dump())
-        self.jobs[name], usage = replace(job, status=status), status.usage or UsageStatus()
-        assert self.counted.get(name, 0) <= usage.gpu_seconds
-        assert usage.lost_gpu_seconds.total <= usage.gpu_seconds
-        self.counted[name] = usage.gpu_seconds
-
-    def count_all(self, at: float, pod: dict[str, Any] | None = None) -> None:
-        for name in list(self.jobs):
-            self.count(name, at, pod)
-
-    def not_copied(self, name: str) -> int:
-        """Seconds of the pod that the job has not counted yet, in part."""
-        entries, own = self._entries("alpha"), sum(entry.seconds for entry in self._entries(name))
-        uid = self.jobs[name].uid
-        until = (part.after_seconds for entry in entries for part in entry.taken_over or () if part.uid == uid)
-        return next(until, sum(entry.seconds for entry in entries)) - own
-
-    def _entries(self, name: str) -> tuple[PodUsage, ...]:
-        usage = self.jobs[name].status.usage
-        return usage.pods if usage is not None else ()
-
-    def end(self, name: str) -> None:
-        """Let it fail, as it does by a deadline that a user has set."""
-        failed = grouped.job("failed", name, grouped.FOLLOWER).status
-        self.retry(name, failed)
-
-    def retry(self, name: str, as_status: QLoRAJobStatus | None = None) -> None:
-        """Give it the status of one that waits for its leader again, or that one, with its usage."""
-        status = as_status or grouped.job("prepared", name, grouped.FOLLOWER).status
-        kept = {"usage": self.jobs[name].status.usage}
-        self.jobs[name] = replace(self.jobs[name], status=status.model_copy(update=kept))
-
-
-def test_the_leader_gets_the_shares_of_deleted_members() -> None:
-    group = Group()
-    del group.jobs[NAME], group.jobs["zulu"]
-    group.count("alpha", 3600)
-    assert group.counted["alpha"] == 3700
-
-
-def test_a_member_deleted_during_the_run_keeps_its_counted_time() -> None:
-    group = Group()
-    group.count_all(200)
-    del group.jobs[NAME]
-    group.count_all(500)
-    assert group.counted == {"alpha": 100 + 200, NAME: 100, "zulu": 200}
-    # Of the same name, but not the job that the pod trains.
-    group.jobs["again"] = replace(grouped.job("prepared", NAME), uid="another")
-    group.count_all(800)
-    assert group.counted == {"alpha": 300 + 200, NAME: 100, "zulu": 300, "again": 0}
-    # With a finalizer it may stay for long, and counts nothing.
-    group.jobs["zulu"] = replace(group.jobs["zulu"], deleting=True)
-    group.count("alpha", 1100)
-    assert group.counted["alpha"] == 500 + 300
-
-
-def test_a_member_that_ends_and_is_retried_counts_no_second_twice() -> None:
-    group = Group()
-    group.count_all(200)
-    group.end(NAME)
-    group.count("alpha", 500)
-    group.retry(NAME)
-    group.count_all(800)
-    assert group.counted == {"alpha": 100 + 400, NAME: 100, "zulu": 300}
-    group.count_all(830, ended(train_pod(), 203, start=-90, end=800))
-    group.count_all(840, ended(train_pod(), 203, start=-90, end=800))
-    assert group.counted == {"alpha": 500, NAME: 100, "zulu": 300}
-    losses = [lost(job.status) for job in group.jobs.values()]
-    assert losses == [{"failure": 500}, {"failure": 100}, {"failure": 300}]
-
-
-def test_the_limit_of_gpu_hours_includes_shares_of_deleted_members() -> None:
-    group, limit = Group(), 1000 / 3600
-    for name, job in group.jobs.items():
-        fixed = job.status.resolved or pytest.fail("it has started")
-        limited = job.status.model_copy(update={"resolved": fixed.model_copy(update={"gpu_hours": limit})})
-        group.jobs[name] = replace(job, status=limited)
-    pod = running(train_pod(), since=-90)
-    group.count_all(200)
-    del group.jobs[NAME], group.jobs["zulu"]
-    group.count("alpha", 500)
-    leader = group.jobs["alpha"]
-    assert group.counted["alpha"] == 100 + 300
-    observed = group.facts("alpha", 500, pod).observed
-    # All of its time: 600 seconds are left, and not three times as many.
-    assert budget_at(leader, leader.status, observed, after(500)) == after(1100)
-    assert budget_at(leader, leader.status, observed, after(700)) == after(1100)
-    assert not is_finished(enforce_budget(leader.status, group.facts("alpha", 1099, pod)))
-    assert is_finished(enforce_budget(leader.status, group.facts("alpha", 1100, pod)))
-    # Also if it was not counted since they were deleted.
-    fresh = Group()
-    fresh.jobs = {"alpha": replace(leader, status=leader.status.model_copy(update={"usage": None}))}
-    assert is_finished(enforce_budget(fresh.jobs["alpha"].status, fresh.facts("alpha", 900, pod)))
-
-
-def test_an_entry_of_an_earlier_release_stays_as_it_is() -> None:
-    group = Group()
-    group.count_all(200)
-    assert all("takenOver" not in str(job.status.dump()) for job in group.jobs.values())
-
-
-def test_copies_of_other_members_do_not_block_a_job() -> None:
-    """Their statuses list the copied pods, where the leader and the other followers see them too."""
-    group = Group()
-    for at in (10, 400, 800):
-        group.count_all(at)
-        assert list(group.counted.values()) == [(100 + at) // 3] * 3
-
-
 def test_the_counters_get_the_increase_of_each_write() -> None:
     metrics, before, after_it = Metrics(), watched(), then(watched(), child("train"), at=20)
     metrics.gpu_seconds.note(make_job(status_in("train"), **SPEC), before)
@@ -501,27 +304,6 @@ def test_the_counters_get_the_increase_of_each_write() -> None:
     assert f"qlora_gpu_seconds_total{{{of}}} 240.0" in page
     assert f'qlora_gpu_lost_seconds_total{{cause="disruption",{of}}} 100.0' in page
     assert f'qlora_gpu_lost_seconds_total{{cause="startup",{of}}} 40.0' in page
-
-
-def test_a_follower_copies_each_pod_of_its_leader_once() -> None:
-    """Also pods that the leader still lists, but not the follower, which has trained by itself since."""
-
-    def entry(name: str, number: int, at: float, jobs: int) -> PodUsage:
-        began = time(at + number)
-        uid = f"uid-{name}-{number}"
-        numbers: dict[str, Any] = {"jobs": jobs, "seconds": 90, "end": "disruption"}
-        return PodUsage(name=f"{name}-train-1-{number}", uid=uid, created=began, since=began, **numbers)
-
-    leader = grouped.job("training", "alpha", grouped.ALL)
-    led = UsageStatus(gpu_seconds=150, pods=tuple(entry("alpha", number, -9000, 3) for number in range(5)))
-    leader = replace(leader, status=leader.status.model_copy(update={"usage": led}))
-    group = GroupFacts((member_of(leader) or pytest.fail("it is in a group"),))
-    own = grouped.job("prepared", NAME, grouped.FOLLOWER)
-    alone = UsageStatus(gpu_seconds=630, pods=tuple(entry(NAME, number, -3000, 1) for number in range(7)))
-    status = own.status.model_copy(update={"usage": alone})
-    for _ in range(4):
-        status = count_usage(status, facts(replace(own, status=status), group=group))
-        assert usage_of(status).gpu_seconds == 630 + 5 * 30
 
 
 _MOMENTS = st.integers(0, 400)
@@ -578,81 +360,6 @@ def test_usage_never_decreases_and_never_counts_twice(
         assert len(usage.pods) <= 14
         assert all(entry.startup_seconds + entry.lost_seconds <= entry.seconds for entry in usage.pods)
         highest = usage.gpu_seconds
-
-
-@settings(max_examples=25, deadline=None)
-@given(looks=st.lists(st.tuples(st.integers(0, 40), st.booleans(), st.booleans()), min_size=15, max_size=30))
-def test_a_member_counts_each_pod_once_under_any_leader(looks: list[tuple[int, bool, bool]]) -> None:
-    """Pods of the leader and of the job come one after the other, and each lists its latest only."""
-    own, whole = grouped.job("prepared", NAME, grouped.FOLLOWER), 0
-    led, alone = list[PodUsage](), list[dict[str, Any]]()
-    status = own.status
-    for moment, (runs, leads, news) in enumerate(looks):
-        start = moment * 50
-        if leads:
-            name = f"alpha-train-1-{moment}"
-            numbers: dict[str, Any] = {"jobs": 3, "seconds": 3 * runs, "end": "disruption"}
-            led = [
-                *led[-8:],
-                PodUsage(name=name, uid=name, created=time(start), since=time(start), **numbers),
-            ]
-        else:
-            body = created(scheduled(pod("train", 1, moment), start), start)
-            alone.append(ended(body, 203, start=start, end=start + runs))
-        whole += runs
-        leader = grouped.job("training", "alpha", grouped.ALL)
-        usage = UsageStatus(pods=tuple(led))
-        leader = replace(leader, status=leader.status.model_copy(update={"usage": usage}))
-        group = GroupFacts((member_of(leader) or pytest.fail("it is in a group"),))
-        bodies = [child("train", created=-900), *alone]
-        found = facts(replace(own, status=status), *bodies, group=group, now=after(start + 45))
-        status = count_usage(status, found, until_now=news)
-        assert (status.usage or UsageStatus()).gpu_seconds == whole
-
-
-_EVENTS = st.lists(
-    st.tuples(
-        st.integers(1, 400),
-        st.sampled_from(["delete", "end", "retry", "nothing"]),
-        st.sampled_from([NAME, "zulu"]),
-        st.lists(st.sampled_from(["alpha", NAME, "zulu"]), max_size=4),
-    ),
-    max_size=10,
-)
-"""Seconds that pass, what happens to whom then, and whose passes follow."""
-
-
-@settings(max_examples=120, deadline=None)
-@given(events=_EVENTS, trains=st.none() | st.integers(-99, 999), code=st.sampled_from([137, 203]))
-def test_the_time_of_a_groups_pod_counts_once_after_any_deletion(
-    events: list[tuple[int, str, str, list[str]]], trains: int | None, code: int
-) -> None:
-    """All of it, except the leader's counted time that a deleted job had not yet copied."""
-    group, now, lags = Group(), 0, dict[str, int]()
-    for passed, event, whom, passes in events:
-        now += passed
-        if event == "delete" and whom in group.jobs:
-            lags[whom] = group.not_copied(whom)
-            del group.jobs[whom]
-        elif event == "end" and whom in group.jobs:
-            group.end(whom)
-        elif event == "retry" and whom in group.jobs:
-            group.retry(whom)
-        report = trains_since(grouped.alphas(train_pod()), trains, now) if trains is not None and trains < now else None
-        for name in passes:
-            if name in group.jobs and not is_finished(group.jobs[name].status):
-                group.count(name, now, report=report)
-        assert sum(group.counted.values()) <= 100 + now
-    for whom in list(group.jobs):
-        if is_finished(group.jobs[whom].status):
-            group.retry(whom)
-    for _ in range(2):
-        group.count_all(now + 20, ended(train_pod(), code, start=-90, end=now + 10))
-    whole = 3 * (100 + now + 10) - sum(lags.values())
-    assert whole - 3 * 3 < 3 * sum(group.counted.values()) <= whole
-    # No checkpoint has any of it.
-    for usage in (usage_of(job.status) for job in group.jobs.values()):
-        assert usage.gpu_seconds - 2 <= usage.lost_gpu_seconds.total <= usage.gpu_seconds
 
 
 @settings(max_examples=60, deadline=None)

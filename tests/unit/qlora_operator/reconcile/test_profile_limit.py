@@ -249,20 +249,6 @@ def test_the_longest_waiting_job_starts_when_another_ends_or_is_deleted() -> Non
     assert namespace.started() == ["job-2", "job-4"]
 
 
-def test_two_groups_never_wait_for_each_other_half_started() -> None:
-    namespace = Namespace(count=6, limit=4)
-    for number, body in enumerate(namespace.bodies.values()):
-        body["spec"] |= {"group": {"name": f"group-{number % 2}", "size": 3}, "workspace": {"claimName": "team"}}
-    for name in namespace.bodies:
-        namespace.reconcile(name)
-    namespace.serve()
-    assert namespace.started() == ["job-0", "job-1", "job-2", "job-4"]
-    namespace.delete("job-0", "job-2")
-    namespace.reconcile("job-0", "job-2")
-    namespace.serve()
-    assert namespace.started() == ["job-1", "job-3", "job-4", "job-5"]
-
-
 def test_a_job_stuck_in_deletion_blocks_no_other() -> None:
     namespace = Namespace(count=4, limit=1)
     for name in namespace.bodies:

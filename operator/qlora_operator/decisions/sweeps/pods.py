@@ -1,0 +1,376 @@
+"""Decides which prepared cells of a sweep one pod trains together, and follows the Job of that pod; pure.
+
+The pod has the attempts, retries and deadlines of a job's train step. After its Job has ended, each cell has a separate
+train step, which reports the result of the pod, or continues alone from the checkpoint. `alone` stores that before, and
+keeps it for good: no cell is trained in two places.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
+
+from qlora_api.contract import ProgressRecord
+from qlora_api.memory.advice import verdict
+from qlora_api.memory.together import ShareOfMemory, add_up
+from qlora_api.naming import (
+    CELLS_ANNOTATION,
+    JOB_LABEL,
+    JOB_UID_LABEL,
+    QUEUE_LABEL,
+    QUEUE_PRIORITY_LABEL,
+    STEP_LABEL,
+    child_job_name,
+    sweep_pod_name,
+)
+from qlora_api.profile import Profile
+from qlora_api.status import QLoRAJobStatus, StepStatus
+from qlora_api.sweep.spec import Cell, pods
+from qlora_api.sweep.status import SweepPodStatus
+from qlora_operator.decisions.manifests.objects import build_job
+from qlora_operator.decisions.observed.conditions import condition, is_finished
+from qlora_operator.decisions.observed.facts import Facts
+from qlora_operator.decisions.observed.objects import Observed, QLoRAJob, Reason
+from qlora_operator.decisions.observed.shared_pod import WAITING
+from qlora_operator.decisions.plan import CreateJob, DeleteJob, plan
+from qlora_operator.decisions.status import next_status_of_pod
+from qlora_operator.decisions.sweeps.sweep import CellJob, Manifest, QLoRASweep, labels_of, owner_of
+from qlora_operator.decisions.usage.usage import count_usage
+
+MAX_DOCUMENTS = 240_000
+"""Bytes of what one pod reads of all its cells: all annotations of a pod may have 262,144 together, and each cell may
+get a gate when it has started."""
+_COUNTED = ("failures", "disruptions", "active_seconds", "active_until", "last_failure")
+"""The stored fields of the Job of a pod, as of that of a job."""
+
+_State = Literal["ready", "coming", "out"]
+"""Of a cell, for its pod: prepared; may yet be; or neither, so that the others do not wait for it."""
+
+
+@dataclass(frozen=True)
+class PodFacts:
+    """Observations of the pod of several cells."""
+
+    observed: Observed
+    now: datetime
+    profiles: Mapping[str, Profile] = field(default_factory=dict)
+    progress: ProgressRecord | None = None
+    progress_beside: ProgressRecord | None = None
+    log_read: bool = False
+    queue: Reason | None = None
+
+
+@dataclass(frozen=True)
+class PodPlan:
+    """The next status of the pod, and the actions for it."""
+
+    status: SweepPodStatus
+    actions: tuple[CreateJob | DeleteJob, ...] = ()
+    look_again: datetime | None = None
+    store_first: bool = False
+    """Whether the status is stored before anything is done, which the next pass decides anew."""
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """The cells of a pod, by name."""
+
+    jobs: Mapping[str, CellJob]
+    names: tuple[str, ...]
+    """Of those that its sweep still trains, in their order."""
+
+    def ready(self) -> list[QLoRAJob]:
+        """Those that are prepared, and wait to be trained."""
+        found = ((self.jobs.get(name), _state(self.jobs.get(name))) for name in self.names)
+        return [cell.job for cell, state in found if state == "ready" and cell is not None and cell.job is not None]
+
+    def coming(self) -> list[str]:
+        """Those that the others wait for, with their phases, for people."""
+        return [f"{name} ({self.jobs[name].phase})" for name in self.names if _state(self.jobs.get(name)) == "coming"]
+
+
+def pods_of(sweep: QLoRASweep, cells: Sequence[Cell]) -> list[tuple[SweepPodStatus, tuple[str, ...]]]:
+    """Each pod that trains several cells, as it is stored, with the names of its cells."""
+    stored = {pod.number: pod for pod in sweep.status.pods}
+    numbered = enumerate(pods(sweep.spec, cells))
+    several = [(number, tuple(cell.name for cell in pod)) for number, pod in numbered if len(pod) > 1]
+    return [(stored.get(number) or _new_pod(sweep, number), names) for number, names in several]
+
+
+def name_of(sweep: QLoRASweep, pod: SweepPodStatus) -> str:
+    """The first part of the names of the pod's Jobs."""
+    return sweep_pod_name(sweep.name, pod.number)
+
+
+def of_pod(observed: Observed, name: str) -> Observed:
+    """Of the Jobs and pods of a sweep, those of one of its pods."""
+    train = child_job_name(name, "train", 0).removesuffix("0")
+    children = tuple(child for child in observed.children if child.name.startswith(train))
+    return Observed(children, tuple(pod for pod in observed.pods if pod.name.startswith(train)))
+
+
+def as_job(
+    sweep: QLoRASweep, pod: SweepPodStatus, names: Sequence[str], jobs: Mapping[str, CellJob]
+) -> QLoRAJob | None:
+    """The pod as a QLoRAJob that is never created and has a train step only; None if no cell of it can be read.
+
+    Its records have the UID of the first of its cells.
+    """
+    uids = _uids(sweep, jobs)
+    found = (jobs[name].job for name in names if name in jobs)
+    cell = next((job for job in found if job is not None and job.status.resolved is not None), None)
+    if cell is None or cell.status.resolved is None:
+        return None
+    running = any(_state(jobs.get(name)) == "ready" for name in pod.cells)
+    spec = sweep.spec.template.spec.model_copy(
+        update={"suspend": sweep.spec.suspend or not running, "cleanup_after_seconds": None}
+    )
+    stored = {name: getattr(pod, name) for name in (*_COUNTED, "step", "usage")}
+    # The cell compares its GPU hours with the limit.
+    resolved = cell.status.resolved.model_copy(update={"gpu_hours": None})
+    return QLoRAJob(
+        namespace=sweep.namespace,
+        name=name_of(sweep, pod),
+        uid=uids.get(pod.cells[0], "") if pod.cells else "",
+        generation=sweep.generation,
+        resource_version=sweep.resource_version,
+        deleting=False,
+        spec=spec,
+        status=QLoRAJobStatus(resolved=resolved, **stored),
+        queue_name=cell.queue_name,
+        queue_priority=cell.queue_priority,
+    )
+
+
+def cells_of(pod: SweepPodStatus, jobs: Mapping[str, CellJob]) -> list[QLoRAJob]:
+    """The cells that the pod's train Job is to train, the first first."""
+    found = (jobs[name].job for name in pod.cells if name in jobs)
+    return [job for job in found if job is not None]
+
+
+def next_pod(
+    sweep: QLoRASweep, pod: SweepPodStatus, names: Sequence[str], jobs: Mapping[str, CellJob], facts: PodFacts
+) -> PodPlan:
+    """The plan for the pod whose cells have these names. `jobs`: those that exist, also of other pods."""
+    cells = _Cells(jobs, tuple(name for name in names if name not in pod.alone))
+    job, observed = as_job(sweep, pod, names, jobs), facts.observed
+    unfinished = [child for child in observed.children if not child.finished and not child.deleting]
+    if job is None:
+        # All cells that it could train are gone.
+        deletions = tuple(DeleteJob(child.name, child.uid) for child in unfinished)
+        return PodPlan(_with_reason(pod, cells, None, Reason("", "")), deletions)
+    trains = tuple(uid for name in pod.cells if (uid := _uids(sweep, jobs).get(name)))
+    known = Facts(
+        job=job,
+        observed=observed,
+        profiles=facts.profiles,
+        now=facts.now,
+        progress=facts.progress,
+        progress_beside=facts.progress_beside,
+        log_read=facts.log_read,
+        queue=facts.queue,
+        trains=trains,
+        gone=_gone(pod, trains, jobs),
+    )
+    at_rest = not unfinished and not observed.live_pods
+    if pod.ended:
+        pod = pod.model_copy(update={"usage": count_usage(job.status, known).usage})
+        if at_rest:
+            return PodPlan(_left_alone(sweep, pod, cells), store_first=True)
+        deletions = tuple(DeleteJob(child.name, child.uid) for child in unfinished)
+        return PodPlan(_with_reason(pod, cells, observed, _ending(observed)), deletions)
+    needed = {ready.name for ready in cells.ready()}.intersection(pod.cells)
+    if at_rest and observed.child(pod.step.job_name) is None and not (pod.step.job_uid and needed):
+        attempt = pod.step.attempt + bool(pod.step.job_uid)
+        step = _step(job.name, attempt) if pod.step.job_uid else pod.step
+        pod = pod.model_copy(update={"usage": count_usage(job.status, known).usage, "step": step})
+        chosen = _choose(sweep, pod, cells)
+        if chosen.cells != pod.cells or chosen.alone != pod.alone or not chosen.cells:
+            return PodPlan(chosen, store_first=chosen.cells != pod.cells or chosen.alone != pod.alone)
+    return _follow(pod, cells, known, may_create=at_rest)
+
+
+def build_pod_job(sweep: QLoRASweep, name: str, action: CreateJob, cells: Sequence[QLoRAJob]) -> Manifest:
+    """The Job of a pod of that name that trains these cells. It is the sweep's: no cell's end is its end."""
+    first = cells[0]
+    resolved = first.status.resolved
+    if resolved is None:
+        raise AssertionError("a cell that is prepared has started")
+    manifest: dict[str, Any] = build_job(first, resolved, "train", action.attempt, action.failures, cells[1:])
+    of_first = manifest["metadata"]["labels"]
+    queue = {key: of_first[key] for key in (QUEUE_LABEL, QUEUE_PRIORITY_LABEL) if key in of_first}
+    labels = labels_of(sweep) | {
+        "app.kubernetes.io/name": "qlora-trainer",
+        "app.kubernetes.io/instance": sweep.name,
+        "app.kubernetes.io/component": "train",
+        STEP_LABEL: "train",
+        # By this label the chart's network policies isolate the pods of all steps.
+        JOB_LABEL: name,
+        JOB_UID_LABEL: sweep.uid,
+    }
+    note = {CELLS_ANNOTATION: ",".join(cell.name for cell in cells)}
+    template = manifest["spec"]["template"]["metadata"]
+    kept = {key: value for key, value in template["labels"].items() if key not in of_first}
+    template["labels"], template["annotations"] = labels | kept, template["annotations"] | note
+    manifest["metadata"] = {
+        "name": child_job_name(name, "train", action.attempt),
+        "namespace": sweep.namespace,
+        "labels": labels | queue,
+        "annotations": note,
+        "ownerReferences": [owner_of(sweep, controller=True)],
+    }
+    return manifest
+
+
+def _new_pod(sweep: QLoRASweep, number: int) -> SweepPodStatus:
+    name = sweep_pod_name(sweep.name, number)
+    return SweepPodStatus(number=number, step=_step(name, 1))
+
+
+def _step(name: str, attempt: int) -> StepStatus:
+    return StepStatus(name="train", job_name=child_job_name(name, "train", attempt), attempt=attempt)
+
+
+def _uids(sweep: QLoRASweep, jobs: Mapping[str, CellJob]) -> dict[str, str]:
+    """The UIDs of the cells by name, also of those that are gone."""
+    return {line.name: line.uid for line in sweep.status.cells} | {name: job.uid for name, job in jobs.items()}
+
+
+def _state(cell: CellJob | None) -> _State:
+    """The state of the cell for its pod. One that cannot continue does not hold the others up."""
+    job = cell.job if cell is not None else None
+    if cell is None or job is None or job.deleting or job.spec.suspend or job.problem:
+        return "out"
+    if is_finished(job.status):
+        return "coming" if cell.retried else "out"
+    if not cell.started:
+        return "out" if cell.waits is not None else "coming"
+    step = job.status.step
+    if step is None or step.name == "prepare":
+        return "coming"
+    return "ready" if step.name == "train" and not step.job_uid and not _has_used_its_hours(job) else "out"
+
+
+def _has_used_its_hours(job: QLoRAJob) -> bool:
+    hours = job.status.resolved.gpu_hours if job.status.resolved is not None else None
+    return hours is not None and job.status.usage is not None and job.status.usage.gpu_seconds >= hours * 3600
+
+
+def _gone(pod: SweepPodStatus, trains: Sequence[str], jobs: Mapping[str, CellJob]) -> frozenset[str]:
+    """UIDs of the cells that the pod trains, or has trained, and that count no GPU time any more."""
+    counted = (uid for entry in (pod.usage.pods if pod.usage else ()) for uid in entry.trained or ())
+    counting = {
+        cell.uid
+        for cell in jobs.values()
+        if cell.job is None or not (cell.job.deleting or is_finished(cell.job.status))
+    }
+    return frozenset((*trains, *counted)) - counting
+
+
+def _choose(sweep: QLoRASweep, pod: SweepPodStatus, cells: _Cells) -> SweepPodStatus:
+    """The pod with the cells that its next Job is to train; one that fits no other continues alone."""
+    ready, coming = cells.ready(), cells.coming()
+    if sweep.spec.suspend or coming or not ready:
+        counted = f"{len(ready)} of {len(cells.names)} cells of this pod are prepared"
+        why = f"{counted}: waiting for {', '.join(coming)}" if coming else counted
+        pod = pod.model_copy(update={"cells": ()})
+        return _with_reason(pod, cells, None, Reason(WAITING, why))
+    alike = [job for job in ready if _must_be_equal(job) == _must_be_equal(ready[0])]
+    chosen = _fitting(alike)
+    names = tuple(job.name for job in chosen)
+    if len(chosen) == 1:
+        pod = pod.model_copy(update={"cells": (), "alone": (*pod.alone, *names)})
+        return _with_reason(pod, cells, None, Reason(WAITING, "the cells that are left are trained one by one"))
+    pod = pod.model_copy(update={"cells": names})
+    return _with_reason(pod, cells, None, Reason(WAITING, "its train Job is about to be created"))
+
+
+def _must_be_equal(job: QLoRAJob) -> tuple[str, str]:
+    """Values that only the workspaces show: cells of a sweep share all other settings of the pod."""
+    resolved, base = job.status.resolved, job.status.base
+    return resolved.profile.image if resolved is not None else "", base.sha256 if base is not None else ""
+
+
+def _fitting(jobs: Sequence[QLoRAJob]) -> Sequence[QLoRAJob]:
+    """The first of the cells, as many as surely fit one pod and its GPU together; one at least."""
+    count = len(jobs)
+    while count > 1 and not (_fit_gpu(jobs[:count]) and _bytes(jobs[:count]) <= MAX_DOCUMENTS):
+        count -= 1
+    return jobs[:count]
+
+
+def _fit_gpu(jobs: Sequence[QLoRAJob]) -> bool:
+    """Whether the cells fit the GPU together, as far as that is known."""
+    shares = [share for job in jobs if (share := ShareOfMemory.of(job.status.memory)) is not None]
+    gpu_gib = jobs[0].spec.resources.gpu_memory
+    return len(shares) < len(jobs) or gpu_gib is None or verdict(add_up(shares), gpu_gib) != "exceeds"
+
+
+def _bytes(jobs: Sequence[QLoRAJob]) -> int:
+    resolved = (job.status.resolved for job in jobs)
+    return sum(len((each.document or "").encode()) for each in resolved if each is not None)
+
+
+def _follow(pod: SweepPodStatus, cells: _Cells, facts: Facts, *, may_create: bool) -> PodPlan:
+    """The plan for a pod that has a Job, or is about to get one."""
+    job, observed = facts.job, facts.observed
+    if _is_to_be_replaced(pod, cells, observed):
+        # A cell of its Job is suspended, deleted or has failed, and no pod of it runs.
+        step = _step(job.name, pod.step.attempt + 1).model_copy(update={"failures": pod.step.failures})
+        status = job.status.model_copy(update={"step": step, "usage": count_usage(job.status, facts).usage})
+    else:
+        status = next_status_of_pod(facts)
+    step = status.step or pod.step
+    ended = is_finished(status) or step.name != "train"
+    changes = {name: getattr(status, name) for name in (*_COUNTED, "usage")}
+    found = pod.model_copy(update={**changes, "step": pod.step if ended else step, "ended": ended})
+    why = condition(status, "Succeeded")
+    reason = Reason(why.reason, why.message) if why is not None else Reason("", "")
+    found = _with_reason(found, cells, observed, reason)
+    if ended:
+        return PodPlan(found, store_first=True)
+    planned = plan(job, status, observed, facts.now)
+    allowed = CreateJob | DeleteJob if may_create else DeleteJob
+    actions = tuple(action for action in planned.actions if isinstance(action, allowed))
+    # Which cells a Job trains is stored under its name before it exists.
+    new = step.job_name != pod.step.job_name and any(isinstance(action, CreateJob) for action in actions)
+    return PodPlan(found, actions, planned.look_again, store_first=planned.store_first or new)
+
+
+def _is_to_be_replaced(pod: SweepPodStatus, cells: _Cells, observed: Observed) -> bool:
+    """Whether its Job trains a cell that is not to be trained, and no pod of it has begun."""
+    child = observed.child(pod.step.job_name)
+    if child is None or child.finished:
+        return False
+    if any(not (each.ended or each.starting) for each in observed.pods_of(child.uid)):
+        return False
+    ready = {job.name for job in cells.ready()}
+    return bool(ready.intersection(pod.cells)) and not ready.issuperset(pod.cells)
+
+
+def _left_alone(sweep: QLoRASweep, pod: SweepPodStatus, cells: _Cells) -> SweepPodStatus:
+    """The pod after the end of its Job: each of its cells has a separate train step from now on."""
+    left = _Cells(cells.jobs, tuple(name for name in cells.names if name not in pod.cells))
+    changes = {"cells": (), "alone": (*pod.alone, *pod.cells), "ended": False, "failures": 0, "disruptions": 0}
+    changes |= {"active_seconds": 0, "step": _step(name_of(sweep, pod), pod.step.attempt + 1)}
+    return _with_reason(pod.model_copy(update=changes), left, None, Reason("", ""))
+
+
+def _ending(observed: Observed) -> Reason:
+    names = ", ".join(pod.name for pod in observed.live_pods)
+    return Reason("WaitingForPod", f"pod {names} must end before its cells continue" if names else "its Job is deleted")
+
+
+def _with_reason(pod: SweepPodStatus, cells: _Cells, observed: Observed | None, reason: Reason) -> SweepPodStatus:
+    """The pod with the running pod of its Job, or why none runs, and the cells that wait for its next Job."""
+    running = observed.reporting_pod(pod.step.job_uid) if observed is not None else None
+    waiting = tuple(name for name in cells.names if name not in pod.cells and name not in pod.alone)
+    return pod.model_copy(
+        update={
+            "pod": running.name if running is not None else "",
+            "pod_uid": running.uid if running is not None else "",
+            "reason": reason.word,
+            "message": reason.sentence,
+            "waiting": waiting,
+        }
+    )

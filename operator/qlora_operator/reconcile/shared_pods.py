@@ -1,0 +1,75 @@
+"""Reads what a sweep reports about the pods that train its cells, and what may still write to the folder of a job."""
+
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from qlora_api.naming import child_job_name
+from qlora_api.sweep.status import SweepPodStatus
+from qlora_operator.decisions.observed.conditions import is_finished
+from qlora_operator.decisions.observed.objects import ChildJob, Observed, Pod, QLoRAJob, collect
+from qlora_operator.decisions.observed.shared_pod import SharedPod, is_shared, shared_pod
+from qlora_operator.decisions.retry import is_to_be_taken_up
+from qlora_operator.kube.client import Cluster
+from qlora_operator.watch.store import Store
+from qlora_operator.watch.sweep_index import pods_of_sweep
+
+
+@dataclass(frozen=True)
+class SharedPods:
+    """The pods of sweeps, as their cells see them."""
+
+    cluster: Cluster
+    store: Store
+
+    async def read(self, job: QLoRAJob, *, live: bool) -> SharedPod | None:
+        """The pod that trains the job with other cells of its sweep, if anything depends on that.
+
+        As the watches have shown the sweep or, with `live` or before they have, as it is now.
+        """
+        ended = is_finished(job.status) and not is_to_be_taken_up(job)
+        if job.deleting or ended or not is_shared(job):
+            return None
+        known = None if live else self.store.sweeps.pods(job.namespace, job.sweep)
+        return shared_pod(job, await self._pods(job) if known is None else known)
+
+    async def read_writer(self, job: QLoRAJob) -> str:
+        """A pod or Job, the job's own or its sweep's, that may still save a checkpoint of it; empty for none.
+
+        Neither the end of a job nor its suspension waits for such a pod: it may have a minute to save, or train others.
+        """
+        own = _left_of_train(job.name, await self._children(job.namespace, job.name, job.uid))
+        if own or not is_shared(job):
+            return own
+        found = shared_pod(job, await self._pods(job))
+        return f"Job {found.child} of QLoRASweep {job.sweep}" if found is not None and found.child else ""
+
+    async def _pods(self, job: QLoRAJob) -> tuple[SweepPodStatus, ...] | None:
+        body = await self.cluster.get_sweep(job.namespace, job.sweep)
+        try:
+            return None if body is None else pods_of_sweep(body)
+        except ValidationError:
+            # Of another release, which the sweep's own pass reports.
+            return ()
+
+    async def _children(self, namespace: str, name: str, uid: str) -> Observed:
+        """Jobs and pods of the job of that name and UID, as they are now."""
+        pods = await self.cluster.list_pods(namespace, uid)
+        # Afterwards: a Job that has not ended may have made a pod in between.
+        jobs = await self.cluster.list_jobs(namespace, name, uid)
+        return collect(
+            (view.value for view in jobs.items if isinstance(view.value, ChildJob)),
+            (view.value for view in pods.items if isinstance(view.value, Pod)),
+        )
+
+
+def _left_of_train(name: str, observed: Observed) -> str:
+    """A train pod of the job of that name that runs, or a train Job that may start one, for people; empty for none."""
+    train = child_job_name(name, "train", 0).removesuffix("0")
+    for pod in observed.live_pods:
+        if pod.name.startswith(train):
+            return f"pod {pod.name}"
+    for child in observed.children:
+        if child.name.startswith(train) and not (child.finished or child.deleting):
+            return f"Job {child.name}"
+    return ""
