@@ -1,4 +1,4 @@
-"""Rules for every test: a time limit, the same inputs at every run, and a count of the tests left out."""
+"""Rules for every test: a time limit, fixed inputs, and a count of the tests left out."""
 
 from collections.abc import Sequence
 from pathlib import Path

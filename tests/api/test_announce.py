@@ -1,4 +1,4 @@
-"""Finished adapters are announced in a ConfigMap of the job's namespace, once, and in no other ConfigMap."""
+"""Finished adapters are announced once, in the ConfigMap of the job's namespace."""
 
 import asyncio
 import json
@@ -38,7 +38,7 @@ def play(namespace: ControlPlane, scenario: Callable[[Api], Awaitable[None]]) ->
 
 
 async def succeed(api: Api, name: str, config_map: str) -> float | None:
-    """Run a job with an announcement to its end; returns the seconds until its next pass."""
+    """Run a job with an announcement to its end; returns seconds until its next pass."""
     await api.apply(name, output={"announce": {"configMap": config_map}})
     uid = (await api.job(name))["metadata"]["uid"]
     for step in STEPS:

@@ -1,4 +1,4 @@
-"""The shipped files in Argo CD's own code: Lua on a job in every phase, the diff of live jobs, ApplicationSets."""
+"""The shipped files in Argo CD's code: Lua, diffs of live jobs, ApplicationSets."""
 
 import json
 import subprocess

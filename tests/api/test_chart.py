@@ -106,7 +106,7 @@ def only(objects: list[Object], kind: str) -> Object:
 
 
 def settings_in(template: Object) -> str:
-    """The file that the operator reads in a pod of this template, as the kubelet makes it of the annotation."""
+    """The operator's settings file in a pod of this template, as the kubelet makes it."""
     spec = template["spec"]
     (container,) = spec["containers"]
     path = Path(next(one["value"] for one in container["env"] if one["name"] == "QLORA_OPERATOR_SETTINGS"))
@@ -589,7 +589,7 @@ def plane() -> Iterator[ControlPlane]:
 
 @pytest.fixture(scope="module")
 def installed(helm: Helm, plane: ControlPlane) -> Helm:
-    """Helm on a cluster where the chart is installed with its default values, in a restricted namespace."""
+    """Helm on a cluster with the chart's default release, in a restricted namespace."""
     plane.kubectl("create", "namespace", NAMESPACE)
     plane.kubectl("label", "namespace", NAMESPACE, "pod-security.kubernetes.io/enforce=restricted")
     connected = Helm(helm.program, plane.kubeconfig)
@@ -775,7 +775,7 @@ def test_upgrade_and_rollback_change_the_definition_and_no_job(
 def test_each_release_keeps_its_own_settings_and_a_rollback_brings_them_back(
     installed: Helm, plane: ControlPlane
 ) -> None:
-    """A container of the old release that restarts during an upgrade would reject settings of the new one."""
+    """An old release's container that restarts during an upgrade would reject new settings."""
 
     def workers(template: Object) -> int:
         return int(yaml.safe_load(settings_in(template))["workers"])

@@ -1,4 +1,4 @@
-"""`qlora doctor` with a real API server: before the chart is installed, after it, and with few rights."""
+"""`qlora doctor` with a real API server: before and after installation, with few rights."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""`qlora adapter`, `qlora report` and `qlora compare` over claims, as users type them, with a real API server."""
+"""`qlora adapter`, `report` and `compare` over claims, with a real API server."""
 
 import hashlib
 import json
@@ -51,7 +51,7 @@ def described(content: bytes) -> dict[str, Any]:
 
 
 def ended_job(team: Reported, node: ClaimNode, folder: Path, name: str, **spec: Any) -> Path:
-    """A job that has succeeded, with its workspace on the claim NAME; returns its folder there."""
+    """A succeeded job with its workspace on the claim NAME; returns its folder there."""
     body = team.job(name, spec)
     workspace = folder / name / "work"
     node.claims[name] = folder / name

@@ -1,4 +1,4 @@
-"""Every example is a manifest that the API server admits, and those of jobs are read by the command line."""
+"""The API server admits every example, and the command line reads those of jobs."""
 
 import json
 from functools import partial

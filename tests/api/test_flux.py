@@ -1,4 +1,4 @@
-"""The shipped Kustomizations: their expressions on a job in every phase, and in Flux's own controller."""
+"""The shipped Kustomizations: their expressions in every phase, and in Flux's controller."""
 
 import json
 import re

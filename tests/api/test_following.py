@@ -1,4 +1,4 @@
-"""`qlora watch`, `qlora logs` and `qlora submit --watch` on a running job: the output, and its time."""
+"""`qlora watch`, `logs` and `submit --watch` on a running job: the output, and its time."""
 
 import json
 import re

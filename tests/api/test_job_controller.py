@@ -1,4 +1,4 @@
-"""Actions of the real Job controller on a step's Job and pods while the operator watches, or instead of it."""
+"""The real Job controller's actions on a step's Job and pods, with the operator."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""Views of people and tools through kubectl: several managers of one job, diffs, watches, waits and Events."""
+"""Views through kubectl: several managers of one job, diffs, watches, waits and Events."""
 
 import itertools
 import json

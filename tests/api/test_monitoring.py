@@ -1,4 +1,4 @@
-"""The metrics, the alerts and the dashboards with Prometheus' own programs, and the operator that they are about."""
+"""Metrics, alerts and dashboards of a real operator with Prometheus' programs."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -173,7 +173,7 @@ def apply(operated: Nodeless, name: str) -> None:
 def prometheus(
     programs: Programs, operated: Nodeless, job: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Prometheus]:
-    """It scrapes the operator, and a kubelet's figures of the claim that the job writes to, with the chart's alerts."""
+    """It scrapes the operator, and a kubelet's figures of the job's claim, with the alerts."""
     claim = operated.job(job)["status"]["resolved"]["claimName"]
     labels = f'{{namespace="{NAMESPACE}",persistentvolumeclaim="{claim}"}}'
     kubelet = "".join(

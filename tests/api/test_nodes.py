@@ -1,4 +1,4 @@
-"""Jobs of several nodes on a real API server with the real controllers: created objects, and the cost of a lost pod."""
+"""Jobs of several nodes on a real API server: their objects, and the cost of a lost pod."""
 
 import json
 from typing import Any

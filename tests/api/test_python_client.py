@@ -1,4 +1,4 @@
-"""QLoRAClient with a real API server: jobs that it creates are stored, followed and deleted with a user's rights."""
+"""QLoRAClient with a real API server: jobs are stored, followed and deleted."""
 
 import os
 import re

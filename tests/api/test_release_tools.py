@@ -1,4 +1,4 @@
-"""The programs that a release is made with, but cosign: actionlint, helm-docs, and Helm with a real registry."""
+"""The programs of a release, but cosign: actionlint, helm-docs, and Helm with a registry."""
 
 import hashlib
 import shutil

@@ -1,4 +1,4 @@
-"""The API server alone, without the operator, admits good manifests and rejects bad ones with a reason."""
+"""The API server alone admits good manifests and rejects bad ones with a reason."""
 
 import json
 from pathlib import Path

@@ -85,7 +85,7 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
 
 
 def _settled(tenants: Tenancy) -> dict[str, Object]:
-    """Wait until the victim has all that the operator and the controllers write, and nothing changes any more."""
+    """Wait until the victim's objects are complete and no longer change."""
     latest: dict[str, Object] = {}
 
     def unchanged() -> dict[str, Object] | None:
@@ -140,7 +140,7 @@ def test_no_neighbor_waits_for_a_thousand_jobs(attacked: Attacked) -> None:
 
 
 def require_turns(attacked: Attacked, count: int, name: str) -> None:
-    """A flood and then a neighbor's job come while the operator stands still: it reconciles few of the flood first."""
+    """While the operator stands still, a flood and then a neighbor's job arrive."""
     tenants = attacked.tenants
     tenants.operator.send_signal(signal.SIGSTOP)
     for number in range(count):
@@ -189,7 +189,7 @@ def test_every_change_of_the_victims_objects_was_made_for_its_own_jobs(attacked:
 
 
 def test_the_operators_rights_are_those_that_it_uses(attacked: Attacked) -> None:
-    """Over a job's life, its suspension and names that are taken, nothing is denied, and no right is left over."""
+    """Over a job's life, suspension and taken names, no right is missing or unused."""
     tenants = attacked.tenants
     for name in ("exercise", "exercise-name"):
         submit(tenants, name, suspend=True)

@@ -1,4 +1,4 @@
-"""The CustomResourceDefinition of the previous release and of this one, one after the other, on a real API server."""
+"""The definitions of the previous release and of this one on a real API server."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""GPU seconds against a real API server: counted from patched pods by restarted operators, and the budget."""
+"""GPU seconds and the budget on a real API server, with patched pods and restarts."""
 
 import asyncio
 from datetime import UTC, datetime, timedelta

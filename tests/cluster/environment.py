@@ -49,7 +49,7 @@ class Cluster:
         self.kubectl("delete", "pod", name, f"--namespace={OPERATOR_NAMESPACE}", "--grace-period=0", "--force")
 
     def is_operator_ready(self) -> bool:
-        """Whether the operator's pod is ready. The Deployment's status may still be that of a pod before it."""
+        """Whether the operator's pod is ready; the Deployment may still show an earlier pod."""
         conditions = self.operator_pod()["status"].get("conditions", ())
         return any(item["type"] == "Ready" and item["status"] == "True" for item in conditions)
 
@@ -116,7 +116,7 @@ class Tenant:
         return next((c for c in self.status(name).get("conditions", []) if c["type"] == kind), {})
 
     def wait(self, name: str, probe: Callable[[Object], object], *, seconds: float = 180, what: str = "") -> Object:
-        """The status as soon as `probe` holds for it. Fails with the whole status if it does not, or the job ends."""
+        """The status as soon as `probe` holds for it. Fails if the job ends before."""
 
         def holds() -> Object:
             status = self.status(name)

@@ -1,4 +1,4 @@
-"""Features that build on the life of one job: sweeps, a loosened gate, continued jobs, preferences, groups."""
+"""Features on top of one job: sweeps, gates, continued jobs, preferences, groups."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""The images as they are shipped: the required files of each side and no more, for a user who is not root."""
+"""The images as they are shipped: only required files, and a user who is not root."""
 
 import json
 import re
@@ -59,7 +59,7 @@ def container(image: str) -> Iterator[list[str]]:
 
 
 def said(inside: list[str], *command: str) -> tuple[int, str]:
-    """Exit code and all output of a command in a container. In a file: buildah may end before it relays a last line."""
+    """Exit code and output of a command in a container, from a file, as buildah may end early."""
     name = inside[-2]
     run([*inside, "sh", "-c", '"$@" > /tmp/said 2>&1; echo $? > /tmp/code', "sh", *command])
     root = Path(run(["buildah", "mount", name]).strip())

@@ -1,4 +1,4 @@
-"""Effects of a node on a job: it is drained, it is lost with its pods, its volume fills up, its GPUs are shared."""
+"""Effects of a node on a job: drained, lost, with a full volume, with shared GPUs."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""The operator as an administrator sees it: its rights, its writes, its probes, its metrics and logs."""
+"""The operator as an administrator sees it: rights, writes, probes, metrics and logs."""
 
 import json
 

@@ -58,7 +58,7 @@ class Made:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
-    """The commit that is checked out, released. The dependencies' layers are those of the images that others test."""
+    """The current commit, released, with the dependencies' layers of the tested images."""
     layout = from_environment()
     built = toolchain.built(layout, ["cosign", "helm", "helm-docs"])
     programs = Programs(Cosign(built["cosign"]), built["helm"], built["helm-docs"])

@@ -63,7 +63,7 @@ def give_secret(tenant: Tenant, name: str, data: dict[str, str]) -> None:
 
 
 def published(tenant: Tenant, name: str, output: Object) -> Object:
-    """The status of a job that has succeeded with that output; its credentials were files that the group may read."""
+    """The status of a succeeded job with that output, whose credentials were files of its group."""
     job = tenant.apply(tiny_job(name, output=output))
     for step in ("prepare", "publish"):
         with tenant.stopped(job, step) as pod:

@@ -174,7 +174,7 @@ def test_an_adapter_that_was_changed_after_training_is_not_published(attacker: T
 
 
 def test_the_operators_rights_are_those_that_it_uses(tenants: Tenants, attacker: Tenant, since: int) -> None:
-    """From the audit log of all the attempts above, and of a name that is taken, nothing is denied or left over."""
+    """In the audit log of the attempts and of a taken name, no right is missing or unused."""
     tenants.tenant.create(TENANT, "jobs", batch_job({"name": "exercise-prepare-1"}))
     attacker.apply(tiny_job("exercise"))
     tenants.wait("exercise", reason="NameTaken")

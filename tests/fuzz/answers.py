@@ -50,7 +50,7 @@ def _text(content: bytes) -> str:
 
 
 def _pull(challenge: str, token: bytes, secret: Secret) -> None:
-    """Ask a registry for a manifest; it asks for credentials, and its token server answers with `token`."""
+    """Ask a registry for a manifest; its token server answers with `token`."""
 
     def send(_adapter: HTTPAdapter, request: requests.PreparedRequest, **_: Any) -> requests.Response:
         answer = requests.Response()

@@ -1,4 +1,4 @@
-"""The parsers of input from people, the cluster and registries: addresses, manifests, settings, records, logs."""
+"""Parsers of addresses, manifests, settings, records and logs."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The parsers of files: data sets, a model's configuration and weights, and files that steps pass to each other."""
+"""Parsers of data sets, a model's configuration and weights, and files between steps."""
 
 import bz2
 import gzip
@@ -224,7 +224,7 @@ def _base_manifest(content: bytes, folder: Path) -> None:
 
 
 def _checkpoint_of(name: str) -> Callable[[bytes, Path], None]:
-    """Reads a checkpoint whose file of that name has the content, and whose digests are those of its files."""
+    """Reads a checkpoint with this content in the file of that name, and matching digests."""
 
     def read(content: bytes, folder: Path) -> None:
         place = folder / "step-2"

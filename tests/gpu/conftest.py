@@ -147,7 +147,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Files:
 
 @pytest.fixture(scope="session")
 def billion(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """As `tiny`, on a random model of the shape of Llama 3.2 1B with the small tokenizer: it is quantized once."""
+    """As `tiny`, on a random model of the shape of Llama 3.2 1B, quantized once."""
     config = LlamaConfig(
         vocab_size=128_256,
         hidden_size=2048,

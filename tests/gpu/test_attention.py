@@ -1,4 +1,4 @@
-"""Attention on a GPU: the variable-length kernel matches attention row by row, and keeps rows apart."""
+"""Attention on a GPU: the variable-length kernel matches attention row by row."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The kernels of a step on a real card: those that were found without one, exact, and fast for new shapes."""
+"""The kernels of a step on a real card: expected ones, exact, and fast for new shapes."""
 
 import time
 from collections.abc import Callable

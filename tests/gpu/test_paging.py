@@ -57,7 +57,7 @@ def test_it_is_paged_before_and_after_an_exact_resume(name: str) -> None:
 
 
 def test_paged_state_can_leave_the_gpu() -> None:
-    """With the GPU nearly full, state that does not fit into the rest still takes a step: the driver moves it out."""
+    """With the GPU nearly full, a step still runs: the driver moves state out."""
     training = TrainingSpec.model_validate({"optimizer": "paged_adamw_32bit"})
     side = 16_384
     weight = nn.Parameter(torch.zeros(side, side, device="cuda"))  # 1 GiB, and as much gradient; 2 GiB of state

@@ -68,7 +68,7 @@ LLAMA_8B = LlamaConfig(
 
 
 def random_base(config: LlamaConfig, device: str) -> Any:
-    """A model with random 4-bit weights, made a layer at a time on its device: 130 GB in 16 bit never exist."""
+    """A model with random 4-bit weights, made by layer: 130 GB in 16 bit never exist."""
     register_attention()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=ATTENTION)

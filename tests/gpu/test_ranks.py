@@ -1,4 +1,4 @@
-"""Two GPUs of one run: their gathered blocks of a sharded base, and the end of one after the loss of the other."""
+"""Two GPUs of one run: gathered blocks of a sharded base, and the loss of a process."""
 
 import json
 import os

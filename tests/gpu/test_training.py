@@ -1,4 +1,4 @@
-"""The trainer's command line on a GPU: the life of a run, its resume, and its behavior without memory."""
+"""The trainer's command line on a GPU: a run, its resume, and a lack of memory."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""Options of a job on a GPU: variants of LoRA, 8-bit optimizer state, other families, a merged model."""
+"""Options of a job on a GPU: LoRA variants, 8-bit optimizer, other families, a merge."""
 
 import shutil
 from pathlib import Path

@@ -52,7 +52,7 @@ def fair(_request: Request) -> Reply | None:
 
 @dataclass
 class ApiProxy:
-    """A loopback address in front of an API server with TLS; credentials are passed on unchanged."""
+    """A loopback address in front of an API server with TLS; passes credentials on."""
 
     upstream: str
     """HOST:PORT of the API server."""

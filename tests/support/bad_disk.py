@@ -1,4 +1,4 @@
-"""A disk that answers chosen operations with an error, for the tests: one of them, or every write from there on."""
+"""A disk that answers one chosen operation, or every write from it on, with an error."""
 
 import io
 import os

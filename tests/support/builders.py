@@ -1,4 +1,4 @@
-"""Objects as the API server returns them, and a clock that stands still, for the operator's unit tests."""
+"""Objects as the API server returns them, and a fixed clock, for the operator's unit tests."""
 
 import asyncio
 import json
@@ -152,7 +152,7 @@ def child(step: StepName, attempt: int = 1, *, owner: str = UID, created: float 
 
 
 def with_resolved(body: dict[str, Any], **profile: Any) -> dict[str, Any]:
-    """The first Job with the resolved spec; keywords are fields of the profile that differ."""
+    """The first Job with the resolved spec; keywords are changed fields of the profile."""
     stored = resolved(PROFILE.model_copy(update=profile)).dump()
     return body | {"metadata": body["metadata"] | {"annotations": {RESOLVED_ANNOTATION: to_json(stored)}}}
 
@@ -291,7 +291,7 @@ def to_json(value: object) -> str:
 
 
 def starts(*bodies: dict[str, Any], woken: list[Any] | None = None) -> Starts:
-    """Counts these QLoRAJobs, whose clock stands still; `woken` gets the keys of those to requeue."""
+    """Counts these QLoRAJobs at a fixed time; `woken` gets the keys of those to requeue."""
 
     async def pages(_namespace: str) -> AsyncIterator[list[str | None]]:
         for body in bodies:

@@ -59,7 +59,7 @@ def newest_step(folder: Path) -> int | None:
 
 
 def in_child(action: Callable[[], None]) -> int:
-    """Run `action` in a forked process, where PyTorch has no threads to compute anything large; its wait status."""
+    """Run `action` in a fork, where PyTorch can compute nothing large; its wait status."""
     child = os.fork()
     if child == 0:
         try:

@@ -93,7 +93,7 @@ class ClaimNode:
 
 @contextmanager
 def claim_node(plane: ControlPlane, folder: Path, namespace: str) -> Iterator[ClaimNode]:
-    """The node, which runs the readers of the namespace until the block ends; `folder` gets its certificate."""
+    """The node of the namespace's readers until the block ends; `folder` gets its certificate."""
     node = ClaimNode(plane, namespace)
     server = _server(node, folder)
     node.port = server.server_port

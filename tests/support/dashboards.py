@@ -1,4 +1,4 @@
-"""Errors of a Grafana dashboard, by the project's rules: the panels of one, and the metrics of their queries."""
+"""Errors of a Grafana dashboard, by the project's rules: its panels, and its metrics."""
 
 import json
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""A tiny configuration of each model family that is trained: written by hand, or transformers' default made small."""
+"""A tiny configuration of each trained model family: by hand, or transformers' default."""
 
 import re
 from dataclasses import dataclass
@@ -157,7 +157,7 @@ class Case:
 
     @property
     def layers(self) -> frozenset[str]:
-        """Last names of the layers of each of two blocks that get an adapter; empty if they are not written down."""
+        """Last names of the adapted layers of each of two blocks; empty if not written down."""
         return frozenset(BY_HAND[self.name][1].split()) if self.name in BY_HAND else frozenset()
 
     def config(self) -> PretrainedConfig:
@@ -179,7 +179,7 @@ def _cases() -> dict[str, Case]:
 
 
 def tiny_config(name: str, *, experts: bool = False) -> PretrainedConfig:
-    """A configuration with a block of each kind, for the vocabulary of the rows in `tests.support.training`."""
+    """A configuration with a block of each kind, for the rows of `tests.support.training`."""
     model_type = _VARIANTS.get(name, name)
     settings = {**SETTINGS.get(name, {}), **_SETTINGS.get(name, {})}
     default = AutoConfig.for_model(model_type, **settings)

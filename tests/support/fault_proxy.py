@@ -1,4 +1,4 @@
-"""A proxy on the loopback interface that passes requests on to a real server, or answers in its stead."""
+"""A proxy on loopback that passes requests on to a real server, or answers instead."""
 
 import http.client
 import threading

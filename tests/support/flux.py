@@ -1,4 +1,4 @@
-"""Flux's kustomize-controller as a process with an API server; sources are archives on the test's server."""
+"""Flux's kustomize-controller with an API server; sources are the test server's archives."""
 
 import hashlib
 import io
@@ -44,7 +44,7 @@ class Flux:
         self._requests = 0
 
     def publish(self, name: str, manifests: Sequence[dict[str, Any]]) -> str:
-        """A new revision of the source, with these manifests in its folder `jobs`; returns the revision."""
+        """Make a revision of the source with these manifests in `jobs`; returns it."""
         archive = io.BytesIO()
         with tarfile.open(fileobj=archive, mode="w:gz") as tar:
             content = yaml.safe_dump_all(manifests).encode()
@@ -163,7 +163,7 @@ class _Quiet(SimpleHTTPRequestHandler):
 
 @contextmanager
 def kustomize_controller(kubectl: Kubectl, folder: Path, *features: str) -> Iterator[Flux]:
-    """The controller with these feature gates besides ExternalArtifact; `folder` gets its log and the archives."""
+    """The controller with these feature gates; `folder` gets its log and the archives."""
     layout = from_environment()
     program = toolchain.built(layout, ["kustomize-controller"])["kustomize-controller"]
     for file in toolchain.manifests(layout, "kustomize-controller").glob("*.yaml"):

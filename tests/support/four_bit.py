@@ -33,7 +33,7 @@ def convert(model: Path, target: Path, quantization: QuantizationSpec) -> str:
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
-    """All tensors of a model, with the constants of its 4-bit layers but not their descriptions in JSON."""
+    """All tensors of a model, with the constants of 4-bit layers but no JSON descriptions."""
     found = dict(model.named_parameters())
     for name, layer in model.named_modules():
         if isinstance(layer, Linear4bit):
@@ -109,7 +109,7 @@ def manifest_of(context: StepContext, record: PrepareRecord) -> BaseManifest:
 
 
 def require_made_of(context: StepContext, record: PrepareRecord, weights: bytes) -> None:
-    """The base was made of a model.safetensors with this content; that file is deleted."""
+    """The base was made of a deleted model.safetensors with this content."""
     assert manifest_of(context, record).sources == {"model.safetensors": hashlib.sha256(weights).hexdigest()}
     assert not [*context.workspace.models.rglob("*.safetensors")]
 

@@ -1,4 +1,4 @@
-"""Notes the gathered parts of a sharded base in a rank while it trains: whole blocks, and gathered bytes."""
+"""Notes the gathered parts of a sharded base in a rank: whole blocks, and bytes."""
 
 import json
 import time
@@ -95,7 +95,7 @@ def _frozen(block: nn.Module) -> list[Tensor]:
 
 
 def _is_whole(block: nn.Module) -> bool:
-    """Whether the block's weights are gathered: then FSDP registers them, and else this rank's part of each."""
+    """Whether the block's weights are gathered: only then FSDP registers them."""
     return not any(isinstance(parameter, DTensor) for parameter in _frozen(block))
 
 

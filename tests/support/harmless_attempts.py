@@ -187,7 +187,7 @@ def a_pod_with_the_claim_of_another(t: Tenants) -> None:
 
 @attempt
 def a_registry_at_the_address_of_the_metadata_server(t: Tenants) -> None:
-    """Its address is one; the trainer connects only to those of the profile, which its pod gets."""
+    """The trainer connects only to the profile's addresses, which its pod gets."""
     output = {"destination": "oci://169.254.169.254:80/adapter:v1", "secretRef": {"name": "registry"}}
     _, own = running(t, "metadata-server", output=output)
     environment = {entry["name"]: entry.get("value") for entry in own["spec"]["containers"][0]["env"]}
@@ -205,7 +205,7 @@ def a_pod_with_the_labels_of_the_job_of_another(t: Tenancy) -> None:
 
 @attempt
 def a_job_that_the_job_of_another_controls(t: Tenants) -> None:
-    """An owner is searched in the same namespace; none exists, so the garbage collector deletes the object."""
+    """No owner exists in the namespace, so the garbage collector deletes the object."""
     owner = controller(victims_job(t), "qlora.dev/v1alpha1", "QLoRAJob")
     metadata = forged("tune-train-1", victims_job(t), "train", ownerReferences=owner)
     t.tenant.create(TENANT, "jobs", batch_job(metadata | {"name": "tune-forged-1"}))
@@ -238,7 +238,7 @@ def a_pod_that_says_it_did_the_work(t: Tenancy) -> None:
 
 @played
 def a_pod_that_says_it_is_one_of_the_step(t: Tenancy) -> None:
-    """Such a pod counts as one of the tenant's job, whose result the tenant may fake; the operator continues."""
+    """Such a pod counts as one of the tenant's job, whose result the tenant may fake."""
     job, own = running(t, "forged-owner")
     step = t.admin.get(TENANT, "jobs", "forged-owner-prepare-1")
     metadata = forged("forged-owner-1", job, "prepare", ownerReferences=controller(step, "batch/v1", "Job"))

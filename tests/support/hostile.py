@@ -1,4 +1,4 @@
-"""Tries hostile input: its place, the bounds of its preparation, and the files that must stay unchanged."""
+"""Tries hostile input: its place, its bounds, and the files that must stay unchanged."""
 
 import json
 import os
@@ -101,7 +101,7 @@ class Case:
 
 
 def collector(cases: dict[str, Case]) -> Callable[[ExitCode, str], Callable[[Callable[[Place], None]], None]]:
-    """Makes a decorator that collects a case; the function's name, with blanks, is its title."""
+    """Makes a decorator that collects a case; the function's name is its title."""
 
     def case(code: ExitCode, says: str) -> Callable[[Callable[[Place], None]], None]:
         def collect(attack: Callable[[Place], None]) -> None:
@@ -161,7 +161,7 @@ def new_trial(root: Path, model: Path, context: MakeContext, monkeypatch: pytest
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """At most so much more memory, and so much time, as if a bomb went off it must not take the machine with it."""
+    """Bound memory and time, so that a bomb does not take the machine with it."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
 
@@ -180,7 +180,7 @@ def bounded() -> Iterator[None]:
 
 
 def contents(folder: Path, *, but: Path | None = None) -> dict[str, tuple[object, ...]]:
-    """Everything below but one folder: kind, and of files content and times. Links and pipes are not followed."""
+    """Kind of everything below but one folder, content and times of files. Follows no link."""
     paths = (path for path in sorted(folder.rglob("*")) if but is None or not path.is_relative_to(but))
     return {str(path): _content(path) for path in paths}
 

@@ -1,4 +1,4 @@
-"""A Python with the packages of some extras of the project only, as on the machine of a user who has chosen them."""
+"""A Python with the packages of some extras only, as on the machine of a user."""
 
 import os
 import re
@@ -32,7 +32,7 @@ def _wanted(requirements: Iterable[str], extras: Iterable[str]) -> Iterator[Requ
 
 
 def distributions(extras: Iterable[str]) -> dict[str, Distribution]:
-    """Packages of the extras, with all that they require, as far as they are installed here; by name."""
+    """Installed packages of the extras, with all requirements, by name."""
     declared = _project()
     lists = [declared["dependencies"], *(declared["optional-dependencies"][extra] for extra in extras)]
     pending, found = [each for listed in lists for each in _wanted(listed, ())], {}

@@ -30,7 +30,7 @@ Object = dict[str, Any]
 
 
 class Kueue:
-    """Actions of an administrator of Kueue; all LocalQueues are in the one namespace that it manages."""
+    """Actions of an administrator of Kueue, who manages LocalQueues in one namespace."""
 
     def __init__(self, kubectl: Kubectl, folder: Path, namespace: str) -> None:
         self.kubectl, self.namespace = kubectl, namespace
@@ -49,7 +49,7 @@ class Kueue:
         self.kubectl("apply", "--server-side", "--filename=-", input_text=yaml.safe_dump_all(kept))
 
     def start(self, *, unlabeled: bool = False) -> None:
-        """Start the controller and wait for its webhooks. With `unlabeled` it holds Jobs without a queue too."""
+        """Start the controller and wait for its webhooks. `unlabeled`: hold Jobs without a queue."""
         configuration = {
             **yaml.safe_load((SHIPPED / "configuration.yaml").read_text()),
             "namespace": NAMESPACE,
@@ -92,7 +92,7 @@ class Kueue:
         self.local_queue(name, name)
 
     def local_queue(self, name: str, cluster_queue: str) -> None:
-        """Apply the LocalQueue, and wait until the controller has seen it: it takes Jobs for one named `default`."""
+        """Apply the LocalQueue, and wait until the controller uses it if named `default`."""
         self.apply("LocalQueue", name, {"spec": {"clusterQueue": cluster_queue}})
 
         def conditions() -> list[Object] | None:
@@ -170,7 +170,7 @@ class Kueue:
 
 @contextmanager
 def kueue(kubectl: Kubectl, folder: Path, namespace: str) -> Iterator[Kueue]:
-    """Kueue for the Jobs of one namespace; `folder` gets its log. Its objects in the API stay."""
+    """Kueue for the Jobs of one namespace; `folder` gets its log. Its objects stay."""
     controller = Kueue(kubectl, folder, namespace)
     controller.install()
     controller.start()

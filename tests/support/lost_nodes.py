@@ -128,7 +128,7 @@ def _is_dead(process: int | None) -> bool:
 
 
 def _network(port: int) -> int:
-    """A port that leads to `port`, and shows the end of that process as a network with a round trip does."""
+    """A port that leads to `port`, and shows the end of that process after a round trip."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def pump(source: socket.socket, target: socket.socket, *, ends: bool) -> None:

@@ -1,4 +1,4 @@
-"""A real API server with the real controllers and the real operator, and no node: tests write what a kubelet would."""
+"""A real API server with the real controllers and the operator, without a node."""
 
 import json
 import os
@@ -32,7 +32,7 @@ URI = "pvc://a/b"
 
 @dataclass(frozen=True)
 class Nodeless:
-    """The cluster, as its users and its nodes use it; jobs are in the namespace `team`."""
+    """The cluster as its users and its nodes use it; jobs are in the namespace `team`."""
 
     plane: ControlPlane
     metrics_port: int
@@ -116,7 +116,7 @@ class Nodeless:
         return sorted(listed, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
 
     def start_pod(self, pod: dict[str, Any]) -> None:
-        """The pod gets a node and starts; when it is deleted, it stays until it is ended and removed."""
+        """The pod gets a node and starts; once deleted, it stays until it is ended and removed."""
         name = pod["metadata"]["name"]
         target = {"apiVersion": "v1", "kind": "Node", "name": NODE}
         binding = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": name}, "target": target}

@@ -1,4 +1,4 @@
-"""A network outside the cluster, with the addresses that a pod could try to reach, and servers on some of them."""
+"""A network outside the cluster, with addresses for pods to try, and some servers."""
 
 import subprocess
 import sys

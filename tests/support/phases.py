@@ -1,4 +1,4 @@
-"""A QLoRAJob in every phase, with the status of the operator's decisions, and its expected view in Argo CD."""
+"""A QLoRAJob in every phase, with its status, and its expected view in Argo CD."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from tests.support.builders import (
 
 @dataclass(frozen=True)
 class Case:
-    """An object, its health and the start of the message in Argo CD, and which action is offered, if any."""
+    """An object, its health, the start of its message in Argo CD, and its action, if any."""
 
     name: str
     body: dict[str, Any]

@@ -1,4 +1,4 @@
-"""Preference tuning as a plain loop does it: padded, with full logits, and a frozen copy of the model as reference."""
+"""Preference tuning as a plain loop: padded, with full logits, and a frozen reference."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class PlainPair:
 
 
 def plain_model(folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Any:
-    """The model as PEFT's guide to quantized training makes it, with the adapter's weights set to `tensors`."""
+    """The model of PEFT's guide to quantized training, with `tensors` as adapter weights."""
     base = AutoModelForCausalLM.from_pretrained(
         folder,
         quantization_config=BitsAndBytesConfig(

@@ -1,4 +1,4 @@
-"""QLoRAJobs whose Jobs a test ends itself, as the Job controller and a kubelet would, and one operator's passes."""
+"""QLoRAJobs whose Jobs a test ends itself, and one operator's passes."""
 
 import copy
 import json

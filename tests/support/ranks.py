@@ -1,4 +1,4 @@
-"""Jobs whose train step has two processes, and programs that start and watch these, for their tests."""
+"""Jobs whose train step has two processes, and programs that start and watch these."""
 
 import os
 import subprocess
@@ -71,7 +71,7 @@ def runs(pid: int) -> bool:
 
 
 def two_nodes() -> list[tuple[str, ...]]:
-    """The commands that start the step on each of two nodes, here two agents of torchrun on one machine."""
+    """The commands that start the step on each of two nodes: two agents of torchrun here."""
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--no-python", "--nnodes", "2", "--nproc-per-node", "1")
     store = ("--master-addr", "127.0.0.1", "--master-port", str(free_port()))
     return [(*torchrun, *store, "--node-rank", str(node)) for node in range(2)]
@@ -129,7 +129,7 @@ if os.environ.get("RANK") == "1" or os.environ.get("QLORA_NODE") == "1":
 
 
 def second_gpu(folder: Path, rows: int) -> dict[str, str]:
-    """The environment that gives the second process a GPU for so many rows, as the test has no GPU to fill."""
+    """The environment that gives the second process a fake GPU for so many rows."""
     return beginning_with(folder, FULL_GPU.format(rows=rows))
 
 

@@ -1,4 +1,4 @@
-"""Attempts of a tenant that the API server rejects: one request each, with the status and a part of the answer."""
+"""Attempts of a tenant that the API server rejects: one request each, with its answer."""
 
 import json
 from dataclasses import dataclass

@@ -66,7 +66,7 @@ class Kubelet:
 
 @contextmanager
 def kubelet(folder: Path) -> Iterator[Kubelet]:
-    """Serve until the block ends; `folder` gets its certificate, which the API server does not check."""
+    """Serve until the block ends; `folder` gets the certificate, which is not checked."""
     served = Kubelet()
     handler = type("Handler", (_Handler,), {"kubelet": served})
     server = ThreadingHTTPServer((LOOPBACK, 0), handler)
@@ -226,7 +226,7 @@ class Reported:
         self.kubectl("patch", "pod", pod, "--subresource=status", "--type=merge", patch)
 
     def kubeconfig(self, folder: Path, user: str, *rules: Object, server: str = "") -> Path:
-        """Of a new account that has these rights in the namespace and no others; `server` is a proxy."""
+        """Token of a new account with these rights in the namespace only; `server` is a proxy."""
         self.create({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": user}})
         group = "rbac.authorization.k8s.io"
         role = {"apiVersion": f"{group}/v1", "kind": "Role", "metadata": {"name": user}, "rules": list(rules)}

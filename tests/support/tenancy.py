@@ -288,7 +288,7 @@ def rendered(values: Object) -> list[Object]:
 
 @contextmanager
 def tenancy(folder: Path, profiles: Object) -> Iterator[Tenancy]:
-    """The chart's roles, an operator that has them, and three namespaces; `folder` gets its settings and its log."""
+    """The chart's roles, an operator with them, and three namespaces; `folder` gets its log."""
     with running(controller_manager=True) as plane:
         objects = rendered({"profiles": profiles})
         roles = ("ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding")
@@ -359,7 +359,7 @@ def _add_node(admin: Client, port: int) -> None:
 
 
 def add_namespaces(kubectl: Kubectl) -> None:
-    """The namespaces of both tenants, who have the role `edit` in them; one has a quota."""
+    """The namespaces of both tenants, who may `edit` them; one has a quota."""
     for namespace in (TENANT, CAPPED, VICTIM):
         _add_namespace(kubectl, namespace, VICTIM_USER if namespace == VICTIM else TENANT_USER)
     kubectl("create", "quota", "quota", f"--namespace={CAPPED}", f"--hard={_comma_separated(QUOTA)}")

@@ -1,4 +1,4 @@
-"""The user's command line as its user types it: in a terminal, or with its output going into a file."""
+"""The user's command line as typed: in a terminal, or with its output in a file."""
 
 import fcntl
 import os
@@ -64,7 +64,7 @@ def _heed_interrupt() -> None:
 
 @contextmanager
 def typed(*arguments: str, terminal: bool, columns: int = 120, **environment: str) -> Iterator[Typed]:
-    """Run `qlora` until the block ends; with `terminal`, in one of so many columns, as `xterm-256color`."""
+    """Run `qlora` until the block ends; `terminal`: with so many columns."""
     if terminal:
         reading, writing = pty.openpty()
         fcntl.ioctl(writing, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))

@@ -1,4 +1,4 @@
-"""Tiny multimodal models, made of transformers' defaults; the trainer trains their text decoder."""
+"""Tiny multimodal models, made of transformers' defaults, with a trained text decoder."""
 
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ _TIMM_TOWER: dict[str, dict[str, Any]] = {
 
 
 def tiny_wrapper(model_type: str) -> PretrainedConfig:
-    """A configuration with a small tower and a text decoder for the vocabulary of `tests.support.training`'s rows."""
+    """A configuration with a small tower and a decoder for `tests.support.training`'s rows."""
     small = shrunken(AutoConfig.for_model(model_type, **SETTINGS.get(model_type, {}))).config
     text = small.get_text_config(decoder=True)
     for place, part in vars(small).items():
@@ -116,7 +116,7 @@ def tiny_wrapper(model_type: str) -> PretrainedConfig:
 
 
 def save_wrapper(folder: Path, config: PretrainedConfig) -> Path:
-    """A random model of the configuration with its tokenizer, in a folder as a hub has it: whole, with its tower."""
+    """A random model with its tokenizer and its tower, in a folder as in a hub."""
     loader: Any = auto_class(config)
     torch.manual_seed(0)
     model = loader.from_config(config, dtype=torch.bfloat16)

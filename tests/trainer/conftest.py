@@ -36,7 +36,7 @@ MakeContext = Callable[..., StepContext]
 
 @pytest.fixture(autouse=True)
 def _the_hubs_client_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client waits one second, two, four, … between its tries; here they follow each other immediately."""
+    """Remove the client's waits of one second, two, four, … between its tries."""
     for module in (_http, file_download):
         monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda _seconds: None))
 
@@ -68,13 +68,13 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a two-layer Qwen2 (biases, tied embeddings) with a ChatML template. Do not change it: copy it."""
+    """Folder of a two-layer Qwen2 with a ChatML template. Do not change it: copy it."""
     return save_model(tmp_path_factory.mktemp("qwen2") / "model", Qwen2Config(**SHAPE, tie_word_embeddings=True))
 
 
 @pytest.fixture(scope="session")
 def fluent(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    """The tiny Llama after it has learned the pattern of the test's rows, so that there is something to lose."""
+    """The tiny Llama after training on the test's rows, so that it has skills to lose."""
     folder = tmp_path_factory.mktemp("fluent") / "model"
     shutil.copytree(tiny_llama, folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -42,6 +42,6 @@ def one_file(name: str, path: str, content: str | bytes, message: str, **dataset
 
 
 def second_line(name: str, line: str | bytes, message: str, **dataset: Any) -> BadData:
-    """A JSONL file of a good row and a wrong one; the message begins with the wrong one's place."""
+    """A JSONL file of a good and a wrong row; the message begins with the wrong one's place."""
     wrong = line.encode() if isinstance(line, str) else line
     return one_file(name, "train.jsonl", GOOD.encode() + wrong, f"pvc://data/train.jsonl line 2{message}", **dataset)

@@ -1,4 +1,4 @@
-"""The user's command line: a manifest's errors with their lines, the memory plan, and a run on this machine."""
+"""The user's command line: a manifest's errors, the memory plan, and a local run."""
 
 import json
 import os

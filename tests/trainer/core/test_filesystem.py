@@ -1,4 +1,4 @@
-"""Files and folders are written complete or not at all, and incomplete ones are found by their name."""
+"""Files and folders are written complete, or are recognized as incomplete by name."""
 
 import os
 from pathlib import Path

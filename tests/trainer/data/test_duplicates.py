@@ -24,7 +24,7 @@ ROWS = [chat_row(f"Question {n}?", "pods " * (n % 7 + 1)) for n in range(20)]
 
 
 def tokenized(rows: list[tuple[list[int], list[bool]]], chunk_rows: int = 3) -> TokenizedRows:
-    """The rows, each as its tokens and targets, in chunks; their locations are their numbers."""
+    """The rows, each as its tokens and targets, in chunks, with numbers as locations."""
     made = [TokenizedRow(numpy.array(ids, dtype=numpy.int32), numpy.array(flags, dtype=bool)) for ids, flags in rows]
     numbers = [f"line {n}" for n in range(len(rows))]
     starts = range(0, len(rows), chunk_rows)
@@ -54,7 +54,7 @@ def test_the_overlap_names_its_first_rows() -> None:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Twenty rows with two repetitions, and four held-out rows; one of these is the third row again."""
+    """Twenty rows with two repetitions, and four held-out rows with one of these."""
     folder = tmp_path / "data"
     write_rows(folder / "train.jsonl", [*ROWS, ROWS[4], ROWS[9]])
     write_rows(folder / "eval.jsonl", [chat_row(f"Other {n}?", "nodes") for n in range(3)] + [ROWS[2]])

@@ -1,4 +1,4 @@
-"""A mix: each source gives its share to each epoch, in a new draw, and the rows of a run are the drawn ones."""
+"""A mix: each source gives its share to each epoch, in a new draw."""
 
 import shutil
 from collections import Counter
@@ -107,7 +107,7 @@ def test_an_epoch_has_no_row_twice_before_it_has_all_rows_of_the_source() -> Non
 
 
 def test_the_rows_of_an_epoch_are_drawn_evenly() -> None:
-    """Each of 100 rows is drawn in half of 2000 epochs: three in four within 1.15 deviations, all within five."""
+    """Each of 100 rows is drawn in half of 2000 epochs, within five deviations."""
     mix = Mix.from_sizes((100, 100), (1.0, 3.0))
     counts = numpy.bincount(numpy.concatenate(list(islice(mix.epochs(seed=3), 2000))), minlength=200)
     deviations = numpy.abs(counts[:100] - 1000) / numpy.sqrt(2000 * 0.25)
@@ -241,7 +241,7 @@ def test_each_source_must_have_rows_to_hold_out(make_mixed: MakeContext, tmp_pat
 
 
 def drawn(sizes: tuple[int, ...], folder: Path, **training: Any) -> int:
-    """The epochs of the sources that are drawn for a run, in steps of 12 rows; up to the rejection if one occurs."""
+    """The drawn epochs of the sources for a run, in steps of 12 rows, up to a rejection."""
     epochs: list[int] = []
 
     def arranged() -> EpochArrangements:
@@ -295,7 +295,7 @@ def test_prepare_rejects_a_run_of_more_epochs_than_can_be_drawn(make_mixed: Make
 def test_pairs_repeated_in_a_step_are_resumed_to_the_same_bytes(
     packing: bool, make_mixed: MakeContext, tmp_path: Path
 ) -> None:
-    """Of a small source with a large weight; the base's part of a pair is computed once."""
+    """Of a small source with a large weight: the base's part is computed once a pair."""
     for name, size in (("many", 12), ("few", 4)):
         pairs = [{"prompt": f"{name} {n}?", "chosen": f"get {name} {n}", "rejected": "delete"} for n in range(size)]
         write_rows(tmp_path / "data" / f"{name}.jsonl", pairs)

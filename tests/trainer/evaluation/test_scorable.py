@@ -1,4 +1,4 @@
-"""Before the GPU is used, a job reports the held-out rows behind its score, and their reference answers."""
+"""Before training, a job reports the held-out rows behind its score, and their answers."""
 
 from collections.abc import Sequence
 from functools import partial

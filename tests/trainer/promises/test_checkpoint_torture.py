@@ -146,7 +146,7 @@ def test_when_all_are_damaged_none_is_used_and_all_are_kept(two: Path) -> None:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 def test_a_save_that_fails_at_any_operation_leaves_the_earlier_checkpoints(number: int, tmp_path: Path) -> None:
-    """The file system answers the first, the second, … operation on it with an error, until the save gets through."""
+    """Fail the first, the second, … file system operation, until the save gets through."""
     for failing in range(1, 200):
         folder = tmp_path / str(failing)
         save(folder, 1, 2)
@@ -186,7 +186,7 @@ def full_from(failing: int, workspace: Path) -> AbstractContextManager[BadDisk]:
 def test_a_run_on_a_volume_that_fills_up_at_any_write_resumes_to_the_same_bytes(
     full_disks: int, tmp_path: Path, tiny_llama: Path
 ) -> None:
-    """The whole train step, with the volume full from the first write on, from some of the others, from the last."""
+    """The train step, with the volume full from the first, some other, or the last write on."""
     undisturbed = prepared(tmp_path / "undisturbed", tiny_llama, SHORT_RUN)
     with full_from(sys.maxsize, undisturbed.workspace.root) as disk:
         run(undisturbed)
@@ -250,7 +250,7 @@ for left in range(100):
 
 @pytest.mark.parametrize("kind", ["pages", "inodes"])
 def test_a_volume_that_is_full_at_any_write_leaves_the_earlier_checkpoints(kind: str, tmp_path: Path) -> None:
-    """A real file system with room for nothing, for one page (or file) more, and so on, until the save gets through."""
+    """A real file system with room for nothing, one page (or file) more, … until it is saved."""
     mount = f"mount -t tmpfs -o size=1m,nr_inodes=64 none {tmp_path}"
     script = f"{mount} && exec {sys.executable} -c '{FILL}' {tmp_path} {kind}"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

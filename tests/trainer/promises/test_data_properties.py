@@ -1,4 +1,4 @@
-"""Parsers of data files under arbitrary bytes: rows, or a rejection with a reason; nothing else, and nothing lost."""
+"""Parsers of data files under arbitrary bytes: rows, or a rejection with a reason."""
 
 import gzip
 import json
@@ -184,7 +184,7 @@ ROWS = st.lists(
 @settings(max_examples=40, deadline=None)
 @given(ROWS, st.integers(1, 7), st.integers(0, 99))
 def test_every_row_lands_once_with_its_own_mask(rows: list[list[tuple[int, bool]]], chunk_rows: int, seed: int) -> None:
-    """Through chunks on disk, packing and the split's file; the mask stays aligned with its tokens."""
+    """Through chunks on disk, packing and the split's file, the mask stays aligned."""
     pairs = [([token for token, _ in row], [flag for _, flag in row]) for row in rows]
     tokens = [TokenizedRow(numpy.array(ids, numpy.int32), numpy.array(flags, numpy.bool_)) for ids, flags in pairs]
     with tempfile.TemporaryDirectory() as folder:

@@ -29,7 +29,7 @@ _INSTRUCTIONS = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16")
 
 
 def measured(seed: int, root: Path) -> dict[str, Any]:
-    """The losses of 12 steps with dropout, accumulation, a cosine schedule and evaluations, and how they were got."""
+    """Losses of 12 steps with dropout, accumulation, a schedule and evaluations."""
     model = save_model(root / "model", LlamaConfig(**SHAPE))
     context = prepared(root / "workspace", model, {"training": {"seed": seed, "maxSteps": 12, "evalEverySteps": 4}})
     run(context)

@@ -1,4 +1,4 @@
-"""After an evaluation every adapter weight still learns, and no packed row affects the gradients of another."""
+"""After an evaluation all adapter weights learn, and packed rows stay independent."""
 
 from pathlib import Path
 from typing import Any

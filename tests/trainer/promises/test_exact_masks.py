@@ -140,7 +140,7 @@ def learnt_by(folder: Path, template: str, messages: list[dict[str, Any]]) -> tu
 
 
 def generated(folder: Path, template: str, messages: list[dict[str, Any]]) -> tuple[list[int], list[bool]]:
-    """The tokens of a conversation, and which of them the marks in the template call generated: transformers' word."""
+    """The tokens of a conversation, and the generated ones according to transformers."""
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     encoded = tokenizer.apply_chat_template(
         messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True

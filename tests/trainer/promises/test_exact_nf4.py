@@ -1,4 +1,4 @@
-"""NF4 as the paper and bitsandbytes have it: the values, the weights that training sees, and the bytes they take."""
+"""NF4 as in the paper and bitsandbytes: values, weights in training, and bytes."""
 
 from pathlib import Path
 from typing import Any

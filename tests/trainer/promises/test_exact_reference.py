@@ -71,7 +71,7 @@ class Example:
 
 
 def examples_of(rows: list[dict[str, Any]], model: Path, train_on: TrainOn) -> list[Example]:
-    """The rows, tokenized and labeled by prefixes: the answer is the conversation's addition to its prompt."""
+    """The rows, tokenized and labeled by prefixes."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     examples = []
@@ -86,7 +86,7 @@ def examples_of(rows: list[dict[str, Any]], model: Path, train_on: TrainOn) -> l
 
 
 def reference_model(folder: Path, dtype: torch.dtype, attention: str, tensors: dict[str, Tensor]) -> Any:
-    """The model as PEFT's guide to quantized training makes it, with the adapter's weights set to `tensors`."""
+    """The model of PEFT's guide to quantized training, with `tensors` as adapter weights."""
     base = AutoModelForCausalLM.from_pretrained(
         folder,
         quantization_config=BitsAndBytesConfig(
@@ -128,7 +128,7 @@ def reference_backward(model: Any, examples: list[Example]) -> float:
 
 
 def our_model(folder: Path, seed: int) -> Any:
-    """The trainer's model, checkpointed, with an adapter whose B is no longer 0, so that A has gradients."""
+    """The trainer's model, checkpointed, with B other than 0, so that A has gradients."""
     lora = LoraSpec(rank=4, alpha=8)
     model = attach_adapter(
         load_base(folder, QuantizationSpec(), "cpu"),

@@ -1,4 +1,4 @@
-"""A checkpoint of another run is rejected with the difference named: a setting, data, model, library or trainer."""
+"""A checkpoint of another run is rejected with the name of the difference."""
 
 import dataclasses
 import math

@@ -123,7 +123,7 @@ def sites_of(context: StepContext) -> Counter[Site]:
 
 
 def attempt(context: StepContext, instant: Instant | None) -> int:
-    """The train step in a new process that ends at `instant`; its exit code, negative for a signal."""
+    """Exit code of a new process's train step that ends at `instant`; negative for a signal."""
     child = os.fork()
     if child == 0:
         stop = StopRequest()
@@ -220,7 +220,7 @@ def test_attempts_that_end_anywhere_lead_to_the_bytes_of_an_undisturbed_run(
 
 
 def signalled(files: Files, step: int, *signals: signal.Signals, threads: str = "1") -> int:
-    """The train step's command line, sent `signals` after its report of `step` steps; its exit code."""
+    """Exit code of the train step's command line, sent `signals` after `step` steps."""
     process = files.start("train", OMP_NUM_THREADS=threads)
     assert process.stdout is not None
     for line in process.stdout:
@@ -282,7 +282,7 @@ def long_rows() -> list[dict[str, Any]]:
 
 
 def test_long_rows_on_two_threads_lead_to_the_bytes_of_an_undisturbed_run(tmp_path: Path) -> None:
-    """Rows and sequences are so long that attention, filling and loss take the ways that short ones never do."""
+    """Rows long enough for the long paths of attention, filling and loss."""
     model = save_model(tmp_path / "models" / "model", LlamaConfig(**(SHAPE | {"max_position_embeddings": 1024})))
     training = {
         "maxSteps": 6,

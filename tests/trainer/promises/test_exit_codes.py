@@ -1,4 +1,4 @@
-"""Each ending of a step, through the command line: the exit code, the record, and the remaining files."""
+"""Each ending of a step, through the command line: exit code, record, and files."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def copied_model(files: Files, tiny_llama: Path) -> tuple[Files, Path]:
 
 
 def failed(done: Done, code: ExitCode, *words: str) -> None:
-    """Check that the step failed in this way, with a sentence that has these words, and reported nothing else."""
+    """Check the step's failure by the words of its sentence, its only report."""
     assert done.exit_code == code, done.stdout + done.stderr
     assert (done.result.outcome, done.result.reason) == ("failed", code.reason)
     for word in words:

@@ -46,7 +46,7 @@ def rewritten(files: Files, **changes: Any) -> None:
 
 
 def with_tensors(change: Callable[[dict[str, Tensor]], None], *, forge_sum: bool = True) -> Spoil:
-    """Change the trained tensors; with `forge_sum` the train record gets their SHA-256."""
+    """Change the trained tensors; `forge_sum`: the train record gets their SHA-256."""
 
     def spoil(files: Files) -> None:
         tensors = load_file(adapter_file(files))

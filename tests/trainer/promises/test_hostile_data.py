@@ -139,7 +139,7 @@ def a_parquet_value_that_every_row_has(place: Place) -> None:
 
 @case(DATASET, "reading it took more than 1.0 GiB of host memory")
 def a_parquet_value_that_every_row_has_in_a_column_called_int32(place: Place) -> None:
-    """The same, but the footer gives each column's pages another type, which pyarrow ignores for that of the schema."""
+    """The footer gives each column's pages another type, which pyarrow ignores."""
     write_repeated_values(place)
     path = place.data / "train.parquet"
     content = path.read_bytes()

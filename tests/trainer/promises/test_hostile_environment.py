@@ -45,7 +45,7 @@ def elsewhere() -> Iterator[FakeHub]:
 
 
 def prepared(files: Files, folder: Path, **environment: str) -> Done:
-    """Run in that folder, with Python as the image sets it up: it imports no modules from its working directory."""
+    """Run in that folder with the image's Python, which does not import from it."""
     return files.run("prepare", ("env", f"--chdir={folder}"), PYTHONSAFEPATH="1", **environment)
 
 

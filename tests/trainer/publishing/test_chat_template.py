@@ -41,7 +41,7 @@ SPEC: dict[str, Any] = {
 
 
 def base_without_template(tiny_llama: Path, folder: Path) -> Path:
-    """A base as it is published before it is taught to chat: no template, and texts end with <|endoftext|>."""
+    """A published base without chat training: no template, texts end with <|endoftext|>."""
     shutil.copytree(tiny_llama, folder)
     (folder / "chat_template.jinja").unlink()
     for name, change in {

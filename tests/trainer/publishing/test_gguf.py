@@ -1,4 +1,4 @@
-"""Adapters as GGUF files: a real llama.cpp loads them and gives PEFT's answers; unsupported ones are rejected."""
+"""Adapters as GGUF files: llama.cpp loads them and gives PEFT's answers."""
 
 import json
 from hashlib import sha256
@@ -49,7 +49,7 @@ def made(config: PretrainedConfig, folder: Path) -> Path:
 
 
 def adapted(model: Path, lora: LoraSpec, folder: Path) -> tuple[Tensor, Tensor]:
-    """Save a random adapter; returns PEFT's log-probabilities after TOKENS, with it and without."""
+    """Save a random adapter; returns log-probabilities after TOKENS, with and without it."""
     targets = inspect_family(model, lora).target_modules
     settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, use_rslora=lora.use_rslora, target_modules=list(targets))
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()

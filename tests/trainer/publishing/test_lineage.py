@@ -1,4 +1,4 @@
-"""Lineage of a published adapter: stated, signed, and verified by `qlora verify` wherever the adapter is."""
+"""Lineage of a published adapter: stated, signed, and verified by `qlora verify`."""
 
 import base64
 import json

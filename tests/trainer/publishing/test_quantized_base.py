@@ -1,4 +1,4 @@
-"""The 4-bit base with the adapter: it loads in servers, is shared by jobs, and is taken for no other."""
+"""The 4-bit base with the adapter: loads in servers, and is shared by jobs."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The run of a published adapter on the servers of trackers: once, whole, and never in the adapter's way."""
+"""The run of a published adapter in trackers: once, whole, and never blocking."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""The adapter of the best evaluation is kept to the last bit, and a run that no longer improves ends early."""
+"""The exact adapter of the best evaluation is kept, and a run can end early."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A job that resumes the run of another one: to the same bytes, only if it is the same run, changing nothing there."""
+"""A job that resumes another one's run: to the same bytes, and without changes there."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""An adapter that does not pass its gate reaches no destination, and is published once the gate lets it pass."""
+"""An adapter that fails its gate is not published until the gate lets it pass."""
 
 import json
 import re

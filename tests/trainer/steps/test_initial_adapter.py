@@ -1,4 +1,4 @@
-"""Training that begins with an earlier adapter: from its loss on, resumed to the last bit, or not at all."""
+"""Training that begins with an earlier adapter: from its loss on, resumed exactly."""
 
 import dataclasses
 import json
@@ -445,7 +445,7 @@ def test_a_cleaned_job_rejects_a_changed_earlier_adapter(place: Place) -> None:
 def test_the_run_is_compared_with_its_start_and_resumes_to_the_last_bit(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that unlearns the earlier adapter has diverged, although it ends no worse than the base alone."""
+    """A run that unlearns the earlier adapter has diverged, even if no worse than the base."""
     spec = {"lora": {"from": FROM}, "training": {"maxSteps": 2, "learningRate": 0.05, "evalEverySteps": 1000}}
     context = place.context("second", spec)
     prepare(context, Recorded())

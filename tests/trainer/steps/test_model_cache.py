@@ -252,7 +252,7 @@ def test_a_job_trains_and_publishes_from_the_cache_and_clean_keeps_it(
 def test_an_adapter_is_published_without_the_base_that_it_was_trained_on(
     hub: FakeHub, cache: Path, tmp_path: Path
 ) -> None:
-    """The adapter is all that the job is for: nothing that was paid for is lost with a file that is not read."""
+    """The adapter is the result: it is not lost with a file that is not read."""
     files = new_files(tmp_path / "job", tmp_path, MODEL | {"training": {"maxSteps": 8}})
     for step in ("prepare", "train"):
         assert files.run(step, QLORA_MODEL_CACHE=str(cache)).exit_code == 0
@@ -357,7 +357,7 @@ def with_tensors_of_another_model(folder: Path, name: str = WEIGHTS) -> None:
 
 
 def replaced(folder: Path, name: str, role: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Change the first of the layers' tensors of that role, as a user with knowledge of the format would."""
+    """Change the first of the layers' tensors of that role, in the valid format."""
     tensors = load_file(folder / name)
     chosen = min(tensor for tensor in tensors if f".weight.{role}" in tensor)
     (folder / name).unlink()
@@ -505,7 +505,7 @@ def test_a_cached_base_that_was_changed_is_made_again(
 
 
 def test_the_checksum_detects_a_planted_base_with_other_numbers(job: JobOf, hub: FakeHub, cache: Path) -> None:
-    """No server publishes a base's sum: a process that can write to the claim can plant a base, and jobs compare."""
+    """No server publishes a base's sum: a process with access to the claim can plant one."""
     first = prepare(job("first"), Recorded())
     with_a_matching_manifest(cached(cache))
     second = prepare(job("second"), Recorded())
@@ -813,7 +813,7 @@ def test_a_full_cache_is_reported_and_the_base_goes_into_the_workspace(
 
 @contextmanager
 def broken(cache: Path, failing: int, number: int) -> Iterator[None]:
-    """Let every operation that changes the cache's volume fail, from number `failing` on; other volumes work."""
+    """Let every operation on the cache's volume fail from number `failing` on."""
     fsync = os.fsync
     with bad_disk(cache, failing, number, stays_full=True), patch.object(os, "fsync", fsync):
         yield

@@ -159,7 +159,7 @@ def test_a_setting_that_does_not_affect_the_data_changes_the_estimate_only(
 
 
 def clock() -> datetime:
-    """Stands still: the record has the seconds that fetching the base took, which differ from run to run."""
+    """Stands still: the record has the seconds of fetching, which differ between runs."""
     return datetime(2026, 1, 2, tzinfo=UTC)
 
 
@@ -380,7 +380,7 @@ def test_incomplete_folders_of_a_killed_attempt_are_deleted(make_context: MakeCo
 
 
 def run(context: StepContext, tmp_path: Path, model: Path) -> tuple[int, dict[str, Any]]:
-    """The step through the command line: exit code and result. Standard output holds nothing but records."""
+    """Exit code and result of the step's command line, which prints records only."""
     job = tmp_path / "job.json"
     job.write_text(json.dumps(context.document.model_dump(mode="json", by_alias=True, exclude_none=True)))
     folders = [f"--volume=models={model.parent}", f"--volume=data={tmp_path / 'data'}"]

@@ -1,4 +1,4 @@
-"""Output of publish for people, for PEFT and for servers; its rejections; and the deletions of clean."""
+"""Output of publish for people, PEFT and servers, its rejections, and clean."""
 
 import html
 import json

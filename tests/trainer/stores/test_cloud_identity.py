@@ -132,7 +132,7 @@ def test_pod_identity_of_eks_opens_a_bucket_of_s3(s3: FaultProxy, give: Give, to
 def test_without_permission_of_the_profile_googles_identity_is_not_requested(
     google: FakeCloud, give: Give, identity: str | None
 ) -> None:
-    """Permission for another cloud does not count: on a node without workload identity it would be the node's."""
+    """Permission for another cloud does not count: it would give the node's identity."""
     if identity is not None:
         give(**{contract.ENV_CLOUD_IDENTITY: identity})
     assert "with no credentials (spec.model.secretRef)" in rejected("gs", ExitCode.BAD_CONFIGURATION)

@@ -68,7 +68,7 @@ def folder_of(scheme: str, credentials: Secret) -> ObjectFolder:
 
 
 def require_usable(folder: ObjectFolder, cloud: FakeCloud, root: Path) -> None:
-    """Everything that a job does with a folder: in one part and in several, read whole, and from where it was cut."""
+    """A job's use of a folder: in one or several parts, read whole, or from an offset."""
     path, arrived = root / "large", root / "arrived"
     path.write_bytes(LARGE)
     folder.write("config.json", b"{}")

@@ -1,4 +1,4 @@
-"""Hub, object store and registry behind TLS of a private authority and a proxy with a password: all real servers."""
+"""Real servers behind TLS of a private authority and a proxy with a password."""
 
 import shutil
 import socket

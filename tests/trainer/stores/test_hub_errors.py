@@ -1,4 +1,4 @@
-"""Every error of the hub's client becomes a failure of the step, so that its callers need no types of the client."""
+"""Every error of the hub's client becomes a failure of the step."""
 
 import errno
 
@@ -118,7 +118,7 @@ def test_a_full_disk_is_distinguished_from_a_broken_transfer() -> None:
 
 
 def test_a_missing_entry_has_no_class_that_escapes() -> None:
-    """Those that are raised are below HfHubHTTPError or OSError; a new one here needs a branch in HubRequest.errors."""
+    """Raised ones are below HfHubHTTPError or OSError; add new ones to HubRequest.errors."""
     assert {kind.__name__ for kind in EntryNotFoundError.__subclasses__()} == {
         RemoteEntryNotFoundError.__name__,
         LocalEntryNotFoundError.__name__,

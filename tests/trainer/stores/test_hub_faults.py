@@ -46,7 +46,7 @@ def of_weights(request: Request) -> bool:
 
 
 def test_a_cut_download_resumes(make_context: MakeContext, records: Recorded, hub: FakeHub) -> None:
-    """The client writes parts of 10 MB; of the 15 MB that arrive before the cut, the first 10 are kept."""
+    """The client writes parts of 10 MB: it keeps one of the 15 MB before the cut."""
     save_file(large_weights(weights(hub).parent), weights(hub))
     cuts = iter([15 * 10**6])
     hub.truncate = lambda name: next(cuts, None) if name == "model.safetensors" else None

@@ -1,4 +1,4 @@
-"""Adapters published to an OCI registry, a real one: whole, read back, once, and without overwriting others."""
+"""Adapters published to a real OCI registry: whole, read back, once, and not overwriting."""
 
 import base64
 import json
@@ -153,7 +153,7 @@ def test_a_tag_that_is_moved_while_it_is_read_back_does_not_change_the_address(
 def test_an_interrupted_upload_is_finished_and_layers_are_not_sent_again(
     publish: Publish, registry_proxy: FaultProxy, contents: Contents, place: int
 ) -> None:
-    """The registry fails from the `place`-th upload on: three files, the manifest, the configuration, the tag."""
+    """The registry fails from the `place`-th upload on, of six in order."""
 
     def rule(request: Request) -> Fault | None:
         return Fault(503) if request.method == "PUT" and len(registry_proxy.lines("PUT")) > place else None

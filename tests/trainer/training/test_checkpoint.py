@@ -1,4 +1,4 @@
-"""A checkpoint is on disk whole or not at all, even if its writing is disturbed; the newest that verifies wins."""
+"""A checkpoint is on disk whole or not at all; the newest that verifies wins."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ def test_saved_checkpoints_are_read_back_and_only_two_are_kept(tmp_path: Path) -
 
 
 def test_a_checkpoint_killed_at_any_moment_leaves_the_newest_usable(tmp_path: Path) -> None:
-    """SIGKILL before the first, the second, … operation on the file system, until the save gets through."""
+    """SIGKILL before the first, the second, … operation, until the save gets through."""
     for crash_point in range(1, 200):
         folder = tmp_path / str(crash_point)
         save(folder, 1, 2)

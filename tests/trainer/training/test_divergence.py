@@ -1,4 +1,4 @@
-"""Divergence: a run that goes wrong ends before its checkpoints are lost, and a healthy one never does."""
+"""Divergence: a bad run ends before its checkpoints are lost, a healthy one never does."""
 
 import math
 import random

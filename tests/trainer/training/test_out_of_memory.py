@@ -1,4 +1,4 @@
-"""A GPU that is out of memory: the message of the failure, and a run that continues in smaller micro batches."""
+"""A GPU out of memory: the failure's message, and smaller micro batches."""
 
 import gc
 import json
@@ -185,7 +185,7 @@ def in_forward(_model: Any, _loss: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 
 def in_backward(model: Any, loss: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """Run out in the backward pass, when all layers but the first have their gradients, as a full GPU mostly does."""
+    """Run out in the backward pass, with all gradients but the first layer's."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     first, last = trained[0], trained[-1]
     before = None if last.grad is None else last.grad.clone()
@@ -208,7 +208,7 @@ def test_a_repeated_step_drops_the_gradients_of_its_first_micro_batches(
     workspace: Prepare,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A run that runs out at its micro batch number `at` is from then on one that had the smaller ones throughout."""
+    """A run that runs out at micro batch `at` matches one with the smaller ones."""
     spec = merged(AUTOMATIC, {"lora": {"dropout": 0.1}, "training": {"gradientAccumulationSteps": 2, "maxSteps": 3}})
     small = {"training": {"microBatchSize": 2, "gradientAccumulationSteps": 4}}
     halved = workspace("halved", spec, packed=False)
@@ -243,7 +243,7 @@ def test_memory_that_runs_out_after_the_last_step_is_reported_too(
 
 
 class Kept:
-    """Objects that refer to themselves, as modules and their hooks do, so that only a garbage collection frees them."""
+    """Objects that refer to themselves, so that only a garbage collection frees them."""
 
     def __init__(self) -> None:
         self.own, self.tensor = self, torch.zeros(8)

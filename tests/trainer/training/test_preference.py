@@ -1,4 +1,4 @@
-"""Runs whose objective compares two answers: the reference is computed once, however they are interrupted or split."""
+"""Runs that compare two answers: the reference is computed once, also if interrupted."""
 
 import json
 import math
@@ -215,7 +215,7 @@ def test_a_supervised_checkpoint_has_nothing_of_an_objective(tmp_path: Path, tin
 
 
 class Card:
-    """A GPU that runs out of memory in the passes, with and without the adapter, that `fits` does not admit."""
+    """A GPU that runs out of memory in passes that `fits` does not admit."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fits: Callable[[int], bool]) -> None:
         """`fits` is called for each pass, with its pairs."""
@@ -274,7 +274,7 @@ def test_micro_batches_of_pairs_are_halved_and_a_resumed_run_keeps_them(
 def test_a_step_that_is_repeated_for_pairs_keeps_nothing_of_its_first_try(
     objective: str, at: int, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Memory runs out in the pass of this number: with the adapter or without, in the first micro batch or later."""
+    """Memory runs out in this pass: with or without the adapter, in any micro batch."""
     steps = {"dataset": {"eval": None}, "training": {"objective": objective, "gradientAccumulationSteps": 4}}
     spec = merged(merged(HALVED, steps), {"training": {"microBatchSize": 2}})
     small = job(
@@ -296,7 +296,7 @@ def test_a_step_that_is_repeated_for_pairs_keeps_nothing_of_its_first_try(
 def test_rows_that_were_seen_before_memory_ran_out_pass_the_base_once(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Memory runs out in the second epoch: the references of the first, from larger micro batches, are kept."""
+    """Memory runs out in the second epoch: the references of the first are kept."""
     context = job(tmp_path / "workspace", tiny_llama, merged(HALVED, {"dataset": {"eval": None}}))
     counted = Counted(monkeypatch)
     passes = count(1)

@@ -1,4 +1,4 @@
-"""The data and the learning rate of a step depend on the step alone; and whether another attempt may start."""
+"""A step's data and learning rate depend on the step alone; limits of attempts."""
 
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def test_interrupted_attempts_and_those_of_an_earlier_job_do_not_count() -> None
 
 
 def test_a_job_in_the_pod_of_another_is_not_stopped_by_its_attempts() -> None:
-    """Each is an attempt of the other one's Job, whose own count ends them all; or of the run that it continues."""
+    """Each attempt counts for the other one's Job, or for the continued run."""
     led = [attempt.model_copy(update={"job_attempt": 0}) for attempt in attempts(*[None] * 6, from_steps=(3,) * 6)]
     reject_if_stuck(led, 3, 0)
     reject_if_stuck(led, 3, 1)

@@ -1,4 +1,4 @@
-"""The score of a finished adapter: measured on the same rows as its base's, and continued where it was stopped."""
+"""The score of a finished adapter: on the rows of its base's, and continued."""
 
 import dataclasses
 import itertools
@@ -120,7 +120,7 @@ def note_data(context: StepContext, fingerprint: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("pairs", [False, True])
 def test_each_answer_is_checked_by_the_check_of_its_row(pairs: bool, tmp_path: Path, tiny_llama: Path) -> None:
-    """Of four rows in packed sequences, two bring a pattern that every text has, and two one that none has."""
+    """Of four packed rows, two have a pattern that all texts match, two one that none does."""
     some, none = "^", "^(?!)"
     brought: dict[str, Any] = {
         "dataset": {"columns": {"check": "expected"}},

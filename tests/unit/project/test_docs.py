@@ -115,7 +115,7 @@ def test_troubleshooting_has_a_section_for_each_reason() -> None:
 
 @pytest.mark.parametrize("record", sorted((DOCS / "decisions").glob("0*.md")), ids=name_of)
 def test_a_decision_record_states_its_context_options_decision_and_consequences(record: Path) -> None:
-    """`make generate` reads its head for the index, and fails for one without number, title, group and date."""
+    """`make generate` rejects a head without number, title, group or date."""
     title, *sections = re.split(r"^## ", record.read_text(), flags=re.MULTILINE)
     assert title.startswith(f"# {int(record.name[:4])}. ")
     assert [section.split("\n", 1)[0] for section in sections] == [
@@ -160,7 +160,7 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
-    """`make docs` checks the built site too; this covers the pages that are read where the repository is."""
+    """`make docs` checks the built site too; this covers the repository's pages."""
     broken = []
     for target, anchor in re.findall(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text()):
         file = page.parent / target if target else page

@@ -1,4 +1,4 @@
-"""The figures of the page on choosing a model are those of its weights, and of a workspace's content."""
+"""The figures of the page on choosing a model are those of its weights."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ ROWS = {
 
 @pytest.mark.parametrize("name", TO_CHOOSE)
 def test_each_model_has_the_figures_of_its_sizes(name: str) -> None:
-    """The GPU memory is that of a dry run; tests/trainer/model/memory/test_measure.py compares them."""
+    """GPU memory is that of a dry run; see tests/trainer/model/memory/test_measure.py."""
     config, parameters = TO_CHOOSE[name]
     training = TrainingShape(rank=16)
     weights = count_weights(ModelShape.from_config(config), training)

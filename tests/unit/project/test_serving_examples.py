@@ -1,4 +1,4 @@
-"""The examples for servers fit together, and the program among them provides announced adapters only."""
+"""The examples for servers fit together, and provide announced adapters only."""
 
 import hashlib
 import json

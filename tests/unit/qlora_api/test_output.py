@@ -1,4 +1,4 @@
-"""Where a job publishes: each folder apart from the others, and credentials only where something needs them."""
+"""Addresses of a job's outputs: separate folders, and credentials only where needed."""
 
 from typing import Any
 

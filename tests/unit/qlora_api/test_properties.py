@@ -1,4 +1,4 @@
-"""Parsers of addresses, manifests, settings, records and logs: each takes any input, or rejects it as documented."""
+"""Parsers of addresses, manifests, settings, records and logs read or reject any input."""
 
 import tempfile
 from pathlib import Path

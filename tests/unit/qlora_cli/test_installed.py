@@ -1,4 +1,4 @@
-"""Each command with the extras that its page names, and its message without them: never a traceback."""
+"""Each command with the extras on its page, and its message without them."""
 
 from pathlib import Path
 

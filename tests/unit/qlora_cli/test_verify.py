@@ -1,4 +1,4 @@
-"""Which of several statements is believed; signatures and servers are in tests/trainer/publishing/test_lineage.py."""
+"""The choice among several statements; see also test_lineage.py for signatures."""
 
 from hashlib import sha256
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Files come out of an archive only if they are requested and plain: the pod that sends it may be any user's."""
+"""Files come out of an archive only if they are requested and plain."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""A program's view of its jobs through QLoRAClient: values, waiting, plans, and errors of three kinds."""
+"""A program's view of its jobs through QLoRAClient: values, waits, plans, and errors."""
 
 import importlib.util
 import json

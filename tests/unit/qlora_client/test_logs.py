@@ -19,7 +19,7 @@ BEGIN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
     ends=st.lists(st.integers(0, 30), max_size=4),
 )
 def test_each_line_comes_once_wherever_the_connection_ends(steps: list[int], ends: list[int]) -> None:
-    """`steps`: microseconds between lines. `ends`: lines before each end; the server begins at a whole second."""
+    """`steps`: microseconds between lines. `ends`: lines before each end."""
     time, entries = BEGIN, []
     for number, step in enumerate(steps):
         time += timedelta(microseconds=step)

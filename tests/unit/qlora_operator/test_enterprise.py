@@ -1,4 +1,4 @@
-"""A profile's settings for a company's network and cloud: they reach the pods of prepare and publish, and no other."""
+"""A profile's network and cloud settings reach the pods of prepare and publish only."""
 
 from typing import Any
 

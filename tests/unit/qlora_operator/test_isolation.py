@@ -1,4 +1,4 @@
-"""A tenant's text in a job leads the operator nowhere: no file, no host, no program, no other namespace."""
+"""A tenant's text in a job leads the operator to no file, host, program or namespace."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""At every moment at most one of several operators works, whatever their clocks show and whichever is cut off."""
+"""At every moment at most one of several operators works, for any clocks and cuts."""
 
 import asyncio
 from collections.abc import Callable

@@ -180,7 +180,7 @@ def test_the_number_of_running_jobs_with_series_is_bounded() -> None:
 
 
 def test_gpu_seconds_start_at_zero_before_a_job_has_used_any() -> None:
-    """Prometheus adds up increases: it misses the first value of a series, and a restart begins all series."""
+    """Prometheus adds up increases, and misses the first value of a series."""
     metrics = Metrics()
     metrics.show(job_body(training()))
     of = {"namespace": "team", "profile": "default"}

@@ -1,4 +1,4 @@
-"""Differences of training on a CPU from a GPU; no setting of the user is overridden."""
+"""Differences of training on a CPU from a GPU, without overriding the user."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A dry run is ended when it takes too long or too much memory, with a message; all without torch."""
+"""A dry run ends at its time or memory limit with a message, without torch."""
 
 import importlib.util
 import multiprocessing

@@ -1,4 +1,4 @@
-"""Runs are the same if they give the same adapter, for any source of their inputs; differences are named."""
+"""Runs are the same if they give the same adapter; differences are named."""
 
 from typing import Any
 

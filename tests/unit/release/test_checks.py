@@ -1,4 +1,4 @@
-"""`make release-check` finds missing and stale files; each case breaks a copy of the checked ones."""
+"""`make release-check` finds missing and stale files in a broken copy."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A release's view of a Dockerfile: the pinned base, and the purpose of each layer and each removal."""
+"""A release's view of a Dockerfile: its pinned base, and the purposes of its layers."""
 
 import re
 

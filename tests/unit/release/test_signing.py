@@ -1,4 +1,4 @@
-"""Whose signature is made and accepted; that cosign does so is shown by tests/cluster/test_release.py."""
+"""Makes and accepts signatures; tests/cluster/test_release.py runs cosign."""
 
 import json
 from pathlib import Path

@@ -46,7 +46,7 @@ def test_a_commit_without_its_digest_is_rejected() -> None:
 
 
 def test_any_statement_may_be_the_one_that_fits() -> None:
-    """Each run of a workflow adds one, which names the run; users with push rights can attach more."""
+    """Each run of a workflow adds one, and users with push rights can attach more."""
     other = statement()
     other["runDetails"]["builder"]["id"] = "https://elsewhere"
 

@@ -216,7 +216,7 @@ def test_data_that_the_objective_cannot_use_are_rejected_with_a_remedy(
 
 
 def test_data_with_answers_in_another_format_too_keep_their_format(make_context: MakeContext, tmp_path: Path) -> None:
-    """UltraFeedback's rows have a conversation too: a job without an objective for pairs trains on that."""
+    """UltraFeedback's rows also have a conversation, for jobs without an objective for pairs."""
     row = chat_row("q", "a") | {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}
     write_rows(tmp_path / "data" / "train.jsonl", [row])
     assert prepare(make_context(), Recorded()).dataset.format == "chat"

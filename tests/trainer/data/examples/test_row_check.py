@@ -1,4 +1,4 @@
-"""A row may bring the check of its answer; one that does not, or brings something else, is named by file and line."""
+"""A row may have a check of its answer; a missing or wrong one is named by file and line."""
 
 import json
 from typing import Any

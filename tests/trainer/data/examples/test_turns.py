@@ -37,7 +37,7 @@ THINKS = """\
 
 
 def thinking(key: str = "reasoning_content", prompt: str = "") -> JobTemplate:
-    """The template for models whose templates call the reasoning so and begin an answer that is asked for so."""
+    """The template for models that use this key and begin answers with reasoning."""
     return JobTemplate(THINKS.replace("KEY", key).replace("PROMPT", prompt))
 
 

@@ -122,7 +122,7 @@ def test_a_parquet_file_that_crashes_its_reader_is_named(
 
 
 def test_the_files_of_a_folder_are_one_data_set(make_context: MakeContext, records: Recorded, tmp_path: Path) -> None:
-    """In the order of their names; SHA-256 is that of the output of `sha256sum *.jsonl*`."""
+    """In order of names; SHA-256 is that of the output of `sha256sum *.jsonl*`."""
     rows = [chat_row(f"Which {n}?", "This.") for n in range(6)]
     folder = tmp_path / "data" / "rows"
     write_rows(folder / "part-2.jsonl", rows[4:])
@@ -240,7 +240,7 @@ def test_evaluation_rows_with_another_digest_are_rejected(
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A hub with acme/rows and acme/other, whose folders `small` and `large` are configurations with three splits."""
+    """A hub with acme/rows and acme/other: two configurations with three splits each."""
     repositories = {f"datasets/acme/{name}": tmp_path / "hub" / name for name in ("rows", "other")}
     for folder in repositories.values():
         for config, rows in (("small", 1), ("large", 4)):

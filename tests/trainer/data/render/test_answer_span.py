@@ -1,4 +1,4 @@
-"""Where an answer is in a rendered conversation, also if the chat template has left out its reasoning."""
+"""Place of an answer in a rendered conversation, also without its reasoning."""
 
 import pytest
 from hypothesis import given, settings

@@ -1,4 +1,4 @@
-"""A chat template of the job: its text, its limits, and the remarks on marks and the end of answers."""
+"""A chat template of the job: its text, its limits, and the remarks about it."""
 
 import json
 import shutil
@@ -78,7 +78,7 @@ def of_config_map(folder: Path, content: bytes) -> JobTemplate | None:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base's tokenizer: no chat template, and texts end with <|endoftext|>. It has the tokens of ChatML."""
+    """A base's tokenizer with ChatML's tokens: no template, texts end with <|endoftext|>."""
     folder = tmp_path_factory.mktemp("base")
     save_tokenizer(folder, None)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
@@ -89,7 +89,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def beginning(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, which also puts <|endoftext|> before each text, as Llama's and Gemma's do with their marks."""
+    """The same with <|endoftext|> before each text, as Llama's and Gemma's marks."""
     folder = tmp_path_factory.mktemp("beginning") / "model"
     shutil.copytree(base, folder)
     tokenizer = TokenizerFile.from_file(str(folder / "tokenizer.json"))
@@ -175,7 +175,7 @@ def test_half_a_character_in_a_templates_output_is_rejected(tiny_llama: Path) ->
 def test_a_template_that_writes_a_function_or_a_generator_is_rejected(
     tiny_llama: Path, expression: str, found: str
 ) -> None:
-    """Their text has an address in memory: the same data would be other tokens under the same fingerprint."""
+    """Their text has an address in memory: tokens would change under one fingerprint."""
     with pytest.raises(StepFailure) as failure:
         answered(Tokenizer(tiny_llama, JobTemplate("{{ " + expression + " }}" + CHATML)))
     assert failure.value.exit_code is ExitCode.BAD_DATASET

@@ -1,4 +1,4 @@
-"""Tokenizing in chunks: the same bytes whichever process makes them and however often it is interrupted."""
+"""Tokenizing in chunks: the same bytes for any processes and interruptions."""
 
 import multiprocessing.connection
 import os
@@ -133,7 +133,7 @@ def test_the_first_invalid_row_is_reported_by_any_process(
 
 
 def killed_with_more_chunks(files: Files) -> dict[str, int]:
-    """Kill the prepare step's command line as soon as it has made one more chunk: the inode of each chunk's file."""
+    """Kill the prepare step after one more chunk; returns the inode of each chunk's file."""
     before = len(chunk_files(files))
     with files.start("prepare", OMP_NUM_THREADS="1") as process:
         deadline = time.monotonic() + TIMEOUT_S
@@ -146,7 +146,7 @@ def killed_with_more_chunks(files: Files) -> dict[str, int]:
 
 
 def chunk_files(files: Files) -> dict[str, int]:
-    """The inode of each finished chunk's file, by name; another file takes the place of one that is made again."""
+    """The inode of each finished chunk's file, by name, which changes with a new file."""
     return {path.name: path.stat().st_ino for path in files.workspace.glob("data/.rows.partial/train-*.safetensors")}
 
 

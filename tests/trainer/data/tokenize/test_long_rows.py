@@ -1,4 +1,4 @@
-"""Rows of many answers: one that is too long is left out by its length, without a search for its answers."""
+"""Rows of many answers: one that is too long is left out without rendering its answers."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Rows that the cells of a sweep share: tokenized once, also at the same time, and never wrong for one of them."""
+"""Rows that cells of a sweep share: tokenized once, also concurrently, and verified."""
 
 import errno
 import fcntl

@@ -1,4 +1,4 @@
-"""Earlier adapters on servers, each as publish has written it: the fetched files and the credentials used."""
+"""Earlier adapters on servers: the fetched files and the credentials used."""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Every variant of LoRA is trained, resumes to the last bit, passes the checks of publish and loads in plain PEFT."""
+"""Every variant of LoRA trains, resumes exactly, passes publish and loads in plain PEFT."""
 
 import dataclasses
 import shutil

@@ -1,4 +1,4 @@
-"""The merged model is the trained function, in files that transformers loads; otherwise none is made."""
+"""The merged model is the trained function, in files that transformers loads."""
 
 import ctypes
 import dataclasses
@@ -242,7 +242,7 @@ def peak_while(work: Callable[[], object]) -> int:
 
 
 def mergeable(root: Path, model: Path) -> tuple[TrainedJob, WorkspaceLayout]:
-    """A job with an untrained adapter that can be merged. Its four held-out sequences may share a batch."""
+    """A job with an untrained, mergeable adapter and four held-out sequences."""
     context = prepared(root, model, {"output": {"merged": {}}}, packed=False)
     record = read_completion(context.workspace.completion("prepare"), PrepareRecord)
     assert record is not None

@@ -1,4 +1,4 @@
-"""The base model is stored as the job specifies, only the adapter is trained, and PEFT reads its files."""
+"""The base is stored as specified, only the adapter trains, and PEFT reads its files."""
 
 import os
 import subprocess

@@ -192,7 +192,7 @@ def test_partial_files_of_a_killed_attempt_are_not_in_the_base(
 
 
 def test_a_release_that_makes_other_bytes_has_another_format(tmp_path: Path) -> None:
-    """Raise FORMAT with the sum: otherwise a cache would give jobs of one release the files of the other."""
+    """Raise FORMAT with the sum, so that releases do not share a cached base."""
     model = save_model(tmp_path / "model", LlamaConfig(**SHAPE))
     weights = {
         name: (torch.arange(tensor.numel()) * 7919 % 1009 - 504).reshape(tensor.shape).to(torch.bfloat16) / 4096

@@ -1,4 +1,4 @@
-"""A model that bitsandbytes has stored in 4 bit is trained unchanged; wrong parts are named."""
+"""A model stored in 4 bit by bitsandbytes is trained unchanged; wrong parts are named."""
 
 import json
 import math
@@ -95,7 +95,7 @@ def test_every_tensor_begins_where_its_type_can_be_read(tmp_path: Path) -> None:
 
 
 def test_a_model_in_another_16_bit_type_computes_in_bfloat16(tmp_path: Path, in_nf4: Path) -> None:
-    """As many were published: constants and norms are float16, which is only the type of their maker's computation."""
+    """As published ones: constants and norms are float16, the type of their computation."""
     model = changed(in_nf4, tmp_path, in_float16)
     convert(model, tmp_path / "base", NF4)
     require_equal(load_base(tmp_path / "base", NF4, "cpu"), plain(in_nf4))

@@ -36,7 +36,7 @@ def filled(weight: Tensor, pieces: int = 1, quantization: QuantizationSpec = NF4
 
 
 def values(layer: Any, quantization: QuantizationSpec) -> Tensor:
-    """The weights of a layer of bitsandbytes, by its definition: a value of the table times the block's constant."""
+    """The weights of a layer of bitsandbytes: values of the table times block constants."""
     packed, state = layer
     absmax = state.absmax
     if quantization.double_quant:

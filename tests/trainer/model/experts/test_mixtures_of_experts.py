@@ -1,4 +1,4 @@
-"""Experts become 4-bit however they are stored; unsupported options for a mixture of experts are rejected."""
+"""Experts become 4-bit from any storage; unsupported options are rejected."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Each family is trained by the real step: it resumes to the last bit, keeps rows apart, and plain PEFT agrees."""
+"""Each family trains with the real step, resumes exactly, and matches plain PEFT."""
 
 import math
 from collections.abc import Callable
@@ -86,7 +86,7 @@ def trained(request: pytest.FixtureRequest, training_of: Callable[[Case], Traine
 
 
 def of_each(chosen: Callable[[Case], bool] = lambda _case: True) -> pytest.MarkDecorator:
-    """The test is run for the chosen families, those that are not representative only by `make test-all`."""
+    """Families that are not representative are tested only by `make test-all`."""
     return pytest.mark.parametrize(
         "trained",
         [

@@ -1,4 +1,4 @@
-"""prepare rejects unsupported models, from config.json alone, with a message that names model and reason."""
+"""prepare rejects unsupported models by config.json, with their name and the reason."""
 
 import json
 import resource

@@ -1,4 +1,4 @@
-"""Multimodal models, trained on text: the adapter is one of the whole model, and its tower is left alone."""
+"""Multimodal models, trained on text: the adapter is the whole model's, without towers."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Attention with capped scores equals that of transformers in every block of a long row; the unknown is rejected."""
+"""Attention with capped scores equals transformers'; unknown settings are rejected."""
 
 from itertools import pairwise
 from types import SimpleNamespace

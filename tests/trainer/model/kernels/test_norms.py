@@ -1,4 +1,4 @@
-"""Normalizations and activations match the family's, with fewer roundings; unknown ones stay unchanged."""
+"""Normalizations and activations match the family's; unknown ones stay unchanged."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The chunked loss over packed rows equals the plain loss of one row at a time, and never builds the full logits."""
+"""The chunked loss over packed rows equals the plain loss of one row at a time."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""On a GPU every family uses the fast kernels, forward and backward, and no part of a step is multiplied in 32 bit."""
+"""On a GPU every family uses the fast kernels, and no 32-bit multiplication."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -250,7 +250,7 @@ def test_the_walk_over_the_graph_gives_the_gradients_of_the_engine(tmp_path: Pat
 
 
 def test_the_walk_fits_gradients_to_their_tensors(tmp_path: Path) -> None:
-    """As the engine: summed over broadcast dimensions, in the type of the tensor, None where nothing leads."""
+    """As the engine: summed over broadcast dimensions, in the tensor's type, or None."""
     x = torch.randn(3, 1, requires_grad=True)
     unused = torch.randn(2, requires_grad=True)
     loss = (x.bfloat16() * torch.randn(3, 5)).float().sum() + x.sum()

@@ -1,4 +1,4 @@
-"""Dequantizing experts takes no more memory than a dry run counts, which sees tensors but not inside operations."""
+"""Dequantizing experts takes no more memory than a dry run counts."""
 
 from collections.abc import Callable
 

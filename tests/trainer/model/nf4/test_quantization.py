@@ -1,4 +1,4 @@
-"""A weight that is quantized in pieces gets the bytes that bitsandbytes gives it as a whole, in less memory."""
+"""A weight quantized in pieces gets the bytes of bitsandbytes, with less memory."""
 
 import math
 import os
@@ -149,7 +149,7 @@ SHA256 = "ea0893d1c69d97495217a70d246f7791108bcdaac4aae7077b16eecaba3adfbb"
 
 
 def test_the_bytes_do_not_depend_on_the_processor(tmp_path: Path) -> None:
-    """PyTorch computes here with the instructions of AVX2 or later, and then with those that every processor has."""
+    """PyTorch computes with AVX2 or later, and then with the basic instructions."""
     found: dict[str, str] = {}
     for capability in ("avx2", "default"):
         done = subprocess.run(

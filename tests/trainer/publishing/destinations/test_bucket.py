@@ -212,7 +212,7 @@ def test_the_adapter_of_another_job_is_never_replaced(
 
 
 def test_two_concurrent_jobs_do_not_mix(publish: Publish, store: FaultProxy, bucket: S3Store) -> None:
-    """The other one creates its claim after this one has found the folder free, and before this one claims it."""
+    """The other one creates its claim between this one's check and its claim."""
     other = MANIFEST.model_copy(update={"job_uid": "two"}).text()
 
     def rule(request: Request) -> Fault | None:
@@ -246,7 +246,7 @@ def test_two_concurrent_jobs_do_not_mix_their_tokenizers(publish: Publish, store
 def test_the_adapter_of_a_job_that_was_faster_is_never_replaced(
     publish: Publish, store: FaultProxy, bucket: S3Store
 ) -> None:
-    """Both jobs found the folder free; the other one publishes everything before this one has claimed it."""
+    """Both jobs found the folder free; the other one publishes before this one's claim."""
     other = MANIFEST.model_copy(update={"job_uid": "two"}).text()
 
     def rule(request: Request) -> Fault | None:

@@ -1,4 +1,4 @@
-"""Adapters published to a model hub over the hub's protocol: one commit, verified, and without overwriting others."""
+"""Adapters published to a model hub: one commit, verified, without overwriting others."""
 
 import os
 import subprocess
@@ -154,7 +154,7 @@ def test_a_foreign_repository_is_never_written_to(publish: Publish, hub: FakeHub
 
 
 def test_the_adapter_of_a_job_that_was_faster_is_never_replaced(publish: Publish, hub: FakeHub) -> None:
-    """Both jobs found no repository; the other one commits before this one has made it."""
+    """Both jobs found no repository; the other one commits before this one makes it."""
     fast: list[str] = []
 
     def overtake(_method: str, path: str) -> None:

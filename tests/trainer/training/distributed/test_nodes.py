@@ -1,4 +1,4 @@
-"""A job of several nodes, whose pods meet at node 0: the result matches one node's, and none outlives the others."""
+"""A job of several nodes: the result matches one node's, and none outlives the others."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""A base that is sharded over two ranks: it must be 4-bit before, and gives the results of a whole one."""
+"""A base sharded over two ranks must be 4-bit, and gives the results of a whole one."""
 
 import json
 import re
@@ -182,7 +182,7 @@ def to_be_sharded(folder: Path) -> Any:
 def test_the_constants_of_layers_outside_the_blocks_move_to_the_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """OPT has two such layers. Without a GPU nothing has to move: the test notes the moves that bitsandbytes gets."""
+    """OPT has two such layers. Note the moves that bitsandbytes gets, without a GPU."""
     config = OPTConfig(
         vocab_size=512, hidden_size=64, word_embed_proj_dim=32, ffn_dim=512, num_hidden_layers=2, num_attention_heads=4
     )

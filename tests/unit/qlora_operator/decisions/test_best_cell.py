@@ -1,4 +1,4 @@
-"""With spec.publish: best, one more QLoRAJob publishes the adapter of the best cell, when all have ended."""
+"""With spec.publish: best, one more QLoRAJob publishes the adapter of the best cell."""
 
 from typing import Any
 

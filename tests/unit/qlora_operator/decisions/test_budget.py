@@ -195,7 +195,7 @@ def test_a_run_that_has_just_ended_is_not_stopped_by_its_budget() -> None:
 
 
 def test_a_succeeded_pod_does_not_hide_a_running_one() -> None:
-    """A user who may create pods can make one that the Job seems to own; and of two nodes one may hang."""
+    """A user may make a pod that the Job seems to own, and one of two nodes may hang."""
     job, body = make_job(seen_running(), budget={"gpuHours": 1}), pod("train", 1, 9)
     decoy = ended(body, 0, start=-50, end=-49)
     status = follow(job, *RUNNING, decoy, now=after(61))

@@ -1,4 +1,4 @@
-"""A job that resumes the run of another one: its start, its pods' view, and the paths that it cannot reach."""
+"""A job that resumes another one's run: its start, and its pods' mounts."""
 
 import asyncio
 import json
@@ -296,7 +296,7 @@ def owned(body: dict[str, Any], name: str, uid: str) -> dict[str, Any]:
 
 
 def one_pass(cluster: TwoJobs) -> str:
-    """The message of the job's condition Succeeded after a pass; the name of its first Job if it has started."""
+    """The message of Succeeded after a pass, or the name of the job's first Job."""
     store = Store()
     store.job_changed(cluster.bodies[NAME], created=True)
     reconciler = Reconciler(cluster, PROFILES, None, Metrics(), lambda: NOW, starts(), store)  # type: ignore[arg-type]

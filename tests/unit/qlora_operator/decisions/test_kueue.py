@@ -1,4 +1,4 @@
-"""Messages of a job while a queue holds it. Kueue's sentences were recorded by tests/api/test_kueue.py."""
+"""Messages of a job that a queue holds, with sentences recorded from Kueue."""
 
 from typing import Any
 

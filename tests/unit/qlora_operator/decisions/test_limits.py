@@ -33,7 +33,7 @@ RUNNING = (child("train"), running(pod("train"), since=-60))
 
 
 def watched(**spec: Any) -> QLoRAJobStatus:
-    """The stored status of a job whose training pod has been seen running, and has reported progress, at NOW."""
+    """The status of a job whose train pod runs and has reported progress at NOW."""
     job = make_job(status_in("train"), **spec)
     return follow(make_job(follow(job, *RUNNING), **spec), *RUNNING, progress=progress(training_step=3), log_read=True)
 

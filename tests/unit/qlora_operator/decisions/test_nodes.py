@@ -1,4 +1,4 @@
-"""A job of several nodes: its pods are one attempt, which ends for the pod that ended it and counts once."""
+"""A job of several nodes: its pods are one attempt, which counts once."""
 
 from dataclasses import replace
 from typing import Any
@@ -156,7 +156,7 @@ def test_a_failure_that_all_pods_report_counts_once_and_is_retried_after_a_pause
 
 
 def test_jobs_that_fail_one_after_the_other_are_followed_after_pauses_that_grow() -> None:
-    """Also if each counts as a disruption: an interconnect that is broken for good would use them up in a minute."""
+    """Also for disruptions: a broken interconnect would use them up in a minute."""
     status = follow(job_in(), FAILED, lost(0), lost(1))
     assert (reason_of(status), status.last_failure and status.last_failure.reason) == ("Retrying", "PeerLost")
     assert "PeerLost: lost another process of this run" in message_of(status)
@@ -305,7 +305,7 @@ def test_losing_all_pods_is_one_disruption() -> None:
 
 
 def test_pods_lost_before_node_0_runs_cost_only_another_job_after_a_pause() -> None:
-    """A drain while pods are pulled, or while one waits for the other: the Job fails, and deletes all of them."""
+    """A drain while pods start: the Job fails, and deletes all of them."""
     evicted = deleted(node(1), -5)
     disrupted = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI", "message": ""}
     evicted["status"] = {"phase": "Failed", "conditions": [disrupted]}

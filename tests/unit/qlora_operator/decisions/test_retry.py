@@ -1,4 +1,4 @@
-"""A failed job that its user retries: its next step, its inputs, and the state that it may not lose."""
+"""A failed job that its user retries: its next step, its inputs, and its kept state."""
 
 import json
 from typing import Any
@@ -165,7 +165,7 @@ def test_a_job_that_has_prepared_nothing_uses_the_current_image_too() -> None:
 
 
 def test_no_number_of_a_job_is_used_twice() -> None:
-    """Prepare had seven Jobs, and training failed in its first: no step may find an old Job under its new name."""
+    """Prepare had seven Jobs, and training failed in its first: no step reuses a name."""
     many = follow(make_job(status_in("prepare", 7)), child("prepare", 7, Complete=""), succeeded("prepare", 7))
     assert many.highest_attempt == 7
     training = many.model_copy(update={"step": step_status("train")})

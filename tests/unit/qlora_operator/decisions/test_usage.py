@@ -1,4 +1,4 @@
-"""GPU seconds: the share of each train pod, the causes of lost seconds, and each second counts once."""
+"""GPU seconds: the shares of train pods, and the causes of lost seconds."""
 
 from typing import Any
 
@@ -69,7 +69,7 @@ def saved(at: float, **more: Any) -> dict[str, Any]:
 
 
 def watched(stored: QLoRAJobStatus | None = None, **spec: Any) -> QLoRAJobStatus:
-    """A job whose pod has a node since -100, trains since -80 and has saved a checkpoint at -30; seen at NOW."""
+    """A job whose pod has a node since -100, trains since -80, and saved at -30."""
     job = make_job(stored or status_in("train"), **(SPEC | spec))
     return follow(job, child("train"), running(train_pod(), since=-90), progress=progress(**saved(-30)), log_read=True)
 
@@ -100,7 +100,7 @@ def test_passing_time_causes_no_write() -> None:
 
 
 def test_time_without_reports_is_counted_every_five_minutes() -> None:
-    """Without reports of progress, all of it would be lost with a pod that vanishes but the last quarter of an hour."""
+    """Otherwise a vanished pod without reports would count for a quarter of an hour."""
     same = child("train"), running(train_pod(), since=-90)
     stored, writes = follow(make_job(status_in("train"), **SPEC), *same), 0
     assert plan(make_job(stored, **SPEC), stored, seen(*same), after(0)).look_again == after(300)
@@ -193,7 +193,7 @@ def brief(number: int, at: float) -> dict[str, Any]:
 
 
 def test_many_foreign_pods_hide_none_and_do_not_fill_the_status() -> None:
-    """One that waits for ever, hundreds that run for a second, and then the train pods: each of these counts."""
+    """One that waits for ever, hundreds of short ones, and the train pods: each counts."""
     waits, job = created(pod("train", 1, 1), -1000), child("train", created=-1100)
     many = [brief(number, -1000 + number) for number in range(2, 202)]
     status = then(status_in("train"), job, waits, *many)
@@ -221,7 +221,7 @@ def test_a_pod_that_waits_for_its_image_while_hundreds_end_counts_from_its_node(
 
 
 def test_a_pod_that_waits_for_its_node_is_not_displaced_by_many_that_end() -> None:
-    """Entries are dropped after a while, and what was created before then counts as counted: the pod is not yet."""
+    """Entries are dropped after a while; this pod was created before, and is not counted yet."""
     first = created(pod("train", 1, 1), -100)
     many = [
         created(ended(train_pod(number, at=-60 + number), 0, start=-60 + number, end=-59 + number), -60 + number)
@@ -384,7 +384,7 @@ def test_in_the_end_each_pod_has_counted_once(
 def test_pods_that_wait_and_run_at_the_same_time_count_once_each(
     lives: list[tuple[int, int, int]], moments: list[int]
 ) -> None:
-    """Each is created at any moment, waits for its node, and runs: more end than are listed before others begin."""
+    """Pods are created, wait and run at any moment, more than the status lists."""
 
     def at(moment: int) -> list[dict[str, Any]]:
         bodies = []

@@ -30,7 +30,7 @@ print(json.dumps({"apiVersion": "client.authentication.k8s.io/v1", "kind": "Exec
 
 
 class Server:
-    """Answers every request with one QLoRAJob and keeps the requests. `expired`: a token that it rejects."""
+    """Answers every request with one QLoRAJob, and keeps it. `expired`: a rejected token."""
 
     def __init__(self) -> None:
         self.expired = ""

@@ -1,4 +1,4 @@
-"""One pass over a job, against a cluster in memory: its writes, the untouched objects, and the next pass."""
+"""One pass over a job, against a cluster in memory: its writes, and its requeue."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Limits of a profile for a namespace: its users, the size of a job, and the number of running jobs."""
+"""Limits of a profile for a namespace: users, size, and number of running jobs."""
 
 import asyncio
 from collections.abc import AsyncIterator

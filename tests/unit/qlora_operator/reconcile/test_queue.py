@@ -1,4 +1,4 @@
-"""The queue: one worker per key, one reconcile for many requests, a growing pause after failures. Time is virtual."""
+"""The queue: one worker per key, merged requests, backoff. Time is virtual."""
 
 import asyncio
 from collections.abc import Awaitable, Callable

@@ -1,4 +1,4 @@
-"""Whether a watch is alive, measured by the changes that only lists show; and the Events of a change of phase."""
+"""Whether a watch is alive, by the changes that only lists show; Events of phases."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable

@@ -1,4 +1,4 @@
-"""The content of the store, whatever the order of watches, lists and the answers of the operator's writes."""
+"""The content of the store, for any order of watches, lists and answers."""
 
 import json
 import tracemalloc
@@ -347,7 +347,7 @@ STEPS: tuple[StepName, ...] = ("prepare", "train", "publish")
 
 
 class World:
-    """Changes in an API server: objects that are created, changed and deleted, each time in a new version."""
+    """Changes in an API server: objects created, changed and deleted, in new versions."""
 
     def __init__(self, random: Random) -> None:
         self.version = 100
