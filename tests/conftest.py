@@ -1,4 +1,4 @@
-"""What holds for every test: a time limit, the same inputs at every run, and a count of what was left out."""
+"""Rules for every test: a time limit, fixed inputs, and a count of the tests left out."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-# Seconds for one test with its fixtures, by folder, on a machine of two busy cores: far above what any test needs.
+# Seconds for one test with its fixtures, by folder, on a machine of two busy cores: far above any test's need.
 LIMITS = {"unit": 120, "devcluster": 120, "trainer": 600, "gpu": 1200, "api": 300, "cluster": 1200}
 
-# A timing on a busy machine says nothing about the code, and a random input fails in somebody else's change. New inputs
-# are looked for by `make test-all` (with the profile `explore`) and `make fuzz`.
+# A timing on a busy machine proves nothing about the code, and a random input fails in an unrelated change. Use `make
+# test-all` (with the profile `explore`) and `make fuzz` to find new inputs.
 settings.register_profile("same", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None, print_blob=True)
 settings.load_profile("same")
@@ -20,7 +20,7 @@ _left_out = pytest.StashKey[int]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each test the time limit of its folder, unless it names its own."""
+    """Give each test the time limit of its folder, unless it names another."""
     here = Path(__file__).parent
     for item in items:
         if item.path.is_relative_to(here) and item.get_closest_marker("timeout") is None:
@@ -35,7 +35,7 @@ def pytest_deselected(items: Sequence[pytest.Item]) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Tell the process that reports, if this is one of several that test (pytest-xdist)."""
+    """Send the count to the reporting process, if this is one of several that test (pytest-xdist)."""
     told: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
     if told is not None:
         told["left_out"] = session.config.stash.get(_left_out, 0)
@@ -44,12 +44,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
     """Keep the count of a process that has tested: each collects all tests."""
-    # One that has crashed has told nothing.
+    # A crashed process has sent nothing.
     told: dict[str, Any] = getattr(node, "workeroutput", {})
     node.config.stash[_left_out] = max(node.config.stash.get(_left_out, 0), told.get("left_out", 0))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Say how many tests were left out, and what runs them."""
+    """Report the number of tests left out, and the command that runs them."""
     if left_out := config.stash.get(_left_out, 0):
         terminalreporter.write_line(f"{left_out} tests were deselected; `make test-all` runs them too")

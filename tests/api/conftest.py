@@ -1,4 +1,4 @@
-"""A real API server with the CustomResourceDefinitions: on its own, or with the operator and without a node."""
+"""A real API server with the CustomResourceDefinitions, optionally with the operator."""
 
 from collections.abc import Iterator
 

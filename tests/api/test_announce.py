@@ -1,4 +1,4 @@
-"""Finished adapters are announced in a ConfigMap of the job's namespace, once, and in no ConfigMap of anybody else."""
+"""Finished adapters are announced once, in the ConfigMap of the job's namespace."""
 
 import asyncio
 import json
@@ -38,7 +38,7 @@ def play(namespace: ControlPlane, scenario: Callable[[Api], Awaitable[None]]) ->
 
 
 async def succeed(api: Api, name: str, config_map: str) -> float | None:
-    """Run a job that is to be announced to its end; seconds until the operator looks again."""
+    """Run a job with an announcement to its end; returns seconds until its next pass."""
     await api.apply(name, output={"announce": {"configMap": config_map}})
     uid = (await api.job(name))["metadata"]["uid"]
     for step in STEPS:
@@ -49,7 +49,7 @@ async def succeed(api: Api, name: str, config_map: str) -> float | None:
 
 
 async def look(api: Api, name: str) -> float | None:
-    """An operator that has just been started looks at the job."""
+    """A pass over the job by an operator that has just started."""
     return await settle(operator(Cluster(api.client)), (NAMESPACE, name))
 
 
@@ -67,7 +67,7 @@ def config_map(name: str, **metadata: Any) -> Object:
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name, **metadata}}
 
 
-def test_an_adapter_is_announced_once_beside_those_of_other_jobs(namespace: ControlPlane) -> None:
+def test_an_adapter_is_announced_once_next_to_those_of_other_jobs(namespace: ControlPlane) -> None:
     async def scenario(api: Api) -> None:
         assert await succeed(api, "first", "adapters") is None
         assert {key: json.loads(text) for key, text in (await data_of(api, "adapters")).items()} == {
@@ -79,7 +79,7 @@ def test_an_adapter_is_announced_once_beside_those_of_other_jobs(namespace: Cont
         await succeed(api, "second", "adapters")
         assert set(await data_of(api, "adapters")) == {"first.json", "second.json"}
 
-        # Somebody takes an adapter out of service: no restart of the operator puts it back.
+        # A user takes an adapter out of service: no restart of the operator puts it back.
         await api.send("PATCH", f"{CONFIG_MAPS}/adapters", {"data": {"first.json": None}})
         assert await look(api, "first") is None
         assert set(await data_of(api, "adapters")) == {"second.json"}
@@ -96,7 +96,7 @@ def test_a_labelled_config_map_may_be_empty(namespace: ControlPlane) -> None:
     play(namespace, scenario)
 
 
-def test_a_config_map_of_somebody_else_is_left_alone_and_the_job_succeeds_all_the_same(
+def test_a_foreign_config_map_is_left_alone_and_the_job_still_succeeds(
     namespace: ControlPlane,
 ) -> None:
     async def scenario(api: Api) -> None:

@@ -1,4 +1,4 @@
-"""The shipped files in Argo CD's own code: Lua on a job in every phase, the diff of live jobs, ApplicationSets."""
+"""The shipped files in Argo CD's code: Lua, diffs of live jobs, ApplicationSets."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ SWEEP = yaml.safe_load((generate.ARGO_CD / "sweep.yaml").read_text())
 
 
 def ask(**content: object) -> dict[str, Any]:
-    """What Argo CD says, with the shipped settings."""
+    """Argo CD's verdict with the shipped settings."""
     program = toolchain.built(from_environment(), ["argo-cd"])["argo-cd"]
     settings = yaml.safe_load(generate.VALUES.read_text())["configs"]["cm"]
     given = json.dumps({"settings": settings, **content})
@@ -43,7 +43,7 @@ def act(cluster: Nodeless, name: str, spec: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "flags", [(), ("--server-side", "--field-manager=argocd-controller")], ids=["client-side", "server-side"]
 )
-def test_the_next_sync_keeps_a_suspension_that_the_manifest_does_not_speak_of(
+def test_the_next_sync_keeps_a_suspension_that_the_manifest_leaves_out(
     operated: Nodeless, flags: tuple[str, ...]
 ) -> None:
     name = f"argo-{len(flags)}"

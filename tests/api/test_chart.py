@@ -1,4 +1,4 @@
-"""The chart with real Helm: what it renders, what it rejects, and what it does to a real API server."""
+"""The chart with real Helm: rendering, rejections, and its effects on a real API server."""
 
 import asyncio
 import copy
@@ -59,7 +59,7 @@ EVERYTHING_OPTIONAL = {
     "serviceAccount": {"annotations": {"example.com/note": "kept"}},
 }
 
-# What the operator may do, and all of it: resource -> verbs.
+# All rights of the operator: resource -> verbs.
 RIGHTS = {
     "qlorajobs.qlora.dev": {"get", "list", "watch", "create", "patch"},
     "qlorajobs.qlora.dev/status": {"patch"},
@@ -73,7 +73,7 @@ RIGHTS = {
     "networkpolicies.networking.k8s.io": {"create"},
     "events": {"create"},
 }
-# What it may do in its own namespace too.
+# Further rights in the operator's namespace.
 OWN_RIGHTS = {"leases.coordination.k8s.io": {"get", "create", "update"}}
 
 
@@ -107,7 +107,7 @@ def only(objects: list[Object], kind: str) -> Object:
 
 
 def settings_in(template: Object) -> str:
-    """The file that the operator reads in a pod of this template, as the kubelet makes it of the annotation."""
+    """The operator's settings file in a pod of this template, as the kubelet makes it."""
     spec = template["spec"]
     (container,) = spec["containers"]
     path = Path(next(one["value"] for one in container["env"] if one["name"] == "QLORA_OPERATOR_SETTINGS"))
@@ -133,7 +133,7 @@ def rights_of(rules: list[Object]) -> dict[str, set[str]]:
     return rights
 
 
-def test_helm_finds_nothing_to_complain_about(helm: Helm) -> None:
+def test_helm_lint_passes(helm: Helm) -> None:
     assert "0 chart(s) failed" in helm("lint", "--strict", str(CHART))
 
 
@@ -164,7 +164,7 @@ def test_cluster_wide_rights_are_exactly_those_that_the_operator_uses(helm: Helm
     assert binding["subjects"] == [{"kind": "ServiceAccount", "name": RELEASE, "namespace": NAMESPACE}]
 
 
-def test_announcing_takes_a_right_that_a_policy_restricts_where_it_is_for_all_namespaces(helm: Helm) -> None:
+def test_a_policy_restricts_the_cluster_wide_right_to_announce(helm: Helm) -> None:
     announcing = {"tenantRoles": {"create": False}, "announce": {"enabled": True}}
     objects = helm.template(announcing)
     assert rights_of(only(objects, "ClusterRole")["rules"]) == RIGHTS | {"configmaps": {"create", "patch"}}
@@ -182,7 +182,7 @@ def test_without_progress_the_operator_may_not_read_logs(helm: Helm) -> None:
     }
 
 
-def test_namespaced_installation_has_a_role_in_each_namespace_and_nothing_in_the_cluster(helm: Helm) -> None:
+def test_namespaced_installation_has_a_role_per_namespace_and_none_in_the_cluster(helm: Helm) -> None:
     objects = helm.template({"namespaces": ["team-a", "team-b"], "crds": {"install": False}})
     kinds = {document["kind"] for document in objects}
     assert not [kind for kind in kinds if kind.startswith("Cluster") or kind == "CustomResourceDefinition"]
@@ -197,12 +197,12 @@ def test_namespaced_installation_has_a_role_in_each_namespace_and_nothing_in_the
     assert settings_of(objects)["namespaces"] == ["team-a", "team-b"]
 
 
-def test_the_operator_knows_the_ports_of_dns_for_the_policies_that_it_creates(helm: Helm) -> None:
+def test_the_operator_gets_the_dns_ports_for_its_policies(helm: Helm) -> None:
     assert settings_of(helm.template({}))["dnsPorts"] == [53]
     assert settings_of(helm.template({"jobNetworkPolicies": {"dnsPorts": [5353]}}))["dnsPorts"] == [5353]
 
 
-def test_a_profile_takes_what_it_leaves_out_from_the_default_profile(helm: Helm) -> None:
+def test_a_profile_inherits_omitted_fields_from_the_default_profile(helm: Helm) -> None:
     values: Object = {
         "trainer": {"image": {"repository": "registry.example/trainer", "digest": f"sha256:{'0' * 64}"}},
         "profiles": {
@@ -225,7 +225,7 @@ def test_a_profile_takes_what_it_leaves_out_from_the_default_profile(helm: Helm)
     assert profiles["shared"] == profiles["default"] | values["profiles"]["shared"]
 
 
-def test_the_operator_reads_its_settings_and_listens_where_the_deployment_says(helm: Helm, tmp_path: Path) -> None:
+def test_the_operator_reads_its_settings_and_listens_on_the_deployments_ports(helm: Helm, tmp_path: Path) -> None:
     def settings(values: Object) -> tuple[Settings, Object]:
         objects = helm.template(values)
         file = tmp_path / "settings.yaml"
@@ -277,7 +277,7 @@ def test_one_operator_is_replaced_without_a_gap_and_several_are_kept_apart(helm:
     assert (budget["maxUnavailable"], budget["selector"]["matchLabels"]) == (1, selected)
 
 
-def test_without_an_election_there_is_one_operator_and_never_two(helm: Helm) -> None:
+def test_without_an_election_at_most_one_operator_runs(helm: Helm) -> None:
     alone = {"settings": {"leaderElection": {"enabled": False}}}
     objects = helm.template(alone)
     assert only(objects, "Deployment")["spec"]["strategy"] == {"type": "Recreate"}
@@ -329,9 +329,7 @@ def test_a_profile_with_gpus_keeps_to_the_nodes_that_have_them(
     "profile", [{"nodeSelector": {}}, OTHER_GPU, {**OTHER_GPU, "workspace": {"topology": "zonal"}}]
 )
 @pytest.mark.parametrize("name", ["default", "big"])
-def test_a_profile_with_gpus_on_unknown_nodes_is_rejected_with_what_to_do(
-    helm: Helm, name: str, profile: Object
-) -> None:
+def test_a_profile_with_gpus_on_unknown_nodes_is_rejected_with_a_remedy(helm: Helm, name: str, profile: Object) -> None:
     with pytest.raises(ClusterError, match=rf"profiles\.{name}: gpuResource is set.* Set nodeSelector to labels"):
         helm.template({"profiles": {name: profile}})
 
@@ -343,7 +341,7 @@ def test_the_embedded_clusters_values_ask_for_no_label_of_a_gpu_node(helm: Helm,
 
 
 def with_values(helm: Helm, folder: Path, values: Object) -> list[Object]:
-    """What `helm upgrade --reuse-values` makes of the chart: it takes these for the defaults, and no others."""
+    """Render as `helm upgrade --reuse-values`: these are the defaults, and no others."""
     chart = shutil.copytree(CHART, folder / "reused", dirs_exist_ok=True)
     (chart / "values.yaml").write_text(yaml.safe_dump(values))
     return helm.template(chart=chart)
@@ -386,11 +384,11 @@ def meaning(objects: list[Object]) -> list[Object]:
 VALUES: Object = yaml.safe_load((CHART / "values.yaml").read_text())
 PREVIOUS_VALUES: Object = yaml.safe_load((ROOT / "tests/support/previous_release/values.yaml").read_text())
 NEW_KEYS = [path for path in keys(VALUES) if path not in set(keys(PREVIOUS_VALUES))]
-# Whose absence has a meaning of its own: the platform chooses, no GPU, no request or limit.
+# Absence has a meaning: the platform chooses, no GPU, no request or limit.
 ABSENT_BY_CHOICE = {("runAs",), ("profiles", "default", "runAs"), ("profiles", "default", "gpuResource")} | {
     path for path in keys(VALUES) if path[0] == "resources"
 }
-# What cannot be absent is rejected with its name.
+# A required value that is absent is rejected by name.
 CLEAR_FAILURE = re.compile(r"missing property '\w+'|needs jobNetworkPolicies\.namespaces")
 
 
@@ -402,7 +400,7 @@ CLEAR_FAILURE = re.compile(r"missing property '\w+'|needs jobNetworkPolicies\.na
         if path not in ABSENT_BY_CHOICE
     ],
 )
-def test_a_value_that_the_older_chart_lacks_has_its_default_or_is_asked_for(
+def test_a_value_that_the_older_chart_lacks_has_its_default_or_is_required(
     helm: Helm, tmp_path: Path, whole: list[Object], path: tuple[str, ...]
 ) -> None:
     try:
@@ -416,13 +414,11 @@ def test_a_value_that_the_older_chart_lacks_has_its_default_or_is_asked_for(
 
 @pytest.fixture(scope="module")
 def whole(helm: Helm, tmp_path_factory: pytest.TempPathFactory) -> list[Object]:
-    """What the chart makes with all values."""
+    """Render the chart with all values."""
     return meaning(with_values(helm, tmp_path_factory.mktemp("whole"), everything_on(VALUES)))
 
 
-def test_an_upgrade_that_reuses_all_values_of_the_previous_release_names_what_is_missing(
-    helm: Helm, tmp_path: Path
-) -> None:
+def test_an_upgrade_that_reuses_previous_values_names_the_missing_ones(helm: Helm, tmp_path: Path) -> None:
     assert ("settings", "leaderElection") in NEW_KEYS
     with pytest.raises(ClusterError, match="missing property 'leaderElection'"):
         with_values(helm, tmp_path, PREVIOUS_VALUES)
@@ -436,14 +432,14 @@ SERVERS: Object = {
 }
 
 
-def test_only_the_steps_that_need_servers_have_a_network_and_nobody_reaches_a_job(helm: Helm) -> None:
+def test_only_steps_that_need_servers_have_a_network_and_no_pod_reaches_a_job(helm: Helm) -> None:
     settings = {"jobNetworkPolicies": {"enabled": True, "namespaces": ["team-a", "team-b"], "dnsPorts": [5353]}}
     objects = helm.template(settings | {"profiles": {"default": SERVERS, "other": {"hubEndpoint": "https://[::1]:9"}}})
     policies = [document for document in objects if document["kind"] == "NetworkPolicy"]
     assert [policy["metadata"]["namespace"] for policy in policies] == ["team-a", "team-a", "team-b", "team-b"]
 
     def rules(step: str, direction: str) -> list[Object] | None:
-        """What a job's pod may do in team-a; None if no policy restricts it."""
+        """Allowed traffic of a job's pod in team-a; None if no policy restricts it."""
         selecting = [
             policy["spec"]
             for policy in policies[:2]
@@ -498,7 +494,7 @@ def test_the_ports_of_the_proxy_and_of_each_store_are_open(helm: Helm) -> None:
         ("azure", None),
     ],
 )
-def test_only_pods_with_an_identity_reach_what_gives_its_credentials(
+def test_only_pods_with_an_identity_reach_the_credential_service(
     helm: Helm, provider: str, addresses: set[str] | None
 ) -> None:
     profile = {"cloudIdentity": {"provider": provider, "serviceAccountName": "qlora"}}
@@ -538,7 +534,7 @@ def settings_of_size(helm: Helm, size: int) -> Object:
     return {"profiles": profiles}
 
 
-def test_settings_that_fit_into_no_annotation_are_rejected_before_anything_is_installed(helm: Helm) -> None:
+def test_settings_too_large_for_an_annotation_are_rejected_before_installation(helm: Helm) -> None:
     sentence = rf"the settings are {LIMIT + 1} bytes of YAML, and may be {LIMIT}: .* Define fewer or shorter profiles"
     with pytest.raises(ClusterError, match=sentence):
         helm.template(settings_of_size(helm, LIMIT + 1))
@@ -594,7 +590,7 @@ def plane() -> Iterator[ControlPlane]:
 
 @pytest.fixture(scope="module")
 def installed(helm: Helm, plane: ControlPlane) -> Helm:
-    """Helm on a cluster where the chart is installed with its default values, in a restricted namespace."""
+    """Helm on a cluster with the chart's default release, in a restricted namespace."""
     plane.kubectl("create", "namespace", NAMESPACE)
     plane.kubectl("label", "namespace", NAMESPACE, "pod-security.kubernetes.io/enforce=restricted")
     connected = Helm(helm.program, plane.kubeconfig)
@@ -646,7 +642,7 @@ def test_an_operator_that_announces_writes_no_config_map_without_the_label(
                     return denial in str(error)
                 return False
 
-            for _ in range(600):  # a minute, within which the API server knows the policy
+            for _ in range(600):  # a minute for the API server to load the policy
                 if await is_denied():
                     break
                 await asyncio.sleep(0.1)
@@ -667,10 +663,8 @@ def test_an_operator_that_announces_writes_no_config_map_without_the_label(
     assert "data" not in plane.kubectl.get("configmap", "coredns", "--namespace=kube-system")
 
 
-def test_the_largest_settings_fit_beside_what_kubectl_notes_of_them(
-    helm: Helm, installed: Helm, plane: ControlPlane
-) -> None:
-    """`kubectl apply` writes the whole object into another annotation, with its own limit of 256 KiB."""
+def test_the_largest_settings_fit_next_to_kubectls_annotation(helm: Helm, installed: Helm, plane: ControlPlane) -> None:
+    """`kubectl apply` writes the whole object into another annotation, with a limit of 256 KiB."""
     objects = helm.template(settings_of_size(helm, LIMIT))
     arguments = ("apply", "--dry-run=server", "--filename=-")
     assert "configured" in plane.kubectl(*arguments, input_text=yaml.safe_dump(only(objects, "Deployment")))
@@ -685,13 +679,13 @@ def test_pod_security_admits_the_operators_pod(installed: Helm, plane: ControlPl
         return plane.kubectl(*arguments, input_text=json.dumps(pod))
 
     assert "pod/admitted" in create(template["spec"])
-    # Beyond what the level asks for.
+    # Beyond the level's requirements.
     assert template["spec"]["containers"][0]["securityContext"]["readOnlyRootFilesystem"]
     with pytest.raises(ClusterError, match="PodSecurity"):
         create({**template["spec"], "securityContext": {}})
 
 
-def test_the_operators_account_can_do_what_it_needs_and_nothing_else(installed: Helm, plane: ControlPlane) -> None:
+def test_the_operators_account_has_the_required_rights_and_no_other(installed: Helm, plane: ControlPlane) -> None:
     def rules(account: str, namespace: str = "default") -> list[Object]:
         review = {
             "apiVersion": "authorization.k8s.io/v1",
@@ -708,7 +702,7 @@ def test_the_operators_account_can_do_what_it_needs_and_nothing_else(installed: 
     assert rights_of(in_its_own) == RIGHTS | OWN_RIGHTS
 
 
-def test_whoever_may_edit_a_namespace_may_edit_its_jobs(installed: Helm, plane: ControlPlane) -> None:
+def test_editors_of_a_namespace_may_edit_its_jobs(installed: Helm, plane: ControlPlane) -> None:
     for role in ("view", "edit"):
         plane.kubectl("create", "rolebinding", role, f"--clusterrole={role}", f"--user={role}er", "--namespace=default")
 
@@ -782,7 +776,7 @@ def test_upgrade_and_rollback_change_the_definition_and_no_job(
 def test_each_release_keeps_its_own_settings_and_a_rollback_brings_them_back(
     installed: Helm, plane: ControlPlane
 ) -> None:
-    """A container of the old release that restarts during an upgrade would reject what only the new one knows."""
+    """An old release's container that restarts during an upgrade would reject new settings."""
 
     def workers(template: Object) -> int:
         return int(yaml.safe_load(settings_in(template))["workers"])
@@ -806,9 +800,7 @@ def test_each_release_keeps_its_own_settings_and_a_rollback_brings_them_back(
     assert [one["metadata"]["name"] for one in mounted] == ["kube-root-ca.crt"]
 
 
-def test_an_upgrade_that_reuses_the_values_of_a_chart_without_dns_ports_opens_nothing(
-    installed: Helm, plane: ControlPlane, tmp_path: Path
-) -> None:
+def test_reused_values_without_dns_ports_open_no_port(installed: Helm, plane: ControlPlane, tmp_path: Path) -> None:
     """The API server reads a rule whose list of ports is empty as one that allows every port."""
     older = shutil.copytree(CHART, tmp_path / "older")
     (older / "values.yaml").write_text(yaml.safe_dump(without(VALUES, ("jobNetworkPolicies", "dnsPorts"))))

@@ -1,4 +1,4 @@
-"""What a person does with `qlora` on a cluster: creates, lists and changes jobs, with few rights and bad networks."""
+"""`qlora` on a cluster: create, list and change jobs, with few rights and bad networks."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def qlora(kubeconfig: Path, *arguments: str, answer: str | None = None) -> Resul
 
 
 def done(team: Reported, *arguments: str, answer: str | None = None) -> str:
-    """What a command prints that succeeds, as an administrator."""
+    """Output of a command that succeeds, as an administrator."""
     result = qlora(team.plane.kubeconfig, *arguments, "--namespace", team.namespace, answer=answer)
     assert result.exit_code == 0, result.output
     return result.stdout
@@ -55,7 +55,7 @@ def rows(table: str) -> list[list[str]]:
     return [re.split(r" {2,}", line.strip()) for line in table.splitlines()]
 
 
-def test_a_job_of_a_few_options_is_what_the_api_server_stores(team: Reported) -> None:
+def test_the_api_server_stores_a_job_made_of_options(team: Reported) -> None:
     options = ("--model", "hf://org/Tiny.Model", "--data", "hf://org/rows", "--rank", "8", "--learning-rate", "3e-4")
     created = done(team, "submit", *options, "--gpus", "2")
     match = re.fullmatch(r"qlorajob\.qlora\.dev/(tiny-model-[0-9a-f]{6}) created\n", created)
@@ -90,7 +90,7 @@ def test_the_api_server_checks_a_file_without_storing_it(
     assert team.kubectl("get", kind, "--ignore-not-found", "checked") == ""
 
 
-def test_what_only_the_api_server_rejects_is_its_own_sentence(team: Reported) -> None:
+def test_a_rejection_by_the_api_server_keeps_its_message(team: Reported) -> None:
     line = denied(team, "submit", "--name", "x" * 46, "--model", "hf://org/m", "--data", "hf://org/rows")
     assert line.startswith("Error: --name: found 'xxx")
     done(team, "submit", "--name", "twice", "--model", "hf://org/m", "--data", "hf://org/rows")
@@ -108,7 +108,7 @@ def test_a_manifest_goes_into_the_namespace_that_it_names(team: Reported, tmp_pa
     assert "--namespace is default, and the manifest names the namespace people" in result.stderr
 
 
-def test_the_list_has_what_a_person_asks_first(team: Reported) -> None:
+def test_the_list_shows_progress_loss_and_gpu_hours(team: Reported) -> None:
     done_at = {"step": 100, "totalSteps": 100, "percent": 100, "loss": 1.25, "summary": "100% 100/100", "remaining": ""}
     team.job("listed-done", kind="listed")
     forecast = {"gpuHours": "12.50", "basis": "Measured", "cost": "31.25 EUR"}
@@ -130,7 +130,7 @@ def test_the_list_has_what_a_person_asks_first(team: Reported) -> None:
     assert yaml.safe_load(done(team, "list", "-l", "kind=listed", "-o", "yaml")) == listed
 
 
-def test_an_empty_list_says_so_beside_the_output(team: Reported) -> None:
+def test_an_empty_list_is_reported_on_stderr(team: Reported) -> None:
     result = qlora(team.plane.kubeconfig, "list", "--namespace", "nobody")
     assert (result.exit_code, result.stdout) == (0, "")
     assert result.stderr == "No QLoRAJobs found in the namespace nobody.\n"
@@ -171,12 +171,12 @@ def test_a_job_is_deleted_only_after_a_yes(team: Reported) -> None:
 
 
 @pytest.mark.parametrize("command", [("suspend", "none"), ("retry", "none"), ("cancel", "none"), ("watch", "none")])
-def test_a_job_that_is_not_there_is_named_with_its_namespace(team: Reported, command: Sequence[str]) -> None:
+def test_a_missing_job_is_named_with_its_namespace(team: Reported, command: Sequence[str]) -> None:
     line = denied(team, *command)
     assert line.startswith('Error: qlorajobs.qlora.dev "none" not found in the namespace people of the context ')
 
 
-def test_a_right_that_is_missing_is_named_as_the_rule_to_ask_for(team: Reported, tmp_path: Path) -> None:
+def test_a_missing_right_is_named_as_a_rule(team: Reported, tmp_path: Path) -> None:
     reads = {"apiGroups": ["qlora.dev"], "resources": ["qlorajobs"], "verbs": ["get", "list", "watch"]}
     reader = team.kubeconfig(tmp_path, "reader", reads)
     team.job("read-only")
@@ -192,13 +192,13 @@ def test_a_right_that_is_missing_is_named_as_the_rule_to_ask_for(team: Reported,
         assert result.exit_code == 1
         [line] = result.stderr.splitlines()
         assert line.endswith(f"ask for a {rule}")
-    # What a picture shows besides is left out, and named once.
+    # Other fields of a picture are left out, and named once.
     watched = qlora(reader, "watch", "read-only")
     assert watched.exit_code == 14
     assert 'resources: ["events"], verbs: ["list"]' in watched.stderr
 
 
-def test_a_cluster_without_the_operators_kinds_is_told_apart(team: Reported) -> None:
+def test_a_cluster_without_the_operators_kinds_has_its_own_message(team: Reported) -> None:
     proxy = proxy_of(team)
     proxy.weather = lambda _request: Reply(404, b"404 page not found\n", {"Content-Type": "text/plain"})
     with serve_api(proxy):
@@ -232,14 +232,14 @@ def asked_through(team: Reported, proxy: ApiProxy, *command: str) -> str:
     ],
     ids=["credentials", "error", "page", "portal"],
 )
-def test_whatever_answers_instead_of_the_api_server_is_one_sentence(team: Reported, reply: Reply, words: str) -> None:
+def test_an_answer_from_another_server_is_reported_in_one_sentence(team: Reported, reply: Reply, words: str) -> None:
     proxy = proxy_of(team)
     proxy.weather = lambda _request: reply
     with serve_api(proxy):
         assert words in asked_through(team, proxy, "list")
 
 
-def test_a_job_is_watched_though_what_is_shown_beside_it_cannot_be_read(team: Reported, tmp_path: Path) -> None:
+def test_a_job_is_watched_although_its_pods_and_events_cannot_be_read(team: Reported, tmp_path: Path) -> None:
     team.job("beside")
     failure = {"step": "train", "reason": "Diverged", "exitCode": 14, "time": "2026-01-02T03:04:05Z"}
     team.report("beside", "Failed", progress={"step": 3, "totalSteps": 9, "loss": 2.0}, lastFailure=failure)
@@ -261,7 +261,7 @@ def test_a_job_is_watched_though_what_is_shown_beside_it_cannot_be_read(team: Re
         ("contexts: []\ncurrent-context: x\n", "no kubeconfig can be read"),
     ],
 )
-def test_a_kubeconfig_that_is_none_is_told(tmp_path: Path, content: str | None, words: str) -> None:
+def test_an_invalid_kubeconfig_is_reported(tmp_path: Path, content: str | None, words: str) -> None:
     file = tmp_path / "config"
     if content is not None:
         file.write_text(content)
@@ -271,9 +271,7 @@ def test_a_kubeconfig_that_is_none_is_told(tmp_path: Path, content: str | None, 
     assert line.startswith(f"Error: {words}")
 
 
-def test_a_context_is_chosen_by_name_and_a_plugin_that_gives_no_credentials_is_told(
-    team: Reported, tmp_path: Path
-) -> None:
+def test_a_context_is_chosen_by_name_and_a_failed_credential_plugin_is_reported(team: Reported, tmp_path: Path) -> None:
     document = yaml.safe_load(team.plane.kubeconfig.read_text())
     [context] = document["contexts"]
     document["contexts"] += [
@@ -300,14 +298,12 @@ def test_names_of_jobs_are_completed(team: Reported) -> None:
     environment = {"COMP_WORDS": words, "COMP_CWORD": "7", "_QLORA_COMPLETE": "bash_complete"}
     result = CliRunner().invoke(main, prog_name="qlora", env=environment)
     assert result.output.split() == ["plain,complete-me"]
-    # Nothing is said where the cluster is away.
+    # Nothing is printed where the cluster is away.
     environment["COMP_WORDS"] = words.replace(str(team.plane.kubeconfig), "/nowhere")
     assert CliRunner().invoke(main, prog_name="qlora", env=environment).output.split() == []
 
 
-def test_a_watch_survives_lost_connections_and_gives_up_a_cluster_that_stays_away(
-    team: Reported, tmp_path: Path
-) -> None:
+def test_a_watch_survives_lost_connections_and_ends_if_the_cluster_stays_away(team: Reported, tmp_path: Path) -> None:
     proxy = proxy_of(team)
     team.job("followed")
     said: list[str] = []

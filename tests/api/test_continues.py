@@ -1,4 +1,4 @@
-"""A job that takes up another one's run, on a real API server with the real operator and no node."""
+"""Continuing another job's run, on a real API server with the real operator and no node."""
 
 import json
 from typing import Any
@@ -23,7 +23,7 @@ def message(cluster: Nodeless, name: str) -> str:
     return next((str(each["message"]) for each in conditions if each["type"] == "Succeeded"), "")
 
 
-def test_it_starts_when_the_other_job_has_ended_and_needs_it_no_more(operated: Nodeless) -> None:
+def test_it_starts_when_the_other_job_has_ended_and_then_no_longer_needs_it(operated: Nodeless) -> None:
     create(operated, "taken-up", continues="broken")
     eventually(lambda: reason(operated, "taken-up") == "ContinuedJobNotFound", seconds=60, every=0.2)
     create(operated, "broken")

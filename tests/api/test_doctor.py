@@ -1,4 +1,4 @@
-"""`qlora doctor` beside a real API server: before the chart is installed, after it, and with few rights."""
+"""`qlora doctor` with a real API server: before and after installation, with few rights."""
 
 import json
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ def examine(team: Reported, *options: str, code: int, kubeconfig: Path | None = 
 
 
 def install(plane: ControlPlane) -> None:
-    """What the chart makes, with what its controllers would report, and a node with GPUs."""
+    """Objects of the chart, with statuses as from its controllers, and a node with GPUs."""
     plane.kubectl.apply(json.dumps({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": OPERATOR_NAMESPACE}}))
     deployment = next(each for each in rendered({"profiles": PROFILES}) if each["kind"] == "Deployment")
     plane.kubectl.apply(yaml.safe_dump(deployment))
@@ -62,7 +62,7 @@ def install(plane: ControlPlane) -> None:
     conditions = [{"type": "Ready", "status": "True", "reason": "Ready", "message": ""}]
     amounts = {GPUS: "4", "cpu": "64", "memory": "256Gi"}
     patch_status(plane, "node", "gpu-1", {"conditions": conditions, "allocatable": amounts, "capacity": amounts})
-    # Nobody marks the node as reachable here.
+    # The test has no agent that marks the node as reachable.
     plane.kubectl("patch", "node", "gpu-1", "--type=merge", '--patch={"spec": {"taints": null}}')
     annotations = {"storageclass.kubernetes.io/is-default-class": "true"}
     plane.kubectl.apply(
@@ -94,7 +94,7 @@ def test_a_cluster_becomes_ready(team: Reported) -> None:
     assert after["Profile large: storage"]["message"].startswith("the StorageClass fast makes its workspaces")
 
 
-def test_what_the_namespace_does_not_admit_is_found_without_making_a_pod(team: Reported) -> None:
+def test_an_admission_problem_is_found_without_creating_a_pod(team: Reported) -> None:
     install(team.plane)
     limits = {"limits": [{"type": "Container", "max": {"memory": "100Gi"}}]}
     team.create({"apiVersion": "v1", "kind": "LimitRange", "metadata": {"name": "small"}, "spec": limits})
@@ -110,7 +110,7 @@ def test_what_the_namespace_does_not_admit_is_found_without_making_a_pod(team: R
     assert team.kubectl("get", "pods", "--output=name") == ""
 
 
-def test_whoever_may_only_list_jobs_learns_which_rules_to_ask_for(team: Reported, tmp_path: Path) -> None:
+def test_a_user_who_may_only_list_jobs_gets_the_missing_rules(team: Reported, tmp_path: Path) -> None:
     user = team.kubeconfig(tmp_path, "newcomer", RIGHTS_TO_LIST)
     checks = examine(team, code=0, kubeconfig=user)
     assert {check["verdict"] for check in checks.values()} == {"ok", "unknown", "warning"}

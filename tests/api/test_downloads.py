@@ -1,4 +1,4 @@
-"""`qlora adapter`, `qlora report` and `qlora compare` over claims, as users type them, beside a real API server."""
+"""`qlora adapter`, `report` and `compare` over claims, with a real API server."""
 
 import hashlib
 import json
@@ -51,7 +51,7 @@ def described(content: bytes) -> dict[str, Any]:
 
 
 def ended_job(team: Reported, node: ClaimNode, folder: Path, name: str, **spec: Any) -> Path:
-    """A job that has succeeded, with its workspace on the claim NAME; returns its folder there."""
+    """A succeeded job with its workspace on the claim NAME; returns its folder there."""
     body = team.job(name, spec)
     workspace = folder / name / "work"
     node.claims[name] = folder / name
@@ -155,7 +155,7 @@ def test_a_report_is_saved(team: Reported, node: ClaimNode, tmp_path: Path) -> N
     assert target.read_text() == "<h1>The report</h1>"
 
 
-def test_a_report_that_is_not_there_yet_says_when_it_will_be(team: Reported, node: ClaimNode, tmp_path: Path) -> None:
+def test_a_missing_report_is_explained_by_the_jobs_phase(team: Reported, node: ClaimNode, tmp_path: Path) -> None:
     workspace = ended_job(team, node, tmp_path, "early")
     (workspace / "report" / "report.html").unlink()
     team.report("early", "Training")
@@ -208,7 +208,7 @@ def test_a_comparison_without_the_right_to_read_curves_still_has_its_tables(
     assert "Training loss" in said
 
 
-def test_what_cannot_be_compared(team: Reported) -> None:
+def test_jobs_that_cannot_be_compared_are_rejected(team: Reported) -> None:
     assert "found 1 different jobs, must be 2 to 12" in run(team, "compare", "plain", "plain", code=2)
     assert 'qlorajobs.qlora.dev "absent" not found' in run(team, "compare", "absent", "other", code=1)
     said = run(team, "compare", "a", "b", "--picture", "curves.pdf", code=1)

@@ -1,4 +1,4 @@
-"""Every example is a manifest that the API server admits, and those of jobs are read by the command line."""
+"""The API server admits every example, and the command line reads those of jobs."""
 
 import json
 from functools import partial
@@ -36,7 +36,7 @@ def test_an_example_is_admitted(with_kserve: ControlPlane, path: Path) -> None:
     assert "created" in with_kserve.kubectl(*admitted, input_text=manifest)
 
 
-def test_an_unknown_field_of_a_server_is_noticed(with_kserve: ControlPlane) -> None:
+def test_an_unknown_field_of_a_server_is_rejected(with_kserve: ControlPlane) -> None:
     path = ROOT / "examples" / "serving" / "kserve-llminferenceservice.yaml"
     manifest = path.read_text().replace("maxRank:", "maxLoraRank:")
     with pytest.raises(ClusterError, match=r'unknown field "spec\.model\.lora\.maxLoraRank"'):

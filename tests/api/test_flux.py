@@ -1,4 +1,4 @@
-"""The shipped Kustomizations: their expressions on a job in every phase, and in Flux's own controller."""
+"""The shipped Kustomizations: their expressions in every phase, and in Flux's controller."""
 
 import json
 import re
@@ -84,7 +84,7 @@ def test_both_wait_and_prune_and_only_one_has_expressions(file: str) -> None:
 
 @pytest.fixture(scope="module")
 def flux(operated: Nodeless, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flux]:
-    """With the gate that the page recommends to those who wait for the end."""
+    """With the gate that the page recommends for waiting until the end."""
     folder = tmp_path_factory.mktemp("flux")
     with kustomize_controller(operated.kubectl, folder, "CancelHealthCheckOnNewRevision") as flux:
         yield flux
@@ -132,7 +132,7 @@ def test_waiting_for_finished_ends_when_the_job_has_succeeded(flux: Flux, operat
 
 
 @pytest.mark.slow
-def test_waiting_for_finished_ends_at_once_when_the_job_fails(flux: Flux, operated: Nodeless) -> None:
+def test_waiting_for_finished_ends_immediately_when_the_job_fails(flux: Flux, operated: Nodeless) -> None:
     flux.publish("flux-failed", [named("flux-failed")])
     flux.deploy("flux-failed", "finished.yaml")
     operated.fail("flux-failed", "prepare", 11, "BadDataset", "no such file")
@@ -166,9 +166,7 @@ def test_flux_undoes_a_suspension_by_hand_and_keeps_those_of_other_managers(flux
 
 
 @pytest.mark.slow
-def test_a_change_of_what_cannot_be_changed_is_reported_and_force_runs_the_job_anew(
-    flux: Flux, operated: Nodeless
-) -> None:
+def test_a_change_of_an_immutable_field_is_reported_and_force_recreates_the_job(flux: Flux, operated: Nodeless) -> None:
     name = "flux-changed"
     started(flux, operated, name)
     before = operated.job(name)
@@ -190,7 +188,7 @@ def test_a_change_of_what_cannot_be_changed_is_reported_and_force_runs_the_job_a
 
 
 @pytest.mark.slow
-def test_what_leaves_the_source_is_deleted_with_its_pods_and_the_claim_stays(flux: Flux, operated: Nodeless) -> None:
+def test_an_object_removed_from_the_source_is_deleted_and_its_claim_stays(flux: Flux, operated: Nodeless) -> None:
     name = "flux-pruned"
     started(flux, operated, name)
     claim = operated.job(name)["status"]["resolved"]["claimName"]

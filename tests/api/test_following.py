@@ -1,4 +1,4 @@
-"""`qlora watch`, `qlora logs` and `qlora submit --watch` beside a job that goes on: what a person sees, and when."""
+"""`qlora watch`, `logs` and `submit --watch` on a running job: the output, and its time."""
 
 import json
 import re
@@ -75,7 +75,7 @@ def failure(code: int) -> dict[str, object]:
     return {"step": "train", "reason": "Known", "exitCode": code, "time": "2026-01-02T03:04:05Z"}
 
 
-def test_elsewhere_there_is_a_line_for_each_change_and_nothing_to_obey(team: Reported) -> None:
+def test_without_a_terminal_each_change_is_a_line_without_control_characters(team: Reported) -> None:
     team.job("lines")
     with typed("watch", "lines", *options(team), terminal=False) as watch:
         watch.wait_for("Pending")
@@ -89,7 +89,7 @@ def test_elsewhere_there_is_a_line_for_each_change_and_nothing_to_obey(team: Rep
     assert "lines has failed: the loss is \\x1b[31mNaN\n" in watch.shown
 
 
-def test_ctrl_c_ends_the_watching_and_says_that_the_job_goes_on(team: Reported) -> None:
+def test_ctrl_c_ends_the_watch_and_reports_that_the_job_continues(team: Reported) -> None:
     team.job("left")
     with typed("watch", "left", *options(team), terminal=True) as watch:
         watch.wait_for("Pending")
@@ -100,7 +100,7 @@ def test_ctrl_c_ends_the_watching_and_says_that_the_job_goes_on(team: Reported) 
     assert team.stored("left")["spec"]["suspend"] is False
 
 
-def test_submit_watches_what_it_has_created_and_ends_as_its_step_does(team: Reported) -> None:
+def test_submit_watches_its_job_and_ends_with_the_exit_code_of_its_step(team: Reported) -> None:
     command = ("submit", "--name", "quick", "--model", "hf://org/m", "--data", "hf://org/rows", "--watch")
     with typed(*command, *options(team), terminal=False) as submit:
         submit.wait_for("qlorajob.qlora.dev/quick created")
@@ -109,7 +109,7 @@ def test_submit_watches_what_it_has_created_and_ends_as_its_step_does(team: Repo
         assert submit.end() == 11
 
 
-def test_a_job_that_is_deleted_ends_the_watching(team: Reported) -> None:
+def test_deleting_the_job_ends_the_watch(team: Reported) -> None:
     team.job("gone")
     with typed("watch", "gone", *options(team), terminal=False) as watch:
         watch.wait_for("Pending")
@@ -118,7 +118,7 @@ def test_a_job_that_is_deleted_ends_the_watching(team: Reported) -> None:
     assert "Error: gone has been deleted" in watch.shown
 
 
-def test_logs_wait_for_a_pod_survive_a_cut_and_go_on_in_the_pod_that_resumes(team: Reported, tmp_path: Path) -> None:
+def test_logs_wait_for_a_pod_survive_a_cut_and_continue_in_the_resumed_pod(team: Reported, tmp_path: Path) -> None:
     job = team.job("told")
     log = team.pod(job, "told-prepare-1", "prepare", ("first line",))
     team.wait("told-prepare-1", "ImagePullBackOff", "no such image")
@@ -145,7 +145,7 @@ def test_logs_wait_for_a_pod_survive_a_cut_and_go_on_in_the_pod_that_resumes(tea
     assert "9.9" not in logs.shown
 
 
-def test_logs_of_one_step_as_they_are(team: Reported) -> None:
+def test_logs_of_one_step_are_printed_unchanged(team: Reported) -> None:
     job = team.job("raw")
     for step, name in (("prepare", "raw-prepare-1"), ("train", "raw-train-1")):
         team.pod(job, name, step, (f"of {step}",))
@@ -176,7 +176,7 @@ def test_a_cell_has_its_part_of_the_log_of_the_pod_that_trains_it_with_others(te
     assert "loss 2.500" not in logs.shown
 
 
-def test_a_log_that_is_gone_is_told_and_the_others_are_read(team: Reported) -> None:
+def test_a_deleted_log_is_reported_and_the_others_are_read(team: Reported) -> None:
     job = team.job("partly")
     for name in ("partly-prepare-1", "partly-train-1"):
         team.pod(job, name, name.split("-")[1], ("still there",))
@@ -188,7 +188,7 @@ def test_a_log_that_is_gone_is_told_and_the_others_are_read(team: Reported) -> N
     assert logs.shown.splitlines() == [said, "still there"]
 
 
-def test_a_job_without_a_log_says_why(team: Reported) -> None:
+def test_a_job_without_a_log_names_the_reason(team: Reported) -> None:
     team.job("silent")
     team.report("silent", "Queued", "waits for a GPU")
     with typed("logs", "silent", *options(team), terminal=False) as logs:

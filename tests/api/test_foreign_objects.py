@@ -1,6 +1,6 @@
-"""What tenants write into objects that the operator reads: large, strange, and thousands of them.
+"""Foreign input in objects that the operator reads: large, strange, and thousands of them.
 
-There are no controllers and no node here: a pod stays as its tenant has made it.
+No controllers and no node run here: a pod stays as its tenant has made it.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ def namespace(plane: ControlPlane) -> None:
 
 @pytest.fixture(autouse=True)
 def clean(plane: ControlPlane) -> Iterator[None]:
-    """Nothing of one test is there in the next."""
+    """Isolate the tests: none leaves an object for the next."""
     yield
     everything = ("--all", f"--namespace={NAMESPACE}")
     plane.kubectl("delete", "pods", *everything, "--grace-period=0", "--force")
@@ -42,7 +42,7 @@ def create(plane: ControlPlane, *objects: dict[str, Any]) -> None:
 
 
 def job(name: str, *, suspend: bool = True, **annotations: str) -> dict[str, Any]:
-    """Suspended, unless said otherwise, so that nothing is created for it."""
+    """Suspended by default, so that nothing is created for it."""
     return {
         "apiVersion": "qlora.dev/v1alpha1",
         "kind": "QLoRAJob",
@@ -75,7 +75,7 @@ def peak_mebibytes(operator: OperatorProcess) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) // 1024
 
 
-def test_a_pod_that_no_operator_has_made_ends_none(plane: ControlPlane, tmp_path: Path) -> None:
+def test_a_malformed_foreign_pod_does_not_end_the_operator(plane: ControlPlane, tmp_path: Path) -> None:
     create(plane, job("bystander"), pod("index", annotations={"batch.kubernetes.io/job-completion-index": "9" * 5000}))
     settings = {"namespaces": [NAMESPACE], "resyncSeconds": 1}
     with running_operator(tmp_path / "first", plane.kubeconfig, settings) as operator:
@@ -106,7 +106,7 @@ def test_pods_of_many_small_fields_do_not_end_the_operator_at_its_start(plane: C
         # A watch begins after its list.
         eventually(lambda: watches_pods(plane, since=logged), seconds=120, every=0.2, what="the watch of pods")
         grown = peak_mebibytes(operator) - before
-    # A pod takes 2 MiB, and 37 when it is parsed. Listed at once, they took 918.
+    # A pod takes 2 MiB, and 37 when it is parsed. One list of all took 918.
     assert grown < 250, f"{grown} MiB for 25 pods"
 
 
@@ -116,7 +116,7 @@ def watches_pods(plane: ControlPlane, *, since: int) -> bool:
         return any(f"/namespaces/{NAMESPACE}/pods?watch=true" in line for line in log)
 
 
-def test_who_has_ended_is_not_read_to_count_who_has_not(plane: ControlPlane) -> None:
+def test_ended_jobs_are_not_read_to_count_the_running_ones(plane: ControlPlane) -> None:
     create(plane, *(job(name) for name in ("fresh", "succeeded", "failed", "training")))
     stored = {case.name: case.body["status"] for case in cases()}
     for name in ("succeeded", "failed", "training"):

@@ -1,4 +1,4 @@
-"""What the real Job controller does with a step's Job and pods while the operator watches, or instead of it."""
+"""The real Job controller's actions on a step's Job and pods, with the operator."""
 
 import json
 from typing import Any
@@ -40,7 +40,7 @@ def second_attempt(operated: Nodeless, name: str) -> dict[str, Any]:
     [("watch", [JOB_UID_LABEL]), ("job", [OF_THE_JOB]), ("both", [JOB_UID_LABEL, OF_THE_JOB])],
     ids=["watch", "job", "both"],
 )
-def test_a_pod_whose_labels_somebody_takes_runs_neither_unseen_nor_beside_another(
+def test_a_pod_that_loses_its_labels_stays_counted_and_gets_no_second_pod(
     operated: Nodeless, what: str, labels: list[str]
 ) -> None:
     name = f"detached-{what}"
@@ -67,7 +67,7 @@ def test_a_pod_whose_labels_somebody_takes_runs_neither_unseen_nor_beside_anothe
     operated.kubectl("delete", "qlorajob", name, f"after-{name}", here)
 
 
-def test_a_job_that_its_own_deadline_stops_goes_on_with_the_next_and_costs_no_retry(operated: Nodeless) -> None:
+def test_a_job_stopped_by_its_deadline_is_followed_by_another_and_costs_no_retry(operated: Nodeless) -> None:
     pod, here = train(operated, "unattended"), f"--namespace={NAMESPACE}"
     bound = operated.kubectl.get("job", "unattended-train-1", here)["spec"]["activeDeadlineSeconds"]
     assert bound == 7 * 24 * 3600, "without an operator, nothing would stop a pod that is interrupted again and again"
@@ -80,7 +80,7 @@ def test_a_job_that_its_own_deadline_stops_goes_on_with_the_next_and_costs_no_re
     operated.kubectl("delete", "qlorajob", "unattended", here)
 
 
-def test_a_job_whose_deletion_a_finalizer_delays_stops_and_goes_when_it_may(operated: Nodeless) -> None:
+def test_a_job_whose_deletion_a_finalizer_delays_stops_and_is_deleted_later(operated: Nodeless) -> None:
     pod = train(operated, "audited")
     name, here = pod["metadata"]["name"], f"--namespace={NAMESPACE}"
     finalizers = '--patch={"metadata": {"finalizers": %s}}'

@@ -1,4 +1,4 @@
-"""What people and tools see through kubectl: several managers of one job, diffs, watches, waits and Events."""
+"""Views through kubectl: several managers of one job, diffs, watches, waits and Events."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ def named(name: str, manifest: Manifest = MINIMAL) -> Manifest:
 
 
 def part(name: str, **content: object) -> Manifest:
-    """What a manager applies that wants these fields only."""
+    """Apply as a manager that wants these fields only."""
     return {key: MINIMAL[key] for key in ("apiVersion", "kind")} | named(name, dict(content))
 
 
@@ -70,7 +70,7 @@ def test_a_field_of_another_manager_is_a_conflict_that_names_it(operated: Nodele
         apply_as(operated, "operations", part("contested", spec={"suspend": True}))
 
 
-def test_a_manager_that_gives_its_field_up_leaves_the_default(operated: Nodeless) -> None:
+def test_a_manager_that_releases_its_field_leaves_the_default(operated: Nodeless) -> None:
     """How a suspension by another manager ends."""
     apply_as(operated, "argocd-controller", named("released"))
     apply_as(operated, "operations", part("released", spec={"suspend": True}))
@@ -173,7 +173,7 @@ def test_a_watch_shows_each_phase_in_order_and_the_end_with_its_address_or_reaso
 
 
 @pytest.mark.usefixtures("lives")
-def test_waits_end_on_the_condition_and_on_the_end_whichever_it_is(operated: Nodeless) -> None:
+def test_waits_end_on_the_condition_and_on_any_end_of_the_job(operated: Nodeless) -> None:
     for name, kind in (("good", "Succeeded"), ("bad", "Failed")):
         for target in (f"condition={kind}", "jsonpath={.status.completionTime}"):
             said = operated.kubectl("wait", f"--for={target}", f"qlorajob/{name}", IN_NAMESPACE, "--timeout=30s")
@@ -183,7 +183,7 @@ def test_waits_end_on_the_condition_and_on_the_end_whichever_it_is(operated: Nod
 
 
 @pytest.mark.usefixtures("lives")
-def test_events_for_a_job_tell_its_life_in_order(operated: Nodeless) -> None:
+def test_events_of_a_job_list_its_phases_in_order(operated: Nodeless) -> None:
     def rows(name: str, last: str) -> list[str]:
         """The Events, once the last one is stored, which is after the status."""
 

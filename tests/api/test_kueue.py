@@ -41,12 +41,12 @@ class Queued:
         return name
 
     def sentence(self, name: str) -> str:
-        """Why the job waits, or what it does."""
+        """Reason of the job's wait, or its activity."""
         conditions = self.cluster.job(name)["status"].get("conditions", ())
         return next((str(each["message"]) for each in conditions if each["type"] == "Succeeded"), "")
 
     def wait_for(self, name: str, phase: str, part: str) -> None:
-        """Until the job is in the phase, and says why."""
+        """Until the job is in the phase, with a reason."""
         self.cluster.wait_for_phase(name, phase)
         eventually(lambda: part in self.sentence(name), seconds=90, every=0.2, what=f"{name}: {part}")
 
@@ -58,7 +58,7 @@ class Queued:
         return self.cluster.live_pods(name, "train")
 
     def finish(self, name: str) -> None:
-        """The job ends well, and nothing of what happened to it counts."""
+        """The job ends well, and none of its interruptions counts."""
         self.cluster.succeed(name, "train", "publish")
         status = self.cluster.wait_for_phase(name, "Succeeded")["status"]
         assert (status.get("disruptions", 0), status.get("failures", 0)) == (0, 0)
@@ -97,7 +97,7 @@ def test_a_quota_of_one_runs_three_jobs_one_after_the_other(queued: Queued) -> N
     queued.finish(third)
 
 
-def test_a_preempted_job_waits_with_kueues_sentence_and_goes_on_in_the_same_job(queued: Queued) -> None:
+def test_a_preempted_job_waits_with_kueues_message_and_continues_in_the_same_job(queued: Queued) -> None:
     queued.kueue.queue("preempting", 1)
     low = queued.start("preempted", queueName="preempting", queuePriority="low")
     queued.cluster.run(low, "train")
@@ -167,13 +167,13 @@ def test_a_queue_that_comes_late_admits_the_job(queued: Queued) -> None:
     queued.kueue.local_queue("late", "later")
     queued.wait_for(name, "Queued", "Kueue: ClusterQueue later doesn't exist")
     queued.kueue.queue("later", 0)
-    # Kueue itself does not look at the Workload again before something else changes.
+    # Kueue does not check the Workload again before another change.
     queued.wait_for(name, "Queued", "current podset request (1) > maximum capacity (0)")
     queued.kueue.queue("later", 1)
     queued.finish(name)
 
 
-def test_an_inactive_queue_and_a_deactivated_job_say_so(queued: Queued) -> None:
+def test_an_inactive_queue_and_a_deactivated_job_are_reported(queued: Queued) -> None:
     queued.kueue.queue("stopped", 1, stopPolicy="HoldAndDrain")
     name = queued.start("held", queueName="stopped")
     queued.wait_for(name, "Queued", "Kueue: ClusterQueue stopped is inactive")
@@ -191,7 +191,7 @@ def test_an_inactive_queue_and_a_deactivated_job_say_so(queued: Queued) -> None:
     queued.finish(name)
 
 
-def test_an_unknown_priority_means_no_workload_which_the_job_says(queued: Queued) -> None:
+def test_an_unknown_priority_makes_no_workload_and_the_status_names_it(queued: Queued) -> None:
     queued.kueue.queue("ordered", 1)
     name = queued.start("unordered", queueName="ordered", queuePriority="nosuch")
     queued.wait_for(name, "Queued", "has no Workload: Kueue must run, manage this namespace, and have the Workload")
@@ -199,7 +199,7 @@ def test_an_unknown_priority_means_no_workload_which_the_job_says(queued: Queued
     queued.finish(name)
 
 
-def test_with_kueue_away_no_job_is_created_which_the_status_says(queued: Queued) -> None:
+def test_without_kueue_no_job_is_created_and_the_status_names_it(queued: Queued) -> None:
     queued.kueue.queue("away", 1)
     queued.kueue.stop()
     name = queued.apply("unreachable", queueName="away")
@@ -226,7 +226,7 @@ def test_a_local_queue_named_default_takes_every_step(queued: Queued) -> None:
         queued.cluster.kubectl("delete", "localqueue", "default", IN_NAMESPACE)
 
 
-def test_jobs_without_a_queue_that_kueue_holds_say_that(queued: Queued) -> None:
+def test_jobs_without_a_queue_that_kueue_holds_report_it(queued: Queued) -> None:
     queued.kueue.stop()
     queued.kueue.start(unlabeled=True)
     try:

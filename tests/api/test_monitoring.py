@@ -1,4 +1,4 @@
-"""The metrics, the alerts and the dashboards with Prometheus' own programs, and the operator that they are about."""
+"""Metrics, alerts and dashboards of a real operator with Prometheus' programs."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -95,7 +95,7 @@ def test_an_alert_that_does_not_exist_is_named(given: Object) -> None:
         installed_groups(**given)
 
 
-def test_the_chart_installs_the_dashboards_where_grafana_looks_for_them() -> None:
+def test_the_chart_installs_the_dashboards_where_grafana_reads_them() -> None:
     values = {"enabled": True, "namespace": "monitoring", "annotations": {"grafana_folder": "QLoRA"}}
     maps = template("dashboards", metrics={"dashboards": values})
     assert {name: json.loads(text) for each in maps for name, text in each["data"].items()} == {
@@ -108,8 +108,8 @@ def test_the_chart_installs_the_dashboards_where_grafana_looks_for_them() -> Non
 
 
 @pytest.mark.parametrize("file", ["prometheusrule", "dashboards"])
-def test_neither_is_installed_unless_it_is_asked_for(file: str) -> None:
-    # What Helm says of a file that makes no object.
+def test_neither_is_installed_by_default(file: str) -> None:
+    # Helm's report on a file that makes no object.
     with pytest.raises(ClusterError, match="could not find template"):
         template(file)
     # `helm upgrade --reuse-values` from a chart that did not have them.
@@ -117,7 +117,7 @@ def test_neither_is_installed_unless_it_is_asked_for(file: str) -> None:
         template(file, metrics={"prometheusRule": None, "dashboards": None})
 
 
-def test_who_may_read_the_metrics_is_the_administrators_choice() -> None:
+def test_the_administrator_sets_who_may_read_the_metrics() -> None:
     prometheus = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
     for peers in ([], [prometheus]):
         (policy,) = template("networkpolicy", networkPolicy={"enabled": True, "metricsFrom": peers})
@@ -173,7 +173,7 @@ def apply(operated: Nodeless, name: str) -> None:
 def prometheus(
     programs: Programs, operated: Nodeless, job: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Prometheus]:
-    """It scrapes the operator, and a kubelet's figures of the claim that the job writes to, with the chart's alerts."""
+    """It scrapes the operator, and a kubelet's figures of the job's claim, with the alerts."""
     claim = operated.job(job)["status"]["resolved"]["claimName"]
     labels = f'{{namespace="{NAMESPACE}",persistentvolumeclaim="{claim}"}}'
     kubelet = "".join(
@@ -191,9 +191,7 @@ def prometheus(
             yield server
 
 
-def test_promtool_has_nothing_to_say_against_the_metrics_of_an_operator_at_work(
-    programs: Programs, operated: Nodeless, job: str
-) -> None:
+def test_promtool_accepts_the_metrics_of_a_working_operator(programs: Programs, operated: Nodeless, job: str) -> None:
     # The operator has seen the job's figures a moment after they are stored.
     page = eventually(lambda: text if f'name="{job}"' in (text := operated.metrics()) else "", seconds=30, every=0.2)
     assert run([programs.promtool, "check", "metrics"], input_text=page, seconds=60) == ""

@@ -1,4 +1,4 @@
-"""Jobs of several nodes on a real API server with the real controllers: what is created, and what a lost pod costs."""
+"""Jobs of several nodes on a real API server: their objects, and the cost of a lost pod."""
 
 import json
 from typing import Any
@@ -49,7 +49,7 @@ def running_pods(operated: Nodeless, name: str, attempt: int) -> list[dict[str, 
 
 
 def delete(operated: Nodeless, pod: dict[str, Any]) -> None:
-    """Somebody deletes the pod, which has not ended yet."""
+    """A user deletes the pod, which has not ended yet."""
     operated.kubectl("delete", "pod", pod["metadata"]["name"], IN_NAMESPACE, "--wait=false")
 
 
@@ -60,7 +60,7 @@ def train_to_the_end(operated: Nodeless, name: str, attempt: int) -> dict[str, A
     return dict(operated.wait_for_phase(name, "Succeeded")["status"])
 
 
-def test_all_pods_of_a_job_are_created_with_what_connects_them(operated: Nodeless) -> None:
+def test_all_pods_of_a_job_are_created_with_their_service_and_policy(operated: Nodeless) -> None:
     name = start(operated, "nodes-connected")
     pods = train_pods(operated, name, 1)
 
@@ -72,11 +72,11 @@ def test_all_pods_of_a_job_are_created_with_what_connects_them(operated: Nodeles
         assert pod["metadata"]["labels"].items() >= policy["spec"]["podSelector"]["matchLabels"].items()
         assert pod["metadata"]["labels"].items() >= service["spec"]["selector"].items()
         assert pod["spec"]["subdomain"] == service["metadata"]["name"]
-    # Names of the pods are those by which they look for node 0.
+    # The names of the pods lead them to node 0.
     environment = {entry["name"]: entry.get("value") for entry in pods[1]["spec"]["containers"][0]["env"]}
     assert environment["QLORA_RENDEZVOUS"] == f"{pods[0]['spec']['hostname']}.{service['metadata']['name']}:29500"
 
-    # What somebody has deleted is there again before the pods run.
+    # A deleted object exists again before the pods run.
     operated.kubectl("delete", "service", f"qlora-{uid}", IN_NAMESPACE)
     operated.kubectl("delete", "networkpolicy", f"qlora-{uid}-53", IN_NAMESPACE)
     operated._report(pods[0], "Pending", {"waiting": {"reason": "ContainerCreating"}})
@@ -100,7 +100,7 @@ def test_a_pod_that_is_lost_costs_one_disruption_and_all_pods_start_again(operat
     first, second = running_pods(operated, name, 1)
     delete(operated, second)
     operated.stop_pod(second, KILLED)
-    # Its Job fails, by which the other one is deleted too; it has noticed by itself.
+    # Its Job fails, so the other one is deleted too; it has noticed by itself.
     operated.stop_pod(first, PEER_LOST)
 
     status = train_to_the_end(operated, name, 2)
@@ -112,7 +112,7 @@ def test_a_pod_that_is_lost_costs_one_disruption_and_all_pods_start_again(operat
 def test_a_pod_that_is_deleted_before_any_runs_costs_nothing_and_all_start_again(
     operated: Nodeless, number: int
 ) -> None:
-    """Its Job fails, and its controller deletes the others: no pod is left that says what has happened."""
+    """Its Job fails, and its controller deletes the others: no pod is left to report the cause."""
     name = start(operated, f"nodes-early-{number}")
     pods = train_pods(operated, name, 1)
     delete(operated, pods[number])

@@ -1,4 +1,4 @@
-"""QLoRAClient beside a real API server: jobs that it creates are stored, followed and deleted with a user's rights."""
+"""QLoRAClient with a real API server: jobs are stored, followed and deleted."""
 
 import os
 import re
@@ -38,7 +38,7 @@ def client(team: Reported) -> QLoRAClient:
     return QLoRAClient(ClusterBackendConfig(namespace=team.namespace, config_file=team.plane.kubeconfig))
 
 
-def test_a_job_is_stored_with_what_is_set_and_read_with_its_defaults(team: Reported, client: QLoRAClient) -> None:
+def test_a_job_is_stored_with_its_set_fields_and_read_with_the_defaults(team: Reported, client: QLoRAClient) -> None:
     name = client.train(SPEC, labels={"team": "search"}, annotations={"why": "a test"})
     assert re.fullmatch(r"tiny-model-[0-9a-f]{6}", name)
     stored = team.stored(name)
@@ -54,7 +54,7 @@ def test_a_job_is_stored_with_what_is_set_and_read_with_its_defaults(team: Repor
         client.get_job(name)
 
 
-def test_what_the_server_rejects_is_a_runtime_error_in_its_words(client: QLoRAClient) -> None:
+def test_a_rejection_by_the_server_is_a_runtime_error_with_its_message(client: QLoRAClient) -> None:
     client.train(SPEC, name="twice")
     with pytest.raises(RuntimeError, match='"twice" already exists'):
         client.train(SPEC, name="twice")
@@ -101,7 +101,7 @@ def test_logs_are_followed_from_before_the_pod_starts_to_the_end_of_the_job(
     assert client.compare("followed").histories["followed"].training == {50: 2.0, 100: 1.5}
 
 
-def test_waiting_sees_a_job_go_on_to_its_end(team: Reported, client: QLoRAClient) -> None:
+def test_waiting_follows_a_job_to_its_end(team: Reported, client: QLoRAClient) -> None:
     client.train(SPEC, name="awaited")
     phases = iter(["Preparing", "Training", "Succeeded"])
     seen: list[str] = []
@@ -146,7 +146,7 @@ client.delete_job(name)
 
 
 @pytest.mark.slow
-def test_it_works_beside_kubeflows_client_and_its_older_kubernetes(team: Reported, tmp_path: Path) -> None:
+def test_it_works_with_kubeflows_client_and_its_older_kubernetes(team: Reported, tmp_path: Path) -> None:
     uv = next(Path(os.environ["QLORA_CACHE"]).glob("uv-*/bin/uv"))
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([uv, "venv", "--quiet", f"--python={sys.executable}", tmp_path / "venv"], check=True)

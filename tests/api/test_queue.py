@@ -1,4 +1,4 @@
-"""Jobs that somebody else suspends, on a real API server with the real controllers: a queue, a user, or nobody at all.
+"""Suspended jobs on a real API server with the real controllers: by a queue, by a user, or by neither.
 
 The same with Kueue itself is in test_kueue.py.
 """
@@ -37,7 +37,7 @@ def message(cluster: Nodeless, name: str) -> str:
 
 
 def wait_for_message(cluster: Nodeless, name: str, part: str) -> None:
-    """Wait until the job says that; the phase may have changed before."""
+    """Wait until the job reports that; the phase may have changed before."""
     eventually(lambda: part in message(cluster, name), seconds=60, every=0.2, what=f"{name}: {part}")
 
 
@@ -55,7 +55,7 @@ def test_a_job_in_a_queue_is_created_suspended_and_only_the_queue_resumes_it(ope
     succeeded(operated, name)
 
 
-def test_every_step_may_be_suspended_by_somebody_else(operated: Nodeless) -> None:
+def test_every_step_may_be_suspended_by_another_controller(operated: Nodeless) -> None:
     name = start(operated, "stopped")
     for step in STEPS:
         child = f"{name}-{step}-1"

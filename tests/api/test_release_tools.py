@@ -1,4 +1,4 @@
-"""The programs that a release is made with, but cosign: actionlint, helm-docs, and Helm with a real registry."""
+"""The programs of a release, but cosign: actionlint, helm-docs, and Helm with a registry."""
 
 import hashlib
 import shutil
@@ -53,7 +53,7 @@ def test_actionlint_passes_and_reports_a_mistake(programs: Mapping[str, Path], t
     assert 'undefined variable "secret"' in finding
 
 
-def test_the_readme_of_the_chart_is_what_helm_docs_writes(programs: Mapping[str, Path], tmp_path: Path) -> None:
+def test_the_readme_of_the_chart_matches_helm_docs(programs: Mapping[str, Path], tmp_path: Path) -> None:
     assert checks.readme_findings(programs["helm-docs"]) == []
     shutil.copytree(ROOT / CHART, tmp_path / CHART)
     values = tmp_path / CHART / "values.yaml"
@@ -63,7 +63,7 @@ def test_the_readme_of_the_chart_is_what_helm_docs_writes(programs: Mapping[str,
     ]
 
 
-def test_a_released_chart_installs_its_images_by_digest_and_shows_what_changed(
+def test_a_released_chart_installs_its_images_by_digest_and_lists_its_changes(
     programs: Mapping[str, Path], tmp_path: Path, address: str
 ) -> None:
     archive = package(programs, tmp_path, address)

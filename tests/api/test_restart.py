@@ -1,6 +1,6 @@
-"""A restart of the operator is no news: what has ended, waits or runs is looked at again, and nothing is written.
+"""A restart of the operator is no news: ended, waiting and running jobs are checked again, and nothing is written.
 
-There are no controllers and no node here: a Job stays as it was created.
+No controllers and no node run here: a Job stays as it was created.
 """
 
 import json
@@ -27,7 +27,7 @@ def phases(plane: ControlPlane) -> dict[str, str]:
     return {job["metadata"]["name"]: job.get("status", {}).get("phase") for job in listed}
 
 
-def test_a_restart_looks_at_every_job_and_writes_nothing(plane: ControlPlane, tmp_path: Path) -> None:
+def test_a_restart_reconciles_every_job_and_writes_nothing(plane: ControlPlane, tmp_path: Path) -> None:
     plane.kubectl("create", "namespace", NAMESPACE)
     jobs = [
         {

@@ -1,4 +1,4 @@
-"""The API server alone, without the operator, admits good manifests and rejects bad ones with a reason."""
+"""The API server alone admits good manifests and rejects bad ones with a reason."""
 
 import json
 from pathlib import Path
@@ -121,7 +121,7 @@ def test_a_bad_manifest_is_rejected_with_the_field_named(plane: ControlPlane, ma
 
 # The server coerces nothing, pydantic some; both must reject these, so that `qlora run` and `kubectl apply` agree.
 @pytest.mark.parametrize("manifest", [manifest for manifest, _ in REJECTED.values()], ids=REJECTED)
-def test_the_models_reject_what_the_server_rejects(manifest: Manifest) -> None:
+def test_the_models_reject_the_same_manifests_as_the_server(manifest: Manifest) -> None:
     with pytest.raises(ValidationError):
         QLoRAJobDocument.model_validate(manifest)
 
@@ -153,7 +153,7 @@ def created(plane: ControlPlane) -> None:
 
 @pytest.mark.usefixtures("created")
 @pytest.mark.parametrize("manifest", CHANGES.values(), ids=CHANGES)
-def test_a_change_of_a_created_job_is_rejected_with_what_to_do(plane: ControlPlane, manifest: Manifest) -> None:
+def test_a_change_of_a_created_job_is_rejected_with_a_remedy(plane: ControlPlane, manifest: Manifest) -> None:
     with pytest.raises(ClusterError, match=r"spec\.[\w.]+ cannot be changed once the job exists: delete the QLoRAJob"):
         apply(plane, manifest)
 
@@ -209,7 +209,7 @@ def test_mutable_fields_can_be_updated(plane: ControlPlane, manifest: Manifest) 
     assert changed["spec"]["resources"]["memory"] == manifest["spec"]["resources"]["memory"]
 
 
-def test_the_limit_of_a_score_may_change_and_what_is_scored_may_not(plane: ControlPlane) -> None:
+def test_the_limit_of_a_score_may_change_and_its_definition_may_not(plane: ControlPlane) -> None:
     scored = with_value(with_value(SCORED, "metadata.name", "scored"), "spec.model.source", "hf://org/other")
     apply(plane, scored, dry_run=False)
     assert apply(plane, with_value(scored, "spec.gate.minScore", 0.5))["spec"]["gate"]["minScore"] == 0.5
@@ -228,13 +228,13 @@ def test_a_merged_model_that_would_be_deleted_with_its_job_is_rejected(plane: Co
 
 
 @pytest.mark.usefixtures("created")
-def test_a_job_that_no_operator_has_seen_reads_as_in_progress(plane: ControlPlane) -> None:
+def test_a_job_that_no_operator_has_reconciled_reads_as_in_progress(plane: ControlPlane) -> None:
     job = plane.kubectl.get("qj", "full")
     assert job["status"]["observedGeneration"] == -1
 
 
 @pytest.mark.usefixtures("created")
-def test_the_server_keeps_what_a_status_says_about_the_base_and_its_cache(plane: ControlPlane) -> None:
+def test_the_server_keeps_the_status_of_the_base_and_its_cache(plane: ControlPlane) -> None:
     profile = {"image": "trainer", "modelCache": {"claimName": "model-cache"}}
     resolved = {"contractVersion": 1, "profile": profile, "claimName": "c", "claimCreated": True, "workspacePath": "w"}
     base = {"origin": "cache", "bytesFetched": 17, "seconds": 3, "message": "the cache was damaged"}

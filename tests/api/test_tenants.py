@@ -1,4 +1,4 @@
-"""Tenants who attack: whatever they try is rejected, or has no effect on others.
+"""Attacks of tenants: each is rejected, or has no effect on others.
 
 A tenant has the chart's role `edit`, which the cluster role `edit` of Kubernetes includes, in a namespace with the Pod
 Security level `restricted`. The operator runs with the rights that the chart gives it. `pytest -s` prints a table.
@@ -46,20 +46,20 @@ CANARY = "hf_canarycanarycanarycanarycanary1234"
 
 @dataclass
 class Attacked:
-    """The tenants, and what the victim's namespace was like before."""
+    """The tenants, and the initial state of the victim's namespace."""
 
     tenants: Tenancy
     before: dict[str, Object]
     audit_start: int
 
     def require_unharmed(self) -> None:
-        """Nothing of the victim's has changed, and the operator runs."""
+        """No object of the victim has changed, and the operator runs."""
         assert _lasting(self.tenants.everything(VICTIM)) == self.before
         assert self.tenants.operator.poll() is None, self.tenants.operator_log.read_text()[-3000:]
 
 
 def _lasting(objects: dict[str, Object]) -> dict[str, Object]:
-    """Without the Events of the controllers, which count how often they have seen that there is no storage class."""
+    """Without the Events of the controllers, which count the reports of a missing storage class."""
 
     def of_the_operator(one: Object) -> bool:
         return bool(one["source"].get("component") == "qlora-operator")
@@ -85,7 +85,7 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
 
 
 def _settled(tenants: Tenancy) -> dict[str, Object]:
-    """Wait until the victim has all that the operator and the controllers write, and nothing changes any more."""
+    """Wait until the victim's objects are complete and no longer change."""
     latest: dict[str, Object] = {}
 
     def unchanged() -> dict[str, Object] | None:
@@ -112,7 +112,7 @@ def test_there_are_many_attempts() -> None:
 
 
 @pytest.mark.parametrize("name", REJECTED)
-def test_what_a_tenant_may_not_do_is_rejected_with_a_reason(attacked: Attacked, name: str) -> None:
+def test_forbidden_actions_of_a_tenant_are_rejected_with_a_reason(attacked: Attacked, name: str) -> None:
     attempt = REJECTED[name]
     strict = {} if attempt.method in ("GET", "DELETE") or "?" in attempt.path else {"fieldValidation": "Strict"}
     status, answer = attacked.tenants.tenant.send(
@@ -124,7 +124,7 @@ def test_what_a_tenant_may_not_do_is_rejected_with_a_reason(attacked: Attacked, 
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_what_a_tenant_may_do_harms_nobody_else(attacked: Attacked, name: str) -> None:
+def test_permitted_actions_of_a_tenant_harm_no_other_tenant(attacked: Attacked, name: str) -> None:
     HARMLESS[name](attacked.tenants)
     attacked.require_unharmed()
 
@@ -140,7 +140,7 @@ def test_no_neighbor_waits_for_a_thousand_jobs(attacked: Attacked) -> None:
 
 
 def require_turns(attacked: Attacked, count: int, name: str) -> None:
-    """A flood and then a neighbor's job come while the operator stands still: it looks at few of the flood first."""
+    """While the operator stands still, a flood and then a neighbor's job arrive."""
     tenants = attacked.tenants
     tenants.operator.send_signal(signal.SIGSTOP)
     for number in range(count):
@@ -162,7 +162,7 @@ def require_turns(attacked: Attacked, count: int, name: str) -> None:
     assert tenants.operator.poll() is None
 
 
-def test_a_flood_of_pods_and_events_that_say_they_are_a_jobs_stops_no_neighbor(attacked: Attacked) -> None:
+def test_a_flood_of_forged_pods_and_events_delays_no_neighbor(attacked: Attacked) -> None:
     tenants = attacked.tenants
     job = submit(tenants, "crowded")
     for number in range(100):
@@ -176,7 +176,7 @@ def test_a_flood_of_pods_and_events_that_say_they_are_a_jobs_stops_no_neighbor(a
     assert tenants.operator.poll() is None
 
 
-def test_everything_that_was_done_to_the_victim_was_done_by_itself_and_for_its_own_jobs(attacked: Attacked) -> None:
+def test_every_change_of_the_victims_objects_was_made_for_its_own_jobs(attacked: Attacked) -> None:
     """From the audit log of all the attempts above."""
     requests = attacked.tenants.audited(attacked.audit_start)
     of_the_tenant = [one for one in requests if one.get("impersonatedUser", {}).get("username") == TENANT_USER]
@@ -189,7 +189,7 @@ def test_everything_that_was_done_to_the_victim_was_done_by_itself_and_for_its_o
 
 
 def test_the_operators_rights_are_those_that_it_uses(attacked: Attacked) -> None:
-    """Over a job's life, its suspension and names that are taken, nothing is denied, and no right is left over."""
+    """Over a job's life, suspension and taken names, no right is missing or unused."""
     tenants = attacked.tenants
     for name in ("exercise", "exercise-name"):
         submit(tenants, name, suspend=True)

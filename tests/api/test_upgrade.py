@@ -1,4 +1,4 @@
-"""The CustomResourceDefinition of the previous release and of this one, one after the other, on a real API server."""
+"""The definitions of the previous release and of this one on a real API server."""
 
 import json
 from collections.abc import Iterator
@@ -59,7 +59,7 @@ def test_jobs_live_through_an_upgrade_and_a_rollback(plane: ControlPlane) -> Non
 
     install(plane, CURRENT)
 
-    # The new definition gives no job a field that the previous operator would not know.
+    # The new definition gives no job a field that the previous operator would reject.
     assert plane.kubectl.get("qlorajob", "plain")["spec"] == plain["spec"]
     # A job that is no longer admitted can still be changed.
     assert patch(plane, "lost", {"suspend": True})["spec"]["suspend"] is True

@@ -1,4 +1,4 @@
-"""GPU seconds against a real API server: counted from patched pods by operators that start anew, and the budget."""
+"""GPU seconds and the budget on a real API server, with patched pods and restarts."""
 
 import asyncio
 from datetime import UTC, datetime, timedelta
@@ -21,7 +21,7 @@ def namespace(plane: ControlPlane) -> ControlPlane:
 
 
 def new_operator(api: Api) -> Reconciler:
-    """One that has just been started, and knows only what is stored."""
+    """An operator that has just started, with only the stored state."""
     return operator(api._cluster)
 
 
@@ -72,7 +72,7 @@ async def stop(api: Api, uid: str, pod: str, since: datetime, until: datetime) -
     await patch_pod(api, pod, "Failed", {"terminated": ended}, since)
 
 
-def test_a_budget_ends_a_job_at_a_checkpoint_and_a_larger_one_goes_on(namespace: ControlPlane) -> None:
+def test_a_budget_ends_a_job_at_a_checkpoint_and_a_larger_one_continues_it(namespace: ControlPlane) -> None:
     async def scenario() -> None:
         async with connected(namespace) as api:
             name, key = "spent", (NAMESPACE, "spent")

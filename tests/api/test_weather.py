@@ -1,7 +1,7 @@
 """The operator's process in bad weather: a real API server behind a proxy that rejects, freezes, cuts and goes away.
 
-There are no controllers and no node here: what the operator has done shows in the Jobs that it creates and deletes and
-in the status. No time is asserted; a wait ends with the condition that it waits for.
+No controllers and no node run here: the Jobs and the status show the operator's actions. No time is asserted; a wait
+ends with its condition.
 """
 
 import contextlib
@@ -110,7 +110,7 @@ class Tenant:
 
 @pytest.fixture(scope="module")
 def account(plane: ControlPlane) -> str:
-    """The token of an account that may write Leases in its own namespace, and nothing else yet."""
+    """The token of an account that may write Leases in its namespace, and nothing else yet."""
     plane.kubectl("create", "namespace", OWN)
     plane.kubectl("create", "serviceaccount", "operator", f"--namespace={OWN}")
     Tenant(plane, OWN).grant(rules=LEASES)
@@ -119,7 +119,7 @@ def account(plane: ControlPlane) -> str:
 
 @dataclass(frozen=True)
 class Site:
-    """What one test has for itself: a namespace, a proxy, and a folder."""
+    """Resources of one test: a namespace, a proxy, and a folder."""
 
     plane: ControlPlane
     tenant: Tenant
@@ -184,7 +184,7 @@ def of_statuses(*statuses: int) -> Weather:
 
 
 def login_page() -> Weather:
-    """What a proxy answers to whom it does not know: a redirect to its page, or the page itself."""
+    """A proxy's answer to an unauthenticated client: a redirect to its page, or the page itself."""
     html = {"Content-Type": "text/html"}
     page = Reply(200, b"<html>Log in to go on.</html>", html)
     turn = itertools.cycle([Reply(302, b"<html>Moved.</html>", html | {"Location": "/login"}), page])
@@ -215,7 +215,7 @@ def calm(site: Site) -> None:
 
 
 def live_through(site: Site, operator: OperatorProcess, kind: str, until: Callable[[], bool], seconds: float) -> None:
-    """A job runs, the API server is away, a user acts: what he did is obeyed once, when it is back."""
+    """A job runs, the API server is away, a user acts: the change is applied once, after the outage."""
     operator.wait_until_ready()
     site.tenant.create("before")
     site.tenant.wait_for_phase("before", "Preparing")
@@ -235,14 +235,14 @@ def live_through(site: Site, operator: OperatorProcess, kind: str, until: Callab
 
 
 def problems(operator: OperatorProcess) -> list[str]:
-    """What the log warns of. Raises AssertionError for a traceback."""
+    """The warnings in the log. Raises AssertionError for a traceback."""
     entries = operator.entries()
     assert not [entry for entry in entries if "exception" in entry]
     return [entry["message"] for entry in entries if entry["level"] in ("warning", "error", "critical")]
 
 
 def warnings(operator: OperatorProcess, part: str) -> int:
-    """How many of what the log warns of have this part."""
+    """The number of warnings with this part."""
     return sum(part in line for line in problems(operator))
 
 
@@ -261,7 +261,7 @@ def test_an_outage_ends_nothing_and_loses_nothing(site: Site, kind: str, elected
         live_through(site, operator, kind, lambda: operator.says(noticed), seconds=60)
         assert operator.says("leads no longer") is elected
         said = problems(operator)
-        # At most one for the lists and, as the errors say so too, one for the rights.
+        # At most one for the lists and, as the errors name them too, one for the rights.
         assert sum("cannot be listed" in line for line in said) <= 2, said
         assert sum("Request attempt" in line for line in said) <= 6, said
 
@@ -369,7 +369,7 @@ def test_a_namespace_that_is_lost_stops_only_itself(site: Site, neighbor: Tenant
         status, text = operator.get("/readyz")
         assert (status, neighbor.namespace in text) == (200, True)
         assert neighbor.status("waits").get("phase") is None
-        # Sweeps are listed at an interval of their own.
+        # Sweeps are listed at a different interval.
         eventually(lambda: warnings(operator, "the sweeps cannot be listed"), seconds=60, every=0.2)
         neighbor.grant()
         neighbor.wait_for_phase("waits", "Preparing")
@@ -377,7 +377,7 @@ def test_a_namespace_that_is_lost_stops_only_itself(site: Site, neighbor: Tenant
         assert [warnings(operator, of) for of in ("its jobs wait", "the sweeps cannot be listed")] == [1, 1]
 
 
-def test_an_operator_that_may_do_nothing_is_alive_not_ready_and_recovers(site: Site) -> None:
+def test_an_operator_without_rights_is_alive_not_ready_and_recovers(site: Site) -> None:
     site.tenant.deny()
     with site.operator() as operator:
         eventually(lambda: operator.says("cannot be listed"), seconds=60, every=0.2)
@@ -433,7 +433,7 @@ def test_an_older_definition_stops_status_writes_until_the_right_one_is_back(sit
             written = site.proxy.count("PATCH", "/status")
             site.tenant.suspend("before")
             site.tenant.create("later")
-            # Lists at every five seconds ask for all of them.
+            # Lists at an interval of five seconds request all of them.
             pages = f"/pods?limit={OBJECTS_PER_PAGE}"
             lists = site.proxy.count("GET", pages)
             eventually(lambda: site.proxy.count("GET", pages) > lists + 1, seconds=60, every=0.2)
@@ -465,8 +465,8 @@ def leads(operator: OperatorProcess) -> bool:
     return operator.metric("qlora_operator_leads") == 1
 
 
-def test_one_of_two_works_and_the_other_takes_over(site: Site) -> None:
-    """When it is killed, cut off, frozen for a while, and told to end."""
+def test_one_of_two_operators_works_and_the_standby_takes_over(site: Site) -> None:
+    """Killed, cut off, frozen for a while, and terminated."""
     settings: Object = {"leaderElection": election(site.tenant.namespace)}
 
     def starts(name: str) -> None:
@@ -513,7 +513,7 @@ def test_one_of_two_works_and_the_other_takes_over(site: Site) -> None:
         assert third.get("/healthz")[0] == 200
 
 
-def test_two_that_both_work_make_nothing_twice(site: Site) -> None:
+def test_two_active_operators_create_no_object_twice(site: Site) -> None:
     with site.operator("first") as first, site.operator("second") as second:
         first.wait_until_ready()
         second.wait_until_ready()

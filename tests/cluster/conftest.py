@@ -1,4 +1,4 @@
-"""The embedded cluster with the operator installed by Helm, and namespaces with a tiny model and small data."""
+"""The embedded cluster with the operator installed by Helm, a tiny model and small data."""
 
 import json
 from collections.abc import Iterator

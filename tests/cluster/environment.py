@@ -1,4 +1,4 @@
-"""What the cluster tests do over and over: apply a job, wait for it, look at its pods and its volume."""
+"""Common actions of the cluster tests: apply a job, wait for it, read its pods and its volume."""
 
 import json
 import os
@@ -49,7 +49,7 @@ class Cluster:
         self.kubectl("delete", "pod", name, f"--namespace={OPERATOR_NAMESPACE}", "--grace-period=0", "--force")
 
     def is_operator_ready(self) -> bool:
-        """Whether the operator's pod is ready. The Deployment's status may still be that of a pod before it."""
+        """Whether the operator's pod is ready; the Deployment may still show an earlier pod."""
         conditions = self.operator_pod()["status"].get("conditions", ())
         return any(item["type"] == "Ready" and item["status"] == "True" for item in conditions)
 
@@ -58,7 +58,7 @@ class Cluster:
         eventually(self.is_operator_ready, seconds=120, what="the operator's readiness")
 
     def operator_log(self) -> str:
-        """What the operator has logged."""
+        """The operator's log."""
         return self.kubectl("logs", f"--namespace={OPERATOR_NAMESPACE}", "deployment/qlora-operator", "--tail=-1")
 
 
@@ -84,7 +84,7 @@ def signal_processes_of(pod: Object, number: signal.Signals) -> None:
 
 @dataclass(frozen=True)
 class Tenant:
-    """A namespace of its own under the `restricted` Pod Security level, with a volume of inputs."""
+    """A new namespace under the `restricted` Pod Security level, with a volume of inputs."""
 
     cluster: Cluster
     namespace: str
@@ -116,7 +116,7 @@ class Tenant:
         return next((c for c in self.status(name).get("conditions", []) if c["type"] == kind), {})
 
     def wait(self, name: str, probe: Callable[[Object], object], *, seconds: float = 180, what: str = "") -> Object:
-        """The status as soon as `probe` holds for it. Fails with the whole status if it does not, or the job ends."""
+        """The status as soon as `probe` holds for it. Fails if the job ends before."""
 
         def holds() -> Object:
             status = self.status(name)
@@ -175,7 +175,7 @@ class Tenant:
             yield pod
 
     def adapter_sum(self, status: Object) -> str:
-        """SHA-256 of the adapter's file as it lies on the volume."""
+        """SHA-256 of the adapter's file on the volume."""
         claim, _, folder = status["adapter"]["uri"].removeprefix("pvc://").partition("/")
         with self.volume(claim) as pod:
             return pod.run("sha256sum", f"/volume/{folder}/adapter_model.safetensors").split()[0]

@@ -1,4 +1,4 @@
-"""Bad models and bad data: Failed before a GPU is asked for, with one sentence that a person can act on."""
+"""Bad models and bad data: Failed before a GPU is requested, with one sentence that names the fix."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def bad(tenant: Tenant, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tenant]:
-    """The tenant with bad files beside the good ones; nothing of them may have changed at the end."""
+    """The tenant with bad files next to the good ones; checks at the end that none changed."""
     folder = tmp_path_factory.mktemp("bad")
     with tenant.volume(INPUTS) as pod:
         for name, content in FILES.items():
@@ -92,7 +92,7 @@ TRIED_ALWAYS = ("too-large", "cut")
         for name, case in CASES.items()
     ],
 )
-def test_bad_input_fails_before_a_gpu_is_asked_for(
+def test_bad_input_fails_before_a_gpu_is_requested(
     bad: Tenant, spec: dict[str, Any], reason: str, said: str, request: pytest.FixtureRequest
 ) -> None:
     name = bad.apply(tiny_job(f"bad-{request.node.callspec.id}", **spec))

@@ -1,4 +1,4 @@
-"""What builds on the life of one job: sweeps, a gate that is loosened, continued jobs, preferences, groups."""
+"""Features on top of one job: sweeps, gates, continued jobs, preferences, groups."""
 
 import json
 from typing import Any
@@ -37,7 +37,7 @@ def succeeded(tenant: Tenant, name: str) -> Object:
     return status
 
 
-def test_a_sweep_trains_its_cells_names_the_best_and_leaves_it_when_it_is_deleted(tenant: Tenant) -> None:
+def test_a_sweep_trains_its_cells_names_the_best_and_its_deletion_leaves_that(tenant: Tenant) -> None:
     name = tenant.apply(sweep("rates"))
     status = succeeded(tenant, name)
     losses = {cell["name"]: cell["evalLoss"] for cell in status["cells"]}
@@ -55,7 +55,7 @@ def test_a_sweep_trains_its_cells_names_the_best_and_leaves_it_when_it_is_delete
     assert "rates-01" in page
 
 
-def test_a_sweep_stops_the_worse_cell_and_publishes_the_best_with_one_base_and_rows_for_both(tenant: Tenant) -> None:
+def test_a_sweep_stops_the_worse_cell_and_publishes_the_best_from_shared_files(tenant: Tenant) -> None:
     tenant.kubectl("apply", "--filename=-", input_text=json.dumps(claim("published", tenant.namespace)))
     body = sweep("halved", grid={"learningRate": [5e-3, 1e-5]}, halving={"minSteps": 100, "factor": 2}, publish="best")
     template = body["spec"]["template"]["spec"]
@@ -100,7 +100,7 @@ def test_cells_of_a_pod_are_trained_by_it_together(tenant: Tenant) -> None:
     assert status["best"]["sha256"] == tenant.status(status["best"]["cell"])["adapter"]["sha256"]
 
 
-def test_a_gate_holds_an_adapter_back_until_it_is_loosened_and_nothing_is_trained_again(tenant: Tenant) -> None:
+def test_a_loosened_gate_releases_an_adapter_without_training_again(tenant: Tenant) -> None:
     name = tenant.apply(tiny_job("gated", gate={"maxEvalLoss": 0.0001}))
     status = tenant.wait_for_end(name)
     assert status["phase"] == "Failed"

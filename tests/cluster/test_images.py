@@ -1,4 +1,4 @@
-"""The images as they are shipped: what each side needs and no more, for a user who is not root."""
+"""The images as they are shipped: only required files, and a user who is not root."""
 
 import json
 import re
@@ -19,8 +19,8 @@ PYTHON = "/opt/qlora/bin/python"
 SITE_PACKAGES = "/opt/qlora/lib/python3.11/site-packages"
 # Of the driver, which the node brings.
 DRIVER = {"libcuda.so.1", "libnvidia-ml.so.1"}
-# Run with the image's Python: what the linker finds for each library that Python or cuDNN loads by name, and for what
-# these need in turn. Others are loaded if a machine has InfiniBand, whose libraries the image never had.
+# Run with the image's Python: the linker's result for each library that Python or cuDNN loads by name, and for their
+# dependencies. Others are loaded if a machine has InfiniBand, whose libraries the image never had.
 LINKED = """
 import glob, os, subprocess, sys
 os.chdir(sys.argv[1])
@@ -59,7 +59,7 @@ def container(image: str) -> Iterator[list[str]]:
 
 
 def said(inside: list[str], *command: str) -> tuple[int, str]:
-    """Exit code and all output of a command in a container. In a file: buildah may end before it relays a last line."""
+    """Exit code and output of a command in a container, from a file, as buildah may end early."""
     name = inside[-2]
     run([*inside, "sh", "-c", '"$@" > /tmp/said 2>&1; echo $? > /tmp/code', "sh", *command])
     root = Path(run(["buildah", "mount", name]).strip())
@@ -94,8 +94,8 @@ def test_the_trainers_image_can_quantize(images: Images) -> None:
         assert "prepare" in said(inside, "/opt/qlora/bin/qlora-trainer", "--help")[1]
 
 
-def test_the_trainers_image_has_each_library_that_pytorch_and_bitsandbytes_link_with(images: Images) -> None:
-    """What training loads on a GPU, which no test has here: nothing of it may be among what the image does without."""
+def test_the_trainers_image_has_each_library_linked_by_pytorch_and_bitsandbytes(images: Images) -> None:
+    """Libraries for training on a GPU, which no test has here: the image removes none of them."""
     with container(images.trainer) as inside:
         code, output = said(inside, PYTHON, "-c", LINKED, SITE_PACKAGES)
     assert code == 0, output
@@ -112,7 +112,7 @@ def test_each_module_of_the_trainer_and_each_tracker_imports_in_its_image(images
     assert (code, output.splitlines()[-1]) == (0, "all of it"), output
 
 
-def test_the_trainers_image_does_without_what_its_dockerfile_says_it_does(images: Images) -> None:
+def test_the_trainers_image_lacks_the_packages_that_its_dockerfile_removes(images: Images) -> None:
     layers = dockerfiles.layers((project.ROOT / project.DOCKERFILES["qlora-trainer"]).read_text())
     removed = [removal.command for layer in layers for removal in layer.removals]
     patterns = [word for command in removed if command.startswith("rm") for word in command.split()[1:] if "/" in word]

@@ -7,7 +7,7 @@ from tests.cluster.environment import LONG, Tenant, tiny_job
 
 @pytest.fixture(scope="module")
 def undisturbed(tenant: Tenant) -> str:
-    """The name of a job that nobody touches, and that runs beside the first that somebody does."""
+    """The name of an undisturbed job that runs next to the disturbed one."""
     return tenant.apply(tiny_job("undisturbed", steps=LONG))
 
 
@@ -67,7 +67,7 @@ def test_killing_the_operator_changes_nothing_but_time(tenant: Tenant, phase: st
 
 
 @pytest.mark.slow
-def test_a_pod_over_its_memory_is_named_as_such_with_what_to_do(tenant: Tenant) -> None:
+def test_a_pod_over_its_memory_limit_is_reported_with_a_remedy(tenant: Tenant) -> None:
     name = tenant.apply(tiny_job("hungry", resources={"cpu": "500m", "memory": "128Mi"}))
     status = tenant.wait_for_end(name)
     assert status["phase"] == "Failed"

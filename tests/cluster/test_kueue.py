@@ -1,6 +1,6 @@
-"""Real jobs and Kueue's own controller: quota, preemption, and what a preemption does to the adapter.
+"""Real jobs and Kueue's controller: quota, preemption, and the effect of a preemption on the adapter.
 
-What Kueue states about jobs that it holds is in tests/api/test_kueue.py.
+See tests/api/test_kueue.py for Kueue's statements about held jobs.
 """
 
 from collections.abc import Iterator
@@ -40,13 +40,11 @@ def queued_job(name: str, priority: str, queue: str) -> dict[str, object]:
 
 
 def said(tenant: Tenant, name: str) -> str:
-    """Why the job waits, or what it does."""
+    """Reason of the job's wait, or its activity."""
     return str(tenant.condition(name, "Succeeded").get("message", ""))
 
 
-def test_three_jobs_share_a_quota_of_one_and_the_preempted_one_ends_in_the_same_bytes(
-    tenant: Tenant, queues: Kueue
-) -> None:
+def test_jobs_share_a_quota_of_one_and_the_preempted_one_ends_in_the_same_bytes(tenant: Tenant, queues: Kueue) -> None:
     # A queue that does not exist yet holds these two until the third trains.
     also_low, high = (tenant.apply(queued_job(f"also-{priority}", priority, LATE)) for priority in ("low", "high"))
     for waiting in (also_low, high):

@@ -24,7 +24,7 @@ NAME = "life"
 
 @dataclass(frozen=True)
 class Finished:
-    """A job that has run to its end while somebody watched it."""
+    """A job that has run to its end under `qlora watch`."""
 
     status: Object
     seen: list[list[str]]
@@ -63,7 +63,7 @@ def finished(tenant: Tenant, tmp_path_factory: pytest.TempPathFactory) -> Finish
     return Finished(status, seen, watched.shown, logs.shown)
 
 
-def test_the_watch_shows_every_phase_and_moving_numbers(finished: Finished) -> None:
+def test_the_watch_shows_every_phase_and_progress(finished: Finished) -> None:
     phases = list(dict.fromkeys(words[1] for words in finished.seen if len(words) > 2))
     order = ["Preparing", "Queued", "Training", "Publishing", "Succeeded"]
     assert [phase for phase in phases if phase in order] == [phase for phase in order if phase in phases]
@@ -83,7 +83,7 @@ def test_the_command_line_shows_the_same_life(finished: Finished) -> None:
     assert re.search(rf"train: \S+ \d+/{LONG}, loss [\d.]+", finished.logs)
 
 
-def test_the_status_tells_what_was_trained_on_what(finished: Finished) -> None:
+def test_the_status_has_data_memory_progress_and_checkpoint(finished: Finished) -> None:
     status = finished.status
     assert status["dataset"]["rows"] == 64
     assert status["dataset"]["usedRows"] == 64
@@ -99,7 +99,7 @@ def test_the_status_tells_what_was_trained_on_what(finished: Finished) -> None:
     assert status["startTime"] <= status["completionTime"]
 
 
-def test_conditions_let_nobody_wait_for_ever(finished: Finished) -> None:
+def test_conditions_end_every_wait(finished: Finished) -> None:
     conditions = {c["type"]: c["status"] for c in finished.status["conditions"]}
     assert (conditions["Succeeded"], conditions["Failed"], conditions["Ready"]) == ("True", "False", "True")
     assert conditions.get("Reconciling") != "True"
@@ -123,7 +123,7 @@ def test_the_sum_in_the_status_is_that_of_the_file(tenant: Tenant, finished: Fin
 
 
 def qlora(tenant: Tenant, *arguments: str) -> str:
-    """What the command prints, which must succeed."""
+    """Output of the command, which must succeed."""
     options = [f"--namespace={tenant.namespace}", "--kubeconfig", str(tenant.cluster.kubectl.kubeconfig)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
@@ -205,7 +205,7 @@ def test_only_prepare_has_the_secret_and_only_train_asks_for_a_gpu(tenant: Tenan
 
 
 @pytest.mark.usefixtures("finished")
-def test_nothing_is_written_on_the_users_object_but_its_status(tenant: Tenant) -> None:
+def test_only_the_status_of_the_users_object_is_written(tenant: Tenant) -> None:
     metadata = tenant.job(NAME)["metadata"]
     assert "finalizers" not in metadata
     assert set(metadata.get("annotations", {})) == {"kubectl.kubernetes.io/last-applied-configuration"}

@@ -1,6 +1,6 @@
-"""Deadline, clean-up, deletion, and a namesake that is created at once.
+"""Deadline, clean-up, deletion, and a namesake that is created right after.
 
-Most are slow: what is decided is in tests/unit/qlora_operator, what the API server makes of it in tests/api.
+Most are slow: see tests/unit/qlora_operator for decisions, tests/api for the API server.
 """
 
 import pytest
@@ -33,7 +33,7 @@ def test_a_deleted_job_takes_its_pods_along_and_leaves_the_adapter(tenant: Tenan
 
 
 @pytest.mark.slow
-def test_a_namesake_created_at_once_starts_anew(tenant: Tenant) -> None:
+def test_a_namesake_created_right_after_starts_from_scratch(tenant: Tenant) -> None:
     name = tenant.apply(tiny_job("again", steps=ENDLESS))
     first = tenant.wait_for_phase(name, "Training")
     tenant.kubectl("delete", "qlorajob", name)

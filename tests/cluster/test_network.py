@@ -1,7 +1,7 @@
-"""NetworkPolicies of the chart, enforced: what each step and the operator reach, and who reaches them.
+"""NetworkPolicies of the chart, enforced: the reachable peers of each step and the operator, in both directions.
 
-Each attempt is made again once the policies are gone, and then succeeds: what is denied is denied by them. What the
-chart writes into them is in tests/api/test_chart.py.
+Each attempt is repeated without the policies, and then succeeds: only the policies deny it. Their content is checked in
+tests/api/test_chart.py.
 """
 
 import json
@@ -30,7 +30,7 @@ POLICIES: Object = {
     },
 }
 POLICIES["profiles"]["default"]["objectStore"] = {"endpoint": f"http://{STORE}:{STORE_PORT}"}
-# Tries all at once; a denied packet is dropped, so an attempt that is denied takes as long as it is given.
+# All attempts run in parallel; a denied packet is dropped, so a denied attempt lasts for its whole timeout.
 _REACH = """
 import concurrent.futures, json, socket, struct, sys
 def reached(target):
@@ -66,7 +66,7 @@ Targets = dict[str, tuple[str, int, str]]
 
 @dataclass(frozen=True)
 class Place:
-    """A pod, from which connections are made, and to which they are."""
+    """A pod that makes and accepts connections."""
 
     cluster: Cluster
     pod: Object
@@ -91,7 +91,7 @@ class Place:
 
 @pytest.fixture(scope="module")
 def beyond(installed: Cluster) -> Iterator[None]:
-    """Policies are enforced, and there is somebody outside the cluster."""
+    """Policies are enforced, and a host outside the cluster answers."""
     where = layout.from_environment()
     toolchain.built(where, [node.POLICY_PROGRAM])
     assert not cluster.trouble(where), installed
@@ -137,7 +137,7 @@ def neighbor(installed: Cluster) -> Iterator[Place]:
 
 
 def targets(neighbor: Place) -> Targets:
-    """What a pod could want to reach."""
+    """Possible destinations of a pod."""
     ports = cluster.ports_of(layout.from_environment())
     return {
         "DNS": (addresses.DNS_ADDRESS, 53, "udp"),
@@ -155,7 +155,7 @@ def targets(neighbor: Place) -> Targets:
 
 
 @pytest.mark.usefixtures("beyond")
-def test_train_has_no_network_and_the_others_reach_what_the_profile_names(tenant: Tenant, neighbor: Place) -> None:
+def test_train_has_no_network_and_the_others_reach_the_profiles_servers(tenant: Tenant, neighbor: Place) -> None:
     policies = job_policies(tenant.namespace)
     tenant.cluster.kubectl("apply", "--filename=-", input_text=json.dumps(policies))
     wanted = targets(neighbor)
@@ -190,7 +190,7 @@ def job_policies(namespace: str) -> Object:
 
 
 @pytest.mark.usefixtures("beyond")
-def test_the_operator_reaches_the_api_server_only_and_is_asked_for_metrics_only(
+def test_the_operator_reaches_the_api_server_only_and_serves_metrics_only(
     installed: Cluster, tenant: Tenant, neighbor: Place
 ) -> None:
     where = layout.from_environment()

@@ -1,4 +1,4 @@
-"""What a node does to a job: it is drained, it is lost with its pods, its volume fills up, its GPUs are shared."""
+"""Effects of a node on a job: drained, lost, with a full volume, with shared GPUs."""
 
 import json
 import signal
@@ -21,7 +21,7 @@ SMALL = "small"
 
 @pytest.fixture(scope="module")
 def undisturbed(tenant: Tenant) -> Object:
-    """The status of a job that nobody has touched."""
+    """The status of an undisturbed job."""
     return tenant.succeed(tenant.apply(tiny_job("undisturbed", steps=LONG)))
 
 
@@ -45,7 +45,7 @@ def test_a_drained_node_is_one_disruption(tenant: Tenant, undisturbed: Object) -
     training(tenant, "drained")
     kubectl = tenant.cluster.kubectl
     try:
-        # Only the job's pods: there is no other node for those of the cluster.
+        # Only the job's pods: the cluster has no second node for the system pods.
         chosen = "--pod-selector=qlora.dev/job=drained"
         kubectl("drain", addresses.NODE, chosen, "--delete-emptydir-data", "--timeout=300s")
         waiting = tenant.wait("drained", lambda s: s["phase"] == "Queued", what="a job that waits for a node")
@@ -55,7 +55,7 @@ def test_a_drained_node_is_one_disruption(tenant: Tenant, undisturbed: Object) -
     require_one_disruption(tenant, "drained", undisturbed)
 
 
-def test_a_full_claim_is_named_and_the_job_goes_on_when_there_is_room(tenant: Tenant) -> None:
+def test_a_full_claim_is_named_and_a_retry_with_room_continues(tenant: Tenant) -> None:
     with small_claim(tenant) as folder:
         job = tenant.apply(tiny_job("full", steps=LONG, workspace={"claimName": SMALL}))
         with tenant.stopped(job, "train"):
@@ -72,7 +72,7 @@ def test_a_full_claim_is_named_and_the_job_goes_on_when_there_is_room(tenant: Te
 
 @contextmanager
 def small_claim(tenant: Tenant) -> Iterator[Path]:
-    """A claim of 16 MiB, which is a file system of its own below the cluster's folder, so that `down` unmounts it."""
+    """A claim of 16 MiB, a separate file system below the cluster's folder, so that `down` unmounts it."""
     folder = layout.from_environment().cluster / SMALL
     folder.mkdir()
     run(["mount", "-t", "tmpfs", "-o", "size=16m,mode=0777", "tmpfs", folder])
@@ -125,7 +125,7 @@ def test_two_gpus_of_one_job_keep_the_next_job_waiting(tenant: Tenant) -> None:
 
 
 def test_a_lost_node_is_one_disruption(tenant: Tenant, undisturbed: Object) -> None:
-    """Its kubelet and its containers end at once, and its Node is deleted, as by the cloud that has taken it away."""
+    """End its kubelet and its containers immediately, and delete its Node, as a cloud that removes it."""
     pod = training(tenant, "lost")
     where, kubectl = layout.from_environment(), tenant.cluster.kubectl
     with cluster.locked(where):

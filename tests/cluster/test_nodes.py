@@ -55,7 +55,7 @@ def train_pods(tenant: Tenant, name: str, attempt: int) -> list[Object]:
 
 
 @pytest.mark.parametrize("options", [[], ["--grace-period=0", "--force"]], ids=["deleted", "killed"])
-def test_a_pod_of_two_that_is_lost_is_one_disruption_and_the_adapter_has_the_same_bytes(
+def test_losing_one_of_two_pods_is_one_disruption_and_keeps_the_adapters_bytes(
     tenant: Tenant, shared: str, undisturbed: Object, options: list[str]
 ) -> None:
     name = tenant.apply(job_of_two(f"lost-{len(options)}", shared))
@@ -75,7 +75,7 @@ def test_a_pod_of_two_that_is_lost_is_one_disruption_and_the_adapter_has_the_sam
 
 @pytest.fixture(scope="module")
 def undisturbed(tenant: Tenant, shared: str) -> Object:
-    """The status of a job of two pods that nobody has touched."""
+    """The status of an undisturbed job of two pods."""
     return tenant.succeed(tenant.apply(job_of_two("two-undisturbed", shared)))
 
 

@@ -1,4 +1,4 @@
-"""The operator as an administrator sees it: its rights, its writes, its probes, its metrics and logs."""
+"""The operator as an administrator sees it: rights, writes, probes, metrics and logs."""
 
 import json
 
@@ -21,7 +21,7 @@ def test_everything_runs_in_restricted_namespaces(tenant: Tenant) -> None:
     tenant.kubectl("delete", "qlorajob", name)
 
 
-# What it says and does meanwhile is in tests/api/test_weather.py.
+# tests/api/test_weather.py covers its reports and actions in the meantime.
 @pytest.mark.slow
 def test_an_operator_that_cannot_watch_is_not_ready_and_recovers_without_a_restart(tenant: Tenant) -> None:
     cluster, kubectl = tenant.cluster, tenant.cluster.kubectl
@@ -42,5 +42,5 @@ def test_an_operator_that_cannot_watch_is_not_ready_and_recovers_without_a_resta
 
 
 def restarts(pod: Object) -> int:
-    """How often the kubelet has restarted the pod's containers."""
+    """The number of restarts of the pod's containers by the kubelet."""
     return sum(container["restartCount"] for container in pod["status"].get("containerStatuses", []))

@@ -58,7 +58,7 @@ class Made:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
-    """The commit that is checked out, released. The dependencies' layers are those of the images that others test."""
+    """The current commit, released, with the dependencies' layers of the tested images."""
     layout = from_environment()
     built = toolchain.built(layout, ["cosign", "helm", "helm-docs"])
     programs = Programs(Cosign(built["cosign"]), built["helm"], built["helm-docs"])
@@ -70,13 +70,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
         base = image_build.local_base(layout, address)
         release = pipeline.make(layout, programs, source, address, signer, BUILDER, folder / "made", base)
         yield Made(layout, programs, source, address, base, signer, folder / "made", release)
-        # Names only: layers that the tested images have too stay. The digest of the base is not a name of its own.
+        # Names only: layers that the tested images have too stay. The digest of the base is not a separate name.
         base_tag = f"{address}/{images.base_image(layout).rpartition('/')[2]}"
         names = [f"{image.repository}:{image.version}" for image in release.artifacts[:2]]
         run(["buildah", "rmi", *names, base_tag])
 
 
-def test_a_user_with_the_public_key_can_verify_all_of_it(made: Made) -> None:
+def test_a_user_with_the_public_key_can_verify_every_artifact(made: Made) -> None:
     verified = made.verify(made.signer.public)
     assert {artifact.reference for artifact in verified.artifacts} == {
         artifact.reference for artifact in made.release.artifacts
@@ -93,7 +93,7 @@ def test_another_key_or_another_builder_is_rejected(made: Made, tmp_path: Path) 
 
 
 def test_an_image_that_takes_the_place_of_a_signed_one_is_not_signed(made: Made) -> None:
-    """A tag can be moved; what was signed and what the chart installs is the digest."""
+    """A tag can be moved; the signature and the chart refer to the digest."""
     repository = f"{made.registry}/qlora-operator"
     run(["buildah", "tag", "localhost/busybox:stable", f"{repository}:moved"])
     try:
@@ -123,7 +123,7 @@ def test_the_sboms_have_every_package_of_the_images(made: Made) -> None:
         assert "triton" not in versions
 
 
-def test_images_say_where_they_come_from(made: Made) -> None:
+def test_images_name_their_source(made: Made) -> None:
     image = f"{made.release.operator.repository}:{made.release.operator.version}"
     labels = json.loads(run(["buildah", "inspect", "--type", "image", image]))["OCIv1"]["config"]["Labels"]
     assert labels["org.opencontainers.image.revision"] == made.source.revision
@@ -131,7 +131,7 @@ def test_images_say_where_they_come_from(made: Made) -> None:
     assert made.base.endswith(labels["org.opencontainers.image.base.digest"])
 
 
-def test_made_again_it_is_the_same_and_signed_once(made: Made) -> None:
+def test_a_repeated_release_is_identical_and_signed_once(made: Made) -> None:
     assert made.again() == made.release
     for artifact in made.release.artifacts:
         assert signatures(made, artifact) == 1
@@ -140,7 +140,7 @@ def test_made_again_it_is_the_same_and_signed_once(made: Made) -> None:
 
 
 def test_an_image_of_another_commit_shares_the_layers_whose_files_are_equal(made: Made) -> None:
-    """A node that has the release before pulls only what changed."""
+    """A node with the release before pulls only the changes."""
     later = dataclasses.replace(made.source, committed=made.source.committed + 60)
     with project.exported(made.source) as files:
         built, _ = image_build.publish(made.layout, later, files, made.registry, "qlora-trainer", made.base)
@@ -150,7 +150,7 @@ def test_an_image_of_another_commit_shares_the_layers_whose_files_are_equal(made
 
 
 def signatures(made: Made, artifact: Artifact) -> int:
-    """How many there are, without the statements that cosign verifies too."""
+    """The number of signatures, without the statements that cosign verifies too."""
     said = run([made.programs.cosign.program, "verify", *made.signer.verifier.verifying(), artifact.reference])
     types = [found["critical"]["type"] for found in json.loads(said)]
     return types.count("https://sigstore.dev/cosign/sign/v1")

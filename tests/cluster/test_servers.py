@@ -1,6 +1,6 @@
 """Destinations and a hub that pods really use: an S3 server, a registry, and a hub with a cache of models.
 
-What their clients do is in tests/trainer/stores and tests/trainer/publishing.
+See tests/trainer/stores and tests/trainer/publishing for the clients of these servers.
 """
 
 import json
@@ -26,7 +26,7 @@ CACHE = "models"
 
 @dataclass(frozen=True)
 class Servers:
-    """The servers of the profile, on the cluster's own bridge, and where they keep what they get."""
+    """The servers of the profile, on the cluster's bridge, and their stored files."""
 
     objects: Path
     registry: str
@@ -63,7 +63,7 @@ def give_secret(tenant: Tenant, name: str, data: dict[str, str]) -> None:
 
 
 def published(tenant: Tenant, name: str, output: Object) -> Object:
-    """The status of a job that has succeeded with that output; its credentials were files that the group may read."""
+    """The status of a succeeded job with that output, whose credentials were files of its group."""
     job = tenant.apply(tiny_job(name, output=output))
     for step in ("prepare", "publish"):
         with tenant.stopped(job, step) as pod:
@@ -94,7 +94,7 @@ def test_an_adapter_goes_to_a_registry(tenant: Tenant, servers: Servers) -> None
     assert status["adapter"]["sha256"] in kept
 
 
-def test_wrong_credentials_end_a_job_before_it_trains(tenant: Tenant, servers: Servers) -> None:
+def test_wrong_credentials_fail_a_job_before_it_trains(tenant: Tenant, servers: Servers) -> None:
     assert servers.objects.exists()
     give_secret(tenant, "wrong", {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": "wrong"})
     output = {"destination": f"s3://{BUCKET}/adapters/never", "secretRef": {"name": "wrong"}}

@@ -1,4 +1,4 @@
-"""What comes late is waited for, and a failed job goes on where it failed."""
+"""The job waits for late objects, and a failed job continues where it failed."""
 
 import json
 
@@ -12,7 +12,7 @@ def patch(tenant: Tenant, name: str, spec: object) -> None:
     tenant.kubectl("patch", "qlorajob", name, "--type=merge", f"--patch={json.dumps({'spec': spec})}")
 
 
-def test_a_failed_job_goes_on_from_its_checkpoint_with_what_was_mended(tenant: Tenant) -> None:
+def test_a_retried_job_continues_from_its_checkpoint_with_the_fixed_spec(tenant: Tenant) -> None:
     name = tenant.apply(tiny_job("taken-up", steps=LONG))
     tenant.wait(name, lambda status: status.get("checkpoint", {}).get("step", 0) > 0)
     patch(tenant, name, {"activeDeadlineSeconds": 1})
@@ -36,7 +36,7 @@ def test_a_failed_job_goes_on_from_its_checkpoint_with_what_was_mended(tenant: T
     )
 
 
-def test_data_that_comes_late_is_waited_for_and_uses_up_no_retry(tenant: Tenant) -> None:
+def test_late_data_is_waited_for_and_costs_no_retry(tenant: Tenant) -> None:
     rows = [
         {"messages": [{"role": "user", "content": "say a"}, {"role": "assistant", "content": f"a {number}"}]}
         for number in range(8)

@@ -1,4 +1,4 @@
-"""Tenants who attack, on a node: what tests/api/test_tenants.py tries without one, and what takes one.
+"""Attacks of tenants on a node: those of tests/api/test_tenants.py, and those that need one.
 
 A tenant has the chart's role `edit`, which the cluster role `edit` of Kubernetes includes, in a namespace with the Pod
 Security level `restricted`. Helm has installed the operator.
@@ -36,7 +36,7 @@ from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.slow
 PROFILES: Object = {
-    # Nobody listens there: jobs whose data are missing never get that far.
+    # The host has no listener: jobs whose data are missing never get that far.
     "default": {"registries": ["registry.example.org"], "hubEndpoint": "http://127.0.0.1:9"},
     "small": {"allowJobScheduling": False, "limits": {"gpus": 1, "workspaceSize": "60Gi", "jobs": 2}},
     "private": {"namespaces": [VICTIM]},
@@ -85,7 +85,7 @@ def tenants(installed: Cluster, since: int, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def untouched(tenants: Tenants) -> dict[str, Object]:
-    """What there is in the victim's namespace, once it is whole: an Event follows the status that it tells of."""
+    """The objects of the victim's namespace, once it is complete: an Event follows its status."""
 
     def whole() -> dict[str, Object] | None:
         found = tenants.everything(VICTIM)
@@ -120,7 +120,7 @@ def assault(attacker: Tenant, tenant: Tenant) -> Assault:
 
 
 @pytest.mark.parametrize("name", REJECTED)
-def test_what_a_tenant_may_not_do_is_rejected_with_a_reason(
+def test_forbidden_actions_of_a_tenant_are_rejected_with_a_reason(
     tenants: Tenants, untouched: dict[str, Object], name: str
 ) -> None:
     attempt = REJECTED[name]
@@ -131,18 +131,20 @@ def test_what_a_tenant_may_not_do_is_rejected_with_a_reason(
 
 
 @pytest.mark.parametrize("name", NEEDS_NO_NODE)
-def test_what_a_tenant_may_do_harms_nobody_else(tenants: Tenants, untouched: dict[str, Object], name: str) -> None:
+def test_permitted_actions_of_a_tenant_harm_no_other_tenant(
+    tenants: Tenants, untouched: dict[str, Object], name: str
+) -> None:
     NEEDS_NO_NODE[name](tenants)
     assert tenants.everything(VICTIM) == untouched
 
 
 @pytest.mark.parametrize("name", ON_A_NODE)
-def test_what_a_tenant_does_in_its_pods_harms_nobody_else(assault: Assault, name: str) -> None:
+def test_actions_in_a_tenants_pods_harm_no_other_tenant(assault: Assault, name: str) -> None:
     ON_A_NODE[name](assault)
     assault.require_neighbor_unharmed()
 
 
-def test_the_neighbor_has_trained_all_the_while(assault: Assault) -> None:
+def test_the_neighbors_training_is_undisturbed(assault: Assault) -> None:
     before = assault.neighbor.status(assault.other)["progress"]["step"]
     assault.neighbor.wait(assault.other, lambda status: status["progress"]["step"] > before, what="progress")
     assault.require_neighbor_unharmed()
@@ -172,7 +174,7 @@ def test_an_adapter_that_was_changed_after_training_is_not_published(attacker: T
 
 
 def test_the_operators_rights_are_those_that_it_uses(tenants: Tenants, attacker: Tenant, since: int) -> None:
-    """From the audit log of all the attempts above, and of a name that is taken, nothing is denied or left over."""
+    """In the audit log of the attempts and of a taken name, no right is missing or unused."""
     tenants.tenant.create(TENANT, "jobs", batch_job({"name": "exercise-prepare-1"}))
     attacker.apply(tiny_job("exercise"))
     tenants.wait("exercise", reason="NameTaken")

@@ -25,7 +25,7 @@ def release(tenant: Tenant) -> Iterator[previous.Release]:
 
 
 def install(release: previous.Release) -> None:
-    """Install the previous release, without values that its chart does not know."""
+    """Install the previous release, without values that its chart does not have."""
     where = layout.from_environment()
     known = yaml.safe_load((release.chart / "values.yaml").read_text())
     values = {name: value for name, value in product.SMALL_MACHINE.items() if name in known}
@@ -37,7 +37,7 @@ def patch(tenant: Tenant, name: str, spec: str) -> None:
 
 
 def apply_one_of_each_phase(tenant: Tenant, prefix: str) -> dict[str, str]:
-    """Jobs that end well, by the phase in which they are left; one has failed."""
+    """Jobs that end well, by the phase that they reach; one has failed."""
     jobs = {
         "Succeeded": tenant.apply(tiny_job(f"{prefix}-succeeded")),
         "Failed": tenant.apply(tiny_job(f"{prefix}-failed", dataset={"source": "pvc://inputs/model/config.json"})),

@@ -19,7 +19,7 @@ _SUSPENDED, _OTHER = 500, 40
 
 @pytest.fixture
 def shell(installed: Cluster, tiny_model: Path, tmp_path: Path) -> Iterator[Shell]:
-    """A person's shell in the cluster, from which the operator is removed; it is installed again at the end."""
+    """A person's shell in the cluster, which removes the operator and installs it again."""
     where = layout.from_environment()
     try:
         with prepared(where, installed.images, tiny_model, tmp_path / "walk", Path(sys.executable).parent) as found:
@@ -34,7 +34,7 @@ def show(text: str) -> None:
     sys.stdout.write(text)
 
 
-def test_a_newcomer_gets_from_installation_to_removal(
+def test_the_walk_leads_from_installation_to_removal(
     installed: Cluster, shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))

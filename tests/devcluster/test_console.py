@@ -1,4 +1,4 @@
-"""Installers and builders are quiet: their output is in a log file, at hand when they fail or when it is asked for."""
+"""Installers and builders are quiet: their output is in a log file, shown on failure or on request."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
     return Layout(tmp_path / "cache")
 
 
-def test_a_failure_shows_the_command_and_its_last_words(layout: Layout) -> None:
+def test_a_failure_shows_the_command_and_its_last_lines(layout: Layout) -> None:
     with pytest.raises(ClusterError, match=r"(?s)exit 3: exit status 3; last lines of .*build.log:\n.*no room left"):
         console.run_noisy(layout, ["sh", "-c", "echo no room left; exit 3"])
 
@@ -25,7 +25,7 @@ def test_a_command_that_hangs_is_ended(layout: Layout) -> None:
         console.run_noisy(layout, ["sleep", "60"], seconds=0.2)
 
 
-def test_a_test_builds_nothing_and_says_what_to_run(layout: Layout) -> None:
+def test_a_test_builds_nothing_and_names_the_command_to_run(layout: Layout) -> None:
     with pytest.raises(ClusterError, match="not built: etcd; run `python -m devcluster build etcd`"):
         toolchain.built(layout, ["etcd"])
     with (

@@ -1,4 +1,4 @@
-"""Images get the names that the kubelet looks for, and builds see the machine's pip configuration."""
+"""Images get the names that the kubelet pulls, and builds see the machine's pip configuration."""
 
 import configparser
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is taken off the machine is ours and nothing else."""
+"""Only objects of this project are removed from the machine."""
 
 import subprocess
 from pathlib import Path
@@ -35,7 +35,7 @@ COMMIT
 
 
 def in_network_namespace(script: str) -> subprocess.CompletedProcess[str]:
-    """A namespace of its own, so the machine's rules are neither read nor changed."""
+    """A new namespace, so the machine's rules are neither read nor changed."""
     command = ["unshare", "--map-root-user", "--net", "sh", "-euc", script]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 

@@ -1,4 +1,4 @@
-"""Background processes are ended by identity: what runs under a reused pid is never touched."""
+"""Background processes are ended by identity: another process with a reused pid is never touched."""
 
 import dataclasses
 import subprocess
@@ -28,14 +28,14 @@ def test_a_recorded_process_is_ended(sleeper: Record) -> None:
 
 
 @pytest.mark.parametrize("change", [{"started": 1}, {"boot": "another boot"}])
-def test_a_stranger_with_the_recorded_pid_is_left_alone(sleeper: Record, change: dict[str, object]) -> None:
+def test_another_process_with_the_recorded_pid_is_left_alone(sleeper: Record, change: dict[str, object]) -> None:
     outdated = dataclasses.replace(sleeper, **change)  # type: ignore[arg-type]
     assert not processes.alive(outdated)
     processes.stop(outdated)
     assert processes.alive(sleeper)
 
 
-def test_a_process_that_ignores_sigterm_is_ended_all_the_same(tmp_path: Path) -> None:
+def test_a_process_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     log = tmp_path / "log"
     argv = ["sh", "-c", "trap '' TERM; echo deaf; while :; do read -r _ < /dev/zero || :; done"]
     record = processes.start("deaf", argv, directory=tmp_path / "records", log=log, with_parent=True)

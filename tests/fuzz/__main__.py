@@ -1,6 +1,6 @@
 """Fuzz the parsers with atheris: `python -m tests.fuzz [TARGET …] [--seconds N]`, all of them if none is named.
 
-What breaks a parser is kept in a file for each, and ends the target; `--replay FILE` shows it again. Exit code 1 then.
+An input that breaks a parser is kept in a file, and ends the target; `--replay FILE` runs it again. Exit code 1 then.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def fuzz(name: str, seconds: int, crashes: Path, replay: Path | None) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Each target in a process of its own, one after the other; 1 if one of them was broken."""
+    """Run each target in a new process, one by one; 1 if one of them was broken."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"one of {', '.join(TARGETS)}")
     parser.add_argument("--seconds", type=int, default=10, help="for each target; without end if 0")
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _in_child(action: Callable[[], None]) -> tuple[str, bool]:
-    """What the action writes in a copy of this process, which has the libraries loaded, and whether it failed."""
+    """Output of the action in a fork, which has the libraries loaded, and whether it failed."""
     with tempfile.TemporaryFile() as log:
         child = os.fork()
         if not child:

@@ -1,4 +1,4 @@
-"""The parsers of what servers answer, of logins, and of what users and models bring besides data and weights."""
+"""The parsers of servers' answers, of logins, and of further files of users and models."""
 
 import io
 import json
@@ -50,7 +50,7 @@ def _text(content: bytes) -> str:
 
 
 def _pull(challenge: str, token: bytes, secret: Secret) -> None:
-    """Ask a registry for a manifest; it wants to know who asks, and its token server answers with `token`."""
+    """Ask a registry for a manifest; its token server answers with `token`."""
 
     def send(_adapter: HTTPAdapter, request: requests.PreparedRequest, **_: Any) -> requests.Response:
         answer = requests.Response()

@@ -1,4 +1,4 @@
-"""The parsers of what people, the cluster and registries send: addresses, manifests, settings, records, logs."""
+"""Parsers of addresses, manifests, settings, records and logs."""
 
 import json
 from pathlib import Path
@@ -155,7 +155,7 @@ def _termination(content: bytes, _folder: Path) -> None:
 
 
 def _require_storable(status: QLoRAJobStatus) -> None:
-    """The API server must take it, and nothing in it steers the terminal of who reads it."""
+    """The API server must accept it, and no part controls a reader's terminal."""
     assert QLoRAJobStatus.model_validate(status.dump()) == status
     assert all(condition.message.isprintable() for condition in status.conditions)
     assert status.last_failure is None or status.last_failure.message.isprintable()

@@ -1,4 +1,4 @@
-"""The parsers of what a pod or a store sends to a user who downloads an adapter."""
+"""The parsers of data from a pod or a store for a user who downloads an adapter."""
 
 import io
 import json
@@ -16,7 +16,7 @@ _NAME, _MOST = "README.md", 4096
 
 
 def _archive(content: bytes, folder: Path) -> None:
-    """Whatever the archive says: nothing is made but the file that was asked for, and none that is too large."""
+    """For any archive: no file but the requested one is created, and none that is too large."""
     target = folder / "extracted"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
@@ -45,7 +45,7 @@ def _manifest(content: bytes, _folder: Path) -> None:
 
 
 class _Connection:
-    """A connection on which these bytes come as one message, and then its end."""
+    """A connection with these bytes as one message, and then its end."""
 
     def __init__(self, content: bytes) -> None:
         self._messages = iter([(2, content), (8, b"")])

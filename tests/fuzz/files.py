@@ -1,4 +1,4 @@
-"""The parsers of files: data sets, a model's configuration and weights, and what the steps leave for each other."""
+"""Parsers of data sets, a model's configuration and weights, and files between steps."""
 
 import bz2
 import gzip
@@ -180,7 +180,7 @@ def _family(content: bytes, folder: Path) -> None:
 
 @cache
 def _model() -> Any:
-    """A model without weights, of which the files' weights might be."""
+    """A model without weights, to go with the files' weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(**_LLAMA))
 
@@ -224,7 +224,7 @@ def _base_manifest(content: bytes, folder: Path) -> None:
 
 
 def _checkpoint_of(name: str) -> Callable[[bytes, Path], None]:
-    """Reads a checkpoint whose file of that name has the content, and whose digests are those of its files."""
+    """Reads a checkpoint with this content in the file of that name, and matching digests."""
 
     def read(content: bytes, folder: Path) -> None:
         place = folder / "step-2"

@@ -94,7 +94,7 @@ def inputs(draw: st.DrawFn, seeds: tuple[bytes, ...]) -> bytes:
 
 @st.composite
 def changed(draw: st.DrawFn, document: Any, places: Callable[[tuple[Any, ...]], bool], *, typed: bool) -> Any:
-    """The document with one or two of the values in these places replaced; `typed`: by values of the same type."""
+    """The document with one or two replaced values; `typed`: by values of the same type."""
     for _ in range(draw(st.integers(1, 2))):
         place = draw(st.sampled_from([place for place in _places(document) if places(place)]))
         document = _replaced(document, place, draw(st.sampled_from(_unusual(_at(document, place), typed))))

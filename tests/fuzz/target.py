@@ -1,4 +1,4 @@
-"""What a parser may do with any bytes, so that hypothesis and atheris can hold it to that."""
+"""The contract of a parser for any bytes, so that hypothesis and atheris can check it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ LONGEST_MESSAGE = 20_000
 
 @dataclass(frozen=True)
 class Target:
-    """A parser. Whatever the input is, it returns, or rejects it in one of the ways that are documented."""
+    """A parser. For any input it returns, or rejects it in one of the documented ways."""
 
     parse: Callable[[bytes, Path], object]
     """Gets the input, and a folder where it may write files. What it gives back besides is looked at here, too."""
@@ -25,7 +25,7 @@ class Target:
     """How it may end the step."""
 
     def check(self, content: bytes, folder: Path) -> None:
-        """Parse the content. Raises whatever the parser should not have raised, and AssertionError for bad words."""
+        """Parse the content. Raises unexpected exceptions, and AssertionError for bad words."""
         rejection = self._rejection(content, folder)
         if isinstance(rejection, StepFailure):
             assert rejection.exit_code in self.exit_codes, f"ends with {rejection.exit_code!r}: {rejection.message}"
@@ -42,7 +42,7 @@ class Target:
 
 
 def _record(failure: StepFailure) -> ResultRecord:
-    """What people get to see of the failure."""
+    """The failure as people see it."""
     time = "2026-01-02T12:00:00Z"
     return result_record(
         classify(failure), None, Findings(), step="prepare", job_uid="job", pod_uid="pod", attempt=1, time=time

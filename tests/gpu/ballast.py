@@ -1,4 +1,4 @@
-"""Makes a GPU smaller for the time of a test: memory that is held is missing to everybody."""
+"""Makes a GPU smaller for the time of a test: held memory is missing to all other users of the GPU."""
 
 import gc
 
@@ -22,7 +22,7 @@ class Ballast:
 
     @property
     def bytes(self) -> int:
-        """What it holds, which PyTorch counts as this process's."""
+        """The memory that it holds, which PyTorch counts as this process's."""
         return int(self._held.nbytes)
 
     def __exit__(self, *_: object) -> None:

@@ -1,4 +1,4 @@
-"""Decides whether a machine's GPUs are enough for a test, and what it lacks."""
+"""Decides whether a machine's GPUs are enough for a test, and names the missing ones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Card:
 def lacking(cards: Sequence[Card], wanted: int, gib: float, visible: str | None = None) -> str | None:
     """Why a test that needs `wanted` GPUs of at least `gib` GiB cannot run; None if it can.
 
-    The first GPUs count, since those are what a run takes. `visible` is the value of CUDA_VISIBLE_DEVICES.
+    The first GPUs count, since a run uses those. `visible` is the value of CUDA_VISIBLE_DEVICES.
     """
     taken = cards[:wanted]
     if len(taken) == wanted and all(card.capability >= FIRST_CAPABILITY and card.gib >= gib for card in taken):
@@ -40,10 +40,10 @@ def lacking(cards: Sequence[Card], wanted: int, gib: float, visible: str | None 
 
 
 def unusable(pytorch: str, cuda: str | None, visible: str | None) -> str | None:
-    """What to do if PyTorch sees no GPU although the machine has a driver for one; None if it has no driver.
+    """Advice if PyTorch sees no GPU although the machine has a driver for one; None if it has no driver.
 
     `pytorch` and `cuda` are versions, of PyTorch and of the CUDA that it is built with; `visible` is the value of
-    CUDA_VISIBLE_DEVICES, with which GPUs may be hidden on purpose.
+    CUDA_VISIBLE_DEVICES, which may hide GPUs on purpose.
     """
     if visible == "":
         return None

@@ -1,6 +1,6 @@
-"""Skips, with the reason, what this machine's GPUs are not enough for, and writes what the others have measured.
+"""Skips tests that need more than this machine's GPUs, with the reason, and writes the measurements of the others.
 
-A GPU that is there and cannot be used is no reason to skip: then nothing runs, and pytest says so and fails.
+A GPU that exists and cannot be used is no reason to skip: then nothing runs, and pytest reports it and fails.
 """
 
 import gc
@@ -33,7 +33,7 @@ _outcomes = pytest.StashKey[dict[str, str]]()
 
 @cache
 def _cards() -> tuple[Card, ...]:
-    """The visible GPUs, in the order in which they are taken."""
+    """The visible GPUs, in the order of their use."""
     if importlib.util.find_spec("torch") is None:
         return ()
     import torch
@@ -45,7 +45,7 @@ def _cards() -> tuple[Card, ...]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Every test of this folder needs a CUDA GPU; the mark `gpu(cards=…, gib=…)` says how many and how large."""
+    """Every test of this folder needs a CUDA GPU; the mark `gpu(cards=…, gib=…)` sets how many and how large."""
     config.stash[_started] = time.monotonic()
     ours = [item for item in items if _is_ours(item.path)]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -73,7 +73,7 @@ def _is_ours(path: Path) -> bool:
 
 @pytest.fixture
 def figures(request: pytest.FixtureRequest) -> Figures:
-    """Where a test puts what it measures: `figures.add("peak memory", 44.1, "GB", limit=45.0)`."""
+    """Place for a test's measurements: `figures.add("peak memory", 44.1, "GB", limit=45.0)`."""
     kept = request.config.stash.setdefault(_figures, [])
     return Figures(request.node.nodeid.removeprefix("tests/gpu/"), kept)
 
@@ -92,7 +92,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Show what was measured, and write it if there was a GPU to measure on."""
+    """Show the measurements, and write them if a GPU was used."""
     outcomes = config.stash.get(_outcomes, {})
     if not _cards() or not {"passed", "failed"} & set(outcomes.values()):
         return
@@ -121,7 +121,7 @@ def _offline() -> None:
 
 @pytest.fixture(autouse=True)
 def _give_back() -> Iterator[None]:
-    """Leave the GPU to the next test, which may run in processes of its own: models hold themselves in cycles."""
+    """Leave the GPU to the next test, which may run in new processes: models hold themselves in cycles."""
     yield
     import torch
 
@@ -137,7 +137,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Files:
-    """A job on the two-layer Llama for which prepare is done. Do not change it: copy it.
+    """A prepared job on the two-layer Llama. Do not change it: copy it.
 
     A copy may have other settings for training, as far as prepare does nothing with them: not its `maxSequenceLength`,
     and none of `lora`.
@@ -147,7 +147,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Files:
 
 @pytest.fixture(scope="session")
 def billion(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """As `tiny`, on a random model of the shape of Llama 3.2 1B with the small tokenizer: it is quantized once."""
+    """As `tiny`, on a random model of the shape of Llama 3.2 1B, quantized once."""
     config = LlamaConfig(
         vocab_size=128_256,
         hidden_size=2048,

@@ -1,4 +1,4 @@
-"""Keeps what the tests measure on a GPU, and writes it as one file that says on which card it was measured."""
+"""Keeps the measurements of the tests on a GPU, and writes them as one file with the card's name."""
 
 import json
 import sys
@@ -30,7 +30,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Figures:
-    """What one test measures. `add` may be called any number of times."""
+    """Measurements of one test. `add` may be called any number of times."""
 
     test: str
     kept: list[Figure] = field(default_factory=list)
@@ -67,7 +67,7 @@ def report(
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """The figures of a file as a Markdown table, with the card, the date and what did not pass above it."""
+    """The figures of a file as a Markdown table, with the card, the date and failed tests above it."""
     heading = f"{found['card']}, {found['date']}: {found['passed']} tests passed, {len(found['failed'])} failed"
     lines = [f"{heading}, {len(found['skipped'])} skipped, in {found['seconds']:.0f} s.", ""]
     lines += ["| Measured | Value | Limit | Test |", "| --- | --- | --- | --- |"]

@@ -1,4 +1,4 @@
-"""Jobs that the trainer's own command line runs on a GPU, and what they leave in their workspace."""
+"""Jobs that the trainer's command line runs on a GPU, and their workspaces."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from tests.support.tiny import chat_row, write_rows
 
 
 def on_gpu(files: Files, *steps: str) -> Files:
-    """The same files after these steps, each of which must succeed."""
+    """The same files after these steps; each must succeed."""
     for step in steps:
         done = files.run(step, QLORA_DEVICE="cuda")
         assert done.exit_code == 0, done.stdout + done.stderr
@@ -33,7 +33,7 @@ def losses(files: Files) -> list[float]:
 
 
 def new_billion(root: Path, models: Path) -> Files:
-    """A job on the model of a billion parameters in `models`, over rows that fill their sequences; not yet prepared."""
+    """A job on the model of a billion parameters, with full sequences; not yet prepared."""
     spec = {
         "lora": {"rank": 16, "alpha": 16},
         "training": {

@@ -1,4 +1,4 @@
-"""Attention on a GPU: the variable-length kernel computes what the rows one by one compute, and keeps them apart."""
+"""Attention on a GPU: the variable-length kernel matches attention row by row."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The kernels of a step on a real card: those that were found without one, exact, and fast for new shapes."""
+"""The kernels of a step on a real card: expected ones, exact, and fast for new shapes."""
 
 import time
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def test_a_hundred_packings_need_few_kernels(figures: Figures) -> None:
 
 
 @pytest.mark.parametrize("size", [64, 100, 128])
-def test_empty_rows_and_padded_heads_leave_every_number_finite_and_equal_to_the_cpus(size: int) -> None:
+def test_empty_rows_and_padded_heads_leave_numbers_finite_and_equal_to_the_cpus(size: int) -> None:
     lengths = (7, 130, 1, 64, 54)
     found = attend(lengths, size)
     torch.manual_seed(0)

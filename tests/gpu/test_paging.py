@@ -32,7 +32,7 @@ def is_paged(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> list[
 
 
 @pytest.mark.parametrize("name", PAGED)
-def test_it_is_paged_before_and_after_a_resume_which_is_exact(name: str) -> None:
+def test_it_is_paged_before_and_after_an_exact_resume(name: str) -> None:
     training = TrainingSpec.model_validate({"optimizer": name, "learningRate": 0.01})
     whole = parameters()
     undisturbed = make_optimizer(whole.values(), training)
@@ -57,7 +57,7 @@ def test_it_is_paged_before_and_after_a_resume_which_is_exact(name: str) -> None
 
 
 def test_paged_state_can_leave_the_gpu() -> None:
-    """With the GPU nearly full, state that does not fit beside it still takes a step: the driver moves it out."""
+    """With the GPU nearly full, a step still runs: the driver moves state out."""
     training = TrainingSpec.model_validate({"optimizer": "paged_adamw_32bit"})
     side = 16_384
     weight = nn.Parameter(torch.zeros(side, side, device="cuda"))  # 1 GiB, and as much gradient; 2 GiB of state

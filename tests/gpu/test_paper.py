@@ -68,7 +68,7 @@ LLAMA_8B = LlamaConfig(
 
 
 def random_base(config: LlamaConfig, device: str) -> Any:
-    """A model with random 4-bit weights, made a layer at a time on its device: 130 GB in 16 bit never exist."""
+    """A model with random 4-bit weights, made by layer: 130 GB in 16 bit never exist."""
     register_attention()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=ATTENTION)
@@ -105,7 +105,7 @@ def random_base(config: LlamaConfig, device: str) -> Any:
 
 @dataclass(frozen=True)
 class Trained:
-    """What two steps took."""
+    """Measurements of two steps."""
 
     paged: int
     """Bytes of the paged optimizer state, memory which PyTorch's allocator does not count."""
@@ -171,9 +171,9 @@ def _dry_run(config: Path, spec: QLoRAJobSpec) -> MemoryEstimate:
 
 
 @pytest.mark.gpu(gib=44)
-def test_65b_at_rank_64_fits_48_gb_and_the_estimate_knows_it(figures: Figures, tmp_path: Path) -> None:
+def test_65b_at_rank_64_fits_48_gb_as_estimated(figures: Figures, tmp_path: Path) -> None:
     free, total = torch.cuda.mem_get_info()
-    # What is not free belongs to CUDA's context, on the smaller GPU too.
+    # Memory in use belongs to CUDA's context, on the smaller GPU too.
     with Ballast(free=CARD_BYTES - (total - free)) as ballast:
         torch.cuda.reset_peak_memory_stats()
         trained = two_steps(LLAMA_65B, "cuda", LoraSpec())
@@ -192,7 +192,7 @@ def test_65b_at_rank_64_fits_48_gb_and_the_estimate_knows_it(figures: Figures, t
 
 
 @pytest.mark.gpu(gib=10)
-def test_8b_at_rank_16_needs_what_is_promised(figures: Figures, tmp_path: Path) -> None:
+def test_8b_at_rank_16_needs_the_documented_memory(figures: Figures, tmp_path: Path) -> None:
     lora = LoraSpec(rank=16)
     torch.cuda.reset_peak_memory_stats()
     trained = two_steps(LLAMA_8B, "cuda", lora)

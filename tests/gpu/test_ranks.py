@@ -1,4 +1,4 @@
-"""Two GPUs of one run: what they gather of a sharded base, and how one ends when the other is gone."""
+"""Two GPUs of one run: gathered blocks of a sharded base, and the loss of a process."""
 
 import json
 import os
@@ -42,9 +42,7 @@ def test_two_blocks_at_most_are_gathered_at_a_time_and_none_after_a_pass(
 
 @pytest.mark.gpu(cards=2)
 @pytest.mark.parametrize("sharding", ["none", "full"])
-def test_a_process_that_is_killed_ends_the_other_for_another_attempt(
-    sharding: str, tmp_path: Path, tiny: Files
-) -> None:
+def test_a_killed_process_ends_the_other_for_another_attempt(sharding: str, tmp_path: Path, tiny: Files) -> None:
     spec = merged(TWO, {"training": {"sharding": sharding, "maxSteps": 2000, "evalEverySteps": None}})
     files = tiny.copied(tmp_path / "job").with_spec(spec)
     # The default limit is half an hour.

@@ -1,4 +1,4 @@
-"""The trainer's own command line on a GPU: the life of a run, its resume, and what it does without memory."""
+"""The trainer's command line on a GPU: a run, its resume, and a lack of memory."""
 
 import json
 import signal
@@ -41,7 +41,7 @@ def test_a_run_is_close_to_the_same_on_a_cpu(undisturbed: Files, tiny: Files, tm
 
 
 def until(process: "subprocess.Popen[str]", reached: Callable[[ProgressRecord], bool]) -> str:
-    """What the process prints until it has reached something."""
+    """Output of the process until it has reached the given state."""
     read = ""
     for line in process.stdout or ():
         read += line
@@ -66,7 +66,7 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_ends(undisturbed: Files, ti
         torch.testing.assert_close(found[name], tensor, rtol=1e-2, atol=1e-3, msg=name)
 
 
-def test_a_run_that_is_killed_resumes_from_its_checkpoint_with_nearly_the_same_losses(
+def test_a_killed_run_resumes_from_its_checkpoint_with_nearly_the_same_losses(
     undisturbed: Files, tiny: Files, tmp_path: Path
 ) -> None:
     files = tiny.copied(tmp_path / "job").with_spec({"training": {"saveEverySteps": 5}})
@@ -81,7 +81,7 @@ def test_a_run_that_is_killed_resumes_from_its_checkpoint_with_nearly_the_same_l
 
 
 @pytest.mark.gpu(gib=10)
-def test_the_estimate_is_right_about_the_peak(tmp_path: Path, billion: Files, figures: Figures) -> None:
+def test_the_estimate_matches_the_peak(tmp_path: Path, billion: Files, figures: Figures) -> None:
     files = billion.copied(tmp_path / "job")
     started = time.monotonic()
     process = files.start("train", QLORA_DEVICE="cuda")
@@ -89,7 +89,7 @@ def test_the_estimate_is_right_about_the_peak(tmp_path: Path, billion: Files, fi
     figures.add("1B: from the start of train to the end of its first step", time.monotonic() - started, "s")
     done = files.finish(process, read)
     assert done.exit_code == 0, done.stdout + done.stderr
-    # The last step is the one in which nothing is loaded or compiled any more.
+    # The last step loads and compiles nothing any more.
     figures.add("1B, 2 × 2048 tokens: speed of the last step", metrics(files)[-1]["tokensPerSecond"], "tokens/s")
     estimated = record(files, "prepare")["memory"]["estimateBytes"]
     # The estimate holds 0.6 GB for the context of CUDA, which the allocator does not see.
@@ -111,7 +111,7 @@ def test_a_gpu_that_is_full_ends_the_run_with_peak_and_advice(tmp_path: Path, bi
 
 
 @pytest.mark.gpu(gib=10)
-def test_micro_batches_are_halved_until_they_fit_and_the_result_says_so(tmp_path: Path, billion: Files) -> None:
+def test_micro_batches_are_halved_until_they_fit_and_the_result_reports_it(tmp_path: Path, billion: Files) -> None:
     spec = {"training": {"microBatchSize": 8, "autoMicroBatch": True}}
     files = billion.copied(tmp_path / "job").with_spec(spec)
     # By the estimate a micro batch of eight takes 4.7 GiB, of four 3.2 and of two 2.4.
@@ -123,7 +123,7 @@ def test_micro_batches_are_halved_until_they_fit_and_the_result_says_so(tmp_path
 
 
 @pytest.mark.gpu(cards=2)
-def test_two_gpus_train_what_one_trains(tiny: Files, tmp_path: Path) -> None:
+def test_two_gpus_match_one(tiny: Files, tmp_path: Path) -> None:
     spec = {"resources": {"gpus": 2}, "training": {"gradientAccumulationSteps": 2}}
     both = on_gpu(tiny.copied(tmp_path / "two").with_spec(spec), "train")
     one = on_gpu(tiny.copied(tmp_path / "one").with_spec({**spec, "resources": {"gpus": 1}}), "train")

@@ -1,4 +1,4 @@
-"""What a job may choose, on a GPU: variants of LoRA, 8-bit optimizer state, other families, a merged model."""
+"""Options of a job on a GPU: LoRA variants, 8-bit optimizer, other families, a merge."""
 
 import shutil
 from pathlib import Path
@@ -34,7 +34,7 @@ def loss_in_peft(files: Files, model: Path) -> float:
 
 
 @pytest.mark.parametrize("lora", VARIANTS.values(), ids=VARIANTS)
-def test_a_variant_of_lora_is_trained_and_published_and_peft_reads_it_with_the_same_loss(
+def test_a_published_lora_variant_has_the_same_loss_in_peft(
     lora: dict[str, Any], tmp_path: Path, tiny_llama: Path
 ) -> None:
     spec = {"lora": lora, "training": {"maxSteps": 2}}
@@ -52,7 +52,7 @@ def test_another_family_trains_close_to_the_same_on_a_cpu(family: str, tmp_path:
     here, there = (prepared.copied(tmp_path / name) for name in ("here", "there"))
     on_gpu(here, "train")
     assert there.run("train", QLORA_DEVICE="cpu").exit_code == 0
-    # As for the Llama in test_training.py: ten times what another type moves on a CPU.
+    # As for the Llama in test_training.py: ten times the effect of another type on a CPU.
     assert losses(here) == pytest.approx(losses(there), rel=1e-2)
 
 

@@ -3,7 +3,7 @@
     python -m tests.mutants [NAME…]
 
 Works on a copy in a temporary folder; the checkout is only read. Ends with 1 if a mutant survives, or if an entry no
-longer fits the code. Tests of the trainer take seconds each, because every mutant starts PyTorch anew.
+longer fits the code. Tests of the trainer take seconds each, because every mutant starts PyTorch again.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def replay(mutants: Sequence[Mutant], checkout: Path) -> int:
 
 
 def summary(verdicts: Counter[Verdict]) -> str:
-    """The last line, with what should not be there only if it is."""
+    """The last line, with unexpected counts only if they are not zero."""
     parts = [f"{verdicts[Verdict.CAUGHT]} caught", f"{verdicts[Verdict.SURVIVED]} survived"]
     parts += [f"{verdicts[kind]} {kind.lower()}" for kind in (Verdict.DRIFTED, Verdict.BROKEN) if verdicts[kind]]
     return ", ".join(parts)

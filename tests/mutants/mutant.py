@@ -1,4 +1,4 @@
-"""Applies one mutant to a copy of the sources and says whether the tests notice."""
+"""Applies one mutant to a copy of the sources and reports whether the tests notice."""
 
 import os
 import shutil
@@ -38,7 +38,7 @@ class Mutant:
 
 
 class Verdict(StrEnum):
-    """What became of a mutant."""
+    """The outcome of a mutant."""
 
     CAUGHT = "caught"
     SURVIVED = "SURVIVED"
@@ -53,7 +53,7 @@ class DriftError(ValueError):
 
 
 def copy_sources(checkout: Path, copy: Path) -> None:
-    """Copy what the tests need into the empty folder `copy`, without bytecode, which could be that of a mutant."""
+    """Copy the tests' files into the empty folder `copy`, without a mutant's bytecode."""
     for name in SOURCES:
         if (checkout / name).is_dir():
             shutil.copytree(checkout / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"), symlinks=True)
@@ -73,7 +73,7 @@ def mutated(mutant: Mutant, text: str) -> str:
 
 
 def run_tests(copy: Path, tests: tuple[str, ...], log: Path, *, seconds: float | None = None) -> int | None:
-    """The exit code of pytest for these tests of the copy; None if they took too long. Its output goes to `log`."""
+    """Pytest's exit code for these tests of the copy; None on a timeout. Logs to `log`."""
     # Bytecode is trusted by its source's size and time in seconds, and a mutant may have both of its original.
     changes = {"PYTHONPATH": os.pathsep.join(str(copy / folder) for folder in PACKAGES), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *tests]
@@ -94,7 +94,7 @@ def run_tests(copy: Path, tests: tuple[str, ...], log: Path, *, seconds: float |
 
 
 def try_mutant(mutant: Mutant, copy: Path, log: Path) -> tuple[Verdict, str]:
-    """The verdict on the mutant in the copy, which is as before afterwards, and what to look at unless it is caught."""
+    """The verdict on the mutant in the copy, which is restored, and the output if it survives."""
     path = copy / mutant.file
     original = path.read_text() if path.is_file() else ""
     try:
@@ -110,7 +110,7 @@ def try_mutant(mutant: Mutant, copy: Path, log: Path) -> tuple[Verdict, str]:
 
 
 def verdict_of(code: int | None) -> Verdict:
-    """What pytest's exit code says of a mutant; None if it took too long."""
+    """The verdict of pytest's exit code on a mutant; None if it took too long."""
     return {_FAILED: Verdict.CAUGHT, _PASSED: Verdict.SURVIVED}.get(code if code is not None else -1, Verdict.BROKEN)
 
 

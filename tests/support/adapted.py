@@ -1,4 +1,4 @@
-"""A tiny base model with an adapter, and what it computes."""
+"""A tiny base model with an adapter, and its results."""
 
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def restored(base: Path, adapter: Path, family: Family, *, checkpointing: bool =
 
 
 def in_32_bit(model: Any) -> Any:
-    """The model with every operation in float32, in which no token changes its experts for a rounding."""
+    """The model with every operation in float32, so that no rounding changes the experts of a token."""
     for module in model.float().modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype, module.compute_type_is_set = torch.float32, True

@@ -1,4 +1,4 @@
-"""The chart's alerts, and the cases in which each of them fires and does not."""
+"""The chart's alerts, and their firing and silent cases."""
 
 from pathlib import Path
 from typing import Any

@@ -33,7 +33,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a request is answered instead of by the API server."""
+    """An answer to a request instead of the API server's."""
 
     status: int
     body: bytes = b""
@@ -52,7 +52,7 @@ def fair(_request: Request) -> Reply | None:
 
 @dataclass
 class ApiProxy:
-    """A loopback address in front of an API server with TLS; credentials are passed on as they are."""
+    """A loopback address in front of an API server with TLS; passes credentials on."""
 
     upstream: str
     """HOST:PORT of the API server."""
@@ -93,7 +93,7 @@ class ApiProxy:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def fall(self) -> None:
-        """Refuse connections, and end those that are open."""
+        """Reject connections, and end the open ones."""
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
@@ -113,7 +113,7 @@ class ApiProxy:
         self._frozen |= self._streams
 
     def count(self, method: str, words: str) -> int:
-        """How many requests of this method have had these words in their path."""
+        """The number of requests of this method with these words in their path."""
         return sum(request.method == method and words in request.path for request in tuple(self.seen))
 
 
@@ -133,7 +133,7 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
 
     def handle_error(self, *_: Any) -> None:
-        """Nothing: connections that end anywhere are what this proxy is for."""
+        """Nothing: this proxy exists to end connections anywhere."""
 
 
 class _Handler(BaseHTTPRequestHandler):

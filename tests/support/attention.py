@@ -22,7 +22,7 @@ def tensors() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def visible(window: int | None) -> Tensor:
-    """The mask of all rows: a token sees those before it in its own row and window."""
+    """The mask of all rows: a token sees the earlier ones of its row and window."""
     positions = torch.arange(sum(LENGTHS))
     row = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
     distance = positions[:, None] - positions[None, :]

@@ -1,4 +1,4 @@
-"""A disk that answers chosen operations with an error, for the tests: one of them, or every write from there on."""
+"""A disk that answers one chosen operation, or every write from it on, with an error."""
 
 import io
 import os
@@ -17,7 +17,7 @@ _mounted: list["BadDisk"] = []
 
 
 class BadDisk:
-    """What lies below `folder`, whose operations are counted; number `failing` is answered with error `number`.
+    """Files below `folder`, whose operations are counted; number `failing` is answered with error `number`.
 
     If the disk `stays_full`, operations that need no room are not counted, and all others from `failing` on fail.
     """
@@ -55,8 +55,8 @@ class _File(io.FileIO):
 def bad_disk(folder: Path, failing: int, number: int, *, stays_full: bool = False) -> Iterator[BadDisk]:
     """Let the folder lie on such a disk.
 
-    Seen are what Python itself does with names, writes to files that pathlib has opened, and every fsync, whatever it
-    is of: a library in another language that writes to a full disk is told at the fsync.
+    It sees Python's operations on names, writes to files that pathlib has opened, and every fsync of any file: a
+    library in another language that writes to a full disk fails at the fsync.
     """
     disk, fsync, io_open = BadDisk(folder, failing, number, stays_full=stays_full), os.fsync, io.open
 

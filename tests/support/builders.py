@@ -1,4 +1,4 @@
-"""Objects as the API server returns them, and a clock that stands still, for the operator's unit tests."""
+"""Objects as the API server returns them, and a fixed clock, for the operator's unit tests."""
 
 import asyncio
 import json
@@ -86,7 +86,7 @@ def make_job(status: QLoRAJobStatus | None = None, /, generation: int = 1, **spe
 
 
 def resolved(profile: Profile = PROFILE) -> Resolved:
-    """What is fixed before the first pod."""
+    """Values that are fixed before the first pod."""
     return Resolved(
         contract_version=needed_contract(1),
         profile=profile,
@@ -143,13 +143,13 @@ def child(step: StepName, attempt: int = 1, *, owner: str = UID, created: float 
 
 
 def with_resolved(body: dict[str, Any], **profile: Any) -> dict[str, Any]:
-    """The first Job with what was resolved; keywords are fields of the profile that differ."""
+    """The first Job with the resolved spec; keywords are changed fields of the profile."""
     stored = resolved(PROFILE.model_copy(update=profile)).dump()
     return body | {"metadata": body["metadata"] | {"annotations": {RESOLVED_ANNOTATION: to_json(stored)}}}
 
 
 def pod(step: StepName, attempt: int = 1, number: int = 1, **status: Any) -> dict[str, Any]:
-    """A pod of that Job, pending unless `status` says otherwise."""
+    """A pod of that Job, pending unless `status` is given."""
     owner = f"{NAME}-{step}-{attempt}"
     return {
         "metadata": {
@@ -206,7 +206,7 @@ def _with_state(body: dict[str, Any], phase: str, state: dict[str, Any]) -> dict
 
 
 def deleted(body: dict[str, Any], requested: float, grace: int = 120) -> dict[str, Any]:
-    """The pod after somebody has asked for its deletion."""
+    """The pod after a request for its deletion."""
     marks = {"deletionTimestamp": time(requested + grace), "deletionGracePeriodSeconds": grace}
     return body | {"metadata": body["metadata"] | marks}
 
@@ -233,7 +233,7 @@ def succeeded(step: StepName, attempt: int = 1) -> dict[str, Any]:
 
 
 def failed(step: StepName, code: int, reason: str, message: str, number: int = 1, **found: Any) -> dict[str, Any]:
-    """The pod of a step that ended badly, with its record and what it has found."""
+    """The pod of a step that ended badly, with its record and results."""
     body = pod(step, 1, number)
     return ended(body, code, result(body, step, code, reason=reason, message=message, **found))
 
@@ -257,7 +257,7 @@ def facts(job: QLoRAJob, *bodies: dict[str, Any], now: datetime = NOW, **fields:
 
 
 def follow(job: QLoRAJob, *bodies: dict[str, Any], **fields: Any) -> QLoRAJobStatus:
-    """The status that follows from what is seen."""
+    """The status that follows from the seen objects."""
     return next_status(facts(job, *bodies, **fields))
 
 
@@ -282,7 +282,7 @@ def to_json(value: object) -> str:
 
 
 def starts(*bodies: dict[str, Any], woken: list[Any] | None = None) -> Starts:
-    """Counts these QLoRAJobs, whose clock stands still; `woken` gets the keys of those that are to be looked at."""
+    """Counts these QLoRAJobs at a fixed time; `woken` gets the keys of those to requeue."""
 
     async def pages(_namespace: str) -> AsyncIterator[list[str | None]]:
         for body in bodies:
@@ -308,7 +308,7 @@ class _Jump(selectors.SelectSelector):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock jumps to the next timer, so that hours pass at once."""
+    """An event loop whose clock jumps to the next timer, so that hours pass immediately."""
 
     def __init__(self) -> None:
         self._jump = _Jump()

@@ -17,7 +17,7 @@ FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json", "manifest
 
 
 def state_of(step: int) -> dict[str, Any]:
-    """What every checkpoint of a run states; its loss is the step."""
+    """Common content of a run's checkpoints; its loss is the step."""
     return {
         "fingerprint": {"seed": 0},
         "threads": 1,
@@ -29,7 +29,7 @@ def state_of(step: int) -> dict[str, Any]:
 
 
 def tensors_of(step: int, size: int = 100) -> dict[str, dict[str, Tensor]]:
-    """What a checkpoint of this step holds."""
+    """The content of a checkpoint of this step."""
     return {"adapter": {"a": torch.full((size,), float(step))}, "optimizer": {"m": torch.arange(size)}}
 
 
@@ -39,7 +39,7 @@ def save(folder: Path, *steps: int, size: int = 100) -> None:
 
 
 def save_for_ever(folder: Path, saved: Connection) -> None:
-    """Go on from the newest checkpoint and save one step after the other, saying each that is done."""
+    """Continue from the newest checkpoint, save one step after the other, and send each saved step."""
     step = newest_step(folder) or 0
     while True:
         step += 1
@@ -59,7 +59,7 @@ def newest_step(folder: Path) -> int | None:
 
 
 def in_child(action: Callable[[], None]) -> int:
-    """Run `action` in a forked process, where PyTorch has no threads to compute anything large; its wait status."""
+    """Run `action` in a fork, where PyTorch can compute nothing large; its wait status."""
     child = os.fork()
     if child == 0:
         try:

@@ -1,4 +1,4 @@
-"""A node that runs the pods through which users read claims: a folder of this machine is the claim.
+"""A node that runs the pods of users who read claims: a folder of this machine is the claim.
 
 The API server is real, and so is the command that it passes on: it runs here, as in the pod, and its output goes back
 through the channels of a WebSocket (v4.channel.k8s.io), as a kubelet sends it.
@@ -53,7 +53,7 @@ class ClaimNode:
     port: int = 0
 
     def readers(self) -> list[Object]:
-        """The pods of readers that are there now."""
+        """The current pods of readers."""
         selector = "--selector=app.kubernetes.io/name=qlora-reader"
         return list(self.plane.kubectl.get("pods", f"--namespace={self.namespace}", selector)["items"])
 
@@ -80,7 +80,7 @@ class ClaimNode:
         }
         patch = {"status": {"phase": "Running", "containerStatuses": [running]}}
         options = ("--subresource=status", "--type=merge", f"--patch={json.dumps(patch)}")
-        # Before the status: who sees that the pod runs, runs a command in it at once.
+        # Before the status: a client that sees the pod run executes a command in it immediately.
         self.pods.append(pod)
         self.plane.kubectl("patch", "pod", name, f"--namespace={self.namespace}", *options)
 
@@ -93,7 +93,7 @@ class ClaimNode:
 
 @contextmanager
 def claim_node(plane: ControlPlane, folder: Path, namespace: str) -> Iterator[ClaimNode]:
-    """The node, which runs the readers of the namespace until the block ends; `folder` gets its certificate."""
+    """The node of the namespace's readers until the block ends; `folder` gets its certificate."""
     node = ClaimNode(plane, namespace)
     server = _server(node, folder)
     node.port = server.server_port
@@ -113,7 +113,7 @@ def claim_node(plane: ControlPlane, folder: Path, namespace: str) -> Iterator[Cl
         thread.start()
     try:
         yield node
-        # Pods that are bound to a node are gone once its kubelet has said so.
+        # Pods that are bound to a node end once its kubelet has reported it.
         eventually(lambda: not _remove_deleted(node), seconds=30, what="readers that are gone")
     finally:
         ended.set()

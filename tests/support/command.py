@@ -1,4 +1,4 @@
-"""The trainer's and the user's command lines as separate processes: what they print, leave and end with."""
+"""The trainer's and the user's command lines as separate processes: output, files and exit codes."""
 
 import json
 import os
@@ -42,14 +42,14 @@ class Done:
 
     @property
     def records(self) -> list[ProgressRecord | ResultRecord]:
-        """Standard output, in which every line must be a record of this job and pod."""
+        """Standard output; every line must be a record of this job and pod."""
         records = [decode_record(line, job_uid=JOB_UID, pod_uid=POD_UID) for line in self.stdout.splitlines()]
         assert None not in records, f"not only records on standard output: {self.stdout}"
         return [record for record in records if record is not None]
 
     @property
     def result(self) -> ResultRecord:
-        """The last line, which must be what the kubelet reads, and the only result."""
+        """The last line, which the kubelet must read, and the only result."""
         *earlier, last = self.records
         assert isinstance(last, ResultRecord)
         assert not any(isinstance(record, ResultRecord) for record in earlier)
@@ -78,7 +78,7 @@ class Files:
 
     @property
     def document(self) -> dict[str, Any]:
-        """What a user applies, with the UID that the API server gives it."""
+        """A user's manifest, with the UID that the API server gives it."""
         metadata = {"name": "tiny", "uid": JOB_UID}
         return {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "metadata": metadata, "spec": self.spec}
 

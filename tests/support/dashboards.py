@@ -1,4 +1,4 @@
-"""What is wrong with a Grafana dashboard, by rules of our own: the panels of one, and what their queries ask for."""
+"""Errors of a Grafana dashboard, by the project's rules: its panels, and its metrics."""
 
 import json
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Stands in for dry runs: the activations of a Llama's blocks by arithmetic, for tests of what is made of a dry run."""
+"""Stands in for dry runs: computes the activations of a Llama's blocks by arithmetic."""
 
 from collections.abc import Sequence
 from pathlib import Path

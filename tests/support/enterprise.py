@@ -1,4 +1,4 @@
-"""A company's network: names that only its proxy resolves, a proxy with a password, and an authority of its own."""
+"""A company's network: private names, a proxy with a password, a private authority."""
 
 import os
 import subprocess
@@ -80,7 +80,7 @@ class CompanyCertificates:
 
 
 def company_certificates(folder: Path) -> CompanyCertificates:
-    """An authority that no public root knows, and a certificate for the names below DOMAIN and for this machine."""
+    """A private authority, and a certificate for the names below DOMAIN and this machine."""
     authority = Authority(datetime.now(UTC))
     identity = authority.issue("servers", serves=(f"*.{DOMAIN}", "localhost", LOOPBACK))
     certificate, key = identity.write(folder, "servers")

@@ -1,8 +1,8 @@
 """Object stores of Google and of Azure on the loopback interface, and the servers that give pods credentials for them.
 
 They check signatures as the real ones do: a service account's JWT, a shared key over each request, a shared access
-signature, and tokens that only they have issued. Objects are in memory. The answers are those that obstore's client
-asks for, after the documentation of Google Cloud Storage's XML API and of Azure Blob Storage's REST API.
+signature, and tokens that they have issued. Objects are in memory. They answer the requests of obstore's client, after
+the documentation of Google Cloud Storage's XML API and of Azure Blob Storage's REST API.
 """
 
 import base64
@@ -43,13 +43,13 @@ def _private_key(_whose: str) -> rsa.RSAPrivateKey:
 
 
 def of_somebody_else() -> rsa.RSAPrivateKey:
-    """A key that no server of these knows."""
+    """A key that none of these servers accepts."""
     return _private_key("somebody else's")
 
 
 @dataclass
 class FakeCloud:
-    """A bucket, who may use it, and what was asked."""
+    """A bucket, its users, and its requests."""
 
     objects: dict[str, bytes] = field(default_factory=dict)
     """By their names in BUCKET."""
@@ -141,7 +141,7 @@ def _decoded(text: str) -> bytes:
 def serve_cloud(cloud: FakeCloud, kind: str, *, tls: tuple[Path, Path] | None = None) -> Iterator[FakeCloud]:
     """Answer as `google`, `azure` or `aws` (its token servers only) on a free port until the block ends.
 
-    `tls`: the certificate and its key, in PEM, with which it answers.
+    `tls`: the server's certificate and its key, in PEM.
     """
     base = {"google": _Google, "azure": _Azure, "aws": _Aws}[kind]
     handler = type("Handler", (base,), {"cloud": cloud})
@@ -208,7 +208,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def send(self) -> None:
-        """The object that is asked for, or a part of it."""
+        """The requested object, or a part of it."""
         content = self.cloud.objects.get(self.name)
         if content is None:
             self.reply(404, _error("BlobNotFound"))
@@ -340,7 +340,7 @@ class _Azure(_Handler):
             self._keep(self.body)
 
     def _delete_many(self) -> None:
-        """Each part of the body is a request of its own, with its own signature."""
+        """Each part of the body is a separate request with a separate signature."""
         boundary = self.asked["content-type"].partition("boundary=")[2]
         answers = ""
         for number, part in enumerate(self.body.decode().split(f"--{boundary}")[1:-1]):

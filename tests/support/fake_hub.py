@@ -1,4 +1,4 @@
-"""A model hub on the loopback interface: the few answers of the real one that its client asks for.
+"""A model hub on the loopback interface: the few answers of the real one that its client needs.
 
 Reading: listing and files. Writing: making a repository, Git LFS over its batch protocol, and a commit in one request.
 """
@@ -22,7 +22,7 @@ OTHER_COMMIT = "deadbeef" * 5
 
 @dataclass(frozen=True)
 class Rejection:
-    """An answer instead of the file or listing: a status, and the code by which the hub says why."""
+    """An answer instead of the file or listing: a status, and the hub's code for the reason."""
 
     status: int
     error_code: str = ""
@@ -66,7 +66,7 @@ class FakeHub:
 
     @property
     def fetched(self) -> list[str]:
-        """Names of the files that were asked for."""
+        """Names of the requested files."""
         return [line.rpartition("/")[2] for line in self.requests if line.startswith("GET") and "/resolve/" in line]
 
 
@@ -74,7 +74,7 @@ class FakeHub:
 def serve(hub: FakeHub, host: str = "127.0.0.1", *, tls: tuple[Path, Path] | None = None) -> Iterator[FakeHub]:
     """Answer on a free port of an address of this machine until the block ends.
 
-    `tls`: the certificate and its key, in PEM, with which it answers.
+    `tls`: the server's certificate and its key, in PEM.
     """
     handler = type("Handler", (_Handler,), {"hub": hub})
     with ThreadingHTTPServer((host, 0), handler) as server:
@@ -226,7 +226,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, json.dumps(body).encode(), {})
 
     def _pointer(self, path: Path) -> dict[str, Any] | None:
-        """What a file is listed with if it is a large one."""
+        """Entry of a large file in the listing."""
         large = path in self.hub.pointers or path.suffix in (".safetensors", ".parquet", ".png")
         return self.hub.pointers.get(path, _described(path)) if large else None
 

@@ -1,4 +1,4 @@
-"""A tiny configuration of each model family that is trained: written by hand, or transformers' default made small."""
+"""A tiny configuration of each trained model family: by hand, or transformers' default."""
 
 import re
 from dataclasses import dataclass
@@ -85,9 +85,9 @@ EXPERTS: dict[str, tuple[PretrainedConfig, str]] = {
 }
 """Mixtures of experts, each with what distinguishes it."""
 BY_HAND = FAMILIES | EXPERTS
-# Of each make one: gated, with sliding windows and caps, with fused layers, with another MLP; with parts of their own,
-# with blocks that differ, repeated or sharing keys, with a state, with attention of their own; with experts in every
-# block, with a dense block, shared experts and experts in groups.
+# One of each: gated, with sliding windows and caps, with fused layers, with another MLP; with custom parts, with
+# blocks that differ, repeated or sharing keys, with a state, with custom attention; with experts in every block, with a
+# dense block, shared experts and experts in groups.
 REPRESENTATIVE = frozenset(
     {
         "llama",
@@ -106,7 +106,7 @@ REPRESENTATIVE = frozenset(
 )
 """The families of which `make test` trains a model; `make test-all` trains one of each."""
 
-# What transformers' default leaves out and every published model has, or what shows more of the family.
+# Options that transformers' default leaves out and every published model has, or that show more of the family.
 _SETTINGS: dict[str, dict[str, Any]] = {
     "gemma4_text": {"num_hidden_layers": 12, "num_kv_shared_layers": 6, "global_head_dim": 64},
     "gemma4_unified_text": {"global_head_dim": 64},
@@ -130,7 +130,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3_next": {"head_dim": 64, "linear_num_key_heads": 4, "linear_num_value_heads": 8},
     "zaya": {"head_dim": 32, "router_hidden_size": 16},
 }
-# In which more than 2 % of the weights would be outside linear layers and experts.
+# More than 2 % of the weights would be outside linear layers and experts.
 _WIDER: dict[str, dict[str, Any]] = {
     "zaya": {"moe_intermediate_size": 256},
 }
@@ -149,7 +149,7 @@ _VARIANTS = {"llama-biased-tied": "llama", "granitemoehybrid-dense": "granitemoe
 
 @dataclass(frozen=True)
 class Case:
-    """A family, by its `model_type` or the name of a variant, and what the page of families says of it."""
+    """A family, by its `model_type` or the name of a variant, and its entry on the page of families."""
 
     name: str
     one_row: bool
@@ -157,7 +157,7 @@ class Case:
 
     @property
     def layers(self) -> frozenset[str]:
-        """Last names of the layers of each of two blocks that get an adapter; empty if they are not written down."""
+        """Last names of the adapted layers of each of two blocks; empty if not written down."""
         return frozenset(BY_HAND[self.name][1].split()) if self.name in BY_HAND else frozenset()
 
     def config(self) -> PretrainedConfig:
@@ -166,7 +166,7 @@ class Case:
 
 
 def _cases() -> dict[str, Case]:
-    # Multimodal models have a suite of their own.
+    # Multimodal models have a separate suite.
     text = PAGE.read_text().partition("## Multimodal models")[0]
     rows = re.findall(r"^\| `(\S+)` \| (packed|one row a sequence) \| (.*) \|$", text, re.MULTILINE)
     types = {
@@ -179,7 +179,7 @@ def _cases() -> dict[str, Case]:
 
 
 def tiny_config(name: str, *, experts: bool = False) -> PretrainedConfig:
-    """A configuration with a block of each kind, for the vocabulary of the rows in `tests.support.training`."""
+    """A configuration with a block of each kind, for the rows of `tests.support.training`."""
     model_type = _VARIANTS.get(name, name)
     settings = {**SETTINGS.get(name, {}), **_SETTINGS.get(name, {})}
     default = AutoConfig.for_model(model_type, **settings)

@@ -1,4 +1,4 @@
-"""A proxy on the loopback interface that passes requests on to a real server, or answers in its stead."""
+"""A proxy on loopback that passes requests on to a real server, or answers instead."""
 
 import http.client
 import threading
@@ -23,7 +23,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong with a request. Without a status the real server's answer is used."""
+    """A fault of a request. Without a status the real server's answer is used."""
 
     status: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Fault:
 
 @dataclass
 class FaultProxy:
-    """The proxy: what it has seen, and what it does about it."""
+    """The proxy: the requests it has seen, and its rules for them."""
 
     upstream: str
     """HOST:PORT of the real server; empty if every request gets an answer of the rule."""
@@ -54,7 +54,7 @@ class FaultProxy:
     """HOST:PORT of the proxy."""
 
     def lines(self, method: str) -> list[str]:
-        """Paths that were asked for with this method."""
+        """Paths that were requested with this method."""
         return [request.path for request in self.seen if request.method == method]
 
 

@@ -1,4 +1,4 @@
-"""Flux's kustomize-controller as a process beside an API server; sources are archives on a server of our own."""
+"""Flux's kustomize-controller with an API server; sources are the test server's archives."""
 
 import hashlib
 import io
@@ -36,7 +36,7 @@ _TIME = "2026-01-02T03:04:05Z"
 
 
 class Flux:
-    """What an administrator of Flux does."""
+    """Actions of an administrator of Flux."""
 
     def __init__(self, kubectl: Kubectl, folder: Path, address: str) -> None:
         self.kubectl = kubectl
@@ -44,7 +44,7 @@ class Flux:
         self._requests = 0
 
     def publish(self, name: str, manifests: Sequence[dict[str, Any]]) -> str:
-        """A new revision of the source, with these manifests in its folder `jobs`; returns the revision."""
+        """Make a revision of the source with these manifests in `jobs`; returns it."""
         archive = io.BytesIO()
         with tarfile.open(fileobj=archive, mode="w:gz") as tar:
             content = yaml.safe_dump_all(manifests).encode()
@@ -120,7 +120,7 @@ class Flux:
         eventually(applied, seconds=90, every=0.2, what=f"{name} at {revision}")
 
     def remove(self, name: str) -> None:
-        """Delete the Kustomization, which prunes what it has applied."""
+        """Delete the Kustomization, and with it the objects that it has applied."""
         self.kubectl("delete", "kustomization", name, f"--namespace={NAMESPACE}", "--timeout=60s")
 
     def _get(self, name: str) -> dict[str, Any]:
@@ -163,7 +163,7 @@ class _Quiet(SimpleHTTPRequestHandler):
 
 @contextmanager
 def kustomize_controller(kubectl: Kubectl, folder: Path, *features: str) -> Iterator[Flux]:
-    """The controller with these feature gates besides ExternalArtifact; `folder` gets its log and the archives."""
+    """The controller with these feature gates; `folder` gets its log and the archives."""
     layout = from_environment()
     program = toolchain.built(layout, ["kustomize-controller"])["kustomize-controller"]
     for file in toolchain.manifests(layout, "kustomize-controller").glob("*.yaml"):

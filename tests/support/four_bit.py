@@ -33,7 +33,7 @@ def convert(model: Path, target: Path, quantization: QuantizationSpec) -> str:
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
-    """All tensors of a model, with the constants of its 4-bit layers but not their descriptions in JSON."""
+    """All tensors of a model, with the constants of 4-bit layers but no JSON descriptions."""
     found = dict(model.named_parameters())
     for name, layer in model.named_modules():
         if isinstance(layer, Linear4bit):
@@ -67,7 +67,7 @@ def expert_weights(whole: nn.Module) -> dict[str, Tensor]:
 
 
 def require_quantized_experts(base: nn.Module, whole: nn.Module) -> None:
-    """All experts of a 4-bit base are what quantization makes of their matrices in transformers' model."""
+    """All experts of a 4-bit base match the quantization of their matrices in transformers' model."""
     stacks = {name: stack for name, stack in expert_stacks(base) if isinstance(stack, ExpertStack)}
     originals = expert_weights(whole)
     assert stacks.keys() == originals.keys()
@@ -81,7 +81,7 @@ def require_quantized_experts(base: nn.Module, whole: nn.Module) -> None:
 
 
 def settings(quantization: QuantizationSpec = _NF4, **more: Any) -> BitsAndBytesConfig:
-    """What transformers is told to quantize a model so."""
+    """The quantization settings for transformers."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.type,
@@ -109,7 +109,7 @@ def manifest_of(context: StepContext, record: PrepareRecord) -> BaseManifest:
 
 
 def require_made_of(context: StepContext, record: PrepareRecord, weights: bytes) -> None:
-    """The base was made of a model.safetensors with this content, of which nothing is left."""
+    """The base was made of a deleted model.safetensors with this content."""
     assert manifest_of(context, record).sources == {"model.safetensors": hashlib.sha256(weights).hexdigest()}
     assert not [*context.workspace.models.rglob("*.safetensors")]
 

@@ -1,4 +1,4 @@
-"""Notes what a rank holds of a sharded base while it trains: which blocks are whole, how many bytes are gathered."""
+"""Notes the gathered parts of a sharded base in a rank: whole blocks, and bytes."""
 
 import json
 import time
@@ -18,7 +18,7 @@ _SECONDS_BETWEEN_LOOKS = 0.01
 
 
 def note_gathered(path: Path) -> None:
-    """Let the train step of this process note, in lines of JSON, what is gathered when (see `Gathered`)."""
+    """Let the train step of this process note each gathering in lines of JSON (see `Gathered`)."""
     from qlora_trainer.training import open_run as opening
     from qlora_trainer.training.distributed.sharding import shard_base
 
@@ -78,7 +78,7 @@ class Gathered:
 
 
 class _AllGather:
-    """FSDP's own gathering, but for who allocates the buffer."""
+    """FSDP's gathering, but for the allocation of the buffer."""
 
     def __init__(self, allocate: Callable[[Sequence[int], torch.dtype, torch.device], Tensor]) -> None:
         self._allocate = allocate
@@ -95,7 +95,7 @@ def _frozen(block: nn.Module) -> list[Tensor]:
 
 
 def _is_whole(block: nn.Module) -> bool:
-    """Whether the block's weights are gathered: then FSDP registers them, and else this rank's part of each."""
+    """Whether the block's weights are gathered: only then FSDP registers them."""
     return not any(isinstance(parameter, DTensor) for parameter in _frozen(block))
 
 

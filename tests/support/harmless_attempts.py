@@ -1,7 +1,7 @@
-"""What a tenant tries and the API server admits: each shows that the operator does not believe or spread it.
+"""Attempts of a tenant that the API server admits: each shows that the operator does not believe or spread it.
 
-Some act as the node, because what a container logs and leaves as its last words is up to whoever wrote the model.
-That nothing of the victim's has changed is checked by the test, after each of them.
+Some act as the node, because a container's log and termination message are up to the author of the model. The test
+checks after each of them that nothing of the victim's has changed.
 """
 
 import json
@@ -17,7 +17,7 @@ from tests.support.rejected_attempts import pod
 from tests.support.tenancy import CAPPED, OPERATOR, TENANT, VICTIM, Object, Tenancy, Tenants, path_of, summary
 from tests.support.waiting import eventually
 
-# What needs no node is tried in a cluster with one too.
+# Attempts without a need for a node are also made in a cluster with one.
 HARMLESS: dict[str, Callable[[Tenancy], None]] = {}
 NEEDS_NO_NODE: dict[str, Callable[[Tenants], None]] = {}
 TIME = "2026-01-02T03:04:05Z"
@@ -38,7 +38,7 @@ def attempt(function: Callable[[Tenants], None]) -> Callable[[Tenants], None]:
 
 
 def played(function: Callable[[Tenancy], None]) -> Callable[[Tenancy], None]:
-    """The same for what needs a node that is played."""
+    """The same for attempts that need a played node."""
     HARMLESS[function.__name__.replace("_", " ")] = function
     return function
 
@@ -55,7 +55,7 @@ def running(t: Tenants, name: str, **spec: Any) -> tuple[Object, Object]:
 
 
 def result(job: Object, pod: Object, **changes: Any) -> str:
-    """What the prepare step leaves when it has succeeded, apart from what is given."""
+    """Files of a prepare step that has succeeded, with the given changes."""
     good: dict[str, Any] = {
         "job_uid": job["metadata"]["uid"],
         "pod_uid": pod["metadata"]["uid"],
@@ -79,7 +79,7 @@ def must_not_be_believed(t: Tenancy, name: str, forge: Callable[[Object, Object]
 
 
 def must_not_be_shown(t: Tenancy, name: str, forge: Callable[[Object, Object], Object]) -> None:
-    """The pod logs that, after a good record: the good one is what the status shows."""
+    """The pod logs that, after a good record: the status shows the good one."""
     job, pod = running(t, name)
     good = {
         "kind": "progress",
@@ -97,13 +97,13 @@ def must_not_be_shown(t: Tenancy, name: str, forge: Callable[[Object, Object], O
 
 
 def forged(name: str, job: Object, step: StepName, **metadata: Any) -> Object:
-    """Labels of what the operator creates for a job, on something else."""
+    """Labels of the operator's objects for a job, on another object."""
     labels = {JOB_LABEL: job["metadata"]["name"], JOB_UID_LABEL: job["metadata"]["uid"], STEP_LABEL: step}
     return {"name": name, "labels": labels, **metadata}
 
 
 def controller(owner: Object, api_version: str, kind: str) -> list[Object]:
-    """The reference of something to the object that it claims to be controlled by."""
+    """The reference of an object to its claimed controller."""
     metadata = owner["metadata"]
     entry = {"apiVersion": api_version, "kind": kind, "name": metadata["name"], "uid": metadata["uid"]}
     return [entry | {"controller": True}]
@@ -163,7 +163,7 @@ def the_name_of_the_job_of_another(t: Tenancy) -> None:
 
 @attempt
 def the_claim_of_another(t: Tenants) -> None:
-    """A name means what has it in the tenant's namespace: here, nothing."""
+    """A name means an object in the tenant's namespace: here, none."""
     _, own = running(t, "foreign-claim", dataset={"source": f"pvc://{VICTIM}/rows"}, workspace={"claimName": "data"})
     claims = {v["persistentVolumeClaim"]["claimName"] for v in own["spec"]["volumes"] if "persistentVolumeClaim" in v}
     assert (own["metadata"]["namespace"], claims) == (TENANT, {VICTIM, "data"})
@@ -179,7 +179,7 @@ def the_secret_of_another(t: Tenants) -> None:
 
 @attempt
 def a_pod_with_the_claim_of_another(t: Tenants) -> None:
-    """Nothing can have such a name, so that the pod waits for ever."""
+    """No object can have such a name, so that the pod waits for ever."""
     volume = {"name": "data", "persistentVolumeClaim": {"claimName": f"{VICTIM}/data"}}
     t.tenant.create(TENANT, "pods", pod(volumes=[volume]) | {"metadata": {"name": "foreign-claim"}})
     assert t.tenant.send("GET", path_of(TENANT, "persistentvolumeclaims", f"{VICTIM}/data"))[0] in (403, 404)
@@ -187,7 +187,7 @@ def a_pod_with_the_claim_of_another(t: Tenants) -> None:
 
 @attempt
 def a_registry_at_the_address_of_the_metadata_server(t: Tenants) -> None:
-    """Its address is one; the trainer talks only to those of the profile, which the pod is told."""
+    """The trainer connects only to the profile's addresses, which its pod gets."""
     output = {"destination": "oci://169.254.169.254:80/adapter:v1", "secretRef": {"name": "registry"}}
     _, own = running(t, "metadata-server", output=output)
     environment = {entry["name"]: entry.get("value") for entry in own["spec"]["containers"][0]["env"]}
@@ -205,7 +205,7 @@ def a_pod_with_the_labels_of_the_job_of_another(t: Tenancy) -> None:
 
 @attempt
 def a_job_that_the_job_of_another_controls(t: Tenants) -> None:
-    """An owner is looked for in the same namespace; there is none, so that the garbage collector deletes it."""
+    """No owner exists in the namespace, so the garbage collector deletes the object."""
     owner = controller(victims_job(t), "qlora.dev/v1alpha1", "QLoRAJob")
     metadata = forged("tune-train-1", victims_job(t), "train", ownerReferences=owner)
     t.tenant.create(TENANT, "jobs", batch_job(metadata | {"name": "tune-forged-1"}))
@@ -238,7 +238,7 @@ def a_pod_that_says_it_did_the_work(t: Tenancy) -> None:
 
 @played
 def a_pod_that_says_it_is_one_of_the_step(t: Tenancy) -> None:
-    """Such a pod counts as one of its own job, whose result the tenant may fake; the operator goes on."""
+    """Such a pod counts as one of the tenant's job, whose result the tenant may fake."""
     job, own = running(t, "forged-owner")
     step = t.admin.get(TENANT, "jobs", "forged-owner-prepare-1")
     metadata = forged("forged-owner-1", job, "prepare", ownerReferences=controller(step, "batch/v1", "Job"))
@@ -272,7 +272,7 @@ def a_job_with_the_name_of_the_next_step(t: Tenants) -> None:
 
 @attempt
 def a_first_job_that_nobody_watches(t: Tenants) -> None:
-    """It has the name and the controller of the job's own and not the label by which that would be found again."""
+    """It has the name and the controller of the job's pod and not the label that would find it again."""
     owner = controller(submit(t, "unwatched", suspend=True), "qlora.dev/v1alpha1", "QLoRAJob")
     t.tenant.create(TENANT, "jobs", batch_job({"name": "unwatched-prepare-1", "ownerReferences": owner}))
     t.tenant.patch(TENANT, "qlorajobs", "unwatched", {"spec": {"suspend": False}})
@@ -427,7 +427,7 @@ def the_deletion_of_what_the_operator_has_created(t: Tenants) -> None:
 
 @played
 def another_document_in_the_annotation_of_a_pod(t: Tenancy) -> None:
-    """What the pod reads changes; what the operator does and reports does not."""
+    """The input of the pod changes; the operator's actions and reports do not."""
     job, own = running(t, "annotated")
     document = json.dumps({"spec": {"output": {"destination": "s3://victim/adapter"}}})
     change = {"metadata": {"annotations": {"qlora.dev/spec": document}}}
@@ -469,14 +469,14 @@ def an_event_in_the_name_of_the_operator(t: Tenants) -> None:
         "reportingComponent": "qlora-operator",
     }
     t.tenant.create(TENANT, "events", body)
-    # Not the whole status: where there is a scheduler, it says meanwhile why the pod waits.
+    # Not the whole status: a scheduler adds why the pod waits.
     status = t.job("forged-event")["status"]
     assert (status["phase"], "adapter" in status) == ("Preparing", False)
 
 
 @attempt
 def every_field_at_its_largest(t: Tenants) -> None:
-    """What the operator copies into the status and into a pod's annotation still fits."""
+    """The operator's copies in the status and in a pod's annotation still fit."""
     column = "\U0001f600" * 128
     names = ("messages", "instruction", "input", "output", "prompt", "completion", "conversations", "system", "tools")
     path = "a" * 480

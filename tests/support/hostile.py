@@ -1,4 +1,4 @@
-"""Tries hostile input: where it is put, the bounds that it is prepared under, and what must stay as it was."""
+"""Tries hostile input: its place, its bounds, and the files that must stay unchanged."""
 
 import json
 import os
@@ -30,7 +30,7 @@ _HASHED_BYTES = 2**26
 
 @dataclass(frozen=True)
 class Place:
-    """Where a case puts what it brings. Everything lies below one folder, which is watched."""
+    """Places of a case's files, all below one watched folder."""
 
     root: Path
 
@@ -51,7 +51,7 @@ class Place:
 
     @property
     def canary(self) -> Path:
-        """What code of the input would make."""
+        """The effect of code in the input."""
         return self.outside / "canary"
 
     def config(self, **changes: Any) -> None:
@@ -101,7 +101,7 @@ class Case:
 
 
 def collector(cases: dict[str, Case]) -> Callable[[ExitCode, str], Callable[[Callable[[Place], None]], None]]:
-    """Makes a decorator that collects a case; the function's name, with blanks, says what it tries."""
+    """Makes a decorator that collects a case; the function's name is its title."""
 
     def case(code: ExitCode, says: str) -> Callable[[Callable[[Place], None]], None]:
         def collect(attack: Callable[[Place], None]) -> None:
@@ -120,7 +120,7 @@ class Trial:
     context: MakeContext
 
     def require_rejection(self, case: Case) -> None:
-        """It ends as the case says, no code has run, and nothing but the workspace is another than before."""
+        """It ends as the case states, no code has run, and nothing but the workspace has changed."""
         case.attack(self.place)
         source = next((path.name for path in self.place.data.iterdir() if path.name.startswith("train.")), "")
         context = self.context({"dataset": {"source": f"pvc://data/{source}"}}, model=self.place.model)
@@ -161,7 +161,7 @@ def new_trial(root: Path, model: Path, context: MakeContext, monkeypatch: pytest
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """At most so much more memory, and so much time, as if a bomb went off it must not take the machine with it."""
+    """Bound memory and time, so that a bomb does not take the machine with it."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
 
@@ -180,7 +180,7 @@ def bounded() -> Iterator[None]:
 
 
 def contents(folder: Path, *, but: Path | None = None) -> dict[str, tuple[object, ...]]:
-    """Everything below but one folder: kind, and of files content and times. Links and pipes are not followed."""
+    """Kind of everything below but one folder, content and times of files. Follows no link."""
     paths = (path for path in sorted(folder.rglob("*")) if but is None or not path.is_relative_to(but))
     return {str(path): _content(path) for path in paths}
 

@@ -19,7 +19,7 @@ MODEL: dict[str, Any] = {"model": {"source": "hf://acme/tiny"}}
 
 
 def rejection(make_context: MakeContext, records: Recorded, code: ExitCode, spec: dict[str, Any] | None = None) -> str:
-    """The message with which prepare ends with `code`; what cannot be mended leaves nothing behind."""
+    """The message of prepare when it ends with `code`; checks for leftover files."""
     context = make_context({**MODEL, **(spec or {})})
     with pytest.raises(StepFailure) as failure:
         prepare(context, records)
@@ -31,7 +31,7 @@ def rejection(make_context: MakeContext, records: Recorded, code: ExitCode, spec
 
 @contextmanager
 def tiny_hub(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A hub with the model acme/tiny, asked without a login; one row of data is on the volume."""
+    """A hub with the model acme/tiny, without a login; one row of data is on the volume."""
     repository = folder / "hub" / "tiny"
     shutil.copytree(model, repository)
     write_rows(folder / "data" / "train.jsonl", [chat_row("Which pods?", "kubectl get pods")])

@@ -1,4 +1,4 @@
-"""A Python that has only what some extras of the project install, as on the machine of a user who has chosen them."""
+"""A Python with the packages of some extras only, as on the machine of a user."""
 
 import os
 import re
@@ -32,7 +32,7 @@ def _wanted(requirements: Iterable[str], extras: Iterable[str]) -> Iterator[Requ
 
 
 def distributions(extras: Iterable[str]) -> dict[str, Distribution]:
-    """What the extras install, with all that it requires, as far as it is installed here; by name."""
+    """Installed packages of the extras, with all requirements, by name."""
     declared = _project()
     lists = [declared["dependencies"], *(declared["optional-dependencies"][extra] for extra in extras)]
     pending, found = [each for listed in lists for each in _wanted(listed, ())], {}
@@ -51,7 +51,7 @@ def distributions(extras: Iterable[str]) -> dict[str, Distribution]:
 
 
 def install(extras: Iterable[str], folder: Path) -> Path:
-    """Make a folder of links to the project's packages and to what the extras install."""
+    """Make a folder of links to the project's packages and to those of the extras."""
     folder.mkdir()
     for package in PACKAGES:
         (folder / Path(package).name).symlink_to(ROOT / package)
@@ -66,7 +66,7 @@ def install(extras: Iterable[str], folder: Path) -> Path:
 
 
 def qlora(installed: Path, *arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-    """Run `qlora` with what is installed in the folder, and with nothing else."""
+    """Run `qlora` with the packages in the folder only."""
     return python(installed, "from qlora_cli.__main__ import main; main(prog_name='qlora')", *arguments)
 
 

@@ -1,4 +1,4 @@
-"""Kueue's own controller as a process beside an API server, with its own definitions and webhooks."""
+"""Kueue's controller as a process with an API server, with Kueue's definitions and webhooks."""
 
 import base64
 import json
@@ -30,7 +30,7 @@ Object = dict[str, Any]
 
 
 class Kueue:
-    """What an administrator of Kueue does; all LocalQueues are in the one namespace that it manages."""
+    """Actions of an administrator of Kueue, who manages LocalQueues in one namespace."""
 
     def __init__(self, kubectl: Kubectl, folder: Path, namespace: str) -> None:
         self.kubectl, self.namespace = kubectl, namespace
@@ -49,7 +49,7 @@ class Kueue:
         self.kubectl("apply", "--server-side", "--filename=-", input_text=yaml.safe_dump_all(kept))
 
     def start(self, *, unlabeled: bool = False) -> None:
-        """Start the controller and wait for its webhooks. With `unlabeled` it holds Jobs without a queue too."""
+        """Start the controller and wait for its webhooks. `unlabeled`: hold Jobs without a queue."""
         configuration = {
             **yaml.safe_load((SHIPPED / "configuration.yaml").read_text()),
             "namespace": NAMESPACE,
@@ -92,7 +92,7 @@ class Kueue:
         self.local_queue(name, name)
 
     def local_queue(self, name: str, cluster_queue: str) -> None:
-        """Apply the LocalQueue, and wait until the controller has seen it: it takes Jobs for one named `default`."""
+        """Apply the LocalQueue, and wait until the controller uses it if named `default`."""
         self.apply("LocalQueue", name, {"spec": {"clusterQueue": cluster_queue}})
 
         def conditions() -> list[Object] | None:
@@ -125,7 +125,7 @@ class Kueue:
         self.kubectl("delete", "--wait=false", *(name for name in listed if name.endswith("kueue.x-k8s.io")))
 
     def _adapted(self, body: Object) -> Object | None:
-        """What a controller outside the cluster needs of its manifests; None for the rest."""
+        """The manifests for a controller outside the cluster; None for the rest."""
         kind, name = body["kind"], body["metadata"]["name"]
         if kind in ("Namespace", "Secret"):
             return body
@@ -149,7 +149,7 @@ class Kueue:
         return groups in ({"kueue.x-k8s.io"}, {"batch"})
 
     def _bring_certificate(self) -> bool:
-        """What the kubelet does with a Secret that is a volume."""
+        """The kubelet's handling of a Secret volume."""
         data = self.kubectl.get("secret", _SECRET, f"--namespace={NAMESPACE}").get("data", {})
         folder = self._folder / "certificates"
         folder.mkdir(exist_ok=True)
@@ -170,7 +170,7 @@ class Kueue:
 
 @contextmanager
 def kueue(kubectl: Kubectl, folder: Path, namespace: str) -> Iterator[Kueue]:
-    """Kueue for the Jobs of one namespace; `folder` gets its log. What it has made in the API stays."""
+    """Kueue for the Jobs of one namespace; `folder` gets its log. Its objects stay."""
     controller = Kueue(kubectl, folder, namespace)
     controller.install()
     controller.start()

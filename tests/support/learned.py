@@ -1,4 +1,4 @@
-"""What is trained on in rows: the text that the model sees, and the stretches of it that are targets."""
+"""The learned part of rows: the text that the model sees, and the stretches of it that are targets."""
 
 import json
 from itertools import groupby
@@ -17,7 +17,7 @@ from qlora_trainer.data.tokenize.chunks import TokenizedRows
 def learned(
     tokenizer: Path, rows: list[dict[str, Any]], format_: RowFormat = "chat", **recipe: Any
 ) -> list[tuple[str, list[str]]]:
-    """For each row that is used its text and what is trained on, as the chunks of prepare have them."""
+    """The text and the targets of each used row, as the chunks of prepare have them."""
     maker = ChunkMaker(Recipe(**_DEFAULTS | {"tokenizer": tokenizer, "format": format_} | recipe))
     chunk = maker.make([Row(f"line {number}", json.dumps(row), 1) for number, row in enumerate(rows, start=1)])
     made, plain = TokenizedRows([chunk]), AutoTokenizer.from_pretrained(tokenizer)

@@ -1,4 +1,4 @@
-"""A real llama.cpp: a tiny model as a GGUF file that it loads, and what it computes with an adapter."""
+"""A real llama.cpp: a tiny model as a GGUF file that it loads, and its results with an adapter."""
 
 import importlib
 import json
@@ -18,7 +18,7 @@ from qlora_trainer.publishing.gguf import CONVERTER
 
 
 def base_gguf(model: Path, path: Path) -> Path:
-    """The model of a folder as a GGUF file in 32 bits, with a vocabulary by which only token ids can be used."""
+    """The model of a folder as a GGUF file in 32 bits, with a vocabulary of bare token ids."""
     within_limits(_write_base, (model, path), what="the test's base")
     return path
 

@@ -1,6 +1,6 @@
-"""Two nodes that meet and exchange as in a train step, one of which is lost at some point: how the other one ends.
+"""Two nodes that meet and exchange as in a train step; one is lost at some point. How does the other one end?
 
-As a program it loads torch once and forks the nodes of the cases, of which a few run at the same time.
+As a program it loads torch once and forks the nodes of the cases; a few run at the same time.
 """
 
 import json
@@ -32,7 +32,7 @@ How = Literal["killed", "killed behind a network", "killed as both stop", "silen
 
 
 class Case(NamedTuple):
-    """Which node is lost where, and how; or is slow, which is no loss."""
+    """The lost node, its point and its fault; or a slow node, which is no loss."""
 
     at: Point
     node: int
@@ -65,7 +65,7 @@ def _perform(case: Case, node: int, port: int, first: int | None) -> None:
     from qlora_trainer.training.distributed.launch import ChildRanks, RankInfo
     from qlora_trainer.training.distributed.ranks import Meeting, joined
 
-    # What only a timeout notices is not to take long, and nothing else is to depend on one.
+    # A case that only a timeout detects must be short, and no other case may depend on a timeout.
     hurried = case.how == "silent" or case.at == "connecting"
     module.TIMEOUT = timedelta(seconds=_HURRIED_S if hurried else 30)
     module.SECONDS_TO_ANSWER = _HURRIED_S if hurried else 30.0
@@ -112,7 +112,7 @@ def _perform(case: Case, node: int, port: int, first: int | None) -> None:
         ranks.copy_from_main([torch.nn.Parameter(torch.zeros(8))])
         ranks.sum(torch.zeros(()))
         come("pass")
-        # As FSDP, which knows nothing of our exchanges.
+        # As FSDP, which has no part in our exchanges.
         torch.distributed.all_gather_into_tensor(torch.zeros(16), torch.ones(8))
         come("saving")
         ranks.gather(0)
@@ -128,7 +128,7 @@ def _is_dead(process: int | None) -> bool:
 
 
 def _network(port: int) -> int:
-    """A port that leads to `port`, and shows the end of that process as a network with a round trip does."""
+    """A port that leads to `port`, and shows the end of that process after a round trip."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def pump(source: socket.socket, target: socket.socket, *, ends: bool) -> None:
@@ -136,7 +136,7 @@ def _network(port: int) -> int:
             while data := source.recv(65536):
                 target.sendall(data)
         except OSError:
-            pass  # that process is gone
+            pass  # that process has ended
         if ends:
             target.shutdown(socket.SHUT_WR)
 
@@ -156,7 +156,7 @@ def _network(port: int) -> int:
 
 
 def _forked(case: Case, node: int, port: int, first: int | None) -> tuple[int, int]:
-    """The process id of that node, and where it says how it has ended."""
+    """The process id of that node, and the file with its ending."""
     from qlora_trainer.core.outcome import classify
     from qlora_trainer.training.distributed.launch import end_with_parent
 
@@ -188,7 +188,7 @@ def _main(cases: list[Case]) -> None:
     import_module("qlora_trainer.training.distributed.ranks")
     found: list[object] = [None] * len(cases)
     to_begin = list(enumerate(cases))
-    # By where the other node says how it has ended.
+    # By the file with the other node's ending.
     running: dict[int, tuple[int, list[int]]] = {}
     deadline = time.monotonic() + _LONGEST_S
     try:

@@ -113,7 +113,7 @@ MIXED: Manifest = {
 
 
 def with_value(manifest: Manifest, path: str, value: object) -> Manifest:
-    """A copy of the manifest in which the field at the dotted path has the value; objects on the way are made."""
+    """A copy of the manifest with the value at the dotted path; missing objects are made."""
     result = copy.deepcopy(manifest)
     *parents, last = path.split(".")
     node = result

@@ -1,4 +1,4 @@
-"""What stands in the config.json of well-known models, without the fields that nothing here reads."""
+"""The config.json of well-known models, without the fields that no test reads."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A tiny gpt-oss as it is published: its experts in MXFP4."""
+"""A tiny gpt-oss in its published form: experts in MXFP4."""
 
 import json
 from pathlib import Path

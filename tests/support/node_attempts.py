@@ -1,7 +1,7 @@
-"""What a tenant tries from inside its pods and on its volumes, which takes a node: none of it reaches a neighbor.
+"""Attempts of a tenant from inside its pods and on its volumes, which take a node: none of them reaches a neighbor.
 
-The tenant has a job that trains, and a shell in its pod. That the neighbor's job goes on is checked by the test, after
-each of them.
+The tenant has a running train job, and a shell in its pod. The test checks after each attempt that the neighbor's job
+continues.
 """
 
 import json
@@ -19,7 +19,7 @@ from tests.support.tenancy import TENANT_USER
 from tests.support.waiting import eventually
 
 CANARY = "hf_canarycanarycanarycanarycanary1234"
-# Prints what succeeds, by name. Each runs in a process of its own, so that what one changes, the next does not find.
+# Prints the attempts that succeed, by name. Each runs in a new process, so that no change reaches the next.
 ESCAPES = """
 import ctypes, os, socket, stat, traceback
 libc = ctypes.CDLL(None, use_errno=True)
@@ -73,7 +73,7 @@ for name, attempt in attempts.items():
         print(name)
 """
 # Prints where the first argument, which is given reversed, is found: files, and processes by their id. The audit log
-# has the command, and is itself searched for what is looked for.
+# has the command, and is itself searched.
 SEARCH = """
 import os, sys
 wanted = sys.argv[1][::-1].encode()
@@ -110,7 +110,7 @@ for path, size in (("/dev/shm/full", 1 << 30), ("/tmp/full", 1 << 28)):
 
 @dataclass(frozen=True)
 class Assault:
-    """A tenant with a job that trains, and the neighbor's job that trains beside it."""
+    """A tenant with a running train job, next to the neighbor's."""
 
     attacker: Tenant
     job: str
@@ -123,7 +123,7 @@ class Assault:
         return self.attacker.kubectl(f"--as={TENANT_USER}", *arguments, input_text=input_text)
 
     def run(self, *command: str) -> str:
-        """What a command prints in the tenant's own train pod."""
+        """Output of a command in the tenant's train pod."""
 
         def running() -> Object | None:
             return self.attacker.running_pod(self.job, "train")
@@ -162,7 +162,7 @@ def a_shell_in_the_train_pod_of_another(a: Assault) -> None:
 
 @attempt
 def a_debugging_container_in_a_train_pod(a: Assault) -> None:
-    """Not even in its own: it could run as another user, and see what the pod mounts."""
+    """Not even in the tenant's pod: it could run as another user, and see the pod's mounts."""
     name = (a.attacker.running_pod(a.job, "train") or {})["metadata"]["name"]
     with pytest.raises(ClusterError, match="is forbidden"):
         a.kubectl("debug", name, "--image=localhost/busybox:stable", "--target=trainer", "--", "id")
@@ -181,7 +181,7 @@ def ways_out_of_the_container(a: Assault) -> None:
 
 @attempt
 def the_end_of_every_process(a: Assault) -> None:
-    """Of its own container, at most."""
+    """Of the tenant's container, at most."""
     for target in ("-1", "1"):
         try:
             a.run("sh", "-c", f"kill -9 {target}")

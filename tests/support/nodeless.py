@@ -1,4 +1,4 @@
-"""A real API server with the real controllers and the real operator, and no node: tests write what a kubelet would."""
+"""A real API server with the real controllers and the operator, without a node."""
 
 import json
 import os
@@ -32,7 +32,7 @@ URI = "pvc://a/b"
 
 @dataclass(frozen=True)
 class Nodeless:
-    """The cluster, as its users and its nodes use it; jobs are in the namespace `team`."""
+    """The cluster as its users and its nodes use it; jobs are in the namespace `team`."""
 
     plane: ControlPlane
     metrics_port: int
@@ -43,7 +43,7 @@ class Nodeless:
         return self.plane.kubectl
 
     def metrics(self) -> str:
-        """What the operator answers to a scrape."""
+        """The operator's answer to a scrape."""
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10) as answer:
             return str(answer.read().decode())
@@ -116,7 +116,7 @@ class Nodeless:
         return sorted(listed, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
 
     def start_pod(self, pod: dict[str, Any]) -> None:
-        """The pod gets a node and starts; when it is deleted, it stays until it is ended and removed."""
+        """The pod gets a node and starts; once deleted, it stays until it is ended and removed."""
         name = pod["metadata"]["name"]
         target = {"apiVersion": "v1", "kind": "Node", "name": NODE}
         binding = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": name}, "target": target}

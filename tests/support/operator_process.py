@@ -1,4 +1,4 @@
-"""The operator as a process of its own, as its image starts it, connected to a given address of the API server."""
+"""The operator as a separate process, connected to a given address of the API server."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A network outside the cluster, with the addresses that a pod could try to reach, and who answers there."""
+"""A network outside the cluster, with addresses for pods to try, and some servers."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from devcluster.processes import run
 # RFC 5737: for examples, so that no machine has them.
 STORE, ELSEWHERE = "198.51.100.10", "198.51.100.20"
 NETWORK = "198.51.100.0/24"
-# Where clouds serve credentials to whoever asks.
+# The address where clouds serve credentials to any client.
 METADATA = "169.254.169.254"
 STORE_PORT, OTHER_PORT = 9000, 2222
 _ROUTER = "198.51.100.1"
@@ -29,7 +29,7 @@ print("serving", flush=True)
 
 @contextmanager
 def outside() -> Iterator[None]:
-    """A network namespace behind this machine, as the internet is, in which each address accepts connections.
+    """A network namespace behind this machine, as the internet is; each of its addresses accepts connections.
 
     Its addresses are STORE and ELSEWHERE, and METADATA, on ports 80, STORE_PORT and OTHER_PORT. It belongs to the
     process that serves them, so that the kernel removes it, and the link to it, however the process ends.

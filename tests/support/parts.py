@@ -1,4 +1,4 @@
-"""Bars a rank of a sharded run from the other ranks' parts of the mapped base: to read one ends its process."""
+"""Bars a rank from the other ranks' parts of the mapped base: a read ends its process."""
 
 import ctypes
 import json
@@ -69,7 +69,7 @@ def _other_parts(path: Path, rank: int, ranks: int) -> Iterator[tuple[int, int]]
 
 
 def _bar(begin: int, end: int) -> int:
-    """Have the kernel refuse what is between two addresses, whole pages of it; returns their bytes."""
+    """Have the kernel reject access between two addresses, in whole pages; returns bytes."""
     first, size = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, 0
     if end // mmap.PAGESIZE * mmap.PAGESIZE > first:
         size = end // mmap.PAGESIZE * mmap.PAGESIZE - first

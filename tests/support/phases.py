@@ -1,4 +1,4 @@
-"""A QLoRAJob in every phase, with the status that the operator's decisions give it, and what Argo CD is to show."""
+"""A QLoRAJob in every phase, with its status, and its expected view in Argo CD."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from tests.support.builders import (
 
 @dataclass(frozen=True)
 class Case:
-    """An object, its health and the start of the message in Argo CD, and which action is offered, if any."""
+    """An object, its health, the start of its message in Argo CD, and its action, if any."""
 
     name: str
     body: dict[str, Any]
@@ -49,7 +49,7 @@ def _preparing() -> QLoRAJobStatus:
 
 
 def cases() -> Sequence[Case]:
-    """Every phase, and what can be in its way."""
+    """Every phase, and its obstacles."""
     unknown = {"profile": "h100"}
     ended = follow(
         make_job(status_in("prepare")),

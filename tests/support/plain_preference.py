@@ -1,4 +1,4 @@
-"""Preference tuning as a plain loop does it: padded, with full logits, and a frozen copy of the model as reference."""
+"""Preference tuning as a plain loop: padded, with full logits, and a frozen reference."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -43,12 +43,12 @@ class PlainPair:
 
     @property
     def answer_tokens(self) -> Tensor:
-        """How many tokens each answer has, int64 [2]."""
+        """The number of tokens of each answer, int64 [2]."""
         return self.is_answer.sum(dim=1)
 
 
 def plain_model(folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Any:
-    """The model as PEFT's guide to quantized training makes it, with the adapter's weights set to `tensors`."""
+    """The model of PEFT's guide to quantized training, with `tensors` as adapter weights."""
     base = AutoModelForCausalLM.from_pretrained(
         folder,
         quantization_config=BitsAndBytesConfig(
@@ -73,7 +73,7 @@ def plain_model(folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype = t
 def frozen_base(folder: Path) -> Any:
     """A second model, which is the reference of DPO: the base in 4-bit, in float32.
 
-    In training mode, in which bitsandbytes does not round to 16 bit on a CPU. It has no dropout.
+    In training mode, because there bitsandbytes does not round to 16 bit on a CPU. It has no dropout.
     """
     model = AutoModelForCausalLM.from_pretrained(
         folder,
@@ -117,7 +117,7 @@ def plain_orpo(likelihoods: Tensor, tokens: Tensor, beta: float) -> Tensor:
 
 @dataclass(frozen=True)
 class PlainStep:
-    """What a plain loop saw in one step: means over the pairs."""
+    """Results of a plain loop for one step: means over the pairs."""
 
     loss: float
     chosen_reward: float

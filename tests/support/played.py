@@ -1,4 +1,4 @@
-"""QLoRAJobs whose Jobs a test ends itself, as the Job controller and a kubelet would, and one operator's passes."""
+"""QLoRAJobs whose Jobs a test ends itself, and one operator's passes."""
 
 import copy
 import json
@@ -98,7 +98,7 @@ class Api:
         await self._finish(job, kinds, {"failed": 1} if code else {"succeeded": 1, "completionTime": ENDED})
 
     async def lose(self, job: dict[str, Any], uid: str) -> None:
-        """Of several pods that run, the last is gone with its node, which the others notice."""
+        """Of several running pods, the last vanishes with its node; the others notice."""
         *others, lost = _names(job)
         for name in others:
             await self._terminate(job, uid, name, int(ExitCode.PEER_LOST), ExitCode.PEER_LOST.reason)

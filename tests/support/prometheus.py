@@ -1,4 +1,4 @@
-"""A real Prometheus that scrapes what a test tells it to."""
+"""A real Prometheus with the scrape settings of a test."""
 
 import json
 import subprocess
@@ -57,7 +57,7 @@ class Prometheus:
 def running_prometheus(
     program: Path, folder: Path, targets: Mapping[str, int], groups: Sequence[Object]
 ) -> Iterator[Prometheus]:
-    """Start it, and scrape the ports on loopback, by job, each second; it ends with the block. `groups`: of rules."""
+    """Start it, and scrape the ports on loopback each second until the block ends."""
     folder.mkdir(parents=True)
     (folder / "rules.yaml").write_text(yaml.safe_dump({"groups": list(groups)}))
     scraped = [

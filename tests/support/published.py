@@ -17,7 +17,7 @@ _MOUNTS = Mounts()
 def context(
     files: Files, *, uid: str = JOB_UID, registries: tuple[str, ...] = (), mounts: Mounts = _MOUNTS
 ) -> StepContext:
-    """What the step would be given for these files. `mounts`: with other claims than these files'."""
+    """The arguments of the step for these files. `mounts`: with other claims than these files'."""
     document = {**files.document, "metadata": {"name": "tiny", "uid": uid}}
     return StepContext(
         document=QLoRAJobDocument.model_validate(document),

@@ -1,4 +1,4 @@
-"""Jobs whose train step has two processes, and what starts and watches these, for their tests."""
+"""Jobs whose train step has two processes, and programs that start and watch these."""
 
 import os
 import subprocess
@@ -23,13 +23,13 @@ EXACT = {"lora": {"dropout": 0.0}, "training": {"gradientAccumulationSteps": 5}}
 
 
 def workspace(root: Path, model: Path, spec: dict[str, Any], **settings: Any) -> tuple[Files, StepContext]:
-    """A workspace in which prepare is done, for the command line; `spec` changes the job of six steps."""
+    """A prepared workspace for the command line; `spec` changes the job of six steps."""
     context = prepared(root / "workspace", model, spec, **settings)
     return Files(root, model.parent, context.spec.dump()), context
 
 
 def succeeded(done: Done) -> None:
-    """The step has ended well, and says so."""
+    """The step has ended well, and reports it."""
     assert done.exit_code == 0, done.stdout + done.stderr
     assert done.result.outcome == "succeeded"
 
@@ -45,7 +45,7 @@ def same_numbers(found: StepContext, expected: StepContext, tolerance: float) ->
 
 
 def until(process: "subprocess.Popen[str]", step: int) -> str:
-    """What the process says until `step` steps are done."""
+    """Output of the process until `step` steps are done."""
     assert process.stdout is not None
     said = ""
     for line in process.stdout:
@@ -71,7 +71,7 @@ def runs(pid: int) -> bool:
 
 
 def two_nodes() -> list[tuple[str, ...]]:
-    """What starts the step on each of two nodes, which here are two agents of torchrun on one machine."""
+    """The commands that start the step on each of two nodes: two agents of torchrun here."""
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--no-python", "--nnodes", "2", "--nproc-per-node", "1")
     store = ("--master-addr", "127.0.0.1", "--master-port", str(free_port()))
     return [(*torchrun, *store, "--node-rank", str(node)) for node in range(2)]
@@ -95,7 +95,7 @@ class Pods:
         own.root.mkdir(parents=True)
         for shared in (self.files.workspace, self.files.data):
             (own.root / shared.name).symlink_to(shared)
-        # Node 0 does not need the name by which the others reach it.
+        # Node 0 does not need the name where the others reach it.
         host = "127.0.0.1" if node else "node-0.invalid"
         place = {ENV_NODE: str(node), ENV_RENDEZVOUS: f"{host}:{self.port}", ENV_POD_UID: name}
         # As many threads as each of two processes in one pod: others would add in another order.
@@ -110,7 +110,7 @@ class Pod:
     process: "subprocess.Popen[str]"
 
     def done(self, said: str = "") -> Done:
-        """How it has ended. `said`: what was read of its standard output."""
+        """Its ending. `said`: the read part of its standard output."""
         return self.files.finish(self.process, said)
 
 
@@ -129,12 +129,12 @@ if os.environ.get("RANK") == "1" or os.environ.get("QLORA_NODE") == "1":
 
 
 def second_gpu(folder: Path, rows: int) -> dict[str, str]:
-    """The environment in which the second process has a GPU for so many rows: there is none to fill."""
+    """The environment that gives the second process a fake GPU for so many rows."""
     return beginning_with(folder, FULL_GPU.format(rows=rows))
 
 
 def beginning_with(folder: Path, code: str) -> dict[str, str]:
-    """The environment in which every process of Python runs this code first, from a file in `folder`."""
+    """The environment that makes every process of Python run this code first, from a file in `folder`."""
     folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(code)
     return {"PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}

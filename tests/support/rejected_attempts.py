@@ -1,4 +1,4 @@
-"""What a tenant tries and the API server rejects: one request each, with the status and a part of the answer."""
+"""Attempts of a tenant that the API server rejects: one request each, with its answer."""
 
 import json
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ def job(name: str = "attempt", **metadata: Any) -> dict[str, Any]:
 
 
 def manifest(path: str, value: Any, says: str, *, status: int = 422) -> Rejected:
-    """A QLoRAJob in which one field is another."""
+    """A QLoRAJob with one changed field."""
     return Rejected("POST", path_of(TENANT, "qlorajobs"), with_value(job(), path, value), status, says)
 
 
@@ -45,14 +45,14 @@ def unknown(path: str, value: Any) -> Rejected:
 
 
 def pod(**spec: Any) -> dict[str, Any]:
-    """A pod that the level `restricted` admits, apart from what is given."""
+    """A pod that the level `restricted` admits, apart from the given fields."""
     security = {
         "allowPrivilegeEscalation": False,
         "runAsNonRoot": True,
         "capabilities": {"drop": ["ALL"]},
         "seccompProfile": {"type": "RuntimeDefault"},
     }
-    # Nobody listens there, so that a node asks nobody for it.
+    # The host has no listener, so that a node asks no server for it.
     container = {"name": "trainer", "image": "localhost:9/attack", "securityContext": security}
     metadata = {"name": "attempt"}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": {"containers": [container], **spec}}

@@ -7,7 +7,7 @@ VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 
 class Page(HTMLParser):
-    """A page's text, the addresses it asks for, and whether every element is closed."""
+    """A page's text, its external addresses, and whether every element is closed."""
 
     def __init__(self, page: str) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Jobs whose status, pods, logs and Events a test reports, in place of the operator and a kubelet.
 
-The API server is real, and so are its rules on who may read what. It asks the kubelet of a pod's node for logs, which
-is a server of this process.
+The API server is real, and so are its authorization rules. It reads logs from the kubelet of a pod's node, which is a
+server of this process.
 """
 
 import json
@@ -31,7 +31,7 @@ Object = dict[str, Any]
 
 @dataclass
 class Log:
-    """What a container has printed. Each line is half a second after the one before."""
+    """A container's output. Each line is half a second after the one before."""
 
     lines: list[str] = field(default_factory=list)
     ended: bool = False
@@ -66,7 +66,7 @@ class Kubelet:
 
 @contextmanager
 def kubelet(folder: Path) -> Iterator[Kubelet]:
-    """Serve until the block ends; `folder` gets its certificate, which the API server does not check."""
+    """Serve until the block ends; `folder` gets the certificate, which is not checked."""
     served = Kubelet()
     handler = type("Handler", (_Handler,), {"kubelet": served})
     server = ThreadingHTTPServer((LOOPBACK, 0), handler)
@@ -136,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @dataclass(frozen=True)
 class Reported:
-    """A namespace with its jobs, as whoever reports on them sees it."""
+    """A namespace with its jobs, as a reader of their report sees it."""
 
     plane: ControlPlane
     kubelet: Kubelet
@@ -226,7 +226,7 @@ class Reported:
         self.kubectl("patch", "pod", pod, "--subresource=status", "--type=merge", patch)
 
     def kubeconfig(self, folder: Path, user: str, *rules: Object, server: str = "") -> Path:
-        """Of a new account that has these rights in the namespace and no others; `server` is a proxy."""
+        """Token of a new account with these rights in the namespace only; `server` is a proxy."""
         self.create({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": user}})
         group = "rbac.authorization.k8s.io"
         role = {"apiVersion": f"{group}/v1", "kind": "Role", "metadata": {"name": user}, "rules": list(rules)}
@@ -250,7 +250,7 @@ def reported(plane: ControlPlane, folder: Path, namespace: str) -> Iterator[Repo
     """A new namespace of the control plane, with a node whose kubelet this is."""
     with kubelet(folder) as served:
         plane.kubectl("create", "namespace", namespace)
-        # Without the controllers nobody creates it.
+        # Without the controllers no process creates it.
         plane.kubectl("create", "serviceaccount", "default", f"--namespace={namespace}")
         node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "reported"}}
         plane.kubectl.apply(json.dumps(node))

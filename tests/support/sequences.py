@@ -9,7 +9,7 @@ CPU = torch.device("cpu")
 
 
 def random_sequence(lengths: tuple[int, ...], seed: int) -> PackedSequence:
-    """Rows of random tokens, of which about half are targets, but never the first of a row."""
+    """Rows of random tokens; about half are targets, but never the first of a row."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 512, (sum(lengths),), generator=generator)
     labels = tokens.masked_fill(torch.rand(len(tokens), generator=generator) < 0.5, IGNORED_LABEL)

@@ -35,7 +35,7 @@ Tls = tuple[Path, Path]
 
 @contextmanager
 def s3_server(folder: Path, host: str = LOOPBACK, *, tls: Tls | None = None) -> Iterator[str]:
-    """Versitygw with the bucket BUCKET, whose objects are the files of `folder`/buckets/BUCKET; its HOST:PORT."""
+    """Versitygw with the bucket BUCKET over `folder`/buckets/BUCKET; its HOST:PORT."""
     program = toolchain.built(from_environment(), ["versitygw"])["versitygw"]
     (folder / "buckets" / BUCKET).mkdir(parents=True)
     (folder / "metadata").mkdir()
@@ -71,7 +71,7 @@ def s3_bucket(address: str) -> S3Store:
 def registry(
     folder: Path, *, passwords: Path | None = None, host: str = LOOPBACK, tls: Tls | None = None
 ) -> Iterator[str]:
-    """Debian's docker-registry over `folder`, with the htpasswd file if there is one; its HOST:PORT."""
+    """Debian's docker-registry over `folder`, optionally with htpasswd; its HOST:PORT."""
     if packages.missing({"docker-registry": "docker-registry"}):
         raise ClusterError("no docker-registry on this machine; run `make test-tools`")
     address = f"{host}:{free_port()}"

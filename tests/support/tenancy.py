@@ -1,8 +1,8 @@
 """An operator that serves several tenants: a real API server, the chart's roles, and no node.
 
-The operator's process has the account and the rights that the chart gives it. A tenant is a user who has the cluster
-role `edit`, to which the chart adds QLoRAJobs, in a namespace of its own with the Pod Security level `restricted`. One
-node is a few lines of Python: it serves logs, and tests write what its kubelet would.
+The operator's process has the account and the rights that the chart gives it. A tenant is a user with the cluster role
+`edit`, which the chart extends by QLoRAJobs, in a separate namespace with the Pod Security level `restricted`. One node
+is a few lines of Python: it serves logs, and tests write what its kubelet would.
 """
 
 import base64
@@ -39,7 +39,7 @@ CHART = ROOT / "helm" / "qlora-operator"
 OPERATOR_NAMESPACE = "qlora-system"
 OPERATOR = f"system:serviceaccount:{OPERATOR_NAMESPACE}:qlora-operator"
 NODE = "node"
-# Where tenants are, and who they are: each has `edit` in its own namespace, and nothing elsewhere.
+# The tenants by namespace: each has `edit` there, and nothing elsewhere.
 TENANT, TENANT_USER = "tenant", "mallory"
 CAPPED = "capped"
 VICTIM, VICTIM_USER = "victim", "alice"
@@ -187,7 +187,7 @@ class Tenants:
         return eventually(live, seconds=30, every=0.1, what=f"a pod of the {step} step of {name}")[-1]
 
     def everything(self, namespace: str) -> dict[str, Object]:
-        """What there is in a namespace, by kind and name."""
+        """The objects of a namespace, by kind and name."""
         return {f"{kind}/{one['metadata']['name']}": one for kind in _KINDS for one in self.admin.list(namespace, kind)}
 
     def audited(self, since: int = 0) -> list[Object]:
@@ -202,7 +202,7 @@ class Tenants:
 
 @dataclass(frozen=True)
 class Tenancy(Tenants):
-    """The same without a node: tests write what its kubelet would, and what containers log."""
+    """The same without a node: tests write the statuses of a kubelet, and containers' logs."""
 
     logs: Logs
     operator: subprocess.Popen[bytes]
@@ -268,7 +268,7 @@ def denied_to_the_operator(requests: list[Object]) -> list[str]:
 
 
 def granted_to_the_operator() -> dict[str, set[str]]:
-    """Verbs by resource that the chart grants to the operator, in the cluster and in its own namespace."""
+    """Verbs by resource that the chart grants to the operator, in the cluster and in its namespace."""
     granted: dict[str, set[str]] = {}
     for one in rendered({}):
         own = one["kind"] == "ClusterRole" and one["metadata"]["name"] == "qlora-operator"
@@ -288,7 +288,7 @@ def rendered(values: Object) -> list[Object]:
 
 @contextmanager
 def tenancy(folder: Path, profiles: Object) -> Iterator[Tenancy]:
-    """The chart's roles, an operator that has them, and three namespaces; `folder` gets its settings and its log."""
+    """The chart's roles, an operator with them, and three namespaces; `folder` gets its log."""
     with running(controller_manager=True) as plane:
         objects = rendered({"profiles": profiles})
         roles = ("ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding")
@@ -311,7 +311,7 @@ def tenancy(folder: Path, profiles: Object) -> Iterator[Tenancy]:
 def _operator(plane: ControlPlane, folder: Path, settings: Object) -> Iterator[subprocess.Popen[bytes]]:
     ports = free_ports()
     settings |= {"probePort": ports.etcd_client, "metricsPort": ports.etcd_peer}
-    # In a pod it would know its own namespace.
+    # In a pod it would read its namespace from a file.
     settings["leaderElection"] |= {"namespace": OPERATOR_NAMESPACE}
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
     kubeconfig = yaml.safe_load(plane.kubeconfig.read_text())
@@ -337,7 +337,7 @@ def _operator(plane: ControlPlane, folder: Path, settings: Object) -> Iterator[s
 
 
 def client(plane: ControlPlane, folder: Path, user: str = "") -> Client:
-    """The administrator, or a user whom the administrator impersonates."""
+    """The administrator, or a user that the administrator impersonates."""
     kubeconfig = yaml.safe_load(plane.kubeconfig.read_text())
     context = ssl.create_default_context(
         cadata=base64.b64decode(kubeconfig["clusters"][0]["cluster"]["certificate-authority-data"]).decode()
@@ -359,7 +359,7 @@ def _add_node(admin: Client, port: int) -> None:
 
 
 def add_namespaces(kubectl: Kubectl) -> None:
-    """The namespaces of both tenants, in which they have the role `edit`, and one of them with a quota."""
+    """The namespaces of both tenants, who may `edit` them; one has a quota."""
     for namespace in (TENANT, CAPPED, VICTIM):
         _add_namespace(kubectl, namespace, VICTIM_USER if namespace == VICTIM else TENANT_USER)
     kubectl("create", "quota", "quota", f"--namespace={CAPPED}", f"--hard={_comma_separated(QUOTA)}")

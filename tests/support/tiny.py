@@ -32,7 +32,7 @@ _CORPUS = [
 
 
 def save_tokenizer(folder: Path, chat_template: str | None = CHATML) -> None:
-    """A byte-level BPE tokenizer of at most 512 tokens, trained here. The padding token is the end token."""
+    """A byte-level BPE tokenizer of at most 512 tokens; the padding token is the end token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

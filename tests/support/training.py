@@ -1,4 +1,4 @@
-"""A workspace in which prepare is done, and the train step over it, for the trainer's tests."""
+"""A prepared workspace, and the train step over it, for the trainer's tests."""
 
 import json
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ RARE_TOKEN = 500
 
 
 def job(spec: dict[str, Any] | None = None) -> QLoRAJobDocument:
-    """A job of six steps with everything that a resume could get wrong: dropout, accumulation, evaluation, decay."""
+    """A job of six steps with dropout, accumulation, evaluation and decay, for resumes."""
     default = {
         "model": {"source": "pvc://models/tiny"},
         "dataset": {"source": "pvc://data/rows.jsonl", "eval": {"fraction": 0.2}},
@@ -102,7 +102,7 @@ def write_data(folder: Path, *, packed: bool, pairs: bool = False, checks: Seque
 
 
 def write_held_out(folder: Path, model: Path, rows: Sequence[tuple[str, str]]) -> None:
-    """Replace the held-out rows of `write_data` by these prompts and answers, in tokens of the model's tokenizer."""
+    """Replace the held-out rows of `write_data` by these prompts and answers, in tokens."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     written = []
     for prompt, answer in rows:
@@ -159,7 +159,7 @@ def prepared(
 
 
 def run(context: StepContext, *, stop: StopRequest | None = None, records: Recorded | None = None) -> TrainRecord:
-    """The train step, at a time that stands still and with a stopwatch that ticks at every look."""
+    """The train step, with a fixed time and a stopwatch that ticks at every reading."""
     ticks = iter(range(10**9))
     return train(
         context,
@@ -171,7 +171,7 @@ def run(context: StepContext, *, stop: StopRequest | None = None, records: Recor
 
 
 class StopAtStep(Recorded):
-    """Records that set a stop request as soon as they say that `step` steps are done, as a signal would."""
+    """Records that set a stop request at the report of `step` steps, as a signal would."""
 
     def __init__(self, step: int, stop: StopRequest) -> None:
         super().__init__()

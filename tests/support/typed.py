@@ -1,4 +1,4 @@
-"""The user's command line as its user types it: in a terminal, or with its output going into a file."""
+"""The user's command line as typed: in a terminal, or with its output in a file."""
 
 import fcntl
 import os
@@ -27,7 +27,7 @@ class Typed:
 
     @property
     def shown(self) -> str:
-        """All that it has printed, with what a terminal obeys."""
+        """All its output, with control characters."""
         return self._shown.decode(errors="replace")
 
     def wait_for(self, text: str) -> None:
@@ -64,7 +64,7 @@ def _heed_interrupt() -> None:
 
 @contextmanager
 def typed(*arguments: str, terminal: bool, columns: int = 120, **environment: str) -> Iterator[Typed]:
-    """Run `qlora` until the block ends; with `terminal`, in one of so many columns, as `xterm-256color`."""
+    """Run `qlora` until the block ends; `terminal`: with so many columns."""
     if terminal:
         reading, writing = pty.openpty()
         fcntl.ioctl(writing, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
@@ -79,7 +79,7 @@ def typed(*arguments: str, terminal: bool, columns: int = 120, **environment: st
         stdout=writing,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        # Tests that run in the background ignore Ctrl-C, and so would what they start.
+        # Tests that run in the background ignore Ctrl-C, and so would their child processes.
         preexec_fn=_heed_interrupt,
     )
     os.close(writing)

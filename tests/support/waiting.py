@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 def eventually(probe: Callable[[], T], *, seconds: float, every: float = 0.5, what: str = "") -> T:
-    """The first truthy answer of `probe`. Raises AssertionError with the last answer or error if none comes in time."""
+    """The first truthy answer of `probe`. Raises AssertionError after a timeout."""
     deadline = time.monotonic() + seconds
     while True:
         failure: Exception | None = None

@@ -1,4 +1,4 @@
-"""The parts of the server of Weights & Biases that its client needs for an upload; it is not free software."""
+"""The parts of the server of Weights & Biases that its client needs for an upload."""
 
 import gzip
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class WandbStub:
-    """What a client has sent."""
+    """Requests of a client."""
 
     def __init__(self) -> None:
         self.url = ""

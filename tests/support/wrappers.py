@@ -1,4 +1,4 @@
-"""Tiny multimodal models, of which the text decoder is trained, made of transformers' own defaults."""
+"""Tiny multimodal models, made of transformers' defaults, with a trained text decoder."""
 
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ MIXTURES = ("glm4v_moe", "qwen3_5_moe", "qwen3_vl_moe")
 _TURNED = {"qwen3_5_moe": False, "qwen3_vl_moe": True}
 """Types whose published files have all experts of a block in one tensor, and whether it has rows for columns."""
 WRAPPERS = frozenset({*PACKED, *ONE_ROW, *MIXTURES})
-# Sizes of towers, whatever a family calls them.
+# Sizes of towers, under any name of a family.
 _TOWER = {
     "hidden_size": 32,
     "embed_dim": 32,
@@ -89,7 +89,7 @@ _TIMM_TOWER: dict[str, dict[str, Any]] = {
 
 
 def tiny_wrapper(model_type: str) -> PretrainedConfig:
-    """A configuration with a small tower and a text decoder for the vocabulary of `tests.support.training`'s rows."""
+    """A configuration with a small tower and a decoder for `tests.support.training`'s rows."""
     small = shrunken(AutoConfig.for_model(model_type, **SETTINGS.get(model_type, {}))).config
     text = small.get_text_config(decoder=True)
     for place, part in vars(small).items():
@@ -105,7 +105,7 @@ def tiny_wrapper(model_type: str) -> PretrainedConfig:
             if hasattr(part, "out_hidden_size"):
                 part.out_hidden_size = text.hidden_size
             if hasattr(part, "architecture"):
-                # The sizes of a tower that timm builds are what the library calls them.
+                # A tower that timm builds has the library's names of sizes.
                 part.model_args = {**(part.model_args or {}), **_TIMM_TOWER[part.architecture]}
     text.vocab_size, text.initializer_range = VOCABULARY, 0.1
     if hasattr(text, "vocab_size_per_layer_input"):
@@ -116,7 +116,7 @@ def tiny_wrapper(model_type: str) -> PretrainedConfig:
 
 
 def save_wrapper(folder: Path, config: PretrainedConfig) -> Path:
-    """A random model of the configuration with its tokenizer, in a folder as a hub has it: whole, with its tower."""
+    """A random model with its tokenizer and its tower, in a folder as in a hub."""
     loader: Any = auto_class(config)
     torch.manual_seed(0)
     model = loader.from_config(config, dtype=torch.bfloat16)
@@ -133,7 +133,7 @@ def save_wrapper(folder: Path, config: PretrainedConfig) -> Path:
 
 
 def _store_stacks(file: Path, model: Any, *, turned: bool) -> None:
-    """Have the experts in a file as they are published: all of a block in one tensor."""
+    """Store the experts in a file in their published form: all of a block in one tensor."""
     stacks = {name: weight.mT.contiguous() if turned else weight for name, weight in expert_weights(model).items()}
     others = {name: tensor for name, tensor in load_file(file).items() if ".experts." not in name}
     if model.config.model_type == "qwen3_5_moe":

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-# As steps do (process.py), which these tests also call in their own process. Before anything loads bitsandbytes.
+# As steps do (process.py), which these tests also call in this process. Before anything loads bitsandbytes.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
@@ -36,14 +36,14 @@ MakeContext = Callable[..., StepContext]
 
 @pytest.fixture(autouse=True)
 def _the_hubs_client_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It waits one second, two, four, … between its own tries; here they follow each other at once."""
+    """Remove the client's waits of one second, two, four, … between its tries."""
     for module in (_http, file_download):
         monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda _seconds: None))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _a_model_is_measured_once() -> Iterator[None]:
-    """Hundreds of tests prepare the same tiny models: what the dry run has found for the same input is found again."""
+    """Hundreds of tests prepare the same tiny models: cache the dry run's result for the same input."""
     found: dict[tuple[Any, ...], MeasuredMemory] = {}
 
     def measure(
@@ -68,13 +68,13 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a two-layer Qwen2 (biases, tied embeddings) with a ChatML template. Do not change it: copy it."""
+    """Folder of a two-layer Qwen2 with a ChatML template. Do not change it: copy it."""
     return save_model(tmp_path_factory.mktemp("qwen2") / "model", Qwen2Config(**SHAPE, tie_word_embeddings=True))
 
 
 @pytest.fixture(scope="session")
 def fluent(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    """The tiny Llama after it has learned the pattern of the test's rows, so that there is something to lose."""
+    """The tiny Llama after training on the test's rows, so that it has skills to lose."""
     folder = tmp_path_factory.mktemp("fluent") / "model"
     shutil.copytree(tiny_llama, folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -115,7 +115,7 @@ def trained(tmp_path: Path, finished: Files) -> Files:
 
 @pytest.fixture(scope="session")
 def together(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> tuple[Files, StepContext]:
-    """What two processes have trained, each with the whole base. Do not change it: copy it."""
+    """Files of two processes that trained with the whole base each. Do not change them: copy them."""
     files, context = workspace(
         tmp_path_factory.mktemp("together") / "job", tiny_llama, merged(EXACT, TWO), packed=False
     )
@@ -202,7 +202,7 @@ def records() -> Recorded:
 
 @pytest.fixture
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One thread to compute with, whatever is set outside: another number adds floats in another order."""
+    """One thread to compute with, for any outer setting: another number adds floats in another order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -1,4 +1,4 @@
-"""What `make fuzz` leaves of an input that breaks a parser."""
+"""Files that `make fuzz` leaves of an input that breaks a parser."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Hides GPUs from the tests of this folder: some fork processes that compute, which none can that has started CUDA."""
+"""Hides GPUs from the tests of this folder, as some fork processes."""
 
 import os
 

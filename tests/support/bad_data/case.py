@@ -1,4 +1,4 @@
-"""What a case of the corpus is."""
+"""A case of the corpus."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ GOOD = json.dumps(chat_row("Which pods?", "kubectl get pods")) + "\n"
 
 @dataclass(frozen=True)
 class BadData:
-    """Files on the claim `data`, and what prepare says of them."""
+    """Files on the claim `data`, and prepare's message about them."""
 
     name: str
     files: Mapping[str, bytes]
@@ -42,6 +42,6 @@ def one_file(name: str, path: str, content: str | bytes, message: str, **dataset
 
 
 def second_line(name: str, line: str | bytes, message: str, **dataset: Any) -> BadData:
-    """A JSONL file of a good row and a wrong one; the message begins with the wrong one's place."""
+    """A JSONL file of a good and a wrong row; the message begins with the wrong one's place."""
     wrong = line.encode() if isinstance(line, str) else line
     return one_file(name, "train.jsonl", GOOD.encode() + wrong, f"pvc://data/train.jsonl line 2{message}", **dataset)

@@ -18,12 +18,12 @@ def zstandard(content: bytes) -> bytes:
 
 
 def bomb() -> bytes:
-    """Some kilobytes that become 65 MiB of lines, whose rows nobody need tokenize."""
+    """Some kilobytes that become 65 MiB of lines; no test need tokenize their rows."""
     return gzip.compress(GOOD.encode() + (b" " * 2**20 + b"\n") * 65)
 
 
 def column_bomb() -> bytes:
-    """A Parquet file of some kilobytes whose rows have one text of a megabyte beside them."""
+    """A Parquet file of some kilobytes whose rows have one additional text of a megabyte."""
     sink = pa.BufferOutputStream()
     table = pa.table({"text": ["a"] * 70, "filler": [" " * 2**20] * 70})
     with ParquetWriter(sink, table.schema, compression="zstd") as writer:

@@ -24,7 +24,7 @@ TOOLS = [{"type": "function", "function": {"name": "pods", "parameters": {}}}]
 
 
 def calling(call: Any) -> str:
-    """A line in which the assistant makes this call."""
+    """A line whose assistant makes this call."""
     return talk(ASK, {"role": "assistant", "tool_calls": [call]}, RESULT, ANSWER, tools=TOOLS)
 
 

@@ -18,7 +18,7 @@ def parquet(columns: dict[str, Any]) -> bytes:
 
 TEXTS = parquet({"text": ["some text"] * 300})
 
-# A footer in which a column cannot be null (the schema's element says so in field 3), and which counts nulls in it.
+# A footer with a column that cannot be null (field 3 of the schema's element) and a count of nulls in it.
 CONTRADICTION = parquet({"messages": [[{"role": "user", "content": "q"}]]}).replace(
     b"\x35\x02\x18\x08messages", b"\x34\x02\x18\x08messages"
 )

@@ -1,4 +1,4 @@
-"""The benchmarks run the real code, and change nothing of what it computes."""
+"""The benchmarks run the real code without changing its results."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.support.training import adapter_bytes, history, prepared, run
 SPEC = {"lora": {"dropout": 0.0}, "training": {"evalEverySteps": None}}
 
 
-def test_a_run_that_is_measured_gives_the_same_adapter_and_a_pair_for_each_step_but_the_first(
+def test_a_measured_run_gives_the_same_adapter_and_a_pair_per_step_after_the_first(
     tmp_path: Path, tiny_llama: Path
 ) -> None:
     undisturbed, measured = (prepared(tmp_path / name, tiny_llama, SPEC) for name in ("undisturbed", "measured"))
@@ -39,7 +39,7 @@ def test_adapters_are_trained_together_and_one_by_one_by_the_same_steps(
     assert len(begun) == 2
     for name, before in begun.items():
         changes = [_flat(each.parameters[name]) - before for each in (joint, single)]
-        # The first step of Adam is of one size wherever there is a gradient: what counts is the direction.
+        # The first step of Adam is of one size for any gradient: only the direction counts.
         assert torch.cosine_similarity(*changes, dim=0) > 0.95
     turns = together.measure_turns(2, 64, steps=1)
     assert (len(turns.together), len(turns.one_by_one)) == (1, 1)

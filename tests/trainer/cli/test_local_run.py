@@ -1,4 +1,4 @@
-"""The user's command line: a manifest's errors with their lines, the memory plan, and a run on this machine."""
+"""The user's command line: a manifest's errors, the memory plan, and a local run."""
 
 import json
 import os
@@ -103,7 +103,7 @@ def test_a_file_that_is_no_manifest_is_rejected_in_one_sentence(tmp_path: Path, 
     assert "Traceback" not in done.stderr
 
 
-def test_several_errors_are_reported_at_once(tmp_path: Path) -> None:
+def test_several_errors_are_reported_together(tmp_path: Path) -> None:
     file = tmp_path / "job.yaml"
     file.write_text(MANIFEST.replace("rank", "rnk").replace("maxSteps: 3", "maxSteps: none"))
     lines = qlora("plan", str(file)).stderr.splitlines()
@@ -128,14 +128,14 @@ def test_a_plan_adds_up_to_the_expected_peak(tmp_path: Path) -> None:
     assert "fits: the run fits on a GPU of 24 GiB" in done.stdout
 
 
-def test_a_plan_that_does_not_fit_says_what_to_change(tmp_path: Path) -> None:
+def test_a_plan_that_does_not_fit_advises_changes(tmp_path: Path) -> None:
     done = planned(tmp_path, "--gpu-memory", "16", training="    maxSequenceLength: 8192\n    microBatchSize: 4\n")
     assert done.returncode == 17
     assert "exceeds: the run cannot fit on a GPU of 16 GiB" in done.stdout
     assert "spec.training.microBatchSize: 4 → 2" in done.stdout
 
 
-def test_a_plan_that_barely_fits_says_by_how_much_and_what_to_change_first(tmp_path: Path) -> None:
+def test_a_plan_that_barely_fits_reports_the_margin_and_the_first_advice(tmp_path: Path) -> None:
     done = planned(tmp_path, "--gpu-memory", "8", training="    maxSequenceLength: 2048\n")
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stdout.split())
@@ -194,7 +194,7 @@ def test_a_plan_reads_the_configuration_from_a_volume(tmp_path: Path, tiny_llama
     assert qlora("plan", str(tmp_path / "job.yaml"), "--volume", f"models={tiny_llama.parent}").returncode == 0
 
 
-def test_a_plan_of_a_model_that_the_hub_does_not_give_names_the_way_out(tmp_path: Path) -> None:
+def test_a_plan_of_a_model_that_the_hub_withholds_names_the_alternative(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(MANIFEST.replace("pvc://models/model", "hf://acme/tiny"))
     done = qlora("plan", str(tmp_path / "job.yaml"), HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0")
     assert done.returncode == 200
@@ -202,7 +202,7 @@ def test_a_plan_of_a_model_that_the_hub_does_not_give_names_the_way_out(tmp_path
     assert "Traceback" not in done.stderr
 
 
-def test_a_plan_of_a_name_that_no_repository_can_have_says_so(tmp_path: Path) -> None:
+def test_a_plan_of_an_invalid_repository_name_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(MANIFEST.replace("pvc://models/model", "hf://acme/tiny--model"))
     done = qlora("plan", str(tmp_path / "job.yaml"), HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0")
     assert done.returncode == 10
@@ -290,9 +290,9 @@ def test_a_run_shows_a_bar_stops_on_ctrl_c_and_resumes(tmp_path: Path, tiny_llam
 
 
 def test_the_paths_of_a_workspace_are_shown_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What stands in brackets or between colons is a style or a picture to the library that prints.
+    """To the printing library, text in brackets or between colons is a style or a picture.
 
-    Nor is anything cut to the width of the terminal, or to the 80 columns that count where there is none.
+    Nor is any text cut to the width of the terminal, or to the default of 80 columns.
     """
     files = new_files(tmp_path / "[draft]" / "[" / "b]" / ":smile:", tmp_path)
     uri = str(files.workspace / "adapter")
@@ -320,7 +320,7 @@ def test_the_paths_of_a_workspace_are_shown_as_they_are(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("leftover", [None, "{", '{"apiVersion": "qlora.dev/v1alpha1"}'])
-def test_there_must_be_a_run_to_resume(tmp_path: Path, leftover: str | None) -> None:
+def test_resume_without_a_run_is_rejected(tmp_path: Path, leftover: str | None) -> None:
     records = tmp_path / "work" / "records"
     if leftover is not None:
         records.mkdir(parents=True)
@@ -352,7 +352,7 @@ def test_a_run_needs_a_manifest_or_an_earlier_run(tmp_path: Path) -> None:
     assert "--resume" in done.stderr
 
 
-def test_a_run_that_nobody_reads_any_more_saves_and_ends(tmp_path: Path, tiny_llama: Path) -> None:
+def test_a_run_whose_output_is_closed_saves_and_ends(tmp_path: Path, tiny_llama: Path) -> None:
     files = new_files(tmp_path / "job", tiny_llama.parent)
     command = arguments(files, manifest(files, {**SPEC, "training": {**SPEC["training"], "maxSteps": 100_000}}))
     command = [sys.executable, "-m", "qlora_cli", *command]
@@ -361,7 +361,7 @@ def test_a_run_that_nobody_reads_any_more_saves_and_ends(tmp_path: Path, tiny_ll
         assert process.stderr is not None
         assert any("train: training" in line for line in process.stdout)
         process.stdout.close()
-        # As click ends a command whose output nobody reads: without a word.
+        # As click ends a command whose output no process reads: without a message.
         assert process.stderr.read() == ""
     assert process.returncode == 1
     [attempt] = (files.workspace / "records" / "attempts.jsonl").read_text().splitlines()
@@ -369,7 +369,7 @@ def test_a_run_that_nobody_reads_any_more_saves_and_ends(tmp_path: Path, tiny_ll
 
 
 def read_until(terminal: int, pattern: str) -> str:
-    """What the terminal shows until the pattern appears."""
+    """Output of the terminal until the pattern appears."""
     shown = ""
     while not re.search(pattern, shown):
         try:
@@ -448,7 +448,7 @@ def test_a_plan_of_a_model_whose_layers_are_not_listed_is_from_a_dry_run(tmp_pat
     assert "spec.training.microBatchSize: 1 → 8" in done.stdout
 
 
-def test_a_plan_of_a_model_that_is_not_trained_is_rejected(tmp_path: Path) -> None:
+def test_a_plan_of_an_unsupported_model_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(MANIFEST)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
     done = qlora("plan", str(tmp_path / "job.yaml"), "--config", str(tmp_path / "config.json"))

@@ -22,7 +22,7 @@ def folder(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def executed(folder: Path) -> list[Any]:
-    """The outputs of the notebook's cells, all of which end without an error."""
+    """The outputs of the notebook's cells, which all end without an error."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
     NotebookClient(notebook, timeout=SECONDS, resources={"metadata": {"path": str(folder)}}).execute()
     return [output for cell in notebook.cells for output in cell.get("outputs", ())]

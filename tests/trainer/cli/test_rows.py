@@ -1,4 +1,4 @@
-"""What `qlora data` and `qlora plan --data` print of a job's rows."""
+"""Output of `qlora data` and `qlora plan --data` about a job's rows."""
 
 import io
 import json
@@ -47,7 +47,7 @@ def qlora(tmp_path: Path, tiny_llama: Path) -> Any:
     return run
 
 
-def test_a_row_is_shown_as_the_model_sees_it_with_what_is_trained_on(qlora: Any) -> None:
+def test_a_row_is_shown_as_the_model_sees_it_with_its_targets(qlora: Any) -> None:
     done = qlora("data", ROWS, "--rows", "1")
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
@@ -65,7 +65,7 @@ def test_a_row_is_shown_as_the_model_sees_it_with_what_is_trained_on(qlora: Any)
     ]
 
 
-def test_a_row_that_is_left_out_says_so(qlora: Any) -> None:
+def test_a_row_that_is_left_out_is_marked(qlora: Any) -> None:
     output = qlora("data", ROWS).output
     assert output.count("Left out") == 1
     shown = output.partition("line 2: ")[2]
@@ -113,14 +113,14 @@ def test_columns_that_are_not_used_are_named(qlora: Any) -> None:
     assert "\nNot used: id\n" in output
 
 
-def test_a_wrong_row_ends_as_the_job_would_after_the_rows_before_it(qlora: Any) -> None:
+def test_a_wrong_row_ends_the_output_as_it_would_end_the_job(qlora: Any) -> None:
     done = qlora("data", [ROWS[0], {"messages": []}])
     assert done.exit_code == ExitCode.BAD_DATASET
     assert "[[kubectl get pods<|im_end|>]]" in done.output
     assert "Error: pvc://data/train.jsonl line 2: 'messages' is empty" in done.output
 
 
-def test_a_row_without_the_check_of_its_answer_is_named_as_the_job_would(qlora: Any, tmp_path: Path) -> None:
+def test_a_row_without_a_check_of_its_answer_is_reported_as_by_the_job(qlora: Any, tmp_path: Path) -> None:
     by_rows = {"columns": {"check": "expected"}, "eval": {"fraction": 0.5}}
     done = qlora("data", [ROWS[0] | {"expected": "pods"}, ROWS[1], ROWS[0]], **by_rows)
     assert done.exit_code == ExitCode.BAD_DATASET
@@ -149,7 +149,7 @@ def test_the_first_rows_of_each_source_of_a_mix_are_shown(qlora: Any, tmp_path: 
 
 
 @pytest.mark.parametrize("no_color", ["", "1"])
-def test_on_a_terminal_color_is_the_mark_unless_it_is_not_wanted(
+def test_on_a_terminal_targets_are_colored_unless_colors_are_off(
     tmp_path: Path, tiny_llama: Path, no_color: str
 ) -> None:
     write_rows(tmp_path / "data" / "train.jsonl", ROWS)
@@ -238,7 +238,7 @@ def test_a_plan_counts_duplicates(qlora: Any, deduplicate: bool, rows: list[dict
     assert "The job fails" not in done.output
 
 
-def test_a_plan_shows_what_each_source_of_a_mix_gives_to_an_epoch(qlora: Any, tmp_path: Path) -> None:
+def test_a_plan_shows_each_sources_share_of_an_epoch(qlora: Any, tmp_path: Path) -> None:
     write_rows(
         tmp_path / "data" / "more.jsonl", [chat_row(f"Job {number}?", "kubectl get jobs") for number in range(4)]
     )
@@ -260,7 +260,7 @@ def test_a_plan_shows_what_each_source_of_a_mix_gives_to_an_epoch(qlora: Any, tm
     assert "\nThe job fails: pvc://data/train.jsonl (spec.dataset.mix[0]) gives none of the 24 rows" in rejected
 
 
-def test_a_plan_says_why_the_job_fails_where_rows_are_too_few_to_hold_out_some(qlora: Any) -> None:
+def test_a_plan_reports_too_few_rows_to_hold_out_some(qlora: Any) -> None:
     done = qlora("plan", [ROWS[0]] * 2, "--data", deduplicate=True, eval={"fraction": 0.5})
     assert done.exit_code == 0, done.output
     assert "Tokens per row" in done.output

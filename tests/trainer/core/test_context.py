@@ -1,4 +1,4 @@
-"""What a step says of itself while it works, whatever the text is."""
+"""Log records of a step while it works, for any text."""
 
 from datetime import UTC, datetime
 
@@ -13,10 +13,10 @@ NOW = datetime(2026, 1, 2, tzinfo=UTC)
 
 @pytest.mark.parametrize("character", ["😀", "é", '"', "\n", "a"])
 @pytest.mark.parametrize("evaluations", [None, tuple((1_000_000, -1.23456789e-100) for _ in range(8))])
-def test_an_activity_is_cut_to_what_a_record_has_room_for(
+def test_an_activity_is_cut_to_the_size_of_a_record(
     make_context: MakeContext, character: str, evaluations: tuple[tuple[int, float], ...] | None
 ) -> None:
-    """JSON takes up to twelve bytes for a character."""
+    """A character has at most twelve bytes in JSON."""
     records = Recorded()
     activity = f"writing to {character * 200}"
     records.progress(make_context().identity.progress("publish", NOW, activity, loss=1.25, evaluations=evaluations))

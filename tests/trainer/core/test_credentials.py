@@ -9,7 +9,7 @@ from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure
 
 
-def test_a_value_that_is_no_text_names_field_and_key_and_is_not_shown(tmp_path: Path) -> None:
+def test_a_binary_credential_is_reported_by_field_and_key_without_its_value(tmp_path: Path) -> None:
     (tmp_path / "token").write_bytes(b"canary\xff")
     with pytest.raises(StepFailure) as failure:
         Secret(tmp_path, "spec.output.secretRef", "store").value("token")

@@ -1,4 +1,4 @@
-"""Files and folders are written complete or not at all, and what is incomplete is found by its name."""
+"""Files and folders are written complete, or are recognized as incomplete by name."""
 
 import os
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_an_atomic_folder_has_its_name_only_when_the_body_has_ended(tmp_path: Pa
     assert (target / "adapter").read_bytes() == b"weights"
 
 
-def test_an_atomic_folder_replaces_an_older_one_and_what_a_killed_attempt_has_left(tmp_path: Path) -> None:
+def test_an_atomic_folder_replaces_an_older_one_and_partial_files(tmp_path: Path) -> None:
     target = tmp_path / "trained"
     for folder in (target, partial_path(target)):
         folder.mkdir()
@@ -71,7 +71,7 @@ def test_everything_is_synced_before_the_rename_and_the_rename_afterwards(
     assert synced == [*folders, str(tmp_path)]
 
 
-def test_a_scratch_folder_is_gone_afterwards(tmp_path: Path) -> None:
+def test_a_scratch_folder_is_deleted_afterwards(tmp_path: Path) -> None:
     with scratch_folder(tmp_path / "merged") as folder:
         (folder / "weights").touch()
     assert not list(tmp_path.iterdir())
@@ -91,8 +91,10 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, mon
     assert path.read_bytes() == b"old"
 
 
-def test_two_processes_that_write_a_file_at_once_both_succeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other one, which may have the same process id in its own container, writes while this one syncs."""
+def test_two_processes_that_write_a_file_concurrently_both_succeed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one, which may have the same process id in its container, writes while this one syncs."""
     path, fsync = tmp_path / "prepare.json", os.fsync
 
     def sync_while_another_writes(number: int) -> None:
@@ -107,9 +109,7 @@ def test_two_processes_that_write_a_file_at_once_both_succeed(tmp_path: Path, mo
     assert os.listdir(tmp_path) == ["prepare.json"]
 
 
-def test_every_new_folder_above_a_file_is_synced_into_the_one_that_has_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_new_parent_folder_is_synced_into_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
     monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.readlink(f"/proc/self/fd/{number}")))
     write_atomically(tmp_path / "team" / "job" / "record.json", b"{}")

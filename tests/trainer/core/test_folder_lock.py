@@ -35,7 +35,7 @@ def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def aged(folder: Path, seconds: float) -> Path:
-    """The folder, as if nobody had touched it for so long."""
+    """The folder, as if it had been idle for so long."""
     for path in (folder / OWNER_FILE, folder):
         if path.exists():
             os.utime(path, (time.time() - seconds,) * 2)
@@ -64,7 +64,7 @@ def test_a_folder_belongs_to_its_owner_until_that_process_is_killed(tmp_path: Pa
 
 
 @pytest.mark.usefixtures("without_locks")
-def test_without_locks_only_time_tells_that_an_owner_is_gone(tmp_path: Path) -> None:
+def test_without_locks_an_idle_folder_loses_its_owner(tmp_path: Path) -> None:
     own(tmp_path).release()
     assert not is_taken(aged(tmp_path, 50), same_job=True)
     assert is_taken(aged(tmp_path, 1000), same_job=True)
@@ -72,7 +72,7 @@ def test_without_locks_only_time_tells_that_an_owner_is_gone(tmp_path: Path) -> 
         assert now == (tmp_path / "lock").stat().st_mtime
 
 
-def test_a_lock_is_not_waited_for_longer_than_said(tmp_path: Path) -> None:
+def test_waiting_for_a_lock_ends_after_the_timeout(tmp_path: Path) -> None:
     with exclusive(tmp_path / "lock", longest_wait=0):
         for seconds in (0, 0.2):
             with (
@@ -84,7 +84,7 @@ def test_a_lock_is_not_waited_for_longer_than_said(tmp_path: Path) -> None:
         pass
 
 
-def test_an_owner_touches_its_folder_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_owner_touches_its_folder_periodically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder_lock, "_TOUCH_SECONDS", 0.01)
     ownership = own(tmp_path)
     before = aged(tmp_path, 1000).joinpath(OWNER_FILE).stat().st_mtime
@@ -92,7 +92,7 @@ def test_an_owner_touches_its_folder_now_and_then(tmp_path: Path, monkeypatch: p
     ownership.release()
 
 
-def test_a_folder_that_is_about_to_get_its_name_is_left_as_it_is(tmp_path: Path) -> None:
+def test_a_finished_partial_folder_is_left_as_it_is(tmp_path: Path) -> None:
     """Its owner has removed the file; one that were made here would come with the folder."""
     folder = tmp_path / "partial"
     folder.mkdir()

@@ -59,7 +59,7 @@ def test_without_settings_nothing_is_changed(tmp_path: Path) -> None:
         b"\xff\xfe\x00",
     ],
 )
-def test_what_is_no_certificate_is_rejected_with_its_place(tmp_path: Path, content: bytes) -> None:
+def test_an_invalid_certificate_is_rejected_with_its_source(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "company-ca").mkdir()
     file = tmp_path / "company-ca" / "bundle.pem"
     file.write_bytes(content)
@@ -77,7 +77,7 @@ def test_a_good_certificate_before_a_damaged_one_is_not_enough(tmp_path: Path) -
     assert rejected({contract.ENV_CA_FILE: str(file)}, tmp_path).exit_code is ExitCode.BAD_CONFIGURATION
 
 
-def test_a_config_map_that_is_not_there_yet_is_waited_for(tmp_path: Path) -> None:
+def test_a_missing_config_map_is_waited_for(tmp_path: Path) -> None:
     failure = rejected({contract.ENV_CA_FILE: "/ca/company-ca/ca.crt"}, tmp_path)
     assert failure.exit_code is ExitCode.UNREACHABLE
     assert failure.message.startswith("ConfigMap 'company-ca' with key 'ca.crt' (caConfigMap of the profile) does not")
@@ -116,13 +116,13 @@ def test_the_proxys_password_is_put_into_its_address_and_into_no_text(tmp_path: 
         ("https://hub.example.org", "", True),
     ],
 )
-def test_which_addresses_go_through_the_proxy(url: str, entry: str, through: bool) -> None:
+def test_no_proxy_selects_the_addresses_of_the_proxy(url: str, entry: str, through: bool) -> None:
     proxy = https_proxy({"HTTPS_PROXY": "http://proxy:3128", "NO_PROXY": f"other.test, {entry}"})
     assert proxy is not None
     assert proxy.serves(url) is through
 
 
-def test_no_proxy_is_none() -> None:
+def test_without_a_proxy_setting_no_proxy_is_used() -> None:
     assert https_proxy({}) is None
     assert https_proxy({"https_proxy": "proxy:3128"}) == Proxy("http://proxy:3128", ("",))
 

@@ -1,4 +1,4 @@
-"""What an error means for the job: its exit code, decided without loading a library."""
+"""Meaning of an error for the job: its exit code, decided without loading a library."""
 
 import errno
 import os
@@ -46,7 +46,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("error", SHORTAGES, ids=REPORTERS)
-def test_the_gpu_is_out_of_memory_whoever_has_asked_for_it(error: RuntimeError) -> None:
+def test_gpu_memory_exhausted_by_any_library_is_recognized(error: RuntimeError) -> None:
     """Training halves its micro batch for the same errors that end the step with this exit code."""
     assert is_out_of_gpu_memory(error)
     ending = classify(error)
@@ -56,7 +56,7 @@ def test_the_gpu_is_out_of_memory_whoever_has_asked_for_it(error: RuntimeError) 
 
 
 @pytest.mark.parametrize("error", SHORTAGES, ids=REPORTERS)
-def test_a_shortage_is_found_behind_the_error_that_it_led_to(error: RuntimeError) -> None:
+def test_a_shortage_is_found_in_the_chain_of_errors(error: RuntimeError) -> None:
     outer = KeyError("state")
     outer.__context__ = error
     assert classify(outer).exit_code is ExitCode.GPU_OUT_OF_MEMORY
@@ -76,7 +76,7 @@ assert not {"torch", "huggingface_hub"} & set(sys.modules)
 """
 
 
-def test_an_error_is_judged_without_loading_torch_or_the_hubs_client() -> None:
+def test_an_error_is_classified_without_loading_torch_or_the_hubs_client() -> None:
     command, environment = [sys.executable, "-c", JUDGED_ALONE], {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["13", "203"]
@@ -106,7 +106,7 @@ def test_an_error_without_a_message_is_named_by_its_type() -> None:
     assert classify(AssertionError()).message.startswith("unexpected AssertionError: no message;")
 
 
-def test_a_result_that_would_be_too_long_loses_its_words_and_then_the_sources_of_a_mix() -> None:
+def test_a_result_that_is_too_long_drops_messages_then_sources_of_a_mix() -> None:
     source = MixedSourceStatus(source="x" * 48, rows=10**12, used_rows=10**12, epoch_rows=10**12, tokens=10**15)
     dataset = DatasetStatus(format="chat", rows=1, used_rows=1, sources=(source,) * MAX_MIX_SOURCES)
 

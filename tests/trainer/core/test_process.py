@@ -29,7 +29,7 @@ except Exception as error:
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The environment of the process, for this test only, in which nobody has set the libraries offline."""
+    """The environment of the process, for this test only, without the libraries' offline settings."""
     values = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     monkeypatch.setattr(os, "environ", values)
     return values
@@ -69,7 +69,7 @@ OLDER, NAME = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
         ("train", "cuda", {OLDER: "max_split_size_mb:512"}, {OLDER: "max_split_size_mb:512"}),
     ],
 )
-def test_training_on_a_gpu_has_segments_that_grow_unless_the_administrator_has_set_the_allocator(
+def test_training_on_a_gpu_has_expandable_segments_unless_the_allocator_is_set(
     step: StepName,
     device: Device,
     given: dict[str, str],

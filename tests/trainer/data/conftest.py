@@ -40,6 +40,6 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def data_bytes(context: StepContext) -> dict[str, bytes]:
-    """What prepare makes of the data."""
+    """Rows that prepare makes of the data."""
     folder = context.workspace.root / prepare(context, Recorded()).data_path
     return {path.name: path.read_bytes() for path in folder.iterdir()}

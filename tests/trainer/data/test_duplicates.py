@@ -1,4 +1,4 @@
-"""Equal rows: counted, left out where the job asks for it, and named where they are trained on and held out."""
+"""Equal rows: counted, left out on request, and named where they are in both splits."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ ROWS = [chat_row(f"Question {n}?", "pods " * (n % 7 + 1)) for n in range(20)]
 
 
 def tokenized(rows: list[tuple[list[int], list[bool]]], chunk_rows: int = 3) -> TokenizedRows:
-    """The rows, each as its tokens and targets, in chunks; their locations are their numbers."""
+    """The rows, each as its tokens and targets, in chunks, with numbers as locations."""
     made = [TokenizedRow(numpy.array(ids, dtype=numpy.int32), numpy.array(flags, dtype=bool)) for ids, flags in rows]
     numbers = [f"line {n}" for n in range(len(rows))]
     starts = range(0, len(rows), chunk_rows)
@@ -54,7 +54,7 @@ def test_the_overlap_names_its_first_rows() -> None:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Twenty rows, of which two follow again, and four held-out rows, of which one is the third row again."""
+    """Twenty rows with two repetitions, and four held-out rows with one of these."""
     folder = tmp_path / "data"
     write_rows(folder / "train.jsonl", [*ROWS, ROWS[4], ROWS[9]])
     write_rows(folder / "eval.jsonl", [chat_row(f"Other {n}?", "nodes") for n in range(3)] + [ROWS[2]])
@@ -66,7 +66,7 @@ EVAL: dict[str, Any] = {"eval": {"source": "pvc://data/eval.jsonl"}}
 
 @pytest.mark.parametrize(("deduplicate", "used"), [(False, 22), (True, 20)])
 @pytest.mark.usefixtures("data")
-def test_duplicates_are_counted_and_left_out_if_the_job_says_so(
+def test_duplicates_are_counted_and_left_out_on_request(
     make_context: MakeContext, records: Recorded, deduplicate: bool, used: int
 ) -> None:
     context = make_context({"dataset": {"deduplicate": deduplicate}})
@@ -76,7 +76,7 @@ def test_duplicates_are_counted_and_left_out_if_the_job_says_so(
 
 
 @pytest.mark.parametrize(("deduplicate", "used"), [(False, 6), (True, 4)])
-def test_duplicates_among_the_held_out_rows_are_counted_and_left_out_if_the_job_says_so(
+def test_held_out_duplicates_are_counted_and_left_out_on_request(
     make_context: MakeContext, records: Recorded, data: Path, deduplicate: bool, used: int
 ) -> None:
     other = chat_row("Other 1?", "nodes")
@@ -91,7 +91,7 @@ def test_duplicates_among_the_held_out_rows_are_counted_and_left_out_if_the_job_
 
 
 @pytest.mark.usefixtures("data")
-def test_rows_that_are_held_out_too_are_named_in_the_status_the_message_and_the_statistics(
+def test_overlapping_rows_are_named_in_status_message_and_statistics(
     make_context: MakeContext, records: Recorded
 ) -> None:
     context = make_context({"dataset": EVAL})
@@ -108,7 +108,7 @@ def test_rows_that_are_held_out_too_are_named_in_the_status_the_message_and_the_
 
 
 @pytest.mark.usefixtures("data")
-def test_rows_that_are_held_out_too_are_left_out_of_training(make_context: MakeContext, records: Recorded) -> None:
+def test_overlapping_rows_are_left_out_of_training_on_request(make_context: MakeContext, records: Recorded) -> None:
     context = make_context({"dataset": {"eval": {**EVAL["eval"], "overlap": "drop"}}})
     record = prepare(context, records)
     assert (record.dataset.overlap_rows, record.dataset.used_rows, record.dataset.eval_rows) == (1, 21, 4)
@@ -131,7 +131,7 @@ def _rows(data: PreparedDataset) -> list[list[int]]:
 
 
 @pytest.mark.usefixtures("data")
-def test_an_overlap_fails_the_job_if_it_says_so(make_context: MakeContext, records: Recorded) -> None:
+def test_an_overlap_fails_the_job_on_request(make_context: MakeContext, records: Recorded) -> None:
     with pytest.raises(StepFailure) as caught:
         prepare(make_context({"dataset": {"eval": {**EVAL["eval"], "overlap": "fail"}}}), records)
     assert caught.value.exit_code is ExitCode.BAD_DATASET
@@ -142,10 +142,10 @@ def test_an_overlap_fails_the_job_if_it_says_so(make_context: MakeContext, recor
     )
 
 
-def test_what_a_fraction_holds_out_of_duplicates_is_noticed_and_gone_without_them(
+def test_duplicates_split_by_a_fraction_are_reported_and_removed_on_request(
     make_context: MakeContext, records: Recorded, tmp_path: Path
 ) -> None:
-    """Each row is there twice: some of those that are held out have their equal among those that are trained on."""
+    """Each row exists twice: some held-out rows have their equal among the training rows."""
     write_rows(tmp_path / "data" / "train.jsonl", [*ROWS, *ROWS])
     record = prepare(make_context({"dataset": {"eval": {"fraction": 0.25}}}), records)
     assert (record.dataset.duplicate_rows, record.dataset.eval_rows) == (20, 10)

@@ -1,4 +1,4 @@
-"""A mix: each source gives its share to each epoch, drawn anew, and the rows of a run are those that were drawn."""
+"""A mix: each source gives its share to each epoch, in a new draw."""
 
 import shutil
 from collections import Counter
@@ -37,7 +37,7 @@ SHARES = {"pods": 18, "nodes": 9, "jobs": 9}
 
 @pytest.fixture(autouse=True)
 def sources(tmp_path: Path) -> None:
-    """A file for each source, in which no two rows are equal."""
+    """A file for each source, without equal rows."""
     for name, size in SIZES.items():
         rows = [chat_row(f"{name} {n}?", f"{name} " * (n % 4 + 1)) for n in range(size)]
         write_rows(tmp_path / "data" / f"{name}.jsonl", rows)
@@ -74,7 +74,7 @@ def epochs_of(data: PreparedDataset, tokenizer: Any, steps: range, schedule: Sch
 
 
 def failure(context: StepContext) -> str:
-    """What prepare says about data that it rejects."""
+    """Prepare's message about data that it rejects."""
     with pytest.raises(StepFailure) as caught:
         prepare(context, Recorded())
     assert caught.value.exit_code is ExitCode.BAD_DATASET
@@ -107,7 +107,7 @@ def test_an_epoch_has_no_row_twice_before_it_has_all_rows_of_the_source() -> Non
 
 
 def test_the_rows_of_an_epoch_are_drawn_evenly() -> None:
-    """Each of 100 rows is drawn in half of 2000 epochs: three in four within 1.15 deviations, all within five."""
+    """Each of 100 rows is drawn in half of 2000 epochs, within five deviations."""
     mix = Mix.from_sizes((100, 100), (1.0, 3.0))
     counts = numpy.bincount(numpy.concatenate(list(islice(mix.epochs(seed=3), 2000))), minlength=200)
     deviations = numpy.abs(counts[:100] - 1000) / numpy.sqrt(2000 * 0.25)
@@ -199,7 +199,7 @@ def test_the_train_step_rejects_rows_that_were_drawn_for_fewer_steps() -> None:
         Schedule.of(9, TrainingSpec(epochs=3), (0, 4, 9))
 
 
-def test_sources_have_formats_of_their_own(make_mixed: MakeContext, records: Recorded, tmp_path: Path) -> None:
+def test_each_source_has_its_own_format(make_mixed: MakeContext, records: Recorded, tmp_path: Path) -> None:
     write_rows(tmp_path / "data" / "plain.jsonl", [{"q": f"Which pod is number {n}?", "a": f"n{n}"} for n in range(4)])
     columns = {"prompt": "q", "completion": "a"}
     plain = {"source": "pvc://data/plain.jsonl", "weight": 1, "format": "prompt-completion", "columns": columns}
@@ -241,7 +241,7 @@ def test_each_source_must_have_rows_to_hold_out(make_mixed: MakeContext, tmp_pat
 
 
 def drawn(sizes: tuple[int, ...], folder: Path, **training: Any) -> int:
-    """How many epochs of the sources are drawn for a run, in steps of 12 rows; up to the rejection if there is one."""
+    """The drawn epochs of the sources for a run, in steps of 12 rows, up to a rejection."""
     epochs: list[int] = []
 
     def arranged() -> EpochArrangements:
@@ -292,10 +292,10 @@ def test_prepare_rejects_a_run_of_more_epochs_than_can_be_drawn(make_mixed: Make
 
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True])
-def test_pairs_of_which_a_step_has_some_twice_are_resumed_to_the_same_bytes(
+def test_pairs_repeated_in_a_step_are_resumed_to_the_same_bytes(
     packing: bool, make_mixed: MakeContext, tmp_path: Path
 ) -> None:
-    """Of a small source with a large weight; what the base makes of a pair is computed once."""
+    """Of a small source with a large weight: the base's part is computed once a pair."""
     for name, size in (("many", 12), ("few", 4)):
         pairs = [{"prompt": f"{name} {n}?", "chosen": f"get {name} {n}", "rejected": "delete"} for n in range(size)]
         write_rows(tmp_path / "data" / f"{name}.jsonl", pairs)

@@ -1,4 +1,4 @@
-"""Packing: no row is lost, none is cut, little room is wasted, and rows that share a sequence are not alike."""
+"""Packing: no row is lost or cut, little room is wasted, and sequences are mixed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -73,7 +73,7 @@ def test_little_room_is_wasted(kind: str, capacity: int) -> None:
 
 
 def test_sequences_mix_rows_of_different_kinds() -> None:
-    """Half of the rows are short and come first in the file: a sequence has both kinds, as a random draw would."""
+    """Half of the rows are short and come first: a sequence has both kinds."""
     lengths = numpy.array([60] * 5000 + [300] * 5000, dtype=numpy.int32)
     arrangement = pack_all(lengths, 2048, seed=0)
     shares = [float((arrangement.sequence(index) < 5000).mean()) for index in range(len(arrangement))]
@@ -82,7 +82,7 @@ def test_sequences_mix_rows_of_different_kinds() -> None:
 
 
 def test_the_tightest_room_is_taken() -> None:
-    """Rows of 40 and 50 are longer than half a sequence, so they are there when that of 10 comes."""
+    """Rows of 40 and 50 are longer than half a sequence, so both have a sequence when that of 10 comes."""
     assert sorted(map(sorted, packed([40, 50, 10]))) == [[0], [1, 2]]
 
 

@@ -1,4 +1,4 @@
-"""Parsers of data, models and what the steps leave for each other: each takes any file, or rejects it as documented."""
+"""Parsers of data, models and steps' files: each reads any file, or rejects it as documented."""
 
 import json
 import logging
@@ -48,7 +48,7 @@ def test_an_answer_is_read_or_rejected_as_documented(name: str, data: st.DataObj
 @pytest.mark.parametrize("name", SLOW)
 @settings(BOUNDED, max_examples=20)
 @given(data=st.data())
-def test_what_a_model_brings_is_read_or_rejected_as_documented(name: str, data: st.DataObject) -> None:
+def test_a_models_files_are_read_or_rejected_as_documented(name: str, data: st.DataObject) -> None:
     target = (FILES | ANSWERS)[name]
     with tempfile.TemporaryDirectory() as folder:
         target.check(data.draw(inputs(target.seeds)), Path(folder))
@@ -94,7 +94,7 @@ def test_a_link_that_leads_to_itself_is_rejected_wherever_it_is_followed(endless
         assert failure.value.exit_code is ExitCode.UNSAFE_ARTIFACT
 
 
-def test_what_is_shown_of_a_failure_cannot_steer_a_terminal() -> None:
+def test_a_failures_message_cannot_control_a_terminal() -> None:
     failure = StepFailure(ExitCode.BAD_DATASET, "row \x1b[31m1\n\u202eis \ud800 bad")
     record = result_record(
         classify(failure),

@@ -1,4 +1,4 @@
-"""Answers are checked as spec.gate.score says, and no pattern, schema or answer holds up the step."""
+"""Answers are checked as in spec.gate.score, and no pattern, schema or answer holds up the step."""
 
 import multiprocessing
 import os
@@ -37,7 +37,7 @@ def test_a_pattern_is_found_anywhere_unless_it_is_anchored() -> None:
     assert passing(score(check="regex", pattern=r"^n\d+$"), ["pods of n7", "n7"]) == [False, True]
 
 
-def test_reasoning_before_an_answer_is_not_looked_at() -> None:
+def test_reasoning_before_an_answer_is_not_checked() -> None:
     own = "<think>\nThe user wants pods.\n</think>\n\nget pods"
     answers = ["<think>\nOther thoughts.\n</think>\n\nget pods", "get pods", "<think>\nget pods\n</think>\n\nget"]
     assert passing(score(check="exactMatch"), answers, own) == [True, True, False]
@@ -68,7 +68,9 @@ def test_an_answer_whose_reasoning_is_cut_off_has_not_passed() -> None:
     ],
     ids=["a $ref that is data", "a $ref relative to an $id", "a number that is too large"],
 )
-def test_a_valid_schema_is_used_and_what_its_check_raises_does_not_end_it(schema: str, good: str, bad: str) -> None:
+def test_a_valid_schema_is_used_and_an_error_in_its_check_does_not_end_the_process(
+    schema: str, good: str, bad: str
+) -> None:
     with AnswerChecker(score(check="jsonSchema", schema=schema)) as checker:
         workers = multiprocessing.active_children()
         assert not checker.passes(bad, "")
@@ -112,9 +114,7 @@ HANGING = {
 
 
 @pytest.mark.parametrize(("spec", "evil", "good"), HANGING.values(), ids=HANGING)
-def test_an_answer_that_takes_too_long_has_not_passed_and_the_next_one_is_checked(
-    spec: ScoreSpec, evil: str, good: str
-) -> None:
+def test_an_answer_that_takes_too_long_fails_and_the_next_one_is_checked(spec: ScoreSpec, evil: str, good: str) -> None:
     with AnswerChecker(spec, seconds=0.5) as checker:
         assert not checker.passes(evil, "")
         assert checker.passes(good, "")
@@ -127,12 +127,12 @@ def test_the_checks_of_rows_are_used_in_turn_and_none_holds_up_the_next() -> Non
         assert not checker.passes("a" * 60 + "b", "", evil)
         assert checker.passes("<think>a</think>7", "", digits)
         assert checker.passes("aaa", "", evil)
-        # Prepare rejects it; where it is met all the same, one answer has not passed.
+        # Prepare rejects it; if it still occurs, one answer has not passed.
         assert not checker.passes("aaa", "", Criterion("regex", "(", "line 3: 'check'"))
         assert checker.passes("8", "", digits)
 
 
-def test_an_answer_has_its_time_of_the_processor_and_not_of_the_clock() -> None:
+def test_the_time_limit_of_an_answer_is_processor_time() -> None:
     with AnswerChecker(score(check="regex", pattern="pods"), seconds=0.05) as checker:
         (worker,) = multiprocessing.active_children()
         os.kill(worker.pid or 0, signal.SIGSTOP)

@@ -1,4 +1,4 @@
-"""Before the GPU is used, a job learns which held-out rows its score is decided on, and what their own answers have."""
+"""Before training, a job reports the held-out rows behind its score, and their answers."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -29,7 +29,7 @@ def remarks(
     positions: int | None = None,
     **score: Any,
 ) -> tuple[str, ...]:
-    """What is said of four rows, whose prompts have 2 to 10 tokens and whose answers have 3 to 11."""
+    """Messages about four rows, whose prompts have 2 to 10 tokens and whose answers have 3 to 11."""
     if not folder.exists():
         write_data(folder, packed=False, pairs=pairs, checks=checks)
     gate = GateSpec.model_validate({"score": {"check": "exactMatch", **score}})
@@ -48,7 +48,7 @@ def longest_prompt(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
         monkeypatch.setattr(module, "MAX_PROMPT_TOKENS", tokens)
 
 
-def test_a_row_whose_own_answer_is_longer_than_an_answer_may_be_is_counted(tmp_path: Path, tiny_llama: Path) -> None:
+def test_rows_whose_reference_answer_is_too_long_are_counted(tmp_path: Path, tiny_llama: Path) -> None:
     data = tmp_path / "data"
     assert remarks(data, tiny_llama) == ()
     assert remarks(data, tiny_llama, maxNewTokens=11) == ()
@@ -73,7 +73,7 @@ def test_rows_whose_prompt_is_too_long_are_counted(
     )
 
 
-def test_an_answer_for_which_the_model_has_no_positions_is_rejected(tmp_path: Path, tiny_llama: Path) -> None:
+def test_an_answer_beyond_the_models_positions_is_rejected(tmp_path: Path, tiny_llama: Path) -> None:
     assert remarks(tmp_path / "data", tiny_llama, positions=40, maxNewTokens=30) == ()
     assert rejection(tmp_path / "data", tiny_llama, positions=40, maxNewTokens=31) == (
         "spec.gate.score.maxNewTokens is 31, and the longest prompt that is answered has 10 tokens, but the model has "
@@ -82,13 +82,13 @@ def test_an_answer_for_which_the_model_has_no_positions_is_rejected(tmp_path: Pa
     )
 
 
-def test_a_row_whose_own_answer_does_not_pass_its_check_is_named(tmp_path: Path, tiny_llama: Path) -> None:
+def test_a_row_whose_reference_answer_fails_its_check_is_named(tmp_path: Path, tiny_llama: Path) -> None:
     (remark,) = remarks(tmp_path / "data", tiny_llama, check="regex", checks=["^", "^", "^(?!)", "^"])
     assert "own answers to 1 of the 4 rows do not pass check regex within 128 tokens" in remark
     assert "(the first: row 2)" in remark
 
 
-def test_a_row_whose_own_reasoning_is_longer_than_an_answer_may_be_is_counted(tmp_path: Path, tiny_llama: Path) -> None:
+def test_rows_whose_reference_reasoning_is_too_long_are_counted(tmp_path: Path, tiny_llama: Path) -> None:
     assert remarks(tmp_path / "data", tiny_llama) == ()
     long, short = "the pods of the namespace web" * 4 + "</think>pods", "a</think>pods"
     write_held_out(tmp_path / "data", tiny_llama, [("List<think>\n", long), ("Show<think>\n", short)])
@@ -103,7 +103,7 @@ def test_a_row_whose_own_reasoning_is_longer_than_an_answer_may_be_is_counted(tm
         ("a" * 1025, "line 3: 'check' has 1025 characters: a regular expression has at most 1024"),
     ],
 )
-def test_a_row_that_brings_no_regular_expression_is_named(value: Any, words: str) -> None:
+def test_a_row_without_a_regular_expression_is_named(value: Any, words: str) -> None:
     row, spec = Prompt((1,), (2,), RowCheck("a.jsonl line 3: 'check'", value)), ScoreSpec(check="regex")
     with pytest.raises(StepFailure) as failure:
         row_criterion(spec, row)

@@ -21,14 +21,14 @@ TRACKED: dict[str, Any] = {"training": {"reportTo": ["tensorboard", "mlflow", "w
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> tuple[Path, list[dict[str, float]]]:
-    """The report folder of a run that was lost in step 1, stopped after step 3 and resumed, and its metrics."""
+    """The report folder of a run that was lost in step 1, stopped after step 3 and resumed."""
     context = prepared(tmp_path_factory.mktemp("tracked"), tiny_llama, TRACKED)
     stop = StopRequest()
     with pytest.raises(Lost):
         run(context, records=LostAtStep(1))
     with pytest.raises(Interrupted):
         run(context, stop=stop, records=StopAtStep(3, stop))
-    # The process ends here, with whatever it has not written yet.
+    # The process ends here, with its unwritten data.
     shutil.copytree(context.workspace.report, context.workspace.report / "interrupted")
     run(context)
     return context.workspace.report, history(context)
@@ -55,13 +55,13 @@ def test_a_run_that_is_stopped_leaves_none_of_its_steps_in_memory(report: tuple[
     assert {event.step: event.value for event in events.Scalars("train/loss")} == pytest.approx(before)
 
 
-def test_train_writes_no_files_for_the_tools_to_which_publish_uploads(
+def test_train_writes_no_files_for_the_trackers_of_publish(
     report: tuple[Path, list[dict[str, float]]],
 ) -> None:
     assert not {"mlflow", "wandb"} & {path.name for path in report[0].iterdir()}
 
 
-def test_a_tool_that_is_not_installed_is_named_before_anything_is_done(
+def test_a_missing_tool_is_named_before_the_run_starts(
     make_context: MakeContext, tmp_path: Path, records: Recorded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_rows(tmp_path / "data" / "train.jsonl", [chat_row("question", "answer")])

@@ -118,7 +118,7 @@ def test_a_checkpoint_cut_or_grown_anywhere_is_set_aside(name: str, two: Path) -
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("instead", ["folder", "dangling link", "link to itself", "file of the other checkpoint"])
-def test_what_stands_in_a_files_place_is_not_taken_for_it(name: str, instead: str, two: Path) -> None:
+def test_another_object_in_place_of_a_file_is_rejected(name: str, instead: str, two: Path) -> None:
     path = two / "step-4" / name
     other = (two / "step-2" / name).read_bytes()
     # One of the files is the same in both checkpoints, and may be.
@@ -134,7 +134,7 @@ def test_what_stands_in_a_files_place_is_not_taken_for_it(name: str, instead: st
     assert newest_step(two) == (4 if same else 2)
 
 
-def test_when_all_are_damaged_none_is_used_and_all_are_kept_for_a_look(two: Path) -> None:
+def test_when_all_are_damaged_none_is_used_and_all_are_kept(two: Path) -> None:
     for step in (2, 4):
         (two / f"step-{step}" / "state.json").write_text("{}")
 
@@ -146,7 +146,7 @@ def test_when_all_are_damaged_none_is_used_and_all_are_kept_for_a_look(two: Path
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 def test_a_save_that_fails_at_any_operation_leaves_the_earlier_checkpoints(number: int, tmp_path: Path) -> None:
-    """The file system answers the first, the second, … operation on it with an error, until the save gets through."""
+    """Fail the first, the second, … file system operation, until the save gets through."""
     for failing in range(1, 200):
         folder = tmp_path / str(failing)
         save(folder, 1, 2)
@@ -178,15 +178,15 @@ SHORT_RUN = {
 
 
 def full_from(failing: int, workspace: Path) -> AbstractContextManager[BadDisk]:
-    """A volume on which there is no more room from that write on."""
+    """A volume that is full from that write on."""
     return bad_disk(workspace, failing, errno.ENOSPC, stays_full=True)
 
 
 @pytest.mark.parametrize("full_disks", FULL_DISKS)
-def test_a_run_whose_volume_is_full_from_any_write_on_ends_so_and_then_goes_on_to_the_same_bytes(
+def test_a_run_on_a_volume_that_fills_up_at_any_write_resumes_to_the_same_bytes(
     full_disks: int, tmp_path: Path, tiny_llama: Path
 ) -> None:
-    """The whole train step, with the volume full from the first write on, from some of the others, from the last."""
+    """The train step, with the volume full from the first, some other, or the last write on."""
     undisturbed = prepared(tmp_path / "undisturbed", tiny_llama, SHORT_RUN)
     with full_from(sys.maxsize, undisturbed.workspace.root) as disk:
         run(undisturbed)
@@ -205,9 +205,7 @@ def test_a_run_whose_volume_is_full_from_any_write_on_ends_so_and_then_goes_on_t
         assert not list(context.workspace.root.rglob("*.partial"))
 
 
-def test_a_stop_that_has_saved_stays_one_though_the_volume_cannot_take_how_the_attempt_ended(
-    tmp_path: Path, tiny_llama: Path
-) -> None:
+def test_a_saved_stop_counts_although_its_record_does_not_fit_the_volume(tmp_path: Path, tiny_llama: Path) -> None:
     counted, full = (prepared(tmp_path / name, tiny_llama, SHORT_RUN) for name in ("counted", "full"))
     with full_from(sys.maxsize, counted.workspace.root) as disk:
         interrupted_at(counted, 2)
@@ -252,7 +250,7 @@ for left in range(100):
 
 @pytest.mark.parametrize("kind", ["pages", "inodes"])
 def test_a_volume_that_is_full_at_any_write_leaves_the_earlier_checkpoints(kind: str, tmp_path: Path) -> None:
-    """A real file system with room for nothing, for one page (or file) more, and so on, until the save gets through."""
+    """A real file system with room for nothing, one page (or file) more, … until it is saved."""
     mount = f"mount -t tmpfs -o size=1m,nr_inodes=64 none {tmp_path}"
     script = f"{mount} && exec {sys.executable} -c '{FILL}' {tmp_path} {kind}"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -264,10 +262,8 @@ def test_a_volume_that_is_full_at_any_write_leaves_the_earlier_checkpoints(kind:
     assert int(result.stdout or 0) >= 4, result.stderr
 
 
-def test_power_may_fail_at_any_time_because_everything_is_synced_before_it_is_relied_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What fsync has not been told may be lost: at the rename all files are synced, at a removal the rename is."""
+def test_power_may_fail_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unsynced changes may be lost: at the rename all files are synced, at a removal the rename is."""
     folder = tmp_path / "checkpoints"
     events: list[tuple[str, str]] = []
     fsync, rename, remove = os.fsync, os.rename, shutil.rmtree

@@ -1,4 +1,4 @@
-"""Parsers of data files under arbitrary bytes: rows, or a rejection that says why; nothing else, and nothing lost."""
+"""Parsers of data files under arbitrary bytes: rows, or a rejection with a reason."""
 
 import gzip
 import json
@@ -50,7 +50,7 @@ Result = TypeVar("Result")
 
 
 def rejected_or(action: Callable[[], Result], beginning: str = "pvc://data/") -> Result | None:
-    """What the action returns; None if it rejects the data set in words for people."""
+    """Result of the action; None if it rejects the data set in words for people."""
     rejection: StepFailure | None = None
     try:
         return action()
@@ -92,7 +92,7 @@ def test_any_text_of_jsons_characters_is_rows_or_rejected(name: str, content: st
 
 @UNTIMED
 @given(st.lists(st.dictionaries(st.text(max_size=5), JSON, max_size=4), min_size=1, max_size=6), st.booleans())
-def test_what_is_written_as_json_is_read_back(rows: list[dict[str, Any]], indented: bool) -> None:
+def test_written_json_is_read_back(rows: list[dict[str, Any]], indented: bool) -> None:
     """Apart from NaN and infinity, which JSON does not have."""
     try:
         text = json.dumps(rows, allow_nan=False, indent=1 if indented else None)
@@ -160,7 +160,7 @@ FILES = st.lists(
     st.sampled_from(("", "data", "test.jsonl")),
     st.sampled_from((TRAINING, EVALUATION, Wanted(("x",), "en"))),
 )
-def test_any_card_leads_to_files_that_are_there_or_is_rejected(
+def test_any_card_leads_to_existing_files_or_is_rejected(
     names: list[str], card: dict[str, Any], path: str, wanted: Wanted
 ) -> None:
     chosen = rejected_or(lambda: choose_data_files(names, card, path, wanted, "hf://a/b"), "hf://a/b")
@@ -184,7 +184,7 @@ ROWS = st.lists(
 @settings(max_examples=40, deadline=None)
 @given(ROWS, st.integers(1, 7), st.integers(0, 99))
 def test_every_row_lands_once_with_its_own_mask(rows: list[list[tuple[int, bool]]], chunk_rows: int, seed: int) -> None:
-    """Through chunks on disk, packing and the split's file; the mask stays beside its tokens."""
+    """Through chunks on disk, packing and the split's file, the mask stays aligned."""
     pairs = [([token for token, _ in row], [flag for _, flag in row]) for row in rows]
     tokens = [TokenizedRow(numpy.array(ids, numpy.int32), numpy.array(flags, numpy.bool_)) for ids, flags in pairs]
     with tempfile.TemporaryDirectory() as folder:

@@ -1,10 +1,10 @@
-"""The losses of a small run with two seeds, committed, so that a change of what is computed is seen.
+"""The losses of a small run with two seeds, committed, so that a change of the computation is seen.
 
     OMP_NUM_THREADS=1 .venv/bin/python -m tests.trainer.promises.test_exact_curves
 
-writes them anew into `curves/`, each with the processor, threads and libraries it was computed with. Where these are
-the same here, every loss must be the same number; elsewhere, as bfloat16 matmuls are summed in another order, it may
-differ by a thousandth of itself.
+writes them again into `curves/`, each with the processor, threads and libraries of its computation. Where these are the
+same here, every loss must be the same number; elsewhere, as bfloat16 matmuls are summed in another order, it may differ
+by a thousandth of itself.
 """
 
 import json
@@ -24,12 +24,12 @@ from tests.support.training import history, prepared, run
 CURVES = Path(__file__).parent / "curves"
 SEEDS = (0, 1)
 TOLERANCE = 1e-3
-# Those on which oneDNN and MKL decide how they compute.
+# Features that oneDNN and MKL choose their kernels by.
 _INSTRUCTIONS = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16")
 
 
 def measured(seed: int, root: Path) -> dict[str, Any]:
-    """The losses of 12 steps with dropout, accumulation, a cosine schedule and evaluations, and how they were got."""
+    """Losses of 12 steps with dropout, accumulation, a schedule and evaluations."""
     model = save_model(root / "model", LlamaConfig(**SHAPE))
     context = prepared(root / "workspace", model, {"training": {"seed": seed, "maxSteps": 12, "evalEverySteps": 4}})
     run(context)

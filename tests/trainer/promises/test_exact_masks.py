@@ -1,9 +1,9 @@
-"""What is learnt of a conversation, token by token, with templates in the style of the families that people train.
+"""Targets of a conversation, token by token, with templates in the style of common model families.
 
-Each template is written once, with the marks `{% generation %}` around what the model says. With the marks transformers
-itself tells which tokens those are; the trainer is given the template without them, as most models have it, and must
-find the same. Two things differ by design: the first token of a row is never a target, as nothing predicts it, and the
-mark that ends a turn is learnt (the templates here put it inside the marks, with a line's end after it outside).
+Each template is written once, with the marks `{% generation %}` around the model's words. With the marks transformers
+itself finds their tokens; the trainer is given the template without them, as most models have it, and must find the
+same. Two things differ by design: the first token of a row is never a target, as nothing predicts it, and the mark that
+ends a turn is learned (the templates here put it inside the marks, with a line's end after it outside).
 """
 
 import re
@@ -47,14 +47,14 @@ GEMMA = (
     "{% set ns.system = '' %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
 )
-# A mark follows the whole conversation where no answer is asked for.
+# A mark follows the whole conversation where no answer is requested.
 PHI = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\\n' }}"
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|end|>' }}{% endgeneration %}"
     "{% else %}{{ m.content + '<|end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ '<|endoftext|>' }}{% endif %}"
 )
-# Reasoning is kept in answers after the last question only, where an empty one stands if there is none.
+# Reasoning is kept in answers after the last question only, with an empty one as the default.
 QWEN_3 = (
     "{% set ns = namespace(last=-1) %}"
     "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
@@ -108,13 +108,13 @@ CONVERSATIONS = {
 
 
 def without_marks(template: str) -> str:
-    """The template as a model has it that does not say what is generated."""
+    """The template as of a model without marks of the generated part."""
     return re.sub(r"{%-? *(end)?generation *-?%}", "", template)
 
 
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level tokenizer that knows the marks of all families. A blank belongs to the word after it."""
+    """A byte-level tokenizer with the marks of all families. A blank belongs to the word after it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -124,7 +124,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     corpus = [message["content"] for conversation in CONVERSATIONS.values() for message in conversation]
     tokenizer.train_from_iterator(corpus, trainer)
     folder = tmp_path_factory.mktemp("tokenizer")
-    # As with many models, what pads is what ends.
+    # As with many models, padding and end are the same token.
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>")
     fast.save_pretrained(folder)
     return folder
@@ -140,7 +140,7 @@ def learnt_by(folder: Path, template: str, messages: list[dict[str, Any]]) -> tu
 
 
 def generated(folder: Path, template: str, messages: list[dict[str, Any]]) -> tuple[list[int], list[bool]]:
-    """The tokens of a conversation, and which of them the marks in the template call generated: transformers' word."""
+    """The tokens of a conversation, and the generated ones according to transformers."""
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     encoded = tokenizer.apply_chat_template(
         messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
@@ -151,7 +151,7 @@ def generated(folder: Path, template: str, messages: list[dict[str, Any]]) -> tu
 @pytest.mark.parametrize("messages", CONVERSATIONS.values(), ids=CONVERSATIONS)
 @pytest.mark.parametrize("marked", [False, True], ids=["plain", "with marks"])
 @pytest.mark.parametrize("family", TEMPLATES)
-def test_the_learnt_tokens_are_those_that_the_template_marks_as_generated(
+def test_the_learned_tokens_are_those_that_the_template_marks_as_generated(
     family: str, marked: bool, messages: list[dict[str, str]], tokenizer_folder: Path
 ) -> None:
     template = TEMPLATES[family]
@@ -176,7 +176,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("family", TEMPLATES)
-def test_an_answer_is_learnt_with_the_mark_that_ends_it(family: str, tokenizer_folder: Path) -> None:
+def test_an_answer_is_learned_with_the_mark_that_ends_it(family: str, tokenizer_folder: Path) -> None:
     messages = [
         {"role": "user", "content": "One?"},
         {"role": "assistant", "content": "First."},

@@ -1,4 +1,4 @@
-"""A run over a mix that is interrupted in any epoch ends in the same bytes, though each epoch draws its own rows."""
+"""A run over a mix that is interrupted in any epoch ends in the same bytes."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,7 +37,7 @@ def sources(tmp_path: Path) -> None:
 
 
 def workspace(make_context: MakeContext, root: Path, spec: dict[str, Any]) -> StepContext:
-    """A workspace of its own in which prepare is done."""
+    """A new prepared workspace."""
     context = StepContext(**{**vars(make_context(spec)), "workspace": WorkspaceLayout(root)})
     prepare(context, Recorded())
     return context
@@ -73,7 +73,7 @@ def test_a_run_that_is_interrupted_in_its_second_epoch_ends_in_the_same_bytes(
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_a_mix_of_pairs_of_answers_ends_in_the_same_bytes_too(make_context: MakeContext, tmp_path: Path) -> None:
-    """The losses without the adapter, which pairs are measured against, are kept for each row, not for a sequence."""
+    """The reference losses of pairs are kept for each row, not for a sequence."""
     for name, size in (("pods", 24), ("nodes", 6)):
         rows = [{"prompt": f"{name} {n}?", "chosen": name * (n % 3 + 1), "rejected": "no " * 3} for n in range(size)]
         write_rows(tmp_path / "data" / f"{name}.jsonl", rows)
@@ -90,7 +90,7 @@ def test_a_mix_of_pairs_of_answers_ends_in_the_same_bytes_too(make_context: Make
 
 
 @pytest.mark.slow
-def test_two_processes_train_on_what_one_trains_on(make_context: MakeContext, tmp_path: Path) -> None:
+def test_two_processes_train_on_the_same_rows_as_one(make_context: MakeContext, tmp_path: Path) -> None:
     spec = merged(SPEC, merged(EXACT, {"training": {"maxSteps": 6}}))
     alone = workspace(make_context, tmp_path / "alone", spec)
     run(alone)

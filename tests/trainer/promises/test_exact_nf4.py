@@ -1,4 +1,4 @@
-"""NF4 as the paper and bitsandbytes have it: the values, the weights that training sees, and the bytes they take."""
+"""NF4 as in the paper and bitsandbytes: values, weights in training, and bytes."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ PAPERS_NF4 = (
     1.0,
 )
 KINDS = [QuantizationSpec(), QuantizationSpec(double_quant=False), QuantizationSpec(type="fp4")]
-# Layers that fill no whole block: 3 × 50 and 7 × 9 weights, besides the usual.
+# Layers that fill no whole block: 3 × 50 and 7 × 9 weights, in addition to the usual.
 ODD_SHAPES = [(128, 64), (3, 50), (7, 9), (1, 1)]
 
 
@@ -63,7 +63,7 @@ def layers_of(model: torch.nn.Module) -> dict[str, Linear4bit]:
 
 
 @pytest.mark.parametrize("spec", KINDS, ids=lambda spec: f"{spec.type}-{spec.double_quant}")
-def test_every_weight_that_is_loaded_is_what_bitsandbytes_makes_of_the_file(
+def test_every_loaded_weight_equals_bitsandbytes_quantization_of_the_file(
     tiny_qwen2: Path, spec: QuantizationSpec
 ) -> None:
     original = load_file(tiny_qwen2 / "model.safetensors")
@@ -79,7 +79,7 @@ def test_every_weight_that_is_loaded_is_what_bitsandbytes_makes_of_the_file(
         assert torch.equal(layer.weight.data, packed), name
         read = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
         assert torch.equal(read, dequantize_4bit(packed, state)), name
-        # What the layer multiplies with is that weight: of the identity it makes its transpose.
+        # The layer multiplies with that weight: of the identity it makes its transpose.
         size = layer.in_features
         unit = identity.setdefault(size, torch.eye(size, dtype=torch.bfloat16))
         bias = 0 if layer.bias is None else layer.bias
@@ -144,7 +144,7 @@ def test_a_layer_held_in_another_way_is_rejected_by_name(tiny_llama: Path) -> No
     assert e.value.exit_code is ExitCode.BAD_CONFIGURATION
 
 
-def test_a_trained_job_says_what_its_base_takes(tmp_path: Path) -> None:
+def test_a_trained_job_reports_the_memory_of_its_base(tmp_path: Path) -> None:
     wide = save_model(tmp_path / "model", LlamaConfig(**(SHAPE | {"hidden_size": 256, "intermediate_size": 512})))
     context = prepared(tmp_path / "workspace", wide, {"training": {"maxSteps": 1}})
 

@@ -71,7 +71,7 @@ class Example:
 
 
 def examples_of(rows: list[dict[str, Any]], model: Path, train_on: TrainOn) -> list[Example]:
-    """The rows, tokenized and labeled by prefixes: the answer is what the conversation adds to its prompt."""
+    """The rows, tokenized and labeled by prefixes."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     examples = []
@@ -86,7 +86,7 @@ def examples_of(rows: list[dict[str, Any]], model: Path, train_on: TrainOn) -> l
 
 
 def reference_model(folder: Path, dtype: torch.dtype, attention: str, tensors: dict[str, Tensor]) -> Any:
-    """The model as PEFT's guide to quantized training makes it, with the adapter's weights set to `tensors`."""
+    """The model of PEFT's guide to quantized training, with `tensors` as adapter weights."""
     base = AutoModelForCausalLM.from_pretrained(
         folder,
         quantization_config=BitsAndBytesConfig(
@@ -128,7 +128,7 @@ def reference_backward(model: Any, examples: list[Example]) -> float:
 
 
 def our_model(folder: Path, seed: int) -> Any:
-    """The trainer's model, checkpointed, with an adapter in which B is no longer 0, so that A has gradients."""
+    """The trainer's model, checkpointed, with B other than 0, so that A has gradients."""
     lora = LoraSpec(rank=4, alpha=8)
     model = attach_adapter(
         load_base(folder, QuantizationSpec(), "cpu"),
@@ -155,7 +155,7 @@ def prepared_rows(
 
 
 def sequences_of(context: StepContext) -> list[Any]:
-    """The packed sequences, of which at least one holds several rows."""
+    """The packed sequences; at least one holds several rows."""
     data = PreparedDataset.open(next(context.workspace.data.glob("*/train.safetensors")).parent, "train")
     sequences = [data[index] for index in range(len(data))]
     assert max(len(sequence.row_lengths) for sequence in sequences) > 1
@@ -163,15 +163,15 @@ def sequences_of(context: StepContext) -> list[Any]:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Length of the difference against the length of what is expected."""
+    """Length of the difference against the length of the expected vector."""
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.fixture
 def in_float32(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the trainer compute in float32, where two ways to the same result can be told from one to another.
+    """Let the trainer compute in float32, so that two results of different ways can be compared.
 
-    With each LoRA layer: the fused one, which otherwise is for 16 bit only, and PEFT's, which is for dropout and DoRA.
+    With each LoRA layer: the fused one, by default for 16 bit only, and PEFT's, for dropout and DoRA.
     """
     for module in (trainer_base, base_layout, four_bit, state):
         monkeypatch.setattr(module, "COMPUTE_DTYPE", torch.float32)
@@ -292,5 +292,5 @@ def test_a_whole_run_is_that_of_a_plain_loop(
     assert expected[-2] < expected[0]
     trained = load_file(context.workspace.trained / "adapter_model.safetensors")
     errors = {name: relative_error(trained[name], parameter.detach()) for name, parameter in parameters.items()}
-    # Adam divides a gradient by its own size, the smallest and least exact ones too.
+    # Adam divides a gradient by its size, the smallest and least exact ones too.
     assert max(errors.values()) < 10 * TENSOR_TOLERANCE, errors

@@ -1,4 +1,4 @@
-"""A checkpoint of another run is rejected with the difference named: a setting, data, model, library or trainer."""
+"""A checkpoint of another run is rejected with the name of the difference."""
 
 import dataclasses
 import math
@@ -28,7 +28,7 @@ from tests.support.training import StopAtStep, adapter_bytes, job, prepared, run
 from tests.trainer.conftest import MakeContext
 
 SECTIONS: dict[str, type[BaseModel]] = {"quantization": QuantizationSpec, "lora": LoraSpec, "training": TrainingSpec}
-# These decide when to save, to draw and to give up, and nothing of what is computed.
+# These decide when to save, to draw and to stop, and do not affect the computation.
 WITHOUT_EFFECT = {
     "training.save_every_steps": 1,
     "training.divergence_patience": 1000,
@@ -83,7 +83,7 @@ def _flat(metadata: list[Any]) -> list[Any]:
 
 
 def with_value(context: StepContext, field: str, value: Any) -> StepContext:
-    """The same workspace for a job in which one field has another value."""
+    """The same workspace for a job with another value of one field."""
     section, name = field.split(".")
     spec = job().spec
     part = getattr(spec, section).model_copy(update={name: value})
@@ -99,7 +99,7 @@ def camel(field: str) -> str:
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> StepContext:
-    """A workspace with a checkpoint of its first step. What is rejected leaves it as it is."""
+    """A workspace with a checkpoint of its first step. A rejection leaves it as it is."""
     context, stop = prepared(tmp_path_factory.mktemp("interrupted") / "workspace", tiny_llama), StopRequest()
     with pytest.raises(Interrupted):
         run(context, stop=stop, records=StopAtStep(1, stop))
@@ -107,7 +107,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> S
 
 
 def rejection(context: StepContext) -> str:
-    """Why the train step does not go on."""
+    """The reason why the train step does not continue."""
     with pytest.raises(StepFailure, match="step-1 belongs to another run: ") as caught:
         run(context)
     assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
@@ -212,7 +212,7 @@ def test_data_that_another_version_of_the_trainer_prepared_are_prepared_again(
     after = prepare(context, Recorded())
 
     assert after.fingerprint != before.fingerprint
-    # The rows themselves are the same: only what made them differs.
+    # The rows themselves are the same: only their origin differs.
     message = rejection(context)
     assert 'run: trainer was "' in message
     assert "data." not in message

@@ -1,4 +1,4 @@
-"""However often and wherever attempts end, the run that is gone on with ends in the same bytes as an undisturbed one.
+"""However often and wherever attempts end, the continued run ends in the same bytes as an undisturbed one.
 
 An instant is a place of the trainer's code and how often it has been passed: a function's call or return, or a call of
 C code as `os.fsync`, before or after. Each attempt is a forked process that ends at one instant in one of four ways.
@@ -123,7 +123,7 @@ def sites_of(context: StepContext) -> Counter[Site]:
 
 
 def attempt(context: StepContext, instant: Instant | None) -> int:
-    """The train step in a process of its own that ends at `instant`; its exit code, negative for a signal."""
+    """Exit code of a new process's train step that ends at `instant`; negative for a signal."""
     child = os.fork()
     if child == 0:
         stop = StopRequest()
@@ -184,7 +184,7 @@ def drawn(sites: Counter[Site], share: int, random: Random) -> list[Instant]:
 def test_attempts_that_end_anywhere_lead_to_the_bytes_of_an_undisturbed_run(
     optimizer: str, dropout: float, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A job would be given up after so many attempts that end before their first checkpoint.
+    # A job would fail after so many attempts that end before their first checkpoint.
     monkeypatch.setattr(attempts, "MAX_ATTEMPTS_WITHOUT_PROGRESS", 1000)
     spec = merged(SPEC, {"lora": {"dropout": dropout}, "training": {"optimizer": optimizer}})
     undisturbed = prepared(tmp_path / "undisturbed", model, spec)
@@ -220,7 +220,7 @@ def test_attempts_that_end_anywhere_lead_to_the_bytes_of_an_undisturbed_run(
 
 
 def signalled(files: Files, step: int, *signals: signal.Signals, threads: str = "1") -> int:
-    """The train step's command line, sent `signals` once it says that `step` steps are done; its exit code."""
+    """Exit code of the train step's command line, sent `signals` after `step` steps."""
     process = files.start("train", OMP_NUM_THREADS=threads)
     assert process.stdout is not None
     for line in process.stdout:
@@ -234,7 +234,7 @@ def signalled(files: Files, step: int, *signals: signal.Signals, threads: str = 
 
 
 def losses(metrics: Path) -> list[dict[str, float | None]]:
-    """What was computed at each line of a history."""
+    """Computed values at each line of a history."""
     entries = map(json.loads, metrics.read_text().splitlines())
     return [{name: entry.get(name) for name in ("step", "loss", "gradNorm", "evalLoss")} for entry in entries]
 
@@ -250,7 +250,7 @@ def assert_same_results(disturbed: Files, undisturbed: Files) -> None:
 
 # The next test sends real signals too, and test_exit_codes.py one in the middle of a step.
 @pytest.mark.slow
-def test_the_command_line_under_real_signals_leads_to_the_bytes_of_an_undisturbed_run(
+def test_the_command_line_under_signals_ends_in_the_bytes_of_an_undisturbed_run(
     tmp_path: Path, tiny_llama: Path
 ) -> None:
     training = {
@@ -275,14 +275,14 @@ def test_the_command_line_under_real_signals_leads_to_the_bytes_of_an_undisturbe
 
 
 def long_rows() -> list[dict[str, Any]]:
-    """Rows of which two or three fill a sequence of 1024 tokens."""
+    """Rows that fill a sequence of 1024 tokens in twos or threes."""
     random = Random(0)
     words = ("list", "the", "pods", "of", "namespace", "web", "labels", "deployment", "shop", "three", "node")
     return [chat_row(f"Question {n}?", " ".join(random.choices(words, k=random.randint(270, 420)))) for n in range(14)]
 
 
 def test_long_rows_on_two_threads_lead_to_the_bytes_of_an_undisturbed_run(tmp_path: Path) -> None:
-    """Rows and sequences are so long that attention, filling and loss take the ways that short ones never do."""
+    """Rows long enough for the long paths of attention, filling and loss."""
     model = save_model(tmp_path / "models" / "model", LlamaConfig(**(SHAPE | {"max_position_embeddings": 1024})))
     training = {
         "maxSteps": 6,

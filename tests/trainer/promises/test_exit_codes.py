@@ -1,4 +1,4 @@
-"""Each way in which a step can end, through the command line: the exit code, the record, and what is left."""
+"""Each ending of a step, through the command line: exit code, record, and files."""
 
 import json
 import os
@@ -20,8 +20,8 @@ from tests.support.command import Done, Files, new_files
 from tests.support.ranks import beginning_with
 from tests.support.tiny import JOB_UID, POD_UID
 
-# What ends the step so is tested without a process of its own, by the tests of the step; that the command line reports
-# such an end as it should is shown by the other tests here.
+# The causes of such an end are tested without a separate process, by the tests of the step; the other tests here show
+# that the command line reports it correctly.
 in_process_too = pytest.mark.slow
 
 
@@ -33,7 +33,7 @@ def files(tmp_path: Path, tiny_llama: Path) -> Files:
 
 @pytest.fixture
 def prepared(tmp_path: Path, finished: Files) -> Files:
-    """A job for which prepare is done."""
+    """A prepared job."""
     files = finished.copied(tmp_path / "job")
     for folder in ("checkpoints", "trained", "adapter", "report"):
         shutil.rmtree(files.workspace / folder)
@@ -44,14 +44,14 @@ def prepared(tmp_path: Path, finished: Files) -> Files:
 
 
 def copied_model(files: Files, tiny_llama: Path) -> tuple[Files, Path]:
-    """The job with a model of its own, to spoil."""
+    """A job with a copy of the model, to spoil."""
     folder = files.root / "models" / "model"
     shutil.copytree(tiny_llama, folder)
     return Files(files.root, folder.parent, files.spec), folder
 
 
 def failed(done: Done, code: ExitCode, *words: str) -> None:
-    """Check that the step failed in this way, with a sentence that has these words, and said nothing else."""
+    """Check the step's failure by the words of its sentence, its only report."""
     assert done.exit_code == code, done.stdout + done.stderr
     assert (done.result.outcome, done.result.reason) == ("failed", code.reason)
     for word in words:
@@ -71,8 +71,8 @@ def test_10_a_document_that_no_api_server_would_have_admitted(files: Files) -> N
 
 
 @in_process_too
-def test_10_a_password_in_the_hubs_address_is_rejected_and_not_told(files: Files) -> None:
-    """A profile, in which it would stand, is read by every tenant."""
+def test_10_a_password_in_the_hubs_address_is_rejected_and_not_shown(files: Files) -> None:
+    """Every tenant reads the profile that would contain it."""
     done = files.with_spec({"model": {"source": "hf://acme/tiny"}}).run(
         "prepare", HF_ENDPOINT="http://reader:s3cret@127.0.0.1:9"
     )
@@ -92,7 +92,7 @@ def test_11_a_row_that_is_cut_in_the_middle(files: Files) -> None:
     failed(files.run("prepare"), ExitCode.BAD_DATASET, "train.jsonl", "41")
 
 
-def test_11_a_file_whose_name_is_no_text_beside_the_data(files: Files) -> None:
+def test_11_a_file_with_an_undecodable_name_next_to_the_data(files: Files) -> None:
     Path(os.fsdecode(bytes(files.data) + b"/caf\xe9.jsonl")).touch()
     done = files.with_spec({"dataset": {"source": "pvc://data/other.jsonl"}}).run("prepare")
     failed(done, ExitCode.BAD_DATASET, "other.jsonl does not exist", "caf\\udce9.jsonl")
@@ -138,7 +138,7 @@ def test_14_weights_that_are_no_numbers(prepared: Files, tiny_llama: Path) -> No
 
 
 @in_process_too
-def test_15_a_model_that_brings_its_own_code(files: Files, tiny_llama: Path) -> None:
+def test_15_a_model_with_custom_code(files: Files, tiny_llama: Path) -> None:
     files, model = copied_model(files, tiny_llama)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "code.Model"}}))
@@ -196,7 +196,7 @@ def test_18_attempts_that_are_killed_without_a_new_checkpoint(prepared: Files) -
     failed(prepared.run("train"), ExitCode.RETRIES_EXHAUSTED, "5 attempts in a row", "spec.retry.request")
 
 
-def test_143_training_is_interrupted_and_goes_on_to_the_same_adapter(prepared: Files, finished: Files) -> None:
+def test_143_interrupted_training_continues_to_the_same_adapter(prepared: Files, finished: Files) -> None:
     process = prepared.start("train")
     read = ""
     for line in process.stdout or ():
@@ -228,7 +228,7 @@ def silent_hub() -> Iterator[str]:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
-def test_143_a_step_without_checkpoints_stops_at_once(files: Files, silent_hub: str) -> None:
+def test_143_a_step_without_checkpoints_stops_immediately(files: Files, silent_hub: str) -> None:
     process = files.with_spec({"model": {"source": "hf://acme/tiny"}}).start("prepare", HF_ENDPOINT=silent_hub)
     assert process.stdout is not None
     read = process.stdout.readline()
@@ -247,12 +247,12 @@ def test_200_a_hub_that_cannot_be_reached(files: Files) -> None:
     failed(done, ExitCode.UNREACHABLE, "acme/tiny")
 
 
-def test_200_a_claim_that_is_not_there_yet(files: Files) -> None:
+def test_200_a_claim_that_does_not_exist_yet(files: Files) -> None:
     done = files.with_spec({"dataset": {"source": "pvc://other/train.jsonl"}}).run("prepare")
     failed(done, ExitCode.UNREACHABLE, "other")
 
 
-def test_203_an_error_that_nobody_foresaw(tmp_path: Path, finished: Files) -> None:
+def test_203_an_unexpected_error(tmp_path: Path, finished: Files) -> None:
     files = finished.copied(tmp_path / "job")
     (files.workspace / "records" / "publish.json").unlink()
     (files.workspace / "report" / "metrics.jsonl").write_text('{"step": 1, "loss": "hf_abcdefghijklmnop"}\n')
@@ -264,7 +264,7 @@ def test_203_an_error_that_nobody_foresaw(tmp_path: Path, finished: Files) -> No
     assert "hf_abcdefghijklmnop" not in done.stderr
 
 
-# Without a GPU, each call of CUDA fails. What bitsandbytes does then does not depend on the reason.
+# Without a GPU, each call of CUDA fails. The reaction of bitsandbytes does not depend on the reason.
 FAILING_CUDA = """
 import ctypes
 from pathlib import Path
@@ -279,9 +279,7 @@ objective.batch_loss = batch_loss
 """
 
 
-def test_an_error_of_cuda_in_bitsandbytes_leaves_exit_code_1_no_result_and_a_line_in_the_log(
-    prepared: Files, tmp_path: Path
-) -> None:
+def test_a_cuda_error_in_bitsandbytes_ends_with_exit_code_1_and_a_log_line(prepared: Files, tmp_path: Path) -> None:
     done = prepared.run("train", **beginning_with(tmp_path / "code", FAILING_CUDA))
     assert done.exit_code == 1, done.stdout + done.stderr
     assert not any(isinstance(record, ResultRecord) for record in done.records)

@@ -1,7 +1,7 @@
 """Jobs that look finished and are not: neither the step nor the job may succeed.
 
-Each case damages a trained job, or stops it at a critical moment, and then runs the trainer's own command line and the
-operator's own decision on what is left.
+Each case damages a trained job, or stops it at a critical moment, and then runs the trainer's command line and the
+operator's decision on the remaining files.
 """
 
 import json
@@ -46,7 +46,7 @@ def rewritten(files: Files, **changes: Any) -> None:
 
 
 def with_tensors(change: Callable[[dict[str, Tensor]], None], *, forge_sum: bool = True) -> Spoil:
-    """Change the trained tensors; with `forge_sum` the train record gets their SHA-256."""
+    """Change the trained tensors; `forge_sum`: the train record gets their SHA-256."""
 
     def spoil(files: Files) -> None:
         tensors = load_file(adapter_file(files))
@@ -170,7 +170,7 @@ SPOILED: dict[str, tuple[Spoil, ExitCode]] = {
 
 
 @pytest.mark.parametrize("way", SPOILED)
-def test_what_is_not_the_whole_trained_adapter_is_never_published(trained: Files, way: str) -> None:
+def test_an_incomplete_or_untrained_adapter_is_never_published(trained: Files, way: str) -> None:
     spoil, code = SPOILED[way]
     spoil(trained)
     with pytest.raises(StepFailure) as failure:
@@ -181,7 +181,7 @@ def test_what_is_not_the_whole_trained_adapter_is_never_published(trained: Files
 
 
 def verdict(done: Done) -> QLoRAJobStatus:
-    """What the operator makes of a publish pod that ended like this and left this termination message."""
+    """The operator's verdict on a publish pod that ended like this and left this termination message."""
     body = pod("publish")
     body["metadata"]["uid"] = POD_UID
     job = make_job(status_in("publish"))
@@ -220,7 +220,7 @@ MESSAGES: dict[str, Callable[[Done], str]] = {
 
 
 @pytest.mark.parametrize("way", MESSAGES)
-def test_exit_0_with_anything_but_the_pods_own_record_is_no_success(finished: Files, way: str) -> None:
+def test_exit_0_without_the_pods_record_is_no_success(finished: Files, way: str) -> None:
     stdout = (finished.root / "publish.stdout").read_text()
     whole = Done(0, stdout, "", stdout.splitlines()[-1])
     assert verdict(whole).phase == "Succeeded"
@@ -230,7 +230,7 @@ def test_exit_0_with_anything_but_the_pods_own_record_is_no_success(finished: Fi
 
 
 def with_perfect_record(code: int, reason: str) -> QLoRAJobStatus:
-    """What the operator makes of a publish pod that left the record of a success and ended like this."""
+    """The operator's verdict on a publish pod that left the record of a success and ended like this."""
     body = pod("publish")
     message = result(body, "publish", **FACTS["publish"])
     kind = "Failed" if code else "Complete"
@@ -244,11 +244,11 @@ def test_a_killed_pod_with_a_perfect_record_is_no_success(code: int, reason: str
 
 
 @pytest.mark.parametrize("reason", ["Completed", "OOMKilled"])
-def test_exit_0_with_a_perfect_record_is_a_success_whatever_the_kubelet_calls_it(reason: str) -> None:
+def test_exit_0_with_a_perfect_record_is_a_success_with_any_kubelet_reason(reason: str) -> None:
     """The kubelet reports OOMKilled also if the kernel killed only a child process of the trainer.
 
-    The exit code is the trainer's own: it exits with 0 and leaves this record only after it has verified what it
-    published.
+    The exit code is the trainer's: it exits with 0 and leaves this record only after it has verified the published
+    files.
     """
     assert with_perfect_record(0, reason).phase == "Succeeded"
 
@@ -264,7 +264,7 @@ def test_a_run_that_is_stopped_in_its_last_step_does_not_report_that_it_is_done(
     assert not context.workspace.trained.exists()
 
 
-def test_the_adapter_of_an_earlier_run_in_the_workspace_is_not_taken_for_this_ones(trained: Files) -> None:
+def test_the_adapter_of_an_earlier_run_in_the_workspace_is_not_published(trained: Files) -> None:
     """A spec was changed and training has not run again: the record on the volume is of the run before."""
     with pytest.raises(StepFailure) as failure:
         published(trained.with_spec({"training": {"learningRate": 0.004}}))

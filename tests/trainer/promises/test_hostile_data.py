@@ -117,7 +117,7 @@ def a_number_of_a_million_digits(place: Place) -> None:
 
 @case(DATASET, "reading it took more than 1.0 GiB of host memory")
 def a_parquet_page_that_says_it_is_huge(place: Place) -> None:
-    """The header of the only page says 2 GiB, in a file whose footer says nothing of it."""
+    """The header of the only page declares 2 GiB, in a file whose footer has no such size."""
     sink = pyarrow.BufferOutputStream()
     table = pyarrow.table({"text": ["word"] * 100})
     pyarrow.parquet.write_table(table, sink, compression="zstd", use_dictionary=False)
@@ -126,7 +126,7 @@ def a_parquet_page_that_says_it_is_huge(place: Place) -> None:
     type_, more, last, compressed = content[5], content[7], content[8], content[10]
     assert (type_, more >> 7, last >> 7, compressed >> 7) == (0, 1, 0, 0)
     length = pyarrow.parquet.read_metadata(pyarrow.BufferReader(content)).row_group(0).column(0).total_compressed_size
-    # What the size is longer by, the page is shorter, so that nothing else moves.
+    # The page is shorter by the bytes that its size is longer, so that nothing else moves.
     begin = b"PAR1\x15\x00\x15\xfe\xff\xff\xff\x0f\x15" + bytes([compressed - 2 * 3])
     place.rows(begin + content[11 : 4 + length - 3] + content[4 + length :], "train.parquet")
 
@@ -139,7 +139,7 @@ def a_parquet_value_that_every_row_has(place: Place) -> None:
 
 @case(DATASET, "reading it took more than 1.0 GiB of host memory")
 def a_parquet_value_that_every_row_has_in_a_column_called_int32(place: Place) -> None:
-    """The same, but the footer gives each column's pages another type, which pyarrow ignores for that of the schema."""
+    """The footer gives each column's pages another type, which pyarrow ignores."""
     write_repeated_values(place)
     path = place.data / "train.parquet"
     content = path.read_bytes()

@@ -1,8 +1,8 @@
 """An environment and a workspace that were made to do harm, around the real `prepare` command.
 
-A pod's environment is the administrator's: its addresses decide, and what else libraries would take from it (proxies,
-logins, services that give the node's credentials) gets and gives nothing. What lies in data, models and the workspace
-is the tenant's, and is never run or followed.
+A pod's environment is the administrator's: its addresses decide, and other settings of libraries (proxies, logins,
+services that give the node's credentials) get and give nothing. Files in data, models and the workspace are the
+tenant's, and are never run or followed.
 """
 
 import json
@@ -26,7 +26,7 @@ from tests.support.tiny import Recorded
 from tests.trainer.conftest import MakeContext
 
 PASSWORD = "canary-password"
-# What Python, the trainer and its libraries import by name.
+# Modules that Python, the trainer and its libraries import by name.
 OURS, OTHERS = ("qlora_trainer", "qlora_api"), ("sitecustomize", "usercustomize", "json", "torch", "numpy")
 MODULES = tuple(f"{name}.py" for name in OURS + OTHERS)
 
@@ -39,17 +39,17 @@ def files(tmp_path: Path, tiny_llama: Path) -> Files:
 
 @pytest.fixture
 def elsewhere() -> Iterator[FakeHub]:
-    """A server to which nothing may be sent."""
+    """A server that must get no request."""
     with serve(FakeHub()) as server:
         yield server
 
 
 def prepared(files: Files, folder: Path, **environment: str) -> Done:
-    """Run in that folder, with Python as the image sets it up: it looks for no modules where it is started."""
+    """Run in that folder with the image's Python, which does not import from it."""
     return files.run("prepare", ("env", f"--chdir={folder}"), PYTHONSAFEPATH="1", **environment)
 
 
-def test_code_beside_the_model_and_the_data_is_not_run(tmp_path: Path, tiny_llama: Path) -> None:
+def test_code_next_to_the_model_and_the_data_is_not_run(tmp_path: Path, tiny_llama: Path) -> None:
     place = Place(tmp_path)
     place.outside.mkdir()
     shutil.copytree(tiny_llama, place.model)
@@ -61,8 +61,8 @@ def test_code_beside_the_model_and_the_data_is_not_run(tmp_path: Path, tiny_llam
     assert not place.canary.exists()
 
 
-def test_qlora_run_imports_nothing_from_the_folder_that_it_is_started_in(tmp_path: Path, files: Files) -> None:
-    """Which may hold data from anywhere. The program itself is told by its own place what it is."""
+def test_qlora_run_imports_nothing_from_its_working_directory(tmp_path: Path, files: Files) -> None:
+    """It may hold data from anywhere. The program itself gets its identity from its location."""
     place = Place(tmp_path)
     place.outside.mkdir()
     place.code(files.data, *MODULES)
@@ -90,7 +90,7 @@ def test_qlora_run_imports_nothing_from_the_folder_that_it_is_started_in(tmp_pat
         ("oci://{address}/team/tiny:v1", "QLORA_REGISTRIES"),
     ],
 )
-def test_only_the_server_that_is_named_is_asked_and_no_login_but_the_secrets_is_given(
+def test_only_the_named_server_gets_requests_with_the_secrets_login_only(
     tmp_path: Path, files: Files, elsewhere: FakeHub, source: str, variable: str
 ) -> None:
     """The logins of .netrc, a node's credentials and proxies are not the tenant's to use."""
@@ -130,7 +130,7 @@ def test_only_the_server_that_is_named_is_asked_and_no_login_but_the_secrets_is_
         ("http://", "has no host"),
     ],
 )
-def test_an_address_that_is_no_servers_is_rejected_before_anything_is_sent(
+def test_an_invalid_address_is_rejected_before_any_request(
     make_context: MakeContext, monkeypatch: pytest.MonkeyPatch, source: str, variable: str, address: str, says: str
 ) -> None:
     monkeypatch.setenv(variable, address)
@@ -157,14 +157,14 @@ def test_an_address_that_is_no_servers_is_rejected_before_anything_is_sent(
         "metadata",
     ],
 )
-def test_the_service_that_gives_a_nodes_credentials_is_no_server_of_a_job(host: str) -> None:
+def test_the_nodes_credential_service_is_not_allowed_as_a_server(host: str) -> None:
     """Not by way of prepare: nothing may be sent there, not even by a broken test."""
     with pytest.raises(StepFailure, match="the metadata service of a cloud") as failure:
         server_address({"AWS_ENDPOINT_URL": f"http://{host}/latest"}, "AWS_ENDPOINT_URL")
     assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
 
 
-def test_addresses_of_servers_are_taken_as_they_are() -> None:
+def test_addresses_of_servers_are_used_unchanged() -> None:
     addresses = {"A": "https://minio.team.svc:9000", "B": "http://[::1]:80/path", "C": ""}
     assert [server_address(addresses, name) for name in "ABCD"] == [addresses["A"], addresses["B"], None, None]
 
@@ -178,7 +178,7 @@ def _endless_link(path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [_file, _endless_link])
-def test_home_and_temporary_folder_that_are_none_are_done_without(
+def test_invalid_home_and_temporary_folders_are_ignored(
     tmp_path: Path, files: Files, make: Callable[[Path], None]
 ) -> None:
     (tmp_path / "outside").mkdir()
@@ -192,7 +192,7 @@ def test_home_and_temporary_folder_that_are_none_are_done_without(
 
 
 def test_a_link_in_place_of_the_log_is_not_followed(tmp_path: Path) -> None:
-    """Whoever may write to the volume can put it there before the step begins."""
+    """Any process that may write to the volume can put it there before the step begins."""
     log = tmp_path / "records" / "prepare.log"
     log.parent.mkdir()
     log.symlink_to(tmp_path / "not-there")

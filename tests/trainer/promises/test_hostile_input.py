@@ -1,6 +1,6 @@
-"""Addresses and files of jobs that were made to do harm: what leads elsewhere is rejected, what has no end is not read.
+"""Harmful addresses and files of jobs: links elsewhere are rejected, endless files are not read.
 
-Models and data sets of that kind have tests of their own, and so has the environment.
+Other tests cover models and data sets of that kind, and the environment.
 """
 
 import json
@@ -103,7 +103,7 @@ def test_a_pickle_in_a_checkpoint_is_never_opened(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [NESTED, b"[" * 100_000, b'{"jobUid": ' + NESTED + b"}"])
-def test_a_published_manifest_that_nests_without_end_is_none(content: bytes) -> None:
+def test_an_endlessly_nested_manifest_is_ignored(content: bytes) -> None:
     assert parse_manifest(content) is None
 
 
@@ -121,8 +121,8 @@ def _large(path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [_endless, _gigabytes, _large, os.mkfifo, Path.mkdir])
-def test_a_published_manifest_that_has_no_end_is_not_read(tmp_path: Path, make: Callable[[Path], None]) -> None:
-    """Whoever can write to the volume can put it where a job is to publish."""
+def test_an_endless_manifest_is_not_read(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    """Any process that can write to the volume can put it where a job publishes."""
     make(tmp_path / "manifest.json")
     destination = VolumeFolder(tmp_path, "pvc://claim/folder", owner="pod")
     with bounded():
@@ -163,9 +163,7 @@ def test_a_large_manifest_in_a_repository_is_not_fetched(tmp_path: Path, monkeyp
         (b'{"peft_type": "' + b"a" * 2**23 + b'"}', "is not JSON of less than"),
     ],
 )
-def test_an_adapters_configuration_that_is_none_is_a_failure_that_says_so(
-    tmp_path: Path, content: bytes, says: str
-) -> None:
+def test_an_invalid_adapter_configuration_is_reported(tmp_path: Path, content: bytes, says: str) -> None:
     (tmp_path / "adapter_config.json").write_bytes(content)
     failure = _rejected_configuration(tmp_path / "adapter_config.json")
     assert f"adapter_config.json {says}" in failure.message
@@ -173,7 +171,7 @@ def test_an_adapters_configuration_that_is_none_is_a_failure_that_says_so(
 
 
 @pytest.mark.parametrize("make", [_endless, os.mkfifo, Path.mkdir])
-def test_an_adapters_configuration_that_has_no_end_is_not_read(tmp_path: Path, make: Callable[[Path], None]) -> None:
+def test_an_endless_adapter_configuration_is_not_read(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "adapter_config.json")
     with bounded():
         failure = _rejected_configuration(tmp_path / "adapter_config.json")
@@ -187,7 +185,7 @@ def _rejected_configuration(path: Path) -> StepFailure:
     return failure.value
 
 
-def test_keys_of_a_configuration_are_found_however_deep_they_lie() -> None:
+def test_keys_of_a_configuration_are_found_at_any_depth() -> None:
     value: Any = {"auto_map": 1, "z": 2}
     for _ in range(50_000):
         value = {"a": [value]}

@@ -1,7 +1,7 @@
 """Models that were made to do harm: each is rejected by the right guard, runs no code and writes nothing outside.
 
-The cases run in the `prepare` step, which alone reads what tenants bring, under a limit of memory and of time: a bomb
-that goes off, or a wait for ever, is a failure of the test and not of the machine.
+The cases run in the `prepare` step, which alone reads tenants' files, under a limit of memory and of time: a bomb that
+goes off, or a wait for ever, is a failure of the test and not of the machine.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What is published of a job with a chat template and a system prompt: servers must be given both."""
+"""Published files of a job with a chat template and a system prompt: servers must be given both."""
 
 import json
 import shlex
@@ -41,7 +41,7 @@ SPEC: dict[str, Any] = {
 
 
 def base_without_template(tiny_llama: Path, folder: Path) -> Path:
-    """A base as it is published before it is taught to chat: no template, and texts end with <|endoftext|>."""
+    """A published base without chat training: no template, texts end with <|endoftext|>."""
     shutil.copytree(tiny_llama, folder)
     (folder / "chat_template.jinja").unlink()
     for name, change in {
@@ -55,7 +55,7 @@ def base_without_template(tiny_llama: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> StepContext:
-    """A job that is prepared, trained and published. What is changed must be put back."""
+    """A job that is prepared, trained and published. A test that changes it must restore it."""
     root = tmp_path_factory.mktemp("template")
     write_rows(root / "data" / "train.jsonl", ROWS)
     base_without_template(tiny_llama, root / "models" / "base")
@@ -81,7 +81,7 @@ def publish_again(context: StepContext) -> None:
 
 
 def request_of(text: str) -> Any:
-    """What the request in a report or a model card sends."""
+    """The payload of the request in a report or a model card."""
     command = "\n".join(text[text.index("curl ") :].splitlines()[:2])
     return json.loads(shlex.split(command)[-1])
 
@@ -110,7 +110,7 @@ def test_template_system_prompt_and_end_of_answers_are_published_with_the_adapte
         assert request["stop_token_ids"] == [2]
 
 
-def test_what_a_server_makes_of_template_and_system_prompt_was_trained_on(trained: StepContext) -> None:
+def test_a_servers_prompt_from_template_and_system_prompt_was_trained_on(trained: StepContext) -> None:
     prepared = json.loads(trained.workspace.completion("prepare").read_text())
     tokenizer: Any = AutoTokenizer.from_pretrained(trained.workspace.root / prepared["modelPath"])
     template = (trained.workspace.adapter / "chat_template.jinja").read_text()
@@ -126,9 +126,7 @@ def test_a_merged_model_has_the_template_and_stops_at_its_end(trained: StepConte
     assert GenerationConfig.from_pretrained(trained.workspace.merged).eos_token_id == [0, 2]
 
 
-def test_a_template_that_ends_answers_with_a_line_break_leaves_the_merged_models_end_as_it_is(
-    trained: StepContext, tmp_path: Path
-) -> None:
+def test_a_line_break_after_answers_does_not_change_the_merged_models_end(trained: StepContext, tmp_path: Path) -> None:
     model = trained.workspace.root.parent / "models" / "base"
     merged, template = tmp_path / "merged", tmp_path / "template.jinja"
     shutil.copytree(model, merged)

@@ -1,4 +1,4 @@
-"""Adapters as GGUF files: a real llama.cpp loads them and gives PEFT's answers; what it cannot load is rejected."""
+"""Adapters as GGUF files: llama.cpp loads them and gives PEFT's answers."""
 
 import json
 from hashlib import sha256
@@ -49,7 +49,7 @@ def made(config: PretrainedConfig, folder: Path) -> Path:
 
 
 def adapted(model: Path, lora: LoraSpec, folder: Path) -> tuple[Tensor, Tensor]:
-    """Save a random adapter; what PEFT computes with it and without: the log-probabilities after TOKENS."""
+    """Save a random adapter; returns log-probabilities after TOKENS, with and without it."""
     targets = inspect_family(model, lora).target_modules
     settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, use_rslora=lora.use_rslora, target_modules=list(targets))
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
@@ -74,7 +74,7 @@ def converted(model: Path, lora: LoraSpec, root: Path, adapter: Path, kind: Gguf
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_llama_cpp_computes_with_the_file_what_peft_computes_with_the_adapter(tmp_path: Path, family: str) -> None:
+def test_llama_cpp_with_the_file_matches_peft_with_the_adapter(tmp_path: Path, family: str) -> None:
     model, lora = made(FAMILIES[family], tmp_path / "model"), LoraSpec(rank=8, alpha=16, use_rslora=True)
     wanted, without = adapted(model, lora, tmp_path / "adapter")
     file = converted(model, lora, tmp_path / "gguf", tmp_path / "adapter", GgufSpec(type="f32"))
@@ -97,7 +97,7 @@ def test_shorter_numbers_give_nearly_the_same_answers(tmp_path: Path) -> None:
         assert torch.allclose(log_probabilities(base, TOKENS, len(wanted), file), wanted, atol=0.1)
 
 
-def test_publish_writes_the_file_beside_the_adapter_and_reports_it(trained: Files) -> None:
+def test_publish_writes_the_file_next_to_the_adapter_and_reports_it(trained: Files) -> None:
     files = trained.with_spec({"output": {"gguf": {}}})
 
     adapter = published(files).adapter
@@ -122,7 +122,9 @@ def test_publish_writes_the_file_beside_the_adapter_and_reports_it(trained: File
     assert (folder / GGUF_FILE).read_bytes() == content
 
 
-def test_prepare_rejects_a_family_that_the_converter_does_not_know(tmp_path: Path, make_context: MakeContext) -> None:
+def test_prepare_rejects_a_family_that_the_converter_does_not_support(
+    tmp_path: Path, make_context: MakeContext
+) -> None:
     model = save_model(tmp_path / "models" / "helium", hf.HeliumConfig(**BASE, head_dim=16))
     write_rows(tmp_path / "data" / "train.jsonl", [chat_row("Which pods?", "kubectl get pods")])
 
@@ -133,9 +135,7 @@ def test_prepare_rejects_a_family_that_the_converter_does_not_know(tmp_path: Pat
     assert list((tmp_path / "workspace").rglob("*.safetensors")) == []
 
 
-def test_a_layer_that_the_converter_leaves_out_is_not_left_out_silently(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_layer_that_the_converter_drops_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = made(FAMILIES["llama"], tmp_path / "model")
     targets = inspect_family(model, LoraSpec()).target_modules
     change_converter("if '.1.mlp.up_proj' in name: continue", tmp_path, monkeypatch)
@@ -157,7 +157,7 @@ def change_converter(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("error", ["TypeError", "AttributeError", "NotImplementedError"])
-def test_a_family_whose_layers_the_converter_changes_is_rejected_in_words(
+def test_a_family_whose_layers_the_converter_changes_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str
 ) -> None:
     model = made(FAMILIES["llama"], tmp_path / "model")
@@ -169,9 +169,7 @@ def test_a_family_whose_layers_the_converter_changes_is_rejected_in_words(
     assert "LoraTorchTensor" not in failure.value.message
 
 
-def test_no_layers_of_the_trial_are_alike_as_those_of_an_adapter_are_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_layers_of_the_trial_adapter_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The converter joins layers whose A is the same, which it cannot do for an adapter that was trained."""
     model = made(FAMILIES["llama"], tmp_path / "model")
     targets = inspect_family(model, LoraSpec()).target_modules
@@ -180,7 +178,7 @@ def test_no_layers_of_the_trial_are_alike_as_those_of_an_adapter_are_not(
     require_convertible(model, targets, LoraSpec(), GgufSpec(), tmp_path / "scratch")
 
 
-def test_a_layer_that_is_divided_does_not_make_up_for_one_of_another_block(tmp_path: Path) -> None:
+def test_a_split_layer_does_not_hide_a_missing_one_of_another_block(tmp_path: Path) -> None:
     writer = GGUFWriter(tmp_path / GGUF_FILE, "llama")
     for name in ("blk.0.attn_q", "blk.0.attn_k"):
         writer.add_tensor(f"{name}.weight.lora_b", torch.ones(2, 2).numpy())
@@ -194,7 +192,7 @@ def test_a_layer_that_is_divided_does_not_make_up_for_one_of_another_block(tmp_p
     assert str(found) == "it converts 1 of the 2 layers that have an adapter"
 
 
-def test_the_converter_is_as_llama_cpp_has_it() -> None:
+def test_the_converter_equals_llama_cpps() -> None:
     folder = gguf.CONVERTER.parent
     rows = [line.split("`") for line in (folder / "README.md").read_text().splitlines() if line.startswith("| `")]
 

@@ -1,4 +1,4 @@
-"""What a published adapter was made of: stated, signed, and verified by `qlora verify` wherever the adapter is."""
+"""Lineage of a published adapter: stated, signed, and verified by `qlora verify`."""
 
 import base64
 import json
@@ -49,7 +49,7 @@ def statement(bundle: Path) -> Any:
     return json.loads(base64.b64decode(json.loads(bundle.read_text())["dsseEnvelope"]["payload"]))
 
 
-def test_a_signed_adapter_verifies_with_its_key_until_somebody_changes_it(
+def test_a_signed_adapter_verifies_with_its_key_until_it_is_changed(
     trained: Files, keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv(ENV_IMAGE, IMAGE)
@@ -90,9 +90,7 @@ def rejection(result: Result) -> str:
     return result.output.strip().removeprefix("Error: not verified: ").removeprefix("the lineage does not verify: ")
 
 
-def test_a_changed_statement_does_not_verify_and_without_a_key_that_is_not_noticed(
-    trained: Files, keys: tuple[Path, Path]
-) -> None:
+def test_a_changed_statement_does_not_verify_with_the_key(trained: Files, keys: tuple[Path, Path]) -> None:
     private, public = keys
     published(trained, mounts=Mounts(signing_key=private))
     path = trained.workspace / "adapter" / "lineage.sigstore.json"
@@ -119,7 +117,7 @@ def test_without_a_key_the_statement_is_not_signed_and_does_not_verify_with_one(
     assert "no lineage" in rejection(verify(folder))
 
 
-def test_a_key_that_cannot_be_used_is_named_and_nothing_is_published(trained: Files, tmp_path: Path) -> None:
+def test_an_unusable_key_is_named_and_nothing_is_published(trained: Files, tmp_path: Path) -> None:
     key = tmp_path / "key.pem"
     key.write_text("-----BEGIN ENCRYPTED SIGSTORE PRIVATE KEY-----\n…\n-----END ENCRYPTED SIGSTORE PRIVATE KEY-----\n")
     with pytest.raises(StepFailure, match=r"signingKey.*not encrypted") as failure:
@@ -128,7 +126,7 @@ def test_a_key_that_cannot_be_used_is_named_and_nothing_is_published(trained: Fi
     assert not (trained.workspace / "adapter").exists()
 
 
-def test_a_key_that_cannot_be_used_is_noticed_before_a_registry_is_asked(trained: Files, tmp_path: Path) -> None:
+def test_an_unusable_key_is_rejected_before_any_request_to_a_registry(trained: Files, tmp_path: Path) -> None:
     key = tmp_path / "key.pem"
     key.write_text("no key")
     with serve_proxy(FaultProxy("", rule=lambda _request: Fault(404))) as server:
@@ -159,10 +157,10 @@ def test_the_statement_about_an_artifact_is_attached_to_it_once(
         assert entry["annotations"]["dev.sigstore.bundle.predicateType"] == "https://qlora.dev/lineage/v1"
 
 
-def test_a_statement_among_more_than_is_looked_at_is_not_said_to_be_missing(
+def test_a_statement_beyond_the_read_limit_is_not_reported_as_missing(
     trained: Files, keys: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """Whoever may push can attach so much that the statement is not reached."""
+    """A user who may push can attach so much that the statement is not reached."""
 
     def crowded(request: Request) -> Fault | None:
         path, _, query = request.path.partition("?")
@@ -182,7 +180,7 @@ def test_a_statement_among_more_than_is_looked_at_is_not_said_to_be_missing(
 
 
 @pytest.mark.slow
-def test_cosign_verifies_what_is_beside_the_files_and_what_is_attached_to_an_artifact(
+def test_cosign_verifies_statements_next_to_files_and_attached_to_artifacts(
     trained: Files, keys: tuple[Path, Path], tmp_path: Path
 ) -> None:
     private, public = keys

@@ -1,4 +1,4 @@
-"""The 4-bit base beside the adapter: what servers load, shared by jobs, and taken for no other."""
+"""The 4-bit base with the adapter: loads in servers, and is shared by jobs."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ Row = tuple[torch.Tensor, torch.Tensor]
 
 @pytest.fixture
 def job(trained: Files) -> Files:
-    """A trained job that asks for its base."""
+    """A trained job that publishes its base."""
     return trained.with_spec({"output": {"base": {"destination": ADDRESS}}})
 
 
@@ -134,7 +134,7 @@ def test_jobs_on_the_same_base_share_it(job: Files) -> None:
     first = run(job)
     folder = job.data / "bases" / "tiny"
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    # As another job that has trained its own adapter.
+    # As another job that has trained another adapter.
     shutil.rmtree(job.workspace / "adapter")
     (job.workspace / "records" / "publish.json").unlink()
     assert run(job, uid=OTHER_UID).base == first.base
@@ -142,7 +142,7 @@ def test_jobs_on_the_same_base_share_it(job: Files) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
-def test_a_job_shares_the_base_although_its_model_is_of_a_mirror_and_its_libraries_are_newer(
+def test_a_job_with_a_mirrored_model_and_newer_libraries_shares_the_base(
     job: Files, mirrored: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare_and_train(mirrored)
@@ -184,7 +184,7 @@ def test_prepare_names_another_tokenizer_in_the_folder(job: Files, mirrored: Fil
     assert not (mirrored.workspace / "records" / "prepare.json").exists()
 
 
-def test_a_job_that_another_one_overtakes_finds_the_base_there(job: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_another_one_overtakes_uses_its_base(job: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = job.data / "bases" / "tiny"
 
     def overtaken(trained: TrainedJob, workspace: WorkspaceLayout, destination: Destination) -> BaseStatus:
@@ -244,7 +244,7 @@ def test_prepare_accepts_a_folder_that_holds_a_base_and_no_other(job: Files) -> 
         prepare(context(in_its_place), Recorded())
 
 
-def test_prepare_names_another_base_in_the_folder_as_soon_as_it_has_its_own(job: Files) -> None:
+def test_prepare_reports_another_base_in_the_folder(job: Files) -> None:
     run(job)
     path = job.data / "bases" / "tiny" / "manifest.json"
     path.chmod(0o644)

@@ -1,4 +1,4 @@
-"""The run of a published adapter on the servers of trackers: once, whole, and never in the adapter's way."""
+"""The run of a published adapter in trackers: once, whole, and never blocking."""
 
 import json
 import time
@@ -54,7 +54,7 @@ def forget_tracking(files: Files) -> None:
     write_completion(path, record.model_copy(update={"tracking": None}))
 
 
-def test_a_real_mlflow_server_has_one_run_with_every_point_once_also_after_a_second_attempt(
+def test_mlflow_has_one_run_with_every_point_once_after_two_attempts(
     trained: Files, mlflow: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(ENV_MLFLOW_SERVER, mlflow)
@@ -86,12 +86,12 @@ def finished_run(**tags: str) -> FinishedRun:
     return FinishedRun("7f3c", "tiny", "repeated", {"rank": 4}, tags, [(1, {"train/loss": 2.0})])
 
 
-def test_a_run_that_is_uploaded_again_has_the_tags_of_the_last_upload_and_is_there_once(mlflow: str) -> None:
+def test_a_second_upload_replaces_the_tags_of_the_same_run(mlflow: str) -> None:
     client = MlflowClient(tracking_uri=mlflow)
     first = upload_to_mlflow(mlflow, {}, finished_run(adapter="one"))
     experiment = client.get_experiment_by_name("repeated")
     assert experiment is not None
-    # Two attempts at once have each made one.
+    # Two concurrent attempts have each made one.
     second = client.create_run(experiment.experiment_id, tags={"qlora.job": "7f3c"}).info.run_id
     assert upload_to_mlflow(mlflow, {}, finished_run(adapter="two")) == first
     runs = {run.info.run_id: run for run in client.search_runs([experiment.experiment_id])}
@@ -100,7 +100,7 @@ def test_a_run_that_is_uploaded_again_has_the_tags_of_the_last_upload_and_is_the
     assert (kept.data.tags["adapter"], kept.info.status) == ("two", "FINISHED")
 
 
-def test_a_wait_that_the_server_asks_for_does_not_hold_the_pod(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wait_that_the_server_requests_does_not_hold_the_pod(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(urllib3.util.retry, "time", SimpleNamespace(sleep=waits.append, time=time.time))
     busy = FaultProxy("", rule=lambda _request: Fault(503, headers={"Retry-After": "3600"}))
@@ -109,7 +109,7 @@ def test_a_wait_that_the_server_asks_for_does_not_hold_the_pod(monkeypatch: pyte
     assert sum(waits) < 60
 
 
-def test_an_upload_ends_though_the_server_takes_each_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upload_ends_although_the_server_accepts_each_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slowly: a minute each, and it has thousands of points to take."""
     monkeypatch.setattr(uploads, "_MLFLOW_BATCH", 1)
     taken: list[str] = []
@@ -161,7 +161,7 @@ def test_weights_and_biases_gets_every_step_with_the_key_of_the_secret(
     assert shown == pytest.approx(losses(job))
 
 
-def test_a_tracker_in_trouble_costs_neither_adapter_nor_success_and_is_asked_again_by_a_later_attempt(
+def test_a_failing_tracker_does_not_fail_the_job_and_is_retried_later(
     trained: Files, mlflow: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(uploads, "_MLFLOW_PATIENCE", {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"})

@@ -1,4 +1,4 @@
-"""The checks of an adapter's two files that need no model: what is rejected, and why."""
+"""The checks of an adapter's two files that need no model: rejections and their reasons."""
 
 import json
 from collections.abc import Callable
@@ -95,14 +95,14 @@ def test_a_configuration_that_leaves_something_out_is_rejected(path: Path, key: 
     rejected(path, f"adapter_config.json has {key}: null, not ")
 
 
-def test_a_configuration_that_is_a_link_is_rejected_even_if_the_file_behind_it_is_right(path: Path) -> None:
-    """Whoever can change that file afterwards would change what is published."""
+def test_a_linked_configuration_is_rejected_even_if_its_target_is_right(path: Path) -> None:
+    """A process that can change that file afterwards would change the published adapter."""
     behind = path.rename(path.with_name("elsewhere.json"))
     path.symlink_to(behind)
     replaced(lambda: verify(path))
 
 
-def test_tensors_that_are_a_link_are_rejected_even_if_the_file_behind_it_is_right(tmp_path: Path) -> None:
+def test_linked_tensors_are_rejected_even_if_their_target_is_right(tmp_path: Path) -> None:
     path, behind = tmp_path / "adapter_model.safetensors", tmp_path / "elsewhere.safetensors"
     name, learned = "base_model.model.q_proj.lora_B.weight", torch.ones(2, 4)
     expected = {name: Expected(tuple(learned.shape), learned.dtype)}
@@ -112,13 +112,13 @@ def test_tensors_that_are_a_link_are_rejected_even_if_the_file_behind_it_is_righ
     replaced(lambda: verify_tensors(path, file_sha256(behind), expected, LORA))
 
 
-def test_files_that_are_gone_since_the_training_are_an_unsafe_artifact(tmp_path: Path) -> None:
+def test_files_deleted_since_the_training_are_an_unsafe_artifact(tmp_path: Path) -> None:
     replaced(lambda: verify(tmp_path / "adapter_config.json"))
     replaced(lambda: verify_tensors(tmp_path / "adapter_model.safetensors", "a" * 64, {}, LORA))
 
 
 def replaced(check: Callable[[], None]) -> None:
-    """It is rejected for good, and the trainer is not said to be at fault."""
+    """It is rejected for good, and the trainer is not blamed."""
     with pytest.raises(StepFailure, match="is missing or not a regular file") as failure:
         check()
     assert failure.value.exit_code is ExitCode.UNSAFE_ARTIFACT

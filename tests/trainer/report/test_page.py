@@ -1,4 +1,4 @@
-"""The report: what a person sees of a run in a browser, on one page that needs nothing else."""
+"""The report: a person's view of a run in a browser, on one self-contained page."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def page_of(files: Files) -> str:
     return (files.workspace / "report" / "report.html").read_text()
 
 
-def test_the_page_shows_the_run_and_needs_nothing_else(finished: Files) -> None:
+def test_the_page_shows_the_run_and_is_self_contained(finished: Files) -> None:
     source = page_of(finished)
     page = Page(source)
     assert page.open == []
@@ -60,7 +60,7 @@ def test_the_page_shows_the_run_and_needs_nothing_else(finished: Files) -> None:
         assert shown in page.words, shown
 
 
-def test_the_page_states_on_which_base_and_with_which_rank_to_serve_the_adapter(finished: Files) -> None:
+def test_the_page_states_base_and_rank_for_serving_the_adapter(finished: Files) -> None:
     words = Page(page_of(finished)).words
     trained_on = "The adapter was trained on the base model in nf4 with double quantization"
     assert f"{trained_on}, and its loss was measured on that base: load it on the same 4-bit base" in words
@@ -100,7 +100,7 @@ def test_the_page_shows_the_bytes_of_each_kind_of_layer(finished: Files) -> None
         assert row in words, row
 
 
-def test_the_samples_are_what_plain_peft_answers(finished: Files) -> None:
+def test_the_samples_match_the_answers_of_plain_peft(finished: Files) -> None:
     samples = Samples.model_validate_json((finished.workspace / "report" / "samples.json").read_bytes())
     assert len(samples.samples) == 1
     sample = samples.samples[0]
@@ -116,7 +116,7 @@ def test_the_samples_are_what_plain_peft_answers(finished: Files) -> None:
     )
     for layer in base.modules():
         if isinstance(layer, Linear4bit):
-            layer.support_avx512bf16_for_cpu = False  # computes otherwise, and so rounds otherwise
+            layer.support_avx512bf16_for_cpu = False  # computes in another order, with other roundings
     model = PeftModel.from_pretrained(base, finished.workspace / "adapter", autocast_adapter_dtype=False)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = tokenizer(sample.prompt, return_tensors="pt")
@@ -132,7 +132,7 @@ def test_the_samples_are_what_plain_peft_answers(finished: Files) -> None:
     assert sample.after != sample.before
 
 
-def test_what_users_and_data_wrote_cannot_become_markup(trained: Files) -> None:
+def test_text_of_users_and_data_cannot_become_markup(trained: Files) -> None:
     attack = "</pre><script>alert(1)</script><svg onload=alert(2)>"
     samples = Samples(samples=(Sample(prompt=attack, reference=attack, before=attack, after=attack),))
     (trained.workspace / "report" / "samples.json").write_text(json.dumps(samples.dump()))
@@ -174,7 +174,7 @@ def test_the_page_of_a_run_that_compared_answers_shows_rewards_and_accuracy(trai
     }
 
 
-def test_page_card_and_summary_say_which_rows_are_equal_and_which_run_is_continued(trained: Files) -> None:
+def test_page_card_and_summary_name_equal_rows_and_the_continued_run(trained: Files) -> None:
     path = trained.workspace / "records" / "prepare.json"
     record = read_completion(path, PrepareRecord)
     assert record is not None
@@ -201,7 +201,7 @@ def test_page_card_and_summary_say_which_rows_are_equal_and_which_run_is_continu
     assert summary["continues"] == {"job": "earlier", "step": 4}
 
 
-def test_the_page_of_a_mix_says_of_which_source_rows_are_left_out_and_how_long_those_in_use_are(trained: Files) -> None:
+def test_the_page_of_a_mix_has_dropped_rows_and_lengths_by_source(trained: Files) -> None:
     record = read_completion(trained.workspace / "records" / "prepare.json", PrepareRecord)
     assert record is not None
     folder = trained.workspace / record.data_path
@@ -246,7 +246,7 @@ SMOOTHED = {"objective": "dpo", "preference": {"beta": 0.3, "labelSmoothing": 0.
     ],
     ids=["tokens", "pairs", "pairs that may be swapped"],
 )
-def test_the_card_states_what_was_minimized_and_how_well(
+def test_the_card_states_the_objective_and_its_result(
     finished: Files, training: dict[str, str], sentences: list[str]
 ) -> None:
     job = context(finished)
@@ -295,7 +295,7 @@ def test_the_chart_of_the_memory_compares_the_measured_peaks_with_the_estimate()
     assert "estimate" not in Page(chart("memory", "GPU memory", curve, unit="B")).words
 
 
-def test_what_a_gpu_costs_is_on_the_page_in_the_workspace_and_not_on_the_published_one(trained: Files) -> None:
+def test_the_price_of_a_gpu_is_on_the_workspaces_page_and_not_the_published_one(trained: Files) -> None:
     job = trained.with_spec({"output": {"report": "full"}})
     priced = replace(context(job), gpu_hour_price="2.50 EUR")
     publish(priced, Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))

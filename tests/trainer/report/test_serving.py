@@ -1,4 +1,4 @@
-"""Programs to paste are what they were meant to be, whatever a stranger's tokenizer has in it."""
+"""Pasted programs do what they are meant to do, whatever a tenant's tokenizer contains."""
 
 import ast
 from types import SimpleNamespace

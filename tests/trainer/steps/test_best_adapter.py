@@ -1,4 +1,4 @@
-"""The adapter of the best evaluation is kept to the last bit, and a run that no longer improves ends early."""
+"""The exact adapter of the best evaluation is kept, and a run can end early."""
 
 import json
 from collections.abc import Callable
@@ -30,7 +30,7 @@ from tests.support.training import Lost, LostAtStep, adapter_bytes, history, int
 
 Prepare = Callable[..., StepContext]
 
-# A learning rate with which the held-out loss falls until step 4, rises twice, and falls again.
+# A learning rate that makes the held-out loss fall until step 4, rise twice, and fall again.
 UNSTEADY: dict[str, Any] = {
     "training": {
         "maxSteps": 9,
@@ -67,7 +67,7 @@ def best(curve: dict[int, float]) -> int:
     return min((step for step in curve if step > 0), key=lambda step: curve[step])
 
 
-def test_a_run_ends_early_and_keeps_the_adapter_of_its_best_evaluation_to_the_last_bit(workspace: Prepare) -> None:
+def test_a_run_ends_early_and_keeps_the_exact_adapter_of_its_best_evaluation(workspace: Prepare) -> None:
     context, records = workspace(), Recorded()
     found = run(context, records=records)
     curve = losses(context)
@@ -141,7 +141,7 @@ def test_a_disturbed_run_ends_at_the_same_step_with_the_same_best_adapter(
     )
 
 
-def test_a_run_that_is_killed_once_it_has_stopped_early_trains_no_further(
+def test_a_run_killed_after_its_early_stop_trains_no_further(
     workspace: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     undisturbed, killed, records = workspace("undisturbed"), workspace("killed"), Recorded()
@@ -161,7 +161,7 @@ def test_a_run_that_is_killed_once_it_has_stopped_early_trains_no_further(
     assert adapter_bytes(killed) == adapter_bytes(undisturbed)
 
 
-def test_a_best_adapter_that_was_found_after_the_checkpoint_does_not_count_until_it_is_found_again(
+def test_a_best_adapter_newer_than_the_checkpoint_does_not_count_on_resume(
     workspace: Prepare,
 ) -> None:
     undisturbed, forged = workspace("undisturbed"), workspace("forged")
@@ -203,7 +203,7 @@ def test_damage_to_the_best_adapter_of_one_checkpoint_leaves_the_other_one(works
     assert best_of(found) is not None
 
 
-def test_a_best_adapter_that_was_found_after_the_last_checkpoint_is_not_left_behind(
+def test_a_best_adapter_newer_than_the_last_checkpoint_is_deleted(
     workspace: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     falling = merged(BEST, {"training": {"maxSteps": 2, "earlyStopping": None}})
@@ -245,9 +245,7 @@ def test_a_merged_model_is_compared_with_the_adapter_that_is_kept(workspace: Pre
         ({"adapter_step": None}, "states the adapter of step 6, but spec.training.keep and the evaluations choose"),
     ],
 )
-def test_publish_decides_again_at_which_step_the_run_had_to_end(
-    change: dict[str, Any], said: str, stopped: StepContext
-) -> None:
+def test_publish_checks_the_step_of_the_early_stop(change: dict[str, Any], said: str, stopped: StepContext) -> None:
     workspace = stopped.workspace
     data = read_completion(workspace.completion("prepare"), PrepareRecord)
     trained = read_completion(workspace.completion("train"), TrainRecord)
@@ -269,7 +267,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, model: Path) -> StepContex
     return context
 
 
-def test_what_is_published_says_of_which_step_it_is(workspace: Prepare) -> None:
+def test_the_published_files_name_the_step_of_the_adapter(workspace: Prepare) -> None:
     context = workspace()
     run(context)
     curve = losses(context)
@@ -295,7 +293,7 @@ def test_what_is_published_says_of_which_step_it_is(workspace: Prepare) -> None:
     assert figures["loss"]["heldOutAfter"] == curve[4]
 
 
-def test_keep_last_is_the_same_run_as_keep_left_out(workspace: Prepare) -> None:
+def test_keep_last_is_the_default(workspace: Prepare) -> None:
     spelled_out = workspace("spelled out", merged(UNSTEADY, {"training": {"keep": "last", "maxSteps": 1}}))
     left_out = workspace("left out", merged(UNSTEADY, {"training": {"maxSteps": 1}}))
     assert run(spelled_out).fingerprint == run(left_out).fingerprint

@@ -1,4 +1,4 @@
-"""A job that takes up the run of another one: to the same bytes, only if it is the same run, changing nothing there."""
+"""A job that resumes another one's run: to the same bytes, and without changes there."""
 
 import json
 import os
@@ -89,7 +89,7 @@ def test_it_ends_in_the_bytes_of_an_uninterrupted_run(make: Make) -> None:
     before = everything_below(other.workspace.root)
     assert continued(context, other) == 4
     assert everything_below(other.workspace.root) == before
-    shutil.rmtree(other.workspace.root)  # what was copied is enough from here on
+    shutil.rmtree(other.workspace.root)  # the copied files are enough from here on
     trained = run(context)
     assert adapter_bytes(context) == adapter_bytes(undisturbed)
     clean(context.workspace)
@@ -105,7 +105,7 @@ def test_it_ends_in_the_bytes_of_an_uninterrupted_run(make: Make) -> None:
     assert attempts[1].ended_at is not None, "its last sign of life is not that of the copy"
 
 
-def test_a_run_that_was_often_killed_is_continued_in_the_pod_of_another_job(make: Make) -> None:
+def test_a_run_that_was_often_killed_continues_in_the_pod_of_another_job(make: Make) -> None:
     other, context = make("other", "stopped"), make("new")
     [stopped] = read_attempts(other.workspace.records)
     killed_there = stopped.model_copy(update={"from_step": 4, "ended": None})
@@ -150,7 +150,7 @@ def test_settings_that_do_not_decide_the_adapter_may_differ(make: Make) -> None:
         ({"training": {"learningRate": 0.02}}, "training.learningRate was 0.01, is 0.02"),
     ],
 )
-def test_another_run_is_rejected_with_what_differs_and_what_to_use_instead(
+def test_another_run_is_rejected_with_the_difference_and_an_alternative(
     make: Make, change: dict[str, Any], words: str
 ) -> None:
     rejected(make("new", spec=change), make("other", "stopped"), words, "use spec.lora.from")
@@ -160,7 +160,7 @@ def settings(spec: dict[str, Any] | None = None) -> Fingerprint:
     return run_settings(job(spec).spec, "cpu", 1)
 
 
-def test_other_settings_are_seen_before_anything_is_prepared(make: Make) -> None:
+def test_other_settings_are_rejected_before_anything_is_prepared(make: Make) -> None:
     other = make("other", "stopped").workspace.root
     reject_other_settings(other, "other", settings({"training": {"samples": 1}}))
     reject_other_settings(other, "other", settings({"lora": {"from": {"source": "pvc://models/adapter"}}}))
@@ -210,7 +210,7 @@ def test_a_workspace_without_checkpoints_has_nothing_to_continue(tmp_path: Path)
 
 @pytest.mark.parametrize("place", ["checkpoints", "checkpoints/step-4", "records", "report/metrics.jsonl"])
 def test_links_that_lead_out_of_the_other_workspace_are_not_followed(make: Make, tmp_path: Path, place: str) -> None:
-    """Somebody may have laid them there, and the pod has Secrets."""
+    """A tenant may have put them there, and the pod has Secrets."""
     other, context = make("other", "stopped"), make("new")
     path, outside = other.workspace.root / place, tmp_path / "outside"
     path.rename(outside)
@@ -236,7 +236,7 @@ def test_a_link_for_the_record_of_attempts_is_not_followed(make: Make, tmp_path:
     assert not context.workspace.checkpoints.exists()
 
 
-def test_what_is_no_record_of_an_attempt_is_named_by_its_line_and_not_logged(
+def test_an_invalid_record_of_an_attempt_is_named_by_its_line_and_not_logged(
     make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = make("other", "stopped")
@@ -269,7 +269,7 @@ def lay_foreign_state(path: Path) -> None:
 
 
 def change(checkpoint: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    """Change what a checkpoint states, and the sum that its manifest has of that."""
+    """Change a checkpoint's state, and its sum in the manifest."""
     path, manifest = checkpoint / "state.json", checkpoint / "manifest.json"
     state = json.loads(path.read_text())
     edit(state)
@@ -299,7 +299,7 @@ def change(checkpoint: Path, edit: Callable[[dict[str, Any]], object]) -> None:
         (lambda state: state.update(fingerprint=[]), "fingerprint: Input should be"),
     ],
 )
-def test_a_checkpoint_that_states_what_no_run_has_is_a_damaged_one(
+def test_a_checkpoint_with_impossible_values_is_damaged(
     make: Make, edit: Callable[[dict[str, Any]], object], place: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its sums are right: it was not the disk that changed it, and training would only find it out on a GPU."""
@@ -311,7 +311,7 @@ def test_a_checkpoint_that_states_what_no_run_has_is_a_damaged_one(
     assert place in caplog.text
 
 
-def test_what_another_version_states_besides_is_not_read(make: Make) -> None:
+def test_unknown_fields_of_another_version_are_not_read(make: Make) -> None:
     other, context = make("other", "stopped"), make("new")
 
     def add(state: dict[str, Any]) -> None:
@@ -323,7 +323,7 @@ def test_what_another_version_states_besides_is_not_read(make: Make) -> None:
     assert run(context).training_step == 6
 
 
-def test_of_the_metrics_no_more_is_copied_than_there_is(make: Make) -> None:
+def test_metrics_are_copied_up_to_their_actual_size(make: Make) -> None:
     other, context = make("other", "stopped"), make("new")
     change(other.workspace.checkpoints / "step-4", lambda state: state.update(historyBytes=2**50))
     assert continued(context, other) == 4
@@ -341,16 +341,14 @@ def test_of_the_metrics_no_more_is_copied_than_there_is(make: Make) -> None:
         ("state.json", lay_foreign_state),
     ],
 )
-def test_a_checkpoint_with_a_trap_for_its_reader_is_a_damaged_one(
-    make: Make, name: str, lay: Callable[[Path], None]
-) -> None:
+def test_a_malicious_checkpoint_is_damaged(make: Make, name: str, lay: Callable[[Path], None]) -> None:
     other = make("other", "stopped")
     lay(other.workspace.checkpoints / "step-4" / name)
     assert continued(make("new"), other) == 2
 
 
 @pytest.mark.slow
-def test_prepare_copies_the_checkpoint_and_says_where_it_goes_on(make_context: MakeContext, tmp_path: Path) -> None:
+def test_prepare_copies_the_checkpoint_and_reports_its_step(make_context: MakeContext, tmp_path: Path) -> None:
     write_rows(
         tmp_path / "data" / "train.jsonl", [chat_row(f"Question {n}?", "pods " * (n % 7 + 1)) for n in range(20)]
     )
@@ -377,7 +375,7 @@ def test_prepare_copies_the_checkpoint_and_says_where_it_goes_on(make_context: M
     assert not context.workspace.checkpoints.exists()
 
 
-def test_prepare_fetches_nothing_when_there_is_nothing_to_continue(make_context: MakeContext, tmp_path: Path) -> None:
+def test_prepare_fetches_nothing_without_a_run_to_continue(make_context: MakeContext, tmp_path: Path) -> None:
     context = make_context({"continues": "other"})
     context = replace(context, mounts=replace(context.mounts, continued=tmp_path))
     with pytest.raises(StepFailure, match="has no checkpoint to continue from"):

@@ -1,4 +1,4 @@
-"""An adapter that does not pass its gate reaches no destination, and is published once the gate lets it pass."""
+"""An adapter that fails its gate is not published until the gate lets it pass."""
 
 import json
 import re
@@ -65,7 +65,7 @@ def with_score(files: Files, adapter: float, *, of: str | None = None, too_long:
 
 
 def with_template(files: Files) -> bytes:
-    """Note a chat template of the job's own in the record of prepare, and write it beside the rows."""
+    """Note a chat template of the job in the record of prepare, and write it next to the rows."""
     path = files.workspace / "records" / "prepare.json"
     record = read_completion(path, PrepareRecord)
     assert record is not None
@@ -76,7 +76,7 @@ def with_template(files: Files) -> bytes:
 
 
 def held_back(files: Files) -> tuple[StepFailure, Recorded]:
-    """Publish, which must fail; and what it has reported."""
+    """Publish, which must fail; returns its reports."""
     records = Recorded()
     with pytest.raises(StepFailure) as failure:
         publish(context(files), records, now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
@@ -149,14 +149,14 @@ def test_it_is_published_without_training_once_the_gate_lets_it_pass(trained: Fi
     card = ModelCard.load(folder / "README.md").text
     assert "Of the answers to 10 held-out rows 60.0 % passed the check" in card
     assert "| minScore | 0.6 | 0.6 | yes |" in card
-    # What is at the destination does not depend on the limits: a run with others finds it there.
+    # The objects at the destination do not depend on the limits: a run with others finds them there.
     assert published(mild) == record
     with pytest.raises(StepFailure) as failure:
         published(replace(mild, spec={**mild.spec, "gate": {"maxEvalLoss": 0.01}}))
     assert failure.value.exit_code is ExitCode.GATE_FAILED
 
 
-def test_a_score_of_another_adapter_and_a_changed_adapter_are_not_judged(trained: Files) -> None:
+def test_the_gate_rejects_a_score_of_another_or_changed_adapter(trained: Files) -> None:
     with_score(trained, 1.0, of="0" * 64)
     failure, _ = held_back(gated(trained, {"minScore": 0.5, "score": EXACT}))
     assert failure.exit_code is ExitCode.UNSAFE_ARTIFACT
@@ -216,7 +216,7 @@ def test_prepare_admits_a_score_that_the_data_has_and_data_and_run_stay_the_same
 
 
 def brought(answers: list[Any], kind: str = "regex") -> dict[str, Any]:
-    """A job that checks answers by what the rows have in the column `expected`, one in four of them held out."""
+    """A job that checks answers by the rows' column `expected`, with one in four rows held out."""
     return {
         "dataset": {"eval": {"fraction": 0.25}, "columns": {"check": "expected"}},
         "gate": {"minScore": 0.5, "score": {"check": kind, "rows": len(answers)}},
@@ -241,7 +241,7 @@ SCHEMAS = [{"required": ["pods"], "properties": {"pods": {"const": i}}} for i in
     ],
     ids=["patterns", "schemas", "schemas as text"],
 )
-def test_each_held_out_row_is_checked_by_what_it_brings(
+def test_each_held_out_row_is_checked_by_its_check(
     kind: str, checks: list[Any], make_context: MakeContext, tmp_path: Path
 ) -> None:
     write_rows(tmp_path / "data" / "train.jsonl", with_checks(checks))
@@ -258,7 +258,7 @@ def test_each_held_out_row_is_checked_by_what_it_brings(
             criterion = row_criterion(spec, answered)
             found = [checker.passes(texts.answer(row.answer), "", criterion) for row in rows]
             assert found == [row == answered for row in rows]
-    # The same rows without their checks are the same sequences, by which runs are compared.
+    # The same rows without their checks are the same sequences, which identify runs for a comparison.
     without = prepare(make_context({"dataset": {"eval": {"fraction": 0.25}}}), Recorded())
     assert without.fingerprint != record.fingerprint
     assert {**(without.data_content or {}), "rows": 0} == {**(record.data_content or {}), "rows": 0}
@@ -287,7 +287,7 @@ def test_with_held_out_rows_of_their_own_source_only_these_bring_checks(
     assert (record.dataset.used_rows, record.dataset.eval_rows) == (8, 4)
 
 
-def test_an_answer_for_which_the_model_has_no_positions_is_found_before_training(
+def test_an_answer_beyond_the_models_positions_is_rejected_before_training(
     make_context: MakeContext, tmp_path: Path
 ) -> None:
     config = OPTConfig(
@@ -319,14 +319,14 @@ def test_an_answer_for_which_the_model_has_no_positions_is_found_before_training
 
     record = prepare(make_context(scored(int(allowed[1])), model=model), Recorded())
     assert record.fixed_positions == 72
-    # Nor by what an earlier attempt has prepared.
+    # Nor by data of an earlier attempt.
     with pytest.raises(StepFailure, match=r"spec\.gate\.score\.maxNewTokens is 64, and the longest prompt"):
         prepare(context, Recorded())
 
 
 @pytest.mark.slow
-def test_the_command_line_judges_an_adapter_by_the_checks_that_its_rows_bring(tmp_path: Path, tiny_llama: Path) -> None:
-    """The rows ask for what the tiny model never says, or for anything."""
+def test_the_command_line_gates_an_adapter_by_the_checks_of_its_rows(tmp_path: Path, tiny_llama: Path) -> None:
+    """The rows ask for words that the tiny model never generates, or for anything."""
     files = new_files(tmp_path, tiny_llama.parent)
     write_rows(files.data / "train.jsonl", ROWS)
     held_out = [row | {"expected": "^kubectl" if number % 2 else "^"} for number, row in enumerate(ROWS[:4])]

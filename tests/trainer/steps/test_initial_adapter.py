@@ -1,4 +1,4 @@
-"""Training that begins with an earlier adapter: from its loss on, resumed to the last bit, or not at all."""
+"""Training that begins with an earlier adapter: from its loss on, resumed exactly."""
 
 import dataclasses
 import json
@@ -47,7 +47,7 @@ class Place:
 
     @property
     def adapter(self) -> Path:
-        """What the first job has published."""
+        """Published files of the first job."""
         return self.root / "adapters" / "first"
 
     def context(self, name: str, spec: dict[str, Any] | None = None) -> StepContext:
@@ -96,7 +96,7 @@ def targets(lora: LoraSpec) -> tuple[str, ...]:
 
 
 def checked(context: StepContext, earlier: InitialAdapterStatus | None = None) -> InitialAdapter:
-    """What prepare does about the earlier adapter, without the rest of it."""
+    """Prepare's handling of the earlier adapter, without the rest of the step."""
     model = context.mounts.claims["models"] / "model"
     lora, folder = context.spec.lora, context.workspace.initial_adapter
     access = StoreAccess(context.mounts, lambda: Hub(None), context.secret("lora"))
@@ -116,7 +116,7 @@ def rejected(context: StepContext, code: ExitCode, *words: str) -> None:
 
 @pytest.fixture(scope="module")
 def earlier(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> tuple[Place, TrainRecord]:
-    """A job that has been published, and what its training recorded. Do not change it: copy it."""
+    """A published job with the records of its training. Do not change it: copy it."""
     place = Place(tmp_path_factory.mktemp("earlier"), tiny_llama.parent)
     write_rows(
         place.root / "data" / "train.jsonl", [chat_row(f"Question {n}?", "pods " * (n % 7 + 1)) for n in range(20)]
@@ -138,13 +138,13 @@ def place(tmp_path: Path, earlier: tuple[Place, TrainRecord]) -> Place:
     return Place(tmp_path, original.models)
 
 
-def test_it_begins_with_the_loss_that_the_earlier_adapter_ended_with_and_says_so_everywhere(
+def test_it_begins_with_the_earlier_adapters_last_loss_and_reports_it(
     place: Place, earlier: tuple[Place, TrainRecord]
 ) -> None:
     _, before = earlier
     context = place.context("second", {"lora": {"from": FROM | {"sha256": before.adapter_sha256}}})
     prepared = prepare(context, Recorded())
-    shutil.rmtree(place.adapter)  # what prepare has copied is enough from here on
+    shutil.rmtree(place.adapter)  # the copied files are enough from here on
     trained = run(context)
     assert trained.initial_eval_loss == before.eval_loss
     assert trained.eval_loss is not None
@@ -168,9 +168,7 @@ def test_it_begins_with_the_loss_that_the_earlier_adapter_ended_with_and_says_so
     assert before.adapter_sha256 in (report / "report.html").read_text()
 
 
-def test_a_job_that_is_trained_with_others_begins_with_its_own_earlier_adapter(
-    place: Place, earlier: tuple[Place, TrainRecord]
-) -> None:
+def test_a_job_of_a_group_begins_with_its_own_earlier_adapter(place: Place, earlier: tuple[Place, TrainRecord]) -> None:
     _, before = earlier
     contexts = [place.context("anew"), place.context("second", {"lora": {"from": FROM}})]
     for context in contexts:
@@ -189,7 +187,7 @@ def test_a_job_that_is_trained_with_others_begins_with_its_own_earlier_adapter(
     assert (second.initial_eval_loss or 0.0) < (anew.initial_eval_loss or 0.0)
 
 
-def test_a_job_without_an_earlier_adapter_says_nothing_of_one(earlier: tuple[Place, TrainRecord]) -> None:
+def test_a_job_without_an_earlier_adapter_names_none(earlier: tuple[Place, TrainRecord]) -> None:
     place, _ = earlier
     for text in (
         (place.adapter / "manifest.json").read_text(),
@@ -214,7 +212,7 @@ def test_it_resumes_to_the_last_bit(place: Place) -> None:
     assert history(interrupted) == history(undisturbed)
 
 
-def test_prepare_takes_what_it_has_copied_until_the_job_asks_for_another(place: Place) -> None:
+def test_prepare_reuses_its_copy_until_the_job_names_another_adapter(place: Place) -> None:
     context = place.context("second", {"lora": {"from": FROM}})
     record = prepare(context, Recorded())
     tensors = load_file(place.adapter / WEIGHTS)
@@ -253,7 +251,7 @@ def test_a_training_that_changes_nothing_is_not_published(place: Place) -> None:
     assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
 
 
-def test_a_16_bit_adapter_is_trained_further_in_32_bit_and_not_the_other_way(place: Place) -> None:
+def test_a_16_bit_adapter_continues_in_32_bit_and_not_the_reverse(place: Place) -> None:
     rejected(
         place.context("second", {"lora": {"from": FROM, "dtype": "bfloat16"}}),
         ExitCode.BAD_CONFIGURATION,
@@ -289,7 +287,7 @@ def test_every_setting_that_differs_is_named_before_anything_is_trained(
     rejected(context, ExitCode.BAD_CONFIGURATION, *words, "set these fields to what the adapter has")
 
 
-def test_another_base_of_the_same_shapes_is_told_and_not_judged(place: Place) -> None:
+def test_another_base_of_the_same_shapes_is_reported_and_not_rejected(place: Place) -> None:
     change_config(place, base_model_name_or_path="acme/other", revision="v2")
     found = checked(place.context("second", {"lora": {"from": FROM}}))
     told = found.remark("acme/model", "v1")
@@ -323,7 +321,7 @@ def test_classes_that_a_configuration_names_are_not_imported(place: Place) -> No
         ({"init_lora_weights": "pissa_niter_4"}, 'initialized with "pissa_niter_4". PEFT changed the base for it'),
     ],
 )
-def test_a_variant_of_lora_that_would_compute_something_else_is_rejected(
+def test_a_lora_variant_with_another_computation_is_rejected(
     place: Place, changes: dict[str, object], words: str
 ) -> None:
     change_config(place, **changes)
@@ -406,7 +404,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], ExitCode, str]] = {
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_files_that_are_no_adapter_or_a_trap_are_rejected(place: Place, what: str) -> None:
+def test_invalid_or_malicious_adapter_files_are_rejected(place: Place, what: str) -> None:
     spoil, code, words = HOSTILE[what]
     spoil(place.adapter)
     rejected(place.context("second", {"lora": {"from": FROM}}), code, words)
@@ -434,7 +432,7 @@ def test_an_adapter_that_has_changed_since_the_job_was_prepared_is_rejected(plac
 
 
 @pytest.mark.slow
-def test_prepare_begins_with_the_adapter_that_it_had_got_before_or_with_none(place: Place) -> None:
+def test_a_cleaned_job_rejects_a_changed_earlier_adapter(place: Place) -> None:
     context = place.context("second", {"lora": {"from": FROM}})
     prepare(context, Recorded())
     clean(context.workspace)
@@ -444,10 +442,10 @@ def test_prepare_begins_with_the_adapter_that_it_had_got_before_or_with_none(pla
 
 
 @pytest.mark.slow
-def test_the_run_is_compared_with_where_it_began_and_goes_on_to_the_last_bit(
+def test_the_run_is_compared_with_its_start_and_resumes_to_the_last_bit(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that unlearns what the earlier adapter knew has diverged, although the base alone knows no more either."""
+    """A run that unlearns the earlier adapter has diverged, even if no worse than the base."""
     spec = {"lora": {"from": FROM}, "training": {"maxSteps": 2, "learningRate": 0.05, "evalEverySteps": 1000}}
     context = place.context("second", spec)
     prepare(context, Recorded())

@@ -68,7 +68,7 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def job(make_context: MakeContext, tmp_path: Path, cache: Path) -> JobOf:
-    """Makes the context of a job of that name, in a pod of its own, over the cache."""
+    """Makes the context of a job of that name, in a new pod, over the cache."""
 
     def make(name: str = "first", spec: dict[str, Any] | None = None, pod: str = "pod") -> StepContext:
         context = make_context({**MODEL, **(spec or {})})
@@ -90,7 +90,7 @@ def base_of(record: PrepareRecord) -> BaseStatus:
 
 
 def cached(cache: Path) -> Path:
-    """The one base in the cache, beside which nothing is left."""
+    """The one base in the cache, which holds nothing else."""
     (folder,) = (path for path in (cache / "quantized").iterdir() if path.name != ".lock")
     assert not folder.name.startswith(".")
     return folder
@@ -127,9 +127,7 @@ def test_ten_jobs_on_one_base_download_and_quantize_once(job: JobOf, hub: FakeHu
     assert {name for name, content in contents(cached(cache)).items() if own[name] != content} == {MANIFEST}
 
 
-def test_the_cells_of_a_sweep_share_a_folder_that_the_first_of_them_makes(
-    job: JobOf, hub: FakeHub, tmp_path: Path
-) -> None:
+def test_the_cells_of_a_sweep_share_the_folder_of_the_first(job: JobOf, hub: FakeHub, tmp_path: Path) -> None:
     shared = tmp_path / "workspaces" / "sweep-0a1b2c3d"
     contexts = [job(f"sweep-0{number}", {"lora": {"rank": 4 + number}}) for number in range(2)]
     cells = [replace(context, mounts=replace(context.mounts, model_cache=shared)) for context in contexts]
@@ -195,7 +193,7 @@ def test_a_model_that_changes_while_it_is_quantized_is_not_shared(
     [lambda model, to: quantized(model, to, settings()), lambda _model, to: save_gpt_oss(to)],
     ids=["bitsandbytes", "mxfp4"],
 )
-def test_what_is_published_in_4_bit_is_shared_too(
+def test_a_model_published_in_4_bit_is_shared_too(
     job: JobOf, hub: FakeHub, cache: Path, tiny_llama: Path, make: Callable[[Path, Path], Path]
 ) -> None:
     repository = hub.repositories["models/acme/tiny"]
@@ -213,7 +211,7 @@ def test_what_is_published_in_4_bit_is_shared_too(
 def test_another_quantization_or_another_release_of_a_library_is_another_base(
     job: JobOf, hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What one job reads never changes for another."""
+    """A job's reads never change for another."""
     kinds: list[dict[str, Any]] = [{}, {"doubleQuant": False}, {"type": "fp4"}]
     records = [prepare(job(f"job-{n}", {"quantization": kind}), Recorded()) for n, kind in enumerate(kinds)]
     monkeypatch.setattr(cache_module, "installed", lambda _name: "99.0+cpu")
@@ -225,7 +223,7 @@ def test_another_quantization_or_another_release_of_a_library_is_another_base(
     assert [base_of(record).origin for record in records] == ["downloaded"] * 4
 
 
-def test_a_job_trains_and_publishes_from_the_cache_which_clean_leaves(
+def test_a_job_trains_and_publishes_from_the_cache_and_clean_keeps_it(
     hub: FakeHub, cache: Path, tmp_path: Path
 ) -> None:
     """Each step as a process, and with a cache that loses the weights before the last."""
@@ -254,7 +252,7 @@ def test_a_job_trains_and_publishes_from_the_cache_which_clean_leaves(
 def test_an_adapter_is_published_without_the_base_that_it_was_trained_on(
     hub: FakeHub, cache: Path, tmp_path: Path
 ) -> None:
-    """The adapter is all that the job is for: nothing that was paid for is lost with a file that is not read."""
+    """The adapter is the result: it is not lost with a file that is not read."""
     files = new_files(tmp_path / "job", tmp_path, MODEL | {"training": {"maxSteps": 8}})
     for step in ("prepare", "train"):
         assert files.run(step, QLORA_MODEL_CACHE=str(cache)).exit_code == 0
@@ -273,9 +271,7 @@ def test_training_does_not_start_on_a_base_that_has_changed_in_the_cache(job: Jo
     assert failure.value.exit_code is ExitCode.MODEL_UNAVAILABLE
 
 
-def test_nothing_is_kept_of_a_training_on_a_base_that_was_replaced_in_the_cache(
-    job: JobOf, hub: FakeHub, cache: Path
-) -> None:
+def test_a_training_on_a_replaced_base_keeps_no_files(job: JobOf, hub: FakeHub, cache: Path) -> None:
     """With a manifest that fits, after prepare: the sum is the one that prepare recorded."""
     context = job()
     prepare(context, Recorded())
@@ -304,10 +300,10 @@ def test_a_token_without_access_is_rejected_although_the_model_is_cached(
 
 
 @pytest.mark.parametrize("closed", [lambda path: True, lambda path: path.endswith(WEIGHTS)], ids=["all", "weights"])
-def test_files_of_a_gated_model_are_asked_for_with_the_jobs_own_token(
+def test_files_of_a_gated_model_are_requested_with_the_jobs_token(
     job: JobOf, hub: FakeHub, closed: Callable[[str], bool]
 ) -> None:
-    """The listing of a gated repository is open to everybody, its files are not."""
+    """The listing of a gated repository is public, its files are not."""
     prepare(job("owner"), Recorded())
     hub.reject = lambda _method, path: Rejection(403, "GatedRepo") if "/resolve/" in path and closed(path) else None
     with pytest.raises(StepFailure, match="is gated and was asked for with no token") as failure:
@@ -337,7 +333,7 @@ def overwritten(folder: Path, name: str = WEIGHTS) -> None:
 
 
 def with_a_matching_manifest(folder: Path) -> None:
-    """As somebody would who knows the format."""
+    """As a user with knowledge of the format would."""
     overwritten(folder)
     in_manifest(folder, WEIGHTS)
 
@@ -361,7 +357,7 @@ def with_tensors_of_another_model(folder: Path, name: str = WEIGHTS) -> None:
 
 
 def replaced(folder: Path, name: str, role: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Change the first of the layers' tensors of that role, as somebody would who knows the format."""
+    """Change the first of the layers' tensors of that role, in the valid format."""
     tensors = load_file(folder / name)
     chosen = min(tensor for tensor in tensors if f".weight.{role}" in tensor)
     (folder / name).unlink()
@@ -370,7 +366,7 @@ def replaced(folder: Path, name: str, role: str, change: Callable[[torch.Tensor]
 
 
 def with_too_few_constants(folder: Path, name: str = WEIGHTS) -> None:
-    """For which a kernel reads memory that is not the tensor's."""
+    """A kernel would read memory outside the tensor."""
     replaced(folder, name, "absmax", lambda tensor: tensor[:1].clone())
 
 
@@ -508,10 +504,8 @@ def test_a_cached_base_that_was_changed_is_made_again(
     assert not [path for path in cached(cache).iterdir() if path.is_symlink()]
 
 
-def test_the_sum_tells_a_base_with_other_numbers_that_somebody_has_planted(
-    job: JobOf, hub: FakeHub, cache: Path
-) -> None:
-    """No server knows the sum of a base: whoever can write to the claim can plant one, and anybody can compare."""
+def test_the_checksum_detects_a_planted_base_with_other_numbers(job: JobOf, hub: FakeHub, cache: Path) -> None:
+    """No server publishes a base's sum: a process with access to the claim can plant one."""
     first = prepare(job("first"), Recorded())
     with_a_matching_manifest(cached(cache))
     second = prepare(job("second"), Recorded())
@@ -534,7 +528,7 @@ def in_two_parts(hub: FakeHub) -> list[str]:
     return parts
 
 
-def test_what_is_sound_in_a_damaged_base_is_not_made_again(job: JobOf, hub: FakeHub, cache: Path) -> None:
+def test_intact_files_of_a_damaged_base_are_kept(job: JobOf, hub: FakeHub, cache: Path) -> None:
     parts = in_two_parts(hub)
     prepare(job("first"), Recorded())
     write(cached(cache) / parts[1], (cached(cache) / parts[1]).read_bytes()[::-1])
@@ -584,11 +578,11 @@ def test_training_is_retried_while_the_cache_does_not_answer(
     assert failure.value.exit_code is ExitCode.UNREACHABLE
 
 
-# At once, and killed
+# Concurrently, and killed
 
 
-def test_jobs_that_start_at_once_wait_for_one_that_makes_the_base(hub: FakeHub, cache: Path, tmp_path: Path) -> None:
-    """Three processes, the first of which is held up while it downloads."""
+def test_concurrent_jobs_wait_for_the_one_that_makes_the_base(hub: FakeHub, cache: Path, tmp_path: Path) -> None:
+    """Three processes; the first is held up while it downloads."""
     go_on, started = threading.Event(), threading.Event()
 
     def hold(method: str, path: str) -> Rejection | None:
@@ -614,8 +608,8 @@ def test_jobs_that_start_at_once_wait_for_one_that_makes_the_base(hub: FakeHub, 
     assert not [path for file in files for path in file.workspace.rglob("model.safetensors")]
 
 
-def test_a_job_whose_base_another_one_has_completed_first_uses_that(job: JobOf, hub: FakeHub, cache: Path) -> None:
-    """As on a volume without locks: both make one, and the loser deletes its own."""
+def test_a_job_uses_a_base_that_another_one_has_completed_first(job: JobOf, hub: FakeHub, cache: Path) -> None:
+    """As on a volume without locks: both make one, and the loser deletes the one it made."""
     contexts = iter([job("second")])
     records: list[PrepareRecord] = []
     (cache / "quantized").mkdir()
@@ -636,7 +630,7 @@ def test_a_job_whose_base_another_one_has_completed_first_uses_that(job: JobOf, 
     assert base_of(first).origin == "cache"
 
 
-def test_the_next_pod_of_a_killed_job_fetches_what_is_missing(hub: FakeHub, cache: Path, tmp_path: Path) -> None:
+def test_the_next_pod_of_a_killed_job_fetches_the_missing_files(hub: FakeHub, cache: Path, tmp_path: Path) -> None:
     parts = in_two_parts(hub)
     go_on, stuck = threading.Event(), threading.Event()
 
@@ -662,7 +656,7 @@ def test_the_next_pod_of_a_killed_job_fetches_what_is_missing(hub: FakeHub, cach
 
 
 def aged(partial: Path, seconds: float) -> None:
-    """As if nobody had touched the folder for so long."""
+    """As if the folder had been idle for so long."""
     for path in (partial / ".owner", partial):
         if path.exists():
             at = path.stat().st_mtime - seconds
@@ -675,7 +669,7 @@ def begun(partial: Path) -> Path:
 
 
 def left_behind(job: JobOf, hub: FakeHub, cache: Path) -> Path:
-    """What a job leaves that was stopped between the two files of the weights, and no longer holds a lock."""
+    """Files of a job that was stopped between the two files of the weights, and no longer holds a lock."""
     parts = in_two_parts(hub)
     hub.corrupt = lambda path: path.endswith(parts[1])
     with pytest.raises(StepFailure):
@@ -686,7 +680,7 @@ def left_behind(job: JobOf, hub: FakeHub, cache: Path) -> Path:
     return partial
 
 
-def test_what_a_stopped_job_has_left_is_used_by_another_once_it_is_stale(job: JobOf, hub: FakeHub, cache: Path) -> None:
+def test_stale_files_of_a_stopped_job_are_reused(job: JobOf, hub: FakeHub, cache: Path) -> None:
     partial = left_behind(job, hub, cache)
     waited: list[str] = []
 
@@ -707,7 +701,7 @@ def test_what_a_stopped_job_has_left_is_used_by_another_once_it_is_stale(job: Jo
 @pytest.mark.parametrize(
     "harm", [overwritten, with_tensors_of_another_model, with_too_few_constants, described_as_larger]
 )
-def test_what_a_stopped_job_has_left_is_made_again_unless_it_is_sound(
+def test_damaged_files_of_a_stopped_job_are_made_again(
     job: JobOf, hub: FakeHub, cache: Path, harm: Callable[[Path, str], None]
 ) -> None:
     partial, name = left_behind(job, hub, cache), "model-00001-of-00002.safetensors"
@@ -719,7 +713,7 @@ def test_what_a_stopped_job_has_left_is_made_again_unless_it_is_sound(
     assert record.base_sha256 == prepare(alone, Recorded()).base_sha256
 
 
-def test_nobody_goes_on_with_files_that_their_token_does_not_open(job: JobOf, hub: FakeHub, cache: Path) -> None:
+def test_a_job_does_not_resume_files_that_its_token_cannot_read(job: JobOf, hub: FakeHub, cache: Path) -> None:
     partial = left_behind(job, hub, cache)
     aged(partial, 130)
     hub.reject = lambda _method, path: Rejection(403, "GatedRepo") if "00001-of-00002" in path else None
@@ -730,7 +724,7 @@ def test_nobody_goes_on_with_files_that_their_token_does_not_open(job: JobOf, hu
 
 
 def test_a_folder_with_a_live_owner_is_never_taken_or_deleted(job: JobOf, hub: FakeHub, cache: Path) -> None:
-    """Not even if it looks old: of the same model, and of another."""
+    """Not even with an old timestamp: a folder of the same model, and of another."""
     partial = left_behind(job, hub, cache)
     ownership = own(partial)
     aged(partial, 10**6)
@@ -766,9 +760,7 @@ def test_a_stale_folder_with_a_link_in_it_is_deleted_and_not_written_through(
     assert not any(path.is_symlink() for path in cached(cache).iterdir())
 
 
-def test_a_damaged_folder_that_another_pod_has_replaced_meanwhile_is_not_set_aside(
-    job: JobOf, hub: FakeHub, cache: Path
-) -> None:
+def test_a_folder_replaced_by_another_pod_is_not_set_aside(job: JobOf, hub: FakeHub, cache: Path) -> None:
     prepare(job("first"), Recorded())
     one, other = (ModelCache(ModelCacheLayout(cache), name, "pod") for name in ("one", "other"))
     found = one.find(cached(cache).name)
@@ -799,7 +791,7 @@ def test_a_volume_without_locks_holds_a_cache_too(
 # A cache that cannot be used
 
 
-def test_a_cache_without_room_is_said_and_the_base_goes_into_the_workspace(
+def test_a_full_cache_is_reported_and_the_base_goes_into_the_workspace(
     job: JobOf, hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage
@@ -821,7 +813,7 @@ def test_a_cache_without_room_is_said_and_the_base_goes_into_the_workspace(
 
 @contextmanager
 def broken(cache: Path, failing: int, number: int) -> Iterator[None]:
-    """Let every operation that changes the cache's volume fail, from number `failing` on; other volumes work."""
+    """Let every operation on the cache's volume fail from number `failing` on."""
     fsync = os.fsync
     with bad_disk(cache, failing, number, stays_full=True), patch.object(os, "fsync", fsync):
         yield
@@ -870,7 +862,7 @@ def test_a_pod_that_hangs_with_the_caches_lock_makes_the_others_use_their_own(
     assert base_of(prepare(job("fourth"), Recorded())).origin == "cache"
 
 
-def test_neither_room_in_the_cache_nor_in_the_workspace_ends_before_the_weights(
+def test_without_room_in_cache_and_workspace_no_weights_are_downloaded(
     job: JobOf, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage("/")._replace(free=1000)
@@ -890,7 +882,7 @@ def test_neither_room_in_the_cache_nor_in_the_workspace_ends_before_the_weights(
 def test_a_fault_of_the_cache_is_retried_by_a_job_whose_workspace_has_no_room(
     job: JobOf, hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: ExitCode, call: str
 ) -> None:
-    """Found out before the download, or only when the base is about to be made."""
+    """Detected before the download, or only before the base is made."""
     usage, one_file = shutil.disk_usage, (hub.repositories["models/acme/tiny"] / WEIGHTS).stat().st_size
     monkeypatch.setattr(
         shutil,

@@ -1,4 +1,4 @@
-"""The step `prepare` on a volume: what it leaves, what it rejects, and that it can be run again."""
+"""The step `prepare` on a volume: its files, its rejections, and its repetition."""
 
 import json
 import os
@@ -98,7 +98,7 @@ def test_a_finished_step_succeeds_again_without_reading_the_data(
 
 
 @pytest.mark.usefixtures("rows")
-def test_a_run_too_short_to_choose_an_adapter_from_or_to_end_early_says_so(
+def test_a_run_too_short_for_its_keep_and_early_stop_settings_is_reported(
     make_context: MakeContext, records: Recorded
 ) -> None:
     def remarks(every: int) -> tuple[str, ...]:
@@ -110,7 +110,7 @@ def test_a_run_too_short_to_choose_an_adapter_from_or_to_end_early_says_so(
     first = remarks(12)
     assert [remark.partition(" end: ")[0] for remark in first] == [said]
     assert remarks(12) == first, "not said twice"
-    # The data is prepared already, and the remark is of the job as it is now.
+    # The data is prepared already, and the remark is of the current job.
     assert remarks(11) == ()
 
 
@@ -159,13 +159,13 @@ def test_a_setting_that_does_not_affect_the_data_changes_the_estimate_only(
 
 
 def clock() -> datetime:
-    """Stands still: the record has the seconds that fetching the base took, which differ from run to run."""
+    """Stands still: the record has the seconds of fetching, which differ between runs."""
     return datetime(2026, 1, 2, tzinfo=UTC)
 
 
 @pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("lost", ["manifest.json", "train.safetensors", "record"])
-def test_what_is_lost_is_made_again(make_context: MakeContext, records: Recorded, lost: str) -> None:
+def test_lost_files_are_made_again(make_context: MakeContext, records: Recorded, lost: str) -> None:
     context = make_context()
     record = prepare(context, records, now=clock)
     path = context.workspace.completion("prepare")
@@ -254,7 +254,7 @@ def test_a_fraction_is_held_out_and_neither_lost_nor_trained_on(
     assert opened(context, record).rows + opened(context, record, "eval").rows == 20
 
 
-def test_the_seed_alone_chooses_what_is_held_out() -> None:
+def test_the_seed_alone_chooses_the_held_out_rows() -> None:
     kept, held_out = (part.tolist() for part in hold_out(1000, 0.1, 7, "rows"))
     assert sorted(kept + held_out) == list(range(1000))
     assert hold_out(1000, 0.1, 7, "rows")[1].tolist() == held_out
@@ -338,7 +338,7 @@ def test_links_that_lead_out_of_the_model_are_rejected(
 
 
 @pytest.mark.usefixtures("rows")
-def test_an_adapter_in_the_models_folder_would_be_loaded_with_it_and_is_rejected(
+def test_an_adapter_in_the_models_folder_is_rejected(
     make_context: MakeContext, records: Recorded, own_model: Path
 ) -> None:
     (own_model / "adapter_config.json").write_text("{}")
@@ -380,7 +380,7 @@ def test_incomplete_folders_of_a_killed_attempt_are_deleted(make_context: MakeCo
 
 
 def run(context: StepContext, tmp_path: Path, model: Path) -> tuple[int, dict[str, Any]]:
-    """The step through the command line: exit code and result. Standard output holds nothing but records."""
+    """Exit code and result of the step's command line, which prints records only."""
     job = tmp_path / "job.json"
     job.write_text(json.dumps(context.document.model_dump(mode="json", by_alias=True, exclude_none=True)))
     folders = [f"--volume=models={model.parent}", f"--volume=data={tmp_path / 'data'}"]
@@ -395,7 +395,7 @@ def run(context: StepContext, tmp_path: Path, model: Path) -> tuple[int, dict[st
 
 
 @pytest.mark.usefixtures("rows")
-def test_the_command_line_reports_what_was_prepared(
+def test_the_command_line_reports_the_prepared_data(
     make_context: MakeContext, tmp_path: Path, tiny_llama: Path
 ) -> None:
     code, result = run(make_context(), tmp_path, tiny_llama)
@@ -404,7 +404,7 @@ def test_the_command_line_reports_what_was_prepared(
 
 
 @pytest.mark.usefixtures("rows")
-def test_the_result_says_how_much_there_is_to_compute(make_context: MakeContext, records: Recorded) -> None:
+def test_the_result_has_the_amount_of_computation(make_context: MakeContext, records: Recorded) -> None:
     record = prepare(make_context({"training": {"maxSteps": None, "epochs": 3}}), records)
     assert record.work is not None
     # Every token is trained on three times.
@@ -415,7 +415,7 @@ def test_the_result_says_how_much_there_is_to_compute(make_context: MakeContext,
 
 
 @pytest.mark.usefixtures("rows")
-def test_the_result_says_what_was_done_otherwise_than_asked(make_context: MakeContext, tmp_path: Path) -> None:
+def test_the_result_lists_deviations_from_the_spec(make_context: MakeContext, tmp_path: Path) -> None:
     model = save_model(tmp_path / "stablelm" / "model", StableLmConfig(**SHAPE, initializer_range=0.1))
     code, result = run(make_context(), tmp_path, model)
     assert (code, result["outcome"]) == (0, "succeeded")

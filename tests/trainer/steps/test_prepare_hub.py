@@ -1,4 +1,4 @@
-"""Models and data sets of a hub: what is downloaded, what is rejected, and what is retried."""
+"""Models and data sets of a hub: downloads, rejections, and retries."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ LARGE_CARD: dict[str, Any] = {"resources": {"gpuMemory": 80}}
 
 @pytest.fixture
 def hub(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A hub with the model acme/tiny, beside which are files that nothing reads."""
+    """A hub with the model acme/tiny and further files that no test reads."""
     with tiny_hub(tmp_path, tiny_llama, monkeypatch) as served:
         repository = served.repositories["models/acme/tiny"]
         (repository / "pytorch_model.bin").write_bytes(b"pickle")
@@ -277,7 +277,7 @@ def test_a_bad_data_set_is_rejected_before_the_weights(
     assert "model.safetensors" not in hub.fetched
 
 
-def test_a_destination_that_may_not_be_written_is_rejected_before_anything_is_read(
+def test_a_read_only_destination_is_rejected_before_anything_is_read(
     make_context: MakeContext, records: Recorded, hub: FakeHub
 ) -> None:
     output = {"output": {"destination": "hf://acme/tuned"}}
@@ -396,7 +396,7 @@ def test_a_missing_or_mixed_data_set_of_the_hub_is_rejected(
 
 
 def test_neither_the_token_nor_a_signed_address_is_left_anywhere(hub: FakeHub, tmp_path: Path) -> None:
-    """The real hub sends a download on to an address with which anybody can read the file."""
+    """The real hub redirects a download to an address that gives the file to any client."""
     hub.token = "hf_canarytokenthatreads"
     signed = iter([f"{hub.endpoint}/acme/tiny/resolve/{COMMIT}/model.safetensors?X-Amz-Signature=canary"])
 

@@ -50,7 +50,7 @@ def test_a_family_whose_layers_are_not_listed_is_measured(
 
 
 @pytest.mark.parametrize(("packing", "group_size"), [(True, 1), (False, 1), (True, 3)])
-def test_a_repeated_prepare_says_the_same_and_does_not_measure_again(
+def test_a_repeated_prepare_reports_the_same_without_measuring_again(
     make_context: MakeContext, records: Recorded, monkeypatch: pytest.MonkeyPatch, packing: bool, group_size: int
 ) -> None:
     spec = LARGE_CARD | {"training": {"packing": packing}}
@@ -71,7 +71,7 @@ def test_a_model_that_no_gpu_of_this_size_holds_is_rejected_with_measured_advice
     assert failure.value.exit_code is ExitCode.DOES_NOT_FIT
 
 
-def test_of_a_group_prepare_reports_what_its_jobs_share_as_a_joint_dry_run_finds_it(
+def test_prepare_reports_the_shared_memory_of_a_group_from_a_joint_dry_run(
     make_context: MakeContext, records: Recorded, tmp_path: Path
 ) -> None:
     model = save_model(tmp_path / "starcoder2", Starcoder2Config(**WIDE))
@@ -88,7 +88,7 @@ def test_of_a_group_prepare_reports_what_its_jobs_share_as_a_joint_dry_run_finds
     assert base < share.shared < share.expected
 
 
-def test_the_operator_says_by_the_environment_that_a_job_is_in_a_group(tmp_path: Path, tiny_llama: Path) -> None:
+def test_the_operator_marks_a_job_of_a_group_in_the_environment(tmp_path: Path, tiny_llama: Path) -> None:
     done = new_files(tmp_path / "job", tiny_llama.parent).run("prepare", QLORA_GROUP_SIZE="2")
     assert done.exit_code == ExitCode.DONE, done.stdout + done.stderr
     assert done.result.memory is not None

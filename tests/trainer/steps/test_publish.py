@@ -1,4 +1,4 @@
-"""What publish leaves, for people, for PEFT and for servers; what it rejects; and what clean deletes."""
+"""Output of publish for people, PEFT and servers, its rejections, and clean."""
 
 import html
 import json
@@ -52,7 +52,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_the_command_reports_the_adapter_that_is_there(finished: Files) -> None:
+def test_the_command_reports_the_published_adapter(finished: Files) -> None:
     *earlier, last = (finished.root / "publish.stdout").read_text().splitlines()
     for line in earlier:
         assert isinstance(decode_record(line, job_uid=JOB_UID, pod_uid=POD_UID), ProgressRecord)
@@ -363,7 +363,7 @@ def test_a_folder_is_replaced_after_an_attempt_was_killed_at_its_end(tmp_path: P
     assert os.listdir(tmp_path) == ["adapter"]
 
 
-def test_files_of_somebody_else_are_never_replaced(trained: Files) -> None:
+def test_foreign_files_are_never_replaced(trained: Files) -> None:
     (trained.data / "precious").mkdir()
     (trained.data / "precious" / "thesis.tex").write_text("years of work")
     rejected(to(trained, "pvc://data/precious"), ExitCode.BAD_CONFIGURATION, "no QLoRAJob published")
@@ -371,9 +371,7 @@ def test_files_of_somebody_else_are_never_replaced(trained: Files) -> None:
     assert os.listdir(trained.data / "precious") == ["thesis.tex"]
 
 
-def test_a_folder_of_somebody_else_is_noticed_before_anything_is_trained(
-    make_context: MakeContext, tmp_path: Path
-) -> None:
+def test_a_foreign_folder_is_rejected_before_training(make_context: MakeContext, tmp_path: Path) -> None:
     (tmp_path / "data" / "precious").mkdir(parents=True)
     (tmp_path / "data" / "precious" / "thesis.tex").write_text("years of work")
     for output in ({"destination": "pvc://data/precious"}, {"merged": {"destination": "pvc://data/precious"}}):
@@ -399,7 +397,7 @@ def test_a_claim_that_is_not_mounted_is_no_destination(trained: Files) -> None:
     rejected(to(trained, "pvc://elsewhere/adapter"), ExitCode.UNREACHABLE, "'elsewhere' is not mounted")
 
 
-def test_clean_deletes_scratch_only_and_publish_still_knows(trained: Files, tmp_path: Path) -> None:
+def test_clean_deletes_scratch_only_and_publish_still_succeeds(trained: Files, tmp_path: Path) -> None:
     record = published(trained)
     layout = WorkspaceLayout(trained.workspace)
     (tmp_path / "outside").mkdir()
@@ -417,7 +415,7 @@ def test_clean_deletes_scratch_only_and_publish_still_knows(trained: Files, tmp_
     assert published(trained) == record
 
 
-def test_clean_keeps_what_has_not_been_published(trained: Files) -> None:
+def test_clean_keeps_an_unpublished_adapter(trained: Files) -> None:
     layout = WorkspaceLayout(trained.workspace)
     kept = content(layout.trained)
     clean(layout)
@@ -440,7 +438,7 @@ filesystem.write_atomically(Path(sys.argv[2]), b"record")
 """
 
 
-def test_clean_deletes_what_a_killed_step_has_left_incomplete(tmp_path: Path) -> None:
+def test_clean_deletes_incomplete_files_of_a_killed_step(tmp_path: Path) -> None:
     layout = WorkspaceLayout(tmp_path)
     for folder in (layout.records, layout.report, layout.adapter, layout.merged):
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""The train step from the outside: what it writes, that it resumes exactly where it stopped, and what it rejects."""
+"""The train step from the outside: its files, its exact resume, and its rejections."""
 
 import dataclasses
 import errno
@@ -51,9 +51,7 @@ def workspace(tmp_path: Path, tiny_llama: Path) -> Prepare:
     return make
 
 
-def test_damaged_rows_end_the_step_and_it_resumes_once_prepare_has_made_them_again(
-    make_context: MakeContext, tmp_path: Path
-) -> None:
+def test_damaged_rows_end_the_step_until_prepare_has_made_them_again(make_context: MakeContext, tmp_path: Path) -> None:
     write_rows(
         tmp_path / "data" / "train.jsonl", [chat_row(f"Question {n}?", "pods " * (n % 7 + 1)) for n in range(20)]
     )
@@ -141,7 +139,7 @@ def test_goodput_is_the_share_of_all_attempts_that_is_in_the_adapter(workspace: 
     assert (whole.attempts, repeated.attempts) == (1, 2)
     # While it runs, too.
     assert all(0 <= record["goodput"] <= 1 for record in shown.written[1:])
-    # It was killed in step 5, and had saved after step 4: what it did since is lost, and the next one loads again.
+    # It was killed in step 5, and had saved after step 4: its later work is lost, and the next one loads again.
     assert repeated.usage is not None
     first, second = repeated.usage.attempts
     assert (first.ended, first.from_step, second.from_step) == ("failed", 0, 4)
@@ -280,7 +278,7 @@ def test_the_summary_reports_an_adapter_that_does_worse_than_the_base(workspace:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_nothing_that_was_trained_on_a_changed_base_is_kept(workspace: Prepare, name: str) -> None:
+def test_an_adapter_trained_on_a_changed_base_is_not_kept(workspace: Prepare, name: str) -> None:
     context = workspace()
     path = context.workspace.base / name
     content = path.read_bytes()
@@ -296,7 +294,7 @@ def test_nothing_that_was_trained_on_a_changed_base_is_kept(workspace: Prepare, 
     assert not [*context.workspace.checkpoints.glob("step-*")]
 
 
-def test_a_file_beside_the_base_that_a_library_might_load_is_noticed(workspace: Prepare) -> None:
+def test_an_extra_file_that_a_library_might_load_is_rejected(workspace: Prepare) -> None:
     context = workspace()
     (context.workspace.base / "adapter_config.json").write_text("{}")
     found = failure(context)

@@ -1,4 +1,4 @@
-"""The identity that a cloud gives a pod: asked for where the profile allows it, and nowhere else."""
+"""The identity that a cloud gives a pod: requested where the profile allows it, and nowhere else."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,7 +31,7 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def give(monkeypatch: pytest.MonkeyPatch) -> Give:
-    """Sets what the operator, or a webhook of the cloud, puts into the pod's environment."""
+    """Sets the variables of the operator, or of a cloud's webhook, in the pod's environment."""
 
     def give(**environment: str) -> None:
         for name, value in environment.items():
@@ -58,7 +58,7 @@ def google(give: Give) -> Iterator[FakeCloud]:
 
 @pytest.fixture
 def azure(give: Give, token: Path) -> Iterator[FakeCloud]:
-    """The store, and what the webhook of Azure workload identity puts into a pod."""
+    """The store, and the variables of Azure workload identity's webhook for a pod."""
     with serve_cloud(FakeCloud(), "azure") as cloud:
         give(AZURE_STORAGE_ENDPOINT=f"http://{cloud.address}", AZURE_STORAGE_ACCOUNT_NAME=ACCOUNT)
         give(AZURE_CLIENT_ID=CLIENT, AZURE_TENANT_ID=TENANT, AZURE_FEDERATED_TOKEN_FILE=str(token))
@@ -68,7 +68,7 @@ def azure(give: Give, token: Path) -> Iterator[FakeCloud]:
 
 @pytest.fixture
 def s3(give: Give) -> Iterator[FaultProxy]:
-    """A store that lets whoever has temporary keys list."""
+    """A store that lets any client with temporary keys list."""
 
     def answer(request: Request) -> Fault:
         given = request.headers.get("x-amz-security-token"), request.headers.get("authorization", "")
@@ -129,22 +129,22 @@ def test_pod_identity_of_eks_opens_a_bucket_of_s3(s3: FaultProxy, give: Give, to
 
 
 @pytest.mark.parametrize("identity", [None, "aws", "azure"])
-def test_without_permission_of_the_profile_googles_identity_is_not_asked_for(
+def test_without_permission_of_the_profile_googles_identity_is_not_requested(
     google: FakeCloud, give: Give, identity: str | None
 ) -> None:
-    """Permission for another cloud is none: on a node without workload identity it would be the node's own."""
+    """Permission for another cloud does not count: it would give the node's identity."""
     if identity is not None:
         give(**{contract.ENV_CLOUD_IDENTITY: identity})
     assert "with no credentials (spec.model.secretRef)" in rejected("gs", ExitCode.BAD_CONFIGURATION)
     assert google.tokens == set()
 
 
-def test_without_permission_of_the_profile_azures_identity_is_not_asked_for(azure: FakeCloud) -> None:
+def test_without_permission_of_the_profile_azures_identity_is_not_requested(azure: FakeCloud) -> None:
     assert "with no credentials (spec.model.secretRef)" in rejected("az", ExitCode.BAD_CONFIGURATION)
     assert azure.tokens == set()
 
 
-def test_without_permission_of_the_profile_pod_identity_of_eks_is_not_asked_for(
+def test_without_permission_of_the_profile_pod_identity_is_not_requested(
     s3: FaultProxy, give: Give, token: Path
 ) -> None:
     with serve_cloud(FakeCloud(), "aws") as agent:
@@ -158,16 +158,14 @@ def test_without_permission_of_the_profile_pod_identity_of_eks_is_not_asked_for(
     ("provider", "scheme", "variable"),
     [("aws", "s3", "AWS_CONTAINER_CREDENTIALS_FULL_URI"), ("azure", "az", "AZURE_CLIENT_ID")],
 )
-def test_a_pod_that_no_webhook_has_reached_is_tried_again(
-    give: Give, provider: str, scheme: str, variable: str
-) -> None:
+def test_a_pod_that_no_webhook_has_changed_is_retried(give: Give, provider: str, scheme: str, variable: str) -> None:
     give(**{contract.ENV_CLOUD_IDENTITY: provider}, AZURE_STORAGE_ACCOUNT_NAME=ACCOUNT)
     message = rejected(scheme, ExitCode.UNREACHABLE)
     assert message.startswith(f"the pod was given no cloud identity ({variable} is not set): ask the administrator")
 
 
 def test_a_secret_that_the_job_names_comes_before_the_identity(google: FakeCloud, give: Give) -> None:
-    """One that is missing too: the step waits for it, and does not go on with other rights."""
+    """One that is missing too: the step waits for it, and does not continue with other rights."""
     give(**{contract.ENV_CLOUD_IDENTITY: "google"})
     with pytest.raises(StepFailure, match="Secret 'keys' with GOOGLE_SERVICE_ACCOUNT_KEY"):
         folder_of("gs", "keys")

@@ -68,7 +68,7 @@ def folder_of(scheme: str, credentials: Secret) -> ObjectFolder:
 
 
 def require_usable(folder: ObjectFolder, cloud: FakeCloud, root: Path) -> None:
-    """Everything that a job does with a folder: in one part and in several, read whole, and from where it was cut."""
+    """A job's use of a folder: in one or several parts, read whole, or from an offset."""
     path, arrived = root / "large", root / "arrived"
     path.write_bytes(LARGE)
     folder.write("config.json", b"{}")
@@ -101,7 +101,7 @@ def test_a_bucket_of_google_is_used_with_a_service_account(google: FakeCloud, tm
     require_usable(folder_of("gs", keys), google, tmp_path)
 
 
-def test_a_key_leads_to_no_server_of_its_owners_choice(google: FakeCloud, tmp_path: Path) -> None:
+def test_a_key_cannot_redirect_to_another_server(google: FakeCloud, tmp_path: Path) -> None:
     with serve_cloud(FakeCloud(), "google") as elsewhere:
         other = f"http://{elsewhere.address}"
         key = google.service_account_key(gcs_base_url=other, token_uri=other, disable_oauth=True)
@@ -120,7 +120,7 @@ def test_the_key_of_another_service_account_is_rejected(google: FakeCloud, tmp_p
 
 
 @pytest.mark.parametrize("key", ["canary", "[]", '{"type": "service_account", "client_email": "canary"}'])
-def test_a_key_that_is_none_is_said_so(google: FakeCloud, tmp_path: Path, key: str) -> None:
+def test_an_invalid_key_is_reported(google: FakeCloud, tmp_path: Path, key: str) -> None:
     keys = secret(tmp_path, GOOGLE_SERVICE_ACCOUNT_KEY=key)
     message = rejected(lambda: folder_of("gs", keys), ExitCode.BAD_CONFIGURATION)
     assert message.startswith(f"{FIELD}: GOOGLE_SERVICE_ACCOUNT_KEY is not the JSON key of a Google service account")
@@ -170,7 +170,7 @@ def test_without_a_storage_account_in_the_profile_no_container_is_used(
     ("scheme", "keys"),
     [("gs", "GOOGLE_SERVICE_ACCOUNT_KEY"), ("az", "AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN")],
 )
-def test_a_secret_that_is_not_there_yet_is_waited_for(tmp_path: Path, scheme: str, keys: str) -> None:
+def test_a_missing_secret_is_waited_for(tmp_path: Path, scheme: str, keys: str) -> None:
     message = rejected(lambda: folder_of(scheme, secret(tmp_path)), ExitCode.UNREACHABLE)
     assert message == f"Secret 'store' with {keys} ({FIELD}) does not exist in the job's namespace"
 
@@ -180,7 +180,7 @@ def test_a_secret_that_is_not_there_yet_is_waited_for(tmp_path: Path, scheme: st
 def test_without_a_secret_nothing_is_signed(
     google: FakeCloud, azure: FakeCloud, tmp_path: Path, scheme: str, action: str
 ) -> None:
-    """Nor is a metadata service asked for the node's credentials: nothing but the store is."""
+    """Nor does a metadata service get a request for the node's credentials: only the store does."""
     folder, cloud = folder_of(scheme, no_secret(tmp_path)), google if scheme == "gs" else azure
     actions = {"list": folder.list, "write": lambda: folder.write("x", b"1"), "delete": lambda: folder.delete("x")}
     message = rejected(actions[action], ExitCode.MODEL_UNAVAILABLE)
@@ -218,7 +218,7 @@ def test_credentials_of_this_machines_user_are_used_on_a_laptop(
     assert azure.objects == {"models/tiny/x": b"1"}
 
 
-def test_a_folder_in_a_bucket_that_is_not_there_is_said_so(azure: FakeCloud, tmp_path: Path) -> None:
+def test_a_missing_bucket_is_reported(azure: FakeCloud, tmp_path: Path) -> None:
     keys = secret(tmp_path, AZURE_STORAGE_ACCOUNT_KEY=azure.account_key)
     folder = ObjectFolder(ObjectStoreSource("none", "x", "az"), keys, reject=bad_configuration)
     assert "HTTP 404 (ContainerNotFound)" in rejected(folder.list, ExitCode.BAD_CONFIGURATION)

@@ -1,4 +1,4 @@
-"""Hub, object store and registry behind TLS of a private authority and a proxy with a password: all real servers."""
+"""Real servers behind TLS of a private authority and a proxy with a password."""
 
 import shutil
 import socket
@@ -54,7 +54,7 @@ class Company:
     registry: str
 
     def environment(self, **changes: str) -> dict[str, str]:
-        """What the operator gives a pod of a profile with all settings."""
+        """The operator's input to a pod of a profile with all settings."""
         return {
             contract.ENV_CA_FILE: str(self.certificates.authority),
             contract.ENV_PROXY_SECRET: str(self.proxy.log.parent / "proxy-secret"),
@@ -103,7 +103,7 @@ def job(company: Company, tmp_path: Path, tiny_llama: Path) -> Files:
 
 
 def require_no_password(files: Files, done: Done) -> None:
-    """Neither what the step has written nor what it has left says the proxy's password, however it is encoded."""
+    """Neither output nor files of the step contain the proxy's password, however it is encoded."""
     written = [path.read_bytes() for path in files.root.rglob("*") if path.is_file()]
     for content in (*written, done.stdout.encode(), done.stderr.encode(), done.termination.encode()):
         assert b"canary" not in content.lower()
@@ -119,8 +119,8 @@ def test_a_job_is_prepared_with_all_servers_behind_the_proxy(company: Company, j
     require_no_password(job, done)
 
 
-def test_a_step_takes_authority_and_proxy_over_before_it_asks_a_server(company: Company, job: Files) -> None:
-    """The answer is the store's own: there is no such folder."""
+def test_a_step_applies_authority_and_proxy_before_its_first_request(company: Company, job: Files) -> None:
+    """The answer is the store's: the folder does not exist."""
     company.proxy.log.write_text("")
     missing = job.with_spec({"model": {"source": f"s3://{BUCKET}/none"}})
     done = missing.run("prepare", **company.environment())
@@ -139,7 +139,7 @@ class Clients:
         monkeypatch.setattr(hub_store, "_WAITS", ())
 
     def apply(self, **changes: str) -> None:
-        """What the operator gives a pod, with changes; an empty value is none."""
+        """The operator's environment for a pod, with changes; an empty value is none."""
         environment = {name: value for name, value in self._company.environment(**changes).items() if value}
         use_network(environment, self._scratch)
         for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "HTTPS_PROXY", "NO_PROXY"):
@@ -150,7 +150,7 @@ class Clients:
         self._company.proxy.log.write_text("")
 
     def ask(self, client: str, host: str | None = None) -> None:
-        """One request. Without a host it is to the company's name, which this machine does not know."""
+        """One request. Without a host it is to the company's name, which this machine cannot resolve."""
         company, secret = self._company, Secret(Path("/nowhere"), "spec.output.secretRef", None)
         server = {"hub": company.hub, "s3": company.store, "registry": company.registry}[client]
         server = server if host is None else f"{host}:{server.rpartition(':')[2]}"
@@ -206,7 +206,7 @@ def test_every_client_understands_no_proxy_in_the_same_way(
 def test_a_domain_stands_for_all_names_below_it(
     company: Company, clients: Clients, client: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the object store the client is told the name itself: see Proxy.serves."""
+    """The client gets the name of the object store itself: see Proxy.serves."""
     resolve = socket.getaddrinfo
 
     def known(host: str, *arguments: Any, **options: Any) -> Any:
@@ -226,7 +226,7 @@ def test_an_authority_that_is_not_named_is_not_trusted(clients: Clients, client:
 
 
 @CLIENTS
-def test_a_wrong_password_of_the_proxy_is_said_and_not_shown(clients: Clients, client: str, tmp_path: Path) -> None:
+def test_a_wrong_password_of_the_proxy_is_reported_and_not_shown(clients: Clients, client: str, tmp_path: Path) -> None:
     for key in contract.PROXY_KEYS:
         (tmp_path / key).write_text("canary-wrong")
     clients.apply(**{contract.ENV_PROXY_SECRET: str(tmp_path)})
@@ -236,7 +236,7 @@ def test_a_wrong_password_of_the_proxy_is_said_and_not_shown(clients: Clients, c
 
 
 @CLIENTS
-def test_a_proxy_that_does_not_answer_is_tried_again(clients: Clients, client: str) -> None:
+def test_a_proxy_that_does_not_answer_is_retried(clients: Clients, client: str) -> None:
     clients.apply(HTTPS_PROXY="http://127.0.0.1:9")
     assert "proxy" in clients.rejected(client).lower()
 

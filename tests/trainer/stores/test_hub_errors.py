@@ -1,4 +1,4 @@
-"""Every error of the hub's client becomes a failure of the step: nobody above the hub's client has to know them."""
+"""Every error of the hub's client becomes a failure of the step."""
 
 import errno
 
@@ -112,20 +112,20 @@ def test_a_request_that_is_never_sent_is_a_wrong_configuration(error: Exception)
     assert "hf://acme/rows" in found.message
 
 
-def test_a_full_disk_is_told_apart_from_a_broken_transfer() -> None:
+def test_a_full_disk_is_distinguished_from_a_broken_transfer() -> None:
     with pytest.raises(OSError, match="No space left"), MODEL.errors():
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_missing_entry_has_no_class_that_escapes() -> None:
-    """Those that are raised are below HfHubHTTPError or OSError; a new one here needs a branch in HubRequest.errors."""
+    """Raised ones are below HfHubHTTPError or OSError; add new ones to HubRequest.errors."""
     assert {kind.__name__ for kind in EntryNotFoundError.__subclasses__()} == {
         RemoteEntryNotFoundError.__name__,
         LocalEntryNotFoundError.__name__,
     }
 
 
-def test_the_message_names_the_token_the_revision_and_what_to_do() -> None:
+def test_the_message_names_the_token_the_revision_and_the_remedy() -> None:
     gated = failure(MODEL, answered(403, GatedRepoError)).message
     assert "with the token of spec.model.tokenSecretRef: accept its terms at https://hub.example.org/acme/tiny" in gated
     assert "has no revision 'v1'" in failure(MODEL, answered(404, RevisionNotFoundError)).message

@@ -23,7 +23,7 @@ TOKEN = "hf_canarytokenthatreads"
 
 @pytest.fixture
 def hub(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A hub with the model acme/tiny, whose requests are retried at once."""
+    """A hub with the model acme/tiny; requests are retried without delay."""
     monkeypatch.setattr(hub_module, "_WAITS", (0, 0, 0, 0))
     with tiny_hub(tmp_path, tiny_llama, monkeypatch) as served:
         yield served
@@ -45,8 +45,8 @@ def of_weights(request: Request) -> bool:
     return request.method == "GET" and request.path.endswith("/model.safetensors")
 
 
-def test_a_download_goes_on_where_it_was_cut_off(make_context: MakeContext, records: Recorded, hub: FakeHub) -> None:
-    """The client writes parts of 10 MB; of the 15 MB that arrive before the cut, the first 10 are kept."""
+def test_a_cut_download_resumes(make_context: MakeContext, records: Recorded, hub: FakeHub) -> None:
+    """The client writes parts of 10 MB: it keeps one of the 15 MB before the cut."""
     save_file(large_weights(weights(hub).parent), weights(hub))
     cuts = iter([15 * 10**6])
     hub.truncate = lambda name: next(cuts, None) if name == "model.safetensors" else None
@@ -54,13 +54,13 @@ def test_a_download_goes_on_where_it_was_cut_off(make_context: MakeContext, reco
     assert hub.ranges == [f"model.safetensors bytes={DOWNLOAD_CHUNK_SIZE}-"]
 
 
-def test_a_second_attempt_keeps_what_the_first_has_loaded(
+def test_a_second_attempt_keeps_the_files_of_the_first(
     make_context: MakeContext, records: Recorded, hub: FakeHub
 ) -> None:
     reject_weights = True
 
     def reject(method: str, path: str) -> Rejection | None:
-        # Answering the client's first question about the file makes it fail at once, without its own retries.
+        # Answering the client's first question about the file makes it fail immediately, without the client's retries.
         return Rejection(500) if reject_weights and method == "GET" and path.endswith("model.safetensors") else None
 
     hub.reject = reject
@@ -115,7 +115,7 @@ def test_no_token_follows_a_download_to_another_host(
     assert not any(TOKEN in str(request.headers) for request in elsewhere.seen)
 
 
-def test_a_transfer_that_stalls_is_taken_up_again(
+def test_a_stalled_transfer_is_resumed(
     make_context: MakeContext, records: Recorded, hub: FakeHub, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)

@@ -1,4 +1,4 @@
-"""What is attached to an artifact, in a registry where anybody who may push attaches what they like."""
+"""Attachments of an artifact, in a registry where all users with push rights attach any content."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +21,7 @@ Layer = Mapping[str, Any]
 
 
 class PlayedRegistry:
-    """Answers what a registry with these manifests would: `pages` of a list of referrers, and their documents."""
+    """Answers as a registry with these manifests: `pages` of a list of referrers, and their documents."""
 
     def __init__(self) -> None:
         self.pages: list[list[bytes]] = [[]]
@@ -90,7 +90,7 @@ def found(proxy: FaultProxy, tmp_path: Path) -> Callable[[], Attached]:
         b"no JSON",
     ],
 )
-def test_what_somebody_else_attaches_does_not_hide_the_statement(
+def test_foreign_attachments_do_not_hide_the_statement(
     played: PlayedRegistry, found: Callable[[], Attached], foreign: bytes
 ) -> None:
     played.pages = [[foreign, manifest(layer())]]
@@ -108,7 +108,7 @@ def test_the_statement_is_found_on_a_later_page(
 def test_pages_are_read_from_the_registry_only_and_not_without_end(
     played: PlayedRegistry, proxy: FaultProxy, found: Callable[[], Attached]
 ) -> None:
-    """What is not read is said: the statement may be there."""
+    """Unread attachments are reported: the statement may be among them."""
     played.pages = [[manifest(number=number)] for number in range(100)]
     assert found() == Attached((), 20, is_all=False)
     assert sum("/referrers/" in path for path in proxy.lines("GET")) == 20

@@ -1,4 +1,4 @@
-"""Adapters published to an OCI registry, a real one: whole, read back, once, and over nobody else's."""
+"""Adapters published to a real OCI registry: whole, read back, once, and not overwriting."""
 
 import base64
 import json
@@ -58,7 +58,7 @@ def rejected(publish: Publish, code: ExitCode, manifest: Manifest = MANIFEST) ->
 
 
 def pulled(uri: str, real_registry: str, folder: Path) -> dict[str, bytes]:
-    """What `oras pull` leaves of the artifact, from the registry itself."""
+    """Files that `oras pull` leaves of the artifact, from the registry itself."""
     give_login(folder, real_registry)
     reference = f"{real_registry}/{uri.removeprefix('oci://').partition('/')[2]}"
     client = OrasClient(insecure=True, auth_backend="basic")
@@ -110,7 +110,7 @@ def test_publishing_again_uploads_nothing(publish: Publish, registry_proxy: Faul
 
 
 def add_layer(real_registry: str, tag: str) -> None:
-    """Somebody who may push moves the tag, a path of the registry, to the same files and one more."""
+    """A user with push rights moves the tag, a path of the registry, to the same files and one more."""
     url = f"http://{real_registry}{tag}"
     kind, login = "application/vnd.oci.image.manifest.v1+json", (USER, PASSWORD)
     manifest = requests.get(url, auth=login, headers={"Accept": kind}, timeout=10).json()
@@ -120,7 +120,7 @@ def add_layer(real_registry: str, tag: str) -> None:
     requests.put(url, auth=login, headers={"Content-Type": kind}, json=manifest, timeout=10).raise_for_status()
 
 
-def test_an_artifact_with_a_layer_more_is_not_what_was_published(
+def test_an_artifact_with_an_extra_layer_is_rejected(
     publish: Publish, registry_proxy: FaultProxy, real_registry: str
 ) -> None:
     first = publish()
@@ -153,7 +153,7 @@ def test_a_tag_that_is_moved_while_it_is_read_back_does_not_change_the_address(
 def test_an_interrupted_upload_is_finished_and_layers_are_not_sent_again(
     publish: Publish, registry_proxy: FaultProxy, contents: Contents, place: int
 ) -> None:
-    """The registry fails from the `place`-th upload on: three files, the manifest, the configuration, the tag."""
+    """The registry fails from the `place`-th upload on, of six in order."""
 
     def rule(request: Request) -> Fault | None:
         return Fault(503) if request.method == "PUT" and len(registry_proxy.lines("PUT")) > place else None
@@ -174,7 +174,7 @@ def test_a_blob_that_arrives_changed_is_rejected_by_the_registry(
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "README.md"])
-def test_what_does_not_read_back_is_never_called_published(
+def test_files_that_do_not_read_back_are_not_reported_as_published(
     publish: Publish, registry_proxy: FaultProxy, contents: Contents, name: str
 ) -> None:
     """The registry has accepted it, and reports that it has it."""
@@ -218,7 +218,7 @@ def test_the_adapter_of_a_job_that_was_faster_is_never_replaced(publish: Publish
         (503, ExitCode.UNREACHABLE),
     ],
 )
-def test_a_rejection_is_permanent_and_trouble_is_not(
+def test_a_rejection_is_permanent_and_a_server_error_is_not(
     publish: Publish, registry_proxy: FaultProxy, status: int, code: ExitCode
 ) -> None:
     registry_proxy.rule = lambda request: Fault(status) if request.method == "POST" else None
@@ -236,7 +236,7 @@ def test_a_wrong_password_is_rejected_by_the_real_registry(
     assert "(HTTP 401)" in rejected(publish, ExitCode.BAD_CONFIGURATION)
 
 
-def test_credentials_that_may_not_write_are_noticed_and_no_upload_is_left(
+def test_credentials_without_write_access_are_rejected_and_no_upload_is_left(
     tmp_path: Path, registry_proxy: FaultProxy
 ) -> None:
     source = RegistrySource(registry_proxy.address, f"team/{uuid4().hex}", "v1", None)
@@ -251,7 +251,7 @@ def test_credentials_that_may_not_write_are_noticed_and_no_upload_is_left(
     assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
 
 
-def test_a_secret_without_this_registry_says_so(publish: Publish, tmp_path: Path) -> None:
+def test_a_secret_without_this_registry_is_reported(publish: Publish, tmp_path: Path) -> None:
     give_login(tmp_path / "credentials" / "output", "ghcr.io", LOGIN)
     assert "has no entry for 127.0.0.1:" in rejected(publish, ExitCode.BAD_CONFIGURATION)
 
@@ -297,7 +297,7 @@ def test_credentials_do_not_leave_tls_for_the_same_host(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("status", "code"), [(401, 10), (403, 10), (429, 200), (503, 200)])
-def test_a_token_server_in_trouble_is_tried_again(
+def test_a_failing_token_server_is_retried(
     publish: Publish, registry_proxy: FaultProxy, status: int, code: int
 ) -> None:
     realm = f'Bearer realm="http://{registry_proxy.address}/token",service="team",scope="push"'
@@ -322,7 +322,7 @@ def test_a_token_server_that_answers_nonsense_is_named(
     assert "but not with a JSON object that has one" in message
 
 
-def test_an_address_that_is_none_is_the_registrys_trouble(publish: Publish, registry_proxy: FaultProxy) -> None:
+def test_an_invalid_upload_address_is_an_error_of_the_registry(publish: Publish, registry_proxy: FaultProxy) -> None:
     registry_proxy.rule = lambda request: Fault(202, {"Location": "http://["}) if request.method == "POST" else None
     said = f"{registry_proxy.address} wants an upload to continue at 'http://[', which is not an address"
     assert said in rejected(publish, ExitCode.UNREACHABLE)
@@ -337,7 +337,7 @@ def test_a_token_server_without_an_address_gives_no_token(
     assert "with the credentials of spec.output.secretRef (HTTP 401)" in rejected(publish, ExitCode.BAD_CONFIGURATION)
 
 
-def test_a_redirect_to_an_address_that_is_none_is_the_registrys_trouble(
+def test_a_redirect_to_an_invalid_address_is_an_error_of_the_registry(
     publish: Publish, registry_proxy: FaultProxy
 ) -> None:
     registry_proxy.rule = lambda _request: Fault(307, {"Location": "http://["})
@@ -365,12 +365,12 @@ def test_a_token_is_got_for_the_credentials_where_the_registry_wants_one(
 
 
 def test_a_huge_manifest_is_not_read_to_its_end(publish: Publish, registry_proxy: FaultProxy) -> None:
-    # What is behind the first megabytes never arrives, and nobody waits for it.
+    # The bytes after the first megabytes never arrive, and the step does not wait for them.
     registry_proxy.rule = lambda _request: Fault(200, body=b" " * 2**23, cut=2**23 - 1, stall=True)
     assert "has more than 4194304 bytes" in rejected(publish, ExitCode.UNSAFE_ARTIFACT)
 
 
-def test_a_huge_file_of_somebody_else_is_not_read_into_memory(publish: Publish, registry_proxy: FaultProxy) -> None:
+def test_a_huge_foreign_file_is_not_read_into_memory(publish: Publish, registry_proxy: FaultProxy) -> None:
     layer = {"digest": f"sha256:{'0' * 64}", "size": 2**40, "annotations": {"org.cncf.model.filepath": "manifest.json"}}
     registry_proxy.rule = lambda _request: Fault(200, body=json.dumps({"layers": [layer]}).encode())
     assert "has files that no QLoRAJob published" in rejected(publish, ExitCode.BAD_CONFIGURATION)
@@ -386,7 +386,7 @@ def opened(registry_proxy: FaultProxy, folder: Path) -> Registry:
 
 
 def test_a_small_blob_with_another_content_than_its_digest_is_rejected(tmp_path: Path) -> None:
-    """A registry, or what is in front of it, that answers with a file of the same size."""
+    """A registry, or a proxy in front of it, that answers with a file of the same size."""
     expected = b'{"rank": 4}'
     blob = Blob(digest_of(expected), len(expected))
     with serve_proxy(FaultProxy("", rule=lambda _request: Fault(200, body=expected))) as registry_proxy:

@@ -11,7 +11,7 @@ from qlora_trainer.stores.retry import is_retryable, read_back, retry
 
 @pytest.fixture
 def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds of each wait, none of which happens."""
+    """The seconds of each wait, none of them real."""
     seconds: list[float] = []
     monkeypatch.setattr(retry_module, "sleep", seconds.append)
     return seconds
@@ -31,7 +31,7 @@ def failing(*errors: Exception) -> Callable[[], str]:
 
 
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 501, 502, 503, 504])
-def test_a_server_in_trouble_may_answer_later(status: int) -> None:
+def test_server_errors_are_retryable(status: int) -> None:
     assert is_retryable(status)
 
 
@@ -41,12 +41,12 @@ def test_a_rejection_is_final(status: int) -> None:
 
 
 @pytest.mark.parametrize("status", [409, 412])
-def test_a_conflict_may_pass_only_where_others_write_too(status: int) -> None:
+def test_a_conflict_is_retried_only_where_others_write_too(status: int) -> None:
     assert is_retryable(status, conflicts=True)
     assert not is_retryable(status)
 
 
-def test_an_answer_is_asked_for_again_after_each_wait(waited: list[float]) -> None:
+def test_a_request_is_repeated_after_each_wait(waited: list[float]) -> None:
     answer = retry(failing(OSError(), OSError()), waits=(1, 2, 4), retryable=lambda error: isinstance(error, OSError))
     assert answer == "answer"
     assert waited == [1, 2]
@@ -58,7 +58,7 @@ def test_the_last_error_is_raised(waited: list[float]) -> None:
     assert waited == [1]
 
 
-def test_an_error_that_will_not_pass_is_raised_at_once(waited: list[float]) -> None:
+def test_a_permanent_error_is_raised_immediately(waited: list[float]) -> None:
     with pytest.raises(OSError, match="final"):
         retry(failing(OSError("final")), waits=(1, 2), retryable=lambda _: False)
     assert waited == []

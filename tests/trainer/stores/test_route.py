@@ -12,7 +12,7 @@ DENIED = "TunnelUnsuccessful"
 
 
 def connect(route: Route, server: str) -> int:
-    """The status with which the route's proxy answers a client that wants to go to HOST:PORT."""
+    """The status of the route's proxy for a client that wants to connect to HOST:PORT."""
     address = urlsplit(route.options["proxy_url"])
     connection = HTTPConnection(address.hostname or "", address.port)
     connection.putrequest("CONNECT", server, skip_host=True)
@@ -39,14 +39,14 @@ def company(monkeypatch: pytest.MonkeyPatch) -> None:
         ("https://store.example.org", "store.example.org:443"),
     ],
 )
-def test_the_store_is_reached_through_it_by_each_kind_of_address(endpoint: str, server: str) -> None:
+def test_each_kind_of_address_reaches_the_store_through_the_proxy(endpoint: str, server: str) -> None:
     route = Route(endpoint)
     assert connect(route, server) == 502
     assert not route.was_left(DENIED)
 
 
 @pytest.mark.usefixtures("company")
-def test_a_proxy_in_trouble_is_named_also_after_the_store_has_once_led_elsewhere() -> None:
+def test_a_failing_proxy_is_named_also_after_a_redirect_of_the_store() -> None:
     route = Route("https://store.example.org:8443")
     assert connect(route, "evil.example.org:443") == 403
     assert route.was_left(DENIED)

@@ -46,7 +46,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def store(s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FaultProxy]:
-    """The object store of the profile, behind a proxy. The Secrets of model, data and output are there."""
+    """The object store of the profile, behind a proxy. The Secrets of model, data and output exist."""
     for name in SECRET:
         monkeypatch.delenv(name, raising=False)
     for part in ("model", "dataset", "output"):
@@ -90,7 +90,7 @@ def clear(bucket: S3Store, prefix: str) -> None:
 
 
 def rejection(context: StepContext, records: Recorded, code: ExitCode) -> str:
-    """The message with which prepare ends with `code`, without a credential in it."""
+    """The message of prepare when it ends with `code`, without a credential in it."""
     with pytest.raises(StepFailure) as failure:
         prepare(context, records)
     assert failure.value.exit_code is code, failure.value.message
@@ -99,14 +99,14 @@ def rejection(context: StepContext, records: Recorded, code: ExitCode) -> str:
 
 
 def require_no_canary(folder: Path, *texts: str) -> None:
-    """Nothing that a step has said or left holds a credential."""
+    """No output or file of a step holds a credential."""
     contents = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
     for content in (*contents, *(text.encode() for text in texts)):
         for canary in (ACCESS_KEY, SECRET_KEY, SESSION_TOKEN):
             assert canary.encode() not in content
 
 
-def test_a_model_is_downloaded_without_what_is_not_needed(
+def test_a_model_is_downloaded_without_unused_files(
     make_context: MakeContext, records: Recorded, store: FaultProxy, model: str, tiny_llama: Path
 ) -> None:
     context = make_context(MODEL)
@@ -225,13 +225,13 @@ def test_data_for_training_and_evaluation_are_read(
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tries follow each other at once."""
+    """Tries follow each other without delay."""
     soon = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=2), "base": 2}
     monkeypatch.setattr(store_settings, "RETRY", {**store_settings.RETRY, "backoff": soon})
 
 
 def answering(status: int, code: str, **headers: str) -> Fault:
-    """What S3 answers when it rejects, quoting what it was sent."""
+    """S3's answer when it rejects, quoting the request."""
     canaries = f"{ACCESS_KEY} {SECRET_KEY} {SESSION_TOKEN}"
     body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{canaries}</Message></Error>"
     return Fault(status, {"Content-Type": "application/xml", **headers}, body.encode())
@@ -251,7 +251,7 @@ def answering(status: int, code: str, **headers: str) -> Fault:
         (Fault(200, body=b"busy"), ExitCode.UNREACHABLE, "cannot be reached, or broke off"),
     ],
 )
-def test_a_rejection_is_permanent_and_trouble_is_not(
+def test_a_rejection_is_permanent_and_a_server_error_is_not(
     make_context: MakeContext,
     records: Recorded,
     store: FaultProxy,
@@ -278,15 +278,13 @@ def test_a_wrong_key_is_rejected_by_the_real_server(
 
 
 @pytest.mark.usefixtures("store", "model")
-def test_a_secret_that_is_not_there_yet_is_waited_for(
-    make_context: MakeContext, records: Recorded, tmp_path: Path
-) -> None:
+def test_a_missing_secret_is_waited_for(make_context: MakeContext, records: Recorded, tmp_path: Path) -> None:
     give_secret(tmp_path, "model", {"AWS_ACCESS_KEY_ID": ACCESS_KEY})
     message = rejection(make_context(MODEL), records, ExitCode.UNREACHABLE)
     assert message.startswith("Secret 'store' with AWS_SECRET_ACCESS_KEY (spec.model.secretRef) does not exist")
 
 
-def test_without_a_secret_nothing_is_signed_and_no_metadata_service_is_asked(
+def test_without_a_secret_nothing_is_signed_and_no_metadata_service_is_used(
     make_context: MakeContext, records: Recorded, store: FaultProxy, model: str
 ) -> None:
     spec = {"model": {"source": f"s3://{BUCKET}/{model}"}}
@@ -303,7 +301,7 @@ def test_a_store_that_does_not_answer_is_tried_again(
     assert message.startswith("http://127.0.0.1:9 cannot be reached")
 
 
-def test_a_second_address_of_the_store_is_not_passed_over_in_silence(
+def test_a_second_address_of_the_store_is_rejected(
     make_context: MakeContext, records: Recorded, store: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
@@ -334,7 +332,7 @@ def test_no_credential_follows_a_redirect(
     assert not any(canary in request.path for request in store.seen for canary in (SECRET_KEY, SESSION_TOKEN))
 
 
-def test_data_that_are_partly_there_need_room_for_the_rest_only(
+def test_partly_downloaded_data_need_room_for_the_rest_only(
     make_context: MakeContext,
     records: Recorded,
     store: FaultProxy,
@@ -355,7 +353,7 @@ def test_data_that_are_partly_there_need_room_for_the_rest_only(
     assert [file.path.read_bytes() for file in downloaded.files] == [(tmp_path / "rows.jsonl").read_bytes()] * 2
 
 
-def test_data_that_were_replaced_between_two_attempts_are_read_as_they_are_now(
+def test_data_replaced_between_two_attempts_are_read_in_their_new_version(
     make_context: MakeContext, records: Recorded, store: FaultProxy, bucket: S3Store, tmp_path: Path
 ) -> None:
     obstore.put(bucket, "many/a.jsonl", write_rows(tmp_path / "rows.jsonl", ROWS))
@@ -392,9 +390,7 @@ def of_weights(request: Request) -> bool:
     return request.method == "GET" and request.path.partition("?")[0].endswith("model.safetensors")
 
 
-def test_a_download_goes_on_where_it_was_cut_off(
-    make_context: MakeContext, records: Recorded, store: FaultProxy, large: bytes
-) -> None:
+def test_a_cut_download_resumes(make_context: MakeContext, records: Recorded, store: FaultProxy, large: bytes) -> None:
     """Within an attempt by the client, and in the next one by us."""
     cuts = iter([Fault(cut=9 * 10**6), Fault(cut=2 * 10**6)])
     store.rule = lambda request: next(cuts, answering(503, "SlowDown")) if of_weights(request) else None
@@ -412,7 +408,7 @@ def test_a_download_goes_on_where_it_was_cut_off(
     assert not [*context.workspace.root.rglob("*.partial")]
 
 
-def test_a_transfer_that_stalls_is_given_up_and_taken_up_again(
+def test_a_stalled_transfer_is_aborted_and_resumed(
     make_context: MakeContext, records: Recorded, store: FaultProxy, large: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store_settings, "STALLED", timedelta(milliseconds=200))
@@ -465,7 +461,7 @@ def test_a_file_that_arrives_changed_is_loaded_again(
 
 
 def test_an_etag_that_is_no_digest_is_no_reason_to_reject(store: FaultProxy, tmp_path: Path) -> None:
-    """A store that encrypts with keys of its own gives such ETags."""
+    """A store that encrypts with private keys gives such ETags."""
     headers = {"ETag": f'"{"0" * 32}"', "Last-Modified": "Wed, 01 Jul 2026 00:00:00 GMT"}
     store.rule = lambda _request: Fault(200, headers, b"{}")
     secret = Secret(tmp_path / "credentials" / "dataset", "spec.dataset.secretRef", "store")

@@ -1,4 +1,4 @@
-"""Adapters that a user downloads with own credentials, from a bucket and a registry, and from what plays a hub."""
+"""Adapters that a user downloads from a bucket, a registry and a fake hub."""
 
 import json
 import os

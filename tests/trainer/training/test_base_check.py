@@ -1,4 +1,4 @@
-"""A base is known to be what prepare has made before anything that was trained on it is kept."""
+"""A base is verified to be prepare's before an adapter trained on it is kept."""
 
 import threading
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def test_a_check_that_fails_for_any_reason_has_not_passed(monkeypatch: pytest.Mo
         check.raise_failure()
 
 
-def test_nothing_waits_for_a_check_until_something_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_is_awaited_only_before_files_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     read = threading.Event()
 
     def slow(*_: object) -> None:
@@ -43,7 +43,7 @@ def test_nothing_waits_for_a_check_until_something_is_kept(monkeypatch: pytest.M
         check.wait()
 
 
-def test_a_read_that_does_not_return_holds_nobody_who_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_read_does_not_block_a_cancelled_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     never = threading.Event()
     monkeypatch.setattr(base_check, "_SECONDS_TO_END", 0.1)
     check = checked(monkeypatch, lambda *_: bool(never.wait()))

@@ -1,4 +1,4 @@
-"""A checkpoint is on disk whole or not at all, whatever happens while it is written; the newest that verifies wins."""
+"""A checkpoint is on disk whole or not at all; the newest that verifies wins."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from qlora_trainer.training.checkpoints.checkpoint import newest_checkpoint
 from tests.support.checkpoints import in_child, newest_step, save
 
 
-def test_what_was_saved_is_read_back_and_only_two_are_kept(tmp_path: Path) -> None:
+def test_saved_checkpoints_are_read_back_and_only_two_are_kept(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "checkpoints") is None
 
     save(tmp_path / "checkpoints", 2, 4, 10)
@@ -21,7 +21,7 @@ def test_what_was_saved_is_read_back_and_only_two_are_kept(tmp_path: Path) -> No
 
 
 def test_a_checkpoint_killed_at_any_moment_leaves_the_newest_usable(tmp_path: Path) -> None:
-    """SIGKILL before the first, the second, … operation on the file system, until the save gets through."""
+    """SIGKILL before the first, the second, … operation, until the save gets through."""
     for crash_point in range(1, 200):
         folder = tmp_path / str(crash_point)
         save(folder, 1, 2)
@@ -50,7 +50,7 @@ def test_a_checkpoint_killed_at_any_moment_leaves_the_newest_usable(tmp_path: Pa
 
 
 def test_a_checkpoint_that_does_not_read_back_replaces_no_earlier_one(tmp_path: Path) -> None:
-    """A disk that changes what it was given, without an error."""
+    """A disk that changes its data, without an error."""
     save(tmp_path, 1, 2)
 
     def save_on_a_bad_disk() -> None:

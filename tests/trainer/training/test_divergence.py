@@ -1,4 +1,4 @@
-"""Divergence: a run that goes wrong is given up before its checkpoints are lost, and a healthy one never is."""
+"""Divergence: a bad run ends before its checkpoints are lost, a healthy one never does."""
 
 import math
 import random
@@ -26,7 +26,7 @@ PATIENCE = 20
 
 
 def judgements(losses: Iterable[float], norms: Iterable[float] | None = None) -> list[int]:
-    """The steps, counted from 1, at which the run would be compared with its base."""
+    """The steps, counted from 1, of comparisons of the run with its base."""
     losses = list(losses)
     stability, judged = Stability(), []
     for step, (loss, norm) in enumerate(zip(losses, norms or [1.0] * len(losses), strict=True), start=1):
@@ -37,19 +37,19 @@ def judgements(losses: Iterable[float], norms: Iterable[float] | None = None) ->
     return judged
 
 
-def test_a_loss_that_stays_far_above_its_level_is_judged_after_the_patience() -> None:
+def test_a_loss_that_stays_far_above_its_level_is_checked_after_the_patience() -> None:
     assert judgements([2.0] * 50 + [7.0] * PATIENCE) == [50 + PATIENCE]
     assert judgements([2.0] * 50 + [7.0] * (PATIENCE - 1) + [2.0] + [7.0] * (PATIENCE - 1)) == []
 
 
-def test_a_gradient_norm_orders_of_magnitude_above_its_level_is_judged_too() -> None:
+def test_a_gradient_norm_orders_of_magnitude_above_its_level_is_checked_too() -> None:
     assert judgements([2.0] * 70, [0.5] * 50 + [500.0] * PATIENCE) == [70]
     # A hundredfold norm is the limit: it suspects nothing that large rows or small batches do by themselves.
     assert judgements([2.0] * 70, [0.5] * 50 + [55.0] * PATIENCE) == [70]
     assert judgements([2.0] * 70, [0.5] * 50 + [45.0] * PATIENCE) == []
 
 
-def test_a_loss_that_creeps_upward_is_judged_although_no_step_is_far_above_the_latest_level() -> None:
+def test_a_slowly_rising_loss_is_checked() -> None:
     # It passes the lowest level by 2 nats at step 91. The running mean stays half a nat behind it all the time.
     creeping = [2.0] * 50 + [2.0 + 0.05 * step for step in range(1, 101)]
 
@@ -64,7 +64,7 @@ def test_noise_and_spikes_do_not_make_a_run_suspect_for_long(seed: int) -> None:
     assert judgements(losses, [draw.lognormvariate(0, 1.5) for _ in losses]) == []
 
 
-def test_harder_rows_make_a_run_suspect_once_and_the_comparison_with_the_base_clears_it() -> None:
+def test_harder_rows_make_a_run_suspect_until_the_comparison_with_the_base() -> None:
     curriculum = [0.1] * 100 + [3.0] * 100 + [6.0] * 100
 
     assert judgements(curriculum) == [100 + PATIENCE, 200 + PATIENCE]
@@ -75,7 +75,7 @@ def test_harder_rows_make_a_run_suspect_once_and_the_comparison_with_the_base_cl
     assert has_diverged(math.nan, loss_at_start=3.0)
 
 
-def test_the_end_is_judged_after_a_suspect_last_step_and_after_one_that_did_harm_and_not_for_a_noisy_row() -> None:
+def test_the_end_is_checked_after_a_suspect_or_harmful_step_and_not_a_noisy_row() -> None:
     sound, suspect = Stability(2.0, 2.0, 1.0), Stability(2.0, 2.0, 1.0, suspect_since=40)
 
     # One row of a single token may do far worse than its base, and the last step is not to blame.
@@ -110,7 +110,7 @@ def kept(context: StepContext) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in context.workspace.checkpoints.glob("step-*"))
 
 
-def test_a_rate_that_is_far_too_high_ends_the_run_and_names_when_it_began(workspace: Prepare) -> None:
+def test_a_rate_that_is_far_too_high_ends_the_run_and_names_the_first_bad_step(workspace: Prepare) -> None:
     context = workspace("wild", 1.0, divergencePatience=6, warmupSteps=0)
 
     message = given_up(context).message
@@ -129,16 +129,14 @@ def test_a_cell_that_diverges_leaves_its_curves_on_the_page_of_its_sweep(workspa
     page = Page((tmp_path / "shared" / "report.html").read_text())
     assert "Held-out loss tiny diverged" in page.words
     assert page.elements.count("svg") == 1, "the training loss; nothing was held out"
-    # What it reports does not depend on the page.
+    # Its report does not depend on the page.
     (tmp_path / "file").touch()
     again = workspace("again", 1.0, divergencePatience=6, warmupSteps=0)
     assert given_up(replace(again, mounts=replace(again.mounts, sweep=tmp_path / "file"))).message == expected
 
 
 @pytest.mark.parametrize("steps", [1, 6])
-def test_a_finished_adapter_that_does_harm_is_no_success_even_if_only_the_last_step_did_it(
-    workspace: Prepare, steps: int
-) -> None:
+def test_an_adapter_harmed_by_its_last_step_is_no_success(workspace: Prepare, steps: int) -> None:
     context = workspace("short", 1.0, divergencePatience=20, warmupSteps=0, maxSteps=steps)
 
     message = given_up(context).message
@@ -150,7 +148,7 @@ def test_a_finished_adapter_that_does_harm_is_no_success_even_if_only_the_last_s
     assert not context.workspace.trained.exists()
 
 
-def test_no_checkpoint_of_a_suspect_run_replaces_a_good_one_and_a_resume_comes_to_the_same_end(
+def test_a_suspect_run_replaces_no_good_checkpoint_and_resumes_to_the_same_end(
     workspace: Prepare,
 ) -> None:
     undisturbed, disturbed = (workspace(name, 0.05, divergencePatience=8, warmupSteps=20) for name in ("a", "b"))
@@ -159,7 +157,7 @@ def test_no_checkpoint_of_a_suspect_run_replaces_a_good_one_and_a_resume_comes_t
     good = kept(undisturbed)
     assert good
     assert good[-1] < suspect
-    # Whether a step did harm shows in the loss of the next one: the checkpoint before is what is surely sound.
+    # The next step's loss shows whether a step did harm: only the checkpoint before is surely sound.
     sound = good[-1] if good[-1] < suspect - 1 else good[-2]
     assert float(history(undisturbed)[sound]["loss"]) < 1.0
     assert ("that step may already have diverged" in expected) == (good[-1] == suspect - 1)
@@ -174,9 +172,7 @@ def test_no_checkpoint_of_a_suspect_run_replaces_a_good_one_and_a_resume_comes_t
 
 
 @pytest.mark.parametrize("keep", ["last", "best"])
-def test_an_adapter_that_does_harm_is_no_success_because_its_run_stops_early(
-    keep: str, tmp_path: Path, fluent: Path
-) -> None:
+def test_an_early_stop_does_not_make_a_harmful_adapter_a_success(keep: str, tmp_path: Path, fluent: Path) -> None:
     settings = {
         "learningRate": 1.0,
         "maxSteps": 40,
@@ -195,7 +191,7 @@ def test_an_adapter_that_does_harm_is_no_success_because_its_run_stops_early(
     assert not context.workspace.trained.exists()
 
 
-def test_a_last_step_that_does_harm_is_no_failure_of_a_run_that_keeps_an_earlier_adapter(
+def test_a_harmful_last_step_does_not_fail_a_run_that_keeps_an_earlier_adapter(
     workspace: Prepare, tmp_path: Path, fluent: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -222,7 +218,7 @@ def test_a_run_whose_best_adapter_does_harm_is_no_success_at_its_end(tmp_path: P
     assert not context.workspace.trained.exists()
 
 
-def test_a_run_that_began_with_a_worse_adapter_than_none_is_not_given_up_for_that(
+def test_a_run_that_began_with_a_harmful_adapter_does_not_fail_for_that(
     tmp_path: Path, fluent: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"learningRate": 1.0, "maxSteps": 2, "scheduler": "constant", "warmupSteps": 0, "divergencePatience": 0}
@@ -243,7 +239,7 @@ def test_a_run_that_began_with_a_worse_adapter_than_none_is_not_given_up_for_tha
     assert run(context).loss > 2.0
 
 
-def test_patience_0_never_gives_up(workspace: Prepare) -> None:
+def test_patience_0_turns_the_check_off(workspace: Prepare) -> None:
     context = workspace("patient", 1.0, divergencePatience=0, warmupSteps=0)
 
     assert run(context).loss > 2.0

@@ -1,4 +1,4 @@
-"""A GPU that is out of memory: the message of the failure, and a run that continues in smaller micro batches."""
+"""A GPU out of memory: the failure's message, and smaller micro batches."""
 
 import gc
 import json
@@ -41,7 +41,7 @@ def workspace(tmp_path: Path, tiny_llama: Path) -> Prepare:
 
 
 class Card:
-    """A GPU on which so many rows of a micro batch fit, since there is none here to fill."""
+    """A GPU with room for so many rows of a micro batch, as the test has none to fill."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, rows: int, error: RuntimeError | None = None) -> None:
         self.sizes: list[int] = []
@@ -66,7 +66,7 @@ class Card:
         ({"autoMicroBatch": True}, "set spec.training.maxSequenceLength to 256"),
     ],
 )
-def test_running_out_of_gpu_memory_reports_what_used_it_and_what_to_change(
+def test_running_out_of_gpu_memory_reports_its_use_and_advice(
     training: dict[str, Any], advice: str, workspace: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Card(monkeypatch, rows=0)
@@ -77,7 +77,7 @@ def test_running_out_of_gpu_memory_reports_what_used_it_and_what_to_change(
     assert advice in found.message
     size = training.get("microBatchSize", 1)
     assert re.search(rf"measured peak of \d+\.\d GiB with microBatchSize {size}; the estimate is \d", found.message)
-    # What is not on the GPU at the peak, such as logits that are smaller than the layers' work, is not named.
+    # Memory outside the peak, such as logits that are smaller than the layers' work, is not named.
     assert re.search(r"GiB \(base model .*, adapter .*, optimizer .*, activations .*, CUDA .*\)", found.message)
 
 
@@ -139,7 +139,7 @@ AUTOMATIC = {
 }
 
 
-def test_micro_batches_are_halved_until_they_fit_and_the_steps_stay_what_they_were(
+def test_micro_batches_are_halved_until_they_fit_and_the_steps_stay_equal(
     workspace: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     roomy, small = workspace("roomy", AUTOMATIC, packed=False), workspace("small", AUTOMATIC, packed=False)
@@ -149,7 +149,7 @@ def test_micro_batches_are_halved_until_they_fit_and_the_steps_stay_what_they_we
 
     found = run(small, records=records)
 
-    # The last step's rows are looked at once more after it.
+    # The last step's rows are evaluated once more after it.
     assert card.sizes == [1] * 4 * 7
     assert (found.training_step, found.micro_batch_size, expected.micro_batch_size) == (6, 1, None)
     assert [line["loss"] for line in history(small)] == pytest.approx(
@@ -185,7 +185,7 @@ def in_forward(_model: Any, _loss: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 
 def in_backward(model: Any, loss: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """Run out in the backward pass, when all layers but the first have their gradients, as a full GPU mostly does."""
+    """Run out in the backward pass, with all gradients but the first layer's."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     first, last = trained[0], trained[-1]
     before = None if last.grad is None else last.grad.clone()
@@ -208,7 +208,7 @@ def test_a_repeated_step_drops_the_gradients_of_its_first_micro_batches(
     workspace: Prepare,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A run that runs out at its micro batch number `at` is from then on one that had the smaller ones throughout."""
+    """A run that runs out at micro batch `at` matches one with the smaller ones."""
     spec = merged(AUTOMATIC, {"lora": {"dropout": 0.1}, "training": {"gradientAccumulationSteps": 2, "maxSteps": 3}})
     small = {"training": {"microBatchSize": 2, "gradientAccumulationSteps": 4}}
     halved = workspace("halved", spec, packed=False)
@@ -243,13 +243,13 @@ def test_memory_that_runs_out_after_the_last_step_is_reported_too(
 
 
 class Kept:
-    """What refers to itself, as modules and their hooks do, so that only a search finds that nobody needs it."""
+    """Objects that refer to themselves, so that only a garbage collection frees them."""
 
     def __init__(self) -> None:
         self.own, self.tensor = self, torch.zeros(8)
 
 
-def test_what_the_pass_that_ran_out_has_left_is_freed_before_the_step_is_repeated(
+def test_memory_of_the_failed_pass_is_freed_before_the_step_is_repeated(
     workspace: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left: list[weakref.ref[Kept]] = []

@@ -1,4 +1,4 @@
-"""Runs whose objective compares two answers: the reference is computed once, however they are interrupted or split."""
+"""Runs that compare two answers: the reference is computed once, also if interrupted."""
 
 import json
 import math
@@ -24,7 +24,7 @@ from tests.support.ranks import SHARDED, same_numbers, succeeded, workspace
 from tests.support.tiny import Recorded, merged
 from tests.support.training import Lost, LostAtStep, adapter_bytes, failure, history, interrupted_at, prepared, run
 
-# Sixteen pairs in sequences of their own, four in a step: four steps make an epoch.
+# Sixteen pairs in separate sequences, four in a step: four steps make an epoch.
 DPO: dict[str, Any] = {
     "lora": {"dropout": 0.0},
     "training": {"objective": "dpo", "gradientAccumulationSteps": 4, "maxSteps": 6, "scheduler": "constant"},
@@ -76,7 +76,7 @@ def test_each_row_passes_the_base_once_and_a_resumed_run_ends_in_the_same_bytes(
 
 
 def test_a_row_that_is_first_seen_late_has_the_same_reference(tmp_path: Path, tiny_llama: Path) -> None:
-    """All rows in the first step, before which the adapter changes nothing, against four in a step."""
+    """All rows in the first step, when the adapter changes nothing yet, against four in a step."""
     at_once = job(tmp_path / "at-once", tiny_llama, {"training": {"gradientAccumulationSteps": 16, "maxSteps": 1}})
     in_turn = job(tmp_path / "in-turn", tiny_llama, {"training": {"maxSteps": 4}})
     run(at_once)
@@ -84,7 +84,7 @@ def test_a_row_that_is_first_seen_late_has_the_same_reference(tmp_path: Path, ti
     assert torch.equal(known(in_turn, 4)["train"], known(at_once, 1)["train"])
 
 
-def test_the_run_learns_to_prefer_the_chosen_answers_and_says_so(tmp_path: Path, tiny_llama: Path) -> None:
+def test_the_run_learns_to_prefer_the_chosen_answers_and_reports_it(tmp_path: Path, tiny_llama: Path) -> None:
     context, records = job(tmp_path / "workspace", tiny_llama), Recorded()
     run(context, records=records)
 
@@ -113,9 +113,9 @@ def test_the_result_has_loss_and_accuracy_of_the_adapter_that_is_kept(tmp_path: 
     assert (result.eval_loss, result.eval_accuracy) == (kept["evalLoss"], kept["evalAccuracy"])
 
 
-# Of the first step's adapter, which is the best, later checkpoints must know; the run ends two evaluations after it.
+# Later checkpoints must record the first step's adapter, which is the best; the run ends two evaluations after it.
 @pytest.mark.parametrize(("objective", "micro_batches"), [("dpo", 2), pytest.param("orpo", 4, marks=pytest.mark.slow)])
-def test_a_run_that_is_stopped_after_every_step_ends_early_and_keeps_the_same_best_adapter(
+def test_a_run_interrupted_after_every_step_keeps_the_same_best_adapter(
     objective: str, micro_batches: int, tmp_path: Path, tiny_llama: Path
 ) -> None:
     each_step: dict[str, Any] = {"keep": "best", "evalEverySteps": 1, "saveEverySteps": 1, "warmupSteps": 0}
@@ -141,7 +141,7 @@ def test_a_run_that_is_stopped_after_every_step_ends_early_and_keeps_the_same_be
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True])
-def test_two_processes_compute_what_one_does(sharded: bool, tmp_path: Path, tiny_llama: Path) -> None:
+def test_two_processes_match_one(sharded: bool, tmp_path: Path, tiny_llama: Path) -> None:
     # Five sequences a step do not divide by two: in the last round one rank has a batch that does not count.
     training = merged(DPO, {"training": {"gradientAccumulationSteps": 5}})
     two = SHARDED if sharded else {"resources": {"gpus": 2}}
@@ -156,7 +156,7 @@ def test_two_processes_compute_what_one_does(sharded: bool, tmp_path: Path, tiny
 
 
 def trained(root: Path, model: Path, spec: dict[str, Any]) -> StepContext:
-    """A workspace in which the command line has trained."""
+    """A workspace after a training with the command line."""
     files, context = workspace(root, model, spec, packed=False, pairs=True)
     succeeded(files.run("train"))
     return context
@@ -177,10 +177,10 @@ def test_micro_batches_of_several_pairs_and_packed_pairs_have_the_same_losses(tm
     same_numbers(packed, alone, 1e-2)
 
 
-def test_the_loss_of_the_base_by_which_a_run_is_judged_is_log_2(
+def test_the_reference_loss_of_the_base_is_log_2(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the adapter the model is its own reference, whatever the data are."""
+    """Without the adapter the model is the reference, for any data."""
     monkeypatch.setattr(judging, "has_diverged", lambda _loss, _base_loss: True)
     monkeypatch.setattr(divergence.Stability, "to_be_judged", lambda *_: True)
     failed = failure(job(tmp_path / "workspace", tiny_llama))
@@ -215,10 +215,10 @@ def test_a_supervised_checkpoint_has_nothing_of_an_objective(tmp_path: Path, tin
 
 
 class Card:
-    """A GPU that runs out of memory in the passes, with and without the adapter, that `fits` does not admit."""
+    """A GPU that runs out of memory in passes that `fits` does not admit."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fits: Callable[[int], bool]) -> None:
-        """`fits` is asked for each pass, with its pairs."""
+        """`fits` is called for each pass, with its pairs."""
         self._fits, self._losses = fits, row_losses
         for module in (preference, reference):
             monkeypatch.setattr(module, "row_losses", self._row_losses)
@@ -274,7 +274,7 @@ def test_micro_batches_of_pairs_are_halved_and_a_resumed_run_keeps_them(
 def test_a_step_that_is_repeated_for_pairs_keeps_nothing_of_its_first_try(
     objective: str, at: int, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Memory runs out in the pass of this number: with the adapter or without, in the first micro batch or later."""
+    """Memory runs out in this pass: with or without the adapter, in any micro batch."""
     steps = {"dataset": {"eval": None}, "training": {"objective": objective, "gradientAccumulationSteps": 4}}
     spec = merged(merged(HALVED, steps), {"training": {"microBatchSize": 2}})
     small = job(
@@ -296,7 +296,7 @@ def test_a_step_that_is_repeated_for_pairs_keeps_nothing_of_its_first_try(
 def test_rows_that_were_seen_before_memory_ran_out_pass_the_base_once(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Memory runs out in the second epoch: the references of the first, from larger micro batches, are kept."""
+    """Memory runs out in the second epoch: the references of the first are kept."""
     context = job(tmp_path / "workspace", tiny_llama, merged(HALVED, {"dataset": {"eval": None}}))
     counted = Counted(monkeypatch)
     passes = count(1)

@@ -1,4 +1,4 @@
-"""The data and the learning rate of a step depend on the step alone; and whether another attempt may start."""
+"""A step's data and learning rate depend on the step alone; limits of attempts."""
 
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ TIME = "2026-01-02T03:04:05Z"
 
 
 def attempts(*ends: str | None, from_steps: tuple[int, ...] | None = None) -> list[Attempt]:
-    """Attempts that ended so, each from a later checkpoint if nothing else is said."""
+    """Attempts that ended so, each from a later checkpoint by default."""
     steps = from_steps or tuple(range(len(ends)))
     return [
         Attempt.model_validate(
@@ -91,7 +91,7 @@ def attempts(*ends: str | None, from_steps: tuple[int, ...] | None = None) -> li
     ]
 
 
-def test_five_attempts_in_a_row_that_were_killed_at_one_checkpoint_are_enough() -> None:
+def test_five_consecutive_kills_at_one_checkpoint_end_the_job() -> None:
     stuck = attempts("interrupted", *[None] * 5, from_steps=(0, 3, 3, 3, 3, 3))
     reject_if_stuck(stuck[:-1], 3, 1)
     reject_if_stuck(stuck, 4, 1)
@@ -103,13 +103,13 @@ def test_five_attempts_in_a_row_that_were_killed_at_one_checkpoint_are_enough() 
     assert "5 attempts in a row were killed before a checkpoint after step 3" in caught.value.message
 
 
-def test_attempts_that_were_asked_to_stop_or_belong_to_an_earlier_job_do_not_count() -> None:
+def test_interrupted_attempts_and_those_of_an_earlier_job_do_not_count() -> None:
     reject_if_stuck(attempts(*["interrupted"] * 50, from_steps=(0,) * 50), 0, 1)
     reject_if_stuck(attempts(*[None] * 5, from_steps=(3,) * 5), 3, 2)
 
 
-def test_a_job_in_the_pod_of_another_is_stopped_by_no_attempts_of_its_own() -> None:
-    """Each is an attempt of the other one's Job, whose own count ends them all; or of the run that it continues."""
+def test_a_job_in_the_pod_of_another_is_not_stopped_by_its_attempts() -> None:
+    """Each attempt counts for the other one's Job, or for the continued run."""
     led = [attempt.model_copy(update={"job_attempt": 0}) for attempt in attempts(*[None] * 6, from_steps=(3,) * 6)]
     reject_if_stuck(led, 3, 0)
     reject_if_stuck(led, 3, 1)

@@ -1,4 +1,4 @@
-"""The score of a finished adapter: measured on the same rows as its base's, and continued where it was stopped."""
+"""The score of a finished adapter: on the rows of its base's, and continued."""
 
 import dataclasses
 import itertools
@@ -119,8 +119,8 @@ def note_data(context: StepContext, fingerprint: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pairs", [False, True])
-def test_each_answer_is_checked_by_what_its_row_brings(pairs: bool, tmp_path: Path, tiny_llama: Path) -> None:
-    """Of four rows in packed sequences, two bring a pattern that every text has, and two one that none has."""
+def test_each_answer_is_checked_by_the_check_of_its_row(pairs: bool, tmp_path: Path, tiny_llama: Path) -> None:
+    """Of four packed rows, two have a pattern that all texts match, two one that none does."""
     some, none = "^", "^(?!)"
     brought: dict[str, Any] = {
         "dataset": {"columns": {"check": "expected"}},
@@ -136,7 +136,7 @@ def test_each_answer_is_checked_by_what_its_row_brings(pairs: bool, tmp_path: Pa
     assert (record.score.rows, record.score.adapter, record.score.base) == (4, 0.5, 0.5)
     _, *lines = answers(context)
     assert [line["adapterPassed"] for line in lines] == [line["check"] == some for line in lines]
-    # Each row has its own: the prompts tell which.
+    # Each row has a different one: the prompts identify it.
     lengths = {check: {ROW_LENGTHS[row] // 2 for row in range(4) if checks[row] == check} for check in (some, none)}
     data = PreparedDataset.open(context.workspace.data / "rows", "eval")
     rows = ScoredPrompts.from_data(data, 4).chosen
@@ -158,7 +158,7 @@ def test_each_answer_is_checked_by_what_its_row_brings(pairs: bool, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_an_adapter_that_is_there_is_scored_anew_by_another_check_and_stays_as_it_is(scored: StepContext) -> None:
+def test_an_existing_adapter_is_scored_again_by_a_new_check_and_unchanged(scored: StepContext) -> None:
     first = run(scored)
     assert_is_of_its_answers(first, scored)
     before = adapter_bytes(scored)
@@ -182,7 +182,7 @@ def test_an_adapter_that_is_there_is_scored_anew_by_another_check_and_stays_as_i
 
 
 @pytest.mark.slow
-def test_a_model_that_cannot_answer_ends_the_step_with_what_to_do(
+def test_a_model_that_cannot_answer_ends_the_step_with_a_remedy(
     scored: StepContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> str:
@@ -241,7 +241,7 @@ def test_reasoning_that_the_prompt_begins_and_an_answer_does_not_end_has_not_pas
     assert (record.score.rows, record.score.base, record.score.adapter) == (2, 0.0, 1.0)
 
 
-def test_packing_does_not_decide_which_rows_are_answered(tmp_path: Path) -> None:
+def test_packing_does_not_change_the_answered_rows(tmp_path: Path) -> None:
     write_data(tmp_path / "packed", packed=True)
     write_data(tmp_path / "apart", packed=False)
     packed, apart = (PreparedDataset.open(tmp_path / name, "eval") for name in ("packed", "apart"))
@@ -287,7 +287,7 @@ def test_an_answer_is_not_generated_beyond_its_end(tiny_llama: Path) -> None:
 
 
 @pytest.mark.slow
-def test_of_two_processes_the_main_one_scores_what_both_have_trained(tmp_path: Path, tiny_llama: Path) -> None:
+def test_the_main_process_scores_the_adapter_of_both(tmp_path: Path, tiny_llama: Path) -> None:
     files, context = workspace(tmp_path / "together", tiny_llama, merged(merged(EXACT, TWO), SCORED), packed=False)
     succeeded(files.run("train"))
     record = read_completion(context.workspace.completion("train"), TrainRecord)

@@ -1,4 +1,4 @@
-"""What Argo CD shows of a job in every phase, and what its actions change.
+"""Argo CD's view of a job in every phase, and the changes of its actions.
 
 The Lua runs in a Lua 5.1 with the libraries that Argo CD's has; `tests/api/test_argo_cd.py` runs Argo CD's own.
 """
@@ -27,7 +27,7 @@ string, math, io, coroutine, debug, python = nil
 
 
 def evaluate(script: str, body: dict[str, Any]) -> Any:
-    """What the script returns for the object."""
+    """Result of the script for the object."""
     lua = LuaRuntime(unpack_returned_tuples=True)
     lua.execute(ONLY_ARGO_CDS_LIBRARIES)
     lua.globals().obj = lua.table_from(body, recursive=True)
@@ -82,14 +82,14 @@ def make_sweep() -> QLoRASweep:
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
-def test_argo_cd_shows_the_health_of_every_phase_in_the_operators_words(case: Case) -> None:
+def test_argo_cd_shows_the_health_of_every_phase_with_the_operators_message(case: Case) -> None:
     health = evaluate(HEALTH, case.body)
     assert health["status"] == case.health
     assert health["message"].startswith(case.message)
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
-def test_only_the_action_that_fits_is_offered_and_it_changes_one_field(case: Case) -> None:
+def test_only_the_applicable_action_is_offered_and_it_changes_one_field(case: Case) -> None:
     assert list(evaluate(ACTIONS["discovery.lua"], case.body)) == [case.action] * (case.action is not None)
     if case.action is None:
         return

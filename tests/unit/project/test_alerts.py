@@ -1,4 +1,4 @@
-"""The chart's alerts: each has a runbook, a severity, and cases in which it fires and does not."""
+"""The chart's alerts: each has a runbook, a severity, and firing and silent cases."""
 
 import re
 
@@ -23,7 +23,7 @@ def test_the_lists_in_the_documentation_have_each_alert_with_its_severity() -> N
     assert listed == list(ALERTS)
 
 
-def test_each_alert_says_what_happens_and_what_that_means() -> None:
+def test_each_alert_states_its_cause_and_its_effect() -> None:
     for name, rule in ALERTS.items():
         assert {"summary", "description"} == set(rule["annotations"]), name
         assert all(text.rstrip().endswith(".") for text in rule["annotations"].values()), name
@@ -31,7 +31,7 @@ def test_each_alert_says_what_happens_and_what_that_means() -> None:
         assert rule["for"], name
 
 
-def test_each_alert_is_tried_when_it_should_fire_and_when_it_should_not() -> None:
+def test_each_alert_has_a_firing_and_a_silent_case() -> None:
     tried: dict[str, set[bool]] = {}
     for case in yaml.safe_load(CASES.read_text())["tests"]:
         for rule in case["alert_rule_test"]:

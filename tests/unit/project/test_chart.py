@@ -55,7 +55,7 @@ def test_image_is_built_from_the_lock_and_ends_unprivileged(dockerfile: Path) ->
     assert json.loads(entrypoint[0])[0].startswith("/opt/qlora/bin/")
 
 
-def test_the_build_context_has_what_the_wheel_is_made_of_and_nothing_else() -> None:
+def test_the_build_context_has_only_the_sources_of_the_wheel() -> None:
     ignore = (ROOT / ".dockerignore").read_text().splitlines()
     sent = {line.removeprefix("!") for line in ignore if line.startswith("!")}
     wheel = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]

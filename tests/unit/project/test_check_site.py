@@ -1,4 +1,4 @@
-"""`make docs` fails on a link that leads nowhere and on a page that loads something from another host."""
+"""`make docs` fails on broken links and on pages that load files from other hosts."""
 
 from pathlib import Path
 

@@ -23,28 +23,28 @@ def series() -> set[str]:
 
 
 def asked() -> set[str]:
-    """The name of each series that a dashboard or an alert asks for."""
+    """The name of each series in the queries of a dashboard or an alert."""
     expressions = [query for page in DASHBOARDS.values() for panel in panels(page) for query in queries(panel)]
     groups = yaml.safe_load(ALERTS.read_text())["groups"]
     expressions += [rule["expr"] for group in groups for rule in group["rules"]]
     return {str(selector.name) for expression in expressions for selector in selected(promql.parse(expression))}
 
 
-def test_the_dashboards_are_what_make_generate_writes() -> None:
+def test_the_dashboards_match_make_generate() -> None:
     for file, text in render().items():
         assert file.read_text() == text, "run `make generate`"
     assert {file.stem for file in render()} == set(DASHBOARDS)
 
 
 @pytest.mark.parametrize("name", DASHBOARDS)
-def test_each_panel_explains_itself_and_asks_for_what_exists(name: str) -> None:
+def test_each_panel_has_a_description_and_queries_existing_metrics(name: str) -> None:
     assert list(complaints(DASHBOARDS[name], series() | KUBELET)) == []
 
 
 def test_a_team_sees_its_own_namespace_in_every_panel() -> None:
     for panel in panels(DASHBOARDS["team"]):
         for query in queries(panel):
-            # The join is on the namespace of what is selected beside it.
+            # The join is on the namespace of the other selected series.
             selectors = [one for one in selected(promql.parse(query)) if "and on" not in query or one.name in KUBELET]
             for selector in selectors:
                 matchers = [(one.name, one.value) for one in selector.matchers.matchers]
@@ -52,7 +52,7 @@ def test_a_team_sees_its_own_namespace_in_every_panel() -> None:
 
 
 def test_every_metric_is_in_a_dashboard_or_an_alert() -> None:
-    """A number that nobody looks at only costs."""
+    """An unused number only costs."""
     histograms = {name.removesuffix("_bucket") for name in asked() if name.endswith("_bucket")}
     unseen = {name for name in series() - asked() if name.rpartition("_")[0] not in histograms}
     assert unseen == set()

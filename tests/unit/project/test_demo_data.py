@@ -1,4 +1,4 @@
-"""The demo's data set and its scorer: what the demo's numbers stand on."""
+"""The demo's data set and its scorer, the base of the demo's numbers."""
 
 from __future__ import annotations
 

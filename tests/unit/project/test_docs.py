@@ -1,4 +1,4 @@
-"""The documentation's pages: in step with what they describe, and every manifest in them valid."""
+"""The documentation's pages: in step with the code, and every manifest in them valid."""
 
 import json
 import re
@@ -44,7 +44,7 @@ def yaml_blocks() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("page", pages(), ids=name_of)
-def test_the_reference_is_what_make_generate_writes(page: Path) -> None:
+def test_the_reference_matches_make_generate(page: Path) -> None:
     assert page.read_text() == pages()[page], "run `make generate`"
 
 
@@ -63,9 +63,7 @@ def _over(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("block", yaml_blocks())
-def test_every_yaml_block_is_a_valid_job_or_sweep_a_part_of_one_or_profiles_values_or_from_a_shipped_file(
-    block: str, tmp_path: Path
-) -> None:
+def test_every_yaml_block_is_valid_or_from_a_shipped_file(block: str, tmp_path: Path) -> None:
     if any(block in text for text in SHIPPED):
         return
     content = yaml.safe_load(block)
@@ -117,7 +115,7 @@ def test_troubleshooting_has_a_section_for_each_reason() -> None:
 
 @pytest.mark.parametrize("record", sorted((DOCS / "decisions").glob("0*.md")), ids=name_of)
 def test_a_decision_record_states_its_context_options_decision_and_consequences(record: Path) -> None:
-    """`make generate` reads its head for the index, and fails for one without number, title, group and date."""
+    """`make generate` rejects a head without number, title, group or date."""
     title, *sections = re.split(r"^## ", record.read_text(), flags=re.MULTILINE)
     assert title.startswith(f"# {int(record.name[:4])}. ")
     assert [section.split("\n", 1)[0] for section in sections] == [
@@ -127,7 +125,7 @@ def test_a_decision_record_states_its_context_options_decision_and_consequences(
 
 
 def paths_in(page: Path) -> Iterator[str]:
-    """What the page names as a file of this repository: inline code with a folder and a known ending."""
+    """Files of this repository that the page names: inline code with a folder and a known ending."""
     for code in re.findall(r"`([^`\n]+)`", page.read_text()):
         for word in code.split():
             if re.fullmatch(r"[\w.][\w./-]*/[\w-]+\.(?:py|md|yaml|yml|toml|json|jsonl)", word):
@@ -162,7 +160,7 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
-    """`make docs` checks the built site too; this covers the pages that are read where the repository is."""
+    """`make docs` checks the built site too; this covers the repository's pages."""
     broken = []
     for target, anchor in re.findall(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text()):
         file = page.parent / target if target else page

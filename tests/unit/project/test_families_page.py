@@ -11,7 +11,7 @@ CAUSAL, MULTIMODAL = PAGE.read_text().split("## Multimodal models")
 
 
 def rows(text: str) -> tuple[tuple[str, ...], str]:
-    """The types in the table of a part, and what the part must say of them."""
+    """The types in the table of a part, and its expected statements about them."""
     found = re.findall(r"^\| `(\S+)` \| (packed|one row a sequence|no) \|", text, re.MULTILINE)
     packed, one_row = (sum(how == way for _, how in found) for way in ("packed", "one row a sequence"))
     said = f"{packed + one_row} can be trained: {packed} with packed rows, {one_row} with one row in a sequence."
@@ -19,7 +19,7 @@ def rows(text: str) -> tuple[tuple[str, ...], str]:
 
 
 def test_the_page_has_a_line_for_each_type_of_this_transformers() -> None:
-    """Otherwise run `make families`, and see what a new release has changed."""
+    """On failure run `make families`, and read the changes of the new release."""
     names, said = rows(CAUSAL)
     assert names == NAMES
     assert f"transformers {transformers.__version__} has {len(NAMES)} types of causal language models. {said}" in CAUSAL
@@ -27,15 +27,15 @@ def test_the_page_has_a_line_for_each_type_of_this_transformers() -> None:
 
 
 def test_the_page_has_a_line_for_each_further_type_that_takes_more_than_text() -> None:
-    """Otherwise run `make families`."""
+    """On failure run `make families`."""
     names, said = rows(MULTIMODAL)
     assert names == MULTIMODAL_NAMES
     assert f"It has {len(MULTIMODAL_NAMES)} more types of models" in MULTIMODAL
     assert said in MULTIMODAL
 
 
-def test_plan_knows_the_types_with_one_row_in_a_sequence() -> None:
-    """Otherwise run `make families`."""
+def test_plan_has_the_types_with_one_row_in_a_sequence() -> None:
+    """On failure run `make families`."""
     assert (
         set(re.findall(r"^\| `(\S+)` \| one row a sequence \|", PAGE.read_text(), re.MULTILINE)) == ONE_ROW_MODEL_TYPES
     )

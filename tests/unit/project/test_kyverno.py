@@ -1,4 +1,4 @@
-"""The example policy asks for what an adapter's lineage has."""
+"""The example policy requires existing fields of an adapter's lineage."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from qlora_api.lineage import LINEAGE_TYPE, Lineage, LineageResult
 POLICY = Path(__file__).parents[3] / "examples" / "kyverno" / "require-lineage.yaml"
 
 
-def test_the_policy_names_the_predicate_and_fields_that_it_has() -> None:
+def test_the_policy_names_existing_predicates_and_fields() -> None:
     policy: dict[str, Any] = yaml.safe_load(POLICY.read_text())
     [attestation] = policy["spec"]["attestations"]
     assert attestation["intoto"]["type"] == LINEAGE_TYPE

@@ -17,7 +17,7 @@ def test_the_standard_library_keeps_its_operator_module() -> None:
 
 
 @pytest.mark.parametrize("folder", ["operator", "trainer_image", "crds", "cli"])
-def test_the_folders_hold_packages_and_are_none(folder: str) -> None:
+def test_the_source_folders_hold_packages_and_are_not_packages(folder: str) -> None:
     assert not (ROOT / folder / "__init__.py").exists()
 
 

@@ -1,4 +1,4 @@
-"""The figures of the page on choosing a model are those of its weights, and of what a workspace has to hold."""
+"""The figures of the page on choosing a model are those of its weights."""
 
 import re
 from pathlib import Path
@@ -19,8 +19,8 @@ ROWS = {
 
 
 @pytest.mark.parametrize("name", TO_CHOOSE)
-def test_each_model_has_the_figures_that_its_sizes_give(name: str) -> None:
-    """The GPU memory is that of a dry run, with which tests/trainer/model/memory/test_measure.py compares it."""
+def test_each_model_has_the_figures_of_its_sizes(name: str) -> None:
+    """GPU memory is that of a dry run; see tests/trainer/model/memory/test_measure.py."""
     config, parameters = TO_CHOOSE[name]
     training = TrainingShape(rank=16)
     weights = count_weights(ModelShape.from_config(config), training)
@@ -38,7 +38,7 @@ def test_each_model_has_the_figures_that_its_sizes_give(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TO_CHOOSE)
-def test_each_model_has_as_many_parameters_as_its_publisher_says(name: str) -> None:
+def test_each_model_has_the_published_number_of_parameters(name: str) -> None:
     config, parameters = TO_CHOOSE[name]
     counted = count_weights(ModelShape.from_config(config), TrainingShape()).parameters
     assert counted == pytest.approx(parameters, rel=2e-4)

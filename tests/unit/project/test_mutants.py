@@ -1,4 +1,4 @@
-"""The mutants fit the code and the tests of today, and replaying them tells what is caught from what is not."""
+"""The mutants fit the current code and tests, and a replay separates caught mutants from survivors."""
 
 import ast
 from collections import Counter
@@ -46,7 +46,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "tests" / "test_toy.py").write_text(
         "from toy import double\n\n\ndef test_two() -> None:\n    assert double(2) == 4\n"
     )
-    # Plugins take most of the time in which pytest starts.
+    # Plugins take most of pytest's startup time.
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     return tmp_path
 
@@ -56,7 +56,7 @@ TRIPLE = Mutant("triple", "crds/toy.py", "number * 2", "number * 3", ("tests/tes
 ADD = replace(TRIPLE, name="add", new="number + 2")
 
 
-def test_replaying_reports_what_is_caught_and_fails_if_a_mutant_survives(
+def test_replaying_reports_caught_mutants_and_fails_if_one_survives(
     checkout: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path: path.read_bytes() for path in checkout.rglob("*.py")}
@@ -76,7 +76,7 @@ def test_a_test_that_fails_anyway_catches_nothing(checkout: Path, capsys: pytest
 
 
 @pytest.mark.parametrize(("old", "found"), [("number * 4", 0), ("number", 2)])
-def test_a_mutant_whose_text_is_not_there_exactly_once_has_drifted(old: str, found: int, checkout: Path) -> None:
+def test_a_mutant_whose_text_does_not_occur_exactly_once_has_drifted(old: str, found: int, checkout: Path) -> None:
     verdict, why = try_mutant(replace(TRIPLE, old=old), checkout, checkout / "pytest.log")
     assert verdict is Verdict.DRIFTED
     assert f"crds/toy.py has {found} occurrences of {old!r}" in why
@@ -91,12 +91,12 @@ def test_only_a_failed_test_catches_a_mutant(code: int | None, verdict: str) -> 
     assert verdict_of(code) == verdict
 
 
-def test_the_summary_counts_what_should_not_be_there() -> None:
+def test_the_summary_counts_unexpected_outcomes() -> None:
     verdicts = Counter({Verdict.CAUGHT: 3, Verdict.DRIFTED: 2, Verdict.BROKEN: 1})
     assert summary(verdicts) == "3 caught, 0 survived, 2 drifted, 1 broken"
 
 
-def test_a_name_that_is_none_is_answered_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_name_is_answered_with_the_existing_ones(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["no-such-mutant"])
     said = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The examples for servers fit together, and the program among them provides what was announced and nothing else."""
+"""The examples for servers fit together, and provide announced adapters only."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ def loaded(name: str) -> dict[str, Any]:
     return dict(next(yaml.safe_load_all((SERVING / name).read_text())))
 
 
-def test_vllm_looks_for_the_adapter_where_the_job_publishes_it() -> None:
+def test_vllm_reads_the_adapter_where_the_job_publishes_it() -> None:
     job, pod = loaded("job.yaml"), loaded("vllm.yaml")["spec"]["template"]["spec"]
     destination, model = (
         parse_source(job["spec"]["output"]["destination"]),
@@ -40,7 +40,7 @@ def test_vllm_looks_for_the_adapter_where_the_job_publishes_it() -> None:
     assert f"--max-lora-rank={job['spec']['lora']['rank']}" in server["args"]
 
 
-def test_the_sync_reads_what_the_jobs_announce() -> None:
+def test_the_sync_reads_the_announcements_of_jobs() -> None:
     job = loaded("job.yaml")["spec"]["output"]["announce"]["configMap"]
     pod = loaded("vllm-announced.yaml")["spec"]["template"]["spec"]
     announced = next(volume for volume in pod["volumes"] if volume["name"] == "announced")
@@ -73,7 +73,7 @@ def announce(entries: Path, name: str = "bot", tensors: bytes = TENSORS, **field
     (entries / f"{name}.json").write_text(json.dumps(json.loads(entry(name, status)) | fields))
 
 
-def test_an_announced_adapter_is_provided_until_its_entry_is_gone(folders: tuple[Path, Path, Path]) -> None:
+def test_an_announced_adapter_is_provided_until_its_entry_is_deleted(folders: tuple[Path, Path, Path]) -> None:
     entries, adapters, claim = folders
     announce(entries)
     announce(entries, "other", base="org/another")
@@ -97,7 +97,7 @@ def test_an_announced_adapter_is_provided_until_its_entry_is_gone(folders: tuple
         ({"uri": "s3://bucket/bot"}, "only pvc:// and hf:// are synced"),
     ],
 )
-def test_what_is_not_as_announced_is_not_provided_and_holds_up_no_other(
+def test_a_mismatched_adapter_is_not_provided_and_delays_no_other(
     folders: tuple[Path, Path, Path], fields: dict[str, Any], problem: str
 ) -> None:
     entries, adapters, claim = folders
@@ -109,7 +109,7 @@ def test_what_is_not_as_announced_is_not_provided_and_holds_up_no_other(
     assert [path.name for path in adapters.iterdir()] == ["bot"]
 
 
-def test_a_folder_that_has_lost_its_file_is_repaired_and_one_that_has_changed_is_compared_again(
+def test_an_incomplete_folder_is_repaired_and_a_changed_one_compared_again(
     folders: tuple[Path, Path, Path],
 ) -> None:
     entries, adapters, claim = folders
@@ -124,7 +124,7 @@ def test_a_folder_that_has_lost_its_file_is_repaired_and_one_that_has_changed_is
     assert "announced was" in problem
 
 
-def test_what_is_wrong_is_fetched_again_once_its_entry_has_changed(
+def test_a_mismatched_adapter_is_fetched_again_once_its_entry_has_changed(
     folders: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entries, adapters, claim = folders

@@ -34,7 +34,7 @@ def readme_commands() -> list[str]:
         if command.startswith(("qlora ", "kubectl qlora "))
     ],
 )
-def test_the_program_takes_each_command_of_the_walk_and_of_the_readme(
+def test_the_program_accepts_each_command_of_the_walk_and_the_readme(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -65,7 +65,7 @@ def test_the_shell_reads_the_walk_as_the_page_shows_it() -> None:
         assert "{{" not in command
 
 
-def test_the_recorded_page_has_each_command_and_what_is_said_of_it() -> None:
+def test_the_recorded_page_has_each_command_and_its_description() -> None:
     recorded = PAGE.read_text()
     [number] = set(re.findall(r"--max-steps (\d+)", recorded))
     steps = [step.with_values({"steps": number}) for step in WALK]

@@ -1,4 +1,4 @@
-"""Records and exit codes: what one side writes the other reads, and nothing else passes for it."""
+"""Records and exit codes: each side reads the other's records, and rejects anything else."""
 
 import json
 
@@ -73,7 +73,7 @@ def test_a_line_that_is_no_record_of_this_job_and_pod_is_ignored(line: str) -> N
     assert decode_record(line, **OURS) is None
 
 
-def test_numbers_that_json_has_not_cannot_be_reported() -> None:
+def test_numbers_outside_json_cannot_be_reported() -> None:
     with pytest.raises(ValueError, match="finite"):
         ProgressRecord(**OURS, step="train", time=TIME, loss=float("nan"))
 
@@ -101,7 +101,7 @@ def test_a_kubelet_keeps_the_largest_result_of_a_message_in_any_script() -> None
 
 
 def test_a_result_has_room_for_the_largest_mix() -> None:
-    """All sources that a mix may have, with addresses as long as they are shown, and ten billion rows each."""
+    """The maximum sources of a mix, with addresses of the shown length, and ten billion rows each."""
     source = {"source": f"{'x' * 23}…{'y' * 24}", "rows": 10**10, "usedRows": 10**10, "epochRows": 10**10}
     counts = ("rows", "usedRows", "evalRows", "tooLongRows", "longestRowTokens", "duplicateRows", "overlapRows")
     dataset = {

@@ -47,7 +47,7 @@ ALL = WRITTEN_BY_USERS + list(fields("status"))
 
 
 @pytest.mark.parametrize("target", generate().render(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_committed_copies_are_what_make_generate_writes(target: Path) -> None:
+def test_committed_copies_match_make_generate(target: Path) -> None:
     assert target.read_text() == generate().render()[target], "run `make generate`"
     assert yaml.safe_load(target.read_text()) in definitions().values()
 
@@ -69,7 +69,7 @@ def test_every_field_is_structural_and_bounded(path: str, node: dict[str, Any]) 
 
 
 @pytest.mark.parametrize(("path", "node"), WRITTEN_BY_USERS, ids=[path for path, _ in WRITTEN_BY_USERS])
-def test_kubectl_explain_has_something_to_say(path: str, node: dict[str, Any]) -> None:
+def test_kubectl_explain_has_a_description_of_every_field(path: str, node: dict[str, Any]) -> None:
     if path.endswith(("[]", "{}")) and node["type"] != "object":
         return
     assert len(node["description"]) > 10
@@ -83,7 +83,7 @@ def test_optional_objects_default_to_empty_so_that_their_fields_get_theirs() -> 
     assert "default" not in training["properties"]["epochs"], "no default on a member of an either/or"
 
 
-def test_a_job_nobody_has_seen_reads_as_in_progress() -> None:
+def test_a_job_without_a_status_reads_as_in_progress() -> None:
     assert SCHEMA["properties"]["status"]["default"] == {"observedGeneration": -1}
 
 

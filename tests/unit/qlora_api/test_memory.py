@@ -1,4 +1,4 @@
-"""The memory estimate: weights of real models, what adds up to a peak, verdicts and advice."""
+"""The memory estimate: weights of real models, the parts of a peak, verdicts and advice."""
 
 import json
 from dataclasses import replace
@@ -25,7 +25,7 @@ from qlora_api.memory.weights import count_weights
 from tests.support.dry_runs import estimate, estimate_together
 from tests.support.model_configs import LLAMA_2_7B, LLAMA_3_8B
 
-# What stands in the models' own config.json, without the fields that nothing here reads.
+# The models' config.json, without the fields that no test reads.
 MISTRAL_7B = LLAMA_2_7B | {
     "architectures": ["MistralForCausalLM"],
     "intermediate_size": 14336,
@@ -215,7 +215,7 @@ def test_the_rows_of_the_table_add_up() -> None:
     assert sum(row.size for row in rows if row.at_peak) == memory.expected
 
 
-def test_what_never_meets_on_the_card_is_not_added_up() -> None:
+def test_parts_that_are_never_on_the_card_together_are_not_added_up() -> None:
     def absent(**settings: Any) -> list[str]:
         memory = estimate(LLAMA_3_8B_SHAPE, replace(TrainingShape(sequence_length=2048), **settings))
         return [row.name for row in memory.components() if not row.at_peak]
@@ -228,7 +228,7 @@ def test_what_never_meets_on_the_card_is_not_added_up() -> None:
     assert absent(sequence_length=512, gradient_checkpointing=False) == []
 
 
-def test_answers_that_are_scored_count_where_they_take_more_than_a_step() -> None:
+def test_scored_answers_count_where_they_take_more_than_a_step() -> None:
     small, long_answer = TrainingShape(rank=8, sequence_length=512), (512, 512 + 1024)
     without, scored = (
         estimate(LLAMA_2_7B_SHAPE, replace(small, answer_tokens=tokens)) for tokens in (None, long_answer)
@@ -408,7 +408,7 @@ def test_a_step_that_hardly_saves_anything_is_left_out() -> None:
     assert changed == ["training.optimizer", "lora.rank", "lora.dtype"]
 
 
-def test_a_run_that_barely_fits_is_told_what_to_change_first() -> None:
+def test_a_run_that_barely_fits_gets_the_first_advice() -> None:
     training = TrainingShape(rank=64, sequence_length=512)
     memory = estimate(LLAMA_65B, training)
     gpu_gib = memory.expected / GIB + 1
@@ -430,7 +430,7 @@ def test_sharding_divides_the_weights_and_gathers_two_blocks() -> None:
     assert shared.gathered_blocks == pytest.approx(2 * packed / 80, abs=1)
 
 
-def test_a_70b_model_goes_on_two_24_gb_cards_when_it_is_sharded() -> None:
+def test_a_sharded_70b_model_fits_two_24_gb_cards() -> None:
     model = llama(80, 8192, 28672, 64, 8, 32000)
     training = TrainingShape(rank=16, gpus=2, sharding="full", optimizer="paged_adamw_8bit")
     assert verdict(estimate(model, training), 24) != "exceeds"
@@ -438,7 +438,7 @@ def test_a_70b_model_goes_on_two_24_gb_cards_when_it_is_sharded() -> None:
     assert verdict(estimate(model, replace(training, sharding="none")), 24) == "exceeds"
 
 
-def test_what_is_trained_besides_the_adapter_is_counted() -> None:
+def test_modules_trained_besides_the_adapter_are_counted() -> None:
     plain = estimate(LLAMA_3_8B_SHAPE, TrainingShape())
     whole = estimate(LLAMA_3_8B_SHAPE, TrainingShape(whole_modules=frozenset({"lm_head"})))
     head = LLAMA_3_8B_SHAPE.vocab_size * LLAMA_3_8B_SHAPE.hidden_size
@@ -470,7 +470,7 @@ def test_impossible_targets_are_rejected_by_name(targets: frozenset[str], messag
         estimate(LLAMA_2_7B_SHAPE, TrainingShape(target_modules=targets))
 
 
-def test_with_room_the_same_batch_is_advised_in_the_largest_micro_batches_of_up_to_4096_tokens() -> None:
+def test_with_room_larger_micro_batches_of_up_to_4096_tokens_are_advised() -> None:
     step = larger_micro_batch(of(LLAMA_2_7B_SHAPE), TrainingShape(sequence_length=1024), 80)
     assert step is not None
     assert (step.training.micro_batch_size, step.training.gradient_accumulation_steps) == (4, 4)
@@ -523,12 +523,12 @@ def test_jobs_that_are_trained_together_have_one_base_and_all_else_of_each() -> 
     assert max(one.expected for one in alone) < memory.expected < sum(one.expected - base for one in alone) + base
 
 
-def test_one_job_trained_together_with_none_takes_what_it_takes_alone() -> None:
+def test_a_group_of_one_job_takes_the_memory_of_that_job() -> None:
     for training in TOGETHER:
         assert estimate_together(LLAMA_3_8B_SHAPE, [training]) == estimate(LLAMA_3_8B_SHAPE, training)
 
 
-def test_micro_batches_in_one_pass_take_what_one_of_as_many_tokens_takes() -> None:
+def test_micro_batches_in_one_pass_take_the_memory_of_one_of_as_many_tokens() -> None:
     one, four = TrainingShape(sequence_length=512), TrainingShape(sequence_length=2048)
     together, single = estimate_together(LLAMA_2_7B_SHAPE, [one] * 4), estimate(LLAMA_2_7B_SHAPE, four)
     for shared in ("checkpoints", "layer_working_set", "logits"):
@@ -536,7 +536,7 @@ def test_micro_batches_in_one_pass_take_what_one_of_as_many_tokens_takes() -> No
 
 
 def test_jobs_that_do_not_accumulate_are_in_the_first_pass_of_a_step_only() -> None:
-    """There are no gradients yet then; in the passes after it there are those of all."""
+    """The first pass has no gradients yet; later passes have those of all."""
     several = TrainingShape(sequence_length=256)
     single = TrainingShape(sequence_length=256, gradient_accumulation_steps=1)
     first, later = (

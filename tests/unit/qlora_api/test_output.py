@@ -1,4 +1,4 @@
-"""Where a job publishes: each folder apart from the others, and credentials only where something needs them."""
+"""Addresses of a job's outputs: separate folders, and credentials only where needed."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ S3 = "s3://bucket/base"
         ({"base": {"destination": "pvc://out/base"}, "secretRef": {"name": "keys"}}, "secretRef is for an s3://"),
     ],
 )
-def test_a_base_is_in_a_folder_of_its_own(output: dict[str, Any], message: str) -> None:
+def test_a_base_has_a_separate_folder(output: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         OutputSpec.model_validate(output)
 

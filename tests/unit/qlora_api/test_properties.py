@@ -1,4 +1,4 @@
-"""Parsers of addresses, manifests, settings, records and logs: each takes any input, or rejects it as documented."""
+"""Parsers of addresses, manifests, settings, records and logs read or reject any input."""
 
 import tempfile
 from pathlib import Path
@@ -33,7 +33,7 @@ def rejection(path: Path, text: str) -> str:
     return str(rejected.value)
 
 
-def test_a_problem_in_a_merged_part_of_a_manifest_is_reported_at_the_line_of_its_parent(tmp_path: Path) -> None:
+def test_a_problem_in_a_merged_part_is_reported_at_the_line_of_its_parent(tmp_path: Path) -> None:
     text = "kind: QLoRAJob\nmetadata:\n  name: a\nspec:\n  <<: {unknown: 1}\n"
     assert f"{tmp_path / 'job.yaml'}:4: spec.unknown: unknown field" in rejection(tmp_path / "job.yaml", text)
 
@@ -90,12 +90,12 @@ _SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attentio
         {"annotations": {"org.cncf.model.filepath": "a"}, "digest": "sha256:" + "0" * 64, "size": True},
     ],
 )
-def test_a_layer_that_is_no_file_of_known_content_is_rejected(layer: dict[str, object]) -> None:
+def test_an_invalid_layer_is_rejected(layer: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="layer"):
         unpack({"layers": [layer]})
 
 
-def test_a_pattern_made_to_be_slow_is_matched_at_once() -> None:
+def test_a_pattern_made_to_be_slow_is_matched_quickly() -> None:
     """A regular expression would try some 10^11 ways to share the name among the stars."""
     card = {"configs": [{"config_name": "a", "data_files": "*a" * 8 + "b"}]}
     with pytest.raises(StepFailure, match="no data file matches"):

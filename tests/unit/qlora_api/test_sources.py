@@ -1,4 +1,4 @@
-"""Addresses: what the schema admits parses, and what could lead elsewhere is rejected."""
+"""Addresses: those of the schema parse, and those that could lead elsewhere are rejected."""
 
 from typing import Any
 
@@ -96,7 +96,7 @@ ESCAPES = [
 
 
 @pytest.mark.parametrize("uri", ESCAPES)
-def test_anything_else_is_rejected_with_what_is_allowed(uri: str) -> None:
+def test_other_addresses_are_rejected_with_the_allowed_forms(uri: str) -> None:
     with pytest.raises(ValueError, match="allowed are"):
         parse_source(uri)
     for address in (ModelAddress, DatasetAddress, AdapterAddress, FolderAddress):

@@ -1,4 +1,4 @@
-"""What shells and kubectl are told may stand next."""
+"""Completions for shells and kubectl."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ def completed(*words: str) -> list[str]:
     ).stdout.splitlines()
 
 
-def test_kubectl_is_told_commands_with_what_they_do_and_that_no_file_may_stand_there() -> None:
+def test_kubectl_completes_commands_with_descriptions_and_no_files() -> None:
     lines = completed("su")
     assert [line.split("\t")[0] for line in lines] == ["submit", "suspend", ":4"]
     assert lines[0].split("\t")[1].startswith("Create a job")
@@ -38,11 +38,11 @@ def test_kubectl_is_told_commands_with_what_they_do_and_that_no_file_may_stand_t
         (("submit", ""), [":0"]),
     ],
 )
-def test_kubectl_is_told_values_and_where_a_file_may_stand(words: tuple[str, ...], lines: list[str]) -> None:
+def test_kubectl_completes_values_and_files(words: tuple[str, ...], lines: list[str]) -> None:
     assert completed(*words) == lines
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_each_shell_gets_a_script_that_asks_this_program(shell: str) -> None:
+def test_each_shell_gets_a_script_that_calls_this_program(shell: str) -> None:
     script = CliRunner().invoke(main, ["completion", shell]).stdout
     assert f"_QLORA_COMPLETE={shell}_complete" in script

@@ -1,4 +1,4 @@
-"""Curves over each other, told apart without colors, and as a picture."""
+"""Curves over each other, distinct without colors, and as a picture."""
 
 from pathlib import Path
 
@@ -30,8 +30,8 @@ def test_nothing_but_the_curves_is_drawn() -> None:
     assert [row.partition("| ")[2][:8].strip(" \u2800") for row in rows[-5:]] == [""] * 5
 
 
-def test_colors_are_used_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The library looks by itself whether it writes to a terminal.
+def test_colors_are_used_where_the_terminal_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The library detects a terminal by itself.
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert "\x1b[" in draw_curves(RUNS, 80, colors=True)
 

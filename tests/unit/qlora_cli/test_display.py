@@ -1,4 +1,4 @@
-"""What a local run says of its progress: one line that a person reads at a glance."""
+"""Progress of a local run: one line that a person reads at a glance."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ from qlora_cli.local.display import describe
             {"activity": "training", "trainingStep": 2, "totalSteps": 4, "loss": 2, "evalLoss": 2.5},
             "training 2/4, loss 2.000, held-out 2.500",
         ),
-        # Nothing is left of what is done.
+        # Finished work leaves no trace.
         (
             {"activity": "training", "trainingStep": 4, "totalSteps": 4, "remainingSeconds": 0, "tokensPerSecond": 0},
             "training 4/4, 0 tokens/s",
@@ -41,6 +41,6 @@ from qlora_cli.local.display import describe
         ),
     ],
 )
-def test_a_record_becomes_a_line_of_what_it_knows(fields: dict[str, Any], line: str) -> None:
+def test_a_record_becomes_a_line_of_its_fields(fields: dict[str, Any], line: str) -> None:
     common = {"jobUid": "job", "podUid": "pod", "step": "train", "time": "2026-01-02T03:04:05Z"}
     assert describe(ProgressRecord.model_validate(common | fields)) == line

@@ -1,4 +1,4 @@
-"""A command that is told to end reaches its clean-up."""
+"""A terminated command reaches its clean-up."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The GPU hours that `qlora plan` forecasts, and when it says that it does not know."""
+"""The GPU hours that `qlora plan` forecasts, and its report if no forecast is possible."""
 
 import importlib.util
 import io
@@ -51,12 +51,12 @@ def test_a_number_of_steps_bounds_the_tokens_and_a_budget_is_compared(tmp_path: 
     assert "Above the budget: spec.budget.gpuHours is 0.001" in done.output
 
 
-def test_what_is_not_known_is_not_invented(tmp_path: Path) -> None:
+def test_unknown_figures_are_left_out(tmp_path: Path) -> None:
     assert "Forecast: unknown: give the tokens of an epoch" in planned(tmp_path, MINIMAL, FAST).output
     assert "Forecast" not in planned(tmp_path, MINIMAL, "--tokens=100").output
 
 
-def test_of_a_mixture_of_experts_not_every_weight_counts(tmp_path: Path) -> None:
+def test_only_active_weights_of_a_mixture_of_experts_count(tmp_path: Path) -> None:
     spec = QLoRAJobSpec.model_validate(MINIMAL["spec"])
     config, output = tmp_path / "config.json", io.StringIO()
     config.write_text(json.dumps(SMALL_LLAMA))

@@ -1,4 +1,4 @@
-"""Each command with the extras that its page names, and what it says without them: never a traceback."""
+"""Each command with the extras on its page, and its message without them."""
 
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def with_stores(folder: Path) -> Path:
         ("adapter job", NO_KUBECONFIG),
     ],
 )
-def test_the_documented_installation_has_each_command_or_says_what_to_install(
+def test_the_documented_installation_has_each_command_or_names_the_extra(
     documented: Path, arguments: str, said: str
 ) -> None:
     assert qlora(documented, *arguments.split()).stderr.startswith(said)
@@ -71,7 +71,7 @@ def test_the_documented_installation_has_each_command_or_says_what_to_install(
         ("run job.yaml --workspace work", "Error: the trainer is not installed: run `pip install"),
     ],
 )
-def test_an_installation_without_the_trainer_says_what_to_install(with_stores: Path, arguments: str, said: str) -> None:
+def test_an_installation_without_the_trainer_names_the_extra(with_stores: Path, arguments: str, said: str) -> None:
     assert qlora(with_stores, *arguments.split()).stderr.startswith(said)
 
 
@@ -80,7 +80,7 @@ def test_the_extra_stores_reads_adapters_from_hubs_buckets_and_registries(with_s
     assert said.returncode == 0, said.stderr
 
 
-def test_a_missing_library_is_never_taken_from_an_index_where_anybody_can_register_its_name(documented: Path) -> None:
+def test_the_advice_for_a_missing_library_uses_no_public_index(documented: Path) -> None:
     said = python(
         documented,
         "from qlora_client.kube.errors import ClusterError\n"

@@ -1,4 +1,4 @@
-"""A job without a file: the manifest that options make, and what is wrong in terms of the options."""
+"""A job without a file: the manifest of the options, and errors in terms of the options."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ def test_each_option_sets_its_field_of_the_schema() -> None:
         ({**SMALLEST, "epochs": 1, "max_steps": 4}, "spec.training: "),
     ],
 )
-def test_what_the_schema_rejects_is_told_of_the_option(values: dict[str, Any], words: str) -> None:
+def test_a_rejection_by_the_schema_names_the_option(values: dict[str, Any], words: str) -> None:
     with pytest.raises(OptionError) as rejected:
         job_of("job", values, "")
     assert str(rejected.value).startswith(words)

@@ -1,4 +1,4 @@
-"""What a wrong field of a manifest is answered with: the words of the manifest, and what to write instead."""
+"""The answer to a wrong field of a manifest: the words of the manifest, and a valid value."""
 
 import json
 from collections.abc import Iterator
@@ -130,7 +130,9 @@ def test_a_list_of_the_wrong_length_is_counted(
         ),
     ],
 )
-def test_a_value_of_the_wrong_type_or_size_is_told_what_to_be(tmp_path: Path, path: str, value: Any, line: str) -> None:
+def test_a_value_of_the_wrong_type_or_size_is_reported_with_the_allowed_ones(
+    tmp_path: Path, path: str, value: Any, line: str
+) -> None:
     assert problems(tmp_path, JOB, path, value) == [line]
 
 
@@ -143,7 +145,9 @@ def test_a_value_of_the_wrong_type_or_size_is_told_what_to_be(tmp_path: Path, pa
         ("spec.training.earlyStopping", 3, "minDelta, patience"),
     ],
 )
-def test_a_value_in_place_of_an_object_is_told_the_fields(tmp_path: Path, path: str, value: Any, fields: str) -> None:
+def test_a_value_in_place_of_an_object_is_reported_with_the_fields(
+    tmp_path: Path, path: str, value: Any, fields: str
+) -> None:
     line = f"{path}: found {json.dumps(value)}, must be an object with {fields}"
     assert problems(tmp_path, JOB, path, value) == [line]
 
@@ -163,7 +167,7 @@ def test_a_value_in_place_of_an_object_is_told_the_fields(tmp_path: Path, path: 
         ("spec.resources.memory", "24 G", "\"24 G\", must be a number above 0, as in '2', '500m' or '24Gi'"),
     ],
 )
-def test_a_pattern_is_put_into_words(tmp_path: Path, path: str, value: Any, words: str) -> None:
+def test_a_pattern_is_described_in_words(tmp_path: Path, path: str, value: Any, words: str) -> None:
     [line] = problems(tmp_path, JOB, path, value)
     assert f"found {words}" in line
     assert "[a-z" not in line
@@ -203,11 +207,11 @@ def test_each_pattern_of_the_schema_has_words(model: type[QLoRAJobDocument | QLo
         ("spec.dataset.prompt", "spec.dataset.columns.prompt or spec.dataset.mix.columns.prompt"),
     ],
 )
-def test_a_field_in_the_wrong_place_is_told_its_own(tmp_path: Path, found: str, place: str) -> None:
+def test_a_misplaced_field_is_reported_with_its_place(tmp_path: Path, found: str, place: str) -> None:
     assert f"{found}: unknown field; it is {place}" in problems(tmp_path, JOB, found, 1)
 
 
-def test_a_field_in_the_wrong_place_of_a_template_is_told_its_own(tmp_path: Path) -> None:
+def test_a_misplaced_field_of_a_template_is_reported_with_its_place(tmp_path: Path) -> None:
     [line] = problems(tmp_path, SWEEP, "spec.template.spec.training.rank", 8)
     assert line == "spec.template.spec.training.rank: unknown field; it is spec.template.spec.lora.rank"
 
@@ -217,7 +221,7 @@ def test_a_field_in_the_wrong_place_of_a_template_is_told_its_own(tmp_path: Path
     [(JOB, "spec.source"), (SWEEP, "spec.template.metadata"), (SWEEP, "spec.grid.beta")],
     ids=["in several places", "outside the spec", "not varied"],
 )
-def test_an_unknown_field_that_may_belong_anywhere_or_nowhere_is_told_what_is_allowed(
+def test_an_ambiguous_unknown_field_is_reported_with_the_allowed_ones(
     tmp_path: Path, document: dict[str, Any], path: str
 ) -> None:
     [line] = problems(tmp_path, document, path, {})

@@ -1,4 +1,4 @@
-"""What a terminal and a file show of a job at one moment."""
+"""View of a job in a terminal and in a file at one moment."""
 
 import io
 from datetime import UTC, datetime, timedelta
@@ -51,12 +51,12 @@ def shown(moment: Moment, width: int = 100) -> list[str]:
             job("Training", "trains", progress=PROGRESS),
             "Training: 42% 420/1000, loss 1.234, held-out 1.500, 12,346 tokens/s, 1h12m left",
         ),
-        # What stopped it is news, how far it came is not.
+        # The cause of its end is news, its progress is not.
         (job("Suspended", "a checkpoint is saved", progress=PROGRESS), "Suspended: a checkpoint is saved"),
         (job("Failed", "the loss is NaN", progress=PROGRESS), "Failed: the loss is NaN"),
     ],
 )
-def test_a_line_has_what_is_new(given: Job, line: str) -> None:
+def test_a_line_has_the_changes(given: Job, line: str) -> None:
     assert line_of(given) == line
 
 
@@ -97,7 +97,7 @@ def test_few_equal_and_extreme_losses_are_drawn_or_left_out(losses: dict[int, fl
     assert all(len(line) <= 80 for line in curve.splitlines())
 
 
-def test_the_end_says_where_the_adapter_is_or_what_to_do() -> None:
+def test_the_end_has_the_address_of_the_adapter_or_a_remedy() -> None:
     adapter = {"uri": "pvc://a/b", "sha256": "f" * 64}
     assert end_of(job("Succeeded", adapter=adapter)) == (
         f"bot has succeeded: pvc://a/b (SHA-256 {'f' * 64})\nDownload it: qlora adapter bot --namespace team"
@@ -120,7 +120,7 @@ def test_the_table_draws_progress_on_a_terminal_only() -> None:
         assert pending.split() == ["bot", "Pending", "-", "-", "-", "-", "-", "1d0h"]
 
 
-def test_the_wide_table_has_what_a_job_costs_will_cost_and_may_use() -> None:
+def test_the_wide_table_has_cost_forecast_and_budget() -> None:
     usage, forecast = {"gpuSeconds": 9000, "cost": "6.25 EUR"}, {"gpuHours": "12.50", "cost": "31.25 EUR"}
     limited = job("Training", usage=usage, forecast=forecast, resolved={"gpuHours": 10.0})
     own = Job({**job("Pending", forecast={"gpuHours": "3.00"}).body, "spec": {"budget": {"gpuHours": 24}}})
@@ -173,5 +173,5 @@ COMMON: dict[str, Any] = {"job_uid": "u", "pod_uid": "p", "step": "train", "time
         ('{"kind": "progress"}', '{"kind": "progress"}'),
     ],
 )
-def test_a_record_is_told_as_a_sentence_and_nothing_controls_the_terminal(line: str, told: str | None) -> None:
+def test_a_record_is_printed_as_a_sentence_without_control_characters(line: str, told: str | None) -> None:
     assert sentence(line, "u") == told

@@ -67,7 +67,7 @@ def rows(text: str) -> dict[str, str]:
 
 
 @pytest.mark.usefixtures("_no_trainer")
-def test_without_the_trainer_a_plan_counts_what_the_dry_run_counts(tmp_path: Path) -> None:
+def test_without_the_trainer_a_plan_matches_the_dry_run(tmp_path: Path) -> None:
     config = written(tmp_path, **SMALL_LLAMA)
     for lora in ({}, {"useDora": True}, {"modulesToSave": ["lm_head"]}, {"layersToTransform": [1]}):
         spec = SPEC.model_copy(update={"lora": LoraSpec.model_validate(lora)})
@@ -113,7 +113,7 @@ def test_a_plan_of_a_job_that_continues_a_run_advises_no_other_settings(tmp_path
 
 
 @pytest.mark.usefixtures("_no_trainer")
-def test_a_plan_says_what_one_row_a_sequence_costs(tmp_path: Path) -> None:
+def test_a_plan_reports_the_cost_of_one_row_a_sequence(tmp_path: Path) -> None:
     text = shown(SPEC, written(tmp_path, **BAMBA))
     assert "One row a sequence: packing is off, because models of type bamba cannot keep packed rows apart." in text
     assert "A step has 16 rows (training.gradientAccumulationSteps) and at most 8192 tokens" in text
@@ -121,7 +121,7 @@ def test_a_plan_says_what_one_row_a_sequence_costs(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_no_trainer")
-def test_a_plan_says_that_a_model_with_one_row_a_sequence_compares_no_answers(tmp_path: Path) -> None:
+def test_a_plan_reports_that_one_row_a_sequence_excludes_preferences(tmp_path: Path) -> None:
     spec = SPEC.model_copy(update={"training": SPEC.training.model_copy(update={"objective": "dpo"})})
     assert (
         "models of type bamba cannot keep the rows of a batch apart, and training.objective compares two answers in "
@@ -130,7 +130,7 @@ def test_a_plan_says_that_a_model_with_one_row_a_sequence_compares_no_answers(tm
 
 
 @pytest.mark.usefixtures("_no_trainer")
-def test_a_plan_says_which_micro_batch_a_model_with_one_row_a_sequence_takes(tmp_path: Path) -> None:
+def test_a_plan_names_the_micro_batch_of_a_model_with_one_row_a_sequence(tmp_path: Path) -> None:
     spec = SPEC.model_copy(update={"training": SPEC.training.model_copy(update={"micro_batch_size": 4})})
     assert (
         "models of type bamba cannot keep the rows of a batch apart: set training.microBatchSize to 1, and "

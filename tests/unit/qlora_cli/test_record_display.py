@@ -1,11 +1,11 @@
-"""A local run for programs: what it prints of a step that was killed, which leaves no record."""
+"""A local run for programs: its output for a killed step, which leaves no record."""
 
 import pytest
 
 from qlora_cli.local.display import RecordDisplay
 
 
-def test_a_step_without_a_result_is_told_by_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_step_without_a_result_is_described_by_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     RecordDisplay().end("train", None, 137)
     printed = capsys.readouterr()
     assert printed.out == ""

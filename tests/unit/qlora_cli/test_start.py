@@ -1,4 +1,4 @@
-"""What a command imports before it does anything: a person waits for it each time."""
+"""Imports of a command before it does anything: a person waits for them each time."""
 
 import subprocess
 import sys
@@ -37,22 +37,22 @@ def test_help_imports_no_command(arguments: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("arguments", [("list",), ("suspend", "job"), ("completion", "bash")])
-def test_what_asks_a_cluster_imports_no_model_of_the_resource(arguments: tuple[str, ...]) -> None:
+def test_commands_that_read_a_cluster_do_not_import_the_resource_models(arguments: tuple[str, ...]) -> None:
     assert not imported(*arguments) & {*HEAVY, "qlora_api.spec.job", "qlora_trainer", "ruamel.yaml"}
 
 
 @pytest.mark.parametrize("arguments", [("watch", "job"), ("logs", "job"), ("submit", "--help")])
-def test_what_follows_or_creates_a_job_imports_nothing_that_trains(arguments: tuple[str, ...]) -> None:
+def test_commands_that_follow_or_create_a_job_do_not_import_the_trainer(arguments: tuple[str, ...]) -> None:
     assert not imported(*arguments) & {*HEAVY, "qlora_trainer"}
 
 
-def test_what_runs_without_a_cluster_imports_none_of_its_client(tmp_path: Path) -> None:
+def test_commands_without_a_cluster_do_not_import_its_client(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text("kind: QLoRAJob")
     for command in ("plan", "data"):
         assert not imported(command, str(tmp_path / "job.yaml")) & {*HEAVY, *ASKS}
 
 
-def test_the_table_of_commands_says_what_each_command_says_of_itself() -> None:
+def test_the_table_of_commands_has_each_commands_help() -> None:
     import click
 
     context = click.Context(main)

@@ -1,4 +1,4 @@
-"""Which of several statements is believed; signatures and servers are in tests/trainer/publishing/test_lineage.py."""
+"""The choice among several statements; see also test_lineage.py for signatures."""
 
 from hashlib import sha256
 from pathlib import Path
@@ -61,9 +61,7 @@ def attach(monkeypatch: pytest.MonkeyPatch, *bundles: bytes, looked_at: int | No
     monkeypatch.setattr(verify_module, "_downloaded", downloaded)
 
 
-def test_what_the_same_key_has_signed_about_another_artifact_hides_no_statement(
-    monkeypatch: pytest.MonkeyPatch, key: Path
-) -> None:
+def test_statements_of_the_same_key_about_other_artifacts_hide_none(monkeypatch: pytest.MonkeyPatch, key: Path) -> None:
     attach(monkeypatch, bundle(OTHER, b"others"), bundle(OWN))
     found = verify(ADDRESS, key)
     assert (found.lineage.job.name, found.by_key) == ("of-a", True)

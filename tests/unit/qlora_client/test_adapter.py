@@ -1,4 +1,4 @@
-"""An adapter appears complete and as the status says, or not at all."""
+"""An adapter appears complete and as in the status, or not at all."""
 
 import hashlib
 import json
@@ -77,7 +77,7 @@ def test_the_folder_has_every_file_of_the_manifest(tmp_path: Path) -> None:
         ({MANIFEST: b'{"files": {"a": {"sha256": "00", "size": 1}}}'}, "found the SHA-256 '00'"),
     ],
 )
-def test_anything_else_than_what_was_published_is_rejected_and_leaves_nothing(
+def test_files_unlike_the_published_ones_are_rejected_and_leave_nothing(
     tmp_path: Path, change: dict[str, bytes | None], message: str
 ) -> None:
     stored = Stored()
@@ -96,7 +96,7 @@ def test_an_interruption_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_without_room_is_noticed_before_anything_is_fetched(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_before_any_download(tmp_path: Path) -> None:
     stored = Stored(interrupt=True)
     files = json.loads(stored.contents[MANIFEST])
     files["files"]["README.md"]["size"] = 2**60
@@ -121,7 +121,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     return Cluster.__new__(Cluster)
 
 
-def test_what_is_there_already_is_verified_and_not_fetched_again(cluster: Cluster, tmp_path: Path) -> None:
+def test_existing_files_are_verified_and_not_fetched_again(cluster: Cluster, tmp_path: Path) -> None:
     target = tmp_path / "adapter"
     copy(Stored(), target)
     assert download_adapter(cluster, PUBLISHED, target) is False
@@ -137,7 +137,7 @@ def test_a_folder_with_other_files_is_not_touched(cluster: Cluster, tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_job_without_an_adapter_says_why(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_job_without_an_adapter_names_the_reason(cluster: Cluster, tmp_path: Path) -> None:
     conditions = [{"type": "Failed", "status": "True", "message": "the held-out loss is 2.1, must be 2.0 or less"}]
     with pytest.raises(ClusterError, match=r"demo is Failed and has published no adapter: the held-out loss is 2.1"):
         download_adapter(cluster, job(phase="Failed", conditions=conditions), tmp_path / "adapter")

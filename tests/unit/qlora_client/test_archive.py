@@ -1,4 +1,4 @@
-"""Files come out of an archive only if they were asked for and are plain: the pod that sends it may be anybody's."""
+"""Files come out of an archive only if they are requested and plain."""
 
 import hashlib
 import io
@@ -64,7 +64,7 @@ def test_files_arrive_with_their_sums_however_the_stream_is_cut(tmp_path: Path, 
     ],
     ids=["up", "absolute", "dot", "unknown", "symlink", "hard link", "device", "pipe", "folder", "too large"],
 )
-def test_anything_else_ends_it_and_is_not_written(
+def test_unrequested_files_end_it_and_are_not_written(
     tmp_path: Path, evil: tuple[tarfile.TarInfo, bytes], message: str
 ) -> None:
     folder = tmp_path / "folder"
@@ -80,7 +80,7 @@ def test_a_second_file_of_a_name_does_not_replace_the_first(tmp_path: Path) -> N
     assert (tmp_path / "README.md").read_bytes() == b"1"
 
 
-def test_a_link_that_is_there_already_is_not_followed(tmp_path: Path) -> None:
+def test_an_existing_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "outside").write_bytes(b"kept")
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -90,7 +90,7 @@ def test_a_link_that_is_there_already_is_not_followed(tmp_path: Path) -> None:
     assert (tmp_path / "outside").read_bytes() == b"kept"
 
 
-def test_a_sparse_file_that_would_be_larger_than_it_says_ends_it(tmp_path: Path) -> None:
+def test_a_sparse_file_larger_than_its_header_ends_it(tmp_path: Path) -> None:
     info, content = member("README.md", b"x")
     # As GNU tar writes a file of eight GiB that is one hole.
     sizes = {"major": "0", "minor": "1", "map": "0,1", "size": str(2**33)}
@@ -101,7 +101,7 @@ def test_a_sparse_file_that_would_be_larger_than_it_says_ends_it(tmp_path: Path)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 300, 600, 1030])
-def test_a_stream_that_is_cut_off_or_none_is_an_error(tmp_path: Path, kept: int) -> None:
+def test_a_cut_or_invalid_stream_is_an_error(tmp_path: Path, kept: int) -> None:
     stream = archive(member("adapter_model.safetensors", b"w" * 100), member("README.md", b"# card"))
     with pytest.raises(UnsafeArchiveError, match="no complete tar archive"):
         extract(blocks(stream[:kept] or b"tar: not found"), WANTED, tmp_path)
@@ -116,7 +116,7 @@ def test_an_error_of_the_stream_after_the_archive_is_not_lost(tmp_path: Path) ->
         extract(failing(), {"README.md": 10}, tmp_path)
 
 
-def test_a_stream_that_goes_on_after_the_archive_is_given_up(tmp_path: Path) -> None:
+def test_a_stream_that_continues_after_the_archive_is_closed(tmp_path: Path) -> None:
     def endless() -> Iterator[bytes]:
         yield archive(member("README.md", b"# card"))
         while True:

@@ -1,4 +1,4 @@
-"""What a command in a pod prints, and how its failure is told from a connection that has ended."""
+"""Output of a command in a pod, and the difference between its failure and a closed connection."""
 
 import json
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ class Played:
         raise NotImplementedError
 
 
-def test_the_output_comes_as_it_is_and_without_that_of_other_channels() -> None:
+def test_the_output_is_unchanged_and_without_other_channels() -> None:
     content = bytes(range(256))
     socket = Played(
         (BINARY, b"\x01"),
@@ -51,7 +51,7 @@ def test_the_output_comes_as_it_is_and_without_that_of_other_channels() -> None:
     assert list(standard_output(socket)) == [content, b"more"]
 
 
-def test_a_command_that_fails_is_an_error_with_what_it_has_said() -> None:
+def test_a_failed_command_is_an_error_with_its_output() -> None:
     socket = Played((BINARY, b"\x01part"), (BINARY, b"\x02tar: x: No such file\n"), (BINARY, FAILURE), (CLOSE, b""))
     output = standard_output(socket)
     assert next(output) == b"part"
@@ -59,7 +59,7 @@ def test_a_command_that_fails_is_an_error_with_what_it_has_said() -> None:
         next(output)
 
 
-def test_a_command_that_says_nothing_fails_with_the_message_of_the_api_server() -> None:
+def test_a_silent_command_fails_with_the_message_of_the_api_server() -> None:
     with pytest.raises(CommandError, match="non-zero exit code"):
         list(standard_output(Played((BINARY, FAILURE), (CLOSE, b""))))
 

@@ -65,7 +65,7 @@ def test_the_pod_is_as_restricted_as_those_of_the_job_and_cannot_write_to_the_cl
     assert "controller" not in pod["metadata"]["ownerReferences"][0]
 
 
-def test_it_goes_where_the_jobs_own_pods_ran_unless_the_volume_can_be_mounted_anywhere() -> None:
+def test_it_runs_on_the_node_of_the_jobs_pods_unless_the_volume_is_shared() -> None:
     spec = reader_pod(job(), "data", 60)["spec"]
     assert spec["nodeSelector"] == {"disk": "fast", "nvidia.com/gpu.present": "true"}
     assert [toleration["key"] for toleration in spec["tolerations"]] == ["team", "own", "nvidia.com/gpu"]
@@ -86,7 +86,7 @@ def waiting(pod: Object, reason: str, message: str = "") -> Object:
 
 @dataclass
 class Played:
-    """A cluster in which a pod goes through these states."""
+    """A cluster with a pod that goes through these states."""
 
     states: list[Any] = field(default_factory=lambda: [running])
     denied: Sequence[tuple[str, Resource]] = ()
@@ -143,7 +143,7 @@ def opened(cluster: Any, said: list[str] | None = None, of: Job | None = None) -
     return reading(cluster, of or job(), "data", say=say, sleep=cluster.sleep, clock=cluster.clock)
 
 
-def test_the_pod_is_there_while_the_body_runs() -> None:
+def test_the_pod_exists_while_the_body_runs() -> None:
     cluster, said = Played([lambda pod: waiting(pod, "ContainerCreating"), running]), list[str]()
     with opened(cluster, said) as reader:
         assert (reader.pod, cluster.pods) == ("demo-reader-x", ["demo-reader-x"])
@@ -173,7 +173,7 @@ def test_it_is_deleted_if_it_is_interrupted_before_it_has_started() -> None:
 
 
 @pytest.mark.parametrize("reason", ["ImagePullBackOff", "CreateContainerConfigError"])
-def test_a_pod_that_cannot_start_is_given_up_at_once(reason: str) -> None:
+def test_a_pod_that_cannot_start_is_not_waited_for(reason: str) -> None:
     cluster = Played([lambda pod: waiting(pod, reason, "what the kubelet says")])
     with (
         pytest.raises(ClusterError, match=f"did not start within 0 s: {reason}: what the kubelet says"),
@@ -197,12 +197,12 @@ def test_a_pod_that_does_not_start_in_time_is_explained_by_its_events() -> None:
     assert cluster.pods == []
 
 
-def test_a_pod_that_is_not_scheduled_says_what_the_scheduler_says() -> None:
+def test_an_unscheduled_pod_is_reported_with_the_schedulers_message() -> None:
     condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes"}
     assert "Unschedulable: 0/3 nodes" in why_not_started({"status": {"conditions": [condition]}}, [], 300)
 
 
-def test_missing_rights_are_named_as_the_rules_to_ask_for_and_no_pod_is_made() -> None:
+def test_missing_rights_are_named_as_rules_and_no_pod_is_created() -> None:
     denied = [("create", kind) for kind in NEEDED]
     with pytest.raises(ForbiddenError) as error, opened(Played(denied=[*denied, ("delete", PODS)])):
         pass
@@ -211,7 +211,7 @@ def test_missing_rights_are_named_as_the_rules_to_ask_for_and_no_pod_is_made() -
     assert 'resources: ["pods/exec"], verbs: ["create"]' in str(error.value)
 
 
-def test_a_namespace_that_does_not_admit_it_says_why() -> None:
+def test_a_rejection_by_the_namespace_is_reported_with_the_reason() -> None:
     cluster = Played(rejects='pods "demo-reader-x" is forbidden: exceeded quota: small')
     with pytest.raises(RejectedError, match=r"team does not admit the pod .*: exceeded quota: small"), opened(cluster):
         pass
@@ -223,7 +223,7 @@ def test_a_job_that_has_not_started_has_no_workspace() -> None:
         pass
 
 
-def test_a_pod_that_cannot_be_deleted_is_said_and_does_not_hide_what_has_happened() -> None:
+def test_a_pod_that_cannot_be_deleted_is_reported_and_hides_no_error() -> None:
     said: list[str] = []
     with pytest.raises(KeyError), opened(Played(undeletable=True), said):
         raise KeyError
@@ -236,7 +236,7 @@ def fetched(output: Sequence[bytes | Exception], wanted: Mapping[str, int], into
     return cluster
 
 
-def test_a_file_that_is_not_there_is_told_from_a_command_that_fails(tmp_path: Path) -> None:
+def test_a_missing_file_is_distinguished_from_a_failed_command(tmp_path: Path) -> None:
     missing = CommandError("the command in the pod failed: tar: report.html: Cannot stat: No such file or directory")
     with pytest.raises(MissingError, match=r"report.html of pvc://data/demo-u1/adapter cannot be found"):
         fetched([missing], {"report.html": 10}, tmp_path)
@@ -244,7 +244,7 @@ def test_a_file_that_is_not_there_is_told_from_a_command_that_fails(tmp_path: Pa
         fetched([CommandError("tar: report.html: Read error: Input/output error")], {"report.html": 10}, tmp_path)
 
 
-def test_what_is_no_archive_of_the_wanted_files_is_damaged(tmp_path: Path) -> None:
+def test_an_archive_without_the_wanted_files_is_damaged(tmp_path: Path) -> None:
     with pytest.raises(DamagedError, match="not what was asked for"):
         fetched([b"x" * 2048], {"report.html": 10}, tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""What a program sees of its jobs through QLoRAClient: values, waiting, plans, and errors of three kinds."""
+"""A program's view of its jobs through QLoRAClient: values, waits, plans, and errors."""
 
 import importlib.util
 import json
@@ -99,7 +99,7 @@ def scripted(cluster: ClusterBackendConfig, clock: Clock, monkeypatch: pytest.Mo
     return of
 
 
-def test_waiting_ends_with_the_phase_and_tells_of_each_look(scripted: Script, clock: Clock) -> None:
+def test_waiting_ends_with_the_phase_and_reports_each_poll(scripted: Script, clock: Clock) -> None:
     away = UnreachableError("the cluster cannot be reached")
     client = scripted(job("Queued"), away, job("Training"), job("Succeeded"))
     seen: list[str] = []
@@ -109,7 +109,7 @@ def test_waiting_ends_with_the_phase_and_tells_of_each_look(scripted: Script, cl
     assert clock.now == 15
 
 
-def test_waiting_for_what_cannot_come_any_more_is_an_error(scripted: Script) -> None:
+def test_waiting_for_an_unreachable_phase_is_an_error(scripted: Script) -> None:
     client = scripted(job("Failed", "DoesNotFit: a larger GPU"), job("Failed"), job("Succeeded"))
     with pytest.raises(RuntimeError, match="demo has ended as Failed: DoesNotFit: a larger GPU"):
         client.wait_for_job_status("demo")
@@ -118,7 +118,7 @@ def test_waiting_for_what_cannot_come_any_more_is_an_error(scripted: Script) -> 
         client.wait_for_job_status("demo", status={"Training"})
 
 
-def test_waiting_ends_in_time_and_says_how_far_the_job_came(scripted: Script, clock: Clock) -> None:
+def test_waiting_ends_at_its_timeout_and_reports_the_jobs_phase(scripted: Script, clock: Clock) -> None:
     client = scripted(*[job("Queued")] * 99)
     with pytest.raises(TimeoutError, match="demo has come to Queued in 60 s, and not to Succeeded"):
         client.wait_for_job_status("demo", timeout=60, polling_interval=7)
@@ -128,7 +128,7 @@ def test_waiting_ends_in_time_and_says_how_far_the_job_came(scripted: Script, cl
         client.wait_for_job_status("demo", timeout=10)
 
 
-def test_waiting_does_not_go_over_to_a_new_job_of_the_same_name(scripted: Script) -> None:
+def test_waiting_does_not_follow_a_new_job_of_the_same_name(scripted: Script) -> None:
     client = scripted(job("Training"), job("Succeeded", uid="2"))
     with pytest.raises(RuntimeError, match="demo has been deleted, and another job has its name now"):
         client.wait_for_job_status("demo")
@@ -160,7 +160,7 @@ def test_waiting_rejects_arguments_that_make_no_sense(
         scripted().wait_for_job_status("demo", **arguments)
 
 
-def test_fields_of_a_newer_version_are_ignored_and_values_of_it_are_said() -> None:
+def test_fields_of_a_newer_version_are_ignored_and_values_of_it_are_reported() -> None:
     newer = QLoRAJob.of(job("Succeeded", lora={"rank": 8, "fromTheFuture": 1}))
     assert newer.spec.lora.rank == 8
     assert newer.ended
@@ -170,7 +170,7 @@ def test_fields_of_a_newer_version_are_ignored_and_values_of_it_are_said() -> No
         QLoRAJob.of(job("Archived"))
 
 
-def test_a_profile_of_a_newer_operator_keeps_no_job_from_being_read() -> None:
+def test_a_job_with_a_profile_of_a_newer_operator_is_read() -> None:
     profile = {"image": f"registry/trainer@sha256:{'a' * 64}", "fromTheFuture": 1}
     resolved = {"contractVersion": 1, "claimName": "c", "claimCreated": True, "workspacePath": "w", "profile": profile}
     body = dict(job("Training").body)
@@ -198,7 +198,7 @@ def test_wrong_arguments_are_value_errors(scripted: Script) -> None:
         client.compare()
 
 
-def test_a_cluster_that_cannot_be_asked_is_a_runtime_error(cluster: ClusterBackendConfig, tmp_path: Path) -> None:
+def test_an_unreachable_cluster_is_a_runtime_error(cluster: ClusterBackendConfig, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="the context away cannot be reached"):
         QLoRAClient(cluster).get_job("demo")
     with pytest.raises(RuntimeError, match="kubeconfig"):
@@ -216,7 +216,7 @@ def config(tmp_path: Path) -> Path:
     return file
 
 
-def test_a_plan_judges_the_gpu_and_forecasts_its_hours(
+def test_a_plan_checks_the_gpu_and_forecasts_its_hours(
     scripted: Script, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in(monkeypatch)
@@ -237,7 +237,7 @@ def test_a_plan_judges_the_gpu_and_forecasts_its_hours(
     assert "a GPU of 8 GiB" in objection
 
 
-def test_without_the_trainer_a_plan_has_a_forecast_and_says_why_the_memory_is_unknown(
+def test_without_the_trainer_a_plan_has_a_forecast_and_no_memory(
     scripted: Script, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
@@ -248,7 +248,9 @@ def test_without_the_trainer_a_plan_has_a_forecast_and_says_why_the_memory_is_un
     assert plan.forecast is not None
 
 
-def test_a_plan_says_what_a_forecast_lacks(scripted: Script, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_names_the_missing_inputs_of_a_forecast(
+    scripted: Script, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stand_in(monkeypatch)
     client = scripted()
     assert client.plan(SPEC, config=config).remark == "no forecast: give the GPU's speed with gpu_tflops"
@@ -284,7 +286,7 @@ def test_a_plan_needs_a_config_that_can_be_read(
         client.plan(changed(lora=LoraSpec(target_modules=("nothing",))), config=config)
 
 
-def test_a_comparison_is_a_table_that_obeys_nothing() -> None:
+def test_a_comparison_is_a_table_without_control_characters() -> None:
     comparison = Comparison(("a", "b"), (Row("lora.rank", ("<b>8", "16")),), (Row("Phase", ("Failed", "–")),), {})
     assert str(comparison).splitlines() == ["           a       b", "lora.rank  <b>8    16", "Phase      Failed  –"]
     assert "<td>&lt;b&gt;8</td>" in comparison._repr_html_()

@@ -1,4 +1,4 @@
-"""What a comparison shows: the settings that differ, and what came of each job."""
+"""A comparison: the settings that differ, and the result of each job."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -24,7 +24,7 @@ def changed(**parts: dict[str, Any]) -> dict[str, Any]:
     return SPEC | {name: SPEC.get(name, {}) | part for name, part in parts.items()}
 
 
-def test_only_what_differs_is_shown_by_its_path() -> None:
+def test_only_differences_are_shown_by_their_path() -> None:
     other = changed(
         lora={"rank": 64, "targetModules": ["all-linear"]},
         dataset={"mix": [{"source": "hf://org/a", "weight": 2}, {"source": "hf://org/b", "weight": 1}]},
@@ -42,7 +42,7 @@ def test_only_what_differs_is_shown_by_its_path() -> None:
     }
 
 
-def test_what_was_fixed_at_the_start_is_compared_too_and_how_a_job_is_run_is_not() -> None:
+def test_fixed_inputs_are_compared_and_runtime_settings_are_not() -> None:
     first = job("a", SPEC | {"suspend": True}, resolved={"modelRevision": "c1", "profile": {"image": "t:1"}})
     second = job("b", resolved={"modelRevision": "c2", "profile": {"image": "t:1"}})
     assert {row.label: row.values for row in differing_settings([first, second])} == {

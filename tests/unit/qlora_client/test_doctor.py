@@ -1,4 +1,4 @@
-"""What `doctor` says of a cluster, and what to do about it."""
+"""Findings of `doctor` about a cluster, and their fixes."""
 
 import copy
 from collections.abc import Callable
@@ -24,7 +24,7 @@ DENIED = Unknown("you may not list nodes: a ClusterRole with the rule {nodes} he
 
 
 def schemas(change: Callable[[dict[str, Any]], object] = lambda _: None) -> dict[str, Any]:
-    """What the API server publishes for our definitions, after a change of a QLoRAJob's properties."""
+    """The published schema of our definitions, after a change of a QLoRAJob's properties."""
     found = {}
     for kind, definition in definitions().items():
         schema = copy.deepcopy(definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"])
@@ -127,7 +127,7 @@ def test_the_version_of_the_api_server(version: str, verdict: str) -> None:
     assert check("Kubernetes", server_version=version).verdict == verdict
 
 
-def test_definitions_of_another_release_name_the_fields_and_which_side_to_upgrade() -> None:
+def test_definitions_of_another_release_name_the_fields_and_the_side_to_upgrade() -> None:
     older = check("Definitions", schemas=schemas(lambda fields: fields["spec"]["properties"].pop("lora")))
     assert (older.verdict, "lack spec.lora" in older.message) == ("problem", True)
     newer = check(
@@ -185,7 +185,7 @@ def test_an_operator_that_serves_other_namespaces_only() -> None:
     assert "serves a, b and not team" in found.message
 
 
-def test_jobs_that_nobody_has_looked_at_show_a_dead_operator_to_anybody() -> None:
+def test_unreconciled_jobs_reveal_a_dead_operator_to_every_user() -> None:
     def job(minutes: int, **status: Any) -> dict[str, Any]:
         created = (NOW - timedelta(minutes=minutes)).isoformat()
         return {"metadata": {"name": f"j{minutes}", "creationTimestamp": created}, "spec": {}, "status": status}
@@ -280,7 +280,7 @@ def test_a_runtime_class_that_does_not_exist() -> None:
     assert (found.verdict, "there is no RuntimeClass nvidia" in found.message) == ("problem", True)
 
 
-def test_without_a_look_at_the_operator_profiles_are_those_of_the_jobs() -> None:
+def test_without_access_to_the_operator_profiles_are_those_of_the_jobs() -> None:
     job = {
         "metadata": {"name": "a", "creationTimestamp": NOW.isoformat()},
         "spec": {"scheduling": {"profile": "a100"}},
@@ -298,7 +298,7 @@ def test_without_a_look_at_the_operator_profiles_are_those_of_the_jobs() -> None
         ([replace(operator(), settings=Unknown("no annotation"))], "does not show them (no annotation)"),
     ],
 )
-def test_profiles_that_nobody_can_see(operators: Any, why: str) -> None:
+def test_profiles_that_cannot_be_read(operators: Any, why: str) -> None:
     found = check("Profiles", operators=operators)
     assert found.verdict == "unknown"
     assert why in found.message
@@ -348,7 +348,7 @@ def test_a_limit_range_that_excludes_a_job() -> None:
     assert "a Container may have 8Gi of memory, and a job of the profile default takes 24Gi" in found.message
 
 
-def test_what_the_api_server_says_to_a_pod_like_that_of_train() -> None:
+def test_the_api_servers_answer_to_a_pod_like_that_of_train() -> None:
     refused = check("Admission, profile default", trials={"default": 'violates PodSecurity "restricted:latest"'})
     assert (refused.verdict, "violates PodSecurity" in refused.message) == ("problem", True)
     assert check("Admission, profile default", trials={"default": DENIED}).verdict == "unknown"
@@ -386,12 +386,12 @@ def test_network_policies(policies: list[Any], verdict: str, message: str) -> No
     assert (found.verdict, message in found.message) == (verdict, True)
 
 
-def test_rights_that_are_missing_are_named_by_what_they_are_for() -> None:
+def test_missing_rights_are_named_by_their_purpose() -> None:
     found = check("Your rights: logs", denied={"logs": ["{resources: [pods/log]}"]})
     assert found.message == "ask for a Role with the rules {resources: [pods/log]}"
 
 
-def test_what_may_not_be_asked_is_unknown_and_no_problem() -> None:
+def test_a_forbidden_check_is_unknown_and_no_problem() -> None:
     hidden: dict[str, Any] = dict.fromkeys(
         [
             "operators",

@@ -1,4 +1,4 @@
-"""What a user is told when a request gets no answer: the words at the bottom of what the HTTP library raises."""
+"""Errors of unanswered requests: the words at the bottom of the HTTP library's exception."""
 
 import socket
 import ssl
@@ -52,7 +52,7 @@ def untrusted() -> Exception:
         (ProtocolError("Response ended prematurely"), "Response ended prematurely"),
     ],
 )
-def test_the_cause_is_told_in_a_few_words(error: Exception, words: str) -> None:
+def test_the_cause_is_reported_in_a_few_words(error: Exception, words: str) -> None:
     told = str(unreachable("the context work", "https://api.example:6443", error))
     assert told.startswith(f"the context work cannot be reached at https://api.example:6443: {words}")
     assert "object at 0x" not in told
@@ -90,7 +90,7 @@ def test_the_cause_is_told_in_a_few_words(error: Exception, words: str) -> None:
         ),
     ],
 )
-def test_an_answer_becomes_the_error_that_says_what_to_do(
+def test_an_answer_becomes_an_error_with_a_remedy(
     request_: Request, code: int, body: str | bytes, kind: type[ClusterError], told: str
 ) -> None:
     error = answered("work", request_, code, "Gone fishing", body)

@@ -20,7 +20,7 @@ def test_a_line_that_is_no_metric_is_named(line: bytes) -> None:
         of_metrics(b'{"step": 1, "loss": 2.0}\n' + line)
 
 
-def test_a_number_that_is_none_is_left_out() -> None:
+def test_a_number_that_is_not_finite_is_left_out() -> None:
     assert of_metrics(b'{"step": 1, "loss": NaN}\n{"step": 2, "loss": 1.0}').training == {2: 1.0}
 
 

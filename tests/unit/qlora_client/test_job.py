@@ -1,4 +1,4 @@
-"""What a job's JSON says, read by name."""
+"""A job's JSON, read by name."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def test_the_exit_code_is_that_of_the_step_that_failed(status: dict[str, Any], c
     assert job(**status).exit_code == code
 
 
-def test_gpu_hours_are_known_once_the_operator_reports_them() -> None:
+def test_gpu_hours_appear_once_the_operator_reports_them() -> None:
     assert job().gpu_hours is None
     assert job(usage={"gpuSeconds": 5400}).gpu_hours == 1.5
     assert job(usage={"gpuSeconds": 0}).gpu_hours == 0
@@ -71,7 +71,7 @@ def test_a_cell_is_trained_by_its_sweep_with_others_if_that_says_so() -> None:
         ({"containerStatuses": [{"name": "trainer", "state": {"terminated": {"exitCode": 1}}}]}, "", True, True),
     ],
 )
-def test_a_pod_says_what_it_waits_for_and_whether_it_has_a_log(
+def test_a_pod_has_its_waiting_reason_and_whether_it_has_a_log(
     status: dict[str, Any], waits_for: str, has_log: bool, ended: bool
 ) -> None:
     pod = Pod({"metadata": {"name": "a"}, "status": status})

@@ -19,7 +19,7 @@ BEGIN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
     ends=st.lists(st.integers(0, 30), max_size=4),
 )
 def test_each_line_comes_once_wherever_the_connection_ends(steps: list[int], ends: list[int]) -> None:
-    """`steps`: microseconds between lines. `ends`: lines after which it does; the server begins at a whole second."""
+    """`steps`: microseconds between lines. `ends`: lines before each end."""
     time, entries = BEGIN, []
     for number, step in enumerate(steps):
         time += timedelta(microseconds=step)
@@ -31,7 +31,7 @@ def test_each_line_comes_once_wherever_the_connection_ends(steps: list[int], end
     assert read == [str(number) for number in range(len(entries))]
 
 
-def test_a_run_that_goes_back_to_a_checkpoint_forgets_the_losses_after_it() -> None:
+def test_a_run_that_resumes_drops_the_losses_after_its_checkpoint() -> None:
     losses: dict[int, float] = {}
     for step, loss in [(0, 9.0), (10, 3.0), (20, 2.0), (30, 1.9), (15, 2.5), (20, None), (25, 2.2)]:
         add_loss(losses, step, loss)

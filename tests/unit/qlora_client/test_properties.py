@@ -1,4 +1,4 @@
-"""Parsers of what a pod or a store sends: each takes any input, or rejects it as documented."""
+"""Parsers of data from a pod or a store: each reads any input, or rejects it as documented."""
 
 import tempfile
 from pathlib import Path
@@ -14,6 +14,6 @@ from tests.fuzz.inputs import BOUNDED, inputs
 @pytest.mark.parametrize("name", DOWNLOADS)
 @BOUNDED
 @given(data=st.data())
-def test_what_is_sent_is_read_or_rejected_as_documented(name: str, data: st.DataObject) -> None:
+def test_input_is_read_or_rejected_as_documented(name: str, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         DOWNLOADS[name].check(data.draw(inputs(DOWNLOADS[name].seeds)), Path(folder))

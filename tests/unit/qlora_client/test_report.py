@@ -1,4 +1,4 @@
-"""Where a report is looked for, and that a published one is the one that the status names."""
+"""The places of a report; a published one is the one that the status names."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +33,7 @@ class Found:
 
 @pytest.fixture
 def places(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes | Exception]:
-    """What is published, and what is in the workspace."""
+    """The published report, and the one in the workspace."""
     found: dict[str, bytes | Exception] = {"published": PAGE, "workspace": b"<h1>workspace</h1>"}
 
     @contextmanager
@@ -56,12 +56,12 @@ def job(**status: Any) -> Job:
 
 
 @pytest.mark.usefixtures("places")
-def test_the_published_report_comes_first_and_the_workspace_where_none_is_published() -> None:
+def test_the_published_report_is_preferred_over_the_workspaces() -> None:
     assert fetch_report(CLUSTER, job()) == PAGE
     assert fetch_report(CLUSTER, job(report=None)) == b"<h1>workspace</h1>"
 
 
-def test_a_published_report_that_cannot_be_read_is_that_of_the_workspace(places: dict[str, bytes | Exception]) -> None:
+def test_the_workspaces_report_replaces_an_unreadable_published_one(places: dict[str, bytes | Exception]) -> None:
     places["published"], said = ClusterError("set AWS_ACCESS_KEY_ID"), list[str]()
     assert fetch_report(CLUSTER, job(), said.append) == b"<h1>workspace</h1>"
     assert said == ["the published report cannot be read, so that of the workspace is: set AWS_ACCESS_KEY_ID"]
@@ -73,13 +73,13 @@ def test_a_published_report_that_was_changed_is_not_shown(places: dict[str, byte
         fetch_report(CLUSTER, job())
 
 
-def test_a_job_without_a_report_says_when_there_will_be_one(places: dict[str, bytes | Exception]) -> None:
+def test_a_job_without_a_report_names_the_time_it_is_written(places: dict[str, bytes | Exception]) -> None:
     places["workspace"] = MissingError("no file")
     with pytest.raises(MissingError, match="demo is Training and has no report: it is written when"):
         fetch_report(CLUSTER, job(report=None, phase="Training"))
 
 
-def test_a_file_is_replaced_whole_and_a_folder_that_is_none_is_a_sentence(tmp_path: Path) -> None:
+def test_a_file_is_replaced_whole_and_an_invalid_folder_is_rejected(tmp_path: Path) -> None:
     target = tmp_path / "report.html"
     save(b"first", target)
     save(PAGE, target)

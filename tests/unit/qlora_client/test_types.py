@@ -1,4 +1,4 @@
-"""What a user's type checker sees, which has no plugin of pydantic: types at all, and what may be left out."""
+"""A user's type checker, which has no plugin of pydantic: it sees types, and optional arguments."""
 
 import ast
 import inspect
@@ -30,7 +30,7 @@ def test_installed_packages_have_types(package: Any) -> None:
     assert Path(package.__file__).with_name("py.typed").is_file()
 
 
-def test_a_checker_knows_every_field_of_a_spec_that_may_be_left_out() -> None:
+def test_a_type_checker_accepts_a_spec_without_its_optional_fields() -> None:
     # By PEP 681 it takes a field for required unless its default is named.
     unnamed = [
         f"{model.__name__}.{ast.unparse(field.target)}"

@@ -1,4 +1,4 @@
-"""What a profile says about a company's network and cloud, and which pods get it: prepare and publish, and no other."""
+"""A profile's network and cloud settings reach the pods of prepare and publish only."""
 
 from typing import Any
 
@@ -46,7 +46,7 @@ def test_a_step_with_a_network_gets_the_authority_and_the_proxy(step: StepName) 
         }.items()
     )
     volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
-    # Not optional: the pod waits for them, and its status names what is missing.
+    # Not optional: the pod waits for them, and its status names the missing ones.
     items = [{"key": "bundle.pem", "path": "bundle.pem"}]
     assert volumes["ca"]["configMap"] == {"name": "company-ca", "items": items}
     assert volumes["proxy"]["secret"] == {
@@ -60,7 +60,7 @@ def test_a_step_with_a_network_gets_the_authority_and_the_proxy(step: StepName) 
 
 
 @pytest.mark.parametrize("step", OFFLINE)
-def test_a_step_without_a_network_gets_nothing_of_it(step: StepName) -> None:
+def test_a_step_without_a_network_gets_neither_authority_nor_proxy(step: StepName) -> None:
     template = to_json(build(step, {**NETWORK, **STORES}))
     for word in ("company-ca", "proxy", "PROXY", "teamdata", "gcs.example.org", "blob.example.org"):
         assert word not in template
@@ -84,7 +84,7 @@ def test_prepare_and_publish_alone_have_the_identity_that_the_profile_names(prov
     for step in (*ONLINE, *OFFLINE):
         template, online = build(step, identity), step in ONLINE
         assert template["spec"]["serviceAccountName"] == ("data" if online else "plain")
-        # The cloud's webhook adds a token of its own.
+        # The cloud's webhook adds a separate token.
         assert template["spec"]["automountServiceAccountToken"] is False
         assert environment_of(template).get("QLORA_CLOUD_IDENTITY") == (provider if online else None)
         labels = template["metadata"]["labels"]
@@ -93,7 +93,7 @@ def test_prepare_and_publish_alone_have_the_identity_that_the_profile_names(prov
 
 
 @pytest.mark.parametrize("step", [*ONLINE, *OFFLINE])
-def test_without_an_identity_of_the_profile_there_is_none(step: StepName) -> None:
+def test_without_an_identity_in_the_profile_pods_have_none(step: StepName) -> None:
     template = build(step, {})
     assert "serviceAccountName" not in template["spec"]
     assert "QLORA_CLOUD_IDENTITY" not in environment_of(template)

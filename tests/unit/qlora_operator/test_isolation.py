@@ -1,4 +1,4 @@
-"""What a tenant writes into a job leads the operator nowhere: no file, no host, no program, no other namespace."""
+"""A tenant's text in a job leads the operator to no file, host, program or namespace."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ _recorded: list[tuple[str, tuple[Any, ...]]] | None = None
 
 
 def _record(event: str, arguments: tuple[Any, ...]) -> None:
-    """Note what the interpreter opens, asks and starts, while a test wants to know. A hook stays for good."""
+    """Note the files, hosts and programs of the interpreter during a test. A hook stays for good."""
     if _recorded is not None and event.partition(".")[0] in ("open", "os", "socket", "subprocess", "urllib", "shutil"):
         _recorded.append((event, arguments))
 
@@ -35,7 +35,7 @@ sys.addaudithook(_record)
 
 @pytest.fixture
 def recorded() -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
-    """What is opened, asked and started from now on."""
+    """The files, hosts and programs used from now on."""
     global _recorded
     _recorded = []
     yield _recorded
@@ -43,7 +43,7 @@ def recorded() -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
 
 
 class RecordingCluster(Cluster):
-    """Answers every request as an API server that holds one job would, and keeps what was asked."""
+    """Answers every request as an API server with one job, and keeps the requests."""
 
     def __init__(self, body: dict[str, Any]) -> None:
         super().__init__(None)  # type: ignore[arg-type]
@@ -91,7 +91,7 @@ HOSTILE = [
 
 
 def reconciled(body: dict[str, Any]) -> RecordingCluster:
-    """The cluster after the operator has done what it can about the job."""
+    """The cluster after the operator's last possible pass over the job."""
     cluster = RecordingCluster(body)
     reconciler = Reconciler(cluster, PROFILES, None, Metrics(), lambda: NOW + timedelta(seconds=1), starts())
     for _ in range(5):
@@ -100,7 +100,7 @@ def reconciled(body: dict[str, Any]) -> RecordingCluster:
 
 
 @pytest.mark.parametrize("spec", HOSTILE, ids=["s3", "hf, oci and configMap", "pvc"])
-def test_no_address_or_name_of_a_job_is_opened_asked_or_started(spec: dict[str, Any], recorded: list[Any]) -> None:
+def test_no_address_or_name_of_a_job_is_opened_requested_or_started(spec: dict[str, Any], recorded: list[Any]) -> None:
     cluster = reconciled(job_body(**spec))
     assert cluster.jobs, "the operator has not come as far as a pod"
     assert CANARY in json.dumps(cluster.jobs), "the job's pods are to use what it names"

@@ -1,4 +1,4 @@
-"""Which of several operators works: at every moment at most one, whatever their clocks say and whoever is cut off."""
+"""At every moment at most one of several operators works, for any clocks and cuts."""
 
 import asyncio
 from collections.abc import Callable
@@ -37,9 +37,7 @@ def lease(holder: str | None, seconds: int | None = 12) -> Object:
         ({"metadata": {"resourceVersion": "1"}}, 0, Step.TAKE),
     ],
 )
-def test_a_candidate_takes_what_nobody_holds_or_has_not_renewed(
-    found: Object | None, unchanged: float, step: Step
-) -> None:
+def test_a_candidate_takes_a_free_or_expired_lease(found: Object | None, unchanged: float, step: Step) -> None:
     assert decide(found, "me", unchanged, 12) is step
 
 
@@ -96,7 +94,7 @@ class Road:
 
 @dataclass
 class Shift:
-    """Who works, over time. Raises AssertionError if two do at once."""
+    """The working operator, over time. Raises AssertionError if two work at the same time."""
 
     working: list[str] = field(default_factory=list)
     began: list[tuple[str, float]] = field(default_factory=list)
@@ -143,7 +141,7 @@ async def end(*tasks: asyncio.Task[None]) -> None:
 
 @pytest.mark.parametrize("skew", [-7200, 0, 7200])
 @pytest.mark.parametrize("fault", ["closed", "hangs"])
-def test_who_is_cut_off_stops_before_another_begins(skew: float, fault: str) -> None:
+def test_a_disconnected_leader_stops_before_another_begins(skew: float, fault: str) -> None:
     match = Match()
     road, first = match.candidate("first", skew=skew)
     _, second = match.candidate("second")
@@ -160,7 +158,7 @@ def test_who_is_cut_off_stops_before_another_begins(skew: float, fault: str) -> 
         assert not first.leads
         assert match.shift.working == ["second"]
         assert 8 <= match.shift.began[-1][1] - cut_at <= 18
-        # It comes back and stands by.
+        # It comes back as a standby.
         setattr(road, fault, False)
         await asyncio.sleep(100)
         assert match.shift.working == ["second"]
@@ -173,7 +171,7 @@ def test_who_is_cut_off_stops_before_another_begins(skew: float, fault: str) -> 
 
 @pytest.mark.parametrize("offset", [0, 0.5, 1, 1.5, 2])
 def test_a_renewal_that_a_slow_answer_shows_counts_from_the_answer_on(offset: float) -> None:
-    """Whenever between two renewals it is asked for: the leader is cut off right after the one that was shown."""
+    """At any time between two renewals: the leader is cut off right after the shown one."""
     match = Match()
     first_road, first = match.candidate("first")
     second_road, second = match.candidate("second", seconds=3.1)
@@ -211,7 +209,7 @@ def test_alone_it_works_again_as_soon_as_it_can_renew() -> None:
     match.play(scenario)
 
 
-def test_who_ends_hands_over_at_once() -> None:
+def test_a_leader_that_ends_releases_the_lease_immediately() -> None:
     match = Match()
     _, first = match.candidate("first")
     _, second = match.candidate("second")
@@ -233,7 +231,7 @@ def test_who_ends_hands_over_at_once() -> None:
     match.play(scenario)
 
 
-def test_of_many_that_start_together_one_works() -> None:
+def test_of_many_candidates_that_start_together_one_works() -> None:
     match = Match()
     names = [f"candidate-{number}" for number in range(10)]
     elections = {name: match.candidate(name, seconds=0.1 + number / 50)[1] for number, name in enumerate(names)}
@@ -264,7 +262,7 @@ def test_a_lease_that_was_taken_without_an_answer_is_held() -> None:
     match.play(scenario)
 
 
-def test_a_lease_that_somebody_edits_or_deletes_is_kept() -> None:
+def test_a_lease_that_a_user_edits_or_deletes_is_kept() -> None:
     match = Match()
     _, only = match.candidate("only")
 
@@ -283,7 +281,7 @@ def test_a_lease_that_somebody_edits_or_deletes_is_kept() -> None:
     match.play(scenario)
 
 
-def test_work_that_does_not_stop_is_a_reason_to_restart() -> None:
+def test_work_that_does_not_stop_restarts_the_process() -> None:
     match = Match()
     road, only = match.candidate("only")
     released = asyncio.Event()
@@ -307,7 +305,7 @@ def test_work_that_does_not_stop_is_a_reason_to_restart() -> None:
     match.play(scenario)
 
 
-def test_what_the_work_raises_ends_the_election_and_frees_the_lease() -> None:
+def test_an_error_of_the_work_ends_the_election_and_frees_the_lease() -> None:
     match = Match()
     _, only = match.candidate("only")
 

@@ -21,7 +21,7 @@ def written() -> Iterator[io.StringIO]:
     logging.captureWarnings(False)
 
 
-def test_every_line_is_json_whatever_is_logged(written: io.StringIO) -> None:
+def test_every_line_is_json_for_any_message(written: io.StringIO) -> None:
     configure_logging("info", written)
     logging.getLogger("qlora_operator").info("two\nlines", extra={"key": ("team", "a")})
     several = ExceptionGroup("several", [ValueError("one"), ValueError("two")])
@@ -32,7 +32,7 @@ def test_every_line_is_json_whatever_is_logged(written: io.StringIO) -> None:
     assert (entries[0]["message"], entries[0]["namespace"], entries[0]["job"]) == ("two\nlines", "team", "a")
 
 
-def test_the_framework_says_a_problem_once_and_after_ten_minutes_again() -> None:
+def test_the_framework_logs_a_problem_once_in_ten_minutes() -> None:
     now = [0.0]
     judge = FrameworkFilter(lambda: now[0])
 

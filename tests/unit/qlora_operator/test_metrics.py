@@ -1,4 +1,4 @@
-"""What the metrics say of the jobs and of the operator's own work, and how many series there are at most."""
+"""Metrics of the jobs and of the operator's work, and the maximum number of series."""
 
 import asyncio
 import itertools
@@ -65,7 +65,7 @@ def series_of(metrics: Metrics, name: str) -> list[str]:
     return [line for line in page(metrics).splitlines() if f'name="{name}"' in line]
 
 
-def test_an_operator_that_stands_by_reports_no_job_and_no_namespace() -> None:
+def test_a_standby_operator_reports_no_job_and_no_namespace() -> None:
     metrics = Metrics()
     metrics.works(lambda: 3)
     metrics.jobs.show(job_body(training()))
@@ -80,7 +80,7 @@ def test_an_operator_that_stands_by_reports_no_job_and_no_namespace() -> None:
     assert "forgotten" not in text
 
 
-def test_a_running_job_shows_what_its_status_has() -> None:
+def test_a_running_job_has_the_metrics_of_its_status() -> None:
     metrics = Metrics()
     metrics.jobs.show(job_body(training()))
     found = metrics.registry.get_sample_value
@@ -138,8 +138,8 @@ def test_the_series_of_a_job_end_when_it_is_deleted_or_replaced() -> None:
     assert series_of(metrics, NAME) == []
 
 
-def test_what_a_job_does_not_know_yet_has_no_series() -> None:
-    """Zero would be a loss, a speed and a time left that nobody has measured."""
+def test_a_missing_figure_of_a_job_has_no_series() -> None:
+    """Zero would be a loss, a speed and a time left that were never measured."""
     metrics = Metrics()
     preparing = status_in("prepare", phase="Preparing", progress={"summary": "downloading", "step": 0}).dump()
     preparing["step"] |= {"progressedAt": time()}
@@ -159,7 +159,7 @@ def test_publish_reports_nothing_so_its_silence_is_not_measured() -> None:
     assert metrics.registry.get_sample_value("qlora_job_loss", JOB) == 1.5
 
 
-def test_at_most_so_many_running_jobs_have_series_of_their_own_and_the_rest_is_counted() -> None:
+def test_the_number_of_running_jobs_with_series_is_bounded() -> None:
     metrics = Metrics(running_jobs=2)
     # As a restarted operator lists them: by name.
     for age, name in ((2, "fourth"), (4, "second"), (3, "third")):
@@ -179,8 +179,8 @@ def test_at_most_so_many_running_jobs_have_series_of_their_own_and_the_rest_is_c
     assert NAME not in page(nobody)
 
 
-def test_the_bill_has_its_zero_before_a_job_has_used_anything() -> None:
-    """Prometheus adds up increases: it does not know those with which a series begins, as all do after a restart."""
+def test_gpu_seconds_start_at_zero_before_a_job_has_used_any() -> None:
+    """Prometheus adds up increases, and misses the first value of a series."""
     metrics = Metrics()
     metrics.show(job_body(training()))
     of = {"namespace": "team", "profile": "default"}
@@ -283,7 +283,7 @@ def test_ends_are_counted() -> None:
     assert metrics.registry.get_sample_value("qlora_jobs_ended_total", labels) == 1
 
 
-def test_what_a_tenant_writes_makes_no_series() -> None:
+def test_text_of_a_tenant_makes_no_series() -> None:
     """A profile that does not exist, and a reason that its pod has made up."""
     metrics = Metrics()
     before = len(page(metrics).splitlines())
@@ -318,11 +318,11 @@ def test_every_failure_reason_of_trainer_and_operator_has_its_own_series() -> No
         ("/api/v1/namespaces/team/configmaps/adapters", "configmaps"),
     ],
 )
-def test_a_request_is_counted_by_what_it_is_about(path: str, resource: str) -> None:
+def test_a_request_is_counted_by_its_resource(path: str, resource: str) -> None:
     assert resource_of(path) == resource
 
 
-def test_whatever_the_operator_may_ask_for_has_a_name_in_its_metrics() -> None:
+def test_every_resource_of_the_operators_role_has_a_name_in_its_metrics() -> None:
     templates = Path(__file__).parents[3] / "helm/qlora-operator/templates"
     granted = "\n".join((templates / name).read_text() for name in ("_rules.tpl", "leaderelection.yaml"))
     found = {word.strip() for line in re.findall(r"resources: \[(.*)\]", granted) for word in line.split(",")}

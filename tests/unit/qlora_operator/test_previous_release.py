@@ -1,4 +1,4 @@
-"""This release beside the one before it: neither may reject what the other has begun.
+"""This release with the one before it: neither may reject a job that the other has begun.
 
 `tests/support/previous_release` has its CustomResourceDefinition, and the schema of the document that its trainer
 reads.
@@ -35,7 +35,7 @@ def document_for_the_previous_trainer(contract_version: int, **spec: Any) -> Any
 
 
 @pytest.mark.parametrize("contract_version", [1, 2], ids=["begun before the upgrade", "an older image in the profile"])
-def test_the_previous_trainer_reads_what_this_operator_writes(contract_version: int) -> None:
+def test_the_previous_trainer_reads_this_operators_documents(contract_version: int) -> None:
     schema = json.loads((PREVIOUS / "job-document.schema.json").read_text())
     for spec in ({}, NEW_FIELDS):
         jsonschema.validate(document_for_the_previous_trainer(contract_version, **spec), schema)
@@ -60,14 +60,14 @@ def added(new: dict[str, Any], old: dict[str, Any], path: str = "spec") -> dict[
     return found
 
 
-def test_a_new_field_has_no_default_so_that_the_previous_operator_reads_every_job_without_it() -> None:
+def test_a_new_field_has_no_default() -> None:
     previous = yaml.safe_load((PREVIOUS / "qlorajobs.qlora.dev.yaml").read_text())
     fields = added(spec_of(custom_resource_definition()), spec_of(previous))
     assert "spec.retry.request" in fields
     assert [path for path, schema in fields.items() if "default" in schema] == []
 
 
-def test_a_job_that_the_previous_operator_began_goes_on() -> None:
+def test_a_job_that_the_previous_operator_began_continues() -> None:
     status = status_in("train").dump()
     status["resolved"]["contractVersion"] = 1
     job = parse_job(job_body(status))
@@ -79,7 +79,7 @@ def test_this_trainer_serves_the_previous_and_this_operator(version: str) -> Non
     require_known_contract(version)
 
 
-def test_a_trainer_says_in_a_sentence_that_it_is_too_old() -> None:
+def test_a_trainer_that_is_too_old_reports_it() -> None:
     with pytest.raises(StepFailure, match="set the profile's image") as caught:
         require_known_contract("6")
     assert caught.value.exit_code is ExitCode.UNSUPPORTED_CONTRACT

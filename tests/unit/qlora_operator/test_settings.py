@@ -1,4 +1,4 @@
-"""Settings: what an administrator may write, and what a mistake says."""
+"""Settings: valid values for an administrator, and messages for mistakes."""
 
 import json
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_a_mistake_names_the_file_and_the_field(
 
 
 def largest_profile(value: str) -> dict[str, Any]:
-    """As much of what a job gets a copy of as the schema allows; `value`: of each variable of NCCL."""
+    """The largest copied part of a profile; `value`: of each variable of NCCL."""
     label = f"{'a' * 250}.example/{'b' * 50}"
     return {
         "image": "i" * 512,
@@ -100,7 +100,7 @@ def largest_profile(value: str) -> dict[str, Any]:
     }
 
 
-def test_a_profile_of_which_a_job_could_not_get_a_whole_copy_is_rejected(tmp_path: Path) -> None:
+def test_a_profile_too_large_for_a_copy_in_each_job_is_rejected(tmp_path: Path) -> None:
     path = write(tmp_path, json.dumps({"profiles": {"default": largest_profile("x" * 256)}}))
     profile = load_settings(path).profiles["default"]
     kept = Resolved(
@@ -124,7 +124,7 @@ def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
         load_settings(tmp_path / "nowhere.yaml")
 
 
-def test_the_command_line_wins_over_the_environment() -> None:
+def test_the_command_line_overrides_the_environment() -> None:
     environ = {"QLORA_OPERATOR_SETTINGS": "/from/environment"}
     assert find_settings(Path("/given"), environ) == Path("/given")
     assert find_settings(None, environ) == Path("/from/environment")

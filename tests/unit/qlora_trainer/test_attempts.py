@@ -1,4 +1,4 @@
-"""What the records of attempts say about a run: its goodput, and what each attempt took, cost and lost."""
+"""A run's records of attempts: its goodput, and the time, cost and loss of each attempt."""
 
 import os
 import subprocess
@@ -81,7 +81,7 @@ def test_an_attempt_counts_from_the_start_of_its_process_to_its_end(tmp_path: Pa
     assert (found.started_at, found.ended_at) == ("2026-01-02T03:04:05.000Z", "2026-01-02T03:05:05.250Z")
 
 
-def test_the_last_sign_of_life_ends_an_attempt_that_was_killed(tmp_path: Path) -> None:
+def test_the_last_heartbeat_ends_a_killed_attempt(tmp_path: Path) -> None:
     write_attempts(tmp_path, [attempt(0, 30), attempt(100, None)])
     show_life(tmp_path)
     seen = after(190).timestamp()
@@ -94,7 +94,7 @@ def test_the_last_sign_of_life_ends_an_attempt_that_was_killed(tmp_path: Path) -
     assert [found.ended for found in read_attempts(tmp_path)] == [None, None, "succeeded"]
 
 
-def test_a_sign_of_life_is_newer_than_the_last_one(tmp_path: Path) -> None:
+def test_a_heartbeat_is_newer_than_the_last_one(tmp_path: Path) -> None:
     write_attempts(tmp_path, [attempt(0, None)])
     os.utime(tmp_path / ATTEMPTS_FILE, (0, 0))
 
@@ -112,7 +112,7 @@ def test_a_run_outlives_the_record_of_its_attempts(tmp_path: Path) -> None:
     assert [found.ended for found in read_attempts(tmp_path)] == ["succeeded"]
 
 
-def test_what_follows_the_training_decides_how_its_attempt_has_ended(tmp_path: Path) -> None:
+def test_the_steps_after_training_decide_the_ending_of_its_attempt(tmp_path: Path) -> None:
     with recorded_attempt(tmp_path, 0, PodOfJob("a", 1, START), lambda: after(60)):
         pass
     (trained,) = read_attempts(tmp_path)
@@ -129,7 +129,7 @@ def test_what_follows_the_training_decides_how_its_attempt_has_ended(tmp_path: P
     assert failed == trained.model_copy(update={"ended": "failed", "ended_at": "2026-01-02T03:05:35.000Z"})
 
 
-def test_what_follows_the_training_changes_no_attempt_of_another_pod(tmp_path: Path) -> None:
+def test_the_steps_after_training_change_no_attempt_of_another_pod(tmp_path: Path) -> None:
     with recorded_attempt(tmp_path, 0, PodOfJob("other", 1, START), lambda: after(60)):
         pass
     before = read_attempts(tmp_path)
@@ -165,7 +165,7 @@ def four_attempts() -> RunUsage:
     )
 
 
-def test_what_is_in_no_checkpoint_is_lost() -> None:
+def test_steps_in_no_checkpoint_are_lost() -> None:
     usage = four_attempts()
     assert [each.lost_seconds for each in usage.attempts] == [100, 30, 1, 0]
     assert [each.startup_seconds for each in usage.attempts] == [100, None, 50, 20]
@@ -173,7 +173,7 @@ def test_what_is_in_no_checkpoint_is_lost() -> None:
     assert (usage.seconds, usage.startup_seconds, usage.lost_seconds) == (830, 170, 131)
 
 
-def test_the_report_says_what_each_attempt_took_and_cost() -> None:
+def test_the_report_has_time_and_cost_of_each_attempt() -> None:
     shown = resources_used(four_attempts(), "cuda")
     assert shown.summary.startswith("0.46 GPU hours: 4 attempts on 2 GPUs, 13m50s in all.")
     priced = resources_used(four_attempts(), "cuda", "2.50 EUR").summary
@@ -200,7 +200,7 @@ def test_an_attempt_notes_when_it_trained_and_saved(tmp_path: Path) -> None:
         note_training(tmp_path, "a", after(20))
         note_saved(tmp_path, "a", after(30))
         note_saved(tmp_path, "b", after(40))
-        # If it is killed now, that is what is known.
+        # If it is killed now, only that is recorded.
         (running,) = read_attempts(tmp_path)
     assert (running.trained_at, running.saved_at) == ("2026-01-02T03:04:25.000Z", "2026-01-02T03:04:35.000Z")
     assert running.ended is None
@@ -208,7 +208,7 @@ def test_an_attempt_notes_when_it_trained_and_saved(tmp_path: Path) -> None:
     assert ended == running.model_copy(update={"ended": "succeeded", "ended_at": "2026-01-02T03:05:05.000Z"})
 
 
-def test_a_full_volume_costs_the_record_of_an_attempt_and_not_the_run(
+def test_a_full_volume_loses_the_record_of_an_attempt_and_not_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with recorded_attempt(tmp_path, 0, PodOfJob("pod", 1, START), lambda: after(60)):

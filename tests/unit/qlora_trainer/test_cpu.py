@@ -1,4 +1,4 @@
-"""What training does otherwise on a CPU than on a GPU; nothing that the user has set is overridden."""
+"""Differences of training on a CPU from a GPU, without overriding the user."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from qlora_api.contract import GPU_LOSS_CHUNK_TOKENS
 from qlora_trainer.core import cpu
 
 
-def test_what_is_for_a_cpu_is_not_done_on_a_gpu() -> None:
+def test_optimizations_for_a_cpu_are_off_on_a_gpu() -> None:
     assert cpu.matmul_parts(1024, 1024, "cuda") == 1
     assert not cpu.keeps_dequantized("cuda", recomputed=True)
     assert not cpu.copies_mapped_weights("cuda", sharded=False)
@@ -33,22 +33,22 @@ def test_every_row_is_padded_for_the_attention_kernel(tokens: int, padded: int) 
     ("rows", "columns", "parts"),
     [(767, 1024, 1), (768, 1024, 2), (1024, 513, 2), (1024, 512, 1), (1025, 1024, 1), (1024, 1025, 1)],
 )
-def test_only_matmuls_for_which_onednn_uses_one_thread_are_halved(rows: int, columns: int, parts: int) -> None:
+def test_only_matmuls_that_onednn_runs_on_one_thread_are_halved(rows: int, columns: int, parts: int) -> None:
     assert cpu.matmul_parts(rows, columns, "cpu") == parts
 
 
-def test_weights_are_kept_and_copied_only_where_it_helps() -> None:
+def test_weights_are_kept_and_copied_only_where_it_saves_time() -> None:
     assert cpu.keeps_dequantized("cpu", recomputed=True)
     assert not cpu.keeps_dequantized("cpu", recomputed=False)
     assert cpu.copies_mapped_weights("cpu", sharded=False)
     assert not cpu.copies_mapped_weights("cpu", sharded=True)
 
 
-def test_logits_of_fewer_tokens_exist_at_once_on_a_cpu() -> None:
+def test_logits_are_computed_in_smaller_chunks_on_a_cpu() -> None:
     assert (cpu.loss_chunk_tokens("cpu"), cpu.loss_chunk_tokens("cuda")) == (128, GPU_LOSS_CHUNK_TOKENS)
 
 
-def test_library_settings_leave_what_the_user_has_set() -> None:
+def test_library_settings_keep_the_users_values() -> None:
     assert cpu.library_settings({}) == {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "GOMP_SPINCOUNT": "20000"}
     assert cpu.library_settings({"OMP_WAIT_POLICY": "active", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "9"}) == {}
     assert cpu.library_settings({"GOMP_SPINCOUNT": "5"}) == {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}

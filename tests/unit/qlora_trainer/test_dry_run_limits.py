@@ -1,4 +1,4 @@
-"""A dry run is ended when it takes too long or too much memory, and says so; torch is not needed to know that."""
+"""A dry run ends at its time or memory limit with a message, without torch."""
 
 import importlib.util
 import multiprocessing
@@ -32,7 +32,7 @@ def _unknown_to_pytorch() -> None:
     raise NotImplementedError("aten::odd\nhas no fake kernel")
 
 
-def test_what_is_computed_within_the_limits_is_returned() -> None:
+def test_a_result_within_the_limits_is_returned() -> None:
     assert within_limits(_filled, (2**20,)) == 2**20
 
 
@@ -73,7 +73,7 @@ def test_the_time_of_the_reader_of_items_does_not_count(monkeypatch: pytest.Monk
     assert sizes + [len(item) for item in items] == [2**20] * 3
 
 
-def test_items_that_are_not_wanted_are_not_waited_for() -> None:
+def test_unread_items_are_not_waited_for() -> None:
     items = iterate_within_limits(map, (time.sleep, [0, 600]), seconds=600)
     next(items)
     items.close()
@@ -97,7 +97,7 @@ def test_a_dry_run_outlives_a_killed_parent_no_longer_than_its_time(monkeypatch:
     monkeypatch.setattr(limited, "_SECONDS_FOR_PARENT", 0.5)
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    # As if nobody waited for it.
+    # As if its caller had gone.
     orphan = context.Process(
         target=limited._run, args=(receiver, sender, time.sleep, (60,), 0.1, 2**30, "the dry run"), daemon=True
     )
@@ -121,17 +121,17 @@ def test_a_process_that_sees_a_gpu_is_not_forked(monkeypatch: pytest.MonkeyPatch
         within_limits(len, ("four",))
 
 
-def test_a_rejection_arrives_as_it_is() -> None:
+def test_a_rejection_arrives_unchanged() -> None:
     with pytest.raises(StepFailure, match="c_attn"):
         within_limits(_rejected, ())
 
 
-def test_whatever_a_library_raises_is_named_in_one_line() -> None:
+def test_any_exception_of_a_library_is_reported_in_one_line() -> None:
     with pytest.raises(DryRunFailed, match=r"the dry run failed: NotImplementedError: aten::odd$"):
         within_limits(_unknown_to_pytorch, ())
 
 
-def test_without_the_trainer_the_message_says_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_trainer_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     sources = {"model": {"source": "hf://acme/model"}, "dataset": {"source": "hf://acme/rows"}}
     with pytest.raises(DryRunFailed, match=r"run `pip install '\.\[cli,trainer\]'` in a checkout"):

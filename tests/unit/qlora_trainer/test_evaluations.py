@@ -19,7 +19,7 @@ def training(keep: str | None = "best", patience: int | None = None, min_delta: 
         ([2.0, 1.5, 1.2, 1.4], 20),
         ([2.0, 1.2, 1.2, 1.2], 10),  # of equal ones the first
         ([2.0, 1.5, 1.4, 1.3], 30),
-        ([1.0, 1.5, 1.2, 1.4], 20),  # the untrained adapter is none to keep
+        ([1.0, 1.5, 1.2, 1.4], 20),  # the untrained adapter cannot be kept
     ],
 )
 def test_the_best_adapter_is_the_first_trained_one_with_the_lowest_loss(losses: list[float], step: int) -> None:
@@ -33,7 +33,7 @@ def test_the_best_adapter_is_the_first_trained_one_with_the_lowest_loss(losses: 
     ("patience", "min_delta", "losses", "end"),
     [
         (1, 0.0, [2.0, 1.5, 1.5], 20),  # an equal loss is no improvement
-        (2, 0.0, [2.0, 1.5, 1.6, 1.4, 1.5, 1.5], 50),  # one that is lower starts the count anew
+        (2, 0.0, [2.0, 1.5, 1.6, 1.4, 1.5, 1.5], 50),  # one that is lower restarts the count
         (2, 0.0, [2.0, 1.5, 1.6, 1.55, 1.1], 30),  # lower than the one before, but not than the lowest
         (3, 0.0, [2.0, 1.5, 1.6, 1.7], 100),
         (1, 0.25, [2.0, 1.75, 1.0], 10),  # exactly minDelta is not more than it
@@ -55,7 +55,7 @@ def test_a_run_that_stops_early_keeps_the_best_before_its_end() -> None:
     assert expected_end(training("best", patience=2), 100, curve) == (40, 20)
 
 
-def test_small_improvements_that_do_not_count_are_kept_all_the_same() -> None:
+def test_improvements_too_small_to_count_are_still_kept() -> None:
     curve = [(0, 2.0), (10, 1.9), (20, 1.8)]
     assert expected_end(training("best", patience=2, min_delta=0.25), 100, curve) == (20, 20)
 
@@ -87,8 +87,8 @@ def test_settings_that_need_more_evaluations_than_the_run_has_are_named(
     assert remark == f"{said} end: {without_effect}; lower evalEverySteps if that is not intended"
 
 
-def test_a_run_of_so_few_evaluations_ends_as_the_remark_says() -> None:
-    """Whatever its losses are: the curve rises from its start, which is when a run would stop or keep another."""
+def test_a_run_with_too_few_evaluations_ends_as_in_the_remark() -> None:
+    """For any losses: the curve rises from its start, where a run would stop or keep another."""
     assert expected_end(training("best", 3), 10, [(0, 1.0), (10, 9.0)]) == (10, 10)
     assert expected_end(training("last", 3), 30, [(0, 1.0), (10, 7.0), (20, 8.0), (30, 9.0)]) == (30, 30)
     assert expected_end(training("last", 3), 31, [(0, 1.0), (10, 7.0), (20, 8.0), (30, 9.0)]) == (30, 30)

@@ -1,4 +1,4 @@
-"""Runs are the same if the same adapter comes of them, wherever their inputs were read from; what differs is named."""
+"""Runs are the same if they give the same adapter; differences are named."""
 
 from typing import Any
 
@@ -55,7 +55,7 @@ def fingerprint(changes: dict[str, Any] | None = None, inputs: ResolvedInputs = 
         ({"training": {"objective": "dpo"}}, {"training": {"objective": "dpo", "preference": {"beta": 0.1}}}),
     ],
 )
-def test_what_trains_the_same_is_the_same_run(one: dict[str, Any], other: dict[str, Any]) -> None:
+def test_settings_that_do_not_affect_training_keep_the_fingerprint(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert differences(fingerprint(one), fingerprint(other)) == ""
 
 

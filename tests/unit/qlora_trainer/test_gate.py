@@ -1,4 +1,4 @@
-"""Whether an adapter is good enough to be published, from what training has recorded."""
+"""Whether an adapter is good enough to be published, from the records of training."""
 
 from typing import Any
 
@@ -45,7 +45,7 @@ def passed(gate: GateSpec, record: TrainRecord) -> dict[str, bool]:
     return {criterion.name: criterion.passed for criterion in judged.criteria} | {"all": judged.passed}
 
 
-def test_without_a_gate_nothing_is_judged() -> None:
+def test_without_a_gate_nothing_is_checked() -> None:
     assert judge(None, trained()) is None
 
 
@@ -76,7 +76,7 @@ def test_a_loss_that_rose_has_not_improved() -> None:
     assert passed(gate_of(minImprovement=0), trained(before=0.0, after=0.0))["all"] is True
 
 
-def test_the_status_has_what_was_measured_on_how_much_and_of_which_adapter() -> None:
+def test_the_status_has_measurements_their_size_and_their_adapter() -> None:
     judged = judge(gate_of(minImprovement=0.5, score=EXACT), trained(score=scored(0.94)))
     assert judged is not None
     assert judged.dump() == {
@@ -93,7 +93,7 @@ def test_the_status_has_what_was_measured_on_how_much_and_of_which_adapter() -> 
     }
 
 
-def test_losses_that_are_means_over_pairs_are_not_said_to_be_of_tokens() -> None:
+def test_losses_of_pairs_are_not_reported_per_token() -> None:
     judged = judge(gate_of(maxEvalLoss=0.7), trained(), pairs=True)
     assert judged is not None
     assert judged.eval_tokens is None
@@ -124,15 +124,13 @@ def test_a_score_of_another_adapter_is_rejected() -> None:
         ({"maxEvalLoss": 1.0}, trained(after=None), "training has measured no loss on held-out rows"),
     ],
 )
-def test_what_training_has_not_measured_cannot_be_judged(
-    limits: dict[str, Any], record: TrainRecord, words: str
-) -> None:
+def test_a_missing_measurement_is_rejected(limits: dict[str, Any], record: TrainRecord, words: str) -> None:
     failure = rejection(gate_of(**limits), record)
     assert failure.exit_code is ExitCode.BAD_CONFIGURATION
     assert words in failure.message
 
 
-def test_the_failure_has_the_numbers_and_what_to_do() -> None:
+def test_the_failure_has_the_numbers_and_a_remedy() -> None:
     gate = gate_of(minImprovement=0.5, maxEvalLoss=1.2, minScore=0.95, score=EXACT)
     judged: GateStatus | None = judge(gate, trained(score=scored(0.94)))
     assert judged is not None

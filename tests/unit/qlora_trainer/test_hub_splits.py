@@ -92,7 +92,7 @@ def test_the_files_of_a_layout_are_found(
         (("a.csv",), {"configs": [{"config_name": "x", "data_files": "*a" * 9}]}, "", TRAINING, "hf://a/b/README.md:"),
     ],
 )
-def test_what_is_not_there_or_not_clear_is_rejected_with_what_there_is(
+def test_a_missing_or_ambiguous_split_is_rejected_with_the_existing_ones(
     names: tuple[str, ...], card: Mapping[str, Any] | None, path: str, wanted: Wanted, message: str
 ) -> None:
     with pytest.raises(StepFailure) as failure:

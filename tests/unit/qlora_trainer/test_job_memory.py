@@ -1,4 +1,4 @@
-"""The memory of a job from dry runs: what lies between them, and that none is repeated."""
+"""The memory of a job from dry runs: interpolation between them, and no repetition."""
 
 import json
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ MIB = 2**20
 
 
 def measured(*steps: tuple[StepSize, int], digest: str = "", rank: int = 16) -> MeasuredMemory:
-    """Steps of which each keeps so many bytes, and takes twice and thrice as many for loss and layers."""
+    """Steps that each keep so many bytes, and take twice and thrice as many for loss and layers."""
     return MeasuredMemory(
         digest=digest,
         blocks=2,
@@ -102,7 +102,7 @@ def test_half_the_rank_halves_the_adapter() -> None:
     assert half.layer_working_set == whole.layer_working_set
 
 
-def test_without_checkpointing_all_that_the_blocks_keep_is_their_working_set() -> None:
+def test_without_checkpointing_all_kept_tensors_are_the_working_set() -> None:
     kept = measured((StepSize(1, 1024, False), 10 * MIB))
     memory = measured_estimate(kept, TrainingShape(rank=16, sequence_length=1024, gradient_checkpointing=False))
     assert memory.checkpoints == 0
@@ -168,14 +168,14 @@ def test_no_larger_micro_batch_gives_a_gpu_more_to_do(gpus: int, steps: int, siz
     assert [larger.micro_batch_size for larger in larger_micro_batches(training)] == sizes
 
 
-def test_a_run_that_may_halve_its_micro_batch_knows_the_smallest(config: Path) -> None:
+def test_a_run_that_may_halve_its_micro_batch_has_its_smallest_size(config: Path) -> None:
     spec = job(training={"microBatchSize": 8, "autoMicroBatch": True})
     planned = MeasuredJob.from_config(config, spec, training_shape(spec, ()), measure=Measuring())
     whole, halved = (planned.estimate(replace(planned.training, micro_batch_size=size)) for size in (8, 1))
     assert whole.checkpoints == 8 * halved.checkpoints
 
 
-def test_the_loss_is_measured_at_the_tokens_beyond_which_it_does_not_grow(config: Path) -> None:
+def test_the_loss_is_measured_at_its_largest_chunk(config: Path) -> None:
     short = job(training={"maxSequenceLength": 256})
     larger = Measuring()
     MeasuredJob.from_config(config, short, training_shape(short, ()), measure=larger).with_larger()

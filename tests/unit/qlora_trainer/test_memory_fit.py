@@ -1,4 +1,4 @@
-"""What of a job decides its memory: every such setting reaches the estimate."""
+"""Settings of a job that decide its memory: every one reaches the estimate."""
 
 import json
 from dataclasses import fields
@@ -21,7 +21,7 @@ from qlora_trainer.model.memory.job_memory import MeasuredJob
 from tests.support.dry_runs import estimate, estimate_together, measure, measure_passes
 
 SOURCES = {"model": {"source": "hf://org/model"}, "dataset": {"source": "hf://org/rows"}}
-# What decides the advice, and not the memory.
+# Settings that decide the advice, and not the memory.
 OF_ADVICE = {"fixed"}
 
 
@@ -105,7 +105,7 @@ def failing(*_arguments: object) -> Any:
     raise DryRunFailed("the dry run took more than 600 seconds")
 
 
-def test_a_job_that_fits_is_told_of_a_larger_micro_batch(tmp_path: Path) -> None:
+def test_a_job_that_fits_is_advised_a_larger_micro_batch(tmp_path: Path) -> None:
     found = fit(tmp_path, LLAMA_8B)
     assert (found.status.verdict, found.status.source, found.objection) == ("fits", "DryRun", None)
     assert found.status.message.startswith(
@@ -114,7 +114,7 @@ def test_a_job_that_fits_is_told_of_a_larger_micro_batch(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("config", "parameters"), [(LLAMA_8B, 8_029_995_008), ({"model_type": "starcoder2"}, None)])
-def test_when_the_dry_run_fails_the_memory_is_unknown_and_the_status_says_why(
+def test_when_the_dry_run_fails_the_memory_is_unknown_with_a_reason(
     config: dict[str, Any], parameters: int | None, tmp_path: Path
 ) -> None:
     found = fit(tmp_path, config, gpu_gib=4, measure=failing)
@@ -135,7 +135,7 @@ def test_a_target_module_that_the_family_does_not_have_is_rejected_by_field(tmp_
 EARLIER = {"lora": {"rank": 1024, "from": {"source": "hf://org/adapter"}}}
 
 
-def test_a_job_that_begins_with_an_earlier_adapter_is_not_told_to_change_it(tmp_path: Path) -> None:
+def test_a_job_with_an_initial_adapter_is_not_advised_to_change_it(tmp_path: Path) -> None:
     """Another rank or a shorter type would not be that adapter's, and prepare would reject the job."""
     with_new, with_earlier = (
         fit(tmp_path, LLAMA_8B, gpu_gib=8, settings={"lora": {"rank": 1024}} if new else EARLIER).objection
@@ -151,7 +151,7 @@ def test_a_job_that_begins_with_an_earlier_adapter_is_not_told_to_change_it(tmp_
     assert not any(setting.startswith("lora.") for setting in changed)
 
 
-def test_a_job_that_continues_a_run_is_not_told_to_make_another_one_of_it(tmp_path: Path) -> None:
+def test_a_continued_job_is_not_advised_to_change_the_run(tmp_path: Path) -> None:
     settings = {"continues": "earlier", "training": {"microBatchSize": 4, "maxSequenceLength": 4096}}
     too_large = fit(tmp_path, LLAMA_8B, gpu_gib=6, settings=settings)
     assert too_large.objection is not None
@@ -160,7 +160,7 @@ def test_a_job_that_continues_a_run_is_not_told_to_make_another_one_of_it(tmp_pa
     assert "microBatchSize" not in with_room.status.message
 
 
-def test_in_a_group_what_jobs_like_it_share_is_found_too(tmp_path: Path) -> None:
+def test_the_shared_memory_of_a_group_is_measured_too(tmp_path: Path) -> None:
     found = fit(tmp_path, LLAMA_8B, group_size=4)
     share = ShareOfMemory.of(found.status)
     assert share is not None
@@ -178,7 +178,7 @@ def test_in_a_group_what_jobs_like_it_share_is_found_too(tmp_path: Path) -> None
         assert fit(tmp_path, LLAMA_8B, **unshared).status.shared_bytes is None
 
 
-def test_a_joint_dry_run_that_fails_leaves_the_memory_of_the_group_unknown_and_says_why(tmp_path: Path) -> None:
+def test_a_failed_joint_dry_run_leaves_the_groups_memory_unknown_with_a_reason(tmp_path: Path) -> None:
     found = fit(tmp_path, LLAMA_8B, group_size=4, measure_passes=failing)
     assert (found.status.source, found.status.shared_bytes, found.objection) == ("DryRun", None, None)
     assert "the memory of the whole group is unknown: the dry run took more than 600 seconds" in found.status.message

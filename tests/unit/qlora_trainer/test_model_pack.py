@@ -1,4 +1,4 @@
-"""What kind of file each layer of an artifact is."""
+"""The file type of each layer of an artifact."""
 
 import json
 

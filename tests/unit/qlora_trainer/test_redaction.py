@@ -25,7 +25,7 @@ from qlora_trainer.core.records import redact
         "http://team:canary%2Fpassword@proxy.example.org:3128",
     ],
 )
-def test_a_credential_is_not_told(text: str) -> None:
+def test_a_credential_is_redacted(text: str) -> None:
     assert "canary" not in redact(text).lower()
     assert "[redacted]" in redact(text)
 
@@ -38,5 +38,5 @@ def test_a_credential_is_not_told(text: str) -> None:
         "the policy of retries and the signature of a function",
     ],
 )
-def test_what_is_no_credential_stays(text: str) -> None:
+def test_other_text_is_not_redacted(text: str) -> None:
     assert redact(text) == text

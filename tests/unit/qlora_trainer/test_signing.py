@@ -1,4 +1,4 @@
-"""Signatures of statements: the same each time, and only for what was signed."""
+"""Signatures of statements: the same each time, and only for the signed statement."""
 
 from base64 import b64encode
 
@@ -26,7 +26,7 @@ KEYS: dict[str, PrivateKey] = {"ecdsa": generate_private_key(SECP256R1()), "ed25
 
 
 @pytest.mark.parametrize("kind", KEYS)
-def test_what_is_signed_verifies_with_the_public_part_of_the_key_and_no_other(kind: str) -> None:
+def test_a_signature_verifies_with_its_public_key_only(kind: str) -> None:
     key = KEYS[kind]
     read = read_private_key(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     bundle = sign(b"statement", read)
@@ -41,7 +41,7 @@ def test_what_is_signed_verifies_with_the_public_part_of_the_key_and_no_other(ki
 @pytest.mark.parametrize(
     "bundle", [b"", b"[]", b"{}", b'{"dsseEnvelope": 1}', b'{"dsseEnvelope": {"payloadType": "a"}}']
 )
-def test_what_is_no_bundle_of_a_statement_is_rejected(bundle: bytes) -> None:
+def test_an_invalid_bundle_is_rejected(bundle: bytes) -> None:
     with pytest.raises(ValueError, match=r"."):
         payload_of(bundle)
 

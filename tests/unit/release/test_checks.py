@@ -1,4 +1,4 @@
-"""`make release-check` finds what is missing or stale; each case breaks a copy of what is checked."""
+"""`make release-check` finds missing and stale files in a broken copy."""
 
 import shutil
 from pathlib import Path
@@ -34,7 +34,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_nothing_is_missing_or_stale() -> None:
+def test_no_file_is_missing_or_stale() -> None:
     assert checks.findings() == []
 
 
@@ -63,7 +63,7 @@ def test_nothing_is_missing_or_stale() -> None:
         ("CHANGELOG.md", "### Added", "### New", "### New is none of"),
     ],
 )
-def test_what_is_missing_or_stale_is_found(root: Path, file: str, old: str, new: str, complaint: str) -> None:
+def test_missing_and_stale_files_are_found(root: Path, file: str, old: str, new: str, complaint: str) -> None:
     text = (root / file).read_text()
     assert old in text
     (root / file).write_text(text.replace(old, new))

@@ -1,4 +1,4 @@
-"""What a release reads in a Dockerfile: the pinned base, and what each layer and each removal is for."""
+"""A release's view of a Dockerfile: its pinned base, and the purposes of its layers."""
 
 import re
 
@@ -14,13 +14,13 @@ TRAINER = (ROOT / DOCKERFILES["qlora-trainer"]).read_text()
 @pytest.mark.parametrize(
     "base", ["python:3.11", "docker.io/library/python:3.11", "docker.io/library/python@sha256:" + "0" * 64, ""]
 )
-def test_a_base_that_somebody_could_replace_is_rejected(base: str) -> None:
+def test_a_base_without_a_digest_is_rejected(base: str) -> None:
     with pytest.raises(ReleaseError, match="expected one REGISTRY/NAME:TAG@sha256:DIGEST"):
         dockerfiles.base_image(f"ARG BASE_IMAGE={base}\nFROM $BASE_IMAGE\n")
 
 
 def test_a_layer_does_not_depend_on_the_name_of_the_base() -> None:
-    """An argument that is declared before them is part of what later commands are cached by."""
+    """An argument that is declared before later commands is part of their cache key."""
     for path in DOCKERFILES.values():
         stage = (ROOT / path).read_text().rpartition("\nFROM ")[2]
         before, declared, _ = stage.partition("\nARG BASE_IMAGE")
@@ -29,7 +29,7 @@ def test_a_layer_does_not_depend_on_the_name_of_the_base() -> None:
         assert "\nRUN" not in stage.partition("\nARG BASE_IMAGE")[2]
 
 
-def test_the_list_of_packages_says_why_some_are_left_out() -> None:
+def test_the_list_of_packages_has_reasons_for_omitted_ones() -> None:
     left_out = re.findall(r"--no-emit-package (\S+)", TRAINER)
     assert left_out
     assert all(f"{name}" in dockerfiles.left_out_packages(TRAINER) for name in left_out)

@@ -1,4 +1,4 @@
-"""Whose signature is made and accepted; that cosign does so is shown by tests/cluster/test_release.py."""
+"""Makes and accepts signatures; tests/cluster/test_release.py runs cosign."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_a_key_is_verified_with_its_public_part_only() -> None:
     assert "secret" not in repr(pair)
 
 
-def test_what_others_read_is_signed_with_a_key_that_is_there_or_not_at_all(tmp_path: Path) -> None:
+def test_artifacts_are_signed_with_an_existing_key_or_not_at_all(tmp_path: Path) -> None:
     cosign = Cosign(tmp_path / "no-program")
     with pytest.raises(ReleaseError, match=r"no key .*cosign\.key to sign what ghcr\.io/team publishes"):
         cosign.key_pair(tmp_path, "", "ghcr.io/team")

@@ -1,4 +1,4 @@
-"""What a user would not accept, although its signature is valid."""
+"""Flaws that a user would not accept, although the signature is valid."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def statement() -> dict[str, Any]:
     return provenance.provenance(IMAGE, SOURCE, "operator/Dockerfile", [], MAKER)
 
 
-def test_provenance_of_the_expected_builder_and_repository_tells_the_commit() -> None:
+def test_provenance_of_the_expected_builder_and_repository_has_the_commit() -> None:
     assert verification.stated_revision(statement(), IMAGE, MAKER.id, SOURCE.repository) == SOURCE.revision
 
 
@@ -46,7 +46,7 @@ def test_a_commit_without_its_digest_is_rejected() -> None:
 
 
 def test_any_statement_may_be_the_one_that_fits() -> None:
-    """Each run of a workflow adds one, which names the run; whoever may push can attach more."""
+    """Each run of a workflow adds one, and users with push rights can attach more."""
     other = statement()
     other["runDetails"]["builder"]["id"] = "https://elsewhere"
 
@@ -99,5 +99,5 @@ def test_a_chart_that_installs_images_of_another_registry_is_rejected() -> None:
         ("localhost.example.org", False),
     ],
 )
-def test_only_a_registry_of_this_machine_is_spoken_to_without_tls(registry: str, local: bool) -> None:
+def test_only_a_registry_of_this_machine_is_used_without_tls(registry: str, local: bool) -> None:
     assert on_loopback(registry) is local

@@ -1,4 +1,4 @@
-"""Workflows run nothing that somebody could replace."""
+"""Workflows run nothing that an outsider could replace."""
 
 from typing import Any
 
@@ -17,5 +17,5 @@ def test_nothing_is_released_before_the_tests_of_its_commit_have_passed() -> Non
     assert any("tests/cluster/test_release.py" in step.get("run", "") for step in rehearsed["steps"])
 
 
-def test_what_workflows_run_is_pinned() -> None:
+def test_actions_of_workflows_are_pinned() -> None:
     assert workflows.findings() == []

@@ -1,4 +1,4 @@
-"""Which pairs a row of format preference is, and what is compared in them."""
+"""The pairs of a row of format preference, and their compared answers."""
 
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ def test_answers_that_both_conversations_have_are_part_of_the_prompt(tiny_llama:
     ]
 
 
-def test_pairs_stay_whole_and_what_cannot_be_used_is_counted(make_context: MakeContext, tmp_path: Path) -> None:
+def test_pairs_stay_whole_and_unusable_rows_are_counted(make_context: MakeContext, tmp_path: Path) -> None:
     rows = [{"prompt": f"q{number}", "chosen": "yes " * 3, "rejected": "no " * (1 + number)} for number in range(9)]
     rows += [
         {"prompt": "q", "chosen": "same", "rejected": "same"},
@@ -170,7 +170,7 @@ def test_the_columns_of_a_mixs_source_are_named_where_the_job_has_them() -> None
         RowReader("preference", None, "spec.dataset.mix[1]").read(Row("line 1", {"chosen": "a", "rejected": "b"}, 1))
 
 
-def test_rows_with_one_answer_that_is_marked_as_good_or_bad_are_not_taken_for_good_ones_in_silence(
+def test_rows_with_one_rated_answer_are_not_silently_taken_for_good_ones(
     make_context: MakeContext, tmp_path: Path
 ) -> None:
     rows = [{"prompt": f"q{number}", "completion": "a", "label": number % 2 == 0} for number in range(4)]
@@ -179,7 +179,7 @@ def test_rows_with_one_answer_that_is_marked_as_good_or_bad_are_not_taken_for_go
     assert remark.startswith(
         "pvc://data/train.jsonl: the column 'label' is not used: if it marks answers as good or bad"
     )
-    # What is no answer, or has been compared, is another matter.
+    # Answers that are missing or already compared are another matter.
     assert Reading("text", ("text",), ("label",)).remark == ""
     assert Reading("preference", ("chosen", "rejected"), ("label",)).remark == ""
 
@@ -204,7 +204,7 @@ def test_rows_with_one_answer_that_is_marked_as_good_or_bad_are_not_taken_for_go
         ),
     ],
 )
-def test_data_that_the_objective_cannot_use_are_rejected_with_what_to_do(
+def test_data_that_the_objective_cannot_use_are_rejected_with_a_remedy(
     row: dict[str, Any], objective: str, message: str, make_context: MakeContext, tmp_path: Path
 ) -> None:
     write_rows(tmp_path / "data" / "train.jsonl", [row])
@@ -215,8 +215,8 @@ def test_data_that_the_objective_cannot_use_are_rejected_with_what_to_do(
     assert message in raised.value.message
 
 
-def test_data_with_answers_in_another_format_too_stay_what_they_were(make_context: MakeContext, tmp_path: Path) -> None:
-    """UltraFeedback's rows have a conversation besides: a job without an objective for pairs trains on that."""
+def test_data_with_answers_in_another_format_too_keep_their_format(make_context: MakeContext, tmp_path: Path) -> None:
+    """UltraFeedback's rows also have a conversation, for jobs without an objective for pairs."""
     row = chat_row("q", "a") | {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}
     write_rows(tmp_path / "data" / "train.jsonl", [row])
     assert prepare(make_context(), Recorded()).dataset.format == "chat"

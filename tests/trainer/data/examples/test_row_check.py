@@ -1,4 +1,4 @@
-"""A row may bring the check of its answer; one that does not, or brings something else, is named by file and line."""
+"""A row may have a check of its answer; a missing or wrong one is named by file and line."""
 
 import json
 from typing import Any
@@ -49,7 +49,7 @@ def test_without_a_name_for_it_no_column_is_a_check() -> None:
         ({"expected": "\ud800"}, False, "has an unpaired surrogate"),
     ],
 )  # fmt: skip
-def test_what_is_no_check_is_named(values: dict[str, Any], columnar: bool, words: str) -> None:
+def test_an_invalid_check_is_rejected_with_its_row(values: dict[str, Any], columnar: bool, words: str) -> None:
     with pytest.raises(StepFailure) as failure:
         READER.check(row(values, columnar=columnar))
     assert failure.value.exit_code is ExitCode.BAD_DATASET

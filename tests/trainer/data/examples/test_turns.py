@@ -1,4 +1,4 @@
-"""Which turns of a conversation are trained on, what a system prompt and reasoning become, and which are rejected."""
+"""The trained turns of a conversation, the effect of a system prompt and reasoning, and rejections."""
 
 import re
 from pathlib import Path
@@ -26,7 +26,7 @@ DIALOGUE: list[dict[str, Any]] = [
 ]
 END = "<|im_end|>"
 
-# As Qwen3's: the reasoning of an answer is a key of its own, and is kept after the last question only.
+# As Qwen3's: the reasoning of an answer is a separate key, and is kept after the last question only.
 THINKS = """\
 {%- set ns = namespace(last=-1) %}
 {%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
@@ -37,7 +37,7 @@ THINKS = """\
 
 
 def thinking(key: str = "reasoning_content", prompt: str = "") -> JobTemplate:
-    """The template for models whose templates call the reasoning so and begin an answer that is asked for so."""
+    """The template for models that use this key and begin answers with reasoning."""
     return JobTemplate(THINKS.replace("KEY", key).replace("PROMPT", prompt))
 
 
@@ -60,7 +60,7 @@ def test_the_last_answer_alone_is_trained_on(tiny_llama: Path) -> None:
     assert targets == [f"Third.{END}"]
 
 
-def test_a_prompt_has_one_answer_which_is_the_last(tiny_llama: Path) -> None:
+def test_the_only_answer_of_a_prompt_is_its_last(tiny_llama: Path) -> None:
     row = {"prompt": "Which?", "completion": "All."}
     assert learned(tiny_llama, [row], "prompt-completion", train_on="last") == learned(
         tiny_llama, [row], "prompt-completion"
@@ -73,7 +73,7 @@ def test_a_prompt_has_one_answer_which_is_the_last(tiny_llama: Path) -> None:
         ([{}, {"train": True}], ["Second."]),
         ([{"train": True}, {"train": False}, {"train": True}], ["First.", "Third."]),
         ([{"weight": 0}, {"weight": 1}, {"weight": 0}], ["Second."]),
-        ([{"weight": 0}], ["Second.", "Third."]),  # OpenAI trains on what has no weight
+        ([{"weight": 0}], ["Second.", "Third."]),  # OpenAI trains on turns without a weight
         ([{"train": True, "weight": 1}, {"train": None}], ["First."]),
     ],
 )
@@ -84,7 +84,7 @@ def test_the_marked_answers_alone_are_trained_on(
     assert targets == [answer + END for answer in expected]
 
 
-def test_marks_are_ignored_unless_asked_for(tiny_llama: Path) -> None:
+def test_marks_are_ignored_by_default(tiny_llama: Path) -> None:
     [(_, targets)] = learned(tiny_llama, [{"messages": marked({"weight": 0}, {"train": "?"})}])
     assert len(targets) == 3
 
@@ -119,7 +119,7 @@ def test_a_mark_that_is_missing_or_wrong_is_rejected(
     assert failure.exit_code is ExitCode.BAD_DATASET
 
 
-def test_rows_that_cannot_mark_anything_are_a_bad_configuration(tiny_llama: Path) -> None:
+def test_marks_in_rows_without_turns_are_a_bad_configuration(tiny_llama: Path) -> None:
     failure = rejected(
         tiny_llama,
         {"prompt": "a", "completion": "b"},
@@ -132,7 +132,7 @@ def test_rows_that_cannot_mark_anything_are_a_bad_configuration(tiny_llama: Path
 
 @pytest.mark.parametrize("of_the_row", ["reasoning_content", "reasoning", "thinking"])
 @pytest.mark.parametrize("of_the_template", ["reasoning_content", "reasoning", "thinking"])
-def test_reasoning_is_trained_on_with_its_answer_by_whatever_name(
+def test_reasoning_under_any_name_is_trained_on_with_its_answer(
     tiny_llama: Path, of_the_row: str, of_the_template: str
 ) -> None:
     row = {"messages": [DIALOGUE[1], {**DIALOGUE[2], of_the_row: "I count."}]}
@@ -198,7 +198,7 @@ def test_a_system_prompt_is_added_or_replaces_the_rows_own(
     assert first[1] == second[1] == [f"First.{END}", f"Second.{END}", f"Third.{END}"]
 
 
-def test_a_system_message_that_a_row_has_left_empty_is_its_own(tiny_llama: Path) -> None:
+def test_an_empty_system_message_of_a_row_is_kept(tiny_llama: Path) -> None:
     rows = [{"messages": [{"role": "system", "content": ""}, *DIALOGUE[1:]]}]
     [(text, _)] = learned(tiny_llama, rows, system_prompt=PROMPT)
     assert "English" not in text
@@ -226,7 +226,7 @@ def test_a_template_without_system_messages_is_a_bad_configuration(tiny_llama: P
     Tokenizer(tiny_llama).require_system_message()
 
 
-def test_a_template_that_rejects_every_conversation_is_not_blamed_on_the_system_prompt(tiny_llama: Path) -> None:
+def test_a_template_that_rejects_every_conversation_is_reported_as_such(tiny_llama: Path) -> None:
     tokenizer = Tokenizer(tiny_llama, JobTemplate("{{ messages[0].content.nosuch() }}"))
     tokenizer.require_system_message()
     with pytest.raises(StepFailure, match=r"line 1: the chat template .* rejects this conversation"):

@@ -1,4 +1,4 @@
-"""Data that cannot be trained on: each file of the corpus is rejected, and with which message."""
+"""Bad data sets: each file of the corpus is rejected with its message."""
 
 from pathlib import Path
 
@@ -13,10 +13,10 @@ from tests.trainer.conftest import MakeContext
 
 
 @pytest.mark.parametrize("case", CORPUS, ids=[case.name for case in CORPUS])
-def test_it_is_rejected_with_what_a_person_needs_to_know(
+def test_it_is_rejected_with_its_message(
     make_context: MakeContext, records: Recorded, tmp_path: Path, case: BadData
 ) -> None:
-    """The message is short enough to be read, and nothing of the data is left in the workspace."""
+    """The message is short enough to be read, and no data is left in the workspace."""
     context = make_context({"dataset": case.write(tmp_path / "data")})
     with pytest.raises(StepFailure) as failure:
         prepare(context, records)

@@ -1,4 +1,4 @@
-"""Data that can be trained on, of every file kind and source, and what is read from it."""
+"""Valid data of every file kind and source, and the rows read from it."""
 
 import bz2
 import gzip
@@ -98,7 +98,7 @@ def test_every_kind_of_file_gives_the_same_tokens(make_context: MakeContext, rec
 
 
 @pytest.mark.parametrize("dictionaries", [True, False])
-def test_a_parquet_file_without_rows_says_so(
+def test_a_parquet_file_without_rows_is_rejected(
     make_context: MakeContext, records: Recorded, tmp_path: Path, dictionaries: bool
 ) -> None:
     data = tmp_path / "data"
@@ -122,7 +122,7 @@ def test_a_parquet_file_that_crashes_its_reader_is_named(
 
 
 def test_the_files_of_a_folder_are_one_data_set(make_context: MakeContext, records: Recorded, tmp_path: Path) -> None:
-    """In the order of their names; SHA-256 is that of what `sha256sum *.jsonl*` prints."""
+    """In order of names; SHA-256 is that of the output of `sha256sum *.jsonl*`."""
     rows = [chat_row(f"Which {n}?", "This.") for n in range(6)]
     folder = tmp_path / "data" / "rows"
     write_rows(folder / "part-2.jsonl", rows[4:])
@@ -163,7 +163,7 @@ def test_a_file_that_changes_while_it_is_read_is_rejected(
     assert failure.value.exit_code is ExitCode.BAD_DATASET
 
 
-def test_the_statistics_report_what_was_read_and_what_was_dropped(
+def test_the_statistics_report_read_and_dropped_rows(
     make_context: MakeContext, records: Recorded, tmp_path: Path
 ) -> None:
     rows = [{**chat_row(f"Which {n}?", "This."), "source": "web"} for n in range(30)]
@@ -240,7 +240,7 @@ def test_evaluation_rows_with_another_digest_are_rejected(
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A hub with acme/rows and acme/other, whose folders `small` and `large` are configurations with three splits."""
+    """A hub with acme/rows and acme/other: two configurations with three splits each."""
     repositories = {f"datasets/acme/{name}": tmp_path / "hub" / name for name in ("rows", "other")}
     for folder in repositories.values():
         for config, rows in (("small", 1), ("large", 4)):
@@ -271,7 +271,7 @@ AT_COMMIT = f"/revision/{OTHER_COMMIT}"
         ({}, {"source": "hf://acme/rows", "config": "large", "split": "train"}, 4, ["rows", "rows"]),
     ],
 )
-def test_evaluation_rows_are_those_of_the_revision_configuration_and_split_that_are_named(
+def test_evaluation_rows_come_from_the_named_revision_configuration_and_split(
     make_context: MakeContext,
     records: Recorded,
     hub: FakeHub,
@@ -280,7 +280,7 @@ def test_evaluation_rows_are_those_of_the_revision_configuration_and_split_that_
     rows: int,
     listed: list[str],
 ) -> None:
-    """What is not named is that of the training data if these are of the same repository."""
+    """An omitted field is that of the training data if both are of the same repository."""
     training = {"source": "hf://acme/rows", "config": "small", **dataset}
     record = prepare(make_context({"dataset": {**training, "eval": evaluation}}), records)
     assert (record.dataset.used_rows, record.dataset.eval_rows) == (1, rows)
@@ -297,7 +297,7 @@ def test_evaluation_rows_are_those_of_the_revision_configuration_and_split_that_
         ({"revision": "v9"}, "hf://acme/other has no revision 'v9'"),
     ],
 )
-def test_what_evaluation_rows_lack_is_rejected_with_its_field(
+def test_incomplete_evaluation_rows_are_rejected_with_the_missing_field(
     make_context: MakeContext, records: Recorded, evaluation: dict[str, str], message: str
 ) -> None:
     dataset = {"source": "hf://acme/rows", "config": "small", "eval": {"source": "hf://acme/other", **evaluation}}

@@ -1,4 +1,4 @@
-"""Where an answer is in a rendered conversation, also if the chat template has left out its reasoning."""
+"""Place of an answer in a rendered conversation, also without its reasoning."""
 
 import pytest
 from hypothesis import given, settings
@@ -22,7 +22,7 @@ def test_the_span_of_an_answer(text: str, prompt: str, through: str, expected: s
     assert (None if span is None else text[slice(*span)]) == expected
 
 
-def test_reasoning_that_repeats_what_follows_it_is_left_out_whole() -> None:
+def test_reasoning_that_repeats_the_answer_is_left_out_whole() -> None:
     """Each repetition begins like the answer and what follows, which differ at their ends only."""
     repeated = "a</s>\n" * 20_000
     prompt, text = "Q: a\nA: ", "Q: a\nA: a</s>\n" + repeated + "Q"

@@ -1,4 +1,4 @@
-"""What a model is trained on in a row: its text, and the tokens that are targets."""
+"""The learned part of a row: its text, and the tokens that are targets."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ FORGETFUL = (
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 
-# As SmolVLM's and LLaVA's: it looks for texts among the parts of a message, and leaves out a content that is text.
+# As SmolVLM's and LLaVA's: it reads the texts among the parts of a message, and leaves out a content that is text.
 IN_PARTS = (
     "{% for m in messages %}{{ m['role'] | capitalize + ': ' }}{% for part in m['content'] %}"
     "{% if part['type'] == 'text' %}{{ part['text'] }}{% elif part['type'] == 'image' %}<image>{% endif %}"
@@ -59,7 +59,7 @@ DIALOGUE = [
 
 
 class TokenizeRows:
-    """What prepare makes of rows with a model's template."""
+    """Rows of prepare with a model's template."""
 
     def __init__(self, make_context: MakeContext, records: Recorded, tmp_path: Path, tiny_llama: Path) -> None:
         self._make_context, self._records = make_context, records
@@ -192,7 +192,7 @@ def test_without_a_template_prompt_and_completion_are_one_text_with_an_end(token
     assert (text, targets) == ("Which pods? All.<|im_end|>", ["All.<|im_end|>"])
 
 
-def test_the_first_token_of_an_answer_is_a_target_even_with_the_space_of_the_prompt_in_it(
+def test_the_first_token_of_an_answer_is_a_target_even_with_the_prompts_space(
     tokenize_rows: TokenizeRows,
 ) -> None:
     [(text, targets)] = tokenize_rows([{"prompt": "kubectl get ", "completion": "pods"}], None)

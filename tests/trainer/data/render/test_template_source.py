@@ -1,4 +1,4 @@
-"""A chat template of the job: the text that it makes, its limits, and what is said of marks and the end of answers."""
+"""A chat template of the job: its text, its limits, and the remarks about it."""
 
 import json
 import shutil
@@ -78,7 +78,7 @@ def of_config_map(folder: Path, content: bytes) -> JobTemplate | None:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base's tokenizer: no chat template, and texts end with <|endoftext|>. It has the tokens of ChatML."""
+    """A base's tokenizer with ChatML's tokens: no template, texts end with <|endoftext|>."""
     folder = tmp_path_factory.mktemp("base")
     save_tokenizer(folder, None)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
@@ -89,7 +89,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def beginning(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, which also puts <|endoftext|> before each text, as Llama's and Gemma's do with their marks."""
+    """The same with <|endoftext|> before each text, as Llama's and Gemma's marks."""
     folder = tmp_path_factory.mktemp("beginning") / "model"
     shutil.copytree(base, folder)
     tokenizer = TokenizerFile.from_file(str(folder / "tokenizer.json"))
@@ -101,16 +101,14 @@ def beginning(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_a_template_by_name_writes_the_familys_format_and_teaches_each_end(base: Path, name: str) -> None:
+def test_a_template_by_name_writes_the_familys_format_and_trains_each_end(base: Path, name: str) -> None:
     [(text, targets)] = learned(base, [ROW], template=named(name))
     assert text == EXPECTED[name]
     assert [target.strip() for target in targets] == [f"First.{ENDS[name]}", f"Second.{ENDS[name]}"]
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_a_tokenizer_that_begins_texts_with_a_mark_begins_conversations_with_it_once(
-    beginning: Path, name: str
-) -> None:
+def test_a_tokenizers_start_mark_begins_a_conversation_once(beginning: Path, name: str) -> None:
     [(text, _)] = learned(beginning, [ROW], template=named(name))
     assert text == "<|endoftext|>" + EXPECTED[name]
 
@@ -153,7 +151,7 @@ def test_a_template_runs_in_a_sandbox(tiny_llama: Path) -> None:
         answered(Tokenizer(tiny_llama, JobTemplate("{{ ''.__class__.__mro__ }}")))
 
 
-def test_half_a_character_in_what_a_template_writes_is_rejected(tiny_llama: Path) -> None:
+def test_half_a_character_in_a_templates_output_is_rejected(tiny_llama: Path) -> None:
     with pytest.raises(
         StepFailure,
         match=r"line 1: the chat template of spec\.dataset\.chatTemplate writes an unpaired surrogate \(U\+D800\) at "
@@ -177,7 +175,7 @@ def test_half_a_character_in_what_a_template_writes_is_rejected(tiny_llama: Path
 def test_a_template_that_writes_a_function_or_a_generator_is_rejected(
     tiny_llama: Path, expression: str, found: str
 ) -> None:
-    """Their text has an address in memory: the same data would be other tokens under the same fingerprint."""
+    """Their text has an address in memory: tokens would change under one fingerprint."""
     with pytest.raises(StepFailure) as failure:
         answered(Tokenizer(tiny_llama, JobTemplate("{{ " + expression + " }}" + CHATML)))
     assert failure.value.exit_code is ExitCode.BAD_DATASET
@@ -197,7 +195,7 @@ def test_a_template_that_writes_a_function_or_a_generator_is_rejected(
     ],
     ids=["reasoning", "tools"],
 )
-def test_what_is_wrong_with_a_template_is_said_of_rows_with_reasoning_and_tools_too(
+def test_a_templates_errors_are_reported_for_rows_with_reasoning_and_tools_too(
     tiny_llama: Path, conversation: Conversation
 ) -> None:
     tokenizer = Tokenizer(tiny_llama, JobTemplate("{{ messages[0].content.upper }}" + CHATML))
@@ -254,7 +252,7 @@ def test_a_template_that_does_not_compile_is_a_bad_configuration(tmp_path: Path,
         Tokenizer(tiny_llama, of_config_map(tmp_path, b"{% for %}"))
 
 
-def test_an_answer_that_ends_with_the_end_of_text_needs_no_word(base: Path) -> None:
+def test_an_answer_that_ends_with_the_end_of_text_has_no_remark(base: Path) -> None:
     for name in ("mistral", "zephyr"):
         assert end_of_turn(Tokenizer(base, named(name)), base) is None
 
@@ -268,7 +266,7 @@ def test_an_end_of_answers_that_is_another_token_is_named_with_its_id(base: Path
 
 
 @pytest.mark.parametrize("ids", [2, [0, 2]])
-def test_an_end_that_the_generation_settings_name_is_known_to_servers(base: Path, tmp_path: Path, ids: Any) -> None:
+def test_an_end_in_the_generation_settings_needs_no_remark(base: Path, tmp_path: Path, ids: Any) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
     assert end_of_turn(Tokenizer(base, named("chatml")), tmp_path) is None
 
@@ -279,7 +277,7 @@ def test_an_end_of_several_tokens_is_named_as_a_text(base: Path) -> None:
     assert 'send "stop": ["<|eot_id|>"] with each request' in template_remarks(end, ())[0]
 
 
-def test_a_template_that_writes_nothing_after_an_answer_is_said_to(base: Path) -> None:
+def test_a_template_without_an_end_of_answers_is_reported(base: Path) -> None:
     template = JobTemplate("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}")
     end = end_of_turn(Tokenizer(base, template), base)
     # A line break is one token here, and answers have some inside them: a server must not stop at the first.
@@ -312,7 +310,7 @@ def test_another_template_prepares_the_data_again(make_context: MakeContext, rec
     assert prepare(context, records) == record
 
 
-def test_rows_of_text_have_no_use_for_a_template(make_context: MakeContext, records: Recorded, tmp_path: Path) -> None:
+def test_text_format_rejects_chat_template(make_context: MakeContext, records: Recorded, tmp_path: Path) -> None:
     write_rows(tmp_path / "data" / "train.jsonl", [{"text": "kubectl get pods"}])
     for field, value in {"chatTemplate": "chatml", "systemPrompt": {"text": "Be short."}}.items():
         with pytest.raises(StepFailure, match=f"spec.dataset.{field} is set, but the rows .* are of format text") as e:

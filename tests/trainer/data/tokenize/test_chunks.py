@@ -1,4 +1,4 @@
-"""Tokenizing in chunks: the same bytes whichever process makes them and however often it is interrupted."""
+"""Tokenizing in chunks: the same bytes for any processes and interruptions."""
 
 import multiprocessing.connection
 import os
@@ -117,7 +117,7 @@ def test_chunks_of_other_data_or_settings_are_not_used(
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("count", [1, 2])
-def test_the_first_invalid_row_is_reported_whichever_process_finds_it(
+def test_the_first_invalid_row_is_reported_by_any_process(
     make_context: MakeContext, tmp_path: Path, workers: Any, count: int
 ) -> None:
     """The last row of a chunk is wrong, a later chunk too, and the file's end cannot be read."""
@@ -133,7 +133,7 @@ def test_the_first_invalid_row_is_reported_whichever_process_finds_it(
 
 
 def killed_with_more_chunks(files: Files) -> dict[str, int]:
-    """Kill the prepare step's command line as soon as it has made one more chunk: the inode of each chunk's file."""
+    """Kill the prepare step after one more chunk; returns the inode of each chunk's file."""
     before = len(chunk_files(files))
     with files.start("prepare", OMP_NUM_THREADS="1") as process:
         deadline = time.monotonic() + TIMEOUT_S
@@ -146,13 +146,11 @@ def killed_with_more_chunks(files: Files) -> dict[str, int]:
 
 
 def chunk_files(files: Files) -> dict[str, int]:
-    """The inode of each finished chunk's file, by name; another file takes the place of one that is made again."""
+    """The inode of each finished chunk's file, by name, which changes with a new file."""
     return {path.name: path.stat().st_ino for path in files.workspace.glob("data/.rows.partial/train-*.safetensors")}
 
 
-def test_a_killed_prepare_resumes_with_its_chunks_to_the_bytes_of_an_undisturbed_one(
-    tmp_path: Path, tiny_llama: Path
-) -> None:
+def test_a_killed_prepare_resumes_from_its_chunks_to_the_same_bytes(tmp_path: Path, tiny_llama: Path) -> None:
     files = new_files(tmp_path, tiny_llama.parent)
     rows = 3 * tokenize.CHUNK_ROWS + 100
     write_rows(files.data / "train.jsonl", [chat_row(f"Question {n}?", "pods " * (n % 7 + 1)) for n in range(rows)])

@@ -1,4 +1,4 @@
-"""Rows of many answers: one that is too long is left out by its length, and its answers are not looked for."""
+"""Rows of many answers: one that is too long is left out without rendering its answers."""
 
 import json
 from pathlib import Path
@@ -94,7 +94,7 @@ def test_a_conversation_of_as_many_tokens_as_are_allowed_is_trained_on_whole(tin
     assert maker(tiny_llama, length - 1).make([row]).too_long.tolist() == [length]
 
 
-def test_what_is_wrong_with_the_answers_of_a_row_matters_only_if_it_is_used(tiny_llama: Path) -> None:
+def test_errors_in_the_answers_of_an_unused_row_are_ignored(tiny_llama: Path) -> None:
     row = row_of({"messages": turns(100)})
     with pytest.raises(StepFailure, match=r"line 1: .* message 1 of the conversation cannot be separated"):
         maker(tiny_llama, 10_000, template=FORGETFUL).make([row])

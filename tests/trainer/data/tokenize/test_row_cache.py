@@ -1,4 +1,4 @@
-"""Rows that the cells of a sweep share: tokenized once, also at the same time, and never wrong for one of them."""
+"""Rows that cells of a sweep share: tokenized once, also concurrently, and verified."""
 
 import errno
 import fcntl
@@ -67,7 +67,7 @@ def rows(tmp_path: Path) -> Path:
 
 
 class Acting(Recorded):
-    """Records that act once, when the step says that it does this."""
+    """Records that act once, when the step logs this action."""
 
     def __init__(self, activity: str, act: Callable[[], object]) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Acting(Recorded):
 
 
 def said(records: Recorded) -> list[str]:
-    """What the step has said that it does."""
+    """Actions that the step has logged."""
     return [entry["activity"] for entry in records.written]
 
 
@@ -159,7 +159,7 @@ def test_a_cell_does_not_train_on_shared_rows_that_no_trainer_makes(
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("obstacle", ["folder", "another user's"])
-def test_a_cell_that_may_not_replace_shared_rows_uses_its_own(
+def test_a_cell_without_rights_to_replace_shared_rows_uses_its_own(
     cell: MakeCell,
     rows: Path,
     made: list[int],
@@ -234,9 +234,7 @@ def test_a_cell_does_not_wait_for_a_pod_that_hangs_with_the_lock(
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_cells_with_other_rows_leave_those_of_the_others_and_what_a_pod_is_still_writing(
-    cell: MakeCell, rows: Path
-) -> None:
+def test_cells_with_other_rows_keep_the_others_rows_and_unfinished_files(cell: MakeCell, rows: Path) -> None:
     drawn = {"shuffle": True, "maxRows": 100}
     prepare(cell("rates-00", {"dataset": drawn}), Recorded())
     before = set(rows.glob("train-*"))
@@ -338,9 +336,7 @@ def test_a_cell_that_has_waited_for_too_long_tokenizes_the_rows_itself(
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_a_cell_whose_rows_are_invalid_leaves_it_to_the_next_to_say_so(
-    cell: MakeCell, rows: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_cell_reports_invalid_rows_itself(cell: MakeCell, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows_folder, "_MOST_LOOKS", 1)
     path = rows.parents[1] / "data" / "train.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
@@ -359,7 +355,7 @@ class Cell(Files):
 
     @property
     def document(self) -> dict[str, Any]:
-        """With a UID of its own."""
+        """With a UID unlike the default."""
         name = self.root.name
         return {**super().document, "metadata": {"name": name, "uid": name}}
 
@@ -372,7 +368,7 @@ class Cell(Files):
 @pytest.mark.parametrize(
     ("count", "killed"), [pytest.param(3, False, marks=pytest.mark.slow), (2, True)], ids=["goes on", "killed"]
 )
-def test_of_processes_at_once_one_tokenizes_and_another_takes_over_if_it_is_killed(
+def test_one_of_several_processes_tokenizes_and_another_replaces_a_killed_one(
     tmp_path: Path, tiny_llama: Path, rows: Path, count: int, killed: bool
 ) -> None:
     cells = [Cell(tmp_path / f"rates-0{number}", tiny_llama.parent) for number in range(count)]

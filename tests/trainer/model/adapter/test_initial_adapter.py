@@ -1,4 +1,4 @@
-"""Earlier adapters on servers, each as publish has written it there: what is fetched, with which credentials."""
+"""Earlier adapters on servers: the fetched files and the credentials used."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -39,7 +39,7 @@ CONFIG = b'{"peft_type": "LORA", "r": 4, "lora_alpha": 8.0, "base_model_name_or_
 
 @pytest.fixture
 def adapter(tmp_path: Path, tiny_llama: Path) -> Path:
-    """A folder with an adapter of the tiny Llama, and what publish writes beside it."""
+    """A folder with an adapter of the tiny Llama, and the other files of publish."""
     folder = tmp_path / "adapter"
     folder.mkdir()
     shapes = expected_tensors(text_part(AutoConfig.from_pretrained(tiny_llama)), TARGETS, LORA)
@@ -121,7 +121,7 @@ def test_the_hubs_token_is_that_of_the_adapters_own_secret_or_else_the_models(
     assert "another" not in rejected(context)
 
 
-def test_an_adapter_that_is_larger_than_the_job_has_is_not_downloaded(
+def test_an_adapter_larger_than_the_jobs_is_not_downloaded(
     make_context: MakeContext, hub: FakeHub, adapter: Path
 ) -> None:
     with (adapter / "adapter_model.safetensors").open("ab") as file:

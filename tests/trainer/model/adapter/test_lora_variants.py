@@ -1,4 +1,4 @@
-"""Every variant of LoRA is trained, resumes to the last bit, passes the checks of publish and loads in plain PEFT."""
+"""Every variant of LoRA trains, resumes exactly, passes publish and loads in plain PEFT."""
 
 import dataclasses
 import shutil
@@ -82,7 +82,7 @@ def test_a_variant_lowers_the_loss_and_resumes_bit_identically(
 def test_plain_peft_computes_the_same_loss(trained: tuple[StepContext, TrainRecord, Path]) -> None:
     context, record, model = trained
     base = load_base(model, QuantizationSpec(), "cpu")
-    # PEFT widens 16-bit adapters unless told not to.
+    # PEFT widens 16-bit adapters by default.
     widen = context.spec.lora.dtype == "float32"
     # Trainable, since the loss of a head that is trained is added up in another order.
     adapter = str(context.workspace.trained)
@@ -96,7 +96,7 @@ def test_plain_peft_computes_the_same_loss(trained: tuple[StepContext, TrainReco
 
 
 @pytest.mark.slow
-def test_a_variant_is_trained_further_from_the_loss_that_it_ended_with(
+def test_a_variant_continues_from_the_loss_that_it_ended_with(
     trained: tuple[StepContext, TrainRecord, Path], tmp_path: Path
 ) -> None:
     first, record, model = trained
@@ -114,7 +114,7 @@ def test_a_variant_is_trained_further_from_the_loss_that_it_ended_with(
     assert run(context).initial_eval_loss == record.eval_loss
 
 
-def test_the_check_before_publication_knows_every_tensor(
+def test_the_check_before_publication_covers_every_tensor(
     trained: tuple[StepContext, TrainRecord, Path], tmp_path: Path
 ) -> None:
     context, record, model = trained
@@ -160,7 +160,7 @@ def test_tied_modules_are_not_trained_apart(tiny_qwen2: Path) -> None:
         (LoraSpec(rank=1024), "rank 1024"),
     ],
 )
-def test_what_vllm_rejects_is_named_with_its_reason(lora: LoraSpec, word: str | None) -> None:
+def test_settings_that_vllm_rejects_are_named_with_the_reason(lora: LoraSpec, word: str | None) -> None:
     reason = rejected_by_vllm(lora)
     assert (reason is None) == (word is None)
     assert reason is None or str(word) in reason

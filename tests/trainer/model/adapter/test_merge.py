@@ -1,4 +1,4 @@
-"""The merged model is the function that was trained, in files that transformers loads, or there is none."""
+"""The merged model is the trained function, in files that transformers loads."""
 
 import ctypes
 import dataclasses
@@ -147,7 +147,7 @@ def test_any_server_can_load_the_merged_model_and_both_losses_are_reported(merge
     assert "Do not quantize this model to 4-bit without measuring the result" in model_card
 
 
-def test_model_card_and_page_name_what_vllm_rejects_and_the_page_compares_the_losses(
+def test_card_and_page_name_settings_that_vllm_rejects_and_the_page_has_both_losses(
     merged: tuple[StepContext, Path],
 ) -> None:
     context, _ = merged
@@ -171,7 +171,7 @@ def test_model_card_and_page_name_what_vllm_rejects_and_the_page_compares_the_lo
     assert f"The merged model is at {told['uri']} , in bfloat16" in page
 
 
-def test_what_is_published_is_not_merged_again_and_what_is_damaged_is(trained: StepContext) -> None:
+def test_only_a_damaged_merged_model_is_merged_again(trained: StepContext) -> None:
     first = published(trained)
     file = trained.workspace.merged / "model.safetensors"
     content, written = file.read_bytes(), file.stat().st_mtime_ns
@@ -192,7 +192,7 @@ def flipped(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flipped, Path.unlink])
-def test_other_weights_than_those_of_the_training_are_not_merged(
+def test_weights_unlike_those_of_the_training_are_not_merged(
     trained: StepContext, damage: Callable[[Path], None]
 ) -> None:
     damage(trained.workspace.base / "model.safetensors")
@@ -205,9 +205,7 @@ def test_other_weights_than_those_of_the_training_are_not_merged(
     assert (trained.workspace.adapter / "adapter_model.safetensors").is_file()
 
 
-def test_without_room_nothing_is_merged_and_the_adapter_is_there(
-    trained: StepContext, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_room_only_the_adapter_is_published(trained: StepContext, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(trained.workspace.root)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
 
@@ -244,7 +242,7 @@ def peak_while(work: Callable[[], object]) -> int:
 
 
 def mergeable(root: Path, model: Path) -> tuple[TrainedJob, WorkspaceLayout]:
-    """A job with an untrained adapter that can be merged. Its four held-out sequences may share a batch."""
+    """A job with an untrained, mergeable adapter and four held-out sequences."""
     context = prepared(root, model, {"output": {"merged": {}}}, packed=False)
     record = read_completion(context.workspace.completion("prepare"), PrepareRecord)
     assert record is not None
@@ -274,7 +272,7 @@ _MMAP_THRESHOLD = -3
 
 
 def merge_of_a_larger_model(root: Path) -> int:
-    """Merge into `root/merged`, and return the bytes that it has held in memory. In a process of its own."""
+    """Merge into `root/merged` in a new process; returns the peak bytes of memory."""
     allocator = ctypes.CDLL(None)
     # Pieces of 64 KiB and more go back to the kernel when they are freed. By default glibc keeps those below 32 MiB,
     # and a process that has freed some before serves the merge from them. Source: M_MMAP_THRESHOLD in mallopt(3). A
@@ -332,7 +330,7 @@ def test_a_merged_model_that_keeps_rows_apart_is_read_once_to_compute_its_loss(
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_what_a_family_keeps_in_buffers_is_in_the_merged_model(tmp_path: Path) -> None:
+def test_buffers_of_a_family_are_in_the_merged_model(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", tiny_config("gemma4_text"))
     weights = load_file(model / "model.safetensors")
     scalars = {name: torch.full_like(tensor, 0.5) for name, tensor in weights.items() if name.endswith("layer_scalar")}
@@ -350,8 +348,8 @@ def test_what_a_family_keeps_in_buffers_is_in_the_merged_model(tmp_path: Path) -
     assert [layer.layer_scalar.item() for layer in loaded.model.layers] == [0.5] * len(scalars)
 
 
-def test_a_merged_model_is_evaluated_with_the_attention_that_its_adapter_was_trained_with(tmp_path: Path) -> None:
-    """BLOOM adds to scores what depends on the distance, which attention within rows does not compute."""
+def test_a_merged_model_is_evaluated_with_the_attention_of_its_training(tmp_path: Path) -> None:
+    """BLOOM adds a term by distance to scores, which attention within rows does not compute."""
     config = tiny_config("bloom")
     config.initializer_range = 0.4
     model = save_model(tmp_path / "model", config)

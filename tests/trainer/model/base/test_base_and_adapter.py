@@ -1,4 +1,4 @@
-"""The base model is stored as the job specifies, only the adapter is trained, and PEFT reads its files."""
+"""The base is stored as specified, only the adapter trains, and PEFT reads its files."""
 
 import os
 import subprocess
@@ -54,7 +54,7 @@ def test_inner_layers_are_4_bit_and_everything_else_16_bit_and_frozen(
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_layer_of_another_type_and_a_layer_left_in_16_bit_are_noticed(tiny_llama: Path) -> None:
+def test_a_layer_of_another_type_and_a_layer_left_in_16_bit_are_rejected(tiny_llama: Path) -> None:
     model = load_base(tiny_llama, NF4, "cpu")
     with pytest.raises(StepFailure, match="fp4") as other_type:
         check_quantization(model, QuantizationSpec(type="fp4"))

@@ -1,4 +1,4 @@
-"""The 4-bit base that prepare makes: libraries read it, it is what loading would have quantized, and it resumes."""
+"""The 4-bit base of prepare: libraries read it, it equals quantization at loading, and it resumes."""
 
 import errno
 import json
@@ -53,7 +53,7 @@ def in_plain_transformers(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("family", CHECKPOINTS)
-def test_plain_transformers_loads_what_it_would_have_quantized(tmp_path: Path, family: str) -> None:
+def test_plain_transformers_loads_the_same_quantized_model(tmp_path: Path, family: str) -> None:
     model = save_model(tmp_path / "model", CHECKPOINTS[family])
     convert(model, tmp_path / "base", NF4)
     require_equal(in_plain_transformers(tmp_path / "base"), load_base(model, NF4, "cpu"))
@@ -83,7 +83,7 @@ def test_an_original_of_another_type_is_rounded_as_loading_rounds_it(
     require_equal(load_base(tmp_path / "base", NF4, "cpu"), load_base(model, NF4, "cpu"))
 
 
-def test_what_transformers_keeps_in_32_bit_is_in_32_bit(
+def test_tensors_that_transformers_keeps_in_32_bit_stay_in_32_bit(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", {"norm"})
@@ -94,7 +94,7 @@ def test_what_transformers_keeps_in_32_bit_is_in_32_bit(
 
 
 def test_every_tensor_begins_where_its_type_can_be_read(tmp_path: Path) -> None:
-    """An odd number of blocks, and norms of which two make four bytes."""
+    """An odd number of blocks, and norms whose pairs make four bytes."""
     odd = {**SHAPE, "hidden_size": 72, "intermediate_size": 127, "head_dim": 18}
     model = save_model(tmp_path / "model", LlamaConfig(**odd))
     convert(model, tmp_path / "base", NF4)
@@ -142,7 +142,7 @@ class Killed(BaseException):
     """The process has ended without warning."""
 
 
-def test_it_resumes_with_the_file_at_which_it_was_killed(
+def test_it_resumes_with_the_file_that_was_being_converted(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, layout = in_files(tiny_llama, tmp_path, 3), BaseLayout.from_folder(tiny_llama, NF4)
@@ -166,13 +166,13 @@ def test_it_resumes_with_the_file_at_which_it_was_killed(
     for number in (1, 2):
         again.convert(model / f"model-{number}.safetensors", str(number) * 64)
     assert again.complete().sha256 == whole
-    # What is complete is taken as it is, and what was made of other weights is not.
+    # A complete base is used as it is; one made of other weights is not.
     assert BaseConversion(tmp_path / "base", model, "v1", layout).complete().sha256 == whole
     assert not BaseConversion(tmp_path / "base", model, "v2", layout).digests
     assert not (tmp_path / "base").exists()
 
 
-def test_what_a_killed_attempt_has_left_is_not_in_the_base(
+def test_partial_files_of_a_killed_attempt_are_not_in_the_base(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layout = BaseLayout.from_folder(tiny_llama, NF4)
@@ -192,7 +192,7 @@ def test_what_a_killed_attempt_has_left_is_not_in_the_base(
 
 
 def test_a_release_that_makes_other_bytes_has_another_format(tmp_path: Path) -> None:
-    """Raise FORMAT with the sum: a cache would give jobs of one release what the other has made."""
+    """Raise FORMAT with the sum, so that releases do not share a cached base."""
     model = save_model(tmp_path / "model", LlamaConfig(**SHAPE))
     weights = {
         name: (torch.arange(tensor.numel()) * 7919 % 1009 - 504).reshape(tensor.shape).to(torch.bfloat16) / 4096
@@ -214,7 +214,7 @@ def test_a_base_that_has_lost_a_file_is_completed_again(tmp_path: Path, tiny_lla
     require_sha256(tmp_path / "base", sha256)
 
 
-def test_it_generates_as_the_original_says(tmp_path: Path, tiny_llama: Path) -> None:
+def test_it_has_the_generation_settings_of_the_original(tmp_path: Path, tiny_llama: Path) -> None:
     model = copied(tiny_llama, tmp_path)
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 7]}))
     convert(model, tmp_path / "base", NF4)
@@ -286,7 +286,7 @@ def test_a_weight_that_is_stored_in_pieces_is_one_and_a_missing_piece_is_named(t
 
 
 @pytest.mark.parametrize("family", CHECKPOINTS | ROUTED)
-def test_its_tensors_are_those_that_the_layout_announces(tmp_path: Path, family: str) -> None:
+def test_its_tensors_are_those_of_the_layout(tmp_path: Path, family: str) -> None:
     """Of whichever form: in pieces, of experts, under older names."""
     model = save_model(tmp_path / "model", (CHECKPOINTS | ROUTED)[family])
     quantization = QuantizationSpec(type="fp4", double_quant=family == "qwen3_moe")
@@ -300,7 +300,7 @@ def test_its_tensors_are_those_that_the_layout_announces(tmp_path: Path, family:
         require_tensors(tmp_path / "base", [WEIGHTS], layout)
 
 
-def test_its_size_is_known_before_it_is_made(tmp_path: Path, tiny_llama: Path) -> None:
+def test_its_size_is_computed_before_it_is_made(tmp_path: Path, tiny_llama: Path) -> None:
     convert(tiny_llama, tmp_path / "base", NF4)
     estimate = BaseLayout.from_folder(tiny_llama, NF4).bytes
     with safe_open(tmp_path / "base" / WEIGHTS, framework="pt") as opened:
@@ -326,7 +326,7 @@ def test_a_base_that_has_changed_is_not_used(tmp_path: Path, tiny_llama: Path, d
 
 
 @pytest.mark.parametrize("lost", ["folder", "file", "read"])
-def test_a_base_that_cannot_be_read_is_not_said_to_have_changed(
+def test_an_unreadable_base_is_not_reported_as_changed(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
     """Another job may have set it aside, or the volume has a fault: the step is retried."""

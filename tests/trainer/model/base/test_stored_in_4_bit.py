@@ -1,4 +1,4 @@
-"""A model that bitsandbytes has stored in 4 bit is trained as it is; what is wrong or otherwise in it is named."""
+"""A model stored in 4 bit by bitsandbytes is trained unchanged; wrong parts are named."""
 
 import json
 import math
@@ -95,7 +95,7 @@ def test_every_tensor_begins_where_its_type_can_be_read(tmp_path: Path) -> None:
 
 
 def test_a_model_in_another_16_bit_type_computes_in_bfloat16(tmp_path: Path, in_nf4: Path) -> None:
-    """As many were published: constants and norms say float16, which is only what their maker computed in."""
+    """As published ones: constants and norms are float16, the type of their computation."""
     model = changed(in_nf4, tmp_path, in_float16)
     convert(model, tmp_path / "base", NF4)
     require_equal(load_base(tmp_path / "base", NF4, "cpu"), plain(in_nf4))
@@ -159,7 +159,7 @@ def refused(model: Path, root: Path, quantization: QuantizationSpec = NF4) -> St
     return caught.value
 
 
-def test_a_job_that_asks_for_another_format_is_told_both(tmp_path: Path, in_nf4: Path) -> None:
+def test_a_job_with_another_format_is_rejected_with_both_formats(tmp_path: Path, in_nf4: Path) -> None:
     failure = refused(in_nf4, tmp_path, QuantizationSpec(type="fp4", double_quant=False))
     assert failure.exit_code is ExitCode.BAD_CONFIGURATION
     assert "spec.quantization is type fp4, doubleQuant false, and the model is stored" in failure.message
@@ -173,7 +173,7 @@ def test_a_job_that_asks_for_another_format_is_told_both(tmp_path: Path, in_nf4:
         (["embed_tokens"], r"has none in 16 bit and lm_head\.weight in 4 bit instead"),
     ],
 )
-def test_a_model_with_other_layers_in_4_bit_is_refused(
+def test_a_model_with_other_layers_in_4_bit_is_rejected(
     tmp_path: Path, tiny_llama: Path, skipped: list[str], message: str
 ) -> None:
     model = quantized(tiny_llama, tmp_path / "model", settings(llm_int8_skip_modules=skipped))
@@ -206,7 +206,7 @@ def test_experts_need_the_original(tmp_path: Path) -> None:
         ({"llm_int8_skip_modules": ["m"] * 5000}, "up to 4096 names of modules"),
     ],
 )
-def test_another_quantization_is_refused_by_name(
+def test_another_quantization_is_rejected_by_name(
     tmp_path: Path, in_nf4: Path, changes: dict[str, Any], message: str
 ) -> None:
     folder = Path(shutil.copytree(in_nf4, tmp_path / "model"))
@@ -229,7 +229,7 @@ def test_a_model_of_2023_does_not_name_its_method(tmp_path: Path, in_nf4: Path) 
     require_equal(load_base(tmp_path / "base", NF4, "cpu"), plain(in_nf4))
 
 
-def test_what_config_json_says_beside_the_format_has_no_effect(tmp_path: Path, in_nf4: Path) -> None:
+def test_further_settings_of_the_quantization_in_config_json_have_no_effect(tmp_path: Path, in_nf4: Path) -> None:
     folder = Path(shutil.copytree(in_nf4, tmp_path / "model"))
     config = json.loads((folder / CONFIG).read_text())
     config["quantization_config"] |= {"bnb_4bit_quant_storage": "load", "bnb_4bit_compute_dtype": 5, "more": {}}
@@ -311,9 +311,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_file_that_is_broken_or_forged_is_refused_with_the_tensors_name(
-    tmp_path: Path, in_nf4: Path, name: str
-) -> None:
+def test_a_broken_or_forged_file_is_rejected_with_the_tensors_name(tmp_path: Path, in_nf4: Path, name: str) -> None:
     change, message = BROKEN[name]
     failure = refused(changed(in_nf4, tmp_path, change), tmp_path)
     assert failure.exit_code is ExitCode.MODEL_UNAVAILABLE

@@ -1,4 +1,4 @@
-"""Routed experts compute in 4-bit what transformers' own do with the dequantized weights, whatever their class has."""
+"""Routed experts compute in 4-bit as transformers' own with the dequantized weights, for any class."""
 
 from collections.abc import Callable
 from itertools import product
@@ -36,7 +36,7 @@ def filled(weight: Tensor, pieces: int = 1, quantization: QuantizationSpec = NF4
 
 
 def values(layer: Any, quantization: QuantizationSpec) -> Tensor:
-    """The weights of a layer of bitsandbytes, by its definition: a value of the table times the block's constant."""
+    """The weights of a layer of bitsandbytes: values of the table times block constants."""
     packed, state = layer
     absmax = state.absmax
     if quantization.double_quant:
@@ -49,7 +49,7 @@ def values(layer: Any, quantization: QuantizationSpec) -> Tensor:
 # 33,280 weights of an expert have 520 constants: the third block of constants ends before its 256.
 @pytest.mark.parametrize(("rows", "columns", "pieces"), [(130, 256, 1), (128, 32, 2), (64, 96, 2)])
 @pytest.mark.parametrize("spec", KINDS, ids=lambda spec: f"{spec.type}-{spec.double_quant}")
-def test_each_matrix_is_what_bitsandbytes_makes_of_it_and_one_expert_is_as_in_the_whole(
+def test_each_matrix_matches_bitsandbytes_and_one_expert_matches_the_whole(
     spec: QuantizationSpec, rows: int, columns: int, pieces: int
 ) -> None:
     torch.manual_seed(0)
@@ -84,7 +84,7 @@ def test_large_experts_take_4_127_bits_a_weight() -> None:
     assert stack.expected_bytes == sum(buffer.nbytes for buffer in stack.buffers())
 
 
-def test_a_matrix_that_ends_inside_a_block_and_one_of_another_form_are_refused() -> None:
+def test_a_matrix_that_ends_inside_a_block_or_has_another_form_is_rejected() -> None:
     with pytest.raises(ValueError, match="blocks of 64"):
         ExpertStack((4, 10, 10), 1, NF4, "cpu")
     stack = ExpertStack((4, 64, 64), 1, NF4, "cpu")
@@ -197,7 +197,7 @@ def test_autocast_computes_in_16_bit() -> None:
         assert 1e-4 < error < 3e-2
 
 
-def test_only_experts_that_were_chosen_are_dequantized_and_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_chosen_experts_are_dequantized_and_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     module = made()
     states = torch.randn(TOKENS, HIDDEN)
     chosen, weights = routed(states, of=5)
@@ -244,7 +244,7 @@ TO_THE_SAME = torch.tensor([[0, 1]] * 12)
 
 
 def most_bytes(module: Any, states: Tensor, chosen: Tensor, run_backward: Callable[[Tensor], None]) -> int:
-    """The largest sum of what is alive at a time in a forward and a backward pass, besides what is given."""
+    """The largest sum of live tensors in a forward and a backward pass, besides the arguments."""
     module.config._experts_implementation = EXPERTS
     weights = torch.ones(chosen.shape, dtype=states.dtype, device=states.device)
     with LiveBytes() as live:
@@ -259,7 +259,7 @@ def most_bytes(module: Any, states: Tensor, chosen: Tensor, run_backward: Callab
 def test_a_dry_run_counts_the_experts_that_are_dequantized_at_a_time(
     chosen: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However tokens are routed, no more than a dry run counts, and what tokens that are spread evenly take."""
+    """For any routing of tokens, no more than a dry run counts, and the memory of evenly spread tokens."""
     expert_bytes = 2 * INNER * HIDDEN * 2
     counted = {}
     for number in (1, 3):

@@ -1,4 +1,4 @@
-"""Experts become 4-bit however they are stored; what is not supported for a mixture of experts is refused."""
+"""Experts become 4-bit from any storage; unsupported options are rejected."""
 
 import re
 from pathlib import Path
@@ -53,7 +53,7 @@ def tiny_qwen3_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("qwen3_moe") / "model", EXPERTS["qwen3_moe"][0])
 
 
-def test_a_base_with_experts_of_another_type_is_noticed(tiny_qwen3_moe: Path) -> None:
+def test_a_base_with_experts_of_another_type_is_rejected(tiny_qwen3_moe: Path) -> None:
     model = load_base(tiny_qwen3_moe, QuantizationSpec(type="fp4"), "cpu")
     stack = model.model.layers[0].mlp.experts.gate_up_proj
     stack.quantization = NF4
@@ -94,9 +94,7 @@ def test_experts_that_are_stored_as_stacks_become_the_same_base(tiny_qwen3_moe: 
         assert all(map(torch.equal, stack.buffers(), direct[name].buffers()))
 
 
-def test_stacks_with_rows_for_columns_are_refused_unless_transformers_turns_them(
-    tiny_qwen3_moe: Path, tmp_path: Path
-) -> None:
+def test_transposed_stacks_are_rejected_unless_transformers_turns_them(tiny_qwen3_moe: Path, tmp_path: Path) -> None:
     def turned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         found = stacked(tiny_qwen3_moe, tensors)
         return {name: tensor.mT.contiguous() if tensor.ndim == 3 else tensor for name, tensor in found.items()}
@@ -137,7 +135,7 @@ def test_an_expert_that_is_missing_or_has_another_shape_is_named(tiny_qwen3_moe:
         ({"target_modules": ("gate_up_proj",)}, "allowed are all-linear and k_proj, o_proj, q_proj, v_proj"),
     ],
 )
-def test_adapters_on_experts_and_what_is_not_supported_for_them_is_refused(
+def test_adapters_on_experts_with_unsupported_options_are_rejected(
     tiny_qwen3_moe: Path, lora: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(StepFailure) as caught:
@@ -147,7 +145,7 @@ def test_adapters_on_experts_and_what_is_not_supported_for_them_is_refused(
     assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
 
 
-def test_sharding_merging_and_publishing_the_base_are_refused_for_experts_only(
+def test_sharding_merging_and_publishing_the_base_are_rejected_for_experts_only(
     tiny_qwen3_moe: Path, tiny_llama: Path
 ) -> None:
     sharded, merged = TrainingSpec(sharding="full"), OutputSpec(merged=MergedSpec())
@@ -207,7 +205,7 @@ def test_plain_peft_puts_the_tensors_of_shared_experts_in_their_place(tmp_path: 
     assert all(torch.equal(tensor, expected[name].to(tensor.dtype)) for name, tensor in found.items())
 
 
-def test_what_peft_takes_for_routed_experts_gets_an_adapter_by_its_weight_but_no_dora(tmp_path: Path) -> None:
+def test_layers_that_peft_takes_for_experts_get_an_adapter_by_weight_but_no_dora(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", EXPERTS["glm4_moe"][0])
 
     family, dora = (inspect_family(model, LoraSpec(use_dora=way)) for way in (False, True))
@@ -267,7 +265,7 @@ def test_all_layers_of_a_router_stay_in_16_bit_and_get_no_adapter(tmp_path: Path
     assert not set(routers) & set(family.target_modules)
 
 
-def test_rows_that_attend_to_each_other_are_noticed_although_experts_round(
+def test_a_leak_between_rows_is_noticed_although_experts_round(
     tiny_qwen3_moe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert not inspect_family(tiny_qwen3_moe, LoraSpec()).one_row
@@ -282,7 +280,7 @@ def test_rows_that_attend_to_each_other_are_noticed_although_experts_round(
     assert inspect_family(tiny_qwen3_moe, LoraSpec()).one_row
 
 
-def test_the_dry_run_counts_experts_in_4_bit_and_what_is_dequantized(tmp_path: Path) -> None:
+def test_the_dry_run_counts_4_bit_and_dequantized_experts(tmp_path: Path) -> None:
     wide = Qwen3MoeConfig(**SHAPE, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=1024, head_dim=16)
     model = save_model(tmp_path / "model", wide)
     spec = QLoRAJobSpec.model_validate({"model": {"source": "hf://a/b"}, "dataset": {"source": "hf://a/c"}})

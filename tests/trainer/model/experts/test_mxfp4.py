@@ -1,4 +1,4 @@
-"""gpt-oss is trained on its experts as they are published, in MXFP4: exact, and in their own bytes."""
+"""gpt-oss is trained on its experts as they are published, in MXFP4: exact, and in the same bytes."""
 
 import json
 import math
@@ -62,7 +62,7 @@ def random_stack(shape: tuple[int, int, int], scales: tuple[int, int]) -> Mxfp4S
 
 @pytest.mark.parametrize("scales", [(0, 253), (118, 124)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_any_experts_are_dequantized_as_transformers_does_to_the_bit(
+def test_any_experts_are_dequantized_as_by_transformers_bit_for_bit(
     dtype: torch.dtype, scales: tuple[int, int]
 ) -> None:
     stack = random_stack((5, 96, 40), scales)
@@ -109,7 +109,7 @@ def test_the_base_has_the_published_bytes_of_the_experts(tmp_path: Path, gpt_oss
     layers = {kind.name: kind for kind in storage_of(model).layers}
     assert layers["gate_up_proj"].bytes_each == 4 * 64 * 256 * 17 // 32 + 1536
     settings = json.loads((tmp_path / "base" / CONFIG).read_text())["quantization_config"]
-    # Whoever loads the base without this trainer gets an error, not random experts.
+    # A program that loads the base without this trainer gets an error, not random experts.
     assert (settings["quant_method"], settings["experts"]) == ("qlora_4bit", "mxfp4")
 
 
@@ -139,7 +139,7 @@ def test_it_is_trained_and_plain_libraries_get_the_same_loss(
         attn_implementation="eager",
         device_map={"": "cpu"},
     )
-    # What transformers has not in 4 bit is attention: its weights are given those of the base.
+    # Transformers does not have attention in 4 bit: its weights are given those of the base.
     base = load_base(context.workspace.base, NF4, "cpu", attention="eager")
     replace_attention(plain, base)
     assert math.isclose(mean_loss(plain, data), trained.initial_eval_loss, rel_tol=2e-3)
@@ -211,9 +211,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_experts_that_are_broken_or_forged_are_refused_with_the_tensors_name(
-    tmp_path: Path, gpt_oss: Path, name: str
-) -> None:
+def test_broken_or_forged_experts_are_rejected_with_the_tensors_name(tmp_path: Path, gpt_oss: Path, name: str) -> None:
     change, message = BROKEN[name]
     folder = Path(shutil.copytree(gpt_oss, tmp_path / "model"))
     weights = load_file(folder / WEIGHTS)
@@ -237,7 +235,7 @@ def test_experts_that_are_broken_or_forged_are_refused_with_the_tensors_name(
         ({"quantization_config": {"quant_method": "fp8"}}, "already quantized (fp8)"),
     ],
 )
-def test_what_is_not_published_so_is_refused_by_name(
+def test_models_in_another_form_are_rejected_by_name(
     tmp_path: Path, gpt_oss: Path, changes: dict[str, Any], message: str
 ) -> None:
     config = json.loads((gpt_oss / CONFIG).read_text())

@@ -1,4 +1,4 @@
-"""The frozen base computes in training what it computes in use: no dropout of its own, tokens to the same experts."""
+"""The frozen base computes the same in training as in use: no dropout, tokens to the same experts."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def loss_of(model: Any) -> float:
 
 
 @pytest.mark.parametrize("family", DROPPING)
-def test_a_bases_own_dropout_is_off_and_the_adapters_is_not(family: str, tmp_path: Path) -> None:
+def test_dropout_of_the_base_is_off_and_that_of_the_adapter_is_on(family: str, tmp_path: Path) -> None:
     config = tiny_config(family)
     for name, value in DROPPING[family].items():
         setattr(config, name, value)
@@ -53,7 +53,7 @@ def test_a_bases_own_dropout_is_off_and_the_adapters_is_not(family: str, tmp_pat
     assert loss_of(with_dropout) != loss_of(with_dropout)
 
 
-def test_dropout_of_attention_keeps_no_mixture_of_experts_from_being_trained(tmp_path: Path) -> None:
+def test_a_mixture_of_experts_with_dropout_of_attention_is_trained(tmp_path: Path) -> None:
     shrunken(AutoConfig.for_model("gpt_oss", attention_dropout=0.1)).config.save_pretrained(tmp_path)
 
     assert inspect_family(tmp_path, LoraSpec()).mixture_of_experts

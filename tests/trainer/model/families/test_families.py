@@ -1,4 +1,4 @@
-"""Each family is trained by the real step: it resumes to the last bit, keeps rows apart, and plain PEFT agrees."""
+"""Each family trains with the real step, resumes exactly, and matches plain PEFT."""
 
 import math
 from collections.abc import Callable
@@ -86,7 +86,7 @@ def trained(request: pytest.FixtureRequest, training_of: Callable[[Case], Traine
 
 
 def of_each(chosen: Callable[[Case], bool] = lambda _case: True) -> pytest.MarkDecorator:
-    """The test is run for the chosen families, those that are not representative only by `make test-all`."""
+    """Families that are not representative are tested only by `make test-all`."""
     return pytest.mark.parametrize(
         "trained",
         [
@@ -163,7 +163,7 @@ def test_another_row_in_the_sequence_changes_not_a_bit_of_a_rows_loss_and_gradie
 
 
 @of_each(lambda case: not case.one_row and case.experts)
-def test_another_row_in_the_sequence_changes_what_experts_compute_by_rounding_only(trained: Trained) -> None:
+def test_another_row_in_the_sequence_changes_experts_by_rounding_only(trained: Trained) -> None:
     model = in_32_bit(adapted(trained))
 
     alone = loss_and_gradients(model, ROW, dtype=torch.float32)
@@ -270,7 +270,7 @@ def test_recomputed_blocks_with_experts_give_the_same_gradients(trained: Trained
 
 
 @of_each()
-def test_the_dry_run_counts_what_a_step_takes(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dry_run_counts_the_memory_of_a_step(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = measure_within_limits(trained.model / CONFIG, trained.context.spec, [StepSize(1, 64, True)], "")
     if trained.case.name != "gemma3":  # Its part for images is quantized too, and not in the dry run.
         assert measured.quantized_parameters == trained.record.quantized_parameters
@@ -287,5 +287,5 @@ def test_the_dry_run_counts_what_a_step_takes(trained: Trained, monkeypatch: pyt
         for parameter in adapter_parameters(model).values():
             parameter.grad = None
     engine, walk = counted
-    # Nodes that are ready at the same time are run in an order of their own, and some free more than others.
+    # Nodes that are ready at the same time run in an arbitrary order, and some free more than others.
     assert (walk.kept, walk.loss, walk.work) == pytest.approx((engine.kept, engine.loss, engine.work), rel=0.05)

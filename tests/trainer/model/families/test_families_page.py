@@ -1,4 +1,4 @@
-"""The page of model families, and the table beside it, say what `prepare` finds today."""
+"""The page of model families, and its table, match the findings of `prepare`."""
 
 import pytest
 
@@ -6,8 +6,8 @@ from docs.families import MULTIMODAL_NAMES, NAMES, PAGE, TABLE, entry, page, tab
 
 
 @pytest.mark.slow
-def test_each_family_is_trained_as_the_page_says() -> None:
-    """Otherwise run `make families`."""
+def test_each_family_is_trained_as_documented() -> None:
+    """On failure run `make families`."""
     causal, multimodal = (tuple(map(entry, names)) for names in (NAMES, MULTIMODAL_NAMES))
 
     assert page(causal, multimodal).splitlines() == PAGE.read_text().splitlines()

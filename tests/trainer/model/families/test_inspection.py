@@ -103,7 +103,7 @@ def test_a_target_that_is_not_a_layer_of_a_block_is_rejected_with_those_that_are
     ],
     ids=lambda value: value.model_type if isinstance(value, PretrainedConfig) else "",
 )
-def test_a_family_that_does_not_become_4_bit_or_computes_otherwise_is_rejected_by_name(
+def test_a_family_without_4_bit_layers_or_with_other_results_is_rejected(
     config: PretrainedConfig, reason: str, tmp_path: Path
 ) -> None:
     failure = rejection(written(tmp_path, config))
@@ -143,7 +143,7 @@ def test_a_folder_without_a_model_and_a_broken_configuration_have_different_erro
         assert rejection(tmp_path).exit_code is ExitCode.BAD_CONFIGURATION
 
 
-def test_the_shrunken_model_has_a_block_of_each_kind_and_caps_that_matter() -> None:
+def test_the_shrunken_model_has_a_block_of_each_kind_and_effective_caps() -> None:
     smol = transformers.SmolLM3Config(num_hidden_layers=36)
     gemma = transformers.Gemma2Config(num_hidden_layers=26)
     llama = transformers.LlamaConfig(num_hidden_layers=32)
@@ -159,7 +159,7 @@ def test_the_shrunken_model_has_a_block_of_each_kind_and_caps_that_matter() -> N
     assert shrunken(llama).stands_for == (0,) * 32
 
 
-def test_the_shrunken_model_keeps_what_single_blocks_have_otherwise() -> None:
+def test_the_shrunken_model_keeps_exceptions_of_single_blocks() -> None:
     config = transformers.Gemma4TextConfig(num_hidden_layers=12, num_kv_shared_layers=6)
 
     small = shrunken(config)
@@ -172,7 +172,7 @@ def test_the_shrunken_model_keeps_what_single_blocks_have_otherwise() -> None:
     assert config.num_hidden_layers == 12
 
 
-def test_the_shrunken_model_repeats_what_the_model_repeats() -> None:
+def test_the_shrunken_model_repeats_the_models_repeated_blocks() -> None:
     small = shrunken(transformers.DoryConfig(num_hidden_layers=16, n_input_layers=4, n_output_layers=4)).config
 
     segments = [small.n_input_layers, small.n_recurrent_layers, small.n_output_layers]
@@ -180,7 +180,7 @@ def test_the_shrunken_model_repeats_what_the_model_repeats() -> None:
     assert small.num_hidden_layers == sum(segments)
 
 
-def test_the_shrunken_model_has_the_kinds_of_blocks_that_are_listed_by_their_numbers() -> None:
+def test_the_shrunken_model_has_the_kinds_of_blocks_listed_by_number() -> None:
     config = transformers.BambaConfig(attn_layer_indices=[9, 18, 27])
 
     small = shrunken(config)
@@ -201,7 +201,7 @@ def test_a_model_with_blocks_that_the_small_one_lacks_is_rejected(
     assert "the small test model of the family has other blocks than the whole one (mamba" in message
 
 
-def test_routers_that_begin_at_zero_and_draw_at_random_are_refused(
+def test_routers_that_begin_at_zero_and_draw_at_random_are_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = AfmoeTokenChoiceRouter.forward
@@ -217,7 +217,7 @@ def test_routers_that_begin_at_zero_and_draw_at_random_are_refused(
     )
 
 
-def test_biases_of_experts_that_are_left_out_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_biases_of_experts_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     projected = experts._project
 
     def without_bias(module: Any, *tensors: Any) -> Any:
@@ -255,7 +255,7 @@ def _scaled_by_head_size(*tensors: Any, **settings: Any) -> Any:
     return rows_attention(*tensors, **(settings | {"scaling": None}))
 
 
-def test_the_leak_test_sees_a_leak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_leak_test_detects_a_leak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     AttentionInterface.register("leaky", _leaky)
     monkeypatch.setattr("qlora_trainer.model.families.probe.ATTENTION", "leaky")
 
@@ -328,7 +328,7 @@ def test_attention_that_differs_from_the_familys_own_is_not_used(
 
 
 @pytest.mark.parametrize("name", ["logit_scale", "logits_scaling", "final_logit_softcapping"])
-def test_logits_that_are_scaled_or_capped_otherwise_are_rejected(
+def test_logits_with_another_scale_or_cap_are_rejected(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = {
@@ -383,8 +383,8 @@ def test_rows_longer_than_the_models_positions_are_rejected(
     ],
     ids=["learned", "table"],
 )
-def test_a_model_that_computes_no_position_beyond_its_last_one_is_told_apart(config: Any, tmp_path: Path) -> None:
-    """Of other families a row may go on: XGLM makes more of its vectors."""
+def test_a_model_without_positions_beyond_its_last_one_is_recognized(config: Any, tmp_path: Path) -> None:
+    """A row of other families may be longer: XGLM makes more of its vectors."""
     assert inspect_family(written(tmp_path, config), LoraSpec()).fixed_positions == 72
     more = transformers.XGLMConfig(
         vocab_size=512, d_model=64, ffn_dim=512, num_layers=2, attention_heads=4, max_position_embeddings=300
@@ -393,7 +393,7 @@ def test_a_model_that_computes_no_position_beyond_its_last_one_is_told_apart(con
     assert (family.longest_row, family.fixed_positions) == (300, None)
 
 
-def test_rows_beyond_the_length_where_longrope_changes_do_not_share_a_sequence(tmp_path: Path) -> None:
+def test_rows_beyond_the_change_of_longrope_do_not_share_a_sequence(tmp_path: Path) -> None:
     rotation = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [8.0] * 8}
     config = transformers.Phi3Config(
         **(SHAPE | IDS), original_max_position_embeddings=64, rope_parameters=rotation, initializer_range=0.2
@@ -413,7 +413,7 @@ def test_rows_beyond_the_length_where_longrope_changes_do_not_share_a_sequence(t
     assert not family.one_row
     assert [family.keeps_rows_apart(tokens) for tokens in (64, 65)] == [True, False]
     torch.testing.assert_close(behind(30), behind(64))
-    with pytest.raises(AssertionError, match="not close"):  # what is avoided
+    with pytest.raises(AssertionError, match="not close"):  # the avoided memory
         torch.testing.assert_close(behind(30), behind(65))
 
 
@@ -427,7 +427,7 @@ def test_a_family_with_a_count_of_experts_and_no_experts_is_no_mixture() -> None
     assert reason_in_model(model) is None
 
 
-def test_experts_whose_router_is_not_found_are_refused() -> None:
+def test_experts_whose_router_is_not_found_are_rejected() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CASES["qwen3_moe"].config())
     assert reason_in_model(model) is None
@@ -436,7 +436,7 @@ def test_experts_whose_router_is_not_found_are_refused() -> None:
     assert "mlp.experts) whose router is not found" in str(reason_in_model(model))
 
 
-def test_an_inspection_that_somebody_ends_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_inspection_that_is_killed_is_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     TRAINABLE[0].save_pretrained(tmp_path)
     monkeypatch.setattr(check, "inspect_family", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(StepFailure, match="the inspection of the model was ended by signal or exit code -9") as failure:

@@ -1,4 +1,4 @@
-"""prepare rejects what cannot be trained, from config.json alone, with a message that names it and the reason."""
+"""prepare rejects unsupported models by config.json, with their name and the reason."""
 
 import json
 import resource
@@ -19,7 +19,7 @@ QUANTIZED = "already quantized"
 ALTERNATIVE = "choose a model of a family that is trained, such as Llama"
 ORIGINAL = "name the original 16-bit model"
 
-# config.json, why it is rejected, and what to do instead.
+# config.json, the reason of the rejection, and the remedy.
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "jetmoe": ({"model_type": "jetmoe"}, "mixture of experts (num_local_experts 8) that does not use", ALTERNATIVE),
     "phimoe": ({"model_type": "phimoe"}, "in training it computes something else than in use", ALTERNATIVE),
@@ -119,7 +119,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
 
 
 def described(folder: Path, config: dict[str, Any]) -> Path:
-    """A model of which nothing but config.json is read."""
+    """A model with a config.json only."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     for never_read in ("model.safetensors", "tokenizer.json"):
@@ -127,9 +127,7 @@ def described(folder: Path, config: dict[str, Any]) -> Path:
     return folder
 
 
-def test_a_small_file_that_describes_a_model_too_large_to_inspect_is_rejected_within_limits(
-    make_context: MakeContext, tmp_path: Path
-) -> None:
+def test_a_configuration_of_a_model_too_large_to_inspect_is_rejected(make_context: MakeContext, tmp_path: Path) -> None:
     config = {"model_type": "qwen2_moe", "num_hidden_layers": 2, "shared_expert_intermediate_size": 5_000_000}
     folder = described(tmp_path / "model", config)
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
@@ -146,7 +144,7 @@ def test_a_small_file_that_describes_a_model_too_large_to_inspect_is_rejected_wi
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_prepare_rejects_the_family_by_name_with_the_reason_and_what_to_do(
+def test_prepare_rejects_the_family_by_name_with_reason_and_remedy(
     name: str, make_context: MakeContext, tmp_path: Path
 ) -> None:
     config, reason, way_out = REFUSED[name]

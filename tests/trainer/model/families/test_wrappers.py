@@ -1,4 +1,4 @@
-"""Multimodal models, trained on text: the adapter is one of the whole model, and its tower is left alone."""
+"""Multimodal models, trained on text: the adapter is the whole model's, without towers."""
 
 import json
 import math
@@ -40,7 +40,7 @@ from tests.support.sequences import rows_of
 from tests.support.training import adapter_bytes, history, interrupted_at, prepared, run
 from tests.support.wrappers import MIXTURES, ONE_ROW, PACKED, save_wrapper, tiny_wrapper
 
-# One whose decoder is a text model's, and one that has a decoder of its own, with positions on three axes.
+# One with the decoder of a text model, and one with a special decoder, with positions on three axes.
 ALWAYS = frozenset({"mistral3", "qwen2_5_vl"})
 SPEC = {"training": {"maxSteps": 4, "maxSequenceLength": 64, "scheduler": "linear"}}
 PROCESSOR = "preprocessor_config.json"
@@ -62,7 +62,7 @@ class Trained:
 
     @property
     def loader(self) -> Any:
-        """The class by which users load the base."""
+        """The class that users load the base with."""
         return getattr(transformers, self.family.auto_class)
 
     @cached_property
@@ -77,7 +77,7 @@ class Trained:
 
     @property
     def as_plain(self) -> BitsAndBytesConfig:
-        """What transformers is told to have the same layers of text in 4-bit."""
+        """Settings for transformers to have the same layers of text in 4-bit."""
         routing = routing_linears(self.skeleton)
         return settings(llm_int8_skip_modules=["lm_head", *routing] if routing else None)
 
@@ -102,7 +102,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Trained(model, family, context, run(context))
 
 
-def test_every_adapted_layer_learns_and_none_of_a_tower_is(trained: Trained) -> None:
+def test_every_adapted_layer_learns_and_no_layer_of_a_tower_is_adapted(trained: Trained) -> None:
     adapter = load_file(trained.adapter / ADAPTER_FILE)
 
     names = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in adapter}
@@ -137,7 +137,7 @@ def test_another_row_changes_not_a_bit_of_a_rows_loss_and_gradients(trained: Tra
 
 
 @routed
-def test_another_row_changes_what_experts_compute_by_rounding_only(trained: Trained) -> None:
+def test_another_row_changes_experts_by_rounding_only(trained: Trained) -> None:
     model = in_32_bit(restored(trained.context.workspace.base, trained.adapter, trained.family))
     row, other = torch.arange(100, 114), torch.arange(10, 21)
 
@@ -171,7 +171,7 @@ def test_plain_peft_over_the_whole_model_gives_the_loss_that_was_reported(traine
 
 
 def held_out_loss(trained: Trained, model: Any) -> float:
-    """What the model's own forward pass gives for the rows on which training was evaluated, one by one."""
+    """Losses of the model's forward pass on the rows of the training's evaluation, one by one."""
     data = PreparedDataset.open(trained.context.workspace.data / "rows", "eval")
     total, targets = 0.0, 0
     for index in range(len(data)):
@@ -210,7 +210,7 @@ def test_every_expert_is_in_4_bit_and_towers_are_as_they_were(trained: Trained) 
     assert [name for name, tensor in of_towers.items() if not torch.equal(stored[name], tensor)] == []
 
 
-def test_towers_take_no_memory_while_text_is_trained_and_are_not_in_the_estimate(trained: Trained) -> None:
+def test_towers_take_no_memory_in_training_and_are_not_in_the_estimate(trained: Trained) -> None:
     base = load_base(trained.context.workspace.base, NF4, "cpu", attention=trained.family.attention)
     loaded = dict(base.named_parameters())
 
@@ -242,9 +242,7 @@ def test_a_merged_model_is_the_whole_one_with_its_towers_as_they_were(trained: T
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "mistral3"])
-def test_a_job_prepares_trains_answers_and_publishes_with_the_commands_for_the_whole_model(
-    name: str, tmp_path: Path
-) -> None:
+def test_a_job_is_published_with_the_commands_for_the_whole_model(name: str, tmp_path: Path) -> None:
     model = save_wrapper(tmp_path / "models" / "model", tiny_wrapper(name))
     (model / PROCESSOR).write_text('{"patch_size": 14}')
     spec = {"training": {"maxSteps": 8}, "output": {"merged": {}}}
@@ -262,8 +260,8 @@ def test_a_job_prepares_trains_answers_and_publishes_with_the_commands_for_the_w
     assert told["evalLoss"] == pytest.approx(told["adapterEvalLoss"], rel=1e-2)
 
 
-def test_the_small_model_has_the_constants_with_which_activations_are_made() -> None:
-    """All else is initialized by transformers. Of these it leaves what happens to be in memory."""
+def test_the_small_model_has_the_constants_of_its_activations() -> None:
+    """All else is initialized by transformers. These stay uninitialized memory."""
     model = random_text_part(tiny_wrapper("apertus1p5"), dtype=torch.float32)
     activations = [block.mlp.act_fn for block in model.get_decoder().layers]
 
@@ -275,7 +273,7 @@ def test_the_small_model_has_the_constants_with_which_activations_are_made() -> 
             assert torch.allclose(getattr(activation, name).float(), value.float(), rtol=2**-7), name
 
 
-def test_experts_with_rows_for_columns_become_the_same_base_as_those_that_transformers_saves(tmp_path: Path) -> None:
+def test_transposed_experts_become_the_same_base_as_saved_ones(tmp_path: Path) -> None:
     published = save_wrapper(tmp_path / "published", tiny_wrapper("qwen3_vl_moe"))
     whole = transformers.AutoModelForImageTextToText.from_pretrained(published, dtype=torch.bfloat16)
     whole.save_pretrained(tmp_path / "saved")

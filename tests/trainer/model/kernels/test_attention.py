@@ -1,4 +1,4 @@
-"""Attention with capped scores equals that of transformers in every block of a long row; the unknown is rejected."""
+"""Attention with capped scores equals transformers'; unknown settings are rejected."""
 
 from itertools import pairwise
 from types import SimpleNamespace
@@ -56,7 +56,7 @@ def test_another_row_changes_not_a_bit_of_a_rows_capped_attention_and_gradients(
 
 
 def test_a_kernel_is_given_few_numbers_of_rows_and_few_bounds_of_them() -> None:
-    """So that it is built for few, whatever rows are packed together."""
+    """It is built for few, for any packed rows."""
     generator = torch.Generator().manual_seed(0)
     geometries = set()
     for _ in range(200):

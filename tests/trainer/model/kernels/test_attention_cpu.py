@@ -1,4 +1,4 @@
-"""Attention on a CPU and its gradients are those of explicit scores, whatever the rows, heads, window and type."""
+"""Attention on a CPU and its gradients equal explicit scores for all shapes and types."""
 
 import pytest
 import torch

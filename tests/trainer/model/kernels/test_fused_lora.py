@@ -1,4 +1,4 @@
-"""The fused LoRA layer computes what PEFT's computes, and leaves to PEFT what it does not cover."""
+"""The fused LoRA layer computes the same as PEFT's, and leaves unsupported options to PEFT."""
 
 from typing import Any
 
@@ -111,7 +111,7 @@ def test_in_float32_output_and_gradients_are_those_of_peft(
 
 
 @pytest.mark.parametrize(("recomputed", "dequantized"), [(False, 5), (True, 4)])
-def test_a_recomputed_block_leaves_out_its_last_matmul_and_may_keep_weights_for_backward(
+def test_a_recomputed_block_skips_its_last_matmul_and_may_keep_weights(
     monkeypatch: pytest.MonkeyPatch, recomputed: bool, dequantized: int
 ) -> None:
     calls: list[str] = []
@@ -143,7 +143,7 @@ def test_variants_that_are_not_fused_are_pefts_to_the_last_bit(lora: dict[str, A
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_without_gradients_and_without_the_adapter_the_output_is_pefts_to_the_last_bit() -> None:
+def test_without_gradients_or_the_adapter_the_output_is_pefts_to_the_last_bit() -> None:
     plain, model, x = adapted(), fused(), torch.randn(1, 50, 64).bfloat16()
 
     with torch.autocast("cpu", dtype=torch.bfloat16):

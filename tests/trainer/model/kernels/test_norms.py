@@ -1,4 +1,4 @@
-"""Normalizations and activations are what the family computes, with fewer roundings; what is unknown stays as it is."""
+"""Normalizations and activations match the family's; unknown ones stay unchanged."""
 
 from typing import Any
 
@@ -108,7 +108,7 @@ def test_an_evaluation_is_the_familys_to_the_last_bit(kind: type[nn.Module]) -> 
 @pytest.mark.parametrize(
     "module", [Doubled(SIZE), Gated(SIZE), GatedOrNot(SIZE), nn.PReLU(1), nn.Linear(8, 8), nn.Embedding(4, 8)]
 )
-def test_what_computes_something_else_stays_as_it_is(module: nn.Module) -> None:
+def test_modules_with_another_computation_stay_as_they_are(module: nn.Module) -> None:
     before = type(module)
     assert type(fused(module)) is before
 

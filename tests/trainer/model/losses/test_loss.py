@@ -1,4 +1,4 @@
-"""The chunked loss over packed rows equals the plain loss of one row at a time, and never builds the full logits."""
+"""The chunked loss over packed rows equals the plain loss of one row at a time."""
 
 from typing import Any
 
@@ -95,7 +95,7 @@ def test_chunks_give_the_loss_and_gradient_of_the_whole_but_never_the_whole_logi
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_logits_whose_exponential_overflows_have_the_loss_and_gradient_of_cross_entropy(frozen: bool) -> None:
+def test_overflowing_logits_have_the_loss_and_gradient_of_cross_entropy(frozen: bool) -> None:
     """The exponential of 89 is no float32. Logits of a hundred and more are common without a soft cap."""
     torch.manual_seed(0)
     head = CountingHead(16, 300).requires_grad_(not frozen)
@@ -171,7 +171,7 @@ def test_the_padding_of_a_long_batch_on_a_cpu_changes_no_loss_and_counts_nowhere
     torch.testing.assert_close(batch_loss(model, batch), apart, rtol=1e-6, atol=0)
 
 
-def test_a_batch_on_a_gpu_is_padded_to_whole_tiles_and_its_logits_are_computed_512_at_a_time() -> None:
+def test_a_batch_on_a_gpu_is_padded_to_tiles_and_its_logits_computed_in_chunks() -> None:
     batch = Batch.from_sequences([random_sequence((300, 260), 1)], torch.device("meta"))
 
     assert batch.input_ids.shape == batch.position_ids.shape == (1, 640)
@@ -182,7 +182,7 @@ def test_a_batch_on_a_gpu_is_padded_to_whole_tiles_and_its_logits_are_computed_5
 def test_a_token_predicts_the_next_of_its_own_row_only() -> None:
     labels = torch.tensor([IGNORED_LABEL, 11, 12, 20, 21, IGNORED_LABEL])
 
-    # 20 is labeled although it begins a row: no token of that row stands before it.
+    # 20 is labeled although it begins a row: no token of that row precedes it.
     assert next_token_targets(labels, (3, 2, 1)).tolist() == [11, 12, IGNORED_LABEL, 21, IGNORED_LABEL, IGNORED_LABEL]
 
 

@@ -56,7 +56,7 @@ def measured(folder: Path, spec: QLoRAJobSpec, config: PretrainedConfig | None =
     return measure(folder / "config.json", spec, [size], "")
 
 
-def test_what_a_llama_consists_of_is_counted(tmp_path: Path) -> None:
+def test_every_part_of_a_llama_is_counted(tmp_path: Path) -> None:
     found = measured(tmp_path, job())
     shape = ModelShape.from_config(WIDE | {"model_type": "llama"})
     memory = measured_estimate(found, training_shape(job(), ()))
@@ -72,7 +72,7 @@ def test_what_a_llama_consists_of_is_counted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_each_listed_family_has_the_weights_that_are_counted_from_its_config(model_type: str, tmp_path: Path) -> None:
-    # GPT-NeoX has no groups of queries, Ministral no head size of its own.
+    # GPT-NeoX has no groups of queries, Ministral no separate head size.
     left_out = {"num_key_value_heads"} if model_type == "gpt_neox" else set()
     sizes = {name: size for name, size in WIDE.items() if name not in left_out}
     extra: dict[str, Any] = {"head_dim": 128} if model_type == "ministral" else {}
@@ -106,14 +106,14 @@ def test_magnitudes_of_dora_are_part_of_the_adapter(tmp_path: Path) -> None:
     assert dora.steps[0].work > plain.steps[0].work
 
 
-def test_modules_that_are_trained_whole_are_counted_beside_their_frozen_originals(tmp_path: Path) -> None:
+def test_modules_trained_whole_are_counted_with_their_frozen_originals(tmp_path: Path) -> None:
     plain, whole = (measured(tmp_path, job({"modulesToSave": modules})) for modules in (None, ["lm_head"]))
     assert (plain.whole_parameters, whole.whole_parameters) == (0, 4096 * 1024)
     assert whole.unquantized_bytes == plain.unquantized_bytes
     assert whole.adapter_parameters == plain.adapter_parameters
 
 
-def test_only_the_layers_that_are_asked_for_get_an_adapter(tmp_path: Path) -> None:
+def test_only_the_requested_layers_get_an_adapter(tmp_path: Path) -> None:
     both, one = (
         measured(tmp_path, job({"targetModules": ["q_proj"], "layersToTransform": blocks})) for blocks in (None, [1])
     )
@@ -125,13 +125,13 @@ def test_a_target_that_the_model_does_not_have_is_rejected(tmp_path: Path) -> No
         measured(tmp_path, job({"targetModules": ["c_attn"]}))
 
 
-def test_a_model_that_is_not_trained_is_rejected_if_nobody_has_checked_it(tmp_path: Path) -> None:
+def test_an_unchecked_model_is_rejected(tmp_path: Path) -> None:
     AutoConfig.for_model("t5").save_pretrained(tmp_path)
     with pytest.raises(StepFailure, match="t5"):
         measure(tmp_path / "config.json", job(), [StepSize(1, 1024, True)], "")
 
 
-def test_heads_that_are_too_large_for_flash_attention_take_memory_in_proportion_to_the_tokens(tmp_path: Path) -> None:
+def test_heads_too_large_for_flash_attention_take_memory_linear_in_tokens(tmp_path: Path) -> None:
     """With grouped queries: no GPU builds all scores, which would take 2 GiB for so many tokens."""
     config = LlamaConfig(**WIDE | {"head_dim": 512})
     short, long = (

@@ -1,4 +1,4 @@
-"""On a GPU every family takes the fast kernels, forward and backward, and nothing of a step is multiplied in 32 bit."""
+"""On a GPU every family uses the fast kernels, and no 32-bit multiplication."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,7 +30,7 @@ BLOCKS = SHAPE["num_hidden_layers"]
 KERNEL, KERNEL_BACKWARD = "torch_attn._varlen_attn.default", "torch_attn._varlen_attn_backward.default"
 MATMULS = ("aten.mm.", "aten.addmm", "aten.bmm.", "aten.baddbmm")
 FUSED = ("torch_attn._varlen_attn", "aten._scaled_dot_product_flash", "aten._scaled_dot_product_efficient")
-# Capped, with sinks, or with a bias or a type of their own: transformers computes them so, too.
+# Capped, with sinks, or with a bias or a type of the model: transformers computes them so, too.
 ALL_SCORES = frozenset(
     {
         "bloom",
@@ -161,7 +161,7 @@ def test_a_head_size_that_no_kernel_takes_is_padded_to_one_that_it_takes(
     [
         (AMPERE, {}, 5),
         (HOPPER, {}, 8),
-        # What cuDNN does not compute.
+        # Attention that cuDNN does not compute.
         (HOPPER, {"head_dim": 256}, 5),
         (HOPPER, {"sliding_window": 16}, 5),
     ],
@@ -174,7 +174,7 @@ def test_only_cudnn_is_given_rows_without_tokens(
     offsets: list[tuple[int, bool]] = []
 
     def kernel(query: Tensor, key: Tensor, value: Tensor, of_queries: Tensor, of_keys: Tensor, *others: Any) -> Any:
-        # Not two tensors: cuDNN would refuse them.
+        # Not two tensors: cuDNN would reject them.
         offsets.append((len(of_queries) - 1, of_queries is of_keys))
         return select_backend(query, key, value, of_queries, of_keys, *others)
 
@@ -249,8 +249,8 @@ def test_the_walk_over_the_graph_gives_the_gradients_of_the_engine(tmp_path: Pat
         assert torch.equal(parameter.grad, one)
 
 
-def test_the_walk_fits_gradients_to_what_they_are_of(tmp_path: Path) -> None:
-    """As the engine: summed over broadcast dimensions, in the type of the tensor, None where nothing leads."""
+def test_the_walk_fits_gradients_to_their_tensors(tmp_path: Path) -> None:
+    """As the engine: summed over broadcast dimensions, in the tensor's type, or None."""
     x = torch.randn(3, 1, requires_grad=True)
     unused = torch.randn(2, requires_grad=True)
     loss = (x.bfloat16() * torch.randn(3, 5)).float().sum() + x.sum()

@@ -28,7 +28,7 @@ BATCH = Batch.from_sequences([random_sequence((128, 128), 1)], CPU)
 
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "all kept"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_the_walk_over_the_graph_frees_what_the_engine_frees(
+def test_the_walk_over_the_graph_frees_the_same_tensors_as_the_engine(
     checkpointing: bool, dropout: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Counted in real training on a CPU."""

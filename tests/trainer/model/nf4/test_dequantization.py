@@ -1,4 +1,4 @@
-"""On a CPU every 4-bit layer computes with the weights that were quantized, whatever its shape."""
+"""On a CPU every 4-bit layer computes with the quantized weights, for any shape."""
 
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def test_a_weight_of_any_shape_is_dequantized_block_by_block(
     assert torch.equal(found.view(-1), values(packed, state.absmax, kind, weight.numel()).to(dtype))
 
 
-def test_layers_of_a_model_multiply_with_what_is_merged(tmp_path: Path) -> None:
+def test_layers_of_a_model_multiply_with_the_merged_weights(tmp_path: Path) -> None:
     """Its inner size is no multiple of 64, as in a few published models."""
     model = save_model(tmp_path / "model", LlamaConfig(**SHAPE | {"hidden_size": 96, "intermediate_size": 160}))
     convert(model, tmp_path / "base", QuantizationSpec(double_quant=False))

@@ -1,4 +1,4 @@
-"""Dequantizing experts takes no more memory than a dry run counts, which sees tensors but not inside operations."""
+"""Dequantizing experts takes no more memory than a dry run counts."""
 
 from collections.abc import Callable
 
@@ -44,7 +44,7 @@ def allocated(function: Callable[[], Tensor]) -> int:
     ],
     ids=["mxfp4", "nf4", "nf4 of one level"],
 )
-def test_the_allocator_gives_out_what_a_dry_run_counts(stack: ExpertStack | Mxfp4Stack) -> None:
+def test_the_allocator_matches_the_count_of_a_dry_run(stack: ExpertStack | Mxfp4Stack) -> None:
     zeroed(stack)
     live = LiveBytes()
     with live:

@@ -1,4 +1,4 @@
-"""A weight that is quantized in pieces gets the bytes that bitsandbytes gives it as a whole, in less memory."""
+"""A weight quantized in pieces gets the bytes of bitsandbytes, with less memory."""
 
 import math
 import os
@@ -15,7 +15,7 @@ from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.model.nf4.quantization import PIECE, dynamic_map, quantize
 
 KINDS = [QuantizationSpec(type=kind, double_quant=double) for kind in ("nf4", "fp4") for double in (True, False)]
-# No whole byte, no whole block, no whole block of constants, exactly one piece, and pieces of which the last is odd.
+# No whole byte, no whole block, no whole block of constants, exactly one piece, and an odd last piece.
 SHAPES = [(1, 1), (3, 50), (7, 9), (128, 129), (1, PIECE), (257, 2049), (1023, 513)]
 
 
@@ -31,7 +31,7 @@ def weights(shape: tuple[int, ...], values: str) -> Tensor:
 
 
 def expected(weight: Tensor, quantization: QuantizationSpec, offset: Tensor | None) -> dict[str, Tensor]:
-    """What bitsandbytes makes of the whole weight, with this offset if it is given."""
+    """The result of bitsandbytes for the whole weight, with this offset if it is given."""
     packed, state = quantize_4bit(
         weight.to(torch.bfloat16),
         blocksize=64,
@@ -124,7 +124,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_threads() -> None:
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("quantization", KINDS[:2], ids=lambda kind: str(kind.double_quant))
-def test_a_value_that_is_no_finite_number_is_refused(value: float, quantization: QuantizationSpec) -> None:
+def test_a_value_that_is_not_finite_is_rejected(value: float, quantization: QuantizationSpec) -> None:
     weight = weights((64, 64), "normal")
     weight[5, 7] = value
     with pytest.raises(ValueError, match="infinite or not a number"):
@@ -149,7 +149,7 @@ SHA256 = "ea0893d1c69d97495217a70d246f7791108bcdaac4aae7077b16eecaba3adfbb"
 
 
 def test_the_bytes_do_not_depend_on_the_processor(tmp_path: Path) -> None:
-    """PyTorch computes here with the instructions of AVX2 or later, and then with those that every processor has."""
+    """PyTorch computes with AVX2 or later, and then with the basic instructions."""
     found: dict[str, str] = {}
     for capability in ("avx2", "default"):
         done = subprocess.run(
@@ -167,12 +167,12 @@ def test_the_bytes_do_not_depend_on_the_processor(tmp_path: Path) -> None:
 
 
 def test_the_values_of_constants_are_those_of_bitsandbytes() -> None:
-    """To the bit where PyTorch multiplies and adds at once."""
+    """To the bit where PyTorch fuses multiplication and addition."""
     assert torch.allclose(dynamic_map(), create_dynamic_map(), rtol=0, atol=6e-8)
     assert torch.backends.cpu.get_cpu_capability() == "DEFAULT" or torch.equal(dynamic_map(), create_dynamic_map())
 
 
-def test_the_values_of_8_bit_constants_can_be_asked_for_first_while_a_model_is_built_without_weights() -> None:
+def test_8_bit_constants_can_be_requested_while_building_a_model_without_weights() -> None:
     dynamic_map.cache_clear()
 
     with torch.device("meta"):
@@ -200,7 +200,7 @@ def test_a_large_weight_takes_little_memory_besides_its_bytes(tmp_path: Path) ->
     assert int(found.stdout) < 40 * 2**20
 
 
-def test_the_values_of_constants_exist_also_when_a_model_without_weights_asks_first() -> None:
+def test_constants_exist_also_when_first_requested_by_a_model_without_weights() -> None:
     dynamic_map.cache_clear()
     with torch.device("meta"):
         assert dynamic_map().device.type == "cpu"

@@ -1,4 +1,4 @@
-"""Models in an OCI registry, over a real one: what is downloaded, what is rejected, and what is retried."""
+"""Models in an OCI registry, over a real one: downloads, rejections, and retries."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def with_model(make_context: MakeContext, registry_proxy: FaultProxy, source: st
 
 
 def unusable(context: StepContext, records: Recorded, code: ExitCode) -> str:
-    """The message with which prepare ends with `code`, without a credential in it or left behind."""
+    """The message of prepare when it ends with `code`, without a credential in it or left behind."""
     with pytest.raises(StepFailure) as failure:
         prepare(context, records)
     assert failure.value.exit_code is code, failure.value.message
@@ -91,7 +91,7 @@ def in_cache(context: StepContext, root: Path, name: str) -> StepContext:
     )
 
 
-def test_jobs_that_share_a_cache_load_the_weights_once_and_each_with_its_own_login(
+def test_jobs_that_share_a_cache_load_weights_once_and_use_their_own_logins(
     make_context: MakeContext,
     records: Recorded,
     registry_proxy: FaultProxy,
@@ -127,7 +127,7 @@ def test_a_layer_that_the_registry_no_longer_has_is_not_taken_from_the_cache(
     assert "has no blob for model.safetensors" in message
 
 
-def test_a_transfer_that_stalls_is_given_up(
+def test_a_stalled_transfer_is_aborted(
     make_context: MakeContext,
     records: Recorded,
     registry_proxy: FaultProxy,
@@ -178,7 +178,7 @@ def test_an_artifact_that_is_not_a_model_is_rejected(
 
 
 def layer(part: str, name: str) -> dict[str, Any]:
-    """As modctl makes one. `part` is what the format calls the kind and the packing: weight.v1.tar."""
+    """As modctl makes one. `part` is the format's name of kind and packing: weight.v1.tar."""
     return {
         "mediaType": f"application/vnd.cncf.model.{part}",
         "digest": f"sha256:{'0' * 64}",
@@ -187,7 +187,7 @@ def layer(part: str, name: str) -> dict[str, Any]:
     }
 
 
-def test_an_archive_that_holds_a_model_is_rejected_with_what_to_do(
+def test_an_archive_that_holds_a_model_is_rejected_with_a_remedy(
     make_context: MakeContext, records: Recorded, registry_proxy: FaultProxy, model: str
 ) -> None:
     layers = [
@@ -226,7 +226,7 @@ def test_a_manifest_of_another_digest_is_rejected(
     unusable(with_model(make_context, registry_proxy, pinned), records, ExitCode.UNSAFE_ARTIFACT)
 
 
-def test_a_registry_that_the_administrator_does_not_allow_is_never_asked(
+def test_a_registry_that_the_administrator_does_not_allow_gets_no_request(
     make_context: MakeContext, records: Recorded, registry_proxy: FaultProxy, model: str
 ) -> None:
     context = replace(with_model(make_context, registry_proxy, model), registries=("ghcr.io",))

@@ -1,4 +1,4 @@
-"""Adapters published to an object store: whole, verified, once, and over nobody else's."""
+"""Adapters published to an object store: whole, verified, once, and without overwriting others."""
 
 import json
 import os
@@ -115,7 +115,7 @@ def written(store: FaultProxy) -> list[str]:
     return [request.path.partition("?")[0].removeprefix(f"/{BUCKET}/adapters/tiny/") for request in begun]
 
 
-def test_credentials_that_may_not_write_are_noticed_and_nothing_is_left(
+def test_credentials_without_write_access_are_rejected_and_nothing_is_left(
     publish: Publish, store: FaultProxy, bucket: S3Store, tmp_path: Path
 ) -> None:
     secret = Secret(tmp_path / "credentials", "spec.output.secretRef", "store")
@@ -153,7 +153,7 @@ def test_publishing_again_writes_nothing(publish: Publish, store: FaultProxy) ->
 
 
 @pytest.mark.parametrize("place", range(1, 5))
-def test_an_interrupted_upload_is_finished_and_what_is_there_is_not_sent_again(
+def test_an_interrupted_upload_continues_without_resending_objects(
     publish: Publish, store: FaultProxy, bucket: S3Store, contents: Contents, place: int
 ) -> None:
     """The store fails from the `place`-th object on."""
@@ -185,7 +185,7 @@ def test_a_damaged_object_is_replaced(publish: Publish, store: FaultProxy, bucke
     assert "README.md" not in written(store)
 
 
-def test_what_does_not_read_back_is_never_called_published(
+def test_files_that_do_not_read_back_are_not_reported_as_published(
     publish: Publish, store: FaultProxy, bucket: S3Store
 ) -> None:
     """Size and ETag are right; a byte is not."""
@@ -211,8 +211,8 @@ def test_the_adapter_of_another_job_is_never_replaced(
     assert stored(bucket) == before
 
 
-def test_two_jobs_that_start_at_once_do_not_mix(publish: Publish, store: FaultProxy, bucket: S3Store) -> None:
-    """The other one creates its claim after this one has found the folder free, and before this one claims it."""
+def test_two_concurrent_jobs_do_not_mix(publish: Publish, store: FaultProxy, bucket: S3Store) -> None:
+    """The other one creates its claim between this one's check and its claim."""
     other = MANIFEST.model_copy(update={"job_uid": "two"}).text()
 
     def rule(request: Request) -> Fault | None:
@@ -226,9 +226,7 @@ def test_two_jobs_that_start_at_once_do_not_mix(publish: Publish, store: FaultPr
     assert list(stored(bucket)) == ["adapters/tiny/.manifest.partial.json"]
 
 
-def test_two_jobs_that_start_at_once_do_not_mix_their_tokenizers(
-    publish: Publish, store: FaultProxy, bucket: S3Store
-) -> None:
+def test_two_concurrent_jobs_do_not_mix_their_tokenizers(publish: Publish, store: FaultProxy, bucket: S3Store) -> None:
     """Both publish the same base; the other one claims the folder first."""
     base = MANIFEST.model_copy(update={"job_uid": SHARED_BASE})
     files = {"tokenizer.json": PublishedFile(sha256="c" * 64, size=1)}
@@ -248,7 +246,7 @@ def test_two_jobs_that_start_at_once_do_not_mix_their_tokenizers(
 def test_the_adapter_of_a_job_that_was_faster_is_never_replaced(
     publish: Publish, store: FaultProxy, bucket: S3Store
 ) -> None:
-    """Both jobs found the folder free; the other one publishes everything before this one has claimed it."""
+    """Both jobs found the folder free; the other one publishes before this one's claim."""
     other = MANIFEST.model_copy(update={"job_uid": "two"}).text()
 
     def rule(request: Request) -> Fault | None:
@@ -262,13 +260,13 @@ def test_the_adapter_of_a_job_that_was_faster_is_never_replaced(
     assert stored(bucket) == {"adapters/tiny/manifest.json": other}
 
 
-def test_objects_of_somebody_else_are_never_replaced(publish: Publish, bucket: S3Store) -> None:
+def test_foreign_objects_are_never_replaced(publish: Publish, bucket: S3Store) -> None:
     obstore.put(bucket, "adapters/tiny/thesis.tex", b"years of work")
     assert "has files that no QLoRAJob published" in rejected(publish, ExitCode.BAD_CONFIGURATION)
     assert stored(bucket) == {"adapters/tiny/thesis.tex": b"years of work"}
 
 
-def test_a_store_that_cannot_write_on_a_condition_is_a_permanent_failure(publish: Publish, store: FaultProxy) -> None:
+def test_a_store_without_conditional_writes_is_a_permanent_failure(publish: Publish, store: FaultProxy) -> None:
     store.rule = lambda request: Fault(501 if "if-none-match" in map(str.lower, request.headers) else None)
     assert "it must support conditional writes (If-None-Match)" in rejected(publish, ExitCode.BAD_CONFIGURATION)
 
@@ -285,7 +283,7 @@ def test_a_bucket_that_may_not_be_written_is_a_permanent_failure(
 def test_the_step_publishes_with_the_credentials_of_its_secret(
     finished: Files, tmp_path: Path, store: FaultProxy, bucket: S3Store
 ) -> None:
-    """The command that a pod runs; a server loads what it finds there without renaming anything."""
+    """The command of a pod; a server loads the files without renaming anything."""
     files = finished.copied(tmp_path / "job").with_spec({"output": {"destination": f"s3://{BUCKET}/tuned"}})
     done = files.run("publish", AWS_ACCESS_KEY_ID=ACCESS_KEY, AWS_SECRET_ACCESS_KEY=SECRET_KEY)
     assert done.exit_code == 0, done.stdout + done.stderr
@@ -357,7 +355,7 @@ def test_a_base_loads_from_the_store_and_is_written_once(
 
 
 @pytest.mark.usefixtures("keys")
-def test_a_job_that_writes_the_same_base_from_a_mirror_at_once_is_no_failure(
+def test_two_jobs_may_write_the_same_base_concurrently_from_mirrors(
     tmp_path: Path, tiny_llama: Path, store: FaultProxy, bucket: S3Store
 ) -> None:
     """The other one writes its manifest after this one has, and before this one reads it back."""
@@ -387,7 +385,7 @@ def test_a_folder_of_objects_is_listed_without_its_neighbors(
     assert list(ObjectFolder(ObjectStoreSource(BUCKET, "rows"), secret, reject=bad_configuration).list()) == ["a.jsonl"]
 
 
-def test_a_statement_about_earlier_files_does_not_stay_beside_the_new_ones(publish: Publish, bucket: S3Store) -> None:
+def test_a_statement_about_earlier_files_is_not_kept(publish: Publish, bucket: S3Store) -> None:
     publish()
     obstore.put(bucket, "adapters/tiny/lineage.intoto.json", b"{}")
     obstore.put(bucket, "adapters/tiny/notes.txt", b"of somebody else")

@@ -1,4 +1,4 @@
-"""Adapters published to a model hub over its own protocol: one commit, verified, and over nobody else's."""
+"""Adapters published to a model hub: one commit, verified, without overwriting others."""
 
 import os
 import subprocess
@@ -89,7 +89,7 @@ def test_a_private_repository_gets_everything_in_one_commit(publish: Publish, hu
     assert not any(TOKEN in request for request in hub.requests)
 
 
-def test_a_token_that_may_not_write_is_noticed_before_anything_is_published(hub: FakeHub, tmp_path: Path) -> None:
+def test_a_token_without_write_access_is_rejected_before_publication(hub: FakeHub, tmp_path: Path) -> None:
     (tmp_path / "token").write_text(TOKEN)
     destination = HubDestination(HubSource("acme/tuned"), Secret(tmp_path, "spec.output.secretRef", "write"))
     destination.require_writable()
@@ -123,7 +123,7 @@ def test_an_interrupted_upload_is_finished_and_large_files_are_not_sent_again(pu
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "README.md"])
-def test_a_damaged_file_is_noticed_and_replaced(publish: Publish, hub: FakeHub, name: str) -> None:
+def test_a_damaged_file_is_replaced(publish: Publish, hub: FakeHub, name: str) -> None:
     publish()
     whole = repository(hub)
     (hub.repositories[KEY] / name).write_bytes(whole[name][:-1] + b"?")
@@ -132,7 +132,7 @@ def test_a_damaged_file_is_noticed_and_replaced(publish: Publish, hub: FakeHub, 
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "README.md", "manifest.json"])
-def test_what_does_not_read_back_is_never_called_published(publish: Publish, hub: FakeHub, name: str) -> None:
+def test_files_that_do_not_read_back_are_not_reported_as_published(publish: Publish, hub: FakeHub, name: str) -> None:
     hub.lose = lambda path: path == name
     assert f"hf://acme/tuned/{name} of commit" in rejected(publish, ExitCode.UNREACHABLE)
 
@@ -145,7 +145,7 @@ def test_the_adapter_of_another_job_is_never_replaced(publish: Publish, hub: Fak
     assert repository(hub) == before
 
 
-def test_a_repository_of_somebody_else_is_never_written_to(publish: Publish, hub: FakeHub, tmp_path: Path) -> None:
+def test_a_foreign_repository_is_never_written_to(publish: Publish, hub: FakeHub, tmp_path: Path) -> None:
     hub.repositories[KEY] = tmp_path / "theirs"
     hub.repositories[KEY].mkdir()
     (hub.repositories[KEY] / "thesis.tex").write_text("years of work")
@@ -154,7 +154,7 @@ def test_a_repository_of_somebody_else_is_never_written_to(publish: Publish, hub
 
 
 def test_the_adapter_of_a_job_that_was_faster_is_never_replaced(publish: Publish, hub: FakeHub) -> None:
-    """Both jobs found no repository; the other one commits before this one has made it."""
+    """Both jobs found no repository; the other one commits before this one makes it."""
     fast: list[str] = []
 
     def overtake(_method: str, path: str) -> None:
@@ -169,7 +169,7 @@ def test_the_adapter_of_a_job_that_was_faster_is_never_replaced(publish: Publish
     assert publish() == fast[0]
 
 
-def test_a_commit_that_comes_between_is_not_overwritten(publish: Publish, hub: FakeHub) -> None:
+def test_a_concurrent_commit_is_not_overwritten(publish: Publish, hub: FakeHub) -> None:
     publish()
     (hub.repositories[KEY] / "README.md").write_text("# Tinu\n")
 
@@ -193,7 +193,7 @@ save_file(get_peft_model_state_dict(PeftModel.from_pretrained(base, "acme/tuned"
 
 
 def test_peft_loads_the_adapter_by_the_name_of_its_repository(trained: Files, hub: FakeHub, tmp_path: Path) -> None:
-    """In a process of its own: the client reads the hub's address once, when it is imported."""
+    """In a new process: the client reads the hub's address once, when it is imported."""
     files = trained.with_spec({"output": {"destination": "hf://acme/tuned", "secretRef": {"name": "write"}}})
     (tmp_path / "credentials" / "output").mkdir(parents=True)
     (tmp_path / "credentials" / "output" / "token").write_text(TOKEN)
@@ -212,14 +212,14 @@ def test_peft_loads_the_adapter_by_the_name_of_its_repository(trained: Files, hu
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_token_that_may_not_write_is_a_permanent_failure(publish: Publish, hub: FakeHub, status: int) -> None:
+def test_a_token_without_write_access_is_a_permanent_failure(publish: Publish, hub: FakeHub, status: int) -> None:
     hub.reject = lambda method, _path: Rejection(status) if method == "POST" else None
     message = rejected(publish, ExitCode.BAD_CONFIGURATION)
     assert f"may not be written with the token of spec.output.secretRef (HTTP {status})" in message
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_a_hub_in_trouble_is_tried_again(publish: Publish, hub: FakeHub, status: int) -> None:
+def test_a_failing_hub_is_retried(publish: Publish, hub: FakeHub, status: int) -> None:
     hub.reject = lambda _method, path: Rejection(status) if "/commit/" in path or "/api/models/" in path else None
     rejected(publish, ExitCode.UNREACHABLE)
 

@@ -1,4 +1,4 @@
-"""GPUs on which the trainer does not run are rejected by name, and NCCL between those that do has a time limit."""
+"""Unsupported GPUs are rejected by name, and NCCL between supported ones has a time limit."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def test_a_gpu_with_bfloat16_is_taken(card: tuple[str, tuple[int, int]], cards: 
 
 
 @pytest.mark.parametrize("card", [T4, V100], ids=lambda card: card[0])
-def test_an_older_gpu_is_rejected_by_name_with_what_works_and_what_to_change(
+def test_an_older_gpu_is_rejected_by_name_with_supported_ones_and_a_remedy(
     card: tuple[str, tuple[int, int]], cards: Cards
 ) -> None:
     cards.see(H100, card)
@@ -78,7 +78,7 @@ def test_an_older_gpu_is_rejected_by_name_with_what_works_and_what_to_change(
     assert cards.chosen == []
 
 
-def test_a_gpu_for_which_bitsandbytes_has_no_kernels_is_rejected(cards: Cards) -> None:
+def test_a_gpu_without_kernels_of_bitsandbytes_is_rejected(cards: Cards) -> None:
     cards.see(H100, bitsandbytes=False)
     assert "bitsandbytes has no kernels for the GPU NVIDIA H100" in rejection()
 
@@ -90,7 +90,7 @@ def test_a_process_without_a_gpu_is_rejected(cards: Cards) -> None:
     assert "sees 1 GPUs, and process 2 has none" in rejection(local_rank=1)
 
 
-def test_processes_find_out_what_is_wrong_with_their_gpus_before_nccl_does(cards: Cards) -> None:
+def test_processes_check_their_gpus_before_nccl_starts(cards: Cards) -> None:
     """NCCL's error would be an internal one, and retried."""
     cards.see(T4)
     with pytest.raises(StepFailure, match="Tesla T4"):
@@ -124,7 +124,7 @@ class Ended(BaseException):
 
 @pytest.fixture
 def nccl(cards: Cards, monkeypatch: pytest.MonkeyPatch) -> Nccl:
-    """NCCL between two processes, of which this is one and the other has joined and says nothing."""
+    """NCCL between two processes: this one, and one that has joined and sends nothing."""
     cards.see(A10)
     found = Nccl()
     started = found.started
@@ -150,7 +150,7 @@ def ending(code: int) -> None:
 @pytest.mark.parametrize(
     ("local_size", "code"), [(2, ExitCode.UNREACHABLE), (1, ExitCode.PEER_LOST)], ids=["one pod", "several nodes"]
 )
-def test_an_exchange_that_nccl_gives_up_ends_the_process_with_a_code_that_is_retried(
+def test_an_aborted_nccl_exchange_ends_the_process_with_a_retryable_code(
     local_size: int, code: ExitCode, nccl: Nccl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "_exit", ending)
@@ -161,11 +161,11 @@ def test_an_exchange_that_nccl_gives_up_ends_the_process_with_a_code_that_is_ret
             hook()
     assert ended.value.args == (code,)
     assert not code.permanent
-    # A run that is over ends as it does, whatever NCCL reports while it is taken down.
+    # A finished run ends as it does, whatever NCCL reports at its shutdown.
     assert nccl.hooks == {}
 
 
-def test_nccls_watchdog_is_left_on_with_a_time_limit_and_each_process_has_the_gpu_of_its_node(nccl: Nccl) -> None:
+def test_nccls_watchdog_has_a_time_limit_and_each_process_a_gpu_of_its_node(nccl: Nccl) -> None:
     rank_info = RankInfo(size=2, local_size=1, address="127.0.0.1", port=free_port())
     with joined(ChildRanks(rank_info), "cuda", "none"):
         assert "TORCH_NCCL_BLOCKING_WAIT" not in os.environ
@@ -181,7 +181,7 @@ def fail_elsewhere(port: int, message: str) -> None:
     torch.distributed.PrefixStore("attempt-0", client).set(ranks._FAILURE, json.dumps(failure))
 
 
-def test_a_process_that_waits_in_nccl_for_one_that_has_failed_ends_with_its_exit_code(
+def test_a_process_waiting_in_nccl_ends_with_the_exit_code_of_the_failed_one(
     nccl: Nccl, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     endings: queue.Queue[int] = queue.Queue()
@@ -196,9 +196,7 @@ def test_a_process_that_waits_in_nccl_for_one_that_has_failed_ends_with_its_exit
     assert "rank 1: the GPU is out of memory" in caplog.text
 
 
-def test_a_process_that_notices_by_itself_that_another_one_has_failed_is_not_ended(
-    nccl: Nccl, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_that_detects_the_failure_itself_is_not_ended(nccl: Nccl, monkeypatch: pytest.MonkeyPatch) -> None:
     endings: list[int] = []
     monkeypatch.setattr(os, "_exit", endings.append)
     monkeypatch.setattr(nccl_module, "SECONDS_BETWEEN_LOOKS", 0.01)

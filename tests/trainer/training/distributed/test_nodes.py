@@ -1,4 +1,4 @@
-"""A job of several nodes, whose pods meet at node 0: they compute what one node does, and none outlives the others."""
+"""A job of several nodes: the result matches one node's, and none outlives the others."""
 
 import os
 import signal
@@ -54,7 +54,7 @@ def test_two_pods_train_the_adapter_of_two_processes_in_one(
     files, apart = workspace(tmp_path / "job", tiny_llama, merged(NODES, EXACT), packed=False)
     pods = Pods.of(files)
 
-    # Node 1 is there first, and waits.
+    # Node 1 comes first, and waits.
     second = pods.start(1)
     first = pods.start(0)
     one, two = first.done(), second.done()
@@ -63,7 +63,7 @@ def test_two_pods_train_the_adapter_of_two_processes_in_one(
     succeeded(two)
     assert adapter_bytes(apart) == adapter_bytes(together[1])
     assert history(apart) == history(together[1])
-    # Node 0 reports; the other says only how it has ended.
+    # Node 0 reports; the other one leaves only its ending.
     assert len(one.records) > 1
     assert len(two.records) == 1
 
@@ -115,9 +115,7 @@ def test_the_pod_whose_peer_is_killed_ends_by_itself_and_the_resume_is_exact(
 
 
 @pytest.mark.slow
-def test_the_pod_whose_peer_is_killed_ends_by_itself_in_the_midst_of_a_sharded_pass(
-    tmp_path: Path, tiny_llama: Path
-) -> None:
+def test_the_pod_whose_peer_is_killed_ends_by_itself_during_a_sharded_pass(tmp_path: Path, tiny_llama: Path) -> None:
     files, _ = workspace(tmp_path / "job", tiny_llama, spec_of(SHARDED, MANY_STEPS, {"resources": {"gpus": 1}}, NODES))
     pods = Pods.of(files)
     started = [pods.start(node) for node in range(2)]
@@ -145,7 +143,7 @@ def test_sigterm_on_one_pod_saves_a_checkpoint_and_ends_both(long_job: tuple[Pod
 
 # That one of two processes fails is in test_rank_endings.py.
 @pytest.mark.slow
-def test_the_failure_of_one_pod_is_what_both_report(tmp_path: Path, tiny_llama: Path) -> None:
+def test_both_pods_report_the_failure_of_one(tmp_path: Path, tiny_llama: Path) -> None:
     files, _ = workspace(tmp_path / "job", tiny_llama, NODES)
     pods = Pods.of(files)
     full = second_gpu(tmp_path / "card", 0)
@@ -159,7 +157,7 @@ def test_the_failure_of_one_pod_is_what_both_report(tmp_path: Path, tiny_llama: 
 
 
 @pytest.mark.parametrize("node", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_pod_that_waits_for_the_others_in_vain_says_so(tmp_path: Path, tiny_llama: Path, node: int) -> None:
+def test_a_pod_whose_peers_never_come_reports_it(tmp_path: Path, tiny_llama: Path, node: int) -> None:
     files, _ = workspace(tmp_path / "job", tiny_llama, NODES)
 
     done = Pods.of(files).start(node, **{ENV_NODE_WAIT: "1"}).done()
@@ -195,7 +193,7 @@ def test_a_pod_does_not_join_those_that_its_predecessor_had_joined() -> None:
 
 
 @pytest.mark.slow
-def test_a_pod_that_replaces_another_waits_for_peers_of_its_own(long_job: tuple[Pods, StepContext]) -> None:
+def test_a_replacement_pod_waits_for_new_peers(long_job: tuple[Pods, StepContext]) -> None:
     """A resumed Job may have its second pod before the old first one has ended."""
     pods, _ = long_job
     first, second = (pods.start(node, "old") for node in range(2))
@@ -273,7 +271,7 @@ def test_a_node_that_falls_silent_between_two_connections_is_lost(monkeypatch: p
 
 
 @pytest.mark.parametrize("case", LOST, ids=lambda case: "-".join(map(str, case)))
-def test_wherever_a_node_is_lost_the_other_ends_as_one_that_has_lost_it(ended: dict[Case, Ended], case: Case) -> None:
+def test_a_node_lost_at_any_point_ends_the_other_as_lost_peer(ended: dict[Case, Ended], case: Case) -> None:
     assert case in ended, "it hangs"
     assert ended[case].exit_code == ExitCode.PEER_LOST, ended[case].message
     assert "lost another process of this run" in ended[case].message
@@ -305,11 +303,11 @@ def test_a_node_that_is_slow_or_is_lost_once_all_have_finished_harms_none(ended:
         ("size mismatch", False),
     ],
 )
-def test_only_what_comes_from_another_node_is_taken_for_a_lost_one(said: str, lost: bool) -> None:
+def test_only_errors_of_another_node_mean_a_lost_one(said: str, lost: bool) -> None:
     assert is_lost_connection(RuntimeError(said)) == lost
 
 
-def test_an_error_of_the_own_machine_in_an_exchange_is_not_taken_for_a_lost_node(
+def test_a_local_error_in_an_exchange_is_not_taken_for_a_lost_node(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def broken(*_: object) -> None:
@@ -321,8 +319,8 @@ def test_an_error_of_the_own_machine_in_an_exchange_is_not_taken_for_a_lost_node
         Ranks(RankInfo(size=2), lost=lambda error: peer_lost(str(error))).wait()
 
 
-def test_a_child_that_has_lost_another_node_makes_its_pod_end_so_too() -> None:
-    """It cannot say so in the store, which may have been what was lost."""
+def test_a_child_that_has_lost_another_node_ends_its_pod_the_same_way() -> None:
+    """It cannot report it in the store, whose loss may be the cause."""
     child = subprocess.Popen([sys.executable, "-S", "-c", f"raise SystemExit({ExitCode.PEER_LOST:d})"])
     child.wait()
 
@@ -340,7 +338,7 @@ def test_the_processes_of_node_0_reach_the_store_without_a_name() -> None:
     assert found.port == 29500
 
 
-def test_a_process_that_does_not_know_the_other_nodes_is_rejected() -> None:
+def test_a_process_without_the_other_nodes_addresses_is_rejected() -> None:
     with pytest.raises(StepFailure, match=r"spec\.resources\.nodes is 2") as caught:
         RankInfo.of({ENV_NODE: "0"}, ResourcesSpec(nodes=2))
     assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION

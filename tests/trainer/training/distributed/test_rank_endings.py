@@ -42,7 +42,7 @@ def long_job(tmp_path: Path, tiny_llama: Path) -> tuple[Files, StepContext]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Callable[[str], StepContext]:
-    """What such a job ends with when nobody disturbs it, by its spec.training.sharding."""
+    """Ending of an undisturbed job, by its spec.training.sharding."""
 
     @cache
     def make(sharding: str) -> StepContext:
@@ -55,12 +55,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> C
 
 
 def logs(files: Files) -> list[str]:
-    """What the two processes of the latest attempt have logged, the main one's first."""
+    """Logs of the two processes of the latest attempt, the main one's first."""
     return [(files.workspace / "records" / name).read_text() for name in ("train.log", "train.rank-1.log")]
 
 
 def saves(log: str, step: int) -> int:
-    """How often a log says that the checkpoint of this step was saved."""
+    """The number of reports in a log that the checkpoint of this step was saved."""
     return len(re.findall(rf"saved \S+/step-{step}$", log, re.MULTILINE))
 
 
@@ -130,7 +130,7 @@ def test_a_process_that_crashes_after_the_save_changes_no_ending_and_is_logged(
     )
 
 
-def test_a_process_that_is_killed_ends_the_other_for_another_attempt(long_job: tuple[Files, StepContext]) -> None:
+def test_a_killed_process_ends_the_other_for_another_attempt(long_job: tuple[Files, StepContext]) -> None:
     files, _ = long_job
     process = files.start("train")
     said = until(process, 5)

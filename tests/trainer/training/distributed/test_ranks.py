@@ -1,4 +1,4 @@
-"""Several processes that train one adapter: what they compute together is what one computes."""
+"""Several processes that train one adapter: their joint result is that of one process."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +20,7 @@ from tests.support.tiny import merged
 from tests.support.training import adapter_bytes, history
 
 
-def test_two_processes_compute_what_one_does(
-    tmp_path: Path, tiny_llama: Path, together: tuple[Files, StepContext]
-) -> None:
+def test_two_processes_match_one(tmp_path: Path, tiny_llama: Path, together: tuple[Files, StepContext]) -> None:
     (alone, one), (_, two) = workspace(tmp_path / "job", tiny_llama, EXACT, packed=False), together
     succeeded(alone.run("train"))
 
@@ -36,7 +34,7 @@ def test_two_processes_compute_what_one_does(
 
 
 @pytest.mark.parametrize("sharding", ["none", pytest.param("full", marks=pytest.mark.slow)])
-def test_all_processes_end_early_after_the_same_step_and_the_best_adapter_is_kept(
+def test_all_processes_stop_early_after_the_same_step_with_the_best_adapter(
     sharding: str, tmp_path: Path, tiny_llama: Path
 ) -> None:
     settings = {
@@ -63,7 +61,7 @@ def test_all_processes_end_early_after_the_same_step_and_the_best_adapter_is_kep
     assert all(torch.equal(ours[name], tensor) for name, tensor in kept.items())
 
 
-def test_two_nodes_compute_what_one_does(tmp_path: Path, tiny_llama: Path, together: tuple[Files, StepContext]) -> None:
+def test_two_nodes_match_one(tmp_path: Path, tiny_llama: Path, together: tuple[Files, StepContext]) -> None:
     (files, apart), (_, by_itself) = workspace(tmp_path / "job", tiny_llama, EXACT, packed=False), together
 
     nodes = [files.start("train", node) for node in two_nodes()]
@@ -128,7 +126,7 @@ def test_memory_that_runs_out_in_an_exchange_is_not_taken_for_a_lost_process(
         ranks.sum_gradients([torch.nn.Parameter(torch.zeros(2))], torch.zeros(()))
 
 
-def test_a_gpu_that_is_short_of_memory_makes_all_halve_their_micro_batches(tmp_path: Path, tiny_llama: Path) -> None:
+def test_one_gpu_short_of_memory_makes_all_halve_their_micro_batches(tmp_path: Path, tiny_llama: Path) -> None:
     training = {"microBatchSize": 4, "gradientAccumulationSteps": 2, "autoMicroBatch": True}
     files, context = workspace(tmp_path / "job", tiny_llama, merged(TWO, {"training": training}), packed=False)
 

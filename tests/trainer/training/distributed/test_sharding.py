@@ -1,4 +1,4 @@
-"""A base that is sharded over two ranks: it must be 4-bit before, and gives the results of a whole one."""
+"""A base sharded over two ranks must be 4-bit, and gives the results of a whole one."""
 
 import json
 import re
@@ -36,7 +36,7 @@ NF4 = QuantizationSpec()
 
 
 def held(files: Files, rank: int) -> tuple[int, int]:
-    """The bytes of the decoder blocks that the process says it has, and all of them."""
+    """The bytes of the decoder blocks that the process reports, and all of them."""
     log = "train.log" if rank == 0 else f"train.rank-{rank}.log"
     said = re.search(r"holds (\d+) of (\d+) bytes", (files.workspace / "records" / log).read_text())
     assert said is not None
@@ -90,7 +90,7 @@ def test_every_variant_and_family_trains_on_a_sharded_base_as_one_process_does(
     "checkpointing", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["recomputed", "kept"]
 )
 def test_two_blocks_at_most_are_gathered_at_a_time_and_none_after_a_pass(tmp_path: Path, checkpointing: bool) -> None:
-    """The estimate counts two, and a base of any size is to be trained in the memory of its shares."""
+    """The estimate counts two, and a base of any size must train in the memory of its shares."""
     model = save_model(tmp_path / "model", LlamaConfig(**SHAPE | {"num_hidden_layers": 6}))
     spec = merged(SHARDED, {"training": {"maxSteps": 2, "gradientCheckpointing": checkpointing}})
     files, _ = workspace(tmp_path / "job", model, spec)
@@ -101,7 +101,7 @@ def test_two_blocks_at_most_are_gathered_at_a_time_and_none_after_a_pass(tmp_pat
     for rank in (0, 1):
         lines = [json.loads(line) for line in Path(f"{notes}-{rank}").read_text().splitlines()]
         moments = {(line["moment"], line["grad"]) for line in lines}
-        # The held-out rows are looked at without gradients.
+        # The held-out rows are evaluated without gradients.
         assert moments >= {("forward", True), ("forward", False), ("backward", True), ("layer", True), ("layer", False)}
         at_work = [line for line in lines if line["moment"] == "layer"]
         assert {line["blocks"] for line in at_work} == {1}
@@ -118,7 +118,7 @@ note_gathered(Path("{notes}-" + os.environ.get("RANK", "0")))
 
 
 def test_a_rank_reads_its_part_of_each_packed_weight(tmp_path: Path) -> None:
-    """Reading another part would end its process: the kernel has been asked to refuse it."""
+    """Reading another part would end its process: the kernel rejects access to it."""
     model = save_model(tmp_path / "model", LlamaConfig(**SHAPE | {"hidden_size": 256, "intermediate_size": 1024}))
     files, context = workspace(tmp_path / "job", model, merged(SHARDED, {"training": {"maxSteps": 2}}))
     base = context.workspace.base
@@ -128,9 +128,9 @@ def test_a_rank_reads_its_part_of_each_packed_weight(tmp_path: Path) -> None:
     whole = sum(end - begin for path in base.glob("*.safetensors") for begin, end in packed_weights(path))
     for rank in (0, 1):
         noted = json.loads(Path(f"{base}.rank-{rank}").read_text())
-        # The other half, but for the pages in which two parts meet.
+        # The other half, but for the pages that two parts share.
         assert noted["barred"] > 0.4 * whole
-        # What FSDP is given it moves to a GPU before it takes a part of it.
+        # FSDP moves its input to a GPU before it takes a part of it.
         assert noted["given"] == 0
 
 
@@ -144,7 +144,7 @@ bar_other_parts(Path("{base}"), 2)
 def test_weights_of_another_type_are_rejected_in_the_storage_that_sharding_needs(
     tmp_path: Path, tiny_llama: Path
 ) -> None:
-    """Afterwards they are pieces of memory, whose type nobody can tell."""
+    """Afterwards they are pieces of memory without a type."""
     convert(tiny_llama, tmp_path / "base", QuantizationSpec(type="fp4"))
     base = load_base(tmp_path / "base", QuantizationSpec(type="fp4"), "cpu", STORAGE_DTYPE)
     with pytest.raises(StepFailure, match=r"'fp4'.*, not .*'nf4'") as asked_again:
@@ -182,7 +182,7 @@ def to_be_sharded(folder: Path) -> Any:
 def test_the_constants_of_layers_outside_the_blocks_move_to_the_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """OPT has two such layers. Without a GPU nothing has to move: what bitsandbytes is told to move is noted."""
+    """OPT has two such layers. Note the moves that bitsandbytes gets, without a GPU."""
     config = OPTConfig(
         vocab_size=512, hidden_size=64, word_embed_proj_dim=32, ffn_dim=512, num_hidden_layers=2, num_attention_heads=4
     )

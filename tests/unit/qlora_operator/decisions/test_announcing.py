@@ -1,4 +1,4 @@
-"""What is announced of a finished job, and that nothing else of the job waits for it."""
+"""The announcement of a finished job; nothing else of the job waits for it."""
 
 import asyncio
 import json
@@ -45,7 +45,7 @@ FINISHED = follow(make_job(status_in("publish")), child("publish", Complete=""),
 ANNOUNCED: dict[str, Any] = {"output": {"announce": {"configMap": "adapters"}}}
 
 
-def test_the_entry_names_the_base_as_servers_do() -> None:
+def test_the_entry_names_the_base_as_in_servers() -> None:
     assert json.loads(entry(NAME, ADAPTER))["base"] == "org/model"
     elsewhere = ADAPTER.model_copy(update={"base_model": "pvc://models/llama"})
     assert json.loads(entry(NAME, elsewhere))["base"] == "pvc://models/llama"
@@ -95,8 +95,8 @@ def announce(cluster: Rejecting, postponed: Postponed, at: float, *actions: Any,
 @pytest.mark.parametrize(
     ("error", "tries"), [(ForbiddenError("the operator may not"), 1), (RejectedError("the test failed"), 2)]
 )
-def test_a_rejected_entry_is_tried_again_ever_more_seldom(error: RejectedError, tries: int) -> None:
-    """And with the other patch only where that may be what is wrong."""
+def test_a_rejected_entry_is_retried_with_backoff(error: RejectedError, tries: int) -> None:
+    """And with the other patch only where that may be the cause."""
     cluster, postponed, times = Rejecting(error), Postponed(), list[float]()
     for at in range(0, 48 * 3600, 300):
         result = announce(cluster, postponed, at)
@@ -109,13 +109,13 @@ def test_a_rejected_entry_is_tried_again_ever_more_seldom(error: RejectedError, 
             assert NOW + timedelta(seconds=at) < result.look_again <= NOW + timedelta(seconds=at + 7200)
     assert len(times) < 35
     assert times[-1] - times[-2] == 7200
-    # It is allowed at last, and the job is forgotten.
+    # It is allowed at last, and the job is dropped.
     cluster.error = None
     done = announce(cluster, postponed, 51 * 3600)
     assert (conditions_of(done.status)["Announced"], done.look_again) == ("True", None)
 
 
-def test_the_clean_up_goes_on_whatever_becomes_of_the_entry() -> None:
+def test_the_clean_up_does_not_depend_on_the_entry() -> None:
     cluster = Rejecting(UnavailableError("no answer"))
     result = announce(cluster, Postponed(), 0, CreateJob("clean", 1))
     assert result.changed
@@ -123,7 +123,7 @@ def test_the_clean_up_goes_on_whatever_becomes_of_the_entry() -> None:
     assert result.look_again == after(5)
 
 
-def test_an_event_says_once_that_an_adapter_is_not_announced() -> None:
+def test_one_event_reports_that_an_adapter_is_not_announced() -> None:
     rejected = announce(Rejecting(RejectedError("not ours")), Postponed(), 0).status
     event = announcement_event(make_job(FINISHED), rejected, NOW)
     assert event is not None

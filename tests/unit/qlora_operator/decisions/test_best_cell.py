@@ -1,4 +1,4 @@
-"""With spec.publish: best, one more QLoRAJob publishes the adapter of the best cell, when all have ended."""
+"""With spec.publish: best, one more QLoRAJob publishes the adapter of the best cell."""
 
 from typing import Any
 
@@ -61,7 +61,7 @@ def test_cells_publish_nowhere_and_keep_their_checkpoints() -> None:
         assert each.spec.workspace.claim_name == "rates-0a1b2c3d"
 
 
-def test_when_all_have_ended_one_job_takes_up_the_best_run_and_publishes_it() -> None:
+def test_when_all_have_ended_one_job_resumes_the_best_run_and_publishes_it() -> None:
     assert actions(sweep(status_of(sweep(), *CELLS[:2])), *CELLS[:2], cell(2, phase="Training")) == []
     retried = cell(2, phase="Failed", retried=True)
     assert actions(sweep(status_of(sweep(), *CELLS)), *CELLS[:2], retried) == []
@@ -78,7 +78,7 @@ def test_when_all_have_ended_one_job_takes_up_the_best_run_and_publishes_it() ->
     assert actions(stored, *CELLS, publisher()) == []
 
 
-def test_it_is_made_of_what_the_best_cell_is_now() -> None:
+def test_it_is_made_of_the_current_best_cell() -> None:
     stored = sweep(status_of(sweep(), *CELLS))
     status = {"phase": "Succeeded", "adapter": ADAPTER.dump(), "progress": {"evalLoss": 1.25}}
     body = job_body(status, resources={"memory": "64Gi"})
@@ -100,13 +100,13 @@ def test_the_sweep_ends_with_that_job_and_has_its_address() -> None:
     assert status.published is not None
     assert (status.published.cell, status.published.adapter) == ("rates-01", "hf://org/adapter")
     assert "its adapter is at hf://org/adapter; 1 of 3 cells have failed" in succeeded(status)[1]
-    # It is not published again, though its job is gone or another cell is the best by now.
+    # It is not published again, although its job is deleted or another cell is the best now.
     later = (*CELLS[:2], cell(2, 1.0))
     assert actions(sweep(status), *later) == []
     assert status_of(sweep(status), *later).published == status.published
 
 
-def test_then_the_cells_are_cleaned_up_as_the_template_says() -> None:
+def test_then_the_cells_are_cleaned_up_as_in_the_template() -> None:
     done = publisher("Succeeded", adapter="hf://org/adapter")
     stored = sweep(status_of(sweep(), *CELLS, done))
     assert actions(stored, *CELLS, done) == [SetCleanup(each, 60) for each in CELLS]
@@ -136,7 +136,7 @@ def test_a_best_adapter_that_could_not_be_published_fails_the_sweep(jobs: Any, m
     assert retried.phase == "Running"
 
 
-def test_the_run_of_a_best_cell_that_is_gone_cannot_be_taken_up() -> None:
+def test_the_run_of_a_deleted_best_cell_cannot_be_resumed() -> None:
     stored = sweep(status_of(sweep(), *CELLS[:2], cell(2, phase="Training")))
     left = (CELLS[0], CELLS[2])
     assert actions(stored, *left) == []
@@ -145,7 +145,7 @@ def test_the_run_of_a_best_cell_that_is_gone_cannot_be_taken_up() -> None:
     assert "its run cannot be taken up" in succeeded(status)[1]
 
 
-def test_a_cell_that_becomes_the_best_after_one_that_is_gone_is_published() -> None:
+def test_the_next_best_cell_is_published_after_a_deletion() -> None:
     stored = sweep(status_of(sweep(), *CELLS[:2], cell(2, phase="Training")))
     stored = sweep(status_of(stored, CELLS[0], cell(2, phase="Failed")))
     assert stored.status.published is not None
@@ -171,7 +171,7 @@ def test_a_suspended_sweep_is_suspended_when_that_job_is_too() -> None:
     assert status_of(sweep(suspend=True), *CELLS).phase == "Suspended", "it is not created now"
 
 
-def test_what_keeps_that_job_from_starting_is_said_of_the_sweep() -> None:
+def test_the_sweep_reports_why_that_job_does_not_start() -> None:
     stored = sweep(status_of(sweep(), *CELLS))
     why = Reason("JobLimitReached", "3 jobs of profile 'default' have started")
     status = status_of(stored, *CELLS, publisher("Pending", waits=why))
@@ -183,7 +183,7 @@ def test_what_keeps_that_job_from_starting_is_said_of_the_sweep() -> None:
     assert QLoRASweepStatus.model_validate(longer.dump()) == longer
 
 
-def test_why_a_job_has_not_started_is_read_until_it_has() -> None:
+def test_the_reason_of_a_waiting_job_is_read_until_it_starts() -> None:
     def waits(reason: str, phase: str = "Pending", **status: Any) -> Reason | None:
         conditions = [condition("Succeeded", "Unknown", reason=reason) | {"message": "it waits"}]
         body = job_body({"phase": phase, "conditions": conditions, **status})
@@ -199,7 +199,7 @@ def test_why_a_job_has_not_started_is_read_until_it_has() -> None:
     assert waits("JobRejected", resolved=resolved().dump()) == Reason("JobRejected", "it waits")
 
 
-def test_without_an_adapter_there_is_nothing_to_publish() -> None:
+def test_without_an_adapter_no_job_is_created_to_publish_it() -> None:
     failed = [cell(number, phase="Failed") for number in range(3)]
     status = status_of(sweep(), *failed)
     assert (status.phase, succeeded(status)[0]) == ("Failed", "AllCellsFailed")

@@ -1,4 +1,4 @@
-"""The forecast of GPU hours, what they cost, and the budget that stops a job at a checkpoint."""
+"""The forecast of GPU hours, their cost, and the budget that stops a job at a checkpoint."""
 
 from typing import Any
 
@@ -46,7 +46,7 @@ def status_with(step: str, profile: Profile = PRICED, **fields: Any) -> QLoRAJob
 
 
 def prepared(profile: Profile = PRICED, **spec: Any) -> QLoRAJobStatus:
-    """The status once prepare has said how much there is to compute."""
+    """The status after prepare's report of the steps to compute."""
     body = pod("prepare")
     done = ended(body, 0, result(body, "prepare", **FACTS["prepare"], work=WORK))
     return follow(make_job(status_with("prepare", profile), **spec), child("prepare", Complete="Done"), done)
@@ -90,7 +90,7 @@ def test_the_largest_numbers_that_a_pod_may_report_have_a_forecast() -> None:
     assert QLoRAJobStatus.model_validate(status.dump()) == status
 
 
-def test_after_prepare_there_is_a_forecast_if_the_gpus_speed_is_known() -> None:
+def test_prepare_is_followed_by_a_forecast_if_the_gpus_speed_is_known() -> None:
     forecast = prepared().forecast
     assert forecast is not None
     assert (forecast.gpu_hours, forecast.basis, forecast.utilization) == ("5.56", "Flops", ASSUMED_UTILIZATION)
@@ -121,7 +121,7 @@ def prepared_and_running() -> QLoRAJobStatus:
     return follow(make_job(stored), *RUNNING)
 
 
-def test_a_forecast_above_the_budget_is_said_before_the_gpu_is_used() -> None:
+def test_a_forecast_above_the_budget_is_reported_before_the_gpu_is_used() -> None:
     budget: dict[str, Any] = {"budget": {"gpuHours": 5}}
     status = prepared(**budget)
     assert status.step is not None
@@ -162,7 +162,7 @@ def test_a_job_that_has_used_its_budget_stops_at_a_checkpoint() -> None:
     assert deletion.actions == (DeleteJob(f"{NAME}-train-1", f"uid-{NAME}-train-1"),)
 
 
-def test_a_retry_with_a_larger_budget_goes_on_with_what_was_counted() -> None:
+def test_a_retry_with_a_larger_budget_keeps_the_counted_hours() -> None:
     failed = follow(make_job(seen_running(), budget={"gpuHours": 0.5}), *RUNNING)
     assert reason_of(failed) == "BudgetExceeded"
     body = pod("train")
@@ -180,7 +180,7 @@ def test_a_retry_with_a_larger_budget_goes_on_with_what_was_counted() -> None:
     assert more.usage == stopped.usage
 
 
-def test_what_is_trained_is_published_whatever_it_has_cost() -> None:
+def test_a_trained_adapter_is_published_above_its_budget() -> None:
     spent = {"gpuSeconds": 99_999, "gpuHours": "27.78", "lostGpuSeconds": {}, "pods": []}
     body = pod("publish")
     status = follow(make_job(status_with("publish", usage=spent), budget={"gpuHours": 1}), child("publish"), body)
@@ -194,15 +194,15 @@ def test_a_run_that_has_just_ended_is_not_stopped_by_its_budget() -> None:
     assert follow(job, child("train", Complete="Done"), done, now=after(62)).phase == "Publishing"
 
 
-def test_a_pod_that_has_ended_well_does_not_hide_one_that_runs_on() -> None:
-    """Anybody who may create pods can make one that the Job seems to own; and of two nodes one may hang."""
+def test_a_succeeded_pod_does_not_hide_a_running_one() -> None:
+    """A user may make a pod that the Job seems to own, and one of two nodes may hang."""
     job, body = make_job(seen_running(), budget={"gpuHours": 1}), pod("train", 1, 9)
     decoy = ended(body, 0, start=-50, end=-49)
     status = follow(job, *RUNNING, decoy, now=after(61))
     assert (status.phase, reason_of(status)) == ("Failed", "BudgetExceeded")
 
 
-def test_a_run_that_is_published_is_not_looked_at_for_its_budget() -> None:
+def test_the_budget_of_a_publishing_job_is_not_checked() -> None:
     spec: dict[str, Any] = {"budget": {"gpuHours": 0.5}}
     used = seen_running().usage
     stored = make_job(status_with("publish", usage=used.dump() if used else None), **spec)
@@ -223,7 +223,7 @@ def test_the_budget_of_several_nodes_is_used_up_by_all_of_them() -> None:
     assert reason_of(follow(stored, *pods, now=after(450))) == "BudgetExceeded"
 
 
-def test_the_profile_limits_a_job_that_has_no_budget_of_its_own() -> None:
+def test_the_profile_limits_a_job_without_a_budget() -> None:
     profile = PROFILE.model_copy(update={"limits": Limits(gpu_hours=0.5)})
     fixed = follow(make_job(), profiles={"default": profile}).resolved
     assert fixed is not None

@@ -1,4 +1,4 @@
-"""A job that takes up the run of another one: when it starts, what its pods see, and what it cannot reach."""
+"""A job that resumes another one's run: its start, and its pods' mounts."""
 
 import asyncio
 import json
@@ -51,13 +51,13 @@ RUN = ContinuedRun(job="other", uid=OTHER_UID, claim_name="shared", workspace_pa
 
 
 def other_body(status: QLoRAJobStatus | None, **spec: Any) -> dict[str, Any]:
-    """The other job as stored, on a claim of its own choice."""
+    """The other job as stored, on a claim of its choice."""
     body = job_body(status.dump() if status else None, **spec)
     return body | {"metadata": body["metadata"] | {"name": "other", "uid": OTHER_UID}}
 
 
 def other(*conditions: dict[str, Any], **changes: str) -> QLoRAJob:
-    """The other job with what it has fixed, in a step."""
+    """The other job with its resolved spec, in a step."""
     fixed = resolved().model_copy(update={"claim_name": "shared", "workspace_path": "other-ffffffff", **changes})
     return parse_job(other_body(status_in("train", resolved=fixed.dump(), conditions=list(conditions))))
 
@@ -82,7 +82,7 @@ def test_it_starts_when_the_other_job_has_ended_or_is_suspended(conditions: list
         (other(condition("Suspended", "False")), "ContinuedJobRunning", "is still running"),
     ],
 )
-def test_until_then_it_waits_says_why_and_is_looked_at_again(found: QLoRAJob | None, reason: str, says: str) -> None:
+def test_until_then_it_waits_reports_the_reason_and_is_requeued(found: QLoRAJob | None, reason: str, says: str) -> None:
     job = make_job(continues="other")
     status = follow(job, continued=found)
     assert (status.phase, status.resolved, reason_of(status)) == ("Pending", None, reason)
@@ -91,7 +91,7 @@ def test_until_then_it_waits_says_why_and_is_looked_at_again(found: QLoRAJob | N
     assert (planned.actions, planned.look_again) == ((), after(15))
 
 
-def test_a_suspended_job_waits_for_nobody() -> None:
+def test_a_suspended_job_does_not_wait_for_the_other_job() -> None:
     job = make_job(continues="other", suspend=True)
     assert plan(job, follow(job), seen(), NOW).look_again is None
 
@@ -113,7 +113,7 @@ def test_a_run_on_the_claim_of_a_cache_is_not_mounted() -> None:
     assert message_of(status).startswith("spec.continues names the claim 'shared'")
 
 
-def test_what_was_found_stays_although_the_other_job_goes_and_the_profile_changes() -> None:
+def test_the_resolved_run_stays_after_deletions_and_changes_of_the_profile() -> None:
     started = follow(make_job(continues="other"), continued=other(*ENDED))
     changed = {"default": PROFILE.model_copy(update={"image": "example.org/mended"})}
     again = follow(make_job(started, continues="other"), profiles=changed)
@@ -140,8 +140,8 @@ def image(status: QLoRAJobStatus) -> str:
     return status.resolved.profile.image
 
 
-def test_the_job_that_publishes_a_cell_of_its_sweep_keeps_to_the_trainer_of_that_cell() -> None:
-    """A release that was installed since takes up no run of the one before."""
+def test_the_job_that_publishes_a_sweeps_cell_uses_the_trainer_of_that_cell() -> None:
+    """A release that was installed since resumes no run of the one before."""
     fixed = resolved().model_copy(update={"claim_name": "shared"})
     cell_body = other_body(status_in("publish", resolved=fixed.dump(), conditions=[condition("Succeeded", "True")]))
     cell = of_sweep(cell_body, OTHER_UID)
@@ -160,12 +160,12 @@ def test_the_job_that_publishes_a_cell_of_its_sweep_keeps_to_the_trainer_of_that
     assert signed.resolved.contract_version == needed_contract(1, signed=True)
     # The cell is read no more: its first Job could not be created yet, and the profile has changed again.
     assert image(follow(best(started), profiles=NEWER)) == PROFILE.image
-    # Its first failure is likely to be in prepare, where the credentials are first tried.
+    # Its first failure is likely in prepare, which first uses the credentials.
     ended = [condition("Failed", "True", reason="BadConfiguration"), condition("Succeeded", "False")]
     failed = status_in("prepare", resolved=resolved().dump(), conditions=ended)
     retried = follow(best(failed, retry={"request": 1}), profiles=NEWER)
     assert (retried.phase, image(retried)) == ("Pending", PROFILE.image)
-    # Whatever else is continued is retried with today's trainer, as the user is told.
+    # A continued job of another kind is retried with today's trainer, and its message states it.
     for another in (parse_job(cell_body), of_sweep(cell_body, OTHER_UID.replace("f", "e"))):
         assert image(follow(best(), continued=another, profiles=NEWER)) == "example.org/newer"
     assert image(follow(make_job(continues="other"), continued=cell, profiles=NEWER)) == "example.org/newer"
@@ -194,7 +194,7 @@ def test_a_claim_that_both_runs_are_on_is_one_volume_of_the_pod() -> None:
     assert mount["name"] == own.claim_name
 
 
-def test_the_trainer_is_told_so_that_an_older_one_rejects_the_job_instead_of_starting_anew() -> None:
+def test_an_older_trainer_rejects_a_continued_job() -> None:
     status = follow(make_job(continues="other"), continued=other(*ENDED))
     assert status.resolved is not None
     assert '"continues":"other"' in (status.resolved.document or "")
@@ -213,10 +213,10 @@ def test_the_trainer_is_told_so_that_an_older_one_rejects_the_job_instead_of_sta
         ((), False, True),
     ],
 )
-def test_a_job_that_is_taken_up_mounts_the_other_run_only_if_it_still_needs_it(
+def test_a_retried_job_mounts_the_other_run_only_if_it_still_needs_it(
     reached: tuple[str, ...], cleaned: bool, still_mounted: bool
 ) -> None:
-    """The other job's claim may be gone, for which a pod would wait for ever."""
+    """The other job's claim may be gone; a pod would wait for it for ever."""
     conditions = [condition(name, "True") for name in (*reached, "Failed", *(["CleanedUp"] if cleaned else []))]
     fixed = resolved().model_copy(update={"continued": RUN}).dump()
     cached = Profile.model_validate(PROFILE.dump() | {"modelCache": {"claimName": "models"}})
@@ -279,7 +279,7 @@ class TwoJobs:
     async def create_event(self, namespace: str, manifest: Object) -> None: ...
 
 
-def test_the_operator_looks_for_it_in_the_jobs_own_namespace_every_quarter_of_a_minute() -> None:
+def test_the_operator_reads_it_in_the_jobs_namespace_every_15_seconds() -> None:
     cluster, store = TwoJobs(job_body(continues="other"), other_body(None) | {"status": {"step": "?"}}), Store()
     store.job_changed(cluster.bodies[NAME], created=True)
     reconciler = Reconciler(cluster, PROFILES, None, Metrics(), lambda: NOW, starts(), store)  # type: ignore[arg-type]
@@ -296,7 +296,7 @@ def owned(body: dict[str, Any], name: str, uid: str) -> dict[str, Any]:
 
 
 def one_pass(cluster: TwoJobs) -> str:
-    """What the condition Succeeded of the job says after a pass; the name of its first Job if it has started."""
+    """The message of Succeeded after a pass, or the name of the job's first Job."""
     store = Store()
     store.job_changed(cluster.bodies[NAME], created=True)
     reconciler = Reconciler(cluster, PROFILES, None, Metrics(), lambda: NOW, starts(), store)  # type: ignore[arg-type]
@@ -312,7 +312,7 @@ def stored_other(*conditions: dict[str, Any], **fields: Any) -> dict[str, Any]:
     return other_body(status_in("train", resolved=fixed.dump(), conditions=list(conditions), **fields))
 
 
-def test_it_waits_for_the_train_pod_of_a_job_that_has_failed_which_still_saves_a_checkpoint() -> None:
+def test_it_waits_for_the_train_pod_of_a_failed_job_to_save_its_checkpoint() -> None:
     still = owned(running(pod("train")), "other", OTHER_UID)
     waiting = one_pass(TwoJobs(job_body(continues="other"), stored_other(*ENDED), pods=[still]))
     assert waiting.startswith("ContinuedJobRunning: pod other-train-1-pod1 may still save a checkpoint")

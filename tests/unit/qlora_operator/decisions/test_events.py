@@ -6,7 +6,7 @@ from qlora_operator.decisions.events import phase_event
 from tests.support.builders import NOW, child, follow, make_job, pod, running, status_in, succeeded
 
 
-def test_events_of_one_second_are_named_in_the_order_in_which_kubectl_is_to_show_them() -> None:
+def test_events_of_one_second_have_names_in_their_order() -> None:
     changes = [
         (None, follow(make_job())),
         (follow(make_job()), follow(make_job(status_in("prepare")), child("prepare", created=-5))),
@@ -39,7 +39,7 @@ def test_events_of_one_second_are_named_in_the_order_in_which_kubectl_is_to_show
     ]
 
 
-def test_each_preemption_of_a_job_has_an_event_of_its_own() -> None:
+def test_each_preemption_of_a_job_has_a_separate_event() -> None:
     """A queue changes no count: the job goes through the same phases with the same figures."""
     training = make_job(status_in("train", phase="Training"))
     queued = training.status.model_copy(update={"phase": "Queued"})

@@ -1,4 +1,4 @@
-"""Which cells of a sweep go on after a rung, which are stopped, and what the sweep says of them."""
+"""The cells of a sweep that continue after a rung, the stopped ones, and their status in the sweep."""
 
 from typing import Any
 
@@ -71,7 +71,7 @@ def test_rungs_are_a_factor_apart_and_end_before_the_run_does() -> None:
     assert [halving.kept(cells) for cells in (1, 2, 3, 8, 9)] == [1, 1, 1, 2, 3]
 
 
-def test_cells_that_reach_a_rung_together_are_compared_and_the_better_part_goes_on() -> None:
+def test_cells_that_reach_a_rung_together_are_compared_and_the_better_continue() -> None:
     jobs = (cell(0, 1.4), cell(1, 1.1), cell(2, 1.3), cell(3, 1.2))
     assert judges_anew(sweep(), table(sweep(), sweep().cells(), by_name(*jobs)))
     stored = after_pass(sweep(), *jobs)
@@ -95,8 +95,8 @@ def test_one_after_the_other_each_cell_is_compared_with_those_before_it() -> Non
     assert verdicts(stored)[0] == [(20, 1, 1, True), (40, 1, 1, True), (80, 1, 1, True)]
 
 
-def test_a_verdict_that_is_stored_stays_whatever_becomes_known_later() -> None:
-    """An operator that is killed after the write must not decide otherwise when it starts again."""
+def test_a_stored_verdict_stays() -> None:
+    """An operator that is killed after the write must decide the same when it starts again."""
     stored = after_pass(sweep(), cell(0, 1.0), cell(1, 1.2))
     assert verdicts(stored)[1] == [(20, 2, 2, False)]
     later = (cell(0, 1.0), cell(1, 1.2), cell(2, 1.3), cell(3, 1.4))
@@ -105,7 +105,7 @@ def test_a_verdict_that_is_stored_stays_whatever_becomes_known_later() -> None:
     assert [action.cell.name for action in actions(stored, *later)] == ["rates-01", "rates-02", "rates-03"]
 
 
-def test_a_cell_that_ran_on_because_nobody_looked_is_judged_at_the_rung_that_it_has_lost() -> None:
+def test_a_cell_that_ran_past_its_rung_is_stopped_by_that_rung() -> None:
     jobs = (cell(0, 1.0, 0.9, 0.8), cell(1, 1.2, 0.5, 0.4))
     stored = after_pass(sweep(), *jobs)
     assert verdicts(stored)[1] == [(20, 2, 2, False)]
@@ -133,14 +133,14 @@ def test_a_cell_that_ran_on_because_nobody_looked_is_judged_at_the_rung_that_it_
         "resumed by its user",
     ],
 )
-def test_what_is_trained_or_was_resumed_is_not_stopped_and_counts_at_the_rung(fields: dict[str, Any]) -> None:
+def test_trained_and_resumed_cells_are_not_stopped_and_count_at_the_rung(fields: dict[str, Any]) -> None:
     jobs = (cell(0, 1.0), cell(1, 1.2, **fields))
     stored = after_pass(sweep(), *jobs)
     assert verdicts(stored)[1] == [(20, 2, 2, False)]
     assert not [action for action in actions(stored, *jobs) if isinstance(action, StopCell)]
 
 
-def test_a_stopped_cell_gives_its_place_to_the_next_and_does_not_keep_the_sweep_from_its_end() -> None:
+def test_a_stopped_cell_frees_its_place_and_does_not_block_the_sweeps_end() -> None:
     stored = after_pass(sweep(parallelism=2), cell(0, 1.0), cell(1, 1.2))
     stopping = cell(1, 1.2, suspend=True, stopped_by_sweep=True)
     assert actions(stored, cell(0, 1.0), stopping) == [], "it still saves, and holds its GPU"
@@ -171,7 +171,7 @@ def test_a_stopped_cell_gives_its_place_to_the_next_and_does_not_keep_the_sweep_
     assert after_pass(stored, *done).status.cells[1] == line
 
 
-def test_who_resumes_a_stopped_cell_lets_it_run_to_its_end() -> None:
+def test_a_stopped_cell_that_a_user_resumes_runs_to_its_end() -> None:
     stored = after_pass(sweep(), cell(0, 1.0), cell(1, 1.2))
     resumed = cell(1, 1.2, stopped_by_sweep=True)
     assert not [action for action in actions(stored, cell(0, 1.0), resumed) if not isinstance(action, CreateCell)]
@@ -179,7 +179,7 @@ def test_who_resumes_a_stopped_cell_lets_it_run_to_its_end() -> None:
     assert (line.phase, line.reason, line.message) == ("Training", "", "")
 
 
-def test_a_sweep_that_goes_on_does_not_resume_what_it_has_stopped() -> None:
+def test_a_continued_sweep_does_not_resume_its_stopped_cells() -> None:
     suspended = sweep(after_pass(sweep(), cell(0, 1.0), cell(1, 1.2)).status, suspend=True)
     held = cell(1, 1.2, suspend=True, suspended_by_sweep=True, phase="Suspended")
     (action,) = actions(suspended, cell(0, 1.0, suspend=True), held)
@@ -196,7 +196,7 @@ def test_a_sweep_that_goes_on_does_not_resume_what_it_has_stopped() -> None:
     assert not [action for action in actions(goes_on, cell(0, 1.0), stopped) if isinstance(action, SetSuspend)]
 
 
-def test_a_sweep_of_which_nothing_but_stopped_cells_is_left_has_failed_and_says_how_to_go_on() -> None:
+def test_a_sweep_with_only_stopped_cells_has_failed_with_a_remedy() -> None:
     stopped = [cell(n, 1.0 + n, phase="Suspended", suspend=True, stopped_by_sweep=True) for n in (1, 2, 3)]
     assert after_pass(sweep(), *stopped).status.report, "they have left their curves"
     status = after_pass(sweep(), cell(0, 1.0, phase="Failed", reason="GateFailed"), *stopped).status
@@ -206,7 +206,7 @@ def test_a_sweep_of_which_nothing_but_stopped_cells_is_left_has_failed_and_says_
     assert "3 were stopped, and can be resumed" in failed.message
 
 
-def test_only_train_of_a_cell_is_told_of_the_rungs_and_nothing_else_is_taken_for_them() -> None:
+def test_only_train_of_a_cell_gets_the_rungs() -> None:
     manifest = build_cell(sweep(), sweep().cells()[0])
     assert manifest["metadata"]["annotations"] == {"qlora.dev/rungs": "20,40,80"}
     plain = sweep(halving=None)
@@ -237,7 +237,7 @@ def test_losses_at_rungs_reach_the_cells_status_from_the_log_and_from_the_result
     assert found.evaluations == ((20, 0.00034), (40, 0.333333333))
 
 
-def test_losses_that_agree_in_four_decimals_are_told_apart_at_a_rung_and_at_the_end() -> None:
+def test_losses_equal_in_four_decimals_are_distinguished() -> None:
     stored = sweep(parallelism=2)
 
     def cells(*losses: float, ended: bool) -> dict[str, CellJob]:

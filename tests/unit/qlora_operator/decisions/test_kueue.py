@@ -1,4 +1,4 @@
-"""What a job says while a queue holds it. Kueue's own sentences were recorded by tests/api/test_kueue.py."""
+"""Messages of a job that a queue holds, with sentences recorded from Kueue."""
 
 from typing import Any
 
@@ -54,7 +54,7 @@ def held() -> dict[str, Any]:
 
 
 def said(workload: Object | None = None, shown: str | None = None, reason: str = "WaitingForQueue") -> str:
-    """The sentence of a job that has said `shown` until now."""
+    """The message of the job, given the one `shown` until now."""
     (job,) = observe(UID, [held()], []).children
     before = condition("Succeeded", "Unknown", reason=reason) | {"message": shown}
     found = queue_reason(job, workload, Condition.model_validate(before) if shown is not None else None)
@@ -77,20 +77,20 @@ def said(workload: Object | None = None, shown: str | None = None, reason: str =
         ({}, "Kueue is about to admit the job"),
     ],
 )
-def test_a_held_job_says_what_its_workload_states(conditions: dict[str, tuple[str, str]], sentence: str) -> None:
+def test_a_held_job_has_the_message_of_its_workload(conditions: dict[str, tuple[str, str]], sentence: str) -> None:
     assert said(workload(**conditions)) == sentence
 
 
-def test_a_step_without_a_queue_says_what_the_namespace_lacks() -> None:
+def test_a_step_without_a_queue_reports_the_missing_local_queue() -> None:
     stray = {"status": {"conditions": [{"type": "QuotaReserved", "status": "False", "message": "LocalQueue  doesn't"}]}}
     assert "add a LocalQueue named default to the namespace, then delete Job tune-train-1" in said(stray)
 
 
-def test_a_job_without_a_workload_says_what_is_missing() -> None:
+def test_a_job_without_a_workload_reports_the_missing_workload() -> None:
     assert "has no Workload: Kueue must run" in said()
 
 
-def test_sentences_that_alternate_leave_the_status_as_it_is_and_others_do_not() -> None:
+def test_alternating_messages_leave_the_status_unchanged_and_others_do_not() -> None:
     pending = f"{NO_QUOTA}. Pending the preemption of 1 workload(s)"
     others = (
         pending,
@@ -102,11 +102,11 @@ def test_sentences_that_alternate_leave_the_status_as_it_is_and_others_do_not() 
     for sentence in (NEVER, "ClusterQueue one is inactive"):
         assert said(workload(QuotaReserved=("False", sentence)), shown=f"Kueue: {NO_QUOTA}") == f"Kueue: {sentence}"
         assert said(workload(QuotaReserved=("False", NO_QUOTA)), shown=f"Kueue: {sentence}") == f"Kueue: {NO_QUOTA}"
-    # What was shown for another reason is not kept.
+    # A message of another reason is not kept.
     assert said(workload(QuotaReserved=("False", NO_QUOTA)), shown=pending, reason="Queued") == f"Kueue: {NO_QUOTA}"
 
 
-def test_a_new_sentence_is_one_status_and_no_event() -> None:
+def test_a_new_message_is_one_status_and_no_event() -> None:
     stored = follow(make_job(status_in("train")), held(), queue=Reason("WaitingForQueue", "one"))
     job = make_job(stored)
     status = follow(job, held(), queue=Reason("WaitingForQueue", "another"))
@@ -115,7 +115,7 @@ def test_a_new_sentence_is_one_status_and_no_event() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "pause"), [(5, 3), (31, 60)])
-def test_a_queue_is_asked_often_until_it_has_said_why_and_then_once_a_minute(seconds: float, pause: float) -> None:
+def test_a_queue_is_polled_often_until_it_has_a_reason_and_then_once_a_minute(seconds: float, pause: float) -> None:
     job, observed = make_job(status_in("train")), held()
     (observed["status"]["conditions"][0]) |= {"lastTransitionTime": time()}
     status = follow(job, observed, now=after(seconds))
@@ -127,7 +127,7 @@ def resumed_but_not_seen() -> dict[str, Any]:
     return child("train", Suspended="JobSuspended") | {"spec": {"suspend": False}}
 
 
-def test_a_job_resumed_so_fast_that_the_job_controller_has_not_seen_it_has_lost_no_pod() -> None:
+def test_a_job_resumed_before_the_job_controller_saw_it_has_lost_no_pod() -> None:
     running_job = follow(make_job(status_in("train")), child("train"), running(pod("train")))
     status = follow(make_job(running_job), resumed_but_not_seen(), ended(pod("train"), 143), now=after(30))
     assert (status.disruptions, status.phase, reason_of(status)) == (0, "Queued", "WaitingForQueue")
@@ -135,7 +135,7 @@ def test_a_job_resumed_so_fast_that_the_job_controller_has_not_seen_it_has_lost_
     assert reason_of(follow(make_job(status), resumed_but_not_seen(), now=after(300))) == "WaitingForQueue"
 
 
-def test_a_pod_whose_deletion_is_seen_before_the_suspension_of_its_job_was_not_disturbed() -> None:
+def test_a_pod_deleted_before_its_jobs_suspension_was_not_disrupted() -> None:
     stored = follow(make_job(status_in("train")), child("train"), running(pod("train")))
     stored = follow(make_job(stored), child("train"), deleted(running(pod("train")), -20))
     status = follow(make_job(stored), held(), deleted(ended(pod("train"), 143), -20))
@@ -143,9 +143,7 @@ def test_a_pod_whose_deletion_is_seen_before_the_suspension_of_its_job_was_not_d
 
 
 @pytest.mark.parametrize(("reason", "failures"), [("Error", 0), ("OOMKilled", 1)])
-def test_a_preempted_pod_that_is_killed_at_the_end_of_its_grace_period_is_no_failure(
-    reason: str, failures: int
-) -> None:
+def test_a_preempted_pod_killed_at_the_end_of_its_grace_period_is_no_failure(reason: str, failures: int) -> None:
     stored: QLoRAJobStatus = follow(make_job(status_in("train")), child("train"), running(pod("train")))
     killed = deleted(ended(pod("train"), 137, reason=reason), -130)
     status = follow(make_job(stored), held(), killed)

@@ -1,4 +1,4 @@
-"""What a job may take: time without progress, pods that vanish, and waiting that counts for nothing."""
+"""Limits of a job: time without progress, pods that vanish, and waiting that counts for nothing."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ RUNNING = (child("train"), running(pod("train"), since=-60))
 
 
 def watched(**spec: Any) -> QLoRAJobStatus:
-    """The stored status of a job whose training pod has been seen running, and has reported progress, at NOW."""
+    """The status of a job whose train pod runs and has reported progress at NOW."""
     job = make_job(status_in("train"), **spec)
     return follow(make_job(follow(job, *RUNNING), **spec), *RUNNING, progress=progress(training_step=3), log_read=True)
 
@@ -56,7 +56,7 @@ def test_no_progress_for_too_long_is_a_condition_and_one_event() -> None:
     event = progress_event(make_job(stored), status, after(3600))
     assert event is not None
     assert (event["type"], event["reason"]) == ("Warning", "ProgressDeadlineExceeded")
-    # Nothing changes while it goes on, whether the log is read or not, and nothing is said twice.
+    # Nothing changes while it runs, whether the log is read or not, and no message is repeated.
     for log_read in (True, False):
         again = look(status, 7200, log_read=log_read)
         assert again.model_copy(update={"usage": status.usage}) == status
@@ -72,7 +72,7 @@ def test_the_job_sets_the_limit_and_any_new_record_is_progress() -> None:
     assert conditions_of(look(later, 220, log_read=True, **limit))["Progressing"] == "False"
 
 
-def test_a_log_that_cannot_be_read_says_nothing() -> None:
+def test_an_unreadable_log_is_not_a_lack_of_progress() -> None:
     assert conditions_of(look(watched(), 99_999, log_read=False))["Progressing"] == "True"
 
 
@@ -82,13 +82,13 @@ def test_a_trainers_clock_does_not_matter() -> None:
     assert conditions_of(look(ahead, 3610, log_read=True))["Progressing"] == "False"
 
 
-def test_progress_that_comes_back_makes_the_condition_true_again() -> None:
+def test_resumed_progress_makes_the_condition_true_again() -> None:
     stalled = look(watched(), 3600, log_read=True)
     status = look(stalled, 3700, log_read=True, progress=progress(training_step=4, time=time(3650)))
     assert conditions_of(status)["Progressing"] == "True"
 
 
-def test_the_job_may_ask_for_a_restart_which_counts_as_a_failure() -> None:
+def test_a_requested_restart_counts_as_a_failure() -> None:
     spec: dict[str, Any] = {"retry": {"onNoProgress": "restart", "maxFailures": 1}}
     stored = watched(**spec)
 
@@ -115,7 +115,7 @@ def test_the_job_may_ask_for_a_restart_which_counts_as_a_failure() -> None:
 
 def test_a_deleted_job_is_not_replaced_before_its_pods_count() -> None:
     stored = watched(activeDeadlineSeconds=100)
-    # The Job is gone, its pod is not yet marked.
+    # The Job is deleted, its pod is not yet marked.
     status = look(stored, 30, RUNNING[1], activeDeadlineSeconds=100)
     assert status.step == stored.step
     assert look(stored, 41, RUNNING[1], activeDeadlineSeconds=100).phase == "Failed"
@@ -125,7 +125,7 @@ def test_a_deleted_job_is_not_replaced_before_its_pods_count() -> None:
 
 
 @pytest.mark.parametrize(("bodies", "disruptions"), [((), 0), ((child("train"),), 1)], ids=["with its Job", "alone"])
-def test_a_pod_that_vanished_counts_for_what_it_ran(bodies: tuple[Any, ...], disruptions: int) -> None:
+def test_a_vanished_pod_counts_for_its_running_time(bodies: tuple[Any, ...], disruptions: int) -> None:
     stored = watched()
     job = make_job(stored)
     status = follow(job, *bodies, now=after(40))
@@ -144,7 +144,7 @@ def test_an_operator_that_was_away_for_days_charges_a_vanished_pod_for_minutes()
     assert follow(make_job(watched()), child("train", Complete=""), now=after(30)).disruptions == 0
 
 
-def test_a_pod_that_was_counted_is_not_counted_again_when_it_is_gone() -> None:
+def test_a_counted_pod_is_not_counted_again_after_its_deletion() -> None:
     killed = ended(pod("train"), 143, end=10)
     stored = look(watched(), 20, child("train"), killed)
     rejected = pod("train", number=2, phase="Failed", reason="OutOfcpu")
@@ -162,7 +162,7 @@ def test_publish_may_be_silent_for_long() -> None:
     assert (conditions_of(status)["Progressing"], status.failures) == ("True", 0)
 
 
-def test_failures_are_remembered_when_their_job_is_gone_and_a_raised_limit_holds_at_once() -> None:
+def test_failures_outlive_their_job_and_a_raised_limit_applies_immediately() -> None:
     own = failed("train", 203, "InternalError", "no luck")
     stored = look(watched(), 10, child("train"), own)
     assert stored.step is not None
@@ -188,7 +188,7 @@ def test_the_pause_after_rejected_pods_grows() -> None:
         assert plan(job, follow(job, *bodies, now=after(moment)), seen(*bodies), after(moment)).actions
 
 
-def test_a_job_that_is_retried_after_a_rejected_pod_waits_too_and_what_it_retries_is_no_attempt_of_its_own() -> None:
+def test_a_retry_after_a_rejected_pod_waits_and_keeps_its_attempts() -> None:
     failure = failed("train", 14, "Diverged", "the loss is not finite", number=2)
     bodies = [child("train", Failed="PodFailurePolicy"), pod("train", phase="Failed", reason="OutOfcpu"), failure]
     stored = follow(make_job(status_in("train")), *bodies, now=after(-590))
@@ -208,7 +208,7 @@ def test_a_deadline_is_not_evaded_by_deleting_pods_by_force() -> None:
 
 
 @pytest.mark.parametrize("started", [False, True], ids=["waiting", "running"])
-def test_a_job_that_its_own_deadline_has_ended_is_followed_by_another_and_costs_no_retry(started: bool) -> None:
+def test_a_job_ended_by_its_deadline_is_followed_by_another_and_costs_no_retry(started: bool) -> None:
     stored = watched() if started else status_in("train")
     stopped = [deleted(running(pod("train"), since=-60), 0)] if started else []
     expiring = child("train", FailureTarget="DeadlineExceeded")
@@ -235,7 +235,7 @@ def test_a_suspension_by_a_queue_is_no_disruption() -> None:
     assert look(watched(), 30, never, ended(pod("train"), 143, end=10)).disruptions == 1
 
 
-def test_a_pod_that_is_older_than_the_start_time_of_its_resumed_job_is_preempted_by_others_all_the_same() -> None:
+def test_a_pod_older_than_its_resumed_jobs_start_can_be_preempted() -> None:
     resumed = child("train")
     resumed["status"] = {"startTime": time(-30), "conditions": [{"type": "Suspended", "status": "False"}]}
     fresh = pod("train")
@@ -245,12 +245,12 @@ def test_a_pod_that_is_older_than_the_start_time_of_its_resumed_job_is_preempted
     assert look(watched(), 10, resumed, deleted(ended(fresh, 143, end=5), -30)).disruptions == 0
 
 
-def test_a_job_that_a_queue_holds_has_no_pod_and_that_is_no_fault() -> None:
+def test_a_job_that_a_queue_holds_has_no_pod_and_no_failure() -> None:
     suspended = child("prepare", created=-600)
     suspended["spec"] = {"suspend": True}
     status = follow(make_job(status_in("prepare")), suspended)
     assert (status.phase, reason_of(status)) == ("Queued", "WaitingForQueue")
-    # The minute after which a missing pod is reported begins when the Job is resumed.
+    # The minute before the report of a missing pod begins when the Job is resumed.
     resumed = child("prepare", created=-600)
     resumed["status"] = {"startTime": time(), "conditions": [{"type": "Suspended", "status": "False"}]}
     for seconds, reason in ((59, "Preparing"), (60, "NoPod")):
@@ -258,7 +258,7 @@ def test_a_job_that_a_queue_holds_has_no_pod_and_that_is_no_fault() -> None:
     assert plan(make_job(status_in("prepare")), status, seen(resumed), NOW).look_again == after(60)
 
 
-def test_objects_that_come_late_are_named_and_cost_nothing() -> None:
+def test_late_objects_are_named_and_cost_no_retry() -> None:
     body = pod("prepare")
     body["spec"] = {
         "volumes": [
@@ -282,7 +282,7 @@ def test_objects_that_come_late_are_named_and_cost_nothing() -> None:
     assert plan(job, status, seen(child("prepare"), body), NOW).look_again == after(120)
 
 
-def test_an_eviction_that_the_pod_caused_itself_is_a_failure_with_the_kubelets_words() -> None:
+def test_an_eviction_caused_by_the_pod_is_a_failure_with_the_kubelets_message() -> None:
     sentence = 'Usage of EmptyDir volume "tmp" exceeds the limit "4Gi".'
     body = ended(pod("train"), 143)
     body["status"] |= {"reason": "Evicted", "message": sentence}

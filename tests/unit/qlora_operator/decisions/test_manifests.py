@@ -1,4 +1,4 @@
-"""The objects that the operator makes: what each step may see, do and cost."""
+"""The objects that the operator makes: the mounts, rights and cost of each step."""
 
 import json
 from typing import Any
@@ -40,7 +40,7 @@ def environment_of(job: dict[str, Any]) -> dict[str, str]:
 
 
 def mounts_of(job: dict[str, Any]) -> dict[str, tuple[str, bool]]:
-    """Mount path -> (what is mounted there, whether it can be written)."""
+    """Mount path -> (volume, whether it can be written)."""
     volumes = {volume["name"]: volume for volume in pod_of(job)["volumes"]}
     assert len(volumes) == len(pod_of(job)["volumes"])
 
@@ -74,7 +74,7 @@ def test_the_job_belongs_to_the_qlorajob_and_is_named_after_it() -> None:
         assert labels["app.kubernetes.io/managed-by"] == "qlora-operator"
 
 
-def test_permanent_failures_are_judged_before_disruptions() -> None:
+def test_permanent_failures_are_checked_before_disruptions() -> None:
     job = build("train", retry={"maxFailures": 5})
     assert (job["spec"]["backoffLimit"], job["spec"]["podReplacementPolicy"]) == (5, "Failed")
     first, second, third = job["spec"]["podFailurePolicy"]["rules"]
@@ -136,7 +136,7 @@ def test_without_an_identity_in_the_profile_the_platform_chooses() -> None:
         ("clean", {}),
     ],
 )
-def test_a_step_sees_what_it_needs_and_no_more(step: StepName, expected: dict[str, Any]) -> None:
+def test_a_step_mounts_only_its_required_volumes(step: StepName, expected: dict[str, Any]) -> None:
     assert mounts_of(build(step, **EVERYTHING)) == expected | {
         "/etc/qlora": ("downwardAPI", False),
         "/workspace": (WORKSPACE, True),
@@ -166,7 +166,7 @@ def test_train_has_no_secret_and_nothing_that_leads_to_the_network() -> None:
     assert not {"secret", "configMap", "projected"} & {kind for volume in pod_of(job)["volumes"] for kind in volume}
 
 
-def test_the_steps_with_a_network_know_the_servers_of_the_profile_and_the_others_none() -> None:
+def test_only_steps_with_a_network_get_the_servers_of_the_profile() -> None:
     profile = {
         "hubEndpoint": "https://hub.example.org",
         "objectStore": {"endpoint": "http://s3.example.org:9000", "region": "eu-central-1"},
@@ -241,7 +241,7 @@ WITH_TRACKERS = {
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_publish_alone_knows_trackers_and_the_signing_key(step: StepName) -> None:
+def test_only_publish_gets_trackers_and_the_signing_key(step: StepName) -> None:
     job = build(step, WITH_TRACKERS, **TRACKED)
     given = {
         "QLORA_MLFLOW_SERVER": "https://mlflow.example.org/team",
@@ -269,14 +269,14 @@ def test_publish_alone_knows_trackers_and_the_signing_key(step: StepName) -> Non
     assert mounts["tracking-credentials"]["mountPath"] == "/credentials/tracking"
 
 
-def test_a_merged_model_brings_the_keys_of_its_own_scheme() -> None:
+def test_a_merged_model_gets_the_keys_of_its_scheme() -> None:
     output = {"destination": "hf://acme/adapter", "merged": {"destination": "oci://ghcr.io/acme/merged:v1"}}
     job = build("publish", output=output | {"secretRef": {"name": "write"}})
     (secret,) = [volume["projected"] for volume in pod_of(job)["volumes"] if "projected" in volume]
     assert [item["key"] for item in secret["sources"][0]["secret"]["items"]] == [".dockerconfigjson", "token"]
 
 
-def test_prepare_alone_mounts_the_chat_template_with_the_data_of_the_same_config_map() -> None:
+def test_only_prepare_mounts_the_chat_template_and_data_of_one_config_map() -> None:
     dataset = {"source": "configMap://rows/a.jsonl", "chatTemplate": "configMap://rows/ours.jinja"}
     (volume,) = [volume for volume in pod_of(build("prepare", dataset=dataset))["volumes"] if "configMap" in volume]
     assert [item["key"] for item in volume["configMap"]["items"]] == ["a.jsonl", "ours.jinja"]
@@ -285,7 +285,7 @@ def test_prepare_alone_mounts_the_chat_template_with_the_data_of_the_same_config
         assert not any("configMap" in volume for volume in pod_of(job)["volumes"])
 
 
-def test_a_pod_waits_for_objects_that_come_later_and_the_token_is_a_file_of_its_own() -> None:
+def test_a_pod_waits_for_later_objects_and_the_token_is_a_separate_file() -> None:
     volumes = {volume["name"]: volume for volume in pod_of(build("prepare", **EVERYTHING))["volumes"]}
     items = [{"key": "a.jsonl", "path": "a.jsonl"}]
     assert volumes["config-map-0"]["configMap"] == {"name": "rows", "items": items}
@@ -395,12 +395,12 @@ def document_of(job: dict[str, Any]) -> dict[str, Any]:
     return json.loads(job["spec"]["template"]["metadata"]["annotations"]["qlora.dev/spec"])
 
 
-def test_the_document_is_what_was_fixed_when_the_job_started() -> None:
+def test_the_document_is_fixed_when_the_job_starts() -> None:
     fixed = resolved().model_copy(update={"document": '{"spec":{"fixed":true}}'})
     assert document_of(build_job(make_job(), fixed, "publish", 1)) == {"spec": {"fixed": True}}
 
 
-def test_the_document_has_no_field_that_is_for_the_operator_only() -> None:
+def test_the_document_has_no_operator_only_field() -> None:
     spec: dict[str, Any] = {
         "scheduling": {"queueName": "gpus"},
         "retry": {"request": 1, "onNoProgress": "restart"},
@@ -411,7 +411,7 @@ def test_the_document_has_no_field_that_is_for_the_operator_only() -> None:
     assert not {"scheduling", "retry", "suspend", "workspace"} & document_of(build("train"))["spec"].keys()
 
 
-def test_a_trainer_that_counts_suspensions_is_told_not_to() -> None:
+def test_a_trainer_that_counts_suspensions_gets_a_high_disruption_limit() -> None:
     begun = resolved().model_copy(update={"contract_version": 1})
     job = build_job(make_job(retry={"maxDisruptions": 3}), begun, "train", 1)
     assert document_of(job)["spec"]["retry"] == {"maxDisruptions": 1000}
@@ -430,13 +430,13 @@ def test_only_train_waits_in_the_queue_and_only_the_job_has_its_labels() -> None
     assert "suspend" not in build("train")["spec"]
 
 
-def test_failures_in_earlier_jobs_of_a_step_are_not_granted_again() -> None:
+def test_failures_in_earlier_jobs_of_a_step_reduce_the_backoff_limit() -> None:
     job = make_job(retry={"maxFailures": 3})
     assert build_job(job, resolved(), "train", 2, failures=2)["spec"]["backoffLimit"] == 1
     assert build_job(job, resolved(), "train", 2, failures=9)["spec"]["backoffLimit"] == 0
 
 
-def test_a_job_ends_by_itself_a_week_after_the_deadline_should_no_operator_be_there() -> None:
+def test_without_an_operator_a_job_ends_a_week_after_its_deadline() -> None:
     week = 7 * 24 * 3600
     for step in ("prepare", "train", "publish"):
         assert build(step)["spec"]["activeDeadlineSeconds"] == week
@@ -464,7 +464,7 @@ def test_only_train_costs_a_gpu(step: StepName) -> None:
     assert resources == expected
 
 
-def test_several_gpus_are_asked_for_with_the_shared_memory_that_they_need() -> None:
+def test_several_gpus_are_requested_with_their_shared_memory() -> None:
     job = build("train", resources={"gpus": 4})
     assert container_of(job)["resources"]["limits"]["nvidia.com/gpu"] == "4"
     assert mounts_of(job)["/dev/shm"] == ("emptyDir", True)
@@ -526,7 +526,7 @@ def test_all_steps_run_where_the_volume_is(topology: str, everywhere: bool) -> N
             assert not {"nodeSelector", "tolerations"} & set(pod)
 
 
-def test_what_the_profile_does_not_say_is_left_out() -> None:
+def test_settings_absent_from_the_profile_are_left_out() -> None:
     assert not {
         "nodeSelector",
         "runtimeClassName",
@@ -536,7 +536,7 @@ def test_what_the_profile_does_not_say_is_left_out() -> None:
     } & set(pod_of(build("train", {"gpuResource": None})))
 
 
-def test_what_the_profile_says_is_there() -> None:
+def test_settings_of_the_profile_are_in_the_manifest() -> None:
     profile = {"runtimeClassName": "nvidia", "serviceAccountName": "jobs", "imagePullSecrets": ["registry"]}
     pod = pod_of(build("train", profile, scheduling={"priorityClassName": "low"}))
     assert (pod["runtimeClassName"], pod["serviceAccountName"], pod["priorityClassName"]) == ("nvidia", "jobs", "low")

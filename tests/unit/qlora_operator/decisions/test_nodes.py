@@ -1,4 +1,4 @@
-"""A job of several nodes: its pods are one attempt, which ends for the pod that ended it and counts once."""
+"""A job of several nodes: its pods are one attempt, which counts once."""
 
 from dataclasses import replace
 from typing import Any
@@ -94,7 +94,7 @@ def test_the_pod_that_failed_gives_the_reason_and_not_the_one_that_lost_it() -> 
     ],
     ids=["the others have lost it", "one was stopped with the failed Job", "one was killed as it did not stop in time"],
 )
-def test_a_pod_that_is_gone_costs_one_disruption_and_another_job_for_all(others: list[dict[str, Any]]) -> None:
+def test_a_vanished_pod_costs_one_disruption_and_a_new_job_for_all(others: list[dict[str, Any]]) -> None:
     status = follow(job_in(nodes=3), FAILED, *others, lost(1))
 
     assert counts(status) == (0, 1, 2)
@@ -126,7 +126,7 @@ def test_pods_that_stopped_together_are_replaced_together_and_count_once() -> No
     assert decide(stored).actions == (ConnectNodes(), CreateJob("train", 2))
 
 
-def test_the_reason_is_not_told_before_the_pod_that_may_have_it_has_ended() -> None:
+def test_the_reason_is_not_reported_before_the_last_pod_has_ended() -> None:
     running_on = running(node(1))
     status = follow(job_in(), FAILED, lost(0), running_on)
     assert counts(status) == (0, 0, 1)
@@ -156,7 +156,7 @@ def test_a_failure_that_all_pods_report_counts_once_and_is_retried_after_a_pause
 
 
 def test_jobs_that_fail_one_after_the_other_are_followed_after_pauses_that_grow() -> None:
-    """Also if each counts as a disruption: an interconnect that is broken for good would use them up in a minute."""
+    """Also for disruptions: a broken interconnect would use them up in a minute."""
     status = follow(job_in(), FAILED, lost(0), lost(1))
     assert (reason_of(status), status.last_failure and status.last_failure.reason) == ("Retrying", "PeerLost")
     assert "PeerLost: lost another process of this run" in message_of(status)
@@ -170,7 +170,7 @@ def test_jobs_that_fail_one_after_the_other_are_followed_after_pauses_that_grow(
         return (due - after(ends[-1])).total_seconds()
 
     assert [next_after(*range(count)) for count in range(1, 9)] == [10, 20, 40, 80, 160, 320, 360, 360]
-    # Nodes that are lost from time to time are no reason for a longer pause.
+    # Occasional losses of nodes do not lengthen the pause.
     assert next_after(0, 4000, 8000) == 10
 
 
@@ -191,7 +191,7 @@ def test_more_disruptions_than_are_allowed_end_the_job() -> None:
     assert "the latest report is PeerLost: lost another process of this run" in message_of(status)
 
 
-def test_pods_that_waited_in_vain_count_nothing_and_try_again_after_a_pause_that_grows() -> None:
+def test_pods_whose_peers_never_came_count_nothing_and_retry_with_backoff() -> None:
     waited = told(node(0), PEERS_MISSING, "PeersMissing", "has met 1 of 2 processes")
     bodies = (FAILED, waited, ended(node(1), INTERRUPTED))
     status = follow(job_in(), *bodies)
@@ -223,7 +223,7 @@ def test_two_jobs_that_wait_for_one_anothers_nodes_never_try_again_at_the_same_t
     assert 1800 <= min(pauses) < max(pauses) <= 3600
 
 
-def test_a_job_whose_spec_has_lost_its_nodes_goes_on_with_as_many_as_it_has_started_with() -> None:
+def test_a_job_whose_spec_has_lost_its_nodes_keeps_their_number() -> None:
     """The CustomResourceDefinition of an earlier release, applied in mid-run, drops the field."""
     two = job_in()
     fixed = resolved().model_copy(update={"document": document(two), "contract_version": 3})
@@ -267,7 +267,7 @@ def _resumed(body: dict[str, Any], at: float) -> dict[str, Any]:
     return body | {"status": body["status"] | {"startTime": time(at), "conditions": conditions}}
 
 
-def test_pods_that_are_older_than_the_start_time_of_their_resumed_job_tell_why_it_failed() -> None:
+def test_pods_older_than_their_resumed_jobs_start_give_its_failure() -> None:
     """The Job controller creates pods, and then notes when it has resumed their Job."""
 
     def fresh(number: int) -> dict[str, Any]:
@@ -295,17 +295,17 @@ def test_pods_killed_while_a_queue_stops_them_cost_another_job_and_nothing_else(
     assert counts(follow(job_in(), failed, ended(node(0), INTERRUPTED), killed)) == (0, 0, 2)
 
 
-def test_pods_that_are_all_gone_are_one_disruption() -> None:
+def test_losing_all_pods_is_one_disruption() -> None:
     seen_running = status_in(
         "train", 1, step=step_status("train", runningPod="uid-0", runningSince="2026-01-02T11:59:00Z").dump()
     )
     assert counts(follow(job_in(seen_running), RUNS)) == (0, 1, 2)
-    # As long as another pod is there, it says what has happened.
+    # As long as another pod exists, its status has the cause.
     assert counts(follow(job_in(seen_running), RUNS, running(node(1)))) == (0, 0, 1)
 
 
-def test_pods_that_are_lost_before_node_0_runs_cost_nothing_but_another_job_after_a_pause() -> None:
-    """A drain while pods are pulled, or while one waits for the other: the Job fails, and deletes all of them."""
+def test_pods_lost_before_node_0_runs_cost_only_another_job_after_a_pause() -> None:
+    """A drain while pods start: the Job fails, and deletes all of them."""
     evicted = deleted(node(1), -5)
     disrupted = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI", "message": ""}
     evicted["status"] = {"phase": "Failed", "conditions": [disrupted]}
@@ -321,7 +321,7 @@ def test_pods_that_are_lost_before_node_0_runs_cost_nothing_but_another_job_afte
         assert decide(job_in(status), FAILED, at=0).actions == (ConnectNodes(), CreateJob("train", 2))
 
 
-def test_a_node_0_that_is_lost_after_the_other_pods_are_done_is_one_disruption() -> None:
+def test_losing_node_0_after_the_other_pods_are_done_is_one_disruption() -> None:
     """It leaves samples of the model when the other pods have ended."""
     done = told(node(1), 0, "Done")
     status = follow(job_in(), RUNS, running(node(0), since=-600), done)
@@ -356,7 +356,7 @@ def test_the_time_of_node_0_counts_however_the_attempt_ends(bodies: list[dict[st
     assert follow(job_in(status), *bodies, now=after(1)).active_seconds <= seconds + 1
 
 
-def test_a_node_0_that_saves_after_its_job_was_left_gives_its_checkpoint_and_its_time() -> None:
+def test_a_node_0_that_saves_late_reports_its_checkpoint_and_its_time() -> None:
     ran = follow(job_in(), RUNS, running(node(0), since=-3000), running(node(1), since=-3000))
     status = follow(job_in(ran), RUNS, running(node(0), since=-3000), ended(node(1), INTERRUPTED))
     assert counts(status) == (0, 1, 2)
@@ -387,7 +387,7 @@ def test_only_node_0_counts_for_the_time_that_the_steps_have_run() -> None:
     assert status.active_seconds == 51
 
 
-def test_the_status_shows_how_many_nodes_run_and_what_keeps_the_others() -> None:
+def test_the_status_shows_the_running_nodes_and_why_others_wait() -> None:
     message = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
     entry = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
     without_node = node(1) | {"status": {"phase": "Pending", "conditions": [entry]}}
@@ -446,9 +446,7 @@ def test_the_limit_of_gpus_is_that_of_all_nodes() -> None:
 
 
 @pytest.mark.parametrize(("nodes", "version"), [(None, 2), (1, 2), (2, 3)])
-def test_only_a_job_of_several_nodes_needs_an_operator_and_a_trainer_that_know_them(
-    nodes: int | None, version: int
-) -> None:
+def test_only_a_job_of_several_nodes_needs_a_release_that_supports_them(nodes: int | None, version: int) -> None:
     profile = Profile.model_validate(PROFILE.dump() | {"workspace": SHARED})
     job = make_job(resources={} if nodes is None else {"nodes": nodes})
 
@@ -518,7 +516,7 @@ def test_nccls_settings_are_the_profiles_and_only_of_train_pods_that_use_it() ->
         Profile.model_validate(PROFILE.dump() | {"nccl": {"NCCL_BLOCKING_WAIT": "1"}})
 
 
-def test_the_train_pods_of_a_job_find_and_reach_each_other_and_nothing_else() -> None:
+def test_the_train_pods_of_a_job_reach_each_other_and_nothing_else() -> None:
     job = make_job(resources={"nodes": 2})
     pod_spec = train_job()["spec"]["template"]
     service, policy = build_peer_service(job), build_peer_policy(job)
@@ -539,7 +537,7 @@ def test_the_train_pods_of_a_job_find_and_reach_each_other_and_nothing_else() ->
         (5353, "UDP"),
         (5353, "TCP"),
     }
-    # Created beside the first, which may have the wrong ports, and which the operator may not change.
+    # Created next to the first, which may have the wrong ports; the operator may not change it.
     assert other["metadata"]["name"] != policy["metadata"]["name"]
     for manifest in (service, policy):
         assert manifest["metadata"]["ownerReferences"][0]["uid"] == UID

@@ -1,4 +1,4 @@
-"""What the operator reads from Jobs and pods, and what it does not believe."""
+"""Fields that the operator reads from Jobs and pods, and values that it does not believe."""
 
 from typing import Any
 
@@ -39,12 +39,12 @@ from tests.support.builders import (
 )
 
 
-def test_a_job_of_another_controller_is_not_ours_whatever_its_labels_say() -> None:
+def test_a_job_of_another_controller_is_foreign_with_any_labels() -> None:
     observed = observe(UID, [child("train", owner="somebody-else"), child("prepare", Complete="")], [])
     assert [job.name for job in observed.children] == [f"{NAME}-prepare-1"]
 
 
-def test_a_job_of_which_the_qlorajob_is_an_owner_but_not_the_controller_is_not_ours() -> None:
+def test_a_job_that_the_qlorajob_owns_but_does_not_control_is_foreign() -> None:
     body = child("train")
     for owner in body["metadata"]["ownerReferences"]:
         owner["controller"] = False
@@ -104,7 +104,9 @@ def test_a_jobs_end_is_read_from_its_conditions(
         "deleted",
     ],
 )
-def test_a_pods_state(body: dict[str, object], live: bool, runs: bool, interrupted: bool, out_of_memory: bool) -> None:
+def test_a_pods_state_is_read_from_its_status(
+    body: dict[str, object], live: bool, runs: bool, interrupted: bool, out_of_memory: bool
+) -> None:
     observed = seen(child("train"), body)
     attempt = observed.pods[0]
     assert bool(observed.live_pods) == live
@@ -112,7 +114,7 @@ def test_a_pods_state(body: dict[str, object], live: bool, runs: bool, interrupt
 
 
 @pytest.mark.parametrize("seconds", [10**10, 200_000_000_000, 2**63 - 1])
-def test_a_pod_that_somebody_deletes_with_a_grace_period_of_centuries_was_deleted_after_it_was_made(
+def test_a_grace_period_of_centuries_gives_a_deletion_after_the_creation(
     seconds: int,
 ) -> None:
     # So long a period overflows in the API server, which then writes a time in the past.
@@ -124,14 +126,14 @@ def test_a_pod_that_somebody_deletes_with_a_grace_period_of_centuries_was_delete
 
 
 @pytest.mark.parametrize("index", ["9" * 5000, "x", "", "-1", "\u00b2"])
-def test_a_pod_whose_index_is_no_index_is_read(index: str) -> None:
+def test_a_pod_with_an_invalid_index_is_read(index: str) -> None:
     body = node(1)
     body["metadata"]["annotations"]["batch.kubernetes.io/job-completion-index"] = index
     found = seen(body).pods[0]
     assert (found.name, found.node, found.unreadable) == (body["metadata"]["name"], 0, "")
 
 
-def test_what_cannot_be_read_is_there_and_has_not_ended() -> None:
+def test_an_unreadable_object_exists_and_has_not_ended() -> None:
     body = ended(pod("train"), 0)
     body["status"]["containerStatuses"][0]["state"]["terminated"]["finishedAt"] = "10000-01-01T00:00:00Z"
     job = child("train", Complete="")
@@ -161,7 +163,7 @@ BODIES: tuple[tuple[ChildKind, dict[str, Any]], ...] = (
 
 
 def chosen_by_others(place: tuple[Any, ...]) -> bool:
-    """What of an object is not the API server's own, or checked by it for objects of every kind."""
+    """Fields of an object that the API server neither sets nor checks for objects of every kind."""
     free = ("annotations", "deletionTimestamp", "deletionGracePeriodSeconds")
     return bool(place) and (place[0] != "metadata" or (len(place) > 1 and place[1] in free))
 
@@ -170,7 +172,7 @@ def chosen_by_others(place: tuple[Any, ...]) -> bool:
 @pytest.mark.parametrize(("kind", "body"), BODIES)
 @BOUNDED
 @given(data=st.data())
-def test_whatever_an_object_has_it_is_held_and_its_job_goes_on(
+def test_any_object_is_stored_and_its_job_continues(
     kind: ChildKind, body: dict[str, Any], typed: bool, data: st.DataObject
 ) -> None:
     shown = data.draw(changed(body, chosen_by_others, typed=typed))
@@ -187,7 +189,7 @@ def test_whatever_an_object_has_it_is_held_and_its_job_goes_on(
         plan(job, next_status(facts(job, shown)), with_detached_pods(job, held.observed), NOW)
 
 
-def test_a_disruption_counts_as_an_interruption_whatever_the_exit_code() -> None:
+def test_a_disruption_is_an_interruption_with_any_exit_code() -> None:
     body = ended(pod("train"), 137)
     body["status"]["conditions"] = [
         {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI", "message": "drained"}
@@ -195,7 +197,7 @@ def test_a_disruption_counts_as_an_interruption_whatever_the_exit_code() -> None
     assert seen(body).pods[0].interrupted
 
 
-def test_a_sidecar_that_somebody_injected_does_not_count() -> None:
+def test_an_injected_sidecar_does_not_count() -> None:
     body = running(pod("train"))
     sidecar = {"name": "proxy", "state": {"terminated": {"exitCode": 9, "reason": "Error"}}}
     body["status"]["containerStatuses"].insert(0, sidecar)
@@ -221,7 +223,7 @@ def test_only_a_whole_record_of_this_job_pod_and_step_is_a_result(message: str, 
     assert (attempt.result(UID, "train") is not None) == readable
 
 
-def test_pods_are_given_in_the_order_in_which_they_were_made() -> None:
+def test_pods_are_returned_in_order_of_creation() -> None:
     observed = seen(child("train"), pod("train", number=2), pod("train", number=1))
     assert [attempt.name for attempt in observed.pods] == [f"{NAME}-train-1-pod1", f"{NAME}-train-1-pod2"]
 
@@ -255,7 +257,7 @@ def _unschedulable() -> dict[str, object]:
         ([deleted(running(pod("train")), -180)], "PodStuckTerminating", "node may be lost"),
     ],
 )
-def test_what_blocks_a_job_is_one_sentence(bodies: list[dict[str, object]], reason: str | None, words: str) -> None:
+def test_a_blocked_job_has_one_message(bodies: list[dict[str, object]], reason: str | None, words: str) -> None:
     observed = seen(*bodies)
     found = blocking_reason(observed.child(f"{NAME}-train-1"), observed, NOW)
     assert (found.word if found else None) == reason

@@ -1,4 +1,4 @@
-"""What the operator does, given a job and what is there."""
+"""The operator's action, given a job and the existing objects."""
 
 from typing import Any
 
@@ -55,12 +55,12 @@ def delete(step: str, attempt: int = 1) -> DeleteJob:
     return DeleteJob(name, f"uid-{name}")
 
 
-def test_a_new_job_gets_its_claim_and_its_first_job_at_once() -> None:
+def test_a_new_job_gets_its_claim_and_its_first_job_in_one_pass() -> None:
     assert decide(make_job()).actions == (CreateClaim(), CreateJob("prepare", 1))
     assert decide(make_job(follow(make_job()))).actions == (CreateClaim(), CreateJob("prepare", 1))
 
 
-def test_what_was_resolved_is_taken_from_the_first_job_and_never_resolved_anew() -> None:
+def test_the_resolved_spec_is_read_from_the_first_job_and_never_again_computed() -> None:
     first = with_resolved(child("prepare"), image="example.org/old")
     for spec in ({}, {"suspend": True}, {"scheduling": {"profile": "gone"}}):
         status = follow(make_job(**spec), first)
@@ -70,7 +70,7 @@ def test_what_was_resolved_is_taken_from_the_first_job_and_never_resolved_anew()
 
 
 @pytest.mark.parametrize("text", ["", "{", "{}", "[1]"])
-def test_a_first_job_that_does_not_say_what_was_resolved_is_used_all_the_same(text: str) -> None:
+def test_a_first_job_without_the_resolved_spec_is_still_used(text: str) -> None:
     first = child("prepare")
     first["metadata"]["annotations"] = {RESOLVED_ANNOTATION: text}
     status = follow(make_job(), first)
@@ -79,7 +79,7 @@ def test_a_first_job_that_does_not_say_what_was_resolved_is_used_all_the_same(te
     assert decide(make_job(), first).actions == ()
 
 
-def test_a_first_job_that_was_deleted_before_the_status_was_stored_is_followed_by_the_second() -> None:
+def test_a_first_job_deleted_before_the_status_write_is_followed_by_the_second() -> None:
     lost = parse_child(with_resolved(child("prepare"), image="example.org/old"))
     found = facts(make_job(), observed=Observed(lost=lost))
     status = next_status(found)
@@ -105,7 +105,7 @@ def test_a_first_job_that_was_deleted_before_the_status_was_stored_is_followed_b
         (make_job(status_in("publish")), [child("publish", Complete=""), succeeded("publish")], True),
     ],
 )
-def test_what_cannot_be_undone_is_told_from_what_can(job: Any, bodies: Any, careful: bool) -> None:
+def test_irreversible_actions_are_distinguished_from_reversible_ones(job: Any, bodies: Any, careful: bool) -> None:
     found = facts(job, *bodies)
     status = next_status(found)
     actions = plan(job, status, found.observed, found.now).actions
@@ -194,7 +194,7 @@ def test_a_suspension_before_the_start_creates_nothing() -> None:
     assert decide(make_job(follow(job), suspend=True)) == Plan()
 
 
-def test_a_suspended_step_that_ended_meanwhile_is_kept() -> None:
+def test_a_step_that_ended_before_its_suspension_is_kept() -> None:
     job = make_job(status_in("train"), suspend=True)
     assert decide(job, child("train", Complete=""), succeeded("train")).actions == ()
 
@@ -278,19 +278,19 @@ def test_the_clean_up_job_goes_last_after_clean_up_is_recorded() -> None:
     assert decide(job(recorded), at=150) == Plan()
 
 
-def test_it_looks_again_when_the_deadline_is_due() -> None:
+def test_a_job_is_requeued_at_its_deadline() -> None:
     job = make_job(status_in("train", activeSeconds=30), activeDeadlineSeconds=100)
     assert decide(job, child("train"), running(pod("train"), since=-60)).look_again == after(10)
     assert decide(job, child("train"), pod("train")).look_again is None
 
 
-def test_it_looks_again_when_a_job_has_had_no_pod_for_a_minute() -> None:
+def test_a_job_is_requeued_after_a_minute_without_a_pod() -> None:
     job = make_job(status_in("train"))
     assert decide(job, child("train", created=-10)).look_again == after(50)
     assert decide(job, child("train", created=-61)).look_again is None
 
 
-def test_it_looks_again_when_a_pod_should_have_ended() -> None:
+def test_a_job_is_requeued_when_a_pod_should_have_ended() -> None:
     job = make_job(status_in("train"))
     assert decide(job, child("train"), deleted(running(pod("train")), -20)).look_again == after(160)
 
@@ -302,7 +302,7 @@ def test_a_job_whose_creation_was_interrupted_keeps_its_number() -> None:
 
 
 def deleted_at(status: QLoRAJobStatus, at: float, *bodies: dict[str, Any]) -> tuple[float, QLoRAJobStatus]:
-    """Seconds until the step whose Job is gone gets another one, and the status by then."""
+    """Seconds until the step whose Job is deleted gets another one, and the status by then."""
     found = decide(make_job(status), *bodies, at=at)
     status = follow(make_job(status), *bodies, now=after(at))
     if not found.actions:
@@ -314,7 +314,7 @@ def deleted_at(status: QLoRAJobStatus, at: float, *bodies: dict[str, Any]) -> tu
     return 0, status
 
 
-def test_a_job_that_somebody_deletes_is_replaced_at_once_and_after_pauses_that_grow_if_that_goes_on() -> None:
+def test_a_deleted_job_is_replaced_immediately_and_then_with_backoff() -> None:
     status, at, pauses = status_in("train"), 0.0, []
     for attempt in range(2, 12):
         pause, status = deleted_at(status, at)
@@ -340,7 +340,7 @@ def test_no_pause_follows_a_suspension_a_long_run_or_jobs_that_ended_by_themselv
     assert deleted_at(fourth, 0, *expired)[0] == 0
 
 
-def test_jobs_that_the_operator_has_restarted_are_not_counted_with_those_that_somebody_deletes() -> None:
+def test_jobs_restarted_by_the_operator_are_not_counted_as_deleted_by_others() -> None:
     restarted = status_in("train", 4, step=step_status("train", 4, failures=3).dump())
     for on_no_progress, moments in (("restart", [0]), ("report", [20])):
         job = make_job(restarted, retry={"onNoProgress": on_no_progress})
@@ -348,7 +348,7 @@ def test_jobs_that_the_operator_has_restarted_are_not_counted_with_those_that_so
         assert [moment for moment in (0, 20) if decide(waits, at=moment).actions][:1] == moments
 
 
-def test_the_status_does_not_say_that_somebody_has_deleted_jobs_which_a_suspension_may_have_ended() -> None:
+def test_jobs_that_a_suspension_may_have_ended_are_not_reported_as_deleted() -> None:
     status = follow(make_job(status_in("train", 4)))
     assert message_of(status) == (
         f"Job {NAME}-train-4 was deleted, as were earlier Jobs of this step: the next is created after a pause of up "

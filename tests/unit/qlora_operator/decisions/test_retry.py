@@ -1,4 +1,4 @@
-"""A failed job that its user takes up: where it goes on, with what, and what it may not lose."""
+"""A failed job that its user retries: its next step, its inputs, and its kept state."""
 
 import json
 from typing import Any
@@ -51,7 +51,7 @@ def take_up(stored: QLoRAJobStatus, request: int = 1, /, *bodies: Any, **more: A
     return follow(make_job(stored, retry={"request": request}, **more), *(bodies or FORBIDDEN), profiles=profiles)
 
 
-def test_a_job_that_names_what_is_a_profiles_own_by_now_is_not_taken_up() -> None:
+def test_a_job_that_names_an_object_reserved_by_a_profile_is_not_retried() -> None:
     spec: dict[str, Any] = {"output": {"destination": "s3://team/a", "secretRef": {"name": "login"}}}
     proxy = {"httpsProxy": "http://proxy:3128", "proxySecretName": "login"}
     today = {"default": Profile.model_validate(PROFILE.dump() | proxy)}
@@ -60,7 +60,7 @@ def test_a_job_that_names_what_is_a_profiles_own_by_now_is_not_taken_up() -> Non
     assert take_up(failed_job(**spec), **spec).phase == "Publishing"
 
 
-def test_a_raised_request_takes_up_the_job_at_the_step_that_failed() -> None:
+def test_a_raised_request_retries_the_job_at_the_failed_step() -> None:
     status = take_up(failed_job())
 
     assert status.step is not None
@@ -75,7 +75,7 @@ def test_a_raised_request_takes_up_the_job_at_the_step_that_failed() -> None:
     assert plan(job, status, seen(*FORBIDDEN), NOW).actions == (CreateJob("publish", 2),)
 
 
-def test_the_same_or_a_lower_request_takes_nothing_up() -> None:
+def test_the_same_or_a_lower_request_retries_nothing() -> None:
     stored = failed_job().model_copy(update={"retry_request": 2})
     for request in (0, 1, 2):
         assert take_up(stored, request).phase == "Failed"
@@ -92,7 +92,7 @@ def test_a_request_that_was_made_before_the_failure_is_spent() -> None:
     assert take_up(end, 5).phase == "Failed"
 
 
-def test_a_job_that_succeeded_is_not_taken_up() -> None:
+def test_a_job_that_succeeded_is_not_retried() -> None:
     stored = failed_job()
     conditions = tuple(
         entry.model_copy(update={"status": "False" if entry.type == "Failed" else "True"})
@@ -102,7 +102,7 @@ def test_a_job_that_succeeded_is_not_taken_up() -> None:
     assert take_up(done).phase == "Succeeded"
 
 
-def test_the_profile_of_today_is_used_because_the_administrator_may_have_mended_it() -> None:
+def test_a_retry_uses_the_current_profile() -> None:
     mended = Profile.model_validate(PROFILE.dump() | {"image": "example.org/mended", "hubEndpoint": "https://hub"})
     kept = mended.model_copy(update={"image": PROFILE.image})
     stored = failed_job()
@@ -112,15 +112,15 @@ def test_the_profile_of_today_is_used_because_the_administrator_may_have_mended_
     status = take_up(old, profiles={"default": mended})
 
     assert status.resolved is not None
-    # Except for the image: only the trainer that began a run goes on with it.
+    # Except for the image: only the trainer that began a run continues it.
     assert (status.resolved.profile, status.resolved.contract_version) == (kept, 1)
     without = take_up(old, profiles={"other": mended})
     assert without.resolved is not None
     assert without.resolved.profile == PROFILE
 
 
-def test_a_job_whose_profile_has_a_key_by_now_is_not_published_by_a_trainer_that_does_not_sign() -> None:
-    """The image stays, and ends with UnsupportedContract if it does not know this version."""
+def test_a_trainer_that_does_not_sign_does_not_publish_after_a_key_was_added() -> None:
+    """The image stays, and ends with UnsupportedContract if it does not support this version."""
     status = take_up(failed_job(), profiles={"default": SIGNING})
     assert status.resolved is not None
     assert status.step is not None
@@ -132,14 +132,14 @@ def begun_with_a_key() -> dict[str, Any]:
     return {"resolved": begun.dump()}
 
 
-def test_a_job_whose_profile_has_no_key_by_now_is_published_by_the_trainer_that_does_not_sign() -> None:
+def test_a_trainer_that_does_not_sign_publishes_after_the_key_was_removed() -> None:
     stored = follow(make_job(status_in("publish", **begun_with_a_key())), *FORBIDDEN)
     status = take_up(stored)
     assert status.resolved is not None
     assert status.resolved.contract_version == needed_contract(1)
 
 
-def test_a_job_that_waits_for_a_trainer_that_signs_goes_on_once_its_profile_has_no_key() -> None:
+def test_a_job_that_waits_for_a_signing_trainer_continues_without_a_key() -> None:
     old = (
         child("prepare", Failed="PodFailurePolicy"),
         failed("prepare", 19, "UnsupportedContract", "set the profile's image"),
@@ -155,7 +155,7 @@ def test_a_job_that_waits_for_a_trainer_that_signs_goes_on_once_its_profile_has_
     assert (status.resolved.profile, status.resolved.contract_version) == (PROFILE, needed_contract(1))
 
 
-def test_a_job_that_has_prepared_nothing_takes_the_image_of_today_too() -> None:
+def test_a_job_that_has_prepared_nothing_uses_the_current_image_too() -> None:
     broken = (child("prepare", Failed="PodFailurePolicy"), failed("prepare", 10, "BadConfiguration", "old"))
     newer = Profile.model_validate(PROFILE.dump() | {"image": "example.org/newer"})
     stored = follow(make_job(status_in("prepare")), *broken)
@@ -165,7 +165,7 @@ def test_a_job_that_has_prepared_nothing_takes_the_image_of_today_too() -> None:
 
 
 def test_no_number_of_a_job_is_used_twice() -> None:
-    """Prepare had seven Jobs, and training failed in its first: no step may find an old Job under its new name."""
+    """Prepare had seven Jobs, and training failed in its first: no step reuses a name."""
     many = follow(make_job(status_in("prepare", 7)), child("prepare", 7, Complete=""), succeeded("prepare", 7))
     assert many.highest_attempt == 7
     training = many.model_copy(update={"step": step_status("train")})
@@ -181,7 +181,7 @@ def test_no_number_of_a_job_is_used_twice() -> None:
     assert (status.step.job_name, status.last_failure) == (f"{NAME}-train-8", None)
 
 
-def test_the_clean_up_of_the_end_before_is_no_clean_up_of_the_next() -> None:
+def test_each_end_of_a_job_has_a_separate_clean_up() -> None:
     cleaned = child("clean", Complete="")
     job = make_job(take_up(failed_job(cleanupAfterSeconds=0), 1, cleaned), retry={"request": 1})
     actions = plan(job, follow(job, cleaned), seen(cleaned), NOW).actions
@@ -192,7 +192,7 @@ def test_the_clean_up_of_the_end_before_is_no_clean_up_of_the_next() -> None:
     ("step", "code", "reason"),
     [("train", 12, "ModelUnavailable"), ("train", 11, "BadDataset"), ("publish", 11, "BadDataset")],
 )
-def test_a_job_whose_base_model_or_rows_are_gone_goes_on_at_prepare(step: StepName, code: int, reason: str) -> None:
+def test_a_job_without_its_base_model_or_rows_restarts_at_prepare(step: StepName, code: int, reason: str) -> None:
     gone = (child(step, Failed="PodFailurePolicy"), failed(step, code, reason, "gone"))
     stored = follow(make_job(status_in(step)), *gone)
     status = take_up(stored, 1, *gone)
@@ -204,7 +204,7 @@ def test_a_job_whose_base_model_or_rows_are_gone_goes_on_at_prepare(step: StepNa
     assert status.step.name == "prepare"
 
 
-def test_a_step_that_could_not_start_takes_todays_profile_on_request() -> None:
+def test_a_step_that_could_not_start_uses_the_current_profile_on_request() -> None:
     mended = Profile.model_validate(PROFILE.dump() | {"image": "example.org/mended"})
     stored = follow(make_job(status_in("prepare")), child("prepare"), pod("prepare"))
     status = take_up(stored, 1, child("prepare"), pod("prepare"), profiles={"default": mended})
@@ -219,14 +219,14 @@ def test_a_profile_is_not_fixed_before_anything_exists() -> None:
     status = follow(make_job(rejected), profiles={"default": mended})
     assert status.resolved is not None
     assert status.resolved.profile == mended
-    # What exists says itself what it was made from.
+    # Existing objects name the profile that they were made from.
     status = follow(make_job(rejected), child("prepare"), profiles={"default": mended})
     assert status.resolved is not None
     assert status.resolved.profile == PROFILE
 
 
 @pytest.mark.parametrize("cleaning", [child("clean"), child("clean", Complete="")], ids=["cleaning", "cleaned"])
-def test_after_a_clean_up_it_goes_on_at_prepare(cleaning: dict[str, Any]) -> None:
+def test_after_a_clean_up_it_restarts_at_prepare(cleaning: dict[str, Any]) -> None:
     stored = failed_job(cleanupAfterSeconds=0)
 
     status = take_up(stored, 1, cleaning)
@@ -245,14 +245,14 @@ def test_a_clean_up_that_runs_is_stopped_first() -> None:
     assert plan(job, status, seen(cleaning), NOW).actions[:1] == (DeleteJob(f"{NAME}-clean-1", uid),)
 
 
-def test_a_suspended_job_is_taken_up_when_it_is_resumed() -> None:
+def test_a_suspended_job_is_retried_when_it_is_resumed() -> None:
     status = take_up(failed_job(), suspend=True)
     assert status.phase == "Suspended"
     job = make_job(status, retry={"request": 1})
     assert plan(job, follow(job, *FORBIDDEN), seen(*FORBIDDEN), NOW).actions == (CreateJob("publish", 2),)
 
 
-def test_what_an_old_trainer_would_delete_of_a_failed_job_is_not_cleaned_up() -> None:
+def test_a_failed_job_with_an_old_trainer_is_not_cleaned_up() -> None:
     begun = resolved().model_copy(update={"contract_version": 1}).dump()
     stored = follow(make_job(status_in("publish", resolved=begun), cleanupAfterSeconds=0), *FORBIDDEN)
     assert cleanup_at(make_job(stored, cleanupAfterSeconds=0), stored) is None
@@ -278,21 +278,21 @@ def test_a_trainer_of_another_release_is_waited_for_and_costs_no_failure() -> No
     assert status.resolved.profile.image == "example.org/newer"
 
 
-def test_a_status_without_its_step_goes_on_at_prepare() -> None:
+def test_a_status_without_its_step_restarts_at_prepare() -> None:
     stored = status_in("train", highestAttempt=3).model_copy(update={"step": None})
     status = follow(make_job(stored))
     assert status.step is not None
     assert (status.step.job_name, status.phase) == (f"{NAME}-prepare-4", "Preparing")
 
 
-def test_a_clean_up_that_is_no_longer_asked_for_is_no_longer_announced() -> None:
+def test_a_withdrawn_clean_up_is_removed_from_the_status() -> None:
     stored = follow(make_job(failed_job(), cleanupAfterSeconds=60), *FORBIDDEN)
     assert reason_of(stored, "CleanedUp") == "Scheduled"
     status = follow(make_job(stored), *FORBIDDEN, now=after(120))
     assert reason_of(status, "CleanedUp") == "NotScheduled"
 
 
-def test_facts_of_a_job_with_a_problem_make_no_new_job() -> None:
+def test_a_job_with_a_problem_gets_no_new_step_job() -> None:
     stored = status_in("train").model_copy(update={"resolved": resolved().model_copy(update={"contract_version": 99})})
     job = make_job(stored)
     found = facts(job)
@@ -317,7 +317,7 @@ def gate_read(job: QLoRAJob, status: QLoRAJobStatus) -> Any:
     return json.loads(annotations[SPEC_ANNOTATION])["spec"].get("gate")
 
 
-def test_an_adapter_that_did_not_pass_is_judged_again_by_the_gate_of_today() -> None:
+def test_a_rejected_adapter_is_checked_again_by_the_current_gate() -> None:
     failure = failed("publish", 20, "GateFailed", "spec.gate.minImprovement is 0.5", gate=JUDGED)
     seen_then = (child("publish", Failed="PodFailurePolicy"), failure)
     begun = follow(make_job(dataset=GATED, gate=STRICT))
@@ -338,5 +338,5 @@ def test_an_adapter_that_did_not_pass_is_judged_again_by_the_gate_of_today() -> 
 def test_a_gate_that_is_changed_while_the_job_runs_counts_from_the_next_step_on() -> None:
     begun = follow(make_job(dataset=GATED, gate=STRICT))
     assert gate_read(make_job(begun, dataset=GATED, gate=MILD), begun) == MILD
-    # An older definition of the resource drops the field: the gate with which the job began holds on.
+    # An older definition of the resource drops the field: the original gate of the job remains.
     assert gate_read(make_job(begun, dataset=GATED), begun) == STRICT

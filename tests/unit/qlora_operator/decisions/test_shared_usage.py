@@ -143,7 +143,7 @@ def test_the_sweep_has_the_parts_of_the_cells_that_are_deleted() -> None:
     assert found.counted == {FIRST: 200, SECOND: 100, THIRD: 200, SWEEP: 100 + 300}
 
 
-def test_who_ends_while_the_pod_trains_it_and_comes_back_counts_no_second_again() -> None:
+def test_a_member_that_ends_and_is_retried_counts_no_second_twice() -> None:
     found = Shared()
     found.count_all(200)
     found.end(SECOND)

@@ -1,4 +1,4 @@
-"""Which status follows from what is stored and what is seen."""
+"""The status that follows from the stored one and the seen objects."""
 
 from typing import Any
 
@@ -66,7 +66,7 @@ def test_the_first_visit_sets_every_condition_and_resolves_before_any_job_exists
     assert (status.step.job_name, status.step.job_uid) == (f"{NAME}-prepare-1", "")
 
 
-def test_a_claim_of_the_user_is_used_and_not_made() -> None:
+def test_a_claim_of_the_user_is_used_and_not_created() -> None:
     status = follow(make_job(workspace={"claimName": "shared"}))
     assert status.resolved is not None
     assert (status.resolved.claim_name, status.resolved.claim_created) == ("shared", False)
@@ -90,7 +90,7 @@ def test_a_job_of_an_unknown_profile_waits_and_names_the_profiles_that_exist() -
         ("tolerations", [{"operator": "Exists"}]),
     ],
 )
-def test_a_job_that_wants_more_than_its_profile_allows_waits_and_says_what(field: str, value: object) -> None:
+def test_a_job_above_its_profiles_limits_waits_and_names_them(field: str, value: object) -> None:
     job = make_job(scheduling={field: value})
     assert follow(job).resolved is not None
     strict = {"default": PROFILE.model_copy(update={"allow_job_scheduling": False})}
@@ -114,7 +114,7 @@ def test_a_job_that_wants_more_than_its_profile_allows_waits_and_says_what(field
         ("output.base.destination", {"output": {"base": {"destination": "pvc://models/base"}}}),
     ],
 )
-def test_a_job_that_names_the_claim_of_a_cache_waits_whatever_its_own_profile(field: str, spec: dict[str, Any]) -> None:
+def test_a_job_that_names_the_claim_of_a_cache_waits_with_any_profile(field: str, spec: dict[str, Any]) -> None:
     assert follow(make_job(**spec)).resolved is not None
     cached = Profile.model_validate(PROFILE.dump() | {"modelCache": {"claimName": "models"}})
     status = follow(make_job(**spec), profiles={"default": PROFILE, "cached": cached})
@@ -173,7 +173,7 @@ TRACKING = Profile.model_validate(PROFILE.dump() | {"tracking": {"mlflow": {"url
 
 
 def published(profile: Profile, *, lineage: str | None = None, **spec: Any) -> QLoRAJobStatus:
-    """The status once publish says that it has published the adapter, whose lineage is signed or not."""
+    """The status after publish has reported the adapter, whose lineage is signed or not."""
     body = pod("publish")
     adapter = ADAPTER.model_copy(update={"lineage": lineage})
     done = ended(body, 0, result(body, "publish", adapter=adapter))
@@ -183,7 +183,7 @@ def published(profile: Profile, *, lineage: str | None = None, **spec: Any) -> Q
 
 @pytest.mark.parametrize("lineage", [None, "unsigned"])
 def test_an_adapter_that_is_not_signed_although_the_profile_has_a_key_fails_the_job(lineage: str | None) -> None:
-    """A run that is taken up keeps its trainer, which may be too old to know the key that the profile has since."""
+    """A resumed run keeps its trainer, which may be too old to read the key that the profile has since."""
     status = published(SIGNING, lineage=lineage)
     assert (status.phase, reason_of(status, "Failed")) == ("Failed", "AdapterNotSigned")
     assert ADAPTER.uri in message_of(status, "Failed")
@@ -244,14 +244,14 @@ def test_a_profile_that_changes_later_does_not_change_the_job() -> None:
         ("train", [child("train"), waiting(pod("train"), "ImagePullBackOff")], "Queued", "ImagePullBackOff"),
     ],
 )
-def test_phase_and_reason_show_what_a_job_does(step: Any, bodies: Any, phase: str, reason: str) -> None:
+def test_phase_and_reason_show_the_current_step(step: Any, bodies: Any, phase: str, reason: str) -> None:
     status = follow(make_job(status_in(step)), *bodies)
     assert (status.phase, reason_of(status)) == (phase, reason)
     assert conditions_of(status)["Ready"] == "True"
     assert conditions_of(status)["Reconciling"] == "False"
 
 
-def test_what_prepare_found_out_is_shown_and_train_is_next() -> None:
+def test_the_results_of_prepare_are_shown_and_train_is_next() -> None:
     status = follow(make_job(status_in("prepare")), child("prepare", Complete=""), succeeded("prepare"))
     assert (status.memory, status.dataset, status.base) == (MEMORY, FOUND, BASE)
     assert status.resolved is not None
@@ -261,7 +261,7 @@ def test_what_prepare_found_out_is_shown_and_train_is_next() -> None:
     assert status.phase == "Preparing"
 
 
-def test_what_a_step_did_otherwise_than_asked_is_in_its_condition() -> None:
+def test_deviations_of_a_step_from_the_spec_are_in_its_condition() -> None:
     said = "2 rows are ready; no packing: rows in one sequence would affect each other"
     body = pod("prepare")
     prepared = ended(body, 0, result(body, "prepare", **FACTS["prepare"], message=said))
@@ -392,7 +392,7 @@ def test_a_failures_message_prefers_the_most_specific_source(step: Any, bodies: 
     assert status.completion_time == time()
 
 
-def test_only_the_conditions_that_tools_read_have_the_sentence_of_a_failure() -> None:
+def test_only_the_conditions_that_tools_read_have_the_failure_message() -> None:
     sentence = "row 3 is cut" * 80
     bodies = [child("prepare", Failed="PodFailurePolicy"), failed("prepare", 11, "BadDataset", sentence)]
     running_job = follow(make_job(status_in("prepare")), child("prepare"), running(pod("prepare")))
@@ -412,7 +412,7 @@ def test_only_the_conditions_that_tools_read_have_the_sentence_of_a_failure() ->
     }
 
 
-def test_conditions_that_do_not_apply_to_a_success_do_not_repeat_its_sentence() -> None:
+def test_conditions_that_do_not_apply_to_a_success_do_not_repeat_its_message() -> None:
     status = follow(make_job(status_in("publish")), child("publish", Complete=""), succeeded("publish"))
     assert {entry.type for entry in status.conditions if ADAPTER.uri in entry.message} == {"Succeeded", "Ready"}
     assert (reason_of(status, "Failed"), reason_of(status, "Stalled")) == ("NotFailed", "NotStalled")
@@ -425,7 +425,7 @@ def test_an_attempt_that_is_retried_is_explained_once() -> None:
     assert (reason_of(status, "Prepared"), reason_of(status, "Trained")) == ("NotEnded", "NotReached")
 
 
-def test_a_failure_whose_pods_are_gone_is_reported_as_it_was_last_seen() -> None:
+def test_a_failure_without_its_pods_is_reported_from_the_last_status() -> None:
     def last_failure(step: str) -> dict[str, Any]:
         return {"step": step, "reason": "InternalError", "message": "no luck", "time": time(-90), "exitCode": 203}
 
@@ -468,7 +468,7 @@ def test_a_job_whose_pods_the_kubelet_rejected_is_followed_by_another() -> None:
 
 
 @pytest.mark.parametrize(("step", "phase"), [("prepare", "Preparing"), ("train", "Queued"), ("publish", "Publishing")])
-def test_a_step_that_waits_after_a_rejected_pod_says_why_and_until_when(step: Any, phase: str) -> None:
+def test_a_step_that_waits_after_a_rejected_pod_reports_reason_and_time(step: Any, phase: str) -> None:
     bodies = [child(step, Failed="BackoffLimitExceeded"), rejected_by_the_kubelet(step)]
     status = follow(make_job(status_in(step)), *bodies, now=after(-590))
     assert (status.phase, reason_of(status), status.failures) == (phase, "PodRejected", 0)
@@ -485,7 +485,7 @@ def test_a_step_that_waits_after_a_rejected_pod_says_why_and_until_when(step: An
     assert (created.phase, reason_of(created)) == (phase, "Retrying")
 
 
-def test_what_a_failed_step_has_found_out_is_shown() -> None:
+def test_the_results_of_a_failed_step_are_shown() -> None:
     body = pod("prepare")
     exceeds = MEMORY.model_copy(update={"verdict": "exceeds", "budget_bytes": 5})
     record = result(body, "prepare", 17, reason="DoesNotFit", message="needs 10", memory=exceeds)
@@ -508,14 +508,14 @@ def test_the_checkpoint_of_a_result_is_shown_without_a_log_line() -> None:
     assert done.checkpoint.step == 10
 
 
-def test_out_of_memory_names_the_limit_that_the_job_asked_for_and_the_remedy() -> None:
+def test_out_of_memory_names_the_jobs_limit_and_the_remedy() -> None:
     job = make_job(status_in("train"), resources={"memory": "9Gi"})
     status = follow(job, child("train"), ended(pod("train"), 137, reason="OOMKilled"))
     assert "9Gi" in message_of(status)
     assert "spec.resources.memory" in message_of(status)
 
 
-def test_an_attempt_that_is_tried_again_is_shown() -> None:
+def test_a_retried_attempt_is_shown() -> None:
     job = make_job(status_in("prepare"))
     status = follow(job, child("prepare"), failed("prepare", 200, "Unreachable", "secret hub is missing"))
     assert (status.failures, status.disruptions, status.phase) == (1, 0, "Preparing")
@@ -541,7 +541,7 @@ def test_a_step_that_is_interrupted_too_often_ends_the_job(earlier: int, phase: 
         assert "spec.retry.maxDisruptions allows 2" in message_of(status)
 
 
-def test_interruptions_that_nobody_saw_do_not_end_a_step_that_was_done() -> None:
+def test_unseen_interruptions_do_not_end_a_finished_step() -> None:
     job = make_job(status_in("prepare", disruptions=9), retry={"maxDisruptions": 2})
     status = follow(job, child("prepare", Complete=""), succeeded("prepare"))
     assert (status.phase, conditions_of(status)["Prepared"]) == ("Preparing", "True")
@@ -566,8 +566,8 @@ def test_attempts_are_counted_once_while_they_come_and_go() -> None:
             job = make_job(status)
 
 
-def test_an_attempt_is_not_counted_again_when_the_counted_pod_is_gone() -> None:
-    """The first attempt ended in the second in which the next one was started and deleted."""
+def test_an_attempt_is_not_counted_again_after_its_pod_is_deleted() -> None:
+    """The first attempt ended in the same second as the start and deletion of the next one."""
     stored = status_in(
         "train",
         step=step_status("train", countedPod="uid-of-a-pod-that-is-gone").dump(),
@@ -620,7 +620,7 @@ def test_attempts_of_a_job_created_just_before_a_crash_are_counted() -> None:
     assert (status.failures, status.active_seconds) == (1, 50)
 
 
-def test_a_step_that_was_killed_and_then_done_while_the_operator_was_away_is_done() -> None:
+def test_a_step_killed_and_then_finished_without_an_operator_is_done() -> None:
     second = pod("train", number=2)
     bodies = [
         child("train", Complete=""),
@@ -631,7 +631,7 @@ def test_a_step_that_was_killed_and_then_done_while_the_operator_was_away_is_don
     assert (conditions_of(status)["Trained"], status.failures) == ("True", 1)
 
 
-def test_several_steps_that_ended_while_the_operator_was_away_are_followed_at_once() -> None:
+def test_several_steps_that_ended_without_an_operator_are_recorded_in_one_pass() -> None:
     bodies: list[dict[str, Any]] = []
     for step in ("prepare", "train", "publish"):
         bodies += [child(step, Complete=""), succeeded(step)]
@@ -708,7 +708,7 @@ PUBLISHED_BASE = BaseStatus(origin="cache", sha256="b" * 64, uri="pvc://out/base
     ],
     ids=["merged model", "GGUF file", "base", "base that is not published"],
 )
-def test_a_further_output_is_reported_and_without_it_there_is_no_success(
+def test_a_further_output_is_reported_and_required_for_success(
     output: dict[str, Any], whole: dict[str, Any], partial: dict[str, Any]
 ) -> None:
     body = pod("publish")
@@ -724,7 +724,7 @@ def test_a_further_output_is_reported_and_without_it_there_is_no_success(
     assert reported(partial).step == step_status("publish", 2, jobUid="", unverified=1)
 
 
-def test_a_suspension_is_over_when_no_pod_is_left() -> None:
+def test_a_suspension_ends_when_no_pod_is_left() -> None:
     stored = status_in("train", progress={"remaining": "1h12m"})
     job = make_job(stored, suspend=True)
     status = follow(job, child("train"), running(pod("train")))
@@ -741,12 +741,12 @@ def test_a_suspension_is_over_when_no_pod_is_left() -> None:
     assert (resumed.phase, resumed.step) == ("Queued", step_status("train", 2, jobUid=""))
 
 
-def test_a_suspension_is_not_over_while_a_job_may_still_create_a_pod() -> None:
+def test_a_suspension_does_not_end_while_a_job_may_still_create_a_pod() -> None:
     status = follow(make_job(status_in("train"), suspend=True), child("train"))
     assert (conditions_of(status)["Suspended"], reason_of(status, "Suspended")) == ("False", "Suspending")
 
 
-def test_a_suspension_that_a_lost_node_blocks_reports_that() -> None:
+def test_a_suspension_that_a_lost_node_blocks_is_reported() -> None:
     status = follow(make_job(status_in("train"), suspend=True), deleted(running(pod("train")), -180))
     assert reason_of(status, "Suspended") == reason_of(status) == "PodStuckTerminating"
     assert "node may be lost" in message_of(status)
@@ -802,13 +802,13 @@ def test_the_transition_time_moves_only_when_the_status_flips() -> None:
         ("publish", [child("publish", Complete=""), succeeded("publish")]),
     ],
 )
-def test_looking_again_later_changes_nothing(step: Any, bodies: Any) -> None:
+def test_a_later_pass_changes_nothing(step: Any, bodies: Any) -> None:
     once = follow(make_job(status_in(step)), *bodies)
     stored = QLoRAJobStatus.model_validate(once.dump())
     assert follow(make_job(stored), *bodies, now=after(30)).dump() == once.dump()
 
 
-def test_progress_is_shown_and_kept_while_nothing_new_is_known() -> None:
+def test_progress_is_shown_and_kept_without_new_records() -> None:
     record = progress(
         training_step=420,
         total_steps=1000,
@@ -851,7 +851,7 @@ def test_figures_of_preferences_are_shown_with_four_digits_from_progress_and_res
         assert (shown.reward_margin, shown.accuracy, shown.eval_accuracy) == (0.1235, 0.75, 0.6667)
 
 
-def test_what_prepare_does_is_shown_until_training_has_its_own_figures() -> None:
+def test_the_activity_of_prepare_is_shown_until_training_has_figures() -> None:
     record = progress(step="prepare", activity="downloading 40%")
     status = follow(make_job(status_in("prepare")), child("prepare"), running(pod("prepare")), progress=record)
     assert status.progress is not None
@@ -863,7 +863,7 @@ def test_what_prepare_does_is_shown_until_training_has_its_own_figures() -> None
 FINISHED = follow(make_job(status_in("publish")), child("publish", Complete=""), succeeded("publish"))
 
 
-def test_a_finished_job_stays_finished_whatever_is_deleted_or_changed() -> None:
+def test_a_finished_job_stays_finished_after_any_deletion_or_change() -> None:
     status = follow(make_job(FINISHED, generation=2, suspend=True), now=after(1000))
     assert status == FINISHED.model_copy(update={"observed_generation": 2})
 
@@ -883,7 +883,7 @@ def test_clean_up_is_announced_done_and_recorded() -> None:
     assert look(done, at=103) == done
 
 
-def test_a_clean_up_that_fails_says_so_and_the_job_stays_what_it_was() -> None:
+def test_a_failed_clean_up_is_reported_and_keeps_the_jobs_phase() -> None:
     status = follow(
         make_job(FINISHED, cleanupAfterSeconds=0), child("publish", Complete=""), child("clean", Failed="Backoff")
     )

@@ -1,4 +1,4 @@
-"""GPU seconds: what each train pod adds, what of it is lost to which cause, and that each second counts once."""
+"""GPU seconds: the shares of train pods, and the causes of lost seconds."""
 
 from typing import Any
 
@@ -52,7 +52,7 @@ def usage_of(status: QLoRAJobStatus) -> UsageStatus:
 
 
 def lost(status: QLoRAJobStatus) -> dict[str, int]:
-    """The causes to which something was lost."""
+    """The causes of lost seconds."""
     return {cause: seconds for cause, seconds in usage_of(status).lost_gpu_seconds if seconds}
 
 
@@ -69,7 +69,7 @@ def saved(at: float, **more: Any) -> dict[str, Any]:
 
 
 def watched(stored: QLoRAJobStatus | None = None, **spec: Any) -> QLoRAJobStatus:
-    """A job whose pod has a node since -100, trains since -80 and has saved a checkpoint at -30; seen at NOW."""
+    """A job whose pod has a node since -100, trains since -80, and saved at -30."""
     job = make_job(stored or status_in("train"), **(SPEC | spec))
     return follow(job, child("train"), running(train_pod(), since=-90), progress=progress(**saved(-30)), log_read=True)
 
@@ -90,7 +90,7 @@ def test_a_pod_counts_from_its_node_to_its_end_times_its_gpus() -> None:
     assert (usage_of(status).gpu_seconds, lost(status)) == (300, {"startup": 40})
 
 
-def test_time_that_passes_is_no_reason_for_a_write() -> None:
+def test_passing_time_causes_no_write() -> None:
     stored = watched()
     same = child("train"), running(train_pod(), since=-90)
     assert then(stored, *same, at=299) == stored
@@ -99,8 +99,8 @@ def test_time_that_passes_is_no_reason_for_a_write() -> None:
     assert usage_of(status).gpu_seconds == 320
 
 
-def test_time_without_news_is_counted_every_five_minutes() -> None:
-    """Without reports of progress, all of it would be lost with a pod that vanishes but the last quarter of an hour."""
+def test_time_without_reports_is_counted_every_five_minutes() -> None:
+    """Otherwise a vanished pod without reports would count for a quarter of an hour."""
     same = child("train"), running(train_pod(), since=-90)
     stored, writes = follow(make_job(status_in("train"), **SPEC), *same), 0
     assert plan(make_job(stored, **SPEC), stored, seen(*same), after(0)).look_again == after(300)
@@ -132,26 +132,26 @@ def evicted(body: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("bodies", "spec", "expected"),
     [
-        # Killed: what it had done since the checkpoint at -30 is gone, 50 seconds on 2 GPUs.
+        # Killed: its work since the checkpoint at -30 is lost, 50 seconds on 2 GPUs.
         ([child("train"), deleted(ended(train_pod(), 137, start=-90, end=20), 10)], {}, {"disruption": 100}),
         ([child("train"), ended(train_pod(), 203, start=-90, end=20)], {}, {"failure": 100}),
         # Asked to stop, it saved a checkpoint.
         ([child("train"), deleted(interrupted(training_step=6), 10)], {}, {}),
         ([deleted(interrupted(training_step=6), 10)], {"suspend": True}, {}),
         ([deleted(ended(train_pod(), 137, start=-90, end=20), 10)], {"suspend": True}, {"suspension": 100}),
-        # The kubelet evicts it, and does not say when the trainer has ended.
+        # The kubelet evicts it, and does not report when the trainer has ended.
         ([child("train"), evicted(train_pod())], {}, {"disruption": 100}),
         # It vanishes with its node: it was last heard of at 0.
         ([child("train")], {}, {"disruption": 100}),
     ],
 )
-def test_what_is_in_no_checkpoint_is_lost_to_what_ended_the_pod(
+def test_time_in_no_checkpoint_is_lost_to_the_cause_of_the_pods_end(
     bodies: list[Any], spec: dict[str, Any], expected: dict[str, int]
 ) -> None:
     stored = watched()
     status = then(stored, *bodies, at=20, **spec)
     assert lost(status) == {"startup": 40} | expected
-    # Looked at again, also by an operator that has just started, it is the same.
+    # A repeated pass, also by an operator that has just started, changes nothing.
     again = follow(make_job(QLoRAJobStatus.model_validate(status.dump()), **(SPEC | spec)), *bodies, now=after(500))
     assert again.usage == status.usage
 
@@ -171,14 +171,14 @@ def test_a_pod_that_never_trained_is_lost_as_a_whole(last: dict[str, Any]) -> No
     assert lost(status) == {"disruption": 240}
 
 
-def test_a_node_that_waits_for_others_in_vain_has_only_started() -> None:
+def test_a_node_whose_peers_never_come_has_only_started() -> None:
     nodes: dict[str, Any] = {"resources": {"nodes": 2}}
     waited = ended(scheduled(node(0), -100), int(ExitCode.PEERS_MISSING), start=-90, end=0)
     status = follow(make_job(status_in("train"), **nodes), child("train", Failed="BackoffLimitExceeded"), waited)
     assert lost(status) == {"startup": 100}
 
 
-def test_a_pod_that_vanishes_while_nobody_looks_is_not_charged_for_days() -> None:
+def test_a_pod_that_vanishes_without_an_operator_is_not_charged_for_days() -> None:
     status = then(watched(), child("train"), at=86_400)
     assert usage_of(status).gpu_seconds == 200 + 2 * 900
 
@@ -192,8 +192,8 @@ def brief(number: int, at: float) -> dict[str, Any]:
     return created(ended(train_pod(number, at=at), 0, start=at, end=at + 1), at)
 
 
-def test_whoever_makes_many_pods_hides_none_and_fills_no_status() -> None:
-    """One that waits for ever, hundreds that run for a second, and then the pods that train: each of these counts."""
+def test_many_foreign_pods_hide_none_and_do_not_fill_the_status() -> None:
+    """One that waits for ever, hundreds of short ones, and the train pods: each counts."""
     waits, job = created(pod("train", 1, 1), -1000), child("train", created=-1100)
     many = [brief(number, -1000 + number) for number in range(2, 202)]
     status = then(status_in("train"), job, waits, *many)
@@ -220,8 +220,8 @@ def test_a_pod_that_waits_for_its_image_while_hundreds_end_counts_from_its_node(
     assert usage_of(status).gpu_seconds == 2 * (398 + 100)
 
 
-def test_a_pod_that_waits_for_its_node_is_not_overtaken_by_many_that_end() -> None:
-    """Entries are dropped after a while, and what was created before then counts as counted: the pod is not yet."""
+def test_a_pod_that_waits_for_its_node_is_not_displaced_by_many_that_end() -> None:
+    """Entries are dropped after a while; this pod was created before, and is not counted yet."""
     first = created(pod("train", 1, 1), -100)
     many = [
         created(ended(train_pod(number, at=-60 + number), 0, start=-60 + number, end=-59 + number), -60 + number)
@@ -257,7 +257,7 @@ def test_several_nodes_count_each() -> None:
     assert lost(stored) == {"startup": 2 * 20}
 
 
-def test_pods_that_others_have_made_do_not_count() -> None:
+def test_foreign_pods_do_not_count() -> None:
     stranger = running(train_pod(7), since=-90)
     owner = stranger["metadata"]["ownerReferences"][0] | {"uid": "made-up"}
     stranger = stranger | {"metadata": stranger["metadata"] | {"ownerReferences": [owner]}}
@@ -265,7 +265,7 @@ def test_pods_that_others_have_made_do_not_count() -> None:
     assert status.usage is None
 
 
-def test_a_status_has_room_for_whatever_looks_like_a_pod_of_the_job() -> None:
+def test_a_status_has_room_for_all_pods_with_the_jobs_labels() -> None:
     crowd = [running(train_pod(number), since=-90) for number in range(400)]
     status = follow(make_job(status_in("train"), **SPEC), child("train"), *crowd)
     later = [ended(train_pod(number), 203, start=-90, end=20) for number in range(400)]
@@ -286,7 +286,7 @@ def test_a_failed_job_counts_its_pod_until_that_has_stopped() -> None:
     assert is_settled(make_job(status, **job), seen(stopped))
 
 
-def test_a_failed_job_counts_its_pod_although_nobody_has_seen_it_end() -> None:
+def test_a_failed_job_counts_its_pod_although_its_end_was_not_seen() -> None:
     job = {"activeDeadlineSeconds": 60} | SPEC
     stored = then(watched(), child("train"), running(train_pod(), since=-90), **job)
     assert not is_settled(make_job(stored, **job), seen())
@@ -295,7 +295,7 @@ def test_a_failed_job_counts_its_pod_although_nobody_has_seen_it_end() -> None:
     assert is_settled(make_job(status, **job), seen())
 
 
-def test_the_counters_get_what_each_write_adds() -> None:
+def test_the_counters_get_the_increase_of_each_write() -> None:
     metrics, before, after_it = Metrics(), watched(), then(watched(), child("train"), at=20)
     metrics.gpu_seconds.note(make_job(status_in("train"), **SPEC), before)
     metrics.gpu_seconds.note(make_job(before, **SPEC), after_it)
@@ -318,13 +318,13 @@ _NEWS = st.none() | st.integers(0, 60)
 
 
 def trains_since(body: dict[str, Any], since: float, now: float) -> ProgressRecord:
-    """What that pod reports then."""
+    """The pod's report then."""
     uid = body["metadata"]["uid"]
     return progress(pod_uid=uid, training_step=3, total_steps=9, training_since=time(since), time=time(now))
 
 
 def as_at(lives: list[tuple[int, int, int]], moment: int) -> list[dict[str, Any]]:
-    """The pods as they are at that moment, those that have ended among them."""
+    """The pods at that moment, including ended ones."""
     bodies, created = [], 0
     for number, (waits, runs, code) in enumerate(lives, 1):
         start, end = created + waits, created + waits + runs
@@ -345,7 +345,7 @@ def as_at(lives: list[tuple[int, int, int]], moment: int) -> list[dict[str, Any]
 def test_usage_never_decreases_and_never_counts_twice(
     lives: list[tuple[int, int, int]], looks: list[tuple[int, int, int | None]]
 ) -> None:
-    """Whatever is seen when, in any order, with pods missing: as watches show late what has changed, or lose it."""
+    """Any order of observations, with pods missing: watches show changes late, or lose them."""
     whole = sum(runs for _, runs, _ in lives)
     status, highest = status_in("train"), 0
     for moment, shown, news in looks:
@@ -384,7 +384,7 @@ def test_in_the_end_each_pod_has_counted_once(
 def test_pods_that_wait_and_run_at_the_same_time_count_once_each(
     lives: list[tuple[int, int, int]], moments: list[int]
 ) -> None:
-    """Each is created at any moment, waits for its node, and runs: more end than are listed before others begin."""
+    """Pods are created, wait and run at any moment, more than the status lists."""
 
     def at(moment: int) -> list[dict[str, Any]]:
         bodies = []

@@ -55,7 +55,7 @@ def test_a_list_is_read_to_its_last_page() -> None:
     assert {query["labelSelector"] for query in cluster.asked} == {f"{JOB_UID_LABEL}=uid"}
 
 
-def test_who_is_counted_is_read_page_by_page_and_without_those_that_have_ended() -> None:
+def test_counted_jobs_are_read_page_by_page_without_ended_ones() -> None:
     cluster = Pages()
 
     async def first_page() -> list[Any]:
@@ -111,7 +111,7 @@ def test_a_list_of_a_thousand_pods_takes_a_few_mebibytes(names: Callable[[Cluste
 
 
 class Busy(Transport):
-    """A server with objects of those sizes, in bytes: pods, and Jobs and QLoRAJobs if that is asked for."""
+    """A server with objects of those sizes, in bytes: pods, and on request Jobs and QLoRAJobs."""
 
     def __init__(self, sizes: list[int]) -> None:
         self._sizes = sizes
@@ -156,7 +156,7 @@ class Busy(Transport):
         return body | {"metadata": body["metadata"] | {"name": f"{number}"}, "spec": {"x": "x" * self._sizes[number]}}
 
 
-def test_a_page_of_large_objects_is_asked_for_in_parts_and_the_small_ones_after_them_are_not() -> None:
+def test_only_pages_of_large_objects_are_requested_in_parts() -> None:
     server = Busy([10] * 10 + [1_500_000] * 6 + [5_000_000] + [10] * 200)
     cluster = Cluster(server)
     assert cluster.shortest_page == OBJECTS_PER_PAGE
@@ -168,7 +168,7 @@ def test_a_page_of_large_objects_is_asked_for_in_parts_and_the_small_ones_after_
     assert len(server.limits) < 30
 
 
-def test_however_many_lists_are_read_the_objects_of_one_page_are_there_and_two_pages_on_their_way(
+def test_parallel_lists_hold_one_parsed_page_and_two_in_transfer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Body(dict[str, Any]):
@@ -211,7 +211,7 @@ def test_however_many_lists_are_read_the_objects_of_one_page_are_there_and_two_p
     assert server.most_at_a_time <= 2
 
 
-def test_lists_that_the_server_takes_long_to_prepare_keep_no_other_one_waiting() -> None:
+def test_slow_lists_do_not_delay_other_lists() -> None:
     class Slow(Busy):
         async def prepare(self, path: str) -> None:
             if "/slow/" in path:
@@ -230,7 +230,7 @@ def test_lists_that_the_server_takes_long_to_prepare_keep_no_other_one_waiting()
     assert asyncio.run(read()) == 3
 
 
-def test_of_a_crowd_of_jobs_only_the_first_says_what_was_resolved() -> None:
+def test_of_many_jobs_only_the_first_gives_the_resolved_spec() -> None:
     class Crowd(Busy):
         def _object(self, kind: str, number: int) -> dict[str, Any]:
             names = [child_job_name(NAME, *FIRST_JOB), child_job_name("other", *FIRST_JOB), f"{NAME}-x"]
@@ -245,7 +245,7 @@ def test_of_a_crowd_of_jobs_only_the_first_says_what_was_resolved() -> None:
     ]
 
 
-def test_of_a_crowd_of_workloads_one_is_read() -> None:
+def test_of_many_workloads_one_is_read() -> None:
     server = Busy([10] * 100)
     assert asyncio.run(Cluster(server).find_workload("team", "uid"))
     assert server.limits == [1]
@@ -287,7 +287,7 @@ QUOTA = 'Operation cannot be fulfilled on resourcequotas "team": the object has 
     ("reason", "message", "error"),
     [("AlreadyExists", "already exists", AlreadyExistsError), ("Conflict", QUOTA, ConflictError)],
 )
-def test_only_a_conflict_that_says_so_means_that_the_object_exists(
+def test_only_a_conflict_with_that_reason_means_that_the_object_exists(
     reason: str, message: str, error: type[ClusterError]
 ) -> None:
     with pytest.raises(ConflictError, match=r"already|Operation") as raised:
@@ -296,7 +296,7 @@ def test_only_a_conflict_that_says_so_means_that_the_object_exists(
 
 
 class Foreign(Transport):
-    """What stands between the operator and the API server answers in its place."""
+    """A proxy between the operator and the API server answers in its place."""
 
     def __init__(self, status: int, body: bytes) -> None:
         self._answer = status, body

@@ -1,4 +1,4 @@
-"""What a CustomResourceDefinition of another release lacks, and how long the operator waits for it."""
+"""Missing fields in a CustomResourceDefinition of another release, and the operator's wait for it."""
 
 import asyncio
 import copy
@@ -15,7 +15,7 @@ from tests.support.builders import VirtualLoop
 
 
 def document(change: Callable[[dict[str, Any]], object] = lambda _properties: None) -> dict[str, Any]:
-    """What the API server publishes for our definitions, after a change of a QLoRAJob's properties."""
+    """The published schema of our definitions, after a change of a QLoRAJob's properties."""
     schemas = {kind: published(kind) for kind in definitions()}
     change(schemas["QLoRAJob"]["properties"])
     listed = {"x-kubernetes-group-version-kind": [{"kind": "QLoRAJobList"}]}
@@ -52,13 +52,13 @@ def without(*path: str) -> Callable[[dict[str, Any]], object]:
     ],
     ids=["the same", "newer", "older status", "older spec", "in a list", "no status", "anything"],
 )
-def test_fields_that_this_release_has_and_the_cluster_has_not(
+def test_missing_fields_of_the_clusters_definition_are_found(
     change: Callable[[dict[str, Any]], object], missing: list[str]
 ) -> None:
     assert missing_fields(document(change)) == missing
 
 
-def test_a_kind_that_the_cluster_does_not_know_and_a_field_of_it() -> None:
+def test_a_missing_kind_is_reported_instead_of_its_fields() -> None:
     served = document()
     del served["components"]["schemas"]["dev.qlora.v1alpha1.QLoRASweep"]["properties"]["status"]["properties"]["best"]
     assert missing_fields(served) == ["QLoRASweep.status.best"]
@@ -66,7 +66,7 @@ def test_a_kind_that_the_cluster_does_not_know_and_a_field_of_it() -> None:
     assert missing_fields(served) == ["QLoRASweep"]
 
 
-def test_it_waits_says_why_once_and_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_it_waits_reports_the_reason_once_and_continues(caplog: pytest.LogCaptureFixture) -> None:
     answers: list[Any] = [ClusterError("refused"), NotFoundError("none"), document(without("status", "phase"))]
 
     class Schemas:
@@ -98,7 +98,7 @@ def test_it_waits_says_why_once_and_goes_on(caplog: pytest.LogCaptureFixture) ->
     assert len(caplog.records) == 3
 
 
-def test_an_older_definition_that_is_applied_meanwhile_is_noticed_said_once_and_over_when_the_right_one_is_back(
+def test_outdated_crd_is_reported_once_and_clears(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO")

@@ -32,7 +32,7 @@ print(json.dumps({"apiVersion": "client.authentication.k8s.io/v1", "kind": "Exec
 
 
 class Server:
-    """Answers every request with one QLoRAJob and keeps what it was sent. `expired`: a token that it rejects."""
+    """Answers every request with one QLoRAJob, and keeps it. `expired`: a rejected token."""
 
     def __init__(self) -> None:
         self.expired = ""
@@ -104,7 +104,7 @@ def test_a_token_that_has_expired_is_replaced_without_a_restart(tmp_path: Path) 
     against(work, tmp_path, {"exec": plugin | {"interactiveMode": "Never"}})
 
 
-def test_each_request_is_observed_with_its_status_and_without_one_if_there_is_no_answer(tmp_path: Path) -> None:
+def test_each_request_is_observed_with_its_status_or_none_without_an_answer(tmp_path: Path) -> None:
     seen: list[tuple[str, str, int | None]] = []
     path = "/apis/qlora.dev/v1alpha1/namespaces/team/qlorajobs/tune"
 
@@ -118,11 +118,11 @@ def test_each_request_is_observed_with_its_status_and_without_one_if_there_is_no
         server.expired = "token"
         with pytest.raises(ClusterError):
             await cluster.get_qlora_job("team", "tune")
-        # The API server has answered all the same.
+        # The API server has still answered.
         server.expired = ""
         with pytest.raises(TooLongError):
             await cluster._transport.send("GET", path, headers={}, most=1)
-        # Nobody knows what the answer would have been.
+        # The answer would have been unknown.
         cancelled = asyncio.create_task(cluster._transport.send("GET", path, headers={}))
         await asyncio.sleep(0)
         cancelled.cancel()
@@ -161,7 +161,7 @@ def test_a_request_waits_for_its_turn_to_read_the_answer_and_not_to_be_sent(tmp_
     against(work, tmp_path, {"token": "t"})
 
 
-def test_a_token_that_stays_rejected_is_an_error_and_not_asked_for_for_ever(tmp_path: Path) -> None:
+def test_a_token_that_stays_rejected_is_an_error_and_not_retried_for_ever(tmp_path: Path) -> None:
     async def work(server: Server, cluster: Cluster) -> None:
         server.expired = "t"
         with pytest.raises(RejectedError, match="Unauthorized"):
@@ -171,9 +171,7 @@ def test_a_token_that_stays_rejected_is_an_error_and_not_asked_for_for_ever(tmp_
     against(work, tmp_path, {"token": "t"})
 
 
-def test_neither_the_environments_proxy_nor_a_netrc_has_a_part_in_a_request(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_proxy_variables_and_netrc_are_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login somebody password else\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"):
@@ -186,7 +184,7 @@ def test_neither_the_environments_proxy_nor_a_netrc_has_a_part_in_a_request(
     against(work, tmp_path, {"token": "t"})
 
 
-def test_a_number_that_json_has_not_is_never_sent(tmp_path: Path) -> None:
+def test_a_number_outside_json_is_never_sent(tmp_path: Path) -> None:
     async def work(server: Server, cluster: Cluster) -> None:
         with pytest.raises(ValueError, match="not JSON compliant"):
             await cluster.apply_status(make_job(), {"progress": {"loss": float("inf")}})
@@ -204,7 +202,7 @@ def test_the_proxy_that_the_configuration_names_is_used(tmp_path: Path) -> None:
     against(work, tmp_path, {"token": "t"}, **{"proxy-url": "http://127.0.0.1:1"})
 
 
-def test_requests_share_a_connection_and_a_selector_arrives_as_it_was_meant(tmp_path: Path) -> None:
+def test_requests_share_a_connection_and_escape_selectors(tmp_path: Path) -> None:
     async def work(server: Server, cluster: Cluster) -> None:
         for _ in range(3):
             await cluster.list_pods("team", "a+b/c=d")
@@ -268,7 +266,7 @@ class Rotated:
         await self._runner.cleanup()
 
 
-def test_an_authority_that_is_replaced_is_read_again_and_the_earlier_one_not_trusted_any_more(tmp_path: Path) -> None:
+def test_a_replaced_authority_is_read_again_and_the_old_one_distrusted(tmp_path: Path) -> None:
     first, second = (Authority(datetime.now(UTC)) for _ in range(2))
     trusted = tmp_path / "ca.crt"
     trusted.write_bytes(first.certificate)

@@ -1,4 +1,4 @@
-"""One pass over a job, against a cluster in memory: what is written, what is left alone, and when it looks again."""
+"""One pass over a job, against a cluster in memory: its writes, and its requeue."""
 
 import asyncio
 import json
@@ -183,7 +183,7 @@ class MemoryCluster:
 
 
 def reconcile(cluster: MemoryCluster, store: Store | None = None, now: datetime = NOW) -> float | None:
-    """Seconds until the operator looks again, as soon as it waits."""
+    """Seconds until the operator's next pass, as soon as it waits."""
     return until_it_waits(operator(cluster, store or Store(), now))
 
 
@@ -199,7 +199,7 @@ def operator(cluster: MemoryCluster, store: Store, now: datetime = NOW) -> Recon
 
 
 def full(cluster: MemoryCluster, store: Store, now: datetime = NOW) -> Reconciler:
-    """The operator with a profile that allows one job at a time, of which there is one."""
+    """The operator with a profile that allows one job at a time, and one such job."""
     limited = {"default": Profile.model_validate(PROFILES["default"].dump() | {"limits": {"jobs": 1}})}
     other = starts(job_body(status_in("train").dump()))
     return Reconciler(cluster, limited, None, Metrics(), lambda: now, other, store)  # type: ignore[arg-type]
@@ -210,7 +210,7 @@ def has_label(body: Object) -> bool:
 
 
 def shown(cluster: MemoryCluster, *, created: bool = False) -> Store:
-    """What the watches have shown, if that is all that there is."""
+    """Objects that the watches have shown, if no others exist."""
     store = Store()
     store.job_changed(cluster.job, created=created)
     for body in cluster.jobs:
@@ -279,7 +279,7 @@ def test_creation_retries_back_off_and_the_backoff_resets_after_success(
     assert reconciler.blocked.next(KEY) == 5
 
 
-def test_a_job_whose_first_job_no_watch_shows_is_tried_less_and_less_often() -> None:
+def test_a_job_whose_first_job_no_watch_shows_is_retried_with_backoff() -> None:
     cluster = MemoryCluster(job_body())
     store = shown(cluster, created=True)
     cluster.existing = child("prepare")
@@ -296,7 +296,7 @@ def test_status_writes_back_off_if_the_api_server_drops_them() -> None:
     assert [until_it_waits(reconciler) for _ in range(3)] == [5, 10, 20]
 
 
-def test_what_runs_for_a_job_that_waits_for_a_place_is_stopped() -> None:
+def test_a_step_of_a_job_that_waits_for_a_place_is_stopped() -> None:
     cluster = MemoryCluster(job_body())
     cluster.jobs = [child("train")]
     assert until_it_waits(full(cluster, shown(cluster))) == SECONDS_BETWEEN_LOOKS
@@ -305,7 +305,7 @@ def test_what_runs_for_a_job_that_waits_for_a_place_is_stopped() -> None:
 
 
 @pytest.mark.parametrize("kind", ["Service", "NetworkPolicy"])
-def test_no_train_pod_of_several_nodes_is_created_before_what_connects_them(kind: str) -> None:
+def test_peers_service_and_policy_are_created_before_their_train_pods(kind: str) -> None:
     ready = status_in("train", 1, step=step_status("train", jobUid="").dump())
     cluster = MemoryCluster(job_body(ready.dump(), resources={"nodes": 2}), rejected=(kind,))
     assert reconcile(cluster) == 5
@@ -318,7 +318,7 @@ def test_no_train_pod_of_several_nodes_is_created_before_what_connects_them(kind
     assert cluster.writes[:3] == ["NetworkPolicy", "Service", "Job"]
 
 
-def test_what_connects_them_is_tried_again_if_a_quota_has_changed_meanwhile() -> None:
+def test_peers_service_and_policy_are_retried_after_a_quota_change() -> None:
     ready = status_in("train", 1, step=step_status("train", jobUid="").dump())
     cluster = MemoryCluster(job_body(ready.dump(), resources={"nodes": 2}))
     cluster.contended = True
@@ -328,7 +328,7 @@ def test_what_connects_them_is_tried_again_if_a_quota_has_changed_meanwhile() ->
 
 
 def test_service_and_policy_of_peers_are_restored_while_a_pod_starts() -> None:
-    """Somebody may have deleted or changed it while their Job waited in a queue."""
+    """A user may have deleted or changed it while their Job waited in a queue."""
     cluster = stored(status_in("train"), resources={"nodes": 2})
     cluster.jobs, cluster.pods = [child("train")], [running(node(0)), node(1)]
     reconcile(cluster)
@@ -349,7 +349,7 @@ def test_a_job_whose_deletion_a_finalizer_delays_runs_no_further(status: QLoRAJo
     assert reconcile(cluster, shown(cluster)) is None
     assert cluster.writes == [f"deletion of {status.step.job_name}"]
 
-    # Nothing is created in its place, and nobody is asked for anything any more.
+    # Nothing is created in its place, and no request is sent any more.
     going = {**cluster.jobs[0], "metadata": {**cluster.jobs[0]["metadata"], "deletionTimestamp": time()}}
     stopping = deleted(dict(cluster.pods[0]), 0)
     cluster.writes.clear()
@@ -419,7 +419,7 @@ def test_nothing_is_created_for_a_job_that_is_being_deleted(spec: dict[str, Any]
 FINISHED = follow(make_job(status_in("publish")), child("publish", Complete=""), succeeded("publish"))
 
 
-def test_a_finished_job_with_a_clean_up_to_come_is_looked_at_when_that_is_due() -> None:
+def test_a_finished_job_is_requeued_for_its_clean_up() -> None:
     cluster = stored(FINISHED, cleanupAfterSeconds=100)
     assert reconcile(cluster) == 100
     assert reason_of(cluster.status, "CleanedUp") == "Scheduled"
@@ -440,7 +440,7 @@ FAILED = follow(make_job(status_in("prepare")), child("prepare", Failed="x"), fa
         (job_body(FAILED.dump(), cleanupAfterSeconds=0), "CleanedUp", "the clean-up of this job starts"),
     ],
 )
-def test_a_taken_name_says_what_waits_for_it(job: dict[str, Any], kind: str, waiting: str) -> None:
+def test_a_taken_name_is_reported_with_the_object_that_needs_it(job: dict[str, Any], kind: str, waiting: str) -> None:
     cluster = MemoryCluster(job)
     _taken(cluster)
     reconcile(cluster)
@@ -449,7 +449,7 @@ def test_a_taken_name_says_what_waits_for_it(job: dict[str, Any], kind: str, wai
 
 
 @pytest.mark.parametrize("status", [FINISHED, FAILED], ids=["succeeded", "failed"])
-def test_a_finished_job_without_clean_up_is_not_looked_at_any_more(status: QLoRAJobStatus) -> None:
+def test_a_finished_job_without_clean_up_is_not_requeued(status: QLoRAJobStatus) -> None:
     cluster = stored(status)
     store = shown(cluster)
     assert reconcile(cluster, store) is None
@@ -469,7 +469,7 @@ def test_a_finished_job_of_another_release_is_cleaned_up_if_its_pods_can_read_it
     assert [body["metadata"]["name"] for body in cluster.jobs] == ([f"{NAME}-clean-1"] if document else [])
 
 
-def test_a_failed_job_whose_step_still_runs_is_looked_at_and_the_step_deleted() -> None:
+def test_the_running_step_of_a_failed_job_is_deleted() -> None:
     cluster = stored(FAILED)
     cluster.jobs = [child("train")]
     store = shown(cluster)
@@ -478,7 +478,7 @@ def test_a_failed_job_whose_step_still_runs_is_looked_at_and_the_step_deleted() 
     assert not store.is_settled(KEY)
 
 
-def test_a_new_job_takes_four_calls_and_its_event_tells_what_is_stored() -> None:
+def test_a_new_job_takes_four_calls_and_its_event_has_the_stored_message() -> None:
     cluster = MemoryCluster(job_body())
     assert reconcile(cluster, shown(cluster, created=True)) == 60
     assert (cluster.writes, cluster.reads) == (["PersistentVolumeClaim", "Job", "status", "Event"], 0)
@@ -495,7 +495,7 @@ def test_the_first_job_of_a_job_older_than_the_watch_is_looked_up_first() -> Non
     assert cluster.status.resolved.profile.image == "example.org/old"
 
 
-def test_the_first_job_of_another_operator_says_what_was_resolved() -> None:
+def test_the_first_job_of_another_operator_has_the_resolved_spec() -> None:
     cluster = MemoryCluster(job_body())
     store = shown(cluster, created=True)
     cluster.existing = with_resolved(child("prepare"), image="example.org/other")
@@ -556,7 +556,7 @@ def test_a_result_with_a_number_that_is_no_json_is_an_unreadable_result(number: 
     assert (cluster.status.phase, reason_of(cluster.status)) == ("Failed", "ResultUnreadable")
 
 
-def test_a_job_whose_label_somebody_has_taken_is_not_created_again() -> None:
+def test_a_job_that_lost_its_label_is_not_created_again() -> None:
     cluster = stored(status_in("train"))
     cluster.existing = child("train", owner="")
     reconcile(cluster)
@@ -565,7 +565,7 @@ def test_a_job_whose_label_somebody_has_taken_is_not_created_again() -> None:
     assert cluster.status.step.attempt == 1
 
 
-def test_a_failed_job_that_waits_for_a_place_is_cleaned_up_all_the_same() -> None:
+def test_a_failed_job_that_waits_for_a_place_is_still_cleaned_up() -> None:
     cluster = MemoryCluster(job_body(FAILED.dump(), cleanupAfterSeconds=0, retry={"request": 1}))
     until_it_waits(full(cluster, Store()))
     assert cluster.writes[0] == "Job"
@@ -621,7 +621,7 @@ def test_a_pass_that_changes_nothing_asks_the_api_server_for_nothing() -> None:
     assert (cluster.writes, cluster.reads, writes) == (writes, 0, ["status", "Event"])
 
 
-def test_a_job_that_is_gone_is_forgotten() -> None:
+def test_a_deleted_job_is_dropped() -> None:
     cluster = MemoryCluster(job_body())
     store = shown(cluster)
     store.distrust(KEY)
@@ -705,7 +705,7 @@ def without_labels(body: Object) -> dict[str, Any]:
 
 
 def without_owner(body: Object) -> dict[str, Any]:
-    """As the Job controller leaves it after it has lost the labels by which its Job selects it."""
+    """As the Job controller leaves it after it has lost the labels that its Job selects it by."""
     return {**body, "metadata": {**body["metadata"], "ownerReferences": []}}
 
 
@@ -717,7 +717,7 @@ TAKEN = pytest.mark.parametrize("taken", [without_labels, without_owner, both], 
 
 
 def training(taken: Callable[[Object], dict[str, Any]], **spec: Any) -> MemoryCluster:
-    """The train pod was seen running, and now somebody takes something away from it."""
+    """The train pod was seen running, and now an object is taken away from it."""
     cluster = stored(status_in("train"), **spec)
     cluster.jobs, cluster.pods = [{**child("train"), "status": {"active": 1}}], [running(pod("train"))]
     reconcile(cluster)
@@ -727,7 +727,7 @@ def training(taken: Callable[[Object], dict[str, Any]], **spec: Any) -> MemoryCl
 
 
 @TAKEN
-def test_a_running_pod_that_somebody_detaches_still_counts_against_the_deadline(
+def test_a_detached_running_pod_still_counts_against_the_deadline(
     taken: Callable[[Object], dict[str, Any]],
 ) -> None:
     cluster = training(taken, activeDeadlineSeconds=100)
@@ -763,7 +763,7 @@ def test_a_detached_pod_and_another_one_of_its_job_never_write_at_the_same_time(
     assert (cluster.status.active_seconds, cluster.status.disruptions, cluster.status.failures) == (55, 0, 0)
 
 
-def test_a_pod_without_an_owner_is_none_of_a_step_that_has_no_job_yet() -> None:
+def test_a_pod_without_an_owner_does_not_belong_to_a_step_without_a_job() -> None:
     cluster = stored(status_in("train", step=step_status("train", jobUid="").dump()))
     cluster.pods = [without_owner(running(pod("train")))]
     reconcile(cluster, shown(cluster))
@@ -798,7 +798,7 @@ def test_a_retried_job_waits_for_the_detached_pod_of_its_failure(
     reconcile(cluster, shown(cluster), after(62))
     assert _created(cluster) == [f"{NAME}-train-2"]
     assert cluster.status.active_seconds == 121
-    # The step knows its own pod now.
+    # The step has the name of its pod now.
     cluster.pods = [*cluster.pods, running(pod("train", 2), since=63)]
     reconcile(cluster, shown(cluster), after(64))
     assert (cluster.status.phase, cluster.status.disruptions, cluster.status.failures) == ("Training", 0, 0)
@@ -806,7 +806,7 @@ def test_a_retried_job_waits_for_the_detached_pod_of_its_failure(
     assert cluster.status.step.running_pod_name == f"{NAME}-train-2-pod1"
 
 
-def test_a_restart_waits_for_the_pod_that_it_stops_although_somebody_hides_that() -> None:
+def test_a_restart_waits_for_its_stopped_pod_although_that_is_detached() -> None:
     stalled = step_status(
         "train",
         runningPod=f"uid-{NAME}-train-1-pod1",
@@ -832,8 +832,8 @@ def test_a_restart_waits_for_the_pod_that_it_stops_although_somebody_hides_that(
 
 
 @pytest.mark.parametrize("end", [[], [ended(pod("train", 4), 143)]], ids=["gone", "ended"])
-def test_nobody_is_accused_of_deleting_the_job_of_a_detached_pod(end: list[dict[str, Any]]) -> None:
-    """As often as that happens, the operator deletes that Job itself, and replaces it at once."""
+def test_the_deletion_of_a_detached_pods_job_is_not_blamed_on_a_user(end: list[dict[str, Any]]) -> None:
+    """Each time, the operator deletes that Job itself, and replaces it immediately."""
     cluster = stored(status_in("train", 4))
     cluster.jobs, cluster.pods = [child("train", 4)], [running(pod("train", 4))]
     reconcile(cluster)
@@ -845,7 +845,7 @@ def test_nobody_is_accused_of_deleting_the_job_of_a_detached_pod(end: list[dict[
     assert [body["metadata"]["name"] for body in cluster.jobs] == [f"{NAME}-train-5"]
 
 
-def test_what_a_detached_pod_ran_counts_although_its_job_has_another_pod_by_then() -> None:
+def test_the_time_of_a_detached_pod_counts_although_its_job_has_another_pod() -> None:
     cluster = training(without_owner)
     detached = dict(cluster.pods[0])
     cluster.pods = [ended(detached, 0, start=-60, end=-10), running(pod("train", number=2), since=-5)]

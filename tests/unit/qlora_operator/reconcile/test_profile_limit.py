@@ -1,4 +1,4 @@
-"""What a profile allows a namespace: who may use it, how much a job may ask for, and how many run at a time."""
+"""Limits of a profile for a namespace: users, size, and number of running jobs."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -54,7 +54,7 @@ def limited(**fields: Any) -> dict[str, Profile]:
         ({"limits": {"jobs": 2}}, {}, "JobLimitReached", "2 jobs of profile 'default' have started"),
     ],
 )
-def test_a_job_beyond_what_its_profile_allows_waits_and_says_why(
+def test_a_job_above_its_profiles_limits_waits_with_a_reason(
     settings: dict[str, Any], spec: dict[str, Any], reason: str, says: str
 ) -> None:
     job = make_job(**spec)
@@ -83,7 +83,7 @@ def test_a_system_prompt_of_any_characters_reaches_the_pods() -> None:
     assert read.spec.dataset.system_prompt.text == text
 
 
-def test_a_spec_that_no_annotation_holds_waits_and_says_which_texts_are_too_long() -> None:
+def test_a_spec_too_large_for_an_annotation_waits_and_names_its_long_texts() -> None:
     schema = "\x01" * 8192  # six bytes each, in JSON
     status = follow(make_job(**prompted("\x01" * 16_383 + "a", check="jsonSchema", schema=schema)))
     assert (status.phase, status.resolved, reason_of(status)) == ("Pending", None, "SpecTooLarge")
@@ -101,13 +101,13 @@ def test_a_spec_that_no_annotation_holds_waits_and_says_which_texts_are_too_long
         ({"limits": {}}, {"resources": {"gpus": 16}}),
     ],
 )
-def test_a_job_within_what_its_profile_allows_starts(settings: dict[str, Any], spec: dict[str, Any]) -> None:
+def test_a_job_within_its_profiles_limits_starts(settings: dict[str, Any], spec: dict[str, Any]) -> None:
     profiles = limited(**settings)
     status = follow(make_job(**spec), profiles=profiles, jobs_of_profile=2)
     assert status.resolved is not None
     # The names of other tenants' namespaces are not for this one, and an older release reads the status as before.
     assert {"namespaces", "limits"}.isdisjoint(status.resolved.profile.dump())
-    # Who has started is not stopped by limits that come later.
+    # Later limits do not stop a job that has started.
     later = follow(make_job(status_in("train")), profiles=limited(namespaces=["other"], limits={"jobs": 1}))
     assert later.step is not None
 
@@ -119,7 +119,7 @@ def test_a_namespace_learns_only_of_profiles_that_it_may_use() -> None:
         assert message_of(status).split("are: ")[1].split(";")[0] == "default"
 
 
-def test_a_failed_job_is_taken_up_only_within_the_limits_of_today() -> None:
+def test_a_failed_job_is_retried_only_within_the_current_limits() -> None:
     ends = (child("publish", Failed="PodFailurePolicy"), failed("publish", 10, "BadConfiguration", "the key expired"))
     stored, profiles = follow(make_job(status_in("publish")), *ends), limited(limits={"jobs": 1})
     job = make_job(stored, retry={"request": 1})
@@ -140,7 +140,7 @@ def test_a_failed_job_is_taken_up_only_within_the_limits_of_today() -> None:
 @pytest.mark.parametrize(
     ("text", "number"), [("1", 1), ("1.5Gi", 3 * 2**29), ("50G", 50 * 10**9), ("2P", 2 * 10**15), ("500m", 0.5)]
 )
-def test_a_quantity_is_compared_by_what_it_stands_for(text: str, number: float) -> None:
+def test_a_quantity_is_compared_by_value(text: str, number: float) -> None:
     assert amount(text) == number
 
 
@@ -196,7 +196,7 @@ class Namespace:
         pass
 
     async def create_job(self, _namespace: str, manifest: dict[str, Any]) -> dict[str, Any]:
-        # Whoever has a Job counts, whatever happens to the next write of its status.
+        # A job with a Job counts, whatever happens to the next write of its status.
         assert manifest["metadata"]["labels"][JOB_LABEL] in self.started()
         created = {"uid": f"uid-{manifest['metadata']['name']}", "resourceVersion": "8", "creationTimestamp": time()}
         return manifest | {"metadata": manifest["metadata"] | created}
@@ -212,7 +212,7 @@ class Namespace:
         return [name for name, body in self.bodies.items() if body["status"].get("resolved")]
 
     def reconcile(self, *names: str) -> None:
-        """All of them at once."""
+        """All of them concurrently."""
 
         async def all_at_once() -> None:
             await asyncio.gather(*(self._operator.reconcile(("team", name)) for name in names))
@@ -220,12 +220,12 @@ class Namespace:
         asyncio.run(all_at_once())
 
     def serve(self) -> None:
-        """Whoever was woken, until nobody is."""
+        """The woken jobs, until none is."""
         while self.woken:
             self.reconcile(self.woken.pop(0)[1])
 
 
-def test_no_more_jobs_start_than_the_profile_allows_although_all_are_looked_at_at_once() -> None:
+def test_concurrent_passes_start_no_more_jobs_than_the_profile_allows() -> None:
     namespace = Namespace(count=50, limit=3)
     namespace.reconcile(*namespace.bodies)
     assert len(namespace.started()) == 3
@@ -233,7 +233,7 @@ def test_no_more_jobs_start_than_the_profile_allows_although_all_are_looked_at_a
     assert namespace.counts == 4
 
 
-def test_whoever_waits_longest_starts_by_itself_when_a_job_ends_or_goes() -> None:
+def test_the_longest_waiting_job_starts_when_another_ends_or_is_deleted() -> None:
     namespace = Namespace(count=5, limit=2)
     for name in namespace.bodies:
         namespace.reconcile(name)
@@ -242,14 +242,14 @@ def test_whoever_waits_longest_starts_by_itself_when_a_job_ends_or_goes() -> Non
     namespace.reconcile("job-0")
     namespace.serve()
     assert namespace.started() == ["job-1", "job-2"]
-    # One that waits is deleted, and one that runs: the next in the row starts.
+    # A waiting job is deleted, and a running one: the next in the queue starts.
     namespace.delete("job-3", "job-1")
     namespace.reconcile("job-3", "job-1")
     namespace.serve()
     assert namespace.started() == ["job-2", "job-4"]
 
 
-def test_a_job_that_is_deleted_and_does_not_go_keeps_no_other_waiting() -> None:
+def test_a_job_stuck_in_deletion_blocks_no_other() -> None:
     namespace = Namespace(count=4, limit=1)
     for name in namespace.bodies:
         namespace.reconcile(name)
@@ -260,7 +260,7 @@ def test_a_job_that_is_deleted_and_does_not_go_keeps_no_other_waiting() -> None:
     assert namespace.started() == ["job-2"]
 
 
-def test_the_first_in_the_row_looks_again_without_being_woken() -> None:
+def test_the_head_of_the_queue_is_requeued_periodically() -> None:
     waiting = starts()
     first, second = make_job(), parse_job(Namespace._body("second"))
     assert waiting.wait(first) == SECONDS_BETWEEN_LOOKS
@@ -269,14 +269,14 @@ def test_the_first_in_the_row_looks_again_without_being_woken() -> None:
     assert waiting.wait(second) == SECONDS_BETWEEN_LOOKS
 
 
-def test_a_job_that_waits_to_be_taken_up_is_not_settled() -> None:
+def test_a_job_that_waits_for_its_retry_is_not_settled() -> None:
     ends = (child("publish", Failed="PodFailurePolicy"), failed("publish", 10, "BadConfiguration", "the key expired"))
     stored = follow(make_job(status_in("publish")), *ends)
     assert is_settled(make_job(stored), Observed())
     assert not is_settled(make_job(stored, retry={"request": 1}), Observed())
 
 
-def test_a_count_that_was_full_is_not_believed_for_long() -> None:
+def test_a_full_count_expires() -> None:
     namespace = Namespace(count=2, limit=1)
     namespace.reconcile("job-0")
     namespace.reconcile("job-1")

@@ -34,7 +34,7 @@ def latest(*lines: str) -> ProgressRecord | None:
     return latest_record("\n".join(lines), UID, POD, "train")
 
 
-def test_the_last_record_counts_whatever_else_is_in_the_log() -> None:
+def test_the_last_record_counts_among_any_other_lines() -> None:
     found = latest("noise", line(training_step=1), "{}", line(training_step=2), "Traceback", '{"kind": "result"}', "")
     assert found is not None
     assert found.training_step == 2
@@ -93,7 +93,7 @@ def test_a_thousand_jobs_together_stay_within_the_budget() -> None:
     assert reads[-1] < 3 * 1000 / READS_PER_SECOND + 15
 
 
-def test_logs_that_cannot_be_read_keep_no_other_job_waiting() -> None:
+def test_unreadable_logs_delay_no_other_job() -> None:
     schedule = ReadSchedule()
     for number in range(10):
         schedule.seconds_until_due(("attacker", f"job{number}"), 0.0)
@@ -138,7 +138,7 @@ def test_a_reader_reads_when_it_is_due_and_only_a_running_pod() -> None:
     assert asked == [("team", f"{NAME}-train-1-pod1")] * 2
 
 
-def test_a_log_that_cannot_be_read_is_no_trouble_and_is_left_alone_for_a_minute() -> None:
+def test_an_unreadable_log_is_no_error_and_is_retried_after_a_minute() -> None:
     async def read_log(namespace: str, name: str) -> None:
         return None
 

@@ -1,4 +1,4 @@
-"""The queue: one worker per key, one reconcile for many requests, a growing pause after failures. Time is virtual."""
+"""The queue: one worker per key, merged requests, backoff. Time is virtual."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -20,7 +20,7 @@ A: Key = ("team", "a")
 B: Key = ("team", "b")
 
 
-def test_keys_come_in_the_order_in_which_they_are_due() -> None:
+def test_keys_come_in_order_of_their_due_time() -> None:
     schedule = Schedule()
     schedule.add(B, 2)
     schedule.add(A, 1)
@@ -28,7 +28,7 @@ def test_keys_come_in_the_order_in_which_they_are_due() -> None:
     assert [schedule.take(0.5), schedule.take(5), schedule.take(5), schedule.take(5)] == [None, A, B, None]
 
 
-def test_a_namespace_with_thousands_of_keys_keeps_no_other_waiting() -> None:
+def test_a_namespace_with_thousands_of_keys_delays_no_other() -> None:
     schedule = Schedule()
     for number in range(5000):
         schedule.add(("flood", f"{number:04}"), 0)
@@ -40,7 +40,7 @@ def test_a_namespace_with_thousands_of_keys_keeps_no_other_waiting() -> None:
     assert [key[0] for key in taken if key] == ["flood", "a", "b", "flood", "a", "b", "flood", "flood", "flood"]
 
 
-def test_a_namespace_that_comes_again_and_again_gets_no_more_than_its_turns() -> None:
+def test_a_busy_namespace_gets_no_more_than_its_turns() -> None:
     schedule = Schedule()
     for number in range(10):
         schedule.add(("patient", str(number)), 0)
@@ -76,7 +76,7 @@ def test_a_namespace_does_not_occupy_the_last_workers() -> None:
 def test_the_only_namespace_that_is_served_may_occupy_every_worker(
     namespaces: tuple[str, ...], together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the operator makes its queue from its settings, of which the number of workers is the default."""
+    """The queue as the operator makes it from its settings, with the default number of workers."""
     made: list[dict[str, Any]] = []
 
     def make(_: object, **options: Any) -> WorkQueue:
@@ -144,7 +144,7 @@ def test_after_the_work_the_earlier_of_request_and_plan_counts() -> None:
     assert schedule.next_due() is None
 
 
-def test_the_pause_doubles_up_to_a_bound_and_success_forgets_it() -> None:
+def test_the_backoff_doubles_up_to_a_bound_and_success_resets_it() -> None:
     schedule = Schedule()
     pauses = []
     now = 0.0
@@ -160,7 +160,7 @@ def test_the_pause_doubles_up_to_a_bound_and_success_forgets_it() -> None:
     assert schedule.failed(A, now) == 1
 
 
-def test_an_event_ends_the_pause_after_a_failure() -> None:
+def test_an_event_ends_the_backoff_after_a_failure() -> None:
     schedule = Schedule()
     schedule.add(A, 0)
     schedule.take(0)
@@ -226,7 +226,7 @@ def test_requests_that_were_replaced_are_not_kept() -> None:
     assert [schedule.take(99_901) for _ in range(101)] == [*sorted(keys), None]
 
 
-def test_depth_counts_what_is_due_and_waits() -> None:
+def test_depth_counts_due_keys() -> None:
     schedule = Schedule()
     schedule.add(A, 0)
     schedule.add(B, 10)
@@ -257,7 +257,7 @@ def drive(
         loop.close()
 
 
-def test_a_key_runs_alone_while_another_runs_beside_it() -> None:
+def test_a_key_runs_alone_while_other_keys_run_in_parallel() -> None:
     now: set[Key] = set()
     together: list[frozenset[Key]] = []
 

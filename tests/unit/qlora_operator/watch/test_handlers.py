@@ -24,7 +24,7 @@ KEY = ("team", NAME)
 
 
 class Watches:
-    """Shows events to the handlers as kopf does, and keeps what they ask for."""
+    """Shows events to the handlers as kopf does, and keeps their requests."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: list[tuple[Key, bool]] = []
@@ -53,7 +53,7 @@ class Watches:
         self.asked.append((key, first))
 
     def show(self, kind: str, type_: str | None, version: int, body: dict[str, Any]) -> list[tuple[Key, bool]]:
-        """What is asked for after this event."""
+        """The keys that this event requeues."""
         self.asked.clear()
         body = body | {"metadata": body["metadata"] | {"resourceVersion": str(version)}}
         asyncio.run(self._handlers[kind](event={"type": type_, "object": body}))
@@ -65,7 +65,7 @@ def watches(monkeypatch: pytest.MonkeyPatch) -> Watches:
     return Watches(monkeypatch)
 
 
-def test_a_sweep_is_looked_at_when_it_changes_and_soon_after_a_cell_has(watches: Watches) -> None:
+def test_a_sweep_is_requeued_when_it_changes_and_soon_after_a_cell_has(watches: Watches) -> None:
     sweep = {"metadata": {"namespace": "team", "name": "rates", "uid": "1"}}
     for event in (None, "MODIFIED", "DELETED"):
         watches.show("qlorasweeps", event, 10, sweep)
@@ -110,7 +110,7 @@ def test_jobs_without_progress_are_counted(watches: Watches) -> None:
     assert count() == 0
 
 
-def test_a_recreated_job_is_known_although_the_old_ones_deletion_comes_last(
+def test_a_recreated_job_is_stored_although_the_old_ones_deletion_comes_last(
     watches: Watches,
 ) -> None:
     training = status_in("train", phase="Training").dump()
@@ -126,7 +126,7 @@ def test_a_recreated_job_is_known_although_the_old_ones_deletion_comes_last(
     assert watches.metrics.registry.get_sample_value("qlora_jobs", {"namespace": "team", "phase": "Training"}) == 1
 
 
-def test_a_child_leads_to_a_pass_of_its_job_when_something_about_it_matters(watches: Watches) -> None:
+def test_a_relevant_change_of_a_child_requeues_its_job(watches: Watches) -> None:
     assert watches.show("jobs", "ADDED", 10, child("train")) == [(KEY, False)]
     assert watches.show("pods", "ADDED", 11, pod("train")) == [(KEY, False)]
     assert watches.show("pods", "MODIFIED", 12, pod("train", hostIP="10.0.0.1")) == []
@@ -143,7 +143,7 @@ def test_the_end_of_a_predecessors_job_wakes_the_qlorajob_of_its_name(watches: W
 
 
 def test_kopf_keeps_no_record_of_an_object_that_it_has_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what the operator gives to kopf, and what kopf does with an event."""
+    """With the operator's settings for kopf, and kopf's handling of an event."""
     given: dict[str, Any] = {}
     shown: list[Key] = []
 
@@ -213,7 +213,7 @@ def test_kopf_lists_no_more_at_a_time_than_the_operators_shortest_page_had(monke
     assert len(given) == 1
 
 
-def test_kopf_neither_keeps_what_it_has_shown_nor_copies_it() -> None:
+def test_kopf_neither_keeps_nor_copies_shown_objects() -> None:
     settings = _configure(75)
     assert settings.queueing.idle_timeout < 1
     body: Any = {"spec": {"a": 1}}

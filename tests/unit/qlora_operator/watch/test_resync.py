@@ -1,4 +1,4 @@
-"""Whether a watch is alive, judged by what lists show and it does not; and the Events of a change of phase."""
+"""Whether a watch is alive, by the changes that only lists show; Events of phases."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -35,7 +35,7 @@ def monitor() -> WatchMonitor:
     return WatchMonitor(patience=100)
 
 
-def test_a_watch_that_shows_what_is_listed_is_alive() -> None:
+def test_a_watch_that_shows_the_listed_versions_is_alive() -> None:
     watch = monitor()
     for number, version in enumerate(("5", "9", "12")):
         watch.show(JOB, version, deleted=False)
@@ -65,7 +65,7 @@ def test_a_watch_that_catches_up_is_alive_again() -> None:
 
 
 @pytest.mark.parametrize("deleted", [True, False])
-def test_what_the_watch_has_shown_late_or_deleted_is_not_missed(deleted: bool) -> None:
+def test_late_or_deleted_objects_of_the_watch_are_not_missed(deleted: bool) -> None:
     watch = monitor()
     watch.compare("qlorajobs", {JOB: "9"}, now=0)
     watch.show(JOB, "10", deleted=deleted)
@@ -73,14 +73,14 @@ def test_what_the_watch_has_shown_late_or_deleted_is_not_missed(deleted: bool) -
     assert watch.dead == ()
 
 
-def test_one_kinds_list_says_nothing_about_another() -> None:
+def test_the_list_of_one_kind_does_not_affect_another() -> None:
     watch = monitor()
     watch.compare("qlorajobs", {JOB: "9"}, now=0)
     watch.compare("pods", {}, now=200)
     assert watch.dead == ()
 
 
-def test_an_object_that_a_list_no_longer_has_is_not_remembered_unless_it_is_newer() -> None:
+def test_an_object_missing_from_a_list_is_dropped_unless_newer() -> None:
     watch = monitor()
     watch.show(JOB, "5", deleted=False)
     watch.show(("qlorajobs", "team", "b", "w"), "12", deleted=False)
@@ -89,7 +89,7 @@ def test_an_object_that_a_list_no_longer_has_is_not_remembered_unless_it_is_newe
     assert set(watch._shown) == {("qlorajobs", "team", "b", "w"), POD}
 
 
-def test_a_job_that_is_created_anew_before_the_watch_shows_that_the_old_one_is_deleted_is_not_missed() -> None:
+def test_a_job_recreated_before_the_old_ones_deletion_event_is_not_missed() -> None:
     watch = monitor()
     new: Identity = ("qlorajobs", "team", "a", "new")
     watch.show(JOB, "5", deleted=False)
@@ -174,7 +174,7 @@ def test_a_denied_namespace_leaves_the_others_alone_and_comes_back(
     assert sum("namespace lost cannot be listed" in record.message for record in caplog.records) == 1
 
 
-def test_a_definition_that_was_gone_and_is_back_needs_a_new_watch() -> None:
+def test_a_recreated_definition_needs_a_new_watch() -> None:
     loop = VirtualLoop()
     lists = Lists()
     resync = Resync(lists, (), lambda _key, _after: None, store=Store(), interval=300, monotonic=loop.time)  # type: ignore[arg-type]
@@ -205,7 +205,7 @@ def test_a_definition_that_was_gone_and_is_back_needs_a_new_watch() -> None:
     ],
     ids=["well", "denied", "unreachable"],
 )
-def test_lost_rights_and_a_lost_server_are_reported_as_what_they_are(
+def test_lost_rights_and_a_lost_server_are_distinguished(
     failure: ClusterError | None, after_a_minute_and_a_half: str | None, after_an_hour: str | None
 ) -> None:
     loop = VirtualLoop()
@@ -236,7 +236,7 @@ def test_lost_rights_and_a_lost_server_are_reported_as_what_they_are(
     loop.close()
 
 
-def test_what_was_deleted_while_the_watches_began_is_noticed_soon_after_the_start() -> None:
+def test_a_deletion_during_the_start_of_the_watches_is_noticed_soon_after() -> None:
     loop = VirtualLoop()
     lists, store = Lists(), Store()
     body: dict[str, Any] = job_body()
@@ -257,7 +257,7 @@ def test_what_was_deleted_while_the_watches_began_is_noticed_soon_after_the_star
     loop.close()
 
 
-def test_a_job_that_a_list_has_shown_to_be_gone_is_looked_at_although_the_next_list_fails() -> None:
+def test_a_job_missing_from_a_list_is_requeued_although_the_next_list_fails() -> None:
     class FirstListOnly(Lists):
         async def list_versions(self, kind: Kind, namespace: str | None) -> tuple[list[ObjectVersion], str]:
             if kind != "qlorajobs":
@@ -341,6 +341,6 @@ def test_the_event_of_a_failure_is_a_warning_with_the_reason() -> None:
     assert (event["type"], event["reason"], event["message"]) == ("Warning", "BadDataset", "row 3 is cut")
 
 
-def test_without_a_change_of_phase_there_is_no_event() -> None:
+def test_without_a_change_of_phase_no_event_is_created() -> None:
     stored = follow(make_job(status_in("train")), child("train"), running(pod("train")))
     assert phase_event(make_job(stored), stored, NOW) is None

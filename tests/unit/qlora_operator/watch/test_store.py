@@ -1,4 +1,4 @@
-"""What the store holds, in whatever order watches, lists and the answers of the operator's own writes arrive."""
+"""The content of the store, for any order of watches, lists and answers."""
 
 import json
 import tracemalloc
@@ -60,7 +60,7 @@ def rows(kind: Any, *bodies: Object) -> list[ObjectVersion]:
     return [object_version(kind, body) for body in bodies]
 
 
-def test_an_older_event_after_the_answer_of_an_own_write_changes_nothing() -> None:
+def test_an_older_event_after_a_write_of_the_operator_changes_nothing() -> None:
     store = store_with()
     written = status_in("train").dump()
     assert not store.job_changed(at(12, job_body(written)))
@@ -75,7 +75,7 @@ def test_an_own_status_write_does_not_requeue_and_a_spec_change_does() -> None:
     assert store.job_changed(at(14, job_body(generation=2), deletionTimestamp="2026-01-02T12:00:00Z"))
 
 
-def test_a_pod_whose_change_no_decision_depends_on_is_no_news() -> None:
+def test_an_irrelevant_change_of_a_pod_does_not_requeue() -> None:
     store = store_with(("pods", at(5, pod("train"))))
     assert not store.child_changed("pods", at(6, pod("train", podIP="10.0.0.1")))
     assert store.child_changed("pods", at(7, running(pod("train"))))
@@ -148,7 +148,7 @@ def test_a_job_whose_deletion_was_missed_is_pruned_by_the_list() -> None:
 
 
 @pytest.mark.parametrize("kind", ["qlorajobs", "jobs", "pods"])
-def test_what_a_dead_watch_has_not_shown_is_read_live_until_it_is_known(kind: Any) -> None:
+def test_objects_missed_by_a_dead_watch_are_read_live_until_shown(kind: Any) -> None:
     bodies: dict[Any, dict[str, Any]] = {"qlorajobs": job_body(), "jobs": child("train"), "pods": pod("train")}
     store = store_with(("jobs", at(11, child("train"))), ("pods", at(11, pod("train"))))
     newer = at(20, bodies[kind])
@@ -162,7 +162,7 @@ def test_what_a_dead_watch_has_not_shown_is_read_live_until_it_is_known(kind: An
     assert store.compare(kind, None, rows(kind, newer), "25") == set()
 
 
-def test_a_label_without_a_name_leads_to_no_look_at_a_job_without_one() -> None:
+def test_a_label_without_a_name_requeues_no_job() -> None:
     nameless = at(20, pod("train"), labels={JOB_UID_LABEL: "nobody"})
     assert Store().compare("pods", None, rows("pods", nameless), "25") == set()
 
@@ -177,7 +177,7 @@ def test_after_a_live_read_the_job_is_held_as_it_was_read() -> None:
     assert names(store) == ([f"{NAME}-train-1"], [])
 
 
-def test_what_a_list_shows_while_a_job_is_read_live_is_not_forgotten() -> None:
+def test_objects_listed_during_a_live_read_are_kept() -> None:
     store = store_with()
     newer = at(40, pod("train"))
     store.compare("pods", None, rows("pods", newer), "45")
@@ -187,13 +187,13 @@ def test_what_a_list_shows_while_a_job_is_read_live_is_not_forgotten() -> None:
     assert store.held(KEY) is not None
 
 
-def test_a_job_that_the_watch_does_not_know_is_looked_at() -> None:
+def test_a_job_that_the_watch_has_not_shown_is_requeued() -> None:
     body = at(20, job_body())
     assert Store().compare("qlorajobs", None, rows("qlorajobs", body), "25") == {KEY}
 
 
 @pytest.mark.parametrize("kind", ["qlorajobs", "jobs"])
-def test_versions_that_are_no_numbers_make_every_read_live(kind: Any) -> None:
+def test_non_numeric_versions_make_every_read_live(kind: Any) -> None:
     store = Store()
     store.job_changed(at("a7" if kind == "qlorajobs" else 7, job_body()))
     store.child_changed("jobs", at("b8" if kind == "jobs" else 8, child("train")))
@@ -219,14 +219,14 @@ def test_a_deleted_first_job_is_remembered_until_the_status_is_resolved() -> Non
 
 
 def jobs_with_resolved(names: Iterable[str], length: int = 0) -> list[dict[str, Any]]:
-    """Jobs of the job with those names, each with what was resolved."""
+    """Jobs of the job with those names, each with the resolved spec."""
     body = with_resolved(child("prepare"))
     if length:
         body["metadata"]["annotations"] = {RESOLVED_ANNOTATION: "x" * length}
     return [at(11, body, name=name, uid=f"uid-{name}") for name in names]
 
 
-def test_only_the_first_job_may_state_what_was_resolved() -> None:
+def test_only_the_first_job_may_state_the_resolved_spec() -> None:
     foreign = jobs_with_resolved((f"x-{number}" for number in range(50)), length=MAX_RESOLVED)
     store = store_with(*(("jobs", body) for body in foreign))
     tracemalloc.start()
@@ -244,7 +244,7 @@ def test_only_the_first_job_may_state_what_was_resolved() -> None:
 
 
 @pytest.mark.parametrize(("length", "kept"), [(MAX_RESOLVED, MAX_RESOLVED), (MAX_RESOLVED + 1, 0)])
-def test_of_what_is_longer_than_any_operator_writes_nothing_is_kept(length: int, kept: int) -> None:
+def test_annotations_longer_than_any_operator_writes_are_dropped(length: int, kept: int) -> None:
     (first,) = jobs_with_resolved([FIRST], length)
     held = store_with(("jobs", first)).held(KEY)
     assert held is not None
@@ -298,7 +298,7 @@ def test_a_job_of_any_size_is_held_as_it_was_shown(length: int) -> None:
     assert held.body == shown
 
 
-def test_what_nobody_reads_of_a_job_is_not_kept() -> None:
+def test_unread_fields_of_a_job_are_dropped() -> None:
     noise = {f"example.org/{number}": "x" * 60 for number in range(1000)}
     queue = {QUEUE_LABEL: "research", QUEUE_PRIORITY_LABEL: "high"}
     shown = at(10, job_body(), managedFields=[noise], annotations=noise, labels=noise | queue, finalizers=list(noise))
@@ -347,7 +347,7 @@ STEPS: tuple[StepName, ...] = ("prepare", "train", "publish")
 
 
 class World:
-    """What happens in an API server: objects that are created, changed and deleted, each time in a new version."""
+    """Changes in an API server: objects created, changed and deleted, in new versions."""
 
     def __init__(self, random: Random) -> None:
         self.version = 100
@@ -414,7 +414,7 @@ def check_truth(store: Store, world: World) -> None:
 
 
 @pytest.mark.parametrize("seed", range(100))
-def test_whatever_order_events_and_answers_arrive_in_it_holds_the_truth(seed: int) -> None:
+def test_events_and_answers_in_any_order_lead_to_the_true_state(seed: int) -> None:
     random, world = happened(seed)
     store = Store()
     shown = world.events + random.sample(world.events, 20)
@@ -425,7 +425,7 @@ def test_whatever_order_events_and_answers_arrive_in_it_holds_the_truth(seed: in
 
 
 @pytest.mark.parametrize("seed", range(100))
-def test_whatever_events_are_lost_it_asks_for_what_it_does_not_hold(seed: int) -> None:
+def test_after_lost_events_missing_objects_are_read(seed: int) -> None:
     random, world = happened(seed)
     store = Store()
     lost = random.choice((1, 5, 30))

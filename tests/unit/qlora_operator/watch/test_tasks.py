@@ -1,4 +1,4 @@
-"""Ending the tasks that somebody else's code has started, and no others."""
+"""Ending the tasks that other code has started, and no others."""
 
 import asyncio
 import contextlib
@@ -10,7 +10,7 @@ async def forever() -> None:
     await asyncio.Event().wait()
 
 
-def test_only_what_was_started_inside_ends() -> None:
+def test_only_tasks_started_inside_end() -> None:
     async def scenario() -> None:
         async def root() -> None:
             await asyncio.sleep(0)
@@ -49,7 +49,7 @@ def test_a_task_that_ignores_its_cancellation_a_few_times_ends_too() -> None:
     asyncio.run(scenario())
 
 
-def test_errors_of_tasks_that_nobody_awaits_are_not_reported_twice() -> None:
+def test_errors_of_unawaited_tasks_are_not_reported_twice() -> None:
     async def scenario() -> None:
         reported: list[object] = []
         asyncio.get_running_loop().set_exception_handler(lambda _loop, context: reported.append(context))
