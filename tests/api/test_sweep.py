@@ -83,7 +83,7 @@ def test_a_sweep_runs_its_cells_and_its_best_adapter_outlives_it(sweeps: Sweeps)
     first, second = sweeps.wait_for_cells("life", 2)
     sweeps.wait("life", phase="Running", running=2, pending=1, summary="0/3")
 
-    # A cell is a plain job on the claim of all, which belongs to nobody.
+    # A cell is a plain job on the claim of all, which has no owner.
     claim = sweeps.get("life")["status"]["claimName"]
     assert cluster.job(first)["spec"]["workspace"] == {"claimName": claim, "retain": True}
     stored = cluster.kubectl.get("persistentvolumeclaim", claim, f"--namespace={NAMESPACE}")
