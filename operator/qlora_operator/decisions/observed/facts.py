@@ -1,4 +1,4 @@
-"""What a status is computed from, and how it is written: the facts of one pass."""
+"""The facts of one pass, and how to write a status computed from them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
