@@ -1,4 +1,4 @@
-"""Decides when to announce a finished job, and with which entry."""
+"""Decides when to announce a finished job, and builds its entry."""
 
 import json
 from collections.abc import Iterable
@@ -87,7 +87,7 @@ def with_announcement(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 
 
 def without_announcement(status: QLoRAJobStatus, facts: Facts, why: str) -> QLoRAJobStatus:
-    """Return the status without the entry; the adapter is still published."""
+    """Return the status without the entry of the published adapter."""
     return set_condition(status, facts, "Announced", "False", Reason("AnnouncementRejected", why))
 
 

@@ -11,7 +11,7 @@ from qlora_operator.decisions.pods.blockers import blocking_reason
 
 
 def cleanup_at(job: QLoRAJob, status: QLoRAJobStatus) -> datetime | None:
-    """Return when to delete Jobs and scratch data; None if never, or if done."""
+    """Return when to delete Jobs and scratch data, or None if never, or if done."""
     seconds = job.spec.cleanup_after_seconds
     if seconds is None or status.completion_time is None or is_true(status, "CleanedUp"):
         return None

@@ -42,7 +42,7 @@ def continued_run(facts: Facts) -> ContinuedRun | None:
 
 
 def objection_of_other_job(facts: Facts, profiles: Iterable[Profile]) -> Reason | None:
-    """Return why the run in spec.continues cannot be continued now; None if it can.
+    """Return why the run in spec.continues cannot be continued now, or None if it can.
 
     Returns None without that field, too.
     """

@@ -18,7 +18,7 @@ _ORDER: tuple[Phase, ...] = ("Pending", "Preparing", "Queued", "Training", "Publ
 
 
 def phase_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[str, Any] | None:
-    """Build the Event of a phase change; None if the phase stays.
+    """Build the Event of a phase change, or None if the phase stays.
 
     Its name derives from the change and from the version before it: a job that is preempted again passes the same
     phases with the same figures, and gets a new Event each time.
@@ -33,7 +33,7 @@ def phase_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[st
 
 
 def progress_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[str, Any] | None:
-    """Build the Event of a step that has stopped making progress; None otherwise."""
+    """Build the Event of a step that has stopped making progress, or None otherwise."""
     found, before = condition(status, "Progressing"), condition(job.status, "Progressing")
     if found is None or found.status != "False" or (before is not None and before.status == "False"):
         return None
@@ -43,7 +43,7 @@ def progress_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict
 
 
 def tracking_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[str, Any] | None:
-    """Build the Event of a run that a tracking server rejected; None otherwise."""
+    """Build the Event of a run that a tracking server rejected, or None otherwise."""
     if status.tracking is None or status.tracking == job.status.tracking or not status.tracking.failures:
         return None
     why = "; ".join(f"{tracker}: {message}" for tracker, message in status.tracking.failures.items())
@@ -52,7 +52,7 @@ def tracking_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict
 
 
 def announcement_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[str, Any] | None:
-    """Build the Event of an adapter that cannot be announced; None otherwise."""
+    """Build the Event of an adapter that cannot be announced, or None otherwise."""
     found, before = condition(status, "Announced"), condition(job.status, "Announced")
     if found is None or found.status != "False" or (before is not None and before.status == "False"):
         return None
@@ -75,7 +75,7 @@ def budget_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[s
 
 
 def sweep_event(sweep: QLoRASweep | StoredSweep, status: QLoRASweepStatus, now: datetime) -> dict[str, Any] | None:
-    """Build the Event of a sweep's phase change; None if the phase stays."""
+    """Build the Event of a sweep's phase change, or None if the phase stays."""
     before, phase = sweep.status.phase, status.phase
     if phase is None or phase == before:
         return None
@@ -105,7 +105,7 @@ def _metadata(job: QLoRAJob | QLoRASweep | StoredSweep) -> dict[str, Any]:
 
 
 def _rank(phase: Phase) -> int:
-    """Rank a phase by its place in a job's life; ends and suspensions come last."""
+    """Rank a phase by its place in a job's life, with ends and suspensions last."""
     return _ORDER.index(phase) if phase in _ORDER else len(_ORDER)
 
 

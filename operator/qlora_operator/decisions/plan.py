@@ -309,5 +309,5 @@ def _times_after(job: QLoRAJob, status: QLoRAJobStatus) -> Iterator[datetime]:
 
 
 def _earliest(times: Iterator[datetime], now: datetime) -> datetime | None:
-    """Return the first time after `now`; anything due earlier has been observed."""
+    """Return the first time after `now`: anything due earlier has been observed."""
     return min((moment for moment in times if moment > now), default=None)

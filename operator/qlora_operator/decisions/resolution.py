@@ -112,7 +112,10 @@ def _resolved_by(first: ChildJob, job: QLoRAJob) -> Resolved | None:
 
 
 def objection(facts: Facts) -> Reason | None:
-    """Return why settings or other jobs keep the job from starting; None if none do."""
+    """Return why settings or other jobs keep the job from starting.
+
+    Returns None if none do.
+    """
     return objection_to_job(facts) or job_limit_reached(facts)
 
 
@@ -151,7 +154,7 @@ def objection_to_job(facts: Facts) -> Reason | None:
 
 
 def _too_large(job: QLoRAJob) -> Reason | None:
-    """Return why the pods cannot receive the job's spec; None if they can."""
+    """Return why the pods cannot receive the job's spec, or None if they can."""
     size, limit = len(document(job).encode()), MAX_DOCUMENT_LENGTH - _ROOM_FOR_A_GATE
     if size <= limit:
         return None
@@ -163,9 +166,10 @@ def _too_large(job: QLoRAJob) -> Reason | None:
 
 
 def _not_shared(job: QLoRAJob, profile: Profile) -> Reason | None:
-    """Return why pods on several nodes cannot share the workspace; None if they can.
+    """Return why pods on several nodes cannot share the workspace.
 
-    The profile's access mode is assumed for an existing claim: the operator cannot read which node it is bound to.
+    Returns None if they can. The profile's access mode is assumed for an existing claim: the operator cannot read which
+    node it is bound to.
     """
     if job.spec.resources.node_count == 1:
         return None
@@ -189,7 +193,7 @@ def _not_shared(job: QLoRAJob, profile: Profile) -> Reason | None:
 
 
 def objection_to_retry(facts: Facts) -> Reason | None:
-    """Return why current profiles block the start and a retry; None if they do not."""
+    """Return why current profiles block the start and a retry, or None if they do not."""
     spec, profiles = facts.job.spec, facts.profiles.values()
     return reserved_secret(spec, profiles) or reserved_config_map(spec, profiles) or objection_of_limits(facts)
 
@@ -223,7 +227,7 @@ def objection_of_limits(facts: Facts) -> Reason | None:
 
 
 def job_limit_reached(facts: Facts) -> Reason | None:
-    """Return why the job waits for others of its profile; None if there is a place."""
+    """Return why the job waits for others of its profile, or None if there is a place."""
     namespace, name = facts.job.namespace, facts.job.spec.scheduling.profile
     profile = facts.profiles.get(name)
     limit = profile.limits.jobs if profile is not None and profile.limits is not None else None

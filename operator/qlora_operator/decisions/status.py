@@ -21,7 +21,7 @@ from qlora_operator.decisions.usage.usage import count_usage
 
 
 def next_status(facts: Facts) -> QLoRAJobStatus:
-    """Compute the next status; equal to the stored one if nothing has changed."""
+    """Compute the next status, equal to the stored one if nothing has changed."""
     status = facts.job.status
     if facts.job.deleting:
         return status

@@ -1,4 +1,4 @@
-"""Carries out what a plan asks for: deletes and creates the Jobs of a job, and what its pods need beside them."""
+"""Carries out a plan: deletes and creates Jobs and the other objects of a job."""
 
 import logging
 from collections.abc import Awaitable
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Result:
-    """What has come of the actions of one pass."""
+    """The outcome of the actions of one pass."""
 
     status: QLoRAJobStatus
     changed: bool
@@ -59,7 +59,10 @@ class Result:
 
 
 class _BlockedError(Exception):
-    """An action cannot be done now; `reason` says why, for the status."""
+    """An action cannot be done now.
+
+    `reason` is for the status.
+    """
 
     def __init__(self, reason: Reason) -> None:
         super().__init__(reason.sentence)
@@ -68,7 +71,7 @@ class _BlockedError(Exception):
 
 @dataclass(frozen=True)
 class Actions:
-    """Carries out the actions of one job after the other, until one of them cannot be done now."""
+    """Carries out the actions of one job in turn, until one cannot be done now."""
 
     cluster: Cluster
     store: Store
@@ -90,13 +93,13 @@ class Actions:
                     case ConnectNodes():
                         changed |= await self._connect_nodes(job)
                     case Announce():
-                        # Whatever comes of it, the clean-up after it does not wait.
+                        # The clean-up does not wait for a success.
                         status, written = await self._announce(facts, status)
                         changed, again = changed | written, self.announcements.due(key)
                     case CreateJob() if resolved is not None:
                         job_uid, is_new = await self._create_job(job, resolved, action)
                         changed |= is_new
-                        # The status that tells of the first Job follows from what the next pass sees.
+                        # The next pass derives the status with the first Job from what it observes.
                         status = status if creates_first_job(action) else with_child(status, facts, job_uid)
             except _BlockedError as blocked:
                 logger.warning("%s", blocked, extra={"key": key})
@@ -114,7 +117,7 @@ class Actions:
             raise _BlockedError(Reason("JobRejected", sentence)) from error
 
     async def _create_job(self, job: QLoRAJob, resolved: Resolved, action: CreateJob) -> tuple[str, bool]:
-        """UID of the step's Job, and whether it was created now, or the store shows it only now.
+        """Create the step's Job and return its UID, and whether it is new to the store.
 
         It may exist already, by a pass that was interrupted. Raises _BlockedError.
         """
@@ -152,10 +155,10 @@ class Actions:
         return True
 
     async def _connect_nodes(self, job: QLoRAJob) -> bool:
-        """Create the Service and the NetworkPolicy of train pods on several nodes; whether one of them was missing.
+        """Create the Service and NetworkPolicy of train pods on several nodes.
 
-        Their names have the job's UID: what exists is the job's own, or was made by somebody who may do so. Raises
-        _BlockedError.
+        Returns whether one of them was missing. Their names have the job's UID: an existing one is the job's own, or a
+        user with the right to do so has made it. Raises _BlockedError.
         """
         created = False
         for kind, create, manifest in (
@@ -175,9 +178,9 @@ class Actions:
         return created
 
     async def _announce(self, facts: Facts, status: QLoRAJobStatus) -> tuple[QLoRAJobStatus, bool]:
-        """The status with what has come of the entry for servers, and whether that was written.
+        """Write the entry for servers and return the status, and whether it was written.
 
-        Nothing is tried before it is due: what the API server rejects, it mostly rejects for as long as nobody acts.
+        Nothing is tried before it is due: the API server mostly rejects again until a user acts.
         """
         job, name, key = facts.job, config_map_name(facts.job), (facts.job.namespace, facts.job.name)
         if status.adapter is None:
@@ -199,7 +202,10 @@ class Actions:
         return with_announcement(status, facts), True
 
     async def _write_entry(self, job: QLoRAJob, adapter: AdapterStatus) -> None:
-        """Raises ClusterError: RejectedError if the ConfigMap is not ours, or must not be written."""
+        """Write the adapter's entry.
+
+        Raises ClusterError: RejectedError if the ConfigMap is not the operator's, or must not be written.
+        """
         name, (beside_others, as_the_first) = config_map_name(job), build_patches(job, adapter)
         try:
             await self.cluster.patch_config_map(job.namespace, name, beside_others)
@@ -222,7 +228,10 @@ class Actions:
 
 
 def _name_taken(found: Object, job: QLoRAJob, step: StepName) -> Reason | None:
-    """Why a Job that has the name of the step's is not that; None if it is."""
+    """Return why an existing Job of the step's name is not the step's.
+
+    Returns None if it is.
+    """
     name = found["metadata"]["name"]
     if controller_uid(found) != job.uid:
         waiting = "the clean-up" if step == "clean" else f"the {step} step"

@@ -68,7 +68,7 @@ def cloud_environment(profile: Profile) -> dict[str, str | None]:
 
 
 def service_account_name(profile: Profile, step: StepName) -> str | None:
-    """Return the ServiceAccount of a step's pod; None for the namespace's default."""
+    """Return the ServiceAccount of a step's pod, or None for the namespace's default."""
     if profile.cloud_identity is not None and step in _WITH_IDENTITY:
         return profile.cloud_identity.service_account_name
     return profile.service_account_name

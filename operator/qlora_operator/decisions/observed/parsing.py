@@ -51,7 +51,7 @@ def profile_in_use(body: Object) -> str | None:
 
 
 def controller_uid(body: Object) -> str:
-    """Return the UID of the object's controller; empty if it has none."""
+    """Return the UID of the object's controller, empty if it has none."""
     owners = body["metadata"].get("ownerReferences") or ()
     return next((str(owner["uid"]) for owner in owners if owner.get("controller")), "")
 

@@ -66,9 +66,9 @@ def is_shared(job: QLoRAJob) -> bool:
 
 
 def waits_for_sweep(status: QLoRAJobStatus, shared: SharedPod | None) -> Reason | None:
-    """Return why the cell does not get a train Job yet; None if it does, or has one.
+    """Return why the cell does not get a train Job yet.
 
-    The reason is Training while a pod of its sweep trains it.
+    Returns None if it does, or has one. The reason is Training while a pod of its sweep trains it.
     """
     step = status.step
     if shared is None or shared.alone or step is None or step.name != "train" or step.job_uid:
@@ -79,7 +79,7 @@ def waits_for_sweep(status: QLoRAJobStatus, shared: SharedPod | None) -> Reason 
 
 
 def trained_by(status: QLoRAJobStatus, shared: SharedPod | None) -> str:
-    """Return the sweep whose pod trains the cell now; empty if none does."""
+    """Return the sweep whose pod trains the cell now, empty if none does."""
     found = waits_for_sweep(status, shared)
     return shared.sweep if shared is not None and found is not None and shared.pod is not None else ""
 

@@ -68,7 +68,7 @@ def parse_job(body: Object) -> QLoRAJob:
 
 
 def _sweep(metadata: Object) -> tuple[str, str] | None:
-    """Return name and UID of the sweep that controls the job; None if none does.
+    """Return name and UID of the sweep that controls the job, or None if none does.
 
     The job's creator writes its owner, and the API server does not check it: an owner with an invalid name or UID,
     which could lead out of the claim, is no sweep.
@@ -84,19 +84,19 @@ def _sweep(metadata: Object) -> tuple[str, str] | None:
 
 
 def _cells_in_pod(metadata: Object) -> int:
-    """Read the sweep's number of cells in the pod; 1 if invalid, as users may write it."""
+    """Read the sweep's number of cells in the pod, 1 if a user wrote an invalid one."""
     found = str((metadata.get("annotations") or {}).get(CELLS_IN_POD_ANNOTATION, ""))
     return int(found) if re.fullmatch("[0-9]{1,2}", found) and 1 <= int(found) <= MAX_TOGETHER else 1
 
 
 def _rungs(metadata: Object) -> str:
-    """Read the sweep's list of rungs; empty if invalid, as users may write it."""
+    """Read the sweep's list of rungs, empty if invalid, as users may write it."""
     found = str((metadata.get("annotations") or {}).get(RUNGS_ANNOTATION, ""))
     return found if _RUNGS.fullmatch(found) else ""
 
 
 def _parse_spec(content: Object, resolved: Resolved | None) -> tuple[QLoRAJobSpec, str]:
-    """Parse the spec; also return why the job must not continue, empty if it can."""
+    """Parse the spec and return why the job must not continue, empty if it can."""
     try:
         return QLoRAJobSpec.model_validate(content), ""
     except ValidationError as error:

@@ -263,7 +263,7 @@ def _explain(pod: Pod, job: QLoRAJob, step: StepName, exit_code: int | None) -> 
 
 
 def _log_of(pod: Pod, step: StepName) -> str:
-    """Return the name of the log of a step's libraries; the clean-up has none."""
+    """Return the name of the log of a step's libraries, which the clean-up lacks."""
     if step == "clean":
         return ""
     name = f"{step}.node-{pod.node}" if pod.node else step
@@ -325,7 +325,7 @@ def _start(pod: Pod) -> datetime | None:
 
 
 def _end(pod: Pod) -> datetime | None:
-    """Return the end of the attempt; of a pod under deletion, the time of the request."""
+    """Return the end of the attempt, or when the deletion of its pod was requested."""
     if pod.termination is not None:
         return pod.termination.finished
     return pod.deletion_requested or (pod.created if pod.ended else None)

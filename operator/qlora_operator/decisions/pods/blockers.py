@@ -22,7 +22,10 @@ _REMEDIES = {
 
 
 def blocking_reason(child: ChildJob | None, observed: Observed, now: datetime) -> Reason | None:
-    """Return the reason that blocks the step's Job at `now`; None without a known one."""
+    """Return the reason that blocks the step's Job at `now`.
+
+    Returns None without a known one.
+    """
     for pod in observed.live_pods:
         if reason := _stuck(pod, now) or _detached(pod):
             return reason
@@ -61,7 +64,7 @@ def volumes_at(pod: Pod) -> datetime | None:
 
 
 def stuck_at(pod: Pod) -> datetime | None:
-    """Return when to report a pod under deletion as stuck; None for any other."""
+    """Return when to report a pod under deletion as stuck, or None for any other."""
     return pod.deletion_due + STUCK_AFTER if pod.deletion_due else None
 
 

@@ -15,7 +15,7 @@ PAUSE_AFTER_REJECTED_POD, LONGEST_PAUSE_AFTER_REJECTED_POD = timedelta(seconds=6
 
 
 def next_job_after_rejections(observed: Observed) -> datetime | None:
-    """Return when the next Job may be created; None if no pod was rejected."""
+    """Return when the next Job may be created, or None if no pod was rejected."""
     rejected = _rejected(observed)
     if not rejected:
         return None

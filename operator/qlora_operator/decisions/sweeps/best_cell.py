@@ -23,7 +23,10 @@ def publishing_job(sweep: QLoRASweep, jobs: Mapping[str, CellJob]) -> CellJob | 
 
 
 def published(sweep: QLoRASweep, lines: Sequence[CellStatus], jobs: Mapping[str, CellJob]) -> PublishedCell | None:
-    """Return the state of that job; None before it exists, or without `publish: best`."""
+    """Return the state of that job.
+
+    Returns None before it exists, or without `publish: best`.
+    """
     job, before = publishing_job(sweep, jobs), sweep.status.published
     if job is not None and job.continues not in jobs and not job.started and job.phase not in ENDED:
         return _without_run(sweep, job.continues)
@@ -71,9 +74,9 @@ def cells_to_publish(sweep: QLoRASweep) -> list[str]:
 def job_to_publish(
     sweep: QLoRASweep, cells: Sequence[Cell], lines: Sequence[CellStatus], jobs: Mapping[str, CellJob]
 ) -> Cell | None:
-    """Build the job that publishes the best adapter; None if it exists, or is not due.
+    """Build the job that publishes the best adapter.
 
-    Raises ValueError if the current spec of the best cell cannot be read.
+    Returns None if it exists, or is not due. Raises ValueError if the current spec of the best cell cannot be read.
     """
     if published(sweep, lines, jobs) is not None:
         return None

@@ -18,7 +18,7 @@ _ENDED = frozenset({"Succeeded", "Failed", "Deleted"})
 def judged(
     lines: Sequence[CellStatus], jobs: Mapping[str, CellJob], halving: HalvingSpec | None
 ) -> tuple[CellStatus, ...]:
-    """Add a verdict for each rung whose loss has become known; earlier ones stay.
+    """Add a verdict for each rung whose loss has become known, and keep earlier ones.
 
     Losses that become known at the same time are all compared before the first verdict. Those of cells that have
     failed, were stopped or are gone count: they have reached the rung. One that has lost a rung does not count at later
@@ -32,7 +32,7 @@ def judged(
 
 
 def lost_rung(line: CellStatus) -> RungStatus | None:
-    """Return the first rung that stops the cell; None if it continues."""
+    """Return the first rung that stops the cell, or None if it continues."""
     return next((rung for rung in line.rungs or () if not rung.goes_on), None)
 
 
@@ -46,7 +46,7 @@ def is_to_be_stopped(line: CellStatus, job: CellJob) -> bool:
 
 
 def why_stopped(line: CellStatus, halving: HalvingSpec | None) -> str:
-    """Return the message for users; empty if the cell has lost no rung."""
+    """Return the message for users, empty if the cell has lost no rung."""
     rung = lost_rung(line)
     if rung is None or halving is None:
         return ""

@@ -13,7 +13,7 @@ from qlora_operator.decisions.sweeps.sweep import CellJob, QLoRASweep
 
 
 def fault_of_cells(sweep: QLoRASweep, cells: Sequence[Cell], jobs: Mapping[str, CellJob]) -> Reason | None:
-    """Return why no cell of a new sweep is ever created; None if they can be.
+    """Return why no cell of a new sweep is ever created, or None if they can be.
 
     A sweep with a stored table, or with a cell, was admitted by an earlier release and continues.
     """
@@ -24,7 +24,7 @@ def fault_of_cells(sweep: QLoRASweep, cells: Sequence[Cell], jobs: Mapping[str, 
 
 
 def objection_to_sweep(sweep: QLoRASweep, profiles: Mapping[str, Profile], now: datetime) -> Reason | None:
-    """Return why the sweep or the settings let no cell be created; None if they do."""
+    """Return why the sweep or the settings let no cell be created, or None if they do."""
     job = sweep.as_job()
     if why := objection_to_job(Facts(job=job, observed=Observed(), profiles=profiles, now=now)):
         return why
@@ -39,10 +39,10 @@ def _largest_pod(sweep: QLoRASweep) -> int:
 
 
 def _not_shared(sweep: QLoRASweep, profile: Profile) -> Reason | None:
-    """Return why cells cannot mount the workspace at the same time; None if they can.
+    """Return why cells cannot mount the workspace at the same time.
 
-    Each cell has a separate prepare pod, also if one pod trains several. A volume of one node brings all pods to that
-    node. The profile's access mode is assumed for an existing claim.
+    Returns None if they can. Each cell has a separate prepare pod, also if one pod trains several. A volume of one node
+    brings all pods to that node. The profile's access mode is assumed for an existing claim.
     """
     template, topology = sweep.spec.template.spec, profile.workspace.topology
     parallelism, size = sweep.spec.parallelism, _largest_pod(sweep)

@@ -110,7 +110,7 @@ def _line(cell: Cell, job: CellJob | None, before: CellStatus | None) -> CellSta
 
 
 def _with_reason(line: CellStatus, job: CellJob | None, halving: HalvingSpec | None) -> CellStatus:
-    """Add why the cell was stopped, or is being; not if its user has resumed it since."""
+    """Add why the cell was stopped, or is being, unless its user has resumed it since."""
     if job is None or not (job.rests or is_to_be_stopped(line, job) or (job.stopped_by_sweep and job.suspend)):
         return line
     return line.model_copy(
@@ -128,7 +128,7 @@ def judges_anew(sweep: QLoRASweep, lines: Sequence[CellStatus]) -> bool:
 
 
 def _ranked(lines: Sequence[CellStatus], *, by_score: bool) -> tuple[CellStatus, ...]:
-    """Rank the cells that have succeeded; of two equal ones the first comes first."""
+    """Rank the cells that have succeeded, equal ones in their order."""
 
     def key(line: CellStatus) -> tuple[float, float]:
         loss = math.inf if line.eval_loss is None else line.eval_loss
@@ -199,7 +199,7 @@ def next_status(
     published: PublishedCell | None = None,
     pods: tuple[SweepPodStatus, ...] = (),
 ) -> QLoRASweepStatus:
-    """Compute the next status; equal to the stored one if nothing has changed.
+    """Compute the next status, equal to the stored one if nothing has changed.
 
     `objection`: why no cell may be created. `blocked`: why the planned actions could not be done.
     """
@@ -260,7 +260,7 @@ def invalid(sweep: QLoRASweep, reason: Reason, now: datetime) -> QLoRASweepStatu
 
 
 def held_up(sweep: QLoRASweep | StoredSweep, reason: Reason, now: datetime) -> QLoRASweepStatus:
-    """Return the status of a sweep with unknown cells; an ended one keeps its end."""
+    """Return the status of a sweep with unknown cells, unless it has ended."""
     before, phase = sweep.status, sweep.status.phase or "Pending"
     if phase in ("Succeeded", "Failed"):
         return before

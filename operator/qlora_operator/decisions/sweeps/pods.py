@@ -277,7 +277,7 @@ def _gone(pod: SweepPodStatus, trains: Sequence[str], jobs: Mapping[str, CellJob
 
 
 def _choose(sweep: QLoRASweep, pod: SweepPodStatus, cells: _Cells) -> SweepPodStatus:
-    """Select the cells of the pod's next Job; one that fits no other continues alone."""
+    """Select the cells of the pod's next Job: one that fits no other continues alone."""
     ready, coming = cells.ready(), cells.coming()
     if sweep.spec.suspend or coming or not ready:
         counted = f"{len(ready)} of {len(cells.names)} cells of this pod are prepared"
@@ -295,13 +295,13 @@ def _choose(sweep: QLoRASweep, pod: SweepPodStatus, cells: _Cells) -> SweepPodSt
 
 
 def _must_be_equal(job: QLoRAJob) -> tuple[str, str]:
-    """Return the values that only workspaces show; cells share all other pod settings."""
+    """Return the values that only workspaces show: cells share all other pod settings."""
     resolved, base = job.status.resolved, job.status.base
     return resolved.profile.image if resolved is not None else "", base.sha256 if base is not None else ""
 
 
 def _fitting(jobs: Sequence[QLoRAJob]) -> Sequence[QLoRAJob]:
-    """Return the first cells that surely fit one pod and GPU together; one at least."""
+    """Return the first cells that surely fit one pod and GPU together, one at least."""
     count = len(jobs)
     while count > 1 and not (_fit_gpu(jobs[:count]) and _bytes(jobs[:count]) <= MAX_DOCUMENTS):
         count -= 1

@@ -67,7 +67,7 @@ class QLoRASweep:
         return cells(self.name, self.spec, self.claim_name)
 
     def as_job(self) -> QLoRAJob:
-        """Return the template as a QLoRAJob to check settings with; it is never created."""
+        """Return the template as a QLoRAJob, never created, to check settings with."""
         return QLoRAJob(
             namespace=self.namespace,
             name=self.name,
@@ -82,7 +82,7 @@ class QLoRASweep:
 
 @dataclass(frozen=True)
 class StoredSweep:
-    """A sweep whose spec this version cannot read; only its status is updated."""
+    """A sweep whose spec this version cannot read, to update its status only."""
 
     namespace: str
     name: str
@@ -96,7 +96,7 @@ class UnreadableSweepError(UnreadableJobError):
     """A QLoRASweep of another schema version that this operator cannot read."""
 
     def __init__(self, message: str, stored: StoredSweep | None) -> None:
-        """`stored`: the sweep whose status gets the message; None if unreadable too."""
+        """`stored`: the sweep whose status gets the message, or None if unreadable too."""
         super().__init__(message)
         self.stored = stored
 
@@ -152,7 +152,10 @@ class CellJob:
 
 
 def parse_sweep(body: Object) -> QLoRASweep:
-    """Parse the stored QLoRASweep; raises UnreadableSweepError if that fails."""
+    """Parse the stored QLoRASweep.
+
+    Raises UnreadableSweepError if that fails.
+    """
     metadata, labels = body["metadata"], body["metadata"].get("labels") or {}
     stored = _stored(body)
     try:
@@ -192,9 +195,10 @@ def _stored(body: Object) -> StoredSweep:
 
 
 def parse_cell(body: Object, sweep_uid: str) -> CellJob | None:
-    """Parse a QLoRAJob that the sweep controls; None for another, despite its labels.
+    """Parse a QLoRAJob that the sweep controls.
 
-    A status that this version cannot read counts as that of a cell that runs.
+    Returns None for another, despite its labels. A status that this version cannot read counts as that of a cell that
+    runs.
     """
     if controller_uid(body) != sweep_uid:
         return None
@@ -265,7 +269,7 @@ def _run(status: QLoRAJobStatus) -> FoundRun:
 
 
 def sweep_of(body: Object) -> str | None:
-    """Return the QLoRASweep named as the QLoRAJob's controller; None if none is."""
+    """Return the QLoRASweep named as the QLoRAJob's controller, or None if none is."""
     owners = body["metadata"].get("ownerReferences") or ()
     names = (
         str(owner["name"])
@@ -340,7 +344,7 @@ def suspension(cell: CellJob, suspend: bool) -> Manifest:
 
 
 def stop(cell: CellJob, why: str) -> Manifest:
-    """Build the patch that stops this very cell for good; it keeps its checkpoint."""
+    """Build the patch that stops this very cell for good, with its checkpoint."""
     marks = {STOPPED_ANNOTATION: why, SUSPENDED_ANNOTATION: None}
     return {"metadata": {"uid": cell.uid, "annotations": marks}, "spec": {"suspend": True}}
 

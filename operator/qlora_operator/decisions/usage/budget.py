@@ -41,7 +41,7 @@ def allowed_seconds(job: QLoRAJob, status: QLoRAJobStatus) -> float | None:
 
 
 def limit_of_hours(profile: Profile) -> float | None:
-    """Return the GPU hours that the profile allows one job; None without a limit."""
+    """Return the GPU hours that the profile allows one job, or None without a limit."""
     return (profile.limits or Limits()).gpu_hours
 
 

@@ -70,7 +70,7 @@ def count_usage(status: QLoRAJobStatus, facts: Facts, *, until_now: bool = False
 
 
 def gpus_of_a_pod(job: QLoRAJob, status: QLoRAJobStatus) -> int:
-    """Return the GPUs of one train pod; 0 if the profile requests none."""
+    """Return the GPUs of one train pod, 0 if the profile requests none."""
     if status.resolved is None or status.resolved.profile.gpu_resource is None:
         return 0
     return job.spec.resources.gpus
@@ -97,7 +97,7 @@ def uncounted_seconds(job: QLoRAJob, status: QLoRAJobStatus, pods: Iterable[Pod]
 
 
 def counted_again_at(status: QLoRAJobStatus, pods: Iterable[Pod]) -> datetime | None:
-    """Return when to recount a silent running pod; None if none runs."""
+    """Return when to recount a silent running pod, or None if none runs."""
     return min((_last_counted(entry) + _LONGEST_UNCOUNTED for entry in _running(status, pods)), default=None)
 
 
@@ -174,7 +174,10 @@ def _ends_its_job(pod: Pod, facts: Facts) -> bool:
 
 
 def _uncounted_since(pod: Pod, since: datetime, before: UsageStatus) -> datetime | None:
-    """Return the start of an unlisted pod's uncounted time; None if there may be none."""
+    """Return the start of an unlisted pod's uncounted time.
+
+    Returns None if there may be none.
+    """
     dropped_until = _dropped_until(pod.created, before)
     if dropped_until is None or not _is_over(pod):
         return max(since, dropped_until or since)
@@ -183,7 +186,10 @@ def _uncounted_since(pod: Pod, since: datetime, before: UsageStatus) -> datetime
 
 
 def _dropped_until(created: datetime, before: UsageStatus) -> datetime | None:
-    """Return the end of an unlisted pod's time in the sums; None if it has none there."""
+    """Return the end of an unlisted pod's time in the sums.
+
+    Returns None if it has none there.
+    """
     if before.counted_until is None or created > parse_time(before.counted_until):
         return None
     return parse_time(before.ended_until or before.counted_until)
@@ -195,7 +201,7 @@ def _train(job: QLoRAJob) -> str:
 
 
 def _since(pod: Pod) -> datetime | None:
-    """Return when the pod got its node; None if it has none."""
+    """Return when the pod got its node, or None if it has none."""
     started = pod.termination.started if pod.termination else None
     return pod.scheduled or pod.running_since or started
 
@@ -246,7 +252,7 @@ def _last_counted(entry: PodUsage) -> datetime:
 
 
 def _end_of(pod: Pod, facts: Facts) -> PodEnd:
-    """Classify the end of a pod for the usage; a stop on purpose is no disruption."""
+    """Classify the end of a pod for the usage: a stop on purpose is no disruption."""
     if pod.exited_well:
         return "completed"
     if pod.interrupted or pod.lost_peer:
