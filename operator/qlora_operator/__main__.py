@@ -280,7 +280,7 @@ class Operator:
 
 
 def _keep_what_is_there() -> None:
-    """Have the garbage collector look seldom, and only at what comes from now on."""
+    """Make the garbage collector run seldom, and only over objects from now on."""
     # Objects from before stay, so the collector skips them: it is quick without them, and so runs before there are
     # many.
     gc.unfreeze()

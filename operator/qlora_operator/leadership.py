@@ -3,7 +3,7 @@
 Only the leader works; another candidate takes over when it ends or is cut off.
 
 No wall clock decides: a candidate waits until it has seen the Lease unchanged for the Lease's duration, and the leader
-stops by its own clock before that. Clocks of different nodes need not agree.
+stops by its clock before that. Clocks of different nodes need not agree.
 """
 
 import asyncio

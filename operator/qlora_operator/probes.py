@@ -13,7 +13,7 @@ from aiohttp import web
 logger = logging.getLogger(__name__)
 
 Check = Callable[[], str | None]
-"""What is wrong; None if nothing is."""
+"""The problem; None without one."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Health:
     live: dict[str, Check] = field(default_factory=dict)
     ready: dict[str, Check] = field(default_factory=dict)
     note: Check = lambda: None
-    """What is worth knowing although the operator is ready."""
+    """A note although the operator is ready; None without one."""
 
     def liveness(self) -> Answer:
         """The answer to /healthz."""

@@ -11,7 +11,7 @@ from qlora_operator.decisions.pods.attempts import active_seconds, charge_runnin
 
 DEFAULT_PROGRESS_DEADLINE_SECONDS = 3600
 _REPORTING: tuple[StepName, ...] = ("prepare", "train")
-"""The steps that report as they go. Publish says nothing while it merges or uploads a large model."""
+"""The steps that report while they run. Publish does not while it merges or uploads a large model."""
 
 
 def enforce_disruptions(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:

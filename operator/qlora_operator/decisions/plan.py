@@ -82,7 +82,7 @@ class Plan:
     actions: tuple[Action, ...] = ()
     look_again: datetime | None = None
     store_first: bool = False
-    """Whether the status is stored before anything is done, which the next pass decides anew."""
+    """Whether to store the status before any action; the next pass decides again."""
 
 
 def plan(

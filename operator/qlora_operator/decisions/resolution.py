@@ -199,9 +199,9 @@ def objection_to_retry(facts: Facts) -> Reason | None:
 
 
 def objection_of_limits(facts: Facts) -> Reason | None:
-    """Return why the profile's limits let the job neither start nor retry here.
+    """Return why the profile's limits block a start or a retry here.
 
-    Returns None if they do.
+    Returns None if they do not.
     """
     job, name = facts.job, facts.job.spec.scheduling.profile
     profile = facts.profiles.get(name)

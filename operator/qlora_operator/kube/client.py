@@ -103,7 +103,7 @@ class RejectedError(ClusterError):
 
 
 class ForbiddenError(RejectedError):
-    """The API server does not allow this to the operator, whatever exactly is written."""
+    """The API server denies this to the operator, whatever the content."""
 
 
 class _Page(NamedTuple, Generic[T]):

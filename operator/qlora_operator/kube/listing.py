@@ -67,7 +67,7 @@ class ChildView:
     job_uid: str
     """UID of the QLoRAJob whose label it has; empty if it has none."""
     job_name: str
-    """By the label too, which anybody can set who may change the object."""
+    """By the label too, which any user can set who may change the object."""
     value: ChildJob | Pod | None
     """None for a Job that has the label of a QLoRAJob that does not control it."""
 

@@ -44,7 +44,7 @@ class Credentials:
     authorization: str | None
     """The header's value."""
     tls: ssl.SSLContext
-    """With the authorities that are trusted, and the operator's own certificate if it has one."""
+    """With the trusted authorities, and the operator's certificate if it has one."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Endpoint:
     credentials: Callable[[], Awaitable[Credentials]]
     """Asked for with each request, because a token is replaced while it is used."""
     renew: Callable[[], Awaitable[None]]
-    """Gets all credentials anew, with another TLS context, after one side has rejected the other's."""
+    """Renews all credentials, with another TLS context, after one side has rejected the other's."""
     server_hostname: str | None = None
     """Name in the server's certificate, if it is not that of its address."""
     proxy: str | None = None

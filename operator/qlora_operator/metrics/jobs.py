@@ -31,7 +31,7 @@ class JobMetrics(Collector):
     def __init__(self, running_jobs: int = DEFAULT_RUNNING_JOBS) -> None:
         self._most = running_jobs
         self._jobs: dict[Key, dict[str, ShownJob]] = {}
-        """Of each name, by UID: a job and the one that replaces it are there together for a moment."""
+        """Of each name, by UID: a job and its replacement exist together for a moment."""
         self._running: dict[str, ShownJob] = {}
         """Those that run, by UID."""
 

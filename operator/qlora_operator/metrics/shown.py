@@ -40,7 +40,7 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 RUNNING: frozenset[Phase] = frozenset({"Preparing", "Training", "Publishing"})
 ENDED: frozenset[Phase] = frozenset({"Succeeded", "Failed"})
 _REPORTING: frozenset[Phase] = frozenset({"Preparing", "Training"})
-"""Publish says nothing while it merges or uploads a large model."""
+"""Publish does not report while it merges or uploads a large model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class ShownJob:
     uid: str
     phase: Phase
     phase_since: float | None
-    """Seconds since 1970; None if nobody knows."""
+    """Seconds since 1970; None if unknown."""
     progresses: bool
     """False if its condition Progressing is."""
     profile: str

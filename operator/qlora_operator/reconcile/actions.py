@@ -51,11 +51,11 @@ class Result:
 
     status: QLoRAJobStatus
     changed: bool
-    """Whether one of them has written something, or has made the store show what it did not show before."""
+    """Whether one of them has written to the API, or has made the store show a newer state."""
     blocked: bool = False
-    """Whether one of them cannot be done now. Nothing shows when a quota has room again, or a name is free."""
+    """Whether one of them cannot be done now. No event shows that a quota has room again, or that a name is free."""
     look_again: datetime | None = None
-    """When something is tried again that nothing else waits for; None if nothing is."""
+    """When an action is tried again that nothing else waits for, or None."""
 
 
 class _BlockedError(Exception):

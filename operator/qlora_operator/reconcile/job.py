@@ -98,7 +98,7 @@ class _Decision:
     status: QLoRAJobStatus
     plan: Plan
     held_back: Reason | None
-    """Why the job waits for others of its profile, if nothing else keeps it from going on."""
+    """Why the job waits for others of its profile, if nothing else blocks it."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Reconciler:
     blocked: Pauses = field(default_factory=Pauses)
     announcements: Postponed = field(default_factory=Postponed)
     suspect_schema: Callable[[], None] = lambda: None
-    """Called when the API server does not know a field of the status."""
+    """Called when the API server's schema lacks a field of the status."""
 
     @cached_property
     def _shared_pods(self) -> SharedPods:

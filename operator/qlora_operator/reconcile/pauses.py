@@ -18,7 +18,7 @@ class AtOnce:
     """The next pass continues this one."""
 
     changed: bool
-    """Whether this one has written something, or the store now shows what it did not show before."""
+    """Whether this one has written to the API, or the store now shows a newer state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Later:
 
 
 NextPass = AtOnce | Blocked | Later
-"""What a pass asks for."""
+"""The next pass that a pass requests."""
 
 
 @dataclass

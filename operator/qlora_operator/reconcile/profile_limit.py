@@ -31,9 +31,9 @@ class Starts:
     monotonic: Callable[[], float]
     _locks: dict[Group, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
     _full: dict[Group, tuple[int, float]] = field(default_factory=dict)
-    """Counts that have reached the limit, and until when they are taken for true: thousands of jobs may ask."""
+    """Counts that have reached the limit, and how long they stay valid: thousands of jobs may ask."""
     _waiting: dict[Group, dict[Key, None]] = field(default_factory=dict)
-    """Who waits, the first first."""
+    """The waiting jobs, in order."""
 
     @asynccontextmanager
     async def count(self, job: QLoRAJob, limit: int) -> AsyncIterator[int]:

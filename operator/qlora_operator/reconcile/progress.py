@@ -30,7 +30,7 @@ class ReadSchedule:
 
     _due: dict[Key, float] = field(default_factory=dict)
     _reserved: dict[int, int] = field(default_factory=dict)
-    """How many reads are to come in each second, counted from the clock's zero."""
+    """The number of reserved reads in each second, from the clock's zero."""
 
     def seconds_until_due(self, key: Key, now: float) -> float:
         """Return the seconds from `now` until the job's log may be read, 0 when due.
@@ -74,7 +74,7 @@ class LogReading:
     again: float | None = None
     """Seconds until the next reading; None if the job does not run."""
     done: bool = False
-    """Whether the log could be read, so that it means something if there is no record in it."""
+    """Whether the log could be read, so that a missing record is evidence."""
 
 
 class ProgressReader:

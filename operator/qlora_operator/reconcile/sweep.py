@@ -84,7 +84,7 @@ class _Denial:
     reason: Reason
     until: datetime
     generation: int
-    """Of the spec. What its user changes may be what was in the way."""
+    """Of the spec: a user's change may remove the cause."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class _Done:
     """The cells that it has created or changed, as they are since."""
     blocked: Reason | None = None
     again: float | None = None
-    """Seconds until the sweep is looked at again; None if the next event is enough."""
+    """Seconds until the next pass over the sweep; None if the next event is enough."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class SweepReconciler:
     clock: Callable[[], datetime]
     progress: ProgressReader | None = None
     count: Callable[[QLoRASweep, QLoRASweepStatus], None] = lambda _sweep, _status: None
-    """Called with what was stored of a sweep and what is now: counts the GPU time that is the sweep's."""
+    """Called with a sweep's earlier and new status: counts the GPU time that is the sweep's."""
     blocked: Pauses = field(default_factory=Pauses)
     _denials: dict[Key, _Denial] = field(default_factory=dict)
 

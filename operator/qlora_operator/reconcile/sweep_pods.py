@@ -40,7 +40,7 @@ class FollowedPods:
 
     pods: tuple[SweepPodStatus, ...] = ()
     again: float | None = None
-    """Seconds until they are looked at again; None if the next event is enough."""
+    """Seconds until the next pass over them; None if the next event is enough."""
     blocked: bool = False
     """Whether a Job cannot be created or deleted now."""
 

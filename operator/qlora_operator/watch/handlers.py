@@ -67,7 +67,7 @@ class Hooks:
     take_signals: Callable[[], None]
     store: Store
     objects_per_page: Callable[[], int]
-    """How many objects kopf may list at a time: it does not see how large they are."""
+    """The number of objects that kopf may list at a time: it does not check their size."""
     enqueue_sweep: Callable[[Key, float], None] = lambda _key, _after: None
     """Requests a sweep, so many seconds from now."""
 

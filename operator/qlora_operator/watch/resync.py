@@ -28,7 +28,7 @@ _KEYS_PER_SECOND = 100.0
 _SECONDS_FOR_THE_WATCH = 1.0
 
 Identity = tuple[Kind, str, str, str]
-"""Kind, namespace, name and UID: what is said late of a deleted object must not count for a new one of its name."""
+"""Kind, namespace, name and UID: a late event of a deleted object must not count for a new one of its name."""
 
 EnqueueAfter = Callable[[Key, float], None]
 """Requests a job, so many seconds from now."""

@@ -36,7 +36,7 @@ _WORTH_PACKING = 2048
 _COMPRESSION = 1
 
 _JobId = tuple[str, str]
-"""Namespace and UID of a QLoRAJob: anybody can give any label to a pod of another namespace."""
+"""Namespace and UID of a QLoRAJob: a tenant can give any label to a pod of another namespace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +46,13 @@ class Held:
     body: dict[str, Any]
     observed: Observed
     fresh: bool
-    """Whether a watch has shown its creation: nothing can exist of it that was created before."""
+    """Whether a watch has shown its creation: no older objects of it exist."""
 
 
 @dataclass(slots=True)
 class _Child:
     version: int
-    """0, which is older than any, if it is a Job of which something was left out before its QLoRAJob was known."""
+    """0, which is older than any, for a Job with parts left out before its QLoRAJob was known."""
     value: ChildJob | Pod | None
     """None for a Job that has the label of a QLoRAJob that does not control it."""
 
@@ -98,7 +98,7 @@ class Store:
         self._entries: dict[_JobId, _Entry] = {}
         self._ids: dict[Key, _JobId] = {}
         self._homes: dict[str, _Entry] = {}
-        """Where each child is held, by its UID: whoever may change it can give it the label of another job."""
+        """The entry of each child, by its UID: a user who may change it can give it the label of another job."""
         self.sweeps = SweepIndex()
         self._buried: dict[str, int] = {}
         self._ordered = True

@@ -40,7 +40,7 @@ _SHORT_GRACE_SECONDS = 30
 DNS_PORTS = (53,)
 """Ports of the pods that answer DNS in most clusters."""
 UNATTENDED_SECONDS = 7 * 24 * 3600
-"""For how long, beyond the job's own deadline, a Job goes on at most, should no operator be there to stop it."""
+"""The longest time after the job's deadline that a Job continues without an operator to stop it."""
 _UNDISTURBED = {
     # No autoscaler moves a running step to consolidate nodes, and no service mesh adds a proxy that outlives the step.
     "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",

@@ -55,7 +55,7 @@ class QLoRAJob:
     rungs: str = ""
     """Optimizer steps after which its sweep compares its cells, separated by commas; empty if there are none."""
     problem: str = ""
-    """Why this operator must not go on with the job, which it only stops when that is asked for; empty if it can."""
+    """Why this operator must not continue the job, which it stops on request only; empty if it can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Pod:
     created: datetime
     phase: str
     node: int = 0
-    """Which of the Job's pods it is that train together."""
+    """Its index among the Job's pods that train together."""
     reason: str = ""
     message: str = ""
     running_since: datetime | None = None
@@ -93,9 +93,9 @@ class Pod:
     deletion_requested: datetime | None = None
     deletion_due: datetime | None = None
     detached: bool = False
-    """Whether somebody has taken it away from its Job or from the watches, by its labels or its owner."""
+    """Whether a user has detached it from its Job or the watches, by its labels or its owner."""
     unreadable: str = ""
-    """Why it cannot be read, and so counts as there and not ended; empty if it can."""
+    """Why it cannot be read, and so counts as existing and not ended; empty if it can."""
 
     @property
     def ended(self) -> bool:
@@ -217,7 +217,7 @@ class ChildJob:
     failing: bool = False
     """Whether it is about to fail, and stops the pods that still run."""
     expired: bool = False
-    """Whether its own deadline ends it, or has: that is no failure of the step."""
+    """Whether its deadline ends it, or has: that is no failure of the step."""
     ended: datetime | None = None
     suspended: bool = False
     """Whether it gets no pods because its `suspend` is true, which only others set, or was until just now."""
@@ -226,12 +226,12 @@ class ChildJob:
     resumed: datetime | None = None
     """When it was last resumed after a suspension; None if it has never been suspended, or is."""
     resolved: str = ""
-    """What was resolved for the job, as JSON; only on the first Job, which exists before the status is stored.
+    """The job's resolved values, as JSON; only on the first Job, which exists before the status is stored.
 
     Empty if it is longer than `parsing.MAX_RESOLVED`, which no operator has written: a half one would be another one.
     """
     unreadable: str = ""
-    """Why it cannot be read, and so counts as there and not finished; empty if it can."""
+    """Why it cannot be read, and so counts as existing and not finished; empty if it can."""
 
     @property
     def finished(self) -> bool:

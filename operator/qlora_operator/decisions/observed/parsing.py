@@ -28,7 +28,7 @@ _MOST_OBJECTS, _LONGEST_OBJECT = 16, 512
 _OBJECT_VOLUMES = {"secret": "Secret", "configMap": "ConfigMap"}
 _LONGEST_EXPLANATION = 200
 _UNEXPECTED_VALUE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-"""What parsing raises for a value that is not as the API declares it, or is out of range."""
+"""The errors of parsing for a value that the API does not declare, or that is out of range."""
 
 
 def observe(job_uid: str, jobs: Iterable[Object], pods: Iterable[Object]) -> Observed:

@@ -27,7 +27,7 @@ class SharedPod:
     waits: Reason
     """Why it does not train the cell now."""
     alone: bool = False
-    """Whether the cell has a train step of its own now."""
+    """Whether the cell has a separate train step now."""
     child: str = ""
     """The train Job, if it trains the cell or may do so."""
     pod: PodName | None = None

@@ -20,7 +20,7 @@ from qlora_operator.decisions.observed.objects import ChildJob, Observed, Pod, Q
 from qlora_operator.decisions.pods.nodes import ending_pod, is_over, is_own_failure, trains_together
 
 LONGEST_WITHOUT_NEWS = timedelta(minutes=15)
-"""For how long after it was last heard of a pod is taken to have run that is gone without a trace."""
+"""How long a vanished pod is assumed to have run after its last report."""
 _EXIT_CODES = {int(code): code for code in ExitCode}
 
 

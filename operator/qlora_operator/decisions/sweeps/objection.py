@@ -24,7 +24,7 @@ def fault_of_cells(sweep: QLoRASweep, cells: Sequence[Cell], jobs: Mapping[str, 
 
 
 def objection_to_sweep(sweep: QLoRASweep, profiles: Mapping[str, Profile], now: datetime) -> Reason | None:
-    """Return why the sweep or the settings let no cell be created, or None if they do."""
+    """Return why the sweep or the settings block its cells, or None if they do not."""
     job = sweep.as_job()
     if why := objection_to_job(Facts(job=job, observed=Observed(), profiles=profiles, now=now)):
         return why

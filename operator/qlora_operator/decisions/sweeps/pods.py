@@ -68,7 +68,7 @@ class PodPlan:
     actions: tuple[CreateJob | DeleteJob, ...] = ()
     look_again: datetime | None = None
     store_first: bool = False
-    """Whether the status is stored before anything is done, which the next pass decides anew."""
+    """Whether to store the status before any action; the next pass decides again."""
 
 
 @dataclass(frozen=True)

@@ -112,9 +112,9 @@ class CellJob:
     suspended_by_sweep: bool
     """Whether its `suspend` was set by its sweep, and so is the sweep's to take back."""
     stopped_by_sweep: bool = False
-    """Whether its sweep has stopped it for good; whoever resumes it lets it run to its end."""
+    """Whether its sweep has stopped it for good; a user who resumes it lets it run to its end."""
     retried: bool = False
-    """Whether its user has raised retry.request, and it goes on as soon as its operator has seen that."""
+    """Whether its user has raised retry.request, so that it continues with the next pass."""
     progress: str = ""
     total_steps: int = 0
     """Optimizer steps of its run; 0 if that is not known."""
@@ -130,7 +130,7 @@ class CellJob:
     sha256: str = ""
     reason: str = ""
     continues: str = ""
-    """The cell whose run it takes up, to publish its adapter; empty for a cell."""
+    """The cell whose run it continues, to publish its adapter; empty for a cell."""
     cleanup_after_seconds: int | None = None
     started: bool = False
     """Whether it needs no other job any more."""
@@ -355,7 +355,7 @@ def cleanup(cell: CellJob, seconds: int) -> Manifest:
 
 
 def labels_of(sweep: QLoRASweep) -> dict[str, str]:
-    """The labels of what is created for the sweep."""
+    """Return the labels of objects created for the sweep."""
     return {
         "app.kubernetes.io/part-of": "qlora",
         "app.kubernetes.io/managed-by": "qlora-operator",

@@ -29,14 +29,14 @@ from qlora_operator.decisions.pods.attempts import LONGEST_WITHOUT_NEWS, is_stop
 _KEPT_PODS = 8
 """Pods that have ended and are still listed; of several nodes, so many more as an attempt has pods."""
 _MOST_PODS = 88
-"""Own pods that have not ended and are listed. Somebody may make thousands that look like those of the Job: as long as
+"""Own pods that have not ended and are listed. A user may make thousands that look like those of the Job: as long as
 one of these holds back an entry, 88 count."""
 _MOST_LISTED = 160
 """Entries, above which those of pods that have ended are dropped although an earlier pod is still to be listed."""
 _SEEN_AFTER = 60
 """Seconds for which a pod has its GPUs before it is listed, if its trainer does not run until then."""
 _LONGEST_UNCOUNTED = timedelta(minutes=5)
-"""After which the time of a pod that runs is counted without news of it: what is not, is lost if the pod vanishes."""
+"""The longest uncounted time of a silent running pod: it is lost if the pod vanishes."""
 _NUMBERS = ("seconds", "startup_seconds", "lost_seconds")
 
 
@@ -211,7 +211,7 @@ def _is_over(pod: Pod) -> bool:
 
 
 def _advanced(entry: PodUsage, pod: Pod, status: QLoRAJobStatus, facts: Facts) -> PodUsage:
-    """The entry of a pod as it is now, with how it ended and what is lost if it has."""
+    """Return the current entry of a pod, with its end and its loss if it has ended."""
     record = facts.progress if facts.progress is not None and _reports_on(facts.progress.pod_uid, pod, facts) else None
     result = pod.result(facts.job.uid, "train")
     trained_since = (record and record.training_since) or (result and result.training_since) or entry.trained_since
