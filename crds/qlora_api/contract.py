@@ -257,7 +257,7 @@ def encode_record(record: Record) -> str:
 def within_limit(record: ProgressRecord) -> ProgressRecord:
     """Cut the record's activity to the record's limit.
 
-    JSON takes up to twelve bytes for a character.
+    JSON needs at most twelve bytes for a character.
     """
     excess, kept = len(_line(record)) - MAX_PROGRESS_BYTES, len(record.activity)
     while excess > 0 and kept:

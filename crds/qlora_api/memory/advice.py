@@ -256,7 +256,7 @@ _SPEC_PATHS: Mapping[str, str] = {
 
 
 RUN_FIELDS = frozenset(_SPEC_PATHS) - {"answer_tokens"}
-"""Fields with which a run is another one. What is scored after it is no part of it."""
+"""Fields that define a run. Scoring after it is no part of it."""
 
 
 def _changes(before: TrainingShape, after: TrainingShape) -> tuple[Change, ...]:

@@ -24,7 +24,7 @@ _CONSTANT_BITS_DOUBLE = 8 / 64 + 32 / (64 * 256)
 # Sharded blocks that are whole on a GPU at the same time: the one at work, and the next one, fetched ahead.
 _GATHERED_BLOCKS = 2
 LOW_FACTOR = 0.80
-"""Share of the expected peak, without what can be paged, that a run needs at the very least."""
+"""The least share of the expected peak, without the pageable part, that a run needs."""
 _HIGH_FACTOR = 1.25
 
 
@@ -37,7 +37,7 @@ class Component:
     size: int
     """Bytes."""
     at_peak: bool
-    """False for what is smaller than something else that is never on the GPU at the same time; not in the sum."""
+    """False for a component smaller than one that is never on the GPU at the same time; not in the sum."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ class ShareOfMemory:
     low: int
     """Alone, at the very least."""
     shared: int
-    """The part of `expected` that is there once, however many jobs are trained together."""
+    """The part of `expected` that is shared, however many jobs train together."""
 
     @classmethod
     def of(cls, memory: MemoryStatus | None) -> Self | None:

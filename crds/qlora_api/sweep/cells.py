@@ -81,7 +81,7 @@ def repeated_cell(spec: QLoRASweepSpec, cells: Sequence[Cell]) -> str | None:
 
 
 def _what_is_trained(spec: QLoRAJobSpec) -> tuple[ApiModel, ApiModel]:
-    """Return all settings in which cells can differ besides their places.
+    """Return all settings that can differ between cells, except their places.
 
     The names of layers are a set.
     """
