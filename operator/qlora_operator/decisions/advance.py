@@ -99,8 +99,8 @@ def _follow_failure_together(
 ) -> QLoRAJobStatus:
     """Follow the failed Job of several nodes.
 
-    A permanent cause ends the job; any other gets another Job. For a counted attempt `renew` does that, after the
-    limits have been checked.
+    A permanent cause ends the job. After any other the step gets another Job, for a counted attempt from `renew`, once
+    the limits have been checked.
     """
     pod = ending_pod(pods, child)
     if pod is None:

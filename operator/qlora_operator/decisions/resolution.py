@@ -53,7 +53,7 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 
 
 def _with_trainer_of_its_cell(resolved: Resolved, facts: Facts) -> Resolved:
-    """Return the image that has trained the cell that the job publishes.
+    """Set the image to the one that has trained the cell that the job publishes.
 
     This needs both in one sweep; otherwise the image stays as it is. No other trainer resumes the cell's run, and days
     may lie between the two jobs. Once fixed it stays so.

@@ -58,7 +58,7 @@ class WatchMonitor:
             self._shown[identity] = number
 
     def compare(self, kind: Kind, listed: dict[Identity, str], now: float, list_version: str = "") -> None:
-        """Note a complete list of one kind, of `now` (seconds) and at `list_version`.
+        """Note a complete list of one kind at `now` (seconds) and `list_version`.
 
         An object that is not in it and not newer has been deleted, even if its watch has not shown that.
         """
@@ -87,7 +87,7 @@ class WatchMonitor:
         self._dead.add(kind)
 
     def start_again(self) -> None:
-        """Start the watches again: their earlier gaps are no evidence about them."""
+        """Reset at a new start of the watches: earlier gaps are no evidence about them."""
         self._behind.clear()
         self._dead.clear()
         self.starts += 1

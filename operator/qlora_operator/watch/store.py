@@ -394,7 +394,7 @@ def _report_unreadable(kind: ChildKind, child: ChildView, before: _Child | None)
 
 
 def _marks(kept: Object) -> bytes:
-    """Return the parts that change in a relevant update, but not in a status write."""
+    """Hash the fields that a relevant update changes and a status write does not."""
     text = json.dumps([kept.get(name) for name in ("generation", "deletionTimestamp", "labels")], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 

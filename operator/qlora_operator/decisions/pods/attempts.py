@@ -263,7 +263,7 @@ def _explain(pod: Pod, job: QLoRAJob, step: StepName, exit_code: int | None) -> 
 
 
 def _log_of(pod: Pod, step: StepName) -> str:
-    """Return the name of the log of a step's libraries, which the clean-up lacks."""
+    """Name the log of a step's libraries in a message, empty for the clean-up."""
     if step == "clean":
         return ""
     name = f"{step}.node-{pod.node}" if pod.node else step

@@ -23,7 +23,7 @@ def publishing_job(sweep: QLoRASweep, jobs: Mapping[str, CellJob]) -> CellJob | 
 
 
 def published(sweep: QLoRASweep, lines: Sequence[CellStatus], jobs: Mapping[str, CellJob]) -> PublishedCell | None:
-    """Return the state of that job.
+    """Return the state of the publishing job.
 
     Returns None before it exists, or without `publish: best`.
     """
@@ -54,7 +54,7 @@ def published(sweep: QLoRASweep, lines: Sequence[CellStatus], jobs: Mapping[str,
 
 
 def _without_run(sweep: QLoRASweep, cell: str) -> PublishedCell:
-    """Return that the cell's checkpoint is lost: only its deleted QLoRAJob located it."""
+    """Report a lost checkpoint: only the cell's deleted QLoRAJob located it."""
     return PublishedCell(name=best_job_name(sweep.name), cell=cell, phase="Deleted", uid="")
 
 
