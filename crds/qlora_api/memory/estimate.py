@@ -190,10 +190,7 @@ def without_activations(weights: WeightCounts, training: TrainingShape) -> Memor
 def _at_peak(
     runs: Sequence[CountedRun], activations: ActivationBytes, answering: int, *, accumulated: bool
 ) -> MemoryEstimate:
-    """Return the peak of a pass.
-
-    `accumulated`: with the gradients of earlier ones.
-    """
+    """Return the peak of a pass. `accumulated`: with the gradients of earlier ones."""
     first, trained = runs[0], [_trained_bytes(run) for run in runs]
     gradients, optimizer, pageable = (sum(sizes) for sizes in zip(*trained, strict=True))
     base_weights, gathered_blocks = _base_weights(first.weights, first.training)

@@ -61,10 +61,7 @@ def announcement_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> 
 
 
 def budget_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[str, Any] | None:
-    """Build the Event of a job that is newly expected to exceed its budget.
-
-    Returns None otherwise.
-    """
+    """Build the Event of a job that is newly expected to exceed its budget."""
     found, before = condition(status, "WithinBudget"), condition(job.status, "WithinBudget")
     if found is None or found.status != "False" or (before is not None and before.status == "False"):
         return None

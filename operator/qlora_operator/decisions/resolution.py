@@ -112,10 +112,7 @@ def _resolved_by(first: ChildJob, job: QLoRAJob) -> Resolved | None:
 
 
 def objection(facts: Facts) -> Reason | None:
-    """Return why settings or other jobs keep the job from starting.
-
-    Returns None if none do.
-    """
+    """Return why settings or other jobs keep the job from starting."""
     return objection_to_job(facts) or job_limit_reached(facts)
 
 
@@ -199,10 +196,7 @@ def objection_to_retry(facts: Facts) -> Reason | None:
 
 
 def objection_of_limits(facts: Facts) -> Reason | None:
-    """Return why the profile's limits block a start or a retry here.
-
-    Returns None if they do not.
-    """
+    """Return why the profile's limits block a start or a retry here."""
     job, name = facts.job, facts.job.spec.scheduling.profile
     profile = facts.profiles.get(name)
     if profile is None:

@@ -63,10 +63,7 @@ def with_rejection(status: QLoRAJobStatus, facts: Facts, reason: Reason) -> QLoR
 
 
 def _follow_end(status: QLoRAJobStatus, facts: Facts, held_back: Reason | None = None) -> QLoRAJobStatus:
-    """Follow a finished job.
-
-    `held_back`: why a requested retry does not start yet.
-    """
+    """Follow a finished job. `held_back`: why a requested retry does not start yet."""
     # A request in a spec that cannot be read now waits for the operator that can.
     if not facts.job.problem:
         status = status.model_copy(update={"observed_generation": facts.job.generation})

@@ -88,10 +88,7 @@ class NotFoundError(ClusterError):
 
 
 class ConflictError(ClusterError):
-    """Another client was faster.
-
-    The object, or a quota that counts it, has changed, or it is another one (UID).
-    """
+    """Another client has changed the object or a quota, or it is another one (UID)."""
 
 
 class AlreadyExistsError(ConflictError):
@@ -131,10 +128,7 @@ class Cluster:
         return self._shortest_page
 
     async def get_qlora_job(self, namespace: str, name: str) -> Object | None:
-        """Return the stored QLoRAJob without unused metadata.
-
-        Returns None if it does not exist.
-        """
+        """Return the stored QLoRAJob without unused metadata, or None if absent."""
         try:
             return compact(await self._json("GET", f"{_QLORA}/namespaces/{namespace}/{PLURAL}/{name}"))
         except NotFoundError:
@@ -210,10 +204,7 @@ class Cluster:
         await self._json("GET", path, query=[("limit", "1"), *selector], accept=_METADATA_ONLY)
 
     async def create_job(self, namespace: str, manifest: Object) -> Object:
-        """Create a Job.
-
-        Raises AlreadyExistsError if the name is taken, RejectedError with the server's reason.
-        """
+        """Create a Job. Raises AlreadyExistsError or RejectedError."""
         return await self._json("POST", f"{_JOBS}/namespaces/{namespace}/jobs", body=manifest)
 
     async def get_job(self, namespace: str, name: str) -> Object:
@@ -245,31 +236,19 @@ class Cluster:
         return await self._json("GET", f"{_CORE}/namespaces/{namespace}/persistentvolumeclaims/{name}")
 
     async def create_service(self, namespace: str, manifest: Object) -> None:
-        """Create a Service.
-
-        Raises AlreadyExistsError if the name is taken, RejectedError with the server's reason.
-        """
+        """Create a Service. Raises AlreadyExistsError or RejectedError."""
         await self._request("POST", f"{_CORE}/namespaces/{namespace}/services", body=manifest)
 
     async def create_network_policy(self, namespace: str, manifest: Object) -> None:
-        """Create a NetworkPolicy.
-
-        Raises as `create_service` does.
-        """
+        """Create a NetworkPolicy. Raises as `create_service` does."""
         await self._request("POST", f"{_NETWORKING}/namespaces/{namespace}/networkpolicies", body=manifest)
 
     async def create_config_map(self, namespace: str, manifest: Object) -> None:
-        """Create a ConfigMap.
-
-        Raises as `create_service` does.
-        """
+        """Create a ConfigMap. Raises as `create_service` does."""
         await self._request("POST", f"{_CORE}/namespaces/{namespace}/configmaps", body=manifest)
 
     async def patch_config_map(self, namespace: str, name: str, patch: Sequence[Object]) -> None:
-        """Apply a JSON Patch to a ConfigMap, whole or not at all.
-
-        A failed test in the patch raises RejectedError.
-        """
+        """Apply a JSON Patch to a ConfigMap. Raises RejectedError if a test fails."""
         path = f"{_CORE}/namespaces/{namespace}/configmaps/{name}"
         await self._request("PATCH", path, body=patch, content_type="application/json-patch+json")
 
@@ -309,17 +288,11 @@ class Cluster:
         return await self._json("GET", f"{_QLORA}/namespaces/{namespace}/{PLURAL}/{name}")
 
     async def create_cell(self, namespace: str, manifest: Object) -> Object:
-        """Create a QLoRAJob.
-
-        Raises AlreadyExistsError if the name is taken, RejectedError with the server's reason.
-        """
+        """Create a QLoRAJob. Raises AlreadyExistsError or RejectedError."""
         return await self._json("POST", f"{_QLORA}/namespaces/{namespace}/{PLURAL}", body=manifest)
 
     async def change_cell(self, namespace: str, name: str, change: Object) -> Object:
-        """Merge the change into a QLoRAJob.
-
-        Raises ConflictError if its UID is not that of the change.
-        """
+        """Merge the change into a QLoRAJob. Raises ConflictError for another UID."""
         path = f"{_QLORA}/namespaces/{namespace}/{PLURAL}/{name}"
         return await self._json("PATCH", path, body=change, content_type="application/merge-patch+json")
 
@@ -360,10 +333,7 @@ class Cluster:
         return data.decode(errors="replace")
 
     async def get_schema(self) -> Object:
-        """Return the OpenAPI document of the resource's version.
-
-        Raises NotFoundError if the API server does not serve it.
-        """
+        """Return the OpenAPI document of the version. Raises NotFoundError without one."""
         return await self._document("GET", f"/openapi/v3{_QLORA}")
 
     async def get_lease(self, namespace: str, name: str) -> Object | None:
@@ -378,10 +348,7 @@ class Cluster:
         return await self._json("POST", f"{_LEASES}/namespaces/{namespace}/leases", body=manifest)
 
     async def replace_lease(self, namespace: str, name: str, manifest: Object) -> Object:
-        """Replace a Lease.
-
-        Raises ConflictError if it has changed since `manifest` was read.
-        """
+        """Replace a Lease. Raises ConflictError if it has changed since the read."""
         return await self._json("PUT", f"{_LEASES}/namespaces/{namespace}/leases/{name}", body=manifest)
 
     async def _list_pods(self, namespace: str, selector: Query) -> ChildList:

@@ -99,10 +99,7 @@ def _job_name(labels: Object) -> str:
 
 
 def child_view(kind: ChildKind, body: Object) -> ChildView:
-    """Parse a Job or a pod.
-
-    Raises nothing, see `ChildJob.unreadable`.
-    """
+    """Parse a Job or a pod. Raises nothing, see `ChildJob.unreadable`."""
     metadata = body["metadata"]
     labels = metadata.get("labels") or {}
     job_uid = labels.get(JOB_UID_LABEL, "")

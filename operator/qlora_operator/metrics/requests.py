@@ -54,10 +54,7 @@ class RequestMetrics:
         )
 
     def observe(self, method: str, path: str, status: int | None, seconds: float) -> None:
-        """Note one request.
-
-        `status`: of the answer, None without one.
-        """
+        """Note one request. `status`: of the answer, None without one."""
         resource = resource_of(path)
         self.requests.labels(method, resource, _code(status)).inc()
         self.duration.labels(method, resource).observe(seconds)

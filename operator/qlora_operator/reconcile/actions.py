@@ -59,10 +59,7 @@ class Result:
 
 
 class _BlockedError(Exception):
-    """An action cannot be done now.
-
-    `reason` is for the status.
-    """
+    """An action cannot be done now. `reason` is for the status."""
 
     def __init__(self, reason: Reason) -> None:
         super().__init__(reason.sentence)
@@ -228,10 +225,7 @@ class Actions:
 
 
 def _name_taken(found: Object, job: QLoRAJob, step: StepName) -> Reason | None:
-    """Return why an existing Job of the step's name is not the step's.
-
-    Returns None if it is.
-    """
+    """Return why an existing Job of the step's name is not the step's."""
     name = found["metadata"]["name"]
     if controller_uid(found) != job.uid:
         waiting = "the clean-up" if step == "clean" else f"the {step} step"

@@ -42,10 +42,7 @@ class ReadSchedule:
         return max(0.0, self._due[key] - now)
 
     def done(self, key: Key, now: float, pause: float = SECONDS_BETWEEN_READS) -> float:
-        """Note the read of the log.
-
-        Returns the seconds until the next, at least `pause`.
-        """
+        """Note the read of the log. Returns the seconds until the next, at least `pause`."""
         self._due[key] = self._reserve(now + pause, now)
         return self._due[key] - now
 

@@ -134,10 +134,7 @@ class Schedule:
         return max(0.0, now - self._working[key].due)
 
     def done(self, key: Key, again: float | None) -> None:
-        """Note success of the work on `key`.
-
-        `again`: when it is due without a request.
-        """
+        """Note success of the work on `key`. `again`: when it is due without a request."""
         self._failures.pop(key, None)
         self._release(key)
         if (request := self._requests.pop(key, None)) is not None:

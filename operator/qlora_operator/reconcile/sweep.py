@@ -63,10 +63,7 @@ logger = logging.getLogger(__name__)
 
 
 class _BlockedError(Exception):
-    """An action cannot be done now.
-
-    `reason` is for the status.
-    """
+    """An action cannot be done now. `reason` is for the status."""
 
     def __init__(self, reason: Reason) -> None:
         super().__init__(reason.sentence)

@@ -126,10 +126,7 @@ class SweepPods:
             return None
 
     async def _carry_out(self, sweep: QLoRASweep, planned: PodPlan, jobs: Mapping[str, CellJob]) -> Reason | None:
-        """Create and delete Jobs.
-
-        Returns why one of them cannot be, None if all is done.
-        """
+        """Create and delete Jobs. Returns why one of them cannot be, None if all is done."""
         key = (sweep.namespace, sweep.name)
         for action in planned.actions:
             try:

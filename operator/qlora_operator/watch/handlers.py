@@ -246,10 +246,7 @@ def _register_login(registry: kopf.OperatorRegistry) -> None:
 
 
 def _authority() -> bytes:
-    """Read the certificates that a pod trusts, or none outside a pod.
-
-    The kubelet replaces them.
-    """
+    """Read the certificates that a pod trusts, renewed by the kubelet, if in a pod."""
     file = _SERVICE_ACCOUNT / "ca.crt"
     return file.read_bytes() if file.exists() else b""
 

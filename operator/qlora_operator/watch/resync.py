@@ -318,10 +318,7 @@ class Resync:
             self._enqueue(key, after + number * apart)
 
     def _judge(self, rejected: dict[str | None, RejectedError]) -> None:
-        """Note the rights of each namespace.
-
-        Raises RejectedError if none can be listed.
-        """
+        """Note the rights of each namespace. Raises RejectedError if none can be listed."""
         back = [namespace for namespace in self._namespaces if self.access.judge(namespace, rejected.get(namespace))]
         if back:
             # Its jobs have waited for longer and longer: they are not to wait for the next regular list too.

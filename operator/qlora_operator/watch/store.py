@@ -80,10 +80,7 @@ class _Entry:
 
     @property
     def resolves(self) -> str | None:
-        """Return the job's name while its first Job has the resolved values, else None.
-
-        Before the job is known, and after its status has them, there is no name.
-        """
+        """Return the job's name while only its first Job has the resolved values."""
         return self.key[1] if self.key is not None and not self.resolved_stored else None
 
     @property
@@ -205,7 +202,7 @@ class Store:
         return _observed(jobs.items, pods.items, entry.lost if entry else None)
 
     def compare(self, kind: Kind, namespace: str | None, found: list[ObjectVersion], version: str) -> set[Key]:
-        """Note a complete list, taken at `version` and return jobs that differ from it.
+        """Note a complete list, taken at `version`, and return jobs that differ from it.
 
         A held object that is not in the list has been deleted, unless it is newer than the list. An object with a newer
         version than the held one may reach the watch any moment, or never: until then the job is read live.
@@ -235,10 +232,7 @@ class Store:
         return changed | self._prune(kind, namespace, {each.uid for each in found}, self._number(version))
 
     def distrust(self, key: Key) -> None:
-        """Have the job read live next time.
-
-        A write has failed, perhaps because a newer object exists.
-        """
+        """Have the job read live next time, after a failed write."""
         if entry := self._entry(key):
             entry.distrusted = True
 
@@ -343,10 +337,7 @@ class Store:
                 child.value = replace(child.value, resolved="")
 
     def _bury(self, uid: str, version: int) -> None:
-        """Note that this object is deleted.
-
-        An older view of it may still arrive, as the answer of its creation.
-        """
+        """Note a deletion: a late answer may still show an older view of the object."""
         self._buried[uid] = max(version, self._buried.pop(uid, version))
         while len(self._buried) > _MAX_BURIED:
             del self._buried[next(iter(self._buried))]
@@ -374,10 +365,7 @@ def _observed(
 
 
 def _jobs(entry: _Entry, labelled: str = "") -> set[Key]:
-    """Return the job of the entry, or the one in a child's label before it is known.
-
-    Returns none without both.
-    """
+    """Return the job of the entry, else the one in a child's label, else none."""
     if entry.key is not None:
         return {entry.key}
     return {(entry.job_id[0], labelled)} if labelled else set()
@@ -400,10 +388,7 @@ def _marks(kept: Object) -> bytes:
 
 
 def _packed(data: bytes) -> bytes:
-    """Compress data to a third, unless there is little to gain.
-
-    A job without a status has little.
-    """
+    """Compress data to a third, unless there is little to gain, as without a status."""
     return data if len(data) < _WORTH_PACKING else zlib.compress(data, _COMPRESSION)
 
 

@@ -391,10 +391,7 @@ def _environment(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int
 
 
 def _model_cache(job: QLoRAJob, resolved: Resolved, step: StepName) -> dict[str, str]:
-    """Locate the job's shared base.
-
-    Without a cache for all jobs, the cells of a sweep share it on their common claim.
-    """
+    """Locate the job's shared base: in the cache, else with the cells on their claim."""
     if resolved.profile.model_cache is not None and uses_cache(job.spec, step):
         return {contract.ENV_MODEL_CACHE: str(contract.MODEL_CACHE_MOUNT)}
     if resolved.shared_path is not None and step != "clean":
@@ -403,10 +400,7 @@ def _model_cache(job: QLoRAJob, resolved: Resolved, step: StepName) -> dict[str,
 
 
 def _servers(profile: Profile) -> dict[str, str]:
-    """Return the servers of the jobs' addresses.
-
-    The administrator sets them: no tenant can send a pod's credentials elsewhere.
-    """
+    """Return the administrator's servers: no tenant can redirect a pod's credentials."""
     values: dict[str, str | None] = {
         "HF_ENDPOINT": profile.hub_endpoint,
         "AWS_ENDPOINT_URL": profile.object_store.endpoint,

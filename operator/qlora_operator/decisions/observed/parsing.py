@@ -41,10 +41,7 @@ def observe(job_uid: str, jobs: Iterable[Object], pods: Iterable[Object]) -> Obs
 
 
 def profile_in_use(body: Object) -> str | None:
-    """Return the profile of a QLoRAJob of any version that has started and not ended.
-
-    Returns None for any other.
-    """
+    """Return the profile of a QLoRAJob of any version that has started and not ended."""
     if not (body.get("status") or {}).get("resolved") or {"Succeeded", "Failed"} & _true_conditions(body).keys():
         return None
     return str(((body.get("spec") or {}).get("scheduling") or {}).get("profile") or DEFAULT_PROFILE)

@@ -270,10 +270,7 @@ def held_up(sweep: QLoRASweep | StoredSweep, reason: Reason, now: datetime) -> Q
 
 
 def _usage(jobs: Sequence[CellStatus | PublishedCell], pods: Sequence[SweepPodStatus]) -> SweepUsage | None:
-    """Sum the usage of cells, the publication, and pods whose cells are gone.
-
-    Returns None if none of them has had a GPU.
-    """
+    """Sum the usage of cells, the publication, and pods whose cells are gone."""
     own = [pod.usage for pod in pods if pod.usage is not None]
     seconds = sum(job.gpu_seconds for job in (*jobs, *own))
     if not seconds:

@@ -152,10 +152,7 @@ class CellJob:
 
 
 def parse_sweep(body: Object) -> QLoRASweep:
-    """Parse the stored QLoRASweep.
-
-    Raises UnreadableSweepError if that fails.
-    """
+    """Parse the stored QLoRASweep. Raises UnreadableSweepError if that fails."""
     metadata, labels = body["metadata"], body["metadata"].get("labels") or {}
     stored = _stored(body)
     try:
@@ -280,10 +277,7 @@ def sweep_of(body: Object) -> str | None:
 
 
 def sweep_of_child(body: Object) -> tuple[str, str] | None:
-    """Return namespace and name of the sweep that a Job, or its pod, has as labels.
-
-    Returns None without one.
-    """
+    """Return namespace and name of the sweep that a Job, or its pod, has as labels."""
     metadata = body["metadata"]
     labels = metadata.get("labels") or {}
     of_sweep = SWEEP_LABEL in labels and labels.get(JOB_UID_LABEL) == labels.get(SWEEP_UID_LABEL)

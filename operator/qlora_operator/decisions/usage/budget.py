@@ -30,10 +30,7 @@ _SECONDS = 3600
 
 
 def allowed_seconds(job: QLoRAJob, status: QLoRAJobStatus) -> float | None:
-    """Return the GPU seconds in the job's budget and the profile's limit.
-
-    Returns None if there is neither.
-    """
+    """Return the GPU seconds in the job's budget and the profile's limit."""
     own = job.spec.budget.gpu_hours if job.spec.budget is not None else None
     limit = status.resolved.gpu_hours if status.resolved is not None else None
     hours = min((hours for hours in (own, limit) if hours is not None), default=None)

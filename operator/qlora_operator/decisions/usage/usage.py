@@ -82,10 +82,7 @@ def used_seconds(status: QLoRAJobStatus) -> int:
 
 
 def gpus_at_a_time(job: QLoRAJob, status: QLoRAJobStatus, pods: Iterable[Pod]) -> float:
-    """Return the GPUs that the job has now.
-
-    Of a pod that trains several cells, only the parts that count for it.
-    """
+    """Return the job's GPUs now, its part only of a pod that trains several cells."""
     return gpus_of_a_pod(job, status) * sum(map(_share, _running(status, pods)))
 
 
@@ -174,10 +171,7 @@ def _ends_its_job(pod: Pod, facts: Facts) -> bool:
 
 
 def _uncounted_since(pod: Pod, since: datetime, before: UsageStatus) -> datetime | None:
-    """Return the start of an unlisted pod's uncounted time.
-
-    Returns None if there may be none.
-    """
+    """Return the start of an unlisted pod's uncounted time, or None without any."""
     dropped_until = _dropped_until(pod.created, before)
     if dropped_until is None or not _is_over(pod):
         return max(since, dropped_until or since)
@@ -186,10 +180,7 @@ def _uncounted_since(pod: Pod, since: datetime, before: UsageStatus) -> datetime
 
 
 def _dropped_until(created: datetime, before: UsageStatus) -> datetime | None:
-    """Return the end of an unlisted pod's time in the sums.
-
-    Returns None if it has none there.
-    """
+    """Return the end of an unlisted pod's time in the sums, or None without any."""
     if before.counted_until is None or created > parse_time(before.counted_until):
         return None
     return parse_time(before.ended_until or before.counted_until)
@@ -228,10 +219,7 @@ def _advanced(entry: PodUsage, pod: Pod, status: QLoRAJobStatus, facts: Facts) -
 
 
 def _reports_on(reporting: str, pod: Pod, facts: Facts) -> bool:
-    """Whether the pod of that UID reports for this one too.
-
-    Node 0 does for all nodes of its attempt.
-    """
+    """Whether the pod of that UID reports for this one too, as node 0 does."""
     if reporting == pod.uid:
         return True
     return any(each.uid == reporting and each.owner_uid == pod.owner_uid for each in facts.observed.pods)
