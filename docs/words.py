@@ -23,9 +23,9 @@ ROOT = Path(__file__).parents[1]
 RULES = ("Actors", "Which", "Personified", "NounClauses", "Words", "Own")
 # Hits per 1,000 words, by rule. Lower them when text is rewritten: the goals of the first three are 0, 0.4 and 0.3.
 CEILINGS = {
-    "crds": (0.2, 1.1, 0.6, 2.0, 1.2, 0.2),
-    "cli": (0.0, 0.3, 0.4, 0.3, 0.5, 0.3),
-    "operator": (3.2, 3.1, 6.3, 5.1, 5.4, 1.5),
+    "crds": (0.2, 0.3, 0.2, 0.9, 0.5, 0.2),
+    "cli": (0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+    "operator": (0.0, 0.2, 0.0, 0.2, 0.0, 0.2),
     "trainer_image": (0.0, 0.1, 0.1, 0.2, 0.2, 0.2),
     "tests": (0.1, 0.2, 0.4, 0.7, 0.3, 0.2),
     "docs": (0.0, 0.1, 0.1, 0.2, 0.3, 0.4),

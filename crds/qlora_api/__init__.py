@@ -1,1 +1,4 @@
-"""The contract of the operator, the trainer and the command line: the resource, the records, the exit codes."""
+"""The contract of operator, trainer and command line.
+
+It has the resources, the records and the exit codes.
+"""

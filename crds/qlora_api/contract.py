@@ -26,7 +26,10 @@ key need it.
 
 
 def needed_contract(nodes: int, *, grouped: bool = False, signed: bool = False) -> int:
-    """The lowest version that supports a job of so many nodes; all versions support one node."""
+    """Return the lowest contract version that supports a job of so many nodes.
+
+    All versions support one node.
+    """
     return 5 if signed else 4 if grouped else 3 if nodes > 1 else 2
 
 
@@ -107,10 +110,10 @@ MIN_SECONDS_BETWEEN_PROGRESS = 5.0
 
 
 def nine_digits(figure: float) -> float:
-    """The figure with nine significant digits, in the same unit: a progress record is short.
+    """Round the figure to nine significant digits, in the same unit.
 
-    A float32 has fewer. Cells of a sweep are compared by such losses: rounded to four decimals, 0.00034 and 0.00026
-    would be equal.
+    A progress record is short, and a float32 has fewer. Cells of a sweep are compared by such losses: rounded to four
+    decimals, 0.00034 and 0.00026 would be equal.
     """
     return float(f"{figure:.9g}")
 
@@ -143,7 +146,7 @@ class ExitCode(IntEnum):
 
     @property
     def permanent(self) -> bool:
-        """Whether another attempt would end in the same way, so that the step is not retried."""
+        """Whether another attempt would fail too, so that the step is not retried."""
         return ExitCode.BAD_CONFIGURATION <= self <= ExitCode.GATE_FAILED
 
 
@@ -228,7 +231,10 @@ _RECORD: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Field(discriminator
 
 
 def encode_record(record: Record) -> str:
-    """The record as one line of JSON, without the newline. Raises ValueError if it is larger than its kind may be."""
+    """Encode the record as one line of JSON, without the newline.
+
+    Raises ValueError if it is larger than its kind may be.
+    """
     limit = MAX_PROGRESS_BYTES if isinstance(record, ProgressRecord) else MAX_RESULT_BYTES
     line = _line(record)
     if len(line) > limit:
@@ -237,7 +243,10 @@ def encode_record(record: Record) -> str:
 
 
 def within_limit(record: ProgressRecord) -> ProgressRecord:
-    """The record, its activity cut to the record's limit: JSON takes up to twelve bytes for a character."""
+    """Cut the record's activity to the record's limit.
+
+    JSON needs at most twelve bytes for a character.
+    """
     excess, kept = len(_line(record)) - MAX_PROGRESS_BYTES, len(record.activity)
     while excess > 0 and kept:
         kept -= 1
@@ -250,13 +259,19 @@ def _line(record: Record) -> str:
 
 
 def decode_record(line: str, *, job_uid: str, pod_uid: str) -> Record | None:
-    """The record in a line of a log or a termination message; None for anything but a record of this job and pod."""
+    """Decode a line of a log or termination message into a record of this job and pod.
+
+    Returns None for anything else.
+    """
     record = decode_any_record(line)
     return record if record is not None and (record.job_uid, record.pod_uid) == (job_uid, pod_uid) else None
 
 
 def decode_any_record(line: str) -> Record | None:
-    """The record in a line of a log, by any writer; None for anything else. Only for display."""
+    """Decode a line of a log into a record by any writer, only for display.
+
+    Returns None for anything else.
+    """
     if not line.startswith("{") or len(line.encode(errors="replace")) > MAX_RESULT_BYTES:
         return None
     try:
@@ -327,19 +342,22 @@ class WorkspaceLayout:
         return self.root / "records"
 
     def completion(self, step: StepName) -> Path:
-        """The step's completion record: if it exists and matches, the step is not repeated."""
+        """Return the step's completion record: if it matches, the step is not repeated."""
         return self.records / f"{step}.json"
 
 
 @dataclass(frozen=True)
 class SweepLayout:
-    """Paths in the folder that the cells of a sweep share, next to each cell's folder on the claim."""
+    """Paths in the folder that the cells of a sweep share, next to each cell's folder."""
 
     root: Path
 
     @property
     def rows(self) -> Path:
-        """Rows as tokens, in files whose names have the data and settings; each complete or absent."""
+        """Return the folder of rows as tokens.
+
+        The files' names have the data and settings. Each file is complete or absent.
+        """
         return self.root / "rows"
 
 

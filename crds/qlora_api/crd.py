@@ -1,4 +1,7 @@
-"""The CustomResourceDefinition, generated from the models: a structural schema with CEL rules, columns and defaults."""
+"""Generates the CustomResourceDefinition from the models.
+
+It has a structural schema with CEL rules, columns and defaults.
+"""
 
 import json
 import re
@@ -167,7 +170,7 @@ def _definition(
 
 
 def _without_transitions(schema: Schema) -> Schema:
-    """The schema without the rules that compare with the stored object, but for those that admit a new one."""
+    """Drop the rules that compare with the stored object, unless they admit a new one."""
     result: Schema = {}
     for key, value in schema.items():
         if key == VALIDATIONS:
@@ -183,9 +186,10 @@ def _without_transitions(schema: Schema) -> Schema:
 
 
 def structural_schema(model: type[BaseModel], *, defaults: bool) -> Schema:
-    """The model's JSON schema as Kubernetes wants it: no references, no null, boolean exclusive bounds.
+    """Build the model's JSON schema in Kubernetes' form.
 
-    With `defaults`, an object that may be left out defaults to `{}`, so that the defaults of its fields apply.
+    It has no references, no null, and boolean exclusive bounds. With `defaults`, an object that may be left out
+    defaults to `{}`, so that the defaults of its fields apply.
     """
     document = model.model_json_schema(by_alias=True, mode="validation")
     return _structural(document, document.get("$defs", {}), defaults=defaults)
@@ -220,19 +224,22 @@ def _structural(node: Schema, definitions: dict[str, Schema], *, defaults: bool)
 
 
 def default_sentence(default: object) -> str:
-    """The end of a description that has the default, which `kubectl explain` does not show; empty without one."""
+    """Return the default at the end of a description, empty without one.
+
+    `kubectl explain` does not show defaults.
+    """
     if default in (None, "", [], {}) or isinstance(default, dict):
         return ""
     return f" Default: {default if isinstance(default, str) else json.dumps(default)}."
 
 
 def _one_line_per_paragraph(text: str) -> str:
-    """A docstring without the line breaks of its source, which `kubectl explain` would show."""
+    """Drop a docstring's line breaks, which `kubectl explain` would show."""
     return re.sub(r"(?<!\n)\n(?!\n)", " ", text)
 
 
 def _resolve(node: Schema, definitions: dict[str, Schema]) -> Schema:
-    """The node with its reference replaced by the referenced node; keywords next to the reference win."""
+    """Replace the node's reference by its target; keywords of the node win."""
     if "$ref" not in node:
         return node
     name = node["$ref"].rpartition("/")[2]
@@ -240,7 +247,10 @@ def _resolve(node: Schema, definitions: dict[str, Schema]) -> Schema:
 
 
 def _merge_alternatives(node: Schema, definitions: dict[str, Schema]) -> Schema:
-    """`X | None` as X: a field that is not set is absent, never null. Raises TypeError for any other union."""
+    """Reduce `X | None` to X: a field that is not set is absent, never null.
+
+    Raises TypeError for any other union.
+    """
     if "anyOf" not in node:
         return node
     options = [option for option in node["anyOf"] if option.get("type") != "null"]

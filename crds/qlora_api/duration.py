@@ -1,10 +1,10 @@
-"""Writes durations for people: the same text in a job's status and on the console of `qlora run`."""
+"""Formats durations for a job's status and the console of `qlora run`."""
 
 
 def format_duration(seconds: float) -> str:
-    """The duration in its two largest units, rounded down and without padding, as kubectl writes ages: `1h12m`, `45s`.
+    """Format the duration in its two largest units, as kubectl does: `1h12m`, `45s`.
 
-    `seconds` is finite and not negative.
+    It is rounded down, without padding. `seconds` is finite and not negative.
     """
     whole = int(seconds)
     days, hours, minutes = whole // 86_400, whole // 3600 % 24, whole // 60 % 60

@@ -1,4 +1,7 @@
-"""Turns the records of the trainer into the figures that a status shows; pure."""
+"""Turns the trainer's records into the figures of a status.
+
+All functions are pure.
+"""
 
 from collections.abc import Collection
 
@@ -15,7 +18,7 @@ _NOTHING_LEFT: dict[str, object] = {"remaining": "", "remaining_seconds": None}
 
 
 def with_progress(status: QLoRAJobStatus, record: ProgressRecord) -> QLoRAJobStatus:
-    """The status with the latest progress; what the record does not have is kept."""
+    """Add the latest progress, and keep the fields that the record lacks."""
     if record.step != "train":
         if record.step != "prepare" or not record.activity:
             return status
@@ -68,7 +71,10 @@ def _evaluations(record: ProgressRecord | ResultRecord) -> tuple[EvaluationStatu
 
 
 def with_known_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobStatus:
-    """The status with what a step reports about memory, data, model and gate, as a failed step may do too."""
+    """Add a step's report on memory, data, model and gate.
+
+    A failed step may have one too.
+    """
     changes: dict[str, object] = {}
     if record.memory is not None:
         changes["memory"] = record.memory
@@ -84,7 +90,10 @@ def with_known_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobSt
 
 
 def with_publication(status: QLoRAJobStatus, record: ResultRecord, report_to: Collection[str]) -> QLoRAJobStatus:
-    """The status with publish's results, trackers included. `report_to`: the trackers that the job names."""
+    """Add publish's results, trackers included.
+
+    `report_to`: the trackers that the job names.
+    """
     report = None
     if record.adapter is not None and record.report_sha256 is not None:
         report = ReportStatus(uri=f"{record.adapter.uri}/{REPORT_FILE}", sha256=record.report_sha256)
@@ -92,7 +101,7 @@ def with_publication(status: QLoRAJobStatus, record: ResultRecord, report_to: Co
 
 
 def _tracking(status: QLoRAJobStatus, record: ResultRecord, report_to: Collection[str]) -> TrackingStatus | None:
-    """The result of the upload to each server that the job and its profile name; None if there is none.
+    """Return the upload's result for each server of the job and its profile, or None.
 
     A trainer of an earlier release reports nothing about a server that it does not support.
     """
@@ -108,7 +117,7 @@ def _tracking(status: QLoRAJobStatus, record: ResultRecord, report_to: Collectio
 
 
 def with_training_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobStatus:
-    """The status with the final figures of training, which may not have been read from the log."""
+    """Add the final figures of training, which may be missing from the log."""
     old = status.progress or ProgressStatus()
     known = {
         "loss": _rounded(record.loss),
@@ -130,7 +139,7 @@ def with_training_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJo
 
 
 def with_saved_step(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobStatus:
-    """The status with the checkpoint that train saves before it reports that it succeeded or was interrupted."""
+    """Add the checkpoint that train saves before it reports success or interruption."""
     step = record.training_step
     if record.step != "train" or record.outcome == "failed" or not step:
         return status
@@ -148,14 +157,14 @@ def without_remaining(status: QLoRAJobStatus) -> QLoRAJobStatus:
 
 
 def _time_left(seconds: float | None) -> dict[str, object]:
-    """For people and for programs; neither for a run without it."""
+    """Return the time left for users and for programs, or neither without one."""
     if seconds is None:
         return _NOTHING_LEFT
     return {"remaining": format_duration(seconds), "remaining_seconds": int(seconds)}
 
 
 def _steps(step: int, total: int, *, ended: bool = False) -> dict[str, object]:
-    """The progress of a run. One that has ended before its last step was stopped early, and is complete."""
+    """Return the progress of a run; one that was stopped early is complete."""
     if ended and step < total:
         return {"step": step, "total_steps": total, "percent": 100, "summary": f"stopped early {step}/{total}"}
     percent = min(100, 100 * step // total) if total else 0
@@ -167,5 +176,5 @@ def _rounded(value: float | None) -> float | None:
 
 
 def short_loss(loss: float | None) -> float | None:
-    """The loss with five significant digits, for people; None as None."""
+    """Round the loss to five significant digits for users, and keep None."""
     return None if loss is None else float(f"{loss:.5g}")

@@ -1,9 +1,11 @@
-"""GPU hours of a run from its operations, and what they cost: arithmetic that operator, trainer and command line share.
+"""Forecasts the GPU hours of a run from its operations, and their cost.
+
+Operator, trainer and command line share it.
 
 Operations for each token and weight, after Kaplan et al. (arXiv 2001.08361, section 2.1): 2 in the forward pass, and in
 the backward pass 2 for the gradients of the activations and 2 for those of the weights. The weights of the base are
-frozen, and need none. Gradient checkpointing computes the forward pass a second time (Chen et al., arXiv
-1604.06174). Attention's scores and the adapter itself, a few percent of the whole, are left out.
+frozen, and need none. Gradient checkpointing computes the forward pass a second time (Chen et al., arXiv 1604.06174).
+Attention's scores and the adapter itself, a few percent of the whole, are left out.
 """
 
 import re
@@ -28,20 +30,26 @@ _PRICE = re.compile(rf"({PRICE.removeprefix('^').removesuffix('$')}) ([A-Za-z]{{
 
 
 def training_flops(parameters: int, tokens: int, training: TrainingSpec) -> float:
-    """Floating-point operations to train on so many tokens. `parameters`: weights that each token is multiplied by."""
+    """Return the floating-point operations to train on so many tokens.
+
+    `parameters`: weights that each token is multiplied by.
+    """
     passes = 3 if training.gradient_checkpointing else 2
     return 2.0 * passes * parameters * tokens
 
 
 def hours_of_flops(flops: float, gpu_tflops: float) -> float:
-    """GPU hours for so many operations, on any number of GPUs of that speed, at the assumed utilization."""
+    """Return GPU hours for so many operations, on any number of GPUs of that speed.
+
+    They are at the assumed utilization.
+    """
     return flops / (gpu_tflops * 1e12 * ASSUMED_UTILIZATION) / _SECONDS
 
 
 def tokens_of_run(training: TrainingSpec, of_epoch: int | None) -> tuple[int | None, bool]:
-    """Tokens of the whole run, or None if they are not known; and whether that is only what it has at most.
+    """Return the tokens of a run, None if unknown, and whether they are a maximum.
 
-    `of_epoch`: tokens of one epoch, if they are known. A number of steps bounds them by itself.
+    `of_epoch`: tokens of one epoch, None if unknown. A number of steps is a bound by itself.
     """
     if training.max_steps is not None:
         sequences = training.max_steps * training.micro_batch_size * training.gradient_accumulation_steps
@@ -64,7 +72,10 @@ def hours_text(seconds: float) -> str:
 
 
 def cost_text(seconds: float, price: str | None, currency: str | None) -> str | None:
-    """The cost of GPU seconds at that price of an hour, with two decimals and the currency; None without a price."""
+    """Format the cost of GPU seconds with two decimals and the currency.
+
+    `price`: of an hour. Returns None without a price.
+    """
     if price is None or currency is None:
         return None
     with localcontext(_DIGITS):
@@ -72,7 +83,10 @@ def cost_text(seconds: float, price: str | None, currency: str | None) -> str | 
 
 
 def sum_of_costs(costs: Iterable[str | None]) -> str | None:
-    """The sum of costs as `cost_text` gives them; None if there are none, or in several currencies."""
+    """Sum costs formatted by `cost_text`.
+
+    Returns None if there are none, or in several currencies.
+    """
     amounts = [cost.split() for cost in costs if cost is not None]
     currencies = {currency for _, currency in amounts}
     if len(currencies) != 1:

@@ -1,6 +1,7 @@
-"""Decides by their settings whether jobs can be trained together, on one base in one process; pure.
+"""Decides by their settings whether jobs can train together on one base.
 
-The train step compares the contents of their workspaces, such as the bytes of the base.
+They share one process. All functions are pure. The train step compares the contents of their workspaces, such as the
+bytes of the base.
 """
 
 from collections.abc import Callable
@@ -43,16 +44,17 @@ _ALONE = (
 
 
 def rules_of_template(spec: str, alone: str, setting: str) -> list[dict[str, Any]]:
-    """The rules that let all jobs with this template be trained together, as `not_together` checks them too.
+    """Return the rules that let all jobs with this template train together.
 
-    `spec`: where the template is. `alone`: CEL, that its jobs are trained alone. `setting`: what trains them together.
+    `not_together` checks them too. `spec`: where the template is. `alone`: CEL, that its jobs are trained alone.
+    `setting`: the setting that trains them together.
     """
     absent = ((each.absent.replace("self.", f"{spec}."), each.field) for each in _ALONE)
     return [rule(f"{alone} || ({condition})", _not_supported(field, setting)) for condition, field in absent]
 
 
 def not_together(spec: QLoRAJobSpec, setting: str) -> str:
-    """Why jobs with this template cannot be trained together; empty if they can."""
+    """Return why jobs with this template cannot train together, empty if they can."""
     field = _field_alone(spec)
     return _not_supported(field, setting) if field else ""
 
@@ -63,7 +65,7 @@ def not_joinable(name: str, reason: str) -> str:
 
 
 def setting_alone(spec: QLoRAJobSpec) -> str:
-    """Which setting is for a job that is trained alone; empty for none."""
+    """Return the setting that only a job trained alone can have, empty for none."""
     field = _field_alone(spec)
     if not field:
         return ""
@@ -76,14 +78,14 @@ def rows_not_apart(model_type: str) -> str:
 
 
 def different_pass(spec: QLoRAJobSpec, first: QLoRAJobSpec, name: str) -> str:
-    """Which setting of a pass through the model differs from that of the first job; empty for none."""
+    """Return the setting of a pass that differs from the first job's, empty for none."""
     if spec.training.gradient_checkpointing != first.training.gradient_checkpointing:
         return f"spec.training.gradientCheckpointing differs from that of {name}: give both the same"
     return ""
 
 
 def _field_alone(spec: QLoRAJobSpec) -> str:
-    """The field, without `spec.`, of a job that is trained alone only; empty for none."""
+    """Return the field, without `spec.`, of a job trained alone only, empty for none."""
     return next((each.field for each in _ALONE if each.is_set(spec)), "")
 
 

@@ -1,4 +1,6 @@
-"""The inputs of an adapter, as an in-toto statement, which publish writes and users verify.
+"""Builds the in-toto statement of an adapter's inputs.
+
+Publish writes it and users verify it.
 
 Source: https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md
 """

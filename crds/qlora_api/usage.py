@@ -1,4 +1,4 @@
-"""A job's use of GPUs: the user's budget, and the time, cost and forecast of the status."""
+"""A job's GPU use: the user's budget, and the status' time, cost and forecast."""
 
 from typing import Annotated, Literal
 

@@ -48,9 +48,9 @@ _NAMESPACE_OF_POD = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run until a signal. Returns the exit status: 0 after a signal, 1 after an error, 2 for bad settings.
+    """Run until a signal, also while the API server is absent or denies everything.
 
-    An API server that is absent, or denies everything, is waited for.
+    Returns the exit status: 0 after a signal, 1 after an error, 2 for bad settings.
     """
     parser = argparse.ArgumentParser(prog="qlora-operator", description="Runs QLoRAJobs on Kubernetes.")
     parser.add_argument(
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _lease_settings(settings: Settings) -> LeaseSettings | None:
-    """The Lease to compete for; None if nothing is competed for. Raises SettingsError."""
+    """Return the Lease to compete for, or None without one. Raises SettingsError."""
     election = settings.leader_election
     in_pod = _NAMESPACE_OF_POD.exists()
     if not (in_pod if election.enabled is None else election.enabled):
@@ -109,7 +109,7 @@ class Signals:
         self._stop = asyncio.Event()
 
     def take(self) -> None:
-        """Handle both signals from now on, whoever handled them before."""
+        """Handle both signals from now on, in place of any other handler."""
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
 
@@ -125,7 +125,7 @@ class Signals:
 
 
 class Operator:
-    """The order of things: wait until this release can work here, be elected, list everything, work."""
+    """Wait until this release can work here, be elected, list everything, work."""
 
     def __init__(
         self,
@@ -190,7 +190,7 @@ class Operator:
                 group.create_task(watch(settings, hooks))
 
     def _wired(self) -> tuple[WorkQueue, WorkQueue, Resync, Hooks]:
-        """What works together, around one store; nothing runs yet."""
+        """Connect the queues, the resync and the hooks to one store without a start."""
         settings, metrics, store, progress = self._settings, self._metrics, Store(), self._progress_reader()
         queue = WorkQueue(
             # It requests others, when one has ended that they wait for.
@@ -235,7 +235,10 @@ class Operator:
 
     @contextmanager
     def _at_work(self, queues: tuple[WorkQueue, WorkQueue], resync: Resync) -> Iterator[None]:
-        """Probes and metrics tell of the work, and it pauses while the schema lacks fields, until the block ends."""
+        """Show the work in probes and metrics until the block ends.
+
+        The work pauses while the schema lacks fields.
+        """
         health, candidate = self._health, dict(self._health.ready)
 
         def follow_schema(lacks: bool) -> None:
@@ -279,13 +282,14 @@ class Operator:
 
 
 def _keep_what_is_there() -> None:
-    """Have the garbage collector look seldom, and only at what comes from now on."""
-    # What is there now stays: without it, looking for garbage is quick, and so comes before there is much.
+    """Make the garbage collector run seldom, and only over objects from now on."""
+    # Objects from before stay, so the collector skips them: it is quick without them, and so runs before there are
+    # many.
     gc.unfreeze()
     gc.collect()
     gc.freeze()
-    # Requests and events make thousands of objects a second that die at once, by their count of references: to look
-    # for garbage among them after every 700 takes a twentieth of a pass, and finds next to nothing.
+    # Requests and events make thousands of objects a second that reference counting frees immediately: collecting
+    # garbage among them after every 700 takes a twentieth of a pass, and finds next to nothing.
     gc.set_threshold(*_GC_THRESHOLDS)
 
 

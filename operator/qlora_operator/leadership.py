@@ -1,7 +1,9 @@
-"""Elects one of several operators by a Lease: it alone works, and another takes over when it ends or is cut off.
+"""Elects one of several operators by a Lease.
+
+Only the leader works; another candidate takes over when it ends or is cut off.
 
 No wall clock decides: a candidate waits until it has seen the Lease unchanged for the Lease's duration, and the leader
-stops by its own clock before that. Clocks of different nodes need not agree.
+stops by its clock before that. Clocks of different nodes need not agree.
 """
 
 import asyncio
@@ -22,7 +24,7 @@ logger = logging.getLogger(__name__)
 _STOP_AFTER = 2 / 3
 _RENEW_EVERY = 1 / 6
 _JITTER = 0.2
-# Longer than the work needs to stop once it is told to.
+# Longer than the work needs to stop on request.
 _STOPPING_SECONDS = 30.0
 _MICRO_TIME = "%Y-%m-%dT%H:%M:%S.%fZ"
 
@@ -31,10 +33,10 @@ Work = Callable[[], Coroutine[Any, Any, None]]
 
 
 class Leases(Protocol):
-    """What an election needs of the API server. All raise ClusterError."""
+    """The API server's part in an election. All raise ClusterError."""
 
     async def get_lease(self, namespace: str, name: str) -> Object | None:
-        """The Lease; None if it does not exist."""
+        """Return the Lease, or None if it does not exist."""
         ...
 
     async def create_lease(self, namespace: str, manifest: Object) -> Object:
@@ -47,7 +49,7 @@ class Leases(Protocol):
 
 
 class Step(enum.Enum):
-    """What a candidate does about the Lease."""
+    """A candidate's next step with the Lease."""
 
     CREATE = "create"
     TAKE = "take"
@@ -56,9 +58,10 @@ class Step(enum.Enum):
 
 
 def decide(lease: Object | None, identity: str, unchanged: float, duration: float) -> Step:
-    """The next step of `identity`. `unchanged`: seconds for which it has seen this Lease as it is now.
+    """Decide the next step of `identity`.
 
-    The duration that counts is what the holder promised; `duration` counts if the Lease has none.
+    `unchanged`: seconds since it has seen a change of this Lease. The duration that counts is the holder's
+    promise; `duration` counts if the Lease has none.
     """
     if lease is None:
         return Step.CREATE
@@ -113,7 +116,10 @@ class Election:
         return self._renewed_at is not None
 
     async def run(self, work: Work) -> None:
-        """Compete until canceled. `work` runs while this operator leads and is canceled before another may lead."""
+        """Compete until canceled.
+
+        `work` runs while this operator leads and is canceled before another may lead.
+        """
         try:
             while True:
                 await self._acquire()
@@ -129,13 +135,16 @@ class Election:
             await self._release()
 
     def problem(self) -> str | None:
-        """Why this candidate could not take over now; None if it could."""
+        """Return why this candidate could not take over now, or None if it could."""
         if self._failing_since is None:
             return None
         return f"the Lease {self._settings.namespace}/{self._settings.name} cannot be read or written"
 
     def stuck(self) -> str | None:
-        """Why this process should be restarted: it no longer competes, or works although it may no longer lead."""
+        """Return why this process needs a restart, or None if it does not.
+
+        It no longer competes, or works although it may no longer lead.
+        """
         silence = self._now() - self._tried_at
         if silence > self._settings.duration + _STOPPING_SECONDS:
             return f"the Lease has not been tried for {silence:.0f} s"
@@ -177,7 +186,10 @@ class Election:
         return (self._renewed_at or 0.0) + self._settings.duration * _STOP_AFTER
 
     async def _try(self) -> bool | None:
-        """Whether this operator leads after one look at the Lease and, if that helps, one write; None if unknown."""
+        """Read the Lease, write it if that helps, and return whether this operator leads.
+
+        Returns None if unknown.
+        """
         self._tried_at = self._now()
         limit = self._settings.duration * _STOP_AFTER / 2
         if self._renewed_at is not None:
@@ -186,7 +198,7 @@ class Election:
             async with asyncio.timeout(limit):
                 leads = await self._step()
         except ConflictError:
-            # Somebody has written the Lease in between: what it says now is read next time.
+            # Another candidate has written the Lease in between: the next try reads it.
             return None
         except (ClusterError, TimeoutError) as error:
             self._fail(str(error) or "no answer in time")

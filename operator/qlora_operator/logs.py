@@ -1,4 +1,4 @@
-"""Writes the operator's log: one JSON object per line, with the job that it is about."""
+"""Writes the operator's log: one JSON object per line, with the job it concerns."""
 
 import json
 import logging
@@ -32,10 +32,10 @@ class JsonFormatter(logging.Formatter):
 
 
 class FrameworkFilter(logging.Filter):
-    """Lets the framework report each problem in one line, and the same problem again only after ten minutes.
+    """Reduces each problem of the framework to one line per ten minutes.
 
-    It writes a line for every request that it tries again, and a traceback for each of its tasks that ends with an
-    error, which `handlers` reports and cures.
+    The framework writes a line for every request that it tries again, and a traceback for each of its tasks that ends
+    with an error, which `handlers` reports and cures.
     """
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
@@ -54,7 +54,7 @@ class FrameworkFilter(logging.Filter):
             return False
         now = self._now()
         self._said = {text: said for text, said in self._said.items() if now - said < _REPEATED_AFTER_SECONDS}
-        # Each kind and each namespace has its own watch, and tries are counted, in what is otherwise the same line.
+        # Each kind and each namespace has a watch, and tries are counted, in lines that are otherwise the same.
         text = re.sub(r"https?://\S+|[0-9]+", "", record.getMessage())
         if text in self._said:
             return False
@@ -63,7 +63,10 @@ class FrameworkFilter(logging.Filter):
 
 
 def configure_logging(level: str, stream: TextIO = sys.stderr) -> None:
-    """Send every logger's records to `stream` as JSON. The framework's own are kept to warnings, unless debugging."""
+    """Send every logger's records to `stream` as JSON.
+
+    The framework's own are kept to warnings, unless debugging.
+    """
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
@@ -74,5 +77,5 @@ def configure_logging(level: str, stream: TextIO = sys.stderr) -> None:
             logging.getLogger(name).setLevel(logging.WARNING)
         # That its log-in is canceled when the watches end.
         logging.getLogger("kopf.activities").setLevel(logging.ERROR)
-        # What somebody sends to a port that is not HTTP.
+        # Requests to a port that are not HTTP.
         logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)

@@ -13,7 +13,7 @@ from aiohttp import web
 logger = logging.getLogger(__name__)
 
 Check = Callable[[], str | None]
-"""What is wrong; None if nothing is."""
+"""The problem; None without one."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Answer:
 class Health:
     """Whether the process is alive, and whether it can do its work.
 
-    Only what a new process would cure makes it not live. What an administrator or the API server has to cure makes it
-    not ready: it waits for that, and a rollout waits with it.
+    Only a problem that a new process would cure makes it not live. A problem that an administrator or the API server
+    has to cure makes it not ready: it waits for that, and a rollout waits with it.
     """
 
     live: dict[str, Check] = field(default_factory=dict)
     ready: dict[str, Check] = field(default_factory=dict)
     note: Check = lambda: None
-    """What is worth knowing although the operator is ready."""
+    """A note although the operator is ready; None without one."""
 
     def liveness(self) -> Answer:
         """The answer to /healthz."""
@@ -60,7 +60,10 @@ class PortError(Exception):
 
 @asynccontextmanager
 async def serving(ports: Mapping[int, Mapping[str, Callable[[], Answer]]]) -> AsyncIterator[None]:
-    """Answer GET requests for the paths on each port, until the block ends. Raises PortError."""
+    """Answer GET requests for the paths on each port, until the block ends.
+
+    Raises PortError.
+    """
     runners: list[web.AppRunner] = []
     try:
         for port, paths in ports.items():
@@ -85,7 +88,7 @@ def _handler(answer: Callable[[], Answer]) -> Callable[[web.Request], Awaitable[
 
 
 def _listen(port: int) -> socket.socket:
-    """A socket for both families of addresses; for IPv4 alone where the kernel has no IPv6."""
+    """Open a socket for IPv6 and IPv4, or IPv4 alone without IPv6 in the kernel."""
     try:
         try:
             return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=128)

@@ -24,7 +24,7 @@ SECONDS_BETWEEN_PASSES = 2.0
 Port = Annotated[int, Field(ge=1, le=65535)]
 Name = Annotated[str, Field(min_length=1, max_length=63, pattern=DNS_LABEL)]
 
-# The rest is for what is resolved beside the profile: three names, a path and a version.
+# The rest is for the other resolved values: three names, a path and a version.
 _MAX_PROFILE = MAX_RESOLVED - 2048
 
 
@@ -38,12 +38,12 @@ def _check_length(profile: Profile) -> Profile:
     return profile
 
 
-# What the YAML library raises for a value that does not match its tag, or for bytes that are not text.
+# The errors of the YAML library for a value that does not match its tag, or for bytes that are not text.
 _UNUSABLE_VALUES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
 
 class SettingsError(Exception):
-    """The settings are invalid; the message names the field, what was found and what is allowed."""
+    """The settings are invalid: the message has field, value and the allowed ones."""
 
 
 class ProgressSettings(ApiModel):
@@ -124,7 +124,10 @@ class Settings(ApiModel):
 
 
 def find_settings(argument: Path | None, environ: Mapping[str, str] = os.environ) -> Path:
-    """The settings file: from the command line, else from the environment. Raises SettingsError without either."""
+    """Find the settings file: from the command line, else from the environment.
+
+    Raises SettingsError without either.
+    """
     if argument is not None:
         return argument
     if path := environ.get(ENV_SETTINGS):

@@ -256,7 +256,7 @@ def run(
 
 @dataclass(frozen=True)
 class _Options:
-    """What the command line gives to every run."""
+    """The command line's options for every run."""
 
     workspace: Path
     claims: dict[str, Path]
@@ -270,7 +270,7 @@ class _Options:
 
 
 def _what_to_run(file: Path | None, workspace: Path, *, resume: bool) -> tuple[Document, list[LocalRun]]:
-    """The document in FILE, or that of the run in the workspace, and the runs there, if they are to be resumed."""
+    """Read the document in FILE, or the run in the workspace, and the runs to resume."""
     document = _load(file) if file is not None else None
     try:
         sweep = earlier_sweep(workspace) if resume or isinstance(document, QLoRAJobDocument) else None
@@ -310,7 +310,7 @@ def _display(run: LocalRun, console: Console, bar: Progress, *, named: bool, out
 
 
 def _problems(run: LocalRun) -> list[str]:
-    """What keeps the job from running here, one sentence each."""
+    """Return the problems that keep the job from running here, one sentence each."""
     if (nodes := run.document.spec.resources.node_count) > 1:
         return [f"spec.resources.nodes is {nodes}, and this command runs a job on one machine: remove it from FILE"]
     return missing_sources(run.document.spec, run.claims, run.config_maps, run.continues)

@@ -216,7 +216,10 @@ def _totals(plan: SweepPlan) -> Table:
 
 
 def _rungs(halving: HalvingSpec, longest: Sequence[int | None]) -> str:
-    """At which steps cells are compared, by the length of each cell in steps; None where the data decides it."""
+    """List the steps that compare cells, by each cell's length in steps.
+
+    `longest`: None where the data decides it.
+    """
     known = [steps for steps in longest if steps is not None]
     rungs = halving.rungs(max(known) if len(known) == len(longest) else None)
     if not rungs:

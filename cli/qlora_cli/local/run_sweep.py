@@ -1,4 +1,7 @@
-"""Runs the cells of a sweep on this machine, those of a pod in one process, and publishes the best if that is asked."""
+"""Runs a sweep's cells on this machine, and publishes the best on request.
+
+The cells of a pod share one process.
+"""
 
 import json
 import math
@@ -38,10 +41,10 @@ class LocalSweep:
 
     @classmethod
     def of(cls, document: QLoRASweepDocument, earlier: Sequence[LocalRun], options: LocalRun) -> "LocalSweep":
-        """The sweep with these options in the folder `options.workspace`; a cell in the folder of its name there.
+        """Build the sweep with these options in the folder `options.workspace`.
 
-        `earlier`: runs of its cells, to be resumed. Raises StepFailure (BAD_CONFIGURATION) if a cell does not fit the
-        template, or is the same as another, or if the sweep stops cells.
+        A cell has the folder of its name there. `earlier`: runs of its cells, to be resumed. Raises StepFailure
+        (BAD_CONFIGURATION) if a cell does not fit the template, or is the same as another, or if the sweep stops cells.
         """
         spec = document.spec
         if spec.halving is not None:
@@ -77,9 +80,9 @@ def as_job(cell: Cell) -> QLoRAJobDocument:
 
 
 def earlier_sweep(root: Path) -> tuple[QLoRASweepDocument, list[LocalRun]] | None:
-    """The sweep that was started in this folder, and the runs of its cells; None if there was none.
+    """Read the sweep that was started in this folder, and the runs of its cells.
 
-    Raises ValueError if one of them cannot be read.
+    Returns None if there was none. Raises ValueError if one of them cannot be read.
     """
     file = root / _SWEEP_FILE
     try:
@@ -93,9 +96,10 @@ def earlier_sweep(root: Path) -> tuple[QLoRASweepDocument, list[LocalRun]] | Non
 
 
 def run_sweep(sweep: LocalSweep, show: Callable[[LocalRun], Display]) -> dict[str, Ended]:
-    """Run the cells, and report how each job has ended, by its name. Each step skips what an earlier run has finished.
+    """Run the cells, and return how each job has ended, by its name.
 
-    A cell that fails stops no other. Raises OSError if a workspace cannot be written.
+    Each step skips the finished work of an earlier run. A cell that fails stops no other. Raises OSError if a workspace
+    cannot be written.
     """
     write_atomically(sweep.root / _SWEEP_FILE, json.dumps(sweep.document.dump()).encode() + b"\n")
     # Before the first of them runs: all are resumed from here.
@@ -115,7 +119,7 @@ def run_sweep(sweep: LocalSweep, show: Callable[[LocalRun], Display]) -> dict[st
 
 
 def best_cell(sweep: LocalSweep, ended: Mapping[str, Ended]) -> int | None:
-    """The number of the best cell by spec.best among those that have succeeded; None if there is none."""
+    """Return the number of the best cell by spec.best, or None if none has succeeded."""
 
     def key(number: int) -> tuple[float, float]:
         results = ended[sweep.cells[number].name].results
@@ -159,7 +163,10 @@ def _train(jobs: Sequence[ShownRun], stop: Stop) -> list[Ended]:
 
 
 def _with_own_uid(job: ShownRun) -> ShownRun:
-    """The job with a UID that distinguishes its records from those of the others in the same process."""
+    """Return the job with a unique UID.
+
+    It distinguishes the job's records from those of the others in the same process.
+    """
     document = job.run.document
     uid = document.metadata.name
     named = document.model_copy(update={"metadata": document.metadata.model_copy(update={"uid": uid})})
@@ -177,10 +184,10 @@ def _publish_first(job: ShownRun, trained: Ended, stop: Stop) -> Ended:
 
 
 def _finish(job: ShownRun, first: Ended, stop: Stop, log: Path) -> Ended:
-    """The train step of another job, which reports how it ended, and publish. `first`: how the process has ended.
+    """Finish another job of the process: return its train step's end, and publish.
 
-    `log` is that of the process. If that failed, for its first job or for all, only a job that it has trained to the
-    end continues.
+    `first`: how the process has ended. `log` is that of the process. If that failed, for its first job or for all, only
+    a job that it has trained to the end continues.
     """
     trained = first.step_exit_code == 0 or job.run.layout.completion("train").exists()
     if stop.signal is None and not trained:

@@ -76,9 +76,10 @@ class Pod:
 
 
 def pods_of(cluster: Cluster, job: Job) -> list[Pod]:
-    """The pods that report on the job, oldest first: its own, and those in which its sweep trains it with other cells.
+    """List the pods that report on the job, oldest first.
 
-    Of several that train together, the first.
+    These are the job's, and those of its sweep that train it with other cells. Of several that train together, the
+    first.
     """
     found = _labeled(cluster, job.uid)
     if job.sweep_uid:

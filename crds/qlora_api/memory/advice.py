@@ -1,4 +1,4 @@
-"""Decides whether a run fits a GPU by its estimate, and which settings to change if it does not."""
+"""Decides whether a run fits a GPU, and which settings to change if it does not."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -22,15 +22,16 @@ SHORTEST_ANSWER = 16
 LARGEST_MICRO_BATCH_TOKENS = 4096
 """Tokens of a micro batch beyond which a larger one hardly trains faster."""
 _SMALLEST_RANK = 8
-# A change that saves less than this share is noise beside the estimate's own error.
+# A change that saves less than this share is noise compared with the estimate's error.
 _WORTHWHILE_SAVING = 0.01
 
 
 def budget(gpu_gib: float) -> int:
-    """Bytes that a process can allocate on a GPU of `gpu_gib` GiB: 0.98 of it, the rest is the driver's.
+    """Return the bytes that a process can allocate on a GPU of `gpu_gib` GiB.
 
-    GPUs of 24, 48 and 80 GB offer 0.98 to 0.99 of their nominal GiB. For a GPU whose error correction takes memory
-    (a T4 offers 14.6 of 16) give the total that `nvidia-smi` shows. Raises ValueError unless positive.
+    That is 0.98 of it, the rest is the driver's. GPUs of 24, 48 and 80 GB offer 0.98 to 0.99 of their nominal GiB. For
+    a GPU whose error correction takes memory (a T4 offers 14.6 of 16) give the total that `nvidia-smi` shows. Raises
+    ValueError unless positive.
     """
     if not (math.isfinite(gpu_gib) and gpu_gib > 0):
         raise ValueError(f"gpu_gib is {gpu_gib}: must be a positive number of GiB")
@@ -38,22 +39,23 @@ def budget(gpu_gib: float) -> int:
 
 
 class Peak(Protocol):
-    """What a run takes of GPU memory at its peak, in bytes."""
+    """The peak GPU memory of a run, in bytes."""
 
     @property
     def expected(self) -> int:
-        """What it is expected to take."""
+        """The expected peak."""
 
     @property
     def low(self) -> int:
-        """What it takes at the very least."""
+        """The lowest possible peak."""
 
 
 def verdict(memory: Peak, gpu_gib: float) -> Verdict:
-    """Whether a run of this peak fits a GPU of `gpu_gib` GiB. Raises ValueError unless `gpu_gib` is positive.
+    """Compare a run of this peak with a GPU of `gpu_gib` GiB.
 
-    `fits`: expected × 1.07, for fragmentation, is within the budget. `exceeds`: even the low bound is beyond it, so
-    the run is rejected. `tight`: anything between; the run may start, and its status says so.
+    `fits`: expected × 1.07, for fragmentation, is within the budget. `exceeds`: even the low bound is beyond it, so the
+    run is rejected. `tight`: anything between; the run may start, and its status reports that. Raises ValueError unless
+    `gpu_gib` is positive.
     """
     available = budget(gpu_gib)
     if memory.expected * _ADMISSION_MARGIN <= available:
@@ -62,12 +64,18 @@ def verdict(memory: Peak, gpu_gib: float) -> Verdict:
 
 
 def room(memory: MemoryEstimate, gpu_gib: float) -> int:
-    """Bytes of the budget that the expected peak leaves free; negative if it does not fit. Raises as `budget`."""
+    """Return the bytes of the budget that the expected peak leaves free.
+
+    They are negative if it does not fit. Raises as `budget`.
+    """
     return budget(gpu_gib) - memory.expected
 
 
 def is_thin(memory: MemoryEstimate, gpu_gib: float) -> bool:
-    """Whether a run fits with less than 5 % of the budget to spare, beyond the margin for fragmentation."""
+    """Whether a run fits with less than 5 % of the budget to spare.
+
+    The margin for fragmentation is not part of that.
+    """
     available = budget(gpu_gib)
     spare = available - memory.expected * _ADMISSION_MARGIN
     return 0 <= spare < _THIN_MARGIN * available
@@ -75,7 +83,7 @@ def is_thin(memory: MemoryEstimate, gpu_gib: float) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One setting of a QLoRAJob to change: its path under `spec`, its value now and the value proposed."""
+    """One setting of a QLoRAJob to change: its path under `spec`, and both values."""
 
     setting: str
     current: str
@@ -96,9 +104,9 @@ class Advice:
 
 
 def advice(estimate: Estimator, training: TrainingShape, gpu_gib: float) -> tuple[Advice, ...]:
-    """Settings to change, one after the other, until the run fits a GPU of `gpu_gib` GiB.
+    """Return settings to change, in order, until the run fits a GPU of `gpu_gib` GiB.
 
-    First what costs time only, then what costs precision, then what cuts the data or the adapter; each no further than
+    First those that cost time only, then precision, then those that cut the data or the adapter; each no further than
     needed, and left out where it saves less than 1 %. Empty when the run fits already. When the last step's verdict is
     not `fits`, the model needs a larger GPU. Raises ValueError unless `gpu_gib` is positive.
     """
@@ -120,7 +128,10 @@ def advice(estimate: Estimator, training: TrainingShape, gpu_gib: float) -> tupl
 
 
 def first_change(estimate: Estimator, training: TrainingShape, gpu_gib: float) -> Advice | None:
-    """The setting to change first for more room, whether the run fits or not; None if there is none that helps."""
+    """Return the setting to change first for more room, or None if none helps.
+
+    The run may fit or not.
+    """
     before = estimate(training)
     for effect, candidates in _REMEDIES:
         proposal = next(_admitted(candidates, training), None)
@@ -133,10 +144,10 @@ def first_change(estimate: Estimator, training: TrainingShape, gpu_gib: float) -
 
 
 def larger_micro_batch(estimate: Estimator, training: TrainingShape, gpu_gib: float) -> Advice | None:
-    """The same batch in the largest micro batches that fit a GPU of `gpu_gib` GiB with room to spare; None if in none.
+    """Return the largest micro batches of the same batch that fit with room to spare.
 
-    They have at most 4,096 tokens each, and divide the batch at least as evenly among the GPUs as the run's own.
-    Raises ValueError unless `gpu_gib` is positive.
+    Returns None if none do. They have at most 4,096 tokens each, and divide the batch at least as evenly among the GPUs
+    as the run's own. Raises ValueError unless `gpu_gib` is positive.
     """
     for larger in larger_micro_batches(training):
         memory = estimate(larger)
@@ -146,7 +157,10 @@ def larger_micro_batch(estimate: Estimator, training: TrainingShape, gpu_gib: fl
 
 
 def larger_micro_batches(training: TrainingShape) -> Iterator[TrainingShape]:
-    """The same batch in larger micro batches, the largest first; no GPU gets more sequences than it has now."""
+    """Yield larger micro batches of the same batch, the largest first.
+
+    Each GPU has at most its present number of sequences.
+    """
     if "micro_batch_size" in training.fixed:
         return
     size, steps, gpus = training.micro_batch_size, training.gradient_accumulation_steps, training.gpus
@@ -242,11 +256,11 @@ _SPEC_PATHS: Mapping[str, str] = {
 
 
 RUN_FIELDS = frozenset(_SPEC_PATHS) - {"answer_tokens"}
-"""Fields with which a run is another one. What is scored after it is no part of it."""
+"""Fields that define a run. Scoring after it is no part of it."""
 
 
 def _changes(before: TrainingShape, after: TrainingShape) -> tuple[Change, ...]:
-    """The settings in which two training shapes differ, as paths and values of a QLoRAJob's spec."""
+    """Return the differences of two training shapes, as paths and values of a spec."""
     changed = [field.name for field in fields(before) if getattr(before, field.name) != getattr(after, field.name)]
     return tuple(
         Change(_SPEC_PATHS[name], _spec_value(name, getattr(before, name)), _spec_value(name, getattr(after, name)))

@@ -1,4 +1,4 @@
-"""Estimates the GPU memory that it takes to answer a prompt, one token after the other."""
+"""Estimates the GPU memory to answer a prompt, one token after the other."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -15,14 +15,18 @@ class AnswerBytes:
 
     @classmethod
     def of(cls, blocks: int, heads: int, *, keys_and_values: int) -> Self:
-        """Of a model with so many attention heads, and so many numbers in a token's keys and values in a block.
+        """Count for a model with these attention heads, and keys and values in a block.
 
-        transformers' attention builds the scores in 16 bit, their softmax in 32 bit, and that in 16 bit again.
+        `keys_and_values`: numbers for each token. transformers' attention builds the scores in 16 bit, their softmax in
+        32 bit, and that in 16 bit again.
         """
         return cls(per_token=2 * blocks * keys_and_values, per_pair=8 * heads)
 
     def of_longest(self, tokens: tuple[int, int] | None) -> int:
-        """Bytes of the longest answer, by the tokens of its prompt and of both; 0 for None."""
+        """Return the bytes of the longest answer, or 0 for None.
+
+        `tokens`: of its prompt, and of prompt and answer.
+        """
         if tokens is None:
             return 0
         prompt, both = tokens

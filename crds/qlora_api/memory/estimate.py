@@ -1,6 +1,6 @@
-"""Adds up the GPU memory of a QLoRA training run from counted weights and measured activations.
+"""Adds up the GPU memory of a QLoRA training run from weights and activations.
 
-Pure arithmetic: sizes are bytes unless a name says otherwise.
+Weights are counted, activations are measured. Pure arithmetic: sizes are bytes unless a name has another unit.
 """
 
 import math
@@ -24,7 +24,7 @@ _CONSTANT_BITS_DOUBLE = 8 / 64 + 32 / (64 * 256)
 # Sharded blocks that are whole on a GPU at the same time: the one at work, and the next one, fetched ahead.
 _GATHERED_BLOCKS = 2
 LOW_FACTOR = 0.80
-"""Share of the expected peak, without what can be paged, that a run needs at the very least."""
+"""The least share of the expected peak, without the pageable part, that a run needs."""
 _HIGH_FACTOR = 1.25
 
 
@@ -37,12 +37,15 @@ class Component:
     size: int
     """Bytes."""
     at_peak: bool
-    """False for what is smaller than something else that is never on the GPU at the same time; not in the sum."""
+    """False for a component smaller than one that is never on the GPU at the same time; not in the sum."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryEstimate:
-    """Peak device memory of one GPU in bytes: its components, and what they add up to. See `combined`."""
+    """Peak device memory of one GPU in bytes: its components, and their sum.
+
+    See `combined`.
+    """
 
     context: int
     base_weights: int
@@ -61,7 +64,10 @@ class MemoryEstimate:
     """Names of components that are freed, or not yet allocated, when the peak is reached."""
 
     def components(self) -> tuple[Component, ...]:
-        """The rows of a table, in a stable order; the sizes of those with `at_peak` add up to `expected`."""
+        """Return the rows of a table, in a stable order.
+
+        The sizes of those with `at_peak` add up to `expected`.
+        """
         return tuple(
             Component(name, label, getattr(self, name), name not in self.absent_at_peak)
             for name, label in _LABELS.items()
@@ -74,7 +80,7 @@ class MemoryEstimate:
 
     @property
     def low(self) -> int:
-        """What a run needs at the very least: 0.80 × `expected` after the pageable state has moved to host memory.
+        """The lower bound: 0.80 × `expected` after pageable state has moved to the host.
 
         docs/trainer/measurements.md has the published peaks that both bounds are from.
         """
@@ -82,7 +88,7 @@ class MemoryEstimate:
 
     @property
     def high(self) -> int:
-        """What a run hardly ever exceeds: 1.25 × `expected`."""
+        """The upper bound, rarely exceeded: 1.25 × `expected`."""
         return math.ceil(_HIGH_FACTOR * self.expected)
 
 
@@ -116,7 +122,10 @@ class ActivationBytes:
 
     @classmethod
     def of_measured(cls, *, kept: int, loss: int, work: int, gradient_checkpointing: bool) -> Self:
-        """Of a pass that keeps so many bytes for the backward pass, and takes more for the loss, and in the layers."""
+        """Count a pass by the bytes it keeps for the backward pass.
+
+        It takes more for the loss, and in the layers.
+        """
         return cls(
             checkpoints=kept if gradient_checkpointing else 0,
             kept=0 if gradient_checkpointing else kept,
@@ -141,7 +150,7 @@ def combined(
     """The peak device memory of each GPU of one run, or of several runs on one base.
 
     `activations` gives those of a pass with a micro batch of each of some runs. In a step's first pass all take part,
-    and there are no gradients yet. In later ones are those that accumulate, beside the gradients of all. With N adapter
+    and there are no gradients yet. In later ones are those that accumulate, with the gradients of all. With N adapter
     parameters of a bytes each:
 
         context               0.6 GB, a guess: CUDA context, cuBLAS and bitsandbytes workspaces
@@ -150,7 +159,7 @@ def combined(
                               (bitsandbytes keeps them outside)
         gathered_blocks       when sharded: the 4 bits of two blocks, the one at work and the next
         unquantized_weights   2 bytes per embedding and output-layer parameter
-        adapters, gradients   N·a each; modules trained whole, beside their frozen originals, 2 bytes a parameter each
+        adapters, gradients   N·a each; modules trained whole, with their frozen originals, 2 bytes a parameter each
         optimizer             8·N for 32-bit Adam, 2·N for 8-bit Adam, 2·N·a for PyTorch's Adam
         checkpoints, layer_working_set, logits
                               `activations`
@@ -173,7 +182,7 @@ def combined(
 
 
 def without_activations(weights: WeightCounts, training: TrainingShape) -> MemoryEstimate:
-    """Add up weights, gradients and optimizer of a run: less than its peak with activations."""
+    """Add up a run's weights, gradients and optimizer, less than its peak."""
     none = ActivationBytes(checkpoints=0, kept=0, layers=0, logits=0)
     return combined([CountedRun(weights, training)], lambda _: none, AnswerBytes(per_token=0, per_pair=0))
 
@@ -181,7 +190,7 @@ def without_activations(weights: WeightCounts, training: TrainingShape) -> Memor
 def _at_peak(
     runs: Sequence[CountedRun], activations: ActivationBytes, answering: int, *, accumulated: bool
 ) -> MemoryEstimate:
-    """The peak of a pass; `accumulated`: with the gradients of earlier ones."""
+    """Return the peak of a pass. `accumulated`: with the gradients of earlier ones."""
     first, trained = runs[0], [_trained_bytes(run) for run in runs]
     gradients, optimizer, pageable = (sum(sizes) for sizes in zip(*trained, strict=True))
     base_weights, gathered_blocks = _base_weights(first.weights, first.training)
@@ -224,7 +233,10 @@ def _at_peak(
 
 
 def _trained_bytes(run: CountedRun) -> tuple[int, int, int]:
-    """Bytes of a run's gradients, which its trained weights take too, of its optimizer, and of what of it can page."""
+    """Return the bytes of gradients, optimizer, and the optimizer's pageable part.
+
+    Its trained weights take as much as its gradients.
+    """
     weights, training = run.weights, run.training
     state, whole_state = (_optimizer_bytes(training, size) for size in (training.adapter_bytes, 2))
     gradients = weights.adapter_parameters * training.adapter_bytes + weights.whole_parameters * 2
@@ -234,7 +246,10 @@ def _trained_bytes(run: CountedRun) -> tuple[int, int, int]:
 
 
 def _base_weights(weights: WeightCounts, training: TrainingShape) -> tuple[int, int]:
-    """Bytes of the quantized layers that stay on a GPU, and of those gathered from other GPUs for a while."""
+    """Return the bytes of quantized layers that stay on a GPU, and of gathered ones.
+
+    The latter are on other GPUs, and on this one for a while.
+    """
     constant_bits = _CONSTANT_BITS_DOUBLE if training.double_quantization else _CONSTANT_BITS_SINGLE
     constants = weights.quantized_parameters * constant_bits / 8
     packed = weights.quantized_parameters * _WEIGHT_BITS / 8
@@ -246,7 +261,10 @@ def _base_weights(weights: WeightCounts, training: TrainingShape) -> tuple[int, 
 
 
 def _optimizer_bytes(training: TrainingShape, parameter_bytes: int) -> int:
-    """Bytes of Adam's two moments per trained parameter. PyTorch's own have the type of the parameter."""
+    """Return the bytes of Adam's two moments per trained parameter.
+
+    PyTorch's own have the type of the parameter.
+    """
     if training.optimizer == "adamw":
         return 2 * parameter_bytes
     return 2 if training.optimizer == "paged_adamw_8bit" else 8

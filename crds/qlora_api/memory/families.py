@@ -1,4 +1,4 @@
-"""Lists the linear layers in a block of each dense model family; one entry a family."""
+"""Lists the linear layers in a block of each dense model family."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ Linears = Mapping[str, tuple[int, int]]
 
 
 class Widths(NamedTuple):
-    """Widths of a block: features of the hidden state, of all queries, of the keys (or values), inside the MLP."""
+    """Widths of a block: hidden state, all queries, keys (or values), and the MLP."""
 
     hidden: int
     query: int

@@ -23,11 +23,11 @@ LARGEST_SIZES: Mapping[str, int] = {
 
 
 class UnsupportedModelError(ValueError):
-    """A size that no model has; the message names the field, what was found and what works."""
+    """A size that no model has: the message has field, value and allowed values."""
 
 
 class UnlistedModelError(UnsupportedModelError):
-    """A model whose layers FAMILIES does not list; a dry run may count them."""
+    """A model whose layers FAMILIES lacks: a dry run may count them."""
 
 
 def _shown(value: object) -> str:
@@ -41,7 +41,10 @@ def _shown(value: object) -> str:
 
 
 def _whole_number(value: object, field: str, highest: int) -> int:
-    """Return `value` if it is an int from 1 to `highest`, else raise UnsupportedModelError."""
+    """Check that `value` is an int from 1 to `highest`.
+
+    Raises UnsupportedModelError otherwise.
+    """
     if isinstance(value, bool) or not isinstance(value, int):
         raise UnsupportedModelError(f"{field} is {_shown(value)}: must be a whole number from 1 to {highest}")
     if not 1 <= value <= highest:
@@ -52,9 +55,9 @@ def _whole_number(value: object, field: str, highest: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """Sizes of a dense decoder of one of FAMILIES; each field has the name it has in a Hugging Face `config.json`.
+    """Sizes of a dense decoder of one of FAMILIES, named as in a `config.json`.
 
-    Raises UnsupportedModelError for a family that is not known, or a size that no model has, naming the field.
+    Raises UnsupportedModelError for an unknown family, or a size that no model has, naming the field.
     """
 
     model_type: str
@@ -80,7 +83,7 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, config: Mapping[str, object]) -> Self:
-        """Read a parsed `config.json`, or its `text_config` where the decoder is nested in a multimodal model.
+        """Read a parsed `config.json`, or its `text_config` in a multimodal model.
 
         Only the text decoder is described: the weights of a vision or audio tower are not counted. Norms and biases,
         below 0.05 % of the parameters, are left out. A missing `num_key_value_heads` means one per attention head; a
@@ -115,7 +118,7 @@ class ModelShape:
 
     @property
     def family(self) -> Family:
-        """What is known of the model's family."""
+        """The model's family."""
         return FAMILIES[self.model_type]
 
     @property
@@ -140,12 +143,15 @@ class ModelShape:
 
     @property
     def embedding_parameters(self) -> int:
-        """Parameters of the embedding and the output layer (one matrix when tied): what stays in 16-bit."""
+        """Parameters of embedding and output layer, which stay in 16 bit.
+
+        They are one matrix when tied.
+        """
         return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
 
 
 def mixes_experts(config: Mapping[str, object]) -> bool:
-    """Whether the model of that `config.json` has experts of which each token uses some only."""
+    """Whether the model of that `config.json` has experts that each take some tokens."""
     text = config.get("text_config")
     decoder = text if isinstance(text, Mapping) else config
     return any(isinstance(experts := decoder.get(field), int) and experts > 1 for field in _EXPERT_COUNTS)
@@ -160,7 +166,10 @@ def _head_dim(hidden_size: int, heads: int) -> int:
 
 
 def _known_family(decoder: Mapping[str, object]) -> Family:
-    """The family of a parsed `config.json`. Raises UnlistedModelError for an architecture that is not known."""
+    """Return the family of a parsed `config.json`.
+
+    Raises UnlistedModelError for an unknown architecture.
+    """
     for field in _EXPERT_COUNTS:
         experts = decoder.get(field)
         if isinstance(experts, int) and experts > 1:

@@ -1,4 +1,4 @@
-"""Adds up the GPU memory of jobs that are trained together, from what each of them has found out by itself."""
+"""Adds up the GPU memory of jobs that train together from the share of each."""
 
 import math
 from collections.abc import Sequence
@@ -11,18 +11,18 @@ from qlora_api.status import MemoryStatus
 
 @dataclass(frozen=True, slots=True)
 class ShareOfMemory:
-    """What one of the jobs that are trained together takes, in bytes."""
+    """One job's share of the memory of jobs that train together, in bytes."""
 
     expected: int
     """Alone."""
     low: int
     """Alone, at the very least."""
     shared: int
-    """The part of `expected` that is there once, however many jobs are trained together."""
+    """The part of `expected` that is shared, however many jobs train together."""
 
     @classmethod
     def of(cls, memory: MemoryStatus | None) -> Self | None:
-        """What prepare has found out; None if it has not, as of a job that is trained alone."""
+        """Read prepare's result, or None without one, as of a job that trains alone."""
         if memory is None:
             return None
         expected, low, shared = memory.estimate_bytes, memory.low_bytes, memory.shared_bytes
@@ -31,7 +31,7 @@ class ShareOfMemory:
 
 @dataclass(frozen=True, slots=True)
 class JointPeak:
-    """What jobs that are trained together take, in bytes."""
+    """The peak memory of jobs that train together, in bytes."""
 
     expected: int
     low: int
@@ -39,17 +39,20 @@ class JointPeak:
 
 
 def shared_bytes(alone: MemoryEstimate, together: MemoryEstimate, jobs: int) -> int:
-    """The part of a job's estimate that is there once when `jobs` jobs like it, at least 2, take `together`."""
+    """Return the shared part of a job's estimate.
+
+    `together`: the estimate of `jobs` jobs like it, at least 2.
+    """
     for_each_further = (together.expected - alone.expected) / (jobs - 1)
     return max(0, alone.expected - math.ceil(for_each_further))
 
 
 def add_up(shares: Sequence[ShareOfMemory]) -> JointPeak:
-    """The peak of at least one job.
+    """Add up the peak of at least one job.
 
-    It is that of a joint pass for jobs that are alike, if they are as many as each was told that there are. Of
-    others it is not above that: a pass takes the more for each further token, the more it has, and the least that
-    is shared is that of the job whose pass is the largest.
+    It is that of a joint pass for jobs that are alike, if the number of jobs is the one that prepare estimated each
+    with. For other jobs it is not below the peak: a pass takes the more for each further token, the more it has, and
+    the least shared part is that of the job whose pass is the largest.
     """
     shared = min(share.shared for share in shares)
     expected = shared + sum(share.expected - share.shared for share in shares)

@@ -14,9 +14,9 @@ _OPTIMIZERS: tuple[Optimizer, ...] = ("paged_adamw_32bit", "paged_adamw_8bit", "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingShape:
-    """Settings of a run that decide its memory. Raises ValueError, naming the field, for an impossible value.
+    """Settings of a run that decide its memory, with the defaults of a QLoRAJob.
 
-    The defaults are those of a QLoRAJob.
+    Raises ValueError, naming the field, for an impossible value.
     """
 
     rank: int = 64

@@ -1,4 +1,7 @@
-"""Counts the weights of a dense model and of its adapter, from the sizes in `config.json` and the job's settings."""
+"""Counts the weights of a dense model and of its adapter.
+
+The inputs are the sizes in `config.json` and the job's settings.
+"""
 
 from dataclasses import dataclass
 
@@ -11,7 +14,7 @@ SMALLEST_PAGED_TENSOR = 100_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightCounts:
-    """What a model and its adapter consist of, whatever is trained on."""
+    """The parts of a model and its adapter, whatever the training data."""
 
     blocks: int
     quantized_parameters: int
@@ -33,7 +36,7 @@ class WeightCounts:
 
 
 def count_weights(model: ModelShape, training: TrainingShape) -> WeightCounts:
-    """Count the weights of a job, without the model's norms and biases, below 0.05 % of its parameters.
+    """Count a job's weights, without norms and biases, below 0.05 % of the parameters.
 
     Raises ValueError for target modules that the model does not have.
     """

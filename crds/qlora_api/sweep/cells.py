@@ -1,4 +1,4 @@
-"""Finds repeated cells of a sweep, and builds the QLoRAJob that publishes the best one."""
+"""Finds repeated cells of a sweep, and builds the job that publishes the best."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ Not: whether it is suspended, and when it is cleaned up.
 
 @dataclass(frozen=True, slots=True)
 class FoundRun:
-    """What the run of a cell has read, as its status names it."""
+    """The inputs of a cell's run, as its status names them."""
 
     model_revision: str = ""
     """Commit or digest of the base model; empty if it is not known."""
@@ -28,10 +28,11 @@ class FoundRun:
 
 
 def best_job(name: str, spec: QLoRASweepSpec, best: Cell, stored: Mapping[str, Any], run: FoundRun) -> Cell:
-    """The QLoRAJob that publishes the adapter of the best cell of the sweep `name`: it takes that run up at its end.
+    """Build the QLoRAJob that publishes the best cell's adapter.
 
-    `stored`: the spec of the cell's QLoRAJob as it is now, of which it has what a user may have changed since. It reads
-    the model of that run and no later commit. Raises ValueError, naming the cell, if this version cannot read a change.
+    It continues that run at its end. `stored`: the current spec of the cell's QLoRAJob, for fields that a user may have
+    changed since. It reads the model of that run and no later commit. Raises ValueError, naming the cell, if this
+    version cannot read a change.
     """
     template = spec.template.spec.dump()
     taken = {key: template[key] for key in ("output", "cleanupAfterSeconds") if key in template}
@@ -39,7 +40,7 @@ def best_job(name: str, spec: QLoRASweepSpec, best: Cell, stored: Mapping[str, A
     for field in CHANGEABLE:
         content.pop(field, None)
     content |= {field: stored[field] for field in CHANGEABLE if field in stored}
-    # A request is for the job in which it is raised.
+    # A request is for the job that has it.
     content["retry"] = {field: value for field, value in content.get("retry", {}).items() if field != "request"}
     resources = {field: value for field, value in content["resources"].items() if field != "memory"}
     memory = stored.get("resources", {}).get("memory")
@@ -51,7 +52,7 @@ def best_job(name: str, spec: QLoRASweepSpec, best: Cell, stored: Mapping[str, A
 
 
 def _pinned(content: dict[str, Any], run: FoundRun) -> dict[str, Any]:
-    """The spec with the commit of the model, and the earlier adapter, that the run has read."""
+    """Pin the spec to the model's commit and the earlier adapter of the run."""
     model, lora = content["model"], content["lora"]
     if run.model_revision and model["source"].startswith("hf://"):
         model = model | {"revision": run.model_revision}
@@ -66,7 +67,7 @@ def best_job_name(name: str) -> str:
 
 
 def repeated_cell(spec: QLoRASweepSpec, cells: Sequence[Cell]) -> str | None:
-    """That two of the sweep's cells are the same, and which; None if all differ."""
+    """Return a message that names two equal cells of the sweep, or None if all differ."""
     known: dict[tuple[ApiModel, ApiModel], int] = {}
     for number, cell in enumerate(cells):
         first = known.setdefault(_what_is_trained(cell.spec), number)
@@ -80,7 +81,10 @@ def repeated_cell(spec: QLoRASweepSpec, cells: Sequence[Cell]) -> str | None:
 
 
 def _what_is_trained(spec: QLoRAJobSpec) -> tuple[ApiModel, ApiModel]:
-    """All that cells can differ in besides their places: the names of layers are a set."""
+    """Return all settings that can differ between cells, except their places.
+
+    The names of layers are a set.
+    """
     names = tuple(sorted(set(spec.lora.target_modules)))
     return spec.lora.model_copy(update={"target_modules": names}), spec.training
 

@@ -1,4 +1,7 @@
-"""What may differ between the cells of a sweep: a closed list of fields, one by one or as a grid."""
+"""The fields that may differ between a sweep's cells, one by one or as a grid.
+
+The list is closed.
+"""
 
 import math
 from itertools import product
@@ -80,7 +83,7 @@ class Overrides(ApiModel):
         return self
 
     def text(self) -> str:
-        """For people: `rank=16 learningRate=0.0002`; `template` for a cell that changes nothing."""
+        """Format for users: `rank=16 learningRate=0.0002`, or `template` without a change."""
 
         def written(value: Any) -> str:
             return ",".join(value) if isinstance(value, list) else str(value)

@@ -1,4 +1,4 @@
-"""Successive halving of the cells of a sweep: at which steps they are compared, and how many go on."""
+"""Successive halving of a sweep's cells: the rungs, and the number of cells kept."""
 
 from pydantic import Field
 
@@ -27,13 +27,13 @@ class HalvingSpec(ApiModel):
     )
 
     def rungs(self, longest: int | None = None) -> tuple[int, ...]:
-        """The first rungs in optimizer steps; only those before the end of a run of `longest` steps, if that is known.
+        """Return the first rungs in optimizer steps, below `longest` if known.
 
-        At its last step a run has nothing left to be stopped for.
+        At its last step a run has nothing left to stop.
         """
         steps = (self.min_steps * self.factor**number for number in range(MAX_RUNGS))
         return tuple(step for step in steps if step <= 10_000_000 and (longest is None or step < longest))
 
     def kept(self, reached: int) -> int:
-        """How many of the cells that have reached a rung go on."""
+        """Return the number of cells kept of those that have reached a rung."""
         return max(1, reached // self.factor)

@@ -1,8 +1,8 @@
-"""The QLoRASweep resource, version v1alpha1: what a user writes (spec), and the QLoRAJobs that it stands for.
+"""The QLoRASweep resource, version v1alpha1: the user's spec, and its QLoRAJobs.
 
-A cell is a QLoRAJob with the spec of the template, in which a few numbers are others. What may differ between cells is
-a closed list: nothing that says where data or credentials come from, and nothing that changes which rows are held out
-or what the loss on them means, because the cells are compared by it.
+A cell is a QLoRAJob with the spec of the template and a few other numbers. Only a closed list of fields may differ
+between cells: none with the source of data or credentials, and none that changes which rows are held out or the meaning
+of the loss on them, because the loss compares the cells.
 """
 
 from collections.abc import Iterator, Sequence
@@ -272,7 +272,7 @@ class QLoRASweepSpec(ApiModel):
         return self
 
     def overrides(self) -> tuple[Overrides, ...]:
-        """What each cell changes, in their order."""
+        """The changes of each cell, in order."""
         return self.grid.cells() if self.grid is not None else self.cells or ()
 
 
@@ -299,7 +299,7 @@ class QLoRASweepDocument(ApiModel):
 
 @dataclass(frozen=True)
 class Cell:
-    """One QLoRAJob of a sweep, as it is to be created."""
+    """One QLoRAJob of a sweep, before its creation."""
 
     name: str
     overrides: Overrides
@@ -307,10 +307,11 @@ class Cell:
 
 
 def cells(name: str, spec: QLoRASweepSpec, claim: str) -> tuple[Cell, ...]:
-    """The cells of the sweep of that name, in their order; all use the workspace `claim`.
+    """Build the cells of the sweep of that name, in their order.
 
-    It depends on nothing else, so that a cell has the same name and spec each time. Raises ValueError if the changes of
-    a cell do not fit the template, or are those of another cell of the grid: it names the cell.
+    All use the workspace `claim`. It depends on nothing else, so that a cell has the same name and spec each time.
+    Raises ValueError, naming the cell, if the changes of a cell do not fit the template, or are those of another cell
+    of the grid.
     """
     return tuple(_cells(name, spec, claim))
 
@@ -355,7 +356,7 @@ def _cell_spec(cell: str, spec: QLoRASweepSpec, overrides: Overrides, claim: str
     destination = template.output.destination
     if spec.publish == "best":
         content["output"] = {}
-        # The checkpoint is taken up when all have ended: the sweep sets this after that.
+        # The best cell's job needs the checkpoint after all cells have ended: the sweep sets this then.
         content.pop("cleanupAfterSeconds", None)
     elif destination is not None:
         content["output"]["destination"] = f"{destination.rstrip('/')}/{cell}"

@@ -1,1 +1,4 @@
-"""Pure decisions: what is observed goes in, the plan, the manifests and the status come out."""
+"""Pure decisions from observed facts to plans, manifests and statuses.
+
+Every module here returns values only; `reconcile` acts on them.
+"""

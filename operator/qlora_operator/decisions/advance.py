@@ -1,4 +1,4 @@
-"""Advances a job over its steps by what their Jobs and pods have come to; pure."""
+"""Advances a job over its steps by the state of their Jobs and pods."""
 
 from qlora_api.contract import ResultRecord
 from qlora_api.figures import with_known_facts, with_publication, with_training_facts
@@ -20,7 +20,10 @@ _NEXT: dict[StepName, StepName] = {"prepare": "train", "train": "publish"}
 
 
 def advance(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
-    """Advance to the first step whose Job has not ended: over several steps, if the operator was down."""
+    """Advance to the first step whose Job has not ended.
+
+    This covers several steps if the operator was down.
+    """
     while not is_finished(status):
         before, status = status, _advance_once(status, facts)
         if status is before:
@@ -59,12 +62,18 @@ def _advance_once(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 
 
 def _is_waited_for(pod: Pod) -> bool:
-    """Whether the step does not go on before this pod of a deleted Job: a detached one is lost from view after that."""
+    """Whether the step waits for this pod of a deleted Job.
+
+    No watch shows a detached one afterwards.
+    """
     return not pod.ended and (pod.deletion_requested is None or pod.detached)
 
 
 def _follow_failure(status: QLoRAJobStatus, facts: Facts, step: StepStatus, child: ChildJob) -> QLoRAJobStatus:
-    """The status after the step's Job has failed: the end, unless what failed it is no failure of the step."""
+    """Return the status after the step's Job has failed.
+
+    This ends the job, unless the failure is not one of the step.
+    """
     pods = facts.observed.pods_of(step.job_uid)
     if child.expired:
         return status.model_copy(update={"step": next_attempt(step, facts)})
@@ -74,7 +83,7 @@ def _follow_failure(status: QLoRAJobStatus, facts: Facts, step: StepStatus, chil
     if not ended:
         return fail(status, facts, _without_pod(child.failure or Reason("", ""), step, facts))
     allowed = facts.job.spec.retry.max_failures
-    # The Job counts pods that the kubelet rejects as failures, and knows of no limit that was raised later.
+    # The Job counts pods that the kubelet rejects as failures, and ignores a limit that was raised later.
     spared = any(pod.rejected for pod in ended) or (child.backoff_limit is not None and child.backoff_limit < allowed)
     if ended[-1].unsupported:
         return _after_unsupported(status, facts, step)
@@ -88,13 +97,14 @@ def _follow_failure(status: QLoRAJobStatus, facts: Facts, step: StepStatus, chil
 def _follow_failure_together(
     status: QLoRAJobStatus, facts: Facts, step: StepStatus, child: ChildJob, pods: tuple[Pod, ...]
 ) -> QLoRAJobStatus:
-    """The same for a Job of several nodes: the end if its cause is permanent, else another Job.
+    """Follow the failed Job of several nodes.
 
-    If it has been counted, that is left to `renew`, after the limits of what may be counted.
+    A permanent cause ends the job. After any other the step gets another Job, for a counted attempt from `renew`, once
+    the limits have been checked.
     """
     pod = ending_pod(pods, child)
     if pod is None:
-        # Without a pod that says why, nothing is known to be permanent; if none has run, there is nothing to count.
+        # Without a pod's record no cause is known to be permanent; if none has run, there is nothing to count.
         waits = bool(step.counted_pod) or not is_over(pods, child)
         return status if waits else status.model_copy(update={"step": next_attempt(step, facts)})
     if pod.unsupported:
@@ -107,9 +117,9 @@ def _follow_failure_together(
 
 
 def renew(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
-    """The status with another Job for an attempt of several nodes that has been counted: all start again together.
+    """Give an attempt of several nodes that has been counted another Job.
 
-    Kubernetes would replace one pod of them, which the others, having lost it, could not take in.
+    All pods start again together: the others have lost their peer, and could not admit one that Kubernetes replaces.
     """
     step = status.step
     if is_finished(status) or step is None or not step.counted_pod or not trains_together(facts.job, step.name):
@@ -118,7 +128,10 @@ def renew(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 
 
 def _after_unsupported(status: QLoRAJobStatus, facts: Facts, step: StepStatus) -> QLoRAJobStatus:
-    """A trainer of another release costs no failure: the step waits for another image, or until less is expected."""
+    """Let the step wait after a trainer of another release.
+
+    This costs no failure. It waits for another image, or until less is expected.
+    """
     today, before = with_profile_of_today(status.resolved, facts), status.resolved
     if today is None or before is None:
         return status
@@ -145,10 +158,10 @@ def _names_all(record: ResultRecord, output: OutputSpec) -> bool:
 
 
 def _fail_unsigned(status: QLoRAJobStatus, facts: Facts, record: ResultRecord) -> QLoRAJobStatus | None:
-    """The failure of a job whose profile has a signing key and whose adapter is not signed; None otherwise.
+    """Fail a job with a signing key in its profile and an unsigned adapter.
 
-    A run keeps the trainer that began it, also when it is taken up with the profile of today, and an older trainer
-    does not know the key.
+    Returns None for any other. A run keeps the trainer that began it, also when it resumes with the current profile,
+    and an older trainer ignores the key.
     """
     profile, adapter = status.resolved.profile if status.resolved is not None else None, record.adapter
     if record.step != "publish" or profile is None or profile.signing_key is None:
@@ -191,7 +204,10 @@ def _complete_unverified(status: QLoRAJobStatus, facts: Facts, step: StepStatus)
 
 
 def _without_pod(failure: Reason, step: StepStatus, facts: Facts) -> FailureStatus:
-    """Why a Job failed whose pods are gone: the last failure that was observed, else what the Job reports."""
+    """Return the cause of a failed Job whose pods are gone.
+
+    This is the last failure that was observed, else the Job's own report.
+    """
     last = facts.job.status.last_failure
     if last is not None and last.step == step.name:
         return last

@@ -1,4 +1,4 @@
-"""Decides what is announced of a finished job, and when; pure."""
+"""Decides when to announce a finished job, and builds its entry."""
 
 import json
 from collections.abc import Iterable
@@ -31,10 +31,10 @@ def config_map_name(job: QLoRAJob) -> str:
 
 
 def entry(job: str, adapter: AdapterStatus) -> str:
-    """The entry of a job's adapter, as JSON: what a server calls it, where it is, and what must be found there.
+    """Build the entry of a job's adapter, as JSON.
 
-    `base` is the model as servers name it, ORG/NAME of the hub or else its address; `digest` that of
-    adapter_model.safetensors.
+    It has the adapter's name at a server, its address, and checksums to verify. `base` is the model as servers name it,
+    ORG/NAME of the hub or else its address; `digest` that of adapter_model.safetensors.
     """
     source = parse_source(adapter.base_model)
     content: dict[str, Any] = {
@@ -49,7 +49,10 @@ def entry(job: str, adapter: AdapterStatus) -> str:
 
 
 def build_config_map(job: QLoRAJob, adapter: AdapterStatus) -> Object:
-    """The ConfigMap where there is none yet. It has no owner: entries of other jobs follow, and outlive this one."""
+    """Build the ConfigMap if it does not exist yet.
+
+    It has no owner: entries of other jobs follow, and outlive this one.
+    """
     labels = {"app.kubernetes.io/managed-by": "qlora-operator", ANNOUNCEMENTS_LABEL: "true"}
     return {
         "apiVersion": "v1",
@@ -60,10 +63,10 @@ def build_config_map(job: QLoRAJob, adapter: AdapterStatus) -> Object:
 
 
 def build_patches(job: QLoRAJob, adapter: AdapterStatus) -> tuple[list[Object], list[Object]]:
-    """JSON Patches (RFC 6902) of one that exists: if it has entries, and if it has none.
+    """Build JSON Patches (RFC 6902) of a ConfigMap with entries, and of one without.
 
-    Both change nothing unless it has our label, so that a job names no ConfigMap that is used for anything else. No
-    right to read it is needed, and entries of other jobs, also of one that ends now, stay as they are.
+    Both change nothing unless it has the operator's label, so that a job cannot overwrite an unrelated ConfigMap. This
+    needs no right to read it, and entries of other jobs stay as they are, also of one that ends now.
     """
     key, content = entry_key(job.name), entry(job.name, adapter)
     ours = _operation("test", f"/metadata/labels/{ANNOUNCEMENTS_LABEL.replace('/', '~1')}", "true")
@@ -85,7 +88,7 @@ def with_announcement(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 
 
 def without_announcement(status: QLoRAJobStatus, facts: Facts, why: str) -> QLoRAJobStatus:
-    """The status without the entry. The adapter is published all the same."""
+    """Return the status without the entry of the published adapter."""
     return set_condition(status, facts, "Announced", "False", Reason("AnnouncementRejected", why))
 
 
@@ -99,9 +102,10 @@ def rejection_of_entry(job: QLoRAJob, message: str) -> str:
 
 
 def reserved_config_map(spec: QLoRAJobSpec, profiles: Iterable[Profile]) -> Reason | None:
-    """Why the job must not start: it is to be announced where a profile expects certificates, perhaps another's.
+    """Return why the job must not start: its ConfigMap is one of a profile's.
 
-    Where that ConfigMap does not exist yet, the job would create one without them, for which every pod then waits.
+    A profile expects certificates there, perhaps another profile than the job's. If the ConfigMap does not exist yet,
+    the job would create one without them, and every pod would wait.
     """
     wanted = spec.output.announce
     reserved = {profile.ca_config_map.name for profile in profiles if profile.ca_config_map is not None}

@@ -1,4 +1,4 @@
-"""Follows the clean-up after the end of a job; pure."""
+"""Follows the clean-up after the end of a job."""
 
 from datetime import datetime, timedelta
 
@@ -11,7 +11,7 @@ from qlora_operator.decisions.pods.blockers import blocking_reason
 
 
 def cleanup_at(job: QLoRAJob, status: QLoRAJobStatus) -> datetime | None:
-    """When Jobs and scratch data are to be deleted; None if never, or if they are."""
+    """Return when to delete Jobs and scratch data, or None if never, or if done."""
     seconds = job.spec.cleanup_after_seconds
     if seconds is None or status.completion_time is None or is_true(status, "CleanedUp"):
         return None

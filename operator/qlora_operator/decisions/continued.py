@@ -1,4 +1,4 @@
-"""Decides whether the run of another job can be taken up, and says where its checkpoints are; pure."""
+"""Decides whether a job can continue another job's run, and finds its checkpoints."""
 
 from collections.abc import Iterable
 
@@ -11,20 +11,24 @@ from qlora_operator.decisions.observed.objects import QLoRAJob, Reason
 
 
 def waits_for_other_job(job: QLoRAJob) -> bool:
-    """Whether the job that spec.continues names must be looked at, again and again: this one has not started."""
+    """Whether to read the job in spec.continues again: this one has not started."""
     return job.spec.continues is not None and job.status.resolved is None and not job.spec.suspend and not job.deleting
 
 
 def is_at_rest(other: QLoRAJob) -> bool:
-    """Whether the other job has ended or is suspended, as its status says; a pod of it may not have ended yet."""
+    """Whether the other job's status shows that it has ended or is suspended.
+
+    One of its pods may not have ended yet.
+    """
     return is_finished(other.status) or is_true(other.status, "Suspended")
 
 
 def continued_run(facts: Facts) -> ContinuedRun | None:
-    """Where the run is that spec.continues takes up; None without it, or if that job has nothing to take up yet.
+    """Return the location of the run that spec.continues names.
 
-    Claim and folder are what the operator has written about the other job, so that no manifest can name others. Once
-    that is resolved it stays so: the other job may be changed or deleted.
+    Returns None without that field, or if that job has no run to continue yet. The operator has written claim and
+    folder into the other job's status, so that no manifest can name others. Once resolved they stay: the other job may
+    be changed or deleted.
     """
     other, own = facts.continued, facts.job.status.resolved
     if own is not None:
@@ -38,7 +42,10 @@ def continued_run(facts: Facts) -> ContinuedRun | None:
 
 
 def objection_of_other_job(facts: Facts, profiles: Iterable[Profile]) -> Reason | None:
-    """Why the run that spec.continues names cannot be taken up now; None if it can, or none is named."""
+    """Return why the run in spec.continues cannot be continued now, or None if it can.
+
+    Returns None without that field, too.
+    """
     name, other = facts.job.spec.continues, facts.continued
     if name is None or facts.job.status.resolved is not None:
         return None

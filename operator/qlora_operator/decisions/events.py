@@ -1,4 +1,4 @@
-"""Builds the Events of a job, and of a sweep; pure."""
+"""Builds the Events of a job, and of a sweep."""
 
 import hashlib
 from datetime import datetime
@@ -18,10 +18,10 @@ _ORDER: tuple[Phase, ...] = ("Pending", "Preparing", "Queued", "Training", "Publ
 
 
 def phase_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[str, Any] | None:
-    """The Event of the change from the stored phase to that of `status`; None if the phase stays.
+    """Build the Event of a phase change, or None if the phase stays.
 
-    Its name derives from the change and from the version that it changes: a job that is preempted again goes through
-    the same phases with the same figures, and each time has an Event of its own.
+    Its name derives from the change and from the version before it: a job that is preempted again passes the same
+    phases with the same figures, and gets a new Event each time.
     """
     if status.phase is None or status.phase == job.status.phase:
         return None
@@ -33,7 +33,7 @@ def phase_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[st
 
 
 def progress_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[str, Any] | None:
-    """The Event of a step that has stopped making progress since the stored status; None otherwise."""
+    """Build the Event of a step that has stopped making progress, or None otherwise."""
     found, before = condition(status, "Progressing"), condition(job.status, "Progressing")
     if found is None or found.status != "False" or (before is not None and before.status == "False"):
         return None
@@ -43,7 +43,7 @@ def progress_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict
 
 
 def tracking_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[str, Any] | None:
-    """The Event of a run that a tracker's server has not taken, once it is known; None otherwise."""
+    """Build the Event of a run that a tracking server rejected, or None otherwise."""
     if status.tracking is None or status.tracking == job.status.tracking or not status.tracking.failures:
         return None
     why = "; ".join(f"{tracker}: {message}" for tracker, message in status.tracking.failures.items())
@@ -52,7 +52,7 @@ def tracking_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict
 
 
 def announcement_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[str, Any] | None:
-    """The Event of an adapter that cannot be announced, once that is known; None otherwise."""
+    """Build the Event of an adapter that cannot be announced, or None otherwise."""
     found, before = condition(status, "Announced"), condition(job.status, "Announced")
     if found is None or found.status != "False" or (before is not None and before.status == "False"):
         return None
@@ -61,18 +61,18 @@ def announcement_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> 
 
 
 def budget_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[str, Any] | None:
-    """The Event of a job that is expected to exceed its budget, as it was not in the stored status; None otherwise."""
+    """Build the Event of a job that is newly expected to exceed its budget."""
     found, before = condition(status, "WithinBudget"), condition(job.status, "WithinBudget")
     if found is None or found.status != "False" or (before is not None and before.status == "False"):
         return None
     if status.phase == "Failed":
-        return None  # the Event of that phase says the same
+        return None  # the Event of that phase has the same content
     name = _digest(f"{job.uid} {job.resource_version} {found.reason}")
     return _build(_metadata(job), found.reason, found.message, now, warning=True, name=name)
 
 
 def sweep_event(sweep: QLoRASweep | StoredSweep, status: QLoRASweepStatus, now: datetime) -> dict[str, Any] | None:
-    """The Event of the change from the stored phase of a sweep to that of `status`; None if the phase stays."""
+    """Build the Event of a sweep's phase change, or None if the phase stays."""
     before, phase = sweep.status.phase, status.phase
     if phase is None or phase == before:
         return None
@@ -84,7 +84,10 @@ def sweep_event(sweep: QLoRASweep | StoredSweep, status: QLoRASweepStatus, now: 
 
 
 def unreadable_event(body: dict[str, Any], message: str, now: datetime, kind: str = KIND) -> dict[str, Any]:
-    """The Event of a job, or a sweep, that this operator cannot read, and whose status it cannot write."""
+    """Build the Event of a job or sweep that this operator cannot read.
+
+    Its status cannot be written.
+    """
     metadata = body["metadata"]
     identity = f"unreadable {metadata['uid']} {metadata.get('generation')}"
     return _build(metadata, "InvalidSpec", message, now, warning=True, name=_digest(identity), kind=kind)
@@ -99,7 +102,7 @@ def _metadata(job: QLoRAJob | QLoRASweep | StoredSweep) -> dict[str, Any]:
 
 
 def _rank(phase: Phase) -> int:
-    """How late in the life of a job the phase is; ends and suspensions come last."""
+    """Rank a phase by its place in a job's life, with ends and suspensions last."""
     return _ORDER.index(phase) if phase in _ORDER else len(_ORDER)
 
 

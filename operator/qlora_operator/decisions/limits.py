@@ -1,4 +1,4 @@
-"""Enforces what a job may take: interruptions, time, and time without progress; pure."""
+"""Enforces a job's limits: interruptions, failures, time without progress."""
 
 from qlora_api.contract import ExitCode
 from qlora_api.duration import format_duration
@@ -11,17 +11,17 @@ from qlora_operator.decisions.pods.attempts import active_seconds, charge_runnin
 
 DEFAULT_PROGRESS_DEADLINE_SECONDS = 3600
 _REPORTING: tuple[StepName, ...] = ("prepare", "train")
-"""The steps that report as they go. Publish says nothing while it merges or uploads a large model."""
+"""The steps that report while they run. Publish does not while it merges or uploads a large model."""
 
 
 def enforce_disruptions(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
-    """Fail a job that is interrupted too often: its Jobs ignore interruptions without a limit."""
+    """Fail a job that is interrupted too often: its Jobs have no limit for that."""
     limit, step = facts.job.spec.retry.max_disruptions, status.step
     # A step that has lost no pod yet may run, even if interruptions of the one before were counted late.
     if is_finished(status) or step is None or not step.counted_pod or status.disruptions <= limit:
         return status
     last = status.last_failure
-    # What nodes that have lost one another report may come from their network, of which no Event tells.
+    # Nodes that have lost one another may have a network failure, and no Event shows that.
     reported = f"; the latest report is {last.reason}: {last.message}" if last and last.step == step.name else ""
     message = truncate(
         f"the pods were interrupted {status.disruptions} times, and spec.retry.maxDisruptions allows {limit}: see "
@@ -31,7 +31,10 @@ def enforce_disruptions(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 
 
 def enforce_failures(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
-    """Fail a job whose step fails too often in a way that its Jobs do not count, such as an eviction that it caused."""
+    """Fail a job whose step fails too often in a way that its Jobs do not count.
+
+    An eviction that the step caused is one.
+    """
     step, limit = status.step, facts.job.spec.retry.max_failures
     if is_finished(status) or step is None or status.last_failure is None:
         return status
@@ -51,12 +54,12 @@ def enforce_deadline(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         "spec.retry.request to retry the job"
     )
     failure = failure_of(status.step.name, "DeadlineExceeded", message, facts)
-    # What has run until now counts, should the job be retried: its pods have not ended yet.
+    # Count the time until now, for a later retry: the pods have not ended yet.
     return fail(charge_running(status, facts.observed, facts.now), facts, failure)
 
 
 def enforce_progress(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
-    """Restart a step that makes no progress, if the job asks for that, as often as it may fail."""
+    """Restart a step without progress if the job asks for it, up to its retry limit."""
     job, step = facts.job, status.step
     idle = idle_seconds(status, facts)
     if is_finished(status) or step is None or idle is None or job.spec.retry.on_no_progress != "restart":
@@ -71,13 +74,16 @@ def enforce_progress(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 
 
 def idle_seconds(status: QLoRAJobStatus, facts: Facts) -> int | None:
-    """For how long the running step has made no progress, once that is longer than the job allows; else None."""
+    """Return the seconds that the running step has made no progress.
+
+    Returns None up to the limit of the job.
+    """
     step = status.step
     if step is None or step.name not in _REPORTING or step.progressed_at is None or facts.job.spec.suspend:
         return None
     if not any(pod.running and pod.uid == step.running_pod for pod in facts.observed.pods_of(step.job_uid)):
         return None
-    # A log that cannot be read says nothing, but does not take back what an earlier one has said.
+    # A log that cannot be read adds nothing, and does not revoke the finding of an earlier one.
     known = facts.log_read or _is_stalled(facts.job.status, step)
     idle = int((facts.now - parse_time(step.progressed_at)).total_seconds())
     limit = facts.job.spec.progress_deadline_seconds or DEFAULT_PROGRESS_DEADLINE_SECONDS

@@ -1,4 +1,4 @@
-"""Decides what to do about a job: (job, its next status, its children, now) -> actions; pure."""
+"""Plans a job's actions from the job, its next status, its children and the time."""
 
 import zlib
 from collections.abc import Iterator
@@ -28,14 +28,14 @@ from qlora_operator.decisions.usage.usage import counted_again_at, still_counts
 
 # Jobs of several nodes get no second pod, whose delay would be Kubernetes': the operator waits as long as that does.
 PAUSE_AFTER_FAILURE, LONGEST_PAUSE_AFTER_FAILURE = timedelta(seconds=10), timedelta(minutes=6)
-# Nodes that are lost now and then are no reason for a longer pause. A failed Job is there for an hour at least.
+# Nodes that are lost now and then are no reason for a longer pause. A failed Job exists for an hour at least.
 FAILURES_WITHIN = timedelta(hours=1)
-# Workloads are not watched: a queue needs a moment to say why a Job waits, and then the reason seldom changes.
+# Workloads are not watched: a queue needs a moment to report why a Job waits, and then the reason seldom changes.
 QUEUE_MOMENT = timedelta(seconds=30)
 QUEUE_INTERVAL, FIRST_QUEUE_INTERVAL = timedelta(seconds=60), timedelta(seconds=3)
-# No watch may show the end of a pod whose labels somebody has taken away.
+# No watch may show the end of a pod whose labels a tenant has removed.
 DETACHED_INTERVAL = timedelta(seconds=15)
-# What is shown about another job wakes nobody who waits for its end.
+# An event of another job does not requeue a job that waits for its end.
 OTHER_JOB_INTERVAL = timedelta(seconds=15)
 
 
@@ -46,7 +46,7 @@ class CreateClaim:
 
 @dataclass(frozen=True)
 class ConnectNodes:
-    """Create what lets the train pods of several nodes find and reach one another, as far as it is missing."""
+    """Create the missing Service and NetworkPolicy of train pods on several nodes."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ Action = CreateClaim | ConnectNodes | CreateJob | DeleteJob | Announce
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do now, and when to reconcile again without an event."""
+    """The actions to take now, and the time of the next pass without an event."""
 
     actions: tuple[Action, ...] = ()
     look_again: datetime | None = None
     store_first: bool = False
-    """Whether the status is stored before anything is done, which the next pass decides anew."""
+    """Whether to store the status before any action; the next pass decides again."""
 
 
 def plan(
@@ -94,13 +94,13 @@ def plan(
     counts_itself: bool = False,
     sweep_again: timedelta | None = None,
 ) -> Plan:
-    """The plan for the job, whose stored status is `job.status` and whose next one is `status`.
+    """Plan the actions for the job: `job.status` is stored, `status` is its next one.
 
-    `counts_itself`: whether the job counts among those of its profile once its status tells that it has started.
-    `sweep_again`: how long until its sweep is looked at again, if the job waits for that.
+    `counts_itself`: whether the job counts among those of its profile once its status shows that it has started.
+    `sweep_again`: time until the next check of its sweep, if the job waits for that.
     """
     if job.deleting:
-        # A finalizer of somebody else may keep it for days, in which nobody would stop what it runs.
+        # Another controller's finalizer may keep it for days, and its pods would run on.
         return Plan(tuple(_delete(child) for child in _outlived(job, observed)))
     if is_finished(status):
         # The result is stored before anything is deleted that it was derived from.
@@ -108,7 +108,7 @@ def plan(
             return Plan(store_first=True)
         return Plan(tuple(_after_the_end(job, status, observed, now)), _earliest(_times_after(job, status), now))
     if _is_restarted(job.status.step, status.step, observed):
-        # Why its Job is deleted is stored before: after a kill in between it would look like somebody else's work.
+        # Store why its Job is deleted first: after a kill in between, another user would appear to have deleted it.
         return Plan(store_first=True)
     actions = tuple(_on_the_way(job, status, observed, now, waits=sweep_again is not None))
     times = list(_times(job, status, observed, now))
@@ -144,9 +144,9 @@ def creates_first_job(action: Action) -> bool:
 
 
 def cannot_be_undone(job: QLoRAJob, status: QLoRAJobStatus, actions: tuple[Action, ...]) -> bool:
-    """Whether this must not be decided by what the watches have shown, which may be late.
+    """Whether this needs a live read, as the watches may be late.
 
-    That is: to delete, to create any Job but the first, to leave a step or an attempt, to count one, to end the job.
+    It does to delete, to create any Job but the first, to leave a step or an attempt, to count one, to end the job.
     """
     if any(
         isinstance(action, DeleteJob) or (isinstance(action, CreateJob) and not creates_first_job(action))
@@ -181,11 +181,11 @@ def _on_the_way(
     wanted = None if step is None or job.spec.suspend else step.job_name
     if job.problem and not job.spec.suspend:
         return
-    # Beside a pod that was taken away from its Job, that Job starts another one, and both write to the workspace.
+    # If a pod was detached from its Job, that Job starts another one, and both write to the workspace.
     detached = step is not None and any(pod.detached and not pod.ended for pod in observed.pods_of(step.job_uid))
     yield from (_delete(child) for child in _running(observed) if child.name != wanted or detached)
     if (cleaning := observed.child(clean_job_name(job))) is not None and cleaning.finished and not cleaning.deleting:
-        yield _delete(cleaning)  # of the end before: the next end has a clean-up of its own
+        yield _delete(cleaning)  # of the end before: the next end has another clean-up
     if step is None or wanted is None:
         return
     if trains_together(job, step.name) and any(pod.starting for pod in observed.pods_of(step.job_uid)):
@@ -212,7 +212,10 @@ def _pauses(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed) -> Iterat
 
 
 def _after_failures(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed) -> Iterator[datetime]:
-    """The same after Jobs of several nodes that have failed, also if that counts as a disruption or as nothing."""
+    """Yield the end of the pause after failed Jobs of several nodes.
+
+    A failure that counts as a disruption, or not at all, has one too.
+    """
     step = status.step
     if step is None or step.job_uid or not trains_together(job, step.name):
         return
@@ -226,21 +229,21 @@ def _after_failures(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed) -
 
 
 def _after_waiting(job: QLoRAJob, observed: Observed) -> Iterator[datetime]:
-    """The same after nodes that waited for one another in vain.
+    """Yield the end of the pause after nodes that waited until their limit.
 
-    Each job takes another pause: of two jobs that each hold half of what both need, one is to find all of it.
+    Each job has a different pause: of two jobs that each hold half of what both need, one must find all of it.
     """
     waited = [pod for pod in observed.pods if pod.missed_peers]
     ended = [pod.termination.finished for pod in waited if pod.termination and pod.termination.finished]
     if ended:
         times = len({pod.owner_uid for pod in waited})
         pause = min(PAUSE_AFTER_REJECTED_POD * 2 ** min(times - 1, 10), LONGEST_PAUSE_AFTER_REJECTED_POD)
-        # Multiplied after the cap, at which the pauses of all jobs would be equal again.
+        # Multiplied after the cap, which would make the pauses of all jobs equal again.
         yield max(ended) + pause * (1 + _share(job.uid))
 
 
 def _share(uid: str) -> float:
-    """A number from 0 to 1 that is always the same for this job, and another for others."""
+    """Return a number from 0 to 1, constant for this job and different for others."""
     return zlib.crc32(uid.encode()) / (2**32 - 1)
 
 
@@ -264,7 +267,7 @@ def _after_the_end(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, no
 
 
 def _outlived(job: QLoRAJob, observed: Observed) -> tuple[ChildJob, ...]:
-    """The Jobs of a job that is being deleted that would run on for as long as it is still there."""
+    """Return the Jobs of a job under deletion that would run until it is gone."""
     return () if job.orphans else tuple(_running(observed))
 
 
@@ -306,5 +309,5 @@ def _times_after(job: QLoRAJob, status: QLoRAJobStatus) -> Iterator[datetime]:
 
 
 def _earliest(times: Iterator[datetime], now: datetime) -> datetime | None:
-    """The first time after `now`; what was due at an earlier one has been observed."""
+    """Return the first time after `now`: anything due earlier has been observed."""
     return min((moment for moment in times if moment > now), default=None)

@@ -1,4 +1,4 @@
-"""Says which jobs want to start, or to be retried, and wait for others of their profile to end; pure."""
+"""Finds jobs that wait, to start or to be retried, for others of their profile."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,10 @@ from qlora_operator.decisions.retry import is_to_be_taken_up
 
 
 def limit_of_jobs(job: QLoRAJob, profiles: Mapping[str, Profile]) -> int | None:
-    """How many jobs of its profile may have started in its namespace, if the job wants to start and that is limited."""
+    """Return the maximum of started jobs of its profile in its namespace.
+
+    Returns None if the job does not want to start, or the number is not limited.
+    """
     profile = profiles.get(job.spec.scheduling.profile)
     if profile is None or profile.limits is None or not _needs_a_place(job):
         return None
@@ -18,7 +21,10 @@ def limit_of_jobs(job: QLoRAJob, profiles: Mapping[str, Profile]) -> int | None:
 
 
 def held_back(facts: Facts) -> Reason | None:
-    """Why the job waits for others of its profile to end; None if it does not, or something else keeps it too."""
+    """Return why the job waits for others of its profile to end.
+
+    Returns None if it does not, or another reason keeps it too.
+    """
     job = facts.job
     if not _needs_a_place(job):
         return None

@@ -1,4 +1,4 @@
-"""Fixes what a job's steps depend on before the first of them, and says what keeps it from starting; pure."""
+"""Fixes the inputs of a job's steps, or finds why the job cannot start."""
 
 from pydantic import ValidationError
 
@@ -21,10 +21,10 @@ _ROOM_FOR_A_GATE = 1024
 
 
 def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
-    """The status with everything fixed that the pods depend on, as soon as the job may start."""
+    """Fix everything that the pods depend on, as soon as the job may start."""
     job = facts.job
     if status.resolved is not None and status.step is None:
-        # Somebody has written to the status. Steps that are done report their results again.
+        # Another client has written to the status. Steps that are done report their results again.
         return status.model_copy(update={"step": new_step(job, "prepare", status.highest_attempt + 1)})
     if status.resolved is not None and not _may_still_change(status, facts):
         return status
@@ -53,9 +53,10 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 
 
 def _with_trainer_of_its_cell(resolved: Resolved, facts: Facts) -> Resolved:
-    """With the image that has trained the cell that the job publishes, if both are of one sweep; as it is otherwise.
+    """Set the image to the one that has trained the cell that the job publishes.
 
-    No other trainer takes the cell's run up, and days may lie between the two jobs. Once it is fixed it stays so.
+    This needs both in one sweep; otherwise the image stays as it is. No other trainer resumes the cell's run, and days
+    may lie between the two jobs. Once fixed it stays so.
     """
     job, cell = facts.job, facts.continued
     fixed = job.status.resolved
@@ -77,12 +78,18 @@ def _contract_of_training(job: QLoRAJob) -> int:
 
 
 def _signed(contract: int, profile: Profile) -> int:
-    """The version that a trainer must know, also to sign if the profile has a key: an older one does not publish."""
+    """Return the contract version that a trainer needs, also to sign with a key.
+
+    An older trainer does not publish.
+    """
     return max(contract, needed_contract(1, signed=True)) if profile.signing_key is not None else contract
 
 
 def _may_still_change(status: QLoRAJobStatus, facts: Facts) -> bool:
-    """Whether nothing was created yet, as a quota may reject it, and the profile has been mended since."""
+    """Whether nothing was created yet, and the profile has been fixed since.
+
+    A quota may have rejected the first Job.
+    """
     step, today = status.step, facts.profiles.get(facts.job.spec.scheduling.profile)
     if step is None or status.resolved is None or today is None:
         return False
@@ -97,7 +104,7 @@ def _first_job(facts: Facts) -> ChildJob | None:
 
 def _resolved_by(first: ChildJob, job: QLoRAJob) -> Resolved | None:
     try:
-        # As in the status, a field that another version of the operator has written is no reason to start anew.
+        # As in the status, a field that another version of the operator has written is no reason to start over.
         resolved = Resolved.model_validate_json(first.resolved, extra="ignore")
     except ValidationError:
         return None
@@ -105,12 +112,15 @@ def _resolved_by(first: ChildJob, job: QLoRAJob) -> Resolved | None:
 
 
 def objection(facts: Facts) -> Reason | None:
-    """Why the administrator's settings, or other jobs that it names, do not let it start now; else None."""
+    """Return why settings or other jobs keep the job from starting."""
     return objection_to_job(facts) or job_limit_reached(facts)
 
 
 def objection_to_job(facts: Facts) -> Reason | None:
-    """Why they do not let it start, as it and they are; None if it needs at most a place among those of its profile."""
+    """Return why they keep the job from starting, apart from the limit of its profile.
+
+    Returns None if it needs at most a place among the profile's jobs.
+    """
     scheduling = facts.job.spec.scheduling
     profile = facts.profiles.get(scheduling.profile)
     if profile is None:
@@ -141,7 +151,7 @@ def objection_to_job(facts: Facts) -> Reason | None:
 
 
 def _too_large(job: QLoRAJob) -> Reason | None:
-    """Why the pods could not be given the job's spec; None if they can."""
+    """Return why the pods cannot receive the job's spec, or None if they can."""
     size, limit = len(document(job).encode()), MAX_DOCUMENT_LENGTH - _ROOM_FOR_A_GATE
     if size <= limit:
         return None
@@ -153,9 +163,10 @@ def _too_large(job: QLoRAJob) -> Reason | None:
 
 
 def _not_shared(job: QLoRAJob, profile: Profile) -> Reason | None:
-    """Why the pods of several nodes could not mount the workspace together; None if they can.
+    """Return why pods on several nodes cannot share the workspace.
 
-    An existing claim is believed to be as the profile says: the operator does not know which node it is bound to.
+    Returns None if they can. The profile's access mode is assumed for an existing claim: the operator cannot read which
+    node it is bound to.
     """
     if job.spec.resources.node_count == 1:
         return None
@@ -179,13 +190,13 @@ def _not_shared(job: QLoRAJob, profile: Profile) -> Reason | None:
 
 
 def objection_to_retry(facts: Facts) -> Reason | None:
-    """Why the profiles of today let the job neither start nor be retried; None if they do."""
+    """Return why current profiles block the start and a retry, or None if they do not."""
     spec, profiles = facts.job.spec, facts.profiles.values()
     return reserved_secret(spec, profiles) or reserved_config_map(spec, profiles) or objection_of_limits(facts)
 
 
 def objection_of_limits(facts: Facts) -> Reason | None:
-    """Why the profile of today lets the job neither start nor be retried in its namespace; None if it does."""
+    """Return why the profile's limits block a start or a retry here."""
     job, name = facts.job, facts.job.spec.scheduling.profile
     profile = facts.profiles.get(name)
     if profile is None:
@@ -210,7 +221,7 @@ def objection_of_limits(facts: Facts) -> Reason | None:
 
 
 def job_limit_reached(facts: Facts) -> Reason | None:
-    """Why the job waits for others of its profile to end; None if there is a place for it."""
+    """Return why the job waits for others of its profile, or None if there is a place."""
     namespace, name = facts.job.namespace, facts.job.spec.scheduling.profile
     profile = facts.profiles.get(name)
     limit = profile.limits.jobs if profile is not None and profile.limits is not None else None
@@ -224,7 +235,7 @@ def job_limit_reached(facts: Facts) -> Reason | None:
 
 
 def with_profile_of_today(resolved: Resolved | None, facts: Facts, *, same_trainer: bool = False) -> Resolved | None:
-    """What was resolved with the administrator's profile as it is now, if there still is one of that name.
+    """Return what was resolved, with the current profile if it still exists.
 
     `same_trainer`: except for the image.
     """
@@ -234,7 +245,7 @@ def with_profile_of_today(resolved: Resolved | None, facts: Facts, *, same_train
     copied = as_copied(profile)
     if same_trainer:
         copied = copied.model_copy(update={"image": resolved.profile.image})
-    # The trainer that began the run may know no newer version, unless that was one for a key that is gone.
+    # The trainer that began the run may implement no newer version, unless that was one for a key that is gone.
     known = min(resolved.contract_version, _contract_of_training(facts.job))
     contract = _signed(known, profile) if same_trainer else _contract(facts.job, profile)
     changes = {"profile": copied, "contract_version": contract, "gpu_hours": limit_of_hours(profile)}
@@ -243,7 +254,10 @@ def with_profile_of_today(resolved: Resolved | None, facts: Facts, *, same_train
 
 
 def as_copied(profile: Profile) -> Profile:
-    """The profile without what only decides whether a job starts, which would name other tenants' namespaces."""
+    """Drop the fields that only decide whether a job starts.
+
+    They would name other tenants' namespaces.
+    """
     return profile.model_copy(update={"namespaces": None, "limits": None})
 
 

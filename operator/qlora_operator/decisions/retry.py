@@ -1,4 +1,4 @@
-"""Takes up a failed job when its user asks for it; pure."""
+"""Retries a failed job when its user asks for it."""
 
 from qlora_api.contract import ExitCode
 from qlora_api.status import QLoRAJobStatus, Resolved, StepName
@@ -19,10 +19,10 @@ def is_to_be_taken_up(job: QLoRAJob) -> bool:
 
 
 def take_up(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
-    """The status of a failed job that goes on at the step that failed, with profile and gate as they are now.
+    """Retry a failed job at the step that failed, with the current profile and gate.
 
-    After a clean-up, in the middle of one, or without its base model or prepared rows, it goes on at prepare, which
-    makes again what is missing; a step whose result is still there reports it again.
+    After a clean-up, in the middle of one, or without its base model or prepared rows, it retries at prepare, which
+    makes again what is missing; a step with an existing result reports it again.
     """
     job, step = facts.job, status.step
     if step is None:
@@ -49,13 +49,16 @@ def take_up(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 
 
 def _has_its_run(status: QLoRAJobStatus, *, cleaned: bool) -> bool:
-    """Whether the workspace has the checkpoint that prepare has copied, or the adapter, which a clean-up leaves."""
+    """Whether the workspace has prepare's copied checkpoint, or the adapter.
+
+    A clean-up keeps the adapter.
+    """
     return is_true(status, "Trained") or (is_true(status, "Prepared") and not cleaned)
 
 
 def _resolved_again(status: QLoRAJobStatus, facts: Facts, *, has_its_run: bool) -> Resolved | None:
-    """What was resolved, with the profile and the gate as they are now."""
-    # Only the trainer that began a run goes on with it: its image stays, once there is something to go on with.
+    """Resolve again with the current profile and gate."""
+    # Only the trainer that began a run continues it: its image stays once there is a run to continue.
     prepared = is_true(status, "Prepared")
     resolved = with_profile_of_today(status.resolved, facts, same_trainer=prepared)
     if resolved is not None and has_its_run:
@@ -67,7 +70,7 @@ def _resolved_again(status: QLoRAJobStatus, facts: Facts, *, has_its_run: bool) 
 
 
 def _lacks_what_prepare_leaves(facts: Facts) -> bool:
-    """Whether the base model or the prepared rows are not as prepare has left them: only prepare makes them again."""
+    """Whether base model or prepared rows have changed: only prepare restores them."""
     status, today = facts.job.status, facts.profiles.get(facts.job.spec.scheduling.profile)
     lost = (ExitCode.MODEL_UNAVAILABLE.reason, ExitCode.BAD_DATASET.reason)
     if status.last_failure is not None and status.last_failure.reason in lost:

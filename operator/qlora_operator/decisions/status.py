@@ -1,4 +1,4 @@
-"""Computes a job's next status from the stored one and what is observed, as a chain of transitions; pure."""
+"""Computes a job's next status in a chain of transitions."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ from qlora_operator.decisions.usage.usage import count_usage
 
 
 def next_status(facts: Facts) -> QLoRAJobStatus:
-    """The status that follows from the facts; equal to the stored one if nothing has changed."""
+    """Compute the next status, equal to the stored one if nothing has changed."""
     status = facts.job.status
     if facts.job.deleting:
         return status
@@ -37,7 +37,7 @@ def next_status(facts: Facts) -> QLoRAJobStatus:
 
 
 def next_status_of_pod(facts: Facts) -> QLoRAJobStatus:
-    """The same of a pod in which a sweep trains several cells, as of a job that has only a train step."""
+    """Compute the status of a sweep's shared pod, as of a job with a train step only."""
     status = facts.job.status
     for transition in _OF_A_SWEEPS_POD:
         status = transition(status, facts)
@@ -53,15 +53,18 @@ def with_child(status: QLoRAJobStatus, facts: Facts, job_uid: str) -> QLoRAJobSt
 
 
 def with_rejection(status: QLoRAJobStatus, facts: Facts, reason: Reason) -> QLoRAJobStatus:
-    """The status after an action of the plan was blocked, for example rejected by the API server."""
+    """Return the status after an action of the plan was blocked.
+
+    The API server may have rejected it.
+    """
     if is_finished(status):
         return set_condition(status, facts, "CleanedUp", "False", reason)
     return set_condition(status, facts, "Succeeded", "Unknown", reason)
 
 
 def _follow_end(status: QLoRAJobStatus, facts: Facts, held_back: Reason | None = None) -> QLoRAJobStatus:
-    """The status of a finished job. `held_back`: why it is not retried yet, although that is asked for."""
-    # A request in a spec that cannot be read now is to be seen by the operator that can.
+    """Follow a finished job. `held_back`: why a requested retry does not start yet."""
+    # A request in a spec that cannot be read now waits for the operator that can.
     if not facts.job.problem:
         status = status.model_copy(update={"observed_generation": facts.job.generation})
         failed = condition(status, "Failed")
@@ -77,7 +80,10 @@ def _start(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 
 
 def _note_request(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
-    """The status with the request seen; a step whose pods could not start gets a new Job with today's profile."""
+    """Note the request.
+
+    A step whose pods could not start gets another Job with the current profile.
+    """
     request, step = facts.job.spec.retry.request, status.step
     if request is None:
         return status

@@ -1,4 +1,4 @@
-"""Derives conditions and phase from the rest of a status; pure."""
+"""Derives conditions and phase from the rest of a status."""
 
 from qlora_api.figures import without_remaining
 from qlora_api.status import Phase, QLoRAJobStatus, StepName, StepStatus
@@ -35,15 +35,18 @@ def summarize(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 
 
 def _in_phase(status: QLoRAJobStatus, phase: Phase, facts: Facts) -> QLoRAJobStatus:
-    """The status in that phase, and since when: what the time in each phase is measured by."""
+    """Return the status in that phase, with the time since when.
+
+    The metric of the time in each phase is measured by it.
+    """
     stored = facts.job.status
-    # Of a job whose phase an earlier release has stored nobody knows it: that alone is no reason for a write.
+    # An earlier release may have stored the phase without a time: that alone is no reason for a write.
     since = stored.phase_since if phase == stored.phase else format_time(facts.now)
     return status.model_copy(update={"phase": phase, "phase_since": since})
 
 
 def _count_nodes(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
-    """The status with the number of pods that train together, and how many of them run."""
+    """Count the pods that train together, and how many of them run."""
     step = status.step
     if step is None or not trains_together(facts.job, step.name):
         return status
@@ -106,7 +109,10 @@ def _summarize_running(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 
 
 def _unmet(name: StepName, current: StepStatus | None) -> Reason:
-    """Why the step has not succeeded in an unfinished job; what blocks it is in the condition Succeeded."""
+    """Return why the step has not succeeded in an unfinished job.
+
+    The condition Succeeded has what blocks it.
+    """
     if current is not None and current.name == name:
         return Reason("NotEnded", f"the {name} step has not ended")
     return Reason("NotReached", f"the {name} step has not been reached")
@@ -118,7 +124,7 @@ def _progressing(status: QLoRAJobStatus, facts: Facts) -> tuple[Value, Reason]:
         return "Unknown", Reason("NotRunning", "")
     idle = idle_seconds(status, facts)
     if idle is not None:
-        # Said once, with the limit and not with the time, which would be another sentence in each pass.
+        # Reported once, with the limit and not with the time, which would change the message in each pass.
         limit = facts.job.spec.progress_deadline_seconds or DEFAULT_PROGRESS_DEADLINE_SECONDS
         return "False", Reason("ProgressDeadlineExceeded", no_progress(step, limit))
     return "True", Reason("Progressing", "")

@@ -1,6 +1,7 @@
-"""Calls the API server: plain objects in, plain objects out.
+"""Calls the API server.
 
-Every call has a timeout and raises a ClusterError whose class says what to do: wait, read again or report.
+Input and output are plain objects. Every call has a timeout and raises a ClusterError whose class selects the reaction:
+wait, read again or report.
 """
 
 import asyncio
@@ -74,7 +75,7 @@ _UNFINISHED = "status.phase!=Succeeded,status.phase!=Failed"
 
 
 class _Page(NamedTuple, Generic[T]):
-    """What was read of the objects of one page, and the version of the whole list."""
+    """The parts read of the objects of one page, and the version of the whole list."""
 
     items: Sequence[T]
     version: str
@@ -91,22 +92,22 @@ class Cluster:
 
     @property
     def shortest_page(self) -> int:
-        """How many objects the shortest page had that a list has needed so far, as those were large.
+        """Return the shortest page so far of a list of large objects.
 
-        Who cannot end a page that gets too long asks for no more at a time.
+        A reader that cannot shorten a page that gets too long asks for no more than that.
         """
         return self._shortest_page
 
     async def get_qlora_job(self, namespace: str, name: str) -> Object | None:
-        """The QLoRAJob as stored now, without what nobody reads of its metadata; None if it does not exist."""
+        """Return the stored QLoRAJob without unused metadata, or None if absent."""
         try:
             return compact(await self._json("GET", f"{_QLORA}/namespaces/{namespace}/{PLURAL}/{name}"))
         except NotFoundError:
             return None
 
     async def profiles_in_use(self, namespace: str) -> AsyncIterator[Sequence[str | None]]:
-        """`profile_in_use` of each QLoRAJob of the namespace that has not ended, as stored now, page by page."""
-        # The API server leaves out the others, of which there may be thousands.
+        """Yield `profile_in_use` of each unfinished QLoRAJob of the namespace, in pages."""
+        # The API server leaves out the others, perhaps thousands.
         selector = [("fieldSelector", _UNFINISHED)]
         async for page in self._pages(f"{_QLORA}/namespaces/{namespace}/{PLURAL}", selector, profile_in_use):
             yield page.items
@@ -128,13 +129,17 @@ class Cluster:
         return (await self._list_pods(namespace, _labelled(_CONTROLLER_UID, child_uid))).items
 
     async def list_pods_named(self, namespace: str, name: str) -> Sequence[ChildView]:
-        """The pod of that name, if there is one, whatever its labels are. It takes no right to get pods."""
+        """Return the pod of that name, if any, whatever its labels are.
+
+        This needs no right to get pods.
+        """
         return (await self._list_pods(namespace, [("fieldSelector", f"metadata.name={name}")])).items
 
     async def find_workload(self, namespace: str, child_uid: str) -> Object | None:
-        """Kueue's Workload of the Job of that UID: the first, if there are several. Raises NotFoundError without Kueue.
+        """Return Kueue's Workload of the Job of that UID, the first of several.
 
-        It waits for no other list, and none waits for it: a webhook may keep it waiting.
+        Raises NotFoundError without Kueue. It waits for no other list, and none waits for it: a webhook may keep it
+        waiting.
         """
         query = [("limit", "1"), *_labelled(_WORKLOAD_JOB_UID, child_uid)]
         path = f"{_KUEUE}/namespaces/{namespace}/workloads"
@@ -142,7 +147,10 @@ class Cluster:
         return next(iter(page.get("items") or ()), None)
 
     async def list_versions(self, kind: Kind, namespace: str | None) -> tuple[list[ObjectVersion], str]:
-        """All QLoRAJobs, or all our Jobs or pods, in one namespace or in all (None), and the version of the list."""
+        """List all QLoRAJobs, or the operator's Jobs or pods, with the list's version.
+
+        `namespace`: None for all.
+        """
         found: list[ObjectVersion] = []
         version = ""
         async for page in self._pages(*_watched(kind, namespace), partial(object_version, kind), accept=_METADATA_ONLY):
@@ -151,17 +159,23 @@ class Cluster:
         return found, version
 
     async def pages(self, kind: Kind, namespace: str | None, read: Callable[[Object], T]) -> AsyncIterator[Sequence[T]]:
-        """What `read` makes of the same objects, page by page. It must not keep them."""
+        """Yield the result of `read` for the same objects, page by page.
+
+        `read` must not keep the objects.
+        """
         async for page in self._pages(*_watched(kind, namespace), read):
             yield page.items
 
     async def check_list(self, kind: Kind, namespace: str | None) -> None:
-        """List one object of the kind, to check the connection. Raises RejectedError if that is no longer allowed."""
+        """List one object of the kind, to check connection and rights.
+
+        Raises RejectedError if that is no longer allowed.
+        """
         path, selector = _watched(kind, namespace)
         await self._json("GET", path, query=[("limit", "1"), *selector], accept=_METADATA_ONLY)
 
     async def create_job(self, namespace: str, manifest: Object) -> Object:
-        """Create a Job. Raises AlreadyExistsError if the name is taken, RejectedError with the server's reason."""
+        """Create a Job. Raises AlreadyExistsError or RejectedError."""
         return await self._json("POST", f"{_JOBS}/namespaces/{namespace}/jobs", body=manifest)
 
     async def get_job(self, namespace: str, name: str) -> Object:
@@ -169,7 +183,10 @@ class Cluster:
         return await self._json("GET", f"{_JOBS}/namespaces/{namespace}/jobs/{name}")
 
     async def delete_job(self, namespace: str, name: str, uid: str) -> None:
-        """Delete this very Job and, in the background, its pods: the default for Jobs would orphan the pods."""
+        """Delete this very Job and, in the background, its pods.
+
+        The default for Jobs would orphan the pods.
+        """
         options = {
             "apiVersion": "v1",
             "kind": "DeleteOptions",
@@ -190,19 +207,19 @@ class Cluster:
         return await self._json("GET", f"{_CORE}/namespaces/{namespace}/persistentvolumeclaims/{name}")
 
     async def create_service(self, namespace: str, manifest: Object) -> None:
-        """Create a Service. Raises AlreadyExistsError if the name is taken, RejectedError with the server's reason."""
+        """Create a Service. Raises AlreadyExistsError or RejectedError."""
         await self._request("POST", f"{_CORE}/namespaces/{namespace}/services", body=manifest)
 
     async def create_network_policy(self, namespace: str, manifest: Object) -> None:
-        """Create a NetworkPolicy. Raises AlreadyExistsError and RejectedError as `create_service` does."""
+        """Create a NetworkPolicy. Raises as `create_service` does."""
         await self._request("POST", f"{_NETWORKING}/namespaces/{namespace}/networkpolicies", body=manifest)
 
     async def create_config_map(self, namespace: str, manifest: Object) -> None:
-        """Create a ConfigMap. Raises AlreadyExistsError and RejectedError as `create_service` does."""
+        """Create a ConfigMap. Raises as `create_service` does."""
         await self._request("POST", f"{_CORE}/namespaces/{namespace}/configmaps", body=manifest)
 
     async def patch_config_map(self, namespace: str, name: str, patch: Sequence[Object]) -> None:
-        """Apply a JSON Patch to a ConfigMap, whole or not at all. A test of it that fails raises RejectedError."""
+        """Apply a JSON Patch to a ConfigMap. Raises RejectedError if a test fails."""
         path = f"{_CORE}/namespaces/{namespace}/configmaps/{name}"
         await self._request("PATCH", path, body=patch, content_type="application/json-patch+json")
 
@@ -211,14 +228,15 @@ class Cluster:
         await self._request("POST", f"{_CORE}/namespaces/{namespace}/events", body=manifest)
 
     async def apply_status(self, job: QLoRAJob, status: Object) -> Object:
-        """Replace the job's status, which nobody else writes, by server-side apply. Returns the job as it is then.
+        """Replace the job's status by server-side apply, and return the job as it is then.
 
-        Raises ConflictError if the job has changed since it was read, or is another one of the same name.
+        The operator is the only writer of the status. Raises ConflictError if the job has changed since it was read, or
+        is another one of the same name.
         """
         return await self._apply_status(KIND, PLURAL, job, status)
 
     async def get_sweep(self, namespace: str, name: str) -> Object | None:
-        """The QLoRASweep as stored now; None if it does not exist."""
+        """Return the stored QLoRASweep, or None if it does not exist."""
         try:
             return await self._json("GET", f"{_QLORA}/namespaces/{namespace}/{SWEEP_PLURAL}/{name}")
         except NotFoundError:
@@ -231,7 +249,7 @@ class Cluster:
         return [name async for page in pages for name in page.items]
 
     async def list_cells(self, namespace: str, sweep_uid: str) -> list[CellJob]:
-        """The QLoRAJobs that have the label of this QLoRASweep and are controlled by it, as stored now."""
+        """List the QLoRAJobs that have the sweep's label and controller, as stored now."""
         read = partial(parse_cell, sweep_uid=sweep_uid)
         pages = self._pages(f"{_QLORA}/namespaces/{namespace}/{PLURAL}", _labelled(SWEEP_UID_LABEL, sweep_uid), read)
         return [cell async for page in pages for cell in page.items if cell is not None]
@@ -241,11 +259,11 @@ class Cluster:
         return await self._json("GET", f"{_QLORA}/namespaces/{namespace}/{PLURAL}/{name}")
 
     async def create_cell(self, namespace: str, manifest: Object) -> Object:
-        """Create a QLoRAJob. Raises AlreadyExistsError if the name is taken, RejectedError with the server's reason."""
+        """Create a QLoRAJob. Raises AlreadyExistsError or RejectedError."""
         return await self._json("POST", f"{_QLORA}/namespaces/{namespace}/{PLURAL}", body=manifest)
 
     async def change_cell(self, namespace: str, name: str, change: Object) -> Object:
-        """Merge the change into a QLoRAJob. Raises ConflictError if its UID is not that of the change."""
+        """Merge the change into a QLoRAJob. Raises ConflictError for another UID."""
         path = f"{_QLORA}/namespaces/{namespace}/{PLURAL}/{name}"
         return await self._json("PATCH", path, body=change, content_type="application/merge-patch+json")
 
@@ -271,7 +289,10 @@ class Cluster:
         )
 
     async def read_log(self, namespace: str, pod: str) -> str | None:
-        """The end of the trainer's log, at most 40 lines and 64 KiB; None if it cannot be read now."""
+        """Return the end of the trainer's log, or None if it cannot be read now.
+
+        That is at most 40 lines and 64 KiB.
+        """
         # Without the container's name the server rejects the request if a sidecar was injected into the pod.
         query = [("container", TRAINER_CONTAINER), ("tailLines", str(_TAIL_LINES)), ("limitBytes", str(_TAIL_BYTES))]
         try:
@@ -283,11 +304,11 @@ class Cluster:
         return data.decode(errors="replace")
 
     async def get_schema(self) -> Object:
-        """The OpenAPI document of the resource's version. Raises NotFoundError if the API server does not serve it."""
+        """Return the OpenAPI document of the version. Raises NotFoundError without one."""
         return await self._document("GET", f"/openapi/v3{_QLORA}")
 
     async def get_lease(self, namespace: str, name: str) -> Object | None:
-        """The Lease; None if it does not exist."""
+        """Return the Lease, or None if it does not exist."""
         try:
             return await self._json("GET", f"{_LEASES}/namespaces/{namespace}/leases/{name}")
         except NotFoundError:
@@ -298,7 +319,7 @@ class Cluster:
         return await self._json("POST", f"{_LEASES}/namespaces/{namespace}/leases", body=manifest)
 
     async def replace_lease(self, namespace: str, name: str, manifest: Object) -> Object:
-        """Replace a Lease. Raises ConflictError if it has changed since `manifest` was read."""
+        """Replace a Lease. Raises ConflictError if it has changed since the read."""
         return await self._json("PUT", f"{_LEASES}/namespaces/{namespace}/leases/{name}", body=manifest)
 
     async def _list_pods(self, namespace: str, selector: Query) -> ChildList:
@@ -311,7 +332,7 @@ class Cluster:
     async def _pages(
         self, path: str, selector: Query, read: Callable[[Object], T], *, accept: str = "application/json"
     ) -> AsyncIterator[_Page[T]]:
-        """A list, of which only what `read` makes of each object is there for longer than its page.
+        """Read a list, and keep only the results of `read` after each page.
 
         Pages are halved until they are short enough, or have one object.
         """
@@ -320,8 +341,8 @@ class Cluster:
             query = [("limit", str(size)), *selector, *([("continue", token)] if token else [])]
             most = _BYTES_PER_PAGE if size > 1 else None
             try:
-                # One expression: none of the objects has a name by which it would live on. Nothing waits between the
-                # turn and its end, so that who has read its page has parsed it before another one is read.
+                # One expression: no name keeps an object alive. Nothing waits between the turn and its end, so that
+                # each page is parsed before another one is read.
                 page, token = _read_page(
                     await self._json("GET", path, query=query, accept=accept, most=most, turn=self._room), read
                 )
@@ -343,7 +364,7 @@ class Cluster:
         return answer
 
     async def _document(self, method: str, path: str, **request: Any) -> dict[str, Any]:
-        """A JSON object. A load balancer or a login proxy may answer anything in the API server's place."""
+        """Read a JSON object: a load balancer or login proxy may answer with anything."""
         data = await self._request(method, path, **request)
         try:
             answer = json.loads(data)
@@ -373,7 +394,7 @@ class Cluster:
 
 
 def _read_page(page: Object, read: Callable[[Object], T]) -> tuple[_Page[T], str]:
-    """What was read, and the token of the next page; empty if there is none."""
+    """Parse the page and return the token of the next one, empty for the last."""
     metadata = page["metadata"]
     items = [read(body) for body in page.get("items") or ()]
     return _Page(items, metadata.get("resourceVersion", "")), metadata.get("continue") or ""
@@ -388,7 +409,10 @@ def _labelled(label: str, value: str) -> Query:
 
 
 def _watched(kind: Kind, namespace: str | None) -> tuple[str, Query]:
-    """Path and selector of the objects that the operator watches: all QLoRAJobs, but only its own Jobs and pods."""
+    """Return path and selector of the watched objects.
+
+    The operator watches all QLoRAJobs, but only its own Jobs and pods.
+    """
     prefix = {"qlorajobs": _QLORA, "jobs": _JOBS, "pods": _CORE}[kind]
     where = f"/namespaces/{namespace}" if namespace else ""
     return f"{prefix}{where}/{kind}", [] if kind == "qlorajobs" else [("labelSelector", JOB_UID_LABEL)]

@@ -1,4 +1,4 @@
-"""What is taken of the objects of a list: either that they are there, and in which version, or what is read of them.
+"""Extracts versions or parsed values from the objects of a list.
 
 An object itself is never kept: tenants choose how large it is.
 
@@ -30,7 +30,7 @@ Kind = Literal["qlorajobs", "jobs", "pods"]
 KINDS: tuple[Kind, ...] = ("qlorajobs", "jobs", "pods")
 ChildKind = Literal["jobs", "pods"]
 
-# What is asked for at a time. Parsed, a Job or pod takes about 40 KiB, and 40 MiB if a tenant wants that.
+# Parsed, a Job or pod takes about 40 KiB, and 40 MiB if a tenant wants that.
 OBJECTS_PER_PAGE = 25
 
 # All that is read of a QLoRAJob's metadata. The rest may have a megabyte: of annotations, labels, or notes of managers.
@@ -41,7 +41,7 @@ _LONGEST_ANNOTATION = 128
 
 
 class ObjectVersion(NamedTuple):
-    """That an object is there, and in which version."""
+    """The identity and version of an existing object."""
 
     namespace: str
     name: str
@@ -67,25 +67,25 @@ class ChildView:
     job_uid: str
     """UID of the QLoRAJob whose label it has; empty if it has none."""
     job_name: str
-    """By the label too, which anybody can set who may change the object."""
+    """By the label too, which any user can set who may change the object."""
     value: ChildJob | Pod | None
     """None for a Job that has the label of a QLoRAJob that does not control it."""
 
 
 class ChildList(NamedTuple):
-    """All Jobs, or all pods, that have the label of one QLoRAJob, and the version that the list was taken at."""
+    """All Jobs, or all pods, with the label of one QLoRAJob, and the list's version."""
 
     items: Sequence[ChildView]
     version: str
 
 
 def version_number(version: str) -> int:
-    """A resourceVersion as a number, which grows with each write; -1 if it is none."""
+    """Parse a resourceVersion, which grows with each write, or -1 if it is no number."""
     return int(version) if version.isdecimal() else -1
 
 
 def object_version(kind: Kind, body: Object) -> ObjectVersion:
-    """Where an object is, and in which version."""
+    """Return the object's location and version."""
     metadata = body["metadata"]
     name, uid = metadata["name"], metadata["uid"]
     labels = metadata.get("labels") or {}
@@ -94,12 +94,12 @@ def object_version(kind: Kind, body: Object) -> ObjectVersion:
 
 
 def _job_name(labels: Object) -> str:
-    """Name of the QLoRAJob in the labels; empty for Jobs and pods of a sweep."""
+    """Return the QLoRAJob in the labels, empty for Jobs and pods of a sweep."""
     return "" if labels.get(SWEEP_UID_LABEL) == labels.get(JOB_UID_LABEL, "") else labels.get(JOB_LABEL, "")
 
 
 def child_view(kind: ChildKind, body: Object) -> ChildView:
-    """What is read of a Job or a pod. Raises nothing: see `ChildJob.unreadable`."""
+    """Parse a Job or a pod. Raises nothing, see `ChildJob.unreadable`."""
     metadata = body["metadata"]
     labels = metadata.get("labels") or {}
     job_uid = labels.get(JOB_UID_LABEL, "")
@@ -113,9 +113,9 @@ def child_view(kind: ChildKind, body: Object) -> ChildView:
 
 
 def without_foreign_resolved(child: ChildView, job_name: str | None) -> ChildView:
-    """Without what was resolved, unless it is the first Job of that QLoRAJob, which alone is believed.
+    """Drop what was resolved, except from the first Job of that QLoRAJob.
 
-    Whoever may create Jobs can give thousands of them that annotation.
+    Other Jobs are not trusted: a tenant who may create Jobs can give thousands of them that annotation.
     """
     value = child.value
     if not isinstance(value, ChildJob) or not value.resolved:
@@ -126,7 +126,7 @@ def without_foreign_resolved(child: ChildView, job_name: str | None) -> ChildVie
 
 
 def compact(job: Object) -> dict[str, Any]:
-    """A QLoRAJob without what nobody here reads of its metadata: half of it, and more if somebody wants that.
+    """Drop a QLoRAJob's unused metadata: half of it, or more if a tenant adds some.
 
     The schema bounds the rest.
     """
@@ -146,5 +146,5 @@ def compact(job: Object) -> dict[str, Any]:
 
 
 def _controller(metadata: Object) -> dict[str, Any] | None:
-    """The reference to the object's controller; None if it has none."""
+    """Return the reference to the object's controller, or None if it has none."""
     return next((owner for owner in metadata.get("ownerReferences") or () if owner.get("controller")), None)

@@ -1,7 +1,7 @@
-"""Compares the schemas that the API server serves with the fields that this operator reads and writes.
+"""Compares the served schemas with the fields that this operator reads and writes.
 
-The API server drops a field of the spec that it does not know, and rejects a status with one: an operator that is newer
-than the CustomResourceDefinition can start no job, whether it finds the older one or somebody applies it meanwhile.
+The API server drops a field of the spec that its schema lacks, and rejects a status with one: an operator that is newer
+than the CustomResourceDefinition can start no job, whether it finds the older one or an administrator applies it later.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ _MOST_NAMED = 3
 
 
 class Schemas(Protocol):
-    """What the check needs of the API server."""
+    """The API server's part in the check."""
 
     async def get_schema(self) -> Object:
         """The OpenAPI document of the resource's version. Raises ClusterError."""
@@ -33,9 +33,9 @@ class Schemas(Protocol):
 
 
 class SchemaCheck:
-    """Waits until the API server serves every field of this release, and notices when it no longer does.
+    """Waits until the API server serves every field of this release, then watches.
 
-    `on_change` is told when fields are missing and when none is any more.
+    `on_change` is called when fields are missing and when none is any more.
     """
 
     def __init__(self, schemas: Schemas, on_change: Callable[[bool], None] = lambda _lacks: None) -> None:
@@ -46,7 +46,7 @@ class SchemaCheck:
         self.problem: str | None = "the schema of QLoRAJob has not been read yet"
 
     async def run(self) -> None:
-        """Return when the definition has every field. What is waited for is logged once."""
+        """Return when the definition has every field, and log a reason to wait once."""
         pause = 1.0
         while problem := await self._explain():
             self._note(problem)
@@ -55,9 +55,9 @@ class SchemaCheck:
         self._clear()
 
     async def watch(self) -> None:
-        """Check again and again, after `run`, until canceled. Each change is logged once.
+        """Check repeatedly, after `run`, until canceled. Each change is logged once.
 
-        An API server that does not answer, or does not know the kind, says nothing about its fields.
+        An API server that does not answer, or lacks the kind, is no evidence about its fields.
         """
         while True:
             await self._pause()
@@ -77,7 +77,7 @@ class SchemaCheck:
         self._suspected.set()
 
     async def _pause(self) -> None:
-        # What is published of a definition follows it within seconds: one look at once may come too early.
+        # A definition is published within seconds: one immediate read may come too early.
         await asyncio.sleep(_SHORTEST_PAUSE)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LONGEST_PAUSE if self.problem is None else _PAUSE_WHILE_WAITING):
@@ -88,7 +88,7 @@ class SchemaCheck:
         if problem != self.problem:
             logger.error("waiting: %s", problem)
             self.problem = problem
-            # A schema that cannot be read says nothing about its fields.
+            # A schema that cannot be read is no evidence about its fields.
             if problem == self._judged[1]:
                 self._on_change(True)
 
@@ -105,7 +105,10 @@ class SchemaCheck:
             return f"the schema of QLoRAJob cannot be read: {error}"
 
     def _judge(self, document: Object) -> str | None:
-        """What the document lacks. The same one is not compared again, which takes many times as long as a pass."""
+        """Return the document's missing fields.
+
+        An equal document is not compared again, which takes many times as long as a pass.
+        """
         digest = hashlib.blake2b(json.dumps(document, sort_keys=True).encode()).digest()
         if digest != self._judged[0]:
             self._judged = digest, _lack(missing_fields(document))

@@ -1,7 +1,8 @@
-"""Sends HTTP requests to the API server: what every pass of the operator costs, so it does no more than it must.
+"""Sends HTTP requests to the API server at the least cost.
 
-The Kubernetes client's own path turns each body into plain objects once more and looks up proxies and passwords in the
-environment and in files for each request: together as expensive as the rest of a pass.
+Every pass of the operator pays for it. The Kubernetes client's own path turns each body into plain objects once more
+and reads proxies and passwords from the environment and from files for each request: together as expensive as the rest
+of a pass.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ import aiohttp
 
 Query = list[tuple[str, str]]
 _TIMEOUT = aiohttp.ClientTimeout(total=15, connect=5)
-# Shorter than the 90 seconds after which the API server closes a connection that is not used.
+# Shorter than the 90 seconds until the API server closes an unused connection.
 _KEEPALIVE_SECONDS = 60.0
 _CONNECTIONS = 100
 _UNAUTHORIZED = 401
@@ -38,12 +39,12 @@ class TooLongError(Exception):
 
 @dataclass(frozen=True)
 class Credentials:
-    """By which operator and API server know each other."""
+    """The credentials that operator and API server authenticate with."""
 
     authorization: str | None
     """The header's value."""
     tls: ssl.SSLContext
-    """With the authorities that are trusted, and the operator's own certificate if it has one."""
+    """With the trusted authorities, and the operator's certificate if it has one."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Endpoint:
     credentials: Callable[[], Awaitable[Credentials]]
     """Asked for with each request, because a token is replaced while it is used."""
     renew: Callable[[], Awaitable[None]]
-    """Gets all credentials anew, with another TLS context, after one side has rejected the other's."""
+    """Renews all credentials, with another TLS context, after one side has rejected the other's."""
     server_hostname: str | None = None
     """Name in the server's certificate, if it is not that of its address."""
     proxy: str | None = None
@@ -88,11 +89,11 @@ class Transport:
         most: int | None = None,
         turn: AbstractAsyncContextManager[Any] | None = None,
     ) -> tuple[int, bytes]:
-        """Status and content of the answer. Raises aiohttp.ClientError, TimeoutError or OSError without one.
+        """Send a request and return status and content of the answer.
 
         `most`: bytes of content; a longer one is not read to its end, and raises TooLongError. `turn`: entered while
-        the content is read, and not while the server prepares it. Raises ValueError if the body has a number that JSON
-        does not have (infinite, or none at all).
+        the content is read, and not while the server prepares it. Raises aiohttp.ClientError, TimeoutError or OSError
+        without an answer, and ValueError if the body has a number that JSON does not have (infinite, or none at all).
         """
         url = f"{self._endpoint.server}{path}{'?' + urlencode(query) if query else ''}"
         data = None if body is None else json.dumps(body, allow_nan=False, separators=(",", ":")).encode()
@@ -104,7 +105,7 @@ class Transport:
             try:
                 answer = await self._send(*sent, own_turn, answered.append)
             except Exception:
-                # Not if it was cancelled: then nobody knows what the answer would have been.
+                # Not if it was canceled: its answer is unknown.
                 self._on_request(method, path, next(iter(answered), None), time.monotonic() - began)
                 raise
             self._on_request(method, path, answer[0], time.monotonic() - began)
@@ -154,7 +155,7 @@ class Transport:
             return response.status, content
 
     async def _renewed(self, rejected: Credentials) -> Credentials:
-        """The credentials after those that were rejected: renewed once, however many requests were rejected."""
+        """Renew rejected credentials once, however many requests were rejected."""
         async with self._renewing:
             if (await self._endpoint.credentials()).tls is rejected.tls:
                 await self._endpoint.renew()

@@ -23,16 +23,15 @@ SERIES_PER_RUNNING_JOB = len(FIGURES) + 2
 
 
 class JobMetrics(Collector):
-    """The jobs that have been shown, as the operator that works knows them; none while it stands by.
+    """The observed jobs of the working operator, none on standby.
 
-    `running_jobs`: how many have series of their own: those that began first, also after a
-    restart.
+    `running_jobs`: the number of jobs with separate series: those that began first, also after a restart.
     """
 
     def __init__(self, running_jobs: int = DEFAULT_RUNNING_JOBS) -> None:
         self._most = running_jobs
         self._jobs: dict[Key, dict[str, ShownJob]] = {}
-        """Of each name, by UID: a job and the one that replaces it are there together for a moment."""
+        """Of each name, by UID: a job and its replacement exist together for a moment."""
         self._running: dict[str, ShownJob] = {}
         """Those that run, by UID."""
 
@@ -57,7 +56,7 @@ class JobMetrics(Collector):
                 self._drop(key, uid)
 
     def clear(self) -> None:
-        """Forget all of them: the operator that works now knows more."""
+        """Drop all of them: the operator that works now has newer ones."""
         self._jobs.clear()
         self._running.clear()
 
@@ -147,8 +146,8 @@ def _of_each(jobs: tuple[ShownJob, ...]) -> Iterator[Metric]:
 class GpuSeconds:
     """Counts what each write of a status adds to its usage.
 
-    As the usage is stored, a second counts once, also after a restart, with which counters begin at 0 again. There are
-    as many series as namespaces with jobs times profiles, and four times as many for what was lost.
+    As the usage is stored, a second counts once, also after a restart, when counters begin at 0 again. There are as
+    many series as namespaces with jobs times profiles, and four times as many for lost time.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -173,13 +172,13 @@ class GpuSeconds:
         self.add(namespace, profile, UsageStatus())
 
     def note(self, job: QLoRAJob, written: QLoRAJobStatus) -> None:
-        """Count what the status has, now that it is stored, and the job's stored one had not."""
+        """Count the usage that a stored status adds to the job's earlier one."""
         if written.usage is not None:
             before = job.status.usage or UsageStatus()
             self.add(job.namespace, job.spec.scheduling.profile, written.usage, before)
 
     def note_sweep(self, sweep: QLoRASweep, written: QLoRASweepStatus) -> None:
-        """Count what the pods of the sweep have more for the sweep itself: the parts of cells that have ended."""
+        """Count the added usage of the sweep itself: the parts of cells that have ended."""
         before = {pod.number: pod.usage for pod in sweep.status.pods}
         for pod in written.pods:
             if pod.usage is not None:
@@ -201,9 +200,9 @@ UNKNOWN_PROFILE = "unknown"
 
 
 class TransitionMetrics:
-    """What becomes of jobs. A job may name a profile that does not exist: no label has its word for one.
+    """Counts phase changes of jobs.
 
-    `profiles`: the names of those that exist.
+    A job may name a profile that does not exist: no label takes that name. `profiles`: the names of those that exist.
     """
 
     def __init__(self, registry: CollectorRegistry, profiles: Iterable[str]) -> None:
@@ -245,7 +244,10 @@ class TransitionMetrics:
 
 
 def _seconds(phase: Phase | None, since: str | None, until: str | None) -> float | None:
-    """For how long a job was in the phase; None if nobody knows, or if it had ended."""
+    """Return the seconds of a job in the phase.
+
+    Returns None if unknown, or if it had ended.
+    """
     if phase is None or phase in ENDED or since is None or until is None:
         return None
     return max(0.0, (parse_time(until) - parse_time(since)).total_seconds())

@@ -88,7 +88,7 @@ class Metrics:
         self._denied.labels(namespace or "").set(denied)
 
     def works(self, depth: Callable[[], int] | None) -> None:
-        """Note that the operator works with a queue, or stands by (None) and knows nothing of the jobs."""
+        """Note that the operator works with a queue, or is on standby (None) without jobs."""
         self.leads.set(depth is not None)
         self._depth.set_function(depth or (lambda: 0))
         if depth is None:

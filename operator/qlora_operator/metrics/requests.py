@@ -1,4 +1,7 @@
-"""Metrics of the operator's requests to the API server, without those of the watches, which kopf sends."""
+"""Metrics of the operator's requests to the API server.
+
+Those of the watches are not among them: kopf sends them.
+"""
 
 from http import HTTPStatus
 
@@ -30,7 +33,10 @@ _BUCKETS = (0.005, 0.025, 0.1, 0.25, 1, 2.5, 10)
 
 
 class RequestMetrics:
-    """Counts requests, and how long their answers take. No label has the name of an object or of a namespace."""
+    """Counts requests and the time of their answers.
+
+    No label has the name of an object or of a namespace.
+    """
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.requests = Counter(
@@ -48,14 +54,14 @@ class RequestMetrics:
         )
 
     def observe(self, method: str, path: str, status: int | None, seconds: float) -> None:
-        """Note one request. `status`: of the answer; None without one."""
+        """Note one request. `status`: of the answer, None without one."""
         resource = resource_of(path)
         self.requests.labels(method, resource, _code(status)).inc()
         self.duration.labels(method, resource).observe(seconds)
 
 
 def resource_of(path: str) -> str:
-    """The resource in the path of a request, with its subresource; other for one that the operator does not use."""
+    """Return the resource in a request's path, with its subresource, or "other"."""
     parts = path.strip("/").split("/")
     if parts[0] == "openapi":
         return "openapi"
@@ -67,7 +73,7 @@ def resource_of(path: str) -> str:
 
 
 def _code(status: int | None) -> str:
-    """As it is if it is one of HTTP's: a proxy in the API server's place may answer anything."""
+    """Return the status if HTTP defines it: a proxy may answer with anything."""
     if status is None:
         return NO_ANSWER
     return str(status) if status in HTTPStatus._value2member_map_ else OTHER

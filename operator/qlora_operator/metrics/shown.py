@@ -1,4 +1,4 @@
-"""Reads what the metrics show of a stored QLoRAJob, whichever release wrote its status; pure."""
+"""Reads the metrics' values from a stored QLoRAJob of any release."""
 
 import math
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ FAILURE_REASONS = frozenset(
 
 
 def as_label(reason: str) -> str:
-    """The reason; Other for one that is not known, as a kubelet's: a pod may write any as its result."""
+    """Return the reason, or Other for an unknown one, as a pod may report any."""
     return reason if reason in FAILURE_REASONS else OTHER
 
 
@@ -40,12 +40,12 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 RUNNING: frozenset[Phase] = frozenset({"Preparing", "Training", "Publishing"})
 ENDED: frozenset[Phase] = frozenset({"Succeeded", "Failed"})
 _REPORTING: frozenset[Phase] = frozenset({"Preparing", "Training"})
-"""Publish says nothing while it merges or uploads a large model."""
+"""Publish does not report while it merges or uploads a large model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One number of a running job: its metric, what it means, and where the status has it."""
+    """One number of a running job: its metric, its meaning, its path in the status."""
 
     metric: str
     meaning: str
@@ -94,14 +94,14 @@ FIGURES = (LAST_PROGRESS, *TRAINING)
 
 @dataclass(frozen=True, slots=True)
 class ShownJob:
-    """What the metrics show of one job."""
+    """The values in the metrics of one job."""
 
     namespace: str
     name: str
     uid: str
     phase: Phase
     phase_since: float | None
-    """Seconds since 1970; None if nobody knows."""
+    """Seconds since 1970; None if unknown."""
     progresses: bool
     """False if its condition Progressing is."""
     profile: str
@@ -123,7 +123,7 @@ class ShownJob:
 
 
 def read_shown(body: Object) -> ShownJob | None:
-    """The job as stored; None if its status has no phase that this release knows."""
+    """Parse the stored job, or None if this release has no such phase."""
     status = body.get("status") or {}
     phase = status.get("phase")
     if phase not in PHASES:
@@ -155,7 +155,10 @@ def _figures(status: Object, phase: Phase) -> dict[str, float]:
 
 
 def _number(status: Object, path: tuple[str, ...]) -> float | None:
-    """The number, or the timestamp as seconds since 1970; None if there is none that a metric can show."""
+    """Return the number, or the timestamp as seconds since 1970.
+
+    Returns None if not finite.
+    """
     value: Any = status
     for name in path:
         value = value.get(name) if isinstance(value, Mapping) else None
@@ -170,5 +173,5 @@ def _number(status: Object, path: tuple[str, ...]) -> float | None:
 
 
 def _condition(status: Object, kind: str) -> Object:
-    """The condition of that type; an empty one if there is none."""
+    """Return the condition of that type, an empty one if there is none."""
     return next((entry for entry in status.get("conditions") or () if entry.get("type") == kind), {})

@@ -1,4 +1,4 @@
-"""Carries out what a plan asks for: deletes and creates the Jobs of a job, and what its pods need beside them."""
+"""Carries out a plan: deletes and creates Jobs and the other objects of a job."""
 
 import logging
 from collections.abc import Awaitable
@@ -42,19 +42,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Result:
-    """What has come of the actions of one pass."""
+    """The outcome of the actions of one pass."""
 
     status: QLoRAJobStatus
     changed: bool
-    """Whether one of them has written something, or has made the store show what it did not show before."""
+    """Whether one of them has written to the API, or has made the store show a newer state."""
     blocked: bool = False
-    """Whether one of them cannot be done now. Nothing shows when a quota has room again, or a name is free."""
+    """Whether one of them cannot be done now. No event shows that a quota has room again, or that a name is free."""
     look_again: datetime | None = None
-    """When something is tried again that nothing else waits for; None if nothing is."""
+    """When an action is tried again that nothing else waits for, or None."""
 
 
 class _BlockedError(Exception):
-    """An action cannot be done now; `reason` says why, for the status."""
+    """An action cannot be done now. `reason` is for the status."""
 
     def __init__(self, reason: Reason) -> None:
         super().__init__(reason.sentence)
@@ -63,7 +63,7 @@ class _BlockedError(Exception):
 
 @dataclass(frozen=True)
 class Actions:
-    """Carries out the actions of one job after the other, until one of them cannot be done now."""
+    """Carries out the actions of one job in turn, until one cannot be done now."""
 
     cluster: Cluster
     store: Store
@@ -85,13 +85,13 @@ class Actions:
                     case ConnectNodes():
                         changed |= await self._connect_nodes(job)
                     case Announce():
-                        # Whatever comes of it, the clean-up after it does not wait.
+                        # The clean-up does not wait for a success.
                         status, written = await self._announce(facts, status)
                         changed, again = changed | written, self.announcements.due(key)
                     case CreateJob() if resolved is not None:
                         job_uid, is_new = await self._create_job(job, resolved, action)
                         changed |= is_new
-                        # The status that tells of the first Job follows from what the next pass sees.
+                        # The next pass derives the status with the first Job from what it observes.
                         status = status if creates_first_job(action) else with_child(status, facts, job_uid)
             except _BlockedError as blocked:
                 logger.warning("%s", blocked, extra={"key": key})
@@ -109,7 +109,7 @@ class Actions:
             raise _BlockedError(Reason("JobRejected", sentence)) from error
 
     async def _create_job(self, job: QLoRAJob, resolved: Resolved, action: CreateJob) -> tuple[str, bool]:
-        """UID of the step's Job, and whether it was created now, or the store shows it only now.
+        """Create the step's Job and return its UID, and whether it is new to the store.
 
         It may exist already, by a pass that was interrupted. Raises _BlockedError.
         """
@@ -147,10 +147,10 @@ class Actions:
         return True
 
     async def _connect_nodes(self, job: QLoRAJob) -> bool:
-        """Create the Service and the NetworkPolicy of train pods on several nodes; whether one of them was missing.
+        """Create the Service and NetworkPolicy of train pods on several nodes.
 
-        Their names have the job's UID: what exists is the job's own, or was made by somebody who may do so. Raises
-        _BlockedError.
+        Returns whether one of them was missing. Their names have the job's UID: an existing one is the job's own, or a
+        user with the right to do so has made it. Raises _BlockedError.
         """
         created = False
         for kind, create, manifest in (
@@ -170,9 +170,9 @@ class Actions:
         return created
 
     async def _announce(self, facts: Facts, status: QLoRAJobStatus) -> tuple[QLoRAJobStatus, bool]:
-        """The status with what has come of the entry for servers, and whether that was written.
+        """Write the entry for servers and return the status, and whether it was written.
 
-        Nothing is tried before it is due: what the API server rejects, it mostly rejects for as long as nobody acts.
+        Nothing is tried before it is due: the API server mostly rejects again until a user acts.
         """
         job, name, key = facts.job, config_map_name(facts.job), (facts.job.namespace, facts.job.name)
         if status.adapter is None:
@@ -194,7 +194,10 @@ class Actions:
         return with_announcement(status, facts), True
 
     async def _write_entry(self, job: QLoRAJob, adapter: AdapterStatus) -> None:
-        """Raises ClusterError: RejectedError if the ConfigMap is not ours, or must not be written."""
+        """Write the adapter's entry.
+
+        Raises ClusterError: RejectedError if the ConfigMap is not the operator's, or must not be written.
+        """
         name, (beside_others, as_the_first) = config_map_name(job), build_patches(job, adapter)
         try:
             await self.cluster.patch_config_map(job.namespace, name, beside_others)
@@ -217,7 +220,7 @@ class Actions:
 
 
 def _name_taken(found: Object, job: QLoRAJob, step: StepName) -> Reason | None:
-    """Why a Job that has the name of the step's is not that; None if it is."""
+    """Return why an existing Job of the step's name is not the step's."""
     name = found["metadata"]["name"]
     if controller_uid(found) != job.uid:
         waiting = "the clean-up" if step == "clean" else f"the {step} step"

@@ -1,4 +1,4 @@
-"""Posts Events. They only explain: nothing else waits for one, or fails because it cannot be posted."""
+"""Posts Events, which only explain: nothing waits for one, or fails without it."""
 
 import logging
 
@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 async def post(cluster: Cluster, key: Key, event: Object) -> None:
-    """Post the Event about that object, unless it exists already. What keeps it from being posted is logged."""
+    """Post the Event about that object, unless it exists, and log a failure."""
     try:
         await cluster.create_event(key[0], event)
     except AlreadyExistsError:

@@ -1,6 +1,6 @@
-"""Reconciles one job: look, decide by pure functions, act, write the status once.
+"""Reconciles one job: read, decide by pure functions, act, write the status once.
 
-A pass decides from what the watches have shown. What cannot be undone is decided once more, from what is read then.
+A pass decides from what the watches have shown. A decision that cannot be undone is made once more from a live read.
 """
 
 import logging
@@ -61,7 +61,7 @@ from qlora_operator.watch.store import Store
 
 logger = logging.getLogger(__name__)
 
-# What server-side apply says of it.
+# Part of server-side apply's message about it.
 _UNKNOWN_FIELD = "field not declared in schema"
 
 
@@ -77,7 +77,7 @@ class _View:
 
 @dataclass(frozen=True)
 class _Around:
-    """What a pass has read besides the job and its children."""
+    """The state that a pass has read in addition to the job and its children."""
 
     log: LogReading
     queue: Reason | None
@@ -92,7 +92,7 @@ class _Decision:
     status: QLoRAJobStatus
     plan: Plan
     held_back: Reason | None
-    """Why the job waits for others of its profile, if nothing else keeps it from going on."""
+    """Why the job waits for others of its profile, if nothing else blocks it."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class _Done:
 
 @dataclass(frozen=True)
 class Reconciler:
-    """One pass over one job. Keeps nothing between passes that a restart may not lose: all state is in the API."""
+    """One pass over one job: all state that matters is in the API."""
 
     cluster: Cluster
     profiles: Mapping[str, Profile]
@@ -118,14 +118,17 @@ class Reconciler:
     blocked: Pauses = field(default_factory=Pauses)
     announcements: Postponed = field(default_factory=Postponed)
     suspect_schema: Callable[[], None] = lambda: None
-    """Called when the API server does not know a field of the status."""
+    """Called when the API server's schema lacks a field of the status."""
 
     @cached_property
     def _shared_pods(self) -> SharedPods:
         return SharedPods(self.cluster, self.store)
 
     async def reconcile(self, key: Key) -> float | None:
-        """Seconds until the job is reconciled again; None if the next event is enough. Raises RetryError."""
+        """Return the seconds until the next pass, or None if the next event is enough.
+
+        Raises RetryError.
+        """
         with self.metrics.reconcile_duration.time():
             try:
                 return await self._reconcile(key)
@@ -133,7 +136,7 @@ class Reconciler:
                 self.store.distrust(key)
                 raise RetryError(f"changed or deleted in the meantime: {error}") from error
             except ClusterError as error:
-                # Perhaps it was carried out all the same.
+                # Perhaps it was still carried out.
                 self.store.distrust(key)
                 self.metrics.reconcile_errors.inc()
                 if _UNKNOWN_FIELD in str(error):
@@ -150,7 +153,7 @@ class Reconciler:
         return None
 
     async def _counted_pass(self, key: Key, view: "_View") -> "_Done | _View":
-        """A pass with a true count of the jobs of the profile, if that is limited and the job needs a place."""
+        """Make a pass with a true count of the profile's jobs, if limited and needed."""
         limit = limit_of_jobs(view.job, self.profiles)
         if limit is None:
             return await self._pass(key, view, None)
@@ -158,9 +161,9 @@ class Reconciler:
             return await self._pass(key, view, others)
 
     async def _pass(self, key: Key, view: "_View", others: int | None) -> "_Done | _View":
-        """Decide, confirm, act and write; or the job as it is now, with which the pass has to be made instead.
+        """Decide, confirm, act and write, or return the job for another pass.
 
-        `others`: how many jobs of the profile have started; None if they were not counted.
+        `others`: number of the profile's jobs that have started; None if they were not counted.
         """
         shared = await self._shared_pods.read(view.job, live=view.live)
         log = await self.progress.read(key, view.job, view.observed, shared) if self.progress else LogReading()
@@ -180,15 +183,16 @@ class Reconciler:
         return _Done(_soonest(again, log.again, self._follow_waiting(key, decision)))
 
     def _needs_another_count(self, confirmed: QLoRAJob, counted: QLoRAJob, others: int | None) -> bool:
-        """Whether the job as it is now needs a place for which the one that the watches have shown was not counted."""
+        """Whether the current job needs a place that was not counted for the observed one."""
         if limit_of_jobs(confirmed, self.profiles) is None:
             return False
         return others is None or confirmed.spec.scheduling.profile != counted.spec.scheduling.profile
 
     def _follow_waiting(self, key: Key, decision: "_Decision") -> float | None:
-        """After the write: when a job has ended, or has started after it waited, the next in the row is looked at.
+        """Requeue the next waiting job after the write, if this one has ended.
 
-        Seconds until the job itself is to be looked at again: the first in the row relies on nobody to wake it.
+        The same if it has started after it waited. Returns the seconds until the job itself is requeued: no event may
+        wake the head of the queue.
         """
         job = decision.facts.job
         if decision.held_back is not None:
@@ -198,7 +202,10 @@ class Reconciler:
         return None
 
     async def _look(self, key: Key) -> "_View | None":
-        """The job, from what the watches have shown if that is there; None if there is nothing to do for it."""
+        """Return the job from the store, else live.
+
+        Returns None if there is nothing to do for it.
+        """
         held = self.store.held(key)
         if held is None:
             return await self._read(key)
@@ -209,7 +216,7 @@ class Reconciler:
         return None if self._is_settled(key, view) else view
 
     async def _read(self, key: Key) -> "_View | None":
-        """The job as it is now, with its children; None if there is nothing to do for it."""
+        """Read the job with its children now, or None if there is nothing to do for it."""
         body = await self.cluster.get_qlora_job(*key)
         if body is None:
             self.store.gone(key)
@@ -227,10 +234,10 @@ class Reconciler:
         return None if self._is_settled(key, view) else view
 
     async def _with_current_job(self, job: QLoRAJob, observed: Observed) -> Observed:
-        """With the Job of the current step although somebody has taken its label or its owner away: it still runs.
+        """Add the current step's Job if its label or owner was removed: it still runs.
 
-        Of a job that is being deleted only with its owner: its Jobs may be left alone on purpose (`--cascade=orphan`),
-        which nothing else shows any more once the garbage collector has done its part.
+        For a job under deletion, the Job must still have its owner: its Jobs may be left alone on purpose
+        (`--cascade=orphan`), and nothing else shows that after the garbage collector has run.
         """
         step = job.status.step
         if step is None or not step.job_uid or observed.child(step.job_name) is not None:
@@ -245,7 +252,10 @@ class Reconciler:
         return replace(observed, children=(*observed.children, found)) if found.uid == step.job_uid else observed
 
     async def _read_hidden_pods(self, job: QLoRAJob, observed: Observed) -> list[Pod]:
-        """Pods of the current step that have lost the label by which pods are watched; others may be among them."""
+        """Read pods of the current step without the label that watches select by.
+
+        Others may be among them.
+        """
         step, found = job.status.step, list[ChildView]()
         if step is None:
             return []
@@ -258,7 +268,10 @@ class Reconciler:
         return [replace(view.value, detached=view.job_uid != job.uid) for view in found if isinstance(view.value, Pod)]
 
     async def _readable(self, key: Key, body: Object) -> QLoRAJob | None:
-        """The job; None, after an Event, if this version of the operator cannot read it. Who leaves frees its place."""
+        """Parse the job, or post an Event and return None if this version cannot read it.
+
+        A job that leaves frees its place.
+        """
         try:
             job = parse_job(body)
         except UnreadableJobError as error:
@@ -285,9 +298,10 @@ class Reconciler:
         return settled
 
     async def _read_queue(self, view: "_View") -> Reason | None:
-        """Why the current step's Job waits in a queue; None if it does not, or that cannot be read.
+        """Read why the current step's Job waits in a queue.
 
-        Nothing else waits for it: without Kueue, the right to read Workloads or an answer, the status says less.
+        Returns None without a known reason. Nothing else waits for it: without Kueue, the right to read Workloads or an
+        answer, the status has less detail.
         """
         job = view.job
         child = view.observed.child(job.status.step.job_name) if job.status.step else None
@@ -301,9 +315,9 @@ class Reconciler:
         return queue_reason(child, workload, condition(job.status, "Succeeded"))
 
     async def _read_continued(self, view: "_View") -> tuple[QLoRAJob | None, str]:
-        """The job that spec.continues names, until that is settled, and what may still save a checkpoint of it.
+        """Read the job that spec.continues names, until that is settled, and its writer.
 
-        None if there is none that can be read.
+        The writer may still save a checkpoint of that job. Returns None if no job can be read.
         """
         job = view.job
         if not waits_for_other_job(job):
@@ -332,7 +346,7 @@ class Reconciler:
             jobs_of_profile=others,
         )
         status = next_status(facts)
-        # A job counts once its status says that it has started, which a Job alone does not.
+        # A job counts once its status has its start, which a Job alone does not.
         counts_itself = limit_of_jobs(view.job, self.profiles) is not None
         again = OTHER_JOB_INTERVAL if waits_for_sweep(status, facts.shared) is not None else None
         planned = plan(view.job, status, view.observed, facts.now, counts_itself=counts_itself, sweep_again=again)
@@ -346,7 +360,7 @@ class Reconciler:
         actions = Actions(self.cluster, self.store, self.dns_ports, self.announcements)
         done = await actions.carry_out(facts, decision.status, planned.actions)
         if not done.blocked and any(creates_first_job(action) for action in planned.actions):
-            # What was resolved is safe in that Job. Other new jobs need theirs more urgently than this one its status.
+            # That Job has the resolved values. Other new jobs need theirs more urgently than this one its status.
             return AtOnce(changed=done.changed)
         await self._write(facts, done.status)
         moments = (moment for moment in (planned.look_again, done.look_again) if moment is not None)
@@ -354,9 +368,9 @@ class Reconciler:
         return Blocked(look_again) if done.blocked else Later(look_again)
 
     async def _write(self, facts: Facts, status: QLoRAJobStatus) -> bool:
-        """Store the status if it differs from the stored one, and post an Event if the phase changes.
+        """Store the status if it differs, and post an Event if the phase changes.
 
-        Whether that has changed what is stored: the API server may have kept nothing of it.
+        Returns whether the stored status has changed: the API server may have kept nothing of it.
         """
         job, key = facts.job, (facts.job.namespace, facts.job.name)
         if status == job.status or (content := status.dump()) == job.status.dump():
@@ -394,12 +408,12 @@ def _must_be_confirmed(view: _View, decision: _Decision) -> bool:
         return True
     if _hides_a_pod_for_long(view, decision.facts.now) or lacks_earlier_pod(view.job.status.step, view.observed):
         return True
-    # Of a job whose creation a watch has shown, nothing can exist that the store does not know of.
+    # Of a job whose creation a watch has shown, the store has every object.
     return not view.fresh and any(creates_first_job(action) for action in actions)
 
 
 def _hides_a_pod_for_long(view: _View, now: datetime) -> bool:
-    """Not just because the watches of Jobs and of pods show a new pod one after the other."""
+    """Whether it hides a pod for longer than the watches of Jobs and pods may differ."""
     step = view.job.status.step
     child = view.observed.child(step.job_name) if step else None
     if step is None or child is None:

@@ -1,7 +1,7 @@
-"""Says when a pass over a job is followed by the next one, and spaces those that are in vain.
+"""Sets the time between passes over a job, with a backoff for those in a loop.
 
-A pass may ask for the next one at once. That is granted only if it has changed what the next one decides from: else the
-same would be decided again and again, as fast as a worker can.
+A pass may ask for an immediate next one. That is granted only if it has changed the inputs of the next decision: else
+the same decision would repeat as fast as a worker can.
 """
 
 from dataclasses import dataclass, field
@@ -15,15 +15,15 @@ _LONGEST_POSTPONEMENT = 7200.0
 
 @dataclass(frozen=True, slots=True)
 class AtOnce:
-    """The next pass goes on with what this one has begun."""
+    """The next pass continues this one."""
 
     changed: bool
-    """Whether this one has written something, or the store now shows what it did not show before."""
+    """Whether this one has written to the API, or the store now shows a newer state."""
 
 
 @dataclass(frozen=True, slots=True)
 class Blocked:
-    """Somebody else is in the way, and nothing shows when that is over."""
+    """Another process blocks the pass, and no event shows its end."""
 
     look_again: float | None = None
     """Seconds after which something else is due; None if nothing is."""
@@ -38,19 +38,22 @@ class Later:
 
 
 NextPass = AtOnce | Blocked | Later
-"""What a pass asks for."""
+"""The next pass that a pass requests."""
 
 
 @dataclass
 class Pauses:
-    """How long each job waits before its next try. After a restart all of them begin anew."""
+    """The pause of each job before its next try, reset by a restart."""
 
     longest: float = _LONGEST_SECONDS
     """Seconds."""
     _tries: dict[Key, int] = field(default_factory=dict)
 
     def until(self, key: Key, asked: NextPass) -> float | None:
-        """Seconds until the next pass; None: the next event is enough. 0 only if this one has changed something."""
+        """Return the seconds until the next pass, or None if the next event is enough.
+
+        They are 0 only if this one has changed the stored state.
+        """
         match asked:
             case AtOnce(changed=True):
                 return 0.0
@@ -64,7 +67,10 @@ class Pauses:
                 return look_again
 
     def next(self, key: Key) -> float:
-        """Seconds until the next try, after one more that was in vain: each time twice as many, up to the longest."""
+        """Return the seconds until the next try after one without effect.
+
+        They double each time, up to the longest pause.
+        """
         tries = self._tries.get(key, 0)
         self._tries[key] = tries + 1
         return float(min(self.longest, _FIRST_SECONDS * 2 ** min(tries, 16)))
@@ -76,7 +82,7 @@ class Pauses:
 
 @dataclass
 class Postponed:
-    """What was rejected of each job and is tried again at times of its own, up to two hours apart.
+    """Rejected writes of each job, each with its next try, at most two hours apart.
 
     A pass over the job at another time leaves it alone. After a restart all of it is due.
     """
@@ -85,11 +91,11 @@ class Postponed:
     _due: dict[Key, datetime] = field(default_factory=dict)
 
     def due(self, key: Key) -> datetime | None:
-        """When the next try is; None if it was never in vain."""
+        """Return the time of the next try, or None if none has failed."""
         return self._due.get(key)
 
     def postpone(self, key: Key, now: datetime) -> None:
-        """Note a try in vain."""
+        """Note a failed try."""
         self._due[key] = now + timedelta(seconds=self._pauses.next(key))
 
     def end(self, key: Key) -> None:

@@ -1,4 +1,4 @@
-"""Counts the jobs of a profile that have started, so that no more of them run at a time than the profile allows."""
+"""Counts the started jobs of a profile, to enforce the profile's limit."""
 
 import asyncio
 from collections import defaultdict
@@ -18,11 +18,11 @@ Group = tuple[str, str]
 
 @dataclass
 class Starts:
-    """Lets the jobs of one profile in one namespace start one after the other, each with a true count of the others.
+    """Starts the jobs of one profile in one namespace in turn, with a true count.
 
-    The count comes from the API, and a job is counted once its status says that it has started. From the count to that
-    write no other job of the group is counted: as there is one operator, the limit is not exceeded. What is kept here
-    only saves requests: after a restart every job is looked at, and who waits is known again.
+    The count comes from the API, and a job counts once its status has its start. From the count to that write no other
+    job of the group is counted: as there is one operator, the limit is not exceeded. State here only saves requests:
+    after a restart every job is requeued, and those that wait are noted again.
     """
 
     profiles_in_use: Callable[[str], AsyncIterator[Sequence[str | None]]]
@@ -31,13 +31,13 @@ class Starts:
     monotonic: Callable[[], float]
     _locks: dict[Group, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
     _full: dict[Group, tuple[int, float]] = field(default_factory=dict)
-    """Counts that have reached the limit, and until when they are taken for true: thousands of jobs may ask."""
+    """Counts that have reached the limit, and how long they stay valid: thousands of jobs may ask."""
     _waiting: dict[Group, dict[Key, None]] = field(default_factory=dict)
-    """Who waits, the first first."""
+    """The waiting jobs, in order."""
 
     @asynccontextmanager
     async def count(self, job: QLoRAJob, limit: int) -> AsyncIterator[int]:
-        """How many other jobs of its group have started and not ended; that stays so until the block ends."""
+        """Yield the number of started, unfinished other jobs, fixed until the block ends."""
         group = _group(job)
         if (known := self._known(group)) is not None:
             yield known
@@ -50,9 +50,10 @@ class Starts:
             yield known
 
     def wait(self, job: QLoRAJob) -> float | None:
-        """The job is to be looked at when another one of its group ends; the first in the row also after these seconds.
+        """Requeue the job when another one of its group ends.
 
-        A place may become free without a sign, as when a job is replaced by another one of its name.
+        Returns the seconds until the head of the queue is requeued anyway: a place may become free without an event, as
+        when a job is replaced by another one of its name.
         """
         waiting, key = self._waiting.setdefault(_group(job), {}), (job.namespace, job.name)
         waiting[key] = None
@@ -63,7 +64,10 @@ class Starts:
         return any(key in waiting for waiting in self._waiting.values())
 
     def place_may_be_free(self, key: Key) -> None:
-        """The job has ended, goes or is gone, or no longer waits: whoever waits longest is looked at."""
+        """Requeue the job that waits longest: this one has ended or no longer waits.
+
+        It may also be under deletion, or gone.
+        """
         for group in [group for group in self._waiting if group[0] == key[0]]:
             waiting = self._waiting[group]
             waiting.pop(key, None)

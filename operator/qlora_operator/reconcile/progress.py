@@ -1,4 +1,4 @@
-"""Reads progress records from the logs of running pods, within a limit of requests for all jobs."""
+"""Reads progress records from running pods' logs, within a limit for all jobs."""
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
@@ -23,23 +23,26 @@ ReadLog = Callable[[str, str], Awaitable[str | None]]
 
 @dataclass
 class ReadSchedule:
-    """Spreads the reads of all jobs over time: each job at most every 10 seconds, all together at most 20 per second.
+    """Spreads log reads: a job at most every 10 seconds, all at most 20 per second.
 
-    With more than 200 running jobs, each is read less often. What is reserved for later keeps nobody from reading now.
+    With more than 200 running jobs, each is read less often. A slot reserved for later delays no read now.
     """
 
     _due: dict[Key, float] = field(default_factory=dict)
     _reserved: dict[int, int] = field(default_factory=dict)
-    """How many reads are to come in each second, counted from the clock's zero."""
+    """The number of reserved reads in each second, from the clock's zero."""
 
     def seconds_until_due(self, key: Key, now: float) -> float:
-        """Seconds from `now` until the job's log may be read; 0 when it is due. The first call reserves a slot."""
+        """Return the seconds from `now` until the job's log may be read, 0 when due.
+
+        The first call reserves a slot.
+        """
         if key not in self._due:
             self._due[key] = self._reserve(now, now)
         return max(0.0, self._due[key] - now)
 
     def done(self, key: Key, now: float, pause: float = SECONDS_BETWEEN_READS) -> float:
-        """Note that the log has been read; seconds until it is due again, at least `pause`."""
+        """Note the read of the log. Returns the seconds until the next, at least `pause`."""
         self._due[key] = self._reserve(now + pause, now)
         return self._due[key] - now
 
@@ -48,7 +51,7 @@ class ReadSchedule:
         self._due.pop(key, None)
 
     def _reserve(self, earliest: float, now: float) -> float:
-        """A time for a read, in the first second from `earliest` on that has not its share of reads yet."""
+        """Reserve a read in the first second from `earliest` on with a free share."""
         self._reserved = {second: count for second, count in self._reserved.items() if second >= int(now)}
         second = int(earliest)
         while self._reserved.get(second, 0) >= READS_PER_SECOND:
@@ -60,7 +63,7 @@ class ReadSchedule:
 
 @dataclass(frozen=True)
 class LogReading:
-    """What one pass has learned from the log of a job."""
+    """The result of reading the log of a job in one pass."""
 
     record: ProgressRecord | None = None
     beside: ProgressRecord | None = None
@@ -68,11 +71,11 @@ class LogReading:
     again: float | None = None
     """Seconds until the next reading; None if the job does not run."""
     done: bool = False
-    """Whether the log could be read, so that it means something if there is no record in it."""
+    """Whether the log could be read, so that a missing record is evidence."""
 
 
 class ProgressReader:
-    """Reads the progress of one job when it is due. A failure to read is never a failure of the job.
+    """Reads the progress of one job when due: a failed read never fails the job.
 
     At most `concurrent` logs are read at a time: a node that does not answer must not block all workers.
     """
@@ -92,9 +95,9 @@ class ProgressReader:
         shared: SharedPod | None = None,
         beside: Sequence[str] = (),
     ) -> LogReading:
-        """The latest record of the job in the running pod that reports on it, if it is time to look for one.
+        """Read the job's latest record in the pod that reports on it, if it is due.
 
-        `shared`: the pod in which its sweep trains it with other cells. `beside`: UIDs of other jobs in that log.
+        `shared`: the pod of its sweep that trains it with other cells. `beside`: UIDs of other jobs in that log.
         """
         step = job.status.step
         pod = _reporting(job, observed, shared)
@@ -133,7 +136,7 @@ def _reporting(job: QLoRAJob, observed: Observed, shared: SharedPod | None) -> P
 
 
 def latest_record(log: str, job_uid: str, pod: Pod | PodName, step: StepName) -> ProgressRecord | None:
-    """The last line of the log that is a progress record of this job, pod and step, and that a status can hold."""
+    """Return the last progress record of this job, pod and step that fits a status."""
     for line in reversed(log.splitlines()):
         record = decode_record(line, job_uid=job_uid, pod_uid=pod.uid)
         if isinstance(record, ProgressRecord) and record.step == step and _storable(record):
@@ -142,7 +145,10 @@ def latest_record(log: str, job_uid: str, pod: Pod | PodName, step: StepName) ->
 
 
 def _storable(record: ProgressRecord) -> bool:
-    """Whether the API server would accept the record's figures: one bad line must not block every later status."""
+    """Whether the API server would accept the record's figures.
+
+    One bad line must not block every later status.
+    """
     try:
         QLoRAJobStatus.model_validate(with_progress(QLoRAJobStatus(), record).dump())
     except (ValueError, OverflowError):

@@ -1,6 +1,7 @@
-"""A queue of keys: a key is worked on by one worker at a time, and repeated requests for a key become one.
+"""A queue of keys that takes turns between namespaces.
 
-Namespaces take turns, and none occupies all workers, so that one with thousands of keys keeps no other waiting.
+One worker at a time works on a key, and repeated requests for a key become one. None of the namespaces occupies all
+workers, so that one with thousands of keys delays no other.
 
 With the default 16 workers, one namespace occupies at most 14: a neighbor's new job needs a worker for two requests
 only.
@@ -42,7 +43,7 @@ class _Request:
 
 @dataclass
 class _Line:
-    """Keys with when they are due. Of the namespaces with such keys, the one whose turn was longest ago is next.
+    """Keys by due time, next the namespace with the longest wait.
 
     An entry that a later request has replaced stays until it would be next, or until `rebuild`.
     """
@@ -74,7 +75,7 @@ class _Line:
         return min((heap[0][0] for name, heap in self._heaps.items() if may_work(name)), default=None)
 
     def pop(self, now: float, may_work: Callable[[str], bool]) -> Key:
-        """The next key that is due; there is one, and `next_due` has just been called."""
+        """Return the next due key, which must exist by a `next_due` just before."""
         due = (name for name, heap in self._heaps.items() if heap[0][0] <= now and may_work(name))
         namespace = min(due, key=lambda name: (self._turns[name], self._heaps[name][0][0]))
         self._turn += 1
@@ -84,7 +85,7 @@ class _Line:
 
 @dataclass
 class Schedule:
-    """When each key is due. Holds no clock and no task: `now` is always given, in seconds.
+    """The due time of each key, without a clock or task: `now` is in seconds.
 
     A key whose request is `first` goes before the rest; but `reserved` keys of the rest are worked on at any time, if
     so many are due, so that many new jobs do not stop the others. That divides the workers' time, not their turns: a
@@ -102,7 +103,10 @@ class Schedule:
     _failures: dict[Key, int] = field(default_factory=dict)
 
     def add(self, key: Key, due: float, *, first: bool = False) -> None:
-        """Request `key` at `due`; an earlier request stays. While the key is worked on, the request waits."""
+        """Request `key` at `due`, or keep an earlier request.
+
+        While the key is worked on, the request waits.
+        """
         request = _Request(due, first)
         if key in self._working:
             self._requests[key] = request.joined(self._requests.get(key))
@@ -110,7 +114,7 @@ class Schedule:
             self._put(key, request)
 
     def take(self, now: float) -> Key | None:
-        """A key that is due, to be worked on until it is `done`; None if none is due.
+        """Take a due key, to be worked on until it is `done`, or None if none is due.
 
         A key is in the class of its request: first, or the rest. In each, namespaces take turns; in a namespace, the
         key that has been due for longest is next.
@@ -130,7 +134,7 @@ class Schedule:
         return max(0.0, now - self._working[key].due)
 
     def done(self, key: Key, again: float | None) -> None:
-        """The work on `key` has succeeded; `again`: when it is due without a request."""
+        """Note success of the work on `key`. `again`: when it is due without a request."""
         self._failures.pop(key, None)
         self._release(key)
         if (request := self._requests.pop(key, None)) is not None:
@@ -139,9 +143,9 @@ class Schedule:
             self.add(key, again)
 
     def failed(self, key: Key, now: float) -> float:
-        """The work on `key` has failed: it is due after a pause that doubles each time. Returns the pause.
+        """Note failure of the work on `key` and return its pause, which doubles each time.
 
-        Somebody who has requested it meanwhile knows something new: for that it pauses as after the first failure.
+        After a new request in between it pauses as after the first failure, since a new event may help.
         """
         count = self._failures.get(key, 0)
         self._failures[key] = count + 1
@@ -153,20 +157,20 @@ class Schedule:
         return pause
 
     def next_due(self) -> float | None:
-        """When the next key is due that may be worked on; keys that are worked on do not count."""
+        """Return when the next key is due, apart from those that are worked on."""
         return min((due for first in (True, False) if (due := self._next_due(first)) is not None), default=None)
 
     def depth(self, now: float) -> int:
-        """How many keys are due and wait for a worker."""
+        """Return the number of due keys that wait for a worker."""
         return sum(request.due <= now for request in list(self._pending.values()))
 
     @property
     def entries(self) -> int:
-        """How many entries are kept for the keys that wait: at most about two for each."""
+        """Return the number of entries of waiting keys: at most about two for each."""
         return sum(len(line) for line in self._lines.values())
 
     def _release(self, key: Key) -> bool:
-        """Note that nobody works on the key any more. Whether it was first."""
+        """Release the key from its worker and return whether it was first."""
         first = self._working.pop(key).first
         self._working_of_the_rest -= not first
         self._working_in[key[0]] -= 1
@@ -188,7 +192,10 @@ class Schedule:
             self._drop_replaced()
 
     def _drop_replaced(self) -> None:
-        """Forget the entries that an earlier request has replaced: those due in hours would be kept that long."""
+        """Drop the entries that an earlier request has replaced.
+
+        Those due in hours would be kept that long.
+        """
         for first, line in self._lines.items():
             line.rebuild((entry.due, key) for key, entry in self._pending.items() if entry.first == first)
 
@@ -199,11 +206,11 @@ class Schedule:
 
 
 class WorkQueue:
-    """Runs `work(key)` for every key that is due. `work` returns seconds until the key is due again, or None.
+    """Runs `work(key)` for every key that is due.
 
-    RetryError and every other exception bring the key back after a growing pause; the latter is logged with its
-    traceback and reported to `on_error`. `on_start`: called when a worker takes a key, with the seconds for which that
-    was due. `namespaces`: those that keys can be of; any if empty.
+    `work` returns seconds until the key is due again, or None. RetryError and every other exception bring the key back
+    after a growing pause; the latter is logged with its traceback and reported to `on_error`. `on_start`: called when a
+    worker takes a key, with the seconds that it was overdue. `namespaces`: those that keys can be of; any if empty.
     """
 
     def __init__(
@@ -221,17 +228,17 @@ class WorkQueue:
         self._workers = workers
         self._on_error = on_error
         self._on_start = on_start
-        # Whoever comes beside a namespace that has much work finds a worker free, and need not wait for one.
+        # A namespace next to one that has much work finds a worker free, and need not wait for one.
         free = workers // _WORKERS_PER_FREE or int(workers > _WORKERS_PER_RESERVED)
         if len(set(namespaces)) == 1:
-            free = 0  # Nobody can come beside the only one.
+            free = 0  # there are no other namespaces
         reserved = min(workers - 1, max(1, workers // _WORKERS_PER_RESERVED))
         self._schedule = Schedule(reserved=reserved, most=workers - free)
         self._changed = asyncio.Event()
         self._paused = False
 
     def pause(self, paused: bool) -> None:
-        """Begin no work while paused; requests are kept. What is being worked on ends."""
+        """Start no work while paused, but keep requests and let running work end."""
         self._paused = paused
         self._changed.set()
 
@@ -242,7 +249,7 @@ class WorkQueue:
 
     @property
     def depth(self) -> int:
-        """How many keys wait for a worker; may be called from another thread."""
+        """Return the number of keys that wait for a worker, from any thread."""
         return self._schedule.depth(self._now())
 
     async def run(self) -> None:

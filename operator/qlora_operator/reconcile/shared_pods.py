@@ -1,4 +1,4 @@
-"""Reads what a sweep reports about the pods that train its cells, and what may still write to the folder of a job."""
+"""Reads a sweep's report of its pods, and finds writers to a job's folder."""
 
 from dataclasses import dataclass
 
@@ -23,9 +23,9 @@ class SharedPods:
     store: Store
 
     async def read(self, job: QLoRAJob, *, live: bool) -> SharedPod | None:
-        """The pod that trains the job with other cells of its sweep, if anything depends on that.
+        """Read the pod that trains the job with other cells, if a decision depends on it.
 
-        As the watches have shown the sweep or, with `live` or before they have, as it is now.
+        It is as the watches have shown the sweep or, with `live` or before they have, as it is now.
         """
         ended = is_finished(job.status) and not is_to_be_taken_up(job)
         if job.deleting or ended or not is_shared(job):
@@ -34,9 +34,10 @@ class SharedPods:
         return shared_pod(job, await self._pods(job) if known is None else known)
 
     async def read_writer(self, job: QLoRAJob) -> str:
-        """A pod or Job, the job's own or its sweep's, that may still save a checkpoint of it; empty for none.
+        """Return a pod or Job that may still save a checkpoint of the job, empty for none.
 
-        Neither the end of a job nor its suspension waits for such a pod: it may have a minute to save, or train others.
+        It is the job's own or its sweep's. Neither the end of a job nor its suspension waits for such a pod: it may
+        have a minute to save, or train others.
         """
         own = _left_of_train(job.name, await self._children(job.namespace, job.name, job.uid))
         if own or not is_shared(job):
@@ -64,7 +65,10 @@ class SharedPods:
 
 
 def _left_of_train(name: str, observed: Observed) -> str:
-    """A train pod of the job of that name that runs, or a train Job that may start one, for people; empty for none."""
+    """Return a running train pod, or a Job that may start one, for messages.
+
+    Returns an empty string for none.
+    """
     train = child_job_name(name, "train", 0).removesuffix("0")
     for pod in observed.live_pods:
         if pod.name.startswith(train):

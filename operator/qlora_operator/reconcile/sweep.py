@@ -1,7 +1,7 @@
-"""Reconciles one sweep: reads it and its cells as they are now, decides, acts, writes the status once.
+"""Reconciles one sweep: read it and its cells, decide, act, write the status once.
 
 Nothing is kept between passes. There are few sweeps, and a pass for each needs two requests at rest, four with
-cellsPerPod: it asks the API server, and so can never decide from what a watch has shown late.
+cellsPerPod: it reads from the API server, and so never decides from what a watch has shown late.
 """
 
 import logging
@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 
 
 class _BlockedError(Exception):
-    """An action cannot be done now; `reason` says why, for the status."""
+    """An action cannot be done now. `reason` is for the status."""
 
     def __init__(self, reason: Reason) -> None:
         super().__init__(reason.sentence)
@@ -65,28 +65,28 @@ class _BlockedError(Exception):
 
 
 class _DeniedError(_BlockedError):
-    """The API server rejects a cell or its claim, by a quota or an admission webhook for example."""
+    """The API server rejects a cell or its claim, for example by a quota or a webhook."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Denial:
-    """That cells could not be created, which is not tried again at each event of another cell."""
+    """A denied creation of cells, not tried again at each event of another cell."""
 
     reason: Reason
     until: datetime
     generation: int
-    """Of the spec. What its user changes may be what was in the way."""
+    """Of the spec: a user's change may remove the cause."""
 
 
 @dataclass(frozen=True)
 class _Done:
-    """What a pass has done."""
+    """The outcome of a pass."""
 
     jobs: dict[str, CellJob]
     """The cells that it has created or changed, as they are since."""
     blocked: Reason | None = None
     again: float | None = None
-    """Seconds until the sweep is looked at again; None if the next event is enough."""
+    """Seconds until the next pass over the sweep; None if the next event is enough."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class SweepReconciler:
     clock: Callable[[], datetime]
     progress: ProgressReader | None = None
     count: Callable[[QLoRASweep, QLoRASweepStatus], None] = lambda _sweep, _status: None
-    """Called with what was stored of a sweep and what is now: counts the GPU time that is the sweep's."""
+    """Called with a sweep's earlier and new status: counts the GPU time that is the sweep's."""
     blocked: Pauses = field(default_factory=Pauses)
     _denials: dict[Key, _Denial] = field(default_factory=dict)
 
@@ -107,7 +107,10 @@ class SweepReconciler:
         return SweepPods(self.cluster, self.profiles, self.progress, self.clock)
 
     async def reconcile(self, key: Key) -> float | None:
-        """Seconds until the sweep is reconciled again; None if the next event is enough. Raises RetryError."""
+        """Return the seconds until the next pass, or None if the next event is enough.
+
+        Raises RetryError.
+        """
         try:
             return await self._reconcile(key)
         except ClusterError as error:
@@ -154,7 +157,10 @@ class SweepReconciler:
         return min((each for each in (done.again, followed.again, pause) if each is not None), default=None)
 
     async def _carry_out_all(self, key: Key, sweep: QLoRASweep, actions: tuple[Action, ...]) -> _Done:
-        """Do what can be done now. Cells whose creation was denied wait for their time; nothing else waits for them."""
+        """Carry out the actions that are possible now.
+
+        Cells whose creation was denied wait for their time; nothing else waits for them.
+        """
         denial = self._denial(key, sweep)
         waits = denial is not None and any(isinstance(action, CreateCell) for action in actions)
         jobs: dict[str, CellJob] = {}
@@ -179,7 +185,10 @@ class SweepReconciler:
         return _Done(jobs)
 
     def _denial(self, key: Key, sweep: QLoRASweep) -> _Denial | None:
-        """Why no cell may be created yet; None if that may be tried, or tried again."""
+        """Return why no cell may be created yet.
+
+        Returns None if it may be tried, or tried again.
+        """
         denial = self._denials.get(key)
         if denial is None or denial.generation != sweep.generation or self.clock() >= denial.until:
             return None
@@ -191,7 +200,10 @@ class SweepReconciler:
         self._denials.pop(key, None)
 
     async def _carry_out(self, sweep: QLoRASweep, action: Action) -> dict[str, CellJob]:
-        """The cell that the action has created or changed, by its name. Raises _BlockedError."""
+        """Carry out the action and return the cell that it created or changed, by name.
+
+        Raises _BlockedError.
+        """
         match action:
             case SetSuspend(job, suspend):
                 word = "suspension" if suspend else "resumption"
@@ -216,10 +228,10 @@ class SweepReconciler:
             return None
 
     async def _jobs(self, sweep: QLoRASweep) -> dict[str, CellJob]:
-        """The QLoRAJobs of the cells as they are now, by name.
+        """Read the current QLoRAJobs of the cells, by name.
 
-        One that somebody has taken the label from is asked for by its name, as long as its end has not been seen, or
-        its run is to be published.
+        A cell without its label, which a tenant has removed, is read by its name, as long as its end has not been
+        observed, or its run must be published.
         """
         jobs = {job.name: job for job in await self.cluster.list_cells(sweep.namespace, sweep.uid)}
         of_best = () if sweep.status.published is None else (sweep.status.published,)
@@ -248,7 +260,10 @@ class SweepReconciler:
         return _parsed(changed, sweep)
 
     async def _create(self, sweep: QLoRASweep, cell: Cell, cells_in_pod: int) -> dict[str, CellJob]:
-        """The cell's QLoRAJob. It may exist already, by a pass that was interrupted. Raises _BlockedError."""
+        """Create the cell's QLoRAJob, unless an interrupted pass has done so.
+
+        Raises _BlockedError.
+        """
         try:
             created = await self.cluster.create_cell(sweep.namespace, build_cell(sweep, cell, cells_in_pod))
             logger.info("created QLoRAJob %s", cell.name, extra={"key": (sweep.namespace, sweep.name)})
@@ -267,7 +282,10 @@ class SweepReconciler:
         return _parsed(created, sweep)
 
     async def _create_claim(self, sweep: QLoRASweep) -> None:
-        """Create the claim of all cells, if the template names none and it is not there yet. Raises _BlockedError."""
+        """Create the claim of all cells, if missing and not named by the template.
+
+        Raises _BlockedError.
+        """
         template, name = sweep.spec.template.spec, sweep.claim_name
         if template.workspace.claim_name is not None:
             return
@@ -291,7 +309,7 @@ class SweepReconciler:
             raise RetryError("the object of the same name has just been deleted") from error
 
     async def _write(self, sweep: QLoRASweep | StoredSweep, status: QLoRASweepStatus) -> None:
-        """Store the status if it differs from the stored one, and post an Event if the phase changes."""
+        """Store the status if it differs, and post an Event if the phase changes."""
         key = (sweep.namespace, sweep.name)
         if status == sweep.status:
             return
@@ -304,6 +322,6 @@ class SweepReconciler:
 
 
 def _parsed(body: Object, sweep: QLoRASweep) -> dict[str, CellJob]:
-    """The cell by its name; nothing if the sweep does not control it."""
+    """Parse the cell, by its name, or nothing if the sweep does not control it."""
     found = parse_cell(body, sweep.uid)
     return {found.name: found} if found is not None else {}

@@ -1,4 +1,4 @@
-"""Follows the pods that train several cells of a sweep: reads their Jobs as they are now, decides, acts."""
+"""Follows a sweep's shared pods: reads their Jobs as they are now, decides, acts."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +41,7 @@ class FollowedPods:
 
     pods: tuple[SweepPodStatus, ...] = ()
     again: float | None = None
-    """Seconds until they are looked at again; None if the next event is enough."""
+    """Seconds until the next pass over them; None if the next event is enough."""
     blocked: bool = False
     """Whether a Job cannot be created or deleted now."""
 
@@ -56,7 +56,10 @@ class SweepPods:
     clock: Callable[[], datetime]
 
     async def follow(self, sweep: QLoRASweep, cells: Sequence[Cell], jobs: Mapping[str, CellJob]) -> FollowedPods:
-        """Carry out the due actions for the sweep's pods. Raises ClusterError and RetryError."""
+        """Carry out the due actions for the sweep's pods.
+
+        Raises ClusterError and RetryError.
+        """
         stored = pods_of(sweep, cells)
         if not stored:
             return FollowedPods()
@@ -113,7 +116,7 @@ class SweepPods:
         return facts, log.again
 
     async def _queue(self, job: QLoRAJob, observed: Observed) -> Reason | None:
-        """Why the pod's Job waits in a queue; None if it does not, or that cannot be read."""
+        """Read why the pod's Job waits in a queue, or None without a known reason."""
         child = observed.child(job.status.step.job_name) if job.status.step else None
         if child is None or not child.suspended or child.finished:
             return None
@@ -124,7 +127,7 @@ class SweepPods:
             return None
 
     async def _carry_out(self, sweep: QLoRASweep, planned: PodPlan, jobs: Mapping[str, CellJob]) -> Reason | None:
-        """Create and delete Jobs. Returns why one of them cannot be; None if all is done."""
+        """Create and delete Jobs. Returns why one of them cannot be, None if all is done."""
         key = (sweep.namespace, sweep.name)
         for action in planned.actions:
             try:

@@ -1,1 +1,1 @@
-"""What the watches show. Only this package imports kopf."""
+"""The watches and their store, in the only package that imports kopf."""

@@ -1,4 +1,7 @@
-"""Watches through kopf, the only importer of it: each event only puts the key of its job on the queue."""
+"""Watches through kopf: each event only puts the key of its job on the queue.
+
+No other module imports kopf.
+"""
 
 import asyncio
 import itertools
@@ -31,7 +34,7 @@ _SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 # Seconds between requests that fail. kopf's own list of them has an end, and kopf ends with it.
 _GROWING = (1, 1, 2, 3, 5, 8)
 _LONGEST_PAUSE = 10
-# A watch that has worked for so long has not failed at once.
+# A watch that has worked for so long has not failed immediately.
 _STEADY_SECONDS = 60.0
 _LOOK_SECONDS = 5.0
 _STOP_SECONDS = 3.0
@@ -53,7 +56,10 @@ class Show(Protocol):
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the watches call, and `take_signals`: kopf takes the process's signals whenever it starts."""
+    """The callbacks of the watches.
+
+    `take_signals` is needed as kopf takes the process's signals whenever it starts.
+    """
 
     enqueue: Enqueue
     monitor: WatchMonitor
@@ -61,25 +67,31 @@ class Hooks:
     take_signals: Callable[[], None]
     store: Store
     objects_per_page: Callable[[], int]
-    """How many objects kopf may list at a time: it does not see how large they are."""
+    """The number of objects that kopf may list at a time: it does not check their size."""
     enqueue_sweep: Callable[[Key, float], None] = lambda _key, _after: None
     """Requests a sweep, so many seconds from now."""
 
 
 # A list has to end before its token expires, after five minutes. The largest pods, two at a time, take 140 MiB, and
-# Jobs beside them as much.
+# Jobs at the same time as much.
 _FEWEST_OBJECTS = 2
 
 
 class _Pauses(Iterable[float]):
-    """Pauses that grow to a limit and never end. Without a length, so that kopf does not count its tries."""
+    """Pauses that grow to a limit and never end.
+
+    They have no length, so that kopf does not count its tries.
+    """
 
     def __iter__(self) -> Iterator[float]:
         return itertools.chain(_GROWING, itertools.repeat(_LONGEST_PAUSE))
 
 
 async def watch(settings: Settings, hooks: Hooks) -> None:
-    """Watch until canceled. Whatever ends the watches, they start again after a pause of at most ten seconds."""
+    """Watch until canceled.
+
+    The watches start again after any end, with a pause of at most ten seconds.
+    """
     loop = asyncio.get_running_loop()
     pauses, said = iter(_Pauses()), set[str]()
     while True:
@@ -106,9 +118,10 @@ def _explain(error: Exception) -> str:
 
 
 async def _watch_once(settings: Settings, hooks: Hooks) -> None:
-    """Watch until a watch is found dead, or kopf trusts an authority that has been replaced. Raises what ends kopf.
+    """Watch until a watch is found dead, or kopf trusts a replaced authority.
 
-    kopf is not asked to end itself: it waits without a limit for tasks that may wait for a session that it has closed.
+    Raises the error that ends kopf. kopf is not stopped by its flag: it waits without a limit for tasks that may
+    wait for a session that it has closed.
     """
     roots: Collection[Task] = ()
     authority = _authority()
@@ -181,10 +194,11 @@ def _configure(silence_seconds: float) -> kopf.OperatorSettings:
 
 
 class _Forgetful(ResourceMemories):
-    """kopf keeps a record of each object, for daemons and timers, of which there are none here.
+    """Keeps no record of an object: kopf needs it for daemons and timers only.
 
-    `ephemeral` is how kopf's admission webhooks ask for a record that is not kept. No public setting does, and no
-    public class can be given to `spawn_tasks`, hence the private one: a test notices if kopf no longer heeds it.
+    The operator has none of these. `ephemeral` is how kopf's admission webhooks request a record that is not kept. No
+    public setting does, and no public class can be given to `spawn_tasks`, hence the private one: a test fails if kopf
+    no longer heeds it.
     """
 
     async def recall(self, raw_body: kopf.RawBody, **options: Any) -> ResourceMemory:
@@ -232,7 +246,7 @@ def _register_login(registry: kopf.OperatorRegistry) -> None:
 
 
 def _authority() -> bytes:
-    """The certificates that a pod trusts, which the kubelet replaces; none outside a pod."""
+    """Read the certificates that a pod trusts, renewed by the kubelet, if in a pod."""
     file = _SERVICE_ACCOUNT / "ca.crt"
     return file.read_bytes() if file.exists() else b""
 

@@ -1,4 +1,7 @@
-"""Lists every job and sweep at an interval, so that a lost event only delays them, and notices when a watch is dead."""
+"""Lists every job and sweep at an interval, and detects dead watches.
+
+A lost event so only delays them.
+"""
 
 import asyncio
 import logging
@@ -22,11 +25,11 @@ _PAUSE_AFTER_ERROR = 10.0
 _FAILED_BEATS = 3
 _FIRST_PAUSE_SECONDS = 10.0
 _KEYS_PER_SECOND = 100.0
-# What a list shows and its watch has not, the watch is usually about to show.
+# An object that a list has and its watch has not, the watch usually shows soon.
 _SECONDS_FOR_THE_WATCH = 1.0
 
 Identity = tuple[Kind, str, str, str]
-"""Kind, namespace, name and UID: what is said late of a deleted object must not count for a new one of its name."""
+"""Kind, namespace, name and UID: a late event of a deleted object must not count for a new one of its name."""
 
 EnqueueAfter = Callable[[Key, float], None]
 """Requests a job, so many seconds from now."""
@@ -56,9 +59,9 @@ class WatchMonitor:
             self._shown[identity] = number
 
     def compare(self, kind: Kind, listed: dict[Identity, str], now: float, list_version: str = "") -> None:
-        """Note a complete list of one kind, taken at `now` (seconds) and at `list_version`.
+        """Note a complete list of one kind at `now` (seconds) and `list_version`.
 
-        What is not in it and not newer has been deleted, even if its watch has not shown that.
+        An object that is not in it and not newer has been deleted, even if its watch has not shown that.
         """
         taken = version_number(list_version)
         gone = [each for each, shown in self._shown.items() if each[0] == kind and shown <= taken]
@@ -81,11 +84,11 @@ class WatchMonitor:
                 self._behind[identity] = still_behind.get(identity, (number, now))
 
     def doubt(self, kind: Kind) -> None:
-        """Take the watch of this kind for dead: it cannot know that its kind was gone and is there again."""
+        """Treat the watch of this kind as dead: it may have missed that its kind was gone."""
         self._dead.add(kind)
 
     def start_again(self) -> None:
-        """The watches start again: what they have not shown before says nothing about them."""
+        """Reset at a new start of the watches: earlier gaps are no evidence about them."""
         self._behind.clear()
         self._dead.clear()
         self.starts += 1
@@ -98,13 +101,16 @@ class WatchMonitor:
 
 @dataclass
 class Access:
-    """What the API server lets the operator list, judged for each namespace on its own (None: for the cluster)."""
+    """The operator's right to list, by namespace (None: the cluster)."""
 
     on_change: Callable[[str | None, bool], None] = lambda _namespace, _denied: None
     _denied: set[str | None] = field(default_factory=set)
 
     def judge(self, namespace: str | None, error: RejectedError | None) -> bool:
-        """Note whether the namespace could be listed, and say so if that is new. Returns whether it is back."""
+        """Note whether the namespace could be listed, and log a change.
+
+        Returns whether it is back.
+        """
         where = f"namespace {namespace}" if namespace else "the cluster"
         back = error is None and namespace in self._denied
         if back:
@@ -118,12 +124,12 @@ class Access:
 
     @property
     def denied(self) -> tuple[str, ...]:
-        """The namespaces that cannot be listed; "" is the cluster."""
+        """Return the namespaces that cannot be listed, with "" for the cluster."""
         return tuple(sorted(namespace or "" for namespace in self._denied))
 
 
 class Resync:
-    """Lists every job at an interval, enqueues each of them, and knows whether the operator can do its work."""
+    """Lists and enqueues every job at an interval, and reports problems."""
 
     def __init__(
         self,
@@ -151,7 +157,7 @@ class Resync:
         self._due = monotonic()
 
     async def first(self) -> None:
-        """`fill`, however long the API server cannot answer: with a pause of at most ten seconds."""
+        """Run `fill` until the API server answers, with pauses of at most ten seconds."""
         pause = 1.0
         while True:
             try:
@@ -165,10 +171,10 @@ class Resync:
             pause = min(2 * pause, _FIRST_PAUSE_SECONDS)
 
     async def run(self) -> None:
-        """Resync until canceled, first after one interval. Small requests in between check connection and rights.
+        """Resync until canceled, first after one interval.
 
-        What was deleted before the watches began, after `fill` or between two of their starts, nobody shows: one list
-        soon after each start does.
+        Small requests in between check connection and rights. No watch shows an object that was deleted before the
+        watches began, after `fill` or between two of their starts: one list soon after each start does.
         """
         self._due, starts = self._next(), 0
         while True:
@@ -221,9 +227,9 @@ class Resync:
         self._judge(rejected)
 
     async def fill(self) -> None:
-        """Show everything that exists to the store, before there is a worker, and request it. Raises ClusterError.
+        """Show every existing object to the store, before any worker, and request it.
 
-        A namespace that is denied is left out, unless there is no other.
+        Raises ClusterError. A namespace that is denied is left out, unless there is no other.
         """
         rejected: dict[str | None, RejectedError] = {}
         jobs: list[Key] = []
@@ -246,7 +252,10 @@ class Resync:
         self._enqueue_all(finished)
 
     def _show(self, kind: Kind, body: Object) -> tuple[ObjectVersion, bool]:
-        """Show an object to the store. Its version, and whether it is a QLoRAJob that has ended."""
+        """Show an object to the store.
+
+        Returns its version, and whether it is an ended job.
+        """
         if kind == "qlorajobs":
             self._store.job_changed(body)
         else:
@@ -254,7 +263,7 @@ class Resync:
         return object_version(kind, body), _is_finished(body)
 
     async def once(self, *, judge: bool = True) -> None:
-        """List everything once, and judge by it whether the watches are alive.
+        """List everything once, and check by it whether the watches are alive.
 
         Raises ClusterError, but not for one denied namespace of several.
         """
@@ -269,15 +278,18 @@ class Resync:
                     keys = [each.key for each in found]
             rest = [key for key in keys if key not in changed and not self._store.is_settled(key)]
         finally:
-            # Only now: no pass is to decide from what the lists have shown to be gone. What has changed in any case:
-            # what the store has dropped is in no later list.
+            # Only now: no pass may decide from objects that the lists have shown to be gone. Requests the changed ones
+            # in any case: objects that the store has dropped are in no later list.
             self._enqueue_all([*changed, *rest], _SECONDS_FOR_THE_WATCH)
         self._judge(rejected)
 
     async def _compare(
         self, kind: Kind, changed: set[Key], rejected: dict[str | None, RejectedError], *, judge: bool
     ) -> list[ObjectVersion]:
-        """List one kind and note that; adds to `changed` and `rejected` as it goes. Raises ClusterError."""
+        """List and compare one kind, and add to `changed` and `rejected`.
+
+        Raises ClusterError.
+        """
         found: list[ObjectVersion] = []
         versions: list[str] = []
         for where in self._namespaces:
@@ -294,17 +306,20 @@ class Resync:
         return found
 
     def look_at_all(self) -> None:
-        """Request every job that is not settled, to be read live: what the watches have shown may lack fields."""
+        """Request every unsettled job for a live read: the watches may lack fields."""
         self._enqueue_all(self._store.distrust_all())
 
     def _enqueue_all(self, keys: list[Key], after: float = 0.0) -> None:
-        """Request all keys, spread over time: thousands at once would delay what the watches show by seconds."""
+        """Request all keys, spread over time.
+
+        Thousands at the same time would delay the watches' events by seconds.
+        """
         apart = min(1 / _KEYS_PER_SECOND, self._interval / (2 * max(1, len(keys))))
         for number, key in enumerate(keys):
             self._enqueue(key, after + number * apart)
 
     def _judge(self, rejected: dict[str | None, RejectedError]) -> None:
-        """Each namespace on its own. Raises RejectedError if there is none that can be listed."""
+        """Note the rights of each namespace. Raises RejectedError if none can be listed."""
         back = [namespace for namespace in self._namespaces if self.access.judge(namespace, rejected.get(namespace))]
         if back:
             # Its jobs have waited for longer and longer: they are not to wait for the next regular list too.
@@ -313,17 +328,17 @@ class Resync:
             raise next(iter(rejected.values()))
 
     def starting(self) -> str | None:
-        """That nothing has been listed yet; None from the first list on."""
+        """Return that nothing has been listed yet, or None from the first list on."""
         return None if self._listed else "the jobs have not been listed yet"
 
     def note(self) -> str | None:
-        """What is wrong with a part of the namespaces only; None if nothing is."""
+        """Return the problem of some namespaces, or None without one."""
         if denied := self.access.denied:
             return f"not served, as the API server denies permission to list: {', '.join(denied)}"
         return None
 
     def problem(self) -> str | None:
-        """Why the operator cannot do its work; None if it can."""
+        """Return why the operator cannot do its work, or None if it can."""
         if dead := self.monitor.dead:
             return f"the watch of {', '.join(dead)} is dead"
         if self._failures >= _FAILED_BEATS:
@@ -346,9 +361,9 @@ def _is_finished(body: Object) -> bool:
 async def look_at_all_sweeps(
     cluster: Cluster, namespaces: Sequence[str], enqueue: Callable[[Key], None], interval: float
 ) -> None:
-    """Request all sweeps of the namespaces (of the cluster if there are none), now and at each interval.
+    """Request all sweeps of the namespaces, or of the cluster, at each interval.
 
-    Runs until canceled. A list that fails is tried again soon: what has failed is logged once.
+    Runs until canceled. A list that fails is tried again soon: each failure is logged once.
     """
     said = ""
     while True:

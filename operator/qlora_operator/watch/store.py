@@ -1,7 +1,8 @@
-"""What the watches have shown: every QLoRAJob with its Jobs and pods, so that a pass need not ask for them again.
+"""Holds every QLoRAJob with its Jobs and pods, as the watches have shown them.
 
-The store is late, never wrong about the past: only a newer version of an object replaces the one that is held, whatever
-order watches and answers arrive in. What it must not be trusted with is read live: see `Held` and `Store.held`.
+A pass so needs no further reads. The store is late, never wrong about the past: only a newer version of an object
+replaces the one that is held, whatever order watches and answers arrive in. Decisions that need more than that use a
+live read: see `Held` and `Store.held`.
 """
 
 import hashlib
@@ -35,7 +36,7 @@ _WORTH_PACKING = 2048
 _COMPRESSION = 1
 
 _JobId = tuple[str, str]
-"""Namespace and UID of a QLoRAJob: anybody can give any label to a pod of another namespace."""
+"""Namespace and UID of a QLoRAJob: a tenant can give any label to a pod of another namespace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +46,13 @@ class Held:
     body: dict[str, Any]
     observed: Observed
     fresh: bool
-    """Whether a watch has shown its creation: nothing can exist of it that was created before."""
+    """Whether a watch has shown its creation: no older objects of it exist."""
 
 
 @dataclass(slots=True)
 class _Child:
     version: int
-    """0, which is older than any, if it is a Job of which something was left out before its QLoRAJob was known."""
+    """0, which is older than any, for a Job with parts left out before its QLoRAJob was known."""
     value: ChildJob | Pod | None
     """None for a Job that has the label of a QLoRAJob that does not control it."""
 
@@ -72,14 +73,14 @@ class _Entry:
     lost: ChildJob | None = None
 
     def version_of(self, uid: str) -> int:
-        """Version in which the job, or a child of it, is held; 0 if it is not."""
+        """Return the held version of the job, or of its child, or 0 without one."""
         if uid == self.job_id[1]:
             return self.version
         return next((children[uid].version for children in self.children.values() if uid in children), 0)
 
     @property
     def resolves(self) -> str | None:
-        """The job's name as long as its first Job is to say what was resolved: until then it is not known, or after."""
+        """Return the job's name while only its first Job has the resolved values."""
         return self.key[1] if self.key is not None and not self.resolved_stored else None
 
     @property
@@ -88,22 +89,22 @@ class _Entry:
 
 
 class Store:
-    """QLoRAJobs by UID, each with its children, as the watches, lists and answers have shown them."""
+    """QLoRAJobs by UID, each with its children, from watches, lists and answers."""
 
     def __init__(self) -> None:
         self._entries: dict[_JobId, _Entry] = {}
         self._ids: dict[Key, _JobId] = {}
         self._homes: dict[str, _Entry] = {}
-        """Where each child is held, by its UID: whoever may change it can give it the label of another job."""
+        """The entry of each child, by its UID: a user who may change it can give it the label of another job."""
         self.sweeps = SweepIndex()
         self._buried: dict[str, int] = {}
         self._ordered = True
 
     def held(self, key: Key) -> Held | None:
-        """The job as held; None if it has to be read live.
+        """Return the job as held, or None if it has to be read live.
 
-        That is: it is not held, a list or a failed write has shown that something newer exists, or the API server's
-        versions are no numbers, so that nobody can say which of two is newer.
+        That is: it is not held, a list or a failed write has shown a newer object, or the API server's versions are no
+        numbers, so that they have no order.
         """
         entry = self._entry(key)
         if entry is None or entry.distrusted or not self._ordered or self._lags(entry):
@@ -112,9 +113,10 @@ class Store:
         return Held(json.loads(_unpacked(entry.body)), observed, entry.fresh)
 
     def job_changed(self, body: Object, *, deleted: bool = False, created: bool = False) -> bool:
-        """Note a QLoRAJob. Whether that is worth a pass: not if it is known, or if only its status is another.
+        """Note a QLoRAJob and return whether that is worth a pass.
 
-        `created`: a watch, and no list, has shown its creation.
+        It is not for a known version, or if only its status differs. `created`: a watch, and no list, has shown its
+        creation.
         """
         metadata = body["metadata"]
         key, job_id = (metadata["namespace"], metadata["name"]), (metadata["namespace"], metadata["uid"])
@@ -132,7 +134,7 @@ class Store:
         marks = _marks(kept["metadata"])
         news = entry.marks != marks
         entry.fresh = entry.fresh or (created and entry.empty)
-        # What was left out of its Jobs before it was known is to be read once more.
+        # The parts left out of its Jobs before it was known need another read.
         entry.distrusted = entry.distrusted or any(child.version == 0 for child in entry.children["jobs"].values())
         entry.key, entry.version, entry.marks = key, version, marks
         entry.body = _packed(json.dumps(kept, separators=(",", ":")).encode())
@@ -143,9 +145,9 @@ class Store:
         return news
 
     def child_changed(self, kind: ChildKind, body: Object, *, deleted: bool = False) -> set[Key]:
-        """Note a Job or a pod. The jobs that are worth a pass: those for which a decision depends on what has changed.
+        """Note a Job or a pod and return the jobs whose decisions depend on the change.
 
-        If it has got the label of another job, that is also the one that has lost it.
+        If the object has got the label of another job, that is also the one that has lost it.
         """
         child = child_view(kind, body)
         return self._child_deleted(kind, child) if deleted else self._child_shown(kind, child)
@@ -200,10 +202,10 @@ class Store:
         return _observed(jobs.items, pods.items, entry.lost if entry else None)
 
     def compare(self, kind: Kind, namespace: str | None, found: list[ObjectVersion], version: str) -> set[Key]:
-        """Note a complete list, taken at `version`: the jobs of which it shows more, or less, than is held.
+        """Note a complete list, taken at `version`, and return jobs that differ from it.
 
-        What is held and not in the list has been deleted, unless it is newer than the list. What is in it in a newer
-        version than is held, the watch may show any moment, or never: until then the job is read live.
+        A held object that is not in the list has been deleted, unless it is newer than the list. An object with a newer
+        version than the held one may reach the watch any moment, or never: until then the job is read live.
         """
         changed: set[Key] = set()
         for each in found:
@@ -230,12 +232,12 @@ class Store:
         return changed | self._prune(kind, namespace, {each.uid for each in found}, self._number(version))
 
     def distrust(self, key: Key) -> None:
-        """Have the job read live the next time: a write has failed, perhaps because something newer exists."""
+        """Have the job read live next time, after a failed write."""
         if entry := self._entry(key):
             entry.distrusted = True
 
     def distrust_all(self) -> list[Key]:
-        """Have every job read live the next time, unless nothing is left to do for it. Returns those jobs."""
+        """Have every unsettled job read live next time and return those jobs."""
         doubted = [entry for entry in self._entries.values() if entry.key is not None and not entry.settled]
         for entry in doubted:
             entry.distrusted = True
@@ -248,7 +250,7 @@ class Store:
             self._drop_job(job_id)
 
     def settle(self, key: Key, settled: bool) -> None:
-        """Note, before a pass decides, whether nothing is left to do for the job, until something is shown about it."""
+        """Note, before a decision, whether the job needs nothing until its next event."""
         if entry := self._entry(key):
             entry.settled = settled
 
@@ -262,14 +264,14 @@ class Store:
         return self._entries[job_id] if job_id else None
 
     def _lags(self, entry: _Entry) -> bool:
-        """Whether a list has shown something newer; forgets what has been shown since."""
+        """Drop the versions shown since, and return whether a list has shown a newer one."""
         for uid, version in list(entry.wanted.items()):
             if max(entry.version_of(uid), self._buried.get(uid, 0)) >= version:
                 del entry.wanted[uid]
         return bool(entry.wanted)
 
     def _take_name(self, key: Key, job_id: _JobId) -> None:
-        """The name now belongs to this job: of two with one name, the newer version is the one that exists."""
+        """Give the name to this job: of two, the newer version is the one that exists."""
         before = self._ids.get(key)
         if before is None or before == job_id or self._entries[before].version < self._entries[job_id].version:
             self._ids[key] = job_id
@@ -310,9 +312,10 @@ class Store:
             del self._entries[job_id]
 
     def _drop_child(self, entry: _Entry, kind: ChildKind, uid: str, shown: ChildView | None = None) -> None:
-        """Forget a child; `shown`: as its deletion has shown it. Keeps the first Job of a job that has stored nothing.
+        """Drop a child, but keep the first Job of a job that has stored nothing.
 
-        What was resolved stands on that Job alone: the step goes on with the next attempt, and not as if it were new.
+        `shown`: as its deletion has shown it. Only that Job has the resolved values: the step continues with the next
+        attempt, and not as if it were new.
         """
         child = entry.children[kind].pop(uid, None)
         self._homes.pop(uid, None)
@@ -334,7 +337,7 @@ class Store:
                 child.value = replace(child.value, resolved="")
 
     def _bury(self, uid: str, version: int) -> None:
-        """Remember that this object is deleted: an older view of it may still arrive, as the answer of its creation."""
+        """Note a deletion: a late answer may still show an older view of the object."""
         self._buried[uid] = max(version, self._buried.pop(uid, version))
         while len(self._buried) > _MAX_BURIED:
             del self._buried[next(iter(self._buried))]
@@ -362,7 +365,7 @@ def _observed(
 
 
 def _jobs(entry: _Entry, labelled: str = "") -> set[Key]:
-    """The job of the entry; before it is known, the one whose name a child has as its label. None without both."""
+    """Return the job of the entry, else the one in a child's label, else none."""
     if entry.key is not None:
         return {entry.key}
     return {(entry.job_id[0], labelled)} if labelled else set()
@@ -379,13 +382,13 @@ def _report_unreadable(kind: ChildKind, child: ChildView, before: _Child | None)
 
 
 def _marks(kept: Object) -> bytes:
-    """What tells a change that matters from a write of the status."""
+    """Hash the fields that a relevant update changes and a status write does not."""
     text = json.dumps([kept.get(name) for name in ("generation", "deletionTimestamp", "labels")], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def _packed(data: bytes) -> bytes:
-    """Compressed to a third, unless there is little to gain, as for a job that has no status yet."""
+    """Compress data to a third, unless there is little to gain, as without a status."""
     return data if len(data) < _WORTH_PACKING else zlib.compress(data, _COMPRESSION)
 
 

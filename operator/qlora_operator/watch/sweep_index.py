@@ -1,4 +1,4 @@
-"""Holds the pods of each sweep as the watches have shown them, so that a cell need not read its sweep."""
+"""Holds the watched pods of each sweep, so that a cell need not read its sweep."""
 
 from dataclasses import dataclass, field
 
@@ -18,11 +18,11 @@ class SweepIndex:
     _pods: dict[Key, tuple[SweepPodStatus, ...]] = field(default_factory=dict)
 
     def pods(self, namespace: str, name: str) -> tuple[SweepPodStatus, ...] | None:
-        """Those of the sweep; None if no watch has shown it, or it cannot be read."""
+        """Return the sweep's pods, or None if no watch has shown it, or it is unreadable."""
         return self._pods.get((namespace, name))
 
     def note(self, body: Object, *, deleted: bool = False) -> set[str]:
-        """Note a QLoRASweep as it is now. Returns the names of the cells whose pod has changed for them."""
+        """Note a QLoRASweep and return the cells whose pod has changed for them."""
         metadata = body["metadata"]
         key = (metadata["namespace"], metadata["name"])
         before = self._pods.pop(key, ())
@@ -39,7 +39,10 @@ class SweepIndex:
 
 
 def pods_of_sweep(body: Object) -> tuple[SweepPodStatus, ...]:
-    """The pods in the status of a QLoRASweep. Raises ValidationError for those of another release."""
+    """Read the pods in a QLoRASweep's status.
+
+    Raises ValidationError for those of another release.
+    """
     return _PODS.validate_python((body.get("status") or {}).get("pods") or ())
 
 

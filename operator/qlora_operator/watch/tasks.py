@@ -1,4 +1,4 @@
-"""Notes the tasks that somebody else's code starts, so that all of them can be ended, and no others."""
+"""Tracks the tasks that a library starts, to end all of them and no others."""
 
 import asyncio
 from collections.abc import Collection, Coroutine, Generator, Iterator
@@ -20,7 +20,7 @@ _scope: ContextVar[Tasks | None] = ContextVar("_scope", default=None)
 
 @contextmanager
 def task_scope() -> Iterator[Tasks]:
-    """Gives the tasks that the block starts, itself or through its tasks, also those that they start later."""
+    """Yield the tasks that the block starts, also through its tasks, also later."""
     asyncio.get_running_loop().set_task_factory(_start)
     inside: Tasks = {}
     token = _scope.set(inside)
@@ -31,7 +31,10 @@ def task_scope() -> Iterator[Tasks]:
 
 
 async def end_all(roots: Collection[Task], inside: Tasks, patience: float) -> None:
-    """Cancel the roots, which may end the others; after `patience` seconds cancel what is left, until nothing is."""
+    """Cancel the roots, which may end the others, after `patience` seconds the rest.
+
+    That repeats until none is left.
+    """
     for task in roots:
         task.cancel()
     if roots:
@@ -39,8 +42,8 @@ async def end_all(roots: Collection[Task], inside: Tasks, patience: float) -> No
     for _ in range(_ROUNDS):
         if not inside:
             return
-        # The oldest first, and not all at once: a task that waits for another one takes its own cancellation for the
-        # other's, and goes on.
+        # The oldest first, one by one: a task that waits for another one mistakes the other's cancellation for its own,
+        # and continues.
         for task in tuple(inside):
             task.cancel()
             await asyncio.sleep(0)
@@ -61,5 +64,5 @@ def _start(loop: asyncio.AbstractEventLoop, coroutine: _Coroutine, /, **options:
 def _end(inside: Tasks, task: Task) -> None:
     inside.pop(task, None)
     if not task.cancelled():
-        # Of tasks that fail together one is looked at, and asyncio would log a traceback for each of the others.
+        # Of tasks that fail together one is read, and asyncio would log a traceback for each of the others.
         task.exception()

@@ -15,7 +15,10 @@ _SECRET_MODE = 0o440
 
 
 def network_environment(profile: Profile) -> dict[str, str]:
-    """Environment variables: the proxy, by the names that all client libraries know, and where to find the rest."""
+    """Return environment variables for the proxy and the certificates.
+
+    The names are those that all client libraries read.
+    """
     authority, secret = profile.ca_config_map, profile.proxy_secret_name
     values = {
         contract.ENV_CA_FILE: str(contract.CA_MOUNT / authority.name / authority.key) if authority else None,
@@ -27,7 +30,7 @@ def network_environment(profile: Profile) -> dict[str, str]:
 
 
 def network_volumes(profile: Profile) -> tuple[list[Manifest], list[Manifest]]:
-    """`volumeMounts` and `volumes` with the certificates and with the proxy's credentials.
+    """Return `volumeMounts` and `volumes` of certificates and proxy credentials.
 
     As long as the ConfigMap or the Secret does not exist the pod waits, which costs no retry.
     """
@@ -49,12 +52,15 @@ def _mount(volume: str, path: str) -> Manifest:
 
 
 _WITH_IDENTITY = ("prepare", "publish")
-# By which Azure's webhook recognizes the pods to which it adds a token. Those of the other clouds look at the account.
+# Azure's webhook adds a token to pods with this label. Those of the other clouds use the account.
 _OF_PROVIDER = {"azure": {"azure.workload.identity/use": "true"}}
 
 
 def cloud_environment(profile: Profile) -> dict[str, str | None]:
-    """Environment variables for a step that uses object stores: their addresses, and whether there is an identity."""
+    """Return environment variables for a step that uses object stores.
+
+    They have the stores' addresses, and whether there is an identity.
+    """
     google, azure, identity = profile.google_storage, profile.azure_storage, profile.cloud_identity
     return {
         "GOOGLE_BASE_URL": google.endpoint if google else None,
@@ -65,14 +71,17 @@ def cloud_environment(profile: Profile) -> dict[str, str | None]:
 
 
 def service_account_name(profile: Profile, step: StepName) -> str | None:
-    """The ServiceAccount of a step's pod; None: the namespace's default."""
+    """Return the ServiceAccount of a step's pod, or None for the namespace's default."""
     if profile.cloud_identity is not None and step in _WITH_IDENTITY:
         return profile.cloud_identity.service_account_name
     return profile.service_account_name
 
 
 def identity_labels(profile: Profile, step: StepName) -> dict[str, str]:
-    """Labels of a pod with an identity, for NetworkPolicies and for the cloud's webhook."""
+    """Return the labels of a pod with an identity.
+
+    NetworkPolicies and the cloud's webhook select by them.
+    """
     identity = profile.cloud_identity
     if identity is None or step not in _WITH_IDENTITY:
         return {}

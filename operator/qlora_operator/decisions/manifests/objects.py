@@ -1,4 +1,4 @@
-"""Builds the objects that the operator creates: a step's Job and the workspace's claim; pure."""
+"""Builds the operator's objects: a step's Job, the workspace's claim."""
 
 import json
 from collections.abc import Collection, Iterable, Sequence
@@ -38,7 +38,7 @@ _SHORT_GRACE_SECONDS = 30
 DNS_PORTS = (53,)
 """Ports of the pods that answer DNS in most clusters."""
 UNATTENDED_SECONDS = 7 * 24 * 3600
-"""For how long, beyond the job's own deadline, a Job goes on at most, should no operator be there to stop it."""
+"""The longest time after the job's deadline that a Job continues without an operator to stop it."""
 _UNDISTURBED = {
     # No autoscaler moves a running step to consolidate nodes, and no service mesh adds a proxy that outlives the step.
     "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
@@ -56,10 +56,10 @@ def build_job(
     failures: int = 0,
     others: Sequence[QLoRAJob] = (),
 ) -> Manifest:
-    """The batch/v1 Job of one step. `failures`: how often the step has failed in earlier Jobs.
+    """Build the batch/v1 Job of one step.
 
-    `others`: the jobs that train trains together with this one. It depends on the jobs as their users, or their sweep,
-    have written them and on what was resolved only.
+    `failures`: number of failures of the step in earlier Jobs. `others`: the jobs that train trains together with this
+    one. The Job depends only on what was resolved and on the jobs as their users, or their sweep, have written them.
     """
     labels, nodes = _labels(job, step), node_count(job, step)
     queue = _queue(resolved) if step == "train" else {}
@@ -101,15 +101,19 @@ def build_job(
 
 
 def _job_deadline(job: QLoRAJob) -> int:
-    """Seconds until the Job controller ends the Job by itself, waiting included; the next Job goes on after that.
+    """Return the seconds until the Job controller ends the Job, waiting included.
 
-    Interrupted pods are started again without a limit: only the operator counts them, and it may be away.
+    The next Job continues after that. Interrupted pods start again without a limit: only the operator counts them, and
+    it may be down.
     """
     return (job.spec.active_deadline_seconds or 0) + UNATTENDED_SECONDS
 
 
 def build_claim(job: QLoRAJob, resolved: Resolved) -> Manifest:
-    """The workspace's PersistentVolumeClaim. With `retain` it has no owner, so that it outlives the job."""
+    """Build the workspace's PersistentVolumeClaim.
+
+    With `retain` it has no owner, so that it outlives the job.
+    """
     workspace, defaults = job.spec.workspace, resolved.profile.workspace
     spec: Manifest = {
         "accessModes": list(workspace.access_modes or (defaults.access_mode,)),
@@ -124,7 +128,10 @@ def build_claim(job: QLoRAJob, resolved: Resolved) -> Manifest:
 
 
 def build_peer_service(job: QLoRAJob) -> Manifest:
-    """The headless Service by whose names the train pods of several nodes find node 0, before any of them is ready."""
+    """Build the headless Service of the train pods of several nodes.
+
+    Its names lead them to node 0, before any of them is ready.
+    """
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -139,10 +146,11 @@ def build_peer_service(job: QLoRAJob) -> Manifest:
 
 
 def build_peer_policy(job: QLoRAJob, dns_ports: Collection[int] = DNS_PORTS) -> Manifest:
-    """The NetworkPolicy by which the train pods of one job reach one another, and DNS, and nothing else does.
+    """Build the NetworkPolicy of the train pods of one job.
 
-    `dns_ports`: of the pods that answer DNS, which may differ from those of their Service. The policy's name depends on
-    them: with other ports it is another one, so that it need not be changed.
+    They reach one another and DNS; no other pod reaches them. `dns_ports`: of the pods that answer DNS, which may
+    differ from those of their Service. The policy's name depends on them, so that other ports create another policy and
+    none changes.
     """
     peers = [{"podSelector": {"matchLabels": _peers(job)}}]
     dns = [{"port": port, "protocol": protocol} for port in dns_ports for protocol in ("UDP", "TCP")]
@@ -174,9 +182,9 @@ def _peers(job: QLoRAJob) -> dict[str, str]:
 
 
 def document(job: QLoRAJob, **more: Any) -> str:
-    """The part of the QLoRAJob's manifest that the steps need, in JSON, as the trainer reads it.
+    """Serialize the part of the QLoRAJob's manifest that the trainer reads.
 
-    Fields that are for the operator only are left out, so that a trainer of another release need not know them.
+    It leaves out fields that are for the operator only, so that a trainer of another release can read it.
     """
     spec = job.spec.dump()
     content = {
@@ -189,7 +197,7 @@ def document(job: QLoRAJob, **more: Any) -> str:
 
 
 def with_gate(document: str, gate: GateSpec | None) -> str:
-    """The document with this gate instead of its own."""
+    """Return the document with this gate."""
     content = json.loads(document)
     content["spec"].pop("gate", None)
     if gate is not None:
@@ -203,14 +211,14 @@ def _as_json(content: Any) -> str:
 
 
 def _document(job: QLoRAJob, resolved: Resolved) -> str:
-    """What was fixed when the job started; for a job that an earlier release has started, what its trainer can read.
+    """Serialize the spec as fixed at the start, for the contract of the job's trainer.
 
-    With the gate as it is now. One that is missing now may have been dropped by an older definition of the resource: it
-    stays, unless the job is taken up.
+    The gate is the current one. A missing gate may have been dropped by an older definition of the resource: the
+    resolved one stays, unless the job is retried.
     """
     if resolved.document is not None:
         return resolved.document if job.spec.gate is None else with_gate(resolved.document, job.spec.gate)
-    # The trainer of the first contract also counts suspensions: only the operator judges.
+    # The trainer of the first contract also counts suspensions: only the operator limits them.
     return document(job, **({"retry": {"maxDisruptions": 1000}} if resolved.contract_version == 1 else {}))
 
 
@@ -221,7 +229,7 @@ def _documents(others: Sequence[QLoRAJob]) -> dict[str, str]:
 
 
 def _queue(resolved: Resolved) -> dict[str, str]:
-    """Kueue's labels, for the Job only: on a pod they would make a second workload of it."""
+    """Return Kueue's labels for the Job: on a pod they would add a second workload."""
     if not resolved.queue_name:
         return {}
     priority = {QUEUE_PRIORITY_LABEL: resolved.queue_priority} if resolved.queue_priority else {}
@@ -246,10 +254,11 @@ def _owner(job: QLoRAJob, *, controller: bool) -> Manifest:
 
 
 def _failure_rules(*, together: bool) -> list[Manifest]:
-    """The first rule that matches decides, so that a permanent failure on a drained node is still permanent.
+    """Build the failure policy, where the first match decides.
 
-    `together`: the Job has several pods that run together. One that has stopped as asked leaves the Job as it is, for
-    a queue that has suspended it to resume; a lost one fails the Job, so that the others are stopped.
+    A permanent failure on a drained node is so still permanent. `together`: the Job has several pods that run together.
+    One that has stopped as asked leaves the Job as it is, for a queue that has suspended it to resume; a lost one fails
+    the Job, so that the others are stopped.
     """
 
     def on_exit(action: str, codes: Iterable[int]) -> Manifest:

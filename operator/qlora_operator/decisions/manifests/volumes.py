@@ -1,4 +1,4 @@
-"""Decides which volumes a step's pod mounts, where, and whether it may write to them; pure."""
+"""Decides which volumes a step's pod mounts, where, and whether read-only."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -45,14 +45,14 @@ def mounts_and_volumes(
     others: Sequence[str] = (),
     signing_key: SigningKey | None = None,
 ) -> tuple[list[Manifest], list[Manifest]]:
-    """`volumeMounts` of the trainer and `volumes` of the pod, each volume once.
+    """Return `volumeMounts` of the trainer and `volumes` of the pod, each volume once.
 
-    Every step mounts the workspace, the job's manifest and a small folder for temporary files. Besides these, prepare
+    Every step mounts the workspace, the job's manifest and a small folder for temporary files. In addition, prepare
     reads the model, the data, an earlier adapter and their secrets, and the folder of the run that the job continues,
     and checks the destination with its secret; train reads the model; publish reads the model, writes to the
     destination and reads its secret, those of trackers, if they exist, and the profile's signing key. Any other Secret
     or ConfigMap that does not exist yet keeps the pod waiting, which costs no retry. Only prepare may write to the
-    cache of models. `others`: the names of the jobs that train trains too, whose manifests are beside the job's.
+    cache of models. `others`: the names of the jobs that train trains too, whose manifests are mounted with the job's.
     """
     mounts = [
         _mount("job", str(contract.JOB_FILE.parent), read_only=True),
@@ -87,14 +87,17 @@ def mounts_and_volumes(
 
 
 def uses_cache(spec: QLoRAJobSpec, step: StepName) -> bool:
-    """Whether the step reads a base that the cache for all jobs can hold: not that of a model on a volume."""
+    """Whether the step reads a base from the cache for all jobs.
+
+    That cannot hold a model on a volume.
+    """
     return step != "clean" and not isinstance(parse_source(spec.model.source), VolumeSource)
 
 
 def reserved_claim(spec: QLoRAJobSpec, profiles: Iterable[Profile]) -> Reason | None:
-    """Why the job must not start: it names the cache's claim of a profile, also of another than its own.
+    """Return why the job must not start: it names the cache's claim of any profile.
 
-    It could write there what other jobs load, or read a model that its own token does not open.
+    It could write there what other jobs load, or read a model that its token does not open.
     """
     reserved = reserved_claims(profiles)
     named, initial = {"spec.workspace.claimName": spec.workspace.claim_name}, spec.lora.initial_adapter
@@ -113,12 +116,12 @@ def reserved_claim(spec: QLoRAJobSpec, profiles: Iterable[Profile]) -> Reason | 
 
 
 def reserved_claims(profiles: Iterable[Profile]) -> set[str]:
-    """The claims on which profiles cache models."""
+    """Return the claims of the profiles' model caches."""
     return {profile.model_cache.claim_name for profile in profiles if profile.model_cache is not None}
 
 
 def reserved_secret(spec: QLoRAJobSpec, profiles: Iterable[Profile]) -> Reason | None:
-    """Why the job must not start: it names a Secret that a profile uses itself, also another than its own.
+    """Return why the job must not start: it names a Secret that any profile uses.
 
     A step would send the signing key, or the proxy's password, to a server as if it were a token.
     """
@@ -175,7 +178,10 @@ def _initial_adapter(spec: QLoRAJobSpec) -> list[str]:
 
 
 def _add_continued(continued: ContinuedRun | None, mounts: list[Manifest], volumes: list[Manifest]) -> None:
-    """The other job's own folder, and nothing else of its claim, which may be one that the pod mounts already."""
+    """Mount the other job's folder only.
+
+    Its claim may be one that the pod mounts already.
+    """
     if continued is None:
         return
     claims = {volume["persistentVolumeClaim"]["claimName"]: volume["name"] for volume in volumes if _is_claim(volume)}
@@ -251,7 +257,7 @@ def _add_signing_key(key: SigningKey | None, mounts: list[Manifest], volumes: li
 
 
 def _credentials(volume: str, name: str, schemes: set[str]) -> Manifest:
-    """The volume with the keys of a Secret that addresses of these schemes need, and those that they may need."""
+    """Build the volume with the keys of a Secret that these schemes need or may need."""
 
     def source(keys: Mapping[str, tuple[str, ...]]) -> Manifest:
         names = sorted({key for scheme in schemes for key in keys.get(scheme, ())})

@@ -1,4 +1,4 @@
-"""Sets conditions and derives the phase from them; pure."""
+"""Sets conditions and derives the phase from them."""
 
 from datetime import datetime
 from typing import Literal, TypeVar
@@ -56,7 +56,7 @@ def is_finished(status: QLoRAJobStatus) -> bool:
 
 
 def has_begun(status: QLoRAJobStatus) -> bool:
-    """Whether the current step has, or has had, a Job since the job began or was last retried."""
+    """Whether the current step has had a Job since the start or the last retry."""
     step = status.step
     return step is not None and (bool(step.job_uid) or step.attempt > status.first_attempt)
 
@@ -64,7 +64,10 @@ def has_begun(status: QLoRAJobStatus) -> bool:
 def with_condition(
     status: StatusT, kind: ConditionType, value: Value, reason: Reason, *, generation: int, now: datetime
 ) -> StatusT:
-    """The status with this condition set. The transition time changes only when the value does."""
+    """Return the status with this condition set.
+
+    The transition time changes only when the value does.
+    """
     old = condition(status, kind)
     word, sentence = truncate(reason.word, 128), truncate(reason.sentence)
     same = (value, word, sentence, generation)

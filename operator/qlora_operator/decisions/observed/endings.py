@@ -1,4 +1,4 @@
-"""Ends a job: decides every condition that a finished job has; pure."""
+"""Ends a job: decides every condition of a finished one."""
 
 from qlora_api.figures import without_remaining
 from qlora_api.status import FailureStatus, QLoRAJobStatus, StepName
@@ -6,7 +6,7 @@ from qlora_operator.decisions.observed.conditions import ConditionType, Value, t
 from qlora_operator.decisions.observed.facts import Facts, set_condition
 from qlora_operator.decisions.observed.objects import Reason, format_time
 
-# The summary of an end stands in the conditions that tools read; the others have a reason of their own.
+# Tools read the summary of an end in one condition; the others have separate reasons.
 NOT_FAILED = Reason("NotFailed", "")
 NOT_STALLED = Reason("NotStalled", "")
 NOT_SUSPENDED = Reason("NotSuspended", "")

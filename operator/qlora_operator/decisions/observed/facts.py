@@ -1,4 +1,4 @@
-"""What a status is computed from, and how it is written: the facts of one pass."""
+"""The facts of one pass, and how to write a status computed from them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,15 +26,15 @@ class Facts:
     now: datetime
     progress: ProgressRecord | None = None
     log_read: bool = False
-    """Whether the log of the running pod has been read in this pass, so that a missing record means something."""
+    """Whether the log of the running pod has been read in this pass, so that a missing record is evidence."""
     queue: Reason | None = None
     """Why the current step's Job waits in a queue, if that could be read."""
     continued: QLoRAJob | None = None
-    """The job that spec.continues names, as it is now; None if there is none that can be read."""
+    """The current job that spec.continues names, or None if none can be read."""
     continued_writer: str = ""
     """A pod or Job that may still save a checkpoint of that job, after its end or suspension; empty for none."""
     shared: SharedPod | None = None
-    """The pod in which the job's sweep trains it with other cells; None if there is none."""
+    """The pod of its sweep that trains the job with other cells, or None."""
     trains: tuple[str, ...] = ()
     """Of the pod of a sweep: UIDs of the cells that it trains."""
     gone: frozenset[str] = frozenset()

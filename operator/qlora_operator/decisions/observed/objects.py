@@ -1,4 +1,4 @@
-"""What is observed, as typed frozen values: the QLoRAJob, its child Jobs, their pods, and what each means by itself."""
+"""Typed frozen values of the QLoRAJob, its child Jobs and their pods."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -55,7 +55,7 @@ class QLoRAJob:
     rungs: str = ""
     """Optimizer steps after which its sweep compares its cells, separated by commas; empty if there are none."""
     problem: str = ""
-    """Why this operator must not go on with the job, which it only stops when that is asked for; empty if it can."""
+    """Why this operator must not continue the job, which it stops on request only; empty if it can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Pod:
     created: datetime
     phase: str
     node: int = 0
-    """Which of the Job's pods it is that train together."""
+    """Its index among the Job's pods that train together."""
     reason: str = ""
     message: str = ""
     running_since: datetime | None = None
@@ -93,9 +93,9 @@ class Pod:
     deletion_requested: datetime | None = None
     deletion_due: datetime | None = None
     detached: bool = False
-    """Whether somebody has taken it away from its Job or from the watches, by its labels or its owner."""
+    """Whether a user has detached it from its Job or the watches, by its labels or its owner."""
     unreadable: str = ""
-    """Why it cannot be read, and so counts as there and not ended; empty if it can."""
+    """Why it cannot be read, and so counts as existing and not ended; empty if it can."""
 
     @property
     def ended(self) -> bool:
@@ -114,7 +114,10 @@ class Pod:
 
     @property
     def out_of_memory(self) -> bool:
-        """Whether the kernel killed it for its memory limit. The exit code of that varies, the reason does not."""
+        """Whether the kernel killed it for its memory limit.
+
+        The exit code of that varies, the reason does not.
+        """
         return self.termination is not None and self.termination.reason == "OOMKilled" and not self.exited_well
 
     @property
@@ -129,7 +132,7 @@ class Pod:
 
     @property
     def interrupted(self) -> bool:
-        """Whether it was stopped from outside: by a signal, an eviction, a preemption or a deletion."""
+        """Whether a signal, an eviction, a preemption or a deletion stopped it."""
         asked = self.termination is not None and self.termination.exit_code == _INTERRUPTED
         # Deleted, and killed at the end of its grace period.
         asked = asked or (self.deletion_requested is not None and self._killed)
@@ -139,11 +142,11 @@ class Pod:
 
     @property
     def stopping(self) -> bool:
-        """Whether it was deleted, by somebody or by the suspension of its Job, and has not ended."""
+        """Whether it was deleted, also by the suspension of its Job, and has not ended."""
         return self.deletion_requested is not None and not self.ended and self.disruption is None
 
     def stopped_by(self, moment: datetime) -> bool:
-        """Whether it was there before that moment and was asked to stop, or had ended, by then."""
+        """Whether it existed before that moment, and its end or stop request came by then."""
         stopped = self.deletion_requested or (self.termination.finished if self.termination else None)
         return self.created < moment and stopped is not None and stopped <= moment
 
@@ -169,7 +172,10 @@ class Pod:
 
     @property
     def rejected(self) -> bool:
-        """Whether the kubelet rejected it, for example because a device is not there, before any container ran."""
+        """Whether the kubelet rejected it before any container ran.
+
+        A missing device is one cause.
+        """
         return self.phase == "Failed" and self.termination is None and not self.interrupted
 
     @property
@@ -184,7 +190,10 @@ class Pod:
         return self.ended and not no_failure
 
     def result(self, job_uid: str, step: StepName) -> ResultRecord | None:
-        """The record that the step left as its termination message, if it is there and this job's, pod's and step's."""
+        """Read the record that the step left as its termination message.
+
+        Returns None without one, or if its job, pod or step is another.
+        """
         if self.termination is None:
             return None
         record = decode_record(self.termination.message.strip(), job_uid=job_uid, pod_uid=self.uid)
@@ -208,7 +217,7 @@ class ChildJob:
     failing: bool = False
     """Whether it is about to fail, and stops the pods that still run."""
     expired: bool = False
-    """Whether its own deadline ends it, or has: that is no failure of the step."""
+    """Whether its deadline ends it, or has: that is no failure of the step."""
     ended: datetime | None = None
     suspended: bool = False
     """Whether it gets no pods because its `suspend` is true, which only others set, or was until just now."""
@@ -217,12 +226,12 @@ class ChildJob:
     resumed: datetime | None = None
     """When it was last resumed after a suspension; None if it has never been suspended, or is."""
     resolved: str = ""
-    """What was resolved for the job, as JSON; only on the first Job, which exists before the status is stored.
+    """The job's resolved values, as JSON; only on the first Job, which exists before the status is stored.
 
     Empty if it is longer than `parsing.MAX_RESOLVED`, which no operator has written: a half one would be another one.
     """
     unreadable: str = ""
-    """Why it cannot be read, and so counts as there and not finished; empty if it can."""
+    """Why it cannot be read, and so counts as existing and not finished; empty if it can."""
 
     @property
     def finished(self) -> bool:
@@ -244,11 +253,17 @@ class Observed:
         return next((child for child in self.children if child.name == name), None)
 
     def pods_of(self, job_uid: str) -> tuple[Pod, ...]:
-        """The pods of one child Job, oldest first; none of a Job that does not exist yet, whose UID is empty."""
+        """Return the pods of one child Job, oldest first.
+
+        Returns none for a Job that does not exist yet, whose UID is empty.
+        """
         return tuple(pod for pod in self.pods if job_uid and pod.owner_uid == job_uid)
 
     def is_running(self, job_uid: str) -> bool:
-        """Whether the child Job's pods run, all of those that have not ended, or the last has decided how it ends."""
+        """Whether all pods of the child Job that have not ended run.
+
+        This also holds if the last pod has decided the Job's end.
+        """
         pods = self.pods_of(job_uid)
         live = [pod for pod in pods if not pod.ended]
         if any(pod.running for pod in live):
@@ -256,7 +271,7 @@ class Observed:
         return bool(pods) and pods[-1].decisive and not pods[-1].unsupported
 
     def reporting_pod(self, job_uid: str) -> Pod | None:
-        """The child Job's pod that runs and reports progress: the only one, or that of node 0."""
+        """Return the child Job's running pod with progress: its only one, or node 0."""
         return next((pod for pod in self.pods_of(job_uid) if pod.running and pod.node == 0), None)
 
     @property

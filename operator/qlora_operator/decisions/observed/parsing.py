@@ -1,4 +1,4 @@
-"""Parses Jobs and pods, and what is read of a QLoRAJob of whatever version, from objects of the API; pure."""
+"""Parses Jobs, pods, and the version-independent fields of a QLoRAJob."""
 
 from collections.abc import Iterable
 from datetime import datetime, timedelta
@@ -21,14 +21,14 @@ from qlora_operator.decisions.observed.objects import (
 MAX_RESOLVED = 64 * 1024
 """Characters of what was resolved, as JSON; one with the largest profile that the settings can have takes 40,000."""
 _INDEX = "batch.kubernetes.io/job-completion-index"
-# More than any Job has pods. Whoever may change pods can write anything there.
+# More than any Job has pods. A tenant who may change pods can write anything there.
 _INDEX_DIGITS = 9
-# Enough for a sentence. A pod that somebody else has made may name a megabyte of them.
+# Enough for a sentence. A pod that a tenant has made may name a megabyte of them.
 _MOST_OBJECTS, _LONGEST_OBJECT = 16, 512
 _OBJECT_VOLUMES = {"secret": "Secret", "configMap": "ConfigMap"}
 _LONGEST_EXPLANATION = 200
 _UNEXPECTED_VALUE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-"""What parsing raises for a value that is not as the API declares it, or is out of range."""
+"""The errors of parsing for a value that the API does not declare, or that is out of range."""
 
 
 def observe(job_uid: str, jobs: Iterable[Object], pods: Iterable[Object]) -> Observed:
@@ -41,14 +41,14 @@ def observe(job_uid: str, jobs: Iterable[Object], pods: Iterable[Object]) -> Obs
 
 
 def profile_in_use(body: Object) -> str | None:
-    """Name of the profile of a QLoRAJob that has started and not ended, of whatever version; None of any other."""
+    """Return the profile of a QLoRAJob of any version that has started and not ended."""
     if not (body.get("status") or {}).get("resolved") or {"Succeeded", "Failed"} & _true_conditions(body).keys():
         return None
     return str(((body.get("spec") or {}).get("scheduling") or {}).get("profile") or DEFAULT_PROFILE)
 
 
 def controller_uid(body: Object) -> str:
-    """UID of the object's controller; empty if it has none."""
+    """Return the UID of the object's controller, empty if it has none."""
     owners = body["metadata"].get("ownerReferences") or ()
     return next((str(owner["uid"]) for owner in owners if owner.get("controller")), "")
 
@@ -108,7 +108,7 @@ def _resolved(metadata: Object) -> str:
 
 
 def _resumed(status: Object) -> datetime | None:
-    """`startTime`, which the Job controller sets anew at each resumption, if there was one."""
+    """Return `startTime`, which the Job controller resets at each resumption, if set."""
     if not any(condition["type"] == "Suspended" for condition in status.get("conditions") or ()):
         return None
     return _optional_time(status.get("startTime"))
@@ -159,7 +159,10 @@ def _parse_pod(body: Object) -> Pod:
 
 
 def _deletion_requested(due: datetime, grace: int, created: datetime) -> datetime:
-    """When the deletion was asked for. `grace`: seconds; whoever deletes may choose any number."""
+    """Return when the deletion was requested.
+
+    `grace`: seconds; the deleting user may choose any number.
+    """
     try:
         return max(created, due - timedelta(seconds=grace))
     except OverflowError:

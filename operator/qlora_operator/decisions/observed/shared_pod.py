@@ -1,4 +1,4 @@
-"""Views of the pod that trains a cell with other cells of its sweep, from the status of the sweep; pure."""
+"""Views, from the sweep's status, of the pod that trains a cell with other cells."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class SharedPod:
     waits: Reason
     """Why it does not train the cell now."""
     alone: bool = False
-    """Whether the cell has a train step of its own now."""
+    """Whether the cell has a separate train step now."""
     child: str = ""
     """The train Job, if it trains the cell or may do so."""
     pod: PodName | None = None
@@ -37,9 +37,10 @@ class SharedPod:
 
 
 def shared_pod(job: QLoRAJob, pods: Sequence[SweepPodStatus] | None) -> SharedPod | None:
-    """The pod that trains the job with other cells; None for a job that is trained alone from the beginning.
+    """Return the pod that trains the job with other cells.
 
-    `pods`: those of its sweep, None if there is no such sweep.
+    Returns None for a job that trains alone from the beginning. `pods`: those of its sweep, None if there is no such
+    sweep.
     """
     if not is_shared(job):
         return None
@@ -65,9 +66,9 @@ def is_shared(job: QLoRAJob) -> bool:
 
 
 def waits_for_sweep(status: QLoRAJobStatus, shared: SharedPod | None) -> Reason | None:
-    """Why the cell does not get a train Job yet; None if it does, or has one.
+    """Return why the cell does not get a train Job yet.
 
-    The word is Training while a pod of its sweep trains it.
+    Returns None if it does, or has one. The reason is Training while a pod of its sweep trains it.
     """
     step = status.step
     if shared is None or shared.alone or step is None or step.name != "train" or step.job_uid:
@@ -78,7 +79,7 @@ def waits_for_sweep(status: QLoRAJobStatus, shared: SharedPod | None) -> Reason 
 
 
 def trained_by(status: QLoRAJobStatus, shared: SharedPod | None) -> str:
-    """The sweep whose pod trains the cell now; empty if none does."""
+    """Return the sweep whose pod trains the cell now, empty if none does."""
     found = waits_for_sweep(status, shared)
     return shared.sweep if shared is not None and found is not None and shared.pod is not None else ""
 

@@ -1,4 +1,4 @@
-"""Parses a stored QLoRAJob, as far as possible also one that another release has admitted; pure."""
+"""Parses a stored QLoRAJob, as far as possible also of another release."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ _UID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 class UnreadableJobError(ValueError):
-    """A QLoRAJob that another version of the schema admitted and that this operator cannot read."""
+    """A QLoRAJob of another schema version that this operator cannot read."""
 
 
 def parse_job(body: Object) -> QLoRAJob:
@@ -40,7 +40,7 @@ def parse_job(body: Object) -> QLoRAJob:
     """
     metadata, labels = body["metadata"], body["metadata"].get("labels") or {}
     try:
-        # After a downgrade the stored profile may have fields that this version does not know: the job continues.
+        # After a downgrade the stored profile may have fields that this version lacks: the job continues.
         status = QLoRAJobStatus.model_validate(body.get("status") or {}, extra="ignore")
     except ValidationError as error:
         raise UnreadableJobError(f"this version of the operator cannot read the status: {explain(error)}") from error
@@ -68,10 +68,10 @@ def parse_job(body: Object) -> QLoRAJob:
 
 
 def _sweep(metadata: Object) -> tuple[str, str] | None:
-    """Name and UID of the sweep that controls the job; None if none does.
+    """Return name and UID of the sweep that controls the job, or None if none does.
 
-    Whoever creates a job writes its owner, and the API server checks nothing of it: what is no name and no UID, and so
-    could lead out of the claim, is no sweep.
+    The job's creator writes its owner, and the API server does not check it: an owner with an invalid name or UID,
+    which could lead out of the claim, is no sweep.
     """
     owners = metadata.get("ownerReferences") or ()
     owner: Object = next((owner for owner in owners if owner.get("controller")), {})
@@ -84,26 +84,26 @@ def _sweep(metadata: Object) -> tuple[str, str] | None:
 
 
 def _cells_in_pod(metadata: Object) -> int:
-    """What the sweep has written on its cell; 1 if that is no number of cells: any user may write there."""
+    """Read the sweep's number of cells in the pod, 1 if a user wrote an invalid one."""
     found = str((metadata.get("annotations") or {}).get(CELLS_IN_POD_ANNOTATION, ""))
     return int(found) if re.fullmatch("[0-9]{1,2}", found) and 1 <= int(found) <= MAX_TOGETHER else 1
 
 
 def _rungs(metadata: Object) -> str:
-    """What the sweep has written on its cell; nothing if that is no list of steps: anybody may write there."""
+    """Read the sweep's list of rungs, empty if invalid, as users may write it."""
     found = str((metadata.get("annotations") or {}).get(RUNGS_ANNOTATION, ""))
     return found if _RUNGS.fullmatch(found) else ""
 
 
 def _parse_spec(content: Object, resolved: Resolved | None) -> tuple[QLoRAJobSpec, str]:
-    """The spec, and why the job must not go on; empty if it can."""
+    """Parse the spec and return why the job must not continue, empty if it can."""
     try:
         return QLoRAJobSpec.model_validate(content), ""
     except ValidationError as error:
         problem = f"this version of the operator cannot read the spec: {explain(error)}"
     if resolved is not None and resolved.document is not None:
         try:
-            # What the pods read was fixed by an operator that knew these fields.
+            # An operator with these fields has fixed what the pods read.
             return QLoRAJobSpec.model_validate(content, extra="ignore"), ""
         except ValidationError:
             logger.debug("not even without its unknown fields", exc_info=True)
@@ -111,7 +111,10 @@ def _parse_spec(content: Object, resolved: Resolved | None) -> tuple[QLoRAJobSpe
 
 
 def _with_fixed_nodes(spec: QLoRAJobSpec, resolved: Resolved | None) -> QLoRAJobSpec:
-    """With as many pods as the job has started with, which is what they read: an older definition drops the field."""
+    """Return the spec with the pods that the job has started with.
+
+    The pods read that number, and an older definition drops the field.
+    """
     if resolved is None or resolved.document is None or resolved.contract_version < needed_contract(2):
         return spec
     nodes = json.loads(resolved.document)["spec"]["resources"].get("nodes")
@@ -119,7 +122,7 @@ def _with_fixed_nodes(spec: QLoRAJobSpec, resolved: Resolved | None) -> QLoRAJob
 
 
 def _readable_fields(content: Object) -> dict[str, Any]:
-    """Those fields of the spec that this version can read, by name; defaults for the others that have one."""
+    """Return the spec's readable fields by name, and defaults of the others."""
     found: dict[str, Any] = {}
     for name, declared in QLoRAJobSpec.model_fields.items():
         reader: TypeAdapter[Any] = TypeAdapter(declared.rebuild_annotation())

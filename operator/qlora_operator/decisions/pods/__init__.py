@@ -1,1 +1,1 @@
-"""What the pods and Jobs of a step show: attempts, nodes, rejections, deletions, blockers."""
+"""Attempts, nodes, rejections, deletions and blockers of a step's pods and Jobs."""

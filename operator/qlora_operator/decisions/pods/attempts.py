@@ -1,11 +1,12 @@
-"""Counts attempts: seconds run, failures, interruptions, and the latest failure; pure.
+"""Counts attempts: seconds run, failures, interruptions, and the latest failure.
 
-Attempts run one after the other. `status.step.countedPod` is the latest pod for which one has been counted, and
-`status.activeUntil` the time up to which, so that an attempt is counted once, however often it is observed.
+Attempts run one after the other. `status.step.countedPod` is the latest pod with a counted attempt, and
+`status.activeUntil` the end of the counted time, so that an attempt counts once, however often it is observed.
 
 An attempt is a pod, or the pods of several nodes that run together (`together`). Of these, node 0 gives the seconds and
 the progress, and the pod that ended the attempt the failure or interruption; then the step gets another Job, so that
-each Job of several nodes is counted at most once. If no pod is left to say so, it was interrupted if node 0 has run.
+each Job of several nodes counts at most once. If no pod is left as evidence, the attempt was interrupted if node 0 has
+run.
 """
 
 import itertools
@@ -19,12 +20,12 @@ from qlora_operator.decisions.observed.objects import ChildJob, Observed, Pod, Q
 from qlora_operator.decisions.pods.nodes import ending_pod, is_over, is_own_failure, trains_together
 
 LONGEST_WITHOUT_NEWS = timedelta(minutes=15)
-"""For how long after it was last heard of a pod is taken to have run that is gone without a trace."""
+"""How long a vanished pod is assumed to have run after its last report."""
 _EXIT_CODES = {int(code): code for code in ExitCode}
 
 
 def count_attempts(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, now: datetime) -> QLoRAJobStatus:
-    """The status with every attempt of the current step counted that has ended, vanished or is being deleted, since."""
+    """Count every attempt of the step that has ended, vanished or is being deleted."""
     step = status.step
     if step is None:
         return status
@@ -36,7 +37,7 @@ def count_attempts(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, no
     pods = observed.pods_of(step.job_uid)
     for pod in _not_counted(status, step, pods):
         if pod.decisive and not pod.detached and child is not None and not child.finished:
-            continue  # counted with the end of its Job, which follows at once
+            continue  # counted with the end of its Job, which follows immediately
         if pod.stopping and child is not None and not child.deleting and not child.suspended:
             continue  # counted with its end: that its Job was suspended before may be seen after the pod's deletion
         on_purpose = is_stopped_on_purpose(child, job) or _was_stopped_by_a_queue(pod, child)
@@ -45,7 +46,10 @@ def count_attempts(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, no
 
 
 def watch_pod(status: QLoRAJobStatus, observed: Observed, now: datetime) -> QLoRAJobStatus:
-    """The status with the pod that runs now, from whose start time and progress are measured even if it vanishes."""
+    """Return the status with the pod that runs now.
+
+    Start time and progress are measured from it even if it vanishes.
+    """
     step = status.step
     pod = observed.reporting_pod(step.job_uid) if step else None
     if step is None or pod is None or pod.running_since is None or pod.uid == step.running_pod:
@@ -56,7 +60,7 @@ def watch_pod(status: QLoRAJobStatus, observed: Observed, now: datetime) -> QLoR
 
 
 def charge_running(status: QLoRAJobStatus, observed: Observed, now: datetime) -> QLoRAJobStatus:
-    """The status with the seconds that the pods have run until now counted, before their step gets another Job."""
+    """Count the running pods' seconds until now, before the step gets another Job."""
     total = active_seconds(status, observed, now)
     if total == status.active_seconds:
         return status
@@ -64,7 +68,7 @@ def charge_running(status: QLoRAJobStatus, observed: Observed, now: datetime) ->
 
 
 def _count_together(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, now: datetime) -> QLoRAJobStatus:
-    """The status with node 0's seconds, and with the attempt of several pods counted once, if it has not ended well."""
+    """Count node 0's seconds, and each failed attempt of several pods once."""
     step = status.step
     if step is None:
         return status
@@ -78,7 +82,7 @@ def _count_together(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, n
     if is_stopped_on_purpose(child, job) or (ending is None and _ran_before_a_queue_resumed(step, child)):
         return status
     if ending is not None and ending.lost_peer:
-        # Nobody has said why, which may be for good: what they have seen is all that there is to tell.
+        # No pod may ever report the cause: the lost connection is the only evidence.
         status = status.model_copy(update={"last_failure": describe_failure(ending, job, step.name)})
     counted = step.model_copy(update={"counted_pod": ending.uid if ending else step.running_pod})
     status = charge_running(status, observed, now)
@@ -88,7 +92,10 @@ def _count_together(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, n
 def _charge_node_0(
     status: QLoRAJobStatus, job: QLoRAJob, child: ChildJob | None, pods: tuple[Pod, ...], now: datetime
 ) -> QLoRAJobStatus:
-    """The status with the seconds of node 0 until its pod has ended, was deleted or is gone, whatever the others do."""
+    """Count the seconds of node 0 until its pod has ended, was deleted or is gone.
+
+    The other pods do not change that.
+    """
     for pod in pods:
         if pod.node == 0:
             status = _charge(status, job, pod)
@@ -96,7 +103,10 @@ def _charge_node_0(
 
 
 def _charge_earlier(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed) -> QLoRAJobStatus:
-    """The same for node 0 of the Job before, which saves and stops after the step has left it for the next one."""
+    """Count the seconds of node 0 of the Job before.
+
+    It saves and stops after the step has left it for the next one.
+    """
     for pod in observed.pods:
         if pod.node == 0 and pod.result(job.uid, "train") is not None:
             status = _charge(status, job, pod)
@@ -104,7 +114,7 @@ def _charge_earlier(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed) -
 
 
 def _charge_detached(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed) -> QLoRAJobStatus:
-    """The status with the seconds of a pod that has run on, taken away from its Job, after the step has left that."""
+    """Count the seconds of a detached pod that has run on after the step has left it."""
     for pod in observed.pods:
         if pod.detached and status.step is not None and pod.uid == status.step.running_pod:
             status = _charge(status, job, pod)
@@ -112,7 +122,7 @@ def _charge_detached(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed) 
 
 
 def _charge(status: QLoRAJobStatus, job: QLoRAJob, pod: Pod) -> QLoRAJobStatus:
-    """The status with the seconds of that pod until it has ended or was deleted, and its checkpoint."""
+    """Count the seconds of a pod until its end or deletion, and note its checkpoint."""
     start, end = _start(pod), _end(pod)
     if start is None or end is None or status.step is None:
         return status
@@ -125,7 +135,10 @@ def _charge(status: QLoRAJobStatus, job: QLoRAJob, pod: Pod) -> QLoRAJobStatus:
 
 
 def _with_failure(status: QLoRAJobStatus, job: QLoRAJob, pod: Pod) -> QLoRAJobStatus:
-    """The status with the failure of an attempt of several pods. Pods that only waited have not failed."""
+    """Note the failure of an attempt of several pods.
+
+    Pods that only waited have not failed.
+    """
     if status.step is None:
         return status
     failed = int(pod.failed and is_own_failure(pod))
@@ -145,12 +158,15 @@ def is_stopped_on_purpose(child: ChildJob | None, job: QLoRAJob) -> bool:
 
 
 def _was_stopped_by_a_queue(pod: Pod, child: ChildJob | None) -> bool:
-    """Whether the pod ended because a queue had suspended its Job, which has been resumed since."""
+    """Whether the pod ended because a queue suspended its Job, resumed since."""
     return child is not None and child.resumed is not None and pod.stopped_by(child.resumed)
 
 
 def _ran_before_a_queue_resumed(step: StepStatus, child: ChildJob | None) -> bool:
-    """The same of the pod that was seen running and is gone, which tells no more than when it started."""
+    """Whether a vanished pod was running before a queue resumed its Job.
+
+    Only its start time is known.
+    """
     if child is None or child.resumed is None or step.running_since is None:
         return False
     return parse_time(step.running_since) < child.resumed
@@ -159,7 +175,7 @@ def _ran_before_a_queue_resumed(step: StepStatus, child: ChildJob | None) -> boo
 def _count_vanished(
     status: QLoRAJobStatus, job: QLoRAJob, child: ChildJob | None, pods: tuple[Pod, ...], now: datetime
 ) -> QLoRAJobStatus:
-    """The status with the pod counted that was seen running and is gone: deleted by force, or with its node."""
+    """Count the pod that was running and is gone: deleted by force, or with its node."""
     step = status.step
     if step is None or step.running_since is None or not _has_vanished(status, pods):
         return status
@@ -194,7 +210,10 @@ def _charge_vanished(
 
 
 def _vanished_at(step: StepStatus, child: ChildJob | None, pods: tuple[Pod, ...], now: datetime) -> datetime:
-    """When a pod that is gone has ended at the latest: an operator that was away for days must not charge for them."""
+    """Return the latest possible end of a vanished pod.
+
+    An operator that was down for days must not charge for them.
+    """
     last_seen = parse_time(step.progressed_at or step.running_since or format_time(now))
     known = [now, last_seen + LONGEST_WITHOUT_NEWS, *([child.ended] if child and child.ended else [])]
     return min(known + [pod.created for pod in pods if pod.created > last_seen])
@@ -211,7 +230,7 @@ def active_seconds(status: QLoRAJobStatus, observed: Observed, now: datetime) ->
 
 
 def describe_failure(pod: Pod, job: QLoRAJob, step: StepName) -> FailureStatus:
-    """Why the attempt failed: from its own record if it left one, else from what the kubelet reports."""
+    """Return why the attempt failed, from its record, else from the kubelet's report."""
     termination = pod.termination
     exit_code = termination.exit_code if termination and 0 <= termination.exit_code <= 255 else None
     reason, message = _explain(pod, job, step, exit_code)
@@ -244,7 +263,7 @@ def _explain(pod: Pod, job: QLoRAJob, step: StepName, exit_code: int | None) -> 
 
 
 def _log_of(pod: Pod, step: StepName) -> str:
-    """Where the libraries of a step have printed: the log's name is the trainer's. The clean-up has none."""
+    """Name the log of a step's libraries in a message, empty for the clean-up."""
     if step == "clean":
         return ""
     name = f"{step}.node-{pod.node}" if pod.node else step
@@ -265,7 +284,7 @@ def _out_of_memory(job: QLoRAJob, step: StepName) -> str:
 
 
 def _not_counted(status: QLoRAJobStatus, step: StepStatus, pods: tuple[Pod, ...]) -> tuple[Pod, ...]:
-    """The pods from the latest counted one on, which may have run on after it was counted."""
+    """Return the pods from the latest counted one on, which may have run on since."""
     if not step.counted_pod or status.active_until is None:
         return pods
     if any(pod.uid == step.counted_pod for pod in pods):
@@ -289,7 +308,7 @@ def _count(status: QLoRAJobStatus, job: QLoRAJob, pod: Pod, step: StepName, *, o
         if pod.interrupted:
             changes["disruptions"] = status.disruptions + (0 if on_purpose else 1)
         elif not pod.exited_well:
-            # A pod that the kubelet rejects, for example, is tried again without a limit, and says why.
+            # A pod that the kubelet rejects, for example, is retried without a limit, and has a reason.
             changes["failures"] = status.failures + int(pod.failed)
             changes["last_failure"] = describe_failure(pod, job, step)
     elif end <= until:
@@ -306,7 +325,7 @@ def _start(pod: Pod) -> datetime | None:
 
 
 def _end(pod: Pod) -> datetime | None:
-    """When the attempt ended; for a pod that is being deleted, when the deletion was requested."""
+    """Return the end of the attempt, or when the deletion of its pod was requested."""
     if pod.termination is not None:
         return pod.termination.finished
     return pod.deletion_requested or (pod.created if pod.ended else None)

@@ -1,4 +1,4 @@
-"""Finds the reason that blocks a step's Job, with what to do about it; pure."""
+"""Finds the reason that blocks a step's Job, with what to do about it."""
 
 from datetime import datetime, timedelta
 
@@ -22,7 +22,10 @@ _REMEDIES = {
 
 
 def blocking_reason(child: ChildJob | None, observed: Observed, now: datetime) -> Reason | None:
-    """What blocks the step's Job at `now`; None if nothing is known to."""
+    """Return the reason that blocks the step's Job at `now`.
+
+    Returns None without a known one.
+    """
     for pod in observed.live_pods:
         if reason := _stuck(pod, now) or _detached(pod):
             return reason
@@ -43,19 +46,25 @@ def blocking_reason(child: ChildJob | None, observed: Observed, now: datetime) -
 
 
 def no_pod_at(child: ChildJob) -> datetime:
-    """When a Job without a pod is reported: not before it could have had one since it was created or resumed."""
+    """Return when to report a Job without a pod.
+
+    It needs time for one after it was created or resumed.
+    """
     return max(child.created, child.resumed or child.created) + NO_POD_AFTER
 
 
 def volumes_at(pod: Pod) -> datetime | None:
-    """When a pod whose containers are not created yet is reported; None if they are, or no node has been found."""
+    """Return when to report a pod whose containers are not created yet.
+
+    Returns None if they are, or no node has been found.
+    """
     if pod.scheduled is None or pod.waiting is None or pod.waiting.word != "ContainerCreating":
         return None
     return pod.scheduled + VOLUMES_AFTER
 
 
 def stuck_at(pod: Pod) -> datetime | None:
-    """When a pod that is being deleted is reported as stuck; None if it is not being deleted."""
+    """Return when to report a pod under deletion as stuck, or None for any other."""
     return pod.deletion_due + STUCK_AFTER if pod.deletion_due else None
 
 

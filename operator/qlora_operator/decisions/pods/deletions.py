@@ -1,8 +1,8 @@
-"""Judges Jobs that somebody else deletes, and says how long a step waits before it gets another one; pure.
+"""Detects Jobs that another process deletes, and delays the next one.
 
-The first that is gone is replaced at once. If that goes on, by a janitor's or a tenant's loop, each pause is twice as
-long as the one before. What that takes is in the status: the number of the attempt, the reason, and the time up to
-which the seconds of the pods are counted, which is when the deletion was seen.
+The first deleted Job is replaced immediately. If a janitor's or a tenant's loop deletes more, each pause is twice as
+long as the one before. The status has all inputs: the number of the attempt, the reason, and the end of the counted
+seconds, which is when the deletion was seen.
 """
 
 from datetime import datetime, timedelta
@@ -23,7 +23,10 @@ _JOB_DELETED = "JobDeleted"
 
 
 def note_deletion(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
-    """The status after the Job of its step was deleted: with the reason, if the next one is to wait for that."""
+    """Return the status after the Job of its step was deleted.
+
+    It has the reason, if the next Job must wait for that.
+    """
     step = status.step
     if step is None or _is_own_deletion(facts.job) or _ran_for_long(step, facts.now):
         return status
@@ -40,7 +43,10 @@ def note_deletion(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 
 
 def deletion(status: QLoRAJobStatus) -> Reason | None:
-    """Why the step has no Job: somebody deletes them. None if it has one, or waits for something else."""
+    """Return why the step has no Job: another process deletes them.
+
+    Returns None if it has one, or waits for another reason.
+    """
     found = condition(status, "Succeeded")
     if status.step is None or status.step.job_uid or found is None or found.reason != _JOB_DELETED:
         return None
@@ -58,9 +64,10 @@ def next_job_at(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed) -> da
 
 
 def _gone(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, last: int) -> int:
-    """How many of the step's Jobs up to that attempt are not there any more, apart from restarts for lack of progress.
+    """Count the step's Jobs up to that attempt that no longer exist.
 
-    Those that suspensions, detached pods and retries have ended are among them: the status does not say how many.
+    Restarts for lack of progress are left out. Those that suspensions, detached pods and retries have ended count: the
+    status has no number of them.
     """
     if status.step is None:
         return 0
@@ -72,7 +79,7 @@ def _gone(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, last: int) 
 
 
 def _is_own_deletion(job: QLoRAJob) -> bool:
-    """Whether the operator has deleted the step's Job: because the job was suspended, or a pod taken from that Job."""
+    """Whether the operator has deleted the Job, for a suspension or a detached pod."""
     suspended, shown = condition(job.status, "Suspended"), condition(job.status, "Succeeded")
     if suspended is not None and suspended.reason != NOT_SUSPENDED.word:
         return True

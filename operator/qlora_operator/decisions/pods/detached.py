@@ -1,7 +1,7 @@
-"""Finds pods that somebody has taken away from their Job or from the watches, by their labels or their owner; pure.
+"""Finds pods that a user has detached from their Job or hidden from the watches.
 
-A step that has no Job yet keeps the pod that was seen running before it, until that pod is known to have ended: what
-takes it away from the watches must not make room for a second one.
+That takes a change of their labels or their owner. A step that has no Job yet keeps the pod that was running before it
+until that pod is known to have ended: hiding it from the watches must not make room for a second one.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ from qlora_operator.decisions.observed.objects import Observed, Pod, QLoRAJob, c
 
 
 def misses_running_pod(observed: Observed, step: StepStatus) -> bool:
-    """Whether the pod that was seen running is not among those that are observed, and may run on all the same.
+    """Whether the pod that was seen running is not observed, and may still run.
 
-    Whoever may change pods can take away the labels by which they are watched, and by which a Job knows its own.
+    A user who may change pods can remove the labels that watches, and Jobs, select by.
     """
     if not step.running_pod or any(pod.uid == step.running_pod for pod in observed.pods):
         return False
@@ -23,12 +23,12 @@ def misses_running_pod(observed: Observed, step: StepStatus) -> bool:
 
 
 def lacks_earlier_pod(step: StepStatus | None, observed: Observed) -> bool:
-    """Whether a step without a Job waits for a pod that is not among those observed, so that no watch shows its end."""
+    """Whether a step without a Job waits for a pod that no watch shows."""
     return step is not None and not step.job_uid and misses_running_pod(observed, step)
 
 
 def keep_earlier_pod(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
-    """The status whose step, as long as it has no Job, keeps the pod that was seen running before it and still runs."""
+    """Keep the running pod from before the step, as long as that has no Job."""
     step, stored = status.step, facts.job.status.step
     if step is None or stored is None or step.job_uid:
         return status
@@ -37,7 +37,7 @@ def keep_earlier_pod(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 
 
 def still_running(step: StepStatus, observed: Observed) -> dict[str, str]:
-    """The fields of a step that name the pod that was seen running, if it has not ended; empty values if it has."""
+    """Return the step's fields that name the running pod, empty if it has ended."""
     pod = next((pod for pod in observed.live_pods if pod.uid == step.running_pod), None)
     return {"running_pod": pod.uid if pod else "", "running_pod_name": pod.name if pod else ""}
 
@@ -51,7 +51,7 @@ def hides_a_pod(observed: Observed, step: StepStatus) -> bool:
 
 
 def with_detached_pods(job: QLoRAJob, observed: Observed, found: Sequence[Pod] = ()) -> Observed:
-    """With the pods that were taken away from the step: the one that was seen running, and those of `found`.
+    """Add the pods detached from the step: the one seen running, and those in `found`.
 
     `found`: pods that the list by the job's label has not shown; others may be among them.
     """
@@ -71,6 +71,6 @@ def _claimed(pod: Pod, step: StepStatus) -> Pod:
     if pod.uid != step.running_pod:
         return pod
     if not step.job_uid:
-        # Of an earlier Job, which still ends it, or of none, and then nobody does.
+        # A pod of an earlier Job is still ended by that Job; without a Job, by none.
         return pod if pod.detached or pod.owner_uid else replace(pod, detached=True)
     return pod if pod.owner_uid == step.job_uid else replace(pod, owner_uid=step.job_uid, detached=True)

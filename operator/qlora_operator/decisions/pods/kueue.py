@@ -1,4 +1,4 @@
-"""Reads from Kueue's Workload why a step's Job waits; pure."""
+"""Reads from Kueue's Workload why a step's Job waits."""
 
 from qlora_api.status import Condition
 from qlora_operator.decisions.observed.objects import ChildJob, Object, Reason
@@ -14,9 +14,10 @@ _ALTERNATE = (
 
 
 def queue_reason(child: ChildJob, workload: Object | None, shown: Condition | None) -> Reason:
-    """Why the suspended Job waits, by its Workload. `shown`: what the status has said until now.
+    """Return why the suspended Job waits, by its Workload.
 
-    A sentence that would only alternate with the one shown is not taken, so that the status stays as it is.
+    `shown`: the condition in the status until now. A message that would only alternate with that one is dropped, so
+    that the status stays as it is.
     """
     if workload is None:
         return Reason(
@@ -31,7 +32,10 @@ def queue_reason(child: ChildJob, workload: Object | None, shown: Condition | No
 
 
 def _sentence(child: ChildJob, workload: Object) -> str:
-    """Kueue's own: of the eviction, after one, else of the quota, whose other conditions follow from these."""
+    """Return Kueue's message: of the eviction, after one, else of the quota.
+
+    The other conditions follow from these.
+    """
     status = workload.get("status") or {}
     if not (workload.get("spec") or {}).get("queueName"):
         return (

@@ -1,8 +1,9 @@
-"""Judges the pods of an attempt on several nodes, which start and end together: which of them has ended it; pure.
+"""Finds which pod has ended an attempt on several nodes.
 
-Whatever one pod ends with, the others end too: with the failure that it has told them, because they have lost it, or
-because their Job has failed and is stopped. The attempt counts once, for the pod that comes first in this order: one
-that failed by itself, that waited for the others in vain, that was stopped from outside, that has lost a peer.
+The pods start and end together. When one ends, the others do too: with the failure that it has sent them, because they
+have lost it, or because their Job has failed and is stopped. The attempt counts once, for the first pod in this order:
+one that failed by itself, that waited for the others until the limit, that was stopped from outside, that has lost a
+peer.
 """
 
 from qlora_api.status import StepName
@@ -15,14 +16,15 @@ def trains_together(job: QLoRAJob, step: StepName) -> bool:
 
 
 def is_own_failure(pod: Pod) -> bool:
-    """Whether the pod has ended for a reason of its own."""
+    """Whether the pod itself caused its end."""
     return pod.out_of_memory or pod.rejected or pod.unsupported or (pod.failed and not _is_echo(pod))
 
 
 def ending_pod(pods: tuple[Pod, ...], child: ChildJob | None) -> Pod | None:
-    """The pod for which the attempt ends; None as long as it runs, or a pod that still runs may be the cause.
+    """Return the pod that ended the attempt.
 
-    `child`: the Job of the pods; None if it is deleted.
+    Returns None as long as the attempt runs, or a pod that still runs may be the cause. `child`: the Job of the pods;
+    None if it is deleted.
     """
     if child is not None and child.resumed is not None:
         # Those were stopped by the queue that has resumed the Job since. Not all that are older than its start time
@@ -40,9 +42,9 @@ def ending_pod(pods: tuple[Pod, ...], child: ChildJob | None) -> Pod | None:
 
 
 def is_over(pods: tuple[Pod, ...], child: ChildJob | None) -> bool:
-    """Whether nothing of the attempt is left that could run or tell why it ended, as of pods that never ran.
+    """Whether no pod of the attempt can still run or report its cause.
 
-    Of its pods there may still be those that had done their part. `child`: as above.
+    Pods that never ran cannot. Those that had finished their part may still exist. `child`: as above.
     """
     if pods and child is not None and child.failure is None:
         return False

@@ -1,4 +1,4 @@
-"""Judges pods that the kubelet rejects, and says how long a step waits before it gets another Job; pure.
+"""Sets the pause before the next Job after a pod that the kubelet rejects.
 
 A node may need a moment, as after a restart, or the help of its administrator. Each pause is twice as long as the one
 before. No retry is used: nothing of the job's own has run.
@@ -15,7 +15,7 @@ PAUSE_AFTER_REJECTED_POD, LONGEST_PAUSE_AFTER_REJECTED_POD = timedelta(seconds=6
 
 
 def next_job_after_rejections(observed: Observed) -> datetime | None:
-    """When the next Job may be created; None if no pod was rejected."""
+    """Return when the next Job may be created, or None if no pod was rejected."""
     rejected = _rejected(observed)
     if not rejected:
         return None
@@ -24,7 +24,10 @@ def next_job_after_rejections(observed: Observed) -> datetime | None:
 
 
 def rejection(status: QLoRAJobStatus, facts: Facts) -> Reason | None:
-    """Why the step has no Job: it waits after a rejected pod. None if it has one, or waits for something else."""
+    """Return why the step has no Job: it waits after a rejected pod.
+
+    Returns None if it has one, or waits for another reason.
+    """
     step, due = status.step, next_job_after_rejections(facts.observed)
     if step is None or step.job_uid or due is None or facts.now >= due:
         return None

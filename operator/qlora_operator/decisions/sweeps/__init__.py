@@ -1,1 +1,1 @@
-"""What a sweep does next and what its status reports."""
+"""Decisions about a sweep, its pods and its status."""

@@ -1,6 +1,6 @@
-"""Decides about the QLoRAJob that publishes the adapter of a sweep's best cell, with spec.publish: best; pure.
+"""Plans the QLoRAJob that publishes a sweep's best adapter (`publish: best`).
 
-It is created once, when all cells have ended, and takes up the run of the cell that is the best then.
+It is created once, when all cells have ended, and continues the run of the cell that is the best then.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,10 @@ def publishing_job(sweep: QLoRASweep, jobs: Mapping[str, CellJob]) -> CellJob | 
 
 
 def published(sweep: QLoRASweep, lines: Sequence[CellStatus], jobs: Mapping[str, CellJob]) -> PublishedCell | None:
-    """What is known of that job; None before it exists, or if there is to be none."""
+    """Return the state of the publishing job.
+
+    Returns None before it exists, or without `publish: best`.
+    """
     job, before = publishing_job(sweep, jobs), sweep.status.published
     if job is not None and job.continues not in jobs and not job.started and job.phase not in ENDED:
         return _without_run(sweep, job.continues)
@@ -51,12 +54,12 @@ def published(sweep: QLoRASweep, lines: Sequence[CellStatus], jobs: Mapping[str,
 
 
 def _without_run(sweep: QLoRASweep, cell: str) -> PublishedCell:
-    """That the cell's checkpoint cannot be taken up: it is found by the QLoRAJob only, and that is gone."""
+    """Report a lost checkpoint: only the cell's deleted QLoRAJob located it."""
     return PublishedCell(name=best_job_name(sweep.name), cell=cell, phase="Deleted", uid="")
 
 
 def cells_to_publish(sweep: QLoRASweep) -> list[str]:
-    """The cells, as far as the status knows them, whose QLoRAJobs are still needed to publish the best adapter."""
+    """Return the known cells whose QLoRAJobs the publication still needs."""
     found = sweep.status.published
     if sweep.spec.publish != "best" or (found is not None and found.phase == "Succeeded"):
         return []
@@ -71,9 +74,9 @@ def cells_to_publish(sweep: QLoRASweep) -> list[str]:
 def job_to_publish(
     sweep: QLoRASweep, cells: Sequence[Cell], lines: Sequence[CellStatus], jobs: Mapping[str, CellJob]
 ) -> Cell | None:
-    """The job that is to be created now to publish the best adapter; None if it exists, or is not due.
+    """Build the job that publishes the best adapter.
 
-    Raises ValueError if the spec of the best cell, as it is now, cannot be read.
+    Returns None if it exists, or is not due. Raises ValueError if the current spec of the best cell cannot be read.
     """
     if published(sweep, lines, jobs) is not None:
         return None
@@ -85,7 +88,10 @@ def job_to_publish(
 
 
 def _best_at_the_end(sweep: QLoRASweep, lines: Sequence[CellStatus], jobs: Mapping[str, CellJob]) -> str | None:
-    """The best cell of a sweep that publishes it, once all have ended; None before, or if none has succeeded."""
+    """Return the best cell of a sweep that publishes it, once all have ended.
+
+    Returns None before, or if none has succeeded.
+    """
     if sweep.spec.publish != "best" or any(line.phase not in ENDED for line in lines):
         return None
     if any(job.retried for job in jobs.values()):
@@ -94,7 +100,7 @@ def _best_at_the_end(sweep: QLoRASweep, lines: Sequence[CellStatus], jobs: Mappi
 
 
 def cells_to_clean(sweep: QLoRASweep, jobs: Mapping[str, CellJob]) -> list[CellJob]:
-    """The cells that may be cleaned up as the template says, now that the best adapter is published."""
+    """Return the cells to clean up once the best adapter is published."""
     job = publishing_job(sweep, jobs)
     if job is None or job.phase != "Succeeded" or sweep.spec.template.spec.cleanup_after_seconds is None:
         return []
@@ -105,14 +111,17 @@ def cells_to_clean(sweep: QLoRASweep, jobs: Mapping[str, CellJob]) -> list[CellJ
 
 
 def waits_for_publication(sweep: QLoRASweep, status: QLoRASweepStatus) -> bool:
-    """Whether a sweep whose cells have ended is not at its end, because its best adapter is not published."""
+    """Whether a sweep with ended cells still waits to publish its best adapter."""
     if sweep.spec.publish != "best" or status.best is None:
         return False
     return status.published is None or status.published.phase not in ENDED
 
 
 def not_published(status: QLoRASweepStatus) -> Reason | None:
-    """Why a sweep that has ended has failed although it has a best adapter; None if that is where it is to be."""
+    """Return why an ended sweep has failed although it has a best adapter.
+
+    Returns None if the adapter is published as requested.
+    """
     found = status.published
     if found is None or found.phase == "Succeeded":
         return None

@@ -1,8 +1,8 @@
-"""Decides which cells of a sweep go on after a rung of spec.halving, and which are stopped; pure.
+"""Decides which cells stop after a rung of spec.halving.
 
-Source: asynchronous successive halving, arXiv 1810.05934, in its stopping form: a cell is judged once at each rung, as
-soon as its loss there is known, among the losses known by then. Nobody waits for the others, and what is stopped is not
-promoted later.
+Source: asynchronous successive halving, arXiv 1810.05934, in its stopping form: each cell is compared once at each
+rung, as soon as its loss there is known, with the losses known by then. No cell waits for the others, and a stopped
+cell is not promoted later.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,11 +18,11 @@ _ENDED = frozenset({"Succeeded", "Failed", "Deleted"})
 def judged(
     lines: Sequence[CellStatus], jobs: Mapping[str, CellJob], halving: HalvingSpec | None
 ) -> tuple[CellStatus, ...]:
-    """The lines with a verdict for each rung whose loss has become known; earlier verdicts stay as they are.
+    """Add a verdict for each rung whose loss has become known, and keep earlier ones.
 
-    Losses that become known at the same time are all compared before the first of them is judged. Those of cells that
-    have failed, were stopped or are gone count: they have reached the rung. One that has lost a rung does not count at
-    later ones, however far it ran before somebody looked.
+    Losses that become known at the same time are all compared before the first verdict. Those of cells that have
+    failed, were stopped or are gone count: they have reached the rung. One that has lost a rung does not count at later
+    ones, however far it ran before the next pass.
     """
     if halving is None:
         return tuple(lines)
@@ -32,12 +32,12 @@ def judged(
 
 
 def lost_rung(line: CellStatus) -> RungStatus | None:
-    """The first rung after which the cell does not go on; None if it goes on."""
+    """Return the first rung that stops the cell, or None if it continues."""
     return next((rung for rung in line.rungs or () if not rung.goes_on), None)
 
 
 def is_to_be_stopped(line: CellStatus, job: CellJob) -> bool:
-    """Whether the cell runs although it has lost a rung, and nobody has resumed it since it was stopped."""
+    """Whether the cell runs although it lost a rung, and no user has resumed it since."""
     rung = lost_rung(line)
     if rung is None or job.stopped_by_sweep or job.trained or job.phase in _ENDED:
         return False
@@ -46,7 +46,7 @@ def is_to_be_stopped(line: CellStatus, job: CellJob) -> bool:
 
 
 def why_stopped(line: CellStatus, halving: HalvingSpec | None) -> str:
-    """The sentence for people; empty if the cell has lost no rung."""
+    """Return the message for users, empty if the cell has lost no rung."""
     rung = lost_rung(line)
     if rung is None or halving is None:
         return ""

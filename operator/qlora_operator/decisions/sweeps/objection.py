@@ -1,4 +1,4 @@
-"""Decides what keeps a sweep from creating cells, as it and the administrator's settings are; pure."""
+"""Decides whether the sweep or the administrator's settings block its cells."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -13,9 +13,9 @@ from qlora_operator.decisions.sweeps.sweep import CellJob, QLoRASweep
 
 
 def fault_of_cells(sweep: QLoRASweep, cells: Sequence[Cell], jobs: Mapping[str, CellJob]) -> Reason | None:
-    """Why no cell of a new sweep is ever created; None if they are made.
+    """Return why no cell of a new sweep is ever created, or None if they can be.
 
-    A sweep with a stored table, or with a cell, was admitted by an earlier release and goes on.
+    A sweep with a stored table, or with a cell, was admitted by an earlier release and continues.
     """
     if sweep.status.cells or jobs:
         return None
@@ -24,12 +24,12 @@ def fault_of_cells(sweep: QLoRASweep, cells: Sequence[Cell], jobs: Mapping[str, 
 
 
 def objection_to_sweep(sweep: QLoRASweep, profiles: Mapping[str, Profile], now: datetime) -> Reason | None:
-    """Why no cell may be created, as the sweep and the administrator's settings are; None if they may."""
+    """Return why the sweep or the settings block its cells, or None if they do not."""
     job = sweep.as_job()
     if why := objection_to_job(Facts(job=job, observed=Observed(), profiles=profiles, now=now)):
         return why
     if sweep.status.cells and all(line.uid for line in sweep.status.cells):
-        # What is left to create, if anything, is the one job that publishes.
+        # At most the one job that publishes is left to create.
         return None
     return _not_shared(sweep, profiles[job.spec.scheduling.profile])
 
@@ -39,10 +39,10 @@ def _largest_pod(sweep: QLoRASweep) -> int:
 
 
 def _not_shared(sweep: QLoRASweep, profile: Profile) -> Reason | None:
-    """Why several cells could not mount the workspace at the same time; None if they can.
+    """Return why cells cannot mount the workspace at the same time.
 
-    Those that one pod trains are each prepared by a pod of their own. A volume of one node brings all pods to that
-    node. An existing claim is believed to be as the profile says.
+    Returns None if they can. Each cell has a separate prepare pod, also if one pod trains several. A volume of one node
+    brings all pods to that node. The profile's access mode is assumed for an existing claim.
     """
     template, topology = sweep.spec.template.spec, profile.workspace.topology
     parallelism, size = sweep.spec.parallelism, _largest_pod(sweep)

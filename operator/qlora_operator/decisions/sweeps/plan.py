@@ -1,4 +1,4 @@
-"""Decides what a sweep does next and what its status says, from its cells as they are now; pure."""
+"""Decides a sweep's next actions and status from the current state of its cells."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -38,7 +38,7 @@ _FAILED_WITH_CURVES = (ExitCode.GATE_FAILED.reason, ExitCode.DIVERGED.reason)
 
 @dataclass(frozen=True, slots=True)
 class CreateCell:
-    """Create the QLoRAJob of the cell, and the claim before it if it is the sweep's own."""
+    """Create the QLoRAJob of the cell, after the sweep's claim if it has one."""
 
     cell: Cell
     cells_in_pod: int = 1
@@ -63,7 +63,7 @@ class StopCell:
 
 @dataclass(frozen=True, slots=True)
 class SetCleanup:
-    """Have a cell cleaned up as the template says."""
+    """Set the template's clean-up on a cell."""
 
     cell: CellJob
     seconds: int
@@ -73,7 +73,10 @@ Action = CreateCell | SetSuspend | StopCell | SetCleanup
 
 
 def table(sweep: QLoRASweep, cells: Sequence[Cell], jobs: Mapping[str, CellJob]) -> tuple[CellStatus, ...]:
-    """A line for each cell, by its QLoRAJob; by the stored line if that is gone. Judged at each rung it has reached."""
+    """Build a line for each cell, from its QLoRAJob or else the stored line.
+
+    Each has the verdicts of all rungs that the cell has reached.
+    """
     before, halving = {line.name: line for line in sweep.status.cells}, sweep.spec.halving
     found = [_line(cell, jobs.get(cell.name), before.get(cell.name)) for cell in cells]
     lines = [_with_reason(line, jobs.get(line.name), halving) for line in judged(found, jobs, halving)]
@@ -102,12 +105,12 @@ def _line(cell: Cell, job: CellJob | None, before: CellStatus | None) -> CellSta
         )
     if before is None or not before.uid:
         return CellStatus(name=cell.name, overrides=overrides)
-    # What has ended keeps its line: its adapter is still there.
+    # An ended cell keeps its line: its adapter still exists.
     return before if before.phase in ENDED else before.model_copy(update={"phase": "Deleted", "progress": ""})
 
 
 def _with_reason(line: CellStatus, job: CellJob | None, halving: HalvingSpec | None) -> CellStatus:
-    """With why it was stopped, or is being; not if its user has resumed it since."""
+    """Add why the cell was stopped, or is being, unless its user has resumed it since."""
     if job is None or not (job.rests or is_to_be_stopped(line, job) or (job.stopped_by_sweep and job.suspend)):
         return line
     return line.model_copy(
@@ -116,7 +119,7 @@ def _with_reason(line: CellStatus, job: CellJob | None, halving: HalvingSpec | N
 
 
 def judges_anew(sweep: QLoRASweep, lines: Sequence[CellStatus]) -> bool:
-    """Whether a cell was judged that had not been: that is stored before anything is done about it.
+    """Whether a cell has a new verdict, which is stored before any action.
 
     Other losses may be known by the next pass, which must not decide otherwise.
     """
@@ -125,7 +128,7 @@ def judges_anew(sweep: QLoRASweep, lines: Sequence[CellStatus]) -> bool:
 
 
 def _ranked(lines: Sequence[CellStatus], *, by_score: bool) -> tuple[CellStatus, ...]:
-    """The lines with the places of the cells that have succeeded; of two that are equal, the first is before."""
+    """Rank the cells that have succeeded, equal ones in their order."""
 
     def key(line: CellStatus) -> tuple[float, float]:
         loss = math.inf if line.eval_loss is None else line.eval_loss
@@ -143,9 +146,9 @@ def plan(
     jobs: Mapping[str, CellJob],
     objection: Reason | None,
 ) -> Iterator[Action]:
-    """What to do now. A cell that somebody has deleted is not created again: the stored table still knows it.
+    """Plan the actions. A deleted cell, in the stored table, is not created again.
 
-    Raises ValueError if the spec of the best cell, whose adapter is to be published, cannot be read.
+    Raises ValueError if the spec of the best cell, whose adapter the sweep publishes, cannot be read.
     """
     alive = [job for cell in cells if (job := jobs.get(cell.name)) is not None and not _has_ended(job)]
     publishing = publishing_job(sweep, jobs)
@@ -173,7 +176,7 @@ def plan(
 def _cells_to_create(
     sweep: QLoRASweep, cells: Sequence[Cell], created: Set[str], alive: Set[str]
 ) -> Iterator[CreateCell]:
-    """The cells that are missing of pods that run, and all of as many further pods as may run beside these."""
+    """Return the missing cells of running pods, and all of more pods up to the limit."""
     places = sweep.spec.parallelism
     fresh: list[list[CreateCell]] = []
     for pod in pods(sweep.spec, cells):
@@ -196,9 +199,9 @@ def next_status(
     published: PublishedCell | None = None,
     pods: tuple[SweepPodStatus, ...] = (),
 ) -> QLoRASweepStatus:
-    """The status that follows; equal to the stored one if nothing has changed.
+    """Compute the next status, equal to the stored one if nothing has changed.
 
-    `objection`: why no cell may be created. `blocked`: why what was to be done could not be.
+    `objection`: why no cell may be created. `blocked`: why the planned actions could not be done.
     """
     ended = sum(line.phase in ENDED for line in lines)
     succeeded = sum(line.phase == "Succeeded" for line in lines)
@@ -246,7 +249,7 @@ def next_status(
 
 
 def invalid(sweep: QLoRASweep, reason: Reason, now: datetime) -> QLoRASweepStatus:
-    """The status of a sweep whose cells cannot be made of its template, which never changes: it is at its end."""
+    """End a sweep whose template, which never changes, cannot make its cells."""
     changes = {
         "observed_generation": sweep.generation,
         "start_time": sweep.status.start_time or format_time(now),
@@ -257,7 +260,7 @@ def invalid(sweep: QLoRASweep, reason: Reason, now: datetime) -> QLoRASweepStatu
 
 
 def held_up(sweep: QLoRASweep | StoredSweep, reason: Reason, now: datetime) -> QLoRASweepStatus:
-    """The status of a sweep of whose cells nothing is known now; one that has ended keeps its end."""
+    """Return the status of a sweep with unknown cells, unless it has ended."""
     before, phase = sweep.status, sweep.status.phase or "Pending"
     if phase in ("Succeeded", "Failed"):
         return before
@@ -267,10 +270,7 @@ def held_up(sweep: QLoRASweep | StoredSweep, reason: Reason, now: datetime) -> Q
 
 
 def _usage(jobs: Sequence[CellStatus | PublishedCell], pods: Sequence[SweepPodStatus]) -> SweepUsage | None:
-    """The sum over the cells, what publishes the best of them, and what of the pods counts for no cell any more.
-
-    None if none of them has had a GPU.
-    """
+    """Sum the usage of cells, the publication, and pods whose cells are gone."""
     own = [pod.usage for pod in pods if pod.usage is not None]
     seconds = sum(job.gpu_seconds for job in (*jobs, *own))
     if not seconds:
@@ -286,7 +286,10 @@ def _usage(jobs: Sequence[CellStatus | PublishedCell], pods: Sequence[SweepPodSt
 
 
 def _is_in_report(line: CellStatus) -> bool:
-    """Whether the cell's pod has left its curves on the sweep's page. Of those that fail, not each has any to leave."""
+    """Whether the cell's pod has left its curves on the sweep's page.
+
+    Of those that fail, not each has any to leave.
+    """
     return line.phase in ("Succeeded", "Stopped") or (line.phase == "Failed" and line.reason in _FAILED_WITH_CURVES)
 
 
@@ -361,7 +364,10 @@ def _reason_to_go_on(
 def _with_conditions(
     sweep: QLoRASweep | StoredSweep, status: QLoRASweepStatus, phase: SweepPhase, reason: Reason, now: datetime
 ) -> QLoRASweepStatus:
-    """The status with that phase, and with the conditions that it summarizes; kstatus as for a job."""
+    """Return the status with that phase and the conditions that it summarizes.
+
+    They follow kstatus, as for a job.
+    """
     failed, ended = phase == "Failed", phase in ("Failed", "Succeeded")
     accepted, suspending = phase != "Pending", isinstance(sweep, QLoRASweep) and sweep.spec.suspend
     undecided: Value = "True" if phase == "Succeeded" else "False" if failed else "Unknown"

@@ -1,8 +1,8 @@
-"""Decides which prepared cells of a sweep one pod trains together, and follows the Job of that pod; pure.
+"""Selects the prepared cells that one pod trains together, and follows its Job.
 
 The pod has the attempts, retries and deadlines of a job's train step. After its Job has ended, each cell has a separate
 train step, which reports the result of the pod, or continues alone from the checkpoint. `alone` stores that before, and
-keeps it for good: no cell is trained in two places.
+keeps it for good: no cell trains in two places.
 """
 
 from collections.abc import Mapping, Sequence
@@ -68,7 +68,7 @@ class PodPlan:
     actions: tuple[CreateJob | DeleteJob, ...] = ()
     look_again: datetime | None = None
     store_first: bool = False
-    """Whether the status is stored before anything is done, which the next pass decides anew."""
+    """Whether to store the status before any action; the next pass decides again."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class _Cells:
 
 
 def pods_of(sweep: QLoRASweep, cells: Sequence[Cell]) -> list[tuple[SweepPodStatus, tuple[str, ...]]]:
-    """Each pod that trains several cells, as it is stored, with the names of its cells."""
+    """Return each stored pod that trains several cells, with the names of its cells."""
     stored = {pod.number: pod for pod in sweep.status.pods}
     numbered = enumerate(pods(sweep.spec, cells))
     several = [(number, tuple(cell.name for cell in pod)) for number, pod in numbered if len(pod) > 1]
@@ -112,9 +112,9 @@ def of_pod(observed: Observed, name: str) -> Observed:
 def as_job(
     sweep: QLoRASweep, pod: SweepPodStatus, names: Sequence[str], jobs: Mapping[str, CellJob]
 ) -> QLoRAJob | None:
-    """The pod as a QLoRAJob that is never created and has a train step only; None if no cell of it can be read.
+    """Return the pod as a job, never created, with a train step only.
 
-    Its records have the UID of the first of its cells.
+    Returns None if no cell of it can be read. Its records have the UID of the first of its cells.
     """
     uids = _uids(sweep, jobs)
     found = (jobs[name].job for name in names if name in jobs)
@@ -151,7 +151,10 @@ def cells_of(pod: SweepPodStatus, jobs: Mapping[str, CellJob]) -> list[QLoRAJob]
 def next_pod(
     sweep: QLoRASweep, pod: SweepPodStatus, names: Sequence[str], jobs: Mapping[str, CellJob], facts: PodFacts
 ) -> PodPlan:
-    """The plan for the pod whose cells have these names. `jobs`: those that exist, also of other pods."""
+    """Plan the pod whose cells have these names.
+
+    `jobs`: those that exist, also of other pods.
+    """
     cells = _Cells(jobs, tuple(name for name in names if name not in pod.alone))
     job, observed = as_job(sweep, pod, names, jobs), facts.observed
     unfinished = [child for child in observed.children if not child.finished and not child.deleting]
@@ -191,7 +194,10 @@ def next_pod(
 
 
 def build_pod_job(sweep: QLoRASweep, name: str, action: CreateJob, cells: Sequence[QLoRAJob]) -> Manifest:
-    """The Job of a pod of that name that trains these cells. It is the sweep's: no cell's end is its end."""
+    """Build the Job of a pod of that name that trains these cells.
+
+    The sweep owns it: it outlives each cell.
+    """
     first = cells[0]
     resolved = first.status.resolved
     if resolved is None:
@@ -237,7 +243,10 @@ def _uids(sweep: QLoRASweep, jobs: Mapping[str, CellJob]) -> dict[str, str]:
 
 
 def _state(cell: CellJob | None) -> _State:
-    """The state of the cell for its pod. One that cannot continue does not hold the others up."""
+    """Return the state of the cell for its pod.
+
+    One that cannot continue does not delay the others.
+    """
     job = cell.job if cell is not None else None
     if cell is None or job is None or job.deleting or job.spec.suspend or job.problem:
         return "out"
@@ -257,7 +266,7 @@ def _has_used_its_hours(job: QLoRAJob) -> bool:
 
 
 def _gone(pod: SweepPodStatus, trains: Sequence[str], jobs: Mapping[str, CellJob]) -> frozenset[str]:
-    """UIDs of the cells that the pod trains, or has trained, and that count no GPU time any more."""
+    """Return UIDs of the pod's cells, also earlier ones, that count no more GPU time."""
     counted = (uid for entry in (pod.usage.pods if pod.usage else ()) for uid in entry.trained or ())
     counting = {
         cell.uid
@@ -268,7 +277,7 @@ def _gone(pod: SweepPodStatus, trains: Sequence[str], jobs: Mapping[str, CellJob
 
 
 def _choose(sweep: QLoRASweep, pod: SweepPodStatus, cells: _Cells) -> SweepPodStatus:
-    """The pod with the cells that its next Job is to train; one that fits no other continues alone."""
+    """Select the cells of the pod's next Job: one that fits no other continues alone."""
     ready, coming = cells.ready(), cells.coming()
     if sweep.spec.suspend or coming or not ready:
         counted = f"{len(ready)} of {len(cells.names)} cells of this pod are prepared"
@@ -286,13 +295,13 @@ def _choose(sweep: QLoRASweep, pod: SweepPodStatus, cells: _Cells) -> SweepPodSt
 
 
 def _must_be_equal(job: QLoRAJob) -> tuple[str, str]:
-    """Values that only the workspaces show: cells of a sweep share all other settings of the pod."""
+    """Return the values that only workspaces show: cells share all other pod settings."""
     resolved, base = job.status.resolved, job.status.base
     return resolved.profile.image if resolved is not None else "", base.sha256 if base is not None else ""
 
 
 def _fitting(jobs: Sequence[QLoRAJob]) -> Sequence[QLoRAJob]:
-    """The first of the cells, as many as surely fit one pod and its GPU together; one at least."""
+    """Return the first cells that surely fit one pod and GPU together, one at least."""
     count = len(jobs)
     while count > 1 and not (_fit_gpu(jobs[:count]) and _bytes(jobs[:count]) <= MAX_DOCUMENTS):
         count -= 1
@@ -338,7 +347,7 @@ def _follow(pod: SweepPodStatus, cells: _Cells, facts: Facts, *, may_create: boo
 
 
 def _is_to_be_replaced(pod: SweepPodStatus, cells: _Cells, observed: Observed) -> bool:
-    """Whether its Job trains a cell that is not to be trained, and no pod of it has begun."""
+    """Whether its Job trains a cell that it must not, and no pod of it has begun."""
     child = observed.child(pod.step.job_name)
     if child is None or child.finished:
         return False
@@ -349,7 +358,7 @@ def _is_to_be_replaced(pod: SweepPodStatus, cells: _Cells, observed: Observed) -
 
 
 def _left_alone(sweep: QLoRASweep, pod: SweepPodStatus, cells: _Cells) -> SweepPodStatus:
-    """The pod after the end of its Job: each of its cells has a separate train step from now on."""
+    """End the pod's Job: each of its cells has a separate train step from now on."""
     left = _Cells(cells.jobs, tuple(name for name in cells.names if name not in pod.cells))
     changes = {"cells": (), "alone": (*pod.alone, *pod.cells), "ended": False, "failures": 0, "disruptions": 0}
     changes |= {"active_seconds": 0, "step": _step(name_of(sweep, pod), pod.step.attempt + 1)}
@@ -362,7 +371,7 @@ def _ending(observed: Observed) -> Reason:
 
 
 def _with_reason(pod: SweepPodStatus, cells: _Cells, observed: Observed | None, reason: Reason) -> SweepPodStatus:
-    """The pod with the running pod of its Job, or why none runs, and the cells that wait for its next Job."""
+    """Add the Job's running pod, or the reason for none, and the waiting cells."""
     running = observed.reporting_pod(pod.step.job_uid) if observed is not None else None
     waiting = tuple(name for name in cells.names if name not in pod.cells and name not in pod.alone)
     return pod.model_copy(

@@ -1,4 +1,4 @@
-"""A QLoRASweep and its cells as they are stored, as typed frozen values; pure."""
+"""A stored QLoRASweep and its cells, as typed frozen values."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -54,7 +54,7 @@ class QLoRASweep:
 
     @property
     def claim_name(self) -> str:
-        """The claim that all cells use as their workspace: the template's, or one that is created for the sweep."""
+        """Return the claim of all cells' workspace: the template's, or the sweep's."""
         return self.spec.template.spec.workspace.claim_name or workspace_claim_name(self.name, self.uid)
 
     @property
@@ -67,7 +67,7 @@ class QLoRASweep:
         return cells(self.name, self.spec, self.claim_name)
 
     def as_job(self) -> QLoRAJob:
-        """The template as a QLoRAJob that is never created: what the administrator's settings say of it."""
+        """Return the template as a QLoRAJob, never created, to check settings with."""
         return QLoRAJob(
             namespace=self.namespace,
             name=self.name,
@@ -82,7 +82,7 @@ class QLoRASweep:
 
 @dataclass(frozen=True)
 class StoredSweep:
-    """A sweep whose spec this version cannot read, so that it can only say so."""
+    """A sweep whose spec this version cannot read, to update its status only."""
 
     namespace: str
     name: str
@@ -93,17 +93,17 @@ class StoredSweep:
 
 
 class UnreadableSweepError(UnreadableJobError):
-    """A QLoRASweep that another version of the schema admitted and that this operator cannot read."""
+    """A QLoRASweep of another schema version that this operator cannot read."""
 
     def __init__(self, message: str, stored: StoredSweep | None) -> None:
-        """`stored`: what is to have the message in its status; None if that cannot be read either."""
+        """`stored`: the sweep whose status gets the message, or None if unreadable too."""
         super().__init__(message)
         self.stored = stored
 
 
 @dataclass(frozen=True, slots=True)
 class CellJob:
-    """What is read of the QLoRAJob of a cell."""
+    """The fields read of a cell's QLoRAJob."""
 
     name: str
     uid: str
@@ -112,9 +112,9 @@ class CellJob:
     suspended_by_sweep: bool
     """Whether its `suspend` was set by its sweep, and so is the sweep's to take back."""
     stopped_by_sweep: bool = False
-    """Whether its sweep has stopped it for good; whoever resumes it lets it run to its end."""
+    """Whether its sweep has stopped it for good; a user who resumes it lets it run to its end."""
     retried: bool = False
-    """Whether its user has raised retry.request, and it goes on as soon as its operator has seen that."""
+    """Whether its user has raised retry.request, so that it continues with the next pass."""
     progress: str = ""
     total_steps: int = 0
     """Optimizer steps of its run; 0 if that is not known."""
@@ -130,7 +130,7 @@ class CellJob:
     sha256: str = ""
     reason: str = ""
     continues: str = ""
-    """The cell whose run it takes up, to publish its adapter; empty for a cell."""
+    """The cell whose run it continues, to publish its adapter; empty for a cell."""
     cleanup_after_seconds: int | None = None
     started: bool = False
     """Whether it needs no other job any more."""
@@ -146,13 +146,13 @@ class CellJob:
 
     @property
     def rests(self) -> bool:
-        """Whether its sweep has stopped it for good, and it has come to rest since: its GPU is free."""
+        """Whether its sweep has stopped it for good, and its GPU is free since."""
         stopped = self.stopped_by_sweep and self.suspend and not self.suspended_by_sweep
         return stopped and self.phase == "Suspended"
 
 
 def parse_sweep(body: Object) -> QLoRASweep:
-    """The stored QLoRASweep. Raises UnreadableSweepError if this version of the operator cannot read it."""
+    """Parse the stored QLoRASweep. Raises UnreadableSweepError if that fails."""
     metadata, labels = body["metadata"], body["metadata"].get("labels") or {}
     stored = _stored(body)
     try:
@@ -192,9 +192,10 @@ def _stored(body: Object) -> StoredSweep:
 
 
 def parse_cell(body: Object, sweep_uid: str) -> CellJob | None:
-    """A QLoRAJob that the sweep controls; None for any other, whatever its labels are.
+    """Parse a QLoRAJob that the sweep controls.
 
-    A status that this version cannot read counts as that of a cell that runs.
+    Returns None for another, despite its labels. A status that this version cannot read counts as that of a cell that
+    runs.
     """
     if controller_uid(body) != sweep_uid:
         return None
@@ -265,7 +266,7 @@ def _run(status: QLoRAJobStatus) -> FoundRun:
 
 
 def sweep_of(body: Object) -> str | None:
-    """Name of the QLoRASweep that controls the QLoRAJob, as it says itself; None if none does."""
+    """Return the QLoRASweep named as the QLoRAJob's controller, or None if none is."""
     owners = body["metadata"].get("ownerReferences") or ()
     names = (
         str(owner["name"])
@@ -276,7 +277,7 @@ def sweep_of(body: Object) -> str | None:
 
 
 def sweep_of_child(body: Object) -> tuple[str, str] | None:
-    """Namespace and name of the QLoRASweep whose train Job, or pod of one, it is by its labels; None if of none."""
+    """Return namespace and name of the sweep that a Job, or its pod, has as labels."""
     metadata = body["metadata"]
     labels = metadata.get("labels") or {}
     of_sweep = SWEEP_LABEL in labels and labels.get(JOB_UID_LABEL) == labels.get(SWEEP_UID_LABEL)
@@ -284,9 +285,10 @@ def sweep_of_child(body: Object) -> tuple[str, str] | None:
 
 
 def build_cell(sweep: QLoRASweep, cell: Cell, cells_in_pod: int = 1) -> Manifest:
-    """The QLoRAJob of a cell. Of the sweep's labels it gets Kueue's only: others would be taken for its own.
+    """Build the QLoRAJob of a cell.
 
-    `cells_in_pod`: how many cells one pod trains together, this one among them.
+    Of the sweep's labels it gets only Kueue's: tools would attribute others to the cell. `cells_in_pod`: number of
+    cells that one pod trains together, this one among them.
     """
     halving = sweep.spec.halving
     rungs = halving.rungs(cell.spec.training.max_steps) if halving is not None else ()
@@ -307,7 +309,10 @@ def build_cell(sweep: QLoRASweep, cell: Cell, cells_in_pod: int = 1) -> Manifest
 
 
 def build_sweep_claim(sweep: QLoRASweep, profile: Profile) -> Manifest:
-    """The PersistentVolumeClaim of all cells. With `retain` it has no owner, so that adapters outlive the sweep."""
+    """Build the PersistentVolumeClaim of all cells.
+
+    With `retain` it has no owner, so that adapters outlive the sweep.
+    """
     workspace, defaults = sweep.spec.template.spec.workspace, profile.workspace
     spec: Manifest = {
         "accessModes": list(workspace.access_modes or (defaults.access_mode,)),
@@ -327,24 +332,24 @@ def is_of_sweep(found: Object, sweep: QLoRASweep) -> bool:
 
 
 def suspension(cell: CellJob, suspend: bool) -> Manifest:
-    """The change by which a sweep suspends this very cell, or takes that back."""
+    """Build the patch that suspends this very cell, or resumes it."""
     mark = {SUSPENDED_ANNOTATION: "true" if suspend else None}
     return {"metadata": {"uid": cell.uid, "annotations": mark}, "spec": {"suspend": suspend}}
 
 
 def stop(cell: CellJob, why: str) -> Manifest:
-    """The change by which a sweep stops this very cell for good. It keeps its checkpoint."""
+    """Build the patch that stops this very cell for good, with its checkpoint."""
     marks = {STOPPED_ANNOTATION: why, SUSPENDED_ANNOTATION: None}
     return {"metadata": {"uid": cell.uid, "annotations": marks}, "spec": {"suspend": True}}
 
 
 def cleanup(cell: CellJob, seconds: int) -> Manifest:
-    """The change by which a sweep lets this very cell be cleaned up."""
+    """Build the patch that lets this very cell be cleaned up."""
     return {"metadata": {"uid": cell.uid}, "spec": {"cleanupAfterSeconds": seconds}}
 
 
 def labels_of(sweep: QLoRASweep) -> dict[str, str]:
-    """The labels of what is created for the sweep."""
+    """Return the labels of objects created for the sweep."""
     return {
         "app.kubernetes.io/part-of": "qlora",
         "app.kubernetes.io/managed-by": "qlora-operator",
@@ -354,7 +359,7 @@ def labels_of(sweep: QLoRASweep) -> dict[str, str]:
 
 
 def owner_of(sweep: QLoRASweep, *, controller: bool) -> Manifest:
-    """The reference by which the sweep owns an object."""
+    """Build the sweep's owner reference."""
     owner = {
         "apiVersion": API_VERSION,
         "kind": SWEEP_KIND,

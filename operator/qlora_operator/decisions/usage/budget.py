@@ -1,4 +1,4 @@
-"""Forecasts the GPU hours of a job, and stops one that has used up what it may; pure."""
+"""Forecasts the GPU hours of a job, and stops one that has used up its budget."""
 
 from datetime import datetime, timedelta
 
@@ -30,7 +30,7 @@ _SECONDS = 3600
 
 
 def allowed_seconds(job: QLoRAJob, status: QLoRAJobStatus) -> float | None:
-    """GPU seconds that the job may use, by its own budget and the profile's limit; None if there is neither."""
+    """Return the GPU seconds in the job's budget and the profile's limit."""
     own = job.spec.budget.gpu_hours if job.spec.budget is not None else None
     limit = status.resolved.gpu_hours if status.resolved is not None else None
     hours = min((hours for hours in (own, limit) if hours is not None), default=None)
@@ -38,21 +38,24 @@ def allowed_seconds(job: QLoRAJob, status: QLoRAJobStatus) -> float | None:
 
 
 def limit_of_hours(profile: Profile) -> float | None:
-    """GPU hours that the profile allows one job; None if it has no such limit."""
+    """Return the GPU hours that the profile allows one job, or None without a limit."""
     return (profile.limits or Limits()).gpu_hours
 
 
 def enforce_budget(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
-    """Fail a job that has used the GPU hours that it may. Its pod saves a checkpoint, from which a retry goes on."""
+    """Fail a job that has used its GPU hours.
+
+    Its pod saves a checkpoint, and a retry resumes from it.
+    """
     allowed, step = allowed_seconds(facts.job, status), status.step
     if is_finished(status) or allowed is None or step is None or step.name not in _STOPPED_STEPS:
         return status
     if not gpus_of_a_pod(facts.job, status) or trained_by(status, facts.shared):
-        # The pod of the sweep goes on whatever becomes of this cell.
+        # The pod of the sweep continues without this cell.
         return status
     pods = facts.observed.pods_of(step.job_uid)
     if any(pod.exited_well for pod in pods) and not any(has_gpus(pod) for pod in pods):
-        return status  # the run is at its end, which its Job is about to say
+        return status  # the run has finished, and its Job is about to report it
     counted = count_usage(status, facts, until_now=True)
     if used_seconds(counted) < allowed:
         return status
@@ -62,7 +65,10 @@ def enforce_budget(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 
 
 def budget_at(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetime) -> datetime | None:
-    """When the pods that run now will have used up the budget; None if nothing runs or there is none."""
+    """Return when the running pods will have used up the budget.
+
+    Returns None if nothing runs or there is none.
+    """
     allowed, gpus, step = allowed_seconds(job, status), gpus_at_a_time(job, status, observed.pods), status.step
     if allowed is None or not gpus or step is None or step.name not in _STOPPED_STEPS:
         return None
@@ -71,7 +77,10 @@ def budget_at(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: da
 
 
 def forecast_of_work(status: QLoRAJobStatus, work: WorkStatus) -> QLoRAJobStatus:
-    """The status with the GPU hours that prepare's figures and the profile's GPU make likely; as it is without them."""
+    """Forecast the GPU hours from prepare's figures and the profile's GPU.
+
+    Without them the status stays as it is.
+    """
     profile = status.resolved.profile if status.resolved is not None else None
     if profile is None or profile.gpu_tflops is None or profile.gpu_resource is None:
         return status
@@ -86,7 +95,7 @@ def forecast_of_work(status: QLoRAJobStatus, work: WorkStatus) -> QLoRAJobStatus
 
 
 def follow_forecast(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
-    """The status with a forecast from the pace of the run, once that is known, and whether it is within the budget."""
+    """Forecast from the pace of the run, once known, and compare with the budget."""
     if is_finished(status):
         return status
     record = facts.progress
@@ -114,7 +123,7 @@ def _forecast_of_pace(status: QLoRAJobStatus, facts: Facts, remaining: float) ->
 
 
 def _part_of_shared_pod(status: QLoRAJobStatus, facts: Facts) -> float:
-    """The part of the job of the GPUs of the pod in which its sweep trains it with other cells."""
+    """Return the job's part of the GPUs of its sweep's shared pod."""
     entries = status.usage.pods if status.usage is not None else ()
     return sum(gpus_of_a_pod(facts.job, status) / entry.jobs for entry in entries if entry.end is None)
 

@@ -1,14 +1,15 @@
-"""Counts the GPU seconds of a job's train pods, and those that are in no checkpoint; pure.
+"""Counts the GPU seconds of a job's train pods, and those in no checkpoint.
 
 `status.usage.pods` has an entry for each of the latest pods, whose numbers only grow, and the sums grow by as much. So
-a pod counts once, whatever is observed how often and in which order, and after a restart as before. An entry is dropped
-once its pod has ended and many have come after it. `countedUntil` is when the last pod without an entry was created,
-and `endedUntil` when the last of them had ended: a pod that was created before the one and has GPUs after the other
-waited for its node in between, and counts from then on. So whoever makes many pods of a job hides none of the others.
+a pod counts once, however often and in whatever order it is observed, and after a restart as before. An entry is
+dropped once its pod has ended and many have come after it. `countedUntil` is when the last pod without an entry was
+created, and `endedUntil` when the last of them had ended: a pod that was created before the one and has GPUs after the
+other waited for its node in between, and counts from then on. So a user who makes many pods of a job hides none of the
+others.
 
-The pod of a sweep trains several cells, each of which has an even part of its time: the sweep counts it, and the cells
-copy the entry from the sweep's status. One that is deleted, or has ended, copies no more: its part of what the pod runs
-on is the sweep's, for good. The entry says after which second: the last that was stored until then, so that no other
+The pod of a sweep trains several cells, and each has an even part of its time: the sweep counts it, and the cells copy
+the entry from the sweep's status. One that is deleted, or has ended, copies no more: its part of the pod's later time
+is the sweep's, for good. The entry has the second of that change: the last that was stored until then, so that no other
 could be copied. So each second of each part counts once, also if a cell comes back.
 """
 
@@ -28,22 +29,22 @@ from qlora_operator.decisions.pods.attempts import LONGEST_WITHOUT_NEWS, is_stop
 _KEPT_PODS = 8
 """Pods that have ended and are still listed; of several nodes, so many more as an attempt has pods."""
 _MOST_PODS = 88
-"""Own pods that have not ended and are listed. Somebody may make thousands that look like those of the Job: as long as
+"""Own pods that have not ended and are listed. A user may make thousands that look like those of the Job: as long as
 one of these holds back an entry, 88 count."""
 _MOST_LISTED = 160
 """Entries, above which those of pods that have ended are dropped although an earlier pod is still to be listed."""
 _SEEN_AFTER = 60
 """Seconds for which a pod has its GPUs before it is listed, if its trainer does not run until then."""
 _LONGEST_UNCOUNTED = timedelta(minutes=5)
-"""After which the time of a pod that runs is counted without news of it: what is not, is lost if the pod vanishes."""
+"""The longest uncounted time of a silent running pod: it is lost if the pod vanishes."""
 _NUMBERS = ("seconds", "startup_seconds", "lost_seconds")
 
 
 def count_usage(status: QLoRAJobStatus, facts: Facts, *, until_now: bool = False) -> QLoRAJobStatus:
-    """The status with the GPU time of every train pod that is observed, or has vanished.
+    """Count the GPU time of every train pod that is observed, or has vanished.
 
-    The time of pods that run is brought up to date where a report of progress changes the status anyway, every five
-    minutes, or with `until_now`: it is no reason for a write more often.
+    The time of running pods is updated where a report of progress changes the status anyway, every five minutes, or
+    with `until_now`: it is no reason for a write more often.
     """
     gpus = gpus_of_a_pod(facts.job, status)
     if not gpus:
@@ -69,7 +70,7 @@ def count_usage(status: QLoRAJobStatus, facts: Facts, *, until_now: bool = False
 
 
 def gpus_of_a_pod(job: QLoRAJob, status: QLoRAJobStatus) -> int:
-    """GPUs that one train pod has; 0 if the profile requests none."""
+    """Return the GPUs of one train pod, 0 if the profile requests none."""
     if status.resolved is None or status.resolved.profile.gpu_resource is None:
         return 0
     return job.spec.resources.gpus
@@ -81,7 +82,7 @@ def used_seconds(status: QLoRAJobStatus) -> int:
 
 
 def gpus_at_a_time(job: QLoRAJob, status: QLoRAJobStatus, pods: Iterable[Pod]) -> float:
-    """GPUs that the job has now; of those of a pod that trains several cells, the parts that count for it."""
+    """Return the job's GPUs now, its part only of a pod that trains several cells."""
     return gpus_of_a_pod(job, status) * sum(map(_share, _running(status, pods)))
 
 
@@ -93,7 +94,7 @@ def uncounted_seconds(job: QLoRAJob, status: QLoRAJobStatus, pods: Iterable[Pod]
 
 
 def counted_again_at(status: QLoRAJobStatus, pods: Iterable[Pod]) -> datetime | None:
-    """When the time of a pod that runs is to be counted again although nothing is heard of it; None if none runs."""
+    """Return when to recount a silent running pod, or None if none runs."""
     return min((_last_counted(entry) + _LONGEST_UNCOUNTED for entry in _running(status, pods)), default=None)
 
 
@@ -114,7 +115,7 @@ def has_gpus(pod: Pod) -> bool:
 
 
 def still_counts(job: QLoRAJob) -> bool:
-    """Whether the time of one of the job's own pods is not counted up to its end, also if that is gone."""
+    """Whether a pod of the job, also a vanished one, is not counted to its end."""
     usage, own = job.status.usage, _train(job)
     return usage is not None and any(entry.end is None and entry.name.startswith(own) for entry in usage.pods)
 
@@ -152,25 +153,25 @@ def _observed(status: QLoRAJobStatus, facts: Facts, before: UsageStatus, *, curr
             entry = PodUsage(name=pod.name, uid=pod.uid, **times, **jobs)
             yield _advanced(entry, pod, status, facts)
         elif (current or _is_over(pod) or _is_behind(entry, facts.now)) and not _ends_its_job(pod, facts):
-            # Also if it had vanished: somebody may have hidden it from the watches.
+            # Also if it had vanished: a user may have hidden it from the watches.
             yield _advanced(entry, pod, status, facts)
 
 
 def _is_own(pod: Pod, status: QLoRAJobStatus, facts: Facts) -> bool:
-    """Whether it is a pod of a train Job of this job: anybody may give a pod labels and a name."""
+    """Whether it is a pod of this job's train Job: any user may set labels and a name."""
     owners = {child.uid for child in facts.observed.children}
     owners |= {status.step.job_uid} if status.step is not None else set()
     return bool(pod.owner_uid) and pod.owner_uid in owners
 
 
 def _ends_its_job(pod: Pod, facts: Facts) -> bool:
-    """Whether it is counted with the end of its Job, which follows at once."""
+    """Whether it is counted with the end of its Job, which follows immediately."""
     child = next((child for child in facts.observed.children if child.uid == pod.owner_uid), None)
     return pod.decisive and not pod.detached and child is not None and not child.finished
 
 
 def _uncounted_since(pod: Pod, since: datetime, before: UsageStatus) -> datetime | None:
-    """From when the time of a pod that is not listed is in no sum; None if all of it may be in one."""
+    """Return the start of an unlisted pod's uncounted time, or None without any."""
     dropped_until = _dropped_until(pod.created, before)
     if dropped_until is None or not _is_over(pod):
         return max(since, dropped_until or since)
@@ -179,7 +180,7 @@ def _uncounted_since(pod: Pod, since: datetime, before: UsageStatus) -> datetime
 
 
 def _dropped_until(created: datetime, before: UsageStatus) -> datetime | None:
-    """Until when a pod that was created then, and is not listed, may be in the sums; None if it is not."""
+    """Return the end of an unlisted pod's time in the sums, or None without any."""
     if before.counted_until is None or created > parse_time(before.counted_until):
         return None
     return parse_time(before.ended_until or before.counted_until)
@@ -191,7 +192,7 @@ def _train(job: QLoRAJob) -> str:
 
 
 def _since(pod: Pod) -> datetime | None:
-    """When the pod got its node; None if it has none."""
+    """Return when the pod got its node, or None if it has none."""
     started = pod.termination.started if pod.termination else None
     return pod.scheduled or pod.running_since or started
 
@@ -201,7 +202,7 @@ def _is_over(pod: Pod) -> bool:
 
 
 def _advanced(entry: PodUsage, pod: Pod, status: QLoRAJobStatus, facts: Facts) -> PodUsage:
-    """The entry of a pod as it is now, with how it ended and what is lost if it has."""
+    """Return the current entry of a pod, with its end and its loss if it has ended."""
     record = facts.progress if facts.progress is not None and _reports_on(facts.progress.pod_uid, pod, facts) else None
     result = pod.result(facts.job.uid, "train")
     trained_since = (record and record.training_since) or (result and result.training_since) or entry.trained_since
@@ -212,20 +213,20 @@ def _advanced(entry: PodUsage, pod: Pod, status: QLoRAJobStatus, facts: Facts) -
     seconds = max(0, int((until - parse_time(entry.since)).total_seconds()))
     entry = entry.model_copy(update={"seconds": seconds, "trained_since": trained_since})
     if pod.missed_peers:
-        # Of several nodes, it has waited for the others in vain.
+        # Of several nodes, it has waited for the others until the limit.
         return entry.model_copy(update={"startup_seconds": seconds, "end": entry.end or "disruption"})
     return _with_end(entry, _end_of(pod, facts), status, result) if over else _with_startup(entry)
 
 
 def _reports_on(reporting: str, pod: Pod, facts: Facts) -> bool:
-    """Whether the pod of that UID reports for this one too: node 0 does for all nodes of its attempt."""
+    """Whether the pod of that UID reports for this one too, as node 0 does."""
     if reporting == pod.uid:
         return True
     return any(each.uid == reporting and each.owner_uid == pod.owner_uid for each in facts.observed.pods)
 
 
 def _ended_at(entry: PodUsage, pod: Pod, now: datetime) -> datetime:
-    """When the pod has ended, at the latest: of one that the kubelet evicts, it may not say."""
+    """Return the latest possible end of the pod: an evicted one may not report one."""
     if pod.termination is not None and pod.termination.finished is not None:
         return pod.termination.finished
     if entry.end is not None:
@@ -239,7 +240,7 @@ def _last_counted(entry: PodUsage) -> datetime:
 
 
 def _end_of(pod: Pod, facts: Facts) -> PodEnd:
-    """How a pod has ended, for the bill: that it was stopped on purpose is no disruption."""
+    """Classify the end of a pod for the usage: a stop on purpose is no disruption."""
     if pod.exited_well:
         return "completed"
     if pod.interrupted or pod.lost_peer:
@@ -271,7 +272,7 @@ def _with_end(entry: PodUsage, end: PodEnd, status: QLoRAJobStatus, result: Resu
 
 
 def _vanished(status: QLoRAJobStatus, facts: Facts, before: UsageStatus) -> Iterator[PodUsage]:
-    """The entries of pods that had not ended and are gone: deleted by force, or with their node."""
+    """Yield entries of pods that are gone without an end, by force or with their node."""
     there, own = {pod.uid for pod in facts.observed.pods}, _train(facts.job)
     for entry in before.pods:
         if entry.uid in there or entry.end is not None or not entry.name.startswith(own):
@@ -289,7 +290,7 @@ def _vanished(status: QLoRAJobStatus, facts: Facts, before: UsageStatus) -> Iter
 
 
 def _of_sweep(facts: Facts, before: UsageStatus, *, current: bool) -> Iterator[PodUsage]:
-    """The entries of the pods of the job's sweep that train, or have trained, the job with other cells."""
+    """Yield the entries of the sweep's pods that train, or have trained, the job."""
     known = {entry.uid: entry for entry in before.pods}
     for entry in _copied(facts):
         old = known.get(entry.uid)
@@ -302,7 +303,7 @@ def _of_sweep(facts: Facts, before: UsageStatus, *, current: bool) -> Iterator[P
 
 
 def _copied(facts: Facts) -> Iterator[PodUsage]:
-    """The entries of the sweep's pods without what comes after the sweep has taken over the cell's part."""
+    """Yield the sweep's entries up to the takeover of the cell's part by the sweep."""
     for entry in facts.shared.counted if facts.shared is not None else ():
         parts = (part.after_seconds for part in entry.taken_over or () if part.uid == facts.job.uid)
         later = _after(next(parts, entry.seconds), entry)
@@ -351,7 +352,7 @@ def _merged(old: PodUsage | None, new: PodUsage, gone: Set[str]) -> PodUsage:
 
 
 def _part(entry: PodUsage | None, name: str, gpus: int) -> int:
-    """Of that number of the pod's seconds, the part that counts for the job, or for the sweep, times its GPUs."""
+    """Return the job's or the sweep's part of the pod's seconds, times its GPUs."""
     if entry is None:
         return 0
     counted = [entry] if entry.trained is None else []
@@ -370,7 +371,7 @@ def _with_losses(lost: LostGpuSeconds, old: PodUsage | None, new: PodUsage, gpus
 
 
 def _next_to_list(listed: list[PodUsage], before: UsageStatus, status: QLoRAJobStatus, facts: Facts) -> datetime | None:
-    """When the first pod was created that has a node and is to be listed yet, as it waits for its first report."""
+    """Return when the first unlisted pod with a node was created: it waits to report."""
     known = {entry.uid for entry in listed}
     pods = (pod for pod in facts.observed.pods if pod.uid not in known and pod.name.startswith(_train(facts.job)))
     own = (pod.created for pod in pods if has_gpus(pod) and _is_own(pod, status, facts))
@@ -383,7 +384,7 @@ def _next_to_list(listed: list[PodUsage], before: UsageStatus, status: QLoRAJobS
 def _kept(
     entries: list[PodUsage], before: UsageStatus, next_to_list: datetime | None, facts: Facts
 ) -> dict[str, object]:
-    """The entries that stay, and until when pods that have none were created and had ended."""
+    """Return the entries that stay, and the latest creation and end of dropped ones."""
     over = sorted((entry for entry in entries if entry.end is not None), key=_last_counted)
     surplus = max(0, len(over) - _KEPT_PODS - facts.job.spec.resources.node_count)
     excess = len(entries) - _MOST_LISTED
@@ -406,7 +407,7 @@ def _kept(
 
 
 def _for_people(usage: UsageStatus, status: QLoRAJobStatus) -> UsageStatus:
-    """With the hours and the cost, at the price of the profile with which the job was started or last retried."""
+    """Add hours and cost, at the profile's price at the last start or retry."""
     profile = status.resolved.profile if status.resolved is not None else None
     cost = None if profile is None else cost_text(usage.gpu_seconds, profile.gpu_hour_price, profile.currency)
     return usage.model_copy(update={"gpu_hours": hours_text(usage.gpu_seconds), "cost": cost})
