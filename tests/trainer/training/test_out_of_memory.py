@@ -76,9 +76,8 @@ def test_running_out_of_gpu_memory_reports_its_use_and_advice(
     assert found.exit_code is ExitCode.GPU_OUT_OF_MEMORY
     assert advice in found.message
     size = training.get("microBatchSize", 1)
-    assert re.search(rf"measured peak of \d+\.\d GiB with microBatchSize {size}; the estimate is \d", found.message)
-    # Memory outside the peak, such as logits that are smaller than the layers' work, is not named.
-    assert re.search(r"GiB \(base model .*, adapter .*, optimizer .*, activations .*, CUDA .*\)", found.message)
+    # Prepare runs no dry run for a CPU; the shares of one are in the next test.
+    assert re.search(rf"measured peak of \d+\.\d GiB with microBatchSize {size}; there is no estimate:", found.message)
 
 
 ANSWERED = {
