@@ -102,7 +102,8 @@ def test_the_run_learns_to_prefer_the_chosen_answers_and_reports_it(tmp_path: Pa
 
 
 def test_the_result_has_loss_and_accuracy_of_the_adapter_that_is_kept(tmp_path: Path, tiny_llama: Path) -> None:
-    unsteady = {"keep": "best", "learningRate": 0.3, "evalEverySteps": 1, "warmupSteps": 0, "maxSteps": 3}
+    # The second step at this rate overshoots by far, on any processor.
+    unsteady = {"keep": "best", "learningRate": 0.5, "evalEverySteps": 1, "warmupSteps": 0, "maxSteps": 2}
     context, records = job(tmp_path / "workspace", tiny_llama, {"training": unsteady}), Recorded()
     record = run(context, records=records)
     curve = {line["step"]: line for line in history(context) if "evalLoss" in line}
