@@ -31,6 +31,10 @@ from tests.support.ranks import EXACT, TWO, succeeded, workspace
 from tests.support.servers import HTPASSWD, give_login, registry
 from tests.support.tiny import JOB_UID, POD_UID, SHAPE, Recorded, chat_row, merged, save_model, write_rows
 
+# Autograd counts the devices once, at its first use. Inside or after a FakeTensorMode, which torch.compile has too, it
+# counts a GPU that is not there and starts a thread for it: no process forked afterwards can train.
+torch.ones(1, requires_grad=True).sum().backward()
+
 MakeContext = Callable[..., StepContext]
 
 

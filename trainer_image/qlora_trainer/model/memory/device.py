@@ -29,8 +29,6 @@ _GRAPH_TASK = 1
 @contextmanager
 def fake_cuda(capability: tuple[int, int] = AMPERE) -> Iterator[None]:
     """Create tensors without data. Those on `cuda` have this compute capability."""
-    # If autograd starts inside, it starts a thread for the GPU, and no fork of this process can train afterwards.
-    torch.ones(1, requires_grad=True).sum().backward()
     stand_ins: tuple[tuple[Any, str, Any], ...] = (
         (torch.cuda, "get_device_capability", lambda _device=None: capability),
         (torch.cuda, "is_bf16_supported", lambda **_: True),
