@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, Field
 
@@ -35,16 +35,22 @@ TEMPLATE_NAMES = ("chatml", "gemma", "llama-3", "mistral", "zephyr")
 class HubSource:
     """A repository of the Hugging Face Hub, and a file or folder in it (empty: all of it)."""
 
+    scheme: ClassVar[str] = "hf"
     repository: str
     path: str = ""
     commit: str | None = None
     """None: the newest."""
+
+    def __str__(self) -> str:
+        path = f"/{self.path}" if self.path else ""
+        return f"hf://{self.repository}{path}" + (f"@{self.commit}" if self.commit else "")
 
 
 @dataclass(frozen=True)
 class VolumeSource:
     """A path (empty: the root) on a PersistentVolumeClaim of the job's namespace."""
 
+    scheme: ClassVar[str] = "pvc"
     claim: str
     path: str = ""
 
@@ -56,6 +62,7 @@ class VolumeSource:
 class ConfigMapSource:
     """One key of a ConfigMap of the job's namespace."""
 
+    scheme: ClassVar[str] = "configMap"
     name: str
     key: str
 
@@ -77,6 +84,7 @@ class ObjectStoreSource:
 class RegistrySource:
     """An artifact of an OCI registry, by tag, digest or both."""
 
+    scheme: ClassVar[str] = "oci"
     registry: str
     """Host, with the port if it is not the usual one."""
     repository: str

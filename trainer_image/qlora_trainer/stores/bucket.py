@@ -76,8 +76,6 @@ class Bucket:
     endpoint: str
     """URL of the store."""
     route: Route
-    settings: str
-    """The profile's fields that decide where it is, for messages."""
     access: "Access"
 
 

@@ -246,10 +246,10 @@ class Hub:
                 )
             )
 
-    def find(self, repository: str) -> Listing | None:
-        """The files of a model's default branch, or None if the token sees none."""
+    def find(self, repository: str, revision: str | None = None) -> Listing | None:
+        """The files of a model at the revision or on its default branch, or None if the token sees no model."""
         try:
-            return self.list("model", repository, None)
+            return self.list("model", repository, revision)
         except StepFailure as failure:
             # A gated repository exists; the class of its error is below this one.
             if type(failure.__cause__) is RepositoryNotFoundError:
