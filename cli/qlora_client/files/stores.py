@@ -9,15 +9,15 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import get_token
 
 from qlora_api.contract import ExitCode
 from qlora_api.sources import SCHEMES, RegistrySource, Scheme, Source
 from qlora_client.files.published import Folder, OnBytes, PublishedFile
+from qlora_client.kube.cluster import Object
 from qlora_client.kube.errors import ClusterError, MissingError
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure
@@ -28,7 +28,7 @@ _ANSWER = re.compile(r"\(HTTP [^)]*\)?[^)]*\)")
 
 
 @contextmanager
-def open_store(source: Source, profile: Mapping[str, Any]) -> Iterator[Folder]:
+def open_store(source: Source, profile: Object) -> Iterator[Folder]:
     """The folder at the address. `profile`: that of the job, which names the servers. Raises ClusterError.
 
     A later denial of the server is a ClusterError too.
@@ -52,13 +52,12 @@ def open_store(source: Source, profile: Mapping[str, Any]) -> Iterator[Folder]:
 
 
 @contextmanager
-def _server_of(scheme: Scheme, profile: Mapping[str, Any]) -> Iterator[None]:
+def _server_of(scheme: Scheme, profile: Object) -> Iterator[None]:
     """Have the environment name the profile's server, as in a job's pod, unless the user has set another."""
     missing, unnamed = {}, []
     for setting in scheme.settings:
-        value: Any = profile
-        for key in setting.path:
-            value = (value or {}).get(key)
+        *parts, name = setting.path
+        value = reduce(lambda found, part: found.get(part) or {}, parts, profile).get(name)
         if value and not os.environ.get(setting.variable):
             missing[setting.variable] = str(value)
             if setting.names_server and value != setting.default:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -14,6 +14,7 @@ from qlora_api.sources import RegistrySource, parse_source
 from qlora_client.files.adapter import copy_published
 from qlora_client.files.published import ADAPTER, DamagedError
 from qlora_client.files.stores import open_store
+from qlora_client.kube.cluster import Object
 from qlora_client.kube.errors import ClusterError
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.stores.contents import Contents, describe_files
@@ -48,7 +49,7 @@ def _nobody_is_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
 
 
-def download(uri: str, profile: Mapping[str, Any], target: Path, contents: Contents) -> None:
+def download(uri: str, profile: Object, target: Path, contents: Contents) -> None:
     sha256 = describe_files(contents)[ADAPTER].sha256
     with open_store(parse_source(uri), profile) as folder:
         copy_published(folder, uri, sha256, target, lambda _done, _all: None)

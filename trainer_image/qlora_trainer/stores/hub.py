@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -366,7 +366,7 @@ def _is_retryable(error: Exception) -> bool:
     return isinstance(error, HfHubHTTPError) and is_retryable(error.response.status_code, conflicts=True)
 
 
-def _byte_counter(on_bytes: Callable[[int], None]) -> type[Any]:
+def _byte_counter(on_bytes: Callable[[int], None]) -> type[object]:
     """A progress bar class for the client, which calls `on_bytes`.
 
     Of two bars for one file the larger counts.
