@@ -134,8 +134,8 @@ class Scheme:
     secret_keys: tuple[str, ...] = ()
     """Keys of the Secret that must exist."""
     optional_secret_keys: tuple[str, ...] = ()
-    keys_text: str = ""
-    """All keys, for people."""
+    described_keys: str = ""
+    """All keys, for people, if that is more than a choice of them."""
     is_object_store: bool = False
     redacted: tuple[str, ...] = ()
     """Patterns of its credentials, which no record shows."""
@@ -144,6 +144,11 @@ class Scheme:
     """Environment variables that hold credentials of a user, one of which is enough."""
     login: str = ""
     """What a user does to get access. `{server}` stands for the address's first part."""
+
+    @property
+    def keys(self) -> str:
+        """The keys of its Secret, for people; empty without any."""
+        return self.described_keys or " or ".join((*self.secret_keys, *self.optional_secret_keys))
 
 
 def _hub_source(owner: str, rest: str) -> Source:
@@ -174,7 +179,7 @@ SCHEMES: Mapping[str, Scheme] = {
             is_object_store=True,
             secret_keys=("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
             optional_secret_keys=("AWS_SESSION_TOKEN",),
-            keys_text="AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, for temporary credentials, AWS_SESSION_TOKEN",
+            described_keys="AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, for temporary credentials, AWS_SESSION_TOKEN",
             # Parameters that sign an address, of S3 and of CloudFront.
             redacted=(
                 r"(?<=[?&])(?i:x-amz-(?:credential|signature|security-token))=[^\s&\"']+",
@@ -194,7 +199,7 @@ SCHEMES: Mapping[str, Scheme] = {
             partial(ObjectStoreSource, scheme="gs"),
             is_object_store=True,
             secret_keys=("GOOGLE_SERVICE_ACCOUNT_KEY",),
-            keys_text="GOOGLE_SERVICE_ACCOUNT_KEY (JSON)",
+            described_keys="GOOGLE_SERVICE_ACCOUNT_KEY (JSON)",
             redacted=(r"(?<=[?&])(?i:x-goog-(?:credential|signature|security-token))=[^\s&\"']+",),
             settings=(ProfileSetting("GOOGLE_BASE_URL", ("googleStorage", "endpoint")),),
             own_credentials=(
@@ -213,7 +218,6 @@ SCHEMES: Mapping[str, Scheme] = {
             is_object_store=True,
             # One of them: without either, the step fails and is tried again.
             optional_secret_keys=("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN"),
-            keys_text="AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
             redacted=(r"(?i:accountkey)=[^;\s\"']+", r"(?<=[?&])(?i:sig)=[^\s&\"']+"),
             settings=(
                 ProfileSetting("AZURE_STORAGE_ACCOUNT_NAME", ("azureStorage", "account")),
@@ -228,7 +232,6 @@ SCHEMES: Mapping[str, Scheme] = {
             _HUB_MODEL,
             _hub_source,
             secret_keys=("token",),
-            keys_text="token",
             redacted=("hf_[A-Za-z0-9]{8,}",),
             settings=(ProfileSetting("HF_ENDPOINT", ("hubEndpoint",), default="https://huggingface.co"),),
             own_credentials=("HF_TOKEN",),
@@ -241,14 +244,13 @@ SCHEMES: Mapping[str, Scheme] = {
             f"{_ARTIFACT}{_TAG}",
             _registry_source,
             secret_keys=(".dockerconfigjson",),
-            keys_text=".dockerconfigjson",
             login="run `docker login {server}`",
         ),
     )
 }
 OBJECT_STORES = tuple(scheme.name for scheme in SCHEMES.values() if scheme.is_object_store)
 """Schemes of the addresses of object stores: S3, Google Cloud Storage and Azure Blob Storage."""
-WITH_SECRET = tuple(scheme.name for scheme in SCHEMES.values() if scheme.keys_text)
+WITH_SECRET = tuple(scheme.name for scheme in SCHEMES.values() if scheme.keys)
 """Schemes of the addresses that a Secret opens."""
 _OBJECTS = rf"({'|'.join(SCHEMES[name].destination for name in OBJECT_STORES)})/{_PATH}/?"
 
@@ -258,7 +260,7 @@ def scheme_of(uri: str) -> str:
     return uri.partition("://")[0]
 
 
-def listed(words: Iterable[str], conjunction: str = "or") -> str:
+def series(words: Iterable[str], conjunction: str = "or") -> str:
     """The words as a list in a sentence: a, b or c."""
     *first, last = words
     return f"{', '.join(first)} {conjunction} {last}" if first else last
@@ -266,7 +268,7 @@ def listed(words: Iterable[str], conjunction: str = "or") -> str:
 
 def prefixes(schemes: Iterable[str], conjunction: str = "or") -> str:
     """The schemes as a list in a sentence: s3://, gs:// or az://."""
-    return listed((f"{scheme}://" for scheme in schemes), conjunction)
+    return series((f"{scheme}://" for scheme in schemes), conjunction)
 
 
 def examples(*schemes: str) -> list[str]:
@@ -277,7 +279,7 @@ def examples(*schemes: str) -> list[str]:
 def parse_source(uri: str) -> Source:
     """The parsed form of an address that the schema has admitted. Raises ValueError for any other."""
     if not re.fullmatch("|".join((_HUB_DATASET, _HUB_COMMIT, _VOLUME, _CONFIG_MAP, _OBJECTS, _TAGGED_OR_PINNED)), uri):
-        allowed = listed([*examples(*SCHEMES), _KEY_OF_CONFIG_MAP], "and")
+        allowed = series([*examples(*SCHEMES), _KEY_OF_CONFIG_MAP], "and")
         raise ValueError(f"{uri!r} is not an address; allowed are {allowed}")
     scheme, _, rest = uri.partition("://")
     head, _, tail = rest.rstrip("/").partition("/")
@@ -302,23 +304,23 @@ _KEY_OF_CONFIG_MAP = "configMap://NAME/KEY"
 _BUCKETS = examples(*OBJECT_STORES)
 _model, _model_rules = _address(
     f"{_HUB_MODEL}|{_VOLUME}|{_OBJECTS}|{_TAGGED_OR_PINNED}",
-    f"{listed([*examples('hf', 'pvc'), *_BUCKETS, *examples('oci')])} (or @sha256:DIGEST)",
+    f"{series([*examples('hf', 'pvc'), *_BUCKETS, *examples('oci')])} (or @sha256:DIGEST)",
 )
 _dataset, _dataset_rules = _address(
     f"{_HUB_DATASET}|{_VOLUME}|{_OBJECTS}|{_CONFIG_MAP}",
-    listed([*examples("hf", "pvc"), *_BUCKETS, _KEY_OF_CONFIG_MAP]),
+    series([*examples("hf", "pvc"), *_BUCKETS, _KEY_OF_CONFIG_MAP]),
 )
 # As destinations are written, and as status.adapter.uri names what was published there.
 _adapter, _adapter_rules = _address(
     f"{_HUB_MODEL}|{_HUB_COMMIT}|{_VOLUME}|{_OBJECTS}|{_TAGGED_OR_PINNED}",
-    f"{listed([*examples('pvc'), *_BUCKETS, 'hf://ORG/NAME (or @COMMIT)', *examples('oci')])} (or @sha256:DIGEST)",
+    f"{series([*examples('pvc'), *_BUCKETS, 'hf://ORG/NAME (or @COMMIT)', *examples('oci')])} (or @sha256:DIGEST)",
 )
 _folder, _folder_rules = _address(
     "|".join(dict.fromkeys(_OBJECTS if name in OBJECT_STORES else each.destination for name, each in SCHEMES.items())),
-    listed(examples(*SCHEMES)),
+    series(examples(*SCHEMES)),
 )
 _template, _template_rules = _address(
-    f"{'|'.join(TEMPLATE_NAMES)}|{_CONFIG_MAP}", listed([*TEMPLATE_NAMES, _KEY_OF_CONFIG_MAP]), paths=""
+    f"{'|'.join(TEMPLATE_NAMES)}|{_CONFIG_MAP}", series([*TEMPLATE_NAMES, _KEY_OF_CONFIG_MAP]), paths=""
 )
 
 ModelAddress = Annotated[str, Field(max_length=MAX_SOURCE_LENGTH, json_schema_extra=_model_rules), _model]

@@ -1,8 +1,8 @@
 """Object stores of Google and of Azure on the loopback interface, and the servers that give pods credentials for them.
 
-They check signatures as the real ones do: a service account's JWT, a shared key over each request, a shared access
-signature, and tokens that they have issued. Objects are in memory. They answer the requests of obstore's client, after
-the documentation of Google Cloud Storage's XML API and of Azure Blob Storage's REST API.
+They check signatures: a service account's JWT, a shared key over each request, a shared access signature, and tokens
+that they have issued. Objects are in memory. They answer the requests of obstore's client, after the documentation of
+Google Cloud Storage's XML API and of Azure Blob Storage's REST API.
 """
 
 import base64
@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qs, parse_qsl, unquote, urlsplit
 from xml.sax.saxutils import escape
 
@@ -42,9 +41,9 @@ def _private_key(_whose: str) -> rsa.RSAPrivateKey:
     return rsa.generate_private_key(public_exponent=65537, key_size=2048)
 
 
-def of_somebody_else() -> rsa.RSAPrivateKey:
+def foreign_key() -> rsa.RSAPrivateKey:
     """A key that none of these servers accepts."""
-    return _private_key("somebody else's")
+    return _private_key("another account's")
 
 
 @dataclass
@@ -89,7 +88,6 @@ class FakeCloud:
         return f"?{query}&sig={self._sas_signature(fields).replace('+', '%2B').replace('/', '%2F').replace('=', '%3D')}"
 
     def is_sas(self, query: Mapping[str, str]) -> bool:
-        """Whether a request's query has a signature of this account's key."""
         return hmac.compare_digest(query.get("sig", ""), self._sas_signature(query))
 
     def _sas_signature(self, fields: Mapping[str, str]) -> str:
@@ -98,7 +96,6 @@ class FakeCloud:
         return self._signed("\n".join([*lines, fields.get("sv", ""), fields.get("sr", ""), "", "", "", "", "", "", ""]))
 
     def shared_key(self, method: str, url: str, headers: Mapping[str, str]) -> str:
-        """The Authorization header that a request with this account's key has."""
         length = headers.get("content-length", "")
         names = ("content-encoding", "content-language", "", "content-md5", "content-type", "date", "if-modified-since")
         more = ("if-match", "if-none-match", "if-unmodified-since", "range")
@@ -127,7 +124,6 @@ class FakeCloud:
         return _encoded(hmac.new(base64.b64decode(self.account_key), text.encode(), hashlib.sha256).digest())
 
     def issue(self) -> str:
-        """A new token for the store."""
         token = f"canary-issued-{len(self.tokens)}"
         self.tokens.add(token)
         return token
@@ -165,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
     cloud: FakeCloud
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, *_: object) -> None:
         """Nothing: the requests are kept."""
 
     def _any(self) -> None:
@@ -190,10 +186,10 @@ class _Handler(BaseHTTPRequestHandler):
         raise NotImplementedError
 
     def allowed(self) -> bool:
-        raise NotImplementedError
+        return False
 
     def answer(self) -> None:
-        raise NotImplementedError
+        """Nothing: a server of tokens has no objects."""
 
     def bearer(self) -> str:
         return str(self.asked.get("authorization", "")).removeprefix("Bearer ")
@@ -208,7 +204,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def send(self) -> None:
-        """The requested object, or a part of it."""
         content = self.cloud.objects.get(self.name)
         if content is None:
             self.reply(404, _error("BlobNotFound"))
@@ -226,7 +221,17 @@ class _Handler(BaseHTTPRequestHandler):
         self.reply(206 if found else 200, part, **headers)
 
     def etag(self, content: bytes) -> str:
-        raise NotImplementedError
+        return ""
+
+    def listing(self) -> list[tuple[str, bytes]]:
+        prefix = self.query.get("prefix", "")
+        return sorted((name, content) for name, content in self.cloud.objects.items() if name.startswith(prefix))
+
+    def send_json(self, value: object) -> None:
+        self.reply(200, json.dumps(value).encode(), Content_Type="application/json")
+
+    def send_token(self) -> None:
+        self.send_json({"access_token": self.cloud.issue(), "expires_in": 3600, "token_type": "Bearer"})
 
 
 def _error(code: str) -> bytes:
@@ -242,8 +247,7 @@ class _Google(_Handler):
         if self.asked.get("metadata-flavor") != "Google":
             self.reply(403)
         else:
-            answer = {"access_token": self.cloud.issue(), "expires_in": 3600, "token_type": "Bearer"}
-            self.reply(200, json.dumps(answer).encode(), Content_Type="application/json")
+            self.send_token()
         return True
 
     def allowed(self) -> bool:
@@ -279,12 +283,10 @@ class _Google(_Handler):
         self.reply(200, body if self.command == "POST" else b"", ETag=etag, x_goog_generation="1")
 
     def _list(self) -> None:
-        prefix = self.query.get("prefix", "")
         entries = "".join(
             f"<Contents><Key>{escape(name)}</Key><Size>{len(content)}</Size><ETag>{escape(self.etag(content))}</ETag>"
             "<LastModified>2026-07-01T00:00:00.000Z</LastModified></Contents>"
-            for name, content in sorted(self.cloud.objects.items())
-            if name.startswith(prefix)
+            for name, content in self.listing()
         )
         self.reply(200, f"<ListBucketResult>{entries}</ListBucketResult>".encode(), Content_Type="application/xml")
 
@@ -306,8 +308,7 @@ class _Azure(_Handler):
         if form != wanted:
             self.reply(401, json.dumps({"error": "invalid_client"}).encode())
         else:
-            answer = {"access_token": self.cloud.issue(), "expires_in": 3600, "token_type": "Bearer"}
-            self.reply(200, json.dumps(answer).encode(), Content_Type="application/json")
+            self.send_token()
         return True
 
     def allowed(self) -> bool:
@@ -363,13 +364,11 @@ class _Azure(_Handler):
         self.reply(201, ETag=self.etag(content), Last_Modified=MODIFIED)
 
     def _list(self) -> None:
-        prefix = self.query.get("prefix", "")
         entries = "".join(
             f"<Blob><Name>{escape(name)}</Name><Properties><Last-Modified>{MODIFIED}</Last-Modified>"
             f"<Content-Length>{len(content)}</Content-Length><Content-Type>application/octet-stream</Content-Type>"
             f"<Etag>{escape(self.etag(content))}</Etag></Properties></Blob>"
-            for name, content in sorted(self.cloud.objects.items())
-            if name.startswith(prefix)
+            for name, content in self.listing()
         )
         body = f"<EnumerationResults><Blobs>{entries}</Blobs><NextMarker /></EnumerationResults>"
         self.reply(200, body.encode(), Content_Type="application/xml")
@@ -382,32 +381,17 @@ class _Aws(_Handler):
         access, secret = self.cloud.keys
         sent = self.query | dict(parse_qsl(self.body.decode()))
         if path == "/v1/credentials" and self.asked.get("authorization") == self.cloud.projected:
-            answer = {"AccessKeyId": access, "SecretAccessKey": secret, "Token": SESSION}
-            expires = {"Expiration": "2030-01-01T00:00:00Z"}
-            self.reply(200, json.dumps(answer | expires).encode(), Content_Type="application/json")
+            keys = {"AccessKeyId": access, "SecretAccessKey": secret, "Token": SESSION}
+            self.send_json({**keys, "Expiration": "2030-01-01T00:00:00Z"})
         elif (sent.get("Action"), sent.get("WebIdentityToken")) == (
             "AssumeRoleWithWebIdentity",
             self.cloud.projected,
         ) and sent.get("RoleArn") == ROLE:
-            self.reply(200, _assumed_role(access, secret), Content_Type="text/xml")
+            given = f"<AccessKeyId>{access}</AccessKeyId><SecretAccessKey>{secret}</SecretAccessKey>"
+            given += f"<SessionToken>{SESSION}</SessionToken><Expiration>2030-01-01T00:00:00Z</Expiration>"
+            role = f"<Credentials>{given}</Credentials></AssumeRoleWithWebIdentityResult>"
+            answer = f"<AssumeRoleWithWebIdentityResponse><AssumeRoleWithWebIdentityResult>{role}"
+            self.reply(200, f"{answer}</AssumeRoleWithWebIdentityResponse>".encode(), Content_Type="text/xml")
         else:
             self.reply(403, _error("AccessDenied"))
         return True
-
-    def allowed(self) -> bool:
-        return False
-
-    def answer(self) -> None:
-        """Never: it only gives credentials."""
-
-    def etag(self, content: bytes) -> str:
-        return ""
-
-
-def _assumed_role(access: str, secret: str) -> bytes:
-    return (
-        "<AssumeRoleWithWebIdentityResponse><AssumeRoleWithWebIdentityResult><Credentials>"
-        f"<AccessKeyId>{access}</AccessKeyId><SecretAccessKey>{secret}</SecretAccessKey>"
-        f"<SessionToken>{SESSION}</SessionToken><Expiration>2030-01-01T00:00:00Z</Expiration>"
-        "</Credentials></AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>"
-    ).encode()

@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
@@ -14,7 +14,6 @@ from qlora_client.files.published import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
     Folder,
-    OnBytes,
     PublishedFile,
     parse_manifest,
     require_as_described,
@@ -23,8 +22,6 @@ from qlora_client.files.published import (
 from qlora_client.jobs.job import Job
 from qlora_client.kube.cluster import Cluster
 from qlora_client.kube.errors import ClusterError, RejectedError
-
-_BLOCK_BYTES = 2**22
 
 
 class AdapterPlace(TypedDict):
@@ -75,16 +72,12 @@ def copy_published(folder: Folder, place: str, sha256: str, target: Path, on_byt
     manifest = folder.read(MANIFEST, MAX_MANIFEST_BYTES)
     files = parse_manifest(manifest, place)
     require_same_adapter(files, sha256, place)
-    with new_folder(target, sum(file.size for file in files.values())) as partial:
-        folder.fetch(files, partial, _counter(files, on_bytes))
+    total = sum(file.size for file in files.values())
+    with new_folder(target, total) as partial:
+        folder.fetch(files, partial, lambda done: on_bytes(done, total))
         arrived = {name: _describe(partial / name) for name in files if (partial / name).is_file()}
         require_as_described(files, arrived, place)
         (partial / MANIFEST).write_bytes(manifest)
-
-
-def _counter(files: Mapping[str, PublishedFile], on_bytes: Callable[[int, int], None]) -> OnBytes:
-    total = sum(file.size for file in files.values())
-    return lambda done: on_bytes(done, total)
 
 
 @contextmanager
@@ -112,15 +105,8 @@ def new_folder(target: Path, size: int) -> Iterator[Path]:
 
 
 def _describe(path: Path) -> PublishedFile:
-    return PublishedFile(_sha256(path), path.stat().st_size)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return PublishedFile(hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size)
 
 
 def _is_occupied(target: Path) -> bool:

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from qlora_client.files.archive import UnsafeArchiveError, extract
 from qlora_client.files.published import DamagedError
-from qlora_client.files.reader_pod import MOUNT, hopeless, is_running, reader_pod, why_not_started
+from qlora_client.files.reader_pod import MOUNT, failure_of_start, is_running, reader_pod, why_not_started
 from qlora_client.jobs.events import events_of
 from qlora_client.jobs.job import Job
 from qlora_client.jobs.pods import CONTAINER, Pod
@@ -108,7 +108,7 @@ def _wait(
         if reason not in ("", told):
             say(f"waiting for the pod {name} to start ({reason})")
             told = reason
-        if hopeless(pod) or seconds > START_SECONDS:
+        if failure_of_start(pod) or seconds > START_SECONDS:
             raise ClusterError(why_not_started(pod, _warnings(cluster, pod), seconds))
         sleep(_BETWEEN_LOOKS)
         pod = cluster.get(PODS, name)

@@ -48,7 +48,7 @@ def parse_manifest(content: bytes, place: str) -> dict[str, PublishedFile]:
     """
     try:
         files = json.loads(content)["files"]
-        described = {name: _described(entry) for name, entry in files.items()}
+        described = {name: _parse_file(entry) for name, entry in files.items()}
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{place}/{MANIFEST} is not a manifest of published files ({error})") from None
     if len(described) > _MAX_FILES:
@@ -59,7 +59,7 @@ def parse_manifest(content: bytes, place: str) -> dict[str, PublishedFile]:
     return described
 
 
-def _described(entry: Mapping[str, object]) -> PublishedFile:
+def _parse_file(entry: Mapping[str, object]) -> PublishedFile:
     sha256, size = entry["sha256"], entry["size"]
     if not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
         raise ValueError(f"found the SHA-256 {str(sha256)[:80]!r}")

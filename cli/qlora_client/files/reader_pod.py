@@ -111,7 +111,7 @@ def is_running(pod: Object) -> bool:
     return bool((pod.get("status") or {}).get("phase") == "Running" and Pod(pod).has_log)
 
 
-def hopeless(pod: Object) -> str:
+def failure_of_start(pod: Object) -> str:
     """Why waiting longer does not help; empty if it may."""
     status: Object = pod.get("status") or {}
     if status.get("phase") in ("Failed", "Succeeded"):
@@ -123,6 +123,6 @@ def hopeless(pod: Object) -> str:
 
 def why_not_started(pod: Object, warnings: Sequence[str], seconds: float) -> str:
     """The sentence for a pod that has not started in time. `warnings`: messages of its Events, oldest first."""
-    reason = hopeless(pod) or Pod(pod).waits_for or (warnings[-1] if warnings else "nothing says why")
+    reason = failure_of_start(pod) or Pod(pod).waits_for or (warnings[-1] if warnings else "nothing says why")
     more = f"; {warnings[-1]}" if warnings and warnings[-1] not in reason else ""
     return f"the pod that reads the claim did not start within {seconds:.0f} s: {reason}{more}"

@@ -13,9 +13,9 @@ from qlora_api.sources import (
     AdapterAddress,
     ModelAddress,
     examples,
-    listed,
     prefixes,
     scheme_of,
+    series,
 )
 
 Revision = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")]
@@ -35,7 +35,7 @@ class SecretRef(ApiModel):
 
     name: ObjectName = Field(
         description="Name of the Secret. Its keys: "
-        + "; ".join(f"{SCHEMES[name].keys_text} for {name}://" for name in WITH_SECRET)
+        + "; ".join(f"{SCHEMES[name].keys} for {name}://" for name in WITH_SECRET)
         + "."
     )
 
@@ -104,7 +104,7 @@ class InitialAdapterSpec(ApiModel):
 
     source: AdapterAddress = Field(
         description="Folder with adapter_model.safetensors and adapter_config.json, as output.destination or "
-        f"status.adapter.uri of another job names it: {listed(examples(*SCHEMES))}, an hf:// address with @COMMIT and "
+        f"status.adapter.uri of another job names it: {series(examples(*SCHEMES))}, an hf:// address with @COMMIT and "
         "an oci:// address with @sha256:DIGEST too. Prepare copies it into the workspace."
     )
     sha256: str | None = Field(

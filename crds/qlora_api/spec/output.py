@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from qlora_api.profile import ObjectName
 from qlora_api.schema import ApiModel, ObservedModel, rule, rules
-from qlora_api.sources import SCHEMES, WITH_SECRET, FolderAddress, examples, listed, prefixes, scheme_of
+from qlora_api.sources import SCHEMES, WITH_SECRET, FolderAddress, examples, prefixes, scheme_of, series
 from qlora_api.spec.model import SecretRef
 from qlora_api.spec.training import LoraSpec, TrainingSpec
 
@@ -221,7 +221,7 @@ class OutputSpec(ApiModel):
 
     destination: FolderAddress | None = Field(
         default=None,
-        description=f"Folder for the adapter: {listed(examples(*SCHEMES))}; `adapter/` in the workspace if not set. A "
+        description=f"Folder for the adapter: {series(examples(*SCHEMES))}; `adapter/` in the workspace if not set. A "
         "repository of a hub is created, private, if there is none.",
     )
     secret_ref: SecretRef | None = Field(

@@ -126,7 +126,7 @@ def test_an_endless_manifest_is_not_read(tmp_path: Path, make: Callable[[Path], 
     make(tmp_path / "manifest.json")
     destination = VolumeFolder(tmp_path, "pvc://claim/folder", owner="pod")
     with bounded():
-        assert destination.published() is None
+        assert destination.read_manifest() is None
     assert not destination.is_free()
 
 
@@ -149,7 +149,7 @@ def test_a_large_manifest_in_a_repository_is_not_fetched(tmp_path: Path, monkeyp
     with serve(FakeHub({"models/org/tuned": tmp_path})) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
         destination = HubDestination(HubSource("org/tuned"), Secret(tmp_path, "spec.output.secretRef", None))
-        assert destination.published() is None
+        assert destination.read_manifest() is None
         assert hub.fetched == []
 
 

@@ -18,7 +18,7 @@ from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.data.render.chat_template import Tokenizer
 from qlora_trainer.data.render.end_of_turn import end_of_turn
 from qlora_trainer.data.render.template_source import JobTemplate
-from qlora_trainer.publishing.chat_template import give_template
+from qlora_trainer.publishing.merged_model import give_template
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
 from tests.support.report_page import Page

@@ -18,8 +18,8 @@ from qlora_api.contract import ENV_MLFLOW_SERVER, ENV_WANDB_SERVER
 from qlora_api.spec.output import TrackedRun, TrackingStatus
 from qlora_trainer.core.completion import PublishRecord, read_completion, write_completion
 from qlora_trainer.core.context import Mounts
-from qlora_trainer.publishing import uploads
-from qlora_trainer.publishing.uploads import FinishedRun, UploadError, upload_to_mlflow
+from qlora_trainer.publishing import tracking
+from qlora_trainer.publishing.tracking import FinishedRun, UploadError, upload_to_mlflow
 from qlora_trainer.steps import publish as publish_module
 from tests.support.command import Files
 from tests.support.fault_proxy import Fault, FaultProxy, serve_proxy
@@ -111,7 +111,7 @@ def test_a_wait_that_the_server_requests_does_not_hold_the_pod(monkeypatch: pyte
 
 def test_an_upload_ends_although_the_server_accepts_each_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slowly: a minute each, and it has thousands of points to take."""
-    monkeypatch.setattr(uploads, "_MLFLOW_BATCH", 1)
+    monkeypatch.setattr(tracking, "_MLFLOW_BATCH", 1)
     taken: list[str] = []
 
     class Slow:
@@ -124,7 +124,7 @@ def test_an_upload_ends_although_the_server_accepts_each_request(monkeypatch: py
 
     points = [(step, {"train/loss": 1.0}) for step in range(1000)]
     with pytest.raises(UploadError, match="has not taken the run within 180 seconds"):
-        uploads._to_mlflow(Slow(), "http://m", replace(finished_run(), points=points), lambda: 60.0 * len(taken))
+        tracking._to_mlflow(Slow(), "http://m", replace(finished_run(), points=points), lambda: 60.0 * len(taken))
     assert len(taken) < 10
 
 
@@ -164,7 +164,7 @@ def test_weights_and_biases_gets_every_step_with_the_key_of_the_secret(
 def test_a_failing_tracker_does_not_fail_the_job_and_is_retried_later(
     trained: Files, mlflow: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(uploads, "_MLFLOW_PATIENCE", {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"})
+    monkeypatch.setattr(tracking, "_MLFLOW_PATIENCE", {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"})
     monkeypatch.setenv(ENV_MLFLOW_SERVER, "http://127.0.0.1:1")
     job = tracked(trained, "mlflow")
     record = published(job)

@@ -15,7 +15,7 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.core.outcome import summary
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.publishing.gate import judge
+from qlora_trainer.publishing.gate import check_gate
 from qlora_trainer.publishing.verify import require_own_training
 from qlora_trainer.steps.publish import publish
 from qlora_trainer.training import finish_run as finishing
@@ -95,7 +95,7 @@ def test_loss_and_score_of_a_gate_are_those_of_the_adapter_that_is_kept(workspac
 
     records = [run(context) for context in (best_of_six, four_steps)]
 
-    kept, expected = (judge(best_of_six.spec.gate, record) for record in records)
+    kept, expected = (check_gate(best_of_six.spec.gate, record) for record in records)
     assert kept == expected
     assert kept is not None
     assert (kept.eval_loss, kept.score_rows) == (losses(best_of_six)[4], 3)

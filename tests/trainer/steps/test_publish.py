@@ -358,7 +358,7 @@ def test_a_folder_is_replaced_after_an_attempt_was_killed_at_its_end(tmp_path: P
     shutil.copytree(tmp_path / "adapter", left)
     (tmp_path / "adapter" / "README.md").write_bytes(b"damaged")
     destination.write(contents, manifest)
-    assert destination.damaged(manifest) is None
+    assert destination.find_damage(manifest) is None
     assert os.listdir(tmp_path) == ["adapter"]
 
 

@@ -22,7 +22,7 @@ from qlora_trainer.stores.contents import describe_files
 from qlora_trainer.stores.destinations.addresses import open_destination
 from qlora_trainer.stores.destinations.destination import publish_folder
 from qlora_trainer.stores.objects import ObjectFolder
-from tests.support.fake_clouds import ACCOUNT, BUCKET, FakeCloud, of_somebody_else, serve_cloud
+from tests.support.fake_clouds import ACCOUNT, BUCKET, FakeCloud, foreign_key, serve_cloud
 from tests.support.publication import MANIFEST
 
 FIELD = "spec.output.secretRef"
@@ -112,9 +112,7 @@ def test_a_key_cannot_redirect_to_another_server(google: FakeCloud, tmp_path: Pa
 
 
 def test_the_key_of_another_service_account_is_rejected(google: FakeCloud, tmp_path: Path) -> None:
-    keys = secret(
-        tmp_path, GOOGLE_SERVICE_ACCOUNT_KEY=FakeCloud(service_account=of_somebody_else()).service_account_key()
-    )
+    keys = secret(tmp_path, GOOGLE_SERVICE_ACCOUNT_KEY=FakeCloud(service_account=foreign_key()).service_account_key())
     message = rejected(folder_of("gs", keys).list, ExitCode.MODEL_UNAVAILABLE)
     assert message.startswith(f"gs://{BUCKET}/models/tiny does not exist, or may not be listed with the credentials of")
 

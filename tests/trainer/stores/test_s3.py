@@ -1,109 +1,36 @@
 """Models, data and adapters in an object store, over a real S3 server, in good weather and in bad."""
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import obstore
 import pytest
 from obstore.store import S3Store
-from safetensors.torch import save_file
 
 from qlora_api.artifact_status import BaseStatus
 from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_api.sources import ObjectStoreSource
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.credentials import Secret
-from qlora_trainer.core.failures import StepFailure, bad_dataset
-from qlora_trainer.data.read.files import DataFiles
-from qlora_trainer.data.read.hub_splits import training_part
-from qlora_trainer.data.read.locate import find_data
+from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.steps.prepare import prepare
-from qlora_trainer.stores import bucket as store_settings
-from qlora_trainer.stores.access import StoreAccess
-from qlora_trainer.stores.objects import ObjectFolder, StoredObject
+from qlora_trainer.stores.objects import ObjectFolder
 from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
-from tests.support.four_bit import large_weights, require_made_of
-from tests.support.servers import ACCESS_KEY, BUCKET, SECRET_KEY, s3_bucket, s3_server
-from tests.support.tiny import Recorded, chat_row, write_rows
+from tests.support.four_bit import require_made_of
+from tests.support.s3_jobs import (
+    MODEL,
+    ROWS,
+    SECRET,
+    SESSION_TOKEN,
+    answering,
+    give_secret,
+    rejection,
+    require_no_canary,
+)
+from tests.support.servers import ACCESS_KEY, BUCKET, SECRET_KEY
+from tests.support.tiny import Recorded, write_rows
 from tests.trainer.conftest import MakeContext
-
-SESSION_TOKEN = "canary-session-token"
-SECRET = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
-MODEL: dict[str, Any] = {"model": {"source": f"s3://{BUCKET}/models/tiny", "secretRef": {"name": "store"}}}
-ROWS = [chat_row("Which pods?", "kubectl get pods")] * 3
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with s3_server(tmp_path_factory.mktemp("s3")) as address:
-        yield address
-
-
-@pytest.fixture
-def store(s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FaultProxy]:
-    """The object store of the profile, behind a proxy. The Secrets of model, data and output exist."""
-    for name in SECRET:
-        monkeypatch.delenv(name, raising=False)
-    for part in ("model", "dataset", "output"):
-        give_secret(tmp_path, part)
-    write_rows(tmp_path / "data" / "train.jsonl", ROWS)
-    with serve_proxy(FaultProxy(s3)) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{proxy.address}")
-        yield proxy
-
-
-def give_secret(root: Path, part: str, values: dict[str, str] | None = None) -> None:
-    """The files of a mounted Secret."""
-    folder = root / "credentials" / part
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for key, value in (SECRET if values is None else values).items():
-        (folder / key).write_text(f"{value}\n")
-
-
-@pytest.fixture
-def bucket(s3: str) -> S3Store:
-    """The bucket itself, without the proxy."""
-    return s3_bucket(s3)
-
-
-@pytest.fixture
-def model(bucket: S3Store, tiny_llama: Path) -> str:
-    """Address below the bucket of a tiny model, with files that must never be read."""
-    clear(bucket, "models/")
-    for path in tiny_llama.iterdir():
-        obstore.put(bucket, f"models/tiny/{path.name}", path)
-    obstore.put(bucket, "models/tiny/pytorch_model.bin", b"pickle")
-    obstore.put(bucket, "models/tiny/adapter_config.json", b"{}")
-    obstore.put(bucket, "models/tiny/original/params.json", b"{}")
-    return "models/tiny"
-
-
-def clear(bucket: S3Store, prefix: str) -> None:
-    for page in obstore.list(bucket, prefix):
-        obstore.delete(bucket, [entry["path"] for entry in page])
-
-
-def rejection(context: StepContext, records: Recorded, code: ExitCode) -> str:
-    """The message of prepare when it ends with `code`, without a credential in it."""
-    with pytest.raises(StepFailure) as failure:
-        prepare(context, records)
-    assert failure.value.exit_code is code, failure.value.message
-    require_no_canary(context.workspace.root, failure.value.message, records.stream.getvalue())
-    return failure.value.message
-
-
-def require_no_canary(folder: Path, *texts: str) -> None:
-    """No output or file of a step holds a credential."""
-    contents = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
-    for content in (*contents, *(text.encode() for text in texts)):
-        for canary in (ACCESS_KEY, SECRET_KEY, SESSION_TOKEN):
-            assert canary.encode() not in content
 
 
 def test_a_model_is_downloaded_without_unused_files(
@@ -223,20 +150,6 @@ def test_data_for_training_and_evaluation_are_read(
     )
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tries follow each other without delay."""
-    soon = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=2), "base": 2}
-    monkeypatch.setattr(store_settings, "RETRY", {**store_settings.RETRY, "backoff": soon})
-
-
-def answering(status: int, code: str, **headers: str) -> Fault:
-    """S3's answer when it rejects, quoting the request."""
-    canaries = f"{ACCESS_KEY} {SECRET_KEY} {SESSION_TOKEN}"
-    body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{canaries}</Message></Error>"
-    return Fault(status, {"Content-Type": "application/xml", **headers}, body.encode())
-
-
 @pytest.mark.parametrize(
     ("fault", "code", "words"),
     [
@@ -330,150 +243,3 @@ def test_no_credential_follows_a_redirect(
     assert elsewhere.seen == []
     assert {request.headers["x-amz-security-token"] for request in store.seen} == {SESSION_TOKEN}
     assert not any(canary in request.path for request in store.seen for canary in (SECRET_KEY, SESSION_TOKEN))
-
-
-def test_partly_downloaded_data_need_room_for_the_rest_only(
-    make_context: MakeContext,
-    records: Recorded,
-    store: FaultProxy,
-    bucket: S3Store,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for name in ("a", "b"):
-        obstore.put(bucket, f"many/{name}.jsonl", write_rows(tmp_path / "rows.jsonl", ROWS))
-    size = (tmp_path / "rows.jsonl").stat().st_size
-    context = make_context({"dataset": {"source": f"s3://{BUCKET}/many", "secretRef": {"name": "store"}}})
-    store.rule = lambda request: answering(503, "SlowDown") if "many/b.jsonl" in request.path else None
-    rejection(context, records, ExitCode.UNREACHABLE)
-    store.rule = lambda _request: None
-    # As on a volume that the two files fill.
-    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=size))
-    downloaded = find_stored(context)
-    assert [file.path.read_bytes() for file in downloaded.files] == [(tmp_path / "rows.jsonl").read_bytes()] * 2
-
-
-def test_data_replaced_between_two_attempts_are_read_in_their_new_version(
-    make_context: MakeContext, records: Recorded, store: FaultProxy, bucket: S3Store, tmp_path: Path
-) -> None:
-    obstore.put(bucket, "many/a.jsonl", write_rows(tmp_path / "rows.jsonl", ROWS))
-    obstore.put(bucket, "many/b.jsonl", tmp_path / "rows.jsonl")
-    context = make_context({"dataset": {"source": f"s3://{BUCKET}/many", "secretRef": {"name": "store"}}})
-    store.rule = lambda request: answering(503, "SlowDown") if "many/b.jsonl" in request.path else None
-    rejection(context, records, ExitCode.UNREACHABLE)
-    store.rule = lambda _request: None
-    corrected = (tmp_path / "rows.jsonl").read_bytes().swapcase()
-    obstore.put(bucket, "many/a.jsonl", corrected)
-    assert find_stored(context).files[0].path.read_bytes() == corrected
-
-
-def find_stored(context: StepContext) -> DataFiles:
-    """The job's data, downloaded where prepare has them."""
-    source = context.spec.dataset.training_sources["spec.dataset"]
-    return find_data(
-        source.source,
-        training_part(source),
-        StoreAccess(context.mounts, lambda: pytest.fail("no hub is needed"), context.secret("dataset")),
-        context.workspace.data / ".download-train.partial",
-    )
-
-
-@pytest.fixture
-def large(bucket: S3Store, model: str, tmp_path: Path, tiny_llama: Path) -> bytes:
-    """The model's weights made 20 MB large."""
-    save_file(large_weights(tiny_llama), tmp_path / "large.safetensors")
-    obstore.put(bucket, f"{model}/model.safetensors", tmp_path / "large.safetensors")
-    return (tmp_path / "large.safetensors").read_bytes()
-
-
-def of_weights(request: Request) -> bool:
-    return request.method == "GET" and request.path.partition("?")[0].endswith("model.safetensors")
-
-
-def test_a_cut_download_resumes(make_context: MakeContext, records: Recorded, store: FaultProxy, large: bytes) -> None:
-    """Within an attempt by the client, and in the next one by us."""
-    cuts = iter([Fault(cut=9 * 10**6), Fault(cut=2 * 10**6)])
-    store.rule = lambda request: next(cuts, answering(503, "SlowDown")) if of_weights(request) else None
-    context = make_context(MODEL)
-    rejection(context, records, ExitCode.UNREACHABLE)
-    (partial,) = context.workspace.models.glob("*.partial/*.partial")
-    kept = partial.stat().st_size
-    assert 8 * 10**6 < kept <= 11 * 10**6
-
-    store.seen.clear()
-    store.rule = lambda _request: None
-    record = prepare(context, records)
-    assert [request.headers["range"] for request in store.seen if of_weights(request)] == [f"bytes={kept}-"]
-    require_made_of(context, record, large)
-    assert not [*context.workspace.root.rglob("*.partial")]
-
-
-def test_a_stalled_transfer_is_aborted_and_resumed(
-    make_context: MakeContext, records: Recorded, store: FaultProxy, large: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(store_settings, "STALLED", timedelta(milliseconds=200))
-    stalls = iter([Fault(cut=9 * 10**6, stall=True)])
-    store.rule = lambda request: next(stalls, None) if of_weights(request) else None
-    context = make_context(MODEL)
-    record = prepare(context, records)
-    require_made_of(context, record, large)
-    assert len([request for request in store.seen if of_weights(request)]) == 2
-
-
-def test_parts_of_two_versions_are_never_put_together(
-    make_context: MakeContext, records: Recorded, store: FaultProxy, large: bytes, bucket: S3Store, model: str
-) -> None:
-    cuts = iter([Fault(cut=9 * 10**6)])
-    store.rule = lambda request: next(cuts, answering(503, "SlowDown")) if of_weights(request) else None
-    rejection(make_context(MODEL), records, ExitCode.UNREACHABLE)
-    store.rule = lambda _request: None
-    replaced = large[:-1] + bytes([large[-1] ^ 1])
-    obstore.put(bucket, f"{model}/model.safetensors", replaced)
-    context = make_context(MODEL)
-    record = prepare(context, records)
-    require_made_of(context, record, replaced)
-
-
-def test_a_file_that_is_replaced_while_it_is_read_is_loaded_again(
-    make_context: MakeContext, records: Recorded, store: FaultProxy, large: bytes, bucket: S3Store, model: str
-) -> None:
-    def replace(request: Request) -> Fault | None:
-        if of_weights(request):
-            obstore.put(bucket, f"{model}/model.safetensors", large[:-1] + b"x")
-        return None
-
-    store.rule = replace
-    message = rejection(make_context(MODEL), records, ExitCode.UNREACHABLE)
-    assert "model.safetensors was replaced while it was read: it is downloaded again" in message
-
-
-def test_a_file_that_arrives_changed_is_loaded_again(
-    make_context: MakeContext, records: Recorded, store: FaultProxy, model: str, tiny_llama: Path
-) -> None:
-    """Its length is right, and the ETag of an object that was uploaded in one part is its MD5."""
-    faults = iter([Fault(corrupt=True)])
-    store.rule = lambda request: next(faults, None) if of_weights(request) else None
-    context = make_context(MODEL)
-    message = rejection(context, records, ExitCode.UNREACHABLE)
-    assert f"{model}/model.safetensors arrived with another MD5 than its ETag: it is downloaded again" in message
-    record = prepare(context, records)
-    require_made_of(context, record, (tiny_llama / "model.safetensors").read_bytes())
-
-
-def test_an_etag_that_is_no_digest_is_no_reason_to_reject(store: FaultProxy, tmp_path: Path) -> None:
-    """A store that encrypts with private keys gives such ETags."""
-    headers = {"ETag": f'"{"0" * 32}"', "Last-Modified": "Wed, 01 Jul 2026 00:00:00 GMT"}
-    store.rule = lambda _request: Fault(200, headers, b"{}")
-    secret = Secret(tmp_path / "credentials" / "dataset", "spec.dataset.secretRef", "store")
-    folder = ObjectFolder(ObjectStoreSource(BUCKET, "rows"), secret, reject=bad_dataset)
-    folder.download(StoredObject("a.jsonl", 2, headers["ETag"]), tmp_path / "a.jsonl", lambda _done: None)
-    assert (tmp_path / "a.jsonl").read_bytes() == b"{}"
-
-
-def test_a_file_of_another_size_than_listed_is_rejected(
-    make_context: MakeContext, records: Recorded, store: FaultProxy, large: bytes
-) -> None:
-    whole = {"ETag": '"e"', "Last-Modified": "Wed, 01 Jul 2026 00:00:00 GMT"}
-    store.rule = lambda request: Fault(200, whole, large[:-10]) if of_weights(request) else None
-    message = rejection(make_context(MODEL), records, ExitCode.UNREACHABLE)
-    assert f"arrived with {len(large) - 10} bytes instead of {len(large)}" in message

@@ -27,16 +27,9 @@ from tests.support.fake_clouds import BUCKET as CLOUD_BUCKET
 from tests.support.fake_hub import FakeHub, serve
 from tests.support.fault_proxy import FaultProxy
 from tests.support.publication import MANIFEST
-from tests.support.servers import ACCESS_KEY, BUCKET, LOGIN, SECRET_KEY, s3_bucket, s3_server
+from tests.support.servers import ACCESS_KEY, BUCKET, LOGIN, SECRET_KEY, s3_bucket
 
 TOKEN = "hf_canary"
-
-
-@pytest.fixture
-def contents(tmp_path: Path) -> Contents:
-    weights = tmp_path / ADAPTER
-    weights.write_bytes(b"weights" * 10**5)
-    return {"README.md": b"# Tiny\n", "adapter_config.json": b"{}", weights.name: weights}
 
 
 @pytest.fixture(autouse=True)
@@ -107,12 +100,6 @@ def test_a_hub(
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
     download(uri, profile, tmp_path / "adapter", contents)
     require_same(tmp_path / "adapter", contents)
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with s3_server(tmp_path_factory.mktemp("s3")) as address:
-        yield address
 
 
 def give_keys(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.evaluation.answers import Answering, AnswerTexts, Prompt, ScoredPrompts
 from qlora_trainer.history.samples import read_samples
-from qlora_trainer.publishing.gate import judge
+from qlora_trainer.publishing.gate import check_gate
 from qlora_trainer.training.checkpoints.attempts import read_attempts
 from tests.support.ranks import EXACT, TWO, succeeded, workspace
 from tests.support.tiny import VOCABULARY, Recorded, merged, save_model
@@ -152,9 +152,9 @@ def test_each_answer_is_checked_by_the_check_of_its_row(pairs: bool, tmp_path: P
     assert again.score is not None
     assert again.score.adapter == 1.0
     gate = GateSpec.model_validate({"minScore": 0.9, **brought["gate"]})
-    assert judge(gate, again, prepared="other rows") is not None
+    assert check_gate(gate, again, prepared="other rows") is not None
     with pytest.raises(StepFailure, match="a score by other settings"):
-        judge(gate, record, prepared="other rows")
+        check_gate(gate, record, prepared="other rows")
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from qlora_api.contract import ExitCode
 from qlora_api.spec.gate import GateSpec
 from qlora_trainer.core.completion import Score, TrainRecord, score_settings
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.publishing.gate import gate_failure, judge
+from qlora_trainer.publishing.gate import check_gate, gate_failure
 
 ADAPTER, OTHER = "a" * 64, "b" * 64
 EXACT = {"check": "exactMatch"}
@@ -40,13 +40,13 @@ def scored(adapter: float, base: float = 0.12, of: str = ADAPTER) -> Score:
 
 def passed(gate: GateSpec, record: TrainRecord) -> dict[str, bool]:
     """Which of the limits are met, and `all`."""
-    judged = judge(gate, record)
+    judged = check_gate(gate, record)
     assert judged is not None
     return {criterion.name: criterion.passed for criterion in judged.criteria} | {"all": judged.passed}
 
 
 def test_without_a_gate_nothing_is_checked() -> None:
-    assert judge(None, trained()) is None
+    assert check_gate(None, trained()) is None
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_a_loss_that_rose_has_not_improved() -> None:
 
 
 def test_the_status_has_measurements_their_size_and_their_adapter() -> None:
-    judged = judge(gate_of(minImprovement=0.5, score=EXACT), trained(score=scored(0.94)))
+    judged = check_gate(gate_of(minImprovement=0.5, score=EXACT), trained(score=scored(0.94)))
     assert judged is not None
     assert judged.dump() == {
         "passed": False,
@@ -94,7 +94,7 @@ def test_the_status_has_measurements_their_size_and_their_adapter() -> None:
 
 
 def test_losses_of_pairs_are_not_reported_per_token() -> None:
-    judged = judge(gate_of(maxEvalLoss=0.7), trained(), pairs=True)
+    judged = check_gate(gate_of(maxEvalLoss=0.7), trained(), pairs=True)
     assert judged is not None
     assert judged.eval_tokens is None
 
@@ -105,7 +105,7 @@ def test_a_score_without_a_limit_requires_nothing() -> None:
 
 def rejection(gate: GateSpec, record: TrainRecord) -> StepFailure:
     with pytest.raises(StepFailure) as failure:
-        judge(gate, record)
+        check_gate(gate, record)
     return failure.value
 
 
@@ -132,7 +132,7 @@ def test_a_missing_measurement_is_rejected(limits: dict[str, Any], record: Train
 
 def test_the_failure_has_the_numbers_and_a_remedy() -> None:
     gate = gate_of(minImprovement=0.5, maxEvalLoss=1.2, minScore=0.95, score=EXACT)
-    judged: GateStatus | None = judge(gate, trained(score=scored(0.94)))
+    judged: GateStatus | None = check_gate(gate, trained(score=scored(0.94)))
     assert judged is not None
     failure = gate_failure(judged, "pvc://work/tune/trained")
     assert failure.exit_code is ExitCode.GATE_FAILED

@@ -9,7 +9,9 @@ from qlora_trainer.core.completion import Score, TrainRecord, score_settings
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unsafe_artifact
 
 
-def judge(gate: GateSpec | None, trained: TrainRecord, *, pairs: bool = False, prepared: str = "") -> GateStatus | None:
+def check_gate(
+    gate: GateSpec | None, trained: TrainRecord, *, pairs: bool = False, prepared: str = ""
+) -> GateStatus | None:
     """The gate's result for the adapter that training recorded, or None without a gate.
 
     `pairs`: the losses are means over pairs of answers, not over target tokens. `prepared`: fingerprint of the data.
@@ -36,7 +38,6 @@ def judge(gate: GateSpec | None, trained: TrainRecord, *, pairs: bool = False, p
 
 
 def _score(gate: GateSpec, trained: TrainRecord, prepared: str) -> Score | None:
-    """The score that training has measured, if the gate has one."""
     if gate.score is None:
         return None
     if trained.score is None or trained.score.settings != score_settings(gate.score, prepared):
@@ -71,7 +72,6 @@ def _criterion(name: str, required: float, found: float, *, passed: bool) -> Gat
 
 
 def _eval_losses(trained: TrainRecord) -> tuple[float, float]:
-    """The held-out loss before training, and that of the adapter."""
     if trained.initial_eval_loss is None or trained.eval_loss is None:
         raise bad_configuration(
             "spec.gate: training has measured no loss on held-out rows: create the job again with spec.dataset.eval, "

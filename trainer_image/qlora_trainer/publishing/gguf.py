@@ -122,11 +122,7 @@ def llama_cpp_alpha(lora: LoraSpec) -> float:
 
 
 def _convert(tensors: Path, config: Path, lora: LoraSpec, gguf: GgufSpec, folder: Path) -> str:
-    """Write GGUF_FILE next to `folder`, and return the architecture's name.
-
-    The file keeps the folder's name as the adapter's. Raises NotConvertible with the converter's message, DryRunFailed
-    for any other end of it.
-    """
+    """Write GGUF_FILE next to `folder`, with its name, and return the architecture."""
     # No job has a name with a dot.
     base = folder.with_name(".base")
     for made in (folder, base):
@@ -175,7 +171,6 @@ def _run_converter(adapter: Path, arguments: tuple[str, ...]) -> str | NotConver
 
 
 def _shorten(text: str) -> str:
-    """A text with names from an untrusted config.json, shortened for a record."""
     return shortened(one_line(text), 300)
 
 
@@ -191,10 +186,7 @@ class _Errors(logging.Handler):
 
 
 def _architecture_of(converted: Path, tensors: Path) -> str | NotConvertible:
-    """The architecture that the file is for, if it has each of the adapter's layers.
-
-    The converter leaves out what it takes for a part that the base has no use for.
-    """
+    # The converter leaves out layers that it takes for a part that the base has no use for.
     with safe_open(tensors, framework="pt") as file:
         names = list(file.keys())
     layers = Counter(_block(name) for name in names if name.endswith(B_SUFFIX))

@@ -4,6 +4,7 @@ The adapter is published before, so that a merge without enough room costs nothi
 """
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ import torch
 
 from qlora_api.artifact_status import MergedStatus
 from qlora_api.contract import ExitCode, WorkspaceLayout
-from qlora_trainer.core.completion import Comparison
-from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.core.completion import Comparison, EndOfTurn, PrepareRecord
+from qlora_trainer.core.failures import StepFailure, unsafe_artifact
 from qlora_trainer.core.file_names import ADAPTER_FILE, MODEL_CARD_FILE, PROCESSOR_FILES, TOKENIZER_FILES
-from qlora_trainer.core.filesystem import require_space, scratch_folder
+from qlora_trainer.core.filesystem import file_sha256, require_space, scratch_folder
+from qlora_trainer.core.protocols import JsonObject
 from qlora_trainer.core.trained_job import TrainedJob
 from qlora_trainer.data.prepared import PreparedDataset, open_prepared
+from qlora_trainer.data.render.template_source import PROCESSOR_TEMPLATE, TEMPLATE_FILE
 from qlora_trainer.evaluation.held_out import mean_loss, read_compared
 from qlora_trainer.model.adapter.merge import MergeSource, merged_bytes, merged_model, write_merged
 from qlora_trainer.model.architecture.text_part import load_text_part
@@ -27,7 +30,6 @@ from qlora_trainer.model.base.artifact import require_sha256
 from qlora_trainer.model.kernels.attention import ATTENTION, register_attention
 from qlora_trainer.model.nf4.base_weights import BaseWeights
 from qlora_trainer.model.source.files import GENERATION_CONFIG
-from qlora_trainer.publishing.chat_template import give_template, job_template_file
 from qlora_trainer.publishing.manifest import run_manifest
 from qlora_trainer.report.model_card import merged_model_card
 from qlora_trainer.stores.contents import Contents
@@ -49,10 +51,7 @@ class Merged:
 def publish_merged(
     job: TrainedJob, workspace: WorkspaceLayout, destination: Destination, say: Callable[[str], None]
 ) -> MergedStatus:
-    """Merge, evaluate and publish. `say` reports progress.
-
-    Raises StepFailure as `merge` and `publish_folder` do. The workspace folder of the merge is removed afterwards.
-    """
+    """Merge, evaluate and publish. `say` reports progress. Raises StepFailure."""
     reject_occupied(destination, run_manifest(job, {}).publisher)
     with scratch_folder(workspace.merged) as folder:
         say("merging the adapter into the base")
@@ -73,12 +72,12 @@ def publish_merged(
 
 def is_merged_published(destination: Destination, status: MergedStatus | None) -> bool:
     """Whether an earlier attempt's merged model is at the destination, undamaged."""
-    manifest = destination.published()
+    manifest = destination.read_manifest()
     return (
         status is not None
         and manifest is not None
         and hashlib.sha256(manifest.text()).hexdigest() == status.sha256
-        and destination.damaged(manifest) is None
+        and destination.find_damage(manifest) is None
     )
 
 
@@ -113,6 +112,34 @@ def merge(job: TrainedJob, workspace: WorkspaceLayout, folder: Path) -> Merged:
         give_template(folder, template, prepared.end_of_turn)
     (folder / MODEL_CARD_FILE).write_text(merged_model_card(job, loss))
     return Merged({path.name: path for path in sorted(folder.iterdir())}, merged_bytes(model), loss)
+
+
+def job_template_file(prepared: PrepareRecord, workspace: WorkspaceLayout) -> Path | None:
+    """The file of the chat template that the rows were written with, or None for the model's.
+
+    Raises StepFailure UNSAFE_ARTIFACT if it is not what prepare has written.
+    """
+    if prepared.template_sha256 is None:
+        return None
+    path = workspace.root / prepared.data_path / TEMPLATE_FILE
+    if path.is_symlink() or not path.is_file() or file_sha256(path) != prepared.template_sha256:
+        raise unsafe_artifact(
+            f"{path} is not the chat template that the rows were prepared with (SHA-256 {prepared.template_sha256}): "
+            "it was changed or removed afterwards and nothing is published; create the job again"
+        )
+    return path
+
+
+def give_template(folder: Path, template: Path, end: EndOfTurn | None) -> None:
+    """Replace the chat template in a model's folder, and make servers stop at its end."""
+    (folder / TEMPLATE_FILE).write_bytes(template.read_bytes())
+    (folder / PROCESSOR_TEMPLATE).unlink(missing_ok=True)
+    if end is None or end.token is None:
+        return
+    path = folder / GENERATION_CONFIG
+    settings: JsonObject = json.loads(path.read_bytes()) if path.is_file() else {}
+    settings["eos_token_id"] = [*end.known, end.token]
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def _held_out_loss(

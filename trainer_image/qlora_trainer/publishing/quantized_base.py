@@ -39,24 +39,21 @@ def publish_base(job: TrainedJob, workspace: WorkspaceLayout, destination: Desti
             if not _is_there(destination, manifest, manifest.publisher):
                 raise
     # Another job's has another model card, and so another address.
-    uri = destination.location(destination.published() or manifest)
+    uri = destination.location(destination.read_manifest() or manifest)
     return job.prepared.base.model_copy(update={"uri": uri})
 
 
 def is_base_published(job: TrainedJob, workspace: WorkspaceLayout, destination: Destination) -> bool:
     """Whether the trained base is at the destination with its tokenizer, undamaged."""
     publisher = base_publisher(job.trained.base_sha256, workspace.root / job.prepared.model_path)
-    found = destination.published()
+    found = destination.read_manifest()
     return found is not None and _is_there(destination, found, publisher)
 
 
 def _is_there(destination: Destination, manifest: Manifest, publisher: Publisher) -> bool:
-    """Whether any job has published it there, with every file of the manifest but the model card.
-
-    The card names where the job that wrote it had the base from, and people may change it.
-    """
-    found = destination.published()
+    """Whether any job has published it there, with every file of the manifest but the model card."""
+    found = destination.read_manifest()
     if found is None or not publisher.owns(found):
         return False
     files = {name: file for name, file in manifest.files.items() if name != MODEL_CARD_FILE}
-    return destination.damaged(manifest.model_copy(update={"files": files})) is None
+    return destination.find_damage(manifest.model_copy(update={"files": files})) is None

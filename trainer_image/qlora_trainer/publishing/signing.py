@@ -39,9 +39,7 @@ def read_private_key(pem: bytes) -> PrivateKey:
     # The library raises TypeError for a key with a password, and UnsupportedAlgorithm for a curve that it lacks.
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise ValueError(f"must be {_ALLOWED} (PKCS #8, not encrypted)") from error
-    if isinstance(key, Ed25519PrivateKey):
-        return key
-    if isinstance(key, EllipticCurvePrivateKey) and isinstance(key.curve, SECP256R1):
+    if isinstance(key, PrivateKey) and _is_allowed(key):
         return key
     raise ValueError(f"must be {_ALLOWED}, and is another kind of key")
 
@@ -52,18 +50,17 @@ def read_public_key(pem: bytes) -> PublicKey:
         key = load_pem_public_key(pem)
     except (ValueError, UnsupportedAlgorithm) as error:
         raise ValueError(f"must be the public part of {_ALLOWED}") from error
-    if isinstance(key, Ed25519PublicKey):
-        return key
-    if isinstance(key, EllipticCurvePublicKey) and isinstance(key.curve, SECP256R1):
+    if isinstance(key, PublicKey) and _is_allowed(key):
         return key
     raise ValueError(f"must be the public part of {_ALLOWED}, and is another kind of key")
 
 
-def sign(payload: bytes, key: PrivateKey) -> bytes:
-    """The bundle of a statement, JSON.
+def _is_allowed(key: PrivateKey | PublicKey) -> bool:
+    return isinstance(key, Ed25519PrivateKey | Ed25519PublicKey) or isinstance(key.curve, SECP256R1)
 
-    The same statement and key give the same bytes, so that it can be repeated.
-    """
+
+def sign(payload: bytes, key: PrivateKey) -> bytes:
+    """The bundle of a statement, JSON. The same key gives the same bytes."""
     encoded = _pre_authentication_encoding(payload)
     if isinstance(key, Ed25519PrivateKey):
         signature = key.sign(encoded)
@@ -83,10 +80,7 @@ def sign(payload: bytes, key: PrivateKey) -> bytes:
 
 
 def payload_of(bundle: bytes) -> bytes:
-    """The statement in a bundle, without verifying its signature.
-
-    Raises ValueError if it has no statement.
-    """
+    """The statement in a bundle, not verified. Raises ValueError without one."""
     return _open(bundle)[0]
 
 
@@ -103,7 +97,6 @@ def verify_bundle(bundle: bytes, key: PublicKey) -> bytes:
 
 
 def _open(bundle: bytes) -> tuple[bytes, list[bytes]]:
-    """Payload and signatures."""
     try:
         envelope = json.loads(bundle)["dsseEnvelope"]
         if envelope["payloadType"] != PAYLOAD_TYPE:
@@ -131,7 +124,6 @@ def _pre_authentication_encoding(payload: bytes) -> bytes:
 
 
 def _hint(key: PublicKey) -> str:
-    """Which key a verifier needs, as cosign writes it."""
     return _text(sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).digest())
 
 

@@ -87,11 +87,7 @@ def verify_tensors(
             ]
     except SafetensorError as error:
         raise _wrong_adapter(f"{path.name} is not a safetensors file: {error}") from error
-    layers = sum(name.endswith(B_SUFFIX) for name in expected)
-    if initial is not None:
-        _require_trained_further(unmoved, layers)
-    else:
-        _require_learned(unmoved, layers)
+    _require_moved(unmoved, sum(name.endswith(B_SUFFIX) for name in expected), is_continued=initial is not None)
 
 
 def _require_same_names(found: set[str], expected: set[str]) -> None:
@@ -101,7 +97,6 @@ def _require_same_names(found: set[str], expected: set[str]) -> None:
 
 
 def _check(name: str, tensor: torch.Tensor, expected: Expected, lora: LoraSpec) -> torch.Tensor:
-    """The tensor, once it is checked."""
     if tuple(tensor.shape) != expected.shape:
         raise _wrong_adapter(f"{name} has shape {list(tensor.shape)}, not {list(expected.shape)}")
     if tensor.dtype != expected.dtype:
@@ -123,27 +118,21 @@ def _has_moved(name: str, tensor: torch.Tensor, initial: Mapping[str, torch.Tens
     return bool(tensor.any()) if initial is None else not torch.equal(tensor, initial[name].to(tensor.dtype))
 
 
-def _require_trained_further(unmoved: list[str], layers: int) -> None:
-    """Raise StepFailure if every layer stays as it was.
-
-    Some may: rounding takes small updates of numbers that are not zero.
-    """
-    if len(unmoved) == layers:
+def _require_moved(unmoved: list[str], layers: int, *, is_continued: bool) -> None:
+    if len(unmoved) == layers and is_continued:
         raise bad_configuration(
             "the trained adapter is that of spec.lora.from, unchanged: each update was rounded away; raise "
             "spec.training.learningRate, or set spec.lora.dtype: float32"
         )
-
-
-def _require_learned(unmoved: list[str], layers: int) -> None:
-    """B starts at zero, and any step with a gradient and a learning rate moves it."""
+    # A new B starts at zero, and any step with a gradient and a learning rate moves it.
     if len(unmoved) == layers:
         # Only settings can do this: gradients that are zero everywhere would have no loss to come from.
         raise bad_configuration(
             "the trained adapter is still zero, so it does not change the model's answers: training took no step with "
             "a learning rate above 0; set spec.training.warmupSteps below the number of steps, or raise learningRate"
         )
-    if unmoved:
+    # Rounding takes small updates of numbers that are not zero.
+    if unmoved and not is_continued:
         raise _wrong_adapter(f"no gradient has reached {len(unmoved)} of {layers} layers, first {unmoved[0]}")
 
 
@@ -197,10 +186,7 @@ def _read_config(path: Path) -> JsonObject:
 
 
 def _require_regular(path: Path) -> None:
-    """Raise StepFailure unless it is a regular file, as training wrote.
-
-    A user with access to the file behind a link could change what is published.
-    """
+    # A user with access to the file behind a link could change what is published.
     if path.is_symlink() or not path.is_file():
         raise unsafe_artifact(
             f"{path} is missing or not a regular file, although training wrote one: it was removed or replaced "
@@ -247,6 +233,5 @@ def require_own_training(
 
 
 def _evaluations(workspace: WorkspaceLayout) -> list[tuple[int, float]]:
-    """Step and held-out loss of each evaluation of the run, in their order."""
     curve = read_history(workspace.report / HISTORY_FILE).evaluation
     return list(zip(curve.steps, curve.values, strict=True))

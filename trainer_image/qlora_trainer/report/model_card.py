@@ -13,8 +13,8 @@ from qlora_trainer.core.file_names import CURVE_FILE
 from qlora_trainer.core.outcome import steps_done
 from qlora_trainer.core.trained_job import TrainedJob
 from qlora_trainer.history.metrics_log import MetricsHistory
-from qlora_trainer.report.local_serving import gguf_commands
 from qlora_trainer.report.serving import (
+    gguf_commands,
     loading_settings,
     rejected_by_vllm,
     request_command,
@@ -51,7 +51,7 @@ def variant_label(lora: LoraSpec) -> str:
     return ", ".join(part for part in parts if part) or "LoRA"
 
 
-def judged_on(gate: GateStatus) -> str:
+def gate_data_text(gate: GateStatus) -> str:
     """The data of a gate's losses and score, for people: sentences, or nothing."""
     sentences = []
     if gate.eval_tokens is not None:
@@ -90,7 +90,7 @@ def adapter_model_card(job: TrainedJob, history: MetricsHistory) -> str:
         trained=job.trained,
         steps=steps_done(job.trained.training_step, job.trained.total_steps, job.trained.kept_step),
         gate=job.gate,
-        judged_on="" if job.gate is None else judged_on(job.gate),
+        judged_on="" if job.gate is None else gate_data_text(job.gate),
         continued=job.continued,
         accuracy=(history.held_out_accuracy(0), history.held_out_accuracy(job.trained.kept_step)),
         margin=history.reward_margin.values[-1] if history.compares_answers else None,

@@ -20,7 +20,7 @@ from qlora_trainer.data.statistics import DataStatistics, SourceStatistics
 from qlora_trainer.history.metrics_log import MetricsHistory, read_history
 from qlora_trainer.history.samples import MAX_NEW_TOKENS, Samples, read_samples
 from qlora_trainer.report.charts import chart, histogram, loss_chart, loss_picture
-from qlora_trainer.report.model_card import TRAINED_ON, judged_on, quantization_label
+from qlora_trainer.report.model_card import TRAINED_ON, gate_data_text, quantization_label
 from qlora_trainer.report.resources import estimated_peaks, resources_used
 from qlora_trainer.report.serving import rejected_by_vllm, served_rank, serving_commands
 
@@ -99,7 +99,7 @@ def _page(
         quantization=quantization_label(job.spec.quantization),
         figures=_figures(job, history, merged),
         gate=job.gate,
-        judged_on="" if job.gate is None else judged_on(job.gate),
+        judged_on="" if job.gate is None else gate_data_text(job.gate),
         loss=loss_chart(history, job.trained.kept_step),
         charts=_charts(history, device, job.prepared.memory),
         resources=job.trained.usage and resources_used(job.trained.usage, device, job.gpu_hour_price),
@@ -221,12 +221,10 @@ def _unused_rows(statistics: DataStatistics, training_sources: int) -> Iterator[
 
 
 def _mix(statistics: DataStatistics) -> list[SourceStatistics]:
-    """The sources that were mixed, or none without a mix."""
     return [source for source in statistics.sources if source.epoch_rows is not None]
 
 
 def _turns(job: TrainedJob) -> Mapping[str, str]:
-    """Settings of the job that change how rows become turns."""
     dataset, prepared = job.spec.dataset, job.prepared
     rows = {"Trained on": TRAINED_ON[job.spec.training.train_on]}
     if dataset.chat_template is not None:
@@ -246,17 +244,19 @@ def _lengths(statistics: DataStatistics) -> str:
     return histogram("lengths", "Tokens per row, at most", {f"{up_to:,}": rows[up_to] for up_to in sorted(rows)})
 
 
-def _addresses(spec: DatasetSpec) -> JsonObject:
-    """The addresses of the job's training data."""
-    return {"source": spec.source} if spec.mix is None else {"mix": [source.dump() for source in spec.mix]}
-
-
 def _summary(job: TrainedJob, device: Device, history: MetricsHistory) -> JsonObject:
-    """Values to compare between runs, for people and programs.
-
-    Sizes in bytes, losses in nats per target token, or per pair.
-    """
+    """Values to compare between runs. Sizes in bytes, losses in nats per target token, or per pair."""
     spec, prepared, trained = job.spec, job.prepared, job.trained
+    mix, source = spec.dataset.mix, spec.dataset.source
+    preference: JsonObject = {}
+    if history.compares_answers:
+        preference["preference"] = {
+            "rewardMargin": history.reward_margin.values[-1],
+            "accuracy": history.accuracy.values[-1],
+            "heldOutAccuracyBefore": history.held_out_accuracy(0),
+            "heldOutAccuracyAfter": history.held_out_accuracy(trained.kept_step),
+        }
+    addresses: JsonObject = {"source": source} if mix is None else {"mix": [each.dump() for each in mix]}
     return {
         "job": {"name": job.name, "uid": job.uid},
         "model": {"source": spec.model.source, "revision": prepared.model_revision},
@@ -265,7 +265,7 @@ def _summary(job: TrainedJob, device: Device, history: MetricsHistory) -> JsonOb
             "lora": spec.lora.dump(),
             "training": spec.training.dump(),
         },
-        "dataset": {**_addresses(spec.dataset), "packed": prepared.packed, **prepared.dataset.dump()},
+        "dataset": {**addresses, "packed": prepared.packed, **prepared.dataset.dump()},
         **({} if prepared.initial_adapter is None else {"initialAdapter": prepared.initial_adapter.dump()}),
         **({} if job.continued is None else {"continues": job.continued}),
         "optimizerSteps": trained.training_step,
@@ -279,24 +279,10 @@ def _summary(job: TrainedJob, device: Device, history: MetricsHistory) -> JsonOb
             "heldOutBefore": trained.initial_eval_loss,
             "heldOutAfter": trained.eval_loss,
         },
-        **_preference(history, trained.kept_step),
+        **preference,
         "memory": {
             **prepared.memory.dump(),
             "peakBytes": trained.peak_memory_bytes,
             "measuredOn": device,
         },
-    }
-
-
-def _preference(history: MetricsHistory, kept_step: int) -> JsonObject:
-    """The summary's values for an objective that compares answers."""
-    if not history.compares_answers:
-        return {}
-    return {
-        "preference": {
-            "rewardMargin": history.reward_margin.values[-1],
-            "accuracy": history.accuracy.values[-1],
-            "heldOutAccuracyBefore": history.held_out_accuracy(0),
-            "heldOutAccuracyAfter": history.held_out_accuracy(kept_step),
-        }
     }

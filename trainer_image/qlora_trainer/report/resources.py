@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qlora_api.duration import format_duration
+from qlora_api.duration import format_duration as duration
 from qlora_api.forecast import cost_text, hours_text
 from qlora_api.status import MemoryStatus
 from qlora_trainer.core.completion import AttemptUsage, RunUsage
@@ -22,18 +22,15 @@ class Resources:
 
 
 def resources_used(usage: RunUsage, device: Device, price: str = "") -> Resources:
-    """The section for that usage.
-
-    `device`: what training ran on. `price`: of a GPU hour, such as `2.50 EUR`.
-    """
+    """The section for that usage. `price`: of a GPU hour, such as `2.50 EUR`."""
     what = "GPU" if device == "cuda" else "processor"
     each = f"{usage.gpus} {what}{'' if usage.gpus == 1 else 's'}"
     used = usage.seconds * usage.gpus
     cost, lost = (_cost(seconds, price) for seconds in (used, usage.lost_seconds * usage.gpus))
     attempts = "1 attempt" if usage.count == 1 else f"{usage.count} attempts"
     summary = (
-        f"{hours_text(used)} {what} hours{cost}: {attempts} on {each}, {_duration(usage.seconds)} in all. Of that, "
-        f"{_duration(usage.startup_seconds)} went into loading, and {_duration(usage.lost_seconds)} into work that an "
+        f"{hours_text(used)} {what} hours{cost}: {attempts} on {each}, {duration(usage.seconds)} in all. Of that, "
+        f"{duration(usage.startup_seconds)} went into loading, and {duration(usage.lost_seconds)} into work that an "
         f"interruption has undone{lost}."
     )
     return Resources(summary, [_row(attempt) for attempt in usage.attempts])
@@ -48,16 +45,12 @@ def _cost(seconds: float, price: str) -> str:
 def _row(attempt: AttemptUsage) -> Sequence[str]:
     return (
         attempt.started_at,
-        _duration(attempt.seconds),
-        "–" if attempt.startup_seconds is None else _duration(attempt.startup_seconds),
+        duration(attempt.seconds),
+        "–" if attempt.startup_seconds is None else duration(attempt.startup_seconds),
         f"{attempt.from_step:,}",
         _ENDS[attempt.ended],
-        _duration(attempt.lost_seconds),
+        duration(attempt.lost_seconds),
     )
-
-
-def _duration(seconds: float) -> str:
-    return format_duration(seconds)
 
 
 def estimated_peaks(memory: MemoryStatus) -> dict[str, float]:

@@ -1,17 +1,17 @@
-"""Makes the commands that load an adapter in PEFT and vLLM, with vLLM's rank."""
+"""Makes the commands that load an adapter in PEFT, vLLM, Ollama and llama.cpp."""
 
 import json
 import logging
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from qlora_api.sources import HubSource, parse_source
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.training import LoraSpec
+from qlora_trainer.core.file_names import GGUF_FILE
 from qlora_trainer.core.trained_job import TrainedJob
 from qlora_trainer.data.render.template_source import TEMPLATE_FILE
-from qlora_trainer.report.local_serving import gguf_commands
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 ADAPTER_PLACEHOLDER = "PATH/OF/THE/ADAPTER"
 BASE_PLACEHOLDER = "PATH/OF/THE/BASE/MODEL"
+_BASE_GGUF = f"{BASE_PLACEHOLDER}.gguf"
 
 
 def served_rank(lora: LoraSpec) -> int | None:
@@ -155,3 +156,34 @@ base = {auto_class}.from_pretrained(
     quantization_config={settings},
 )
 {tokenizer_and_adapter}"""
+
+
+def gguf_commands(job: TrainedJob, adapter: str) -> Mapping[str, str]:
+    """Command and file by tool for the folder `adapter`, or empty without a GGUF."""
+    if job.spec.output.gguf is None:
+        return {}
+    own_template = "" if job.prepared.template_sha256 is None else f" --chat-template-file {adapter}/{TEMPLATE_FILE}"
+    return {
+        "Ollama, as Modelfile": "\n".join(_modelfile(job, adapter)),
+        "llama.cpp": f"llama-server --model {_BASE_GGUF} --lora {adapter}/{GGUF_FILE}{own_template}",
+    }
+
+
+def _modelfile(job: TrainedJob, adapter: str) -> Iterator[str]:
+    yield f"FROM {_BASE_GGUF}"
+    yield f"ADAPTER {adapter}/{GGUF_FILE}"
+    if job.prepared.template_sha256 is not None:
+        yield f"# TEMPLATE: write {TEMPLATE_FILE}, the template of the rows, in Ollama's syntax."
+    system, end = job.spec.dataset.system_prompt, job.prepared.end_of_turn
+    if system is not None:
+        yield from _setting("SYSTEM", '"""', system.text)
+    if end is not None and end.text:
+        yield from _setting("PARAMETER stop", '"', end.text)
+
+
+def _setting(name: str, quote: str, text: str) -> Iterator[str]:
+    """The setting, or a comment if neither Ollama nor Markdown can hold its text."""
+    if '"' in text or "```" in text or (quote == '"' and not text.isprintable()):
+        yield f"# {name}: a text that cannot be written here; see the job's settings"
+    else:
+        yield f"{name} {quote}{text}{quote}"

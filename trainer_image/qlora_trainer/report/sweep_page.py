@@ -72,8 +72,6 @@ class _Points(ObservedModel):
 
 
 class _CellCurves(ObservedModel):
-    """A cell's part of the page."""
-
     name: str = Field(max_length=63, pattern=DNS_LABEL)
     settings: JsonObject
     """`lora` and `training` of its spec, by field."""
@@ -142,14 +140,11 @@ def _add(own: _CellCurves, shared: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with exclusive(folder / _LOCK_FILE, _LONGEST_WAIT_SECONDS):
         write_atomically(folder / f"{own.name}.json", json.dumps(own.dump(), allow_nan=False).encode())
-        write_atomically(shared / SWEEP_REPORT, _draw(_read_all(folder)))
+        write_atomically(shared / SWEEP_REPORT, _page(_read_all(folder)))
 
 
 def _read_all(folder: Path) -> list[_CellCurves]:
-    """The cells that have left their curves, lowest loss first, then those stopped, then those failed.
-
-    Unreadable ones are left out, and logged.
-    """
+    """The readable cells: lowest loss first, then those stopped, then those failed."""
     found = [cell for path in sorted(folder.glob("*.json"))[:_MOST_CELLS] if (cell := _read(path)) is not None]
 
     def key(cell: _CellCurves) -> tuple[object, ...]:
@@ -173,45 +168,35 @@ def _read(path: Path) -> _CellCurves | None:
     return cell
 
 
-def _draw(cells: Sequence[_CellCurves]) -> bytes:
+def _page(cells: Sequence[_CellCurves]) -> bytes:
     """Draw the page. Raises ValueError for any error: other cells wrote its content."""
-    try:
-        return _page(cells).encode()
-    except Exception as error:
-        raise ValueError(f"the page cannot be drawn: {error!r}") from error
-
-
-def _page(cells: Sequence[_CellCurves]) -> str:
     # Names and settings come from files that other pods have written: everything is escaped except this module's
     # charts.
     environment = Environment(
         loader=PackageLoader("qlora_trainer.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     compared = [cell for cell in cells if cell.compared]
+    scored = [cell for cell in compared if cell.score is not None]
     diverged = {cell.name for cell in cells if cell.failed == "diverged"}
-    differing = _differing([cell.settings for cell in cells])
-    return environment.get_template("sweep.html.jinja").render(
-        cells=cells,
-        differing=differing,
-        compared=len(compared),
-        lowest=next((cell.name for cell in compared if cell.eval_loss is not None), None),
-        highest=_highest_score(compared),
-        scored=any(cell.score is not None for cell in cells),
-        evaluation=curves_chart("evaluation", "Held-out loss", {c.name: c.evaluation.curve() for c in cells}, diverged),
-        loss=curves_chart("loss", "Training loss, smoothed", {c.name: c.loss.curve() for c in cells}, diverged),
-    )
-
-
-def _highest_score(cells: Sequence[_CellCurves]) -> str | None:
-    """Name of the first cell with the highest score, or None without a score.
-
-    The sweep's best cell, by loss or by score, is unknown here.
-    """
-    scored = [(cell.score, cell.name) for cell in cells if cell.score is not None]
-    return max(scored, key=lambda each: each[0], default=(0.0, None))[1]
+    held_out = {cell.name: cell.evaluation.curve() for cell in cells}
+    losses = {cell.name: cell.loss.curve() for cell in cells}
+    try:
+        page = environment.get_template("sweep.html.jinja").render(
+            cells=cells,
+            differing=_differing([cell.settings for cell in cells]),
+            compared=len(compared),
+            lowest=next((cell.name for cell in compared if cell.eval_loss is not None), None),
+            # The sweep's best cell, by loss or by score, is unknown here.
+            highest=max(scored, key=lambda cell: cell.score or 0).name if scored else None,
+            scored=any(cell.score is not None for cell in cells),
+            evaluation=curves_chart("evaluation", "Held-out loss", held_out, diverged),
+            loss=curves_chart("loss", "Training loss, smoothed", losses, diverged),
+        )
+        return page.encode()
+    except Exception as error:
+        raise ValueError(f"the page cannot be drawn: {error!r}") from error
 
 
 def _differing(settings: Sequence[Mapping[str, object]]) -> list[str]:
-    """The fields that are not the same for all."""
     names = dict.fromkeys(name for each in settings for name in each)
     return [name for name in names if any(each.get(name) != settings[0].get(name) for each in settings)]

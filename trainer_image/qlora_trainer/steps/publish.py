@@ -34,11 +34,10 @@ from qlora_trainer.data.render.template_source import TEMPLATE_FILE
 from qlora_trainer.history.metrics_log import read_history
 from qlora_trainer.model.adapter.initial import read_initial_adapter
 from qlora_trainer.model.base.cache import require_whole_in_cache
-from qlora_trainer.publishing.chat_template import job_template_file
-from qlora_trainer.publishing.gate import gate_failure, judge
+from qlora_trainer.publishing.gate import check_gate, gate_failure
 from qlora_trainer.publishing.gguf import GgufFile, gguf_file
 from qlora_trainer.publishing.lineage import publish_with_lineage, read_signing_key
-from qlora_trainer.publishing.merged_model import is_merged_published, publish_merged
+from qlora_trainer.publishing.merged_model import is_merged_published, job_template_file, publish_merged
 from qlora_trainer.publishing.quantized_base import is_base_published, publish_base
 from qlora_trainer.publishing.tracking import upload_run
 from qlora_trainer.publishing.verify import require_own_training, verify_adapter
@@ -158,7 +157,7 @@ def _trained_job(context: StepContext) -> TrainedJob:
         base_name=base_name(context.spec.model),
         prepared=prepared,
         trained=trained,
-        gate=judge(context.spec.gate, trained, pairs=pairs, prepared=prepared.fingerprint),
+        gate=check_gate(context.spec.gate, trained, pairs=pairs, prepared=prepared.fingerprint),
         gpu_hour_price=context.gpu_hour_price,
     )
 
@@ -195,7 +194,7 @@ def _already_published(
     base = destinations.base()
     if base is not None and not (record.base and is_base_published(job, workspace, base)):
         return None
-    manifest = destination.published()
+    manifest = destination.read_manifest()
     if manifest is None or ADAPTER_FILE not in manifest.files:
         return None
     same = manifest.files[ADAPTER_FILE].sha256 == job.trained.adapter_sha256

@@ -31,10 +31,7 @@ class Route:
     """The way of a client to a store and its helper servers, and to no other host."""
 
     def __init__(self, endpoint: str, others: Iterable[str] = ()) -> None:
-        """Create from http:// or https:// addresses.
-
-        Those that the environment's proxy serves are reached through it.
-        """
+        """Create from http:// or https:// addresses, some reached through the proxy."""
         servers, proxy = (endpoint, *others), https_proxy(os.environ)
         proxied = frozenset(_host_and_port(url) for url in servers if proxy is not None and proxy.serves(url))
         direct = sorted({urlsplit(url).hostname or "" for url in servers if _host_and_port(url) not in proxied})
@@ -56,10 +53,7 @@ class Route:
         return strayed or _NOWHERE in error or _REDIRECT in error
 
     def trouble(self, error: str) -> str:
-        """Explain the client's error by the way to the store.
-
-        The end of a sentence, or an empty string.
-        """
+        """Explain the client's error, as the end of a sentence, or an empty string."""
         if _CERTIFICATE in error:
             return f": {NOT_TRUSTED}"
         if self._relay is not None and _TUNNEL in error:
@@ -89,6 +83,15 @@ class Access:
     """Addresses of the servers from which the client gets credentials."""
     by_identity: bool = False
     """Whether they are those of the pod's cloud identity, and of no Secret."""
+
+
+def open_bucket(
+    client: "type[S3Store | GCSStore | AzureStore]", name: str, address: str, access: Access, **settings: object
+) -> Bucket:
+    """Open the bucket of the store at that address with a client that gets these settings."""
+    route = Route(address, access.servers)
+    store = client(name, config=access.config, client_options=route.options, retry_config=RETRY, **settings)
+    return Bucket(store, address, route, access)
 
 
 def _host_and_port(url: str) -> str:

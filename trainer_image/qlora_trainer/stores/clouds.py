@@ -15,7 +15,7 @@ from obstore.store import AzureStore, GCSStore, S3Store
 from qlora_api import contract
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import bad_configuration, unreachable
-from qlora_trainer.stores.bucket import RETRY, Access, Bucket, Route
+from qlora_trainer.stores.bucket import Access, Bucket, open_bucket
 from qlora_trainer.stores.endpoints import server_address
 
 if TYPE_CHECKING:
@@ -43,17 +43,7 @@ def open_s3(name: str, secret: Secret) -> Bucket:
             f"AWS_ENDPOINT_URL_S3 is set, but not to {endpoint}, the address that AWS_ENDPOINT_URL and "
             "AWS_REGION name: set AWS_ENDPOINT_URL, and unset the other"
         )
-    access = _aws_access(secret, region)
-    route = Route(endpoint, access.servers)
-    store = S3Store(
-        name,
-        config=access.config,
-        endpoint=endpoint,
-        region=region,
-        client_options=route.options,
-        retry_config=RETRY,
-    )
-    return Bucket(store, endpoint, route, access)
+    return open_bucket(S3Store, name, endpoint, _aws_access(secret, region), endpoint=endpoint, region=region)
 
 
 def _aws_access(secret: Secret, region: str) -> Access:
@@ -72,7 +62,6 @@ def _aws_access(secret: Secret, region: str) -> Access:
 
 
 def _aws_identity(region: str) -> Access:
-    """The role of IRSA, else of EKS Pod Identity."""
     if token := os.environ.get("AWS_WEB_IDENTITY_TOKEN_FILE"):
         sts = os.environ.get("AWS_ENDPOINT_URL_STS") or f"https://sts.{region}.amazonaws.com"
         config = {
@@ -92,17 +81,9 @@ def open_gcs(name: str, secret: Secret) -> Bucket:
     """Open the bucket. GOOGLE_BASE_URL comes from the profile."""
     endpoint = server_address(os.environ, "GOOGLE_BASE_URL") or "https://storage.googleapis.com"
     access = _google_access(secret)
-    route = Route(endpoint, access.servers)
-    store = GCSStore(
-        name,
-        config=access.config,
-        base_url=endpoint,
-        client_options=route.options,
-        retry_config=RETRY,
-        # To write, the client asks the node's metadata service for a token even with signing off.
-        credential_provider=_no_token if access.config is _UNSIGNED else None,
-    )
-    return Bucket(store, endpoint, route, access)
+    # To write, the client asks the node's metadata service for a token even with signing off.
+    provider = _no_token if access.config is _UNSIGNED else None
+    return open_bucket(GCSStore, name, endpoint, access, base_url=endpoint, credential_provider=provider)
 
 
 def _no_token() -> "GCSCredential":
@@ -123,10 +104,7 @@ def _google_access(secret: Secret) -> Access:
 
 
 def _service_account(text: str, secret: Secret) -> str:
-    """The key, with only the fields that sign.
-
-    Others would name a server, which is for the administrator to choose.
-    """
+    """The key, with only the fields that sign."""
     try:
         key = json.loads(text)
         fields = {name: str(key[name]) for name in _GOOGLE_FIELDS}
@@ -147,17 +125,7 @@ def open_azure(name: str, secret: Secret) -> Bucket:
             "administrator to set azureStorage.account of the profile"
         )
     endpoint = server_address(os.environ, "AZURE_STORAGE_ENDPOINT") or f"https://{account}.blob.core.windows.net"
-    access = _azure_access(secret)
-    route = Route(endpoint, access.servers)
-    store = AzureStore(
-        name,
-        config=access.config,
-        account_name=account,
-        endpoint=endpoint,
-        client_options=route.options,
-        retry_config=RETRY,
-    )
-    return Bucket(store, endpoint, route, access)
+    return open_bucket(AzureStore, name, endpoint, _azure_access(secret), account_name=account, endpoint=endpoint)
 
 
 def _azure_access(secret: Secret) -> Access:
@@ -182,14 +150,12 @@ def _azure_access(secret: Secret) -> Access:
 
 
 def _azure_keys(account_key: str | None, sas: str | None) -> dict[str, str] | None:
-    """The settings for the account's key, else for a signature, or None."""
     if account_key:
         return {"credential_type": "access_key", "account_key": account_key}
     return {"credential_type": "sas_token", "sas_key": sas.removeprefix("?")} if sas else None
 
 
 def _has_identity(cloud: str) -> bool:
-    """Whether the profile allows pods the use of an identity of this cloud."""
     return os.environ.get(contract.ENV_CLOUD_IDENTITY) == cloud
 
 

@@ -91,10 +91,7 @@ class HubRequest:
         return f"{self.kind} hf://{self.repository}"
 
     def _rejection(self, error: HTTPError, status: int | None) -> str | None:
-        """Why the hub will never do this, or None if it may later.
-
-        `status`: None if there was no answer.
-        """
+        """Why the hub will never do this, or None if it may later."""
         token = f"the token of {self.field}" if self.has_token else f"no token ({self.field})"
         done = "written" if self.writes else "read"
         # Its class is below that of a repository that does not exist, so that it comes first.
@@ -147,10 +144,6 @@ class Listing:
     files: dict[str, HubFile]
 
 
-def _ignore(_bytes: int) -> None:
-    """Ignore the progress of a download."""
-
-
 class Hub:
     """A hub, with the token that opens it. Methods raise StepFailure, and OSError only for a full disk.
 
@@ -176,21 +169,21 @@ class Hub:
         self._api = HfApi(endpoint=endpoint or server_address(os.environ, "HF_ENDPOINT"), token=token)
 
     def list(self, kind: RepositoryKind, repository: str, revision: str | None) -> Listing:
-        """The files of the repository at the current commit of `revision`.
-
-        None: the default branch.
-        """
+        """The files at the current commit of `revision`, or of the default branch."""
         ask = self._api.model_info if kind == "model" else self._api.dataset_info
         with self._errors(kind, repository, revision):
             info = _retry(lambda: ask(repository, revision=revision, files_metadata=True, timeout=_TIMEOUT_SECONDS))
         files = {
             entry.rfilename: HubFile(entry.rfilename, entry.size or 0, entry.lfs.sha256 if entry.lfs else None)
             for entry in info.siblings or ()
-            if _stays_in_its_folder(entry.rfilename)
+            # Others would leave their download folder.
+            if not entry.rfilename.startswith("/") and ".." not in entry.rfilename.split("/")
         }
         return Listing(kind, repository, info.sha, files)
 
-    def fetch(self, listing: Listing, file: HubFile, folder: Path, on_bytes: Callable[[int], None] = _ignore) -> Path:
+    def fetch(
+        self, listing: Listing, file: HubFile, folder: Path, on_bytes: Callable[[int], None] = lambda _: None
+    ) -> Path:
         """Download one file into `folder`, from where an earlier attempt stopped, and return its path.
 
         `on_bytes` is called with the bytes of this file that have arrived so far. Raises StepFailure UNREACHABLE, and
@@ -217,10 +210,7 @@ class Hub:
         return path
 
     def digest(self, listing: Listing, file: HubFile) -> str:
-        """SHA-256, in hexadecimal, of the file's content as the hub sends it now.
-
-        The content is not stored.
-        """
+        """SHA-256, in hexadecimal, of the file's content as the hub sends it now."""
         address = self._address(listing, file)
         headers, found = build_hf_headers(token=self._token), sha256()
         with (
@@ -280,7 +270,6 @@ class Hub:
                     ) from None
 
     def _role(self) -> str | None:
-        """The token's role: read, write or fineGrained, or None without a token."""
         if not self._token:
             return None
         found = _retry(self._api.whoami)
@@ -342,13 +331,7 @@ def hub_token(token_file: Path, secret: str | None) -> str | None:
     return token
 
 
-def _stays_in_its_folder(name: str) -> bool:
-    """Whether the file would be inside its download folder. Others are ignored."""
-    return not name.startswith("/") and ".." not in name.split("/")
-
-
 def _difference(path: Path, file: HubFile) -> str | None:
-    """The difference between the downloaded and the listed file, or None."""
     size = path.stat().st_size
     if size != file.size:
         return f"{size} bytes, but the hub lists {file.size}"
@@ -358,19 +341,14 @@ def _difference(path: Path, file: HubFile) -> str | None:
 
 
 def _retry(ask: Callable[[], _Answer]) -> _Answer:
-    """Answer a read request, and retry while the hub is overloaded or failing."""
-    return retry(ask, waits=_WAITS, retryable=_is_retryable)
+    def can_retry(error: Exception) -> bool:
+        return isinstance(error, HfHubHTTPError) and is_retryable(error.response.status_code, conflicts=True)
 
-
-def _is_retryable(error: Exception) -> bool:
-    return isinstance(error, HfHubHTTPError) and is_retryable(error.response.status_code, conflicts=True)
+    return retry(ask, waits=_WAITS, retryable=can_retry)
 
 
 def _byte_counter(on_bytes: Callable[[int], None]) -> type[object]:
-    """A progress bar class for the client, which calls `on_bytes`.
-
-    Of two bars for one file the larger counts.
-    """
+    """A progress bar class for the client, which calls `on_bytes`."""
     largest = 0
 
     class ByteCounter:

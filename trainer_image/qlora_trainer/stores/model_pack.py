@@ -3,13 +3,12 @@
 See github.com/modelpack/model-spec v1.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 
 from qlora_trainer.stores.contents import PublishedFile
-from qlora_trainer.stores.registry import MANIFEST_TYPE, Blob, ImageManifest, Layer, digest_of
+from qlora_trainer.stores.registry import MANIFEST_TYPE, Blob, ImageManifest, Layer, canonical_json, digest_of
 
 ARTIFACT_TYPE = "application/vnd.cncf.model.manifest.v1+json"
 _CONFIG_TYPE = "application/vnd.cncf.model.config.v1+json"
@@ -24,12 +23,9 @@ _DOCUMENTS = frozenset({"README.md", "manifest.json"})
 
 
 def pack(name: str, files: Mapping[str, PublishedFile]) -> tuple[bytes, bytes]:
-    """Configuration and manifest of the artifact of these files. Each is one layer, unchanged.
-
-    The same files give the same bytes.
-    """
+    """Configuration and manifest of the artifact of these files, a layer each."""
     digests = {file: f"sha256:{described.sha256}" for file, described in sorted(files.items())}
-    config = _json(
+    config = canonical_json(
         {
             "descriptor": {"name": name},
             "config": {"format": "safetensors"},
@@ -52,7 +48,7 @@ def pack(name: str, files: Mapping[str, PublishedFile]) -> tuple[bytes, bytes]:
         "config": {"mediaType": _CONFIG_TYPE, "digest": digest_of(config), "size": len(config)},
         "layers": layers,
     }
-    return config, _json(manifest)
+    return config, canonical_json(manifest)
 
 
 def unpack(manifest: ImageManifest) -> dict[str, Blob]:
@@ -89,7 +85,6 @@ def archives(manifest: ImageManifest) -> list[str]:
 
 
 def _name(layer: Layer) -> object:
-    """The name of the file in the layer, if its annotations have one."""
     annotations = layer.get("annotations") or {}
     if not isinstance(annotations, Mapping):
         raise ValueError("the annotations of a layer are not an object")  # noqa: TRY004 - of what the registry sent
@@ -97,7 +92,6 @@ def _name(layer: Layer) -> object:
 
 
 def _is_archive(layer: Layer) -> bool:
-    """Whether a layer is compressed, encrypted or packed, and not simply a file."""
     return "+" in str(layer.get("mediaType")) or ".tar" in str(layer.get("mediaType"))
 
 
@@ -106,7 +100,3 @@ def _media_type(file: str) -> str:
         return _WEIGHT
     document = file in _DOCUMENTS or PurePosixPath(file).suffix not in (".json", ".jinja", ".model", ".txt")
     return _DOCUMENT if document else _WEIGHT_CONFIG
-
-
-def _json(value: object) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()

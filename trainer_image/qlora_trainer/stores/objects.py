@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
-from qlora_api.sources import SCHEMES, ObjectStoreSource, listed
+from qlora_api.sources import SCHEMES, ObjectStoreSource, series
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unreachable
 from qlora_trainer.core.filesystem import partial_path
@@ -52,15 +52,12 @@ def version_of(objects: Mapping[str, StoredObject]) -> str:
 
 
 def _open(source: ObjectStoreSource, secret: Secret) -> Bucket:
-    """Open the bucket. Raises StepFailure BAD_CONFIGURATION for credentials that the client cannot use.
-
-    The client's error is not shown, as it quotes them.
-    """
+    """Open the bucket. Raises StepFailure BAD_CONFIGURATION for credentials that the client cannot use."""
     try:
         return OPEN[source.scheme](source.bucket, secret)
     except BaseError:
         raise bad_configuration(
-            f"{source} cannot be opened with {secret}: the value of {SCHEMES[source.scheme].keys_text} must be as the "
+            f"{source} cannot be opened with {secret}: the value of {SCHEMES[source.scheme].keys} must be as the "
             "store issues it; store it again, whole and once encoded in base64"
         ) from None
 
@@ -78,7 +75,7 @@ class ObjectFolder:
         self._secret = secret
         self._reject = reject
         self._bucket = _open(source, secret)
-        self._settings = listed((".".join(setting.path) for setting in SCHEMES[source.scheme].settings), "and")
+        self._settings = series((".".join(setting.path) for setting in SCHEMES[source.scheme].settings), "and")
         self._endpoint, self._store = self._bucket.endpoint, self._bucket.store
         self.address = f"{self._endpoint}/{source.bucket}/{source.path}"
 
@@ -130,17 +127,11 @@ class ObjectFolder:
         partial.replace(path)
 
     def digest(self, name: str) -> str:
-        """SHA-256, in hexadecimal, of the object's content as the store sends it now.
-
-        The content is not stored.
-        """
+        """SHA-256, in hexadecimal, of the object's content as the store sends it now."""
         return self._digest(self.stat(name), "sha256")
 
     def read(self, name: str, *, most: int) -> bytes | None:
-        """The content of an object, or None.
-
-        None too, without reading it, if it has more than `most` bytes.
-        """
+        """The content of an object; None without it, or if it has more than `most` bytes."""
         with self._errors("read"):
             try:
                 found = obstore.get(self._store, self._key(name))
@@ -209,10 +200,7 @@ class ObjectFolder:
 
     @contextmanager
     def _errors(self, wanted: str) -> Iterator[None]:
-        """Translate the client's errors.
-
-        They quote the server's answer, which may contain credentials.
-        """
+        """Translate the client's errors."""
         try:
             yield
         except (BaseError, FileNotFoundError) as error:

@@ -4,13 +4,22 @@ Sources: https://github.com/opencontainers/distribution-spec/blob/v1.1.1/spec.md
 place, https://github.com/sigstore/cosign/blob/main/specs/BUNDLE_SPEC.md
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qlora_trainer.core.protocols import JsonObject
-from qlora_trainer.stores.registry import INDEX_TYPE, MANIFEST_TYPE, Artifact, Blob, Index, Layer, Registry, digest_of
+from qlora_trainer.stores.registry import (
+    INDEX_TYPE,
+    MANIFEST_TYPE,
+    Artifact,
+    Blob,
+    Index,
+    Layer,
+    Registry,
+    canonical_json,
+    digest_of,
+)
 
 _EMPTY = b"{}"
 _EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
@@ -21,13 +30,10 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 def attach(
     registry: Registry, artifact: Artifact, document: bytes, media_type: str, annotations: Mapping[str, str]
 ) -> None:
-    """Attach the document to the artifact, once for repeated calls.
-
-    Raises StepFailure.
-    """
+    """Attach the document to the artifact, once for repeated calls."""
     for content in (_EMPTY, document):
         registry.upload(Blob(digest_of(content), len(content)), content)
-    manifest = _json(
+    manifest = canonical_json(
         {
             "schemaVersion": 2,
             "mediaType": MANIFEST_TYPE,
@@ -47,7 +53,7 @@ def attach(
     listed = _entries(registry.index(tag))
     if entry["digest"] not in [one.get("digest") for one in listed]:
         index = {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": [*listed, entry]}
-        registry.tag(_json(index), tag, media_type=INDEX_TYPE)
+        registry.tag(canonical_json(index), tag, media_type=INDEX_TYPE)
 
 
 @dataclass(frozen=True)
@@ -79,10 +85,7 @@ def find_attached(registry: Registry, digest: str, media_type: str) -> Attached:
 
 
 def _document(registry: Registry, digest: object) -> Blob | None:
-    """The first layer of an attachment.
-
-    None if that is no manifest, or its layer none that is read into memory.
-    """
+    """The first layer of an attachment."""
     found = registry.referrer(digest) if isinstance(digest, str) and _DIGEST.fullmatch(digest) else None
     layer: Layer = found["layers"][0] if found is not None and found["layers"] else {}
     name, size = layer.get("digest"), layer.get("size")
@@ -102,7 +105,3 @@ def _tag(digest: str) -> str:
 
 def _descriptor(content: bytes) -> JsonObject:
     return {"digest": digest_of(content), "size": len(content)}
-
-
-def _json(value: object) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()

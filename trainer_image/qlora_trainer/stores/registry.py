@@ -113,10 +113,7 @@ class Registry:
         return Artifact(digest_of(content), manifest, len(content))
 
     def referrer(self, digest: str) -> ImageManifest | None:
-        """The manifest of a digest, or None if it has no layers.
-
-        A client may attach anything to an artifact.
-        """
+        """The manifest of a digest, or None if it has no layers."""
         content = self._manifest_content(digest)
         return None if content is None else parse_layers(content)
 
@@ -131,10 +128,7 @@ class Registry:
         return _index(self._small(self._manifest_url(tag), INDEX_TYPE)[0])
 
     def referrers(self, digest: str, artifact_type: str) -> Referrers | None:
-        """The referrers of the artifact with the digest, or None from a registry without that API.
-
-        The registry may leave out what has another type.
-        """
+        """The artifact's referrers, or None from a registry without that API."""
         following: str | None = f"{self._repository}/referrers/{digest}?artifactType={quote(artifact_type, safe='')}"
         pages: list[Index] = []
         while following and len(pages) < _MAX_PAGES:
@@ -155,10 +149,7 @@ class Registry:
         return "OCI-Subject" in answer.headers
 
     def _small(self, url: str, media_type: str) -> tuple[bytes | None, str | None]:
-        """The content of a manifest or an index, and the address of its next page.
-
-        The content is None if there is none.
-        """
+        """The content of a manifest or an index, and the address of its next page."""
         content = b""
         with self._errors(), self._session.ask("GET", url, headers={"Accept": media_type}, stream=True) as answer:
             if answer.status_code == 404:
@@ -172,10 +163,7 @@ class Registry:
         return content, following
 
     def _next_page(self, answer: requests.Response) -> str | None:
-        """The next address in the answer's Link, or None without one.
-
-        Empty if it is of another server, or of this page.
-        """
+        """The next address in the answer's Link, or None without one."""
         if "next" not in answer.links:
             return None
         try:
@@ -195,10 +183,7 @@ class Registry:
         return answer.headers.get("Content-Length") == str(blob.size)
 
     def digest(self, blob: Blob) -> str:
-        """The digest of the blob's content as the registry sends it now.
-
-        The content is not stored.
-        """
+        """The digest of the blob's content as the registry sends it now."""
         found = sha256()
         for block in self._blocks(blob, 0):
             found.update(block)
@@ -260,7 +245,6 @@ class Registry:
             self._session.ask("DELETE", self._upload_location(started))
 
     def _upload_location(self, started: requests.Response) -> str:
-        """The address where the registry wants the content of an upload."""
         given = started.headers.get("Location", "")
         try:
             return urljoin(started.url, given)
@@ -279,10 +263,7 @@ class Registry:
             )
 
     def _blocks(self, blob: Blob, offset: int) -> Iterator[bytes]:
-        """The blob's content from `offset`.
-
-        Raises StepFailure UNSAFE_ARTIFACT if too many bytes arrive.
-        """
+        """The blob's content from `offset`."""
         if offset >= blob.size:
             return
         headers = {"Range": f"bytes={offset}-"} if offset else {}
@@ -320,10 +301,7 @@ class Registry:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """Raise StepFailure UNREACHABLE for the errors of requests.
-
-        Not their cause, which may quote a signed address.
-        """
+        """Raise StepFailure UNREACHABLE for the errors of requests."""
         try:
             yield
         except requests.RequestException as error:
@@ -344,12 +322,16 @@ def parse_layers(content: bytes) -> ImageManifest | None:
 
 
 def _index(content: bytes | None) -> Index | None:
-    """The JSON object in the content, or None for anything else."""
     try:
         found = None if content is None else json.loads(content)
     except (ValueError, RecursionError):
         return None
     return Index(manifests=found.get("manifests")) if isinstance(found, dict) else None
+
+
+def canonical_json(value: object) -> bytes:
+    """The value as JSON. The same value gives the same bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
 def digest_of(content: bytes) -> str:

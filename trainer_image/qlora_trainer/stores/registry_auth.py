@@ -119,8 +119,6 @@ class RegistrySession(requests.Session):
 
 
 class _Guard(HTTPAdapter):
-    """Sends requests, with credentials to some origins only, without on redirects."""
-
     def __init__(self, origins: frozenset[str], field: str, proxy: Proxy | None) -> None:
         """Create. `origins`: scheme and host, as in https://ghcr.io.
 
@@ -185,7 +183,9 @@ def docker_login(secret: Secret, registry: str) -> str | None:
     try:
         known = own if values is None else json.loads(values[_DOCKER_CONFIG])
         entry = known.get("auths", {}).get(registry) or {}
-        login = entry.get("auth") or (_basic_login(entry["username"], entry["password"]) if entry else None)
+        login = entry.get("auth")
+        if entry and not login:
+            login = b64encode(f"{entry['username']}:{entry['password']}".encode()).decode()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise bad_configuration(
             f"{secret.field}: {_DOCKER_CONFIG} is not a Docker configuration with auths: create the Secret with "
@@ -196,15 +196,8 @@ def docker_login(secret: Secret, registry: str) -> str | None:
     return login
 
 
-def _basic_login(user: str, password: str) -> str:
-    return b64encode(f"{user}:{password}".encode()).decode()
-
-
 def _own_logins() -> dict[str, dict[str, dict[str, str]]]:
-    """This user's Docker configuration, in Docker's place for it, or an empty one.
-
-    Raises StepFailure BAD_CONFIGURATION for a file that cannot be read as one.
-    """
+    """This user's Docker configuration, in Docker's place for it, or an empty one."""
     file = Path(os.environ.get("DOCKER_CONFIG") or "~/.docker").expanduser() / "config.json"
     if not file.is_file():
         return {"auths": {}}

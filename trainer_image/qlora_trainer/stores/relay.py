@@ -81,21 +81,17 @@ def _tunnel(proxy: str, server: str) -> socket.socket:
     address = urlsplit(proxy)
     host, _, port = server.rpartition(":")
     connection = HTTPConnection(address.hostname or "", address.port or 80, timeout=_CONNECT_SECONDS)
-    connection.set_tunnel(host, int(port), headers=_login(address.username, address.password))
+    headers = {}
+    if address.username is not None:
+        login = f"{unquote(address.username)}:{unquote(address.password or '')}".encode()
+        headers["Proxy-Authorization"] = f"Basic {b64encode(login).decode()}"
+    connection.set_tunnel(host, int(port), headers=headers)
     connection.connect()
     connection.sock.settimeout(None)
     return connection.sock
 
 
-def _login(user: str | None, password: str | None) -> dict[str, str]:
-    if user is None:
-        return {}
-    login = f"{unquote(user)}:{unquote(password or '')}".encode()
-    return {"Proxy-Authorization": f"Basic {b64encode(login).decode()}"}
-
-
 def _copy(source: socket.socket, target: socket.socket) -> None:
-    """Forward data until either side closes, and pass its end on."""
     try:
         while block := source.recv(_BLOCK_BYTES):
             target.sendall(block)

@@ -14,7 +14,6 @@ RETRYABLE_STATUS = frozenset({408, 425, 429})
 """HTTP statuses below 500 that are temporary: timeout, too early, too many."""
 CONFLICT_STATUS = frozenset({409, 412})
 """Another client has written in between, in a hub or bucket (not a registry)."""
-_READ_BACK_WAITS = (0.0, 0.0)
 _Answer = TypeVar("_Answer")
 logger = logging.getLogger(__name__)
 
@@ -45,8 +44,8 @@ def read_back(digest: Callable[[], str]) -> str:
 
     Raises the StepFailure of `digest`: immediately if it is permanent, else that of the third time.
     """
-    return retry(digest, waits=_READ_BACK_WAITS, retryable=_is_unreachable)
 
+    def can_retry(error: Exception) -> bool:
+        return isinstance(error, StepFailure) and error.exit_code is ExitCode.UNREACHABLE
 
-def _is_unreachable(error: Exception) -> bool:
-    return isinstance(error, StepFailure) and error.exit_code is ExitCode.UNREACHABLE
+    return retry(digest, waits=(0.0, 0.0), retryable=can_retry)

@@ -1,8 +1,7 @@
 """Adapters published to an object store: whole, verified, once, and without overwriting others."""
 
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -28,18 +27,10 @@ from qlora_trainer.stores.destinations.destination import publish_folder
 from qlora_trainer.stores.objects import ObjectFolder
 from tests.support.command import Files
 from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
-from tests.support.publication import MANIFEST
-from tests.support.servers import ACCESS_KEY, BUCKET, SECRET_KEY, s3_bucket, s3_server
+from tests.support.publication import MANIFEST, Publish, rejected
+from tests.support.servers import ACCESS_KEY, BUCKET, SECRET_KEY, s3_bucket
 from tests.support.tiny import Recorded
 from tests.support.training import prepared, run
-
-Publish = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with s3_server(tmp_path_factory.mktemp("s3")) as address:
-        yield address
 
 
 @pytest.fixture
@@ -57,14 +48,6 @@ def store(s3: str, bucket: S3Store, monkeypatch: pytest.MonkeyPatch) -> Iterator
     with serve_proxy(FaultProxy(s3)) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{proxy.address}")
         yield proxy
-
-
-@pytest.fixture
-def contents(tmp_path: Path) -> Contents:
-    """A folder of an adapter; its weights take several parts."""
-    weights = tmp_path / "adapter_model.safetensors"
-    weights.write_bytes(os.urandom(9 * 10**6))
-    return {"README.md": b"# Tiny\n", "adapter_config.json": b"{}", weights.name: weights}
 
 
 @pytest.fixture
@@ -96,14 +79,6 @@ def pulled(bucket: S3Store, path: str, folder: Path) -> Path:
     for name, content in stored(bucket).items():
         (folder / name.removeprefix(f"{path}/")).write_bytes(content)
     return folder
-
-
-def rejected(publish: Publish, code: ExitCode, manifest: Manifest = MANIFEST) -> str:
-    with pytest.raises(StepFailure) as failure:
-        publish(manifest)
-    assert failure.value.exit_code is code, failure.value.message
-    assert not any(canary in failure.value.message for canary in (ACCESS_KEY, SECRET_KEY))
-    return failure.value.message
 
 
 def written(store: FaultProxy) -> list[str]:

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,13 +24,12 @@ from qlora_trainer.stores.destinations.hub import HubDestination
 from tests.support.command import TIMEOUT_S, Files
 from tests.support.fake_hub import FakeHub, Rejection, serve
 from tests.support.fault_proxy import Fault, FaultProxy, serve_proxy
-from tests.support.publication import MANIFEST
+from tests.support.publication import MANIFEST, Publish, rejected
 from tests.support.published import context
 from tests.support.tiny import Recorded
 
 TOKEN = "hf_CanaryTokenThatWrites"
 KEY = "models/acme/tuned"
-Publish = Callable[..., str]
 
 
 @pytest.fixture
@@ -43,13 +42,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 
 @pytest.fixture
-def contents(tmp_path: Path) -> Contents:
-    weights = tmp_path / "adapter_model.safetensors"
-    weights.write_bytes(b"weights" * 1000)
-    return {"README.md": b"# Tiny\n", "adapter_config.json": b"{}", weights.name: weights}
-
-
-@pytest.fixture
 def publish(tmp_path: Path, hub: FakeHub, contents: Contents) -> Publish:
     """Publishes the adapter to hf://acme/tuned."""
     (tmp_path / "token").write_text(f"{TOKEN}\n")
@@ -59,14 +51,6 @@ def publish(tmp_path: Path, hub: FakeHub, contents: Contents) -> Publish:
         return publish_folder(destination, contents, manifest.model_copy(update={"files": describe_files(contents)}))
 
     return run
-
-
-def rejected(publish: Publish, code: ExitCode, manifest: Manifest = MANIFEST) -> str:
-    with pytest.raises(StepFailure) as failure:
-        publish(manifest)
-    assert failure.value.exit_code is code, failure.value.message
-    assert TOKEN not in failure.value.message
-    return failure.value.message
 
 
 def repository(hub: FakeHub) -> dict[str, bytes]:

@@ -73,7 +73,7 @@ class ObjectDestination(StoreFolder):
         for name in (STATEMENTS & stored.keys()) - contents.keys():
             self._folder.delete(name)
         self._folder.write(PUBLISHED_MANIFEST, manifest.text())
-        if self.published() != manifest:
+        if self.read_manifest() != manifest:
             raise self._differs(PUBLISHED_MANIFEST)
         self._folder.delete(_CLAIM)
 

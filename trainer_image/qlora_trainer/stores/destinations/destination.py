@@ -26,12 +26,12 @@ class Destination(ABC):
     """Its address, as the spec has it."""
 
     @abstractmethod
-    def published(self) -> Manifest | None:
+    def read_manifest(self) -> Manifest | None:
         """The manifest of the existing folder, complete or damaged, or None."""
 
     def holders(self) -> tuple[Manifest, ...]:
         """The manifests of the runs that have published there or begun to, one of each."""
-        manifest = self.published()
+        manifest = self.read_manifest()
         return () if manifest is None else (manifest,)
 
     @abstractmethod
@@ -43,7 +43,7 @@ class Destination(ABC):
         """Raise StepFailure if the credentials forbid writing, as far as can be tested."""
 
     @abstractmethod
-    def damaged(self, manifest: Manifest) -> str | None:
+    def find_damage(self, manifest: Manifest) -> str | None:
         """The first file of the manifest that is missing or differs there, or None."""
 
     @abstractmethod
@@ -81,11 +81,11 @@ class StoreFolder(Destination):
     def read(self, name: str, *, most: int) -> bytes | None:
         """The content of a file, or None if it does not exist or has more than `most` bytes."""
 
-    def published(self) -> Manifest | None:
+    def read_manifest(self) -> Manifest | None:
         """See Destination."""
         return parse_manifest(self.read(PUBLISHED_MANIFEST, most=MAX_MANIFEST_BYTES))
 
-    def damaged(self, manifest: Manifest) -> str | None:
+    def find_damage(self, manifest: Manifest) -> str | None:
         """See Destination. Reads every file, as a store may send other bytes than it lists."""
         stored = self.files()
         for name, described in manifest.files.items():
@@ -96,10 +96,7 @@ class StoreFolder(Destination):
 
 
 def reject_occupied(destination: Destination, publisher: Publisher) -> None:
-    """Raise StepFailure (BAD_CONFIGURATION), naming the content, unless the destination is free or the publisher's.
-
-    Files without a manifest have no known owner.
-    """
+    """Raise StepFailure unless the destination is free or the publisher's."""
     if destination.is_free():
         return
     holders = destination.holders()
@@ -113,7 +110,6 @@ def reject_occupied(destination: Destination, publisher: Publisher) -> None:
 
 
 def _occupation(holder: Manifest, publisher: Publisher) -> str:
-    """Describe the holder's foreign content there, and the fix."""
     if holder.job_uid != SHARED_BASE:
         return (
             f"holds another adapter, of job {holder.job_name!r} (UID {holder.job_uid}, trained on "
@@ -145,4 +141,4 @@ def publish_folder(destination: Destination, contents: Contents, manifest: Manif
 
 def is_published(destination: Destination, manifest: Manifest) -> bool:
     """Whether exactly this exists, every file with its SHA-256."""
-    return destination.published() == manifest and destination.damaged(manifest) is None
+    return destination.read_manifest() == manifest and destination.find_damage(manifest) is None

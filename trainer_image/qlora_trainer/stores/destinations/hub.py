@@ -73,8 +73,8 @@ class HubDestination(StoreFolder):
             # Statements about other files must not lie next to these.
             without=sorted((STATEMENTS & listing.files.keys()) - contents.keys()),
         )
-        damaged = self.damaged(manifest)
-        if damaged is not None or self.published() != manifest:
+        damaged = self.find_damage(manifest)
+        if damaged is not None or self.read_manifest() != manifest:
             raise unreachable(
                 f"{self.uri}/{damaged or PUBLISHED_MANIFEST} of commit {commit} does not read back as written"
             )

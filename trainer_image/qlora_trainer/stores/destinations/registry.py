@@ -42,15 +42,15 @@ class RegistryDestination(StoreFolder):
         blob = self._blobs().get(name)
         return None if blob is None or blob.size > most else self._registry.read(blob)
 
-    def published(self) -> Manifest | None:
+    def read_manifest(self) -> Manifest | None:
         """See Destination. Other layers or packing make it another folder."""
-        manifest, found = super().published(), self._registry.manifest(self._source.reference)
+        manifest, found = super().read_manifest(), self._registry.manifest(self._source.reference)
         is_same = manifest is not None and found is not None and found.digest == artifact_digest(manifest)
         return manifest if is_same else None
 
     def holders(self) -> tuple[Manifest, ...]:
         """See Destination. Of other layers too."""
-        manifest = super().published()
+        manifest = super().read_manifest()
         return () if manifest is None else (manifest,)
 
     def is_free(self) -> bool:
@@ -71,7 +71,7 @@ class RegistryDestination(StoreFolder):
         # A registry moves a tag from any artifact, and uploading may have taken long.
         reject_occupied(self, manifest.publisher)
         self._registry.tag(artifact, self._source.reference)
-        found, damaged = self._registry.manifest(self._source.reference), self.damaged(manifest)
+        found, damaged = self._registry.manifest(self._source.reference), self.find_damage(manifest)
         if found is None or found.digest != digest_of(artifact) or damaged is not None:
             raise unreachable(
                 f"{self.uri}: {damaged or 'the tag'} does not read back as it was written: the next attempt writes it "

@@ -20,7 +20,7 @@ class VolumeFolder(Destination):
         self._folder = folder
         self._owner = owner
 
-    def published(self) -> Manifest | None:
+    def read_manifest(self) -> Manifest | None:
         """See Destination."""
         path = self._folder / PUBLISHED_MANIFEST
         # Reading a pipe would block, and a link can lead to an endless device.
@@ -36,7 +36,7 @@ class VolumeFolder(Destination):
     def require_writable(self) -> None:
         """See Destination. Volumes have no credentials: only publish mounts them writable."""
 
-    def damaged(self, manifest: Manifest) -> str | None:
+    def find_damage(self, manifest: Manifest) -> str | None:
         """See Destination."""
         return _damaged_file(self._folder, manifest)
 
@@ -91,7 +91,6 @@ def _require_intact(folder: Path, manifest: Manifest) -> None:
 
 
 def _damaged_file(folder: Path, manifest: Manifest) -> str | None:
-    """The first file of the manifest that is missing or differs, or None."""
     for name, described in manifest.files.items():
         path = folder / name
         if path.is_symlink() or not path.is_file() or file_sha256(path) != described.sha256:
