@@ -170,7 +170,7 @@ SCHEMES: Mapping[str, Scheme] = {
     for scheme in (
         # A claim's root is shared, so a destination needs a folder.
         Scheme("pvc", "pvc://CLAIM/PATH", rf"pvc://{_CLAIM}/{_PATH}/?", VolumeSource),
-        # Each store has rules of its own for the names of its buckets; Azure calls them containers.
+        # The stores have different rules for names of buckets, which Azure calls containers.
         Scheme(
             "s3",
             "s3://BUCKET/PATH",

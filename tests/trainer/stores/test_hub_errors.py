@@ -21,20 +21,15 @@ from huggingface_hub.errors import (
 
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.stores.hub import HubRequest
+from qlora_trainer.stores.hub import Hub, HubRequest
 
 REQUEST = client.Request("GET", "https://hub.example.org/api/models/acme/tiny")
-MODEL = HubRequest(
-    endpoint="https://hub.example.org",
-    kind="model",
-    repository="acme/tiny",
-    revision="v1",
-    field="spec.model.tokenSecretRef",
-    has_token=True,
-    writes=False,
-)
-DATASET = HubRequest("https://hub.example.org", "dataset", "acme/rows", None, "spec.model.tokenSecretRef", False, False)
-DESTINATION = HubRequest("https://hub.example.org", "model", "acme/tuned", None, "spec.output.secretRef", True, True)
+ENDPOINT = "https://hub.example.org"
+READS = Hub("hf_reads", endpoint=ENDPOINT)
+WRITES = Hub("hf_writes", endpoint=ENDPOINT, field="spec.output.secretRef", writes=True)
+MODEL = HubRequest(READS, "model", "acme/tiny", "v1")
+DATASET = HubRequest(Hub(None, endpoint=ENDPOINT), "dataset", "acme/rows", None)
+DESTINATION = HubRequest(WRITES, "model", "acme/tuned", None)
 
 
 def answered(status: int, kind: type[HfHubHTTPError] = HfHubHTTPError) -> HfHubHTTPError:

@@ -38,83 +38,6 @@ from qlora_trainer.stores.contents import Contents
 from qlora_trainer.stores.endpoints import server_address
 from qlora_trainer.stores.retry import is_retryable, retry
 
-
-@dataclass(frozen=True)
-class HubRequest:
-    """A request to a hub, as far as a message about its failure needs it."""
-
-    endpoint: str
-    kind: str
-    """model or dataset"""
-    repository: str
-    revision: str | None
-    field: str
-    """The field of the spec that the token comes from."""
-    has_token: bool
-    writes: bool
-
-    @contextmanager
-    def errors(self) -> Iterator[None]:
-        """Raise StepFailure for any client error in the body, OSError for a full disk."""
-        try:
-            yield
-        except HFValidationError as error:
-            raise bad_configuration(f"hf://{self.repository}: {error}") from error
-        except OfflineModeIsEnabled as error:
-            raise bad_configuration(
-                f"hf://{self.repository} cannot be read because HF_HUB_OFFLINE is set: unset it, or use a pvc:// source"
-            ) from error
-        except HTTPError as error:
-            raise self._http_failure(error) from error
-        except OSError as error:
-            if is_full(error):
-                raise
-            # The client wraps the answer to its first request for a file.
-            if isinstance(error.__cause__, HTTPError):
-                raise self._http_failure(error.__cause__) from error
-            raise unreachable(f"the transfer of hf://{self.repository} was cut off: {first_line(error)}") from error
-        except (RuntimeError, ValueError) as error:
-            # From the accelerated transfer (Xet), or from parsing an answer that is not JSON.
-            raise unreachable(f"{self.endpoint} did not answer as a hub: {first_line(error)}") from error
-
-    def _http_failure(self, error: HTTPError) -> StepFailure:
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-        rejected = self._rejection(error, status)
-        if rejected is not None:
-            permanent = bad_configuration if self.writes else model_unavailable if self.kind == "model" else bad_dataset
-            return permanent(rejected)
-        found = f"answered HTTP {status}" if status else f"cannot be reached ({type(error).__name__}: {error})"
-        return unreachable(f"{self.endpoint} {found} for {self._name}{trouble(self.endpoint, str(error))}")
-
-    @property
-    def _name(self) -> str:
-        return f"{self.kind} hf://{self.repository}"
-
-    def _rejection(self, error: HTTPError, status: int | None) -> str | None:
-        """Why the hub will never do this, or None if it may later."""
-        token = f"the token of {self.field}" if self.has_token else f"no token ({self.field})"
-        done = "written" if self.writes else "read"
-        # Its class is below that of a repository that does not exist, so that it comes first.
-        if isinstance(error, GatedRepoError):
-            return (
-                f"{self._name} is gated and was asked for with {token}: accept its terms at "
-                f"{self.endpoint}/{self.repository} and set {self.field} to a read token of that account"
-            )
-        if isinstance(error, RevisionNotFoundError):
-            return f"{self._name} has no revision {self.revision!r}: name a branch, tag or commit that exists"
-        if isinstance(error, DisabledRepoError):
-            return f"{self._name} has been disabled by the hub: use another one"
-        if isinstance(error, RepositoryNotFoundError) or status in (401, 403, 404):
-            return (
-                f"{self._name} does not exist, or may not be {done} with {token} (HTTP {status}): check the name, and "
-                f"set {self.field} to a token that allows it"
-            )
-        # Conflicts too: another client has committed, and the next attempt decides again.
-        if status is not None and not is_retryable(status, conflicts=True):
-            return f"{self._name} was rejected by {self.endpoint} with HTTP {status}: check its name"
-        return None
-
-
 RepositoryKind = Literal["model", "dataset"]
 _TIMEOUT_SECONDS = 30.0
 _BLOCK_BYTES = 2**20
@@ -144,6 +67,79 @@ class Listing:
     files: dict[str, HubFile]
 
 
+@dataclass(frozen=True)
+class HubRequest:
+    """A request to a hub, as far as a message about its failure needs it."""
+
+    hub: "Hub"
+    kind: RepositoryKind
+    repository: str
+    revision: str | None
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Raise StepFailure for any client error in the body, OSError for a full disk."""
+        try:
+            yield
+        except HFValidationError as error:
+            raise bad_configuration(f"hf://{self.repository}: {error}") from error
+        except OfflineModeIsEnabled as error:
+            raise bad_configuration(
+                f"hf://{self.repository} cannot be read because HF_HUB_OFFLINE is set: unset it, or use a pvc:// source"
+            ) from error
+        except HTTPError as error:
+            raise self._http_failure(error) from error
+        except OSError as error:
+            if is_full(error):
+                raise
+            # The client wraps the answer to its first request for a file.
+            if isinstance(error.__cause__, HTTPError):
+                raise self._http_failure(error.__cause__) from error
+            raise unreachable(f"the transfer of hf://{self.repository} was cut off: {first_line(error)}") from error
+        except (RuntimeError, ValueError) as error:
+            # From the accelerated transfer (Xet), or from parsing an answer that is not JSON.
+            raise unreachable(f"{self.hub.endpoint} did not answer as a hub: {first_line(error)}") from error
+
+    def _http_failure(self, error: HTTPError) -> StepFailure:
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        rejected = self._rejection(error, status)
+        if rejected is not None:
+            permanent = (
+                bad_configuration if self.hub.writes else model_unavailable if self.kind == "model" else bad_dataset
+            )
+            return permanent(rejected)
+        found = f"answered HTTP {status}" if status else f"cannot be reached ({type(error).__name__}: {error})"
+        return unreachable(f"{self.hub.endpoint} {found} for {self._name}{trouble(self.hub.endpoint, str(error))}")
+
+    @property
+    def _name(self) -> str:
+        return f"{self.kind} hf://{self.repository}"
+
+    def _rejection(self, error: HTTPError, status: int | None) -> str | None:
+        """Why the hub will never do this, or None if it may later."""
+        token = f"the token of {self.hub.field}" if self.hub.has_token else f"no token ({self.hub.field})"
+        done = "written" if self.hub.writes else "read"
+        # Its class is below that of a repository that does not exist, so that it comes first.
+        if isinstance(error, GatedRepoError):
+            return (
+                f"{self._name} is gated and was asked for with {token}: accept its terms at "
+                f"{self.hub.endpoint}/{self.repository} and set {self.hub.field} to a read token of that account"
+            )
+        if isinstance(error, RevisionNotFoundError):
+            return f"{self._name} has no revision {self.revision!r}: name a branch, tag or commit that exists"
+        if isinstance(error, DisabledRepoError):
+            return f"{self._name} has been disabled by the hub: use another one"
+        if isinstance(error, RepositoryNotFoundError) or status in (401, 403, 404):
+            return (
+                f"{self._name} does not exist, or may not be {done} with {token} (HTTP {status}): check the name, and "
+                f"set {self.hub.field} to a token that allows it"
+            )
+        # Conflicts too: another client has committed, and the next attempt decides again.
+        if status is not None and not is_retryable(status, conflicts=True):
+            return f"{self._name} was rejected by {self.hub.endpoint} with HTTP {status}: check its name"
+        return None
+
+
 class Hub:
     """A hub, with the token that opens it. Methods raise StepFailure, and OSError only for a full disk.
 
@@ -164,9 +160,11 @@ class Hub:
         For messages: `field` is the field of the spec that the token comes from, `writes` what it is for.
         """
         self._token = token
-        self._field = field
-        self._writes = writes
+        self.has_token = bool(token)
+        self.field = field
+        self.writes = writes
         self._api = HfApi(endpoint=endpoint or server_address(os.environ, "HF_ENDPOINT"), token=token)
+        self.endpoint: str = self._api.endpoint
 
     def list(self, kind: RepositoryKind, repository: str, revision: str | None) -> Listing:
         """The files at the current commit of `revision`, or of the default branch."""
@@ -198,7 +196,7 @@ class Hub:
                     revision=listing.commit,
                     local_dir=folder,
                     token=self._token,
-                    endpoint=self._api.endpoint,
+                    endpoint=self.endpoint,
                     tqdm_class=_byte_counter(on_bytes),
                 )
             )
@@ -232,7 +230,7 @@ class Hub:
                     self._address(listing, file),
                     token=self._token,
                     timeout=_TIMEOUT_SECONDS,
-                    endpoint=self._api.endpoint,
+                    endpoint=self.endpoint,
                 )
             )
 
@@ -266,7 +264,7 @@ class Hub:
                 if self._role() in (None, "read"):
                     raise bad_configuration(
                         f"hf://{repository} does not exist and no token, or one for reading only, is to make it: set "
-                        f"{self._field} to a Secret whose token may write"
+                        f"{self.field} to a Secret whose token may write"
                     ) from None
 
     def _role(self) -> str | None:
@@ -302,19 +300,11 @@ class Hub:
             file.name,
             repo_type=listing.kind,
             revision=listing.commit,
-            endpoint=self._api.endpoint,
+            endpoint=self.endpoint,
         )
 
     def _errors(self, kind: RepositoryKind, repository: str, revision: str | None) -> AbstractContextManager[None]:
-        return HubRequest(
-            endpoint=self._api.endpoint,
-            kind=kind,
-            repository=repository,
-            revision=revision,
-            field=self._field,
-            has_token=bool(self._token),
-            writes=self._writes,
-        ).errors()
+        return HubRequest(self, kind, repository, revision).errors()
 
 
 def hub_token(token_file: Path, secret: str | None) -> str | None:
