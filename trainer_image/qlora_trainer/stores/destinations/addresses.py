@@ -73,7 +73,7 @@ def open_folder(
 ) -> StoreFolder:
     """The folder at an address of a server, to publish there or, without `writes`, only to read.
 
-    `reject` makes the failure for a missing or forbidden folder; a hub names the failure itself. Raises StepFailure if a
+    `reject` makes the failure for a missing or forbidden folder, except of a hub. Raises StepFailure if a
     key of the Secret is missing, or if the registry is not in `registries`, those that the profile allows.
     """
     match source:
