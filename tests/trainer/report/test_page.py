@@ -21,7 +21,7 @@ from qlora_trainer.history.metrics_log import Curve, MetricsHistory, read_histor
 from qlora_trainer.history.samples import Sample, Samples
 from qlora_trainer.report.charts import chart, loss_chart, loss_picture
 from qlora_trainer.report.model_card import adapter_model_card
-from qlora_trainer.report.resources import estimated_peaks
+from qlora_trainer.report.page import estimated_peaks
 from qlora_trainer.steps.publish import publish
 from tests.support.command import Files
 from tests.support.published import context, published

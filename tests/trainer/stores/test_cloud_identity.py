@@ -81,6 +81,18 @@ def s3(give: Give) -> Iterator[FaultProxy]:
         yield store
 
 
+@pytest.fixture
+def sts(give: Give, token: Path, tmp_path: Path) -> Iterator[FakeCloud]:
+    """The variables of IRSA's webhook, and STS, which answers with TLS only, here of a private authority."""
+    certificates = company_certificates(tmp_path)
+    environment = {contract.ENV_CA_FILE: str(certificates.authority)}
+    use_network(environment, tmp_path)
+    give(**environment, AWS_ROLE_ARN=ROLE, AWS_WEB_IDENTITY_TOKEN_FILE=str(token))
+    with serve_cloud(FakeCloud(), "aws", tls=(certificates.certificate, certificates.key)) as cloud:
+        give(AWS_ENDPOINT_URL_STS=f"https://{cloud.address}")
+        yield cloud
+
+
 def folder_of(scheme: str, name: str | None = None) -> ObjectFolder:
     secret = Secret(Path("/nowhere"), "spec.model.secretRef", name)
     return ObjectFolder(ObjectStoreSource(BUCKET, "a/b", scheme), secret, reject=bad_configuration)
@@ -107,18 +119,10 @@ def test_azures_workload_identity_opens_a_container(azure: FakeCloud, give: Give
     assert len(azure.tokens) == 1
 
 
-def test_a_role_for_a_service_account_opens_a_bucket_of_s3(
-    s3: FaultProxy, give: Give, token: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """IRSA. STS answers with TLS only, here of a private authority."""
-    certificates = company_certificates(tmp_path)
-    environment = {contract.ENV_CA_FILE: str(certificates.authority)}
-    use_network(environment, tmp_path)
-    give(**environment, **{contract.ENV_CLOUD_IDENTITY: "aws"}, AWS_ROLE_ARN=ROLE)
-    give(AWS_WEB_IDENTITY_TOKEN_FILE=str(token))
-    with serve_cloud(FakeCloud(), "aws", tls=(certificates.certificate, certificates.key)) as sts:
-        give(AWS_ENDPOINT_URL_STS=f"https://{sts.address}")
-        assert list(folder_of("s3").list()) == ["x"]
+@pytest.mark.usefixtures("s3", "sts")
+def test_a_role_for_a_service_account_opens_a_bucket_of_s3(give: Give) -> None:
+    give(**{contract.ENV_CLOUD_IDENTITY: "aws"})
+    assert list(folder_of("s3").list()) == ["x"]
 
 
 def test_pod_identity_of_eks_opens_a_bucket_of_s3(s3: FaultProxy, give: Give, token: Path) -> None:
@@ -128,20 +132,17 @@ def test_pod_identity_of_eks_opens_a_bucket_of_s3(s3: FaultProxy, give: Give, to
         assert list(folder_of("s3").list()) == ["x"]
 
 
-@pytest.mark.parametrize("identity", [None, "aws", "azure"])
-def test_without_permission_of_the_profile_googles_identity_is_not_requested(
-    google: FakeCloud, give: Give, identity: str | None
+@pytest.mark.parametrize(
+    ("scheme", "identity"), [("gs", None), ("gs", "aws"), ("gs", "azure"), ("az", None), ("az", "google")]
+)
+def test_without_permission_of_the_profile_an_identity_is_not_requested(
+    google: FakeCloud, azure: FakeCloud, give: Give, scheme: str, identity: str | None
 ) -> None:
     """Permission for another cloud does not count: it would give the node's identity."""
     if identity is not None:
         give(**{contract.ENV_CLOUD_IDENTITY: identity})
-    assert "with no credentials (spec.model.secretRef)" in rejected("gs", ExitCode.BAD_CONFIGURATION)
-    assert google.tokens == set()
-
-
-def test_without_permission_of_the_profile_azures_identity_is_not_requested(azure: FakeCloud) -> None:
-    assert "with no credentials (spec.model.secretRef)" in rejected("az", ExitCode.BAD_CONFIGURATION)
-    assert azure.tokens == set()
+    assert "with no credentials (spec.model.secretRef)" in rejected(scheme, ExitCode.BAD_CONFIGURATION)
+    assert google.tokens == azure.tokens == set()
 
 
 def test_without_permission_of_the_profile_pod_identity_is_not_requested(
@@ -180,15 +181,7 @@ def test_a_token_that_the_cloud_rejects_is_not_shown(azure: FakeCloud, give: Giv
     assert "canary" not in message
 
 
-def test_without_permission_of_the_profile_a_role_of_aws_is_not_taken(
-    s3: FaultProxy, give: Give, token: Path, tmp_path: Path
-) -> None:
-    certificates = company_certificates(tmp_path)
-    with serve_cloud(FakeCloud(), "aws", tls=(certificates.certificate, certificates.key)) as sts:
-        environment = {contract.ENV_CA_FILE: str(certificates.authority)}
-        use_network(environment, tmp_path)
-        give(**environment, AWS_ROLE_ARN=ROLE, AWS_WEB_IDENTITY_TOKEN_FILE=str(token))
-        give(AWS_ENDPOINT_URL_STS=f"https://{sts.address}")
-        assert "with no credentials (spec.model.secretRef)" in rejected("s3", ExitCode.BAD_CONFIGURATION)
-        assert sts.seen == []
+def test_without_permission_of_the_profile_a_role_of_aws_is_not_taken(s3: FaultProxy, sts: FakeCloud) -> None:
+    assert "with no credentials (spec.model.secretRef)" in rejected("s3", ExitCode.BAD_CONFIGURATION)
+    assert sts.seen == []
     assert not any("Authorization" in request.headers for request in s3.seen)

@@ -30,20 +30,19 @@ def failing(*errors: Exception) -> Callable[[], str]:
     return ask
 
 
-@pytest.mark.parametrize("status", [408, 425, 429, 500, 501, 502, 503, 504])
-def test_server_errors_are_retryable(status: int) -> None:
-    assert is_retryable(status)
-
-
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 416, 451])
-def test_a_rejection_is_final(status: int) -> None:
-    assert not is_retryable(status, conflicts=True)
-
-
-@pytest.mark.parametrize("status", [409, 412])
-def test_a_conflict_is_retried_only_where_others_write_too(status: int) -> None:
-    assert is_retryable(status, conflicts=True)
-    assert not is_retryable(status)
+@pytest.mark.parametrize(
+    ("statuses", "where_others_write", "elsewhere"),
+    [
+        ((408, 425, 429, 500, 501, 502, 503, 504), True, True),
+        ((409, 412), True, False),
+        ((400, 401, 403, 404, 405, 416, 451), False, False),
+    ],
+    ids=["server errors", "conflicts", "rejections"],
+)
+def test_server_errors_are_retryable(statuses: tuple[int, ...], where_others_write: bool, elsewhere: bool) -> None:
+    for status in statuses:
+        assert is_retryable(status, conflicts=True) is where_others_write
+        assert is_retryable(status) is elsewhere
 
 
 def test_a_request_is_repeated_after_each_wait(waited: list[float]) -> None:

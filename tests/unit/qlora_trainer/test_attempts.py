@@ -12,7 +12,7 @@ import pytest
 
 from qlora_trainer.core.completion import RunUsage
 from qlora_trainer.core.failures import Interrupted
-from qlora_trainer.report.resources import estimated_peaks, resources_used
+from qlora_trainer.report.page import estimated_peaks, resources_used
 from qlora_trainer.training.checkpoints import attempts
 from qlora_trainer.training.checkpoints.attempts import (
     ATTEMPTS_FILE,

@@ -185,53 +185,39 @@ def test_the_adapter_of_another_job_is_never_replaced(
     assert stored(bucket) == before
 
 
-def test_two_concurrent_jobs_do_not_mix(publish: Publish, store: FaultProxy, bucket: S3Store) -> None:
-    """The other one creates its claim between this one's check and its claim."""
-    other = MANIFEST.model_copy(update={"job_uid": "two"}).text()
-
-    def rule(request: Request) -> Fault | None:
-        if request.method == "PUT" and request.path.endswith(".manifest.partial.json"):
-            obstore.put(bucket, "adapters/tiny/.manifest.partial.json", other)
-        return None
-
-    store.rule = rule
-    message = rejected(publish, ExitCode.BAD_CONFIGURATION)
-    assert "the destination s3://team/adapters/tiny holds another adapter, of job 'tiny' (UID two" in message
-    assert list(stored(bucket)) == ["adapters/tiny/.manifest.partial.json"]
+TWO = MANIFEST.model_copy(update={"job_uid": "two"})
+BASE = MANIFEST.model_copy(update={"job_uid": SHARED_BASE})
+TOKENIZER = {"tokenizer.json": PublishedFile(sha256="c" * 64, size=1)}
 
 
-def test_two_concurrent_jobs_do_not_mix_their_tokenizers(publish: Publish, store: FaultProxy, bucket: S3Store) -> None:
-    """Both publish the same base; the other one claims the folder first."""
-    base = MANIFEST.model_copy(update={"job_uid": SHARED_BASE})
-    files = {"tokenizer.json": PublishedFile(sha256="c" * 64, size=1)}
-    other = base.model_copy(update={"files": files}).text()
-
-    def rule(request: Request) -> Fault | None:
-        if request.method == "PUT" and request.path.endswith(".manifest.partial.json"):
-            obstore.put(bucket, "adapters/tiny/.manifest.partial.json", other)
-        return None
-
-    store.rule = rule
-    message = rejected(publish, ExitCode.BAD_CONFIGURATION, base)
-    assert "the destination s3://team/adapters/tiny holds this base with another tokenizer" in message
-    assert list(stored(bucket)) == ["adapters/tiny/.manifest.partial.json"]
-
-
-def test_the_adapter_of_a_job_that_was_faster_is_never_replaced(
-    publish: Publish, store: FaultProxy, bucket: S3Store
+@pytest.mark.parametrize(
+    ("name", "other", "own", "words"),
+    [
+        (".manifest.partial.json", TWO, MANIFEST, "holds another adapter, of job 'tiny' (UID two"),
+        (
+            ".manifest.partial.json",
+            BASE.model_copy(update={"files": TOKENIZER}),
+            BASE,
+            "holds this base with another tokenizer",
+        ),
+        ("manifest.json", TWO, MANIFEST, "holds another adapter, of job 'tiny' (UID two"),
+    ],
+    ids=["a claim", "a claim of a base", "a publication"],
+)
+def test_concurrent_jobs_do_not_mix(
+    publish: Publish, store: FaultProxy, bucket: S3Store, name: str, other: Manifest, own: Manifest, words: str
 ) -> None:
-    """Both jobs found the folder free; the other one publishes before this one's claim."""
-    other = MANIFEST.model_copy(update={"job_uid": "two"}).text()
+    """The other one writes between this one's check, which finds the folder free, and its claim."""
 
     def rule(request: Request) -> Fault | None:
         if request.method == "PUT" and request.path.endswith(".manifest.partial.json"):
-            obstore.put(bucket, "adapters/tiny/manifest.json", other)
+            obstore.put(bucket, f"adapters/tiny/{name}", other.text())
         return None
 
     store.rule = rule
-    message = rejected(publish, ExitCode.BAD_CONFIGURATION)
-    assert "the destination s3://team/adapters/tiny holds another adapter, of job 'tiny' (UID two" in message
-    assert stored(bucket) == {"adapters/tiny/manifest.json": other}
+    message = rejected(publish, ExitCode.BAD_CONFIGURATION, own)
+    assert f"the destination s3://team/adapters/tiny {words}" in message
+    assert stored(bucket) == {f"adapters/tiny/{name}": other.text()}
 
 
 def test_foreign_objects_are_never_replaced(publish: Publish, bucket: S3Store) -> None:
