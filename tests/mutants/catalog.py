@@ -346,8 +346,8 @@ OPERATOR = (
     Mutant(
         name="the-trainers-clock-decides",
         file=f"{_DECISIONS}/status.py",
-        old='"progressed_at": format_time(facts.now)',
-        new='"progressed_at": record.time',
+        old="reported_at=newest, progressed_at=format_time(facts.now)",
+        new="reported_at=newest, progressed_at=newest",
         tests=(f"{_OPERATOR_TESTS}/decisions/test_limits.py::test_a_trainers_clock_does_not_matter",),
     ),
     Mutant(
@@ -360,8 +360,8 @@ OPERATOR = (
     Mutant(
         name="an-old-profile-is-kept",
         file=f"{_DECISIONS}/retry.py",
-        old='"resolved": _resolved_again(status, facts, has_its_run=_has_its_run(status, cleaned=cleaned)),',
-        new='"resolved": status.resolved,',
+        old="resolved=_resolved_again(status, facts, has_its_run=_has_its_run(status, cleaned=cleaned)),",
+        new="resolved=status.resolved,",
         tests=(f"{_OPERATOR_TESTS}/decisions/test_retry.py::test_a_retry_uses_the_current_profile",),
     ),
     Mutant(

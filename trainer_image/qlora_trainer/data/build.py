@@ -1,13 +1,15 @@
 """Builds a job's data set: reads and tokenizes its files, and splits the rows."""
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 
+from qlora_api.schema import replace
 from qlora_api.spec.dataset import Columns, DatasetSpec, EvalSpec
 from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.core.environment import available_cpus, trainer_version
@@ -105,7 +107,7 @@ class DatasetBuilder:
         if self.spec.mix is None:
             return dataset
         weights = tuple(source.weight for source in self.spec.mix)
-        return replace(
+        return dataclasses.replace(
             dataset, mix=Mix.from_sizes([len(part) for part in selection.training], weights), weights=weights
         )
 
@@ -192,7 +194,7 @@ class DatasetBuilder:
         else:
             format_, columns = settings.format, settings.columns or Columns()
         of_rows = self.spec.check_column(field, own_evaluation=like is not None)
-        columns = columns.model_copy(update={"check": of_rows})
+        columns = replace(columns, check=of_rows)
         recipe = Recipe.from_spec(
             self.spec, self.training, self.tokenizer, format_, columns, field, vocabulary=self.vocabulary
         )

@@ -1,12 +1,14 @@
 """Reads a job's first rows, and divides their text into targets and the rest."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 
 import numpy
 
+from qlora_api.schema import replace
 from qlora_api.spec.dataset import Columns, DatasetSpec, RowFormat
 from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.data.examples.formats import PAIRS, Reading, RowReader, detect_format
@@ -99,14 +101,14 @@ def _sources(
             format_, columns = detect_format(rows[0], source.columns, field, pairs=training.compares_answers)
         else:
             format_, columns = source.format, source.columns or Columns()
-        columns = columns.model_copy(update={"check": spec.check_column(field)})
+        columns = replace(columns, check=spec.check_column(field))
         found = _Source(data.uri, rows, field, format_, columns)
         like = like or found
         yield found
     if like is not None and spec.eval is not None and spec.eval.source is not None:
         data = find_data(spec.eval.source, evaluation_part(spec, spec.eval), access, download / "eval")
-        columns = like.columns.model_copy(update={"check": spec.check_column(like.field, own_evaluation=True)})
-        yield replace(
+        columns = replace(like.columns, check=spec.check_column(like.field, own_evaluation=True))
+        yield dataclasses.replace(
             like, uri=data.uri, rows=list(islice(read_rows(data.files), count)), columns=columns, held_out=True
         )
 
@@ -132,7 +134,7 @@ def _preview_row(
     if sum(len(row.input_ids) for row in rows) > recipe.longest_allowed:
         left_out = f"longer than {recipe.longest_allowed} tokens (spec.training.maxSequenceLength)"
         # Answers are only searched for in some of these rows, and not in those with many.
-        rows = [replace(row, is_target=numpy.zeros_like(row.is_target)) for row in rows]
+        rows = [dataclasses.replace(row, is_target=numpy.zeros_like(row.is_target)) for row in rows]
     names = ("",) if len(rows) == 1 else (", chosen", ", rejected")
     for name, text, row in zip(names, texts, rows, strict=True):
         parts = zip(tokenizer.pieces(text), row.is_target.tolist(), strict=True)

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 
 from qlora_api.artifact_status import InitialAdapterStatus
 from qlora_api.lineage import SIGNED_FILE, UNSIGNED_FILE
-from qlora_api.schema import ObservedModel
+from qlora_api.schema import ObservedModel, replace
 from qlora_api.spec.job import MUTABLE_FIELDS
 from qlora_trainer.core.trained_job import TrainedJob
 from qlora_trainer.model.source.files import PROCESSOR_FILES, TOKENIZER_FILES, tokenizer_and_processor
@@ -105,14 +105,14 @@ def base_manifest(job: TrainedJob, contents: Contents) -> Manifest:
     Raises OSError if a file cannot be read.
     """
     quantization = json.dumps(job.spec.quantization.dump(), sort_keys=True)
-    whoever = {
-        "job_uid": SHARED_BASE,
-        "job_name": SHARED_BASE,
-        "fingerprint": job.trained.base_sha256,
-        "spec_sha256": hashlib.sha256(quantization.encode()).hexdigest(),
-        "initial_adapter": None,
-    }
-    return run_manifest(job, contents).model_copy(update=whoever)
+    return replace(
+        run_manifest(job, contents),
+        job_uid=SHARED_BASE,
+        job_name=SHARED_BASE,
+        fingerprint=job.trained.base_sha256,
+        spec_sha256=hashlib.sha256(quantization.encode()).hexdigest(),
+        initial_adapter=None,
+    )
 
 
 def parse_manifest(content: bytes | None) -> Manifest | None:

@@ -14,6 +14,7 @@ from typing import Literal
 
 from qlora_api.artifact_status import BaseStatus, InitialAdapterStatus
 from qlora_api.contract import ModelCacheLayout, WorkspaceLayout
+from qlora_api.schema import replace
 from qlora_api.spec.model import SecretKeyRef
 from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.completion import PreparedBase, PrepareRecord, read_completion, recorded_path, write_completion
@@ -96,7 +97,7 @@ def _continue_run(job: PreparedJob, source: Path, name: str, written: PrepareRec
         return record
     earlier = f"continues {name} from step "
     remarks = (remark for remark in record.remarks if not remark.startswith(earlier))
-    return record.model_copy(update={"remarks": (*remarks, f"{earlier}{step}"), "continued_step": step})
+    return replace(record, remarks=(*remarks, f"{earlier}{step}"), continued_step=step)
 
 
 def _prepare(

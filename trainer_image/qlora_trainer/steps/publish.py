@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qlora_api.artifact_status import AdapterStatus, BaseStatus, MergedStatus
 from qlora_api.contract import WorkspaceLayout
+from qlora_api.schema import replace
 from qlora_api.spec.output import TrackingStatus
 from qlora_api.status import StepName
 from qlora_trainer.core.completion import PrepareRecord, PublishRecord, TrainRecord, read_completion, write_completion
@@ -87,7 +88,7 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
     if done is not None:
         # The attempt before may have been killed before it had written the page of the sweep.
         _add_to_sweep(job, workspace.report, mounts.sweep)
-        return track(done.model_copy(update={"gate": job.gate}))
+        return track(replace(done, gate=job.gate))
     key = read_signing_key(mounts.signing_key)
     folder, picture = _verify_and_report(job, workspace, device, say)
     say(f"writing to {destination.uri}")
@@ -113,7 +114,7 @@ def _with_tracking(record: PublishRecord, tracking: TrackingStatus | None, path:
     """Record at `path` the uploads to trackers, which can be repeated."""
     if tracking == record.tracking:
         return record
-    record = record.model_copy(update={"tracking": tracking})
+    record = replace(record, tracking=tracking)
     try:
         write_completion(path, record)
     except OSError as error:

@@ -1,11 +1,12 @@
 """Explains a GPU that is out of memory: its use, and the first change to make."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 from qlora_api.contract import ExitCode
 from qlora_api.memory.estimate import GIB, MemoryEstimate
+from qlora_api.schema import replace
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.core.context import Device
@@ -48,7 +49,7 @@ def explained_shortage(
             raise
         size = micro_batch_size()
         training = _as_run(spec.training, size)
-        shape = replace(
+        shape = dataclasses.replace(
             training_shape(spec, target_modules),
             micro_batch_size=size,
             gradient_accumulation_steps=training.gradient_accumulation_steps,
@@ -67,7 +68,7 @@ def _as_run(training: TrainingSpec, micro_batch_size: int) -> TrainingSpec:
     """The settings then: the same sequences per step, in these micro batches."""
     sequences = training.micro_batch_size * training.gradient_accumulation_steps
     steps = -(-sequences // micro_batch_size)
-    return training.model_copy(update={"micro_batch_size": micro_batch_size, "gradient_accumulation_steps": steps})
+    return replace(training, micro_batch_size=micro_batch_size, gradient_accumulation_steps=steps)
 
 
 def _by_share(memory: MemoryEstimate) -> str:
