@@ -26,10 +26,8 @@ from qlora_trainer.data.render.template_source import job_template
 from qlora_trainer.evaluation.scorable import require_readable
 from qlora_trainer.model.adapter.initial import InitialAdapter, get_initial_adapter
 from qlora_trainer.model.base.cache import ModelCache
-from qlora_trainer.model.base.cached_base import open_base_source
-from qlora_trainer.model.base.workspace_base import Base, BaseSource
-from qlora_trainer.model.source.downloads import open_model_source
-from qlora_trainer.model.source.models import SharedModel
+from qlora_trainer.model.base.cached_base import Base, BaseSource, open_base_source
+from qlora_trainer.model.source.models import ModelSource, open_model_source
 from qlora_trainer.publishing.destinations.addresses import check_destination
 from qlora_trainer.publishing.manifest import SHARED_BASE, Publisher, base_publisher
 from qlora_trainer.steps.prepare_checks import still_valid
@@ -181,7 +179,7 @@ def _model_cache(folder: Path | None, identity: Identity) -> ModelCache | None:
     return None if folder is None else ModelCache(ModelCacheLayout(folder), identity.job_uid, identity.pod_uid)
 
 
-def _base_record(bases: BaseSource, base: Base, source: SharedModel, fetching: timedelta, root: Path) -> PreparedBase:
+def _base_record(bases: BaseSource, base: Base, source: ModelSource, fetching: timedelta, root: Path) -> PreparedBase:
     """Complete the model's folder, and return the base's part of the completion record.
 
     `fetching` is the time in which the model arrived; `root` is the workspace folder.
