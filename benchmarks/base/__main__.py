@@ -18,11 +18,11 @@ from benchmarks.base.summary import COMMAND, NAME, figures, tables
 from benchmarks.base.worker import SUBJECTS, WAYS
 from benchmarks.conversations import CHAT, write_conversations
 from benchmarks.data import watch
-from benchmarks.inputs import RESULTS, model_folder, write_result
-from benchmarks.machine import describe_environment, describe_machine
+from benchmarks.machine import RESULTS, describe_machine, write_result
 from benchmarks.operator import table
 from benchmarks.speed.settings import ALPHA, MAX_LENGTH, RANK, SEED
 from benchmarks.trainer import WORKSPACE, prepare_command
+from examples.demo.__main__ import model_folder
 from qlora_trainer.core.cpu import preloaded_allocator
 from qlora_trainer.training.checkpoints.attempts import ATTEMPTS_FILE
 
@@ -61,7 +61,6 @@ def main() -> int:
         }
     result = {
         "machine": machine,
-        "environment": describe_environment(),
         "repetitions": options.repetitions,
         "measured": measured,
         "figures": figures(measured),
