@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from qlora_api.crd import definitions
-from qlora_client.doctor.checks import examine
 from qlora_client.doctor.facts import Check, Facts, Operator, Unknown
+from qlora_client.doctor.gathering import examine
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 GPU_LABEL = {"nvidia.com/gpu.present": "true"}
