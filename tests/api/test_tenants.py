@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from qlora_api.naming import JOB_LABEL, workspace_claim_name
-from tests.support.harmless_attempts import HARMLESS, batch_job, forged, result, submit
+from tests.support.forged_reports import FORGED
+from tests.support.harmless_attempts import NEEDS_NO_NODE, batch_job, forged, result, submit
 from tests.support.manifests import MINIMAL
 from tests.support.rejected_attempts import REJECTED, pod
 from tests.support.sweeps import SWEEP
@@ -41,6 +42,7 @@ PROFILES: Object = {
     "private": {"namespaces": [VICTIM]},
     "nodes": {"workspace": {"topology": "shared", "accessMode": "ReadWriteMany"}},
 }
+HARMLESS = {**NEEDS_NO_NODE, **FORGED}
 CANARY = "hf_canarycanarycanarycanarycanary1234"
 
 
