@@ -28,12 +28,13 @@ from qlora_trainer.model.adapter.initial import InitialAdapter, get_initial_adap
 from qlora_trainer.model.base.cache import ModelCache
 from qlora_trainer.model.base.cached_base import Base, BaseSource, open_base_source
 from qlora_trainer.model.source.models import ModelSource, open_model_source
-from qlora_trainer.publishing.destinations.addresses import check_destination
-from qlora_trainer.publishing.manifest import SHARED_BASE, Publisher, base_publisher
+from qlora_trainer.publishing.manifest import base_publisher
 from qlora_trainer.steps.prepare_checks import still_valid
 from qlora_trainer.steps.prepare_data import build_dataset, rows_folder, write_sequences
 from qlora_trainer.steps.prepare_model import AdmittedModel, check_settings, measure_memory
 from qlora_trainer.stores.access import StoreAccess
+from qlora_trainer.stores.contents import SHARED_BASE, Publisher
+from qlora_trainer.stores.destinations.addresses import check_destination
 from qlora_trainer.stores.hub import Hub, hub_token
 from qlora_trainer.training.checkpoints.fingerprint import run_settings
 from qlora_trainer.training.continued import continue_run, reject_other_settings, require_something_to_continue

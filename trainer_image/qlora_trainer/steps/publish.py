@@ -36,8 +36,6 @@ from qlora_trainer.history.metrics_log import read_history
 from qlora_trainer.model.adapter.initial import read_initial_adapter
 from qlora_trainer.model.base.cache import require_whole_in_cache
 from qlora_trainer.publishing.chat_template import job_template_file
-from qlora_trainer.publishing.destinations.addresses import JobDestinations
-from qlora_trainer.publishing.destinations.destination import Destination, is_published
 from qlora_trainer.publishing.gate import gate_failure, judge
 from qlora_trainer.publishing.gguf import GgufFile, gguf_file
 from qlora_trainer.publishing.lineage import publish_with_lineage, read_signing_key
@@ -50,6 +48,8 @@ from qlora_trainer.report.page import published_page, write_report
 from qlora_trainer.report.serving import served_rank
 from qlora_trainer.report.sweep_page import add_to_sweep_report
 from qlora_trainer.stores.contents import Contents
+from qlora_trainer.stores.destinations.addresses import JobDestinations
+from qlora_trainer.stores.destinations.destination import Destination, is_published
 
 logger = logging.getLogger(__name__)
 
