@@ -18,8 +18,6 @@ This is the way of a row, from top to bottom; each arrow is one call, and nothin
 
 `build.DatasetBuilder` walks down to the rows of a `dataset.Dataset`; `Dataset.write` does the rest.
 
-To add a data format, add an entry to `examples.formats._FORMATS`, and its name and columns to `RowFormat` and
-`Columns` of `qlora_api.spec.dataset`. To add a file kind, add an entry to `read.reading._READERS` and its ending to
-`read.files.data_kind`. Readers raise BAD_DATASET with the row's location, as the cases in `tests/support/bad_data`
-expect.
+CONTRIBUTING.md has the places of a new format and of a new kind of file. Readers raise BAD_DATASET with the row's
+location.
 """

@@ -8,18 +8,18 @@ from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 
-from qlora_api.spec.dataset import Columns, DatasetSpec, EvalSpec
+from qlora_api.spec.dataset import DatasetSpec, EvalSpec
 from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.core.environment import available_cpus, trainer_version
 from qlora_trainer.core.failures import StepFailure, bad_dataset
 from qlora_trainer.data.dataset import Dataset, TokenizedSource
 from qlora_trainer.data.epochs import Mix
-from qlora_trainer.data.examples.formats import PAIRS, RowReader, detect_format
+from qlora_trainer.data.examples.formats import PAIRS, RowReader, source_format
 from qlora_trainer.data.fingerprint import library_versions
-from qlora_trainer.data.read.files import MAX_FILES, DataFiles
+from qlora_trainer.data.read.files import DataFiles
 from qlora_trainer.data.read.hub_splits import Wanted, evaluation_part, training_part
 from qlora_trainer.data.read.locate import find_data
-from qlora_trainer.data.read.reading import read_rows, read_used_rows
+from qlora_trainer.data.read.reading import MAX_FILES, read_rows, read_used_rows
 from qlora_trainer.data.read.rows import Row
 from qlora_trainer.data.render.chat_template import Tokenizer
 from qlora_trainer.data.selection import first_equal, select_rows
@@ -184,15 +184,11 @@ class DatasetBuilder:
         """
         before = data.versions()
         first = next(rows)
-        settings = self.spec.training_sources[field]
-        if like is not None:
-            format_, columns = like.reading.format, like.columns
-        elif settings.format == "auto":
-            format_, columns = detect_format(first, settings.columns, field, pairs=self.training.compares_answers)
+        if like is None:
+            format_, columns = source_format(first, self.spec, field, pairs=self.training.compares_answers)
         else:
-            format_, columns = settings.format, settings.columns or Columns()
-        of_rows = self.spec.check_column(field, own_evaluation=like is not None)
-        columns = columns.model_copy(update={"check": of_rows})
+            format_ = like.reading.format
+            columns = like.columns.model_copy(update={"check": self.spec.check_column(field, own_evaluation=True)})
         recipe = Recipe.from_spec(
             self.spec, self.training, self.tokenizer, format_, columns, field, vocabulary=self.vocabulary
         )

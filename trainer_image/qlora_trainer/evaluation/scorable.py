@@ -8,6 +8,7 @@ from pathlib import Path
 from qlora_api.spec.gate import MAX_PATTERN_CHARACTERS, MAX_PROMPT_TOKENS, GateSpec, ScoreSpec
 from qlora_api.status import DatasetStatus
 from qlora_trainer.core.failures import bad_configuration, bad_dataset
+from qlora_trainer.data.examples.formats import PLAIN
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.evaluation.answer_check import AnswerChecker, Criterion
 from qlora_trainer.evaluation.answers import AnswerTexts, Prompt, ScoredPrompts
@@ -39,9 +40,9 @@ def require_scorable(
     """
     if gate is None or gate.score is None:
         return ()
-    if found.format == "text":
+    if found.format in PLAIN:
         raise bad_configuration(
-            f"{SCORE} answers the prompts of held-out rows, and rows of format text have none: use a format "
+            f"{SCORE} answers the prompts of held-out rows, and rows of format {found.format} have none: use a format "
             "with answers, or remove gate.score"
         )
     scored, spec = scored_rows(PreparedDataset.open(data_folder, "eval"), gate.score), gate.score

@@ -7,8 +7,7 @@ from typing import Any, cast, get_args
 
 from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.data.examples.example import Function, Message, Role, ToolCall
-from qlora_trainer.data.read.json_values import parse_json
-from qlora_trainer.data.read.rows import describe, list_names
+from qlora_trainer.data.read.rows import describe, list_names, parse_json
 from qlora_trainer.data.read.text import MAX_LINE_BYTES
 
 _ROLES = get_args(Role)

@@ -17,7 +17,7 @@ from qlora_api.sources import HubSource, parse_source
 from qlora_api.spec.dataset import DatasetSpec, EvalSpec, MixSource
 from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.core.paths import some_names
-from qlora_trainer.data.read.files import data_kind, require_one_kind
+from qlora_trainer.data.read.reading import data_kind, require_one_kind
 
 _SPLIT_NAMES: Mapping[str, tuple[str, ...]] = {
     "train": ("train", "training"),

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 
 from qlora_trainer.core.failures import StepFailure, bad_dataset
 from qlora_trainer.data.read.files import DataFile
-from qlora_trainer.data.read.json_values import invalid_json, oversized_json
-from qlora_trainer.data.read.rows import Row
+from qlora_trainer.data.read.rows import Row, invalid_json, oversized_json
 from qlora_trainer.data.read.text import MAX_LINE_BYTES, lines, text_blocks
 
 _WHITESPACE = " \t\r\n"
