@@ -18,6 +18,5 @@ This is the way of a row, from top to bottom; each arrow is one call, and nothin
 
 `build.DatasetBuilder` walks down to the rows of a `dataset.Dataset`; `Dataset.write` does the rest.
 
-CONTRIBUTING.md has the places of a new format and of a new kind of file. Readers raise BAD_DATASET with the row's
-location.
+Readers raise BAD_DATASET with the row's location.
 """
