@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 
@@ -276,13 +275,13 @@ def require_tensors(folder: Path, files: Iterable[str], layout: BaseLayout) -> N
 
 def _headers(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Type and shape of each tensor in a file, by name."""
-    with cast("Any", safe_open(path, framework="pt")) as opened:
+    with safe_open(path, framework="pt") as opened:
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - it is no dictionary
         return {name: (header.get_dtype(), tuple(header.get_shape())) for name, header in slices.items()}
 
 
 def _require_descriptions(path: Path, layers: Mapping[str, StoredTensor]) -> None:
-    with cast("Any", safe_open(path, framework="pt")) as opened:
+    with safe_open(path, framework="pt") as opened:
         for name, layer in layers.items():
             if not layer.role.startswith(_DESCRIPTIONS):
                 continue

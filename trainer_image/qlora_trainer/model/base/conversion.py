@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +19,7 @@ from qlora_trainer.core.filesystem import (
     remove_partials,
     sync,
 )
+from qlora_trainer.core.protocols import TensorFile, TensorSlice
 from qlora_trainer.model.base.artifact import MANIFEST, BaseManifest, has_files, has_size, read_manifest, write_manifest
 from qlora_trainer.model.base.layout import BaseLayout, Part
 from qlora_trainer.model.base.weights_file import DTYPES, write_weights
@@ -77,7 +77,7 @@ class BaseConversion:
         """See Conversion."""
         partial = partial_path(self._folder / path.name)
         try:
-            with cast("Any", safe_open(path, framework="pt")) as opened:
+            with safe_open(path, framework="pt") as opened:
                 stored = {name: _describe(opened.get_slice(name)) for name in opened.keys()}  # noqa: SIM118
                 parts = self._layout.parts(stored, path.name)
                 entries = [entry for part in parts for entry in part.entries]
@@ -127,7 +127,7 @@ class BaseConversion:
         self._folder = self._target
         return self._manifest
 
-    def _tensors(self, opened: Any, parts: list[Part], file: str) -> Iterator[Tensor]:
+    def _tensors(self, opened: TensorFile[Tensor], parts: list[Part], file: str) -> Iterator[Tensor]:
         for part in parts:
             if part.layer is not None:
                 tensor = _ours(part.layer, part.stored, opened.get_tensor(part.stored), file)
@@ -178,7 +178,7 @@ def small_files(folder: Path, manifest: BaseManifest, settings: Path, layout: Ba
     return found
 
 
-def _json(content: Mapping[str, Any]) -> bytes:
+def _json(content: Mapping[str, object]) -> bytes:
     return json.dumps(content, indent=2).encode() + b"\n"
 
 
@@ -187,7 +187,7 @@ def _is_of(manifest: BaseManifest, version: str, layout: BaseLayout) -> bool:
     return found == (version, layout.quantization, layout.in_16_bit)
 
 
-def _describe(tensor: Any) -> tuple[str, tuple[int, ...]]:
+def _describe(tensor: TensorSlice[Tensor]) -> tuple[str, tuple[int, ...]]:
     """Type and shape of a tensor in a file, as its header has them."""
     return tensor.get_dtype(), tuple(tensor.get_shape())
 
@@ -207,5 +207,5 @@ def _fill(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _names(path: Path) -> list[str]:
-    with cast("Any", safe_open(path, framework="pt")) as opened:
+    with safe_open(path, framework="pt") as opened:
         return sorted(opened.keys())
