@@ -81,8 +81,8 @@ def _store_error(message: str) -> None:
 
 
 def _adapter_config(path: Path) -> None:
-    base = {"base_name": "org/model", "base_revision": "c0ffee"}
-    verify_config(path, LoraSpec(), target_modules=("a.q_proj",), whole_modules=(), **base)
+    modules, base, revision = ("a.q_proj",), "org/model", "c0ffee"
+    verify_config(path, LoraSpec(), target_modules=modules, whole_modules=(), base_name=base, base_revision=revision)
 
 
 def _run(content: bytes, folder: Path) -> None:

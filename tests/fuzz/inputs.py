@@ -5,13 +5,12 @@ import functools
 import json
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from pydantic import JsonValue
 
-Place: TypeAlias = tuple[str | int, ...]
+Place: TypeAlias = tuple[Any, ...]
 """Keys and indices that lead to a value in a document."""
 BOUNDED = settings(derandomize=True, database=None, deadline=None, max_examples=150)
 """The same examples in every run, so that a change is not blamed for what another one has broken."""
@@ -30,7 +29,7 @@ _STRINGS = (
     "1734-01-01T00:00:00Z",
 )
 _NUMBERS = (-(2**63), -1, 0, 2**31 - 1, 200_000_000_000, 2**63 - 1)
-_VALUES: tuple[JsonValue, ...] = (
+_VALUES: tuple[Any, ...] = (
     *(None, True, 2**63, 10**400, 1e308, float("inf"), float("nan"), [], [[]] * 3, {}, {"": {}}),
     *_NUMBERS[:3],
     *_STRINGS,
@@ -54,7 +53,7 @@ def inputs(draw: st.DrawFn, seeds: tuple[bytes, ...]) -> bytes:
 
 
 @st.composite
-def changed(draw: st.DrawFn, document: JsonValue, places: Callable[[Place], bool], *, typed: bool) -> JsonValue:
+def changed(draw: st.DrawFn, document: Any, places: Callable[[Place], bool], *, typed: bool) -> Any:
     """The document with one or two replaced values; `typed`: by values of the same type."""
     for _ in range(draw(st.integers(1, 2))):
         place = draw(st.sampled_from([place for place in _places(document) if places(place)]))
@@ -62,7 +61,7 @@ def changed(draw: st.DrawFn, document: JsonValue, places: Callable[[Place], bool
     return document
 
 
-def _unusual(value: JsonValue, typed: bool) -> Sequence[JsonValue]:
+def _unusual(value: Any, typed: bool) -> Sequence[Any]:
     if not typed:
         return _VALUES
     if isinstance(value, bool | dict | list):
@@ -70,20 +69,18 @@ def _unusual(value: JsonValue, typed: bool) -> Sequence[JsonValue]:
     return _STRINGS if isinstance(value, str) else _NUMBERS
 
 
-def _at(document: JsonValue, place: Place) -> JsonValue:
-    found: JsonValue = functools.reduce(operator.getitem, place, document)  # type: ignore[arg-type]
-    return found
+def _at(document: Any, place: Place) -> Any:
+    return functools.reduce(operator.getitem, place, document)
 
 
-def _parsed(seed: bytes) -> JsonValue:
+def _parsed(seed: bytes) -> Any:
     try:
-        parsed: JsonValue = json.loads(seed)
+        return json.loads(seed)
     except ValueError:
         return None
-    return parsed
 
 
-def _places(value: JsonValue, here: Place = ()) -> Iterator[Place]:
+def _places(value: Any, here: Place = ()) -> Iterator[Place]:
     """The path of the value and of every one inside it."""
     yield here
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -91,9 +88,9 @@ def _places(value: JsonValue, here: Place = ()) -> Iterator[Place]:
         yield from _places(part, (*here, key))
 
 
-def _replaced(document: JsonValue, place: Place, value: JsonValue) -> JsonValue:
+def _replaced(document: Any, place: Place, value: Any) -> Any:
     if not place:
         return value
     changed = copy.deepcopy(document)
-    operator.setitem(_at(changed, place[:-1]), place[-1], value)  # type: ignore[call-overload]
+    operator.setitem(_at(changed, place[:-1]), place[-1], value)
     return changed

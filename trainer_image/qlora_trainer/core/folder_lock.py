@@ -93,10 +93,7 @@ def take(folder: Path, now: float, seconds: float, *, same_job: bool) -> Ownersh
 
 
 def _lock_file(path: Path, flags: int = 0) -> tuple[int, bool]:
-    """Lock the file, and return whether the volume supports locks.
-
-    Raises BlockingIOError if another process holds it.
-    """
+    """Open and lock the file, and return whether the volume supports locks."""
     descriptor = _open(path, flags)
     try:
         return descriptor, _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -129,10 +126,7 @@ def _lock_within(descriptor: int, seconds: float, path: Path) -> None:
 
 
 def _lock(descriptor: int, operation: int) -> bool:
-    """Lock the file, and return whether the volume supports locks.
-
-    Raises BlockingIOError if it must not wait for it.
-    """
+    """Lock, and return whether that is supported. Raises BlockingIOError if locked."""
     try:
         fcntl.flock(descriptor, operation)
     except OSError as error:

@@ -20,10 +20,7 @@ CompletionRecord = PrepareRecord | TrainRecord | PublishRecord
 
 
 class Terminated(BaseException):
-    """SIGTERM in a step that has nothing to save.
-
-    Not an Exception, so that no library catches it as an error.
-    """
+    """SIGTERM in a step with nothing to save. No library catches it as an error."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +56,7 @@ ENDS_ONE_JOB = (StepFailure, OSError, SafetensorError)
 
 
 def as_failure(error: StepFailure | OSError | SafetensorError) -> StepFailure:
-    """The failure of one of several jobs of a process, while the others continue.
-
-    It is the one that would end the step of the job alone.
-    """
+    """The failure of one of several jobs, as it would end the step of the job alone."""
     if isinstance(error, StepFailure):
         return error
     ending = classify(error)

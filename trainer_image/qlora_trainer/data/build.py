@@ -75,10 +75,7 @@ class DatasetBuilder:
         return dataset
 
     def examine(self) -> ExaminedData:
-        """All rows of each source, tokenized, and the data set of them, or why it is rejected.
-
-        Raises StepFailure only if they cannot be read.
-        """
+        """All rows of all sources, tokenized. Raises StepFailure if they are unreadable."""
         training, own = self._sources(usable=False)
         sources, dataset, rejection = (*training, *([own] if own else [])), None, ""
         try:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import numpy
 
@@ -47,7 +46,7 @@ class TokenizedSource:
         """int32 [rows]: tokens of each row, those of rows that are too long last."""
         return numpy.concatenate([self.rows.lengths, self.rows.too_long])
 
-    def statistics(self, longest_allowed: int, counts: Mapping[str, Any]) -> SourceStatistics:
+    def statistics(self, longest_allowed: int, counts: Mapping[str, object]) -> SourceStatistics:
         """Its part of `statistics.json`. `longest_allowed`: tokens of a sequence."""
         return SourceStatistics(
             uri=self.data.uri,
@@ -180,7 +179,7 @@ class Dataset:
         selection, mix, own = self.selection, self.mix, self.own_evaluation
         held_out = list(map(len, selection.held_out))
         for number, source in enumerate(self.training):
-            counts: dict[str, Any] = {
+            counts: dict[str, object] = {
                 "duplicate_rows": selection.duplicates[number],
                 "held_out_rows": held_out[number] if held_out and own is None else 0,
                 "used_rows": len(selection.training[number]),

@@ -87,10 +87,7 @@ def previews(
 def _sources(
     spec: DatasetSpec, training: TrainingSpec, access: StoreAccess, download: Path, count: int
 ) -> Iterator[_Source]:
-    """The sources of the training rows, then the evaluation's separate source.
-
-    That one is read in the format of the first.
-    """
+    """The training sources, then the evaluation's, read in the format of the first."""
     like: _Source | None = None
     for number, (field, source) in enumerate(spec.training_sources.items()):
         data = find_data(source.source, training_part(source, field), access, download / str(number))

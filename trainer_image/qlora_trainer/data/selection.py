@@ -14,10 +14,7 @@ from qlora_trainer.data.tokenize.chunks import Digests
 
 
 def first_equal(digests: Digests) -> RowIndices:
-    """int64 [rows]: for each row the index of the first equal one, which may be the row itself.
-
-    `digests`: uint8 [rows, 16]. Takes some 60 bytes per row, by sorting.
-    """
+    """int64 [rows]: each row's first equal one, by the digests (uint8 [rows, 16])."""
     halves = numpy.ascontiguousarray(digests).view(numpy.uint64)
     # lexsort is stable: equal rows follow each other in the order of their indices.
     order = numpy.lexsort((halves[:, 0], halves[:, 1]))

@@ -77,10 +77,7 @@ def require_scorable(
 
 
 def _require_positions(scored: ScoredPrompts, spec: ScoreSpec, positions: int) -> None:
-    """Reject rows beyond the model's positions before training.
-
-    The model would fail at the first answer that is too long, when the adapter is finished.
-    """
+    """Reject prompts that leave too few positions, before training rather than after."""
     longest = max(len(prompt.tokens) for prompt in scored.chosen)
     if longest + spec.max_new_tokens > positions:
         raise bad_configuration(
@@ -101,10 +98,7 @@ class _Failed:
 
 
 def _own_answers_that_fail(scored: ScoredPrompts, spec: ScoreSpec, texts: AnswerTexts) -> list[_Failed]:
-    """The answers of the data that would not pass, cut off where an adapter's are.
-
-    Raises StepFailure BAD_DATASET for a row with a check that cannot be used.
-    """
+    """The data's answers that fail. Raises StepFailure for an unusable check."""
     failed = []
     with AnswerChecker(spec) as checker:
         for row in scored.chosen:
@@ -118,10 +112,7 @@ def _own_answers_that_fail(scored: ScoredPrompts, spec: ScoreSpec, texts: Answer
 
 
 def row_criterion(spec: ScoreSpec, row: Prompt) -> Criterion | None:
-    """The row's criterion for answers, or None if all rows share the job's.
-
-    Raises StepFailure BAD_DATASET for a row with a schema where the job asks for a regular expression.
-    """
+    """The row's criterion, or None. Raises StepFailure BAD_DATASET for a wrong kind."""
     if not spec.of_rows or spec.check == "exactMatch":
         return None
     if row.check is None:

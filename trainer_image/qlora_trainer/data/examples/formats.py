@@ -150,10 +150,7 @@ class RowReader:
 
 
 def source_format(first: Row, spec: DatasetSpec, field: str, *, pairs: bool) -> tuple[RowFormat, Columns]:
-    """The format and columns of the training source of the job's `field`, whose first row it is.
-
-    Raises StepFailure as `detect_format`.
-    """
+    """Format and columns of the training source of the job's `field`."""
     source = spec.training_sources[field]
     if source.format == "auto":
         format_, columns = detect_format(first, source.columns, field, pairs=pairs)

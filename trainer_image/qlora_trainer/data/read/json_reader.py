@@ -19,10 +19,7 @@ def read_json_lines(file: DataFile) -> Iterator[Row]:
 
 
 def read_json(file: DataFile) -> Iterator[Row]:
-    """The rows of one list of objects, or of one object per line.
-
-    Memory: one row, of at most 16 MiB, and a block.
-    """
+    """The rows of a list, or of lines. Memory: a row of at most 16 MiB, and a block."""
     objects = _JsonList(file)
     if objects.begins():
         yield from objects.rows()

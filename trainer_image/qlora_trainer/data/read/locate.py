@@ -39,10 +39,7 @@ def find_data(uri: str, wanted: Wanted, access: StoreAccess, download: Path) -> 
 
 
 def mounted_data(uri: str, mounts: Mounts) -> DataFiles | None:
-    """The files on a volume or in a ConfigMap that an address names.
-
-    None for a server, and for files that are gone.
-    """
+    """The mounted files of an address. None for a server, and for files that are gone."""
     source = parse_source(uri)
     if not isinstance(source, (VolumeSource, ConfigMapSource)):
         return None

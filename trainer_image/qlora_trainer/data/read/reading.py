@@ -64,10 +64,7 @@ def require_one_kind(names: Collection[str], inside: Collection[str], uri: str) 
 
 
 def read_rows(files: Sequence[DataFile]) -> Iterator[Row]:
-    """The rows of the files in order, without reading a whole file into memory.
-
-    Raises StepFailure BAD_DATASET, with file and line, for invalid content and for a file without rows.
-    """
+    """The rows of the files. Raises StepFailure BAD_DATASET, with file and line."""
     for file in files:
         count = 0
         for row in _KINDS[data_kind(file.name) or ""].read(file):

@@ -28,10 +28,7 @@ class Row:
     """
 
     def values(self) -> Mapping[str, object]:
-        """The values by column, parsed at each call.
-
-        Raises StepFailure BAD_DATASET if they are not a JSON object.
-        """
+        """The values by column, parsed at each call. Raises StepFailure BAD_DATASET."""
         if not isinstance(self.content, str):
             return self.content
         value = parse_json(self.content, self.location, ONE_OBJECT_PER_LINE)

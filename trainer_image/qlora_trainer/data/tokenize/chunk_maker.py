@@ -90,10 +90,7 @@ class Recipe:
         )
 
     def require_place_for_settings(self, tokenizer: Tokenizer, uri: str) -> None:
-        """Raise StepFailure BAD_CONFIGURATION if the job's template settings do not fit.
-
-        Rows may have no place for its chat template or system message.
-        """
+        """Raise StepFailure BAD_CONFIGURATION if the rows have no place for settings."""
         for field, value in {"chatTemplate": self.template, "systemPrompt": self.system_prompt}.items():
             if value is not None and self.format in PLAIN:
                 raise bad_configuration(
