@@ -146,10 +146,11 @@ def _run(
 
 
 def _limit_memory(memory_bytes: int) -> None:
-    most, (_, hard) = _private_bytes() + memory_bytes, resource.getrlimit(resource.RLIMIT_DATA)
-    if hard != resource.RLIM_INFINITY:
-        most = min(most, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+    """Limit private, writable memory to so many bytes on top of what the process has."""
+    with open("/proc/self/status") as file:
+        kilobytes = next(line.split()[1] for line in file if line.startswith("VmData:"))
+    most, (_, hard) = int(kilobytes) * 1024 + memory_bytes, resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 def _failure(error: Exception, memory_bytes: int, what: str) -> DryRunFailed:
@@ -163,10 +164,3 @@ def _failure(error: Exception, memory_bytes: int, what: str) -> DryRunFailed:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether it is PyTorch's for memory that it does not get."""
     return "allocate memory" in str(error) or "bad_alloc" in str(error)
-
-
-def _private_bytes() -> int:
-    """The process's private, writable memory in bytes, which the limit is for."""
-    with open("/proc/self/status") as file:
-        size = next(line.split()[1] for line in file if line.startswith("VmData:"))
-    return int(size) * 1024

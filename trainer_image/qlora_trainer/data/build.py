@@ -4,11 +4,12 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 
-from qlora_api.spec.dataset import DatasetSpec, EvalSpec
+from qlora_api.spec.dataset import DatasetSpec
 from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.core.environment import available_cpus, trainer_version
 from qlora_trainer.core.failures import StepFailure, bad_dataset
@@ -125,10 +126,15 @@ class DatasetBuilder:
 
     def _sources(self, *, usable: bool) -> tuple[tuple[TokenizedSource, ...], TokenizedSource | None]:
         """The sources of training and evaluation. `usable`: reject those without rows."""
-        training, evaluation = self._training_sources(usable=usable), self.spec.eval
-        if evaluation is None or not evaluation.source:
+        training, spec = self._training_sources(usable=usable), self.spec.eval
+        if spec is None or not spec.source:
             return training, None
-        return training, self._evaluation_source(evaluation, training, usable=usable)
+        # Read in the format of the first training source.
+        data = self._find("eval", spec.source, evaluation_part(self.spec, spec))
+        digest = _checked_sha256(data, spec.sha256, "spec.dataset.eval.sha256")
+        field, rows = next(iter(self.spec.training_sources)), read_rows(data.files)
+        own = self._tokenize("eval", data, digest, rows, field, earlier=training, usable=usable, like=training[0])
+        return training, own
 
     def _names(self) -> list[str]:
         """The training sources' names in messages."""
@@ -142,21 +148,15 @@ class DatasetBuilder:
         for number, (field, source) in enumerate(self.spec.training_sources.items()):
             part = "train" if self.spec.mix is None else f"train{number}"
             data = self._find(part, source.source, training_part(source, field))
-            _require_few_files([*(earlier.data for earlier in sources), data])
+            count = len(data.files) + sum(len(earlier.data.files) for earlier in sources)
+            if count > MAX_FILES:
+                raise bad_dataset(
+                    f"the sources of the mix have {count} data files, at most {MAX_FILES} are allowed: merge them"
+                )
             digest = _checked_sha256(data, source.sha256, f"{field}.sha256")
             rows = read_used_rows(data.files, self.spec.max_rows, seed)
             sources.append(self._tokenize(part, data, digest, rows, field, earlier=sources, usable=usable))
         return tuple(sources)
-
-    def _evaluation_source(
-        self, spec: EvalSpec, training: Sequence[TokenizedSource], *, usable: bool
-    ) -> TokenizedSource:
-        """The evaluation's own source, read in the format of the first training source."""
-        data = self._find("eval", spec.source or "", evaluation_part(self.spec, spec))
-        digest = _checked_sha256(data, spec.sha256, "spec.dataset.eval.sha256")
-        field = next(iter(self.spec.training_sources))
-        rows = read_rows(data.files)
-        return self._tokenize("eval", data, digest, rows, field, earlier=training, usable=usable, like=training[0])
 
     def _find(self, part: str, uri: str, wanted: Wanted) -> DataFiles:
         self.say("reading the data set")
@@ -191,7 +191,8 @@ class DatasetBuilder:
         )
         recipe.require_place_for_settings(self.tokenizer, data.uri)
         done_before = sum(source.rows.rows_read for source in earlier)
-        with self.rows.part(part, self._rows_key(digest, recipe), recipe.limits, self._say_waiting) as files:
+        waiting = partial(self.say, "waiting for another cell of the sweep to tokenize the same rows")
+        with self.rows.part(part, self._rows_key(digest, recipe), recipe.limits, waiting) as files:
             chunks = tokenize(
                 chain((first,), rows),
                 ChunkMaker(recipe, self.tokenizer),
@@ -206,9 +207,6 @@ class DatasetBuilder:
         if usable:
             _require_usable(source, recipe.longest_allowed)
         return source
-
-    def _say_waiting(self) -> None:
-        self.say("waiting for another cell of the sweep to tokenize the same rows")
 
     def _rows_key(self, digest: str, recipe: Recipe) -> str:
         """Stands for all that decides the tokens of a part whose data have this SHA-256."""
@@ -231,15 +229,6 @@ class DatasetBuilder:
             "systemPrompt": None if recipe.system_prompt is None else recipe.system_prompt.dump(),
         }
         return sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _require_few_files(sources: Sequence[DataFiles]) -> None:
-    """Raise StepFailure BAD_DATASET if the sources together have too many files."""
-    count = sum(len(data.files) for data in sources)
-    if count > MAX_FILES:
-        raise bad_dataset(
-            f"the sources of the mix have {count} data files, at most {MAX_FILES} are allowed: merge them"
-        )
 
 
 def _checked_sha256(data: DataFiles, expected: str | None, field: str) -> str:

@@ -86,6 +86,7 @@ class Dataset:
 
     def status(self) -> DatasetStatus:
         """The data set as the job's status reports it."""
+        listed = "".join(f"{source.sha256}  {source.data.uri}\n" for source in self.training)
         return DatasetStatus(
             format=", ".join(sorted({source.reading.format for source in self.training})),
             rows=sum(source.rows.rows_read for source in self.training),
@@ -96,7 +97,7 @@ class Dataset:
             duplicate_rows=sum(self.selection.duplicates[: len(self.training)]),
             overlap_rows=self.selection.overlap.count,
             tokens=sum(map(self._epoch_tokens, range(len(self.training)))),
-            sha256=self.training[0].sha256 if self.mix is None else _sha256_of(self.training),
+            sha256=self.training[0].sha256 if self.mix is None else sha256(listed.encode()).hexdigest(),
             sources=None if self.mix is None else tuple(self._mixed_sources(self.mix)),
         )
 
@@ -194,8 +195,3 @@ class Dataset:
         if own is not None:
             counts = {"duplicate_rows": selection.duplicates[-1], "held_out_rows": held_out[0]}
             yield own.statistics(capacity, counts)
-
-
-def _sha256_of(sources: tuple[TokenizedSource, ...]) -> str:
-    """SHA-256 of the lines `SHA-256  ADDRESS` of several sources."""
-    return sha256("".join(f"{source.sha256}  {source.data.uri}\n" for source in sources).encode()).hexdigest()

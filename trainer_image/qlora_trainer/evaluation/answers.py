@@ -47,13 +47,9 @@ class Prompt:
 def choose_prompts(data: PreparedDataset, count: int) -> list[Prompt]:
     """The prompts of the first rows of `count` evenly spaced sequences in `data`."""
     every = max(1, len(data) // max(1, count))
-    prompts = (_first_prompt(data, index) for index in range(0, len(data), every))
+    prompts = (next(_prompts(data, index)) for index in range(0, len(data), every))
     fitting = [prompt for prompt in prompts if len(prompt.tokens) <= MAX_PROMPT_TOKENS]
     return fitting[:count]
-
-
-def _first_prompt(data: PreparedDataset, index: int) -> Prompt:
-    return next(_prompts(data, index))
 
 
 @dataclass(frozen=True)

@@ -177,11 +177,17 @@ class Tokenizer:
         return replace(chosen, targets=chosen.targets[first:]), replace(rejected, targets=rejected.targets[first:])
 
     def _render_conversation(self, conversation: Conversation, location: str, longest_allowed: int | None) -> Rendered:
-        if conversation.uses_tools:
-            self._require_tools(location)
+        if conversation.uses_tools and not self._takes_tools:
+            raise bad_dataset(
+                f"{location}: the conversation uses tools, but {self._whose} leaves out tools, calls or "
+                "their results: use a model that supports tools, or leave such rows out"
+            )
+        if conversation.has_reasoning and self._reasoning_key is None:
+            raise bad_dataset(
+                f"{location}: an answer has reasoning, but {self._whose} leaves it out: use a model that thinks, write "
+                "the reasoning into the content (<think>…</think>), or remove it from the rows"
+            )
         messages = conversation.messages
-        if conversation.has_reasoning:
-            self._require_reasoning(location)
         text = self._apply_template(conversation, len(messages), location)
         answers = sum(message.role == "assistant" for message in messages)
         if longest_allowed is not None and answers > _FEW_ANSWERS and self._is_longer(text, longest_allowed):
@@ -209,36 +215,31 @@ class Tokenizer:
         encoded = self._tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return len(encoded.input_ids) > tokens
 
-    def _require_tools(self, location: str) -> None:
-        if not self._takes_tools:
-            raise bad_dataset(
-                f"{location}: the conversation uses tools, but {self._whose} leaves out tools, calls or "
-                "their results: use a model that supports tools, or leave such rows out"
-            )
-
-    def _require_reasoning(self, location: str) -> None:
-        if self._reasoning_key is None:
-            raise bad_dataset(
-                f"{location}: an answer has reasoning, but {self._whose} leaves it out: use a model that thinks, write "
-                "the reasoning into the content (<think>…</think>), or remove it from the rows"
-            )
-
     @cached_property
     def _reasoning_key(self) -> str | None:
         """The template's key for a message's reasoning, or None if it leaves it out."""
+        reasoning = REASONING_PROBE.messages[1].reasoning or ""
+        return next((key for key in REASONING_KEYS if self._writes(reasoning, REASONING_PROBE, key=key)), None)
 
-        def writes(key: str) -> bool:
-            try:
-                text = self._text(
-                    REASONING_PROBE, 2, add_generation_prompt=False, in_parts=self._takes_parts, reasoning_key=key
-                )
-            except UnusableText:
-                return True  # the first row reports the template's error
-            except (*TEMPLATE_ERRORS, MemoryError):
-                return False
-            return (REASONING_PROBE.messages[1].reasoning or "") in text
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template takes a message's content as a list of parts only."""
+        content = CONTENT_PROBE.messages[0].content
+        takes_text = self._writes(content, CONTENT_PROBE, in_parts=False)
+        return not takes_text and self._writes(content, CONTENT_PROBE, in_parts=True)
 
-        return next((key for key in REASONING_KEYS if writes(key)), None)
+    def _writes(self, word: str, probe: Conversation, *, in_parts: bool | None = None, key: str | None = None) -> bool:
+        """Whether the text of a probe has the word. True for unusable text, which the first row reports."""
+        parts = self._takes_parts if in_parts is None else in_parts
+        try:
+            text = self._text(
+                probe, len(probe.messages), add_generation_prompt=False, in_parts=parts, reasoning_key=key
+            )
+        except UnusableText:
+            return True
+        except (*TEMPLATE_ERRORS, MemoryError):
+            return False
+        return word in text
 
     def require_system_message(self) -> None:
         """Raise StepFailure BAD_CONFIGURATION unless system messages have a place."""
@@ -312,21 +313,6 @@ class Tokenizer:
             raise bad_dataset(
                 f"{location}: {self._whose} needs more memory than there is: use another model"
             ) from error
-
-    @cached_property
-    def _takes_parts(self) -> bool:
-        """Whether the template takes a message's content as a list of parts only."""
-
-        def has_content(in_parts: bool) -> bool:
-            try:
-                text = self._text(CONTENT_PROBE, 1, add_generation_prompt=False, in_parts=in_parts)
-            except UnusableText:
-                return True  # the first row reports the template's error
-            except (*TEMPLATE_ERRORS, MemoryError):
-                return False
-            return CONTENT_PROBE.messages[0].content in text
-
-        return not has_content(in_parts=False) and has_content(in_parts=True)
 
     def _text(
         self,
