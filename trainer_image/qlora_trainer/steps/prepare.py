@@ -31,7 +31,7 @@ from qlora_trainer.model.source.downloads import open_model_source
 from qlora_trainer.model.source.models import SharedModel
 from qlora_trainer.publishing.destinations.addresses import check_destination
 from qlora_trainer.publishing.manifest import SHARED_BASE, Publisher, base_publisher
-from qlora_trainer.steps.prepare_checks import still_valid
+from qlora_trainer.steps.prepare_checks import refresh_record
 from qlora_trainer.steps.prepare_data import build_dataset, rows_folder, write_sequences
 from qlora_trainer.steps.prepare_model import AdmittedModel, check_settings, measure_memory
 from qlora_trainer.stores.access import StoreAccess
@@ -65,7 +65,7 @@ def prepare(
     check = partial(check_destination, mounts=mounts, secret=secret, registries=context.registries)
     record = None
     if written is not None:
-        record = still_valid(written, spec, workspace, mounts, context.group_size, records)
+        record = refresh_record(written, spec, workspace, mounts, context.group_size, records)
     if record is None:
         with _leaving_what_can_be_resumed(workspace):
             for field, address in spec.output.destinations.items():
@@ -124,7 +124,7 @@ def _prepare(
     say("measuring the memory that training needs")
     memory = measure_memory(folder, spec, checked.family, context.group_size)
     records.note(memory=memory.status)
-    model = AdmittedModel.of(folder, spec, checked, memory, template)
+    model = AdmittedModel.from_folder(folder, spec, checked, memory, template)
     model_cache = _model_cache(mounts.model_cache, context.identity)
     bases = open_base_source(source, model.layout, folder, workspace.base, model_cache)
     bases.require_room()

@@ -27,7 +27,7 @@ from qlora_trainer.training.progress.evaluations import EVALUATIONS, too_few_eva
 from qlora_trainer.training.schedule import Schedule
 
 
-def work_of(
+def planned_work(
     parameters: int | None, data: PreparedDataset, found: DatasetStatus, training: TrainingSpec
 ) -> WorkStatus | None:
     """The operations of the planned run, or None if the weights per token are unknown.
@@ -36,7 +36,7 @@ def work_of(
     """
     if parameters is None:
         return None
-    schedule = Schedule.of(len(data), training, data.epoch_offsets)
+    schedule = Schedule.from_training(len(data), training, data.epoch_offsets)
     tokens = round(found.tokens * schedule.epoch(schedule.total_steps))
     return WorkStatus(parameters=parameters, tokens=tokens, flops=training_flops(parameters, tokens, training))
 
@@ -47,14 +47,14 @@ logger = logging.getLogger(__name__)
 def remarks_on_evaluations(training: TrainingSpec, data_folder: Path) -> tuple[str, ...]:
     """Warnings about the evaluation schedule, also logged. Empty if none."""
     data = PreparedDataset.open(data_folder, "train")
-    remark = too_few_evaluations(training, Schedule.of(len(data), training, data.epoch_offsets).total_steps)
+    remark = too_few_evaluations(training, Schedule.from_training(len(data), training, data.epoch_offsets).total_steps)
     if remark is None:
         return ()
     logger.warning("%s", remark)
     return (remark,)
 
 
-def still_valid(
+def refresh_record(
     record: PrepareRecord,
     spec: QLoRAJobSpec,
     workspace: WorkspaceLayout,

@@ -21,7 +21,7 @@ from qlora_trainer.data.render.template_source import TEMPLATE_FILE, template_sh
 from qlora_trainer.data.tokenize.row_cache import RowsFolder
 from qlora_trainer.evaluation.answers import AnswerTexts
 from qlora_trainer.evaluation.scorable import require_scorable
-from qlora_trainer.steps.prepare_checks import remarks_on_evaluations, work_of
+from qlora_trainer.steps.prepare_checks import planned_work, remarks_on_evaluations
 from qlora_trainer.steps.prepare_model import AdmittedModel
 from qlora_trainer.stores.access import StoreAccess
 
@@ -61,7 +61,7 @@ class WrittenSequences:
             data_path=recorded_path(folder, workspace.root),
             data_content=resolved.content(spec.dataset),
             dataset=status,
-            work=work_of(model.parameters, open_prepared(folder, "train"), status, spec.training),
+            work=planned_work(model.parameters, open_prepared(folder, "train"), status, spec.training),
             template_sha256=template,
             end_of_turn=self.end_of_turn,
         )

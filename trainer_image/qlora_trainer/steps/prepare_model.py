@@ -40,7 +40,7 @@ class AdmittedModel:
     """Whether they do."""
 
     @classmethod
-    def of(
+    def from_folder(
         cls, folder: Path, spec: QLoRAJobSpec, checked: CheckedModel, memory: MemoryFit, template: JobTemplate | None
     ) -> Self:
         """Load the tokenizer of a checked model.

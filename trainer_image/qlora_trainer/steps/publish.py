@@ -148,8 +148,8 @@ def _trained_job(context: StepContext) -> TrainedJob:
 
     Raises StepFailure if a record is missing.
     """
-    trained = _required(context.workspace.completion("train"), "train", TrainRecord)
-    prepared = _required(context.workspace.completion("prepare"), "prepare", PrepareRecord)
+    trained = _require_record(context.workspace.completion("train"), "train", TrainRecord)
+    prepared = _require_record(context.workspace.completion("prepare"), "prepare", PrepareRecord)
     pairs = context.spec.training.compares_answers
     return TrainedJob(
         name=context.document.metadata.name,
@@ -163,7 +163,7 @@ def _trained_job(context: StepContext) -> TrainedJob:
     )
 
 
-def _required(path: Path, step: StepName, kind: type[_Completion]) -> _Completion:
+def _require_record(path: Path, step: StepName, kind: type[_Completion]) -> _Completion:
     record = read_completion(path, kind)
     if record is None:
         raise bad_configuration(

@@ -56,7 +56,7 @@ def continue_run(source: Path, name: str, job: PreparedJob) -> int | None:
     differs, or has no checkpoint.
     """
     workspace = job.workspace
-    if newest_intact(workspace.checkpoints) is not None or job.already_trained() is not None:
+    if newest_intact(workspace.checkpoints) is not None or job.read_train_record() is not None:
         return None
     other = _layout(source)
     checkpoint = newest_intact(other.checkpoints)

@@ -11,7 +11,7 @@ from qlora_trainer.model.adapter.attach import restore_adapter, save_adapter
 from qlora_trainer.training.checkpoints.attempts import read_attempts
 from qlora_trainer.training.checkpoints.best_adapter import read_best
 from qlora_trainer.training.checkpoints.time_spent import run_usage
-from qlora_trainer.training.progress.evaluations import kept
+from qlora_trainer.training.progress.evaluations import adapter_to_keep
 from qlora_trainer.training.progress.run_state import RunState
 from qlora_trainer.training.run import Run
 from qlora_trainer.training.scoring import measure_score
@@ -20,7 +20,7 @@ from qlora_trainer.training.scoring import measure_score
 def finish_run(run: Run, state: RunState) -> TrainRecord:
     """Write the adapter, then the completion record that points at it."""
     job, workspace = run.job, run.job.workspace
-    chosen = kept(run.training, state.evaluations, state.step, state.eval_loss)
+    chosen = adapter_to_keep(run.training, state.evaluations, state.step, state.eval_loss)
     if chosen.step != state.step:
         _put_best_into_model(run)
     with atomic_folder(workspace.trained) as folder:
@@ -76,7 +76,7 @@ def _comparison(run: Run) -> Comparison | None:
     return compare(run.model, run.eval_data, run.storage.parameters, run.device)
 
 
-def with_score(run: Run, state: RunState, record: TrainRecord) -> TrainRecord:
+def add_score(run: Run, state: RunState, record: TrainRecord) -> TrainRecord:
     """The record, written again with the score of the answers if the job asks for it."""
     gate = run.job.spec.gate
     if gate is None or gate.score is None or run.eval_data is None:
@@ -91,7 +91,7 @@ def leave_samples(run: Run) -> None:
     """Write sample answers for the report. The model must not be trained afterwards."""
     path = run.job.workspace.report / SAMPLES_FILE
     # One rank alone cannot run a sharded base.
-    count = 0 if run.ranks.sharded else run.training.samples
+    count = 0 if run.ranks.is_sharded else run.training.samples
     data, stop = run.eval_data or run.data, run.runtime.stop
     write_samples(
         path,

@@ -90,7 +90,7 @@ def _step(members: Sequence[Member]) -> _Failed:
             applied.append((member, gradient))
         except ENDS_ONE_JOB as error:
             failed.append((member, as_failure(error)))
-    cost = StepCost.of(first.runtime.monotonic() - started, first.job.device)
+    cost = StepCost.from_device(first.runtime.monotonic() - started, first.job.device)
     for member, gradient in applied:
         try:
             member.state = note_step(member.run, member.state, gradient, cost)

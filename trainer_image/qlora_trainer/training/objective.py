@@ -31,7 +31,7 @@ class BatchSums:
         return torch.stack((self.loss.detach(), *self.measured))
 
 
-def of_evaluation(measure: str) -> str:
+def evaluation_measure(measure: str) -> str:
     """The name of a measure's mean over the held-out rows."""
     return f"eval{measure[0].upper()}{measure[1:]}"
 

@@ -64,7 +64,7 @@ def open_run(job: PreparedJob, process: ProcessSettings, checkpoint: Checkpoint 
     ranks = process.ranks
     base = open_base(job, process, checkpoint, checkpoint)
     model = attach_job_adapter(base, job, initialized=checkpoint is None)
-    if ranks.sharded:
+    if ranks.is_sharded:
         shard_base(model, base.device, ranks.rank_info.size)
     return open_on_model(job, process, checkpoint, base, model)
 
@@ -83,7 +83,7 @@ def open_base(
     _say_loading(job, process.runtime, checkpoint)
     if spec.training.micro_batch_size > 1 and not prepared.packed and not prepared.rows_apart:
         raise cannot_keep_rows_apart(prepared.model_type)
-    model = _load_base(job, process.ranks.sharded)
+    model = _load_base(job, process.ranks.is_sharded)
     return LoadedBase(model, storage_of(model), device, threads)
 
 
@@ -160,18 +160,18 @@ def open_on_model(
         parameters=adapter_parameters(model),
         optimizer=make_optimizer(adapter_parameters(model).values(), spec.training),
         objective=make_objective(spec.training, data, eval_data, base.device),
-        history=_open_history(job, checkpoint) if ranks.main else None,
+        history=_open_history(job, checkpoint) if ranks.is_main else None,
         threads=base.threads,
         storage=base.storage,
         base_check=process.base_check,
-        attempts=read_attempts(records) if ranks.main else (),
+        attempts=read_attempts(records) if ranks.is_main else (),
         progress=RunProgress(_schedule(job, data)),
     )
     state = RunState() if checkpoint is None else _restore(run, checkpoint)
     ranks.copy_from_main(run.parameters.values())
     began = process.runtime.now()
     run.progress.training_since = timestamp(began)
-    if ranks.main:
+    if ranks.is_main:
         note_training(records, job.identity.pod_uid, began)
     unpaged = job.device == "cpu" and spec.training.optimizer != "adamw"
     report(run, state, PAGING_NEEDS_GPU if unpaged else "training", force=True)
@@ -207,7 +207,7 @@ def _restore(run: Run, checkpoint: Checkpoint) -> RunState:
 
 
 def _schedule(job: PreparedJob, data: PreparedDataset) -> Schedule:
-    return Schedule.of(len(data), job.spec.training, data.epoch_offsets)
+    return Schedule.from_training(len(data), job.spec.training, data.epoch_offsets)
 
 
 def _open_history(job: PreparedJob, checkpoint: Checkpoint | None) -> MetricsLog:

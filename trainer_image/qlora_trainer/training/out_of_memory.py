@@ -29,7 +29,7 @@ _SHARES = {
 
 
 @contextmanager
-def explained_shortage(
+def explain_shortage(
     spec: QLoRAJobSpec,
     target_modules: Iterable[str],
     device: Device,

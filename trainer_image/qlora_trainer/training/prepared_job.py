@@ -37,7 +37,7 @@ class PreparedJob:
     fingerprint: Fingerprint
 
     @classmethod
-    def of(cls, context: StepContext, ranks: int) -> Self:
+    def from_workspace(cls, context: StepContext, ranks: int) -> Self:
         """Return the job of a workspace, to be trained by so many processes.
 
         Raises StepFailure if it is not prepared, or its base is no longer whole.
@@ -94,7 +94,7 @@ class PreparedJob:
         """SHA-256 of the fingerprint."""
         return digest(self.fingerprint)
 
-    def already_trained(self) -> TrainRecord | None:
+    def read_train_record(self) -> TrainRecord | None:
         """The completion record, if it is of this run, with its score, and the adapter still has the recorded sum.
 
         None if samples are still to be written: jobs that train together leave theirs after the last of them.

@@ -52,12 +52,12 @@ def agreed_checkpoint(
     Raises StepFailure (BAD_CONFIGURATION) if this rank's fingerprint differs: it would compute another run.
     """
     chosen = "" if checkpoint is None else checkpoint.path.name
-    main_fingerprint, _, main_name = ranks.from_main("start", f"{fingerprint} {chosen}").partition(" ")
+    main_fingerprint, _, main_name = ranks.broadcast_text("start", f"{fingerprint} {chosen}").partition(" ")
     if main_fingerprint != fingerprint:
         raise bad_configuration(
             f"rank {ranks.rank_info.rank} has another job, other data or other libraries than rank 0: start all "
             "processes with the same image, document and workspace"
         )
-    if ranks.main or not main_name:
+    if ranks.is_main or not main_name:
         return checkpoint
     return read_checkpoint(checkpoints / main_name)

@@ -99,18 +99,18 @@ class Run:
         """The job's settings of the loop."""
         return self.job.spec.training
 
-    def stopping(self) -> bool:
+    def is_stopping(self) -> bool:
         """Whether a stop has been requested in any rank; all ranks must ask together."""
         return self.ranks.any(self.runtime.stop.requested)
 
-    def stopped_early(self, state: RunState) -> bool:
+    def has_stopped_early(self, state: RunState) -> bool:
         """Whether the run ends at this state, before its last step."""
         early_stopping, total = self.training.early_stopping, self.progress.schedule.total_steps
-        return state.step < total and state.evaluations.exhaust(early_stopping)
+        return state.step < total and state.evaluations.is_exhausted(early_stopping)
 
-    def ended(self, state: RunState) -> bool:
+    def has_ended(self, state: RunState) -> bool:
         """Whether no optimizer step follows."""
-        return state.step == self.progress.schedule.total_steps or self.stopped_early(state)
+        return state.step == self.progress.schedule.total_steps or self.has_stopped_early(state)
 
     def goodput(self, state: RunState) -> float | None:
         """The share of the attempts' time that is in this state."""
@@ -154,9 +154,9 @@ def report(run: Run, state: RunState, activity: str, *, force: bool = False) -> 
     """Write a progress record; the writer drops those that follow too fast, unless `force` is set."""
     progress = run.progress
     pace, total = progress.pace, progress.schedule.total_steps
-    steps_left = 0 if run.ended(state) else total - state.step
+    steps_left = 0 if run.has_ended(state) else total - state.step
     remaining = pace.remaining_seconds(steps_left, _evaluations_left(run, state))
-    if run.ranks.main:
+    if run.ranks.is_main:
         run.show_life()
     run.runtime.records.progress(
         run.job.identity.progress(
@@ -193,7 +193,7 @@ def _short(figure: float | None) -> float | None:
 
 def _training(run: Run, state: RunState) -> str:
     """What a run does that is training, or that has stopped early."""
-    if run.stopped_early(state):
+    if run.has_stopped_early(state):
         return f"stopped early: {state.evaluations.without_improvement} evaluations without improvement"
     if state.micro_batch_size is None:
         return "training"
@@ -202,6 +202,6 @@ def _training(run: Run, state: RunState) -> str:
 
 def _evaluations_left(run: Run, state: RunState) -> int:
     total, every = run.progress.schedule.total_steps, run.training.eval_every_steps
-    if run.eval_data is None or run.ended(state):
+    if run.eval_data is None or run.has_ended(state):
         return 0
     return 1 if every is None else total // every - state.step // every + (total % every != 0)

@@ -27,7 +27,7 @@ class Schedule:
     """The first sequence of each epoch, and the end, where a mix makes them differ."""
 
     @classmethod
-    def of(cls, sequences: int, training: TrainingSpec, epoch_offsets: tuple[int, ...] = ()) -> "Schedule":
+    def from_training(cls, sequences: int, training: TrainingSpec, epoch_offsets: tuple[int, ...] = ()) -> "Schedule":
         """The schedule for `sequences` sequences. An epoch ends with a smaller step if they do not divide.
 
         Raises StepFailure (BAD_CONFIGURATION) if epochs have different sequences, and too few of them are prepared.

@@ -122,7 +122,7 @@ def measure_score(run: Run, state: RunState, data: PreparedDataset, spec: ScoreS
     with AnswerLog.opened(path, adapter_sha256, settings) as log, AnswerChecker(spec) as checker:
         for number, prompt in enumerate(rows, start=1):
             report(run, state, f"scoring answer {number} of {len(rows)}")
-            answers = log.get(prompt) or _answered(answering, checker, prompt, spec, job.name)
+            answers = log.get(prompt) or _answer_row(answering, checker, prompt, spec, job.name)
             if stop.requested:
                 raise Interrupted(state.step, run.progress.schedule.total_steps, run.progress.checkpoint_step or 0)
             log.add(answers)
@@ -147,7 +147,7 @@ def _texts(job: PreparedJob) -> AnswerTexts:
         ) from error
 
 
-def _answered(answering: Answering, checker: AnswerChecker, prompt: Prompt, spec: ScoreSpec, name: str) -> Answers:
+def _answer_row(answering: Answering, checker: AnswerChecker, prompt: Prompt, spec: ScoreSpec, name: str) -> Answers:
     """The answers to one row. `name`: the job, whose adapter others can continue from."""
     try:
         base, adapter = (

@@ -42,8 +42,8 @@ def require_gpu(local_rank: int) -> None:
     name, capability = torch.cuda.get_device_name(local_rank), torch.cuda.get_device_capability(local_rank)
     if capability < FIRST_CAPABILITY:
         raise bad_configuration(
-            f"the GPU {name} has compute capability {_dotted(capability)}, and training in bfloat16 needs "
-            f"{_dotted(FIRST_CAPABILITY)} or later, as an A100, A10, L4, L40S, H100 or RTX 3090 has it: choose a "
+            f"the GPU {name} has compute capability {_version_text(capability)}, and training in bfloat16 needs "
+            f"{_version_text(FIRST_CAPABILITY)} or later, as an A100, A10, L4, L40S, H100 or RTX 3090 has it: choose a "
             "profile in spec.scheduling.profile, or a nodeSelector in the profile, that leads to such GPUs"
         )
     if not bitsandbytes_library.compiled_with_cuda:
@@ -53,7 +53,7 @@ def require_gpu(local_rank: int) -> None:
         )
 
 
-def _dotted(capability: tuple[int, int]) -> str:
+def _version_text(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 
 
