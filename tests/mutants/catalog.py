@@ -1123,7 +1123,7 @@ TRAINER = (
     Mutant(
         name="the-best-adapter-is-not-restored",
         file=f"{_TRAINER}/training/open_run.py",
-        old="    progress.best = best_of(checkpoint)\n",
+        old="    progress.best = checkpoint.best\n",
         new="",
         tests=(
             f"{_TRAINER_TESTS}/steps/test_best_adapter.py::test_a_disturbed_run_ends_at_the_same_step_with_the_same_best_adapter",

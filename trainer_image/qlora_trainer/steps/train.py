@@ -15,16 +15,12 @@ from qlora_trainer.steps.sweep_curves import leaving_curves
 from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.distributed.launch import RankInfo, start_child_ranks
 from qlora_trainer.training.distributed.meeting import Meeting, join_ranks
-from qlora_trainer.training.distributed.ranks import Ranks
-from qlora_trainer.training.finish_run import add_score, finish_run, leave_samples
+from qlora_trainer.training.finish_run import add_score, finish_run, write_samples
 from qlora_trainer.training.loop import run_to_end
 from qlora_trainer.training.open_run import ProcessSettings, open_run
 from qlora_trainer.training.out_of_memory import explain_shortage
 from qlora_trainer.training.prepared_job import PreparedJob
-from qlora_trainer.training.resume import agreed_checkpoint
 from qlora_trainer.training.run import Runtime
-
-Clock = Callable[[], datetime]
 
 
 def train(
@@ -32,7 +28,7 @@ def train(
     records: RecordWriter,
     *,
     stop: StopRequest,
-    now: Clock,
+    now: Callable[[], datetime],
     monotonic: Callable[[], float],
     command: Sequence[str] = (),
 ) -> TrainRecord:
@@ -53,7 +49,7 @@ def train(
         runtime = Runtime(records, stop, now, monotonic)
         meeting = _meeting(context.identity, rank_info, runtime)
         ranks = together.enter_context(join_ranks(child_ranks, context.device, context.spec.training.sharding, meeting))
-        checkpoint = agreed_checkpoint(ranks, job.digest, checkpoint, context.workspace.checkpoints)
+        checkpoint = job.agree_on_checkpoint(ranks, checkpoint)
         shortage = partial(
             explain_shortage,
             context.spec,
@@ -80,24 +76,19 @@ def train(
         with shortage(lambda: 1):
             record = finish_run(run, state) if ranks.is_main else None
         # Not read from the workspace, where another node may see the file only after a while.
-        record = _agreed_record(ranks, record)
+        text = ranks.broadcast_text("trained", "" if record is None else record.model_dump_json())
+        record = record or TrainRecord.model_validate_json(text)
         ranks.wait()
         # However the others end from here on, the adapter is written.
         together.close()
         if ranks.is_main:
             record = add_score(run, state, record)
-            leave_samples(run)
+            write_samples(run)
     return record
 
 
-def _agreed_record(ranks: Ranks, record: TrainRecord | None) -> TrainRecord:
-    """The completion record, which the main process passes and the others get."""
-    text = ranks.broadcast_text("trained", "" if record is None else record.model_dump_json())
-    return record or TrainRecord.model_validate_json(text)
-
-
 def _meeting(identity: Identity, rank_info: RankInfo, runtime: Runtime) -> Meeting:
-    """How this process meets others in several pods, with the profile's time limit."""
+    """How this process meets those of other pods, with the profile's time limit."""
     if not rank_info.has_several_nodes or contract.ENV_NODE not in os.environ:
         return Meeting(stopped=lambda: runtime.stop.requested)
 

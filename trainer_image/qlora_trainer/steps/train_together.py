@@ -24,7 +24,7 @@ from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.checkpoints.checkpoint import Checkpoint
 from qlora_trainer.training.distributed.device import peak_memory_bytes
 from qlora_trainer.training.distributed.ranks import Ranks
-from qlora_trainer.training.finish_run import add_score, finish_run, leave_samples
+from qlora_trainer.training.finish_run import add_score, finish_run, write_samples
 from qlora_trainer.training.joint_training import Member, run_together
 from qlora_trainer.training.open_run import (
     LoadedBase,
@@ -168,7 +168,7 @@ def _measure_answers(entry: _Entry, member: Member, results: _Results) -> None:
         return
     with results.failing_alone(entry.number, entry.held), entry.job.rest_of_attempt(entry.runtime.now):
         results[entry.number] = add_score(member.run, member.state, record)
-        leave_samples(member.run)
+        write_samples(member.run)
 
 
 class _SharedBase:

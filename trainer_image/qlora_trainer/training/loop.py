@@ -19,8 +19,7 @@ from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.adapter.attach import adapter_tensors
 from qlora_trainer.model.losses.batch import Batch, MicroBatch, read_batch
 from qlora_trainer.training.checkpoints.attempts import note_saved
-from qlora_trainer.training.checkpoints.best_adapter import BEST_FILE, best_of, write_best
-from qlora_trainer.training.checkpoints.checkpoint import save_checkpoint
+from qlora_trainer.training.checkpoints.checkpoint import BEST_FILE, save_checkpoint, write_best
 from qlora_trainer.training.distributed.device import memory_bytes, peak_memory_bytes, processor, seed_step
 from qlora_trainer.training.objective import evaluation_measure
 from qlora_trainer.training.optimizer import learning_rate, optimizer_tensors, set_learning_rate
@@ -116,10 +115,7 @@ def _optimizer_step(run: Run, state: RunState) -> RunState:
 
 
 def apply_gradient(run: Run, state: RunState, gradient: Gradient) -> RunState:
-    """Clip, check and apply the gradients of the next step, whose time is not in the state yet.
-
-    Raises StepFailure as `run_to_end` does.
-    """
+    """Clip, check and apply the next step's gradients. Raises as `run_to_end` does."""
     training = run.training
     norm = nn.utils.clip_grad_norm_(run.parameters.values(), training.max_grad_norm)
     (loss, *measured), grad_norm = gradient.means.tolist(), float(norm)
@@ -137,10 +133,7 @@ def apply_gradient(run: Run, state: RunState, gradient: Gradient) -> RunState:
 
 
 def note_step(run: Run, state: RunState, gradient: Gradient, cost: StepCost) -> RunState:
-    """Note and report the step that has led to `state`, and what it has cost. If it was the last, check what it did.
-
-    Raises StepFailure as `run_to_end` does.
-    """
+    """Note and report the step that led to `state`. Raises as `run_to_end` does."""
     loss, seconds = float(gradient.means[0]), cost.seconds
     run.progress.pace = run.progress.pace.after_step(seconds, gradient.tokens)
     state = replace(
@@ -161,10 +154,7 @@ def note_step(run: Run, state: RunState, gradient: Gradient, cost: StepCost) -> 
 
 
 def _gradient(run: Run, state: RunState) -> Gradient | None:
-    """Compute the gradients of the next step. None, with no gradients, if memory ran out and the job allows halving.
-
-    Dropout is drawn from the step's own seed, so a step that is repeated draws the same numbers.
-    """
+    """Compute the gradients of the next step, or None if micro batches must be halved."""
     seed_step(run.progress.schedule.seed, state.step, run.ranks.rank_info.rank)
     micro_batches = run.progress.schedule.micro_batches(state.step)
     batches = _share(run, run.data, micro_batches)
@@ -259,10 +249,7 @@ def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:
 
 
 def _held_out_means(run: Run, state: RunState, data: PreparedDataset) -> list[float] | None:
-    """The loss, and the objective's measures. None if a stop was requested, or if micro batches must be halved.
-
-    Each rank takes its share of the batches, in rounds. Between rounds all ranks agree to continue.
-    """
+    """The loss, and the objective's measures, or None to stop or to halve micro batches."""
     summed = torch.zeros(1 + len(run.objective.measures), dtype=torch.float64, device=run.device)
     weight = 0
     size = run.progress.schedule.micro_batch_size
@@ -322,7 +309,7 @@ def _save(run: Run, state: RunState) -> None:
                 "checkpoints before it are kept"
             ) from error
         # The checkpoint holds it now; the one that held it before may be gone.
-        run.progress.best = best_of(saved)
+        run.progress.best = saved.best
         remove(run.job.workspace.best)
         note_saved(run.job.workspace.records, run.job.identity.pod_uid, run.runtime.now())
     run.progress.checkpoint_step, run.progress.checkpoint_time = state.step, saved_at

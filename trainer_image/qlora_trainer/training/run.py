@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from qlora_trainer.model.adapter.attach import activate_adapter
 from qlora_trainer.model.base.byte_count import Storage
 from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
+from qlora_trainer.model.protocols import AdaptedModel
 from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.checkpoints.attempts import Attempt, show_life
 from qlora_trainer.training.checkpoints.checkpoint import StoredFile
@@ -31,7 +31,7 @@ from qlora_trainer.training.schedule import Schedule
 
 @dataclass(frozen=True)
 class Runtime:
-    """What the process that runs the step provides: where to report, when to stop, and the time."""
+    """The records, the stop request and the clocks of the process that runs the step."""
 
     records: RecordWriter
     stop: StopRequest
@@ -46,7 +46,7 @@ class RunProgress:
     """What changes in a run, besides the state that a checkpoint saves."""
 
     schedule: Schedule
-    """Its micro batches become smaller if the GPU runs out of memory and the job allows it."""
+    """Its micro batches become smaller if the GPU runs out of memory."""
     checkpoint_step: int | None = None
     """Step of the newest checkpoint."""
     checkpoint_time: str | None = None
@@ -68,8 +68,8 @@ class Run:
     device: torch.device
     data: PreparedDataset
     eval_data: PreparedDataset | None
-    adapted_base: Any
-    """The PEFT model, which may have the adapters of other runs too."""
+    adapted_base: AdaptedModel
+    """May have the adapters of other runs too."""
     adapter: str
     """The name of the run's adapter in it."""
     parameters: Mapping[str, nn.Parameter]
@@ -88,7 +88,7 @@ class Run:
     progress: RunProgress
 
     @property
-    def model(self) -> Any:
+    def model(self) -> AdaptedModel:
         """The PEFT model, with the run's adapter active. To change the active one takes as long as a short pass."""
         if self.adapted_base.active_adapter != self.adapter:
             activate_adapter(self.adapted_base, self.adapter)
@@ -117,9 +117,8 @@ class Run:
         return goodput(state.kept_seconds, spent_seconds(self.attempts, self.runtime.now()))
 
     def sums(self, batch: Batch) -> BatchSums:
-        """The objective's sums of a batch. Matmuls are computed in 16 bit; adapter weights keep their own type."""
-        # Without the cache, which would hold a 16-bit copy of the adapter until the loss is done: at 65B and rank 64,
-        # 1.6 GB.
+        """The objective's sums of a batch, with matmuls in 16 bit."""
+        # The cache would hold a 16-bit copy of the adapter until the loss is done: at 65B and rank 64, 1.6 GB.
         with torch.autocast(self.device.type, dtype=COMPUTE_DTYPE, cache_enabled=False):
             return self.objective.sums(self.model, batch)
 
@@ -192,7 +191,6 @@ def _short(figure: float | None) -> float | None:
 
 
 def _training(run: Run, state: RunState) -> str:
-    """What a run does that is training, or that has stopped early."""
     if run.has_stopped_early(state):
         return f"stopped early: {state.evaluations.without_improvement} evaluations without improvement"
     if state.micro_batch_size is None:

@@ -126,10 +126,7 @@ class ChildRanks:
         self._processes = processes
 
     def require_alive(self) -> None:
-        """Raise StepFailure (UNREACHABLE, which is retried) if a child rank has been killed or has crashed.
-
-        PEER_LOST if it has lost another node. It cannot report that to the others if that node had the store.
-        """
+        """Raise StepFailure: UNREACHABLE if a child rank has ended, PEER_LOST if that lost a node."""
         for rank, process in enumerate(self._processes, start=self.rank_info.rank + 1):
             status = process.poll()
             if status:
@@ -139,8 +136,7 @@ class ChildRanks:
     def end(self, deadline: float, expected: ExitCode | None = None) -> None:
         """Wait until all have ended, and kill those that still run at `deadline` (a time of time.monotonic).
 
-        Logs how each ended, as a warning if its status is not `expected`. Nothing else depends on it: by then the
-        adapter or the checkpoint is written, or this process reports another failure.
+        Logs how each ended, as a warning if its status is not `expected`.
         """
         for rank, process in enumerate(self._processes, start=self.rank_info.rank + 1):
             try:
@@ -158,10 +154,9 @@ class ChildRanks:
 
 @contextmanager
 def start_child_ranks(rank_info: RankInfo, command: Sequence[str]) -> Iterator[ChildRanks]:
-    """Start this pod's other ranks with the same `command` (none if torchrun did, or if there are none), and reap them.
+    """Start this pod's other ranks with the same `command`, unless torchrun did, and reap them.
 
-    When the run finishes or is asked to stop, they end by themselves. When the body fails they are killed: only this
-    process writes, and it has the reason.
+    They end by themselves, and are killed when the body fails: only this process writes, and it has the reason.
     """
     if rank_info.local_size == 1 or rank_info.is_launched:
         yield ChildRanks(rank_info)

@@ -41,13 +41,12 @@ _SECONDS_TO_CONNECT = timedelta(seconds=5)
 _SECONDS_BETWEEN_CONNECTS = 1.0
 _SECONDS_TO_PUBLISH = 1.0
 logger = logging.getLogger(__name__)
-Store = torch.distributed.Store
 
 
 class _Endings:
     """Why ranks of this run have ended, as far as they could report it."""
 
-    def __init__(self, store: Store, child_ranks: ChildRanks) -> None:
+    def __init__(self, store: torch.distributed.Store, child_ranks: ChildRanks) -> None:
         self._store, self._child_ranks, self._own = store, child_ranks, child_ranks.rank_info
 
     def publish(self, error: Exception) -> None:
@@ -83,7 +82,7 @@ class _Endings:
         self._child_ranks.require_alive()
 
 
-def _publish_end(store: Store, rank: int | None, code: ExitCode, message: str) -> None:
+def _publish_end(store: torch.distributed.Store, rank: int | None, code: ExitCode, message: str) -> None:
     text = json.dumps({"rank": rank, "code": int(code), "message": message})
     ask_store(lambda: store.compare_set(_FAILURE, "", text))
 
@@ -145,7 +144,7 @@ def join_ranks(
     torch.distributed.destroy_process_group()
 
 
-def _connect_all(store: Store, rank_info: RankInfo, device: Device) -> None:
+def _connect_all(store: torch.distributed.Store, rank_info: RankInfo, device: Device) -> None:
     if device == "cuda":
         # Else NCCL only reports a missing GPU, and takes the one with the rank's number among all nodes.
         require_gpu(rank_info.local_rank)
@@ -159,7 +158,7 @@ def _connect_all(store: Store, rank_info: RankInfo, device: Device) -> None:
     )
 
 
-def _store(rank_info: RankInfo, meeting: Meeting, child_ranks: ChildRanks) -> Store:
+def _store(rank_info: RankInfo, meeting: Meeting, child_ranks: ChildRanks) -> torch.distributed.Store:
     """The store that the ranks share, served by torchrun's agent or the main process."""
     serves = rank_info.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     deadline = time.monotonic() + meeting.seconds
@@ -184,7 +183,7 @@ def _store(rank_info: RankInfo, meeting: Meeting, child_ranks: ChildRanks) -> St
         time.sleep(_SECONDS_BETWEEN_CONNECTS)
 
 
-def _connect(rank_info: RankInfo, *, serves: bool) -> Store:
+def _connect(rank_info: RankInfo, *, serves: bool) -> torch.distributed.Store:
     """Serve or connect to the store. Raises RuntimeError or OSError."""
     is_remote = rank_info.has_several_nodes and not serves
     if is_remote:
@@ -200,7 +199,7 @@ def _connect(rank_info: RankInfo, *, serves: bool) -> Store:
     )
 
 
-def _is_of_this_round(store: Store, rank_info: RankInfo, meeting: Meeting) -> bool:
+def _is_of_this_round(store: torch.distributed.Store, rank_info: RankInfo, meeting: Meeting) -> bool:
     """Whether no earlier pod of this rank, with peers about to end, has joined."""
     if not meeting.incarnation:
         return True
@@ -208,7 +207,7 @@ def _is_of_this_round(store: Store, rank_info: RankInfo, meeting: Meeting) -> bo
     return bool(joined_as.decode() == meeting.incarnation)
 
 
-def _wait_for_all(store: Store, rank_info: RankInfo, endings: _Endings, meeting: Meeting) -> None:
+def _wait_for_all(store: torch.distributed.Store, rank_info: RankInfo, endings: _Endings, meeting: Meeting) -> None:
     deadline = time.monotonic() + meeting.seconds
     ask_store(lambda: store.add(_JOINED, 1))
     while (joined_ranks := ask_store(lambda: store.add(_JOINED, 0))) < rank_info.size:
