@@ -458,7 +458,7 @@ def test_the_run_is_compared_with_its_start_and_resumes_to_the_last_bit(
         pairs.append((loss, loss_at_start))
         return False
 
-    monkeypatch.setattr(Stability, "to_be_judged", lambda *_: True)
+    monkeypatch.setattr(Stability, "is_out_of_patience", lambda *_: True)
     monkeypatch.setattr(judging, "has_diverged", note)
     compared = place.context("compared", spec)
     run(compared)

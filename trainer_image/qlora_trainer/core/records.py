@@ -91,10 +91,7 @@ class RecordWriter:
         self._write(record)
 
     def result(self, record: ResultRecord, termination_log: Path | None) -> None:
-        """Write the last record, also to the termination log if there is one. If that fails, the stream still gets it.
-
-        Raises OSError if either cannot be written.
-        """
+        """Write the last record, also to the termination log. Raises OSError."""
         try:
             if termination_log is not None:
                 termination_log.write_text(encode_record(record))

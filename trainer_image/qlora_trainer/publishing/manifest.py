@@ -5,6 +5,7 @@ import json
 from importlib.metadata import version
 from pathlib import Path
 
+from qlora_api.schema import replace
 from qlora_api.spec.job import MUTABLE_FIELDS
 from qlora_trainer.core.trained_job import TrainedJob
 from qlora_trainer.model.source.files import tokenizer_and_processor
@@ -40,11 +41,11 @@ def base_manifest(job: TrainedJob, contents: Contents) -> Manifest:
     Raises OSError if a file cannot be read.
     """
     quantization = json.dumps(job.spec.quantization.dump(), sort_keys=True)
-    of_all_jobs = {
-        "job_uid": SHARED_BASE,
-        "job_name": SHARED_BASE,
-        "fingerprint": job.trained.base_sha256,
-        "spec_sha256": hashlib.sha256(quantization.encode()).hexdigest(),
-        "initial_adapter": None,
-    }
-    return run_manifest(job, contents).model_copy(update=of_all_jobs)
+    return replace(
+        run_manifest(job, contents),
+        job_uid=SHARED_BASE,
+        job_name=SHARED_BASE,
+        fingerprint=job.trained.base_sha256,
+        spec_sha256=hashlib.sha256(quantization.encode()).hexdigest(),
+        initial_adapter=None,
+    )

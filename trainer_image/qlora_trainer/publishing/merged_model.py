@@ -152,9 +152,7 @@ def _held_out_loss(
     files lack a tensor of the model or have another one.
     """
     register_attention()
-    model, report = load_text_part(
-        folder, dtype=torch.bfloat16, attn_implementation=attention, output_loading_info=True
-    )
+    model, report = load_text_part(folder, dtype=torch.bfloat16, attn_implementation=attention)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, report.get(kind) or ())):
             raise StepFailure(

@@ -2,6 +2,7 @@
 
 from qlora_api.artifact_status import BaseStatus
 from qlora_api.contract import WorkspaceLayout
+from qlora_api.schema import replace
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.file_names import MODEL_CARD_FILE
 from qlora_trainer.core.trained_job import TrainedJob
@@ -40,7 +41,7 @@ def publish_base(job: TrainedJob, workspace: WorkspaceLayout, destination: Desti
                 raise
     # Another job's has another model card, and so another address.
     uri = destination.location(destination.read_manifest() or manifest)
-    return job.prepared.base.model_copy(update={"uri": uri})
+    return replace(job.prepared.base, uri=uri)
 
 
 def is_base_published(job: TrainedJob, workspace: WorkspaceLayout, destination: Destination) -> bool:
@@ -56,4 +57,4 @@ def _is_there(destination: Destination, manifest: Manifest, publisher: Publisher
     if found is None or not publisher.owns(found):
         return False
     files = {name: file for name, file in manifest.files.items() if name != MODEL_CARD_FILE}
-    return destination.find_damage(manifest.model_copy(update={"files": files})) is None
+    return destination.find_damage(replace(manifest, files=files)) is None

@@ -217,7 +217,7 @@ def require_own_training(
             "is not published; create the job again, and keep one version of the trainer for all of its steps"
         )
     data = open_prepared(workspace.root / prepared.data_path, "train")
-    planned = Schedule.of(len(data), spec.training, data.epoch_offsets).total_steps
+    planned = Schedule.from_training(len(data), spec.training, data.epoch_offsets).total_steps
     curve = _evaluations(workspace) if spec.training.early_stopping or spec.training.keep == "best" else []
     end, kept = expected_end(spec.training, planned, curve)
     if trained.training_step != end:

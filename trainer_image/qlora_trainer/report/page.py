@@ -1,9 +1,10 @@
 """Writes the report of a run: an HTML page, the loss picture, and a summary."""
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -11,6 +12,7 @@ from qlora_api.artifact_status import MergedStatus
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.duration import format_duration as duration
 from qlora_api.forecast import cost_text, hours_text
+from qlora_api.schema import replace
 from qlora_api.spec.dataset import DatasetSpec
 from qlora_api.status import DatasetStatus, MemoryStatus
 from qlora_trainer.core.completion import AttemptUsage, RunUsage
@@ -75,7 +77,7 @@ def published_page(job: TrainedJob, workspace: WorkspaceLayout, *, device: Devic
     An adapter may be public; a GPU's price is between a company and its provider. The same run gives the same
     bytes. Raises as `write_report`.
     """
-    job, folder = replace(job, gpu_hour_price=""), workspace.report
+    job, folder = dataclasses.replace(job, gpu_hour_price=""), workspace.report
     shown = read_samples(folder / SAMPLES_FILE) if samples else Samples(missing=_ONLY_IN_THE_WORKSPACE)
     statistics = DataStatistics.read(workspace.root / job.prepared.data_path)
     return _page(job, device, read_history(folder / HISTORY_FILE), statistics, shown, None).encode()
@@ -176,7 +178,7 @@ def _settings(job: TrainedJob) -> Mapping[str, Mapping[str, object]]:
     initial = job.prepared.initial_adapter
     return {
         "Quantization": job.spec.quantization.dump(),
-        "Adapter": job.spec.lora.model_copy(update={"initial_adapter": None}).dump(),
+        "Adapter": replace(job.spec.lora, initial_adapter=None).dump(),
         "Training": _flat(job.spec.training.dump()),
         **({} if initial is None else {"Initialized with the adapter": initial.dump()}),
         **({} if job.continued is None else {"Continues the run of": job.continued}),

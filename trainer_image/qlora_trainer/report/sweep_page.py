@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from qlora_api.contract import SWEEP_REPORT
 from qlora_api.profile import DNS_LABEL
-from qlora_api.schema import ObservedModel
+from qlora_api.schema import ObservedModel, replace
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.status import Share
 from qlora_trainer.core.file_names import HISTORY_FILE
@@ -102,8 +102,10 @@ def add_to_sweep_report(job: TrainedJob, report: Path, shared: Path) -> None:
     """
     curves = _curves(job.name, job.spec, read_history(report / HISTORY_FILE))
     score = job.gate.score if job.gate is not None else None
-    failed = "gate" if job.gate is not None and not job.gate.passed else None
-    _add(curves.model_copy(update={"eval_loss": job.trained.eval_loss, "score": score, "failed": failed}), shared)
+    curves = replace(curves, eval_loss=job.trained.eval_loss, score=score)
+    if job.gate is not None and not job.gate.passed:
+        curves = replace(curves, failed="gate")
+    _add(curves, shared)
 
 
 def add_unfinished_to_sweep_report(
@@ -118,9 +120,10 @@ def add_unfinished_to_sweep_report(
     evaluated = bool(steps) and steps[-1] > 0
     if not evaluated and not diverged:
         return
-    latest = {"stopped_at": steps[-1], "eval_loss": losses[-1]} if evaluated else {}
-    failed = "diverged" if diverged else None
-    _add(_curves(name, spec, history).model_copy(update={**latest, "failed": failed}), shared)
+    curves = replace(_curves(name, spec, history), failed="diverged" if diverged else None)
+    if evaluated:
+        curves = replace(curves, stopped_at=steps[-1], eval_loss=losses[-1])
+    _add(curves, shared)
 
 
 def _curves(name: str, spec: QLoRAJobSpec, history: MetricsHistory) -> _CellCurves:
