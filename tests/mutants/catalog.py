@@ -110,8 +110,8 @@ OPERATOR = (
     Mutant(
         name="any-pods-result-counts",
         file=f"{_DECISIONS}/advance.py",
-        old="in reversed([pod for pod in facts.observed.pods_of(child.uid) if pod.node == 0]):",
-        new="in reversed(facts.observed.pods):",
+        old="record = _verified(pods, job, step.name)",
+        new="record = _verified(facts.observed.pods, job, step.name)",
         tests=(
             f"{_OPERATOR_TESTS}/decisions/test_status.py::test_the_result_of_a_pod_that_the_steps_job_does_not_control_is_no_result",
         ),
@@ -214,7 +214,7 @@ OPERATOR = (
     Mutant(
         name="one-pod-of-several-is-replaced-alone",
         file=f"{_DECISIONS}/advance.py",
-        old="or not step.counted_pod or not trains_together(facts.job, step.name):",
+        old="or not step.counted_pod or not trains_together(job, step.name):",
         new="or True:",
         tests=(
             f"{_OPERATOR_TESTS}/decisions/test_nodes.py::test_pods_that_stopped_together_are_replaced_together_and_count_once",
@@ -321,7 +321,7 @@ OPERATOR = (
     Mutant(
         name="a-deleted-job-is-always-replaced-at-once",
         file=f"{_DECISIONS}/advance.py",
-        old="status = note_deletion(status, facts)",
+        old="status = note_deletion(status, job, facts.observed, facts.now)",
         new="pass",
         tests=(
             f"{_OPERATOR_TESTS}/decisions/test_plan.py::test_a_deleted_job_is_replaced_immediately_and_then_with_backoff",
@@ -339,21 +339,21 @@ OPERATOR = (
     Mutant(
         name="an-unread-log-looks-like-a-hang",
         file=f"{_DECISIONS}/limits.py",
-        old="known = facts.log_read or _is_stalled(facts.job.status, step)",
+        old="known = log_read or _is_stalled(job.status, step)",
         new="known = True",
         tests=(f"{_OPERATOR_TESTS}/decisions/test_limits.py::test_an_unreadable_log_is_not_a_lack_of_progress",),
     ),
     Mutant(
         name="the-trainers-clock-decides",
         file=f"{_DECISIONS}/status.py",
-        old="reported_at=newest, progressed_at=format_time(facts.now)",
+        old="reported_at=newest, progressed_at=format_time(now)",
         new="reported_at=newest, progressed_at=newest",
         tests=(f"{_OPERATOR_TESTS}/decisions/test_limits.py::test_a_trainers_clock_does_not_matter",),
     ),
     Mutant(
         name="a-request-is-not-spent",
         file=f"{_DECISIONS}/status.py",
-        old="    _note_request,\n",
+        old="        status = _note_request(status, facts)\n",
         new="",
         tests=(f"{_OPERATOR_TESTS}/decisions/test_retry.py::test_a_request_that_was_made_before_the_failure_is_spent",),
     ),
@@ -401,8 +401,8 @@ OPERATOR = (
     Mutant(
         name="a-pause-after-a-rejected-pod-is-not-explained",
         file=f"{_DECISIONS}/summary.py",
-        old="if rejected := rejection(status, facts):",
-        new="if (rejected := rejection(status, facts)) and False:",
+        old="if rejected := rejection(status, job, observed, facts.now):",
+        new="if (rejected := rejection(status, job, observed, facts.now)) and False:",
         tests=(
             f"{_OPERATOR_TESTS}/decisions/test_status.py::test_a_step_that_waits_after_a_rejected_pod_reports_reason_and_time",
         ),
@@ -565,7 +565,7 @@ OPERATOR = (
     ),
     Mutant(
         name="a-detached-pod-runs-unseen",
-        file=f"{_OPERATOR}/reconcile/job.py",
+        file=f"{_OPERATOR}/reconcile/live_reads.py",
         old="if missing and step.running_pod_name:",
         new="if False:",
         tests=(
@@ -650,8 +650,8 @@ OPERATOR = (
     Mutant(
         name="a-request-is-taken-up-without-a-place",
         file=f"{_OPERATOR}/reconcile/job.py",
-        old="if self._needs_another_count(confirmed.job, view.job, others):",
-        new="if False:",
+        old="if limit is None:",
+        new="if limit is None or view.live:",
         tests=(
             f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_request_that_only_a_live_read_shows_waits_for_a_place_too",
         ),
@@ -659,8 +659,8 @@ OPERATOR = (
     Mutant(
         name="the-next-attempt-forgets-the-pod-before",
         file=f"{_DECISIONS}/status.py",
-        old="    renew,\n    keep_earlier_pod,\n",
-        new="    renew,\n",
+        old="        status = keep_earlier_pod(status, job, observed)\n",
+        new="",
         tests=(
             f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_retried_job_waits_for_the_detached_pod_of_its_failure",
         ),
@@ -702,7 +702,7 @@ OPERATOR = (
     ),
     Mutant(
         name="an-orphan-is-deleted",
-        file=f"{_OPERATOR}/reconcile/job.py",
+        file=f"{_OPERATOR}/reconcile/live_reads.py",
         old="if job.deleting and controller_uid(body) != job.uid:",
         new="if False:",
         tests=(
@@ -764,13 +764,13 @@ OPERATOR = (
     Mutant(
         name="what-cannot-be-undone-is-not-confirmed",
         file=f"{_OPERATOR}/reconcile/job.py",
-        old="if not view.live and _must_be_confirmed(view, decision):",
+        old="if not view.live and _must_be_confirmed(view, decided):",
         new="if False:",
         tests=(f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_job_that_the_store_has_missed_is_not_created_again",),
     ),
     Mutant(
         name="an-attempt-is-counted-without-a-look",
-        file=f"{_DECISIONS}/plan.py",
+        file=f"{_DECISIONS}/status.py",
         old="step.attempt, step.counted_pod)",
         new="step.attempt)",
         tests=(
@@ -895,8 +895,8 @@ OPERATOR = (
     Mutant(
         name="the-time-in-a-phase-begins-anew-with-each-write",
         file=f"{_DECISIONS}/summary.py",
-        old="stored.phase_since if phase == stored.phase else format_time(facts.now)",
-        new="format_time(facts.now)",
+        old="stored.phase_since if phase == stored.phase else format_time(now)",
+        new="format_time(now)",
         tests=(
             f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_change_of_phase_stores_its_time_and_measures_the_phase_before",
         ),
@@ -931,7 +931,7 @@ OPERATOR = (
     Mutant(
         name="a-job-whose-pod-still-saves-is-continued",
         file=f"{_DECISIONS}/continued.py",
-        old="if facts.continued_writer:",
+        old="if writer:",
         new="if False:",
         tests=(
             f"{_OPERATOR_TESTS}/decisions/test_continued.py::test_it_waits_for_the_train_pod_of_a_failed_job_to_save_its_checkpoint",

@@ -24,7 +24,8 @@ from qlora_api.schema import replace
 from qlora_api.status import QLoRAJobStatus
 from qlora_api.usage import LostGpuSeconds, PodEnd, PodUsage, TakenOverPart, UsageStatus
 from qlora_operator.decisions.observed.facts import Facts
-from qlora_operator.decisions.observed.objects import Pod, QLoRAJob, format_time, parse_time
+from qlora_operator.decisions.observed.objects import ChildJob, Observed, Pod, QLoRAJob, format_time, parse_time
+from qlora_operator.decisions.observed.shared_pod import SharedPod
 from qlora_operator.decisions.pods.attempts import LONGEST_WITHOUT_NEWS, is_stopped_on_purpose
 
 _KEPT_PODS = 8
@@ -50,7 +51,7 @@ def count_usage(status: QLoRAJobStatus, facts: Facts, *, until_now: bool = False
     if not gpus:
         return status
     before = status.usage or UsageStatus()
-    current = until_now or _has_news(status, facts)
+    current = until_now or _has_news(status, facts.job.status)
     entries = {entry.uid: entry for entry in before.pods}
     found = {entry.uid: entry for entry in _observed(status, facts, before, current=current)}
     found |= {entry.uid: entry for entry in _vanished(status, facts, before)}
@@ -120,10 +121,9 @@ def still_counts(job: QLoRAJob) -> bool:
     return usage is not None and any(entry.end is None and entry.name.startswith(own) for entry in usage.pods)
 
 
-def _has_news(status: QLoRAJobStatus, facts: Facts) -> bool:
-    stored = facts.job.status.progress
-    now = status.progress
-    return now is not None and (stored is None or stored.updated_at != now.updated_at)
+def _has_news(status: QLoRAJobStatus, stored: QLoRAJobStatus) -> bool:
+    before, now = stored.progress, status.progress
+    return now is not None and (before is None or before.updated_at != now.updated_at)
 
 
 def _is_behind(entry: PodUsage, now: datetime) -> bool:
@@ -142,7 +142,7 @@ def _observed(status: QLoRAJobStatus, facts: Facts, before: UsageStatus, *, curr
             continue
         if entry is None:
             due = pod.running or crowded or (facts.now - since).total_seconds() >= _SEEN_AFTER
-            if not _is_own(pod, status, facts) or not (_is_over(pod) or (room > 0 and due)):
+            if not _is_own(pod, status, facts.observed) or not (_is_over(pod) or (room > 0 and due)):
                 continue
             uncounted = _uncounted_since(pod, since, before)
             if uncounted is None:
@@ -152,22 +152,26 @@ def _observed(status: QLoRAJobStatus, facts: Facts, before: UsageStatus, *, curr
             jobs: dict[str, Any] = {"jobs": len(facts.trains), "trained": facts.trains} if facts.trains else {}
             entry = PodUsage(name=pod.name, uid=pod.uid, **times, **jobs)
             yield _advanced(entry, pod, status, facts)
-        elif (current or _is_over(pod) or _is_behind(entry, facts.now)) and not _ends_its_job(pod, facts):
+        elif (current or _is_over(pod) or _is_behind(entry, facts.now)) and not _ends_its_job(pod, facts.observed):
             # Also if it had vanished: a user may have hidden it from the watches.
             yield _advanced(entry, pod, status, facts)
 
 
-def _is_own(pod: Pod, status: QLoRAJobStatus, facts: Facts) -> bool:
+def _is_own(pod: Pod, status: QLoRAJobStatus, observed: Observed) -> bool:
     """Whether it is a pod of this job's train Job: any user may set labels and a name."""
-    owners = {child.uid for child in facts.observed.children}
+    owners = {child.uid for child in observed.children}
     owners |= {status.step.job_uid} if status.step is not None else set()
     return bool(pod.owner_uid) and pod.owner_uid in owners
 
 
-def _ends_its_job(pod: Pod, facts: Facts) -> bool:
+def _ends_its_job(pod: Pod, observed: Observed) -> bool:
     """Whether it is counted with the end of its Job, which follows immediately."""
-    child = next((child for child in facts.observed.children if child.uid == pod.owner_uid), None)
+    child = _owner(pod, observed)
     return pod.decisive and not pod.detached and child is not None and not child.finished
+
+
+def _owner(pod: Pod, observed: Observed) -> ChildJob | None:
+    return next((child for child in observed.children if child.uid == pod.owner_uid), None)
 
 
 def _uncounted_since(pod: Pod, since: datetime, before: UsageStatus) -> datetime | None:
@@ -203,7 +207,9 @@ def _is_over(pod: Pod) -> bool:
 
 def _advanced(entry: PodUsage, pod: Pod, status: QLoRAJobStatus, facts: Facts) -> PodUsage:
     """Return the current entry of a pod, with its end and its loss if it has ended."""
-    record = facts.progress if facts.progress is not None and _reports_on(facts.progress.pod_uid, pod, facts) else None
+    record = facts.progress
+    if record is not None and not _reports_on(record.pod_uid, pod, facts.observed):
+        record = None
     result = pod.result(facts.job.uid, "train")
     trained_since = (record and record.training_since) or (result and result.training_since) or entry.trained_since
     if record is not None and entry.from_step is None and record.training_since is not None:
@@ -215,14 +221,14 @@ def _advanced(entry: PodUsage, pod: Pod, status: QLoRAJobStatus, facts: Facts) -
     if pod.missed_peers:
         # Of several nodes, it has waited for the others until the limit.
         return replace(entry, startup_seconds=seconds, end=entry.end or "disruption")
-    return _with_end(entry, _end_of(pod, facts), status, result) if over else _with_startup(entry)
+    return _with_end(entry, _end_of(pod, facts.job, facts.observed), status, result) if over else _with_startup(entry)
 
 
-def _reports_on(reporting: str, pod: Pod, facts: Facts) -> bool:
+def _reports_on(reporting: str, pod: Pod, observed: Observed) -> bool:
     """Whether the pod of that UID reports for this one too, as node 0 does."""
     if reporting == pod.uid:
         return True
-    return any(each.uid == reporting and each.owner_uid == pod.owner_uid for each in facts.observed.pods)
+    return any(each.uid == reporting and each.owner_uid == pod.owner_uid for each in observed.pods)
 
 
 def _ended_at(entry: PodUsage, pod: Pod, now: datetime) -> datetime:
@@ -239,14 +245,14 @@ def _last_counted(entry: PodUsage) -> datetime:
     return parse_time(entry.since) + timedelta(seconds=entry.seconds)
 
 
-def _end_of(pod: Pod, facts: Facts) -> PodEnd:
+def _end_of(pod: Pod, job: QLoRAJob, observed: Observed) -> PodEnd:
     """Classify the end of a pod for the usage: a stop on purpose is no disruption."""
     if pod.exited_well:
         return "completed"
     if pod.interrupted or pod.lost_peer:
-        child = next((child for child in facts.observed.children if child.uid == pod.owner_uid), None)
+        child = _owner(pod, observed)
         resumed = child is not None and child.resumed is not None and pod.stopped_by(child.resumed)
-        return "suspension" if resumed or is_stopped_on_purpose(child, facts.job) else "disruption"
+        return "suspension" if resumed or is_stopped_on_purpose(child, job) else "disruption"
     return "failure"
 
 
@@ -292,7 +298,7 @@ def _vanished(status: QLoRAJobStatus, facts: Facts, before: UsageStatus) -> Iter
 def _of_sweep(facts: Facts, before: UsageStatus, *, current: bool) -> Iterator[PodUsage]:
     """Yield the entries of the sweep's pods that train, or have trained, the job."""
     known = {entry.uid: entry for entry in before.pods}
-    for entry in _copied(facts):
+    for entry in _copied(facts.job, facts.shared):
         old = known.get(entry.uid)
         if old is None and not _is_uncounted(entry, before):
             continue
@@ -302,10 +308,10 @@ def _of_sweep(facts: Facts, before: UsageStatus, *, current: bool) -> Iterator[P
             yield entry if start is None else _from(start, entry)
 
 
-def _copied(facts: Facts) -> Iterator[PodUsage]:
+def _copied(job: QLoRAJob, shared: SharedPod | None) -> Iterator[PodUsage]:
     """Yield the sweep's entries up to the takeover of the cell's part by the sweep."""
-    for entry in facts.shared.counted if facts.shared is not None else ():
-        parts = (part.after_seconds for part in entry.taken_over or () if part.uid == facts.job.uid)
+    for entry in shared.counted if shared is not None else ():
+        parts = (part.after_seconds for part in entry.taken_over or () if part.uid == job.uid)
         later = _after(next(parts, entry.seconds), entry)
         yield replace(
             entry,
@@ -382,10 +388,9 @@ def _next_to_list(listed: list[PodUsage], before: UsageStatus, status: QLoRAJobS
     """Return when the first unlisted pod with a node was created: it waits to report."""
     known = {entry.uid for entry in listed}
     pods = (pod for pod in facts.observed.pods if pod.uid not in known and pod.name.startswith(_train(facts.job)))
-    own = (pod.created for pod in pods if has_gpus(pod) and _is_own(pod, status, facts))
-    copied = (
-        parse_time(entry.created) for entry in _copied(facts) if entry.uid not in known and _is_uncounted(entry, before)
-    )
+    own = (pod.created for pod in pods if has_gpus(pod) and _is_own(pod, status, facts.observed))
+    of_sweep = (entry for entry in _copied(facts.job, facts.shared) if entry.uid not in known)
+    copied = (parse_time(entry.created) for entry in of_sweep if _is_uncounted(entry, before))
     return min((*own, *copied), default=None)
 
 

@@ -9,7 +9,7 @@ from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.decisions.manifests.objects import build_job, build_peer_policy, build_peer_service, document
 from qlora_operator.decisions.observed.objects import QLoRAJob
-from qlora_operator.decisions.plan import ConnectNodes, CreateJob, DeleteJob, Plan, plan
+from qlora_operator.decisions.plan import ConnectNodes, CreateJob, DeleteJob, Plan
 from tests.support.builders import (
     NAME,
     NOW,
@@ -25,6 +25,7 @@ from tests.support.builders import (
     make_job,
     message_of,
     node,
+    plan_of,
     reason_of,
     resolved,
     result,
@@ -74,7 +75,7 @@ def counts(status: QLoRAJobStatus) -> tuple[int, int, int]:
 
 def decide(job: QLoRAJob, *bodies: dict[str, Any], at: float = 0) -> Plan:
     found = facts(job, *bodies, now=after(at))
-    return plan(job, job.status, found.observed, found.now)
+    return plan_of(job, job.status, found.observed, found.now)
 
 
 def test_the_pod_that_failed_gives_the_reason_and_not_the_one_that_lost_it() -> None:
@@ -213,7 +214,7 @@ def test_two_jobs_that_wait_for_one_anothers_nodes_never_try_again_at_the_same_t
 
     def pause(number: int) -> float:
         job = replace(job_in(stored), uid=f"0a1b2c3d-0000-4000-8000-{number:012}")
-        due = plan(job, stored, facts(job, *waited).observed, NOW).look_again
+        due = plan_of(job, stored, facts(job, *waited).observed, NOW).look_again
         assert due is not None
         return (due - after(-10)).total_seconds()
 

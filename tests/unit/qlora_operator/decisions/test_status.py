@@ -271,7 +271,7 @@ def test_deviations_of_a_step_from_the_spec_are_in_its_condition() -> None:
 
 def test_once_the_next_job_is_made_the_phase_moves_on_in_the_same_write() -> None:
     found = facts(make_job(status_in("prepare")), child("prepare", Complete=""), succeeded("prepare"))
-    status = with_child(next_status(found), found, "uid-new")
+    status = with_child(next_status(found).status, found, "uid-new")
     assert status.step is not None
     assert (status.step.job_uid, status.phase) == ("uid-new", "Queued")
 
@@ -892,14 +892,17 @@ def test_a_failed_clean_up_is_reported_and_keeps_the_jobs_phase() -> None:
 
 def test_a_rejection_by_the_api_server_is_shown_and_the_phase_stays() -> None:
     found = facts(make_job(follow(make_job())))
-    status = with_rejection(next_status(found), found, Reason("JobRejected", "exceeded quota"))
+    status = with_rejection(next_status(found).status, found.job, found.now, Reason("JobRejected", "exceeded quota"))
     assert (status.phase, reason_of(status), message_of(status)) == ("Pending", "JobRejected", "exceeded quota")
     again = facts(make_job(status), now=after(30))
-    assert with_rejection(next_status(again), again, Reason("JobRejected", "exceeded quota")).dump() == status.dump()
+    assert (
+        with_rejection(next_status(again).status, again.job, again.now, Reason("JobRejected", "exceeded quota")).dump()
+        == status.dump()
+    )
 
 
 def test_a_message_of_any_length_fits_the_schema() -> None:
     found = facts(make_job(follow(make_job())))
-    status = with_rejection(next_status(found), found, Reason("JobRejected", "x" * 5000))
+    status = with_rejection(next_status(found).status, found.job, found.now, Reason("JobRejected", "x" * 5000))
     assert len(message_of(status)) == 1024
     assert QLoRAJobStatus.model_validate(status.dump()) == status

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from qlora_api.contract import ExitCode, ProgressRecord
 from qlora_api.status import QLoRAJobStatus
 from qlora_api.usage import UsageStatus
-from qlora_operator.decisions.plan import is_settled, plan
+from qlora_operator.decisions.plan import is_settled
 from qlora_operator.decisions.usage.usage import count_usage
 from qlora_operator.metrics.metrics import Metrics
 from tests.support.builders import (
@@ -22,6 +22,7 @@ from tests.support.builders import (
     follow,
     make_job,
     node,
+    plan_of,
     pod,
     progress,
     resolved,
@@ -103,7 +104,7 @@ def test_time_without_reports_is_counted_every_five_minutes() -> None:
     """Otherwise a vanished pod without reports would count for a quarter of an hour."""
     same = child("train"), running(train_pod(), since=-90)
     stored, writes = follow(make_job(status_in("train"), **SPEC), *same), 0
-    assert plan(make_job(stored, **SPEC), stored, seen(*same), after(0)).look_again == after(300)
+    assert plan_of(make_job(stored, **SPEC), stored, seen(*same), after(0)).look_again == after(300)
     for at in range(60, 36_001, 60):
         before, stored = stored, then(stored, *same, at=at)
         writes += stored != before
