@@ -18,7 +18,8 @@ from qlora_operator.decisions.pods.nodes import ending_pod, is_over, trains_toge
 from qlora_operator.decisions.resolution import with_profile_of_today
 from qlora_operator.decisions.usage.budget import forecast_of_work
 
-ADAPTER_NOT_SIGNED = "AdapterNotSigned"
+RESULT_FAILURES = ("AdapterNotSigned", "JobFailed", "ResultUnreadable")
+"""Reasons of a Job or a result without a pod's own cause."""
 _NEXT: dict[StepName, StepName] = {"prepare": "train", "train": "publish"}
 
 
@@ -57,7 +58,7 @@ def _advance_once(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         if record is None:
             return _complete_unverified(status, job, facts.now, step)
         return _fail_unsigned(status, job, facts.now, record) or _complete(status, job, facts.now, record)
-    if killed := next((pod for pod in pods if pod.ended and pod.out_of_memory), None):
+    if killed := next((pod for pod in pods if pod.ended and pod.fatal), None):
         return fail(status, facts.job, facts.now, describe_failure(killed, job, step.name))
     if child.failure is not None:
         return _follow_failure(status, facts, step, child)
@@ -177,7 +178,7 @@ def _fail_unsigned(status: QLoRAJobStatus, job: QLoRAJob, now: datetime, record:
         f"{job.spec.scheduling.profile!r} has a signingKey: the trainer of this run is of a release that does "
         "not sign, and no other goes on with it; create the job again to train it with the profile's image of today"
     )
-    return fail(status, job, now, failure_of(record.step, ADAPTER_NOT_SIGNED, message, now))
+    return fail(status, job, now, failure_of(record.step, "AdapterNotSigned", message, now))
 
 
 def _complete(status: QLoRAJobStatus, job: QLoRAJob, now: datetime, record: ResultRecord) -> QLoRAJobStatus:

@@ -13,6 +13,7 @@ from qlora_operator.decisions.observed.objects import Observed, QLoRAJob, parse_
 from qlora_operator.decisions.pods.attempts import active_seconds, charge_running
 
 DEFAULT_PROGRESS_DEADLINE_SECONDS = 3600
+LIMIT_FAILURES = ("DeadlineExceeded", "ProgressDeadlineExceeded")
 _REPORTING: tuple[StepName, ...] = ("prepare", "train")
 """The steps that report while they run. Publish does not while it merges or uploads a large model."""
 
