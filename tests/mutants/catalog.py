@@ -24,7 +24,7 @@ API = (
         old="Field(allow_inf_nan=False)",
         new="Field(allow_inf_nan=True)",
         tests=(
-            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_result_with_a_number_that_is_no_json_is_an_unreadable_result",
+            f"{_OPERATOR_TESTS}/reconcile/test_live_reads.py::test_a_result_with_a_number_that_is_no_json_is_an_unreadable_result",
         ),
     ),
     Mutant(
@@ -77,7 +77,7 @@ OPERATOR = (
         old="if last is not None and last.step == step.name:",
         new="if False:",
         tests=(
-            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_a_failure_without_its_pods_is_reported_from_the_last_status",
+            f"{_OPERATOR_TESTS}/decisions/test_attempts.py::test_a_failure_without_its_pods_is_reported_from_the_last_status",
         ),
     ),
     Mutant(
@@ -104,7 +104,7 @@ OPERATOR = (
         old="        return count_attempts(status, job, facts.observed, facts.now)",
         new="        return status",
         tests=(
-            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_attempts_of_a_job_created_just_before_a_crash_are_counted",
+            f"{_OPERATOR_TESTS}/decisions/test_attempts.py::test_attempts_of_a_job_created_just_before_a_crash_are_counted",
         ),
     ),
     Mutant(
@@ -113,7 +113,7 @@ OPERATOR = (
         old="record = _verified(pods, job, step.name)",
         new="record = _verified(facts.observed.pods, job, step.name)",
         tests=(
-            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_the_result_of_a_pod_that_the_steps_job_does_not_control_is_no_result",
+            f"{_OPERATOR_TESTS}/decisions/test_results.py::test_the_result_of_a_pod_that_the_steps_job_does_not_control_is_no_result",
         ),
     ),
     Mutant(
@@ -145,7 +145,7 @@ OPERATOR = (
         old="child is None or child.deleting or",
         new="child is None or",
         tests=(
-            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_a_pod_that_ends_because_its_job_is_being_deleted_was_not_disturbed",
+            f"{_OPERATOR_TESTS}/decisions/test_attempts.py::test_a_pod_that_ends_because_its_job_is_being_deleted_was_not_disturbed",
         ),
     ),
     Mutant(
@@ -154,7 +154,7 @@ OPERATOR = (
         old="and end > until",
         new="and end >= until",
         tests=(
-            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_an_attempt_is_not_counted_again_after_its_pod_is_deleted",
+            f"{_OPERATOR_TESTS}/decisions/test_attempts.py::test_an_attempt_is_not_counted_again_after_its_pod_is_deleted",
         ),
     ),
     Mutant(
@@ -163,7 +163,7 @@ OPERATOR = (
         old="if pod.termination is None:",
         new="if False:",
         tests=(
-            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_a_pod_that_the_kubelet_rejects_is_reported_and_uses_up_no_retry",
+            f"{_OPERATOR_TESTS}/decisions/test_attempts.py::test_a_pod_that_the_kubelet_rejects_is_reported_and_uses_up_no_retry",
         ),
     ),
     Mutant(
@@ -172,7 +172,7 @@ OPERATOR = (
         old="return pod.running_since or (pod.created if pod.ended else None)",
         new="return pod.running_since",
         tests=(
-            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_a_pod_that_the_kubelet_rejects_is_reported_and_uses_up_no_retry",
+            f"{_OPERATOR_TESTS}/decisions/test_attempts.py::test_a_pod_that_the_kubelet_rejects_is_reported_and_uses_up_no_retry",
         ),
     ),
     Mutant(
@@ -181,7 +181,7 @@ OPERATOR = (
         old="return pod.deletion_requested or (pod.created if pod.ended else None)",
         new="return pod.deletion_requested",
         tests=(
-            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_a_pod_that_the_kubelet_rejects_is_reported_and_uses_up_no_retry",
+            f"{_OPERATOR_TESTS}/decisions/test_attempts.py::test_a_pod_that_the_kubelet_rejects_is_reported_and_uses_up_no_retry",
         ),
     ),
     Mutant(
@@ -294,7 +294,7 @@ OPERATOR = (
         old="any(pod.starting for pod in observed.pods_of(step.job_uid)):",
         new="False:",
         tests=(
-            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_service_and_policy_of_peers_are_restored_while_a_pod_starts",
+            f"{_OPERATOR_TESTS}/reconcile/test_blocked.py::test_service_and_policy_of_peers_are_restored_while_a_pod_starts",
         ),
     ),
     Mutant(
@@ -404,7 +404,7 @@ OPERATOR = (
         old="if rejected := rejection(status, job, observed, facts.now):",
         new="if (rejected := rejection(status, job, observed, facts.now)) and False:",
         tests=(
-            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_a_step_that_waits_after_a_rejected_pod_reports_reason_and_time",
+            f"{_OPERATOR_TESTS}/decisions/test_attempts.py::test_a_step_that_waits_after_a_rejected_pod_reports_reason_and_time",
         ),
     ),
     Mutant(
@@ -413,7 +413,7 @@ OPERATOR = (
         old='if step is None or (step.name == "prepare" and not has_begun(status)):',
         new='if step is None or (step.name == "prepare" and not step.job_uid):',
         tests=(
-            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_a_step_that_waits_after_a_rejected_pod_reports_reason_and_time",
+            f"{_OPERATOR_TESTS}/decisions/test_attempts.py::test_a_step_that_waits_after_a_rejected_pod_reports_reason_and_time",
         ),
     ),
     Mutant(
@@ -422,7 +422,7 @@ OPERATOR = (
         old="shown.reason == POD_DETACHED",
         new="False",
         tests=(
-            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_the_deletion_of_a_detached_pods_job_is_not_blamed_on_a_user",
+            f"{_OPERATOR_TESTS}/reconcile/test_detached.py::test_the_deletion_of_a_detached_pods_job_is_not_blamed_on_a_user",
         ),
     ),
     Mutant(
@@ -440,7 +440,7 @@ OPERATOR = (
         old="if spared and step.failures <= allowed and not ended[-1].decisive:",
         new="if False:",
         tests=(
-            f"{_OPERATOR_TESTS}/decisions/test_status.py::test_a_job_whose_pods_the_kubelet_rejected_is_followed_by_another",
+            f"{_OPERATOR_TESTS}/decisions/test_attempts.py::test_a_job_whose_pods_the_kubelet_rejected_is_followed_by_another",
         ),
     ),
     Mutant(
@@ -569,7 +569,7 @@ OPERATOR = (
         old="if missing and step.running_pod_name:",
         new="if False:",
         tests=(
-            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_detached_running_pod_still_counts_against_the_deadline",
+            f"{_OPERATOR_TESTS}/reconcile/test_detached.py::test_a_detached_running_pod_still_counts_against_the_deadline",
         ),
     ),
     Mutant(
@@ -578,7 +578,7 @@ OPERATOR = (
         old="if child.name != wanted or detached)",
         new="if child.name != wanted)",
         tests=(
-            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_detached_pod_and_another_one_of_its_job_never_write_at_the_same_time",
+            f"{_OPERATOR_TESTS}/reconcile/test_detached.py::test_a_detached_pod_and_another_one_of_its_job_never_write_at_the_same_time",
         ),
     ),
     Mutant(
@@ -612,7 +612,7 @@ OPERATOR = (
         old="if not _has_label(existing, job):",
         new="if False:",
         tests=(
-            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_claim_of_the_workspaces_name_is_used_only_if_it_was_created_for_the_job",
+            f"{_OPERATOR_TESTS}/reconcile/test_blocked.py::test_a_claim_of_the_workspaces_name_is_used_only_if_it_was_created_for_the_job",
         ),
     ),
     Mutant(
@@ -621,7 +621,7 @@ OPERATOR = (
         old="if not _has_label(found, job):",
         new="if False:",
         tests=(
-            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_creation_retries_back_off_and_the_backoff_resets_after_success",
+            f"{_OPERATOR_TESTS}/reconcile/test_blocked.py::test_creation_retries_back_off_and_the_backoff_resets_after_success",
         ),
     ),
     Mutant(
@@ -630,7 +630,7 @@ OPERATOR = (
         old="case AtOnce(changed=True):",
         new="case AtOnce():",
         tests=(
-            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_job_whose_first_job_no_watch_shows_is_retried_with_backoff",
+            f"{_OPERATOR_TESTS}/reconcile/test_blocked.py::test_a_job_whose_first_job_no_watch_shows_is_retried_with_backoff",
         ),
     ),
     Mutant(
@@ -638,14 +638,16 @@ OPERATOR = (
         file=f"{_OPERATOR}/reconcile/job.py",
         old='return bool(written["metadata"]["resourceVersion"] != job.resource_version)',
         new="return True",
-        tests=(f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_status_writes_back_off_if_the_api_server_drops_them",),
+        tests=(
+            f"{_OPERATOR_TESTS}/reconcile/test_blocked.py::test_status_writes_back_off_if_the_api_server_drops_them",
+        ),
     ),
     Mutant(
         name="a-deletion-waits-for-a-status-that-is-stored",
         file=f"{_DECISIONS}/plan.py",
         old="store_first=counts_itself and _creates_a_job(actions))",
         new="store_first=counts_itself and bool(actions))",
-        tests=(f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_step_of_a_job_that_waits_for_a_place_is_stopped",),
+        tests=(f"{_OPERATOR_TESTS}/reconcile/test_blocked.py::test_a_step_of_a_job_that_waits_for_a_place_is_stopped",),
     ),
     Mutant(
         name="a-request-is-taken-up-without-a-place",
@@ -653,7 +655,7 @@ OPERATOR = (
         old="if limit is None:",
         new="if limit is None or view.live:",
         tests=(
-            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_request_that_only_a_live_read_shows_waits_for_a_place_too",
+            f"{_OPERATOR_TESTS}/reconcile/test_live_reads.py::test_a_request_that_only_a_live_read_shows_waits_for_a_place_too",
         ),
     ),
     Mutant(
@@ -662,7 +664,7 @@ OPERATOR = (
         old="        status = keep_earlier_pod(status, job, observed)\n",
         new="",
         tests=(
-            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_retried_job_waits_for_the_detached_pod_of_its_failure",
+            f"{_OPERATOR_TESTS}/reconcile/test_detached.py::test_a_retried_job_waits_for_the_detached_pod_of_its_failure",
         ),
     ),
     Mutant(
@@ -671,7 +673,7 @@ OPERATOR = (
         old=" or lacks_earlier_pod(view.job.status.step, view.observed):",
         new=":",
         tests=(
-            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_restart_waits_for_its_stopped_pod_although_that_is_detached",
+            f"{_OPERATOR_TESTS}/reconcile/test_detached.py::test_a_restart_waits_for_its_stopped_pod_although_that_is_detached",
         ),
     ),
     Mutant(
@@ -680,7 +682,7 @@ OPERATOR = (
         old="return _charge_detached(status, job, observed)",
         new="return status",
         tests=(
-            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_retried_job_waits_for_the_detached_pod_of_its_failure",
+            f"{_OPERATOR_TESTS}/reconcile/test_detached.py::test_a_retried_job_waits_for_the_detached_pod_of_its_failure",
         ),
     ),
     Mutant(
@@ -715,7 +717,7 @@ OPERATOR = (
         old="if job_uid and pod.owner_uid == job_uid",
         new="if pod.owner_uid == job_uid",
         tests=(
-            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_pod_without_an_owner_does_not_belong_to_a_step_without_a_job",
+            f"{_OPERATOR_TESTS}/reconcile/test_detached.py::test_a_pod_without_an_owner_does_not_belong_to_a_step_without_a_job",
         ),
     ),
     Mutant(
@@ -766,7 +768,9 @@ OPERATOR = (
         file=f"{_OPERATOR}/reconcile/job.py",
         old="if not view.live and _must_be_confirmed(view, decided):",
         new="if False:",
-        tests=(f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_a_job_that_the_store_has_missed_is_not_created_again",),
+        tests=(
+            f"{_OPERATOR_TESTS}/reconcile/test_live_reads.py::test_a_job_that_the_store_has_missed_is_not_created_again",
+        ),
     ),
     Mutant(
         name="an-attempt-is-counted-without-a-look",
@@ -783,7 +787,7 @@ OPERATOR = (
         old='except RejectedError as error:\n            sentence = f"the API server rejects Job {name}',
         new='except ValueError as error:\n            sentence = f"the API server rejects Job {name}',
         tests=(
-            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_creation_retries_back_off_and_the_backoff_resets_after_success",
+            f"{_OPERATOR_TESTS}/reconcile/test_blocked.py::test_creation_retries_back_off_and_the_backoff_resets_after_success",
         ),
     ),
     Mutant(
@@ -792,7 +796,7 @@ OPERATOR = (
         old='except RejectedError as error:\n            sentence = f"the API server rejects PersistentVolumeClaim',
         new='except ValueError as error:\n            sentence = f"the API server rejects PersistentVolumeClaim',
         tests=(
-            f"{_OPERATOR_TESTS}/reconcile/test_job.py::test_creation_retries_back_off_and_the_backoff_resets_after_success",
+            f"{_OPERATOR_TESTS}/reconcile/test_blocked.py::test_creation_retries_back_off_and_the_backoff_resets_after_success",
         ),
     ),
     Mutant(
