@@ -11,7 +11,7 @@ import numpy
 from qlora_api.schema import replace
 from qlora_api.spec.dataset import Columns, DatasetSpec, RowFormat
 from qlora_api.spec.training import TrainingSpec
-from qlora_trainer.data.examples.formats import PAIRS, Reading, RowReader, detect_format
+from qlora_trainer.data.examples.formats import PAIRS, Reading, RowReader, source_format
 from qlora_trainer.data.read.hub_splits import evaluation_part, training_part
 from qlora_trainer.data.read.locate import find_data
 from qlora_trainer.data.read.reading import read_rows, read_used_rows
@@ -89,19 +89,12 @@ def previews(
 def _sources(
     spec: DatasetSpec, training: TrainingSpec, access: StoreAccess, download: Path, count: int
 ) -> Iterator[_Source]:
-    """The sources of the training rows, then the evaluation's separate source.
-
-    That one is read in the format of the first.
-    """
+    """The training sources, then the evaluation's, read in the format of the first."""
     like: _Source | None = None
     for number, (field, source) in enumerate(spec.training_sources.items()):
         data = find_data(source.source, training_part(source, field), access, download / str(number))
         rows = list(islice(read_used_rows(data.files, spec.max_rows, training.seed if spec.shuffle else None), count))
-        if source.format == "auto":
-            format_, columns = detect_format(rows[0], source.columns, field, pairs=training.compares_answers)
-        else:
-            format_, columns = source.format, source.columns or Columns()
-        columns = replace(columns, check=spec.check_column(field))
+        format_, columns = source_format(rows[0], spec, field, pairs=training.compares_answers)
         found = _Source(data.uri, rows, field, format_, columns)
         like = like or found
         yield found

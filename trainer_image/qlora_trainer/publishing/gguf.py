@@ -11,12 +11,11 @@ import re
 import runpy
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
-from typing import Any
 
 import torch
 from gguf import GGUFReader
@@ -219,7 +218,7 @@ def _block(name: str) -> str:
 def _write_trial(model_folder: Path, target_modules: tuple[str, ...], lora: LoraSpec, path: Path) -> None:
     """Write an adapter of rank 1, layers different: the converter joins equal ones."""
     torch.set_num_threads(1)
-    config: Any = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
-    shapes: Mapping[str, Any] = expected_tensors(text_part(config), target_modules, replace(lora, rank=1))
+    config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
+    shapes = expected_tensors(text_part(config), target_modules, replace(lora, rank=1))
     numbers = torch.Generator().manual_seed(0)
     save_file({name: torch.randn(each.shape, generator=numbers).to(each.dtype) for name, each in shapes.items()}, path)

@@ -8,10 +8,10 @@ from qlora_trainer.core.file_names import MODEL_CARD_FILE
 from qlora_trainer.core.trained_job import TrainedJob
 from qlora_trainer.model.base.artifact import require_files, require_sum
 from qlora_trainer.model.source.files import tokenizer_and_processor
-from qlora_trainer.publishing.destinations.destination import Destination, reject_occupied
-from qlora_trainer.publishing.manifest import Manifest, Publisher, base_manifest, base_publisher
+from qlora_trainer.publishing.manifest import base_manifest, base_publisher
 from qlora_trainer.report.model_card import base_model_card
-from qlora_trainer.stores.contents import Contents
+from qlora_trainer.stores.contents import Contents, Manifest, Publisher
+from qlora_trainer.stores.destinations.destination import Destination, reject_occupied
 
 
 def publish_base(job: TrainedJob, workspace: WorkspaceLayout, destination: Destination) -> BaseStatus:

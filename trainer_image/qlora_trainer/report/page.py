@@ -5,7 +5,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -17,6 +16,7 @@ from qlora_api.status import DatasetStatus, MemoryStatus
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.file_names import CURVE_FILE, HISTORY_FILE, REPORT_FILE, SAMPLES_FILE, SUMMARY_FILE
 from qlora_trainer.core.filesystem import write_atomically
+from qlora_trainer.core.protocols import JsonObject
 from qlora_trainer.core.trained_job import TrainedJob
 from qlora_trainer.data.statistics import DataStatistics, SourceStatistics
 from qlora_trainer.history.metrics_log import MetricsHistory, read_history
@@ -171,7 +171,7 @@ def _charts(history: MetricsHistory, device: Device, estimate: MemoryStatus) -> 
     return [svg for svg in drawn if svg]
 
 
-def _settings(job: TrainedJob) -> Mapping[str, Mapping[str, Any]]:
+def _settings(job: TrainedJob) -> Mapping[str, Mapping[str, object]]:
     initial = job.prepared.initial_adapter
     return {
         "Quantization": job.spec.quantization.dump(),
@@ -182,9 +182,9 @@ def _settings(job: TrainedJob) -> Mapping[str, Mapping[str, Any]]:
     }
 
 
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(settings: Mapping[str, object]) -> dict[str, object]:
     """The settings, those of a part such as earlyStopping by its name and theirs."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for name, value in settings.items():
         inner = {f"{name}.{key}": leaf for key, leaf in value.items()} if isinstance(value, dict) else {name: value}
         flat |= inner
@@ -248,12 +248,12 @@ def _lengths(statistics: DataStatistics) -> str:
     return histogram("lengths", "Tokens per row, at most", {f"{up_to:,}": rows[up_to] for up_to in sorted(rows)})
 
 
-def _addresses(spec: DatasetSpec) -> dict[str, Any]:
+def _addresses(spec: DatasetSpec) -> JsonObject:
     """The addresses of the job's training data."""
     return {"source": spec.source} if spec.mix is None else {"mix": [source.dump() for source in spec.mix]}
 
 
-def _summary(job: TrainedJob, device: Device, history: MetricsHistory) -> dict[str, Any]:
+def _summary(job: TrainedJob, device: Device, history: MetricsHistory) -> JsonObject:
     """Values to compare between runs, for people and programs.
 
     Sizes in bytes, losses in nats per target token, or per pair.
@@ -290,7 +290,7 @@ def _summary(job: TrainedJob, device: Device, history: MetricsHistory) -> dict[s
     }
 
 
-def _preference(history: MetricsHistory, kept_step: int) -> dict[str, Any]:
+def _preference(history: MetricsHistory, kept_step: int) -> JsonObject:
     """The summary's values for an objective that compares answers."""
     if not history.compares_answers:
         return {}

@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import Field, ValidationError, model_validator
@@ -22,6 +22,7 @@ from qlora_api.status import Share
 from qlora_trainer.core.file_names import HISTORY_FILE
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.folder_lock import exclusive
+from qlora_trainer.core.protocols import JsonObject
 from qlora_trainer.core.trained_job import TrainedJob
 from qlora_trainer.history.metrics_log import Curve, MetricsHistory, read_history
 from qlora_trainer.report.charts import curves_chart
@@ -74,7 +75,7 @@ class _CellCurves(ObservedModel):
     """A cell's part of the page."""
 
     name: str = Field(max_length=63, pattern=DNS_LABEL)
-    settings: dict[str, Any]
+    settings: JsonObject
     """`lora` and `training` of its spec, by field."""
     loss: _Points
     """Smoothed."""
@@ -213,7 +214,7 @@ def _highest_score(cells: Sequence[_CellCurves]) -> str | None:
     return max(scored, key=lambda each: each[0], default=(0.0, None))[1]
 
 
-def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+def _differing(settings: Sequence[Mapping[str, object]]) -> list[str]:
     """The fields that are not the same for all."""
     names = dict.fromkeys(name for each in settings for name in each)
     return [name for name in names if any(each.get(name) != settings[0].get(name) for each in settings)]

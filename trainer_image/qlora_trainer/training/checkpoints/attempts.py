@@ -96,10 +96,7 @@ def recorded_attempt(records: Path, from_step: int, pod: PodOfJob, now: Callable
 
 @contextmanager
 def reopened_attempt(records: Path, pod_uid: str, now: Callable[[], datetime]) -> Iterator[None]:
-    """Run the body as a later part of this pod's ended attempt, and record the end of the body as its end.
-
-    If another pod has begun one since, or another process has deleted the file, nothing is recorded.
-    """
+    """Extend this pod's ended attempt over the body, unless it is no longer the latest."""
     attempts = read_attempts(records)
     if not attempts or attempts[-1].pod_uid != pod_uid:
         yield
@@ -143,10 +140,7 @@ def note_saved(records: Path, pod_uid: str, now: datetime) -> None:
 
 
 def _change_latest(records: Path, pod_uid: str, change: Callable[[Attempt], Attempt]) -> None:
-    """Change the latest record.
-
-    A full volume, or a deleted file, must not end the run: then nothing is recorded.
-    """
+    # A full volume, or a deleted file, must not end the run: then nothing is recorded.
     try:
         latest = _latest_of(records, pod_uid)
         if latest is not None:
@@ -173,10 +167,7 @@ def show_life(records: Path) -> None:
 
 
 def ended_attempts(records: Path) -> list[Attempt]:
-    """All attempts so far while none runs.
-
-    A killed one, the latest, ended at its last sign of life.
-    """
+    """All attempts while none runs. A killed one ended at its last sign of life."""
     attempts = read_attempts(records)
     if not attempts or attempts[-1].ended_at is not None:
         return list(attempts)
@@ -185,10 +176,7 @@ def ended_attempts(records: Path) -> list[Attempt]:
 
 
 def read_attempts(records: Path) -> list[Attempt]:
-    """All attempts so far, oldest first.
-
-    A line that cannot be read is left out, and logged without its content.
-    """
+    """All attempts, oldest first. A line that cannot be read is logged and left out."""
     attempts = []
     try:
         lines = (records / ATTEMPTS_FILE).read_bytes().splitlines()
