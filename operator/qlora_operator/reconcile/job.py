@@ -69,12 +69,12 @@ class _View:
     live: bool
     fresh: bool
     run: "_Run | None" = None
-    """What the unconfirmed pass has read."""
+    """As the unconfirmed pass has read it; None without one."""
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What the pod's log and the queue report about the current step."""
+    """Reports of the pod's log and of the queue about the current step."""
 
     log: LogReading
     queue: Reason | None

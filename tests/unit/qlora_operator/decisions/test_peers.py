@@ -1,4 +1,4 @@
-"""What the pods of a job of several nodes need: workspace, release, Service, NetworkPolicy."""
+"""Needs of the pods of a job of several nodes: workspace, release, Service, NetworkPolicy."""
 
 from typing import Any
 

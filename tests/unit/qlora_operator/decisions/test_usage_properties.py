@@ -1,4 +1,4 @@
-"""Whatever is observed of pods, and when: the usage only grows, and counts each once."""
+"""The usage only grows and counts each pod once, in any order of observations."""
 
 from typing import Any
 
