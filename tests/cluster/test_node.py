@@ -14,7 +14,7 @@ from devcluster.processes import run
 from tests.cluster.environment import ENDLESS, LONG, Object, Tenant, signal_processes_of, tiny_job
 from tests.support.waiting import eventually
 
-# tests/unit/qlora_operator/decisions/test_status.py counts disruptions; tests/trainer/promises fills a disk.
+# tests/unit/qlora_operator/decisions/test_attempts.py counts disruptions; tests/trainer/promises fills a disk.
 pytestmark = pytest.mark.slow
 SMALL = "small"
 

@@ -23,7 +23,8 @@ from qlora_operator.decisions.observed.facts import Facts
 from qlora_operator.decisions.observed.objects import Observed, QLoRAJob, format_time
 from qlora_operator.decisions.observed.parsing import observe, profile_in_use
 from qlora_operator.decisions.observed.stored_job import parse_job
-from qlora_operator.decisions.status import next_status
+from qlora_operator.decisions.plan import Plan, plan
+from qlora_operator.decisions.status import Decision, next_status
 from qlora_operator.reconcile.profile_limit import Starts
 
 NOW = datetime(2026, 1, 2, 12, 0, 0, tzinfo=UTC)
@@ -258,7 +259,12 @@ def facts(job: QLoRAJob, *bodies: dict[str, Any], now: datetime = NOW, **fields:
 
 def follow(job: QLoRAJob, *bodies: dict[str, Any], **fields: Any) -> QLoRAJobStatus:
     """The status that follows from the seen objects."""
-    return next_status(facts(job, *bodies, **fields))
+    return next_status(facts(job, *bodies, **fields)).status
+
+
+def plan_of(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetime = NOW) -> Plan:
+    """The plan for the job with this next status."""
+    return plan(job, Decision.from_status(job, status, observed), observed, now)
 
 
 def conditions_of(status: QLoRAJobStatus) -> dict[str, str]:

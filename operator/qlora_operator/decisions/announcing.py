@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from datetime import datetime
 from typing import Any
 
 from qlora_api.artifact_status import AdapterStatus
@@ -11,7 +12,7 @@ from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.output import ANNOUNCEMENTS_LABEL, entry_key
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.decisions.observed.conditions import is_true
-from qlora_operator.decisions.observed.facts import Facts, set_condition
+from qlora_operator.decisions.observed.facts import set_condition
 from qlora_operator.decisions.observed.objects import Object, QLoRAJob, Reason
 
 
@@ -80,16 +81,15 @@ def _operation(kind: str, path: str, value: object) -> Object:
     return {"op": kind, "path": path, "value": value}
 
 
-def with_announcement(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+def with_announcement(status: QLoRAJobStatus, job: QLoRAJob, now: datetime) -> QLoRAJobStatus:
     """The status after the entry was written."""
-    job = facts.job
     done = Reason("Announced", f"ConfigMap {config_map_name(job)} has the entry {entry_key(job.name)}")
-    return set_condition(status, facts, "Announced", "True", done)
+    return set_condition(status, job, now, "Announced", "True", done)
 
 
-def without_announcement(status: QLoRAJobStatus, facts: Facts, why: str) -> QLoRAJobStatus:
+def without_announcement(status: QLoRAJobStatus, job: QLoRAJob, now: datetime, why: str) -> QLoRAJobStatus:
     """Return the status without the entry of the published adapter."""
-    return set_condition(status, facts, "Announced", "False", Reason("AnnouncementRejected", why))
+    return set_condition(status, job, now, "Announced", "False", Reason("AnnouncementRejected", why))
 
 
 def rejection_of_entry(job: QLoRAJob, message: str) -> str:

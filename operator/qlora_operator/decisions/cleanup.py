@@ -5,8 +5,8 @@ from datetime import datetime, timedelta
 from qlora_api.naming import child_job_name
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.decisions.observed.conditions import Value, condition, is_true
-from qlora_operator.decisions.observed.facts import Facts, set_condition
-from qlora_operator.decisions.observed.objects import QLoRAJob, Reason, format_time, parse_time
+from qlora_operator.decisions.observed.facts import set_condition
+from qlora_operator.decisions.observed.objects import Observed, QLoRAJob, Reason, format_time, parse_time
 from qlora_operator.decisions.pods.blockers import blocking_reason
 
 
@@ -27,19 +27,18 @@ def clean_job_name(job: QLoRAJob) -> str:
     return child_job_name(job.name, "clean", 1)
 
 
-def follow_cleanup(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+def follow_cleanup(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, now: datetime) -> QLoRAJobStatus:
     """The status of a finished job with the state of its clean-up."""
-    due = cleanup_at(facts.job, status)
+    due = cleanup_at(job, status)
     if due is None:
         scheduled = condition(status, "CleanedUp")
-        asked = facts.job.spec.cleanup_after_seconds is not None
+        asked = job.spec.cleanup_after_seconds is not None
         if asked or scheduled is None or scheduled.status == "True" or scheduled.reason == "NotScheduled":
             return status
         return set_condition(
-            status, facts, "CleanedUp", "False", Reason("NotScheduled", "spec.cleanupAfterSeconds is not set")
+            status, job, now, "CleanedUp", "False", Reason("NotScheduled", "spec.cleanupAfterSeconds is not set")
         )
-    observed = facts.observed
-    cleaning = observed.child(clean_job_name(facts.job))
+    cleaning = observed.child(clean_job_name(job))
     value: Value = "False"
     reason = Reason("Scheduled", f"pods, checkpoints and prepared data are deleted at {format_time(due)}")
     if cleaning is not None and cleaning.complete and observed.children == (cleaning,):
@@ -52,5 +51,5 @@ def follow_cleanup(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         )
         reason = Reason("CleanupFailed", sentence)
     elif cleaning is not None:
-        reason = blocking_reason(cleaning, observed, facts.now) or reason
-    return set_condition(status, facts, "CleanedUp", value, reason)
+        reason = blocking_reason(cleaning, observed, now) or reason
+    return set_condition(status, job, now, "CleanedUp", value, reason)

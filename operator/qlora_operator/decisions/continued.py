@@ -6,7 +6,6 @@ from qlora_api.profile import Profile
 from qlora_api.status import ContinuedRun
 from qlora_operator.decisions.manifests.volumes import claim_not_allowed, reserved_claims
 from qlora_operator.decisions.observed.conditions import is_finished, is_true
-from qlora_operator.decisions.observed.facts import Facts
 from qlora_operator.decisions.observed.objects import QLoRAJob, Reason
 
 
@@ -23,14 +22,14 @@ def is_at_rest(other: QLoRAJob) -> bool:
     return is_finished(other.status) or is_true(other.status, "Suspended")
 
 
-def continued_run(facts: Facts) -> ContinuedRun | None:
+def continued_run(job: QLoRAJob, other: QLoRAJob | None) -> ContinuedRun | None:
     """Return the location of the run that spec.continues names.
 
     Returns None without that field, or if that job has no run to continue yet. The operator has written claim and
     folder into the other job's status, so that no manifest can name others. Once resolved they stay: the other job may
     be changed or deleted.
     """
-    other, own = facts.continued, facts.job.status.resolved
+    own = job.status.resolved
     if own is not None:
         return own.continued
     if other is None or other.status.resolved is None:
@@ -41,13 +40,15 @@ def continued_run(facts: Facts) -> ContinuedRun | None:
     )
 
 
-def objection_of_other_job(facts: Facts, profiles: Iterable[Profile]) -> Reason | None:
+def objection_of_other_job(
+    job: QLoRAJob, other: QLoRAJob | None, writer: str, profiles: Iterable[Profile]
+) -> Reason | None:
     """Return why the run in spec.continues cannot be continued now, or None if it can.
 
-    Returns None without that field, too.
+    Returns None without that field, too. `writer`: a pod or Job that may still save a checkpoint of it, or empty.
     """
-    name, other = facts.job.spec.continues, facts.continued
-    if name is None or facts.job.status.resolved is not None:
+    name = job.spec.continues
+    if name is None or job.status.resolved is not None:
         return None
     if other is None:
         return Reason(
@@ -55,7 +56,7 @@ def objection_of_other_job(facts: Facts, profiles: Iterable[Profile]) -> Reason 
             f"QLoRAJob {name!r} (spec.continues) was not found: create this job again with the name of one that "
             "exists, or use the adapter of a deleted job in spec.lora.from",
         )
-    run = continued_run(facts)
+    run = continued_run(job, other)
     if run is None:
         return Reason(
             "ContinuedJobNotStarted",
@@ -68,10 +69,10 @@ def objection_of_other_job(facts: Facts, profiles: Iterable[Profile]) -> Reason 
             f"QLoRAJob {name!r} (spec.continues) is still running: this job starts when that one has ended or is "
             "suspended (spec.suspend: true saves a checkpoint)",
         )
-    if facts.continued_writer:
+    if writer:
         return Reason(
             "ContinuedJobRunning",
-            f"{facts.continued_writer} may still save a checkpoint of QLoRAJob {name!r} (spec.continues): this job "
+            f"{writer} may still save a checkpoint of QLoRAJob {name!r} (spec.continues): this job "
             "starts when it has ended",
         )
     if run.claim_name in reserved_claims(profiles):

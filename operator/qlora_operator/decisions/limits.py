@@ -1,23 +1,26 @@
 """Enforces a job's limits: interruptions, failures, time without progress."""
 
+from datetime import datetime
+
 from qlora_api.contract import ExitCode
 from qlora_api.duration import format_duration
 from qlora_api.schema import replace
 from qlora_api.status import QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.observed.conditions import condition, is_finished, truncate
 from qlora_operator.decisions.observed.endings import fail, failure_of
-from qlora_operator.decisions.observed.facts import Facts, next_attempt
-from qlora_operator.decisions.observed.objects import parse_time
+from qlora_operator.decisions.observed.facts import next_attempt
+from qlora_operator.decisions.observed.objects import Observed, QLoRAJob, parse_time
 from qlora_operator.decisions.pods.attempts import active_seconds, charge_running
 
 DEFAULT_PROGRESS_DEADLINE_SECONDS = 3600
+LIMIT_FAILURES = ("DeadlineExceeded", "ProgressDeadlineExceeded")
 _REPORTING: tuple[StepName, ...] = ("prepare", "train")
 """The steps that report while they run. Publish does not while it merges or uploads a large model."""
 
 
-def enforce_disruptions(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+def enforce_disruptions(status: QLoRAJobStatus, job: QLoRAJob, now: datetime) -> QLoRAJobStatus:
     """Fail a job that is interrupted too often: its Jobs have no limit for that."""
-    limit, step = facts.job.spec.retry.max_disruptions, status.step
+    limit, step = job.spec.retry.max_disruptions, status.step
     # A step that has lost no pod yet may run, even if interruptions of the one before were counted late.
     if is_finished(status) or step is None or not step.counted_pod or status.disruptions <= limit:
         return status
@@ -28,66 +31,70 @@ def enforce_disruptions(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         f"the pods were interrupted {status.disruptions} times, and spec.retry.maxDisruptions allows {limit}: see "
         f"`kubectl get events` for what evicts or deletes them, then raise spec.retry.request{reported}"
     )
-    return fail(status, facts, failure_of(step.name, ExitCode.RETRIES_EXHAUSTED.reason, message, facts))
+    return fail(status, job, now, failure_of(step.name, ExitCode.RETRIES_EXHAUSTED.reason, message, now))
 
 
-def enforce_failures(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+def enforce_failures(status: QLoRAJobStatus, job: QLoRAJob, now: datetime) -> QLoRAJobStatus:
     """Fail a job whose step fails too often in a way that its Jobs do not count.
 
     An eviction that the step caused is one.
     """
-    step, limit = status.step, facts.job.spec.retry.max_failures
+    step, limit = status.step, job.spec.retry.max_failures
     if is_finished(status) or step is None or status.last_failure is None:
         return status
-    return status if step.failures <= limit else fail(status, facts, status.last_failure)
+    return status if step.failures <= limit else fail(status, job, now, status.last_failure)
 
 
-def enforce_deadline(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+def enforce_deadline(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, now: datetime) -> QLoRAJobStatus:
     """Fail a job whose steps have run for longer than it allows."""
-    limit = facts.job.spec.active_deadline_seconds
+    limit = job.spec.active_deadline_seconds
     if is_finished(status) or limit is None or status.step is None:
         return status
-    ran = active_seconds(status, facts.observed, facts.now)
+    ran = active_seconds(status, observed, now)
     if ran < limit:
         return status
     message = (
         f"the steps have run for {ran} seconds, and spec.activeDeadlineSeconds allows {limit}: raise it, and "
         "spec.retry.request to retry the job"
     )
-    failure = failure_of(status.step.name, "DeadlineExceeded", message, facts)
+    failure = failure_of(status.step.name, "DeadlineExceeded", message, now)
     # Count the time until now, for a later retry: the pods have not ended yet.
-    return fail(charge_running(status, facts.observed, facts.now), facts, failure)
+    return fail(charge_running(status, observed, now), job, now, failure)
 
 
-def enforce_progress(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+def enforce_progress(
+    status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, now: datetime, *, log_read: bool
+) -> QLoRAJobStatus:
     """Restart a step without progress if the job asks for it, up to its retry limit."""
-    job, step = facts.job, status.step
-    idle = idle_seconds(status, facts)
+    step = status.step
+    idle = idle_seconds(status, job, observed, now, log_read=log_read)
     if is_finished(status) or step is None or idle is None or job.spec.retry.on_no_progress != "restart":
         return status
-    failure = failure_of(step.name, "ProgressDeadlineExceeded", no_progress(step, idle), facts)
+    failure = failure_of(step.name, "ProgressDeadlineExceeded", no_progress(step, idle), now)
     failures = step.failures + 1
-    status = charge_running(status, facts.observed, facts.now)
+    status = charge_running(status, observed, now)
     status = replace(status, failures=status.failures + 1, last_failure=failure)
     if failures > job.spec.retry.max_failures:
-        return fail(status, facts, failure)
-    return replace(status, step=replace(next_attempt(step, facts), failures=failures))
+        return fail(status, job, now, failure)
+    return replace(status, step=replace(next_attempt(step, job), failures=failures))
 
 
-def idle_seconds(status: QLoRAJobStatus, facts: Facts) -> int | None:
+def idle_seconds(
+    status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, now: datetime, *, log_read: bool
+) -> int | None:
     """Return the seconds that the running step has made no progress.
 
     Returns None up to the limit of the job.
     """
     step = status.step
-    if step is None or step.name not in _REPORTING or step.progressed_at is None or facts.job.spec.suspend:
+    if step is None or step.name not in _REPORTING or step.progressed_at is None or job.spec.suspend:
         return None
-    if not any(pod.running and pod.uid == step.running_pod for pod in facts.observed.pods_of(step.job_uid)):
+    if not any(pod.running and pod.uid == step.running_pod for pod in observed.pods_of(step.job_uid)):
         return None
     # A log that cannot be read adds nothing, and does not revoke the finding of an earlier one.
-    known = facts.log_read or _is_stalled(facts.job.status, step)
-    idle = int((facts.now - parse_time(step.progressed_at)).total_seconds())
-    limit = facts.job.spec.progress_deadline_seconds or DEFAULT_PROGRESS_DEADLINE_SECONDS
+    known = log_read or _is_stalled(job.status, step)
+    idle = int((now - parse_time(step.progressed_at)).total_seconds())
+    limit = job.spec.progress_deadline_seconds or DEFAULT_PROGRESS_DEADLINE_SECONDS
     return idle if known and idle >= limit else None
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from qlora_api.naming import child_job_name
-from qlora_api.status import QLoRAJobStatus, StepName, StepStatus
+from qlora_api.status import QLoRAJobStatus, StepName
 from qlora_operator.decisions.announcing import is_to_be_announced
 from qlora_operator.decisions.cleanup import clean_job_name, cleanup_at
 from qlora_operator.decisions.continued import waits_for_other_job
@@ -23,6 +23,7 @@ from qlora_operator.decisions.pods.rejections import (
     next_job_after_rejections,
 )
 from qlora_operator.decisions.retry import is_to_be_taken_up
+from qlora_operator.decisions.status import Decision
 from qlora_operator.decisions.usage.budget import budget_at
 from qlora_operator.decisions.usage.usage import counted_again_at, still_counts
 
@@ -87,14 +88,14 @@ class Plan:
 
 def plan(
     job: QLoRAJob,
-    status: QLoRAJobStatus,
+    decision: Decision,
     observed: Observed,
     now: datetime,
     *,
     counts_itself: bool = False,
     sweep_again: timedelta | None = None,
 ) -> Plan:
-    """Plan the actions for the job: `job.status` is stored, `status` is its next one.
+    """Plan the actions that carry out the decision about the job.
 
     `counts_itself`: whether the job counts among those of its profile once its status shows that it has started.
     `sweep_again`: time until the next check of its sweep, if the job waits for that.
@@ -102,14 +103,11 @@ def plan(
     if job.deleting:
         # Another controller's finalizer may keep it for days, and its pods would run on.
         return Plan(tuple(_delete(child) for child in _outlived(job, observed)))
-    if is_finished(status):
-        # The result is stored before anything is deleted that it was derived from.
-        if not is_finished(job.status):
-            return Plan(store_first=True)
-        return Plan(tuple(_after_the_end(job, status, observed, now)), _earliest(_times_after(job, status), now))
-    if _is_restarted(job.status.step, status.step, observed):
-        # Store why its Job is deleted first: after a kill in between, another user would appear to have deleted it.
+    if decision.ends or decision.restarts:
         return Plan(store_first=True)
+    status = decision.status
+    if is_finished(status):
+        return Plan(tuple(_after_the_end(job, status, observed, now)), _earliest(_times_after(job, status), now))
     actions = tuple(_on_the_way(job, status, observed, now, waits=sweep_again is not None))
     times = list(_times(job, status, observed, now))
     look_again = _earliest(iter([*times, now + sweep_again] if sweep_again else times), now)
@@ -143,35 +141,15 @@ def creates_first_job(action: Action) -> bool:
     return action == CreateJob(*FIRST_JOB)
 
 
-def cannot_be_undone(job: QLoRAJob, status: QLoRAJobStatus, actions: tuple[Action, ...]) -> bool:
+def cannot_be_undone(decision: Decision, actions: tuple[Action, ...]) -> bool:
     """Whether this needs a live read, as the watches may be late.
 
-    It does to delete, to create any Job but the first, to leave a step or an attempt, to count one, to end the job.
+    It does to delete, to create any Job but the first, and for a final decision.
     """
-    if any(
+    return decision.is_final or any(
         isinstance(action, DeleteJob) or (isinstance(action, CreateJob) and not creates_first_job(action))
         for action in actions
-    ):
-        return True
-    if _verdicts(status) != _verdicts(job.status):
-        return True
-    return status.step is not None and _attempt(status.step) != _attempt(job.status.step)
-
-
-def _verdicts(status: QLoRAJobStatus) -> tuple[bool, ...]:
-    return is_finished(status), is_true(status, "CleanedUp")
-
-
-def _attempt(step: StepStatus | None) -> tuple[object, ...]:
-    return (step.name, step.attempt, step.counted_pod) if step else (*FIRST_JOB, "")
-
-
-def _is_restarted(stored: StepStatus | None, step: StepStatus | None, observed: Observed) -> bool:
-    """Whether the step gets another Job although the one that is stored still runs."""
-    if stored is None or step is None or stored.job_name == step.job_name:
-        return False
-    child = observed.child(stored.job_name)
-    return child is not None and child in tuple(_running(observed))
+    )
 
 
 def _on_the_way(

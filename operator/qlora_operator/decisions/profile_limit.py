@@ -28,8 +28,11 @@ def held_back(facts: Facts) -> Reason | None:
     job = facts.job
     if not _needs_a_place(job):
         return None
-    other = objection_to_job(facts) if _is_new(job) else objection_to_retry(facts)
-    return job_limit_reached(facts) if other is None else None
+    if _is_new(job):
+        other = objection_to_job(job, facts.profiles, facts.continued, facts.continued_writer)
+    else:
+        other = objection_to_retry(job, facts.profiles)
+    return job_limit_reached(job, facts.profiles, facts.jobs_of_profile) if other is None else None
 
 
 def _needs_a_place(job: QLoRAJob) -> bool:

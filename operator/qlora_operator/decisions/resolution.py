@@ -1,5 +1,7 @@
 """Fixes the inputs of a job's steps, or finds why the job cannot start."""
 
+from collections.abc import Mapping
+
 from pydantic import ValidationError
 
 from qlora_api.contract import needed_contract
@@ -12,7 +14,7 @@ from qlora_operator.decisions.continued import continued_run, objection_of_other
 from qlora_operator.decisions.manifests.objects import document
 from qlora_operator.decisions.manifests.volumes import reserved_claim, reserved_secret
 from qlora_operator.decisions.observed.facts import FIRST_JOB, Facts, new_step
-from qlora_operator.decisions.observed.objects import ChildJob, QLoRAJob, Reason
+from qlora_operator.decisions.observed.objects import ChildJob, Observed, QLoRAJob, Reason
 from qlora_operator.decisions.observed.shared_pod import is_shared
 from qlora_operator.decisions.usage.budget import limit_of_hours
 
@@ -23,43 +25,42 @@ _ROOM_FOR_A_GATE = 1024
 
 def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     """Fix everything that the pods depend on, as soon as the job may start."""
-    job = facts.job
+    job, profile = facts.job, facts.profiles.get(facts.job.spec.scheduling.profile)
     if status.resolved is not None and status.step is None:
         # Another client has written to the status. Steps that are done report their results again.
         return replace(status, step=new_step(job, "prepare", status.highest_attempt + 1))
-    if status.resolved is not None and not _may_still_change(status, facts):
+    if status.resolved is not None and not _may_still_change(status, job, facts.observed, profile):
         return status
-    if (first := _first_job(facts)) and (resolved := _resolved_by(first, job)):
+    if (first := _first_job(job, facts.observed)) and (resolved := _resolved_by(first, job)):
         # The operator was stopped, or has had more urgent work, since it created the first Job.
         step = replace(new_step(job, *FIRST_JOB), job_uid=first.uid)
         return replace(status, resolved=resolved, step=step)
-    if job.spec.suspend or objection(facts) is not None:
+    if profile is None or job.spec.suspend or objection(facts) is not None:
         return status
     own_claim = job.spec.workspace.claim_name
     resolved = Resolved(
-        contract_version=_contract(job, facts.profiles[job.spec.scheduling.profile]),
+        contract_version=_contract(job, profile),
         document=document(job),
         queue_name=job.queue_name,
         queue_priority=job.queue_priority,
-        profile=as_copied(facts.profiles[job.spec.scheduling.profile]),
+        profile=as_copied(profile),
         claim_name=own_claim or workspace_claim_name(job.name, job.uid),
         claim_created=own_claim is None,
         workspace_path=workspace_folder(job.name, job.uid),
-        continued=continued_run(facts),
+        continued=continued_run(job, facts.continued),
         shared_path=job.shares,
-        gpu_hours=limit_of_hours(facts.profiles[job.spec.scheduling.profile]),
+        gpu_hours=limit_of_hours(profile),
     )
-    resolved = _with_trainer_of_its_cell(resolved, facts)
+    resolved = _with_trainer_of_its_cell(resolved, job, facts.continued)
     return replace(status, resolved=resolved, step=new_step(job, *FIRST_JOB))
 
 
-def _with_trainer_of_its_cell(resolved: Resolved, facts: Facts) -> Resolved:
+def _with_trainer_of_its_cell(resolved: Resolved, job: QLoRAJob, cell: QLoRAJob | None) -> Resolved:
     """Set the image to the one that has trained the cell that the job publishes.
 
     This needs both in one sweep; otherwise the image stays as it is. No other trainer resumes the cell's run, and days
     may lie between the two jobs. Once fixed it stays so.
     """
-    job, cell = facts.job, facts.continued
     fixed = job.status.resolved
     if fixed is None and cell is not None and cell.shares == job.shares:
         fixed = cell.status.resolved
@@ -86,21 +87,21 @@ def _signed(contract: int, profile: Profile) -> int:
     return max(contract, needed_contract(1, signed=True)) if profile.signing_key is not None else contract
 
 
-def _may_still_change(status: QLoRAJobStatus, facts: Facts) -> bool:
+def _may_still_change(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, today: Profile | None) -> bool:
     """Whether nothing was created yet, and the profile has been fixed since.
 
     A quota may have rejected the first Job.
     """
-    step, today = status.step, facts.profiles.get(facts.job.spec.scheduling.profile)
+    step = status.step
     if step is None or status.resolved is None or today is None:
         return False
     if step.job_uid or (step.name, step.attempt) != FIRST_JOB:
         return False
-    return _first_job(facts) is None and status.resolved.profile != as_copied(today)
+    return _first_job(job, observed) is None and status.resolved.profile != as_copied(today)
 
 
-def _first_job(facts: Facts) -> ChildJob | None:
-    return facts.observed.child(child_job_name(facts.job.name, *FIRST_JOB)) or facts.observed.lost
+def _first_job(job: QLoRAJob, observed: Observed) -> ChildJob | None:
+    return observed.child(child_job_name(job.name, *FIRST_JOB)) or observed.lost
 
 
 def _resolved_by(first: ChildJob, job: QLoRAJob) -> Resolved | None:
@@ -114,21 +115,25 @@ def _resolved_by(first: ChildJob, job: QLoRAJob) -> Resolved | None:
 
 def objection(facts: Facts) -> Reason | None:
     """Return why settings or other jobs keep the job from starting."""
-    return objection_to_job(facts) or job_limit_reached(facts)
+    other = objection_to_job(facts.job, facts.profiles, facts.continued, facts.continued_writer)
+    return other or job_limit_reached(facts.job, facts.profiles, facts.jobs_of_profile)
 
 
-def objection_to_job(facts: Facts) -> Reason | None:
+def objection_to_job(
+    job: QLoRAJob, profiles: Mapping[str, Profile], continued: QLoRAJob | None = None, writer: str = ""
+) -> Reason | None:
     """Return why they keep the job from starting, apart from the limit of its profile.
 
-    Returns None if it needs at most a place among the profile's jobs.
+    Returns None if it needs at most a place among the profile's jobs. `continued`: the job that spec.continues names;
+    `writer`: a pod or Job that may still save a checkpoint of that.
     """
-    scheduling = facts.job.spec.scheduling
-    profile = facts.profiles.get(scheduling.profile)
+    scheduling = job.spec.scheduling
+    profile = profiles.get(scheduling.profile)
     if profile is None:
         return Reason(
             "ProfileNotFound",
             f"spec.scheduling.profile {scheduling.profile!r} does not exist; the profiles of namespace "
-            f"{facts.job.namespace!r} are: {_allowed_profiles(facts)}",
+            f"{job.namespace!r} are: {_allowed_profiles(job.namespace, profiles)}",
         )
     fields = {
         "priorityClassName": scheduling.priority_class_name,
@@ -143,11 +148,11 @@ def objection_to_job(facts: Facts) -> Reason | None:
             "without it, or with another profile",
         )
     return (
-        reserved_claim(facts.job.spec, facts.profiles.values())
-        or _not_shared(facts.job, profile)
-        or objection_to_retry(facts)
-        or objection_of_other_job(facts, facts.profiles.values())
-        or _too_large(facts.job)
+        reserved_claim(job.spec, profiles.values())
+        or _not_shared(job, profile)
+        or objection_to_retry(job, profiles)
+        or objection_of_other_job(job, continued, writer, profiles.values())
+        or _too_large(job)
     )
 
 
@@ -190,23 +195,23 @@ def _not_shared(job: QLoRAJob, profile: Profile) -> Reason | None:
     return None
 
 
-def objection_to_retry(facts: Facts) -> Reason | None:
+def objection_to_retry(job: QLoRAJob, profiles: Mapping[str, Profile]) -> Reason | None:
     """Return why current profiles block the start and a retry, or None if they do not."""
-    spec, profiles = facts.job.spec, facts.profiles.values()
-    return reserved_secret(spec, profiles) or reserved_config_map(spec, profiles) or objection_of_limits(facts)
+    reserved = reserved_secret(job.spec, profiles.values()) or reserved_config_map(job.spec, profiles.values())
+    return reserved or _objection_of_limits(job, profiles)
 
 
-def objection_of_limits(facts: Facts) -> Reason | None:
+def _objection_of_limits(job: QLoRAJob, profiles: Mapping[str, Profile]) -> Reason | None:
     """Return why the profile's limits block a start or a retry here."""
-    job, name = facts.job, facts.job.spec.scheduling.profile
-    profile = facts.profiles.get(name)
+    name = job.spec.scheduling.profile
+    profile = profiles.get(name)
     if profile is None:
         return None
     if profile.namespaces is not None and job.namespace not in profile.namespaces:
         return Reason(
             "ProfileNotAllowed",
             f"spec.scheduling.profile {name!r} is not for namespace {job.namespace!r}, whose profiles are: "
-            f"{_allowed_profiles(facts)}; create the job again with one of them",
+            f"{_allowed_profiles(job.namespace, profiles)}; create the job again with one of them",
         )
     limits = profile.limits or Limits()
     gpus, several = job.spec.resources.gpu_count, job.spec.resources.node_count > 1
@@ -221,36 +226,43 @@ def objection_of_limits(facts: Facts) -> Reason | None:
     return None
 
 
-def job_limit_reached(facts: Facts) -> Reason | None:
+def job_limit_reached(job: QLoRAJob, profiles: Mapping[str, Profile], jobs_of_profile: int) -> Reason | None:
     """Return why the job waits for others of its profile, or None if there is a place."""
-    namespace, name = facts.job.namespace, facts.job.spec.scheduling.profile
-    profile = facts.profiles.get(name)
+    namespace, name = job.namespace, job.spec.scheduling.profile
+    profile = profiles.get(name)
     limit = profile.limits.jobs if profile is not None and profile.limits is not None else None
-    if limit is None or facts.jobs_of_profile < limit:
+    if limit is None or jobs_of_profile < limit:
         return None
     return Reason(
         "JobLimitReached",
-        f"{facts.jobs_of_profile} jobs of profile {name!r} have started in namespace {namespace!r}, and the "
+        f"{jobs_of_profile} jobs of profile {name!r} have started in namespace {namespace!r}, and the "
         f"profile allows {limit} at a time: this job starts when one of them has ended",
     )
 
 
-def with_profile_of_today(resolved: Resolved | None, facts: Facts, *, same_trainer: bool = False) -> Resolved | None:
+def with_profile_of_today(
+    resolved: Resolved | None,
+    job: QLoRAJob,
+    profiles: Mapping[str, Profile],
+    continued: QLoRAJob | None,
+    *,
+    same_trainer: bool = False,
+) -> Resolved | None:
     """Return what was resolved, with the current profile if it still exists.
 
     `same_trainer`: except for the image.
     """
-    profile = facts.profiles.get(facts.job.spec.scheduling.profile)
+    profile = profiles.get(job.spec.scheduling.profile)
     if resolved is None or profile is None:
         return resolved
     copied = as_copied(profile)
     if same_trainer:
         copied = replace(copied, image=resolved.profile.image)
     # The trainer that began the run may implement no newer version, unless that was one for a key that is gone.
-    known = min(resolved.contract_version, _contract_of_training(facts.job))
-    contract = _signed(known, profile) if same_trainer else _contract(facts.job, profile)
+    known = min(resolved.contract_version, _contract_of_training(job))
+    contract = _signed(known, profile) if same_trainer else _contract(job, profile)
     today = replace(resolved, profile=copied, contract_version=contract, gpu_hours=limit_of_hours(profile))
-    return today if same_trainer else _with_trainer_of_its_cell(today, facts)
+    return today if same_trainer else _with_trainer_of_its_cell(today, job, continued)
 
 
 def as_copied(profile: Profile) -> Profile:
@@ -261,9 +273,8 @@ def as_copied(profile: Profile) -> Profile:
     return replace(profile, namespaces=None, limits=None)
 
 
-def _allowed_profiles(facts: Facts) -> str:
-    namespace = facts.job.namespace
-    allowed = (name for name, one in facts.profiles.items() if one.namespaces is None or namespace in one.namespaces)
+def _allowed_profiles(namespace: str, profiles: Mapping[str, Profile]) -> str:
+    allowed = (name for name, one in profiles.items() if one.namespaces is None or namespace in one.namespaces)
     return ", ".join(sorted(allowed)) or "none"
 
 

@@ -1,6 +1,9 @@
 """Retries a failed job when its user asks for it."""
 
+from collections.abc import Mapping
+
 from qlora_api.contract import ExitCode
+from qlora_api.profile import Profile
 from qlora_api.schema import replace
 from qlora_api.status import QLoRAJobStatus, Resolved, StepName
 from qlora_operator.decisions.cleanup import clean_job_name
@@ -29,7 +32,7 @@ def take_up(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     if step is None:
         return status
     cleaned = is_true(status, "CleanedUp") or facts.observed.child(clean_job_name(job)) is not None
-    again = cleaned or _lacks_what_prepare_leaves(facts)
+    again = cleaned or _lacks_what_prepare_leaves(job, facts.profiles)
     first_attempt = max(status.highest_attempt, step.attempt) + 1
     name: StepName = "prepare" if again else step.name
     forgotten = {"CleanedUp", *(DONE.values() if again else ()), *([DONE[name]] if name in DONE else ())}
@@ -47,7 +50,7 @@ def take_up(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         resolved=_resolved_again(status, facts, has_its_run=_has_its_run(status, cleaned=cleaned)),
     )
     reason = Reason("TakenUp", f"spec.retry.request is {job.spec.retry.request}")
-    return set_condition(status, facts, "Failed", "False", reason)
+    return set_condition(status, job, facts.now, "Failed", "False", reason)
 
 
 def _has_its_run(status: QLoRAJobStatus, *, cleaned: bool) -> bool:
@@ -62,7 +65,7 @@ def _resolved_again(status: QLoRAJobStatus, facts: Facts, *, has_its_run: bool) 
     """Resolve again with the current profile and gate."""
     # Only the trainer that began a run continues it: its image stays once there is a run to continue.
     prepared = is_true(status, "Prepared")
-    resolved = with_profile_of_today(status.resolved, facts, same_trainer=prepared)
+    resolved = with_profile_of_today(status.resolved, facts.job, facts.profiles, facts.continued, same_trainer=prepared)
     if resolved is not None and has_its_run:
         # A pod whose volume is gone would wait for ever, and the other job's claim may be deleted by now.
         resolved = replace(resolved, continued=None)
@@ -71,9 +74,9 @@ def _resolved_again(status: QLoRAJobStatus, facts: Facts, *, has_its_run: bool) 
     return replace(resolved, document=with_gate(resolved.document, facts.job.spec.gate))
 
 
-def _lacks_what_prepare_leaves(facts: Facts) -> bool:
+def _lacks_what_prepare_leaves(job: QLoRAJob, profiles: Mapping[str, Profile]) -> bool:
     """Whether base model or prepared rows have changed: only prepare restores them."""
-    status, today = facts.job.status, facts.profiles.get(facts.job.spec.scheduling.profile)
+    status, today = job.status, profiles.get(job.spec.scheduling.profile)
     lost = (ExitCode.MODEL_UNAVAILABLE.reason, ExitCode.BAD_DATASET.reason)
     if status.last_failure is not None and status.last_failure.reason in lost:
         return True

@@ -1,14 +1,24 @@
 """Derives conditions and phase from the rest of a status."""
 
+from datetime import datetime
+
 from qlora_api.figures import without_remaining
 from qlora_api.schema import replace
 from qlora_api.status import Phase, QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.limits import DEFAULT_PROGRESS_DEADLINE_SECONDS, idle_seconds, no_progress
-from qlora_operator.decisions.observed.conditions import Value, condition, has_begun, is_finished, is_true, phase_of
+from qlora_operator.decisions.observed.conditions import (
+    ConditionType,
+    Value,
+    condition,
+    has_begun,
+    is_finished,
+    is_true,
+    phase_of,
+)
 from qlora_operator.decisions.observed.endings import DONE, NOT_FAILED, NOT_STALLED, NOT_SUSPENDED
 from qlora_operator.decisions.observed.facts import Facts, set_condition
-from qlora_operator.decisions.observed.objects import ChildJob, Reason, format_time
-from qlora_operator.decisions.observed.shared_pod import trained_by, waits_for_sweep
+from qlora_operator.decisions.observed.objects import ChildJob, Observed, QLoRAJob, Reason, format_time
+from qlora_operator.decisions.observed.shared_pod import SharedPod, trained_by, waits_for_sweep
 from qlora_operator.decisions.pods.blockers import blocking_reason
 from qlora_operator.decisions.pods.deletions import deletion
 from qlora_operator.decisions.pods.kueue import WAITING
@@ -29,84 +39,88 @@ def summarize(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     """The status with all conditions and the phase derived from the rest of it."""
     status = replace(status, observed_generation=facts.job.generation)
     if not is_finished(status):
-        status = _count_nodes(status, facts)
-        status = _summarize_suspension(status, facts)
+        status = _count_nodes(status, facts.job, facts.observed)
+        status = _summarize_suspension(status, facts.job, facts.observed, facts.shared, facts.now)
         status = _summarize_running(status, facts)
-    return _in_phase(status, _phase(status, facts), facts)
+    phase = _phase(status, facts.observed, facts.shared)
+    return _in_phase(status, phase, facts.job.status, facts.now)
 
 
-def _in_phase(status: QLoRAJobStatus, phase: Phase, facts: Facts) -> QLoRAJobStatus:
+def _in_phase(status: QLoRAJobStatus, phase: Phase, stored: QLoRAJobStatus, now: datetime) -> QLoRAJobStatus:
     """Return the status in that phase, with the time since when.
 
     The metric of the time in each phase is measured by it.
     """
-    stored = facts.job.status
     # An earlier release may have stored the phase without a time: that alone is no reason for a write.
-    since = stored.phase_since if phase == stored.phase else format_time(facts.now)
+    since = stored.phase_since if phase == stored.phase else format_time(now)
     return replace(status, phase=phase, phase_since=since)
 
 
-def _count_nodes(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+def _count_nodes(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed) -> QLoRAJobStatus:
     """Count the pods that train together, and how many of them run."""
     step = status.step
-    if step is None or not trains_together(facts.job, step.name):
+    if step is None or not trains_together(job, step.name):
         return status
-    nodes = facts.job.spec.resources.node_count
-    running = sum(pod.running for pod in facts.observed.pods_of(step.job_uid)) if step.job_uid else 0
+    nodes = job.spec.resources.node_count
+    running = sum(pod.running for pod in observed.pods_of(step.job_uid)) if step.job_uid else 0
     return replace(status, step=replace(step, nodes=nodes, running_nodes=running))
 
 
-def _phase(status: QLoRAJobStatus, facts: Facts) -> Phase:
+def _phase(status: QLoRAJobStatus, observed: Observed, shared: SharedPod | None) -> Phase:
     step = status.step
-    child = facts.observed.child(step.job_name) if step else None
+    child = observed.child(step.job_name) if step else None
     phase = phase_of(
         status,
-        running=step is not None and facts.observed.is_running(step.job_uid),
+        running=step is not None and observed.is_running(step.job_uid),
         queued=child is not None and child.suspended,
     )
-    if phase in ("Preparing", "Queued") and (waits := waits_for_sweep(status, facts.shared)):
+    if phase in ("Preparing", "Queued") and (waits := waits_for_sweep(status, shared)):
         return "Training" if waits.word == "Training" else "Queued"
     return phase
 
 
-def _summarize_suspension(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
-    if not facts.job.spec.suspend:
-        return set_condition(status, facts, "Suspended", "False", NOT_SUSPENDED)
-    observed = facts.observed
+def _summarize_suspension(
+    status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, shared: SharedPod | None, now: datetime
+) -> QLoRAJobStatus:
+    if not job.spec.suspend:
+        return set_condition(status, job, now, "Suspended", "False", NOT_SUSPENDED)
     if observed.live_pods or any(not child.finished for child in observed.children):
         stopping = Reason("Suspending", "the running step saves a checkpoint and stops")
-        return set_condition(
-            status, facts, "Suspended", "False", blocking_reason(None, observed, facts.now) or stopping
-        )
-    sweep = trained_by(status, facts.shared)
+        return set_condition(status, job, now, "Suspended", "False", blocking_reason(None, observed, now) or stopping)
+    sweep = trained_by(status, shared)
     sentence = (
         f"a pod of QLoRASweep {sweep} still trains this cell with others; suspend the sweep to stop it"
         if sweep
         else "spec.suspend is true; false resumes the job"
     )
-    status = set_condition(status, facts, "Suspended", "True", Reason("Suspended", sentence))
+    status = set_condition(status, job, now, "Suspended", "True", Reason("Suspended", sentence))
     return without_remaining(status)
 
 
 def _summarize_running(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
-    reason = _reason(status, facts)
-    step = status.step
+    job, now, step, reason = facts.job, facts.now, status.step, _reason(status, facts)
     suspended = is_true(status, "Suspended")
     started = step is not None and (bool(step.job_uid) or step.attempt > 1 or step.name != "prepare")
     for name, kind in DONE.items():
         if not is_true(status, kind):
-            status = set_condition(status, facts, kind, "Unknown", _unmet(name, step))
-    accepted = started or suspended
-    ready = Reason("Suspended", "spec.suspend is true") if suspended else Reason("Started", "the job has been started")
-    waiting = Reason("Pending", reason.sentence)
-    status = set_condition(status, facts, "Succeeded", "Unknown", reason)
-    status = set_condition(status, facts, "Failed", "False", NOT_FAILED)
-    status = set_condition(status, facts, "Progressing", *_progressing(status, facts))
-    status = set_condition(
-        status, facts, "Reconciling", "False" if accepted else "True", ready if accepted else waiting
+            status = set_condition(status, job, now, kind, "Unknown", _unmet(name, step))
+    is_accepted = started or suspended
+    accepted = Reason("Pending", reason.sentence)
+    if suspended:
+        accepted = Reason("Suspended", "spec.suspend is true")
+    elif started:
+        accepted = Reason("Started", "the job has been started")
+    conditions: tuple[tuple[ConditionType, Value, Reason], ...] = (
+        ("Succeeded", "Unknown", reason),
+        ("Failed", "False", NOT_FAILED),
+        ("Progressing", *_progressing(status, job, facts.observed, now, log_read=facts.log_read)),
+        ("Reconciling", "False" if is_accepted else "True", accepted),
+        ("Ready", "True" if is_accepted else "False", accepted),
+        ("Stalled", "False", NOT_STALLED),
     )
-    status = set_condition(status, facts, "Ready", "True" if accepted else "False", ready if accepted else waiting)
-    return set_condition(status, facts, "Stalled", "False", NOT_STALLED)
+    for kind, value, why in conditions:
+        status = set_condition(status, job, now, kind, value, why)
+    return status
 
 
 def _unmet(name: StepName, current: StepStatus | None) -> Reason:
@@ -119,14 +133,16 @@ def _unmet(name: StepName, current: StepStatus | None) -> Reason:
     return Reason("NotReached", f"the {name} step has not been reached")
 
 
-def _progressing(status: QLoRAJobStatus, facts: Facts) -> tuple[Value, Reason]:
+def _progressing(
+    status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, now: datetime, *, log_read: bool
+) -> tuple[Value, Reason]:
     step = status.step
-    if step is None or not facts.observed.is_running(step.job_uid):
+    if step is None or not observed.is_running(step.job_uid):
         return "Unknown", Reason("NotRunning", "")
-    idle = idle_seconds(status, facts)
+    idle = idle_seconds(status, job, observed, now, log_read=log_read)
     if idle is not None:
         # Reported once, with the limit and not with the time, which would change the message in each pass.
-        limit = facts.job.spec.progress_deadline_seconds or DEFAULT_PROGRESS_DEADLINE_SECONDS
+        limit = job.spec.progress_deadline_seconds or DEFAULT_PROGRESS_DEADLINE_SECONDS
         return "False", Reason("ProgressDeadlineExceeded", no_progress(step, limit))
     return "True", Reason("Progressing", "")
 
@@ -154,7 +170,7 @@ def _reason(status: QLoRAJobStatus, facts: Facts) -> Reason:
         return deleted
     if not step.job_uid and observed.live_pods:
         return Reason("WaitingForPod", f"pod {observed.live_pods[0].name} must end before the next Job is created")
-    if rejected := rejection(status, facts):
+    if rejected := rejection(status, job, observed, facts.now):
         return rejected
     running = observed.is_running(step.job_uid)
     last = status.last_failure

@@ -4,12 +4,10 @@ Input and output are plain objects. Every call has a timeout and raises a Cluste
 wait, read again or report.
 """
 
-import asyncio
-import json
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import TypeVar
 
 import aiohttp
 
@@ -20,17 +18,13 @@ from qlora_api.sweep.spec import SWEEP_KIND, SWEEP_PLURAL
 from qlora_operator.decisions.observed.objects import Object, QLoRAJob
 from qlora_operator.decisions.observed.parsing import profile_in_use
 from qlora_operator.decisions.sweeps.sweep import CellJob, QLoRASweep, StoredSweep, parse_cell
+from qlora_operator.kube.api import Api
 from qlora_operator.kube.errors import (
     ClusterError,
     ConflictError,
     NotFoundError,
-    UnavailableError,
-    error_for_status,
-    first_characters,
-    unusable_answer,
 )
 from qlora_operator.kube.listing import (
-    OBJECTS_PER_PAGE,
     ChildList,
     ChildView,
     Kind,
@@ -42,8 +36,6 @@ from qlora_operator.kube.listing import (
 )
 from qlora_operator.kube.transport import (
     Query,
-    TooLongError,
-    Transport,
 )
 
 logger = logging.getLogger(__name__)
@@ -54,9 +46,6 @@ FIELD_MANAGER = "qlora-operator"
 # For what only explains. A log comes from a node through the API server, a Workload perhaps through a webhook: a slow
 # one is not worth waiting for.
 _BRIEF_TIMEOUT = aiohttp.ClientTimeout(total=5, connect=5)
-_PAGES_AT_A_TIME = 2
-# Of a page of several objects; real ones have half a megabyte. Parsed, it may take fifteen times as much.
-_BYTES_PER_PAGE = 4 * 2**20
 _TAIL_LINES = 40
 _TAIL_BYTES = 64 * 1024
 
@@ -74,29 +63,8 @@ _WORKLOAD_JOB_UID = "kueue.x-k8s.io/job-uid"
 _UNFINISHED = "status.phase!=Succeeded,status.phase!=Failed"
 
 
-class _Page(NamedTuple, Generic[T]):
-    """The parts read of the objects of one page, and the version of the whole list."""
-
-    items: Sequence[T]
-    version: str
-
-
-class Cluster:
+class Cluster(Api):
     """The calls that the operator makes, and no others. All raise ClusterError."""
-
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-        # Of all lists together: however many workers read one, and however large its objects are.
-        self._room = asyncio.Semaphore(_PAGES_AT_A_TIME)
-        self._shortest_page = OBJECTS_PER_PAGE
-
-    @property
-    def shortest_page(self) -> int:
-        """Return the shortest page so far of a list of large objects.
-
-        A reader that cannot shorten a page that gets too long asks for no more than that.
-        """
-        return self._shortest_page
 
     async def get_qlora_job(self, namespace: str, name: str) -> Object | None:
         """Return the stored QLoRAJob without unused metadata, or None if absent."""
@@ -328,76 +296,6 @@ class Cluster:
     async def _children(self, path: str, selector: Query, read: Callable[[Object], ChildView]) -> ChildList:
         pages = [page async for page in self._pages(path, selector, read)]
         return ChildList([item for page in pages for item in page.items], pages[0].version)
-
-    async def _pages(
-        self, path: str, selector: Query, read: Callable[[Object], T], *, accept: str = "application/json"
-    ) -> AsyncIterator[_Page[T]]:
-        """Read a list, and keep only the results of `read` after each page.
-
-        Pages are halved until they are short enough, or have one object.
-        """
-        token, size = "", OBJECTS_PER_PAGE
-        while True:
-            query = [("limit", str(size)), *selector, *([("continue", token)] if token else [])]
-            most = _BYTES_PER_PAGE if size > 1 else None
-            try:
-                # One expression: no name keeps an object alive. Nothing waits between the turn and its end, so that
-                # each page is parsed before another one is read.
-                page, token = _read_page(
-                    await self._json("GET", path, query=query, accept=accept, most=most, turn=self._room), read
-                )
-            except TooLongError:
-                size //= 2
-                self._shortest_page = min(self._shortest_page, size)
-                continue
-            yield page
-            if not token:
-                return
-            # Few large objects are no reason to ask for thousands of small ones one by one.
-            size = min(2 * size, OBJECTS_PER_PAGE)
-
-    async def _json(self, method: str, path: str, **request: Any) -> dict[str, Any]:
-        """An object of the API, or a list of them."""
-        answer = await self._document(method, path, **request)
-        if not isinstance(answer.get("metadata"), dict):
-            raise unusable_answer(f"{method} {path}", "a JSON object without metadata")
-        return answer
-
-    async def _document(self, method: str, path: str, **request: Any) -> dict[str, Any]:
-        """Read a JSON object: a load balancer or login proxy may answer with anything."""
-        data = await self._request(method, path, **request)
-        try:
-            answer = json.loads(data)
-        except ValueError as error:
-            raise unusable_answer(f"{method} {path}", f"not JSON: {first_characters(data)!r}") from error
-        if not isinstance(answer, dict):
-            raise unusable_answer(f"{method} {path}", f"JSON, but no object: {first_characters(data)!r}")
-        return answer
-
-    async def _request(
-        self,
-        method: str,
-        path: str,
-        *,
-        accept: str = "application/json",
-        content_type: str = "application/json",
-        **request: Any,
-    ) -> bytes:
-        headers = {"Accept": accept, "Content-Type": content_type}
-        try:
-            status, data = await self._transport.send(method, path, headers=headers, **request)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise UnavailableError(f"{method} {path}: {str(error) or type(error).__name__}") from error
-        if status >= 300:
-            raise error_for_status(status, f"{method} {path}", data)
-        return data
-
-
-def _read_page(page: Object, read: Callable[[Object], T]) -> tuple[_Page[T], str]:
-    """Parse the page and return the token of the next one, empty for the last."""
-    metadata = page["metadata"]
-    items = [read(body) for body in page.get("items") or ()]
-    return _Page(items, metadata.get("resourceVersion", "")), metadata.get("continue") or ""
 
 
 def _name_of(body: Object) -> tuple[str, str]:

@@ -95,7 +95,7 @@ class Actions:
                         status = status if creates_first_job(action) else with_child(status, facts, job_uid)
             except _BlockedError as blocked:
                 logger.warning("%s", blocked, extra={"key": key})
-                status = with_rejection(status, facts, blocked.reason)
+                status = with_rejection(status, job, facts.now, blocked.reason)
                 return Result(status, changed, blocked=True, look_again=again)
         return Result(status, changed, look_again=again)
 
@@ -178,7 +178,7 @@ class Actions:
         if status.adapter is None:
             raise AssertionError("a job without an adapter has nothing to announce")
         if (reserved := reserved_config_map(job.spec, facts.profiles.values())) is not None:
-            return without_announcement(status, facts, reserved.sentence), False
+            return without_announcement(status, job, facts.now, reserved.sentence), False
         if (due := self.announcements.due(key)) is not None and facts.now < due:
             return status, False
         try:
@@ -187,11 +187,11 @@ class Actions:
             logger.warning("ConfigMap %s: %s", name, error, extra={"key": key})
             self.announcements.postpone(key, facts.now)
             if isinstance(error, RejectedError):
-                status = without_announcement(status, facts, rejection_of_entry(job, str(error)))
+                status = without_announcement(status, job, facts.now, rejection_of_entry(job, str(error)))
             return status, False
         self.announcements.end(key)
         logger.info("announced in ConfigMap %s", name, extra={"key": key})
-        return with_announcement(status, facts), True
+        return with_announcement(status, job, facts.now), True
 
     async def _write_entry(self, job: QLoRAJob, adapter: AdapterStatus) -> None:
         """Write the adapter's entry.

@@ -11,7 +11,6 @@ from functools import cached_property
 
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus
-from qlora_operator.decisions.continued import is_at_rest, waits_for_other_job
 from qlora_operator.decisions.events import (
     announcement_event,
     budget_event,
@@ -21,10 +20,8 @@ from qlora_operator.decisions.events import (
     unreadable_event,
 )
 from qlora_operator.decisions.manifests.objects import DNS_PORTS
-from qlora_operator.decisions.observed.conditions import condition, is_finished
 from qlora_operator.decisions.observed.facts import Facts
-from qlora_operator.decisions.observed.objects import Object, Observed, Pod, QLoRAJob, Reason
-from qlora_operator.decisions.observed.parsing import controller_uid, parse_child
+from qlora_operator.decisions.observed.objects import Object, Observed, QLoRAJob, Reason
 from qlora_operator.decisions.observed.shared_pod import SharedPod, waits_for_sweep
 from qlora_operator.decisions.observed.stored_job import UnreadableJobError, parse_job
 from qlora_operator.decisions.plan import (
@@ -39,19 +36,17 @@ from qlora_operator.decisions.pods.blockers import no_pod_at
 from qlora_operator.decisions.pods.detached import (
     hides_a_pod,
     lacks_earlier_pod,
-    misses_running_pod,
     with_detached_pods,
 )
-from qlora_operator.decisions.pods.kueue import queue_reason
 from qlora_operator.decisions.profile_limit import held_back, limit_of_jobs
-from qlora_operator.decisions.status import next_status
+from qlora_operator.decisions.status import Decision, next_status
 from qlora_operator.keys import Key
 from qlora_operator.kube.client import Cluster
 from qlora_operator.kube.errors import ClusterError, ConflictError, NotFoundError, RejectedError, UnavailableError
-from qlora_operator.kube.listing import ChildView
 from qlora_operator.metrics.metrics import Metrics
 from qlora_operator.reconcile.actions import Actions
 from qlora_operator.reconcile.events import post
+from qlora_operator.reconcile.live_reads import read_continued, read_hidden_pods, read_queue, with_current_job
 from qlora_operator.reconcile.pauses import AtOnce, Blocked, Later, NextPass, Pauses, Postponed
 from qlora_operator.reconcile.profile_limit import Starts
 from qlora_operator.reconcile.progress import LogReading, ProgressReader
@@ -73,23 +68,22 @@ class _View:
     observed: Observed
     live: bool
     fresh: bool
+    run: "_Run | None" = None
+    """As the unconfirmed pass has read it; None without one."""
 
 
 @dataclass(frozen=True)
-class _Around:
-    """The state that a pass has read in addition to the job and its children."""
+class _Run:
+    """Reports of the pod's log and of the queue about the current step."""
 
     log: LogReading
     queue: Reason | None
-    continued: QLoRAJob | None
-    continued_writer: str
-    shared: SharedPod | None
 
 
 @dataclass(frozen=True)
-class _Decision:
+class _Decided:
     facts: Facts
-    status: QLoRAJobStatus
+    decision: Decision
     plan: Plan
     held_back: Reason | None
     """Why the job waits for others of its profile, if nothing else blocks it."""
@@ -156,48 +150,34 @@ class Reconciler:
         """Make a pass with a true count of the profile's jobs, if limited and needed."""
         limit = limit_of_jobs(view.job, self.profiles)
         if limit is None:
-            return await self._pass(key, view, None)
+            return await self._pass(key, view, 0)
         async with self.starts.count(view.job, limit) as others:
             return await self._pass(key, view, others)
 
-    async def _pass(self, key: Key, view: "_View", others: int | None) -> "_Done | _View":
-        """Decide, confirm, act and write, or return the job for another pass.
+    async def _pass(self, key: Key, view: "_View", others: int) -> "_Done | _View":
+        """Decide, act and write, or return the job, read live, for the pass that confirms this one.
 
-        `others`: number of the profile's jobs that have started; None if they were not counted.
+        `others`: number of the profile's jobs that have started.
         """
         shared = await self._shared_pods.read(view.job, live=view.live)
-        log = await self.progress.read(key, view.job, view.observed, shared) if self.progress else LogReading()
-        queue = await self._read_queue(view)
-        around = _Around(log, queue, *await self._read_continued(view), shared)
-        decision = self._decide(view, around, others or 0)
-        if not view.live and _must_be_confirmed(view, decision):
+        run = view.run or await self._read_run(key, view, shared)
+        facts = await self._read_facts(view, run, shared, others)
+        decided = self._decide(facts)
+        if not view.live and _must_be_confirmed(view, decided):
             confirmed = await self._read(key)
-            if confirmed is None:
-                return _Done()
-            if self._needs_another_count(confirmed.job, view.job, others):
-                return confirmed
-            shared = await self._shared_pods.read(confirmed.job, live=True)
-            around = _Around(log, queue, *await self._read_continued(confirmed), shared)
-            decision = self._decide(confirmed, around, others or 0)
-        again = self.blocked.until(key, await self._carry_out(decision))
-        return _Done(_soonest(again, log.again, self._follow_waiting(key, decision)))
+            return _Done() if confirmed is None else replace(confirmed, run=run)
+        again = self.blocked.until(key, await self._carry_out(decided))
+        return _Done(_soonest(again, run.log.again, self._follow_waiting(key, decided)))
 
-    def _needs_another_count(self, confirmed: QLoRAJob, counted: QLoRAJob, others: int | None) -> bool:
-        """Whether the current job needs a place that was not counted for the observed one."""
-        if limit_of_jobs(confirmed, self.profiles) is None:
-            return False
-        return others is None or confirmed.spec.scheduling.profile != counted.spec.scheduling.profile
-
-    def _follow_waiting(self, key: Key, decision: "_Decision") -> float | None:
+    def _follow_waiting(self, key: Key, decided: "_Decided") -> float | None:
         """Requeue the next waiting job after the write, if this one has ended.
 
         The same if it has started after it waited. Returns the seconds until the job itself is requeued: no event may
         wake the head of the queue.
         """
-        job = decision.facts.job
-        if decision.held_back is not None:
-            return self.starts.wait(job)
-        if self.starts.waits(key) or (is_finished(decision.status) and not is_finished(job.status)):
+        if decided.held_back is not None:
+            return self.starts.wait(decided.facts.job)
+        if self.starts.waits(key) or decided.decision.ends:
             self.starts.place_may_be_free(key)
         return None
 
@@ -228,44 +208,10 @@ class Reconciler:
             return None
         jobs = await self.cluster.list_jobs(job.namespace, job.name, job.uid)
         pods = await self.cluster.list_pods(job.namespace, job.uid)
-        observed = await self._with_current_job(job, self.store.note_live_read(body, jobs, pods))
-        observed = with_detached_pods(job, observed, await self._read_hidden_pods(job, observed))
+        observed = await with_current_job(self.cluster, job, self.store.note_live_read(body, jobs, pods))
+        observed = with_detached_pods(job, observed, await read_hidden_pods(self.cluster, job, observed))
         view = _View(job, observed, live=True, fresh=False)
         return None if self._is_settled(key, view) else view
-
-    async def _with_current_job(self, job: QLoRAJob, observed: Observed) -> Observed:
-        """Add the current step's Job if its label or owner was removed: it still runs.
-
-        For a job under deletion, the Job must still have its owner: its Jobs may be left alone on purpose
-        (`--cascade=orphan`), and nothing else shows that after the garbage collector has run.
-        """
-        step = job.status.step
-        if step is None or not step.job_uid or observed.child(step.job_name) is not None:
-            return observed
-        try:
-            body = await self.cluster.get_job(job.namespace, step.job_name)
-        except NotFoundError:
-            return observed
-        if job.deleting and controller_uid(body) != job.uid:
-            return observed
-        found = parse_child(body)
-        return replace(observed, children=(*observed.children, found)) if found.uid == step.job_uid else observed
-
-    async def _read_hidden_pods(self, job: QLoRAJob, observed: Observed) -> list[Pod]:
-        """Read pods of the current step without the label that watches select by.
-
-        Others may be among them.
-        """
-        step, found = job.status.step, list[ChildView]()
-        if step is None:
-            return []
-        missing = misses_running_pod(observed, step)
-        if missing and step.running_pod_name:
-            found += await self.cluster.list_pods_named(job.namespace, step.running_pod_name)
-        if hides_a_pod(observed, step) or (missing and not step.running_pod_name):
-            found += await self.cluster.list_pods_of_child(job.namespace, step.job_uid)
-        # With the label it has only just been created: the watch is about to show it.
-        return [replace(view.value, detached=view.job_uid != job.uid) for view in found if isinstance(view.value, Pod)]
 
     async def _readable(self, key: Key, body: Object) -> QLoRAJob | None:
         """Parse the job, or post an Event and return None if this version cannot read it.
@@ -297,68 +243,42 @@ class Reconciler:
             self._forget(key)
         return settled
 
-    async def _read_queue(self, view: "_View") -> Reason | None:
-        """Read why the current step's Job waits in a queue.
+    async def _read_run(self, key: Key, view: "_View", shared: SharedPod | None) -> "_Run":
+        log = await self.progress.read(key, view.job, view.observed, shared) if self.progress else LogReading()
+        return _Run(log, await read_queue(self.cluster, view.job, view.observed))
 
-        Returns None without a known reason. Nothing else waits for it: without Kueue, the right to read Workloads or an
-        answer, the status has less detail.
-        """
-        job = view.job
-        child = view.observed.child(job.status.step.job_name) if job.status.step else None
-        if child is None or not child.suspended or child.finished:
-            return None
-        try:
-            workload = await self.cluster.find_workload(job.namespace, child.uid)
-        except ClusterError as error:
-            logger.debug("Workloads cannot be read: %s", error, extra={"key": (job.namespace, job.name)})
-            return None
-        return queue_reason(child, workload, condition(job.status, "Succeeded"))
-
-    async def _read_continued(self, view: "_View") -> tuple[QLoRAJob | None, str]:
-        """Read the job that spec.continues names, until that is settled, and its writer.
-
-        The writer may still save a checkpoint of that job. Returns None if no job can be read.
-        """
-        job = view.job
-        if not waits_for_other_job(job):
-            return None, ""
-        body = await self.cluster.get_qlora_job(job.namespace, str(job.spec.continues))
-        try:
-            other = None if body is None else parse_job(body)
-        except UnreadableJobError as error:
-            logger.warning("%s: %s", job.spec.continues, error, extra={"key": (job.namespace, job.name)})
-            return None, ""
-        return other, await self._shared_pods.read_writer(other) if other is not None and is_at_rest(other) else ""
-
-    def _decide(self, view: "_View", around: "_Around", others: int) -> "_Decision":
-        facts = Facts(
+    async def _read_facts(self, view: "_View", run: "_Run", shared: SharedPod | None, others: int) -> Facts:
+        continued, writer = await read_continued(self.cluster, self._shared_pods, view.job)
+        return Facts(
             job=view.job,
             observed=view.observed,
             profiles=self.profiles,
             now=self.clock(),
-            progress=around.log.record,
-            progress_beside=around.log.beside,
-            log_read=around.log.done,
-            queue=around.queue,
-            continued=around.continued,
-            continued_writer=around.continued_writer,
-            shared=around.shared,
+            progress=run.log.record,
+            progress_beside=run.log.beside,
+            log_read=run.log.done,
+            queue=run.queue,
+            continued=continued,
+            continued_writer=writer,
+            shared=shared,
             jobs_of_profile=others,
         )
-        status = next_status(facts)
-        # A job counts once its status has its start, which a Job alone does not.
-        counts_itself = limit_of_jobs(view.job, self.profiles) is not None
-        again = OTHER_JOB_INTERVAL if waits_for_sweep(status, facts.shared) is not None else None
-        planned = plan(view.job, status, view.observed, facts.now, counts_itself=counts_itself, sweep_again=again)
-        return _Decision(facts, status, planned, held_back(facts))
 
-    async def _carry_out(self, decision: "_Decision") -> NextPass:
+    def _decide(self, facts: Facts) -> "_Decided":
+        job, decision = facts.job, next_status(facts)
+        # A job counts once its status has its start, which a Job alone does not.
+        counts_itself = limit_of_jobs(job, self.profiles) is not None
+        again = OTHER_JOB_INTERVAL if waits_for_sweep(decision.status, facts.shared) is not None else None
+        planned = plan(job, decision, facts.observed, facts.now, counts_itself=counts_itself, sweep_again=again)
+        return _Decided(facts, decision, planned, held_back(facts))
+
+    async def _carry_out(self, decided: "_Decided") -> NextPass:
         """Act and store the status."""
-        facts, planned = decision.facts, decision.plan
+        facts, planned, status = decided.facts, decided.plan, decided.decision.status
         if planned.store_first:
-            return AtOnce(changed=await self._write(facts, decision.status))
+            return AtOnce(changed=await self._write(facts, status))
         actions = Actions(self.cluster, self.store, self.dns_ports, self.announcements)
-        done = await actions.carry_out(facts, decision.status, planned.actions)
+        done = await actions.carry_out(facts, status, planned.actions)
         if not done.blocked and any(creates_first_job(action) for action in planned.actions):
             # That Job has the resolved values. Other new jobs need theirs more urgently than this one its status.
             return AtOnce(changed=done.changed)
@@ -402,11 +322,11 @@ class Reconciler:
             self.progress.forget(key)
 
 
-def _must_be_confirmed(view: _View, decision: _Decision) -> bool:
-    actions = decision.plan.actions
-    if cannot_be_undone(view.job, decision.status, actions):
+def _must_be_confirmed(view: _View, decided: _Decided) -> bool:
+    actions = decided.plan.actions
+    if cannot_be_undone(decided.decision, actions):
         return True
-    if _hides_a_pod_for_long(view, decision.facts.now) or lacks_earlier_pod(view.job.status.step, view.observed):
+    if _hides_a_pod_for_long(view, decided.facts.now) or lacks_earlier_pod(view.job.status.step, view.observed):
         return True
     # Of a job whose creation a watch has shown, the store has every object.
     return not view.fresh and any(creates_first_job(action) for action in actions)

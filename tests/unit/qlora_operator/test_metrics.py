@@ -296,10 +296,11 @@ def test_text_of_a_tenant_makes_no_series() -> None:
 
 
 def test_every_failure_reason_of_trainer_and_operator_has_its_own_series() -> None:
-    sources = "\n".join(file.read_text() for file in (Path(decisions.__path__[0])).glob("*.py"))
+    sources = "\n".join(file.read_text() for file in (Path(decisions.__path__[0])).rglob("*.py"))
     found = set(re.findall(r'failure_of\([\w."]+, "([A-Z]\w+)"', sources))
-    assert {"DeadlineExceeded", "ResultUnreadable"} <= found
-    assert found | {BUDGET_EXCEEDED, "HostOutOfMemory"} | {code.reason for code in ExitCode} <= FAILURE_REASONS
+    found |= set(re.findall(r'return (?:pod\.reason or )?"([A-Z]\w+)", f?["_]', sources))
+    assert {"DeadlineExceeded", "ResultUnreadable", "HostOutOfMemory", "Evicted", "PodFailed"} <= found
+    assert found | {BUDGET_EXCEEDED} | {code.reason for code in ExitCode} <= FAILURE_REASONS
 
 
 @pytest.mark.parametrize(

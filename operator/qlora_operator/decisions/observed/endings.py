@@ -1,11 +1,13 @@
 """Ends a job: decides every condition of a finished one."""
 
+from datetime import datetime
+
 from qlora_api.figures import without_remaining
 from qlora_api.schema import replace
 from qlora_api.status import FailureStatus, QLoRAJobStatus, StepName
 from qlora_operator.decisions.observed.conditions import ConditionType, Value, truncate
-from qlora_operator.decisions.observed.facts import Facts, set_condition
-from qlora_operator.decisions.observed.objects import Reason, format_time
+from qlora_operator.decisions.observed.facts import set_condition
+from qlora_operator.decisions.observed.objects import QLoRAJob, Reason, format_time
 
 # Tools read the summary of an end in one condition; the others have separate reasons.
 NOT_FAILED = Reason("NotFailed", "")
@@ -15,7 +17,7 @@ _FINISHED = Reason("Finished", "the job has ended")
 DONE: dict[StepName, ConditionType] = {"prepare": "Prepared", "train": "Trained"}
 
 
-def succeed(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+def succeed(status: QLoRAJobStatus, job: QLoRAJob, now: datetime) -> QLoRAJobStatus:
     """The end of a job that has done all its steps."""
     uri = status.adapter.uri if status.adapter else ""
     merged = f", the merged model at {status.merged.uri}" if status.merged else ""
@@ -31,16 +33,16 @@ def succeed(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         ("Stalled", "False", NOT_STALLED),
     )
     for kind, value, why in ends:
-        status = set_condition(status, facts, kind, value, why)
-    return without_remaining(replace(status, completion_time=format_time(facts.now)))
+        status = set_condition(status, job, now, kind, value, why)
+    return without_remaining(replace(status, completion_time=format_time(now)))
 
 
-def fail(status: QLoRAJobStatus, facts: Facts, failure: FailureStatus) -> QLoRAJobStatus:
+def fail(status: QLoRAJobStatus, job: QLoRAJob, now: datetime, failure: FailureStatus) -> QLoRAJobStatus:
     """The end of the job, with both summary conditions decided: neither stays Unknown."""
     reason = Reason(failure.reason, failure.message)
     if failure.step in DONE:
         brief = Reason(failure.reason, f"the {failure.step} step has failed")
-        status = set_condition(status, facts, DONE[failure.step], "False", brief)
+        status = set_condition(status, job, now, DONE[failure.step], "False", brief)
     ends: tuple[tuple[ConditionType, Value, Reason], ...] = (
         ("Succeeded", "False", reason),
         ("Failed", "True", reason),
@@ -51,8 +53,8 @@ def fail(status: QLoRAJobStatus, facts: Facts, failure: FailureStatus) -> QLoRAJ
         ("Stalled", "True", reason),
     )
     for kind, value, why in ends:
-        status = set_condition(status, facts, kind, value, why)
-    return without_remaining(replace(status, last_failure=failure, completion_time=format_time(facts.now)))
+        status = set_condition(status, job, now, kind, value, why)
+    return without_remaining(replace(status, last_failure=failure, completion_time=format_time(now)))
 
 
 def not_ready(word: str) -> Reason:
@@ -60,8 +62,6 @@ def not_ready(word: str) -> Reason:
     return Reason(word, "the job has failed: the condition Failed reports why")
 
 
-def failure_of(step: StepName, reason: str, message: str, facts: Facts) -> FailureStatus:
+def failure_of(step: StepName, reason: str, message: str, now: datetime) -> FailureStatus:
     """A failure that the operator has found, now."""
-    return FailureStatus(
-        step=step, reason=truncate(reason, 128), message=truncate(message), time=format_time(facts.now)
-    )
+    return FailureStatus(step=step, reason=truncate(reason, 128), message=truncate(message), time=format_time(now))

@@ -47,10 +47,10 @@ class Facts:
 
 
 def set_condition(
-    status: QLoRAJobStatus, facts: Facts, kind: ConditionType, value: Value, reason: Reason
+    status: QLoRAJobStatus, job: QLoRAJob, now: datetime, kind: ConditionType, value: Value, reason: Reason
 ) -> QLoRAJobStatus:
     """The status with this condition set, observed now."""
-    return with_condition(status, kind, value, reason, generation=facts.job.generation, now=facts.now)
+    return with_condition(status, kind, value, reason, generation=job.generation, now=now)
 
 
 def new_step(job: QLoRAJob, name: StepName, attempt: int) -> StepStatus:
@@ -58,7 +58,7 @@ def new_step(job: QLoRAJob, name: StepName, attempt: int) -> StepStatus:
     return StepStatus(name=name, job_name=child_job_name(job.name, name, attempt), attempt=attempt)
 
 
-def next_attempt(step: StepStatus, facts: Facts) -> StepStatus:
+def next_attempt(step: StepStatus, job: QLoRAJob) -> StepStatus:
     """The same step with a new Job."""
-    new = new_step(facts.job, step.name, step.attempt + 1)
+    new = new_step(job, step.name, step.attempt + 1)
     return replace(new, failures=step.failures, unverified=step.unverified)

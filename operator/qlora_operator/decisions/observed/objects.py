@@ -121,6 +121,11 @@ class Pod:
         return self.termination is not None and self.termination.reason == "OOMKilled" and not self.exited_well
 
     @property
+    def fatal(self) -> bool:
+        """Whether its end ends the job: another attempt would end the same way."""
+        return self.out_of_memory
+
+    @property
     def exited_well(self) -> bool:
         """Whether the trainer ended with exit code 0."""
         return self.termination is not None and self.termination.exit_code == 0

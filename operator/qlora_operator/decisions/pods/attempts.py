@@ -22,6 +22,8 @@ from qlora_operator.decisions.pods.nodes import ending_pod, is_over, is_own_fail
 
 LONGEST_WITHOUT_NEWS = timedelta(minutes=15)
 """How long a vanished pod is assumed to have run after its last report."""
+POD_FAILURES = ("Evicted", "HostOutOfMemory", "PodFailed")
+"""Reasons of a pod that has left no record."""
 _EXIT_CODES = {int(code): code for code in ExitCode}
 
 

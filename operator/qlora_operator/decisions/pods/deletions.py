@@ -12,7 +12,7 @@ from qlora_api.schema import replace
 from qlora_api.status import QLoRAJobStatus, StepStatus
 from qlora_operator.decisions.observed.conditions import condition
 from qlora_operator.decisions.observed.endings import NOT_SUSPENDED
-from qlora_operator.decisions.observed.facts import Facts, set_condition
+from qlora_operator.decisions.observed.facts import set_condition
 from qlora_operator.decisions.observed.objects import Observed, QLoRAJob, Reason, format_time, parse_time
 from qlora_operator.decisions.pods.attempts import charge_running
 from qlora_operator.decisions.pods.blockers import POD_DETACHED
@@ -23,24 +23,24 @@ RAN_FOR_LONG = LONGEST_PAUSE
 _JOB_DELETED = "JobDeleted"
 
 
-def note_deletion(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+def note_deletion(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, now: datetime) -> QLoRAJobStatus:
     """Return the status after the Job of its step was deleted.
 
     It has the reason, if the next Job must wait for that.
     """
     step = status.step
-    if step is None or _is_own_deletion(facts.job) or _ran_for_long(step, facts.now):
+    if step is None or _is_own_deletion(job) or _ran_for_long(step, now):
         return status
-    if _gone(facts.job, status, facts.observed, step.attempt) < 2:
+    if _gone(job, status, observed, step.attempt) < 2:
         return status
-    status = charge_running(status, facts.observed, facts.now)
-    until = max(facts.now, parse_time(status.active_until)) if status.active_until else facts.now
+    status = charge_running(status, observed, now)
+    until = max(now, parse_time(status.active_until)) if status.active_until else now
     sentence = (
         f"Job {step.job_name} was deleted, as were earlier Jobs of this step: the next is created after a pause of up "
         "to five minutes; the API server's audit log shows who deleted it"
     )
     status = replace(status, active_until=format_time(until))
-    return set_condition(status, facts, "Succeeded", "Unknown", Reason(_JOB_DELETED, sentence))
+    return set_condition(status, job, now, "Succeeded", "Unknown", Reason(_JOB_DELETED, sentence))
 
 
 def deletion(status: QLoRAJobStatus) -> Reason | None:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 from qlora_api.schema import replace
 from qlora_api.status import QLoRAJobStatus, StepStatus
-from qlora_operator.decisions.observed.facts import Facts
 from qlora_operator.decisions.observed.objects import Observed, Pod, QLoRAJob, collect
 
 
@@ -28,12 +27,12 @@ def lacks_earlier_pod(step: StepStatus | None, observed: Observed) -> bool:
     return step is not None and not step.job_uid and misses_running_pod(observed, step)
 
 
-def keep_earlier_pod(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+def keep_earlier_pod(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed) -> QLoRAJobStatus:
     """Keep the running pod from before the step, as long as that has no Job."""
-    step, stored = status.step, facts.job.status.step
+    step, stored = status.step, job.status.step
     if step is None or stored is None or step.job_uid:
         return status
-    kept = with_running_pod(step, stored.running_pod, facts.observed)
+    kept = with_running_pod(step, stored.running_pod, observed)
     return status if kept == step else replace(status, step=kept)
 
 

@@ -17,7 +17,7 @@ def trains_together(job: QLoRAJob, step: StepName) -> bool:
 
 def is_own_failure(pod: Pod) -> bool:
     """Whether the pod itself caused its end."""
-    return pod.out_of_memory or pod.rejected or pod.unsupported or (pod.failed and not _is_echo(pod))
+    return pod.fatal or pod.rejected or pod.unsupported or (pod.failed and not _is_echo(pod))
 
 
 def ending_pod(pods: tuple[Pod, ...], child: ChildJob | None) -> Pod | None:
@@ -33,7 +33,7 @@ def ending_pod(pods: tuple[Pod, ...], child: ChildJob | None) -> Pod | None:
         pods = tuple(pod for pod in pods if not pod.stopped_by(resumed))
     ended = [pod for pod in pods if pod.ended and not pod.exited_well]
     found = min(ended, key=_order, default=None)
-    if found is None or found.out_of_memory or child is None:
+    if found is None or found.fatal or child is None:
         return found
     if not child.finished:
         # Its Job ignores pods that have stopped as asked. For any other it is about to fail, and asks the rest to stop.
@@ -53,7 +53,7 @@ def is_over(pods: tuple[Pod, ...], child: ChildJob | None) -> bool:
 
 def _order(pod: Pod) -> tuple[int, str, int]:
     first = [
-        pod.out_of_memory,
+        pod.fatal,
         pod.decisive,
         is_own_failure(pod),
         pod.missed_peers,

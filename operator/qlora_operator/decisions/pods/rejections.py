@@ -7,8 +7,7 @@ before. No retry is used: nothing of the job's own has run.
 from datetime import datetime, timedelta
 
 from qlora_api.status import QLoRAJobStatus
-from qlora_operator.decisions.observed.facts import Facts
-from qlora_operator.decisions.observed.objects import Observed, Pod, Reason, format_time
+from qlora_operator.decisions.observed.objects import Observed, Pod, QLoRAJob, Reason, format_time
 from qlora_operator.decisions.pods.attempts import describe_failure
 
 PAUSE_AFTER_REJECTED_POD, LONGEST_PAUSE_AFTER_REJECTED_POD = timedelta(seconds=60), timedelta(minutes=30)
@@ -23,15 +22,15 @@ def next_job_after_rejections(observed: Observed) -> datetime | None:
     return rejected[-1].created + min(pause, LONGEST_PAUSE_AFTER_REJECTED_POD)
 
 
-def rejection(status: QLoRAJobStatus, facts: Facts) -> Reason | None:
+def rejection(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, now: datetime) -> Reason | None:
     """Return why the step has no Job: it waits after a rejected pod.
 
     Returns None if it has one, or waits for another reason.
     """
-    step, due = status.step, next_job_after_rejections(facts.observed)
-    if step is None or step.job_uid or due is None or facts.now >= due:
+    step, due = status.step, next_job_after_rejections(observed)
+    if step is None or step.job_uid or due is None or now >= due:
         return None
-    failure = describe_failure(_rejected(facts.observed)[-1], facts.job, step.name)
+    failure = describe_failure(_rejected(observed)[-1], job, step.name)
     return Reason(
         "PodRejected",
         f"a node has rejected a pod, which uses no retry: Job {step.job_name} is created at {format_time(due)}, or "

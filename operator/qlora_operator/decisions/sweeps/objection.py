@@ -6,8 +6,7 @@ from datetime import datetime
 from qlora_api.profile import Profile
 from qlora_api.sweep.cells import repeated_cell
 from qlora_api.sweep.spec import Cell, pods
-from qlora_operator.decisions.observed.facts import Facts
-from qlora_operator.decisions.observed.objects import Observed, Reason
+from qlora_operator.decisions.observed.objects import Reason
 from qlora_operator.decisions.resolution import objection_to_job
 from qlora_operator.decisions.sweeps.sweep import CellJob, QLoRASweep
 
@@ -26,7 +25,7 @@ def fault_of_cells(sweep: QLoRASweep, cells: Sequence[Cell], jobs: Mapping[str, 
 def objection_to_sweep(sweep: QLoRASweep, profiles: Mapping[str, Profile], now: datetime) -> Reason | None:
     """Return why the sweep or the settings block its cells, or None if they do not."""
     job = sweep.as_job()
-    if why := objection_to_job(Facts(job=job, observed=Observed(), profiles=profiles, now=now)):
+    if why := objection_to_job(job, profiles):
         return why
     if sweep.status.cells and all(line.uid for line in sweep.status.cells):
         # At most the one job that publishes is left to create.

@@ -34,7 +34,7 @@ from qlora_operator.decisions.observed.facts import Facts
 from qlora_operator.decisions.observed.objects import Observed, QLoRAJob, Reason
 from qlora_operator.decisions.observed.shared_pod import WAITING
 from qlora_operator.decisions.plan import CreateJob, DeleteJob, plan
-from qlora_operator.decisions.status import next_status_of_pod
+from qlora_operator.decisions.status import Decision, next_status_of_pod
 from qlora_operator.decisions.sweeps.sweep import CellJob, Manifest, QLoRASweep, labels_of, owner_of
 from qlora_operator.decisions.usage.usage import count_usage
 
@@ -337,7 +337,7 @@ def _follow(pod: SweepPodStatus, cells: _Cells, facts: Facts, *, may_create: boo
     found = _with_reason(found, cells, observed, reason)
     if ended:
         return PodPlan(found, store_first=True)
-    planned = plan(job, status, observed, facts.now)
+    planned = plan(job, Decision.from_status(job, status, observed), observed, facts.now)
     allowed = CreateJob | DeleteJob if may_create else DeleteJob
     actions = tuple(action for action in planned.actions if isinstance(action, allowed))
     # Which cells a Job trains is stored under its name before it exists.

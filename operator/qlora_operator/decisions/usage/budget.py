@@ -48,10 +48,11 @@ def enforce_budget(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 
     Its pod saves a checkpoint, and a retry resumes from it.
     """
-    allowed, step = allowed_seconds(facts.job, status), status.step
+    job, now = facts.job, facts.now
+    allowed, step = allowed_seconds(job, status), status.step
     if is_finished(status) or allowed is None or step is None or step.name not in _STOPPED_STEPS:
         return status
-    if not gpus_of_a_pod(facts.job, status) or trained_by(status, facts.shared):
+    if not gpus_of_a_pod(job, status) or trained_by(status, facts.shared):
         # The pod of the sweep continues without this cell.
         return status
     pods = facts.observed.pods_of(step.job_uid)
@@ -60,9 +61,9 @@ def enforce_budget(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     counted = count_usage(status, facts, until_now=True)
     if used_seconds(counted) < allowed:
         return status
-    reason = Reason(BUDGET_EXCEEDED, _exceeded(counted, facts, allowed))
-    failed = fail(counted, facts, failure_of(step.name, reason.word, reason.sentence, facts))
-    return set_condition(failed, facts, "WithinBudget", "False", reason)
+    reason = Reason(BUDGET_EXCEEDED, _exceeded(counted, job, allowed))
+    failed = fail(counted, job, now, failure_of(step.name, reason.word, reason.sentence, now))
+    return set_condition(failed, job, now, "WithinBudget", "False", reason)
 
 
 def budget_at(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetime) -> datetime | None:
@@ -95,14 +96,15 @@ def forecast_of_work(status: QLoRAJobStatus, work: WorkStatus) -> QLoRAJobStatus
     return replace(status, forecast=forecast)
 
 
-def follow_forecast(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+def follow_forecast(
+    status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, now: datetime, record: ProgressRecord | None
+) -> QLoRAJobStatus:
     """Forecast from the pace of the run, once known, and compare with the budget."""
     if is_finished(status):
         return status
-    record = facts.progress
     if record is not None and record.remaining_seconds is not None and _is_steady(status, record):
-        status = _forecast_of_pace(status, facts, record.remaining_seconds)
-    return _judged(status, facts)
+        status = _forecast_of_pace(status, job, observed, record.remaining_seconds)
+    return _judged(status, job, now)
 
 
 def _is_steady(status: QLoRAJobStatus, record: ProgressRecord) -> bool:
@@ -112,9 +114,9 @@ def _is_steady(status: QLoRAJobStatus, record: ProgressRecord) -> bool:
     return first is not None and record.training_step - first >= STEPS_OF_A_FORECAST
 
 
-def _forecast_of_pace(status: QLoRAJobStatus, facts: Facts, remaining: float) -> QLoRAJobStatus:
+def _forecast_of_pace(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, remaining: float) -> QLoRAJobStatus:
     profile = status.resolved.profile if status.resolved is not None else None
-    gpus = gpus_at_a_time(facts.job, status, facts.observed.pods) or _part_of_shared_pod(status, facts)
+    gpus = gpus_at_a_time(job, status, observed.pods) or _part_of_shared_pod(status, job)
     if profile is None or not gpus:
         return status
     seconds = used_seconds(status) + remaining * gpus
@@ -123,42 +125,42 @@ def _forecast_of_pace(status: QLoRAJobStatus, facts: Facts, remaining: float) ->
     return replace(status, forecast=forecast)
 
 
-def _part_of_shared_pod(status: QLoRAJobStatus, facts: Facts) -> float:
+def _part_of_shared_pod(status: QLoRAJobStatus, job: QLoRAJob) -> float:
     """Return the job's part of the GPUs of its sweep's shared pod."""
     entries = status.usage.pods if status.usage is not None else ()
-    return sum(gpus_of_a_pod(facts.job, status) / entry.jobs for entry in entries if entry.end is None)
+    return sum(gpus_of_a_pod(job, status) / entry.jobs for entry in entries if entry.end is None)
 
 
-def _judged(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+def _judged(status: QLoRAJobStatus, job: QLoRAJob, now: datetime) -> QLoRAJobStatus:
     """The status with the condition WithinBudget, if there is a budget and a forecast."""
-    allowed, forecast = allowed_seconds(facts.job, status), status.forecast
+    allowed, forecast = allowed_seconds(job, status), status.forecast
     if allowed is None or forecast is None:
         kept = tuple(entry for entry in status.conditions if entry.type != "WithinBudget")
         return status if len(kept) == len(status.conditions) else replace(status, conditions=kept)
     hours = hours_text(allowed)
     if float(forecast.gpu_hours) * _SECONDS <= allowed:
         sentence = f"the forecast is within the {hours} GPU hours that the job may use"
-        return set_condition(status, facts, "WithinBudget", "True", Reason("WithinBudget", sentence))
+        return set_condition(status, job, now, "WithinBudget", "True", Reason("WithinBudget", sentence))
     sentence = (
         f"the job is expected to take more than the {hours} GPU hours that it may use, as status.forecast shows: it "
-        f"would stop at a checkpoint with the reason {BUDGET_EXCEEDED}; {_remedy(facts, status)}, or train on less"
+        f"would stop at a checkpoint with the reason {BUDGET_EXCEEDED}; {_remedy(job, status)}, or train on less"
     )
-    return set_condition(status, facts, "WithinBudget", "False", Reason("ForecastExceedsBudget", sentence))
+    return set_condition(status, job, now, "WithinBudget", "False", Reason("ForecastExceedsBudget", sentence))
 
 
-def _exceeded(status: QLoRAJobStatus, facts: Facts, allowed: float) -> str:
+def _exceeded(status: QLoRAJobStatus, job: QLoRAJob, allowed: float) -> str:
     return (
         f"the train pods have used {hours_text(used_seconds(status))} GPU hours, and {hours_text(allowed)} are "
-        f"allowed: {_remedy(facts, status)}, and spec.retry.request to go on from the checkpoint"
+        f"allowed: {_remedy(job, status)}, and spec.retry.request to go on from the checkpoint"
     )
 
 
-def _remedy(facts: Facts, status: QLoRAJobStatus) -> str:
-    own = facts.job.spec.budget.gpu_hours if facts.job.spec.budget is not None else None
+def _remedy(job: QLoRAJob, status: QLoRAJobStatus) -> str:
+    own = job.spec.budget.gpu_hours if job.spec.budget is not None else None
     limit = status.resolved.gpu_hours if status.resolved is not None else None
     if limit is None or (own is not None and own < limit):
         return "raise spec.budget.gpuHours"
     return (
-        f"ask the administrator to raise limits.gpuHours of profile {facts.job.spec.scheduling.profile!r}"
+        f"ask the administrator to raise limits.gpuHours of profile {job.spec.scheduling.profile!r}"
         f"{'' if own is None else ', raise spec.budget.gpuHours'}"
     )

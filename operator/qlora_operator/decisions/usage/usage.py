@@ -17,15 +17,26 @@ from collections.abc import Iterable, Iterator, Set
 from datetime import datetime, timedelta
 from typing import Any
 
-from qlora_api.contract import ResultRecord
 from qlora_api.forecast import cost_text, hours_text
 from qlora_api.naming import child_job_name
 from qlora_api.schema import replace
 from qlora_api.status import QLoRAJobStatus
 from qlora_api.usage import LostGpuSeconds, PodEnd, PodUsage, TakenOverPart, UsageStatus
 from qlora_operator.decisions.observed.facts import Facts
-from qlora_operator.decisions.observed.objects import Pod, QLoRAJob, format_time, parse_time
+from qlora_operator.decisions.observed.objects import Observed, Pod, QLoRAJob, format_time, parse_time
+from qlora_operator.decisions.observed.shared_pod import SharedPod
 from qlora_operator.decisions.pods.attempts import LONGEST_WITHOUT_NEWS, is_stopped_on_purpose
+from qlora_operator.decisions.usage.entries import (
+    advance_entry,
+    entry_after,
+    entry_from,
+    has_node_since,
+    is_over,
+    last_counted,
+    owner_of,
+    share_of_job,
+    with_end,
+)
 
 _KEPT_PODS = 8
 """Pods that have ended and are still listed; of several nodes, so many more as an attempt has pods."""
@@ -50,7 +61,7 @@ def count_usage(status: QLoRAJobStatus, facts: Facts, *, until_now: bool = False
     if not gpus:
         return status
     before = status.usage or UsageStatus()
-    current = until_now or _has_news(status, facts)
+    current = until_now or _has_news(status, facts.job.status)
     entries = {entry.uid: entry for entry in before.pods}
     found = {entry.uid: entry for entry in _observed(status, facts, before, current=current)}
     found |= {entry.uid: entry for entry in _vanished(status, facts, before)}
@@ -83,35 +94,30 @@ def used_seconds(status: QLoRAJobStatus) -> int:
 
 def gpus_at_a_time(job: QLoRAJob, status: QLoRAJobStatus, pods: Iterable[Pod]) -> float:
     """Return the job's GPUs now, its part only of a pod that trains several cells."""
-    return gpus_of_a_pod(job, status) * sum(map(_share, _running(status, pods)))
+    return gpus_of_a_pod(job, status) * sum(map(share_of_job, _running(status, pods)))
 
 
 def uncounted_seconds(job: QLoRAJob, status: QLoRAJobStatus, pods: Iterable[Pod], now: datetime) -> float:
     """GPU seconds that its pods which run have had since they were last counted."""
     gpus = gpus_of_a_pod(job, status)
     running = _running(status, pods)
-    return gpus * sum((now - _last_counted(entry)).total_seconds() * _share(entry) for entry in running)
+    return gpus * sum((now - last_counted(entry)).total_seconds() * share_of_job(entry) for entry in running)
 
 
 def counted_again_at(status: QLoRAJobStatus, pods: Iterable[Pod]) -> datetime | None:
     """Return when to recount a silent running pod, or None if none runs."""
-    return min((_last_counted(entry) + _LONGEST_UNCOUNTED for entry in _running(status, pods)), default=None)
+    return min((last_counted(entry) + _LONGEST_UNCOUNTED for entry in _running(status, pods)), default=None)
 
 
 def _running(status: QLoRAJobStatus, pods: Iterable[Pod]) -> list[PodUsage]:
     """The entries of the pods that have their GPUs."""
-    running = {pod.uid for pod in pods if not _is_over(pod)}
+    running = {pod.uid for pod in pods if not is_over(pod)}
     return [entry for entry in (status.usage.pods if status.usage else ()) if entry.uid in running]
-
-
-def _share(entry: PodUsage) -> float:
-    """The part of the pod's further time that counts for the job."""
-    return ((entry.trained is None) + len(entry.taken_over or ())) / entry.jobs
 
 
 def has_gpus(pod: Pod) -> bool:
     """Whether it has a node, and so its GPUs, and its trainer has not ended."""
-    return _since(pod) is not None and not _is_over(pod)
+    return has_node_since(pod) is not None and not is_over(pod)
 
 
 def still_counts(job: QLoRAJob) -> bool:
@@ -120,15 +126,14 @@ def still_counts(job: QLoRAJob) -> bool:
     return usage is not None and any(entry.end is None and entry.name.startswith(own) for entry in usage.pods)
 
 
-def _has_news(status: QLoRAJobStatus, facts: Facts) -> bool:
-    stored = facts.job.status.progress
-    now = status.progress
-    return now is not None and (stored is None or stored.updated_at != now.updated_at)
+def _has_news(status: QLoRAJobStatus, stored: QLoRAJobStatus) -> bool:
+    before, now = stored.progress, status.progress
+    return now is not None and (before is None or before.updated_at != now.updated_at)
 
 
 def _is_behind(entry: PodUsage, now: datetime) -> bool:
     """Whether a pod that is listed was last counted long ago."""
-    return now - _last_counted(entry) >= _LONGEST_UNCOUNTED
+    return now - last_counted(entry) >= _LONGEST_UNCOUNTED
 
 
 def _observed(status: QLoRAJobStatus, facts: Facts, before: UsageStatus, *, current: bool) -> Iterator[PodUsage]:
@@ -137,43 +142,43 @@ def _observed(status: QLoRAJobStatus, facts: Facts, before: UsageStatus, *, curr
     room = _MOST_PODS - sum(entry.end is None for entry in before.pods)
     crowded = len(before.pods) + len(facts.observed.pods) > _MOST_LISTED
     for pod in facts.observed.pods:
-        since, entry = _since(pod), listed.get(pod.uid)
+        since, entry = has_node_since(pod), listed.get(pod.uid)
         if since is None or not pod.name.startswith(_train(facts.job)):
             continue
         if entry is None:
             due = pod.running or crowded or (facts.now - since).total_seconds() >= _SEEN_AFTER
-            if not _is_own(pod, status, facts) or not (_is_over(pod) or (room > 0 and due)):
+            if not _is_own(pod, status, facts.observed) or not (is_over(pod) or (room > 0 and due)):
                 continue
             uncounted = _uncounted_since(pod, since, before)
             if uncounted is None:
                 continue
-            room -= not _is_over(pod)
+            room -= not is_over(pod)
             times: dict[str, Any] = {"created": format_time(pod.created), "since": format_time(uncounted)}
             jobs: dict[str, Any] = {"jobs": len(facts.trains), "trained": facts.trains} if facts.trains else {}
             entry = PodUsage(name=pod.name, uid=pod.uid, **times, **jobs)
-            yield _advanced(entry, pod, status, facts)
-        elif (current or _is_over(pod) or _is_behind(entry, facts.now)) and not _ends_its_job(pod, facts):
+            yield advance_entry(entry, pod, status, facts)
+        elif (current or is_over(pod) or _is_behind(entry, facts.now)) and not _ends_its_job(pod, facts.observed):
             # Also if it had vanished: a user may have hidden it from the watches.
-            yield _advanced(entry, pod, status, facts)
+            yield advance_entry(entry, pod, status, facts)
 
 
-def _is_own(pod: Pod, status: QLoRAJobStatus, facts: Facts) -> bool:
+def _is_own(pod: Pod, status: QLoRAJobStatus, observed: Observed) -> bool:
     """Whether it is a pod of this job's train Job: any user may set labels and a name."""
-    owners = {child.uid for child in facts.observed.children}
+    owners = {child.uid for child in observed.children}
     owners |= {status.step.job_uid} if status.step is not None else set()
     return bool(pod.owner_uid) and pod.owner_uid in owners
 
 
-def _ends_its_job(pod: Pod, facts: Facts) -> bool:
+def _ends_its_job(pod: Pod, observed: Observed) -> bool:
     """Whether it is counted with the end of its Job, which follows immediately."""
-    child = next((child for child in facts.observed.children if child.uid == pod.owner_uid), None)
+    child = owner_of(pod, observed)
     return pod.decisive and not pod.detached and child is not None and not child.finished
 
 
 def _uncounted_since(pod: Pod, since: datetime, before: UsageStatus) -> datetime | None:
     """Return the start of an unlisted pod's uncounted time, or None without any."""
     dropped_until = _dropped_until(pod.created, before)
-    if dropped_until is None or not _is_over(pod):
+    if dropped_until is None or not is_over(pod):
         return max(since, dropped_until or since)
     finished = pod.termination.finished if pod.termination is not None else None
     return max(since, dropped_until) if finished is not None and finished > dropped_until else None
@@ -191,93 +196,13 @@ def _train(job: QLoRAJob) -> str:
     return child_job_name(job.name, "train", 0).removesuffix("0")
 
 
-def _since(pod: Pod) -> datetime | None:
-    """Return when the pod got its node, or None if it has none."""
-    started = pod.termination.started if pod.termination else None
-    return pod.scheduled or pod.running_since or started
-
-
-def _is_over(pod: Pod) -> bool:
-    return pod.ended or pod.termination is not None
-
-
-def _advanced(entry: PodUsage, pod: Pod, status: QLoRAJobStatus, facts: Facts) -> PodUsage:
-    """Return the current entry of a pod, with its end and its loss if it has ended."""
-    record = facts.progress if facts.progress is not None and _reports_on(facts.progress.pod_uid, pod, facts) else None
-    result = pod.result(facts.job.uid, "train")
-    trained_since = (record and record.training_since) or (result and result.training_since) or entry.trained_since
-    if record is not None and entry.from_step is None and record.training_since is not None:
-        entry = replace(entry, from_step=record.training_step)
-    over = _is_over(pod)
-    until = facts.now if not over else _ended_at(entry, pod, facts.now)
-    seconds = max(0, int((until - parse_time(entry.since)).total_seconds()))
-    entry = replace(entry, seconds=seconds, trained_since=trained_since)
-    if pod.missed_peers:
-        # Of several nodes, it has waited for the others until the limit.
-        return replace(entry, startup_seconds=seconds, end=entry.end or "disruption")
-    return _with_end(entry, _end_of(pod, facts), status, result) if over else _with_startup(entry)
-
-
-def _reports_on(reporting: str, pod: Pod, facts: Facts) -> bool:
-    """Whether the pod of that UID reports for this one too, as node 0 does."""
-    if reporting == pod.uid:
-        return True
-    return any(each.uid == reporting and each.owner_uid == pod.owner_uid for each in facts.observed.pods)
-
-
-def _ended_at(entry: PodUsage, pod: Pod, now: datetime) -> datetime:
-    """Return the latest possible end of the pod: an evicted one may not report one."""
-    if pod.termination is not None and pod.termination.finished is not None:
-        return pod.termination.finished
-    if entry.end is not None:
-        return _last_counted(entry)  # decided when it was first seen
-    return min(now, pod.deletion_requested or now, _last_counted(entry) + LONGEST_WITHOUT_NEWS)
-
-
-def _last_counted(entry: PodUsage) -> datetime:
-    """Until when its seconds are counted."""
-    return parse_time(entry.since) + timedelta(seconds=entry.seconds)
-
-
-def _end_of(pod: Pod, facts: Facts) -> PodEnd:
-    """Classify the end of a pod for the usage: a stop on purpose is no disruption."""
-    if pod.exited_well:
-        return "completed"
-    if pod.interrupted or pod.lost_peer:
-        child = next((child for child in facts.observed.children if child.uid == pod.owner_uid), None)
-        resumed = child is not None and child.resumed is not None and pod.stopped_by(child.resumed)
-        return "suspension" if resumed or is_stopped_on_purpose(child, facts.job) else "disruption"
-    return "failure"
-
-
-def _with_startup(entry: PodUsage) -> PodUsage:
-    if entry.trained_since is None:
-        return entry
-    startup = int((parse_time(entry.trained_since) - parse_time(entry.since)).total_seconds())
-    return replace(entry, startup_seconds=min(entry.seconds, max(0, startup)))
-
-
-def _with_end(entry: PodUsage, end: PodEnd, status: QLoRAJobStatus, result: ResultRecord | None) -> PodUsage:
-    """The entry of a pod that has ended, with the seconds that are in no checkpoint."""
-    entry = replace(_with_startup(entry), end=entry.end or end)
-    if end == "completed":
-        return entry
-    if entry.trained_since is not None and result is not None and result.outcome == "interrupted":
-        return entry  # it has saved a checkpoint before it ended
-    saved = status.checkpoint.saved_at if status.checkpoint is not None else None
-    kept_until = max(filter(None, (entry.trained_since, saved)), key=parse_time, default=entry.since)
-    kept = int((parse_time(kept_until) - parse_time(entry.since)).total_seconds())
-    lost = entry.seconds - min(entry.seconds, max(kept, entry.startup_seconds))
-    return replace(entry, lost_seconds=lost)
-
-
 def _vanished(status: QLoRAJobStatus, facts: Facts, before: UsageStatus) -> Iterator[PodUsage]:
     """Yield entries of pods that are gone without an end, by force or with their node."""
     there, own = {pod.uid for pod in facts.observed.pods}, _train(facts.job)
     for entry in before.pods:
         if entry.uid in there or entry.end is not None or not entry.name.startswith(own):
             continue
-        seen, step = _last_counted(entry), facts.job.status.step
+        seen, step = last_counted(entry), facts.job.status.step
         if step is not None and step.running_pod == entry.uid and step.progressed_at is not None:
             seen = max(seen, parse_time(step.progressed_at))
         later = [pod.created for pod in facts.observed.pods if pod.created > seen]
@@ -286,27 +211,27 @@ def _vanished(status: QLoRAJobStatus, facts: Facts, before: UsageStatus) -> Iter
         jobs = (child for child in facts.observed.children if f"{entry.name}-".startswith(f"{child.name}-"))
         on_purpose = is_stopped_on_purpose(next(jobs, None), facts.job)
         end: PodEnd = "suspension" if on_purpose else "disruption"
-        yield _with_end(replace(entry, seconds=seconds), end, status, None)
+        yield with_end(replace(entry, seconds=seconds), end, status, None)
 
 
 def _of_sweep(facts: Facts, before: UsageStatus, *, current: bool) -> Iterator[PodUsage]:
     """Yield the entries of the sweep's pods that train, or have trained, the job."""
     known = {entry.uid: entry for entry in before.pods}
-    for entry in _copied(facts):
+    for entry in _copied(facts.job, facts.shared):
         old = known.get(entry.uid)
         if old is None and not _is_uncounted(entry, before):
             continue
         start = parse_time(old.since) if old else _dropped_until(parse_time(entry.created), before)
         counted = old or replace(entry, seconds=0)
         if current or entry.end is not None or _is_behind(counted, facts.now):
-            yield entry if start is None else _from(start, entry)
+            yield entry if start is None else entry_from(start, entry)
 
 
-def _copied(facts: Facts) -> Iterator[PodUsage]:
+def _copied(job: QLoRAJob, shared: SharedPod | None) -> Iterator[PodUsage]:
     """Yield the sweep's entries up to the takeover of the cell's part by the sweep."""
-    for entry in facts.shared.counted if facts.shared is not None else ():
-        parts = (part.after_seconds for part in entry.taken_over or () if part.uid == facts.job.uid)
-        later = _after(next(parts, entry.seconds), entry)
+    for entry in shared.counted if shared is not None else ():
+        parts = (part.after_seconds for part in entry.taken_over or () if part.uid == job.uid)
+        later = entry_after(next(parts, entry.seconds), entry)
         yield replace(
             entry,
             trained=None,
@@ -320,20 +245,7 @@ def _copied(facts: Facts) -> Iterator[PodUsage]:
 def _is_uncounted(entry: PodUsage, before: UsageStatus) -> bool:
     """Whether some time of a sweep's pod that is not listed here is in no sum."""
     dropped_until = _dropped_until(parse_time(entry.created), before)
-    return dropped_until is None or entry.end is None or _last_counted(entry) > dropped_until
-
-
-def _from(start: datetime, entry: PodUsage) -> PodUsage:
-    """The entry without its time before `start`."""
-    earlier = max(0, int((start - parse_time(entry.since)).total_seconds()))
-    return replace(_after(earlier, entry), since=format_time(start)) if earlier else entry
-
-
-def _after(earlier: int, entry: PodUsage) -> PodUsage:
-    """The entry with the numbers of what comes after so many seconds of the pod."""
-    seconds, startup = max(0, entry.seconds - earlier), max(0, entry.startup_seconds - earlier)
-    lost = min(entry.lost_seconds, seconds - startup)
-    return replace(entry, seconds=seconds, startup_seconds=startup, lost_seconds=lost)
+    return dropped_until is None or entry.end is None or last_counted(entry) > dropped_until
 
 
 def _merged(old: PodUsage | None, new: PodUsage, gone: Set[str]) -> PodUsage:
@@ -362,7 +274,7 @@ def _part(entry: PodUsage | None, name: str, gpus: int) -> int:
     if entry is None:
         return 0
     counted = [entry] if entry.trained is None else []
-    counted += [_after(part.after_seconds, entry) for part in entry.taken_over or ()]
+    counted += [entry_after(part.after_seconds, entry) for part in entry.taken_over or ()]
     seconds: int = sum(getattr(each, name) for each in counted)
     return seconds * gpus // entry.jobs
 
@@ -382,29 +294,28 @@ def _next_to_list(listed: list[PodUsage], before: UsageStatus, status: QLoRAJobS
     """Return when the first unlisted pod with a node was created: it waits to report."""
     known = {entry.uid for entry in listed}
     pods = (pod for pod in facts.observed.pods if pod.uid not in known and pod.name.startswith(_train(facts.job)))
-    own = (pod.created for pod in pods if has_gpus(pod) and _is_own(pod, status, facts))
-    copied = (
-        parse_time(entry.created) for entry in _copied(facts) if entry.uid not in known and _is_uncounted(entry, before)
-    )
+    own = (pod.created for pod in pods if has_gpus(pod) and _is_own(pod, status, facts.observed))
+    of_sweep = (entry for entry in _copied(facts.job, facts.shared) if entry.uid not in known)
+    copied = (parse_time(entry.created) for entry in of_sweep if _is_uncounted(entry, before))
     return min((*own, *copied), default=None)
 
 
 def _with_pods(usage: UsageStatus, entries: list[PodUsage], next_to_list: datetime | None, facts: Facts) -> UsageStatus:
     """List the entries that stay, and note the latest creation and end of dropped ones."""
-    over = sorted((entry for entry in entries if entry.end is not None), key=_last_counted)
+    over = sorted((entry for entry in entries if entry.end is not None), key=last_counted)
     surplus = max(0, len(over) - _KEPT_PODS - facts.job.spec.resources.node_count)
     excess = len(entries) - _MOST_LISTED
     dropped = [
         entry
         for number, entry in enumerate(over[:surplus])
         if number < excess
-        or (_last_counted(entry) <= facts.now and (next_to_list is None or parse_time(entry.created) < next_to_list))
+        or (last_counted(entry) <= facts.now and (next_to_list is None or parse_time(entry.created) < next_to_list))
     ]
     if not dropped:
         return replace(usage, pods=tuple(entries))
     gone = {entry.uid for entry in dropped}
     created = [entry.created for entry in dropped]
-    ended = [format_time(_last_counted(entry)) for entry in dropped]
+    ended = [format_time(last_counted(entry)) for entry in dropped]
     return replace(
         usage,
         pods=tuple(entry for entry in entries if entry.uid not in gone),

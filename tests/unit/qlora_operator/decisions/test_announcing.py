@@ -17,7 +17,7 @@ from qlora_operator.decisions.announcing import (
 )
 from qlora_operator.decisions.events import announcement_event
 from qlora_operator.decisions.observed.objects import Object
-from qlora_operator.decisions.plan import Announce, CreateJob, plan
+from qlora_operator.decisions.plan import Announce, CreateJob
 from qlora_operator.kube.errors import ClusterError, ForbiddenError, RejectedError, UnavailableError
 from qlora_operator.reconcile.actions import Actions, Result
 from qlora_operator.reconcile.pauses import Postponed
@@ -34,6 +34,7 @@ from tests.support.builders import (
     follow,
     make_job,
     message_of,
+    plan_of,
     reason_of,
     seen,
     status_in,
@@ -56,15 +57,15 @@ def test_only_a_job_that_has_succeeded_is_announced_and_only_until_it_is() -> No
     assert not is_to_be_announced(make_job(status_in("publish"), **ANNOUNCED), status_in("publish"))
     job = make_job(FINISHED, **ANNOUNCED)
     assert is_to_be_announced(job, FINISHED)
-    written = with_announcement(FINISHED, facts(job))
+    written = with_announcement(FINISHED, job, NOW)
     assert not is_to_be_announced(job, written)
 
 
 def test_the_clean_up_does_not_wait_for_an_entry_that_is_rejected() -> None:
     job = make_job(FINISHED, cleanupAfterSeconds=1, **ANNOUNCED)
-    actions = plan(job, FINISHED, seen(), after(100)).actions
+    actions = plan_of(job, FINISHED, seen(), after(100)).actions
     assert actions == (Announce(), CreateJob("clean", 1))
-    rejected = without_announcement(FINISHED, facts(job), "forbidden")
+    rejected = without_announcement(FINISHED, job, NOW, "forbidden")
     assert conditions_of(rejected)["Succeeded"] == "True"
     assert reason_of(rejected, "Announced") == "AnnouncementRejected"
 

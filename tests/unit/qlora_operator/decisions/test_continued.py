@@ -14,7 +14,6 @@ from qlora_api.status import ContinuedRun, QLoRAJobStatus, Resolved
 from qlora_operator.decisions.manifests.objects import build_job
 from qlora_operator.decisions.observed.objects import Object, QLoRAJob
 from qlora_operator.decisions.observed.stored_job import parse_job
-from qlora_operator.decisions.plan import plan
 from qlora_operator.decisions.profile_limit import held_back
 from qlora_operator.kube.listing import ChildKind, ChildList, child_view
 from qlora_operator.metrics.metrics import Metrics
@@ -35,6 +34,7 @@ from tests.support.builders import (
     job_body,
     make_job,
     message_of,
+    plan_of,
     pod,
     reason_of,
     resolved,
@@ -87,13 +87,13 @@ def test_until_then_it_waits_reports_the_reason_and_is_requeued(found: QLoRAJob 
     status = follow(job, continued=found)
     assert (status.phase, status.resolved, reason_of(status)) == ("Pending", None, reason)
     assert says in message_of(status)
-    planned = plan(job, status, seen(), NOW)
+    planned = plan_of(job, status, seen(), NOW)
     assert (planned.actions, planned.look_again) == ((), after(15))
 
 
 def test_a_suspended_job_does_not_wait_for_the_other_job() -> None:
     job = make_job(continues="other", suspend=True)
-    assert plan(job, follow(job), seen(), NOW).look_again is None
+    assert plan_of(job, follow(job), seen(), NOW).look_again is None
 
 
 def test_it_takes_no_place_from_others_while_it_waits() -> None:

@@ -8,7 +8,6 @@ from qlora_api.status import Condition, QLoRAJobStatus
 from qlora_operator.decisions.events import phase_event
 from qlora_operator.decisions.observed.objects import Object, Reason
 from qlora_operator.decisions.observed.parsing import observe
-from qlora_operator.decisions.plan import plan
 from qlora_operator.decisions.pods.kueue import queue_reason
 from tests.support.builders import (
     NOW,
@@ -20,6 +19,7 @@ from tests.support.builders import (
     ended,
     follow,
     make_job,
+    plan_of,
     pod,
     reason_of,
     running,
@@ -119,7 +119,7 @@ def test_a_queue_is_polled_often_until_it_has_a_reason_and_then_once_a_minute(se
     job, observed = make_job(status_in("train")), held()
     (observed["status"]["conditions"][0]) |= {"lastTransitionTime": time()}
     status = follow(job, observed, now=after(seconds))
-    assert plan(job, status, seen(observed), after(seconds)).look_again == after(seconds + pause)
+    assert plan_of(job, status, seen(observed), after(seconds)).look_again == after(seconds + pause)
 
 
 def resumed_but_not_seen() -> dict[str, Any]:

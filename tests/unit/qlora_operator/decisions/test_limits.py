@@ -6,7 +6,7 @@ import pytest
 
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.decisions.events import progress_event
-from qlora_operator.decisions.plan import DeleteJob, plan
+from qlora_operator.decisions.plan import DeleteJob
 from tests.support.builders import (
     NAME,
     NOW,
@@ -19,6 +19,7 @@ from tests.support.builders import (
     follow,
     make_job,
     message_of,
+    plan_of,
     pod,
     progress,
     reason_of,
@@ -100,8 +101,8 @@ def test_a_requested_restart_counts_as_a_failure() -> None:
     assert status.last_failure.reason == "ProgressDeadlineExceeded"
     assert status.active_seconds == 3660
     # Why is stored before the Job is deleted: a kill in between would hide that it was a failure.
-    assert plan(make_job(stored, **spec), status, seen(*RUNNING), after(3600)).actions == ()
-    actions = plan(make_job(status, **spec), status, seen(*RUNNING), after(3600)).actions
+    assert plan_of(make_job(stored, **spec), status, seen(*RUNNING), after(3600)).actions == ()
+    actions = plan_of(make_job(status, **spec), status, seen(*RUNNING), after(3600)).actions
     assert actions == (DeleteJob(f"{NAME}-train-1", f"uid-{NAME}-train-1"),)
     # It is restarted as often as it may fail.
     again = status.model_copy(
@@ -184,8 +185,8 @@ def test_the_pause_after_rejected_pods_grows() -> None:
     for count, pause in ((1, 60), (3, 240)):
         bodies = rejected[:count]
         moment = -600 + count + pause
-        assert plan(job, follow(job, *bodies, now=after(moment - 1)), seen(*bodies), after(moment - 1)).actions == ()
-        assert plan(job, follow(job, *bodies, now=after(moment)), seen(*bodies), after(moment)).actions
+        assert plan_of(job, follow(job, *bodies, now=after(moment - 1)), seen(*bodies), after(moment - 1)).actions == ()
+        assert plan_of(job, follow(job, *bodies, now=after(moment)), seen(*bodies), after(moment)).actions
 
 
 def test_a_retry_after_a_rejected_pod_waits_and_keeps_its_attempts() -> None:
@@ -197,7 +198,7 @@ def test_a_retry_after_a_rejected_pod_waits_and_keeps_its_attempts() -> None:
     for moment, reason, created in ((-540, "PodRejected", 0), (-539, "Queued", 1)):
         status = follow(job, *bodies, now=after(moment))
         assert reason_of(status) == reason
-        assert len(plan(job, status, seen(*bodies), after(moment)).actions) == created
+        assert len(plan_of(job, status, seen(*bodies), after(moment)).actions) == created
 
 
 def test_a_deadline_is_not_evaded_by_deleting_pods_by_force() -> None:
@@ -255,7 +256,7 @@ def test_a_job_that_a_queue_holds_has_no_pod_and_no_failure() -> None:
     resumed["status"] = {"startTime": time(), "conditions": [{"type": "Suspended", "status": "False"}]}
     for seconds, reason in ((59, "Preparing"), (60, "NoPod")):
         assert reason_of(follow(make_job(status_in("prepare")), resumed, now=after(seconds))) == reason
-    assert plan(make_job(status_in("prepare")), status, seen(resumed), NOW).look_again == after(60)
+    assert plan_of(make_job(status_in("prepare")), status, seen(resumed), NOW).look_again == after(60)
 
 
 def test_late_objects_are_named_and_cost_no_retry() -> None:
@@ -279,7 +280,7 @@ def test_late_objects_are_named_and_cost_no_retry() -> None:
     assert (reason_of(status), status.failures) == ("WaitingForVolumes", 0)
     assert "Secret 'hub' with read, ConfigMap 'rows'" in message_of(status)
     assert "write" not in message_of(status)
-    assert plan(job, status, seen(child("prepare"), body), NOW).look_again == after(120)
+    assert plan_of(job, status, seen(child("prepare"), body), NOW).look_again == after(120)
 
 
 def test_an_eviction_caused_by_the_pod_is_a_failure_with_the_kubelets_message() -> None:

@@ -5,16 +5,12 @@ from typing import Any
 
 import pytest
 
-from qlora_api.profile import Profile
-from qlora_api.status import QLoRAJobStatus
-from qlora_operator.decisions.manifests.objects import build_job, build_peer_policy, build_peer_service, document
+from qlora_operator.decisions.manifests.objects import build_job, document
 from qlora_operator.decisions.observed.objects import QLoRAJob
-from qlora_operator.decisions.plan import ConnectNodes, CreateJob, DeleteJob, Plan, plan
+from qlora_operator.decisions.plan import ConnectNodes, CreateJob, DeleteJob, Plan
 from tests.support.builders import (
     NAME,
     NOW,
-    PROFILE,
-    UID,
     after,
     child,
     conditions_of,
@@ -25,6 +21,7 @@ from tests.support.builders import (
     make_job,
     message_of,
     node,
+    plan_of,
     reason_of,
     resolved,
     result,
@@ -34,18 +31,17 @@ from tests.support.builders import (
     time,
     waiting,
 )
-
-PEER_LOST, PEERS_MISSING, INTERRUPTED, UNREACHABLE = 201, 202, 143, 200
-SHARED = {"topology": "shared", "accessMode": "ReadWriteMany"}
-
-
-def job_in(status: QLoRAJobStatus | None = None, nodes: int = 2, **spec: Any) -> QLoRAJob:
-    return make_job(status or status_in("train"), resources={"nodes": nodes}, **spec)
-
-
-def told(body: dict[str, Any], code: int, reason: str, message: str = "", end: float = -10) -> dict[str, Any]:
-    """The pod after its trainer has ended with that record."""
-    return ended(body, code, result(body, "train", code, reason=reason, message=message), end=end)
+from tests.support.nodes import (
+    ENDED_BY_ITS_POLICY,
+    INTERRUPTED,
+    PEER_LOST,
+    PEERS_MISSING,
+    RUNS,
+    UNREACHABLE,
+    counts,
+    job_in,
+    told,
+)
 
 
 def lost(number: int, end: float = -9) -> dict[str, Any]:
@@ -60,21 +56,13 @@ def failed_job(attempt: int = 1, end: float = -10) -> dict[str, Any]:
 
 
 FAILED = failed_job()
-ENDED_BY_ITS_POLICY = child("train", Failed="PodFailurePolicy")
-RUNS = child("train")
 STOPS = child("train", FailureTarget="BackoffLimitExceeded")
 FULL = told(node(1), 13, "GPUOutOfMemory", "the GPU is out of memory")
 
 
-def counts(status: QLoRAJobStatus) -> tuple[int, int, int]:
-    """Failures, disruptions, and the number of the step's Job."""
-    assert status.step is not None
-    return status.failures, status.disruptions, status.step.attempt
-
-
 def decide(job: QLoRAJob, *bodies: dict[str, Any], at: float = 0) -> Plan:
     found = facts(job, *bodies, now=after(at))
-    return plan(job, job.status, found.observed, found.now)
+    return plan_of(job, job.status, found.observed, found.now)
 
 
 def test_the_pod_that_failed_gives_the_reason_and_not_the_one_that_lost_it() -> None:
@@ -213,7 +201,7 @@ def test_two_jobs_that_wait_for_one_anothers_nodes_never_try_again_at_the_same_t
 
     def pause(number: int) -> float:
         job = replace(job_in(stored), uid=f"0a1b2c3d-0000-4000-8000-{number:012}")
-        due = plan(job, stored, facts(job, *waited).observed, NOW).look_again
+        due = plan_of(job, stored, facts(job, *waited).observed, NOW).look_again
         assert due is not None
         return (due - after(-10)).total_seconds()
 
@@ -234,65 +222,6 @@ def test_a_job_whose_spec_has_lost_its_nodes_keeps_their_number() -> None:
 
     assert (body["spec"]["completions"], body["spec"]["backoffLimit"]) == (2, 0)
     assert counts(follow(pruned, FAILED, lost(0), lost(1))) == (0, 1, 2)
-
-
-def _suspended(body: dict[str, Any]) -> dict[str, Any]:
-    return body | {"spec": {"suspend": True}}
-
-
-def test_a_queue_that_stops_the_pods_costs_nothing_and_resumes_the_same_job() -> None:
-    stopped = (ended(node(0), INTERRUPTED), ended(node(1), INTERRUPTED))
-    status = follow(job_in(), _suspended(child("train", Suspended="JobSuspended")), *stopped)
-    assert counts(status) == (0, 0, 1)
-    assert status.phase == "Queued"
-
-    resumed = child("train")
-    resumed["status"] = {
-        "startTime": NOW.isoformat(),
-        "conditions": [{"type": "Suspended", "status": "False", "reason": "JobResumed"}],
-    }
-    fresh = (running(node(0, created=5), since=6), running(node(1, created=5), since=6))
-    status = follow(job_in(status), resumed, *stopped, *fresh, now=after(10))
-    assert counts(status) == (0, 0, 1)
-    assert status.phase == "Training"
-
-    # A pod that is lost afterwards is a disruption again.
-    gone = (ended(node(0, created=5), INTERRUPTED, end=20), ended(node(1, created=5), INTERRUPTED, end=20))
-    assert counts(follow(job_in(status), resumed, *stopped, *gone, now=after(30))) == (0, 1, 2)
-
-
-def _resumed(body: dict[str, Any], at: float) -> dict[str, Any]:
-    resumed = {"type": "Suspended", "status": "False", "reason": "JobResumed"}
-    conditions = [*body["status"]["conditions"], resumed]
-    return body | {"status": body["status"] | {"startTime": time(at), "conditions": conditions}}
-
-
-def test_pods_older_than_their_resumed_jobs_start_give_its_failure() -> None:
-    """The Job controller creates pods, and then notes when it has resumed their Job."""
-
-    def fresh(number: int) -> dict[str, Any]:
-        return node(number, created=-301)
-
-    started = follow(job_in(), _resumed(child("train"), -300), *(running(fresh(n), since=-290) for n in (0, 1)))
-    assert started.phase == "Training"
-    told_why = [told(fresh(number), 11, "BadDataset", "row 3 is broken") for number in (0, 1)]
-    status = follow(job_in(started), _resumed(ENDED_BY_ITS_POLICY, -300), *told_why)
-    assert (status.phase, reason_of(status, "Failed"), status.disruptions) == ("Failed", "BadDataset", 0)
-
-
-def test_a_pod_that_saves_after_its_job_was_resumed_was_stopped_by_the_queue() -> None:
-    saving = deleted(node(0), -310)
-    saved = [deleted(ended(node(number), INTERRUPTED, end=-290), -310) for number in (0, 1)]
-    resumed = _resumed(RUNS, -300)
-    assert counts(follow(job_in(), resumed, running(saving), saved[1])) == (0, 0, 1)
-    assert counts(follow(job_in(), resumed, *saved)) == (0, 0, 1)
-
-
-def test_pods_killed_while_a_queue_stops_them_cost_another_job_and_nothing_else() -> None:
-    killed = ended(node(1), 137) | {"metadata": deleted(node(1), -120)["metadata"]}
-    failed = _suspended(child("train", Suspended="JobSuspended", Failed="BackoffLimitExceeded"))
-
-    assert counts(follow(job_in(), failed, ended(node(0), INTERRUPTED), killed)) == (0, 0, 2)
 
 
 def test_losing_all_pods_is_one_disruption() -> None:
@@ -409,53 +338,6 @@ def test_progress_is_read_from_node_0() -> None:
     assert status.step.running_pod == node(0)["metadata"]["uid"]
 
 
-@pytest.mark.parametrize(
-    ("workspace", "claim", "reason"),
-    [
-        ({}, {}, "WorkspaceNotShared"),
-        ({"topology": "shared"}, {}, "WorkspaceNotShared"),
-        ({"topology": "shared"}, {"accessModes": ["ReadWriteMany"]}, "Pending"),
-        ({"topology": "shared"}, {"claimName": "team"}, "Pending"),
-        ({"topology": "zonal"}, {"claimName": "team"}, "WorkspaceNotShared"),
-        (SHARED, {}, "Pending"),
-        (SHARED, {"accessModes": ["ReadWriteOnce"]}, "WorkspaceNotShared"),
-    ],
-)
-def test_a_job_whose_pods_could_not_share_the_workspace_does_not_start(
-    workspace: dict[str, Any], claim: dict[str, Any], reason: str
-) -> None:
-    profile = Profile.model_validate(PROFILE.dump() | {"workspace": workspace})
-    job = make_job(resources={"nodes": 2}, workspace=claim)
-
-    status = follow(job, profiles={"default": profile})
-
-    assert reason_of(status) == reason
-    assert (status.resolved is None) == (reason == "WorkspaceNotShared")
-
-
-def test_the_limit_of_gpus_is_that_of_all_nodes() -> None:
-    profile = Profile.model_validate(PROFILE.dump() | {"workspace": SHARED, "limits": {"gpus": 8}})
-    job = make_job(resources={"nodes": 4, "gpus": 4})
-
-    status = follow(job, profiles={"default": profile})
-
-    assert reason_of(status) == "LimitExceeded"
-    assert "spec.resources.gpus × nodes is 16" in message_of(status)
-    job = make_job(resources={"nodes": 2, "gpus": 4})
-    assert reason_of(follow(job, profiles={"default": profile})) == "Pending"
-
-
-@pytest.mark.parametrize(("nodes", "version"), [(None, 2), (1, 2), (2, 3)])
-def test_only_a_job_of_several_nodes_needs_a_release_that_supports_them(nodes: int | None, version: int) -> None:
-    profile = Profile.model_validate(PROFILE.dump() | {"workspace": SHARED})
-    job = make_job(resources={} if nodes is None else {"nodes": nodes})
-
-    status = follow(job, profiles={"default": profile})
-
-    assert status.resolved is not None
-    assert status.resolved.contract_version == version
-
-
 def test_pods_that_hang_are_restarted_together_and_that_is_one_failure() -> None:
     stalled = step_status(
         "train", runningPod=node(0)["metadata"]["uid"], runningSince=time(-600), progressedAt=time(-600)
@@ -469,75 +351,3 @@ def test_pods_that_hang_are_restarted_together_and_that_is_one_failure() -> None
     assert status.active_seconds == 600
     stored = job_in(follow(job_in(status), *bodies))
     assert decide(stored, *bodies).actions == (DeleteJob(f"{NAME}-train-1", f"uid-{NAME}-train-1"),)
-
-
-def train_job(**profile: Any) -> dict[str, Any]:
-    job = make_job(resources={"nodes": 2, "gpus": 4}, retry={"maxFailures": 5})
-    return build_job(job, resolved(Profile.model_validate(PROFILE.dump() | profile)), "train", 3)
-
-
-def environment_of(body: dict[str, Any]) -> dict[str, str]:
-    (container,) = body["spec"]["template"]["spec"]["containers"]
-    return {entry["name"]: entry["value"] for entry in container["env"] if "value" in entry}
-
-
-def test_a_train_job_of_several_nodes_is_indexed_and_fails_as_a_whole() -> None:
-    body = train_job()
-    spec = body["spec"]
-
-    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 2, 2)
-    assert spec["backoffLimit"] == 0
-    ignored = [rule for rule in spec["podFailurePolicy"]["rules"] if rule["action"] == "Ignore"]
-    assert [rule["onExitCodes"]["values"] for rule in ignored] == [[INTERRUPTED]]
-    (container,) = spec["template"]["spec"]["containers"]
-    assert container["resources"]["limits"]["nvidia.com/gpu"] == "4"
-    assert environment_of(body)["QLORA_RENDEZVOUS"] == f"{NAME}-train-3-0.qlora-{UID}:29500"
-    index = next(entry for entry in container["env"] if entry["name"] == "QLORA_NODE")
-    assert "job-completion-index" in index["valueFrom"]["fieldRef"]["fieldPath"]
-
-
-@pytest.mark.parametrize("step", ["prepare", "publish", "clean"])
-def test_the_other_steps_stay_one_pod(step: Any) -> None:
-    body = build_job(make_job(resources={"nodes": 2}), resolved(), step, 1)
-
-    assert (body["spec"]["completions"], body["spec"]["parallelism"]) == (1, 1)
-    assert "completionMode" not in body["spec"]
-    assert "QLORA_RENDEZVOUS" not in environment_of(body)
-
-
-def test_nccls_settings_are_the_profiles_and_only_of_train_pods_that_use_it() -> None:
-    settings = {"NCCL_SOCKET_IFNAME": "eth1", "NCCL_DEBUG": "WARN"}
-    assert environment_of(train_job(nccl=settings)).items() >= settings.items()
-    alone = build_job(make_job(), resolved(Profile.model_validate(PROFILE.dump() | {"nccl": settings})), "train", 1)
-    assert not environment_of(alone).keys() & settings.keys()
-    with pytest.raises(ValueError, match="NCCL_ and capital letters"):
-        Profile.model_validate(PROFILE.dump() | {"nccl": {"LD_PRELOAD": "/workspace/evil.so"}})
-    with pytest.raises(ValueError, match=r"found NCCL_BLOCKING_WAIT, .* turn off the watchdog"):
-        Profile.model_validate(PROFILE.dump() | {"nccl": {"NCCL_BLOCKING_WAIT": "1"}})
-
-
-def test_the_train_pods_of_a_job_reach_each_other_and_nothing_else() -> None:
-    job = make_job(resources={"nodes": 2})
-    pod_spec = train_job()["spec"]["template"]
-    service, policy = build_peer_service(job), build_peer_policy(job)
-
-    selectors = [service["spec"]["selector"], policy["spec"]["podSelector"]["matchLabels"]]
-    for selector in selectors:
-        assert pod_spec["metadata"]["labels"].items() >= selector.items()
-        assert UID in selector.values()
-    assert pod_spec["spec"]["subdomain"] == service["metadata"]["name"]
-    assert service["spec"]["clusterIP"] == "None"
-    assert service["spec"]["publishNotReadyAddresses"] is True
-    (ingress,) = policy["spec"]["ingress"]
-    to_peers, dns = policy["spec"]["egress"]
-    assert ingress["from"] == to_peers["to"] == [{"podSelector": {"matchLabels": selectors[0]}}]
-    assert {entry["port"] for entry in dns["ports"]} == {53}
-    other = build_peer_policy(job, (5353,))
-    assert {(entry["port"], entry["protocol"]) for entry in other["spec"]["egress"][1]["ports"]} == {
-        (5353, "UDP"),
-        (5353, "TCP"),
-    }
-    # Created next to the first, which may have the wrong ports; the operator may not change it.
-    assert other["metadata"]["name"] != policy["metadata"]["name"]
-    for manifest in (service, policy):
-        assert manifest["metadata"]["ownerReferences"][0]["uid"] == UID

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from qlora_api.contract import CONTRACT_VERSION
 from qlora_operator.decisions.observed.parsing import observe
 from qlora_operator.decisions.observed.stored_job import UnreadableJobError, parse_job
-from qlora_operator.decisions.plan import plan
 from qlora_operator.decisions.pods.blockers import blocking_reason
 from qlora_operator.decisions.pods.detached import with_detached_pods
 from qlora_operator.decisions.status import next_status
@@ -29,6 +28,7 @@ from tests.support.builders import (
     job_body,
     make_job,
     node,
+    plan_of,
     pod,
     result,
     running,
@@ -186,7 +186,7 @@ def test_any_object_is_stored_and_its_job_continues(
     if typed:
         # Values of other types the API server does not admit.
         job = make_job(status_in("train"))
-        plan(job, next_status(facts(job, shown)), with_detached_pods(job, held.observed), NOW)
+        plan_of(job, next_status(facts(job, shown)).status, with_detached_pods(job, held.observed), NOW)
 
 
 def test_a_disruption_is_an_interruption_with_any_exit_code() -> None:

@@ -9,17 +9,8 @@ from qlora_api.status import QLoRAJobStatus
 from qlora_operator.decisions.manifests.objects import document
 from qlora_operator.decisions.observed.objects import Observed
 from qlora_operator.decisions.observed.parsing import parse_child
-from qlora_operator.decisions.plan import (
-    Action,
-    CreateClaim,
-    CreateJob,
-    DeleteJob,
-    Plan,
-    cannot_be_undone,
-    is_settled,
-    plan,
-)
-from qlora_operator.decisions.status import next_status
+from qlora_operator.decisions.plan import Action, CreateClaim, CreateJob, DeleteJob, Plan, cannot_be_undone, is_settled
+from qlora_operator.decisions.status import Decision, next_status
 from tests.support.builders import (
     NAME,
     NOW,
@@ -32,6 +23,7 @@ from tests.support.builders import (
     follow,
     make_job,
     message_of,
+    plan_of,
     pod,
     reason_of,
     resolved,
@@ -47,7 +39,7 @@ from tests.support.builders import (
 
 def decide(job: Any, *bodies: dict[str, Any], at: float = 0) -> Plan:
     found = facts(job, *bodies, now=after(at))
-    return plan(job, next_status(found), found.observed, found.now)
+    return plan_of(job, next_status(found).status, found.observed, found.now)
 
 
 def delete(step: str, attempt: int = 1) -> DeleteJob:
@@ -82,10 +74,10 @@ def test_a_first_job_without_the_resolved_spec_is_still_used(text: str) -> None:
 def test_a_first_job_deleted_before_the_status_write_is_followed_by_the_second() -> None:
     lost = parse_child(with_resolved(child("prepare"), image="example.org/old"))
     found = facts(make_job(), observed=Observed(lost=lost))
-    status = next_status(found)
+    status = next_status(found).status
     assert status.resolved is not None
     assert status.resolved.profile.image == "example.org/old"
-    assert plan(found.job, status, found.observed, found.now).actions == (CreateClaim(), CreateJob("prepare", 2))
+    assert plan_of(found.job, status, found.observed, found.now).actions == (CreateClaim(), CreateJob("prepare", 2))
 
 
 @pytest.mark.parametrize(
@@ -107,9 +99,9 @@ def test_a_first_job_deleted_before_the_status_write_is_followed_by_the_second()
 )
 def test_irreversible_actions_are_distinguished_from_reversible_ones(job: Any, bodies: Any, careful: bool) -> None:
     found = facts(job, *bodies)
-    status = next_status(found)
-    actions = plan(job, status, found.observed, found.now).actions
-    assert cannot_be_undone(job, status, actions) == careful
+    status = next_status(found).status
+    actions = plan_of(job, status, found.observed, found.now).actions
+    assert cannot_be_undone(Decision.from_status(job, status, found.observed), actions) == careful
 
 
 ANNOUNCED = {"output": {"announce": {"configMap": "adapters"}}}

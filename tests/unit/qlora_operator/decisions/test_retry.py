@@ -12,7 +12,7 @@ from qlora_api.status import QLoRAJobStatus, StepName
 from qlora_operator.decisions.cleanup import cleanup_at
 from qlora_operator.decisions.manifests.objects import build_job
 from qlora_operator.decisions.observed.objects import QLoRAJob
-from qlora_operator.decisions.plan import CreateJob, DeleteJob, plan
+from qlora_operator.decisions.plan import CreateJob, DeleteJob
 from tests.support.builders import (
     DATASET,
     JUDGED,
@@ -27,6 +27,7 @@ from tests.support.builders import (
     follow,
     make_job,
     message_of,
+    plan_of,
     pod,
     reason_of,
     resolved,
@@ -72,7 +73,7 @@ def test_a_raised_request_retries_the_job_at_the_failed_step() -> None:
     assert "Failed" not in message_of(status)
     # The next Job gets another number, and is made as soon as no pod is left.
     job = make_job(status, retry={"request": 1})
-    assert plan(job, status, seen(*FORBIDDEN), NOW).actions == (CreateJob("publish", 2),)
+    assert plan_of(job, status, seen(*FORBIDDEN), NOW).actions == (CreateJob("publish", 2),)
 
 
 def test_the_same_or_a_lower_request_retries_nothing() -> None:
@@ -184,7 +185,7 @@ def test_no_number_of_a_job_is_used_twice() -> None:
 def test_each_end_of_a_job_has_a_separate_clean_up() -> None:
     cleaned = child("clean", Complete="")
     job = make_job(take_up(failed_job(cleanupAfterSeconds=0), 1, cleaned), retry={"request": 1})
-    actions = plan(job, follow(job, cleaned), seen(cleaned), NOW).actions
+    actions = plan_of(job, follow(job, cleaned), seen(cleaned), NOW).actions
     assert DeleteJob(f"{NAME}-clean-1", cleaned["metadata"]["uid"]) in actions
 
 
@@ -242,14 +243,14 @@ def test_a_clean_up_that_runs_is_stopped_first() -> None:
     cleaning = child("clean")
     status = follow(job, cleaning)
     uid = cleaning["metadata"]["uid"]
-    assert plan(job, status, seen(cleaning), NOW).actions[:1] == (DeleteJob(f"{NAME}-clean-1", uid),)
+    assert plan_of(job, status, seen(cleaning), NOW).actions[:1] == (DeleteJob(f"{NAME}-clean-1", uid),)
 
 
 def test_a_suspended_job_is_retried_when_it_is_resumed() -> None:
     status = take_up(failed_job(), suspend=True)
     assert status.phase == "Suspended"
     job = make_job(status, retry={"request": 1})
-    assert plan(job, follow(job, *FORBIDDEN), seen(*FORBIDDEN), NOW).actions == (CreateJob("publish", 2),)
+    assert plan_of(job, follow(job, *FORBIDDEN), seen(*FORBIDDEN), NOW).actions == (CreateJob("publish", 2),)
 
 
 def test_a_failed_job_with_an_old_trainer_is_not_cleaned_up() -> None:
@@ -298,9 +299,9 @@ def test_a_job_with_a_problem_gets_no_new_step_job() -> None:
     found = facts(job)
     status = follow(job)
     assert (status.phase, reason_of(status), status.step) == ("Queued", "InvalidSpec", stored.step)
-    assert plan(job, status, found.observed, NOW).actions == ()
+    assert plan_of(job, status, found.observed, NOW).actions == ()
     stopping = make_job(stored, suspend=True)
-    actions = plan(stopping, follow(stopping, child("train")), seen(child("train")), NOW).actions
+    actions = plan_of(stopping, follow(stopping, child("train")), seen(child("train")), NOW).actions
     assert actions == (DeleteJob(f"{NAME}-train-1", f"uid-{NAME}-train-1"),)
     limited = make_job(stored, activeDeadlineSeconds=30)
     assert follow(limited, child("train"), running(pod("train"), since=-60)).phase == "Failed"

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from qlora_api.memory.estimate import GIB
-from qlora_api.status import MemoryStatus
+from qlora_api.status import MemoryStatus, QLoRAJobStatus
 from qlora_operator.decisions.observed.facts import Facts
 from qlora_operator.decisions.observed.objects import Observed
 from qlora_operator.decisions.observed.shared_pod import waits_for_sweep
@@ -28,9 +28,9 @@ def started() -> Pod:
     return found
 
 
-def cell_status_of(found: Pod, name: str, at: float = 0) -> Any:
+def cell_status_of(found: Pod, name: str, at: float = 0) -> QLoRAJobStatus:
     facts = Facts(found.cell(name), Observed(), PROFILES, after(at), shared=found.shared(name))
-    return next_status(facts)
+    return next_status(facts).status
 
 
 def test_which_cells_it_trains_is_stored_before_its_job_exists() -> None:

@@ -15,7 +15,7 @@ import pytest
 from qlora_api.naming import JOB_UID_LABEL, child_job_name
 from qlora_operator.decisions.observed.facts import FIRST_JOB
 from qlora_operator.decisions.observed.objects import ChildJob
-from qlora_operator.kube import client
+from qlora_operator.kube import api
 from qlora_operator.kube.client import Cluster
 from qlora_operator.kube.errors import (
     AlreadyExistsError,
@@ -188,7 +188,7 @@ def test_parallel_lists_hold_one_parsed_page_and_two_in_transfer(
         return body
 
     loads = partial(json.loads, object_hook=watched)
-    monkeypatch.setattr(client, "json", SimpleNamespace(loads=loads))
+    monkeypatch.setattr(api, "json", SimpleNamespace(loads=loads))
     server = Busy([10] * 100)
 
     async def count(pages: AsyncIterator[Sequence[Any]]) -> int:

@@ -10,7 +10,7 @@ from qlora_api.spec.training import TrainingSpec
 from qlora_api.status import QLoRAJobStatus
 from qlora_api.usage import WorkStatus
 from qlora_operator.decisions.events import budget_event
-from qlora_operator.decisions.plan import DeleteJob, plan
+from qlora_operator.decisions.plan import DeleteJob
 from qlora_operator.decisions.usage.budget import budget_at
 from tests.support.builders import (
     FACTS,
@@ -25,6 +25,7 @@ from tests.support.builders import (
     make_job,
     message_of,
     node,
+    plan_of,
     pod,
     progress,
     reason_of,
@@ -143,7 +144,7 @@ def test_a_job_that_has_used_its_budget_stops_at_a_checkpoint() -> None:
     job = make_job(seen_running(), budget={"gpuHours": 1.5})
     assert follow(job, *RUNNING, now=after(1799)).phase == "Training"
     status = follow(job, *RUNNING)
-    planned = plan(job, status, seen(*RUNNING), after(600))
+    planned = plan_of(job, status, seen(*RUNNING), after(600))
     assert planned.look_again == after(1800)
 
     status = follow(job, *RUNNING, now=after(1800))
@@ -158,7 +159,7 @@ def test_a_job_that_has_used_its_budget_stops_at_a_checkpoint() -> None:
     assert budget_event(job, status, after(1800)) is None
     # The Job is deleted, so that the trainer is asked to save and stop.
     stored = make_job(status, budget={"gpuHours": 1.5})
-    deletion = plan(stored, follow(stored, *RUNNING, now=after(1801)), seen(*RUNNING), after(1801))
+    deletion = plan_of(stored, follow(stored, *RUNNING, now=after(1801)), seen(*RUNNING), after(1801))
     assert deletion.actions == (DeleteJob(f"{NAME}-train-1", f"uid-{NAME}-train-1"),)
 
 
@@ -219,7 +220,7 @@ def test_the_budget_of_several_nodes_is_used_up_by_all_of_them() -> None:
     for at in (0, 300):
         status = follow(stored, *pods, now=after(at))
         assert budget_at(stored, status, seen(*pods), after(at)) == after(450)
-    assert plan(stored, status, seen(*pods), after(300)).look_again == after(450)
+    assert plan_of(stored, status, seen(*pods), after(300)).look_again == after(450)
     assert reason_of(follow(stored, *pods, now=after(450))) == "BudgetExceeded"
 
 
