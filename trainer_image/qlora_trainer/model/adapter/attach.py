@@ -50,10 +50,7 @@ def attach_adapter(
 
 
 def adapter_name(position: int) -> str:
-    """A name for one of several adapters. The first has PEFT's own for a single one.
-
-    None is a part of another, or of a module's name.
-    """
+    """A name for one of several adapters, which is no part of another or of a module's. The first has PEFT's own."""
     return f"adapter{position:03}" if position else "default"
 
 
@@ -107,21 +104,16 @@ def _configuration(base: Decoder, lora: LoraSpec, target_modules: tuple[str, ...
 
 
 def _name_origin(config: LoraConfig, base: Decoder, target_modules: tuple[str, ...], name: str, revision: str) -> None:
-    """Name the base and the targets in the configuration of an attached adapter.
-
-    PEFT sets the folder that the base was loaded from. It means nothing elsewhere. PEFT also shortens long lists of
-    targets to suffixes.
-    """
+    """Name the base, not the folder that it was loaded from, and all targets, which PEFT shortens to suffixes."""
     modules, parameters = peft_targets(base, target_modules)
     config.base_model_name_or_path, config.revision = name, revision
     config.target_modules, config.target_parameters = set(modules), set(parameters) or None
 
 
 def peft_targets(model: Decoder, layers: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The layers as PEFT's configuration has them: `target_modules`, and `target_parameters` for the others.
+    """The layers as `target_modules` of PEFT, and as `target_parameters` those that it would take for routed experts.
 
-    Those whose names PEFT takes for routed experts are named by their weights. On a 4-bit layer PEFT makes
-    the same adapter of both, and its file has the same names for the tensors.
+    On a 4-bit layer PEFT makes the same adapter of both, with the same names in its file.
     """
     # Of a model that has adapters already, the layers that they adapt are inside PEFT's.
     linears = tuple(name.removesuffix(".base_layer") for name in block_linears(model))
@@ -173,12 +165,6 @@ def save_adapter(model: AdaptedModel, folder: Path) -> None:
     if config["target_parameters"]:
         # On a base in 16 bit PEFT loads such an adapter only without dropout, which has no effect in use.
         config["lora_dropout"] = 0.0
-    text = json.dumps(config, indent=2, sort_keys=True, default=_plain)
+    # Sets, in sorted order.
+    text = json.dumps(config, indent=2, sort_keys=True, default=sorted)
     (folder / ADAPTER_CONFIG_FILE).write_text(text + "\n")
-
-
-def _plain(value: object) -> list[object]:
-    """Convert a value of PEFT's configuration for JSON, with sets in sorted order."""
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    raise TypeError(f"{type(value).__name__} cannot be written to {ADAPTER_CONFIG_FILE}")

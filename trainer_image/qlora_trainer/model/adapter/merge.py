@@ -1,12 +1,6 @@
 """Merges an adapter into the 4-bit weights that it was trained on: a plain model in bfloat16, one tensor at a time.
 
-Not into the original weights: the trained-on weights differ from them by the whole quantization error. And not to
-4-bit again: that would round off most of the training.
-
-Memory, besides what the process holds before: a file's tensors (`SHARD_BYTES`, or one tensor if that is larger),
-`BYTES_PER_ENTRY` bytes for each entry of the largest layer, and what the allocator keeps of freed pieces below 32 MiB.
-Computing the merged model's loss takes less: its weights are mapped, which the kernel can drop, and copied one layer at
-a time.
+The original weights differ from these by the quantization error. 4-bit again would round off most of the training.
 """
 
 import json
@@ -86,13 +80,12 @@ def merged_model(model_folder: Path) -> PreTrainedModel:
     """The merged model without weights, from the configuration in `model_folder`."""
     config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
     # The merged model is in 16 bit, also if the base was published in 4.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    vars(config).pop("quantization_config", None)
     return without_weights(config, dtype=_MERGED_DTYPE)
 
 
 def merged_bytes(model: Network) -> int:
-    """Bytes of the weights of a model of `merged_model`. Tied weights count once."""
+    """Bytes of the weights of a `merged_model`. Tied weights count once."""
     return sum(parameter.numel() * _MERGED_DTYPE.itemsize for parameter in model.parameters())
 
 

@@ -1,9 +1,8 @@
 """Describes the tensors of a complete adapter's file: names, shapes and types."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import prod
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -20,8 +19,7 @@ _HEADER_BYTES = 2**20
 _HEADER_BYTES_PER_TENSOR = 512
 
 
-@dataclass(frozen=True)
-class Expected:
+class Expected(NamedTuple):
     """Shape and dtype of a tensor of a complete adapter."""
 
     shape: tuple[int, ...]

@@ -34,7 +34,9 @@ def block_structures(model: Decoder) -> frozenset[frozenset[str]]:
 
     A list inside a block counts the same for any number of members.
     """
-    return frozenset(frozenset(map(_without_numbers, _parts(block))) for block in decoder_blocks(model))
+    return frozenset(
+        frozenset(re.sub(r"\b\d+\b", "*", part) for part in _parts(block)) for block in decoder_blocks(model)
+    )
 
 
 def _parts(block: nn.Module) -> Iterator[str]:
@@ -42,10 +44,6 @@ def _parts(block: nn.Module) -> Iterator[str]:
         yield f"{name or 'block'} ({type(module).__name__})"
     for name, _ in block.named_parameters():
         yield name
-
-
-def _without_numbers(name: str) -> str:
-    return re.sub(r"\b\d+\b", "*", name)
 
 
 def place_in_block(name: str) -> tuple[int, str]:
@@ -72,9 +70,8 @@ def decoder_states(model: Decoder, input_ids: Tensor, position_ids: Tensor, rows
 def compute_as_in_use(model: Decoder) -> None:
     """Turn off what a family does in training mode only: the frozen base computes as in use.
 
-    That is every dropout, of values and of whole layers, the noise of routers (Mixtral's jitter), and the clipping of
-    weights by Gemma 3n. That runs outside the layers' forward passes and would take packed weights for numbers.
-    Call it before the model has an adapter, whose dropout stays.
+    That is every dropout, the noise of routers (Mixtral's jitter), and the clipping of weights by Gemma 3n, which would
+    take packed weights for numbers. Call it before the model has an adapter, whose dropout stays.
     """
     module: Any
     for module in model.modules():

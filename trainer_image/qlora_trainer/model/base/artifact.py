@@ -17,7 +17,7 @@ from qlora_trainer.stores.contents import PublishedFile
 
 MANIFEST = "base.json"
 FORMAT = 1
-"""Raised by a release whose bytes differ for another reason than a library."""
+"""A release raises it if its bytes differ for another reason than a library."""
 _MAX_MANIFEST_BYTES = 2**22
 _AGAIN = "create the job again"
 
@@ -44,10 +44,7 @@ class BaseManifest(ObservedModel):
 
 
 def read_manifest(folder: Path) -> BaseManifest | None:
-    """Read the manifest of a folder.
-
-    Returns None if there is none that can be read. The base is then made (again).
-    """
+    """Read the manifest of a folder, or return None if there is none that can be read."""
     path = folder / MANIFEST
     try:
         if path.stat().st_size > _MAX_MANIFEST_BYTES:
@@ -60,14 +57,14 @@ def read_manifest(folder: Path) -> BaseManifest | None:
 
 
 def write_manifest(folder: Path, manifest: BaseManifest) -> None:
-    """Write it: afterwards it is complete and durable or, if that fails, as it was."""
+    """Write it durably, or leave it as it was."""
     write_atomically(folder / MANIFEST, json.dumps(manifest.dump(), indent=2, sort_keys=True).encode() + b"\n")
 
 
 def is_present(folder: Path, sha256: str, quantization: QuantizationSpec) -> bool:
     """Whether the folder has the base of this sum, by manifest and file sizes."""
     manifest = read_manifest(folder)
-    if manifest is None or manifest.sha256 != sha256 or manifest.quantization != quantization:
+    if manifest is None or (manifest.sha256, manifest.quantization) != (sha256, quantization):
         return False
     return has_files(folder, manifest)
 
@@ -85,8 +82,7 @@ def has_size(path: Path, size: int) -> bool:
 def require_files(folder: Path) -> list[str]:
     """The names of the base's files. Raises StepFailure UNSAFE_ARTIFACT unless these are in the folder, and no others.
 
-    Libraries load more than they are asked for, such as an adapter in the same folder. UNREACHABLE if the folder is
-    gone or cannot be read: a change of the base can then not be excluded.
+    Libraries load more than they are asked for, such as an adapter. UNREACHABLE if the folder cannot be read.
     """
     with _reading(folder):
         if not folder.is_dir():
@@ -102,9 +98,9 @@ def require_files(folder: Path) -> list[str]:
 
 
 def require_sha256(folder: Path, sha256: str, on_block: Callable[[], None] = lambda: None) -> None:
-    """Read all files of the base. Raise StepFailure UNSAFE_ARTIFACT unless the sum is what prepare recorded.
+    """Raise StepFailure UNSAFE_ARTIFACT unless the content has the recorded sum, UNREACHABLE if it cannot be read.
 
-    UNREACHABLE if they cannot be read. `on_block` is called for every few MiB.
+    `on_block` is called for every few MiB.
     """
     files = require_files(folder)
     with _reading(folder):

@@ -28,7 +28,7 @@ class Storage:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the weights and of everything that is needed to read them."""
+        """Bytes of the weights, constants and tables included."""
         return sum(kind.count * kind.bytes_each for kind in self.layers)
 
     @property
@@ -60,15 +60,13 @@ def storage_of(model: nn.Module) -> Storage:
         if stack.bytes != stack.expected_bytes:
             raise bad_configuration(f"{name} takes {stack.bytes} bytes, not {stack.expected_bytes}")
         counts[name.rpartition(".")[2], stack.shape, stack.bytes] += 1
-    return Storage(
-        tuple(
-            QuantizedLayers(name=kind, shape=shape, count=count, bytes_each=size)
-            for (kind, shape, size), count in counts.items()
-        )
+    layers = (
+        QuantizedLayers(name=kind, shape=shape, count=count, bytes_each=size)
+        for (kind, shape, size), count in counts.items()
     )
+    return Storage(tuple(layers))
 
 
 def _tensors(state: QuantState) -> list[Tensor]:
-    """The constants and tables of a layer."""
     own = [state.absmax, state.code]
     return [*own, state.offset, *_tensors(state.state2)] if state.nested else own

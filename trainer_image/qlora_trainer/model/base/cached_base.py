@@ -172,15 +172,11 @@ class _CachedBase:
         return self._own.base(on_bytes)
 
     def _require_room_without(self, reason: UnusableCacheError) -> None:
-        """Check whether the base can be made in the workspace.
-
-        A workspace without room for it is no mistake of the user's while there is a cache: that failure is retried if
-        the cache may be back then.
-        """
+        """Check the workspace. With a cache that may be back, its lack of room is retried: the user made no mistake."""
         try:
             self._own.require_room()
         except StepFailure as failure:
-            passing = reason.may_pass and failure.exit_code is ExitCode.STORAGE_FULL
+            passing = reason.can_pass and failure.exit_code is ExitCode.STORAGE_FULL
             code = ExitCode.UNREACHABLE if passing else failure.exit_code
             retried = "; the step is retried" if passing else ""
             raise StepFailure(code, f"{failure.message}; the model cache cannot be used: {reason}{retried}") from None
@@ -219,10 +215,7 @@ class _CachedBase:
         return Base(found.path, manifest, self._source.revision(manifest.sources))
 
     def _require_of_model(self, folder: Path, manifest: BaseManifest) -> None:
-        """Raise DamagedCacheError unless this job would have made the same, but for the numbers.
-
-        Weights are only compared by their sum, which is the manifest's.
-        """
+        """Raise DamagedCacheError unless this job would have made the same, but for the weights' numbers."""
         originals = self._source.originals()
         made_of = {name: originals.get(name) or digest for name, digest in manifest.sources.items()}
         wanted = (self._version, self._layout.quantization, originals.keys(), manifest.sources)
@@ -283,7 +276,7 @@ class _CachedBase:
 
 @dataclass(frozen=True)
 class _InCache:
-    """A conversion whose volume is the cache's. See Conversion."""
+    """A conversion whose volume is the cache's."""
 
     conversion: BaseConversion
 

@@ -42,10 +42,7 @@ def library_config(
 
 
 def modules_in_16_bit(config_folder: Path) -> tuple[str, ...]:
-    """Modules that stay in 16 bit, or none if transformers would choose the same.
-
-    It takes all or none of them by name.
-    """
+    """All modules that stay in 16 bit, or none if transformers would choose the same."""
     # Before weights are tied, as in `quantized_names`.
     with no_tie_weights():
         model = unloaded_model(config_folder)

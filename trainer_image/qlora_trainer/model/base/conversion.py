@@ -37,8 +37,7 @@ class BaseConversion:
     def __init__(self, target: Path, settings: Path, version: str, layout: BaseLayout, address: str = "") -> None:
         """Delete what was made of another original: there may be no room for both.
 
-        A base that has lost a file is incomplete again. `settings` is the folder with the model's config.json,
-        `version` identifies the original, which people know by its `address`.
+        `settings` is the folder with the model's config.json; `version` identifies the original.
         """
         self._target, self._settings, self._layout = target, settings, layout
         self._folder = target
@@ -88,10 +87,9 @@ class BaseConversion:
         self._note({path.name: written}, {path.name: sha256})
 
     def keep_sound(self, originals: Mapping[str, str | None], on_bytes: OnBytes) -> None:
-        """Delete all but sound files that were made of these originals, by name with SHA-256.
+        """Delete all but sound files that were made of these originals, by name with SHA-256 or None for any.
 
-        For a folder that others can write to. Where the server does not report a digest, any counts. The base is
-        incomplete afterwards.
+        For a folder that others can write to. The base is incomplete afterwards.
         """
         if self._folder == self._target:
             self._folder = partial_path(self._target)
@@ -121,7 +119,9 @@ class BaseConversion:
         if self._folder == self._target:
             return self._manifest
         for name, content in small_files(self._folder, self._manifest, self._settings, self._layout).items():
-            self._write(name, content)
+            path = self._folder / name
+            path.write_bytes(content)
+            self._note({name: PublishedFile(sha256=file_sha256(path), size=path.stat().st_size)}, {})
         complete_folder(self._folder, self._target)
         self._folder = self._target
         return self._manifest
@@ -145,11 +145,6 @@ class BaseConversion:
                     ) from error
                 for entry in islice(entries, len(layer)):
                     yield _fill(layer[entry.name.removeprefix(name)], entry.shape)
-
-    def _write(self, name: str, content: bytes) -> None:
-        path = self._folder / name
-        path.write_bytes(content)
-        self._note({name: PublishedFile(sha256=file_sha256(path), size=path.stat().st_size)}, {})
 
     def _note(self, files: Mapping[str, PublishedFile], sources: Mapping[str, str]) -> None:
         known = self._manifest
@@ -214,9 +209,8 @@ _DESCRIPTIONS = ("quant_state.", "quant_map", "nested_quant_map")
 def require_tensors(folder: Path, files: Iterable[str], layout: BaseLayout) -> None:
     """Raise ValueError, naming the tensor, unless these files have the tensors of a base, and what reads them.
 
-    Compared are names, types and shapes, and of each 4-bit layer its description and its tables: kernels read as many
-    constants as the description asks for, and do not look where a tensor ends. The model's numbers are not read.
-    Raises SafetensorError for a file of another format, OSError.
+    Kernels read as many constants as a layer's description asks for, past the end of a tensor. The model's numbers are
+    not read. Raises SafetensorError for a file of another format, OSError.
     """
     headers = {file: _headers(folder / file) for file in files}
     stored = {name: header for found in headers.values() for name, header in found.items()}

@@ -94,10 +94,9 @@ class BaseLayout:
     def from_folder(cls, config_folder: Path, quantization: QuantizationSpec) -> Self:
         """The layout of the model whose config.json is in the folder, and was checked. Reads no weights.
 
-        transformers chooses the 4-bit layers: it replaces them in a model without weights, and skips the parts of a
-        multimodal model besides text, because they are not adapted to the error of quantization.
-        Raises StepFailure BAD_CONFIGURATION for a model that is in 4 bit already, but in another format or in other
-        layers.
+        transformers chooses the 4-bit layers in a model without weights. Towers are skipped: no adapter makes up for
+        the error of their quantization.
+        Raises StepFailure BAD_CONFIGURATION for a model that is in 4 bit in another format or in other layers.
         """
         settings = json.loads((config_folder / CONFIG).read_bytes())
         stored = source_quantization(settings, CONFIG)
@@ -157,9 +156,8 @@ class BaseLayout:
         """The parts to write for a file of the original with these tensors, by name with type and shape.
 
         Tensors that the model does not have are left out, such as those of a part for images. The others get the types
-        that transformers would load them in: it does not convert those of a base in 4-bit. Where each begins is a
-        multiple of its type's size. Raises StepFailure MODEL_UNAVAILABLE, naming the tensor, for one of another shape,
-        of no floating point type, or that the model computes with in another form.
+        that transformers would load them in. Raises StepFailure MODEL_UNAVAILABLE, naming the tensor, for one of
+        another shape, of no floating point type, or that the model computes with in another form.
         """
         parts = [self._part(name, *stored[name], file) for name in sorted(stored)]
         # A 4-bit layer ends at a multiple of eight bytes. Behind them those of large types precede those of small ones.
@@ -242,8 +240,7 @@ class BaseLayout:
     ) -> Mapping[str, tuple[Entry, StoredTensor | None]]:
         """The tensors of a base whose files have these, by name with type and shape, and their roles in 4-bit layers.
 
-        These are all tensors of the routed experts, and of each other weight that is stored. Others are left out.
-        Buffers are as they are stored, and so are the rows of a weight that is stored in pieces.
+        These are all tensors of the routed experts, and of each other weight that is stored.
         """
         found: dict[str, tuple[Entry, StoredTensor | None]] = {}
         for name, stack in self.experts.stacks.items():
@@ -268,7 +265,6 @@ class BaseLayout:
         return found
 
     def _layer_tensors(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[Entry, StoredTensor | None]]:
-        """The tensors of the 4-bit layer of a weight with this name and shape."""
         return {
             entry.name: (
                 entry,
@@ -312,10 +308,7 @@ def _whole(places: Iterable[StoredName]) -> set[str]:
 def _keep(
     layer: StoredTensor | Mxfp4Tensor, entry: Entry, stored: str, dtype: str, shape: tuple[int, ...], file: str
 ) -> Part:
-    """The part of a tensor that is in 4 bit already.
-
-    Raises StepFailure if it cannot be `layer`.
-    """
+    """The part of a tensor that is in 4 bit already. Raises StepFailure if it cannot be `layer`."""
     try:
         layer.require_header(dtype, shape)
     except ValueError as error:
@@ -338,7 +331,7 @@ def _require(stored: str, dtype: str, shape: tuple[int, ...], wanted: tuple[int,
 def _layer(name: str, parameters: int, quantization: QuantizationSpec) -> Iterator[Entry]:
     """The tensors of a 4-bit layer: 32 bit first, so that each begins at a multiple of its size, and so the next layer.
 
-    Packed bytes that begin at a multiple of four can be read as another type, as a sharded base needs them.
+    Packed bytes begin at a multiple of four: a sharded base reads them as another type.
     """
     blocks = -(-parameters // BLOCK)
     entries = [Entry(f"{name}.quant_map", "F32", (16,))]

@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, Params4bit
-from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_api.spec.training import QuantizationSpec
@@ -40,8 +39,7 @@ def load_base(
     """The base model of `folder` in 4-bit on the device, frozen and in evaluation mode. See `load_text_part`.
 
     The folder is what `BaseConversion` has made, or a model in 16 bit, which bitsandbytes then quantizes on the device.
-    `storage_dtype` is that of the tensors that hold the packed weights, other than uint8 for a base that will be
-    sharded; it changes no value. `attention` is the family's `attn_implementation`.
+    `storage_dtype` of the packed weights is not uint8 for a base that will be sharded; it changes no value.
     Raises StepFailure: MODEL_UNAVAILABLE if a tensor is missing or has another shape, BAD_CONFIGURATION if what was
     loaded is not stored as `quantization` specifies.
     """
@@ -75,14 +73,16 @@ def load_base(
         parameter.requires_grad_(False)
         if copied and (in_4_bit or not isinstance(parameter, Params4bit)):
             parameter.data = parameter.data.clone()
-    for layer in _quantized_layers(model):
+    for layer in [module for module in model.modules() if isinstance(module, Linear4bit)]:
         layer.support_avx512bf16_for_cpu = cpu.REPACKS_4BIT_LAYERS
         if not (in_4_bit and isinstance(layer.weight, Params4bit)):
             continue
         if copied:
             _copy_constants(layer.weight.quant_state)
         if storage_dtype != torch.uint8:
-            _view_as(layer.weight, storage_dtype)
+            # As bitsandbytes does for such a storage.
+            layer.weight.data = layer.weight.data.reshape(-1).view(storage_dtype).unsqueeze(1)
+            layer.weight.quant_storage = storage_dtype
     check_quantization(model, quantization)
     fuse_norms(model)
     fuse_activations(model)
@@ -90,20 +90,10 @@ def load_base(
     return model.eval()
 
 
-def _quantized_layers(model: nn.Module) -> list[Linear4bit]:
-    return [module for module in model.modules() if isinstance(module, Linear4bit)]
-
-
 def _copy_constants(state: QuantState) -> None:
     """Take the constants of a layer out of the mapped file."""
     for owner in (state, state.state2) if state.nested else (state,):
         owner.absmax, owner.code = owner.absmax.clone(), owner.code.clone()
-
-
-def _view_as(weight: Params4bit, dtype: torch.dtype) -> None:
-    """Give the packed bytes another type, as bitsandbytes does for such a storage."""
-    weight.data = weight.data.reshape(-1).view(dtype).unsqueeze(1)
-    weight.quant_storage = dtype
 
 
 def check_quantization(model: PreTrainedModel, quantization: QuantizationSpec) -> None:
@@ -130,7 +120,10 @@ def check_quantization(model: PreTrainedModel, quantization: QuantizationSpec) -
         if isinstance(stack, ExpertStack) and stack.quantization != quantization:
             raise _wrongly_loaded(model, f"{name} is quantized as {stack.quantization}")
         quantized += stack.parameters_count
-    inner = quantized + _unquantized_inner_parameters(model)
+    outer = outer_parameters(model)
+    inner = quantized + sum(
+        p.numel() for p in model.parameters() if not isinstance(p, Params4bit) and id(p) not in outer
+    )
     fraction = quantized / inner if inner else 0.0
     if fraction < MIN_QUANTIZED_FRACTION:
         raise _wrongly_loaded(
@@ -138,11 +131,6 @@ def check_quantization(model: PreTrainedModel, quantization: QuantizationSpec) -
             f"only {fraction:.1%} of the parameters outside the embeddings are in 4-bit, "
             f"not {MIN_QUANTIZED_FRACTION:.0%}",
         )
-
-
-def _unquantized_inner_parameters(model: PreTrainedModel) -> int:
-    outer = outer_parameters(model)
-    return sum(p.numel() for p in model.parameters() if not isinstance(p, Params4bit) and id(p) not in outer)
 
 
 def _wrongly_loaded(model: PreTrainedModel, what: str) -> StepFailure:

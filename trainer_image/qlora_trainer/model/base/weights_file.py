@@ -42,10 +42,9 @@ class Entry:
 
 
 def write_weights(path: Path, entries: Sequence[Entry], tensors: Iterable[Tensor]) -> PublishedFile:
-    """Write a new file with `tensors`, one after the other, which must be as `entries` describe them.
+    """Write a new, durable file with `tensors`, one after the other, which must be as `entries` describe them.
 
-    The file is durable afterwards. Its format is that of https://github.com/huggingface/safetensors#format: the length
-    of the header in eight bytes, a header in JSON, and the tensors without gaps. Raises OSError.
+    Its format is that of https://github.com/huggingface/safetensors#format. Raises OSError.
     """
     header = _header(entries)
     digest, size = hashlib.sha256(header), len(header)

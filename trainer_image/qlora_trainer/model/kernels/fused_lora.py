@@ -1,9 +1,7 @@
 """LoRA over a 4-bit layer as one differentiable operation, without the copies that PEFT makes of every matmul's result.
 
-PEFT computes the base's output, copies it, scales the adapter's output into a third tensor and adds both into a fourth:
-a sixth of a step. Here the adapter's matmul adds in place to the base's output, and likewise to the gradient in
-backward, which dequantizes the weight again instead of keeping it. Only rounding to 16 bit differs: it happens less
-often.
+The adapter's matmul adds in place to the base's output, and likewise to the gradient in backward, which dequantizes the
+weight again instead of keeping it. Only rounding to 16 bit differs: it happens less often.
 
 A sequence may have segments with different adapters: the base's matmul is one for all tokens, and each
 adapter's matmuls are of its tokens only (as in Punica, Chen et al. 2023, arXiv 2310.18547).
@@ -11,7 +9,7 @@ adapter's matmuls are of its tokens only (as in Punica, Chen et al. 2023, arXiv 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
@@ -41,18 +39,15 @@ class Routing:
     """The adapter of each token in the next passes, shared by a model's layers."""
 
     segments: tuple[Segment, ...] = ()
-    """Segments in the order of the tokens.
-
-    Tokens in none, as those of padding, have no adapter. Empty: all tokens have the active adapter.
-    """
+    """In the order of the tokens; those in none, as padding, have no adapter. Empty: all have the active adapter."""
     tokens: int = 0
     """Of the whole sequence."""
 
 
 class FusedLora(Linear4bit):
-    """PEFT's layer with another forward pass for training plain LoRA without dropout, and with PEFT's for all else.
+    """PEFT's layer with another forward pass for training plain LoRA without dropout.
 
-    An evaluation is PEFT's to the last bit, as everyone who loads the adapter will compute it.
+    Everything else, as an evaluation, is PEFT's to the last bit.
     """
 
     recomputed = False
@@ -120,19 +115,16 @@ class FusedLora(Linear4bit):
         )
 
 
-def fuse_lora(model: Network, *, recomputed: bool) -> None:
-    """Make LoRA layers over 4-bit layers FusedLora, with this value of `recomputed`."""
-    _fuse(model, Routing(), recomputed=recomputed)
-
-
 def fuse_further_lora(model: Network) -> None:
     """Fuse the layers where a further adapter is the first. Shares the routing."""
     first = next((module for module in model.modules() if isinstance(module, FusedLora)), None)
     if first is not None:
-        _fuse(model, first.routing, recomputed=first.recomputed)
+        fuse_lora(model, first.routing, recomputed=first.recomputed)
 
 
-def _fuse(model: Network, routing: Routing, *, recomputed: bool) -> None:
+def fuse_lora(model: Network, routing: Routing | None = None, *, recomputed: bool) -> None:
+    """Make LoRA layers over 4-bit layers FusedLora, with this value of `recomputed`."""
+    routing = Routing() if routing is None else routing
     for module in model.modules():
         if type(module) is Linear4bit:
             layer: Any = module
@@ -148,13 +140,11 @@ def routing_of(model: Network) -> Routing:
 
 def require_apart(model: Network) -> None:
     """Raise ModelError unless all adapted layers are fused, and match tokens."""
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    if not all(isinstance(layer, FusedLora) for layer in layers):
+    if not all(isinstance(module, FusedLora) for module in model.modules() if isinstance(module, LoraLayer)):
         raise ModelError(_NOT_APART)
 
 
 def _matmul_into(output: Tensor, rows: Tensor, matrix: Tensor, bias: Tensor | None) -> None:
-    """Write rows · matrix + bias to `output`, [tokens, out]."""
     parts = cpu.matmul_parts(len(rows), matrix.shape[1], rows.device.type)
     for part, part_of_output in zip(rows.chunk(parts), output.chunk(parts), strict=True):
         if bias is None:
@@ -163,10 +153,7 @@ def _matmul_into(output: Tensor, rows: Tensor, matrix: Tensor, bias: Tensor | No
             torch.addmm(bias.to(rows.dtype), part, matrix, out=part_of_output)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Tokens from `start` to before `stop`, and the scale of their adapter."""
-
+class _Part(NamedTuple):
     start: int
     stop: int
     scaling: float
@@ -183,11 +170,8 @@ class _LoraMatmul(torch.autograd.Function):
     """`x` is [..., in], `weight` the frozen packed one of [out, in]. Each part has `a` [rank, in], `b` [out, rank].
 
     Returns an uninitialized output, which the caller computes; the dequantized weight if it is `kept` for backward; and
-    x Aᵀ of each part, [its tokens, rank], which has no gradient. The caller computes the output because recomputing a
-    block stops as soon as the last tensor that backward needs exists. The output of the block's last matmul is none of
-    these, so that matmul is left out: 7 % of a step's operations with Llama's widths.
-
-    The layer provides the quantization state: a weight that FSDP has gathered is a plain parameter without it.
+    x Aᵀ of each part, [its tokens, rank], which has no gradient. Recomputing a block stops when the last tensor that
+    backward needs exists, and so leaves out the block's last matmul: 7 % of a step's operations with Llama's widths.
     """
 
     @staticmethod
