@@ -78,7 +78,7 @@ def get_initial_adapter(
     expected = expected_tensors(text_part(config), target_modules, lora)
     partial = new_folder(partial_path(folder))
     known = earlier if earlier is not None and _is_wanted(earlier, lora.initial_adapter) else None
-    address = _without_slash(lora.initial_adapter.source) if known is None else known.source
+    address = lora.initial_adapter.source.rstrip("/") if known is None else known.source
     location = _fetch(access, address, partial, largest_file(expected))
     found = check_config(partial / ADAPTER_CONFIG_FILE, location, lora)
     sha256, stated = file_sha256(partial / ADAPTER_FILE), lora.initial_adapter.sha256
@@ -120,15 +120,10 @@ def read_initial_adapter(folder: Path, sha256: str) -> Mapping[str, Tensor]:
 
 def _is_wanted(record: InitialAdapterStatus, wanted: InitialAdapterSpec) -> bool:
     """Whether the record is of the job's adapter. Its location may have a commit."""
-    address = _without_slash(wanted.source)
+    address = wanted.source.rstrip("/")
     return wanted.sha256 in (None, record.sha256) and (
         record.source == address or record.source.startswith(f"{address}@")
     )
-
-
-def _without_slash(address: str) -> str:
-    """The address as locations have it, without a slash at its end."""
-    return address.rstrip("/")
 
 
 def _fetch(access: StoreAccess, address: str, folder: Path, largest: int) -> str:

@@ -55,10 +55,7 @@ class AdapterConfig:
 
 
 def check_config(path: Path, location: str, lora: LoraSpec) -> AdapterConfig:
-    """Compare adapter_config.json with spec.lora.
-
-    Raises StepFailure (BAD_CONFIGURATION) naming all that differs.
-    """
+    """Compare adapter_config.json with spec.lora. Raises StepFailure."""
     config = _read(path, location)
     if config.get("peft_type") != "LORA":
         raise bad_configuration(
@@ -84,10 +81,7 @@ def check_config(path: Path, location: str, lora: LoraSpec) -> AdapterConfig:
 
 
 def check_tensors(path: Path, location: str, lora: LoraSpec, expected: Mapping[str, Expected]) -> None:
-    """Compare the adapter's tensors with those that training has. Reads one at a time.
-
-    Raises StepFailure (BAD_CONFIGURATION) naming the setting that differs, or the tensor that cannot be used.
-    """
+    """Compare the adapter's tensors with those of training. Raises StepFailure."""
     try:
         with safe_open(path, framework="pt") as tensors:
             _require_same_tensors(set(tensors.keys()), set(expected), location)
@@ -147,7 +141,6 @@ def _layers(names: Iterable[str], marks: tuple[str, ...]) -> set[str]:
 
 
 def _difference(field: str, found: set[str], expected: set[str]) -> list[str]:
-    """One sentence for the layers or modules that only one side has, if any."""
     if found == expected:
         return []
     same_names = {_last(name) for name in found} == {_last(name) for name in expected}

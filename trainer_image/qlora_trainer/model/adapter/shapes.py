@@ -27,11 +27,7 @@ class Expected(NamedTuple):
 
 
 def expected_tensors(skeleton: Decoder, target_modules: tuple[str, ...], lora: LoraSpec) -> Mapping[str, Expected]:
-    """Each tensor that a complete adapter holds by its name, from a model that has shapes but no weights.
-
-    A of a layer is [rank, inputs], B is [outputs, rank] and DoRA's magnitude [outputs]; the names are those of PEFT's
-    adapter files.
-    """
+    """Each tensor of a complete adapter, by its name in PEFT's files."""
     shapes: dict[str, tuple[int, ...]] = {}
     for target in target_modules:
         layer = cast("nn.Linear", skeleton.get_submodule(target))

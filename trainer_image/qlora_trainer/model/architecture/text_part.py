@@ -37,10 +37,7 @@ def is_multimodal(config: PretrainedConfig) -> bool:
 
 
 def auto_class(config: PretrainedConfig) -> type[_BaseAutoModelClass] | None:
-    """The auto class of transformers that loads such a model, or None if there is none for text.
-
-    A multimodal model is loaded whole: its text decoder alone has other names than PEFT and servers look for.
-    """
+    """The auto class that loads such a model whole, or None without one for text."""
     known = (*_MULTIMODAL, *_TEXT) if is_multimodal(config) else (*_TEXT, *_MULTIMODAL)
     return next((loader for loader, types in known if type(config) in types), None)
 
@@ -127,7 +124,7 @@ def load_text_part(folder: Path, **settings: object) -> tuple[PreTrainedModel, M
 
 
 def parts_beside_text(model: PreTrainedModel) -> tuple[str, ...]:
-    """Names of the towers and projectors of a multimodal model: the largest modules without a part of text."""
+    """Names of the towers and projectors of a multimodal model."""
     if not is_multimodal(model.config):
         return ()
     parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
@@ -164,8 +161,6 @@ def _without_other_parts(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 
 class _TextPart:
-    """Goes before the class of a multimodal model."""
-
     def __init__(self, *given: object, **settings: object) -> None:
         super().__init__(*given, **settings)
         model = cast("PreTrainedModel", self)

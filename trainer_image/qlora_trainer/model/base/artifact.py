@@ -80,10 +80,7 @@ def has_size(path: Path, size: int) -> bool:
 
 
 def require_files(folder: Path) -> list[str]:
-    """The names of the base's files. Raises StepFailure UNSAFE_ARTIFACT unless these are in the folder, and no others.
-
-    Libraries load more than they are asked for, such as an adapter. UNREACHABLE if the folder cannot be read.
-    """
+    """The names of the base's files. Raises StepFailure for others."""
     with _reading(folder):
         if not folder.is_dir():
             raise unreachable(f"the 4-bit base is no longer in {folder}; the step is retried")
@@ -98,10 +95,7 @@ def require_files(folder: Path) -> list[str]:
 
 
 def require_sha256(folder: Path, sha256: str, on_block: Callable[[], None] = lambda: None) -> None:
-    """Raise StepFailure UNSAFE_ARTIFACT unless the content has the recorded sum, UNREACHABLE if it cannot be read.
-
-    `on_block` is called for every few MiB.
-    """
+    """Raise StepFailure unless the base's files have the recorded sum."""
     files = require_files(folder)
     with _reading(folder):
         digests = {name: file_sha256(folder / name, lambda _done: on_block()) for name in files}

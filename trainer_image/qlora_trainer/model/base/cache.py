@@ -39,10 +39,7 @@ class DamagedCacheError(Exception):
 
 
 class UnusableCacheError(Exception):
-    """The cache's volume is full, read-only or broken. The message is a part of a sentence about it.
-
-    Its content may be sound, and other jobs may be reading it: nothing is set aside.
-    """
+    """The cache's volume is full, read-only or broken. Its content may be sound."""
 
     def __init__(self, message: str, *, can_pass: bool = False) -> None:
         """`can_pass`: for an error of the volume, which another attempt may not meet."""
@@ -84,7 +81,7 @@ class CachedFolder:
 
     @read_errors()
     def require_sound(self, manifest: BaseManifest, on_bytes: Callable[[int, int], None]) -> None:
-        """Read all files. Raises DamagedCacheError unless they are those of the manifest, UnusableCacheError."""
+        """Raise DamagedCacheError unless all files are those of the manifest."""
         total, finished, wrong = sum(file.size for file in manifest.files.values()), 0, []
         for name, file in manifest.files.items():
             before = finished
@@ -157,7 +154,7 @@ class ModelCache:
 
     @volume_errors()
     def complete(self, made: Path, key: str) -> Path | None:
-        """Move a complete base to its name, and return its folder. Removes it, for None, if another pod was faster."""
+        """Move a complete base to its name. Returns None if another pod was faster."""
         target = self._bases / key
         for path in made.iterdir():
             set_mode(path, _FILE_MODE)
@@ -201,7 +198,7 @@ class ModelCache:
 
 
 def cache_key(version: str, quantization: QuantizationSpec) -> str:
-    """The folder's name for a base: the SHA-256 of everything that its bytes depend on, the libraries included."""
+    """The folder's name: SHA-256 of everything that the base's bytes depend on."""
     # Builds of a library for other devices differ behind the plus sign; it is the CPU that quantizes.
     libraries = {name: installed(name).partition("+")[0] for name in _LIBRARIES}
     parts = {"version": version, "quantization": quantization.dump(), "format": FORMAT, "libraries": libraries}
@@ -209,10 +206,7 @@ def cache_key(version: str, quantization: QuantizationSpec) -> str:
 
 
 def manifest_of(folder: Path) -> BaseManifest:
-    """The manifest of a complete base. Only checks names, kinds and sizes, and follows no link.
-
-    Raises DamagedCacheError if a file is missing, strange, of another size or too many, and OSError.
-    """
+    """The manifest of a complete base. Raises DamagedCacheError, OSError."""
     if not stat.S_ISDIR(folder.lstat().st_mode):
         raise DamagedCacheError("it is not a folder")
     with os.scandir(folder) as entries:
@@ -243,10 +237,7 @@ def is_whole(folder: Path, cache: Path | None) -> bool:
 
 
 def require_whole_in_cache(folder: Path, cache: Path | None) -> None:
-    """Raise StepFailure MODEL_UNAVAILABLE if the base is in the cache, but no longer complete there.
-
-    UNREACHABLE if the volume cannot be read.
-    """
+    """Raise StepFailure if the base is in the cache, but not complete there."""
     if cache is None or not folder.is_relative_to(cache):
         return
     try:

@@ -67,10 +67,7 @@ class BaseSource(Protocol):
 def open_base_source(
     source: ModelSource, layout: BaseLayout, settings: Path, target: Path, cache: ModelCache | None
 ) -> BaseSource:
-    """Return where the base comes from: the cache if there is one, else the workspace folder `target`.
-
-    `settings` is the folder of the model's config.json.
-    """
+    """Open the cache if there is one, else the workspace folder `target`."""
     own = _WorkspaceBase(source, target, settings, layout)
     if cache is None:
         return own
@@ -132,7 +129,6 @@ class _CachedBase:
     def __init__(
         self, source: ModelSource, own: _WorkspaceBase, cache: ModelCache, settings: Path, layout: BaseLayout
     ) -> None:
-        """Create. `own` is used without the cache."""
         self.activity = source.making
         self.origin: Origin = source.origin
         self.remark = ""
@@ -172,7 +168,7 @@ class _CachedBase:
         return self._own.base(on_bytes)
 
     def _require_room_without(self, reason: UnusableCacheError) -> None:
-        """Check the workspace. With a cache that may be back, its lack of room is retried: the user made no mistake."""
+        """Check the workspace. Lack of room is retried if the cache may be back."""
         try:
             self._own.require_room()
         except StepFailure as failure:
@@ -215,7 +211,7 @@ class _CachedBase:
         return Base(found.path, manifest, self._source.revision(manifest.sources))
 
     def _require_of_model(self, folder: Path, manifest: BaseManifest) -> None:
-        """Raise DamagedCacheError unless this job would have made the same, but for the weights' numbers."""
+        """Raise DamagedCacheError unless this job would have made the same."""
         originals = self._source.originals()
         made_of = {name: originals.get(name) or digest for name, digest in manifest.sources.items()}
         wanted = (self._version, self._layout.quantization, originals.keys(), manifest.sources)
@@ -231,7 +227,6 @@ class _CachedBase:
             raise DamagedCacheError("its configuration is another one")
 
     def _make(self, place: Path, on_bytes: OnBytes) -> Base | None:
-        """Make it in the cache's folder, or return None if another pod was faster."""
         with volume_errors():
             present = bytes_below(place.parent)
         self._require_room_in_cache(present)
@@ -276,8 +271,6 @@ class _CachedBase:
 
 @dataclass(frozen=True)
 class _InCache:
-    """A conversion whose volume is the cache's."""
-
     conversion: BaseConversion
 
     @property

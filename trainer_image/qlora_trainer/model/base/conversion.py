@@ -1,7 +1,9 @@
 """Makes the 4-bit base of a job, one original file at a time, and resumes."""
 
+import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -21,8 +23,7 @@ from qlora_trainer.core.filesystem import (
 )
 from qlora_trainer.core.protocols import TensorFile
 from qlora_trainer.model.base.artifact import MANIFEST, BaseManifest, has_files, has_size, read_manifest, write_manifest
-from qlora_trainer.model.base.layout import BaseLayout, Part
-from qlora_trainer.model.base.weights_file import DTYPES, write_weights
+from qlora_trainer.model.base.layout import ALIGNMENT, DTYPES, BaseLayout, Entry, Part
 from qlora_trainer.model.experts.mxfp4_stack import Mxfp4Tensor
 from qlora_trainer.model.nf4.quantization import quantize
 from qlora_trainer.model.nf4.stored_layer import StoredTensor
@@ -35,10 +36,7 @@ class BaseConversion:
     """The base in `target`, and an earlier attempt's part of it. See Conversion."""
 
     def __init__(self, target: Path, settings: Path, version: str, layout: BaseLayout, address: str = "") -> None:
-        """Delete what was made of another original: there may be no room for both.
-
-        `settings` is the folder with the model's config.json; `version` identifies the original.
-        """
+        """Delete what was made of another original: there may be no room for both."""
         self._target, self._settings, self._layout = target, settings, layout
         self._folder = target
         found = read_manifest(target)
@@ -87,10 +85,7 @@ class BaseConversion:
         self._note({path.name: written}, {path.name: sha256})
 
     def keep_sound(self, originals: Mapping[str, str | None], on_bytes: OnBytes) -> None:
-        """Delete all but sound files that were made of these originals, by name with SHA-256 or None for any.
-
-        For a folder that others can write to. The base is incomplete afterwards.
-        """
+        """Delete all but sound files of these originals, by name with SHA-256."""
         if self._folder == self._target:
             self._folder = partial_path(self._target)
             remove(self._folder)
@@ -112,10 +107,7 @@ class BaseConversion:
         write_manifest(self._folder, self._manifest)
 
     def complete(self) -> BaseManifest:
-        """Add the configuration and the index, give the folder its name, and return its manifest.
-
-        Raises StepFailure MODEL_UNAVAILABLE if the original lacks a tensor of the model.
-        """
+        """Complete the folder. Raises StepFailure if the original lacks a tensor."""
         if self._folder == self._target:
             return self._manifest
         for name, content in small_files(self._folder, self._manifest, self._settings, self._layout).items():
@@ -154,11 +146,37 @@ class BaseConversion:
         write_manifest(self._folder, self._manifest)
 
 
-def small_files(folder: Path, manifest: BaseManifest, settings: Path, layout: BaseLayout) -> Mapping[str, bytes]:
-    """The files of a base besides the weights: its configuration and, with several files, an index.
+def write_weights(path: Path, entries: Sequence[Entry], tensors: Iterable[Tensor]) -> PublishedFile:
+    """Write a durable safetensors file with the tensors. Raises OSError."""
+    header = _header(entries)
+    digest, size = hashlib.sha256(header), len(header)
+    with path.open("wb") as file:
+        file.write(header)
+        for entry, tensor in zip(entries, tensors, strict=True):
+            if tensor.dtype != DTYPES[entry.dtype] or tuple(tensor.shape) != entry.shape:
+                raise AssertionError(f"{entry} was announced, and {tensor.dtype} {list(tensor.shape)} has come")
+            content = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            digest.update(content)
+            size += file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return PublishedFile(sha256=digest.hexdigest(), size=size)
 
-    Raises StepFailure MODEL_UNAVAILABLE if the weights lack a tensor of the model.
-    """
+
+def _header(entries: Sequence[Entry]) -> bytes:
+    described: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for entry in entries:
+        end = begin + entry.bytes
+        described[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [begin, end]}
+        begin = end
+    content = json.dumps(described, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % ALIGNMENT)
+    return len(content).to_bytes(8, "little") + content
+
+
+def small_files(folder: Path, manifest: BaseManifest, settings: Path, layout: BaseLayout) -> Mapping[str, bytes]:
+    """Configuration and index of a base. Raises StepFailure for a missing tensor."""
     files = {name: sorted(_headers(folder / name)) for name in manifest.sources}
     layout.require_complete({name for names in files.values() for name in names})
     config = json.loads((settings / CONFIG).read_bytes())

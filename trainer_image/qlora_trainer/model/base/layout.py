@@ -22,7 +22,6 @@ from qlora_trainer.model.base.chosen_layers import (
     require_same_layers,
     unloaded_model,
 )
-from qlora_trainer.model.base.weights_file import ALIGNMENT, DTYPES, Entry
 from qlora_trainer.model.experts.layout import ExpertLayout, Place, entry_name, matrices
 from qlora_trainer.model.experts.mxfp4_stack import Mxfp4Tensor, tensors_of
 from qlora_trainer.model.nf4.base_weights import StoredName, renaming
@@ -38,11 +37,37 @@ from qlora_trainer.model.source.quantization import (
     source_quantization,
 )
 
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+}
+"""The types of tensors that are written, by their names in the format."""
+ALIGNMENT = 8
+"""The first tensor's place in the file is a multiple of this many bytes."""
 STATE_BYTES = 256
 """Bytes of a layer's description in JSON, padded with spaces to a fixed length."""
 _WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
 """The types that a weight may be stored in."""
 _PACKED_ALIGNMENT = 4
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensor."""
+        return prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -193,7 +218,6 @@ class BaseLayout:
     def _layer_part(
         self, stored: str, weight: str, role: str, name: str, dtype: str, shape: tuple[int, ...], file: str
     ) -> Part:
-        """A tensor of a stored 4-bit layer, with its names in the file and in the model."""
         entries = {entry.name: entry for entry in _layer(weight, prod(self.shapes[name]), self.quantization)}
         entry = entries.get(stored) if name in self.four_bit else None
         if entry is None:
@@ -238,10 +262,7 @@ class BaseLayout:
     def tensors(
         self, stored: Mapping[str, tuple[str, tuple[int, ...]]]
     ) -> Mapping[str, tuple[Entry, StoredTensor | None]]:
-        """The tensors of a base whose files have these, by name with type and shape, and their roles in 4-bit layers.
-
-        These are all tensors of the routed experts, and of each other weight that is stored.
-        """
+        """The tensors of a base whose files have these, and their roles in layers."""
         found: dict[str, tuple[Entry, StoredTensor | None]] = {}
         for name, stack in self.experts.stacks.items():
             if stack.mxfp4:
@@ -298,7 +319,6 @@ class BaseLayout:
 
 
 def _whole(places: Iterable[StoredName]) -> set[str]:
-    """The names whose pieces are complete."""
     pieces: dict[tuple[str, int], set[int]] = {}
     for place in places:
         pieces.setdefault((place.name, place.pieces), set()).add(place.piece)
@@ -308,7 +328,7 @@ def _whole(places: Iterable[StoredName]) -> set[str]:
 def _keep(
     layer: StoredTensor | Mxfp4Tensor, entry: Entry, stored: str, dtype: str, shape: tuple[int, ...], file: str
 ) -> Part:
-    """The part of a tensor that is in 4 bit already. Raises StepFailure if it cannot be `layer`."""
+    """The part of a tensor that is in 4 bit already. Raises StepFailure."""
     try:
         layer.require_header(dtype, shape)
     except ValueError as error:

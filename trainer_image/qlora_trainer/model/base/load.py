@@ -1,14 +1,19 @@
-"""Loads the frozen base model in 4-bit and asserts what was loaded."""
+"""Loads the frozen base model in 4-bit, asserts what was loaded, and counts its bytes."""
 
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, Params4bit
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core import cpu
+from qlora_trainer.core.completion import QuantizedLayers
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import StepFailure, bad_configuration, model_unavailable
 from qlora_trainer.model.architecture.decoder import outer_parameters
@@ -23,7 +28,7 @@ from qlora_trainer.model.kernels.activations import fuse_activations
 from qlora_trainer.model.kernels.attention import ATTENTION, register_attention
 from qlora_trainer.model.kernels.norms import fuse_norms
 from qlora_trainer.model.nf4.dequantization import correct_dequantization
-from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
+from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE, layer_bytes
 
 MIN_QUANTIZED_FRACTION = 0.98
 """Least share of the blocks' parameters in 4-bit that `quantization` stands for."""
@@ -135,3 +140,58 @@ def check_quantization(model: PreTrainedModel, quantization: QuantizationSpec) -
 
 def _wrongly_loaded(model: PreTrainedModel, what: str) -> StepFailure:
     return bad_configuration(f"model_type {model.config.model_type!r} was not loaded as spec.quantization says: {what}")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The 4-bit weights of a model."""
+
+    layers: tuple[QuantizedLayers, ...]
+    """By kind, in the order in which the model has the first of each."""
+
+    @property
+    def parameters(self) -> int:
+        """The number of weights."""
+        return sum(kind.count * prod(kind.shape) for kind in self.layers)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the weights, constants and tables included."""
+        return sum(kind.count * kind.bytes_each for kind in self.layers)
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """Bits per weight, or 0 without weights."""
+        return 8 * self.bytes / self.parameters if self.parameters else 0.0
+
+
+def storage_of(model: nn.Module) -> Storage:
+    """The 4-bit weights of a model. Raises StepFailure for an unknown format."""
+    counts: Counter[tuple[str, tuple[int, ...], int]] = Counter()
+    for name, weight in model.named_parameters():
+        if not isinstance(weight, Params4bit):
+            continue
+        state: QuantState = weight.quant_state
+        found = sum(tensor.nbytes for tensor in (weight.data, *_tensors(state)))
+        expected = layer_bytes(state.shape.numel(), double_quant=state.nested)
+        if found != expected:
+            raise bad_configuration(
+                f"{name} takes {found} bytes and {expected} are what {state.shape.numel()} weights of type "
+                f"{state.quant_type} take: this bitsandbytes stores them in another format"
+            )
+        kind = name.removesuffix(".weight").rpartition(".")[2]
+        counts[kind, tuple(state.shape), found] += 1
+    for name, stack in expert_stacks(model):
+        if stack.bytes != stack.expected_bytes:
+            raise bad_configuration(f"{name} takes {stack.bytes} bytes, not {stack.expected_bytes}")
+        counts[name.rpartition(".")[2], stack.shape, stack.bytes] += 1
+    layers = (
+        QuantizedLayers(name=kind, shape=shape, count=count, bytes_each=size)
+        for (kind, shape, size), count in counts.items()
+    )
+    return Storage(tuple(layers))
+
+
+def _tensors(state: QuantState) -> list[Tensor]:
+    own = [state.absmax, state.code]
+    return [*own, state.offset, *_tensors(state.state2)] if state.nested else own

@@ -103,7 +103,7 @@ def _tanh(query: Tensor, key: Tensor, block: slice, seen: slice, factor: float) 
 
 
 def _by_key(tensor: Tensor, block: slice, groups: int) -> Tensor:
-    """The block's tokens of [1, heads, tokens, size] as [key heads, queries of these, size]."""
+    """[1, heads, tokens, size] as [key heads, queries of the block, size]."""
     return tensor[0, :, block].reshape(groups, -1, tensor.shape[3])
 
 
@@ -115,7 +115,7 @@ def _by_head(tensor: Tensor, heads: int) -> Tensor:
 def _blocks(
     lengths: tuple[int, ...], window: int | None, device: torch.device
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Of each block its tokens, the tokens that any of them sees, and bool [queries, tokens seen], those hidden."""
+    """Of each block its tokens, those seen, and bool [queries, tokens seen]."""
     start = 0
     for length in lengths:
         end = start + length

@@ -95,7 +95,7 @@ def _rows(lengths: tuple[int, ...]) -> list[tuple[slice, int]]:
 
 
 def _pad(tensor: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
-    """[1, heads, row, size] as [1, heads, tokens, size] with zeros after the row, as the kernel reads them."""
+    """[1, heads, row, size] with zeros up to `tokens`, as the kernel reads it."""
     _, heads, row, size = tensor.shape
     if row == tokens and tensor.dtype == dtype:
         return tensor

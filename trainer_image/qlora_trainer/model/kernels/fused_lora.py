@@ -45,10 +45,7 @@ class Routing:
 
 
 class FusedLora(Linear4bit):
-    """PEFT's layer with another forward pass for training plain LoRA without dropout.
-
-    Everything else, as an evaluation, is PEFT's to the last bit.
-    """
+    """PEFT's layer with another forward pass for training plain LoRA."""
 
     recomputed = False
     """Whether backward follows a recomputed forward pass (gradient checkpointing)."""

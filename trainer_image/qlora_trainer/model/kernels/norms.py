@@ -92,7 +92,7 @@ class _Normalize(torch.autograd.Function):
 
 
 def _as_root_mean_square(module: nn.Module) -> tuple[int, float] | None:
-    """The constant added to the weight, and the epsilon, if the module computes a root mean square, else None."""
+    """The constant added to the weight, and epsilon, of a root mean square."""
     # A second argument, such as the gate of a Mamba block, would be lost.
     if len(inspect.signature(module.forward).parameters) != 1:
         return None

@@ -22,7 +22,7 @@ from qlora_trainer.model.source.files import WEIGHTS, WEIGHTS_INDEX, weight_file
 
 @dataclass(frozen=True)
 class StoredName:
-    """The place of a file's tensor in the model: rows of a parameter, a buffer, or a name that the model lacks."""
+    """The place of a file's tensor in the model."""
 
     name: str
     piece: int = 0
@@ -34,10 +34,7 @@ class BaseWeights:
     """The tensors of `model.safetensors`, or of an index's files, read when needed."""
 
     def __init__(self, folder: Path, model: PreTrainedModel) -> None:
-        """Read the headers of the files of the `model`, which may be without weights.
-
-        Raises StepFailure: MODEL_UNAVAILABLE for a missing or broken file, UNSAFE_ARTIFACT for one elsewhere.
-        """
+        """Read the headers of the model's files. Raises StepFailure."""
         correct_dequantization()
         self._folder = folder
         self._stored: dict[str, dict[int, tuple[TensorFile[Tensor], str]]] = {}
@@ -61,7 +58,7 @@ class BaseWeights:
         return name in self._stored
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor, dequantized if it is in 4 bit. Raises StepFailure MODEL_UNAVAILABLE if there is none."""
+        """The tensor, dequantized if it is in 4 bit. Raises StepFailure."""
         if name not in self:
             raise model_unavailable(f"the weights in {self._folder} have no tensor for {name}: create the job again")
         pieces = [self._dequantize(*self._stored[name][piece]) for piece in sorted(self._stored[name])]
@@ -76,10 +73,7 @@ class BaseWeights:
 
 
 def renaming(model: PreTrainedModel) -> Callable[[str], StoredName | None]:
-    """A function from a tensor's name in a file to its place in the model, by the rules of transformers' loading.
-
-    It returns None for a tensor if transformers computes its weight by more than putting pieces together.
-    """
+    """Make the function from a tensor's name in a file to its place, or None."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -106,7 +100,7 @@ def _joins_rows(converter: WeightConverter) -> bool:
 
 
 def reason_against_storage(model: PreTrainedModel) -> str | None:
-    """Why a model cannot be kept in 4-bit: layers that share a tensor in a checkpoint. None if all have their own."""
+    """Why layers that share a stored tensor cannot be kept in 4-bit, or None."""
     weights = [f".{name}.weight" for name, module in model.named_modules() if type(module) is nn.Linear]
     for entry in get_model_conversion_mapping(model):
         for target in entry.target_patterns if isinstance(entry, WeightConverter) else ():
@@ -118,7 +112,7 @@ def reason_against_storage(model: PreTrainedModel) -> str | None:
 
 
 def reason_against_stored_parts(model: PreTrainedModel, parts: Iterable[str]) -> str | None:
-    """Why modules of these names, such as towers, cannot be kept as they are stored, or None if they can."""
+    """Why these modules cannot be kept as they are stored, or None."""
     prefixes = tuple(f"{part}." for part in parts)
     names = [name for name, _ in model.named_parameters() if name.startswith(prefixes)]
     for entry in get_model_conversion_mapping(model):

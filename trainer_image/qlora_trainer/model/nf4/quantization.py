@@ -26,7 +26,7 @@ _CONSTANTS_CODE_BYTES = 256 * _FLOAT32_BYTES
 
 
 def layer_bytes(parameters: int, *, double_quant: bool) -> int:
-    """Bytes of one layer of so many weights in the format of bitsandbytes, constants and tables included."""
+    """Bytes of a layer of so many weights, constants and tables included."""
     blocks = -(-parameters // BLOCK)
     weights = -(-parameters // 2) + _CODE_BYTES
     if not double_quant:

@@ -74,7 +74,7 @@ class StoredTensor:
         return self.role.startswith("quant_state.")
 
     def _state(self, tensor: Tensor) -> Tensor:
-        """The description, with the type that our layers compute in instead of its maker's."""
+        """The description, with the type that our layers compute in."""
         found = _parse(bytes(tensor.tolist()))
         wanted: JsonObject = {
             "quant_type": self.quantization.type,
