@@ -136,7 +136,7 @@ def _fetch(access: StoreAccess, address: str, folder: Path, largest: int) -> str
         raise TypeError(f"the schema allows no adapter at {address}")
     with _explain_errors():
         remote = open_remote_model(source, lambda: _open_hub(access), access.secret, access.registries)
-        _require_files(remote.sizes, remote.location, largest)
+        _validate_files(remote.sizes, remote.location, largest)
         require_space(folder, sum(remote.sizes[name] for name in _FILES), f"the adapter {remote.location}")
         for name in _FILES:
             remote.fetch(name, folder, lambda _done: None)
@@ -156,13 +156,13 @@ def _copy(mounts: Mounts, source: VolumeSource, folder: Path, largest: int) -> N
     for name in {*_FILES} & {*names}:
         require_regular(found / name, found, f"{source}/{name}")
     sizes = {name: (found / name).stat().st_size if name in _FILES else 0 for name in names}
-    _require_files(sizes, str(source), largest)
+    _validate_files(sizes, str(source), largest)
     require_space(folder, sum(sizes[name] for name in _FILES), f"the adapter {source}")
     for name in _FILES:
         shutil.copyfile(found / name, folder / name)
 
 
-def _require_files(sizes: Mapping[str, int], location: str, largest: int) -> None:
+def _validate_files(sizes: Mapping[str, int], location: str, largest: int) -> None:
     """Raise StepFailure unless both files exist with at most the adapter's size."""
     pickles = [name for name in sizes if name.endswith((".bin", ".pt", ".pth"))]
     if ADAPTER_FILE not in sizes and pickles:

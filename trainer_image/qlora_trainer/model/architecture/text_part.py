@@ -7,27 +7,18 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto as auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from qlora_trainer.core.model_error import ModelError, explain_errors
 from qlora_trainer.core.paths import some_names
 
 # Published models of a type are loaded by the first that has it, and those of a single decoder by the first of all.
-_TEXT = ((AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),)
+_TEXT = ((auto.AutoModelForCausalLM, auto.MODEL_FOR_CAUSAL_LM_MAPPING),)
 _MULTIMODAL = (
-    (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
-    (AutoModelForMultimodalLM, MODEL_FOR_MULTIMODAL_LM_MAPPING),
+    (auto.AutoModelForImageTextToText, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+    (auto.AutoModelForMultimodalLM, auto.MODEL_FOR_MULTIMODAL_LM_MAPPING),
 )
 
 

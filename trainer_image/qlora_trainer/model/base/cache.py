@@ -104,7 +104,7 @@ class ModelCache:
     @volume_errors()
     def find(self, key: str) -> CachedFolder | None:
         """The folder of a base, which is still to be verified."""
-        self._require_no_link()
+        self._validate_no_link()
         path = self._bases / key
         try:
             found = path.lstat()
@@ -130,7 +130,7 @@ class ModelCache:
         error that another attempt cannot fix.
         """
         with volume_errors():
-            self._require_no_link()
+            self._validate_no_link()
             # Of the cells of a sweep, the first also makes the folder that they share.
             open_shared(self._bases)
             claimed = self._partials.claim(key)
@@ -186,7 +186,7 @@ class ModelCache:
             set_mode(partial, FOLDER_MODE)
             folder.path.rename(partial_path(partial / _MADE))
 
-    def _require_no_link(self) -> None:
+    def _validate_no_link(self) -> None:
         if self._bases.is_symlink():
             raise UnusableCacheError(f"{self._bases.name} is a symbolic link")
 

@@ -144,9 +144,9 @@ class _CachedBase:
         try:
             if self._cache.find(self._key) is not None or self._cache.bytes_being_made(self._key) is not None:
                 return
-            self._require_room_in_cache(0)
+            self._validate_cache_room(0)
         except UnusableCacheError as error:
-            self._require_room_without(error)
+            self._validate_workspace_room(error)
 
     def base(self, on_bytes: OnBytes) -> Base:
         self._source.require_readable()
@@ -161,13 +161,13 @@ class _CachedBase:
             unusable = f"the model cache cannot be used ({error})"
             self.activity = f"{unusable}: {self._source.making}"
             self.remark = _remark(f"{unusable}: the base was made in the workspace")
-            self._require_room_without(error)
+            self._validate_workspace_room(error)
         else:
             self._own.discard()
             return base
         return self._own.base(on_bytes)
 
-    def _require_room_without(self, reason: UnusableCacheError) -> None:
+    def _validate_workspace_room(self, reason: UnusableCacheError) -> None:
         """Check the workspace. Lack of room is retried if the cache may be back."""
         try:
             self._own.require_room()
@@ -203,14 +203,14 @@ class _CachedBase:
         try:
             manifest = found.manifest()
             found.require_sound(manifest, on_bytes)
-            self._require_of_model(found.path, manifest)
+            self._validate_origin(found.path, manifest)
         except DamagedCacheError as damage:
             self.remark = _remark(f"the base in the cache was damaged ({damage}): what is wrong was made again")
             self._cache.set_aside(found)
             return None
         return Base(found.path, manifest, self._source.revision(manifest.sources))
 
-    def _require_of_model(self, folder: Path, manifest: BaseManifest) -> None:
+    def _validate_origin(self, folder: Path, manifest: BaseManifest) -> None:
         """Raise DamagedCacheError unless this job would have made the same."""
         originals = self._source.originals()
         made_of = {name: originals.get(name) or digest for name, digest in manifest.sources.items()}
@@ -229,7 +229,7 @@ class _CachedBase:
     def _make(self, place: Path, on_bytes: OnBytes) -> Base | None:
         with volume_errors():
             present = bytes_below(place.parent)
-        self._require_room_in_cache(present)
+        self._validate_cache_room(present)
         with volume_errors():
             conversion = BaseConversion(place, self._settings, self._known_version, self._layout, self._source.uri)
             self.activity = "checking what another job has left of"
@@ -262,7 +262,7 @@ class _CachedBase:
     def _key(self) -> str:
         return cache_key(self._known_version, self._layout.quantization)
 
-    def _require_room_in_cache(self, present: int) -> None:
+    def _validate_cache_room(self, present: int) -> None:
         needed, free = self._layout.bytes - present, self._cache.free_bytes()
         if needed > free:
             raise UnusableCacheError(f"it has {sizes(free)} free, and the base needs {sizes(needed)}")

@@ -24,7 +24,6 @@ from qlora_trainer.core.filesystem import (
 from qlora_trainer.core.protocols import TensorFile
 from qlora_trainer.model.base.artifact import MANIFEST, BaseManifest, has_files, has_size, read_manifest, write_manifest
 from qlora_trainer.model.base.layout import ALIGNMENT, DTYPES, BaseLayout, Entry, Part
-from qlora_trainer.model.experts.mxfp4_stack import Mxfp4Tensor
 from qlora_trainer.model.nf4.quantization import quantize
 from qlora_trainer.model.nf4.stored_layer import StoredTensor
 from qlora_trainer.model.source.files import CONFIG, GENERATION_CONFIG, WEIGHTS, WEIGHTS_INDEX, OnBytes
@@ -39,24 +38,18 @@ class BaseConversion:
         """Delete what was made of another original: there may be no room for both."""
         self._target, self._settings, self._layout = target, settings, layout
         self._folder = target
-        found = read_manifest(target)
-        if found is None or not _is_of(found, version, layout) or not has_files(target, found):
+        origin = {"version": version, "quantization": layout.quantization, "in_16_bit": layout.in_16_bit}
+        found = _read_of(target, origin)
+        if found is None or not has_files(target, found):
             self._folder = partial_path(target)
-            if found is not None and _is_of(found, version, layout):
+            if found is not None:
                 remove(self._folder)
                 target.rename(self._folder)
             remove(target)
-            found = read_manifest(self._folder)
-        if found is None or not _is_of(found, version, layout):
+            found = _read_of(self._folder, origin)
+        if found is None:
             new_folder(self._folder)
-            found = BaseManifest(
-                address=address,
-                version=version,
-                quantization=layout.quantization,
-                in_16_bit=layout.in_16_bit,
-                sources={},
-                files={},
-            )
+            found = BaseManifest.model_validate({"address": address, **origin, "sources": {}, "files": {}})
         # Of an attempt that was killed while it wrote one of them: the folder may have nothing else in it.
         remove_partials(self._folder)
         self._manifest = found
@@ -121,7 +114,12 @@ class BaseConversion:
     def _tensors(self, opened: TensorFile[Tensor], parts: list[Part], file: str) -> Iterator[Tensor]:
         for part in parts:
             if part.layer is not None:
-                tensor = _ours(part.layer, part.stored, opened.get_tensor(part.stored), file)
+                try:
+                    tensor = part.layer.ours(opened.get_tensor(part.stored))
+                except ValueError as error:
+                    raise model_unavailable(
+                        f"{part.stored} in {file} is no part of a 4-bit layer: {error}; {ORIGINAL}"
+                    ) from error
                 yield _fill(tensor, part.entries[0].shape)
                 continue
             if not part.four_bit:
@@ -194,16 +192,10 @@ def _json(content: Mapping[str, object]) -> bytes:
     return json.dumps(content, indent=2).encode() + b"\n"
 
 
-def _is_of(manifest: BaseManifest, version: str, layout: BaseLayout) -> bool:
-    found = (manifest.version, manifest.quantization, manifest.in_16_bit)
-    return found == (version, layout.quantization, layout.in_16_bit)
-
-
-def _ours(layer: StoredTensor | Mxfp4Tensor, stored: str, tensor: Tensor, file: str) -> Tensor:
-    try:
-        return layer.ours(tensor)
-    except ValueError as error:
-        raise model_unavailable(f"{stored} in {file} is no part of a 4-bit layer: {error}; {ORIGINAL}") from error
+def _read_of(folder: Path, origin: Mapping[str, object]) -> BaseManifest | None:
+    """The folder's manifest, or None unless it has these fields."""
+    found = read_manifest(folder)
+    return found if found and all(getattr(found, name) == value for name, value in origin.items()) else None
 
 
 def _fill(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -213,11 +205,10 @@ def _fill(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.nn.functional.pad(tensor, (0, shape[0] - len(tensor)), value=ord(" "))
 
 
-def _headers(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Type and shape of each tensor in a file, by name."""
+def _headers(path: Path) -> dict[str, Entry]:
     with safe_open(path, framework="pt") as opened:
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - it is no dictionary
-        return {name: (header.get_dtype(), tuple(header.get_shape())) for name, header in slices.items()}
+        return {name: Entry(name, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
 
 
 _DESCRIPTIONS = ("quant_state.", "quant_map", "nested_quant_map")
@@ -236,16 +227,18 @@ def require_tensors(folder: Path, files: Iterable[str], layout: BaseLayout) -> N
     if missing := wanted.keys() - stored.keys():
         raise ValueError(f"{min(missing)} is missing")
     for file, found in headers.items():
-        for name, (dtype, shape) in found.items():
+        for name, header in found.items():
             if name not in wanted:
                 raise ValueError(f"{name} belongs to no layer")
             entry, _ = wanted[name]
-            if (dtype, shape) != (entry.dtype, entry.shape):
-                raise ValueError(f"{name} is {dtype} {list(shape)}, and must be {entry.dtype} {list(entry.shape)}")
-        _require_descriptions(folder / file, {name: layer for name in found if (layer := wanted[name][1]) is not None})
+            if header != entry:
+                raise ValueError(
+                    f"{name} is {header.dtype} {list(header.shape)}, and must be {entry.dtype} {list(entry.shape)}"
+                )
+        _validate_descriptions(folder / file, {name: layer for name in found if (layer := wanted[name][1]) is not None})
 
 
-def _require_descriptions(path: Path, layers: Mapping[str, StoredTensor]) -> None:
+def _validate_descriptions(path: Path, layers: Mapping[str, StoredTensor]) -> None:
     with safe_open(path, framework="pt") as opened:
         for name, layer in layers.items():
             if not layer.role.startswith(_DESCRIPTIONS):

@@ -62,9 +62,9 @@ class StoredTensor:
         if self._is_state:
             return self._state(tensor)
         if self.role == "quant_map":
-            _require_near(tensor, get_4bit_type(self.quantization.type, device="cpu"), self.quantization.type)
+            _validate_near(tensor, get_4bit_type(self.quantization.type, device="cpu"), self.quantization.type)
         elif self.role == "nested_quant_map":
-            _require_near(tensor, dynamic_map(), "the dynamic 8-bit type")
+            _validate_near(tensor, dynamic_map(), "the dynamic 8-bit type")
         elif tensor.is_floating_point() and not (tensor.isfinite() & (tensor >= 0)).all():
             raise ValueError("it has constants that are negative, infinite or not a number")
         return tensor
@@ -116,7 +116,7 @@ def _parse(content: bytes) -> JsonObject:
     return found
 
 
-def _require_near(tensor: Tensor, table: Tensor, name: str) -> None:
+def _validate_near(tensor: Tensor, table: Tensor, name: str) -> None:
     # Other releases and machines compute the values of a type up to rounding.
     if not torch.allclose(tensor, table, rtol=0, atol=_TOLERANCE):
         raise ValueError(f"its values are not those of {name}")
