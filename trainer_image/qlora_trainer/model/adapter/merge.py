@@ -19,13 +19,13 @@ from qlora_api.spec.training import LoraSpec
 from qlora_trainer.model.architecture.text_part import without_weights
 from qlora_trainer.model.nf4.base_weights import BaseWeights
 from qlora_trainer.model.protocols import Network
+from qlora_trainer.model.source.files import WEIGHTS_INDEX
 
 SHARD_BYTES = 2**30
 """Size of a file of weights, unless one tensor is larger."""
 BYTES_PER_ENTRY = 8
 """Working memory of a merge per entry of a layer: 16 bit, 32 bit, the result."""
 _MERGED_DTYPE = torch.bfloat16
-_INDEX = "model.safetensors.index.json"
 
 
 def merged_weight(base: Tensor, a: Tensor, b: Tensor, scaling: float, magnitude: Tensor | None = None) -> Tensor:
@@ -105,6 +105,6 @@ def write_merged(model: PreTrainedModel, source: MergeSource, folder: Path, shar
         save_file({name: source.tensor(name) for name in names}, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)

@@ -40,7 +40,7 @@ class BaseManifest(ObservedModel):
     @property
     def sha256(self) -> str:
         """SHA-256 over the lines `<sha256>  <name>` of the files, sorted by name."""
-        return _sum({name: file.sha256 for name, file in self.files.items()})
+        return content_revision({name: file.sha256 for name, file in self.files.items()}).removeprefix("sha256:")
 
 
 def read_manifest(folder: Path) -> BaseManifest | None:
@@ -104,7 +104,7 @@ def require_sha256(folder: Path, sha256: str, on_block: Callable[[], None] = lam
 
 def require_sum(folder: Path, digests: dict[str, str], sha256: str) -> None:
     """Raise StepFailure UNSAFE_ARTIFACT unless the sum is the recorded one."""
-    found = _sum(digests)
+    found = content_revision(digests).removeprefix("sha256:")
     if found != sha256:
         raise unsafe_artifact(
             f"the 4-bit base in {folder} has sha256 {found}, but prepare recorded {sha256}: it was changed or damaged "
@@ -120,7 +120,3 @@ def _reading(folder: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise unreachable(f"the 4-bit base in {folder} cannot be read ({reason}); the step is retried") from error
-
-
-def _sum(digests: dict[str, str]) -> str:
-    return content_revision(digests).removeprefix("sha256:")

@@ -122,7 +122,7 @@ class BaseConversion:
                     ) from error
                 yield _fill(tensor, part.entries[0].shape)
                 continue
-            if not part.four_bit:
+            if not part.is_four_bit:
                 yield opened.get_tensor(part.stored).to(DTYPES[part.entries[0].dtype])
                 continue
             entries = iter(part.entries)

@@ -76,7 +76,7 @@ class Part:
 
     stored: str
     entries: tuple[Entry, ...]
-    four_bit: bool
+    is_four_bit: bool = False
     place: Place | None = None
     """Among the experts, if it is a part of them."""
     layer: StoredTensor | Mxfp4Tensor | None = None
@@ -85,7 +85,7 @@ class Part:
     @property
     def alignment(self) -> int:
         """Where it may begin, and end, is a multiple of this many bytes."""
-        if self.four_bit:
+        if self.is_four_bit:
             return ALIGNMENT
         (entry,) = self.entries
         # Packed weights are read as another type too.
@@ -110,7 +110,7 @@ class BaseLayout:
     name_in_model: Callable[[str], StoredName | None]
     """See `renaming`."""
     experts: ExpertLayout
-    stored_in_4_bit: bool = False
+    is_stored_in_4_bit: bool = False
     """Whether the original's layers are in 4 bit already, as in `quantization`."""
     in_16_bit: tuple[str, ...] = ()
     """Names of all modules that stay in 16 bit, if transformers would leave fewer."""
@@ -155,7 +155,7 @@ class BaseLayout:
             ),
             name_in_model=rename,
             experts=experts,
-            stored_in_4_bit=stored is not None,
+            is_stored_in_4_bit=stored is not None,
             in_16_bit=in_16_bit,
         )
 
@@ -184,13 +184,13 @@ class BaseLayout:
         parts = [self._part(stored[name], file) for name in sorted(stored)]
         # A 4-bit layer ends at a multiple of eight bytes. Behind them those of large types precede those of small ones.
         found = [part for part in parts if part is not None]
-        return sorted(found, key=lambda part: (not part.four_bit, -part.alignment))
+        return sorted(found, key=lambda part: (not part.is_four_bit, -part.alignment))
 
     def _part(self, stored: Entry, file: str) -> Part | None:
         place = self.experts.place(stored.name)
         if place is not None:
             return self._expert_part(stored, place, file)
-        weight, role = split(stored.name) if self.stored_in_4_bit else (stored.name, PACKED)
+        weight, role = split(stored.name) if self.is_stored_in_4_bit else (stored.name, PACKED)
         found = self.name_in_model(weight)
         if found is None or (found.pieces > 1 and found.name in self.four_bit):
             raise model_unavailable(
@@ -200,17 +200,17 @@ class BaseLayout:
         name = found.name
         if name in self.buffers:
             # Also of whole numbers.
-            return Part(stored.name, (stored,), four_bit=False) if stored.dtype in DTYPES else None
+            return Part(stored.name, (stored,)) if stored.dtype in DTYPES else None
         if name not in self.shapes:
             return None
-        if self.stored_in_4_bit and (role or name in self.four_bit):
+        if self.is_stored_in_4_bit and (role or name in self.four_bit):
             return self._layer_part(stored, weight, role, name, file)
         # Pieces stay apart, as transformers finds them in the original, and have as many rows together as it needs.
         rows = self.shapes[name][:1] if found.pieces == 1 else stored.shape[:1]
         _validate_header(stored, (*rows, *self.shapes[name][1:]), file)
         if name not in self.four_bit:
-            return Part(stored.name, (replace(stored, dtype=self._dtype(name)),), four_bit=False)
-        return Part(stored.name, tuple(_layer(stored.name, prod(stored.shape), self.quantization)), four_bit=True)
+            return Part(stored.name, (replace(stored, dtype=self._dtype(name)),))
+        return Part(stored.name, tuple(_layer(stored.name, prod(stored.shape), self.quantization)), is_four_bit=True)
 
     def _layer_part(self, stored: Entry, weight: str, role: str, name: str, file: str) -> Part:
         entries = {entry.name: entry for entry in _layer(weight, prod(self.shapes[name]), self.quantization)}
@@ -245,7 +245,7 @@ class BaseLayout:
             for expert, piece in stack.matrices(place)
             for entry in _layer(entry_name(place.stack, expert, piece), size, self.quantization)
         )
-        return Part(stored.name, tuple(entries), four_bit=True, place=place)
+        return Part(stored.name, tuple(entries), is_four_bit=True, place=place)
 
     def matrices(self, opened: TensorFile[Tensor], part: Part) -> Iterator[tuple[str, Tensor]]:
         """Name and weight of each 4-bit layer that a part becomes, from an open file."""
@@ -305,7 +305,7 @@ class BaseLayout:
         found = {name for (name, count), those in pieces.items() if len(those) == count}
         missing = sorted(min(group) for group in self.tied if not group & found)
         missing += sorted(set(self.experts.entries()).difference(stored))
-        if self.stored_in_4_bit:
+        if self.is_stored_in_4_bit:
             layers = [name for name, place in places.items() if place.name in self.four_bit]
             needed = {entry.name for layer in layers for entry in _layer(layer, 0, self.quantization)}
             missing += sorted(needed.difference(stored))
@@ -321,7 +321,7 @@ def _keep(layer: StoredTensor | Mxfp4Tensor, entry: Entry, stored: Entry, file: 
         layer.require_header(stored.dtype, stored.shape)
     except ValueError as error:
         raise model_unavailable(f"{stored.name} in {file} is no part of a 4-bit layer: {error}; {ORIGINAL}") from error
-    return Part(stored.name, (entry,), four_bit=False, layer=layer)
+    return Part(stored.name, (entry,), layer=layer)
 
 
 def _validate_header(stored: Entry, wanted: tuple[int, ...], file: str) -> None:

@@ -107,14 +107,9 @@ def check_quantization(model: PreTrainedModel, quantization: QuantizationSpec) -
     for name, layer in model.named_modules():
         if not isinstance(layer, Linear4bit):
             continue
-        weight = layer.weight
-        state = weight.quant_state if isinstance(weight, Params4bit) else None
-        found = (
-            None if state is None else state.quant_type,
-            None if state is None else state.nested,
-            layer.compute_dtype,
-            layer.support_avx512bf16_for_cpu,
-        )
+        state = layer.weight.quant_state if isinstance(layer.weight, Params4bit) else None
+        kind = (None, None) if state is None else (state.quant_type, state.nested)
+        found = (*kind, layer.compute_dtype, layer.support_avx512bf16_for_cpu)
         wanted = (quantization.type, quantization.double_quant, COMPUTE_DTYPE, cpu.REPACKS_4BIT_LAYERS)
         if state is None or found != wanted:
             raise _wrongly_loaded(

@@ -1,7 +1,5 @@
 """Causal attention within rows on a CPU, as one differentiable operation.
 
-Called through autograd, every row would be cut out, padded and joined by further operations.
-
 For rows below 256 tokens the kernel's 16-bit backward pass is up to five times slower than its 32-bit one, so short
 rows have their gradients in 32 bit.
 """

@@ -9,7 +9,7 @@ adapter's matmuls are of its tokens only (as in Punica, Chen et al. 2023, arXiv 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
@@ -68,7 +68,7 @@ class FusedLora(Linear4bit):
             for part in parts
             for layer in (self.lora_A[part.adapter], self.lora_B[part.adapter])
         ]
-        scaled = tuple(_Part(part.start, part.stop, self.scaling[part.adapter]) for part in parts)
+        scaled = tuple((slice(part.start, part.stop), self.scaling[part.adapter]) for part in parts)
         kept = cpu.keeps_dequantized(x.device.type, recomputed=self.recomputed)
         output, dense, *inners = _LoraMatmul.apply(x, base.weight, base.quant_state, scaled, kept, *weights)
         if dense is None:
@@ -76,8 +76,8 @@ class FusedLora(Linear4bit):
         with torch.no_grad():
             rows = output.detach().view(-1, output.shape[-1])
             _matmul_into(rows, x.reshape(-1, x.shape[-1]), dense.T, base.bias)
-            for part, inner, b in zip(scaled, inners, weights[1::2], strict=True):
-                rows[part.start : part.stop].addmm_(inner, b.T, alpha=part.scaling)
+            for (tokens, scaling), inner, b in zip(scaled, inners, weights[1::2], strict=True):
+                rows[tokens].addmm_(inner, b.T, alpha=scaling)
         return cast("Tensor", output)
 
     def _parts(self, x: Tensor) -> tuple[Segment, ...]:
@@ -150,16 +150,14 @@ def _matmul_into(output: Tensor, rows: Tensor, matrix: Tensor, bias: Tensor | No
             torch.addmm(bias.to(rows.dtype), part, matrix, out=part_of_output)
 
 
-class _Part(NamedTuple):
-    start: int
-    stop: int
-    scaling: float
+_Parts = Sequence[tuple[slice, float]]
+"""Tokens with an adapter, and its scale."""
 
 
 class _Context(AutogradContext, Protocol):
     weight: Tensor
     state: QuantState
-    parts: Sequence[_Part]
+    parts: _Parts
     shape: torch.Size
 
 
@@ -177,12 +175,12 @@ class _LoraMatmul(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         state: QuantState,
-        parts: Sequence[_Part],
+        parts: _Parts,
         kept: bool,
         *adapters: Tensor,
     ) -> tuple[Tensor | None, ...]:
         rows = x.reshape(-1, x.shape[-1])
-        inners = [rows[part.start : part.stop] @ a.T for part, a in zip(parts, adapters[::2], strict=True)]
+        inners = [rows[tokens] @ a.T for (tokens, _), a in zip(parts, adapters[::2], strict=True)]
         dense = _dequantize(weight, state, x.dtype) if kept else None
         context.save_for_backward(rows, dense, *inners, *adapters)
         context.mark_non_differentiable(*inners, *(() if dense is None else (dense,)))
@@ -204,12 +202,11 @@ class _LoraMatmul(torch.autograd.Function):
             x_gradient = gradient.new_empty(rows.shape)
             _matmul_into(x_gradient, gradient, dense, None)
         gradients = []
-        for part, inner, a, b in zip(parts, inners, adapters[::2], adapters[1::2], strict=True):
-            tokens = slice(part.start, part.stop)
-            inner_gradient = (gradient[tokens] @ b).mul_(part.scaling)
+        for (tokens, scaling), inner, a, b in zip(parts, inners, adapters[::2], adapters[1::2], strict=True):
+            inner_gradient = (gradient[tokens] @ b).mul_(scaling)
             if x_gradient is not None:
                 x_gradient[tokens].addmm_(inner_gradient, a)
-            gradients += [inner_gradient.T @ rows[tokens], (gradient[tokens].T @ inner).mul_(part.scaling)]
+            gradients += [inner_gradient.T @ rows[tokens], (gradient[tokens].T @ inner).mul_(scaling)]
         if x_gradient is not None:
             x_gradient = x_gradient.view(context.shape)
         return x_gradient, None, None, None, None, *gradients

@@ -110,17 +110,11 @@ def _as_root_mean_square(module: nn.Module) -> tuple[int, float] | None:
         found = trial(x)
     except (IndexError, RuntimeError, TypeError, ValueError):
         return None
+    if not isinstance(found, Tensor) or (found.shape, found.dtype) != (x.shape, x.dtype):
+        return None
     for epsilon in (value for value in vars(module).values() if isinstance(value, float)):
         for added in (0, 1):
             expected = rms_norm(x, trial.weight.shape, trial.weight + added, epsilon)
-            if _is_close(found, expected):
+            if torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE):
                 return added, epsilon
     return None
-
-
-def _is_close(found: object, expected: Tensor) -> bool:
-    return (
-        isinstance(found, Tensor)
-        and (found.shape, found.dtype) == (expected.shape, expected.dtype)
-        and torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE)
-    )

@@ -1,9 +1,7 @@
 """Decides whether a model that is quantized already can be trained as it is, from its config.json alone.
 
 Other formats (8-bit, GPTQ, AWQ, FP8) are rejected by name: transformers lets the stored quantization override the
-requested one without an error. A model in 4-bit must have the layers in 4-bit that transformers would choose. With some
-in 16 bit, as dynamic quantizations keep them, neither the memory estimate nor the minimum share of 4-bit weights would
-hold.
+requested one without an error. The layers in 4-bit must be those that transformers would choose.
 """
 
 import re
