@@ -13,8 +13,8 @@ from qlora_api.contract import ExitCode
 from qlora_api.lineage import SIGNED_FILE, UNSIGNED_FILE, Lineage, Statement
 from qlora_api.printable import one_line, printable
 from qlora_api.sources import RegistrySource, parse_source
-from qlora_cli.endings import fail
 from qlora_cli.local.run import allowed_registries
+from qlora_cli.output import fail
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.file_names import PUBLISHED_MANIFEST

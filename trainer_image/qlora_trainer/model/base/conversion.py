@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qlora_api.schema import replace
 from qlora_trainer.core.failures import model_unavailable
 from qlora_trainer.core.filesystem import (
     complete_folder,
@@ -94,9 +95,7 @@ class BaseConversion:
         for path in self._folder.iterdir():
             if path.name not in sound and path.name != MANIFEST:
                 remove(path)
-        self._manifest = self._manifest.model_copy(
-            update={"files": {name: known[name] for name in sound}, "sources": sound}
-        )
+        self._manifest = replace(self._manifest, files={name: known[name] for name in sound}, sources=sound)
         write_manifest(self._folder, self._manifest)
 
     def complete(self) -> BaseManifest:
@@ -138,9 +137,7 @@ class BaseConversion:
 
     def _note(self, files: Mapping[str, PublishedFile], sources: Mapping[str, str]) -> None:
         known = self._manifest
-        self._manifest = known.model_copy(
-            update={"files": known.files | dict(files), "sources": known.sources | dict(sources)}
-        )
+        self._manifest = replace(known, files=known.files | dict(files), sources=known.sources | dict(sources))
         write_manifest(self._folder, self._manifest)
 
 

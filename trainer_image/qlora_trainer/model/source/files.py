@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from qlora_trainer.core.failures import model_unavailable, unsafe_artifact
+from qlora_trainer.core.file_names import PROCESSOR_FILES, TOKENIZER_FILES
 from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.core.paths import some_names
 
@@ -17,11 +18,6 @@ GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 _VOCABULARIES = frozenset({"tokenizer.json", "tokenizer.model", "vocab.json"})
-_TEMPLATES = frozenset({"chat_template.jinja", "chat_template.json"})
-_TOKENS = frozenset({"tokenizer_config.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"})
-TOKENIZER_FILES = _VOCABULARIES | _TEMPLATES | _TOKENS
-PROCESSOR_FILES = frozenset({"preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"})
-"""Other files that servers of a multimodal model need: copied, never read here."""
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 OnBytes = Callable[[int, int], None]
