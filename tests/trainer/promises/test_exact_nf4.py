@@ -13,8 +13,7 @@ from transformers import LlamaConfig
 from qlora_api.contract import ExitCode
 from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.model.base.byte_count import storage_of
-from qlora_trainer.model.base.load import load_base
+from qlora_trainer.model.base.load import load_base, storage_of
 from qlora_trainer.model.nf4.quantization import layer_bytes
 from tests.support.tiny import SHAPE, save_model
 from tests.support.training import prepared, run

@@ -28,6 +28,7 @@ from qlora_trainer.core.failures import StepFailure, StopRequest
 from qlora_trainer.core.filesystem import bytes_below, file_sha256
 from qlora_trainer.core.folder_lock import exclusive, own
 from qlora_trainer.core.outcome import Terminated
+from qlora_trainer.core.partial_folders import PartialFolders
 from qlora_trainer.model.base import cache as cache_module
 from qlora_trainer.model.base import cached_base
 from qlora_trainer.model.base.artifact import MANIFEST
@@ -895,7 +896,8 @@ def test_a_fault_of_the_cache_is_retried_by_a_job_whose_workspace_has_no_room(
     def failing(*_arguments: Any) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(ModelCache, {"find": "_require_no_link", "claim": "_claim"}[call], failing)
+    patched = {"find": (ModelCache, "_validate_no_link"), "claim": (PartialFolders, "claim")}
+    monkeypatch.setattr(*patched[call], failing)
     with pytest.raises(
         StepFailure, match=f"MiB free.*; the model cache cannot be used: {os.strerror(number)}"
     ) as failure:

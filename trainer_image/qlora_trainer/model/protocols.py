@@ -45,11 +45,11 @@ class Network(Protocol):
 
 
 class Decoder(Network, Protocol):
-    """A causal language model of transformers, with or without layers of an adapter in it."""
+    """A causal language model of transformers. Its layers may have an adapter."""
 
     @property
     def config(self) -> PretrainedConfig:
-        """The model's configuration. That of a multimodal one has its text decoder's inside."""
+        """The configuration, with that of the text decoder inside if multimodal."""
 
     @property
     def device(self) -> torch.device:
@@ -110,7 +110,7 @@ class AdaptedModel(Network, Protocol):
 
 
 class AutogradContext(Protocol):
-    """The context of a `torch.autograd.Function`. A function that keeps more extends it by these attributes."""
+    """The context of a `torch.autograd.Function`."""
 
     @property
     def saved_tensors(self) -> tuple[Tensor, ...]:

@@ -15,8 +15,7 @@ from qlora_trainer.history.metrics_log import MetricsLog
 from qlora_trainer.history.trackers import EventFiles
 from qlora_trainer.model.adapter.attach import adapter_parameters, attach_adapter, restore_adapter
 from qlora_trainer.model.adapter.initial import read_initial_adapter
-from qlora_trainer.model.base.byte_count import Storage, storage_of
-from qlora_trainer.model.base.load import load_base
+from qlora_trainer.model.base.load import Storage, load_base, storage_of
 from qlora_trainer.model.families.inspection import cannot_keep_rows_apart
 from qlora_trainer.model.kernels.attention import ATTENTION
 from qlora_trainer.model.protocols import AdaptedModel, Decoder

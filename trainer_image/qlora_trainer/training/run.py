@@ -14,7 +14,7 @@ from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.history.metrics_log import MetricsLog
 from qlora_trainer.model.adapter.attach import activate_adapter
-from qlora_trainer.model.base.byte_count import Storage
+from qlora_trainer.model.base.load import Storage
 from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
 from qlora_trainer.model.protocols import AdaptedModel

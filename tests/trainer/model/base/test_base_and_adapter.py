@@ -1,6 +1,7 @@
 """The base is stored as specified, only the adapter trains, and PEFT reads its files."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,14 +27,6 @@ from tests.support.sequences import CPU, random_sequence
 def loss_of(model: Any, seed: int = 1) -> torch.Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return batch_loss(model.get_base_model(), Batch.from_sequences([random_sequence((9, 14, 5), seed)], CPU))
-
-
-def copied(model: Path, folder: Path) -> Path:
-    """A copy of a model's folder that a test may break."""
-    folder.mkdir()
-    for path in model.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    return folder
 
 
 @pytest.mark.parametrize(("kind", "double"), [("nf4", True), ("nf4", False), ("fp4", True)])
@@ -67,7 +60,7 @@ def test_a_layer_of_another_type_and_a_layer_left_in_16_bit_are_rejected(tiny_ll
 
 
 def test_a_missing_tensor_and_missing_weights_are_named(tiny_llama: Path, tmp_path: Path) -> None:
-    folder = copied(tiny_llama, tmp_path / "model")
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
     weights = folder / "model.safetensors"
     tensors = load_file(weights)
     del tensors["model.layers.1.mlp.up_proj.weight"]
@@ -82,7 +75,7 @@ def test_a_missing_tensor_and_missing_weights_are_named(tiny_llama: Path, tmp_pa
 
 
 def test_pickled_weights_are_not_read(tiny_llama: Path, tmp_path: Path) -> None:
-    folder = copied(tiny_llama, tmp_path / "model")
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
 

@@ -30,7 +30,7 @@ from qlora_trainer.model.nf4.base_weights import BaseWeights
 from qlora_trainer.model.nf4.quantization import quantize
 from qlora_trainer.training.distributed.sharding import STORAGE_DTYPE
 from tests.support.families import EXPERTS, FAMILIES, tiny_config
-from tests.support.four_bit import convert, require_equal
+from tests.support.four_bit import convert, quantized, require_equal, settings
 from tests.support.tiny import SHAPE, save_model
 
 NF4 = QuantizationSpec()
@@ -92,10 +92,12 @@ def test_tensors_that_transformers_keeps_in_32_bit_stay_in_32_bit(
     require_equal(found, load_base(tiny_llama, NF4, "cpu"))
 
 
-def test_every_tensor_begins_where_its_type_can_be_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_4_bit", [False, True])
+def test_every_tensor_begins_where_its_type_can_be_read(tmp_path: Path, in_4_bit: bool) -> None:
     """An odd number of blocks, and norms whose pairs make four bytes."""
     odd = {**SHAPE, "hidden_size": 72, "intermediate_size": 127, "head_dim": 18}
-    model = save_model(tmp_path / "model", LlamaConfig(**odd))
+    original = save_model(tmp_path / "original", LlamaConfig(**odd))
+    model = quantized(original, tmp_path / "model", settings()) if in_4_bit else original
     convert(model, tmp_path / "base", NF4)
     content = (tmp_path / "base" / WEIGHTS).read_bytes()
     length = int.from_bytes(content[:8], "little")
@@ -106,7 +108,7 @@ def test_every_tensor_begins_where_its_type_can_be_read(tmp_path: Path) -> None:
             begin = 8 + length + entry["data_offsets"][0]
             # Packed weights are read as another type too.
             assert begin % (4 if name.endswith("_proj.weight") else sizes[entry["dtype"]]) == 0, name
-    require_equal(in_plain_transformers(tmp_path / "base"), load_base(model, NF4, "cpu"))
+    require_equal(in_plain_transformers(tmp_path / "base"), load_base(original, NF4, "cpu"))
 
 
 WEIGHTS = "model.safetensors"

@@ -15,7 +15,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from qlora_api.contract import ExitCode
 from qlora_api.spec.training import LoraSpec, QuantizationSpec
@@ -30,7 +30,7 @@ from qlora_trainer.training.distributed.sharding import STORAGE_DTYPE
 from tests.support.families import EXPERTS
 from tests.support.four_bit import convert, quantized, require_equal, settings
 from tests.support.plain_loss import mean_loss
-from tests.support.tiny import SHAPE, Recorded, chat_row, save_model, write_rows
+from tests.support.tiny import Recorded, chat_row, save_model, write_rows
 from tests.support.training import run
 from tests.trainer.conftest import MakeContext
 
@@ -78,20 +78,6 @@ def test_layers_may_be_spread_over_files(tmp_path: Path, tiny_llama: Path, in_nf
     assert any(file != weight_map[name.partition(".weight")[0] + ".weight"] for name, file in weight_map.items())
     convert(model, tmp_path / "base", NF4)
     require_equal(load_base(tmp_path / "base", NF4, "cpu"), plain(in_nf4))
-
-
-def test_every_tensor_begins_where_its_type_can_be_read(tmp_path: Path) -> None:
-    odd = {**SHAPE, "hidden_size": 72, "intermediate_size": 127, "head_dim": 18}
-    original = save_model(tmp_path / "original", LlamaConfig(**odd))
-    model = quantized(original, tmp_path / "model", settings())
-    convert(model, tmp_path / "base", NF4)
-    content = (tmp_path / "base" / WEIGHTS).read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    sizes = {"F32": 4, "BF16": 2, "U8": 1}
-    for name, entry in json.loads(content[8 : 8 + length]).items():
-        if name != "__metadata__":
-            begin = 8 + length + entry["data_offsets"][0]
-            assert begin % (4 if name.endswith("_proj.weight") else sizes[entry["dtype"]]) == 0, name
 
 
 def test_a_model_in_another_16_bit_type_computes_in_bfloat16(tmp_path: Path, in_nf4: Path) -> None:
@@ -191,6 +177,18 @@ def test_experts_need_the_original(tmp_path: Path) -> None:
         inspect_family(model, LoraSpec())
 
 
+def with_settings(model: Path, root: Path, changes: dict[str, Any]) -> Path:
+    """A copy of the model with other settings of its quantization; one that is None is left out."""
+    folder = Path(shutil.copytree(model, root / "model"))
+    config = json.loads((folder / CONFIG).read_text())
+    settings = config["quantization_config"] | changes
+    config["quantization_config"] = {
+        name: value for name, value in settings.items() if changes.get(name, 0) is not None
+    }
+    (folder / CONFIG).write_text(json.dumps(config))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -209,10 +207,7 @@ def test_experts_need_the_original(tmp_path: Path) -> None:
 def test_another_quantization_is_rejected_by_name(
     tmp_path: Path, in_nf4: Path, changes: dict[str, Any], message: str
 ) -> None:
-    folder = Path(shutil.copytree(in_nf4, tmp_path / "model"))
-    config = json.loads((folder / CONFIG).read_text())
-    config["quantization_config"] |= changes
-    (folder / CONFIG).write_text(json.dumps(config))
+    folder = with_settings(in_nf4, tmp_path, changes)
     with pytest.raises(StepFailure) as caught:
         inspect_family(folder, LoraSpec())
     assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
@@ -220,21 +215,15 @@ def test_another_quantization_is_rejected_by_name(
     assert "name the original 16-bit model instead" in caught.value.message
 
 
-def test_a_model_of_2023_does_not_name_its_method(tmp_path: Path, in_nf4: Path) -> None:
-    folder = Path(shutil.copytree(in_nf4, tmp_path / "model"))
-    config = json.loads((folder / CONFIG).read_text())
-    del config["quantization_config"]["quant_method"]
-    (folder / CONFIG).write_text(json.dumps(config))
-    convert(folder, tmp_path / "base", NF4)
-    require_equal(load_base(tmp_path / "base", NF4, "cpu"), plain(in_nf4))
-
-
-def test_further_settings_of_the_quantization_in_config_json_have_no_effect(tmp_path: Path, in_nf4: Path) -> None:
-    folder = Path(shutil.copytree(in_nf4, tmp_path / "model"))
-    config = json.loads((folder / CONFIG).read_text())
-    config["quantization_config"] |= {"bnb_4bit_quant_storage": "load", "bnb_4bit_compute_dtype": 5, "more": {}}
-    (folder / CONFIG).write_text(json.dumps(config))
-    convert(folder, tmp_path / "base", NF4)
+@pytest.mark.parametrize(
+    "changes",
+    [{"quant_method": None}, {"bnb_4bit_quant_storage": "load", "bnb_4bit_compute_dtype": 5, "more": {}}],
+    ids=["a model of 2023 names no method", "further settings have no effect"],
+)
+def test_another_description_of_the_same_quantization_changes_nothing(
+    tmp_path: Path, in_nf4: Path, changes: dict[str, Any]
+) -> None:
+    convert(with_settings(in_nf4, tmp_path, changes), tmp_path / "base", NF4)
     require_equal(load_base(tmp_path / "base", NF4, "cpu"), plain(in_nf4))
 
 

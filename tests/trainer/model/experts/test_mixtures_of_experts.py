@@ -27,8 +27,7 @@ from qlora_api.spec.training import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.file_names import ADAPTER_FILE
 from qlora_trainer.model.adapter.attach import adapter_parameters, save_adapter
-from qlora_trainer.model.base.byte_count import storage_of
-from qlora_trainer.model.base.load import check_quantization, load_base
+from qlora_trainer.model.base.load import check_quantization, load_base, storage_of
 from qlora_trainer.model.experts.layout import routing_linears
 from qlora_trainer.model.experts.stack import expert_stacks
 from qlora_trainer.model.families.inspection import inspect_family

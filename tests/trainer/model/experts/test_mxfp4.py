@@ -22,9 +22,8 @@ from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.model.base.byte_count import storage_of
 from qlora_trainer.model.base.layout import BaseLayout
-from qlora_trainer.model.base.load import load_base
+from qlora_trainer.model.base.load import load_base, storage_of
 from qlora_trainer.model.experts.compute import _Product
 from qlora_trainer.model.experts.mxfp4_stack import BLOCKS, SCALES, Mxfp4Stack, tensors_of
 from qlora_trainer.model.experts.stack import expert_stacks

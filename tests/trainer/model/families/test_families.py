@@ -25,8 +25,7 @@ from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.file_names import ADAPTER_FILE
 from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset
 from qlora_trainer.model.adapter.attach import adapter_parameters
-from qlora_trainer.model.base.byte_count import storage_of
-from qlora_trainer.model.base.load import MIN_QUANTIZED_FRACTION, load_base
+from qlora_trainer.model.base.load import MIN_QUANTIZED_FRACTION, load_base, storage_of
 from qlora_trainer.model.experts.stack import expert_stacks
 from qlora_trainer.model.families.admission import check_model
 from qlora_trainer.model.families.inspection import Family, inspect_family

@@ -1,5 +1,6 @@
-"""On a CPU every 4-bit layer computes with the quantized weights, for any shape."""
+"""On a CPU every 4-bit layer computes with the quantized weights, in the counted memory."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from transformers import LlamaConfig
 from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.model.adapter.merge import merged_model
 from qlora_trainer.model.base.load import load_base
+from qlora_trainer.model.experts.mxfp4_stack import Mxfp4Stack
+from qlora_trainer.model.experts.stack import ExpertStack
+from qlora_trainer.model.memory.live_bytes import LiveBytes
 from qlora_trainer.model.nf4.base_weights import BaseWeights
 from qlora_trainer.model.nf4.dequantization import correct_dequantization
 from tests.support.four_bit import convert
@@ -69,3 +73,44 @@ def test_layers_of_a_model_multiply_with_the_merged_weights(tmp_path: Path) -> N
         with torch.no_grad():
             assert torch.equal(layer(unit).t(), stored.view(state.shape)), name
         assert torch.equal(weights[f"{name}.weight"], stored.view(state.shape)), name
+
+
+STACK = (4, 512, 512)
+
+
+def allocated(function: Callable[[], Tensor]) -> int:
+    """The most bytes that PyTorch's allocator has given out at a time, and not had back, while it runs."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        kept = function()
+    assert kept.numel()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    most = now = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize(
+    "stack",
+    [
+        Mxfp4Stack(STACK, "cpu"),
+        ExpertStack(STACK, 2, QuantizationSpec(), "cpu"),
+        ExpertStack(STACK, 2, QuantizationSpec(double_quant=False), "cpu"),
+    ],
+    ids=["mxfp4", "nf4", "nf4 of one level"],
+)
+def test_the_allocator_matches_the_count_of_a_dry_run(stack: ExpertStack | Mxfp4Stack) -> None:
+    live = LiveBytes()
+    with live:
+        for buffer in stack.buffers():
+            # Places that are in the tables.
+            live.add(buffer.zero_())
+        before = live.bytes
+        live.take_peak()
+        stack.dense(0, 4, torch.bfloat16)
+    counted = live.take_peak() - before
+
+    # Small tensors of bookkeeping are rounded up.
+    assert allocated(lambda: stack.dense(0, 4, torch.bfloat16)) == pytest.approx(counted, rel=0.01)

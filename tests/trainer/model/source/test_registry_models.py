@@ -30,6 +30,8 @@ from tests.support.servers import LOGIN, PASSWORD, USER, give_login
 from tests.support.tiny import Recorded
 from tests.trainer.conftest import MakeContext
 
+Wanted = Callable[[Request], bool]
+
 
 @pytest.fixture
 def model(registry_proxy: FaultProxy, tiny_llama: Path, tmp_path: Path) -> str:
@@ -49,10 +51,16 @@ def with_model(make_context: MakeContext, registry_proxy: FaultProxy, source: st
     return replace(context, registries=(f"http://{registry_proxy.address}",))
 
 
-def unusable(context: StepContext, records: Recorded, code: ExitCode) -> str:
+@pytest.fixture
+def context(make_context: MakeContext, registry_proxy: FaultProxy, model: str) -> StepContext:
+    """A job that trains the model."""
+    return with_model(make_context, registry_proxy, model)
+
+
+def unusable(context: StepContext, code: ExitCode) -> str:
     """The message of prepare when it ends with `code`, without a credential in it or left behind."""
     with pytest.raises(StepFailure) as failure:
-        prepare(context, records)
+        prepare(context, Recorded())
     assert failure.value.exit_code is code, failure.value.message
     left = [path.read_bytes() for path in context.workspace.root.rglob("*") if path.is_file()]
     for canary in (PASSWORD, LOGIN):
@@ -61,10 +69,9 @@ def unusable(context: StepContext, records: Recorded, code: ExitCode) -> str:
 
 
 def test_a_model_is_downloaded_and_its_revision_is_the_digest(
-    make_context: MakeContext, records: Recorded, registry_proxy: FaultProxy, model: str, tiny_llama: Path
+    context: StepContext, make_context: MakeContext, registry_proxy: FaultProxy, model: str, tiny_llama: Path
 ) -> None:
-    context = with_model(make_context, registry_proxy, model)
-    record = prepare(context, records)
+    record = prepare(context, Recorded())
     folder = context.workspace.root / record.model_path
     for name in ("config.json", "tokenizer.json"):
         assert (folder / name).read_bytes() == (tiny_llama / name).read_bytes()
@@ -72,10 +79,12 @@ def test_a_model_is_downloaded_and_its_revision_is_the_digest(
     assert not (folder / "manifest.json").exists()
     shutil.rmtree(context.workspace.root)
     pinned = with_model(make_context, registry_proxy, f"{model.removesuffix(':v1')}@{record.model_revision}")
-    assert prepare(pinned, records).model_revision == record.model_revision
+    assert prepare(pinned, Recorded()).model_revision == record.model_revision
 
 
-def of_weights(registry_proxy: FaultProxy, tiny_llama: Path) -> Callable[[Request], bool]:
+@pytest.fixture
+def wanted(tiny_llama: Path) -> Wanted:
+    """Whether a request is for the weights."""
     digest = describe_files({"w": tiny_llama / "model.safetensors"})["w"].sha256
     return lambda request: request.method == "GET" and request.path.endswith(f"/blobs/sha256:{digest}")
 
@@ -92,65 +101,45 @@ def in_cache(context: StepContext, root: Path, name: str) -> StepContext:
 
 
 def test_jobs_that_share_a_cache_load_weights_once_and_use_their_own_logins(
-    make_context: MakeContext,
-    records: Recorded,
-    registry_proxy: FaultProxy,
-    model: str,
-    tiny_llama: Path,
-    tmp_path: Path,
+    context: StepContext, registry_proxy: FaultProxy, tmp_path: Path, wanted: Wanted
 ) -> None:
-    context, wanted = with_model(make_context, registry_proxy, model), of_weights(registry_proxy, tiny_llama)
     registry_proxy.rule = lambda request: Fault(cut=100_000) if wanted(request) else None
-    unusable(in_cache(context, tmp_path, "first"), records, ExitCode.UNREACHABLE)
+    unusable(in_cache(context, tmp_path, "first"), ExitCode.UNREACHABLE)
     registry_proxy.rule = lambda _request: None
-    records_of = [prepare(in_cache(context, tmp_path, name), records) for name in ("first", "second")]
+    records_of = [prepare(in_cache(context, tmp_path, name), Recorded()) for name in ("first", "second")]
     assert [record.base and record.base.origin for record in records_of] == ["downloaded", "cache"]
     asked = [request.headers.get("Range") for request in registry_proxy.seen if wanted(request)]
     assert asked == [None, "bytes=65536-"]
     assert records_of[0].base_path == records_of[1].base_path
     give_login(tmp_path / "credentials" / "model", registry_proxy.address, login="d3Jvbmc6bG9naW4=")
-    unusable(in_cache(context, tmp_path, "third"), records, ExitCode.MODEL_UNAVAILABLE)
+    unusable(in_cache(context, tmp_path, "third"), ExitCode.MODEL_UNAVAILABLE)
 
 
 def test_a_layer_that_the_registry_no_longer_has_is_not_taken_from_the_cache(
-    make_context: MakeContext,
-    records: Recorded,
-    registry_proxy: FaultProxy,
-    model: str,
-    tiny_llama: Path,
-    tmp_path: Path,
+    context: StepContext, registry_proxy: FaultProxy, tmp_path: Path, wanted: Wanted
 ) -> None:
-    context, wanted = with_model(make_context, registry_proxy, model), of_weights(registry_proxy, tiny_llama)
-    prepare(in_cache(context, tmp_path, "first"), records)
+    prepare(in_cache(context, tmp_path, "first"), Recorded())
     registry_proxy.rule = lambda request: Fault(404) if wanted(replace(request, method="GET")) else None
-    message = unusable(in_cache(context, tmp_path, "second"), records, ExitCode.MODEL_UNAVAILABLE)
+    message = unusable(in_cache(context, tmp_path, "second"), ExitCode.MODEL_UNAVAILABLE)
     assert "has no blob for model.safetensors" in message
 
 
 def test_a_stalled_transfer_is_aborted(
-    make_context: MakeContext,
-    records: Recorded,
-    registry_proxy: FaultProxy,
-    model: str,
-    tiny_llama: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    context: StepContext, registry_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, wanted: Wanted
 ) -> None:
     monkeypatch.setattr(oci_auth, "_TIMEOUTS", (1, 0.2))
-    wanted = of_weights(registry_proxy, tiny_llama)
     registry_proxy.rule = lambda request: Fault(cut=100_000, stall=True) if wanted(request) else None
-    message = unusable(with_model(make_context, registry_proxy, model), records, ExitCode.UNREACHABLE)
+    message = unusable(context, ExitCode.UNREACHABLE)
     assert "cannot be reached, or broke off" in message
 
 
 def test_a_layer_that_arrives_changed_is_loaded_again(
-    make_context: MakeContext, records: Recorded, registry_proxy: FaultProxy, model: str, tiny_llama: Path
+    context: StepContext, registry_proxy: FaultProxy, wanted: Wanted
 ) -> None:
-    wanted = of_weights(registry_proxy, tiny_llama)
     registry_proxy.rule = lambda request: Fault(corrupt=wanted(request))
-    context = with_model(make_context, registry_proxy, model)
-    assert "model.safetensors has another SHA-256 than its digest" in unusable(context, records, ExitCode.UNREACHABLE)
+    assert "model.safetensors has another SHA-256 than its digest" in unusable(context, ExitCode.UNREACHABLE)
     registry_proxy.rule = lambda _request: None
-    assert prepare(context, records).model_revision.startswith("sha256:")
+    assert prepare(context, Recorded()).model_revision.startswith("sha256:")
 
 
 @pytest.mark.parametrize(
@@ -165,16 +154,10 @@ def test_a_layer_that_arrives_changed_is_loaded_again(
     ],
 )
 def test_an_artifact_that_is_not_a_model_is_rejected(
-    make_context: MakeContext,
-    records: Recorded,
-    registry_proxy: FaultProxy,
-    model: str,
-    answer: Fault,
-    code: ExitCode,
-    words: str,
+    context: StepContext, registry_proxy: FaultProxy, answer: Fault, code: ExitCode, words: str
 ) -> None:
     registry_proxy.rule = lambda _request: answer
-    assert words in unusable(with_model(make_context, registry_proxy, model), records, code)
+    assert words in unusable(context, code)
 
 
 def layer(part: str, name: str) -> dict[str, Any]:
@@ -188,7 +171,7 @@ def layer(part: str, name: str) -> dict[str, Any]:
 
 
 def test_an_archive_that_holds_a_model_is_rejected_with_a_remedy(
-    make_context: MakeContext, records: Recorded, registry_proxy: FaultProxy, model: str
+    context: StepContext, registry_proxy: FaultProxy, model: str
 ) -> None:
     layers = [
         layer("weight.config.v1.raw", "config.json"),
@@ -198,15 +181,13 @@ def test_an_archive_that_holds_a_model_is_rejected_with_a_remedy(
         {"mediaType": "application/vnd.oci.image.layer.v1.tar+gzip"},
     ]
     registry_proxy.rule = lambda _request: Fault(200, body=json.dumps({"layers": layers}).encode())
-    message = unusable(with_model(make_context, registry_proxy, model), records, ExitCode.MODEL_UNAVAILABLE)
+    message = unusable(context, ExitCode.MODEL_UNAVAILABLE)
     named = "application/vnd.oci.image.layer.v1.tar+gzip, model.safetensors, tokenizer.json"
     assert message.startswith(f"{model} has {named} in archives (.tar, the default of modctl)")
     assert "push it with one layer for each file, as `modctl build --raw` does" in message
 
 
-def test_documentation_in_an_archive_does_no_harm(
-    make_context: MakeContext, records: Recorded, registry_proxy: FaultProxy, model: str
-) -> None:
+def test_documentation_in_an_archive_does_no_harm(context: StepContext, registry_proxy: FaultProxy, model: str) -> None:
     place = model.removeprefix("oci://").partition("/")[2].replace(":", "/manifests/")
     address, accept = f"http://{registry_proxy.address}/v2/{place}", {"Accept": MANIFEST_TYPE}
     found = requests.get(address, auth=(USER, PASSWORD), headers=accept, timeout=10).json()
@@ -214,28 +195,26 @@ def test_documentation_in_an_archive_does_no_harm(
     found["layers"] += [layer("doc.v1.tar", "README.md"), docs]
     body = json.dumps(found).encode()
     registry_proxy.rule = lambda request: Fault(200, body=body) if "/manifests/" in request.path else None
-    record = prepare(with_model(make_context, registry_proxy, model), records)
+    record = prepare(context, Recorded())
     assert record.model_revision == f"sha256:{sha256(body).hexdigest()}"
 
 
 def test_a_manifest_of_another_digest_is_rejected(
-    make_context: MakeContext, records: Recorded, registry_proxy: FaultProxy, model: str
+    make_context: MakeContext, registry_proxy: FaultProxy, model: str
 ) -> None:
     registry_proxy.rule = lambda _request: Fault(200, body=b'{"layers": []}')
     pinned = f"{model.removesuffix(':v1')}@sha256:{'0' * 64}"
-    unusable(with_model(make_context, registry_proxy, pinned), records, ExitCode.UNSAFE_ARTIFACT)
+    unusable(with_model(make_context, registry_proxy, pinned), ExitCode.UNSAFE_ARTIFACT)
 
 
 def test_a_registry_that_the_administrator_does_not_allow_gets_no_request(
-    make_context: MakeContext, records: Recorded, registry_proxy: FaultProxy, model: str
+    context: StepContext, make_context: MakeContext, registry_proxy: FaultProxy
 ) -> None:
-    context = replace(with_model(make_context, registry_proxy, model), registries=("ghcr.io",))
-    message = unusable(context, records, ExitCode.BAD_CONFIGURATION)
+    context = replace(context, registries=("ghcr.io",))
+    message = unusable(context, ExitCode.BAD_CONFIGURATION)
     assert "is not among those that the profile allows (ghcr.io)" in message
     destination = {"output": {"destination": "oci://registry.example.org/team/tuned:v1"}}
-    assert "oci://registry.example.org/team/tuned:v1" in unusable(
-        make_context(destination), records, ExitCode.BAD_CONFIGURATION
-    )
+    assert "oci://registry.example.org/team/tuned:v1" in unusable(make_context(destination), ExitCode.BAD_CONFIGURATION)
     assert registry_proxy.seen == []
 
 

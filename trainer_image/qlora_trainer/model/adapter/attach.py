@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
-from qlora_trainer.model.architecture.decoder import block_linears, compute_as_in_use
-from qlora_trainer.model.architecture.peft_names import taken_for_experts
+from qlora_trainer.model.architecture.decoder import block_linears, compute_as_in_use, taken_for_experts
 from qlora_trainer.model.kernels.fused_lora import fuse_further_lora, fuse_lora
 from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
 from qlora_trainer.model.protocols import AdaptedModel, Decoder
@@ -50,10 +49,7 @@ def attach_adapter(
 
 
 def adapter_name(position: int) -> str:
-    """A name for one of several adapters. The first has PEFT's own for a single one.
-
-    None is a part of another, or of a module's name.
-    """
+    """Name one of several adapters, as no part of another name."""
     return f"adapter{position:03}" if position else "default"
 
 
@@ -67,10 +63,7 @@ def attach_further_adapter(
     base_name: str,
     base_revision: str,
 ) -> None:
-    """Attach another adapter, initialized as in `attach_adapter`, and activate it. All adapters have gradients.
-
-    PEFT finds an adapter's tensors by its name: it must not be part of the name of another adapter or module.
-    """
+    """Attach another adapter, as `attach_adapter` does, and activate it."""
     torch.manual_seed(seed)
     base = model.get_base_model()
     config = _configuration(base, lora, target_modules)
@@ -107,22 +100,14 @@ def _configuration(base: Decoder, lora: LoraSpec, target_modules: tuple[str, ...
 
 
 def _name_origin(config: LoraConfig, base: Decoder, target_modules: tuple[str, ...], name: str, revision: str) -> None:
-    """Name the base and the targets in the configuration of an attached adapter.
-
-    PEFT sets the folder that the base was loaded from. It means nothing elsewhere. PEFT also shortens long lists of
-    targets to suffixes.
-    """
+    """Name the base and all targets, which PEFT shortens to suffixes."""
     modules, parameters = peft_targets(base, target_modules)
     config.base_model_name_or_path, config.revision = name, revision
     config.target_modules, config.target_parameters = set(modules), set(parameters) or None
 
 
 def peft_targets(model: Decoder, layers: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The layers as PEFT's configuration has them: `target_modules`, and `target_parameters` for the others.
-
-    Those whose names PEFT takes for routed experts are named by their weights. On a 4-bit layer PEFT makes
-    the same adapter of both, and its file has the same names for the tensors.
-    """
+    """Split the layers into `target_modules` and `target_parameters` of PEFT."""
     # Of a model that has adapters already, the layers that they adapt are inside PEFT's.
     linears = tuple(name.removesuffix(".base_layer") for name in block_linears(model))
     taken = taken_for_experts(model, linears)
@@ -173,12 +158,6 @@ def save_adapter(model: AdaptedModel, folder: Path) -> None:
     if config["target_parameters"]:
         # On a base in 16 bit PEFT loads such an adapter only without dropout, which has no effect in use.
         config["lora_dropout"] = 0.0
-    text = json.dumps(config, indent=2, sort_keys=True, default=_plain)
+    # Sets, in sorted order.
+    text = json.dumps(config, indent=2, sort_keys=True, default=sorted)
     (folder / ADAPTER_CONFIG_FILE).write_text(text + "\n")
-
-
-def _plain(value: object) -> list[object]:
-    """Convert a value of PEFT's configuration for JSON, with sets in sorted order."""
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    raise TypeError(f"{type(value).__name__} cannot be written to {ADAPTER_CONFIG_FILE}")

@@ -78,7 +78,7 @@ def get_initial_adapter(
     expected = expected_tensors(text_part(config), target_modules, lora)
     partial = new_folder(partial_path(folder))
     known = earlier if earlier is not None and _is_wanted(earlier, lora.initial_adapter) else None
-    address = _without_slash(lora.initial_adapter.source) if known is None else known.source
+    address = lora.initial_adapter.source.rstrip("/") if known is None else known.source
     location = _fetch(access, address, partial, largest_file(expected))
     found = check_config(partial / ADAPTER_CONFIG_FILE, location, lora)
     sha256, stated = file_sha256(partial / ADAPTER_FILE), lora.initial_adapter.sha256
@@ -120,15 +120,10 @@ def read_initial_adapter(folder: Path, sha256: str) -> Mapping[str, Tensor]:
 
 def _is_wanted(record: InitialAdapterStatus, wanted: InitialAdapterSpec) -> bool:
     """Whether the record is of the job's adapter. Its location may have a commit."""
-    address = _without_slash(wanted.source)
+    address = wanted.source.rstrip("/")
     return wanted.sha256 in (None, record.sha256) and (
         record.source == address or record.source.startswith(f"{address}@")
     )
-
-
-def _without_slash(address: str) -> str:
-    """The address as locations have it, without a slash at its end."""
-    return address.rstrip("/")
 
 
 def _fetch(access: StoreAccess, address: str, folder: Path, largest: int) -> str:
@@ -141,7 +136,7 @@ def _fetch(access: StoreAccess, address: str, folder: Path, largest: int) -> str
         raise TypeError(f"the schema allows no adapter at {address}")
     with _explain_errors():
         remote = open_remote_model(source, lambda: _open_hub(access), access.secret, access.registries)
-        _require_files(remote.sizes, remote.location, largest)
+        _validate_files(remote.sizes, remote.location, largest)
         require_space(folder, sum(remote.sizes[name] for name in _FILES), f"the adapter {remote.location}")
         for name in _FILES:
             remote.fetch(name, folder, lambda _done: None)
@@ -161,13 +156,13 @@ def _copy(mounts: Mounts, source: VolumeSource, folder: Path, largest: int) -> N
     for name in {*_FILES} & {*names}:
         require_regular(found / name, found, f"{source}/{name}")
     sizes = {name: (found / name).stat().st_size if name in _FILES else 0 for name in names}
-    _require_files(sizes, str(source), largest)
+    _validate_files(sizes, str(source), largest)
     require_space(folder, sum(sizes[name] for name in _FILES), f"the adapter {source}")
     for name in _FILES:
         shutil.copyfile(found / name, folder / name)
 
 
-def _require_files(sizes: Mapping[str, int], location: str, largest: int) -> None:
+def _validate_files(sizes: Mapping[str, int], location: str, largest: int) -> None:
     """Raise StepFailure unless both files exist with at most the adapter's size."""
     pickles = [name for name in sizes if name.endswith((".bin", ".pt", ".pth"))]
     if ADAPTER_FILE not in sizes and pickles:

@@ -4,7 +4,7 @@ The configuration is only compared. It is never given to PEFT, whose `auto_mappi
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,16 +55,11 @@ class AdapterConfig:
 
 
 def check_config(path: Path, location: str, lora: LoraSpec) -> AdapterConfig:
-    """Compare adapter_config.json with spec.lora.
-
-    Raises StepFailure (BAD_CONFIGURATION) naming all that differs.
-    """
+    """Compare adapter_config.json with spec.lora. Raises StepFailure."""
     config = _read(path, location)
     if config.get("peft_type") != "LORA":
-        raise bad_configuration(
-            f"the adapter of spec.lora.from, {location}, is of type "
-            f"{shortened_json(config.get('peft_type'))}: must be LORA"
-        )
+        kind = shortened_json(config.get("peft_type"))
+        raise bad_configuration(f"the adapter of spec.lora.from, {location}, is of type {kind}: must be LORA")
     wanted: dict[str, tuple[str, object]] = {
         "r": ("rank", lora.rank),
         "lora_alpha": ("alpha", lora.alpha),
@@ -78,21 +73,18 @@ def check_config(path: Path, location: str, lora: LoraSpec) -> AdapterConfig:
     ]
     if different:
         raise _does_not_match(location, different)
-    _require_plain(config, location, {*wanted, "peft_type"})
+    _validate_variant(config, location, {*wanted, "peft_type"})
     names = (config.get("base_model_name_or_path"), config.get("revision"))
     return AdapterConfig(*(shortened(name, 200) if isinstance(name, str) and name else None for name in names))
 
 
 def check_tensors(path: Path, location: str, lora: LoraSpec, expected: Mapping[str, Expected]) -> None:
-    """Compare the adapter's tensors with those that training has. Reads one at a time.
-
-    Raises StepFailure (BAD_CONFIGURATION) naming the setting that differs, or the tensor that cannot be used.
-    """
+    """Compare the adapter's tensors with those of training. Raises StepFailure."""
     try:
         with safe_open(path, framework="pt") as tensors:
-            _require_same_tensors(set(tensors.keys()), set(expected), location)
+            _validate_names(set(tensors.keys()), set(expected), location)
             for name, wanted in expected.items():
-                _check(name, tensors.get_tensor(name), wanted, lora, location)
+                _validate_tensor(name, tensors.get_tensor(name), wanted, lora, location)
     except SafetensorError as error:
         raise bad_configuration(f"{location}/{path.name} is not a safetensors file ({error}): copy it again") from error
 
@@ -108,7 +100,7 @@ def _read(path: Path, location: str) -> JsonObject:
     return config
 
 
-def _require_plain(config: JsonObject, location: str, compared: set[str]) -> None:
+def _validate_variant(config: JsonObject, location: str, compared: set[str]) -> None:
     """Raise StepFailure for a variant of LoRA that is unsupported or newer."""
     initialized = config.get("init_lora_weights")
     if isinstance(initialized, str) and initialized.startswith(_CHANGE_THE_BASE):
@@ -128,26 +120,23 @@ def _require_plain(config: JsonObject, location: str, compared: set[str]) -> Non
             )
 
 
-def _require_same_tensors(found: set[str], expected: set[str], location: str) -> None:
+def _validate_names(found: set[str], expected: set[str], location: str) -> None:
     """Raise StepFailure naming the settings where one side has more tensors."""
-    different = []
+    different, both = [], (found, expected)
     for field, marks in (
         ("targetModules", (".lora_A.weight", ".lora_B.weight")),
         ("useDora", (".lora_magnitude_vector",)),
     ):
-        different += _difference(field, *(_layers(names, marks) for names in (found, expected)))
-    rest = [{name for name in names if ".lora_" not in name} for names in (found, expected)]
-    different += _difference("modulesToSave", *rest)
+        layers = (
+            {name.removesuffix(mark) for name in names for mark in marks if name.endswith(mark)} for names in both
+        )
+        different += _difference(field, *layers)
+    different += _difference("modulesToSave", *({name for name in names if ".lora_" not in name} for names in both))
     if different or found != expected:
         raise _does_not_match(location, different or [f"it has other tensors, first {min(found ^ expected)[:200]!r}"])
 
 
-def _layers(names: Iterable[str], marks: tuple[str, ...]) -> set[str]:
-    return {name.removesuffix(mark) for name in names for mark in marks if name.endswith(mark)}
-
-
 def _difference(field: str, found: set[str], expected: set[str]) -> list[str]:
-    """One sentence for the layers or modules that only one side has, if any."""
     if found == expected:
         return []
     same_names = {_last(name) for name in found} == {_last(name) for name in expected}
@@ -164,7 +153,7 @@ def _last(name: str) -> str:
     return name.removesuffix(".weight").rpartition(".")[2]
 
 
-def _check(name: str, tensor: torch.Tensor, expected: Expected, lora: LoraSpec, location: str) -> None:
+def _validate_tensor(name: str, tensor: torch.Tensor, expected: Expected, lora: LoraSpec, location: str) -> None:
     if tuple(tensor.shape) != expected.shape:
         raise bad_configuration(
             f"the adapter of spec.lora.from, {location}, is of another base: {name} has shape {list(tensor.shape)}, "

@@ -1,12 +1,6 @@
 """Merges an adapter into the 4-bit weights that it was trained on: a plain model in bfloat16, one tensor at a time.
 
-Not into the original weights: the trained-on weights differ from them by the whole quantization error. And not to
-4-bit again: that would round off most of the training.
-
-Memory, besides what the process holds before: a file's tensors (`SHARD_BYTES`, or one tensor if that is larger),
-`BYTES_PER_ENTRY` bytes for each entry of the largest layer, and what the allocator keeps of freed pieces below 32 MiB.
-Computing the merged model's loss takes less: its weights are mapped, which the kernel can drop, and copied one layer at
-a time.
+The original weights differ from these by the quantization error. 4-bit again would round off most of the training.
 """
 
 import json
@@ -25,13 +19,13 @@ from qlora_api.spec.training import LoraSpec
 from qlora_trainer.model.architecture.text_part import without_weights
 from qlora_trainer.model.nf4.base_weights import BaseWeights
 from qlora_trainer.model.protocols import Network
+from qlora_trainer.model.source.files import WEIGHTS_INDEX
 
 SHARD_BYTES = 2**30
 """Size of a file of weights, unless one tensor is larger."""
 BYTES_PER_ENTRY = 8
 """Working memory of a merge per entry of a layer: 16 bit, 32 bit, the result."""
 _MERGED_DTYPE = torch.bfloat16
-_INDEX = "model.safetensors.index.json"
 
 
 def merged_weight(base: Tensor, a: Tensor, b: Tensor, scaling: float, magnitude: Tensor | None = None) -> Tensor:
@@ -86,13 +80,12 @@ def merged_model(model_folder: Path) -> PreTrainedModel:
     """The merged model without weights, from the configuration in `model_folder`."""
     config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
     # The merged model is in 16 bit, also if the base was published in 4.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    vars(config).pop("quantization_config", None)
     return without_weights(config, dtype=_MERGED_DTYPE)
 
 
 def merged_bytes(model: Network) -> int:
-    """Bytes of the weights of a model of `merged_model`. Tied weights count once."""
+    """Bytes of the weights of a `merged_model`. Tied weights count once."""
     return sum(parameter.numel() * _MERGED_DTYPE.itemsize for parameter in model.parameters())
 
 
@@ -112,6 +105,6 @@ def write_merged(model: PreTrainedModel, source: MergeSource, folder: Path, shar
         save_file({name: source.tensor(name) for name in names}, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)

@@ -1,9 +1,8 @@
 """Describes the tensors of a complete adapter's file: names, shapes and types."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import prod
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -20,8 +19,7 @@ _HEADER_BYTES = 2**20
 _HEADER_BYTES_PER_TENSOR = 512
 
 
-@dataclass(frozen=True)
-class Expected:
+class Expected(NamedTuple):
     """Shape and dtype of a tensor of a complete adapter."""
 
     shape: tuple[int, ...]
@@ -29,11 +27,7 @@ class Expected:
 
 
 def expected_tensors(skeleton: Decoder, target_modules: tuple[str, ...], lora: LoraSpec) -> Mapping[str, Expected]:
-    """Each tensor that a complete adapter holds by its name, from a model that has shapes but no weights.
-
-    A of a layer is [rank, inputs], B is [outputs, rank] and DoRA's magnitude [outputs]; the names are those of PEFT's
-    adapter files.
-    """
+    """Each tensor of a complete adapter, by its name in PEFT's files."""
     shapes: dict[str, tuple[int, ...]] = {}
     for target in target_modules:
         layer = cast("nn.Linear", skeleton.get_submodule(target))

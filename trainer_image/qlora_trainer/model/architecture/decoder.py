@@ -1,11 +1,16 @@
-"""Finds the text decoder of a model, its blocks, linear layers and embeddings."""
+"""Finds the text decoder of a model, its blocks, linear layers and embeddings, and their names in PEFT."""
 
 import inspect
 import re
 from collections.abc import Iterator
 from typing import Any, cast
 
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from qlora_trainer.core.model_error import ModelError
 from qlora_trainer.model.experts.layout import routing_linears
@@ -30,11 +35,10 @@ def block_linears(model: Decoder) -> tuple[str, ...]:
 
 
 def block_structures(model: Decoder) -> frozenset[frozenset[str]]:
-    """The structures of the blocks: of each kind the modules, with their classes, and the parameters.
-
-    A list inside a block counts the same for any number of members.
-    """
-    return frozenset(frozenset(map(_without_numbers, _parts(block))) for block in decoder_blocks(model))
+    """Modules with their classes, and parameters, of each kind of block."""
+    return frozenset(
+        frozenset(re.sub(r"\b\d+\b", "*", part) for part in _parts(block)) for block in decoder_blocks(model)
+    )
 
 
 def _parts(block: nn.Module) -> Iterator[str]:
@@ -42,10 +46,6 @@ def _parts(block: nn.Module) -> Iterator[str]:
         yield f"{name or 'block'} ({type(module).__name__})"
     for name, _ in block.named_parameters():
         yield name
-
-
-def _without_numbers(name: str) -> str:
-    return re.sub(r"\b\d+\b", "*", name)
 
 
 def place_in_block(name: str) -> tuple[int, str]:
@@ -72,9 +72,8 @@ def decoder_states(model: Decoder, input_ids: Tensor, position_ids: Tensor, rows
 def compute_as_in_use(model: Decoder) -> None:
     """Turn off what a family does in training mode only: the frozen base computes as in use.
 
-    That is every dropout, of values and of whole layers, the noise of routers (Mixtral's jitter), and the clipping of
-    weights by Gemma 3n. That runs outside the layers' forward passes and would take packed weights for numbers.
-    Call it before the model has an adapter, whose dropout stays.
+    That is every dropout, the noise of routers (Mixtral's jitter), and the clipping of weights by Gemma 3n, which would
+    take packed weights for numbers. Call it before the model has an adapter, whose dropout stays.
     """
     module: Any
     for module in model.modules():
@@ -100,3 +99,17 @@ def outer_parameters(model: Decoder) -> set[int]:
     modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     head = model.get_output_embeddings()
     return {id(parameter) for module in (*modules, head) if module is not None for parameter in module.parameters()}
+
+
+def taken_for_experts(model: Decoder, linears: tuple[str, ...]) -> frozenset[str]:
+    """The linear layers whose names PEFT takes for routed experts."""
+    config = LoraConfig(target_modules=list(linears))
+    convert_peft_config_for_transformers(config, model, None)
+    return frozenset(linears).difference(config.target_modules or ())
+
+
+def lost_by_peft(model: PreTrainedModel, linears: tuple[str, ...]) -> frozenset[str]:
+    """The linear layers whose adapter PEFT renames when it reads it."""
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    weights = {name: f"{name}.weight" for name in linears}
+    return frozenset(name for name, weight in weights.items() if rename_source_key(weight, renamings, [])[0] != weight)

@@ -7,27 +7,18 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto as auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from qlora_trainer.core.model_error import ModelError, explain_errors
 from qlora_trainer.core.paths import some_names
 
 # Published models of a type are loaded by the first that has it, and those of a single decoder by the first of all.
-_TEXT = ((AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),)
+_TEXT = ((auto.AutoModelForCausalLM, auto.MODEL_FOR_CAUSAL_LM_MAPPING),)
 _MULTIMODAL = (
-    (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
-    (AutoModelForMultimodalLM, MODEL_FOR_MULTIMODAL_LM_MAPPING),
+    (auto.AutoModelForImageTextToText, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+    (auto.AutoModelForMultimodalLM, auto.MODEL_FOR_MULTIMODAL_LM_MAPPING),
 )
 
 
@@ -37,11 +28,7 @@ def is_multimodal(config: PretrainedConfig) -> bool:
 
 
 def auto_class(config: PretrainedConfig) -> type[_BaseAutoModelClass] | None:
-    """The auto class of transformers that loads such a model, or None if there is none for text.
-
-    A multimodal model is loaded whole, because then its layers have the names that PEFT and servers look for in an
-    adapter. Its text decoder alone has others.
-    """
+    """The auto class that loads such a model whole, or None without one for text."""
     known = (*_MULTIMODAL, *_TEXT) if is_multimodal(config) else (*_TEXT, *_MULTIMODAL)
     return next((loader for loader, types in known if type(config) in types), None)
 
@@ -62,10 +49,9 @@ def text_part(config: PretrainedConfig, **settings: object) -> PreTrainedModel:
 
 
 def random_text_part(config: PretrainedConfig, **settings: object) -> PreTrainedModel:
-    """The model in main memory, initialized at random by transformers, but towers and projectors are of zeros.
+    """The model in main memory, initialized at random by transformers. Towers and projectors are zeros without memory.
 
-    These take no memory. Some models compute with them for any input, and then use none of it. Raises ModelError if
-    something outside the text decoder gets no values.
+    Raises ModelError if something outside the text decoder gets no values.
     """
     loader = cast("type[_BaseAutoModelClass]", auto_class(config))
     if not is_multimodal(config):
@@ -129,10 +115,7 @@ def load_text_part(folder: Path, **settings: object) -> tuple[PreTrainedModel, M
 
 
 def parts_beside_text(model: PreTrainedModel) -> tuple[str, ...]:
-    """Names of the largest modules of a multimodal model that share nothing with its text decoder, embeddings and head.
-
-    They are towers and projectors, for images or sound. A model of text has none.
-    """
+    """Names of the towers and projectors of a multimodal model."""
     if not is_multimodal(model.config):
         return ()
     parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
@@ -155,7 +138,6 @@ def _outside(module: nn.Module, kept: set[int], prefix: str = "") -> Iterator[st
 
 
 def _leave_text_part(model: PreTrainedModel) -> tuple[str, ...]:
-    """Remove `parts_beside_text`, and return their names."""
     removed = parts_beside_text(model)
     for name in removed:
         parent, _, last = name.rpartition(".")
@@ -170,8 +152,6 @@ def _without_other_parts(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 
 class _TextPart:
-    """Goes before the class of a multimodal model."""
-
     def __init__(self, *given: object, **settings: object) -> None:
         super().__init__(*given, **settings)
         model = cast("PreTrainedModel", self)

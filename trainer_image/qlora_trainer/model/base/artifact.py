@@ -17,7 +17,7 @@ from qlora_trainer.stores.contents import PublishedFile
 
 MANIFEST = "base.json"
 FORMAT = 1
-"""Raised by a release whose bytes differ for another reason than a library."""
+"""A release raises it if its bytes differ for another reason than a library."""
 _MAX_MANIFEST_BYTES = 2**22
 _AGAIN = "create the job again"
 
@@ -40,14 +40,11 @@ class BaseManifest(ObservedModel):
     @property
     def sha256(self) -> str:
         """SHA-256 over the lines `<sha256>  <name>` of the files, sorted by name."""
-        return _sum({name: file.sha256 for name, file in self.files.items()})
+        return content_revision({name: file.sha256 for name, file in self.files.items()}).removeprefix("sha256:")
 
 
 def read_manifest(folder: Path) -> BaseManifest | None:
-    """Read the manifest of a folder.
-
-    Returns None if there is none that can be read. The base is then made (again).
-    """
+    """Read the manifest of a folder, or return None if there is none that can be read."""
     path = folder / MANIFEST
     try:
         if path.stat().st_size > _MAX_MANIFEST_BYTES:
@@ -60,14 +57,14 @@ def read_manifest(folder: Path) -> BaseManifest | None:
 
 
 def write_manifest(folder: Path, manifest: BaseManifest) -> None:
-    """Write it: afterwards it is complete and durable or, if that fails, as it was."""
+    """Write it durably, or leave it as it was."""
     write_atomically(folder / MANIFEST, json.dumps(manifest.dump(), indent=2, sort_keys=True).encode() + b"\n")
 
 
 def is_present(folder: Path, sha256: str, quantization: QuantizationSpec) -> bool:
     """Whether the folder has the base of this sum, by manifest and file sizes."""
     manifest = read_manifest(folder)
-    if manifest is None or manifest.sha256 != sha256 or manifest.quantization != quantization:
+    if manifest is None or (manifest.sha256, manifest.quantization) != (sha256, quantization):
         return False
     return has_files(folder, manifest)
 
@@ -83,11 +80,7 @@ def has_size(path: Path, size: int) -> bool:
 
 
 def require_files(folder: Path) -> list[str]:
-    """The names of the base's files. Raises StepFailure UNSAFE_ARTIFACT unless these are in the folder, and no others.
-
-    Libraries load more than they are asked for, such as an adapter in the same folder. UNREACHABLE if the folder is
-    gone or cannot be read: a change of the base can then not be excluded.
-    """
+    """The names of the base's files. Raises StepFailure for others."""
     with _reading(folder):
         if not folder.is_dir():
             raise unreachable(f"the 4-bit base is no longer in {folder}; the step is retried")
@@ -102,10 +95,7 @@ def require_files(folder: Path) -> list[str]:
 
 
 def require_sha256(folder: Path, sha256: str, on_block: Callable[[], None] = lambda: None) -> None:
-    """Read all files of the base. Raise StepFailure UNSAFE_ARTIFACT unless the sum is what prepare recorded.
-
-    UNREACHABLE if they cannot be read. `on_block` is called for every few MiB.
-    """
+    """Raise StepFailure unless the base's files have the recorded sum."""
     files = require_files(folder)
     with _reading(folder):
         digests = {name: file_sha256(folder / name, lambda _done: on_block()) for name in files}
@@ -114,7 +104,7 @@ def require_sha256(folder: Path, sha256: str, on_block: Callable[[], None] = lam
 
 def require_sum(folder: Path, digests: dict[str, str], sha256: str) -> None:
     """Raise StepFailure UNSAFE_ARTIFACT unless the sum is the recorded one."""
-    found = _sum(digests)
+    found = content_revision(digests).removeprefix("sha256:")
     if found != sha256:
         raise unsafe_artifact(
             f"the 4-bit base in {folder} has sha256 {found}, but prepare recorded {sha256}: it was changed or damaged "
@@ -130,7 +120,3 @@ def _reading(folder: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise unreachable(f"the 4-bit base in {folder} cannot be read ({reason}); the step is retried") from error
-
-
-def _sum(digests: dict[str, str]) -> str:
-    return content_revision(digests).removeprefix("sha256:")

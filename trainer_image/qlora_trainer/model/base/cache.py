@@ -20,7 +20,6 @@ from qlora_api.contract import ModelCacheLayout
 from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core.failures import StepFailure, model_unavailable, unreachable
 from qlora_trainer.core.filesystem import file_sha256, is_full, new_folder, partial_path, remove, sync, sync_tree
-from qlora_trainer.core.folder_lock import Ownership
 from qlora_trainer.core.partial_folders import FOLDER_MODE, PartialFolders, open_shared, set_mode
 from qlora_trainer.core.paths import some_names
 from qlora_trainer.model.base.artifact import FORMAT, MANIFEST, BaseManifest, has_size, read_manifest
@@ -40,15 +39,12 @@ class DamagedCacheError(Exception):
 
 
 class UnusableCacheError(Exception):
-    """The cache's volume is full, read-only or broken. The message is a part of a sentence about it.
+    """The cache's volume is full, read-only or broken. Its content may be sound."""
 
-    Its content may be sound, and other jobs may be reading it: nothing is set aside.
-    """
-
-    def __init__(self, message: str, *, may_pass: bool = False) -> None:
-        """`may_pass`: for an error of the volume, which another attempt may not meet."""
+    def __init__(self, message: str, *, can_pass: bool = False) -> None:
+        """`can_pass`: for an error of the volume, which another attempt may not meet."""
         super().__init__(message)
-        self.may_pass = may_pass
+        self.can_pass = can_pass
 
 
 @contextmanager
@@ -57,7 +53,7 @@ def volume_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UnusableCacheError(error.strerror or type(error).__name__, may_pass=not is_full(error)) from error
+        raise UnusableCacheError(error.strerror or type(error).__name__, can_pass=not is_full(error)) from error
 
 
 @contextmanager
@@ -85,13 +81,12 @@ class CachedFolder:
 
     @read_errors()
     def require_sound(self, manifest: BaseManifest, on_bytes: Callable[[int, int], None]) -> None:
-        """Read all files. Raises DamagedCacheError unless they are those of the manifest, UnusableCacheError.
-
-        `on_bytes` is called with the bytes that have been read and the total.
-        """
+        """Raise DamagedCacheError unless all files are those of the manifest."""
         total, finished, wrong = sum(file.size for file in manifest.files.values()), 0, []
         for name, file in manifest.files.items():
-            if _sha256(self.path / name, finished, total, on_bytes) != file.sha256:
+            before = finished
+            found = file_sha256(self.path / name, lambda done, before=before: on_bytes(before + done, total))  # type: ignore[misc]
+            if found != file.sha256:
                 wrong.append(name)
             finished += file.size
             on_bytes(finished, total)
@@ -109,7 +104,7 @@ class ModelCache:
     @volume_errors()
     def find(self, key: str) -> CachedFolder | None:
         """The folder of a base, which is still to be verified."""
-        self._require_no_link()
+        self._validate_no_link()
         path = self._bases / key
         try:
             found = path.lstat()
@@ -131,11 +126,14 @@ class ModelCache:
     def claim(self, key: str) -> Iterator[Path | None]:
         """Yield the folder to make the base in, or None while another pod makes it.
 
-        The folder may have what a killed pod has left. If the body raises, the folder stays for the next attempt to
-        resume from it, and is removed after an error that another attempt cannot fix.
+        The folder may have what a killed pod has left. It stays for the next attempt if the body raises, unless with an
+        error that another attempt cannot fix.
         """
         with volume_errors():
-            claimed = self._claim(key)
+            self._validate_no_link()
+            # Of the cells of a sweep, the first also makes the folder that they share.
+            open_shared(self._bases)
+            claimed = self._partials.claim(key)
         if claimed is None:
             yield None
             return
@@ -156,10 +154,7 @@ class ModelCache:
 
     @volume_errors()
     def complete(self, made: Path, key: str) -> Path | None:
-        """Move a complete base to its name, and return its folder.
-
-        Returns None, and removes the base, if another pod was faster.
-        """
+        """Move a complete base to its name. Returns None if another pod was faster."""
         target = self._bases / key
         for path in made.iterdir():
             set_mode(path, _FILE_MODE)
@@ -191,13 +186,7 @@ class ModelCache:
             set_mode(partial, FOLDER_MODE)
             folder.path.rename(partial_path(partial / _MADE))
 
-    def _claim(self, key: str) -> tuple[Path, Ownership] | None:
-        self._require_no_link()
-        # Of the cells of a sweep, the first also makes the folder that they share.
-        open_shared(self._bases)
-        return self._partials.claim(key)
-
-    def _require_no_link(self) -> None:
+    def _validate_no_link(self) -> None:
         if self._bases.is_symlink():
             raise UnusableCacheError(f"{self._bases.name} is a symbolic link")
 
@@ -209,10 +198,7 @@ class ModelCache:
 
 
 def cache_key(version: str, quantization: QuantizationSpec) -> str:
-    """The folder's name for a base, in hexadecimal: the SHA-256 of everything that its bytes depend on.
-
-    `version` identifies the original. A base of other libraries gets another folder, because a folder never changes.
-    """
+    """The folder's name: SHA-256 of everything that the base's bytes depend on."""
     # Builds of a library for other devices differ behind the plus sign; it is the CPU that quantizes.
     libraries = {name: installed(name).partition("+")[0] for name in _LIBRARIES}
     parts = {"version": version, "quantization": quantization.dump(), "format": FORMAT, "libraries": libraries}
@@ -220,10 +206,7 @@ def cache_key(version: str, quantization: QuantizationSpec) -> str:
 
 
 def manifest_of(folder: Path) -> BaseManifest:
-    """The manifest of a complete base. Only checks names, kinds and sizes, and follows no link.
-
-    Raises DamagedCacheError if a file is missing, strange, of another size or too many, and OSError.
-    """
+    """The manifest of a complete base. Raises DamagedCacheError, OSError."""
     if not stat.S_ISDIR(folder.lstat().st_mode):
         raise DamagedCacheError("it is not a folder")
     with os.scandir(folder) as entries:
@@ -245,7 +228,7 @@ def manifest_of(folder: Path) -> BaseManifest:
 
 
 def is_whole(folder: Path, cache: Path | None) -> bool:
-    """Whether the base is complete, if it is in the cache. Else True, unread."""
+    """Whether the base is complete, or not in the cache."""
     try:
         require_whole_in_cache(folder, cache)
     except StepFailure:
@@ -254,10 +237,7 @@ def is_whole(folder: Path, cache: Path | None) -> bool:
 
 
 def require_whole_in_cache(folder: Path, cache: Path | None) -> None:
-    """Raise StepFailure MODEL_UNAVAILABLE if the base is in the cache, but no longer complete there.
-
-    UNREACHABLE if the volume cannot be read.
-    """
+    """Raise StepFailure if the base is in the cache, but not complete there."""
     if cache is None or not folder.is_relative_to(cache):
         return
     try:
@@ -270,8 +250,3 @@ def require_whole_in_cache(folder: Path, cache: Path | None) -> None:
             f"the base model is no longer whole in the model cache ({error}): nothing may delete or change files there "
             "while jobs run; raise spec.retry.request, and prepare makes it again"
         ) from error
-
-
-def _sha256(path: Path, before: int, total: int, on_bytes: Callable[[int, int], None]) -> str:
-    """The digest of a file that `before` bytes precede."""
-    return file_sha256(path, lambda done: on_bytes(before + done, total))

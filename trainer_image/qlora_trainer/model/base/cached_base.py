@@ -67,10 +67,7 @@ class BaseSource(Protocol):
 def open_base_source(
     source: ModelSource, layout: BaseLayout, settings: Path, target: Path, cache: ModelCache | None
 ) -> BaseSource:
-    """Return where the base comes from: the cache if there is one, else the workspace folder `target`.
-
-    `settings` is the folder of the model's config.json.
-    """
+    """Open the cache if there is one, else the workspace folder `target`."""
     own = _WorkspaceBase(source, target, settings, layout)
     if cache is None:
         return own
@@ -132,7 +129,6 @@ class _CachedBase:
     def __init__(
         self, source: ModelSource, own: _WorkspaceBase, cache: ModelCache, settings: Path, layout: BaseLayout
     ) -> None:
-        """Create. `own` is used without the cache."""
         self.activity = source.making
         self.origin: Origin = source.origin
         self.remark = ""
@@ -148,9 +144,9 @@ class _CachedBase:
         try:
             if self._cache.find(self._key) is not None or self._cache.bytes_being_made(self._key) is not None:
                 return
-            self._require_room_in_cache(0)
+            self._validate_cache_room(0)
         except UnusableCacheError as error:
-            self._require_room_without(error)
+            self._validate_workspace_room(error)
 
     def base(self, on_bytes: OnBytes) -> Base:
         self._source.require_readable()
@@ -165,22 +161,18 @@ class _CachedBase:
             unusable = f"the model cache cannot be used ({error})"
             self.activity = f"{unusable}: {self._source.making}"
             self.remark = _remark(f"{unusable}: the base was made in the workspace")
-            self._require_room_without(error)
+            self._validate_workspace_room(error)
         else:
             self._own.discard()
             return base
         return self._own.base(on_bytes)
 
-    def _require_room_without(self, reason: UnusableCacheError) -> None:
-        """Check whether the base can be made in the workspace.
-
-        A workspace without room for it is no mistake of the user's while there is a cache: that failure is retried if
-        the cache may be back then.
-        """
+    def _validate_workspace_room(self, reason: UnusableCacheError) -> None:
+        """Check the workspace. Lack of room is retried if the cache may be back."""
         try:
             self._own.require_room()
         except StepFailure as failure:
-            passing = reason.may_pass and failure.exit_code is ExitCode.STORAGE_FULL
+            passing = reason.can_pass and failure.exit_code is ExitCode.STORAGE_FULL
             code = ExitCode.UNREACHABLE if passing else failure.exit_code
             retried = "; the step is retried" if passing else ""
             raise StepFailure(code, f"{failure.message}; the model cache cannot be used: {reason}{retried}") from None
@@ -211,18 +203,15 @@ class _CachedBase:
         try:
             manifest = found.manifest()
             found.require_sound(manifest, on_bytes)
-            self._require_of_model(found.path, manifest)
+            self._validate_origin(found.path, manifest)
         except DamagedCacheError as damage:
             self.remark = _remark(f"the base in the cache was damaged ({damage}): what is wrong was made again")
             self._cache.set_aside(found)
             return None
         return Base(found.path, manifest, self._source.revision(manifest.sources))
 
-    def _require_of_model(self, folder: Path, manifest: BaseManifest) -> None:
-        """Raise DamagedCacheError unless this job would have made the same, but for the numbers.
-
-        Weights are only compared by their sum, which is the manifest's.
-        """
+    def _validate_origin(self, folder: Path, manifest: BaseManifest) -> None:
+        """Raise DamagedCacheError unless this job would have made the same."""
         originals = self._source.originals()
         made_of = {name: originals.get(name) or digest for name, digest in manifest.sources.items()}
         wanted = (self._version, self._layout.quantization, originals.keys(), manifest.sources)
@@ -238,10 +227,9 @@ class _CachedBase:
             raise DamagedCacheError("its configuration is another one")
 
     def _make(self, place: Path, on_bytes: OnBytes) -> Base | None:
-        """Make it in the cache's folder, or return None if another pod was faster."""
         with volume_errors():
             present = bytes_below(place.parent)
-        self._require_room_in_cache(present)
+        self._validate_cache_room(present)
         with volume_errors():
             conversion = BaseConversion(place, self._settings, self._known_version, self._layout, self._source.uri)
             self.activity = "checking what another job has left of"
@@ -274,7 +262,7 @@ class _CachedBase:
     def _key(self) -> str:
         return cache_key(self._known_version, self._layout.quantization)
 
-    def _require_room_in_cache(self, present: int) -> None:
+    def _validate_cache_room(self, present: int) -> None:
         needed, free = self._layout.bytes - present, self._cache.free_bytes()
         if needed > free:
             raise UnusableCacheError(f"it has {sizes(free)} free, and the base needs {sizes(needed)}")
@@ -283,8 +271,6 @@ class _CachedBase:
 
 @dataclass(frozen=True)
 class _InCache:
-    """A conversion whose volume is the cache's. See Conversion."""
-
     conversion: BaseConversion
 
     @property

@@ -26,10 +26,7 @@ def library_config(
     experts: bool,
     in_16_bit: tuple[str, ...] = (),
 ) -> BitsAndBytesConfig:
-    """The quantization as transformers' configuration, for a model that has, or may have, routed `experts`.
-
-    `in_16_bit`: names of all modules that are not quantized. Without any, transformers takes the output layer.
-    """
+    """The quantization as transformers' configuration."""
     settings = ExpertsConfig if experts else BitsAndBytesConfig
     return settings(
         load_in_4bit=True,
@@ -42,10 +39,7 @@ def library_config(
 
 
 def modules_in_16_bit(config_folder: Path) -> tuple[str, ...]:
-    """Modules that stay in 16 bit, or none if transformers would choose the same.
-
-    It takes all or none of them by name.
-    """
+    """All modules that stay in 16 bit, or none if transformers would choose the same."""
     # Before weights are tied, as in `quantized_names`.
     with no_tie_weights():
         model = unloaded_model(config_folder)
@@ -65,7 +59,7 @@ def quantized_names(config_folder: Path, settings: BitsAndBytesConfig) -> frozen
 
 
 def require_same_layers(theirs: frozenset[str], ours: frozenset[str]) -> None:
-    """Raise StepFailure (BAD_CONFIGURATION) if stored 4-bit layers are not those of a job."""
+    """Raise StepFailure if stored 4-bit layers are not those of a job."""
     if theirs != ours:
         in_16_bit, in_4_bit = map(some_names, (ours - theirs, theirs - ours))
         raise bad_configuration(

@@ -1,7 +1,9 @@
 """Makes the 4-bit base of a job, one original file at a time, and resumes."""
 
+import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -22,9 +24,7 @@ from qlora_trainer.core.filesystem import (
 )
 from qlora_trainer.core.protocols import TensorFile
 from qlora_trainer.model.base.artifact import MANIFEST, BaseManifest, has_files, has_size, read_manifest, write_manifest
-from qlora_trainer.model.base.layout import BaseLayout, Part
-from qlora_trainer.model.base.weights_file import DTYPES, write_weights
-from qlora_trainer.model.experts.mxfp4_stack import Mxfp4Tensor
+from qlora_trainer.model.base.layout import ALIGNMENT, DTYPES, BaseLayout, Entry, Part
 from qlora_trainer.model.nf4.quantization import quantize
 from qlora_trainer.model.nf4.stored_layer import StoredTensor
 from qlora_trainer.model.source.files import CONFIG, GENERATION_CONFIG, WEIGHTS, WEIGHTS_INDEX, OnBytes
@@ -36,31 +36,21 @@ class BaseConversion:
     """The base in `target`, and an earlier attempt's part of it. See Conversion."""
 
     def __init__(self, target: Path, settings: Path, version: str, layout: BaseLayout, address: str = "") -> None:
-        """Delete what was made of another original: there may be no room for both.
-
-        A base that has lost a file is incomplete again. `settings` is the folder with the model's config.json,
-        `version` identifies the original, which people know by its `address`.
-        """
+        """Delete what was made of another original: there may be no room for both."""
         self._target, self._settings, self._layout = target, settings, layout
         self._folder = target
-        found = read_manifest(target)
-        if found is None or not _is_of(found, version, layout) or not has_files(target, found):
+        origin = {"version": version, "quantization": layout.quantization, "in_16_bit": layout.in_16_bit}
+        found = _read_of(target, origin)
+        if found is None or not has_files(target, found):
             self._folder = partial_path(target)
-            if found is not None and _is_of(found, version, layout):
+            if found is not None:
                 remove(self._folder)
                 target.rename(self._folder)
             remove(target)
-            found = read_manifest(self._folder)
-        if found is None or not _is_of(found, version, layout):
+            found = _read_of(self._folder, origin)
+        if found is None:
             new_folder(self._folder)
-            found = BaseManifest(
-                address=address,
-                version=version,
-                quantization=layout.quantization,
-                in_16_bit=layout.in_16_bit,
-                sources={},
-                files={},
-            )
+            found = BaseManifest.model_validate({"address": address, **origin, "sources": {}, "files": {}})
         # Of an attempt that was killed while it wrote one of them: the folder may have nothing else in it.
         remove_partials(self._folder)
         self._manifest = found
@@ -89,11 +79,7 @@ class BaseConversion:
         self._note({path.name: written}, {path.name: sha256})
 
     def keep_sound(self, originals: Mapping[str, str | None], on_bytes: OnBytes) -> None:
-        """Delete all but sound files that were made of these originals, by name with SHA-256.
-
-        For a folder that others can write to. Where the server does not report a digest, any counts. The base is
-        incomplete afterwards.
-        """
+        """Delete all but sound files of these originals, by name with SHA-256."""
         if self._folder == self._target:
             self._folder = partial_path(self._target)
             remove(self._folder)
@@ -113,14 +99,13 @@ class BaseConversion:
         write_manifest(self._folder, self._manifest)
 
     def complete(self) -> BaseManifest:
-        """Add the configuration and the index, give the folder its name, and return its manifest.
-
-        Raises StepFailure MODEL_UNAVAILABLE if the original lacks a tensor of the model.
-        """
+        """Complete the folder. Raises StepFailure if the original lacks a tensor."""
         if self._folder == self._target:
             return self._manifest
         for name, content in small_files(self._folder, self._manifest, self._settings, self._layout).items():
-            self._write(name, content)
+            path = self._folder / name
+            path.write_bytes(content)
+            self._note({name: PublishedFile(sha256=file_sha256(path), size=path.stat().st_size)}, {})
         complete_folder(self._folder, self._target)
         self._folder = self._target
         return self._manifest
@@ -128,10 +113,15 @@ class BaseConversion:
     def _tensors(self, opened: TensorFile[Tensor], parts: list[Part], file: str) -> Iterator[Tensor]:
         for part in parts:
             if part.layer is not None:
-                tensor = _ours(part.layer, part.stored, opened.get_tensor(part.stored), file)
+                try:
+                    tensor = part.layer.ours(opened.get_tensor(part.stored))
+                except ValueError as error:
+                    raise model_unavailable(
+                        f"{part.stored} in {file} is no part of a 4-bit layer: {error}; {ORIGINAL}"
+                    ) from error
                 yield _fill(tensor, part.entries[0].shape)
                 continue
-            if not part.four_bit:
+            if not part.is_four_bit:
                 yield opened.get_tensor(part.stored).to(DTYPES[part.entries[0].dtype])
                 continue
             entries = iter(part.entries)
@@ -145,22 +135,43 @@ class BaseConversion:
                 for entry in islice(entries, len(layer)):
                     yield _fill(layer[entry.name.removeprefix(name)], entry.shape)
 
-    def _write(self, name: str, content: bytes) -> None:
-        path = self._folder / name
-        path.write_bytes(content)
-        self._note({name: PublishedFile(sha256=file_sha256(path), size=path.stat().st_size)}, {})
-
     def _note(self, files: Mapping[str, PublishedFile], sources: Mapping[str, str]) -> None:
         known = self._manifest
         self._manifest = replace(known, files=known.files | dict(files), sources=known.sources | dict(sources))
         write_manifest(self._folder, self._manifest)
 
 
-def small_files(folder: Path, manifest: BaseManifest, settings: Path, layout: BaseLayout) -> Mapping[str, bytes]:
-    """The files of a base besides the weights: its configuration and, with several files, an index.
+def write_weights(path: Path, entries: Sequence[Entry], tensors: Iterable[Tensor]) -> PublishedFile:
+    """Write a durable safetensors file with the tensors. Raises OSError."""
+    header = _header(entries)
+    digest, size = hashlib.sha256(header), len(header)
+    with path.open("wb") as file:
+        file.write(header)
+        for entry, tensor in zip(entries, tensors, strict=True):
+            if tensor.dtype != DTYPES[entry.dtype] or tuple(tensor.shape) != entry.shape:
+                raise AssertionError(f"{entry} was announced, and {tensor.dtype} {list(tensor.shape)} has come")
+            content = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            digest.update(content)
+            size += file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return PublishedFile(sha256=digest.hexdigest(), size=size)
 
-    Raises StepFailure MODEL_UNAVAILABLE if the weights lack a tensor of the model.
-    """
+
+def _header(entries: Sequence[Entry]) -> bytes:
+    described: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for entry in entries:
+        end = begin + entry.bytes
+        described[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [begin, end]}
+        begin = end
+    content = json.dumps(described, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % ALIGNMENT)
+    return len(content).to_bytes(8, "little") + content
+
+
+def small_files(folder: Path, manifest: BaseManifest, settings: Path, layout: BaseLayout) -> Mapping[str, bytes]:
+    """Configuration and index of a base. Raises StepFailure for a missing tensor."""
     files = {name: sorted(_headers(folder / name)) for name in manifest.sources}
     layout.require_complete({name for names in files.values() for name in names})
     config = json.loads((settings / CONFIG).read_bytes())
@@ -178,16 +189,10 @@ def _json(content: Mapping[str, object]) -> bytes:
     return json.dumps(content, indent=2).encode() + b"\n"
 
 
-def _is_of(manifest: BaseManifest, version: str, layout: BaseLayout) -> bool:
-    found = (manifest.version, manifest.quantization, manifest.in_16_bit)
-    return found == (version, layout.quantization, layout.in_16_bit)
-
-
-def _ours(layer: StoredTensor | Mxfp4Tensor, stored: str, tensor: Tensor, file: str) -> Tensor:
-    try:
-        return layer.ours(tensor)
-    except ValueError as error:
-        raise model_unavailable(f"{stored} in {file} is no part of a 4-bit layer: {error}; {ORIGINAL}") from error
+def _read_of(folder: Path, origin: Mapping[str, object]) -> BaseManifest | None:
+    """The folder's manifest, or None unless it has these fields."""
+    found = read_manifest(folder)
+    return found if found and all(getattr(found, name) == value for name, value in origin.items()) else None
 
 
 def _fill(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -197,11 +202,10 @@ def _fill(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.nn.functional.pad(tensor, (0, shape[0] - len(tensor)), value=ord(" "))
 
 
-def _headers(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Type and shape of each tensor in a file, by name."""
+def _headers(path: Path) -> dict[str, Entry]:
     with safe_open(path, framework="pt") as opened:
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - it is no dictionary
-        return {name: (header.get_dtype(), tuple(header.get_shape())) for name, header in slices.items()}
+        return {name: Entry(name, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
 
 
 _DESCRIPTIONS = ("quant_state.", "quant_map", "nested_quant_map")
@@ -211,9 +215,8 @@ _DESCRIPTIONS = ("quant_state.", "quant_map", "nested_quant_map")
 def require_tensors(folder: Path, files: Iterable[str], layout: BaseLayout) -> None:
     """Raise ValueError, naming the tensor, unless these files have the tensors of a base, and what reads them.
 
-    Compared are names, types and shapes, and of each 4-bit layer its description and its tables: kernels read as many
-    constants as the description asks for, and do not look where a tensor ends. The model's numbers are not read.
-    Raises SafetensorError for a file of another format, OSError.
+    Kernels read as many constants as a layer's description asks for, past the end of a tensor. The model's numbers are
+    not read. Raises SafetensorError for a file of another format, OSError.
     """
     headers = {file: _headers(folder / file) for file in files}
     stored = {name: header for found in headers.values() for name, header in found.items()}
@@ -221,16 +224,18 @@ def require_tensors(folder: Path, files: Iterable[str], layout: BaseLayout) -> N
     if missing := wanted.keys() - stored.keys():
         raise ValueError(f"{min(missing)} is missing")
     for file, found in headers.items():
-        for name, (dtype, shape) in found.items():
+        for name, header in found.items():
             if name not in wanted:
                 raise ValueError(f"{name} belongs to no layer")
             entry, _ = wanted[name]
-            if (dtype, shape) != (entry.dtype, entry.shape):
-                raise ValueError(f"{name} is {dtype} {list(shape)}, and must be {entry.dtype} {list(entry.shape)}")
-        _require_descriptions(folder / file, {name: layer for name in found if (layer := wanted[name][1]) is not None})
+            if header != entry:
+                raise ValueError(
+                    f"{name} is {header.dtype} {list(header.shape)}, and must be {entry.dtype} {list(entry.shape)}"
+                )
+        _validate_descriptions(folder / file, {name: layer for name in found if (layer := wanted[name][1]) is not None})
 
 
-def _require_descriptions(path: Path, layers: Mapping[str, StoredTensor]) -> None:
+def _validate_descriptions(path: Path, layers: Mapping[str, StoredTensor]) -> None:
     with safe_open(path, framework="pt") as opened:
         for name, layer in layers.items():
             if not layer.role.startswith(_DESCRIPTIONS):

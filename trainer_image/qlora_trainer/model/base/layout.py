@@ -1,8 +1,8 @@
 """Decides which tensors of a base become 4-bit, and the content of its files."""
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Self
@@ -22,7 +22,6 @@ from qlora_trainer.model.base.chosen_layers import (
     require_same_layers,
     unloaded_model,
 )
-from qlora_trainer.model.base.weights_file import ALIGNMENT, DTYPES, Entry
 from qlora_trainer.model.experts.layout import ExpertLayout, Place, entry_name, matrices
 from qlora_trainer.model.experts.mxfp4_stack import Mxfp4Tensor, tensors_of
 from qlora_trainer.model.nf4.base_weights import StoredName, renaming
@@ -38,6 +37,18 @@ from qlora_trainer.model.source.quantization import (
     source_quantization,
 )
 
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+}
+"""The types of tensors that are written, by their names in the format."""
+ALIGNMENT = 8
+"""The first tensor's place in the file is a multiple of this many bytes."""
 STATE_BYTES = 256
 """Bytes of a layer's description in JSON, padded with spaces to a fixed length."""
 _WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
@@ -46,12 +57,26 @@ _PACKED_ALIGNMENT = 4
 
 
 @dataclass(frozen=True)
+class Entry:
+    """A tensor of a file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensor."""
+        return prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
 class Part:
     """A tensor of the original, and its replacement: itself, or 4-bit tensors."""
 
     stored: str
     entries: tuple[Entry, ...]
-    four_bit: bool
+    is_four_bit: bool = False
     place: Place | None = None
     """Among the experts, if it is a part of them."""
     layer: StoredTensor | Mxfp4Tensor | None = None
@@ -60,7 +85,7 @@ class Part:
     @property
     def alignment(self) -> int:
         """Where it may begin, and end, is a multiple of this many bytes."""
-        if self.four_bit:
+        if self.is_four_bit:
             return ALIGNMENT
         (entry,) = self.entries
         # Packed weights are read as another type too.
@@ -85,7 +110,7 @@ class BaseLayout:
     name_in_model: Callable[[str], StoredName | None]
     """See `renaming`."""
     experts: ExpertLayout
-    stored_in_4_bit: bool = False
+    is_stored_in_4_bit: bool = False
     """Whether the original's layers are in 4 bit already, as in `quantization`."""
     in_16_bit: tuple[str, ...] = ()
     """Names of all modules that stay in 16 bit, if transformers would leave fewer."""
@@ -94,10 +119,9 @@ class BaseLayout:
     def from_folder(cls, config_folder: Path, quantization: QuantizationSpec) -> Self:
         """The layout of the model whose config.json is in the folder, and was checked. Reads no weights.
 
-        transformers chooses the 4-bit layers: it replaces them in a model without weights, and skips the parts of a
-        multimodal model besides text, because they are not adapted to the error of quantization.
-        Raises StepFailure BAD_CONFIGURATION for a model that is in 4 bit already, but in another format or in other
-        layers.
+        transformers chooses the 4-bit layers in a model without weights. Towers are skipped: no adapter makes up for
+        the error of their quantization.
+        Raises StepFailure BAD_CONFIGURATION for a model that is in 4 bit in another format or in other layers.
         """
         settings = json.loads((config_folder / CONFIG).read_bytes())
         stored = source_quantization(settings, CONFIG)
@@ -131,7 +155,7 @@ class BaseLayout:
             ),
             name_in_model=rename,
             experts=experts,
-            stored_in_4_bit=stored is not None,
+            is_stored_in_4_bit=stored is not None,
             in_16_bit=in_16_bit,
         )
 
@@ -144,90 +168,84 @@ class BaseLayout:
             if stack.mxfp4:
                 weights += sum(prod(tensor.shape) for tensor in tensors_of(stack.shape).values())
                 continue
-            weights += (
-                stack.shape[0]
-                * stack.pieces
-                * (STATE_BYTES + layer_bytes(prod(stack.piece_shape), double_quant=double))
-            )
+            piece = STATE_BYTES + layer_bytes(prod(stack.piece_shape), double_quant=double)
+            weights += stack.shape[0] * stack.pieces * piece
         others = (next(iter(group)) for group in self.tied if not group & self.four_bit)
         kept = sum(Entry(name, self._dtype(name), self.shapes[name]).bytes for name in others)
         return weights + len(self.four_bit) * STATE_BYTES + kept
 
-    def parts(self, stored: Mapping[str, tuple[str, tuple[int, ...]]], file: str) -> list[Part]:
-        """The parts to write for a file of the original with these tensors, by name with type and shape.
+    def parts(self, stored: Mapping[str, Entry], file: str) -> list[Part]:
+        """The parts to write for a file of the original with these tensors, by name.
 
         Tensors that the model does not have are left out, such as those of a part for images. The others get the types
-        that transformers would load them in: it does not convert those of a base in 4-bit. Where each begins is a
-        multiple of its type's size. Raises StepFailure MODEL_UNAVAILABLE, naming the tensor, for one of another shape,
-        of no floating point type, or that the model computes with in another form.
+        that transformers would load them in. Raises StepFailure MODEL_UNAVAILABLE, naming the tensor, for one of
+        another shape, of no floating point type, or that the model computes with in another form.
         """
-        parts = [self._part(name, *stored[name], file) for name in sorted(stored)]
+        parts = [self._part(stored[name], file) for name in sorted(stored)]
         # A 4-bit layer ends at a multiple of eight bytes. Behind them those of large types precede those of small ones.
         found = [part for part in parts if part is not None]
-        return sorted(found, key=lambda part: (not part.four_bit, -part.alignment))
+        return sorted(found, key=lambda part: (not part.is_four_bit, -part.alignment))
 
-    def _part(self, stored: str, dtype: str, shape: tuple[int, ...], file: str) -> Part | None:
-        place = self.experts.place(stored)
+    def _part(self, stored: Entry, file: str) -> Part | None:
+        place = self.experts.place(stored.name)
         if place is not None:
-            return self._expert_part(stored, dtype, shape, place, file)
-        weight, role = split(stored) if self.stored_in_4_bit else (stored, PACKED)
+            return self._expert_part(stored, place, file)
+        weight, role = split(stored.name) if self.is_stored_in_4_bit else (stored.name, PACKED)
         found = self.name_in_model(weight)
         if found is None or (found.pieces > 1 and found.name in self.four_bit):
             raise model_unavailable(
-                f"{file} stores {stored} in another form than the model computes with: use a conversion of the model "
-                "that a present release of transformers has saved"
+                f"{file} stores {stored.name} in another form than the model computes with: use a conversion of the "
+                "model that a present release of transformers has saved"
             )
         name = found.name
         if name in self.buffers:
             # Also of whole numbers.
-            return Part(stored, (Entry(stored, dtype, shape),), four_bit=False) if dtype in DTYPES else None
+            return Part(stored.name, (stored,)) if stored.dtype in DTYPES else None
         if name not in self.shapes:
             return None
-        if self.stored_in_4_bit and (role or name in self.four_bit):
-            return self._layer_part(stored, weight, role, name, dtype, shape, file)
+        if self.is_stored_in_4_bit and (role or name in self.four_bit):
+            return self._layer_part(stored, weight, role, name, file)
         # Pieces stay apart, as transformers finds them in the original, and have as many rows together as it needs.
-        rows = self.shapes[name][:1] if found.pieces == 1 else shape[:1]
-        _require(stored, dtype, shape, (*rows, *self.shapes[name][1:]), file)
+        rows = self.shapes[name][:1] if found.pieces == 1 else stored.shape[:1]
+        _validate_header(stored, (*rows, *self.shapes[name][1:]), file)
         if name not in self.four_bit:
-            return Part(stored, (Entry(stored, self._dtype(name), shape),), four_bit=False)
-        return Part(stored, tuple(_layer(stored, prod(shape), self.quantization)), four_bit=True)
+            return Part(stored.name, (replace(stored, dtype=self._dtype(name)),))
+        return Part(stored.name, tuple(_layer(stored.name, prod(stored.shape), self.quantization)), is_four_bit=True)
 
-    def _layer_part(
-        self, stored: str, weight: str, role: str, name: str, dtype: str, shape: tuple[int, ...], file: str
-    ) -> Part:
-        """A tensor of a stored 4-bit layer, with its names in the file and in the model."""
+    def _layer_part(self, stored: Entry, weight: str, role: str, name: str, file: str) -> Part:
         entries = {entry.name: entry for entry in _layer(weight, prod(self.shapes[name]), self.quantization)}
-        entry = entries.get(stored) if name in self.four_bit else None
+        entry = entries.get(stored.name) if name in self.four_bit else None
         if entry is None:
             kind = f"{self.quantization.type}, double quantization {self.quantization.double_quant}"
             raise model_unavailable(
-                f"{stored} in {file} belongs to no layer that is in 4 bit ({kind}), as config.json describes it; "
+                f"{stored.name} in {file} belongs to no layer that is in 4 bit ({kind}), as config.json describes it; "
                 f"{ORIGINAL}"
             )
         layer = StoredTensor(role, entry.dtype, entry.shape, self.shapes[name], self.quantization)
-        return _keep(layer, entry, stored, dtype, shape, file)
+        return _keep(layer, entry, stored, file)
 
     def _dtype(self, name: str) -> str:
         """The type of a parameter that does not become 4-bit."""
         return "F32" if name in self.in_32_bit else "BF16"
 
-    def _expert_part(self, stored: str, dtype: str, shape: tuple[int, ...], place: Place, file: str) -> Part:
+    def _expert_part(self, stored: Entry, place: Place, file: str) -> Part:
         stack = self.experts.stacks[place.stack]
         if stack.mxfp4:
             tensor = tensors_of(stack.shape).get(place.role)
             if tensor is None:
-                raise model_unavailable(f"{stored} in {file} is not in MXFP4, as config.json describes it; {ORIGINAL}")
-            entry = Entry(f"{place.stack}{place.role}", "U8", tensor.shape)
-            return _keep(tensor, entry, stored, dtype, shape, file)
-        whole = shape if stack.is_turned(shape) else stack.shape
-        _require(stored, dtype, shape, whole if place.expert is None else stack.piece_shape, file)
+                raise model_unavailable(
+                    f"{stored.name} in {file} is not in MXFP4, as config.json describes it; {ORIGINAL}"
+                )
+            return _keep(tensor, Entry(f"{place.stack}{place.role}", "U8", tensor.shape), stored, file)
+        whole = stored.shape if stack.is_turned(stored.shape) else stack.shape
+        _validate_header(stored, whole if place.expert is None else stack.piece_shape, file)
         size = prod(stack.piece_shape)
         entries = (
             entry
             for expert, piece in stack.matrices(place)
             for entry in _layer(entry_name(place.stack, expert, piece), size, self.quantization)
         )
-        return Part(stored, tuple(entries), four_bit=True, place=place)
+        return Part(stored.name, tuple(entries), is_four_bit=True, place=place)
 
     def matrices(self, opened: TensorFile[Tensor], part: Part) -> Iterator[tuple[str, Tensor]]:
         """Name and weight of each 4-bit layer that a part becomes, from an open file."""
@@ -237,14 +255,8 @@ class BaseLayout:
         for expert, piece, matrix in matrices(opened, part.stored, part.place, self.experts.stacks[part.place.stack]):
             yield entry_name(part.place.stack, expert, piece), matrix
 
-    def tensors(
-        self, stored: Mapping[str, tuple[str, tuple[int, ...]]]
-    ) -> Mapping[str, tuple[Entry, StoredTensor | None]]:
-        """The tensors of a base whose files have these, by name with type and shape, and their roles in 4-bit layers.
-
-        These are all tensors of the routed experts, and of each other weight that is stored. Others are left out.
-        Buffers are as they are stored, and so are the rows of a weight that is stored in pieces.
-        """
+    def tensors(self, stored: Mapping[str, Entry]) -> Mapping[str, tuple[Entry, StoredTensor | None]]:
+        """The tensors of a base whose files have these, and their roles in layers."""
         found: dict[str, tuple[Entry, StoredTensor | None]] = {}
         for name, stack in self.experts.stacks.items():
             if stack.mxfp4:
@@ -254,21 +266,20 @@ class BaseLayout:
             for matrix in stack.matrices(Place(name, None)):
                 found |= self._layer_tensors(entry_name(name, *matrix), stack.piece_shape)
         for name in stored.keys() - found.keys():
-            (dtype, shape), place = stored[name], self.name_in_model(name)
+            entry, place = stored[name], self.name_in_model(name)
             if place is None:
                 continue
             whole = self.shapes.get(place.name)
-            if place.name in self.buffers and dtype in DTYPES:
-                found[name] = (Entry(name, dtype, shape), None)
+            if place.name in self.buffers and entry.dtype in DTYPES:
+                found[name] = (entry, None)
             elif whole is not None and place.name not in self.four_bit:
-                rows = whole[:1] if place.pieces == 1 else shape[:1]
+                rows = whole[:1] if place.pieces == 1 else entry.shape[:1]
                 found[name] = (Entry(name, self._dtype(place.name), (*rows, *whole[1:])), None)
             elif whole is not None and place.pieces == 1:
                 found |= self._layer_tensors(name, whole)
         return found
 
     def _layer_tensors(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[Entry, StoredTensor | None]]:
-        """The tensors of the 4-bit layer of a weight with this name and shape."""
         return {
             entry.name: (
                 entry,
@@ -288,10 +299,13 @@ class BaseLayout:
     def require_complete(self, stored: Collection[str]) -> None:
         """Raise StepFailure MODEL_UNAVAILABLE unless each parameter is stored."""
         places = {name: place for name in stored if (place := self.name_in_model(name)) is not None}
-        found = _whole(places.values())
+        pieces: dict[tuple[str, int], set[int]] = {}
+        for place in places.values():
+            pieces.setdefault((place.name, place.pieces), set()).add(place.piece)
+        found = {name for (name, count), those in pieces.items() if len(those) == count}
         missing = sorted(min(group) for group in self.tied if not group & found)
         missing += sorted(set(self.experts.entries()).difference(stored))
-        if self.stored_in_4_bit:
+        if self.is_stored_in_4_bit:
             layers = [name for name, place in places.items() if place.name in self.four_bit]
             needed = {entry.name for layer in layers for entry in _layer(layer, 0, self.quantization)}
             missing += sorted(needed.difference(stored))
@@ -301,36 +315,24 @@ class BaseLayout:
             )
 
 
-def _whole(places: Iterable[StoredName]) -> set[str]:
-    """The names whose pieces are complete."""
-    pieces: dict[tuple[str, int], set[int]] = {}
-    for place in places:
-        pieces.setdefault((place.name, place.pieces), set()).add(place.piece)
-    return {name for (name, count), those in pieces.items() if len(those) == count}
-
-
-def _keep(
-    layer: StoredTensor | Mxfp4Tensor, entry: Entry, stored: str, dtype: str, shape: tuple[int, ...], file: str
-) -> Part:
-    """The part of a tensor that is in 4 bit already.
-
-    Raises StepFailure if it cannot be `layer`.
-    """
+def _keep(layer: StoredTensor | Mxfp4Tensor, entry: Entry, stored: Entry, file: str) -> Part:
+    """The part of a tensor that is in 4 bit already. Raises StepFailure."""
     try:
-        layer.require_header(dtype, shape)
+        layer.require_header(stored.dtype, stored.shape)
     except ValueError as error:
-        raise model_unavailable(f"{stored} in {file} is no part of a 4-bit layer: {error}; {ORIGINAL}") from error
-    return Part(stored, (entry,), four_bit=False, layer=layer)
+        raise model_unavailable(f"{stored.name} in {file} is no part of a 4-bit layer: {error}; {ORIGINAL}") from error
+    return Part(stored.name, (entry,), layer=layer)
 
 
-def _require(stored: str, dtype: str, shape: tuple[int, ...], wanted: tuple[int, ...], file: str) -> None:
-    if shape != wanted:
+def _validate_header(stored: Entry, wanted: tuple[int, ...], file: str) -> None:
+    name, shape = stored.name, list(stored.shape)
+    if stored.shape != wanted:
         raise model_unavailable(
-            f"the weights do not fit config.json: {stored} in {file} has shape {list(shape)}, not {list(wanted)}"
+            f"the weights do not fit config.json: {name} in {file} has shape {shape}, not {list(wanted)}"
         )
-    if dtype not in _WEIGHT_TYPES:
+    if stored.dtype not in _WEIGHT_TYPES:
         raise model_unavailable(
-            f"{stored} in {file} is stored as {dtype}, and must be one of {', '.join(_WEIGHT_TYPES)}: use a "
+            f"{name} in {file} is stored as {stored.dtype}, and must be one of {', '.join(_WEIGHT_TYPES)}: use a "
             "revision that is not quantized"
         )
 
@@ -338,7 +340,7 @@ def _require(stored: str, dtype: str, shape: tuple[int, ...], wanted: tuple[int,
 def _layer(name: str, parameters: int, quantization: QuantizationSpec) -> Iterator[Entry]:
     """The tensors of a 4-bit layer: 32 bit first, so that each begins at a multiple of its size, and so the next layer.
 
-    Packed bytes that begin at a multiple of four can be read as another type, as a sharded base needs them.
+    Packed bytes begin at a multiple of four: a sharded base reads them as another type.
     """
     blocks = -(-parameters // BLOCK)
     entries = [Entry(f"{name}.quant_map", "F32", (16,))]

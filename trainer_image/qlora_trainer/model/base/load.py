@@ -1,15 +1,19 @@
-"""Loads the frozen base model in 4-bit and asserts what was loaded."""
+"""Loads the frozen base model in 4-bit, asserts what was loaded, and counts its bytes."""
 
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, Params4bit
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core import cpu
+from qlora_trainer.core.completion import QuantizedLayers
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import StepFailure, bad_configuration, model_unavailable
 from qlora_trainer.model.architecture.decoder import outer_parameters
@@ -24,7 +28,7 @@ from qlora_trainer.model.kernels.activations import fuse_activations
 from qlora_trainer.model.kernels.attention import ATTENTION, register_attention
 from qlora_trainer.model.kernels.norms import fuse_norms
 from qlora_trainer.model.nf4.dequantization import correct_dequantization
-from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
+from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE, layer_bytes
 
 MIN_QUANTIZED_FRACTION = 0.98
 """Least share of the blocks' parameters in 4-bit that `quantization` stands for."""
@@ -40,8 +44,7 @@ def load_base(
     """The base model of `folder` in 4-bit on the device, frozen and in evaluation mode. See `load_text_part`.
 
     The folder is what `BaseConversion` has made, or a model in 16 bit, which bitsandbytes then quantizes on the device.
-    `storage_dtype` is that of the tensors that hold the packed weights, other than uint8 for a base that will be
-    sharded; it changes no value. `attention` is the family's `attn_implementation`.
+    `storage_dtype` of the packed weights is not uint8 for a base that will be sharded; it changes no value.
     Raises StepFailure: MODEL_UNAVAILABLE if a tensor is missing or has another shape, BAD_CONFIGURATION if what was
     loaded is not stored as `quantization` specifies.
     """
@@ -75,23 +78,21 @@ def load_base(
         parameter.requires_grad_(False)
         if copied and (in_4_bit or not isinstance(parameter, Params4bit)):
             parameter.data = parameter.data.clone()
-    for layer in _quantized_layers(model):
+    for layer in [module for module in model.modules() if isinstance(module, Linear4bit)]:
         layer.support_avx512bf16_for_cpu = cpu.REPACKS_4BIT_LAYERS
         if not (in_4_bit and isinstance(layer.weight, Params4bit)):
             continue
         if copied:
             _copy_constants(layer.weight.quant_state)
         if storage_dtype != torch.uint8:
-            _view_as(layer.weight, storage_dtype)
+            # As bitsandbytes does for such a storage.
+            layer.weight.data = layer.weight.data.reshape(-1).view(storage_dtype).unsqueeze(1)
+            layer.weight.quant_storage = storage_dtype
     check_quantization(model, quantization)
     fuse_norms(model)
     fuse_activations(model)
     route_without_autocast(model)
     return model.eval()
-
-
-def _quantized_layers(model: nn.Module) -> list[Linear4bit]:
-    return [module for module in model.modules() if isinstance(module, Linear4bit)]
 
 
 def _copy_constants(state: QuantState) -> None:
@@ -100,26 +101,15 @@ def _copy_constants(state: QuantState) -> None:
         owner.absmax, owner.code = owner.absmax.clone(), owner.code.clone()
 
 
-def _view_as(weight: Params4bit, dtype: torch.dtype) -> None:
-    """Give the packed bytes another type, as bitsandbytes does for such a storage."""
-    weight.data = weight.data.reshape(-1).view(dtype).unsqueeze(1)
-    weight.quant_storage = dtype
-
-
 def check_quantization(model: PreTrainedModel, quantization: QuantizationSpec) -> None:
     """Raise StepFailure unless 4-bit layers match, and hold 98 % of the parameters."""
     quantized = 0
     for name, layer in model.named_modules():
         if not isinstance(layer, Linear4bit):
             continue
-        weight = layer.weight
-        state = weight.quant_state if isinstance(weight, Params4bit) else None
-        found = (
-            None if state is None else state.quant_type,
-            None if state is None else state.nested,
-            layer.compute_dtype,
-            layer.support_avx512bf16_for_cpu,
-        )
+        state = layer.weight.quant_state if isinstance(layer.weight, Params4bit) else None
+        kind = (None, None) if state is None else (state.quant_type, state.nested)
+        found = (*kind, layer.compute_dtype, layer.support_avx512bf16_for_cpu)
         wanted = (quantization.type, quantization.double_quant, COMPUTE_DTYPE, cpu.REPACKS_4BIT_LAYERS)
         if state is None or found != wanted:
             raise _wrongly_loaded(
@@ -130,7 +120,10 @@ def check_quantization(model: PreTrainedModel, quantization: QuantizationSpec) -
         if isinstance(stack, ExpertStack) and stack.quantization != quantization:
             raise _wrongly_loaded(model, f"{name} is quantized as {stack.quantization}")
         quantized += stack.parameters_count
-    inner = quantized + _unquantized_inner_parameters(model)
+    outer = outer_parameters(model)
+    inner = quantized + sum(
+        p.numel() for p in model.parameters() if not isinstance(p, Params4bit) and id(p) not in outer
+    )
     fraction = quantized / inner if inner else 0.0
     if fraction < MIN_QUANTIZED_FRACTION:
         raise _wrongly_loaded(
@@ -140,10 +133,60 @@ def check_quantization(model: PreTrainedModel, quantization: QuantizationSpec) -
         )
 
 
-def _unquantized_inner_parameters(model: PreTrainedModel) -> int:
-    outer = outer_parameters(model)
-    return sum(p.numel() for p in model.parameters() if not isinstance(p, Params4bit) and id(p) not in outer)
-
-
 def _wrongly_loaded(model: PreTrainedModel, what: str) -> StepFailure:
     return bad_configuration(f"model_type {model.config.model_type!r} was not loaded as spec.quantization says: {what}")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The 4-bit weights of a model."""
+
+    layers: tuple[QuantizedLayers, ...]
+    """By kind, in the order in which the model has the first of each."""
+
+    @property
+    def parameters(self) -> int:
+        """The number of weights."""
+        return sum(kind.count * prod(kind.shape) for kind in self.layers)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the weights, constants and tables included."""
+        return sum(kind.count * kind.bytes_each for kind in self.layers)
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """Bits per weight, or 0 without weights."""
+        return 8 * self.bytes / self.parameters if self.parameters else 0.0
+
+
+def storage_of(model: nn.Module) -> Storage:
+    """The 4-bit weights of a model. Raises StepFailure for an unknown format."""
+    counts: Counter[tuple[str, tuple[int, ...], int]] = Counter()
+    for name, weight in model.named_parameters():
+        if not isinstance(weight, Params4bit):
+            continue
+        state: QuantState = weight.quant_state
+        found = sum(tensor.nbytes for tensor in (weight.data, *_tensors(state)))
+        expected = layer_bytes(state.shape.numel(), double_quant=state.nested)
+        if found != expected:
+            raise bad_configuration(
+                f"{name} takes {found} bytes and {expected} are what {state.shape.numel()} weights of type "
+                f"{state.quant_type} take: this bitsandbytes stores them in another format"
+            )
+        kind = name.removesuffix(".weight").rpartition(".")[2]
+        counts[kind, tuple(state.shape), found] += 1
+    for name, stack in expert_stacks(model):
+        if stack.bytes != stack.expected_bytes:
+            raise bad_configuration(f"{name} takes {stack.bytes} bytes, not {stack.expected_bytes}")
+        counts[name.rpartition(".")[2], stack.shape, stack.bytes] += 1
+    layers = (
+        QuantizedLayers(name=kind, shape=shape, count=count, bytes_each=size)
+        for (kind, shape, size), count in counts.items()
+    )
+    return Storage(tuple(layers))
+
+
+def _tensors(state: QuantState) -> list[Tensor]:
+    own = [state.absmax, state.code]
+    return [*own, state.offset, *_tensors(state.state2)] if state.nested else own

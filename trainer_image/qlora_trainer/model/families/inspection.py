@@ -14,8 +14,13 @@ from qlora_api.spec.output import OutputSpec
 from qlora_api.spec.training import LoraSpec, TrainingSpec
 from qlora_trainer.core.failures import StepFailure, bad_configuration, model_unavailable, unsafe_artifact
 from qlora_trainer.core.model_error import UNUSABLE, ModelError, explain_errors, with_error
-from qlora_trainer.model.architecture.decoder import block_linears, outer_parameters, place_in_block
-from qlora_trainer.model.architecture.peft_names import lost_by_peft, taken_for_experts
+from qlora_trainer.model.architecture.decoder import (
+    block_linears,
+    lost_by_peft,
+    outer_parameters,
+    place_in_block,
+    taken_for_experts,
+)
 from qlora_trainer.model.architecture.text_part import (
     auto_class,
     is_multimodal,

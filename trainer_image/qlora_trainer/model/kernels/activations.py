@@ -12,8 +12,8 @@ _TOLERANCE = 2.0**-20
 def fuse_activations(model: nn.Module) -> None:
     """Replace every module that computes GELU by its approximation with tanh (Hendrycks and Gimpel, arXiv 1606.08415).
 
-    It is recognized by what it computes. Phi's takes eight operations, whose results are kept for backward, and one of
-    them is a power: autocast on a GPU computes that in float32, and returns it to the layer behind.
+    Phi's takes eight operations, whose results are kept for backward. One of them is a power: autocast on a GPU
+    computes that in float32, and returns it to the layer behind.
     """
     for module in model.modules():
         for name, child in module.named_children():

@@ -28,8 +28,7 @@ ATTENTION = "qlora_rows"
 _LARGEST_HEAD = 256
 _HEAD_MULTIPLE = 8
 _SHORTEST_BOUND = 256
-# Arguments that transformers passes to every attention and that change nothing here. Dropout of weights is a setting of
-# the base's training: the base is frozen and computes as in use; the adapter has a separate dropout.
+# transformers passes these to every attention. Dropout of weights is a setting of the base's own training.
 _WITHOUT_EFFECT = frozenset({"position_ids", "use_cache", "dropout"})
 
 
@@ -37,10 +36,9 @@ _WITHOUT_EFFECT = frozenset({"position_ids", "use_cache", "dropout"})
 class RowBoundaries:
     """Where the rows of a sequence start and end.
 
-    On Hopper and Blackwell cuDNN computes attention, and builds a graph, which takes tens of milliseconds, for each
-    number of tokens, number of rows and longest row that it is given. Packed batches hardly ever agree in those. So it
-    is given powers of two: rows without tokens follow the real ones, and the longest row is a bound. FlashAttention
-    builds nothing, and takes memory for each row: it is given the real ones.
+    On Hopper and Blackwell cuDNN builds a graph, in tens of milliseconds, for each number of rows and longest row. So
+    it is given powers of two: rows without tokens follow the real ones, and the longest row is a bound.
+    FlashAttention builds nothing, and takes memory for each row: it is given the real ones.
     """
 
     lengths: tuple[int, ...]
@@ -117,19 +115,12 @@ def rows_attention(
     if query.is_cuda and torch.is_autocast_enabled("cuda"):
         # As for PyTorch's own attention. Norms of some families return 32 bit on a GPU.
         query, key, value = (tensor.to(torch.get_autocast_dtype("cuda")) for tensor in (query, key, value))
-    if _has_kernel(query, value):
+    has_kernel = query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] == value.shape[-1] <= _LARGEST_HEAD
+    if query.is_cuda and has_kernel:
         return _all_rows_at_once(query, key, value, rows, scale, sliding_window), None
     if cpu.fuses_attention(query.device.type):
         return causal_rows(query, key, value, rows.lengths, scale, sliding_window), None
     return _row_by_row(query, key, value, rows, scale, sliding_window), None
-
-
-def _has_kernel(query: Tensor, value: Tensor) -> bool:
-    return (
-        query.is_cuda
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and query.shape[-1] == value.shape[-1] <= _LARGEST_HEAD
-    )
 
 
 def _all_rows_at_once(
@@ -161,9 +152,8 @@ def _all_rows_at_once(
 def _for_kernel(heads: Tensor) -> Tensor:
     """[tokens, heads, head size] with zeros behind each head up to a size that a kernel takes, or as it is.
 
-    The zeros add nothing to a score, and a weighted sum of them is cut off. Kernels read 16 bytes at a time, and so
-    must each head begin: in a separate storage it does. A part of another tensor, such as the values that one layer
-    computes together with queries and keys, is copied: the backward pass would keep the whole for it.
+    Kernels read 16 bytes at a time, and so must each head begin: in a separate storage it does. A part of another
+    tensor is copied: the backward pass would keep the whole for it.
     """
     missing = -heads.shape[2] % _HEAD_MULTIPLE
     if missing:
@@ -178,10 +168,7 @@ def _row_by_row(
 ) -> Tensor:
     # Split, not sliced: the backward pass of each slice would write a tensor of all rows.
     parts = (tensor.split(rows.lengths, dim=2) for tensor in (query, key, value))
-    outputs = [
-        _one_row(row_query, row_key, row_value, scale, window)
-        for row_query, row_key, row_value in zip(*parts, strict=True)
-    ]
+    outputs = [_one_row(one, its_key, its_value, scale, window) for one, its_key, its_value in zip(*parts, strict=True)]
     # Some families view the result in another shape, as transformers' own attention lets them.
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 

@@ -1,10 +1,7 @@
 """Attention with capped scores within rows, as one differentiable operation: no kernel of PyTorch has a cap.
 
 Scores exist for a block of queries at a time, in 32 bit, and are computed again in backward. Queries that share a key
-are rows of one matmul, so that no key is copied for each of them, and what can be is computed in place.
-
-FlexAttention has a cap, but compiles for each shape. The scores of a block take heads × 256 × row length × 4 bytes, a
-few times over, instead of the square of the row length.
+are rows of one matmul. FlexAttention has a cap, but compiles for each shape.
 """
 
 from collections.abc import Iterator
@@ -17,10 +14,7 @@ from torch.autograd.function import once_differentiable
 from qlora_trainer.model.protocols import AutogradContext
 
 _QUERIES = 256
-"""Queries whose capped scores are computed together.
-
-The scores are heads x this x tokens of the row, in 32 bit, four times over.
-"""
+"""Queries whose scores are computed together: heads x this x tokens of the row, in 32 bit, four times over."""
 
 
 def capped_rows(
@@ -109,10 +103,7 @@ def _tanh(query: Tensor, key: Tensor, block: slice, seen: slice, factor: float) 
 
 
 def _by_key(tensor: Tensor, block: slice, groups: int) -> Tensor:
-    """The block's tokens of [1, heads, tokens, size], grouped by key.
-
-    Returns [1, key heads, queries of these, size].
-    """
+    """[1, heads, tokens, size] as [key heads, queries of the block, size]."""
     return tensor[0, :, block].reshape(groups, -1, tensor.shape[3])
 
 
@@ -124,10 +115,7 @@ def _by_head(tensor: Tensor, heads: int) -> Tensor:
 def _blocks(
     lengths: tuple[int, ...], window: int | None, device: torch.device
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Of each block: its queries' tokens, the tokens that any of them sees, and which each of them does not.
-
-    The last is bool [queries, tokens seen].
-    """
+    """Of each block its tokens, those seen, and bool [queries, tokens seen]."""
     start = 0
     for length in lengths:
         end = start + length

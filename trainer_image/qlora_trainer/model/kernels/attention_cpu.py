@@ -1,8 +1,5 @@
 """Causal attention within rows on a CPU, as one differentiable operation.
 
-The kernel takes one row at a time. Called through autograd, every row would be cut out, padded and joined by further
-operations, three times over with gradient checkpointing.
-
 For rows below 256 tokens the kernel's 16-bit backward pass is up to five times slower than its 32-bit one, so short
 rows have their gradients in 32 bit.
 """
@@ -96,10 +93,7 @@ def _rows(lengths: tuple[int, ...]) -> list[tuple[slice, int]]:
 
 
 def _pad(tensor: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
-    """[1, heads, row, size] as [1, heads, tokens, size] of the type, with zeros after the row, which no token sees.
-
-    In the layout that the kernel reads, a token's heads side by side.
-    """
+    """[1, heads, row, size] with zeros up to `tokens`, as the kernel reads it."""
     _, heads, row, size = tensor.shape
     if row == tokens and tensor.dtype == dtype:
         return tensor

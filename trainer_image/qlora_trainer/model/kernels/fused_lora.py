@@ -1,9 +1,7 @@
 """LoRA over a 4-bit layer as one differentiable operation, without the copies that PEFT makes of every matmul's result.
 
-PEFT computes the base's output, copies it, scales the adapter's output into a third tensor and adds both into a fourth:
-a sixth of a step. Here the adapter's matmul adds in place to the base's output, and likewise to the gradient in
-backward, which dequantizes the weight again instead of keeping it. Only rounding to 16 bit differs: it happens less
-often.
+The adapter's matmul adds in place to the base's output, and likewise to the gradient in backward, which dequantizes the
+weight again instead of keeping it. Only rounding to 16 bit differs: it happens less often.
 
 A sequence may have segments with different adapters: the base's matmul is one for all tokens, and each
 adapter's matmuls are of its tokens only (as in Punica, Chen et al. 2023, arXiv 2310.18547).
@@ -41,19 +39,13 @@ class Routing:
     """The adapter of each token in the next passes, shared by a model's layers."""
 
     segments: tuple[Segment, ...] = ()
-    """Segments in the order of the tokens.
-
-    Tokens in none, as those of padding, have no adapter. Empty: all tokens have the active adapter.
-    """
+    """In the order of the tokens; those in none, as padding, have no adapter. Empty: all have the active adapter."""
     tokens: int = 0
     """Of the whole sequence."""
 
 
 class FusedLora(Linear4bit):
-    """PEFT's layer with another forward pass for training plain LoRA without dropout, and with PEFT's for all else.
-
-    An evaluation is PEFT's to the last bit, as everyone who loads the adapter will compute it.
-    """
+    """PEFT's layer with another forward pass for training plain LoRA."""
 
     recomputed = False
     """Whether backward follows a recomputed forward pass (gradient checkpointing)."""
@@ -76,7 +68,7 @@ class FusedLora(Linear4bit):
             for part in parts
             for layer in (self.lora_A[part.adapter], self.lora_B[part.adapter])
         ]
-        scaled = tuple(_Part(part.start, part.stop, self.scaling[part.adapter]) for part in parts)
+        scaled = tuple((slice(part.start, part.stop), self.scaling[part.adapter]) for part in parts)
         kept = cpu.keeps_dequantized(x.device.type, recomputed=self.recomputed)
         output, dense, *inners = _LoraMatmul.apply(x, base.weight, base.quant_state, scaled, kept, *weights)
         if dense is None:
@@ -84,8 +76,8 @@ class FusedLora(Linear4bit):
         with torch.no_grad():
             rows = output.detach().view(-1, output.shape[-1])
             _matmul_into(rows, x.reshape(-1, x.shape[-1]), dense.T, base.bias)
-            for part, inner, b in zip(scaled, inners, weights[1::2], strict=True):
-                rows[part.start : part.stop].addmm_(inner, b.T, alpha=part.scaling)
+            for (tokens, scaling), inner, b in zip(scaled, inners, weights[1::2], strict=True):
+                rows[tokens].addmm_(inner, b.T, alpha=scaling)
         return cast("Tensor", output)
 
     def _parts(self, x: Tensor) -> tuple[Segment, ...]:
@@ -120,19 +112,16 @@ class FusedLora(Linear4bit):
         )
 
 
-def fuse_lora(model: Network, *, recomputed: bool) -> None:
-    """Make LoRA layers over 4-bit layers FusedLora, with this value of `recomputed`."""
-    _fuse(model, Routing(), recomputed=recomputed)
-
-
 def fuse_further_lora(model: Network) -> None:
     """Fuse the layers where a further adapter is the first. Shares the routing."""
     first = next((module for module in model.modules() if isinstance(module, FusedLora)), None)
     if first is not None:
-        _fuse(model, first.routing, recomputed=first.recomputed)
+        fuse_lora(model, first.routing, recomputed=first.recomputed)
 
 
-def _fuse(model: Network, routing: Routing, *, recomputed: bool) -> None:
+def fuse_lora(model: Network, routing: Routing | None = None, *, recomputed: bool) -> None:
+    """Make LoRA layers over 4-bit layers FusedLora, with this value of `recomputed`."""
+    routing = Routing() if routing is None else routing
     for module in model.modules():
         if type(module) is Linear4bit:
             layer: Any = module
@@ -148,13 +137,11 @@ def routing_of(model: Network) -> Routing:
 
 def require_apart(model: Network) -> None:
     """Raise ModelError unless all adapted layers are fused, and match tokens."""
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    if not all(isinstance(layer, FusedLora) for layer in layers):
+    if not all(isinstance(module, FusedLora) for module in model.modules() if isinstance(module, LoraLayer)):
         raise ModelError(_NOT_APART)
 
 
 def _matmul_into(output: Tensor, rows: Tensor, matrix: Tensor, bias: Tensor | None) -> None:
-    """Write rows · matrix + bias to `output`, [tokens, out]."""
     parts = cpu.matmul_parts(len(rows), matrix.shape[1], rows.device.type)
     for part, part_of_output in zip(rows.chunk(parts), output.chunk(parts), strict=True):
         if bias is None:
@@ -163,19 +150,14 @@ def _matmul_into(output: Tensor, rows: Tensor, matrix: Tensor, bias: Tensor | No
             torch.addmm(bias.to(rows.dtype), part, matrix, out=part_of_output)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Tokens from `start` to before `stop`, and the scale of their adapter."""
-
-    start: int
-    stop: int
-    scaling: float
+_Parts = Sequence[tuple[slice, float]]
+"""Tokens with an adapter, and its scale."""
 
 
 class _Context(AutogradContext, Protocol):
     weight: Tensor
     state: QuantState
-    parts: Sequence[_Part]
+    parts: _Parts
     shape: torch.Size
 
 
@@ -183,11 +165,8 @@ class _LoraMatmul(torch.autograd.Function):
     """`x` is [..., in], `weight` the frozen packed one of [out, in]. Each part has `a` [rank, in], `b` [out, rank].
 
     Returns an uninitialized output, which the caller computes; the dequantized weight if it is `kept` for backward; and
-    x Aᵀ of each part, [its tokens, rank], which has no gradient. The caller computes the output because recomputing a
-    block stops as soon as the last tensor that backward needs exists. The output of the block's last matmul is none of
-    these, so that matmul is left out: 7 % of a step's operations with Llama's widths.
-
-    The layer provides the quantization state: a weight that FSDP has gathered is a plain parameter without it.
+    x Aᵀ of each part, [its tokens, rank], which has no gradient. Recomputing a block stops when the last tensor that
+    backward needs exists, and so leaves out the block's last matmul: 7 % of a step's operations with Llama's widths.
     """
 
     @staticmethod
@@ -196,12 +175,12 @@ class _LoraMatmul(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         state: QuantState,
-        parts: Sequence[_Part],
+        parts: _Parts,
         kept: bool,
         *adapters: Tensor,
     ) -> tuple[Tensor | None, ...]:
         rows = x.reshape(-1, x.shape[-1])
-        inners = [rows[part.start : part.stop] @ a.T for part, a in zip(parts, adapters[::2], strict=True)]
+        inners = [rows[tokens] @ a.T for (tokens, _), a in zip(parts, adapters[::2], strict=True)]
         dense = _dequantize(weight, state, x.dtype) if kept else None
         context.save_for_backward(rows, dense, *inners, *adapters)
         context.mark_non_differentiable(*inners, *(() if dense is None else (dense,)))
@@ -223,12 +202,11 @@ class _LoraMatmul(torch.autograd.Function):
             x_gradient = gradient.new_empty(rows.shape)
             _matmul_into(x_gradient, gradient, dense, None)
         gradients = []
-        for part, inner, a, b in zip(parts, inners, adapters[::2], adapters[1::2], strict=True):
-            tokens = slice(part.start, part.stop)
-            inner_gradient = (gradient[tokens] @ b).mul_(part.scaling)
+        for (tokens, scaling), inner, a, b in zip(parts, inners, adapters[::2], adapters[1::2], strict=True):
+            inner_gradient = (gradient[tokens] @ b).mul_(scaling)
             if x_gradient is not None:
                 x_gradient[tokens].addmm_(inner_gradient, a)
-            gradients += [inner_gradient.T @ rows[tokens], (gradient[tokens].T @ inner).mul_(part.scaling)]
+            gradients += [inner_gradient.T @ rows[tokens], (gradient[tokens].T @ inner).mul_(scaling)]
         if x_gradient is not None:
             x_gradient = x_gradient.view(context.shape)
         return x_gradient, None, None, None, None, *gradients

@@ -24,21 +24,19 @@ _TOLERANCE = 2.0**-20
 def fuse_norms(model: nn.Module) -> None:
     """Make every normalization that is recognized one operation, whose result has the type of the weights.
 
-    `nn.LayerNorm` is recognized by its forward pass. A root mean square (Zhang and Sennrich 2019, arXiv 1910.07467) is
-    recognized by what it computes from random numbers: x / rms(x), times its weight or times one plus its weight
-    (Gemma). Other modules stay as they are. Parameters and their names do not change.
+    `nn.LayerNorm` is recognized by its forward pass, a root mean square (Zhang and Sennrich 2019, arXiv 1910.07467) by
+    its results for random numbers: x / rms(x), times its weight or times one plus its weight (Gemma). Parameters and
+    their names do not change.
     """
     module: Any
     for module in model.modules():
         if type(module).forward is nn.LayerNorm.forward:
-            module.__class__ = _class_of(type(module), _LayerNorm)
+            fused: type[nn.Module] = _LayerNorm
         elif (found := _as_root_mean_square(module)) is not None:
-            module.__class__ = _class_of(type(module), _RootMeanSquare)
-            module.added_to_weight, module.epsilon = found
-
-
-def _class_of(family: type[nn.Module], fused: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Fused{family.__name__}", (fused, family), {})
+            fused, (module.added_to_weight, module.epsilon) = _RootMeanSquare, found
+        else:
+            continue
+        module.__class__ = type(f"Fused{type(module).__name__}", (fused, type(module)), {})
 
 
 class _LayerNorm(nn.LayerNorm):
@@ -94,16 +92,14 @@ class _Normalize(torch.autograd.Function):
 
 
 def _as_root_mean_square(module: nn.Module) -> tuple[int, float] | None:
-    """The constant added to the weight, and the epsilon, if the module computes a root mean square, else None.
-
-    Tries a copy in float32 on a CPU, with random weights: the module's may have no data.
-    """
+    """The constant added to the weight, and epsilon, of a root mean square."""
     # A second argument, such as the gate of a Mamba block, would be lost.
     if len(inspect.signature(module.forward).parameters) != 1:
         return None
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     if list(shapes) != ["weight"] or len(shapes["weight"]) != 1 or next(module.buffers(), None) is not None:
         return None
+    # With random weights: the module's may have no data.
     trial: Any = copy.deepcopy(module).to_empty(device="cpu").float().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     trial.weight.normal_(generator=generator)
@@ -114,17 +110,11 @@ def _as_root_mean_square(module: nn.Module) -> tuple[int, float] | None:
         found = trial(x)
     except (IndexError, RuntimeError, TypeError, ValueError):
         return None
+    if not isinstance(found, Tensor) or (found.shape, found.dtype) != (x.shape, x.dtype):
+        return None
     for epsilon in (value for value in vars(module).values() if isinstance(value, float)):
         for added in (0, 1):
             expected = rms_norm(x, trial.weight.shape, trial.weight + added, epsilon)
-            if _is_close(found, expected):
+            if torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE):
                 return added, epsilon
     return None
-
-
-def _is_close(found: object, expected: Tensor) -> bool:
-    return (
-        isinstance(found, Tensor)
-        and (found.shape, found.dtype) == (expected.shape, expected.dtype)
-        and torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE)
-    )

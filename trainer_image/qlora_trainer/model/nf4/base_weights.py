@@ -25,7 +25,6 @@ class StoredName:
     """The place of a file's tensor in the model."""
 
     name: str
-    """The parameter or buffer, or else a name that the model does not have."""
     piece: int = 0
     """The tensor's number among those whose rows follow one another in the parameter."""
     pieces: int = 1
@@ -35,11 +34,7 @@ class BaseWeights:
     """The tensors of `model.safetensors`, or of an index's files, read when needed."""
 
     def __init__(self, folder: Path, model: PreTrainedModel) -> None:
-        """Read the files' headers. `model` is transformers' model for the folder, with weights or without.
-
-        Raises StepFailure: MODEL_UNAVAILABLE if a file is missing or no safetensors file, UNSAFE_ARTIFACT if the index
-        names a file elsewhere.
-        """
+        """Read the headers of the model's files. Raises StepFailure."""
         correct_dequantization()
         self._folder = folder
         self._stored: dict[str, dict[int, tuple[TensorFile[Tensor], str]]] = {}
@@ -63,10 +58,7 @@ class BaseWeights:
         return name in self._stored
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor as the model computes with it: as it is stored, or dequantized.
-
-        Raises StepFailure MODEL_UNAVAILABLE if there is none of this name.
-        """
+        """The tensor, dequantized if it is in 4 bit. Raises StepFailure."""
         if name not in self:
             raise model_unavailable(f"the weights in {self._folder} have no tensor for {name}: create the job again")
         pieces = [self._dequantize(*self._stored[name][piece]) for piece in sorted(self._stored[name])]
@@ -81,12 +73,7 @@ class BaseWeights:
 
 
 def renaming(model: PreTrainedModel) -> Callable[[str], StoredName | None]:
-    """A function from a tensor's name in a file to its place in the model.
-
-    It renames as transformers does when it loads: a checkpoint of the inner model lacks the inner model's name, and a
-    multimodal one has older names for its parts. The function returns None for a tensor if transformers computes its
-    weight by more than putting pieces together.
-    """
+    """Make the function from a tensor's name in a file to its place, or None."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -113,10 +100,7 @@ def _joins_rows(converter: WeightConverter) -> bool:
 
 
 def reason_against_storage(model: PreTrainedModel) -> str | None:
-    """Why a model whose layers' weights are stored in another form than it computes with cannot be kept in 4-bit.
-
-    `model` is without weights. None if each of its linear layers has a separate weight in a checkpoint.
-    """
+    """Why layers that share a stored tensor cannot be kept in 4-bit, or None."""
     weights = [f".{name}.weight" for name, module in model.named_modules() if type(module) is nn.Linear]
     for entry in get_model_conversion_mapping(model):
         for target in entry.target_patterns if isinstance(entry, WeightConverter) else ():
@@ -128,10 +112,7 @@ def reason_against_storage(model: PreTrainedModel) -> str | None:
 
 
 def reason_against_stored_parts(model: PreTrainedModel, parts: Iterable[str]) -> str | None:
-    """Why modules of these names, such as towers, cannot be kept as they are stored, or None if they can.
-
-    `model` is the whole one, without weights.
-    """
+    """Why these modules cannot be kept as they are stored, or None."""
     prefixes = tuple(f"{part}." for part in parts)
     names = [name for name, _ in model.named_parameters() if name.startswith(prefixes)]
     for entry in get_model_conversion_mapping(model):

@@ -16,11 +16,9 @@ _NAMESPACE, _OPERATION, _DEVICE = "bitsandbytes", "dequantize_4bit", "CPU"
 def correct_dequantization() -> torch.library.Library:
     """Put a kernel before that of `bitsandbytes::dequantize_4bit` for CPUs which gives it rows of whole blocks only.
 
-    The library's own begins a block with each row, if rows are of even length. Blocks of 64 weights were quantized
-    across rows, and GPUs dequantize them so: in a weight of [64, 32] every second row would get the constant of another
-    block. This operation computes the weights that a 4-bit layer multiplies with on a CPU, that PEFT adds an adapter
-    to, and that are merged. Weights whose rows are a multiple of a block, as in nearly every model, are not affected.
-    The returned registration lasts as long as the process, and is made once.
+    The library's own begins a block with each row of even length. Blocks of 64 weights were quantized across rows, and
+    GPUs dequantize them so: in a weight of [64, 32] every second row would get the constant of another block.
+    The returned registration lasts as long as the process.
     """
     theirs = torch.library.get_kernel(f"{_NAMESPACE}::{_OPERATION}", _DEVICE)
 

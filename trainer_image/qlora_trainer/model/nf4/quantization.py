@@ -2,9 +2,6 @@
 
 bitsandbytes quantizes a tensor on a CPU in seven times its memory, more than a small pod has for the largest layers.
 Its blocks of 64 weights are independent, so pieces give the same bytes.
-
-It searches for one weight at a time, which took most of the time of making a base: 110 MB of 16-bit weights a second on
-two cores, where a copy moves 2,805. Comparisons are 3.4 times as fast (`python -m benchmarks.base`).
 """
 
 import math
@@ -29,15 +26,12 @@ _CONSTANTS_CODE_BYTES = 256 * _FLOAT32_BYTES
 
 
 def layer_bytes(parameters: int, *, double_quant: bool) -> int:
-    """Bytes of one layer of so many weights in the format of bitsandbytes.
-
-    Two weights per byte, a constant for each block, and the table of the 16 values. Double quantization stores the
-    constants in 8 bit: with a float32 for each outer block of them, their mean, and the table of their 256 values.
-    """
+    """Bytes of a layer of so many weights, constants and tables included."""
     blocks = -(-parameters // BLOCK)
     weights = -(-parameters // 2) + _CODE_BYTES
     if not double_quant:
         return weights + blocks * _FLOAT32_BYTES
+    # Constants in 8 bit, for each outer block a float32, their mean, and the table of their 256 values.
     outer_blocks = -(-blocks // OUTER_BLOCK)
     return weights + blocks + outer_blocks * _FLOAT32_BYTES + _FLOAT32_BYTES + _CONSTANTS_CODE_BYTES
 
@@ -49,17 +43,14 @@ _EXPONENTS = 7
 def dynamic_map() -> Tensor:
     """The 256 values, float32, in ascending order (arXiv 1511.04561). Do not change them.
 
-    For each of the exponents 10^-6 to 10^0, 1, 2, … 64 means of neighbors among evenly spaced numbers from 0.1 to 1,
-    with both signs; 0 and 1. bitsandbytes' `create_dynamic_map` has PyTorch space them, which rounds once for each
-    where the CPU multiplies and adds in one operation, as all with AVX2 do, and otherwise twice. Quantized constants
-    depend on the values. Here products and sums are computed in 64 bit and rounded once, whatever the CPU.
+    bitsandbytes' `create_dynamic_map` rounds once or twice, as the CPU multiplies and adds. Here products and sums are
+    computed in 64 bit and rounded once, whatever the CPU: quantized constants depend on the values.
     """
     values = [0.0, 1.0]
     for exponent in range(_EXPONENTS):
         count = 2**exponent
-        edges = _evenly_spaced(count)
         power = numpy.float32(10.0 ** (exponent - _EXPONENTS + 1))
-        for low, high in pairwise(edges):
+        for low, high in pairwise(_evenly_spaced(count)):
             value = float(power * ((low + high) / numpy.float32(2)))
             values += [value, -value]
     # Models are built on the meta device, and these values are kept.
@@ -78,9 +69,9 @@ def _evenly_spaced(count: int) -> list[numpy.float32]:
 class NearestValues:
     """Quantizes blocks of 64 weights, and reuses its working memory.
 
-    bitsandbytes searches the place of each weight among the fifteen means of neighboring values, one weight at a time.
-    Here all weights of a piece are compared with one mean after the other, which is faster: processors compare eight
-    or more numbers in parallel. The numbers that are compared are the same, and so are the bytes.
+    bitsandbytes compares each weight with the fifteen means of neighboring values. Here all weights of a piece are
+    compared with one mean after the other, in parallel: the bytes are the same, 3.4 times as fast
+    (`python -m benchmarks.base`).
     """
 
     def __init__(self, kind: str, weights: int) -> None:
@@ -122,24 +113,18 @@ class NearestValues:
 COMPUTE_DTYPE = torch.bfloat16
 """The type that 4-bit layers multiply in. A weight is rounded to it first."""
 PIECE = 2**18
-"""Weights that are quantized together.
-
-Each takes twelve bytes of working memory, which should stay in the caches.
-"""
+"""Weights that are quantized together. Each takes twelve bytes of working memory, which fit in the caches."""
 
 
 def quantize(weight: Tensor, quantization: QuantizationSpec) -> Mapping[str, Tensor]:
     """The tensors of a 4-bit layer for a floating point `weight` of any shape, named as in a checkpoint after `weight`.
 
     These are "" (two weights a byte, [bytes, 1]), ".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4" or `fp4`,
-    and with double quantization ".nested_absmax" and ".nested_quant_map" (arXiv 2305.14314, section 3). Besides them
-    it takes `PIECE` times 12 bytes, and 4 for each block of 64 weights.
+    and with double quantization ".nested_absmax" and ".nested_quant_map" (arXiv 2305.14314, section 3).
 
-    Every byte is as bitsandbytes makes it on a CPU, except where the mean of the constants matters, which double
-    quantization subtracts from them, and on one without AVX2, where 42 of its 256 values for constants are others in
-    their last bit (see `dynamic_map`). bitsandbytes adds in 32 bit, in an order that depends on the number of threads;
-    here it is the exact sum, divided and rounded once. The two differ in the last bits, by less than 2^-24 times the
-    mean and the number of constants; a constant that lies between two of its 256 values may then get the other one.
+    Every byte is as bitsandbytes makes it on a CPU with AVX2, except for the mean that double quantization subtracts
+    from the constants. bitsandbytes adds in 32 bit, in an order that depends on the number of threads; here the sum is
+    exact. The two differ by less than 2^-24 times the mean and the number of constants.
     Raises ValueError if a weight is infinite or not a number.
     """
     packed, absmax = _in_pieces(weight.detach().reshape(-1), quantization.type)
@@ -147,8 +132,11 @@ def quantize(weight: Tensor, quantization: QuantizationSpec) -> Mapping[str, Ten
         raise ValueError("it has values that are infinite or not a number")
     offset, outer = None, None
     if quantization.double_quant:
-        offset = _mean(absmax)
-        absmax, outer = _quantize_constants(absmax.sub_(offset))
+        total = math.fsum(chain.from_iterable(piece.tolist() for piece in absmax.split(PIECE // BLOCK)))
+        offset = torch.tensor(total / absmax.numel(), dtype=torch.float32)
+        code = dynamic_map()
+        absmax, outer_absmax = torch.ops.bitsandbytes.quantize_blockwise.default(absmax.sub_(offset), code, OUTER_BLOCK)
+        outer = QuantState(absmax=outer_absmax, code=code, blocksize=OUTER_BLOCK, dtype=torch.float32)
     state = QuantState(
         absmax=absmax,
         shape=weight.shape,
@@ -163,7 +151,6 @@ def quantize(weight: Tensor, quantization: QuantizationSpec) -> Mapping[str, Ten
 
 
 def _in_pieces(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Packed weights and the largest magnitude of each block."""
     packed = torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8)
     absmax = torch.empty(-(-weight.numel() // BLOCK), dtype=torch.float32)
     whole = weight.numel() // BLOCK * BLOCK
@@ -176,15 +163,3 @@ def _in_pieces(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         rest = weight[whole:].to(COMPUTE_DTYPE)
         packed[whole // 2 :], absmax[-1:] = torch.ops.bitsandbytes.quantize_4bit.default(rest, BLOCK, kind, torch.uint8)
     return packed, absmax
-
-
-def _mean(values: Tensor) -> Tensor:
-    total = math.fsum(chain.from_iterable(piece.tolist() for piece in values.split(PIECE // BLOCK)))
-    return torch.tensor(total / values.numel(), dtype=torch.float32)
-
-
-def _quantize_constants(constants: Tensor) -> tuple[Tensor, QuantState]:
-    """Constants of the first level in 8 bit, and those of the second level."""
-    code = dynamic_map()
-    eight_bit, absmax = torch.ops.bitsandbytes.quantize_blockwise.default(constants, code, OUTER_BLOCK)
-    return eight_bit, QuantState(absmax=absmax, code=code, blocksize=OUTER_BLOCK, dtype=torch.float32)

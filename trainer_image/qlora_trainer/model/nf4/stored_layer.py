@@ -10,6 +10,7 @@ from bitsandbytes.functional import get_4bit_type
 from pydantic import JsonValue
 from torch import Tensor
 
+from qlora_api.printable import shortened
 from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core.protocols import JsonObject
 from qlora_trainer.model.nf4.quantization import BLOCK, COMPUTE_DTYPE, OUTER_BLOCK, dynamic_map
@@ -61,9 +62,9 @@ class StoredTensor:
         if self._is_state:
             return self._state(tensor)
         if self.role == "quant_map":
-            _require_near(tensor, get_4bit_type(self.quantization.type, device="cpu"), self.quantization.type)
+            _validate_near(tensor, get_4bit_type(self.quantization.type, device="cpu"), self.quantization.type)
         elif self.role == "nested_quant_map":
-            _require_near(tensor, dynamic_map(), "the dynamic 8-bit type")
+            _validate_near(tensor, dynamic_map(), "the dynamic 8-bit type")
         elif tensor.is_floating_point() and not (tensor.isfinite() & (tensor >= 0)).all():
             raise ValueError("it has constants that are negative, infinite or not a number")
         return tensor
@@ -73,11 +74,7 @@ class StoredTensor:
         return self.role.startswith("quant_state.")
 
     def _state(self, tensor: Tensor) -> Tensor:
-        """The description, with the type that our layers compute in.
-
-        The stored one is the type that its maker computed in. A weight is dequantized to the type that the layer
-        multiplies in.
-        """
+        """The description, with the type that our layers compute in."""
         found = _parse(bytes(tensor.tolist()))
         wanted: JsonObject = {
             "quant_type": self.quantization.type,
@@ -90,27 +87,28 @@ class StoredTensor:
             wanted |= {"nested_blocksize": OUTER_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
             if type(offset) is not float or not isfinite(offset):
                 raise ValueError("its nested_offset is no finite number")
-        if found != wanted or found["dtype"] not in _FLOATS or not _has_same_types(found, wanted):
+        # Equal values may have other types: true is not 1, nor is 64.0 64.
+        has_same_types = repr(sorted(found.items())) == repr(sorted(wanted.items()))
+        if found != wanted or found["dtype"] not in _FLOATS or not has_same_types:
             raise ValueError(
-                f"it describes {_shorten(found)}, and must describe {wanted} with a dtype of {', '.join(_FLOATS)}"
+                f"it describes {shortened(repr(found), 200)}, and must describe {wanted} with a dtype of "
+                f"{', '.join(_FLOATS)}"
             )
         ours = json.dumps(wanted | {"dtype": str(COMPUTE_DTYPE).removeprefix("torch.")}).encode()
         return torch.frombuffer(bytearray(ours), dtype=torch.uint8)
 
 
 def _parse(content: bytes) -> JsonObject:
-    """The JSON object in `content`. Raises ValueError for a repeated key or NaN too."""
-
     def reject(constant: str) -> None:
         raise ValueError(f"it has the number {constant}")
 
-    def once(pairs: Sequence[tuple[str, JsonValue]]) -> JsonObject:
+    def reject_twice(pairs: Sequence[tuple[str, JsonValue]]) -> JsonObject:
         if len(dict(pairs)) < len(pairs):
             raise ValueError("it has a key twice")
         return dict(pairs)
 
     try:
-        found = json.loads(content, parse_constant=reject, object_pairs_hook=once)
+        found = json.loads(content, parse_constant=reject, object_pairs_hook=reject_twice)
     except RecursionError as error:
         raise ValueError("it nests too deep") from error
     if not isinstance(found, dict):
@@ -118,17 +116,7 @@ def _parse(content: bytes) -> JsonObject:
     return found
 
 
-def _has_same_types(found: JsonObject, wanted: JsonObject) -> bool:
-    """Whether equal values have equal types: true is not 1, nor is 64.0 64."""
-    return repr(sorted(found.items())) == repr(sorted(wanted.items()))
-
-
-def _shorten(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"
-
-
-def _require_near(tensor: Tensor, table: Tensor, name: str) -> None:
-    """Other releases and machines compute the values of a type up to rounding."""
+def _validate_near(tensor: Tensor, table: Tensor, name: str) -> None:
+    # Other releases and machines compute the values of a type up to rounding.
     if not torch.allclose(tensor, table, rtol=0, atol=_TOLERANCE):
         raise ValueError(f"its values are not those of {name}")

@@ -51,7 +51,7 @@ def open_remote_model(
     registries: tuple[str, ...],
     revision: str | None = None,
 ) -> RemoteModel:
-    """Open the files at the address. `revision` is that of the hub, if its address names none."""
+    """Open the files at the address, at the hub's `revision` if it names none."""
     if isinstance(source, HubSource):
         return _HubModel(hub(), source, source.commit or revision)
     if isinstance(source, ObjectStoreSource):
@@ -80,10 +80,7 @@ class _HubModel(RemoteModel):
 
 
 class _ObjectStoreModel(RemoteModel):
-    """No digest is the same in every store and for every kind of upload. An ETag is not one.
-
-    `ObjectFolder.download` compares what it can.
-    """
+    """`ObjectFolder.download` compares ETags and lengths, for want of a digest."""
 
     revision = None
 
@@ -107,8 +104,6 @@ class _ObjectStoreModel(RemoteModel):
 
 
 class _RegistryModel(RemoteModel):
-    """A layer for each file."""
-
     def __init__(self, source: RegistrySource, secret: Secret, allowed: tuple[str, ...]) -> None:
         self.uri = str(source)
         self._registry = Registry(source, secret, allowed=allowed, reject=model_unavailable)

@@ -20,16 +20,12 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 _VOCABULARIES = frozenset({"tokenizer.json", "tokenizer.model", "vocab.json"})
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
-
 OnBytes = Callable[[int, int], None]
 """Called with the bytes done and the total."""
 
 
 def choose_settings(names: Collection[str], source: str) -> list[str]:
-    """The names of the small files to use, config.json first, out of the `names` in the model's folder.
-
-    Code and pickles are never chosen. Raises StepFailure if the model cannot be used.
-    """
+    """The small files to use, config.json first. Raises StepFailure."""
     if WEIGHTS not in names and WEIGHTS_INDEX not in names:
         pickles = sorted(name for name in names if name.endswith(_PICKLES))
         if pickles:
@@ -52,11 +48,7 @@ def choose_settings(names: Collection[str], source: str) -> list[str]:
 
 
 def weight_files(index: bytes | None, names: Collection[str], source: str) -> list[str]:
-    """The names of the weights' files: those in the index's `weight_map`, or the single file if there is no index.
-
-    Raises StepFailure: UNSAFE_ARTIFACT for a name that is not a plain *.safetensors name, MODEL_UNAVAILABLE for a
-    broken index or a missing file.
-    """
+    """The weights' files, by the index if there is one. Raises StepFailure."""
     if index is None:
         return [WEIGHTS]
     try:

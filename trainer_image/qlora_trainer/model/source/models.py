@@ -46,7 +46,7 @@ class Conversion(Protocol):
 
 
 class ModelSource(Protocol):
-    """The base model, on a server or a volume. Call its methods in this order. They raise StepFailure."""
+    """The base model. Call its methods in this order. They raise StepFailure."""
 
     uri: str
     """Its address, for messages."""
@@ -65,10 +65,7 @@ class ModelSource(Protocol):
         """The model's folder with its small files: configuration and tokenizer."""
 
     def check_weights(self, beside: int) -> None:
-        """Check, without reading them, that the weights are complete, safe, and fit on the disk with the base.
-
-        `beside`: bytes that the base is yet to take.
-        """
+        """Check that the weights are complete, safe, and fit with `beside` bytes."""
 
     def require_readable(self) -> None:
         """Raise StepFailure unless the job's own credentials open the weights."""
@@ -77,7 +74,7 @@ class ModelSource(Protocol):
         """Identifies the weights: a base of another version is made of others."""
 
     def originals(self) -> Mapping[str, str | None]:
-        """SHA-256 of each file of weights, by its name, or None if the server reports none."""
+        """SHA-256 of each file of weights, by name, as far as it is known."""
 
     def weights(self, conversion: Conversion, on_bytes: OnBytes) -> str:
         """Give each file of weights to `conversion`, and return the revision."""
@@ -90,10 +87,7 @@ class ModelSource(Protocol):
 
 
 def open_model_source(model: BaseModelSpec, access: StoreAccess, folder: Path) -> ModelSource:
-    """Open the base model at its address, and download it below `folder` unless it is on a volume.
-
-    Raises StepFailure BAD_CONFIGURATION for an address that a model cannot have.
-    """
+    """Open the base model. Downloads go below `folder`. Raises StepFailure."""
     source = parse_source(model.source)
     if isinstance(source, VolumeSource):
         return _VolumeModel(access.mounts, source)
@@ -106,17 +100,13 @@ def open_model_source(model: BaseModelSpec, access: StoreAccess, folder: Path) -
 
 
 class _DownloadedModel(ModelSource):
-    """A model on a server, downloaded into a partial folder until it is complete.
-
-    A file of weights is deleted as soon as it is converted, so that one at a time takes room.
-    """
+    """A model on a server. Each file of weights is deleted as soon as it is converted."""
 
     activity = "downloading"
     making = "downloading and quantizing"
     origin: Origin = "downloaded"
 
     def __init__(self, remote: RemoteModel, models: Path) -> None:
-        """Choose the files. `models`: folder of downloaded models, one folder for each version."""
         self._remote, self.uri, self.known_version = remote, remote.uri, remote.version
         self._small_files = choose_settings(remote.sizes, remote.uri)
         self.bytes_fetched = 0
@@ -173,7 +163,6 @@ class _DownloadedModel(ModelSource):
         return self._folder
 
     def _weight_names(self) -> list[str]:
-        """The names of the weights' files, once the small files are downloaded."""
         index = (self._folder / WEIGHTS_INDEX).read_bytes() if WEIGHTS_INDEX in self._small_files else None
         return weight_files(index, self._remote.sizes, self.uri)
 
@@ -194,7 +183,7 @@ class _VolumeModel(ModelSource):
     known_version = None
 
     def __init__(self, mounts: Mounts, source: VolumeSource) -> None:
-        """List the files. Raises StepFailure UNSAFE_ARTIFACT for one that is not a regular file inside the folder."""
+        """List the files. Raises StepFailure for one that leads out of the folder."""
         self.uri = str(source)
         folder = mounts.volume(source)
         if not folder.is_dir():

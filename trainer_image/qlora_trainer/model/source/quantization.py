@@ -1,9 +1,7 @@
 """Decides whether a model that is quantized already can be trained as it is, from its config.json alone.
 
 Other formats (8-bit, GPTQ, AWQ, FP8) are rejected by name: transformers lets the stored quantization override the
-requested one without an error. A model in 4-bit must have the layers in 4-bit that transformers would choose. With some
-in 16 bit, as dynamic quantizations keep them, neither the memory estimate nor the minimum share of 4-bit weights would
-hold.
+requested one without an error. The layers in 4-bit must be those that transformers would choose.
 """
 
 import re
@@ -63,10 +61,7 @@ def source_quantization(config: Mapping[str, JsonValue], place: str) -> Quantiza
 
 
 def skipped_modules(settings: Mapping[str, JsonValue]) -> list[str] | None:
-    """The modules that bitsandbytes has left in 16 bit.
-
-    None if transformers has chosen them, or if these are no names.
-    """
+    """The modules left in 16 bit, or None if transformers has chosen them."""
     names = settings.get(_SKIPPED)
     if not isinstance(names, list) or len(names) > _MOST_SKIPPED:
         return None
@@ -75,10 +70,7 @@ def skipped_modules(settings: Mapping[str, JsonValue]) -> list[str] | None:
 
 
 def unusable(config: Mapping[str, JsonValue], place: str, name: str, settings: object) -> StepFailure:
-    """The failure of a model that is quantized in another format than bitsandbytes' 4 bit.
-
-    `name`: key of the quantization in config.json.
-    """
+    """The failure of a model with another quantization, named so."""
     return bad_configuration(
         f"{place} has {name}: the model (model_type {config.get('model_type')!r}) is already quantized "
         f"({_method(settings)}), and of quantized models only those that bitsandbytes has stored in 4 bit (NF4 or FP4) "
