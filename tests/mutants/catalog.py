@@ -982,7 +982,7 @@ TRAINER = (
         old=" and _is_plain(partial)]",
         new="]",
         tests=(
-            f"{_TRAINER_TESTS}/steps/test_model_cache.py::test_a_stale_folder_with_a_link_in_it_is_deleted_and_not_written_through",
+            f"{_TRAINER_TESTS}/steps/test_model_cache_races.py::test_a_stale_folder_with_a_link_in_it_is_deleted_and_not_written_through",
         ),
     ),
     Mutant(
@@ -990,7 +990,7 @@ TRAINER = (
         file=f"{_TRAINER}/model/base/cache.py",
         old="(found.st_ino, found.st_mtime_ns)",
         new="(found.st_ino, 0)",
-        tests=(f"{_TRAINER_TESTS}/steps/test_model_cache.py::test_a_folder_replaced_by_another_pod_is_not_set_aside",),
+        tests=(f"{_TRAINER_TESTS}/steps/test_model_cache_races.py::test_a_folder_replaced_by_another_pod_is_not_set_aside",),
     ),
     Mutant(
         name="a-dry-run-is-repeated",
