@@ -66,7 +66,10 @@ def continue_run(source: Path, name: str, job: PreparedJob) -> int | None:
                 history -= len(block)
     if not (workspace.records / ATTEMPTS_FILE).exists():
         # Of no Job of this QLoRAJob: they count in the goodput, and not as attempts that got nowhere.
-        earlier = _attempts(other)
+        earlier, path = list[Attempt](), confine(other.records, other.root) / ATTEMPTS_FILE
+        if os.path.lexists(path):
+            require_regular(path, other.root, ATTEMPTS_FILE)
+            earlier = ended_attempts(path.parent)
         write_attempts(workspace.records, [attempt.model_copy(update={"job_attempt": 0}) for attempt in earlier])
     # Last: with a checkpoint, everything that belongs to it is here.
     copy_checkpoint(checkpoint, workspace.checkpoints)
@@ -96,14 +99,6 @@ def _history_bytes(other: WorkspaceLayout, checkpoint: Checkpoint) -> int:
         return 0
     require_regular(path, other.root, HISTORY_FILE)
     return min(checkpoint.state.history_bytes, path.stat().st_size)
-
-
-def _attempts(other: WorkspaceLayout) -> list[Attempt]:
-    path = confine(other.records, other.root) / ATTEMPTS_FILE
-    if not os.path.lexists(path):
-        return []
-    require_regular(path, other.root, ATTEMPTS_FILE)
-    return ended_attempts(path.parent)
 
 
 def _nothing_to_continue(name: str) -> StepFailure:

@@ -86,8 +86,12 @@ def _step(members: Sequence[Member]) -> _Failed:
     shares: dict[str, _Share] = {}
     failed: _Failed = []
     for member in members:
+        run = member.run
         try:
-            shares[member.adapter] = _share(member)
+            micro_batches = run.progress.schedule.micro_batches(member.state.step)
+            batches = [read_batch(run.data, item, run.device) for item in micro_batches]
+            weight = max(1, sum(map(run.objective.weight, batches)))
+            shares[member.adapter] = _Share(member, batches, weight, torch.zeros(1, device=run.device))
         except ENDS_ONE_JOB as error:
             failed.append((member, as_failure(error)))
     for member, gradient in _gradients(shares, failed):
@@ -147,11 +151,3 @@ def _gradients(shares: dict[str, _Share], failed: _Failed) -> list[tuple[Member,
                 del shares[name]
                 failed.append((share.member, as_failure(error)))
     return [(share.member, share.gradient()) for share in shares.values()]
-
-
-def _share(member: Member) -> _Share:
-    run = member.run
-    micro_batches = run.progress.schedule.micro_batches(member.state.step)
-    batches = [read_batch(run.data, item, run.device) for item in micro_batches]
-    weight = max(1, sum(map(run.objective.weight, batches)))
-    return _Share(member, batches, weight, torch.zeros(1, device=run.device))

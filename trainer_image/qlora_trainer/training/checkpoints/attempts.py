@@ -6,7 +6,7 @@ The number of interruptions is not limited here: a pod cannot distinguish an evi
 import fcntl
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -130,17 +130,9 @@ def _noting_end(
     note("succeeded")
 
 
-def note_training(records: Path, pod_uid: str, now: datetime) -> None:
-    """Note, if there is room, that the pod's attempt has loaded all and trains."""
-    _change_latest(records, pod_uid, {"trained_at": _precise(now)})
-
-
-def note_saved(records: Path, pod_uid: str, now: datetime) -> None:
-    """Note that the pod's attempt has saved a checkpoint, if there is room for that."""
-    _change_latest(records, pod_uid, {"saved_at": _precise(now)})
-
-
-def _change_latest(records: Path, pod_uid: str, changes: Mapping[str, str]) -> None:
+def note_time(records: Path, pod_uid: str, name: Literal["trained_at", "saved_at"], now: datetime) -> None:
+    """Note when the pod's attempt began to train, or saved, if there is room for that."""
+    changes: dict[str, str] = {name: _precise(now)}
     # A full volume, or a deleted file, must not end the run: then nothing is recorded.
     try:
         latest = _latest_of(records, pod_uid)

@@ -67,18 +67,14 @@ def _shard_block(block: nn.Module, mesh: DeviceMesh, device: torch.device) -> No
         _set_frozen(block, name, weight.to("meta"))
     fully_shard(block, mesh=mesh, ignored_params=adapter, reshard_after_forward=True)
     for name, weight in whole.items():
-        part = _part(weight, mesh.get_local_rank(), mesh.size()).to(device, copy=True)
+        # The rows that FSDP gives to the rank: as many to each, until there are no more.
+        parts, rank = weight.chunk(mesh.size()), mesh.get_local_rank()
+        part = (parts[rank] if rank < len(parts) else weight[:0]).to(device, copy=True)
         shape = {"shape": weight.shape, "stride": weight.stride()}
         _set_frozen(block, name, DTensor.from_local(part, mesh, [Shard(0)], run_check=False, **shape))
     for module in block.modules():
         if isinstance(module, Linear4bit):
             module.quant_state.to(device)
-
-
-def _part(weight: Tensor, rank: int, processes: int) -> Tensor:
-    """The rows that FSDP gives to the rank: as many to each, until there are no more."""
-    parts = weight.chunk(processes)
-    return parts[rank] if rank < len(parts) else weight[:0]
 
 
 def _set_frozen(block: nn.Module, name: str, tensor: Tensor) -> None:
