@@ -147,10 +147,8 @@ def _add_tracking(record: PublishRecord, tracking: TrackingStatus | None, path: 
 
 
 def _add_to_sweep(job: TrainedJob, report: Path, sweep: Path | None) -> None:
-    """Update the report of the sweep, if the job is a cell of one.
-
-    After everything else: other pods write what it shows, and none of that may cost this cell its adapter.
-    """
+    """Update the report of the sweep, if the job is a cell of one."""
+    # After everything else: other pods write what it shows, and none of that may cost this cell its adapter.
     if sweep is None:
         return
     try:
@@ -193,10 +191,7 @@ def _find_published(
     *,
     has_key: bool,
 ) -> PublishRecord | None:
-    """Return the completion record if it is of this adapter and every file matches its manifest.
-
-    `has_key`: whether the profile has a signing key now.
-    """
+    """Return the completion record if it is of this adapter and every file matches."""
     record = read_completion(workspace.completion("publish"), PublishRecord)
     if record is None or record.fingerprint != _fingerprint(job.trained, destination):
         return None

@@ -127,10 +127,7 @@ class _Share:
 
 
 def _gradients(shares: dict[str, _Share], failed: _Failed) -> list[tuple[Member, Gradient]]:
-    """The gradients of each member's next step. In each pass are the next micro batches of all that have one left.
-
-    Members that cannot report are moved from `shares` to `failed`, and are in no later pass.
-    """
+    """The gradients of each member's next step. Members that cannot report become failed."""
     for number in range(max((len(share.batches) for share in shares.values()), default=0)):
         present = {name: share.batches[number] for name, share in shares.items() if number < len(share.batches)}
         if not present:

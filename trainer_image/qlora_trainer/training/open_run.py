@@ -168,10 +168,7 @@ def open_on_model(
 
 
 def _restore(run: Run, checkpoint: Checkpoint) -> RunState:
-    """Restore model, optimizer and schedule from the checkpoint, and return the state that it saved.
-
-    There is no random state to restore: each step seeds its own. Raises StepFailure if it is of another adapter.
-    """
+    """Restore all but random state, which each step seeds. Raises StepFailure."""
     try:
         restore_adapter(run.model, checkpoint.tensors("adapter"))
         restore_optimizer(run.optimizer, run.parameters, checkpoint.tensors("optimizer"))
