@@ -21,7 +21,7 @@ def train(inputs: Inputs, instrument: Instrument) -> tuple[list[int], list[int]]
     Other settings have the schema's default: packing, checkpointing, paged 32-bit AdamW, no dropout.
     """
     training = {
-        "maxSteps": instrument.length.steps,
+        "maxSteps": instrument.total_steps,
         "gradientAccumulationSteps": SEQUENCES_PER_STEP,
         "maxSequenceLength": MAX_LENGTH,
         "learningRate": LEARNING_RATE,

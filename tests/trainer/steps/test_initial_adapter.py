@@ -11,9 +11,9 @@ from qlora_api.contract import ExitCode
 from qlora_trainer.core.completion import TrainRecord
 from qlora_trainer.core.failures import StopRequest
 from qlora_trainer.core.filesystem import file_sha256
-from qlora_trainer.publishing.manifest import read_manifest
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.train_together import train_together
+from qlora_trainer.stores.contents import parse_manifest
 from qlora_trainer.training import suspect_run
 from qlora_trainer.training.progress.divergence import Stability
 from tests.support.earlier_adapter import FROM, WEIGHTS, Place, published
@@ -40,7 +40,7 @@ def test_it_begins_with_the_earlier_adapters_last_loss_and_reports_it(
     assert adapter.dump()["from"] == origin
     assert prepared.remarks == ()
     folder = place.root / "adapters" / "second"
-    manifest = read_manifest(folder / "manifest.json")
+    manifest = parse_manifest((folder / "manifest.json").read_bytes())
     assert manifest is not None
     assert manifest.dump()["initialAdapter"] == origin
     card = (folder / "README.md").read_text()

@@ -15,11 +15,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora_api.contract import ExitCode, ProgressRecord, decode_record
-from qlora_trainer.publishing.destinations.volume import VolumeFolder
-from qlora_trainer.publishing.manifest import Manifest
 from qlora_trainer.report.serving import ADAPTER_PLACEHOLDER, BASE_PLACEHOLDER
 from qlora_trainer.steps.prepare import prepare
-from qlora_trainer.stores.contents import describe_files
+from qlora_trainer.stores.contents import Manifest, describe_files
+from qlora_trainer.stores.destinations.volume import VolumeFolder
 from tests.support.command import ROWS, Files
 from tests.support.failures import failing
 from tests.support.publication import MANIFEST

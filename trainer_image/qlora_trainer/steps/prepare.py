@@ -14,6 +14,7 @@ from typing import Literal
 
 from qlora_api.artifact_status import BaseStatus, InitialAdapterStatus
 from qlora_api.contract import ModelCacheLayout, WorkspaceLayout
+from qlora_api.schema import replace
 from qlora_trainer.core.completion import PreparedBase, PrepareRecord, read_completion, recorded_path, write_completion
 from qlora_trainer.core.context import StepContext, base_name
 from qlora_trainer.core.failures import StepFailure
@@ -23,16 +24,15 @@ from qlora_trainer.data.render.template_source import job_template
 from qlora_trainer.evaluation.scorable import require_readable
 from qlora_trainer.model.adapter.initial import get_initial_adapter
 from qlora_trainer.model.base.cache import ModelCache
-from qlora_trainer.model.base.cached_base import open_base_source
-from qlora_trainer.model.base.workspace_base import Base, BaseSource
-from qlora_trainer.model.source.downloads import open_model_source
-from qlora_trainer.model.source.models import SharedModel
-from qlora_trainer.publishing.destinations.addresses import check_destination
-from qlora_trainer.publishing.manifest import SHARED_BASE, Publisher, base_publisher
+from qlora_trainer.model.base.cached_base import Base, BaseSource, open_base_source
+from qlora_trainer.model.source.models import ModelSource, open_model_source
+from qlora_trainer.publishing.manifest import base_publisher
 from qlora_trainer.steps.prepare_checks import refresh_record
 from qlora_trainer.steps.prepare_data import build_dataset, rows_folder, write_sequences
 from qlora_trainer.steps.prepare_model import AdmittedModel, check_settings, measure_memory
 from qlora_trainer.stores.access import StoreAccess
+from qlora_trainer.stores.contents import SHARED_BASE, Publisher
+from qlora_trainer.stores.destinations.addresses import check_destination
 from qlora_trainer.stores.hub import Hub, hub_token
 from qlora_trainer.training.checkpoints.fingerprint import run_settings
 from qlora_trainer.training.continued import continue_run, reject_other_settings, require_something_to_continue
@@ -89,7 +89,7 @@ def _continue_run(job: PreparedJob, source: Path, name: str, written: PrepareRec
         return record
     earlier = f"continues {name} from step "
     remarks = (remark for remark in record.remarks if not remark.startswith(earlier))
-    return record.model_copy(update={"remarks": (*remarks, f"{earlier}{step}"), "continued_step": step})
+    return replace(record, remarks=(*remarks, f"{earlier}{step}"), continued_step=step)
 
 
 def _prepare(
@@ -157,7 +157,7 @@ def _prepare(
     )
 
 
-def _base_record(bases: BaseSource, base: Base, source: SharedModel, fetching: timedelta, root: Path) -> PreparedBase:
+def _base_record(bases: BaseSource, base: Base, source: ModelSource, fetching: timedelta, root: Path) -> PreparedBase:
     """Complete the model's folder, and return the base's part of the record."""
     return PreparedBase(
         model_path=recorded_path(source.complete(), root),

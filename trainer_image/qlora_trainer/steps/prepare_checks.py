@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.forecast import training_flops
+from qlora_api.schema import replace
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.training import TrainingSpec
 from qlora_api.status import DatasetStatus
@@ -91,7 +92,7 @@ def refresh_record(
     of_score = require_scorable(spec.gate, data, record.dataset, texts, fixed_positions=record.fixed_positions)
     kept = (remark for remark in record.remarks if not remark.startswith((SCORE, EVALUATIONS)))
     remarks = (*kept, *of_score, *remarks_on_evaluations(spec.training, data))
-    return record.model_copy(update={"memory": memory.status, "measured": memory.measured, "remarks": remarks})
+    return replace(record, memory=memory.status, measured=memory.measured, remarks=remarks)
 
 
 def _can_be_opened(data_folder: Path, splits: Sequence[Split]) -> bool:

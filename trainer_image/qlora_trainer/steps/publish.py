@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from qlora_api.artifact_status import AdapterStatus
 from qlora_api.contract import WorkspaceLayout
+from qlora_api.schema import replace
 from qlora_api.spec.output import TrackingStatus
 from qlora_api.status import StepName
 from qlora_trainer.core.completion import PrepareRecord, PublishRecord, TrainRecord, read_completion, write_completion
@@ -33,8 +34,6 @@ from qlora_trainer.history.metrics_log import read_history
 from qlora_trainer.model.adapter.initial import read_initial_adapter
 from qlora_trainer.model.base.cache import require_whole_in_cache
 from qlora_trainer.publishing.chat_template import job_template_file
-from qlora_trainer.publishing.destinations.addresses import JobDestinations
-from qlora_trainer.publishing.destinations.destination import Destination, is_published
 from qlora_trainer.publishing.gate import gate_failure, judge
 from qlora_trainer.publishing.gguf import GgufFile, gguf_file
 from qlora_trainer.publishing.lineage import publish_with_lineage, read_signing_key
@@ -47,6 +46,8 @@ from qlora_trainer.report.page import published_page, write_report
 from qlora_trainer.report.serving import served_rank
 from qlora_trainer.report.sweep_page import add_to_sweep_report
 from qlora_trainer.stores.contents import Contents
+from qlora_trainer.stores.destinations.addresses import JobDestinations
+from qlora_trainer.stores.destinations.destination import Destination, is_published
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
     if done is not None:
         # The attempt before may have been killed before it had written the page of the sweep.
         _add_to_sweep(job, workspace.report, mounts.sweep)
-        return track(done.model_copy(update={"gate": job.gate}))
+        return track(replace(done, gate=job.gate))
     key = read_signing_key(mounts.signing_key)
     folder, picture = verify()
     report(f"writing to {destination.uri}")
@@ -137,7 +138,7 @@ def _add_tracking(record: PublishRecord, tracking: TrackingStatus | None, path: 
     """Record at `path` the uploads to trackers, which can be repeated."""
     if tracking == record.tracking:
         return record
-    record = record.model_copy(update={"tracking": tracking})
+    record = replace(record, tracking=tracking)
     try:
         write_completion(path, record)
     except OSError as error:

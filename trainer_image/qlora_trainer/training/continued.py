@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from qlora_api.contract import WorkspaceLayout
+from qlora_api.schema import replace
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unreachable
 from qlora_trainer.core.file_names import HISTORY_FILE
 from qlora_trainer.core.filesystem import atomic_file, bytes_below, require_space
@@ -72,7 +73,7 @@ def continue_run(source: Path, name: str, job: PreparedJob) -> int | None:
         if os.path.lexists(path):
             require_regular(path, other.root, ATTEMPTS_FILE)
             earlier = ended_attempts(path.parent)
-        write_attempts(workspace.records, [attempt.model_copy(update={"job_attempt": 0}) for attempt in earlier])
+        write_attempts(workspace.records, [replace(attempt, job_attempt=0) for attempt in earlier])
     # Last: with a checkpoint, everything that belongs to it is here.
     copy_checkpoint(checkpoint, workspace.checkpoints)
     logger.info("took up %s at step %d", name, checkpoint.step)

@@ -1,6 +1,7 @@
 """Finishes a run: writes the kept adapter, the record, the score and samples."""
 
 from qlora_api.printable import first_line
+from qlora_api.schema import replace
 from qlora_trainer.core.completion import TrainRecord, write_completion
 from qlora_trainer.core.failures import damaged
 from qlora_trainer.core.file_names import ADAPTER_FILE, SAMPLES_FILE
@@ -77,7 +78,7 @@ def add_score(run: Run, state: RunState, record: TrainRecord) -> TrainRecord:
     if gate is None or gate.score is None or run.eval_data is None:
         return record
     score = measure_score(run, state, run.eval_data, gate.score, record.adapter_sha256)
-    record = record.model_copy(update={"score": score})
+    record = replace(record, score=score)
     write_completion(run.job.workspace.completion("train"), record)
     return record
 

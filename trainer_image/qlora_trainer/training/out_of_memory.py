@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 from qlora_api.contract import ExitCode
 from qlora_api.memory.estimate import GIB, MemoryEstimate
+from qlora_api.schema import replace
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.core.context import Device
@@ -48,15 +48,15 @@ def explain_shortage(
         size, planned = micro_batch_size(), spec.training
         # The same sequences per step, in these micro batches.
         steps = -(-planned.micro_batch_size * planned.gradient_accumulation_steps // size)
-        halved = {"micro_batch_size": size, "gradient_accumulation_steps": steps}
-        shape = replace(training_shape(spec, target_modules), micro_batch_size=size, gradient_accumulation_steps=steps)
+        planned = replace(planned, micro_batch_size=size, gradient_accumulation_steps=steps)
+        shape = training_shape(replace(spec, training=planned), target_modules)
         estimated = "there is no estimate"
         if measured is not None:
             estimated = f"the estimate is {_by_share(measured_estimate(measured, shape))}"
         raise StepFailure(
             ExitCode.GPU_OUT_OF_MEMORY,
             f"the GPU is out of memory at a measured peak of {peak_memory_bytes(device) / GIB:.1f} GiB with "
-            f"microBatchSize {size}; {estimated}: {smaller(planned.model_copy(update=halved))}; checkpoints are kept",
+            f"microBatchSize {size}; {estimated}: {smaller(planned)}; checkpoints are kept",
         ) from error
 
 

@@ -16,7 +16,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from qlora_api.contract import ExitCode
-from qlora_api.schema import ObservedModel
+from qlora_api.schema import ObservedModel, replace
 from qlora_api.status import Timestamp
 from qlora_trainer.core.failures import Interrupted, StepFailure, unreachable
 from qlora_trainer.core.filesystem import write_atomically
@@ -102,7 +102,7 @@ def reopened_attempt(records: Path, pod_uid: str, now: Callable[[], datetime]) -
         yield
         return
     *earlier, attempt = attempts
-    with _noting_end(records, earlier, attempt.model_copy(update={"ended": None, "ended_at": None}), now):
+    with _noting_end(records, earlier, replace(attempt, ended=None, ended_at=None), now):
         yield
 
 
@@ -113,9 +113,8 @@ def _noting_end(
     """Record the attempt as one that runs and, when the body ends, how it has ended."""
 
     def note(ended: Literal["succeeded", "interrupted", "failed"]) -> None:
-        end = {"ended": ended, "ended_at": _precise(now())}
         latest = _latest_of(records, attempt.pod_uid) or attempt
-        write_attempts(records, [*earlier, latest.model_copy(update=end)])
+        write_attempts(records, [*earlier, replace(latest, ended=ended, ended_at=_precise(now()))])
 
     write_attempts(records, [*earlier, attempt])
     try:
@@ -132,12 +131,13 @@ def _noting_end(
 
 def note_time(records: Path, pod_uid: str, name: Literal["trained_at", "saved_at"], now: datetime) -> None:
     """Note when the pod's attempt began to train, or saved, if there is room for that."""
-    changes: dict[str, str] = {name: _precise(now)}
+    time = _precise(now)
     # A full volume, or a deleted file, must not end the run: then nothing is recorded.
     try:
         latest = _latest_of(records, pod_uid)
         if latest is not None:
-            write_attempts(records, [*read_attempts(records)[:-1], latest.model_copy(update=changes)])
+            changed = replace(latest, trained_at=time) if name == "trained_at" else replace(latest, saved_at=time)
+            write_attempts(records, [*read_attempts(records)[:-1], changed])
     except OSError as error:
         logger.warning("the attempt's time is not recorded: %s", error)
 
@@ -165,7 +165,7 @@ def ended_attempts(records: Path) -> list[Attempt]:
     if not attempts or attempts[-1].ended_at is not None:
         return list(attempts)
     seen = datetime.fromtimestamp((records / ATTEMPTS_FILE).stat().st_mtime, UTC)
-    return [*attempts[:-1], attempts[-1].model_copy(update={"ended_at": _precise(seen)})]
+    return [*attempts[:-1], replace(attempts[-1], ended_at=_precise(seen))]
 
 
 def read_attempts(records: Path) -> list[Attempt]:
