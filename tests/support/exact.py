@@ -1,4 +1,4 @@
-"""What makes results of two ways of computing comparable: float32, and random words."""
+"""Float32 and random words, for results of two ways of computing that are compared."""
 
 from random import Random
 

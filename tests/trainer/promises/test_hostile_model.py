@@ -70,7 +70,7 @@ CONFIGS: Table = {
 
 
 def configure(changes: dict[str, Any], place: Place) -> None:
-    """Change the configuration, with code beside it."""
+    """Change the configuration, with code next to it."""
     place.code(place.model, "evil.py")
     place.config(**changes)
 
