@@ -120,7 +120,7 @@ def train_one_step(folder: Path, model: Path, way: str) -> None:
 
     from qlora_trainer.model.base.load import load_base
     from qlora_trainer.steps import train
-    from qlora_trainer.training import open_run as opening
+    from qlora_trainer.training import open_run
 
     found = dict[str, Any]()
 
@@ -135,7 +135,7 @@ def train_one_step(folder: Path, model: Path, way: str) -> None:
         os._exit(0)
 
     register_optimizer_step_post_hook(end)
-    with patch.object(opening, "load_base", load):
+    with patch.object(open_run, "load_base", load):
         if way == "after":
             train_here(context)
         else:

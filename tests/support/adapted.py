@@ -26,6 +26,7 @@ def adapted(
     *,
     dropout: float = 0.0,
     checkpointing: bool = True,
+    seed: int = 3,
     **lora: Any,
 ) -> Any:
     """The model of a folder in 4-bit with an adapter."""
@@ -35,7 +36,7 @@ def adapted(
         load_base(model, NF4, "cpu", attention=family.attention),
         spec,
         family.target_modules,
-        seed=3,
+        seed=seed,
         gradient_checkpointing=checkpointing,
         base_name="org/tiny",
         base_revision="0123abc",

@@ -29,6 +29,23 @@ SPEC: dict[str, Any] = {
         "evalEverySteps": 2,
     },
 }
+MANIFEST = """\
+apiVersion: qlora.dev/v1alpha1
+kind: QLoRAJob
+metadata:
+  name: tiny
+spec:
+  model:
+    source: pvc://models/model
+  dataset:
+    source: pvc://data/train.jsonl
+  lora:
+    rank: 8
+  training:
+    maxSteps: 3
+    learningRate: 2e-4
+"""
+"""A user's file."""
 ROWS = [chat_row(f"List the pods of namespace n{i}.", f"kubectl get pods --namespace n{i}") for i in range(40)]
 
 

@@ -19,14 +19,14 @@ _SECONDS_BETWEEN_LOOKS = 0.01
 
 def note_gathered(path: Path) -> None:
     """Let the train step of this process note each gathering in lines of JSON (see `Gathered`)."""
-    from qlora_trainer.training import open_run as opening
+    from qlora_trainer.training import open_run
     from qlora_trainer.training.distributed.sharding import shard_base
 
     def sharded(model: Any, device: torch.device, processes: int) -> None:
         shard_base(model, device, processes)
         Gathered(model.get_base_model().get_decoder(), path)
 
-    vars(opening)["shard_base"] = sharded
+    vars(open_run)["shard_base"] = sharded
 
 
 class Gathered:

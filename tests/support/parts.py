@@ -21,7 +21,7 @@ def bar_other_parts(folder: Path, ranks: int) -> None:
     Once the base is sharded, `FOLDER.rank-N` has a line of JSON: the bytes that are `barred`, and the bytes of weights
     with data that FSDP was `given`.
     """
-    from qlora_trainer.training import open_run as opening
+    from qlora_trainer.training import open_run
     from qlora_trainer.training.distributed import sharding
 
     rank, noted = int(os.environ.get("RANK", "0")), {"barred": 0, "given": 0}
@@ -45,7 +45,7 @@ def bar_other_parts(folder: Path, ranks: int) -> None:
         shard_base(*arguments)
         Path(f"{folder}.rank-{rank}").write_text(json.dumps(noted))
 
-    vars(opening)["shard_base"], vars(sharding)["fully_shard"] = sharded, given
+    vars(open_run)["shard_base"], vars(sharding)["fully_shard"] = sharded, given
     torch.UntypedStorage.from_file = mapped
 
 

@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +17,7 @@ from qlora_api import contract
 from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_api.naming import workspace_folder
 from qlora_api.sources import HubSource, VolumeSource, parse_source
-from qlora_api.spec.job import QLoRAJobDocument, QLoRAJobSpec
+from qlora_api.spec.job import QLoRAJobDocument
 from qlora_api.status import StepName
 from qlora_trainer.core import process
 from qlora_trainer.core.context import Device, Mounts, StepContext, load_document
@@ -69,10 +69,7 @@ def _now() -> datetime:
 
 
 def run(invocation: Invocation) -> NoReturn:
-    """Run the step and end the process with its exit code.
-
-    The result record is the last line of standard output.
-    """
+    """Run the step, print its result record last, and end with its exit code."""
     end_with_parent()
     stop = StopRequest()
     process.on_termination(stop.set if invocation.step == "train" else _terminate)
@@ -113,12 +110,8 @@ def _perform(invocation: Invocation, records: RecordWriter, stop: StopRequest) -
     version = os.environ.get(contract.ENV_CONTRACT_VERSION, "1" if invocation.claim else str(contract.CONTRACT_VERSION))
     require_known_contract(version)
     document = load_document(invocation.job)
-    process.set_environment(
-        invocation.step,
-        workspace.root,
-        device=invocation.device,
-        publishes_to_hub=_publishes_to_hub(document.spec),
-    )
+    to_hub = any(isinstance(parse_source(uri), HubSource) for uri in document.spec.output.destinations.values())
+    process.set_environment(invocation.step, workspace.root, device=invocation.device, publishes_to_hub=to_hub)
     if invocation.step in ("prepare", "publish"):
         use_network(os.environ, Path(tempfile.gettempdir()))
     context = StepContext(
@@ -138,7 +131,7 @@ def _perform(invocation: Invocation, records: RecordWriter, stop: StopRequest) -
     )
     if invocation.others:
         return _train_together((context, *_others(invocation, context)), records, stop)
-    return _STEPS[invocation.step](context, records, stop)
+    return _run_step(invocation.step, context, records, stop)
 
 
 def _others(invocation: Invocation, context: StepContext) -> Iterator[StepContext]:
@@ -161,10 +154,7 @@ def require_known_contract(version: str) -> None:
 
 
 def _open_log(invocation: Invocation, workspace: WorkspaceLayout) -> None:
-    """Send what libraries print to a log in the workspace.
-
-    Raises StepFailure if it cannot be written.
-    """
+    """Send what libraries print to a log in the workspace. Raises StepFailure."""
     heading = f"{timestamp(_now())} {invocation.step}, attempt {invocation.attempt}, pod {invocation.pod_uid}"
     name: str = invocation.step
     if invocation.rank:
@@ -177,15 +167,8 @@ def _open_log(invocation: Invocation, workspace: WorkspaceLayout) -> None:
         raise workspace_unusable(error, workspace.root) from error
 
 
-def _publishes_to_hub(spec: QLoRAJobSpec) -> bool:
-    return any(isinstance(parse_source(uri), HubSource) for uri in spec.output.destinations.values())
-
-
 def _workspace_uri(workspace: Path, claim: str, document: QLoRAJobDocument) -> str:
-    """The address of the workspace for people and servers.
-
-    pvc://CLAIM/FOLDER, or its path where there is no claim.
-    """
+    """The address of the workspace: pvc://CLAIM/FOLDER, or its path without a claim."""
     mount = Path(contract.WORKSPACE_MOUNT)
     if not claim:
         return str(workspace)
@@ -222,10 +205,7 @@ def _conclude(
 
 
 def _job_uid(job: Path) -> str:
-    """The UID in the job's document, even if the rest of it is wrong.
-
-    The operator accepts no record without it.
-    """
+    """The UID in the job's document, even if the rest of it is wrong."""
     try:
         uid = json.loads(job.read_bytes())["metadata"]["uid"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -233,20 +213,27 @@ def _job_uid(job: Path) -> str:
     return str(uid)[:64] or "local"
 
 
-# Each step is imported when it runs: the handler of signals must be in place before torch is loaded.
+def _run_step(
+    step: StepName, context: StepContext, records: RecordWriter, stop: StopRequest
+) -> CompletionRecord | None:
+    # Each is imported when it runs: the handler of signals must be in place before torch is loaded.
+    if step == "prepare":
+        from qlora_trainer.steps.prepare import prepare
 
+        return prepare(context, records)
+    if step == "train":
+        from qlora_trainer.steps.train import train
 
-def _prepare(context: StepContext, records: RecordWriter, _stop: StopRequest) -> CompletionRecord:
-    from qlora_trainer.steps.prepare import prepare
+        command = [sys.executable, *sys.orig_argv[1:]]
+        return train(context, records, stop=stop, now=_now, monotonic=time.monotonic, command=command)
+    if step == "publish":
+        from qlora_trainer.steps.publish import publish
 
-    return prepare(context, records)
+        return publish(context, records, now=_now)
+    from qlora_trainer.steps.clean import clean
 
-
-def _train(context: StepContext, records: RecordWriter, stop: StopRequest) -> CompletionRecord:
-    from qlora_trainer.steps.train import train
-
-    command = [sys.executable, *sys.orig_argv[1:]]
-    return train(context, records, stop=stop, now=_now, monotonic=time.monotonic, command=command)
+    clean(context.workspace)
+    return None
 
 
 def _train_together(contexts: Sequence[StepContext], records: RecordWriter, stop: StopRequest) -> CompletionRecord:
@@ -264,23 +251,3 @@ def _train_together(contexts: Sequence[StepContext], records: RecordWriter, stop
     if isinstance(results[0], StepFailure):
         raise results[0]
     return results[0]
-
-
-def _publish(context: StepContext, records: RecordWriter, _stop: StopRequest) -> CompletionRecord:
-    from qlora_trainer.steps.publish import publish
-
-    return publish(context, records, now=_now)
-
-
-def _clean(context: StepContext, _records: RecordWriter, _stop: StopRequest) -> None:
-    from qlora_trainer.steps.clean import clean
-
-    clean(context.workspace)
-
-
-_STEPS: dict[StepName, Callable[[StepContext, RecordWriter, StopRequest], CompletionRecord | None]] = {
-    "prepare": _prepare,
-    "train": _train,
-    "publish": _publish,
-    "clean": _clean,
-}

@@ -1,4 +1,4 @@
-"""The user's command line: a manifest's errors, the memory plan, and a local run."""
+"""The user's command line runs a job: its folders, its steps, its end, and its resume."""
 
 import json
 import os
@@ -20,163 +20,7 @@ from qlora_cli.__main__ import main
 from qlora_cli.local.run import Ended
 from qlora_trainer.core.completion import PublishRecord, read_completion
 from qlora_trainer.core.cpu import preloaded_allocator
-from tests.support.command import SPEC, Files, new_files, qlora
-from tests.support.model_configs import LLAMA_3_8B
-
-MANIFEST = """\
-apiVersion: qlora.dev/v1alpha1
-kind: QLoRAJob
-metadata:
-  name: tiny
-spec:
-  model:
-    source: pvc://models/model
-  dataset:
-    source: pvc://data/train.jsonl
-  lora:
-    rank: 8
-  training:
-    maxSteps: 3
-    learningRate: 2e-4
-"""
-
-LLAMA_65B = {
-    "model_type": "llama",
-    "hidden_size": 8192,
-    "num_hidden_layers": 80,
-    "intermediate_size": 22016,
-    "num_attention_heads": 64,
-    "vocab_size": 32000,
-}
-
-
-@pytest.mark.parametrize(
-    ("found", "instead", "error"),
-    [
-        ("learningRate", "learningRat", "14: spec.training.learningRat: unknown field; did you mean learningRate?"),
-        ("maxSteps", "max_steps", "13: spec.training.max_steps: unknown field; did you mean maxSteps?"),
-        ("  lora:\n    rank: 8", "  gpus: 2", "10: spec.gpus: unknown field; it is spec.resources.gpus"),
-        ("rank: 8", 'rank: "8"', '11: spec.lora.rank: found "8", must be a whole number, without quotes'),
-        ("rank: 8", "rank: 0", "11: spec.lora.rank: found 0, must be greater than or equal to 1"),
-        ("maxSteps: 3", "maxSteps: 3\n    epochs: 1", "12: spec.training: set only one of epochs and maxSteps"),
-        ("maxSteps: 3", "optimizer: adam", "13: spec.training.optimizer: found \"adam\", must be 'paged_adamw_32bit'"),
-        (
-            "pvc://data/train.jsonl",
-            "/data/train.jsonl",
-            "9: spec.dataset.source: found '/data/train.jsonl', must be hf",
-        ),
-        ("    source: pvc://models/model\n", "", "6: spec.model: found null, must be an object"),
-        (
-            "maxSteps: 3",
-            "objective: kto",
-            "13: spec.training.objective: found \"kto\", must be 'supervised', 'dpo' or 'orpo'; for these, make pairs",
-        ),
-        (
-            "    source: pvc://data/train.jsonl\n",
-            '    source: pvc://data/train.jsonl\n    systemPrompt: {text: " "}\n',
-            '10: spec.dataset.systemPrompt.text: found " ", must not be blank',
-        ),
-        ("kind: QLoRAJob", "kind: Job", '2: kind: found "Job", must be QLoRAJob or QLoRASweep'),
-        ("name: tiny", "name: Tiny", '4: metadata.name: found "Tiny", must be lower-case letters, digits and hyphens'),
-        ("maxSteps: 3", "maxSteps: 3\n    maxSteps: 4", '14: found duplicate key "maxSteps"'),
-        ("maxSteps: 3", "maxSteps: [3", "14: "),
-        ("rank: 8", "rank: !small 8", "11: spec.lora.rank: found the tag !small, must be of a type of JSON"),
-        ("    learningRate: 2e-4\n", "---\nkind: Secret\n", "15: a second document begins here"),
-    ],
-)
-def test_an_error_in_a_manifest_names_file_line_and_field(tmp_path: Path, found: str, instead: str, error: str) -> None:
-    file = tmp_path / "job.yaml"
-    file.write_text(MANIFEST.replace(found, instead))
-    done = qlora("plan", str(file))
-    assert done.returncode == 10
-    assert f"{file}:{error}" in done.stderr
-    assert done.stdout == ""
-
-
-@pytest.mark.parametrize("content", ["", "# nothing\n", "- a list\n", "\x00", "{" * 3000])
-def test_a_file_that_is_no_manifest_is_rejected_in_one_sentence(tmp_path: Path, content: str) -> None:
-    file = tmp_path / "job.yaml"
-    file.write_text(content)
-    done = qlora("plan", str(file))
-    assert done.returncode == 10
-    assert done.stderr.startswith(f"Error: {file}")
-    assert "Traceback" not in done.stderr
-
-
-def test_several_errors_are_reported_together(tmp_path: Path) -> None:
-    file = tmp_path / "job.yaml"
-    file.write_text(MANIFEST.replace("rank", "rnk").replace("maxSteps: 3", "maxSteps: none"))
-    lines = qlora("plan", str(file)).stderr.splitlines()
-    assert len(lines) == 2
-
-
-def planned(tmp_path: Path, *arguments: str, training: str = "") -> "subprocess.CompletedProcess[str]":
-    """`qlora plan` of an 8B model."""
-    (tmp_path / "job.yaml").write_text(MANIFEST + training)
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
-    return qlora("plan", str(tmp_path / "job.yaml"), "--config", str(tmp_path / "config.json"), *arguments)
-
-
-def test_a_plan_adds_up_to_the_expected_peak(tmp_path: Path) -> None:
-    done = planned(tmp_path, "--gpu-memory", "24")
-    assert done.returncode == 0, done.stderr
-    rows = [re.fullmatch(r"[│|] (.+?) +[│|] +([\d.]+) [│|] (.*?) *[│|]", line) for line in done.stdout.splitlines()]
-    sizes = {row[1]: float(row[2]) for row in rows if row and row[3] != "not at the peak"}
-    expected = sizes.pop("Expected peak")
-    assert sum(sizes.values()) == pytest.approx(expected, abs=0.05)
-    assert sizes["Base weights in 4-bit"] == pytest.approx(3.35, abs=0.01)
-    assert "fits: the run fits on a GPU of 24 GiB" in done.stdout
-
-
-def test_a_plan_that_does_not_fit_advises_changes(tmp_path: Path) -> None:
-    done = planned(tmp_path, "--gpu-memory", "16", training="    maxSequenceLength: 8192\n    microBatchSize: 4\n")
-    assert done.returncode == 17
-    assert "exceeds: the run cannot fit on a GPU of 16 GiB" in done.stdout
-    assert "spec.training.microBatchSize: 4 → 2" in done.stdout
-
-
-def test_a_plan_that_barely_fits_reports_the_margin_and_the_first_advice(tmp_path: Path) -> None:
-    done = planned(tmp_path, "--gpu-memory", "8", training="    maxSequenceLength: 2048\n")
-    assert done.returncode == 0, done.stderr
-    said = " ".join(done.stdout.split())
-    assert "fits: the run fits on a GPU of 8 GiB" in said
-    assert "GiB are left" in said
-    assert re.search(r"To free \d+\.\d\d GiB more, first change: spec\.training\.", said)
-    assert "spec.training." in said
-
-
-def test_the_plan_of_a_65b_job_on_48_gb_names_the_8_bit_optimizer_first(tmp_path: Path) -> None:
-    job = MANIFEST.replace("rank: 8", "rank: 64") + "    maxSequenceLength: 512\n"
-    (tmp_path / "job.yaml").write_text(job)
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_65B))
-    done = qlora("plan", str(tmp_path / "job.yaml"), "--config", str(tmp_path / "config.json"), "--gpu-memory", "48")
-    assert done.returncode == 0, done.stderr
-    said = " ".join(done.stdout.split())
-    assert "tight: the run may fit" in said
-    left = re.search(r"on a GPU of 48 GiB: of 47\.04 usable, (\d\.\d\d) GiB are left\.", said)
-    assert left
-    assert float(left[1]) == pytest.approx(1.3, abs=0.05)
-    first = re.search(
-        r" 1\. spec\.training\.optimizer: paged_adamw_32bit → paged_adamw_8bit frees (\d\.\d\d) GiB: ", said
-    )
-    assert first
-    assert float(first[1]) == pytest.approx(4.5, abs=0.05)
-    assert " 2. spec." not in said
-
-
-def test_a_plan_without_a_gpus_size_compares_sizes(tmp_path: Path) -> None:
-    done = planned(tmp_path)
-    assert done.returncode == 0
-    assert re.search(r"^ +24  fits$", done.stdout, re.MULTILINE)
-
-
-def test_a_plan_of_several_nodes_counts_all_gpus_and_names_uneven_batches(tmp_path: Path) -> None:
-    (tmp_path / "job.yaml").write_text(MANIFEST + "  resources: {gpus: 2, nodes: 3}\n")
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_65B | {"num_hidden_layers": 2}))
-    done = qlora("plan", str(tmp_path / "job.yaml"), "--config", str(tmp_path / "config.json"))
-    said = " ".join(done.stdout.split())
-    assert "Each of the 6 GPUs on 3 nodes holds the whole base" in said
-    assert "which 6 GPUs cannot share evenly" in said
+from tests.support.command import MANIFEST, SPEC, Files, new_files, qlora
 
 
 def test_a_run_of_several_nodes_is_rejected(tmp_path: Path) -> None:
@@ -184,30 +28,6 @@ def test_a_run_of_several_nodes_is_rejected(tmp_path: Path) -> None:
     done = qlora("run", str(tmp_path / "job.yaml"), "--workspace", str(tmp_path / "work"))
     assert done.returncode == 10
     assert "spec.resources.nodes is 2, and this command runs a job on one machine" in done.stderr
-
-
-def test_a_plan_reads_the_configuration_from_a_volume(tmp_path: Path, tiny_llama: Path) -> None:
-    (tmp_path / "job.yaml").write_text(MANIFEST)
-    missing = qlora("plan", str(tmp_path / "job.yaml"))
-    assert missing.returncode == 10
-    assert "--volume models=DIR" in missing.stderr
-    assert qlora("plan", str(tmp_path / "job.yaml"), "--volume", f"models={tiny_llama.parent}").returncode == 0
-
-
-def test_a_plan_of_a_model_that_the_hub_withholds_names_the_alternative(tmp_path: Path) -> None:
-    (tmp_path / "job.yaml").write_text(MANIFEST.replace("pvc://models/model", "hf://acme/tiny"))
-    done = qlora("plan", str(tmp_path / "job.yaml"), HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0")
-    assert done.returncode == 200
-    assert "--config FILE" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_a_plan_of_an_invalid_repository_name_is_rejected(tmp_path: Path) -> None:
-    (tmp_path / "job.yaml").write_text(MANIFEST.replace("pvc://models/model", "hf://acme/tiny--model"))
-    done = qlora("plan", str(tmp_path / "job.yaml"), HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0")
-    assert done.returncode == 10
-    assert "spec.model.source is hf://acme/tiny--model: " in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def manifest(files: Files, spec: dict[str, Any]) -> Path:
@@ -424,33 +244,3 @@ def test_cpu_training_preloads_the_allocator_unless_one_is_chosen(
 ) -> None:
     monkeypatch.setattr("qlora_trainer.core.cpu.find_library", lambda _name: installed)
     assert preloaded_allocator(environment) == added
-
-
-STARCODER_3B = {
-    "model_type": "starcoder2",
-    "hidden_size": 3072,
-    "num_hidden_layers": 2,
-    "intermediate_size": 12288,
-    "num_attention_heads": 24,
-    "num_key_value_heads": 2,
-    "vocab_size": 49152,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
-
-
-def test_a_plan_of_a_model_whose_layers_are_not_listed_is_from_a_dry_run(tmp_path: Path) -> None:
-    (tmp_path / "job.yaml").write_text(MANIFEST)
-    (tmp_path / "model.json").write_text(json.dumps(STARCODER_3B))
-    done = qlora("plan", str(tmp_path / "job.yaml"), "--config", str(tmp_path / "model.json"), "--gpu-memory", "24")
-    assert done.returncode == 0, done.stderr
-    assert "fits: the run fits on a GPU of 24 GiB" in done.stdout
-    assert "spec.training.microBatchSize: 1 → 8" in done.stdout
-
-
-def test_a_plan_of_an_unsupported_model_is_rejected(tmp_path: Path) -> None:
-    (tmp_path / "job.yaml").write_text(MANIFEST)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
-    done = qlora("plan", str(tmp_path / "job.yaml"), "--config", str(tmp_path / "config.json"))
-    assert done.returncode == 10
-    assert "encoder-decoder" in done.stderr

@@ -8,15 +8,13 @@ import torch
 from torch import Tensor
 from transformers import Gemma2Config, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
 
-from qlora_api.spec.training import LoraSpec, QuantizationSpec
 from qlora_trainer.data.prepared import IGNORED_LABEL, PackedSequence
-from qlora_trainer.model.adapter.attach import adapter_parameters, attach_adapter
-from qlora_trainer.model.base.load import load_base
-from qlora_trainer.model.families.inspection import inspect_family
+from qlora_trainer.model.adapter.attach import adapter_parameters
 from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.model.losses.loss import batch_loss
 from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
 from qlora_trainer.training.optimizer import make_optimizer
+from tests.support.adapted import adapted
 from tests.support.sequences import random_sequence
 from tests.support.tiny import SHAPE, save_model
 from tests.support.training import job
@@ -40,16 +38,7 @@ def loss_of(model: Any, sequence: PackedSequence) -> Tensor:
 
 def evaluated_and_trained(folder: Path) -> Any:
     """A model that has been evaluated, trained for two steps, and evaluated again."""
-    lora = LoraSpec(rank=4, alpha=8)
-    model = attach_adapter(
-        load_base(folder, QuantizationSpec(), "cpu"),
-        lora,
-        inspect_family(folder, lora).target_modules,
-        seed=0,
-        gradient_checkpointing=True,
-        base_name="tiny",
-        base_revision="0",
-    )
+    model = adapted(folder, seed=0)
     optimizer = make_optimizer(adapter_parameters(model).values(), job().spec.training)
     for seed in (1, 2):
         evaluate(model)

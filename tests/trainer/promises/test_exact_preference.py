@@ -10,27 +10,18 @@ from random import Random
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
-from qlora_api.spec.training import QuantizationSpec
-from qlora_trainer.core import cpu
 from qlora_trainer.core.context import StepContext
-from qlora_trainer.model.adapter.attach import adapter_tensors, attach_adapter
-from qlora_trainer.model.base import layout as base_layout
-from qlora_trainer.model.base import load as trainer_base
-from qlora_trainer.model.base.load import load_base
-from qlora_trainer.model.families.inspection import inspect_family
-from qlora_trainer.model.kernels.fused_lora import FusedLora
-from qlora_trainer.model.nf4 import quantization as four_bit
+from qlora_trainer.model.adapter.attach import adapter_tensors
 from qlora_trainer.steps.prepare import prepare
-from qlora_trainer.training import run as state
+from tests.support.adapted import adapted
+from tests.support.exact import compute_in_float32, random_words
 from tests.support.plain_preference import PlainPair, frozen_base, plain_model, plain_parameters, plain_steps
 from tests.support.tiny import Recorded, write_rows
 from tests.support.training import history, run
 from tests.trainer.conftest import MakeContext
 
-WORDS = ("list", "the", "pods", "of", "every", "node", "and", "scale", "my", "shop", "to", "three", "replicas", "now")
 STEPS = 3
 RATE = 0.01
 TOLERANCE = 1e-5
@@ -41,7 +32,7 @@ def random_pairs(seed: int, count: int) -> list[dict[str, Any]]:
     random = Random(seed)
 
     def words() -> str:
-        return " ".join(random.choices(WORDS, k=random.randint(1, 8)))
+        return random_words(random, 8)
 
     return [{"prompt": words(), "chosen": f"yes {words()}", "rejected": f"no {words()}"} for _ in range(count)]
 
@@ -58,12 +49,7 @@ def prepared_pairs(
 
 @pytest.fixture
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the trainer compute in float32, and the loss in several chunks although the data are small."""
-    for module in (trainer_base, base_layout, four_bit, state):
-        monkeypatch.setattr(module, "COMPUTE_DTYPE", torch.float32)
-    monkeypatch.setattr(base_layout.BaseLayout, "_dtype", lambda _layout, _name: "F32")
-    monkeypatch.setattr(FusedLora, "_is_plain", lambda _layer, _x: torch.is_grad_enabled())
-    monkeypatch.setattr(cpu, "loss_chunk_tokens", lambda _device_type: 16)
+    compute_in_float32(monkeypatch)
 
 
 @pytest.mark.usefixtures("in_float32")
@@ -91,16 +77,7 @@ def test_a_whole_run_is_that_of_a_plain_loop(
         "maxSequenceLength": 128,
     }
     context = prepared_pairs(make_context, tmp_path, rows, {"training": training})
-    start = attach_adapter(
-        load_base(tiny_llama, QuantizationSpec(), "cpu"),
-        context.spec.lora,
-        inspect_family(tiny_llama, context.spec.lora).target_modules,
-        seed=0,
-        gradient_checkpointing=False,
-        base_name="tiny",
-        base_revision="0",
-    )
-    model = plain_model(tiny_llama, adapter_tensors(start))
+    model = plain_model(tiny_llama, adapter_tensors(adapted(tiny_llama, seed=0)))
     pairs = [
         PlainPair.of([{"role": "user", "content": row["prompt"]}], row["chosen"], row["rejected"], tiny_llama)
         for row in rows

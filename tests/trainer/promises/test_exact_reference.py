@@ -19,21 +19,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from qlora_api.spec.training import LoraSpec, QuantizationSpec
-from qlora_trainer.core import cpu
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.model.adapter.attach import adapter_parameters, adapter_tensors, attach_adapter, restore_adapter
-from qlora_trainer.model.base import layout as base_layout
-from qlora_trainer.model.base import load as trainer_base
-from qlora_trainer.model.base.load import load_base
-from qlora_trainer.model.families.inspection import inspect_family
-from qlora_trainer.model.kernels.fused_lora import FusedLora
+from qlora_trainer.model.adapter.attach import adapter_parameters, adapter_tensors, restore_adapter
 from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.model.losses.loss import batch_loss
-from qlora_trainer.model.nf4 import quantization as four_bit
 from qlora_trainer.steps.prepare import prepare
-from qlora_trainer.training import run as state
+from tests.support.adapted import adapted
+from tests.support.exact import compute_in_float32, random_words
 from tests.support.tiny import Recorded, chat_row, write_rows
 from tests.support.training import history, run
 from tests.trainer.conftest import MakeContext
@@ -41,7 +34,6 @@ from tests.trainer.conftest import MakeContext
 TrainOn = Literal["completion", "all"]
 LOSS_TOLERANCE = 1e-6
 TENSOR_TOLERANCE = 1e-5
-WORDS = ("list", "the", "pods", "of", "every", "node", "and", "scale", "my", "shop", "to", "three", "replicas", "now")
 STEPS = 5
 RATE = 0.01
 CLIP = 0.3
@@ -50,11 +42,7 @@ CLIP = 0.3
 def random_rows(seed: int) -> list[dict[str, Any]]:
     """Questions and answers of 1 to 16 words, so that a sequence holds rows of every length."""
     random = Random(seed)
-
-    def words() -> str:
-        return " ".join(random.choices(WORDS, k=random.randint(1, 16)))
-
-    return [chat_row(words(), words()) for _ in range(9)]
+    return [chat_row(random_words(random, 16), random_words(random, 16)) for _ in range(9)]
 
 
 @dataclass(frozen=True)
@@ -129,16 +117,7 @@ def reference_backward(model: Any, examples: list[Example]) -> float:
 
 def our_model(folder: Path, seed: int) -> Any:
     """The trainer's model, checkpointed, with B other than 0, so that A has gradients."""
-    lora = LoraSpec(rank=4, alpha=8)
-    model = attach_adapter(
-        load_base(folder, QuantizationSpec(), "cpu"),
-        lora,
-        inspect_family(folder, lora).target_modules,
-        seed=seed,
-        gradient_checkpointing=True,
-        base_name="tiny",
-        base_revision="0",
-    )
+    model = adapted(folder, seed=seed)
     torch.manual_seed(seed)
     restore_adapter(model, {name: torch.randn_like(t) * 0.05 for name, t in adapter_tensors(model).items()})
     return model
@@ -169,24 +148,10 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 @pytest.fixture
 def in_float32(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the trainer compute in float32, so that two results of different ways can be compared.
-
-    With each LoRA layer: the fused one, by default for 16 bit only, and PEFT's, for dropout and DoRA.
-    """
-    for module in (trainer_base, base_layout, four_bit, state):
-        monkeypatch.setattr(module, "COMPUTE_DTYPE", torch.float32)
-    monkeypatch.setattr(base_layout.BaseLayout, "_dtype", lambda _layout, _name: "F32")
-    if request.param == "fused":
-        monkeypatch.setattr(FusedLora, "_is_plain", lambda _layer, _x: torch.is_grad_enabled())
+    compute_in_float32(monkeypatch, fused=request.param == "fused")
 
 
-@pytest.fixture
-def in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the loss be computed in several chunks although the data are small."""
-    monkeypatch.setattr(cpu, "loss_chunk_tokens", lambda _device_type: 16)
-
-
-@pytest.mark.usefixtures("in_float32", "in_chunks")
+@pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize(("seed", "in_float32"), [(0, "fused"), (1, "fused"), (2, "PEFT's")], indirect=["in_float32"])
 @pytest.mark.parametrize("train_on", ["completion", "all"])
 @pytest.mark.parametrize(("family", "attention"), [("tiny_llama", "eager"), ("tiny_qwen2", "sdpa")])
@@ -247,7 +212,7 @@ def test_in_bfloat16_the_trainer_is_as_exact_as_the_reference(
     assert relative_error(all_ours, truth_of_all) < min(0.01, 1.5 * usual_error)
 
 
-@pytest.mark.usefixtures("in_float32", "in_chunks")
+@pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize(
     ("optimizer", "in_float32"), [("adamw", "fused"), ("paged_adamw_32bit", "PEFT's")], indirect=["in_float32"]
 )
@@ -265,16 +230,8 @@ def test_a_whole_run_is_that_of_a_plain_loop(
         "optimizer": optimizer,
     }
     context = prepared_rows(make_context, tmp_path, rows, tiny_llama, **training)
-    start = attach_adapter(
-        load_base(tiny_llama, QuantizationSpec(), "cpu"),
-        context.spec.lora,
-        inspect_family(tiny_llama, context.spec.lora).target_modules,
-        seed=0,
-        gradient_checkpointing=False,
-        base_name="tiny",
-        base_revision="0",
-    )
-    model = reference_model(tiny_llama, torch.float32, "eager", adapter_tensors(start))
+    start = adapter_tensors(adapted(tiny_llama, seed=0))
+    model = reference_model(tiny_llama, torch.float32, "eager", start)
     parameters, examples = reference_parameters(model), examples_of(rows, tiny_llama, "completion")
     plain = torch.optim.AdamW(parameters.values(), lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
     expected = []

@@ -20,9 +20,10 @@ from qlora_api.spec.training import EarlyStoppingSpec, LoraSpec, PreferenceSpec,
 from qlora_trainer.core import environment
 from qlora_trainer.core.completion import PrepareRecord, read_completion, write_completion
 from qlora_trainer.core.context import StepContext
-from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
+from qlora_trainer.core.failures import Interrupted, StopRequest
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.training.checkpoints import fingerprint
+from tests.support.failures import failing
 from tests.support.tiny import Recorded, chat_row, write_rows
 from tests.support.training import StopAtStep, adapter_bytes, job, prepared, run
 from tests.trainer.conftest import MakeContext
@@ -108,9 +109,8 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> S
 
 def rejection(context: StepContext) -> str:
     """The reason why the train step does not continue."""
-    with pytest.raises(StepFailure, match="step-1 belongs to another run: ") as caught:
+    with failing(ExitCode.BAD_CONFIGURATION, match="step-1 belongs to another run: ") as caught:
         run(context)
-    assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
     return caught.value.message
 
 

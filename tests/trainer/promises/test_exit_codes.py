@@ -13,16 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 from qlora_api.contract import ExitCode, ProgressRecord, ResultRecord, decode_record
 from tests.support.command import Done, Files, new_files
 from tests.support.ranks import beginning_with
 from tests.support.tiny import JOB_UID, POD_UID
-
-# The causes of such an end are tested without a separate process, by the tests of the step; the other tests here show
-# that the command line reports it correctly.
-in_process_too = pytest.mark.slow
 
 
 @pytest.fixture
@@ -43,13 +38,6 @@ def prepared(tmp_path: Path, finished: Files) -> Files:
     return files
 
 
-def copied_model(files: Files, tiny_llama: Path) -> tuple[Files, Path]:
-    """A job with a copy of the model, to spoil."""
-    folder = files.root / "models" / "model"
-    shutil.copytree(tiny_llama, folder)
-    return Files(files.root, folder.parent, files.spec), folder
-
-
 def failed(done: Done, code: ExitCode, *words: str) -> None:
     """Check the step's failure by the words of its sentence, its only report."""
     assert done.exit_code == code, done.stdout + done.stderr
@@ -59,25 +47,9 @@ def failed(done: Done, code: ExitCode, *words: str) -> None:
     assert done.stderr == ""
 
 
-@in_process_too
-def test_10_a_layer_that_the_model_does_not_have(files: Files) -> None:
-    done = files.with_spec({"lora": {"targetModules": ["q_prj"]}}).run("prepare")
-    failed(done, ExitCode.BAD_CONFIGURATION, "spec.lora.targetModules", "q_prj", "q_proj")
-
-
 def test_10_a_document_that_no_api_server_would_have_admitted(files: Files) -> None:
     done = files.with_spec({"lora": {"rank": 0}}).run("prepare")
     failed(done, ExitCode.BAD_CONFIGURATION, "spec.lora.rank", "greater than or equal to 1")
-
-
-@in_process_too
-def test_10_a_password_in_the_hubs_address_is_rejected_and_not_shown(files: Files) -> None:
-    """Every tenant reads the profile that would contain it."""
-    done = files.with_spec({"model": {"source": "hf://acme/tiny"}}).run(
-        "prepare", HF_ENDPOINT="http://reader:s3cret@127.0.0.1:9"
-    )
-    failed(done, ExitCode.BAD_CONFIGURATION, "HF_ENDPOINT has credentials in it")
-    assert "s3cret" not in done.stdout
 
 
 def test_10_a_workspace_that_cannot_be_written(files: Files) -> None:
@@ -85,23 +57,10 @@ def test_10_a_workspace_that_cannot_be_written(files: Files) -> None:
     failed(files.run("prepare"), ExitCode.BAD_CONFIGURATION, str(files.workspace), "cannot be written")
 
 
-@in_process_too
-def test_11_a_row_that_is_cut_in_the_middle(files: Files) -> None:
-    with (files.data / "train.jsonl").open("a") as file:
-        file.write('{"messages": [{"role": "user", "cont')
-    failed(files.run("prepare"), ExitCode.BAD_DATASET, "train.jsonl", "41")
-
-
 def test_11_a_file_with_an_undecodable_name_next_to_the_data(files: Files) -> None:
     Path(os.fsdecode(bytes(files.data) + b"/caf\xe9.jsonl")).touch()
     done = files.with_spec({"dataset": {"source": "pvc://data/other.jsonl"}}).run("prepare")
     failed(done, ExitCode.BAD_DATASET, "other.jsonl does not exist", "caf\\udce9.jsonl")
-
-
-@in_process_too
-def test_12_a_folder_without_a_model(files: Files) -> None:
-    done = files.with_spec({"model": {"source": "pvc://data/nothing"}}).run("prepare")
-    failed(done, ExitCode.MODEL_UNAVAILABLE, "pvc://data/nothing")
 
 
 def test_13_the_gpu_runs_out_of_memory(prepared: Files) -> None:
@@ -124,35 +83,6 @@ def test_13_the_gpu_runs_out_of_memory(prepared: Files) -> None:
     )
     done = Done(process.returncode, process.stdout, process.stderr, (prepared.root / "termination-log").read_text())
     failed(done, ExitCode.GPU_OUT_OF_MEMORY, "out of memory", "spec.training.maxSequenceLength")
-
-
-@in_process_too
-def test_14_weights_that_are_no_numbers(prepared: Files, tiny_llama: Path) -> None:
-    files, model = copied_model(prepared, tiny_llama)
-    tensors = load_file(model / "model.safetensors")
-    tensors["model.norm.weight"].fill_(float("nan"))
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    record = files.workspace / "records" / "prepare.json"
-    record.write_text(record.read_text().replace(str(tiny_llama), str(model)))
-    failed(files.run("train"), ExitCode.DIVERGED, "diverged", "nan")
-
-
-@in_process_too
-def test_15_a_model_with_custom_code(files: Files, tiny_llama: Path) -> None:
-    files, model = copied_model(files, tiny_llama)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "code.Model"}}))
-    failed(files.run("prepare"), ExitCode.UNSAFE_ARTIFACT, "auto_map")
-
-
-@in_process_too
-def test_15_an_adapter_that_was_changed_after_training(tmp_path: Path, finished: Files) -> None:
-    files = finished.copied(tmp_path / "job")
-    (files.workspace / "records" / "publish.json").unlink()
-    with (files.workspace / "trained" / "adapter_model.safetensors").open("r+b") as file:
-        file.seek(-1, 2)
-        file.write(b"\x01")
-    failed(files.run("publish"), ExitCode.UNSAFE_ARTIFACT, "sha256")
 
 
 def test_16_the_volume_does_not_take_the_file(files: Files) -> None:

@@ -20,9 +20,10 @@ from torch import Tensor
 from qlora_api.contract import ExitCode
 from qlora_api.status import QLoRAJobStatus
 from qlora_trainer.core.completion import TrainRecord, read_completion, write_completion
-from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
+from qlora_trainer.core.failures import Interrupted, StopRequest
 from tests.support.builders import FACTS, child, ended, follow, make_job, pod, result, status_in
 from tests.support.command import Done, Files
+from tests.support.failures import failing
 from tests.support.published import published
 from tests.support.tiny import JOB_UID, POD_UID
 from tests.support.training import StopAtStep, prepared, run
@@ -62,8 +63,8 @@ def nan(tensors: dict[str, Tensor]) -> None:
     tensors[max(tensors)][0, 0] = float("nan")
 
 
-def infinite_in_16_bit(tensors: dict[str, Tensor]) -> None:
-    tensors[min(tensors)].mul_(float("inf"))
+def infinite(tensors: dict[str, Tensor]) -> None:
+    tensors[min(tensors)][0, 0] = float("inf")
 
 
 def one_missing(tensors: dict[str, Tensor]) -> None:
@@ -74,9 +75,18 @@ def one_more(tensors: dict[str, Tensor]) -> None:
     tensors["base_model.model.lm_head.lora_A.weight"] = torch.ones(4, 64)
 
 
+def of_another_rank(tensors: dict[str, Tensor]) -> None:
+    tensors[min(tensors)] = torch.ones(8, tensors[min(tensors)].shape[1])
+
+
+def of_another_type(tensors: dict[str, Tensor]) -> None:
+    tensors[max(tensors)] = tensors[max(tensors)].bfloat16()
+
+
 def zero(tensors: dict[str, Tensor]) -> None:
-    for tensor in tensors.values():
-        tensor.zero_()
+    for name, tensor in tensors.items():
+        if "lora_B" in name:
+            tensor.zero_()
 
 
 def half_trained(tensors: dict[str, Tensor]) -> None:
@@ -146,36 +156,38 @@ def occupied(files: Files) -> None:
     (files.workspace / "adapter" / "adapter_model.safetensors").write_bytes(adapter_file(files).read_bytes())
 
 
-SPOILED: dict[str, tuple[Spoil, ExitCode]] = {
-    "the adapter holds NaN": (with_tensors(nan), ExitCode.DIVERGED),
-    "the adapter holds infinity": (with_tensors(infinite_in_16_bit), ExitCode.DIVERGED),
-    "a tensor is missing": (with_tensors(one_missing), ExitCode.INTERNAL_ERROR),
-    "a tensor is too many": (with_tensors(one_more), ExitCode.INTERNAL_ERROR),
-    "the adapter is zero": (with_tensors(zero), ExitCode.BAD_CONFIGURATION),
-    "a layer never learned": (with_tensors(half_trained), ExitCode.INTERNAL_ERROR),
-    "the adapter was changed after training": (with_tensors(nudged, forge_sum=False), ExitCode.UNSAFE_ARTIFACT),
-    "the adapter's file is cut": (truncated, ExitCode.UNSAFE_ARTIFACT),
-    "the adapter is gone": (gone, ExitCode.UNSAFE_ARTIFACT),
-    "the record says fewer steps than planned": (not_to_the_end, ExitCode.UNSAFE_ARTIFACT),
-    "the record is of another spec": (of_another_spec, ExitCode.UNSAFE_ARTIFACT),
-    "the record is of other data": (of_other_data, ExitCode.UNSAFE_ARTIFACT),
-    "the prepared rows are damaged": (rows_cut, ExitCode.BAD_DATASET),
-    "the record is cut": (record_cut, ExitCode.BAD_CONFIGURATION),
-    "there is no record": (record_missing, ExitCode.BAD_CONFIGURATION),
-    "killed in the last save": (killed_in_the_last_save, ExitCode.BAD_CONFIGURATION),
-    "killed before the record": (killed_before_the_record, ExitCode.BAD_CONFIGURATION),
-    "the adapter is a link out of the workspace": (elsewhere, ExitCode.UNSAFE_ARTIFACT),
-    "somebody else's files are at the destination": (occupied, ExitCode.BAD_CONFIGURATION),
+UNSAFE, UNUSABLE, BUG = ExitCode.UNSAFE_ARTIFACT, ExitCode.BAD_CONFIGURATION, ExitCode.INTERNAL_ERROR
+SPOILED: dict[str, tuple[Spoil, ExitCode, str]] = {
+    "the adapter holds NaN": (with_tensors(nan), ExitCode.DIVERGED, "NaN"),
+    "the adapter holds infinity": (with_tensors(infinite), ExitCode.DIVERGED, "infinite"),
+    "a tensor is missing": (with_tensors(one_missing), BUG, "lacks 1 of 28 tensors"),
+    "a tensor is too many": (with_tensors(one_more), BUG, "unexpected 1 of 28 tensors"),
+    "a tensor has another rank": (with_tensors(of_another_rank), BUG, "has shape [8, 128], not [4, 128]"),
+    "a tensor has another type": (with_tensors(of_another_type), BUG, "spec.lora.dtype is float32"),
+    "the adapter is zero": (with_tensors(zero), UNUSABLE, "spec.training.warmupSteps"),
+    "a layer never learned": (with_tensors(half_trained), BUG, "no gradient has reached 1 of 14 layers"),
+    "the adapter was changed after training": (with_tensors(nudged, forge_sum=False), UNSAFE, "sha256"),
+    "the adapter's file is cut": (truncated, UNSAFE, ""),
+    "the adapter is gone": (gone, UNSAFE, ""),
+    "the record says fewer steps than planned": (not_to_the_end, UNSAFE, ""),
+    "the record is of another spec": (of_another_spec, UNSAFE, "another run"),
+    "the record is of other data": (of_other_data, UNSAFE, ""),
+    "the prepared rows are damaged": (rows_cut, ExitCode.BAD_DATASET, ""),
+    "the record is cut": (record_cut, UNUSABLE, ""),
+    "there is no record": (record_missing, UNUSABLE, "run the train step first"),
+    "killed in the last save": (killed_in_the_last_save, UNUSABLE, ""),
+    "killed before the record": (killed_before_the_record, UNUSABLE, ""),
+    "the adapter is a link out of the workspace": (elsewhere, UNSAFE, ""),
+    "another program's files are at the destination": (occupied, UNUSABLE, "no QLoRAJob published"),
 }
 
 
 @pytest.mark.parametrize("way", SPOILED)
 def test_an_incomplete_or_untrained_adapter_is_never_published(trained: Files, way: str) -> None:
-    spoil, code = SPOILED[way]
+    spoil, code, words = SPOILED[way]
     spoil(trained)
-    with pytest.raises(StepFailure) as failure:
+    with failing(code, words):
         published(trained)
-    assert failure.value.exit_code is code, failure.value.message
     assert not (trained.workspace / "records" / "publish.json").exists()
     assert not (trained.workspace / "adapter" / "manifest.json").exists()
 
@@ -266,7 +278,5 @@ def test_a_run_that_is_stopped_in_its_last_step_does_not_report_that_it_is_done(
 
 def test_the_adapter_of_an_earlier_run_in_the_workspace_is_not_published(trained: Files) -> None:
     """A spec was changed and training has not run again: the record on the volume is of the run before."""
-    with pytest.raises(StepFailure) as failure:
+    with failing(ExitCode.UNSAFE_ARTIFACT, "another run"):
         published(trained.with_spec({"training": {"learningRate": 0.004}}))
-    assert failure.value.exit_code is ExitCode.UNSAFE_ARTIFACT
-    assert "another run" in failure.value.message

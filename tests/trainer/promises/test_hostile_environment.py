@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from qlora_api.contract import ExitCode
-from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.stores.endpoints import server_address
 from tests.support.command import Done, Files, new_files
+from tests.support.failures import failing
 from tests.support.fake_hub import FakeHub, serve
 from tests.support.hostile import Place, contents
 from tests.support.tiny import Recorded
@@ -134,11 +134,8 @@ def test_an_invalid_address_is_rejected_before_any_request(
     make_context: MakeContext, monkeypatch: pytest.MonkeyPatch, source: str, variable: str, address: str, says: str
 ) -> None:
     monkeypatch.setenv(variable, address)
-    with pytest.raises(StepFailure) as failure:
+    with failing(ExitCode.BAD_CONFIGURATION, f"the address of a server in {variable} ", says) as failure:
         prepare(make_context({"model": {"source": source}}), Recorded())
-    assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
-    assert f"the address of a server in {variable} " in failure.value.message
-    assert says in failure.value.message
     assert PASSWORD not in failure.value.message
 
 
@@ -159,9 +156,8 @@ def test_an_invalid_address_is_rejected_before_any_request(
 )
 def test_the_nodes_credential_service_is_not_allowed_as_a_server(host: str) -> None:
     """Not by way of prepare: nothing may be sent there, not even by a broken test."""
-    with pytest.raises(StepFailure, match="the metadata service of a cloud") as failure:
+    with failing(ExitCode.BAD_CONFIGURATION, match="the metadata service of a cloud"):
         server_address({"AWS_ENDPOINT_URL": f"http://{host}/latest"}, "AWS_ENDPOINT_URL")
-    assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
 
 
 def test_addresses_of_servers_are_used_unchanged() -> None:

@@ -9,7 +9,10 @@ import os
 import pickle
 import shutil
 import struct
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,55 +20,65 @@ from qlora_api.contract import ExitCode
 from tests.support.hostile import Case, Payload, Place, collector, new_trial
 from tests.trainer.conftest import MakeContext
 
-UNSAFE, CONFIGURATION, DATASET, MODEL = (
-    ExitCode.UNSAFE_ARTIFACT,
-    ExitCode.BAD_CONFIGURATION,
-    ExitCode.BAD_DATASET,
-    ExitCode.MODEL_UNAVAILABLE,
-)
+UNSAFE, CONFIGURATION = ExitCode.UNSAFE_ARTIFACT, ExitCode.BAD_CONFIGURATION
+DATASET, MODEL = ExitCode.BAD_DATASET, ExitCode.MODEL_UNAVAILABLE
 CASES: dict[str, Case] = {}
 case = collector(CASES)
+Table = dict[str, tuple[Any, ExitCode, str]]
 
 
-# Code
+# Configurations
+
+KERNEL, TOWER = "would download and run a kernel", "settings of a tower would be read from another place"
+REMOTE = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+CLIP = {"model_type": "clip_vision_model", "num_hidden_layers": 10**9}
+CONFIGS: Table = {
+    "code named by the configuration": ({"auto_map": REMOTE}, UNSAFE, "has auto_map"),
+    "code named deep in it": ({"text_config": {"sub": [{"auto_map": REMOTE}]}}, UNSAFE, "has auto_map"),
+    "an attention kernel from a repository": ({"_attn_implementation": "attacker/kernel"}, UNSAFE, KERNEL),
+    "a kernel under another name": ({"attn_implementation_internal": "attacker/kernel@main"}, UNSAFE, KERNEL),
+    "other weights": ({"transformers_weights": "other.safetensors"}, UNSAFE, "has transformers_weights"),
+    "a tower from a repository": (
+        {"model_type": "gemma3n", "vision_config": {"architecture": "hf-hub:attacker/tower"}},
+        UNSAFE,
+        TOWER,
+    ),
+    "many megabytes": ({"x": "a" * 300_000_000}, CONFIGURATION, "at most 16777216 bytes are read"),
+    "a billion layers": ({"num_hidden_layers": 10**9}, CONFIGURATION, "num_hidden_layers"),
+    "a tower of a billion layers": (
+        {"model_type": "llava", "vision_config": CLIP},
+        CONFIGURATION,
+        "its num_hidden_layers is 1000000000, and at most 1024 are allowed",
+    ),
+    "a vocabulary larger than memory": (
+        {"vocab_size": 2**50},
+        CONFIGURATION,
+        "vocab_size is 1125899906842624, and at most 10000000 are allowed",
+    ),
+    "layers wider than memory": (
+        {"hidden_size": 2**40, "intermediate_size": 2**40},
+        CONFIGURATION,
+        "hidden_size is 1099511627776, and at most 131072 are allowed",
+    ),
+    "sizes below zero": ({"hidden_size": -64, "num_attention_heads": -4}, CONFIGURATION, "negative dimension -64"),
+    "a list of layers without end": (
+        {"layer_types": ["full_attention"] * 500_000},
+        CONFIGURATION,
+        "number of `layer_types` (500000)",
+    ),
+}
 
 
-@case(UNSAFE, "has auto_map")
-def code_named_by_the_configuration(place: Place) -> None:
+def configure(changes: dict[str, Any], place: Place) -> None:
+    """Change the configuration, with code next to it."""
     place.code(place.model, "evil.py")
-    place.config(auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
-
-
-@case(UNSAFE, "has auto_map")
-def code_named_deep_in_the_configuration(place: Place) -> None:
-    place.code(place.model, "evil.py")
-    place.config(text_config={"sub": [{"auto_map": {"AutoConfig": "evil.Config"}}]})
+    place.config(**changes)
 
 
 @case(UNSAFE, "tokenizer_config.json has auto_map")
 def code_named_by_the_tokenizer(place: Place) -> None:
     place.code(place.model, "evil.py")
     place.tokenizer_config(tokenizer_class="EvilTokenizer", auto_map={"AutoTokenizer": ["evil.Tokenizer", None]})
-
-
-@case(UNSAFE, "would download and run a kernel")
-def an_attention_kernel_from_a_repository(place: Place) -> None:
-    place.config(_attn_implementation="attacker/kernel")
-
-
-@case(UNSAFE, "would download and run a kernel")
-def an_attention_kernel_under_another_name(place: Place) -> None:
-    place.config(attn_implementation_internal="attacker/kernel@main")
-
-
-@case(UNSAFE, "has transformers_weights")
-def other_weights_named_by_the_configuration(place: Place) -> None:
-    place.config(transformers_weights="other.safetensors")
-
-
-@case(UNSAFE, "settings of a tower would be read from another place")
-def a_tower_from_a_repository(place: Place) -> None:
-    place.config(model_type="gemma3n", vision_config={"architecture": "hf-hub:attacker/tower"})
 
 
 @case(UNSAFE, "settings of a tower would be read from another place")
@@ -95,25 +108,29 @@ def pickled_weights_alone(place: Place) -> None:
     (place.model / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(place.canary)))
 
 
-@case(MODEL, "is not a whole safetensors file")
-def a_pickle_under_the_name_of_safetensors(place: Place) -> None:
-    (place.model / "model.safetensors").write_bytes(pickle.dumps(Payload(place.canary)))
+# Templates
+
+CLIMB = "''.__class__.__mro__[1].__subclasses__()"
+TEMPLATES: Table = {
+    "it climbs to the interpreter": ("{{ " + CLIMB + " }}", DATASET, "is unsafe"),
+    "it reads a file": ("{{ cycler.__init__.__globals__.os.mkdir('CANARY') }}", DATASET, "is unsafe"),
+    "it includes another": ("{% include 'SECRET' %}", DATASET, "no loader"),
+    "it writes without end": ("{{ 'a' * 10000000000 }}", DATASET, "needs more memory than there is"),
+    "it counts without end": ("{% for i in range(10 ** 12) %}a{% endfor %}", DATASET, "Range too big"),
+    "it calls itself": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", DATASET, "recursion"),
+    "it nests without end": ("{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}", CONFIGURATION, "cannot be used"),
+    "more loops than Python takes": (
+        "{% for m in messages %}" * 30 + "{{ m }}" + "{% endfor %}" * 30,
+        CONFIGURATION,
+        "template cannot be used",
+    ),
+    "it asks a number for its items": ("{{ 1 | dictsort }}", DATASET, "template rejects this conversation"),
+}
 
 
-@case(DATASET, "is unsafe")
-def a_template_that_climbs_to_the_interpreter(place: Place) -> None:
-    climb = "''.__class__.__mro__[1].__subclasses__()"
-    place.template("{{ " + climb + " }}{% for message in messages %}{{ message['content'] }}{% endfor %}")
-
-
-@case(DATASET, "is unsafe")
-def a_template_that_reads_a_file(place: Place) -> None:
-    place.template("{{ cycler.__init__.__globals__.os.mkdir('" + str(place.canary) + "') }}")
-
-
-@case(DATASET, "no loader")
-def a_template_that_includes_another(place: Place) -> None:
-    place.template("{% include '" + str(place.outside / "secret") + "' %}")
+def put_template(text: str, place: Place) -> None:
+    """Give the model this template. CANARY and SECRET are paths of the place."""
+    place.template(text.replace("CANARY", str(place.canary)).replace("SECRET", str(place.outside / "secret")))
 
 
 # Paths
@@ -179,115 +196,65 @@ def a_folder_in_place_of_the_configuration(place: Place) -> None:
     (place.model / "config.json").mkdir()
 
 
-# Bombs
+# Files
+
+NESTED = '{"a":' * 100_000 + "1" + "}" * 100_000
+ENTRY = {"dtype": "BF16", "shape": [4], "data_offsets": [0, 8]}
 
 
-@case(CONFIGURATION, "is not JSON")
-def a_configuration_that_nests_without_end(place: Place) -> None:
-    (place.model / "config.json").write_text('{"a":' * 200_000 + "1" + "}" * 200_000)
+def safetensors(header: str, length: int | None = None) -> bytes:
+    """A file with this header, and eight bytes of data."""
+    return struct.pack("<Q", length or len(header)) + header.encode() + b"\0" * 8
 
 
-@case(CONFIGURATION, "at most 16777216 bytes are read")
-def a_configuration_of_many_megabytes(place: Place) -> None:
-    place.config(x="a" * 300_000_000)
+NOT_WHOLE, NOT_JSON = "is not a whole safetensors file", "is not JSON"
+FILES: dict[str, tuple[str, Callable[[Place], bytes], ExitCode, str]] = {
+    "a pickle under the name of safetensors": (
+        "model.safetensors",
+        lambda place: pickle.dumps(Payload(place.canary)),
+        MODEL,
+        NOT_WHOLE,
+    ),
+    "a header longer than the file": ("model.safetensors", lambda _: safetensors("{}", 2**60), MODEL, NOT_WHOLE),
+    "a header that nests without end": ("model.safetensors", lambda _: safetensors(NESTED), MODEL, NOT_WHOLE),
+    "tensors that overlap": (
+        "model.safetensors",
+        lambda _: safetensors(json.dumps({"a": ENTRY, "b": ENTRY})),
+        MODEL,
+        NOT_WHOLE,
+    ),
+    "a tensor that ends before it begins": (
+        "model.safetensors",
+        lambda _: safetensors(json.dumps({"a": ENTRY | {"data_offsets": [8, 0]}})),
+        MODEL,
+        NOT_WHOLE,
+    ),
+    "a configuration that nests without end": ("config.json", lambda _: NESTED.encode(), CONFIGURATION, NOT_JSON),
+    "a configuration that is no text": (
+        "config.json",
+        lambda _: b'{"model_type": "\xff\xfe"}',
+        CONFIGURATION,
+        NOT_JSON,
+    ),
+    "a tokenizer that is no tokenizer": (
+        "tokenizer.json",
+        lambda _: b'{"version": "1.0", "model": {"type": "Evil"}}',
+        CONFIGURATION,
+        "tokenizer cannot be loaded",
+    ),
+}
 
 
-@case(CONFIGURATION, "num_hidden_layers")
-def a_billion_layers(place: Place) -> None:
-    place.config(num_hidden_layers=10**9)
+def put_file(name: str, content: Callable[[Place], bytes], place: Place) -> None:
+    """Replace one of the model's files."""
+    (place.model / name).write_bytes(content(place))
 
 
-@case(CONFIGURATION, "its num_hidden_layers is 1000000000, and at most 1024 are allowed")
-def a_tower_of_a_billion_layers(place: Place) -> None:
-    tower = {"model_type": "clip_vision_model", "num_hidden_layers": 10**9}
-    place.config(model_type="llava", vision_config=tower)
-
-
-@case(CONFIGURATION, "vocab_size is 1125899906842624, and at most 10000000 are allowed")
-def a_vocabulary_larger_than_memory(place: Place) -> None:
-    place.config(vocab_size=2**50)
-
-
-@case(CONFIGURATION, "hidden_size is 1099511627776, and at most 131072 are allowed")
-def layers_wider_than_memory(place: Place) -> None:
-    place.config(hidden_size=2**40, intermediate_size=2**40)
-
-
-@case(CONFIGURATION, "negative dimension -64")
-def sizes_below_zero(place: Place) -> None:
-    place.config(hidden_size=-64, num_attention_heads=-4)
-
-
-@case(CONFIGURATION, "number of `layer_types` (500000)")
-def a_list_of_layers_without_end(place: Place) -> None:
-    place.config(layer_types=["full_attention"] * 500_000)
-
-
-@case(DATASET, "needs more memory than there is")
-def a_template_that_writes_without_end(place: Place) -> None:
-    place.template("{{ 'a' * 10000000000 }}")
-
-
-@case(DATASET, "Range too big")
-def a_template_that_counts_without_end(place: Place) -> None:
-    place.template("{% for i in range(10 ** 12) %}a{% endfor %}")
-
-
-@case(DATASET, "recursion")
-def a_template_that_calls_itself(place: Place) -> None:
-    place.template("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}")
-
-
-@case(CONFIGURATION, "template cannot be used")
-def a_template_that_nests_without_end(place: Place) -> None:
-    place.template("{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}")
-
-
-@case(CONFIGURATION, "template cannot be used")
-def a_template_of_more_loops_than_python_takes(place: Place) -> None:
-    place.template("{% for m in messages %}" * 30 + "{{ m }}" + "{% endfor %}" * 30)
-
-
-@case(DATASET, "template rejects this conversation")
-def a_template_that_asks_a_number_for_its_items(place: Place) -> None:
-    place.template("{{ 1 | dictsort }}")
-
-
-@case(MODEL, "is not a whole safetensors file")
-def a_safetensors_header_longer_than_the_file(place: Place) -> None:
-    (place.model / "model.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}")
-
-
-@case(MODEL, "is not a whole safetensors file")
-def a_safetensors_header_that_nests_without_end(place: Place) -> None:
-    header = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
-    (place.model / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
-
-
-@case(MODEL, "is not a whole safetensors file")
-def safetensors_that_overlap(place: Place) -> None:
-    entry = {"dtype": "BF16", "shape": [4], "data_offsets": [0, 8]}
-    header = json.dumps({"a": entry, "b": entry}).encode()
-    (place.model / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 8)
-
-
-@case(MODEL, "is not a whole safetensors file")
-def safetensors_that_end_before_they_begin(place: Place) -> None:
-    header = json.dumps({"a": {"dtype": "BF16", "shape": [4], "data_offsets": [8, 0]}}).encode()
-    (place.model / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 8)
-
-
-# Encodings
-
-
-@case(CONFIGURATION, "is not JSON")
-def a_configuration_that_is_no_text(place: Place) -> None:
-    (place.model / "config.json").write_bytes(b'{"model_type": "\xff\xfe"}')
-
-
-@case(CONFIGURATION, "tokenizer cannot be loaded")
-def a_tokenizer_that_is_no_tokenizer(place: Place) -> None:
-    (place.model / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "Evil"}}')
+CASES |= {
+    **{name: Case(partial(configure, changes), code, says) for name, (changes, code, says) in CONFIGS.items()},
+    **{name: Case(partial(put_template, text), code, says) for name, (text, code, says) in TEMPLATES.items()},
+    **{name: Case(partial(put_file, file, made), code, says) for name, (file, made, code, says) in FILES.items()},
+}
 
 
 @pytest.mark.parametrize("name", CASES)

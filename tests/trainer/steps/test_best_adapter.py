@@ -12,17 +12,17 @@ from transformers import LlamaConfig
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord, read_completion
 from qlora_trainer.core.context import StepContext
-from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
+from qlora_trainer.core.failures import Interrupted, StopRequest
 from qlora_trainer.core.outcome import summary
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.publishing.gate import check_gate
 from qlora_trainer.publishing.verify import require_own_training
 from qlora_trainer.steps.publish import publish
-from qlora_trainer.training import finish_run as finishing
-from qlora_trainer.training import loop
+from qlora_trainer.training import finish_run, loop
 from qlora_trainer.training.checkpoints.checkpoint import newest_checkpoint
 from qlora_trainer.training.progress.run_state import RunState
 from qlora_trainer.training.run import Run
+from tests.support.failures import failing
 from tests.support.manifests import merged
 from tests.support.report_page import Page
 from tests.support.tiny import SHAPE, Recorded, save_model
@@ -151,7 +151,7 @@ def test_a_run_killed_after_its_early_stop_trains_no_further(
         raise Lost
 
     with monkeypatch.context() as patched:
-        patched.setattr(finishing, "save_adapter", lost)
+        patched.setattr(finish_run, "save_adapter", lost)
         with pytest.raises(Lost):
             run(killed)
     found = run(killed, records=records)
@@ -253,10 +253,8 @@ def test_publish_checks_the_step_of_the_early_stop(change: dict[str, Any], said:
     assert trained is not None
     require_own_training(data, trained, stopped.spec, workspace)
 
-    with pytest.raises(StepFailure, match=said) as caught:
+    with failing(ExitCode.UNSAFE_ARTIFACT, match=said):
         require_own_training(data, trained.model_copy(update=change), stopped.spec, workspace)
-
-    assert caught.value.exit_code is ExitCode.UNSAFE_ARTIFACT
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,7 @@ from qlora_trainer.steps.clean import clean
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
 from tests.support.command import ROWS, Files, new_files
+from tests.support.failures import failing
 from tests.support.published import context, published
 from tests.support.report_page import Page
 from tests.support.tiny import POD_UID, VOCABULARY, Recorded, chat_row, save_model, write_rows
@@ -151,9 +152,8 @@ def test_it_is_published_without_training_once_the_gate_lets_it_pass(trained: Fi
     assert "| minScore | 0.6 | 0.6 | yes |" in card
     # The objects at the destination do not depend on the limits: a run with others finds them there.
     assert published(mild) == record
-    with pytest.raises(StepFailure) as failure:
+    with failing(ExitCode.GATE_FAILED):
         published(replace(mild, spec={**mild.spec, "gate": {"maxEvalLoss": 0.01}}))
-    assert failure.value.exit_code is ExitCode.GATE_FAILED
 
 
 def test_the_gate_rejects_a_score_of_another_or_changed_adapter(trained: Files) -> None:
@@ -192,11 +192,9 @@ def test_prepare_rejects_a_score_that_no_adapter_could_have(
     write_rows(tmp_path / "data" / "train.jsonl", rows)
     job = make_context({"dataset": {"eval": {"fraction": 0.25}}, "gate": {"minScore": 0.5, "score": score}})
 
-    with pytest.raises(StepFailure) as failure:
+    with failing(ExitCode.BAD_CONFIGURATION, words):
         prepare(job, Recorded())
 
-    assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
-    assert words in failure.value.message
     assert not job.workspace.base.exists()
 
 
@@ -266,9 +264,8 @@ def test_each_held_out_row_is_checked_by_its_check(
 
 def test_a_row_whose_check_cannot_be_read_is_named(make_context: MakeContext, tmp_path: Path) -> None:
     write_rows(tmp_path / "data" / "train.jsonl", with_checks(["(pods"] * 12))
-    with pytest.raises(StepFailure) as failure:
+    with failing(ExitCode.BAD_DATASET) as failure:
         prepare(make_context(brought(OWN)), Recorded())
-    assert failure.value.exit_code is ExitCode.BAD_DATASET
     assert re.match(
         r"pvc://data/train.jsonl line \d+: 'expected' is no regular expression of Python: missing \), .*: correct it",
         failure.value.message,

@@ -1,12 +1,11 @@
 """The step `prepare` on a volume: its files, its rejections, and its repetition."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,19 +23,46 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.data.sampling import hold_out
-from qlora_trainer.model.families import admission as check
+from qlora_trainer.model.families import admission
 from qlora_trainer.model.families.inspection import Family, inspect_family
 from qlora_trainer.steps.prepare import prepare
+from tests.support.failures import failing
 from tests.support.tiny import JOB_UID, POD_UID, SHAPE, Recorded, chat_row, save_model, write_rows
 from tests.trainer.conftest import MakeContext
 
 
+def clock() -> datetime:
+    """Stands still: the record has the seconds of fetching, which differ between runs."""
+    return datetime(2026, 1, 2, tzinfo=UTC)
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """Jobs over twenty rows on a volume."""
+
+    make: MakeContext
+    records: Recorded
+    rows: list[dict[str, Any]]
+    data: Path
+
+    def prepare(self, spec: dict[str, Any] | None = None, model: Path | None = None) -> PrepareRecord:
+        context = self.make(spec) if model is None else self.make(spec, model=model)
+        return prepare(context, self.records, now=clock)
+
+    def reject(self, code: ExitCode, model: Path) -> str:
+        """The message of prepare, which ends with this code and leaves nothing behind."""
+        context = self.make(model=model)
+        with failing(code) as failure:
+            prepare(context, self.records)
+        assert not [*context.workspace.root.rglob("*")]
+        return failure.value.message
+
+
 @pytest.fixture
-def rows(tmp_path: Path) -> list[dict[str, Any]]:
-    """Twenty rows of different length, written to the job's data file."""
+def jobs(tmp_path: Path, make_context: MakeContext, records: Recorded) -> Jobs:
+    """Rows of different length are in the job's data file."""
     rows = [chat_row(f"Question {n}?", "pods " * (n % 7 + 1)) for n in range(20)]
-    write_rows(tmp_path / "data" / "train.jsonl", rows)
-    return rows
+    return Jobs(make_context, records, rows, write_rows(tmp_path / "data" / "train.jsonl", rows))
 
 
 @pytest.fixture
@@ -53,10 +79,9 @@ def everything_below(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.usefixtures("rows")
-def test_it_leaves_packed_data_and_a_record(make_context: MakeContext, records: Recorded, tiny_llama: Path) -> None:
-    context = make_context()
-    record = prepare(context, records)
+def test_it_leaves_packed_data_and_a_record(jobs: Jobs, tiny_llama: Path) -> None:
+    context = jobs.make()
+    record = prepare(context, jobs.records, now=clock)
     assert read_completion(context.workspace.completion("prepare"), PrepareRecord) == record
     assert record.model_path == str(tiny_llama)
     assert record.model_revision.startswith("sha256:")
@@ -75,36 +100,29 @@ def test_it_leaves_packed_data_and_a_record(make_context: MakeContext, records: 
     assert not list(context.workspace.root.rglob("*.partial"))
 
 
-@pytest.mark.usefixtures("rows")
-def test_the_same_job_gives_the_same_bytes(make_context: MakeContext, records: Recorded, tmp_path: Path) -> None:
+def test_the_same_job_gives_the_same_bytes(jobs: Jobs, tmp_path: Path) -> None:
     spec = {"dataset": {"eval": {"fraction": 0.2}}}
-    first = make_context(spec)
-    prepare(first, records, now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
+    first = jobs.make(spec)
+    prepare(first, jobs.records, now=clock)
     before = everything_below(first.workspace.root)
     shutil.rmtree(first.workspace.root)
-    prepare(make_context(spec), records, now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
+    jobs.prepare(spec)
     assert everything_below(first.workspace.root) == before
 
 
-@pytest.mark.usefixtures("rows")
-def test_a_finished_step_succeeds_again_without_reading_the_data(
-    make_context: MakeContext, records: Recorded, tmp_path: Path
-) -> None:
-    record = prepare(make_context(), records)
+def test_a_finished_step_succeeds_again_without_reading_the_data(jobs: Jobs, tmp_path: Path) -> None:
+    record = jobs.prepare()
     before = everything_below(tmp_path / "workspace")
     (tmp_path / "data" / "train.jsonl").unlink()
-    assert prepare(make_context(), records) == record
+    assert jobs.prepare() == record
     assert everything_below(tmp_path / "workspace") == before
 
 
-@pytest.mark.usefixtures("rows")
-def test_a_run_too_short_for_its_keep_and_early_stop_settings_is_reported(
-    make_context: MakeContext, records: Recorded
-) -> None:
+def test_a_run_too_short_for_its_keep_and_early_stop_settings_is_reported(jobs: Jobs) -> None:
     def remarks(every: int) -> tuple[str, ...]:
         training = {"maxSteps": 12, "evalEverySteps": every, "keep": "best"}
-        job = make_context({"training": training, "dataset": {"eval": {"fraction": 0.25}}})
-        return prepare(job, records).remarks
+        job = jobs.make({"training": training, "dataset": {"eval": {"fraction": 0.25}}})
+        return prepare(job, jobs.records, now=clock).remarks
 
     said = "spec.training.evalEverySteps is 12 and the run has 12 steps, with no evaluations between its start and its"
     first = remarks(12)
@@ -114,7 +132,6 @@ def test_a_run_too_short_for_its_keep_and_early_stop_settings_is_reported(
     assert remarks(11) == ()
 
 
-@pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize(
     "change",
     [
@@ -125,64 +142,50 @@ def test_a_run_too_short_for_its_keep_and_early_stop_settings_is_reported(
         {"lora": {"targetModules": ["q_proj"]}},
     ],
 )
-def test_a_changed_job_is_prepared_again(make_context: MakeContext, records: Recorded, change: dict[str, Any]) -> None:
-    first = prepare(make_context(), records)
-    second = prepare(make_context(change), records)
+def test_a_changed_job_is_prepared_again(jobs: Jobs, change: dict[str, Any]) -> None:
+    first = jobs.prepare()
+    second = jobs.prepare(change)
     assert second.fingerprint != first.fingerprint
     assert second.data_path != first.data_path
 
 
-def test_changed_data_is_prepared_again(
-    make_context: MakeContext, records: Recorded, rows: list[dict[str, Any]], tmp_path: Path
-) -> None:
-    write_rows(tmp_path / "data" / "eval.jsonl", rows[:2])
-    context = make_context({"dataset": {"eval": {"source": "pvc://data/eval.jsonl"}}})
-    first = prepare(context, records)
-    write_rows(tmp_path / "data" / "train.jsonl", rows[:10])
-    second = prepare(context, records)
+def test_changed_data_is_prepared_again(jobs: Jobs, tmp_path: Path) -> None:
+    write_rows(tmp_path / "data" / "eval.jsonl", jobs.rows[:2])
+    context = jobs.make({"dataset": {"eval": {"source": "pvc://data/eval.jsonl"}}})
+    first = prepare(context, jobs.records, now=clock)
+    write_rows(tmp_path / "data" / "train.jsonl", jobs.rows[:10])
+    second = prepare(context, jobs.records, now=clock)
     assert (second.dataset.used_rows, second.dataset.eval_rows) == (10, 2)
-    write_rows(tmp_path / "data" / "eval.jsonl", rows[:3])
-    third = prepare(context, records)
+    write_rows(tmp_path / "data" / "eval.jsonl", jobs.rows[:3])
+    third = prepare(context, jobs.records, now=clock)
     assert third.dataset.eval_rows == 3
     assert len({first.fingerprint, second.fingerprint, third.fingerprint}) == 3
 
 
-@pytest.mark.usefixtures("rows")
-def test_a_setting_that_does_not_affect_the_data_changes_the_estimate_only(
-    make_context: MakeContext, records: Recorded
-) -> None:
-    first = prepare(make_context(), records)
-    second = prepare(make_context({"lora": {"rank": 64}, "resources": {"gpuMemory": 24}}), records)
+def test_a_setting_that_does_not_affect_the_data_changes_the_estimate_only(jobs: Jobs) -> None:
+    first = jobs.prepare()
+    second = jobs.prepare({"lora": {"rank": 64}, "resources": {"gpuMemory": 24}})
     assert second.fingerprint == first.fingerprint
     assert (second.memory.estimate_bytes or 0) > (first.memory.estimate_bytes or 0) > 0
     assert (first.memory.verdict, second.memory.verdict) == ("unknown", "fits")
 
 
-def clock() -> datetime:
-    """Stands still: the record has the seconds of fetching, which differ between runs."""
-    return datetime(2026, 1, 2, tzinfo=UTC)
-
-
-@pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("lost", ["manifest.json", "train.safetensors", "record"])
-def test_lost_files_are_made_again(make_context: MakeContext, records: Recorded, lost: str) -> None:
-    context = make_context()
-    record = prepare(context, records, now=clock)
+def test_lost_files_are_made_again(jobs: Jobs, lost: str) -> None:
+    context = jobs.make()
+    record = prepare(context, jobs.records, now=clock)
     path = context.workspace.completion("prepare")
     (path if lost == "record" else context.workspace.root / record.data_path / lost).unlink()
-    assert prepare(context, records, now=clock) == record
+    assert prepare(context, jobs.records, now=clock) == record
     assert opened(context, record).rows == 20
 
 
-@pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("resolved", [None, {"model": "a", "tokenizer": None, "data": "b", "evalData": None}])
-def test_data_with_a_damaged_manifest_are_made_again(
-    make_context: MakeContext, records: Recorded, resolved: dict[str, Any] | None
-) -> None:
-    context = make_context()
-    record = prepare(context, records, now=clock)
+def test_data_with_a_damaged_manifest_are_made_again(jobs: Jobs, resolved: dict[str, Any] | None) -> None:
+    context = jobs.make()
+    record = prepare(context, jobs.records, now=clock)
     (context.workspace.root / record.data_path / "manifest.json").write_text(json.dumps({"resolved": resolved}))
-    assert prepare(context, records, now=clock) == record
+    assert prepare(context, jobs.records, now=clock) == record
 
 
 def cut(path: Path) -> None:
@@ -200,56 +203,44 @@ def make_a_folder(path: Path) -> None:
     path.mkdir()
 
 
-@pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("damage", [cut, give_other_shapes, make_a_folder])
 @pytest.mark.parametrize("split", ["train", "eval"])
-def test_rows_whose_file_is_damaged_are_made_again(
-    make_context: MakeContext, records: Recorded, split: str, damage: Callable[[Path], None]
-) -> None:
-    context = make_context({"dataset": {"eval": {"fraction": 0.2}}})
-    record = prepare(context, records, now=clock)
+def test_rows_whose_file_is_damaged_are_made_again(jobs: Jobs, split: str, damage: Callable[[Path], None]) -> None:
+    context = jobs.make({"dataset": {"eval": {"fraction": 0.2}}})
+    record = prepare(context, jobs.records, now=clock)
     path = context.workspace.root / record.data_path / f"{split}.safetensors"
     before = path.read_bytes()
     damage(path)
-    assert prepare(context, records, now=clock) == record
+    assert prepare(context, jobs.records, now=clock) == record
     assert path.read_bytes() == before
 
 
-@pytest.mark.usefixtures("rows")
-def test_rows_that_are_too_long_are_left_out_and_counted(
-    make_context: MakeContext, records: Recorded, rows: list[dict[str, Any]], tmp_path: Path
-) -> None:
-    write_rows(tmp_path / "data" / "train.jsonl", [*rows, chat_row("Long?", "word " * 100)])
-    status = prepare(make_context(), records).dataset
+def test_rows_that_are_too_long_are_left_out_and_counted(jobs: Jobs, tmp_path: Path) -> None:
+    write_rows(tmp_path / "data" / "train.jsonl", [*jobs.rows, chat_row("Long?", "word " * 100)])
+    status = jobs.prepare().dataset
     assert (status.rows, status.used_rows, status.too_long_rows) == (21, 20, 1)
     assert status.longest_row_tokens > 100
 
 
-@pytest.mark.usefixtures("rows")
-def test_a_family_whose_rows_see_each_other_is_not_packed(
-    make_context: MakeContext, records: Recorded, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_family_whose_rows_see_each_other_is_not_packed(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     inspect = inspect_family
 
     def leaking(folder: Path, lora: LoraSpec) -> Family:
         return replace(inspect(folder, lora), one_row=True)
 
-    monkeypatch.setattr(check, "inspect_family", leaking)
-    context = make_context()
-    record = prepare(context, records)
+    monkeypatch.setattr(admission, "inspect_family", leaking)
+    context = jobs.make()
+    record = prepare(context, jobs.records, now=clock)
     assert not record.packed
     assert len(opened(context, record)) == 20
     with pytest.raises(StepFailure, match=r"apart, and spec\.training\.objective compares two answers in one pass"):
-        prepare(make_context({"training": {"objective": "dpo"}}), records)
+        jobs.prepare({"training": {"objective": "dpo"}})
 
 
-@pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize(("fraction", "held_out"), [(0.001, 1), (0.2, 4), (0.999, 19)])
-def test_a_fraction_is_held_out_and_neither_lost_nor_trained_on(
-    make_context: MakeContext, records: Recorded, fraction: float, held_out: int
-) -> None:
-    context = make_context({"dataset": {"eval": {"fraction": fraction}}})
-    record = prepare(context, records)
+def test_a_fraction_is_held_out_and_neither_lost_nor_trained_on(jobs: Jobs, fraction: float, held_out: int) -> None:
+    context = jobs.make({"dataset": {"eval": {"fraction": fraction}}})
+    record = prepare(context, jobs.records, now=clock)
     assert (record.dataset.used_rows, record.dataset.eval_rows) == (20 - held_out, held_out)
     assert opened(context, record).rows + opened(context, record, "eval").rows == 20
 
@@ -261,36 +252,23 @@ def test_the_seed_alone_chooses_the_held_out_rows() -> None:
     assert len(set(held_out) & set(hold_out(1000, 0.1, 8, "rows")[1].tolist())) < 30
 
 
-@pytest.mark.usefixtures("rows")
-def test_only_the_first_rows_are_read_with_max_rows(make_context: MakeContext, records: Recorded) -> None:
-    status = prepare(make_context({"dataset": {"maxRows": 5}}), records).dataset
+def test_only_the_first_rows_are_read_with_max_rows(jobs: Jobs) -> None:
+    status = jobs.prepare({"dataset": {"maxRows": 5}}).dataset
     assert (status.rows, status.used_rows) == (5, 5)
 
 
-@pytest.mark.usefixtures("rows")
-def test_the_revision_of_a_model_on_a_volume_is_its_content(
-    make_context: MakeContext, records: Recorded, own_model: Path
-) -> None:
-    first = prepare(make_context(model=own_model), records).model_revision
+def test_the_revision_of_a_model_on_a_volume_is_its_content(jobs: Jobs, own_model: Path) -> None:
+    first = jobs.prepare(model=own_model).model_revision
     (own_model / "notes.txt").write_text("not used")
     (own_model / "pytorch_model.bin").write_text("not used")
     shutil.rmtree(own_model.parents[1] / "workspace")
-    assert prepare(make_context(model=own_model), records).model_revision == first
+    assert jobs.prepare(model=own_model).model_revision == first
     weights = load_file(own_model / "model.safetensors")
     save_file({**weights, "model.norm.weight": weights["model.norm.weight"] + 1}, own_model / "model.safetensors")
     shutil.rmtree(own_model.parents[1] / "workspace")
-    assert prepare(make_context(model=own_model), records).model_revision != first
+    assert jobs.prepare(model=own_model).model_revision != first
 
 
-def rejection(context: StepContext, records: Recorded) -> tuple[ExitCode, str]:
-    """How prepare ends, leaving nothing behind."""
-    with pytest.raises(StepFailure) as failure:
-        prepare(context, records)
-    assert not [*context.workspace.root.rglob("*")]
-    return failure.value.exit_code, failure.value.message
-
-
-@pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
@@ -299,83 +277,31 @@ def rejection(context: StepContext, records: Recorded) -> tuple[ExitCode, str]:
         ("model.safetensors", "pvc://models/model has neither model.safetensors nor model.safetensors.index.json"),
     ],
 )
-def test_an_incomplete_model_is_rejected(
-    make_context: MakeContext, records: Recorded, own_model: Path, missing: str, message: str
-) -> None:
+def test_an_incomplete_model_is_rejected(jobs: Jobs, own_model: Path, missing: str, message: str) -> None:
     (own_model / missing).unlink()
-    code, found = rejection(make_context(model=own_model), records)
-    assert code is ExitCode.MODEL_UNAVAILABLE
+    found = jobs.reject(ExitCode.MODEL_UNAVAILABLE, own_model)
     assert message in found
 
 
-@pytest.mark.usefixtures("rows")
-def test_a_missing_model_is_rejected(make_context: MakeContext, records: Recorded, tmp_path: Path) -> None:
+def test_a_missing_model_is_rejected(jobs: Jobs, tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
-    code, message = rejection(make_context(model=tmp_path / "own" / "none"), records)
-    assert code is ExitCode.MODEL_UNAVAILABLE
+    message = jobs.reject(ExitCode.MODEL_UNAVAILABLE, tmp_path / "own" / "none")
     assert message == "pvc://models/none is not a folder on the volume: check the path"
 
 
-@pytest.mark.usefixtures("rows")
-def test_truncated_weights_are_rejected(make_context: MakeContext, records: Recorded, own_model: Path) -> None:
-    weights = own_model / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    code, message = rejection(make_context(model=own_model), records)
-    assert code is ExitCode.MODEL_UNAVAILABLE
-    assert message.startswith("pvc://models/model/model.safetensors is not a whole safetensors file")
-
-
-@pytest.mark.usefixtures("rows")
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_links_that_lead_out_of_the_model_are_rejected(
-    make_context: MakeContext, records: Recorded, own_model: Path, name: str
-) -> None:
-    (own_model / name).rename(own_model.parent / name)
-    (own_model / name).symlink_to(own_model.parent / name)
-    code, message = rejection(make_context(model=own_model), records)
-    assert code is ExitCode.UNSAFE_ARTIFACT
-    assert message.startswith(f"pvc://models/model/{name} is a link that leads out of its folder")
-
-
-@pytest.mark.usefixtures("rows")
-def test_an_adapter_in_the_models_folder_is_rejected(
-    make_context: MakeContext, records: Recorded, own_model: Path
-) -> None:
-    (own_model / "adapter_config.json").write_text("{}")
-    code, message = rejection(make_context(model=own_model), records)
-    assert code is ExitCode.UNSAFE_ARTIFACT
-    assert message.startswith("pvc://models/model has adapter_config.json: transformers would load that adapter")
-
-
-@pytest.mark.usefixtures("rows")
-def test_a_model_folder_that_leads_out_of_its_volume_is_rejected(
-    make_context: MakeContext, records: Recorded, own_model: Path, tmp_path: Path
-) -> None:
+def test_a_model_folder_that_leads_out_of_its_volume_is_rejected(jobs: Jobs, own_model: Path, tmp_path: Path) -> None:
     (tmp_path / "volume").mkdir()
     (tmp_path / "volume" / "model").symlink_to(own_model)
-    code, message = rejection(make_context(model=tmp_path / "volume" / "model"), records)
-    assert code is ExitCode.UNSAFE_ARTIFACT
+    message = jobs.reject(ExitCode.UNSAFE_ARTIFACT, tmp_path / "volume" / "model")
     assert message.startswith("pvc://models/model is a link that leads out of its volume")
 
 
-@pytest.mark.usefixtures("rows")
-def test_a_pipe_in_place_of_weights_is_rejected_and_not_waited_for(
-    make_context: MakeContext, records: Recorded, own_model: Path
-) -> None:
-    (own_model / "model.safetensors").unlink()
-    os.mkfifo(own_model / "model.safetensors")
-    code, message = rejection(make_context(model=own_model), records)
-    assert code is ExitCode.UNSAFE_ARTIFACT
-    assert message.startswith("pvc://models/model/model.safetensors is not a regular file")
-
-
-@pytest.mark.usefixtures("rows")
-def test_incomplete_folders_of_a_killed_attempt_are_deleted(make_context: MakeContext, records: Recorded) -> None:
-    context = make_context()
+def test_incomplete_folders_of_a_killed_attempt_are_deleted(jobs: Jobs) -> None:
+    context = jobs.make()
     left = context.workspace.data / ".layout.partial"
     left.mkdir(parents=True)
     (left / "train.safetensors").write_bytes(b"half")
-    record = prepare(context, records)
+    record = prepare(context, jobs.records, now=clock)
     assert [path.name for path in context.workspace.data.iterdir()] == [record.fingerprint]
 
 
@@ -394,18 +320,14 @@ def run(context: StepContext, tmp_path: Path, model: Path) -> tuple[int, dict[st
     return done.returncode, json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.usefixtures("rows")
-def test_the_command_line_reports_the_prepared_data(
-    make_context: MakeContext, tmp_path: Path, tiny_llama: Path
-) -> None:
-    code, result = run(make_context(), tmp_path, tiny_llama)
+def test_the_command_line_reports_the_prepared_data(jobs: Jobs, tmp_path: Path, tiny_llama: Path) -> None:
+    code, result = run(jobs.make(), tmp_path, tiny_llama)
     assert (code, result["outcome"], result["dataset"]["usedRows"]) == (0, "succeeded", 20)
     assert result["modelRevision"].startswith("sha256:")
 
 
-@pytest.mark.usefixtures("rows")
-def test_the_result_has_the_amount_of_computation(make_context: MakeContext, records: Recorded) -> None:
-    record = prepare(make_context({"training": {"maxSteps": None, "epochs": 3}}), records)
+def test_the_result_has_the_amount_of_computation(jobs: Jobs) -> None:
+    record = jobs.prepare({"training": {"maxSteps": None, "epochs": 3}})
     assert record.work is not None
     # Every token is trained on three times.
     assert record.work.parameters > 10_000
@@ -414,18 +336,15 @@ def test_the_result_has_the_amount_of_computation(make_context: MakeContext, rec
     assert record.work.flops == 6 * record.work.parameters * record.work.tokens
 
 
-@pytest.mark.usefixtures("rows")
-def test_the_result_lists_deviations_from_the_spec(make_context: MakeContext, tmp_path: Path) -> None:
+def test_the_result_lists_deviations_from_the_spec(jobs: Jobs, tmp_path: Path) -> None:
     model = save_model(tmp_path / "stablelm" / "model", StableLmConfig(**SHAPE, initializer_range=0.1))
-    code, result = run(make_context(), tmp_path, model)
+    code, result = run(jobs.make(), tmp_path, model)
     assert (code, result["outcome"]) == (0, "succeeded")
     assert "are ready; no packing: rows in one sequence would affect each other in this stablelm" in result["message"]
 
 
-def test_the_command_line_reports_why_data_is_rejected(
-    make_context: MakeContext, tmp_path: Path, tiny_llama: Path
-) -> None:
-    context = make_context()
+def test_the_command_line_reports_why_data_is_rejected(jobs: Jobs, tmp_path: Path, tiny_llama: Path) -> None:
+    context = jobs.make()
     (tmp_path / "data" / "train.jsonl").write_text('{"messages": [{"role": "us')
     code, result = run(context, tmp_path, tiny_llama)
     assert (code, result["outcome"], result["reason"]) == (11, "failed", "BadDataset")

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qlora_api.contract import ExitCode
+from qlora_trainer.core.completion import PrepareRecord
+from qlora_trainer.core.context import StepContext
 from qlora_trainer.model.base.conversion import BaseConversion
 from qlora_trainer.steps.prepare import prepare
 from tests.support.command import new_files
@@ -23,64 +25,82 @@ from tests.trainer.conftest import MakeContext
 LARGE_CARD: dict[str, Any] = {"resources": {"gpuMemory": 80}}
 
 
+@dataclass(frozen=True)
+class HubJobs:
+    """Jobs over a hub with the model acme/tiny."""
+
+    hub: FakeHub
+    make_context: MakeContext
+    records: Recorded
+
+    @property
+    def repository(self) -> Path:
+        """The model on the hub."""
+        return self.hub.repositories["models/acme/tiny"]
+
+    def context(self, spec: dict[str, Any] | None = None) -> StepContext:
+        return self.make_context(MODEL | (spec or {}))
+
+    def prepare(self, spec: dict[str, Any] | None = None) -> PrepareRecord:
+        return prepare(self.context(spec), self.records)
+
+    def reject(self, code: ExitCode, spec: dict[str, Any] | None = None) -> str:
+        """The message of prepare, which must end with this code."""
+        return rejection(self.make_context, self.records, code, spec)
+
+
 @pytest.fixture
-def hub(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A hub with the model acme/tiny and further files that no test reads."""
+def jobs(
+    tmp_path: Path, tiny_llama: Path, make_context: MakeContext, records: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[HubJobs]:
+    """With further files on the hub that no test reads."""
     with tiny_hub(tmp_path, tiny_llama, monkeypatch) as served:
-        repository = served.repositories["models/acme/tiny"]
-        (repository / "pytorch_model.bin").write_bytes(b"pickle")
-        (repository / "modeling_tiny.py").write_text("raise SystemExit('this must never run')")
-        (repository / "README.md").write_text("# Tiny")
-        yield served
+        jobs = HubJobs(served, make_context, records)
+        (jobs.repository / "pytorch_model.bin").write_bytes(b"pickle")
+        (jobs.repository / "modeling_tiny.py").write_text("raise SystemExit('this must never run')")
+        (jobs.repository / "README.md").write_text("# Tiny")
+        yield jobs
 
 
-def test_a_model_is_downloaded_at_its_commit_without_code_and_pickles(
-    make_context: MakeContext, records: Recorded, hub: FakeHub
-) -> None:
-    context = make_context(MODEL)
-    record = prepare(context, records)
+def test_a_model_is_downloaded_at_its_commit_without_code_and_pickles(jobs: HubJobs) -> None:
+    context = jobs.context()
+    record = prepare(context, jobs.records)
     folder = context.workspace.root / record.model_path
     assert (record.model_path, record.model_revision) == (f"model/{COMMIT}", COMMIT)
     assert {path.name for path in folder.iterdir()} >= {"config.json", "tokenizer.json"}
-    require_made_of(context, record, (hub.repositories["models/acme/tiny"] / "model.safetensors").read_bytes())
-    assert not set(hub.fetched) & {"pytorch_model.bin", "modeling_tiny.py", "README.md"}
-    assert hub.fetched.index("config.json") == 0
-    assert hub.fetched[-1] == "model.safetensors"
-    activities = [line["activity"] for line in records.written]
+    require_made_of(context, record, (jobs.repository / "model.safetensors").read_bytes())
+    assert not set(jobs.hub.fetched) & {"pytorch_model.bin", "modeling_tiny.py", "README.md"}
+    assert jobs.hub.fetched.index("config.json") == 0
+    assert jobs.hub.fetched[-1] == "model.safetensors"
+    activities = [line["activity"] for line in jobs.records.written]
     assert any(activity.startswith("downloading model 0.") for activity in activities)
 
 
-def test_a_finished_step_succeeds_again_without_the_hub(
-    make_context: MakeContext, records: Recorded, hub: FakeHub
-) -> None:
-    record = prepare(make_context(MODEL), records)
-    asked = len(hub.requests)
-    hub.commit = OTHER_COMMIT
-    assert prepare(make_context(MODEL), records) == record
-    assert len(hub.requests) == asked
+def test_a_finished_step_succeeds_again_without_the_hub(jobs: HubJobs) -> None:
+    record = jobs.prepare()
+    asked = len(jobs.hub.requests)
+    jobs.hub.commit = OTHER_COMMIT
+    assert jobs.prepare() == record
+    assert len(jobs.hub.requests) == asked
 
 
-def test_a_model_that_exceeds_the_gpu_is_rejected_before_its_weights(
-    make_context: MakeContext, records: Recorded, hub: FakeHub
-) -> None:
+def test_a_model_that_exceeds_the_gpu_is_rejected_before_its_weights(jobs: HubJobs) -> None:
     spec = {"resources": {"gpuMemory": 8}, "training": {"maxSequenceLength": 512, "microBatchSize": 8}}
-    config = hub.repositories["models/acme/tiny"] / "config.json"
+    config = jobs.repository / "config.json"
     # Few blocks, each of billions of parameters: the dry run takes time for each block, whatever its size.
     large = {"hidden_size": 16384, "intermediate_size": 57344, "num_hidden_layers": 5, "num_attention_heads": 128}
     config.write_text(json.dumps({**json.loads(config.read_text()), **large, "head_dim": 128}))
-    message = rejection(make_context, records, ExitCode.DOES_NOT_FIT, spec)
+    message = jobs.reject(ExitCode.DOES_NOT_FIT, spec)
     assert "GiB of GPU memory" in message
     assert "a GPU of 8 GiB (spec.resources.gpuMemory) has 7.8 to use: set spec.training.microBatchSize: 1" in message
     assert "no setting is enough, so use a larger GPU or a smaller model" in message
-    assert "model.safetensors" not in hub.fetched
-    assert records.findings.memory is not None
-    assert records.findings.memory.verdict == "exceeds"
+    assert "model.safetensors" not in jobs.hub.fetched
+    assert jobs.records.findings.memory is not None
+    assert jobs.records.findings.memory.verdict == "exceeds"
 
 
-def test_the_estimate_of_a_model_that_fits_is_reported(
-    make_context: MakeContext, records: Recorded, hub: FakeHub
-) -> None:
-    memory = prepare(make_context({**MODEL, **LARGE_CARD}), records).memory
+def test_the_estimate_of_a_model_that_fits_is_reported(jobs: HubJobs) -> None:
+    memory = jobs.prepare(LARGE_CARD).memory
     assert memory.verdict == "fits"
     assert memory.budget_bytes is not None
     assert None not in (memory.low_bytes, memory.estimate_bytes, memory.high_bytes)
@@ -108,44 +128,35 @@ def test_the_estimate_of_a_model_that_fits_is_reported(
     ],
 )
 def test_a_model_without_permission_is_rejected(
-    make_context: MakeContext,
-    records: Recorded,
-    hub: FakeHub,
-    spec: dict[str, Any],
-    answer: Rejection | None,
-    message: str,
+    jobs: HubJobs, spec: dict[str, Any], answer: Rejection | None, message: str
 ) -> None:
-    hub.reject = lambda _method, _path: answer
-    assert message in rejection(make_context, records, ExitCode.MODEL_UNAVAILABLE, spec)
+    jobs.hub.reject = lambda _method, _path: answer
+    assert message in jobs.reject(ExitCode.MODEL_UNAVAILABLE, spec)
 
 
 @pytest.mark.parametrize("answer", [Rejection(403, "GatedRepo"), Rejection(404, "EntryNotFound")])
-def test_files_without_permission_are_rejected(
-    make_context: MakeContext, records: Recorded, hub: FakeHub, answer: Rejection
-) -> None:
+def test_files_without_permission_are_rejected(jobs: HubJobs, answer: Rejection) -> None:
     """The listing of a gated repository is open, its files are not."""
-    hub.reject = lambda _method, path: answer if "/resolve/" in path else None
-    assert "model hf://acme/tiny " in rejection(make_context, records, ExitCode.MODEL_UNAVAILABLE)
+    jobs.hub.reject = lambda _method, path: answer if "/resolve/" in path else None
+    assert "model hf://acme/tiny " in jobs.reject(ExitCode.MODEL_UNAVAILABLE)
 
 
-def test_the_partial_download_of_an_older_commit_is_deleted(
-    make_context: MakeContext, records: Recorded, hub: FakeHub
-) -> None:
-    hub.corrupt = lambda name: name == "model.safetensors"
-    rejection(make_context, records, ExitCode.UNREACHABLE)
-    hub.corrupt, hub.commits["models/acme/tiny"] = lambda _name: False, "b" * 40
-    context = make_context(MODEL)
+def test_the_partial_download_of_an_older_commit_is_deleted(jobs: HubJobs) -> None:
+    jobs.hub.corrupt = lambda name: name == "model.safetensors"
+    jobs.reject(ExitCode.UNREACHABLE)
+    jobs.hub.corrupt, jobs.hub.commits["models/acme/tiny"] = lambda _name: False, "b" * 40
+    context = jobs.context()
     models = context.workspace.models
     assert [path.name for path in models.iterdir()] == [f".{COMMIT}.partial"]
-    prepare(context, records)
+    prepare(context, jobs.records)
     assert [path.name for path in models.iterdir()] == ["b" * 40]
 
 
-def test_a_model_with_pickles_only_is_rejected(make_context: MakeContext, records: Recorded, hub: FakeHub) -> None:
-    (hub.repositories["models/acme/tiny"] / "model.safetensors").unlink()
-    message = rejection(make_context, records, ExitCode.UNSAFE_ARTIFACT)
+def test_a_model_with_pickles_only_is_rejected(jobs: HubJobs) -> None:
+    (jobs.repository / "model.safetensors").unlink()
+    message = jobs.reject(ExitCode.UNSAFE_ARTIFACT)
     assert message.startswith("hf://acme/tiny has its weights only as pytorch_model.bin, which can run code")
-    assert not hub.fetched
+    assert not jobs.hub.fetched
 
 
 def in_two_files(repository: Path) -> None:
@@ -158,11 +169,9 @@ def in_two_files(repository: Path) -> None:
     (repository / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def test_one_file_of_the_original_at_a_time_takes_room(
-    make_context: MakeContext, records: Recorded, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    in_two_files(hub.repositories["models/acme/tiny"])
-    context, convert = make_context(MODEL), BaseConversion.convert
+def test_one_file_of_the_original_at_a_time_takes_room(jobs: HubJobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_two_files(jobs.repository)
+    context, convert = jobs.context(), BaseConversion.convert
     seen: list[list[str]] = []
 
     def convert_and_look(conversion: BaseConversion, path: Path, sha256: str) -> None:
@@ -170,48 +179,42 @@ def test_one_file_of_the_original_at_a_time_takes_room(
         convert(conversion, path, sha256)
 
     monkeypatch.setattr(BaseConversion, "convert", convert_and_look)
-    record = prepare(context, records)
+    record = prepare(context, jobs.records)
     assert seen == [["model-0.safetensors"], ["model-1.safetensors"]]
     assert not [*context.workspace.models.rglob("*.safetensors")]
     assert len([*manifest_of(context, record).sources]) == 2
 
 
-def test_a_killed_preparation_downloads_no_file_again_that_is_in_the_base(
-    make_context: MakeContext, records: Recorded, hub: FakeHub
-) -> None:
-    in_two_files(hub.repositories["models/acme/tiny"])
-    hub.corrupt = lambda name: name == "model-1.safetensors"
-    rejection(make_context, records, ExitCode.UNREACHABLE)
-    hub.corrupt = lambda _name: False
-    context = make_context(MODEL)
-    record = prepare(context, records)
-    assert hub.fetched.count("model-0.safetensors") == 1
+def test_a_killed_preparation_downloads_no_file_again_that_is_in_the_base(jobs: HubJobs) -> None:
+    in_two_files(jobs.repository)
+    jobs.hub.corrupt = lambda name: name == "model-1.safetensors"
+    jobs.reject(ExitCode.UNREACHABLE)
+    jobs.hub.corrupt = lambda _name: False
+    context = jobs.context()
+    record = prepare(context, jobs.records)
+    assert jobs.hub.fetched.count("model-0.safetensors") == 1
     # Nor is the model downloaded again for other data.
-    other = prepare(make_context({**MODEL, "training": {"maxSequenceLength": 48}}), records)
-    assert hub.fetched.count("model-1.safetensors") == 2
+    other = jobs.prepare({"training": {"maxSequenceLength": 48}})
+    assert jobs.hub.fetched.count("model-1.safetensors") == 2
     assert (other.base_sha256, other.model_revision) == (record.base_sha256, record.model_revision)
     assert other.fingerprint != record.fingerprint
 
 
-def test_another_quantization_is_another_base_of_the_same_model(
-    make_context: MakeContext, records: Recorded, hub: FakeHub
-) -> None:
-    first = prepare(make_context(MODEL), records)
-    context = make_context({**MODEL, "quantization": {"type": "fp4"}})
-    second = prepare(context, records)
+def test_another_quantization_is_another_base_of_the_same_model(jobs: HubJobs) -> None:
+    first = jobs.prepare()
+    context = jobs.context({"quantization": {"type": "fp4"}})
+    second = prepare(context, jobs.records)
     assert second.base_sha256 != first.base_sha256
     assert manifest_of(context, second).quantization.type == "fp4"
     assert not [*context.workspace.models.rglob("*.safetensors")]
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "sub/model.safetensors", "code.py", 3, ""])
-def test_an_index_that_leads_elsewhere_is_rejected(
-    make_context: MakeContext, records: Recorded, hub: FakeHub, name: object
-) -> None:
-    repository = hub.repositories["models/acme/tiny"]
+def test_an_index_that_leads_elsewhere_is_rejected(jobs: HubJobs, name: object) -> None:
+    repository = jobs.repository
     (repository / "model.safetensors").unlink()
     (repository / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
-    message = rejection(make_context, records, ExitCode.UNSAFE_ARTIFACT)
+    message = jobs.reject(ExitCode.UNSAFE_ARTIFACT)
     assert f"model.safetensors.index.json names {str(name)!r}; allowed are plain names" in message
 
 
@@ -224,25 +227,21 @@ def test_an_index_that_leads_elsewhere_is_rejected(
         ("[", "is not an object with a weight_map"),
     ],
 )
-def test_a_broken_index_is_rejected(
-    make_context: MakeContext, records: Recorded, hub: FakeHub, index: str, message: str
-) -> None:
-    repository = hub.repositories["models/acme/tiny"]
+def test_a_broken_index_is_rejected(jobs: HubJobs, index: str, message: str) -> None:
+    repository = jobs.repository
     (repository / "model.safetensors").unlink()
     (repository / "model.safetensors.index.json").write_text(index)
-    assert message in rejection(make_context, records, ExitCode.MODEL_UNAVAILABLE)
+    assert message in jobs.reject(ExitCode.MODEL_UNAVAILABLE)
 
 
-def test_weights_in_several_files_are_those_of_the_index(
-    make_context: MakeContext, records: Recorded, hub: FakeHub
-) -> None:
-    repository = hub.repositories["models/acme/tiny"]
+def test_weights_in_several_files_are_those_of_the_index(jobs: HubJobs) -> None:
+    repository = jobs.repository
     (repository / "model.safetensors").rename(repository / "model-00001-of-00001.safetensors")
     (repository / "consolidated.safetensors").write_bytes(b"the same in another layout")
     index = {"weight_map": {"w": "model-00001-of-00001.safetensors"}}
     (repository / "model.safetensors.index.json").write_text(json.dumps(index))
-    prepare(make_context(MODEL), records)
-    assert [name for name in hub.fetched if name.endswith(".safetensors")] == ["model-00001-of-00001.safetensors"]
+    jobs.prepare()
+    assert [name for name in jobs.hub.fetched if name.endswith(".safetensors")] == ["model-00001-of-00001.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -255,73 +254,59 @@ def test_weights_in_several_files_are_those_of_the_index(
     ],
 )
 def test_unusable_settings_are_rejected_before_the_weights(
-    make_context: MakeContext,
-    records: Recorded,
-    hub: FakeHub,
-    name: str,
-    content: dict[str, Any],
-    code: ExitCode,
-    message: str,
+    jobs: HubJobs, name: str, content: dict[str, Any], code: ExitCode, message: str
 ) -> None:
-    path = hub.repositories["models/acme/tiny"] / name
+    path = jobs.repository / name
     path.write_text(json.dumps({**json.loads(path.read_text()), **content}))
-    assert message in rejection(make_context, records, code)
-    assert "model.safetensors" not in hub.fetched
+    assert message in jobs.reject(code)
+    assert "model.safetensors" not in jobs.hub.fetched
 
 
-def test_a_bad_data_set_is_rejected_before_the_weights(
-    make_context: MakeContext, records: Recorded, hub: FakeHub, tmp_path: Path
-) -> None:
+def test_a_bad_data_set_is_rejected_before_the_weights(jobs: HubJobs, tmp_path: Path) -> None:
     (tmp_path / "data" / "train.jsonl").write_text("")
-    rejection(make_context, records, ExitCode.BAD_DATASET)
-    assert "model.safetensors" not in hub.fetched
+    jobs.reject(ExitCode.BAD_DATASET)
+    assert "model.safetensors" not in jobs.hub.fetched
 
 
-def test_a_read_only_destination_is_rejected_before_anything_is_read(
-    make_context: MakeContext, records: Recorded, hub: FakeHub
-) -> None:
+def test_a_read_only_destination_is_rejected_before_anything_is_read(jobs: HubJobs) -> None:
     output = {"output": {"destination": "hf://acme/tuned"}}
-    message = rejection(make_context, records, ExitCode.BAD_CONFIGURATION, output)
+    message = jobs.reject(ExitCode.BAD_CONFIGURATION, output)
     assert "set spec.output.secretRef to a Secret whose token may write" in message
-    assert hub.fetched == []
+    assert jobs.hub.fetched == []
     # An operator of the first contract gives this step no credentials for it.
-    prepare(replace(make_context({**MODEL, **output}), contract_version=1), records)
+    prepare(replace(jobs.context(output), contract_version=1), jobs.records)
 
 
-def test_a_download_without_disk_space_is_not_started(
-    make_context: MakeContext, records: Recorded, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_download_without_disk_space_is_not_started(jobs: HubJobs, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
-    message = rejection(make_context, records, ExitCode.STORAGE_FULL)
+    message = jobs.reject(ExitCode.STORAGE_FULL)
     assert "the download of hf://acme/tiny and its 4-bit base needs 0.4 MiB, but the workspace volume has" in message
-    assert "model.safetensors" not in hub.fetched
+    assert "model.safetensors" not in jobs.hub.fetched
 
 
-def test_the_token_is_read_from_its_file(
-    make_context: MakeContext, records: Recorded, hub: FakeHub, tmp_path: Path
-) -> None:
-    hub.token = "hf_abcdefghijklmnop"
+def test_the_token_is_read_from_its_file(jobs: HubJobs, tmp_path: Path) -> None:
+    jobs.hub.token = "hf_abcdefghijklmnop"
     spec = {"model": {"source": "hf://acme/tiny", "tokenSecretRef": {"name": "hub"}}}
-    missing = rejection(make_context, records, ExitCode.UNREACHABLE, spec)
+    missing = jobs.reject(ExitCode.UNREACHABLE, spec)
     assert missing.startswith("Secret 'hub' with key 'token' (spec.model.tokenSecretRef) does not exist")
     (tmp_path / "secrets").mkdir()
     (tmp_path / "secrets" / "token").write_text("hf_wrong\n")
-    wrong = rejection(make_context, records, ExitCode.MODEL_UNAVAILABLE, spec)
+    wrong = jobs.reject(ExitCode.MODEL_UNAVAILABLE, spec)
     assert "may not be read with the token of spec.model.tokenSecretRef (HTTP 401)" in wrong
-    (tmp_path / "secrets" / "token").write_text(f"{hub.token}\n")
-    assert prepare(make_context(spec), records).model_revision == COMMIT
+    (tmp_path / "secrets" / "token").write_text(f"{jobs.hub.token}\n")
+    assert jobs.prepare(spec).model_revision == COMMIT
 
 
 @pytest.fixture
-def rows(hub: FakeHub, tmp_path: Path) -> Path:
+def rows(jobs: HubJobs, tmp_path: Path) -> Path:
     """The repository of the data set acme/rows."""
-    hub.repositories["datasets/acme/rows"] = tmp_path / "hub" / "rows"
+    jobs.hub.repositories["datasets/acme/rows"] = tmp_path / "hub" / "rows"
     write_rows(tmp_path / "hub" / "rows" / "data" / "train-00000.jsonl", [chat_row("a", "b")] * 3)
     write_rows(tmp_path / "hub" / "rows" / "data" / "test-00000.jsonl", [chat_row("a", "b")] * 2)
     (tmp_path / "hub" / "rows" / "README.md").write_text("# Rows")
     shards = tmp_path / "hub" / "shards"
-    hub.repositories["datasets/acme/shards"] = shards
+    jobs.hub.repositories["datasets/acme/shards"] = shards
     for name, count in {"large/0": 2, "large/1": 3, "small/0": 1, "held-out": 4}.items():
         write_rows(shards / f"{name}.jsonl", [chat_row("a", "b")] * count)
     (shards / "README.md").write_text(
@@ -348,22 +333,17 @@ def rows(hub: FakeHub, tmp_path: Path) -> Path:
         ({"source": "hf://acme/shards", "config": "small", "eval": {"source": "hf://acme/shards"}}, 1, 4),
     ],
 )
-def test_a_data_set_of_the_hub_is_found(
-    make_context: MakeContext, records: Recorded, dataset: dict[str, Any], used: int, held_out: int
-) -> None:
-    record = prepare(make_context({"dataset": dataset}), records)
+def test_a_data_set_of_the_hub_is_found(jobs: HubJobs, dataset: dict[str, Any], used: int, held_out: int) -> None:
+    record = prepare(jobs.make_context({"dataset": dataset}), jobs.records)
     assert (record.dataset.used_rows, record.dataset.eval_rows) == (used, held_out)
 
 
 @pytest.mark.usefixtures("rows")
-def test_a_revision_is_that_of_the_repository_that_it_is_named_for(
-    make_context: MakeContext, records: Recorded, hub: FakeHub
-) -> None:
-    hub.commits["datasets/acme/rows"] = "a" * 40
+def test_a_revision_is_that_of_the_repository_that_it_is_named_for(jobs: HubJobs) -> None:
+    jobs.hub.commits["datasets/acme/rows"] = "a" * 40
     dataset = {"source": "hf://acme/rows", "revision": "a" * 40}
-    record = prepare(
-        make_context({"dataset": {**dataset, "eval": {"source": "hf://acme/shards/held-out.jsonl"}}}), records
-    )
+    held_out = {"eval": {"source": "hf://acme/shards/held-out.jsonl"}}
+    record = prepare(jobs.make_context({"dataset": dataset | held_out}), jobs.records)
     assert (record.dataset.used_rows, record.dataset.eval_rows) == (3, 4)
 
 
@@ -386,29 +366,29 @@ def test_a_revision_is_that_of_the_repository_that_it_is_named_for(
     ],
 )
 def test_a_missing_or_mixed_data_set_of_the_hub_is_rejected(
-    make_context: MakeContext, records: Recorded, hub: FakeHub, rows: Path, dataset: dict[str, Any], message: str
+    jobs: HubJobs, rows: Path, dataset: dict[str, Any], message: str
 ) -> None:
     many = rows.with_name("many")
     for name in ("train-0.jsonl", "train-1.csv"):
         write_rows(many / name, [chat_row("a", "b")])
-    hub.repositories["datasets/acme/many"] = many
-    assert message in rejection(make_context, records, ExitCode.BAD_DATASET, {"dataset": dataset})
+    jobs.hub.repositories["datasets/acme/many"] = many
+    assert message in jobs.reject(ExitCode.BAD_DATASET, {"dataset": dataset})
 
 
-def test_neither_the_token_nor_a_signed_address_is_left_anywhere(hub: FakeHub, tmp_path: Path) -> None:
+def test_neither_the_token_nor_a_signed_address_is_left_anywhere(jobs: HubJobs, tmp_path: Path) -> None:
     """The real hub redirects a download to an address that gives the file to any client."""
-    hub.token = "hf_canarytokenthatreads"
-    signed = iter([f"{hub.endpoint}/acme/tiny/resolve/{COMMIT}/model.safetensors?X-Amz-Signature=canary"])
+    jobs.hub.token = "hf_canarytokenthatreads"
+    signed = iter([f"{jobs.hub.endpoint}/acme/tiny/resolve/{COMMIT}/model.safetensors?X-Amz-Signature=canary"])
 
     def reject(method: str, path: str) -> Rejection | None:
         location = next(signed, None) if method == "GET" and path.endswith("model.safetensors") else None
         return None if location is None else Rejection(302, location=location)
 
-    hub.reject = reject
+    jobs.hub.reject = reject
     files = new_files(tmp_path / "job", tmp_path, MODEL)
-    done = files.run("prepare", HF_TOKEN=hub.token)
+    done = files.run("prepare", HF_TOKEN=jobs.hub.token)
     assert done.exit_code == 0, done.stdout + done.stderr
-    assert hub.tokens == {hub.token}
+    assert jobs.hub.tokens == {jobs.hub.token}
     left = [path.read_bytes() for path in files.root.rglob("*") if path.is_file()]
-    for canary in (hub.token, "X-Amz-Signature"):
+    for canary in (jobs.hub.token, "X-Amz-Signature"):
         assert not any(canary.encode() in content for content in (*left, done.stdout.encode(), done.stderr.encode()))

@@ -9,14 +9,14 @@ from transformers import Starcoder2Config
 
 from qlora_api.contract import ExitCode
 from qlora_api.memory.together import ShareOfMemory, add_up
-from qlora_trainer.core import sandbox as limited
+from qlora_trainer.core import sandbox
 from qlora_trainer.core.completion import PrepareRecord, read_completion
-from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.model.memory.fit import training_shape
 from qlora_trainer.model.memory.job_memory import MeasuredJob
 from qlora_trainer.model.memory.joint_memory import memory_together
 from qlora_trainer.steps.prepare import prepare
 from tests.support.command import new_files
+from tests.support.failures import failing
 from tests.support.tiny import SHAPE, Recorded, chat_row, save_model, write_rows
 from tests.trainer.conftest import MakeContext
 
@@ -57,7 +57,7 @@ def test_a_repeated_prepare_reports_the_same_without_measuring_again(
     first = prepare(replace(make_context(spec), group_size=group_size), records)
     assert "microBatchSize" in first.memory.message
     assert (first.memory.shared_bytes is None) == (group_size == 1)
-    monkeypatch.setattr(limited, "within_limits", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(sandbox, "within_limits", lambda *_: pytest.fail("measured again"))
     assert prepare(replace(make_context(spec), group_size=group_size), records) == first
 
 
@@ -66,9 +66,8 @@ def test_a_model_that_no_gpu_of_this_size_holds_is_rejected_with_measured_advice
 ) -> None:
     model = save_model(tmp_path / "starcoder2", Starcoder2Config(**WIDE))
     spec = {"resources": {"gpuMemory": 1}, "training": {"microBatchSize": 512, "maxSequenceLength": 512}}
-    with pytest.raises(StepFailure, match=r"GiB of GPU memory .* set spec\.training\.microBatchSize: ") as failure:
+    with failing(ExitCode.DOES_NOT_FIT, match=r"GiB of GPU memory .* set spec\.training\.microBatchSize: "):
         prepare(make_context(spec, model=model), records)
-    assert failure.value.exit_code is ExitCode.DOES_NOT_FIT
 
 
 def test_prepare_reports_the_shared_memory_of_a_group_from_a_joint_dry_run(

@@ -4,9 +4,6 @@ import html
 import json
 import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,19 +12,15 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from qlora_api.contract import ExitCode, ProgressRecord, WorkspaceLayout, decode_record
-from qlora_trainer.core.completion import TrainRecord, read_completion, write_completion
-from qlora_trainer.core.failures import StepFailure
+from qlora_api.contract import ExitCode, ProgressRecord, decode_record
 from qlora_trainer.report.serving import ADAPTER_PLACEHOLDER, BASE_PLACEHOLDER
-from qlora_trainer.steps.clean import clean
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.stores.contents import Manifest, describe_files
 from qlora_trainer.stores.destinations.volume import VolumeFolder
 from tests.support.command import ROWS, Files
+from tests.support.failures import failing
 from tests.support.publication import MANIFEST
 from tests.support.published import published
 from tests.support.tiny import JOB_UID, POD_UID, Recorded
@@ -38,9 +31,8 @@ OTHER_UID = "7d0c2f5e-0000-4000-8000-00000000000f"
 
 def rejected(files: Files, code: ExitCode, *words: str, uid: str = JOB_UID) -> None:
     """Check that publish fails, for a reason with these words, and leaves no record of a success."""
-    with pytest.raises(StepFailure) as failure:
+    with failing(code) as failure:
         published(files, uid=uid)
-    assert failure.value.exit_code is code, failure.value
     for word in words:
         assert word in failure.value.message
     assert not (files.workspace / "records" / "publish.json").exists()
@@ -223,79 +215,6 @@ def test_a_damaged_or_half_written_publication_is_repaired(trained: Files) -> No
     assert [path.name for path in trained.workspace.iterdir() if path.name.startswith(".")] == []
 
 
-Tensors = dict[str, Tensor]
-
-
-def _without_one(tensors: Tensors) -> None:
-    tensors.pop(min(tensors))
-
-
-def _with_another(tensors: Tensors) -> None:
-    tensors["base_model.model.lm_head.lora_A.weight"] = torch.ones(4, 64)
-
-
-def _of_another_rank(tensors: Tensors) -> None:
-    name = min(tensors)
-    tensors[name] = torch.ones(8, tensors[name].shape[1])
-
-
-def _of_another_type(tensors: Tensors) -> None:
-    name = max(tensors)
-    tensors[name] = tensors[name].bfloat16()
-
-
-def _not_finite(tensors: Tensors) -> None:
-    tensors[min(tensors)][0, 0] = float("inf")
-
-
-def _not_a_number(tensors: Tensors) -> None:
-    tensors[max(tensors)][-1, -1] = float("nan")
-
-
-def _untrained(tensors: Tensors) -> None:
-    for name in tensors:
-        if "lora_B" in name:
-            tensors[name].zero_()
-
-
-def _partly_untrained(tensors: Tensors) -> None:
-    tensors[min(name for name in tensors if "lora_B" in name)].zero_()
-
-
-@pytest.mark.parametrize(
-    ("spoil", "code", "word"),
-    [
-        (_without_one, ExitCode.INTERNAL_ERROR, "lacks 1 of 28 tensors"),
-        (_with_another, ExitCode.INTERNAL_ERROR, "unexpected 1 of 28 tensors"),
-        (_of_another_rank, ExitCode.INTERNAL_ERROR, "has shape [8, 128], not [4, 128]"),
-        (_of_another_type, ExitCode.INTERNAL_ERROR, "spec.lora.dtype is float32"),
-        (_not_finite, ExitCode.DIVERGED, "infinite"),
-        (_not_a_number, ExitCode.DIVERGED, "NaN"),
-        (_untrained, ExitCode.BAD_CONFIGURATION, "spec.training.warmupSteps"),
-        (_partly_untrained, ExitCode.INTERNAL_ERROR, "no gradient has reached 1 of 14 layers"),
-    ],
-)
-def test_an_adapter_that_is_not_complete_finite_and_trained_is_rejected(
-    trained: Files, spoil: Callable[[Tensors], None], code: ExitCode, word: str
-) -> None:
-    path = trained.workspace / "trained" / "adapter_model.safetensors"
-    tensors = load_file(path)
-    spoil(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
-    completion = trained.workspace / "records" / "train.json"
-    record = read_completion(completion, TrainRecord)
-    assert record is not None
-    digest = sha256(path.read_bytes()).hexdigest()
-    write_completion(completion, record.model_copy(update={"adapter_sha256": digest}))
-    rejected(trained, code, word)
-    assert not (trained.workspace / "adapter").exists()
-
-
-def test_the_steps_before_must_be_done(trained: Files) -> None:
-    (trained.workspace / "records" / "train.json").unlink()
-    rejected(trained, ExitCode.BAD_CONFIGURATION, "run the train step first")
-
-
 def to(files: Files, destination: str) -> Files:
     """The job with a destination on the claim `data`."""
     return files.with_spec({"output": {"destination": destination}})
@@ -342,9 +261,8 @@ def test_the_adapter_of_a_job_that_was_faster_is_never_replaced(tmp_path: Path) 
             fast.write({"README.md": b"fast"}, manifests[1])
             return super().items()
 
-    with pytest.raises(StepFailure, match="pvc://data/adapter holds another adapter, of job 'fast'") as failure:
+    with failing(ExitCode.BAD_CONFIGURATION, match="pvc://data/adapter holds another adapter, of job 'fast'"):
         slow.write(Overtaken({"README.md": b"slow"}), manifests[0])
-    assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
     assert (tmp_path / "adapter" / "README.md").read_bytes() == b"fast"
     assert os.listdir(tmp_path) == ["adapter"]
 
@@ -374,9 +292,8 @@ def test_a_foreign_folder_is_rejected_before_training(make_context: MakeContext,
     (tmp_path / "data" / "precious").mkdir(parents=True)
     (tmp_path / "data" / "precious" / "thesis.tex").write_text("years of work")
     for output in ({"destination": "pvc://data/precious"}, {"merged": {"destination": "pvc://data/precious"}}):
-        with pytest.raises(StepFailure, match="pvc://data/precious has files that no QLoRAJob published") as failure:
+        with failing(ExitCode.BAD_CONFIGURATION, match="pvc://data/precious has files that no QLoRAJob published"):
             prepare(make_context({"output": output}), Recorded())
-        assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
 
 
 def test_an_empty_folder_is_a_free_destination(trained: Files) -> None:
@@ -394,77 +311,3 @@ def test_a_link_that_leads_out_of_the_volume_is_rejected(trained: Files, tmp_pat
 
 def test_a_claim_that_is_not_mounted_is_no_destination(trained: Files) -> None:
     rejected(to(trained, "pvc://elsewhere/adapter"), ExitCode.UNREACHABLE, "'elsewhere' is not mounted")
-
-
-def test_clean_deletes_scratch_only_and_publish_still_succeeds(trained: Files, tmp_path: Path) -> None:
-    record = published(trained)
-    layout = WorkspaceLayout(trained.workspace)
-    (tmp_path / "outside").mkdir()
-    (tmp_path / "outside" / "precious").write_text("kept")
-    layout.models.symlink_to(tmp_path / "outside")
-    (layout.data / "link").symlink_to(tmp_path / "outside")
-    kept = {folder: content(folder) for folder in (layout.adapter, layout.report, layout.records)}
-
-    clean(layout)
-    clean(layout)
-
-    assert sorted(path.name for path in layout.root.iterdir()) == ["adapter", "records", "report"]
-    assert {folder: content(folder) for folder in kept} == kept
-    assert (tmp_path / "outside" / "precious").read_text() == "kept"
-    assert published(trained) == record
-
-
-def test_clean_keeps_an_unpublished_adapter(trained: Files) -> None:
-    layout = WorkspaceLayout(trained.workspace)
-    kept = content(layout.trained)
-    clean(layout)
-    assert content(layout.trained) == kept
-    assert not layout.checkpoints.exists()
-
-
-KILLED_WRITES = """
-import os, sys
-from pathlib import Path
-from qlora_api.contract import WorkspaceLayout
-from qlora_trainer.core import filesystem
-workspace = WorkspaceLayout(Path(sys.argv[1]))
-folders = (workspace.trained, workspace.base, workspace.checkpoints / "step-1", workspace.models / "1")
-begun = [*map(filesystem.atomic_folder, folders), filesystem.scratch_folder(workspace.merged)]
-for folder in begun:
-    (folder.__enter__() / "model.safetensors").write_bytes(b"weights")
-os.fsync = lambda _: os._exit(7)
-filesystem.write_atomically(Path(sys.argv[2]), b"record")
-"""
-
-
-def test_clean_deletes_incomplete_files_of_a_killed_step(tmp_path: Path) -> None:
-    layout = WorkspaceLayout(tmp_path)
-    for folder in (layout.records, layout.report, layout.adapter, layout.merged):
-        folder.mkdir()
-    for path in (layout.completion("train"), layout.report / "summary.json"):
-        command = [sys.executable, "-c", KILLED_WRITES, str(tmp_path), str(path)]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-        assert subprocess.run(command, check=False, env=environment).returncode == 7
-    for name in (f".adapter.{JOB_UID}.{POD_UID}.partial", f".adapter.{JOB_UID}.{POD_UID}.replaced.partial"):
-        (tmp_path / name).mkdir()
-    assert len(list(tmp_path.rglob("*.partial"))) == 9
-    clean(layout)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["adapter", "merged", "records", "report"]
-
-
-def test_clean_deletes_nothing_behind_a_link(tmp_path: Path) -> None:
-    layout, outside = WorkspaceLayout(tmp_path / "job"), tmp_path / "outside"
-    layout.root.mkdir()
-    outside.mkdir()
-    (outside / ".theirs.partial").touch()
-    for folder in (layout.records, layout.report, layout.models):
-        folder.symlink_to(outside)
-    clean(layout)
-    assert [path.name for path in outside.iterdir()] == [".theirs.partial"]
-
-
-def test_the_clean_command_writes_nothing_into_the_workspace(trained: Files) -> None:
-    (trained.workspace / "records" / "clean.log").mkdir()
-    done = trained.run("clean")
-    assert (done.exit_code, done.result.outcome) == (0, "succeeded")
-    assert not (trained.workspace / "checkpoints").exists()

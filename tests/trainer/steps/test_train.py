@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from qlora_api.contract import ExitCode, nine_digits
 from qlora_trainer.core.completion import TrainRecord, read_completion
 from qlora_trainer.core.context import StepContext
-from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
+from qlora_trainer.core.failures import Interrupted, StopRequest
 from qlora_trainer.core.outcome import summary
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.train import train
 from qlora_trainer.training.checkpoints import checkpoint
 from qlora_trainer.training.checkpoints.attempts import read_attempts
+from tests.support.failures import failing
 from tests.support.manifests import merged
 from tests.support.tiny import Recorded, chat_row, write_rows
 from tests.support.training import (
@@ -60,9 +61,8 @@ def test_damaged_rows_end_the_step_until_prepare_has_made_them_again(make_contex
     rows = context.workspace.root / prepare(context, Recorded()).data_path / "train.safetensors"
     interrupted_at(context, 2)
     os.truncate(rows, rows.stat().st_size - 1)
-    with pytest.raises(StepFailure, match=r"is damaged .*; raise spec\.retry\.request") as failed:
+    with failing(ExitCode.BAD_DATASET, match=r"is damaged .*; raise spec\.retry\.request"):
         run(context)
-    assert failed.value.exit_code is ExitCode.BAD_DATASET
     prepare(context, Recorded())
     assert run(context).training_step == 4
     assert read_attempts(context.workspace.records)[-1].from_step == 2
@@ -211,11 +211,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_reaches_the_weights(
     spec = {"training": {"gradientAccumulationSteps": 1, "saveEverySteps": 1, "maxSteps": 50, "seed": 1}}
     context = workspace(spec=spec, model=model)
 
-    found = failure(context)
-
-    assert found.exit_code is ExitCode.DIVERGED
-    assert "loss nan" in found.message
-    assert "spec.training.learningRate" in found.message
+    with failing(ExitCode.DIVERGED, "loss nan", "spec.training.learningRate"):
+        run(context)
     kept = sorted(context.workspace.checkpoints.glob("step-*"))
     assert kept
     assert all(tensor.isfinite().all() for path in kept for tensor in load_file(path / "adapter.safetensors").values())
@@ -257,10 +254,8 @@ def test_a_resumed_run_uses_as_many_threads_as_the_first_attempt(workspace: Prep
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that the test must not find")
 def test_a_missing_gpu_is_an_error_and_not_a_slow_run(workspace: Prepare) -> None:
-    found = failure(dataclasses.replace(workspace(), device="cuda"))
-
-    assert found.exit_code is ExitCode.BAD_CONFIGURATION
-    assert "no CUDA GPU is visible" in found.message
+    with failing(ExitCode.BAD_CONFIGURATION, "no CUDA GPU is visible"):
+        run(dataclasses.replace(workspace(), device="cuda"))
 
 
 def test_without_prepare_nothing_is_trained(workspace: Prepare) -> None:
@@ -286,10 +281,8 @@ def test_an_adapter_trained_on_a_changed_base_is_not_kept(workspace: Prepare, na
     # A configuration that is still JSON, and a weight that is still a number.
     path.write_bytes(content[:-1] + (b" " if name == "config.json" else bytes([content[-1] ^ 1])))
 
-    found = failure(context)
-
-    assert found.exit_code is ExitCode.UNSAFE_ARTIFACT
-    assert "was changed or damaged" in found.message
+    with failing(ExitCode.UNSAFE_ARTIFACT, "was changed or damaged"):
+        run(context)
     assert not context.workspace.trained.exists()
     assert not context.workspace.completion("train").exists()
     assert not [*context.workspace.checkpoints.glob("step-*")]
@@ -298,9 +291,8 @@ def test_an_adapter_trained_on_a_changed_base_is_not_kept(workspace: Prepare, na
 def test_an_extra_file_that_a_library_might_load_is_rejected(workspace: Prepare) -> None:
     context = workspace()
     (context.workspace.base / "adapter_config.json").write_text("{}")
-    found = failure(context)
-    assert found.exit_code is ExitCode.UNSAFE_ARTIFACT
-    assert "adapter_config.json" in found.message
+    with failing(ExitCode.UNSAFE_ARTIFACT, "adapter_config.json"):
+        run(context)
 
 
 def test_training_reads_no_original(workspace: Prepare, tmp_path: Path, tiny_llama: Path) -> None:

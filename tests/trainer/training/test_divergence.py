@@ -19,6 +19,7 @@ from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.training import loop
 from qlora_trainer.training.optimizer import learning_rate
 from qlora_trainer.training.progress.divergence import Stability, has_diverged
+from tests.support.failures import failing
 from tests.support.report_page import Page
 from tests.support.training import StopAtStep, history, prepared, run
 
@@ -100,9 +101,8 @@ def workspace(tmp_path: Path, fluent: Path) -> Prepare:
 
 
 def given_up(context: StepContext) -> StepFailure:
-    with pytest.raises(StepFailure) as caught:
+    with failing(ExitCode.DIVERGED) as caught:
         run(context)
-    assert caught.value.exit_code is ExitCode.DIVERGED
     return caught.value
 
 

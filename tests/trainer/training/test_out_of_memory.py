@@ -24,6 +24,7 @@ from qlora_trainer.model.memory.dry_run import StepSize
 from qlora_trainer.training import loop, objective
 from qlora_trainer.training.out_of_memory import explain_shortage
 from tests.support.dry_runs import measure
+from tests.support.failures import failing
 from tests.support.manifests import merged
 from tests.support.tiny import Recorded
 from tests.support.training import Lost, LostAtStep, adapter_bytes, failure, history, interrupted_at, prepared, run
@@ -236,10 +237,8 @@ def test_memory_that_runs_out_after_the_last_step_is_reported_too(
 
     monkeypatch.setattr(held_out, "batch_loss", runs_out)
 
-    found = failure(workspace(spec={"output": {"merged": {}}, "training": {"microBatchSize": 2, "maxSteps": 1}}))
-
-    assert found.exit_code is ExitCode.GPU_OUT_OF_MEMORY
-    assert "set spec.training.maxSequenceLength to 256" in found.message
+    with failing(ExitCode.GPU_OUT_OF_MEMORY, "set spec.training.maxSequenceLength to 256"):
+        run(workspace(spec={"output": {"merged": {}}, "training": {"microBatchSize": 2, "maxSteps": 1}}))
 
 
 class Kept:

@@ -17,9 +17,9 @@ from qlora_trainer.core.outcome import Ending, result_record
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.model.losses.loss import row_losses
-from qlora_trainer.training import preference, reference
-from qlora_trainer.training import suspect_run as judging
+from qlora_trainer.training import preference, reference, suspect_run
 from qlora_trainer.training.progress import divergence
+from tests.support.failures import failing
 from tests.support.manifests import merged
 from tests.support.ranks import SHARDED, same_numbers, succeeded, workspace
 from tests.support.tiny import Recorded
@@ -183,11 +183,10 @@ def test_the_reference_loss_of_the_base_is_log_2(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the adapter the model is the reference, for any data."""
-    monkeypatch.setattr(judging, "has_diverged", lambda _loss, _base_loss: True)
+    monkeypatch.setattr(suspect_run, "has_diverged", lambda _loss, _base_loss: True)
     monkeypatch.setattr(divergence.Stability, "is_out_of_patience", lambda *_: True)
-    failed = failure(job(tmp_path / "workspace", tiny_llama))
-    assert failed.exit_code is ExitCode.DIVERGED
-    assert "the base model without the adapter has 0.6931 on the same rows" in failed.message
+    with failing(ExitCode.DIVERGED, "the base model without the adapter has 0.6931 on the same rows"):
+        run(job(tmp_path / "workspace", tiny_llama))
 
 
 def test_a_run_that_prefers_the_rejected_answers_for_long_has_diverged(tmp_path: Path, tiny_llama: Path) -> None:

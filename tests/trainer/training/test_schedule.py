@@ -3,16 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from qlora_api.contract import ExitCode
 from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.core.environment import available_cpus
-from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.training.checkpoints.attempts import Attempt, read_attempts, reject_if_stuck, write_attempts
 from qlora_trainer.training.checkpoints.time_spent import Pace
 from qlora_trainer.training.optimizer import learning_rate
 from qlora_trainer.training.schedule import Schedule
+from tests.support.failures import failing
 
 
 def schedule(sequences: int, **training: Any) -> Schedule:
@@ -96,11 +94,8 @@ def test_five_consecutive_kills_at_one_checkpoint_end_the_job() -> None:
     reject_if_stuck(stuck[:-1], 3, 1)
     reject_if_stuck(stuck, 4, 1)
 
-    with pytest.raises(StepFailure) as caught:
+    with failing(ExitCode.RETRIES_EXHAUSTED, "5 attempts in a row were killed before a checkpoint after step 3"):
         reject_if_stuck(stuck, 3, 1)
-
-    assert caught.value.exit_code is ExitCode.RETRIES_EXHAUSTED
-    assert "5 attempts in a row were killed before a checkpoint after step 3" in caught.value.message
 
 
 def test_interrupted_attempts_and_those_of_an_earlier_job_do_not_count() -> None:

@@ -18,8 +18,7 @@ from qlora_trainer.training.checkpoints.attempts import (
     ATTEMPTS_FILE,
     Attempt,
     PodOfJob,
-    note_saved,
-    note_training,
+    note_time,
     read_attempts,
     recorded_attempt,
     reopened_attempt,
@@ -197,9 +196,9 @@ def test_only_the_latest_attempts_are_listed_and_all_are_counted() -> None:
 
 def test_an_attempt_notes_when_it_trained_and_saved(tmp_path: Path) -> None:
     with recorded_attempt(tmp_path, 0, PodOfJob("a", 1, START), lambda: after(60)):
-        note_training(tmp_path, "a", after(20))
-        note_saved(tmp_path, "a", after(30))
-        note_saved(tmp_path, "b", after(40))
+        note_time(tmp_path, "a", "trained_at", after(20))
+        note_time(tmp_path, "a", "saved_at", after(30))
+        note_time(tmp_path, "b", "saved_at", after(40))
         # If it is killed now, only that is recorded.
         (running,) = read_attempts(tmp_path)
     assert (running.trained_at, running.saved_at) == ("2026-01-02T03:04:25.000Z", "2026-01-02T03:04:35.000Z")
@@ -214,9 +213,9 @@ def test_a_full_volume_loses_the_record_of_an_attempt_and_not_the_run(
     with recorded_attempt(tmp_path, 0, PodOfJob("pod", 1, START), lambda: after(60)):
         with monkeypatch.context() as patch:
             patch.setattr(attempts, "write_atomically", full)
-            note_training(tmp_path, "pod", START)
-            note_saved(tmp_path, "pod", START)
-        note_saved(tmp_path, "pod", after(5))
+            note_time(tmp_path, "pod", "trained_at", START)
+            note_time(tmp_path, "pod", "saved_at", START)
+        note_time(tmp_path, "pod", "saved_at", after(5))
     assert read_attempts(tmp_path)[-1].saved_at is not None
 
 

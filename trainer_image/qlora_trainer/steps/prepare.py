@@ -15,7 +15,6 @@ from typing import Literal
 from qlora_api.artifact_status import BaseStatus, InitialAdapterStatus
 from qlora_api.contract import ModelCacheLayout, WorkspaceLayout
 from qlora_api.schema import replace
-from qlora_api.spec.model import SecretKeyRef
 from qlora_trainer.core.completion import PreparedBase, PrepareRecord, read_completion, recorded_path, write_completion
 from qlora_trainer.core.context import StepContext, base_name
 from qlora_trainer.core.failures import StepFailure
@@ -102,7 +101,9 @@ def _prepare(
 ) -> PrepareRecord:
     """Prepare model and data in stages, each of which returns its part of the record."""
     spec, workspace, mounts, identity = context.spec, context.workspace, context.mounts, context.identity
-    hub = cache(lambda: _open_hub(spec.model.token_secret_ref, mounts.token_file))
+    reference = spec.model.token_secret_ref
+    secret = None if reference is None else f"Secret {reference.name!r} with key {reference.key!r}"
+    hub = cache(lambda: Hub(hub_token(mounts.token_file, secret)))
 
     def access(part: Literal["model", "dataset", "lora"]) -> StoreAccess:
         return StoreAccess(mounts, hub, context.secret(part), context.registries)
@@ -171,11 +172,6 @@ def _base_record(bases: BaseSource, base: Base, source: ModelSource, fetching: t
             message=bases.remark,
         ),
     )
-
-
-def _open_hub(reference: SecretKeyRef | None, token_file: Path) -> Hub:
-    secret = None if reference is None else f"Secret {reference.name!r} with key {reference.key!r}"
-    return Hub(hub_token(token_file, secret))
 
 
 @contextmanager

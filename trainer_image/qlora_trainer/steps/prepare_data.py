@@ -111,7 +111,14 @@ def write_sequences(
         packed=model.packed,
         on_epoch=lambda number: report(f"drawing the rows of epoch {number + 1}"),
     )
-    end, of_turns = _end_of_turn(model, dataset)
+    tokenizer = model.tokenizer
+    end: EndOfTurn | None = None
+    of_turns: tuple[str, ...] = ()
+    if tokenizer.has_chat_template and not all(source.reading.format == "text" for source in dataset.training):
+        end = end_of_turn(tokenizer, model.folder)
+        of_turns = template_remarks(end, () if tokenizer.template is None else marks_in_pieces(tokenizer))
+        for remark in of_turns:
+            logger.warning("%s", remark)
     of_score = require_scorable(
         spec.gate,
         folder,
@@ -121,15 +128,3 @@ def write_sequences(
     )
     of_evaluations = remarks_on_evaluations(spec.training, folder)
     return WrittenSequences(dataset, folder, end, (*of_turns, *dataset.remarks, *of_score, *of_evaluations))
-
-
-def _end_of_turn(model: AdmittedModel, dataset: Dataset) -> tuple[EndOfTurn | None, tuple[str, ...]]:
-    """Return the end of answers, if servers need it, and remarks on the template."""
-    tokenizer = model.tokenizer
-    if not tokenizer.has_chat_template or all(source.reading.format == "text" for source in dataset.training):
-        return None, ()
-    end = end_of_turn(tokenizer, model.folder)
-    remarks = template_remarks(end, () if tokenizer.template is None else marks_in_pieces(tokenizer))
-    for remark in remarks:
-        logger.warning("%s", remark)
-    return end, remarks

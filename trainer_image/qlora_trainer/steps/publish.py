@@ -8,13 +8,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
-from qlora_api.artifact_status import AdapterStatus, BaseStatus, MergedStatus
+from qlora_api.artifact_status import AdapterStatus
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.schema import replace
 from qlora_api.spec.output import TrackingStatus
 from qlora_api.status import StepName
 from qlora_trainer.core.completion import PrepareRecord, PublishRecord, TrainRecord, read_completion, write_completion
-from qlora_trainer.core.context import Device, StepContext, base_name
+from qlora_trainer.core.context import StepContext, base_name
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.core.file_names import (
     ADAPTER_CONFIG_FILE,
@@ -110,12 +110,22 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
         }
         uri = publish_with_lineage(job, destination, contents, namespace=namespace, key=key)
         adapter = _adapter_status(uri, job, folder, gguf, signed=key is not None)
+    base_folder = workspace.root / job.prepared.base_path
+    base, merged = None, None
+    if (destination_of_base := destinations.base()) is not None:
+        require_whole_in_cache(base_folder, mounts.model_cache)
+        report(f"writing the base to {destination_of_base.uri}")
+        base = publish_base(job, workspace, destination_of_base)
+    if (destination_of_merged := destinations.merged()) is not None:
+        require_whole_in_cache(base_folder, mounts.model_cache)
+        merged = publish_merged(job, workspace, destination_of_merged, report)
+        write_report(job, workspace, device=device, merged=merged)
     record = PublishRecord(
         fingerprint=_fingerprint(job.trained, destination),
         adapter=adapter,
         gate=job.gate,
-        base=_publish_base(job, workspace, mounts.model_cache, destinations, report),
-        merged=_publish_merged(job, workspace, mounts.model_cache, destinations, device, report),
+        base=base,
+        merged=merged,
         report_sha256=None if page is None else hashlib.sha256(page).hexdigest(),
     )
     write_completion(workspace.completion("publish"), record)
@@ -137,10 +147,8 @@ def _add_tracking(record: PublishRecord, tracking: TrackingStatus | None, path: 
 
 
 def _add_to_sweep(job: TrainedJob, report: Path, sweep: Path | None) -> None:
-    """Update the report of the sweep, if the job is a cell of one.
-
-    After everything else: other pods write what it shows, and none of that may cost this cell its adapter.
-    """
+    """Update the report of the sweep, if the job is a cell of one."""
+    # After everything else: other pods write what it shows, and none of that may cost this cell its adapter.
     if sweep is None:
         return
     try:
@@ -183,10 +191,7 @@ def _find_published(
     *,
     has_key: bool,
 ) -> PublishRecord | None:
-    """Return the completion record if it is of this adapter and every file matches its manifest.
-
-    `has_key`: whether the profile has a signing key now.
-    """
+    """Return the completion record if it is of this adapter and every file matches."""
     record = read_completion(workspace.completion("publish"), PublishRecord)
     if record is None or record.fingerprint != _fingerprint(job.trained, destination):
         return None
@@ -255,37 +260,3 @@ def _adapter_status(uri: str, job: TrainedJob, folder: Path, gguf: GgufFile | No
         lineage="signed" if signed else "unsigned",
         gguf=None if gguf is None else gguf.status,
     )
-
-
-def _publish_base(
-    job: TrainedJob,
-    workspace: WorkspaceLayout,
-    model_cache: Path | None,
-    destinations: JobDestinations,
-    report: Callable[[str], None],
-) -> BaseStatus | None:
-    """Publish the 4-bit base, if the job asks for it. Raises StepFailure."""
-    destination = destinations.base()
-    if destination is None:
-        return None
-    require_whole_in_cache(workspace.root / job.prepared.base_path, model_cache)
-    report(f"writing the base to {destination.uri}")
-    return publish_base(job, workspace, destination)
-
-
-def _publish_merged(
-    job: TrainedJob,
-    workspace: WorkspaceLayout,
-    model_cache: Path | None,
-    destinations: JobDestinations,
-    device: Device,
-    report: Callable[[str], None],
-) -> MergedStatus | None:
-    """Publish the merged model, if the job asks for one, and add it to the report."""
-    destination = destinations.merged()
-    if destination is None:
-        return None
-    require_whole_in_cache(workspace.root / job.prepared.base_path, model_cache)
-    merged = publish_merged(job, workspace, destination, report)
-    write_report(job, workspace, device=device, merged=merged)
-    return merged

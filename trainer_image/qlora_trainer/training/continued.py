@@ -12,7 +12,6 @@ from qlora_trainer.core.filesystem import atomic_file, bytes_below, require_spac
 from qlora_trainer.core.paths import confine, require_regular
 from qlora_trainer.training.checkpoints.attempts import ATTEMPTS_FILE, Attempt, ended_attempts, write_attempts
 from qlora_trainer.training.checkpoints.checkpoint import (
-    Checkpoint,
     copy_checkpoint,
     newest_intact,
     numbered_checkpoints,
@@ -46,9 +45,8 @@ def reject_other_settings(source: Path, name: str, settings: Fingerprint) -> Non
 def continue_run(source: Path, name: str, job: PreparedJob) -> int | None:
     """Copy the newest intact checkpoint below `source`, with the metrics and attempts that led to it.
 
-    Returns its step, or None if the job has a checkpoint to resume from, or is trained: then the other job, whose name
-    for messages is `name`, may be gone. Raises StepFailure (BAD_CONFIGURATION) if its run is another one, naming what
-    differs, or has no checkpoint.
+    Returns its step, or None if the job has a checkpoint to resume from, or is trained: then the other job may be gone.
+    Raises StepFailure (BAD_CONFIGURATION) if its run is another one, naming what differs, or has no checkpoint.
     """
     workspace = job.workspace
     if newest_intact(workspace.checkpoints) is not None or job.read_train_record() is not None:
@@ -58,16 +56,23 @@ def continue_run(source: Path, name: str, job: PreparedJob) -> int | None:
     if checkpoint is None:
         raise _nothing_to_continue(name)
     _require_same_run(checkpoint.state.fingerprint, job.fingerprint, name)
-    history = _history_bytes(other, checkpoint)
+    # The metrics up to the checkpoint: later steps are repeated.
+    history, path = 0, other.report / HISTORY_FILE
+    if path.exists():
+        require_regular(path, other.root, HISTORY_FILE)
+        history = min(checkpoint.state.history_bytes, path.stat().st_size)
     require_space(workspace.root, bytes_below(checkpoint.path) + history, f"the checkpoint of {name}")
     if history:
-        with (other.report / HISTORY_FILE).open("rb") as file, atomic_file(workspace.report / HISTORY_FILE) as copy:
+        with path.open("rb") as file, atomic_file(workspace.report / HISTORY_FILE) as copy:
             while history and (block := file.read(min(history, _BLOCK_BYTES))):
                 copy.write(block)
                 history -= len(block)
     if not (workspace.records / ATTEMPTS_FILE).exists():
         # Of no Job of this QLoRAJob: they count in the goodput, and not as attempts that got nowhere.
-        earlier = _attempts(other)
+        earlier, path = list[Attempt](), confine(other.records, other.root) / ATTEMPTS_FILE
+        if os.path.lexists(path):
+            require_regular(path, other.root, ATTEMPTS_FILE)
+            earlier = ended_attempts(path.parent)
         write_attempts(workspace.records, [replace(attempt, job_attempt=0) for attempt in earlier])
     # Last: with a checkpoint, everything that belongs to it is here.
     copy_checkpoint(checkpoint, workspace.checkpoints)
@@ -88,23 +93,6 @@ def _require_same_run(found: Fingerprint, wanted: Fingerprint, name: str) -> Non
             f"this job does not match the run of {name} (spec.continues): {different}; set the same values, or use "
             "spec.lora.from to train its adapter with other settings, data or length"
         )
-
-
-def _history_bytes(other: WorkspaceLayout, checkpoint: Checkpoint) -> int:
-    """Length of the metrics up to the checkpoint. Later steps are repeated."""
-    path = other.report / HISTORY_FILE
-    if not path.exists():
-        return 0
-    require_regular(path, other.root, HISTORY_FILE)
-    return min(checkpoint.state.history_bytes, path.stat().st_size)
-
-
-def _attempts(other: WorkspaceLayout) -> list[Attempt]:
-    path = confine(other.records, other.root) / ATTEMPTS_FILE
-    if not os.path.lexists(path):
-        return []
-    require_regular(path, other.root, ATTEMPTS_FILE)
-    return ended_attempts(path.parent)
 
 
 def _nothing_to_continue(name: str) -> StepFailure:

@@ -86,8 +86,12 @@ def _step(members: Sequence[Member]) -> _Failed:
     shares: dict[str, _Share] = {}
     failed: _Failed = []
     for member in members:
+        run = member.run
         try:
-            shares[member.adapter] = _share(member)
+            micro_batches = run.progress.schedule.micro_batches(member.state.step)
+            batches = [read_batch(run.data, item, run.device) for item in micro_batches]
+            weight = max(1, sum(map(run.objective.weight, batches)))
+            shares[member.adapter] = _Share(member, batches, weight, torch.zeros(1, device=run.device))
         except ENDS_ONE_JOB as error:
             failed.append((member, as_failure(error)))
     for member, gradient in _gradients(shares, failed):
@@ -123,10 +127,7 @@ class _Share:
 
 
 def _gradients(shares: dict[str, _Share], failed: _Failed) -> list[tuple[Member, Gradient]]:
-    """The gradients of each member's next step. In each pass are the next micro batches of all that have one left.
-
-    Members that cannot report are moved from `shares` to `failed`, and are in no later pass.
-    """
+    """The gradients of each member's next step. Members that cannot report become failed."""
     for number in range(max((len(share.batches) for share in shares.values()), default=0)):
         present = {name: share.batches[number] for name, share in shares.items() if number < len(share.batches)}
         if not present:
@@ -147,11 +148,3 @@ def _gradients(shares: dict[str, _Share], failed: _Failed) -> list[tuple[Member,
                 del shares[name]
                 failed.append((share.member, as_failure(error)))
     return [(share.member, share.gradient()) for share in shares.values()]
-
-
-def _share(member: Member) -> _Share:
-    run = member.run
-    micro_batches = run.progress.schedule.micro_batches(member.state.step)
-    batches = [read_batch(run.data, item, run.device) for item in micro_batches]
-    weight = max(1, sum(map(run.objective.weight, batches)))
-    return _Share(member, batches, weight, torch.zeros(1, device=run.device))

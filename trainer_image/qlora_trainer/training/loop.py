@@ -18,7 +18,7 @@ from qlora_trainer.core.records import timestamp
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.adapter.attach import adapter_tensors
 from qlora_trainer.model.losses.batch import Batch, MicroBatch, read_batch
-from qlora_trainer.training.checkpoints.attempts import note_saved
+from qlora_trainer.training.checkpoints.attempts import note_time
 from qlora_trainer.training.checkpoints.checkpoint import BEST_FILE, save_checkpoint, write_best
 from qlora_trainer.training.distributed.device import memory_bytes, peak_memory_bytes, processor, seed_step
 from qlora_trainer.training.objective import evaluation_measure
@@ -104,7 +104,6 @@ class StepCost:
 
 
 def _optimizer_step(run: Run, state: RunState) -> RunState:
-    """One step, with the same gradients, weights and decisions in every rank."""
     started = run.runtime.monotonic()
     gradient = _gradient(run, state)
     while gradient is None:
@@ -311,6 +310,6 @@ def _save(run: Run, state: RunState) -> None:
         # The checkpoint holds it now; the one that held it before may be gone.
         run.progress.best = saved.best
         remove(run.job.workspace.best)
-        note_saved(run.job.workspace.records, run.job.identity.pod_uid, run.runtime.now())
+        note_time(run.job.workspace.records, run.job.identity.pod_uid, "saved_at", run.runtime.now())
     run.progress.checkpoint_step, run.progress.checkpoint_time = state.step, saved_at
     report(run, state, "training", force=True)

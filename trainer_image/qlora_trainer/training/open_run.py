@@ -20,7 +20,7 @@ from qlora_trainer.model.families.inspection import cannot_keep_rows_apart
 from qlora_trainer.model.kernels.attention import ATTENTION
 from qlora_trainer.model.protocols import AdaptedModel, Decoder
 from qlora_trainer.training.base_check import BaseCheck
-from qlora_trainer.training.checkpoints.attempts import note_training, read_attempts
+from qlora_trainer.training.checkpoints.attempts import note_time, read_attempts
 from qlora_trainer.training.checkpoints.checkpoint import Checkpoint
 from qlora_trainer.training.distributed.device import processor, use_device
 from qlora_trainer.training.distributed.launch import RankInfo
@@ -87,20 +87,17 @@ def open_base(
     process.runtime.records.progress(loading, force=True)
     if spec.training.micro_batch_size > 1 and not prepared.packed and not prepared.rows_apart:
         raise cannot_keep_rows_apart(prepared.model_type)
-    model = _load_base(job, process.ranks.is_sharded)
+    quantization, attention = spec.quantization, prepared.attention or ATTENTION
+    if process.ranks.is_sharded:
+        # It may be larger than the GPU: shard_base moves it there block by block.
+        model = load_base(job.base_folder, quantization, "cpu", STORAGE_DTYPE, attention)
+    else:
+        model = load_base(job.base_folder, quantization, job.device, attention=attention)
     return LoadedBase(model, storage_of(model), device, threads)
 
 
 def _own_threads(rank_info: RankInfo) -> int:
     return max(1, available_cpus() // rank_info.local_size)
-
-
-def _load_base(job: PreparedJob, sharded: bool) -> Decoder:
-    quantization, attention = job.spec.quantization, job.prepared.attention or ATTENTION
-    # A base that will be sharded may be larger than the GPU: shard_base moves it there block by block.
-    if sharded:
-        return load_base(job.base_folder, quantization, "cpu", STORAGE_DTYPE, attention)
-    return load_base(job.base_folder, quantization, job.device, attention=attention)
 
 
 def attach_job_adapter(base: LoadedBase, job: PreparedJob, *, initialized: bool) -> AdaptedModel:
@@ -163,17 +160,14 @@ def open_on_model(
     began = process.runtime.now()
     run.progress.training_since = timestamp(began)
     if ranks.is_main:
-        note_training(records, job.identity.pod_uid, began)
+        note_time(records, job.identity.pod_uid, "trained_at", began)
     unpaged = job.device == "cpu" and spec.training.optimizer != "adamw"
     report(run, state, PAGING_NEEDS_GPU if unpaged else "training", force=True)
     return run, state
 
 
 def _restore(run: Run, checkpoint: Checkpoint) -> RunState:
-    """Restore model, optimizer and schedule from the checkpoint, and return the state that it saved.
-
-    There is no random state to restore: each step seeds its own. Raises StepFailure if it is of another adapter.
-    """
+    """Restore all but random state, which each step seeds. Raises StepFailure."""
     try:
         restore_adapter(run.model, checkpoint.tensors("adapter"))
         restore_optimizer(run.optimizer, run.parameters, checkpoint.tensors("optimizer"))

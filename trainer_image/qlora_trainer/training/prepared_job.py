@@ -106,21 +106,18 @@ class PreparedJob:
         """
         workspace = self.workspace
         record = read_completion(workspace.completion("train"), TrainRecord)
-        if record is None or record.fingerprint != self.digest or not self._has_score(record):
+        if record is None or record.fingerprint != self.digest:
             return None
+        gate, score = self.spec.gate, record.score
+        if gate is not None and gate.score is not None:
+            settings = score_settings(gate.score, self.prepared.fingerprint)
+            if score is None or score.settings != settings:
+                return None
         samples, wanted = workspace.report / SAMPLES_FILE, self.spec.training.samples > 0
         if wanted and not samples.exists() and numbered_checkpoints(workspace.checkpoints):
             return None
         adapter = workspace.root / record.adapter_path / ADAPTER_FILE
         return record if adapter.is_file() and file_sha256(adapter) == record.adapter_sha256 else None
-
-    def _has_score(self, record: TrainRecord) -> bool:
-        """Whether the record has the score that the job asks for."""
-        gate = self.spec.gate
-        if gate is None or gate.score is None:
-            return True
-        settings = score_settings(gate.score, self.prepared.fingerprint)
-        return record.score is not None and record.score.settings == settings
 
     @contextmanager
     def attempt(self, now: Callable[[], datetime]) -> Iterator[Checkpoint | None]:

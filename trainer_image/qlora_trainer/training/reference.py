@@ -15,10 +15,7 @@ from qlora_trainer.training.objective import Objective
 
 
 class ReferenceLosses(Objective):
-    """The losses of the rows of each split under the base with the adapter off.
-
-    They are computed where a row is first seen, in the first epoch or evaluation. No row has a second such pass.
-    """
+    """The losses of rows under the base alone, each computed where the row is first seen."""
 
     def __init__(self, data: Mapping[Split, PreparedDataset], device: torch.device) -> None:
         self._data, self._device = data, device

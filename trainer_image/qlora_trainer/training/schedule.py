@@ -46,11 +46,6 @@ class Schedule:
         """The same sequences in the same steps and order, in other micro batches."""
         return replace(self, micro_batch_size=size)
 
-    @property
-    def accumulation(self) -> int:
-        """Micro batches in every step but an epoch's last."""
-        return ceil(self.sequences_per_step / self.micro_batch_size)
-
     def first_step(self, epoch: int) -> int:
         """Optimizer steps in the epochs before this one, counted from 0."""
         if self.epoch_offsets:

@@ -106,8 +106,7 @@ def _read(path: Path, heading: _Heading) -> list[Answers]:
 def measure_score(run: Run, state: RunState, data: PreparedDataset, spec: ScoreSpec, adapter_sha256: str) -> Score:
     """Return the score of the adapter, whose file has this checksum, and of its base, after the last step.
 
-    Raises Interrupted when a stop is requested: another attempt then continues with the next row. Raises
-    StepFailure: BAD_CONFIGURATION for a model that cannot generate, GPU_OUT_OF_MEMORY.
+    Raises Interrupted when a stop is requested, StepFailure for a model that cannot generate or runs out of memory.
     """
     # Gradients are gone, and what the optimizer holds is not needed any more: answers need memory.
     run.optimizer.state.clear()

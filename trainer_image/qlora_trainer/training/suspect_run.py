@@ -24,8 +24,7 @@ logger = logging.getLogger(__name__)
 def as_at_start(run: Run) -> Iterator[None]:
     """In the body the model computes as at step 0: as the base alone, or with the adapter of spec.lora.from.
 
-    The trained adapter waits in main memory, and is put back to the last bit. Raises StepFailure (UNSAFE_ARTIFACT) if
-    the earlier adapter in the workspace has changed.
+    The trained adapter is put back to the last bit. Raises StepFailure if the earlier one has changed.
     """
     if run.job.initial_adapter_sha256 is None:
         try:

@@ -21,9 +21,10 @@ from qlora_trainer.training.distributed.launch import ChildRanks, RankInfo
 from qlora_trainer.training.distributed.meeting import Meeting, join_ranks
 from qlora_trainer.training.distributed.ranks import Ranks, is_lost_connection
 from tests.support.command import Files
+from tests.support.failures import failing
 from tests.support.lost_nodes import Case, Ended, endings
 from tests.support.manifests import merged
-from tests.support.ranks import EXACT, SHARDED, TWO, Pods, other, runs, second_gpu, succeeded, until, workspace
+from tests.support.ranks import EXACT, TWO, Pods, other, runs, succeeded, until, workspace
 from tests.support.tiny import POD_UID
 from tests.support.training import adapter_bytes, history
 
@@ -114,48 +115,6 @@ def test_the_pod_whose_peer_is_killed_ends_by_itself_and_the_resume_is_exact(
     files, undisturbed = workspace(tmp_path / "whole", tiny_llama, merged(TWO, MANY_STEPS))
     succeeded(files.run("train"))
     assert adapter_bytes(context) == adapter_bytes(undisturbed)
-
-
-@pytest.mark.slow
-def test_the_pod_whose_peer_is_killed_ends_by_itself_during_a_sharded_pass(tmp_path: Path, tiny_llama: Path) -> None:
-    files, _ = workspace(tmp_path / "job", tiny_llama, spec_of(SHARDED, MANY_STEPS, {"resources": {"gpus": 1}}, NODES))
-    pods = Pods.of(files)
-    started = [pods.start(node) for node in range(2)]
-    said = until(started[0].process, 5)
-    started[1].process.kill()
-
-    done = started[0].done(said)
-
-    assert done.exit_code == ExitCode.PEER_LOST, done.stdout + done.stderr
-
-
-# That one of two processes is asked to stop is in test_rank_endings.py.
-@pytest.mark.slow
-def test_sigterm_on_one_pod_saves_a_checkpoint_and_ends_both(long_job: tuple[Pods, StepContext]) -> None:
-    pods, _ = long_job
-    first, second = (pods.start(node) for node in range(2))
-    said = until(first.process, 5)
-    second.process.terminate()
-
-    ended = [first.done(said), second.done()]
-
-    assert [done.exit_code for done in ended] == [ExitCode.INTERRUPTED] * 2, ended[0].stderr
-    assert f"the checkpoint of step {ended[0].result.training_step} is saved" in ended[0].result.message
-
-
-# That one of two processes fails is in test_rank_endings.py.
-@pytest.mark.slow
-def test_both_pods_report_the_failure_of_one(tmp_path: Path, tiny_llama: Path) -> None:
-    files, _ = workspace(tmp_path / "job", tiny_llama, NODES)
-    pods = Pods.of(files)
-    full = second_gpu(tmp_path / "card", 0)
-
-    first = pods.start(0)
-    second = pods.start(1, **full)
-    ended = [first.done(), second.done()]
-
-    assert [done.exit_code for done in ended] == [ExitCode.GPU_OUT_OF_MEMORY] * 2, ended[0].stderr
-    assert "rank 1: the GPU is out of memory" in ended[0].result.message
 
 
 @pytest.mark.parametrize("node", [pytest.param(0, marks=pytest.mark.slow), 1])
@@ -267,9 +226,8 @@ def test_a_node_that_falls_silent_between_two_connections_is_lost(monkeypatch: p
             self.clone()
 
     monkeypatch.setattr(meeting, "_store", lambda *_: Silent())
-    with pytest.raises(StepFailure, match=r"lost another process of this run \(The client socket") as failure:
+    with failing(ExitCode.PEER_LOST, match=r"lost another process of this run \(The client socket"):
         join_ranks(ChildRanks(RankInfo(1, 2)), "cpu", "none").__enter__()
-    assert failure.value.exit_code is ExitCode.PEER_LOST
 
 
 @pytest.mark.parametrize("case", LOST, ids=lambda case: "-".join(map(str, case)))
@@ -326,9 +284,8 @@ def test_a_child_that_has_lost_another_node_ends_its_pod_the_same_way() -> None:
     child = subprocess.Popen([sys.executable, "-S", "-c", f"raise SystemExit({ExitCode.PEER_LOST:d})"])
     child.wait()
 
-    with pytest.raises(StepFailure, match="rank 3 of 4 ended with status 201") as caught:
+    with failing(ExitCode.PEER_LOST, match="rank 3 of 4 ended with status 201"):
         ChildRanks(RankInfo(rank=2, size=4, local_size=2), [child]).require_alive()
-    assert caught.value.exit_code is ExitCode.PEER_LOST
 
 
 def test_the_processes_of_node_0_reach_the_store_without_a_name() -> None:
@@ -341,9 +298,8 @@ def test_the_processes_of_node_0_reach_the_store_without_a_name() -> None:
 
 
 def test_a_process_without_the_other_nodes_addresses_is_rejected() -> None:
-    with pytest.raises(StepFailure, match=r"spec\.resources\.nodes is 2") as caught:
+    with failing(ExitCode.BAD_CONFIGURATION, match=r"spec\.resources\.nodes is 2"):
         RankInfo.from_environment({ENV_NODE: "0"}, ResourcesSpec(nodes=2))
-    assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
 
     found = RankInfo.from_environment({ENV_NODE: "1", ENV_RENDEZVOUS: "node-0:29500"}, ResourcesSpec(nodes=2, gpus=4))
     assert found == RankInfo(rank=4, size=8, local_size=4, address="node-0", port=29500)

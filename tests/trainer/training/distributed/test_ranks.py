@@ -15,6 +15,7 @@ from qlora_trainer.core.failures import StepFailure, unreachable
 from qlora_trainer.training.distributed.launch import RankInfo
 from qlora_trainer.training.distributed.ranks import Ranks
 from tests.support.command import Files
+from tests.support.failures import failing
 from tests.support.manifests import merged
 from tests.support.ranks import EXACT, TWO, same_numbers, second_gpu, succeeded, two_nodes, workspace
 from tests.support.training import adapter_bytes, history
@@ -146,9 +147,8 @@ def test_one_gpu_short_of_memory_makes_all_halve_their_micro_batches(tmp_path: P
     ],
 )
 def test_variables_that_contradict_each_other_are_rejected(variables: dict[str, str], named: str) -> None:
-    with pytest.raises(StepFailure, match=named) as caught:
+    with failing(ExitCode.BAD_CONFIGURATION, match=named):
         RankInfo.from_environment(variables)
-    assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
 
 
 def test_a_rank_is_read_back_from_its_own_variables() -> None:

@@ -129,22 +129,15 @@ def _noting_end(
     note("succeeded")
 
 
-def note_training(records: Path, pod_uid: str, now: datetime) -> None:
-    """Note, if there is room, that the pod's attempt has loaded all and trains."""
-    _change_latest(records, pod_uid, lambda latest: replace(latest, trained_at=_precise(now)))
-
-
-def note_saved(records: Path, pod_uid: str, now: datetime) -> None:
-    """Note that the pod's attempt has saved a checkpoint, if there is room for that."""
-    _change_latest(records, pod_uid, lambda latest: replace(latest, saved_at=_precise(now)))
-
-
-def _change_latest(records: Path, pod_uid: str, change: Callable[[Attempt], Attempt]) -> None:
+def note_time(records: Path, pod_uid: str, name: Literal["trained_at", "saved_at"], now: datetime) -> None:
+    """Note when the pod's attempt began to train, or saved, if there is room for that."""
+    time = _precise(now)
     # A full volume, or a deleted file, must not end the run: then nothing is recorded.
     try:
         latest = _latest_of(records, pod_uid)
         if latest is not None:
-            write_attempts(records, [*read_attempts(records)[:-1], change(latest)])
+            changed = replace(latest, trained_at=time) if name == "trained_at" else replace(latest, saved_at=time)
+            write_attempts(records, [*read_attempts(records)[:-1], changed])
     except OSError as error:
         logger.warning("the attempt's time is not recorded: %s", error)
 

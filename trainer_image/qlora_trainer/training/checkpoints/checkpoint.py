@@ -157,21 +157,16 @@ def _verified(path: Path) -> Checkpoint:
     written = json.loads(content)["formatVersion"]
     if written != FORMAT_VERSION:
         raise ValueError(f"{STATE} has format {str(written)[:80]}, this program reads {FORMAT_VERSION}")
-    state = _run_of(content)
-    named = _NAME.search(path.name)
-    if named is None or int(named[1]) != state.step:
-        raise ValueError(f"{STATE} is that of step {state.step}")
-    return Checkpoint(path, state.step, state, sums)
-
-
-def _run_of(content: bytes) -> SavedState:
-    """The state of a run. Raises ValueError, naming the place only, if it is none."""
     try:
-        return SavedState.model_validate_json(content)
+        state = SavedState.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))[:80] or "all of it"
         raise ValueError(f"{STATE} is not that of a run: {place}: {first['msg']}") from error
+    named = _NAME.search(path.name)
+    if named is None or int(named[1]) != state.step:
+        raise ValueError(f"{STATE} is that of step {state.step}")
+    return Checkpoint(path, state.step, state, sums)
 
 
 def read_state(path: Path) -> dict[str, Any] | None:

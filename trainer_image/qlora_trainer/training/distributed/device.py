@@ -8,7 +8,7 @@ import torch
 from bitsandbytes.cextension import lib as bitsandbytes_library
 
 from qlora_trainer.core.context import Device
-from qlora_trainer.core.failures import StepFailure, bad_configuration
+from qlora_trainer.core.failures import bad_configuration
 
 # With these, 16-bit matmuls are computed by other instructions, and add in another order.
 _UNITS = ("avx512_bf16", "amx_bf16")
@@ -32,7 +32,10 @@ def use_device(device: Device, threads: int, local_rank: int) -> torch.device:
 def require_gpu(local_rank: int) -> None:
     """Raise StepFailure (BAD_CONFIGURATION) without a GPU for this rank of a node."""
     if not torch.cuda.is_available():
-        raise no_gpu()
+        raise bad_configuration(
+            "no CUDA GPU is visible in this container: check that the profile requests nvidia.com/gpu and that the "
+            "node's driver is not older than this image's CUDA"
+        )
     if local_rank >= torch.cuda.device_count():
         raise bad_configuration(
             f"this container sees {torch.cuda.device_count()} GPUs, and process {local_rank + 1} has none: check "
@@ -54,14 +57,6 @@ def require_gpu(local_rank: int) -> None:
 
 def _version_text(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
-
-
-def no_gpu() -> StepFailure:
-    """The failure of a step that needs a GPU and sees none."""
-    return bad_configuration(
-        "no CUDA GPU is visible in this container: check that the profile requests nvidia.com/gpu and that the node's "
-        "driver is not older than this image's CUDA"
-    )
 
 
 def processor(device: Device) -> str:

@@ -164,7 +164,9 @@ def start_child_ranks(rank_info: RankInfo, command: Sequence[str]) -> Iterator[C
     if not command:
         raise bad_configuration("several GPUs need the command `train`, or torchrun")
     if not rank_info.has_several_nodes:
-        rank_info = replace(rank_info, address=_LOOPBACK, port=_free_port())
+        with socket.socket() as listener:
+            listener.bind((_LOOPBACK, 0))
+            rank_info = replace(rank_info, address=_LOOPBACK, port=int(listener.getsockname()[1]))
         for interface in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             # A pod's own name may not resolve, and no other interface is needed.
             os.environ.setdefault(interface, "lo")
@@ -184,12 +186,6 @@ def start_child_ranks(rank_info: RankInfo, command: Sequence[str]) -> Iterator[C
         raise
     finally:
         child_ranks.end(time.monotonic() + seconds, expected)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind((_LOOPBACK, 0))
-        return int(listener.getsockname()[1])
 
 
 def end_with_parent(environ: Mapping[str, str] = os.environ) -> None:

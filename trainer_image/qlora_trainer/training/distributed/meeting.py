@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Literal
 
 import torch
@@ -167,7 +168,9 @@ def _store(rank_info: RankInfo, meeting: Meeting, child_ranks: ChildRanks) -> to
             store = _connect(rank_info, serves=serves)
             # torchrun may restart all ranks over the same store.
             own = torch.distributed.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-            if _is_of_this_round(own, rank_info, meeting):
+            # An earlier pod of this rank may have joined peers that are about to end.
+            pod, name = meeting.incarnation, f"rank-{rank_info.rank}"
+            if not pod or ask_store(partial(own.compare_set, name, "", pod)).decode() == pod:
                 store.set_timeout(ranks.TIMEOUT)
                 return own
             reason = f"{rank_info.address} still serves pods that end"
@@ -197,14 +200,6 @@ def _connect(rank_info: RankInfo, *, serves: bool) -> torch.distributed.Store:
         timeout=_SECONDS_TO_CONNECT if is_remote else ranks.TIMEOUT,
         wait_for_workers=False,
     )
-
-
-def _is_of_this_round(store: torch.distributed.Store, rank_info: RankInfo, meeting: Meeting) -> bool:
-    """Whether no earlier pod of this rank, with peers about to end, has joined."""
-    if not meeting.incarnation:
-        return True
-    joined_as = ask_store(lambda: store.compare_set(f"rank-{rank_info.rank}", "", meeting.incarnation))
-    return bool(joined_as.decode() == meeting.incarnation)
 
 
 def _wait_for_all(store: torch.distributed.Store, rank_info: RankInfo, endings: _Endings, meeting: Meeting) -> None:

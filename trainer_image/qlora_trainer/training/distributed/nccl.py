@@ -33,11 +33,18 @@ def end_with_the_others(
     `failure_of` gives the reason of an exchange that failed with an error. Both are called in other threads.
     """
     over = threading.Event()
-    watching = threading.Thread(target=_watch, name=WATCH, args=(over, require_none), daemon=True)
-    watching.start()
+    threading.Thread(target=_watch, name=WATCH, args=(over, require_none), daemon=True).start()
+    # The watchdog calls hooks before it aborts the process, in a separate thread. PyTorch's older implementation
+    # (TORCH_DIST_USE_NCCL2=0) has none.
+    nccl = torch.distributed.group.WORLD._get_backend(torch.device("cuda"))
+    given_up = torch.distributed.DistBackendError("NCCL has given up an exchange")
+    if nccl.supports_abort_hooks:
+        nccl.register_abort_hook(_ABORT_HOOK, lambda: _end_now(failure_of(given_up)))
     try:
-        with _end_by_watchdog(failure_of):
-            yield
+        yield
+        # NCCL's reports while it is taken down do not change the end of a finished run. One that fails keeps it.
+        if nccl.supports_abort_hooks:
+            nccl.unregister_abort_hook(_ABORT_HOOK)
     finally:
         over.set()
 
@@ -57,25 +64,6 @@ def _watch(over: threading.Event, require_none: Callable[[], None]) -> None:
             return
         except RuntimeError as unknown:
             logger.warning("whether another process has failed is not known now: %s", unknown)
-
-
-@contextmanager
-def _end_by_watchdog(failure_of: Callable[[Exception], StepFailure]) -> Iterator[None]:
-    """End this process with an exit code that is retried when NCCL's watchdog gives up an exchange.
-
-    It does so after the group's timeout, or immediately when NCCL has lost a connection, and would abort the process
-    (SIGABRT). The watchdog calls hooks before that, in a separate thread. PyTorch's older implementation
-    (TORCH_DIST_USE_NCCL2=0) has none, and aborts.
-    """
-    nccl = torch.distributed.group.WORLD._get_backend(torch.device("cuda"))
-    if not nccl.supports_abort_hooks:
-        yield
-        return
-    given_up = torch.distributed.DistBackendError("NCCL has given up an exchange")
-    nccl.register_abort_hook(_ABORT_HOOK, lambda: _end_now(failure_of(given_up)))
-    yield
-    # NCCL's reports while it is taken down do not change the end of a finished run. One that fails keeps it.
-    nccl.unregister_abort_hook(_ABORT_HOOK)
 
 
 def _end_now(failure: StepFailure) -> None:

@@ -28,12 +28,9 @@ STORAGE_DTYPE = torch.bfloat16
 def shard_base(model: AdaptedModel, device: torch.device, processes: int) -> None:
     """Shard the decoder blocks of a model of `attach_adapter` over the ranks, and move the model to `device`.
 
-    The base must be in main memory and asserted to be NF4 or FP4: its shards are plain memory, whose type cannot be
-    checked afterwards. Of a base that is mapped from a file, this rank's part of each weight is all that is read of the
-    blocks' weights, and all that the device gets. From then on every rank must run the same number of forward and
-    backward passes, and the bytes of two blocks at most are gathered at a time: those of the block at work, and the
-    buffer where they or the next block's arrived.
-    Raises StepFailure (BAD_CONFIGURATION) for a block that FSDP cannot gather as it is stored.
+    The base must be in main memory and checked to be NF4 or FP4. Of a base that is mapped from a file, only this rank's
+    part of each weight of a block is read. From then on every rank must run the same number of passes, and the bytes of
+    two blocks at most are gathered at a time. Raises StepFailure (BAD_CONFIGURATION) for a block that cannot be.
     """
     mesh = init_device_mesh(device.type, (processes,))
     decoder, blocks = model.get_base_model().get_decoder(), decoder_blocks(model.get_base_model())
@@ -67,18 +64,14 @@ def _shard_block(block: nn.Module, mesh: DeviceMesh, device: torch.device) -> No
         _set_frozen(block, name, weight.to("meta"))
     fully_shard(block, mesh=mesh, ignored_params=adapter, reshard_after_forward=True)
     for name, weight in whole.items():
-        part = _part(weight, mesh.get_local_rank(), mesh.size()).to(device, copy=True)
+        # The rows that FSDP gives to the rank: as many to each, until there are no more.
+        parts, rank = weight.chunk(mesh.size()), mesh.get_local_rank()
+        part = (parts[rank] if rank < len(parts) else weight[:0]).to(device, copy=True)
         shape = {"shape": weight.shape, "stride": weight.stride()}
         _set_frozen(block, name, DTensor.from_local(part, mesh, [Shard(0)], run_check=False, **shape))
     for module in block.modules():
         if isinstance(module, Linear4bit):
             module.quant_state.to(device)
-
-
-def _part(weight: Tensor, rank: int, processes: int) -> Tensor:
-    """The rows that FSDP gives to the rank: as many to each, until there are no more."""
-    parts = weight.chunk(processes)
-    return parts[rank] if rank < len(parts) else weight[:0]
 
 
 def _set_frozen(block: nn.Module, name: str, tensor: Tensor) -> None:

@@ -64,9 +64,5 @@ class Stability:
 
 
 def has_diverged(loss: float, loss_at_start: float) -> bool:
-    """Whether training does harm: `loss` is now, `loss_at_start` before the first step.
-
-    Both are in nats per target of the same rows. The same margin decides whether a step did harm: `loss_at_start` is
-    then the loss before it.
-    """
+    """Whether training, or a step, raised the loss, in nats per target, of the same rows."""
     return not (math.isfinite(loss_at_start) and loss <= loss_at_start + WORSE_THAN_START_NATS)

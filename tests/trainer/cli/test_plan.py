@@ -1,0 +1,203 @@
+"""The user's command line plans a job: a manifest's errors, and the memory that training needs."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.command import MANIFEST, qlora
+from tests.support.model_configs import LLAMA_3_8B
+
+LLAMA_65B = {
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "num_hidden_layers": 80,
+    "intermediate_size": 22016,
+    "num_attention_heads": 64,
+    "vocab_size": 32000,
+}
+
+
+@pytest.mark.parametrize(
+    ("found", "instead", "error"),
+    [
+        ("learningRate", "learningRat", "14: spec.training.learningRat: unknown field; did you mean learningRate?"),
+        ("maxSteps", "max_steps", "13: spec.training.max_steps: unknown field; did you mean maxSteps?"),
+        ("  lora:\n    rank: 8", "  gpus: 2", "10: spec.gpus: unknown field; it is spec.resources.gpus"),
+        ("rank: 8", 'rank: "8"', '11: spec.lora.rank: found "8", must be a whole number, without quotes'),
+        ("rank: 8", "rank: 0", "11: spec.lora.rank: found 0, must be greater than or equal to 1"),
+        ("maxSteps: 3", "maxSteps: 3\n    epochs: 1", "12: spec.training: set only one of epochs and maxSteps"),
+        ("maxSteps: 3", "optimizer: adam", "13: spec.training.optimizer: found \"adam\", must be 'paged_adamw_32bit'"),
+        (
+            "pvc://data/train.jsonl",
+            "/data/train.jsonl",
+            "9: spec.dataset.source: found '/data/train.jsonl', must be hf",
+        ),
+        ("    source: pvc://models/model\n", "", "6: spec.model: found null, must be an object"),
+        (
+            "maxSteps: 3",
+            "objective: kto",
+            "13: spec.training.objective: found \"kto\", must be 'supervised', 'dpo' or 'orpo'; for these, make pairs",
+        ),
+        (
+            "    source: pvc://data/train.jsonl\n",
+            '    source: pvc://data/train.jsonl\n    systemPrompt: {text: " "}\n',
+            '10: spec.dataset.systemPrompt.text: found " ", must not be blank',
+        ),
+        ("kind: QLoRAJob", "kind: Job", '2: kind: found "Job", must be QLoRAJob or QLoRASweep'),
+        ("name: tiny", "name: Tiny", '4: metadata.name: found "Tiny", must be lower-case letters, digits and hyphens'),
+        ("maxSteps: 3", "maxSteps: 3\n    maxSteps: 4", '14: found duplicate key "maxSteps"'),
+        ("maxSteps: 3", "maxSteps: [3", "14: "),
+        ("rank: 8", "rank: !small 8", "11: spec.lora.rank: found the tag !small, must be of a type of JSON"),
+        ("    learningRate: 2e-4\n", "---\nkind: Secret\n", "15: a second document begins here"),
+    ],
+)
+def test_an_error_in_a_manifest_names_file_line_and_field(tmp_path: Path, found: str, instead: str, error: str) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(MANIFEST.replace(found, instead))
+    done = qlora("plan", str(file))
+    assert done.returncode == 10
+    assert f"{file}:{error}" in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("content", ["", "# nothing\n", "- a list\n", "\x00", "{" * 3000])
+def test_a_file_that_is_no_manifest_is_rejected_in_one_sentence(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(content)
+    done = qlora("plan", str(file))
+    assert done.returncode == 10
+    assert done.stderr.startswith(f"Error: {file}")
+    assert "Traceback" not in done.stderr
+
+
+def test_several_errors_are_reported_together(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(MANIFEST.replace("rank", "rnk").replace("maxSteps: 3", "maxSteps: none"))
+    lines = qlora("plan", str(file)).stderr.splitlines()
+    assert len(lines) == 2
+
+
+def planned(
+    tmp_path: Path, *arguments: str, manifest: str = MANIFEST, config: dict[str, Any] = LLAMA_3_8B
+) -> "subprocess.CompletedProcess[str]":
+    """`qlora plan` of a model."""
+    (tmp_path / "job.yaml").write_text(manifest)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return qlora("plan", str(tmp_path / "job.yaml"), "--config", str(tmp_path / "config.json"), *arguments)
+
+
+def test_a_plan_adds_up_to_the_expected_peak(tmp_path: Path) -> None:
+    done = planned(tmp_path, "--gpu-memory", "24")
+    assert done.returncode == 0, done.stderr
+    rows = [re.fullmatch(r"[│|] (.+?) +[│|] +([\d.]+) [│|] (.*?) *[│|]", line) for line in done.stdout.splitlines()]
+    sizes = {row[1]: float(row[2]) for row in rows if row and row[3] != "not at the peak"}
+    expected = sizes.pop("Expected peak")
+    assert sum(sizes.values()) == pytest.approx(expected, abs=0.05)
+    assert sizes["Base weights in 4-bit"] == pytest.approx(3.35, abs=0.01)
+    assert "fits: the run fits on a GPU of 24 GiB" in done.stdout
+
+
+def test_a_plan_that_does_not_fit_advises_changes(tmp_path: Path) -> None:
+    done = planned(
+        tmp_path, "--gpu-memory", "16", manifest=MANIFEST + "    maxSequenceLength: 8192\n    microBatchSize: 4\n"
+    )
+    assert done.returncode == 17
+    assert "exceeds: the run cannot fit on a GPU of 16 GiB" in done.stdout
+    assert "spec.training.microBatchSize: 4 → 2" in done.stdout
+
+
+def test_a_plan_that_barely_fits_reports_the_margin_and_the_first_advice(tmp_path: Path) -> None:
+    done = planned(tmp_path, "--gpu-memory", "8", manifest=MANIFEST + "    maxSequenceLength: 2048\n")
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    assert "fits: the run fits on a GPU of 8 GiB" in said
+    assert "GiB are left" in said
+    assert re.search(r"To free \d+\.\d\d GiB more, first change: spec\.training\.", said)
+    assert "spec.training." in said
+
+
+def test_the_plan_of_a_65b_job_on_48_gb_names_the_8_bit_optimizer_first(tmp_path: Path) -> None:
+    job = MANIFEST.replace("rank: 8", "rank: 64") + "    maxSequenceLength: 512\n"
+    done = planned(tmp_path, "--gpu-memory", "48", manifest=job, config=LLAMA_65B)
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    assert "tight: the run may fit" in said
+    left = re.search(r"on a GPU of 48 GiB: of 47\.04 usable, (\d\.\d\d) GiB are left\.", said)
+    assert left
+    assert float(left[1]) == pytest.approx(1.3, abs=0.05)
+    first = re.search(
+        r" 1\. spec\.training\.optimizer: paged_adamw_32bit → paged_adamw_8bit frees (\d\.\d\d) GiB: ", said
+    )
+    assert first
+    assert float(first[1]) == pytest.approx(4.5, abs=0.05)
+    assert " 2. spec." not in said
+
+
+def test_a_plan_without_a_gpus_size_compares_sizes(tmp_path: Path) -> None:
+    done = planned(tmp_path)
+    assert done.returncode == 0
+    assert re.search(r"^ +24  fits$", done.stdout, re.MULTILINE)
+
+
+def test_a_plan_of_several_nodes_counts_all_gpus_and_names_uneven_batches(tmp_path: Path) -> None:
+    job = MANIFEST + "  resources: {gpus: 2, nodes: 3}\n"
+    done = planned(tmp_path, manifest=job, config=LLAMA_65B | {"num_hidden_layers": 2})
+    said = " ".join(done.stdout.split())
+    assert "Each of the 6 GPUs on 3 nodes holds the whole base" in said
+    assert "which 6 GPUs cannot share evenly" in said
+
+
+def test_a_plan_reads_the_configuration_from_a_volume(tmp_path: Path, tiny_llama: Path) -> None:
+    (tmp_path / "job.yaml").write_text(MANIFEST)
+    missing = qlora("plan", str(tmp_path / "job.yaml"))
+    assert missing.returncode == 10
+    assert "--volume models=DIR" in missing.stderr
+    assert qlora("plan", str(tmp_path / "job.yaml"), "--volume", f"models={tiny_llama.parent}").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "code", "words"),
+    [
+        ("hf://acme/tiny", 200, "--config FILE"),
+        ("hf://acme/tiny--model", 10, "spec.model.source is hf://acme/tiny--model: "),
+    ],
+    ids=["a hub that does not answer", "an invalid name"],
+)
+def test_a_plan_of_a_model_that_the_hub_withholds_names_the_reason(
+    tmp_path: Path, model: str, code: int, words: str
+) -> None:
+    (tmp_path / "job.yaml").write_text(MANIFEST.replace("pvc://models/model", model))
+    done = qlora("plan", str(tmp_path / "job.yaml"), HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0")
+    assert done.returncode == code
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+STARCODER_3B = {
+    "model_type": "starcoder2",
+    "hidden_size": 3072,
+    "num_hidden_layers": 2,
+    "intermediate_size": 12288,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 2,
+    "vocab_size": 49152,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+def test_a_plan_of_a_model_whose_layers_are_not_listed_is_from_a_dry_run(tmp_path: Path) -> None:
+    done = planned(tmp_path, "--gpu-memory", "24", config=STARCODER_3B)
+    assert done.returncode == 0, done.stderr
+    assert "fits: the run fits on a GPU of 24 GiB" in done.stdout
+    assert "spec.training.microBatchSize: 1 → 8" in done.stdout
+
+
+def test_a_plan_of_an_unsupported_model_is_rejected(tmp_path: Path) -> None:
+    done = planned(tmp_path, config={"model_type": "t5"})
+    assert done.returncode == 10
+    assert "encoder-decoder" in done.stderr
