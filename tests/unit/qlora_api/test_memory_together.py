@@ -72,8 +72,8 @@ def test_jobs_that_differ_take_about_what_the_plan_shows_and_never_surely_more(n
 
 def test_without_what_is_shared_nothing_is_known() -> None:
     known = MemoryStatus(estimate_bytes=9 * GIB, low_bytes=7 * GIB, shared_bytes=5 * GIB, verdict="fits")
-    assert ShareOfMemory.of(known) == ShareOfMemory(9 * GIB, 7 * GIB, 5 * GIB)
+    assert ShareOfMemory.from_status(known) == ShareOfMemory(9 * GIB, 7 * GIB, 5 * GIB)
     for field in ("estimate_bytes", "low_bytes", "shared_bytes"):
-        assert ShareOfMemory.of(known.model_copy(update={field: None})) is None
-    assert ShareOfMemory.of(None) is None
+        assert ShareOfMemory.from_status(known.model_copy(update={field: None})) is None
+    assert ShareOfMemory.from_status(None) is None
     assert math.floor(add_up([ShareOfMemory(9, 7, 5)]).low) == 7

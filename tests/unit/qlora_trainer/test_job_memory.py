@@ -14,7 +14,7 @@ from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.core.sandbox import DryRunFailed
 from qlora_trainer.model.memory.dry_run import StepSize
 from qlora_trainer.model.memory.fit import training_shape
-from qlora_trainer.model.memory.job_memory import MeasuredJob, measured_estimate, measured_further
+from qlora_trainer.model.memory.job_memory import MeasuredJob, measure_further, measured_estimate
 
 MIB = 2**20
 
@@ -193,4 +193,4 @@ def test_advice_comes_from_the_jobs_own_dry_run_if_another_fails(config: Path) -
 
     planned = MeasuredJob.from_config(config, job(), training_shape(job(), ()), measure=Measuring())
     planned = replace(planned, measure=failing)
-    assert measured_further(planned, planned.with_larger) is planned
+    assert measure_further(planned, planned.with_larger) is planned

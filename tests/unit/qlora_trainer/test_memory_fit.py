@@ -162,7 +162,7 @@ def test_a_continued_job_is_not_advised_to_change_the_run(tmp_path: Path) -> Non
 
 def test_the_shared_memory_of_a_group_is_measured_too(tmp_path: Path) -> None:
     found = fit(tmp_path, LLAMA_8B, group_size=4)
-    share = ShareOfMemory.of(found.status)
+    share = ShareOfMemory.from_status(found.status)
     assert share is not None
     shape = ModelShape.from_config(LLAMA_8B)
     training = training_shape(QLoRAJobSpec.model_validate(SOURCES), ["all-linear"])

@@ -54,7 +54,7 @@ class _OfPairs:
         return len(_pairs(batch))
 
     def _summed(self, losses: PairLosses) -> BatchSums:
-        return BatchSums(losses.loss.sum(), losses.measured())
+        return BatchSums(losses.loss.sum(), losses.sums())
 
 
 class DirectPreference(_OfPairs):

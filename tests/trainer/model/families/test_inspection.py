@@ -21,7 +21,7 @@ from qlora_trainer.model.experts import compute as experts
 from qlora_trainer.model.families import admission as check
 from qlora_trainer.model.families.inspection import inspect_family
 from qlora_trainer.model.families.rejection import reason_in_model
-from qlora_trainer.model.families.tiny_model import shrunken
+from qlora_trainer.model.families.tiny_model import shrink
 from qlora_trainer.model.kernels.attention import ATTENTION, RowBoundaries, register_attention, rows_attention
 from qlora_trainer.model.losses.loss import LogitTransform
 from tests.support.families import CASES
@@ -147,22 +147,22 @@ def test_the_shrunken_model_has_a_block_of_each_kind_and_effective_caps() -> Non
     smol = transformers.SmolLM3Config(num_hidden_layers=36)
     gemma = transformers.Gemma2Config(num_hidden_layers=26)
     llama = transformers.LlamaConfig(num_hidden_layers=32)
-    small_gemma = shrunken(gemma).config
+    small_gemma = shrink(gemma).config
 
-    assert sorted(shrunken(smol).config.no_rope_layers) == [0, 1]
+    assert sorted(shrink(smol).config.no_rope_layers) == [0, 1]
     assert small_gemma.layer_types == ["sliding_attention", "full_attention"]
     assert small_gemma.sliding_window < 7
     assert small_gemma.attn_logit_softcapping == small_gemma.final_logit_softcapping == 1.0
-    assert [shrunken(config).config.num_hidden_layers for config in (smol, gemma, llama)] == [2, 2, 2]
+    assert [shrink(config).config.num_hidden_layers for config in (smol, gemma, llama)] == [2, 2, 2]
     assert small_gemma.head_dim == gemma.head_dim
-    assert shrunken(gemma).stands_for == (0, 1) * 13
-    assert shrunken(llama).stands_for == (0,) * 32
+    assert shrink(gemma).stands_for == (0, 1) * 13
+    assert shrink(llama).stands_for == (0,) * 32
 
 
 def test_the_shrunken_model_keeps_exceptions_of_single_blocks() -> None:
     config = transformers.Gemma4TextConfig(num_hidden_layers=12, num_kv_shared_layers=6)
 
-    small = shrunken(config)
+    small = shrink(config)
 
     kinds = ["sliding_attention", "full_attention"]
     assert small.config.layer_types == kinds * 2
@@ -173,7 +173,7 @@ def test_the_shrunken_model_keeps_exceptions_of_single_blocks() -> None:
 
 
 def test_the_shrunken_model_repeats_the_models_repeated_blocks() -> None:
-    small = shrunken(transformers.DoryConfig(num_hidden_layers=16, n_input_layers=4, n_output_layers=4)).config
+    small = shrink(transformers.DoryConfig(num_hidden_layers=16, n_input_layers=4, n_output_layers=4)).config
 
     segments = [small.n_input_layers, small.n_recurrent_layers, small.n_output_layers]
     assert segments == [2, 2, 2]
@@ -183,7 +183,7 @@ def test_the_shrunken_model_repeats_the_models_repeated_blocks() -> None:
 def test_the_shrunken_model_has_the_kinds_of_blocks_listed_by_number() -> None:
     config = transformers.BambaConfig(attn_layer_indices=[9, 18, 27])
 
-    small = shrunken(config)
+    small = shrink(config)
 
     assert small.config.layers_block_type == ["linear_attention", "full_attention", "linear_attention"]
     assert small.stands_for == tuple(int(block in (9, 18, 27)) for block in range(config.num_hidden_layers))

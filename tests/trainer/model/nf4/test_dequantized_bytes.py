@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from qlora_api.spec.training import QuantizationSpec
-from qlora_trainer.model.experts.mxfp4_stack import Mxfp4Stack
-from qlora_trainer.model.experts.stack import ExpertStack
+from qlora_trainer.model.experts.stack import ExpertStack, Mxfp4Stack
 from qlora_trainer.model.memory.live_bytes import LiveBytes
 
 SHAPE = (4, 512, 512)

@@ -23,7 +23,7 @@ from qlora_trainer.core.filesystem import (
 from qlora_trainer.model.base.artifact import MANIFEST, BaseManifest, has_files, has_size, read_manifest, write_manifest
 from qlora_trainer.model.base.layout import BaseLayout, Part
 from qlora_trainer.model.base.weights_file import DTYPES, write_weights
-from qlora_trainer.model.experts.mxfp4_stack import Mxfp4Tensor
+from qlora_trainer.model.experts.stack import Mxfp4Tensor
 from qlora_trainer.model.nf4.quantization import quantize
 from qlora_trainer.model.nf4.stored_layer import StoredTensor
 from qlora_trainer.model.source.files import CONFIG, GENERATION_CONFIG, WEIGHTS, WEIGHTS_INDEX, OnBytes

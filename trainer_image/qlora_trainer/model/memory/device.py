@@ -6,9 +6,9 @@ go the way of a GPU. They have no backward pass: that is `backward`.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
+from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,7 +29,7 @@ _GRAPH_TASK = 1
 @contextmanager
 def fake_cuda(capability: tuple[int, int] = AMPERE) -> Iterator[None]:
     """Create tensors without data. Those on `cuda` have this compute capability."""
-    stand_ins: tuple[tuple[Any, str, Any], ...] = (
+    stand_ins: tuple[tuple[object, str, object], ...] = (
         (torch.cuda, "get_device_capability", lambda _device=None: capability),
         (torch.cuda, "is_bf16_supported", lambda **_: True),
         (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
@@ -42,14 +42,14 @@ def fake_cuda(capability: tuple[int, int] = AMPERE) -> Iterator[None]:
     with ExitStack() as stack:
         for module, name, stand_in in stand_ins:
             stack.enter_context(_replace(module, name, stand_in))
-        _forget_capability()
-        stack.callback(_forget_capability)
+        _clear_capability()
+        stack.callback(_clear_capability)
         stack.enter_context(FakeTensorMode())
         yield
 
 
 @contextmanager
-def _replace(module: Any, name: str, stand_in: Any) -> Iterator[None]:
+def _replace(module: object, name: str, stand_in: object) -> Iterator[None]:
     original = getattr(module, name)
     setattr(module, name, stand_in)
     try:
@@ -95,7 +95,7 @@ def _fused_attention(
     return output
 
 
-def _forget_capability() -> None:
+def _clear_capability() -> None:
     varlen._cudnn_version_and_major_capability.cache_clear()
     varlen._should_use_cudnn.cache_clear()
 
@@ -113,19 +113,15 @@ def on_fake_cuda(model: nn.Module) -> None:
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else _like(buffer)
         if isinstance(module, Linear4bit):
-            for state, name, tensor in constants(module):
-                setattr(state, name, _like(tensor))
+            for state in (module.quant_state, module.quant_state.state2):
+                _move_constants(state)
 
 
-def constants(layer: Linear4bit) -> list[tuple[Any, str, Tensor]]:
-    """A 4-bit layer's quantization tensors, each with its holder and name there."""
-    outer: Any = layer.quant_state
-    return [
-        (state, name, tensor)
-        for state in (outer, outer.state2)
-        for name in ("absmax", "code", "offset")
-        if (tensor := getattr(state, name, None)) is not None
-    ]
+def _move_constants(state: QuantState | None) -> None:
+    for name in ("absmax", "code", "offset"):
+        tensor = getattr(state, name, None)
+        if tensor is not None:
+            setattr(state, name, _like(tensor))
 
 
 def _move(parameter: Tensor) -> nn.Parameter:
