@@ -13,6 +13,7 @@ from qlora_api.memory.advice import SHORTEST_SEQUENCE, larger_micro_batches
 from qlora_api.memory.estimate import ActivationBytes, AnswerBytes, CountedRun, MemoryEstimate, combine
 from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.memory.weights import WeightCounts
+from qlora_api.schema import Decides
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.core.sandbox import DryRunFailed
@@ -176,12 +177,7 @@ def _digest(config: Path, spec: QLoRAJobSpec) -> str:
         "config": hashlib.sha256(config.read_bytes()).hexdigest(),
         "lora": spec.lora.model_copy(update={"initial_adapter": None}).dump(),
         "quantization": spec.quantization.dump(),
-        "step": [
-            training.micro_batch_size,
-            training.max_sequence_length,
-            training.gradient_checkpointing,
-            training.auto_micro_batch,
-        ],
+        "step": Decides.DRY_RUN.settings(training),
         **({"objective": training.objective} if training.compares_answers else {}),
         "versions": [_version(package) for package in _PACKAGES],
     }
