@@ -1015,7 +1015,7 @@ TRAINER = (
         file=f"{_CONTRACT}/memory/advice.py",
         old='if verdict(memory, gpu_gib) == "fits" and not is_thin(memory, gpu_gib):',
         new='if verdict(memory, gpu_gib) == "fits":',
-        tests=(f"{_API_TESTS}/test_memory.py::test_a_larger_micro_batch_leaves_room",),
+        tests=(f"{_API_TESTS}/test_memory_advice.py::test_a_larger_micro_batch_leaves_room",),
     ),
     Mutant(
         name="memory-without-dora",

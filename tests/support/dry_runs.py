@@ -1,6 +1,7 @@
 """Stands in for dry runs: computes the activations of a Llama's blocks by arithmetic."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -63,25 +64,11 @@ def measure(config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest:
     for size in sizes:
         tokens = size.sequences * size.sequence_tokens
         kept, loss, work = _pass(model, tokens, min(tokens, GPU_LOSS_CHUNK_TOKENS), size.gradient_checkpointing)
-        steps.append(
-            MeasuredStep(
-                sequences=size.sequences,
-                sequence_tokens=size.sequence_tokens,
-                gradient_checkpointing=size.gradient_checkpointing,
-                kept=kept,
-                loss=loss,
-                work=work,
-            )
-        )
+        steps.append(MeasuredStep(**asdict(size), kept=kept, loss=loss, work=work))
     return MeasuredMemory(
+        **asdict(weights),
         digest=digest,
-        blocks=weights.blocks,
         rank=training.rank,
-        quantized_parameters=weights.quantized_parameters,
-        unquantized_bytes=weights.unquantized_bytes,
-        adapter_parameters=weights.adapter_parameters,
-        pageable_parameters=weights.pageable_parameters,
-        whole_parameters=weights.whole_parameters,
         answer_bytes_per_token=answers.per_token,
         answer_bytes_per_pair=answers.per_pair,
         steps=tuple(steps),

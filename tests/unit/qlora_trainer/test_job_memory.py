@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -30,17 +30,7 @@ def measured(*steps: tuple[StepSize, int], digest: str = "", rank: int = 16) -> 
         adapter_parameters=16 * 2**20,
         pageable_parameters=16 * 2**20,
         whole_parameters=0,
-        steps=tuple(
-            MeasuredStep(
-                sequences=size.sequences,
-                sequence_tokens=size.sequence_tokens,
-                gradient_checkpointing=size.gradient_checkpointing,
-                kept=kept,
-                loss=2 * kept,
-                work=3 * kept,
-            )
-            for size, kept in steps
-        ),
+        steps=tuple(MeasuredStep(**asdict(size), kept=kept, loss=2 * kept, work=3 * kept) for size, kept in steps),
     )
 
 
