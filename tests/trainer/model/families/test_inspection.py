@@ -303,7 +303,6 @@ def test_attention_that_differs_from_the_familys_own_is_not_used(
     use_attention(broken)
 
     family = inspect_family(written(tmp_path, config), LoraSpec())
-
     assert family.attention in ("sdpa", "eager")
     assert family.one_row
 
@@ -322,7 +321,6 @@ def test_logits_with_another_scale_or_cap_are_rejected(
 ) -> None:
     assert not inspect_family(written(tmp_path, config), LoraSpec()).one_row
     monkeypatch.setattr(LogitTransform, "__call__", lambda _transform, logits: logits)
-
     assert "it computes attention or logits in a way" in rejection(tmp_path).message
 
 

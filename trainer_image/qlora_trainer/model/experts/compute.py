@@ -95,10 +95,7 @@ def _project(module: Any, name: str, rows: Tensor, routing: Routing) -> Tensor:
 
 
 class _Dispatched(torch.autograd.Function):
-    """Tokens [tokens, features] as rows [rows, features].
-
-    Backward adds a token's rows in the order of its choices.
-    """
+    """Tokens [tokens, features] as rows, whose gradients are added in the order of choices."""
 
     @staticmethod
     def forward(context: Any, tokens: Tensor, routing: Routing) -> Tensor:
@@ -113,10 +110,7 @@ class _Dispatched(torch.autograd.Function):
 
 
 class _Permuted(torch.autograd.Function):
-    """The entries of a tensor's first axis in another order.
-
-    Autograd's own backward would add them atomically.
-    """
+    """Entries in another order. Autograd's own backward would add them atomically."""
 
     @staticmethod
     def forward(context: Any, tensor: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -147,10 +141,7 @@ class _Product(torch.autograd.Function):
 
 
 def _multiply(rows: Tensor, weights: ExpertWeights, counts: Sequence[int], *, transposed: bool) -> Tensor:
-    """Multiply rows [rows, in], sorted by expert, by each expert's weights.
-
-    These are [out, in], or [in, out] if `transposed`.
-    """
+    """Rows [rows, in], sorted by expert, times weights [out, in], or transposed [in, out]."""
     _, *shape = weights.shape
     output, dtype = rows.new_empty(len(rows), shape[1] if transposed else shape[0]), rows.dtype
     parts, outputs = rows.split(counts), output.split(counts)

@@ -24,7 +24,6 @@ from qlora_trainer.model.families.tiny_model import SPECIAL_TOKENS, VOCABULARY, 
 from qlora_trainer.model.kernels.attention import ATTENTION, RowBoundaries, register_attention
 from qlora_trainer.model.losses.loss import LogitTransform
 
-_OF_TRANSFORMERS = ("sdpa", "eager")
 _ROWS = (7, 12)
 """Both longer than the shrunken window."""
 _UNKNOWN = (ModelError, ValueError, RuntimeError, TypeError, AttributeError, KeyError)
@@ -152,14 +151,11 @@ def _random_model(config: PretrainedConfig, attention: str, experts: str = EXPER
 def _exact_model(
     config: PretrainedConfig, row: Tensor, expected: Tensor
 ) -> tuple[PreTrainedModel, str] | tuple[None, None]:
-    """The model and first implementation with the expected logits, or None without one.
-
-    Made with it, as it is loaded: some families do not change theirs afterwards. Raises what ours raises if
-    none is exact.
-    """
+    """The model and first implementation with the expected logits. Raises what ours raises."""
     refusal: Exception | None = None
-    for attention in (ATTENTION, *_OF_TRANSFORMERS):
+    for attention in (ATTENTION, "sdpa", "eager"):
         try:
+            # Made with it, as it is loaded: some families do not change theirs afterwards.
             model = _random_model(config, attention)
             if _is_close(_logits(model, row, _ROWS[1:]), expected):
                 return model, attention

@@ -30,16 +30,9 @@ def backward(output: Tensor) -> None:
     output.detach_()
     for node, given in _walk(roots, gradient):
         if node.name() == _ACCUMULATES and given[0] is not None:
-            _accumulate(node.variable, given[0])
+            with torch.no_grad():
+                node.variable.grad = given[0] if node.variable.grad is None else node.variable.grad.add_(given[0])
         del node, given
-
-
-@torch.no_grad()
-def _accumulate(variable: Tensor, gradient: Tensor) -> None:
-    if variable.grad is None:
-        variable.grad = gradient
-    else:
-        variable.grad += gradient
 
 
 def gradients(

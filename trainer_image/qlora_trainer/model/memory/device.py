@@ -6,9 +6,9 @@ go the way of a GPU. They have no backward pass: that is `backward`.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import product
 
 import torch
-from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -108,27 +108,17 @@ def on_fake_cuda(model: nn.Module) -> None:
             if parameter is None:
                 continue
             if id(parameter) not in moved:
-                moved[id(parameter)] = _move(parameter)
+                moved[id(parameter)] = nn.Parameter(_like(parameter), requires_grad=parameter.requires_grad)
+                # Of a 4-bit weight: how it is quantized.
+                moved[id(parameter)].__dict__.update(parameter.__dict__)
             module._parameters[name] = moved[id(parameter)]
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else _like(buffer)
         if isinstance(module, Linear4bit):
-            for state in (module.quant_state, module.quant_state.state2):
-                _move_constants(state)
-
-
-def _move_constants(state: QuantState | None) -> None:
-    for name in ("absmax", "code", "offset"):
-        tensor = getattr(state, name, None)
-        if tensor is not None:
-            setattr(state, name, _like(tensor))
-
-
-def _move(parameter: Tensor) -> nn.Parameter:
-    new = nn.Parameter(_like(parameter), requires_grad=parameter.requires_grad)
-    # Of a 4-bit weight: how it is quantized.
-    new.__dict__.update(parameter.__dict__)
-    return new
+            for state, name in product((module.quant_state, module.quant_state.state2), ("absmax", "code", "offset")):
+                tensor = getattr(state, name, None)
+                if tensor is not None:
+                    setattr(state, name, _like(tensor))
 
 
 def _like(tensor: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ def _inspect(config: Path, lora: LoraSpec) -> Family:
 
 
 def _inspect_each(config: Path, specs: Sequence[QLoRAJobSpec], first: Family | None) -> list[Family]:
-    """The inspection for each job, once for equal adapters. `first`: if known."""
+    """The inspection for each job, once for equal adapters."""
     found: dict[str, Family] = {} if first is None else {specs[0].lora.model_dump_json(): first}
     for spec in specs:
         adapter = spec.lora.model_dump_json()
