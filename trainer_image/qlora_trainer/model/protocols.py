@@ -64,13 +64,13 @@ class Decoder(Network, Protocol):
     def get_output_embeddings(self) -> nn.Module | None:
         """The head, or None without one."""
 
-    def activation_checkpointing_enable(self, settings: Mapping[str, object]) -> None:
+    def activation_checkpointing_enable(self, settings: Mapping[str, object], /) -> None:
         """Keep only the inputs of blocks, and compute the rest again for backward."""
 
     def activation_checkpointing_disable(self) -> None:
         """Keep what backward needs."""
 
-    def set_attn_implementation(self, name: str) -> None:
+    def set_attn_implementation(self, name: str, /) -> None:
         """Compute attention by the function that is registered under the name."""
 
 
