@@ -35,8 +35,7 @@ def measure_within_limits(
     for whatever else there is.
     """
     _require_trainer()
-    found: MeasuredMemory = within_limits(_call, ("measure", config, spec, tuple(sizes), digest, family))
-    return found
+    return within_limits(_call, (config, spec, tuple(sizes), digest, family))
 
 
 def measure_together_within_limits(
@@ -44,9 +43,7 @@ def measure_together_within_limits(
 ) -> tuple[ActivationBytes, ...]:
     """Run `measure.measure_together` with the limits of `measure_within_limits`."""
     _require_trainer()
-    arguments = ("measure_together", config, tuple(specs), tuple(passes), family)
-    found: tuple[ActivationBytes, ...] = within_limits(_call, arguments)
-    return found
+    return within_limits(_call_together, (config, tuple(specs), tuple(passes), family))
 
 
 def _require_trainer() -> None:
@@ -54,5 +51,9 @@ def _require_trainer() -> None:
         raise DryRunFailed(f"the trainer is not installed: {INSTALL}")
 
 
-def _call(name: str, *arguments: object) -> object:
-    return getattr(importlib.import_module(_MEASURE), name)(*arguments)
+def _call(*arguments: object) -> MeasuredMemory:
+    return importlib.import_module(_MEASURE).measure(*arguments)
+
+
+def _call_together(*arguments: object) -> tuple[ActivationBytes, ...]:
+    return importlib.import_module(_MEASURE).measure_together(*arguments)
