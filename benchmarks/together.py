@@ -179,9 +179,9 @@ class _Adapters:
     def _pass(self, batches: Mapping[str, Any]) -> None:
         import torch
 
-        from qlora_trainer.model.losses.joint import joint_losses, routed
+        from qlora_trainer.model.losses.joint import joint_losses, route
 
-        with routed(self.model, batches):
+        with route(self.model, batches):
             with _autocast():
                 losses = joint_losses(self.model, batches)
             scaled = [loss / batches[name].target_count for name, loss in losses.items()]

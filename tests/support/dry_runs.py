@@ -1,14 +1,14 @@
 """Stands in for dry runs: computes the activations of a Llama's blocks by arithmetic."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qlora_api.contract import GPU_LOSS_CHUNK_TOKENS
-from qlora_api.memory.answers import AnswerBytes
-from qlora_api.memory.estimate import ActivationBytes, CountedRun, MemoryEstimate, combined
+from qlora_api.memory.estimate import ActivationBytes, AnswerBytes, CountedRun, MemoryEstimate, combine
 from qlora_api.memory.model_shape import ModelShape
 from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.memory.weights import count_weights
@@ -27,7 +27,7 @@ def estimate(model: ModelShape, training: TrainingShape) -> MemoryEstimate:
 def estimate_together(model: ModelShape, trainings: Sequence[TrainingShape]) -> MemoryEstimate:
     """The estimate of jobs that are trained together."""
     runs = [CountedRun(count_weights(model, training), training) for training in trainings]
-    return combined(runs, lambda passing: activations(model, passing), _answers(model))
+    return combine(runs, lambda passing: activations(model, passing), _answers(model))
 
 
 def activations(model: ModelShape, trainings: Sequence[TrainingShape]) -> ActivationBytes:
@@ -39,7 +39,7 @@ def activations(model: ModelShape, trainings: Sequence[TrainingShape]) -> Activa
         max(min(training.tokens, GPU_LOSS_CHUNK_TOKENS) for training in trainings),
         checkpointing,
     )
-    return ActivationBytes.of_measured(kept=kept, loss=loss, work=work, gradient_checkpointing=checkpointing)
+    return ActivationBytes.from_pass(kept, loss, work, gradient_checkpointing=checkpointing)
 
 
 def _pass(model: ModelShape, tokens: int, tokens_of_chunk: int, checkpointing: bool) -> tuple[int, int, int]:
@@ -52,7 +52,8 @@ def _pass(model: ModelShape, tokens: int, tokens_of_chunk: int, checkpointing: b
 
 
 def _answers(model: ModelShape) -> AnswerBytes:
-    return AnswerBytes.of(model.num_hidden_layers, model.num_attention_heads, keys_and_values=2 * model.widths.key)
+    layers, heads = model.num_hidden_layers, model.num_attention_heads
+    return AnswerBytes.from_sizes(layers, heads, keys_and_values=2 * model.widths.key)
 
 
 def measure(config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str) -> MeasuredMemory:
@@ -63,25 +64,11 @@ def measure(config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest:
     for size in sizes:
         tokens = size.sequences * size.sequence_tokens
         kept, loss, work = _pass(model, tokens, min(tokens, GPU_LOSS_CHUNK_TOKENS), size.gradient_checkpointing)
-        steps.append(
-            MeasuredStep(
-                sequences=size.sequences,
-                sequence_tokens=size.sequence_tokens,
-                gradient_checkpointing=size.gradient_checkpointing,
-                kept=kept,
-                loss=loss,
-                work=work,
-            )
-        )
+        steps.append(MeasuredStep(**asdict(size), kept=kept, loss=loss, work=work))
     return MeasuredMemory(
+        **asdict(weights),
         digest=digest,
-        blocks=weights.blocks,
         rank=training.rank,
-        quantized_parameters=weights.quantized_parameters,
-        unquantized_bytes=weights.unquantized_bytes,
-        adapter_parameters=weights.adapter_parameters,
-        pageable_parameters=weights.pageable_parameters,
-        whole_parameters=weights.whole_parameters,
         answer_bytes_per_token=answers.per_token,
         answer_bytes_per_pair=answers.per_pair,
         steps=tuple(steps),

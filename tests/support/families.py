@@ -8,7 +8,7 @@ import transformers as hf
 from transformers import AutoConfig, PretrainedConfig
 
 from docs.families import PAGE, SETTINGS
-from qlora_trainer.model.families.tiny_model import shrunken
+from qlora_trainer.model.families.tiny_model import shrink
 from tests.support.tiny import SHAPE, VOCABULARY
 from tests.support.wrappers import WRAPPERS
 
@@ -186,7 +186,7 @@ def tiny_config(name: str, *, experts: bool = False) -> PretrainedConfig:
     if name not in _OF_ONE_PIECE and not experts:
         own = {size: default.attribute_map.get(size, size) for size in _SIZES}
         settings |= {size: value for size, value in _SIZES.items() if vars(default).get(own[size]) is not None}
-    small = shrunken(AutoConfig.for_model(model_type, **settings)).config
+    small = shrink(AutoConfig.for_model(model_type, **settings)).config
     for size in ("vocab_size", "vocab_size_per_layer_input"):
         if hasattr(small, size):
             setattr(small, size, VOCABULARY)

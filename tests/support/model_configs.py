@@ -27,10 +27,10 @@ SMALL_LLAMA: dict[str, Any] = {
 }
 
 
-def _dense(
+def dense(
     kind: str, layers: int, hidden: int, mlp: int, heads: tuple[int, int, int], vocabulary: int, *, tied: bool = False
 ) -> dict[str, Any]:
-    """`heads`: of queries, of keys, and the features of each."""
+    """The config.json of a dense model. `heads`: of queries, of keys, and the features of each."""
     queries, keys, features = heads
     return {
         "model_type": kind,
@@ -46,12 +46,12 @@ def _dense(
 
 
 TO_CHOOSE: dict[str, tuple[dict[str, Any], int]] = {
-    "Llama 3.2 1B": (_dense("llama", 16, 2048, 8192, (32, 8, 64), 128256, tied=True), 1_235_814_400),
-    "Llama 3.2 3B": (_dense("llama", 28, 3072, 8192, (24, 8, 128), 128256, tied=True), 3_212_749_824),
-    "Qwen 2.5 7B": (_dense("qwen2", 28, 3584, 18944, (28, 4, 128), 152064), 7_615_616_512),
-    "Llama 3.1 8B": (_dense("llama", 32, 4096, 14336, (32, 8, 128), 128256), 8_030_261_248),
-    "Mistral Small 24B": (_dense("mistral", 40, 5120, 32768, (32, 8, 128), 131072), 23_572_403_200),
-    "Seed-OSS 36B": (_dense("seed_oss", 64, 5120, 27648, (80, 8, 128), 155136), 36_151_104_512),
-    "Llama 3.1 70B": (_dense("llama", 80, 8192, 28672, (64, 8, 128), 128256), 70_553_706_496),
+    "Llama 3.2 1B": (dense("llama", 16, 2048, 8192, (32, 8, 64), 128256, tied=True), 1_235_814_400),
+    "Llama 3.2 3B": (dense("llama", 28, 3072, 8192, (24, 8, 128), 128256, tied=True), 3_212_749_824),
+    "Qwen 2.5 7B": (dense("qwen2", 28, 3584, 18944, (28, 4, 128), 152064), 7_615_616_512),
+    "Llama 3.1 8B": (dense("llama", 32, 4096, 14336, (32, 8, 128), 128256), 8_030_261_248),
+    "Mistral Small 24B": (dense("mistral", 40, 5120, 32768, (32, 8, 128), 131072), 23_572_403_200),
+    "Seed-OSS 36B": (dense("seed_oss", 64, 5120, 27648, (80, 8, 128), 155136), 36_151_104_512),
+    "Llama 3.1 70B": (dense("llama", 80, 8192, 28672, (64, 8, 128), 128256), 70_553_706_496),
 }
 """What stands in the config.json of the models of docs/how-to/choose-a-model.md, and their published parameters."""

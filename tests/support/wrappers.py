@@ -9,7 +9,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from docs.families import SETTINGS
 from qlora_trainer.model.architecture.text_part import auto_class
-from qlora_trainer.model.families.tiny_model import shrunken
+from qlora_trainer.model.families.tiny_model import shrink
 from tests.support.four_bit import expert_weights
 from tests.support.tiny import VOCABULARY, save_tokenizer
 
@@ -90,7 +90,7 @@ _TIMM_TOWER: dict[str, dict[str, Any]] = {
 
 def tiny_wrapper(model_type: str) -> PretrainedConfig:
     """A configuration with a small tower and a decoder for `tests.support.training`'s rows."""
-    small = shrunken(AutoConfig.for_model(model_type, **SETTINGS.get(model_type, {}))).config
+    small = shrink(AutoConfig.for_model(model_type, **SETTINGS.get(model_type, {}))).config
     text = small.get_text_config(decoder=True)
     for place, part in vars(small).items():
         if place in ("adaptor_config", "perceiver_config"):

@@ -34,7 +34,7 @@ from qlora_trainer.core.failures import bad_configuration, model_unavailable, un
 from qlora_trainer.core.sandbox import DryRunFailed
 from qlora_trainer.model.memory.dry_run import INSTALL, measure_within_limits
 from qlora_trainer.model.memory.fit import training_shape, type_of_model, weights_of
-from qlora_trainer.model.memory.job_memory import Measure, MeasuredJob, measured_further
+from qlora_trainer.model.memory.job_memory import Measure, MeasuredJob, measure_further
 
 GPU_SIZES_GIB = (16, 24, 32, 40, 48, 80, 96, 141)
 COLORS = {"fits": "green", "tight": "yellow", "exceeds": "red"}
@@ -281,9 +281,9 @@ def _show_verdict(job: MeasuredJob, gpu_gib: int, console: Console, *, rows_apar
     )
     if judged == "fits" and not is_thin(memory, gpu_gib):
         if rows_apart:
-            _show_larger(measured_further(job, job.with_larger), gpu_gib, console)
+            _show_larger(measure_further(job, job.with_larger), gpu_gib, console)
         return
-    job = measured_further(job, job.with_smaller)
+    job = measure_further(job, job.with_smaller)
     if judged == "fits":
         _show_first_change(job, gpu_gib, memory.expected, console)
         return

@@ -24,8 +24,7 @@ from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.core.sandbox import DryRunFailed
 from qlora_trainer.model.memory.dry_run import StepSize, measure_together_within_limits, measure_within_limits
 from qlora_trainer.model.memory.fit import training_shape, type_of_model
-from qlora_trainer.model.memory.job_memory import Measure
-from qlora_trainer.model.memory.joint_memory import MeasurePasses, memory_together
+from qlora_trainer.model.memory.job_memory import Measure, MeasurePasses, memory_together
 
 # The operator creates the claim of a sweep that names none; no memory depends on its name.
 _CLAIM = "workspace"

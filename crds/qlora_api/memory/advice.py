@@ -3,13 +3,15 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
 
 from qlora_api.memory.estimate import GIB, MemoryEstimate
 from qlora_api.memory.training_shape import TrainingShape
 
-Estimator = Callable[[TrainingShape], MemoryEstimate]
+Estimator: TypeAlias = Callable[[TrainingShape], MemoryEstimate]
 """The memory of one model with these settings."""
+Candidates: TypeAlias = Callable[[TrainingShape], Iterator[TrainingShape]]
+"""Smaller settings than these, the mildest first."""
 Verdict = Literal["fits", "tight", "exceeds"]
 _ADMISSION_MARGIN = 1.07
 _USABLE_SHARE = 0.98
@@ -64,18 +66,12 @@ def verdict(memory: Peak, gpu_gib: float) -> Verdict:
 
 
 def room(memory: MemoryEstimate, gpu_gib: float) -> int:
-    """Return the bytes of the budget that the expected peak leaves free.
-
-    They are negative if it does not fit. Raises as `budget`.
-    """
+    """Return the bytes of the budget beyond the expected peak, negative if it does not fit."""
     return budget(gpu_gib) - memory.expected
 
 
 def is_thin(memory: MemoryEstimate, gpu_gib: float) -> bool:
-    """Whether a run fits with less than 5 % of the budget to spare.
-
-    The margin for fragmentation is not part of that.
-    """
+    """Whether a run fits, margin included, with less than 5 % of the budget to spare."""
     available = budget(gpu_gib)
     spare = available - memory.expected * _ADMISSION_MARGIN
     return 0 <= spare < _THIN_MARGIN * available
@@ -115,7 +111,7 @@ def advice(estimate: Estimator, training: TrainingShape, gpu_gib: float) -> tupl
         before = estimate(training)
         if verdict(before, gpu_gib) == "fits":
             break
-        proposal = _mildest_that_fits(estimate, _admitted(candidates, training), gpu_gib)
+        proposal = _mildest_that_fits(estimate, _allowed(candidates, training), gpu_gib)
         if proposal is None:
             continue
         after = estimate(proposal)
@@ -128,13 +124,10 @@ def advice(estimate: Estimator, training: TrainingShape, gpu_gib: float) -> tupl
 
 
 def first_change(estimate: Estimator, training: TrainingShape, gpu_gib: float) -> Advice | None:
-    """Return the setting to change first for more room, or None if none helps.
-
-    The run may fit or not.
-    """
+    """Return the setting to change first for more room, or None if none helps."""
     before = estimate(training)
     for effect, candidates in _REMEDIES:
-        proposal = next(_admitted(candidates, training), None)
+        proposal = next(_allowed(candidates, training), None)
         if proposal is None:
             continue
         after = estimate(proposal)
@@ -157,10 +150,7 @@ def larger_micro_batch(estimate: Estimator, training: TrainingShape, gpu_gib: fl
 
 
 def larger_micro_batches(training: TrainingShape) -> Iterator[TrainingShape]:
-    """Yield larger micro batches of the same batch, the largest first.
-
-    Each GPU has at most its present number of sequences.
-    """
+    """Yield larger micro batches, the largest first, that give no GPU more sequences."""
     if "micro_batch_size" in training.fixed:
         return
     size, steps, gpus = training.micro_batch_size, training.gradient_accumulation_steps, training.gpus
@@ -181,31 +171,17 @@ def _mildest_that_fits(
     return candidate
 
 
-def _admitted(
-    candidates: Callable[[TrainingShape], Iterator[TrainingShape]], training: TrainingShape
-) -> Iterator[TrainingShape]:
-    """The candidates that leave alone what is fixed."""
+def _allowed(candidates: Candidates, training: TrainingShape) -> Iterator[TrainingShape]:
+    """The candidates that differ, and keep the fixed fields."""
     for candidate in candidates(training):
-        if all(getattr(candidate, field) == getattr(training, field) for field in training.fixed):
+        if candidate != training and not training.fixed.intersection(_changed_fields(training, candidate)):
             yield candidate
 
 
-def _set(field: str, value: Any) -> Callable[[TrainingShape], Iterator[TrainingShape]]:
-    def candidates(training: TrainingShape) -> Iterator[TrainingShape]:
-        if getattr(training, field) != value:
-            yield replace(training, **{field: value})
-
-    return candidates
-
-
-def _halve(field: str, smallest: int) -> Callable[[TrainingShape], Iterator[TrainingShape]]:
-    def candidates(training: TrainingShape) -> Iterator[TrainingShape]:
-        value = getattr(training, field) // 2
-        while value >= smallest:
-            yield replace(training, **{field: value})
-            value //= 2
-
-    return candidates
+def _halves(value: int, smallest: int) -> Iterator[int]:
+    while value // 2 >= smallest:
+        value //= 2
+        yield value
 
 
 def _smaller_micro_batches(training: TrainingShape) -> Iterator[TrainingShape]:
@@ -220,24 +196,40 @@ def _shorter_answers(training: TrainingShape) -> Iterator[TrainingShape]:
     if training.answer_tokens is None:
         return
     prompt, both = training.answer_tokens
-    new = (both - prompt) // 2
-    while new >= SHORTEST_ANSWER:
+    for new in _halves(both - prompt, SHORTEST_ANSWER):
         yield replace(training, answer_tokens=(prompt, prompt + new))
-        new //= 2
 
 
-_REMEDIES: tuple[tuple[str, Callable[[TrainingShape], Iterator[TrainingShape]]], ...] = (
-    ("Activations are computed twice: slower, with the same result.", _set("gradient_checkpointing", True)),
+_REMEDIES: tuple[tuple[str, Candidates], ...] = (
+    (
+        "Activations are computed twice: slower, with the same result.",
+        lambda training: iter([replace(training, gradient_checkpointing=True)]),
+    ),
     ("The same batch in more, smaller micro batches: slower, with the same result.", _smaller_micro_batches),
-    ("The quantization constants are quantized too: without measurable loss.", _set("double_quantization", True)),
-    ("Adam's moments are stored in 8-bit: results hardly differ.", _set("optimizer", "paged_adamw_8bit")),
+    (
+        "The quantization constants are quantized too: without measurable loss.",
+        lambda training: iter([replace(training, double_quantization=True)]),
+    ),
+    (
+        "Adam's moments are stored in 8-bit: results hardly differ.",
+        lambda training: iter([replace(training, optimizer="paged_adamw_8bit")]),
+    ),
     ("Longer answers are cut off, and do not pass.", _shorter_answers),
-    ("Rows longer than this are left out.", _halve("sequence_length", SHORTEST_SEQUENCE)),
+    (
+        "Rows longer than this are left out.",
+        lambda training: (
+            replace(training, sequence_length=shorter)
+            for shorter in _halves(training.sequence_length, SHORTEST_SEQUENCE)
+        ),
+    ),
     (
         "The adapter has less capacity; lower lora.alpha in proportion to keep its scale.",
-        _halve("rank", _SMALLEST_RANK),
+        lambda training: (replace(training, rank=lower) for lower in _halves(training.rank, _SMALLEST_RANK)),
     ),
-    ("Adapter weights have no 32-bit copy: small updates are lost to rounding.", _set("adapter_bytes", 2)),
+    (
+        "Adapter weights have no 32-bit copy: small updates are lost to rounding.",
+        lambda training: iter([replace(training, adapter_bytes=2)]),
+    ),
 )
 _LARGER = "The same batch in fewer, larger micro batches: faster, with the same result."
 ADAPTER_FIELDS = frozenset({"rank", "adapter_bytes"})
@@ -259,12 +251,15 @@ RUN_FIELDS = frozenset(_SPEC_PATHS) - {"answer_tokens"}
 """Fields that define a run. Scoring after it is no part of it."""
 
 
+def _changed_fields(before: TrainingShape, after: TrainingShape) -> list[str]:
+    return [field.name for field in fields(before) if getattr(before, field.name) != getattr(after, field.name)]
+
+
 def _changes(before: TrainingShape, after: TrainingShape) -> tuple[Change, ...]:
-    """Return the differences of two training shapes, as paths and values of a spec."""
-    changed = [field.name for field in fields(before) if getattr(before, field.name) != getattr(after, field.name)]
+    """The differences of two training shapes, as paths and values of a spec."""
     return tuple(
         Change(_SPEC_PATHS[name], _spec_value(name, getattr(before, name)), _spec_value(name, getattr(after, name)))
-        for name in changed
+        for name in _changed_fields(before, after)
     )
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from qlora_api.memory.answers import AnswerBytes
 from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.memory.weights import WeightCounts
 
@@ -44,7 +43,7 @@ class Component:
 class MemoryEstimate:
     """Peak device memory of one GPU in bytes: its components, and their sum.
 
-    See `combined`.
+    See `combine`.
     """
 
     context: int
@@ -121,17 +120,39 @@ class ActivationBytes:
     """The most that the loss takes."""
 
     @classmethod
-    def of_measured(cls, *, kept: int, loss: int, work: int, gradient_checkpointing: bool) -> Self:
-        """Count a pass by the bytes it keeps for the backward pass.
-
-        It takes more for the loss, and in the layers.
-        """
+    def from_pass(cls, kept: int, loss: int, work: int, *, gradient_checkpointing: bool) -> Self:
+        """Count a pass by its bytes kept for backward, and more for the loss and in the layers."""
         return cls(
             checkpoints=kept if gradient_checkpointing else 0,
             kept=0 if gradient_checkpointing else kept,
             layers=work if gradient_checkpointing else kept + work,
             logits=loss,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerBytes:
+    """Bytes that an answer to a prompt takes beyond the weights, by its tokens."""
+
+    per_token: int
+    """Keys and values of all blocks, which are kept."""
+    per_pair: int
+    """Scores of one block's attention, for each pair of the prompt's tokens."""
+
+    @classmethod
+    def from_sizes(cls, blocks: int, heads: int, *, keys_and_values: int) -> Self:
+        """Count for a model with these attention heads, and keys and values of a token in a block.
+
+        transformers' attention builds the scores in 16 bit, their softmax in 32 bit, and that in 16 bit again.
+        """
+        return cls(per_token=2 * blocks * keys_and_values, per_pair=8 * heads)
+
+    def of_longest(self, tokens: tuple[int, int] | None) -> int:
+        """Return the bytes of the longest answer by its tokens: prompt, and both. 0 for None."""
+        if tokens is None:
+            return 0
+        prompt, both = tokens
+        return both * self.per_token + prompt**2 * self.per_pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +163,8 @@ class CountedRun:
     training: TrainingShape
 
 
-def combined(
-    runs: Sequence[CountedRun],
-    activations: Callable[[Sequence[TrainingShape]], ActivationBytes],
-    answers: AnswerBytes,
+def combine(
+    runs: Sequence[CountedRun], activations: Callable[[Sequence[TrainingShape]], ActivationBytes], answers: AnswerBytes
 ) -> MemoryEstimate:
     """The peak device memory of each GPU of one run, or of several runs on one base.
 
@@ -184,7 +203,7 @@ def combined(
 def without_activations(weights: WeightCounts, training: TrainingShape) -> MemoryEstimate:
     """Add up a run's weights, gradients and optimizer, less than its peak."""
     none = ActivationBytes(checkpoints=0, kept=0, layers=0, logits=0)
-    return combined([CountedRun(weights, training)], lambda _: none, AnswerBytes(per_token=0, per_pair=0))
+    return combine([CountedRun(weights, training)], lambda _: none, AnswerBytes(per_token=0, per_pair=0))
 
 
 def _at_peak(
@@ -233,10 +252,7 @@ def _at_peak(
 
 
 def _trained_bytes(run: CountedRun) -> tuple[int, int, int]:
-    """Return the bytes of gradients, optimizer, and the optimizer's pageable part.
-
-    Its trained weights take as much as its gradients.
-    """
+    """The bytes of gradients, optimizer, and the optimizer's pageable part."""
     weights, training = run.weights, run.training
     state, whole_state = (_optimizer_bytes(training, size) for size in (training.adapter_bytes, 2))
     gradients = weights.adapter_parameters * training.adapter_bytes + weights.whole_parameters * 2
@@ -246,10 +262,7 @@ def _trained_bytes(run: CountedRun) -> tuple[int, int, int]:
 
 
 def _base_weights(weights: WeightCounts, training: TrainingShape) -> tuple[int, int]:
-    """Return the bytes of quantized layers that stay on a GPU, and of gathered ones.
-
-    The latter are on other GPUs, and on this one for a while.
-    """
+    """The bytes of quantized layers that stay on a GPU, and of those gathered for a while."""
     constant_bits = _CONSTANT_BITS_DOUBLE if training.double_quantization else _CONSTANT_BITS_SINGLE
     constants = weights.quantized_parameters * constant_bits / 8
     packed = weights.quantized_parameters * _WEIGHT_BITS / 8
@@ -261,10 +274,7 @@ def _base_weights(weights: WeightCounts, training: TrainingShape) -> tuple[int, 
 
 
 def _optimizer_bytes(training: TrainingShape, parameter_bytes: int) -> int:
-    """Return the bytes of Adam's two moments per trained parameter.
-
-    PyTorch's own have the type of the parameter.
-    """
+    """The bytes of Adam's two moments per parameter. PyTorch's have the parameter's type."""
     if training.optimizer == "adamw":
         return 2 * parameter_bytes
     return 2 if training.optimizer == "paged_adamw_8bit" else 8

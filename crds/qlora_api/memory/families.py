@@ -48,16 +48,15 @@ def _attention(w: Widths) -> dict[str, tuple[int, int]]:
 
 
 def _fused_mlp(w: Widths) -> Linears:
-    return _attention(w) | {"gate_up_proj": (w.hidden, 2 * w.mlp), "down_proj": (w.mlp, w.hidden)}
+    return _attention(w) | _gate_up(w)
+
+
+def _gate_up(w: Widths) -> dict[str, tuple[int, int]]:
+    return {"gate_up_proj": (w.hidden, 2 * w.mlp), "down_proj": (w.mlp, w.hidden)}
 
 
 def _fused(w: Widths) -> Linears:
-    return {
-        "qkv_proj": (w.hidden, w.query + 2 * w.key),
-        "o_proj": (w.query, w.hidden),
-        "gate_up_proj": (w.hidden, 2 * w.mlp),
-        "down_proj": (w.mlp, w.hidden),
-    }
+    return {"qkv_proj": (w.hidden, w.query + 2 * w.key), "o_proj": (w.query, w.hidden)} | _gate_up(w)
 
 
 def _phi(w: Widths) -> Linears:

@@ -30,7 +30,7 @@ class UnlistedModelError(UnsupportedModelError):
     """A model whose layers FAMILIES lacks: a dry run may count them."""
 
 
-def _shown(value: object) -> str:
+def _show(value: object) -> str:
     """The beginning of a wrong value, for a message."""
     if isinstance(value, (list, dict)):
         return repr(reprlib.repr(value))
@@ -41,14 +41,11 @@ def _shown(value: object) -> str:
 
 
 def _whole_number(value: object, field: str, highest: int) -> int:
-    """Check that `value` is an int from 1 to `highest`.
-
-    Raises UnsupportedModelError otherwise.
-    """
+    """The value, an int from 1 to `highest`. Raises UnsupportedModelError otherwise."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise UnsupportedModelError(f"{field} is {_shown(value)}: must be a whole number from 1 to {highest}")
+        raise UnsupportedModelError(f"{field} is {_show(value)}: must be a whole number from 1 to {highest}")
     if not 1 <= value <= highest:
-        found = str(value) if abs(value) < 10**20 else _shown(value)
+        found = str(value) if abs(value) < 10**20 else _show(value)
         raise UnsupportedModelError(f"{field} is {found}: must be from 1 to {highest}")
     return value
 
@@ -91,8 +88,7 @@ class ModelShape:
 
         Raises UnsupportedModelError for a mixture of experts, another architecture, or a missing or impossible size.
         """
-        text = config.get("text_config")
-        decoder = text if isinstance(text, Mapping) else config
+        decoder = _decoder(config)
         family = _known_family(decoder)
         sizes = {**(family.omitted or {})}
         sizes |= {
@@ -105,16 +101,16 @@ class ModelShape:
                 raise UnlistedModelError(f"{field} is missing in the model's config.json; {_SUPPORTED}")
         heads = sizes["num_attention_heads"]
         sizes.setdefault("num_key_value_heads", heads)
-        if "head_dim" not in sizes:
-            sizes["head_dim"] = family.head_dim or _head_dim(sizes["hidden_size"], heads)
+        if "head_dim" not in sizes and not family.head_dim and sizes["hidden_size"] % heads:
+            raise UnsupportedModelError(
+                f"head_dim is missing and hidden_size {sizes['hidden_size']} is not a multiple of num_attention_heads "
+                f"{heads}"
+            )
+        sizes.setdefault("head_dim", family.head_dim or sizes["hidden_size"] // heads)
         tied = decoder.get("tie_word_embeddings", config.get("tie_word_embeddings", family.tied))
         if not isinstance(tied, bool):
-            raise UnsupportedModelError(f"tie_word_embeddings is {_shown(tied)}: must be true or false")
-        return cls(
-            model_type=str(decoder["model_type"]),
-            tie_word_embeddings=tied,
-            **sizes,
-        )
+            raise UnsupportedModelError(f"tie_word_embeddings is {_show(tied)}: must be true or false")
+        return cls(model_type=str(decoder["model_type"]), tie_word_embeddings=tied, **sizes)
 
     @property
     def family(self) -> Family:
@@ -152,33 +148,26 @@ class ModelShape:
 
 def mixes_experts(config: Mapping[str, object]) -> bool:
     """Whether the model of that `config.json` has experts that each take some tokens."""
+    return bool(_expert_counts(_decoder(config)))
+
+
+def _decoder(config: Mapping[str, object]) -> Mapping[str, object]:
     text = config.get("text_config")
-    decoder = text if isinstance(text, Mapping) else config
-    return any(isinstance(experts := decoder.get(field), int) and experts > 1 for field in _EXPERT_COUNTS)
+    return text if isinstance(text, Mapping) else config
 
 
-def _head_dim(hidden_size: int, heads: int) -> int:
-    if hidden_size % heads:
-        raise UnsupportedModelError(
-            f"head_dim is missing and hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}"
-        )
-    return hidden_size // heads
+def _expert_counts(decoder: Mapping[str, object]) -> dict[str, int]:
+    counts = {field: decoder.get(field) for field in _EXPERT_COUNTS}
+    return {field: count for field, count in counts.items() if isinstance(count, int) and count > 1}
 
 
 def _known_family(decoder: Mapping[str, object]) -> Family:
-    """Return the family of a parsed `config.json`.
-
-    Raises UnlistedModelError for an unknown architecture.
-    """
-    for field in _EXPERT_COUNTS:
-        experts = decoder.get(field)
-        if isinstance(experts, int) and experts > 1:
-            raise UnlistedModelError(
-                f"{field} is {min(experts, 10**9)}: a mixture of experts is not listed; {_SUPPORTED}"
-            )
+    """The family of a parsed `config.json`. Raises UnlistedModelError without one."""
+    for field, experts in _expert_counts(decoder).items():
+        raise UnlistedModelError(f"{field} is {min(experts, 10**9)}: a mixture of experts is not listed; {_SUPPORTED}")
     model_type = decoder.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        found = "missing" if model_type is None else _shown(model_type)
+        found = "missing" if model_type is None else _show(model_type)
         raise UnlistedModelError(f"model_type is {found}; {_SUPPORTED}")
     return family

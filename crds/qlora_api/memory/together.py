@@ -21,7 +21,7 @@ class ShareOfMemory:
     """The part of `expected` that is shared, however many jobs train together."""
 
     @classmethod
-    def of(cls, memory: MemoryStatus | None) -> Self | None:
+    def from_status(cls, memory: MemoryStatus | None) -> Self | None:
         """Read prepare's result, or None without one, as of a job that trains alone."""
         if memory is None:
             return None

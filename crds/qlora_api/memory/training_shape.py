@@ -66,14 +66,7 @@ class TrainingShape:
         return self.micro_batch_size * self.sequence_length
 
 
-_COUNTS = (
-    "rank",
-    "micro_batch_size",
-    "sequence_length",
-    "gradient_accumulation_steps",
-    "adapted_layers",
-    "gpus",
-)
+_COUNTS = ("rank", "micro_batch_size", "sequence_length", "gradient_accumulation_steps", "adapted_layers", "gpus")
 _CHOICES: Mapping[str, tuple[object, ...]] = {
     "adapter_bytes": (2, 4),
     "optimizer": _OPTIMIZERS,

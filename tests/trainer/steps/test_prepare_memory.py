@@ -12,8 +12,7 @@ from qlora_api.memory.together import ShareOfMemory, add_up
 from qlora_trainer.core import sandbox
 from qlora_trainer.core.completion import PrepareRecord, read_completion
 from qlora_trainer.model.memory.fit import training_shape
-from qlora_trainer.model.memory.job_memory import MeasuredJob
-from qlora_trainer.model.memory.joint_memory import memory_together
+from qlora_trainer.model.memory.job_memory import MeasuredJob, memory_together
 from qlora_trainer.steps.prepare import prepare
 from tests.support.command import new_files
 from tests.support.failures import failing
@@ -76,7 +75,7 @@ def test_prepare_reports_the_shared_memory_of_a_group_from_a_joint_dry_run(
     model = save_model(tmp_path / "starcoder2", Starcoder2Config(**WIDE))
     context = replace(make_context(LARGE_CARD, model=model), group_size=3)
     record = prepare(context, records)
-    share = ShareOfMemory.of(record.memory)
+    share = ShareOfMemory.from_status(record.memory)
     assert share is not None
     assert record.measured is not None
     config, spec = model / "config.json", context.spec

@@ -1,103 +1,35 @@
-"""The memory estimate: weights of real models, the parts of a peak, verdicts and advice."""
+"""The memory estimate: weights of real models, and the parts of a peak."""
 
-import json
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_api.memory.advice import (
-    Estimator,
-    advice,
-    budget,
-    first_change,
-    larger_micro_batch,
-    room,
-    verdict,
-)
-from qlora_api.memory.estimate import GIB, without_activations
+from qlora_api.memory.advice import verdict
+from qlora_api.memory.estimate import without_activations
 from qlora_api.memory.model_shape import ModelShape, UnsupportedModelError
 from qlora_api.memory.training_shape import ALL_LINEAR, TrainingShape
 from qlora_api.memory.weights import count_weights
-from tests.support.dry_runs import estimate, estimate_together
-from tests.support.model_configs import LLAMA_2_7B, LLAMA_3_8B
+from tests.support.dry_runs import estimate
+from tests.support.model_configs import LLAMA_2_7B, LLAMA_3_8B, dense
 
-# The models' config.json, without the fields that no test reads.
-MISTRAL_7B = LLAMA_2_7B | {
-    "architectures": ["MistralForCausalLM"],
-    "intermediate_size": 14336,
-    "model_type": "mistral",
-    "num_key_value_heads": 8,
-    "sliding_window": 4096,
-}
-QWEN_2_5_7B = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "hidden_act": "silu",
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "max_window_layers": 28,
-    "model_type": "qwen2",
-    "num_attention_heads": 28,
-    "num_hidden_layers": 28,
-    "num_key_value_heads": 4,
-    "sliding_window": 131072,
-    "tie_word_embeddings": False,
-    "use_sliding_window": False,
-    "vocab_size": 152064,
-}
-SMOLLM2_135M = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_act": "silu",
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "model_type": "llama",
-    "num_attention_heads": 9,
-    "num_hidden_layers": 30,
-    "num_key_value_heads": 3,
-    "tie_word_embeddings": True,
-    "vocab_size": 49152,
-}
-QWEN_3_4B = {
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 2560,
-    "intermediate_size": 9728,
-    "model_type": "qwen3",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 36,
-    "num_key_value_heads": 8,
-    "tie_word_embeddings": True,
-    "vocab_size": 151936,
-}
+MISTRAL_7B = LLAMA_2_7B | {"intermediate_size": 14336, "model_type": "mistral", "num_key_value_heads": 8}
+SMOLLM2_135M = dense("llama", 30, 576, 1536, (9, 3, 64), 49152, tied=True)
+QWEN_3_4B = dense("qwen3", 36, 2560, 9728, (32, 8, 128), 151936, tied=True)
 
 
 def llama(layers: int, hidden: int, mlp: int, heads: int, kv_heads: int, vocabulary: int) -> ModelShape:
     """An untied model with heads of 128."""
-    return ModelShape(
-        model_type="llama",
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        intermediate_size=mlp,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=128,
-        vocab_size=vocabulary,
-    )
+    return ModelShape.from_config(dense("llama", layers, hidden, mlp, (heads, kv_heads, 128), vocabulary))
 
 
 LLAMA_65B = llama(80, 8192, 22016, 64, 64, 32000)
 LLAMA_2_7B_SHAPE = ModelShape.from_config(LLAMA_2_7B)
 LLAMA_3_8B_SHAPE = ModelShape.from_config(LLAMA_3_8B)
-
-
-def of(model: ModelShape) -> Estimator:
-    """The estimate of a model, for any settings."""
-    return partial(estimate, model)
-
-
+PHI_3 = replace(LLAMA_2_7B_SHAPE, model_type="phi3")
+LLAMA_70B_SHAPE = llama(80, 8192, 28672, 64, 8, 32000)
 PROJECTIONS = tuple(LLAMA_2_7B_SHAPE.projections)
 
 
@@ -105,18 +37,16 @@ PROJECTIONS = tuple(LLAMA_2_7B_SHAPE.projections)
     ("config", "parameters", "tolerance"),
     [
         (LLAMA_2_7B, 6_738_415_616, 1e-4),
-        (LLAMA_3_8B, 8_030_261_248, 1e-4),
         (MISTRAL_7B, 7_241_732_096, 1e-4),
-        (QWEN_2_5_7B, 7_615_616_512, 1e-4),
         (SMOLLM2_135M, 134_515_008, 5e-4),
         (QWEN_3_4B, 4_022_468_096, 1e-4),
     ],
-    ids=["Llama-2-7B", "Llama-3-8B", "Mistral-7B", "Qwen2.5-7B", "SmolLM2-135M", "Qwen3-4B"],
+    ids=["Llama-2-7B", "Mistral-7B", "SmolLM2-135M", "Qwen3-4B"],
 )
 def test_a_config_gives_the_published_number_of_parameters(
     config: dict[str, Any], parameters: int, tolerance: float
 ) -> None:
-    shape = ModelShape.from_config(json.loads(json.dumps(config)))
+    shape = ModelShape.from_config(config)
     assert shape.linear_parameters + shape.embedding_parameters == pytest.approx(parameters, rel=tolerance)
 
 
@@ -168,11 +98,6 @@ def test_a_model_that_cannot_be_described_is_rejected_by_field(change: dict[str,
     assert len(message) < 400
 
 
-def test_a_missing_model_type_is_rejected() -> None:
-    with pytest.raises(UnsupportedModelError, match="model_type is missing"):
-        ModelShape.from_config({})
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -198,19 +123,8 @@ def test_base_weights_take_the_papers_bits_per_parameter(double_quantization: bo
 def test_the_rows_of_the_table_add_up() -> None:
     memory = estimate(LLAMA_2_7B_SHAPE, TrainingShape())
     rows = memory.components()
-    assert [row.name for row in rows] == [
-        "context",
-        "base_weights",
-        "gathered_blocks",
-        "unquantized_weights",
-        "adapters",
-        "gradients",
-        "optimizer",
-        "checkpoints",
-        "layer_working_set",
-        "logits",
-        "answers",
-    ]
+    names = ["context", "base_weights", "gathered_blocks", "unquantized_weights", "adapters", "gradients", "optimizer"]
+    assert [row.name for row in rows] == [*names, "checkpoints", "layer_working_set", "logits", "answers"]
     assert all(row.label for row in rows)
     assert sum(row.size for row in rows if row.at_peak) == memory.expected
 
@@ -287,11 +201,7 @@ def test_settings_that_save_memory_never_cost_any(model: ModelShape, training: T
     assert here.low <= here.expected <= here.high
     assert weights.expected <= here.expected
     assert weights.low <= here.low
-    for saving in (
-        {"adapter_bytes": 2},
-        {"double_quantization": True},
-        {"optimizer": "paged_adamw_8bit"},
-    ):
+    for saving in ({"adapter_bytes": 2}, {"double_quantization": True}, {"optimizer": "paged_adamw_8bit"}):
         assert estimate(model, replace(training, **saving)).expected <= here.expected, saving
 
 
@@ -318,124 +228,19 @@ def test_adapters_on_fewer_layers_take_their_share() -> None:
     assert queries.adapters == 32 * 64 * (4096 + 4096) * 4
 
 
-def test_the_verdict_turns_exactly_at_its_bounds() -> None:
-    memory = estimate(LLAMA_65B, TrainingShape())
-    enough = memory.expected * 1.07 / (0.98 * GIB)
-    least = memory.low / (0.98 * GIB)
-    assert verdict(memory, enough * 1.0001) == "fits"
-    assert verdict(memory, enough * 0.9999) == "tight"
-    assert verdict(memory, least * 1.0001) == "tight"
-    assert verdict(memory, least * 0.9999) == "exceeds"
-
-
-@pytest.mark.parametrize("gpu_gib", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_gpu_without_memory_is_rejected(gpu_gib: float) -> None:
-    with pytest.raises(ValueError, match="gpu_gib"):
-        budget(gpu_gib)
-
-
-def test_a_run_that_fits_gets_no_advice() -> None:
-    assert advice(of(LLAMA_2_7B_SHAPE), TrainingShape(), 24) == ()
-
-
-def test_a_smaller_micro_batch_is_advised_first_and_keeps_the_batch() -> None:
-    training = TrainingShape(micro_batch_size=8, sequence_length=4096, gradient_accumulation_steps=2)
-    (step,) = advice(of(LLAMA_3_8B_SHAPE), training, 24)
-    assert [(change.setting, change.current, change.proposed) for change in step.changes] == [
-        ("training.microBatchSize", "8", "4"),
-        ("training.gradientAccumulationSteps", "2", "4"),
-    ]
-    assert step.verdict == "fits"
-    assert step.expected == estimate(LLAMA_3_8B_SHAPE, step.training).expected
-
-
-def test_gradient_checkpointing_is_advised_before_anything_that_costs_quality() -> None:
-    training = TrainingShape(gradient_checkpointing=False, sequence_length=4096)
-    (step,) = advice(of(LLAMA_3_8B_SHAPE), training, 24)
-    assert [change.setting for change in step.changes] == ["training.gradientCheckpointing"]
-
-
-def test_shorter_answers_are_advised_where_answers_make_the_peak() -> None:
-    training = TrainingShape(rank=8, sequence_length=256, optimizer="paged_adamw_8bit", answer_tokens=(256, 1280))
-    before = estimate(LLAMA_2_7B_SHAPE, training)
-    steps = advice(of(LLAMA_2_7B_SHAPE), training, before.expected * 1.04 / GIB / 0.98)
-    changes = [(change.setting, change.current, change.proposed) for step in steps for change in step.changes]
-    assert ("gate.score.maxNewTokens", "1024", "512") in changes
-    assert steps[-1].verdict == "fits"
-
-
-def test_steps_build_on_each_other_until_the_run_fits() -> None:
-    steps = advice(
-        of(LLAMA_65B), TrainingShape(micro_batch_size=4, sequence_length=2048, double_quantization=False), 48
-    )
-    assert [change.setting for step in steps for change in step.changes] == [
-        "training.microBatchSize",
-        "training.gradientAccumulationSteps",
-        "quantization.doubleQuant",
-        "training.optimizer",
-    ]
-    assert [step.verdict for step in steps] == ["tight", "tight", "fits"]
-    expected = [step.expected for step in steps]
-    assert expected == sorted(expected, reverse=True)
-
-
-def test_a_model_beyond_the_card_gets_every_step_and_an_honest_last_verdict() -> None:
-    steps = advice(of(LLAMA_65B), TrainingShape(micro_batch_size=2, sequence_length=2048), 24)
-    assert [change.setting for step in steps for change in step.changes] == [
-        "training.microBatchSize",
-        "training.gradientAccumulationSteps",
-        "training.optimizer",
-        "training.maxSequenceLength",
-        "lora.rank",
-        "lora.dtype",
-    ]
-    assert steps[-1].verdict == "exceeds"
-    assert all(step.effect for step in steps)
-
-
-def test_the_adapter_type_is_advised_by_its_name_in_the_spec() -> None:
-    training = TrainingShape(rank=8, optimizer="paged_adamw_8bit", sequence_length=256)
-    needed = estimate(LLAMA_65B, replace(training, adapter_bytes=2)).expected * 1.07 / (0.98 * GIB)
-    (step,) = advice(of(LLAMA_65B), training, needed * 1.0001)
-    assert [(change.setting, change.current, change.proposed) for change in step.changes] == [
-        ("lora.dtype", "float32", "bfloat16")
-    ]
-
-
-def test_a_step_that_hardly_saves_anything_is_left_out() -> None:
-    steps = advice(of(LLAMA_65B), TrainingShape(micro_batch_size=2, sequence_length=16), 24)
-    changed = [change.setting for step in steps for change in step.changes]
-    assert changed == ["training.optimizer", "lora.rank", "lora.dtype"]
-
-
-def test_a_run_that_barely_fits_gets_the_first_advice() -> None:
-    training = TrainingShape(rank=64, sequence_length=512)
-    memory = estimate(LLAMA_65B, training)
-    gpu_gib = memory.expected / GIB + 1
-    assert verdict(memory, gpu_gib) == "tight"
-    step = first_change(of(LLAMA_65B), training, gpu_gib)
-    assert step is not None
-    assert [(change.setting, change.proposed) for change in step.changes] == [
-        ("training.optimizer", "paged_adamw_8bit")
-    ]
-    assert room(memory, gpu_gib) < room(estimate(LLAMA_65B, step.training), gpu_gib)
-
-
 def test_sharding_divides_the_weights_and_gathers_two_blocks() -> None:
-    model = llama(80, 8192, 28672, 64, 8, 32000)
-    whole = estimate(model, TrainingShape(rank=16))
-    shared = estimate(model, TrainingShape(rank=16, gpus=2, sharding="full"))
-    packed = model.linear_parameters // 2
+    whole = estimate(LLAMA_70B_SHAPE, TrainingShape(rank=16))
+    shared = estimate(LLAMA_70B_SHAPE, TrainingShape(rank=16, gpus=2, sharding="full"))
+    packed = LLAMA_70B_SHAPE.linear_parameters // 2
     assert whole.base_weights - shared.base_weights == pytest.approx(packed / 2, abs=2)
     assert shared.gathered_blocks == pytest.approx(2 * packed / 80, abs=1)
 
 
 def test_a_sharded_70b_model_fits_two_24_gb_cards() -> None:
-    model = llama(80, 8192, 28672, 64, 8, 32000)
     training = TrainingShape(rank=16, gpus=2, sharding="full", optimizer="paged_adamw_8bit")
-    assert verdict(estimate(model, training), 24) != "exceeds"
-    assert verdict(estimate(model, replace(training, adapter_bytes=2)), 24) == "fits"
-    assert verdict(estimate(model, replace(training, sharding="none")), 24) == "exceeds"
+    assert verdict(estimate(LLAMA_70B_SHAPE, training), 24) != "exceeds"
+    assert verdict(estimate(LLAMA_70B_SHAPE, replace(training, adapter_bytes=2)), 24) == "fits"
+    assert verdict(estimate(LLAMA_70B_SHAPE, replace(training, sharding="none")), 24) == "exceeds"
 
 
 def test_modules_trained_besides_the_adapter_are_counted() -> None:
@@ -450,100 +255,16 @@ def test_modules_trained_besides_the_adapter_are_counted() -> None:
     assert dora.adapters - plain.adapters == 32 * outputs * 4
 
 
-def test_a_target_that_the_family_does_not_have_is_rejected_with_those_that_it_has() -> None:
-    phi = replace(LLAMA_2_7B_SHAPE, model_type="phi3")
-    with pytest.raises(ValueError, match=r"target_modules is q_proj: must be for a phi3 .* qkv_proj"):
-        estimate(phi, TrainingShape(target_modules=frozenset({"q_proj"})))
-
-
 @pytest.mark.parametrize(
-    ("targets", "message"),
+    ("model", "targets", "message"),
     [
-        (frozenset({"q_proj", "c_attn"}), "target_modules is c_attn"),
-        (ALL_LINEAR | {"q_proj"}, "target_modules is all-linear"),
-        (frozenset(), "target_modules is empty"),
+        (LLAMA_2_7B_SHAPE, frozenset({"q_proj", "c_attn"}), "target_modules is c_attn"),
+        (LLAMA_2_7B_SHAPE, ALL_LINEAR | {"q_proj"}, "target_modules is all-linear"),
+        (LLAMA_2_7B_SHAPE, frozenset(), "target_modules is empty"),
+        (PHI_3, frozenset({"q_proj"}), r"target_modules is q_proj: must be for a phi3 .* qkv_proj"),
     ],
-    ids=["unknown", "all and some", "none"],
+    ids=["unknown", "all and some", "none", "of another family"],
 )
-def test_impossible_targets_are_rejected_by_name(targets: frozenset[str], message: str) -> None:
+def test_impossible_targets_are_rejected_by_name(model: ModelShape, targets: frozenset[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        estimate(LLAMA_2_7B_SHAPE, TrainingShape(target_modules=targets))
-
-
-def test_with_room_larger_micro_batches_of_up_to_4096_tokens_are_advised() -> None:
-    step = larger_micro_batch(of(LLAMA_2_7B_SHAPE), TrainingShape(sequence_length=1024), 80)
-    assert step is not None
-    assert (step.training.micro_batch_size, step.training.gradient_accumulation_steps) == (4, 4)
-    assert step.expected == estimate(LLAMA_2_7B_SHAPE, step.training).expected
-    changed = [(change.setting, change.current, change.proposed) for change in step.changes]
-    assert changed == [("training.microBatchSize", "1", "4"), ("training.gradientAccumulationSteps", "16", "4")]
-
-
-def test_a_larger_micro_batch_leaves_room() -> None:
-    training = TrainingShape(sequence_length=512)
-    smallest = estimate(LLAMA_2_7B_SHAPE, training)
-    sizes = set()
-    for gib in range(7, 13):
-        step = larger_micro_batch(of(LLAMA_2_7B_SHAPE), training, gib)
-        assert step is None or smallest.expected < step.expected * 1.07 < budget(gib) * 0.95
-        sizes.add(1 if step is None else step.training.micro_batch_size)
-    assert {1, 8} < sizes
-
-
-@pytest.mark.parametrize(
-    "training",
-    [
-        TrainingShape(sequence_length=4096),
-        TrainingShape(gradient_accumulation_steps=1),
-        TrainingShape(gradient_accumulation_steps=3, sequence_length=2048),
-        TrainingShape(gradient_accumulation_steps=4, gpus=4),
-    ],
-    ids=["long sequences", "one micro batch", "an odd number", "one for each GPU"],
-)
-def test_a_batch_that_does_not_come_in_larger_micro_batches_gets_no_such_advice(training: TrainingShape) -> None:
-    assert larger_micro_batch(of(LLAMA_2_7B_SHAPE), training, 80) is None
-
-
-# Of other ranks, optimizers and lengths; the last accumulates nothing.
-TOGETHER = (
-    TrainingShape(rank=16, sequence_length=1024),
-    TrainingShape(rank=64, sequence_length=256, optimizer="adamw"),
-    TrainingShape(rank=8, sequence_length=2048, gradient_accumulation_steps=1, adapter_bytes=2),
-)
-
-
-def test_jobs_that_are_trained_together_have_one_base_and_all_else_of_each() -> None:
-    alone = [estimate(LLAMA_3_8B_SHAPE, training) for training in TOGETHER]
-    memory = estimate_together(LLAMA_3_8B_SHAPE, TOGETHER)
-    for shared in ("context", "base_weights", "unquantized_weights"):
-        assert {getattr(memory, shared)} == {getattr(one, shared) for one in alone}
-    for own in ("adapters", "optimizer", "pageable_optimizer"):
-        assert getattr(memory, own) == sum(getattr(one, own) for one in alone)
-    base = memory.context + memory.base_weights + memory.unquantized_weights
-    assert max(one.expected for one in alone) < memory.expected < sum(one.expected - base for one in alone) + base
-
-
-def test_a_group_of_one_job_takes_the_memory_of_that_job() -> None:
-    for training in TOGETHER:
-        assert estimate_together(LLAMA_3_8B_SHAPE, [training]) == estimate(LLAMA_3_8B_SHAPE, training)
-
-
-def test_micro_batches_in_one_pass_take_the_memory_of_one_of_as_many_tokens() -> None:
-    one, four = TrainingShape(sequence_length=512), TrainingShape(sequence_length=2048)
-    together, single = estimate_together(LLAMA_2_7B_SHAPE, [one] * 4), estimate(LLAMA_2_7B_SHAPE, four)
-    for shared in ("checkpoints", "layer_working_set", "logits"):
-        assert getattr(together, shared) == getattr(single, shared)
-
-
-def test_jobs_that_do_not_accumulate_are_in_the_first_pass_of_a_step_only() -> None:
-    """The first pass has no gradients yet; later passes have those of all."""
-    several = TrainingShape(sequence_length=256)
-    single = TrainingShape(sequence_length=256, gradient_accumulation_steps=1)
-    first, later = (
-        estimate_together(LLAMA_2_7B_SHAPE, [several, replace(single, sequence_length=tokens)])
-        for tokens in (16384, 256)
-    )
-    assert first.checkpoints == 2 * (256 + 16384) * 32 * 4096
-    assert "gradients" in first.absent_at_peak
-    assert later.checkpoints == 2 * 256 * 32 * 4096
-    assert not later.absent_at_peak & {"gradients", "checkpoints"}
+        estimate(model, TrainingShape(target_modules=targets))

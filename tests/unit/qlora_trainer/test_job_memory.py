@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.core.sandbox import DryRunFailed
 from qlora_trainer.model.memory.dry_run import StepSize
 from qlora_trainer.model.memory.fit import training_shape
-from qlora_trainer.model.memory.job_memory import MeasuredJob, measured_estimate, measured_further
+from qlora_trainer.model.memory.job_memory import Measure, MeasuredJob, measure_further, measured_estimate
 
 MIB = 2**20
 
@@ -30,17 +30,7 @@ def measured(*steps: tuple[StepSize, int], digest: str = "", rank: int = 16) -> 
         adapter_parameters=16 * 2**20,
         pageable_parameters=16 * 2**20,
         whole_parameters=0,
-        steps=tuple(
-            MeasuredStep(
-                sequences=size.sequences,
-                sequence_tokens=size.sequence_tokens,
-                gradient_checkpointing=size.gradient_checkpointing,
-                kept=kept,
-                loss=2 * kept,
-                work=3 * kept,
-            )
-            for size, kept in steps
-        ),
+        steps=tuple(MeasuredStep(**asdict(size), kept=kept, loss=2 * kept, work=3 * kept) for size, kept in steps),
     )
 
 
@@ -62,6 +52,11 @@ class Measuring:
 def job(**settings: object) -> QLoRAJobSpec:
     sources = {"model": {"source": "hf://acme/model"}, "dataset": {"source": "hf://acme/rows"}}
     return QLoRAJobSpec.model_validate(sources | settings)
+
+
+def plan(config: Path, spec: QLoRAJobSpec, measure: Measure, earlier: MeasuredJob | None = None) -> MeasuredJob:
+    measured_earlier = None if earlier is None else earlier.measured
+    return MeasuredJob.from_config(config, spec, training_shape(spec, ()), measured_earlier, measure)
 
 
 @pytest.fixture
@@ -111,16 +106,16 @@ def test_without_checkpointing_all_kept_tensors_are_the_working_set() -> None:
 
 def test_a_dry_run_is_not_repeated_unless_something_that_it_depends_on_changes(config: Path) -> None:
     measuring = Measuring()
-    first = MeasuredJob.from_config(config, job(), training_shape(job(), ()), measure=measuring)
+    first = plan(config, job(), measuring)
     same = job(training={"learningRate": 1e-3}, resources={"gpuMemory": 24})
-    again = MeasuredJob.from_config(config, same, training_shape(same, ()), first.measured, measuring)
+    again = plan(config, same, measuring, first)
     assert again.measured == first.measured
     assert measuring.sizes == [StepSize(1, 512, True)]
 
     longer = job(training={"maxSequenceLength": 4096})
-    MeasuredJob.from_config(config, longer, training_shape(longer, ()), first.measured, measuring)
+    plan(config, longer, measuring, first)
     config.write_text(json.dumps({"model_type": "starcoder2", "hidden_size": 64}))
-    MeasuredJob.from_config(config, job(), training_shape(job(), ()), first.measured, measuring)
+    plan(config, job(), measuring, first)
     assert measuring.sizes[1:] == [StepSize(1, 4096, True), StepSize(1, 512, True)]
 
 
@@ -129,7 +124,7 @@ def test_advice_takes_a_few_more_dry_runs(config: Path) -> None:
         lora={"rank": 16}, training={"microBatchSize": 8, "maxSequenceLength": 1024, "gradientCheckpointing": False}
     )
     measuring = Measuring()
-    planned = MeasuredJob.from_config(config, spec, training_shape(spec, ()), measure=measuring).with_smaller()
+    planned = plan(config, spec, measuring).with_smaller()
     assert measuring.sizes == [
         StepSize(8, 1024, False),
         StepSize(1, 256, False),
@@ -148,7 +143,7 @@ def test_advice_takes_a_few_more_dry_runs(config: Path) -> None:
 def test_a_larger_micro_batch_is_measured_before_it_is_advised(config: Path) -> None:
     spec = job(training={"maxSequenceLength": 1024})
     measuring = Measuring()
-    planned = MeasuredJob.from_config(config, spec, training_shape(spec, ()), measure=measuring).with_larger()
+    planned = plan(config, spec, measuring).with_larger()
     assert measuring.sizes == [StepSize(1, 1024, True), StepSize(4, 1024, True)]
     step = larger_micro_batch(planned.estimate, planned.training, 24)
     assert step is not None
@@ -170,7 +165,7 @@ def test_no_larger_micro_batch_gives_a_gpu_more_to_do(gpus: int, steps: int, siz
 
 def test_a_run_that_may_halve_its_micro_batch_has_its_smallest_size(config: Path) -> None:
     spec = job(training={"microBatchSize": 8, "autoMicroBatch": True})
-    planned = MeasuredJob.from_config(config, spec, training_shape(spec, ()), measure=Measuring())
+    planned = plan(config, spec, Measuring())
     whole, halved = (planned.estimate(replace(planned.training, micro_batch_size=size)) for size in (8, 1))
     assert whole.checkpoints == 8 * halved.checkpoints
 
@@ -178,12 +173,12 @@ def test_a_run_that_may_halve_its_micro_batch_has_its_smallest_size(config: Path
 def test_the_loss_is_measured_at_its_largest_chunk(config: Path) -> None:
     short = job(training={"maxSequenceLength": 256})
     larger = Measuring()
-    MeasuredJob.from_config(config, short, training_shape(short, ()), measure=larger).with_larger()
+    plan(config, short, larger).with_larger()
     assert larger.sizes == [StepSize(1, 256, True), StepSize(16, 256, True), StepSize(1, 512, True)]
 
     long = job(training={"maxSequenceLength": 2048})
     smaller = Measuring()
-    MeasuredJob.from_config(config, long, training_shape(long, ()), measure=smaller).with_smaller()
+    plan(config, long, smaller).with_smaller()
     assert smaller.sizes == [StepSize(1, 2048, True), StepSize(1, 256, True), StepSize(1, 512, True)]
 
 
@@ -191,6 +186,6 @@ def test_advice_comes_from_the_jobs_own_dry_run_if_another_fails(config: Path) -
     def failing(*_arguments: object) -> MeasuredMemory:
         raise DryRunFailed("too long")
 
-    planned = MeasuredJob.from_config(config, job(), training_shape(job(), ()), measure=Measuring())
+    planned = plan(config, job(), Measuring())
     planned = replace(planned, measure=failing)
-    assert measured_further(planned, planned.with_larger) is planned
+    assert measure_further(planned, planned.with_larger) is planned

@@ -19,6 +19,7 @@ from qlora_trainer.core.sandbox import DryRunFailed
 from qlora_trainer.model.memory.fit import MemoryFit, training_shape
 from qlora_trainer.model.memory.job_memory import MeasuredJob
 from tests.support.dry_runs import estimate, estimate_together, measure, measure_passes
+from tests.support.model_configs import LLAMA_3_8B
 
 SOURCES = {"model": {"source": "hf://org/model"}, "dataset": {"source": "hf://org/rows"}}
 # Settings that decide the advice, and not the memory.
@@ -74,17 +75,6 @@ def test_every_setting_that_decides_the_memory_reaches_the_estimate() -> None:
     assert same == OF_ADVICE
 
 
-LLAMA_8B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-}
-
-
 def fit(
     folder: Path,
     config: dict[str, Any],
@@ -106,14 +96,14 @@ def failing(*_arguments: object) -> Any:
 
 
 def test_a_job_that_fits_is_advised_a_larger_micro_batch(tmp_path: Path) -> None:
-    found = fit(tmp_path, LLAMA_8B)
+    found = fit(tmp_path, LLAMA_3_8B)
     assert (found.status.verdict, found.status.source, found.objection) == ("fits", "DryRun", None)
     assert found.status.message.startswith(
         "spec.training.microBatchSize: 8 and spec.training.gradientAccumulationSteps: 2 fits too"
     )
 
 
-@pytest.mark.parametrize(("config", "parameters"), [(LLAMA_8B, 8_029_995_008), ({"model_type": "starcoder2"}, None)])
+@pytest.mark.parametrize(("config", "parameters"), [(LLAMA_3_8B, 8_029_995_008), ({"model_type": "starcoder2"}, None)])
 def test_when_the_dry_run_fails_the_memory_is_unknown_with_a_reason(
     config: dict[str, Any], parameters: int | None, tmp_path: Path
 ) -> None:
@@ -128,7 +118,7 @@ def test_when_the_dry_run_fails_the_memory_is_unknown_with_a_reason(
 
 def test_a_target_module_that_the_family_does_not_have_is_rejected_by_field(tmp_path: Path) -> None:
     with pytest.raises(StepFailure, match=r"spec\.lora\.targetModules: .*embed_tokens") as failure:
-        fit(tmp_path, LLAMA_8B, ("embed_tokens",), measure=failing)
+        fit(tmp_path, LLAMA_3_8B, ("embed_tokens",), measure=failing)
     assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
 
 
@@ -138,7 +128,7 @@ EARLIER = {"lora": {"rank": 1024, "from": {"source": "hf://org/adapter"}}}
 def test_a_job_with_an_initial_adapter_is_not_advised_to_change_it(tmp_path: Path) -> None:
     """Another rank or a shorter type would not be that adapter's, and prepare would reject the job."""
     with_new, with_earlier = (
-        fit(tmp_path, LLAMA_8B, gpu_gib=8, settings={"lora": {"rank": 1024}} if new else EARLIER).objection
+        fit(tmp_path, LLAMA_3_8B, gpu_gib=8, settings={"lora": {"rank": 1024}} if new else EARLIER).objection
         for new in (True, False)
     )
     assert with_new is not None
@@ -153,18 +143,18 @@ def test_a_job_with_an_initial_adapter_is_not_advised_to_change_it(tmp_path: Pat
 
 def test_a_continued_job_is_not_advised_to_change_the_run(tmp_path: Path) -> None:
     settings = {"continues": "earlier", "training": {"microBatchSize": 4, "maxSequenceLength": 4096}}
-    too_large = fit(tmp_path, LLAMA_8B, gpu_gib=6, settings=settings)
+    too_large = fit(tmp_path, LLAMA_3_8B, gpu_gib=6, settings=settings)
     assert too_large.objection is not None
     assert too_large.objection.endswith("use a larger GPU: a job with spec.continues cannot change these settings")
-    with_room = fit(tmp_path, LLAMA_8B, gpu_gib=80, settings={"continues": "earlier"})
+    with_room = fit(tmp_path, LLAMA_3_8B, gpu_gib=80, settings={"continues": "earlier"})
     assert "microBatchSize" not in with_room.status.message
 
 
 def test_the_shared_memory_of_a_group_is_measured_too(tmp_path: Path) -> None:
-    found = fit(tmp_path, LLAMA_8B, group_size=4)
-    share = ShareOfMemory.of(found.status)
+    found = fit(tmp_path, LLAMA_3_8B, group_size=4)
+    share = ShareOfMemory.from_status(found.status)
     assert share is not None
-    shape = ModelShape.from_config(LLAMA_8B)
+    shape = ModelShape.from_config(LLAMA_3_8B)
     training = training_shape(QLoRAJobSpec.model_validate(SOURCES), ["all-linear"])
     together, alone = estimate_together(shape, [training] * 4), estimate(shape, training)
     assert add_up([share] * 4).expected == pytest.approx(together.expected, abs=4)
@@ -175,10 +165,10 @@ def test_the_shared_memory_of_a_group_is_measured_too(tmp_path: Path) -> None:
         {"group_size": 4, "gpu_gib": 4},
     )
     for unshared in alone_only:
-        assert fit(tmp_path, LLAMA_8B, **unshared).status.shared_bytes is None
+        assert fit(tmp_path, LLAMA_3_8B, **unshared).status.shared_bytes is None
 
 
 def test_a_failed_joint_dry_run_leaves_the_groups_memory_unknown_with_a_reason(tmp_path: Path) -> None:
-    found = fit(tmp_path, LLAMA_8B, group_size=4, measure_passes=failing)
+    found = fit(tmp_path, LLAMA_3_8B, group_size=4, measure_passes=failing)
     assert (found.status.source, found.status.shared_bytes, found.objection) == ("DryRun", None, None)
     assert "the memory of the whole group is unknown: the dry run took more than 600 seconds" in found.status.message

@@ -12,7 +12,7 @@ import torch
 from qlora_trainer.core.failures import Interrupted, StepFailure
 from qlora_trainer.core.outcome import ENDS_ONE_JOB, as_failure
 from qlora_trainer.model.losses.batch import Batch, read_batch
-from qlora_trainer.model.losses.joint import joint_losses, routed
+from qlora_trainer.model.losses.joint import joint_losses, route
 from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
 from qlora_trainer.training.loop import StepCost, apply_gradient, between_steps, is_done, note_step
 from qlora_trainer.training.progress.run_state import RunState
@@ -134,7 +134,7 @@ def _gradients(shares: dict[str, _Share], failed: _Failed) -> list[tuple[Member,
             break
         first = next(iter(shares.values())).member.run
         model, device = first.adapted_base, first.device
-        with routed(model, present):
+        with route(model, present):
             with torch.autocast(device.type, dtype=COMPUTE_DTYPE, cache_enabled=False):
                 losses = joint_losses(model, present)
             means = {name: loss / shares[name].weight for name, loss in losses.items()}

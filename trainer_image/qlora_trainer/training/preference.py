@@ -52,7 +52,7 @@ class _PairObjective(Objective):
         return len(_pairs(batch))
 
     def _sum_pairs(self, losses: PairLosses) -> BatchSums:
-        return BatchSums(losses.loss.sum(), losses.measured())
+        return BatchSums(losses.loss.sum(), losses.sums())
 
 
 class DirectPreference(_PairObjective, ReferenceLosses):

@@ -309,7 +309,7 @@ def _fitting(jobs: Sequence[QLoRAJob]) -> Sequence[QLoRAJob]:
 
 def _fit_gpu(jobs: Sequence[QLoRAJob]) -> bool:
     """Whether the cells fit the GPU together, as far as that is known."""
-    shares = [share for job in jobs if (share := ShareOfMemory.of(job.status.memory)) is not None]
+    shares = [share for job in jobs if (share := ShareOfMemory.from_status(job.status.memory)) is not None]
     gpu_gib = jobs[0].spec.resources.gpu_memory
     return len(shares) < len(jobs) or gpu_gib is None or verdict(add_up(shares), gpu_gib) != "exceeds"
 

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     DeepseekV3Config,
-    GptOssConfig,
+    NemotronHConfig,
     PretrainedConfig,
     Qwen3MoeConfig,
     Qwen3NextConfig,
@@ -31,6 +32,7 @@ from qlora_trainer.model.base.load import check_quantization, load_base, storage
 from qlora_trainer.model.experts.layout import routing_linears
 from qlora_trainer.model.experts.stack import expert_stacks
 from qlora_trainer.model.families.inspection import inspect_family
+from qlora_trainer.model.families.rejection import reason_in_model
 from qlora_trainer.model.kernels.attention import RowBoundaries, rows_attention
 from qlora_trainer.model.memory.dry_run import StepSize
 from qlora_trainer.model.memory.measure import measure
@@ -38,6 +40,7 @@ from qlora_trainer.steps.prepare import prepare
 from tests.support.adapted import adapted
 from tests.support.families import CASES, EXPERTS, ROUTED
 from tests.support.four_bit import convert, expert_weights
+from tests.support.mxfp4 import GPT_OSS
 from tests.support.sequences import CPU
 from tests.support.tiny import SHAPE, Recorded, chat_row, save_model, write_rows
 from tests.support.training import history, run
@@ -64,12 +67,18 @@ def test_a_base_with_experts_of_another_type_is_rejected(tiny_qwen3_moe: Path) -
 
 def changed(model: Path, folder: Path, change: Any) -> Path:
     """A copy of a model with other tensors."""
-    folder.mkdir()
-    for path in model.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    copytree(model, folder)
     tensors = load_file(folder / "model.safetensors")
     save_file(change(tensors), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def require_unavailable(folder: Path, base: Path, message: str) -> None:
+    """Neither loading the model nor converting it into a base takes these weights."""
+    for read in (lambda: load_base(folder, NF4, "cpu"), lambda: convert(folder, base, NF4)):
+        with pytest.raises(StepFailure, match=message) as caught:
+            read()
+        assert caught.value.exit_code is ExitCode.MODEL_UNAVAILABLE
 
 
 def stacked(model: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -99,31 +108,24 @@ def test_transposed_stacks_are_rejected_unless_transformers_turns_them(tiny_qwen
         return {name: tensor.mT.contiguous() if tensor.ndim == 3 else tensor for name, tensor in found.items()}
 
     folder = changed(tiny_qwen3_moe, tmp_path / "model", turned)
-    for read in (lambda: load_base(folder, NF4, "cpu"), lambda: convert(folder, tmp_path / "base", NF4)):
-        with pytest.raises(StepFailure, match=r"layers\.0\.mlp\.experts\.gate_up_proj in .* has shape") as caught:
-            read()
-        assert caught.value.exit_code is ExitCode.MODEL_UNAVAILABLE
+    require_unavailable(folder, tmp_path / "base", r"layers\.0\.mlp\.experts\.gate_up_proj in .* has shape")
 
 
 def test_an_expert_that_is_missing_or_has_another_shape_is_named(tiny_qwen3_moe: Path, tmp_path: Path) -> None:
     name = "model.layers.1.mlp.experts.3.down_proj.weight"
 
     def without(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        del tensors[name]
-        return tensors
+        return {other: tensor for other, tensor in tensors.items() if other != name}
 
-    def transposed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def short(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return tensors | {name: tensors[name][:, :32].contiguous()}
 
-    missing = changed(tiny_qwen3_moe, tmp_path / "missing", without)
-    short = changed(tiny_qwen3_moe, tmp_path / "short", transposed)
-    for read in (lambda folder: load_base(folder, NF4, "cpu"), lambda folder: convert(folder, tmp_path / "base", NF4)):
-        with pytest.raises(StepFailure, match=r"layers\.1\.mlp\.experts\.down_proj\.3\.0") as caught:
-            read(missing)
-        assert caught.value.exit_code is ExitCode.MODEL_UNAVAILABLE
-        with pytest.raises(StepFailure, match=r"experts\.3\.down_proj\.weight .*\[64, 32\], not \[64, 64\]") as caught:
-            read(short)
-        assert caught.value.exit_code is ExitCode.MODEL_UNAVAILABLE
+    for change, message in (
+        (without, r"layers\.1\.mlp\.experts\.down_proj\.3\.0"),
+        (short, r"experts\.3\.down_proj\.weight .*\[64, 32\], not \[64, 64\]"),
+    ):
+        folder = changed(tiny_qwen3_moe, tmp_path / change.__name__, change)
+        require_unavailable(folder, tmp_path / "base", message)
 
 
 @pytest.mark.parametrize(
@@ -147,20 +149,17 @@ def test_adapters_on_experts_with_unsupported_options_are_rejected(
 def test_sharding_merging_and_publishing_the_base_are_rejected_for_experts_only(
     tiny_qwen3_moe: Path, tiny_llama: Path
 ) -> None:
-    sharded, merged = TrainingSpec(sharding="full"), OutputSpec(merged=MergedSpec())
     routed, dense = inspect_family(tiny_qwen3_moe, LoraSpec()), inspect_family(tiny_llama, LoraSpec())
-
-    with pytest.raises(StepFailure, match=r"spec\.training\.sharding is full") as of_sharding:
-        routed.require_whole_and_unmerged(sharded, OutputSpec())
-    with pytest.raises(StepFailure, match=r"spec\.output\.merged") as of_merging:
-        routed.require_whole_and_unmerged(TrainingSpec(), merged)
     base = OutputSpec(base=PublishedBaseSpec(destination="pvc://out/base"))
-    with pytest.raises(StepFailure, match=r"spec\.output\.base.* no server reads experts"):
-        routed.require_whole_and_unmerged(TrainingSpec(), base)
-    dense.require_whole_and_unmerged(sharded, merged)
-    dense.require_whole_and_unmerged(sharded, base)
-
-    assert of_sharding.value.exit_code is of_merging.value.exit_code is ExitCode.BAD_CONFIGURATION
+    for training, output, message in (
+        (TrainingSpec(sharding="full"), OutputSpec(), r"spec\.training\.sharding is full"),
+        (TrainingSpec(), OutputSpec(merged=MergedSpec()), r"spec\.output\.merged"),
+        (TrainingSpec(), base, r"spec\.output\.base.* no server reads experts"),
+    ):
+        with pytest.raises(StepFailure, match=message) as caught:
+            routed.require_whole_and_unmerged(training, output)
+        assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
+        dense.require_whole_and_unmerged(training, output)
 
 
 SHARED = tuple(f"model.layers.1.mlp.shared_experts.{kind}_proj" for kind in ("gate", "up", "down"))
@@ -264,6 +263,23 @@ def test_all_layers_of_a_router_stay_in_16_bit_and_get_no_adapter(tmp_path: Path
     assert not set(routers) & set(family.target_modules)
 
 
+def test_a_family_with_a_count_of_experts_and_no_experts_is_no_mixture() -> None:
+    """Transformers gives Nemotron-H eight, also where its pattern of blocks has none."""
+    config = NemotronHConfig(**SHAPE | {"num_hidden_layers": 4}, hybrid_override_pattern="M-*-", n_routed_experts=8)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert reason_in_model(model) is None
+
+
+def test_experts_whose_router_is_not_found_are_rejected() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CASES["qwen3_moe"].config())
+    assert reason_in_model(model) is None
+    for block in model.model.layers:
+        block.mlp.gate = nn.Identity()
+    assert "mlp.experts) whose router is not found" in str(reason_in_model(model))
+
+
 def test_a_leak_between_rows_is_noticed_although_experts_round(
     tiny_qwen3_moe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,11 +310,7 @@ def test_the_dry_run_counts_4_bit_and_dequantized_experts(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("config", "attention", "adapted_parts"),
     [
-        (
-            GptOssConfig(**ROUTED, num_local_experts=4, head_dim=16, sliding_window=8),
-            "eager",
-            {"self_attn"},
-        ),
+        (GPT_OSS, "eager", {"self_attn"}),
         (
             DeepseekV3Config(
                 **ROUTED | {"num_key_value_heads": SHAPE["num_attention_heads"]},

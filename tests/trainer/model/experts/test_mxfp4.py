@@ -25,8 +25,7 @@ from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.base.layout import BaseLayout
 from qlora_trainer.model.base.load import load_base, storage_of
 from qlora_trainer.model.experts.compute import _Product
-from qlora_trainer.model.experts.mxfp4_stack import BLOCKS, SCALES, Mxfp4Stack, tensors_of
-from qlora_trainer.model.experts.stack import expert_stacks
+from qlora_trainer.model.experts.stack import BLOCKS, SCALES, Mxfp4Stack, expert_stacks, tensors_of
 from qlora_trainer.model.families.inspection import inspect_family
 from qlora_trainer.model.memory.dry_run import StepSize
 from qlora_trainer.model.memory.fit import training_shape

@@ -12,7 +12,7 @@ from qlora_api.spec.training import LoraSpec
 from qlora_trainer.model.base.load import load_base
 from qlora_trainer.model.experts.compute import expert_modules
 from qlora_trainer.model.families.inspection import inspect_family
-from qlora_trainer.model.families.tiny_model import shrunken
+from qlora_trainer.model.families.tiny_model import shrink
 from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.model.losses.loss import batch_loss
 from tests.support.adapted import NF4, adapted
@@ -54,7 +54,7 @@ def test_dropout_of_the_base_is_off_and_that_of_the_adapter_is_on(family: str, t
 
 
 def test_a_mixture_of_experts_with_dropout_of_attention_is_trained(tmp_path: Path) -> None:
-    shrunken(AutoConfig.for_model("gpt_oss", attention_dropout=0.1)).config.save_pretrained(tmp_path)
+    shrink(AutoConfig.for_model("gpt_oss", attention_dropout=0.1)).config.save_pretrained(tmp_path)
 
     assert inspect_family(tmp_path, LoraSpec()).mixture_of_experts
 

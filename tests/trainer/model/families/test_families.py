@@ -15,7 +15,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 from qlora_api.memory.model_shape import SUPPORTED_MODEL_TYPES
 from qlora_api.spec.training import LoraSpec, QuantizationSpec, TrainingSpec
@@ -23,7 +23,7 @@ from qlora_trainer.core.completion import TrainRecord
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.file_names import ADAPTER_FILE
-from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset
+from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.adapter.attach import adapter_parameters
 from qlora_trainer.model.base.load import MIN_QUANTIZED_FRACTION, load_base, storage_of
 from qlora_trainer.model.experts.stack import expert_stacks
@@ -36,8 +36,9 @@ from qlora_trainer.model.memory.step import StepBytes, step_bytes
 from qlora_trainer.model.source.files import CONFIG
 from tests.support.adapted import in_32_bit, loss_and_gradients, restored
 from tests.support.families import CASES, REPRESENTATIVE, Case
-from tests.support.four_bit import require_quantized_experts
-from tests.support.sequences import CPU, random_sequence, rows_of
+from tests.support.four_bit import require_quantized_experts, settings
+from tests.support.plain_loss import mean_loss
+from tests.support.sequences import CPU, random_sequence
 from tests.support.training import adapter_bytes, history, interrupted_at, prepared, run
 
 SPEC: dict[str, Any] = {"training": {"maxSteps": 4, "maxSequenceLength": 64, "scheduler": "linear"}}
@@ -197,14 +198,8 @@ def test_a_family_that_cannot_keep_rows_apart_takes_micro_batches_of_one_row(tra
 
 @of_each(lambda case: not case.experts)
 def test_plain_peft_over_plain_transformers_gives_the_loss_that_was_reported(trained: Trained) -> None:
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
     base = AutoModelForCausalLM.from_pretrained(
-        trained.model, quantization_config=quantization, dtype=torch.bfloat16, device_map={"": "cpu"}
+        trained.model, quantization_config=settings(), dtype=torch.bfloat16, device_map={"": "cpu"}
     )
     for layer in base.modules():
         if isinstance(layer, Linear4bit):
@@ -212,15 +207,8 @@ def test_plain_peft_over_plain_transformers_gives_the_loss_that_was_reported(tra
             layer.support_avx512bf16_for_cpu = False
     model = PeftModel.from_pretrained(base, trained.adapter).eval()
     data = PreparedDataset.open(trained.context.workspace.data / "rows", "eval")
-    total, targets = 0.0, 0
-    for index in range(len(data)):
-        for tokens, labels in rows_of(data[index]):
-            count = int((labels[1:] != IGNORED_LABEL).sum())
-            with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = model(input_ids=tokens[None], labels=labels[None]).loss
-            total, targets = total + float(loss) * count, targets + count
 
-    assert math.isclose(total / targets, trained.record.eval_loss or 0.0, rel_tol=2e-3)
+    assert math.isclose(mean_loss(model, data), trained.record.eval_loss or 0.0, rel_tol=2e-3)
 
 
 @of_each(lambda case: case.experts)

@@ -19,83 +19,49 @@ QUANTIZED = "already quantized"
 ALTERNATIVE = "choose a model of a family that is trained, such as Llama"
 ORIGINAL = "name the original 16-bit model"
 
+# Types in transformers' default configuration, with the reason of the rejection.
+OF_TYPE = {
+    "jetmoe": "mixture of experts (num_local_experts 8) that does not use",
+    "phimoe": "in training it computes something else than in use",
+    "deepseek_v2": f"{NO_MODEL}: {NO_SMALL_RUN}: ",
+    "deepseek_v4": "no small model of this type could be trained",
+    "llama4": "(num_local_experts 16) that does not use",
+    "llama4_text": "(num_local_experts 16) that does not use",
+    "dbrx": f"{NO_MODEL}: transformers cannot build a model from this config.json: AttributeError: ",
+    "blt": f"{NO_MODEL}: this trainer cannot make the small test model of this type: AttributeError: ",
+    "git": f"{NO_MODEL}: this trainer does not find its decoder blocks",
+    "modernbert-decoder": f"{NO_MODEL}: the small test model of this type cannot be run as in training: TypeError: ",
+    "shieldgemma2": "no layer of its blocks can have an adapter",
+    "kyutai_speech_to_text": (
+        f"{NO_MODEL}: transformers cannot build the small test model of this type: AssertionError: "
+    ),
+    **dict.fromkeys(("mamba", "falcon_mamba"), "computes with the weights of mixer.dt_proj"),
+    "trocr": "is the decoder of an encoder-decoder",
+    "sarvam_moe": "self_attn.q_proj.weight together with others",
+    "lara_mini": "linear_attn.in_proj_qkv.weight together with others",
+    "ctrl": "cannot recompute its blocks",
+    "rwkv": "changes its weights",
+    **dict.fromkeys(("zamba", "reformer"), NO_MODEL),
+    **dict.fromkeys(("zamba2", "xlstm"), f"{NO_MODEL}: {NO_SMALL_RUN}: RuntimeError: "),
+    **dict.fromkeys(("bert", "roberta", "electra", "xlm-roberta"), "its tokens attend to later ones"),
+    **dict.fromkeys(("t5", "bart", "mbart", "whisper"), "is an encoder-decoder"),
+    "ernie4_5_vl_moe": "files have text_moe.experts.gate_up_proj and vision_moe.experts.gate_up_proj in one list",
+    "qianfan_ocr": (
+        "store model.vision_tower.layers.0.attention.q_proj.weight in another form than the model computes with"
+    ),
+    **dict.fromkeys(("recurrent_gemma", "cohere2_vision"), "computes attention or logits in a way"),
+    "voxtral_realtime": "must specify exactly one of input_features",
+    **dict.fromkeys(("vit", "wav2vec2"), "no causal language model"),
+    **dict.fromkeys(("falcon", "gpt2"), "only 0.0% of its parameters"),
+}
 # config.json, the reason of the rejection, and the remedy.
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
-    "jetmoe": ({"model_type": "jetmoe"}, "mixture of experts (num_local_experts 8) that does not use", ALTERNATIVE),
-    "phimoe": ({"model_type": "phimoe"}, "in training it computes something else than in use", ALTERNATIVE),
-    "deepseek_v2": ({"model_type": "deepseek_v2"}, f"{NO_MODEL}: {NO_SMALL_RUN}: ", ALTERNATIVE),
-    "deepseek_v4": ({"model_type": "deepseek_v4"}, "no small model of this type could be trained", ALTERNATIVE),
-    "llama4": ({"model_type": "llama4"}, "(num_local_experts 16) that does not use", ALTERNATIVE),
-    "llama4_text": (
-        {"model_type": "llama4_text"},
-        "(num_local_experts 16) that does not use",
-        ALTERNATIVE,
-    ),
-    "dbrx": (
-        {"model_type": "dbrx"},
-        f"{NO_MODEL}: transformers cannot build a model from this config.json: AttributeError: ",
-        ALTERNATIVE,
-    ),
-    "blt": (
-        {"model_type": "blt"},
-        f"{NO_MODEL}: this trainer cannot make the small test model of this type: AttributeError: ",
-        ALTERNATIVE,
-    ),
-    "git": ({"model_type": "git"}, f"{NO_MODEL}: this trainer does not find its decoder blocks", ALTERNATIVE),
-    "modernbert-decoder": (
-        {"model_type": "modernbert-decoder"},
-        f"{NO_MODEL}: the small test model of this type cannot be run as in training: TypeError: ",
-        ALTERNATIVE,
-    ),
-    "shieldgemma2": ({"model_type": "shieldgemma2"}, "no layer of its blocks can have an adapter", ALTERNATIVE),
-    "kyutai_speech_to_text": (
-        {"model_type": "kyutai_speech_to_text"},
-        f"{NO_MODEL}: transformers cannot build the small test model of this type: AssertionError: ",
-        ALTERNATIVE,
-    ),
+    **{name: ({"model_type": name}, reason, ALTERNATIVE) for name, reason in OF_TYPE.items()},
     "experts-of-odd-size": (
         {"model_type": "qwen3_moe", **SHAPE, "hidden_size": 60, "moe_intermediate_size": 40},
         "experts of 2400 weights (model.layers.0.mlp.experts.gate_up_proj), which must be a multiple of 64",
         ALTERNATIVE,
     ),
-    **{
-        name: ({"model_type": name}, "computes with the weights of mixer.dt_proj", ALTERNATIVE)
-        for name in ("mamba", "falcon_mamba")
-    },
-    "trocr": ({"model_type": "trocr"}, "is the decoder of an encoder-decoder", ALTERNATIVE),
-    "sarvam_moe": ({"model_type": "sarvam_moe"}, "self_attn.q_proj.weight together with others", ALTERNATIVE),
-    "lara_mini": ({"model_type": "lara_mini"}, "linear_attn.in_proj_qkv.weight together with others", ALTERNATIVE),
-    "ctrl": ({"model_type": "ctrl"}, "cannot recompute its blocks", ALTERNATIVE),
-    "rwkv": ({"model_type": "rwkv"}, "changes its weights", ALTERNATIVE),
-    "recurrent_gemma": ({"model_type": "recurrent_gemma"}, "computes attention or logits in a way", ALTERNATIVE),
-    **{name: ({"model_type": name}, NO_MODEL, ALTERNATIVE) for name in ("zamba", "reformer")},
-    **{
-        name: ({"model_type": name}, f"{NO_MODEL}: {NO_SMALL_RUN}: RuntimeError: ", ALTERNATIVE)
-        for name in ("zamba2", "xlstm")
-    },
-    **{
-        name: ({"model_type": name}, "its tokens attend to later ones", ALTERNATIVE)
-        for name in ("bert", "roberta", "electra", "xlm-roberta")
-    },
-    **{
-        name: ({"model_type": name}, "is an encoder-decoder", ALTERNATIVE)
-        for name in ("t5", "bart", "mbart", "whisper")
-    },
-    "ernie4_5_vl_moe": (
-        {"model_type": "ernie4_5_vl_moe"},
-        "files have text_moe.experts.gate_up_proj and vision_moe.experts.gate_up_proj in one list",
-        ALTERNATIVE,
-    ),
-    "qianfan_ocr": (
-        {"model_type": "qianfan_ocr"},
-        "store model.vision_tower.layers.0.attention.q_proj.weight in another form than the model computes with",
-        ALTERNATIVE,
-    ),
-    "cohere2_vision": ({"model_type": "cohere2_vision"}, "computes attention or logits in a way", ALTERNATIVE),
-    "voxtral_realtime": ({"model_type": "voxtral_realtime"}, "must specify exactly one of input_features", ALTERNATIVE),
-    **{name: ({"model_type": name}, "no causal language model", ALTERNATIVE) for name in ("vit", "wav2vec2")},
-    "falcon": ({"model_type": "falcon"}, "only 0.0% of its parameters", ALTERNATIVE),
-    "gpt2": ({"model_type": "gpt2"}, "only 0.0% of its parameters", ALTERNATIVE),
     "bidirectional": (
         {"model_type": "gemma3_text", **SHAPE, "use_bidirectional_attention": True},
         "its tokens attend to later ones",

@@ -20,7 +20,7 @@ from qlora_api.spec.training import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.core.completion import TrainRecord
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.file_names import ADAPTER_FILE
-from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset
+from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.adapter.merge import MergeSource, merged_model, write_merged
 from qlora_trainer.model.architecture.decoder import place_in_block
 from qlora_trainer.model.architecture.text_part import parts_beside_text, random_text_part, without_weights
@@ -36,7 +36,7 @@ from qlora_trainer.model.nf4.base_weights import BaseWeights
 from tests.support.adapted import in_32_bit, loss_and_gradients, restored
 from tests.support.command import new_files
 from tests.support.four_bit import convert, expert_weights, require_quantized_experts, settings
-from tests.support.sequences import rows_of
+from tests.support.plain_loss import mean_loss
 from tests.support.training import adapter_bytes, history, interrupted_at, prepared, run
 from tests.support.wrappers import MIXTURES, ONE_ROW, PACKED, save_wrapper, tiny_wrapper
 
@@ -171,16 +171,8 @@ def test_plain_peft_over_the_whole_model_gives_the_loss_that_was_reported(traine
 
 
 def held_out_loss(trained: Trained, model: Any) -> float:
-    """Losses of the model's forward pass on the rows of the training's evaluation, one by one."""
-    data = PreparedDataset.open(trained.context.workspace.data / "rows", "eval")
-    total, targets = 0.0, 0
-    for index in range(len(data)):
-        for tokens, labels in rows_of(data[index]):
-            count = int((labels[1:] != IGNORED_LABEL).sum())
-            with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = model(input_ids=tokens[None], labels=labels[None]).loss
-            total, targets = total + float(loss) * count, targets + count
-    return total / targets
+    """The loss of the model's forward pass on the rows of the training's evaluation."""
+    return mean_loss(model, PreparedDataset.open(trained.context.workspace.data / "rows", "eval"))
 
 
 @dense
@@ -305,18 +297,13 @@ def test_a_base_of_an_earlier_release_whose_tower_is_4_bit_has_the_same_text(
 def test_layers_that_only_images_reach_get_no_adapter_and_are_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    save_config(tmp_path, "mllama")
+    AutoConfig.for_model("mllama").save_pretrained(tmp_path)
     family = check_model(tmp_path, LoraSpec(target_modules=("o_proj", "down_proj")), TrainingSpec()).family
 
     images_only = {3, 8, 13, 18, 23, 28, 33, 38}
     adapted_blocks = {place_in_block(name)[0] for name in family.target_modules}
     assert adapted_blocks == set(range(40)) - images_only
     assert "no adapter on down_proj of 8 blocks, gate_proj, k_proj, o_proj of 8 blocks" in caplog.text
-
-
-def save_config(folder: Path, model_type: str) -> None:
-    """The configuration that transformers gives a type by default, in a folder."""
-    AutoConfig.for_model(model_type).save_pretrained(folder)
 
 
 def bytes_of(model: Any) -> dict[str, bytes]:

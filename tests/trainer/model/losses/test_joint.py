@@ -24,7 +24,7 @@ from qlora_trainer.model.base.load import load_base
 from qlora_trainer.model.families.inspection import inspect_family
 from qlora_trainer.model.kernels.fused_lora import require_apart
 from qlora_trainer.model.losses.batch import Batch
-from qlora_trainer.model.losses.joint import joint_losses, routed
+from qlora_trainer.model.losses.joint import joint_losses, route
 from qlora_trainer.model.losses.loss import batch_loss
 from tests.support.adapted import NF4
 from tests.support.sequences import CPU, random_sequence
@@ -87,7 +87,7 @@ def alone_results(model: Any, batch: Batch) -> list[Tensor]:
 
 def together_results(model: Any, batches: dict[str, Batch]) -> dict[str, list[Tensor]]:
     """The same of each adapter, from one pass."""
-    with routed(model, batches):
+    with route(model, batches):
         with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
             losses = joint_losses(model, batches)
         torch.stack(list(losses.values())).sum().backward()

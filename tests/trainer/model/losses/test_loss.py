@@ -47,6 +47,24 @@ class CountingHead(nn.Linear):
         return super().forward(states)
 
 
+def head_states_and_targets(*, frozen: bool) -> tuple[CountingHead, Tensor, Tensor]:
+    torch.manual_seed(0)
+    head = CountingHead(16, 300).requires_grad_(not frozen)
+    return head, torch.randn(100, 16, requires_grad=True), torch.randint(0, 300, (100,))
+
+
+def whole_logits(head: CountingHead, states: Tensor, transform: LogitTransform) -> Tensor:
+    """By the definition, and not counted."""
+    logits = nn.functional.linear(states, head.weight) * transform.scale
+    return logits if transform.softcap is None else transform.softcap * torch.tanh(logits / transform.softcap)
+
+
+on_each_head = pytest.mark.parametrize("frozen", [True, False])
+with_each_transform = pytest.mark.parametrize(
+    "transform", [LogitTransform(), LogitTransform(0.125), LogitTransform(1.0, 5.0)]
+)
+
+
 @pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.model_type)
 def test_loss_and_gradients_of_packed_rows_equal_those_of_one_row_at_a_time(config: Any) -> None:
     register_attention()
@@ -70,19 +88,14 @@ def test_loss_and_gradients_of_packed_rows_equal_those_of_one_row_at_a_time(conf
         torch.testing.assert_close(parameter.grad, reference[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.125), LogitTransform(1.0, 5.0)])
+@on_each_head
+@with_each_transform
 def test_chunks_give_the_loss_and_gradient_of_the_whole_but_never_the_whole_logits(
     transform: LogitTransform, frozen: bool
 ) -> None:
-    torch.manual_seed(0)
-    head = CountingHead(16, 300).requires_grad_(not frozen)
-    states = torch.randn(100, 16, requires_grad=True)
-    targets = torch.randint(0, 300, (100,))
+    head, states, targets = head_states_and_targets(frozen=frozen)
 
-    logits = nn.functional.linear(states, head.weight) * transform.scale
-    logits = logits if transform.softcap is None else transform.softcap * torch.tanh(logits / transform.softcap)
-    expected = cross_entropy(logits, targets, reduction="sum")
+    expected = cross_entropy(whole_logits(head, states, transform), targets, reduction="sum")
     (gradient,) = torch.autograd.grad(expected, states)
     loss = summed_loss(states, targets, head, transform, chunk_tokens=32)
     loss.backward()
@@ -94,14 +107,11 @@ def test_chunks_give_the_loss_and_gradient_of_the_whole_but_never_the_whole_logi
     assert sum(head.positions) == (100 if frozen else 200)
 
 
-@pytest.mark.parametrize("frozen", [True, False])
+@on_each_head
 def test_overflowing_logits_have_the_loss_and_gradient_of_cross_entropy(frozen: bool) -> None:
     """The exponential of 89 is no float32. Logits of a hundred and more are common without a soft cap."""
-    torch.manual_seed(0)
-    head = CountingHead(16, 300).requires_grad_(not frozen)
+    head, states, targets = head_states_and_targets(frozen=frozen)
     nn.init.normal_(head.weight, std=50.0)
-    states = torch.randn(100, 16, requires_grad=True)
-    targets = torch.randint(0, 300, (100,))
     logits = head(states)
     assert logits.amax(dim=1).min() > 89
     expected = cross_entropy(logits, targets, reduction="sum")
@@ -114,24 +124,19 @@ def test_overflowing_logits_have_the_loss_and_gradient_of_cross_entropy(frozen: 
     torch.testing.assert_close(states.grad, gradient, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.125), LogitTransform(1.0, 5.0)])
+@on_each_head
+@with_each_transform
 def test_the_losses_of_targets_may_count_with_weights_that_depend_on_them(
     transform: LogitTransform, frozen: bool
 ) -> None:
     """As those of answers that are compared: the weight of a row is known when all of its losses are."""
-    torch.manual_seed(0)
-    head = CountingHead(16, 300).requires_grad_(not frozen)
-    states = torch.randn(100, 16, requires_grad=True)
-    targets = torch.randint(0, 300, (100,))
+    head, states, targets = head_states_and_targets(frozen=frozen)
 
     def compared(losses: Tensor) -> Tensor:
         chosen, rejected = losses.split([60, 40])
         return -nn.functional.logsigmoid((rejected.sum() - chosen.sum()) / 50)
 
-    logits = nn.functional.linear(states, head.weight) * transform.scale
-    logits = logits if transform.softcap is None else transform.softcap * torch.tanh(logits / transform.softcap)
-    expected = cross_entropy(logits, targets, reduction="none")
+    expected = cross_entropy(whole_logits(head, states, transform), targets, reduction="none")
     (gradient,) = torch.autograd.grad(compared(expected), states)
     losses = target_losses(states, targets, head, transform, chunk_tokens=32)
     compared(losses).backward()

@@ -19,8 +19,7 @@ from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.model.memory.dry_run import StepSize, measure_within_limits
 from qlora_trainer.model.memory.fit import training_shape
-from qlora_trainer.model.memory.job_memory import MeasuredJob, measured_estimate
-from qlora_trainer.model.memory.joint_memory import memory_together
+from qlora_trainer.model.memory.job_memory import MeasuredJob, measured_estimate, memory_together
 from qlora_trainer.model.memory.measure import measure, measure_together
 from tests.support.model_configs import TO_CHOOSE
 

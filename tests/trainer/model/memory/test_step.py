@@ -1,15 +1,17 @@
 """The bytes of a step on tensors without data are those that training allocates."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import LlamaConfig
 
 from qlora_api.spec.training import LoraSpec
-from qlora_trainer.model.adapter.attach import adapter_name, adapter_parameters, attach_further_adapter
+from qlora_trainer.model.adapter.attach import adapter_name, attach_further_adapter
 from qlora_trainer.model.families.inspection import inspect_family
 from qlora_trainer.model.kernels.attention import RowBoundaries, rows_attention
 from qlora_trainer.model.losses.batch import Batch
@@ -26,68 +28,65 @@ WIDE = LlamaConfig(**SHAPE | {"hidden_size": 256, "intermediate_size": 512, "num
 BATCH = Batch.from_sequences([random_sequence((128, 128), 1)], CPU)
 
 
+Count = Callable[[Callable[[Tensor], None]], StepBytes]
+"""Counts the bytes of a step with a function that runs its backward pass."""
+
+
+def with_gradients(model: PeftModel) -> PeftModel:
+    """The model with gradients of an earlier micro batch."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    return model
+
+
+def require_same_walk(count: Count, *, tolerance: float = 0.001) -> StepBytes:
+    """The walk over the graph and the engine take the same bytes, which are returned."""
+    engine = count(Tensor.backward)
+    with pytest.MonkeyPatch.context() as patched:
+        # As within a backward pass of the engine.
+        patched.setattr(torch._C, "_current_graph_task_id", lambda: 1)
+        walk = count(backward)
+    assert (walk.kept, walk.loss) == (engine.kept, engine.loss)
+    assert walk.work == pytest.approx(engine.work, rel=tolerance)
+    return engine
+
+
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "all kept"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_the_walk_over_the_graph_frees_the_same_tensors_as_the_engine(
-    checkpointing: bool, dropout: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpointing: bool, dropout: float, tmp_path: Path
 ) -> None:
     """Counted in real training on a CPU."""
-    model = adapted(save_model(tmp_path / "model", WIDE), checkpointing=checkpointing, dropout=dropout)
-    for parameter in adapter_parameters(model).values():
-        parameter.grad = torch.zeros_like(parameter)
-    engine = step_bytes(model, BATCH, Tensor.backward)
-    # As within a backward pass of the engine.
-    monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 1)
-    walk = step_bytes(model, BATCH, backward)
-    assert (walk.kept, walk.loss) == (engine.kept, engine.loss)
-    assert walk.work == pytest.approx(engine.work, rel=0.001)
-    assert min(walk.kept, walk.loss, walk.work) > 0
+    model = with_gradients(adapted(save_model(tmp_path, WIDE), checkpointing=checkpointing, dropout=dropout))
+    found = require_same_walk(lambda run_backward: step_bytes(model, BATCH, run_backward))
+    assert min(found.kept, found.loss, found.work) > 0
 
 
-def test_a_joint_pass_of_several_adapters_is_walked_as_the_engine_goes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_joint_pass_of_several_adapters_is_walked_as_the_engine_goes(tmp_path: Path) -> None:
     model = adapted(save_model(tmp_path / "model", WIDE))
     targets = inspect_family(tmp_path / "model", LoraSpec()).target_modules
     names = [adapter_name(position) for position in range(3)]
     for name in names[1:]:
         attach_further_adapter(model, name, LoraSpec(rank=8), targets, seed=1, base_name="", base_revision="")
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    with_gradients(model)
     batches = dict(zip(names, (BATCH, BATCH, Batch.from_sequences([random_sequence((64,), 2)], CPU)), strict=True))
-    engine = joint_step_bytes(model, batches, Tensor.backward)
-    monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 1)
-    walk = joint_step_bytes(model, batches, backward)
-    assert (walk.kept, walk.loss) == (engine.kept, engine.loss)
-    assert walk.work == pytest.approx(engine.work, rel=0.001)
+    require_same_walk(lambda run_backward: joint_step_bytes(model, batches, run_backward))
 
 
-def test_pairs_take_the_memory_of_other_rows_with_as_many_tokens(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pairs_take_the_memory_of_other_rows_with_as_many_tokens(tmp_path: Path) -> None:
     pairs = Batch.from_sequences([replace(random_sequence((128, 128), 1), row_numbers=(0, 1))], CPU)
-    model = adapted(save_model(tmp_path / "model", WIDE))
-    for parameter in adapter_parameters(model).values():
-        parameter.grad = torch.zeros_like(parameter)
-    supervised, compared = (step_bytes(model, batch, Tensor.backward) for batch in (BATCH, pairs))
+    model = with_gradients(adapted(save_model(tmp_path, WIDE)))
+    supervised = step_bytes(model, BATCH, Tensor.backward)
+    compared = require_same_walk(lambda run_backward: step_bytes(model, pairs, run_backward))
     assert compared.kept == supervised.kept
     # Besides the same chunk of logits, a loss for each target instead of one for all.
     assert supervised.loss <= compared.loss <= supervised.loss + 64 * pairs.target_count
     assert compared.work == pytest.approx(supervised.work, rel=0.01)
-    monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 1)
-    walk = step_bytes(model, pairs, backward)
-    assert (walk.kept, walk.loss) == (compared.kept, compared.loss)
-    assert walk.work == pytest.approx(compared.work, rel=0.001)
 
 
-def test_capped_attention_is_walked_as_the_engine_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = adapted(save_model(tmp_path / "model", FAMILIES["gemma2"][0]))
-    counted: list[StepBytes] = [step_bytes(model, BATCH, Tensor.backward)]
-    monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 1)
-    for parameter in adapter_parameters(model).values():
-        parameter.grad = None
-    counted.append(step_bytes(model, BATCH, backward))
-    assert counted[0] == counted[1]
+def test_capped_attention_is_walked_as_the_engine_goes(tmp_path: Path) -> None:
+    model = with_gradients(adapted(save_model(tmp_path, FAMILIES["gemma2"][0])))
+    require_same_walk(lambda run_backward: step_bytes(model, BATCH, run_backward), tolerance=0)
 
 
 def attention_peak(capability: tuple[int, int], rows: int, key_heads: int) -> int:

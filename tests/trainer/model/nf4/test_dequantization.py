@@ -13,8 +13,7 @@ from transformers import LlamaConfig
 from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.model.adapter.merge import merged_model
 from qlora_trainer.model.base.load import load_base
-from qlora_trainer.model.experts.mxfp4_stack import Mxfp4Stack
-from qlora_trainer.model.experts.stack import ExpertStack
+from qlora_trainer.model.experts.stack import ExpertStack, Mxfp4Stack
 from qlora_trainer.model.memory.live_bytes import LiveBytes
 from qlora_trainer.model.nf4.base_weights import BaseWeights
 from qlora_trainer.model.nf4.dequantization import correct_dequantization

@@ -23,7 +23,7 @@ from qlora_trainer.model.base.chosen_layers import (
     unloaded_model,
 )
 from qlora_trainer.model.experts.layout import ExpertLayout, Place, entry_name, matrices
-from qlora_trainer.model.experts.mxfp4_stack import Mxfp4Tensor, tensors_of
+from qlora_trainer.model.experts.stack import Mxfp4Tensor, tensors_of
 from qlora_trainer.model.nf4.base_weights import StoredName, renaming
 from qlora_trainer.model.nf4.quantization import BLOCK, OUTER_BLOCK, layer_bytes
 from qlora_trainer.model.nf4.stored_layer import PACKED, StoredTensor, split
@@ -165,7 +165,7 @@ class BaseLayout:
         double = self.quantization.double_quant
         weights = sum(layer_bytes(prod(self.shapes[name]), double_quant=double) for name in self.four_bit)
         for stack in self.experts.stacks.values():
-            if stack.mxfp4:
+            if stack.is_mxfp4:
                 weights += sum(prod(tensor.shape) for tensor in tensors_of(stack.shape).values())
                 continue
             piece = STATE_BYTES + layer_bytes(prod(stack.piece_shape), double_quant=double)
@@ -230,7 +230,7 @@ class BaseLayout:
 
     def _expert_part(self, stored: Entry, place: Place, file: str) -> Part:
         stack = self.experts.stacks[place.stack]
-        if stack.mxfp4:
+        if stack.is_mxfp4:
             tensor = tensors_of(stack.shape).get(place.role)
             if tensor is None:
                 raise model_unavailable(
@@ -259,7 +259,7 @@ class BaseLayout:
         """The tensors of a base whose files have these, and their roles in layers."""
         found: dict[str, tuple[Entry, StoredTensor | None]] = {}
         for name, stack in self.experts.stacks.items():
-            if stack.mxfp4:
+            if stack.is_mxfp4:
                 for role, tensor in tensors_of(stack.shape).items():
                     found[f"{name}{role}"] = (Entry(f"{name}{role}", "U8", tensor.shape), None)
                 continue
@@ -292,7 +292,7 @@ class BaseLayout:
         """The base's quantization as transformers' configuration."""
         stacks = self.experts.stacks.values()
         settings = library_config(self.quantization, experts=bool(stacks), in_16_bit=self.in_16_bit)
-        if any(stack.mxfp4 for stack in stacks):
+        if any(stack.is_mxfp4 for stack in stacks):
             setattr(settings, EXPERTS_FORMAT, "mxfp4")
         return settings
 

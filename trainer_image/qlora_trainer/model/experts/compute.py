@@ -7,7 +7,7 @@ pass and again in the backward pass, and no result depends on the order of addit
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +15,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from qlora_trainer.model.experts.mxfp4_stack import Mxfp4Stack
-from qlora_trainer.model.experts.stack import ExpertStack
+from qlora_trainer.model.experts.stack import Stack
 
 EXPERTS = "qlora_experts"
 """Name of the implementation in transformers."""
 DENSE_BYTES = 2**28
 """Dequantized weights that exist at a time, or one expert's if that is larger."""
+ExpertWeights: TypeAlias = Stack | Tensor
 
 
 def register_experts() -> None:
-    """Make the implementation known to transformers under its name."""
+    """Register the implementation in transformers under its name."""
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS, _experts_forward)
 
 
@@ -78,7 +78,7 @@ def _experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, to
     weights = _Permuted.apply(top_k_weights.reshape(-1), routing.order, routing.inverse)
     weighted = _Permuted.apply(output * weights.unsqueeze(1), routing.inverse, routing.order)
     summed = weighted.view(len(hidden_states), routing.choices, -1).sum(dim=1)
-    return cast("Tensor", summed.to(hidden_states.dtype))
+    return summed.to(hidden_states.dtype)
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -91,14 +91,11 @@ def _project(module: Any, name: str, rows: Tensor, routing: Routing) -> Tensor:
     output = _Product.apply(rows.to(_compute_dtype(rows)), getattr(module, name), routing.counts, module.is_transposed)
     if module.has_bias:
         output = output + getattr(module, f"{name}_bias")[routing.experts].to(output.dtype)
-    return cast("Tensor", output)
+    return output
 
 
 class _Dispatched(torch.autograd.Function):
-    """Tokens [tokens, features] as rows [rows, features].
-
-    Backward adds a token's rows in the order of its choices.
-    """
+    """Tokens [tokens, features] as rows, whose gradients are added in the order of choices."""
 
     @staticmethod
     def forward(context: Any, tokens: Tensor, routing: Routing) -> Tensor:
@@ -108,16 +105,12 @@ class _Dispatched(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        routing: Routing = context.routing
-        by_place = gradient.index_select(0, routing.inverse)
-        return by_place.view(-1, routing.choices, gradient.shape[1]).sum(dim=1), None
+        by_place = gradient.index_select(0, context.routing.inverse)
+        return by_place.view(-1, context.routing.choices, gradient.shape[1]).sum(dim=1), None
 
 
 class _Permuted(torch.autograd.Function):
-    """The entries of a tensor's first axis in another order.
-
-    Autograd's own backward would add them atomically.
-    """
+    """Entries in another order. Autograd's own backward would add them atomically."""
 
     @staticmethod
     def forward(context: Any, tensor: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -134,7 +127,9 @@ class _Product(torch.autograd.Function):
     """Rows times their experts' frozen weights. Backward needs only these weights."""
 
     @staticmethod
-    def forward(context: Any, rows: Tensor, weights: Any, counts: tuple[int, ...], transposed: bool) -> Tensor:
+    def forward(
+        context: Any, rows: Tensor, weights: ExpertWeights, counts: tuple[int, ...], transposed: bool
+    ) -> Tensor:
         context.weights, context.counts, context.transposed = weights, counts, transposed
         return _multiply(rows, weights, counts, transposed=transposed)
 
@@ -145,16 +140,13 @@ class _Product(torch.autograd.Function):
         return product, None, None, None
 
 
-def _multiply(rows: Tensor, weights: Any, counts: Sequence[int], *, transposed: bool) -> Tensor:
-    """Multiply rows [rows, in], sorted by expert, by each expert's weights.
-
-    These are [out, in], or [in, out] if `transposed`.
-    """
+def _multiply(rows: Tensor, weights: ExpertWeights, counts: Sequence[int], *, transposed: bool) -> Tensor:
+    """Rows [rows, in], sorted by expert, times weights [out, in], or transposed [in, out]."""
     _, *shape = weights.shape
-    output = rows.new_empty(len(rows), shape[1] if transposed else shape[0])
+    output, dtype = rows.new_empty(len(rows), shape[1] if transposed else shape[0]), rows.dtype
     parts, outputs = rows.split(counts), output.split(counts)
     for first, end in _runs(counts, shape[0] * shape[1] * rows.element_size()):
-        dense = _dense(weights, first, end, rows.dtype)
+        dense = weights[first:end].to(dtype) if isinstance(weights, Tensor) else weights.dense(first, end, dtype)
         for expert, matrix in enumerate(dense if transposed else dense.mT, first):
             torch.mm(parts[expert], matrix, out=outputs[expert])
         # The next experts are dequantized when these are gone.
@@ -173,12 +165,6 @@ def _runs(counts: Sequence[int], expert_bytes: int) -> Iterator[tuple[int, int]]
         if end > first:
             yield first, end
         first = max(end, first + 1)
-
-
-def _dense(weights: Any, first: int, end: int, dtype: torch.dtype) -> Tensor:
-    if isinstance(weights, ExpertStack | Mxfp4Stack):
-        return weights.dense(first, end, dtype)
-    return cast("Tensor", weights[first:end].to(dtype))
 
 
 def expert_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:

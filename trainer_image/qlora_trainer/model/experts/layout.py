@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import prod
-from re import search
-from typing import Any, Self
+from re import fullmatch, search
+from typing import Self
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -19,9 +21,9 @@ from transformers.core_model_loading import (
 )
 
 from qlora_api.spec.training import QuantizationSpec
+from qlora_trainer.core.protocols import TensorFile
 from qlora_trainer.model.experts.compute import expert_modules
-from qlora_trainer.model.experts.mxfp4_stack import BLOCKS, GROUP, SCALES, Mxfp4Stack
-from qlora_trainer.model.experts.stack import ExpertStack
+from qlora_trainer.model.experts.stack import BLOCKS, GROUP, SCALES, ExpertStack, Mxfp4Stack, Stack
 from qlora_trainer.model.nf4.quantization import BLOCK
 from qlora_trainer.model.source.quantization import experts_in_mxfp4
 
@@ -34,15 +36,15 @@ _ROUTERS = ("gate", "router")
 
 @dataclass(frozen=True)
 class StackShape:
-    """A weight of all experts of a block, with the number of matrices per expert."""
+    """A weight of all experts of a block."""
 
     shape: tuple[int, int, int]
     """Experts, rows, columns."""
     pieces: int
-    """One, or more in sequence, such as gate and up. A checkpoint has them apart."""
-    mxfp4: bool = False
+    """Matrices of an expert, such as gate and up. A checkpoint has them apart."""
+    is_mxfp4: bool = False
     """Whether it is stored in MXFP4, and stays so."""
-    turned: bool = False
+    can_be_turned: bool = False
     """Whether files may have each matrix transposed, as the tensor's shape shows."""
 
     @property
@@ -53,21 +55,19 @@ class StackShape:
     def is_turned(self, stored: tuple[int, ...]) -> bool:
         """Whether a tensor of all experts is transposed. Squares are not."""
         experts, rows, columns = self.shape
-        return self.turned and stored == (experts, columns, rows) != self.shape
+        return self.can_be_turned and stored == (experts, columns, rows) != self.shape
 
-    def stack(self, quantization: QuantizationSpec, device: torch.device | str) -> ExpertStack | Mxfp4Stack:
+    def stack(self, quantization: QuantizationSpec, device: torch.device | str) -> Stack:
         """A stack without values."""
-        return (
-            Mxfp4Stack(self.shape, device) if self.mxfp4 else ExpertStack(self.shape, self.pieces, quantization, device)
-        )
+        if self.is_mxfp4:
+            return Mxfp4Stack(self.shape, device)
+        return ExpertStack(self.shape, self.pieces, quantization, device)
 
     def matrices(self, place: "Place") -> Iterator[tuple[int, int]]:
         """Expert and piece of each matrix in the tensor that has this place."""
         if place.expert is not None:
-            yield place.expert, place.piece
-            return
-        for expert in range(self.shape[0]):
-            yield from ((expert, piece) for piece in range(self.pieces))
+            return iter([(place.expert, place.piece)])
+        return product(range(self.shape[0]), range(self.pieces))
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,13 @@ class ExpertLayout:
     prefix: str
 
     @classmethod
-    def from_model(cls, model: Any) -> Self:
+    def from_model(cls, model: PreTrainedModel) -> Self:
         """The layout of a transformers model with parameters as experts, or an empty one."""
         mapping = get_model_conversion_mapping(model)
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        mxfp4 = experts_in_mxfp4(model.config)
+        is_mxfp4 = experts_in_mxfp4(model.config)
         stacks = {
-            f"{module_name}.{name}": _stack_shape(f"{module_name}.{name}", tuple(parameter.shape), converters, mxfp4)
+            f"{module_name}.{name}": _stack_shape(f"{module_name}.{name}", parameter.shape, converters, is_mxfp4)
             for module_name, module in expert_modules(model)
             for name, parameter in module.named_parameters(recurse=False)
             if parameter.ndim == 3
@@ -110,12 +110,12 @@ class ExpertLayout:
     def place(self, stored: str) -> Place | None:
         """The place of a file's tensor, or None if it is no part of a stack."""
         for role in (BLOCKS, SCALES):
-            found = self.stacks.get(stored.removesuffix(role)) if stored.endswith(role) else None
-            if found is not None and found.mxfp4:
-                return Place(stored.removesuffix(role), None, role=role)
-        stack, _, rest = _split(stored)
-        if stack in self.stacks and rest is not None:
-            return Place(stack, *rest)
+            stack = stored.removesuffix(role)
+            if stack != stored and stack in self.stacks and self.stacks[stack].is_mxfp4:
+                return Place(stack, None, role=role)
+        entry = fullmatch(r"(.+)\.(\d+)\.(\d+)", stored)
+        if entry is not None and entry[1] in self.stacks:
+            return Place(entry[1], int(entry[2]), int(entry[3]))
         names = dict.fromkeys(self.stacks, True)
         name, source = rename_source_key(stored, list(self.renamings), list(self.converters), self.prefix, names)
         if name not in names:
@@ -129,10 +129,10 @@ class ExpertLayout:
     def entries(self) -> Iterator[str]:
         """The name of each piece of each stack in a file of ours."""
         for name, stack in self.stacks.items():
-            if stack.mxfp4:
+            if stack.is_mxfp4:
                 yield from (f"{name}{role}" for role in (BLOCKS, SCALES))
-                continue
-            yield from (entry_name(name, *matrix) for matrix in stack.matrices(Place(name, None)))
+            else:
+                yield from (entry_name(name, *matrix) for matrix in stack.matrices(Place(name, None)))
 
 
 def entry_name(stack: str, expert: int, piece: int) -> str:
@@ -140,7 +140,9 @@ def entry_name(stack: str, expert: int, piece: int) -> str:
     return f"{stack}.{expert}.{piece}"
 
 
-def matrices(opened: Any, stored: str, place: Place, stack: StackShape) -> Iterator[tuple[int, int, Tensor]]:
+def matrices(
+    opened: TensorFile[Tensor], stored: str, place: Place, stack: StackShape
+) -> Iterator[tuple[int, int, Tensor]]:
     """Expert, piece and weight of each matrix in a tensor, read one at a time."""
     for expert, piece in stack.matrices(place):
         if place.expert is not None:
@@ -151,20 +153,10 @@ def matrices(opened: Any, stored: str, place: Place, stack: StackShape) -> Itera
         yield expert, piece, matrix.chunk(stack.pieces)[piece]
 
 
-def _split(name: str) -> tuple[str, str, tuple[int, int] | None]:
-    stack, _, numbers = name.rpartition(".")
-    stack, _, expert = stack.rpartition(".")
-    if expert.isdecimal() and numbers.isdecimal():
-        return stack, name, (int(expert), int(numbers))
-    return stack, name, None
-
-
-def _stack_shape(
-    stack: str, shape: tuple[int, int, int], converters: Sequence[WeightConverter], mxfp4: bool
-) -> StackShape:
+def _stack_shape(stack: str, shape: torch.Size, converters: Sequence[WeightConverter], is_mxfp4: bool) -> StackShape:
     into = _into(stack, converters)
     pieces = next((len(converter.source_patterns) for converter in into if _merges(converter)), 1)
-    return StackShape(shape, pieces, mxfp4, any(map(_turns, into)))
+    return StackShape((shape[0], shape[1], shape[2]), pieces, is_mxfp4, any(map(_turns, into)))
 
 
 def _into(stack: str, converters: Sequence[WeightConverter]) -> list[WeightConverter]:
@@ -188,7 +180,7 @@ def _turns(converter: WeightConverter) -> bool:
     return not others and type(turn) is Transpose and {turn.dim0, turn.dim1} == {1, 2} and turn.check_dims
 
 
-def reason_against_experts(model: Any) -> str | None:
+def reason_against_experts(model: PreTrainedModel) -> str | None:
     """Why routed experts that use transformers' interface, of a model without weights, cannot be kept in 4-bit.
 
     None if they can, or if the model has none.
@@ -196,7 +188,7 @@ def reason_against_experts(model: Any) -> str | None:
     layout = ExpertLayout.from_model(model)
     for name, stack in layout.stacks.items():
         size = prod(stack.piece_shape)
-        if stack.mxfp4 and stack.shape[1] % GROUP:
+        if stack.is_mxfp4 and stack.shape[1] % GROUP:
             return f"it is a mixture of experts in MXFP4 with {stack.shape[1]} inputs ({name}), no multiple of {GROUP}"
         if stack.shape[1] % stack.pieces or size % BLOCK:
             return f"it is a mixture of experts of {size} weights ({name}), which must be a multiple of {BLOCK}"

@@ -2,23 +2,24 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TypeAlias, cast
 
 from safetensors import safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core.failures import model_unavailable
 from qlora_trainer.core.paths import some_names
+from qlora_trainer.core.protocols import TensorFile
 from qlora_trainer.model.experts.layout import Place, StackShape, entry_name, matrices
-from qlora_trainer.model.experts.mxfp4_stack import Mxfp4Stack
 from qlora_trainer.model.experts.quantizer import ExpertsQuantizer, holder
-from qlora_trainer.model.experts.stack import expert_stacks
+from qlora_trainer.model.experts.stack import Mxfp4Stack, expert_stacks
 from qlora_trainer.model.nf4.base_weights import chosen_files
 from qlora_trainer.model.nf4.quantization import quantize
 
 
-def load_experts(model: Any, folder: Path, quantization: QuantizationSpec) -> None:
+def load_experts(model: PreTrainedModel, folder: Path, quantization: QuantizationSpec) -> None:
     """Fill the stacks of a model, whose other weights are loaded, from the files in `folder`.
 
     A matrix that is stored in 16 bit is quantized. Raises StepFailure MODEL_UNAVAILABLE if one is missing, has another
@@ -32,7 +33,7 @@ def load_experts(model: Any, folder: Path, quantization: QuantizationSpec) -> No
         setattr(module, weight, shape.stack(quantization, model.device))
     shapes, stacks, missing = quantizer.layout.stacks, dict(expert_stacks(model)), set(quantizer.layout.entries())
     for file in chosen_files(folder):
-        with cast("Any", safe_open(folder / file, framework="pt")) as opened:
+        with cast("TensorFile[Tensor]", safe_open(folder / file, framework="pt")) as opened:
             names = set(opened.keys())
             for stored in sorted(names):
                 place = quantizer.layout.place(stored)
@@ -57,11 +58,13 @@ def load_experts(model: Any, folder: Path, quantization: QuantizationSpec) -> No
         )
 
 
-Layers = Iterator[tuple[int, int, Mapping[str, Tensor]]]
+Layers: TypeAlias = Iterator[tuple[int, int, Mapping[str, Tensor]]]
 """Expert, piece and 4-bit layer."""
 
 
-def _four_bit(opened: Any, stored: str, place: Place, _shape: StackShape, quantization: QuantizationSpec) -> Layers:
+def _four_bit(
+    opened: TensorFile[Tensor], stored: str, place: Place, _shape: StackShape, quantization: QuantizationSpec
+) -> Layers:
     """The layer that a base of ours has."""
     constants = [".absmax", ".quant_map", f".quant_state.bitsandbytes__{quantization.type}"]
     if quantization.double_quant:
@@ -69,7 +72,9 @@ def _four_bit(opened: Any, stored: str, place: Place, _shape: StackShape, quanti
     yield place.expert or 0, place.piece, {name: opened.get_tensor(f"{stored}{name}") for name in ("", *constants)}
 
 
-def _quantize(opened: Any, stored: str, place: Place, shape: StackShape, quantization: QuantizationSpec) -> Layers:
+def _quantize(
+    opened: TensorFile[Tensor], stored: str, place: Place, shape: StackShape, quantization: QuantizationSpec
+) -> Layers:
     """The layers that quantization makes of a stored tensor."""
     for expert, piece, matrix in matrices(opened, stored, place, shape):
         if tuple(matrix.shape) != shape.piece_shape:

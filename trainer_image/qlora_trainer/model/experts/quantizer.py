@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -24,7 +24,7 @@ _IN_4_BIT = "load_in_4bit"
 class ExpertsConfig(BitsAndBytesConfig):
     """bitsandbytes' settings for a model whose experts are stacks, for transformers."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, **settings: object) -> None:
         """Take bitsandbytes' settings, and `experts`: "mxfp4" if stored in that format."""
         experts = settings.pop(EXPERTS_FORMAT, None)
         super().__init__(**settings | {_IN_4_BIT: True})
@@ -32,7 +32,7 @@ class ExpertsConfig(BitsAndBytesConfig):
         if experts is not None:
             setattr(self, EXPERTS_FORMAT, experts)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The settings for config.json, without the key of bitsandbytes' quantizer."""
         return {name: value for name, value in super().to_dict().items() if name.lstrip("_") != _IN_4_BIT}
 
@@ -43,7 +43,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
 
     layout: ExpertLayout
 
-    def _process_model_before_weight_loading(self, model: Any, **settings: Any) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **settings: Any) -> None:
         self.layout = ExpertLayout.from_model(model)
         given = self.quantization_config
         stack_experts(
@@ -58,7 +58,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
         super()._process_model_before_weight_loading(model, **settings)
 
     @staticmethod
-    def get_modules_to_not_convert(model: Any, *settings: Any, **more: Any) -> list[str]:
+    def get_modules_to_not_convert(model: PreTrainedModel, *settings: Any, **more: Any) -> list[str]:
         """Those of bitsandbytes, and routers."""
         return [*HfQuantizer.get_modules_to_not_convert(model, *settings, **more), *routing_linears(model)]
 

@@ -14,7 +14,6 @@ from qlora_trainer.model.experts.compute import expert_modules
 
 def route_without_autocast(model: nn.Module) -> None:
     """Make every router compute as without autocast. Keeps parameters and names."""
-    router: Any
     for router in routers(model):
         router.__class__ = type(f"Exact{type(router).__name__}", (_WithoutAutocast, type(router)), {})
 
@@ -33,8 +32,8 @@ def experts_without_router(model: nn.Module) -> str | None:
 
 
 def _routers_of(model: nn.Module, name: str, experts: Any) -> list[nn.Module]:
-    beside = (child for child in model.get_submodule(name.rpartition(".")[0]).children() if child is not experts)
-    return [child for child in beside if _routes(child, experts.num_experts)]
+    siblings = (child for child in model.get_submodule(name.rpartition(".")[0]).children() if child is not experts)
+    return [child for child in siblings if _routes(child, experts.num_experts)]
 
 
 def _routes(module: nn.Module, experts: int) -> bool:
@@ -48,7 +47,7 @@ def _routes(module: nn.Module, experts: int) -> bool:
 class _WithoutAutocast(nn.Module):
     """A module of transformers, given what it would be given without autocast."""
 
-    def forward(self, hidden_states: Tensor, *arguments: Any, **named: Any) -> Any:
+    def forward(self, hidden_states: Tensor, *arguments: object, **named: object) -> object:
         """The module's own result."""
         dtype = next(parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
         if dtype.itemsize < hidden_states.dtype.itemsize:

@@ -13,7 +13,12 @@ from qlora_api.contract import ExitCode
 from qlora_api.spec.training import LoraSpec, TrainingSpec
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.sandbox import DryRunFailed, LimitReached, within_limits
-from qlora_trainer.model.families.inspection import Family, cannot_compare_answers, inspect_family
+from qlora_trainer.model.families.inspection import (
+    Family,
+    cannot_compare_answers,
+    cannot_keep_rows_apart,
+    inspect_family,
+)
 from qlora_trainer.model.families.rejection import ALTERNATIVE
 from qlora_trainer.model.source.files import CONFIG, reject_code
 
@@ -49,12 +54,12 @@ def check_model(folder: Path, lora: LoraSpec, training: TrainingSpec) -> Checked
     family.require_positions(training.max_sequence_length)
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     model = CheckedModel(config.get_text_config(decoder=True).vocab_size, family)
-    if training.compares_answers and not family.keeps_rows_apart(training.max_sequence_length):
-        raise cannot_compare_answers(family.model_type)
-    packs = model.packs(training)
-    if training.micro_batch_size > 1 and not packs:
-        family.require_rows_apart(training.max_sequence_length)
-    remarks = tuple(_remarks(family, unpacked=training.packing and not packs))
+    if not family.keeps_rows_apart(training.max_sequence_length):
+        if training.compares_answers:
+            raise cannot_compare_answers(family.model_type)
+        if training.micro_batch_size > 1:
+            raise cannot_keep_rows_apart(family.model_type)
+    remarks = tuple(_remarks(family, unpacked=training.packing and not model.packs(training)))
     for remark in remarks:
         logger.warning(remark)
     return replace(model, remarks=remarks)
@@ -62,10 +67,9 @@ def check_model(folder: Path, lora: LoraSpec, training: TrainingSpec) -> Checked
 
 def _inspect_within_limits(folder: Path, lora: LoraSpec) -> Family:
     """Inspect the family within limits: a small file may describe huge blocks."""
+    what = "the inspection of the model"
     try:
-        family: Family = within_limits(
-            _inspect, (folder, lora), seconds=_INSPECTION_SECONDS, what="the inspection of the model"
-        )
+        family: Family = within_limits(_inspect, (folder, lora), seconds=_INSPECTION_SECONDS, what=what)
     except LimitReached as failure:
         raise bad_configuration(
             f"{folder / CONFIG} describes no model that can be trained here: {failure}; {ALTERNATIVE}"
@@ -84,7 +88,10 @@ def _inspect(folder: Path, lora: LoraSpec) -> Family:
 
 def _remarks(family: Family, *, unpacked: bool) -> Iterator[str]:
     if family.without_adapter:
-        names = ", ".join(_without_adapter(family))
+        counts = Counter(name.rpartition(".")[2] for name in family.without_adapter)
+        adapted = _last_parts(family.target_modules)
+        # With a count where others have an adapter.
+        names = ", ".join(f"{name} of {counts[name]} blocks" if name in adapted else name for name in sorted(counts))
         yield f"no adapter on {names}: no gradient reaches it, or PEFT rejects it"
     if family.without_dora:
         names = ", ".join(_last_parts(family.without_dora))
@@ -100,13 +107,6 @@ def advise_learning_rate(parameters: int, learning_rate: float) -> None:
     """Log advice if the learning rate is high for a model of so many parameters."""
     if parameters > _LARGE_MODEL_PARAMETERS and learning_rate > _LARGE_MODEL_LEARNING_RATE:
         logger.warning("spec.training.learningRate is %g; 1e-4 is advised above 13B parameters", learning_rate)
-
-
-def _without_adapter(family: Family) -> list[str]:
-    """Last parts of the layers' names, with a count where others have an adapter."""
-    counts = Counter(name.rpartition(".")[2] for name in family.without_adapter)
-    adapted = set(_last_parts(family.target_modules))
-    return [f"{name} of {count} blocks" if name in adapted else name for name, count in sorted(counts.items())]
 
 
 def _last_parts(names: Iterable[str]) -> list[str]:

@@ -5,15 +5,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_rope_utils import RopeParameters
 
 from qlora_api.spec.output import OutputSpec
 from qlora_api.spec.training import LoraSpec, TrainingSpec
 from qlora_trainer.core.failures import StepFailure, bad_configuration, model_unavailable, unsafe_artifact
 from qlora_trainer.core.model_error import UNUSABLE, ModelError, explain_errors, with_error
+from qlora_trainer.core.protocols import JsonObject
 from qlora_trainer.model.architecture.decoder import (
     block_linears,
     lost_by_peft,
@@ -41,12 +43,8 @@ from qlora_trainer.model.families.rejection import (
 from qlora_trainer.model.families.targets import in_blocks, refused_by_peft, resolve_targets
 from qlora_trainer.model.kernels.attention import ATTENTION
 from qlora_trainer.model.nf4.base_weights import reason_against_stored_parts
-from qlora_trainer.model.source.quantization import (
-    SETTINGS,
-    experts_in_mxfp4,
-    source_quantization,
-    unusable,
-)
+from qlora_trainer.model.source.files import CONFIG
+from qlora_trainer.model.source.quantization import SETTINGS, experts_in_mxfp4, source_quantization, unusable
 
 _MAX_CONFIG_BYTES = 2**24
 _TOWERS_OF_TIMM = ("architecture", "backbone")
@@ -87,27 +85,24 @@ class Family:
         """Whether rows of up to `row_tokens` tokens can share a sequence without effect."""
         return not self.one_row and row_tokens <= (self.same_rotation_up_to or row_tokens)
 
-    def require_rows_apart(self, row_tokens: int) -> None:
-        """Raise StepFailure unless a micro batch may hold rows of up to `row_tokens`."""
-        if not self.keeps_rows_apart(row_tokens):
-            raise cannot_keep_rows_apart(self.model_type)
-
     def require_whole_and_unmerged(self, training: TrainingSpec, output: OutputSpec) -> None:
         """Raise StepFailure if the job shards, merges or publishes a mixture of experts."""
-        if self.mixture_of_experts and training.sharding == "full":
+        if not self.mixture_of_experts:
+            return
+        mixture = f"the model (model_type {self.model_type!r}) is a mixture of experts"
+        if training.sharding == "full":
             raise bad_configuration(
-                f"spec.training.sharding is full, and the model (model_type {self.model_type!r}) is a mixture of "
-                "experts, whose experts are not sharded: leave it out, and use GPUs that hold the whole model in 4-bit"
+                f"spec.training.sharding is full, and {mixture}, whose experts are not sharded: leave it out, and use "
+                "GPUs that hold the whole model in 4-bit"
             )
-        if self.mixture_of_experts and output.merged is not None:
+        if output.merged is not None:
             raise bad_configuration(
-                f"spec.output.merged: the model (model_type {self.model_type!r}) is a mixture of experts, and "
-                "no adapter is merged into these: leave it out, and serve the adapter with its base"
+                f"spec.output.merged: {mixture}, and no adapter is merged into these: leave it out, and serve the "
+                "adapter with its base"
             )
-        if self.mixture_of_experts and output.base is not None:
+        if output.base is not None:
             raise bad_configuration(
-                f"spec.output.base: the model (model_type {self.model_type!r}) is a mixture of experts, and no server "
-                "reads experts as they are in its 4-bit base: leave it out"
+                f"spec.output.base: {mixture}, and no server reads experts as they are in its 4-bit base: leave it out"
             )
 
     def require_positions(self, row_tokens: int) -> None:
@@ -150,16 +145,15 @@ def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
             return _inspect(config, lora)
     except ModelError as error:
         raise bad_configuration(
-            f"{config_folder / 'config.json'} (model_type {config.model_type!r}) describes no model that can be "
+            f"{config_folder / CONFIG} (model_type {config.model_type!r}) describes no model that can be "
             f"trained here: {error}; {ALTERNATIVE}"
         ) from error
 
 
-def _inspect(config: Any, lora: LoraSpec) -> Family:
+def _inspect(config: PretrainedConfig, lora: LoraSpec) -> Family:
     """See `inspect_family`. Raises ModelError if a library cannot use the model."""
-    model_type = config.model_type
+    model_type, loader = config.model_type, cast("type[object]", auto_class(config))
     _reject(model_type, reason_in_config(config))
-    loader: Any = auto_class(config)
     with explain_errors("transformers cannot build a model from this config.json"):
         skeleton = text_part(config)
     with explain_errors("this trainer cannot read the layers of the model that transformers builds"):
@@ -175,7 +169,8 @@ def _inspect(config: Any, lora: LoraSpec) -> Family:
             f"only {fraction:.1%} of its parameters outside the embeddings are in plain linear layers, which is "
             f"what is stored in 4-bit, and at least {MIN_QUANTIZED_FRACTION:.0%} must be",
         )
-    _reject_stored_experts(config, experts=experts)
+    if experts and getattr(config, SETTINGS[0], None) is not None and not experts_in_mxfp4(config):
+        _reject(model_type, "it is a mixture of experts that is quantized already, and its experts are not")
     probed = probe(config, skeleton)
     _reject(model_type, reason_in_probe(probed))
     linears = block_linears(skeleton)
@@ -197,10 +192,10 @@ def _inspect(config: Any, lora: LoraSpec) -> Family:
         model_type=model_type,
         target_modules=in_blocks(targets, lora.layers_to_transform),
         quantized_fraction=fraction,
-        one_row=not probed.isolated,
+        one_row=not probed.is_isolated,
         attention=str(probed.attention),
         longest_row=longest_row(text),
-        fixed_positions=longest_row(text) if probed.fixed_positions else None,
+        fixed_positions=longest_row(text) if probed.has_fixed_positions else None,
         same_rotation_up_to=same_rotation_up_to(text),
         without_adapter=left_out,
         mixture_of_experts=experts,
@@ -210,20 +205,13 @@ def _inspect(config: Any, lora: LoraSpec) -> Family:
     )
 
 
-def _reject_stored_experts(config: Any, *, experts: bool) -> None:
-    """Reject a mixture of experts that bitsandbytes has stored in 4 bit."""
-    stored_in_4_bit = getattr(config, SETTINGS[0], None) is not None and not experts_in_mxfp4(config)
-    if stored_in_4_bit and experts:
-        _reject(config.model_type, "it is a mixture of experts that is quantized already, and its experts are not")
-
-
 def _reject(model_type: str, reason: str | None) -> None:
     if reason is not None:
         raise bad_configuration(f"model_type {model_type!r} cannot be trained here: {reason}; {ALTERNATIVE}")
 
 
-def _read_config(folder: Path) -> Any:
-    path = folder / "config.json"
+def _read_config(folder: Path) -> PretrainedConfig:
+    path = folder / CONFIG
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_CONFIG_BYTES + 1)
@@ -243,13 +231,11 @@ def _read_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except UNUSABLE as error:
-        cannot = with_error(
-            f"{path}: transformers cannot read a configuration of model_type {raw['model_type']!r}", error
-        )
-        raise bad_configuration(cannot) from error
+        cannot = f"{path}: transformers cannot read a configuration of model_type {raw['model_type']!r}"
+        raise bad_configuration(with_error(cannot, error)) from error
 
 
-def _require_safe(path: Path, raw: dict[str, Any]) -> None:
+def _require_safe(path: Path, raw: JsonObject) -> None:
     """Raise StepFailure for a configuration that runs or reads foreign content."""
     for name, value in entries(raw):
         if name == "auto_map":
@@ -277,10 +263,7 @@ def _require_safe(path: Path, raw: dict[str, Any]) -> None:
 
 
 def quantized_fraction(model: PreTrainedModel) -> float:
-    """Share of exact `nn.Linear` modules and routed experts in the parameters.
-
-    Embeddings and output layer do not count.
-    """
+    """Share of exact `nn.Linear` modules and experts in the parameters of the blocks."""
     outer, head = outer_parameters(model), model.get_output_embeddings()
     inner = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in outer)
     # A subclass, as Falcon's, is not replaced by a 4-bit layer.
@@ -294,7 +277,7 @@ def quantized_fraction(model: PreTrainedModel) -> float:
     return (linear + experts) / inner if inner else 0.0
 
 
-def _reject_untying(model_type: str, model: Any, lora: LoraSpec) -> None:
+def _reject_untying(model_type: str, model: PreTrainedModel, lora: LoraSpec) -> None:
     """Reject training a copy of one of two tied modules: a different model."""
     head = model.get_output_embeddings()
     if lora.modules_to_save and head.weight is model.get_input_embeddings().weight:
@@ -304,7 +287,7 @@ def _reject_untying(model_type: str, model: Any, lora: LoraSpec) -> None:
         )
 
 
-def longest_row(config: Any) -> int | None:
+def longest_row(config: PretrainedConfig) -> int | None:
     """Tokens of the longest row that the model has positions for, or None without a limit.
 
     `max_position_embeddings`, or more where the rotation is stretched: `factor` times the original length with YaRN
@@ -323,7 +306,7 @@ def longest_row(config: Any) -> int | None:
     return max(stretched)
 
 
-def same_rotation_up_to(config: Any) -> int | None:
+def same_rotation_up_to(config: PretrainedConfig) -> int | None:
     """The most tokens of a row whose rotation is independent of its sequence, or None without a limit.
 
     LongRoPE (arXiv 2402.13753), as transformers computes it, takes its long factors for a whole sequence as soon as
@@ -337,7 +320,7 @@ def same_rotation_up_to(config: Any) -> int | None:
     return min(lengths, default=None)
 
 
-def _rotations(config: Any) -> Iterator[dict[str, Any]]:
+def _rotations(config: PretrainedConfig) -> Iterator[RopeParameters]:
     """The rotary settings, one for each kind of layer where kinds differ."""
     parameters = getattr(config, "rope_parameters", None) or {}
     for rotation in (parameters, *parameters.values()):

@@ -4,11 +4,11 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers import PretrainedConfig, PreTrainedModel
 
 from qlora_trainer.core.model_error import ModelError, explain_errors
 from qlora_trainer.model.architecture.decoder import (
@@ -20,11 +20,10 @@ from qlora_trainer.model.architecture.decoder import (
 )
 from qlora_trainer.model.architecture.text_part import random_text_part
 from qlora_trainer.model.experts.compute import EXPERTS, expert_modules, register_experts
-from qlora_trainer.model.families.tiny_model import SPECIAL_TOKENS, VOCABULARY, WEIGHT_DEVIATION, shrunken
+from qlora_trainer.model.families.tiny_model import SPECIAL_TOKENS, VOCABULARY, WEIGHT_DEVIATION, shrink
 from qlora_trainer.model.kernels.attention import ATTENTION, RowBoundaries, register_attention
 from qlora_trainer.model.losses.loss import LogitTransform
 
-_OF_TRANSFORMERS = ("sdpa", "eager")
 _ROWS = (7, 12)
 """Both longer than the shrunken window."""
 _UNKNOWN = (ModelError, ValueError, RuntimeError, TypeError, AttributeError, KeyError)
@@ -40,13 +39,13 @@ class Probe:
     """The `attn_implementation` with which a row's logits are those of transformers' own attention, experts and head.
 
     None if there is none."""
-    isolated: bool = False
+    is_isolated: bool = False
     """Whether a row before it changes no bit of its values. See `_is_same_behind`."""
-    causal: bool = False
+    is_causal: bool = False
     """Nor does a later token change those of an earlier one, beyond rounding."""
-    stateless: bool = False
+    is_stateless: bool = False
     """Nor does a sequence before it change a bit."""
-    steady: bool = False
+    is_steady: bool = False
     """They are the same in training mode, without what `compute_as_in_use` turns off."""
     without_gradient: frozenset[tuple[int, str]] = frozenset()
     """Linear layers without part in the loss, by block number and name in the block."""
@@ -54,11 +53,11 @@ class Probe:
     """Names of linear layers whose weights are used outside their forward pass."""
     unlike: tuple[str, ...] = ()
     """Parts of blocks that only the whole model has, or only the small one."""
-    fixed_positions: bool = False
+    has_fixed_positions: bool = False
     """Whether it computes no row beyond its positions, as with learned vectors."""
 
 
-def probe(config: Any, whole: Any) -> Probe:
+def probe(config: PretrainedConfig, whole: PreTrainedModel) -> Probe:
     """Compare a small random model of this `config` with our attention, positions and head with itself.
 
     Where our attention does not compute what the family's own does, transformers' is tried, for one row a sequence.
@@ -70,7 +69,7 @@ def probe(config: Any, whole: Any) -> Probe:
     register_attention()
     register_experts()
     with explain_errors(f"this trainer cannot make {_SMALL_MODEL}"):
-        small = shrunken(config)
+        small = shrink(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         tokens = VOCABULARY - len(SPECIAL_TOKENS)
@@ -94,7 +93,7 @@ def probe(config: Any, whole: Any) -> Probe:
     return Probe(attention, isolated, causal, stateless, steady, frozenset(silent_layers), bypassed, unlike, fixed)
 
 
-def _unlike(whole: Any, small: Any) -> tuple[str, ...]:
+def _unlike(whole: PreTrainedModel, small: PreTrainedModel) -> tuple[str, ...]:
     """Block kinds that only one of the models has, by the parts that differ."""
     kinds, small_kinds = block_structures(whole), block_structures(small)
     parts: set[str] = set()
@@ -104,7 +103,7 @@ def _unlike(whole: Any, small: Any) -> tuple[str, ...]:
     return tuple(sorted(parts))
 
 
-def _expected_logits(config: Any, row: Tensor) -> Tensor:
+def _expected_logits(config: PretrainedConfig, row: Tensor) -> Tensor:
     """The row's logits, as transformers computes them with its attention and experts."""
     with explain_errors(f"transformers cannot build {_SMALL_MODEL}"):
         model = _random_model(config, "eager", "eager")
@@ -112,7 +111,7 @@ def _expected_logits(config: Any, row: Tensor) -> Tensor:
         return model(input_ids=row, use_cache=False).logits
 
 
-def _has_fixed_positions(config: Any, row: Tensor) -> bool:
+def _has_fixed_positions(config: PretrainedConfig, row: Tensor) -> bool:
     """Whether the model computes a row as long as its positions, but none longer."""
     of_row = copy.deepcopy(config)
     text = of_row.get_text_config(decoder=True)
@@ -127,7 +126,7 @@ def _has_fixed_positions(config: Any, row: Tensor) -> bool:
     return not _computes(model, torch.cat([row, row[:, :1]], dim=1)) and _computes(model, row)
 
 
-def _computes(model: Any, row: Tensor) -> bool:
+def _computes(model: PreTrainedModel, row: Tensor) -> bool:
     try:
         with torch.no_grad():
             model(input_ids=row, use_cache=False)
@@ -136,31 +135,27 @@ def _computes(model: Any, row: Tensor) -> bool:
     return True
 
 
-def _random_model(config: Any, attention: str, experts: str = EXPERTS) -> Any:
+def _random_model(config: PretrainedConfig, attention: str, experts: str = EXPERTS) -> PreTrainedModel:
     """The model with these implementations, and the same random weights for each."""
     torch.manual_seed(1)
     model = random_text_part(config, dtype=torch.float32, attn_implementation=attention, experts_implementation=experts)
     for parameter in model.eval().parameters():
-        if parameter.requires_grad and (parameter.ndim == 1 or _is_constant(parameter)):
+        is_constant = bool((parameter == parameter.flatten()[:1]).all())
+        if parameter.requires_grad and (parameter.ndim == 1 or is_constant):
             # Biases, and some routers, are initialized with 0 and norms with 1: leaving one out, or drawing experts at
             # random, would not change the logits.
             parameter.data.add_(WEIGHT_DEVIATION * torch.randn_like(parameter))
     return model
 
 
-def _is_constant(parameter: Tensor) -> bool:
-    return bool((parameter == parameter.flatten()[:1]).all())
-
-
-def _exact_model(config: Any, row: Tensor, expected: Tensor) -> tuple[Any, str | None]:
-    """The model and first implementation with the expected logits, or None without one.
-
-    Made with it, as it is loaded: some families do not change theirs afterwards. Raises what ours raises if
-    none is exact.
-    """
+def _exact_model(
+    config: PretrainedConfig, row: Tensor, expected: Tensor
+) -> tuple[PreTrainedModel, str] | tuple[None, None]:
+    """The model and first implementation with the expected logits. Raises what ours raises."""
     refusal: Exception | None = None
-    for attention in (ATTENTION, *_OF_TRANSFORMERS):
+    for attention in (ATTENTION, "sdpa", "eager"):
         try:
+            # Made with it, as it is loaded: some families do not change theirs afterwards.
             model = _random_model(config, attention)
             if _is_close(_logits(model, row, _ROWS[1:]), expected):
                 return model, attention
@@ -172,11 +167,7 @@ def _exact_model(config: Any, row: Tensor, expected: Tensor) -> tuple[Any, str |
     return None, None
 
 
-def _has_experts(model: Any) -> bool:
-    return next(expert_modules(model), None) is not None
-
-
-def _isolates(model: Any, row: Tensor, before: tuple[Tensor, Tensor], expected: Tensor) -> bool:
+def _isolates(model: PreTrainedModel, row: Tensor, before: tuple[Tensor, Tensor], expected: Tensor) -> bool:
     """Whether a row's logits are the expected ones behind each of the other rows."""
     behind, behind_other = (
         _logits(model, torch.cat([other, row], dim=1), _ROWS)[:, other.shape[1] :] for other in before
@@ -184,26 +175,26 @@ def _isolates(model: Any, row: Tensor, before: tuple[Tensor, Tensor], expected: 
     return _is_same_behind(model, behind, behind_other) and _is_close(behind, expected)
 
 
-def _is_same_behind(model: Any, logits: Tensor, others: Tensor) -> bool:
+def _is_same_behind(model: PreTrainedModel, logits: Tensor, others: Tensor) -> bool:
     """Whether a row's logits behind two different rows are the same to the bit.
 
     With routed experts up to rounding, 2^-16 of the largest: an expert's number of tokens depends on the other row, and
     a matrix product of another size adds in another order. A leak from another row is above: its tokens' states are as
     large as those of this row.
     """
-    if not _has_experts(model):
+    if next(expert_modules(model), None) is None:
         return torch.equal(logits, others)
     return bool((logits - others).abs().max() <= 2**-16 * logits.abs().max())
 
 
-def _is_causal(model: Any, row: Tensor) -> bool:
+def _is_causal(model: PreTrainedModel, row: Tensor) -> bool:
     half = row.shape[1] // 2
     changed = torch.cat([row[:, :half], row[:, half:].flip(1)], dim=1)
     before, after = (_logits(model, tokens, _ROWS[1:])[:, :half] for tokens in (row, changed))
     return _is_close(after, before)
 
 
-def _is_stateless(model: Any, row: Tensor, other: Tensor) -> bool:
+def _is_stateless(model: PreTrainedModel, row: Tensor, other: Tensor) -> bool:
     before = _logits(model, row, _ROWS[1:])
     _logits(model, other, _ROWS[:1])
     return torch.equal(_logits(model, row, _ROWS[1:]), before)
@@ -213,18 +204,15 @@ def _is_close(logits: Tensor, expected: Tensor) -> bool:
     return torch.allclose(logits, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
-def _logits(model: Any, input_ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
+def _logits(model: PreTrainedModel, input_ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """Logits as training computes them: decoder, head, transform."""
     rows = RowBoundaries.from_lengths(lengths, input_ids.device)
     states = decoder_states(model, input_ids, rows.position_ids(), rows)
     return LogitTransform.from_config(model.config)(model.get_output_embeddings()(states))
 
 
-def _without_gradient(model: Any, row: Tensor) -> tuple[list[tuple[int, str]], tuple[str, ...]]:
-    """Linear layers without part in the loss, by number of the block and name in it.
-
-    And the names of those whose weights still have one.
-    """
+def _without_gradient(model: PreTrainedModel, row: Tensor) -> tuple[list[tuple[int, str]], tuple[str, ...]]:
+    """Places of linear layers without part in the loss, and names of those whose weights have one."""
     linears = block_linears(model)
     compute_as_in_use(model)
     model.train()

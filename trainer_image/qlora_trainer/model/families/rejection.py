@@ -1,7 +1,9 @@
 """Gives reasons against training a family, by its configuration or a small model."""
 
 from collections.abc import Iterator
-from typing import Any
+
+from pydantic import JsonValue
+from transformers import PretrainedConfig, PreTrainedModel
 
 from qlora_api.memory.model_shape import LARGEST_SIZES
 from qlora_trainer.core.paths import some_names
@@ -20,7 +22,7 @@ _NOT_TRAINED = frozenset({"deepseek_v4"})
 _CROSS_ATTENTION = ("encoder_attn", "crossattention")
 
 
-def entries(value: Any) -> Iterator[tuple[str, Any]]:
+def entries(value: JsonValue) -> Iterator[tuple[str, JsonValue]]:
     """Every key of nested JSON with its value, outer ones first."""
     # Not recursive: JSON may nest deeper than calls may.
     begun = [_inside(value)]
@@ -34,14 +36,14 @@ def entries(value: Any) -> Iterator[tuple[str, Any]]:
             begun.pop()
 
 
-def _inside(value: Any) -> Iterator[tuple[str | None, Any]]:
+def _inside(value: JsonValue) -> Iterator[tuple[str | None, JsonValue]]:
     """The values inside a list or an object, those of an object with their keys."""
     if isinstance(value, dict):
         return iter(value.items())
     return ((None, inner) for inner in value) if isinstance(value, list) else iter(())
 
 
-def reason_in_config(config: Any) -> str | None:
+def reason_in_config(config: PretrainedConfig) -> str | None:
     """Why a model of this configuration cannot be trained, or None."""
     text = config.get_text_config(decoder=True)
     if config.is_encoder_decoder:
@@ -66,7 +68,7 @@ def reason_in_config(config: Any) -> str | None:
     return None
 
 
-def reason_in_model(model: Any) -> str | None:
+def reason_in_model(model: PreTrainedModel) -> str | None:
     """Why a model's layers, with or without weights, prevent training, or None."""
     unread = reason_against_experts(model) or reason_against_storage(model)
     if unread is not None:
@@ -74,7 +76,8 @@ def reason_in_model(model: Any) -> str | None:
     if unrouted := experts_without_router(model):
         return f"it is a mixture of experts ({unrouted}) whose router is not found, which must compute without autocast"
     # A configuration has the family's default count even if none of its blocks has experts (Nemotron-H).
-    if not ExpertLayout.from_model(model).stacks and _names_experts(model):
+    names_experts = any("expert" in f"{name} {type(module).__name__}".lower() for name, module in model.named_modules())
+    if names_experts and not ExpertLayout.from_model(model).stacks:
         for name, value in entries(model.config.get_text_config(decoder=True).to_dict()):
             if name in EXPERT_COUNTS and isinstance(value, int) and value > 1:
                 return (
@@ -89,21 +92,17 @@ def reason_in_model(model: Any) -> str | None:
     return None
 
 
-def _names_experts(model: Any) -> bool:
-    return any("expert" in f"{name} {type(module).__name__}".lower() for name, module in model.named_modules())
-
-
 def reason_in_probe(found: Probe) -> str | None:
     """Why the small model of a family prevents training, or None."""
     if found.attention is None:
         return "it computes attention or logits in a way that this trainer does not support"
-    if not found.causal:
+    if not found.is_causal:
         return "its tokens attend to later ones, which this trainer does not support"
-    if not found.stateless:
+    if not found.is_stateless:
         return "a sequence has an effect on the next one"
     if found.bypassed:
         return f"it computes with the weights of {', '.join(found.bypassed)} themselves, which are packed in 4-bit"
-    if not found.steady:
+    if not found.is_steady:
         return "in training it computes something else than in use"
     if found.unlike:
         return f"the small test model of the family has other blocks than the whole one ({some_names(found.unlike)})"

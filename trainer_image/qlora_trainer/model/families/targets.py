@@ -1,32 +1,31 @@
 """Resolves spec.lora.targetModules to the layers of a model that get an adapter."""
 
 from collections.abc import Iterable
-from itertools import groupby
-from typing import Any
 
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+from transformers import PretrainedConfig
 
 from qlora_trainer.core.failures import bad_configuration
 
 ALL_LINEAR = "all-linear"
 
 
-def refused_by_peft(config: Any, names: Iterable[str]) -> set[str]:
+def refused_by_peft(config: PretrainedConfig, names: Iterable[str]) -> set[str]:
     """The names of linear layers that PEFT attaches no LoRA to in a model of this configuration.
 
     It rejects the output layer of Mamba blocks, which fused kernels read outside its forward pass.
     """
     refused: set[str] = set()
-    by_last_part = groupby(sorted(names, key=_last_part), _last_part)
-    for last_part, group in by_last_part:
+    names = tuple(names)
+    for last_part in set(map(_last_part, names)):
         stand_in = nn.Module()
         stand_in.config = config
         stand_in.add_module(last_part, nn.Linear(1, 1, device="meta"))
         try:
             inject_adapter_in_model(LoraConfig(r=1, target_modules=[last_part]), stand_in, low_cpu_mem_usage=True)
         except ValueError:
-            refused.update(group)
+            refused.update(name for name in names if _last_part(name) == last_part)
     return refused
 
 

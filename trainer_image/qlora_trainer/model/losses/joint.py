@@ -3,10 +3,8 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -16,10 +14,11 @@ from qlora_trainer.model.kernels.attention import RowBoundaries
 from qlora_trainer.model.kernels.fused_lora import Segment, routing_of
 from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.model.losses.loss import LogitTransform, summed_loss
+from qlora_trainer.model.protocols import AdaptedModel
 
 
 @contextmanager
-def routed(model: PeftModel, batches: Mapping[str, Batch]) -> Iterator[None]:
+def route(model: AdaptedModel, batches: Mapping[str, Batch]) -> Iterator[None]:
     """In the body, forward passes are `joint_losses` of these batches, by the names of their adapters.
 
     Their backward passes have to be in it too: gradient checkpointing computes the blocks again. `require_apart` checks
@@ -38,14 +37,14 @@ def routed(model: PeftModel, batches: Mapping[str, Batch]) -> Iterator[None]:
         routing.segments = ()
 
 
-def joint_losses(model: PeftModel, batches: Mapping[str, Batch]) -> dict[str, Tensor]:
-    """For each adapter the summed loss of its batch's targets, a float32 scalar. Call it inside `routed`.
+def joint_losses(model: AdaptedModel, batches: Mapping[str, Batch]) -> dict[str, Tensor]:
+    """For each adapter the summed loss of its batch's targets, a float32 scalar. Call it inside `route`.
 
     The base computes the tokens of all together, and each adapter those of its batch. Raises ModelError for layers that
     are given other tokens.
     """
-    base: Any = model.get_base_model()
-    batch = joined(tuple(batches.values()))
+    base = model.get_base_model()
+    batch = _join(tuple(batches.values()))
     states = decoder_states(base, batch.input_ids, batch.position_ids, batch.rows)[0]
     positions = batch.predicting.split([part.target_count for part in batches.values()])
     head, transform = base.get_output_embeddings(), LogitTransform.from_config(base.config)
@@ -56,12 +55,16 @@ def joint_losses(model: PeftModel, batches: Mapping[str, Batch]) -> dict[str, Te
     }
 
 
-def joined(batches: tuple[Batch, ...]) -> Batch:
-    """The batches one after the other as one. Padding follows the last only."""
+def _join(batches: tuple[Batch, ...]) -> Batch:
+    """The batches one after the other. Padding follows the last only."""
     device = batches[0].input_ids.device
     offsets = list(accumulate((batch.tokens for batch in batches), initial=0))
     padding = cpu.padding(offsets[-1], device.type)
-    lengths = tuple(length for batch in batches for length in _without_padding(batch))
+    lengths = tuple(
+        length
+        for batch in batches
+        for length in batch.rows.lengths[: -1 if batch.tokens < batch.input_ids.shape[1] else None]
+    )
     rows = RowBoundaries.from_lengths((*lengths, padding) if padding else lengths, device)
     predicting = [batch.predicting + offset for batch, offset in zip(batches, offsets, strict=False)]
     return Batch(
@@ -72,7 +75,3 @@ def joined(batches: tuple[Batch, ...]) -> Batch:
         torch.cat([batch.targets for batch in batches]),
         offsets[-1],
     )
-
-
-def _without_padding(batch: Batch) -> tuple[int, ...]:
-    return batch.rows.lengths[: -1 if batch.tokens < batch.input_ids.shape[1] else None]

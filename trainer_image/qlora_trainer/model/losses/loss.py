@@ -1,17 +1,19 @@
 """The training loss: cross-entropy of labeled tokens, without full logits."""
 
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig
 
 from qlora_trainer.core import cpu
 from qlora_trainer.model.architecture.decoder import decoder_states
 from qlora_trainer.model.losses.batch import Batch
+from qlora_trainer.model.protocols import Decoder
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class LogitTransform:
     softcap: float | None = None
 
     @classmethod
-    def from_config(cls, config: Any) -> Self:
+    def from_config(cls, config: PretrainedConfig) -> Self:
         """The configuration's transform: Granite divides, Cohere multiplies, Gemma 2 caps."""
         text = config.get_text_config(decoder=True)
         multiplier = getattr(text, "logit_scale", None) or 1.0
@@ -38,12 +40,12 @@ class LogitTransform:
         return logits
 
 
-def batch_loss(model: Any, batch: Batch) -> Tensor:
+def batch_loss(model: Decoder, batch: Batch) -> Tensor:
     """Sum of a batch's target losses, a float32 scalar, of a causal language model."""
     return summed_loss(*_of_targets(model, batch))
 
 
-def row_losses(model: Any, batch: Batch) -> Tensor:
+def row_losses(model: Decoder, batch: Batch) -> Tensor:
     """float32 [rows]: the sum of the losses of each row's targets, for a batch of pairs.
 
     It is the negative logarithm of the likelihood that the model gives to the row's targets.
@@ -54,22 +56,15 @@ def row_losses(model: Any, batch: Batch) -> Tensor:
     return torch.stack([row.sum() for row in losses.split(batch.pairs.target_counts)])
 
 
-def _of_targets(model: Any, batch: Batch) -> tuple[Tensor, Tensor, torch.nn.Module, LogitTransform, int]:
-    """Arguments for the functions below.
-
-    The last states that predict a target, the targets, the head, the transform and the chunk's tokens.
-    """
+def _of_targets(model: Decoder, batch: Batch) -> tuple[Tensor, Tensor, nn.Module | None, LogitTransform, int]:
+    """The arguments of `summed_loss` and `target_losses`."""
     states = decoder_states(model, batch.input_ids, batch.position_ids, batch.rows)[0]
     head, transform = model.get_output_embeddings(), LogitTransform.from_config(model.config)
     return states[batch.predicting], batch.targets, head, transform, cpu.loss_chunk_tokens(states.device.type)
 
 
 def summed_loss(
-    hidden: Tensor,
-    targets: Tensor,
-    head: torch.nn.Module,
-    transform: LogitTransform,
-    chunk_tokens: int,
+    hidden: Tensor, targets: Tensor, head: nn.Module, transform: LogitTransform, chunk_tokens: int
 ) -> Tensor:
     """Sum of the negative log-likelihoods (natural log) of `targets`, a float32 scalar.
 
@@ -81,16 +76,12 @@ def summed_loss(
     if not len(targets):
         return hidden.sum().float() * 0.0
     if _is_frozen(head):
-        return cast("Tensor", _FrozenHeadLoss.apply(hidden, targets, head, transform, chunk_tokens))
+        return _FrozenHeadLoss.apply(hidden, targets, head, transform, chunk_tokens)
     return torch.stack(_trained_head_losses(hidden, targets, head, transform, chunk_tokens, "sum")).sum()
 
 
 def target_losses(
-    hidden: Tensor,
-    targets: Tensor,
-    head: torch.nn.Module,
-    transform: LogitTransform,
-    chunk_tokens: int,
+    hidden: Tensor, targets: Tensor, head: nn.Module, transform: LogitTransform, chunk_tokens: int
 ) -> Tensor:
     """float32 [targets]: the negative log-likelihood of each of `targets`, computed like `summed_loss`.
 
@@ -100,16 +91,16 @@ def target_losses(
     if not len(targets):
         return hidden.sum(dim=-1).float() * 0.0
     if _is_frozen(head):
-        return cast("Tensor", _FrozenHeadLosses.apply(hidden, targets, head, transform, chunk_tokens))
+        return _FrozenHeadLosses.apply(hidden, targets, head, transform, chunk_tokens)
     return torch.cat(_trained_head_losses(hidden, targets, head, transform, chunk_tokens, "none"))
 
 
-def _is_frozen(head: torch.nn.Module) -> bool:
+def _is_frozen(head: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in head.parameters())
 
 
 def _trained_head_losses(
-    hidden: Tensor, targets: Tensor, head: torch.nn.Module, transform: LogitTransform, chunk_tokens: int, reduction: str
+    hidden: Tensor, targets: Tensor, head: nn.Module, transform: LogitTransform, chunk_tokens: int, reduction: str
 ) -> list[Tensor]:
     """The losses of each chunk, whose logits backward computes again."""
 
@@ -127,17 +118,12 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        context: Any,
-        hidden: Tensor,
-        targets: Tensor,
-        head: torch.nn.Module,
-        transform: LogitTransform,
-        chunk_tokens: int,
+        context: Any, hidden: Tensor, targets: Tensor, head: nn.Module, transform: LogitTransform, chunk_tokens: int
     ) -> Tensor:
-        needed = context.needs_input_grad[0]
-        gradient = torch.empty_like(hidden) if needed else None
+        gradient = torch.empty_like(hidden) if context.needs_input_grad[0] else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for chunk in _chunks(len(targets), chunk_tokens):
+        for first in range(0, len(targets), chunk_tokens):
+            chunk = slice(first, first + chunk_tokens)
             loss += _chunk_losses(hidden, targets, head, transform, chunk, gradient).sum()
         context.save_for_backward(gradient)
         return loss
@@ -154,16 +140,12 @@ class _FrozenHeadLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        context: Any,
-        hidden: Tensor,
-        targets: Tensor,
-        head: torch.nn.Module,
-        transform: LogitTransform,
-        chunk_tokens: int,
+        context: Any, hidden: Tensor, targets: Tensor, head: nn.Module, transform: LogitTransform, chunk_tokens: int
     ) -> Tensor:
         gradient = torch.empty_like(hidden) if context.needs_input_grad[0] else None
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        for chunk in _chunks(len(targets), chunk_tokens):
+        for first in range(0, len(targets), chunk_tokens):
+            chunk = slice(first, first + chunk_tokens)
             losses[chunk] = _chunk_losses(hidden, targets, head, transform, chunk, gradient).squeeze(1)
         context.save_for_backward(gradient)
         return losses
@@ -176,22 +158,10 @@ class _FrozenHeadLosses(torch.autograd.Function):
         return torch.mul(gradient, weights.unsqueeze(1), out=torch.empty_like(gradient)), None, None, None, None
 
 
-def _chunks(targets: int, chunk_tokens: int) -> list[slice]:
-    return [slice(first, first + chunk_tokens) for first in range(0, targets, chunk_tokens)]
-
-
 def _chunk_losses(
-    hidden: Tensor,
-    targets: Tensor,
-    head: torch.nn.Module,
-    transform: LogitTransform,
-    chunk: slice,
-    gradient: Tensor | None,
+    hidden: Tensor, targets: Tensor, head: nn.Module, transform: LogitTransform, chunk: slice, gradient: Tensor | None
 ) -> Tensor:
-    """float32 [chunk, 1]: the loss of each target in the chunk.
-
-    Its gradient is put into `gradient`, unless None.
-    """
+    """float32 [chunk, 1]: the loss of each target in the chunk. Sets its part of `gradient`, unless None."""
     needed = gradient is not None
     with torch.set_grad_enabled(needed):
         part = hidden[chunk].detach().requires_grad_(needed)

@@ -22,7 +22,7 @@ class PairLosses:
     """The implicit reward of the chosen answer, without a graph."""
     rejected_reward: Tensor
 
-    def measured(self) -> tuple[Tensor, ...]:
+    def sums(self) -> tuple[Tensor, ...]:
         """Sums over the pairs: both rewards, their difference, and the share that prefers the chosen one.
 
         A pair with equal rewards counts half, as for an untrained model.

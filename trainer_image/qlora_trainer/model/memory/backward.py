@@ -8,14 +8,16 @@ import heapq
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 
-Edge = tuple[Any, int]
+Node: TypeAlias = Any
+"""A `torch.autograd.graph.Node`, of which PyTorch declares only a part."""
+Edge: TypeAlias = tuple[Node, int]
 """A node of the graph, and the number of one of its inputs."""
 _ACCUMULATES = "torch::autograd::AccumulateGrad"
 
@@ -28,16 +30,9 @@ def backward(output: Tensor) -> None:
     output.detach_()
     for node, given in _walk(roots, gradient):
         if node.name() == _ACCUMULATES and given[0] is not None:
-            _accumulate(node.variable, given[0])
+            with torch.no_grad():
+                node.variable.grad = given[0] if node.variable.grad is None else node.variable.grad.add_(given[0])
         del node, given
-
-
-@torch.no_grad()
-def _accumulate(variable: Tensor, gradient: Tensor) -> None:
-    if variable.grad is None:
-        variable.grad = gradient
-    else:
-        variable.grad += gradient
 
 
 def gradients(
@@ -57,20 +52,13 @@ def gradients(
     return tuple(found.get(edge) for edge in edges)
 
 
-def nodes(output: Tensor) -> list[Any]:
+def nodes(output: Tensor) -> list[Node]:
     """The nodes of the graph that computed `output`, each once."""
-    root: Any = output.grad_fn
-    found, stack = {root: None}, [root]
-    while stack:
-        for node, _ in stack.pop().next_functions:
-            if node is not None and node not in found:
-                found[node] = None
-                stack.append(node)
-    return list(found)
+    return [output.grad_fn, *_consumers(output.grad_fn)]
 
 
 @torch.no_grad()
-def _run(node: Any, given: Sequence[Tensor | None]) -> Sequence[tuple[Edge, Tensor | None]]:
+def _run(node: Node, given: Sequence[Tensor | None]) -> Sequence[tuple[Edge, Tensor | None]]:
     """A node's gradients for those of its outputs, with the edges they follow."""
     edges = node.next_functions
     # The engine runs backward as the forward pass of a thread without autocast.
@@ -79,27 +67,27 @@ def _run(node: Any, given: Sequence[Tensor | None]) -> Sequence[tuple[Edge, Tens
             made = node(*given)
             return list(zip(edges, made if isinstance(made, tuple) else (made,), strict=True))
         # Whether a function wants zeros for outputs without a gradient cannot be read; one that does not ignores them.
-        function: Any = node
+        function: Node = node
         made = function.apply(
             *(
                 torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device) if gradient is None else gradient
                 for gradient, meta in zip(given, function._input_metadata, strict=True)
             )
         )
-    # It returns something for every argument of its forward, and may return None for more; edges are of tensors only.
+    # It returns a result for every argument of its forward, and may return None for more; edges are of tensors only.
     results = made if isinstance(made, tuple) else (made,)
     of_tensors = [result for result, needed in zip(results, node.needs_input_grad, strict=False) if needed]
     return list(zip((edge for edge in edges if edge[0] is not None), of_tensors, strict=True))
 
 
-def _walk(roots: list[Edge], gradient: Tensor) -> Iterator[tuple[Any, list[Tensor | None]]]:
+def _walk(roots: list[Edge], gradient: Tensor) -> Iterator[tuple[Node, list[Tensor | None]]]:
     """Run the nodes in the engine's order. Yields each, before it runs, with the gradients of its outputs.
 
     Takes the only root out of `roots`: a node, and what it has saved, lives until it has run, unless the caller has
     another reference to it.
     """
     root, number = roots.pop()
-    arrived: dict[Any, dict[int, Tensor]] = {root: {number: gradient}}
+    arrived: dict[Node, dict[int, Tensor]] = {root: {number: gradient}}
     waiting = _consumers(root)
     order, ready = count(), [(0, 0, root)]
     del root, gradient
@@ -119,7 +107,7 @@ def _walk(roots: list[Edge], gradient: Tensor) -> Iterator[tuple[Any, list[Tenso
 
 
 def _push_ready(
-    ready: list[tuple[int, int, Any]], edges: Sequence[Edge], waiting: Counter[Any], order: Iterator[int]
+    ready: list[tuple[int, int, Node]], edges: Sequence[Edge], waiting: Counter[Node], order: Iterator[int]
 ) -> None:
     """Push the nodes that only waited for a node with these edges."""
     for node, _ in edges:
@@ -132,7 +120,7 @@ def _push_ready(
                 heapq.heappush(ready, (last_first, next(order), node))
 
 
-def _add(arrived: dict[Any, dict[int, Tensor]], made: Sequence[tuple[Edge, Tensor | None]]) -> None:
+def _add(arrived: dict[Node, dict[int, Tensor]], made: Sequence[tuple[Edge, Tensor | None]]) -> None:
     """Add gradients to those that have come along other edges."""
     for (node, number), gradient in made:
         if gradient is not None and node is not None:
@@ -140,9 +128,9 @@ def _add(arrived: dict[Any, dict[int, Tensor]], made: Sequence[tuple[Edge, Tenso
             sums[number] = sums[number] + gradient if number in sums else gradient
 
 
-def _consumers(root: Any) -> Counter[Any]:
+def _consumers(root: Node) -> Counter[Node]:
     """Number of edges to each node behind `root`."""
-    counted: Counter[Any] = Counter()
+    counted: Counter[Node] = Counter()
     stack = [root]
     while stack:
         for node, _ in stack.pop().next_functions:
@@ -153,7 +141,7 @@ def _consumers(root: Any) -> Counter[Any]:
     return counted
 
 
-def _fit(gradient: Tensor | None, metadata: Any) -> Tensor | None:
+def _fit(gradient: Tensor | None, metadata: Node) -> Tensor | None:
     """The gradient in the shape and type of its tensor, as the engine makes it."""
     if gradient is None:
         return None

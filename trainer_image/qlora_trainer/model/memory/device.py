@@ -6,7 +6,7 @@ go the way of a GPU. They have no backward pass: that is `backward`.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from itertools import product
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -29,7 +29,7 @@ _GRAPH_TASK = 1
 @contextmanager
 def fake_cuda(capability: tuple[int, int] = AMPERE) -> Iterator[None]:
     """Create tensors without data. Those on `cuda` have this compute capability."""
-    stand_ins: tuple[tuple[Any, str, Any], ...] = (
+    stand_ins: tuple[tuple[object, str, object], ...] = (
         (torch.cuda, "get_device_capability", lambda _device=None: capability),
         (torch.cuda, "is_bf16_supported", lambda **_: True),
         (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
@@ -42,14 +42,14 @@ def fake_cuda(capability: tuple[int, int] = AMPERE) -> Iterator[None]:
     with ExitStack() as stack:
         for module, name, stand_in in stand_ins:
             stack.enter_context(_replace(module, name, stand_in))
-        _forget_capability()
-        stack.callback(_forget_capability)
+        _clear_capability()
+        stack.callback(_clear_capability)
         stack.enter_context(FakeTensorMode())
         yield
 
 
 @contextmanager
-def _replace(module: Any, name: str, stand_in: Any) -> Iterator[None]:
+def _replace(module: object, name: str, stand_in: object) -> Iterator[None]:
     original = getattr(module, name)
     setattr(module, name, stand_in)
     try:
@@ -95,7 +95,7 @@ def _fused_attention(
     return output
 
 
-def _forget_capability() -> None:
+def _clear_capability() -> None:
     varlen._cudnn_version_and_major_capability.cache_clear()
     varlen._should_use_cudnn.cache_clear()
 
@@ -108,31 +108,17 @@ def on_fake_cuda(model: nn.Module) -> None:
             if parameter is None:
                 continue
             if id(parameter) not in moved:
-                moved[id(parameter)] = _move(parameter)
+                moved[id(parameter)] = nn.Parameter(_like(parameter), requires_grad=parameter.requires_grad)
+                # Of a 4-bit weight: how it is quantized.
+                moved[id(parameter)].__dict__.update(parameter.__dict__)
             module._parameters[name] = moved[id(parameter)]
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else _like(buffer)
         if isinstance(module, Linear4bit):
-            for state, name, tensor in constants(module):
-                setattr(state, name, _like(tensor))
-
-
-def constants(layer: Linear4bit) -> list[tuple[Any, str, Tensor]]:
-    """A 4-bit layer's quantization tensors, each with its holder and name there."""
-    outer: Any = layer.quant_state
-    return [
-        (state, name, tensor)
-        for state in (outer, outer.state2)
-        for name in ("absmax", "code", "offset")
-        if (tensor := getattr(state, name, None)) is not None
-    ]
-
-
-def _move(parameter: Tensor) -> nn.Parameter:
-    new = nn.Parameter(_like(parameter), requires_grad=parameter.requires_grad)
-    # Of a 4-bit weight: how it is quantized.
-    new.__dict__.update(parameter.__dict__)
-    return new
+            for state, name in product((module.quant_state, module.quant_state.state2), ("absmax", "code", "offset")):
+                tensor = getattr(state, name, None)
+                if tensor is not None:
+                    setattr(state, name, _like(tensor))
 
 
 def _like(tensor: Tensor) -> Tensor:

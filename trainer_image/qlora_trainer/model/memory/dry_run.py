@@ -5,7 +5,6 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qlora_api.memory.estimate import ActivationBytes
 from qlora_api.spec.job import QLoRAJobSpec
@@ -28,25 +27,23 @@ class StepSize:
 
 
 def measure_within_limits(
-    config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str, family: Any = None
+    config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str, family: object = None
 ) -> MeasuredMemory:
-    """`measure.measure` in at most ten minutes and 2 GiB. `family` is what is known of the model from an inspection.
+    """Run `measure.measure` in at most ten minutes and 2 GiB. `family`: as there.
 
     Raises StepFailure for a model that cannot be trained, RuntimeError in a process that sees a GPU, and DryRunFailed
     for whatever else there is.
     """
     _require_trainer()
-    found: MeasuredMemory = within_limits(_call, (config, spec, tuple(sizes), digest, family))
-    return found
+    return within_limits(_call, (config, spec, tuple(sizes), digest, family))
 
 
 def measure_together_within_limits(
-    config: Path, specs: Sequence[QLoRAJobSpec], passes: Sequence[tuple[int, ...]], family: Any = None
+    config: Path, specs: Sequence[QLoRAJobSpec], passes: Sequence[tuple[int, ...]], family: object = None
 ) -> tuple[ActivationBytes, ...]:
     """Run `measure.measure_together` with the limits of `measure_within_limits`."""
     _require_trainer()
-    found: tuple[ActivationBytes, ...] = within_limits(_call_together, (config, tuple(specs), tuple(passes), family))
-    return found
+    return within_limits(_call_together, (config, tuple(specs), tuple(passes), family))
 
 
 def _require_trainer() -> None:
@@ -54,9 +51,9 @@ def _require_trainer() -> None:
         raise DryRunFailed(f"the trainer is not installed: {INSTALL}")
 
 
-def _call(*arguments: Any) -> Any:
+def _call(*arguments: object) -> MeasuredMemory:
     return importlib.import_module(_MEASURE).measure(*arguments)
 
 
-def _call_together(*arguments: Any) -> Any:
+def _call_together(*arguments: object) -> tuple[ActivationBytes, ...]:
     return importlib.import_module(_MEASURE).measure_together(*arguments)

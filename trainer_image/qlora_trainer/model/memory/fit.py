@@ -31,8 +31,13 @@ from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.core.sandbox import DryRunFailed
 from qlora_trainer.model.memory.dry_run import measure_together_within_limits, measure_within_limits
-from qlora_trainer.model.memory.job_memory import Measure, MeasuredJob, measured_further
-from qlora_trainer.model.memory.joint_memory import MeasurePasses, memory_together
+from qlora_trainer.model.memory.job_memory import (
+    Measure,
+    MeasuredJob,
+    MeasurePasses,
+    measure_further,
+    memory_together,
+)
 
 
 def read_shape(config: Path) -> ModelShape | None:
@@ -62,6 +67,7 @@ def training_shape(spec: QLoRAJobSpec, target_modules: Iterable[str]) -> Trainin
 
     `target_modules`: names of the adapted layers, exact or their last part.
     """
+    adapter_fields = frozenset() if spec.lora.initial_adapter is None else ADAPTER_FIELDS
     return TrainingShape(
         rank=spec.lora.rank,
         adapter_bytes=4 if spec.lora.dtype == "float32" else 2,
@@ -79,15 +85,8 @@ def training_shape(spec: QLoRAJobSpec, target_modules: Iterable[str]) -> Trainin
         gpus=spec.resources.gpu_count,
         sharding=spec.training.sharding,
         answer_tokens=_answer_tokens(spec),
-        fixed=_fixed_settings(spec),
+        fixed=adapter_fields if spec.continues is None else RUN_FIELDS,
     )
-
-
-def _fixed_settings(spec: QLoRAJobSpec) -> frozenset[str]:
-    """Settings that cannot change, because the job continues from an earlier one."""
-    if spec.continues is not None:
-        return RUN_FIELDS
-    return frozenset() if spec.lora.initial_adapter is None else ADAPTER_FIELDS
 
 
 def _answer_tokens(spec: QLoRAJobSpec) -> tuple[int, int] | None:
@@ -167,16 +166,18 @@ def _estimate(job: MeasuredJob, gpu_gib: int | None, rows_apart: bool) -> Memory
     judged: Verdict | Literal["unknown"] = "unknown" if gpu_gib is None else verdict(memory, gpu_gib)
     objection, remark = None, ""
     if gpu_gib is not None and judged == "exceeds":
-        job = measured_further(job, job.with_smaller)
+        job = measure_further(job, job.with_smaller)
         objection = (
             f"training needs about {memory.expected / GIB:.1f} GiB of GPU memory (at least {memory.low / GIB:.1f}), "
             f"but a GPU of {gpu_gib} GiB (spec.resources.gpuMemory) has {budget(gpu_gib) / GIB:.1f} to use: "
             f"{_remedy(advice(job.estimate, job.training, gpu_gib), job.training)}"
         )
     elif gpu_gib is not None and judged == "fits" and rows_apart:
-        job = measured_further(job, job.with_larger)
+        job = measure_further(job, job.with_larger)
         step = larger_micro_batch(job.estimate, job.training, gpu_gib)
-        remark = "" if step is None else _recommend(step)
+        if step is not None:
+            more = f"fits too ({step.expected / GIB:.1f} GiB) and is faster, with the same result"
+            remark = f"{_settings(step)} {more}"
     status = MemoryStatus(
         estimate_bytes=memory.expected,
         low_bytes=memory.low,
@@ -214,9 +215,8 @@ def _with_shared(fit: MemoryFit, find: Callable[[], int]) -> MemoryFit:
     return dataclasses.replace(fit, status=replace(fit.status, shared_bytes=shared), measured=measured)
 
 
-def _recommend(step: Advice) -> str:
-    changes = " and ".join(f"spec.{change.setting}: {change.proposed}" for change in step.changes)
-    return f"{changes} fits too ({step.expected / GIB:.1f} GiB) and is faster, with the same result"
+def _settings(step: Advice) -> str:
+    return " and ".join(f"spec.{change.setting}: {change.proposed}" for change in step.changes)
 
 
 def _remedy(steps: tuple[Advice, ...], training: TrainingShape) -> str:
@@ -225,8 +225,7 @@ def _remedy(steps: tuple[Advice, ...], training: TrainingShape) -> str:
     if not steps:
         return "use a larger GPU or a smaller model"
     first = steps[0]
-    changes = " and ".join(f"spec.{change.setting}: {change.proposed}" for change in first.changes)
-    remedy = f"set {changes}, which makes it {first.expected / GIB:.1f} GiB"
+    remedy = f"set {_settings(first)}, which makes it {first.expected / GIB:.1f} GiB"
     if first.verdict == "fits":
         return remedy
     if steps[-1].verdict != "exceeds":

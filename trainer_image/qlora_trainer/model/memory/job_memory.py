@@ -1,4 +1,4 @@
-"""The GPU memory of a job with any settings, from dry runs of its model."""
+"""The GPU memory of a job with any settings, alone or with others, from dry runs of its model."""
 
 import dataclasses
 import hashlib
@@ -11,23 +11,19 @@ from pathlib import Path
 
 from qlora_api.contract import GPU_LOSS_CHUNK_TOKENS
 from qlora_api.memory.advice import SHORTEST_SEQUENCE, larger_micro_batches
-from qlora_api.memory.answers import AnswerBytes
-from qlora_api.memory.estimate import (
-    ActivationBytes,
-    CountedRun,
-    MemoryEstimate,
-    combined,
-)
+from qlora_api.memory.estimate import ActivationBytes, AnswerBytes, CountedRun, MemoryEstimate, combine
 from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.memory.weights import WeightCounts
 from qlora_api.schema import Decides, replace
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.core.sandbox import DryRunFailed
-from qlora_trainer.model.memory.dry_run import StepSize, measure_within_limits
+from qlora_trainer.model.memory.dry_run import StepSize, measure_together_within_limits, measure_within_limits
 
 logger = logging.getLogger(__name__)
 Measure = Callable[[Path, QLoRAJobSpec, Sequence[StepSize], str], MeasuredMemory]
+MeasurePasses = Callable[[Path, Sequence[QLoRAJobSpec], Sequence[tuple[int, ...]]], tuple[ActivationBytes, ...]]
+"""Measures passes of some of the jobs, given by their numbers."""
 _PACKAGES = ("qlora-operator", "torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -41,17 +37,33 @@ def measured_estimate(measured: MeasuredMemory, training: TrainingShape) -> Memo
     A smaller rank is given the activations of the measured one, and gradient checkpointing what there is without it if
     no step was measured with it.
     """
-    return measured_together([(measured, training)], lambda trainings: _activations(measured.steps, trainings[0]))
+    return _combine([(measured, training)], lambda trainings: _activations(measured.steps, trainings[0]))
 
 
-def measured_together(
+def memory_together(
+    config: Path,
+    specs: Sequence[QLoRAJobSpec],
+    alone: "Sequence[MeasuredJob]",
+    measure: MeasurePasses = measure_together_within_limits,
+) -> MemoryEstimate:
+    """The peak of jobs trained together, whose model has this config.json. `alone` is that of each.
+
+    Raises as the dry run does.
+    """
+    each = tuple(range(len(alone)))
+    accumulating = tuple(number for number in each if alone[number].training.gradient_accumulation_steps > 1)
+    passes = sorted({each, accumulating} - {()}, key=len)
+    found = dict(zip(map(len, passes), measure(config, specs, passes), strict=True))
+    return _combine([(job.measured, job.training) for job in alone], lambda passing: found[len(passing)])
+
+
+def _combine(
     runs: Sequence[tuple[MeasuredMemory, TrainingShape]],
     activations: Callable[[Sequence[TrainingShape]], ActivationBytes],
 ) -> MemoryEstimate:
-    """The estimate of measured runs together on one base. See `combined`."""
     first, _ = runs[0]
     answers = AnswerBytes(first.answer_bytes_per_token, first.answer_bytes_per_pair)
-    return combined([CountedRun(_count_weights(*run), run[1]) for run in runs], activations, answers)
+    return combine([CountedRun(_count_weights(*run), run[1]) for run in runs], activations, answers)
 
 
 def _count_weights(measured: MeasuredMemory, training: TrainingShape) -> WeightCounts:
@@ -68,23 +80,10 @@ def _count_weights(measured: MeasuredMemory, training: TrainingShape) -> WeightC
 
 
 def _activations(steps: Sequence[MeasuredStep], training: TrainingShape) -> ActivationBytes:
-    kept, loss, work = _at(training, steps)
-    return ActivationBytes.of_measured(
-        kept=kept, loss=loss, work=work, gradient_checkpointing=training.gradient_checkpointing
-    )
-
-
-def _at(training: TrainingShape, steps: Sequence[MeasuredStep]) -> tuple[int, int, int]:
-    """Bytes kept, and bytes of the loss and of the layers, in a micro batch."""
-    tokens = training.tokens
-    points = {
-        step.tokens: (step.kept, step.loss, step.work)
-        for step in steps
-        if step.gradient_checkpointing == training.gradient_checkpointing
-    }
-    if not points:
-        # Recomputing takes no more than keeping everything.
-        return _at(dataclasses.replace(training, gradient_checkpointing=not training.gradient_checkpointing), steps)
+    tokens, is_checkpointed = training.tokens, training.gradient_checkpointing
+    # Recomputing takes no more than keeping everything.
+    ways = [is_checkpointed] if is_checkpointed in {step.gradient_checkpointing for step in steps} else [True, False]
+    points = {step.tokens: (step.kept, step.loss, step.work) for step in steps if step.gradient_checkpointing in ways}
     below = max((size for size in points if size <= tokens), default=min(points))
     above = min((size for size in points if size >= tokens), default=None)
     if above is None:
@@ -96,7 +95,7 @@ def _at(training: TrainingShape, steps: Sequence[MeasuredStep]) -> tuple[int, in
         kept, loss, work = (
             round(low + share * (high - low)) for low, high in zip(points[below], points[above], strict=True)
         )
-    return kept, loss, work
+    return ActivationBytes.from_pass(kept, loss, work, gradient_checkpointing=is_checkpointed)
 
 
 @dataclass(frozen=True)
@@ -163,10 +162,8 @@ class MeasuredJob:
         return self._with(sizes)
 
     def _with(self, sizes: Sequence[StepSize]) -> "MeasuredJob":
-        known = {(s.sequences, s.sequence_tokens, s.gradient_checkpointing) for s in self.measured.steps}
-        missing = [
-            size for size in sizes if (size.sequences, size.sequence_tokens, size.gradient_checkpointing) not in known
-        ]
+        known = {StepSize(s.sequences, s.sequence_tokens, s.gradient_checkpointing) for s in self.measured.steps}
+        missing = [size for size in sizes if size not in known]
         if not missing:
             return self
         more = self.measure(self.config, self.spec, missing, self.measured.digest)
@@ -199,7 +196,7 @@ def _version(package: str) -> str:
         return ""
 
 
-def measured_further(job: MeasuredJob, further: Callable[[], MeasuredJob]) -> MeasuredJob:
+def measure_further(job: MeasuredJob, further: Callable[[], MeasuredJob]) -> MeasuredJob:
     """The job with the measurements for advice, which is rougher without them."""
     try:
         return further()

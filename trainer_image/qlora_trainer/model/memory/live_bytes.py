@@ -7,21 +7,21 @@ more than one, because the MLP takes more than attention; 820 rows take 0.6 GB m
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _ROW_MARGIN = 128
 """Tokens between two rows' gradients, so that a kernel's last block fits."""
-_BACKWARD: Any = torch.ops.torch_attn._varlen_attn_backward.default
+_BACKWARD: OpOverload = torch.ops.torch_attn._varlen_attn_backward.default
 _BACKEND = "backend"
 
 
-def workspace_bytes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+def _workspace_bytes(func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> int:
     """Bytes that an operation has allocated at its end, besides its arguments and results.
 
     FlashAttention's backward pass of rows is all that is known. cuDNN decides itself what it takes.
@@ -53,14 +53,13 @@ def _flash_backward(query: Tensor, key: Tensor, rows: int) -> int:
 class LiveBytes(TorchDispatchMode):
     """Adds up the bytes of all storages that operations make, until they are freed, and keeps the largest sum.
 
-    Of what kernels need inside, it counts `workspace_bytes`. The CUDA context and the allocator's
-    fragmentation are not in it.
+    It counts the workspace of FlashAttention, and neither the CUDA context nor the allocator's fragmentation.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes = self.peak = 0
-        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def add(self, tensor: Tensor) -> None:
         """Count a tensor's storage from now on."""
@@ -71,9 +70,9 @@ class LiveBytes(TorchDispatchMode):
         size = storage.nbytes()
         self.bytes += size
         self.peak = max(self.peak, self.bytes)
-        weakref.finalize(storage, self._forget, size)
+        weakref.finalize(storage, self._subtract, size)
 
-    def _forget(self, size: int) -> None:
+    def _subtract(self, size: int) -> None:
         self.bytes -= size
 
     def take_peak(self) -> int:
@@ -82,11 +81,15 @@ class LiveBytes(TorchDispatchMode):
         return peak
 
     def __torch_dispatch__(
-        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: OpOverload,
+        types: Iterable[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.add(leaf)
-        self.peak = max(self.peak, self.bytes + workspace_bytes(func, args, kwargs or {}))
+        self.peak = max(self.peak, self.bytes + _workspace_bytes(func, args, kwargs or {}))
         return result

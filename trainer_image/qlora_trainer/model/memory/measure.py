@@ -3,29 +3,28 @@
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
-from qlora_api.memory.answers import AnswerBytes
-from qlora_api.memory.estimate import ActivationBytes
+from qlora_api.memory.estimate import ActivationBytes, AnswerBytes
 from qlora_api.memory.weights import SMALLEST_PAGED_TENSOR
 from qlora_api.schema import replace
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.model.adapter.attach import adapter_name, attach_further_adapter
-from qlora_trainer.model.experts.mxfp4_stack import Mxfp4Stack
-from qlora_trainer.model.experts.stack import ExpertStack, expert_stacks
+from qlora_trainer.model.experts.stack import ExpertStack, Mxfp4Stack, expert_stacks
 from qlora_trainer.model.families.inspection import Family, inspect_family
 from qlora_trainer.model.memory.device import fake_batch, fake_cuda, on_fake_cuda
 from qlora_trainer.model.memory.dry_run import StepSize
 from qlora_trainer.model.memory.skeleton import adapted_skeleton
 from qlora_trainer.model.memory.step import full_batch, joint_step_bytes, step_bytes
+from qlora_trainer.model.protocols import AdaptedModel
 from qlora_trainer.model.source.files import CONFIG
 
 
@@ -44,7 +43,6 @@ def measure(
     family = family or _inspect(config, spec.lora)
     read = AutoConfig.from_pretrained(config, local_files_only=True, trust_remote_code=False)
     steps: list[MeasuredStep] = []
-    model: Any = None
     for checkpointing in sorted({size.gradient_checkpointing for size in sizes}):
         training = replace(spec.training, gradient_checkpointing=checkpointing)
         model = adapted_skeleton(read, family, spec.lora, training, spec.quantization)
@@ -68,13 +66,7 @@ def measure_together(
     for name, spec, of_job in zip(names[1:], specs[1:], families[1:], strict=True):
         with torch.device("meta"):
             attach_further_adapter(
-                model,
-                name,
-                spec.lora,
-                of_job.target_modules,
-                seed=spec.training.seed,
-                base_name="",
-                base_revision="",
+                model, name, spec.lora, of_job.target_modules, seed=spec.training.seed, base_name="", base_revision=""
             )
     full = [full_batch(spec.training.micro_batch_size, spec.training.max_sequence_length) for spec in specs]
     with _trained_on_fake_cuda(model):
@@ -84,15 +76,13 @@ def measure_together(
         ]
     checkpointing = first.training.gradient_checkpointing
     return tuple(
-        ActivationBytes.of_measured(
-            kept=step.kept, loss=step.loss, work=step.work, gradient_checkpointing=checkpointing
-        )
+        ActivationBytes.from_pass(step.kept, step.loss, step.work, gradient_checkpointing=checkpointing)
         for step in steps
     )
 
 
 @contextmanager
-def _trained_on_fake_cuda(model: Any) -> Iterator[None]:
+def _trained_on_fake_cuda(model: AdaptedModel) -> Iterator[None]:
     """In the body the model is on a GPU, without data, with accumulated gradients."""
     with fake_cuda():
         on_fake_cuda(model)
@@ -108,7 +98,7 @@ def _inspect(config: Path, lora: LoraSpec) -> Family:
 
 
 def _inspect_each(config: Path, specs: Sequence[QLoRAJobSpec], first: Family | None) -> list[Family]:
-    """The inspection for each job, once for equal adapters. `first`: if known."""
+    """The inspection for each job, once for equal adapters."""
     found: dict[str, Family] = {} if first is None else {specs[0].lora.model_dump_json(): first}
     for spec in specs:
         adapter = spec.lora.model_dump_json()
@@ -117,26 +107,16 @@ def _inspect_each(config: Path, specs: Sequence[QLoRAJobSpec], first: Family | N
     return [found[spec.lora.model_dump_json()] for spec in specs]
 
 
-def _steps(model: Any, sizes: Sequence[StepSize], *, pairs: bool) -> list[MeasuredStep]:
+def _steps(model: AdaptedModel, sizes: Sequence[StepSize], *, pairs: bool) -> list[MeasuredStep]:
     batches = [full_batch(size.sequences, size.sequence_tokens, pairs=pairs) for size in sizes]
-    measured = []
     with _trained_on_fake_cuda(model):
-        for size, batch in zip(sizes, batches, strict=True):
-            found = step_bytes(model, fake_batch(batch))
-            measured.append(
-                MeasuredStep(
-                    sequences=size.sequences,
-                    sequence_tokens=size.sequence_tokens,
-                    gradient_checkpointing=size.gradient_checkpointing,
-                    kept=found.kept,
-                    loss=found.loss,
-                    work=found.work,
-                )
-            )
-    return measured
+        return [
+            MeasuredStep(**asdict(size), **asdict(step_bytes(model, fake_batch(batch))))
+            for size, batch in zip(sizes, batches, strict=True)
+        ]
 
 
-def _count(model: Any, spec: QLoRAJobSpec, steps: Sequence[MeasuredStep], digest: str) -> MeasuredMemory:
+def _count(model: AdaptedModel, spec: QLoRAJobSpec, steps: Sequence[MeasuredStep], digest: str) -> MeasuredMemory:
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     packed = {id(layer.weight) for layer in layers}
     stacks = [stack for _, stack in expert_stacks(model)]
@@ -144,7 +124,7 @@ def _count(model: Any, spec: QLoRAJobSpec, steps: Sequence[MeasuredStep], digest
     adapter = [parameter.numel() for name, parameter in trained if ".lora_" in name]
     frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in packed]
     config = model.config.get_text_config(decoder=True)
-    answers = answer_bytes(config)
+    answers = _answer_bytes(config)
     return MeasuredMemory(
         digest=digest,
         blocks=config.num_hidden_layers,
@@ -162,7 +142,7 @@ def _count(model: Any, spec: QLoRAJobSpec, steps: Sequence[MeasuredStep], digest
     )
 
 
-def answer_bytes(config: Any) -> AnswerBytes:
+def _answer_bytes(config: PretrainedConfig) -> AnswerBytes:
     """Bytes of an answer, by the text model's configuration, with every block counted as attention.
 
     Of multi-head latent attention transformers keeps the keys and values of each head. A size that differs between
@@ -171,10 +151,10 @@ def answer_bytes(config: Any) -> AnswerBytes:
     # transformers reads no size from the configuration of all blocks if theirs differ.
     blocks = list(config.per_layer_config) if config.is_heterogeneous else [config]
     heads, sizes = zip(*map(_attention_sizes, blocks), strict=True)
-    return AnswerBytes.of(config.num_hidden_layers, max(heads), keys_and_values=max(sizes))
+    return AnswerBytes.from_sizes(config.num_hidden_layers, max(heads), keys_and_values=max(sizes))
 
 
-def _attention_sizes(config: Any) -> tuple[int, int]:
+def _attention_sizes(config: PretrainedConfig) -> tuple[int, int]:
     """The heads of a block, and the elements of a token's keys and values."""
 
     def size(name: str, default: int) -> int:

@@ -1,7 +1,5 @@
 """Builds a job's model, with adapter and 4-bit layers, on tensors without data."""
 
-from typing import Any, cast
-
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
 from bitsandbytes.nn import Linear4bit
@@ -20,23 +18,17 @@ from qlora_trainer.model.families.inspection import Family
 from qlora_trainer.model.kernels.activations import fuse_activations
 from qlora_trainer.model.kernels.attention import register_attention
 from qlora_trainer.model.kernels.norms import fuse_norms
-from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
-
-_BLOCK, _NESTED_BLOCK = 64, 256
-
-
-def base_skeleton(config: PretrainedConfig, attention: str) -> Any:
-    """The base in 16 bit on the meta device, with this attention and our experts."""
-    register_attention()
-    register_experts()
-    return text_part(config, dtype=COMPUTE_DTYPE, attn_implementation=attention, experts_implementation=EXPERTS)
+from qlora_trainer.model.nf4.quantization import BLOCK, COMPUTE_DTYPE, OUTER_BLOCK
+from qlora_trainer.model.protocols import AdaptedModel
 
 
 def adapted_skeleton(
     config: PretrainedConfig, family: Family, lora: LoraSpec, training: TrainingSpec, quantization: QuantizationSpec
-) -> Any:
+) -> AdaptedModel:
     """The model on the meta device with its adapter and 4-bit layers."""
-    model = base_skeleton(config, family.attention)
+    register_attention()
+    register_experts()
+    model = text_part(config, dtype=COMPUTE_DTYPE, attn_implementation=family.attention, experts_implementation=EXPERTS)
     kept = {id(model.get_submodule(name)) for name in routing_linears(model)} | {id(model.get_output_embeddings())}
     # transformers does not quantize what a family would have in 32 bit.
     wide = list(model._keep_in_fp32_modules or ())
@@ -74,7 +66,7 @@ class Linear4bitWithoutData(Linear4bit):
         self.compute_dtype, self.compute_type_is_set = COMPUTE_DTYPE, True
         self.support_avx512bf16_for_cpu = False
         size = linear.weight.numel()
-        weight: Any = nn.Parameter(torch.empty(-(-size // 2), 1, dtype=torch.uint8), requires_grad=False)
+        weight = nn.Parameter(torch.empty(-(-size // 2), 1, dtype=torch.uint8), requires_grad=False)
         weight.quant_state = self.quant_state = _quant_state(linear, size, quantization)
         weight.compress_statistics = quantization.double_quant
         weight.quant_type = quantization.type
@@ -84,28 +76,28 @@ class Linear4bitWithoutData(Linear4bit):
     @property
     def W_q(self) -> Tensor:  # noqa: N802 - PEFT's name
         """The weight, packed."""
-        return cast("Tensor", self.weight)
+        return self.weight
 
     def dequantize(self) -> Tensor:
         """The weight [outputs, inputs] in 16 bit."""
-        return cast("Tensor", dequantize_4bit(self.weight.data, self.quant_state))
+        return dequantize_4bit(self.weight.data, self.quant_state)
 
 
 def _quant_state(linear: nn.Linear, size: int, quantization: QuantizationSpec) -> QuantState:
-    blocks = -(-size // _BLOCK)
+    blocks = -(-size // BLOCK)
     nested = None
     if quantization.double_quant:
         nested = QuantState(
-            absmax=torch.empty(-(-blocks // _NESTED_BLOCK)),
-            blocksize=_NESTED_BLOCK,
-            code=torch.empty(_NESTED_BLOCK),
+            absmax=torch.empty(-(-blocks // OUTER_BLOCK)),
+            blocksize=OUTER_BLOCK,
+            code=torch.empty(OUTER_BLOCK),
             dtype=torch.float32,
         )
     return QuantState(
         absmax=torch.empty(blocks, dtype=torch.float32 if nested is None else torch.uint8),
         shape=linear.weight.shape,
         code=torch.empty(16),
-        blocksize=_BLOCK,
+        blocksize=BLOCK,
         quant_type=quantization.type,
         dtype=COMPUTE_DTYPE,
         offset=None if nested is None else torch.empty(()),

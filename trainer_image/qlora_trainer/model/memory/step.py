@@ -3,7 +3,6 @@
 import gc
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,12 +10,13 @@ from torch import Tensor
 from qlora_api.spec.training import PreferenceSpec
 from qlora_trainer.data.prepared import PackedSequence
 from qlora_trainer.model.losses.batch import Batch
-from qlora_trainer.model.losses.joint import joint_losses, routed
+from qlora_trainer.model.losses.joint import joint_losses, route
 from qlora_trainer.model.losses.loss import batch_loss, row_losses
 from qlora_trainer.model.losses.preference import dpo
 from qlora_trainer.model.memory.backward import backward
 from qlora_trainer.model.memory.live_bytes import LiveBytes
 from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
+from qlora_trainer.model.protocols import AdaptedModel, Decoder
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def full_batch(sequences: int, tokens: int, *, pairs: bool = False) -> Batch:
 
     With `pairs` each is two rows of half the tokens.
     Another batch of this size takes more only where FlashAttention computes the gradients of more rows: 128 tokens'
-    worth of sums for each further row, while a block's attention is at work (see `workspaces`).
+    worth of sums for each further row, while a block's attention is at work (see `live_bytes`).
     """
     anything = torch.zeros(tokens, dtype=torch.int64)
     sequence = PackedSequence(anything, anything, (tokens,))
@@ -46,43 +46,35 @@ def full_batch(sequences: int, tokens: int, *, pairs: bool = False) -> Batch:
     return Batch.from_sequences([sequence] * sequences, torch.device("meta"))
 
 
-def step_bytes(
-    model: Any, batch: Batch, run_backward: Callable[[Tensor], None] = backward, live: LiveBytes | None = None
-) -> StepBytes:
+def step_bytes(model: AdaptedModel, batch: Batch, run_backward: Callable[[Tensor], None] = backward) -> StepBytes:
     """The bytes of a micro batch of a model with its adapter, on the batch's device.
 
     When gradients are accumulated, those of an earlier micro batch exist already, and are not counted.
     """
-    return _bytes(model, [batch], lambda: _loss(model.get_base_model(), batch), run_backward, live or LiveBytes())
+    return _bytes(model, [batch], lambda: _loss(model.get_base_model(), batch), run_backward)
 
 
 def joint_step_bytes(
-    model: Any,
-    batches: Mapping[str, Batch],
-    run_backward: Callable[[Tensor], None] = backward,
-    live: LiveBytes | None = None,
+    model: AdaptedModel, batches: Mapping[str, Batch], run_backward: Callable[[Tensor], None] = backward
 ) -> StepBytes:
     """The same for a pass with micro batches of several adapters, by their names."""
-    with routed(model, batches):
-        return _bytes(
-            model,
-            batches.values(),
-            lambda: torch.stack(list(joint_losses(model, batches).values())).sum(),
-            run_backward,
-            live or LiveBytes(),
-        )
+
+    def loss() -> Tensor:
+        return torch.stack(list(joint_losses(model, batches).values())).sum()
+
+    with route(model, batches):
+        return _bytes(model, batches.values(), loss, run_backward)
 
 
 def _bytes(
-    model: Any,
+    model: AdaptedModel,
     batches: Collection[Batch],
     loss_of: Callable[[], Tensor],
     run_backward: Callable[[Tensor], None],
-    live: LiveBytes,
 ) -> StepBytes:
     base, device = model.get_base_model(), model.device.type
     gc.collect()
-    with live:
+    with LiveBytes() as live:
         for tensor in _tensors(model, batches):
             live.add(tensor)
         before = live.bytes
@@ -101,18 +93,15 @@ def _bytes(
     return StepBytes(kept - before, loss_peak - kept, work_peak - kept)
 
 
-def _loss(base: Any, batch: Batch) -> Tensor:
-    """The loss of a batch, for pairs that of DPO.
-
-    The pass for its reference takes less than this one.
-    """
+def _loss(base: Decoder, batch: Batch) -> Tensor:
+    """The loss of a batch, for pairs that of DPO. The pass for its reference takes less."""
     if batch.pairs is None:
         return batch_loss(base, batch)
     losses = row_losses(base, batch)
     return dpo(losses, torch.zeros_like(losses), PreferenceSpec()).loss.sum()
 
 
-def _tensors(model: Any, batches: Iterable[Batch]) -> Iterator[Tensor]:
+def _tensors(model: AdaptedModel, batches: Iterable[Batch]) -> Iterator[Tensor]:
     for parameter in model.parameters():
         yield parameter
         if parameter.grad is not None:
