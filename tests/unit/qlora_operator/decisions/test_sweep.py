@@ -231,6 +231,11 @@ def test_the_settings_of_the_administrator_bind_a_sweep_as_a_job() -> None:
     too_large = objection_to_sweep(make(template={"workspace": {"size": "2Gi"}}), {"default": limited}, NOW)
     assert too_large is not None
     assert too_large.word == "LimitExceeded"
+    few = {"default": Profile.model_validate(SHARED.dump() | {"limits": {"jobs": 2}})}
+    too_many = objection_to_sweep(make(cellsPerPod=4), few, NOW)
+    assert too_many is not None
+    assert "spec.cellsPerPod is 4, and profile 'default' allows 2 jobs at a time" in too_many.sentence
+    assert objection_to_sweep(make(cellsPerPod=2), few, NOW) is None
     # What keeps each cell from starting keeps the sweep from creating them.
     prompt = {"systemPrompt": {"text": "a" + "\x01" * 16_000}}
     score = {"check": "jsonSchema", "schema": "\x01" * 8192}
