@@ -12,7 +12,6 @@ from qlora_operator.decisions.manifests.objects import document
 from qlora_operator.decisions.manifests.volumes import reserved_claim, reserved_secret
 from qlora_operator.decisions.observed.facts import FIRST_JOB, Facts, new_step
 from qlora_operator.decisions.observed.objects import ChildJob, QLoRAJob, Reason
-from qlora_operator.decisions.observed.shared_pod import is_shared
 from qlora_operator.decisions.usage.budget import limit_of_hours
 
 _NOT_SHARED = "WorkspaceNotShared"
@@ -36,7 +35,7 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         return status
     own_claim = job.spec.workspace.claim_name
     resolved = Resolved(
-        contract_version=_contract(job, facts.profiles[job.spec.scheduling.profile]),
+        contract_version=_contract(facts, facts.profiles[job.spec.scheduling.profile]),
         document=document(job),
         queue_name=job.queue_name,
         queue_priority=job.queue_priority,
@@ -69,12 +68,12 @@ def _with_trainer_of_its_cell(resolved: Resolved, facts: Facts) -> Resolved:
     return resolved.model_copy(update={"profile": profile, "contract_version": _signed(contract, profile)})
 
 
-def _contract(job: QLoRAJob, profile: Profile) -> int:
-    return _signed(_contract_of_training(job), profile)
+def _contract(facts: Facts, profile: Profile) -> int:
+    return _signed(_contract_of_training(facts), profile)
 
 
-def _contract_of_training(job: QLoRAJob) -> int:
-    return needed_contract(job.spec.resources.node_count, grouped=is_shared(job))
+def _contract_of_training(facts: Facts) -> int:
+    return needed_contract(facts.job.spec.resources.node_count, grouped=facts.shared is not None)
 
 
 def _signed(contract: int, profile: Profile) -> int:
@@ -246,8 +245,8 @@ def with_profile_of_today(resolved: Resolved | None, facts: Facts, *, same_train
     if same_trainer:
         copied = copied.model_copy(update={"image": resolved.profile.image})
     # The trainer that began the run may implement no newer version, unless that was one for a key that is gone.
-    known = min(resolved.contract_version, _contract_of_training(facts.job))
-    contract = _signed(known, profile) if same_trainer else _contract(facts.job, profile)
+    known = min(resolved.contract_version, _contract_of_training(facts))
+    contract = _signed(known, profile) if same_trainer else _contract(facts, profile)
     changes = {"profile": copied, "contract_version": contract, "gpu_hours": limit_of_hours(profile)}
     today = resolved.model_copy(update=changes)
     return today if same_trainer else _with_trainer_of_its_cell(today, facts)

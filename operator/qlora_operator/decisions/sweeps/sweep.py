@@ -29,7 +29,6 @@ from qlora_api.usage import UsageStatus
 from qlora_operator.decisions.observed.conditions import condition, is_true
 from qlora_operator.decisions.observed.objects import Object, QLoRAJob, Reason
 from qlora_operator.decisions.observed.parsing import controller_uid
-from qlora_operator.decisions.observed.shared_pod import is_shared
 from qlora_operator.decisions.observed.stored_job import UnreadableJobError, explain, parse_job
 
 Manifest = dict[str, Any]
@@ -142,7 +141,7 @@ class CellJob:
     """As stored, with what its user has changed since it was created."""
     run: FoundRun = field(default_factory=FoundRun)
     job: QLoRAJob | None = None
-    """The whole of it, if its sweep trains it in one pod with others and this version can read it."""
+    """The whole of it, if this version can read it."""
 
     @property
     def rests(self) -> bool:
@@ -238,16 +237,15 @@ def parse_cell(body: Object, sweep_uid: str) -> CellJob | None:
         trained=is_true(status, "Trained"),
         spec=spec,
         run=_run(status),
-        job=_shared_job(body),
+        job=_readable_job(body),
     )
 
 
-def _shared_job(body: Object) -> QLoRAJob | None:
+def _readable_job(body: Object) -> QLoRAJob | None:
     try:
-        job = parse_job(body)
+        return parse_job(body)
     except UnreadableJobError:
         return None
-    return job if is_shared(job) else None
 
 
 def _waits(status: QLoRAJobStatus) -> Reason | None:
