@@ -39,7 +39,12 @@ MOST_JOBS = (
     "resources.gpuMemory",
 )
 # Objects whose fields another page has.
-ELSEWHERE = {"status.resolved.profile": "chart.md#a-profile", "spec.template.spec": "resource.md#what-you-write"}
+ELSEWHERE = {
+    "status.resolved.profile": "chart.md#a-profile",
+    "spec.template.spec": "resource.md#what-you-write",
+    "spec.cells.dataset": "resource.md#specdataset",
+    "spec.cells.output": "resource.md#specoutput",
+}
 VALUES = ROOT / "helm" / "qlora-operator" / "values.yaml"
 
 Schema = Mapping[str, Any]

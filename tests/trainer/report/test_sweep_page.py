@@ -33,10 +33,13 @@ def add(
     score: float | None = None,
     *,
     passed: bool = True,
+    source: str | None = None,
 ) -> None:
     """What `publish` of a cell with that rank and result would leave."""
     job = _trained_job(context(files))
     spec = job.spec.model_copy(update={"lora": job.spec.lora.model_copy(update={"rank": rank})})
+    if source is not None:
+        spec = spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"source": source})})
     trained = job.trained.model_copy(update={"eval_loss": eval_loss})
     gated = score is not None or not passed
     gate = GateStatus(passed=passed, adapter_sha256="a" * 64, score=score) if gated else None
@@ -90,6 +93,15 @@ def test_the_page_of_a_sweep_with_scores_shows_them_and_names_the_highest(finish
     add(finished, tmp_path, "rates-00", 4, 1.25, score=0.75)
     words = page_of(tmp_path).words
     assert "rates-00 has the lowest held-out loss and the highest score of 2 cells" in words
+
+
+def test_cells_with_different_data_are_shown_without_the_lowest_loss(finished: Files, tmp_path: Path) -> None:
+    add(finished, tmp_path, "tasks-00", 4, 1.5)
+    add(finished, tmp_path, "tasks-01", 4, 1.25, score=0.5, source="pvc://data/other.jsonl")
+    words = page_of(tmp_path).words
+    assert words.count("2 cells") == 1
+    assert "has the lowest held-out loss" not in words
+    assert "tasks-01 pvc://data/other.jsonl" in words
 
 
 MALFORMED: dict[str, dict[str, Any]] = {

@@ -87,3 +87,4 @@ def test_the_best_cell_has_the_lowest_loss_or_the_highest_score(tmp_path: Path) 
     scored = sweep(tmp_path, best="score", template={"spec": template})
     assert best_cell(scored, ended) == 0
     assert best_cell(scored, {}) is None
+    assert best_cell(sweep(tmp_path, select="all"), ended) is None, "they are not compared"

@@ -75,7 +75,7 @@ class _CellCurves(ObservedModel):
 
     name: str = Field(max_length=63, pattern=DNS_LABEL)
     settings: dict[str, Any]
-    """`lora` and `training` of its spec, by field."""
+    """`lora` and `training` of its spec, by field, and the addresses of its data."""
     loss: _Points
     """Smoothed."""
     evaluation: _Points
@@ -128,7 +128,7 @@ def _curves(name: str, spec: QLoRAJobSpec, history: MetricsHistory) -> _CellCurv
     span = max(1.0, len(history.loss.steps) / 20)
     return _CellCurves(
         name=name,
-        settings=spec.lora.dump() | spec.training.dump(),
+        settings=spec.lora.dump() | spec.training.dump() | {"dataset": [*spec.dataset.addresses.values()]},
         loss=_Points.from_curve(Curve(history.loss.steps, history.loss.smoothed(span))),
         evaluation=_Points.from_curve(history.evaluation),
     )
@@ -189,12 +189,14 @@ def _page(cells: Sequence[_CellCurves]) -> str:
     compared = [cell for cell in cells if cell.compared]
     diverged = {cell.name for cell in cells if cell.failed == "diverged"}
     differing = _differing([cell.settings for cell in cells])
+    # Neither losses nor scores on different rows can be compared.
+    comparable = compared if "dataset" not in differing else []
     return environment.get_template("sweep.html.jinja").render(
         cells=cells,
         differing=differing,
         compared=len(compared),
-        lowest=next((cell.name for cell in compared if cell.eval_loss is not None), None),
-        highest=_highest_score(compared),
+        lowest=next((cell.name for cell in comparable if cell.eval_loss is not None), None),
+        highest=_highest_score(comparable),
         scored=any(cell.score is not None for cell in cells),
         evaluation=curves_chart("evaluation", "Held-out loss", {c.name: c.evaluation.curve() for c in cells}, diverged),
         loss=curves_chart("loss", "Training loss, smoothed", {c.name: c.loss.curve() for c in cells}, diverged),

@@ -166,6 +166,20 @@ def test_a_sweep_without_a_cell_that_has_succeeded_has_failed() -> None:
     assert status.report is None, "none has left its curves"
 
 
+TWO_TASKS: dict[str, Any] = {"grid": None, "cells": [{}, {"dataset": {"source": "pvc://data/other.jsonl"}}]}
+
+
+def test_a_sweep_without_a_choice_has_all_adapters_and_succeeds_if_every_cell_does() -> None:
+    sweep = make(select="all", **TWO_TASKS)
+    status = status_of(sweep, done(0, 1.5), done(1, None))
+    assert (status.phase, status.best, [line.rank for line in status.cells]) == ("Succeeded", None, [None, None])
+    assert [line.adapter for line in status.cells] == ["pvc://rates/0", "pvc://rates/1"]
+    assert of(status, "Succeeded")[2] == "2 of 2 cells have succeeded: status.cells has their adapters"
+    failed = status_of(sweep, done(0, 1.5), cell(1, "Failed", reason="Diverged"))
+    assert (failed.phase, of(failed, "Succeeded")[1]) == ("Failed", "CellsFailed")
+    assert of(failed, "Succeeded")[2].endswith("retries it: rates-01")
+
+
 @pytest.mark.parametrize("fields", [{"reason": "GateFailed"}, {"reason": "Diverged"}])
 def test_a_cell_that_was_trained_and_failed_has_its_curves_in_the_report(fields: dict[str, Any]) -> None:
     status = status_of(make(), cell(0, "Failed", **fields), cell(1))
