@@ -32,17 +32,24 @@ from qlora_trainer.training.checkpoints.checkpoint import Checkpoint
 from qlora_trainer.training.joint_training import Ended, Member, run_together
 from tests.support.manifests import merged
 from tests.support.tiny import POD_UID, Recorded
-from tests.support.training import StopAtStep, adapter_bytes, history, interrupted_at, prepared, run
+from tests.support.training import ROW_LENGTHS, StopAtStep, adapter_bytes, history, interrupted_at, prepared, run
 
-# What differs between the jobs: length, adapter, its layers and beginning, rate, evaluations, what is kept, the end.
+# The jobs differ in data, length, adapter, its layers and beginning, rate, evaluations, what is kept, and the end.
+OTHER_DATA = {"source": "pvc://data/other.jsonl"}
 PLAIN: dict[str, Any] = {"lora": {"dropout": 0}}
+OTHER_LENGTHS = (9, 31, 17, 40, 12, 25, 38)
 JOBS: dict[str, dict[str, Any]] = {
     "plain": PLAIN,
     "wide": {
         "lora": {"dropout": 0, "rank": 8, "targetModules": ["q_proj", "up_proj"]},
         "training": {"seed": 5, "learningRate": 0.02},
+        "dataset": OTHER_DATA,
     },
-    "long": {"lora": {"dropout": 0}, "training": {"seed": 7, "maxSteps": 9, "gradientAccumulationSteps": 3}},
+    "long": {
+        "lora": {"dropout": 0},
+        "training": {"seed": 7, "maxSteps": 9, "gradientAccumulationSteps": 3},
+        "dataset": OTHER_DATA,
+    },
     "best": {
         "lora": {"dropout": 0},
         "training": {"seed": 9, "keep": "best", "optimizer": "adamw", "evalEverySteps": 1},
@@ -57,7 +64,10 @@ JOBS: dict[str, dict[str, Any]] = {
 
 def contexts(root: Path, model: Path, jobs: dict[str, dict[str, Any]] = JOBS) -> list[StepContext]:
     """A prepared workspace for each job."""
-    made = {name: prepared(root / name, model, spec) for name, spec in jobs.items()}
+    made = {
+        name: prepared(root / name, model, spec, lengths=OTHER_LENGTHS if "dataset" in spec else ROW_LENGTHS)
+        for name, spec in jobs.items()
+    }
     further = [context for context in made.values() if context.spec.lora.initial_adapter is not None]
     if further:
         earlier = prepared(root / "earlier", model, merged(PLAIN, {"training": {"maxSteps": 1, "warmupSteps": 0}}))
