@@ -1,4 +1,4 @@
-"""The API server alone, without the operator, admits good sweeps and rejects bad ones with a reason."""
+"""The API server alone admits good sweeps and rejects bad ones with a reason."""
 
 import json
 

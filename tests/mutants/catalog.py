@@ -43,7 +43,7 @@ OPERATOR = (
         old="{line.name for line in sweep.status.cells if line.uid} | jobs.keys()",
         new="jobs.keys()",
         tests=(
-            f"{_OPERATOR_TESTS}/decisions/test_sweep.py::test_a_cell_that_somebody_has_deleted_is_not_created_again_and_what_has_ended_keeps_its_line",
+            f"{_OPERATOR_TESTS}/decisions/test_sweep.py::test_a_deleted_cell_is_not_created_again_and_an_ended_one_keeps_its_line",
         ),
     ),
     Mutant(

@@ -119,7 +119,7 @@ def run_sweep(sweep: LocalSweep, show: Callable[[LocalRun], Display]) -> dict[st
 
 
 def best_cell(sweep: LocalSweep, ended: Mapping[str, Ended]) -> int | None:
-    """Return the number of the best cell by spec.best, or None if none has succeeded or none is compared."""
+    """Return the number of the best cell, or None without a success or a comparison."""
 
     def key(number: int) -> tuple[float, float]:
         results = ended[sweep.cells[number].name].results

@@ -24,7 +24,7 @@ class FoundRun:
     model_revision: str = ""
     """Commit or digest of the base model; empty if it is not known."""
     initial_adapter: str = ""
-    """Address of the adapter of lora.from, with the commit or digest; empty without one."""
+    """Address of the adapter of lora.from, with commit or digest; empty without one."""
 
 
 def best_job(name: str, spec: QLoRASweepSpec, best: Cell, stored: Mapping[str, Any], run: FoundRun) -> Cell:

@@ -128,7 +128,7 @@ def _grid_rules(schema: dict[str, Any]) -> None:
 
 
 class Grid(ApiModel):
-    """Values of fields: each combination of them is a cell. The values of the last field in this list change first."""
+    """Values of fields: each combination is a cell. The last field changes first."""
 
     model_config = ConfigDict(json_schema_extra=_grid_rules)
 

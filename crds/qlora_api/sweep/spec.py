@@ -185,7 +185,7 @@ def _sweep_rules(schema: dict[str, Any]) -> None:
 
 
 class QLoRASweepSpec(ApiModel):
-    """Several fine-tuning runs that differ in a few fields. Each is a QLoRAJob, a cell."""
+    """Fine-tuning runs that differ in a few fields. Each is a QLoRAJob, a cell."""
 
     model_config = ConfigDict(json_schema_extra=_sweep_rules)
 

@@ -37,7 +37,7 @@ CellPhase = Literal[
 
 
 class RungStatus(ObservedModel):
-    """A cell's comparison at a rung of spec.halving, with the losses known at that time."""
+    """A cell's comparison at a rung of spec.halving with the losses known then."""
 
     step: Count = Field(description="Optimizer steps of the rung.")
     eval_loss: Finite = Field(description="Loss of the cell on the held-out rows there.")
@@ -97,7 +97,7 @@ class BestCell(ObservedModel):
 
 
 class PublishedCell(ObservedModel):
-    """The QLoRAJob that publishes the adapter of the best cell, with spec.publish: best."""
+    """The QLoRAJob that publishes the best adapter, with spec.publish: best."""
 
     name: str = Field(max_length=63, description="Name of the QLoRAJob.")
     cell: str = Field(max_length=63, description="Name of the cell whose run it continues.")
@@ -115,7 +115,7 @@ class PublishedCell(ObservedModel):
 
 
 class SweepPodStatus(ObservedModel):
-    """The cells that one pod trains together, and the Job of that pod, which is the sweep's."""
+    """The cells that one pod trains, and the sweep's Job of that pod."""
 
     number: int = Field(ge=0, le=63, description="Which pod of spec.cellsPerPod cells it is, counted from 0.")
     cells: tuple[ShortText, ...] = Field(
@@ -148,7 +148,7 @@ class SweepPodStatus(ObservedModel):
 
 
 class SweepUsage(ObservedModel):
-    """GPU time of all cells, also of deleted ones, and of the job that publishes the best adapter."""
+    """GPU time of all cells, also deleted ones, and of publishing the best adapter."""
 
     gpu_seconds: Count = Field(description="Seconds times GPUs, of all their train pods.")
     gpu_hours: ShortText = Field(description='The same in hours, for people, for example "12.50".')

@@ -98,7 +98,7 @@ class SweepReconciler:
     clock: Callable[[], datetime]
     progress: ProgressReader | None = None
     count: Callable[[QLoRASweep, QLoRASweepStatus], None] = lambda _sweep, _status: None
-    """Called with a sweep's earlier and new status: counts the GPU time that is the sweep's."""
+    """Counts the sweep's GPU time, from its earlier and its new status."""
     blocked: Pauses = field(default_factory=Pauses)
     _denials: dict[Key, _Denial] = field(default_factory=dict)
 

@@ -1,4 +1,4 @@
-"""The report of a sweep: what a person sees of its cells in a browser, however many have ended."""
+"""The report of a sweep, as a browser shows it."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def unfinished(files: Files, shared: Path, name: str, *, diverged: bool) -> None
 
 
 def cell_of(files: Files, shared: Path) -> StepContext:
-    """What the step would be given for these files if the job were a cell of a sweep with that folder."""
+    """The context of these files, as of a cell of a sweep with that folder."""
     alone = context(files)
     return replace(alone, mounts=replace(alone.mounts, sweep=shared))
 
@@ -195,9 +195,7 @@ def test_a_cell_that_was_stopped_is_shown_below_the_others_whatever_its_loss(fin
     assert ", stopped" not in page_of(tmp_path).words
 
 
-def test_cells_that_have_failed_are_shown_last_with_the_reason_and_are_never_the_best(
-    finished: Files, tmp_path: Path
-) -> None:
+def test_failed_cells_are_last_with_the_reason_and_never_the_best(finished: Files, tmp_path: Path) -> None:
     history = read_history(finished.workspace / "report" / "metrics.jsonl").evaluation
     add(finished, tmp_path, "rates-00", 4, 0.5, score=0.9, passed=False)
     assert "No cell has succeeded so far" in page_of(tmp_path).words
@@ -234,7 +232,7 @@ def test_publish_of_a_cell_that_does_not_pass_its_gate_writes_the_page_too(train
 def test_a_cell_that_hangs_while_it_writes_the_page_is_not_waited_for(
     finished: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the page of a cell that is published raises then is an OSError, which costs no adapter."""
+    """A published cell then gets an OSError, which costs no adapter."""
     monkeypatch.setattr(sweep_page, "_LONGEST_WAIT_SECONDS", 0.2)
     (tmp_path / "cells").mkdir()
     with exclusive(tmp_path / "cells" / ".lock", 1), pytest.raises(OSError, match="another process holds"):

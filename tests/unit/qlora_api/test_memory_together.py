@@ -1,4 +1,4 @@
-"""What jobs that are trained together take, from what each has found out alone, beside what `qlora plan` shows."""
+"""Memory of jobs trained together, from that of each, and as in `qlora plan`."""
 
 import math
 from dataclasses import replace

@@ -180,7 +180,7 @@ OUTPUT = {"output": {"destination": "hf://org/adapter"}}
 
 
 def to_publish(template: dict[str, Any], changes: dict[str, Any], run: FoundRun | None = None) -> Cell:
-    """The job that publishes the first cell of a sweep with that template, whose user has changed it since."""
+    """The job that publishes the first cell, whose user has changed it since."""
     spec = sweep(OUTPUT | template, grid={"learningRate": [1e-4, 2e-4]}, publish="best")
     first = cells("rates", spec, CLAIM)[0]
     return best_job("rates", spec, first, first.spec.dump() | changes, run or FoundRun())

@@ -111,9 +111,9 @@ class CellJob:
     suspended_by_sweep: bool
     """Whether its `suspend` was set by its sweep, and so is the sweep's to take back."""
     stopped_by_sweep: bool = False
-    """Whether its sweep has stopped it for good; a user who resumes it lets it run to its end."""
+    """Whether its sweep has stopped it for good; if a user resumes it, it runs on."""
     retried: bool = False
-    """Whether its user has raised retry.request, so that it continues with the next pass."""
+    """Whether a user has raised retry.request: it continues with the next pass."""
     progress: str = ""
     total_steps: int = 0
     """Optimizer steps of its run; 0 if that is not known."""
@@ -136,7 +136,7 @@ class CellJob:
     waits: Reason | None = None
     """Why it has not started, if something keeps it."""
     trained: bool = False
-    """Whether its run has reached its end, also if it is suspended before its adapter is published."""
+    """Whether its run has reached its end, also if it is suspended before publish."""
     spec: Object = field(default_factory=dict)
     """As stored, with what its user has changed since it was created."""
     run: FoundRun = field(default_factory=FoundRun)

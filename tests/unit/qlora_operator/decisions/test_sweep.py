@@ -88,7 +88,7 @@ def test_the_cells_of_a_pod_are_created_together_and_pods_are_counted() -> None:
     assert created(make(grid=grid, cellsPerPod=2), *ended) == ["rates-04"]
 
 
-def test_a_cell_that_somebody_has_deleted_is_not_created_again_and_what_has_ended_keeps_its_line() -> None:
+def test_a_deleted_cell_is_not_created_again_and_an_ended_one_keeps_its_line() -> None:
     before = status_of(make(), done(0, 1.5), cell(1))
     sweep = make(before)
     lines = table(sweep, sweep.cells(), {})
@@ -226,7 +226,7 @@ def test_the_phase_on_the_way(
     assert of(status, "Reconciling")[0] == reconciling
 
 
-def test_what_keeps_the_next_cell_waiting_is_said_and_nothing_changes_with_time_alone() -> None:
+def test_the_reason_of_a_waiting_cell_is_reported_and_time_changes_nothing() -> None:
     why = Reason("CellRejected", "the quota is used up")
     status = status_of(make(), done(0, 1.0), blocked=why)
     assert of(status, "Succeeded") == ("Unknown", "CellRejected", "the quota is used up")
@@ -363,7 +363,7 @@ def test_cells_share_a_folder_and_an_owner_that_is_no_sweep_leads_nowhere() -> N
     assert parse_job(job_body()).shares is None
 
 
-def test_cells_share_rows_and_a_base_unless_the_profile_has_a_cache_and_each_step_writes_to_their_folder() -> None:
+def test_cells_share_rows_and_without_a_model_cache_the_base() -> None:
     body = job_body()
     body["metadata"] |= {"ownerReferences": [OWNER]}
     cached = Profile.model_validate(PROFILE.dump() | {"modelCache": {"claimName": "model-cache"}})

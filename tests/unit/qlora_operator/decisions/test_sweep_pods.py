@@ -1,4 +1,4 @@
-"""The pod of several cells of a sweep: when it starts, whom it trains, and what becomes of the cells without it."""
+"""The pod of several cells: its start, its cells, and the cells without it."""
 
 from dataclasses import replace
 from typing import Any

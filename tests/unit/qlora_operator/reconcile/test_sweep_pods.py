@@ -1,4 +1,4 @@
-"""Passes over a sweep whose cells one pod trains, and over the cells: what is created, stored and shown."""
+"""Passes over a sweep whose cells one pod trains, and over these cells."""
 
 import asyncio
 import itertools
@@ -104,7 +104,7 @@ class Passes:
         self._cell = Reconciler(api, PROFILES, logs, Metrics(), lambda: NOW, starts(), self.store)  # type: ignore[arg-type]
 
     def sweep(self) -> tuple[dict[str, Any], float | None]:
-        """What is stored of the pod after a pass over the sweep, and when the next is to follow."""
+        """The stored pod after a pass over the sweep, and the seconds until the next."""
         again = asyncio.run(self._sweep.reconcile(("team", "rates")))
         self.store.sweeps.note(self.api.sweep)
         return self.api.sweep["status"]["pods"][0], again
@@ -115,7 +115,7 @@ class Passes:
         return dict(self.api.cells[name]["status"])
 
 
-def test_the_sweep_creates_the_pod_that_trains_its_cells_and_each_shows_its_own_progress() -> None:
+def test_the_sweep_creates_the_pod_of_its_cells_and_each_shows_its_progress() -> None:
     api = Api()
     passes = Passes(api)
     stored, again = passes.sweep()
