@@ -1,8 +1,7 @@
 """The QLoRASweep resource, version v1alpha1: the user's spec, and its QLoRAJobs.
 
-A cell is a QLoRAJob with the spec of the template and a few other fields, a closed list. With `select: best` the loss
-on the held-out rows compares the cells, so that none may change these rows or the meaning of the loss; with
-`select: all` nothing compares them, and they may differ in their data sets and outputs.
+A cell is a QLoRAJob with the spec of the template and other values of a closed list of fields. With `select: best` no
+cell may change the held-out rows, whose loss compares them; with `select: all` cells may differ in data and output.
 """
 
 from collections.abc import Iterator, Sequence
@@ -105,8 +104,6 @@ _RUNG_AFTER_THE_END = (
 )
 _NO_SCORE = "best: score compares the scores of spec.template.spec.gate.score: set that, or leave best out"
 MUTABLE_SWEEP_FIELDS = frozenset({"parallelism", "suspend"})
-
-
 _OUTPUT = "self.template.spec.output"
 _SOMETHING_TO_PUBLISH = " || ".join(f"has({_OUTPUT}.{field})" for field in ("destination", "merged", "base"))
 _NAME_WITH_BEST = (
@@ -250,6 +247,9 @@ class QLoRASweepSpec(ApiModel):
             return self
         if held_out is None:
             raise ValueError(_NO_EVALUATION)
+        gate = self.template.spec.gate
+        if self.best == "score" and (gate is None or gate.score is None):
+            raise ValueError(_NO_SCORE)
         if any(overrides.dataset or overrides.output for overrides in self.overrides()):
             raise ValueError(_DIFFERENT_DATA)
         seeded = any(overrides.seed is not None for overrides in self.overrides())
@@ -289,13 +289,6 @@ class QLoRASweepSpec(ApiModel):
         changed = {name for overrides in self.overrides() for name in overrides.dump()}
         if changed & set(_OF_THE_ADAPTER):
             raise ValueError(_OTHER_ADAPTER)
-        return self
-
-    @model_validator(mode="after")
-    def _scored(self) -> Self:
-        gate = self.template.spec.gate
-        if self.best == "score" and (gate is None or gate.score is None):
-            raise ValueError(_NO_SCORE)
         return self
 
     @model_validator(mode="after")
@@ -347,9 +340,8 @@ class Cell:
 def cells(name: str, spec: QLoRASweepSpec, claim: str) -> tuple[Cell, ...]:
     """Build the cells of the sweep of that name, in their order.
 
-    All use the workspace `claim`. It depends on nothing else, so that a cell has the same name and spec each time.
-    Raises ValueError, naming the cell, if the changes of a cell do not fit the template, or are those of another cell
-    of the grid, or if two cells would publish to one place.
+    All use the workspace `claim`; nothing else decides their names and specs. Raises ValueError, naming the cell, if
+    its changes do not fit the template or repeat those of another, or if two cells would publish to one place.
     """
     found = tuple(_cells(name, spec, claim))
     for cell, other in combinations(found, 2):
@@ -389,8 +381,7 @@ def first_problem(error: ValidationError) -> str:
 
 def _cell_spec(cell: str, spec: QLoRASweepSpec, overrides: Overrides, claim: str) -> QLoRAJobSpec:
     template = spec.template.spec
-    content = template.dump()
-    changes = overrides.dump()
+    content, changes = template.dump(), overrides.dump()
     if "epochs" in changes or "maxSteps" in changes:
         content["training"] = {
             key: value for key, value in content["training"].items() if key not in ("epochs", "maxSteps")
