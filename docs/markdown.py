@@ -8,7 +8,12 @@ import yaml
 from qlora_api.crd import default_sentence
 
 # Objects whose fields another page has.
-ELSEWHERE = {"status.resolved.profile": "chart.md#a-profile", "spec.template.spec": "resource.md#what-you-write"}
+ELSEWHERE = {
+    "status.resolved.profile": "chart.md#a-profile",
+    "spec.template.spec": "resource.md#what-you-write",
+    "spec.cells.dataset": "resource.md#specdataset",
+    "spec.cells.output": "resource.md#specoutput",
+}
 Schema = Mapping[str, Any]
 
 

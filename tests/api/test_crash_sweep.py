@@ -202,7 +202,7 @@ async def live(life: Life, acts: Sequence[Act]) -> Life:
 
 
 async def _settle(life: Life, reconciler: Reconciler, store: Store) -> None:
-    """What the watches show, and pass after pass, until nothing is new. After lost events, what a list shows."""
+    """Deliver events, or a list after lost ones, and make passes until nothing is new."""
     for _ in range(_MOST_PASSES):
         if life.silent:
             await _list(life, reconciler, store)

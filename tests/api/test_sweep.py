@@ -1,4 +1,4 @@
-"""The life of a sweep on a real API server with the real controllers and the real operator, and no node."""
+"""The life of a sweep on a real API server and controllers, without a node."""
 
 import json
 from collections.abc import Iterator
@@ -175,7 +175,7 @@ def end_together(sweeps: Sweeps, pod: Object, first: str) -> None:
 
 
 @pytest.mark.slow
-def test_one_pod_of_the_sweep_trains_as_many_cells_as_asked_for_and_the_next_pod_the_rest(sweeps: Sweeps) -> None:
+def test_one_pod_trains_as_many_cells_as_requested_and_the_next_the_rest(sweeps: Sweeps) -> None:
     cluster = sweeps.cluster
     first, second = together(sweeps, "pods", 3, cellsPerPod=2)
     pod = pod_of(sweeps, "pods", "pods-p00-train-1")
@@ -284,7 +284,7 @@ def test_a_job_of_the_name_of_a_cell_is_left_alone(sweeps: Sweeps) -> None:
     assert "ownerReferences" not in sweeps.cluster.job("taken-00")["metadata"]
 
 
-def test_cells_that_could_not_mount_their_workspace_together_wait_until_one_runs_at_a_time(sweeps: Sweeps) -> None:
+def test_cells_that_cannot_share_a_workspace_wait_until_one_runs_at_a_time(sweeps: Sweeps) -> None:
     sweeps.create("apart", parallelism=2)
     eventually(lambda: reason(sweeps.wait("apart", phase="Pending")) == "WorkspaceNotShared", seconds=60, every=0.2)
     sweeps.patch("apart", parallelism=1)

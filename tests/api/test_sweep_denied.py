@@ -24,7 +24,7 @@ Object = dict[str, Any]
 
 
 class Operator:
-    """Passes over one sweep, at times that the test sets; `denies` says what the API server denies."""
+    """Passes over one sweep at set times; the API server denies the kinds in `denies`."""
 
     def __init__(self, cluster: Cluster, api: Api, name: str) -> None:
         self.denies: Callable[[str, str], bool] = lambda _method, _path: False
@@ -68,7 +68,7 @@ async def with_operator(plane: ControlPlane, name: str, play: Callable[[Operator
         await play(Operator(cluster, api, name), api)
 
 
-def test_a_denied_cell_waits_for_its_time_whatever_happens_to_others_and_not_for_a_change(plane: ControlPlane) -> None:
+def test_a_denied_cell_waits_for_its_time_unless_the_spec_changes(plane: ControlPlane) -> None:
     async def play(operator: Operator, api: Api) -> None:
         operator.denies = denies_creation
         assert await operator.pass_at(0) == 5.0

@@ -85,7 +85,7 @@ async def live(plane: ControlPlane, name: str, at: int = -1, moment: Moment = "b
 
 
 async def settle(cluster: Cluster, name: str, profiles: Mapping[str, Profile] = PROFILES) -> None:
-    """Passes of operators that know nothing of each other, until one has written nothing."""
+    """Passes of operators without shared memory, until one has written nothing."""
     for _ in range(20):
         reconciler = SweepReconciler(cluster, profiles, clock=lambda: datetime.now(UTC))
         before = (await cluster.get_sweep(NAMESPACE, name) or {})["metadata"]["resourceVersion"]
@@ -99,7 +99,7 @@ async def settle(cluster: Cluster, name: str, profiles: Mapping[str, Profile] = 
 
 
 def compared(status: Object, name: str) -> Object:
-    """What does not differ between two lives: all but times, UIDs and the sweep's own name."""
+    """The part that two lives share: all but times, UIDs and the name of the sweep."""
     cells = [{**cell, "name": cell["name"].removeprefix(name), "uid": bool(cell["uid"])} for cell in status["cells"]]
     best = status["best"] | {"cell": status["best"]["cell"].removeprefix(name)}
     conditions = [
@@ -130,7 +130,7 @@ async def compare_lives(plane: ControlPlane) -> None:
 
 
 async def live_halved(plane: ControlPlane, name: str, at: int = -1, moment: Moment = "before") -> Object:
-    """The status at the end of a sweep of which one cell of two is stopped, and how often it was written to."""
+    """The last status of a sweep with a stopped cell, and the number of its writes."""
     template = TEMPLATE | {"training": {"evalEverySteps": 10}}
     halving = {"minSteps": 10, "factor": 2}
     spec = {"template": {"spec": template}, "cells": [{}, {"rank": 8}], "parallelism": 2, "halving": halving}

@@ -1,4 +1,4 @@
-"""The API server alone, without the operator, admits good sweeps and rejects bad ones with a reason."""
+"""The API server alone admits good sweeps and rejects bad ones with a reason."""
 
 import json
 
@@ -8,7 +8,7 @@ from devcluster.controlplane import ControlPlane
 from devcluster.errors import ClusterError
 from qlora_api.sweep.spec import QLoRASweepSpec, cells
 from tests.support.manifests import Manifest, with_value, without
-from tests.support.sweeps import FULL_SWEEP, SWEEP
+from tests.support.sweeps import FULL_SWEEP, SWEEP, TASKS
 
 
 def apply(plane: ControlPlane, manifest: Manifest, *, dry_run: bool = True) -> Manifest:
@@ -33,8 +33,8 @@ FURTHER_TRAINED = with_value(
 
 @pytest.mark.parametrize(
     "manifest",
-    [SWEEP, FULL_SWEEP, FURTHER_TRAINED, BEST, TOGETHER],
-    ids=["grid", "every field", "of an earlier adapter", "the best is published", "several in a pod"],
+    [SWEEP, FULL_SWEEP, FURTHER_TRAINED, BEST, TOGETHER, TASKS],
+    ids=["grid", "every field", "of an earlier adapter", "the best is published", "several in a pod", "different data"],
 )
 def test_a_good_sweep_is_admitted_with_the_defaults_of_the_models(plane: ControlPlane, manifest: Manifest) -> None:
     assert apply(plane, manifest)["spec"] == QLoRASweepSpec.model_validate(manifest["spec"]).dump()
@@ -52,6 +52,7 @@ HALVED = with_value(
     {"minSteps": 20, "factor": 2},
 )
 FURTHER = with_value(SWEEP, f"{TEMPLATE}.lora", {"from": {"source": "pvc://data/adapter"}})
+ONE_PLACE = {"destination": "hf://org/adapter"}
 FAR_TOO_LARGE = {
     "rank": list(range(1, 65)),
     "alpha": list(range(1, 65)),
@@ -67,7 +68,7 @@ FAR_TOO_LARGE = {
     "seed": list(range(64)),
 }
 REJECTED = {
-    "no rows to compare by": (without(SWEEP, f"{TEMPLATE}.dataset.eval"), "chooses by the loss on held-out rows"),
+    "no rows to compare by": (without(SWEEP, f"{TEMPLATE}.dataset.eval"), "compares the losses on held-out rows"),
     "neither grid nor cells": (without(SWEEP, "spec.grid"), "set exactly one of grid and cells"),
     "grid and cells": (with_value(SWEEP, "spec.cells", [{"rank": 8}]), "set exactly one of grid and cells"),
     "an empty grid": (with_value(SWEEP, "spec.grid", {}), "name at least one field with its values"),
@@ -134,6 +135,19 @@ REJECTED = {
         "halving stops single cells, and with cellsPerPod",
     ),
     "more in a pod than can be": (with_value(SWEEP, "spec.cellsPerPod", 17), "less than or equal to 16"),
+    "other data in a cell that is compared": (
+        without(TASKS, "spec.select"),
+        "compares cells by the loss on the same rows",
+    ),
+    "stopped cells of which none is compared": (
+        with_value(HALVED, "spec.select", "all"),
+        "select: all compares no cells: remove halving, best: score and publish: best",
+    ),
+    "the best of cells that are not compared": (with_value(BEST, "spec.select", "all"), "compares no cells"),
+    "two cells that publish to one place": (
+        with_value(TASKS, "spec.cells", [{"rank": 8, "output": ONE_PLACE}, {"rank": 16, "output": ONE_PLACE}]),
+        "two cells have the same output.destination",
+    ),
     "a suspended template": (with_value(SWEEP, f"{TEMPLATE}.suspend", True), "suspend the sweep"),
     "one repository for all adapters": (
         with_value(SWEEP, f"{TEMPLATE}.output", {"destination": "hf://org/adapter"}),

@@ -1,4 +1,4 @@
-"""A sweep of three cells that one pod trains, as it is at some point of its life, for the operator's unit tests."""
+"""A sweep of three cells that one pod trains, at any point of its life."""
 
 import json
 from dataclasses import dataclass, field, replace
@@ -28,7 +28,7 @@ Doing = str
 
 
 def cell_status(doing: Doing, name: str = NAMES[0], **fields: Any) -> QLoRAJobStatus | None:
-    """The status of a cell that is new, preparing, prepared, training (by itself), trained, failed or suspended."""
+    """The status of a cell that is `doing` so; "training" is alone."""
     if doing == "new":
         return None
     fixed = resolved().model_copy(
@@ -53,7 +53,7 @@ def cell_status(doing: Doing, name: str = NAMES[0], **fields: Any) -> QLoRAJobSt
 
 
 def cell_body(doing: Doing = "prepared", name: str = NAMES[0], **more: Any) -> dict[str, Any]:
-    """The cell as stored; keywords are fields of its spec, `status` those of its status."""
+    """The stored cell; keywords are fields of its spec, `status` those of its status."""
     fields = more.pop("status", {})
     status = cell_status(doing, name, **fields)
     body = job_body(status.dump() if status else {}, workspace={"claimName": "team"}, **more)
@@ -71,7 +71,7 @@ def of_the_pod(body: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class Pod:
-    """The pod of three cells: what is stored of it and of its cells, and passes over it."""
+    """The pod of three cells: its stored state, its cells, and passes over it."""
 
     cells: dict[str, dict[str, Any]] = field(default_factory=lambda: {name: cell_body(name=name) for name in NAMES})
     """The QLoRAJobs as stored, by name."""
@@ -96,7 +96,7 @@ class Pod:
     def decide(
         self, *bodies: dict[str, Any], at: float = 0, progress: ProgressRecord | None = None, **more: Any
     ) -> PodPlan:
-        """What a pass decides. `bodies`: the Jobs and pods that are observed, as of a job named NAME."""
+        """Decide a pass. `bodies`: the observed Jobs and pods, as of a job named NAME."""
         sweep, of_sweep = self.sweep(), [of_the_pod(body) for body in bodies]
         [(stored, names)] = pods_of(sweep, sweep.cells())
         jobs = [body for body in of_sweep if body["metadata"]["ownerReferences"][0]["kind"] == "QLoRAJob"]

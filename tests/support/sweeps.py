@@ -11,6 +11,23 @@ SWEEP: Manifest = {
     "spec": {"template": {"spec": TEMPLATE}, "grid": {"rank": [8, 16], "learningRate": [1e-4, 2e-4]}},
 }
 
+TASKS: Manifest = {
+    **SWEEP,
+    "spec": {
+        "template": {"spec": MINIMAL["spec"] | {"output": {"destination": "s3://bucket/adapters"}}},
+        "cells": [
+            {},
+            {"dataset": {"source": "pvc://data/summaries.jsonl", "eval": {"fraction": 0.1}}, "seed": 7},
+            {
+                "dataset": {"mix": [{"source": "hf://org/one"}, {"source": "hf://org/two", "revision": "v2"}]},
+                "output": {"destination": "oci://example.org/team/two:v1", "merged": {}},
+            },
+        ],
+        "select": "all",
+    },
+}
+"""A sweep whose cells train on different data."""
+
 FULL_SWEEP: Manifest = {
     **SWEEP,
     "spec": {

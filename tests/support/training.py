@@ -63,7 +63,14 @@ def job(spec: dict[str, Any] | None = None) -> QLoRAJobDocument:
     )
 
 
-def write_data(folder: Path, *, packed: bool, pairs: bool = False, checks: Sequence[str] | None = None) -> None:
+def write_data(
+    folder: Path,
+    *,
+    packed: bool,
+    pairs: bool = False,
+    checks: Sequence[str] | None = None,
+    lengths: Sequence[int] = ROW_LENGTHS,
+) -> None:
     """Rows of a pattern that a model can learn; the latter half of each row is the target. Four rows are held out.
 
     As `pairs` each row is a chosen answer, and a rejected one that repeats a token follows it. `checks` are those that
@@ -71,11 +78,11 @@ def write_data(folder: Path, *, packed: bool, pairs: bool = False, checks: Seque
     """
     folder.mkdir(parents=True)
     statistics = {}
-    for split, lengths in (("train", ROW_LENGTHS), ("eval", ROW_LENGTHS[:4])):
+    for split, of_split in (("train", lengths), ("eval", lengths[:4])):
         rows = []
-        for number, length in enumerate(lengths):
+        for number, length in enumerate(of_split):
             tokens = [3 + (number * 17 + position * 5) % 50 for position in range(length)]
-            tokens[0] = RARE_TOKEN if length == max(ROW_LENGTHS) else tokens[0]
+            tokens[0] = RARE_TOKEN if length == max(lengths) else tokens[0]
             targets = numpy.arange(length) >= length // 2
             row = TokenizedRow(numpy.array(tokens, dtype=numpy.int32), targets)
             rows.append(_with_rejected(row) if pairs else row)
@@ -95,8 +102,8 @@ def write_data(folder: Path, *, packed: bool, pairs: bool = False, checks: Seque
         format="text",
         columns=("text",),
         ignored_columns=(),
-        rows_read=len(ROW_LENGTHS),
-        lengths=Lengths.from_lengths(numpy.array(ROW_LENGTHS, dtype=numpy.int32)),
+        rows_read=len(lengths),
+        lengths=Lengths.from_lengths(numpy.array(lengths, dtype=numpy.int32)),
     )
     DataStatistics(sources=(source,), train=statistics["train"], eval=statistics["eval"]).write(folder)
     (folder / "manifest.json").write_text(json.dumps({"fingerprint": "rows"}))
@@ -129,11 +136,12 @@ def prepared(
     packed: bool = True,
     pairs: bool = False,
     checks: Sequence[str] | None = None,
+    lengths: Sequence[int] = ROW_LENGTHS,
 ) -> StepContext:
     """The context of the train step in a new workspace that prepare has filled."""
     document = job(spec)
     workspace = WorkspaceLayout(root)
-    write_data(workspace.data / "rows", packed=packed, pairs=pairs, checks=checks)
+    write_data(workspace.data / "rows", packed=packed, pairs=pairs, checks=checks, lengths=lengths)
     family = inspect_family(model, document.spec.lora)
     base_sha256 = convert(model, workspace.base, document.spec.quantization)
     record = PrepareRecord(
@@ -152,7 +160,7 @@ def prepared(
         fixed_positions=family.fixed_positions,
         attention=None if family.attention == ATTENTION else family.attention,
         memory=MemoryStatus(estimate_bytes=1, low_bytes=1, high_bytes=1, verdict="unknown"),
-        dataset=DatasetStatus(format="text", rows=len(ROW_LENGTHS), used_rows=len(ROW_LENGTHS)),
+        dataset=DatasetStatus(format="text", rows=len(lengths), used_rows=len(lengths)),
         base=BaseStatus(origin="volume", sha256=base_sha256),
     )
     write_completion(workspace.completion("prepare"), record)

@@ -1,4 +1,4 @@
-"""Shows the cells of a sweep with the GPU memory that each of its pods needs, and how much runs at the same time."""
+"""Shows the cells of a sweep, the GPU memory of each pod, and the pods at a time."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ class PodPlan:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """The memory of each pod of a sweep, and of the GPU that it runs on, in GiB; None if that is not given."""
+    """The memory of each pod of a sweep, and its GPU's in GiB, or None if not given."""
 
     document: QLoRASweepDocument
     pods: tuple[PodPlan, ...]

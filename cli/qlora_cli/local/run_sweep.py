@@ -121,7 +121,7 @@ def run_sweep(sweep: LocalSweep, show: Callable[[LocalRun], Display]) -> dict[st
 
 
 def best_cell(sweep: LocalSweep, ended: Mapping[str, Ended]) -> int | None:
-    """Return the number of the best cell by spec.best, or None if none has succeeded."""
+    """Return the number of the best cell, or None without a success or a comparison."""
 
     def key(number: int) -> tuple[float, float]:
         results = ended[sweep.cells[number].name].results
@@ -132,7 +132,7 @@ def best_cell(sweep: LocalSweep, ended: Mapping[str, Ended]) -> int | None:
 
     numbers = range(len(sweep.cells))
     done = [number for number in numbers if (found := ended.get(sweep.cells[number].name)) and _is_published(found)]
-    return min(done, key=key, default=None)
+    return min(done, key=key, default=None) if sweep.document.spec.select == "best" else None
 
 
 def _is_published(ended: Ended) -> bool:

@@ -1,7 +1,7 @@
 """The part of a QLoRAJob's spec about the adapter's destination and formats."""
 
 from collections.abc import Callable
-from itertools import combinations
+from itertools import combinations, product
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import ConfigDict, Field, model_validator
@@ -268,10 +268,26 @@ class OutputSpec(ApiModel):
             raise ValueError(_NOTHING_TO_OPEN)
         return self
 
+    def overlap(self, other: "OutputSpec") -> str | None:
+        """Return a folder of this job that is in one of the other's, or contains it; None for none.
+
+        Two jobs may publish the same base: it is written once.
+        """
+        for (field, one), (field_of_other, two) in product(self.destinations.items(), other.destinations.items()):
+            is_same_base = field == field_of_other == "base.destination" and one.rstrip("/") == two.rstrip("/")
+            if _overlap(one, two) and not is_same_base:
+                return one
+        return None
+
     @model_validator(mode="after")
     def _own_folders(self) -> Self:
-        folders = {field: f"{address.rstrip('/')}/" for field, address in self.destinations.items()}
-        for one, other in combinations(folders, 2):
-            if folders[one].startswith(folders[other]) or folders[other].startswith(folders[one]):
+        for (one, folder), (other, folder_of_other) in combinations(self.destinations.items(), 2):
+            if _overlap(folder, folder_of_other):
                 raise ValueError(_one_in_the_other(one, other))
         return self
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether one folder is the other, or inside of it."""
+    first, second = (f"{address.rstrip('/')}/" for address in (one, other))
+    return first.startswith(second) or second.startswith(first)

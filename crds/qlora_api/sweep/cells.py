@@ -24,7 +24,7 @@ class FoundRun:
     model_revision: str = ""
     """Commit or digest of the base model; empty if it is not known."""
     initial_adapter: str = ""
-    """Address of the adapter of lora.from, with the commit or digest; empty without one."""
+    """Address of the adapter of lora.from, with commit or digest; empty without one."""
 
 
 def best_job(name: str, spec: QLoRASweepSpec, best: Cell, stored: Mapping[str, Any], run: FoundRun) -> Cell:
@@ -68,7 +68,7 @@ def best_job_name(name: str) -> str:
 
 def repeated_cell(spec: QLoRASweepSpec, cells: Sequence[Cell]) -> str | None:
     """Return a message that names two equal cells of the sweep, or None if all differ."""
-    known: dict[tuple[ApiModel, ApiModel], int] = {}
+    known: dict[tuple[ApiModel, ...], int] = {}
     for number, cell in enumerate(cells):
         first = known.setdefault(_what_is_trained(cell.spec), number)
         if first != number:
@@ -80,13 +80,13 @@ def repeated_cell(spec: QLoRASweepSpec, cells: Sequence[Cell]) -> str | None:
     return None
 
 
-def _what_is_trained(spec: QLoRAJobSpec) -> tuple[ApiModel, ApiModel]:
+def _what_is_trained(spec: QLoRAJobSpec) -> tuple[ApiModel, ...]:
     """Return all settings that can differ between cells, except their places.
 
     The names of layers are a set.
     """
     names = tuple(sorted(set(spec.lora.target_modules)))
-    return replace(spec.lora, target_modules=names), spec.training
+    return replace(spec.lora, target_modules=names), spec.training, spec.dataset
 
 
 def _place(spec: QLoRASweepSpec, cells: Sequence[Cell], number: int) -> str:

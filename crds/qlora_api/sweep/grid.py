@@ -1,7 +1,4 @@
-"""The fields that may differ between a sweep's cells, one by one or as a grid.
-
-The list is closed.
-"""
+"""The fields that may differ between a sweep's cells, one by one or as a grid."""
 
 import math
 from itertools import product
@@ -10,6 +7,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import ConfigDict, Field, model_validator
 
 from qlora_api.schema import ApiModel, rule, rules
+from qlora_api.spec.dataset import DatasetSpec, MixSource
+from qlora_api.spec.output import OutputSpec
 from qlora_api.spec.training import ModuleName
 
 MAX_CELLS = 64
@@ -38,8 +37,17 @@ Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 _ONE_LENGTH = "epochs and maxSteps both set the length of a run: name one of them"
 
 
+class CellDataset(DatasetSpec):
+    """The training data of one cell."""
+
+    # With 16 sources for each of 64 cells, the rules would exceed the API server's limit on their cost.
+    mix: tuple[MixSource, ...] | None = Field(
+        None, min_length=1, max_length=6, description="Several sources instead of one, as in a QLoRAJob; at most six."
+    )
+
+
 class Overrides(ApiModel):
-    """What one cell changes in the template. Empty: the template as it is."""
+    """The changes of one cell to the template. Empty: the template as it is."""
 
     model_config = ConfigDict(json_schema_extra=rules(rule("!has(self.epochs) || !has(self.maxSteps)", _ONE_LENGTH)))
 
@@ -75,6 +83,16 @@ class Overrides(ApiModel):
         None, description="training.maxSteps of the cell, also if the template sets epochs; its length if not set."
     )
     seed: Seed | None = Field(None, description="training.seed of the cell; the template's if not set.")
+    dataset: CellDataset | None = Field(
+        None,
+        description="With select: all, the whole data set of the cell; the template's if not set. A mix has at most "
+        "six sources.",
+    )
+    output: OutputSpec | None = Field(
+        None,
+        description="With select: all, the whole output of the cell, whose adapter is published to the destination "
+        "itself; if not set, the template's, with a folder of the cell's name.",
+    )
 
     @model_validator(mode="after")
     def _only_one_length(self) -> Self:
@@ -84,11 +102,13 @@ class Overrides(ApiModel):
 
     def text(self) -> str:
         """Format for users: `rank=16 learningRate=0.0002`, or `template` without a change."""
-
-        def written(value: Any) -> str:
-            return ",".join(value) if isinstance(value, list) else str(value)
-
-        return " ".join(f"{name}={written(value)}" for name, value in self.dump().items()) or "template"
+        values = self.dump()
+        if self.dataset is not None:
+            values["dataset"] = list(self.dataset.addresses.values())
+        if self.output is not None:
+            values["output"] = list(self.output.destinations.values()) or "workspace"
+        written = (f"{name}={','.join(value) if isinstance(value, list) else value}" for name, value in values.items())
+        return " ".join(written) or "template"
 
 
 _TOO_MANY = f"the grid has more than {MAX_CELLS} cells, which is the product of the lengths of its lists"
@@ -108,7 +128,7 @@ def _grid_rules(schema: dict[str, Any]) -> None:
 
 
 class Grid(ApiModel):
-    """Values of fields: each combination of them is a cell. The values of the last field in this list change first."""
+    """Values of fields: each combination is a cell. The last field changes first."""
 
     model_config = ConfigDict(json_schema_extra=_grid_rules)
 

@@ -9,7 +9,7 @@ from qlora_api.status_types import MAX_RUNGS
 class HalvingSpec(ApiModel):
     """Cells that do badly are stopped early (asynchronous successive halving in its stopping form, arXiv 1810.05934).
 
-    A rung is a number of optimizer steps: minSteps · factor^k. A cell that reaches one goes on if its loss on the
+    A rung is a number of optimizer steps: minSteps · factor^k. A cell that reaches one continues if its loss on the
     held-out rows is among the best 1/factor of the losses known at that rung by then.
     """
 
@@ -22,7 +22,7 @@ class HalvingSpec(ApiModel):
         3,
         ge=2,
         le=4,
-        description="At each rung the best 1/factor of the cells that have reached it go on, at least one; the next "
+        description="At each rung the best 1/factor of the cells that have reached it continue, at least one; the next "
         "rung is factor times as many steps away.",
     )
 

@@ -1,12 +1,12 @@
 """The QLoRASweep resource, version v1alpha1: the user's spec, and its QLoRAJobs.
 
-A cell is a QLoRAJob with the spec of the template and a few other numbers. Only a closed list of fields may differ
-between cells: none with the source of data or credentials, and none that changes which rows are held out or the meaning
-of the loss on them, because the loss compares the cells.
+A cell is a QLoRAJob with the spec of the template and other values of a closed list of fields. With `select: best` no
+cell may change the held-out rows, whose loss compares them; with `select: all` cells may differ in data and output.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
@@ -27,12 +27,19 @@ MAX_SWEEP_NAME_LENGTH = MAX_NAME_LENGTH - len("-00")
 BEST_SUFFIX = "-best"
 _MAX_NAME_WITH_BEST = MAX_NAME_LENGTH - len(BEST_SUFFIX)
 
-_NO_EVALUATION = "a sweep chooses by the loss on held-out rows: set spec.template.spec.dataset.eval"
+_NO_EVALUATION = "select: best compares the losses on held-out rows: set spec.template.spec.dataset.eval"
+_DIFFERENT_DATA = (
+    "select: best compares cells by the loss on the same rows, and publishes to the template's output: set select: "
+    "all, or remove dataset and output from cells"
+)
+_NOTHING_COMPARED = "select: all compares no cells: remove halving, best: score and publish: best, or set select: best"
+_ONE_PLACE = "two cells have the same output.destination: give each cell another"
 _SUSPENDED = "suspend the sweep (spec.suspend) and not its template"
 _WITH_FOLDERS = ("pvc", *OBJECT_STORES)
 _ONE_ADAPTER = (
     "each cell publishes to a folder of its own below output.destination, which must be on a volume or in a bucket "
-    f"for that ({prefixes(_WITH_FOLDERS)}): set publish: best to publish only the best adapter, to any destination"
+    f"for that ({prefixes(_WITH_FOLDERS)}): set publish: best to publish only the best adapter, to any destination, or "
+    "select: all and the output of each cell"
 )
 _MERGED = (
     "output.merged would merge the adapter of every cell: set publish: best to merge only the best, or remove merged"
@@ -64,11 +71,10 @@ _REMEDY = "delete the QLoRASweep and create it again, or create one with another
 
 
 class SweepTemplate(ApiModel):
-    """What all cells have in common."""
+    """The spec that all cells share."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(
-            rule("has(self.spec.dataset.eval)", _NO_EVALUATION),
             rule("!self.spec.suspend", _SUSPENDED),
             rule("!has(self.spec.continues)", _CONTINUED),
         )
@@ -81,8 +87,6 @@ class SweepTemplate(ApiModel):
 
     @model_validator(mode="after")
     def _of_a_cell(self) -> Self:
-        if self.spec.dataset.eval is None:
-            raise ValueError(_NO_EVALUATION)
         if self.spec.suspend:
             raise ValueError(_SUSPENDED)
         if self.spec.continues is not None:
@@ -100,8 +104,6 @@ _RUNG_AFTER_THE_END = (
 )
 _NO_SCORE = "best: score compares the scores of spec.template.spec.gate.score: set that, or leave best out"
 MUTABLE_SWEEP_FIELDS = frozenset({"parallelism", "suspend"})
-
-
 _OUTPUT = "self.template.spec.output"
 _SOMETHING_TO_PUBLISH = " || ".join(f"has({_OUTPUT}.{field})" for field in ("destination", "merged", "base"))
 _NAME_WITH_BEST = (
@@ -125,13 +127,29 @@ def _sweep_rules(schema: dict[str, Any]) -> None:
                 _OTHER_ADAPTER,
             ),
             rule("has(self.grid) != has(self.cells)", _ONE_SOURCE),
+            rule("self.select == 'all' || has(self.template.spec.dataset.eval)", _NO_EVALUATION),
+            rule(
+                "self.select == 'all' || !has(self.cells) || !self.cells.exists(c, has(c.dataset) || has(c.output))",
+                _DIFFERENT_DATA,
+            ),
+            rule(
+                "self.select == 'best' || (!has(self.halving) && self.best != 'score' && self.publish != 'best')",
+                _NOTHING_COMPARED,
+            ),
+            rule(
+                "!has(self.cells) || self.cells.all(c, !has(c.output) || !has(c.output.destination) || "
+                "self.cells.exists_one(d, has(d.output) && has(d.output.destination) && "
+                "d.output.destination == c.output.destination))",
+                _ONE_PLACE,
+            ),
             rule(
                 "self.best != 'score' || (has(self.template.spec.gate) && has(self.template.spec.gate.score))",
                 _NO_SCORE,
             ),
             rule(
                 "!((has(self.grid) && has(self.grid.seed)) || (has(self.cells) && self.cells.exists(c, has(c.seed)))) "
-                "|| !has(self.template.spec.dataset.eval) || has(self.template.spec.dataset.eval.source)",
+                "|| self.select == 'all' || !has(self.template.spec.dataset.eval) || "
+                "has(self.template.spec.dataset.eval.source)",
                 _OTHER_ROWS,
             ),
             rule(
@@ -165,25 +183,31 @@ def _sweep_rules(schema: dict[str, Any]) -> None:
 
 
 class QLoRASweepSpec(ApiModel):
-    """Several fine-tuning runs that differ in a few numbers, and the choice of the best. Each is a QLoRAJob, a cell."""
+    """Fine-tuning runs that differ in a few fields. Each is a QLoRAJob, a cell."""
 
     model_config = ConfigDict(json_schema_extra=_sweep_rules)
 
-    template: SweepTemplate = Field(description="What all cells have in common.")
-    grid: Grid | None = Field(None, description="Values of fields, of which each combination is a cell; or set cells.")
+    template: SweepTemplate = Field(description="The spec that all cells share.")
+    grid: Grid | None = Field(None, description="Values of fields: each combination of them is a cell; or set cells.")
     cells: Annotated[tuple[Overrides, ...], Field(min_length=1, max_length=MAX_CELLS)] | None = Field(
-        None, description="The cells one by one, each by what it changes in the template; or set grid."
+        None, description="The cells one by one, each by its changes to the template; or set grid."
+    )
+    select: Literal["best", "all"] = Field(
+        "best",
+        description="Which adapters are the result: that of the best cell, which spec.best finds among cells with the "
+        "same data (best), or that of each cell, without a comparison (all). With all, cells may also differ in "
+        "dataset and output, and the sweep succeeds if all of them do.",
     )
     best: Literal["evalLoss", "score"] = Field(
         "evalLoss",
-        description="What the best cell has: the lowest loss on the held-out rows (evalLoss), or the highest score of "
-        "the template's gate, and the lower loss of two with the same score.",
+        description="Measure of the best cell: the lowest loss on the held-out rows (evalLoss), or the highest score "
+        "of the template's gate, and the lower loss of two with the same score.",
     )
     publish: Literal["all", "best"] = Field(
         "all",
-        description="Which adapters go where the template's output says: that of each cell, to a folder of its name "
-        "below output.destination (all), or only that of the best cell, once all have ended (best). With best it may "
-        "be any destination, and merged; the adapters of the cells stay in the workspace.",
+        description="Which adapters are published to the template's output: that of each cell, to a folder of its "
+        "name below output.destination (all), or only that of the best cell, once all have ended (best). With best it "
+        "may be any destination, and merged; the adapters of the cells stay in the workspace.",
     )
     halving: HalvingSpec | None = Field(
         None,
@@ -204,7 +228,9 @@ class QLoRASweepSpec(ApiModel):
         description="Cells that one pod trains together, on one base: the first so many, then the next. Each is "
         "prepared and published by itself.",
     )
-    suspend: bool = Field(False, description="true suspends the cells that run and starts no other; false goes on.")
+    suspend: bool = Field(
+        False, description="true suspends the cells that run and starts no other; false resumes them."
+    )
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
@@ -215,8 +241,19 @@ class QLoRASweepSpec(ApiModel):
     @model_validator(mode="after")
     def _comparable(self) -> Self:
         held_out = self.template.spec.dataset.eval
+        if self.select == "all":
+            if self.halving is not None or self.best == "score" or self.publish == "best":
+                raise ValueError(_NOTHING_COMPARED)
+            return self
+        if held_out is None:
+            raise ValueError(_NO_EVALUATION)
+        gate = self.template.spec.gate
+        if self.best == "score" and (gate is None or gate.score is None):
+            raise ValueError(_NO_SCORE)
+        if any(overrides.dataset or overrides.output for overrides in self.overrides()):
+            raise ValueError(_DIFFERENT_DATA)
         seeded = any(overrides.seed is not None for overrides in self.overrides())
-        if seeded and held_out is not None and held_out.source is None:
+        if seeded and held_out.source is None:
             raise ValueError(_OTHER_ROWS)
         return self
 
@@ -252,13 +289,6 @@ class QLoRASweepSpec(ApiModel):
         changed = {name for overrides in self.overrides() for name in overrides.dump()}
         if changed & set(_OF_THE_ADAPTER):
             raise ValueError(_OTHER_ADAPTER)
-        return self
-
-    @model_validator(mode="after")
-    def _scored(self) -> Self:
-        gate = self.template.spec.gate
-        if self.best == "score" and (gate is None or gate.score is None):
-            raise ValueError(_NO_SCORE)
         return self
 
     @model_validator(mode="after")
@@ -310,11 +340,17 @@ class Cell:
 def cells(name: str, spec: QLoRASweepSpec, claim: str) -> tuple[Cell, ...]:
     """Build the cells of the sweep of that name, in their order.
 
-    All use the workspace `claim`. It depends on nothing else, so that a cell has the same name and spec each time.
-    Raises ValueError, naming the cell, if the changes of a cell do not fit the template, or are those of another cell
-    of the grid.
+    All use the workspace `claim`; nothing else decides their names and specs. Raises ValueError, naming the cell, if
+    its changes do not fit the template or repeat those of another, or if two cells would publish to one place.
     """
-    return tuple(_cells(name, spec, claim))
+    found = tuple(_cells(name, spec, claim))
+    for cell, other in combinations(found, 2):
+        if place := cell.spec.output.overlap(other.spec.output):
+            raise ValueError(
+                f"cells {cell.name} and {other.name} would both publish to {place}: give each cell an output that is "
+                "not inside that of another"
+            )
+    return found
 
 
 def pods(spec: QLoRASweepSpec, found: Sequence[T]) -> list[Sequence[T]]:
@@ -345,12 +381,12 @@ def first_problem(error: ValidationError) -> str:
 
 def _cell_spec(cell: str, spec: QLoRASweepSpec, overrides: Overrides, claim: str) -> QLoRAJobSpec:
     template = spec.template.spec
-    content = template.dump()
-    changes = overrides.dump()
+    content, changes = template.dump(), overrides.dump()
     if "epochs" in changes or "maxSteps" in changes:
         content["training"] = {
             key: value for key, value in content["training"].items() if key not in ("epochs", "maxSteps")
         }
+    replaced = {field: changes.pop(field) for field in ("dataset", "output") if field in changes}
     for key, value in changes.items():
         content["lora" if key in content["lora"] else "training"][key] = value
     content["workspace"] = {"claimName": claim}
@@ -361,4 +397,4 @@ def _cell_spec(cell: str, spec: QLoRASweepSpec, overrides: Overrides, claim: str
         content.pop("cleanupAfterSeconds", None)
     elif destination is not None:
         content["output"]["destination"] = f"{destination.rstrip('/')}/{cell}"
-    return QLoRAJobSpec.model_validate(content)
+    return QLoRAJobSpec.model_validate(content | replaced)

@@ -37,24 +37,24 @@ CellPhase = Literal[
 
 
 class RungStatus(ObservedModel):
-    """How a cell compares at a rung of spec.halving, with the losses that were known when its own became known."""
+    """A cell's comparison at a rung of spec.halving with the losses known then."""
 
     step: Count = Field(description="Optimizer steps of the rung.")
     eval_loss: Finite = Field(description="Loss of the cell on the held-out rows there.")
     rank: int = Field(ge=1, le=1000, description="Its place among those losses; 1 is the lowest.")
-    cells: int = Field(ge=1, le=1000, description="How many these were, with its own.")
-    goes_on: bool = Field(description="Whether it is among the best of them, which go on.")
+    cells: int = Field(ge=1, le=1000, description="Number of these losses, the cell's among them.")
+    goes_on: bool = Field(description="Whether it is among the best of them, which continue.")
 
 
 class CellStatus(ObservedModel):
-    """One line of the table: a cell, and how it does."""
+    """One line of the table: a cell and its state."""
 
     name: str = Field(max_length=63, description="Name of its QLoRAJob.")
-    overrides: ShortText = Field(description="What it changes in the template.")
+    overrides: ShortText = Field(description="Its changes to the template.")
     phase: CellPhase = Field(
         "Pending",
         description="Phase of its QLoRAJob; Pending before it is created, too. Stopped: spec.halving has stopped it; "
-        "its QLoRAJob is suspended. Deleted: somebody has deleted it before its end, and it is not created again.",
+        "its QLoRAJob is suspended. Deleted: a user has deleted it before its end, and it is not created again.",
     )
     uid: str = Field("", max_length=64, description="UID of its QLoRAJob; empty before it is created.")
     progress: ShortText = Field("", description="Training steps done.")
@@ -63,9 +63,13 @@ class CellStatus(ObservedModel):
     score: Share | None = Field(None, description="Score of its answers, if the template's gate has one.")
     gpu_seconds: Count = Field(0, description="GPU seconds that its train pods have had.")
     lost_gpu_seconds: Count = Field(0, description="Of these, those that are in no checkpoint.")
-    cost: ShortText | None = Field(None, description="What they cost; not set without a price in the profile.")
+    cost: ShortText | None = Field(None, description="Their cost; not set without a price in the profile.")
     rank: int | None = Field(
-        None, ge=1, le=1000, description="Its place among the cells that have succeeded, by spec.best; 1 is the best."
+        None,
+        ge=1,
+        le=1000,
+        description="Its place among the cells that have succeeded, by spec.best; 1 is the best. Not set with select: "
+        "all.",
     )
     adapter: Uri = Field("", description="Folder of its adapter.")
     sha256: str = Field("", max_length=64, description="SHA-256 of adapter_model.safetensors.")
@@ -74,7 +78,7 @@ class CellStatus(ObservedModel):
     rungs: tuple[RungStatus, ...] | None = Field(
         None,
         max_length=MAX_RUNGS,
-        description="The rungs of spec.halving at which it was compared; not set before the first.",
+        description="Its comparisons at the rungs of spec.halving; not set before the first.",
     )
 
 
@@ -82,7 +86,7 @@ class BestCell(ObservedModel):
     """The best cell, by spec.best, of those that have succeeded so far."""
 
     cell: str = Field(max_length=63, description="Name of its QLoRAJob.")
-    overrides: ShortText = Field(description="What it changes in the template.")
+    overrides: ShortText = Field(description="Its changes to the template.")
     eval_loss: Finite | None = Field(
         None,
         description="Loss of its adapter on the held-out rows, with five significant digits; status.cells has more.",
@@ -93,17 +97,17 @@ class BestCell(ObservedModel):
 
 
 class PublishedCell(ObservedModel):
-    """The QLoRAJob that publishes the adapter of the best cell, with spec.publish: best."""
+    """The QLoRAJob that publishes the best adapter, with spec.publish: best."""
 
     name: str = Field(max_length=63, description="Name of the QLoRAJob.")
-    cell: str = Field(max_length=63, description="Name of the cell whose run it takes up.")
+    cell: str = Field(max_length=63, description="Name of the cell whose run it continues.")
     phase: CellPhase = Field(
-        description="Its phase. Deleted: somebody has deleted it before its end, or that cell before it had started."
+        description="Its phase. Deleted: a user has deleted it before its end, or that cell before it had started."
     )
     uid: str = Field(max_length=64, description="Its UID; empty if that cell was deleted before it had started.")
     gpu_seconds: Count = Field(0, description="GPU seconds that its train pods have had.")
     lost_gpu_seconds: Count = Field(0, description="Of these, those that are in no checkpoint.")
-    cost: ShortText | None = Field(None, description="What they cost; not set without a price in the profile.")
+    cost: ShortText | None = Field(None, description="Their cost; not set without a price in the profile.")
     adapter: Uri = Field("", description="Where it has published the adapter.")
     sha256: str = Field("", max_length=64, description="SHA-256 of adapter_model.safetensors there.")
     reason: str = Field("", max_length=128, description="Why it has failed, or has not started, in one word.")
@@ -111,7 +115,7 @@ class PublishedCell(ObservedModel):
 
 
 class SweepPodStatus(ObservedModel):
-    """The cells that one pod trains together, and the Job of that pod, which is the sweep's."""
+    """The cells that one pod trains, and the sweep's Job of that pod."""
 
     number: int = Field(ge=0, le=63, description="Which pod of spec.cellsPerPod cells it is, counted from 0.")
     cells: tuple[ShortText, ...] = Field(
@@ -144,18 +148,18 @@ class SweepPodStatus(ObservedModel):
 
 
 class SweepUsage(ObservedModel):
-    """GPU time of all cells, also of those that were deleted, and of what publishes the best adapter."""
+    """GPU time of all cells, also deleted ones, and of publishing the best adapter."""
 
     gpu_seconds: Count = Field(description="Seconds times GPUs, of all their train pods.")
     gpu_hours: ShortText = Field(description='The same in hours, for people, for example "12.50".')
-    lost_gpu_seconds: Count = Field(description="Of these, those that are in no checkpoint; each cell says why.")
+    lost_gpu_seconds: Count = Field(description="Of these, those that are in no checkpoint; each cell reports why.")
     cost: ShortText | None = Field(
-        None, description="What they cost; not set without a price, or if prices are in several currencies."
+        None, description="Their cost; not set without a price, or if prices are in several currencies."
     )
 
 
 class QLoRASweepStatus(ObservedModel):
-    """What the operator reports about a sweep: a table of its cells, and the best of them."""
+    """The operator's report about a sweep: a table of its cells, and the best of them."""
 
     observed_generation: int | None = Field(
         None, ge=-1, le=2**53, description="Generation of the spec that the status is about."
@@ -173,9 +177,11 @@ class QLoRASweepStatus(ObservedModel):
     stopped: Count = Field(0, description="Cells that spec.halving has stopped.")
     running: Count = Field(0, description="Cells that were created and have not ended.")
     pending: Count = Field(0, description="Cells that were not created yet.")
-    best: BestCell | None = Field(None, description="The best cell so far; not set before one has succeeded.")
+    best: BestCell | None = Field(
+        None, description="The best cell so far; not set before one has succeeded, and with select: all."
+    )
     published: PublishedCell | None = Field(
-        None, description="With spec.publish: best, what publishes the best adapter; not set before it exists."
+        None, description="With spec.publish: best, the job that publishes the best adapter; not set before it exists."
     )
     cells: tuple[CellStatus, ...] = Field(
         (),
@@ -186,7 +192,7 @@ class QLoRASweepStatus(ObservedModel):
     pods: tuple[SweepPodStatus, ...] = Field(
         (),
         max_length=32,
-        description="With spec.cellsPerPod, what trains the cells of each pod.",
+        description="With spec.cellsPerPod, the pods that train several cells.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["number"]},
     )
     usage: SweepUsage | None = Field(None, description="GPU time used and lost; not set before a pod has had a GPU.")

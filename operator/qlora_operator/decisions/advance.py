@@ -137,7 +137,8 @@ def _after_unsupported(status: QLoRAJobStatus, facts: Facts, step: StepStatus) -
 
     This costs no failure. It waits for another image, or until less is expected.
     """
-    today, before = with_profile_of_today(status.resolved, facts.job, facts.profiles, facts.continued), status.resolved
+    before, is_shared = status.resolved, facts.shared is not None
+    today = with_profile_of_today(before, facts.job, facts.profiles, facts.continued, is_shared=is_shared)
     if today is None or before is None:
         return status
     if today.profile.image == before.profile.image and today.contract_version >= before.contract_version:

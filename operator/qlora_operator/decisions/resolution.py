@@ -15,7 +15,6 @@ from qlora_operator.decisions.manifests.objects import document
 from qlora_operator.decisions.manifests.volumes import reserved_claim, reserved_secret
 from qlora_operator.decisions.observed.facts import FIRST_JOB, Facts, new_step
 from qlora_operator.decisions.observed.objects import ChildJob, Observed, QLoRAJob, Reason
-from qlora_operator.decisions.observed.shared_pod import is_shared
 from qlora_operator.decisions.usage.budget import limit_of_hours
 
 _NOT_SHARED = "WorkspaceNotShared"
@@ -39,7 +38,7 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         return status
     own_claim = job.spec.workspace.claim_name
     resolved = Resolved(
-        contract_version=_contract(job, profile),
+        contract_version=_signed(_contract_of_training(job, is_shared=facts.shared is not None), profile),
         document=document(job),
         queue_name=job.queue_name,
         queue_priority=job.queue_priority,
@@ -71,12 +70,8 @@ def _with_trainer_of_its_cell(resolved: Resolved, job: QLoRAJob, cell: QLoRAJob 
     return replace(resolved, profile=profile, contract_version=_signed(contract, profile))
 
 
-def _contract(job: QLoRAJob, profile: Profile) -> int:
-    return _signed(_contract_of_training(job), profile)
-
-
-def _contract_of_training(job: QLoRAJob) -> int:
-    return needed_contract(job.spec.resources.node_count, grouped=is_shared(job))
+def _contract_of_training(job: QLoRAJob, *, is_shared: bool) -> int:
+    return needed_contract(job.spec.resources.node_count, grouped=is_shared)
 
 
 def _signed(contract: int, profile: Profile) -> int:
@@ -246,11 +241,12 @@ def with_profile_of_today(
     profiles: Mapping[str, Profile],
     continued: QLoRAJob | None,
     *,
+    is_shared: bool,
     same_trainer: bool = False,
 ) -> Resolved | None:
     """Return what was resolved, with the current profile if it still exists.
 
-    `same_trainer`: except for the image.
+    `is_shared`: whether a pod of its sweep trains it. `same_trainer`: except for the image.
     """
     profile = profiles.get(job.spec.scheduling.profile)
     if resolved is None or profile is None:
@@ -259,8 +255,8 @@ def with_profile_of_today(
     if same_trainer:
         copied = replace(copied, image=resolved.profile.image)
     # The trainer that began the run may implement no newer version, unless that was one for a key that is gone.
-    known = min(resolved.contract_version, _contract_of_training(job))
-    contract = _signed(known, profile) if same_trainer else _contract(job, profile)
+    needed = _contract_of_training(job, is_shared=is_shared)
+    contract = _signed(min(resolved.contract_version, needed) if same_trainer else needed, profile)
     today = replace(resolved, profile=copied, contract_version=contract, gpu_hours=limit_of_hours(profile))
     return today if same_trainer else _with_trainer_of_its_cell(today, job, continued)
 

@@ -65,7 +65,14 @@ def _resolved_again(status: QLoRAJobStatus, facts: Facts, *, has_its_run: bool) 
     """Resolve again with the current profile and gate."""
     # Only the trainer that began a run continues it: its image stays once there is a run to continue.
     prepared = is_true(status, "Prepared")
-    resolved = with_profile_of_today(status.resolved, facts.job, facts.profiles, facts.continued, same_trainer=prepared)
+    resolved = with_profile_of_today(
+        status.resolved,
+        facts.job,
+        facts.profiles,
+        facts.continued,
+        is_shared=facts.shared is not None,
+        same_trainer=prepared,
+    )
     if resolved is not None and has_its_run:
         # A pod whose volume is gone would wait for ever, and the other job's claim may be deleted by now.
         resolved = replace(resolved, continued=None)

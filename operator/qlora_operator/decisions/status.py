@@ -152,7 +152,12 @@ def _note_request(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     if not is_raised or step is None or not step.job_uid or step.running_pod or step.counted_pod:
         return status
     resolved = with_profile_of_today(
-        status.resolved, facts.job, facts.profiles, facts.continued, same_trainer=step.name != "prepare"
+        status.resolved,
+        facts.job,
+        facts.profiles,
+        facts.continued,
+        is_shared=facts.shared is not None,
+        same_trainer=step.name != "prepare",
     )
     return replace(status, step=next_attempt(step, facts.job), resolved=resolved)
 

@@ -8,7 +8,7 @@ from qlora_api.naming import child_job_name
 from qlora_api.sweep.status import SweepPodStatus
 from qlora_operator.decisions.observed.conditions import is_finished
 from qlora_operator.decisions.observed.objects import ChildJob, Observed, Pod, QLoRAJob, collect
-from qlora_operator.decisions.observed.shared_pod import SharedPod, is_shared, shared_pod
+from qlora_operator.decisions.observed.shared_pod import SharedPod, shared_pod
 from qlora_operator.decisions.retry import is_to_be_taken_up
 from qlora_operator.kube.client import Cluster
 from qlora_operator.watch.store import Store
@@ -28,7 +28,7 @@ class SharedPods:
         It is as the watches have shown the sweep or, with `live` or before they have, as it is now.
         """
         ended = is_finished(job.status) and not is_to_be_taken_up(job)
-        if job.deleting or ended or not is_shared(job):
+        if job.deleting or ended or not job.sweep:
             return None
         known = None if live else self.store.sweeps.pods(job.namespace, job.sweep)
         return shared_pod(job, await self._pods(job) if known is None else known)
@@ -40,7 +40,7 @@ class SharedPods:
         have a minute to save, or train others.
         """
         own = _left_of_train(job.name, await self._children(job.namespace, job.name, job.uid))
-        if own or not is_shared(job):
+        if own or not job.sweep:
             return own
         found = shared_pod(job, await self._pods(job))
         return f"Job {found.child} of QLoRASweep {job.sweep}" if found is not None and found.child else ""

@@ -16,6 +16,7 @@ from qlora_api.sweep.status import QLoRASweepStatus
 from qlora_operator.decisions.events import sweep_event, unreadable_event
 from qlora_operator.decisions.observed.objects import Object, Reason
 from qlora_operator.decisions.sweeps.best_cell import ENDED, cells_to_publish, published
+from qlora_operator.decisions.sweeps.halving import judges_anew
 from qlora_operator.decisions.sweeps.objection import fault_of_cells, objection_to_sweep
 from qlora_operator.decisions.sweeps.plan import (
     Action,
@@ -25,7 +26,6 @@ from qlora_operator.decisions.sweeps.plan import (
     StopCell,
     held_up,
     invalid,
-    judges_anew,
     next_status,
     plan,
     table,
@@ -98,7 +98,7 @@ class SweepReconciler:
     clock: Callable[[], datetime]
     progress: ProgressReader | None = None
     count: Callable[[QLoRASweep, QLoRASweepStatus], None] = lambda _sweep, _status: None
-    """Called with a sweep's earlier and new status: counts the GPU time that is the sweep's."""
+    """Counts the sweep's GPU time, from its earlier and its new status."""
     blocked: Pauses = field(default_factory=Pauses)
     _denials: dict[Key, _Denial] = field(default_factory=dict)
 

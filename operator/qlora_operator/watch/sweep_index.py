@@ -13,7 +13,7 @@ _PODS: TypeAdapter[tuple[SweepPodStatus, ...]] = TypeAdapter(tuple[SweepPodStatu
 
 @dataclass
 class SweepIndex:
-    """The pods of the sweeps that train several cells in one, by the key of the sweep."""
+    """The pods of the sweeps by the key of the sweep: none of one that trains its cells one by one."""
 
     _pods: dict[Key, tuple[SweepPodStatus, ...]] = field(default_factory=dict)
 
@@ -26,7 +26,7 @@ class SweepIndex:
         metadata = body["metadata"]
         key = (metadata["namespace"], metadata["name"])
         before = self._pods.pop(key, ())
-        if deleted or (body.get("spec") or {}).get("cellsPerPod", 1) == 1:
+        if deleted:
             return {name for pod in before for name in pod.cells}
         try:
             self._pods[key] = pods_of_sweep(body)

@@ -1,4 +1,4 @@
-"""A sweep given to `qlora run`: its cells are prepared each, those of a pod trained in one process, published each."""
+"""`qlora run` of a sweep trains the cells of a pod in one process."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The report of a sweep: what a person sees of its cells in a browser, however many have ended."""
+"""The report of a sweep, as a browser shows it."""
 
 import json
 import os
@@ -33,10 +33,13 @@ def add(
     score: float | None = None,
     *,
     passed: bool = True,
+    source: str | None = None,
 ) -> None:
     """What `publish` of a cell with that rank and result would leave."""
     job = _trained_job(context(files))
     spec = job.spec.model_copy(update={"lora": job.spec.lora.model_copy(update={"rank": rank})})
+    if source is not None:
+        spec = spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"source": source})})
     trained = job.trained.model_copy(update={"eval_loss": eval_loss})
     gated = score is not None or not passed
     gate = GateStatus(passed=passed, adapter_sha256="a" * 64, score=score) if gated else None
@@ -51,7 +54,7 @@ def unfinished(files: Files, shared: Path, name: str, *, diverged: bool) -> None
 
 
 def cell_of(files: Files, shared: Path) -> StepContext:
-    """What the step would be given for these files if the job were a cell of a sweep with that folder."""
+    """The context of these files, as of a cell of a sweep with that folder."""
     alone = context(files)
     return replace(alone, mounts=replace(alone.mounts, sweep=shared))
 
@@ -90,6 +93,15 @@ def test_the_page_of_a_sweep_with_scores_shows_them_and_names_the_highest(finish
     add(finished, tmp_path, "rates-00", 4, 1.25, score=0.75)
     words = page_of(tmp_path).words
     assert "rates-00 has the lowest held-out loss and the highest score of 2 cells" in words
+
+
+def test_cells_with_different_data_are_shown_without_the_lowest_loss(finished: Files, tmp_path: Path) -> None:
+    add(finished, tmp_path, "tasks-00", 4, 1.5)
+    add(finished, tmp_path, "tasks-01", 4, 1.25, score=0.5, source="pvc://data/other.jsonl")
+    words = page_of(tmp_path).words
+    assert words.count("2 cells") == 1
+    assert "has the lowest held-out loss" not in words
+    assert "tasks-01 pvc://data/other.jsonl" in words
 
 
 MALFORMED: dict[str, dict[str, Any]] = {
@@ -183,9 +195,7 @@ def test_a_cell_that_was_stopped_is_shown_below_the_others_whatever_its_loss(fin
     assert ", stopped" not in page_of(tmp_path).words
 
 
-def test_cells_that_have_failed_are_shown_last_with_the_reason_and_are_never_the_best(
-    finished: Files, tmp_path: Path
-) -> None:
+def test_failed_cells_are_last_with_the_reason_and_never_the_best(finished: Files, tmp_path: Path) -> None:
     history = read_history(finished.workspace / "report" / "metrics.jsonl").evaluation
     add(finished, tmp_path, "rates-00", 4, 0.5, score=0.9, passed=False)
     assert "No cell has succeeded so far" in page_of(tmp_path).words
@@ -222,7 +232,7 @@ def test_publish_of_a_cell_that_does_not_pass_its_gate_writes_the_page_too(train
 def test_a_cell_that_hangs_while_it_writes_the_page_is_not_waited_for(
     finished: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the page of a cell that is published raises then is an OSError, which costs no adapter."""
+    """A published cell then gets an OSError, which costs no adapter."""
     monkeypatch.setattr(sweep_page, "_LONGEST_WAIT_SECONDS", 0.2)
     (tmp_path / "cells").mkdir()
     with exclusive(tmp_path / "cells" / ".lock", 1), pytest.raises(OSError, match="another process holds"):

@@ -32,17 +32,24 @@ from qlora_trainer.training.checkpoints.checkpoint import Checkpoint
 from qlora_trainer.training.joint_training import Ended, Member, run_together
 from tests.support.manifests import merged
 from tests.support.tiny import POD_UID, Recorded
-from tests.support.training import StopAtStep, adapter_bytes, history, interrupted_at, prepared, run
+from tests.support.training import ROW_LENGTHS, StopAtStep, adapter_bytes, history, interrupted_at, prepared, run
 
-# What differs between the jobs: length, adapter, its layers and beginning, rate, evaluations, what is kept, the end.
+# The jobs differ in data, length, adapter, its layers and beginning, rate, evaluations, what is kept, and the end.
+OTHER_DATA = {"source": "pvc://data/other.jsonl"}
 PLAIN: dict[str, Any] = {"lora": {"dropout": 0}}
+OTHER_LENGTHS = (9, 31, 17, 40, 12, 25, 38)
 JOBS: dict[str, dict[str, Any]] = {
     "plain": PLAIN,
     "wide": {
         "lora": {"dropout": 0, "rank": 8, "targetModules": ["q_proj", "up_proj"]},
         "training": {"seed": 5, "learningRate": 0.02},
+        "dataset": OTHER_DATA,
     },
-    "long": {"lora": {"dropout": 0}, "training": {"seed": 7, "maxSteps": 9, "gradientAccumulationSteps": 3}},
+    "long": {
+        "lora": {"dropout": 0},
+        "training": {"seed": 7, "maxSteps": 9, "gradientAccumulationSteps": 3},
+        "dataset": OTHER_DATA,
+    },
     "best": {
         "lora": {"dropout": 0},
         "training": {"seed": 9, "keep": "best", "optimizer": "adamw", "evalEverySteps": 1},
@@ -57,7 +64,10 @@ JOBS: dict[str, dict[str, Any]] = {
 
 def contexts(root: Path, model: Path, jobs: dict[str, dict[str, Any]] = JOBS) -> list[StepContext]:
     """A prepared workspace for each job."""
-    made = {name: prepared(root / name, model, spec) for name, spec in jobs.items()}
+    made = {
+        name: prepared(root / name, model, spec, lengths=OTHER_LENGTHS if "dataset" in spec else ROW_LENGTHS)
+        for name, spec in jobs.items()
+    }
     further = [context for context in made.values() if context.spec.lora.initial_adapter is not None]
     if further:
         earlier = prepared(root / "earlier", model, merged(PLAIN, {"training": {"maxSteps": 1, "warmupSteps": 0}}))
@@ -126,7 +136,7 @@ def test_stopped_at_any_step_they_resume_to_the_same_bytes(step: int, tiny_llama
 
 
 class StopInEvaluation(Recorded):
-    """Records that set a stop request while a job is evaluated after its first step, between two steps of all."""
+    """Records that set a stop request while a job is evaluated, between two steps."""
 
     def __init__(self, stop: StopRequest) -> None:
         super().__init__()
@@ -187,7 +197,7 @@ def test_a_leader_that_diverges_leaves_its_curves_on_the_page_of_its_sweep(fluen
 
 @pytest.mark.parametrize("broken", ["report/metrics.jsonl", "checkpoints"])
 def test_one_whose_files_cannot_be_written_ends_alone(broken: str, tiny_llama: Path, tmp_path: Path) -> None:
-    """A file is where a folder should be, or the other way round, in the workspace of the job that leads."""
+    """The first job has a file in place of a folder, or a folder in place of a file."""
     jobs = contexts(tmp_path, tiny_llama, {"bad": PLAIN, "wide": JOBS["wide"]})
     path = jobs[0].workspace.root / broken
     if broken == "report/metrics.jsonl":
@@ -237,7 +247,7 @@ def test_one_whose_volume_is_full_or_bad_ends_alone(
 
 
 class DeletingAfterStep(Recorded):
-    """Records that delete a folder in a pass of the next step, of which the second record after the step is."""
+    """Records that delete a folder during the step after the given one."""
 
     def __init__(self, step: int, folder: Path) -> None:
         super().__init__()
@@ -441,7 +451,7 @@ def test_those_that_are_trained_already_take_no_part(tiny_llama: Path, tmp_path:
     assert again == expected
 
 
-def test_the_command_reports_each_job_under_its_own_uid_and_their_own_steps_find_them_trained(
+def test_the_command_reports_each_job_by_uid_and_their_steps_find_them_trained(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
     jobs = contexts(tmp_path / "lr=1e-4", tiny_llama, {"plain": PLAIN, "wide": JOBS["wide"]})

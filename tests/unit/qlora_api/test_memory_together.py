@@ -1,4 +1,4 @@
-"""The memory of jobs that are trained together, from that of each alone."""
+"""Memory of jobs trained together, from that of each, and as in `qlora plan`."""
 
 import math
 from dataclasses import replace

@@ -11,7 +11,7 @@ from qlora_api.spec.training import LoraSpec, TrainingSpec
 from qlora_api.sweep.cells import CHANGEABLE, FoundRun, best_job, repeated_cell
 from qlora_api.sweep.grid import MAX_CELLS, Grid, Overrides
 from qlora_api.sweep.spec import Cell, QLoRASweepSpec, cells, pods
-from tests.support.sweeps import FULL_SWEEP, SWEEP, TEMPLATE
+from tests.support.sweeps import FULL_SWEEP, SWEEP, TASKS, TEMPLATE
 
 CLAIM = "rates-0a1b2c3d"
 
@@ -51,6 +51,44 @@ def test_a_cell_is_the_template_with_its_changes_on_the_claim_of_all() -> None:
     ) == (plain.spec)
 
 
+def test_cells_that_are_not_compared_have_their_own_data_and_outputs() -> None:
+    spec = QLoRASweepSpec.model_validate(TASKS["spec"])
+    plain, other, mixed = cells("tasks", spec, CLAIM)
+    assert plain.spec.dataset == spec.template.spec.dataset
+    assert (other.overrides.text(), list(other.spec.dataset.addresses.values()), other.spec.training.seed) == (
+        "seed=7 dataset=pvc://data/summaries.jsonl",
+        ["pvc://data/summaries.jsonl"],
+        7,
+    )
+    assert mixed.overrides.text() == "dataset=hf://org/one,hf://org/two output=oci://example.org/team/two:v1"
+    assert [cell.spec.output.destination for cell in (plain, other, mixed)] == [
+        "s3://bucket/adapters/tasks-00",
+        "s3://bucket/adapters/tasks-01",
+        "oci://example.org/team/two:v1",
+    ]
+    assert mixed.spec.output.merged is not None
+
+
+@pytest.mark.parametrize(
+    ("outputs", "place"),
+    [
+        ([{"destination": "pvc://a/b"}, {"destination": "pvc://a/b/"}], "pvc://a/b"),
+        ([{"destination": "pvc://a/b"}, {"merged": {"destination": "pvc://a/b/c"}}], "pvc://a/b"),
+        ([None, {"destination": "s3://bucket/adapters/tasks-00"}], "s3://bucket/adapters/tasks-00"),
+        ([{"base": {"destination": "pvc://a/base"}}, {"base": {"destination": "pvc://a/base/"}}], None),
+        ([{"destination": "pvc://a/b"}, {"destination": "pvc://a/bc"}], None),
+    ],
+)
+def test_two_cells_that_publish_to_one_place_are_named(outputs: list[dict[str, Any] | None], place: str | None) -> None:
+    changed = [{"rank": number, **({"output": output} if output else {})} for number, output in enumerate(outputs, 1)]
+    spec = sweep({"output": {"destination": "s3://bucket/adapters"}}, cells=changed, select="all")
+    if place is None:
+        assert len(cells("tasks", spec, CLAIM)) == 2
+        return
+    with pytest.raises(ValueError, match=f"cells tasks-00 and tasks-01 would both publish to {place}: give each cell"):
+        cells("tasks", spec, CLAIM)
+
+
 def test_the_length_of_a_cell_replaces_that_of_the_template() -> None:
     (cell,) = cells("rates", sweep({"training": {"epochs": 3}}, cells=[{"maxSteps": 10}]), CLAIM)
     assert (cell.spec.training.epochs, cell.spec.training.max_steps) == (None, 10)
@@ -64,6 +102,8 @@ def test_the_length_of_a_cell_replaces_that_of_the_template() -> None:
         ({"grid": {}}, "name at least one field"),
         ({"grid": {"rank": list(range(1, 14)), "alpha": [1, 2, 3, 4, 5]}}, "more than 64 cells"),
         ({"grid": {"rank": [8], "suspend": [True]}}, "Extra inputs are not permitted"),
+        ({"cells": [{"output": {"merged": {}}}]}, "set select: all, or remove dataset and output from cells"),
+        ({"cells": [{"rank": 8}], "select": "all", "halving": {"minSteps": 10}}, "select: all compares no cells"),
     ],
 )
 def test_a_sweep_that_is_no_sweep(spec: dict[str, Any], message: str) -> None:
@@ -116,6 +156,8 @@ def test_cells_that_differ_in_anything_that_is_trained_are_no_repetition() -> No
     values: dict[str, Any] = FULL_SWEEP["spec"]["cells"][1] | {"alpha": 32}
     found = sweep(cells=[{}, *({name: value} for name, value in values.items()), {"epochs": 3}, {"seed": 8}])
     assert repeated_cell(found, cells("rates", found, CLAIM)) is None
+    tasks = QLoRASweepSpec.model_validate(TASKS["spec"])
+    assert repeated_cell(tasks, cells("tasks", tasks, CLAIM)) is None
 
 
 def test_cells_that_could_not_be_compared() -> None:
@@ -138,7 +180,7 @@ OUTPUT = {"output": {"destination": "hf://org/adapter"}}
 
 
 def to_publish(template: dict[str, Any], changes: dict[str, Any], run: FoundRun | None = None) -> Cell:
-    """The job that publishes the first cell of a sweep with that template, whose user has changed it since."""
+    """The job that publishes the first cell, whose user has changed it since."""
     spec = sweep(OUTPUT | template, grid={"learningRate": [1e-4, 2e-4]}, publish="best")
     first = cells("rates", spec, CLAIM)[0]
     return best_job("rates", spec, first, first.spec.dump() | changes, run or FoundRun())
@@ -210,7 +252,7 @@ def test_cells_that_no_pod_could_train_together(template: dict[str, Any], more: 
     assert sweep(grid={"dropout": [0.0], "rank": [8, 16]}, cellsPerPod=2).cells_per_pod == 2
 
 
-@pytest.mark.parametrize("name", Overrides.model_fields)
+@pytest.mark.parametrize("name", Grid.model_fields)
 def test_a_value_of_a_cell_has_the_bounds_of_the_field_that_it_stands_for(name: str) -> None:
     schema = Overrides.model_json_schema(by_alias=False)["properties"][name]["anyOf"][0]
     origin = (LoraSpec if name in LoraSpec.model_fields else TrainingSpec).model_json_schema(by_alias=False)
@@ -233,10 +275,10 @@ def test_a_value_of_a_cell_has_the_bounds_of_the_field_that_it_stands_for(name: 
 
 
 def test_a_grid_has_the_fields_of_a_cell() -> None:
-    assert list(Grid.model_fields) == list(Overrides.model_fields)
-    grid = Grid.model_json_schema()["properties"]
-    for name, schema in Overrides.model_json_schema()["properties"].items():
-        assert grid[name]["anyOf"][0]["items"] == schema["anyOf"][0]
+    assert [*Grid.model_fields, "dataset", "output"] == list(Overrides.model_fields)
+    cell = Overrides.model_json_schema()["properties"]
+    for name, schema in Grid.model_json_schema()["properties"].items():
+        assert schema["anyOf"][0]["items"] == cell[name]["anyOf"][0]
 
 
 def test_the_manifest_of_the_tests_is_read() -> None:

@@ -1,4 +1,4 @@
-"""The plan of a sweep: its cells, what each pod needs, and what runs at the same time."""
+"""The plan of a sweep: cells, memory of each pod, and pods at a time."""
 
 import importlib.util
 import io
@@ -287,7 +287,7 @@ def test_rows_are_looked_for_where_the_template_says(tmp_path: Path) -> None:
         assert "unknown field" not in done.output
 
 
-def test_without_pytorch_a_plan_loads_neither_the_trainers_libraries_nor_the_operators(tmp_path: Path) -> None:
+def test_without_pytorch_a_plan_loads_no_library_of_trainer_or_operator(tmp_path: Path) -> None:
     program = f"""
 import sys
 sys.modules["torch"] = None

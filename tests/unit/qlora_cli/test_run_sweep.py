@@ -1,4 +1,4 @@
-"""What `qlora run` of a sweep says and stores around the steps, which are replaced here."""
+"""Output and files of `qlora run` of a sweep, around steps that are replaced here."""
 
 import io
 from pathlib import Path
@@ -37,13 +37,13 @@ def shown(found: LocalSweep) -> tuple[str, dict[str, Ended]]:
 
 @pytest.fixture
 def diverged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All are prepared, and the process that trains them ends with the failure of the first."""
+    """All are prepared, and their process ends with the failure of the first."""
     monkeypatch.setattr(run_sweep, "go_through", lambda *_: Ended(0, None, {}))
     monkeypatch.setattr(run_sweep, "run_step", lambda *_: (int(ExitCode.DIVERGED), None))
 
 
 @pytest.mark.usefixtures("diverged")
-def test_a_cell_that_fails_beside_the_first_is_named_with_the_log_that_has_the_reason(tmp_path: Path) -> None:
+def test_a_cell_that_fails_after_the_first_is_named_with_its_log(tmp_path: Path) -> None:
     found = sweep(tmp_path)
     completion = found.runs[2].layout.completion("train")
     completion.parent.mkdir(parents=True)
@@ -87,3 +87,4 @@ def test_the_best_cell_has_the_lowest_loss_or_the_highest_score(tmp_path: Path) 
     scored = sweep(tmp_path, best="score", template={"spec": template})
     assert best_cell(scored, ended) == 0
     assert best_cell(scored, {}) is None
+    assert best_cell(sweep(tmp_path, select="all"), ended) is None, "they are not compared"

@@ -74,7 +74,7 @@ class _Points(ObservedModel):
 class _CellCurves(ObservedModel):
     name: str = Field(max_length=63, pattern=DNS_LABEL)
     settings: JsonObject
-    """`lora` and `training` of its spec, by field."""
+    """`lora` and `training` of its spec, by field, and the addresses of its data."""
     loss: _Points
     """Smoothed."""
     evaluation: _Points
@@ -130,7 +130,7 @@ def _curves(name: str, spec: QLoRAJobSpec, history: MetricsHistory) -> _CellCurv
     span = max(1.0, len(history.loss.steps) / 20)
     return _CellCurves(
         name=name,
-        settings=spec.lora.dump() | spec.training.dump(),
+        settings=spec.lora.dump() | spec.training.dump() | {"dataset": [*spec.dataset.addresses.values()]},
         loss=_Points.from_curve(Curve(history.loss.steps, history.loss.smoothed(span))),
         evaluation=_Points.from_curve(history.evaluation),
     )
@@ -179,16 +179,19 @@ def _page(cells: Sequence[_CellCurves]) -> bytes:
         loader=PackageLoader("qlora_trainer.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     compared = [cell for cell in cells if cell.compared]
-    scored = [cell for cell in compared if cell.score is not None]
     diverged = {cell.name for cell in cells if cell.failed == "diverged"}
     held_out = {cell.name: cell.evaluation.curve() for cell in cells}
     losses = {cell.name: cell.loss.curve() for cell in cells}
+    differing = _differing([cell.settings for cell in cells])
+    # Neither losses nor scores on different rows can be compared.
+    comparable = compared if "dataset" not in differing else []
+    scored = [cell for cell in comparable if cell.score is not None]
     try:
         page = environment.get_template("sweep.html.jinja").render(
             cells=cells,
-            differing=_differing([cell.settings for cell in cells]),
+            differing=differing,
             compared=len(compared),
-            lowest=next((cell.name for cell in compared if cell.eval_loss is not None), None),
+            lowest=next((cell.name for cell in comparable if cell.eval_loss is not None), None),
             # The sweep's best cell, by loss or by score, is unknown here.
             highest=max(scored, key=lambda cell: cell.score or 0).name if scored else None,
             scored=any(cell.score is not None for cell in cells),

@@ -1,4 +1,4 @@
-"""Trains the adapters of several jobs on one base: load it once, loop, finish each."""
+"""Trains adapters of several jobs on one base: load it once, loop, finish each."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +39,7 @@ from qlora_trainer.training.run import Runtime
 
 
 def reject_unjoinable(jobs: Sequence[PreparedJob]) -> None:
-    """Raise StepFailure (BAD_CONFIGURATION), naming job and setting, unless all jobs can share one base."""
+    """Raise StepFailure (BAD_CONFIGURATION) unless all jobs can share one base."""
     for job in jobs:
         reason = _reason_alone(job) or _difference(job, jobs[0])
         if reason:
@@ -81,7 +81,7 @@ class _Results(dict[int, TrainRecord | StepFailure]):
 
     @contextmanager
     def failing_alone(self, number: int, held: ExitStack) -> Iterator[None]:
-        """What fails in the body, also because a file cannot be read or written, ends that job, and no other."""
+        """End only that job if the body fails, also by a file error."""
         try:
             yield
         except ENDS_ONE_JOB as error:
@@ -162,7 +162,7 @@ def _reject_shared_folders(workspaces: Sequence[Path]) -> None:
 
 
 def _measure_answers(entry: _Entry, member: Member, results: _Results) -> None:
-    """Add the score to the record of a job that has just been trained, if it asks for one, and leave samples."""
+    """Add the score that the job requests to its record, and leave samples."""
     record = results[entry.number]
     if isinstance(record, StepFailure):
         return
@@ -175,14 +175,14 @@ class _SharedBase:
     """The base of the first job that can be opened, with the adapters of all."""
 
     def __init__(self, outer: ExitStack, begun: Checkpoint | None) -> None:
-        """`begun`: a checkpoint of one of the jobs, which says how many CPU threads they began with."""
+        """`begun`: a checkpoint of one of the jobs, with the number of CPU threads."""
         self._outer, self._begun = outer, begun
         self._base: LoadedBase | None = None
         self._check: BaseCheck | None = None
         self._model: Any = None
 
     def open(self, entry: _Entry, checkpoint: Checkpoint | None) -> Member:
-        """The job's run, from its checkpoint if there is one. Raises what ends the job alone."""
+        """Open the job's run, from its checkpoint if any. Errors end this job alone."""
         job = entry.job
         if self._base is None:
             self._load(entry, checkpoint)
@@ -198,7 +198,7 @@ class _SharedBase:
         return Member(name, run, state)
 
     def require_apart(self, job: PreparedJob) -> None:
-        """Raise StepFailure (BAD_CONFIGURATION) if a layer cannot tell the tokens of this job from those of others."""
+        """Raise StepFailure (BAD_CONFIGURATION) if a layer mixes the jobs' tokens."""
         try:
             require_apart(self._model)
         except ModelError as error:
@@ -206,7 +206,7 @@ class _SharedBase:
             raise bad_configuration(not_joinable(job.name, reason)) from error
 
     def wait(self) -> None:
-        """Wait until the bytes of the base are checked. Raises StepFailure if they are not those of prepare."""
+        """Wait until the base is checked. Raises StepFailure if its bytes have changed."""
         if self._check is not None:
             self._check.wait()
 

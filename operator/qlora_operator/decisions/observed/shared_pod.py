@@ -40,9 +40,10 @@ def shared_pod(job: QLoRAJob, pods: Sequence[SweepPodStatus] | None) -> SharedPo
     """Return the pod that trains the job with other cells.
 
     Returns None for a job that trains alone from the beginning. `pods`: those of its sweep, None if there is no such
-    sweep.
+    sweep. They decide: a user may have removed the annotation of the cell.
     """
-    if not is_shared(job):
+    named = (name for pod in pods or () for name in (*pod.cells, *pod.waiting, *pod.alone))
+    if not is_shared(job) and job.name not in named:
         return None
     if pods is None:
         return SharedPod(job.sweep, Reason(WAITING, f"QLoRASweep {job.sweep}, which trains this cell, does not exist"))
@@ -61,7 +62,7 @@ def shared_pod(job: QLoRAJob, pods: Sequence[SweepPodStatus] | None) -> SharedPo
 
 
 def is_shared(job: QLoRAJob) -> bool:
-    """Whether the job's sweep trains it in one pod with other cells."""
+    """Whether the job is a cell that its sweep has created to train it in one pod with others."""
     return bool(job.sweep) and job.cells_in_pod > 1
 
 

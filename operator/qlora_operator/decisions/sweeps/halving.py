@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from qlora_api.schema import replace
 from qlora_api.sweep.halving import HalvingSpec
 from qlora_api.sweep.status import CellStatus, RungStatus
-from qlora_operator.decisions.sweeps.sweep import CellJob
+from qlora_operator.decisions.sweeps.sweep import CellJob, QLoRASweep
 
 NOT_AMONG_BEST = "NotAmongBest"
 _ENDED = frozenset({"Succeeded", "Failed", "Deleted"})
@@ -30,6 +30,15 @@ def judged(
     for step in halving.rungs():
         lines = _judged_at(step, lines, jobs, halving)
     return tuple(lines)
+
+
+def judges_anew(sweep: QLoRASweep, lines: Sequence[CellStatus]) -> bool:
+    """Whether a cell has a new verdict, which is stored before any action.
+
+    Other losses may be known by the next pass, which must not decide otherwise.
+    """
+    before = {line.name: line.rungs for line in sweep.status.cells}
+    return any(line.rungs is not None and line.rungs != before.get(line.name) for line in lines)
 
 
 def lost_rung(line: CellStatus) -> RungStatus | None:

@@ -30,11 +30,25 @@ def objection_to_sweep(sweep: QLoRASweep, profiles: Mapping[str, Profile], now: 
     if sweep.status.cells and all(line.uid for line in sweep.status.cells):
         # At most the one job that publishes is left to create.
         return None
-    return _not_shared(sweep, profiles[job.spec.scheduling.profile])
+    profile = profiles[job.spec.scheduling.profile]
+    return _too_few_jobs(sweep, profile) or _not_shared(sweep, profile)
 
 
 def _largest_pod(sweep: QLoRASweep) -> int:
     return max(len(pod) for pod in pods(sweep.spec, sweep.spec.overrides()))
+
+
+def _too_few_jobs(sweep: QLoRASweep, profile: Profile) -> Reason | None:
+    """Return why the cells of a pod cannot all start, as each of them is a job."""
+    size, limit = _largest_pod(sweep), profile.limits.jobs if profile.limits is not None else None
+    if limit is None or size <= max(limit, 1):
+        return None
+    return Reason(
+        "LimitExceeded",
+        f"spec.cellsPerPod is {sweep.spec.cells_per_pod}, and profile {sweep.spec.template.spec.scheduling.profile!r} "
+        f"allows {limit} jobs at a time: create the sweep again with cellsPerPod of at most {limit}, or with another "
+        "profile",
+    )
 
 
 def _not_shared(sweep: QLoRASweep, profile: Profile) -> Reason | None:

@@ -81,7 +81,7 @@ def table(sweep: QLoRASweep, cells: Sequence[Cell], jobs: Mapping[str, CellJob])
     before, halving = {line.name: line for line in sweep.status.cells}, sweep.spec.halving
     found = [_line(cell, jobs.get(cell.name), before.get(cell.name)) for cell in cells]
     lines = [_with_reason(line, jobs.get(line.name), halving) for line in judged(found, jobs, halving)]
-    return _ranked(lines, by_score=sweep.spec.best == "score")
+    return _ranked(lines, by_score=sweep.spec.best == "score") if sweep.spec.select == "best" else tuple(lines)
 
 
 def _line(cell: Cell, job: CellJob | None, before: CellStatus | None) -> CellStatus:
@@ -115,15 +115,6 @@ def _with_reason(line: CellStatus, job: CellJob | None, halving: HalvingSpec | N
     if job is None or not (job.rests or is_to_be_stopped(line, job) or (job.stopped_by_sweep and job.suspend)):
         return line
     return replace(line, reason=NOT_AMONG_BEST, message=truncate(why_stopped(line, halving), MAX_SHORT_TEXT_LENGTH))
-
-
-def judges_anew(sweep: QLoRASweep, lines: Sequence[CellStatus]) -> bool:
-    """Whether a cell has a new verdict, which is stored before any action.
-
-    Other losses may be known by the next pass, which must not decide otherwise.
-    """
-    before = {line.name: line.rungs for line in sweep.status.cells}
-    return any(line.rungs is not None and line.rungs != before.get(line.name) for line in lines)
 
 
 def _ranked(lines: Sequence[CellStatus], *, by_score: bool) -> tuple[CellStatus, ...]:
@@ -235,9 +226,10 @@ def next_status(
     status = replace(status, completion_time=completed)
     if finished:
         missing = not_published(status) if succeeded else None
-        phase: SweepPhase = "Succeeded" if succeeded and missing is None else "Failed"
-        return _with_conditions(sweep, status, phase, missing or _reason_of_the_end(status), now)
-    cells_rest = all(line.phase == "Suspended" or not line.uid or _ended(line) for line in lines)
+        reason = missing or (_reason_of_all if sweep.spec.select == "all" else _reason_of_the_best)(status)
+        phase: SweepPhase = "Succeeded" if reason.word == "Succeeded" else "Failed"
+        return _with_conditions(sweep, status, phase, reason, now)
+    cells_rest = all(line.phase == "Suspended" or not line.uid or line.phase in ENDED for line in lines)
     best_rests = published is None or published.phase == "Suspended" or published.phase in ENDED
     pods_rest = all(not (pod.cells and pod.step.job_uid) or pod.reason == "Suspended" for pod in pods)
     suspended = sweep.spec.suspend and cells_rest and best_rests and pods_rest
@@ -291,10 +283,6 @@ def _is_in_report(line: CellStatus) -> bool:
     return line.phase in ("Succeeded", "Stopped") or (line.phase == "Failed" and line.reason in _FAILED_WITH_CURVES)
 
 
-def _ended(line: CellStatus) -> bool:
-    return line.phase in ENDED
-
-
 def _has_ended(job: CellJob) -> bool:
     return (job.phase in ENDED and not job.retried) or job.rests
 
@@ -312,7 +300,19 @@ def _best(line: CellStatus | None) -> BestCell | None:
     )
 
 
-def _reason_of_the_end(status: QLoRASweepStatus) -> Reason:
+def _reason_of_all(status: QLoRASweepStatus) -> Reason:
+    """The end of a sweep whose result is the adapter of each cell."""
+    missing, cells = [line.name for line in status.cells if line.phase != "Succeeded"], len(status.cells)
+    if not missing:
+        return Reason("Succeeded", f"{cells} of {cells} cells have succeeded: status.cells has their adapters")
+    sentence = (
+        f"{len(missing)} of {cells} cells have failed or were deleted, and status.cells has the adapters of the "
+        f"others; spec.retry.request of a QLoRAJob retries it: {', '.join(missing)}"
+    )
+    return Reason("CellsFailed", sentence)
+
+
+def _reason_of_the_best(status: QLoRASweepStatus) -> Reason:
     failed = f"; {status.failed} of {len(status.cells)} cells have failed" if status.failed else ""
     failed += f"; {status.stopped} were stopped" if status.stopped else ""
     if not status.succeeded:

@@ -45,7 +45,7 @@ _COUNTED = ("failures", "disruptions", "active_seconds", "active_until", "last_f
 """The stored fields of the Job of a pod, as of that of a job."""
 
 _State = Literal["ready", "coming", "out"]
-"""Of a cell, for its pod: prepared; may yet be; or neither, so that the others do not wait for it."""
+"""State of a cell for its pod: prepared, to be prepared, or not waited for."""
 
 
 @dataclass(frozen=True)

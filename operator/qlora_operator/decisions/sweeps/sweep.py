@@ -29,7 +29,6 @@ from qlora_api.usage import UsageStatus
 from qlora_operator.decisions.observed.conditions import condition, is_true
 from qlora_operator.decisions.observed.objects import Object, QLoRAJob, Reason
 from qlora_operator.decisions.observed.parsing import controller_uid
-from qlora_operator.decisions.observed.shared_pod import is_shared
 from qlora_operator.decisions.observed.stored_job import UnreadableJobError, explain, parse_job
 
 Manifest = dict[str, Any]
@@ -112,9 +111,9 @@ class CellJob:
     suspended_by_sweep: bool
     """Whether its `suspend` was set by its sweep, and so is the sweep's to take back."""
     stopped_by_sweep: bool = False
-    """Whether its sweep has stopped it for good; a user who resumes it lets it run to its end."""
+    """Whether its sweep has stopped it for good; if a user resumes it, it runs on."""
     retried: bool = False
-    """Whether its user has raised retry.request, so that it continues with the next pass."""
+    """Whether a user has raised retry.request: it continues with the next pass."""
     progress: str = ""
     total_steps: int = 0
     """Optimizer steps of its run; 0 if that is not known."""
@@ -137,12 +136,12 @@ class CellJob:
     waits: Reason | None = None
     """Why it has not started, if something keeps it."""
     trained: bool = False
-    """Whether its run has reached its end, also if it is suspended before its adapter is published."""
+    """Whether its run has reached its end, also if it is suspended before publish."""
     spec: Object = field(default_factory=dict)
     """As stored, with what its user has changed since it was created."""
     run: FoundRun = field(default_factory=FoundRun)
     job: QLoRAJob | None = None
-    """The whole of it, if its sweep trains it in one pod with others and this version can read it."""
+    """The whole of it, if this version can read it."""
 
     @property
     def rests(self) -> bool:
@@ -238,16 +237,15 @@ def parse_cell(body: Object, sweep_uid: str) -> CellJob | None:
         trained=is_true(status, "Trained"),
         spec=spec,
         run=_run(status),
-        job=_shared_job(body),
+        job=_readable_job(body),
     )
 
 
-def _shared_job(body: Object) -> QLoRAJob | None:
+def _readable_job(body: Object) -> QLoRAJob | None:
     try:
-        job = parse_job(body)
+        return parse_job(body)
     except UnreadableJobError:
         return None
-    return job if is_shared(job) else None
 
 
 def _waits(status: QLoRAJobStatus) -> Reason | None:

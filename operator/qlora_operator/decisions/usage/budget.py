@@ -12,7 +12,6 @@ from qlora_operator.decisions.observed.conditions import is_finished
 from qlora_operator.decisions.observed.endings import fail, failure_of
 from qlora_operator.decisions.observed.facts import Facts, set_condition
 from qlora_operator.decisions.observed.objects import Observed, QLoRAJob, Reason
-from qlora_operator.decisions.observed.shared_pod import trained_by
 from qlora_operator.decisions.usage.usage import (
     count_usage,
     gpus_at_a_time,
@@ -44,16 +43,16 @@ def limit_of_hours(profile: Profile) -> float | None:
 
 
 def enforce_budget(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
-    """Fail a job that has used its GPU hours.
+    """Fail a job that has used its GPU hours, its parts of the pods of its sweep among them.
 
-    Its pod saves a checkpoint, and a retry resumes from it.
+    Its pod saves a checkpoint, and a retry resumes from it. A pod of the sweep continues for its other cells.
     """
     job, now = facts.job, facts.now
     allowed, step = allowed_seconds(job, status), status.step
     if is_finished(status) or allowed is None or step is None or step.name not in _STOPPED_STEPS:
         return status
-    if not gpus_of_a_pod(job, status) or trained_by(status, facts.shared):
-        # The pod of the sweep continues without this cell.
+    if not gpus_of_a_pod(job, status) or (facts.shared is not None and _is_at_its_last_step(status)):
+        # Such a cell waits for the end of the pod that has trained it to publish its adapter.
         return status
     pods = facts.observed.pods_of(step.job_uid)
     if any(pod.exited_well for pod in pods) and not any(has_gpus(pod) for pod in pods):
@@ -71,11 +70,17 @@ def budget_at(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: da
 
     Returns None if nothing runs or there is none.
     """
-    allowed, gpus, step = allowed_seconds(job, status), gpus_at_a_time(job, status, observed.pods), status.step
+    allowed, step, own = allowed_seconds(job, status), status.step, gpus_at_a_time(job, status, observed.pods)
+    gpus = own or _part_of_shared_pod(job, status)
     if allowed is None or not gpus or step is None or step.name not in _STOPPED_STEPS:
         return None
     left = allowed - used_seconds(status) - uncounted_seconds(job, status, observed.pods, now)
-    return now + timedelta(seconds=max(1.0, left / gpus))
+    # The sweep counts the time of its pod every few minutes only.
+    return now + timedelta(seconds=max(1.0 if own else 60.0, left / gpus))
+
+
+def _is_at_its_last_step(status: QLoRAJobStatus) -> bool:
+    return status.progress is not None and status.progress.step >= status.progress.total_steps > 0
 
 
 def forecast_of_work(status: QLoRAJobStatus, work: WorkStatus) -> QLoRAJobStatus:
@@ -116,7 +121,7 @@ def _is_steady(status: QLoRAJobStatus, record: ProgressRecord) -> bool:
 
 def _forecast_of_pace(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, remaining: float) -> QLoRAJobStatus:
     profile = status.resolved.profile if status.resolved is not None else None
-    gpus = gpus_at_a_time(job, status, observed.pods) or _part_of_shared_pod(status, job)
+    gpus = gpus_at_a_time(job, status, observed.pods) or _part_of_shared_pod(job, status)
     if profile is None or not gpus:
         return status
     seconds = used_seconds(status) + remaining * gpus
@@ -125,7 +130,7 @@ def _forecast_of_pace(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed,
     return replace(status, forecast=forecast)
 
 
-def _part_of_shared_pod(status: QLoRAJobStatus, job: QLoRAJob) -> float:
+def _part_of_shared_pod(job: QLoRAJob, status: QLoRAJobStatus) -> float:
     """Return the job's part of the GPUs of its sweep's shared pod."""
     entries = status.usage.pods if status.usage is not None else ()
     return sum(gpus_of_a_pod(job, status) / entry.jobs for entry in entries if entry.end is None)

@@ -11,7 +11,8 @@ from qlora_api.sweep.halving import HalvingSpec
 from qlora_api.sweep.status import QLoRASweepStatus
 from qlora_operator.decisions.manifests.objects import build_job
 from qlora_operator.decisions.observed.stored_job import parse_job
-from qlora_operator.decisions.sweeps.plan import CreateCell, SetSuspend, StopCell, judges_anew, next_status, plan, table
+from qlora_operator.decisions.sweeps.halving import judges_anew
+from qlora_operator.decisions.sweeps.plan import CreateCell, SetSuspend, StopCell, next_status, plan, table
 from qlora_operator.decisions.sweeps.sweep import CellJob, QLoRASweep, build_cell, parse_cell, parse_sweep, stop
 from qlora_operator.kube.listing import compact
 from tests.support.builders import ADAPTER, NOW, UID, job_body, progress, resolved, status_in, time

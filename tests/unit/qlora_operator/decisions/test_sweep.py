@@ -88,7 +88,7 @@ def test_the_cells_of_a_pod_are_created_together_and_pods_are_counted() -> None:
     assert created(make(grid=grid, cellsPerPod=2), *ended) == ["rates-04"]
 
 
-def test_a_cell_that_somebody_has_deleted_is_not_created_again_and_what_has_ended_keeps_its_line() -> None:
+def test_a_deleted_cell_is_not_created_again_and_an_ended_one_keeps_its_line() -> None:
     before = status_of(make(), done(0, 1.5), cell(1))
     sweep = make(before)
     lines = table(sweep, sweep.cells(), {})
@@ -166,6 +166,20 @@ def test_a_sweep_without_a_cell_that_has_succeeded_has_failed() -> None:
     assert status.report is None, "none has left its curves"
 
 
+TWO_TASKS: dict[str, Any] = {"grid": None, "cells": [{}, {"dataset": {"source": "pvc://data/other.jsonl"}}]}
+
+
+def test_a_sweep_without_a_choice_has_all_adapters_and_succeeds_if_every_cell_does() -> None:
+    sweep = make(select="all", **TWO_TASKS)
+    status = status_of(sweep, done(0, 1.5), done(1, None))
+    assert (status.phase, status.best, [line.rank for line in status.cells]) == ("Succeeded", None, [None, None])
+    assert [line.adapter for line in status.cells] == ["pvc://rates/0", "pvc://rates/1"]
+    assert of(status, "Succeeded")[2] == "2 of 2 cells have succeeded: status.cells has their adapters"
+    failed = status_of(sweep, done(0, 1.5), cell(1, "Failed", reason="Diverged"))
+    assert (failed.phase, of(failed, "Succeeded")[1]) == ("Failed", "CellsFailed")
+    assert of(failed, "Succeeded")[2].endswith("retries it: rates-01")
+
+
 @pytest.mark.parametrize("fields", [{"reason": "GateFailed"}, {"reason": "Diverged"}])
 def test_a_cell_that_was_trained_and_failed_has_its_curves_in_the_report(fields: dict[str, Any]) -> None:
     status = status_of(make(), cell(0, "Failed", **fields), cell(1))
@@ -212,7 +226,7 @@ def test_the_phase_on_the_way(
     assert of(status, "Reconciling")[0] == reconciling
 
 
-def test_what_keeps_the_next_cell_waiting_is_said_and_nothing_changes_with_time_alone() -> None:
+def test_the_reason_of_a_waiting_cell_is_reported_and_time_changes_nothing() -> None:
     why = Reason("CellRejected", "the quota is used up")
     status = status_of(make(), done(0, 1.0), blocked=why)
     assert of(status, "Succeeded") == ("Unknown", "CellRejected", "the quota is used up")
@@ -231,6 +245,11 @@ def test_the_settings_of_the_administrator_bind_a_sweep_as_a_job() -> None:
     too_large = objection_to_sweep(make(template={"workspace": {"size": "2Gi"}}), {"default": limited}, NOW)
     assert too_large is not None
     assert too_large.word == "LimitExceeded"
+    few = {"default": Profile.model_validate(SHARED.dump() | {"limits": {"jobs": 2}})}
+    too_many = objection_to_sweep(make(cellsPerPod=4), few, NOW)
+    assert too_many is not None
+    assert "spec.cellsPerPod is 4, and profile 'default' allows 2 jobs at a time" in too_many.sentence
+    assert objection_to_sweep(make(cellsPerPod=2), few, NOW) is None
     # What keeps each cell from starting keeps the sweep from creating them.
     prompt = {"systemPrompt": {"text": "a" + "\x01" * 16_000}}
     score = {"check": "jsonSchema", "schema": "\x01" * 8192}
@@ -344,7 +363,7 @@ def test_cells_share_a_folder_and_an_owner_that_is_no_sweep_leads_nowhere() -> N
     assert parse_job(job_body()).shares is None
 
 
-def test_cells_share_rows_and_a_base_unless_the_profile_has_a_cache_and_each_step_writes_to_their_folder() -> None:
+def test_cells_share_rows_and_without_a_model_cache_the_base() -> None:
     body = job_body()
     body["metadata"] |= {"ownerReferences": [OWNER]}
     cached = Profile.model_validate(PROFILE.dump() | {"modelCache": {"claimName": "model-cache"}})

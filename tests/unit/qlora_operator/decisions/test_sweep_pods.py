@@ -1,5 +1,6 @@
-"""The pod of several cells of a sweep: when it starts, whom it trains, and what becomes of the cells without it."""
+"""The pod of several cells: its start, its cells, and the cells without it."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,21 @@ from qlora_operator.decisions.observed.shared_pod import waits_for_sweep
 from qlora_operator.decisions.plan import CreateJob, DeleteJob
 from qlora_operator.decisions.status import next_status
 from qlora_operator.decisions.sweeps.pods import MAX_DOCUMENTS, build_pod_job
-from tests.support.builders import PROFILES, after, child, deleted, ended, message_of, pod, reason_of, result, running
+from qlora_operator.decisions.usage.budget import budget_at
+from tests.support.builders import (
+    NOW,
+    PROFILES,
+    after,
+    child,
+    deleted,
+    ended,
+    message_of,
+    pod,
+    reason_of,
+    result,
+    running,
+    time,
+)
 from tests.support.shared_pods import NAMES, POD, SWEEP, SWEEP_UID, UIDS, Pod, cell_body, cell_status, deleting
 
 FIRST, SECOND, THIRD = NAMES
@@ -172,6 +187,28 @@ def test_a_pod_of_which_no_cell_is_left_is_stopped() -> None:
     found = started()
     found.cells = {}
     assert found.then(child("train"), running(pod("train"))).actions == (DeleteJob(CHILD, f"uid-{CHILD}"),)
+
+
+def test_a_cell_that_has_used_its_gpu_hours_in_the_pod_fails_and_the_pod_goes_on() -> None:
+    found, status = Pod(), cell_status("prepared") or pytest.fail("it has one")
+    fixed = status.resolved or pytest.fail("it has started")
+    limited = fixed.model_copy(update={"gpu_hours": 0.5}).dump()
+    found.cells[FIRST] = cell_body(name=FIRST, status={"resolved": limited})
+    scheduled = {"type": "PodScheduled", "status": "True", "lastTransitionTime": time(-5399)}
+    observed = child("train"), running(pod("train", conditions=[scheduled]))
+    for bodies in ((), (), observed):
+        found.then(*bodies)
+    within = cell_status_of(found, FIRST)
+    assert within.phase == "Training"
+    cell = replace(found.cell(FIRST), status=within)
+    assert budget_at(cell, within, Observed(), NOW) == after(60), "the sweep counts the pod every few minutes"
+    for _ in range(2):
+        found.then(*observed, at=301)
+    spent = cell_status_of(found, FIRST, at=301)
+    assert (spent.phase, reason_of(spent)) == ("Failed", "BudgetExceeded")
+    assert cell_status_of(found, SECOND, at=301).phase == "Training"
+    found.store_status(FIRST, spent)
+    assert found.then(*observed, at=302).actions == ()
 
 
 def test_cells_that_come_later_are_trained_by_the_next_job() -> None:

@@ -1,4 +1,4 @@
-"""One pass over a sweep that publishes its best cell: what it asks the API server for, and what it makes of that."""
+"""One pass over a sweep that publishes its best cell: its requests and results."""
 
 import asyncio
 from typing import Any
@@ -25,7 +25,7 @@ def cell(number: int, eval_loss: float, **spec: Any) -> dict[str, Any]:
 
 
 class Api:
-    """The calls that a sweep needs. `unlabelled`: names of QLoRAJobs that a list by label does not have."""
+    """The calls that a sweep needs. `unlabelled`: QLoRAJobs that no list by label has."""
 
     def __init__(self, *jobs: dict[str, Any]) -> None:
         template = TEMPLATE | {"output": {"destination": "hf://org/adapter"}}
@@ -85,7 +85,7 @@ def test_the_best_cell_is_found_without_its_label() -> None:
     assert passes(api)["phase"] == "Running"
 
 
-def test_a_best_cell_that_is_gone_before_its_run_is_taken_up_is_the_end_of_the_sweep() -> None:
+def test_a_best_cell_deleted_before_its_run_is_continued_ends_the_sweep() -> None:
     api = Api(cell(0, 1.25), cell(1, 1.5))
     assert passes(api)["phase"] == "Running"
     del api.jobs["rates-00"]

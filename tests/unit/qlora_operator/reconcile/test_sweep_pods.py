@@ -1,9 +1,11 @@
-"""Passes over a sweep whose cells one pod trains, and over the cells: what is created, stored and shown."""
+"""Passes over a sweep whose cells one pod trains, and over these cells."""
 
 import asyncio
 import itertools
 from collections.abc import Callable
 from typing import Any
+
+import pytest
 
 from qlora_api.contract import encode_record
 from qlora_operator.decisions.observed.objects import Object, QLoRAJob
@@ -102,7 +104,7 @@ class Passes:
         self._cell = Reconciler(api, PROFILES, logs, Metrics(), lambda: NOW, starts(), self.store)  # type: ignore[arg-type]
 
     def sweep(self) -> tuple[dict[str, Any], float | None]:
-        """What is stored of the pod after a pass over the sweep, and when the next is to follow."""
+        """The stored pod after a pass over the sweep, and the seconds until the next."""
         again = asyncio.run(self._sweep.reconcile(("team", "rates")))
         self.store.sweeps.note(self.api.sweep)
         return self.api.sweep["status"]["pods"][0], again
@@ -113,7 +115,7 @@ class Passes:
         return dict(self.api.cells[name]["status"])
 
 
-def test_the_sweep_creates_the_pod_that_trains_its_cells_and_each_shows_its_own_progress() -> None:
+def test_the_sweep_creates_the_pod_of_its_cells_and_each_shows_its_progress() -> None:
     api = Api()
     passes = Passes(api)
     stored, again = passes.sweep()
@@ -154,9 +156,11 @@ def test_a_job_that_is_rejected_is_tried_again_and_the_cells_say_why_they_wait()
     assert len(api.jobs) == 1
 
 
-def test_a_cell_decides_to_train_by_itself_from_the_sweep_as_it_is_now() -> None:
+@pytest.mark.parametrize("annotations", [{}, {"qlora.dev/cells-in-pod": "3"}], ids=["removed", "kept"])
+def test_a_cell_decides_to_train_alone_by_the_sweep_as_it_is_now(annotations: dict[str, str]) -> None:
     api = Api()
     passes = Passes(api)
+    api.cells[FIRST]["metadata"]["annotations"] = annotations
     step = {"name": "train", "jobName": f"{POD}-train-1", "attempt": 1}
     alone = {"metadata": api.sweep["metadata"], "spec": api.sweep["spec"]}
     passes.store.sweeps.note(alone | {"status": {"pods": [{"number": 0, "step": step, "alone": [FIRST]}]}})
@@ -168,6 +172,17 @@ def test_a_cell_decides_to_train_by_itself_from_the_sweep_as_it_is_now() -> None
     passes.store.sweeps.note(api.sweep)
     passes.cell(FIRST)
     assert [job["metadata"]["name"] for job in api.jobs] == [f"{FIRST}-train-1"]
+
+
+def test_a_cell_whose_annotation_was_removed_is_trained_by_the_pod_and_nowhere_else() -> None:
+    api = Api()
+    passes = Passes(api)
+    del api.cells[FIRST]["metadata"]["annotations"]
+    passes.sweep()
+    passes.sweep()
+    passes.store.job_changed(api.cells[FIRST])
+    passes.cell(FIRST)
+    assert [job["metadata"]["annotations"]["qlora.dev/cells"] for job in api.jobs] == [",".join(NAMES)]
 
 
 def test_a_cell_that_waits_reads_no_sweep_that_a_watch_has_shown() -> None:
@@ -201,4 +216,5 @@ def test_the_index_names_the_cells_whose_pod_has_changed_for_them() -> None:
     assert index.note(body, deleted=True) == set()
     index.note(body)
     assert index.note(body, deleted=True) == set(NAMES)
-    assert index.note({**body, "spec": {}}) == set(), "its cells are trained one by one"
+    assert index.note({"metadata": body["metadata"], "spec": {}}) == set(), "its cells are trained one by one"
+    assert index.pods("team", "rates") == ()

@@ -1,4 +1,4 @@
-"""GPU seconds of a pod in which a sweep trains several cells: each has an even part, and each second counts once."""
+"""GPU seconds of a pod of several cells: even parts, and each second counts once."""
 
 from dataclasses import replace
 from typing import Any
@@ -49,7 +49,7 @@ def cell(name: str) -> Any:
 
 
 class Shared:
-    """Three cells that one pod trains, and their sweep, which counts what counts for no cell any more."""
+    """Three cells that one pod trains, and their sweep, which counts the rest."""
 
     def __init__(self) -> None:
         self.jobs = {name: cell(name) for name in NAMES}
@@ -183,7 +183,7 @@ def test_the_counters_get_what_counts_for_the_sweep_alone() -> None:
 
 
 def test_a_cell_copies_each_pod_of_its_sweep_once() -> None:
-    """Also those that the sweep still lists, and the cell, which has trained by itself since, no more."""
+    """Also pods that the sweep still lists and the cell, now trained alone, does not."""
 
     def entry(name: str, number: int, at: float, **more: Any) -> PodUsage:
         began, uid = time(at + number), f"uid-{name}-{number}"
@@ -239,7 +239,7 @@ _EVENTS = st.lists(
 def test_the_time_of_a_pod_counts_once_whichever_cells_are_gone(
     events: list[tuple[int, str, str, list[str]]], trains: int | None, code: int
 ) -> None:
-    """All of it: but what a cell had not yet copied of what its sweep had counted when the cell went."""
+    """All of it, except the time that a cell had not copied when it was deleted."""
     found, now, lags = Shared(), 0, dict[str, int]()
     for passed, event, name, passes in events:
         now += passed
