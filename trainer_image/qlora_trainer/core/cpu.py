@@ -52,10 +52,7 @@ def library_settings(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def preloaded_allocator(environ: Mapping[str, str]) -> dict[str, str]:
-    """Variables to add to the environment that training on a CPU is started in, as in the operator's pods.
-
-    Empty if the allocator is not installed, or another library is preloaded already: no result depends on it.
-    """
+    """Variables that preload the allocator for training on a CPU, if it is installed."""
     installed = find_library("tcmalloc_minimal") == CPU_ALLOCATOR
     return {"LD_PRELOAD": CPU_ALLOCATOR} if installed and "LD_PRELOAD" not in environ else {}
 

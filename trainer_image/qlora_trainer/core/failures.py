@@ -64,10 +64,7 @@ def peer_lost(message: str) -> StepFailure:
 
 
 def is_out_of_gpu_memory(error: BaseException) -> bool:
-    """Whether the GPU is out of memory, by PyTorch or a library below. Loads no torch.
-
-    The only test of that: training halves its micro batches for the errors that end a step as GPU_OUT_OF_MEMORY.
-    """
+    """Whether it is a lack of GPU memory, by PyTorch or a library. Loads no torch."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True

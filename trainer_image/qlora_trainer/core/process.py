@@ -37,10 +37,7 @@ def claim_streams() -> Streams:
 
 
 def log_to(path: Path, heading: str) -> None:
-    """Send what libraries print to the file at `path`, and keep one previous file as `<name>.1`.
-
-    Raises OSError if the file cannot be written: then nothing else in the workspace can be either.
-    """
+    """Send output to the file at `path`, and keep one previous. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Also a dangling link, which would be followed.
     if os.path.lexists(path):

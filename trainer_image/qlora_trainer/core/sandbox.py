@@ -64,10 +64,7 @@ def iterate_within_limits(
     memory_bytes: int = MEMORY_BYTES,
     what: str = "the dry run",
 ) -> Generator[Result, None, None]:
-    """Call the function in a forked process, and yield its items. Each may take `seconds`.
-
-    The process ends with the generator. Raises as `within_limits`.
-    """
+    """Yield the items of a function in a forked process, as `within_limits`."""
     _require_no_gpu(what)
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)

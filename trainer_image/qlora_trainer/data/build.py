@@ -174,11 +174,7 @@ class DatasetBuilder:
         usable: bool,
         like: TokenizedSource | None = None,
     ) -> TokenizedSource:
-        """Tokenize the rows of the files, with the settings of the job's `field`, in the format of `like` if set.
-
-        `earlier`: the sources that have been tokenized before, whose rows the progress counts too. `usable`: raises
-        StepFailure if none of the rows can be used.
-        """
+        """Tokenize a source's rows. `usable`: raise StepFailure if none can be used."""
         before = data.versions()
         first = next(rows)
         if like is None:

@@ -40,10 +40,7 @@ class Mix:
 
     @classmethod
     def from_sizes(cls, sizes: Sequence[int], weights: Sequence[float | None]) -> "Mix":
-        """The mix of sources with so many rows. Where they are None each row is in every epoch once.
-
-        Shares are rounded by largest remainders, so that they add up to all rows.
-        """
+        """The mix by largest remainders. Without weights each row is in an epoch once."""
         parts = [Fraction(weight) for weight in weights if weight is not None]
         if not parts:
             return cls(tuple(sizes), tuple(sizes))
@@ -56,10 +53,7 @@ class Mix:
         return cls(tuple(sizes), tuple(shares))
 
     def epochs(self, seed: int) -> Iterator[RowIndices]:
-        """The rows of one epoch after the other, without end: indices into the rows of all sources, one after another.
-
-        Each epoch is drawn independently of the others, in random order within a source.
-        """
+        """Row indices of one epoch after the other, without end, each drawn by itself."""
         epoch = 0
         while True:
             yield self._epoch(seed, epoch)

@@ -70,10 +70,7 @@ class _Source:
 def previews(
     spec: DatasetSpec, training: TrainingSpec, tokenizer: Tokenizer, access: StoreAccess, download: Path, count: int
 ) -> Iterator[Preview]:
-    """The first `count` rows that a job would use of each source, the evaluation's own last.
-
-    Files of a server are downloaded below `download`. Raises StepFailure as prepare does.
-    """
+    """The first `count` rows to use of each source. Raises StepFailure as prepare does."""
     for source in _sources(spec, training, access, download, count):
         recipe = Recipe.from_spec(
             spec, training, tokenizer, source.format, source.columns, source.field, vocabulary=ANY_VOCABULARY

@@ -24,7 +24,7 @@ from qlora_api.printable import first_line, shortened
 from qlora_api.spec.gate import ScoreSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.protocols import JsonObject
-from qlora_trainer.data.render.reasoning import END_OF_REASONING, after_reasoning
+from qlora_trainer.data.render.answer_span import END_OF_REASONING, after_reasoning
 
 SECONDS = 2.0
 """Most processor time for one answer, to be independent of a busy node."""

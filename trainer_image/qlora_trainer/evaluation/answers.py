@@ -20,7 +20,7 @@ from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.protocols import FastTokenizer
 from qlora_trainer.data.examples.row_check import RowCheck
 from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset
-from qlora_trainer.data.render.reasoning import asks_for_reasoning
+from qlora_trainer.data.render.answer_span import asks_for_reasoning
 from qlora_trainer.history.samples import MAX_NEW_TOKENS, Sample, Samples
 from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
 from qlora_trainer.model.protocols import AdaptedModel

@@ -254,10 +254,7 @@ def _tool(value: object, name: str) -> Function:
 
 
 def require_plain(value: object, name: str, *, columnar: bool) -> None:
-    """Raise StepFailure BAD_DATASET beginning with `name` unless the value can be written as JSON.
-
-    In a columnar file null is rejected: it may stand for a key that this row does not have.
-    """
+    """Raise StepFailure unless the value is JSON, in columnar files without null."""
     try:
         text = json.dumps(value, allow_nan=False, ensure_ascii=False)
     except (ValueError, TypeError, RecursionError) as error:

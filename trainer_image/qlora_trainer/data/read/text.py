@@ -101,10 +101,7 @@ class _Decompressed(io.RawIOBase):
 
 @contextmanager
 def open_data(file: DataFile) -> Iterator[IO[bytes]]:
-    """The file's content, decompressed if its name ends in .gz, .bz2, .xz or .zst.
-
-    Reading raises StepFailure BAD_DATASET where it cannot be decompressed, or grows beyond MAX_INFLATION.
-    """
+    """Open the content, decompressed. Reading raises StepFailure BAD_DATASET."""
     if file.path.suffix in DECOMPRESSORS:
         with io.BufferedReader(_Decompressed(file), _BLOCK_BYTES) as stream:
             yield stream

@@ -123,10 +123,7 @@ class Tokenizer:
         return [token for token, (first, past) in pairs if first < end and start < past]
 
     def pieces(self, rendered: Rendered) -> Iterator[str]:
-        """The text of each token that `tokenize` makes, special tokens included: together all of the text.
-
-        Where several tokens make one character, the first of them has it.
-        """
+        """The text of each token that `tokenize` makes: together all of the text."""
         if not rendered.ends_itself:
             yield from self._tokenizer.convert_ids_to_tokens(self._begin)
         encoded = self._tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

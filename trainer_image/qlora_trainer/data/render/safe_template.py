@@ -32,10 +32,7 @@ class LimitExceeded(Exception):  # noqa: N818 - the limit is what was exceeded
 
 @contextmanager
 def limited_time() -> Iterator[None]:
-    """Raise LimitExceeded in the body after SECONDS of computing. Without effect outside of the main thread.
-
-    One operation of the interpreter itself, such as the power of a large number, is not interrupted.
-    """
+    """Raise LimitExceeded after SECONDS of computing, in the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -103,10 +100,7 @@ def _forbidden(name: str) -> Callable[..., NoReturn]:
 
 
 def usable(text: str, given: object) -> str:
-    """The text that a template writes. `given`: all that it writes from, the template's own text included.
-
-    Raises UnusableText if the text is not valid Unicode, or has an address in memory that is not from what was given.
-    """
+    """The text of a template. Raises UnusableText for half a character or an address."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

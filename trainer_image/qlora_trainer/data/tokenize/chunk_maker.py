@@ -144,10 +144,7 @@ class ChunkMaker:
         return Chunk.from_rows(used, too_long, dropped, locations, checks if self.recipe.columns.check else None)
 
     def render(self, row: Row) -> tuple[Rendered, ...]:
-        """The row's text, or the two texts of a pair. Raises StepFailure for an invalid row.
-
-        In a row of many answers that is too long, neither the answers nor their defects are searched for.
-        """
+        """The row's text, or a pair's two. Raises StepFailure for an invalid row."""
         example = self._example(row)
         if isinstance(example, Preference):
             return self._tokenizer.render_pair(example, row.location, self.recipe.longest_allowed)
@@ -183,10 +180,7 @@ def paired(tokenized: Iterator[TokenizedRow]) -> Iterator[TokenizedRow]:
 
 
 def tokenize(rows: Iterator[Row], maker: ChunkMaker, files: PartOfRows, workers: int, on_rows: OnRows) -> list[Chunk]:
-    """The chunks of all rows, in order, in these files.
-
-    Memory: a few chunks of text for each of `workers` processes. Raises StepFailure for the first invalid row.
-    """
+    """The chunks of all rows, in order. Raises StepFailure for the first invalid row."""
     writer = _ChunkWriter(maker, files, min(workers, MAX_WORKERS))
     batches = _batches(rows, CHUNK_ROWS, CHUNK_BYTES)
     pending: deque[Chunk | Future[Path]] = deque()

@@ -100,10 +100,7 @@ class Chunk:
         locations: Sequence[str] = (),
         checks: Sequence[str] | None = None,
     ) -> "Chunk":
-        """The chunk of the used rows, their `locations`, and their `checks` as JSON if they bring any.
-
-        `too_long`: tokens of each row that is left out because of its length.
-        """
+        """The chunk of the used rows. `too_long`: tokens of each row that is too long."""
         chosen = [row.chosen_length for row in rows if row.chosen_length is not None]
         return cls(
             numpy.concatenate([numpy.empty(0, numpy.int32), *(row.input_ids for row in rows)]),

@@ -104,10 +104,7 @@ class PartOfRows:
         return ChunkFile(self._shared.folder / name, self._own / name)
 
     def find(self, number: int) -> Chunk | None:
-        """Return the chunk of this number, or None for this job to make it. Raises OSError.
-
-        Waits while another job makes the part, until that ends, dies, or takes too long.
-        """
+        """The chunk, or None for this job to make it. Waits while another job makes it."""
         file = self.file(number)
         for _ in range(_MOST_LOOKS):
             chunk = file.read(self._limits)
