@@ -17,7 +17,6 @@ class Secret:
     field: str
     """The field that names it, for messages: spec.output.secretRef."""
     name: str | None
-    """None if the field is not set."""
 
     def value(self, key: str) -> str | None:
         """The value of a key, or None. Raises StepFailure BAD_CONFIGURATION for no text."""

@@ -37,9 +37,7 @@ class ExaminedData:
     """The findings in a job's rows, whether or not it can train on them."""
 
     sources: tuple[TokenizedSource, ...]
-    """The training sources, and the evaluation's own."""
     dataset: Dataset | None
-    """None if there are not enough rows for each split."""
     rejection: str
     """Why the job fails with BAD_DATASET, or an empty string."""
 
@@ -54,7 +52,6 @@ class DatasetBuilder:
     tokenizer_files: Mapping[str, str]
     """SHA-256 of each of the tokenizer's files."""
     vocabulary: int
-    """Tokens that the model has."""
     access: StoreAccess
     scratch: Callable[[str], Path]
     """Gives folders, by name, for what the next attempt resumes from."""

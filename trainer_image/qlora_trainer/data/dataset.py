@@ -68,16 +68,13 @@ class Dataset:
     """The rows of a job, with their sources and the splits that use them."""
 
     training: tuple[TokenizedSource, ...]
-    """The one source, or those of the mix."""
     own_evaluation: TokenizedSource | None
     """The source of the held-out rows, unless none or a fraction of the training's."""
     rows: TokenizedRows
     """Of all sources: of the training sources, then the evaluation's own."""
     selection: Selection
-    """Which of `rows` each split has."""
     mix: Mix | None = None
     weights: tuple[float | None, ...] = ()
-    """Of the mix's sources."""
 
     @property
     def sources(self) -> tuple[TokenizedSource, ...]:

@@ -34,9 +34,7 @@ class Mix:
     """
 
     sizes: tuple[int, ...]
-    """Rows of each source."""
     shares: tuple[int, ...]
-    """Rows of each source in an epoch."""
 
     @classmethod
     def from_sizes(cls, sizes: Sequence[int], weights: Sequence[float | None]) -> "Mix":

@@ -65,7 +65,6 @@ class Selection:
     overlap: Overlap
     """Of training and held-out rows, before any are left out for it."""
     overlap_left_out: bool = False
-    """Whether the training rows of the overlap are left out."""
 
 
 def select_rows(

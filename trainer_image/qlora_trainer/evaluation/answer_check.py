@@ -52,7 +52,6 @@ class Criterion:
     source: str
     """The field of the job, or the place in the data, for messages."""
     exit_code: ExitCode = ExitCode.BAD_DATASET
-    """Of a criterion that cannot be used."""
     seconds_to_read: float = SECONDS
 
     @classmethod

@@ -35,11 +35,8 @@ class Notation:
     """How a turn is written."""
 
     role: str
-    """Key that says who speaks."""
     content: str
-    """Key of what is said."""
     roles: Mapping[str, Role]
-    """The names that `role` may have, and their roles."""
 
 
 CHAT = Notation("role", "content", {role: role for role in _ROLES})

@@ -20,7 +20,6 @@ class RowCheck:
     source: str
     """File, line and column, for messages."""
     value: str | Schema
-    """A regular expression or a schema as text, or a schema."""
 
     @classmethod
     def from_row(cls, row: Row, column: str, field: str) -> Self:

@@ -39,7 +39,6 @@ class Wanted:
     revision: str | None = None
     """Branch, tag or commit, or None for main."""
     field: str = "spec.dataset"
-    """The job's field that asks for it, for messages."""
 
 
 TRAINING = Wanted(("train",))
@@ -176,11 +175,10 @@ def _chosen_config(configs: Mapping[str, Mapping[str, object]], wanted: Wanted, 
                 f"{uri} has no configuration {wanted.config!r} ({wanted.field}.config); it has {some_names(configs)}"
             )
         return configs[wanted.config]
-    defaults = [entry for entry in configs.values() if entry.get("default") is True]
-    only = list(configs.values()) if len(configs) == 1 else []
-    for choice in (defaults, [configs["default"]] if "default" in configs else [], only):
-        if choice:
-            return choice[0]
+    marked = [entry for entry in configs.values() if entry.get("default") is True]
+    choices = marked or [entry for name, entry in configs.items() if name == "default" or len(configs) == 1]
+    if choices:
+        return choices[0]
     raise bad_dataset(
         f"{uri} has several configurations, {some_names(configs)}: set {wanted.field}.config to one of them"
     )

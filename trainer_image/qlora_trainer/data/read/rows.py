@@ -20,7 +20,6 @@ class Row:
     content: str | Mapping[str, object]
     """The text of a JSON object, or the values by column."""
     size: int
-    """About how many bytes the content takes."""
     columnar: bool = False
     """Whether the file has typed columns.
 

@@ -99,7 +99,6 @@ class Tokenizer:
         if end is None:
             raise bad_configuration("the model's tokenizer has no end-of-text token (eos_token): use another model")
         self.end_id: int = end
-        """The id of the end-of-text token."""
         begin = self._tokenizer.bos_token_id
         first = self._tokenizer("a").input_ids[:1]
         self._begin: list[int] = first if first == [begin] else []

@@ -42,7 +42,6 @@ _PENDING_CHUNKS_PER_WORKER = 2
 ANY_VOCABULARY = 2**31
 """For shown rows only, without the configuration that has the vocabulary's size."""
 OnRows = Callable[[int], None]
-"""Called with the rows tokenized so far."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,6 @@ class Recipe:
     tokenizer: Path
     """Folder of the tokenizer's files."""
     vocabulary: int
-    """Tokens that the model knows."""
     format: RowFormat
     columns: Columns
     train_on: TrainOn
@@ -61,7 +59,6 @@ class Recipe:
     field: str = DATASET
     """The job's field that has format and columns, for messages."""
     template: JobTemplate | None = None
-    """Instead of the model's chat template."""
     system_prompt: SystemPromptSpec | None = None
 
     @classmethod
@@ -271,7 +268,6 @@ class _ChunkWriter:
 
 
 _maker: ChunkMaker | None = None
-"""What makes the chunks in a worker process."""
 
 
 def _start_worker(recipe: Recipe) -> None:

@@ -52,7 +52,6 @@ class Dropped:
     unlabeled: int = 0
     """Rows of which no token counts in the loss."""
     first_unlabeled: str | None = None
-    """Location of the first of them."""
     first_too_long: str | None = None
     """Location of the first row that is longer than a sequence may be."""
 
@@ -64,7 +63,6 @@ class Limits:
     vocabulary: int
     """Tokens that the model knows: every id is below."""
     longest: int
-    """Tokens of a row."""
 
 
 @dataclass(frozen=True)
@@ -216,15 +214,11 @@ class TokenizedRows:
         self._chunks = tuple(chunks)
         none = numpy.empty(0, numpy.int32)
         self.too_long: Int32s = numpy.concatenate([none, *(chunk.too_long for chunk in chunks)])
-        """int32 [rows left out because they are too long]: their tokens"""
         self.dropped = tuple(chunk.dropped for chunk in chunks)
-        """Which rows each chunk leaves out."""
         self.lengths: Int32s = numpy.concatenate([none, *(chunk.lengths for chunk in chunks)])
         self.target_counts: Int32s = numpy.concatenate([none, *(chunk.target_counts for chunk in chunks)])
-        """int32 [rows]: tokens of each row that count in the loss"""
         chosen = [chunk.chosen_lengths for chunk in chunks if chunk.chosen_lengths is not None]
         self.chosen_lengths: Int32s | None = numpy.concatenate(chosen) if chosen else None
-        """int32 [rows]: tokens of prompt and chosen answer of a preference, or None."""
         self._first = numpy.cumsum([0, *(len(chunk.lengths) for chunk in chunks)])
         ends = numpy.cumsum(self.lengths, dtype=numpy.int64)
         before = numpy.concatenate(([0], ends))[self._first[:-1]]
