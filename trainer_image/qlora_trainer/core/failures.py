@@ -77,6 +77,6 @@ class StopRequest:
         self._requested = True
 
     @property
-    def requested(self) -> bool:
+    def is_requested(self) -> bool:
         """Whether the step has been asked to stop."""
         return self._requested

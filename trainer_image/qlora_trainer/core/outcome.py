@@ -29,7 +29,7 @@ class Ending:
 
     exit_code: ExitCode
     message: str
-    unexpected: bool = False
+    is_unexpected: bool = False
     """Whether the traceback is worth showing: nobody has foreseen this error."""
 
     @property
@@ -54,7 +54,7 @@ def classify(error: BaseException) -> Ending:
         return Ending(ExitCode.UNREACHABLE, f"the network failed ({first_line(error)}); the step is retried")
     message = first_line(error) if str(error).strip() else "no message"
     unforeseen = f"unexpected {type(error).__name__}: {message}; the traceback is in the pod's log"
-    return Ending(ExitCode.INTERNAL_ERROR, unforeseen, unexpected=True)
+    return Ending(ExitCode.INTERNAL_ERROR, unforeseen, is_unexpected=True)
 
 
 ENDS_ONE_JOB = (StepFailure, OSError, SafetensorError)

@@ -121,7 +121,7 @@ class Dataset:
         if found.first is None:
             return None
         first, held_out = (printable(self.rows.location(row)) for row in found.first)
-        left_out = self.selection.overlap_left_out
+        left_out = self.selection.is_overlap_left_out
         return OverlapStatistics(rows=found.count, left_out=left_out, first=first, held_out=held_out)
 
     @property

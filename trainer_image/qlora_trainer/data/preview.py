@@ -16,7 +16,7 @@ from qlora_trainer.data.read.reading import read_rows, read_used_rows
 from qlora_trainer.data.read.rows import Row
 from qlora_trainer.data.render.chat_template import Rendered, Tokenizer
 from qlora_trainer.data.statistics import EQUAL_ANSWERS
-from qlora_trainer.data.tokenize.chunk_maker import ANY_VOCABULARY, ChunkMaker, Recipe, paired
+from qlora_trainer.data.tokenize.chunk_maker import ANY_VOCABULARY, ChunkMaker, Recipe, pair_rows
 from qlora_trainer.stores.access import StoreAccess
 
 
@@ -25,7 +25,7 @@ class Stretch:
     """A part of a row's text whose tokens are all trained on, or all not."""
 
     text: str
-    trained: bool
+    is_trained: bool
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _preview_row(
     """The parts of a row: one text, or a pair's two, used or left out together."""
     rows = list(tokenizer.tokenize(texts, recipe.train_on))
     pairs = recipe.format in PAIRS
-    [row] = paired(iter(rows)) if pairs else rows
+    [row] = pair_rows(iter(rows)) if pairs else rows
     left_out = "" if row.is_target.any() else EQUAL_ANSWERS if pairs else "no token is trained on"
     if sum(len(row.input_ids) for row in rows) > recipe.longest_allowed:
         left_out = f"longer than {recipe.longest_allowed} tokens (spec.training.maxSequenceLength)"

@@ -55,7 +55,7 @@ class Criterion:
     seconds_to_read: float = SECONDS
 
     @classmethod
-    def of_job(cls, spec: ScoreSpec) -> "Criterion | None":
+    def from_spec(cls, spec: ScoreSpec) -> "Criterion | None":
         """The job's criterion for all rows, or None."""
         if spec.check == "exactMatch" or spec.of_rows:
             return None
@@ -237,7 +237,7 @@ class AnswerChecker:
     """Checks answers one by one. A context manager, because it keeps a process."""
 
     def __init__(self, spec: ScoreSpec, *, seconds: float = SECONDS) -> None:
-        self._exact, self._of_job = spec.check == "exactMatch", Criterion.of_job(spec)
+        self._exact, self._of_job = spec.check == "exactMatch", Criterion.from_spec(spec)
         self._seconds = seconds
         self._worker: _Worker | None = None
         self._restarts = 0

@@ -67,7 +67,7 @@ class Curve:
     steps: tuple[int, ...] = ()
     values: tuple[float, ...] = ()
 
-    def smoothed(self, span: float) -> tuple[float, ...]:
+    def moving_average(self, span: float) -> tuple[float, ...]:
         """The exponential moving average over about `span` points, without the bias towards its start.
 
         Source: the bias correction of Adam, arXiv 1412.6980, section 3.

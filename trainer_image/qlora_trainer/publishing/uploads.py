@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import Any
 
-from qlora_trainer.history.trackers import grouped
+from qlora_trainer.history.trackers import tracker_metrics
 
 _MLFLOW_BATCH = 1000
 """Points that MLflow's REST API takes in a request.
@@ -72,7 +72,7 @@ def read_points(metrics: Path) -> list[tuple[int, dict[str, float]]]:
     for number, line in enumerate(metrics.read_bytes().splitlines(), start=1):
         try:
             entry = json.loads(line)
-            points.append((int(entry["step"]), {name: float(value) for name, value in grouped(entry).items()}))
+            points.append((int(entry["step"]), {name: float(value) for name, value in tracker_metrics(entry).items()}))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{metrics}:{number}: {error!r}") from error
     return points

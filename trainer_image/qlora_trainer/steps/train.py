@@ -98,7 +98,7 @@ def _agreed_record(ranks: Ranks, record: TrainRecord | None) -> TrainRecord:
 def _meeting(identity: Identity, rank_info: RankInfo, runtime: Runtime) -> Meeting:
     """How this process meets others in several pods, with the profile's time limit."""
     if not rank_info.several_nodes or contract.ENV_NODE not in os.environ:
-        return Meeting(stopped=lambda: runtime.stop.requested)
+        return Meeting(stopped=lambda: runtime.stop.is_requested)
 
     def report_waiting(activity: str) -> None:
         runtime.records.progress(identity.progress("train", runtime.now(), activity))
@@ -106,6 +106,6 @@ def _meeting(identity: Identity, rank_info: RankInfo, runtime: Runtime) -> Meeti
     return Meeting(
         seconds=float(os.environ.get(contract.ENV_NODE_WAIT, contract.DEFAULT_NODE_WAIT_SECONDS)),
         incarnation=identity.pod_uid,
-        stopped=lambda: runtime.stop.requested,
+        stopped=lambda: runtime.stop.is_requested,
         report=report_waiting,
     )

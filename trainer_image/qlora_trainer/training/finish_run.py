@@ -99,7 +99,7 @@ def leave_samples(run: Run) -> None:
         run.job.texts,
         data,
         count,
-        lambda: stop.requested,
+        lambda: stop.is_requested,
         run.device,
         fixed_positions=run.job.prepared.fixed_positions,
     )

@@ -117,13 +117,13 @@ def measure_score(run: Run, state: RunState, data: PreparedDataset, spec: ScoreS
     settings = score_settings(spec, job.prepared.fingerprint)
     scored = scored_rows(data, spec)
     rows = scored.chosen
-    answering = Answering(run.model, _texts(job), lambda: stop.requested, run.device)
+    answering = Answering(run.model, _texts(job), lambda: stop.is_requested, run.device)
     base = adapter = 0
     with AnswerLog.opened(path, adapter_sha256, settings) as log, AnswerChecker(spec) as checker:
         for number, prompt in enumerate(rows, start=1):
             report(run, state, f"scoring answer {number} of {len(rows)}")
             answers = log.get(prompt) or _answered(answering, checker, prompt, spec, job.name)
-            if stop.requested:
+            if stop.is_requested:
                 raise Interrupted(state.step, run.progress.schedule.total_steps, run.progress.checkpoint_step or 0)
             log.add(answers)
             base, adapter = base + answers.base_passed, adapter + answers.adapter_passed

@@ -39,7 +39,7 @@ class RowCheck:
                 f"{source} is {describe(value)}: must be a regular expression as text, or a JSON schema as text or "
                 "object"
             )
-        require_plain(value, source, columnar=row.columnar)
+        require_plain(value, source, is_columnar=row.is_columnar)
         check = cls(source, value)
         if len(check.text) > MAX_SCHEMA_CHARACTERS:
             raise bad_dataset(

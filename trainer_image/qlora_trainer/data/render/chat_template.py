@@ -63,12 +63,12 @@ class Rendered:
 
     Empty if they were not searched for in a row that is too long.
     """
-    ends_itself: bool
+    has_marks: bool
     """Whether the text has begin and end marks, as that of a chat template does."""
     marked: tuple[tuple[int, int], ...] = ()
     """Those of the answers that the row marks for training."""
 
-    def trained(self, train_on: TrainOn) -> tuple[tuple[int, int], ...]:
+    def trained_spans(self, train_on: TrainOn) -> tuple[tuple[int, int], ...]:
         """The spans of characters that are trained on."""
         if train_on == "all":
             return ((0, len(self.text)),)
@@ -123,7 +123,7 @@ class Tokenizer:
 
     def pieces(self, rendered: Rendered) -> Iterator[str]:
         """The text of each token that `tokenize` makes: together all of the text."""
-        if not rendered.ends_itself:
+        if not rendered.has_marks:
             yield from self._tokenizer.convert_ids_to_tokens(self._begin)
         encoded = self._tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         done, ends = 0, [past for _, past in encoded.offset_mapping]
@@ -132,7 +132,7 @@ class Tokenizer:
             until = len(rendered.text) if position == len(ends) else max(past, done)
             yield rendered.text[done:until]
             done = until
-        if not rendered.ends_itself:
+        if not rendered.has_marks:
             yield self._tokenizer.eos_token
 
     @property
@@ -149,12 +149,12 @@ class Tokenizer:
         model has no template and the example needs one.
         """
         if isinstance(example, PlainText):
-            return Rendered(example.text, ((0, len(example.text)),), ends_itself=False)
+            return Rendered(example.text, ((0, len(example.text)),), has_marks=False)
         if isinstance(example, PromptCompletion) and not self.has_chat_template:
             system = f"{example.system}\n\n" if example.system else ""
             prompt = system + example.prompt + example.separator
             text = prompt + example.completion
-            return Rendered(text, ((len(prompt), len(text)),), ends_itself=False)
+            return Rendered(text, ((len(prompt), len(text)),), has_marks=False)
         if not self.has_chat_template:
             raise bad_dataset(
                 f"{location}: the data set is of format chat, but the model has no chat template: name one in "
@@ -187,7 +187,7 @@ class Tokenizer:
         text = self._apply_template(conversation, len(messages), location)
         answers = sum(message.role == "assistant" for message in messages)
         if longest_allowed is not None and answers > _FEW_ANSWERS and self._is_longer(text, longest_allowed):
-            return Rendered(text, (), ends_itself=True)
+            return Rendered(text, (), has_marks=True)
         spans = []
         for index, message in enumerate(messages):
             if message.role == "assistant":
@@ -205,7 +205,7 @@ class Tokenizer:
                     )
                 spans.append((message, span))
         marked = tuple(span for message, span in spans if message.trained)
-        return Rendered(text, tuple(span for _, span in spans), ends_itself=True, marked=marked)
+        return Rendered(text, tuple(span for _, span in spans), has_marks=True, marked=marked)
 
     def _is_longer(self, text: str, tokens: int) -> bool:
         encoded = self._tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
@@ -347,9 +347,9 @@ class Tokenizer:
         for rendered, ids, offsets in zip(batch, encoded.input_ids, encoded.offset_mapping, strict=True):
             first, past = numpy.array(offsets, dtype=numpy.int64).reshape(-1, 2).T
             is_target = numpy.zeros(len(ids), dtype=numpy.bool_)
-            for start, end in rendered.trained(train_on):
+            for start, end in rendered.trained_spans(train_on):
                 is_target |= (first < end) & (start < past)
-            if not rendered.ends_itself:
+            if not rendered.has_marks:
                 ids = [*self._begin, *ids, self.end_id]
                 is_target = numpy.concatenate([numpy.zeros(len(self._begin), numpy.bool_), is_target, [True]])
             is_target[:1] = False

@@ -157,7 +157,7 @@ class ChunkMaker:
         for batch in _batches(iter(rows), _BATCH_ROWS, _BATCH_BYTES):
             rendered = [text for row in batch for text in self.render(row)]
             tokenized = self._tokenizer.tokenize(rendered, self.recipe.train_on)
-            yield from zip(batch, paired(tokenized) if self.recipe.format in PAIRS else tokenized, strict=True)
+            yield from zip(batch, pair_rows(tokenized) if self.recipe.format in PAIRS else tokenized, strict=True)
 
     def _require_known(self, largest: int) -> None:
         if largest >= self.recipe.vocabulary:
@@ -167,7 +167,7 @@ class ChunkMaker:
             )
 
 
-def paired(tokenized: Iterator[TokenizedRow]) -> Iterator[TokenizedRow]:
+def pair_rows(tokenized: Iterator[TokenizedRow]) -> Iterator[TokenizedRow]:
     """Each two rows as one. Equal answers have no targets: there is nothing to prefer."""
     for chosen, rejected in zip(tokenized, tokenized, strict=True):
         is_target = numpy.concatenate([chosen.is_target, rejected.is_target])

@@ -29,7 +29,7 @@ class RowsFolder:
     makes a part. What this job may not write there goes into its own folder."""
 
     @classmethod
-    def sharing(cls, own: Path, shared: Path, job_uid: str, pod_uid: str) -> "RowsFolder":
+    def from_shared(cls, own: Path, shared: Path, job_uid: str, pod_uid: str) -> "RowsFolder":
         """The rows of one of the jobs that share them."""
         # No job waits for the lock: without it, another job counts as the one that makes the rows.
         return cls(own, PartialFolders(shared, job_uid, pod_uid, longest_wait=0))
