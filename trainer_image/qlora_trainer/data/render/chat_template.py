@@ -45,7 +45,6 @@ from qlora_trainer.data.render.safe_template import (
     freeze_template,
     limited_time,
     usable,
-    within_characters,
 )
 from qlora_trainer.data.render.template_source import JobTemplate, processor_template
 
@@ -332,7 +331,7 @@ class Tokenizer:
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
-        return usable(within_characters(str(text)), (turns, tools, self._tokenizer.chat_template))
+        return usable(str(text), (turns, tools, self._tokenizer.chat_template))
 
     def tokenize(self, batch: Sequence[Rendered], train_on: TrainOn) -> Iterator[TokenizedRow]:
         """The tokens of rendered examples. A plain text's end is a target too."""

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import NoReturn
 
-from jinja2 import Template, TemplateError
+from jinja2 import TemplateError
 
 from qlora_api.printable import first_line
 from qlora_trainer.core.failures import bad_configuration
@@ -49,13 +49,6 @@ def _raise_exceeded(_signal: int, _frame: object) -> None:
     raise LimitExceeded(f"takes more than {SECONDS} seconds")
 
 
-def within_characters(text: str) -> str:
-    """The text. Raises LimitExceeded if it is too long."""
-    if len(text) > CHARACTERS:
-        raise LimitExceeded(f"writes {len(text)} characters, at most {CHARACTERS} are allowed")
-    return text
-
-
 # A template's date of today, so that the same data gives the same tokens on every day.
 FROZEN_DATE = datetime(2025, 1, 1)  # noqa: DTZ001 - a printed date has no time zone
 # Python writes a function, a generator or an object without a text as "<… at 0x7f1234567890>". Digits that
@@ -85,13 +78,6 @@ TEMPLATE_ERRORS = (
 )
 
 
-def freeze(template: Template) -> None:
-    """Give a compiled template a fixed day, and nothing that draws at random."""
-    template.globals["strftime_now"] = FROZEN_DATE.strftime
-    template.environment.globals["lipsum"] = _forbidden("function lipsum")
-    template.environment.filters["random"] = _forbidden("filter random")
-
-
 def _forbidden(name: str) -> Callable[..., NoReturn]:
     def forbidden(*_arguments: object, **_options: object) -> NoReturn:
         raise UnusableText(f"uses the {name}, which draws another text each time: write the text itself")
@@ -100,7 +86,9 @@ def _forbidden(name: str) -> Callable[..., NoReturn]:
 
 
 def usable(text: str, given: object) -> str:
-    """The text of a template. Raises UnusableText for half a character or an address."""
+    """The text of a template. Raises LimitExceeded, or UnusableText for an address."""
+    if len(text) > CHARACTERS:
+        raise LimitExceeded(f"writes {len(text)} characters, at most {CHARACTERS} are allowed")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -143,4 +131,6 @@ def freeze_template(tokenizer: FastTokenizer, whose: str) -> None:
     except MemoryError as error:
         raise bad_configuration(f"{whose} needs more memory than there is: use another model") from error
     for template in templates:
-        freeze(template)
+        template.globals["strftime_now"] = FROZEN_DATE.strftime
+        template.environment.globals["lipsum"] = _forbidden("function lipsum")
+        template.environment.filters["random"] = _forbidden("filter random")
