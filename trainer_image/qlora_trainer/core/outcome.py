@@ -126,8 +126,7 @@ def result_record(
 ) -> ResultRecord:
     """The step's last record, redacted and within its size: a message that is too long is cut.
 
-    If the message is short by then, the sources of a mix are left out first, and the runs of trackers last. The record
-    has what was known when the step ended, also when the step failed.
+    If that is not enough, the sources of a mix are left out, and the runs of trackers last.
     """
     message = shortened(one_line(redact(ending.message)), MAX_MESSAGE_LENGTH)
     record = ResultRecord(

@@ -133,10 +133,9 @@ class Dataset:
         return (*of_columns, *(() if self.overlap is None else (self.overlap.remark(),)))
 
     def write(self, folder: Path, training: TrainingSpec, *, packed: bool, on_epoch: Callable[[int], None]) -> None:
-        """Write the files of the splits, and their statistics.
+        """Write the files of the splits, and their statistics. Raises OSError if the disk is full.
 
-        `packed`: whether a sequence may have several rows; the seed then chooses them. `on_epoch` is called with the
-        number of each epoch whose rows are drawn. Raises OSError if the disk is full.
+        `packed`: whether a sequence may have several rows. `on_epoch` gets the number of each epoch that is drawn.
         """
         capacity = training.max_sequence_length
         used, epochs = numpy.concatenate(self.selection.training), None

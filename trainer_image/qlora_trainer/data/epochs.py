@@ -26,11 +26,10 @@ from qlora_trainer.data.sampling import Purpose, RowIndices, permutation
 
 @dataclass(frozen=True)
 class Mix:
-    """The number of rows of each source in an epoch. It has as many as all sources together.
+    """The number of rows of each source in an epoch, as MosaicML Streaming's `proportion` defines it.
 
-    The definition is that of MosaicML Streaming for streams with a `proportion`: a source larger than its share gives
-    a part of its rows, drawn without replacement; a smaller one all of its rows as often as its share holds them, and
-    a part of them once more.
+    A source larger than its share gives a part of its rows, drawn without replacement; a smaller one all of its rows as
+    often as its share holds them, and a part of them once more.
     """
 
     sizes: tuple[int, ...]
@@ -94,9 +93,8 @@ class EpochArrangements:
     ) -> Self:
         """The arrangement of as many of `epochs` as the run has, which `training` decides.
 
-        Memory: one epoch at a time, and 8 bytes per sequence; the rows are in an unnamed file in the folder `scratch`.
-        `on_epoch` is called with the number of each. Raises OSError if the disk is full, and after the first epoch
-        StepFailure (BAD_CONFIGURATION) if there would be too many.
+        Memory: an epoch, and 8 bytes per sequence; the rows are in an unnamed file in `scratch`. `on_epoch` gets the
+        number of each. Raises OSError, and StepFailure (BAD_CONFIGURATION) for too many epochs.
         """
         sequences_per_step = training.micro_batch_size * training.gradient_accumulation_steps
         sizes, epoch_offsets, steps = [numpy.zeros(1, numpy.int64)], [0], 0

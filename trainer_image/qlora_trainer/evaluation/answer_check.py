@@ -273,10 +273,9 @@ class AnswerChecker:
             raise criterion.unusable(problem.why) if isinstance(problem, _Ended) else problem
 
     def passes(self, answer: str, own: str, criterion: Criterion | None = None, *, begun: bool = False) -> bool:
-        """Whether the answer passes. `own` is that of the row. Reasoning before either is skipped.
+        """Whether the answer passes. `own` is that of the row. Reasoning before either is skipped, and must end.
 
-        An answer whose reasoning does not end has not passed. `begun`: whether the prompt has begun it. `criterion`:
-        the row's, if the job has none. Raises its StepFailure if the checking process ends too often.
+        `begun`: whether the prompt has begun it. Raises the criterion's StepFailure if the process ends too often.
         """
         rest = after_reasoning(answer, begun=begun)
         if rest is None:

@@ -68,8 +68,7 @@ def read_turns(
 ) -> tuple[Message, ...]:
     """The messages in a list of turns. Raises StepFailure BAD_DATASET naming location and field.
 
-    `is_columnar`: null may stand for a key that only other rows have (see Row). `marked`: the row must mark the answers
-    to train on; marks are ignored otherwise.
+    `is_columnar`: null may stand for a missing key (see Row). `marked`: marks decide what is trained on.
     """
     keys = f"{{{notation.role}, {notation.content}}}"
     if not isinstance(value, list):

@@ -81,8 +81,7 @@ def choose_data_files(
 ) -> list[str]:
     """The data files, ascending, of the file or folder at `path`, or else of the repository's configuration and split.
 
-    If no file's name contains a split, all files are taken. Raises StepFailure BAD_DATASET, listing what there is, if
-    there is no such file, or if they are of several kinds.
+    All files, if no name contains a split. Raises StepFailure BAD_DATASET, listing what there is.
     """
     candidates = sorted(name for name in names if data_kind(name) is not None)
     if path in candidates:
@@ -208,8 +207,7 @@ def _patterns(files: object, uri: str) -> dict[str, list[str]]:
 def _matches(name: str, glob: Sequence[str]) -> bool:
     """Whether the name matches the parts of a glob pattern: ** matches across folders, * and ? do not.
 
-    Each part moves all positions that the parts before it can end at, so that the time grows with the length of the
-    name only: a regular expression would try all combinations.
+    Each part moves all positions, in time linear in the name: a regular expression would try all combinations.
     """
     positions = {0}
     for part in glob:

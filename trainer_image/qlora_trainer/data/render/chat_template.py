@@ -143,9 +143,8 @@ class Tokenizer:
     def render(self, example: Example, location: str, longest_allowed: int | None = None) -> Rendered:
         """The example as text. With a chat template, a prompt and its completion become a user's and a model's turn.
 
-        In a conversation of many answers that is longer than `longest_allowed` tokens, no answer is searched for.
-        Raises StepFailure BAD_DATASET, beginning with `location`, if the template rejects the conversation, or if the
-        model has no template and the example needs one.
+        Answers are not searched for if many are longer than `longest_allowed` tokens together. Raises StepFailure
+        BAD_DATASET, beginning with `location`, for a missing template or one that rejects the conversation.
         """
         if isinstance(example, PlainText):
             return Rendered(example.text, ((0, len(example.text)),), has_marks=False)

@@ -34,10 +34,9 @@ _BETWEEN = "\0"
 
 
 def row_digest(row: TokenizedRow) -> bytes:
-    """A digest of the row's tokens and targets, and of where a pair's second answer begins: they differ as these do.
+    """A digest of the row's tokens, targets and chosen length: BLAKE2b of 128 bits.
 
-    BLAKE2b of 128 bits. Two of n different rows have the same one with a probability of n² / 2^129: below 10^-24 for
-    ten million rows.
+    Two of n different rows have the same one with a probability of n² / 2^129: below 10^-24 for ten million rows.
     """
     digest = blake2b(row.input_ids.tobytes(), digest_size=DIGEST_BYTES)
     digest.update(row.is_target.tobytes())
@@ -137,10 +136,9 @@ class Chunk:
 
     @classmethod
     def read(cls, path: Path, limits: Limits, *, verify: bool = False) -> "Chunk | None":
-        """The chunk of a file, memory-mapped. None if there is no such file, or it is not whole or not `fits`.
+        """The chunk of a file, memory-mapped, or None if it is missing, not whole or not `fits`. Raises OSError.
 
-        With `verify` it is compared with its digest, too, which finds what has damaged it and not who has forged it.
-        Raises OSError if the volume fails.
+        With `verify` it is compared with its digest, too, which finds damage and no forgery.
         """
         try:
             if not path.is_file():

@@ -38,8 +38,7 @@ class RowsFolder:
     def part(self, part: str, key: str, limits: Limits, on_wait: Callable[[], None]) -> "Iterator[PartOfRows]":
         """The files of a part whose data and settings have this key, and whose tokens these limits. Raises OSError.
 
-        In the job's own folder, the part's chunks of other data or settings are deleted; in a shared one, only what a
-        killed pod has left incomplete. `on_wait` is called now and then while another job makes the part.
+        Deletes the job's own chunks of other settings, and what a killed pod has left. Waiting calls `on_wait`.
         """
         for path in self.own.glob(f"{part}-*"):
             if not path.name.startswith(f"{part}-{key}-"):
@@ -85,8 +84,7 @@ class ChunkFile:
 class PartOfRows:
     """The chunks of one part. Of the jobs that want it at the same time one makes it, the others wait for its files.
 
-    A chunk has the same content whichever job makes it. Where two of them do, because one has waited for too long or
-    the volume has no locks, that costs time and nothing else.
+    Where two jobs make a chunk, it has the same content: that costs time and nothing else.
     """
 
     def __init__(
