@@ -17,7 +17,7 @@ _OUT_OF_GPU_MEMORY = re.compile(
 
 
 class StepFailure(Exception):  # noqa: N818 - the step is what fails
-    """Ends the step with `exit_code`. The message says what to do."""
+    """Ends the step with `exit_code`. The message has what to do."""
 
     def __init__(self, exit_code: ExitCode, message: str) -> None:
         super().__init__(message)

@@ -25,7 +25,7 @@ def compare(model: AdaptedModel, data: PreparedDataset, parameters: int, device:
 
 
 def compared_sequences(data: PreparedDataset, parameters: int) -> int:
-    """How many held-out sequences to compare: 4096 tokens, or fewer for a large model."""
+    """The number of sequences to compare: 4096 tokens, or fewer for a large model."""
     allowed = min(MAX_TOKENS, _OPERATIONS / (2 * parameters))
     tokens = 0
     for count in range(len(data)):
