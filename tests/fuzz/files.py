@@ -50,16 +50,11 @@ _LLAMA = b"""\
 _QUANTIZED = {"quantization_config": {"load_in_4bit": True, "llm_int8_skip_modules": ["a.b"]}}
 _STATE = dumped({"formatVersion": 1, "step": 2, **state_of(2)})
 _ATTEMPT = b'{"podUid": "pod", "startedAt": "2026-01-02T12:00:00Z", "fromStep": 2, "ended": "interrupted"}\n'
-_PREPARED: dict[str, object] = {
-    "fingerprint": "f",
-    "modelPath": "model",
-    "modelRevision": "c0ffee",
-    "basePath": "base",
-    "baseSha256": "0",
-}
-_PREPARED |= {"dataPath": "data", "targetModules": ["a"], "packed": True, "modelType": "llama"}
+_PREPARED = b"""\
+{"fingerprint": "f", "modelPath": "model", "modelRevision": "c0ffee", "basePath": "base", "baseSha256": "0",
+ "dataPath": "data", "targetModules": ["a"], "packed": true, "modelType": "llama"}"""
 _RECORDS = (
-    PrepareRecord.model_validate(_PREPARED | {"memory": MEMORY, "dataset": FOUND}),
+    PrepareRecord.model_validate(json.loads(_PREPARED) | {"memory": MEMORY, "dataset": FOUND}),
     TrainRecord(fingerprint="f", adapter_path="a", adapter_sha256="0", training_step=1, loss=1.5),
     PublishRecord(fingerprint="f", adapter=ADAPTER),
 )
