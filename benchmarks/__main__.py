@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 
-BENCHMARKS = ("speed", "loop", "profile", "data")
+BENCHMARKS = ("speed", "loop", "data")
 
 
 def main() -> int:

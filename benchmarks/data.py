@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.conversations import SHORT_CHAT, write_conversations
-from benchmarks.inputs import RESULTS, model_folder, write_result
-from benchmarks.machine import describe_machine
+from benchmarks.machine import RESULTS, describe_machine, write_result
 from benchmarks.memory import anonymous_bytes, resident_bytes, shared_bytes
 from benchmarks.speed.settings import MAX_LENGTH, SEED
 from benchmarks.trainer import prepare_command
+from examples.demo.__main__ import model_folder
 
 SECONDS_BETWEEN_SAMPLES = 0.2
 

@@ -19,10 +19,10 @@ from typing import Any, Literal
 from unittest.mock import patch
 
 from benchmarks.conversations import CHAT, write_conversations
-from benchmarks.inputs import RESULTS, model_folder, write_result
-from benchmarks.machine import describe_environment, describe_machine
+from benchmarks.machine import RESULTS, describe_machine, write_result
 from benchmarks.speed.settings import ALPHA, MAX_LENGTH, RANK, SEED
 from benchmarks.trainer import prepared_context, train_here
+from examples.demo.__main__ import model_folder
 
 TARGET = 0.02
 SEQUENCES_PER_STEP = 4
@@ -170,7 +170,6 @@ def main() -> int:
     figures = overhead(pairs)
     result = {
         "machine": machine,
-        "environment": describe_environment(),
         "pairs": [asdict(pair) for pair in pairs],
         "overhead": {clock: asdict(value) for clock, value in figures.items()},
         "target": TARGET,

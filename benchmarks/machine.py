@@ -1,5 +1,6 @@
-"""Describes the machine, the libraries and the code behind the figures."""
+"""Describes the machine, the libraries and the code behind the figures, and writes these."""
 
+import json
 import os
 import platform
 import subprocess
@@ -24,7 +25,7 @@ VARIABLES = (
     "LD_PRELOAD",
 )
 ROOT = Path(__file__).parent.parent
-RESULTS = "benchmarks/results"
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,17 @@ def describe_checkout(root: Path) -> tuple[str | None, bool | None]:
     if commit is None or Path(top).resolve() != root.resolve():
         return None, None
     # Benchmarks write their results and tables one after the other; they are no change of the code.
-    written = (f":(exclude){RESULTS}", ":(exclude)docs")
+    written = (f":(exclude){RESULTS.relative_to(ROOT)}", ":(exclude)docs")
     changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *written)
     return commit, None if changes is None else bool(changes)
+
+
+def write_result(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write a result as `<name>.json`; returns the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    return path
 
 
 def _git(root: Path, *arguments: str) -> str | None:

@@ -1,17 +1,20 @@
-"""Starts the cluster's components in order, and reports their state."""
+"""Starts the cluster and its add-ons in order, and reports their state."""
 
 import datetime
 import fcntl
 import json
 import os
+import secrets
+import socket
+import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from string import Template
 
 from devcluster import (
-    addons,
     addresses,
     cleanup,
     console,
@@ -78,8 +81,8 @@ def up(layout: Layout, gpus: int = DEFAULT_GPUS) -> None:
     kubectl = kubectl_of(layout)
     # A node that is late with its heartbeat on a busy machine is waited for; its volumes are worth more than a minute.
     _wait(layout, lambda: node_is_ready(kubectl), _NODE_SECONDS, "the node to be Ready", "kubelet")
-    addons.set_gpus(kubectl, gpus)
-    _wait(layout, lambda: addons.gpus(kubectl) == gpus, _NODE_SECONDS, f"the scheduler to see {gpus} GPUs", "kubelet")
+    set_gpus(kubectl, gpus)
+    _wait(layout, lambda: offered_gpus(kubectl) == gpus, _NODE_SECONDS, f"the scheduler to see {gpus} GPUs", "kubelet")
     layout.ready.touch()
 
 
@@ -105,11 +108,11 @@ class _Start:
         busybox, coredns = self._images(ports)
         node.start_kubelet(layout, ports, self.program)
         node.start_kube_proxy(layout, ports, self.program)
-        addons.apply_dns(plane.kubectl, coredns)
-        addons.start_storage(layout, plane.kubectl, self.program, busybox)
+        apply_dns(plane.kubectl, coredns)
+        start_storage(layout, plane.kubectl, self.program, busybox)
         _wait(layout, lambda: node_is_ready(plane.kubectl), _NODE_SECONDS, "the node to be Ready", "kubelet")
         self._say("node Ready")
-        _wait(layout, addons.dns_works, _DNS_SECONDS, "the cluster's DNS", "kubelet")
+        _wait(layout, dns_works, _DNS_SECONDS, "the cluster's DNS", "kubelet")
         self._say("DNS answers")
         console.say(f"cluster started in {time.monotonic() - self._began:.0f} s")
 
@@ -143,7 +146,7 @@ def enforce_network_policies(layout: Layout) -> None:
     if _enforces_network_policies(layout):
         return
     binaries = toolchain.build(layout, [node.POLICY_PROGRAM])
-    addons.allow_network_policies(kubectl_of(layout))
+    allow_network_policies(kubectl_of(layout))
     node.start_network_policies(layout, _Start(layout, binaries).program)
     console.mention(layout, "NetworkPolicies are enforced")
 
@@ -165,8 +168,8 @@ def start_node_again(layout: Layout, gpus: int = DEFAULT_GPUS) -> None:
         node.start_kube_proxy(layout, ports_of(layout), starting.program)
     kubectl = kubectl_of(layout)
     _wait(layout, lambda: node_is_ready(kubectl), _NODE_SECONDS, "the node to be Ready", "kubelet")
-    addons.set_gpus(kubectl, gpus)
-    _wait(layout, lambda: addons.gpus(kubectl) == gpus, _NODE_SECONDS, f"the scheduler to see {gpus} GPUs", "kubelet")
+    set_gpus(kubectl, gpus)
+    _wait(layout, lambda: offered_gpus(kubectl) == gpus, _NODE_SECONDS, f"the scheduler to see {gpus} GPUs", "kubelet")
 
 
 def broken(layout: Layout) -> list[str]:
@@ -199,7 +202,7 @@ def status(layout: Layout) -> str:
         lines.append(f"{name:24} {'running' if running else 'stopped':8} {pid:>8}  {layout.log(name)}")
     if not trouble(layout):
         kubectl = kubectl_of(layout)
-        lines.append(f"node {addresses.NODE} is Ready and offers {addons.gpus(kubectl)} {addresses.GPU_RESOURCE}")
+        lines.append(f"node {addresses.NODE} is Ready and offers {offered_gpus(kubectl)} {addresses.GPU_RESOURCE}")
     return "\n".join(lines)
 
 
@@ -230,3 +233,66 @@ def _expected(layout: Layout) -> list[str]:
 def _wait(layout: Layout, condition: processes.Condition, seconds: float, what: str, suspect: str) -> None:
     needs = list(processes.records(layout.records))
     processes.until(condition, seconds, what, layout.log(suspect), needs, layout.log)
+
+
+_MANIFESTS = Path(__file__).parent / "manifests"
+
+
+def apply_dns(kubectl: Kubectl, image: str) -> None:
+    """Install CoreDNS as a Deployment behind the Service that the kubelet writes into each pod's resolv.conf."""
+    values = {"image": image, "domain": addresses.DNS_DOMAIN, "address": addresses.DNS_ADDRESS}
+    kubectl.apply(Template((_MANIFESTS / "dns.yaml").read_text()).substitute(values))
+
+
+def dns_works() -> bool:
+    """Whether the cluster's DNS resolves the API server's Service, asked through the Service's own address."""
+    name = f"kubernetes.default.svc.{addresses.DNS_DOMAIN}"
+    identity = secrets.token_bytes(2)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.settimeout(1)
+        try:
+            client.sendto(dns_query(identity, name), (addresses.DNS_ADDRESS, 53))
+            answer = client.recv(512)
+        except OSError:
+            return False
+    return answer[:2] == identity and socket.inet_aton(addresses.API_SERVICE_ADDRESS) in answer
+
+
+def dns_query(identity: bytes, name: str) -> bytes:
+    """A DNS question for the A records of `name`, with recursion desired (RFC 1035, section 4.1)."""
+    labels = b"".join(bytes([len(label)]) + label.encode() for label in name.split("."))
+    return identity + struct.pack(">HHHHH", 0x0100, 1, 0, 0, 0) + labels + b"\0" + struct.pack(">HH", 1, 1)
+
+
+def allow_network_policies(kubectl: Kubectl) -> None:
+    """Let the program that enforces NetworkPolicies read them, and the pods and namespaces that they select."""
+    kubectl.apply((_MANIFESTS / "network-policies.yaml").read_text())
+
+
+def start_storage(layout: Layout, kubectl: Kubectl, start: Callable[[str, list[str]], Record], image: str) -> Record:
+    """Install the default StorageClass `local-path` and start its provisioner on the host."""
+    values = {"image": image, "volumes": str(layout.volumes)}
+    kubectl.apply(Template((_MANIFESTS / "storage.yaml").read_text()).substitute(values))
+    arguments = [
+        "start",
+        f"--kubeconfig={layout.cluster / 'local-path-provisioner.kubeconfig'}",
+        f"--helper-image={image}",
+        "--service-account-name=local-path-provisioner",
+    ]
+    return start("local-path-provisioner", arguments)
+
+
+def set_gpus(kubectl: Kubectl, count: int) -> None:
+    """Make the node claim `count` GPUs. The kubelet drops them when it restarts, so set them again after that."""
+    node = kubectl.get("node", addresses.NODE)
+    if offered_gpus(kubectl) == count:
+        return
+    key = addresses.GPU_RESOURCE.replace("/", "~1")
+    fields = [field for field in ("capacity", "allocatable") if field in node["status"]]
+    operations = [{"op": "add", "path": f"/status/{field}/{key}", "value": str(count)} for field in fields]
+    kubectl.patch_status(f"node/{addresses.NODE}", operations)
+
+
+def offered_gpus(kubectl: Kubectl) -> int:
+    """The number of GPUs that the scheduler may assign."""
+    return int(kubectl.get("node", addresses.NODE)["status"].get("allocatable", {}).get(addresses.GPU_RESOURCE, 0))

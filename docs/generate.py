@@ -10,9 +10,10 @@ import click
 import yaml
 
 from docs import python_reference, trainer_image
+from docs.markdown import ELSEWHERE, Schema, default, default_of, description_of, lines, page, table, type_of
 from helm.values_schema import definitions
 from qlora_api.contract import ExitCode
-from qlora_api.crd import custom_resource_definition, default_sentence, sweep_definition
+from qlora_api.crd import custom_resource_definition, sweep_definition
 from qlora_api.spec.job import API_VERSION, MUTABLE_FIELDS
 from qlora_api.sweep.spec import MUTABLE_SWEEP_FIELDS
 from qlora_api.usage import LostGpuSeconds, UsageStatus
@@ -38,11 +39,7 @@ MOST_JOBS = (
     "output.destination",
     "resources.gpuMemory",
 )
-# Objects whose fields another page has.
-ELSEWHERE = {"status.resolved.profile": "chart.md#a-profile", "spec.template.spec": "resource.md#what-you-write"}
 VALUES = ROOT / "helm" / "qlora-operator" / "values.yaml"
-
-Schema = Mapping[str, Any]
 
 
 def pages() -> dict[Path, str]:
@@ -67,7 +64,7 @@ def _resource() -> str:
         definition,
         f"Once a job exists, only {mutable} and `spec.resources.memory` can be changed.",
         "## Fields of most jobs",
-        _table(("Field", "Meaning"), map(partial(_field, definition), MOST_JOBS)),
+        table(("Field", "Meaning"), map(partial(_field, definition), MOST_JOBS)),
         "All other fields are advanced: their defaults fit most jobs.",
     )
 
@@ -80,7 +77,7 @@ def _field(definition: Schema, path: str) -> tuple[str, str]:
         schema = schema["properties"][parent]
     field = schema["properties"][name]
     required = name in schema.get("required", ())
-    return _lines(f"`spec.{path}`", _type(field, f"spec.{path}"), _default(field, required)), _description(field)
+    return lines(f"`spec.{path}`", type_of(field, f"spec.{path}"), default(field, required)), description_of(field)
 
 
 def _sweep() -> str:
@@ -95,14 +92,14 @@ def _kind(definition: Schema, *introduction: str) -> str:
         (f"`{column['name']}`", column["description"], "with `-o wide`" if column.get("priority") else "always")
         for column in version["additionalPrinterColumns"]
     ]
-    return _page(
+    return page(
         names["kind"],
         "`crds/qlora_api`",
         f"`apiVersion: {API_VERSION}`, `kind: {names['kind']}`, short name `{names['shortNames'][0]}`. "
         f"`kubectl explain {names['singular']}.spec` prints the same text.",
         *introduction,
         "## Columns of `kubectl get`",
-        _table(("Column", "Meaning", "Shown"), columns),
+        table(("Column", "Meaning", "Shown"), columns),
         "## What you write",
         *_objects(properties["spec"], "spec", level=3),
         "## What the operator reports",
@@ -112,13 +109,13 @@ def _kind(definition: Schema, *introduction: str) -> str:
 
 def _chart() -> str:
     schemas = definitions()
-    return _page(
+    return page(
         "Chart values",
         "`helm/qlora-operator/values.yaml` and the model of a profile",
         "`helm show values helm/qlora-operator` prints the same defaults. Installing or upgrading the chart fails if a "
         "value is unknown.",
         "## Values",
-        _table(("Value", "Meaning"), _values()),
+        table(("Value", "Meaning"), _values()),
         "## A profile",
         "Each entry of `profiles` is a profile. A field that it does not set is taken from `profiles.default`.",
         *_objects(_inline(schemas["Profile"], schemas), "profiles.NAME", level=3),
@@ -139,7 +136,7 @@ def _values() -> Iterator[tuple[str, str]]:
         elif match := re.match(r"( *)(\w+):", line):
             path = [*path[: len(match[1]) // 2], match[2]]
             if comment:
-                yield _lines(f"`{'.'.join(path)}`", _default_of(_at(values, path))), " ".join(comment)
+                yield lines(f"`{'.'.join(path)}`", default_of(_at(values, path))), " ".join(comment)
             comment = []
 
 
@@ -162,9 +159,9 @@ def _command_line() -> str:
             f"## qlora {name}",
             f"```\n{context.command_path} {' '.join(command.collect_usage_pieces(context))}\n```",
             *_paragraphs(command.help or ""),
-            _table(("Option", "Meaning"), options),
+            table(("Option", "Meaning"), options),
         ]
-    return _page(
+    return page(
         "Command line",
         "`cli/qlora_cli`",
         "`pip install '.[cli,client,trainer]'` in a checkout installs `qlora`, also as a "
@@ -177,7 +174,7 @@ def _command_line() -> str:
 
 
 def _python() -> str:
-    return _page(
+    return page(
         "Python client",
         "the docstrings of `cli/qlora_client`",
         "`pip install '.[client]'` in a checkout installs it, and [Use the Python client](../how-to/python-client.md) "
@@ -207,14 +204,14 @@ def _metrics() -> str:
             if labels
             else family.type
         )
-        rows.append((_lines(f"`{name}`", labelled), family.documentation))
-    return _page(
+        rows.append((lines(f"`{name}`", labelled), family.documentation))
+    return page(
         "Metrics",
         "`operator/qlora_operator/metrics/metrics.py` and its parts",
         "The operator serves them in Prometheus' format on `/metrics`, port 9090 of its pod. `metrics.service` and "
         "`metrics.serviceMonitor` in the [chart's values](chart.md) make them reachable. "
         "[Watch the jobs and the operator](../how-to/monitoring.md) has dashboards, alerts, and access.",
-        _table(("Metric", "Meaning"), rows),
+        table(("Metric", "Meaning"), rows),
         "## Number of series",
         "\n".join(f"- {sentence}" for sentence in _cardinality()),
     )
@@ -274,12 +271,12 @@ def _exit_codes() -> str:
         return "never" if code.permanent else "up to `retry.maxFailures` times"
 
     rows = [(str(int(code)), f"`{code.reason}`", retried(code)) for code in ExitCode]
-    return _page(
+    return page(
         "Exit codes",
         "`crds/qlora_api/contract.py`",
         "A step exits with one of these codes, in a pod and with `qlora run`. The job's conditions and Events have the "
         "reason; [Troubleshooting](../how-to/troubleshooting.md) has the remedy for each.",
-        _table(("Code", "Reason", "Retried"), rows),
+        table(("Code", "Reason", "Retried"), rows),
         "If you stop `qlora run`, it exits with 128 + the signal's number: 130 after Ctrl-C.",
     )
 
@@ -295,7 +292,7 @@ def _decisions() -> str:
                 f"Date: YYYY-MM-DD`, where GROUP is one of {', '.join(groups)}"
             )
         groups[head[3]].append(f"- [{head[1]}. {head[2]}]({record.name})")
-    return _page(
+    return page(
         "Decisions",
         "the records in this folder",
         "Each record has a decision that is costly to reverse, and the alternatives that a competent engineer would "
@@ -319,12 +316,12 @@ def _objects(schema: Schema, path: str, level: int, defaults: Schema | None = No
         yield description
     rows = [
         (
-            _lines(f"`{name}`", _type(field, f"{path}.{name}"), _default(field, name in required)),
-            _description(field),
+            lines(f"`{name}`", type_of(field, f"{path}.{name}"), default(field, name in required)),
+            description_of(field),
         )
         for name, field in fields.items()
     ]
-    yield _table(("Field", "Meaning"), rows)
+    yield table(("Field", "Meaning"), rows)
     messages = [rule["message"] for rule in schema.get("x-kubernetes-validations", ())]
     if rules := [message for message in messages if "cannot be changed once the " not in message]:
         yield "Rules:"
@@ -336,48 +333,6 @@ def _objects(schema: Schema, path: str, level: int, defaults: Schema | None = No
             yield from _objects(field, f"{path}.{name}", min(level + 1, 4), field["default"])
         elif "properties" in field.get("items", ()):
             yield from _objects(field["items"], f"{path}.{name}", min(level + 1, 4))
-
-
-def _description(field: Schema) -> str:
-    return str(field.get("description", "")).removesuffix(default_sentence(field.get("default")))
-
-
-def _type(field: Schema, path: str) -> str:
-    if "enum" in field:
-        return ", ".join(f"`{value}`" for value in field["enum"])
-    if "properties" in field:
-        return f"[object]({ELSEWHERE.get(path, f'#{_anchor(path)}')})"
-    kind = str(field["type"])
-    if kind == "array":
-        return f"list of {_type(field['items'], path)}"
-    if kind == "object":
-        return "map of strings"
-    if kind in ("integer", "number"):
-        return f"{kind}{_range(field)}"
-    return kind
-
-
-def _range(field: Schema) -> str:
-    """The bounds that a user could meet: 2^31 and beyond only keep numbers exact."""
-    low, high = field.get("minimum", field.get("exclusiveMinimum")), field.get("maximum", field.get("exclusiveMaximum"))
-    if high is None or high is True or high >= 2**31 - 1:
-        return "" if not low or low is True else f", {low} or more"
-    return f", {low} to {high}" if not isinstance(low, bool) and low is not None else f", up to {high}"
-
-
-def _default(field: Schema, required: bool) -> str:
-    if required:
-        return "**required**"
-    return "" if "properties" in field else _default_of(field.get("default"))
-
-
-def _default_of(value: Any) -> str:
-    return "" if value in ("", None) else f"default {_code(value)}"
-
-
-def _lines(*parts: str) -> str:
-    """The parts that are not empty, below each other in one cell: a phone has room for two columns."""
-    return "<br>".join(part for part in parts if part)
 
 
 def _inline(node: Any, schemas: Mapping[str, Any]) -> Any:
@@ -396,31 +351,8 @@ def _inline(node: Any, schemas: Mapping[str, Any]) -> Any:
     return {key: _inline(value, schemas) for key, value in node.items()}
 
 
-def _page(title: str, source: str, *blocks: str) -> str:
-    note = f"<!-- Generated by `make generate` from {source}; do not edit. -->"
-    return "\n\n".join([note, f"# {title}", *(block for block in blocks if block)]) + "\n"
-
-
-def _table(head: tuple[str, ...], rows: Any) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def _code(value: Any) -> str:
-    text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=999)
-    return f"`{text.strip().removesuffix('...').strip()}`"
-
-
 def _paragraphs(text: str) -> Iterator[str]:
     yield from (" ".join(part.split()) for part in text.split("\n\n"))
-
-
-def _anchor(path: str) -> str:
-    return path.lower().replace(".", "")
 
 
 def _camel(name: str) -> str:

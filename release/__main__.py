@@ -10,9 +10,8 @@ from pathlib import Path
 from devcluster import packages, toolchain
 from devcluster.errors import ClusterError
 from devcluster.layout import Layout, from_environment
-from release import chart, checks, image_build, pipeline, project, registry, verification, workflows
-from release.errors import ReleaseError
-from release.project import CHART, ROOT
+from release import chart, checks, image_build, pipeline, project, verification, workflows
+from release.project import CHART, ROOT, ReleaseError
 from release.provenance import LOCAL_BUILDER, builder, workflow_identity
 from release.signing import Cosign, Identity, Keyless, PublicKey, Signer, Verifier
 
@@ -103,7 +102,7 @@ def _registry(layout: Layout, address: str | None) -> Iterator[str]:
     if address:
         yield address
         return
-    with registry.running(layout.registry) as local:
+    with image_build.local_registry(layout.registry) as local:
         yield local
 
 

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from release.errors import ReleaseError
+from release.project import ReleaseError
 
 # Headings of Keep a Changelog, which are also the kinds of Artifact Hub.
 _KINDS = {name.capitalize(): name for name in ("added", "changed", "deprecated", "removed", "fixed", "security")}

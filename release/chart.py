@@ -12,8 +12,7 @@ from ruamel.yaml import YAML
 
 from devcluster.processes import run
 from release.changelog import Section
-from release.errors import ReleaseError
-from release.project import Artifact, Source, chart_repository, on_loopback
+from release.project import Artifact, ReleaseError, Source, chart_repository, on_loopback
 
 TEMPLATE = "README.md.gotmpl"
 # The part of values.yaml that names each image.

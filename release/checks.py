@@ -12,8 +12,7 @@ from docs import trainer_image
 from qlora_api.crd import custom_resource_definition, sweep_definition
 from qlora_api.spec.job import QLoRAJobDocument
 from release import changelog, chart, dockerfiles, project, workflows
-from release.errors import ReleaseError
-from release.project import CHART, DOCKERFILES, ROOT
+from release.project import CHART, DOCKERFILES, ROOT, ReleaseError
 
 # Labels that do not depend on the commit (OCI image specification, annotations).
 _LABELS = frozenset(

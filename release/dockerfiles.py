@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from release.errors import ReleaseError
+from release.project import ReleaseError
 
 _PINNED = re.compile(r"[\w.-]+(/[\w.-]+)+:[\w.-]+@sha256:[0-9a-f]{64}")
 # Those that add a layer; the others change the image's configuration only.

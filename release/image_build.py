@@ -1,9 +1,11 @@
-"""Builds the images of a commit from a base that is pinned by digest, and pushes them to a registry."""
+"""Builds the images of a commit from a base that is pinned by digest, and pushes them; runs a local registry."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from devcluster import images
+from devcluster import addresses, images, processes
 from devcluster.layout import Layout
 from devcluster.processes import run
 from release import dockerfiles
@@ -60,3 +62,21 @@ def local_base(layout: Layout, registry: str) -> str:
     # A build searches it here first, and would ask for TLS elsewhere.
     run(["buildah", "pull", "--quiet", "--tls-verify=false", reference], seconds=_SECONDS)
     return reference
+
+
+@contextmanager
+def local_registry(storage: Path) -> Iterator[str]:
+    """A registry on loopback whose blobs are in `storage`; yields its address."""
+    address = f"{addresses.LOOPBACK}:{addresses.free_port()}"
+    with TemporaryDirectory(prefix="qlora-registry-") as name:
+        folder = Path(name)
+        configuration = folder / "registry.yaml"
+        configuration.write_text(images.registry_configuration(storage, address))
+        command: list[str | Path] = ["docker-registry", "serve", configuration]
+        record = processes.start(
+            "registry", command, directory=folder / "processes", log=folder / "registry.log", with_parent=True
+        )
+        try:
+            yield address
+        finally:
+            processes.stop(record)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from devcluster import console
 from devcluster.layout import Layout
-from release import changelog, chart, image_build, sbom
+from release import changelog, chart, image_build
 from release.project import CHART, DOCKERFILES, Artifact, Source, exported
-from release.provenance import Builder, Dependency, image, provenance
+from release.provenance import Builder, Dependency, image, provenance, write_sbom
 from release.signing import PROVENANCE, SBOM, Cosign, Signer
 
 
@@ -59,7 +59,7 @@ def make(
             built, used = image_build.publish(layout, source, files, registry, name, base)
             console.say(f"listing and signing {built.reference}")
             listed = target / f"{name}.spdx.json"
-            sbom.write(f"{built.repository}:{built.version}", built, source, listed)
+            write_sbom(f"{built.repository}:{built.version}", built, source, listed)
             programs.cosign.attest(signer, built.reference, SBOM, listed)
             _sign(programs.cosign, signer, built, source, str(dockerfile), [image(used)], builder, target)
             images.append(built)

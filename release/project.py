@@ -10,7 +10,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from devcluster.processes import run
-from release.errors import ReleaseError
+
+
+class ReleaseError(Exception):
+    """A step of a release failed; the message has the finding and the remedy."""
+
 
 ROOT = Path(__file__).parent.parent
 CHART = Path("helm/qlora-operator")

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from release.errors import ReleaseError
-from release.project import on_loopback
+from release.project import ReleaseError, on_loopback
 
 GITHUB_ISSUER = "https://token.actions.githubusercontent.com"
 """The authority for the identity of a workflow."""

@@ -11,10 +11,8 @@ from typing import Any, TypeVar
 import yaml
 
 from devcluster.processes import run
-from release import sbom
-from release.errors import ReleaseError
-from release.project import Artifact, chart_repository, image_repository, on_loopback
-from release.provenance import BUILD_TYPE
+from release.project import Artifact, ReleaseError, chart_repository, image_repository, on_loopback
+from release.provenance import BUILD_TYPE, packages
 from release.signing import PROVENANCE, SBOM, Cosign, Verifier
 
 # A package that each image needs: a list without it is not the image's.
@@ -95,7 +93,7 @@ def _fitting(statements: Sequence[Mapping[str, Any]], check: Callable[[Mapping[s
 
 def require_packages(listed: Mapping[str, Any], image: Artifact) -> None:
     """Raise ReleaseError unless the SBOM has the image's required packages, and the project itself."""
-    versions = sbom.packages(listed)
+    versions = packages(listed)
     if missing := [name for name in _EXPECTED_PACKAGES[image.name] if name not in versions]:
         raise ReleaseError(f"{image.reference}: its SBOM lacks {', '.join(missing)}")
     if versions.get("qlora-operator") != image.version:

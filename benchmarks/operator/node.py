@@ -1,6 +1,6 @@
 """Simulates a node: binds pods, reports their starts and ends, and answers requests for their logs as a kubelet does.
 
-Nothing runs in the pods. The duration of each step is an option; the pods' reports are in `trainer.py`.
+Nothing runs in the pods. The duration of each step is an option; reports are records as the real trainer writes them.
 """
 
 import asyncio
@@ -13,15 +13,21 @@ from typing import Any, cast
 
 from aiohttp import web
 
-from benchmarks.operator import site, trainer
-from benchmarks.operator.client import Client, Object, connect
+from benchmarks.operator import site
+from benchmarks.operator.client import Client, Object, connect, watch
 from benchmarks.operator.objects import COPIED_LABEL, CORE
-from benchmarks.operator.watching import watch
 from devcluster.addresses import LOOPBACK, free_port
 from devcluster.controlplane import ControlPlane
-from qlora_api.contract import TRAINER_CONTAINER
+from qlora_api.artifact_status import AdapterStatus
+from qlora_api.contract import (
+    MIN_SECONDS_BETWEEN_PROGRESS,
+    TRAINER_CONTAINER,
+    ProgressRecord,
+    ResultRecord,
+    encode_record,
+)
 from qlora_api.naming import JOB_UID_LABEL, STEP_LABEL
-from qlora_api.status import StepName
+from qlora_api.status import DatasetStatus, MemoryStatus, StepName
 
 NAME = "played"
 ENDLESS = float("inf")
@@ -102,7 +108,7 @@ class Node:
         if pod is None:
             return web.Response(status=404)
         now = self._stopped or datetime.now(UTC)
-        return web.Response(text=trainer.log(pod.job_uid, pod.uid, pod.step, pod.started, now))
+        return web.Response(text=_train_log(pod.job_uid, pod.uid, pod.step, pod.started, now))
 
     async def _play(self, metadata: Object) -> None:
         labels = metadata["labels"]
@@ -117,7 +123,7 @@ class Node:
             # A kubelet polls once a second: a pod that ends immediately is not reported as running.
             if seconds > 0:
                 self._running[pod.namespace, pod.name] = pod
-                await self._report(pod, "Running", {"running": {"startedAt": trainer.timestamp(pod.started)}})
+                await self._report(pod, "Running", {"running": {"startedAt": _timestamp(pod.started)}})
         if seconds == ENDLESS:
             return
         await asyncio.sleep(seconds)
@@ -126,9 +132,9 @@ class Node:
             terminated = {
                 "exitCode": 0,
                 "reason": "Completed",
-                "message": trainer.result(pod.job_uid, pod.uid, step, ended),
-                "startedAt": trainer.timestamp(pod.started),
-                "finishedAt": trainer.timestamp(ended),
+                "message": _result(pod.job_uid, pod.uid, step, ended),
+                "startedAt": _timestamp(pod.started),
+                "finishedAt": _timestamp(ended),
             }
             await self._report(pod, "Succeeded", {"terminated": terminated})
         self._running.pop((pod.namespace, pod.name), None)
@@ -148,7 +154,7 @@ class Node:
         conditions = ("PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady")
         status: dict[str, Any] = {
             "phase": phase,
-            "startTime": trainer.timestamp(pod.started),
+            "startTime": _timestamp(pod.started),
             "hostIP": LOOPBACK,
             "conditions": [{"type": name, "status": ready} for name in conditions],
             "containerStatuses": [container],
@@ -187,3 +193,71 @@ async def playing(plane: ControlPlane, seconds: Mapping[StepName, float]) -> Asy
                 yield node
         finally:
             await runner.cleanup()
+
+
+_TOTAL_STEPS = 10_000
+_TAIL_RECORDS = 3
+
+
+def _result(job_uid: str, pod_uid: str, step: StepName, now: datetime) -> str:
+    """The termination message of a step that has succeeded."""
+    record = ResultRecord(
+        job_uid=job_uid,
+        pod_uid=pod_uid,
+        step=step,
+        time=_timestamp(now),
+        outcome="succeeded",
+        exit_code=0,
+        reason="Done",
+    )
+    if step == "prepare":
+        memory = MemoryStatus(estimate_bytes=10 * 2**30, low_bytes=9 * 2**30, high_bytes=11 * 2**30, verdict="unknown")
+        dataset = DatasetStatus(format="chat", rows=12_000, used_rows=11_900)
+        record = record.model_copy(update={"model_revision": "c0ffee", "memory": memory, "dataset": dataset})
+    elif step == "train":
+        figures = {"training_step": _TOTAL_STEPS, "total_steps": _TOTAL_STEPS, "loss": 1.25, "eval_loss": 1.5}
+        record = record.model_copy(update=figures)
+    elif step == "publish":
+        adapter = AdapterStatus(
+            uri="pvc://claim/adapter",
+            sha256="a" * 64,
+            size_bytes=150_000_000,
+            base_model="hf://org/model",
+            base_revision="c0ffee",
+            rank=64,
+            quantization="nf4",
+        )
+        record = record.model_copy(update={"adapter": adapter})
+    return encode_record(record)
+
+
+def _train_log(job_uid: str, pod_uid: str, step: StepName, started: datetime, now: datetime) -> str:
+    """The end of the log of a step that runs: of train, a record every five seconds with the progress until then."""
+    if step != "train":
+        return ""
+    last = int((now - started).total_seconds() / MIN_SECONDS_BETWEEN_PROGRESS)
+    lines = []
+    for number in range(max(1, last - _TAIL_RECORDS + 1), last + 1):
+        seconds = number * MIN_SECONDS_BETWEEN_PROGRESS
+        record = ProgressRecord(
+            job_uid=job_uid,
+            pod_uid=pod_uid,
+            step=step,
+            time=_timestamp(datetime.fromtimestamp(started.timestamp() + seconds, UTC)),
+            training_step=min(number, _TOTAL_STEPS),
+            total_steps=_TOTAL_STEPS,
+            epoch=2 * number / _TOTAL_STEPS,
+            loss=3.0 - number / _TOTAL_STEPS,
+            learning_rate=2e-4,
+            grad_norm=0.5,
+            tokens_per_second=1800.0 + number % 7,
+            remaining_seconds=(_TOTAL_STEPS - number) * MIN_SECONDS_BETWEEN_PROGRESS,
+            peak_memory_bytes=12 * 2**30,
+        )
+        lines.append(encode_record(record))
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _timestamp(moment: datetime) -> str:
+    """RFC 3339, in whole seconds, as Kubernetes writes it."""
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -11,13 +11,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.inputs import model_folder
 from benchmarks.machine import ROOT
 from benchmarks.operator import table
-from benchmarks.quality.figure import write_figure
 from benchmarks.quality.plan import waiting_cells
 from benchmarks.quality.results import FILE, append_run, read_runs
-from benchmarks.quality.summary import COMMAND, NAME, claim_table, further_tables, tables
+from benchmarks.quality.summary import COMMAND, NAME, claim_table, further_tables, tables, write_figure
+from examples.demo.__main__ import model_folder
 from qlora_trainer.core.cpu import library_settings
 
 PAGE = ROOT / "docs" / "trainer" / "quality.md"
@@ -53,8 +52,7 @@ def _run(output: Path, part: int, parts: int, minutes: float) -> None:
     os.environ |= library_settings(os.environ)
     import torch
 
-    from benchmarks.quality.cell import Place, run_cell
-    from benchmarks.quality.data import without_chat_template
+    from benchmarks.quality.cell import Place, run_cell, without_chat_template
 
     # Several runs at a time use several cores better than one run does, and rounding depends on the number of threads.
     torch.set_num_threads(1)

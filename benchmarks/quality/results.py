@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.inputs import RESULTS
+from benchmarks.machine import RESULTS
 
 FILE = RESULTS / "quality.jsonl"
 Targets = Literal["all-linear", "attention"]

@@ -16,8 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from benchmarks.conversations import CHAT, write_conversations
-from benchmarks.inputs import RESULTS, model_folder, write_result
-from benchmarks.machine import describe_machine
+from benchmarks.machine import RESULTS, describe_machine, write_result
 from benchmarks.speed.settings import (
     HELD_OUT_ROWS,
     SEED,
@@ -25,12 +24,11 @@ from benchmarks.speed.settings import (
     TARGET_LOSS,
     TRAIN_ROWS,
     Inputs,
-    Length,
     SystemName,
-    describe_length,
     describe_settings,
 )
 from benchmarks.speed.summary import compare, figures, table
+from examples.demo.__main__ import model_folder
 from qlora_trainer.core.cpu import preloaded_allocator
 
 # The same for all.
@@ -42,7 +40,6 @@ LEFT_TO_EACH = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "LD_PRELOAD")
 def main() -> int:
     """Measure, write and print; returns the exit code."""
     options = _parser().parse_args()
-    length = Length(options.steps, snapshot_every=1)
     machine, model = describe_machine(), model_folder()
     with tempfile.TemporaryDirectory(prefix="qlora-speed-") as scratch:
         inputs = Inputs(Path(scratch), model)
@@ -55,14 +52,14 @@ def main() -> int:
                 # As the operator and `qlora run` start this trainer.
                 allocator = preloaded_allocator({}) if system == "ours" or options.same_allocator else {}
                 folder = Path(scratch) / f"{system}-{repetition}"
-                measured[system].append(_run(system, inputs, length, folder, allocator))
+                measured[system].append(_run(system, inputs, options.steps, folder, allocator))
         base_loss = _evaluate(inputs, measured)
     all_figures = {system: figures(measured[system], base_loss, TARGET_LOSS) for system in options.systems}
     comparisons = compare(all_figures)
     result = {
         "machine": machine,
         "settings": describe_settings(),
-        "length": describe_length(length),
+        "length": {"steps": options.steps},
         "environment": ENVIRONMENT,
         "baseEvalLoss": base_loss,
         "measured": measured,
@@ -85,15 +82,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(
-    system: SystemName, inputs: Inputs, length: Length, folder: Path, environment: Mapping[str, str]
+    system: SystemName, inputs: Inputs, steps: int, folder: Path, environment: Mapping[str, str]
 ) -> dict[str, Any]:
     """The measurement of one run in a new process. Raises CalledProcessError with its output printed."""
     folder.mkdir()
     (folder / inputs.train.name).hardlink_to(inputs.train)
-    lengths = [f"--steps={length.steps}", f"--snapshot-every={length.snapshot_every}"]
-    _checked(["benchmarks.speed.worker", system, str(folder), str(inputs.model), *lengths], environment=environment)
+    command = ["benchmarks.speed.worker", system, str(folder), str(inputs.model), f"--steps={steps}"]
+    _checked(command, environment=environment)
     measured: dict[str, Any] = json.loads((folder / "measured.json").read_text())
-    return measured | {"snapshots": [str(folder / f"step-{step + 1}.pt") for step in range(length.steps)]}
+    return measured | {"snapshots": [str(folder / f"step-{step + 1}.pt") for step in range(steps)]}
 
 
 def _evaluate(inputs: Inputs, measured: dict[SystemName, list[dict[str, Any]]]) -> float:

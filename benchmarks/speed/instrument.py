@@ -11,7 +11,6 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmarks.memory import forget_peak, peak_resident_bytes, release_freed, resident_bytes
-from benchmarks.speed.settings import Length
 
 
 @dataclass
@@ -21,7 +20,8 @@ class Instrument:
     Snapshots of the trained parameters are written while the clocks stand still.
     """
 
-    length: Length
+    total_steps: int
+    """Optimizer steps of the run."""
     snapshots: Path
     """Folder for `step-N.pt`: the optimizer's parameters, in its order."""
     started: float = 0.0
@@ -54,9 +54,8 @@ class Instrument:
                 "peakBytes": peak_resident_bytes(),
             }
         )
-        if len(self.steps) % self.length.snapshot_every == 0:
-            parameters = [parameter.detach() for group in optimizer.param_groups for parameter in group["params"]]
-            torch.save(parameters, self.snapshots / f"step-{len(self.steps)}.pt")
+        parameters = [parameter.detach() for group in optimizer.param_groups for parameter in group["params"]]
+        torch.save(parameters, self.snapshots / f"step-{len(self.steps)}.pt")
         self.paused += time.monotonic() - wall
         self.paused_cpu += time.process_time() - cpu
 

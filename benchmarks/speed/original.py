@@ -13,8 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from benchmarks.speed.counting import CountingCollator
-from benchmarks.speed.hugging_face import load_base, lora_config, tokenized
+from benchmarks.speed.hugging_face import CountingCollator, load_base, lora_config, tokenized
 from benchmarks.speed.instrument import Instrument
 from benchmarks.speed.settings import LEARNING_RATE, MAX_GRAD_NORM, ROWS_PER_STEP, SEED, Inputs
 
@@ -39,7 +38,7 @@ class _Rows(Dataset[dict[str, list[int]]]):
 def train(inputs: Inputs, instrument: Instrument) -> tuple[list[int], list[int]]:
     """Train; returns the tokens and the rows of each step."""
     instrument.install()
-    steps, accumulation = instrument.length.steps, ROWS_PER_STEP // MICRO_BATCH
+    steps, accumulation = instrument.total_steps, ROWS_PER_STEP // MICRO_BATCH
     tokenizer = AutoTokenizer.from_pretrained(inputs.model, local_files_only=True)
     collator = CountingCollator(DataCollatorForSeq2Seq(tokenizer))
     trainer = Trainer(

@@ -1,6 +1,6 @@
 """Settings of all systems: the hyperparameters, the data and the measurement's length."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,16 +40,6 @@ class Inputs:
         return self.folder / "held-out.jsonl"
 
 
-@dataclass(frozen=True)
-class Length:
-    """Length of a system's measurement."""
-
-    steps: int
-    """Optimizer steps."""
-    snapshot_every: int
-    """Steps between snapshots of the adapter, which are evaluated afterwards."""
-
-
 def describe_settings() -> dict[str, Any]:
     """The settings as they go into the result."""
     return {
@@ -65,8 +55,3 @@ def describe_settings() -> dict[str, Any]:
         "heldOutRows": HELD_OUT_ROWS,
         "targetLoss": TARGET_LOSS,
     }
-
-
-def describe_length(length: Length) -> dict[str, Any]:
-    """The length, as it goes into the result."""
-    return asdict(length)

@@ -4,8 +4,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.speed.counting import CountingCollator
-from benchmarks.speed.hugging_face import load_base, lora_config, read_rows
+from benchmarks.speed.hugging_face import CountingCollator, load_base, lora_config, read_rows
 from benchmarks.speed.instrument import Instrument
 from benchmarks.speed.settings import (
     LEARNING_RATE,
@@ -26,7 +25,7 @@ def train(inputs: Inputs, instrument: Instrument, *, packing: bool) -> tuple[lis
     instrument.install()
     micro_batch = 1 if packing else DEFAULT_BATCH
     accumulation = SEQUENCES_PER_STEP if packing else ROWS_PER_STEP // DEFAULT_BATCH
-    steps = instrument.length.steps
+    steps = instrument.total_steps
     trainer = SFTTrainer(
         model=load_base(inputs.model),
         args=SFTConfig(

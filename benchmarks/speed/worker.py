@@ -1,6 +1,6 @@
 """Runs one system once, in a separate process, and writes the measurement.
 
-python -m benchmarks.speed.worker SYSTEM FOLDER MODEL --steps N --snapshot-every N
+python -m benchmarks.speed.worker SYSTEM FOLDER MODEL --steps N
 """
 
 import argparse
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.machine import describe_environment
 from benchmarks.memory import peak_resident_bytes
-from benchmarks.speed.settings import SYSTEMS, Inputs, Length
+from benchmarks.speed.settings import SYSTEMS, Inputs
 
 if TYPE_CHECKING:
     from benchmarks.speed.instrument import Instrument
@@ -23,7 +23,6 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("model", type=Path)
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--snapshot-every", type=int, required=True)
     options = parser.parse_args()
     if options.system == "ours":
         from qlora_trainer.core.process import set_environment
@@ -35,7 +34,7 @@ def main() -> None:
 
     from benchmarks.speed.instrument import Instrument
 
-    instrument = Instrument(Length(options.steps, options.snapshot_every), options.folder)
+    instrument = Instrument(options.steps, options.folder)
     tokens, rows = _train(options.system, Inputs(options.folder, options.model), instrument)
     measured = instrument.result(tokens, rows) | {
         "threads": torch.get_num_threads(),

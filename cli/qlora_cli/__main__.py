@@ -10,7 +10,7 @@ _COMMANDS = {
     "submit": ("cluster.submit:submit", "Create a job from a file, or from options without one."),
     "list": ("cluster.listing:list_jobs", "Show jobs: phase, progress, loss, time left, recoveries and GPU hours."),
     "watch": ("cluster.watch:watch", "Show a job's progress, its loss curve and its events until it has ended."),
-    "logs": ("cluster.logs:logs", "Print the logs of a job's pods, with records as sentences."),
+    "logs": ("cluster.watch:logs", "Print the logs of a job's pods, with records as sentences."),
     "suspend": (
         "cluster.control:suspend",
         "Stop jobs at a checkpoint and free their GPUs; `resume` continues them.",
@@ -19,10 +19,10 @@ _COMMANDS = {
     "retry": ("cluster.control:retry", "Retry failed jobs at the step that failed, from their last checkpoints."),
     "cancel": ("cluster.control:cancel", "Delete a job; its workspace stays unless spec.workspace.retain is false."),
     "adapter": (
-        "cluster.adapter:adapter",
+        "cluster.downloads:adapter",
         "Download a job's adapter, and verify it.",
     ),
-    "report": ("cluster.report:report", "Save a job's report, and open it in the browser."),
+    "report": ("cluster.downloads:report", "Save a job's report, and open it in the browser."),
     "compare": (
         "cluster.compare:compare",
         "Compare jobs: settings that differ, losses, time and GPU hours, and curves.",

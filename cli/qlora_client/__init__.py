@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from qlora_client.client_types import QLoRAJob as QLoRAJob
     from qlora_client.comparison import Row as Row
     from qlora_client.history import LossHistory as LossHistory
-    from qlora_client.jobs.events import Event as Event
+    from qlora_client.jobs.pods import Event as Event
 
 _PUBLIC = {
     "QLoRAClient": "client",
@@ -23,7 +23,7 @@ _PUBLIC = {
     "Comparison": "client_types",
     "Row": "comparison",
     "LossHistory": "history",
-    "Event": "jobs.events",
+    "Event": "jobs.pods",
 }
 __all__ = list(_PUBLIC)
 

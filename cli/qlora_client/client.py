@@ -13,14 +13,13 @@ from pydantic import BaseModel, ConfigDict
 from qlora_api.spec.job import API_VERSION, KIND, QLoRAJobDocument, QLoRAJobSpec
 from qlora_api.status import Phase, StepName
 from qlora_client.client_types import Comparison, Plan, QLoRAJob
-from qlora_client.comparison import Compared, differing_settings, results
-from qlora_client.figure import draw_histories
+from qlora_client.comparison import Compared, differing_settings, draw_histories, results
 from qlora_client.files.adapter import download_adapter
 from qlora_client.history import read_histories
-from qlora_client.jobs.events import Event, events_of
 from qlora_client.jobs.job import Job
 from qlora_client.jobs.logs import read_logs
 from qlora_client.jobs.names import generated_name
+from qlora_client.jobs.pods import Event, events_of
 from qlora_client.kube.cluster import Cluster
 from qlora_client.kube.errors import ClusterError, MissingError, UnreachableError
 from qlora_client.kube.resources import JOBS

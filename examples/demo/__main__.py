@@ -13,8 +13,7 @@ from pathlib import Path
 
 from devcluster import cluster, console, layout, product, toolchain
 from devcluster.errors import ClusterError
-from devcluster.files import claim, file_pod
-from devcluster.kubectl import Kubectl
+from devcluster.kubectl import Kubectl, claim, file_pod
 from devcluster.product import Images
 
 HERE = Path(__file__).parent

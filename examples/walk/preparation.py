@@ -10,8 +10,7 @@ from typing import Any
 import yaml
 
 from devcluster import product, toolchain
-from devcluster.files import claim, file_pod
-from devcluster.kubectl import Kubectl
+from devcluster.kubectl import Kubectl, claim, file_pod
 from devcluster.layout import Layout
 from devcluster.product import ROOT, Images
 from examples.walk.runner import Shell

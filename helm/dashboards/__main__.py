@@ -1,10 +1,11 @@
-"""Writes the chart's Grafana dashboards, one for a team and one for the platform; run by `make generate`."""
+"""Lays out the chart's Grafana dashboards, whose panels are in `dashboards.yaml`; run by `make generate`."""
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import yaml
 from grafana_foundation_sdk.builders import common, dashboard, prometheus, stat, table, timeseries
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.common import LegendDisplayMode, LegendPlacement, TooltipDisplayMode
@@ -18,60 +19,29 @@ from grafana_foundation_sdk.models.dashboard import (
 )
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
-from helm.dashboards.panels import Graph, Number, Panel, Query, Row, Table
-from helm.dashboards.platform import PLATFORM
-from helm.dashboards.team import TEAM
-
+PANELS = Path(__file__).with_name("dashboards.yaml")
 FOLDER = Path(__file__).parents[1] / "qlora-operator" / "files" / "dashboards"
 _SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 _COLUMNS = 24
 """Of Grafana's grid."""
 
 
-@dataclass(frozen=True)
-class Page:
-    """One dashboard."""
-
-    file: str
-    title: str
-    description: str
-    rows: Sequence[Row]
-    namespaced: bool
-    """Whether it shows the jobs of one namespace, chosen by the reader."""
-
-
-PAGES = (
-    Page(
-        "team.json",
-        "QLoRA jobs of a team",
-        "The fine-tuning jobs of one namespace: running, waiting, and their use of GPUs.",
-        TEAM,
-        namespaced=True,
-    ),
-    Page(
-        "platform.json",
-        "QLoRA platform",
-        "The fine-tuning jobs of all namespaces, their GPUs, and the operator.",
-        PLATFORM,
-        namespaced=False,
-    ),
-)
+Panel = Mapping[str, Any]
+"""A panel of `dashboards.yaml`."""
 
 
 def render() -> dict[Path, str]:
     """Each dashboard's file and JSON."""
-    return {FOLDER / page.file: _encode(page) for page in PAGES}
+    encoder = JSONEncoder(sort_keys=True, indent=2)
+    pages = yaml.safe_load(PANELS.read_text())
+    return {FOLDER / f"{name}.json": encoder.encode(_build(name, page).build()) + "\n" for name, page in pages.items()}
 
 
-def _encode(page: Page) -> str:
-    return JSONEncoder(sort_keys=True, indent=2).encode(_build(page).build()) + "\n"
-
-
-def _build(page: Page) -> dashboard.Dashboard:
+def _build(name: str, page: Mapping[str, Any]) -> dashboard.Dashboard:
     builder = (
-        dashboard.Dashboard(page.title)
-        .uid(f"qlora-{page.file.removesuffix('.json')}")
-        .description(page.description)
+        dashboard.Dashboard(page["title"])
+        .uid(f"qlora-{name}")
+        .description(page["description"])
         .tags(["qlora"])
         .readonly()
         .time("now-6h", "now")
@@ -80,7 +50,7 @@ def _build(page: Page) -> dashboard.Dashboard:
         .tooltip(DashboardCursorSync.CROSSHAIR)
         .with_variable(dashboard.DatasourceVariable("datasource").label("Data source").type("prometheus"))
     )
-    if page.namespaced:
+    if page["namespaced"]:
         builder.with_variable(
             dashboard.QueryVariable("namespace")
             .label("Namespace")
@@ -90,27 +60,29 @@ def _build(page: Page) -> dashboard.Dashboard:
             .sort(VariableSort.ALPHABETICAL_ASC)
         )
     identities = itertools.count(1)
-    for row in page.rows:
-        builder.with_row(dashboard.Row(row.title).id(next(identities)))
-        for panel in row.panels:
-            builder.with_panel(_panel(panel, _COLUMNS // row.columns).id(next(identities)))
+    for row in page["rows"]:
+        builder.with_row(dashboard.Row(row["title"]).id(next(identities)))
+        for panel in row["panels"]:
+            builder.with_panel(_panel(panel, _COLUMNS // row["columns"]).id(next(identities)))
     return builder
 
 
 def _panel(panel: Panel, span: int) -> stat.Panel | table.Panel | timeseries.Panel:
     built: stat.Panel | table.Panel | timeseries.Panel
-    match panel:
-        case Number():
-            built = stat.Panel().height(4).with_target(_target(panel.query, 0, instant=True))
+    match panel.get("kind", "graph"):
+        case "number":
+            (query,) = panel["queries"].items()
+            built = stat.Panel().height(4).with_target(_target(query, 0, instant=True))
             built.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"])).no_value("0")
-        case Graph():
-            built = _graph(panel)
-        case Table():
+        case "table":
             built = _table(panel)
-    return built.title(panel.title).description(panel.description).unit(panel.unit).datasource(_SOURCE).span(span)
+        case _:
+            built = _graph(panel)
+    built.title(panel["title"]).description(panel["description"]).datasource(_SOURCE).span(span)
+    return built.unit(panel.get("unit", "short"))
 
 
-def _graph(panel: Graph) -> timeseries.Panel:
+def _graph(panel: Panel) -> timeseries.Panel:
     built = timeseries.Panel().height(8).fill_opacity(10)
     built.tooltip(common.VizTooltipOptions().mode(TooltipDisplayMode.MULTI))
     built.legend(
@@ -120,29 +92,30 @@ def _graph(panel: Graph) -> timeseries.Panel:
         .show_legend(True)
         .calcs([])
     )
-    if panel.from_zero:
+    if panel.get("fromZero", True):
         built.axis_soft_min(0)
-    for number, query in enumerate(panel.queries):
+    for number, query in enumerate(panel["queries"].items()):
         built.with_target(_target(query, number))
     return built
 
 
-def _table(panel: Table) -> table.Panel:
+def _table(panel: Panel) -> table.Panel:
     """One row for each set of labels, one column for each query: its legend is the column's title."""
     built = table.Panel().height(9)
     built.with_transformation(DataTransformerConfig(id_val="merge", options={}))
-    hidden = {"Time": True, **dict.fromkeys(panel.hidden, True)}
+    hidden = {"Time": True, **dict.fromkeys(panel["hidden"], True)}
     built.with_transformation(DataTransformerConfig(id_val="organize", options={"excludeByName": hidden}))
-    for number, (query, unit) in enumerate(panel.columns):
+    for number, (query, unit) in enumerate(zip(panel["queries"].items(), panel["units"], strict=True)):
         built.with_target(_target(query, number, instant=True, table=True))
-        shown = [DynamicConfigValue("displayName", query.legend), DynamicConfigValue("unit", unit)]
+        shown = [DynamicConfigValue("displayName", query[0]), DynamicConfigValue("unit", unit)]
         built.override_by_name(f"Value #{_letter(number)}", shown)
     return built
 
 
-def _target(query: Query, number: int, *, instant: bool = False, table: bool = False) -> prometheus.Dataquery:
-    target = prometheus.Dataquery().datasource(_SOURCE).expr(query.expression).ref_id(_letter(number))
-    target.legend_format(query.legend)
+def _target(query: tuple[str, str], number: int, *, instant: bool = False, table: bool = False) -> prometheus.Dataquery:
+    legend, expression = query
+    target = prometheus.Dataquery().datasource(_SOURCE).expr(expression).ref_id(_letter(number))
+    target.legend_format(legend)
     if table:
         target.format(PromQueryFormat.TABLE)
     return target.instant() if instant else target.range()

@@ -13,7 +13,7 @@ import yaml
 from devcluster import toolchain
 from devcluster.layout import from_environment
 from devcluster.processes import run
-from release import changelog, chart, checks, registry, workflows
+from release import changelog, chart, checks, image_build, workflows
 from release.project import CHART, ROOT, Artifact, Source, version
 
 SOURCE = Source(version(), "https://github.com/qlora-operator/qlora-operator", "a" * 40, 1_780_000_000)
@@ -26,7 +26,7 @@ def programs() -> Mapping[str, Path]:
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with registry.running(tmp_path_factory.mktemp("registry")) as address:
+    with image_build.local_registry(tmp_path_factory.mktemp("registry")) as address:
         yield address
 
 

@@ -8,7 +8,7 @@ import pytest
 from transformers import LlamaConfig
 
 from devcluster import cleanup, cluster, layout, product, toolchain
-from devcluster.files import claim
+from devcluster.kubectl import claim
 from tests.cluster.environment import INPUTS, Cluster, Tenant, new_namespace
 from tests.support.tiny import SHAPE, save_model
 

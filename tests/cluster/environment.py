@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from devcluster.files import FilePod, file_pod
-from devcluster.kubectl import Kubectl
+from devcluster.kubectl import FilePod, Kubectl, file_pod
 from devcluster.product import NAMESPACE as OPERATOR_NAMESPACE
 from devcluster.product import Images, restricted_namespace
 from tests.support.manifests import Manifest

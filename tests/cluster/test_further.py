@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from devcluster.files import claim
+from devcluster.kubectl import claim
 from devcluster.product import SHARED_PROFILE
 from qlora_api.naming import STEP_LABEL
 from tests.cluster.environment import ENDLESS, INPUTS, SHORT, Object, Tenant, tiny_job

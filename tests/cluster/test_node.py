@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from devcluster import addresses, cluster, layout, processes
-from devcluster.files import claim
+from devcluster.kubectl import claim
 from devcluster.processes import run
 from tests.cluster.environment import ENDLESS, LONG, Object, Tenant, signal_processes_of, tiny_job
 from tests.support.waiting import eventually

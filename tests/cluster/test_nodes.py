@@ -8,7 +8,7 @@ import json
 import pytest
 
 from devcluster import cluster, layout, node, toolchain
-from devcluster.files import claim
+from devcluster.kubectl import claim
 from devcluster.product import SHARED_PROFILE
 from tests.cluster.environment import ENDLESS, LONG, Object, Tenant, tiny_job
 from tests.support.manifests import Manifest

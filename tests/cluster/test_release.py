@@ -12,12 +12,10 @@ import requests
 from devcluster import images, toolchain
 from devcluster.layout import Layout, from_environment
 from devcluster.processes import run
-from release import image_build, pipeline, project, registry, verification
-from release.errors import ReleaseError
+from release import image_build, pipeline, project, verification
 from release.pipeline import Programs, Release
-from release.project import Artifact, Source
-from release.provenance import LOCAL_BUILDER, Builder
-from release.sbom import packages
+from release.project import Artifact, ReleaseError, Source
+from release.provenance import LOCAL_BUILDER, Builder, packages
 from release.signing import PROVENANCE, SBOM, Cosign, KeyPair, PublicKey
 
 pytestmark = pytest.mark.slow
@@ -66,7 +64,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     signer = programs.cosign.key_pair(folder / "keys", "a password")
     revision, committed = run(["git", "-C", project.ROOT, "log", "-1", "--format=%H %ct"]).split()
     source = Source(project.version(), project.repository(), revision, int(committed))
-    with registry.running(layout.registry) as address:
+    with image_build.local_registry(layout.registry) as address:
         base = image_build.local_base(layout, address)
         release = pipeline.make(layout, programs, source, address, signer, BUILDER, folder / "made", base)
         yield Made(layout, programs, source, address, base, signer, folder / "made", release)

@@ -13,7 +13,7 @@ import pytest
 
 from devcluster import layout, product
 from devcluster.addresses import BRIDGE_ADDRESS
-from devcluster.files import claim
+from devcluster.kubectl import claim
 from tests.cluster.environment import Cluster, Object, Tenant, tiny_job
 from tests.support.fake_hub import FakeHub, serve
 from tests.support.servers import ACCESS_KEY, BUCKET, HTPASSWD, LOGIN, PASSWORD, SECRET_KEY, registry, s3_server

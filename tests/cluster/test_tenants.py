@@ -12,7 +12,7 @@ import pytest
 
 from devcluster import addresses, cluster, layout, product
 from devcluster.controlplane import ControlPlane
-from devcluster.files import claim
+from devcluster.kubectl import claim
 from devcluster.product import NAMESPACE as OPERATOR_NAMESPACE
 from tests.cluster.conftest import give_inputs
 from tests.cluster.environment import ENDLESS, INPUTS, Cluster, Object, Tenant, tiny_job

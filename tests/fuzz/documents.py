@@ -14,7 +14,7 @@ from qlora_operator.settings import SettingsError, load_settings
 from qlora_trainer.data.read.hub_splits import EVALUATION, TRAINING, choose_data_files, read_dataset_card
 from qlora_trainer.model.memory.fit import read_shape
 from qlora_trainer.model.source.files import reject_code, weight_files
-from qlora_trainer.publishing.manifest import parse_manifest
+from qlora_trainer.stores.contents import parse_manifest
 from qlora_trainer.stores.model_pack import pack, unpack
 from qlora_trainer.stores.registry import parse_layers
 from tests.fuzz.target import Target, dumped, in_file, in_text

@@ -1,4 +1,4 @@
-"""Replays defects that the tests once missed, and reports any that they miss again.
+"""Puts defects that the product once had back into the code, and reports any that the tests miss.
 
     python -m tests.mutants [NAME…]
 
@@ -14,8 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.mutants.catalog import MUTANTS
-from tests.mutants.mutant import Mutant, Verdict, copy_sources, run_tests, tail, try_mutant
+from tests.mutants.mutant import Mutant, Verdict, copy_sources, read_catalog, run_tests, tail, try_mutant
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -53,13 +52,13 @@ def summary(verdicts: Counter[Verdict]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Replay the named mutants, or all."""
-    known = {mutant.name: mutant for mutant in MUTANTS}
+    known = {mutant.name: mutant for mutant in read_catalog()}
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description="Replay defects: each must be caught.")
     parser.add_argument("names", metavar="NAME", nargs="*", help="mutants to replay (default: all)")
     names = parser.parse_args(arguments).names
     if unknown := [name for name in names if name not in known]:
         parser.error(f"no mutant named {', '.join(unknown)}; there are: {', '.join(known)}")
-    return replay([known[name] for name in names] or MUTANTS, CHECKOUT)
+    return replay([known[name] for name in names] or list(known.values()), CHECKOUT)
 
 
 if __name__ == "__main__":

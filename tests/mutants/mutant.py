@@ -1,13 +1,15 @@
-"""Applies one mutant to a copy of the sources and reports whether the tests notice."""
+"""Reads the catalog, applies a mutant to a copy of the sources and reports whether the tests notice."""
 
 import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+CATALOG = Path(__file__).with_name("catalog.toml")
 SOURCES = (
     *("benchmarks", "cli", "crds", "devcluster", "docs", "examples", "helm", "operator", "tests", "trainer_image"),
     "pyproject.toml",
@@ -52,6 +54,15 @@ class DriftError(ValueError):
     """A mutant's old text is not in its file exactly once."""
 
 
+def read_catalog() -> tuple[Mutant, ...]:
+    """All mutants, in the catalog's order."""
+    return tuple(
+        Mutant(name, file, entry["old"], entry["new"], tuple(entry["tests"]))
+        for file, entries in tomllib.loads(CATALOG.read_text()).items()
+        for name, entry in entries.items()
+    )
+
+
 def copy_sources(checkout: Path, copy: Path) -> None:
     """Copy the tests' files into the empty folder `copy`, without a mutant's bytecode."""
     for name in SOURCES:
@@ -67,7 +78,7 @@ def mutated(mutant: Mutant, text: str) -> str:
     if found != 1:
         raise DriftError(
             f"{mutant.name}: {mutant.file} has {found} occurrences of {mutant.old!r}, not one: the code has changed; "
-            "update the entry in tests/mutants/catalog.py"
+            "update the entry in tests/mutants/catalog.toml"
         )
     return text.replace(mutant.old, mutant.new)
 

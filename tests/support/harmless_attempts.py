@@ -1,24 +1,19 @@
 """Attempts of a tenant that the API server admits: each shows that the operator does not believe or spread it.
 
-Some act as the node, because a container's log and termination message are up to the author of the model. The test
-checks after each of them that nothing of the victim's has changed.
+No attempt needs a node. The test checks after each of them that nothing of the victim's has changed.
 """
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 from qlora_api.contract import ENV_REGISTRIES, ResultRecord, encode_record
 from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, STEP_LABEL, workspace_claim_name
-from qlora_api.status import MAX_MESSAGE_LENGTH, DatasetStatus, MemoryStatus, StepName
-from tests.support.builders import ADAPTER
+from qlora_api.status import DatasetStatus, MemoryStatus, StepName
 from tests.support.manifests import MINIMAL
 from tests.support.rejected_attempts import pod
-from tests.support.tenancy import CAPPED, OPERATOR, TENANT, VICTIM, Object, Tenancy, Tenants, path_of, summary
+from tests.support.tenancy import CAPPED, OPERATOR, TENANT, VICTIM, Object, Tenants, path_of, summary
 from tests.support.waiting import eventually
 
-# Attempts without a need for a node are also made in a cluster with one.
-HARMLESS: dict[str, Callable[[Tenancy], None]] = {}
 NEEDS_NO_NODE: dict[str, Callable[[Tenants], None]] = {}
 TIME = "2026-01-02T03:04:05Z"
 SPEC = MINIMAL["spec"]
@@ -27,19 +22,11 @@ _PREPARED: dict[str, Any] = {
     "memory": MemoryStatus(estimate_bytes=10, low_bytes=9, high_bytes=11, verdict="unknown"),
     "dataset": DatasetStatus(format="chat", rows=12, used_rows=10),
 }
-_MERGED = {"uri": "pvc://out/merged", "sha256": "b" * 64, "sizeBytes": 14, "evalLoss": 1.625}
 
 
 def attempt(function: Callable[[Tenants], None]) -> Callable[[Tenants], None]:
     """Collects it under its name, with blanks."""
     NEEDS_NO_NODE[function.__name__.replace("_", " ")] = function
-    played(function)
-    return function
-
-
-def played(function: Callable[[Tenancy], None]) -> Callable[[Tenancy], None]:
-    """The same for attempts that need a played node."""
-    HARMLESS[function.__name__.replace("_", " ")] = function
     return function
 
 
@@ -66,34 +53,6 @@ def result(job: Object, pod: Object, **changes: Any) -> str:
         "reason": "Done",
     }
     return encode_record(ResultRecord.model_validate(good | _PREPARED | changes))
-
-
-def must_not_be_believed(t: Tenancy, name: str, forge: Callable[[Object, Object], str]) -> None:
-    """The step ends well and leaves that: it is done again, as if it had left nothing."""
-    job, pod = running(t, name)
-    t.end(pod, forge(job, pod))
-    again = eventually(lambda: (t.job(name)["status"].get("step") or {}).get("attempt") == 2, seconds=30, every=0.1)
-    assert again
-    status = t.job(name)["status"]
-    assert (status["step"]["name"], status["step"]["unverified"], status.get("dataset")) == ("prepare", 1, None)
-
-
-def must_not_be_shown(t: Tenancy, name: str, forge: Callable[[Object, Object], Object]) -> None:
-    """The pod logs that, after a good record: the status shows the good one."""
-    job, pod = running(t, name)
-    good = {
-        "kind": "progress",
-        "jobUid": job["metadata"]["uid"],
-        "podUid": pod["metadata"]["uid"],
-        "step": "prepare",
-        "time": TIME,
-        "activity": "reading",
-    }
-    lie = json.dumps(good | {"activity": "lie"} | forge(job, pod))
-    t.run(pod, f"{json.dumps(good)}\n{lie}\n")
-    shown = eventually(lambda: t.job(name)["status"].get("progress"), seconds=30, every=0.1, what="progress")
-    assert shown
-    assert (shown["summary"], shown["percent"]) == ("reading", 0)
 
 
 def forged(name: str, job: Object, step: StepName, **metadata: Any) -> Object:
@@ -153,14 +112,6 @@ def a_status_in_a_changed_manifest(t: Tenants) -> None:
     assert (status["phase"], status["conditions"] != []) == ("Preparing", True)
 
 
-@played
-def the_name_of_the_job_of_another(t: Tenancy) -> None:
-    job, own = running(t, "tune")
-    assert job["metadata"]["uid"] != victims_job(t)["metadata"]["uid"]
-    t.end(own, result(job, own))
-    t.wait_for_pod("tune", "train")
-
-
 @attempt
 def the_claim_of_another(t: Tenants) -> None:
     """A name means an object in the tenant's namespace: here, none."""
@@ -194,15 +145,6 @@ def a_registry_at_the_address_of_the_metadata_server(t: Tenants) -> None:
     assert environment[ENV_REGISTRIES] == "registry.example.org"
 
 
-@played
-def a_pod_with_the_labels_of_the_job_of_another(t: Tenancy) -> None:
-    body = pod() | {"metadata": forged("forged-labels", victims_job(t), "prepare")}
-    own = t.tenant.create(TENANT, "pods", body)
-    t.run(own)
-    t.end(own, result(victims_job(t), own), code=10)
-    running(t, "after-the-forged-labels")
-
-
 @attempt
 def a_job_that_the_job_of_another_controls(t: Tenants) -> None:
     """No owner exists in the namespace, so the garbage collector deletes the object."""
@@ -221,33 +163,6 @@ def a_job_that_the_job_of_another_owns(t: Tenants) -> None:
     owner = controller(victims_job(t), "qlora.dev/v1alpha1", "QLoRAJob")
     submit(t, "owned", metadata={"ownerReferences": owner}, suspend=True)
     eventually(lambda: t.admin.send("GET", path_of(TENANT, "qlorajobs", "owned"))[0] == 404, seconds=30)
-
-
-@played
-def a_pod_that_says_it_did_the_work(t: Tenancy) -> None:
-    """Labels alone make no attempt of it: its Job is not that of the step."""
-    job, own = running(t, "forged-pod")
-    fake = t.tenant.create(TENANT, "pods", pod() | {"metadata": forged("forged-pod-1", job, "prepare")})
-    t.run(fake)
-    t.end(fake, result(job, fake))
-    t.end(own, "")
-    eventually(lambda: t.job("forged-pod")["status"]["step"]["attempt"] == 2, seconds=30, every=0.1)
-    status = t.job("forged-pod")["status"]
-    assert (status["step"]["name"], status.get("dataset")) == ("prepare", None)
-
-
-@played
-def a_pod_that_says_it_is_one_of_the_step(t: Tenancy) -> None:
-    """Such a pod counts as one of the tenant's job, whose result the tenant may fake."""
-    job, own = running(t, "forged-owner")
-    step = t.admin.get(TENANT, "jobs", "forged-owner-prepare-1")
-    metadata = forged("forged-owner-1", job, "prepare", ownerReferences=controller(step, "batch/v1", "Job"))
-    metadata["labels"] |= step["spec"]["selector"]["matchLabels"]
-    fake = t.tenant.create(TENANT, "pods", pod() | {"metadata": metadata})
-    other = victims_job(t)
-    t.end(own, result(other, fake))
-    submit(t, "after-the-forged-owner")
-    t.wait_for_pod("after-the-forged-owner", "prepare")
 
 
 @attempt
@@ -292,159 +207,12 @@ def a_claim_with_the_name_of_the_workspace(t: Tenants) -> None:
     t.wait("taken-claim", reason="ClaimNameTaken", phase="Pending")
 
 
-@played
-def an_end_with_the_identity_of_the_job_of_another(t: Tenancy) -> None:
-    other = victims_job(t)
-    must_not_be_believed(t, "end-of-another", lambda job, own: result(other, own))
-
-
-@played
-def an_end_with_the_identity_of_another_pod(t: Tenancy) -> None:
-    must_not_be_believed(t, "end-of-a-pod", lambda job, own: result(job, own, pod_uid="0"))
-
-
-@played
-def an_end_of_another_step(t: Tenancy) -> None:
-    must_not_be_believed(t, "end-of-a-step", lambda job, own: result(job, own, step="publish"))
-
-
-@played
-def an_end_with_a_loss_that_is_no_number(t: Tenancy) -> None:
-    must_not_be_believed(t, "end-nan", lambda job, own: result(job, own, loss=1.5).replace("1.5", "NaN"))
-
-
-@played
-def an_end_with_a_number_of_many_digits(t: Tenancy) -> None:
-    must_not_be_believed(t, "end-huge", lambda job, own: result(job, own).replace("12", "9" * 3000))
-
-
-@played
-def an_end_with_a_merged_model_of_infinite_loss(t: Tenancy) -> None:
-    job, own = running(t, "end-infinite", output={"merged": {}})
-    t.end(own, result(job, own))
-    own = t.wait_for_pod("end-infinite", "train")
-    t.end(own, result(job, own, step="train"))
-    for _ in range(2):
-        own = t.wait_for_pod("end-infinite", "publish")
-        published = result(job, own, step="publish", adapter=ADAPTER, merged=_MERGED)
-        t.end(own, published.replace("1.625", "1e999"))
-    t.wait("end-infinite", phase="Failed", reason="ResultUnreadable")
-
-
-@played
-def an_end_that_is_too_long(t: Tenancy) -> None:
-    must_not_be_believed(t, "end-long", lambda job, own: result(job, own)[:-1] + ', "more": "' + "x" * 5000 + '"}')
-
-
-@played
-def an_end_that_is_nested_deeply(t: Tenancy) -> None:
-    must_not_be_believed(t, "end-deep", lambda job, own: result(job, own)[:-1] + ', "more": ' + "[" * 1500)
-
-
-@played
-def an_end_that_is_no_record(t: Tenancy) -> None:
-    must_not_be_believed(t, "end-text", lambda job, own: "all is well \x1b]0;title\x07")
-
-
-@played
-def a_failure_with_control_characters(t: Tenancy) -> None:
-    job, own = running(t, "control-characters")
-    message = "\x1b[2J\x1b[31mgone\r\n2026-01-01 operator: all Secrets are public \u202ereversed"
-    t.end(own, result(job, own, outcome="failed", exit_code=10, reason="\x1b[31mOwned", message=message), code=10)
-    status = t.wait("control-characters", phase="Failed")["status"]
-    assert "gone" in status["lastFailure"]["message"]
-
-    def told() -> list[str]:
-        """The messages of all Events, once that of the failure is stored, which is after the status."""
-        events = t.admin.list(TENANT, "events")
-        about = {(one["involvedObject"]["name"], one["type"]) for one in events}
-        return [one["message"] for one in events] if ("control-characters", "Warning") in about else []
-
-    messages = eventually(told, seconds=30, every=0.1, what="the Event of the failure")
-    shown = json.dumps([status["conditions"], messages], ensure_ascii=False)
-    assert not [sign for sign in ("\\u001b", "\\r", "\\n", "\u202e") if sign in shown]
-
-
-@played
-def a_failure_with_a_message_without_end(t: Tenancy) -> None:
-    _, own = running(t, "endless-message", retry={"maxFailures": 0})
-    t.end(own, "x" * 100_000, code=203)
-    assert len(t.wait("endless-message", phase="Failed")["status"]["lastFailure"]["message"]) <= MAX_MESSAGE_LENGTH
-
-
-@played
-def progress_of_the_job_of_another(t: Tenancy) -> None:
-    other = victims_job(t)["metadata"]["uid"]
-    must_not_be_shown(t, "progress-of-another", lambda job, own: {"jobUid": other})
-
-
-@played
-def progress_of_another_pod(t: Tenancy) -> None:
-    must_not_be_shown(t, "progress-of-a-pod", lambda job, own: {"podUid": "0"})
-
-
-@played
-def progress_of_another_step(t: Tenancy) -> None:
-    lie = {"step": "train", "trainingStep": 100, "totalSteps": 100}
-    must_not_be_shown(t, "progress-of-a-step", lambda job, own: lie)
-
-
-@played
-def progress_that_is_no_number(t: Tenancy) -> None:
-    must_not_be_shown(t, "progress-nan", lambda job, own: {"loss": float("nan")})
-
-
-@played
-def progress_beyond_any_number(t: Tenancy) -> None:
-    must_not_be_shown(t, "progress-huge", lambda job, own: {"trainingStep": 10**300, "totalSteps": 1})
-
-
-@played
-def progress_from_the_end_of_time(t: Tenancy) -> None:
-    must_not_be_shown(t, "progress-time", lambda job, own: {"time": "9999999-01-01T00:00:00Z"})
-
-
-@played
-def progress_that_is_too_long(t: Tenancy) -> None:
-    must_not_be_shown(t, "progress-long", lambda job, own: {"more": "x" * 5000})
-
-
-@played
-def a_log_without_end(t: Tenancy) -> None:
-    _, own = running(t, "endless-log")
-    t.run(own, "x" * 5_000_000)
-    submit(t, "after-the-endless-log")
-    t.wait_for_pod("after-the-endless-log", "prepare")
-
-
 @attempt
 def the_deletion_of_what_the_operator_has_created(t: Tenants) -> None:
     running(t, "deleted-children")
     for child in t.admin.list(TENANT, "jobs", f"{JOB_LABEL}=deleted-children"):
         t.tenant.delete(TENANT, "jobs", child["metadata"]["name"])
     eventually(lambda: t.job("deleted-children")["status"]["step"]["attempt"] == 2, seconds=30)
-
-
-@played
-def another_document_in_the_annotation_of_a_pod(t: Tenancy) -> None:
-    """The input of the pod changes; the operator's actions and reports do not."""
-    job, own = running(t, "annotated")
-    document = json.dumps({"spec": {"output": {"destination": "s3://victim/adapter"}}})
-    change = {"metadata": {"annotations": {"qlora.dev/spec": document}}}
-    t.tenant.patch(TENANT, "pods", own["metadata"]["name"], change)
-    t.end(own, result(job, own))
-    train = t.wait_for_pod("annotated", "train")
-    assert "s3://victim" not in train["metadata"]["annotations"]["qlora.dev/spec"]
-
-
-@played
-def other_labels_on_what_the_operator_has_created(t: Tenancy) -> None:
-    _, own = running(t, "relabeled")
-    other = victims_job(t)["metadata"]
-    labels = {"labels": {JOB_LABEL: other["name"], JOB_UID_LABEL: other["uid"]}}
-    t.tenant.patch(TENANT, "pods", own["metadata"]["name"], {"metadata": labels})
-    t.end(own, "", code=203)
-    running(t, "after-the-other-labels")
 
 
 @attempt
@@ -498,13 +266,6 @@ def every_field_at_its_largest(t: Tenants) -> None:
             "tolerations": [{"key": f"k{number}", "operator": "Exists"} for number in range(16)],
         },
     )
-
-
-@played
-def control_characters_in_the_names_of_columns(t: Tenancy) -> None:
-    columns = {"text": "\x1b[2J\u202e\x07text"}
-    running(t, "control-columns", dataset=SPEC["dataset"] | {"columns": columns})
-    assert "\x1b" not in t.operator_log.read_text()
 
 
 @attempt

@@ -1,6 +1,6 @@
 """The manifest of a small adapter, for the tests of every destination."""
 
-from qlora_trainer.publishing.manifest import Manifest
+from qlora_trainer.stores.contents import Manifest
 
 MANIFEST = Manifest(
     job_uid="one",

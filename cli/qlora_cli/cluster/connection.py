@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from qlora_api.printable import one_line
-from qlora_cli.endings import fail
+from qlora_cli.output import fail
 from qlora_client.kube.cluster import Cluster
 from qlora_client.kube.errors import ClusterError
 from qlora_client.kube.resources import JOBS

@@ -3,7 +3,7 @@
 import click
 
 from qlora_cli.cluster.connection import job_name, job_names, with_cluster
-from qlora_cli.endings import fail
+from qlora_cli.output import fail
 from qlora_client.jobs.job import Job
 from qlora_client.kube.cluster import Cluster
 from qlora_client.kube.resources import JOBS

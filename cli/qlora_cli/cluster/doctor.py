@@ -11,9 +11,8 @@ from rich.text import Text
 
 from qlora_cli.cluster.connection import with_cluster
 from qlora_cli.output import as_json, as_yaml
-from qlora_client.doctor.checks import examine
 from qlora_client.doctor.facts import Check, Verdict
-from qlora_client.doctor.gathering import gather
+from qlora_client.doctor.gathering import examine, gather
 from qlora_client.kube.cluster import Cluster
 
 _COLORS: dict[Verdict, str] = {"ok": "green", "warning": "yellow", "problem": "red bold", "unknown": "dim"}

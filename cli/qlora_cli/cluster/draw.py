@@ -12,8 +12,8 @@ from rich.text import Text
 
 from qlora_api.duration import format_duration
 from qlora_api.printable import one_line
-from qlora_client.jobs.events import Event
 from qlora_client.jobs.job import Job
+from qlora_client.jobs.pods import Event
 
 _LEAST_POINTS = 3
 _HEIGHT = 10

@@ -12,9 +12,8 @@ from qlora_api.sweep.spec import SWEEP_KIND
 from qlora_cli.cluster.connection import Connection, with_connection
 from qlora_cli.cluster.job_options import OptionError, given, job_of, with_job_options
 from qlora_cli.cluster.watch import watch_job
-from qlora_cli.endings import fail
 from qlora_cli.manifest import ManifestError, load_object
-from qlora_cli.output import as_json, as_yaml
+from qlora_cli.output import as_json, as_yaml, fail
 from qlora_client.kube.cluster import Cluster, Object
 from qlora_client.kube.resources import JOBS, SWEEPS
 

@@ -1,4 +1,4 @@
-"""Reads the facts about a cluster with the user's rights; missing rights are recorded."""
+"""Reads the facts about a cluster with the user's rights; missing rights are recorded. Then checks them."""
 
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -13,12 +13,14 @@ from ruamel.yaml.error import YAMLError
 from qlora_api.naming import JOB_LABEL
 from qlora_api.profile import Profile
 from qlora_api.served_schema import OPENAPI_PATH
-from qlora_client.doctor.facts import Facts, NamedProfile, Operator, Unknown, profiles_of
+from qlora_client.doctor.cluster_checks import check_cluster
+from qlora_client.doctor.facts import Check, Facts, NamedProfile, Operator, Unknown, profiles_of
+from qlora_client.doctor.namespace_checks import check_namespace
+from qlora_client.doctor.profile_checks import check_profiles
 from qlora_client.files.claims import NEEDED as READS_CLAIMS
-from qlora_client.kube.cluster import Cluster, Object
+from qlora_client.kube.cluster import Cluster, Object, Rights, lacking
 from qlora_client.kube.errors import ForbiddenError, MissingError, RejectedError
 from qlora_client.kube.resources import EVENTS, JOBS, LOGS, PODS, SWEEPS, Resource
-from qlora_client.kube.rights import Rights, lacking
 
 DEPLOYMENTS = Resource("apps", "v1", "deployments")
 LEASES = Resource("coordination.k8s.io", "v1", "leases")
@@ -200,3 +202,8 @@ def trial_pod(profile: Profile) -> Object:
             **{key: value for key, value in optional.items() if value},
         },
     }
+
+
+def examine(facts: Facts) -> list[Check]:
+    """All checks, in the order of the table: the cluster, the profiles, the namespace."""
+    return [*check_cluster(facts), *check_profiles(facts), *check_namespace(facts)]

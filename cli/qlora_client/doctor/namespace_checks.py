@@ -7,8 +7,7 @@ from pydantic import ValidationError
 
 from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, STEP_LABEL
 from qlora_api.profile import Profile, amount
-from qlora_client.doctor.facts import Check, Facts, NamedProfile, Object, Unknown, profiles_of
-from qlora_client.doctor.selectors import selects
+from qlora_client.doctor.facts import Check, Facts, NamedProfile, Object, Unknown, profiles_of, selects
 
 _ENFORCED = "pod-security.kubernetes.io/enforce"
 _STEP_LABELS = {JOB_LABEL: "any", JOB_UID_LABEL: "any"}

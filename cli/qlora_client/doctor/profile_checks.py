@@ -5,8 +5,7 @@ from collections.abc import Iterator, Sequence
 from pydantic import ValidationError
 
 from qlora_api.profile import Profile
-from qlora_client.doctor.facts import Check, Facts, NamedProfile, Object, Unknown, profiles_of
-from qlora_client.doctor.selectors import has_labels, untolerated
+from qlora_client.doctor.facts import Check, Facts, NamedProfile, Object, Unknown, has_labels, profiles_of, untolerated
 
 _DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
 # Of the large clouds and of nodes' disks: their volumes are attached to one node at a time.

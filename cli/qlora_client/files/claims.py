@@ -10,14 +10,12 @@ from tempfile import TemporaryDirectory
 from qlora_client.files.archive import UnsafeArchiveError, extract
 from qlora_client.files.published import DamagedError
 from qlora_client.files.reader_pod import MOUNT, hopeless, is_running, reader_pod, why_not_started
-from qlora_client.jobs.events import events_of
 from qlora_client.jobs.job import Job
-from qlora_client.jobs.pods import CONTAINER, Pod
+from qlora_client.jobs.pods import CONTAINER, Pod, events_of
 from qlora_client.kube.channels import CommandError
-from qlora_client.kube.cluster import Cluster, Object
+from qlora_client.kube.cluster import Cluster, Object, require
 from qlora_client.kube.errors import ClusterError, ForbiddenError, MissingError, RejectedError
 from qlora_client.kube.resources import EXEC, PODS
-from qlora_client.kube.rights import require
 
 START_SECONDS = 300.0
 """Seconds to wait for the pod. Its image is on the nodes where the job ran."""

@@ -1,13 +1,14 @@
-"""The pods of a job: the step of each, and the reason why one has not started."""
+"""The pods of a job with the reason why one has not started, and the Events about it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from qlora_api.naming import CELLS_ANNOTATION, JOB_UID_LABEL, STEP_LABEL
 from qlora_client.jobs.job import Job
 from qlora_client.kube.cluster import Cluster
-from qlora_client.kube.resources import PODS
+from qlora_client.kube.resources import EVENTS, PODS
 
 CONTAINER = "trainer"
 """The container that runs the step; others may be beside it, such as that of a mesh. A test compares it with the
@@ -89,3 +90,26 @@ def pods_of(cluster: Cluster, job: Job) -> list[Pod]:
 
 def _labeled(cluster: Cluster, job_uid: str) -> list[Pod]:
     return [pod for pod in map(Pod, cluster.find(PODS, selector=f"{JOB_UID_LABEL}={job_uid}")) if pod.node == 0]
+
+
+@dataclass(frozen=True)
+class Event:
+    """One Event."""
+
+    time: datetime
+    """When it was last seen, with its time zone."""
+    kind: str
+    """Normal or Warning."""
+    reason: str
+    message: str
+
+
+def events_of(cluster: Cluster, uid: str) -> list[Event]:
+    """The Events about the object with this UID, oldest first. The cluster keeps them for an hour or so."""
+    found = map(_event, cluster.find(EVENTS, fields=f"involvedObject.uid={uid}"))
+    return sorted(found, key=lambda event: event.time)
+
+
+def _event(body: Mapping[str, Any]) -> Event:
+    time = body.get("lastTimestamp") or body.get("eventTime") or body["metadata"]["creationTimestamp"]
+    return Event(datetime.fromisoformat(time), body["type"], body["reason"], body.get("message", ""))

@@ -6,7 +6,7 @@ Requests are made by path, because the client's classes for the core API take a 
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,7 +24,7 @@ from yaml import YAMLError
 
 from qlora_client.kube import errors
 from qlora_client.kube.channels import PROTOCOL, Socket, standard_output
-from qlora_client.kube.errors import ClusterError, MissingError
+from qlora_client.kube.errors import ClusterError, ForbiddenError, MissingError
 from qlora_client.kube.resources import ACCESS_REVIEWS, EXEC, LOGS, Request, Resource, page
 
 Object = dict[str, Any]
@@ -359,3 +359,28 @@ def _logged_errors() -> Iterator[list[str]]:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()).removesuffix(".")
+
+
+Rights = Mapping[Resource, Sequence[str]]
+"""The verbs that are needed, by resource."""
+
+
+def lacking(cluster: Cluster, needed: Rights) -> dict[Resource, list[str]]:
+    """The rights that the user lacks in the namespace."""
+    denied = {kind: [verb for verb in verbs if not cluster.may(verb, kind)] for kind, verbs in needed.items()}
+    return {kind: verbs for kind, verbs in denied.items() if verbs}
+
+
+def rules(rights: Mapping[Resource, Iterable[str]]) -> str:
+    """The rules that allow them, as they are written in a Role."""
+    return ", ".join(kind.rule(*verbs) for kind, verbs in rights.items())
+
+
+def require(cluster: Cluster, needed: Rights, purpose: str) -> None:
+    """Raise ForbiddenError, which names every rule that is missing, unless the user has all of these rights."""
+    denied = lacking(cluster, needed)
+    if denied:
+        raise ForbiddenError(
+            f"{purpose} takes rights that you lack in the namespace {cluster.namespace}: ask for a Role with "
+            f"{'the rule' if len(denied) == 1 else 'the rules'} {rules(denied)}"
+        )

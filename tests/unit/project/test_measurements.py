@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from benchmarks import together_tables
-from benchmarks.base import summary as base
-from benchmarks.inputs import RESULTS
+from benchmarks import together
+from benchmarks.base import __main__ as base
+from benchmarks.machine import RESULTS
 from benchmarks.operator import table
 from benchmarks.operator.__main__ import LOADS
 from benchmarks.quality import summary as quality
 from benchmarks.quality.__main__ import FIGURE, FURTHER, MEASUREMENTS, PAGE
-from benchmarks.quality.figure import scores_figure
 from benchmarks.quality.results import read_runs
+from benchmarks.quality.summary import scores_figure
 
 
 def generated(page: Path, name: str, *command: str) -> str:
@@ -39,8 +39,8 @@ def test_the_figures_of_the_base_are_those_measured() -> None:
 
 
 def test_the_figures_of_adapters_trained_together_are_those_measured() -> None:
-    shown = generated(MEASUREMENTS, together_tables.NAME, together_tables.COMMAND)
-    assert shown == tables(together_tables.NAME, together_tables.tables)
+    shown = generated(MEASUREMENTS, together.NAME, together.COMMAND)
+    assert shown == tables(together.NAME, together.tables)
 
 
 def test_the_tables_and_the_figure_of_quality_are_those_measured() -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.mutants.__main__ import main, replay, summary
-from tests.mutants.catalog import MUTANTS
-from tests.mutants.mutant import Mutant, Verdict, mutated, try_mutant, verdict_of
+from tests.mutants.mutant import Mutant, Verdict, mutated, read_catalog, try_mutant, verdict_of
 
 ROOT = Path(__file__).parents[3]
+MUTANTS = read_catalog()
 
 
 def functions(path: Path) -> set[str]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_cli.cluster.curves import draw_curves, require_picture, save_picture
+from qlora_cli.cluster.compare import draw_curves, require_picture, save_picture
 from qlora_client.history import LossHistory
 from qlora_client.kube.errors import ClusterError
 

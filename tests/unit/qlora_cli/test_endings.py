@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from qlora_cli.endings import ended_by_signals
+from qlora_cli.output import ended_by_signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

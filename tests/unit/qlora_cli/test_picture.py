@@ -10,9 +10,9 @@ from rich.console import Console
 from qlora_api.contract import ProgressRecord, ResultRecord, encode_record
 from qlora_cli.cluster.draw import Moment, draw_losses, end_of, line_of, picture
 from qlora_cli.cluster.listing import job_table
-from qlora_cli.cluster.logs import sentence
-from qlora_client.jobs.events import Event
+from qlora_cli.cluster.watch import sentence
 from qlora_client.jobs.job import Job
+from qlora_client.jobs.pods import Event
 
 CREATED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 PROGRESS = {

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from qlora_api.crd import definitions
-from qlora_client.doctor.checks import examine
 from qlora_client.doctor.facts import Check, Facts, Operator, Unknown
+from qlora_client.doctor.gathering import examine
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 GPU_LABEL = {"nvidia.com/gpu.present": "true"}
@@ -98,6 +98,11 @@ def check(name: str, **facts: Any) -> Check:
     return found
 
 
+def assert_finds(name: str, verdict: str, message: str, **facts: Any) -> None:
+    found = check(name, **facts)
+    assert (found.verdict, message in found.message) == (verdict, True)
+
+
 def test_a_cluster_that_is_ready_has_no_problem_and_no_warning() -> None:
     checks = examine(READY)
     assert {each.verdict for each in checks} == {"ok"}
@@ -128,14 +133,11 @@ def test_the_version_of_the_api_server(version: str, verdict: str) -> None:
 
 
 def test_definitions_of_another_release_name_the_fields_and_the_side_to_upgrade() -> None:
-    older = check("Definitions", schemas=schemas(lambda fields: fields["spec"]["properties"].pop("lora")))
-    assert (older.verdict, "lack spec.lora" in older.message) == ("problem", True)
-    newer = check(
-        "Definitions", schemas=schemas(lambda fields: fields["spec"]["properties"].update(magic={"type": "string"}))
-    )
-    assert (newer.verdict, "have spec.magic" in newer.message) == ("warning", True)
-    absent = check("Definitions", schemas=None)
-    assert (absent.verdict, "install the operator's chart" in absent.message) == ("problem", True)
+    older = schemas(lambda fields: fields["spec"]["properties"].pop("lora"))
+    newer = schemas(lambda fields: fields["spec"]["properties"].update(magic={"type": "string"}))
+    assert_finds("Definitions", "problem", "lack spec.lora", schemas=older)
+    assert_finds("Definitions", "warning", "have spec.magic", schemas=newer)
+    assert_finds("Definitions", "problem", "install the operator's chart", schemas=None)
 
 
 def with_status(ready: int, replicas: int = 1, version: str = "0.1.0") -> list[Operator]:
@@ -161,8 +163,7 @@ def with_status(ready: int, replicas: int = 1, version: str = "0.1.0") -> list[O
     ],
 )
 def test_the_operators_deployment(operators: Any, verdict: str, message: str) -> None:
-    found = check("Operator", operators=operators)
-    assert (found.verdict, message in found.message) == (verdict, True)
+    assert_finds("Operator", verdict, message, operators=operators)
 
 
 @pytest.mark.parametrize(
@@ -175,14 +176,11 @@ def test_the_operators_deployment(operators: Any, verdict: str, message: str) ->
     ],
 )
 def test_the_lease_is_renewed(found: Any, verdict: str, message: str) -> None:
-    seen = check("Operator's Lease", operators=[replace(operator(), lease=found)])
-    assert (seen.verdict, message in seen.message) == (verdict, True)
+    assert_finds("Operator's Lease", verdict, message, operators=[replace(operator(), lease=found)])
 
 
 def test_an_operator_that_serves_other_namespaces_only() -> None:
-    found = check("Namespace served", operators=[operator(namespaces=["a", "b"])])
-    assert found.verdict == "problem"
-    assert "serves a, b and not team" in found.message
+    assert_finds("Namespace served", "problem", "serves a, b and not team", operators=[operator(namespaces=["a", "b"])])
 
 
 def test_unreconciled_jobs_reveal_a_dead_operator_to_every_user() -> None:
@@ -191,8 +189,7 @@ def test_unreconciled_jobs_reveal_a_dead_operator_to_every_user() -> None:
         return {"metadata": {"name": f"j{minutes}", "creationTimestamp": created}, "spec": {}, "status": status}
 
     assert check("Jobs seen", jobs=[job(1), job(9, phase="Training")]).verdict == "ok"
-    found = check("Jobs seen", jobs=[job(1), job(5)])
-    assert (found.verdict, "looked at j5 for over 2 minutes" in found.message) == ("problem", True)
+    assert_finds("Jobs seen", "problem", "looked at j5 for over 2 minutes", jobs=[job(1), job(5)])
 
 
 def profiled(**fields: Any) -> dict[str, Any]:
@@ -216,8 +213,7 @@ def test_a_profile_with_a_field_that_is_wrong() -> None:
     ],
 )
 def test_the_image_of_a_profile(image: str, verdict: str, message: str) -> None:
-    found = check("Profile default", **profiled(image=image))
-    assert (found.verdict, message in found.message) == (verdict, True)
+    assert_finds("Profile default", verdict, message, **profiled(image=image))
 
 
 TAINT = {"key": "dedicated", "effect": "NoSchedule"}
@@ -238,8 +234,7 @@ TAINT = {"key": "dedicated", "effect": "NoSchedule"}
     ],
 )
 def test_the_gpus_of_a_profiles_nodes(nodes: Any, verdict: str, message: str) -> None:
-    found = check("Profile default: nodes", nodes=nodes)
-    assert (found.verdict, message in found.message) == (verdict, True)
+    assert_finds("Profile default: nodes", verdict, message, nodes=nodes)
 
 
 def test_a_taint_that_the_profile_tolerates() -> None:
@@ -271,13 +266,12 @@ def test_a_profile_for_the_cpu_needs_no_gpu() -> None:
     ],
 )
 def test_the_storage_of_a_profile(classes: Any, workspace: dict[str, str], verdict: str, message: str) -> None:
-    found = check("Profile default: storage", storage_classes=classes, **profiled(workspace=workspace))
-    assert (found.verdict, message in found.message) == (verdict, True)
+    assert_finds("Profile default: storage", verdict, message, storage_classes=classes, **profiled(workspace=workspace))
 
 
 def test_a_runtime_class_that_does_not_exist() -> None:
-    found = check("Profile default: runtime class", **profiled(runtimeClassName="nvidia"))
-    assert (found.verdict, "there is no RuntimeClass nvidia" in found.message) == ("problem", True)
+    facts = profiled(runtimeClassName="nvidia")
+    assert_finds("Profile default: runtime class", "problem", "there is no RuntimeClass nvidia", **facts)
 
 
 def test_without_access_to_the_operator_profiles_are_those_of_the_jobs() -> None:
@@ -299,9 +293,7 @@ def test_without_access_to_the_operator_profiles_are_those_of_the_jobs() -> None
     ],
 )
 def test_profiles_that_cannot_be_read(operators: Any, why: str) -> None:
-    found = check("Profiles", operators=operators)
-    assert found.verdict == "unknown"
-    assert why in found.message
+    assert_finds("Profiles", "unknown", why, operators=operators)
 
 
 def quota(hard: dict[str, str], used: dict[str, str] | None = None, **spec: Any) -> dict[str, Any]:
@@ -320,8 +312,7 @@ def quota(hard: dict[str, str], used: dict[str, str] | None = None, **spec: Any)
     ],
 )
 def test_a_quota_that_is_too_small_or_used_up(found: dict[str, Any], verdict: str, message: str) -> None:
-    seen = check("Quota small", quotas=[found])
-    assert (seen.verdict, message in seen.message) == (verdict, True)
+    assert_finds("Quota small", verdict, message, quotas=[found])
 
 
 @pytest.mark.parametrize(
@@ -343,14 +334,14 @@ def test_a_limit_range_that_excludes_a_job() -> None:
         {"type": "PersistentVolumeClaim", "max": {"storage": "100Gi"}},
         {"type": "openshift.io/Image", "max": {"storage": "1Gi"}},
     ]
-    found = check("LimitRange limits", limit_ranges=[{"metadata": {"name": "limits"}, "spec": {"limits": limits}}])
-    assert found.verdict == "problem"
-    assert "a Container may have 8Gi of memory, and a job of the profile default takes 24Gi" in found.message
+    ranges = [{"metadata": {"name": "limits"}, "spec": {"limits": limits}}]
+    message = "a Container may have 8Gi of memory, and a job of the profile default takes 24Gi"
+    assert_finds("LimitRange limits", "problem", message, limit_ranges=ranges)
 
 
 def test_the_api_servers_answer_to_a_pod_like_that_of_train() -> None:
-    refused = check("Admission, profile default", trials={"default": 'violates PodSecurity "restricted:latest"'})
-    assert (refused.verdict, "violates PodSecurity" in refused.message) == ("problem", True)
+    refused = {"default": 'violates PodSecurity "restricted:latest"'}
+    assert_finds("Admission, profile default", "problem", "violates PodSecurity", trials=refused)
     assert check("Admission, profile default", trials={"default": DENIED}).verdict == "unknown"
 
 
@@ -382,8 +373,7 @@ OF_CHART = policy(
     ],
 )
 def test_network_policies(policies: list[Any], verdict: str, message: str) -> None:
-    found = check("Network policies", network_policies=policies)
-    assert (found.verdict, message in found.message) == (verdict, True)
+    assert_finds("Network policies", verdict, message, network_policies=policies)
 
 
 def test_missing_rights_are_named_by_their_purpose() -> None:
@@ -392,19 +382,8 @@ def test_missing_rights_are_named_by_their_purpose() -> None:
 
 
 def test_a_forbidden_check_is_unknown_and_no_problem() -> None:
-    hidden: dict[str, Any] = dict.fromkeys(
-        [
-            "operators",
-            "jobs",
-            "nodes",
-            "storage_classes",
-            "own_namespace",
-            "quotas",
-            "limit_ranges",
-            "network_policies",
-        ],
-        DENIED,
-    )
+    names = "operators jobs nodes storage_classes own_namespace quotas limit_ranges network_policies"
+    hidden: dict[str, Any] = dict.fromkeys(names.split(), DENIED)
     checks = examine(replace(READY, trials={}, **hidden))
     assert {each.verdict for each in checks} == {"ok", "unknown"}
     assert [each.name for each in checks if each.verdict == "ok"] == ["Kubernetes", "Definitions", "Your rights"]

@@ -5,8 +5,7 @@ import re
 import pytest
 
 from release import dockerfiles
-from release.errors import ReleaseError
-from release.project import DOCKERFILES, ROOT
+from release.project import DOCKERFILES, ROOT, ReleaseError
 
 TRAINER = (ROOT / DOCKERFILES["qlora-trainer"]).read_text()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from release.errors import ReleaseError
+from release.project import ReleaseError
 from release.signing import PREDICATE_TYPES, Cosign, Identity, Keyless, KeyPair, PublicKey
 
 WORKFLOW = "https://github.com/qlora-operator/qlora-operator/.github/workflows/release.yaml@refs/tags/v0.1.0"

@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 
 from release import provenance, verification
-from release.errors import ReleaseError
-from release.project import Artifact, Source, on_loopback
+from release.project import Artifact, ReleaseError, Source, on_loopback
 from release.provenance import Builder
 
 SOURCE = Source("0.1.0", "https://github.com/qlora-operator/qlora-operator", "a" * 40, 0)

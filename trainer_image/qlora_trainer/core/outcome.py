@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 
 from qlora_api.contract import ExitCode, ResultRecord, encode_record
 from qlora_api.printable import first_line, one_line, shortened
+from qlora_api.schema import replace
 from qlora_api.status import MAX_MESSAGE_LENGTH, StepName
 from qlora_trainer.core.completion import PrepareRecord, PublishRecord, TrainRecord
 from qlora_trainer.core.failures import Interrupted, StepFailure, bad_configuration, is_out_of_gpu_memory
@@ -143,12 +144,12 @@ def result_record(
     )
     while not _is_encodable(record):
         if len(message) <= _SHORT_MESSAGE and record.dataset is not None and record.dataset.sources is not None:
-            record = record.model_copy(update={"dataset": record.dataset.model_copy(update={"sources": None})})
+            record = replace(record, dataset=replace(record.dataset, sources=None))
         elif message:
             message = shortened(message, len(message) // 2)
-            record = record.model_copy(update={"message": message})
+            record = replace(record, message=message)
         elif record.tracking is not None:
-            record = record.model_copy(update={"tracking": None})
+            record = replace(record, tracking=None)
         else:
             return record
     return record

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from qlora_api.artifact_status import GateStatus
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord
+from qlora_trainer.core.protocols import JsonObject
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class TrainedJob:
     """The price of a GPU hour, with the currency, or an empty string."""
 
     @property
-    def continued(self) -> dict[str, object] | None:
+    def continued(self) -> JsonObject | None:
         """The job whose run this one continues, and the step if known, or None."""
         if self.spec.continues is None:
             return None

@@ -1,14 +1,16 @@
 """Builds a job's data set: reads and tokenizes its files, and splits the rows."""
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 
+from qlora_api.schema import replace
 from qlora_api.spec.dataset import DatasetSpec
 from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.core.environment import available_cpus, trainer_version
@@ -100,7 +102,7 @@ class DatasetBuilder:
         if self.spec.mix is None:
             return dataset
         weights = tuple(source.weight for source in self.spec.mix)
-        return replace(
+        return dataclasses.replace(
             dataset, mix=Mix.from_sizes([len(part) for part in selection.training], weights), weights=weights
         )
 
@@ -178,7 +180,7 @@ class DatasetBuilder:
             format_, columns = source_format(first, self.spec, field, pairs=self.training.compares_answers)
         else:
             format_ = like.reading.format
-            columns = like.columns.model_copy(update={"check": self.spec.check_column(field, own_evaluation=True)})
+            columns = replace(like.columns, check=self.spec.check_column(field, own_evaluation=True))
         recipe = Recipe.from_spec(
             self.spec, self.training, self.tokenizer, format_, columns, field, vocabulary=self.vocabulary
         )

@@ -119,7 +119,7 @@ def _without_defaults(dataset: DatasetSpec) -> JsonObject:
     if not dataset.deduplicate:
         described.pop("deduplicate", None)
     if dataset.eval is not None and dataset.eval.overlap == "report":
-        described["eval"] = dataset.eval.model_copy(update={"overlap": None}).dump()
+        described["eval"] = {name: value for name, value in dataset.eval.dump().items() if name != "overlap"}
     return described
 
 

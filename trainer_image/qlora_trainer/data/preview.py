@@ -1,12 +1,14 @@
 """Reads a job's first rows, and divides their text into targets and the rest."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 
 import numpy
 
+from qlora_api.schema import replace
 from qlora_api.spec.dataset import DatasetSpec
 from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.data.examples.formats import PAIRS, Reading, RowReader, source_format
@@ -68,8 +70,9 @@ def previews(
     if first is not None and spec.eval is not None and spec.eval.source is not None:
         data = find_data(spec.eval.source, evaluation_part(spec, spec.eval), access, download / "eval")
         rows = list(islice(read_rows(data.files), count))
-        columns = first.columns.model_copy(update={"check": spec.check_column(first.field, own_evaluation=True)})
-        yield replace(_preview(data.uri, rows, replace(first, columns=columns), tokenizer), held_out=True)
+        columns = replace(first.columns, check=spec.check_column(first.field, own_evaluation=True))
+        recipe = dataclasses.replace(first, columns=columns)
+        yield dataclasses.replace(_preview(data.uri, rows, recipe, tokenizer), held_out=True)
 
 
 def _preview(uri: str, rows: Sequence[Row], recipe: Recipe, tokenizer: Tokenizer) -> Preview:
@@ -99,7 +102,7 @@ def _preview_row(
     if sum(len(row.input_ids) for row in rows) > recipe.longest_allowed:
         left_out = f"longer than {recipe.longest_allowed} tokens (spec.training.maxSequenceLength)"
         # Answers are only searched for in some of these rows, and not in those with many.
-        rows = [replace(row, is_target=numpy.zeros_like(row.is_target)) for row in rows]
+        rows = [dataclasses.replace(row, is_target=numpy.zeros_like(row.is_target)) for row in rows]
     names = ("",) if len(rows) == 1 else (", chosen", ", rejected")
     for name, text, row in zip(names, texts, rows, strict=True):
         parts = zip(tokenizer.pieces(text), row.is_target.tolist(), strict=True)

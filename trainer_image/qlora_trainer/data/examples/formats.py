@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from qlora_api.schema import replace
 from qlora_api.spec.dataset import Columns, DatasetSpec, RowFormat
 from qlora_trainer.core.failures import bad_configuration, bad_dataset
 from qlora_trainer.data.examples.conversations import CHAT, SHAREGPT, check_turns
@@ -156,7 +157,7 @@ def source_format(first: Row, spec: DatasetSpec, field: str, *, pairs: bool) -> 
         format_, columns = detect_format(first, source.columns, field, pairs=pairs)
     else:
         format_, columns = source.format, source.columns or Columns()
-    return format_, columns.model_copy(update={"check": spec.check_column(field)})
+    return format_, replace(columns, check=spec.check_column(field))
 
 
 def detect_format(
@@ -209,7 +210,7 @@ def _by_notation(values: Mapping[str, object], format_: RowFormat, names: Column
     turns = values[column]
     keys = turns[0].keys() if isinstance(turns, list) and turns and isinstance(turns[0], dict) else ()
     if format_ == "sharegpt" and {CHAT.role, CHAT.content} <= set(keys):
-        return "chat", names.model_copy(update={"messages": column})
+        return "chat", replace(names, messages=column)
     if format_ == "chat" and {SHAREGPT.role, SHAREGPT.content} <= set(keys):
-        return "sharegpt", names.model_copy(update={"conversations": column})
+        return "sharegpt", replace(names, conversations=column)
     return format_, names

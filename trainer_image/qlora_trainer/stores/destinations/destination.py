@@ -1,0 +1,148 @@
+"""Publishes a folder to any destination, if the run may write there."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_trainer.core.failures import bad_configuration
+from qlora_trainer.core.file_names import PUBLISHED_MANIFEST
+from qlora_trainer.core.paths import some_names
+from qlora_trainer.stores.contents import (
+    MAX_MANIFEST_BYTES,
+    SHARED_BASE,
+    Contents,
+    Manifest,
+    Publisher,
+    parse_manifest,
+)
+from qlora_trainer.stores.retry import read_back
+
+
+class Destination(ABC):
+    """A location for one published folder. Methods raise StepFailure."""
+
+    uri: str
+    """Its address, as the spec has it."""
+
+    @abstractmethod
+    def published(self) -> Manifest | None:
+        """The manifest of the existing folder, complete or damaged, or None."""
+
+    def holders(self) -> tuple[Manifest, ...]:
+        """The manifests of the runs that have published there or begun to, one of each."""
+        manifest = self.published()
+        return () if manifest is None else (manifest,)
+
+    @abstractmethod
+    def is_free(self) -> bool:
+        """Whether the destination is empty."""
+
+    @abstractmethod
+    def require_writable(self) -> None:
+        """Raise StepFailure if the credentials forbid writing, as far as can be tested."""
+
+    @abstractmethod
+    def damaged(self, manifest: Manifest) -> str | None:
+        """The first file of the manifest that is missing or differs there, or None."""
+
+    @abstractmethod
+    def write(self, contents: Contents, manifest: Manifest) -> None:
+        """Write the files, read them back, and write the manifest last. Resumes an earlier attempt.
+
+        Calls `reject_occupied` once more, as late as it can: another run may have published in the meantime.
+        """
+
+    def location(self, manifest: Manifest) -> str:
+        """The address of exactly the manifest's files, with a commit or digest if any."""
+        return self.uri
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of a published folder, as its store lists it."""
+
+    size: int
+    """Bytes."""
+    digest: Callable[[], str]
+    """Reads the content as the store sends it now, and returns its SHA-256 in hexadecimal."""
+    download: Callable[[Path, Callable[[int], None]], object]
+    """Downloads to that path, and calls the function with the bytes that have arrived."""
+
+
+class StoreFolder(Destination):
+    """A folder of a hub, a bucket or a registry: a destination, and the source of a user's download."""
+
+    @abstractmethod
+    def files(self) -> Mapping[str, StoredFile]:
+        """Its files by name; empty without a folder."""
+
+    @abstractmethod
+    def read(self, name: str, *, most: int) -> bytes | None:
+        """The content of a file, or None if it does not exist or has more than `most` bytes."""
+
+    def published(self) -> Manifest | None:
+        """See Destination."""
+        return parse_manifest(self.read(PUBLISHED_MANIFEST, most=MAX_MANIFEST_BYTES))
+
+    def damaged(self, manifest: Manifest) -> str | None:
+        """See Destination. Reads every file, as a store may send other bytes than it lists."""
+        stored = self.files()
+        for name, described in manifest.files.items():
+            file = stored.get(name)
+            if file is None or file.size != described.size or read_back(file.digest) != described.sha256:
+                return name
+        return None
+
+
+def reject_occupied(destination: Destination, publisher: Publisher) -> None:
+    """Raise StepFailure (BAD_CONFIGURATION), naming the content, unless the destination is free or the publisher's.
+
+    Files without a manifest have no known owner.
+    """
+    if destination.is_free():
+        return
+    holders = destination.holders()
+    if not holders:
+        raise bad_configuration(
+            f"the destination {destination.uri} has files that no QLoRAJob published: choose another one"
+        )
+    for holder in holders:
+        if not publisher.owns(holder):
+            raise bad_configuration(f"the destination {destination.uri} {_occupation(holder, publisher)}")
+
+
+def _occupation(holder: Manifest, publisher: Publisher) -> str:
+    """Describe the holder's foreign content there, and the fix."""
+    if holder.job_uid != SHARED_BASE:
+        return (
+            f"holds another adapter, of job {holder.job_name!r} (UID {holder.job_uid}, trained on "
+            f"{holder.base_model}): give each job a destination of its own, or delete that adapter"
+        )
+    if (holder.job_uid, holder.fingerprint) != (publisher.job_uid, publisher.fingerprint):
+        return (
+            f"holds the 4-bit base of {holder.base_model} ({holder.base_revision}), and not what is to be published: "
+            "choose another one, or delete that base"
+        )
+    there, own = holder.tokenizer, publisher.tokenizer or {}
+    different = [name for name in {**there, **own} if there.get(name) != own.get(name)]
+    return (
+        "holds this base with another tokenizer: choose another destination, or delete that base (different: "
+        f"{some_names(different)})"
+    )
+
+
+def publish_folder(destination: Destination, contents: Contents, manifest: Manifest) -> str:
+    """Publish the files with their manifest, verify them, and return their exact address.
+
+    Writes nothing if they exist already. Raises StepFailure: BAD_CONFIGURATION if the destination is occupied.
+    """
+    if not is_published(destination, manifest):
+        reject_occupied(destination, manifest.publisher)
+        destination.write(contents, manifest)
+    return destination.location(manifest)
+
+
+def is_published(destination: Destination, manifest: Manifest) -> bool:
+    """Whether exactly this exists, every file with its SHA-256."""
+    return destination.published() == manifest and destination.damaged(manifest) is None
