@@ -10,6 +10,7 @@ a GPU would wait some ten seconds for an epoch of ten million rows. A row takes 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import count
 from math import ceil
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -51,19 +52,14 @@ class Mix:
 
     def epochs(self, seed: int) -> Iterator[RowIndices]:
         """Row indices of one epoch after the other, without end, each drawn by itself."""
-        epoch = 0
-        while True:
-            yield self._epoch(seed, epoch)
-            epoch += 1
-
-    def _epoch(self, seed: int, epoch: int) -> RowIndices:
-        drawn, first = [], 0
-        for source, (size, share) in enumerate(zip(self.sizes, self.shares, strict=True)):
-            order = permutation(size, seed, Purpose.MIX, (epoch, source))
-            whole, rest = divmod(share, size)
-            drawn.append(first + numpy.concatenate([numpy.tile(order, whole), order[:rest]]))
-            first += size
-        return numpy.concatenate(drawn)
+        for epoch in count():
+            drawn, first = [], 0
+            for source, (size, share) in enumerate(zip(self.sizes, self.shares, strict=True)):
+                order = permutation(size, seed, Purpose.MIX, (epoch, source))
+                whole, rest = divmod(share, size)
+                drawn.append(first + numpy.concatenate([numpy.tile(order, whole), order[:rest]]))
+                first += size
+            yield numpy.concatenate(drawn)
 
 
 MAX_EPOCHS = 100_000

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
-from types import TracebackType
 from typing import Any, Literal, NoReturn, Self, TypeVar
 
 from jsonschema.protocols import Validator
@@ -159,18 +158,12 @@ class _Worker:
         """
         try:
             self.connection.send((criterion, answer))
-        except OSError:
-            return self._report_end()
-        try:
             if self.connection.poll(_PATIENCE_SECONDS):
                 return self.connection.recv()
         except (EOFError, OSError):
-            return self._report_end()
+            self.process.join()
+            return _Ended(f"its process ended with exit code {self.process.exitcode}")
         return _Ended(f"it did not reply within {_PATIENCE_SECONDS:g} seconds")
-
-    def _report_end(self) -> _Ended:
-        self.process.join()
-        return _Ended(f"its process ended with exit code {self.process.exitcode}")
 
     def stop(self) -> None:
         """End it, whatever it does."""
@@ -254,9 +247,7 @@ class AnswerChecker:
                 raise
         return self
 
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Stop."""
         self._stop()
 

@@ -184,8 +184,10 @@ class Tokenizer:
         messages = conversation.messages
         text = self._apply_template(conversation, len(messages), location)
         answers = sum(message.role == "assistant" for message in messages)
-        if longest_allowed is not None and answers > _FEW_ANSWERS and self._is_longer(text, longest_allowed):
-            return Rendered(text, (), has_marks=True)
+        if longest_allowed is not None and answers > _FEW_ANSWERS:
+            encoded = self._tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            if len(encoded.input_ids) > longest_allowed:
+                return Rendered(text, (), has_marks=True)
         spans = []
         for index, message in enumerate(messages):
             if message.role == "assistant":
@@ -204,10 +206,6 @@ class Tokenizer:
                 spans.append((message, span))
         marked = tuple(span for message, span in spans if message.trained)
         return Rendered(text, tuple(span for _, span in spans), has_marks=True, marked=marked)
-
-    def _is_longer(self, text: str, tokens: int) -> bool:
-        encoded = self._tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return len(encoded.input_ids) > tokens
 
     @cached_property
     def _reasoning_key(self) -> str | None:

@@ -20,7 +20,7 @@ import numpy
 from qlora_api.spec.dataset import Columns, DatasetSpec, RowFormat, SystemPromptSpec
 from qlora_api.spec.training import TrainingSpec, TrainOn
 from qlora_trainer.core.failures import StepFailure, bad_configuration
-from qlora_trainer.data.examples.example import Example, PlainText, Preference, TokenizedRow
+from qlora_trainer.data.examples.example import PlainText, Preference, TokenizedRow
 from qlora_trainer.data.examples.formats import DATASET, PAIRS, PLAIN, RowReader
 from qlora_trainer.data.read.rows import Row
 from qlora_trainer.data.render.chat_template import Rendered, Tokenizer
@@ -142,16 +142,12 @@ class ChunkMaker:
 
     def render(self, row: Row) -> tuple[Rendered, ...]:
         """The row's text, or a pair's two. Raises StepFailure for an invalid row."""
-        example = self._example(row)
+        example, system = self._reader.read(row), self.recipe.system_prompt
+        if system is not None and not isinstance(example, PlainText):
+            example = example.with_system(system.text, replace=system.mode == "replace")
         if isinstance(example, Preference):
             return self._tokenizer.render_pair(example, row.location, self.recipe.longest_allowed)
         return (self._tokenizer.render(example, row.location, self.recipe.longest_allowed),)
-
-    def _example(self, row: Row) -> Example | Preference:
-        example, system = self._reader.read(row), self.recipe.system_prompt
-        if system is None or isinstance(example, PlainText):
-            return example
-        return example.with_system(system.text, replace=system.mode == "replace")
 
     def _tokenize(self, rows: Sequence[Row]) -> Iterator[tuple[Row, TokenizedRow]]:
         for batch in _batches(iter(rows), _BATCH_ROWS, _BATCH_BYTES):

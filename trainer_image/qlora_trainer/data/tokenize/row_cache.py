@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,11 +44,8 @@ class RowsFolder:
             if not path.name.startswith(f"{part}-{key}-"):
                 path.unlink()
         shared = None if self.shared is None else _open(self.shared)
-        rows = PartOfRows(self.own, shared, f"{part}-{key}", limits, on_wait)
-        try:
+        with closing(PartOfRows(self.own, shared, f"{part}-{key}", limits, on_wait)) as rows:
             yield rows
-        finally:
-            rows.close()
 
 
 @dataclass(frozen=True)
