@@ -50,20 +50,11 @@ _LLAMA = b"""\
 _QUANTIZED = {"quantization_config": {"load_in_4bit": True, "llm_int8_skip_modules": ["a.b"]}}
 _STATE = dumped({"formatVersion": 1, "step": 2, **state_of(2)})
 _ATTEMPT = b'{"podUid": "pod", "startedAt": "2026-01-02T12:00:00Z", "fromStep": 2, "ended": "interrupted"}\n'
+_PREPARED = b"""\
+{"fingerprint": "f", "modelPath": "model", "modelRevision": "c0ffee", "basePath": "base", "baseSha256": "0",
+ "dataPath": "data", "targetModules": ["a"], "packed": true, "modelType": "llama"}"""
 _RECORDS = (
-    PrepareRecord(
-        fingerprint="f",
-        model_path="model",
-        model_revision="c0ffee",
-        base_path="base",
-        base_sha256="0",
-        data_path="data",
-        target_modules=("a",),
-        packed=True,
-        model_type="llama",
-        memory=MEMORY,
-        dataset=FOUND,
-    ),
+    PrepareRecord.model_validate(json.loads(_PREPARED) | {"memory": MEMORY, "dataset": FOUND}),
     TrainRecord(fingerprint="f", adapter_path="a", adapter_sha256="0", training_step=1, loss=1.5),
     PublishRecord(fingerprint="f", adapter=ADAPTER),
 )
@@ -226,13 +217,9 @@ def _seed_chunk() -> bytes:
 
 
 def _seed_split() -> bytes:
-    tensors = {
-        "token_offsets": numpy.array([0, 2], numpy.int64),
-        "segment_offsets": numpy.array([0, 1], numpy.int64),
-        "input_ids": numpy.array([1, 2], numpy.int32),
-        "segment_lengths": numpy.array([2], numpy.int32),
-        "is_target": numpy.array([0, 1], numpy.uint8),
-    }
+    offsets = {"token_offsets": numpy.array([0, 2]), "segment_offsets": numpy.array([0, 1])}
+    rows = {"input_ids": numpy.array([1, 2], numpy.int32), "segment_lengths": numpy.array([2], numpy.int32)}
+    tensors = {**offsets, **rows, "is_target": numpy.array([0, 1], numpy.uint8)}
     return save(tensors, metadata={"prepared": json.dumps({"format": 2, "targetTokens": 1})})
 
 

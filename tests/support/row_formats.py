@@ -171,6 +171,23 @@ WRONG_ROWS: Mapping[RowFormat, tuple[tuple[Mapping[str, Any], str], ...]] = {
         ),
         ({"messages": [ASK, ANSWER], "tools": 3}, ": 'tools' is a number: must be a list of tools, or its"),
         ({"messages": [ASK, ANSWER], "tools": [{}]}, ": 'tools', tool 0 is not a function with a name"),
+        (
+            {"messages": [ASK, ANSWER], "tools": [{"function": {"name": "pods", "parameters": "{}"}}]},
+            ": 'tools', tool 0: parameters is text: must be a JSON schema, an object",
+        ),
+        ({"messages": [ASK, ANSWER | {"reasoning": 3}]}, ": 'messages[1].reasoning' is a number: must be text"),
+        (
+            {"messages": [ASK, ANSWER | {"reasoning": "a", "thinking": "b"}]},
+            ": 'messages[1].reasoning' and 'thinking' are both set: keep one",
+        ),
+        (
+            {"messages": [ASK, ANSWER | {"reasoning": "a", "content": "<think>b</think>c"}]},
+            ": 'messages[1].reasoning' is set, and the content has <think> too",
+        ),
+        (
+            {"messages": [ASK | {"reasoning": "hm"}, ANSWER]},
+            ": 'messages[0].reasoning' is set in a user message: only an assistant's has reasoning",
+        ),
     ),
     "sharegpt": (
         (

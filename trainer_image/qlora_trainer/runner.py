@@ -90,7 +90,7 @@ def run(invocation: Invocation) -> NoReturn:
     except BaseException as error:  # noqa: BLE001 - however a step ends, the operator gets its result
         process.ignore_termination()
         ending = classify(error)
-        if ending.unexpected:
+        if ending.is_unexpected:
             streams.errors.write(redact("".join(traceback.format_exception(error))))
     process.ignore_termination()
     _conclude(invocation, ending, completion, records, streams)

@@ -139,9 +139,9 @@ def _show_row(row: "PreviewedRow", console: Console, *, colored: bool) -> None:
     text = Text()
     for stretch in row.stretches:
         shown = "\n".join(map(printable, stretch.text.split("\n")))
-        if stretch.trained and not colored:
+        if stretch.is_trained and not colored:
             shown = f"{_MARKS[0]}{shown}{_MARKS[1]}"
-        text.append(shown, _TRAINED if stretch.trained and colored else None)
+        text.append(shown, _TRAINED if stretch.is_trained and colored else None)
     console.print(text, soft_wrap=True, highlight=False, end="" if text.plain.endswith("\n") else "\n")
 
 

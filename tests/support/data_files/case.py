@@ -41,7 +41,17 @@ def one_file(name: str, path: str, content: str | bytes, message: str, **dataset
     return BadData(name, {path: data}, message, dataset=dataset)
 
 
-def second_line(name: str, line: str | bytes, message: str, **dataset: Any) -> BadData:
+def json_lines(name: str, content: str | bytes, message: str, **dataset: Any) -> BadData:
+    """A JSONL file; the message begins with its name."""
+    return one_file(name, "train.jsonl", content, f"pvc://data/train.jsonl{message}", **dataset)
+
+
+def json_list(name: str, content: str | bytes, message: str) -> BadData:
+    """A JSON file; the message begins with its name."""
+    return one_file(name, "train.json", content, f"pvc://data/train.json{message}")
+
+
+def second_line(name: str, line: str | bytes, message: str) -> BadData:
     """A JSONL file of a good and a wrong row; the message begins with the wrong one's place."""
     wrong = line.encode() if isinstance(line, str) else line
-    return one_file(name, "train.jsonl", GOOD.encode() + wrong, f"pvc://data/train.jsonl line 2{message}", **dataset)
+    return json_lines(name, GOOD.encode() + wrong, f" line 2{message}")

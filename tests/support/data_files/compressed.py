@@ -7,14 +7,11 @@ import lzma
 import pyarrow as pa
 from pyarrow.parquet import ParquetWriter
 
-from tests.support.data_files.case import GOOD, BadData, one_file
+from tests.support.data_files.case import GOOD, BadData, json_lines, one_file
+from tests.support.data_files.good import zstandard
 
 ROWS = "".join(GOOD.replace("pods?", f"pods of {number}?") for number in range(200)).encode()
-
-
-def zstandard(content: bytes) -> bytes:
-    """Compressed as zstd does."""
-    return bytes(pa.compress(content, codec="zstd", asbytes=True))
+BOMB = "has more than 67108864 bytes when it is decompressed, over 200 times its size"
 
 
 def bomb() -> bytes:
@@ -31,14 +28,14 @@ def column_bomb() -> bytes:
     return bytes(sink.getvalue())
 
 
+def compressed(name: str, ending: str, content: bytes, message: str) -> BadData:
+    """A file with that ending; the message begins with its name."""
+    return one_file(name, f"train.jsonl{ending}", content, f"pvc://data/train.jsonl{ending} {message}")
+
+
 def cut(name: str, ending: str, content: bytes) -> BadData:
     """A compressed file without its latter half."""
-    return one_file(
-        name,
-        f"train.jsonl{ending}",
-        content[: len(content) // 2],
-        f"pvc://data/train.jsonl{ending} cannot be decompressed (",
-    )
+    return compressed(name, ending, content[: len(content) // 2], "cannot be decompressed (")
 
 
 COMPRESSED = (
@@ -46,38 +43,16 @@ COMPRESSED = (
     cut("bzip2 that is cut off", ".bz2", bz2.compress(ROWS)),
     cut("xz that is cut off", ".xz", lzma.compress(ROWS)),
     cut("zstd that is cut off", ".zst", zstandard(ROWS)),
-    one_file(
+    compressed(
         "text called gzip",
-        "train.jsonl.gz",
-        GOOD,
-        "pvc://data/train.jsonl.gz cannot be decompressed (Not a gzipped file (b'{\"')): it is cut off, damaged, or",
+        ".gz",
+        GOOD.encode(),
+        "cannot be decompressed (Not a gzipped file (b'{\"')): it is cut off, damaged, or",
     ),
-    one_file(
-        "gzip called zstd",
-        "train.jsonl.zst",
-        gzip.compress(ROWS),
-        "pvc://data/train.jsonl.zst cannot be decompressed (",
-    ),
-    one_file(
-        "gzip called text",
-        "train.jsonl",
-        gzip.compress(ROWS),
-        "pvc://data/train.jsonl line 1: byte 0x8b at byte 1 of the file is not UTF-8",
-    ),
-    one_file("nothing in gzip", "train.jsonl.gz", gzip.compress(b""), "pvc://data/train.jsonl.gz has no rows ("),
-    one_file(
-        "wrong row in gzip", "train.jsonl.gz", gzip.compress(GOOD.encode() + b"3\n"), "train.jsonl.gz line 2 is a num"
-    ),
-    one_file(
-        "decompression bomb",
-        "train.jsonl.gz",
-        bomb(),
-        "pvc://data/train.jsonl.gz has more than 67108864 bytes when it is decompressed, over 200 times its size",
-    ),
-    one_file(
-        "Parquet bomb",
-        "train.parquet",
-        column_bomb(),
-        "pvc://data/train.parquet has more than 67108864 bytes when it is decompressed, over 200 times its size",
-    ),
+    compressed("gzip called zstd", ".zst", gzip.compress(ROWS), "cannot be decompressed ("),
+    json_lines("gzip called text", gzip.compress(ROWS), " line 1: byte 0x8b at byte 1 of the file is not UTF-8"),
+    compressed("nothing in gzip", ".gz", gzip.compress(b""), "has no rows ("),
+    compressed("wrong row in gzip", ".gz", gzip.compress(GOOD.encode() + b"3\n"), "line 2 is a num"),
+    compressed("decompression bomb", ".gz", bomb(), BOMB),
+    one_file("Parquet bomb", "train.parquet", column_bomb(), f"pvc://data/train.parquet {BOMB}"),
 )

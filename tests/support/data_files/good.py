@@ -16,7 +16,8 @@ _CELLS = ['"{}","{}"'.format(*(row[key].replace('"', '""') for key in ("prompt",
 _MARK = b"\xef\xbb\xbf"
 
 
-def _zstandard(content: bytes) -> bytes:
+def zstandard(content: bytes) -> bytes:
+    """Compressed as zstd does."""
     return bytes(pa.compress(content, codec="zstd", asbytes=True))
 
 
@@ -38,6 +39,6 @@ GOOD_FILES: Mapping[str, tuple[bytes, ...]] = {
     ".jsonl.gz": (gzip.compress(_PLAIN[:50]) + gzip.compress(_PLAIN[50:]),),
     ".jsonl.bz2": (bz2.compress(_PLAIN),),
     ".json.xz": (lzma.compress(json.dumps(ROWS).encode()),),
-    ".csv.zst": (_zstandard("\r\n".join(["prompt,completion", *_CELLS]).encode()),),
+    ".csv.zst": (zstandard("\r\n".join(["prompt,completion", *_CELLS]).encode()),),
 }
 """By the ending of the file's name: also with a byte order mark, blank lines and Windows line ends."""

@@ -99,7 +99,7 @@ def test_an_error_is_classified_without_loading_torch_or_the_hubs_client() -> No
 def test_each_kind_of_error_has_its_exit_code(error: BaseException, code: ExitCode) -> None:
     ending = classify(error)
     assert ending.exit_code is code
-    assert ending.unexpected == (code is ExitCode.INTERNAL_ERROR)
+    assert ending.is_unexpected == (code is ExitCode.INTERNAL_ERROR)
 
 
 def test_an_error_without_a_message_is_named_by_its_type() -> None:

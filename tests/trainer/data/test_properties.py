@@ -11,47 +11,42 @@ from hypothesis import strategies as st
 
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.core.outcome import classify, result_record
 from qlora_trainer.core.paths import confine, require_regular
-from qlora_trainer.core.records import Findings
 from qlora_trainer.history.metrics_log import read_history
 from qlora_trainer.training.checkpoints.attempts import ATTEMPTS_FILE, read_attempts
 from qlora_trainer.training.checkpoints.checkpoint import read_checkpoint
 from tests.fuzz.answers import ANSWERS
 from tests.fuzz.files import FILES
 from tests.fuzz.inputs import BOUNDED, inputs
+from tests.fuzz.target import Target, shown_message
 
+TARGETS = {**FILES, **{f"answer: {name}": target for name, target in ANSWERS.items()}}
 # A model is built from each, or a tokenizer loaded.
-SLOW = ("family", "template")
+SLOW = ("family", "answer: template")
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name not in SLOW])
-@settings(BOUNDED, max_examples=100)
-@given(data=st.data())
-def test_a_file_is_read_or_rejected_as_documented(name: str, data: st.DataObject) -> None:
+def check(target: Target, data: st.DataObject) -> None:
+    """Draw an input, and check that the target reads or rejects it."""
     logging.disable()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            FILES[name].check(data.draw(inputs(FILES[name].seeds)), Path(folder))
+            target.check(data.draw(inputs(target.seeds)), Path(folder))
     finally:
         logging.disable(logging.NOTSET)
 
 
-@pytest.mark.parametrize("name", [name for name in ANSWERS if name not in SLOW])
+@pytest.mark.parametrize("name", [name for name in TARGETS if name not in SLOW])
 @settings(BOUNDED, max_examples=100)
 @given(data=st.data())
-def test_an_answer_is_read_or_rejected_as_documented(name: str, data: st.DataObject) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        ANSWERS[name].check(data.draw(inputs(ANSWERS[name].seeds)), Path(folder))
+def test_a_file_or_an_answer_is_read_or_rejected_as_documented(name: str, data: st.DataObject) -> None:
+    check(TARGETS[name], data)
 
 
 @pytest.mark.parametrize("name", SLOW)
 @settings(BOUNDED, max_examples=20)
 @given(data=st.data())
 def test_a_models_files_are_read_or_rejected_as_documented(name: str, data: st.DataObject) -> None:
-    target = (FILES | ANSWERS)[name]
-    with tempfile.TemporaryDirectory() as folder:
-        target.check(data.draw(inputs(target.seeds)), Path(folder))
+    check(TARGETS[name], data)
 
 
 @pytest.mark.parametrize("name", ["/dev/zero", "../state.json", "pipe\x00", "x" * 5000])
@@ -96,14 +91,4 @@ def test_a_link_that_leads_to_itself_is_rejected_wherever_it_is_followed(endless
 
 def test_a_failures_message_cannot_control_a_terminal() -> None:
     failure = StepFailure(ExitCode.BAD_DATASET, "row \x1b[31m1\n\u202eis \ud800 bad")
-    record = result_record(
-        classify(failure),
-        None,
-        Findings(),
-        step="prepare",
-        job_uid="job",
-        pod_uid="pod",
-        attempt=1,
-        time="2026-01-02T12:00:00Z",
-    )
-    assert record.message == "row \\x1b[31m1 \\u202eis \\ud800 bad"
+    assert shown_message(failure) == "row \\x1b[31m1 \\u202eis \\ud800 bad"

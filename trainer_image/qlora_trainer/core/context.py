@@ -97,11 +97,8 @@ class StepContext:
     workspace_uri: str
     """Address of the workspace folder: pvc://CLAIM/FOLDER, or a path on a laptop."""
     registries: tuple[str, ...] = ()
-    """OCI registries that may be used, as a profile lists them."""
     started: datetime | None = None
-    """When this process started, or None if it does more than this step."""
     contract_version: int = contract.CONTRACT_VERSION
-    """Version of the contract with the operator."""
     gpu_hour_price: str = ""
     """The price in the profile, with the currency, or an empty string."""
     rungs: tuple[int, ...] = ()

@@ -52,19 +52,15 @@ def library_settings(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def preloaded_allocator(environ: Mapping[str, str]) -> dict[str, str]:
-    """Variables to add to the environment that training on a CPU is started in, as in the operator's pods.
-
-    Empty if the allocator is not installed, or another library is preloaded already: no result depends on it.
-    """
+    """Variables that preload the allocator for training on a CPU, if it is installed."""
     installed = find_library("tcmalloc_minimal") == CPU_ALLOCATOR
     return {"LD_PRELOAD": CPU_ALLOCATOR} if installed and "LD_PRELOAD" not in environ else {}
 
 
 def copies_mapped_weights(device_type: str, *, sharded: bool) -> bool:
-    """Whether to copy the weights that stay in 16 bit out of the mapped file.
+    """Whether to copy 16-bit weights out of the mapped file.
 
-    As long as one of them is used in place, the whole file stays in memory, including all weights that are now 4-bit.
-    A base that will be sharded leaves main memory anyway.
+    As long as one is used in place, the whole file stays in memory. A base that will be sharded leaves it anyway.
     """
     return device_type == "cpu" and not sharded
 
@@ -88,8 +84,7 @@ def loss_chunk_tokens(device_type: str) -> int:
 def keeps_dequantized(device_type: str, *, recomputed: bool) -> bool:
     """Whether a fused LoRA layer keeps its dequantized weight until backward.
 
-    Only with `recomputed`, where backward comes a moment after the forward pass: then main memory holds the weights of
-    one block in 16 bit, 1.6 GB at 65B.
+    Only with `recomputed`: then main memory holds the weights of one block in 16 bit, 1.6 GB at 65B.
     """
     return recomputed and device_type == "cpu"
 

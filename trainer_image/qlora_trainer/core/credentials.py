@@ -17,7 +17,6 @@ class Secret:
     field: str
     """The field that names it, for messages: spec.output.secretRef."""
     name: str | None
-    """None if the field is not set."""
 
     def value(self, key: str) -> str | None:
         """The value of a key, or None. Raises StepFailure BAD_CONFIGURATION for no text."""
@@ -43,10 +42,9 @@ class Secret:
         return value
 
     def require(self, *keys: str, has_own: bool) -> dict[str, str] | None:
-        """The values of all these keys, or None if no Secret is named.
+        """The values of all these keys, or None if no Secret is named, or with `has_own` if one is missing.
 
-        Raises StepFailure UNREACHABLE if one is missing, since the Secret may be made after the job. With `has_own`,
-        the user of this machine has credentials, as on a laptop: it returns None instead.
+        Raises StepFailure UNREACHABLE if one is missing otherwise: the Secret may be made after the job.
         """
         if self.name is None:
             return None

@@ -15,10 +15,7 @@ _START_TICKS = 22
 
 
 def available_cpus(quota_file: Path = _CPU_QUOTA, environ: Mapping[str, str] = os.environ) -> int:
-    """CPU cores that this process should use: those of OMP_NUM_THREADS, as the operator sets it to the pod's request.
-
-    Without it, the process's affinity and its container's limit, which PyTorch does not look at.
-    """
+    """CPU cores to use: OMP_NUM_THREADS, else the affinity and container's limit."""
     cpus = len(os.sched_getaffinity(0))
     if environ.get("OMP_NUM_THREADS", "").isdecimal():
         return max(1, min(cpus, int(environ["OMP_NUM_THREADS"])))

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from functools import partial
 
 from qlora_api.contract import ExitCode
 
@@ -16,7 +17,7 @@ _OUT_OF_GPU_MEMORY = re.compile(
 
 
 class StepFailure(Exception):  # noqa: N818 - the step is what fails
-    """Ends the step with `exit_code`. The message says what to do."""
+    """Ends the step with `exit_code`. The message has what to do."""
 
     def __init__(self, exit_code: ExitCode, message: str) -> None:
         super().__init__(message)
@@ -28,46 +29,24 @@ class StepFailure(Exception):  # noqa: N818 - the step is what fails
         return type(self), (self.exit_code, self.message)
 
 
-def bad_configuration(message: str) -> StepFailure:
-    """The manifest asks for something that cannot be done."""
-    return StepFailure(ExitCode.BAD_CONFIGURATION, message)
-
-
-def bad_dataset(message: str) -> StepFailure:
-    """The data set cannot be used as it is."""
-    return StepFailure(ExitCode.BAD_DATASET, message)
-
-
-def model_unavailable(message: str) -> StepFailure:
-    """The base model is missing, gated or forbidden."""
-    return StepFailure(ExitCode.MODEL_UNAVAILABLE, message)
-
-
-def unsafe_artifact(message: str) -> StepFailure:
-    """A file that could run code or lead out of its folder."""
-    return StepFailure(ExitCode.UNSAFE_ARTIFACT, message)
-
-
-def unreachable(message: str) -> StepFailure:
-    """The hub, the network or a mounted object is missing (yet): worth a retry."""
-    return StepFailure(ExitCode.UNREACHABLE, message)
-
-
-def damaged(message: str) -> StepFailure:
-    """A workspace file differs from what was written: disk error or other writer."""
-    return StepFailure(ExitCode.INTERNAL_ERROR, message)
-
-
-def peer_lost(message: str) -> StepFailure:
-    """Another node of the job has ended: all nodes restart from the checkpoint."""
-    return StepFailure(ExitCode.PEER_LOST, message)
+bad_configuration = partial(StepFailure, ExitCode.BAD_CONFIGURATION)
+"""The manifest asks for something that cannot be done."""
+bad_dataset = partial(StepFailure, ExitCode.BAD_DATASET)
+"""The data set cannot be used as it is."""
+model_unavailable = partial(StepFailure, ExitCode.MODEL_UNAVAILABLE)
+"""The base model is missing, gated or forbidden."""
+unsafe_artifact = partial(StepFailure, ExitCode.UNSAFE_ARTIFACT)
+"""A file that could run code or lead out of its folder."""
+unreachable = partial(StepFailure, ExitCode.UNREACHABLE)
+"""The hub, the network or a mounted object is missing (yet): worth a retry."""
+damaged = partial(StepFailure, ExitCode.INTERNAL_ERROR)
+"""A workspace file differs from what was written: disk error or other writer."""
+peer_lost = partial(StepFailure, ExitCode.PEER_LOST)
+"""Another node of the job has ended: all nodes restart from the checkpoint."""
 
 
 def is_out_of_gpu_memory(error: BaseException) -> bool:
-    """Whether the GPU is out of memory, by PyTorch or a library below. Loads no torch.
-
-    The only test of that: training halves its micro batches for the errors that end a step as GPU_OUT_OF_MEMORY.
-    """
+    """Whether it is a lack of GPU memory, by PyTorch or a library. Loads no torch."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
@@ -98,6 +77,6 @@ class StopRequest:
         self._requested = True
 
     @property
-    def requested(self) -> bool:
+    def is_requested(self) -> bool:
         """Whether the step has been asked to stop."""
         return self._requested

@@ -124,8 +124,7 @@ def partial_path(target: Path) -> Path:
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a new, empty folder that becomes `target` when the body ends: complete and durable, or absent.
 
-    It replaces an existing `target`. If the body raises, its files are removed, because on a full volume their space is
-    needed, and `target` stays as it was.
+    If the body raises, its files are removed, for their space, and `target` stays as it was.
     """
     with scratch_folder(target) as partial:
         yield partial

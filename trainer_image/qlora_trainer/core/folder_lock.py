@@ -51,8 +51,7 @@ class Ownership:
 def exclusive(path: Path, longest_wait: float) -> Iterator[float]:
     """Let in one process at a time that names this file, or all of them if the volume supports no locks.
 
-    Yields the time by the clock of the volume, to compute ages of its files. Raises TimeoutError if another process was
-    in for `longest_wait` seconds.
+    Yields the volume's time. Raises TimeoutError if another process was in for `longest_wait` seconds.
     """
     descriptor = _open(path, os.O_CREAT)
     try:

@@ -100,11 +100,7 @@ class Proxy:
 
 
 def https_proxy(environment: Mapping[str, str]) -> Proxy | None:
-    """The proxy of the environment, also where a user of this machine has set one, or None.
-
-    Raises StepFailure BAD_CONFIGURATION for one that is not reached by http://, as clients differ in whether they then
-    send the password in plain text.
-    """
+    """The environment's proxy, or None. Raises StepFailure unless it is http://."""
     name = "HTTPS_PROXY" if environment.get("HTTPS_PROXY") else "https_proxy"
     url = environment.get(name)
     if not url:

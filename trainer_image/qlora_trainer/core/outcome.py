@@ -30,7 +30,7 @@ class Ending:
 
     exit_code: ExitCode
     message: str
-    unexpected: bool = False
+    is_unexpected: bool = False
     """Whether the traceback is worth showing: nobody has foreseen this error."""
 
     @property
@@ -55,7 +55,7 @@ def classify(error: BaseException) -> Ending:
         return Ending(ExitCode.UNREACHABLE, f"the network failed ({first_line(error)}); the step is retried")
     message = first_line(error) if str(error).strip() else "no message"
     unforeseen = f"unexpected {type(error).__name__}: {message}; the traceback is in the pod's log"
-    return Ending(ExitCode.INTERNAL_ERROR, unforeseen, unexpected=True)
+    return Ending(ExitCode.INTERNAL_ERROR, unforeseen, is_unexpected=True)
 
 
 ENDS_ONE_JOB = (StepFailure, OSError, SafetensorError)
@@ -127,8 +127,7 @@ def result_record(
 ) -> ResultRecord:
     """The step's last record, redacted and within its size: a message that is too long is cut.
 
-    If the message is short by then, the sources of a mix are left out first, and the runs of trackers last. The record
-    has what was known when the step ended, also when the step failed.
+    If that is not enough, the sources of a mix are left out, and the runs of trackers last.
     """
     message = shortened(one_line(redact(ending.message)), MAX_MESSAGE_LENGTH)
     record = ResultRecord(

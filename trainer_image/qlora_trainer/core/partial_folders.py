@@ -36,8 +36,7 @@ class PartialFolders:
     def claim(self, key: str) -> tuple[Path, Ownership] | None:
         """This pod's folder for the content of this key (without a dot), or None while another pod makes it.
 
-        The folder may have what a killed pod has left in it. The caller removes and releases it when done.
-        Raises TimeoutError as `exclusive` does.
+        It may have what a killed pod has left. The caller removes and releases it. Raises TimeoutError.
         """
         with self.exclusive() as now, ExitStack() as held:
             abandoned: dict[Path, Ownership] = {}

@@ -22,10 +22,7 @@ def require_regular(path: Path, folder: Path, name: str) -> None:
 
 
 def read_regular(path: Path, largest: int) -> bytes:
-    """The content of a file of at most `largest` bytes. Raises ValueError if it is no regular file, or larger.
-
-    Raises OSError if it is a link (ELOOP), missing or unreadable. Never waits for a writer, as that of a pipe.
-    """
+    """The content of a regular file. Raises ValueError if larger, OSError for a link."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

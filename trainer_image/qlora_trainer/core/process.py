@@ -37,10 +37,7 @@ def claim_streams() -> Streams:
 
 
 def log_to(path: Path, heading: str) -> None:
-    """Send what libraries print to the file at `path`, and keep one previous file as `<name>.1`.
-
-    Raises OSError if the file cannot be written: then nothing else in the workspace can be either.
-    """
+    """Send output to the file at `path`, and keep one previous. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Also a dangling link, which would be followed.
     if os.path.lexists(path):
@@ -73,11 +70,10 @@ def hide_gpus() -> None:
 
 
 def set_environment(step: StepName, workspace: Path, *, device: Device = "cpu", publishes_to_hub: bool = False) -> None:
-    """Switch off telemetry everywhere and the hub where no network is needed, and give libraries a folder to write to.
+    """Switch off telemetry everywhere, and the hub where it is not needed, before libraries are loaded.
 
-    Only a step that trains on a GPU sees one: call this before libraries are loaded. The root file system of a pod is
-    read-only and its user often has no entry in the password file: libraries that keep caches below the home directory,
-    or ask for the user's name, are given both.
+    Only a step that trains on a GPU sees one. The root file system of a pod is read-only and its user often unknown:
+    libraries that keep caches below the home directory, or ask for the user's name, are given both.
     """
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ.update(cpu.library_settings(os.environ))

@@ -43,10 +43,9 @@ def within_limits(
     memory_bytes: int = MEMORY_BYTES,
     what: str = "the dry run",
 ) -> Result:
-    """Call the function in a forked process, and return its result.
+    """Call the function in a forked process, and return its result. `what` names it in messages.
 
-    `what` names the function in messages. Raises its StepFailure, LimitReached, or DryRunFailed for any other end;
-    RuntimeError in a process that sees a GPU: a fork of it cannot compute.
+    Raises its StepFailure, LimitReached, DryRunFailed for any other end, RuntimeError in a process that sees a GPU.
     """
 
     def once() -> Iterator[Result]:
@@ -64,10 +63,7 @@ def iterate_within_limits(
     memory_bytes: int = MEMORY_BYTES,
     what: str = "the dry run",
 ) -> Generator[Result, None, None]:
-    """Call the function in a forked process, and yield its items. Each may take `seconds`.
-
-    The process ends with the generator. Raises as `within_limits`.
-    """
+    """Yield the items of a function in a forked process, as `within_limits`."""
     _require_no_gpu(what)
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)

@@ -21,7 +21,6 @@ class TrainedJob:
     prepared: PrepareRecord
     trained: TrainRecord
     gate: GateStatus | None = None
-    """The gate's result, or None without spec.gate."""
     gpu_hour_price: str = ""
     """The price of a GPU hour, with the currency, or an empty string."""
 

@@ -39,9 +39,7 @@ class ExaminedData:
     """The findings in a job's rows, whether or not it can train on them."""
 
     sources: tuple[TokenizedSource, ...]
-    """The training sources, and the evaluation's own."""
     dataset: Dataset | None
-    """None if there are not enough rows for each split."""
     rejection: str
     """Why the job fails with BAD_DATASET, or an empty string."""
 
@@ -56,7 +54,6 @@ class DatasetBuilder:
     tokenizer_files: Mapping[str, str]
     """SHA-256 of each of the tokenizer's files."""
     vocabulary: int
-    """Tokens that the model has."""
     access: StoreAccess
     scratch: Callable[[str], Path]
     """Gives folders, by name, for what the next attempt resumes from."""
@@ -176,11 +173,7 @@ class DatasetBuilder:
         usable: bool,
         like: TokenizedSource | None = None,
     ) -> TokenizedSource:
-        """Tokenize the rows of the files, with the settings of the job's `field`, in the format of `like` if set.
-
-        `earlier`: the sources that have been tokenized before, whose rows the progress counts too. `usable`: raises
-        StepFailure if none of the rows can be used.
-        """
+        """Tokenize a source's rows. `usable`: raise StepFailure if none can be used."""
         before = data.versions()
         first = next(rows)
         if like is None:

@@ -68,16 +68,13 @@ class Dataset:
     """The rows of a job, with their sources and the splits that use them."""
 
     training: tuple[TokenizedSource, ...]
-    """The one source, or those of the mix."""
     own_evaluation: TokenizedSource | None
     """The source of the held-out rows, unless none or a fraction of the training's."""
     rows: TokenizedRows
     """Of all sources: of the training sources, then the evaluation's own."""
     selection: Selection
-    """Which of `rows` each split has."""
     mix: Mix | None = None
     weights: tuple[float | None, ...] = ()
-    """Of the mix's sources."""
 
     @property
     def sources(self) -> tuple[TokenizedSource, ...]:
@@ -124,7 +121,7 @@ class Dataset:
         if found.first is None:
             return None
         first, held_out = (printable(self.rows.location(row)) for row in found.first)
-        left_out = self.selection.overlap_left_out
+        left_out = self.selection.is_overlap_left_out
         return OverlapStatistics(rows=found.count, left_out=left_out, first=first, held_out=held_out)
 
     @property
@@ -136,10 +133,9 @@ class Dataset:
         return (*of_columns, *(() if self.overlap is None else (self.overlap.remark(),)))
 
     def write(self, folder: Path, training: TrainingSpec, *, packed: bool, on_epoch: Callable[[int], None]) -> None:
-        """Write the files of the splits, and their statistics.
+        """Write the files of the splits, and their statistics. Raises OSError if the disk is full.
 
-        `packed`: whether a sequence may have several rows; the seed then chooses them. `on_epoch` is called with the
-        number of each epoch whose rows are drawn. Raises OSError if the disk is full.
+        `packed`: whether a sequence may have several rows. `on_epoch` gets the number of each epoch that is drawn.
         """
         capacity = training.max_sequence_length
         used, epochs = numpy.concatenate(self.selection.training), None

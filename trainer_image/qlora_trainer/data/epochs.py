@@ -10,6 +10,7 @@ a GPU would wait some ten seconds for an epoch of ten million rows. A row takes 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import count
 from math import ceil
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -26,24 +27,18 @@ from qlora_trainer.data.sampling import Purpose, RowIndices, permutation
 
 @dataclass(frozen=True)
 class Mix:
-    """The number of rows of each source in an epoch. It has as many as all sources together.
+    """The number of rows of each source in an epoch, as MosaicML Streaming's `proportion` defines it.
 
-    The definition is that of MosaicML Streaming for streams with a `proportion`: a source larger than its share gives
-    a part of its rows, drawn without replacement; a smaller one all of its rows as often as its share holds them, and
-    a part of them once more.
+    A source larger than its share gives a part of its rows, drawn without replacement; a smaller one all of its rows as
+    often as its share holds them, and a part of them once more.
     """
 
     sizes: tuple[int, ...]
-    """Rows of each source."""
     shares: tuple[int, ...]
-    """Rows of each source in an epoch."""
 
     @classmethod
     def from_sizes(cls, sizes: Sequence[int], weights: Sequence[float | None]) -> "Mix":
-        """The mix of sources with so many rows. Where they are None each row is in every epoch once.
-
-        Shares are rounded by largest remainders, so that they add up to all rows.
-        """
+        """The mix by largest remainders. Without weights each row is in an epoch once."""
         parts = [Fraction(weight) for weight in weights if weight is not None]
         if not parts:
             return cls(tuple(sizes), tuple(sizes))
@@ -56,23 +51,15 @@ class Mix:
         return cls(tuple(sizes), tuple(shares))
 
     def epochs(self, seed: int) -> Iterator[RowIndices]:
-        """The rows of one epoch after the other, without end: indices into the rows of all sources, one after another.
-
-        Each epoch is drawn independently of the others, in random order within a source.
-        """
-        epoch = 0
-        while True:
-            yield self._epoch(seed, epoch)
-            epoch += 1
-
-    def _epoch(self, seed: int, epoch: int) -> RowIndices:
-        drawn, first = [], 0
-        for source, (size, share) in enumerate(zip(self.sizes, self.shares, strict=True)):
-            order = permutation(size, seed, Purpose.MIX, (epoch, source))
-            whole, rest = divmod(share, size)
-            drawn.append(first + numpy.concatenate([numpy.tile(order, whole), order[:rest]]))
-            first += size
-        return numpy.concatenate(drawn)
+        """Row indices of one epoch after the other, without end, each drawn by itself."""
+        for epoch in count():
+            drawn, first = [], 0
+            for source, (size, share) in enumerate(zip(self.sizes, self.shares, strict=True)):
+                order = permutation(size, seed, Purpose.MIX, (epoch, source))
+                whole, rest = divmod(share, size)
+                drawn.append(first + numpy.concatenate([numpy.tile(order, whole), order[:rest]]))
+                first += size
+            yield numpy.concatenate(drawn)
 
 
 MAX_EPOCHS = 100_000
@@ -102,9 +89,8 @@ class EpochArrangements:
     ) -> Self:
         """The arrangement of as many of `epochs` as the run has, which `training` decides.
 
-        Memory: one epoch at a time, and 8 bytes per sequence; the rows are in an unnamed file in the folder `scratch`.
-        `on_epoch` is called with the number of each. Raises OSError if the disk is full, and after the first epoch
-        StepFailure (BAD_CONFIGURATION) if there would be too many.
+        Memory: an epoch, and 8 bytes per sequence; the rows are in an unnamed file in `scratch`. `on_epoch` gets the
+        number of each. Raises OSError, and StepFailure (BAD_CONFIGURATION) for too many epochs.
         """
         sequences_per_step = training.micro_batch_size * training.gradient_accumulation_steps
         sizes, epoch_offsets, steps = [numpy.zeros(1, numpy.int64)], [0], 0

@@ -31,7 +31,6 @@ class ResolvedInputs:
     """The content of a job's addresses, which decides the prepared data."""
 
     model: str
-    """Revision of the model."""
     tokenizer: Mapping[str, str]
     """SHA-256 of each of the tokenizer's files."""
     data: tuple[str, ...]

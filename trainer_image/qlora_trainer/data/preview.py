@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy
 
 from qlora_api.schema import replace
-from qlora_api.spec.dataset import Columns, DatasetSpec, RowFormat
+from qlora_api.spec.dataset import DatasetSpec
 from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.data.examples.formats import PAIRS, Reading, RowReader, source_format
 from qlora_trainer.data.read.hub_splits import evaluation_part, training_part
@@ -18,7 +18,7 @@ from qlora_trainer.data.read.reading import read_rows, read_used_rows
 from qlora_trainer.data.read.rows import Row
 from qlora_trainer.data.render.chat_template import Rendered, Tokenizer
 from qlora_trainer.data.statistics import EQUAL_ANSWERS
-from qlora_trainer.data.tokenize.chunk_maker import ANY_VOCABULARY, ChunkMaker, Recipe, paired
+from qlora_trainer.data.tokenize.chunk_maker import ANY_VOCABULARY, ChunkMaker, Recipe, pair_rows
 from qlora_trainer.stores.access import StoreAccess
 
 
@@ -27,7 +27,7 @@ class Stretch:
     """A part of a row's text whose tokens are all trained on, or all not."""
 
     text: str
-    trained: bool
+    is_trained: bool
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,6 @@ class PreviewedRow:
     """The text, special tokens included."""
     tokens: int
     targets: int
-    """Tokens that are trained on."""
     left_out: str
     """Why prepare leaves the row out, or an empty string."""
 
@@ -53,57 +52,33 @@ class Preview:
     rows: Iterator[PreviewedRow]
     """Reads on each step. Raises StepFailure for the first invalid row."""
     held_out: bool = False
-    """Whether they are rows of the evaluation's own source."""
-
-
-@dataclass(frozen=True)
-class _Source:
-    """The first rows of one source, and what decides how they are read."""
-
-    uri: str
-    rows: Sequence[Row]
-    field: str
-    """Of the job, with the settings by which they are read."""
-    format: RowFormat
-    columns: Columns
-    held_out: bool = False
 
 
 def previews(
     spec: DatasetSpec, training: TrainingSpec, tokenizer: Tokenizer, access: StoreAccess, download: Path, count: int
 ) -> Iterator[Preview]:
-    """The first `count` rows that a job would use of each source, the evaluation's own last.
-
-    Files of a server are downloaded below `download`. Raises StepFailure as prepare does.
-    """
-    for source in _sources(spec, training, access, download, count):
-        recipe = Recipe.from_spec(
-            spec, training, tokenizer, source.format, source.columns, source.field, vocabulary=ANY_VOCABULARY
-        )
-        recipe.require_place_for_settings(tokenizer, source.uri)
-        reading = RowReader(source.format, source.columns).reading(source.rows[0])
-        shown = _show(source.rows, ChunkMaker(recipe, tokenizer), tokenizer)
-        yield Preview(source.uri, reading, shown, source.held_out)
-
-
-def _sources(
-    spec: DatasetSpec, training: TrainingSpec, access: StoreAccess, download: Path, count: int
-) -> Iterator[_Source]:
-    """The training sources, then the evaluation's, read in the format of the first."""
-    like: _Source | None = None
+    """The first `count` rows of each source. Raises StepFailure as prepare does."""
+    first: Recipe | None = None
+    seed = training.seed if spec.shuffle else None
     for number, (field, source) in enumerate(spec.training_sources.items()):
         data = find_data(source.source, training_part(source, field), access, download / str(number))
-        rows = list(islice(read_used_rows(data.files, spec.max_rows, training.seed if spec.shuffle else None), count))
+        rows = list(islice(read_used_rows(data.files, spec.max_rows, seed), count))
         format_, columns = source_format(rows[0], spec, field, pairs=training.compares_answers)
-        found = _Source(data.uri, rows, field, format_, columns)
-        like = like or found
-        yield found
-    if like is not None and spec.eval is not None and spec.eval.source is not None:
+        recipe = Recipe.from_spec(spec, training, tokenizer, format_, columns, field, vocabulary=ANY_VOCABULARY)
+        first = first or recipe
+        yield _preview(data.uri, rows, recipe, tokenizer)
+    if first is not None and spec.eval is not None and spec.eval.source is not None:
         data = find_data(spec.eval.source, evaluation_part(spec, spec.eval), access, download / "eval")
-        columns = replace(like.columns, check=spec.check_column(like.field, own_evaluation=True))
-        yield dataclasses.replace(
-            like, uri=data.uri, rows=list(islice(read_rows(data.files), count)), columns=columns, held_out=True
-        )
+        rows = list(islice(read_rows(data.files), count))
+        columns = replace(first.columns, check=spec.check_column(first.field, own_evaluation=True))
+        recipe = dataclasses.replace(first, columns=columns)
+        yield dataclasses.replace(_preview(data.uri, rows, recipe, tokenizer), held_out=True)
+
+
+def _preview(uri: str, rows: Sequence[Row], recipe: Recipe, tokenizer: Tokenizer) -> Preview:
+    recipe.require_place_for_settings(tokenizer, uri)
+    reading = RowReader(recipe.format, recipe.columns).reading(rows[0])
+    return Preview(uri, reading, _show(rows, ChunkMaker(recipe, tokenizer), tokenizer))
 
 
 def _show(rows: Sequence[Row], maker: ChunkMaker, tokenizer: Tokenizer) -> Iterator[PreviewedRow]:
@@ -122,7 +97,7 @@ def _preview_row(
     """The parts of a row: one text, or a pair's two, used or left out together."""
     rows = list(tokenizer.tokenize(texts, recipe.train_on))
     pairs = recipe.format in PAIRS
-    [row] = paired(iter(rows)) if pairs else rows
+    [row] = pair_rows(iter(rows)) if pairs else rows
     left_out = "" if row.is_target.any() else EQUAL_ANSWERS if pairs else "no token is trained on"
     if sum(len(row.input_ids) for row in rows) > recipe.longest_allowed:
         left_out = f"longer than {recipe.longest_allowed} tokens (spec.training.maxSequenceLength)"

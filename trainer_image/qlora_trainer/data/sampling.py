@@ -40,10 +40,7 @@ def used_rows(count: int, limit: int, seed: int) -> RowIndices:
 
 
 def hold_out(count: int, fraction: float, seed: int, name: str) -> tuple[RowIndices, RowIndices]:
-    """Indices, ascending, of the rows that are kept and of those held out: `fraction` of `count`, rounded.
-
-    At least one of each. Raises StepFailure BAD_DATASET if there are fewer than two rows.
-    """
+    """Row indices to keep and to hold out, ascending. Raises StepFailure for one row."""
     if count < 2:
         raise bad_dataset(
             f"{name} has {count} usable row: to hold out a fraction (spec.dataset.eval.fraction) it needs at least two"

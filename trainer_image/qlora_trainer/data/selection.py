@@ -64,8 +64,7 @@ class Selection:
     """
     overlap: Overlap
     """Of training and held-out rows, before any are left out for it."""
-    overlap_left_out: bool = False
-    """Whether the training rows of the overlap are left out."""
+    is_overlap_left_out: bool = False
 
 
 def select_rows(

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
-from types import TracebackType
 from typing import Any, Literal, NoReturn, Self, TypeVar
 
 from jsonschema.protocols import Validator
@@ -24,7 +23,7 @@ from qlora_api.printable import first_line, shortened
 from qlora_api.spec.gate import ScoreSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.protocols import JsonObject
-from qlora_trainer.data.render.reasoning import END_OF_REASONING, after_reasoning
+from qlora_trainer.data.render.answer_span import END_OF_REASONING, after_reasoning
 
 SECONDS = 2.0
 """Most processor time for one answer, to be independent of a busy node."""
@@ -52,11 +51,10 @@ class Criterion:
     source: str
     """The field of the job, or the place in the data, for messages."""
     exit_code: ExitCode = ExitCode.BAD_DATASET
-    """Of a criterion that cannot be used."""
     seconds_to_read: float = SECONDS
 
     @classmethod
-    def of_job(cls, spec: ScoreSpec) -> "Criterion | None":
+    def from_spec(cls, spec: ScoreSpec) -> "Criterion | None":
         """The job's criterion for all rows, or None."""
         if spec.check == "exactMatch" or spec.of_rows:
             return None
@@ -160,18 +158,12 @@ class _Worker:
         """
         try:
             self.connection.send((criterion, answer))
-        except OSError:
-            return self._report_end()
-        try:
             if self.connection.poll(_PATIENCE_SECONDS):
                 return self.connection.recv()
         except (EOFError, OSError):
-            return self._report_end()
+            self.process.join()
+            return _Ended(f"its process ended with exit code {self.process.exitcode}")
         return _Ended(f"it did not reply within {_PATIENCE_SECONDS:g} seconds")
-
-    def _report_end(self) -> _Ended:
-        self.process.join()
-        return _Ended(f"its process ended with exit code {self.process.exitcode}")
 
     def stop(self) -> None:
         """End it, whatever it does."""
@@ -238,7 +230,7 @@ class AnswerChecker:
     """Checks answers one by one. A context manager, because it keeps a process."""
 
     def __init__(self, spec: ScoreSpec, *, seconds: float = SECONDS) -> None:
-        self._exact, self._of_job = spec.check == "exactMatch", Criterion.of_job(spec)
+        self._exact, self._of_job = spec.check == "exactMatch", Criterion.from_spec(spec)
         self._seconds = seconds
         self._worker: _Worker | None = None
         self._restarts = 0
@@ -255,9 +247,7 @@ class AnswerChecker:
                 raise
         return self
 
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Stop."""
         self._stop()
 
@@ -274,10 +264,9 @@ class AnswerChecker:
             raise criterion.unusable(problem.why) if isinstance(problem, _Ended) else problem
 
     def passes(self, answer: str, own: str, criterion: Criterion | None = None, *, begun: bool = False) -> bool:
-        """Whether the answer passes. `own` is that of the row. Reasoning before either is skipped.
+        """Whether the answer passes. `own` is that of the row. Reasoning before either is skipped, and must end.
 
-        An answer whose reasoning does not end has not passed. `begun`: whether the prompt has begun it. `criterion`:
-        the row's, if the job has none. Raises its StepFailure if the checking process ends too often.
+        `begun`: whether the prompt has begun it. Raises the criterion's StepFailure if the process ends too often.
         """
         rest = after_reasoning(answer, begun=begun)
         if rest is None:

@@ -20,7 +20,7 @@ from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.protocols import FastTokenizer
 from qlora_trainer.data.examples.row_check import RowCheck
 from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset
-from qlora_trainer.data.render.reasoning import asks_for_reasoning
+from qlora_trainer.data.render.answer_span import asks_for_reasoning
 from qlora_trainer.history.samples import MAX_NEW_TOKENS, Sample, Samples
 from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
 from qlora_trainer.model.protocols import AdaptedModel
@@ -137,10 +137,9 @@ class AnswerTexts:
 
 
 class Answering:
-    """A trained PEFT model that answers prompts: greedily, so that the same model gives the same words.
+    """A trained PEFT model that answers prompts greedily, one at a time: padding changes the last bits of sums.
 
-    It must not be trained any further: its attention is transformers' own from here on, because answers are generated
-    one token at a time. One prompt at a time, since padding changes the last bits of 16-bit sums, and so the words.
+    It must not be trained any further: its attention is transformers' own, for one token at a time.
     """
 
     def __init__(self, model: AdaptedModel, texts: AnswerTexts, stopped: Stopped, device: torch.device) -> None:
@@ -201,10 +200,9 @@ def leave_samples(
     *,
     fixed_positions: int | None,
 ) -> None:
-    """Write the samples of a trained model to `path`, or why there are none.
+    """Write the samples of a trained model to `path`, or why there are none: the adapter is finished by then.
 
-    `fixed_positions`: tokens of the longest prompt and answer that it computes; None if it has no limit. The adapter is
-    finished by then: a model that cannot generate must not fail the run, so the cause is recorded.
+    `fixed_positions`: tokens of the longest prompt and answer that it computes; None if it has no limit.
     """
     if not count:
         samples = Samples(missing="spec.training.samples is 0, or spec.training.sharding is full")

@@ -16,10 +16,7 @@ _OPERATIONS = 4e13
 
 
 def compare(model: AdaptedModel, data: PreparedDataset, parameters: int, device: torch.device) -> Comparison:
-    """The loss of a PEFT model on the first held-out sequences, each in a separate batch. Leaves it in eval mode.
-
-    `parameters` are the quantized ones of its base, which decide how many sequences are compared.
-    """
+    """The adapter's loss on the first held-out sequences. Leaves it in eval mode."""
     base = model.eval().get_base_model()
     sequences = compared_sequences(data, parameters)
     batches = read_compared(data, sequences, device, together=False)
@@ -28,10 +25,7 @@ def compare(model: AdaptedModel, data: PreparedDataset, parameters: int, device:
 
 
 def compared_sequences(data: PreparedDataset, parameters: int) -> int:
-    """The number of held-out sequences for a model of so many parameters, which may be on a CPU.
-
-    As many as have 4096 tokens, or fewer for a large model: a token costs two operations per parameter. At least one.
-    """
+    """The number of sequences to compare: 4096 tokens, or fewer for a large model."""
     allowed = min(MAX_TOKENS, _OPERATIONS / (2 * parameters))
     tokens = 0
     for count in range(len(data)):

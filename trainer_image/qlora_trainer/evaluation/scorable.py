@@ -32,11 +32,10 @@ def require_scorable(
     *,
     fixed_positions: int | None,
 ) -> tuple[str, ...]:
-    """Remarks for the user on the rows that are scored. Each begins with the name of the setting.
+    """Remarks for the user on the rows that are scored. `found` is what the data set is.
 
-    `found` is what the data set is. `fixed_positions`: tokens of the longest prompt and answer that the model computes,
-    None if it has no limit. Raises StepFailure: BAD_CONFIGURATION for a score that no answer to the prepared rows could
-    have, or that the model has too few positions for, BAD_DATASET for a row whose check cannot be used.
+    `fixed_positions`: tokens of the longest prompt and answer that it computes, or None. Raises StepFailure:
+    BAD_CONFIGURATION for a score that no answer could have, BAD_DATASET for a row whose check cannot be used.
     """
     if gate is None or gate.score is None:
         return ()

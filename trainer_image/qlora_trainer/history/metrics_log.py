@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, Self, get_args
+from typing import BinaryIO, Self
 
 from qlora_trainer.core.file_names import HISTORY_FILE
 from qlora_trainer.history.trackers import EventFiles
@@ -45,18 +45,19 @@ class MetricsLog:
                 self._event_files.close()
 
 
-_Quantity = Literal[
-    "loss",
-    "evalLoss",
-    "learningRate",
-    "gradNorm",
-    "tokensPerSecond",
-    "memoryBytes",
-    "rewardMargin",
-    "chosenReward",
-    "accuracy",
-    "evalAccuracy",
-]
+_KEYS = {
+    "loss": "loss",
+    "evaluation": "evalLoss",
+    "learning_rate": "learningRate",
+    "grad_norm": "gradNorm",
+    "tokens_per_second": "tokensPerSecond",
+    "memory": "memoryBytes",
+    "reward_margin": "rewardMargin",
+    "chosen_reward": "chosenReward",
+    "accuracy": "accuracy",
+    "eval_accuracy": "evalAccuracy",
+}
+"""The key in the file of each curve of MetricsHistory."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Curve:
     steps: tuple[int, ...] = ()
     values: tuple[float, ...] = ()
 
-    def smoothed(self, span: float) -> tuple[float, ...]:
+    def moving_average(self, span: float) -> tuple[float, ...]:
         """The exponential moving average over about `span` points, without the bias towards its start.
 
         Source: the bias correction of Adam, arXiv 1412.6980, section 3.
@@ -119,7 +120,7 @@ class MetricsHistory:
 
 def _entry(line: Mapping[str, float]) -> tuple[int, dict[str, float]]:
     """Step and quantities of a parsed line."""
-    return int(line["step"]), {key: float(line[key]) for key in get_args(_Quantity) if key in line}
+    return int(line["step"]), {key: float(line[key]) for key in _KEYS.values() if key in line}
 
 
 def read_history(metrics: Path) -> MetricsHistory:
@@ -131,19 +132,8 @@ def read_history(metrics: Path) -> MetricsHistory:
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{metrics}:{number}: {error!r}") from error
 
-    def curve(key: _Quantity) -> Curve:
+    def curve(key: str) -> Curve:
         points = [(step, entry[key]) for step, entry in entries if key in entry]
         return Curve(tuple(step for step, _ in points), tuple(value for _, value in points))
 
-    return MetricsHistory(
-        loss=curve("loss"),
-        evaluation=curve("evalLoss"),
-        learning_rate=curve("learningRate"),
-        grad_norm=curve("gradNorm"),
-        tokens_per_second=curve("tokensPerSecond"),
-        memory=curve("memoryBytes"),
-        reward_margin=curve("rewardMargin"),
-        chosen_reward=curve("chosenReward"),
-        accuracy=curve("accuracy"),
-        eval_accuracy=curve("evalAccuracy"),
-    )
+    return MetricsHistory(**{name: curve(key) for name, key in _KEYS.items()})

@@ -42,7 +42,7 @@ def require_installed(names: Sequence[str]) -> None:
             )
 
 
-def grouped(metrics: Mapping[str, float]) -> dict[str, float]:
+def tracker_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """The metrics by the names that such tools group them by."""
     return {_GROUPS.get(name, name): value for name, value in metrics.items() if name != "step"}
 
@@ -70,7 +70,7 @@ class EventFiles:
             self._attempt(f"failed at step {step}", lambda: self._add(step, metrics))
 
     def _add(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in grouped(metrics).items():
+        for name, value in tracker_metrics(metrics).items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.file_names import HISTORY_FILE
 from qlora_trainer.core.records import redact
 from qlora_trainer.core.trained_job import TrainedJob
-from qlora_trainer.history.trackers import grouped
+from qlora_trainer.history.trackers import tracker_metrics
 from qlora_trainer.stores.endpoints import server_address
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def read_points(metrics: Path) -> list[tuple[int, dict[str, float]]]:
     for number, line in enumerate(metrics.read_bytes().splitlines(), start=1):
         try:
             entry = json.loads(line)
-            points.append((int(entry["step"]), {name: float(value) for name, value in grouped(entry).items()}))
+            points.append((int(entry["step"]), {name: float(value) for name, value in tracker_metrics(entry).items()}))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{metrics}:{number}: {error!r}") from error
     return points

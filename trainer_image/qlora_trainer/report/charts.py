@@ -172,7 +172,7 @@ def _plot_training(axes: Axes, curve: Curve) -> None:
     axes.plot(curve.steps, curve.values, color=_BLUE, alpha=alpha, linewidth=width, marker=marker, label=label)
     if not plain:
         label = f"training, smoothed over {span:.0f} steps"
-        axes.plot(curve.steps, curve.smoothed(span), color=_BLUE, linewidth=2, label=label)
+        axes.plot(curve.steps, curve.moving_average(span), color=_BLUE, linewidth=2, label=label)
 
 
 def _plot_evaluation(axes: Axes, curve: Curve, kept_step: int | None) -> None:

@@ -131,7 +131,7 @@ def _curves(name: str, spec: QLoRAJobSpec, history: MetricsHistory) -> _CellCurv
     return _CellCurves(
         name=name,
         settings=spec.lora.dump() | spec.training.dump() | {"dataset": [*spec.dataset.addresses.values()]},
-        loss=_Points.from_curve(Curve(history.loss.steps, history.loss.smoothed(span))),
+        loss=_Points.from_curve(Curve(history.loss.steps, history.loss.moving_average(span))),
         evaluation=_Points.from_curve(history.evaluation),
     )
 

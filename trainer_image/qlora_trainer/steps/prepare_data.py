@@ -97,7 +97,7 @@ def rows_folder(data: Path, sweep: Path | None, identity: Identity) -> RowsFolde
     own = partial_path(data / "rows")
     if sweep is None:
         return RowsFolder(own)
-    return RowsFolder.sharing(own, SweepLayout(sweep).rows, identity.job_uid, identity.pod_uid)
+    return RowsFolder.from_shared(own, SweepLayout(sweep).rows, identity.job_uid, identity.pod_uid)
 
 
 def write_sequences(

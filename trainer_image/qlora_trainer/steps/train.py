@@ -90,7 +90,7 @@ def train(
 def _meeting(identity: Identity, rank_info: RankInfo, runtime: Runtime) -> Meeting:
     """How this process meets those of other pods, with the profile's time limit."""
     if not rank_info.has_several_nodes or contract.ENV_NODE not in os.environ:
-        return Meeting(stopped=lambda: runtime.stop.requested)
+        return Meeting(stopped=lambda: runtime.stop.is_requested)
 
     def report_waiting(activity: str) -> None:
         runtime.records.progress(identity.progress("train", runtime.now(), activity))
@@ -98,6 +98,6 @@ def _meeting(identity: Identity, rank_info: RankInfo, runtime: Runtime) -> Meeti
     return Meeting(
         seconds=float(os.environ.get(contract.ENV_NODE_WAIT, contract.DEFAULT_NODE_WAIT_SECONDS)),
         incarnation=identity.pod_uid,
-        stopped=lambda: runtime.stop.requested,
+        stopped=lambda: runtime.stop.is_requested,
         report=report_waiting,
     )

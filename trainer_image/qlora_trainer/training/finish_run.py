@@ -93,7 +93,7 @@ def write_samples(run: Run) -> None:
         run.eval_data or run.data,
         # One rank alone cannot run a sharded base.
         0 if run.ranks.is_sharded else run.training.samples,
-        lambda: stop.requested,
+        lambda: stop.is_requested,
         run.device,
         fixed_positions=job.prepared.fixed_positions,
     )

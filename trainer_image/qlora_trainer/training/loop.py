@@ -266,7 +266,7 @@ def _held_out_means(run: Run, state: RunState, data: PreparedDataset) -> list[fl
                     raise
                 short = True
             weight += run.objective.weight(batch) if counts else 0
-        if run.ranks.any(short or run.runtime.stop.requested):
+        if run.ranks.any(short or run.runtime.stop.is_requested):
             return None
         report(run, state, "evaluating")
     run.objective.after(run.ranks)

@@ -101,7 +101,7 @@ class Run:
 
     def is_stopping(self) -> bool:
         """Whether a stop has been requested in any rank; all ranks must ask together."""
-        return self.ranks.any(self.runtime.stop.requested)
+        return self.ranks.any(self.runtime.stop.is_requested)
 
     def has_stopped_early(self, state: RunState) -> bool:
         """Whether the run ends at this state, before its last step."""

@@ -122,13 +122,13 @@ def measure_score(run: Run, state: RunState, data: PreparedDataset, spec: ScoreS
             f"the tokenizer in {job.model_folder} cannot be loaded to score answers ({first_line(error)}): check the "
             "volume. The adapter is in trained/ of the workspace"
         ) from error
-    answering = Answering(run.model, texts, lambda: stop.requested, run.device)
+    answering = Answering(run.model, texts, lambda: stop.is_requested, run.device)
     base = adapter = 0
     with AnswerLog.open(path, adapter_sha256, settings) as log, AnswerChecker(spec) as checker:
         for number, prompt in enumerate(rows, start=1):
             report(run, state, f"scoring answer {number} of {len(rows)}")
             answers = log.get(prompt) or _answer_row(answering, checker, prompt, spec, job.name)
-            if stop.requested:
+            if stop.is_requested:
                 raise Interrupted(state.step, run.progress.schedule.total_steps, run.progress.checkpoint_step or 0)
             log.add(answers)
             base, adapter = base + answers.base_passed, adapter + answers.adapter_passed

@@ -59,10 +59,8 @@ def chatml(*messages: dict[str, str]) -> str:
 @pytest.mark.parametrize(
     ("row", "columns"),
     [
-        ({"prompt": "List the pods", "chosen": "kubectl get pods", "rejected": "no idea"}, {}),
         ({"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD]}, {}),
         ({"prompt": "List the pods", "chosen": [GOOD], "rejected": [BAD]}, {}),
-        ({"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}, {}),
         # As UltraFeedback, whose conversations have the prompt once more.
         ({"prompt": "List the pods", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD], "messages": [ASKED]}, {}),
         ({"prompt": [ASKED], "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}, {}),

@@ -154,27 +154,6 @@ def test_a_row_without_reasoning_gives_the_same_text_as_before(tiny_llama: Path)
     assert learned(tiny_llama, rows) == learned(tiny_llama, [{"messages": DIALOGUE}])
 
 
-@pytest.mark.parametrize(
-    ("turn", "says"),
-    [
-        ({"reasoning": 3}, "'messages[1].reasoning' is a number: must be text"),
-        ({"reasoning": "a", "thinking": "b"}, "'messages[1].reasoning' and 'thinking' are both set: keep one"),
-        (
-            {"reasoning": "a", "content": "<think>b</think>c"},
-            "'messages[1].reasoning' is set, and the content has <think> too",
-        ),
-    ],
-)
-def test_reasoning_of_a_wrong_form_is_rejected(tiny_llama: Path, turn: dict[str, Any], says: str) -> None:
-    row = {"messages": [DIALOGUE[1], DIALOGUE[2] | turn]}
-    assert rejected(tiny_llama, row, says, template=thinking()).exit_code is ExitCode.BAD_DATASET
-
-
-def test_a_question_has_no_reasoning(tiny_llama: Path) -> None:
-    row = {"messages": [DIALOGUE[1] | {"reasoning": "hm"}, DIALOGUE[2]]}
-    rejected(tiny_llama, row, "'messages[0].reasoning' is set in a user message: only an assistant's has reasoning")
-
-
 def test_reasoning_needs_a_template_that_writes_it(tiny_llama: Path) -> None:
     row = {"messages": [DIALOGUE[1], DIALOGUE[2] | {"reasoning": "hm"}]}
     rejected(tiny_llama, row, "line 1: an answer has reasoning, but the model's chat template leaves it out: use")
@@ -231,8 +210,3 @@ def test_a_template_that_rejects_every_conversation_is_reported_as_such(tiny_lla
     tokenizer.require_system_message()
     with pytest.raises(StepFailure, match=r"line 1: the chat template .* rejects this conversation"):
         tokenizer.render(Conversation((Message("user", "q"), Message("assistant", "a"))), "line 1")
-
-
-def test_parameters_of_a_tool_that_are_no_schema_are_rejected(tiny_llama: Path) -> None:
-    row = {"messages": DIALOGUE, "tools": [{"type": "function", "function": {"name": "pods", "parameters": "{}"}}]}
-    rejected(tiny_llama, row, "'tools', tool 0: parameters is text: must be a JSON schema, an object")

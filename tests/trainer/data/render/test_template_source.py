@@ -113,14 +113,6 @@ def test_a_tokenizers_start_mark_begins_a_conversation_once(beginning: Path, nam
     assert text == "<|endoftext|>" + EXPECTED[name]
 
 
-def test_a_prompt_and_its_completion_become_turns_of_the_jobs_template(base: Path) -> None:
-    [(text, targets)] = learned(
-        base, [{"prompt": "Which?", "completion": "All."}], "prompt-completion", template=named("chatml")
-    )
-    assert text == "<|im_start|>user\nWhich?<|im_end|>\n<|im_start|>assistant\nAll.<|im_end|>\n"
-    assert targets == ["All.<|im_end|>"]
-
-
 def test_the_jobs_template_takes_precedence_over_the_models(tiny_llama: Path) -> None:
     [(text, _)] = learned(tiny_llama, [ROW], template=JobTemplate("{% for m in messages %}{{ m.content }}{% endfor %}"))
     assert text == "Be short.One?First.Two?Second."

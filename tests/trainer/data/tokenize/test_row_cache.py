@@ -3,13 +3,9 @@
 import errno
 import fcntl
 import os
-import signal
-import subprocess
 import threading
-from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,13 +19,11 @@ from qlora_trainer.core import folder_lock
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.folder_lock import exclusive
-from qlora_trainer.data.tokenize import chunk_maker as tokenize
 from qlora_trainer.data.tokenize import row_cache as rows_folder
 from qlora_trainer.data.tokenize.chunks import Chunk, Limits
 from qlora_trainer.steps.prepare import prepare
-from tests.support.command import TIMEOUT_S, Files
+from tests.support.command import TIMEOUT_S
 from tests.support.tiny import Recorded, chat_row, write_rows
-from tests.support.waiting import eventually
 from tests.trainer.conftest import MakeContext
 from tests.trainer.data.conftest import data_bytes
 
@@ -40,8 +34,8 @@ MakeCell = Callable[..., StepContext]
 
 
 @pytest.fixture
-def cell(make_context: MakeContext, tmp_path: Path, workers: Any) -> MakeCell:
-    """Makes the contexts of cells of one sweep, each with its folder on the sweep's claim."""
+def cell(make_context: MakeContext, tmp_path: Path, workers: Any, small_chunks: None) -> MakeCell:
+    """Makes the contexts of cells of one sweep with twelve chunks, each with its folder on the sweep's claim."""
     write_rows(tmp_path / "data" / "train.jsonl", ROWS)
     workers(1)
 
@@ -58,6 +52,21 @@ def cell(make_context: MakeContext, tmp_path: Path, workers: Any) -> MakeCell:
         )
 
     return make
+
+
+@pytest.fixture
+def alone(cell: MakeCell, made: list[int]) -> dict[str, bytes]:
+    """The data of the other cell, made without sharing."""
+    data = data_bytes(cell("alone", OTHER_CELL, shared=False))
+    made.clear()
+    return data
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cell looks three times for a chunk that another cell makes."""
+    monkeypatch.setattr(rows_folder, "_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(rows_folder, "_MOST_LOOKS", 3)
 
 
 @pytest.fixture
@@ -85,10 +94,9 @@ def said(records: Recorded) -> list[str]:
     return [entry["activity"] for entry in records.written]
 
 
-@pytest.mark.usefixtures("small_chunks")
-def test_cells_of_a_sweep_tokenize_their_rows_once(cell: MakeCell, rows: Path, made: list[int]) -> None:
-    alone = data_bytes(cell("alone", OTHER_CELL, shared=False))
-    made.clear()
+def test_cells_of_a_sweep_tokenize_their_rows_once(
+    cell: MakeCell, alone: dict[str, bytes], rows: Path, made: list[int]
+) -> None:
     prepare(cell("rates-00"), Recorded())
     assert made == [10] * 12
 
@@ -97,7 +105,6 @@ def test_cells_of_a_sweep_tokenize_their_rows_once(cell: MakeCell, rows: Path, m
     assert len([*rows.iterdir()]) == 13, "beside the chunks only the lock"
 
 
-@pytest.mark.usefixtures("small_chunks")
 def test_a_cell_does_not_trust_shared_rows_that_are_damaged(cell: MakeCell, rows: Path, made: list[int]) -> None:
     first = cell("rates-00")
     prepare(first, Recorded())
@@ -135,7 +142,6 @@ def with_64_bits(chunk: Chunk) -> Chunk:
     return replace(chunk, input_ids=chunk.input_ids.astype(numpy.int64))
 
 
-@pytest.mark.usefixtures("small_chunks")
 def test_a_cell_does_not_train_on_shared_rows_that_no_trainer_makes(
     cell: MakeCell, rows: Path, made: list[int]
 ) -> None:
@@ -157,17 +163,16 @@ def test_a_cell_does_not_train_on_shared_rows_that_no_trainer_makes(
     assert {path: path.read_bytes() for path in before} == before
 
 
-@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("obstacle", ["folder", "another user's"])
 def test_a_cell_without_rights_to_replace_shared_rows_uses_its_own(
     cell: MakeCell,
+    alone: dict[str, bytes],
     rows: Path,
     made: list[int],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     obstacle: str,
 ) -> None:
-    alone = data_bytes(cell("alone", OTHER_CELL, shared=False))
     prepare(cell("rates-00"), Recorded())
     made.clear()
     wrong, *_ = sorted(rows.glob("train-*"))
@@ -191,11 +196,9 @@ def test_a_cell_without_rights_to_replace_shared_rows_uses_its_own(
     assert "the rows of this job go into its own folder" in caplog.text
 
 
-@pytest.mark.usefixtures("small_chunks")
 def test_a_cell_that_may_not_use_the_shared_folder_uses_its_own(
-    cell: MakeCell, rows: Path, made: list[int], monkeypatch: pytest.MonkeyPatch
+    cell: MakeCell, alone: dict[str, bytes], rows: Path, made: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alone = data_bytes(cell("alone", OTHER_CELL, shared=False))
     prepare(cell("rates-00"), Recorded())
     made.clear()
     opened = os.open
@@ -210,14 +213,10 @@ def test_a_cell_that_may_not_use_the_shared_folder_uses_its_own(
     assert made == [10] * 12
 
 
-@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.usefixtures("impatient")
 def test_a_cell_does_not_wait_for_a_pod_that_hangs_with_the_lock(
-    cell: MakeCell, rows: Path, made: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    cell: MakeCell, alone: dict[str, bytes], rows: Path, made: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(rows_folder, "_LOOK_SECONDS", 0.0)
-    monkeypatch.setattr(rows_folder, "_MOST_LOOKS", 3)
-    alone = data_bytes(cell("alone", OTHER_CELL, shared=False))
-    made.clear()
     rows.mkdir(parents=True)
     records, later = Recorded(), Recorded()
 
@@ -233,7 +232,6 @@ def test_a_cell_does_not_wait_for_a_pod_that_hangs_with_the_lock(
     assert data_bytes(waiting) == alone
 
 
-@pytest.mark.usefixtures("small_chunks")
 def test_cells_with_other_rows_keep_the_others_rows_and_unfinished_files(cell: MakeCell, rows: Path) -> None:
     drawn = {"shuffle": True, "maxRows": 100}
     prepare(cell("rates-00", {"dataset": drawn}), Recorded())
@@ -270,16 +268,18 @@ def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder_lock, "fcntl", SimpleNamespace(**{**vars(fcntl), "flock": flock}))
 
 
-@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("volume", ["with_locks", pytest.param("without_locks", marks=pytest.mark.slow)])
 def test_a_cell_waits_for_the_one_that_tokenizes_the_same_rows(
-    cell: MakeCell, made: list[int], monkeypatch: pytest.MonkeyPatch, volume: str, request: pytest.FixtureRequest
+    cell: MakeCell,
+    alone: dict[str, bytes],
+    made: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    volume: str,
+    request: pytest.FixtureRequest,
 ) -> None:
     if volume == "without_locks":
         request.getfixturevalue(volume)
     monkeypatch.setattr(rows_folder, "_LOOK_SECONDS", 0.01)
-    alone = data_bytes(cell("alone", OTHER_CELL, shared=False))
-    made.clear()
     half_done, waits = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -303,7 +303,6 @@ def test_a_cell_waits_for_the_one_that_tokenizes_the_same_rows(
     assert data_bytes(waiting) == alone
 
 
-@pytest.mark.usefixtures("small_chunks")
 def test_a_cell_with_other_settings_does_not_wait(
     cell: MakeCell, made: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,25 +316,20 @@ def test_a_cell_with_other_settings_does_not_wait(
     assert made == [10] * 24
 
 
-@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.usefixtures("impatient")
 def test_a_cell_that_has_waited_for_too_long_tokenizes_the_rows_itself(
-    cell: MakeCell, made: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    cell: MakeCell, alone: dict[str, bytes], made: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(rows_folder, "_LOOK_SECONDS", 0.0)
-    monkeypatch.setattr(rows_folder, "_MOST_LOOKS", 3)
-    alone = data_bytes(cell("alone", OTHER_CELL, shared=False))
-    made.clear()
-    impatient, hanging = cell("rates-01", OTHER_CELL), Recorded()
+    waiting, hanging = cell("rates-01", OTHER_CELL), Recorded()
 
-    prepare(cell("rates-00"), Acting("tokenizing: 50 rows done", lambda: prepare(impatient, hanging)))
+    prepare(cell("rates-00"), Acting("tokenizing: 50 rows done", lambda: prepare(waiting, hanging)))
 
     assert said(hanging).count(WAITING) == 3, "for one chunk, and for no other"
     assert "this one makes the rows itself" in caplog.text
     assert made == [10] * 12, "it uses what is there, and leaves the rest to the other"
-    assert data_bytes(impatient) == alone
+    assert data_bytes(waiting) == alone
 
 
-@pytest.mark.usefixtures("small_chunks")
 def test_every_cell_reports_invalid_rows_itself(cell: MakeCell, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows_folder, "_MOST_LOOKS", 1)
     path = rows.parents[1] / "data" / "train.jsonl"
@@ -348,74 +342,3 @@ def test_every_cell_reports_invalid_rows_itself(cell: MakeCell, rows: Path, monk
         with pytest.raises(StepFailure, match=r"train\.jsonl line 56 is a number"):
             prepare(cell(name), records)
         assert WAITING not in said(records)
-
-
-class Cell(Files):
-    """A job of a sweep."""
-
-    @property
-    def document(self) -> dict[str, Any]:
-        """With a UID unlike the default."""
-        name = self.root.name
-        return {**super().document, "metadata": {"name": name, "uid": name}}
-
-    def begin(self) -> "subprocess.Popen[str]":
-        """Its prepare step, running."""
-        pod, sweep = f"pod-of-{self.root.name}", str(self.root.parent / "rates.sweep")
-        return self.start("prepare", OMP_NUM_THREADS="1", QLORA_POD_UID=pod, QLORA_SWEEP_FOLDER=sweep)
-
-
-@pytest.mark.parametrize(
-    ("count", "killed"), [pytest.param(3, False, marks=pytest.mark.slow), (2, True)], ids=["goes on", "killed"]
-)
-def test_one_of_several_processes_tokenizes_and_another_replaces_a_killed_one(
-    tmp_path: Path, tiny_llama: Path, rows: Path, count: int, killed: bool
-) -> None:
-    cells = [Cell(tmp_path / f"rates-0{number}", tiny_llama.parent) for number in range(count)]
-    contents = [chat_row(f"Question {n}?", "pods " * (n % 7 + 1)) for n in range(3 * tokenize.CHUNK_ROWS + 100)]
-    for each in cells:
-        write_rows(each.data / "train.jsonl", contents)
-    inodes: dict[str, set[int]] = defaultdict(set)
-
-    def look() -> int:
-        """Note the inode of each chunk: one that is made again is another file."""
-        for path in rows.glob("train-*"):
-            inodes[path.name].add(path.stat().st_ino)
-        return len(inodes)
-
-    with ExitStack() as running:
-        first = running.enter_context(cells[0].begin())
-        running.callback(first.kill)
-        eventually(look, seconds=TIMEOUT_S, every=0.005, what="a chunk")
-        first.send_signal(signal.SIGSTOP)
-        assert 1 <= look() < 4
-        (claim,) = filter(Path.is_dir, rows.iterdir())
-        others = [running.enter_context(each.begin()) for each in cells[1:]]
-        for process in others:
-            running.callback(process.kill)
-            assert process.stdout is not None
-            assert any(WAITING in line for line in process.stdout)
-        if killed:
-            first.kill()
-            first.wait()
-            # As two minutes later.
-            owner = claim / ".owner"
-            os.utime(owner, (owner.stat().st_mtime - 130,) * 2)
-        else:
-            first.send_signal(signal.SIGCONT)
-            others = [first, *others]
-        eventually(
-            lambda: look() and all(process.poll() is not None for process in others),
-            seconds=TIMEOUT_S,
-            every=0.005,
-            what="the end of all",
-        )
-        for process in others:
-            _, errors = process.communicate()
-            assert process.returncode == 0, errors
-    assert [len(found) for found in inodes.values()] == [1] * 4
-    assert not any(path.is_dir() for path in rows.iterdir())
-    ended = cells[1:] if killed else cells
-    data = [[*(each.workspace / "data").iterdir()] for each in ended]
-    of_each = [{path.name: path.read_bytes() for path in folder.iterdir()} for [folder] in data]
-    assert all(found == of_each[0] for found in of_each)

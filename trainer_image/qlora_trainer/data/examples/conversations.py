@@ -35,11 +35,8 @@ class Notation:
     """How a turn is written."""
 
     role: str
-    """Key that says who speaks."""
     content: str
-    """Key of what is said."""
     roles: Mapping[str, Role]
-    """The names that `role` may have, and their roles."""
 
 
 CHAT = Notation("role", "content", {role: role for role in _ROLES})
@@ -67,12 +64,11 @@ def require_unicode(value: str, name: str) -> None:
 
 
 def read_turns(
-    value: object, notation: Notation, location: str, column: str, *, columnar: bool, marked: bool = False
+    value: object, notation: Notation, location: str, column: str, *, is_columnar: bool, marked: bool = False
 ) -> tuple[Message, ...]:
     """The messages in a list of turns. Raises StepFailure BAD_DATASET naming location and field.
 
-    `columnar`: null may stand for a key that only other rows have (see Row). `marked`: the row must mark the answers
-    to train on; marks are ignored otherwise.
+    `is_columnar`: null may stand for a missing key (see Row). `marked`: marks decide what is trained on.
     """
     keys = f"{{{notation.role}, {notation.content}}}"
     if not isinstance(value, list):
@@ -81,7 +77,7 @@ def read_turns(
         raise bad_dataset(f"{location}: {column!r} is empty: must have a user's message and an answer")
     messages = []
     for index, entry in enumerate(value):
-        reader = _TurnReader(notation, location, f"{column}[{index}]", columnar)
+        reader = _TurnReader(notation, location, f"{column}[{index}]", is_columnar)
         messages.append(reader.read(entry, marked=marked))
     return _with_all_marks(messages, value, location, column) if marked else tuple(messages)
 
@@ -109,7 +105,7 @@ class _TurnReader:
     notation: Notation
     location: str
     name: str
-    columnar: bool
+    is_columnar: bool
 
     def read(self, value: object, *, marked: bool) -> Message:
         notation = self.notation
@@ -215,13 +211,13 @@ class _TurnReader:
         if not isinstance(arguments, dict):
             raise bad_dataset(f"{self._field(field)} is {describe(arguments)}: must be an object, or its JSON as text")
         if arguments is value:
-            require_plain(arguments, self._field(field), columnar=self.columnar)
+            require_plain(arguments, self._field(field), is_columnar=self.is_columnar)
         return arguments
 
     def _json(self, value: object, field: str) -> object:
         text = checked_text(value, self._field(field))
         parsed = parse_json(text, self._field(field))
-        require_plain(parsed, self._field(field), columnar=False)
+        require_plain(parsed, self._field(field), is_columnar=False)
         return parsed
 
     def _optional(self, value: Mapping[str, object], field: str) -> str | None:
@@ -232,14 +228,14 @@ class _TurnReader:
         return f"{self.location}: '{self.name}.{field}'"
 
 
-def read_tools(value: object, name: str, *, columnar: bool) -> tuple[Function, ...]:
+def read_tools(value: object, name: str, *, is_columnar: bool) -> tuple[Function, ...]:
     """The tools of a row, or none for null. Raises StepFailure BAD_DATASET."""
     if value is None or value == "":
         return ()
     tools = parse_json(checked_text(value, name), name) if isinstance(value, str) else value
     if not isinstance(tools, list):
         raise bad_dataset(f"{name} is {describe(tools)}: must be a list of tools, or its JSON as text")
-    require_plain(tools, name, columnar=columnar and tools is value)
+    require_plain(tools, name, is_columnar=is_columnar and tools is value)
     return tuple(_tool(tool, f"{name}, tool {index}") for index, tool in enumerate(tools))
 
 
@@ -253,17 +249,14 @@ def _tool(value: object, name: str) -> Function:
     return value if isinstance(value, dict) and "function" in value else {"type": "function", "function": function}
 
 
-def require_plain(value: object, name: str, *, columnar: bool) -> None:
-    """Raise StepFailure BAD_DATASET beginning with `name` unless the value can be written as JSON.
-
-    In a columnar file null is rejected: it may stand for a key that this row does not have.
-    """
+def require_plain(value: object, name: str, *, is_columnar: bool) -> None:
+    """Raise StepFailure unless the value is JSON, in columnar files without null."""
     try:
         text = json.dumps(value, allow_nan=False, ensure_ascii=False)
     except (ValueError, TypeError, RecursionError) as error:
         raise bad_dataset(f"{name} cannot be written as JSON ({error})") from error
     require_unicode(text, name)
-    if columnar and _has_null(value):
+    if is_columnar and _has_null(value):
         raise bad_dataset(
             f"{name} has null, which Parquet also writes for a key that a row does not have: store it as JSON text"
         )

@@ -60,11 +60,11 @@ class Fields:
     def turns(self, field: str, notation: Notation) -> tuple[Message, ...]:
         """The messages of a required field that is a list of turns."""
         value, column, row = self.value(field), self.column(field), self.row
-        return read_turns(value, notation, row.location, column, columnar=row.columnar, marked=self.marked)
+        return read_turns(value, notation, row.location, column, is_columnar=row.is_columnar, marked=self.marked)
 
     def tools(self) -> tuple[Function, ...]:
         """The tools of the row, which are optional in each format that has them."""
-        return read_tools(self.optional_value("tools"), self.where("tools"), columnar=self.row.columnar)
+        return read_tools(self.optional_value("tools"), self.where("tools"), is_columnar=self.row.is_columnar)
 
     def where(self, field: str) -> str:
         """Location and column, for a message."""

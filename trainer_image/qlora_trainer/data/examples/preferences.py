@@ -69,7 +69,7 @@ def _turns(fields: Fields, field: str) -> tuple[Message, ...]:
         )
     first = value[0] if value else None
     notation = SHAREGPT if isinstance(first, dict) and SHAREGPT.role in first else CHAT
-    return read_turns(value, notation, fields.row.location, fields.column(field), columnar=fields.row.columnar)
+    return read_turns(value, notation, fields.row.location, fields.column(field), is_columnar=fields.row.is_columnar)
 
 
 def _shared_messages(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> tuple[Message, ...]:

@@ -20,7 +20,6 @@ class RowCheck:
     source: str
     """File, line and column, for messages."""
     value: str | Schema
-    """A regular expression or a schema as text, or a schema."""
 
     @classmethod
     def from_row(cls, row: Row, column: str, field: str) -> Self:
@@ -40,7 +39,7 @@ class RowCheck:
                 f"{source} is {describe(value)}: must be a regular expression as text, or a JSON schema as text or "
                 "object"
             )
-        require_plain(value, source, columnar=row.columnar)
+        require_plain(value, source, is_columnar=row.is_columnar)
         check = cls(source, value)
         if len(check.text) > MAX_SCHEMA_CHARACTERS:
             raise bad_dataset(

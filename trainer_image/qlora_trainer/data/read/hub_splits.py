@@ -39,7 +39,6 @@ class Wanted:
     revision: str | None = None
     """Branch, tag or commit, or None for main."""
     field: str = "spec.dataset"
-    """The job's field that asks for it, for messages."""
 
 
 TRAINING = Wanted(("train",))
@@ -82,8 +81,7 @@ def choose_data_files(
 ) -> list[str]:
     """The data files, ascending, of the file or folder at `path`, or else of the repository's configuration and split.
 
-    If no file's name contains a split, all files are taken. Raises StepFailure BAD_DATASET, listing what there is, if
-    there is no such file, or if they are of several kinds.
+    All files, if no name contains a split. Raises StepFailure BAD_DATASET, listing what there is.
     """
     candidates = sorted(name for name in names if data_kind(name) is not None)
     if path in candidates:
@@ -176,11 +174,10 @@ def _chosen_config(configs: Mapping[str, Mapping[str, object]], wanted: Wanted, 
                 f"{uri} has no configuration {wanted.config!r} ({wanted.field}.config); it has {some_names(configs)}"
             )
         return configs[wanted.config]
-    defaults = [entry for entry in configs.values() if entry.get("default") is True]
-    only = list(configs.values()) if len(configs) == 1 else []
-    for choice in (defaults, [configs["default"]] if "default" in configs else [], only):
-        if choice:
-            return choice[0]
+    marked = [entry for entry in configs.values() if entry.get("default") is True]
+    choices = marked or [entry for name, entry in configs.items() if name == "default" or len(configs) == 1]
+    if choices:
+        return choices[0]
     raise bad_dataset(
         f"{uri} has several configurations, {some_names(configs)}: set {wanted.field}.config to one of them"
     )
@@ -210,8 +207,7 @@ def _patterns(files: object, uri: str) -> dict[str, list[str]]:
 def _matches(name: str, glob: Sequence[str]) -> bool:
     """Whether the name matches the parts of a glob pattern: ** matches across folders, * and ? do not.
 
-    Each part moves all positions that the parts before it can end at, so that the time grows with the length of the
-    name only: a regular expression would try all combinations.
+    Each part moves all positions, in time linear in the name: a regular expression would try all combinations.
     """
     positions = {0}
     for part in glob:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from itertools import islice
 
 from qlora_trainer.core.failures import StepFailure, bad_dataset
 from qlora_trainer.data.read.files import DataFile
@@ -24,20 +25,17 @@ def read_json(file: DataFile) -> Iterator[Row]:
     if objects.begins():
         yield from objects.rows()
         return
-    for number, row in enumerate(read_json_lines(file)):
-        if not number:
-            _require_object(row, file)
-        yield row
-
-
-def _require_object(first: Row, file: DataFile) -> None:
-    try:
-        first.values()
-    except StepFailure as failure:
-        raise bad_dataset(
-            f"{file.name} is neither a list of objects, [{{…}}, …], nor does it have one object per line "
-            f"({failure.message})"
-        ) from failure
+    rows = read_json_lines(file)
+    for first in islice(rows, 1):
+        try:
+            first.values()
+        except StepFailure as failure:
+            raise bad_dataset(
+                f"{file.name} is neither a list of objects, [{{…}}, …], nor does it have one object per line "
+                f"({failure.message})"
+            ) from failure
+        yield first
+    yield from rows
 
 
 class _JsonList:

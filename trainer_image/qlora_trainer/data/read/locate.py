@@ -22,9 +22,8 @@ _MAX_DATASET_CARD_BYTES = 2**21
 def find_data(uri: str, wanted: Wanted, access: StoreAccess, download: Path) -> DataFiles:
     """The data files of an address: one file, or those of one kind that are in a folder or make up a split.
 
-    Files of the hub and of an object store are downloaded below `download`. Raises StepFailure: BAD_DATASET if there is
-    no such file, or files of several kinds, UNSAFE_ARTIFACT for a link that leads out of its volume, UNREACHABLE if a
-    mount or a server is missing.
+    Servers' files are downloaded below `download`. Raises StepFailure: BAD_DATASET without such files, UNSAFE_ARTIFACT
+    for a link out of its volume, UNREACHABLE without mount or server.
     """
     source = parse_source(uri)
     if isinstance(source, HubSource):

@@ -47,10 +47,7 @@ def data_kind(name: str) -> str | None:
 
 
 def require_one_kind(names: Collection[str], inside: Collection[str], uri: str) -> None:
-    """Raise StepFailure BAD_DATASET unless the names are of one kind of data file, and not too many.
-
-    `inside`: all names in the folder, for the message.
-    """
+    """Raise StepFailure BAD_DATASET for names of several kinds, or for too many."""
     if not names:
         raise bad_dataset(f"{uri} has no data file; it has {some_names(inside)}; allowed are {DATA_ENDINGS}")
     kinds = sorted({data_kind(name) or "" for name in names})
@@ -76,10 +73,7 @@ def read_rows(files: Sequence[DataFile]) -> Iterator[Row]:
 
 
 def read_used_rows(files: Sequence[DataFile], limit: int | None, seed: int | None) -> Iterator[Row]:
-    """At most `limit` rows of the files, all if it is None: the first ones, or those that `seed` chooses if it is set.
-
-    Reads the files twice if `seed` is set: a first time to count the rows. Raises as `read_rows`.
-    """
+    """At most `limit` rows: the first, or those that `seed` chooses in a second pass."""
     if limit is None or seed is None:
         yield from islice(read_rows(files), limit)
         return

@@ -20,8 +20,7 @@ class Row:
     content: str | Mapping[str, object]
     """The text of a JSON object, or the values by column."""
     size: int
-    """About how many bytes the content takes."""
-    columnar: bool = False
+    is_columnar: bool = False
     """Whether the file has typed columns.
 
     Every object then has the keys of all rows, null where a row has none.

@@ -68,7 +68,7 @@ def read_parquet(file: DataFile) -> Iterator[Row]:
             for rows, size in batches:
                 for values in rows:
                     number += 1
-                    yield Row(f"{file.name} row {number}", values, size, columnar=True)
+                    yield Row(f"{file.name} row {number}", values, size, is_columnar=True)
     except DryRunFailed as error:
         where = f"after row {number}" if number else "at its start or end"
         raise bad_dataset(

@@ -24,7 +24,6 @@ MAX_LINE_BYTES = 2**24
 """Of the longest row, as text."""
 INFLATION_FREE_BYTES = 2**26
 MAX_INFLATION = 200
-"""Largest plausible compression. Text reaches 3 to 20, repetitive logs up to 100."""
 _BLOCK_BYTES = 2**20
 _BYTE_ORDER_MARK = codecs.BOM_UTF8
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -66,7 +65,6 @@ DECOMPRESSORS: Mapping[str, Callable[[str], _Stream]] = {
     ".xz": lzma.LZMAFile,
     ".zst": _zstandard,
 }
-"""By the ending of a compressed file's name."""
 # MemoryError: the file itself states how much memory its decompressor needs.
 _DECOMPRESSION_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, MemoryError)
 
@@ -101,10 +99,7 @@ class _Decompressed(io.RawIOBase):
 
 @contextmanager
 def open_data(file: DataFile) -> Iterator[IO[bytes]]:
-    """The file's content, decompressed if its name ends in .gz, .bz2, .xz or .zst.
-
-    Reading raises StepFailure BAD_DATASET where it cannot be decompressed, or grows beyond MAX_INFLATION.
-    """
+    """Open the content, decompressed. Reading raises StepFailure BAD_DATASET."""
     if file.path.suffix in DECOMPRESSORS:
         with io.BufferedReader(_Decompressed(file), _BLOCK_BYTES) as stream:
             yield stream

@@ -1,8 +1,10 @@
-"""Finds the model's answer in a rendered conversation by rendering its parts."""
+"""Finds the model's answer in a rendered conversation, and the end of its reasoning."""
 
 from bisect import bisect_left
 
-from qlora_trainer.data.render.reasoning import BEGIN_OF_REASONING, END_OF_REASONING
+# Marks of the reasoning before the answer in Qwen3, DeepSeek-R1, SmolLM3 and others.
+BEGIN_OF_REASONING = "<think>"
+END_OF_REASONING = "</think>"
 
 
 def answer_span(text: str, prompt: str, through: str, answer: str) -> tuple[int, int] | None:
@@ -67,3 +69,14 @@ def _overlaps_with_itself(text: str) -> list[int]:
         matched += text[matched] == character
         overlaps.append(matched)
     return overlaps
+
+
+def asks_for_reasoning(prompt: str) -> bool:
+    """Whether the prompt begins reasoning, as of models that always think."""
+    return prompt.rstrip().endswith(BEGIN_OF_REASONING)
+
+
+def after_reasoning(answer: str, *, begun: bool) -> str | None:
+    """The text after the reasoning, which the prompt may have begun. None if unended."""
+    _, ended, rest = answer.rpartition(END_OF_REASONING)
+    return None if BEGIN_OF_REASONING in rest or (begun and not ended) else rest

@@ -45,7 +45,6 @@ from qlora_trainer.data.render.safe_template import (
     freeze_template,
     limited_time,
     usable,
-    within_characters,
 )
 from qlora_trainer.data.render.template_source import JobTemplate, processor_template
 
@@ -63,12 +62,12 @@ class Rendered:
 
     Empty if they were not searched for in a row that is too long.
     """
-    ends_itself: bool
+    has_marks: bool
     """Whether the text has begin and end marks, as that of a chat template does."""
     marked: tuple[tuple[int, int], ...] = ()
     """Those of the answers that the row marks for training."""
 
-    def trained(self, train_on: TrainOn) -> tuple[tuple[int, int], ...]:
+    def trained_spans(self, train_on: TrainOn) -> tuple[tuple[int, int], ...]:
         """The spans of characters that are trained on."""
         if train_on == "all":
             return ((0, len(self.text)),)
@@ -99,7 +98,6 @@ class Tokenizer:
         if end is None:
             raise bad_configuration("the model's tokenizer has no end-of-text token (eos_token): use another model")
         self.end_id: int = end
-        """The id of the end-of-text token."""
         begin = self._tokenizer.bos_token_id
         first = self._tokenizer("a").input_ids[:1]
         self._begin: list[int] = first if first == [begin] else []
@@ -123,11 +121,8 @@ class Tokenizer:
         return [token for token, (first, past) in pairs if first < end and start < past]
 
     def pieces(self, rendered: Rendered) -> Iterator[str]:
-        """The text of each token that `tokenize` makes, special tokens included: together all of the text.
-
-        Where several tokens make one character, the first of them has it.
-        """
-        if not rendered.ends_itself:
+        """The text of each token that `tokenize` makes: together all of the text."""
+        if not rendered.has_marks:
             yield from self._tokenizer.convert_ids_to_tokens(self._begin)
         encoded = self._tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         done, ends = 0, [past for _, past in encoded.offset_mapping]
@@ -136,7 +131,7 @@ class Tokenizer:
             until = len(rendered.text) if position == len(ends) else max(past, done)
             yield rendered.text[done:until]
             done = until
-        if not rendered.ends_itself:
+        if not rendered.has_marks:
             yield self._tokenizer.eos_token
 
     @property
@@ -148,17 +143,16 @@ class Tokenizer:
     def render(self, example: Example, location: str, longest_allowed: int | None = None) -> Rendered:
         """The example as text. With a chat template, a prompt and its completion become a user's and a model's turn.
 
-        In a conversation of many answers that is longer than `longest_allowed` tokens, no answer is searched for.
-        Raises StepFailure BAD_DATASET, beginning with `location`, if the template rejects the conversation, or if the
-        model has no template and the example needs one.
+        Answers are not searched for if many are longer than `longest_allowed` tokens together. Raises StepFailure
+        BAD_DATASET, beginning with `location`, for a missing template or one that rejects the conversation.
         """
         if isinstance(example, PlainText):
-            return Rendered(example.text, ((0, len(example.text)),), ends_itself=False)
+            return Rendered(example.text, ((0, len(example.text)),), has_marks=False)
         if isinstance(example, PromptCompletion) and not self.has_chat_template:
             system = f"{example.system}\n\n" if example.system else ""
             prompt = system + example.prompt + example.separator
             text = prompt + example.completion
-            return Rendered(text, ((len(prompt), len(text)),), ends_itself=False)
+            return Rendered(text, ((len(prompt), len(text)),), has_marks=False)
         if not self.has_chat_template:
             raise bad_dataset(
                 f"{location}: the data set is of format chat, but the model has no chat template: name one in "
@@ -190,8 +184,10 @@ class Tokenizer:
         messages = conversation.messages
         text = self._apply_template(conversation, len(messages), location)
         answers = sum(message.role == "assistant" for message in messages)
-        if longest_allowed is not None and answers > _FEW_ANSWERS and self._is_longer(text, longest_allowed):
-            return Rendered(text, (), ends_itself=True)
+        if longest_allowed is not None and answers > _FEW_ANSWERS:
+            encoded = self._tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            if len(encoded.input_ids) > longest_allowed:
+                return Rendered(text, (), has_marks=True)
         spans = []
         for index, message in enumerate(messages):
             if message.role == "assistant":
@@ -209,11 +205,7 @@ class Tokenizer:
                     )
                 spans.append((message, span))
         marked = tuple(span for message, span in spans if message.trained)
-        return Rendered(text, tuple(span for _, span in spans), ends_itself=True, marked=marked)
-
-    def _is_longer(self, text: str, tokens: int) -> bool:
-        encoded = self._tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return len(encoded.input_ids) > tokens
+        return Rendered(text, tuple(span for _, span in spans), has_marks=True, marked=marked)
 
     @cached_property
     def _reasoning_key(self) -> str | None:
@@ -336,7 +328,7 @@ class Tokenizer:
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
-        return usable(within_characters(str(text)), (turns, tools, self._tokenizer.chat_template))
+        return usable(str(text), (turns, tools, self._tokenizer.chat_template))
 
     def tokenize(self, batch: Sequence[Rendered], train_on: TrainOn) -> Iterator[TokenizedRow]:
         """The tokens of rendered examples. A plain text's end is a target too."""
@@ -351,9 +343,9 @@ class Tokenizer:
         for rendered, ids, offsets in zip(batch, encoded.input_ids, encoded.offset_mapping, strict=True):
             first, past = numpy.array(offsets, dtype=numpy.int64).reshape(-1, 2).T
             is_target = numpy.zeros(len(ids), dtype=numpy.bool_)
-            for start, end in rendered.trained(train_on):
+            for start, end in rendered.trained_spans(train_on):
                 is_target |= (first < end) & (start < past)
-            if not rendered.ends_itself:
+            if not rendered.has_marks:
                 ids = [*self._begin, *ids, self.end_id]
                 is_target = numpy.concatenate([numpy.zeros(len(self._begin), numpy.bool_), is_target, [True]])
             is_target[:1] = False

@@ -21,8 +21,7 @@ _LISTED_MARKS = 6
 def end_of_turn(tokenizer: Tokenizer, folder: Path) -> EndOfTurn | None:
     """The end of an answer, if a server of the model in `folder` does not stop there by default, or None.
 
-    Its text is empty if the template writes nothing after an answer. Also None if the template rejects a question and
-    its answer.
+    Its text is empty if the template writes nothing there. Also None if the template rejects a question and answer.
     """
     rendered = _render(tokenizer)
     if rendered is None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import NoReturn
 
-from jinja2 import Template, TemplateError
+from jinja2 import TemplateError
 
 from qlora_api.printable import first_line
 from qlora_trainer.core.failures import bad_configuration
@@ -32,10 +32,7 @@ class LimitExceeded(Exception):  # noqa: N818 - the limit is what was exceeded
 
 @contextmanager
 def limited_time() -> Iterator[None]:
-    """Raise LimitExceeded in the body after SECONDS of computing. Without effect outside of the main thread.
-
-    One operation of the interpreter itself, such as the power of a large number, is not interrupted.
-    """
+    """Raise LimitExceeded after SECONDS of computing, in the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -50,13 +47,6 @@ def limited_time() -> Iterator[None]:
 
 def _raise_exceeded(_signal: int, _frame: object) -> None:
     raise LimitExceeded(f"takes more than {SECONDS} seconds")
-
-
-def within_characters(text: str) -> str:
-    """The text. Raises LimitExceeded if it is too long."""
-    if len(text) > CHARACTERS:
-        raise LimitExceeded(f"writes {len(text)} characters, at most {CHARACTERS} are allowed")
-    return text
 
 
 # A template's date of today, so that the same data gives the same tokens on every day.
@@ -88,13 +78,6 @@ TEMPLATE_ERRORS = (
 )
 
 
-def freeze(template: Template) -> None:
-    """Give a compiled template a fixed day, and nothing that draws at random."""
-    template.globals["strftime_now"] = FROZEN_DATE.strftime
-    template.environment.globals["lipsum"] = _forbidden("function lipsum")
-    template.environment.filters["random"] = _forbidden("filter random")
-
-
 def _forbidden(name: str) -> Callable[..., NoReturn]:
     def forbidden(*_arguments: object, **_options: object) -> NoReturn:
         raise UnusableText(f"uses the {name}, which draws another text each time: write the text itself")
@@ -103,10 +86,9 @@ def _forbidden(name: str) -> Callable[..., NoReturn]:
 
 
 def usable(text: str, given: object) -> str:
-    """The text that a template writes. `given`: all that it writes from, the template's own text included.
-
-    Raises UnusableText if the text is not valid Unicode, or has an address in memory that is not from what was given.
-    """
+    """The text of a template. Raises LimitExceeded, or UnusableText for an address."""
+    if len(text) > CHARACTERS:
+        raise LimitExceeded(f"writes {len(text)} characters, at most {CHARACTERS} are allowed")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -149,4 +131,6 @@ def freeze_template(tokenizer: FastTokenizer, whose: str) -> None:
     except MemoryError as error:
         raise bad_configuration(f"{whose} needs more memory than there is: use another model") from error
     for template in templates:
-        freeze(template)
+        template.globals["strftime_now"] = FROZEN_DATE.strftime
+        template.environment.globals["lipsum"] = _forbidden("function lipsum")
+        template.environment.filters["random"] = _forbidden("filter random")

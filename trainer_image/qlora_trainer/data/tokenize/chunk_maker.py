@@ -20,7 +20,7 @@ import numpy
 from qlora_api.spec.dataset import Columns, DatasetSpec, RowFormat, SystemPromptSpec
 from qlora_api.spec.training import TrainingSpec, TrainOn
 from qlora_trainer.core.failures import StepFailure, bad_configuration
-from qlora_trainer.data.examples.example import Example, PlainText, Preference, TokenizedRow
+from qlora_trainer.data.examples.example import PlainText, Preference, TokenizedRow
 from qlora_trainer.data.examples.formats import DATASET, PAIRS, PLAIN, RowReader
 from qlora_trainer.data.read.rows import Row
 from qlora_trainer.data.render.chat_template import Rendered, Tokenizer
@@ -42,7 +42,6 @@ _PENDING_CHUNKS_PER_WORKER = 2
 ANY_VOCABULARY = 2**31
 """For shown rows only, without the configuration that has the vocabulary's size."""
 OnRows = Callable[[int], None]
-"""Called with the rows tokenized so far."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,6 @@ class Recipe:
     tokenizer: Path
     """Folder of the tokenizer's files."""
     vocabulary: int
-    """Tokens that the model knows."""
     format: RowFormat
     columns: Columns
     train_on: TrainOn
@@ -61,7 +59,6 @@ class Recipe:
     field: str = DATASET
     """The job's field that has format and columns, for messages."""
     template: JobTemplate | None = None
-    """Instead of the model's chat template."""
     system_prompt: SystemPromptSpec | None = None
 
     @classmethod
@@ -144,26 +141,19 @@ class ChunkMaker:
         return Chunk.from_rows(used, too_long, dropped, locations, checks if self.recipe.columns.check else None)
 
     def render(self, row: Row) -> tuple[Rendered, ...]:
-        """The row's text, or the two texts of a pair. Raises StepFailure for an invalid row.
-
-        In a row of many answers that is too long, neither the answers nor their defects are searched for.
-        """
-        example = self._example(row)
+        """The row's text, or a pair's two. Raises StepFailure for an invalid row."""
+        example, system = self._reader.read(row), self.recipe.system_prompt
+        if system is not None and not isinstance(example, PlainText):
+            example = example.with_system(system.text, replace=system.mode == "replace")
         if isinstance(example, Preference):
             return self._tokenizer.render_pair(example, row.location, self.recipe.longest_allowed)
         return (self._tokenizer.render(example, row.location, self.recipe.longest_allowed),)
-
-    def _example(self, row: Row) -> Example | Preference:
-        example, system = self._reader.read(row), self.recipe.system_prompt
-        if system is None or isinstance(example, PlainText):
-            return example
-        return example.with_system(system.text, replace=system.mode == "replace")
 
     def _tokenize(self, rows: Sequence[Row]) -> Iterator[tuple[Row, TokenizedRow]]:
         for batch in _batches(iter(rows), _BATCH_ROWS, _BATCH_BYTES):
             rendered = [text for row in batch for text in self.render(row)]
             tokenized = self._tokenizer.tokenize(rendered, self.recipe.train_on)
-            yield from zip(batch, paired(tokenized) if self.recipe.format in PAIRS else tokenized, strict=True)
+            yield from zip(batch, pair_rows(tokenized) if self.recipe.format in PAIRS else tokenized, strict=True)
 
     def _require_known(self, largest: int) -> None:
         if largest >= self.recipe.vocabulary:
@@ -173,7 +163,7 @@ class ChunkMaker:
             )
 
 
-def paired(tokenized: Iterator[TokenizedRow]) -> Iterator[TokenizedRow]:
+def pair_rows(tokenized: Iterator[TokenizedRow]) -> Iterator[TokenizedRow]:
     """Each two rows as one. Equal answers have no targets: there is nothing to prefer."""
     for chosen, rejected in zip(tokenized, tokenized, strict=True):
         is_target = numpy.concatenate([chosen.is_target, rejected.is_target])
@@ -183,10 +173,7 @@ def paired(tokenized: Iterator[TokenizedRow]) -> Iterator[TokenizedRow]:
 
 
 def tokenize(rows: Iterator[Row], maker: ChunkMaker, files: PartOfRows, workers: int, on_rows: OnRows) -> list[Chunk]:
-    """The chunks of all rows, in order, in these files.
-
-    Memory: a few chunks of text for each of `workers` processes. Raises StepFailure for the first invalid row.
-    """
+    """The chunks of all rows, in order. Raises StepFailure for the first invalid row."""
     writer = _ChunkWriter(maker, files, min(workers, MAX_WORKERS))
     batches = _batches(rows, CHUNK_ROWS, CHUNK_BYTES)
     pending: deque[Chunk | Future[Path]] = deque()
@@ -277,7 +264,6 @@ class _ChunkWriter:
 
 
 _maker: ChunkMaker | None = None
-"""What makes the chunks in a worker process."""
 
 
 def _start_worker(recipe: Recipe) -> None:

@@ -34,10 +34,9 @@ _BETWEEN = "\0"
 
 
 def row_digest(row: TokenizedRow) -> bytes:
-    """A digest of the row's tokens and targets, and of where a pair's second answer begins: they differ as these do.
+    """A digest of the row's tokens, targets and chosen length: BLAKE2b of 128 bits.
 
-    BLAKE2b of 128 bits. Two of n different rows have the same one with a probability of n² / 2^129: below 10^-24 for
-    ten million rows.
+    Two of n different rows have the same one with a probability of n² / 2^129: below 10^-24 for ten million rows.
     """
     digest = blake2b(row.input_ids.tobytes(), digest_size=DIGEST_BYTES)
     digest.update(row.is_target.tobytes())
@@ -52,7 +51,6 @@ class Dropped:
     unlabeled: int = 0
     """Rows of which no token counts in the loss."""
     first_unlabeled: str | None = None
-    """Location of the first of them."""
     first_too_long: str | None = None
     """Location of the first row that is longer than a sequence may be."""
 
@@ -64,7 +62,6 @@ class Limits:
     vocabulary: int
     """Tokens that the model knows: every id is below."""
     longest: int
-    """Tokens of a row."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +97,7 @@ class Chunk:
         locations: Sequence[str] = (),
         checks: Sequence[str] | None = None,
     ) -> "Chunk":
-        """The chunk of the used rows, their `locations`, and their `checks` as JSON if they bring any.
-
-        `too_long`: tokens of each row that is left out because of its length.
-        """
+        """The chunk of the used rows. `too_long`: tokens of each row that is too long."""
         chosen = [row.chosen_length for row in rows if row.chosen_length is not None]
         return cls(
             numpy.concatenate([numpy.empty(0, numpy.int32), *(row.input_ids for row in rows)]),
@@ -142,10 +136,9 @@ class Chunk:
 
     @classmethod
     def read(cls, path: Path, limits: Limits, *, verify: bool = False) -> "Chunk | None":
-        """The chunk of a file, memory-mapped. None if there is no such file, or it is not whole or not `fits`.
+        """The chunk of a file, memory-mapped, or None if it is missing, not whole or not `fits`. Raises OSError.
 
-        With `verify` it is compared with its digest, too, which finds what has damaged it and not who has forged it.
-        Raises OSError if the volume fails.
+        With `verify` it is compared with its digest, too, which finds damage and no forgery.
         """
         try:
             if not path.is_file():
@@ -219,15 +212,11 @@ class TokenizedRows:
         self._chunks = tuple(chunks)
         none = numpy.empty(0, numpy.int32)
         self.too_long: Int32s = numpy.concatenate([none, *(chunk.too_long for chunk in chunks)])
-        """int32 [rows left out because they are too long]: their tokens"""
         self.dropped = tuple(chunk.dropped for chunk in chunks)
-        """Which rows each chunk leaves out."""
         self.lengths: Int32s = numpy.concatenate([none, *(chunk.lengths for chunk in chunks)])
         self.target_counts: Int32s = numpy.concatenate([none, *(chunk.target_counts for chunk in chunks)])
-        """int32 [rows]: tokens of each row that count in the loss"""
         chosen = [chunk.chosen_lengths for chunk in chunks if chunk.chosen_lengths is not None]
         self.chosen_lengths: Int32s | None = numpy.concatenate(chosen) if chosen else None
-        """int32 [rows]: tokens of prompt and chosen answer of a preference, or None."""
         self._first = numpy.cumsum([0, *(len(chunk.lengths) for chunk in chunks)])
         ends = numpy.cumsum(self.lengths, dtype=numpy.int64)
         before = numpy.concatenate(([0], ends))[self._first[:-1]]

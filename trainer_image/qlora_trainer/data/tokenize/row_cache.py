@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ class RowsFolder:
     makes a part. What this job may not write there goes into its own folder."""
 
     @classmethod
-    def sharing(cls, own: Path, shared: Path, job_uid: str, pod_uid: str) -> "RowsFolder":
+    def from_shared(cls, own: Path, shared: Path, job_uid: str, pod_uid: str) -> "RowsFolder":
         """The rows of one of the jobs that share them."""
         # No job waits for the lock: without it, another job counts as the one that makes the rows.
         return cls(own, PartialFolders(shared, job_uid, pod_uid, longest_wait=0))
@@ -38,18 +38,14 @@ class RowsFolder:
     def part(self, part: str, key: str, limits: Limits, on_wait: Callable[[], None]) -> "Iterator[PartOfRows]":
         """The files of a part whose data and settings have this key, and whose tokens these limits. Raises OSError.
 
-        In the job's own folder, the part's chunks of other data or settings are deleted; in a shared one, only what a
-        killed pod has left incomplete. `on_wait` is called now and then while another job makes the part.
+        Deletes the job's own chunks of other settings, and what a killed pod has left. Waiting calls `on_wait`.
         """
         for path in self.own.glob(f"{part}-*"):
             if not path.name.startswith(f"{part}-{key}-"):
                 path.unlink()
         shared = None if self.shared is None else _open(self.shared)
-        rows = PartOfRows(self.own, shared, f"{part}-{key}", limits, on_wait)
-        try:
+        with closing(PartOfRows(self.own, shared, f"{part}-{key}", limits, on_wait)) as rows:
             yield rows
-        finally:
-            rows.close()
 
 
 @dataclass(frozen=True)
@@ -85,8 +81,7 @@ class ChunkFile:
 class PartOfRows:
     """The chunks of one part. Of the jobs that want it at the same time one makes it, the others wait for its files.
 
-    A chunk has the same content whichever job makes it. Where two of them do, because one has waited for too long or
-    the volume has no locks, that costs time and nothing else.
+    Where two jobs make a chunk, it has the same content: that costs time and nothing else.
     """
 
     def __init__(
@@ -104,10 +99,7 @@ class PartOfRows:
         return ChunkFile(self._shared.folder / name, self._own / name)
 
     def find(self, number: int) -> Chunk | None:
-        """Return the chunk of this number, or None for this job to make it. Raises OSError.
-
-        Waits while another job makes the part, until that ends, dies, or takes too long.
-        """
+        """The chunk, or None for this job to make it. Waits while another job makes it."""
         file = self.file(number)
         for _ in range(_MOST_LOOKS):
             chunk = file.read(self._limits)
