@@ -11,20 +11,101 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from benchmarks.base.summary import COMMAND, NAME, figures, tables
-from benchmarks.base.worker import SUBJECTS, WAYS
+from benchmarks.base.worker import SUBJECTS
 from benchmarks.conversations import CHAT, write_conversations
 from benchmarks.data import watch
 from benchmarks.machine import RESULTS, describe_machine, write_result
 from benchmarks.operator import table
+from benchmarks.operator.table import head, row
 from benchmarks.speed.settings import ALPHA, MAX_LENGTH, RANK, SEED
 from benchmarks.trainer import WORKSPACE, prepare_command
 from examples.demo.__main__ import model_folder
 from qlora_trainer.core.cpu import preloaded_allocator
 from qlora_trainer.training.checkpoints.attempts import ATTEMPTS_FILE
+
+MIB, MB, GB = 2**20, 10**6, 10**9
+NAME, COMMAND = "base", "benchmarks.base"
+"""Name of the result, and its command."""
+NAMES = {
+    "ours": "In pieces, as `prepare` does",
+    "bitsandbytes": "bitsandbytes, the whole weight",
+    "copy": "A plain copy",
+}
+WAYS = {
+    "before": "The train step quantizes the original",
+    "after": "The train step maps the base that `prepare` made",
+}
+
+
+def figures(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """The medians of the repetitions, and memory above that of the libraries alone."""
+    return {
+        "quantizer": {
+            name: {
+                "bytesPerSecond": found["bytesPerSecond"],
+                "timesTheWeight": found["aboveBytes"] / found["weightBytes"],
+            }
+            for name, found in measured["quantizer"].items()
+        },
+        "bases": [
+            {
+                "name": each["name"],
+                "parameters": each["parameters"],
+                "originalBytes": each["originalBytes"],
+                "baseBytes": each["baseBytes"],
+                "seconds": each["seconds"],
+                "aboveLibrariesBytes": each["peakAnonymousBytes"] - each["librariesBytes"],
+                "peakBytes": each["peakBytes"],
+            }
+            for each in measured["bases"]
+        ],
+        "start": {way: _medians(runs) for way, runs in measured["start"].items()},
+    }
+
+
+def _medians(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = ("secondsToLoaded", "secondsToFirstStep", "readBytes", "peakBytes")
+    return {name: median(run[name] for run in runs) for name in names}
+
+
+def tables(result: Mapping[str, Any]) -> str:
+    """The tables in Markdown."""
+    found = result["figures"]
+    lines = head("Quantizing a weight of 4096 × 4096", "MB/s of 16-bit weights", "Memory besides, × the weight")
+    for name, label in NAMES.items():
+        each = found["quantizer"][name]
+        lines.append(row(label, f"{each['bytesPerSecond'] / MB:,.0f}", f"{each['timesTheWeight']:.1f}"))
+    lines += ["", *head("Making a whole base", "16 bit, GB", "Base, GB", "Seconds", "Memory above the libraries, MiB")]
+    for each in found["bases"]:
+        lines.append(
+            row(
+                f"{each['name']}, {each['parameters'] / GB:.2f}B",
+                f"{each['originalBytes'] / GB:.2f}",
+                f"{each['baseBytes'] / GB:.2f}",
+                f"{each['seconds']:.0f}",
+                f"{each['aboveLibrariesBytes'] / MIB:,.0f}",
+            )
+        )
+    columns = ("Seconds until it is loaded", "Until the first optimizer step", "Read from disk, MiB", "Peak, MiB")
+    lines += ["", *head(f"SmolLM2-135M, files not in memory, {result['repetitions']} starts each", *columns)]
+    for way, label in WAYS.items():
+        each = found["start"][way]
+        lines.append(
+            row(
+                label,
+                f"{each['secondsToLoaded']:.1f}",
+                f"{each['secondsToFirstStep']:.1f}",
+                f"{each['readBytes'] / MIB:,.0f}",
+                f"{each['peakBytes'] / MIB:,.0f}",
+            )
+        )
+    return "\n".join(lines) + "\n"
+
 
 PAGE = Path(__file__).parents[2] / "docs" / "trainer" / "measurements.md"
 ROWS = 40

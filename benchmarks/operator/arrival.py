@@ -19,11 +19,10 @@ from statistics import median_low
 from typing import Any, Literal
 
 from benchmarks.operator import audit, kubeflow, site
-from benchmarks.operator.client import Client, connect
+from benchmarks.operator.client import Client, connect, watch
 from benchmarks.operator.objects import BATCH, CORE, NAMESPACE, jobs_path, qlora_job
+from benchmarks.operator.site import Processes, spread
 from benchmarks.operator.table import Run, Target, head, row, targets
-from benchmarks.operator.usage import Processes, spread
-from benchmarks.operator.watching import watch
 from devcluster.controlplane import ControlPlane
 from qlora_api.naming import JOB_LABEL
 

@@ -16,13 +16,12 @@ from statistics import median
 from typing import Any
 
 from benchmarks.operator import audit, seeding, site
-from benchmarks.operator.client import Client, connect
+from benchmarks.operator.client import Client, connect, watch
 from benchmarks.operator.node import ENDLESS, playing
 from benchmarks.operator.objects import NAMESPACE, jobs_path, qlora_job
 from benchmarks.operator.progress import all_report, create_all
+from benchmarks.operator.site import Processes, spread
 from benchmarks.operator.table import Target, head, row, targets
-from benchmarks.operator.usage import Processes, spread
-from benchmarks.operator.watching import watch
 from devcluster.controlplane import ControlPlane
 from qlora_api.naming import JOB_LABEL
 

@@ -8,8 +8,8 @@ import asyncio
 import sys
 from pathlib import Path
 
+from benchmarks.operator.client import watch
 from benchmarks.operator.objects import PROFILE
-from benchmarks.operator.watching import watch
 from qlora_api.contract import needed_contract
 from qlora_api.naming import workspace_claim_name, workspace_folder
 from qlora_api.status import Resolved

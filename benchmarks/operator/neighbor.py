@@ -21,8 +21,8 @@ from benchmarks.operator import site
 from benchmarks.operator.client import Client, connect
 from benchmarks.operator.objects import BATCH, CORE, NAMESPACE, PROFILE, jobs_path, qlora_job
 from benchmarks.operator.progress import create_all
+from benchmarks.operator.site import spread
 from benchmarks.operator.table import Target, head, row, targets
-from benchmarks.operator.usage import spread
 from devcluster.controlplane import ControlPlane
 from qlora_api.naming import JOB_UID_LABEL, child_job_name
 from qlora_operator.decisions.manifests.objects import build_claim, build_job

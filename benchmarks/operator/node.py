@@ -14,9 +14,8 @@ from typing import Any, cast
 from aiohttp import web
 
 from benchmarks.operator import site
-from benchmarks.operator.client import Client, Object, connect
+from benchmarks.operator.client import Client, Object, connect, watch
 from benchmarks.operator.objects import COPIED_LABEL, CORE
-from benchmarks.operator.watching import watch
 from devcluster.addresses import LOOPBACK, free_port
 from devcluster.controlplane import ControlPlane
 from qlora_api.artifact_status import AdapterStatus

@@ -16,8 +16,8 @@ from benchmarks.operator import audit, site
 from benchmarks.operator.client import Client, connect
 from benchmarks.operator.node import ENDLESS, playing
 from benchmarks.operator.objects import NAMESPACE, jobs_path, qlora_job
+from benchmarks.operator.site import Processes
 from benchmarks.operator.table import Target, calls, head, row, targets
-from benchmarks.operator.usage import Processes
 from devcluster.controlplane import ControlPlane
 
 _SETTLE_SECONDS = 20

@@ -17,12 +17,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.operator import audit, site
-from benchmarks.operator.client import Client, connect
+from benchmarks.operator.client import Client, connect, watch
 from benchmarks.operator.node import playing
 from benchmarks.operator.objects import BATCH, CORE, jobs_path, qlora_job
+from benchmarks.operator.site import Processes
 from benchmarks.operator.table import Run, Target, calls, head, row, targets
-from benchmarks.operator.usage import Processes
-from benchmarks.operator.watching import watch
 from devcluster.controlplane import ControlPlane
 from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, STEP_LABEL
 

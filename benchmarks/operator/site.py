@@ -1,4 +1,4 @@
-"""Starts the processes of every load: a control plane with the resource, and the operator."""
+"""Starts the processes of every load, a control plane and the operator, and reads what they use."""
 
 import asyncio
 import os
@@ -8,13 +8,15 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import quantiles
 from typing import Any
 
 import yaml
 
+from benchmarks.memory import peak_resident_bytes, resident_bytes
 from benchmarks.operator.objects import operator_settings
-from benchmarks.operator.usage import Processes
 from devcluster import processes
 from devcluster.addresses import free_port
 from devcluster.controlplane import ControlPlane, running
@@ -24,6 +26,38 @@ ROOT = Path(__file__).parents[2]
 UNHURRIED: tuple[str, ...] = ()
 HURRIED = ("--kube-api-qps=1000", "--kube-api-burst=1000", "--concurrent-job-syncs=16")
 _END_SECONDS = 30
+MIB = 2**20
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """One process, or several that do one work together."""
+
+    pids: tuple[int, ...]
+
+    def processor_seconds(self) -> float:
+        """Their processor time so far."""
+        return sum(_processor_seconds(pid) for pid in self.pids)
+
+    def resident_mib(self) -> float:
+        """The memory that they hold now."""
+        return round(sum(resident_bytes(pid) for pid in self.pids) / MIB, 1)
+
+    def peak_mib(self) -> float:
+        """The sum of their peaks."""
+        return round(sum(peak_resident_bytes(pid) for pid in self.pids) / MIB, 1)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, 99th percentile and maximum of at least two values."""
+    cuts = quantiles(values, n=100, method="inclusive")
+    return {"p50": round(cuts[49], 3), "p99": round(cuts[98], 3), "max": round(max(values), 3)}
+
+
+def _processor_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import together
-from benchmarks.base import summary as base
+from benchmarks.base import __main__ as base
 from benchmarks.machine import RESULTS
 from benchmarks.operator import table
 from benchmarks.operator.__main__ import LOADS
