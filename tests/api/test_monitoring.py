@@ -186,7 +186,7 @@ def prometheus(
     groups = installed_groups(siteURL=SITE, overrides={"QLoRAWorkspaceNearlyFull": {"for": "1s"}})
     folder = tmp_path_factory.mktemp("prometheus") / "server"
     with serving_metrics(kubelet) as port:
-        targets = {"qlora-operator-metrics": operated.metrics_port, "kubelet": port}
+        targets = {"qlora-operator-metrics": operated.operator.metrics_port, "kubelet": port}
         with running_prometheus(programs.prometheus, folder, targets, groups) as server:
             yield server
 

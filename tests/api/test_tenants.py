@@ -57,7 +57,7 @@ class Attacked:
     def require_unharmed(self) -> None:
         """No object of the victim has changed, and the operator runs."""
         assert _lasting(self.tenants.everything(VICTIM)) == self.before
-        assert self.tenants.operator.poll() is None, self.tenants.operator_log.read_text()[-3000:]
+        assert self.tenants.operator.alive, self.tenants.operator.log.read_text()[-3000:]
 
 
 def _lasting(objects: dict[str, Object]) -> dict[str, Object]:
@@ -144,12 +144,12 @@ def test_no_neighbor_waits_for_a_thousand_jobs(attacked: Attacked) -> None:
 def require_turns(attacked: Attacked, count: int, name: str) -> None:
     """While the operator stands still, a flood and then a neighbor's job arrive."""
     tenants = attacked.tenants
-    tenants.operator.send_signal(signal.SIGSTOP)
+    tenants.operator.send(signal.SIGSTOP)
     for number in range(count):
         submit(tenants, f"{name}-flood-{number}", scheduling={"profile": "small"})
     since = tenants.audit_size()
     tenants.victim.create(VICTIM, "qlorajobs", MINIMAL | {"metadata": {"name": name}})
-    tenants.operator.send_signal(signal.SIGCONT)
+    tenants.operator.send(signal.SIGCONT)
     tenants.wait_for_pod(name, "prepare", VICTIM)
     statuses = 0
     for entry in written_by_the_operator(tenants.audited(since)):
@@ -161,7 +161,7 @@ def require_turns(attacked: Attacked, count: int, name: str) -> None:
     tenants.victim.delete(VICTIM, "qlorajobs", name)
     eventually(lambda: not tenants.admin.list(VICTIM, "jobs", f"{JOB_LABEL}={name}"), seconds=60)
     tenants.tenant.must("DELETE", path_of(TENANT, "qlorajobs"))
-    assert tenants.operator.poll() is None
+    assert tenants.operator.alive
 
 
 def test_a_flood_of_forged_pods_and_events_delays_no_neighbor(attacked: Attacked) -> None:
@@ -175,7 +175,7 @@ def test_a_flood_of_forged_pods_and_events_delays_no_neighbor(attacked: Attacked
         tenants.tenant.create(TENANT, "events", event)
     tenants.victim.create(VICTIM, "qlorajobs", MINIMAL | {"metadata": {"name": "beside-a-crowd"}})
     tenants.wait_for_pod("beside-a-crowd", "prepare", VICTIM)
-    assert tenants.operator.poll() is None
+    assert tenants.operator.alive
 
 
 def test_every_change_of_the_victims_objects_was_made_for_its_own_jobs(attacked: Attacked) -> None:

@@ -7,22 +7,25 @@ through the channels of a WebSocket (v4.channel.k8s.io), as a kubelet sends it.
 import base64
 import hashlib
 import json
-import ssl
 import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from devcluster.addresses import LOOPBACK
-from devcluster.certificates import Authority
 from devcluster.controlplane import ControlPlane
 from devcluster.errors import ClusterError
+from tests.support.kubelet import (
+    add_node,
+    bind,
+    container_status,
+    report_pod,
+    serve_kubelet,
+)
 from tests.support.waiting import eventually
 
 NODE = "claims"
@@ -60,29 +63,12 @@ class ClaimNode:
     def start(self, pod: Object) -> None:
         """The pod gets the node and runs."""
         name = pod["metadata"]["name"]
-        path = f"/api/v1/namespaces/{self.namespace}/pods/{name}"
-        binding = {
-            "apiVersion": "v1",
-            "kind": "Binding",
-            "metadata": {"name": name},
-            "target": {"kind": "Node", "name": NODE},
-        }
-        self.plane.kubectl("create", "--raw", f"{path}/binding", "--filename=-", input_text=json.dumps(binding))
+        bind(self.plane, self.namespace, name, NODE)
         (container,) = pod["spec"]["containers"]
-        state = {"running": {"startedAt": "2026-01-02T03:04:05Z"}}
-        running = {
-            "name": container["name"],
-            "image": "",
-            "imageID": "",
-            "ready": True,
-            "restartCount": 0,
-            "state": state,
-        }
-        patch = {"status": {"phase": "Running", "containerStatuses": [running]}}
-        options = ("--subresource=status", "--type=merge", f"--patch={json.dumps(patch)}")
+        running = container_status({"running": {"startedAt": "2026-01-02T03:04:05Z"}}, container["name"])
         # Before the status: a client that sees the pod run executes a command in it immediately.
         self.pods.append(pod)
-        self.plane.kubectl("patch", "pod", name, f"--namespace={self.namespace}", *options)
+        report_pod(self.plane, self.namespace, name, "Running", running | {"ready": True})
 
     def folder(self, name: str) -> Path:
         """The folder of the claim that the pod has mounted."""
@@ -94,45 +80,19 @@ class ClaimNode:
 @contextmanager
 def claim_node(plane: ControlPlane, folder: Path, namespace: str) -> Iterator[ClaimNode]:
     """The node of the namespace's readers until the block ends; `folder` gets its certificate."""
-    node = ClaimNode(plane, namespace)
-    server = _server(node, folder)
-    node.port = server.server_port
-    ended = threading.Event()
-    threads = [
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True),
-        threading.Thread(target=_start_readers, args=(node, ended), daemon=True),
-    ]
-    plane.kubectl.apply(json.dumps({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}}))
-    status = {
-        "addresses": [{"type": "InternalIP", "address": LOOPBACK}],
-        "daemonEndpoints": {"kubeletEndpoint": {"Port": node.port}},
-    }
-    patch = f"--patch={json.dumps({'status': status})}"
-    plane.kubectl("patch", "node", NODE, "--subresource=status", "--type=merge", patch)
-    for thread in threads:
+    node, ended = ClaimNode(plane, namespace), threading.Event()
+    with serve_kubelet(_Handler, folder, node=node) as node.port:
+        thread = threading.Thread(target=_start_readers, args=(node, ended), daemon=True)
+        add_node(plane, NODE, node.port)
         thread.start()
-    try:
-        yield node
-        # Pods that are bound to a node end once its kubelet has reported it.
-        eventually(lambda: not _remove_deleted(node), seconds=30, what="readers that are gone")
-    finally:
-        ended.set()
-        server.shutdown()
-        server.server_close()
-        for thread in threads:
+        try:
+            yield node
+            # Pods that are bound to a node end once its kubelet has reported it.
+            eventually(lambda: not _remove_deleted(node), seconds=30, what="readers that are gone")
+        finally:
+            ended.set()
             thread.join(timeout=30)
-        plane.kubectl("delete", "node", NODE)
-
-
-def _server(node: ClaimNode, folder: Path) -> ThreadingHTTPServer:
-    handler = type("Handler", (_Handler,), {"node": node})
-    server = ThreadingHTTPServer((LOOPBACK, 0), handler)
-    server.daemon_threads, server.block_on_close = True, False
-    certificate, key = Authority(datetime.now(UTC)).issue("kubelet", serves=[LOOPBACK]).write(folder, "claims")
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(certificate, key)
-    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
-    return server
+            plane.kubectl("delete", "node", NODE)
 
 
 def _start_readers(node: ClaimNode, ended: threading.Event) -> None:
@@ -160,10 +120,6 @@ def _remove_deleted(node: ClaimNode) -> list[Object]:
 
 class _Handler(BaseHTTPRequestHandler):
     node: ClaimNode
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: Any) -> None:
-        """Nothing: standard error is the test's."""
 
     def do_GET(self) -> None:
         address = urlsplit(self.path)

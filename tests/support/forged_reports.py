@@ -208,4 +208,4 @@ def other_labels_on_what_the_operator_has_created(t: Tenancy) -> None:
 def control_characters_in_the_names_of_columns(t: Tenancy) -> None:
     columns = {"text": "\x1b[2J\u202e\x07text"}
     running(t, "control-columns", dataset=SPEC["dataset"] | {"columns": columns})
-    assert "\x1b" not in t.operator_log.read_text()
+    assert "\x1b" not in t.operator.log.read_text()

@@ -1,25 +1,20 @@
 """A real API server with the real controllers and the operator, without a node."""
 
 import json
-import os
-import subprocess
-import sys
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from devcluster.addresses import free_ports
 from devcluster.controlplane import ControlPlane, running
 from devcluster.kubectl import Kubectl
 from qlora_api.contract import ResultRecord, encode_record
 from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, STEP_LABEL
 from qlora_api.status import MemoryStatus, StepName
 from tests.support.definitions import apply_definitions
+from tests.support.kubelet import bind, container_status, report_pod, terminated
+from tests.support.operator_process import OperatorProcess, running_operator
 from tests.support.played import ENDED, FOUND, STEPS
 from tests.support.waiting import eventually
 
@@ -35,8 +30,7 @@ class Nodeless:
     """The cluster as its users and its nodes use it; jobs are in the namespace `team`."""
 
     plane: ControlPlane
-    metrics_port: int
-    """Of the operator."""
+    operator: OperatorProcess
 
     @property
     def kubectl(self) -> Kubectl:
@@ -44,9 +38,7 @@ class Nodeless:
 
     def metrics(self) -> str:
         """The operator's answer to a scrape."""
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10) as answer:
-            return str(answer.read().decode())
+        return self.operator.get("/metrics", port=self.operator.metrics_port)[1]
 
     def job(self, name: str) -> dict[str, Any]:
         return self.kubectl.get("qlorajob", name, f"--namespace={NAMESPACE}")
@@ -117,11 +109,7 @@ class Nodeless:
 
     def start_pod(self, pod: dict[str, Any]) -> None:
         """The pod gets a node and starts; once deleted, it stays until it is ended and removed."""
-        name = pod["metadata"]["name"]
-        target = {"apiVersion": "v1", "kind": "Node", "name": NODE}
-        binding = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": name}, "target": target}
-        path = f"/api/v1/namespaces/{NAMESPACE}/pods/{name}/binding"
-        self.kubectl("create", "--raw", path, "--filename=-", input_text=json.dumps(binding))
+        bind(self.plane, NAMESPACE, pod["metadata"]["name"], NODE)
         self._report(pod, "Running", {"running": {"startedAt": ENDED}})
 
     def end_pod(self, pod: dict[str, Any], code: int, reason: str, **fields: Any) -> None:
@@ -141,7 +129,7 @@ class Nodeless:
 
         if "deletionTimestamp" not in pod["metadata"]:
             eventually(is_deleted, seconds=60, every=0.2, what=f"the deletion of {name}")
-        self._report(pod, "Failed", {"terminated": _terminated(code, "")})
+        self._report(pod, "Failed", terminated(code, "", ENDED))
         options = ("--grace-period=0", "--force", "--wait=false", "--ignore-not-found")
         self.kubectl("delete", "pod", name, f"--namespace={NAMESPACE}", *options)
 
@@ -160,36 +148,16 @@ class Nodeless:
             reason=reason,
             **fields,
         )
-        terminated = _terminated(code, encode_record(record))
-        self._report(pod, "Failed" if code else "Succeeded", {"terminated": terminated})
+        self._report(pod, "Failed" if code else "Succeeded", terminated(code, encode_record(record), ENDED))
 
     def _report(self, pod: dict[str, Any], phase: str, state: dict[str, Any]) -> None:
-        container = {"name": "trainer", "image": "", "imageID": "", "ready": False, "restartCount": 0, "state": state}
-        status = {"phase": phase, "startTime": ENDED, "containerStatuses": [container]}
-        self.kubectl(
-            "patch",
-            "pod",
-            pod["metadata"]["name"],
-            f"--namespace={NAMESPACE}",
-            "--subresource=status",
-            "--type=merge",
-            f"--patch={json.dumps({'status': status})}",
-        )
-
-
-def _terminated(code: int, message: str) -> dict[str, Any]:
-    return {
-        "exitCode": code,
-        "reason": "Error" if code else "Completed",
-        "message": message,
-        "startedAt": ENDED,
-        "finishedAt": ENDED,
-    }
+        name, container = pod["metadata"]["name"], container_status(state)
+        report_pod(self.plane, NAMESPACE, name, phase, container, startTime=ENDED)
 
 
 @contextmanager
 def nodeless(folder: Path, **profile: object) -> Iterator[Nodeless]:
-    """The cluster with the namespace; `folder` gets the operator's settings and log. `profile`: more of its keys.
+    """The cluster with the namespace; `folder` gets the operator's files. `profile`: more of its keys.
 
     The profile `shared` is the same, for jobs of several nodes; `gpu` is the same with GPUs.
     """
@@ -198,7 +166,6 @@ def nodeless(folder: Path, **profile: object) -> Iterator[Nodeless]:
         plane.kubectl("create", "namespace", NAMESPACE)
         # Pods of a node that does not exist are taken for disrupted after a while.
         plane.kubectl.apply(json.dumps({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}}))
-        ports = free_ports()
         default = {"image": "example.org/qlora-trainer:none", "device": "cpu", **profile}
         settings = {
             "profiles": {
@@ -208,19 +175,6 @@ def nodeless(folder: Path, **profile: object) -> Iterator[Nodeless]:
             },
             # Without a kubelet there are no logs.
             "progress": {"enabled": False},
-            "probePort": ports.etcd_client,
-            "metricsPort": ports.etcd_peer,
         }
-        (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
-        with (folder / "operator.log").open("w") as log:
-            operator = subprocess.Popen(
-                [sys.executable, "-m", "qlora_operator", "--settings", folder / "settings.yaml"],
-                env={**os.environ, "KUBECONFIG": str(plane.kubeconfig), "PYTHONPATH": os.pathsep.join(sys.path)},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-        try:
-            yield Nodeless(plane, ports.etcd_peer)
-        finally:
-            operator.terminate()
-            operator.wait(timeout=30)
+        with running_operator(folder / "operator", plane.kubeconfig, settings) as operator:
+            yield Nodeless(plane, operator)

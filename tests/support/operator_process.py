@@ -103,7 +103,7 @@ def running_operator(folder: Path, kubeconfig: Path, settings: Mapping[str, Any]
     ports = {"probePort": free_port(), "metricsPort": free_port()}
     profiles = {"default": PROFILE.model_dump(by_alias=True, exclude_defaults=True, mode="json")}
     file = folder / "settings.yaml"
-    file.write_text(yaml.safe_dump({"profiles": profiles, **ports, **settings}))
+    file.write_text(yaml.safe_dump({"profiles": profiles, **settings, **ports}))
     log = folder / "log"
     path = [ROOT / "crds", ROOT / "operator"]
     environment = {**os.environ, "KUBECONFIG": str(kubeconfig), "PYTHONPATH": os.pathsep.join(map(str, path))}

@@ -5,24 +5,22 @@ server of this process.
 """
 
 import json
-import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import yaml
 
-from devcluster.addresses import LOOPBACK
-from devcluster.certificates import Authority
 from devcluster.controlplane import ControlPlane
 from qlora_api.contract import TRAINER_CONTAINER, ProgressRecord, encode_record
 from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, STEP_LABEL
+from tests.support.kubelet import add_node, container_status, report_pod, serve_kubelet
 
 _BEGIN = datetime(2026, 1, 2, 3, 4, 5, 250_000, tzinfo=UTC)
 
@@ -68,29 +66,13 @@ class Kubelet:
 def kubelet(folder: Path) -> Iterator[Kubelet]:
     """Serve until the block ends; `folder` gets the certificate, which is not checked."""
     served = Kubelet()
-    handler = type("Handler", (_Handler,), {"kubelet": served})
-    server = ThreadingHTTPServer((LOOPBACK, 0), handler)
-    server.daemon_threads, server.block_on_close = True, False
-    certificate, key = Authority(datetime.now(UTC)).issue("kubelet", serves=[LOOPBACK]).write(folder, "kubelet")
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(certificate, key)
-    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
-    served.port = server.server_port
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-    try:
+    with serve_kubelet(_Handler, folder, kubelet=served) as served.port:
         yield served
-    finally:
         served.cut()
-        server.shutdown()
-        server.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):
     kubelet: Kubelet
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: Any) -> None:
-        """Nothing: standard error is the test's."""
 
     def do_GET(self) -> None:
         address = urlsplit(self.path)
@@ -218,12 +200,8 @@ class Reported:
         self._report_pod(pod, "Failed" if code else "Succeeded", {"terminated": {"exitCode": code}})
 
     def _report_pod(self, pod: str, phase: str, state: Object) -> None:
-        containers: list[Object] = [
-            {"name": name, "image": "", "imageID": "", "ready": False, "restartCount": 0, "state": each}
-            for name, each in (("mesh", {"running": {}}), (TRAINER_CONTAINER, state))
-        ]
-        patch = f"--patch={json.dumps({'status': {'phase': phase, 'containerStatuses': containers}})}"
-        self.kubectl("patch", "pod", pod, "--subresource=status", "--type=merge", patch)
+        mesh, trainer = container_status({"running": {}}, "mesh"), container_status(state)
+        report_pod(self.plane, self.namespace, pod, phase, mesh, trainer)
 
     def kubeconfig(self, folder: Path, user: str, *rules: Object, server: str = "") -> Path:
         """Token of a new account with these rights in the namespace only; `server` is a proxy."""
@@ -252,14 +230,7 @@ def reported(plane: ControlPlane, folder: Path, namespace: str) -> Iterator[Repo
         plane.kubectl("create", "namespace", namespace)
         # Without the controllers no process creates it.
         plane.kubectl("create", "serviceaccount", "default", f"--namespace={namespace}")
-        node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "reported"}}
-        plane.kubectl.apply(json.dumps(node))
-        status = {
-            "addresses": [{"type": "InternalIP", "address": LOOPBACK}],
-            "daemonEndpoints": {"kubeletEndpoint": {"Port": served.port}},
-        }
-        patch = f"--patch={json.dumps({'status': status})}"
-        plane.kubectl("patch", "node", "reported", "--subresource=status", "--type=merge", patch)
+        add_node(plane, "reported", served.port)
         yield Reported(plane, served, namespace)
 
 

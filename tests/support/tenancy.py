@@ -9,15 +9,12 @@ import base64
 import http.client
 import http.server
 import json
-import os
 import ssl
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -25,13 +22,13 @@ from urllib.parse import urlencode
 import yaml
 
 from devcluster import toolchain
-from devcluster.addresses import LOOPBACK, free_ports
-from devcluster.certificates import Authority
 from devcluster.controlplane import ControlPlane, running
 from devcluster.kubectl import Kubectl
 from devcluster.layout import from_environment
 from devcluster.processes import run
 from qlora_api.naming import JOB_LABEL, STEP_LABEL
+from tests.support.kubelet import add_node, bind, container_status, serve_kubelet, terminated
+from tests.support.operator_process import OperatorProcess, running_operator
 from tests.support.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
@@ -126,33 +123,16 @@ class Logs:
 
     texts: dict[tuple[str, str], str] = field(default_factory=dict)
 
-    @contextmanager
-    def served(self, folder: Path) -> Iterator[int]:
-        """The port where a kubelet would serve them."""
-        logs = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                parts = self.path.split("?")[0].split("/")
-                text = logs.texts.get((parts[2], parts[3]), "") if parts[1] == "containerLogs" else ""
-                self.send_response(200)
-                self.end_headers()
-                self.wfile.write(text.encode())
+class _LogHandler(BaseHTTPRequestHandler):
+    logs: Logs
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        certificate, key = Authority(datetime.now(UTC)).issue(NODE, serves=[LOOPBACK]).write(folder, "kubelet")
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificate, key)
-        with http.server.ThreadingHTTPServer((LOOPBACK, 0), Handler) as server:
-            server.socket = context.wrap_socket(server.socket, server_side=True)
-            thread = threading.Thread(target=server.serve_forever, daemon=True)
-            thread.start()
-            try:
-                yield server.server_address[1]
-            finally:
-                server.shutdown()
+    def do_GET(self) -> None:
+        parts = self.path.split("?")[0].split("/")
+        text = self.logs.texts.get((parts[2], parts[3]), "") if parts[1] == "containerLogs" else ""
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(text.encode())
 
 
 @dataclass(frozen=True)
@@ -205,16 +185,13 @@ class Tenancy(Tenants):
     """The same without a node: tests write the statuses of a kubelet, and containers' logs."""
 
     logs: Logs
-    operator: subprocess.Popen[bytes]
-    operator_log: Path
+    operator: OperatorProcess
 
     def run(self, pod: Object, log: str = "") -> None:
         """The pod starts on the node, and writes that log."""
         metadata = pod["metadata"]
         if not pod["spec"].get("nodeName"):
-            target = {"apiVersion": "v1", "kind": "Node", "name": NODE}
-            binding = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": metadata["name"]}, "target": target}
-            self.admin.must("POST", path_of(metadata["namespace"], "pods", metadata["name"], "binding"), binding)
+            bind(self.plane, metadata["namespace"], metadata["name"], NODE)
         self.logs.texts[metadata["namespace"], metadata["name"]] = log
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         self._report(pod, "Running", {"running": {"startedAt": now}})
@@ -222,14 +199,12 @@ class Tenancy(Tenants):
     def end(self, pod: Object, message: str, code: int = 0) -> None:
         """The pod ends with that exit code and that termination message."""
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        reason = "Error" if code else "Completed"
-        ended = {"exitCode": code, "reason": reason, "message": message, "startedAt": now, "finishedAt": now}
-        self._report(pod, "Failed" if code else "Succeeded", {"terminated": ended})
+        self._report(pod, "Failed" if code else "Succeeded", terminated(code, message, now))
 
     def _report(self, pod: Object, phase: str, state: Object) -> None:
-        container = {"name": "trainer", "image": "", "imageID": "", "ready": False, "restartCount": 0, "state": state}
-        status = {"phase": phase, "containerStatuses": [container]}
-        self.admin.patch(pod["metadata"]["namespace"], "pods", pod["metadata"]["name"], {"status": status}, "status")
+        metadata = pod["metadata"]
+        status = {"phase": phase, "containerStatuses": [container_status(state)]}
+        self.admin.patch(metadata["namespace"], "pods", metadata["name"], {"status": status}, "status")
 
 
 def summary(job: Object) -> dict[str, object]:
@@ -297,43 +272,25 @@ def tenancy(folder: Path, profiles: Object) -> Iterator[Tenancy]:
         plane.kubectl.apply(yaml.safe_dump_all([one for one in objects if one["kind"] in wanted]))
         admin = client(plane, folder)
         logs = Logs()
-        with logs.served(folder) as port:
-            _add_node(admin, port)
+        with serve_kubelet(_LogHandler, folder, logs=logs, protocol_version="HTTP/1.0") as port:
+            add_node(plane, NODE, port)
             add_namespaces(plane.kubectl)
             template = next(one for one in objects if one["kind"] == "Deployment")["spec"]["template"]
             settings = yaml.safe_load(template["metadata"]["annotations"]["qlora.dev/settings"])
-            with _operator(plane, folder, settings) as process:
+            # In a pod it would read its namespace from a file.
+            settings["leaderElection"] |= {"namespace": OPERATOR_NAMESPACE}
+            with running_operator(folder / "operator", _operators_kubeconfig(plane, folder), settings) as process:
                 tenant, victim = (client(plane, folder, user) for user in (TENANT_USER, VICTIM_USER))
-                yield Tenancy(plane, admin, tenant, victim, logs, process, folder / "operator.log")
+                yield Tenancy(plane, admin, tenant, victim, logs, process)
 
 
-@contextmanager
-def _operator(plane: ControlPlane, folder: Path, settings: Object) -> Iterator[subprocess.Popen[bytes]]:
-    ports = free_ports()
-    settings |= {"probePort": ports.etcd_client, "metricsPort": ports.etcd_peer}
-    # In a pod it would read its namespace from a file.
-    settings["leaderElection"] |= {"namespace": OPERATOR_NAMESPACE}
-    (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
+def _operators_kubeconfig(plane: ControlPlane, folder: Path) -> Path:
     kubeconfig = yaml.safe_load(plane.kubeconfig.read_text())
     token = plane.kubectl("create", "token", "qlora-operator", f"--namespace={OPERATOR_NAMESPACE}").strip()
     kubeconfig["users"][0]["user"] = {"token": token}
-    (folder / "operator.kubeconfig").write_text(yaml.safe_dump(kubeconfig))
-    with (folder / "operator.log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "qlora_operator", "--settings", folder / "settings.yaml"],
-            env={
-                **os.environ,
-                "KUBECONFIG": str(folder / "operator.kubeconfig"),
-                "PYTHONPATH": os.pathsep.join(sys.path),
-            },
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
+    file = folder / "operator.kubeconfig"
+    file.write_text(yaml.safe_dump(kubeconfig))
+    return file
 
 
 def client(plane: ControlPlane, folder: Path, user: str = "") -> Client:
@@ -348,14 +305,6 @@ def client(plane: ControlPlane, folder: Path, user: str = "") -> Client:
         path.write_bytes(base64.b64decode(identity[part]))
     context.load_cert_chain(*paths)
     return Client(plane.server, context, {"Impersonate-User": user} if user else {})
-
-
-def _add_node(admin: Client, port: int) -> None:
-    node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}}
-    admin.must("POST", "/api/v1/nodes", node)
-    addresses = [{"type": "InternalIP", "address": LOOPBACK}]
-    status = {"addresses": addresses, "daemonEndpoints": {"kubeletEndpoint": {"Port": port}}}
-    admin.must("PATCH", f"/api/v1/nodes/{NODE}/status", {"status": status}, kind="application/merge-patch+json")
 
 
 def add_namespaces(kubectl: Kubectl) -> None:
