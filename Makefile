@@ -65,7 +65,7 @@ suites: $(VENV)/.synced
 	$(DEVCLUSTER) build versitygw > $(CACHE)/versitygw.log
 	failed=0
 	# One thread each, as the processes share the cores.
-	OMP_NUM_THREADS=1 $(PYTEST) $(TOGETHER) $(SELECTION) tests/devcluster tests/trainer || failed=1
+	OMP_NUM_THREADS=1 $(PYTEST) $(TOGETHER) $(SELECTION) tests/devcluster tests/commands tests/trainer || failed=1
 	# In a process of their own: the tests of the trainer hide the GPUs from theirs.
 	$(PYTEST) $(SELECTION) tests/gpu || failed=1
 	if kill -0 $$prepare 2> /dev/null; then echo "Waiting for programs and images; see $(CACHE)/prepare.log"; fi

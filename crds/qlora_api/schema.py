@@ -1,5 +1,6 @@
 """How a model of the API is declared: camelCase names, frozen values, and rules that the API server enforces too."""
 
+from enum import Enum, auto
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -17,6 +18,23 @@ class ApiModel(BaseModel):
     def dump(self) -> dict[str, Any]:
         """The JSON object that the API server stores: camelCase keys, and no key for a field that is not set."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+class Decides(Enum):
+    """What a setting of the spec decides, as metadata of its field. Without: the adapter alone."""
+
+    PREPARED_DATA = auto()
+    """Also the sequences: data prepared with another value is prepared again."""
+    DRY_RUN = auto()
+    """Also the memory that a dry run measures."""
+    NOT_THE_ADAPTER = auto()
+    """A run continues with another value."""
+
+    def settings(self, model: ApiModel) -> dict[str, Any]:
+        """The JSON values of the model's fields with this mark, by their camelCase names."""
+        fields = type(model).model_fields.items()
+        names = {field.alias or name for name, field in fields if self in field.metadata}
+        return {name: value for name, value in model.dump().items() if name in names}
 
 
 class ObservedModel(ApiModel):

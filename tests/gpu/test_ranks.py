@@ -11,8 +11,8 @@ from qlora_api.contract import ExitCode
 from tests.gpu.figures import Figures
 from tests.gpu.runs import record
 from tests.support.command import Files
+from tests.support.manifests import merged
 from tests.support.ranks import SHARDED, TWO, beginning_with, other, succeeded, until
-from tests.support.tiny import merged
 
 NOTING = """
 import os

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_api.contract import ProgressRecord, ResultRecord, decode_record
-from tests.support.tiny import JOB_UID, POD_UID, chat_row, merged, write_rows
+from tests.support.manifests import merged
+from tests.support.tiny import JOB_UID, POD_UID, chat_row, write_rows
 
 TIMEOUT_S = 300
 

@@ -132,3 +132,12 @@ def without(manifest: Manifest, path: str) -> Manifest:
         node = node[parent]
     del node[last]
     return result
+
+
+def merged(base: Manifest, changes: Manifest) -> Manifest:
+    """The two nested dictionaries as one, `changes` winning."""
+    result = dict(base)
+    for key, value in changes.items():
+        nested = isinstance(value, dict) and isinstance(base.get(key), dict)
+        result[key] = merged(base[key], value) if nested else value
+    return result

@@ -69,15 +69,6 @@ SHAPE: dict[str, Any] = {
 }
 
 
-def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """The two nested dictionaries as one, `changes` winning."""
-    result = dict(base)
-    for key, value in changes.items():
-        nested = isinstance(value, dict) and isinstance(base.get(key), dict)
-        result[key] = merged(base[key], value) if nested else value
-    return result
-
-
 class Recorded(RecordWriter):
     """Records in memory; every progress record is kept, however fast they come."""
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from qlora_api.profile import Quantity
-from qlora_api.schema import ApiModel, rule, rules
+from qlora_api.schema import ApiModel, Decides, rule, rules
 from qlora_api.spec.model import InitialAdapterSpec
 
 BlockNumber = Annotated[int, Field(ge=0, le=1023)]
@@ -162,7 +162,7 @@ class TrainingSpec(ApiModel):
         default=None, ge=1, le=1000, description="Passes over the data; 1 if maxSteps is not set either."
     )
     max_steps: int | None = Field(default=None, ge=1, le=10_000_000, description="Optimizer steps, instead of epochs.")
-    micro_batch_size: int = Field(
+    micro_batch_size: Annotated[int, Decides.DRY_RUN] = Field(
         default=1,
         ge=1,
         le=1024,
@@ -182,12 +182,12 @@ class TrainingSpec(ApiModel):
     )
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="Decoupled weight decay.")
     max_grad_norm: float = Field(default=0.3, gt=0, le=1000, description="Gradients are scaled down to this norm.")
-    auto_micro_batch: bool = Field(
+    auto_micro_batch: Annotated[bool, Decides.DRY_RUN, Decides.NOT_THE_ADAPTER] = Field(
         default=False,
         description="When the GPU runs out of memory, repeat the step with half the microBatchSize and twice the "
         "gradientAccumulationSteps, keep these for the rest of the run, and report the change.",
     )
-    divergence_patience: int = Field(
+    divergence_patience: Annotated[int, Decides.NOT_THE_ADAPTER] = Field(
         default=20,
         ge=0,
         le=10_000,
@@ -201,7 +201,9 @@ class TrainingSpec(ApiModel):
         description="With several GPUs: each holds the whole base (none), or a part of it (full, FSDP2), which is "
         "slower and needs less memory. full does not support merged output, samples or autoMicroBatch.",
     )
-    report_to: Annotated[tuple[Literal["tensorboard", "mlflow", "wandb"], ...], Field(max_length=3)] = Field(
+    report_to: Annotated[
+        tuple[Literal["tensorboard", "mlflow", "wandb"], ...], Field(max_length=3), Decides.NOT_THE_ADAPTER
+    ] = Field(
         default=(),
         description="Trackers of the run. tensorboard: train writes its files to report/tensorboard of the workspace. "
         "mlflow, wandb: publish uploads the run to the server that the profile names, if any (output.tracking).",
@@ -209,24 +211,24 @@ class TrainingSpec(ApiModel):
     optimizer: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw"] = Field(
         default="paged_adamw_32bit", description="AdamW with paged state in 32-bit or 8-bit, or PyTorch's AdamW."
     )
-    max_sequence_length: int = Field(
+    max_sequence_length: Annotated[int, Decides.PREPARED_DATA, Decides.DRY_RUN] = Field(
         default=512,
         ge=16,
         le=131_072,
         description="Tokens per sequence. Longer rows are left out and reported in status.dataset. A row of format "
         "preference has the tokens of both answers, each with the prompt.",
     )
-    packing: bool = Field(
+    packing: Annotated[bool, Decides.PREPARED_DATA] = Field(
         default=True,
         description="Pack several rows into each sequence. Attention does not cross rows. Without effect on a model "
         "that cannot keep rows apart.",
     )
-    train_on: TrainOn = Field(
+    train_on: Annotated[TrainOn, Decides.PREPARED_DATA] = Field(
         default="completion",
         description="Tokens that are trained on: those of every answer (completion), of the last answer of each row "
         "(last), of the assistant messages with train: true or weight: 1 (marked), or all.",
     )
-    gradient_checkpointing: bool = Field(
+    gradient_checkpointing: Annotated[bool, Decides.DRY_RUN] = Field(
         default=True, description="Recompute activations in the backward pass. Saves much memory."
     )
     eval_every_steps: int | None = Field(
@@ -246,14 +248,18 @@ class TrainingSpec(ApiModel):
         description="End training once the loss on the held-out rows no longer falls; needs dataset.eval and "
         "evalEverySteps. keep selects the published adapter. Not set: train to the last step.",
     )
-    save_every_steps: int = Field(default=50, ge=1, le=10_000_000, description="Optimizer steps between checkpoints.")
-    samples: int = Field(
+    save_every_steps: Annotated[int, Decides.NOT_THE_ADAPTER] = Field(
+        default=50, ge=1, le=10_000_000, description="Optimizer steps between checkpoints."
+    )
+    samples: Annotated[int, Decides.NOT_THE_ADAPTER] = Field(
         default=3,
         ge=0,
         le=20,
         description="Number of prompts whose answers, without and with the adapter, are shown in the report.",
     )
-    seed: int = Field(default=0, ge=0, le=2**31 - 1, description="Seed of initialization, data order and dropout.")
+    seed: Annotated[int, Decides.PREPARED_DATA] = Field(
+        default=0, ge=0, le=2**31 - 1, description="Seed of initialization, data order and dropout."
+    )
 
     @model_validator(mode="after")
     def _only_one_length(self) -> Self:

@@ -14,7 +14,7 @@ from qlora_api.contract import WorkspaceLayout
 from qlora_trainer.core.completion import PublishRecord, TrainRecord, read_completion
 from tests.support.command import SPEC, Files, new_files, qlora
 from tests.support.fake_hub import FakeHub, serve
-from tests.support.tiny import merged
+from tests.support.manifests import merged
 
 CELLS: list[dict[str, Any]] = [{"maxSteps": 4}, {"rank": 8, "targetModules": ["q_proj"], "maxSteps": 3}]
 NAMES = ("rates-00", "rates-01")

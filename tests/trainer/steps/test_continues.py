@@ -21,7 +21,8 @@ from qlora_trainer.training.checkpoints.attempts import MAX_ATTEMPTS_WITHOUT_PRO
 from qlora_trainer.training.checkpoints.fingerprint import Fingerprint, run_settings
 from qlora_trainer.training.continued import continue_run, reject_other_settings, require_something_to_continue
 from qlora_trainer.training.prepared_job import PreparedJob
-from tests.support.tiny import POD_UID, Recorded, chat_row, merged, write_rows
+from tests.support.manifests import merged
+from tests.support.tiny import POD_UID, Recorded, chat_row, write_rows
 from tests.support.training import Lost, LostAtStep, adapter_bytes, history, interrupted_at, job, prepared, run
 from tests.trainer.conftest import MakeContext
 

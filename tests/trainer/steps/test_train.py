@@ -24,7 +24,8 @@ from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.train import train
 from qlora_trainer.training.checkpoints import checkpoint
 from qlora_trainer.training.checkpoints.attempts import read_attempts
-from tests.support.tiny import Recorded, chat_row, merged, write_rows
+from tests.support.manifests import merged
+from tests.support.tiny import Recorded, chat_row, write_rows
 from tests.support.training import (
     RARE_TOKEN,
     Lost,

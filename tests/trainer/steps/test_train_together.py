@@ -30,7 +30,8 @@ from qlora_trainer.steps.train_together import train_together
 from qlora_trainer.training.checkpoints.attempts import only_attempt, read_attempts
 from qlora_trainer.training.checkpoints.checkpoint import Checkpoint
 from qlora_trainer.training.joint_training import Ended, Member, run_together
-from tests.support.tiny import POD_UID, Recorded, merged
+from tests.support.manifests import merged
+from tests.support.tiny import POD_UID, Recorded
 from tests.support.training import StopAtStep, adapter_bytes, history, interrupted_at, prepared, run
 
 # What differs between the jobs: length, adapter, its layers and beginning, rate, evaluations, what is kept, the end.

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from qlora_api.schema import Decides
 from qlora_api.spec.dataset import DatasetSpec
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_trainer.core.context import Mounts
@@ -52,13 +53,9 @@ class ResolvedInputs:
             "targetModules": spec.lora.target_modules,
             "layersToTransform": spec.lora.layers_to_transform,
             "dataset": _without_defaults(spec.dataset),
-            "maxSequenceLength": training.max_sequence_length,
-            "packing": training.packing,
-            "trainOn": training.train_on,
+            **Decides.PREPARED_DATA.settings(training),
             # Which columns are read may depend on it.
             **({"pairs": True} if training.compares_answers else {}),
-            # It chooses rows, and which of them share a sequence.
-            "seed": training.seed,
         }
         if spec.dataset.mix is not None:
             # So many epochs are drawn.

@@ -14,6 +14,7 @@ import pytest
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.context import StepContext
 from tests.support.command import Files
+from tests.support.manifests import merged
 from tests.support.ranks import (
     FULL_GPU,
     SHARDED,
@@ -26,7 +27,6 @@ from tests.support.ranks import (
     until,
     workspace,
 )
-from tests.support.tiny import merged
 from tests.support.training import adapter_bytes, history
 
 MANY_STEPS: dict[str, Any] = {"training": {"maxSteps": 60, "saveEverySteps": 5, "evalEverySteps": 50}}

@@ -26,10 +26,11 @@ from qlora_trainer.training.distributed.sharding import STORAGE_DTYPE, shard_bas
 from tests.support.command import Files
 from tests.support.families import FAMILIES
 from tests.support.four_bit import convert
+from tests.support.manifests import merged
 from tests.support.parts import packed_weights
 from tests.support.ranks import EXACT, SHARDED, beginning_with, same_numbers, succeeded, workspace
 from tests.support.sequences import CPU
-from tests.support.tiny import SHAPE, merged, save_model
+from tests.support.tiny import SHAPE, save_model
 from tests.support.training import prepared, run
 
 NF4 = QuantizationSpec()

@@ -14,9 +14,12 @@ from qlora_operator.kube.schema_check import SchemaCheck
 from tests.support.builders import VirtualLoop
 
 
+DEFINITIONS = definitions()
+
+
 def document(change: Callable[[dict[str, Any]], object] = lambda _properties: None) -> dict[str, Any]:
     """The published schema of our definitions, after a change of a QLoRAJob's properties."""
-    schemas = {kind: published(kind) for kind in definitions()}
+    schemas = {kind: published(kind) for kind in DEFINITIONS}
     change(schemas["QLoRAJob"]["properties"])
     listed = {"x-kubernetes-group-version-kind": [{"kind": "QLoRAJobList"}]}
     named = {f"dev.qlora.v1alpha1.{kind}": schema for kind, schema in schemas.items()}
@@ -24,7 +27,7 @@ def document(change: Callable[[dict[str, Any]], object] = lambda _properties: No
 
 
 def published(kind: str) -> dict[str, Any]:
-    schema: dict[str, Any] = copy.deepcopy(definitions()[kind]["spec"]["versions"][0]["schema"]["openAPIV3Schema"])
+    schema: dict[str, Any] = copy.deepcopy(DEFINITIONS[kind]["spec"]["versions"][0]["schema"]["openAPIV3Schema"])
     schema["x-kubernetes-group-version-kind"] = [{"group": "qlora.dev", "kind": kind, "version": "v1alpha1"}]
     return schema
 

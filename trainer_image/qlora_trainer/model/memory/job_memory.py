@@ -19,6 +19,7 @@ from qlora_api.memory.estimate import (
 )
 from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.memory.weights import WeightCounts
+from qlora_api.schema import Decides
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.core.sandbox import DryRunFailed
@@ -179,12 +180,7 @@ def _digest(config: Path, spec: QLoRAJobSpec) -> str:
         "config": hashlib.sha256(config.read_bytes()).hexdigest(),
         "lora": spec.lora.model_copy(update={"initial_adapter": None}).dump(),
         "quantization": spec.quantization.dump(),
-        "step": [
-            training.micro_batch_size,
-            training.max_sequence_length,
-            training.gradient_checkpointing,
-            training.auto_micro_batch,
-        ],
+        "step": Decides.DRY_RUN.settings(training),
         **({"objective": training.objective} if training.compares_answers else {}),
         "versions": [_version(package) for package in _PACKAGES],
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_api.printable import shortened
+from qlora_api.schema import Decides
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.training import PreferenceSpec
 from qlora_trainer.core.completion import PrepareRecord
@@ -17,8 +18,6 @@ from qlora_trainer.core.failures import bad_configuration
 Fingerprint = dict[str, Any]
 # numpy draws the order of the data and the seeds of the steps.
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
-# The interval of saving, the place of curves and the time to give up decide no result.
-_WITHOUT_EFFECT = ("saveEverySteps", "divergencePatience", "reportTo", "samples", "autoMicroBatch")
 # Another word for leaving the field out.
 _SAME_AS_NOT_SET = {"keep": "last", "objective": "supervised", "preference": PreferenceSpec().dump()}
 
@@ -44,10 +43,11 @@ def run_fingerprint(spec: QLoRAJobSpec, prepared: PrepareRecord, device: Device,
 
 def run_settings(spec: QLoRAJobSpec, device: Device, ranks: int) -> Fingerprint:
     """The part before preparation, without model, data and an earlier adapter."""
+    without_effect = Decides.NOT_THE_ADAPTER.settings(spec.training)
     training = {
         name: value
         for name, value in spec.training.dump().items()
-        if name not in _WITHOUT_EFFECT and _SAME_AS_NOT_SET.get(name) != value
+        if name not in without_effect and _SAME_AS_NOT_SET.get(name) != value
     }
     return {
         "quantization": spec.quantization.dump(),

@@ -9,7 +9,7 @@ from qlora_api.status import DatasetStatus, MemoryStatus
 from qlora_trainer.core.completion import PrepareRecord
 from qlora_trainer.data.fingerprint import ResolvedInputs
 from qlora_trainer.training.checkpoints.fingerprint import Fingerprint, differences, run_fingerprint
-from tests.support.tiny import merged
+from tests.support.manifests import merged
 
 INPUTS = ResolvedInputs("commit", {"tokenizer.json": "a" * 64}, ("b" * 64,), None)
 STORED: dict[str, Any] = {"source": "s3://bucket/rows.jsonl", "secretRef": {"name": "reader"}}
