@@ -1,7 +1,7 @@
 """NetworkPolicies of the chart, enforced: the reachable peers of each step and the operator, in both directions.
 
 Each attempt is repeated without the policies, and then succeeds: only the policies deny it. Their content is checked in
-tests/api/test_chart.py.
+tests/api/chart/test_rendered.py.
 """
 
 import json

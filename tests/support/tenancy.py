@@ -25,14 +25,12 @@ from devcluster import toolchain
 from devcluster.controlplane import ControlPlane, running
 from devcluster.kubectl import Kubectl
 from devcluster.layout import from_environment
-from devcluster.processes import run
 from qlora_api.naming import JOB_LABEL, STEP_LABEL
+from tests.support.chart import Helm
 from tests.support.kubelet import add_node, bind, container_status, serve_kubelet, terminated
 from tests.support.operator_process import OperatorProcess, running_operator
 from tests.support.waiting import eventually
 
-ROOT = Path(__file__).parents[2]
-CHART = ROOT / "helm" / "qlora-operator"
 OPERATOR_NAMESPACE = "qlora-system"
 OPERATOR = f"system:serviceaccount:{OPERATOR_NAMESPACE}:qlora-operator"
 NODE = "node"
@@ -255,10 +253,7 @@ def granted_to_the_operator() -> dict[str, set[str]]:
 
 def rendered(values: Object) -> list[Object]:
     """The objects of the chart with these values."""
-    helm = toolchain.built(from_environment(), ["helm"])["helm"]
-    arguments = ["template", "qlora-operator", str(CHART), "--namespace", OPERATOR_NAMESPACE, "--values", "-"]
-    text = run([helm, *arguments], input_text=json.dumps(values), seconds=120)
-    return [document for document in yaml.safe_load_all(text) if document]
+    return Helm(toolchain.built(from_environment(), ["helm"])["helm"]).template(values)
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from qlora_operator.kube.errors import ClusterError, NotFoundError
 from qlora_operator.kube.schema_check import SchemaCheck
 from tests.support.builders import VirtualLoop
 
-
 DEFINITIONS = definitions()
 
 
