@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from devcluster.kubectl import Kubectl
 from qlora_api.contract import ResultRecord, encode_record
 from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, STEP_LABEL
 from qlora_api.status import MemoryStatus, StepName
-from tests.support.definitions import apply_definitions
 from tests.support.kubelet import bind, container_status, report_pod, terminated
 from tests.support.operator_process import OperatorProcess, running_operator
 from tests.support.played import ENDED, FOUND, STEPS
@@ -178,3 +178,14 @@ def nodeless(folder: Path, **profile: object) -> Iterator[Nodeless]:
         }
         with running_operator(folder / "operator", plane.kubeconfig, settings) as operator:
             yield Nodeless(plane, operator)
+
+
+CRDS = Path(__file__).parents[2] / "crds"
+
+
+def apply_definitions(plane: ControlPlane) -> None:
+    """Return when the API server serves every kind."""
+    for definition in sorted(CRDS.glob("*.yaml")):
+        plane.kubectl.apply(definition.read_text())
+    for kind in ("qlorajobs", "qlorasweeps"):
+        eventually(partial(plane.kubectl, "get", kind, "--output=json"), seconds=60, what=kind)

@@ -1,4 +1,4 @@
-"""A job that has been published, and its context."""
+"""A job that has been published, its context, and what its publication wrote."""
 
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -7,6 +7,7 @@ from qlora_api.contract import WorkspaceLayout
 from qlora_api.spec.job import QLoRAJobDocument
 from qlora_trainer.core.completion import PublishRecord
 from qlora_trainer.core.context import Mounts, StepContext
+from qlora_trainer.publishing.manifest import Manifest
 from qlora_trainer.steps.publish import publish
 from tests.support.command import Files
 from tests.support.tiny import JOB_UID, POD_UID, Recorded
@@ -40,3 +41,15 @@ def published(
         Recorded(),
         now=lambda: datetime(2026, 1, 2, tzinfo=UTC),
     )
+
+
+MANIFEST = Manifest(
+    job_uid="one",
+    job_name="tiny",
+    fingerprint="a" * 64,
+    spec_sha256="b" * 64,
+    base_model="hf://acme/tiny",
+    base_revision="c0ffee",
+    libraries={},
+    files={},
+)

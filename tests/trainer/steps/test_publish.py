@@ -29,8 +29,7 @@ from qlora_trainer.steps.clean import clean
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.stores.contents import describe_files
 from tests.support.command import ROWS, Files
-from tests.support.publication import MANIFEST
-from tests.support.published import published
+from tests.support.published import MANIFEST, published
 from tests.support.tiny import JOB_UID, POD_UID, Recorded
 from tests.trainer.conftest import MakeContext
 

@@ -38,7 +38,7 @@ from tests.support.enterprise import (
     company_proxy,
 )
 from tests.support.fake_hub import FakeHub, Rejection, serve
-from tests.support.publication import MANIFEST
+from tests.support.published import MANIFEST
 from tests.support.servers import ACCESS_KEY, BUCKET, SECRET_KEY, registry, s3_server
 from tests.support.tiny import chat_row, write_rows
 

@@ -21,7 +21,7 @@ from qlora_trainer.publishing.manifest import Manifest
 from qlora_trainer.stores.contents import Contents, describe_files
 from qlora_trainer.stores.registry import Blob, Registry, digest_of
 from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
-from tests.support.publication import MANIFEST
+from tests.support.published import MANIFEST
 from tests.support.servers import LOGIN, PASSWORD, USER, give_login
 
 TOKEN = "canary-registry-token"

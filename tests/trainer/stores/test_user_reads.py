@@ -25,7 +25,7 @@ from tests.support.fake_clouds import ACCOUNT, FakeCloud, serve_cloud
 from tests.support.fake_clouds import BUCKET as CLOUD_BUCKET
 from tests.support.fake_hub import FakeHub, serve
 from tests.support.fault_proxy import FaultProxy
-from tests.support.publication import MANIFEST
+from tests.support.published import MANIFEST
 from tests.support.servers import ACCESS_KEY, BUCKET, LOGIN, SECRET_KEY, s3_bucket, s3_server
 
 TOKEN = "hf_canary"

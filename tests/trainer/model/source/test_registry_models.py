@@ -25,7 +25,7 @@ from qlora_trainer.stores.registry import MANIFEST_TYPE
 from tests.support.command import qlora
 from tests.support.fault_proxy import Fault, FaultProxy, Request
 from tests.support.four_bit import require_made_of
-from tests.support.publication import MANIFEST
+from tests.support.published import MANIFEST
 from tests.support.servers import LOGIN, PASSWORD, USER, give_login
 from tests.support.tiny import Recorded
 from tests.trainer.conftest import MakeContext

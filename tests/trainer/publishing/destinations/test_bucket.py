@@ -29,7 +29,7 @@ from qlora_trainer.stores.contents import Contents, PublishedFile, describe_file
 from qlora_trainer.stores.objects import ObjectFolder
 from tests.support.command import Files
 from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
-from tests.support.publication import MANIFEST
+from tests.support.published import MANIFEST
 from tests.support.servers import ACCESS_KEY, BUCKET, SECRET_KEY, s3_bucket, s3_server
 from tests.support.tiny import Recorded
 from tests.support.training import prepared, run

@@ -25,8 +25,7 @@ from qlora_trainer.stores.contents import Contents, describe_files
 from tests.support.command import TIMEOUT_S, Files
 from tests.support.fake_hub import FakeHub, Rejection, serve
 from tests.support.fault_proxy import Fault, FaultProxy, serve_proxy
-from tests.support.publication import MANIFEST
-from tests.support.published import context
+from tests.support.published import MANIFEST, context
 from tests.support.tiny import Recorded
 
 TOKEN = "hf_CanaryTokenThatWrites"
