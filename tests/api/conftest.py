@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from devcluster.controlplane import ControlPlane, running
-from tests.support.nodeless import Nodeless, apply_definitions, nodeless
+from tests.support.cluster.nodeless import Nodeless, apply_definitions, nodeless
 
 
 @pytest.fixture(scope="session")

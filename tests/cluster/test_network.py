@@ -13,8 +13,8 @@ import pytest
 from devcluster import addresses, cluster, layout, node, product, toolchain
 from devcluster.product import NAMESPACE as OPERATOR_NAMESPACE
 from tests.cluster.environment import Cluster, Object, Tenant, new_namespace, tiny_job
-from tests.support.outside import ELSEWHERE, METADATA, NETWORK, OTHER_PORT, STORE, STORE_PORT, outside
-from tests.support.tenancy import rendered
+from tests.support.services.outside import ELSEWHERE, METADATA, NETWORK, OTHER_PORT, STORE, STORE_PORT, outside
+from tests.support.tenancy.tenancy import rendered
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.slow

@@ -26,7 +26,7 @@ from qlora_trainer.stores.objects import ObjectFolder
 from qlora_trainer.stores.registry import Registry
 from tests.fuzz.documents import DOCUMENTS
 from tests.fuzz.target import Target
-from tests.support.tiny import CHATML, save_tokenizer
+from tests.support.models.tiny import CHATML, save_tokenizer
 
 _HOST = "registry.example"
 _SOURCE = RegistrySource(_HOST, "team/model", "v1", None)

@@ -42,7 +42,7 @@ from qlora_trainer.model.source.files import require_whole
 from qlora_trainer.training.checkpoints.attempts import ATTEMPTS_FILE, read_attempts, write_attempts
 from qlora_trainer.training.checkpoints.checkpoint import read_checkpoint
 from tests.fuzz.target import Target
-from tests.support.checkpoints import state_of
+from tests.support.runs.checkpoints import state_of
 
 _ROWS = (
     {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a é"}]},

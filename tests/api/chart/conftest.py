@@ -4,7 +4,7 @@ import pytest
 
 from devcluster import toolchain
 from devcluster.layout import from_environment
-from tests.support.chart import Helm
+from tests.support.cluster.chart import Helm
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from devcluster.controlplane import ControlPlane, running
 from devcluster.errors import ClusterError
 from qlora_operator.kube.connection import connect
 from qlora_operator.kube.errors import RejectedError
-from tests.support.chart import (
+from tests.support.cluster.chart import (
     CHART,
     EVERYTHING_OPTIONAL,
     LIMIT,

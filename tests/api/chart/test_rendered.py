@@ -11,7 +11,7 @@ from devcluster.errors import ClusterError
 from devcluster.product import ANY_MACHINE, SMALL_MACHINE
 from qlora_api.naming import CLOUD_IDENTITY_LABEL, JOB_LABEL, STEP_LABEL
 from qlora_operator.settings import Settings, load_settings
-from tests.support.chart import (
+from tests.support.cluster.chart import (
     CHART,
     NAMESPACE,
     NVIDIA_LABEL,

@@ -11,7 +11,7 @@ import yaml
 
 from devcluster.errors import ClusterError
 from qlora_operator.settings import Settings
-from tests.support.chart import (
+from tests.support.cluster.chart import (
     CHART,
     LIMIT,
     RELEASE,

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from devcluster.controlplane import ControlPlane
-from tests.support.api_proxy import serve_api
-from tests.support.weather import LEASES, OWN, Site, Tenant, proxy_of
+from tests.support.cluster.weather import LEASES, OWN, Site, Tenant, proxy_of
+from tests.support.services.api_proxy import serve_api
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from devcluster.certificates import Authority
-from tests.support.api_proxy import Reply, Weather, fair, serve_api
-from tests.support.operator_process import OperatorProcess
+from tests.support.cluster.operator_process import OperatorProcess
+from tests.support.cluster.weather import Object, Site, election, problems, proxy_of
+from tests.support.services.api_proxy import Reply, Weather, fair, serve_api
 from tests.support.waiting import eventually
-from tests.support.weather import Object, Site, election, problems, proxy_of
 
 
 def of_statuses(*statuses: int) -> Weather:

@@ -9,8 +9,8 @@ import json
 import yaml
 
 from qlora_operator.kube.listing import OBJECTS_PER_PAGE
+from tests.support.cluster.weather import ROOT, Site, Tenant, warnings
 from tests.support.waiting import eventually
-from tests.support.weather import ROOT, Site, Tenant, warnings
 
 
 def test_a_namespace_that_is_lost_stops_only_itself(site: Site, neighbor: Tenant) -> None:

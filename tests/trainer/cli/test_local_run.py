@@ -20,8 +20,8 @@ from qlora_cli.__main__ import main
 from qlora_cli.local.run import Ended
 from qlora_trainer.core.completion import PublishRecord, read_completion
 from qlora_trainer.core.cpu import preloaded_allocator
-from tests.support.command import SPEC, Files, new_files, qlora
-from tests.support.model_configs import LLAMA_3_8B
+from tests.support.commands.command import SPEC, Files, new_files, qlora
+from tests.support.models.model_configs import LLAMA_3_8B
 
 MANIFEST = """\
 apiVersion: qlora.dev/v1alpha1

@@ -25,8 +25,8 @@ from qlora_trainer.model.kernels.fused_lora import FusedLora
 from qlora_trainer.model.nf4 import quantization as four_bit
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.training import run as state
-from tests.support.plain_preference import PlainPair, frozen_base, plain_model, plain_parameters, plain_steps
-from tests.support.tiny import Recorded, write_rows
+from tests.support.models.plain_preference import PlainPair, frozen_base, plain_model, plain_parameters, plain_steps
+from tests.support.models.tiny import Recorded, write_rows
 from tests.support.training import history, run
 from tests.trainer.conftest import MakeContext
 

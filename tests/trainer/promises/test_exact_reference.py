@@ -34,7 +34,7 @@ from qlora_trainer.model.losses.loss import batch_loss
 from qlora_trainer.model.nf4 import quantization as four_bit
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.training import run as state
-from tests.support.tiny import Recorded, chat_row, write_rows
+from tests.support.models.tiny import Recorded, chat_row, write_rows
 from tests.support.training import history, run
 from tests.trainer.conftest import MakeContext
 

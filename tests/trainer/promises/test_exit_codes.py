@@ -16,9 +16,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qlora_api.contract import ExitCode, ProgressRecord, ResultRecord, decode_record
-from tests.support.command import Done, Files, new_files
+from tests.support.commands.command import Done, Files, new_files
+from tests.support.models.tiny import JOB_UID, POD_UID
 from tests.support.ranks import beginning_with
-from tests.support.tiny import JOB_UID, POD_UID
 
 # The causes of such an end are tested without a separate process, by the tests of the step; the other tests here show
 # that the command line reports it correctly.

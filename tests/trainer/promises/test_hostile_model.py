@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from qlora_api.contract import ExitCode
-from tests.support.hostile import Case, Payload, Place, collector, new_trial
+from tests.support.runs.hostile import Case, Payload, Place, collector, new_trial
 from tests.trainer.conftest import MakeContext
 
 UNSAFE, CONFIGURATION, DATASET, MODEL = (

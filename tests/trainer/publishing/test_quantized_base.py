@@ -29,9 +29,9 @@ from qlora_trainer.publishing.quantized_base import publish_base
 from qlora_trainer.steps import publish as publish_step
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
-from tests.support.command import Files
-from tests.support.published import context
-from tests.support.tiny import JOB_UID, Recorded
+from tests.support.commands.command import Files
+from tests.support.models.tiny import JOB_UID, Recorded
+from tests.support.runs.published import context
 from tests.support.training import run as train
 
 ADDRESS = "pvc://data/bases/tiny"

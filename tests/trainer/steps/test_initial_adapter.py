@@ -32,7 +32,7 @@ from qlora_trainer.stores.hub import Hub
 from qlora_trainer.training import suspect_run as judging
 from qlora_trainer.training.progress.divergence import Stability
 from tests.support.manifests import merged
-from tests.support.tiny import JOB_UID, POD_UID, Recorded, chat_row, write_rows
+from tests.support.models.tiny import JOB_UID, POD_UID, Recorded, chat_row, write_rows
 from tests.support.training import adapter_bytes, history, interrupted_at, run
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -37,13 +37,13 @@ from qlora_trainer.steps.clean import clean
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.train import train
 from qlora_trainer.stores.contents import describe_files
-from tests.support.bad_disk import bad_disk
-from tests.support.command import Done, new_files
+from tests.support.commands.command import Done, new_files
 from tests.support.fake_hub import FakeHub, Rejection
-from tests.support.four_bit import quantized, settings
-from tests.support.hub_jobs import MODEL, tiny_hub
-from tests.support.mxfp4 import save_gpt_oss
-from tests.support.tiny import Recorded, chat_row, write_rows
+from tests.support.models.four_bit import quantized, settings
+from tests.support.models.mxfp4 import save_gpt_oss
+from tests.support.models.tiny import Recorded, chat_row, write_rows
+from tests.support.runs.bad_disk import bad_disk
+from tests.support.services.hub_jobs import MODEL, tiny_hub
 from tests.support.waiting import eventually
 from tests.trainer.conftest import MakeContext
 

@@ -23,7 +23,7 @@ from qlora_trainer.stores.access import StoreAccess
 from qlora_trainer.stores.contents import describe_files
 from qlora_trainer.stores.objects import ObjectFolder
 from tests.support.fake_clouds import ACCOUNT, BUCKET, FakeCloud, of_somebody_else, serve_cloud
-from tests.support.published import MANIFEST
+from tests.support.runs.published import MANIFEST
 
 FIELD = "spec.output.secretRef"
 LARGE = b"weights!" * 1_200_000

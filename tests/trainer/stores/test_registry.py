@@ -20,9 +20,9 @@ from qlora_trainer.publishing.destinations.registry import RegistryDestination
 from qlora_trainer.publishing.manifest import Manifest
 from qlora_trainer.stores.contents import Contents, describe_files
 from qlora_trainer.stores.registry import Blob, Registry, digest_of
-from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
-from tests.support.published import MANIFEST
+from tests.support.runs.published import MANIFEST
 from tests.support.servers import LOGIN, PASSWORD, USER, give_login
+from tests.support.services.fault_proxy import Fault, FaultProxy, Request, serve_proxy
 
 TOKEN = "canary-registry-token"
 Publish = Callable[..., str]

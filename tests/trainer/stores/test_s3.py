@@ -26,10 +26,10 @@ from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.stores import bucket as store_settings
 from qlora_trainer.stores.access import StoreAccess
 from qlora_trainer.stores.objects import ObjectFolder, StoredObject
-from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
-from tests.support.four_bit import large_weights, require_made_of
+from tests.support.models.four_bit import large_weights, require_made_of
+from tests.support.models.tiny import Recorded, chat_row, write_rows
 from tests.support.servers import ACCESS_KEY, BUCKET, SECRET_KEY, s3_bucket, s3_server
-from tests.support.tiny import Recorded, chat_row, write_rows
+from tests.support.services.fault_proxy import Fault, FaultProxy, Request, serve_proxy
 from tests.trainer.conftest import MakeContext
 
 SESSION_TOKEN = "canary-session-token"

@@ -25,7 +25,7 @@ from qlora_trainer.training import loop, objective
 from qlora_trainer.training.out_of_memory import explained_shortage
 from tests.support.dry_runs import measure
 from tests.support.manifests import merged
-from tests.support.tiny import Recorded
+from tests.support.models.tiny import Recorded
 from tests.support.training import Lost, LostAtStep, adapter_bytes, failure, history, interrupted_at, prepared, run
 
 Prepare = Callable[..., StepContext]

@@ -23,7 +23,7 @@ from qlora_api.memory.model_shape import ModelShape, UnsupportedModelError
 from qlora_api.memory.training_shape import ALL_LINEAR, TrainingShape
 from qlora_api.memory.weights import count_weights
 from tests.support.dry_runs import estimate, estimate_together
-from tests.support.model_configs import LLAMA_2_7B, LLAMA_3_8B
+from tests.support.models.model_configs import LLAMA_2_7B, LLAMA_3_8B
 
 # The models' config.json, without the fields that no test reads.
 MISTRAL_7B = LLAMA_2_7B | {

@@ -23,7 +23,7 @@ from qlora_trainer.data.statistics import DataStatistics
 from qlora_trainer.steps.prepare import prepare
 from tests.support.bad_data.case import GOOD
 from tests.support.fake_hub import OTHER_COMMIT, FakeHub, serve
-from tests.support.tiny import Recorded, chat_row, write_rows
+from tests.support.models.tiny import Recorded, chat_row, write_rows
 from tests.trainer.conftest import MakeContext
 
 

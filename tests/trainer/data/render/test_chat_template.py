@@ -11,7 +11,7 @@ from qlora_api.contract import ExitCode
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.steps.prepare import prepare
-from tests.support.tiny import CHATML, SHAPE, Recorded, chat_row, save_model, write_rows
+from tests.support.models.tiny import CHATML, SHAPE, Recorded, chat_row, save_model, write_rows
 from tests.trainer.conftest import MakeContext
 
 # Like Qwen3's: the reasoning of all answers but the last is left out, and an empty one is put before the last.

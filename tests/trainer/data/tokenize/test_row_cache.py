@@ -27,8 +27,8 @@ from qlora_trainer.data.tokenize import chunk_maker as tokenize
 from qlora_trainer.data.tokenize import row_cache as rows_folder
 from qlora_trainer.data.tokenize.chunks import Chunk, Limits
 from qlora_trainer.steps.prepare import prepare
-from tests.support.command import TIMEOUT_S, Files
-from tests.support.tiny import Recorded, chat_row, write_rows
+from tests.support.commands.command import TIMEOUT_S, Files
+from tests.support.models.tiny import Recorded, chat_row, write_rows
 from tests.support.waiting import eventually
 from tests.trainer.conftest import MakeContext
 from tests.trainer.data.conftest import data_bytes

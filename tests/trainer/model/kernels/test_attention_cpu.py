@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.model.kernels.attention import RowBoundaries, rows_attention
-from tests.support.attention import HEADS, LENGTHS, MODULE, tensors, visible
+from tests.support.models.attention import HEADS, LENGTHS, MODULE, tensors, visible
 
 
 def explicit(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:

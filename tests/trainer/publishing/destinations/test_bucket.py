@@ -27,11 +27,11 @@ from qlora_trainer.steps.publish import publish as publish_step
 from qlora_trainer.stores import bucket as store_settings
 from qlora_trainer.stores.contents import Contents, PublishedFile, describe_files
 from qlora_trainer.stores.objects import ObjectFolder
-from tests.support.command import Files
-from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
-from tests.support.published import MANIFEST
+from tests.support.commands.command import Files
+from tests.support.models.tiny import Recorded
+from tests.support.runs.published import MANIFEST
 from tests.support.servers import ACCESS_KEY, BUCKET, SECRET_KEY, s3_bucket, s3_server
-from tests.support.tiny import Recorded
+from tests.support.services.fault_proxy import Fault, FaultProxy, Request, serve_proxy
 from tests.support.training import prepared, run
 
 Publish = Callable[..., str]

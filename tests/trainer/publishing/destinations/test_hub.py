@@ -22,11 +22,11 @@ from qlora_trainer.publishing.manifest import Manifest
 from qlora_trainer.steps.publish import publish as publish_step
 from qlora_trainer.stores import hub as hub_module
 from qlora_trainer.stores.contents import Contents, describe_files
-from tests.support.command import TIMEOUT_S, Files
+from tests.support.commands.command import TIMEOUT_S, Files
 from tests.support.fake_hub import FakeHub, Rejection, serve
-from tests.support.fault_proxy import Fault, FaultProxy, serve_proxy
-from tests.support.published import MANIFEST, context
-from tests.support.tiny import Recorded
+from tests.support.models.tiny import Recorded
+from tests.support.runs.published import MANIFEST, context
+from tests.support.services.fault_proxy import Fault, FaultProxy, serve_proxy
 
 TOKEN = "hf_CanaryTokenThatWrites"
 KEY = "models/acme/tuned"

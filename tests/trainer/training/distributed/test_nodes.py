@@ -19,11 +19,11 @@ from qlora_trainer.core.failures import StepFailure, peer_lost
 from qlora_trainer.training.distributed import ranks
 from qlora_trainer.training.distributed.launch import ChildRanks, RankInfo
 from qlora_trainer.training.distributed.ranks import Meeting, Ranks, is_lost_connection, joined
-from tests.support.command import Files
-from tests.support.lost_nodes import Case, Ended, endings
+from tests.support.commands.command import Files
 from tests.support.manifests import merged
+from tests.support.models.tiny import POD_UID
 from tests.support.ranks import EXACT, SHARDED, TWO, Pods, other, runs, second_gpu, succeeded, until, workspace
-from tests.support.tiny import POD_UID
+from tests.support.runs.lost_nodes import Case, Ended, endings
 from tests.support.training import adapter_bytes, history
 
 NODES: dict[str, Any] = {"resources": {"nodes": 2}}

@@ -13,7 +13,7 @@ from qlora_operator.decisions.plan import CreateJob, DeleteJob
 from qlora_operator.decisions.status import next_status
 from qlora_operator.decisions.sweeps.pods import MAX_DOCUMENTS, build_pod_job
 from tests.support.builders import PROFILES, after, child, deleted, ended, message_of, pod, reason_of, result, running
-from tests.support.shared_pods import NAMES, POD, SWEEP, SWEEP_UID, UIDS, Pod, cell_body, cell_status, deleting
+from tests.support.cluster.shared_pods import NAMES, POD, SWEEP, SWEEP_UID, UIDS, Pod, cell_body, cell_status, deleting
 
 FIRST, SECOND, THIRD = NAMES
 CHILD = f"{POD}-train-1"

@@ -1,0 +1,55 @@
+"""A job that has been published, its context, and what its publication wrote."""
+
+from dataclasses import replace
+from datetime import UTC, datetime
+
+from qlora_api.contract import WorkspaceLayout
+from qlora_api.spec.job import QLoRAJobDocument
+from qlora_trainer.core.completion import PublishRecord
+from qlora_trainer.core.context import Mounts, StepContext
+from qlora_trainer.publishing.manifest import Manifest
+from qlora_trainer.steps.publish import publish
+from tests.support.commands.command import Files
+from tests.support.models.tiny import JOB_UID, POD_UID, Recorded
+
+_MOUNTS = Mounts()
+
+
+def context(
+    files: Files, *, uid: str = JOB_UID, registries: tuple[str, ...] = (), mounts: Mounts = _MOUNTS
+) -> StepContext:
+    """The arguments of the step for these files. `mounts`: with other claims than these files'."""
+    document = {**files.document, "metadata": {"name": "tiny", "uid": uid}}
+    return StepContext(
+        document=QLoRAJobDocument.model_validate(document),
+        workspace=WorkspaceLayout(files.workspace),
+        mounts=replace(mounts, claims={"models": files.models, "data": files.data}),
+        device="cpu",
+        pod_uid=POD_UID,
+        attempt=1,
+        workspace_uri="pvc://work/tiny-7d0c2f5e",
+        registries=registries,
+    )
+
+
+def published(
+    files: Files, *, uid: str = JOB_UID, registries: tuple[str, ...] = (), mounts: Mounts = _MOUNTS
+) -> PublishRecord:
+    """The step, done in this process."""
+    return publish(
+        context(files, uid=uid, registries=registries, mounts=mounts),
+        Recorded(),
+        now=lambda: datetime(2026, 1, 2, tzinfo=UTC),
+    )
+
+
+MANIFEST = Manifest(
+    job_uid="one",
+    job_name="tiny",
+    fingerprint="a" * 64,
+    spec_sha256="b" * 64,
+    base_model="hf://acme/tiny",
+    base_revision="c0ffee",
+    libraries={},
+    files={},
+)
