@@ -107,7 +107,7 @@ def load_subject(arm: str, model: Path, bases: Path, lora: LoraSpec, seed: int) 
 def load_16_bit(model: Path) -> Any:
     """The base in 16 bit, with the attention that keeps the rows of a sequence apart."""
     register_attention()
-    return load_text_part(model, dtype=COMPUTE_DTYPE, attn_implementation=ATTENTION, device_map={"": "cpu"})
+    return load_text_part(model, dtype=COMPUTE_DTYPE, attn_implementation=ATTENTION, device_map={"": "cpu"})[0]
 
 
 def _base_in_4_bit(arm: str, model: Path, bases: Path) -> Path:

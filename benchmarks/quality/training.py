@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 def train(subject: Subject, data: PreparedDataset, training: TrainingSpec) -> list[float]:
     """Train to the last step; returns the loss of each step in nats per target."""
-    schedule = Schedule.of(len(data), training)
+    schedule = Schedule.from_training(len(data), training)
     optimizer = make_optimizer(subject.parameters, training)
     losses = []
     for step in range(schedule.total_steps):

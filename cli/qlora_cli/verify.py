@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 import click
 from pydantic import ValidationError
@@ -13,7 +12,7 @@ from pydantic import ValidationError
 from qlora_api.contract import ExitCode
 from qlora_api.lineage import SIGNED_FILE, UNSIGNED_FILE, Lineage, Statement
 from qlora_api.printable import one_line, printable
-from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource, parse_source
+from qlora_api.sources import RegistrySource, parse_source
 from qlora_cli.local.run import allowed_registries
 from qlora_cli.output import fail
 from qlora_trainer.core.credentials import Secret
@@ -28,9 +27,6 @@ from qlora_trainer.publishing.signing import (
     read_public_key,
     verify_bundle,
 )
-
-if TYPE_CHECKING:
-    from qlora_trainer.model.source.models import RemoteModel
 
 _MAX_LINEAGE_BYTES = 2**22
 # It lists the lineage among the files, so the lineage cannot list it.
@@ -173,19 +169,14 @@ def _downloaded(address: str, folder: Path) -> Adapter:
     # With the libraries of the servers' clients, which a folder does not need.
     from huggingface_hub import get_token
 
-    from qlora_trainer.model.source.downloads import HubModel, ObjectStoreModel, RegistryModel
+    from qlora_trainer.model.source.downloads import RemoteSource, open_remote_model
     from qlora_trainer.stores.hub import Hub
 
     source, registries = parse_source(address), allowed_registries([address])
     secret = Secret(folder, "the login of this machine", None)
-    if isinstance(source, HubSource):
-        remote: RemoteModel = HubModel(Hub(get_token(), field=secret.field), source, source.commit)
-    elif isinstance(source, ObjectStoreSource):
-        remote = ObjectStoreModel(source, secret)
-    elif isinstance(source, RegistrySource):
-        remote = RegistryModel(source, secret, allowed=registries)
-    else:
+    if not isinstance(source, RemoteSource):
         raise ValueError(f"{address} cannot be read from here: copy the folder, and give its path")  # noqa: TRY004
+    remote = open_remote_model(source, lambda: Hub(get_token(), field=secret.field), secret, registries)
     for name in remote.sizes:
         if "/" not in name and not name.startswith("."):
             remote.fetch(name, folder, lambda _done: None)

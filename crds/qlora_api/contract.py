@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from qlora_api.artifact_status import AdapterStatus, BaseStatus, GateStatus, MergedStatus
-from qlora_api.schema import ObservedModel
+from qlora_api.schema import ObservedModel, replace
 from qlora_api.spec.output import TrackingStatus
 from qlora_api.status import Bytes, Count, DatasetStatus, Finite, MemoryStatus, Share, StepName, Timestamp
 from qlora_api.status_types import MAX_RUNGS
@@ -251,7 +251,7 @@ def within_limit(record: ProgressRecord) -> ProgressRecord:
     while excess > 0 and kept:
         kept -= 1
         excess -= len(json.dumps(record.activity[kept])) - len('""')
-    return record.model_copy(update={"activity": record.activity[:kept]})
+    return replace(record, activity=record.activity[:kept])
 
 
 def _line(record: Record) -> str:

@@ -8,13 +8,13 @@ from collections.abc import Collection
 from qlora_api.artifact_status import ReportStatus
 from qlora_api.contract import REPORT_FILE, ProgressRecord, ResultRecord, nine_digits
 from qlora_api.duration import format_duration
+from qlora_api.schema import replace, replace_known
 from qlora_api.spec.output import SERVED_TRACKERS, TrackedRun, TrackingStatus
 from qlora_api.status import CheckpointStatus, EvaluationStatus, ProgressStatus, QLoRAJobStatus
 
 _DECIMALS = 4
 """Of the figures that are only shown."""
 _NOTHING_SAID = "the trainer of this run says nothing of it: it may be of an earlier release, which uploads no run"
-_NOTHING_LEFT: dict[str, object] = {"remaining": "", "remaining_seconds": None}
 
 
 def with_progress(status: QLoRAJobStatus, record: ProgressRecord) -> QLoRAJobStatus:
@@ -22,45 +22,40 @@ def with_progress(status: QLoRAJobStatus, record: ProgressRecord) -> QLoRAJobSta
     if record.step != "train":
         if record.step != "prepare" or not record.activity:
             return status
-        return status.model_copy(update={"progress": ProgressStatus(summary=record.activity, updated_at=record.time)})
-    old = status.progress or ProgressStatus()
+        return replace(status, progress=ProgressStatus(summary=record.activity, updated_at=record.time))
+    progress = status.progress or ProgressStatus()
     if not record.total_steps and record.activity:
         # It waits for other nodes, and has not read yet how far the run is.
-        waiting = {"summary": record.activity, **_NOTHING_LEFT, "updated_at": record.time}
-        return status.model_copy(update={"progress": old.model_copy(update=waiting)})
-    known = {
-        "loss": _rounded(record.loss),
-        "eval_loss": None if record.eval_loss is None else nine_digits(record.eval_loss),
-        "learning_rate": record.learning_rate,
-        "tokens_per_second": record.tokens_per_second,
-        "peak_memory_bytes": record.peak_memory_bytes,
-        "micro_batch_size": record.micro_batch_size,
-        "goodput": record.goodput,
-        "evaluations": _evaluations(record),
-        **_of_pairs(record),
-    }
-    progress = old.model_copy(
-        update={
-            **_steps(record.training_step, record.total_steps),
-            **{name: value for name, value in known.items() if value is not None},
-            "epoch": round(record.epoch, _DECIMALS),
-            **_time_left(record.remaining_seconds),
-            "updated_at": record.time,
-        }
+        progress = _with_time_left(progress, None)
+        return replace(status, progress=replace(progress, summary=record.activity, updated_at=record.time))
+    progress = replace_known(
+        _with_measures(progress, record),
+        learning_rate=record.learning_rate,
+        tokens_per_second=record.tokens_per_second,
+        micro_batch_size=record.micro_batch_size,
+        epoch=round(record.epoch, _DECIMALS),
+        updated_at=record.time,
     )
-    changes: dict[str, object] = {"progress": progress}
-    if record.checkpoint_step is not None and record.checkpoint_time is not None:
-        changes["checkpoint"] = CheckpointStatus(step=record.checkpoint_step, saved_at=record.checkpoint_time)
-    return status.model_copy(update=changes)
+    progress = _with_steps(progress, record.training_step, record.total_steps)
+    status = replace(status, progress=_with_time_left(progress, record.remaining_seconds))
+    if record.checkpoint_step is None or record.checkpoint_time is None:
+        return status
+    return replace(status, checkpoint=CheckpointStatus(step=record.checkpoint_step, saved_at=record.checkpoint_time))
 
 
-def _of_pairs(record: ProgressRecord | ResultRecord) -> dict[str, float | None]:
-    """Measures of an objective that compares answers, in addition to the loss."""
-    return {
-        "reward_margin": _rounded(record.reward_margin),
-        "accuracy": _rounded(record.accuracy),
-        "eval_accuracy": _rounded(record.eval_accuracy),
-    }
+def _with_measures(progress: ProgressStatus, record: ProgressRecord | ResultRecord) -> ProgressStatus:
+    """Add the measures that the record has, those of an objective that compares answers included."""
+    return replace_known(
+        progress,
+        loss=_rounded(record.loss),
+        eval_loss=None if record.eval_loss is None else nine_digits(record.eval_loss),
+        peak_memory_bytes=record.peak_memory_bytes,
+        goodput=record.goodput,
+        evaluations=_evaluations(record),
+        reward_margin=_rounded(record.reward_margin),
+        accuracy=_rounded(record.accuracy),
+        eval_accuracy=_rounded(record.eval_accuracy),
+    )
 
 
 def _evaluations(record: ProgressRecord | ResultRecord) -> tuple[EvaluationStatus, ...] | None:
@@ -75,18 +70,10 @@ def with_known_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobSt
 
     A failed step may have one too.
     """
-    changes: dict[str, object] = {}
-    if record.memory is not None:
-        changes["memory"] = record.memory
-    if record.dataset is not None:
-        changes["dataset"] = record.dataset
-    if record.base is not None:
-        changes["base"] = record.base
-    if record.gate is not None:
-        changes["gate"] = record.gate
-    if status.resolved is not None and record.model_revision is not None:
-        changes["resolved"] = status.resolved.model_copy(update={"model_revision": record.model_revision})
-    return status.model_copy(update=changes)
+    status = replace_known(status, memory=record.memory, dataset=record.dataset, base=record.base, gate=record.gate)
+    if status.resolved is None or record.model_revision is None:
+        return status
+    return replace(status, resolved=replace(status.resolved, model_revision=record.model_revision))
 
 
 def with_publication(status: QLoRAJobStatus, record: ResultRecord, report_to: Collection[str]) -> QLoRAJobStatus:
@@ -97,7 +84,7 @@ def with_publication(status: QLoRAJobStatus, record: ResultRecord, report_to: Co
     report = None
     if record.adapter is not None and record.report_sha256 is not None:
         report = ReportStatus(uri=f"{record.adapter.uri}/{REPORT_FILE}", sha256=record.report_sha256)
-    return status.model_copy(update={"report": report, "tracking": _tracking(status, record, report_to)})
+    return replace(status, report=report, tracking=_tracking(status, record, report_to))
 
 
 def _tracking(status: QLoRAJobStatus, record: ResultRecord, report_to: Collection[str]) -> TrackingStatus | None:
@@ -113,29 +100,18 @@ def _tracking(status: QLoRAJobStatus, record: ResultRecord, report_to: Collectio
         and getattr(servers, name, None) is not None
         and getattr(record.tracking, name, None) is None
     }
-    return (record.tracking or TrackingStatus()).model_copy(update=silent) if silent else record.tracking
+    return replace(record.tracking or TrackingStatus(), **silent) if silent else record.tracking
 
 
 def with_training_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobStatus:
     """Add the final figures of training, which may be missing from the log."""
-    old = status.progress or ProgressStatus()
-    known = {
-        "loss": _rounded(record.loss),
-        "eval_loss": None if record.eval_loss is None else nine_digits(record.eval_loss),
-        "peak_memory_bytes": record.peak_memory_bytes,
-        "goodput": record.goodput,
-        "evaluations": _evaluations(record),
-        **_of_pairs(record),
-    }
-    done = record.training_step
-    steps = _steps(done, record.total_steps or done, ended=record.outcome == "succeeded") if done else {}
-    progress = old.model_copy(
-        update={**steps, **{name: value for name, value in known.items() if value is not None}, **_NOTHING_LEFT}
-    )
-    changes: dict[str, object] = {"progress": progress}
+    progress, step = _with_measures(status.progress or ProgressStatus(), record), record.training_step
+    if step:
+        progress = _with_steps(progress, step, record.total_steps or step, ended=record.outcome == "succeeded")
+    status = replace(status, progress=_with_time_left(progress, None))
     if status.memory is not None and record.peak_memory_bytes is not None:
-        changes["memory"] = status.memory.model_copy(update={"peak_bytes": record.peak_memory_bytes})
-    return with_saved_step(status.model_copy(update=changes), record)
+        status = replace(status, memory=replace(status.memory, peak_bytes=record.peak_memory_bytes))
+    return with_saved_step(status, record)
 
 
 def with_saved_step(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobStatus:
@@ -145,7 +121,7 @@ def with_saved_step(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobSta
         return status
     if status.checkpoint is not None and status.checkpoint.step == step:
         return status
-    return status.model_copy(update={"checkpoint": CheckpointStatus(step=step, saved_at=record.time)})
+    return replace(status, checkpoint=CheckpointStatus(step=step, saved_at=record.time))
 
 
 def without_remaining(status: QLoRAJobStatus) -> QLoRAJobStatus:
@@ -153,22 +129,22 @@ def without_remaining(status: QLoRAJobStatus) -> QLoRAJobStatus:
     progress = status.progress
     if progress is None or (not progress.remaining and progress.remaining_seconds is None):
         return status
-    return status.model_copy(update={"progress": progress.model_copy(update=_NOTHING_LEFT)})
+    return replace(status, progress=_with_time_left(progress, None))
 
 
-def _time_left(seconds: float | None) -> dict[str, object]:
-    """Return the time left for users and for programs, or neither without one."""
+def _with_time_left(progress: ProgressStatus, seconds: float | None) -> ProgressStatus:
+    """Set the time left for users and for programs, or neither without one."""
     if seconds is None:
-        return _NOTHING_LEFT
-    return {"remaining": format_duration(seconds), "remaining_seconds": int(seconds)}
+        return replace(progress, remaining="", remaining_seconds=None)
+    return replace(progress, remaining=format_duration(seconds), remaining_seconds=int(seconds))
 
 
-def _steps(step: int, total: int, *, ended: bool = False) -> dict[str, object]:
-    """Return the progress of a run; one that was stopped early is complete."""
+def _with_steps(progress: ProgressStatus, step: int, total: int, *, ended: bool = False) -> ProgressStatus:
+    """Set the progress of a run; one that was stopped early is complete."""
     if ended and step < total:
-        return {"step": step, "total_steps": total, "percent": 100, "summary": f"stopped early {step}/{total}"}
+        return replace(progress, step=step, total_steps=total, percent=100, summary=f"stopped early {step}/{total}")
     percent = min(100, 100 * step // total) if total else 0
-    return {"step": step, "total_steps": total, "percent": percent, "summary": f"{percent}% {step}/{total}"}
+    return replace(progress, step=step, total_steps=total, percent=percent, summary=f"{percent}% {step}/{total}")
 
 
 def _rounded(value: float | None) -> float | None:

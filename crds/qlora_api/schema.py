@@ -1,7 +1,7 @@
 """How a model of the API is declared: camelCase names, frozen values, and rules that the API server enforces too."""
 
 from enum import Enum, auto
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 from pydantic.alias_generators import to_camel
@@ -41,6 +41,22 @@ class ObservedModel(ApiModel):
     """A part of the status or of a record. Unknown fields are ignored: another version may have written it."""
 
     model_config = ConfigDict(extra="ignore")
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def replace(model: Model, **changes: Any) -> Model:
+    """Copy the model with these fields changed, and without validation.
+
+    `crds/mypy_replace.py` gives mypy the names and types of the fields.
+    """
+    return model.model_copy(update=changes)
+
+
+def replace_known(model: Model, **changes: Any) -> Model:
+    """Copy the model as `replace` does, and keep the fields whose change is None."""
+    return model.model_copy(update={name: value for name, value in changes.items() if value is not None})
 
 
 def rule(expression: str, message: str) -> dict[str, str]:

@@ -1,8 +1,10 @@
-"""The addresses a job may name, as patterns for the schema and as parsed values."""
+"""The addresses a job may name, as patterns for the schema and as parsed values: `SCHEMES` declares each kind."""
 
 import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from functools import partial
+from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, Field
 
@@ -11,19 +13,11 @@ from qlora_api.schema import rule, rules
 _CLAIM = r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?"
 _SEGMENT = r"[A-Za-z0-9_][A-Za-z0-9._=-]*"
 _PATH = rf"{_SEGMENT}(/{_SEGMENT})*"
-_REPOSITORY = rf"{_SEGMENT}/{_SEGMENT}"
-
-_HUB_MODEL = rf"hf://{_REPOSITORY}"
-_HUB_DATASET = rf"hf://{_REPOSITORY}(/{_PATH})?"
+_HUB_MODEL = rf"hf://{_SEGMENT}/{_SEGMENT}"
+_HUB_DATASET = rf"{_HUB_MODEL}(/{_PATH})?"
 _HUB_COMMIT = rf"{_HUB_MODEL}@[0-9a-f]{{40}}"
 _VOLUME = rf"pvc://{_CLAIM}(/{_PATH})?/?"
 _CONFIG_MAP = rf"configMap://{_CLAIM}/[-_a-zA-Z0-9][-._a-zA-Z0-9]*"
-# As each store names its buckets; Azure calls them containers.
-_BUCKETS = {"s3": "[a-z0-9.-]", "gs": "[a-z0-9._-]", "az": "[a-z0-9-]"}
-_BUCKET = "|".join(f"{scheme}://[a-z0-9]{letters}{{1,61}}[a-z0-9]" for scheme, letters in _BUCKETS.items())
-_OBJECTS = rf"({_BUCKET})/{_PATH}/?"
-OBJECT_STORES = tuple(_BUCKETS)
-"""Schemes of the addresses of object stores: S3, Google Cloud Storage and Azure Blob Storage."""
 # A registry's name has a dot or a port, unlike the first part of a repository's name (distribution/reference).
 REGISTRY = r"([a-z0-9-]+([.][a-z0-9-]+)+(:[0-9]{1,5})?|[a-z0-9-]+:[0-9]{1,5})"
 _ARTIFACT_NAME = r"[a-z0-9]+(([.]|_|__|-+)[a-z0-9]+)*"
@@ -41,16 +35,22 @@ TEMPLATE_NAMES = ("chatml", "gemma", "llama-3", "mistral", "zephyr")
 class HubSource:
     """A repository of the Hugging Face Hub, and a file or folder in it (empty: all of it)."""
 
+    scheme: ClassVar[str] = "hf"
     repository: str
     path: str = ""
     commit: str | None = None
     """None: the newest."""
+
+    def __str__(self) -> str:
+        path = f"/{self.path}" if self.path else ""
+        return f"hf://{self.repository}{path}" + (f"@{self.commit}" if self.commit else "")
 
 
 @dataclass(frozen=True)
 class VolumeSource:
     """A path (empty: the root) on a PersistentVolumeClaim of the job's namespace."""
 
+    scheme: ClassVar[str] = "pvc"
     claim: str
     path: str = ""
 
@@ -62,6 +62,7 @@ class VolumeSource:
 class ConfigMapSource:
     """One key of a ConfigMap of the job's namespace."""
 
+    scheme: ClassVar[str] = "configMap"
     name: str
     key: str
 
@@ -73,7 +74,7 @@ class ObjectStoreSource:
     bucket: str
     path: str
     scheme: str = "s3"
-    """One of OBJECT_STORES."""
+    """Its key in SCHEMES."""
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.bucket}/{self.path}"
@@ -83,6 +84,7 @@ class ObjectStoreSource:
 class RegistrySource:
     """An artifact of an OCI registry, by tag, digest or both."""
 
+    scheme: ClassVar[str] = "oci"
     registry: str
     """Host, with the port if it is not the usual one."""
     repository: str
@@ -102,35 +104,184 @@ class RegistrySource:
 Source = HubSource | VolumeSource | ConfigMapSource | ObjectStoreSource | RegistrySource
 
 
+@dataclass(frozen=True)
+class ProfileSetting:
+    """A field of the profile that the clients of a store read from an environment variable."""
+
+    variable: str
+    path: tuple[str, ...]
+    """Keys of the profile: objectStore, endpoint."""
+    names_server: bool = True
+    """Whether it decides the server that receives the credentials."""
+    default: str = ""
+    """The value that clients use without it, and to which credentials of a user belong."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A kind of address of destinations: its form, credentials and settings.
+
+    The schema, the operator's volumes, the redaction of records and the downloads by users derive from it.
+    """
+
+    name: str
+    example: str
+    """The address of a destination, for people."""
+    destination: str
+    """Pattern of a destination's address; of an object store, that of its bucket."""
+    parse: Callable[[str, str], Source]
+    """Parses the address's first part and the rest of its path."""
+    secret_keys: tuple[str, ...] = ()
+    """Keys of the Secret that must exist."""
+    optional_secret_keys: tuple[str, ...] = ()
+    keys_text: str = ""
+    """All keys, for people."""
+    is_object_store: bool = False
+    redacted: tuple[str, ...] = ()
+    """Patterns of its credentials, which no record shows."""
+    settings: tuple[ProfileSetting, ...] = ()
+    own_credentials: tuple[str, ...] = ()
+    """Environment variables that hold credentials of a user, one of which is enough."""
+    login: str = ""
+    """What a user does to get access. `{server}` stands for the address's first part."""
+
+
+def _hub_source(owner: str, rest: str) -> Source:
+    name, _, commit = rest.partition("@")
+    if commit:
+        return HubSource(f"{owner}/{name}", commit=commit)
+    name, _, path = rest.partition("/")
+    return HubSource(f"{owner}/{name}", path)
+
+
+def _registry_source(registry: str, rest: str) -> Source:
+    tagged, _, digest = rest.partition("@")
+    repository, _, tag = tagged.partition(":")
+    return RegistrySource(registry, repository, tag or None, digest or None)
+
+
+SCHEMES: Mapping[str, Scheme] = {
+    scheme.name: scheme
+    for scheme in (
+        # A claim's root is shared, so a destination needs a folder.
+        Scheme("pvc", "pvc://CLAIM/PATH", rf"pvc://{_CLAIM}/{_PATH}/?", VolumeSource),
+        # Each store has rules of its own for the names of its buckets; Azure calls them containers.
+        Scheme(
+            "s3",
+            "s3://BUCKET/PATH",
+            "s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]",
+            ObjectStoreSource,
+            is_object_store=True,
+            secret_keys=("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
+            optional_secret_keys=("AWS_SESSION_TOKEN",),
+            keys_text="AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, for temporary credentials, AWS_SESSION_TOKEN",
+            # Parameters that sign an address, of S3 and of CloudFront.
+            redacted=(
+                r"(?<=[?&])(?i:x-amz-(?:credential|signature|security-token))=[^\s&\"']+",
+                r"(?<=[?&])(?i:signature|policy|key-pair-id)=[^\s&\"']+",
+            ),
+            settings=(
+                ProfileSetting("AWS_ENDPOINT_URL", ("objectStore", "endpoint")),
+                ProfileSetting("AWS_REGION", ("objectStore", "region"), names_server=False),
+            ),
+            own_credentials=("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE"),
+            login="set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if there is one, AWS_SESSION_TOKEN",
+        ),
+        Scheme(
+            "gs",
+            "gs://BUCKET/PATH",
+            "gs://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]",
+            partial(ObjectStoreSource, scheme="gs"),
+            is_object_store=True,
+            secret_keys=("GOOGLE_SERVICE_ACCOUNT_KEY",),
+            keys_text="GOOGLE_SERVICE_ACCOUNT_KEY (JSON)",
+            redacted=(r"(?<=[?&])(?i:x-goog-(?:credential|signature|security-token))=[^\s&\"']+",),
+            settings=(ProfileSetting("GOOGLE_BASE_URL", ("googleStorage", "endpoint")),),
+            own_credentials=(
+                "GOOGLE_APPLICATION_CREDENTIALS",
+                "GOOGLE_SERVICE_ACCOUNT",
+                "GOOGLE_SERVICE_ACCOUNT_KEY",
+                "GOOGLE_SERVICE_ACCOUNT_PATH",
+            ),
+            login="set GOOGLE_APPLICATION_CREDENTIALS to the file of your credentials",
+        ),
+        Scheme(
+            "az",
+            "az://CONTAINER/PATH",
+            "az://[a-z0-9][a-z0-9-]{1,61}[a-z0-9]",
+            partial(ObjectStoreSource, scheme="az"),
+            is_object_store=True,
+            # One of them: without either, the step fails and is tried again.
+            optional_secret_keys=("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN"),
+            keys_text="AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
+            redacted=(r"(?i:accountkey)=[^;\s\"']+", r"(?<=[?&])(?i:sig)=[^\s&\"']+"),
+            settings=(
+                ProfileSetting("AZURE_STORAGE_ACCOUNT_NAME", ("azureStorage", "account")),
+                ProfileSetting("AZURE_STORAGE_ENDPOINT", ("azureStorage", "endpoint")),
+            ),
+            own_credentials=("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN"),
+            login="set AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
+        ),
+        Scheme(
+            "hf",
+            "hf://ORG/NAME",
+            _HUB_MODEL,
+            _hub_source,
+            secret_keys=("token",),
+            keys_text="token",
+            redacted=("hf_[A-Za-z0-9]{8,}",),
+            settings=(ProfileSetting("HF_ENDPOINT", ("hubEndpoint",), default="https://huggingface.co"),),
+            own_credentials=("HF_TOKEN",),
+            login="set HF_TOKEN to a token that may read it",
+        ),
+        # A digest is not known before the upload.
+        Scheme(
+            "oci",
+            "oci://REGISTRY/REPOSITORY:TAG",
+            f"{_ARTIFACT}{_TAG}",
+            _registry_source,
+            secret_keys=(".dockerconfigjson",),
+            keys_text=".dockerconfigjson",
+            login="run `docker login {server}`",
+        ),
+    )
+}
+OBJECT_STORES = tuple(scheme.name for scheme in SCHEMES.values() if scheme.is_object_store)
+"""Schemes of the addresses of object stores: S3, Google Cloud Storage and Azure Blob Storage."""
+WITH_SECRET = tuple(scheme.name for scheme in SCHEMES.values() if scheme.keys_text)
+"""Schemes of the addresses that a Secret opens."""
+_OBJECTS = rf"({'|'.join(SCHEMES[name].destination for name in OBJECT_STORES)})/{_PATH}/?"
+
+
 def scheme_of(uri: str) -> str:
     """The part of an address before its first colon."""
     return uri.partition("://")[0]
 
 
+def listed(words: Iterable[str], conjunction: str = "or") -> str:
+    """The words as a list in a sentence: a, b or c."""
+    *first, last = words
+    return f"{', '.join(first)} {conjunction} {last}" if first else last
+
+
+def prefixes(schemes: Iterable[str], conjunction: str = "or") -> str:
+    """The schemes as a list in a sentence: s3://, gs:// or az://."""
+    return listed((f"{scheme}://" for scheme in schemes), conjunction)
+
+
+def examples(*schemes: str) -> list[str]:
+    """Examples of addresses of these schemes."""
+    return [SCHEMES[scheme].example for scheme in schemes]
+
+
 def parse_source(uri: str) -> Source:
     """The parsed form of an address that the schema has admitted. Raises ValueError for any other."""
     if not re.fullmatch("|".join((_HUB_DATASET, _HUB_COMMIT, _VOLUME, _CONFIG_MAP, _OBJECTS, _TAGGED_OR_PINNED)), uri):
-        raise ValueError(
-            f"{uri!r} is not an address; allowed are hf://ORG/NAME, pvc://CLAIM/PATH, s3://BUCKET/PATH, "
-            "gs://BUCKET/PATH, az://CONTAINER/PATH, oci://REGISTRY/REPOSITORY:TAG and configMap://NAME/KEY"
-        )
+        allowed = listed([*examples(*SCHEMES), _KEY_OF_CONFIG_MAP], "and")
+        raise ValueError(f"{uri!r} is not an address; allowed are {allowed}")
     scheme, _, rest = uri.partition("://")
     head, _, tail = rest.rstrip("/").partition("/")
-    if scheme == "pvc":
-        return VolumeSource(head, tail)
-    if scheme == "configMap":
-        return ConfigMapSource(head, tail)
-    if scheme in OBJECT_STORES:
-        return ObjectStoreSource(head, tail, scheme)
-    if scheme == "oci":
-        tagged, _, digest = tail.partition("@")
-        repository, _, tag = tagged.partition(":")
-        return RegistrySource(head, repository, tag or None, digest or None)
-    name, _, commit = tail.partition("@")
-    if commit:
-        return HubSource(f"{head}/{name}", commit=commit)
-    name, _, path = tail.partition("/")
-    return HubSource(f"{head}/{name}", path)
+    return ConfigMapSource(head, tail) if scheme == "configMap" else SCHEMES[scheme].parse(head, tail)
 
 
 _PATHS = "; a path has no '..' and no part that begins with a dot"
@@ -147,28 +298,27 @@ def _address(pattern: str, allowed: str, paths: str = _PATHS) -> tuple[AfterVali
     return AfterValidator(check), rules(rule(f"self.matches('^({pattern})$')", message))
 
 
+_KEY_OF_CONFIG_MAP = "configMap://NAME/KEY"
+_BUCKETS = examples(*OBJECT_STORES)
 _model, _model_rules = _address(
     f"{_HUB_MODEL}|{_VOLUME}|{_OBJECTS}|{_TAGGED_OR_PINNED}",
-    "hf://ORG/NAME, pvc://CLAIM/PATH, s3://BUCKET/PATH, gs://BUCKET/PATH, az://CONTAINER/PATH or "
-    "oci://REGISTRY/REPOSITORY:TAG (or @sha256:DIGEST)",
+    f"{listed([*examples('hf', 'pvc'), *_BUCKETS, *examples('oci')])} (or @sha256:DIGEST)",
 )
 _dataset, _dataset_rules = _address(
     f"{_HUB_DATASET}|{_VOLUME}|{_OBJECTS}|{_CONFIG_MAP}",
-    "hf://ORG/NAME, pvc://CLAIM/PATH, s3://BUCKET/PATH, gs://BUCKET/PATH, az://CONTAINER/PATH or configMap://NAME/KEY",
+    listed([*examples("hf", "pvc"), *_BUCKETS, _KEY_OF_CONFIG_MAP]),
 )
 # As destinations are written, and as status.adapter.uri names what was published there.
 _adapter, _adapter_rules = _address(
     f"{_HUB_MODEL}|{_HUB_COMMIT}|{_VOLUME}|{_OBJECTS}|{_TAGGED_OR_PINNED}",
-    "pvc://CLAIM/PATH, s3://BUCKET/PATH, gs://BUCKET/PATH, az://CONTAINER/PATH, hf://ORG/NAME (or @COMMIT) or "
-    "oci://REGISTRY/REPOSITORY:TAG (or @sha256:DIGEST)",
+    f"{listed([*examples('pvc'), *_BUCKETS, 'hf://ORG/NAME (or @COMMIT)', *examples('oci')])} (or @sha256:DIGEST)",
 )
-# A claim's root is shared, so a destination needs a folder; a digest is not known before the upload.
 _folder, _folder_rules = _address(
-    rf"pvc://{_CLAIM}/{_PATH}/?|{_OBJECTS}|{_HUB_MODEL}|{_ARTIFACT}{_TAG}",
-    "pvc://CLAIM/PATH, s3://BUCKET/PATH, gs://BUCKET/PATH, az://CONTAINER/PATH, hf://ORG/NAME or oci://REGISTRY/REPOSITORY:TAG",
+    "|".join(dict.fromkeys(_OBJECTS if name in OBJECT_STORES else each.destination for name, each in SCHEMES.items())),
+    listed(examples(*SCHEMES)),
 )
 _template, _template_rules = _address(
-    f"{'|'.join(TEMPLATE_NAMES)}|{_CONFIG_MAP}", f"{', '.join(TEMPLATE_NAMES)} or configMap://NAME/KEY", paths=""
+    f"{'|'.join(TEMPLATE_NAMES)}|{_CONFIG_MAP}", listed([*TEMPLATE_NAMES, _KEY_OF_CONFIG_MAP]), paths=""
 )
 
 ModelAddress = Annotated[str, Field(max_length=MAX_SOURCE_LENGTH, json_schema_extra=_model_rules), _model]

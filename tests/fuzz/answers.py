@@ -1,7 +1,6 @@
 """The parsers of servers' answers, of logins, and of further files of users and models."""
 
 import io
-import json
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -18,35 +17,29 @@ from qlora_api.spec.training import LoraSpec
 from qlora_cli.local.run import LocalRun
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration, model_unavailable
-from qlora_trainer.data.examples.example import Conversation, Message, ToolCall
+from qlora_trainer.data.examples.example import Conversation
+from qlora_trainer.data.examples.formats import RowReader
+from qlora_trainer.data.read.rows import Row
 from qlora_trainer.data.render.chat_template import Tokenizer
 from qlora_trainer.model.adapter.initial_check import check_config
 from qlora_trainer.publishing.verify import verify_config
 from qlora_trainer.stores.objects import ObjectFolder
 from qlora_trainer.stores.registry import Registry
 from tests.fuzz.documents import DOCUMENTS
-from tests.fuzz.target import Target
+from tests.fuzz.target import Target, in_file, in_text
 from tests.support.models.tiny import CHATML, save_tokenizer
+from tests.support.row_formats import CALLING, GOOD_ROWS
 
 _HOST = "registry.example"
 _SOURCE = RegistrySource(_HOST, "team/model", "v1", None)
 _NO_SECRET = Secret(Path("/nowhere"), "spec.model.secretRef", None)
 _BEARER = 'Bearer realm="https://registry.example/token",service="registry.example",scope="repository:a:pull"'
-_CONFIGURATION, _DATASET, _UNAVAILABLE, _UNREACHABLE, _DEFECT = (
+_CONFIGURATION, _DATASET, _UNAVAILABLE, _UNREACHABLE = (
     ExitCode.BAD_CONFIGURATION,
     ExitCode.BAD_DATASET,
     ExitCode.MODEL_UNAVAILABLE,
     ExitCode.UNREACHABLE,
-    ExitCode.INTERNAL_ERROR,
 )
-
-
-def _json(value: object) -> bytes:
-    return json.dumps(value).encode()
-
-
-def _text(content: bytes) -> str:
-    return content.decode(errors="replace")
 
 
 def _pull(challenge: str, token: bytes, secret: Secret) -> None:
@@ -68,23 +61,12 @@ def _pull(challenge: str, token: bytes, secret: Secret) -> None:
         assert registry.manifest("v1") is None
 
 
-def _challenge(content: bytes, _folder: Path) -> None:
-    # As the client reads a header.
-    _pull(content.decode("latin-1"), b'{"token": "a"}', _NO_SECRET)
+def _docker_login(path: Path) -> None:
+    _pull("Basic realm=team", b"", Secret(path.parent, "spec.model.secretRef", "pull"))
 
 
-def _token(content: bytes, _folder: Path) -> None:
-    _pull(_BEARER, content, _NO_SECRET)
-
-
-def _docker_login(content: bytes, folder: Path) -> None:
-    (folder / ".dockerconfigjson").write_bytes(content)
-    _pull("Basic realm=team", b"", Secret(folder, "spec.model.secretRef", "pull"))
-
-
-def _google_key(content: bytes, folder: Path) -> None:
-    (folder / "GOOGLE_SERVICE_ACCOUNT_KEY").write_bytes(content)
-    secret = Secret(folder, "spec.model.secretRef", "keys")
+def _google_key(path: Path) -> None:
+    secret = Secret(path.parent, "spec.model.secretRef", "keys")
     ObjectFolder(ObjectStoreSource("team", "folder", "gs"), secret, reject=bad_configuration)
 
 
@@ -93,28 +75,14 @@ def _objects() -> ObjectFolder:
     return ObjectFolder(ObjectStoreSource("team", "folder"), _NO_SECRET, reject=bad_configuration)
 
 
-def _store_error(content: bytes, _folder: Path) -> None:
-    with mock.patch("obstore.head", side_effect=GenericError(_text(content))):
+def _store_error(message: str) -> None:
+    with mock.patch("obstore.head", side_effect=GenericError(message)):
         _objects().stat()
 
 
-def _adapter_config(content: bytes, folder: Path) -> None:
-    path = folder / "adapter_config.json"
-    path.write_bytes(content)
-    verify_config(
-        path,
-        LoraSpec(),
-        target_modules=("a.q_proj",),
-        whole_modules=(),
-        base_name="org/model",
-        base_revision="c0ffee",
-    )
-
-
-def _initial_adapter_config(content: bytes, folder: Path) -> None:
-    path = folder / "adapter_config.json"
-    path.write_bytes(content)
-    check_config(path, "hf://org/adapter", LoraSpec())
+def _adapter_config(path: Path) -> None:
+    modules, base, revision = ("a.q_proj",), "org/model", "c0ffee"
+    verify_config(path, LoraSpec(), target_modules=modules, whole_modules=(), base_name=base, base_revision=revision)
 
 
 def _run(content: bytes, folder: Path) -> None:
@@ -132,16 +100,7 @@ def _tokenizer() -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-_TALK = Conversation((Message("system", "s"), Message("user", "q"), Message("assistant", "a")))
-_TALK_WITH_TOOLS = Conversation(
-    (
-        Message("user", "q"),
-        Message("assistant", "", (ToolCall("f", {"n": 1}, "abcdefghi"),)),
-        Message("tool", "r", name="f", tool_call_id="abcdefghi"),
-        Message("assistant", "a"),
-    ),
-    ({"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}},),
-)
+_EXAMPLES = [RowReader(good.format, None).read(Row("row 1", good.row, 1)) for good in GOOD_ROWS]
 
 
 def _template(content: bytes, folder: Path) -> None:
@@ -149,7 +108,7 @@ def _template(content: bytes, folder: Path) -> None:
         (folder / name).write_bytes(file)
     (folder / "chat_template.jinja").write_bytes(content)
     tokenizer = Tokenizer(folder)
-    for conversation in (_TALK, _TALK_WITH_TOOLS):
+    for conversation in (example for example in _EXAMPLES if isinstance(example, Conversation)):
         try:
             rendered = tokenizer.render(conversation, "row 1")
         except StepFailure as failure:
@@ -159,73 +118,51 @@ def _template(content: bytes, folder: Path) -> None:
             assert all(0 <= start <= end <= len(rendered.text) for start, end in rendered.targets)
 
 
-_TOOLS_TEMPLATE = """\
-{%- macro turn(role) %}<|im_start|>{{ role }}
-{{ caller() }}<|im_end|>
-{% endmacro %}
-{%- set ns = namespace(first=true) %}
-{%- if tools %}{% call turn('system') %}{{ tools | tojson(indent=2) }}{% endcall %}{% endif %}
-{%- for message in messages if message.role != 'ignored' %}
-{%- if message.role == 'system' and not ns.first %}{{ raise_exception('late') }}{% endif %}
-{%- set ns.first = false %}
-{%- call turn(message['role']) %}{{ message.content | trim }}
-{%- for call in message.tool_calls or [] %}{{ call.function.name ~ call.function.arguments | string }}{% endfor %}
-{%- endcall %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
-"""
-_ADAPTER = {
-    "peft_type": "LORA",
-    "task_type": "CAUSAL_LM",
-    "base_model_name_or_path": "org/model",
-    "revision": "c0ffee",
-    "r": LoraSpec().rank,
-    "lora_alpha": LoraSpec().alpha,
-    "lora_dropout": LoraSpec().dropout,
-    "target_modules": ["a.q_proj"],
-    "use_rslora": False,
-    "use_dora": False,
-    "bias": "none",
-    "auto_mapping": None,
-    "modules_to_save": None,
-}
-_LOGIN = {"auths": {_HOST: {"auth": "dGVhbTpwYXNzd29yZA=="}, "other.example": {"username": "a", "password": "b"}}}
-_USER = {"auths": {_HOST: {"username": "team", "password": "password"}}}
+_ADAPTER = f"""\
+{{"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "org/model", "revision": "c0ffee",
+ "r": {LoraSpec().rank}, "lora_alpha": {LoraSpec().alpha}, "lora_dropout": {LoraSpec().dropout},
+ "target_modules": ["a.q_proj"], "use_rslora": false, "use_dora": false, "bias": "none", "auto_mapping": null,
+ "modules_to_save": null}}""".encode()
+_LOGIN = b"""\
+{"auths": {"registry.example": {"auth": "dGVhbTpwYXNzd29yZA=="},
+           "other.example": {"username": "a", "password": "b"}}}"""
+_USER = b'{"auths": {"registry.example": {"username": "team", "password": "password"}}}'
+_KEY = b'{"private_key": "-----BEGIN PRIVATE KEY-----", "private_key_id": "1", "client_email": "a@b"}'
+_STORE_ERRORS = (
+    b"GET http://h/b: Server returned non-2xx status code: 403 Forbidden: <Code>AccessDenied</Code>",
+    b"Generic S3 error: Received redirect without LOCATION, this normally indicates an incorrectly configured",
+    b"error trying to connect: http://127.0.0.1:0",
+)
 
 ANSWERS: dict[str, Target] = {
     "challenge": Target(
-        _challenge,
+        # As the client reads a header.
+        lambda content, _: _pull(content.decode("latin-1"), b'{"token": "a"}', _NO_SECRET),
         (_BEARER.encode(), b'Basic realm="team"', b""),
         exit_codes=(_UNAVAILABLE, _UNREACHABLE, _CONFIGURATION),
     ),
     "token": Target(
-        _token,
-        (_json({"token": "a", "expires_in": 300}), _json({"access_token": "a"}), b"{}"),
+        lambda content, _: _pull(_BEARER, content, _NO_SECRET),
+        (b'{"token": "a", "expires_in": 300}', b'{"access_token": "a"}', b"{}"),
         exit_codes=(_UNAVAILABLE, _UNREACHABLE),
     ),
     "docker-login": Target(
-        _docker_login, (_json(_LOGIN), _json(_USER)), exit_codes=(_CONFIGURATION, _UNREACHABLE, _UNAVAILABLE)
+        in_file(".dockerconfigjson", _docker_login),
+        (_LOGIN, _USER),
+        exit_codes=(_CONFIGURATION, _UNREACHABLE, _UNAVAILABLE),
     ),
     "google-key": Target(
-        _google_key,
-        (_json({"private_key": "-----BEGIN PRIVATE KEY-----", "private_key_id": "1", "client_email": "a@b"}),),
-        exit_codes=(_CONFIGURATION, _UNREACHABLE),
+        in_file("GOOGLE_SERVICE_ACCOUNT_KEY", _google_key), (_KEY,), exit_codes=(_CONFIGURATION, _UNREACHABLE)
     ),
-    "store-error": Target(
-        _store_error,
-        (
-            b"GET http://h/b: Server returned non-2xx status code: 403 Forbidden: <Code>AccessDenied</Code>",
-            b"Generic S3 error: Received redirect without LOCATION, this normally indicates an incorrectly configured",
-            b"error trying to connect: http://127.0.0.1:0",
-        ),
-        exit_codes=(_CONFIGURATION, _UNREACHABLE),
+    "store-error": Target(in_text(_store_error), _STORE_ERRORS, exit_codes=(_CONFIGURATION, _UNREACHABLE)),
+    "adapter-config": Target(
+        in_file("adapter_config.json", _adapter_config), (_ADAPTER,), exit_codes=(ExitCode.INTERNAL_ERROR,)
     ),
-    "adapter-config": Target(_adapter_config, (_json(_ADAPTER),), exit_codes=(_DEFECT,)),
-    "initial-adapter-config": Target(_initial_adapter_config, (_json(_ADAPTER),), exit_codes=(_CONFIGURATION,)),
-    "run": Target(
-        _run,
-        (_json({"device": "cpu", "claims": {"data": "/data"}, "configMaps": {}}),),
-        (ValueError,),
+    "initial-adapter-config": Target(
+        in_file("adapter_config.json", lambda path: check_config(path, "hf://org/adapter", LoraSpec())),
+        (_ADAPTER,),
+        exit_codes=(_CONFIGURATION,),
     ),
-    "template": Target(_template, (CHATML.encode(), _TOOLS_TEMPLATE.encode()), exit_codes=(_CONFIGURATION, _DATASET)),
+    "run": Target(_run, (b'{"device": "cpu", "claims": {"data": "/data"}, "configMaps": {}}',), (ValueError,)),
+    "template": Target(_template, (CHATML.encode(), CALLING.encode()), exit_codes=(_CONFIGURATION, _DATASET)),
 }

@@ -1,6 +1,5 @@
 """Parsers of addresses, manifests, settings, records and logs."""
 
-import json
 from pathlib import Path
 
 from qlora_api.contract import ExitCode, ProgressRecord, decode_record, encode_record
@@ -15,13 +14,11 @@ from qlora_operator.settings import SettingsError, load_settings
 from qlora_trainer.data.read.hub_splits import EVALUATION, TRAINING, choose_data_files, read_dataset_card
 from qlora_trainer.model.memory.fit import read_shape
 from qlora_trainer.model.source.files import reject_code, weight_files
-from qlora_trainer.publishing.manifest import parse_manifest
+from qlora_trainer.stores.contents import parse_manifest
 from qlora_trainer.stores.model_pack import pack, unpack
 from qlora_trainer.stores.registry import parse_layers
-from tests.fuzz.target import Target
+from tests.fuzz.target import Target, dumped, in_file, in_text
 from tests.support.builders import (
-    DATASET,
-    MODEL,
     NAME,
     NOW,
     UID,
@@ -35,56 +32,29 @@ from tests.support.builders import (
     status_in,
     succeeded,
 )
+from tests.support.manifests import FULL
 from tests.support.sweeps import SWEEP
 
 POD = Pod(name="pod", uid=f"uid-{NAME}-train-1-pod1", owner_uid="", created=NOW, phase="Running")
 
-_DOCUMENT = {
-    "apiVersion": "qlora.dev/v1alpha1",
-    "kind": "QLoRAJob",
-    "metadata": {"name": "tune"},
-    "spec": {
-        "model": MODEL | {"revision": "main"},
-        "dataset": DATASET | {"format": "chat", "columns": {"messages": "turns"}},
-        "lora": {"rank": 16, "targetModules": ["all-linear"], "layersToTransform": [0, 1]},
-        "training": {"learningRate": 2e-4, "epochs": 1, "packing": True, "optimizer": "paged_adamw_8bit"},
-        "output": {"destination": "pvc://claim/folder"},
-    },
-}
-_CONFIG = {
-    "model_type": "gemma2",
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "intermediate_size": 128,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 512,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "attn_logit_softcapping": 50.0,
-    "final_logit_softcapping": 30.0,
-    "tie_word_embeddings": True,
-}
-_PUBLISHED = {
-    "jobUid": UID,
-    "jobName": NAME,
-    "fingerprint": "f",
-    "specSha256": "0" * 64,
-    "baseModel": "hf://org/model",
-    "baseRevision": "c0ffee",
-    "libraries": {"torch": "2.15.0"},
-    "files": {"adapter_model.safetensors": {"sha256": "0" * 64, "size": 7}},
-}
-_MANIFEST = f"""\
+_CONFIG = b"""\
+{"model_type": "gemma2", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 4,
+ "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512, "hidden_activation": "gelu_pytorch_tanh",
+ "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "tie_word_embeddings": true}"""
+_PUBLISHED = f"""\
+{{"jobUid": "{UID}", "jobName": "{NAME}", "fingerprint": "f", "specSha256": "{"0" * 64}", "baseModel": "hf://org/model",
+ "baseRevision": "c0ffee", "libraries": {{"torch": "2.15.0"}},
+ "files": {{"adapter_model.safetensors": {{"sha256": "{"0" * 64}", "size": 7}}}}}}""".encode()
+_MANIFEST = b"""\
 # A job.
 apiVersion: qlora.dev/v1alpha1
 kind: QLoRAJob
-metadata: {{name: tune, labels: &labels {{team: "a"}}, annotations: {{<<: *labels}}}}
+metadata: {name: tune, labels: &labels {team: "a"}, annotations: {<<: *labels}}
 spec:
   model:
-    source: {MODEL["source"]}
-  dataset: {json.dumps(DATASET)}
-  training: {{learningRate: 2e-4, epochs: 1}}
+    source: hf://org/model
+  dataset: {"source": "hf://org/rows"}
+  training: {learningRate: 2e-4, epochs: 1}
 """
 _SETTINGS = b"""\
 namespaces: [team]
@@ -107,31 +77,19 @@ configs:
 ---
 """
 _DATA_NAMES = ("en/train/a.csv", "en/b.csv", "de/test.csv", "README.md", "train-0.jsonl")
+_WEIGHT_NAMES = ("model-1.safetensors", "model-2.safetensors", "tokenizer.json")
+_CODE_OR_ABSENT = (ExitCode.UNSAFE_ARTIFACT, ExitCode.MODEL_UNAVAILABLE)
 
 
-def _json(value: object) -> bytes:
-    return json.dumps(value).encode()
-
-
-def _text(content: bytes) -> str:
-    return content.decode(errors="surrogatepass") if content.isascii() else content.decode(errors="replace")
-
-
-def _written(content: bytes, folder: Path, name: str) -> Path:
-    path = folder / name
-    path.write_bytes(content)
-    return path
-
-
-def _source(content: bytes, _folder: Path) -> None:
-    source = parse_source(_text(content))
+def _source(text: str) -> None:
+    source = parse_source(text)
     if isinstance(source, (VolumeSource, ObjectStoreSource, RegistrySource)):
         assert parse_source(str(source)) == source
     assert ".." not in str(source).split("/")
 
 
-def _record(content: bytes, _folder: Path) -> None:
-    record = decode_record(_text(content), job_uid=UID, pod_uid=POD.uid)
+def _record(text: str) -> None:
+    record = decode_record(text, job_uid=UID, pod_uid=POD.uid)
     if record is None:
         return
     try:
@@ -141,15 +99,15 @@ def _record(content: bytes, _folder: Path) -> None:
     assert decode_record(line, job_uid=UID, pod_uid=POD.uid) == record
 
 
-def _log(content: bytes, _folder: Path) -> None:
-    found = latest_record(_text(content), UID, POD, "train")
+def _log(text: str) -> None:
+    found = latest_record(text, UID, POD, "train")
     assert found is None or isinstance(found, ProgressRecord)
     if found is not None:
         _require_storable(with_progress(QLoRAJobStatus(), found))
 
 
-def _termination(content: bytes, _folder: Path) -> None:
-    job, message = make_job(status_in("train")), _text(content)
+def _termination(message: str) -> None:
+    job = make_job(status_in("train"))
     for code in (0, 14, 143, 203):
         _require_storable(follow(job, child("train", Complete=""), ended(pod("train"), code, message)))
 
@@ -166,21 +124,17 @@ def _document(content: bytes, _folder: Path) -> None:
     assert QLoRAJobDocument.model_validate(document.dump()) == document
 
 
-def _manifest(content: bytes, folder: Path) -> None:
+def _manifest(path: Path) -> None:
     try:
-        load_manifest(_written(content, folder, "job.yaml"))
+        load_manifest(path)
     except ManifestError as error:
         lines = str(error).split("\n")
-        assert all(line.isprintable() and line.startswith(str(folder)) for line in lines)
+        assert all(line.isprintable() and line.startswith(str(path.parent)) for line in lines)
         raise
 
 
-def _settings(content: bytes, folder: Path) -> None:
-    assert load_settings(_written(content, folder, "settings.yaml")).profiles
-
-
-def _shape(content: bytes, folder: Path) -> None:
-    shape = read_shape(_written(content, folder, "config.json"))
+def _shape(path: Path) -> None:
+    shape = read_shape(path)
     assert shape is None or shape.linear_parameters > 0
 
 
@@ -196,24 +150,18 @@ def _artifact(content: bytes, _folder: Path) -> None:
         assert len(blob.digest) == len("sha256:") + 64
 
 
-def _card(content: bytes, folder: Path) -> None:
-    card = read_dataset_card(_written(content, folder, "README.md"), "hf://a/b")
+def _card(path: Path) -> None:
+    card = read_dataset_card(path, "hf://a/b")
     for wanted in (TRAINING, EVALUATION):
         assert set(choose_data_files(_DATA_NAMES, card, "", wanted, "hf://a/b")) <= set(_DATA_NAMES)
 
 
 def _index(content: bytes, _folder: Path) -> None:
-    names = ("model-1.safetensors", "model-2.safetensors", "tokenizer.json")
-    assert set(weight_files(content, names, "hf://a/b")) <= set(names)
-
-
-def _tokenizer(content: bytes, folder: Path) -> None:
-    _written(content, folder, "tokenizer_config.json")
-    reject_code(folder)
+    assert set(weight_files(content, _WEIGHT_NAMES, "hf://a/b")) <= set(_WEIGHT_NAMES)
 
 
 def _packed() -> bytes:
-    manifest = parse_manifest(_json(_PUBLISHED))
+    manifest = parse_manifest(_PUBLISHED)
     assert manifest is not None
     return pack("adapter", manifest.files)[1]
 
@@ -228,39 +176,38 @@ _PROGRESS = encode_record(
     progress(training_step=3, total_steps=9, epoch=0.5, loss=1.5, remaining_seconds=60, checkpoint_step=2)
 ).encode()
 _RESULTS = (_message(succeeded("train")), _message(failed("train", 14, "Diverged", "the loss is not finite")))
+_ADDRESSES = (
+    b"hf://org/name/data/a.jsonl",
+    b"pvc://claim/a/b",
+    b"s3://bucket/a/b",
+    b"configMap://name/key.jsonl",
+    b"oci://registry.example:5000/a/b:tag@sha256:" + b"0" * 64,
+)
 
 DOCUMENTS: dict[str, Target] = {
-    "source": Target(
-        _source,
-        (
-            b"hf://org/name/data/a.jsonl",
-            b"pvc://claim/a/b",
-            b"s3://bucket/a/b",
-            b"configMap://name/key.jsonl",
-            b"oci://registry.example:5000/a/b:tag@sha256:" + b"0" * 64,
-        ),
-        (ValueError,),
-    ),
-    "record": Target(_record, (_PROGRESS, *_RESULTS)),
-    "log": Target(_log, (b"noise\n" + _PROGRESS + b"\nTraceback", _PROGRESS + b"\n" + _RESULTS[0])),
-    "termination": Target(_termination, (*_RESULTS, b"panic: \x1b[31mred\n")),
-    "document": Target(_document, (_json(_DOCUMENT),), (ValueError,)),
-    "manifest": Target(_manifest, (_MANIFEST.encode(), _json(_DOCUMENT), _json(SWEEP)), (ManifestError,)),
-    "settings": Target(_settings, (_SETTINGS,), (SettingsError,)),
+    "source": Target(in_text(_source), _ADDRESSES, (ValueError,)),
+    "record": Target(in_text(_record), (_PROGRESS, *_RESULTS)),
+    "log": Target(in_text(_log), (b"noise\n" + _PROGRESS + b"\nTraceback", _PROGRESS + b"\n" + _RESULTS[0])),
+    "termination": Target(in_text(_termination), (*_RESULTS, b"panic: \x1b[31mred\n")),
+    "document": Target(_document, (dumped(FULL),), (ValueError,)),
+    "manifest": Target(in_file("job.yaml", _manifest), (_MANIFEST, dumped(FULL), dumped(SWEEP)), (ManifestError,)),
+    "settings": Target(in_file("settings.yaml", load_settings), (_SETTINGS,), (SettingsError,)),
     "shape": Target(
-        _shape, (_json(_CONFIG), _json({"text_config": _CONFIG})), exit_codes=(ExitCode.BAD_CONFIGURATION,)
+        in_file("config.json", _shape),
+        (_CONFIG, b'{"text_config": ' + _CONFIG + b"}"),
+        exit_codes=(ExitCode.BAD_CONFIGURATION,),
     ),
-    "published": Target(_published, (_json(_PUBLISHED),)),
+    "published": Target(_published, (_PUBLISHED,)),
     "artifact": Target(_artifact, (_packed(),), (ValueError,)),
-    "card": Target(_card, (_CARD,), exit_codes=(ExitCode.BAD_DATASET,)),
+    "card": Target(in_file("README.md", _card), (_CARD,), exit_codes=(ExitCode.BAD_DATASET,)),
     "index": Target(
         _index,
-        (_json({"metadata": {}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}),),
-        exit_codes=(ExitCode.UNSAFE_ARTIFACT, ExitCode.MODEL_UNAVAILABLE),
+        (b'{"metadata": {}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}',),
+        exit_codes=_CODE_OR_ABSENT,
     ),
     "tokenizer": Target(
-        _tokenizer,
-        (_json({"tokenizer_class": "LlamaTokenizer", "auto_map": None}),),
-        exit_codes=(ExitCode.UNSAFE_ARTIFACT, ExitCode.MODEL_UNAVAILABLE),
+        in_file("tokenizer_config.json", lambda path: reject_code(path.parent)),
+        (b'{"tokenizer_class": "LlamaTokenizer", "auto_map": null}',),
+        exit_codes=_CODE_OR_ABSENT,
     ),
 }

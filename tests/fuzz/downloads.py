@@ -1,7 +1,6 @@
 """The parsers of data from a pod or a store for a user who downloads an adapter."""
 
 import io
-import json
 import shutil
 import tarfile
 from pathlib import Path
@@ -29,9 +28,9 @@ def _archive(content: bytes, folder: Path) -> None:
         assert all(path.stat().st_size <= _MOST for path in target.iterdir())
 
 
-def _tar(kind: bytes = tarfile.REGTYPE) -> bytes:
+def _tar() -> bytes:
     info, stream = tarfile.TarInfo(_NAME), io.BytesIO()
-    info.type, info.size = kind, 6
+    info.size = 6
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive:
         archive.addfile(info, io.BytesIO(b"# card"))
     return stream.getvalue()[:2048]
@@ -60,22 +59,14 @@ class _Connection:
         raise NotImplementedError
 
 
+_FILES = b'{"files": {"README.md": {"sha256": "' + b"a" * 64 + b'", "size": 6}}}'
+_METRICS = b'{"step": 0, "evalLoss": 2.5}\n{"step": 1, "loss": 2.25}\n'
+
 DOWNLOADS = {
     "archive": Target(_archive, (_tar(),), (UnsafeArchiveError,)),
-    "published": Target(
-        _manifest,
-        (json.dumps({"files": {"README.md": {"sha256": "a" * 64, "size": 6}}}).encode(),),
-        (DamagedError,),
-    ),
-    "metrics": Target(
-        lambda content, _folder: of_metrics(content),
-        (b'{"step": 0, "evalLoss": 2.5}\n{"step": 1, "loss": 2.25}\n',),
-        (ValueError,),
-    ),
+    "published": Target(_manifest, (_FILES,), (DamagedError,)),
+    "metrics": Target(lambda content, _: of_metrics(content), (_METRICS,), (ValueError,)),
     "channels": Target(
-        lambda content, _folder: list(standard_output(_Connection(content))),
-        (b'\x03{"status": "Success"}',),
-        (CommandError,),
+        lambda content, _: list(standard_output(_Connection(content))), (b'\x03{"status": "Success"}',), (CommandError,)
     ),
 }
-"""By name."""

@@ -1,19 +1,13 @@
 """Parsers of data sets, a model's configuration and weights, and files between steps."""
 
-import bz2
-import gzip
 import json
-import lzma
 import shutil
-from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
 
 import numpy
-import pyarrow
 import torch
 from safetensors.numpy import save
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -23,7 +17,7 @@ from qlora_api.spec.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.completion import PrepareRecord, PublishRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.examples.example import TokenizedRow
-from qlora_trainer.data.examples.formats import RowReader, detect_format
+from qlora_trainer.data.examples.formats import CONVERSATIONS, RowReader, detect_format
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.data.read.files import DataFile
 from qlora_trainer.data.read.reading import read_rows
@@ -38,92 +32,56 @@ from qlora_trainer.model.base.cache import DamagedCacheError, manifest_of
 from qlora_trainer.model.families.inspection import inspect_family
 from qlora_trainer.model.nf4.base_weights import BaseWeights
 from qlora_trainer.model.nf4.stored_layer import StoredTensor
+from qlora_trainer.model.protocols import Decoder
 from qlora_trainer.model.source.files import require_whole
 from qlora_trainer.training.checkpoints.attempts import ATTEMPTS_FILE, read_attempts, write_attempts
 from qlora_trainer.training.checkpoints.checkpoint import read_checkpoint
-from tests.fuzz.target import Target
+from tests.fuzz.target import Target, dumped, in_file
+from tests.support.builders import ADAPTER, FOUND, MEMORY
+from tests.support.data_files import GOOD_FILES
+from tests.support.row_formats import GOOD_ROWS
 from tests.support.runs.checkpoints import state_of
 
-_ROWS = (
-    {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a é"}]},
-    {
-        "messages": [
-            {"role": "user", "content": "q"},
-            {"role": "assistant", "content": "a", "thinking": "t", "weight": 1},
-        ]
-    },
-    {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
-    {"instruction": "i", "input": "n", "output": "o"},
-    {"prompt": "p", "completion": "c"},
-    {
-        "messages": [
-            {"role": "user", "content": "q"},
-            {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": '{"a": 1}'}}]},
-            {"role": "tool", "tool_call_id": "1", "content": "r"},
-            {"role": "assistant", "content": "a"},
-        ],
-        "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
-    },
-    {"text": "plain"},
-    {"prompt": "p", "chosen": "c", "rejected": "r"},
-    {"chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "c"}], "rejected": []},
+_LINES = b"".join(dumped(good.row) + b"\n" for good in GOOD_ROWS)
+_LLAMA = b"""\
+{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 2,
+ "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64,
+ "max_position_embeddings": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}"""
+_QUANTIZED = {"quantization_config": {"load_in_4bit": True, "llm_int8_skip_modules": ["a.b"]}}
+_STATE = dumped({"formatVersion": 1, "step": 2, **state_of(2)})
+_ATTEMPT = b'{"podUid": "pod", "startedAt": "2026-01-02T12:00:00Z", "fromStep": 2, "ended": "interrupted"}\n'
+_RECORDS = (
+    PrepareRecord(
+        fingerprint="f",
+        model_path="model",
+        model_revision="c0ffee",
+        base_path="base",
+        base_sha256="0",
+        data_path="data",
+        target_modules=("a",),
+        packed=True,
+        model_type="llama",
+        memory=MEMORY,
+        dataset=FOUND,
+    ),
+    TrainRecord(fingerprint="f", adapter_path="a", adapter_sha256="0", training_step=1, loss=1.5),
+    PublishRecord(fingerprint="f", adapter=ADAPTER),
 )
-_LINES = "".join(json.dumps(row) + "\n" for row in _ROWS).encode()
-_LLAMA = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "intermediate_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-    "max_position_embeddings": 64,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-}
-_TIME = "2026-01-02T12:00:00Z"
-_ATTEMPT = {"podUid": "pod", "startedAt": _TIME, "fromStep": 2, "ended": "interrupted"}
-_ADAPTER = {
-    "uri": "pvc://a/b",
-    "sha256": "0" * 64,
-    "sizeBytes": 1,
-    "baseModel": "hf://a/b",
-    "baseRevision": "c0ffee",
-    "rank": 4,
-    "servedRank": 8,
-    "quantization": "nf4",
-}
-_PREPARED = {
-    "fingerprint": "f",
-    "modelPath": "model",
-    "modelRevision": "c0ffee",
-    "basePath": "base",
-    "baseSha256": "0",
-    "dataPath": "data",
-    "targetModules": ["a"],
-    "packed": True,
-    "modelType": "llama",
-    "memory": {"estimateBytes": 1, "lowBytes": 1, "highBytes": 1, "verdict": "unknown"},
-    "dataset": {"format": "chat", "rows": 1, "usedRows": 1},
-}
-_TRAINED = {
-    "fingerprint": "f",
-    "adapterPath": "a",
-    "adapterSha256": "0",
-    "trainingStep": 1,
-    "loss": 1.5,
-    "quantizedLayers": [{"name": "q_proj", "shape": [64, 64], "count": 2, "bytesEach": 3208}],
-}
-_SPLIT = {
-    "rows": 1,
-    "tokens": 2,
-    "targetTokens": 1,
-    "sequences": 1,
-    "sequenceLength": 8,
-    "packed": True,
-    "packingEfficiency": 0.25,
-}
-
+_BASE = b"""\
+{"version": "v", "quantization": {}, "sources": {"model.safetensors": "0"},
+ "files": {"model.safetensors": {"sha256": "0", "size": 2}}}"""
+_CACHED = b"""\
+{"address": "a", "version": "v", "quantization": {}, "sources": {},
+ "files": {"config.json": {"sha256": "0", "size": 2}}}"""
+_STATISTICS = b"""\
+{"sources": [], "train": {"rows": 1, "tokens": 2, "targetTokens": 1, "sequences": 1, "sequenceLength": 8,
+                          "packed": true, "packingEfficiency": 0.25}}"""
+_METRICS = b'{"step": 1, "loss": 2.5, "gradNorm": 1}\n{"step": 2, "evalLoss": 2}\n'
+_SAMPLES = b'{"samples": [{"prompt": "p", "reference": "r", "before": "b", "after": "a"}]}'
+_LAYER = StoredTensor(
+    "quant_state.bitsandbytes__fp4", "U8", (256,), (128, 64), QuantizationSpec(type="fp4", double_quant=False)
+)
+_LAYER_STATE = b'{"quant_type": "fp4", "blocksize": 64, "dtype": "bfloat16", "shape": [128, 64]}'
 _DATASET, _CONFIGURATION, _UNAVAILABLE, _UNSAFE = (
     ExitCode.BAD_DATASET,
     ExitCode.BAD_CONFIGURATION,
@@ -131,26 +89,18 @@ _DATASET, _CONFIGURATION, _UNAVAILABLE, _UNSAFE = (
     ExitCode.UNSAFE_ARTIFACT,
 )
 
-Result = TypeVar("Result")
 
+def _data(ending: str, *seeds: bytes) -> Target:
+    """Reads a data file with that ending, and each of its rows as an example."""
 
-def _written(content: bytes, path: Path) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(content)
-    return path
-
-
-def _rows_of(name: str) -> Callable[[bytes, Path], None]:
-    """Reads a data file of that name, and each of its rows as an example."""
-
-    def read(content: bytes, folder: Path) -> None:
+    def read(path: Path) -> None:
         count = 0
-        for row in read_rows([DataFile(_written(content, folder / name), f"pvc://data/{name}")]):
+        for row in read_rows([DataFile(path, f"pvc://data/{path.name}")]):
             count += 1
             _read_example(row)
         assert count
 
-    return read
+    return Target(in_file(f"a{ending}", read), (*seeds, *GOOD_FILES[ending]), exit_codes=(_DATASET,))
 
 
 def _read_example(row: Row) -> None:
@@ -159,110 +109,81 @@ def _read_example(row: Row) -> None:
         try:
             format_, columns = detect_format(row, None, pairs=pairs)
             RowReader(format_, columns).read(row)
-            if format_ in ("chat", "sharegpt"):
+            if format_ in CONVERSATIONS:
                 RowReader(format_, columns, marked=True).read(row)
         except StepFailure as failure:
             if failure.exit_code is not _DATASET or not failure.message.startswith(row.location):
                 raise AssertionError(f"{failure.exit_code!r}: {failure.message}") from failure
 
 
-def _zstandard(content: bytes) -> bytes:
-    sink = pyarrow.BufferOutputStream()
-    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
-        stream.write(content)
-    return bytes(sink.getvalue())
-
-
-def _family(content: bytes, folder: Path) -> None:
-    family = inspect_family(_written(content, folder / "config.json").parent, LoraSpec())
-    assert family.target_modules
+def _family(path: Path) -> None:
+    assert inspect_family(path.parent, LoraSpec()).target_modules
 
 
 @cache
-def _model() -> Any:
+def _model() -> Decoder:
     """A model without weights, to go with the files' weights."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**_LLAMA))
+        model: Decoder = AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(_LLAMA)))
+    return model
 
 
-def _weights(content: bytes, folder: Path) -> None:
-    path = _written(content, folder / "model.safetensors")
-    require_whole(path, "model.safetensors")
-    BaseWeights(folder, _model())
+def _weights(path: Path) -> None:
+    require_whole(path, path.name)
+    BaseWeights(path.parent, _model())
 
 
 def _stored_layer(content: bytes, _folder: Path) -> None:
     tensor = torch.tensor(list(content), dtype=torch.uint8)
     _LAYER.require_header("U8", tuple(tensor.shape))
-    described = json.loads(bytes(_LAYER.ours(tensor).tolist()))
-    assert described == json.loads(_LAYER_STATE)
+    assert json.loads(bytes(_LAYER.ours(tensor).tolist())) == json.loads(_LAYER_STATE)
 
 
-_LAYER = StoredTensor(
-    "quant_state.bitsandbytes__fp4", "U8", (256,), (128, 64), QuantizationSpec(type="fp4", double_quant=False)
-)
-_LAYER_STATE = b'{"quant_type": "fp4", "blocksize": 64, "dtype": "bfloat16", "shape": [128, 64]}'
+def _cached_model(path: Path) -> None:
+    (path.parent / "config.json").write_bytes(b"{}")
+    assert manifest_of(path.parent).files["config.json"].size == 2
 
 
-def _indexed_weights(content: bytes, folder: Path) -> None:
-    (folder / "indexed").mkdir(exist_ok=True)
-    BaseWeights(_written(content, folder / "indexed" / "model.safetensors.index.json").parent, _model())
+def _base_manifest(path: Path) -> None:
+    (path.parent / "model.safetensors").write_bytes(b"{}")
+    require_sha256(path.parent, "0" * 64)
 
 
-def _cached_model(content: bytes, folder: Path) -> None:
-    place = folder / "cached"
-    _written(b"{}", place / "config.json")
-    _written(content, place / BASE_MANIFEST)
-    assert manifest_of(place).files["config.json"].size == 2
-
-
-def _base_manifest(content: bytes, folder: Path) -> None:
-    place = folder / "base"
-    _written(b"{}", place / "model.safetensors")
-    _written(content, place / BASE_MANIFEST)
-    require_sha256(place, "0" * 64)
-
-
-def _checkpoint_of(name: str) -> Callable[[bytes, Path], None]:
+def _checkpoint(name: str, *seeds: bytes) -> Target:
     """Reads a checkpoint with this content in the file of that name, and matching digests."""
 
     def read(content: bytes, folder: Path) -> None:
         place = folder / "step-2"
         shutil.rmtree(place, ignore_errors=True)
-        _written(_STATE, place / "state.json")
-        sums = {"state.json": sha256(content if name == "state.json" else _STATE).hexdigest()}
-        _written(json.dumps({"sha256": sums}).encode(), place / "manifest.json")
-        _written(content, place / name)
+        place.mkdir()
+        state = content if name == "state.json" else _STATE
+        (place / "state.json").write_bytes(state)
+        (place / "manifest.json").write_bytes(dumped({"sha256": {"state.json": sha256(state).hexdigest()}}))
+        (place / name).write_bytes(content)
         assert read_checkpoint(place).step == 2 or name == "state.json"
 
-    return read
+    return Target(read, seeds, (ValueError,))
 
 
-_STATE = json.dumps({"formatVersion": 1, "step": 2, **state_of(2)}).encode()
-
-
-def _completions(content: bytes, folder: Path) -> None:
-    path = _written(content, folder / "prepare.json")
-    kinds: tuple[Any, ...] = (PrepareRecord, TrainRecord, PublishRecord)
-    for kind in kinds:
+def _completions(path: Path) -> None:
+    again = path.with_name("again.json")
+    for kind in map(type, _RECORDS):
         record = read_completion(path, kind)
         if record is not None:
             try:
-                write_completion(folder / "again.json", record)
+                write_completion(again, record)
             except ValueError:  # an infinite loss, which training does not write
                 continue
-            assert read_completion(folder / "again.json", kind) == record
+            assert read_completion(again, kind) == record
 
 
-def _attempts(content: bytes, folder: Path) -> None:
-    _written(content, folder / ATTEMPTS_FILE)
-    attempts = read_attempts(folder)
-    write_attempts(folder, attempts)
-    assert read_attempts(folder) == attempts
+def _attempts(path: Path) -> None:
+    attempts = read_attempts(path.parent)
+    write_attempts(path.parent, attempts)
+    assert read_attempts(path.parent) == attempts
 
 
-def _history(content: bytes, folder: Path) -> None:
-    path = _written(content, folder / "metrics.jsonl")
+def _history(path: Path) -> None:
     try:
         curve = read_history(path).loss
     except ValueError as error:
@@ -272,20 +193,19 @@ def _history(content: bytes, folder: Path) -> None:
     assert len(curve.steps) == len(curve.values)
 
 
-def _samples(content: bytes, folder: Path) -> None:
-    samples = read_samples(_written(content, folder / "samples.json"))
+def _samples(path: Path) -> None:
+    samples = read_samples(path)
     assert samples.samples or samples.missing is not None
 
 
-def _statistics(content: bytes, folder: Path) -> None:
-    _written(content, folder / STATISTICS)
-    found = DataStatistics.read(folder)
-    found.write(folder)
-    assert DataStatistics.read(folder) == found
+def _statistics(path: Path) -> None:
+    found = DataStatistics.read(path.parent)
+    found.write(path.parent)
+    assert DataStatistics.read(path.parent) == found
 
 
-def _chunk(content: bytes, folder: Path) -> None:
-    chunk = Chunk.read(_written(content, folder / "chunk.safetensors"), Limits(vocabulary=8, longest=4))
+def _chunk(path: Path) -> None:
+    chunk = Chunk.read(path, Limits(vocabulary=8, longest=4))
     if chunk is not None and len(chunk.lengths):
         rows = TokenizedRows([chunk])
         found = rows.input_ids(numpy.arange(len(rows)))
@@ -293,9 +213,8 @@ def _chunk(content: bytes, folder: Path) -> None:
         assert all(0 <= token < 8 for token in found)
 
 
-def _split(content: bytes, folder: Path) -> None:
-    data = PreparedDataset(_written(content, folder / "train.safetensors"))
-    assert data.rows >= 0
+def _split(path: Path) -> None:
+    assert PreparedDataset(path).rows >= 0
 
 
 def _seed_chunk() -> bytes:
@@ -317,83 +236,35 @@ def _seed_split() -> bytes:
     return save(tensors, metadata={"prepared": json.dumps({"format": 2, "targetTokens": 1})})
 
 
-def _data(name: str, *seeds: bytes) -> Target:
-    return Target(_rows_of(name), seeds, exit_codes=(_DATASET,))
-
-
-def _json(value: object) -> bytes:
-    return json.dumps(value).encode()
-
-
 FILES: dict[str, Target] = {
-    "jsonl": _data("a.jsonl", _LINES, b"\xef\xbb\xbf" + _LINES),
-    "json": _data("a.json", _json(_ROWS), _LINES),
-    "csv": _data("a.csv", b'prompt,completion\np,c\n"a ""b""\nc",d\n'),
-    "gzip": _data("a.jsonl.gz", gzip.compress(_LINES)),
-    "bzip2": _data("a.jsonl.bz2", bz2.compress(_LINES)),
-    "xz": _data("a.jsonl.xz", lzma.compress(_LINES)),
-    "zstandard": _data("a.jsonl.zst", _zstandard(_LINES)),
+    # A process is forked for each Parquet file: `test_data_properties.py` damages a few.
+    **{ending.removeprefix("."): _data(ending) for ending in GOOD_FILES if ending != ".parquet"},
+    "formats": _data(".jsonl", _LINES),
     "family": Target(
-        _family,
-        (
-            _json(_LLAMA),
-            _json(_LLAMA | {"quantization_config": {"load_in_4bit": True, "llm_int8_skip_modules": ["a.b"]}}),
-        ),
+        in_file("config.json", _family),
+        (_LLAMA, dumped(json.loads(_LLAMA) | _QUANTIZED)),
         exit_codes=(_CONFIGURATION, _UNSAFE, _UNAVAILABLE),
     ),
-    "weights": Target(_weights, (_seed_chunk(),), exit_codes=(_UNAVAILABLE,)),
+    "weights": Target(in_file("model.safetensors", _weights), (_seed_chunk(),), exit_codes=(_UNAVAILABLE,)),
     "stored-layer": Target(_stored_layer, (_LAYER_STATE,), rejections=(ValueError,)),
     "indexed-weights": Target(
-        _indexed_weights,
-        (_json({"weight_map": {"a": "model-1.safetensors"}}),),
+        in_file("indexed/model.safetensors.index.json", lambda path: BaseWeights(path.parent, _model())),
+        (b'{"weight_map": {"a": "model-1.safetensors"}}',),
         exit_codes=(_UNAVAILABLE, _UNSAFE),
     ),
-    "cached-model": Target(
-        _cached_model,
-        (
-            _json(
-                {
-                    "address": "a",
-                    "version": "v",
-                    "quantization": {},
-                    "sources": {},
-                    "files": {"config.json": {"sha256": "0", "size": 2}},
-                }
-            ),
-        ),
-        (DamagedCacheError,),
+    "cached-model": Target(in_file(f"cached/{BASE_MANIFEST}", _cached_model), (_CACHED,), (DamagedCacheError,)),
+    "base-manifest": Target(in_file(f"base/{BASE_MANIFEST}", _base_manifest), (_BASE,), exit_codes=(_UNSAFE,)),
+    "checkpoint-manifest": _checkpoint(
+        "manifest.json",
+        dumped({"sha256": {"state.json": sha256(_STATE).hexdigest()}}),
+        b'{"sha256": {"/dev/zero": "0"}}',
     ),
-    "base-manifest": Target(
-        _base_manifest,
-        (
-            _json(
-                {
-                    "version": "v",
-                    "quantization": {},
-                    "sources": {"model.safetensors": "0"},
-                    "files": {"model.safetensors": {"sha256": "0", "size": 2}},
-                }
-            ),
-        ),
-        exit_codes=(_UNSAFE,),
-    ),
-    "checkpoint-manifest": Target(
-        _checkpoint_of("manifest.json"),
-        (_json({"sha256": {"state.json": sha256(_STATE).hexdigest()}}), _json({"sha256": {"/dev/zero": "0"}})),
-        (ValueError,),
-    ),
-    "checkpoint-state": Target(_checkpoint_of("state.json"), (_STATE,), (ValueError,)),
-    "completion": Target(
-        _completions, (_json(_PREPARED), _json(_TRAINED), _json({"fingerprint": "", "adapter": _ADAPTER}))
-    ),
-    "attempts": Target(_attempts, (_json(_ATTEMPT) + b"\n" + _json(_ATTEMPT) + b"\n",)),
-    "history": Target(
-        _history, (b'{"step": 1, "loss": 2.5, "gradNorm": 1}\n{"step": 2, "evalLoss": 2}\n',), (ValueError,)
-    ),
-    "samples": Target(
-        _samples, (_json({"samples": [{"prompt": "p", "reference": "r", "before": "b", "after": "a"}]}),)
-    ),
-    "statistics": Target(_statistics, (_json({"sources": [], "train": _SPLIT}),), (ValueError,)),
-    "chunk": Target(_chunk, (_seed_chunk(),)),
-    "split": Target(_split, (_seed_split(),), (ValueError,)),
+    "checkpoint-state": _checkpoint("state.json", _STATE),
+    "completion": Target(in_file("prepare.json", _completions), tuple(dumped(record.dump()) for record in _RECORDS)),
+    "attempts": Target(in_file(ATTEMPTS_FILE, _attempts), (2 * _ATTEMPT,)),
+    "history": Target(in_file("metrics.jsonl", _history), (_METRICS,), (ValueError,)),
+    "samples": Target(in_file("samples.json", _samples), (_SAMPLES,)),
+    "statistics": Target(in_file(STATISTICS, _statistics), (_STATISTICS,), (ValueError,)),
+    "chunk": Target(in_file("chunk.safetensors", _chunk), (_seed_chunk(),)),
+    "split": Target(in_file("train.safetensors", _split), (_seed_split(),), (ValueError,)),
 }

@@ -1,5 +1,6 @@
 """The trainer's command line: one command per step."""
 
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -23,65 +24,36 @@ def _folders(_context: click.Context, parameter: click.Parameter, values: tuple[
 
 
 _EXISTING_LOG = contract.TERMINATION_LOG if Path(contract.TERMINATION_LOG).exists() else None
+_PATH = click.Path(path_type=Path)
+_DEVICES = click.Choice(get_args(Device))
+_pod_option = partial(click.option, show_envvar=True)
 
 _OPTIONS = (
-    click.option("--job", type=click.Path(path_type=Path), default=Path(contract.JOB_FILE), help="The QLoRAJob, JSON."),
-    click.option(
-        "--workspace",
-        type=click.Path(path_type=Path),
-        default=Path(contract.WORKSPACE_MOUNT),
-        help="The job's own folder.",
-    ),
-    click.option(
-        "--volume",
-        multiple=True,
-        metavar="CLAIM=DIR",
-        callback=_folders,
-        help="Folder of a claim.",
-    ),
+    click.option("--job", type=_PATH, default=Path(contract.JOB_FILE), help="The QLoRAJob, JSON."),
+    click.option("--workspace", type=_PATH, default=Path(contract.WORKSPACE_MOUNT), help="The job's own folder."),
+    click.option("--volume", multiple=True, metavar="CLAIM=DIR", callback=_folders, help="Folder of a claim."),
     click.option("--config-map", multiple=True, metavar="NAME=DIR", callback=_folders, help="Folder of a ConfigMap."),
     click.option(
         "--continues",
-        type=click.Path(path_type=Path),
+        type=_PATH,
         default=Path(contract.CONTINUED_MOUNT),
         help="Workspace folder of the job that spec.continues names.",
     ),
-    click.option(
-        "--model-cache",
-        type=click.Path(path_type=Path),
-        envvar=contract.ENV_MODEL_CACHE,
-        show_envvar=True,
-        help="Folder for shared base models.",
-    ),
-    click.option(
+    _pod_option("--model-cache", type=_PATH, envvar=contract.ENV_MODEL_CACHE, help="Folder for shared base models."),
+    _pod_option(
         "--sweep-folder",
-        type=click.Path(path_type=Path),
+        type=_PATH,
         envvar=contract.ENV_SWEEP_FOLDER,
-        show_envvar=True,
         help="Folder that the cells of a sweep share.",
     ),
     click.option(
-        "--termination-log",
-        type=click.Path(path_type=Path),
-        default=_EXISTING_LOG,
-        help="File for another copy of the result record.",
+        "--termination-log", type=_PATH, default=_EXISTING_LOG, help="File for another copy of the result record."
     ),
-    click.option(
-        "--device",
-        type=click.Choice(get_args(Device)),
-        default="cuda",
-        envvar=contract.ENV_DEVICE,
-        show_envvar=True,
-        help="Where training runs.",
-    ),
-    click.option("--pod-uid", default="local", envvar=contract.ENV_POD_UID, show_envvar=True),
-    click.option("--attempt", type=click.IntRange(min=1), default=1, envvar=contract.ENV_ATTEMPT, show_envvar=True),
-    click.option(
-        "--claim",
-        default="",
-        envvar=contract.ENV_OUTPUT_CLAIM,
-        show_envvar=True,
-        help="Name of the claim that the workspace is on.",
+    _pod_option("--device", type=_DEVICES, default="cuda", envvar=contract.ENV_DEVICE, help="Where training runs."),
+    _pod_option("--pod-uid", default="local", envvar=contract.ENV_POD_UID),
+    _pod_option("--attempt", type=click.IntRange(min=1), default=1, envvar=contract.ENV_ATTEMPT),
+    _pod_option(
+        "--claim", default="", envvar=contract.ENV_OUTPUT_CLAIM, help="Name of the claim that the workspace is on."
     ),
 )
 
@@ -94,19 +66,14 @@ def main() -> None:
     """
 
 
-_FURTHER = {
-    "train": (
-        click.option(
-            "--with",
-            "others",
-            multiple=True,
-            type=(click.Path(path_type=Path), click.Path(path_type=Path)),
-            metavar="JOB DIR",
-            help="Document and workspace of another job, which is trained together with this one, on the same base.",
-        ),
-    )
-}
-"""Options of one step only."""
+_WITH = click.option(
+    "--with",
+    "others",
+    multiple=True,
+    type=(_PATH, _PATH),
+    metavar="JOB DIR",
+    help="Document and workspace of another job, which is trained together with this one, on the same base.",
+)
 
 
 def _add_step(step: StepName, help_text: str) -> None:
@@ -128,7 +95,7 @@ def _add_step(step: StepName, help_text: str) -> None:
         )
         run(Invocation(step=step, mounts=mounts, others=others, **options))  # type: ignore[arg-type]
 
-    for option in reversed((*_OPTIONS, *_FURTHER.get(step, ()))):
+    for option in reversed((*_OPTIONS, _WITH) if step == "train" else _OPTIONS):
         command = option(command)
     main.command(step, help=help_text)(command)
 

@@ -35,7 +35,7 @@ from qlora_trainer.core.outcome import (
 )
 from qlora_trainer.core.process import Streams
 from qlora_trainer.core.records import RecordWriter, redact, timestamp
-from qlora_trainer.training.distributed.launch import end_with_parent, named_node, named_rank
+from qlora_trainer.training.distributed.launch import end_with_parent, number_in
 
 logger = logging.getLogger(__name__)
 
@@ -77,13 +77,13 @@ def run(invocation: Invocation) -> NoReturn:
     stop = StopRequest()
     process.on_termination(stop.set if invocation.step == "train" else _terminate)
     streams = process.claim_streams()
-    rank = named_rank(os.environ) if invocation.step == "train" else 0
+    rank = number_in(os.environ, "RANK") if invocation.step == "train" else 0
     if rank:
         # Only rank 0 writes records.
         streams = replace(streams, records=os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
         invocation = replace(invocation, rank=rank, termination_log=None)
     elif invocation.step == "train":
-        invocation = replace(invocation, node=named_node(os.environ))
+        invocation = replace(invocation, node=number_in(os.environ, contract.ENV_NODE))
     # Node 0 alone reports progress; the others report how they end.
     records = RecordWriter(streams.records, time.monotonic, reports_progress=invocation.node == 0)
     completion: CompletionRecord | None = None

@@ -105,7 +105,8 @@ def find_tokenizer(model: BaseModelSpec, mounts: Mounts) -> Path:
     require_hub_client(f"or {advice}")
     from huggingface_hub import snapshot_download
 
-    from qlora_trainer.model.source.files import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
+    from qlora_trainer.core.file_names import TOKENIZER_FILES
+    from qlora_trainer.model.source.files import CONFIG, GENERATION_CONFIG
 
     with fetching(model, f"or {advice}"):
         names = [CONFIG, GENERATION_CONFIG, *sorted(TOKENIZER_FILES)]

@@ -3,16 +3,18 @@
 The cells of a pod share one process.
 """
 
+import dataclasses
 import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from qlora_api.contract import ENV_MODEL_CACHE
+from qlora_api.schema import replace
 from qlora_api.spec.job import ObjectMeta, QLoRAJobDocument
 from qlora_api.sweep.cells import FoundRun, best_job, repeated_cell
 from qlora_api.sweep.spec import Cell, QLoRASweepDocument, cells, pods
@@ -59,7 +61,7 @@ class LocalSweep:
         models = None if os.environ.get(ENV_MODEL_CACHE) else options.workspace / _MODELS_FOLDER
         before = {run.document.metadata.name: run for run in earlier}
         runs = [
-            replace(
+            dataclasses.replace(
                 options, document=as_job(cell), workspace=options.workspace / cell.name, model_cache=models
             ).resuming(before.get(cell.name))
             for cell in found
@@ -70,7 +72,7 @@ class LocalSweep:
         """The run that publishes the adapter of that cell, from the end of its run."""
         run, cell = self.runs[number], self.cells[number]
         best = best_job(self.document.metadata.name, self.document.spec, cell, cell.spec.dump(), FoundRun())
-        return replace(run, document=as_job(best), workspace=self.root / best.name, continues=run.workspace)
+        return dataclasses.replace(run, document=as_job(best), workspace=self.root / best.name, continues=run.workspace)
 
 
 def as_job(cell: Cell) -> QLoRAJobDocument:
@@ -169,10 +171,10 @@ def _with_own_uid(job: ShownRun) -> ShownRun:
     """
     document = job.run.document
     uid = document.metadata.name
-    named = document.model_copy(update={"metadata": document.metadata.model_copy(update={"uid": uid})})
+    named = replace(document, metadata=replace(document.metadata, uid=uid))
     file = job.run.layout.records / _JOB_FILE
     write_atomically(file, json.dumps(named.dump(), indent=2).encode() + b"\n")
-    return replace(job, job_file=file, job_uid=uid)
+    return dataclasses.replace(job, job_file=file, job_uid=uid)
 
 
 def _publish_first(job: ShownRun, trained: Ended, stop: Stop) -> Ended:
@@ -180,7 +182,7 @@ def _publish_first(job: ShownRun, trained: Ended, stop: Stop) -> Ended:
     if trained.exit_code != 0:
         return trained
     published = go_through(("publish",), job, stop)
-    return replace(published, results={**trained.results, **published.results})
+    return dataclasses.replace(published, results={**trained.results, **published.results})
 
 
 def _finish(job: ShownRun, first: Ended, stop: Stop, log: Path) -> Ended:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
+from typing import TypedDict
 
 from qlora_client.files.folders import open_folder
 from qlora_client.files.published import (
@@ -25,6 +25,13 @@ from qlora_client.kube.cluster import Cluster
 from qlora_client.kube.errors import ClusterError, RejectedError
 
 _BLOCK_BYTES = 2**22
+
+
+class AdapterPlace(TypedDict):
+    """The part of `status.adapter` that finds the adapter."""
+
+    uri: str
+    sha256: str
 
 
 def download_adapter(
@@ -51,9 +58,9 @@ def download_adapter(
     return True
 
 
-def published_adapter(job: Job) -> Mapping[str, Any]:
+def published_adapter(job: Job) -> AdapterPlace:
     """`status.adapter`. Raises ClusterError, with the reason, for a job that has none."""
-    adapter: Mapping[str, Any] | None = job.status.get("adapter")
+    adapter: AdapterPlace | None = job.status.get("adapter")
     if adapter is not None:
         return adapter
     why = f": {job.message}" if job.message else ""

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from qlora_client.kube.errors import ClusterError
 
@@ -59,7 +59,7 @@ def parse_manifest(content: bytes, place: str) -> dict[str, PublishedFile]:
     return described
 
 
-def _described(entry: Mapping[str, Any]) -> PublishedFile:
+def _described(entry: Mapping[str, object]) -> PublishedFile:
     sha256, size = entry["sha256"], entry["size"]
     if not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
         raise ValueError(f"found the SHA-256 {str(sha256)[:80]!r}")

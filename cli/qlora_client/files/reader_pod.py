@@ -1,12 +1,12 @@
 """The pod that reads a claim for a user: its manifest, and the reasons why it does not start; pure."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from qlora_api.naming import JOB_LABEL
 from qlora_api.spec.job import API_VERSION, KIND
 from qlora_client.jobs.job import Job
 from qlora_client.jobs.pods import CONTAINER, Pod
+from qlora_client.kube.cluster import Object
 
 MOUNT = "/volume"
 # It copies files and does nothing else. Limits of CPU too, as some quotas ask for them.
@@ -22,15 +22,15 @@ _HOPELESS = (
 )
 
 
-def reader_pod(job: Job, claim: str, seconds: int) -> dict[str, Any]:
+def reader_pod(job: Job, claim: str, seconds: int) -> Object:
     """A pod that has the claim at MOUNT, read-only, does nothing, and is ended by the kubelet after `seconds`.
 
     It is as restricted as the job's own pods: their image, user, nodes and name of the container, no token of a service
     account, and the label that NetworkPolicies for pods of jobs select. It is deleted with the job,
     if it is left over.
     """
-    profile: Mapping[str, Any] = job.status["resolved"]["profile"]
-    spec: dict[str, Any] = {
+    profile: Object = job.status["resolved"]["profile"]
+    spec: Object = {
         "restartPolicy": "Never",
         "activeDeadlineSeconds": seconds,
         "automountServiceAccountToken": False,
@@ -63,7 +63,7 @@ def reader_pod(job: Job, claim: str, seconds: int) -> dict[str, Any]:
     }
 
 
-def _container(profile: Mapping[str, Any], seconds: int) -> dict[str, Any]:
+def _container(profile: Object, seconds: int) -> Object:
     return {
         "name": CONTAINER,
         "image": profile["image"],
@@ -79,9 +79,9 @@ def _container(profile: Mapping[str, Any], seconds: int) -> dict[str, Any]:
     }
 
 
-def _identity(run_as: Mapping[str, Any] | None) -> dict[str, Any]:
+def _identity(run_as: Object | None) -> Object:
     """User and groups of the job's pods, whose files only these may read; the platform's choice if it chose theirs."""
-    security: dict[str, Any] = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+    security: Object = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
     if run_as is None:
         return security
     return security | {
@@ -92,11 +92,11 @@ def _identity(run_as: Mapping[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def _placement(job: Job, profile: Mapping[str, Any]) -> dict[str, Any]:
+def _placement(job: Job, profile: Object) -> Object:
     """Where the volume can be mounted: on any node, or where the job's pods ran."""
     if (profile.get("workspace") or {}).get("topology") == "shared":
         return {}
-    asked: Mapping[str, Any] = job.spec.get("scheduling") or {}
+    asked: Object = job.spec.get("scheduling") or {}
     tolerations = [*(profile.get("tolerations") or ()), *(asked.get("tolerations") or ())]
     if gpu := profile.get("gpuResource"):
         tolerations.append({"key": gpu, "operator": "Exists", "effect": "NoSchedule"})
@@ -106,14 +106,14 @@ def _placement(job: Job, profile: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def is_running(pod: Mapping[str, Any]) -> bool:
+def is_running(pod: Object) -> bool:
     """Whether files can be read through it."""
     return bool((pod.get("status") or {}).get("phase") == "Running" and Pod(pod).has_log)
 
 
-def hopeless(pod: Mapping[str, Any]) -> str:
+def hopeless(pod: Object) -> str:
     """Why waiting longer does not help; empty if it may."""
-    status: Mapping[str, Any] = pod.get("status") or {}
+    status: Object = pod.get("status") or {}
     if status.get("phase") in ("Failed", "Succeeded"):
         told = ": ".join(str(status[key]) for key in ("reason", "message") if status.get(key))
         return f"it has ended ({told or status['phase']})"
@@ -121,7 +121,7 @@ def hopeless(pod: Mapping[str, Any]) -> str:
     return reason if reason.startswith(_HOPELESS) else ""
 
 
-def why_not_started(pod: Mapping[str, Any], warnings: Sequence[str], seconds: float) -> str:
+def why_not_started(pod: Object, warnings: Sequence[str], seconds: float) -> str:
     """The sentence for a pod that has not started in time. `warnings`: messages of its Events, oldest first."""
     reason = hopeless(pod) or Pod(pod).waits_for or (warnings[-1] if warnings else "nothing says why")
     more = f"; {warnings[-1]}" if warnings and warnings[-1] not in reason else ""

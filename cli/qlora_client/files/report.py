@@ -1,19 +1,18 @@
 """Fetches a job's report, the page that publish has drawn."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
 
 from qlora_client.files.adapter import published_adapter
 from qlora_client.files.claims import reading
 from qlora_client.files.folders import open_folder
 from qlora_client.files.published import DamagedError
 from qlora_client.jobs.job import Job
-from qlora_client.kube.cluster import Cluster
+from qlora_client.kube.cluster import Cluster, Object
 from qlora_client.kube.errors import ClusterError, MissingError
 
 REPORT = "report.html"
@@ -27,7 +26,7 @@ def fetch_report(cluster: Cluster, job: Job, say: Callable[[str], None] = lambda
     `say` receives progress messages. Raises DamagedError if the published one was changed, and ClusterError with the
     reason if there is no report yet.
     """
-    published: Mapping[str, Any] | None = job.status.get("report")
+    published: Object | None = job.status.get("report")
     if published is not None:
         try:
             return _published(cluster, job, published, say)
@@ -38,7 +37,7 @@ def fetch_report(cluster: Cluster, job: Job, say: Callable[[str], None] = lambda
     return _of_workspace(cluster, job, say)
 
 
-def _published(cluster: Cluster, job: Job, published: Mapping[str, Any], say: Callable[[str], None]) -> bytes:
+def _published(cluster: Cluster, job: Job, published: Object, say: Callable[[str], None]) -> bytes:
     with open_folder(cluster, job, published_adapter(job)["uri"], say) as folder:
         content = folder.read(REPORT, _MOST_BYTES)
     found = sha256(content).hexdigest()

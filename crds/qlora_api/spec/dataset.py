@@ -6,7 +6,15 @@ from typing import Annotated, Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from qlora_api.schema import ApiModel, rule, rules
-from qlora_api.sources import OBJECT_STORES, TEMPLATE_NAMES, DatasetAddress, TemplateAddress, scheme_of
+from qlora_api.sources import (
+    OBJECT_STORES,
+    TEMPLATE_NAMES,
+    DatasetAddress,
+    TemplateAddress,
+    examples,
+    prefixes,
+    scheme_of,
+)
 from qlora_api.spec.model import Revision, SecretRef
 
 ColumnName = Annotated[str, Field(min_length=1, max_length=128)]
@@ -133,8 +141,8 @@ class SystemPromptSpec(ApiModel):
 
 
 _ROWS_ADDRESS = (
-    "Address of the rows: hf://ORG/NAME[/PATH], pvc://CLAIM/PATH, s3://BUCKET/PATH, gs://BUCKET/PATH, "
-    "az://CONTAINER/PATH or configMap://NAME/KEY; a .jsonl, .json, .csv (each optionally followed by .gz, .bz2, .xz "
+    f"Address of the rows: hf://ORG/NAME[/PATH], {', '.join(examples('pvc', *OBJECT_STORES))} or "
+    "configMap://NAME/KEY; a .jsonl, .json, .csv (each optionally followed by .gz, .bz2, .xz "
     "or .zst) or .parquet file, or a folder of such files of one kind."
 )
 _REVISION = "Branch, tag or commit of an hf:// data set; main if not set."
@@ -182,7 +190,10 @@ class MixSource(ApiModel):
         return self
 
 
-_NO_OBJECTS = "secretRef is for s3://, gs:// and az:// data; an hf:// data set is read with spec.model.tokenSecretRef"
+_NO_OBJECTS = (
+    f"secretRef is for {prefixes(OBJECT_STORES, 'and')} data; an hf:// data set is read with spec.model.tokenSecretRef"
+)
+_IN_BUCKET = f"source.matches('^({'|'.join(OBJECT_STORES)})://')"
 _TEXT_HAS_NO_TURNS = (
     "chatTemplate and systemPrompt are for rows with turns, and format: text has none: choose another format, or "
     "remove them"
@@ -202,9 +213,9 @@ class DatasetSpec(ApiModel):
         json_schema_extra=rules(
             rule("has(self.source) != has(self.mix)", _ONE_OR_A_MIX),
             rule(
-                "!has(self.secretRef) || (has(self.source) && self.source.matches('^(s3|gs|az)://')) || "
-                "(has(self.mix) && self.mix.exists(part, part.source.matches('^(s3|gs|az)://'))) || "
-                "(has(self.eval) && has(self.eval.source) && self.eval.source.matches('^(s3|gs|az)://'))",
+                f"!has(self.secretRef) || (has(self.source) && self.{_IN_BUCKET}) || "
+                f"(has(self.mix) && self.mix.exists(part, part.{_IN_BUCKET})) || "
+                f"(has(self.eval) && has(self.eval.source) && self.eval.{_IN_BUCKET})",
                 _NO_OBJECTS,
             ),
             rule(
@@ -241,7 +252,7 @@ class DatasetSpec(ApiModel):
     config: ColumnName | None = Field(default=None, description=_CONFIG)
     secret_ref: SecretRef | None = Field(
         default=None,
-        description="Credentials for reading s3://, gs:// or az:// data. Only the prepare step mounts them.",
+        description=f"Credentials for reading {prefixes(OBJECT_STORES)} data. Only the prepare step mounts them.",
     )
     format: Literal["auto", RowFormat] = Field(default="auto", description=_FORMAT)
     columns: Columns | None = Field(default=None, description=_COLUMNS)

@@ -6,7 +6,17 @@ from pydantic import ConfigDict, Field, model_validator
 
 from qlora_api.profile import ObjectName
 from qlora_api.schema import ApiModel, rule, rules
-from qlora_api.sources import OBJECT_STORES, AdapterAddress, ModelAddress, scheme_of
+from qlora_api.sources import (
+    OBJECT_STORES,
+    SCHEMES,
+    WITH_SECRET,
+    AdapterAddress,
+    ModelAddress,
+    examples,
+    listed,
+    prefixes,
+    scheme_of,
+)
 
 Revision = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")]
 
@@ -24,17 +34,17 @@ class SecretRef(ApiModel):
     """A Secret in the job's namespace, with the credentials that the address needs."""
 
     name: ObjectName = Field(
-        description="Name of the Secret. Its keys: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, for temporary "
-        "credentials, AWS_SESSION_TOKEN for s3://; GOOGLE_SERVICE_ACCOUNT_KEY (JSON) for gs://; "
-        "AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN for az://; .dockerconfigjson for oci://; token for hf://."
+        description="Name of the Secret. Its keys: "
+        + "; ".join(f"{SCHEMES[name].keys_text} for {name}://" for name in WITH_SECRET)
+        + "."
     )
 
 
+_OPENED_BY_SECRET = tuple(name for name in WITH_SECRET if name != "hf")
 _NO_SECRET = (
-    "secretRef is for s3://, gs://, az:// and oci:// models: for an hf:// model set tokenSecretRef, for pvc:// neither"  # noqa: S105
+    f"secretRef is for {prefixes(_OPENED_BY_SECRET, 'and')} models: for an hf:// model set tokenSecretRef, for pvc:// "
+    "neither"
 )
-
-
 _NO_REVISION = "revision is for hf:// models: an oci:// address ends in a tag or digest, buckets and pvc:// have none"
 
 
@@ -43,14 +53,14 @@ class BaseModelSpec(ApiModel):
 
     model_config = ConfigDict(
         json_schema_extra=rules(
-            rule("!has(self.secretRef) || self.source.matches('^(s3|gs|az|oci)://')", _NO_SECRET),
+            rule(f"!has(self.secretRef) || self.source.matches('^({'|'.join(_OPENED_BY_SECRET)})://')", _NO_SECRET),
             rule("!has(self.revision) || self.source.startsWith('hf://')", _NO_REVISION),
         )
     )
 
     source: ModelAddress = Field(
         description="Address of the base model, a folder with config.json, tokenizer and *.safetensors: hf://ORG/NAME "
-        "(Hugging Face Hub), s3://BUCKET/PATH, gs://BUCKET/PATH, az://CONTAINER/PATH, oci://REGISTRY/REPOSITORY:TAG or "
+        f"(Hugging Face Hub), {', '.join(examples(*OBJECT_STORES))}, oci://REGISTRY/REPOSITORY:TAG or "
         "@sha256:DIGEST (a ModelPack artifact with one layer per file), or pvc://CLAIM/PATH (a volume of this "
         "namespace, mounted read-only and not copied)."
     )
@@ -63,13 +73,13 @@ class BaseModelSpec(ApiModel):
     )
     secret_ref: SecretRef | None = Field(
         default=None,
-        description="Credentials for reading an s3://, gs://, az:// or oci:// model. Only the prepare step mounts "
+        description=f"Credentials for reading an {prefixes(_OPENED_BY_SECRET)} model. Only the prepare step mounts "
         "them.",
     )
 
     @model_validator(mode="after")
     def _secret_of_its_scheme(self) -> Self:
-        if self.secret_ref is not None and scheme_of(self.source) not in (*OBJECT_STORES, "oci"):
+        if self.secret_ref is not None and scheme_of(self.source) not in _OPENED_BY_SECRET:
             raise ValueError(_NO_SECRET)
         return self
 
@@ -80,7 +90,7 @@ class BaseModelSpec(ApiModel):
         return self
 
 
-_NOTHING_TO_READ = "secretRef is for s3://, gs://, az://, hf:// and oci:// adapters: remove it, or name another source"
+_NOTHING_TO_READ = f"secretRef is for {prefixes(WITH_SECRET, 'and')} adapters: remove it, or name another source"
 
 
 class InitialAdapterSpec(ApiModel):
@@ -94,9 +104,8 @@ class InitialAdapterSpec(ApiModel):
 
     source: AdapterAddress = Field(
         description="Folder with adapter_model.safetensors and adapter_config.json, as output.destination or "
-        "status.adapter.uri of another job names it: pvc://CLAIM/PATH, s3://BUCKET/PATH (or gs://, az://), "
-        "hf://ORG/NAME (or @COMMIT) or oci://REGISTRY/REPOSITORY:TAG (or @sha256:DIGEST). Prepare copies it into the "
-        "workspace."
+        f"status.adapter.uri of another job names it: {listed(examples(*SCHEMES))}, an hf:// address with @COMMIT and "
+        "an oci:// address with @sha256:DIGEST too. Prepare copies it into the workspace."
     )
     sha256: str | None = Field(
         default=None,

@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from qlora_api.profile import ObjectName
 from qlora_api.schema import ApiModel, ObservedModel, rule, rules
-from qlora_api.sources import FolderAddress
+from qlora_api.sources import SCHEMES, WITH_SECRET, FolderAddress, examples, listed, prefixes, scheme_of
 from qlora_api.spec.model import SecretRef
 from qlora_api.spec.training import LoraSpec, TrainingSpec
 
@@ -180,7 +180,7 @@ class PublishedBaseSpec(ApiModel):
     )
 
 
-_NOTHING_TO_OPEN = "secretRef is for an s3://, gs://, az://, hf:// or oci:// destination: set one, or remove secretRef"
+_NOTHING_TO_OPEN = f"secretRef is for an {prefixes(WITH_SECRET)} destination: set one, or remove secretRef"
 # The field of an address, in CEL whether it is not set, and whose folder it is.
 _DESTINATIONS = {
     "destination": ("!has(self.destination)", "adapter"),
@@ -221,9 +221,8 @@ class OutputSpec(ApiModel):
 
     destination: FolderAddress | None = Field(
         default=None,
-        description="Folder for the adapter: pvc://CLAIM/PATH, s3://BUCKET/PATH, gs://BUCKET/PATH, "
-        "az://CONTAINER/PATH, hf://ORG/NAME (created as a private repository if there is none) or "
-        "oci://REGISTRY/REPOSITORY:TAG; `adapter/` in the workspace if not set.",
+        description=f"Folder for the adapter: {listed(examples(*SCHEMES))}; `adapter/` in the workspace if not set. A "
+        "repository of a hub is created, private, if there is none.",
     )
     secret_ref: SecretRef | None = Field(
         default=None,
@@ -265,7 +264,7 @@ class OutputSpec(ApiModel):
 
     @model_validator(mode="after")
     def _secret_has_a_use(self) -> Self:
-        if self.secret_ref and all(address.startswith("pvc://") for address in self.destinations.values()):
+        if self.secret_ref and not any(scheme_of(address) in WITH_SECRET for address in self.destinations.values()):
             raise ValueError(_NOTHING_TO_OPEN)
         return self
 

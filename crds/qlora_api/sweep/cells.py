@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qlora_api.schema import ApiModel
+from qlora_api.schema import ApiModel, replace
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.sweep.spec import BEST_SUFFIX, Cell, QLoRASweepSpec, first_problem
 
@@ -86,7 +86,7 @@ def _what_is_trained(spec: QLoRAJobSpec) -> tuple[ApiModel, ApiModel]:
     The names of layers are a set.
     """
     names = tuple(sorted(set(spec.lora.target_modules)))
-    return spec.lora.model_copy(update={"target_modules": names}), spec.training
+    return replace(spec.lora, target_modules=names), spec.training
 
 
 def _place(spec: QLoRASweepSpec, cells: Sequence[Cell], number: int) -> str:

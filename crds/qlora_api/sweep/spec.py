@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 from qlora_api.joinable import MAX_TOGETHER, not_together, rules_of_template
 from qlora_api.profile import DNS_LABEL
 from qlora_api.schema import ApiModel, immutable, rule, rules
-from qlora_api.sources import OBJECT_STORES, scheme_of
+from qlora_api.sources import OBJECT_STORES, prefixes, scheme_of
 from qlora_api.spec.job import MAX_NAME_LENGTH, ObjectMeta, QLoRAJobSpec
 from qlora_api.spec.output import OutputSpec
 from qlora_api.sweep.grid import MAX_CELLS, Grid, Overrides
@@ -29,9 +29,10 @@ _MAX_NAME_WITH_BEST = MAX_NAME_LENGTH - len(BEST_SUFFIX)
 
 _NO_EVALUATION = "a sweep chooses by the loss on held-out rows: set spec.template.spec.dataset.eval"
 _SUSPENDED = "suspend the sweep (spec.suspend) and not its template"
+_WITH_FOLDERS = ("pvc", *OBJECT_STORES)
 _ONE_ADAPTER = (
     "each cell publishes to a folder of its own below output.destination, which must be on a volume or in a bucket "
-    "for that (pvc://, s3://, gs://, az://): set publish: best to publish only the best adapter, to hf:// or oci:// too"
+    f"for that ({prefixes(_WITH_FOLDERS)}): set publish: best to publish only the best adapter, to any destination"
 )
 _MERGED = (
     "output.merged would merge the adapter of every cell: set publish: best to merge only the best, or remove merged"
@@ -145,7 +146,7 @@ def _sweep_rules(schema: dict[str, Any]) -> None:
             ),
             rule(
                 f"self.publish == 'best' || !has({_OUTPUT}.destination) || "
-                f"{_OUTPUT}.destination.matches('^(pvc|s3|gs|az)://')",
+                f"{_OUTPUT}.destination.matches('^({'|'.join(_WITH_FOLDERS)})://')",
                 _ONE_ADAPTER,
             ),
             rule(f"self.publish == 'best' || !has({_OUTPUT}.merged)", _MERGED),
@@ -238,7 +239,7 @@ class QLoRASweepSpec(ApiModel):
             if not (output.destination or output.merged or output.base):
                 raise ValueError(_NOTHING_TO_PUBLISH)
             return self
-        if output.destination is not None and scheme_of(output.destination) not in ("pvc", *OBJECT_STORES):
+        if output.destination is not None and scheme_of(output.destination) not in _WITH_FOLDERS:
             raise ValueError(_ONE_ADAPTER)
         if output.merged is not None:
             raise ValueError(_MERGED)

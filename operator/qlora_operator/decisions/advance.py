@@ -2,6 +2,7 @@
 
 from qlora_api.contract import ResultRecord
 from qlora_api.figures import with_known_facts, with_publication, with_training_facts
+from qlora_api.schema import replace
 from qlora_api.spec.output import OutputSpec
 from qlora_api.status import FailureStatus, QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.observed.conditions import is_finished
@@ -10,7 +11,7 @@ from qlora_operator.decisions.observed.facts import Facts, new_step, next_attemp
 from qlora_operator.decisions.observed.objects import ChildJob, Pod, Reason
 from qlora_operator.decisions.pods.attempts import count_attempts, describe_failure
 from qlora_operator.decisions.pods.deletions import note_deletion
-from qlora_operator.decisions.pods.detached import still_running
+from qlora_operator.decisions.pods.detached import with_running_pod
 from qlora_operator.decisions.pods.nodes import ending_pod, is_over, trains_together
 from qlora_operator.decisions.resolution import with_profile_of_today
 from qlora_operator.decisions.usage.budget import forecast_of_work
@@ -43,10 +44,10 @@ def _advance_once(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
             return status  # its pods are about to be deleted, and what they ran counts
         # Its Job was deleted, by a user or a suspension: continue with the next number.
         status = note_deletion(status, facts)
-        return status.model_copy(update={"step": next_attempt(step, facts)})
+        return replace(status, step=next_attempt(step, facts))
     if child.uid != step.job_uid:
-        earlier = {} if step.job_uid else still_running(step, facts.observed)
-        status = status.model_copy(update={"step": step.model_copy(update={"job_uid": child.uid, **earlier})})
+        step = step if step.job_uid else with_running_pod(step, step.running_pod, facts.observed)
+        status = replace(status, step=replace(step, job_uid=child.uid))
         return count_attempts(status, job, facts.observed, facts.now)
     pods = facts.observed.pods_of(child.uid)
     if child.complete:
@@ -76,7 +77,7 @@ def _follow_failure(status: QLoRAJobStatus, facts: Facts, step: StepStatus, chil
     """
     pods = facts.observed.pods_of(step.job_uid)
     if child.expired:
-        return status.model_copy(update={"step": next_attempt(step, facts)})
+        return replace(status, step=next_attempt(step, facts))
     if trains_together(facts.job, step.name):
         return _follow_failure_together(status, facts, step, child, pods)
     ended = [pod for pod in pods if pod.ended and not pod.exited_well]
@@ -88,7 +89,7 @@ def _follow_failure(status: QLoRAJobStatus, facts: Facts, step: StepStatus, chil
     if ended[-1].unsupported:
         return _after_unsupported(status, facts, step)
     if spared and step.failures <= allowed and not ended[-1].decisive:
-        return status.model_copy(update={"step": next_attempt(step, facts)})
+        return replace(status, step=next_attempt(step, facts))
     record = ended[-1].result(facts.job.uid, step.name)
     status = with_known_facts(status, record) if record else status
     return fail(status, facts, describe_failure(ended[-1], facts.job, step.name))
@@ -106,11 +107,11 @@ def _follow_failure_together(
     if pod is None:
         # Without a pod's record no cause is known to be permanent; if none has run, there is nothing to count.
         waits = bool(step.counted_pod) or not is_over(pods, child)
-        return status if waits else status.model_copy(update={"step": next_attempt(step, facts)})
+        return status if waits else replace(status, step=next_attempt(step, facts))
     if pod.unsupported:
         return _after_unsupported(status, facts, step)
     if not pod.decisive:
-        return status if step.counted_pod else status.model_copy(update={"step": next_attempt(step, facts)})
+        return status if step.counted_pod else replace(status, step=next_attempt(step, facts))
     record = pod.result(facts.job.uid, step.name)
     status = with_known_facts(status, record) if record else status
     return fail(status, facts, describe_failure(pod, facts.job, step.name))
@@ -124,7 +125,7 @@ def renew(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     step = status.step
     if is_finished(status) or step is None or not step.counted_pod or not trains_together(facts.job, step.name):
         return status
-    return status.model_copy(update={"step": next_attempt(step, facts)})
+    return replace(status, step=next_attempt(step, facts))
 
 
 def _after_unsupported(status: QLoRAJobStatus, facts: Facts, step: StepStatus) -> QLoRAJobStatus:
@@ -137,7 +138,7 @@ def _after_unsupported(status: QLoRAJobStatus, facts: Facts, step: StepStatus) -
         return status
     if today.profile.image == before.profile.image and today.contract_version >= before.contract_version:
         return status
-    return status.model_copy(update={"resolved": today, "step": next_attempt(step, facts)})
+    return replace(status, resolved=today, step=next_attempt(step, facts))
 
 
 def _verified(child: ChildJob, facts: Facts, step: StepName) -> ResultRecord | None:
@@ -180,22 +181,22 @@ def _complete(status: QLoRAJobStatus, facts: Facts, record: ResultRecord) -> QLo
     step = record.step
     if step == "publish":
         base = status.base if record.base is None else record.base
-        found = {"adapter": record.adapter, "merged": record.merged, "gate": record.gate, "base": base}
-        status = with_publication(status.model_copy(update=found), record, facts.job.spec.training.report_to)
+        status = replace(status, adapter=record.adapter, merged=record.merged, gate=record.gate, base=base)
+        status = with_publication(status, record, facts.job.spec.training.report_to)
         return succeed(status, facts)
     if step == "prepare":
-        status = with_known_facts(status, record).model_copy(update={"progress": None})
+        status = replace(with_known_facts(status, record), progress=None)
         status = status if record.work is None else forecast_of_work(status, record.work)
     else:
         status = with_training_facts(status, record)
     done = Reason("Done", record.message or f"the {step} step has succeeded")
     status = set_condition(status, facts, DONE[step], "True", done)
-    return status.model_copy(update={"step": new_step(facts.job, _NEXT[step], status.first_attempt)})
+    return replace(status, step=new_step(facts.job, _NEXT[step], status.first_attempt))
 
 
 def _complete_unverified(status: QLoRAJobStatus, facts: Facts, step: StepStatus) -> QLoRAJobStatus:
     if step.unverified == 0:
-        return status.model_copy(update={"step": next_attempt(step, facts, unverified=1)})
+        return replace(status, step=replace(next_attempt(step, facts), unverified=1))
     message = (
         f"the {step.name} step completed twice without a readable result: see that nothing deletes its pods, and that "
         "the profile's image is the trainer of this operator's version"

@@ -2,6 +2,7 @@
 
 from qlora_api.contract import ExitCode
 from qlora_api.duration import format_duration
+from qlora_api.schema import replace
 from qlora_api.status import QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.observed.conditions import condition, is_finished, truncate
 from qlora_operator.decisions.observed.endings import fail, failure_of
@@ -67,10 +68,10 @@ def enforce_progress(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     failure = failure_of(step.name, "ProgressDeadlineExceeded", no_progress(step, idle), facts)
     failures = step.failures + 1
     status = charge_running(status, facts.observed, facts.now)
-    status = status.model_copy(update={"failures": status.failures + 1, "last_failure": failure})
+    status = replace(status, failures=status.failures + 1, last_failure=failure)
     if failures > job.spec.retry.max_failures:
         return fail(status, facts, failure)
-    return status.model_copy(update={"step": next_attempt(step, facts, failures=failures)})
+    return replace(status, step=replace(next_attempt(step, facts), failures=failures))
 
 
 def idle_seconds(status: QLoRAJobStatus, facts: Facts) -> int | None:

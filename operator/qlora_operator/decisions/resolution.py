@@ -5,6 +5,7 @@ from pydantic import ValidationError
 from qlora_api.contract import needed_contract
 from qlora_api.naming import child_job_name, workspace_claim_name, workspace_folder
 from qlora_api.profile import Limits, Profile, amount
+from qlora_api.schema import replace
 from qlora_api.status import MAX_DOCUMENT_LENGTH, QLoRAJobStatus, Resolved
 from qlora_operator.decisions.announcing import reserved_config_map
 from qlora_operator.decisions.continued import continued_run, objection_of_other_job
@@ -25,13 +26,13 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     job = facts.job
     if status.resolved is not None and status.step is None:
         # Another client has written to the status. Steps that are done report their results again.
-        return status.model_copy(update={"step": new_step(job, "prepare", status.highest_attempt + 1)})
+        return replace(status, step=new_step(job, "prepare", status.highest_attempt + 1))
     if status.resolved is not None and not _may_still_change(status, facts):
         return status
     if (first := _first_job(facts)) and (resolved := _resolved_by(first, job)):
         # The operator was stopped, or has had more urgent work, since it created the first Job.
-        step = new_step(job, *FIRST_JOB).model_copy(update={"job_uid": first.uid})
-        return status.model_copy(update={"resolved": resolved, "step": step})
+        step = replace(new_step(job, *FIRST_JOB), job_uid=first.uid)
+        return replace(status, resolved=resolved, step=step)
     if job.spec.suspend or objection(facts) is not None:
         return status
     own_claim = job.spec.workspace.claim_name
@@ -49,7 +50,7 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         gpu_hours=limit_of_hours(facts.profiles[job.spec.scheduling.profile]),
     )
     resolved = _with_trainer_of_its_cell(resolved, facts)
-    return status.model_copy(update={"resolved": resolved, "step": new_step(job, *FIRST_JOB)})
+    return replace(status, resolved=resolved, step=new_step(job, *FIRST_JOB))
 
 
 def _with_trainer_of_its_cell(resolved: Resolved, facts: Facts) -> Resolved:
@@ -64,9 +65,9 @@ def _with_trainer_of_its_cell(resolved: Resolved, facts: Facts) -> Resolved:
         fixed = cell.status.resolved
     if job.spec.continues is None or job.shares is None or fixed is None:
         return resolved
-    profile = resolved.profile.model_copy(update={"image": fixed.profile.image})
+    profile = replace(resolved.profile, image=fixed.profile.image)
     contract = min(resolved.contract_version, fixed.contract_version)
-    return resolved.model_copy(update={"profile": profile, "contract_version": _signed(contract, profile)})
+    return replace(resolved, profile=profile, contract_version=_signed(contract, profile))
 
 
 def _contract(job: QLoRAJob, profile: Profile) -> int:
@@ -108,7 +109,7 @@ def _resolved_by(first: ChildJob, job: QLoRAJob) -> Resolved | None:
         resolved = Resolved.model_validate_json(first.resolved, extra="ignore")
     except ValidationError:
         return None
-    return resolved.model_copy(update={"document": document(job)})
+    return replace(resolved, document=document(job))
 
 
 def objection(facts: Facts) -> Reason | None:
@@ -244,12 +245,11 @@ def with_profile_of_today(resolved: Resolved | None, facts: Facts, *, same_train
         return resolved
     copied = as_copied(profile)
     if same_trainer:
-        copied = copied.model_copy(update={"image": resolved.profile.image})
+        copied = replace(copied, image=resolved.profile.image)
     # The trainer that began the run may implement no newer version, unless that was one for a key that is gone.
     known = min(resolved.contract_version, _contract_of_training(facts.job))
     contract = _signed(known, profile) if same_trainer else _contract(facts.job, profile)
-    changes = {"profile": copied, "contract_version": contract, "gpu_hours": limit_of_hours(profile)}
-    today = resolved.model_copy(update=changes)
+    today = replace(resolved, profile=copied, contract_version=contract, gpu_hours=limit_of_hours(profile))
     return today if same_trainer else _with_trainer_of_its_cell(today, facts)
 
 
@@ -258,7 +258,7 @@ def as_copied(profile: Profile) -> Profile:
 
     They would name other tenants' namespaces.
     """
-    return profile.model_copy(update={"namespaces": None, "limits": None})
+    return replace(profile, namespaces=None, limits=None)
 
 
 def _allowed_profiles(facts: Facts) -> str:

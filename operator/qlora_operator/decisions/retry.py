@@ -1,6 +1,7 @@
 """Retries a failed job when its user asks for it."""
 
 from qlora_api.contract import ExitCode
+from qlora_api.schema import replace
 from qlora_api.status import QLoRAJobStatus, Resolved, StepName
 from qlora_operator.decisions.cleanup import clean_job_name
 from qlora_operator.decisions.manifests.objects import with_gate
@@ -33,19 +34,20 @@ def take_up(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     name: StepName = "prepare" if again else step.name
     forgotten = {"CleanedUp", *(DONE.values() if again else ()), *([DONE[name]] if name in DONE else ())}
     conditions = tuple(entry for entry in status.conditions if entry.type not in forgotten)
-    changes = {
-        "conditions": conditions,
-        "completion_time": None,
-        "failures": 0,
-        "disruptions": 0,
-        "last_failure": None,
-        "first_attempt": first_attempt,
-        "gate": None,
-        "step": new_step(job, name, first_attempt),
-        "resolved": _resolved_again(status, facts, has_its_run=_has_its_run(status, cleaned=cleaned)),
-    }
+    status = replace(
+        status,
+        conditions=conditions,
+        completion_time=None,
+        failures=0,
+        disruptions=0,
+        last_failure=None,
+        first_attempt=first_attempt,
+        gate=None,
+        step=new_step(job, name, first_attempt),
+        resolved=_resolved_again(status, facts, has_its_run=_has_its_run(status, cleaned=cleaned)),
+    )
     reason = Reason("TakenUp", f"spec.retry.request is {job.spec.retry.request}")
-    return set_condition(status.model_copy(update=changes), facts, "Failed", "False", reason)
+    return set_condition(status, facts, "Failed", "False", reason)
 
 
 def _has_its_run(status: QLoRAJobStatus, *, cleaned: bool) -> bool:
@@ -63,10 +65,10 @@ def _resolved_again(status: QLoRAJobStatus, facts: Facts, *, has_its_run: bool) 
     resolved = with_profile_of_today(status.resolved, facts, same_trainer=prepared)
     if resolved is not None and has_its_run:
         # A pod whose volume is gone would wait for ever, and the other job's claim may be deleted by now.
-        resolved = resolved.model_copy(update={"continued": None})
+        resolved = replace(resolved, continued=None)
     if resolved is None or resolved.document is None:
         return resolved
-    return resolved.model_copy(update={"document": with_gate(resolved.document, facts.job.spec.gate)})
+    return replace(resolved, document=with_gate(resolved.document, facts.job.spec.gate))
 
 
 def _lacks_what_prepare_leaves(facts: Facts) -> bool:

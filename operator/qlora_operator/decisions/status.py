@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from qlora_api.figures import with_progress
+from qlora_api.schema import replace
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.decisions.advance import advance, renew
 from qlora_operator.decisions.cleanup import follow_cleanup
@@ -48,8 +49,8 @@ def with_child(status: QLoRAJobStatus, facts: Facts, job_uid: str) -> QLoRAJobSt
     """The status after the Job of the current step has been created."""
     if status.step is None or is_finished(status):
         return status
-    step = status.step.model_copy(update={"job_uid": job_uid})
-    return summarize(status.model_copy(update={"step": step}), facts)
+    step = replace(status.step, job_uid=job_uid)
+    return summarize(replace(status, step=step), facts)
 
 
 def with_rejection(status: QLoRAJobStatus, facts: Facts, reason: Reason) -> QLoRAJobStatus:
@@ -66,7 +67,7 @@ def _follow_end(status: QLoRAJobStatus, facts: Facts, held_back: Reason | None =
     """Follow a finished job. `held_back`: why a requested retry does not start yet."""
     # A request in a spec that cannot be read now waits for the operator that can.
     if not facts.job.problem:
-        status = status.model_copy(update={"observed_generation": facts.job.generation})
+        status = replace(status, observed_generation=facts.job.generation)
         failed = condition(status, "Failed")
         if failed is not None and failed.status == "True":
             status = set_condition(status, facts, "Ready", "False", held_back or not_ready(failed.reason))
@@ -76,7 +77,7 @@ def _follow_end(status: QLoRAJobStatus, facts: Facts, held_back: Reason | None =
 def _start(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     if status.start_time is not None:
         return status
-    return status.model_copy(update={"start_time": format_time(facts.now)})
+    return replace(status, start_time=format_time(facts.now))
 
 
 def _note_request(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
@@ -87,12 +88,12 @@ def _note_request(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     request, step = facts.job.spec.retry.request, status.step
     if request is None:
         return status
-    raised, changes = request > (status.retry_request or 0), {"retry_request": request}
-    status = status.model_copy(update=changes)
-    if not raised or step is None or not step.job_uid or step.running_pod or step.counted_pod:
+    is_raised = request > (status.retry_request or 0)
+    status = replace(status, retry_request=request)
+    if not is_raised or step is None or not step.job_uid or step.running_pod or step.counted_pod:
         return status
     resolved = with_profile_of_today(status.resolved, facts, same_trainer=step.name != "prepare")
-    return status.model_copy(update={"step": next_attempt(step, facts), "resolved": resolved})
+    return replace(status, step=next_attempt(step, facts), resolved=resolved)
 
 
 def _note_attempt(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
@@ -100,7 +101,7 @@ def _note_attempt(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     attempt = status.step.attempt if status.step else 0
     if attempt <= max(1, status.highest_attempt):
         return status
-    return status.model_copy(update={"highest_attempt": attempt})
+    return replace(status, highest_attempt=attempt)
 
 
 def _count(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
@@ -119,8 +120,7 @@ def _show_progress(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     records = [record for record in (facts.progress, facts.progress_beside) if record and record.step == step.name]
     newest = max((record.time for record in records), key=parse_time, default=step.reported_at)
     if newest != step.reported_at:
-        changes = {"reported_at": newest, "progressed_at": format_time(facts.now)}
-        status = status.model_copy(update={"step": step.model_copy(update=changes)})
+        status = replace(status, step=replace(step, reported_at=newest, progressed_at=format_time(facts.now)))
     own = facts.progress
     return with_progress(status, own) if own is not None and own in records else status
 

@@ -1,6 +1,7 @@
 """Derives conditions and phase from the rest of a status."""
 
 from qlora_api.figures import without_remaining
+from qlora_api.schema import replace
 from qlora_api.status import Phase, QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.limits import DEFAULT_PROGRESS_DEADLINE_SECONDS, idle_seconds, no_progress
 from qlora_operator.decisions.observed.conditions import Value, condition, has_begun, is_finished, is_true, phase_of
@@ -26,7 +27,7 @@ _DOING = {
 
 def summarize(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     """The status with all conditions and the phase derived from the rest of it."""
-    status = status.model_copy(update={"observed_generation": facts.job.generation})
+    status = replace(status, observed_generation=facts.job.generation)
     if not is_finished(status):
         status = _count_nodes(status, facts)
         status = _summarize_suspension(status, facts)
@@ -42,7 +43,7 @@ def _in_phase(status: QLoRAJobStatus, phase: Phase, facts: Facts) -> QLoRAJobSta
     stored = facts.job.status
     # An earlier release may have stored the phase without a time: that alone is no reason for a write.
     since = stored.phase_since if phase == stored.phase else format_time(facts.now)
-    return status.model_copy(update={"phase": phase, "phase_since": since})
+    return replace(status, phase=phase, phase_since=since)
 
 
 def _count_nodes(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
@@ -52,7 +53,7 @@ def _count_nodes(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         return status
     nodes = facts.job.spec.resources.node_count
     running = sum(pod.running for pod in facts.observed.pods_of(step.job_uid)) if step.job_uid else 0
-    return status.model_copy(update={"step": step.model_copy(update={"nodes": nodes, "running_nodes": running})})
+    return replace(status, step=replace(step, nodes=nodes, running_nodes=running))
 
 
 def _phase(status: QLoRAJobStatus, facts: Facts) -> Phase:

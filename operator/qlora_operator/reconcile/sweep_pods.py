@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from qlora_api.profile import Profile
+from qlora_api.schema import replace
 from qlora_api.sweep.spec import Cell
 from qlora_api.sweep.status import SweepPodStatus
 from qlora_operator.decisions.observed.objects import ChildJob, Observed, Pod, QLoRAJob, Reason, collect
@@ -74,7 +75,7 @@ class SweepPods:
             else:
                 rejection = await self._carry_out(sweep, planned, jobs)
                 if rejection is not None:
-                    status = status.model_copy(update={"reason": rejection.word, "message": rejection.sentence})
+                    status = replace(status, reason=rejection.word, message=rejection.sentence)
                     blocked = True
             found.append(status)
             if planned.look_again is not None:

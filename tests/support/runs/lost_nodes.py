@@ -61,16 +61,17 @@ def _perform(case: Case, node: int, port: int, first: int | None) -> None:
     """The part of one node. `first`: process id of node 0, in node 1."""
     import torch.distributed
 
+    from qlora_trainer.training.distributed import meeting as meetings
     from qlora_trainer.training.distributed import ranks as module
     from qlora_trainer.training.distributed.launch import ChildRanks, RankInfo
-    from qlora_trainer.training.distributed.ranks import Meeting, joined
+    from qlora_trainer.training.distributed.meeting import Meeting, join_ranks
 
     # A case that only a timeout detects must be short, and no other case may depend on a timeout.
     hurried = case.how == "silent" or case.at == "connecting"
     module.TIMEOUT = timedelta(seconds=_HURRIED_S if hurried else 30)
     module.SECONDS_TO_ANSWER = _HURRIED_S if hurried else 30.0
-    module.TO_CONNECT = timedelta(seconds=_HURRIED_S if hurried else _SLOW_S - 1)
-    module.GLOO_CONNECTS_FOR = 1
+    meetings.TO_CONNECT = timedelta(seconds=_HURRIED_S if hurried else _SLOW_S - 1)
+    meetings.GLOO_CONNECTS_FOR = 1
 
     def come(point: Point) -> None:
         if (point, node) != (case.at, case.node):
@@ -105,9 +106,9 @@ def _perform(case: Case, node: int, port: int, first: int | None) -> None:
     # There is a third node, which never comes, where they wait.
     rank_info = RankInfo(rank=node, size=3 if case.at == "waiting" else 2, address="127.0.0.1", port=port)
     meeting = Meeting(seconds=60, incarnation="pod", stopped=stopped, report=report)
-    with joined(ChildRanks(rank_info), "cpu", "full", meeting) as ranks:
+    with join_ranks(ChildRanks(rank_info), "cpu", "full", meeting) as ranks:
         come("start")
-        ranks.from_main("start", "")
+        ranks.broadcast_text("start", "")
         come("loading")
         ranks.copy_from_main([torch.nn.Parameter(torch.zeros(8))])
         ranks.sum(torch.zeros(()))
@@ -117,7 +118,7 @@ def _perform(case: Case, node: int, port: int, first: int | None) -> None:
         come("saving")
         ranks.gather(0)
         come("end")
-        ranks.from_main("trained", "")
+        ranks.broadcast_text("trained", "")
         ranks.wait()
     come("over")
 
@@ -185,7 +186,7 @@ def _end(processes: Iterable[int]) -> None:
 
 def _main(cases: list[Case]) -> None:
     # Loaded here, torch is shared by all processes.
-    import_module("qlora_trainer.training.distributed.ranks")
+    import_module("qlora_trainer.training.distributed.meeting")
     found: list[object] = [None] * len(cases)
     to_begin = list(enumerate(cases))
     # By the file with the other node's ending.

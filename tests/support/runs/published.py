@@ -7,8 +7,8 @@ from qlora_api.contract import WorkspaceLayout
 from qlora_api.spec.job import QLoRAJobDocument
 from qlora_trainer.core.completion import PublishRecord
 from qlora_trainer.core.context import Mounts, StepContext
-from qlora_trainer.publishing.manifest import Manifest
 from qlora_trainer.steps.publish import publish
+from qlora_trainer.stores.contents import Manifest
 from tests.support.commands.command import Files
 from tests.support.models.tiny import JOB_UID, POD_UID, Recorded
 

@@ -104,10 +104,10 @@ from qlora_trainer.core.process import set_environment
 
 set_environment("train", Path(sys.argv[1]), device="cuda")
 assert "torch" not in sys.modules
-from qlora_trainer.training.distributed.launch import RankInfo, started_child_ranks
+from qlora_trainer.training.distributed.launch import RankInfo, start_child_ranks
 
 child = "import os, pathlib, sys; pathlib.Path(sys.argv[1], 'said').write_text(os.environ['PYTORCH_ALLOC_CONF'])"
-with started_child_ranks(RankInfo(size=2, local_size=2), [sys.executable, "-S", "-c", child, sys.argv[1]]):
+with start_child_ranks(RankInfo(size=2, local_size=2), [sys.executable, "-S", "-c", child, sys.argv[1]]):
     pass
 """
 

@@ -122,7 +122,7 @@ def test_every_epoch_has_the_shares_of_all_sources_in_a_new_draw(
     context = make_mixed({"training": {"maxSteps": None, "epochs": 4, "packing": packing}})
     record = prepare(context, records)
     data = opened(context, record)
-    schedule = Schedule.of(len(data), context.spec.training, data.epoch_offsets)
+    schedule = Schedule.from_training(len(data), context.spec.training, data.epoch_offsets)
     assert data.rows == 36, "each row is stored once, however many epochs draw it"
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     epochs = epochs_of(data, tokenizer, range(schedule.total_steps), schedule)
@@ -171,7 +171,7 @@ def test_without_weights_each_row_is_in_each_epoch_once(
     context = make_mixed({"training": {"maxSteps": None, "epochs": 2}}, mix)
     record = prepare(context, records)
     data = opened(context, record)
-    schedule = Schedule.of(len(data), context.spec.training, data.epoch_offsets)
+    schedule = Schedule.from_training(len(data), context.spec.training, data.epoch_offsets)
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     epochs = epochs_of(data, tokenizer, range(schedule.total_steps), schedule)
     assert [set(Counter(rows).values()) for rows in epochs.values()] == [{1}, {1}]
@@ -183,7 +183,7 @@ def test_as_many_epochs_are_drawn_as_the_steps_need(make_mixed: MakeContext, rec
     record = prepare(make_mixed({"training": {"maxSteps": 31}}), records)
     data = opened(make_mixed(), record)
     spec = make_mixed({"training": {"maxSteps": 31}}).spec
-    schedule = Schedule.of(len(data), spec.training, data.epoch_offsets)
+    schedule = Schedule.from_training(len(data), spec.training, data.epoch_offsets)
     assert schedule.total_steps == 31
     drawn = len(data.epoch_offsets) - 1
     assert schedule.first_step(drawn - 1) < 31 <= schedule.first_step(drawn)
@@ -196,7 +196,7 @@ def test_the_train_step_rejects_rows_that_were_drawn_for_fewer_steps() -> None:
     with pytest.raises(
         StepFailure, match="the rows of 2 epochs are drawn, but the job trains on more: run the prepare"
     ):
-        Schedule.of(9, TrainingSpec(epochs=3), (0, 4, 9))
+        Schedule.from_training(9, TrainingSpec(epochs=3), (0, 4, 9))
 
 
 def test_each_source_has_its_own_format(make_mixed: MakeContext, records: Recorded, tmp_path: Path) -> None:

@@ -47,7 +47,6 @@ LONGEST_GRACE = 400
 # Where something is written or renamed: every place is an instant. Of the others some are drawn.
 WRITING = (
     "attempts.py",
-    "best_adapter.py",
     "checkpoint.py",
     "filesystem.py",
     "metrics_log.py",

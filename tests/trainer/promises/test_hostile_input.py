@@ -21,11 +21,11 @@ from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.model.families.rejection import entries
-from qlora_trainer.publishing.destinations.bucket import ObjectDestination
-from qlora_trainer.publishing.destinations.hub import HubDestination
-from qlora_trainer.publishing.destinations.volume import VolumeFolder
-from qlora_trainer.publishing.manifest import parse_manifest
 from qlora_trainer.publishing.verify import verify_config
+from qlora_trainer.stores.contents import parse_manifest
+from qlora_trainer.stores.destinations.bucket import ObjectDestination
+from qlora_trainer.stores.destinations.hub import HubDestination
+from qlora_trainer.stores.destinations.volume import VolumeFolder
 from qlora_trainer.training.checkpoints.checkpoint import newest_checkpoint
 from tests.support.fake_hub import FakeHub, serve
 from tests.support.runs.hostile import Payload, bounded

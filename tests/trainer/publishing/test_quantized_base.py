@@ -22,13 +22,13 @@ from qlora_trainer.core.filesystem import sync_tree
 from qlora_trainer.core.trained_job import TrainedJob
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.publishing import manifest as manifests
-from qlora_trainer.publishing.destinations import volume as volume_folder
-from qlora_trainer.publishing.destinations.destination import Destination
-from qlora_trainer.publishing.destinations.volume import VolumeFolder
 from qlora_trainer.publishing.quantized_base import publish_base
 from qlora_trainer.steps import publish as publish_step
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
+from qlora_trainer.stores.destinations import volume as volume_folder
+from qlora_trainer.stores.destinations.destination import Destination
+from qlora_trainer.stores.destinations.volume import VolumeFolder
 from tests.support.commands.command import Files
 from tests.support.models.tiny import JOB_UID, Recorded
 from tests.support.runs.published import context

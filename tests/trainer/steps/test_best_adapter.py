@@ -20,7 +20,6 @@ from qlora_trainer.publishing.verify import require_own_training
 from qlora_trainer.steps.publish import publish
 from qlora_trainer.training import finish_run as finishing
 from qlora_trainer.training import loop
-from qlora_trainer.training.checkpoints.best_adapter import best_of
 from qlora_trainer.training.checkpoints.checkpoint import newest_checkpoint
 from qlora_trainer.training.progress.run_state import RunState
 from qlora_trainer.training.run import Run
@@ -201,7 +200,7 @@ def test_damage_to_the_best_adapter_of_one_checkpoint_leaves_the_other_one(works
 
     assert found is not None
     assert found.path == before
-    assert best_of(found) is not None
+    assert found.best is not None
 
 
 def test_a_best_adapter_newer_than_the_last_checkpoint_is_deleted(

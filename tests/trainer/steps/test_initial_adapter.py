@@ -22,12 +22,12 @@ from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.core.failures import StepFailure, StopRequest
 from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.model.adapter.initial import InitialAdapter, get_initial_adapter
-from qlora_trainer.publishing.manifest import read_manifest
 from qlora_trainer.steps.clean import clean
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
 from qlora_trainer.steps.train_together import train_together
 from qlora_trainer.stores.access import StoreAccess
+from qlora_trainer.stores.contents import parse_manifest
 from qlora_trainer.stores.hub import Hub
 from qlora_trainer.training import suspect_run as judging
 from qlora_trainer.training.progress.divergence import Stability
@@ -157,7 +157,7 @@ def test_it_begins_with_the_earlier_adapters_last_loss_and_reports_it(
     assert adapter.dump()["from"] == origin
     assert prepared.remarks == ()
     folder = place.root / "adapters" / "second"
-    manifest = read_manifest(folder / "manifest.json")
+    manifest = parse_manifest((folder / "manifest.json").read_bytes())
     assert manifest is not None
     assert manifest.dump()["initialAdapter"] == origin
     card = (folder / "README.md").read_text()
@@ -458,7 +458,7 @@ def test_the_run_is_compared_with_its_start_and_resumes_to_the_last_bit(
         pairs.append((loss, loss_at_start))
         return False
 
-    monkeypatch.setattr(Stability, "to_be_judged", lambda *_: True)
+    monkeypatch.setattr(Stability, "is_out_of_patience", lambda *_: True)
     monkeypatch.setattr(judging, "has_diverged", note)
     compared = place.context("compared", spec)
     run(compared)

@@ -22,12 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from qlora_api.contract import ExitCode, ProgressRecord, WorkspaceLayout, decode_record
 from qlora_trainer.core.completion import TrainRecord, read_completion, write_completion
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.publishing.destinations.volume import VolumeFolder
-from qlora_trainer.publishing.manifest import Manifest
 from qlora_trainer.report.serving import ADAPTER_PLACEHOLDER, BASE_PLACEHOLDER
 from qlora_trainer.steps.clean import clean
 from qlora_trainer.steps.prepare import prepare
-from qlora_trainer.stores.contents import describe_files
+from qlora_trainer.stores.contents import Manifest, describe_files
+from qlora_trainer.stores.destinations.volume import VolumeFolder
 from tests.support.commands.command import ROWS, Files
 from tests.support.models.tiny import JOB_UID, POD_UID, Recorded
 from tests.support.runs.published import MANIFEST, published

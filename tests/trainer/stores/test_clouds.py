@@ -16,11 +16,11 @@ from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration, model_unavailable
 from qlora_trainer.data.read.hub_splits import TRAINING
 from qlora_trainer.data.read.locate import find_data
-from qlora_trainer.publishing.destinations.addresses import open_destination
-from qlora_trainer.publishing.destinations.destination import publish_folder
 from qlora_trainer.stores import bucket
 from qlora_trainer.stores.access import StoreAccess
 from qlora_trainer.stores.contents import describe_files
+from qlora_trainer.stores.destinations.addresses import open_destination
+from qlora_trainer.stores.destinations.destination import publish_folder
 from qlora_trainer.stores.objects import ObjectFolder
 from tests.support.fake_clouds import ACCOUNT, BUCKET, FakeCloud, of_somebody_else, serve_cloud
 from tests.support.runs.published import MANIFEST
@@ -235,7 +235,7 @@ def test_a_missing_bucket_is_reported(azure: FakeCloud, tmp_path: Path) -> None:
                     {"private_key": "canary", "private_key_id": "1", "client_email": "a@example.org"}
                 )
             },
-            "private_key in GOOGLE_SERVICE_ACCOUNT_KEY",
+            "the value of GOOGLE_SERVICE_ACCOUNT_KEY",
         ),
         ("az", {"AZURE_STORAGE_ACCOUNT_KEY": "canary, not base64"}, "AZURE_STORAGE_ACCOUNT_KEY"),
         ("az", {"AZURE_STORAGE_SAS_TOKEN": "canary"}, "AZURE_STORAGE_SAS_TOKEN"),

@@ -18,12 +18,12 @@ from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.network import use_network
-from qlora_trainer.publishing.destinations.addresses import open_destination
-from qlora_trainer.publishing.destinations.destination import publish_folder
 from qlora_trainer.stores import bucket
 from qlora_trainer.stores import hub as hub_store
 from qlora_trainer.stores import registry_auth as oci_auth
 from qlora_trainer.stores.contents import describe_files
+from qlora_trainer.stores.destinations.addresses import open_destination
+from qlora_trainer.stores.destinations.destination import publish_folder
 from qlora_trainer.stores.hub import Hub
 from qlora_trainer.stores.objects import ObjectFolder
 from qlora_trainer.stores.registry import Registry

@@ -15,10 +15,9 @@ from qlora_api.contract import ExitCode
 from qlora_api.sources import RegistrySource, parse_source
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration
-from qlora_trainer.publishing.destinations.destination import publish_folder
-from qlora_trainer.publishing.destinations.registry import RegistryDestination
-from qlora_trainer.publishing.manifest import Manifest
-from qlora_trainer.stores.contents import Contents, describe_files
+from qlora_trainer.stores.contents import Contents, Manifest, describe_files
+from qlora_trainer.stores.destinations.destination import publish_folder
+from qlora_trainer.stores.destinations.registry import RegistryDestination
 from qlora_trainer.stores.registry import Blob, Registry, digest_of
 from tests.support.runs.published import MANIFEST
 from tests.support.servers import LOGIN, PASSWORD, USER, give_login

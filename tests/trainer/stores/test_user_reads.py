@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -14,13 +14,14 @@ from qlora_api.sources import RegistrySource, parse_source
 from qlora_client.files.adapter import copy_published
 from qlora_client.files.published import ADAPTER, DamagedError
 from qlora_client.files.stores import open_store
+from qlora_client.kube.cluster import Object
 from qlora_client.kube.errors import ClusterError
 from qlora_trainer.core.credentials import Secret
-from qlora_trainer.publishing.destinations.bucket import ObjectDestination
-from qlora_trainer.publishing.destinations.destination import publish_folder
-from qlora_trainer.publishing.destinations.hub import HubDestination
-from qlora_trainer.publishing.destinations.registry import RegistryDestination
 from qlora_trainer.stores.contents import Contents, describe_files
+from qlora_trainer.stores.destinations.bucket import ObjectDestination
+from qlora_trainer.stores.destinations.destination import publish_folder
+from qlora_trainer.stores.destinations.hub import HubDestination
+from qlora_trainer.stores.destinations.registry import RegistryDestination
 from tests.support.fake_clouds import ACCOUNT, FakeCloud, serve_cloud
 from tests.support.fake_clouds import BUCKET as CLOUD_BUCKET
 from tests.support.fake_hub import FakeHub, serve
@@ -48,7 +49,7 @@ def _nobody_is_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
 
 
-def download(uri: str, profile: Mapping[str, Any], target: Path, contents: Contents) -> None:
+def download(uri: str, profile: Object, target: Path, contents: Contents) -> None:
     sha256 = describe_files(contents)[ADAPTER].sha256
     with open_store(parse_source(uri), profile) as folder:
         copy_published(folder, uri, sha256, target, lambda _done, _all: None)
@@ -98,7 +99,9 @@ def test_a_hub(
         download(uri, profile, tmp_path / "adapter", contents)
     hub.tokens.clear()
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    with pytest.raises(ClusterError, match=f"your token may be for another hub: set HF_ENDPOINT={hub.endpoint}"):
+    with pytest.raises(
+        ClusterError, match=f"your credentials may be for another server: set HF_ENDPOINT={hub.endpoint}"
+    ):
         download(uri, profile, tmp_path / "adapter", contents)
     assert hub.tokens == set(), "the token was sent to a server that the user has not named"
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
@@ -133,7 +136,7 @@ def test_a_bucket(
         download(uri, profile, tmp_path / "adapter", contents)
     give_keys(monkeypatch)
     with pytest.raises(
-        ClusterError, match=f"may be for another store: set AWS_ENDPOINT_URL={address} to use them there"
+        ClusterError, match=f"may be for another server: set AWS_ENDPOINT_URL={address} to use them there"
     ):
         download(uri, profile, tmp_path / "adapter", contents)
     monkeypatch.setenv("AWS_ENDPOINT_URL", address)

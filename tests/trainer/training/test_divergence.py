@@ -31,7 +31,7 @@ def judgements(losses: Iterable[float], norms: Iterable[float] | None = None) ->
     stability, judged = Stability(), []
     for step, (loss, norm) in enumerate(zip(losses, norms or [1.0] * len(losses), strict=True), start=1):
         stability = stability.after_step(step, loss, norm)
-        if stability.to_be_judged(step, PATIENCE):
+        if stability.is_out_of_patience(step, PATIENCE):
             judged.append(step)
             stability = Stability()
     return judged
@@ -79,10 +79,10 @@ def test_the_end_is_checked_after_a_suspect_or_harmful_step_and_not_a_noisy_row(
     sound, suspect = Stability(2.0, 2.0, 1.0), Stability(2.0, 2.0, 1.0, suspect_since=40)
 
     # One row of a single token may do far worse than its base, and the last step is not to blame.
-    assert not sound.end_to_be_judged(loss_before=3.9, loss_after=3.8)
-    assert sound.end_to_be_judged(loss_before=2.0, loss_after=3.5)
-    assert sound.end_to_be_judged(loss_before=2.0, loss_after=math.nan)
-    assert suspect.end_to_be_judged(loss_before=4.5, loss_after=4.4)
+    assert not sound.is_end_suspect(loss_before=3.9, loss_after=3.8)
+    assert sound.is_end_suspect(loss_before=2.0, loss_after=3.5)
+    assert sound.is_end_suspect(loss_before=2.0, loss_after=math.nan)
+    assert suspect.is_end_suspect(loss_before=4.5, loss_after=4.4)
 
 
 Prepare = Callable[..., StepContext]
@@ -234,7 +234,7 @@ def test_a_run_that_began_with_a_harmful_adapter_does_not_fail_for_that(
     assert record is not None
     status = InitialAdapterStatus(source="pvc://adapters/first", sha256=earlier.adapter_sha256)
     write_completion(path, record.model_copy(update={"initial_adapter": status}))
-    monkeypatch.setattr(Stability, "to_be_judged", lambda *_: True)
+    monkeypatch.setattr(Stability, "is_out_of_patience", lambda *_: True)
 
     assert run(context).loss > 2.0
 

@@ -22,7 +22,7 @@ from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.model.losses.loss import batch_loss
 from qlora_trainer.model.memory.dry_run import StepSize
 from qlora_trainer.training import loop, objective
-from qlora_trainer.training.out_of_memory import explained_shortage
+from qlora_trainer.training.out_of_memory import explain_shortage
 from tests.support.dry_runs import measure
 from tests.support.manifests import merged
 from tests.support.models.tiny import Recorded
@@ -109,7 +109,7 @@ def test_the_shares_that_are_named_add_up_to_the_estimate(spec: dict[str, Any], 
 
     with (
         pytest.raises(StepFailure) as caught,
-        explained_shortage(settings, settings.lora.target_modules, "cpu", lambda: 1, found),
+        explain_shortage(settings, settings.lora.target_modules, "cpu", lambda: 1, found),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")
 

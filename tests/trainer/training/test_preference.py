@@ -184,7 +184,7 @@ def test_the_reference_loss_of_the_base_is_log_2(
 ) -> None:
     """Without the adapter the model is the reference, for any data."""
     monkeypatch.setattr(judging, "has_diverged", lambda _loss, _base_loss: True)
-    monkeypatch.setattr(divergence.Stability, "to_be_judged", lambda *_: True)
+    monkeypatch.setattr(divergence.Stability, "is_out_of_patience", lambda *_: True)
     failed = failure(job(tmp_path / "workspace", tiny_llama))
     assert failed.exit_code is ExitCode.DIVERGED
     assert "the base model without the adapter has 0.6931 on the same rows" in failed.message

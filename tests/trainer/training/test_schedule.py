@@ -16,7 +16,7 @@ from qlora_trainer.training.schedule import Schedule
 
 
 def schedule(sequences: int, **training: Any) -> Schedule:
-    return Schedule.of(
+    return Schedule.from_training(
         sequences, TrainingSpec(**({"gradient_accumulation_steps": 2, "micro_batch_size": 2} | training))
     )
 

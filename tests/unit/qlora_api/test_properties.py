@@ -14,6 +14,7 @@ from qlora_operator.settings import SettingsError, load_settings
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.read.hub_splits import TRAINING, choose_data_files, read_dataset_card
 from qlora_trainer.stores.model_pack import unpack
+from qlora_trainer.stores.registry import Layer
 from tests.fuzz.documents import DOCUMENTS
 from tests.fuzz.inputs import BOUNDED, inputs
 
@@ -90,7 +91,7 @@ _SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attentio
         {"annotations": {"org.cncf.model.filepath": "a"}, "digest": "sha256:" + "0" * 64, "size": True},
     ],
 )
-def test_an_invalid_layer_is_rejected(layer: dict[str, object]) -> None:
+def test_an_invalid_layer_is_rejected(layer: Layer) -> None:
     with pytest.raises(ValueError, match="layer"):
         unpack({"layers": [layer]})
 

@@ -43,7 +43,7 @@ DIGEST = f"sha256:{'0a' * 32}"
 )
 def test_an_address_parses(uri: str, source: Source) -> None:
     assert parse_source(uri) == source
-    if not isinstance(source, HubSource | ConfigMapSource):
+    if not isinstance(source, ConfigMapSource):
         assert str(source) == uri.rstrip("/")
 
 

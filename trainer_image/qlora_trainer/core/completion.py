@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import Field, PositiveInt, ValidationError
 
@@ -72,7 +72,7 @@ class PreparedData(ObservedModel):
 
     fingerprint: str = Field(description="SHA-256 of everything that determines the prepared data and the model.")
     data_path: str = Field(description="Folder of the packed sequences.")
-    data_content: Mapping[str, Any] | None = Field(
+    data_content: Mapping[str, object] | None = Field(
         None,
         description="Everything besides the settings of model, adapter and training that decides the sequences, "
         "whatever its address: runs are compared by it. Not set by an earlier release.",
@@ -90,10 +90,7 @@ class PreparedData(ObservedModel):
 
 
 class PrepareRecord(PreparedModel, PreparedBase, PreparedData):
-    """The result of prepare for the later steps.
-
-    Paths below the workspace are relative to it. Others are absolute.
-    """
+    """The result of prepare. Paths below the workspace are relative to it."""
 
     remarks: tuple[str, ...] = Field((), description="Remarks for the user, such as deviations from the spec.")
     initial_adapter: InitialAdapterStatus | None = Field(
@@ -129,10 +126,7 @@ class Score(ObservedModel):
 
 
 def score_settings(spec: ScoreSpec, prepared: str = "") -> str:
-    """SHA-256 of the settings that score answers.
-
-    `prepared`: fingerprint of the data, which has the checks of the rows.
-    """
+    """SHA-256 of what decides scores. `prepared`: fingerprint of the rows' checks."""
     settings = spec.dump() | ({"checks": prepared} if spec.of_rows else {})
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
@@ -235,10 +229,7 @@ _Completion = TypeVar("_Completion", PrepareRecord, TrainRecord, PublishRecord)
 
 
 def read_completion(path: Path, kind: type[_Completion]) -> _Completion | None:
-    """Read the completion record at `path`.
-
-    None if there is none that can be read: the step is then done (again).
-    """
+    """Read the record at `path`, or None without a readable one: the step is redone."""
     try:
         return kind.model_validate_json(path.read_bytes())
     except (FileNotFoundError, ValidationError):

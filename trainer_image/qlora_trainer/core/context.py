@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import ValidationError
 
@@ -43,20 +43,14 @@ class Mounts:
     """ConfigMaps as folders with a file per key, from `--config-map NAME=DIR`."""
 
     def volume(self, source: VolumeSource) -> Path:
-        """The file or folder that a pvc:// address names.
-
-        Raises StepFailure (retryable) if it is not mounted.
-        """
+        """The path of a pvc:// address. Raises StepFailure UNREACHABLE if not mounted."""
         root = self.claims.get(source.claim, self.volumes / source.claim)
         if not root.is_dir():
             raise unreachable(f"volume claim {source.claim!r} is not mounted at {root}")
         return root / source.path if source.path else root
 
     def config_map(self, source: ConfigMapSource) -> Path:
-        """The file of a ConfigMap's key.
-
-        Raises StepFailure (retryable: the object may follow) if it is missing.
-        """
+        """The file of a ConfigMap's key. Raises StepFailure UNREACHABLE if missing."""
         path = self.config_map_folders.get(source.name, self.config_maps / source.name) / source.key
         if not path.is_file():
             raise unreachable(
@@ -77,11 +71,8 @@ class Identity:
     started: datetime | None
     """When the process started; None if it does more than one step."""
 
-    def progress(self, step: StepName, time: datetime, activity: str, **figures: Any) -> ProgressRecord:
-        """Return the progress record of this job and pod, with a long activity cut.
-
-        `figures` are other fields of the record.
-        """
+    def progress(self, step: StepName, time: datetime, activity: str, **figures: object) -> ProgressRecord:
+        """The progress record of this job and pod with further fields, cut to its limits."""
         record = ProgressRecord(
             job_uid=self.job_uid,
             pod_uid=self.pod_uid,
@@ -95,10 +86,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class StepContext:
-    """Everything that a step depends on besides the clock and its own files.
-
-    The step takes it apart: functions below `steps/` take the fields that they use.
-    """
+    """Everything that a step depends on besides the clock and its own files."""
 
     document: QLoRAJobDocument
     workspace: WorkspaceLayout

@@ -20,10 +20,7 @@ class Secret:
     """None if the field is not set."""
 
     def value(self, key: str) -> str | None:
-        """The value of a key without surrounding white space, or None.
-
-        Raises StepFailure BAD_CONFIGURATION for a value that is no text.
-        """
+        """The value of a key, or None. Raises StepFailure BAD_CONFIGURATION for no text."""
         path = self.folder / key
         if self.name is None or not path.is_file():
             return None
@@ -36,10 +33,7 @@ class Secret:
             ) from error
 
     def line(self, key: str) -> str | None:
-        """As `value`, of a credential that is sent in a header, and so is one line of ASCII.
-
-        Raises StepFailure BAD_CONFIGURATION for any other, too.
-        """
+        """As `value`, for a header. Raises StepFailure for more than a line of ASCII."""
         value = self.value(key)
         if value is not None and not (value.isascii() and value.isprintable()):
             raise bad_configuration(

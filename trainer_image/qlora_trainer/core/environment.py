@@ -38,5 +38,5 @@ def process_started() -> datetime:
 
 
 def trainer_version() -> str:
-    """Version of this program. Any release may change rounding, draws or reading."""
+    """Version of this program. A release may change rounding, draws or reading."""
     return version(_TRAINER)

@@ -16,10 +16,7 @@ _OUT_OF_GPU_MEMORY = re.compile(
 
 
 class StepFailure(Exception):  # noqa: N818 - the step is what fails
-    """Ends the step with `exit_code`.
-
-    The message names what was found, what is allowed and what to do.
-    """
+    """Ends the step with `exit_code`. The message says what to do."""
 
     def __init__(self, exit_code: ExitCode, message: str) -> None:
         super().__init__(message)
@@ -78,10 +75,7 @@ def is_out_of_gpu_memory(error: BaseException) -> bool:
 
 
 class Interrupted(Exception):  # noqa: N818 - no error: the step was asked to stop and has saved its state
-    """The step stopped on request (exit 143).
-
-    The next attempt resumes from the checkpoint of `saved_step`.
-    """
+    """The step stopped on request (exit 143), with the checkpoint of `saved_step`."""
 
     def __init__(self, training_step: int, total_steps: int, saved_step: int) -> None:
         kept = f"the checkpoint of step {saved_step} is saved" if saved_step else "there was nothing to save yet"

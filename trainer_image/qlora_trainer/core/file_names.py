@@ -12,3 +12,18 @@ MODEL_CARD_FILE = "README.md"
 PUBLISHED_MANIFEST = "manifest.json"
 SAMPLES_FILE = "samples.json"
 ANSWERS_FILE = "answers.jsonl"
+TOKENIZER_FILES = frozenset(
+    {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "vocab.json",
+        "merges.txt",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+        "chat_template.json",
+    }
+)
+PROCESSOR_FILES = frozenset({"preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"})
+"""Other files that servers of a multimodal model need: copied, never read here."""

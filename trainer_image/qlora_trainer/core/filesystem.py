@@ -99,10 +99,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Yield a new file that replaces the one at `path`, durably, when the body ends.
-
-    If the body raises, that one is unchanged.
-    """
+    """Yield a file that replaces the one at `path`, durably, unless the body raises."""
     _make_folder(path.parent)
     # A pod on a lost node may still write the same file, and processes of two containers often have the same id.
     partial = partial_path(path.with_name(f"{path.name}.{token_hex(8)}"))

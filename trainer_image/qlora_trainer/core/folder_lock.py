@@ -93,13 +93,10 @@ def take(folder: Path, now: float, seconds: float, *, same_job: bool) -> Ownersh
 
 
 def _lock_file(path: Path, flags: int = 0) -> tuple[int, bool]:
-    """Lock the file, and return whether the volume supports locks.
-
-    Raises BlockingIOError if another process holds it.
-    """
+    """Open and lock the file, and return whether the volume supports locks."""
     descriptor = _open(path, flags)
     try:
-        return descriptor, _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return descriptor, _lock(descriptor)
     except OSError:
         os.close(descriptor)
         raise
@@ -118,7 +115,7 @@ def _lock_within(descriptor: int, seconds: float, path: Path) -> None:
     until = time.monotonic() + seconds
     while True:
         try:
-            _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor)
         except BlockingIOError as error:
             if time.monotonic() >= until:
                 found = f"another process holds a lock for more than {seconds:.0f} s"
@@ -128,13 +125,10 @@ def _lock_within(descriptor: int, seconds: float, path: Path) -> None:
             return
 
 
-def _lock(descriptor: int, operation: int) -> bool:
-    """Lock the file, and return whether the volume supports locks.
-
-    Raises BlockingIOError if it must not wait for it.
-    """
+def _lock(descriptor: int) -> bool:
+    """Lock, and return whether that is supported. Raises BlockingIOError if locked."""
     try:
-        fcntl.flock(descriptor, operation)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _NO_LOCKS:
             return False

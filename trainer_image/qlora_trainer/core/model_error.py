@@ -28,10 +28,7 @@ class ModelError(Exception):
 
 @contextmanager
 def explain_errors(sentence: str) -> Iterator[None]:
-    """Raise ModelError with this sentence, and a library's error behind it.
-
-    A ModelError from inside stays. So does PyTorch's error for memory, which is not the model's fault.
-    """
+    """Raise ModelError for a library's error, except one for lack of memory."""
     try:
         yield
     except UNUSABLE as error:
@@ -41,8 +38,5 @@ def explain_errors(sentence: str) -> Iterator[None]:
 
 
 def with_error(sentence: str, error: Exception) -> str:
-    """The sentence, a colon, and type and text of the error in one line.
-
-    Of a KeyError the text is a key only.
-    """
+    """The sentence, and type and text of the error, in one line."""
     return f"{sentence}: {type(error).__name__}: {' '.join(str(error).split())}"

@@ -48,10 +48,7 @@ def use_network(environment: MutableMapping[str, str], scratch: Path) -> None:
 
 
 def _certificates(file: Path) -> str:
-    """The certificates in PEM of the mounted key, at least one, all readable. Text around them is left out.
-
-    OpenSSL allows any text there, and companies' bundles name their certificates so, in any language.
-    """
+    """The certificates in PEM of the mounted key, without the text around them."""
     named = f"ConfigMap {file.parent.name!r} with key {file.name!r} (caConfigMap of the profile)"
     if not file.is_file():
         raise unreachable(f"{named} does not exist in the job's namespace: ask the administrator to create it there")
@@ -123,10 +120,7 @@ def https_proxy(environment: Mapping[str, str]) -> Proxy | None:
 
 
 def trouble(url: str, error: str) -> str:
-    """Explain a client's error by the way to the server at `url`.
-
-    The end of a sentence, or an empty string.
-    """
+    """The end of a sentence on the way to the server at `url`, or an empty string."""
     if _REJECTED in error:
         return f": {NOT_TRUSTED}"
     proxy, answer = https_proxy(os.environ), _TUNNEL.search(error)

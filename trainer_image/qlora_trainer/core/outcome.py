@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 
 from qlora_api.contract import ExitCode, ResultRecord, encode_record
 from qlora_api.printable import first_line, one_line, shortened
+from qlora_api.schema import replace
 from qlora_api.status import MAX_MESSAGE_LENGTH, StepName
 from qlora_trainer.core.completion import PrepareRecord, PublishRecord, TrainRecord
 from qlora_trainer.core.failures import Interrupted, StepFailure, bad_configuration, is_out_of_gpu_memory
@@ -20,10 +21,7 @@ CompletionRecord = PrepareRecord | TrainRecord | PublishRecord
 
 
 class Terminated(BaseException):
-    """SIGTERM in a step that has nothing to save.
-
-    Not an Exception, so that no library catches it as an error.
-    """
+    """SIGTERM in a step with nothing to save. No library catches it as an error."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,13 @@ def classify(error: BaseException) -> Ending:
         return Ending(ExitCode.INTERRUPTED, str(error))
     if isinstance(error, Terminated):
         return Ending(ExitCode.INTERRUPTED, "interrupted; the next attempt starts this step again, nothing is lost")
-    return _storage(error) or _gpu_memory(error) or _network(error) or _internal(error)
+    if known := _storage(error) or _gpu_memory(error):
+        return known
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return Ending(ExitCode.UNREACHABLE, f"the network failed ({first_line(error)}); the step is retried")
+    message = first_line(error) if str(error).strip() else "no message"
+    unforeseen = f"unexpected {type(error).__name__}: {message}; the traceback is in the pod's log"
+    return Ending(ExitCode.INTERNAL_ERROR, unforeseen, unexpected=True)
 
 
 ENDS_ONE_JOB = (StepFailure, OSError, SafetensorError)
@@ -59,10 +63,7 @@ ENDS_ONE_JOB = (StepFailure, OSError, SafetensorError)
 
 
 def as_failure(error: StepFailure | OSError | SafetensorError) -> StepFailure:
-    """The failure of one of several jobs of a process, while the others continue.
-
-    It is the one that would end the step of the job alone.
-    """
+    """The failure of one of several jobs, as it would end the step of the job alone."""
     if isinstance(error, StepFailure):
         return error
     ending = classify(error)
@@ -101,21 +102,6 @@ def _gpu_memory(error: BaseException) -> Ending | None:
         ExitCode.GPU_OUT_OF_MEMORY,
         f"the GPU ran out of memory ({first_line(error)}): lower spec.training.microBatchSize or "
         "spec.training.maxSequenceLength, or use a GPU with more memory; `qlora plan` shows what each setting costs",
-    )
-
-
-def _network(error: BaseException) -> Ending | None:
-    if not isinstance(error, (ConnectionError, TimeoutError)):
-        return None
-    return Ending(ExitCode.UNREACHABLE, f"the network failed ({first_line(error)}); the step is retried")
-
-
-def _internal(error: BaseException) -> Ending:
-    message = first_line(error) if str(error).strip() else "no message"
-    return Ending(
-        ExitCode.INTERNAL_ERROR,
-        f"unexpected {type(error).__name__}: {message}; the traceback is in the pod's log",
-        unexpected=True,
     )
 
 
@@ -159,12 +145,12 @@ def result_record(
     )
     while not _is_encodable(record):
         if len(message) <= _SHORT_MESSAGE and record.dataset is not None and record.dataset.sources is not None:
-            record = record.model_copy(update={"dataset": record.dataset.model_copy(update={"sources": None})})
+            record = replace(record, dataset=replace(record.dataset, sources=None))
         elif message:
             message = shortened(message, len(message) // 2)
-            record = record.model_copy(update={"message": message})
+            record = replace(record, message=message)
         elif record.tracking is not None:
-            record = record.model_copy(update={"tracking": None})
+            record = replace(record, tracking=None)
         else:
             return record
     return record
@@ -178,43 +164,22 @@ def _is_encodable(record: ResultRecord) -> bool:
     return True
 
 
-# Measurements of an objective that compares answers, besides the loss.
-_OF_PAIRS = ("reward_margin", "accuracy", "eval_accuracy")
-
-
 def _known_fields(completion: CompletionRecord | None, findings: Findings) -> dict[str, object]:
     """Fields of the result record, from the completion record or the findings."""
     if isinstance(completion, PrepareRecord):
-        return {
-            "model_revision": completion.model_revision,
-            "memory": completion.memory,
-            "dataset": completion.dataset,
-            "base": completion.base,
-            "work": completion.work,
-        }
-    known: dict[str, object] = {
-        "model_revision": findings.model_revision,
-        "memory": findings.memory,
-        "dataset": findings.dataset,
-        "gate": findings.gate,
-    }
-    names = ("training_step", "total_steps", "loss", "eval_loss", "peak_memory_bytes", "goodput")
+        return {name: getattr(completion, name) for name in ("model_revision", "memory", "dataset", "base", "work")}
+    known = {name: getattr(findings, name) for name in ("model_revision", "memory", "dataset", "gate")}
+    names: tuple[str, ...] = ("training_step", "total_steps", "loss", "eval_loss", "peak_memory_bytes", "goodput")
     if findings.progress is not None and findings.progress.step == "train":
-        known |= {
-            name: getattr(findings.progress, name) for name in (*names, *_OF_PAIRS, "evaluations", "training_since")
-        }
+        of_pairs = ("reward_margin", "accuracy", "eval_accuracy")
+        further = (*of_pairs, "evaluations", "training_since")
+        known |= {name: getattr(findings.progress, name) for name in (*names, *further)}
     if isinstance(completion, TrainRecord):
         # Also where it is not known: the latest progress is of the last step, the adapter perhaps of an earlier one.
         known |= {name: getattr(completion, name) for name in (*names, "initial_eval_loss", "eval_accuracy")}
     if isinstance(completion, PublishRecord):
-        known |= {
-            "adapter": completion.adapter,
-            "gate": completion.gate,
-            "merged": completion.merged,
-            "base": completion.base,
-            "report_sha256": completion.report_sha256,
-            "tracking": completion.tracking,
-        }
+        names = ("adapter", "gate", "merged", "base", "report_sha256", "tracking")
+        known |= {name: getattr(completion, name) for name in names}
     return known
 
 

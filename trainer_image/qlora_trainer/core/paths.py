@@ -53,10 +53,7 @@ def some_names(names: Iterable[str]) -> str:
 
 
 def confine(path: Path, root: Path) -> Path:
-    """The path with links resolved.
-
-    Raises StepFailure UNSAFE_ARTIFACT if a link leads out of `root` or to itself.
-    """
+    """The resolved path. Raises StepFailure UNSAFE_ARTIFACT if it leads out of `root`."""
     if leads_to_itself(path):
         raise unsafe_artifact(f"{path} is a link that leads to itself: remove the symbolic link")
     resolved = path.resolve()

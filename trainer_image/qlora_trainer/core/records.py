@@ -9,17 +9,22 @@ from typing import TextIO
 
 from qlora_api.artifact_status import GateStatus
 from qlora_api.contract import MIN_SECONDS_BETWEEN_PROGRESS, ProgressRecord, Record, ResultRecord, encode_record
+from qlora_api.sources import SCHEMES
 from qlora_api.status import DatasetStatus, MemoryStatus
 
-# Tokens of model hubs and of clouds (JWT), private keys, credentials in headers, passwords in addresses and the
-# parameters that sign an address: never in a record, whatever a library quotes.
+# Passwords in addresses, tokens of clouds (JWT), private keys, credentials in headers and those of the stores: never in
+# a record, whatever a library quotes.
 _SECRET = re.compile(
-    r"""hf_[A-Za-z0-9]{8,}|(?<=://)[^/\s@]+(?=@)
-    |eyJ[\w-]{8,}\.[\w-]+\.[\w-]*|-----BEGIN[ ][A-Z ]*PRIVATE[ ]KEY-----[^-]*|(?i:accountkey)=[^;\s"']+
-    |(?i:authorization)["']?\s*[:=]\s*["']?(?:(?i:basic|bearer|sharedkey)\s+)?[^\s"']+
-    |(?i:bearer|authorization)\s+\S+
-    |(?<=[?&])(?i:x-(?:amz|goog)-(?:credential|signature|security-token)|signature|policy|key-pair-id|sig)=[^\s&"']+""",
-    re.VERBOSE,
+    "|".join(
+        (
+            r"(?<=://)[^/\s@]+(?=@)",
+            r"eyJ[\w-]{8,}\.[\w-]+\.[\w-]*",
+            r"-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*",
+            r"(?i:authorization)[\"']?\s*[:=]\s*[\"']?(?:(?i:basic|bearer|sharedkey)\s+)?[^\s\"']+",
+            r"(?i:bearer|authorization)\s+\S+",
+            *(pattern for scheme in SCHEMES.values() for pattern in scheme.redacted),
+        )
+    )
 )
 
 
@@ -86,10 +91,7 @@ class RecordWriter:
         self._write(record)
 
     def result(self, record: ResultRecord, termination_log: Path | None) -> None:
-        """Write the last record, also to the termination log if there is one. If that fails, the stream still gets it.
-
-        Raises OSError if either cannot be written.
-        """
+        """Write the last record, also to the termination log. Raises OSError."""
         try:
             if termination_log is not None:
                 termination_log.write_text(encode_record(record))

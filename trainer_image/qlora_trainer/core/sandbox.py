@@ -12,14 +12,15 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TypeVar, TypeVarTuple
 
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.process import hide_gpus
 
 logger = logging.getLogger(__name__)
 
-
+Arguments = TypeVarTuple("Arguments")
+Result = TypeVar("Result")
 SECONDS = 600
 MEMORY_BYTES = 2 * 2**30
 """On top of what the process has."""
@@ -35,37 +36,34 @@ class LimitReached(DryRunFailed):
 
 
 def within_limits(
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
+    function: Callable[[*Arguments], Result],
+    arguments: tuple[*Arguments],
     *,
     seconds: float = SECONDS,
     memory_bytes: int = MEMORY_BYTES,
     what: str = "the dry run",
-) -> Any:
+) -> Result:
     """Call the function in a forked process, and return its result.
 
     `what` names the function in messages. Raises its StepFailure, LimitReached, or DryRunFailed for any other end;
     RuntimeError in a process that sees a GPU: a fork of it cannot compute.
     """
-    answers = iterate_within_limits(
-        _returned, (function, arguments), seconds=seconds, memory_bytes=memory_bytes, what=what
-    )
-    with closing(answers):
+
+    def once() -> Iterator[Result]:
+        yield function(*arguments)
+
+    with closing(iterate_within_limits(once, (), seconds=seconds, memory_bytes=memory_bytes, what=what)) as answers:
         return next(answers)
 
 
-def _returned(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Iterator[Any]:
-    yield function(*arguments)
-
-
 def iterate_within_limits(
-    function: Callable[..., Iterator[Any]],
-    arguments: tuple[Any, ...],
+    function: Callable[[*Arguments], Iterator[Result]],
+    arguments: tuple[*Arguments],
     *,
     seconds: float = SECONDS,
     memory_bytes: int = MEMORY_BYTES,
     what: str = "the dry run",
-) -> Generator[Any, None, None]:
+) -> Generator[Result, None, None]:
     """Call the function in a forked process, and yield its items. Each may take `seconds`.
 
     The process ends with the generator. Raises as `within_limits`.
@@ -73,8 +71,9 @@ def iterate_within_limits(
     _require_no_gpu(what)
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    settings = (receiver, sender, function, arguments, seconds, memory_bytes, what)
-    process = context.Process(target=_run, args=settings, daemon=True)
+    process = context.Process(
+        target=_run, args=(receiver, sender, function, arguments, seconds, memory_bytes, what), daemon=True
+    )
     process.start()
     sender.close()
     try:
@@ -113,8 +112,8 @@ def _require_no_gpu(what: str) -> None:
 def _run(
     receiver: Connection,
     sender: Connection,
-    function: Callable[..., Iterator[Any]],
-    arguments: tuple[Any, ...],
+    function: Callable[[*Arguments], Iterator[object]],
+    arguments: tuple[*Arguments],
     seconds: float,
     memory_bytes: int,
     what: str,
@@ -147,10 +146,11 @@ def _run(
 
 
 def _limit_memory(memory_bytes: int) -> None:
-    most, (_, hard) = _private_bytes() + memory_bytes, resource.getrlimit(resource.RLIMIT_DATA)
-    if hard != resource.RLIM_INFINITY:
-        most = min(most, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+    """Limit private, writable memory to so many bytes on top of what the process has."""
+    with open("/proc/self/status") as file:
+        kilobytes = next(line.split()[1] for line in file if line.startswith("VmData:"))
+    most, (_, hard) = int(kilobytes) * 1024 + memory_bytes, resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 def _failure(error: Exception, memory_bytes: int, what: str) -> DryRunFailed:
@@ -164,10 +164,3 @@ def _failure(error: Exception, memory_bytes: int, what: str) -> DryRunFailed:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether it is PyTorch's for memory that it does not get."""
     return "allocate memory" in str(error) or "bad_alloc" in str(error)
-
-
-def _private_bytes() -> int:
-    """The process's private, writable memory in bytes, which the limit is for."""
-    with open("/proc/self/status") as file:
-        size = next(line.split()[1] for line in file if line.startswith("VmData:"))
-    return int(size) * 1024

@@ -1,11 +1,11 @@
 """A trained job, with its records, for reports, model cards and manifests."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from qlora_api.artifact_status import GateStatus
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord
+from qlora_trainer.core.protocols import JsonObject
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class TrainedJob:
     """The price of a GPU hour, with the currency, or an empty string."""
 
     @property
-    def continued(self) -> dict[str, Any] | None:
+    def continued(self) -> JsonObject | None:
         """The job whose run this one continues, and the step if known, or None."""
         if self.spec.continues is None:
             return None

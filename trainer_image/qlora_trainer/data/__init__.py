@@ -18,8 +18,5 @@ This is the way of a row, from top to bottom; each arrow is one call, and nothin
 
 `build.DatasetBuilder` walks down to the rows of a `dataset.Dataset`; `Dataset.write` does the rest.
 
-To add a data format, add an entry to `examples.formats._FORMATS`, and its name and columns to `RowFormat` and
-`Columns` of `qlora_api.spec.dataset`. To add a file kind, add an entry to `read.reading._READERS` and its ending to
-`read.files.data_kind`. Readers raise BAD_DATASET with the row's location, as the cases in `tests/support/bad_data`
-expect.
+Readers raise BAD_DATASET with the row's location.
 """

@@ -1,25 +1,28 @@
 """Builds a job's data set: reads and tokenizes its files, and splits the rows."""
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 
-from qlora_api.spec.dataset import Columns, DatasetSpec, EvalSpec
+from qlora_api.schema import replace
+from qlora_api.spec.dataset import DatasetSpec
 from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.core.environment import available_cpus, trainer_version
 from qlora_trainer.core.failures import StepFailure, bad_dataset
 from qlora_trainer.data.dataset import Dataset, TokenizedSource
 from qlora_trainer.data.epochs import Mix
-from qlora_trainer.data.examples.formats import PAIRS, RowReader, detect_format
+from qlora_trainer.data.examples.formats import PAIRS, RowReader, source_format
 from qlora_trainer.data.fingerprint import library_versions
-from qlora_trainer.data.read.files import MAX_FILES, DataFiles
+from qlora_trainer.data.read.files import DataFiles
 from qlora_trainer.data.read.hub_splits import Wanted, evaluation_part, training_part
 from qlora_trainer.data.read.locate import find_data
-from qlora_trainer.data.read.reading import read_rows, read_used_rows
+from qlora_trainer.data.read.reading import MAX_FILES, read_rows, read_used_rows
 from qlora_trainer.data.read.rows import Row
 from qlora_trainer.data.render.chat_template import Tokenizer
 from qlora_trainer.data.selection import first_equal, select_rows
@@ -75,10 +78,7 @@ class DatasetBuilder:
         return dataset
 
     def examine(self) -> ExaminedData:
-        """All rows of each source, tokenized, and the data set of them, or why it is rejected.
-
-        Raises StepFailure only if they cannot be read.
-        """
+        """All rows of all sources, tokenized. Raises StepFailure if they are unreadable."""
         training, own = self._sources(usable=False)
         sources, dataset, rejection = (*training, *([own] if own else [])), None, ""
         try:
@@ -105,7 +105,7 @@ class DatasetBuilder:
         if self.spec.mix is None:
             return dataset
         weights = tuple(source.weight for source in self.spec.mix)
-        return replace(
+        return dataclasses.replace(
             dataset, mix=Mix.from_sizes([len(part) for part in selection.training], weights), weights=weights
         )
 
@@ -128,10 +128,15 @@ class DatasetBuilder:
 
     def _sources(self, *, usable: bool) -> tuple[tuple[TokenizedSource, ...], TokenizedSource | None]:
         """The sources of training and evaluation. `usable`: reject those without rows."""
-        training, evaluation = self._training_sources(usable=usable), self.spec.eval
-        if evaluation is None or not evaluation.source:
+        training, spec = self._training_sources(usable=usable), self.spec.eval
+        if spec is None or not spec.source:
             return training, None
-        return training, self._evaluation_source(evaluation, training, usable=usable)
+        # Read in the format of the first training source.
+        data = self._find("eval", spec.source, evaluation_part(self.spec, spec))
+        digest = _checked_sha256(data, spec.sha256, "spec.dataset.eval.sha256")
+        field, rows = next(iter(self.spec.training_sources)), read_rows(data.files)
+        own = self._tokenize("eval", data, digest, rows, field, earlier=training, usable=usable, like=training[0])
+        return training, own
 
     def _names(self) -> list[str]:
         """The training sources' names in messages."""
@@ -145,21 +150,15 @@ class DatasetBuilder:
         for number, (field, source) in enumerate(self.spec.training_sources.items()):
             part = "train" if self.spec.mix is None else f"train{number}"
             data = self._find(part, source.source, training_part(source, field))
-            _require_few_files([*(earlier.data for earlier in sources), data])
+            count = len(data.files) + sum(len(earlier.data.files) for earlier in sources)
+            if count > MAX_FILES:
+                raise bad_dataset(
+                    f"the sources of the mix have {count} data files, at most {MAX_FILES} are allowed: merge them"
+                )
             digest = _checked_sha256(data, source.sha256, f"{field}.sha256")
             rows = read_used_rows(data.files, self.spec.max_rows, seed)
             sources.append(self._tokenize(part, data, digest, rows, field, earlier=sources, usable=usable))
         return tuple(sources)
-
-    def _evaluation_source(
-        self, spec: EvalSpec, training: Sequence[TokenizedSource], *, usable: bool
-    ) -> TokenizedSource:
-        """The evaluation's own source, read in the format of the first training source."""
-        data = self._find("eval", spec.source or "", evaluation_part(self.spec, spec))
-        digest = _checked_sha256(data, spec.sha256, "spec.dataset.eval.sha256")
-        field = next(iter(self.spec.training_sources))
-        rows = read_rows(data.files)
-        return self._tokenize("eval", data, digest, rows, field, earlier=training, usable=usable, like=training[0])
 
     def _find(self, part: str, uri: str, wanted: Wanted) -> DataFiles:
         self.say("reading the data set")
@@ -184,21 +183,18 @@ class DatasetBuilder:
         """
         before = data.versions()
         first = next(rows)
-        settings = self.spec.training_sources[field]
-        if like is not None:
-            format_, columns = like.reading.format, like.columns
-        elif settings.format == "auto":
-            format_, columns = detect_format(first, settings.columns, field, pairs=self.training.compares_answers)
+        if like is None:
+            format_, columns = source_format(first, self.spec, field, pairs=self.training.compares_answers)
         else:
-            format_, columns = settings.format, settings.columns or Columns()
-        of_rows = self.spec.check_column(field, own_evaluation=like is not None)
-        columns = columns.model_copy(update={"check": of_rows})
+            format_ = like.reading.format
+            columns = replace(like.columns, check=self.spec.check_column(field, own_evaluation=True))
         recipe = Recipe.from_spec(
             self.spec, self.training, self.tokenizer, format_, columns, field, vocabulary=self.vocabulary
         )
         recipe.require_place_for_settings(self.tokenizer, data.uri)
         done_before = sum(source.rows.rows_read for source in earlier)
-        with self.rows.part(part, self._rows_key(digest, recipe), recipe.limits, self._say_waiting) as files:
+        waiting = partial(self.say, "waiting for another cell of the sweep to tokenize the same rows")
+        with self.rows.part(part, self._rows_key(digest, recipe), recipe.limits, waiting) as files:
             chunks = tokenize(
                 chain((first,), rows),
                 ChunkMaker(recipe, self.tokenizer),
@@ -213,9 +209,6 @@ class DatasetBuilder:
         if usable:
             _require_usable(source, recipe.longest_allowed)
         return source
-
-    def _say_waiting(self) -> None:
-        self.say("waiting for another cell of the sweep to tokenize the same rows")
 
     def _rows_key(self, digest: str, recipe: Recipe) -> str:
         """Stands for all that decides the tokens of a part whose data have this SHA-256."""
@@ -238,15 +231,6 @@ class DatasetBuilder:
             "systemPrompt": None if recipe.system_prompt is None else recipe.system_prompt.dump(),
         }
         return sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _require_few_files(sources: Sequence[DataFiles]) -> None:
-    """Raise StepFailure BAD_DATASET if the sources together have too many files."""
-    count = sum(len(data.files) for data in sources)
-    if count > MAX_FILES:
-        raise bad_dataset(
-            f"the sources of the mix have {count} data files, at most {MAX_FILES} are allowed: merge them"
-        )
 
 
 def _checked_sha256(data: DataFiles, expected: str | None, field: str) -> str:

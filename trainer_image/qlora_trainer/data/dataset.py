@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import numpy
 
@@ -47,7 +46,7 @@ class TokenizedSource:
         """int32 [rows]: tokens of each row, those of rows that are too long last."""
         return numpy.concatenate([self.rows.lengths, self.rows.too_long])
 
-    def statistics(self, longest_allowed: int, counts: Mapping[str, Any]) -> SourceStatistics:
+    def statistics(self, longest_allowed: int, counts: Mapping[str, object]) -> SourceStatistics:
         """Its part of `statistics.json`. `longest_allowed`: tokens of a sequence."""
         return SourceStatistics(
             uri=self.data.uri,
@@ -87,6 +86,7 @@ class Dataset:
 
     def status(self) -> DatasetStatus:
         """The data set as the job's status reports it."""
+        listed = "".join(f"{source.sha256}  {source.data.uri}\n" for source in self.training)
         return DatasetStatus(
             format=", ".join(sorted({source.reading.format for source in self.training})),
             rows=sum(source.rows.rows_read for source in self.training),
@@ -97,7 +97,7 @@ class Dataset:
             duplicate_rows=sum(self.selection.duplicates[: len(self.training)]),
             overlap_rows=self.selection.overlap.count,
             tokens=sum(map(self._epoch_tokens, range(len(self.training)))),
-            sha256=self.training[0].sha256 if self.mix is None else _sha256_of(self.training),
+            sha256=self.training[0].sha256 if self.mix is None else sha256(listed.encode()).hexdigest(),
             sources=None if self.mix is None else tuple(self._mixed_sources(self.mix)),
         )
 
@@ -180,7 +180,7 @@ class Dataset:
         selection, mix, own = self.selection, self.mix, self.own_evaluation
         held_out = list(map(len, selection.held_out))
         for number, source in enumerate(self.training):
-            counts: dict[str, Any] = {
+            counts: dict[str, object] = {
                 "duplicate_rows": selection.duplicates[number],
                 "held_out_rows": held_out[number] if held_out and own is None else 0,
                 "used_rows": len(selection.training[number]),
@@ -195,8 +195,3 @@ class Dataset:
         if own is not None:
             counts = {"duplicate_rows": selection.duplicates[-1], "held_out_rows": held_out[0]}
             yield own.statistics(capacity, counts)
-
-
-def _sha256_of(sources: tuple[TokenizedSource, ...]) -> str:
-    """SHA-256 of the lines `SHA-256  ADDRESS` of several sources."""
-    return sha256("".join(f"{source.sha256}  {source.data.uri}\n" for source in sources).encode()).hexdigest()

@@ -126,14 +126,6 @@ class EpochArrangements:
         return cls(mapped, offsets, numpy.array(epoch_offsets, dtype=numpy.int64))
 
     @property
-    def offset_shapes(self) -> dict[str, tuple[str, int]]:
-        """The offsets' tensors in the file of a split: type and length of each, by name."""
-        return {
-            "sequence_offsets": ("I64", len(self.sequence_offsets)),
-            "epoch_offsets": ("I64", len(self.epoch_offsets)),
-        }
-
-    @property
     def first(self) -> Arrangement:
         """The arrangement of the first epoch."""
         offsets = self.sequence_offsets[: self.epoch_offsets[1] + 1]
@@ -141,10 +133,7 @@ class EpochArrangements:
 
 
 def _require_few_epochs(training: TrainingSpec, rows: int, steps: int) -> None:
-    """Raise StepFailure (BAD_CONFIGURATION) if a run of epochs like the first would be hours of drawing.
-
-    That epoch has so many rows, and makes so many optimizer steps.
-    """
+    """Raise StepFailure (BAD_CONFIGURATION) if epochs of so many steps are too many."""
     epochs = ceil(training.max_steps / steps) if training.max_steps else training.epochs or 1
     most = min(MAX_EPOCHS, max(1, MAX_DRAWN_ROWS // rows))
     if epochs <= most:

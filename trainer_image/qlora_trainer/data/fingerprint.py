@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import cast
+
+from pydantic import JsonValue
 
 from qlora_api.schema import Decides
 from qlora_api.spec.dataset import DatasetSpec
@@ -14,6 +16,7 @@ from qlora_api.spec.job import QLoRAJobSpec
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.environment import trainer_version
 from qlora_trainer.core.filesystem import write_atomically
+from qlora_trainer.core.protocols import JsonObject
 from qlora_trainer.data.prepared import FORMAT_VERSION, PREPARED_MANIFEST
 from qlora_trainer.data.read.locate import mounted_data
 from qlora_trainer.data.render.template_source import is_template_unchanged
@@ -25,10 +28,7 @@ _LIBRARIES = ("transformers", "tokenizers", "jinja2", "numpy")
 
 @dataclass(frozen=True)
 class ResolvedInputs:
-    """The content of a job's addresses when they were read.
-
-    With the spec it decides the prepared data.
-    """
+    """The content of a job's addresses, which decides the prepared data."""
 
     model: str
     """Revision of the model."""
@@ -44,7 +44,7 @@ class ResolvedInputs:
     def fingerprint(self, spec: QLoRAJobSpec) -> str:
         """SHA-256, in hexadecimal, of everything that decides a job's prepared data."""
         training = spec.training
-        inputs = {
+        inputs: dict[str, object] = {
             "format": FORMAT_VERSION,
             "libraries": library_versions(),
             "trainer": trainer_version(),
@@ -66,11 +66,8 @@ class ResolvedInputs:
             }
         return sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
-    def content(self, dataset: DatasetSpec) -> dict[str, Any]:
-        """Everything besides the settings of model, adapter and training that decides the sequences, by name.
-
-        An address, a revision or a Secret is not in it: the same bytes may have been read from elsewhere.
-        """
+    def content(self, dataset: DatasetSpec) -> dict[str, object]:
+        """Everything besides settings of the training that decides the sequences, by name."""
         optional = {"evalRows": self.eval_data, "template": self.template}
         return {
             "rows": list(self.data),
@@ -82,10 +79,7 @@ class ResolvedInputs:
         }
 
     def is_unchanged(self, dataset: DatasetSpec, mounts: Mounts) -> bool:
-        """Whether mounted data still has this content.
-
-        Data that is gone, or on a server, counts as unchanged.
-        """
+        """Whether mounted data still has this content. Data that is gone counts as such."""
         digests = (*self.data, *([] if self.eval_data is None else [self.eval_data]))
         for uri, digest in zip(dataset.addresses.values(), digests, strict=True):
             data = mounted_data(uri, mounts)
@@ -120,27 +114,34 @@ class ResolvedInputs:
         }
 
 
-def _without_defaults(dataset: DatasetSpec) -> dict[str, Any]:
+def _without_defaults(dataset: DatasetSpec) -> JsonObject:
     """The data set without settings that are as if they were not set."""
-    described = dataset.dump()
+    described: JsonObject = dataset.dump()
     if not dataset.deduplicate:
         described.pop("deduplicate", None)
     if dataset.eval is not None and dataset.eval.overlap == "report":
-        del described["eval"]["overlap"]
+        described["eval"] = {name: value for name, value in dataset.eval.dump().items() if name != "overlap"}
     return described
 
 
-def _without_addresses(dataset: DatasetSpec) -> dict[str, Any]:
+def _without_addresses(dataset: DatasetSpec) -> JsonObject:
     """The settings that decide the rows and their form, with numbers for sources."""
-    described = _without_defaults(dataset)
-    sources = described.get("mix", ())
-    for part in (described, described.get("eval", {}), *sources):
-        for name in _OF_AN_ADDRESS:
-            part.pop(name, None)
-        # The column of checks decides no sequence.
-        if part.get("columns", {}).pop("check", None) is not None and not part["columns"]:
-            del part["columns"]
-    return described | ({"mix": {str(number): part for number, part in enumerate(sources)}} if sources else {})
+    described = _without_address(_without_defaults(dataset))
+    if "eval" in described:
+        described["eval"] = _without_address(described["eval"])
+    if isinstance(sources := described.get("mix"), list):
+        described["mix"] = {str(number): _without_address(source) for number, source in enumerate(sources)}
+    return described
+
+
+def _without_address(part: JsonValue) -> JsonObject:
+    kept = {name: value for name, value in cast("JsonObject", part).items() if name not in _OF_AN_ADDRESS}
+    # The column of checks decides no sequence.
+    if isinstance(columns := kept.get("columns"), dict) and "check" in columns:
+        kept["columns"] = {name: value for name, value in columns.items() if name != "check"}
+    if kept.get("columns") == {} != cast("JsonObject", part)["columns"]:
+        del kept["columns"]
+    return kept
 
 
 def library_versions() -> dict[str, str]:

@@ -25,10 +25,10 @@ With a mix, each epoch has different sequences. A sequence above is then one row
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, Self, cast
 
 import numpy
 import torch
@@ -38,6 +38,7 @@ from torch import Tensor
 
 from qlora_api.printable import first_line
 from qlora_trainer.core.failures import bad_dataset
+from qlora_trainer.core.protocols import TensorFile
 from qlora_trainer.data.epochs import EpochArrangements
 from qlora_trainer.data.examples.row_check import RowCheck
 from qlora_trainer.data.packing import Arrangement
@@ -75,6 +76,8 @@ class PackedSequence:
     @classmethod
     def from_parts(cls, parts: "Sequence[PackedSequence]") -> "PackedSequence":
         """The sequence with the rows of all parts."""
+        if len(parts) == 1:
+            return parts[0]
         return cls(
             torch.cat([part.input_ids for part in parts]),
             torch.cat([part.labels for part in parts]),
@@ -109,54 +112,56 @@ def write_split(
         chosen = rows.chosen_lengths[order]
         segments, segment_offsets = numpy.stack((chosen, lengths - chosen), axis=1).ravel(), 2 * arrangement.offsets
         facts["pairs"] = 1
-    checks_in_utf8 = [check.encode() for check in checks or ()]
-    check_offsets = numpy.cumsum([0, *map(len, checks_in_utf8)], dtype=numpy.int64)
-    shapes = {
-        "token_offsets": ("I64", len(token_offsets)),
-        "segment_offsets": ("I64", len(segment_offsets)),
-        **({} if epochs is None else epochs.offset_shapes),
-        **({} if checks is None else {"check_offsets": ("I64", len(check_offsets))}),
-        "input_ids": ("I32", tokens),
-        "segment_lengths": ("I32", len(segments)),
-        **({} if epochs is None else {"sequence_rows": ("I32", len(epochs.rows))}),
-        "is_target": ("U8", tokens),
-        **({} if checks is None else {"checks": ("U8", int(check_offsets[-1]))}),
-    }
     batches = [order[first : first + _GATHERED_ROWS] for first in range(0, len(order), _GATHERED_ROWS)]
-
-    def contents() -> Iterator[NDArray[Any]]:
-        yield token_offsets.astype("<i8")
-        yield segment_offsets.astype("<i8")
-        if epochs is not None:
-            yield from (epochs.sequence_offsets.astype("<i8"), epochs.epoch_offsets.astype("<i8"))
-        if checks is not None:
-            yield check_offsets.astype("<i8")
-        yield from (rows.input_ids(batch).astype("<i4", copy=False) for batch in batches)
-        yield segments.astype("<i4")
-        if epochs is not None:
-            yield epochs.rows.astype("<i4", copy=False)
-        yield from (rows.is_target(batch) for batch in batches)
-        if checks is not None:
-            yield numpy.frombuffer(b"".join(checks_in_utf8), numpy.uint8)
-
+    in_utf8 = [check.encode() for check in checks or ()]
+    check_offsets = numpy.cumsum([0, *map(len, in_utf8)], dtype=numpy.int64)
+    tensors = (
+        _Tensor.from_array("token_offsets", "I64", token_offsets),
+        _Tensor.from_array("segment_offsets", "I64", segment_offsets),
+        _Tensor.from_array("sequence_offsets", "I64", None if epochs is None else epochs.sequence_offsets),
+        _Tensor.from_array("epoch_offsets", "I64", None if epochs is None else epochs.epoch_offsets),
+        _Tensor.from_array("check_offsets", "I64", None if checks is None else check_offsets),
+        _Tensor("input_ids", "I32", tokens, map(rows.input_ids, batches)),
+        _Tensor.from_array("segment_lengths", "I32", segments),
+        _Tensor.from_array("sequence_rows", "I32", None if epochs is None else epochs.rows),
+        _Tensor("is_target", "U8", tokens, map(rows.is_target, batches)),
+        _Tensor.from_array("checks", "U8", None if checks is None else numpy.frombuffer(b"".join(in_utf8), "u1")),
+    )
     with path.open("wb") as file:
-        file.write(_header(shapes, facts))
-        for content in contents():
-            file.write(content.data)
+        file.write(_header(tensors, facts))
+        for tensor in tensors:
+            for part in tensor.parts:
+                file.write(part.astype(_NUMPY_TYPES[tensor.dtype], copy=False).data)
 
 
-def _header(shapes: dict[str, tuple[str, int]], facts: dict[str, int]) -> bytes:
-    """The header of a safetensors file with these one-dimensional tensors, in this order.
+_NUMPY_TYPES = {"I64": "<i8", "I32": "<i4", "U8": "u1"}
 
-    The format is https://github.com/huggingface/safetensors#format. Its library writes only what is in memory.
-    """
-    bytes_each = {"I64": 8, "I32": 4, "U8": 1}
-    entries: dict[str, Any] = {"__metadata__": {_FACTS: json.dumps(facts, sort_keys=True)}}
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of one dimension, in parts that are made when they are written."""
+
+    name: str
+    dtype: Literal["I64", "I32", "U8"]
+    count: int | None
+    """None for a tensor that the file does not have."""
+    parts: Iterable[NDArray[numpy.integer]]
+
+    @classmethod
+    def from_array(cls, name: str, dtype: Literal["I64", "I32", "U8"], array: NDArray[numpy.integer] | None) -> Self:
+        """The tensor of a whole array, or none."""
+        return cls(name, dtype, None, ()) if array is None else cls(name, dtype, len(array), (array,))
+
+
+def _header(tensors: Sequence[_Tensor], facts: dict[str, int]) -> bytes:
+    """The header by https://github.com/huggingface/safetensors#format."""
+    entries: dict[str, object] = {"__metadata__": {_FACTS: json.dumps(facts, sort_keys=True)}}
     offset = 0
-    for name, (dtype, count) in shapes.items():
-        end = offset + bytes_each[dtype] * count
-        entries[name] = {"dtype": dtype, "shape": [count], "data_offsets": [offset, end]}
-        offset = end
+    for tensor in tensors:
+        if tensor.count is not None:
+            end = offset + numpy.dtype(_NUMPY_TYPES[tensor.dtype]).itemsize * tensor.count
+            entries[tensor.name] = {"dtype": tensor.dtype, "shape": [tensor.count], "data_offsets": [offset, end]}
+            offset = end
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header
@@ -166,17 +171,14 @@ class PreparedDataset:
     """The sequences of one split, read from the memory-mapped file on access only."""
 
     def __init__(self, path: Path) -> None:
-        """Open the file of a split.
-
-        Raises FileNotFoundError, or ValueError if it is damaged or of another version.
-        """
+        """Open a split's file. Raises FileNotFoundError, or ValueError if unreadable."""
         try:
             self._open(path)
         except (SafetensorError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged ({error!r})") from error
 
     def _open(self, path: Path) -> None:
-        file = cast("Any", safe_open(path, framework="pt"))
+        file = cast("TensorFile[Tensor]", safe_open(path, framework="pt"))
         facts = json.loads((file.metadata() or {}).get(_FACTS, "{}"))
         if facts.get("format") != FORMAT_VERSION:
             found = facts.get("format", "unknown")
@@ -185,20 +187,19 @@ class PreparedDataset:
         """Tokens that count in the loss."""
         self.pairs = "pairs" in facts
         """Whether its rows are chosen and rejected in turn."""
-        self._input_ids: Tensor = file.get_tensor("input_ids")
-        self._is_target: Tensor = file.get_tensor("is_target")
-        self._segment_lengths: Tensor = file.get_tensor("segment_lengths")
-        self._token_offsets: Tensor = file.get_tensor("token_offsets")
-        self._segment_offsets: Tensor = file.get_tensor("segment_offsets")
-        self._sequence_offsets: Tensor | None = None
+        self._input_ids, self._is_target = file.get_tensor("input_ids"), file.get_tensor("is_target")
+        self._segment_lengths = file.get_tensor("segment_lengths")
+        self._token_offsets = file.get_tensor("token_offsets")
+        self._segment_offsets = file.get_tensor("segment_offsets")
+        names = file.keys()
+        self._drawn: tuple[Tensor, Tensor] | None = None
         self.epoch_offsets: tuple[int, ...] = ()
         """First sequence of each epoch, and the end. Empty if each epoch has all of them."""
-        if "epoch_offsets" in file.keys():  # noqa: SIM118 - no mapping
-            self._sequence_offsets = file.get_tensor("sequence_offsets")
-            self._sequence_rows: Tensor = file.get_tensor("sequence_rows")
+        if "epoch_offsets" in names:
+            self._drawn = file.get_tensor("sequence_offsets"), file.get_tensor("sequence_rows")
             self.epoch_offsets = tuple(file.get_tensor("epoch_offsets").tolist())
         self._checks: tuple[Tensor, Tensor] | None = None
-        if "checks" in file.keys():  # noqa: SIM118 - no mapping
+        if "checks" in names:
             self._checks = file.get_tensor("check_offsets"), file.get_tensor("checks")
         # Raises TypeError for offsets that are no list.
         len(self)
@@ -220,15 +221,13 @@ class PreparedDataset:
 
     def __len__(self) -> int:
         """The number of sequences. With a mix it is that of all epochs."""
-        return len(self._token_offsets if self._sequence_offsets is None else self._sequence_offsets) - 1
+        return len(self._token_offsets if self._drawn is None else self._drawn[0]) - 1
 
     def __getitem__(self, index: int) -> PackedSequence:
         """The sequence at `index`, from 0. Raises IndexError beyond the last one."""
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
-        if self._sequence_offsets is None:
-            return self._stored_sequence(index)
-        return PackedSequence.from_parts([self._stored_sequence(row) for row in self._drawn_rows(index)])
+        return PackedSequence.from_parts([self._stored_sequence(stored) for stored in self._stored(index)])
 
     def _stored_sequence(self, index: int) -> PackedSequence:
         start, end = self._token_offsets[index : index + 2].tolist()
@@ -240,9 +239,7 @@ class PreparedDataset:
 
     def row_numbers(self, index: int) -> Sequence[int]:
         """The numbers, in the split, of the rows in the sequence at `index`."""
-        if self._sequence_offsets is None:
-            return self._stored_rows(index)
-        return [number for row in self._drawn_rows(index) for number in self._stored_rows(row)]
+        return [number for stored in self._stored(index) for number in self._stored_rows(stored)]
 
     def check(self, row: int) -> RowCheck | None:
         """The check of a row of the split, or None. A pair counts as one row."""
@@ -256,20 +253,18 @@ class PreparedDataset:
         first, past = self._segment_offsets[index : index + 2].tolist()
         return range(first, past)
 
-    def _drawn_rows(self, index: int) -> list[int]:
-        """The rows of the sequence at `index`, where epochs have different sequences."""
-        if self._sequence_offsets is None:
-            raise AssertionError("all epochs have the sequences that are stored")
-        first, past = self._sequence_offsets[index : index + 2].tolist()
-        drawn: list[int] = self._sequence_rows[first:past].tolist()
+    def _stored(self, index: int) -> list[int]:
+        """The stored sequences that make up the sequence at `index`: several rows where epochs are drawn."""
+        if self._drawn is None:
+            return [index]
+        offsets, rows = self._drawn
+        first, past = offsets[index : index + 2].tolist()
+        drawn: list[int] = rows[first:past].tolist()
         return drawn
 
 
 def open_prepared(folder: Path, split: Split) -> PreparedDataset:
-    """The split of a data folder, for the steps after prepare.
-
-    Raises FileNotFoundError, or StepFailure BAD_DATASET if the file is damaged or of another version.
-    """
+    """A split for later steps. Raises FileNotFoundError, or StepFailure BAD_DATASET."""
     try:
         return PreparedDataset.open(folder, split)
     except ValueError as error:

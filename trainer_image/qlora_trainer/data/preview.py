@@ -1,15 +1,17 @@
 """Reads a job's first rows, and divides their text into targets and the rest."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 
 import numpy
 
+from qlora_api.schema import replace
 from qlora_api.spec.dataset import Columns, DatasetSpec, RowFormat
 from qlora_api.spec.training import TrainingSpec
-from qlora_trainer.data.examples.formats import PAIRS, Reading, RowReader, detect_format
+from qlora_trainer.data.examples.formats import PAIRS, Reading, RowReader, source_format
 from qlora_trainer.data.read.hub_splits import evaluation_part, training_part
 from qlora_trainer.data.read.locate import find_data
 from qlora_trainer.data.read.reading import read_rows, read_used_rows
@@ -87,26 +89,19 @@ def previews(
 def _sources(
     spec: DatasetSpec, training: TrainingSpec, access: StoreAccess, download: Path, count: int
 ) -> Iterator[_Source]:
-    """The sources of the training rows, then the evaluation's separate source.
-
-    That one is read in the format of the first.
-    """
+    """The training sources, then the evaluation's, read in the format of the first."""
     like: _Source | None = None
     for number, (field, source) in enumerate(spec.training_sources.items()):
         data = find_data(source.source, training_part(source, field), access, download / str(number))
         rows = list(islice(read_used_rows(data.files, spec.max_rows, training.seed if spec.shuffle else None), count))
-        if source.format == "auto":
-            format_, columns = detect_format(rows[0], source.columns, field, pairs=training.compares_answers)
-        else:
-            format_, columns = source.format, source.columns or Columns()
-        columns = columns.model_copy(update={"check": spec.check_column(field)})
+        format_, columns = source_format(rows[0], spec, field, pairs=training.compares_answers)
         found = _Source(data.uri, rows, field, format_, columns)
         like = like or found
         yield found
     if like is not None and spec.eval is not None and spec.eval.source is not None:
         data = find_data(spec.eval.source, evaluation_part(spec, spec.eval), access, download / "eval")
-        columns = like.columns.model_copy(update={"check": spec.check_column(like.field, own_evaluation=True)})
-        yield replace(
+        columns = replace(like.columns, check=spec.check_column(like.field, own_evaluation=True))
+        yield dataclasses.replace(
             like, uri=data.uri, rows=list(islice(read_rows(data.files), count)), columns=columns, held_out=True
         )
 
@@ -132,7 +127,7 @@ def _preview_row(
     if sum(len(row.input_ids) for row in rows) > recipe.longest_allowed:
         left_out = f"longer than {recipe.longest_allowed} tokens (spec.training.maxSequenceLength)"
         # Answers are only searched for in some of these rows, and not in those with many.
-        rows = [replace(row, is_target=numpy.zeros_like(row.is_target)) for row in rows]
+        rows = [dataclasses.replace(row, is_target=numpy.zeros_like(row.is_target)) for row in rows]
     names = ("",) if len(rows) == 1 else (", chosen", ", rejected")
     for name, text, row in zip(names, texts, rows, strict=True):
         parts = zip(tokenizer.pieces(text), row.is_target.tolist(), strict=True)

@@ -14,10 +14,7 @@ from qlora_trainer.data.tokenize.chunks import Digests
 
 
 def first_equal(digests: Digests) -> RowIndices:
-    """int64 [rows]: for each row the index of the first equal one, which may be the row itself.
-
-    `digests`: uint8 [rows, 16]. Takes some 60 bytes per row, by sorting.
-    """
+    """int64 [rows]: each row's first equal one, by the digests (uint8 [rows, 16])."""
     halves = numpy.ascontiguousarray(digests).view(numpy.uint64)
     # lexsort is stable: equal rows follow each other in the order of their indices.
     order = numpy.lexsort((halves[:, 0], halves[:, 1]))
@@ -87,18 +84,25 @@ def select_rows(
     for name, rows in zip(sources, usable, strict=True):
         _require_rows(rows, name, "is a duplicate of an earlier row: leave the source out, or unset deduplicate")
     own = numpy.arange(bounds[-1], bounds[-1] + own_rows)
-    own_firsts = _firsts(own, first_equal)
+    # Equal to no earlier one of them. Other rows may be equal.
+    _, positions = numpy.unique(first_equal[own], return_index=True)
+    own_firsts = own[numpy.sort(positions)]
     training: tuple[RowIndices, ...] = tuple(usable)
     held_out: tuple[RowIndices, ...] = ()
     evaluation = spec.eval
     if evaluation is not None and evaluation.fraction is not None:
-        training, held_out = _divide(dict(zip(sources, usable, strict=True)), evaluation.fraction, seed)
+        divided = [
+            [rows[part] for part in hold_out(len(rows), evaluation.fraction, seed, name)]
+            for name, rows in zip(sources, usable, strict=True)
+        ]
+        training, held_out = tuple(kept for kept, _ in divided), tuple(chosen for _, chosen in divided)
     elif evaluation is not None:
         held_out = (own_firsts if spec.deduplicate else own,)
     overlap = Overlap.from_rows(first_equal, numpy.concatenate(training), numpy.concatenate([bounds[:0], *held_out]))
     drops = evaluation is not None and evaluation.overlap == "drop"
     if drops:
-        training = _without(training, overlap)
+        flags = numpy.split(overlap.is_held_out, numpy.cumsum([len(rows) for rows in training])[:-1])
+        training = tuple(rows[~held_out] for rows, held_out in zip(training, flags, strict=True))
         for name, rows in zip(sources, training, strict=True):
             _require_rows(rows, name, "is held out too: hold out others, or set spec.dataset.eval.overlap to report")
     duplicates = (
@@ -106,26 +110,6 @@ def select_rows(
         len(own) - len(own_firsts),
     )
     return Selection(training, held_out, duplicates, overlap, drops)
-
-
-def _firsts(rows: RowIndices, first_equal: RowIndices) -> RowIndices:
-    """The `rows` that are equal to no earlier one of them. Other rows may be equal."""
-    _, positions = numpy.unique(first_equal[rows], return_index=True)
-    return rows[numpy.sort(positions)]
-
-
-def _divide(
-    sources: Mapping[str, RowIndices], fraction: float, seed: int
-) -> tuple[tuple[RowIndices, ...], tuple[RowIndices, ...]]:
-    """The rows of each source that are kept, and those that are held out."""
-    parts = [(rows, *hold_out(len(rows), fraction, seed, name)) for name, rows in sources.items()]
-    return tuple(rows[kept] for rows, kept, _ in parts), tuple(rows[chosen] for rows, _, chosen in parts)
-
-
-def _without(training: tuple[RowIndices, ...], overlap: Overlap) -> tuple[RowIndices, ...]:
-    ends = numpy.cumsum([len(rows) for rows in training])[:-1]
-    flags = numpy.split(overlap.is_held_out, ends)
-    return tuple(rows[~held_out] for rows, held_out in zip(training, flags, strict=True))
 
 
 def _require_rows(rows: RowIndices, name: str, why: str) -> None:

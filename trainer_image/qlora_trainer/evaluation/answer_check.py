@@ -17,12 +17,13 @@ from typing import Any, Literal, NoReturn, Self, TypeVar
 from jsonschema.protocols import Validator
 from jsonschema.validators import Draft202012Validator, validator_for
 from referencing import Registry, Resource
-from referencing.jsonschema import specification_with
+from referencing.jsonschema import DRAFT202012
 
 from qlora_api.contract import ExitCode
 from qlora_api.printable import first_line, shortened
 from qlora_api.spec.gate import ScoreSpec
 from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.core.protocols import JsonObject
 from qlora_trainer.data.render.reasoning import END_OF_REASONING, after_reasoning
 
 SECONDS = 2.0
@@ -89,7 +90,7 @@ class Criterion:
             schema = _object_or_boolean(self.text)
             kind = validator_for(schema, default=Draft202012Validator)
             kind.check_schema(schema)
-            _require_own_references(schema, kind)
+            _require_own_references(schema)
         except TimeoutError:
             raise
         except Exception as error:
@@ -110,9 +111,9 @@ def _object_or_boolean(text: str) -> Any:
     return schema
 
 
-def _require_own_references(schema: Any, kind: Any) -> None:
+def _require_own_references(schema: JsonObject | bool) -> None:
     """Raise Unresolvable if a reference of the schema leads out of it."""
-    root: Resource[Any] = specification_with(kind.ID_OF(kind.META_SCHEMA)).create_resource(schema)
+    root: Resource[object] = Resource.from_contents(schema, default_specification=DRAFT202012)
     parts = [(root, Registry().resolver_with_root(root))]
     while parts:
         part, resolver = parts.pop()

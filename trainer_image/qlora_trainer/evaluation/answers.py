@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
@@ -17,11 +17,13 @@ from qlora_api.printable import first_line
 from qlora_api.spec.gate import MAX_PROMPT_TOKENS
 from qlora_trainer.core.completion import EndOfTurn
 from qlora_trainer.core.filesystem import write_atomically
+from qlora_trainer.core.protocols import FastTokenizer
 from qlora_trainer.data.examples.row_check import RowCheck
 from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset
 from qlora_trainer.data.render.reasoning import asks_for_reasoning
 from qlora_trainer.history.samples import MAX_NEW_TOKENS, Sample, Samples
 from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
+from qlora_trainer.model.protocols import AdaptedModel
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +47,9 @@ class Prompt:
 def choose_prompts(data: PreparedDataset, count: int) -> list[Prompt]:
     """The prompts of the first rows of `count` evenly spaced sequences in `data`."""
     every = max(1, len(data) // max(1, count))
-    prompts = (_first_prompt(data, index) for index in range(0, len(data), every))
+    prompts = (next(_prompts(data, index)) for index in range(0, len(data), every))
     fitting = [prompt for prompt in prompts if len(prompt.tokens) <= MAX_PROMPT_TOKENS]
     return fitting[:count]
-
-
-def _first_prompt(data: PreparedDataset, index: int) -> Prompt:
-    return next(_prompts(data, index))
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ class AnswerTexts:
 
     def __init__(self, tokenizer_folder: Path, end: EndOfTurn | None) -> None:
         """Create. `end`: the mark that ends answers, if the configuration lacks it."""
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(
+        self.tokenizer: FastTokenizer = AutoTokenizer.from_pretrained(
             tokenizer_folder, local_files_only=True, trust_remote_code=False
         )
         self._end = end
@@ -145,7 +143,7 @@ class Answering:
     one token at a time. One prompt at a time, since padding changes the last bits of 16-bit sums, and so the words.
     """
 
-    def __init__(self, model: Any, texts: AnswerTexts, stopped: Stopped, device: torch.device) -> None:
+    def __init__(self, model: AdaptedModel, texts: AnswerTexts, stopped: Stopped, device: torch.device) -> None:
         """An answer in progress when `stopped` turns true is cut off there."""
         self._model, self.texts, self._device, self._stopped = model, texts, device, stopped
         base = model.get_base_model()
@@ -159,7 +157,7 @@ class Answering:
         ends = torch.tensor(self.texts.last_tokens(prompt), dtype=torch.int64, device=self._device)
 
         class Stopping(StoppingCriteria):
-            def __call__(self, input_ids: torch.Tensor, _scores: torch.Tensor, **_: Any) -> torch.Tensor:
+            def __call__(self, input_ids: torch.Tensor, _scores: torch.Tensor, **_: object) -> torch.Tensor:
                 return torch.isin(input_ids[:, -1], ends) | stopped()
 
         input_ids = torch.tensor([prompt.tokens], device=self._device)
@@ -194,7 +192,7 @@ def _samples(answering: Answering, prompts: Iterable[Prompt], stopped: Stopped, 
 
 def leave_samples(
     path: Path,
-    model: Any,
+    model: AdaptedModel,
     texts: Callable[[], AnswerTexts],
     data: PreparedDataset,
     count: int,

@@ -1,7 +1,6 @@
 """Compares a merged model with its adapter by the loss on some held-out rows."""
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 
@@ -9,13 +8,14 @@ from qlora_trainer.core.completion import Comparison
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.losses.batch import Batch, read_batch
 from qlora_trainer.model.losses.loss import batch_loss
+from qlora_trainer.model.protocols import AdaptedModel, Decoder
 
 MAX_TOKENS = 4096
 # Multiplications and additions that a pod without a GPU computes in some minutes.
 _OPERATIONS = 4e13
 
 
-def compare(model: Any, data: PreparedDataset, parameters: int, device: torch.device) -> Comparison:
+def compare(model: AdaptedModel, data: PreparedDataset, parameters: int, device: torch.device) -> Comparison:
     """The loss of a PEFT model on the first held-out sequences, each in a separate batch. Leaves it in eval mode.
 
     `parameters` are the quantized ones of its base, which decide how many sequences are compared.
@@ -42,16 +42,13 @@ def compared_sequences(data: PreparedDataset, parameters: int) -> int:
 
 
 def read_compared(data: PreparedDataset, sequences: int, device: torch.device, *, together: bool) -> list[Batch]:
-    """The first sequences, together in one batch or each in a separate batch.
-
-    Together: for a model that keeps rows apart.
-    """
+    """The first sequences. `together`: in one batch, for models that keep rows apart."""
     batches = [tuple(range(sequences))] if together else [(index,) for index in range(sequences)]
     return [read_batch(data, indices, device) for indices in batches]
 
 
 @torch.no_grad()
-def mean_loss(model: Any, batches: Iterable[Batch]) -> float:
+def mean_loss(model: Decoder, batches: Iterable[Batch]) -> float:
     """Mean target loss of all batches, in 16 bit as in training, in eval mode."""
     summed, targets = 0.0, 0
     for batch in batches:

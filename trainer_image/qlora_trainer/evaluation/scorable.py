@@ -8,6 +8,7 @@ from pathlib import Path
 from qlora_api.spec.gate import MAX_PATTERN_CHARACTERS, MAX_PROMPT_TOKENS, GateSpec, ScoreSpec
 from qlora_api.status import DatasetStatus
 from qlora_trainer.core.failures import bad_configuration, bad_dataset
+from qlora_trainer.data.examples.formats import PLAIN
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.evaluation.answer_check import AnswerChecker, Criterion
 from qlora_trainer.evaluation.answers import AnswerTexts, Prompt, ScoredPrompts
@@ -39,9 +40,9 @@ def require_scorable(
     """
     if gate is None or gate.score is None:
         return ()
-    if found.format == "text":
+    if found.format in PLAIN:
         raise bad_configuration(
-            f"{SCORE} answers the prompts of held-out rows, and rows of format text have none: use a format "
+            f"{SCORE} answers the prompts of held-out rows, and rows of format {found.format} have none: use a format "
             "with answers, or remove gate.score"
         )
     scored, spec = scored_rows(PreparedDataset.open(data_folder, "eval"), gate.score), gate.score
@@ -76,10 +77,7 @@ def require_scorable(
 
 
 def _require_positions(scored: ScoredPrompts, spec: ScoreSpec, positions: int) -> None:
-    """Reject rows beyond the model's positions before training.
-
-    The model would fail at the first answer that is too long, when the adapter is finished.
-    """
+    """Reject prompts that leave too few positions, before training rather than after."""
     longest = max(len(prompt.tokens) for prompt in scored.chosen)
     if longest + spec.max_new_tokens > positions:
         raise bad_configuration(
@@ -100,10 +98,7 @@ class _Failed:
 
 
 def _own_answers_that_fail(scored: ScoredPrompts, spec: ScoreSpec, texts: AnswerTexts) -> list[_Failed]:
-    """The answers of the data that would not pass, cut off where an adapter's are.
-
-    Raises StepFailure BAD_DATASET for a row with a check that cannot be used.
-    """
+    """The data's answers that fail. Raises StepFailure for an unusable check."""
     failed = []
     with AnswerChecker(spec) as checker:
         for row in scored.chosen:
@@ -117,10 +112,7 @@ def _own_answers_that_fail(scored: ScoredPrompts, spec: ScoreSpec, texts: Answer
 
 
 def row_criterion(spec: ScoreSpec, row: Prompt) -> Criterion | None:
-    """The row's criterion for answers, or None if all rows share the job's.
-
-    Raises StepFailure BAD_DATASET for a row with a schema where the job asks for a regular expression.
-    """
+    """The row's criterion, or None. Raises StepFailure BAD_DATASET for a wrong kind."""
     if not spec.of_rows or spec.check == "exactMatch":
         return None
     if row.check is None:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Self, get_args
+from typing import BinaryIO, Literal, Self, get_args
 
 from qlora_trainer.core.file_names import HISTORY_FILE
 from qlora_trainer.history.trackers import EventFiles
@@ -15,10 +15,7 @@ class MetricsLog:
     """Writes `report/metrics.jsonl`: a line per optimizer step and evaluation."""
 
     def __init__(self, folder: Path, length: int, event_files: EventFiles | None = None) -> None:
-        """Open the file and cut it to `length` bytes: steps that a lost attempt took after its checkpoint are repeated.
-
-        Each line goes to `event_files` too.
-        """
+        """Open the file, cut to `length` bytes: steps after a checkpoint are repeated."""
         self._event_files = event_files
         folder.mkdir(parents=True, exist_ok=True)
         self._file: BinaryIO = (folder / HISTORY_FILE).open("ab")
@@ -120,7 +117,7 @@ class MetricsHistory:
         return bool(self.reward_margin.steps)
 
 
-def _entry(line: Any) -> tuple[int, dict[str, float]]:
+def _entry(line: Mapping[str, float]) -> tuple[int, dict[str, float]]:
     """Step and quantities of a parsed line."""
     return int(line["step"]), {key: float(line[key]) for key in get_args(_Quantity) if key in line}
 

@@ -50,13 +50,13 @@ def grouped(metrics: Mapping[str, float]) -> dict[str, float]:
 class EventFiles:
     """TensorBoard's files of one run, without more metrics after an OSError."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], from_step: int) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, object], from_step: int) -> None:
         """Continue an earlier process's files. `settings`: the hyperparameters."""
         self._writer: Any = None
         self._failed = False
         self._attempt("could not be opened", lambda: self._open(folder, settings, from_step))
 
-    def _open(self, folder: Path, settings: Mapping[str, Any], from_step: int) -> None:
+    def _open(self, folder: Path, settings: Mapping[str, object], from_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         # Steps that a lost attempt took after its checkpoint are repeated; without one, so is the evaluation of step 0.

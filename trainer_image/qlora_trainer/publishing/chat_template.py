@@ -2,12 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from qlora_api.contract import WorkspaceLayout
 from qlora_trainer.core.completion import EndOfTurn, PrepareRecord
 from qlora_trainer.core.failures import unsafe_artifact
 from qlora_trainer.core.filesystem import file_sha256
+from qlora_trainer.core.protocols import JsonObject
 from qlora_trainer.data.render.template_source import PROCESSOR_TEMPLATE, TEMPLATE_FILE
 from qlora_trainer.model.source.files import GENERATION_CONFIG
 
@@ -35,6 +35,6 @@ def give_template(folder: Path, template: Path, end: EndOfTurn | None) -> None:
     if end is None or end.token is None:
         return
     path = folder / GENERATION_CONFIG
-    settings: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+    settings: JsonObject = json.loads(path.read_bytes()) if path.is_file() else {}
     settings["eos_token_id"] = [*end.known, end.token]
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")

@@ -11,12 +11,11 @@ import re
 import runpy
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
-from typing import Any
 
 import torch
 from gguf import GGUFReader
@@ -27,6 +26,7 @@ from transformers import AutoConfig
 import qlora_trainer
 from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_api.printable import one_line, shortened
+from qlora_api.schema import replace
 from qlora_api.spec.output import GgufSpec, GgufStatus
 from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.failures import StepFailure, bad_configuration
@@ -74,7 +74,7 @@ def require_convertible(
         adapter = folder / ADAPTER_FILE
         try:
             within_limits(_write_trial, (model_folder, target_modules, lora, adapter), what="an adapter to convert")
-            _convert(adapter, model_folder / CONFIG, lora.model_copy(update={"rank": 1}), gguf, folder / "trial")
+            _convert(adapter, model_folder / CONFIG, replace(lora, rank=1), gguf, folder / "trial")
         except (LimitReached, NotConvertible) as failure:
             raise bad_configuration(
                 f"spec.output.gguf: llama.cpp's converter does not convert adapters of this model: {failure}; remove "
@@ -218,7 +218,7 @@ def _block(name: str) -> str:
 def _write_trial(model_folder: Path, target_modules: tuple[str, ...], lora: LoraSpec, path: Path) -> None:
     """Write an adapter of rank 1, layers different: the converter joins equal ones."""
     torch.set_num_threads(1)
-    config: Any = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
-    shapes: Mapping[str, Any] = expected_tensors(text_part(config), target_modules, lora.model_copy(update={"rank": 1}))
+    config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
+    shapes = expected_tensors(text_part(config), target_modules, replace(lora, rank=1))
     numbers = torch.Generator().manual_seed(0)
     save_file({name: torch.randn(each.shape, generator=numbers).to(each.dtype) for name, each in shapes.items()}, path)

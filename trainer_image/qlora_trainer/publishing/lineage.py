@@ -22,11 +22,11 @@ from qlora_api.lineage import (
 )
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.core.trained_job import TrainedJob
-from qlora_trainer.publishing.destinations.destination import Destination, publish_folder
-from qlora_trainer.publishing.destinations.registry import RegistryDestination, artifact_digest
-from qlora_trainer.publishing.manifest import Manifest, run_manifest
+from qlora_trainer.publishing.manifest import run_manifest
 from qlora_trainer.publishing.signing import BUNDLE_TYPE, PAYLOAD_TYPE, PrivateKey, read_private_key, sign
-from qlora_trainer.stores.contents import Contents
+from qlora_trainer.stores.contents import Contents, Manifest
+from qlora_trainer.stores.destinations.destination import Destination, publish_folder
+from qlora_trainer.stores.destinations.registry import RegistryDestination, artifact_digest
 
 
 @dataclass(frozen=True)

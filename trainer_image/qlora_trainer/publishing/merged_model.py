@@ -16,7 +16,7 @@ from qlora_api.artifact_status import MergedStatus
 from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_trainer.core.completion import Comparison
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.core.file_names import ADAPTER_FILE, MODEL_CARD_FILE
+from qlora_trainer.core.file_names import ADAPTER_FILE, MODEL_CARD_FILE, PROCESSOR_FILES, TOKENIZER_FILES
 from qlora_trainer.core.filesystem import require_space, scratch_folder
 from qlora_trainer.core.trained_job import TrainedJob
 from qlora_trainer.data.prepared import PreparedDataset, open_prepared
@@ -26,12 +26,12 @@ from qlora_trainer.model.architecture.text_part import load_text_part
 from qlora_trainer.model.base.artifact import require_sha256
 from qlora_trainer.model.kernels.attention import ATTENTION, register_attention
 from qlora_trainer.model.nf4.base_weights import BaseWeights
-from qlora_trainer.model.source.files import GENERATION_CONFIG, PROCESSOR_FILES, TOKENIZER_FILES
+from qlora_trainer.model.source.files import GENERATION_CONFIG
 from qlora_trainer.publishing.chat_template import give_template, job_template_file
-from qlora_trainer.publishing.destinations.destination import Destination, publish_folder, reject_occupied
 from qlora_trainer.publishing.manifest import run_manifest
 from qlora_trainer.report.model_card import merged_model_card
 from qlora_trainer.stores.contents import Contents
+from qlora_trainer.stores.destinations.destination import Destination, publish_folder, reject_occupied
 
 _COPIED = (*sorted(TOKENIZER_FILES | PROCESSOR_FILES), GENERATION_CONFIG)
 
@@ -125,9 +125,7 @@ def _held_out_loss(
     files lack a tensor of the model or have another one.
     """
     register_attention()
-    model, report = load_text_part(
-        folder, dtype=torch.bfloat16, attn_implementation=attention, output_loading_info=True
-    )
+    model, report = load_text_part(folder, dtype=torch.bfloat16, attn_implementation=attention)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, report.get(kind) or ())):
             raise StepFailure(

@@ -2,15 +2,16 @@
 
 from qlora_api.artifact_status import BaseStatus
 from qlora_api.contract import WorkspaceLayout
+from qlora_api.schema import replace
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.file_names import MODEL_CARD_FILE
 from qlora_trainer.core.trained_job import TrainedJob
 from qlora_trainer.model.base.artifact import require_files, require_sum
 from qlora_trainer.model.source.files import tokenizer_and_processor
-from qlora_trainer.publishing.destinations.destination import Destination, reject_occupied
-from qlora_trainer.publishing.manifest import Manifest, Publisher, base_manifest, base_publisher
+from qlora_trainer.publishing.manifest import base_manifest, base_publisher
 from qlora_trainer.report.model_card import base_model_card
-from qlora_trainer.stores.contents import Contents
+from qlora_trainer.stores.contents import Contents, Manifest, Publisher
+from qlora_trainer.stores.destinations.destination import Destination, reject_occupied
 
 
 def publish_base(job: TrainedJob, workspace: WorkspaceLayout, destination: Destination) -> BaseStatus:
@@ -40,7 +41,7 @@ def publish_base(job: TrainedJob, workspace: WorkspaceLayout, destination: Desti
                 raise
     # Another job's has another model card, and so another address.
     uri = destination.location(destination.published() or manifest)
-    return job.prepared.base.model_copy(update={"uri": uri})
+    return replace(job.prepared.base, uri=uri)
 
 
 def is_base_published(job: TrainedJob, workspace: WorkspaceLayout, destination: Destination) -> bool:
@@ -59,4 +60,4 @@ def _is_there(destination: Destination, manifest: Manifest, publisher: Publisher
     if found is None or not publisher.owns(found):
         return False
     files = {name: file for name, file in manifest.files.items() if name != MODEL_CARD_FILE}
-    return destination.damaged(manifest.model_copy(update={"files": files})) is None
+    return destination.damaged(replace(manifest, files=files)) is None

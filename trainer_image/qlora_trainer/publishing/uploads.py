@@ -16,9 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qlora_trainer.history.trackers import grouped
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from mlflow.tracking import MlflowClient
 
 _MLFLOW_BATCH = 1000
 """Points that MLflow's REST API takes in a request.
@@ -57,7 +61,7 @@ class FinishedRun:
     """UID of its job: the same for each attempt, and of no other run."""
     name: str
     experiment: str
-    settings: Mapping[str, Any]
+    settings: Mapping[str, object]
     tags: Mapping[str, str]
     points: Sequence[tuple[int, Mapping[str, float]]]
     """Optimizer step, and its measurements by the names that tools group them by."""
@@ -93,7 +97,7 @@ def upload_to_mlflow(server: str, credentials: Mapping[str, str], run: FinishedR
             raise UploadError(str(error)) from error
 
 
-def _to_mlflow(client: Any, server: str, run: FinishedRun, clock: Callable[[], float]) -> str:
+def _to_mlflow(client: "MlflowClient", server: str, run: FinishedRun, clock: Callable[[], float]) -> str:
     """`clock` gives seconds."""
     from mlflow.entities import Metric, Param
 
@@ -118,7 +122,7 @@ def _to_mlflow(client: Any, server: str, run: FinishedRun, clock: Callable[[], f
     return f"{server.rstrip('/')}/#/experiments/{experiment}/runs/{identity}"
 
 
-def _mlflow_run(client: Any, experiment: str, run: FinishedRun) -> Any:
+def _mlflow_run(client: "MlflowClient", experiment: str, run: FinishedRun) -> "Run":
     """The run that an earlier upload has begun, with current tags, or a new one.
 
     Of several, made by concurrent attempts, it is the oldest, and the others are ended.
@@ -137,7 +141,7 @@ def _mlflow_run(client: Any, experiment: str, run: FinishedRun) -> Any:
     return first
 
 
-def _mlflow_experiment(client: Any, name: str) -> str:
+def _mlflow_experiment(client: "MlflowClient", name: str) -> str:
     """The id of the experiment of this name, made if there is none."""
     from mlflow.exceptions import MlflowException
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,7 @@ from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unsafe_artifact
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, HISTORY_FILE
 from qlora_trainer.core.filesystem import file_sha256
+from qlora_trainer.core.protocols import JsonObject
 from qlora_trainer.data.prepared import open_prepared
 from qlora_trainer.history.metrics_log import read_history
 from qlora_trainer.model.adapter.attach import peft_targets, whole_modules
@@ -160,7 +161,7 @@ def verify_config(
 
     Raises StepFailure: UNSAFE_ARTIFACT if it is missing or a link, INTERNAL_ERROR if it describes another adapter.
     """
-    expected: dict[str, Any] = {
+    expected: dict[str, object] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
@@ -183,7 +184,7 @@ def verify_config(
             raise _wrong_adapter(f"{path.name} has {key}: {found}, not {shortened_json(value)}")
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> JsonObject:
     _require_regular(path)
     try:
         with path.open("rb") as file:
@@ -230,7 +231,7 @@ def require_own_training(
             "is not published; create the job again, and keep one version of the trainer for all of its steps"
         )
     data = open_prepared(workspace.root / prepared.data_path, "train")
-    planned = Schedule.of(len(data), spec.training, data.epoch_offsets).total_steps
+    planned = Schedule.from_training(len(data), spec.training, data.epoch_offsets).total_steps
     curve = _evaluations(workspace) if spec.training.early_stopping or spec.training.keep == "best" else []
     end, kept = expected_end(spec.training, planned, curve)
     if trained.training_step != end:

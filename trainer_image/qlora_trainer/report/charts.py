@@ -1,10 +1,10 @@
 """Draws a run's curves: the loss for model cards and email, and report charts."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from io import BytesIO
-from typing import Any
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -63,7 +63,7 @@ def chart(
     it with, by their labels.
     """
 
-    def plot(axes: Any) -> None:
+    def plot(axes: Axes) -> None:
         marker = "o" if len(curve.steps) < 2 else None
         axes.plot(curve.steps, curve.values, color=_BLUE, linewidth=1.4, marker=marker)
         for (of_line, value), style in zip((lines or {}).items(), ("--", ":", "-."), strict=False):
@@ -87,7 +87,7 @@ def curves_chart(name: str, label: str, curves: Mapping[str, Curve], runaway: Se
     drawn = {key: curve for key, curve in curves.items() if curve.steps}
     others = [value for key, curve in drawn.items() if key not in runaway for value in curve.values]
 
-    def plot(axes: Any) -> None:
+    def plot(axes: Axes) -> None:
         colors = mpl.colormaps["viridis"].resampled(max(2, len(drawn)))
         for number, (key, curve) in enumerate(drawn.items()):
             front, listed = number == 0, number < _LISTED_CURVES
@@ -112,7 +112,7 @@ def curves_chart(name: str, label: str, curves: Mapping[str, Curve], runaway: Se
 def histogram(name: str, label: str, counts: Mapping[str, int]) -> str:
     """A bar for each entry of `counts`, with its number on top, as an SVG element."""
 
-    def plot(axes: Any) -> None:
+    def plot(axes: Axes) -> None:
         bars = axes.bar(range(len(counts)), list(counts.values()), width=0.9, color=_BLUE)
         axes.bar_label(bars, labels=[f"{count:,}" for count in counts.values()], color=_GREY, fontsize=8, padding=2)
         axes.set_xticks(range(len(counts)), list(counts))
@@ -122,7 +122,7 @@ def histogram(name: str, label: str, counts: Mapping[str, int]) -> str:
     return _svg(name, 9.6, 2.8, plot, x_label=label)
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Any]:
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15))
     axes = figure.add_subplot()
     axes.grid(axis="y", color=_LIGHT, linewidth=0.8)
@@ -132,7 +132,9 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _svg(name: str, width: float, height: float, plot: Any, *, x_label: str = "Optimizer step") -> str:
+def _svg(
+    name: str, width: float, height: float, plot: Callable[[Axes], None], *, x_label: str = "Optimizer step"
+) -> str:
     # Identifiers are drawn from the salt, not at random: the same run gives the same page. Text stays text.
     style = {"font.family": "sans-serif", "font.size": 9, "axes.edgecolor": _GREY, "svg.fonttype": "none"}
     with mpl.rc_context({**style, "svg.hashsalt": name}):
@@ -141,15 +143,15 @@ def _svg(name: str, width: float, height: float, plot: Any, *, x_label: str = "O
         axes.set_xlabel(x_label)
         if (legend := axes.get_legend()) is not None:
             # A name between dollar signs is no formula.
-            for text in legend.get_texts():
-                text.set_parse_math(False)
+            for label in legend.get_texts():
+                label.set_parse_math(False)
         image = BytesIO()
         figure.savefig(image, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     text = image.getvalue().decode()
     return text[text.index("<svg") :]
 
 
-def _plot_loss(axes: Any, history: MetricsHistory, kept_step: int | None) -> None:
+def _plot_loss(axes: Axes, history: MetricsHistory, kept_step: int | None) -> None:
     _plot_training(axes, history.loss)
     _plot_evaluation(axes, history.evaluation, kept_step)
     axes.set_xlabel("Optimizer step")
@@ -159,7 +161,7 @@ def _plot_loss(axes: Any, history: MetricsHistory, kept_step: int | None) -> Non
         axes.legend(frameon=False, loc="upper right")
 
 
-def _plot_training(axes: Any, curve: Curve) -> None:
+def _plot_training(axes: Axes, curve: Curve) -> None:
     if not curve.steps:
         return
     span = max(1.0, len(curve.steps) * _SMOOTHED_SHARE)
@@ -173,7 +175,7 @@ def _plot_training(axes: Any, curve: Curve) -> None:
         axes.plot(curve.steps, curve.smoothed(span), color=_BLUE, linewidth=2, label=label)
 
 
-def _plot_evaluation(axes: Any, curve: Curve, kept_step: int | None) -> None:
+def _plot_evaluation(axes: Axes, curve: Curve, kept_step: int | None) -> None:
     if not curve.steps:
         return
     axes.plot(curve.steps, curve.values, color=_ORANGE, linewidth=2, marker="o", markersize=6, label="held-out rows")

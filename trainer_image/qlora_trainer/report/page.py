@@ -1,20 +1,22 @@
 """Writes the report of a run: an HTML page, the loss picture, and a summary."""
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qlora_api.artifact_status import MergedStatus
 from qlora_api.contract import WorkspaceLayout
+from qlora_api.schema import replace
 from qlora_api.spec.dataset import DatasetSpec
 from qlora_api.status import DatasetStatus, MemoryStatus
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.file_names import CURVE_FILE, HISTORY_FILE, REPORT_FILE, SAMPLES_FILE, SUMMARY_FILE
 from qlora_trainer.core.filesystem import write_atomically
+from qlora_trainer.core.protocols import JsonObject
 from qlora_trainer.core.trained_job import TrainedJob
 from qlora_trainer.data.statistics import DataStatistics, SourceStatistics
 from qlora_trainer.history.metrics_log import MetricsHistory, read_history
@@ -72,7 +74,7 @@ def published_page(job: TrainedJob, workspace: WorkspaceLayout, *, device: Devic
     An adapter may be public; a GPU's price is between a company and its provider. The same run gives the same
     bytes. Raises as `write_report`.
     """
-    job, folder = replace(job, gpu_hour_price=""), workspace.report
+    job, folder = dataclasses.replace(job, gpu_hour_price=""), workspace.report
     shown = read_samples(folder / SAMPLES_FILE) if samples else Samples(missing=_ONLY_IN_THE_WORKSPACE)
     statistics = DataStatistics.read(workspace.root / job.prepared.data_path)
     return _page(job, device, read_history(folder / HISTORY_FILE), statistics, shown, None).encode()
@@ -169,20 +171,20 @@ def _charts(history: MetricsHistory, device: Device, estimate: MemoryStatus) -> 
     return [svg for svg in drawn if svg]
 
 
-def _settings(job: TrainedJob) -> Mapping[str, Mapping[str, Any]]:
+def _settings(job: TrainedJob) -> Mapping[str, Mapping[str, object]]:
     initial = job.prepared.initial_adapter
     return {
         "Quantization": job.spec.quantization.dump(),
-        "Adapter": job.spec.lora.model_copy(update={"initial_adapter": None}).dump(),
+        "Adapter": replace(job.spec.lora, initial_adapter=None).dump(),
         "Training": _flat(job.spec.training.dump()),
         **({} if initial is None else {"Initialized with the adapter": initial.dump()}),
         **({} if job.continued is None else {"Continues the run of": job.continued}),
     }
 
 
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(settings: Mapping[str, object]) -> dict[str, object]:
     """The settings, those of a part such as earlyStopping by its name and theirs."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for name, value in settings.items():
         inner = {f"{name}.{key}": leaf for key, leaf in value.items()} if isinstance(value, dict) else {name: value}
         flat |= inner
@@ -246,12 +248,12 @@ def _lengths(statistics: DataStatistics) -> str:
     return histogram("lengths", "Tokens per row, at most", {f"{up_to:,}": rows[up_to] for up_to in sorted(rows)})
 
 
-def _addresses(spec: DatasetSpec) -> dict[str, Any]:
+def _addresses(spec: DatasetSpec) -> JsonObject:
     """The addresses of the job's training data."""
     return {"source": spec.source} if spec.mix is None else {"mix": [source.dump() for source in spec.mix]}
 
 
-def _summary(job: TrainedJob, device: Device, history: MetricsHistory) -> dict[str, Any]:
+def _summary(job: TrainedJob, device: Device, history: MetricsHistory) -> JsonObject:
     """Values to compare between runs, for people and programs.
 
     Sizes in bytes, losses in nats per target token, or per pair.
@@ -288,7 +290,7 @@ def _summary(job: TrainedJob, device: Device, history: MetricsHistory) -> dict[s
     }
 
 
-def _preference(history: MetricsHistory, kept_step: int) -> dict[str, Any]:
+def _preference(history: MetricsHistory, kept_step: int) -> JsonObject:
     """The summary's values for an objective that compares answers."""
     if not history.compares_answers:
         return {}

@@ -9,19 +9,20 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import Field, ValidationError, model_validator
 
 from qlora_api.contract import SWEEP_REPORT
 from qlora_api.profile import DNS_LABEL
-from qlora_api.schema import ObservedModel
+from qlora_api.schema import ObservedModel, replace
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.status import Share
 from qlora_trainer.core.file_names import HISTORY_FILE
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.folder_lock import exclusive
+from qlora_trainer.core.protocols import JsonObject
 from qlora_trainer.core.trained_job import TrainedJob
 from qlora_trainer.history.metrics_log import Curve, MetricsHistory, read_history
 from qlora_trainer.report.charts import curves_chart
@@ -74,7 +75,7 @@ class _CellCurves(ObservedModel):
     """A cell's part of the page."""
 
     name: str = Field(max_length=63, pattern=DNS_LABEL)
-    settings: dict[str, Any]
+    settings: JsonObject
     """`lora` and `training` of its spec, by field."""
     loss: _Points
     """Smoothed."""
@@ -103,8 +104,10 @@ def add_to_sweep_report(job: TrainedJob, report: Path, shared: Path) -> None:
     """
     curves = _curves(job.name, job.spec, read_history(report / HISTORY_FILE))
     score = job.gate.score if job.gate is not None else None
-    failed = "gate" if job.gate is not None and not job.gate.passed else None
-    _add(curves.model_copy(update={"eval_loss": job.trained.eval_loss, "score": score, "failed": failed}), shared)
+    curves = replace(curves, eval_loss=job.trained.eval_loss, score=score)
+    if job.gate is not None and not job.gate.passed:
+        curves = replace(curves, failed="gate")
+    _add(curves, shared)
 
 
 def add_unfinished_to_sweep_report(
@@ -119,9 +122,10 @@ def add_unfinished_to_sweep_report(
     evaluated = bool(steps) and steps[-1] > 0
     if not evaluated and not diverged:
         return
-    latest = {"stopped_at": steps[-1], "eval_loss": losses[-1]} if evaluated else {}
-    failed = "diverged" if diverged else None
-    _add(_curves(name, spec, history).model_copy(update={**latest, "failed": failed}), shared)
+    curves = replace(_curves(name, spec, history), failed="diverged" if diverged else None)
+    if evaluated:
+        curves = replace(curves, stopped_at=steps[-1], eval_loss=losses[-1])
+    _add(curves, shared)
 
 
 def _curves(name: str, spec: QLoRAJobSpec, history: MetricsHistory) -> _CellCurves:
@@ -210,7 +214,7 @@ def _highest_score(cells: Sequence[_CellCurves]) -> str | None:
     return max(scored, key=lambda each: each[0], default=(0.0, None))[1]
 
 
-def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+def _differing(settings: Sequence[Mapping[str, object]]) -> list[str]:
     """The fields that are not the same for all."""
     names = dict.fromkeys(name for each in settings for name in each)
     return [name for name in names if any(each.get(name) != settings[0].get(name) for each in settings)]

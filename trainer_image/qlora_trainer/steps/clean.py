@@ -8,15 +8,10 @@ from qlora_trainer.core.filesystem import remove, remove_partials
 def clean(workspace: WorkspaceLayout) -> None:
     """Delete what only the steps needed in one job's folder, and all `*.partial`.
 
-    That is `model/`, `base/`, `data/`, `initial-adapter/`, `checkpoints/` and `best/`.
-    Once the adapter has been published, `trained/` goes too. Until then it holds its only copy. A job whose publication
-    failed can be resumed with it. The base is then made again, to the same bytes.
+    Once the adapter has been published, `trained/` goes too. Until then it holds its only copy, and a job whose
+    publication failed can be resumed with it. The base is then made again, to the same bytes.
 
-    `*.partial` is the unfinished part of a killed step's writes: of the adapter, the merged model, the base, a record
-    or a part of the report. May be called again.
-
-    A symbolic link is deleted and its target is not: nothing outside the folder is touched. Raises OSError if something
-    cannot be deleted.
+    A symbolic link is deleted and its target is not. May be called again. Raises OSError if a file cannot be deleted.
     """
     published = read_completion(workspace.completion("publish"), PublishRecord) is not None
     only_copy = (workspace.trained,) if published else ()

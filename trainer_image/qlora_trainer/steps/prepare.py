@@ -14,27 +14,26 @@ from typing import Literal
 
 from qlora_api.artifact_status import BaseStatus, InitialAdapterStatus
 from qlora_api.contract import ModelCacheLayout, WorkspaceLayout
+from qlora_api.schema import replace
 from qlora_api.spec.model import SecretKeyRef
-from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.completion import PreparedBase, PrepareRecord, read_completion, recorded_path, write_completion
-from qlora_trainer.core.context import Identity, StepContext, base_name
+from qlora_trainer.core.context import StepContext, base_name
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.filesystem import is_full, partial_path, remove, remove_partials, sizes
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.data.render.template_source import job_template
 from qlora_trainer.evaluation.scorable import require_readable
-from qlora_trainer.model.adapter.initial import InitialAdapter, get_initial_adapter
+from qlora_trainer.model.adapter.initial import get_initial_adapter
 from qlora_trainer.model.base.cache import ModelCache
-from qlora_trainer.model.base.cached_base import open_base_source
-from qlora_trainer.model.base.workspace_base import Base, BaseSource
-from qlora_trainer.model.source.downloads import open_model_source
-from qlora_trainer.model.source.models import SharedModel
-from qlora_trainer.publishing.destinations.addresses import check_destination
-from qlora_trainer.publishing.manifest import SHARED_BASE, Publisher, base_publisher
-from qlora_trainer.steps.prepare_checks import still_valid
+from qlora_trainer.model.base.cached_base import Base, BaseSource, open_base_source
+from qlora_trainer.model.source.models import ModelSource, open_model_source
+from qlora_trainer.publishing.manifest import base_publisher
+from qlora_trainer.steps.prepare_checks import refresh_record
 from qlora_trainer.steps.prepare_data import build_dataset, rows_folder, write_sequences
 from qlora_trainer.steps.prepare_model import AdmittedModel, check_settings, measure_memory
 from qlora_trainer.stores.access import StoreAccess
+from qlora_trainer.stores.contents import SHARED_BASE, Publisher
+from qlora_trainer.stores.destinations.addresses import check_destination
 from qlora_trainer.stores.hub import Hub, hub_token
 from qlora_trainer.training.checkpoints.fingerprint import run_settings
 from qlora_trainer.training.continued import continue_run, reject_other_settings, require_something_to_continue
@@ -46,14 +45,12 @@ def prepare(
 ) -> PrepareRecord:
     """Lay out model and data in the workspace and write the completion record. Returns early if it still holds.
 
-    Raises StepFailure. After a failure that another attempt cannot fix, nothing is left in the workspace that was not
-    there before, but for a base whose destination turns out to hold another one, or if the run to continue turns out
-    to be another one; after any other, what has been downloaded and tokenized stays and the next attempt resumes from
-    it.
+    Raises StepFailure. A failure that another attempt cannot fix leaves nothing new in the workspace, unless the base's
+    destination or the run to continue turns out to be another one. After any other, the next attempt resumes.
     """
     spec, workspace, mounts, identity = context.spec, context.workspace, context.mounts, context.identity
 
-    def say(activity: str) -> None:
+    def report(activity: str) -> None:
         records.progress(identity.progress("prepare", now(), activity))
 
     path, gpus = workspace.completion("prepare"), spec.resources.gpu_count
@@ -65,17 +62,17 @@ def prepare(
     check = partial(check_destination, mounts=mounts, secret=secret, registries=context.registries)
     record = None
     if written is not None:
-        record = still_valid(written, spec, workspace, mounts, context.group_size, records)
+        record = refresh_record(written, spec, workspace, mounts, context.group_size, records)
     if record is None:
         with _leaving_what_can_be_resumed(workspace):
             for field, address in spec.output.destinations.items():
                 check(address, publisher=Publisher(SHARED_BASE if field == "base.destination" else identity.job_uid))
-            record = _prepare(context, records, say, now, None if written is None else written.initial_adapter)
+            record = _prepare(context, records, report, now, None if written is None else written.initial_adapter)
     if spec.output.base is not None:
         publisher = base_publisher(record.base_sha256, workspace.root / record.model_path)
         check(spec.output.base.destination, publisher=publisher)
     if spec.continues is not None:
-        say(f"copying the checkpoint of {spec.continues}")
+        report(f"copying the checkpoint of {spec.continues}")
         job = PreparedJob.from_record(context, record, gpus)
         record = _continue_run(job, mounts.continued, spec.continues, written)
     if record != written:
@@ -85,106 +82,82 @@ def prepare(
 
 
 def _continue_run(job: PreparedJob, source: Path, name: str, written: PrepareRecord | None) -> PrepareRecord:
-    """Copy the checkpoint of the job of that name from `source`; the record has the step from which it continues.
-
-    `written` is the record of an attempt before this one, which may have copied it.
-    """
-    copied, record = continue_run(source, name, job), job.prepared
-    earlier_step = None if written is None else written.continued_step
-    step = earlier_step if copied is None else copied
+    """Copy the other job's checkpoint, unless an attempt with the record `written` did."""
+    step, record = continue_run(source, name, job), job.prepared
+    if step is None and written is not None:
+        step = written.continued_step
     if step is None or step == record.continued_step:
         return record
     earlier = f"continues {name} from step "
     remarks = (remark for remark in record.remarks if not remark.startswith(earlier))
-    return record.model_copy(update={"remarks": (*remarks, f"{earlier}{step}"), "continued_step": step})
+    return replace(record, remarks=(*remarks, f"{earlier}{step}"), continued_step=step)
 
 
 def _prepare(
     context: StepContext,
     records: RecordWriter,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
     now: Callable[[], datetime],
     earlier_adapter: InitialAdapterStatus | None,
 ) -> PrepareRecord:
     """Prepare model and data in stages, each of which returns its part of the record."""
-    spec, workspace, mounts = context.spec, context.workspace, context.mounts
+    spec, workspace, mounts, identity = context.spec, context.workspace, context.mounts, context.identity
     hub = cache(lambda: _open_hub(spec.model.token_secret_ref, mounts.token_file))
 
     def access(part: Literal["model", "dataset", "lora"]) -> StoreAccess:
         return StoreAccess(mounts, hub, context.secret(part), context.registries)
 
     require_readable(spec.gate)
-    say("reading the model's configuration")
+    report("reading the model's configuration")
     source = open_model_source(spec.model, access("model"), workspace.models)
     started = now()
     folder = source.settings()
     fetching = now() - started
     template = job_template(spec.dataset, mounts)
     checked = check_settings(folder, spec, workspace.root / "gguf")
-    say("measuring the memory that training needs")
+    report("measuring the memory that training needs")
     memory = measure_memory(folder, spec, checked.family, context.group_size)
     records.note(memory=memory.status)
-    model = AdmittedModel.of(folder, spec, checked, memory, template)
-    model_cache = _model_cache(mounts.model_cache, context.identity)
+    model = AdmittedModel.from_folder(folder, spec, checked, memory, template)
+    model_cache = None
+    if mounts.model_cache is not None:
+        model_cache = ModelCache(ModelCacheLayout(mounts.model_cache), identity.job_uid, identity.pod_uid)
     bases = open_base_source(source, model.layout, folder, workspace.base, model_cache)
     bases.require_room()
 
-    target = workspace.initial_adapter
-    initial = _initial_adapter(spec.lora, access("lora"), target, model, earlier_adapter, say)
-    rows = rows_folder(workspace.data, mounts.sweep, context.identity)
-    dataset = build_dataset(spec, model, access("dataset"), workspace.data, rows, say)
+    initial = None
+    if spec.lora.initial_adapter is not None:
+        report("fetching and checking the adapter of spec.lora.from")
+        modules = checked.family.target_modules
+        initial = get_initial_adapter(
+            spec.lora, access("lora"), workspace.initial_adapter, folder, modules, earlier_adapter
+        )
+    rows = rows_folder(workspace.data, mounts.sweep, identity)
+    dataset = build_dataset(spec, model, access("dataset"), workspace.data, rows, report)
     records.note(dataset=dataset.status())
-    sequences = write_sequences(dataset, spec, model, workspace.data, say)
+    sequences = write_sequences(dataset, spec, model, workspace.data, report)
 
     started = now()
-    base = bases.base(lambda done, total: say(f"{bases.activity} model {sizes(done, total)}"))
+    base = bases.base(lambda done, total: report(f"{bases.activity} model {sizes(done, total)}"))
     fetching += now() - started
 
     data = sequences.complete(spec, model, base.revision, workspace)
-    of_adapter = () if initial is None else _complete_adapter(initial, base_name(spec.model), base.revision)
+    remarks = (*checked.remarks, *sequences.remarks)
+    if initial is not None:
+        initial.complete()
+        remark = initial.remark(base_name(spec.model), base.revision)
+        remarks += () if remark is None else (remark,)
     return PrepareRecord(
         **dict(model.record()),
         **dict(_base_record(bases, base, source, fetching, workspace.root)),
         **dict(data),
-        remarks=(*checked.remarks, *sequences.remarks, *of_adapter),
+        remarks=remarks,
         initial_adapter=None if initial is None else initial.status,
     )
 
 
-def _initial_adapter(
-    lora: LoraSpec,
-    access: StoreAccess,
-    target: Path,
-    model: AdmittedModel,
-    earlier: InitialAdapterStatus | None,
-    say: Callable[[str], None],
-) -> InitialAdapter | None:
-    """Fetch and check the adapter of spec.lora.from.
-
-    `earlier` is the adapter that an earlier attempt has fetched.
-    """
-    if lora.initial_adapter is None:
-        return None
-    say("fetching and checking the adapter of spec.lora.from")
-    return get_initial_adapter(lora, access, target, model.folder, model.checked.family.target_modules, earlier)
-
-
-def _complete_adapter(initial: InitialAdapter, name: str, revision: str) -> tuple[str, ...]:
-    """Complete the adapter's folder, and return remarks on its base."""
-    initial.complete()
-    remark = initial.remark(name, revision)
-    return () if remark is None else (remark,)
-
-
-def _model_cache(folder: Path | None, identity: Identity) -> ModelCache | None:
-    return None if folder is None else ModelCache(ModelCacheLayout(folder), identity.job_uid, identity.pod_uid)
-
-
-def _base_record(bases: BaseSource, base: Base, source: SharedModel, fetching: timedelta, root: Path) -> PreparedBase:
-    """Complete the model's folder, and return the base's part of the completion record.
-
-    `fetching` is the time in which the model arrived; `root` is the workspace folder.
-    """
+def _base_record(bases: BaseSource, base: Base, source: ModelSource, fetching: timedelta, root: Path) -> PreparedBase:
+    """Complete the model's folder, and return the base's part of the record."""
     return PreparedBase(
         model_path=recorded_path(source.complete(), root),
         model_revision=base.revision,
@@ -207,10 +180,7 @@ def _open_hub(reference: SecretKeyRef | None, token_file: Path) -> Hub:
 
 @contextmanager
 def _leaving_what_can_be_resumed(workspace: WorkspaceLayout) -> Iterator[None]:
-    """Delete the incomplete folders that no attempt will resume from.
-
-    When the body ends or raises.
-    """
+    """Delete what no attempt will resume from when the body ends or raises."""
     try:
         yield
     except StepFailure as failure:

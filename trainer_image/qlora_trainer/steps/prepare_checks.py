@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.forecast import training_flops
+from qlora_api.schema import replace
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.training import TrainingSpec
 from qlora_api.status import DatasetStatus
@@ -26,35 +27,31 @@ from qlora_trainer.model.source.files import CONFIG, tokenizer_digests
 from qlora_trainer.training.progress.evaluations import EVALUATIONS, too_few_evaluations
 from qlora_trainer.training.schedule import Schedule
 
+logger = logging.getLogger(__name__)
 
-def work_of(
+
+def planned_work(
     parameters: int | None, data: PreparedDataset, found: DatasetStatus, training: TrainingSpec
 ) -> WorkStatus | None:
-    """The operations of the planned run, or None if the weights per token are unknown.
-
-    `parameters`: of the model; None if unknown, or if each token uses some of them only (a mixture of experts).
-    """
+    """The operations of the planned run, or None if `parameters` per token are unknown."""
     if parameters is None:
         return None
-    schedule = Schedule.of(len(data), training, data.epoch_offsets)
+    schedule = Schedule.from_training(len(data), training, data.epoch_offsets)
     tokens = round(found.tokens * schedule.epoch(schedule.total_steps))
     return WorkStatus(parameters=parameters, tokens=tokens, flops=training_flops(parameters, tokens, training))
-
-
-logger = logging.getLogger(__name__)
 
 
 def remarks_on_evaluations(training: TrainingSpec, data_folder: Path) -> tuple[str, ...]:
     """Warnings about the evaluation schedule, also logged. Empty if none."""
     data = PreparedDataset.open(data_folder, "train")
-    remark = too_few_evaluations(training, Schedule.of(len(data), training, data.epoch_offsets).total_steps)
+    remark = too_few_evaluations(training, Schedule.from_training(len(data), training, data.epoch_offsets).total_steps)
     if remark is None:
         return ()
     logger.warning("%s", remark)
     return (remark,)
 
 
-def still_valid(
+def refresh_record(
     record: PrepareRecord,
     spec: QLoRAJobSpec,
     workspace: WorkspaceLayout,
@@ -68,17 +65,17 @@ def still_valid(
     """
     root = workspace.root
     resolved, folder = ResolvedInputs.read(root / record.data_path), root / record.model_path
-    if resolved is None or resolved.fingerprint(spec) != record.fingerprint or not (folder / CONFIG).is_file():
-        return None
-    if not _can_be_trained_on(root / record.data_path, ("train", "eval") if spec.dataset.eval else ("train",)):
-        return None
-    if not is_unchanged(record.initial_adapter, spec.lora.initial_adapter, workspace.initial_adapter):
-        return None
-    if not is_whole(root / record.base_path, mounts.model_cache):
-        return None
-    if not is_present(root / record.base_path, record.base_sha256, spec.quantization):
-        return None
-    if tokenizer_digests(folder) != resolved.tokenizer or not resolved.is_unchanged(spec.dataset, mounts):
+    data, base = root / record.data_path, root / record.base_path
+    if resolved is None or not (
+        resolved.fingerprint(spec) == record.fingerprint
+        and (folder / CONFIG).is_file()
+        and _can_be_opened(data, ("train", "eval") if spec.dataset.eval else ("train",))
+        and is_unchanged(record.initial_adapter, spec.lora.initial_adapter, workspace.initial_adapter)
+        and is_whole(base, mounts.model_cache)
+        and is_present(base, record.base_sha256, spec.quantization)
+        and tokenizer_digests(folder) == resolved.tokenizer
+        and resolved.is_unchanged(spec.dataset, mounts)
+    ):
         return None
     memory = MemoryFit.from_config(
         folder / CONFIG,
@@ -92,15 +89,13 @@ def still_valid(
     memory.require()
     require_readable(spec.gate)
     texts = partial(AnswerTexts, folder, record.end_of_turn)
-    of_score = require_scorable(
-        spec.gate, root / record.data_path, record.dataset, texts, fixed_positions=record.fixed_positions
-    )
+    of_score = require_scorable(spec.gate, data, record.dataset, texts, fixed_positions=record.fixed_positions)
     kept = (remark for remark in record.remarks if not remark.startswith((SCORE, EVALUATIONS)))
-    remarks = (*kept, *of_score, *remarks_on_evaluations(spec.training, root / record.data_path))
-    return record.model_copy(update={"memory": memory.status, "measured": memory.measured, "remarks": remarks})
+    remarks = (*kept, *of_score, *remarks_on_evaluations(spec.training, data))
+    return replace(record, memory=memory.status, measured=memory.measured, remarks=remarks)
 
 
-def _can_be_trained_on(data_folder: Path, splits: Sequence[Split]) -> bool:
+def _can_be_opened(data_folder: Path, splits: Sequence[Split]) -> bool:
     """Whether all prepared rows exist, in files that can be opened."""
     try:
         for split in splits:

@@ -15,13 +15,12 @@ from qlora_trainer.data.build import DatasetBuilder
 from qlora_trainer.data.dataset import Dataset
 from qlora_trainer.data.fingerprint import ResolvedInputs
 from qlora_trainer.data.prepared import open_prepared
-from qlora_trainer.data.render.chat_template import Tokenizer
 from qlora_trainer.data.render.end_of_turn import end_of_turn, marks_in_pieces, template_remarks
 from qlora_trainer.data.render.template_source import TEMPLATE_FILE, template_sha256
 from qlora_trainer.data.tokenize.row_cache import RowsFolder
 from qlora_trainer.evaluation.answers import AnswerTexts
 from qlora_trainer.evaluation.scorable import require_scorable
-from qlora_trainer.steps.prepare_checks import remarks_on_evaluations, work_of
+from qlora_trainer.steps.prepare_checks import planned_work, remarks_on_evaluations
 from qlora_trainer.steps.prepare_model import AdmittedModel
 from qlora_trainer.stores.access import StoreAccess
 
@@ -42,7 +41,11 @@ class WrittenSequences:
         self, spec: QLoRAJobSpec, model: AdmittedModel, revision: str, workspace: WorkspaceLayout
     ) -> PreparedData:
         """Rename the folder to its fingerprint, and return the data's part of the record."""
-        template = _write_template(model.tokenizer, self.folder)
+        template, text = None, model.tokenizer.template_text
+        if text is not None:
+            # For publication.
+            (self.folder / TEMPLATE_FILE).write_text(text, encoding="utf-8", newline="")
+            template = template_sha256(text)
         own = self.dataset.own_evaluation
         resolved = ResolvedInputs(
             revision,
@@ -61,7 +64,7 @@ class WrittenSequences:
             data_path=recorded_path(folder, workspace.root),
             data_content=resolved.content(spec.dataset),
             dataset=status,
-            work=work_of(model.parameters, open_prepared(folder, "train"), status, spec.training),
+            work=planned_work(model.parameters, open_prepared(folder, "train"), status, spec.training),
             template_sha256=template,
             end_of_turn=self.end_of_turn,
         )
@@ -73,7 +76,7 @@ def build_dataset(
     access: StoreAccess,
     data: Path,
     rows: RowsFolder,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> Dataset:
     """Tokenize the job's data set. The next attempt resumes from files below `data`."""
     return DatasetBuilder(
@@ -85,15 +88,12 @@ def build_dataset(
         access=access,
         scratch=lambda name: partial_path(data / name),
         rows=rows,
-        say=say,
+        say=report,
     ).build()
 
 
 def rows_folder(data: Path, sweep: Path | None, identity: Identity) -> RowsFolder:
-    """Return the folder of tokenized rows.
-
-    The cells of a sweep share it: they differ in nothing that changes a token.
-    """
+    """Return the folder of tokenized rows, which the cells of a sweep share."""
     own = partial_path(data / "rows")
     if sweep is None:
         return RowsFolder(own)
@@ -101,18 +101,15 @@ def rows_folder(data: Path, sweep: Path | None, identity: Identity) -> RowsFolde
 
 
 def write_sequences(
-    dataset: Dataset, spec: QLoRAJobSpec, model: AdmittedModel, data: Path, say: Callable[[str], None]
+    dataset: Dataset, spec: QLoRAJobSpec, model: AdmittedModel, data: Path, report: Callable[[str], None]
 ) -> WrittenSequences:
-    """Write the sequences to a new folder below `data`.
-
-    Raises StepFailure if spec.gate.score cannot be measured.
-    """
+    """Write the sequences to a new folder below `data`. Raises StepFailure."""
     folder = new_folder(partial_path(data / "layout"))
     dataset.write(
         folder,
         spec.training,
         packed=model.packed,
-        on_epoch=lambda number: say(f"drawing the rows of epoch {number + 1}"),
+        on_epoch=lambda number: report(f"drawing the rows of epoch {number + 1}"),
     )
     end, of_turns = _end_of_turn(model, dataset)
     of_score = require_scorable(
@@ -124,15 +121,6 @@ def write_sequences(
     )
     of_evaluations = remarks_on_evaluations(spec.training, folder)
     return WrittenSequences(dataset, folder, end, (*of_turns, *dataset.remarks, *of_score, *of_evaluations))
-
-
-def _write_template(tokenizer: Tokenizer, folder: Path) -> str | None:
-    """Write the job's chat template for publication, and return its SHA-256, or None."""
-    text = tokenizer.template_text
-    if text is None:
-        return None
-    (folder / TEMPLATE_FILE).write_text(text, encoding="utf-8", newline="")
-    return template_sha256(text)
 
 
 def _end_of_turn(model: AdmittedModel, dataset: Dataset) -> tuple[EndOfTurn | None, tuple[str, ...]]:

@@ -40,13 +40,10 @@ class AdmittedModel:
     """Whether they do."""
 
     @classmethod
-    def of(
+    def from_folder(
         cls, folder: Path, spec: QLoRAJobSpec, checked: CheckedModel, memory: MemoryFit, template: JobTemplate | None
     ) -> Self:
-        """Load the tokenizer of a checked model.
-
-        Raises StepFailure if the job does not fit its GPU.
-        """
+        """Load the tokenizer of a checked model. Raises StepFailure if it does not fit."""
         memory.require()
         advise_learning_rate(memory.parameters or 0, spec.training.learning_rate)
         return cls(
@@ -62,10 +59,7 @@ class AdmittedModel:
 
     @property
     def parameters(self) -> int | None:
-        """Weights that each token is multiplied by.
-
-        None if unknown, or if each token uses some of them only.
-        """
+        """Weights that each token is multiplied by, or None if unknown or a part."""
         return None if self.checked.family.mixture_of_experts else self.memory.parameters
 
     def record(self) -> PreparedModel:

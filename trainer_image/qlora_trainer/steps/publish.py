@@ -3,15 +3,14 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
-from torch import Tensor
-
 from qlora_api.artifact_status import AdapterStatus, BaseStatus, MergedStatus
 from qlora_api.contract import WorkspaceLayout
+from qlora_api.schema import replace
 from qlora_api.spec.output import TrackingStatus
 from qlora_api.status import StepName
 from qlora_trainer.core.completion import PrepareRecord, PublishRecord, TrainRecord, read_completion, write_completion
@@ -35,8 +34,6 @@ from qlora_trainer.history.metrics_log import read_history
 from qlora_trainer.model.adapter.initial import read_initial_adapter
 from qlora_trainer.model.base.cache import require_whole_in_cache
 from qlora_trainer.publishing.chat_template import job_template_file
-from qlora_trainer.publishing.destinations.addresses import JobDestinations
-from qlora_trainer.publishing.destinations.destination import Destination, is_published
 from qlora_trainer.publishing.gate import gate_failure, judge
 from qlora_trainer.publishing.gguf import GgufFile, gguf_file
 from qlora_trainer.publishing.lineage import publish_with_lineage, read_signing_key
@@ -49,6 +46,8 @@ from qlora_trainer.report.page import published_page, write_report
 from qlora_trainer.report.serving import served_rank
 from qlora_trainer.report.sweep_page import add_to_sweep_report
 from qlora_trainer.stores.contents import Contents
+from qlora_trainer.stores.destinations.addresses import JobDestinations
+from qlora_trainer.stores.destinations.destination import Destination, is_published
 
 logger = logging.getLogger(__name__)
 
@@ -65,17 +64,25 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
     workspace, mounts, identity, device = context.workspace, context.mounts, context.identity, context.device
     job, namespace = _trained_job(context), context.document.metadata.namespace
 
-    def say(activity: str) -> None:
+    def report(activity: str) -> None:
         records.progress(identity.progress("publish", now(), activity))
 
     def track(record: PublishRecord) -> PublishRecord:
-        tracking = upload_run(job, record, context.secret("tracking"), workspace, namespace, say)
-        return _with_tracking(record, tracking, workspace.completion("publish"))
+        tracking = upload_run(job, record, context.secret("tracking"), workspace, namespace, report)
+        return _add_tracking(record, tracking, workspace.completion("publish"))
+
+    def verify() -> tuple[Path, bytes]:
+        report("verifying the adapter")
+        folder = _verify(job, workspace)
+        report("writing the report")
+        return folder, write_report(job, workspace, device=device)
 
     records.note(gate=job.gate)
     if job.gate is not None and not job.gate.passed:
-        folder, picture = _verify_and_report(job, workspace, device, say)
-        _describe_adapter(job, folder, workspace, picture)
+        folder, picture = verify()
+        # Here it stays, longer than the prepared data with the template.
+        for name, content in _describe(job, workspace, picture).items():
+            write_atomically(folder / name, content if isinstance(content, bytes) else content.read_bytes())
         _add_to_sweep(job, workspace.report, mounts.sweep)
         raise gate_failure(job.gate, f"{context.workspace_uri}/{job.trained.adapter_path}")
     secret, owner = context.secret("output"), identity.pod_uid
@@ -83,25 +90,33 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
         job.spec.output, workspace, context.workspace_uri, mounts, secret, context.registries, owner
     )
     destination = destinations.adapter()
-    done = _already_published(job, workspace, destination, destinations, has_key=mounts.signing_key.is_file())
+    done = _find_published(job, workspace, destination, destinations, has_key=mounts.signing_key.is_file())
     if done is not None:
         # The attempt before may have been killed before it had written the page of the sweep.
         _add_to_sweep(job, workspace.report, mounts.sweep)
-        return track(done.model_copy(update={"gate": job.gate}))
+        return track(replace(done, gate=job.gate))
     key = read_signing_key(mounts.signing_key)
-    folder, picture = _verify_and_report(job, workspace, device, say)
-    say(f"writing to {destination.uri}")
-    page = _published_page(job, workspace, device)
+    folder, picture = verify()
+    report(f"writing to {destination.uri}")
+    page, wanted = None, job.spec.output.report
+    if wanted != "none":
+        page = published_page(job, workspace, device=device, samples=wanted == "full")
     with gguf_file(job, folder, workspace) as gguf:
-        contents = _contents(job, folder, workspace, picture, page, gguf)
+        contents = {
+            ADAPTER_FILE: folder / ADAPTER_FILE,
+            ADAPTER_CONFIG_FILE: folder / ADAPTER_CONFIG_FILE,
+            **_describe(job, workspace, picture),
+            **({} if page is None else {REPORT_FILE: page}),
+            **({} if gguf is None else {GGUF_FILE: gguf.path}),
+        }
         uri = publish_with_lineage(job, destination, contents, namespace=namespace, key=key)
-        adapter = _adapter_at(uri, job, folder, gguf, signed=key is not None)
+        adapter = _adapter_status(uri, job, folder, gguf, signed=key is not None)
     record = PublishRecord(
         fingerprint=_fingerprint(job.trained, destination),
         adapter=adapter,
         gate=job.gate,
-        base=_publish_base(job, workspace, mounts.model_cache, destinations, say),
-        merged=_merge(job, workspace, mounts.model_cache, destinations, device, say),
+        base=_publish_base(job, workspace, mounts.model_cache, destinations, report),
+        merged=_publish_merged(job, workspace, mounts.model_cache, destinations, device, report),
         report_sha256=None if page is None else hashlib.sha256(page).hexdigest(),
     )
     write_completion(workspace.completion("publish"), record)
@@ -109,25 +124,17 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
     return track(record)
 
 
-def _with_tracking(record: PublishRecord, tracking: TrackingStatus | None, path: Path) -> PublishRecord:
+def _add_tracking(record: PublishRecord, tracking: TrackingStatus | None, path: Path) -> PublishRecord:
     """Record at `path` the uploads to trackers, which can be repeated."""
     if tracking == record.tracking:
         return record
-    record = record.model_copy(update={"tracking": tracking})
+    record = replace(record, tracking=tracking)
     try:
         write_completion(path, record)
     except OSError as error:
         # Only a later attempt would read it, which uploads the same run again.
         logger.warning("the upload of the run is not recorded: %s", error)
     return record
-
-
-def _published_page(job: TrainedJob, workspace: WorkspaceLayout, device: Device) -> bytes | None:
-    """The page of the run for the adapter's folder, or None if the job wants none."""
-    wanted = job.spec.output.report
-    if wanted == "none":
-        return None
-    return published_page(job, workspace, device=device, samples=wanted == "full")
 
 
 def _add_to_sweep(job: TrainedJob, report: Path, sweep: Path | None) -> None:
@@ -144,12 +151,9 @@ def _add_to_sweep(job: TrainedJob, report: Path, sweep: Path | None) -> None:
 
 
 def _trained_job(context: StepContext) -> TrainedJob:
-    """The job with earlier records and the gate's result.
-
-    Raises StepFailure if a record is missing.
-    """
-    trained = _required(context.workspace.completion("train"), "train", TrainRecord)
-    prepared = _required(context.workspace.completion("prepare"), "prepare", PrepareRecord)
+    """The job with earlier records and the gate's result. Raises StepFailure."""
+    trained = _require_record(context.workspace.completion("train"), "train", TrainRecord)
+    prepared = _require_record(context.workspace.completion("prepare"), "prepare", PrepareRecord)
     pairs = context.spec.training.compares_answers
     return TrainedJob(
         name=context.document.metadata.name,
@@ -163,7 +167,7 @@ def _trained_job(context: StepContext) -> TrainedJob:
     )
 
 
-def _required(path: Path, step: StepName, kind: type[_Completion]) -> _Completion:
+def _require_record(path: Path, step: StepName, kind: type[_Completion]) -> _Completion:
     record = read_completion(path, kind)
     if record is None:
         raise bad_configuration(
@@ -172,7 +176,7 @@ def _required(path: Path, step: StepName, kind: type[_Completion]) -> _Completio
     return record
 
 
-def _already_published(
+def _find_published(
     job: TrainedJob,
     workspace: WorkspaceLayout,
     destination: Destination,
@@ -207,19 +211,9 @@ def _fingerprint(trained: TrainRecord, destination: Destination) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _verify_and_report(
-    job: TrainedJob, workspace: WorkspaceLayout, device: Device, say: Callable[[str], None]
-) -> tuple[Path, bytes]:
-    """Verify the adapter and write the report. Returns its folder and the picture."""
-    say("verifying the adapter")
-    folder = _verify(job, workspace)
-    say("writing the report")
-    return folder, write_report(job, workspace, device=device)
-
-
 def _verify(job: TrainedJob, workspace: WorkspaceLayout) -> Path:
     """Return the folder of the trained adapter, after every check. Raises StepFailure."""
-    prepared, trained = job.prepared, job.trained
+    prepared, trained, initial = job.prepared, job.trained, job.prepared.initial_adapter
     require_own_training(prepared, trained, job.spec, workspace)
     folder = confine(workspace.root / trained.adapter_path, workspace.root)
     verify_adapter(
@@ -230,57 +224,24 @@ def _verify(job: TrainedJob, workspace: WorkspaceLayout) -> Path:
         target_modules=prepared.target_modules,
         base_name=job.base_name,
         base_revision=prepared.model_revision,
-        initial=_initial_adapter(job, workspace),
+        initial=None if initial is None else read_initial_adapter(workspace.initial_adapter, initial.sha256),
     )
     return folder
 
 
-def _describe_adapter(job: TrainedJob, folder: Path, workspace: WorkspaceLayout, picture: bytes) -> None:
-    """Write model card, picture and template to `folder`, where the adapter stays."""
-    contents = {MODEL_CARD_FILE: _card(job, workspace), CURVE_FILE: picture}
-    template = job_template_file(job.prepared, workspace)
-    if template is not None:
-        # The prepared data, where it is, does not stay as long as the adapter.
-        contents[TEMPLATE_FILE] = template.read_bytes()
-    for name, content in contents.items():
-        write_atomically(folder / name, content)
-
-
-def _card(job: TrainedJob, workspace: WorkspaceLayout) -> bytes:
-    """The adapter's model card. Raises OSError or ValueError for unusable metrics."""
-    return adapter_model_card(job, read_history(workspace.report / HISTORY_FILE)).encode()
-
-
-def _initial_adapter(job: TrainedJob, workspace: WorkspaceLayout) -> Mapping[str, Tensor] | None:
-    """The tensors that training continued from, or None for a new adapter."""
-    initial = job.prepared.initial_adapter
-    return None if initial is None else read_initial_adapter(workspace.initial_adapter, initial.sha256)
-
-
-def _contents(
-    job: TrainedJob, folder: Path, workspace: WorkspaceLayout, picture: bytes, page: bytes | None, gguf: GgufFile | None
-) -> Contents:
-    """The files to publish: the adapter of `folder`, its model card, the picture of its loss, and other files of it.
-
-    `page` is the report, if it is published too.
-    """
+def _describe(job: TrainedJob, workspace: WorkspaceLayout, picture: bytes) -> Contents:
+    """The adapter's model card, picture of its loss, and template, if the job has one."""
+    card = adapter_model_card(job, read_history(workspace.report / HISTORY_FILE)).encode()
     template = job_template_file(job.prepared, workspace)
     return {
-        ADAPTER_FILE: folder / ADAPTER_FILE,
-        ADAPTER_CONFIG_FILE: folder / ADAPTER_CONFIG_FILE,
-        MODEL_CARD_FILE: _card(job, workspace),
+        MODEL_CARD_FILE: card,
         CURVE_FILE: picture,
         **({} if template is None else {TEMPLATE_FILE: template}),
-        **({} if page is None else {REPORT_FILE: page}),
-        **({} if gguf is None else {GGUF_FILE: gguf.path}),
     }
 
 
-def _adapter_at(uri: str, job: TrainedJob, folder: Path, gguf: GgufFile | None, *, signed: bool) -> AdapterStatus:
-    """The status of the adapter in `folder`, published at `uri`.
-
-    `signed`: with a lineage that is.
-    """
+def _adapter_status(uri: str, job: TrainedJob, folder: Path, gguf: GgufFile | None, *, signed: bool) -> AdapterStatus:
+    """The status of the adapter in `folder`, published at `uri`."""
     return AdapterStatus(
         uri=uri,
         sha256=job.trained.adapter_sha256,
@@ -302,36 +263,30 @@ def _publish_base(
     workspace: WorkspaceLayout,
     model_cache: Path | None,
     destinations: JobDestinations,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> BaseStatus | None:
-    """Publish the 4-bit base, if the job asks for it.
-
-    Raises StepFailure if a cached base is no longer whole. The adapter is published without it.
-    """
+    """Publish the 4-bit base, if the job asks for it. Raises StepFailure."""
     destination = destinations.base()
     if destination is None:
         return None
     require_whole_in_cache(workspace.root / job.prepared.base_path, model_cache)
-    say(f"writing the base to {destination.uri}")
+    report(f"writing the base to {destination.uri}")
     return publish_base(job, workspace, destination)
 
 
-def _merge(
+def _publish_merged(
     job: TrainedJob,
     workspace: WorkspaceLayout,
     model_cache: Path | None,
     destinations: JobDestinations,
     device: Device,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> MergedStatus | None:
-    """Publish the merged model, if the job asks for one, and add it to the report.
-
-    Raises StepFailure as `_publish_base`.
-    """
+    """Publish the merged model, if the job asks for one, and add it to the report."""
     destination = destinations.merged()
     if destination is None:
         return None
     require_whole_in_cache(workspace.root / job.prepared.base_path, model_cache)
-    merged = publish_merged(job, workspace, destination, say)
+    merged = publish_merged(job, workspace, destination, report)
     write_report(job, workspace, device=device, merged=merged)
     return merged

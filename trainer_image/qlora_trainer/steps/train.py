@@ -13,17 +13,14 @@ from qlora_trainer.core.failures import StopRequest
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.steps.sweep_curves import leaving_curves
 from qlora_trainer.training.base_check import BaseCheck
-from qlora_trainer.training.distributed.launch import RankInfo, started_child_ranks
-from qlora_trainer.training.distributed.ranks import Meeting, Ranks, joined
-from qlora_trainer.training.finish_run import finish_run, leave_samples, with_score
+from qlora_trainer.training.distributed.launch import RankInfo, start_child_ranks
+from qlora_trainer.training.distributed.meeting import Meeting, join_ranks
+from qlora_trainer.training.finish_run import add_score, finish_run, write_samples
 from qlora_trainer.training.loop import run_to_end
 from qlora_trainer.training.open_run import ProcessSettings, open_run
-from qlora_trainer.training.out_of_memory import explained_shortage
+from qlora_trainer.training.out_of_memory import explain_shortage
 from qlora_trainer.training.prepared_job import PreparedJob
-from qlora_trainer.training.resume import agreed_checkpoint
 from qlora_trainer.training.run import Runtime
-
-Clock = Callable[[], datetime]
 
 
 def train(
@@ -31,7 +28,7 @@ def train(
     records: RecordWriter,
     *,
     stop: StopRequest,
-    now: Clock,
+    now: Callable[[], datetime],
     monotonic: Callable[[], float],
     command: Sequence[str] = (),
 ) -> TrainRecord:
@@ -41,20 +38,20 @@ def train(
     as a further process, for a job with several GPUs that torchrun has not started. Returns early if the completion
     record matches. Raises StepFailure, or Interrupted after saving when `stop` was set.
     """
-    rank_info = RankInfo.of(os.environ, context.spec.resources)
-    job = PreparedJob.of(context, rank_info.size)
-    done = job.already_trained()
+    rank_info = RankInfo.from_environment(os.environ, context.spec.resources)
+    job = PreparedJob.from_workspace(context, rank_info.size)
+    done = job.read_train_record()
     if done is not None:
         return done
     with ExitStack() as held, ExitStack() as together:
-        checkpoint = held.enter_context(job.attempt(now)) if rank_info.main else None
-        child_ranks = together.enter_context(started_child_ranks(rank_info, command))
+        checkpoint = held.enter_context(job.attempt(now)) if rank_info.is_main else None
+        child_ranks = together.enter_context(start_child_ranks(rank_info, command))
         runtime = Runtime(records, stop, now, monotonic)
         meeting = _meeting(context.identity, rank_info, runtime)
-        ranks = together.enter_context(joined(child_ranks, context.device, context.spec.training.sharding, meeting))
-        checkpoint = agreed_checkpoint(ranks, job.digest, checkpoint, context.workspace.checkpoints)
+        ranks = together.enter_context(join_ranks(child_ranks, context.device, context.spec.training.sharding, meeting))
+        checkpoint = job.agree_on_checkpoint(ranks, checkpoint)
         shortage = partial(
-            explained_shortage,
+            explain_shortage,
             context.spec,
             job.prepared.target_modules,
             context.device,
@@ -68,7 +65,7 @@ def train(
             run, state = open_run(job, ProcessSettings(runtime, ranks, base_check), checkpoint)
         if run.history is not None:
             held.enter_context(run.history)
-        leaving = leaving_curves(job, context.mounts.sweep) if ranks.main else nullcontext()
+        leaving = leaving_curves(job, context.mounts.sweep) if ranks.is_main else nullcontext()
         with shortage(lambda: run.progress.schedule.micro_batch_size), leaving:
             state = run_to_end(run, state)
         if base_check is not None:
@@ -77,27 +74,22 @@ def train(
         ranks.wait()
         # All that still needs GPU memory is the comparison, which takes one sequence at a time.
         with shortage(lambda: 1):
-            record = finish_run(run, state) if ranks.main else None
+            record = finish_run(run, state) if ranks.is_main else None
         # Not read from the workspace, where another node may see the file only after a while.
-        record = _agreed_record(ranks, record)
+        text = ranks.broadcast_text("trained", "" if record is None else record.model_dump_json())
+        record = record or TrainRecord.model_validate_json(text)
         ranks.wait()
         # However the others end from here on, the adapter is written.
         together.close()
-        if ranks.main:
-            record = with_score(run, state, record)
-            leave_samples(run)
+        if ranks.is_main:
+            record = add_score(run, state, record)
+            write_samples(run)
     return record
 
 
-def _agreed_record(ranks: Ranks, record: TrainRecord | None) -> TrainRecord:
-    """The completion record, which the main process passes and the others get."""
-    text = ranks.from_main("trained", "" if record is None else record.model_dump_json())
-    return record or TrainRecord.model_validate_json(text)
-
-
 def _meeting(identity: Identity, rank_info: RankInfo, runtime: Runtime) -> Meeting:
-    """How this process meets others in several pods, with the profile's time limit."""
-    if not rank_info.several_nodes or contract.ENV_NODE not in os.environ:
+    """How this process meets those of other pods, with the profile's time limit."""
+    if not rank_info.has_several_nodes or contract.ENV_NODE not in os.environ:
         return Meeting(stopped=lambda: runtime.stop.requested)
 
     def report_waiting(activity: str) -> None:

@@ -24,7 +24,7 @@ from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.checkpoints.checkpoint import Checkpoint
 from qlora_trainer.training.distributed.device import peak_memory_bytes
 from qlora_trainer.training.distributed.ranks import Ranks
-from qlora_trainer.training.finish_run import finish_run, leave_samples, with_score
+from qlora_trainer.training.finish_run import add_score, finish_run, write_samples
 from qlora_trainer.training.joint_training import Member, run_together
 from qlora_trainer.training.open_run import (
     LoadedBase,
@@ -115,7 +115,7 @@ def train_together(
         jobs: dict[int, PreparedJob] = {}
         for number, context in enumerate(contexts):
             with results.failing_alone(number, held[number]):
-                jobs[number] = PreparedJob.of(context, ranks=1)
+                jobs[number] = PreparedJob.from_workspace(context, ranks=1)
         reject_unjoinable(list(jobs.values()))
         entries = {
             number: _Entry(number, job, Runtime(records[number], stop, now, monotonic), held[number])
@@ -124,7 +124,7 @@ def train_together(
         checkpoints: dict[int, Checkpoint | None] = {}
         for entry in entries.values():
             with results.failing_alone(entry.number, entry.held):
-                if (done := entry.job.already_trained()) is not None:
+                if (done := entry.job.read_train_record()) is not None:
                     results[entry.number] = done
                     continue
                 checkpoints[entry.number] = entry.held.enter_context(entry.job.attempt(now))
@@ -167,8 +167,8 @@ def _measure_answers(entry: _Entry, member: Member, results: _Results) -> None:
     if isinstance(record, StepFailure):
         return
     with results.failing_alone(entry.number, entry.held), entry.job.rest_of_attempt(entry.runtime.now):
-        results[entry.number] = with_score(member.run, member.state, record)
-        leave_samples(member.run)
+        results[entry.number] = add_score(member.run, member.state, record)
+        write_samples(member.run)
 
 
 class _SharedBase:

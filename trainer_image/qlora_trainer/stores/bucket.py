@@ -1,17 +1,17 @@
 """An opened bucket: its address, its client, and why it cannot be reached."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from qlora_trainer.core.network import NOT_TRUSTED, https_proxy
 from qlora_trainer.stores.relay import Relay, start_relay
 
 if TYPE_CHECKING:
-    from obstore.store import ClientConfig, RetryConfig
+    from obstore.store import AzureStore, ClientConfig, GCSStore, RetryConfig, S3Store
 
 # Nothing can listen on port 0. The client follows redirects and takes credentials with it to any host; requests to all
 # hosts but the store's own go to this proxy, that is, nowhere.
@@ -71,13 +71,11 @@ class Route:
 class Bucket:
     """An open bucket."""
 
-    store: Any
+    store: "S3Store | GCSStore | AzureStore"
     """The client."""
     endpoint: str
     """URL of the store."""
     route: Route
-    settings: str
-    """The profile's fields that decide where it is, for messages."""
     access: "Access"
 
 
@@ -85,7 +83,7 @@ class Bucket:
 class Access:
     """The credentials that open a bucket."""
 
-    config: Any
+    config: Mapping[str, object]
     """Settings of the store's client."""
     servers: tuple[str, ...] = ()
     """Addresses of the servers from which the client gets credentials."""

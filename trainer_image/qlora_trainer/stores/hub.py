@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -246,10 +246,10 @@ class Hub:
                 )
             )
 
-    def find(self, repository: str) -> Listing | None:
-        """The files of a model's default branch, or None if the token sees none."""
+    def find(self, repository: str, revision: str | None = None) -> Listing | None:
+        """The files of a model at the revision or on its default branch, or None if the token sees no model."""
         try:
-            return self.list("model", repository, None)
+            return self.list("model", repository, revision)
         except StepFailure as failure:
             # A gated repository exists; the class of its error is below this one.
             if type(failure.__cause__) is RepositoryNotFoundError:
@@ -366,7 +366,7 @@ def _is_retryable(error: Exception) -> bool:
     return isinstance(error, HfHubHTTPError) and is_retryable(error.response.status_code, conflicts=True)
 
 
-def _byte_counter(on_bytes: Callable[[int], None]) -> type[Any]:
+def _byte_counter(on_bytes: Callable[[int], None]) -> type[object]:
     """A progress bar class for the client, which calls `on_bytes`.
 
     Of two bars for one file the larger counts.

@@ -7,10 +7,9 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import PurePosixPath
-from typing import Any
 
 from qlora_trainer.stores.contents import PublishedFile
-from qlora_trainer.stores.registry import MANIFEST_TYPE, Blob, digest_of
+from qlora_trainer.stores.registry import MANIFEST_TYPE, Blob, ImageManifest, Layer, digest_of
 
 ARTIFACT_TYPE = "application/vnd.cncf.model.manifest.v1+json"
 _CONFIG_TYPE = "application/vnd.cncf.model.config.v1+json"
@@ -56,17 +55,14 @@ def pack(name: str, files: Mapping[str, PublishedFile]) -> tuple[bytes, bytes]:
     return config, _json(manifest)
 
 
-def unpack(manifest: Mapping[str, Any]) -> dict[str, Blob]:
+def unpack(manifest: ImageManifest) -> dict[str, Blob]:
     """The files of an artifact by their names: layers that are one file. Others, such as archives, are left out.
 
     Raises ValueError if two layers have the same name, or one has a wrong type of annotations, digest or size.
     """
     files: dict[str, Blob] = {}
     for layer in manifest["layers"]:
-        annotations = layer.get("annotations") or {}
-        if not isinstance(annotations, Mapping):
-            raise ValueError("the annotations of a layer are not an object")  # noqa: TRY004 - of what the registry sent
-        name = annotations.get(_FILE_PATH) or annotations.get(_TITLE)
+        name = _name(layer)
         if not isinstance(name, str) or _is_archive(layer):
             continue
         if name in files:
@@ -80,21 +76,27 @@ def unpack(manifest: Mapping[str, Any]) -> dict[str, Blob]:
     return files
 
 
-def archives(manifest: Mapping[str, Any]) -> list[str]:
+def archives(manifest: ImageManifest) -> list[str]:
     """Names of the layers that are archives and may have files of a model. `manifest` is one that `unpack` accepts.
 
     Layers of documentation, code and data are left out: the format has types for them, and a model needs none.
     """
-    packed = [layer for layer in manifest["layers"] if _is_archive(layer)]
     return [
-        str(annotations.get(_FILE_PATH) or annotations.get(_TITLE) or layer.get("mediaType"))[:80]
-        for layer in packed
-        if not str(layer.get("mediaType")).startswith(_NO_MODEL)
-        for annotations in [layer.get("annotations") or {}]
+        str(_name(layer) or layer.get("mediaType"))[:80]
+        for layer in manifest["layers"]
+        if _is_archive(layer) and not str(layer.get("mediaType")).startswith(_NO_MODEL)
     ]
 
 
-def _is_archive(layer: Mapping[str, Any]) -> bool:
+def _name(layer: Layer) -> object:
+    """The name of the file in the layer, if its annotations have one."""
+    annotations = layer.get("annotations") or {}
+    if not isinstance(annotations, Mapping):
+        raise ValueError("the annotations of a layer are not an object")  # noqa: TRY004 - of what the registry sent
+    return annotations.get(_FILE_PATH) or annotations.get(_TITLE)
+
+
+def _is_archive(layer: Layer) -> bool:
     """Whether a layer is compressed, encrypted or packed, and not simply a file."""
     return "+" in str(layer.get("mediaType")) or ".tar" in str(layer.get("mediaType"))
 

@@ -12,25 +12,17 @@ from typing import TYPE_CHECKING
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
-from qlora_api.sources import ObjectStoreSource
+from qlora_api.sources import SCHEMES, ObjectStoreSource, listed
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unreachable
 from qlora_trainer.core.filesystem import partial_path
-from qlora_trainer.stores.azure import open_azure
 from qlora_trainer.stores.bucket import Bucket
-from qlora_trainer.stores.gcs import open_gcs
+from qlora_trainer.stores.clouds import OPEN
 from qlora_trainer.stores.retry import is_retryable
-from qlora_trainer.stores.s3 import open_s3
 
 if TYPE_CHECKING:
     from obstore import GetOptions
 
-_OPEN: Mapping[str, Callable[[str, Secret], Bucket]] = {"s3": open_s3, "gs": open_gcs, "az": open_azure}
-_CREDENTIALS: Mapping[str, str] = {
-    "s3": "the value of AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-    "gs": "private_key in GOOGLE_SERVICE_ACCOUNT_KEY",
-    "az": "the value of AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
-}
 _PART_BYTES = 2**23
 _BLOCK_BYTES = 2**20
 # The ETag of an object that was uploaded in one part, in S3 and GCS: its MD5. That of a multipart upload ends in the
@@ -65,11 +57,11 @@ def _open(source: ObjectStoreSource, secret: Secret) -> Bucket:
     The client's error is not shown, as it quotes them.
     """
     try:
-        return _OPEN[source.scheme](source.bucket, secret)
+        return OPEN[source.scheme](source.bucket, secret)
     except BaseError:
         raise bad_configuration(
-            f"{source} cannot be opened with {secret}: {_CREDENTIALS[source.scheme]} must be as the store issues it; "
-            "store it again, whole and once encoded in base64"
+            f"{source} cannot be opened with {secret}: the value of {SCHEMES[source.scheme].keys_text} must be as the "
+            "store issues it; store it again, whole and once encoded in base64"
         ) from None
 
 
@@ -86,6 +78,7 @@ class ObjectFolder:
         self._secret = secret
         self._reject = reject
         self._bucket = _open(source, secret)
+        self._settings = listed((".".join(setting.path) for setting in SCHEMES[source.scheme].settings), "and")
         self._endpoint, self._store = self._bucket.endpoint, self._bucket.store
         self.address = f"{self._endpoint}/{source.bucket}/{source.path}"
 
@@ -232,12 +225,12 @@ class ObjectFolder:
         if status is None and self._bucket.route.was_left(text):
             return bad_configuration(
                 f"{self._endpoint} redirects {self.uri} to another host, where credentials are never sent: ask the "
-                f"administrator to set {self._bucket.settings} of the profile"
+                f"administrator to set {self._settings} of the profile"
             )
         if _MOVED in text or (status is not None and status < 400):
             return bad_configuration(
                 f"the bucket of {self.uri} is not at {self._endpoint}: ask the administrator to set "
-                f"{self._bucket.settings} of the profile"
+                f"{self._settings} of the profile"
             )
         if status is None:
             trouble = self._bucket.route.trouble(text)

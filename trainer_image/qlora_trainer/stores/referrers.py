@@ -8,9 +8,9 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from qlora_trainer.stores.registry import INDEX_TYPE, MANIFEST_TYPE, Artifact, Blob, Registry, digest_of
+from qlora_trainer.core.protocols import JsonObject
+from qlora_trainer.stores.registry import INDEX_TYPE, MANIFEST_TYPE, Artifact, Blob, Index, Layer, Registry, digest_of
 
 _EMPTY = b"{}"
 _EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
@@ -41,8 +41,8 @@ def attach(
     if registry.put_referrer(manifest):
         return
     # A registry without the API lists under a tag what clients have attached.
-    entry = {"mediaType": MANIFEST_TYPE, "artifactType": media_type, "annotations": dict(annotations)}
-    entry |= _descriptor(manifest)
+    described = {"mediaType": MANIFEST_TYPE, "artifactType": media_type, "annotations": dict(annotations)}
+    entry = {**described, **_descriptor(manifest)}
     tag = _tag(artifact.digest)
     listed = _entries(registry.index(tag))
     if entry["digest"] not in [one.get("digest") for one in listed]:
@@ -84,14 +84,14 @@ def _document(registry: Registry, digest: object) -> Blob | None:
     None if that is no manifest, or its layer none that is read into memory.
     """
     found = registry.referrer(digest) if isinstance(digest, str) and _DIGEST.fullmatch(digest) else None
-    layer: dict[str, Any] = next(iter(found["layers"]), {}) if found is not None else {}
+    layer: Layer = found["layers"][0] if found is not None and found["layers"] else {}
     name, size = layer.get("digest"), layer.get("size")
     if not (isinstance(name, str) and _DIGEST.fullmatch(name) and type(size) is int):
         return None
     return Blob(name, size) if 0 < size <= _MAX_DOCUMENT_BYTES else None
 
 
-def _entries(index: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+def _entries(index: Index | None) -> list[JsonObject]:
     listed = None if index is None else index.get("manifests")
     return [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
 
@@ -100,7 +100,7 @@ def _tag(digest: str) -> str:
     return digest.replace(":", "-")
 
 
-def _descriptor(content: bytes) -> dict[str, Any]:
+def _descriptor(content: bytes) -> JsonObject:
     return {"digest": digest_of(content), "size": len(content)}
 
 

@@ -1,12 +1,12 @@
 """Reads and writes artifacts of an OCI registry."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypedDict
 from urllib.parse import quote, urljoin
 
 import requests
@@ -29,6 +29,27 @@ _MAX_PAGES = 20
 _BLOCK_BYTES = 2**16
 
 
+class Layer(TypedDict, total=False):
+    """A layer of an artifact, as any client may have described it."""
+
+    mediaType: object
+    digest: object
+    size: object
+    annotations: object
+
+
+class ImageManifest(TypedDict):
+    """The part of a manifest that is read."""
+
+    layers: list[Layer]
+
+
+class Index(TypedDict, total=False):
+    """The part of an index that is read."""
+
+    manifests: object
+
+
 @dataclass(frozen=True)
 class Blob:
     """A blob as a manifest describes it."""
@@ -44,7 +65,7 @@ class Artifact:
     """A manifest and its digest in the registry."""
 
     digest: str
-    manifest: Mapping[str, Any]
+    manifest: ImageManifest
     size: int
     """Bytes of the manifest."""
 
@@ -53,7 +74,7 @@ class Artifact:
 class Referrers:
     """The referrers of an artifact, as far as the registry was asked."""
 
-    pages: list[Mapping[str, Any]]
+    pages: list[Index]
     """Indexes."""
     is_all: bool
     """Whether the registry lists no more."""
@@ -91,10 +112,10 @@ class Registry:
             raise self._reject(f"{self.source} is not an artifact with layers ({MANIFEST_TYPE})")
         return Artifact(digest_of(content), manifest, len(content))
 
-    def referrer(self, digest: str) -> Mapping[str, Any] | None:
+    def referrer(self, digest: str) -> ImageManifest | None:
         """The manifest of a digest, or None if it has no layers.
 
-        Any client may attach anything to an artifact.
+        A client may attach anything to an artifact.
         """
         content = self._manifest_content(digest)
         return None if content is None else parse_layers(content)
@@ -105,9 +126,9 @@ class Registry:
             raise unsafe_artifact(f"{self.source}: the registry answered {reference} with {digest_of(content)}")
         return content
 
-    def index(self, tag: str) -> Mapping[str, Any] | None:
+    def index(self, tag: str) -> Index | None:
         """The index of a tag, as the registry has it, or None."""
-        return _object(self._small(self._manifest_url(tag), INDEX_TYPE)[0])
+        return _index(self._small(self._manifest_url(tag), INDEX_TYPE)[0])
 
     def referrers(self, digest: str, artifact_type: str) -> Referrers | None:
         """The referrers of the artifact with the digest, or None from a registry without that API.
@@ -115,10 +136,10 @@ class Registry:
         The registry may leave out what has another type.
         """
         following: str | None = f"{self._repository}/referrers/{digest}?artifactType={quote(artifact_type, safe='')}"
-        pages: list[Mapping[str, Any]] = []
+        pages: list[Index] = []
         while following and len(pages) < _MAX_PAGES:
             content, further = self._small(following, INDEX_TYPE)
-            page = _object(content)
+            page = _index(content)
             if page is None:
                 break
             pages.append(page)
@@ -312,7 +333,7 @@ class Registry:
             ) from None
 
 
-def parse_layers(content: bytes) -> Mapping[str, Any] | None:
+def parse_layers(content: bytes) -> ImageManifest | None:
     """The manifest of an artifact with layers, each an object, or None."""
     try:
         manifest = json.loads(content)
@@ -322,13 +343,13 @@ def parse_layers(content: bytes) -> Mapping[str, Any] | None:
     return manifest if isinstance(layers, list) and all(isinstance(layer, dict) for layer in layers) else None
 
 
-def _object(content: bytes | None) -> Mapping[str, Any] | None:
+def _index(content: bytes | None) -> Index | None:
     """The JSON object in the content, or None for anything else."""
     try:
         found = None if content is None else json.loads(content)
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return Index(manifests=found.get("manifests")) if isinstance(found, dict) else None
 
 
 def digest_of(content: bytes) -> str:

@@ -200,7 +200,7 @@ def _basic_login(user: str, password: str) -> str:
     return b64encode(f"{user}:{password}".encode()).decode()
 
 
-def _own_logins() -> dict[str, Any]:
+def _own_logins() -> dict[str, dict[str, dict[str, str]]]:
     """This user's Docker configuration, in Docker's place for it, or an empty one.
 
     Raises StepFailure BAD_CONFIGURATION for a file that cannot be read as one.

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cache
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from qlora_api.printable import first_line
@@ -51,7 +50,7 @@ class _Handler(BaseHTTPRequestHandler):
     servers: frozenset[str]
     relay: Relay
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, *_: object) -> None:
         """Nothing: what fails is reported by the client."""
 
     def do_CONNECT(self) -> None:

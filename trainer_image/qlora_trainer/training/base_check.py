@@ -1,6 +1,7 @@
 """Verifies the base's checksum in the background, to not keep the GPU waiting."""
 
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 from qlora_trainer.model.base.artifact import require_files, require_sha256
@@ -18,8 +19,7 @@ class BaseCheck:
     def __init__(self, folder: Path, sha256: str) -> None:
         """Begin. Raises StepFailure immediately, as `require_files` does."""
         require_files(folder)
-        self._failure: Exception | None = None
-        self._passed = False
+        self._result: Future[None] = Future()
         self._closed = threading.Event()
         # A daemon: a step that fails ends without it.
         self._thread = threading.Thread(target=self._check, args=(folder, sha256), daemon=True)
@@ -27,15 +27,12 @@ class BaseCheck:
 
     def raise_failure(self) -> None:
         """Raise StepFailure of `require_sha256`, or a bug, if found. Waits for nothing."""
-        if self._failure is not None:
-            raise self._failure
+        if self._result.done():
+            self._result.result()
 
     def wait(self) -> None:
         """Wait until everything is checked. Raises like `raise_failure`."""
-        self._thread.join()
-        self.raise_failure()
-        if not self._passed:
-            raise AssertionError("a check that has ended has passed, failed, or was closed by its owner")
+        self._result.result()
 
     def close(self) -> None:
         """End the check, whatever its result, without waiting for a pending read."""
@@ -45,11 +42,9 @@ class BaseCheck:
     def _check(self, folder: Path, sha256: str) -> None:
         try:
             require_sha256(folder, sha256, self._require_open)
-            self._passed = True
-        except _ClosedError:
-            pass
+            self._result.set_result(None)
         except Exception as error:  # noqa: BLE001 - raised in the thread that waits
-            self._failure = error
+            self._result.set_exception(error)
 
     def _require_open(self) -> None:
         if self._closed.is_set():

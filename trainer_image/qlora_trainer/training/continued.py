@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from qlora_api.contract import WorkspaceLayout
+from qlora_api.schema import replace
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unreachable
 from qlora_trainer.core.file_names import HISTORY_FILE
 from qlora_trainer.core.filesystem import atomic_file, bytes_below, require_space
@@ -25,10 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def require_something_to_continue(source: Path, name: str) -> None:
-    """Raise StepFailure unless the other job's folder has a checkpoint.
-
-    A cheap check of the workspace folder `source`, so it comes early.
-    """
+    """Raise StepFailure unless the other job's folder has a checkpoint: cheap, so early."""
     if not source.is_dir():
         raise unreachable(f"the workspace of {name} (spec.continues) is not mounted at {source}")
     if not numbered_checkpoints(_layout(source).checkpoints):
@@ -36,10 +34,7 @@ def require_something_to_continue(source: Path, name: str) -> None:
 
 
 def reject_other_settings(source: Path, name: str, settings: Fingerprint) -> None:
-    """Raise StepFailure (BAD_CONFIGURATION) if the other job's run has other settings than these: cheap, so early.
-
-    `settings` are those that are known before anything is prepared. `continue_run` sees what else makes it another run.
-    """
+    """Raise StepFailure if the other job's run has other settings than these: cheap, so early."""
     folder = _layout(source).checkpoints
     states = (read_state(confine(path, folder)) for _, path in numbered_checkpoints(folder))
     found = next((state.get("fingerprint") for state in states if state is not None), None)
@@ -56,7 +51,7 @@ def continue_run(source: Path, name: str, job: PreparedJob) -> int | None:
     differs, or has no checkpoint.
     """
     workspace = job.workspace
-    if newest_intact(workspace.checkpoints) is not None or job.already_trained() is not None:
+    if newest_intact(workspace.checkpoints) is not None or job.read_train_record() is not None:
         return None
     other = _layout(source)
     checkpoint = newest_intact(other.checkpoints)
@@ -65,11 +60,15 @@ def continue_run(source: Path, name: str, job: PreparedJob) -> int | None:
     _require_same_run(checkpoint.state.fingerprint, job.fingerprint, name)
     history = _history_bytes(other, checkpoint)
     require_space(workspace.root, bytes_below(checkpoint.path) + history, f"the checkpoint of {name}")
-    _copy_history(other, workspace, history)
+    if history:
+        with (other.report / HISTORY_FILE).open("rb") as file, atomic_file(workspace.report / HISTORY_FILE) as copy:
+            while history and (block := file.read(min(history, _BLOCK_BYTES))):
+                copy.write(block)
+                history -= len(block)
     if not (workspace.records / ATTEMPTS_FILE).exists():
         # Of no Job of this QLoRAJob: they count in the goodput, and not as attempts that got nowhere.
         earlier = _attempts(other)
-        write_attempts(workspace.records, [attempt.model_copy(update={"job_attempt": 0}) for attempt in earlier])
+        write_attempts(workspace.records, [replace(attempt, job_attempt=0) for attempt in earlier])
     # Last: with a checkpoint, everything that belongs to it is here.
     copy_checkpoint(checkpoint, workspace.checkpoints)
     logger.info("took up %s at step %d", name, checkpoint.step)
@@ -92,7 +91,7 @@ def _require_same_run(found: Fingerprint, wanted: Fingerprint, name: str) -> Non
 
 
 def _history_bytes(other: WorkspaceLayout, checkpoint: Checkpoint) -> int:
-    """Length of the metrics up to the checkpoint. Later steps are repeated here."""
+    """Length of the metrics up to the checkpoint. Later steps are repeated."""
     path = other.report / HISTORY_FILE
     if not path.exists():
         return 0
@@ -100,16 +99,7 @@ def _history_bytes(other: WorkspaceLayout, checkpoint: Checkpoint) -> int:
     return min(checkpoint.state.history_bytes, path.stat().st_size)
 
 
-def _copy_history(other: WorkspaceLayout, workspace: WorkspaceLayout, length: int) -> None:
-    if length:
-        with (other.report / HISTORY_FILE).open("rb") as file, atomic_file(workspace.report / HISTORY_FILE) as copy:
-            while length and (block := file.read(min(length, _BLOCK_BYTES))):
-                copy.write(block)
-                length -= len(block)
-
-
 def _attempts(other: WorkspaceLayout) -> list[Attempt]:
-    """The other run's attempts, or none without a record of them."""
     path = confine(other.records, other.root) / ATTEMPTS_FILE
     if not os.path.lexists(path):
         return []

@@ -1,17 +1,17 @@
 """Finishes a run: writes the kept adapter, the record, the score and samples."""
 
 from qlora_api.printable import first_line
-from qlora_trainer.core.completion import Comparison, TrainRecord, write_completion
+from qlora_api.schema import replace
+from qlora_trainer.core.completion import TrainRecord, write_completion
 from qlora_trainer.core.failures import damaged
 from qlora_trainer.core.file_names import ADAPTER_FILE, SAMPLES_FILE
 from qlora_trainer.core.filesystem import atomic_folder, file_sha256, remove
-from qlora_trainer.evaluation.answers import leave_samples as write_samples
+from qlora_trainer.evaluation import answers
 from qlora_trainer.evaluation.held_out import compare
 from qlora_trainer.model.adapter.attach import restore_adapter, save_adapter
 from qlora_trainer.training.checkpoints.attempts import read_attempts
-from qlora_trainer.training.checkpoints.best_adapter import read_best
 from qlora_trainer.training.checkpoints.time_spent import run_usage
-from qlora_trainer.training.progress.evaluations import kept
+from qlora_trainer.training.progress.evaluations import adapter_to_keep
 from qlora_trainer.training.progress.run_state import RunState
 from qlora_trainer.training.run import Run
 from qlora_trainer.training.scoring import measure_score
@@ -20,14 +20,17 @@ from qlora_trainer.training.scoring import measure_score
 def finish_run(run: Run, state: RunState) -> TrainRecord:
     """Write the adapter, then the completion record that points at it."""
     job, workspace = run.job, run.job.workspace
-    chosen = kept(run.training, state.evaluations, state.step, state.eval_loss)
+    chosen = adapter_to_keep(run.training, state.evaluations, state.step, state.eval_loss)
     if chosen.step != state.step:
-        _put_best_into_model(run)
+        _restore_best(run)
     with atomic_folder(workspace.trained) as folder:
         save_adapter(run.model, folder)
     if state.loss is None or run.history is None:
         raise AssertionError("a plan has at least one step, each step has a loss, and the main process notes it")
     run.history.sync()
+    compared = None
+    if run.eval_data is not None and job.spec.output.merged is not None:
+        compared = compare(run.model, run.eval_data, run.storage.parameters, run.device)
     record = TrainRecord(
         fingerprint=job.digest,
         adapter_path=workspace.trained.name,
@@ -47,7 +50,7 @@ def finish_run(run: Run, state: RunState) -> TrainRecord:
         bits_per_parameter=round(run.storage.bits_per_parameter, 4),
         quantized_layers=run.storage.layers,
         base_sha256=job.prepared.base_sha256,
-        compared=_comparison(run),
+        compared=compared,
         attempts=len(run.attempts),
         goodput=run.goodput(state),
         usage=run_usage(read_attempts(workspace.records), run.ranks.rank_info.size, run.runtime.now()),
@@ -58,48 +61,39 @@ def finish_run(run: Run, state: RunState) -> TrainRecord:
     return record
 
 
-def _put_best_into_model(run: Run) -> None:
+def _restore_best(run: Run) -> None:
     """Put the best adapter, of an earlier step, into the model for all that follows."""
     best = run.progress.best
     if best is None:
         raise AssertionError("the main process writes the best adapter when it is found, and each checkpoint holds it")
     try:
-        restore_adapter(run.model, read_best(best))
+        restore_adapter(run.model, best.tensors())
     except (ValueError, KeyError) as error:
         raise damaged(f"the best adapter cannot be kept ({first_line(error)}): check the volume") from error
 
 
-def _comparison(run: Run) -> Comparison | None:
-    """The adapter's loss on the rows to compare a merged model on, or None."""
-    if run.eval_data is None or run.job.spec.output.merged is None:
-        return None
-    return compare(run.model, run.eval_data, run.storage.parameters, run.device)
-
-
-def with_score(run: Run, state: RunState, record: TrainRecord) -> TrainRecord:
+def add_score(run: Run, state: RunState, record: TrainRecord) -> TrainRecord:
     """The record, written again with the score of the answers if the job asks for it."""
     gate = run.job.spec.gate
     if gate is None or gate.score is None or run.eval_data is None:
         return record
     score = measure_score(run, state, run.eval_data, gate.score, record.adapter_sha256)
-    record = record.model_copy(update={"score": score})
+    record = replace(record, score=score)
     write_completion(run.job.workspace.completion("train"), record)
     return record
 
 
-def leave_samples(run: Run) -> None:
+def write_samples(run: Run) -> None:
     """Write sample answers for the report. The model must not be trained afterwards."""
-    path = run.job.workspace.report / SAMPLES_FILE
-    # One rank alone cannot run a sharded base.
-    count = 0 if run.ranks.sharded else run.training.samples
-    data, stop = run.eval_data or run.data, run.runtime.stop
-    write_samples(
-        path,
+    job, stop = run.job, run.runtime.stop
+    answers.leave_samples(
+        job.workspace.report / SAMPLES_FILE,
         run.model,
-        run.job.texts,
-        data,
-        count,
+        job.texts,
+        run.eval_data or run.data,
+        # One rank alone cannot run a sharded base.
+        0 if run.ranks.is_sharded else run.training.samples,
         lambda: stop.requested,
         run.device,
-        fixed_positions=run.job.prepared.fixed_positions,
+        fixed_positions=job.prepared.fixed_positions,
     )

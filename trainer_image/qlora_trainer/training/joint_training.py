@@ -83,14 +83,20 @@ def _step(members: Sequence[Member]) -> _Failed:
         return []
     first, applied = members[0].run, list[tuple[Member, Gradient]]()
     started = first.runtime.monotonic()
-    shares, failed = _shares(members)
+    shares: dict[str, _Share] = {}
+    failed: _Failed = []
+    for member in members:
+        try:
+            shares[member.adapter] = _share(member)
+        except ENDS_ONE_JOB as error:
+            failed.append((member, as_failure(error)))
     for member, gradient in _gradients(shares, failed):
         try:
             member.state = apply_gradient(member.run, member.state, gradient)
             applied.append((member, gradient))
         except ENDS_ONE_JOB as error:
             failed.append((member, as_failure(error)))
-    cost = StepCost.of(first.runtime.monotonic() - started, first.job.device)
+    cost = StepCost.from_device(first.runtime.monotonic() - started, first.job.device)
     for member, gradient in applied:
         try:
             member.state = note_step(member.run, member.state, gradient, cost)
@@ -110,17 +116,10 @@ class _Share:
     means: torch.Tensor
     """float32 [1] on the device: the loss so far."""
 
-
-def _shares(members: Sequence[Member]) -> tuple[dict[str, _Share], _Failed]:
-    """What each member computes in its next step, by its adapter, and those whose data cannot be read."""
-    shares: dict[str, _Share] = {}
-    failed: _Failed = []
-    for member in members:
-        try:
-            shares[member.adapter] = _share(member)
-        except ENDS_ONE_JOB as error:
-            failed.append((member, as_failure(error)))
-    return shares, failed
+    def gradient(self) -> Gradient:
+        """The results of the step, once all batches have passed."""
+        tokens = sum(batch.tokens for batch in self.batches)
+        return Gradient(self.means, self.weight, tokens, [(batch, True) for batch in self.batches])
 
 
 def _gradients(shares: dict[str, _Share], failed: _Failed) -> list[tuple[Member, Gradient]]:
@@ -147,18 +146,12 @@ def _gradients(shares: dict[str, _Share], failed: _Failed) -> list[tuple[Member,
             except OSError as error:
                 del shares[name]
                 failed.append((share.member, as_failure(error)))
-    return [(share.member, _gradient(share)) for share in shares.values()]
-
-
-def _gradient(share: _Share) -> Gradient:
-    tokens = sum(batch.tokens for batch in share.batches)
-    return Gradient(share.means, share.weight, tokens, [(batch, True) for batch in share.batches])
+    return [(share.member, share.gradient()) for share in shares.values()]
 
 
 def _share(member: Member) -> _Share:
     run = member.run
-    batches = [
-        read_batch(run.data, item, run.device) for item in run.progress.schedule.micro_batches(member.state.step)
-    ]
+    micro_batches = run.progress.schedule.micro_batches(member.state.step)
+    batches = [read_batch(run.data, item, run.device) for item in micro_batches]
     weight = max(1, sum(map(run.objective.weight, batches)))
     return _Share(member, batches, weight, torch.zeros(1, device=run.device))

@@ -18,17 +18,14 @@ from qlora_trainer.core.records import timestamp
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.adapter.attach import adapter_tensors
 from qlora_trainer.model.losses.batch import Batch, MicroBatch, read_batch
-from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.checkpoints.attempts import note_saved
-from qlora_trainer.training.checkpoints.best_adapter import BEST_FILE, best_of, write_best
-from qlora_trainer.training.checkpoints.checkpoint import save_checkpoint
+from qlora_trainer.training.checkpoints.checkpoint import BEST_FILE, save_checkpoint, write_best
 from qlora_trainer.training.distributed.device import memory_bytes, peak_memory_bytes, processor, seed_step
-from qlora_trainer.training.distributed.ranks import Ranks
-from qlora_trainer.training.objective import of_evaluation
+from qlora_trainer.training.objective import evaluation_measure
 from qlora_trainer.training.optimizer import learning_rate, optimizer_tensors, set_learning_rate
 from qlora_trainer.training.progress.run_state import RunState
 from qlora_trainer.training.run import Gradient, Run, report
-from qlora_trainer.training.suspect_run import diverged, judge_end, judge_kept, judge_step
+from qlora_trainer.training.suspect_run import check_end, check_kept_adapter, check_step, divergence_failure
 
 logger = logging.getLogger(__name__)
 
@@ -47,101 +44,78 @@ def run_to_end(run: Run, state: RunState) -> RunState:
 
 def is_done(run: Run, state: RunState) -> bool:
     """Whether the run is at its end, with all that is due there."""
-    return run.ended(state) and not _evaluation_due(run, state)
+    return run.has_ended(state) and not _is_evaluation_due(run, state)
 
 
 def between_steps(run: Run, state: RunState) -> RunState:
     """Evaluate and save as due before the next step. Raises as `run_to_end` does."""
     if run.base_check is not None:
         run.base_check.raise_failure()
-    if run.eval_data is not None and _evaluation_due(run, state) and not run.stopping():
+    if run.eval_data is not None and _is_evaluation_due(run, state) and not run.is_stopping():
         state = _evaluate(run, state, run.eval_data)
     # Asked once: a stop between saving and raising would lose the steps since the last checkpoint.
-    stopping = run.stopping()
-    if _save_due(run, state, stopping):
-        _require_checked_base(run.base_check, run.ranks)
+    stopping = run.is_stopping()
+    if _is_save_due(run, state, stopping):
+        # No run may resume from training on other bytes: every node has read the base.
+        if run.base_check is not None:
+            run.base_check.wait()
+        run.ranks.wait()
         _save(run, state)
     if stopping and not is_done(run, state):
-        _report_interruption(run, state)
+        # The step to resume from is earlier if the last ones are suspect.
+        report(run, replace(state, step=run.progress.checkpoint_step or 0), "interrupted")
         # The launcher of the ranks may end the others when the first one has ended.
         run.ranks.wait()
         raise Interrupted(state.step, run.progress.schedule.total_steps, run.progress.checkpoint_step or 0)
     return state
 
 
-def _require_checked_base(base_check: BaseCheck | None, ranks: Ranks) -> None:
-    """Wait until every node has read the base.
-
-    No run may resume from training on other bytes.
-    """
-    if base_check is not None:
-        base_check.wait()
-    ranks.wait()
-
-
-def _report_interruption(run: Run, state: RunState) -> None:
-    """Report the step to resume from, which is earlier if the last ones are suspect."""
-    report(run, replace(state, step=run.progress.checkpoint_step or 0), "interrupted")
-
-
-def _evaluation_due(run: Run, state: RunState) -> bool:
+def _is_evaluation_due(run: Run, state: RunState) -> bool:
     if run.eval_data is None or state.evaluated_step == state.step:
         return False
     every = run.training.eval_every_steps
     return state.step in (0, run.progress.schedule.total_steps) or (every is not None and state.step % every == 0)
 
 
-def _save_due(run: Run, state: RunState, stopping: bool) -> bool:
-    """Whether to save now.
-
-    A suspect run is not saved before its end, or until a step is not suspect.
-    """
+def _is_save_due(run: Run, state: RunState, stopping: bool) -> bool:
+    """Whether to save now. A suspect run is saved at its end only."""
     if state.step == 0 or state.step == run.progress.checkpoint_step:
         return False
-    if run.ended(state):
+    if run.has_ended(state):
         return True
     every = run.training.save_every_steps
     passed = state.step // every > (run.progress.checkpoint_step or 0) // every
-    return (passed or stopping) and not state.stability.suspect
+    return (passed or stopping) and not state.stability.is_suspect
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """The cost of a step of the process, for all runs that have made it together."""
+    """The seconds and the bytes of a step, of all runs that have made it together."""
 
     seconds: float
-    memory_bytes: int
-    """As `device.memory_bytes` gives it."""
     peak_memory_bytes: int
-    """As `device.peak_memory_bytes` gives it."""
+    memory_bytes: int
 
     @classmethod
-    def of(cls, seconds: float, device: Device) -> Self:
+    def from_device(cls, seconds: float, device: Device) -> Self:
         """Return the cost of a step, and begin to measure that of the next."""
         # In this order: the second starts to look for a new peak.
-        peak, used = peak_memory_bytes(device), memory_bytes(device)
-        return cls(seconds, used, peak)
+        return cls(seconds, peak_memory_bytes(device), memory_bytes(device))
 
 
 def _optimizer_step(run: Run, state: RunState) -> RunState:
-    """One step: gradients of all micro batches, clipped, checked, applied. Waits for the GPU once.
-
-    Every rank has the same gradients, and so the same weights and decisions.
-    """
+    """One step, with the same gradients, weights and decisions in every rank."""
     started = run.runtime.monotonic()
     gradient = _gradient(run, state)
     while gradient is None:
         state = _halve_micro_batches(run, state)
         gradient = _gradient(run, state)
     state = apply_gradient(run, state, gradient)
-    return note_step(run, state, gradient, StepCost.of(run.runtime.monotonic() - started, run.job.device))
+    return note_step(run, state, gradient, StepCost.from_device(run.runtime.monotonic() - started, run.job.device))
 
 
 def apply_gradient(run: Run, state: RunState, gradient: Gradient) -> RunState:
-    """Clip, check and apply the gradients of the next step, whose time is not in the state yet.
-
-    Raises StepFailure as `run_to_end` does.
-    """
+    """Clip, check and apply the next step's gradients. Raises as `run_to_end` does."""
     training = run.training
     norm = nn.utils.clip_grad_norm_(run.parameters.values(), training.max_grad_norm)
     (loss, *measured), grad_norm = gradient.means.tolist(), float(norm)
@@ -149,8 +123,9 @@ def apply_gradient(run: Run, state: RunState, gradient: Gradient) -> RunState:
     named = dict(zip(run.objective.measures, measured, strict=True))
     state = replace(state, step=state.step + 1, loss=loss, measured=named, grad_norm=grad_norm, learning_rate=rate)
     if not (isfinite(loss) and isfinite(grad_norm)):
-        raise diverged(run.progress, state, f"loss {loss}, gradient norm {grad_norm} at learning rate {rate:.3g}")
-    state = replace(state, stability=judge_step(run, state, loss, grad_norm, gradient))
+        symptom = f"loss {loss}, gradient norm {grad_norm} at learning rate {rate:.3g}"
+        raise divergence_failure(run.progress, state, symptom)
+    state = replace(state, stability=check_step(run, state, loss, grad_norm, gradient))
     set_learning_rate(run.optimizer, rate)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
@@ -158,10 +133,7 @@ def apply_gradient(run: Run, state: RunState, gradient: Gradient) -> RunState:
 
 
 def note_step(run: Run, state: RunState, gradient: Gradient, cost: StepCost) -> RunState:
-    """Note and report the step that has led to `state`, and what it has cost. If it was the last, check what it did.
-
-    Raises StepFailure as `run_to_end` does.
-    """
+    """Note and report the step that led to `state`. Raises as `run_to_end` does."""
     loss, seconds = float(gradient.means[0]), cost.seconds
     run.progress.pace = run.progress.pace.after_step(seconds, gradient.tokens)
     state = replace(
@@ -171,27 +143,18 @@ def note_step(run: Run, state: RunState, gradient: Gradient, cost: StepCost) -> 
     )
     # Which adapter is the best is known only after the last evaluation, which judges it then.
     if state.step == run.progress.schedule.total_steps and run.training.keep != "best":
-        judge_end(run, state, loss, gradient)
+        check_end(run, state, loss, gradient)
     learned = {"gradNorm": state.grad_norm, "learningRate": state.learning_rate}
-    run.note(
-        {
-            "step": state.step,
-            "loss": loss,
-            **state.measured,
-            **{name: value for name, value in learned.items() if value is not None},
-            "memoryBytes": cost.memory_bytes,
-            "tokensPerSecond": round(gradient.tokens / seconds, 1) if seconds > 0 else 0.0,
-        }
-    )
+    known = {name: value for name, value in learned.items() if value is not None}
+    speed = round(gradient.tokens / seconds, 1) if seconds > 0 else 0.0
+    used = {"memoryBytes": cost.memory_bytes, "tokensPerSecond": speed}
+    run.note({"step": state.step, "loss": loss, **state.measured, **known, **used})
     report(run, state, "training")
     return state
 
 
 def _gradient(run: Run, state: RunState) -> Gradient | None:
-    """Compute the gradients of the next step. None, with no gradients, if memory ran out and the job allows halving.
-
-    Dropout is drawn from the step's own seed, so a step that is repeated draws the same numbers.
-    """
+    """Compute the gradients of the next step, or None if micro batches must be halved."""
     seed_step(run.progress.schedule.seed, state.step, run.ranks.rank_info.rank)
     micro_batches = run.progress.schedule.micro_batches(state.step)
     batches = _share(run, run.data, micro_batches)
@@ -208,7 +171,7 @@ def _gradient(run: Run, state: RunState) -> Gradient | None:
             means += sums.values() * float(counts) / weight
             report(run, state, "training")
     except RuntimeError as error:
-        if not (is_out_of_gpu_memory(error) and _may_halve(run)):
+        if not (is_out_of_gpu_memory(error) and _can_halve(run)):
             raise
         logger.warning("step %d ran out of memory and is repeated", state.step + 1, exc_info=True)
         short = True
@@ -221,24 +184,19 @@ def _gradient(run: Run, state: RunState) -> Gradient | None:
 
 
 def _share(run: Run, data: PreparedDataset, micro_batches: Sequence[MicroBatch]) -> list[tuple[Batch, bool]]:
-    """This rank's batches, with whether they count.
-
-    One that does not count lets the other ranks gather a sharded base.
-    """
+    """This rank's batches, with whether they count."""
+    # One that does not count lets the other ranks gather a sharded base.
     rounds = run.ranks.rounds(micro_batches)
-    return [(read_batch(data, item, run.device), counts) for item, counts in rounds if counts or run.ranks.sharded]
+    return [(read_batch(data, item, run.device), counts) for item, counts in rounds if counts or run.ranks.is_sharded]
 
 
-def _may_halve(run: Run) -> bool:
+def _can_halve(run: Run) -> bool:
     """Whether micro batches may halve. Other ranks would wait in a sharded base."""
-    return run.training.auto_micro_batch and run.progress.schedule.micro_batch_size > 1 and not run.ranks.sharded
+    return run.training.auto_micro_batch and run.progress.schedule.micro_batch_size > 1 and not run.ranks.is_sharded
 
 
 def _halve_micro_batches(run: Run, state: RunState) -> RunState:
-    """Prepare the same step in twice as many micro batches of half the size.
-
-    Nothing of it has reached the weights.
-    """
+    """Prepare the same step, which has reached no weight, in half the micro batch."""
     run.optimizer.zero_grad(set_to_none=True)
     # The pass that was given up left cycles, whose tensors are memory in use until they are found.
     gc.collect()
@@ -251,15 +209,12 @@ def _halve_micro_batches(run: Run, state: RunState) -> RunState:
 
 
 def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:
-    """Mean loss of the held-out rows, given up if a stop is requested.
-
-    Draws no random number, changes no weight.
-    """
+    """Mean loss of the held-out rows, given up if a stop is requested."""
     started = run.runtime.monotonic()
     run.model.eval()
     try:
         means = _held_out_means(run, state, data)
-        while means is None and not run.stopping():
+        while means is None and not run.is_stopping():
             state = _halve_micro_batches(run, state)
             means = _held_out_means(run, state, data)
     finally:
@@ -268,42 +223,33 @@ def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:
         return state
     loss, *measured = means
     if not isfinite(loss):
-        raise diverged(run.progress, state, f"loss {loss} on the held-out rows")
+        raise divergence_failure(run.progress, state, f"loss {loss} on the held-out rows")
     seconds = run.runtime.monotonic() - started
     run.progress.pace = run.progress.pace.after_evaluation(seconds)
-    named = {of_evaluation(name): value for name, value in zip(run.objective.measures, measured, strict=True)}
+    named = {evaluation_measure(name): value for name, value in zip(run.objective.measures, measured, strict=True)}
     run.note({"step": state.step, "evalLoss": loss, **named})
-    initial = loss if state.step == 0 else state.initial_eval_loss
     evaluations = state.evaluations.after(state.step, loss, run.training.early_stopping)
     state = replace(
         state,
         evaluated_step=state.step,
         eval_loss=loss,
         eval_measured=named,
-        initial_eval_loss=initial,
+        initial_eval_loss=loss if state.step == 0 else state.initial_eval_loss,
         evaluations=evaluations,
         best_measured=named if evaluations.best_step == state.step else state.best_measured,
         at_rungs=(*state.at_rungs, *(((state.step, loss),) if state.step in run.job.rungs else ())),
         kept_seconds=state.kept_seconds + seconds,
     )
-    _keep_if_best(run, state)
-    if run.stopped_early(state) or (run.ended(state) and run.training.keep == "best"):
-        judge_kept(run, state)
+    if run.training.keep == "best" and evaluations.best_step == state.step and run.history is not None:
+        run.progress.best = write_best(run.job.workspace.best, adapter_tensors(run.model))
+    if run.has_stopped_early(state) or (run.has_ended(state) and run.training.keep == "best"):
+        check_kept_adapter(run, state)
     report(run, state, "training", force=True)
     return state
 
 
-def _keep_if_best(run: Run, state: RunState) -> None:
-    """Write the adapter if the job keeps the best and this is it, on rank 0."""
-    if run.training.keep == "best" and state.evaluations.best_step == state.step and run.history is not None:
-        run.progress.best = write_best(run.job.workspace.best, adapter_tensors(run.model))
-
-
 def _held_out_means(run: Run, state: RunState, data: PreparedDataset) -> list[float] | None:
-    """The loss, and the objective's measures. None if a stop was requested, or if micro batches must be halved.
-
-    Each rank takes its share of the batches, in rounds. Between rounds all ranks agree to continue.
-    """
+    """The loss, and the objective's measures, or None to stop or to halve micro batches."""
     summed = torch.zeros(1 + len(run.objective.measures), dtype=torch.float64, device=run.device)
     weight = 0
     size = run.progress.schedule.micro_batch_size
@@ -311,13 +257,13 @@ def _held_out_means(run: Run, state: RunState, data: PreparedDataset) -> list[fl
     run.objective.before("eval", batches)
     for indices, counts in run.ranks.rounds(batches):
         short = False
-        if counts or run.ranks.sharded:
+        if counts or run.ranks.is_sharded:
             batch = read_batch(data, indices, run.device)
             try:
                 with torch.no_grad():
                     summed += run.sums(batch).values() * float(counts)
             except RuntimeError as error:
-                if not (is_out_of_gpu_memory(error) and _may_halve(run)):
+                if not (is_out_of_gpu_memory(error) and _can_halve(run)):
                     raise
                 short = True
             weight += run.objective.weight(batch) if counts else 0
@@ -363,7 +309,7 @@ def _save(run: Run, state: RunState) -> None:
                 "checkpoints before it are kept"
             ) from error
         # The checkpoint holds it now; the one that held it before may be gone.
-        run.progress.best = best_of(saved)
+        run.progress.best = saved.best
         remove(run.job.workspace.best)
         note_saved(run.job.workspace.records, run.job.identity.pod_uid, run.runtime.now())
     run.progress.checkpoint_step, run.progress.checkpoint_time = state.step, saved_at

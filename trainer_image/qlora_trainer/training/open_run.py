@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -20,9 +19,9 @@ from qlora_trainer.model.base.byte_count import Storage, storage_of
 from qlora_trainer.model.base.load import load_base
 from qlora_trainer.model.families.inspection import cannot_keep_rows_apart
 from qlora_trainer.model.kernels.attention import ATTENTION
+from qlora_trainer.model.protocols import AdaptedModel, Decoder
 from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.checkpoints.attempts import note_training, read_attempts
-from qlora_trainer.training.checkpoints.best_adapter import best_of
 from qlora_trainer.training.checkpoints.checkpoint import Checkpoint
 from qlora_trainer.training.distributed.device import processor, use_device
 from qlora_trainer.training.distributed.launch import RankInfo
@@ -40,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ProcessSettings:
-    """The settings of the process that opens a run, besides the job."""
+    """The settings of the process that opens a run."""
 
     runtime: Runtime
     ranks: Ranks
@@ -50,9 +49,9 @@ class ProcessSettings:
 
 @dataclass(frozen=True)
 class LoadedBase:
-    """The base that a process trains on, which may have adapters already."""
+    """The base of a process, which may have adapters already."""
 
-    model: Any
+    model: Decoder
     storage: Storage
     device: torch.device
     threads: int
@@ -64,7 +63,7 @@ def open_run(job: PreparedJob, process: ProcessSettings, checkpoint: Checkpoint 
     ranks = process.ranks
     base = open_base(job, process, checkpoint, checkpoint)
     model = attach_job_adapter(base, job, initialized=checkpoint is None)
-    if ranks.sharded:
+    if ranks.is_sharded:
         shard_base(model, base.device, ranks.rank_info.size)
     return open_on_model(job, process, checkpoint, base, model)
 
@@ -72,38 +71,32 @@ def open_run(job: PreparedJob, process: ProcessSettings, checkpoint: Checkpoint 
 def open_base(
     job: PreparedJob, process: ProcessSettings, checkpoint: Checkpoint | None, begun: Checkpoint | None
 ) -> LoadedBase:
-    """The job's base. Reports what takes minutes, with the step that the run resumes from.
+    """The job's base. The process keeps the CPU threads of the checkpoint `begun`, of this job or one beside it.
 
-    `begun` is the checkpoint whose number of CPU threads the process keeps, of this job or of another that is trained
-    with it. Raises StepFailure for a model that cannot keep rows apart, and must train on several together.
+    Raises StepFailure for a model that cannot keep rows apart, and must train on several together.
     """
     spec, prepared, rank_info = job.spec, job.prepared, process.ranks.rank_info
     threads = _own_threads(rank_info) if begun is None else begun.state.threads
     device = use_device(job.device, threads, rank_info.local_rank)
-    _say_loading(job, process.runtime, checkpoint)
-    if spec.training.micro_batch_size > 1 and not prepared.packed and not prepared.rows_apart:
-        raise cannot_keep_rows_apart(prepared.model_type)
-    model = _load_base(job, process.ranks.sharded)
-    return LoadedBase(model, storage_of(model), device, threads)
-
-
-def _own_threads(rank_info: RankInfo) -> int:
-    """This rank's share of the pod's CPU cores."""
-    return max(1, available_cpus() // rank_info.local_size)
-
-
-def _say_loading(job: PreparedJob, runtime: Runtime, checkpoint: Checkpoint | None) -> None:
     loading = job.identity.progress(
         "train",
-        runtime.now(),
+        process.runtime.now(),
         "loading the base model in 4-bit",
         training_step=0 if checkpoint is None else checkpoint.step,
         total_steps=_schedule(job, open_prepared(job.data_folder, "train")).total_steps,
     )
-    runtime.records.progress(loading, force=True)
+    process.runtime.records.progress(loading, force=True)
+    if spec.training.micro_batch_size > 1 and not prepared.packed and not prepared.rows_apart:
+        raise cannot_keep_rows_apart(prepared.model_type)
+    model = _load_base(job, process.ranks.is_sharded)
+    return LoadedBase(model, storage_of(model), device, threads)
 
 
-def _load_base(job: PreparedJob, sharded: bool) -> Any:
+def _own_threads(rank_info: RankInfo) -> int:
+    return max(1, available_cpus() // rank_info.local_size)
+
+
+def _load_base(job: PreparedJob, sharded: bool) -> Decoder:
     quantization, attention = job.spec.quantization, job.prepared.attention or ATTENTION
     # A base that will be sharded may be larger than the GPU: shard_base moves it there block by block.
     if sharded:
@@ -111,7 +104,7 @@ def _load_base(job: PreparedJob, sharded: bool) -> Any:
     return load_base(job.base_folder, quantization, job.device, attention=attention)
 
 
-def attach_job_adapter(base: LoadedBase, job: PreparedJob, *, initialized: bool) -> Any:
+def attach_job_adapter(base: LoadedBase, job: PreparedJob, *, initialized: bool) -> AdaptedModel:
     """Attach the job's adapter: initialized, perhaps with another, or to restore."""
     spec = job.spec
     model = attach_adapter(
@@ -128,21 +121,20 @@ def attach_job_adapter(base: LoadedBase, job: PreparedJob, *, initialized: bool)
     return model
 
 
-def begin_with_earlier(model: Any, job: PreparedJob) -> None:
+def begin_with_earlier(model: AdaptedModel, job: PreparedJob) -> None:
     """Put the adapter of spec.lora.from into the active one, if the job names one."""
     initial = job.prepared.initial_adapter
     if initial is None:
         return
     folder = job.workspace.initial_adapter
-    tensors = read_initial_adapter(folder, initial.sha256)
     try:
-        restore_adapter(model, tensors)
+        restore_adapter(model, read_initial_adapter(folder, initial.sha256))
     except KeyError as error:
         raise damaged(f"{folder} does not fit the job ({first_line(error)}): prepare the job again") from error
 
 
 def open_on_model(
-    job: PreparedJob, process: ProcessSettings, checkpoint: Checkpoint | None, base: LoadedBase, model: Any
+    job: PreparedJob, process: ProcessSettings, checkpoint: Checkpoint | None, base: LoadedBase, model: AdaptedModel
 ) -> tuple[Run, RunState]:
     """The run of the model's active adapter, initialized without a checkpoint."""
     spec, records, ranks = job.spec, job.workspace.records, process.ranks
@@ -160,18 +152,18 @@ def open_on_model(
         parameters=adapter_parameters(model),
         optimizer=make_optimizer(adapter_parameters(model).values(), spec.training),
         objective=make_objective(spec.training, data, eval_data, base.device),
-        history=_open_history(job, checkpoint) if ranks.main else None,
+        history=_open_history(job, checkpoint) if ranks.is_main else None,
         threads=base.threads,
         storage=base.storage,
         base_check=process.base_check,
-        attempts=read_attempts(records) if ranks.main else (),
+        attempts=read_attempts(records) if ranks.is_main else (),
         progress=RunProgress(_schedule(job, data)),
     )
     state = RunState() if checkpoint is None else _restore(run, checkpoint)
     ranks.copy_from_main(run.parameters.values())
     began = process.runtime.now()
     run.progress.training_since = timestamp(began)
-    if ranks.main:
+    if ranks.is_main:
         note_training(records, job.identity.pod_uid, began)
     unpaged = job.device == "cpu" and spec.training.optimizer != "adamw"
     report(run, state, PAGING_NEEDS_GPU if unpaged else "training", force=True)
@@ -199,7 +191,7 @@ def _restore(run: Run, checkpoint: Checkpoint) -> RunState:
         )
     progress = run.progress
     progress.checkpoint_step, progress.checkpoint_time = checkpoint.step, checkpoint.state.saved_at
-    progress.best = best_of(checkpoint)
+    progress.best = checkpoint.best
     state = checkpoint.state.run
     if state.micro_batch_size is not None:
         progress.schedule = progress.schedule.with_micro_batch_size(state.micro_batch_size)
@@ -207,14 +199,15 @@ def _restore(run: Run, checkpoint: Checkpoint) -> RunState:
 
 
 def _schedule(job: PreparedJob, data: PreparedDataset) -> Schedule:
-    return Schedule.of(len(data), job.spec.training, data.epoch_offsets)
+    return Schedule.from_training(len(data), job.spec.training, data.epoch_offsets)
 
 
 def _open_history(job: PreparedJob, checkpoint: Checkpoint | None) -> MetricsLog:
     """Continue the metrics from the checkpoint, for TensorBoard too if asked for."""
     spec, folder = job.spec, job.workspace.report
+    step, length = (0, 0) if checkpoint is None else (checkpoint.step, checkpoint.state.history_bytes)
     event_files = None
     if "tensorboard" in spec.training.report_to:
         settings = {"model": spec.model.source, **spec.lora.dump(), **spec.training.dump()}
-        event_files = EventFiles(folder / "tensorboard", settings, 0 if checkpoint is None else checkpoint.step)
-    return MetricsLog(folder, 0 if checkpoint is None else checkpoint.state.history_bytes, event_files)
+        event_files = EventFiles(folder / "tensorboard", settings, step)
+    return MetricsLog(folder, length, event_files)

@@ -4,7 +4,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from functools import partial
 
 import torch
 from bitsandbytes.optim import PagedAdamW8bit, PagedAdamW32bit
@@ -19,6 +19,11 @@ logger = logging.getLogger(__name__)
 # A constant of bitsandbytes, the same for every parameter: not worth a checkpoint's space.
 _CONSTANTS = ("qmap1", "qmap2")
 _STEP = "step"
+_CLASSES = {
+    "adamw": torch.optim.AdamW,
+    "paged_adamw_32bit": PagedAdamW32bit,
+    "paged_adamw_8bit": PagedAdamW8bit,
+}
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], training: TrainingSpec) -> torch.optim.Optimizer:
@@ -26,20 +31,21 @@ def make_optimizer(parameters: Iterable[nn.Parameter], training: TrainingSpec) -
 
     Paged state is in memory that the driver moves between GPU and host. On a CPU nothing is paged; this is logged.
     """
-    settings: dict[str, Any] = {
-        "lr": training.learning_rate,
-        "betas": BETAS,
-        "eps": EPSILON,
-        "weight_decay": training.weight_decay,
-    }
     trained = list(parameters)
+    make = partial(
+        _CLASSES[training.optimizer],
+        trained,
+        lr=training.learning_rate,
+        betas=BETAS,
+        eps=EPSILON,
+        weight_decay=training.weight_decay,
+    )
     if training.optimizer == "adamw":
-        return torch.optim.AdamW(trained, **settings)
+        return make()
     if trained[0].device.type == "cpu":
         logger.warning(PAGING_NEEDS_GPU)
         warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
-    paged = PagedAdamW32bit if training.optimizer == "paged_adamw_32bit" else PagedAdamW8bit
-    return paged(trained, **settings)
+    return make()
 
 
 def learning_rate(step: int, total_steps: int, training: TrainingSpec) -> float:
@@ -93,8 +99,7 @@ def restore_optimizer(
                 for entry, value in saved.items()
             }
             continue
-        paged: Any = optimizer
-        paged.init_state(optimizer.param_groups[0], parameter, 0, order[id(parameter)])
+        optimizer.init_state(optimizer.param_groups[0], parameter, 0, order[id(parameter)])
         state = optimizer.state[parameter]
         state[_STEP] = int(saved.pop(_STEP))
         for entry, value in saved.items():

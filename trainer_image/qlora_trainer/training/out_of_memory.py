@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 from qlora_api.contract import ExitCode
 from qlora_api.memory.estimate import GIB, MemoryEstimate
+from qlora_api.schema import replace
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.core.context import Device
@@ -29,45 +29,35 @@ _SHARES = {
 
 
 @contextmanager
-def explained_shortage(
+def explain_shortage(
     spec: QLoRAJobSpec,
     target_modules: Iterable[str],
     device: Device,
     micro_batch_size: Callable[[], int],
     measured: MeasuredMemory | None = None,
 ) -> Iterator[None]:
-    """Turn an out-of-memory error into a StepFailure (GPU_OUT_OF_MEMORY).
+    """Turn an out-of-memory error into a StepFailure (GPU_OUT_OF_MEMORY) with the first change to make.
 
-    The message has the measured peak, the estimate by share, and what to change first. `micro_batch_size` is called
-    when it happens: the run may have lowered it. The estimate is from the dry runs `measured` by prepare.
+    `micro_batch_size` is called when it happens: the run may have lowered it. The estimate is from `measured`.
     """
     try:
         yield
     except RuntimeError as error:
         if not is_out_of_gpu_memory(error):
             raise
-        size = micro_batch_size()
-        training = _as_run(spec.training, size)
-        shape = replace(
-            training_shape(spec, target_modules),
-            micro_batch_size=size,
-            gradient_accumulation_steps=training.gradient_accumulation_steps,
-        )
+        size, planned = micro_batch_size(), spec.training
+        # The same sequences per step, in these micro batches.
+        steps = -(-planned.micro_batch_size * planned.gradient_accumulation_steps // size)
+        planned = replace(planned, micro_batch_size=size, gradient_accumulation_steps=steps)
+        shape = training_shape(replace(spec, training=planned), target_modules)
         estimated = "there is no estimate"
         if measured is not None:
             estimated = f"the estimate is {_by_share(measured_estimate(measured, shape))}"
         raise StepFailure(
             ExitCode.GPU_OUT_OF_MEMORY,
             f"the GPU is out of memory at a measured peak of {peak_memory_bytes(device) / GIB:.1f} GiB with "
-            f"microBatchSize {size}; {estimated}: {smaller(training)}; checkpoints are kept",
+            f"microBatchSize {size}; {estimated}: {smaller(planned)}; checkpoints are kept",
         ) from error
-
-
-def _as_run(training: TrainingSpec, micro_batch_size: int) -> TrainingSpec:
-    """The settings then: the same sequences per step, in these micro batches."""
-    sequences = training.micro_batch_size * training.gradient_accumulation_steps
-    steps = -(-sequences // micro_batch_size)
-    return training.model_copy(update={"micro_batch_size": micro_batch_size, "gradient_accumulation_steps": steps})
 
 
 def _by_share(memory: MemoryEstimate) -> str:

@@ -1,7 +1,7 @@
 """A job that prepare has laid out, as the train step finds it in the workspace."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -17,10 +17,15 @@ from qlora_trainer.core.file_names import ADAPTER_FILE, SAMPLES_FILE
 from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.evaluation.answers import AnswerTexts
 from qlora_trainer.model.base.cache import require_whole_in_cache
-from qlora_trainer.training.checkpoints.attempts import PodOfJob
-from qlora_trainer.training.checkpoints.checkpoint import Checkpoint, numbered_checkpoints
-from qlora_trainer.training.checkpoints.fingerprint import Fingerprint, digest, run_fingerprint
-from qlora_trainer.training.resume import reopened, resumed_attempt
+from qlora_trainer.training.checkpoints.attempts import PodOfJob, only_attempt, recorded_attempt, reopened_attempt
+from qlora_trainer.training.checkpoints.checkpoint import (
+    Checkpoint,
+    newest_checkpoint,
+    numbered_checkpoints,
+    read_checkpoint,
+)
+from qlora_trainer.training.checkpoints.fingerprint import Fingerprint, digest, reject_other_run, run_fingerprint
+from qlora_trainer.training.distributed.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -37,18 +42,18 @@ class PreparedJob:
     fingerprint: Fingerprint
 
     @classmethod
-    def of(cls, context: StepContext, ranks: int) -> Self:
-        """Return the job of a workspace, to be trained by so many processes.
-
-        Raises StepFailure if it is not prepared, or its base is no longer whole.
-        """
-        prepared = _prepared(context.workspace.completion("prepare"))
+    def from_workspace(cls, context: StepContext, ranks: int) -> Self:
+        """Return a prepared job, to be trained by so many processes. Raises StepFailure."""
+        path = context.workspace.completion("prepare")
+        prepared = read_completion(path, PrepareRecord)
+        if prepared is None:
+            raise bad_configuration(f"{path} is missing or of another release: run the prepare step first")
         require_whole_in_cache(context.workspace.root / prepared.base_path, context.mounts.model_cache)
         return cls.from_record(context, prepared, ranks)
 
     @classmethod
     def from_record(cls, context: StepContext, prepared: PrepareRecord, ranks: int) -> Self:
-        """Return the job that prepare has recorded, to be trained by so many processes."""
+        """Return the job of a record, to be trained by so many processes."""
         fingerprint = run_fingerprint(context.spec, prepared, context.device, ranks)
         return cls(
             context.document, context.workspace, context.identity, context.device, context.rungs, prepared, fingerprint
@@ -94,7 +99,7 @@ class PreparedJob:
         """SHA-256 of the fingerprint."""
         return digest(self.fingerprint)
 
-    def already_trained(self) -> TrainRecord | None:
+    def read_train_record(self) -> TrainRecord | None:
         """The completion record, if it is of this run, with its score, and the adapter still has the recorded sum.
 
         None if samples are still to be written: jobs that train together leave theirs after the last of them.
@@ -103,39 +108,56 @@ class PreparedJob:
         record = read_completion(workspace.completion("train"), TrainRecord)
         if record is None or record.fingerprint != self.digest or not self._has_score(record):
             return None
-        if self._lacks_samples():
+        samples, wanted = workspace.report / SAMPLES_FILE, self.spec.training.samples > 0
+        if wanted and not samples.exists() and numbered_checkpoints(workspace.checkpoints):
             return None
         adapter = workspace.root / record.adapter_path / ADAPTER_FILE
         return record if adapter.is_file() and file_sha256(adapter) == record.adapter_sha256 else None
-
-    def _lacks_samples(self) -> bool:
-        """Whether samples are missing although a checkpoint could make them."""
-        workspace, wanted = self.workspace, self.spec.training.samples > 0
-        samples = workspace.report / SAMPLES_FILE
-        return wanted and not samples.exists() and bool(numbered_checkpoints(workspace.checkpoints))
 
     def _has_score(self, record: TrainRecord) -> bool:
         """Whether the record has the score that the job asks for."""
         gate = self.spec.gate
         if gate is None or gate.score is None:
             return True
-        return record.score is not None and record.score.settings == score_settings(
-            gate.score, self.prepared.fingerprint
-        )
+        settings = score_settings(gate.score, self.prepared.fingerprint)
+        return record.score is not None and record.score.settings == settings
 
-    def attempt(self, now: Callable[[], datetime]) -> AbstractContextManager[Checkpoint | None]:
-        """Train the job in the body, in this process alone, from a checkpoint or None."""
-        identity = self.identity
+    @contextmanager
+    def attempt(self, now: Callable[[], datetime]) -> Iterator[Checkpoint | None]:
+        """Run the body as the workspace's only attempt, with the checkpoint that it resumes from, or None.
+
+        Raises StepFailure: UNREACHABLE while another attempt runs, BAD_CONFIGURATION if the checkpoint is of another
+        run, RETRIES_EXHAUSTED after too many attempts that were killed at this checkpoint.
+        """
+        workspace, identity = self.workspace, self.identity
         pod = PodOfJob(identity.pod_uid, identity.attempt, identity.started or now())
-        return resumed_attempt(self.workspace, self.fingerprint, pod, now)
+        with only_attempt(workspace.records):
+            checkpoint = newest_checkpoint(workspace.checkpoints)
+            if checkpoint is not None:
+                reject_other_run(checkpoint.state.fingerprint, self.fingerprint, checkpoint.path)
+            from_step = 0 if checkpoint is None else checkpoint.step
+            with recorded_attempt(workspace.records, from_step, pod, now):
+                yield checkpoint
 
-    def rest_of_attempt(self, now: Callable[[], datetime]) -> AbstractContextManager[None]:
+    @contextmanager
+    def rest_of_attempt(self, now: Callable[[], datetime]) -> Iterator[None]:
         """Extend the job's attempt over the body, which follows the training."""
-        return reopened(self.workspace, self.identity.pod_uid, now)
+        records = self.workspace.records
+        with only_attempt(records), reopened_attempt(records, self.identity.pod_uid, now):
+            yield
 
+    def agree_on_checkpoint(self, ranks: Ranks, checkpoint: Checkpoint | None) -> Checkpoint | None:
+        """The checkpoint that the main process has chosen. It passes it as `checkpoint`, and others read it.
 
-def _prepared(path: Path) -> PrepareRecord:
-    record = read_completion(path, PrepareRecord)
-    if record is None:
-        raise bad_configuration(f"{path} is missing or of another release: run the prepare step first")
-    return record
+        Raises StepFailure (BAD_CONFIGURATION) if this rank's fingerprint differs: it would compute another run.
+        """
+        chosen = "" if checkpoint is None else checkpoint.path.name
+        main_digest, _, main_name = ranks.broadcast_text("start", f"{self.digest} {chosen}").partition(" ")
+        if main_digest != self.digest:
+            raise bad_configuration(
+                f"rank {ranks.rank_info.rank} has another job, other data or other libraries than rank 0: start all "
+                "processes with the same image, document and workspace"
+            )
+        if ranks.is_main or not main_name:
+            return checkpoint
+        return read_checkpoint(self.workspace.checkpoints / main_name)

@@ -1,11 +1,7 @@
-"""The losses of rows without the adapter, each computed once, and kept.
-
-Preferences are measured against them.
-"""
+"""The losses of rows without the adapter, which preferences are measured against."""
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,14 +9,15 @@ from torch import Tensor
 from qlora_trainer.data.prepared import PreparedDataset, Split
 from qlora_trainer.model.losses.batch import Batch, MicroBatch, PairedRows
 from qlora_trainer.model.losses.loss import row_losses
+from qlora_trainer.model.protocols import AdaptedModel
 from qlora_trainer.training.distributed.ranks import Ranks
+from qlora_trainer.training.objective import Objective
 
 
-class ReferenceLosses:
+class ReferenceLosses(Objective):
     """The losses of the rows of each split under the base with the adapter off.
 
-    They are computed where a row is first seen: for training rows that is the first epoch, for held-out rows the first
-    evaluation. A second model is never there, and no row has a second pass without the adapter.
+    They are computed where a row is first seen, in the first epoch or evaluation. No row has a second such pass.
     """
 
     def __init__(self, data: Mapping[Split, PreparedDataset], device: torch.device) -> None:
@@ -33,15 +30,13 @@ class ReferenceLosses:
         self._found: dict[tuple[int, ...], Tensor] = {}
 
     def before(self, split: Split, micro_batches: Sequence[MicroBatch]) -> None:
-        """Prepare for passes over these micro batches, of all ranks. All are computed if any row is unknown.
-
-        Ranks that share one base must run the same passes, so that this is the same decision in each.
-        """
+        """Prepare for passes over these micro batches, all of them if any row is unknown."""
+        # Ranks that share one base must run the same passes, so that this is the same decision in each.
         self._split, self._micro_batches, self._found = split, micro_batches, {}
         rows = list(chain.from_iterable(map(self._rows, micro_batches)))
         self._missing = bool(self._known[split][rows].isnan().any())
 
-    def of(self, model: Any, batch: Batch, pairs: PairedRows) -> Tensor:
+    def reference(self, model: AdaptedModel, batch: Batch, pairs: PairedRows) -> Tensor:
         """float32 [rows]: those of a micro batch, on the device. Computes missing ones."""
         known = self._known[self._split][list(pairs.numbers)].to(self._device, non_blocking=True)
         if not self._missing:
@@ -78,11 +73,8 @@ class ReferenceLosses:
         return list(chain.from_iterable(data.row_numbers(index) for index in micro_batch))
 
 
-def _without_adapter(model: Any, batch: Batch) -> Tensor:
-    """By PEFT's layers, without a gradient. The loss to compare comes from `FusedLora` while it has one.
-
-    With a new adapter of plain LoRA, whose B is 0, the two losses of a row are the same bits on a CPU. On a GPU, where
-    the two take other kernels, they may differ in rounding.
-    """
+def _without_adapter(model: AdaptedModel, batch: Batch) -> Tensor:
+    # By PEFT's layers, where the loss to compare comes from `FusedLora`. With a new adapter of plain LoRA, with B 0,
+    # both are the same bits on a CPU. On a GPU, where they take other kernels, they may differ in rounding.
     with torch.no_grad(), model.disable_adapter():
         return row_losses(model.get_base_model(), batch)

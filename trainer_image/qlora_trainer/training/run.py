@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from qlora_trainer.model.adapter.attach import activate_adapter
 from qlora_trainer.model.base.byte_count import Storage
 from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
+from qlora_trainer.model.protocols import AdaptedModel
 from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.checkpoints.attempts import Attempt, show_life
 from qlora_trainer.training.checkpoints.checkpoint import StoredFile
@@ -31,7 +31,7 @@ from qlora_trainer.training.schedule import Schedule
 
 @dataclass(frozen=True)
 class Runtime:
-    """What the process that runs the step provides: where to report, when to stop, and the time."""
+    """The records, the stop request and the clocks of the process that runs the step."""
 
     records: RecordWriter
     stop: StopRequest
@@ -46,7 +46,7 @@ class RunProgress:
     """What changes in a run, besides the state that a checkpoint saves."""
 
     schedule: Schedule
-    """Its micro batches become smaller if the GPU runs out of memory and the job allows it."""
+    """Its micro batches become smaller if the GPU runs out of memory."""
     checkpoint_step: int | None = None
     """Step of the newest checkpoint."""
     checkpoint_time: str | None = None
@@ -68,8 +68,8 @@ class Run:
     device: torch.device
     data: PreparedDataset
     eval_data: PreparedDataset | None
-    adapted_base: Any
-    """The PEFT model, which may have the adapters of other runs too."""
+    adapted_base: AdaptedModel
+    """May have the adapters of other runs too."""
     adapter: str
     """The name of the run's adapter in it."""
     parameters: Mapping[str, nn.Parameter]
@@ -88,7 +88,7 @@ class Run:
     progress: RunProgress
 
     @property
-    def model(self) -> Any:
+    def model(self) -> AdaptedModel:
         """The PEFT model, with the run's adapter active. To change the active one takes as long as a short pass."""
         if self.adapted_base.active_adapter != self.adapter:
             activate_adapter(self.adapted_base, self.adapter)
@@ -99,27 +99,26 @@ class Run:
         """The job's settings of the loop."""
         return self.job.spec.training
 
-    def stopping(self) -> bool:
+    def is_stopping(self) -> bool:
         """Whether a stop has been requested in any rank; all ranks must ask together."""
         return self.ranks.any(self.runtime.stop.requested)
 
-    def stopped_early(self, state: RunState) -> bool:
+    def has_stopped_early(self, state: RunState) -> bool:
         """Whether the run ends at this state, before its last step."""
         early_stopping, total = self.training.early_stopping, self.progress.schedule.total_steps
-        return state.step < total and state.evaluations.exhaust(early_stopping)
+        return state.step < total and state.evaluations.is_exhausted(early_stopping)
 
-    def ended(self, state: RunState) -> bool:
+    def has_ended(self, state: RunState) -> bool:
         """Whether no optimizer step follows."""
-        return state.step == self.progress.schedule.total_steps or self.stopped_early(state)
+        return state.step == self.progress.schedule.total_steps or self.has_stopped_early(state)
 
     def goodput(self, state: RunState) -> float | None:
         """The share of the attempts' time that is in this state."""
         return goodput(state.kept_seconds, spent_seconds(self.attempts, self.runtime.now()))
 
     def sums(self, batch: Batch) -> BatchSums:
-        """The objective's sums of a batch. Matmuls are computed in 16 bit; adapter weights keep their own type."""
-        # Without the cache, which would hold a 16-bit copy of the adapter until the loss is done: at 65B and rank 64,
-        # 1.6 GB.
+        """The objective's sums of a batch, with matmuls in 16 bit."""
+        # The cache would hold a 16-bit copy of the adapter until the loss is done: at 65B and rank 64, 1.6 GB.
         with torch.autocast(self.device.type, dtype=COMPUTE_DTYPE, cache_enabled=False):
             return self.objective.sums(self.model, batch)
 
@@ -154,9 +153,9 @@ def report(run: Run, state: RunState, activity: str, *, force: bool = False) -> 
     """Write a progress record; the writer drops those that follow too fast, unless `force` is set."""
     progress = run.progress
     pace, total = progress.pace, progress.schedule.total_steps
-    steps_left = 0 if run.ended(state) else total - state.step
+    steps_left = 0 if run.has_ended(state) else total - state.step
     remaining = pace.remaining_seconds(steps_left, _evaluations_left(run, state))
-    if run.ranks.main:
+    if run.ranks.is_main:
         run.show_life()
     run.runtime.records.progress(
         run.job.identity.progress(
@@ -192,8 +191,7 @@ def _short(figure: float | None) -> float | None:
 
 
 def _training(run: Run, state: RunState) -> str:
-    """What a run does that is training, or that has stopped early."""
-    if run.stopped_early(state):
+    if run.has_stopped_early(state):
         return f"stopped early: {state.evaluations.without_improvement} evaluations without improvement"
     if state.micro_batch_size is None:
         return "training"
@@ -202,6 +200,6 @@ def _training(run: Run, state: RunState) -> str:
 
 def _evaluations_left(run: Run, state: RunState) -> int:
     total, every = run.progress.schedule.total_steps, run.training.eval_every_steps
-    if run.eval_data is None or run.ended(state):
+    if run.eval_data is None or run.has_ended(state):
         return 0
     return 1 if every is None else total // every - state.step // every + (total % every != 0)

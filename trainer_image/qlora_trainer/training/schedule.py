@@ -27,17 +27,16 @@ class Schedule:
     """The first sequence of each epoch, and the end, where a mix makes them differ."""
 
     @classmethod
-    def of(cls, sequences: int, training: TrainingSpec, epoch_offsets: tuple[int, ...] = ()) -> "Schedule":
+    def from_training(cls, sequences: int, training: TrainingSpec, epoch_offsets: tuple[int, ...] = ()) -> "Schedule":
         """The schedule for `sequences` sequences. An epoch ends with a smaller step if they do not divide.
 
-        Raises StepFailure (BAD_CONFIGURATION) if epochs have different sequences, and too few of them are prepared.
+        Raises StepFailure (BAD_CONFIGURATION) if too few epochs are prepared.
         """
         sequences_per_step = training.micro_batch_size * training.gradient_accumulation_steps
         schedule = cls(sequences, training.micro_batch_size, sequences_per_step, 0, training.seed, epoch_offsets)
         epochs, drawn = training.epochs or 1, len(epoch_offsets) - 1
-        if epoch_offsets and (
-            schedule.first_step(drawn) < training.max_steps if training.max_steps else drawn < epochs
-        ):
+        is_short = schedule.first_step(drawn) < training.max_steps if training.max_steps else drawn < epochs
+        if epoch_offsets and is_short:
             raise bad_configuration(
                 f"the rows of {drawn} epochs are drawn, but the job trains on more: run the prepare step again"
             )

@@ -25,9 +25,8 @@ from qlora_trainer.core.file_names import ANSWERS_FILE
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.evaluation.answer_check import AnswerChecker
-from qlora_trainer.evaluation.answers import Answering, AnswerTexts, Prompt
+from qlora_trainer.evaluation.answers import Answering, Prompt
 from qlora_trainer.evaluation.scorable import row_criterion, scored_rows
-from qlora_trainer.training.prepared_job import PreparedJob
 from qlora_trainer.training.progress.run_state import RunState
 from qlora_trainer.training.run import Run, report
 
@@ -62,7 +61,7 @@ class AnswerLog:
 
     @classmethod
     @contextmanager
-    def opened(cls, path: Path, adapter_sha256: str, settings: str) -> Iterator[Self]:
+    def open(cls, path: Path, adapter_sha256: str, settings: str) -> Iterator[Self]:
         """Open the log of this adapter and settings. Drops others, and torn lines."""
         heading = _Heading(adapter_sha256=adapter_sha256, settings=settings)
         known = _read(path, heading)
@@ -117,12 +116,19 @@ def measure_score(run: Run, state: RunState, data: PreparedDataset, spec: ScoreS
     settings = score_settings(spec, job.prepared.fingerprint)
     scored = scored_rows(data, spec)
     rows = scored.chosen
-    answering = Answering(run.model, _texts(job), lambda: stop.requested, run.device)
+    try:
+        texts = job.texts()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(
+            f"the tokenizer in {job.model_folder} cannot be loaded to score answers ({first_line(error)}): check the "
+            "volume. The adapter is in trained/ of the workspace"
+        ) from error
+    answering = Answering(run.model, texts, lambda: stop.requested, run.device)
     base = adapter = 0
-    with AnswerLog.opened(path, adapter_sha256, settings) as log, AnswerChecker(spec) as checker:
+    with AnswerLog.open(path, adapter_sha256, settings) as log, AnswerChecker(spec) as checker:
         for number, prompt in enumerate(rows, start=1):
             report(run, state, f"scoring answer {number} of {len(rows)}")
-            answers = log.get(prompt) or _answered(answering, checker, prompt, spec, job.name)
+            answers = log.get(prompt) or _answer_row(answering, checker, prompt, spec, job.name)
             if stop.requested:
                 raise Interrupted(state.step, run.progress.schedule.total_steps, run.progress.checkpoint_step or 0)
             log.add(answers)
@@ -137,17 +143,7 @@ def measure_score(run: Run, state: RunState, data: PreparedDataset, spec: ScoreS
     )
 
 
-def _texts(job: PreparedJob) -> AnswerTexts:
-    try:
-        return job.texts()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise damaged(
-            f"the tokenizer in {job.model_folder} cannot be loaded to score answers ({first_line(error)}): check the "
-            "volume. The adapter is in trained/ of the workspace"
-        ) from error
-
-
-def _answered(answering: Answering, checker: AnswerChecker, prompt: Prompt, spec: ScoreSpec, name: str) -> Answers:
+def _answer_row(answering: Answering, checker: AnswerChecker, prompt: Prompt, spec: ScoreSpec, name: str) -> Answers:
     """The answers to one row. `name`: the job, whose adapter others can continue from."""
     try:
         base, adapter = (

@@ -12,10 +12,12 @@ from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.model.adapter.attach import activate_adapter, adapter_tensors, restore_adapter
 from qlora_trainer.model.adapter.initial import read_initial_adapter
 from qlora_trainer.training.prepared_job import PreparedJob
-from qlora_trainer.training.progress.divergence import Stability, cleared, has_diverged
-from qlora_trainer.training.progress.evaluations import kept
+from qlora_trainer.training.progress.divergence import Stability, has_diverged
+from qlora_trainer.training.progress.evaluations import adapter_to_keep
 from qlora_trainer.training.progress.run_state import RunState
 from qlora_trainer.training.run import Gradient, Run, RunProgress
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -42,29 +44,28 @@ def as_at_start(run: Run) -> Iterator[None]:
         restore_adapter(run.model, trained)
 
 
-def named_start(job: PreparedJob) -> str:
+def start_name(job: PreparedJob) -> str:
     """Name the model at step 0, for messages."""
     if job.initial_adapter_sha256 is None:
         return "the base model without the adapter"
     return "the adapter of spec.lora.from"
 
 
-logger = logging.getLogger(__name__)
-
-
-def judge_step(run: Run, state: RunState, loss: float, grad_norm: float, gradient: Gradient) -> Stability:
+def check_step(run: Run, state: RunState, loss: float, grad_norm: float, gradient: Gradient) -> Stability:
     """The stability after this step. Raises StepFailure (DIVERGED) if that ends it."""
     patience = run.training.divergence_patience
     if patience == 0:
         return state.stability
     stability = state.stability.after_step(state.step, loss, grad_norm)
-    if not stability.to_be_judged(state.step, patience):
+    if not stability.is_out_of_patience(state.step, patience):
         return stability
-    start, loss_at_start = named_start(run.job), _loss_at_start(run, gradient)
+    start = start_name(run.job)
+    with as_at_start(run):
+        loss_at_start = _loss_without_gradient(run, gradient)
     if not has_diverged(loss, loss_at_start):
         logger.info("step %d: loss %.4f is high, but %s has %.4f", state.step, loss, start, loss_at_start)
-        return cleared(loss, grad_norm)
-    raise diverged(
+        return Stability.from_levels(loss, grad_norm)
+    raise divergence_failure(
         run.progress,
         replace(state, stability=stability),
         f"loss {loss:.4g} and gradient norm {grad_norm:.3g}, suspect since step {stability.suspect_since} (before, the "
@@ -73,37 +74,39 @@ def judge_step(run: Run, state: RunState, loss: float, grad_norm: float, gradien
     )
 
 
-def judge_end(run: Run, state: RunState, loss_before: float, gradient: Gradient) -> None:
+def check_end(run: Run, state: RunState, loss_before: float, gradient: Gradient) -> None:
     """Check the last step's effect on the loss of its rows: no later one shows it."""
     if run.training.divergence_patience == 0:
         return
     loss = _loss_without_gradient(run, gradient)
-    if not state.stability.end_to_be_judged(loss_before, loss):
+    if not state.stability.is_end_suspect(loss_before, loss):
         return
-    loss_at_start = _loss_at_start(run, gradient)
+    with as_at_start(run):
+        loss_at_start = _loss_without_gradient(run, gradient)
     if has_diverged(loss, loss_at_start):
-        raise diverged(
+        raise divergence_failure(
             run.progress,
             state,
             f"loss {loss:.4g} with the finished adapter on the rows of the last step ({loss_before:.4g} before it); "
-            f"{named_start(run.job)} has {loss_at_start:.4g} (spec.training.divergencePatience: 0 would publish it)",
+            f"{start_name(run.job)} has {loss_at_start:.4g} (spec.training.divergencePatience: 0 would publish it)",
         )
 
 
-def judge_kept(run: Run, state: RunState) -> None:
+def check_kept_adapter(run: Run, state: RunState) -> None:
     """Check the kept adapter on held-out rows at the end: no later step shows harm."""
-    loss, before = kept(run.training, state.evaluations, state.step, state.eval_loss).eval_loss, state.initial_eval_loss
+    loss = adapter_to_keep(run.training, state.evaluations, state.step, state.eval_loss).eval_loss
+    before = state.initial_eval_loss
     if run.training.divergence_patience == 0 or loss is None or before is None or not has_diverged(loss, before):
         return
-    raise diverged(
+    raise divergence_failure(
         run.progress,
         state,
-        f"the run would {'stop early' if run.stopped_early(state) else 'end'} with loss {loss:.4g} on the held-out "
+        f"the run would {'stop early' if run.has_stopped_early(state) else 'end'} with loss {loss:.4g} on the held-out "
         f"rows ({before:.4g} before training; spec.training.divergencePatience: 0 would publish it)",
     )
 
 
-def diverged(progress: RunProgress, state: RunState, symptom: str) -> StepFailure:
+def divergence_failure(progress: RunProgress, state: RunState, symptom: str) -> StepFailure:
     """Return the failure of a run that has diverged at this state, with its symptom."""
     step = progress.checkpoint_step
     saved = f"the checkpoint of step {step} is kept" if step else "nothing was saved yet"
@@ -116,17 +119,8 @@ def diverged(progress: RunProgress, state: RunState, symptom: str) -> StepFailur
     )
 
 
-def _loss_at_start(run: Run, gradient: Gradient) -> float:
-    """Mean loss of the step as the model was before the first one."""
-    with as_at_start(run):
-        return _loss_without_gradient(run, gradient)
-
-
 def _loss_without_gradient(run: Run, gradient: Gradient) -> float:
-    """Mean loss of the step, of all ranks.
-
-    Draws no random number, leaves the gradients alone.
-    """
+    """Mean loss of the step, of all ranks."""
     run.model.eval()
     try:
         with torch.no_grad():

@@ -19,6 +19,7 @@ from qlora_api.naming import (
     peers_name,
 )
 from qlora_api.profile import Profile, StepResources, Toleration
+from qlora_api.schema import replace
 from qlora_api.spec.gate import GateSpec
 from qlora_api.spec.job import API_VERSION, KIND, STEP_FIELDS
 from qlora_api.status import Resolved, StepName
@@ -71,7 +72,7 @@ def build_job(
     }
     if (step, attempt) == FIRST_JOB:
         # Without the document: it stands in the pod template, and comes from the same spec a moment later.
-        kept = resolved.model_copy(update={"document": None}).dump()
+        kept = replace(resolved, document=None).dump()
         metadata["annotations"] = {RESOLVED_ANNOTATION: json.dumps(kept, separators=(",", ":"))}
     return {
         "apiVersion": "batch/v1",

@@ -1,12 +1,12 @@
 """Decides which volumes a step's pod mounts, where, and whether read-only."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from qlora_api import contract
 from qlora_api.naming import SPEC_ANNOTATION, other_spec_annotation
 from qlora_api.profile import ModelCache, Profile, SigningKey
-from qlora_api.sources import ConfigMapSource, VolumeSource, parse_source
+from qlora_api.sources import SCHEMES, ConfigMapSource, VolumeSource, parse_source, scheme_of
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.model import SecretRef
 from qlora_api.status import ContinuedRun, StepName
@@ -20,16 +20,8 @@ _TEMPORARY_SIZE = "4Gi"
 # Processes on several GPUs exchange data through it (NCCL); runtimes give a container 64 MiB. Counts as memory.
 _SHARED_MEMORY_SIZE = "1Gi"
 _SECRET_MODE = 0o440
-# The keys of a Secret that are mounted as files, by scheme of the address that they are for.
-_SECRET_KEYS = {
-    "s3": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
-    "gs": ("GOOGLE_SERVICE_ACCOUNT_KEY",),
-    "oci": (".dockerconfigjson",),
-    "hf": ("token",),
-}
-# Of an address in Azure one of two: without either, the step fails and is tried again.
-_OPTIONAL_SECRET_KEYS = {"s3": ("AWS_SESSION_TOKEN",), "az": ("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN")}
-# The same for the servers of trackers. None is needed: a run that cannot be uploaded must not hold back its adapter.
+# The keys of the Secret for the servers of trackers. None is needed: a run that cannot be uploaded must not hold back
+# its adapter.
 _TRACKER_KEYS = {
     "mlflow": ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
     "wandb": ("WANDB_API_KEY",),
@@ -231,7 +223,7 @@ def _add_credentials(spec: QLoRAJobSpec, step: StepName, mounts: list[Manifest],
         if reference is not None:
             volume = f"{part}-credentials"
             mounts.append(_mount(volume, str(contract.CREDENTIALS_MOUNT / part), read_only=True))
-            volumes.append(_credentials(volume, reference.name, {uri.partition("://")[0] for uri in addresses}))
+            volumes.append(_credentials(volume, reference.name, {scheme_of(uri) for uri in addresses}))
 
 
 def _add_tracking(spec: QLoRAJobSpec, mounts: list[Manifest], volumes: list[Manifest]) -> None:
@@ -259,11 +251,13 @@ def _add_signing_key(key: SigningKey | None, mounts: list[Manifest], volumes: li
 def _credentials(volume: str, name: str, schemes: set[str]) -> Manifest:
     """Build the volume with the keys of a Secret that these schemes need or may need."""
 
-    def source(keys: Mapping[str, tuple[str, ...]]) -> Manifest:
-        names = sorted({key for scheme in schemes for key in keys.get(scheme, ())})
+    def source(keys: Iterable[tuple[str, ...]]) -> Manifest:
+        names = sorted({key for of_scheme in keys for key in of_scheme})
         return {"name": name, "items": [{"key": key, "path": key} for key in names]}
 
-    needed, possible = source(_SECRET_KEYS), source(_OPTIONAL_SECRET_KEYS)
+    declared = [SCHEMES[scheme] for scheme in schemes if scheme in SCHEMES]
+    needed = source(scheme.secret_keys for scheme in declared)
+    possible = source(scheme.optional_secret_keys for scheme in declared)
     sources: list[Manifest] = [{"secret": needed}] if needed["items"] else []
     if possible["items"]:
         sources.append({"secret": possible | {"optional": True}})

@@ -4,6 +4,7 @@ from datetime import datetime
 from typing import Literal, TypeVar
 
 from qlora_api.printable import one_line
+from qlora_api.schema import replace
 from qlora_api.status import MAX_MESSAGE_LENGTH, Condition, Phase, QLoRAJobStatus
 from qlora_api.sweep.status import QLoRASweepStatus
 from qlora_operator.decisions.observed.objects import Reason, format_time
@@ -82,9 +83,9 @@ def with_condition(
         observed_generation=generation,
     )
     if old is None:
-        return status.model_copy(update={"conditions": (*status.conditions, new)})
+        return replace(status, conditions=(*status.conditions, new))
     conditions = tuple(new if entry.type == kind else entry for entry in status.conditions)
-    return status.model_copy(update={"conditions": conditions})
+    return replace(status, conditions=conditions)
 
 
 def phase_of(status: QLoRAJobStatus, *, running: bool, queued: bool = False) -> Phase:

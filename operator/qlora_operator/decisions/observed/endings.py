@@ -1,6 +1,7 @@
 """Ends a job: decides every condition of a finished one."""
 
 from qlora_api.figures import without_remaining
+from qlora_api.schema import replace
 from qlora_api.status import FailureStatus, QLoRAJobStatus, StepName
 from qlora_operator.decisions.observed.conditions import ConditionType, Value, truncate
 from qlora_operator.decisions.observed.facts import Facts, set_condition
@@ -31,7 +32,7 @@ def succeed(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     )
     for kind, value, why in ends:
         status = set_condition(status, facts, kind, value, why)
-    return without_remaining(status.model_copy(update={"completion_time": format_time(facts.now)}))
+    return without_remaining(replace(status, completion_time=format_time(facts.now)))
 
 
 def fail(status: QLoRAJobStatus, facts: Facts, failure: FailureStatus) -> QLoRAJobStatus:
@@ -51,8 +52,7 @@ def fail(status: QLoRAJobStatus, facts: Facts, failure: FailureStatus) -> QLoRAJ
     )
     for kind, value, why in ends:
         status = set_condition(status, facts, kind, value, why)
-    changes = {"last_failure": failure, "completion_time": format_time(facts.now)}
-    return without_remaining(status.model_copy(update=changes))
+    return without_remaining(replace(status, last_failure=failure, completion_time=format_time(facts.now)))
 
 
 def not_ready(word: str) -> Reason:

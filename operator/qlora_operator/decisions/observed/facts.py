@@ -7,6 +7,7 @@ from datetime import datetime
 from qlora_api.contract import ProgressRecord
 from qlora_api.naming import child_job_name
 from qlora_api.profile import Profile
+from qlora_api.schema import replace
 from qlora_api.status import QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.observed.conditions import ConditionType, Value, with_condition
 from qlora_operator.decisions.observed.objects import Observed, QLoRAJob, Reason
@@ -57,7 +58,7 @@ def new_step(job: QLoRAJob, name: StepName, attempt: int) -> StepStatus:
     return StepStatus(name=name, job_name=child_job_name(job.name, name, attempt), attempt=attempt)
 
 
-def next_attempt(step: StepStatus, facts: Facts, **changes: int) -> StepStatus:
+def next_attempt(step: StepStatus, facts: Facts) -> StepStatus:
     """The same step with a new Job."""
-    kept = {"failures": step.failures, "unverified": step.unverified} | changes
-    return new_step(facts.job, step.name, step.attempt + 1).model_copy(update=kept)
+    new = new_step(facts.job, step.name, step.attempt + 1)
+    return replace(new, failures=step.failures, unverified=step.unverified)

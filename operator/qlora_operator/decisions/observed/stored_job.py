@@ -17,6 +17,7 @@ from qlora_api.naming import (
     shared_folder,
 )
 from qlora_api.profile import DNS_LABEL
+from qlora_api.schema import replace
 from qlora_api.spec.job import API_VERSION, QLoRAJobSpec
 from qlora_api.status import QLoRAJobStatus, Resolved
 from qlora_api.status_types import MAX_RUNGS
@@ -118,7 +119,7 @@ def _with_fixed_nodes(spec: QLoRAJobSpec, resolved: Resolved | None) -> QLoRAJob
     if resolved is None or resolved.document is None or resolved.contract_version < needed_contract(2):
         return spec
     nodes = json.loads(resolved.document)["spec"]["resources"].get("nodes")
-    return spec.model_copy(update={"resources": spec.resources.model_copy(update={"nodes": nodes})})
+    return replace(spec, resources=replace(spec.resources, nodes=nodes))
 
 
 def _readable_fields(content: Object) -> dict[str, Any]:

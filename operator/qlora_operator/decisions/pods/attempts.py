@@ -14,6 +14,7 @@ from datetime import datetime, timedelta
 
 from qlora_api.contract import ExitCode
 from qlora_api.figures import with_saved_step
+from qlora_api.schema import replace
 from qlora_api.status import FailureStatus, QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.observed.conditions import truncate
 from qlora_operator.decisions.observed.objects import ChildJob, Observed, Pod, QLoRAJob, format_time, parse_time
@@ -54,9 +55,9 @@ def watch_pod(status: QLoRAJobStatus, observed: Observed, now: datetime) -> QLoR
     pod = observed.reporting_pod(step.job_uid) if step else None
     if step is None or pod is None or pod.running_since is None or pod.uid == step.running_pod:
         return status
-    since, seen = format_time(pod.running_since), format_time(now)
-    changes = {"running_pod": pod.uid, "running_pod_name": pod.name, "running_since": since, "progressed_at": seen}
-    return status.model_copy(update={"step": step.model_copy(update=changes)})
+    step = replace(step, running_pod=pod.uid, running_pod_name=pod.name)
+    step = replace(step, running_since=format_time(pod.running_since), progressed_at=format_time(now))
+    return replace(status, step=step)
 
 
 def charge_running(status: QLoRAJobStatus, observed: Observed, now: datetime) -> QLoRAJobStatus:
@@ -64,7 +65,7 @@ def charge_running(status: QLoRAJobStatus, observed: Observed, now: datetime) ->
     total = active_seconds(status, observed, now)
     if total == status.active_seconds:
         return status
-    return status.model_copy(update={"active_seconds": total, "active_until": format_time(now)})
+    return replace(status, active_seconds=total, active_until=format_time(now))
 
 
 def _count_together(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, now: datetime) -> QLoRAJobStatus:
@@ -83,10 +84,10 @@ def _count_together(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, n
         return status
     if ending is not None and ending.lost_peer:
         # No pod may ever report the cause: the lost connection is the only evidence.
-        status = status.model_copy(update={"last_failure": describe_failure(ending, job, step.name)})
-    counted = step.model_copy(update={"counted_pod": ending.uid if ending else step.running_pod})
+        status = replace(status, last_failure=describe_failure(ending, job, step.name))
+    counted = replace(step, counted_pod=ending.uid if ending else step.running_pod)
     status = charge_running(status, observed, now)
-    return status.model_copy(update={"disruptions": status.disruptions + 1, "step": counted})
+    return replace(status, disruptions=status.disruptions + 1, step=counted)
 
 
 def _charge_node_0(
@@ -129,7 +130,7 @@ def _charge(status: QLoRAJobStatus, job: QLoRAJob, pod: Pod) -> QLoRAJobStatus:
     if status.active_until is not None and end <= parse_time(status.active_until):
         return status
     seconds = status.active_seconds + _seconds(status, start, end)
-    status = status.model_copy(update={"active_seconds": seconds, "active_until": format_time(end)})
+    status = replace(status, active_seconds=seconds, active_until=format_time(end))
     record = pod.result(job.uid, "train")
     return with_saved_step(status, record) if record else status
 
@@ -142,13 +143,10 @@ def _with_failure(status: QLoRAJobStatus, job: QLoRAJob, pod: Pod) -> QLoRAJobSt
     if status.step is None:
         return status
     failed = int(pod.failed and is_own_failure(pod))
-    changes: dict[str, object] = {"last_failure": describe_failure(pod, job, "train")}
-    if not pod.unsupported:
-        # That waits for another image, with the same Job.
-        changes["failures"] = status.failures + failed
-        counted = {"counted_pod": pod.uid, "failures": status.step.failures + failed}
-        changes["step"] = status.step.model_copy(update=counted)
-    return status.model_copy(update=changes)
+    step = replace(status.step, counted_pod=pod.uid, failures=status.step.failures + failed)
+    status = replace(status, last_failure=describe_failure(pod, job, "train"))
+    # An unsupported one waits for another image, with the same Job.
+    return status if pod.unsupported else replace(status, failures=status.failures + failed, step=step)
 
 
 def is_stopped_on_purpose(child: ChildJob | None, job: QLoRAJob) -> bool:
@@ -180,9 +178,9 @@ def _count_vanished(
     if step is None or step.running_since is None or not _has_vanished(status, pods):
         return status
     on_purpose = is_stopped_on_purpose(child, job) or _ran_before_a_queue_resumed(step, child)
-    counted = step.model_copy(update={"counted_pod": step.running_pod})
+    counted = replace(step, counted_pod=step.running_pod)
     status = _charge_vanished(status, child, pods, now)
-    return status.model_copy(update={"disruptions": status.disruptions + (0 if on_purpose else 1), "step": counted})
+    return replace(status, disruptions=status.disruptions + (0 if on_purpose else 1), step=counted)
 
 
 def _has_vanished(status: QLoRAJobStatus, pods: tuple[Pod, ...]) -> bool:
@@ -206,7 +204,7 @@ def _charge_vanished(
     start, end = parse_time(step.running_since), _vanished_at(step, child, pods, now)
     until = parse_time(status.active_until) if status.active_until else end
     seconds = status.active_seconds + _seconds(status, start, end)
-    return status.model_copy(update={"active_seconds": seconds, "active_until": format_time(max(end, until))})
+    return replace(status, active_seconds=seconds, active_until=format_time(max(end, until)))
 
 
 def _vanished_at(step: StepStatus, child: ChildJob | None, pods: tuple[Pod, ...], now: datetime) -> datetime:
@@ -298,24 +296,21 @@ def _count(status: QLoRAJobStatus, job: QLoRAJob, pod: Pod, step: StepName, *, o
     if start is None or end is None or status.step is None:
         return status
     until = parse_time(status.active_until) if status.active_until else end
-    changes: dict[str, object] = {
-        "active_seconds": status.active_seconds + _seconds(status, start, end),
-        "active_until": format_time(max(end, until)),
-    }
+    if pod.uid == status.step.counted_pod and end <= until:
+        return status
+    seconds = status.active_seconds + _seconds(status, start, end)
+    counted = replace(status, active_seconds=seconds, active_until=format_time(max(end, until)))
     if pod.uid != status.step.counted_pod:
         failures = status.step.failures + int(pod.failed)
-        changes["step"] = status.step.model_copy(update={"counted_pod": pod.uid, "failures": failures})
+        counted = replace(counted, step=replace(status.step, counted_pod=pod.uid, failures=failures))
         if pod.interrupted:
-            changes["disruptions"] = status.disruptions + (0 if on_purpose else 1)
+            counted = replace(counted, disruptions=status.disruptions + (0 if on_purpose else 1))
         elif not pod.exited_well:
             # A pod that the kubelet rejects, for example, is retried without a limit, and has a reason.
-            changes["failures"] = status.failures + int(pod.failed)
-            changes["last_failure"] = describe_failure(pod, job, step)
-    elif end <= until:
-        return status
+            failures = status.failures + int(pod.failed)
+            counted = replace(counted, failures=failures, last_failure=describe_failure(pod, job, step))
     record = pod.result(job.uid, step)
-    status = status.model_copy(update=changes)
-    return with_saved_step(status, record) if record else status
+    return with_saved_step(counted, record) if record else counted
 
 
 def _start(pod: Pod) -> datetime | None:

@@ -8,6 +8,7 @@ seconds, which is when the deletion was seen.
 from datetime import datetime, timedelta
 
 from qlora_api.naming import child_job_name
+from qlora_api.schema import replace
 from qlora_api.status import QLoRAJobStatus, StepStatus
 from qlora_operator.decisions.observed.conditions import condition
 from qlora_operator.decisions.observed.endings import NOT_SUSPENDED
@@ -38,7 +39,7 @@ def note_deletion(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         f"Job {step.job_name} was deleted, as were earlier Jobs of this step: the next is created after a pause of up "
         "to five minutes; the API server's audit log shows who deleted it"
     )
-    status = status.model_copy(update={"active_until": format_time(until)})
+    status = replace(status, active_until=format_time(until))
     return set_condition(status, facts, "Succeeded", "Unknown", Reason(_JOB_DELETED, sentence))
 
 

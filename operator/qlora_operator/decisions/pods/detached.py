@@ -4,9 +4,10 @@ That takes a change of their labels or their owner. A step that has no Job yet k
 until that pod is known to have ended: hiding it from the watches must not make room for a second one.
 """
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import replace
 
+from qlora_api.schema import replace
 from qlora_api.status import QLoRAJobStatus, StepStatus
 from qlora_operator.decisions.observed.facts import Facts
 from qlora_operator.decisions.observed.objects import Observed, Pod, QLoRAJob, collect
@@ -32,14 +33,14 @@ def keep_earlier_pod(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     step, stored = status.step, facts.job.status.step
     if step is None or stored is None or step.job_uid:
         return status
-    kept = step.model_copy(update=still_running(stored, facts.observed))
-    return status if kept == step else status.model_copy(update={"step": kept})
+    kept = with_running_pod(step, stored.running_pod, facts.observed)
+    return status if kept == step else replace(status, step=kept)
 
 
-def still_running(step: StepStatus, observed: Observed) -> dict[str, str]:
-    """Return the step's fields that name the running pod, empty if it has ended."""
-    pod = next((pod for pod in observed.live_pods if pod.uid == step.running_pod), None)
-    return {"running_pod": pod.uid if pod else "", "running_pod_name": pod.name if pod else ""}
+def with_running_pod(step: StepStatus, uid: str, observed: Observed) -> StepStatus:
+    """Name the pod with this UID as the step's running one, or none if it has ended."""
+    pod = next((pod for pod in observed.live_pods if pod.uid == uid), None)
+    return replace(step, running_pod=pod.uid if pod else "", running_pod_name=pod.name if pod else "")
 
 
 def hides_a_pod(observed: Observed, step: StepStatus) -> bool:
@@ -72,5 +73,5 @@ def _claimed(pod: Pod, step: StepStatus) -> Pod:
         return pod
     if not step.job_uid:
         # A pod of an earlier Job is still ended by that Job; without a Job, by none.
-        return pod if pod.detached or pod.owner_uid else replace(pod, detached=True)
-    return pod if pod.owner_uid == step.job_uid else replace(pod, owner_uid=step.job_uid, detached=True)
+        return pod if pod.detached or pod.owner_uid else dataclasses.replace(pod, detached=True)
+    return pod if pod.owner_uid == step.job_uid else dataclasses.replace(pod, owner_uid=step.job_uid, detached=True)

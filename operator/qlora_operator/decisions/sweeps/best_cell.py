@@ -5,6 +5,7 @@ It is created once, when all cells have ended, and continues the run of the cell
 
 from collections.abc import Mapping, Sequence
 
+from qlora_api.schema import replace
 from qlora_api.status import MAX_SHORT_TEXT_LENGTH
 from qlora_api.sweep.cells import best_job, best_job_name
 from qlora_api.sweep.spec import Cell
@@ -46,7 +47,7 @@ def published(sweep: QLoRASweep, lines: Sequence[CellStatus], jobs: Mapping[str,
             message=truncate(waits.sentence, MAX_SHORT_TEXT_LENGTH),
         )
     if before is not None and before.uid:
-        return before if before.phase in ENDED else before.model_copy(update={"phase": "Deleted"})
+        return before if before.phase in ENDED else replace(before, phase="Deleted")
     best = _best_at_the_end(sweep, lines, jobs)
     if best is not None and best not in jobs:
         return _without_run(sweep, best)

@@ -7,6 +7,7 @@ cell is not promoted later.
 
 from collections.abc import Mapping, Sequence
 
+from qlora_api.schema import replace
 from qlora_api.sweep.halving import HalvingSpec
 from qlora_api.sweep.status import CellStatus, RungStatus
 from qlora_operator.decisions.sweeps.sweep import CellJob
@@ -76,7 +77,7 @@ def _judged_at(
             cells=len(order),
             goes_on=rank <= halving.kept(len(order)),
         )
-        return line.model_copy(update={"rungs": (*(line.rungs or ()), verdict)})
+        return replace(line, rungs=(*(line.rungs or ()), verdict))
 
     return [with_verdict(line) for line in lines]
 

@@ -8,6 +8,7 @@ from datetime import datetime
 from qlora_api.contract import SWEEP_REPORT, ExitCode
 from qlora_api.figures import short_loss
 from qlora_api.forecast import hours_text, sum_of_costs
+from qlora_api.schema import replace
 from qlora_api.status import MAX_SHORT_TEXT_LENGTH
 from qlora_api.sweep.halving import HalvingSpec
 from qlora_api.sweep.spec import Cell, pods
@@ -106,16 +107,14 @@ def _line(cell: Cell, job: CellJob | None, before: CellStatus | None) -> CellSta
     if before is None or not before.uid:
         return CellStatus(name=cell.name, overrides=overrides)
     # An ended cell keeps its line: its adapter still exists.
-    return before if before.phase in ENDED else before.model_copy(update={"phase": "Deleted", "progress": ""})
+    return before if before.phase in ENDED else replace(before, phase="Deleted", progress="")
 
 
 def _with_reason(line: CellStatus, job: CellJob | None, halving: HalvingSpec | None) -> CellStatus:
     """Add why the cell was stopped, or is being, unless its user has resumed it since."""
     if job is None or not (job.rests or is_to_be_stopped(line, job) or (job.stopped_by_sweep and job.suspend)):
         return line
-    return line.model_copy(
-        update={"reason": NOT_AMONG_BEST, "message": truncate(why_stopped(line, halving), MAX_SHORT_TEXT_LENGTH)}
-    )
+    return replace(line, reason=NOT_AMONG_BEST, message=truncate(why_stopped(line, halving), MAX_SHORT_TEXT_LENGTH))
 
 
 def judges_anew(sweep: QLoRASweep, lines: Sequence[CellStatus]) -> bool:
@@ -137,7 +136,7 @@ def _ranked(lines: Sequence[CellStatus], *, by_score: bool) -> tuple[CellStatus,
     done = [line for line in lines if line.phase == "Succeeded" and line.adapter]
     done = [line for line in done if (line.score if by_score else line.eval_loss) is not None]
     places = {line.name: place for place, line in enumerate(sorted(done, key=key), 1)}
-    return tuple(line.model_copy(update={"rank": places.get(line.name)}) for line in lines)
+    return tuple(replace(line, rank=places.get(line.name)) for line in lines)
 
 
 def plan(
@@ -209,32 +208,31 @@ def next_status(
     pending = sum(not line.uid for line in lines)
     best = next((line for line in lines if line.rank == 1), None)
     before = sweep.status
-    status = before.model_copy(
-        update={
-            "observed_generation": sweep.generation,
-            "start_time": before.start_time or format_time(now),
-            "summary": f"{ended}/{len(lines)}" if lines else "",
-            "succeeded": succeeded,
-            "failed": ended - succeeded - stopped,
-            "stopped": stopped,
-            "running": len(lines) - ended - pending,
-            "pending": pending,
-            "best": _best(best),
-            "published": published,
-            "cells": lines,
-            "pods": pods,
-            "usage": _usage((*lines, *([published] if published is not None else [])), pods),
-            "claim_name": sweep.claim_name,
-            "report": f"pvc://{sweep.claim_name}/{sweep.shared_folder}/{SWEEP_REPORT}"
-            if any(map(_is_in_report, lines))
-            else before.report,
-        }
+    status = replace(
+        before,
+        observed_generation=sweep.generation,
+        start_time=before.start_time or format_time(now),
+        summary=f"{ended}/{len(lines)}" if lines else "",
+        succeeded=succeeded,
+        failed=ended - succeeded - stopped,
+        stopped=stopped,
+        running=len(lines) - ended - pending,
+        pending=pending,
+        best=_best(best),
+        published=published,
+        cells=lines,
+        pods=pods,
+        usage=_usage((*lines, *([published] if published is not None else [])), pods),
+        claim_name=sweep.claim_name,
+        report=f"pvc://{sweep.claim_name}/{sweep.shared_folder}/{SWEEP_REPORT}"
+        if any(map(_is_in_report, lines))
+        else before.report,
     )
     all_ended = bool(lines) and ended == len(lines)
     publishes = all_ended and waits_for_publication(sweep, status)
     finished = all_ended and not publishes
     completed = (before.completion_time or format_time(now)) if finished else None
-    status = status.model_copy(update={"completion_time": completed})
+    status = replace(status, completion_time=completed)
     if finished:
         missing = not_published(status) if succeeded else None
         phase: SweepPhase = "Succeeded" if succeeded and missing is None else "Failed"
@@ -250,12 +248,12 @@ def next_status(
 
 def invalid(sweep: QLoRASweep, reason: Reason, now: datetime) -> QLoRASweepStatus:
     """End a sweep whose template, which never changes, cannot make its cells."""
-    changes = {
-        "observed_generation": sweep.generation,
-        "start_time": sweep.status.start_time or format_time(now),
-        "completion_time": sweep.status.completion_time or format_time(now),
-    }
-    status = sweep.status.model_copy(update=changes)
+    status = replace(
+        sweep.status,
+        observed_generation=sweep.generation,
+        start_time=sweep.status.start_time or format_time(now),
+        completion_time=sweep.status.completion_time or format_time(now),
+    )
     return _with_conditions(sweep, status, "Failed", reason, now)
 
 
@@ -265,7 +263,7 @@ def held_up(sweep: QLoRASweep | StoredSweep, reason: Reason, now: datetime) -> Q
     if phase in ("Succeeded", "Failed"):
         return before
     started = before.start_time or format_time(now)
-    status = before.model_copy(update={"observed_generation": sweep.generation, "start_time": started})
+    status = replace(before, observed_generation=sweep.generation, start_time=started)
     return _with_conditions(sweep, status, phase, reason, now)
 
 
@@ -393,4 +391,4 @@ def _with_conditions(
     )
     for kind, value, why in values:
         status = with_condition(status, kind, value, why, generation=sweep.generation, now=now)
-    return status.model_copy(update={"phase": phase})
+    return replace(status, phase=phase)

@@ -24,6 +24,7 @@ from qlora_api.naming import (
     sweep_pod_name,
 )
 from qlora_api.profile import Profile
+from qlora_api.schema import replace
 from qlora_api.status import QLoRAJobStatus, StepStatus
 from qlora_api.sweep.spec import Cell, pods
 from qlora_api.sweep.status import SweepPodStatus
@@ -122,12 +123,10 @@ def as_job(
     if cell is None or cell.status.resolved is None:
         return None
     running = any(_state(jobs.get(name)) == "ready" for name in pod.cells)
-    spec = sweep.spec.template.spec.model_copy(
-        update={"suspend": sweep.spec.suspend or not running, "cleanup_after_seconds": None}
-    )
+    spec = replace(sweep.spec.template.spec, suspend=sweep.spec.suspend or not running, cleanup_after_seconds=None)
     stored = {name: getattr(pod, name) for name in (*_COUNTED, "step", "usage")}
     # The cell compares its GPU hours with the limit.
-    resolved = cell.status.resolved.model_copy(update={"gpu_hours": None})
+    resolved = replace(cell.status.resolved, gpu_hours=None)
     return QLoRAJob(
         namespace=sweep.namespace,
         name=name_of(sweep, pod),
@@ -177,7 +176,7 @@ def next_pod(
     )
     at_rest = not unfinished and not observed.live_pods
     if pod.ended:
-        pod = pod.model_copy(update={"usage": count_usage(job.status, known).usage})
+        pod = replace(pod, usage=count_usage(job.status, known).usage)
         if at_rest:
             return PodPlan(_left_alone(sweep, pod, cells), store_first=True)
         deletions = tuple(DeleteJob(child.name, child.uid) for child in unfinished)
@@ -186,7 +185,7 @@ def next_pod(
     if at_rest and observed.child(pod.step.job_name) is None and not (pod.step.job_uid and needed):
         attempt = pod.step.attempt + bool(pod.step.job_uid)
         step = _step(job.name, attempt) if pod.step.job_uid else pod.step
-        pod = pod.model_copy(update={"usage": count_usage(job.status, known).usage, "step": step})
+        pod = replace(pod, usage=count_usage(job.status, known).usage, step=step)
         chosen = _choose(sweep, pod, cells)
         if chosen.cells != pod.cells or chosen.alone != pod.alone or not chosen.cells:
             return PodPlan(chosen, store_first=chosen.cells != pod.cells or chosen.alone != pod.alone)
@@ -282,15 +281,15 @@ def _choose(sweep: QLoRASweep, pod: SweepPodStatus, cells: _Cells) -> SweepPodSt
     if sweep.spec.suspend or coming or not ready:
         counted = f"{len(ready)} of {len(cells.names)} cells of this pod are prepared"
         why = f"{counted}: waiting for {', '.join(coming)}" if coming else counted
-        pod = pod.model_copy(update={"cells": ()})
+        pod = replace(pod, cells=())
         return _with_reason(pod, cells, None, Reason(WAITING, why))
     alike = [job for job in ready if _must_be_equal(job) == _must_be_equal(ready[0])]
     chosen = _fitting(alike)
     names = tuple(job.name for job in chosen)
     if len(chosen) == 1:
-        pod = pod.model_copy(update={"cells": (), "alone": (*pod.alone, *names)})
+        pod = replace(pod, cells=(), alone=(*pod.alone, *names))
         return _with_reason(pod, cells, None, Reason(WAITING, "the cells that are left are trained one by one"))
-    pod = pod.model_copy(update={"cells": names})
+    pod = replace(pod, cells=names)
     return _with_reason(pod, cells, None, Reason(WAITING, "its train Job is about to be created"))
 
 
@@ -325,14 +324,14 @@ def _follow(pod: SweepPodStatus, cells: _Cells, facts: Facts, *, may_create: boo
     job, observed = facts.job, facts.observed
     if _is_to_be_replaced(pod, cells, observed):
         # A cell of its Job is suspended, deleted or has failed, and no pod of it runs.
-        step = _step(job.name, pod.step.attempt + 1).model_copy(update={"failures": pod.step.failures})
-        status = job.status.model_copy(update={"step": step, "usage": count_usage(job.status, facts).usage})
+        step = replace(_step(job.name, pod.step.attempt + 1), failures=pod.step.failures)
+        status = replace(job.status, step=step, usage=count_usage(job.status, facts).usage)
     else:
         status = next_status_of_pod(facts)
     step = status.step or pod.step
     ended = is_finished(status) or step.name != "train"
     changes = {name: getattr(status, name) for name in (*_COUNTED, "usage")}
-    found = pod.model_copy(update={**changes, "step": pod.step if ended else step, "ended": ended})
+    found = replace(pod, **changes, step=pod.step if ended else step, ended=ended)
     why = condition(status, "Succeeded")
     reason = Reason(why.reason, why.message) if why is not None else Reason("", "")
     found = _with_reason(found, cells, observed, reason)
@@ -360,9 +359,10 @@ def _is_to_be_replaced(pod: SweepPodStatus, cells: _Cells, observed: Observed) -
 def _left_alone(sweep: QLoRASweep, pod: SweepPodStatus, cells: _Cells) -> SweepPodStatus:
     """End the pod's Job: each of its cells has a separate train step from now on."""
     left = _Cells(cells.jobs, tuple(name for name in cells.names if name not in pod.cells))
-    changes = {"cells": (), "alone": (*pod.alone, *pod.cells), "ended": False, "failures": 0, "disruptions": 0}
-    changes |= {"active_seconds": 0, "step": _step(name_of(sweep, pod), pod.step.attempt + 1)}
-    return _with_reason(pod.model_copy(update=changes), left, None, Reason("", ""))
+    step = _step(name_of(sweep, pod), pod.step.attempt + 1)
+    pod = replace(pod, cells=(), alone=(*pod.alone, *pod.cells), ended=False, step=step)
+    pod = replace(pod, failures=0, disruptions=0, active_seconds=0)
+    return _with_reason(pod, left, None, Reason("", ""))
 
 
 def _ending(observed: Observed) -> Reason:
@@ -374,12 +374,11 @@ def _with_reason(pod: SweepPodStatus, cells: _Cells, observed: Observed | None, 
     """Add the Job's running pod, or the reason for none, and the waiting cells."""
     running = observed.reporting_pod(pod.step.job_uid) if observed is not None else None
     waiting = tuple(name for name in cells.names if name not in pod.cells and name not in pod.alone)
-    return pod.model_copy(
-        update={
-            "pod": running.name if running is not None else "",
-            "pod_uid": running.uid if running is not None else "",
-            "reason": reason.word,
-            "message": reason.sentence,
-            "waiting": waiting,
-        }
+    return replace(
+        pod,
+        pod=running.name if running is not None else "",
+        pod_uid=running.uid if running is not None else "",
+        reason=reason.word,
+        message=reason.sentence,
+        waiting=waiting,
     )

@@ -5,6 +5,7 @@ from datetime import datetime, timedelta
 from qlora_api.contract import ProgressRecord
 from qlora_api.forecast import ASSUMED_UTILIZATION, cost_text, hours_of_flops, hours_text
 from qlora_api.profile import Limits, Profile
+from qlora_api.schema import replace
 from qlora_api.status import QLoRAJobStatus
 from qlora_api.usage import ForecastStatus, WorkStatus
 from qlora_operator.decisions.observed.conditions import is_finished
@@ -91,7 +92,7 @@ def forecast_of_work(status: QLoRAJobStatus, work: WorkStatus) -> QLoRAJobStatus
         utilization=ASSUMED_UTILIZATION,
         cost=cost_text(seconds, profile.gpu_hour_price, profile.currency),
     )
-    return status.model_copy(update={"forecast": forecast})
+    return replace(status, forecast=forecast)
 
 
 def follow_forecast(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
@@ -119,7 +120,7 @@ def _forecast_of_pace(status: QLoRAJobStatus, facts: Facts, remaining: float) ->
     seconds = used_seconds(status) + remaining * gpus
     cost = cost_text(seconds, profile.gpu_hour_price, profile.currency)
     forecast = ForecastStatus(gpu_hours=hours_text(seconds), basis="Measured", cost=cost)
-    return status.model_copy(update={"forecast": forecast})
+    return replace(status, forecast=forecast)
 
 
 def _part_of_shared_pod(status: QLoRAJobStatus, facts: Facts) -> float:
@@ -133,7 +134,7 @@ def _judged(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     allowed, forecast = allowed_seconds(facts.job, status), status.forecast
     if allowed is None or forecast is None:
         kept = tuple(entry for entry in status.conditions if entry.type != "WithinBudget")
-        return status if len(kept) == len(status.conditions) else status.model_copy(update={"conditions": kept})
+        return status if len(kept) == len(status.conditions) else replace(status, conditions=kept)
     hours = hours_text(allowed)
     if float(forecast.gpu_hours) * _SECONDS <= allowed:
         sentence = f"the forecast is within the {hours} GPU hours that the job may use"

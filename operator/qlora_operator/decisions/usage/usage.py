@@ -20,6 +20,7 @@ from typing import Any
 from qlora_api.contract import ResultRecord
 from qlora_api.forecast import cost_text, hours_text
 from qlora_api.naming import child_job_name
+from qlora_api.schema import replace
 from qlora_api.status import QLoRAJobStatus
 from qlora_api.usage import LostGpuSeconds, PodEnd, PodUsage, TakenOverPart, UsageStatus
 from qlora_operator.decisions.observed.facts import Facts
@@ -37,7 +38,6 @@ _SEEN_AFTER = 60
 """Seconds for which a pod has its GPUs before it is listed, if its trainer does not run until then."""
 _LONGEST_UNCOUNTED = timedelta(minutes=5)
 """The longest uncounted time of a silent running pod: it is lost if the pod vanishes."""
-_NUMBERS = ("seconds", "startup_seconds", "lost_seconds")
 
 
 def count_usage(status: QLoRAJobStatus, facts: Facts, *, until_now: bool = False) -> QLoRAJobStatus:
@@ -64,9 +64,9 @@ def count_usage(status: QLoRAJobStatus, facts: Facts, *, until_now: bool = False
         seconds += _part(entry, "seconds", gpus) - _part(entries.get(entry.uid), "seconds", gpus)
         lost = _with_losses(lost, entries.get(entry.uid), entry, gpus)
     listed = sorted((entries | {entry.uid: entry for entry in changed}).values(), key=lambda each: each.created)
-    kept = _kept(listed, before, _next_to_list(listed, before, status, facts), facts)
-    usage = before.model_copy(update={"gpu_seconds": seconds, "lost_gpu_seconds": lost, **kept})
-    return status.model_copy(update={"usage": _for_people(usage, status)})
+    usage = _with_pods(before, listed, _next_to_list(listed, before, status, facts), facts)
+    usage = replace(usage, gpu_seconds=seconds, lost_gpu_seconds=lost)
+    return replace(status, usage=_for_people(usage, status))
 
 
 def gpus_of_a_pod(job: QLoRAJob, status: QLoRAJobStatus) -> int:
@@ -207,14 +207,14 @@ def _advanced(entry: PodUsage, pod: Pod, status: QLoRAJobStatus, facts: Facts) -
     result = pod.result(facts.job.uid, "train")
     trained_since = (record and record.training_since) or (result and result.training_since) or entry.trained_since
     if record is not None and entry.from_step is None and record.training_since is not None:
-        entry = entry.model_copy(update={"from_step": record.training_step})
+        entry = replace(entry, from_step=record.training_step)
     over = _is_over(pod)
     until = facts.now if not over else _ended_at(entry, pod, facts.now)
     seconds = max(0, int((until - parse_time(entry.since)).total_seconds()))
-    entry = entry.model_copy(update={"seconds": seconds, "trained_since": trained_since})
+    entry = replace(entry, seconds=seconds, trained_since=trained_since)
     if pod.missed_peers:
         # Of several nodes, it has waited for the others until the limit.
-        return entry.model_copy(update={"startup_seconds": seconds, "end": entry.end or "disruption"})
+        return replace(entry, startup_seconds=seconds, end=entry.end or "disruption")
     return _with_end(entry, _end_of(pod, facts), status, result) if over else _with_startup(entry)
 
 
@@ -254,12 +254,12 @@ def _with_startup(entry: PodUsage) -> PodUsage:
     if entry.trained_since is None:
         return entry
     startup = int((parse_time(entry.trained_since) - parse_time(entry.since)).total_seconds())
-    return entry.model_copy(update={"startup_seconds": min(entry.seconds, max(0, startup))})
+    return replace(entry, startup_seconds=min(entry.seconds, max(0, startup)))
 
 
 def _with_end(entry: PodUsage, end: PodEnd, status: QLoRAJobStatus, result: ResultRecord | None) -> PodUsage:
     """The entry of a pod that has ended, with the seconds that are in no checkpoint."""
-    entry = _with_startup(entry).model_copy(update={"end": entry.end or end})
+    entry = replace(_with_startup(entry), end=entry.end or end)
     if end == "completed":
         return entry
     if entry.trained_since is not None and result is not None and result.outcome == "interrupted":
@@ -268,7 +268,7 @@ def _with_end(entry: PodUsage, end: PodEnd, status: QLoRAJobStatus, result: Resu
     kept_until = max(filter(None, (entry.trained_since, saved)), key=parse_time, default=entry.since)
     kept = int((parse_time(kept_until) - parse_time(entry.since)).total_seconds())
     lost = entry.seconds - min(entry.seconds, max(kept, entry.startup_seconds))
-    return entry.model_copy(update={"lost_seconds": lost})
+    return replace(entry, lost_seconds=lost)
 
 
 def _vanished(status: QLoRAJobStatus, facts: Facts, before: UsageStatus) -> Iterator[PodUsage]:
@@ -286,7 +286,7 @@ def _vanished(status: QLoRAJobStatus, facts: Facts, before: UsageStatus) -> Iter
         jobs = (child for child in facts.observed.children if f"{entry.name}-".startswith(f"{child.name}-"))
         on_purpose = is_stopped_on_purpose(next(jobs, None), facts.job)
         end: PodEnd = "suspension" if on_purpose else "disruption"
-        yield _with_end(entry.model_copy(update={"seconds": seconds}), end, status, None)
+        yield _with_end(replace(entry, seconds=seconds), end, status, None)
 
 
 def _of_sweep(facts: Facts, before: UsageStatus, *, current: bool) -> Iterator[PodUsage]:
@@ -297,7 +297,7 @@ def _of_sweep(facts: Facts, before: UsageStatus, *, current: bool) -> Iterator[P
         if old is None and not _is_uncounted(entry, before):
             continue
         start = parse_time(old.since) if old else _dropped_until(parse_time(entry.created), before)
-        counted = old or entry.model_copy(update={"seconds": 0})
+        counted = old or replace(entry, seconds=0)
         if current or entry.end is not None or _is_behind(counted, facts.now):
             yield entry if start is None else _from(start, entry)
 
@@ -307,8 +307,14 @@ def _copied(facts: Facts) -> Iterator[PodUsage]:
     for entry in facts.shared.counted if facts.shared is not None else ():
         parts = (part.after_seconds for part in entry.taken_over or () if part.uid == facts.job.uid)
         later = _after(next(parts, entry.seconds), entry)
-        numbers = {name: getattr(entry, name) - getattr(later, name) for name in _NUMBERS}
-        yield entry.model_copy(update={"trained": None, "taken_over": None, **numbers})
+        yield replace(
+            entry,
+            trained=None,
+            taken_over=None,
+            seconds=entry.seconds - later.seconds,
+            startup_seconds=entry.startup_seconds - later.startup_seconds,
+            lost_seconds=entry.lost_seconds - later.lost_seconds,
+        )
 
 
 def _is_uncounted(entry: PodUsage, before: UsageStatus) -> bool:
@@ -320,14 +326,14 @@ def _is_uncounted(entry: PodUsage, before: UsageStatus) -> bool:
 def _from(start: datetime, entry: PodUsage) -> PodUsage:
     """The entry without its time before `start`."""
     earlier = max(0, int((start - parse_time(entry.since)).total_seconds()))
-    return _after(earlier, entry).model_copy(update={"since": format_time(start)}) if earlier else entry
+    return replace(_after(earlier, entry), since=format_time(start)) if earlier else entry
 
 
 def _after(earlier: int, entry: PodUsage) -> PodUsage:
     """The entry with the numbers of what comes after so many seconds of the pod."""
     seconds, startup = max(0, entry.seconds - earlier), max(0, entry.startup_seconds - earlier)
     lost = min(entry.lost_seconds, seconds - startup)
-    return entry.model_copy(update=dict(zip(_NUMBERS, (seconds, startup, lost), strict=True)))
+    return replace(entry, seconds=seconds, startup_seconds=startup, lost_seconds=lost)
 
 
 def _merged(old: PodUsage | None, new: PodUsage, gone: Set[str]) -> PodUsage:
@@ -340,15 +346,15 @@ def _merged(old: PodUsage | None, new: PodUsage, gone: Set[str]) -> PodUsage:
         taken_over = new.taken_over or ()
         more = sorted((gone & set(new.trained or ())) - {part.uid for part in taken_over})
         parts = (TakenOverPart(uid=uid, after_seconds=counted) for uid in more)
-        new = new.model_copy(update={"taken_over": (*taken_over, *parts) or None})
+        new = replace(new, taken_over=(*taken_over, *parts) or None)
     if old is None:
         return new
     seconds = max(old.seconds, new.seconds)
     # One that had vanished may be seen again, and only then when it began to train: no second is lost twice.
     lost = max(old.lost_seconds, min(new.lost_seconds, seconds - old.startup_seconds))
     startup = max(old.startup_seconds, min(new.startup_seconds, seconds - lost))
-    grown = {"seconds": seconds, "lost_seconds": lost, "startup_seconds": startup}
-    return new.model_copy(update={**grown, "jobs": old.jobs, "since": old.since, "end": old.end or new.end})
+    new = replace(new, seconds=seconds, lost_seconds=lost, startup_seconds=startup)
+    return replace(new, jobs=old.jobs, since=old.since, end=old.end or new.end)
 
 
 def _part(entry: PodUsage | None, name: str, gpus: int) -> int:
@@ -364,10 +370,12 @@ def _part(entry: PodUsage | None, name: str, gpus: int) -> int:
 def _with_losses(lost: LostGpuSeconds, old: PodUsage | None, new: PodUsage, gpus: int) -> LostGpuSeconds:
     startup = _part(new, "startup_seconds", gpus) - _part(old, "startup_seconds", gpus)
     more = _part(new, "lost_seconds", gpus) - _part(old, "lost_seconds", gpus)
-    changes = {"startup": lost.startup + startup}
-    if more and new.end is not None and new.end != "completed":
-        changes[new.end] = getattr(lost, new.end) + more
-    return lost.model_copy(update=changes)
+    lost = replace(lost, startup=lost.startup + startup)
+    if new.end == "suspension":
+        return replace(lost, suspension=lost.suspension + more)
+    if new.end == "disruption":
+        return replace(lost, disruption=lost.disruption + more)
+    return replace(lost, failure=lost.failure + more) if new.end == "failure" else lost
 
 
 def _next_to_list(listed: list[PodUsage], before: UsageStatus, status: QLoRAJobStatus, facts: Facts) -> datetime | None:
@@ -381,10 +389,8 @@ def _next_to_list(listed: list[PodUsage], before: UsageStatus, status: QLoRAJobS
     return min((*own, *copied), default=None)
 
 
-def _kept(
-    entries: list[PodUsage], before: UsageStatus, next_to_list: datetime | None, facts: Facts
-) -> dict[str, object]:
-    """Return the entries that stay, and the latest creation and end of dropped ones."""
+def _with_pods(usage: UsageStatus, entries: list[PodUsage], next_to_list: datetime | None, facts: Facts) -> UsageStatus:
+    """List the entries that stay, and note the latest creation and end of dropped ones."""
     over = sorted((entry for entry in entries if entry.end is not None), key=_last_counted)
     surplus = max(0, len(over) - _KEPT_PODS - facts.job.spec.resources.node_count)
     excess = len(entries) - _MOST_LISTED
@@ -395,19 +401,20 @@ def _kept(
         or (_last_counted(entry) <= facts.now and (next_to_list is None or parse_time(entry.created) < next_to_list))
     ]
     if not dropped:
-        return {"pods": tuple(entries)}
+        return replace(usage, pods=tuple(entries))
     gone = {entry.uid for entry in dropped}
     created = [entry.created for entry in dropped]
     ended = [format_time(_last_counted(entry)) for entry in dropped]
-    return {
-        "pods": tuple(entry for entry in entries if entry.uid not in gone),
-        "counted_until": max(filter(None, (*created, before.counted_until)), key=parse_time),
-        "ended_until": max(filter(None, (*ended, before.ended_until, before.counted_until)), key=parse_time),
-    }
+    return replace(
+        usage,
+        pods=tuple(entry for entry in entries if entry.uid not in gone),
+        counted_until=max(filter(None, (*created, usage.counted_until)), key=parse_time),
+        ended_until=max(filter(None, (*ended, usage.ended_until, usage.counted_until)), key=parse_time),
+    )
 
 
 def _for_people(usage: UsageStatus, status: QLoRAJobStatus) -> UsageStatus:
     """Add hours and cost, at the profile's price at the last start or retry."""
     profile = status.resolved.profile if status.resolved is not None else None
     cost = None if profile is None else cost_text(usage.gpu_seconds, profile.gpu_hour_price, profile.currency)
-    return usage.model_copy(update={"gpu_hours": hours_text(usage.gpu_seconds), "cost": cost})
+    return replace(usage, gpu_hours=hours_text(usage.gpu_seconds), cost=cost)

@@ -133,38 +133,6 @@ def test_rows_that_are_pairs_too_are_prepared_again_for_another_objective(
     assert prepare(make_context({"training": {"objective": "dpo"}}), Recorded()).dataset.format == "preference"
 
 
-BAD_ROWS = {
-    "no prompt": (
-        {"chosen": "a", "rejected": "b"},
-        " has no 'prompt': 'chosen' and 'rejected' are texts, which need one",
-    ),
-    "text and list": (
-        {"prompt": "p", "chosen": "a", "rejected": [BAD]},
-        ": 'chosen' is text: must be text, or a list of {role, content}; 'chosen' and 'rejected' must be of the same",
-    ),
-    "empty answer": ({"prompt": "p", "chosen": "a", "rejected": " "}, ": 'rejected' is empty: must be text"),
-    "null": ({"prompt": "p", "chosen": None, "rejected": "b"}, ": 'chosen' is null: must be text, or a list of"),
-    "other prompts": (
-        {"chosen": [ASKED, GOOD], "rejected": [AGAIN, BAD]},
-        ": 'chosen' and 'rejected' do not begin with the same prompt",
-    ),
-    "no answer at the end": (
-        {"chosen": [ASKED, GOOD, AGAIN], "rejected": [ASKED, BAD]},
-        ": 'chosen' ends with a message of role 'user': must end with an answer in words",
-    ),
-    "answer first": ({"chosen": [GOOD], "rejected": [BAD]}, ": 'chosen[0].role' is 'assistant' where 'user' is"),
-    "no rejected answer": ({"prompt": "p", "chosen": "a"}, " has no column 'rejected', which format preference needs"),
-}
-
-
-@pytest.mark.parametrize(("values", "message"), BAD_ROWS.values(), ids=BAD_ROWS)
-def test_a_row_that_is_no_pair_is_named(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(StepFailure) as raised:
-        RowReader("preference", None).read(Row("pvc://data/a.jsonl line 1", values, 1))
-    assert raised.value.exit_code is ExitCode.BAD_DATASET
-    assert raised.value.message.startswith(f"pvc://data/a.jsonl line 1{message}")
-
-
 def test_the_columns_of_a_mixs_source_are_named_where_the_job_has_them() -> None:
     with pytest.raises(StepFailure, match=r"name it in spec\.dataset\.mix\[1\]\.columns\.prompt, or"):
         RowReader("preference", None, "spec.dataset.mix[1]").read(Row("line 1", {"chosen": "a", "rejected": "b"}, 1))

@@ -7,7 +7,7 @@ import pytest
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.steps.prepare import prepare
-from tests.support.bad_data import CORPUS, BadData
+from tests.support.data_files import CORPUS, BadData
 from tests.support.models.tiny import Recorded
 from tests.trainer.conftest import MakeContext
 

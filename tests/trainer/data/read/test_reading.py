@@ -1,10 +1,9 @@
 """Valid data of every file kind and source, and the rows read from it."""
 
-import bz2
 import gzip
 import json
-import lzma
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from signal import SIGKILL
@@ -19,9 +18,11 @@ from qlora_trainer.core.completion import PrepareRecord
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.filesystem import file_sha256
+from qlora_trainer.data.read.reading import DATA_ENDINGS
 from qlora_trainer.data.statistics import DataStatistics
 from qlora_trainer.steps.prepare import prepare
-from tests.support.bad_data.case import GOOD
+from tests.support.data_files import GOOD_FILES, ROWS
+from tests.support.data_files.case import GOOD
 from tests.support.fake_hub import OTHER_COMMIT, FakeHub, serve
 from tests.support.models.tiny import Recorded, chat_row, write_rows
 from tests.trainer.conftest import MakeContext
@@ -51,9 +52,6 @@ def test_a_missing_volume_or_config_map_is_retried(
     assert failure.value.exit_code is ExitCode.UNREACHABLE
 
 
-PAIRS = [{"prompt": f'Question "{n}",\nplease', "completion": f"ünswer {n}"} for n in range(3)]
-
-
 def train_bytes(context: StepContext, record: PrepareRecord) -> bytes:
     return (context.workspace.root / record.data_path / "train.safetensors").read_bytes()
 
@@ -62,39 +60,26 @@ def statistics(context: StepContext, record: PrepareRecord) -> DataStatistics:
     return DataStatistics.read(context.workspace.root / record.data_path)
 
 
-def zstandard(content: bytes) -> bytes:
-    return bytes(pa.compress(content, codec="zstd", asbytes=True))
-
-
 def test_every_kind_of_file_gives_the_same_tokens(make_context: MakeContext, records: Recorded, tmp_path: Path) -> None:
     """Also with a byte order mark, blank lines, Windows line ends and no line end after the last row."""
     data = tmp_path / "data"
     data.mkdir()
-    lines = [json.dumps(row, ensure_ascii=False) for row in PAIRS]
-    quoted = ['"{}","{}"'.format(*(row[key].replace('"', '""') for key in ("prompt", "completion"))) for row in PAIRS]
-    plain = "\n".join(lines).encode()
-    contents = {
-        "a.jsonl": plain,
-        "b.jsonl": b"\xef\xbb\xbf" + "\r\n\r\n".join(lines).encode() + b"\r\n",
-        "c.csv": b"\xef\xbb\xbf" + "\n".join(["prompt,completion", *quoted]).encode(),
-        "d.json": json.dumps(PAIRS, indent=2, ensure_ascii=False).encode(),
-        "e.json": b"\xef\xbb\xbf\r\n [" + ",".join(lines).encode() + b"] \n",
-        "f.json": plain,
-        "g.jsonl.gz": gzip.compress(plain[:50]) + gzip.compress(plain[50:]),
-        "h.jsonl.bz2": bz2.compress(plain),
-        "i.json.xz": lzma.compress(json.dumps(PAIRS).encode()),
-        "j.csv.zst": zstandard("\r\n".join(["prompt,completion", *quoted]).encode()),
-    }
-    for name, content in contents.items():
-        (data / name).write_bytes(content)
-    pq.write_table(pa.Table.from_pylist(PAIRS), data / "k.parquet")
     written = set()
-    for name in (*contents, "k.parquet"):
-        context = make_context({"dataset": {"source": f"pvc://data/{name}"}})
-        record = prepare(context, records)
-        assert (record.dataset.format, record.dataset.rows) == ("prompt-completion", 3), name
-        written.add(train_bytes(context, record))
+    for ending, contents in GOOD_FILES.items():
+        for number, content in enumerate(contents):
+            name = f"{number}{ending}"
+            (data / name).write_bytes(content)
+            context = make_context({"dataset": {"source": f"pvc://data/{name}"}})
+            record = prepare(context, records)
+            assert (record.dataset.format, record.dataset.rows) == ("prompt-completion", 3), name
+            written.add(train_bytes(context, record))
     assert len(written) == 1
+
+
+def test_every_ending_that_is_allowed_has_a_good_file() -> None:
+    assert {ending for name in GOOD_FILES for ending in re.findall(r"\.\w+", name)} == {
+        *re.findall(r"\.\w+", DATA_ENDINGS)
+    }
 
 
 @pytest.mark.parametrize("dictionaries", [True, False])
@@ -103,7 +88,7 @@ def test_a_parquet_file_without_rows_is_rejected(
 ) -> None:
     data = tmp_path / "data"
     data.mkdir()
-    pq.write_table(pa.Table.from_pylist(PAIRS).slice(0, 0), data / "none.parquet", use_dictionary=dictionaries)
+    pq.write_table(pa.Table.from_pylist(ROWS).slice(0, 0), data / "none.parquet", use_dictionary=dictionaries)
     with pytest.raises(StepFailure, match=r"pvc://data/none\.parquet has no rows"):
         prepare(make_context({"dataset": {"source": "pvc://data/none.parquet"}}), records)
 
@@ -112,7 +97,7 @@ def test_a_parquet_file_that_crashes_its_reader_is_named(
     make_context: MakeContext, records: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "data").mkdir()
-    pq.write_table(pa.Table.from_pylist(PAIRS), tmp_path / "data" / "a.parquet")
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "data" / "a.parquet")
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *_, **_options: os.kill(os.getpid(), SIGKILL))
     with pytest.raises(
         StepFailure, match=r"a\.parquet cannot be read as Parquet \(.* ended by signal or exit code -9"
@@ -209,7 +194,7 @@ def test_a_shuffle_without_effect_is_logged(
     dataset: dict[str, Any],
     told: bool,
 ) -> None:
-    write_rows(tmp_path / "data" / "train.jsonl", PAIRS)
+    write_rows(tmp_path / "data" / "train.jsonl", ROWS)
     prepare(make_context({"dataset": {"shuffle": True, **dataset}}), records)
     assert ("spec.dataset.shuffle has no effect without spec.dataset.maxRows" in caplog.text) is told
 
@@ -227,12 +212,12 @@ def test_rows_of_a_config_map_are_read(make_context: MakeContext, records: Recor
 def test_evaluation_rows_with_another_digest_are_rejected(
     make_context: MakeContext, records: Recorded, tmp_path: Path
 ) -> None:
-    write_rows(tmp_path / "data" / "train.jsonl", PAIRS)
-    path = write_rows(tmp_path / "data" / "eval.jsonl", PAIRS[:2])
+    write_rows(tmp_path / "data" / "train.jsonl", ROWS)
+    path = write_rows(tmp_path / "data" / "eval.jsonl", ROWS[:2])
     evaluation = {"source": "pvc://data/eval.jsonl", "sha256": file_sha256(path)}
     context = make_context({"dataset": {"eval": evaluation}})
     assert prepare(context, records).dataset.eval_rows == 2
-    write_rows(path, PAIRS[:1])
+    write_rows(path, ROWS[:1])
     with pytest.raises(StepFailure, match=r"eval.jsonl has SHA-256 \w{64}, but spec.dataset.eval.sha256 is") as failure:
         prepare(context, records)
     assert failure.value.exit_code is ExitCode.BAD_DATASET
@@ -245,7 +230,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     for folder in repositories.values():
         for config, rows in (("small", 1), ("large", 4)):
             for extra, split in enumerate(("train", "validation", "test")):
-                write_rows(folder / config / f"{split}.jsonl", PAIRS[:1] * (rows + extra))
+                write_rows(folder / config / f"{split}.jsonl", ROWS[:1] * (rows + extra))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with serve(FakeHub(repositories, commits=dict.fromkeys(repositories, OTHER_COMMIT))) as served:
         monkeypatch.setenv("HF_ENDPOINT", served.endpoint)

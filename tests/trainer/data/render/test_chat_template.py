@@ -1,17 +1,21 @@
 """The learned part of a row: its text, and the tokens that are targets."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
 from qlora_api.contract import ExitCode
+from qlora_api.spec.dataset import Columns
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.data.prepared import PreparedDataset
+from qlora_trainer.data.examples.formats import detect_format
+from qlora_trainer.data.read.rows import Row
 from qlora_trainer.steps.prepare import prepare
+from tests.support.models.learned import learned
 from tests.support.models.tiny import CHATML, SHAPE, Recorded, chat_row, save_model, write_rows
+from tests.support.row_formats import CALLING, TOOLS
 from tests.trainer.conftest import MakeContext
 
 # Like Qwen3's: the reasoning of all answers but the last is left out, and an empty one is put before the last.
@@ -58,50 +62,34 @@ DIALOGUE = [
 ]
 
 
-class TokenizeRows:
-    """Rows of prepare with a model's template."""
-
-    def __init__(self, make_context: MakeContext, records: Recorded, tmp_path: Path, tiny_llama: Path) -> None:
-        self._make_context, self._records = make_context, records
-        self._data, self._model, self._tiny_llama = tmp_path / "data", tmp_path / "models" / "model", tiny_llama
-
-    def __call__(
-        self, rows: list[dict[str, Any]], template: str | None = CHATML, *, of_processor: bool = False, **spec: Any
-    ) -> list[tuple[str, list[str]]]:
-        """For each row its text and the stretches of it that are targets."""
-        if not self._model.exists():
-            self._model.parent.mkdir()
-            self._model.mkdir()
-            for file in self._tiny_llama.iterdir():
-                if file.name != "chat_template.jinja":
-                    (self._model / file.name).hardlink_to(file)
-            if of_processor:
-                (self._model / "chat_template.json").write_text(json.dumps({"chat_template": template}))
-            elif template is not None:
-                (self._model / "chat_template.jinja").write_text(template)
-        write_rows(self._data / "train.jsonl", rows)
-        spec = {"training": {"packing": False, "maxSequenceLength": 256}, **spec}
-        context = self._make_context(spec, model=self._model)
-        record = prepare(context, self._records)
-        dataset = PreparedDataset.open(context.workspace.root / record.data_path, "train")
-        tokenizer = AutoTokenizer.from_pretrained(self._model)
-        return [self._text_and_targets(tokenizer, dataset[index]) for index in range(len(dataset))]
-
-    @staticmethod
-    def _text_and_targets(tokenizer: Any, sequence: Any) -> tuple[str, list[str]]:
-        stretches: list[list[int]] = []
-        before = False
-        for token, label in zip(sequence.input_ids.tolist(), sequence.labels.tolist(), strict=True):
-            assert label in (token, -100)
-            if label == token:
-                stretches[-1:] = [[*stretches[-1], token]] if before else [*stretches[-1:], [token]]
-            before = label == token
-        return tokenizer.decode(sequence.input_ids), [tokenizer.decode(stretch) for stretch in stretches]
+TokenizeRows = Callable[..., list[tuple[str, list[str]]]]
 
 
 @pytest.fixture
-def tokenize_rows(make_context: MakeContext, records: Recorded, tmp_path: Path, tiny_llama: Path) -> TokenizeRows:
-    return TokenizeRows(make_context, records, tmp_path, tiny_llama)
+def tokenize_rows(tmp_path: Path, tiny_llama: Path) -> TokenizeRows:
+    """Returns for each row, with a model's template, its text and the stretches of it that are targets."""
+
+    def tokenize(
+        rows: list[dict[str, Any]],
+        template: str | None = CHATML,
+        *,
+        of_processor: bool = False,
+        columns: Columns | None = None,
+        **recipe: Any,
+    ) -> list[tuple[str, list[str]]]:
+        model = tmp_path / "model"
+        if not model.exists():
+            model.mkdir()
+            for file in tiny_llama.glob("token*"):
+                (model / file.name).hardlink_to(file)
+            if of_processor:
+                (model / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+            elif template is not None:
+                (model / "chat_template.jinja").write_text(template)
+        format_, names = detect_format(Row("line 1", rows[0], 1), columns)
+        return learned(model, rows, format_, columns=names, **recipe)
+
+    return tokenize
 
 
 def test_every_answer_and_its_end_mark_are_targets_and_nothing_else(tokenize_rows: TokenizeRows) -> None:
@@ -115,8 +103,7 @@ def test_every_answer_and_its_end_mark_are_targets_and_nothing_else(tokenize_row
 
 
 def test_every_token_is_a_target_with_train_on_all(tokenize_rows: TokenizeRows) -> None:
-    training = {"packing": False, "maxSequenceLength": 256, "trainOn": "all"}
-    [(text, targets)] = tokenize_rows([{"messages": DIALOGUE}], training=training)
+    [(text, targets)] = tokenize_rows([{"messages": DIALOGUE}], train_on="all")
     assert targets == [text.removeprefix("<|im_start|>")]
 
 
@@ -170,46 +157,6 @@ def test_the_date_in_a_template_is_frozen(tokenize_rows: TokenizeRows) -> None:
     assert "Today is 01 January 2025" in text
 
 
-def test_a_prompt_becomes_a_turn_of_a_chat_template(tokenize_rows: TokenizeRows) -> None:
-    [(text, targets)] = tokenize_rows([{"prompt": "Which pods?", "completion": "All."}])
-    assert text == "<|im_start|>user\nWhich pods?<|im_end|>\n<|im_start|>assistant\nAll.<|im_end|>\n"
-    assert targets == ["All.<|im_end|>"]
-
-
-def test_an_instruction_becomes_a_turn_with_its_input(tokenize_rows: TokenizeRows) -> None:
-    rows = [
-        {"instruction": "Scale it.", "input": "the shop", "output": "Done."},
-        {"instruction": "Scale it.", "input": "", "output": "Done."},
-    ]
-    (with_input, targets), (without, _) = tokenize_rows(rows)
-    assert with_input.startswith("<|im_start|>user\nScale it.\n\nthe shop<|im_end|>\n")
-    assert without.startswith("<|im_start|>user\nScale it.<|im_end|>\n")
-    assert targets == ["Done.<|im_end|>"]
-
-
-def test_without_a_template_prompt_and_completion_are_one_text_with_an_end(tokenize_rows: TokenizeRows) -> None:
-    [(text, targets)] = tokenize_rows([{"prompt": "Which pods? ", "completion": "All."}], None)
-    assert (text, targets) == ("Which pods? All.<|im_end|>", ["All.<|im_end|>"])
-
-
-def test_the_first_token_of_an_answer_is_a_target_even_with_the_prompts_space(
-    tokenize_rows: TokenizeRows,
-) -> None:
-    [(text, targets)] = tokenize_rows([{"prompt": "kubectl get ", "completion": "pods"}], None)
-    assert (text, targets) == ("kubectl get pods<|im_end|>", [" pods<|im_end|>"])
-
-
-def test_without_a_template_an_instruction_is_paragraphs(tokenize_rows: TokenizeRows) -> None:
-    [(text, targets)] = tokenize_rows([{"instruction": "Scale it.", "input": "the shop", "output": "Done."}], None)
-    assert (text, targets) == ("Scale it.\n\nthe shop\n\nDone.<|im_end|>", ["Done.<|im_end|>"])
-
-
-def test_plain_text_is_a_target_as_a_whole_even_with_a_chat_template(tokenize_rows: TokenizeRows) -> None:
-    [(text, targets)] = tokenize_rows([{"text": "kubectl get pods"}])
-    assert text == "kubectl get pods<|im_end|>"
-    assert targets[-1].endswith("get pods<|im_end|>")
-
-
 def test_a_chat_needs_a_template(tokenize_rows: TokenizeRows) -> None:
     with pytest.raises(StepFailure, match="the model has no chat template: name one in spec") as e:
         tokenize_rows([chat_row("a", "b")], None)
@@ -217,8 +164,8 @@ def test_a_chat_needs_a_template(tokenize_rows: TokenizeRows) -> None:
 
 
 def test_columns_may_have_other_names(tokenize_rows: TokenizeRows) -> None:
-    columns = {"instruction": "question", "output": "answer"}
-    [(text, _)] = tokenize_rows([{"question": "Which?", "answer": "This.", "other": 3}], dataset={"columns": columns})
+    columns = Columns(instruction="question", output="answer")
+    [(text, _)] = tokenize_rows([{"question": "Which?", "answer": "This.", "other": 3}], columns=columns)
     assert text.startswith("<|im_start|>user\nWhich?<|im_end|>")
 
 
@@ -228,38 +175,21 @@ def test_sharegpt_gives_the_tokens_of_the_same_chat(tokenize_rows: TokenizeRows)
     chat = tokenize_rows([{"messages": DIALOGUE}])
     assert tokenize_rows([{"conversations": turns}]) == chat
     assert tokenize_rows([{"conversations": turns[1:], "system": "Be short."}]) == chat
-    assert (
-        tokenize_rows([{"dialogue": turns}], dataset={"format": "sharegpt", "columns": {"conversations": "dialogue"}})
-        == chat
-    )
+    assert tokenize_rows([{"dialogue": turns}], columns=Columns(conversations="dialogue")) == chat
 
 
 @pytest.mark.parametrize(("column", "format_"), [("messages", "sharegpt"), ("conversations", "chat")])
 def test_the_notation_decides_the_format_and_not_the_name_of_the_column(
-    tokenize_rows: TokenizeRows, records: Recorded, column: str, format_: str
+    tokenize_rows: TokenizeRows, column: str, format_: str
 ) -> None:
     turns = DIALOGUE
     if format_ == "sharegpt":
         turns = [{"from": turn["role"], "value": turn["content"]} for turn in DIALOGUE]
     [(_, targets)] = tokenize_rows([{column: turns}])
     assert len(targets) == 2
-    assert records.findings.dataset is not None
-    assert records.findings.dataset.format == format_
+    assert detect_format(Row("line 1", {column: turns}, 1), None)[0] == format_
 
 
-def test_an_instruction_may_have_a_system_message(tokenize_rows: TokenizeRows) -> None:
-    row = {"instruction": "Scale it.", "output": "Done.", "system": "Be short."}
-    [(text, targets)] = tokenize_rows([row])
-    assert text.startswith("<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nScale it.<|im_end|>\n")
-    assert targets == ["Done.<|im_end|>"]
-
-
-def test_without_a_template_a_system_message_comes_first(tokenize_rows: TokenizeRows) -> None:
-    [(text, _)] = tokenize_rows([{"instruction": "Scale it.", "output": "Done.", "system": "Be short."}], None)
-    assert text == "Be short.\n\nScale it.\n\nDone.<|im_end|>"
-
-
-TOOLS = [{"type": "function", "function": {"name": "pods", "description": "", "parameters": {"type": "object"}}}]
 CALLS = [
     {"role": "user", "content": "Which?"},
     {"role": "assistant", "tool_calls": [{"function": {"name": "pods", "arguments": {"namespace": "wéb"}}}]},
@@ -270,13 +200,6 @@ CALLS = [
     {"role": "tool", "content": "none"},
     {"role": "assistant", "content": "No more."},
 ]
-CALLING = """\
-{%- if tools %}{{ '<|im_start|>system\n' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}
-{{- '<|im_end|>\n' }}{% endif %}
-{%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content }}
-{%- for call in message.tool_calls or [] %}{{ '<call>' + (call.function | tojson) + '</call>' }}{% endfor %}
-{{- '<|im_end|>\n' }}{% endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 LEARNT_CALLS = [
     '<call>{"name": "pods", "arguments": {"namespace": "wéb"}}</call><|im_end|>',
     "The shop.<|im_end|>",
@@ -301,17 +224,6 @@ def test_tool_calls_are_targets_and_their_results_are_not(tokenize_rows: Tokeniz
     assert targets == LEARNT_CALLS
     texts = {"messages": with_text_arguments(), "tools": json.dumps(TOOLS)}
     assert tokenize_rows([texts], CALLING) == [(text, targets)]
-
-
-def test_tool_calls_in_sharegpt_are_targets_too(tokenize_rows: TokenizeRows) -> None:
-    turns = [
-        {"from": "human", "value": "Which?"},
-        {"from": "function_call", "value": '{"name": "pods", "arguments": {"namespace": "wéb"}}'},
-        {"from": "observation", "value": "shop"},
-        {"from": "gpt", "value": "The shop."},
-    ]
-    [(_, targets)] = tokenize_rows([{"conversations": turns, "tools": json.dumps(TOOLS)}], CALLING)
-    assert targets == LEARNT_CALLS[:2]
 
 
 @pytest.mark.parametrize("leaves_out", ["{{ tool | tojson }}", "(call.function | tojson)", "message.content"])

@@ -20,11 +20,11 @@ from qlora_trainer.core.filesystem import file_sha256, partial_path
 from qlora_trainer.model.adapter.initial import InitialAdapter, get_initial_adapter
 from qlora_trainer.model.adapter.shapes import expected_tensors
 from qlora_trainer.model.architecture.text_part import text_part
-from qlora_trainer.publishing.destinations.bucket import ObjectDestination
-from qlora_trainer.publishing.destinations.destination import Destination, publish_folder
-from qlora_trainer.publishing.destinations.registry import RegistryDestination
 from qlora_trainer.stores.access import StoreAccess
 from qlora_trainer.stores.contents import Contents, describe_files
+from qlora_trainer.stores.destinations.bucket import ObjectDestination
+from qlora_trainer.stores.destinations.destination import Destination, publish_folder
+from qlora_trainer.stores.destinations.registry import RegistryDestination
 from qlora_trainer.stores.hub import Hub
 from tests.support.fake_hub import COMMIT, OTHER_COMMIT, FakeHub, serve
 from tests.support.runs.published import MANIFEST

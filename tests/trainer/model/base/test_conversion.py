@@ -23,8 +23,7 @@ from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.model.base import artifact as base_artifact
 from qlora_trainer.model.base import conversion as base_conversion
 from qlora_trainer.model.base.artifact import FORMAT, read_manifest, require_sha256
-from qlora_trainer.model.base.cached_base import require_tensors
-from qlora_trainer.model.base.conversion import BaseConversion
+from qlora_trainer.model.base.conversion import BaseConversion, require_tensors
 from qlora_trainer.model.base.layout import BaseLayout
 from qlora_trainer.model.base.load import load_base
 from qlora_trainer.model.nf4.base_weights import BaseWeights

@@ -17,10 +17,10 @@ from qlora_api.sources import RegistrySource, parse_source
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.publishing.destinations.registry import RegistryDestination
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.stores import registry_auth as oci_auth
 from qlora_trainer.stores.contents import describe_files
+from qlora_trainer.stores.destinations.registry import RegistryDestination
 from qlora_trainer.stores.registry import MANIFEST_TYPE
 from tests.support.commands.command import qlora
 from tests.support.models.four_bit import require_made_of

@@ -15,11 +15,11 @@ from devcluster.addresses import free_port
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.training.distributed import device as device_module
+from qlora_trainer.training.distributed import meeting, ranks
 from qlora_trainer.training.distributed import nccl as nccl_module
-from qlora_trainer.training.distributed import ranks
 from qlora_trainer.training.distributed.device import use_device
 from qlora_trainer.training.distributed.launch import ChildRanks, RankInfo
-from qlora_trainer.training.distributed.ranks import joined
+from qlora_trainer.training.distributed.meeting import join_ranks
 
 
 class Cards:
@@ -94,7 +94,7 @@ def test_processes_check_their_gpus_before_nccl_starts(cards: Cards) -> None:
     """NCCL's error would be an internal one, and retried."""
     cards.see(T4)
     with pytest.raises(StepFailure, match="Tesla T4"):
-        ranks._connect_all(torch.distributed.HashStore(), RankInfo(size=2, local_size=2), "cuda")
+        meeting._connect_all(torch.distributed.HashStore(), RankInfo(size=2, local_size=2), "cuda")
     assert not torch.distributed.is_initialized()
 
 
@@ -137,8 +137,8 @@ def nccl(cards: Cards, monkeypatch: pytest.MonkeyPatch) -> Nccl:
     monkeypatch.setattr(torch.distributed, "set_timeout", started.timeouts.append)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
     monkeypatch.setattr(torch.distributed, "group", SimpleNamespace(WORLD=found))
-    monkeypatch.setattr(ranks, "_wait_for_all", lambda *_: None)
-    monkeypatch.setattr(ranks, "_LOOKS", 1)
+    monkeypatch.setattr(meeting, "_wait_for_all", lambda *_: None)
+    monkeypatch.setattr(meeting, "_LOOKS", 1)
     monkeypatch.delenv("TORCH_NCCL_BLOCKING_WAIT", raising=False)
     return found
 
@@ -155,7 +155,7 @@ def test_an_aborted_nccl_exchange_ends_the_process_with_a_retryable_code(
 ) -> None:
     monkeypatch.setattr(os, "_exit", ending)
     rank_info = RankInfo(size=2, local_size=local_size, address="127.0.0.1", port=free_port())
-    with joined(ChildRanks(rank_info), "cuda", "none"):
+    with join_ranks(ChildRanks(rank_info), "cuda", "none"):
         (hook,) = nccl.hooks.values()
         with pytest.raises(Ended) as ended:
             hook()
@@ -167,9 +167,9 @@ def test_an_aborted_nccl_exchange_ends_the_process_with_a_retryable_code(
 
 def test_nccls_watchdog_has_a_time_limit_and_each_process_a_gpu_of_its_node(nccl: Nccl) -> None:
     rank_info = RankInfo(size=2, local_size=1, address="127.0.0.1", port=free_port())
-    with joined(ChildRanks(rank_info), "cuda", "none"):
+    with join_ranks(ChildRanks(rank_info), "cuda", "none"):
         assert "TORCH_NCCL_BLOCKING_WAIT" not in os.environ
-    assert nccl.started.timeouts == [ranks.TO_CONNECT, ranks.TIMEOUT]
+    assert nccl.started.timeouts == [meeting.TO_CONNECT, ranks.TIMEOUT]
     assert nccl.started.settings["device_id"] == torch.device("cuda", 0)
     assert nccl.started.settings["backend"] == "cpu:gloo,cuda:nccl"
 
@@ -178,7 +178,7 @@ def fail_elsewhere(port: int, message: str) -> None:
     """Rank 1 reports that it has failed."""
     client = torch.distributed.TCPStore("127.0.0.1", port, 2, False, wait_for_workers=False)
     failure = {"rank": 1, "code": int(ExitCode.GPU_OUT_OF_MEMORY), "message": message}
-    torch.distributed.PrefixStore("attempt-0", client).set(ranks._FAILURE, json.dumps(failure))
+    torch.distributed.PrefixStore("attempt-0", client).set(meeting._FAILURE, json.dumps(failure))
 
 
 def test_a_process_waiting_in_nccl_ends_with_the_exit_code_of_the_failed_one(
@@ -189,7 +189,7 @@ def test_a_process_waiting_in_nccl_ends_with_the_exit_code_of_the_failed_one(
     monkeypatch.setattr(nccl_module, "SECONDS_BETWEEN_LOOKS", 0.01)
     monkeypatch.setattr(nccl_module, "SECONDS_TO_NOTICE", 0.01)
     rank_info = RankInfo(size=2, local_size=2, address="127.0.0.1", port=free_port())
-    with joined(ChildRanks(rank_info), "cuda", "full"):
+    with join_ranks(ChildRanks(rank_info), "cuda", "full"):
         fail_elsewhere(rank_info.port, "the GPU is out of memory")
 
         assert endings.get(timeout=60) == ExitCode.GPU_OUT_OF_MEMORY
@@ -203,7 +203,7 @@ def test_a_process_that_detects_the_failure_itself_is_not_ended(nccl: Nccl, monk
     rank_info = RankInfo(size=2, local_size=2, address="127.0.0.1", port=free_port())
 
     def fail() -> None:
-        with joined(ChildRanks(rank_info), "cuda", "full") as found:
+        with join_ranks(ChildRanks(rank_info), "cuda", "full") as found:
             fail_elsewhere(rank_info.port, "the GPU is out of memory")
             assert found.lost is not None
             raise found.lost(RuntimeError("Connection closed"))

@@ -16,9 +16,10 @@ from qlora_api.contract import ENV_NODE, ENV_NODE_WAIT, ENV_RENDEZVOUS, ExitCode
 from qlora_api.spec.training import ResourcesSpec
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure, peer_lost
-from qlora_trainer.training.distributed import ranks
+from qlora_trainer.training.distributed import meeting
 from qlora_trainer.training.distributed.launch import ChildRanks, RankInfo
-from qlora_trainer.training.distributed.ranks import Meeting, Ranks, is_lost_connection, joined
+from qlora_trainer.training.distributed.meeting import Meeting, join_ranks
+from qlora_trainer.training.distributed.ranks import Ranks, is_lost_connection
 from tests.support.commands.command import Files
 from tests.support.manifests import merged
 from tests.support.models.tiny import POD_UID
@@ -187,7 +188,7 @@ def test_a_pod_does_not_join_those_that_its_predecessor_had_joined() -> None:
 
     with (
         pytest.raises(StepFailure, match="still serves pods that end") as caught,
-        joined(ChildRanks(rank_info), "cpu", "none", Meeting(seconds=0, incarnation="this pod")),
+        join_ranks(ChildRanks(rank_info), "cpu", "none", Meeting(seconds=0, incarnation="this pod")),
     ):
         pytest.fail("it has joined")
     assert caught.value.exit_code is ExitCode.PEERS_MISSING
@@ -265,9 +266,9 @@ def test_a_node_that_falls_silent_between_two_connections_is_lost(monkeypatch: p
         def check(self, _keys: list[str]) -> None:
             self.clone()
 
-    monkeypatch.setattr(ranks, "_store", lambda *_: Silent())
+    monkeypatch.setattr(meeting, "_store", lambda *_: Silent())
     with pytest.raises(StepFailure, match=r"lost another process of this run \(The client socket") as failure:
-        joined(ChildRanks(RankInfo(1, 2)), "cpu", "none").__enter__()
+        join_ranks(ChildRanks(RankInfo(1, 2)), "cpu", "none").__enter__()
     assert failure.value.exit_code is ExitCode.PEER_LOST
 
 
@@ -333,7 +334,7 @@ def test_a_child_that_has_lost_another_node_ends_its_pod_the_same_way() -> None:
 def test_the_processes_of_node_0_reach_the_store_without_a_name() -> None:
     environment = {ENV_NODE: "0", ENV_RENDEZVOUS: "node-0.qlora-x:29500"}
 
-    found = RankInfo.of(environment, ResourcesSpec(nodes=2, gpus=4))
+    found = RankInfo.from_environment(environment, ResourcesSpec(nodes=2, gpus=4))
 
     assert found.environment()["MASTER_ADDR"] == "127.0.0.1"
     assert found.port == 29500
@@ -341,8 +342,8 @@ def test_the_processes_of_node_0_reach_the_store_without_a_name() -> None:
 
 def test_a_process_without_the_other_nodes_addresses_is_rejected() -> None:
     with pytest.raises(StepFailure, match=r"spec\.resources\.nodes is 2") as caught:
-        RankInfo.of({ENV_NODE: "0"}, ResourcesSpec(nodes=2))
+        RankInfo.from_environment({ENV_NODE: "0"}, ResourcesSpec(nodes=2))
     assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
 
-    found = RankInfo.of({ENV_NODE: "1", ENV_RENDEZVOUS: "node-0:29500"}, ResourcesSpec(nodes=2, gpus=4))
+    found = RankInfo.from_environment({ENV_NODE: "1", ENV_RENDEZVOUS: "node-0:29500"}, ResourcesSpec(nodes=2, gpus=4))
     assert found == RankInfo(rank=4, size=8, local_size=4, address="node-0", port=29500)

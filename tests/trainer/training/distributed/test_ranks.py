@@ -147,12 +147,12 @@ def test_one_gpu_short_of_memory_makes_all_halve_their_micro_batches(tmp_path: P
 )
 def test_variables_that_contradict_each_other_are_rejected(variables: dict[str, str], named: str) -> None:
     with pytest.raises(StepFailure, match=named) as caught:
-        RankInfo.of(variables)
+        RankInfo.from_environment(variables)
     assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
 
 
 def test_a_rank_is_read_back_from_its_own_variables() -> None:
-    place = RankInfo(rank=3, size=4, local_rank=1, local_size=2, address="node-0", port=29500, launched=True)
+    place = RankInfo(rank=3, size=4, local_rank=1, local_size=2, address="node-0", port=29500, is_launched=True)
 
-    assert RankInfo.of(place.environment(), ResourcesSpec(gpus=8)) == place
-    assert RankInfo.of({}, ResourcesSpec(gpus=8)) == RankInfo(size=8, local_size=8)
+    assert RankInfo.from_environment(place.environment(), ResourcesSpec(gpus=8)) == place
+    assert RankInfo.from_environment({}, ResourcesSpec(gpus=8)) == RankInfo(size=8, local_size=8)

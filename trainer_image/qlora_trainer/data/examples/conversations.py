@@ -3,12 +3,11 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
 from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.data.examples.example import Function, Message, Role, ToolCall
-from qlora_trainer.data.read.json_values import parse_json
-from qlora_trainer.data.read.rows import describe, list_names
+from qlora_trainer.data.read.rows import describe, list_names, parse_json
 from qlora_trainer.data.read.text import MAX_LINE_BYTES
 
 _ROLES = get_args(Role)
@@ -87,7 +86,9 @@ def read_turns(
     return _with_all_marks(messages, value, location, column) if marked else tuple(messages)
 
 
-def _with_all_marks(messages: list[Message], turns: list[Any], location: str, column: str) -> tuple[Message, ...]:
+def _with_all_marks(
+    messages: list[Message], turns: list[Mapping[str, object]], location: str, column: str
+) -> tuple[Message, ...]:
     """The messages, each answer with a mark. Raises StepFailure BAD_DATASET if none."""
     if all(message.trained is None for message in messages):
         raise bad_dataset(
@@ -232,10 +233,7 @@ class _TurnReader:
 
 
 def read_tools(value: object, name: str, *, columnar: bool) -> tuple[Function, ...]:
-    """The tools of a row: a list of JSON schemas, or its JSON as text. Empty for null.
-
-    Raises StepFailure BAD_DATASET beginning with `name`.
-    """
+    """The tools of a row, or none for null. Raises StepFailure BAD_DATASET."""
     if value is None or value == "":
         return ()
     tools = parse_json(checked_text(value, name), name) if isinstance(value, str) else value

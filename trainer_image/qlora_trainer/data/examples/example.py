@@ -114,10 +114,7 @@ class Preference:
 
 @dataclass(frozen=True)
 class TokenizedRow:
-    """The tokens of a row and, for each, whether it counts in the loss.
-
-    The first never counts: no token predicts it.
-    """
+    """The tokens of a row, and which of them count in the loss: never the first."""
 
     input_ids: NDArray[numpy.int32]
     """int32 [tokens]"""

@@ -3,20 +3,93 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from qlora_api.spec.dataset import Columns, RowFormat
+from qlora_api.schema import replace
+from qlora_api.spec.dataset import Columns, DatasetSpec, RowFormat
 from qlora_trainer.core.failures import bad_configuration, bad_dataset
-from qlora_trainer.data.examples.conversations import CHAT, SHAREGPT, check_turns, checked_text, read_tools, read_turns
+from qlora_trainer.data.examples.conversations import CHAT, SHAREGPT, check_turns
 from qlora_trainer.data.examples.example import Conversation, Example, Message, PlainText, Preference, PromptCompletion
-from qlora_trainer.data.examples.preferences import PreferenceColumns
+from qlora_trainer.data.examples.fields import Fields, column_name
+from qlora_trainer.data.examples.preferences import read_preference
 from qlora_trainer.data.examples.row_check import RowCheck
 from qlora_trainer.data.read.rows import Row, list_names
 
 DATASET = "spec.dataset"
-PAIRS: frozenset[RowFormat] = frozenset({"preference"})
-"""Formats whose rows are pairs of answers, for objectives that compare them."""
 # Unpaired preferences, as for KTO, have this column besides prompt and completion.
 _LABEL = "label"
 _PARAGRAPH = "\n\n"
+
+
+def _chat(fields: Fields) -> Conversation:
+    return _conversation(fields, "messages", fields.turns("messages", CHAT))
+
+
+def _sharegpt(fields: Fields) -> Conversation:
+    messages, system = fields.turns("conversations", SHAREGPT), fields.optional_text("system")
+    if system and messages[0].role == "system":
+        raise bad_dataset(
+            f"{fields.row.location}: both {fields.column('system')!r} and '{fields.column('conversations')}[0]' are a "
+            "system message: keep one"
+        )
+    return _conversation(fields, "conversations", (Message("system", system), *messages) if system else messages)
+
+
+def _conversation(fields: Fields, turns: str, messages: tuple[Message, ...]) -> Conversation:
+    check_turns(messages, fields.row.location, fields.column(turns))
+    tools = fields.tools()
+    if not tools and any(message.tool_calls for message in messages):
+        raise bad_dataset(
+            f"{fields.where(turns)} calls tools, but {fields.column('tools')!r} describes none: a model learns to call "
+            "the tools it is shown; add the column, or leave such rows out"
+        )
+    return Conversation(messages, tools)
+
+
+def _instruction(fields: Fields) -> PromptCompletion:
+    instruction, further = fields.text("instruction"), fields.optional_text("input")
+    prompt = instruction + _PARAGRAPH + further if further.strip() else instruction
+    output, system = fields.text("output"), fields.optional_text("system")
+    return PromptCompletion(prompt, output, _PARAGRAPH, system or None)
+
+
+def _prompt_completion(fields: Fields) -> PromptCompletion:
+    return PromptCompletion(fields.text("prompt"), fields.text("completion"))
+
+
+def _text(fields: Fields) -> PlainText:
+    return PlainText(fields.text("text"))
+
+
+@dataclass(frozen=True)
+class _Definition:
+    """A format: the columns of `Columns` that it has, and the example that they become."""
+
+    example: type[Example | Preference]
+    read: Callable[[Fields], Example | Preference]
+    required: tuple[str, ...]
+    """A row that has all of these is of this format."""
+    optional: tuple[str, ...] = ()
+
+
+_FORMATS: Mapping[RowFormat, _Definition] = {
+    "chat": _Definition(Conversation, _chat, ("messages",), ("tools",)),
+    "sharegpt": _Definition(Conversation, _sharegpt, ("conversations",), ("system", "tools")),
+    "instruction": _Definition(PromptCompletion, _instruction, ("instruction", "output"), ("input", "system")),
+    "prompt-completion": _Definition(PromptCompletion, _prompt_completion, ("prompt", "completion")),
+    "text": _Definition(PlainText, _text, ("text",)),
+    "preference": _Definition(Preference, read_preference, ("chosen", "rejected"), ("prompt", "tools")),
+}
+
+
+def _formats_of(example: type[Example | Preference]) -> frozenset[str]:
+    return frozenset(name for name, definition in _FORMATS.items() if definition.example is example)
+
+
+CONVERSATIONS = _formats_of(Conversation)
+"""Formats whose rows may mark the answers to train on."""
+PAIRS = _formats_of(Preference)
+"""Formats whose rows are pairs of answers, for objectives that compare them."""
+PLAIN = _formats_of(PlainText)
+"""Formats whose rows have no turns, and so no prompt."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +103,7 @@ class Reading:
     @property
     def remark(self) -> str:
         """A remark for the user on an unused column, or an empty string."""
-        if _LABEL not in self.ignored or self.format == "text" or self.format in PAIRS:
+        if _LABEL not in self.ignored or self.format in PLAIN | PAIRS:
             return ""
         return (
             f"the column {_LABEL!r} is not used: if it marks answers as good or bad, the bad ones are trained on like "
@@ -48,16 +121,16 @@ class RowReader:
 
         Raises StepFailure BAD_CONFIGURATION if rows of the format can mark nothing.
         """
-        if marked and format_ not in ("chat", "sharegpt"):
+        if marked and format_ not in CONVERSATIONS:
             raise bad_configuration(
                 f"spec.training.trainOn is marked, and rows of format {format_} mark nothing: choose another trainOn, "
-                "or use rows of format chat or sharegpt"
+                f"or use rows of format {' or '.join(name for name in _FORMATS if name in CONVERSATIONS)}"
             )
         self._format, self._columns, self._field, self._marked = format_, columns or Columns(), field, marked
 
     def read(self, row: Row) -> Example | Preference:
         """The row's example. Raises StepFailure BAD_DATASET naming location and field."""
-        fields = _Fields(row, row.values(), self._format, self._columns, self._field, self._marked)
+        fields = Fields(row, row.values(), self._format, self._columns, self._field, self._marked)
         return _FORMATS[self._format].read(fields)
 
     def check(self, row: Row) -> RowCheck | None:
@@ -69,12 +142,22 @@ class RowReader:
         """Which of the row's columns are used."""
         definition, values = _FORMATS[self._format], row.values()
         named = (*definition.required, *definition.optional, *(["check"] if self._columns.check else []))
-        columns = tuple(_column(field, self._columns) for field in named)
+        columns = tuple(column_name(field, self._columns) for field in named)
         return Reading(
             self._format,
             tuple(column for column in columns if column in values),
             tuple(column for column in values if column not in columns),
         )
+
+
+def source_format(first: Row, spec: DatasetSpec, field: str, *, pairs: bool) -> tuple[RowFormat, Columns]:
+    """Format and columns of the training source of the job's `field`."""
+    source = spec.training_sources[field]
+    if source.format == "auto":
+        format_, columns = detect_format(first, source.columns, field, pairs=pairs)
+    else:
+        format_, columns = source.format, source.columns or Columns()
+    return format_, replace(columns, check=spec.check_column(field))
 
 
 def detect_format(
@@ -88,7 +171,7 @@ def detect_format(
     """
     names, values = columns or Columns(), row.values()
     needed = {
-        format_: [_column(field, names) for field in definition.required]
+        format_: [column_name(field, names) for field in definition.required]
         for format_, definition in _FORMATS.items()
         if pairs == (format_ in PAIRS)
     }
@@ -108,7 +191,7 @@ def detect_format(
 def _require_no_pairs(row: Row, names: Columns, field: str, *, pairs: bool) -> None:
     """Reject pairs that the objective cannot use, or data without pairs it needs."""
     values = row.values()
-    chosen, rejected = (_column(field, names) for field in _FORMATS["preference"].required)
+    chosen, rejected = (column_name(field, names) for field in _FORMATS["preference"].required)
     if not pairs and chosen in values and rejected in values:
         raise bad_dataset(
             f"{row.location} is of format preference ({chosen!r} and {rejected!r}), whose answers only an objective "
@@ -123,143 +206,11 @@ def _require_no_pairs(row: Row, names: Columns, field: str, *, pairs: bool) -> N
 
 
 def _by_notation(values: Mapping[str, object], format_: RowFormat, names: Columns) -> tuple[RowFormat, Columns]:
-    column = _column(_FORMATS[format_].required[0], names)
+    column = column_name(_FORMATS[format_].required[0], names)
     turns = values[column]
     keys = turns[0].keys() if isinstance(turns, list) and turns and isinstance(turns[0], dict) else ()
     if format_ == "sharegpt" and {CHAT.role, CHAT.content} <= set(keys):
-        return "chat", names.model_copy(update={"messages": column})
+        return "chat", replace(names, messages=column)
     if format_ == "chat" and {SHAREGPT.role, SHAREGPT.content} <= set(keys):
-        return "sharegpt", names.model_copy(update={"conversations": column})
+        return "sharegpt", replace(names, conversations=column)
     return format_, names
-
-
-def _column(field: str, columns: Columns) -> str:
-    renamed: str | None = getattr(columns, field)
-    return renamed or field
-
-
-@dataclass(frozen=True)
-class _Fields:
-    """A row's values by the format's columns. Raises StepFailure BAD_DATASET."""
-
-    row: Row
-    values: Mapping[str, object]
-    format: RowFormat
-    columns: Columns
-    field: str
-    """The job's field that has format and columns."""
-    marked: bool
-
-    def column(self, field: str) -> str:
-        """The data set's name for the field."""
-        return _column(field, self.columns)
-
-    def value(self, field: str) -> object:
-        """The value of a required field."""
-        column = self.column(field)
-        if column not in self.values:
-            raise bad_dataset(
-                f"{self.row.location} has no column {column!r}, which format {self.format} needs; it has "
-                f"{list_names(self.values)}: name it in {self.field}.columns.{field} or choose another "
-                f"{self.field}.format"
-            )
-        return self.values[column]
-
-    def optional_value(self, field: str) -> object:
-        """The value, or None. Columns named by spec.dataset.columns are required."""
-        named = getattr(self.columns, field) is not None
-        return self.value(field) if named else self.values.get(field)
-
-    def text(self, field: str) -> str:
-        """The text of a required field."""
-        return checked_text(self.value(field), self.where(field))
-
-    def optional_text(self, field: str) -> str:
-        """The text, or an empty one without it."""
-        value = self.optional_value(field)
-        return "" if value is None or value == "" else checked_text(value, self.where(field))
-
-    def where(self, field: str) -> str:
-        """Location and column, for a message."""
-        return f"{self.row.location}: {self.column(field)!r}"
-
-
-def _chat(fields: _Fields) -> Conversation:
-    value, row = fields.value("messages"), fields.row
-    messages = read_turns(
-        value, CHAT, row.location, fields.column("messages"), columnar=row.columnar, marked=fields.marked
-    )
-    return _conversation(fields, "messages", messages)
-
-
-def _sharegpt(fields: _Fields) -> Conversation:
-    value, row, column = fields.value("conversations"), fields.row, fields.column("conversations")
-    messages = read_turns(value, SHAREGPT, row.location, column, columnar=row.columnar, marked=fields.marked)
-    system = fields.optional_text("system")
-    if system and messages[0].role == "system":
-        raise bad_dataset(
-            f"{row.location}: both {fields.column('system')!r} and '{column}[0]' are a system message: keep one"
-        )
-    return _conversation(fields, "conversations", (Message("system", system), *messages) if system else messages)
-
-
-def _conversation(fields: _Fields, turns: str, messages: tuple[Message, ...]) -> Conversation:
-    row = fields.row
-    check_turns(messages, row.location, fields.column(turns))
-    tools = read_tools(fields.optional_value("tools"), fields.where("tools"), columnar=row.columnar)
-    if not tools and any(message.tool_calls for message in messages):
-        raise bad_dataset(
-            f"{fields.where(turns)} calls tools, but {fields.column('tools')!r} describes none: a model learns to call "
-            "the tools it is shown; add the column, or leave such rows out"
-        )
-    return Conversation(messages, tools)
-
-
-def _instruction(fields: _Fields) -> PromptCompletion:
-    instruction, further = fields.text("instruction"), fields.optional_text("input")
-    prompt = instruction + _PARAGRAPH + further if further.strip() else instruction
-    output, system = fields.text("output"), fields.optional_text("system")
-    return PromptCompletion(prompt, output, _PARAGRAPH, system or None)
-
-
-def _prompt_completion(fields: _Fields) -> PromptCompletion:
-    return PromptCompletion(fields.text("prompt"), fields.text("completion"))
-
-
-def _text(fields: _Fields) -> PlainText:
-    return PlainText(fields.text("text"))
-
-
-def _preference(fields: _Fields) -> Preference:
-    tools = read_tools(fields.optional_value("tools"), fields.where("tools"), columnar=fields.row.columnar)
-    return PreferenceColumns(
-        location=fields.row.location,
-        prompt=fields.optional_value("prompt"),
-        chosen=fields.value("chosen"),
-        rejected=fields.value("rejected"),
-        prompt_name=fields.column("prompt"),
-        chosen_name=fields.column("chosen"),
-        rejected_name=fields.column("rejected"),
-        columnar=fields.row.columnar,
-        field=fields.field,
-    ).read(tools)
-
-
-@dataclass(frozen=True)
-class _Definition:
-    """A format: the fields of `Columns` that it reads, and how they become an example."""
-
-    required: tuple[str, ...]
-    """A row that has all of these is of this format."""
-    optional: tuple[str, ...]
-    read: Callable[[_Fields], Example | Preference]
-
-
-_FORMATS: Mapping[RowFormat, _Definition] = {
-    "chat": _Definition(("messages",), ("tools",), _chat),
-    "sharegpt": _Definition(("conversations",), ("system", "tools"), _sharegpt),
-    "instruction": _Definition(("instruction", "output"), ("input", "system"), _instruction),
-    "prompt-completion": _Definition(("prompt", "completion"), (), _prompt_completion),
-    "text": _Definition(("text",), (), _text),
-    "preference": _Definition(("chosen", "rejected"), ("prompt", "tools"), _preference),
-}

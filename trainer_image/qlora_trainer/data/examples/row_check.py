@@ -3,14 +3,14 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 from qlora_api.spec.gate import MAX_PATTERN_CHARACTERS, MAX_SCHEMA_CHARACTERS
 from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.data.examples.conversations import checked_text, require_plain
 from qlora_trainer.data.read.rows import Row, describe, list_names
 
-Schema = Mapping[str, Any] | bool
+Schema = Mapping[str, object] | bool
 
 
 @dataclass(frozen=True)

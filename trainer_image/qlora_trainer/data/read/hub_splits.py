@@ -8,7 +8,6 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import metadata_load
 from yaml import YAMLError
@@ -17,7 +16,7 @@ from qlora_api.sources import HubSource, parse_source
 from qlora_api.spec.dataset import DatasetSpec, EvalSpec, MixSource
 from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.core.paths import some_names
-from qlora_trainer.data.read.files import data_kind, require_one_kind
+from qlora_trainer.data.read.reading import data_kind, require_one_kind
 
 _SPLIT_NAMES: Mapping[str, tuple[str, ...]] = {
     "train": ("train", "training"),
@@ -53,10 +52,7 @@ def training_part(source: MixSource, field: str = TRAINING.field) -> Wanted:
 
 
 def evaluation_part(spec: DatasetSpec, own: EvalSpec) -> Wanted:
-    """The part to evaluate with.
-
-    From the same repository it inherits configuration and revision.
-    """
+    """The part to evaluate with. It inherits settings from the same repository."""
     repository = _repository(own.source or "")
     same = (source for source in spec.training_sources.values() if _repository(source.source) == repository is not None)
     inherited = next(same, own)
@@ -73,11 +69,8 @@ def _repository(uri: str) -> str | None:
     return source.repository if isinstance(source, HubSource) else None
 
 
-def read_dataset_card(path: Path, uri: str) -> Mapping[str, Any]:
-    """The metadata of a data set card: YAML at its top.
-
-    Raises StepFailure BAD_DATASET if it is not YAML.
-    """
+def read_dataset_card(path: Path, uri: str) -> Mapping[str, object]:
+    """The YAML at the top of a data set card. Raises StepFailure BAD_DATASET."""
     try:
         return metadata_load(path) or {}
     except (YAMLError, RecursionError, *_UNUSABLE_VALUES) as error:
@@ -85,7 +78,7 @@ def read_dataset_card(path: Path, uri: str) -> Mapping[str, Any]:
 
 
 def choose_data_files(
-    names: Collection[str], card: Mapping[str, Any] | None, path: str, wanted: Wanted, uri: str
+    names: Collection[str], card: Mapping[str, object] | None, path: str, wanted: Wanted, uri: str
 ) -> list[str]:
     """The data files, ascending, of the file or folder at `path`, or else of the repository's configuration and split.
 
@@ -143,18 +136,17 @@ def _names_split(name: str, split: str) -> bool:
     return re.search(rf"(^|[/._-])({words})([/._-]|[0-9]|$)", name) is not None
 
 
-def _configs(card: Mapping[str, Any], uri: str) -> dict[str, Mapping[str, Any]]:
+def _configs(card: Mapping[str, object], uri: str) -> dict[str, Mapping[str, object]]:
     """The configurations whose files the card names, by name."""
     entries = card.get("configs") or []
-    wrong = not isinstance(entries, list) or not all(
+    if not isinstance(entries, list) or not all(
         isinstance(entry, dict) and isinstance(entry.get("config_name"), str) for entry in entries
-    )
-    if wrong:
+    ):
         raise bad_dataset(f"{uri}/README.md: configs is not a list of entries with config_name: name a file instead")
     return {entry["config_name"]: entry for entry in entries if entry.get("data_files") or entry.get("data_dir")}
 
 
-def _of_config(names: list[str], configs: Mapping[str, Mapping[str, Any]], wanted: Wanted, uri: str) -> list[str]:
+def _of_config(names: list[str], configs: Mapping[str, Mapping[str, object]], wanted: Wanted, uri: str) -> list[str]:
     entry = _chosen_config(configs, wanted, uri)
     files = entry.get("data_files")
     if files is None:
@@ -177,7 +169,7 @@ def _of_config(names: list[str], configs: Mapping[str, Mapping[str, Any]], wante
     )
 
 
-def _chosen_config(configs: Mapping[str, Mapping[str, Any]], wanted: Wanted, uri: str) -> Mapping[str, Any]:
+def _chosen_config(configs: Mapping[str, Mapping[str, object]], wanted: Wanted, uri: str) -> Mapping[str, object]:
     if wanted.config is not None:
         if wanted.config not in configs:
             raise bad_dataset(

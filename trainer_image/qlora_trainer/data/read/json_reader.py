@@ -5,8 +5,7 @@ from collections.abc import Iterator
 
 from qlora_trainer.core.failures import StepFailure, bad_dataset
 from qlora_trainer.data.read.files import DataFile
-from qlora_trainer.data.read.json_values import invalid_json, oversized_json
-from qlora_trainer.data.read.rows import Row
+from qlora_trainer.data.read.rows import Row, invalid_json, oversized_json
 from qlora_trainer.data.read.text import MAX_LINE_BYTES, lines, text_blocks
 
 _WHITESPACE = " \t\r\n"
@@ -20,10 +19,7 @@ def read_json_lines(file: DataFile) -> Iterator[Row]:
 
 
 def read_json(file: DataFile) -> Iterator[Row]:
-    """The rows of one list of objects, or of one object per line.
-
-    Memory: one row, of at most 16 MiB, and a block.
-    """
+    """The rows of a list, or of lines. Memory: a row of at most 16 MiB, and a block."""
     objects = _JsonList(file)
     if objects.begins():
         yield from objects.rows()

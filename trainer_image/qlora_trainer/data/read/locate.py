@@ -8,8 +8,9 @@ from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.failures import StepFailure, bad_configuration, bad_dataset
 from qlora_trainer.core.filesystem import bytes_below, require_space
 from qlora_trainer.core.paths import require_regular, some_names
-from qlora_trainer.data.read.files import DATA_ENDINGS, DataFile, DataFiles, data_kind, require_one_kind
+from qlora_trainer.data.read.files import DataFile, DataFiles
 from qlora_trainer.data.read.hub_splits import Wanted, choose_data_files, read_dataset_card
+from qlora_trainer.data.read.reading import DATA_ENDINGS, data_kind, require_one_kind
 from qlora_trainer.stores.access import StoreAccess
 from qlora_trainer.stores.hub import Hub
 from qlora_trainer.stores.objects import ObjectFolder, version_of
@@ -38,10 +39,7 @@ def find_data(uri: str, wanted: Wanted, access: StoreAccess, download: Path) -> 
 
 
 def mounted_data(uri: str, mounts: Mounts) -> DataFiles | None:
-    """The files on a volume or in a ConfigMap that an address names.
-
-    None for a server, and for files that are gone.
-    """
+    """The mounted files of an address. None for a server, and for files that are gone."""
     source = parse_source(uri)
     if not isinstance(source, (VolumeSource, ConfigMapSource)):
         return None
@@ -70,7 +68,7 @@ def _mounted_data(uri: str, source: VolumeSource | ConfigMapSource, mounts: Moun
 
 
 def _one_file(file: DataFile) -> DataFiles:
-    if not file.kind:
+    if data_kind(file.name) is None:
         raise bad_dataset(f"{file.name} does not end in {DATA_ENDINGS}: rename or convert it")
     return DataFiles(file.name, (file,), (PurePosixPath(file.name).name,))
 

@@ -3,7 +3,6 @@
 import csv
 from collections.abc import Iterator
 from contextlib import closing
-from typing import Any
 
 from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.core.sandbox import DryRunFailed, iterate_within_limits
@@ -25,29 +24,24 @@ def read_csv(file: DataFile) -> Iterator[Row]:
     reader = csv.reader((line for _, line in lines(file)), strict=True)
     header: list[str] | None = None
     number = 0
-    while (cells := _next_record(reader, file, number)) is not None:
-        if header is None:
-            header = _header(cells, file)
-        elif cells:
-            number += 1
-            location = f"{file.name} row {number} (ends in line {reader.line_num})"
-            if len(cells) != len(header):
-                raise bad_dataset(
-                    f"{location} has {len(cells)} cells, but the header has {len(header)} ({', '.join(header)}): "
-                    "put cells with commas or line breaks in double quotes"
-                )
-            yield Row(location, dict(zip(header, cells, strict=True)), sum(map(len, cells)))
-
-
-def _next_record(reader: Any, file: DataFile, rows_read: int) -> list[str] | None:
     try:
-        record: list[str] | None = next(reader, None)
+        for cells in reader:
+            if header is None:
+                header = _header(cells, file)
+            elif cells:
+                number += 1
+                location = f"{file.name} row {number} (ends in line {reader.line_num})"
+                if len(cells) != len(header):
+                    raise bad_dataset(
+                        f"{location} has {len(cells)} cells, but the header has {len(header)} ({', '.join(header)}): "
+                        "put cells with commas or line breaks in double quotes"
+                    )
+                yield Row(location, dict(zip(header, cells, strict=True)), sum(map(len, cells)))
     except csv.Error as error:
         raise bad_dataset(
-            f"{file.name} line {reader.line_num} (after row {rows_read}): not valid CSV ({error}): "
+            f"{file.name} line {reader.line_num} (after row {number}): not valid CSV ({error}): "
             'a cell that begins with " must end with one, and a " inside is written ""'
         ) from error
-    return record
 
 
 def _header(cells: list[str], file: DataFile) -> list[str]:
@@ -83,7 +77,7 @@ def read_parquet(file: DataFile) -> Iterator[Row]:
         ) from error
 
 
-def _batches(file: DataFile) -> Iterator[tuple[list[dict[str, Any]], int]]:
+def _batches(file: DataFile) -> Iterator[tuple[list[dict[str, object]], int]]:
     """The rows and their approximate bytes. Memory: a page per column, and 64 rows."""
     import pyarrow
     from pyarrow.parquet import ParquetFile

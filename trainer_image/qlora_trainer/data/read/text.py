@@ -12,10 +12,13 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Protocol
 
 from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.data.read.files import DataFile
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 MAX_LINE_BYTES = 2**24
 """Of the longest row, as text."""
@@ -45,19 +48,25 @@ class Inflation:
             )
 
 
-def _zstandard(path: str) -> IO[bytes]:
+class _Stream(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+    def close(self) -> object: ...
+
+
+def _zstandard(path: str) -> _Stream:
     from pyarrow import input_stream
 
-    stream: IO[bytes] = input_stream(path, compression="zstd")
+    stream: _Stream = input_stream(path, compression="zstd")
     return stream
 
 
-_DECOMPRESSORS: Mapping[str, Callable[[str], Any]] = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
+DECOMPRESSORS: Mapping[str, Callable[[str], _Stream]] = {
+    ".gz": gzip.GzipFile,
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
     ".zst": _zstandard,
 }
+"""By the ending of a compressed file's name."""
 # MemoryError: the file itself states how much memory its decompressor needs.
 _DECOMPRESSION_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, MemoryError)
 
@@ -67,21 +76,22 @@ class _Decompressed(io.RawIOBase):
 
     def __init__(self, file: DataFile) -> None:
         self._file, self._inflation = file, Inflation(file)
-        self._content = _DECOMPRESSORS[file.path.suffix](str(file.path))
+        self._content = DECOMPRESSORS[file.path.suffix](str(file.path))
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: "WriteableBuffer") -> int:
+        view = memoryview(buffer)
         try:
-            block = self._content.read(len(buffer))
+            block = self._content.read(len(view))
         except _DECOMPRESSION_ERRORS as error:
             raise bad_dataset(
                 f"{self._file.name} cannot be decompressed ({error}): it is cut off, damaged, or not compressed as "
                 f"its ending {self._file.path.suffix} says: copy it again"
             ) from error
         self._inflation.add(len(block))
-        buffer[: len(block)] = block
+        view[: len(block)] = block
         return len(block)
 
     def close(self) -> None:
@@ -95,7 +105,7 @@ def open_data(file: DataFile) -> Iterator[IO[bytes]]:
 
     Reading raises StepFailure BAD_DATASET where it cannot be decompressed, or grows beyond MAX_INFLATION.
     """
-    if file.path.suffix in _DECOMPRESSORS:
+    if file.path.suffix in DECOMPRESSORS:
         with io.BufferedReader(_Decompressed(file), _BLOCK_BYTES) as stream:
             yield stream
     else:

@@ -12,13 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy
 
 from qlora_api.printable import first_line
 from qlora_api.spec.training import TrainOn
 from qlora_trainer.core.failures import StepFailure, bad_configuration, bad_dataset
+from qlora_trainer.core.protocols import FastTokenizer
 from qlora_trainer.data.examples.example import (
     Conversation,
     Example,
@@ -81,23 +81,25 @@ class Tokenizer:
     """A model's tokenizer and chat template, or the job's template in place of that."""
 
     def __init__(self, folder: Path, template: JobTemplate | None = None) -> None:
-        """Load from the folder, without running model code.
-
-        Raises StepFailure BAD_CONFIGURATION if that fails.
-        """
+        """Load without running model code. Raises StepFailure BAD_CONFIGURATION."""
         from transformers import AutoTokenizer
 
         self.folder, self.template = folder, template
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            self._tokenizer: FastTokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError) as error:
             raise bad_configuration(f"the model's tokenizer cannot be loaded: {first_line(error)}") from error
         if not self._tokenizer.is_fast:
             raise bad_configuration(
                 "the model's tokenizer reports no offsets: use a model with tokenizer.json (a fast tokenizer)"
             )
-        if self._tokenizer.eos_token_id is None:
+        end = self._tokenizer.eos_token_id
+        if end is None:
             raise bad_configuration("the model's tokenizer has no end-of-text token (eos_token): use another model")
+        self.end_id: int = end
+        """The id of the end-of-text token."""
         begin = self._tokenizer.bos_token_id
         first = self._tokenizer("a").input_ids[:1]
         self._begin: list[int] = first if first == [begin] else []
@@ -114,16 +116,10 @@ class Tokenizer:
         """The job's chat template, as it is for this tokenizer, or None."""
         return None if self.template is None else self.template.for_tokenizer(begins=bool(self._begin))
 
-    @property
-    def end_id(self) -> int:
-        """The id of the end-of-text token."""
-        end: int = self._tokenizer.eos_token_id
-        return end
-
     def tokens_of(self, text: str, start: int, end: int) -> list[int]:
         """The ids of the tokens that overlap the characters [start, end) of a text."""
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        pairs = zip(encoded.input_ids, encoded.offset_mapping, strict=True)
         return [token for token, (first, past) in pairs if first < end and start < past]
 
     def pieces(self, rendered: Rendered) -> Iterator[str]:
@@ -134,7 +130,7 @@ class Tokenizer:
         if not rendered.ends_itself:
             yield from self._tokenizer.convert_ids_to_tokens(self._begin)
         encoded = self._tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        done, ends = 0, [past for _, past in encoded["offset_mapping"]]
+        done, ends = 0, [past for _, past in encoded.offset_mapping]
         for position, past in enumerate(ends, start=1):
             # Offsets leave out blanks before a word that belong to its token, and those at the end.
             until = len(rendered.text) if position == len(ends) else max(past, done)
@@ -175,20 +171,23 @@ class Tokenizer:
     def render_pair(
         self, pair: Preference, location: str, longest_allowed: int | None = None
     ) -> tuple[Rendered, Rendered]:
-        """The prompt with each of its answers, the chosen one first. Only the answers are trained on.
-
-        Raises StepFailure like `render`.
-        """
+        """The prompt with each answer, as `render`. Only the answers are trained on."""
         chosen, rejected = (self.render(one, location, longest_allowed) for one in (pair.chosen, pair.rejected))
         first = pair.shared_answers
         return replace(chosen, targets=chosen.targets[first:]), replace(rejected, targets=rejected.targets[first:])
 
     def _render_conversation(self, conversation: Conversation, location: str, longest_allowed: int | None) -> Rendered:
-        if conversation.uses_tools:
-            self._require_tools(location)
+        if conversation.uses_tools and not self._takes_tools:
+            raise bad_dataset(
+                f"{location}: the conversation uses tools, but {self._whose} leaves out tools, calls or "
+                "their results: use a model that supports tools, or leave such rows out"
+            )
+        if conversation.has_reasoning and self._reasoning_key is None:
+            raise bad_dataset(
+                f"{location}: an answer has reasoning, but {self._whose} leaves it out: use a model that thinks, write "
+                "the reasoning into the content (<think>…</think>), or remove it from the rows"
+            )
         messages = conversation.messages
-        if conversation.has_reasoning:
-            self._require_reasoning(location)
         text = self._apply_template(conversation, len(messages), location)
         answers = sum(message.role == "assistant" for message in messages)
         if longest_allowed is not None and answers > _FEW_ANSWERS and self._is_longer(text, longest_allowed):
@@ -214,38 +213,33 @@ class Tokenizer:
 
     def _is_longer(self, text: str, tokens: int) -> bool:
         encoded = self._tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return len(encoded["input_ids"]) > tokens
-
-    def _require_tools(self, location: str) -> None:
-        if not self._takes_tools:
-            raise bad_dataset(
-                f"{location}: the conversation uses tools, but {self._whose} leaves out tools, calls or "
-                "their results: use a model that supports tools, or leave such rows out"
-            )
-
-    def _require_reasoning(self, location: str) -> None:
-        if self._reasoning_key is None:
-            raise bad_dataset(
-                f"{location}: an answer has reasoning, but {self._whose} leaves it out: use a model that thinks, write "
-                "the reasoning into the content (<think>…</think>), or remove it from the rows"
-            )
+        return len(encoded.input_ids) > tokens
 
     @cached_property
     def _reasoning_key(self) -> str | None:
         """The template's key for a message's reasoning, or None if it leaves it out."""
+        reasoning = REASONING_PROBE.messages[1].reasoning or ""
+        return next((key for key in REASONING_KEYS if self._writes(reasoning, REASONING_PROBE, key=key)), None)
 
-        def writes(key: str) -> bool:
-            try:
-                text = self._text(
-                    REASONING_PROBE, 2, add_generation_prompt=False, in_parts=self._takes_parts, reasoning_key=key
-                )
-            except UnusableText:
-                return True  # the first row reports the template's error
-            except (*TEMPLATE_ERRORS, MemoryError):
-                return False
-            return (REASONING_PROBE.messages[1].reasoning or "") in text
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template takes a message's content as a list of parts only."""
+        content = CONTENT_PROBE.messages[0].content
+        takes_text = self._writes(content, CONTENT_PROBE, in_parts=False)
+        return not takes_text and self._writes(content, CONTENT_PROBE, in_parts=True)
 
-        return next((key for key in REASONING_KEYS if writes(key)), None)
+    def _writes(self, word: str, probe: Conversation, *, in_parts: bool | None = None, key: str | None = None) -> bool:
+        """Whether the text of a probe has the word. True for unusable text, which the first row reports."""
+        parts = self._takes_parts if in_parts is None else in_parts
+        try:
+            text = self._text(
+                probe, len(probe.messages), add_generation_prompt=False, in_parts=parts, reasoning_key=key
+            )
+        except UnusableText:
+            return True
+        except (*TEMPLATE_ERRORS, MemoryError):
+            return False
+        return word in text
 
     def require_system_message(self) -> None:
         """Raise StepFailure BAD_CONFIGURATION unless system messages have a place."""
@@ -284,10 +278,7 @@ class Tokenizer:
 
     @cached_property
     def _closing(self) -> str:
-        """The mark that the template puts after a whole conversation (Phi's do), outside its last turn.
-
-        The template writes it without a generation prompt only.
-        """
+        """The mark after a whole conversation, outside its last turn (as Phi's)."""
         try:
             closed, asking = (
                 self._apply_template(CLOSING_PROBE, 1, "a question", add_generation_prompt=asked)
@@ -323,21 +314,6 @@ class Tokenizer:
                 f"{location}: {self._whose} needs more memory than there is: use another model"
             ) from error
 
-    @cached_property
-    def _takes_parts(self) -> bool:
-        """Whether the template takes a message's content as a list of parts only."""
-
-        def has_content(in_parts: bool) -> bool:
-            try:
-                text = self._text(CONTENT_PROBE, 1, add_generation_prompt=False, in_parts=in_parts)
-            except UnusableText:
-                return True  # the first row reports the template's error
-            except (*TEMPLATE_ERRORS, MemoryError):
-                return False
-            return CONTENT_PROBE.messages[0].content in text
-
-        return not has_content(in_parts=False) and has_content(in_parts=True)
-
     def _text(
         self,
         conversation: Conversation,
@@ -347,10 +323,7 @@ class Tokenizer:
         in_parts: bool,
         reasoning_key: str | None = None,
     ) -> str:
-        """Render the first `count` messages.
-
-        Raises what a template raises, UnusableText or LimitExceeded.
-        """
+        """Render the first `count` messages. Raises as the template does."""
         turns = [
             template_message(message, in_parts=in_parts, reasoning_key=reasoning_key)
             for message in conversation.messages[:count]
@@ -366,10 +339,7 @@ class Tokenizer:
         return usable(within_characters(str(text)), (turns, tools, self._tokenizer.chat_template))
 
     def tokenize(self, batch: Sequence[Rendered], train_on: TrainOn) -> Iterator[TokenizedRow]:
-        """The tokens of rendered examples.
-
-        The end-of-text token after a plain text is a target too.
-        """
+        """The tokens of rendered examples. A plain text's end is a target too."""
         encoded = self._tokenizer(
             [rendered.text for rendered in batch],
             add_special_tokens=False,
@@ -378,13 +348,13 @@ class Tokenizer:
             return_token_type_ids=False,
             verbose=False,
         )
-        for rendered, ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        for rendered, ids, offsets in zip(batch, encoded.input_ids, encoded.offset_mapping, strict=True):
             first, past = numpy.array(offsets, dtype=numpy.int64).reshape(-1, 2).T
             is_target = numpy.zeros(len(ids), dtype=numpy.bool_)
             for start, end in rendered.trained(train_on):
                 is_target |= (first < end) & (start < past)
             if not rendered.ends_itself:
-                ids = [*self._begin, *ids, self._tokenizer.eos_token_id]
+                ids = [*self._begin, *ids, self.end_id]
                 is_target = numpy.concatenate([numpy.zeros(len(self._begin), numpy.bool_), is_target, [True]])
             is_target[:1] = False
             yield TokenizedRow(numpy.array(ids, dtype=numpy.int32), is_target)

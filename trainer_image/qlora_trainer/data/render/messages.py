@@ -1,7 +1,5 @@
 """Writes messages as chat templates take them, and probes for what a template supports."""
 
-from typing import Any
-
 from qlora_trainer.data.examples.example import Conversation, Message, ToolCall
 
 # The names that templates have for the reasoning before an answer: Qwen3's and DeepSeek's, others, gpt-oss's.
@@ -35,10 +33,10 @@ TOOL_PROBE = Conversation(
 )
 
 
-def template_message(message: Message, *, in_parts: bool, reasoning_key: str | None = None) -> dict[str, Any]:
+def template_message(message: Message, *, in_parts: bool, reasoning_key: str | None = None) -> dict[str, object]:
     """The message as a chat template gets it, without keys that are not set."""
     content = [{"type": "text", "text": message.content}] if in_parts else message.content
-    turn: dict[str, Any] = {"role": message.role, "content": content}
+    turn: dict[str, object] = {"role": message.role, "content": content}
     if message.tool_calls:
         turn["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
     if message.reasoning is not None and reasoning_key is not None:
@@ -50,6 +48,6 @@ def template_message(message: Message, *, in_parts: bool, reasoning_key: str | N
     return turn
 
 
-def _tool_call(call: ToolCall) -> dict[str, Any]:
-    described = {"type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
-    return described if call.id is None else {**described, "id": call.id}
+def _tool_call(call: ToolCall) -> dict[str, object]:
+    function = {"name": call.name, "arguments": dict(call.arguments)}
+    return {"type": "function", "function": function, **({} if call.id is None else {"id": call.id})}

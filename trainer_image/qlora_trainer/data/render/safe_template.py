@@ -9,12 +9,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 
 from qlora_api.printable import first_line
 from qlora_trainer.core.failures import bad_configuration
+from qlora_trainer.core.protocols import FastTokenizer
 from qlora_trainer.data.render.messages import TOOL_PROBE
 
 SECONDS = 10
@@ -87,7 +88,7 @@ TEMPLATE_ERRORS = (
 )
 
 
-def freeze(template: Any) -> None:
+def freeze(template: Template) -> None:
     """Give a compiled template a fixed day, and nothing that draws at random."""
     template.globals["strftime_now"] = FROZEN_DATE.strftime
     template.environment.globals["lipsum"] = _forbidden("function lipsum")
@@ -132,11 +133,8 @@ def _require_no_address(text: str, given: object) -> None:
             )
 
 
-def freeze_template(tokenizer: Any, whose: str) -> None:
-    """Make the template's text reproducible.
-
-    Raises StepFailure BAD_CONFIGURATION if it does not compile.
-    """
+def freeze_template(tokenizer: FastTokenizer, whose: str) -> None:
+    """Make its text reproducible. Raises StepFailure BAD_CONFIGURATION."""
     # Functions passed to apply_chat_template never reach the template, its globals do; compiled templates are cached.
     from transformers.utils.chat_template_utils import _compile_jinja_template
 

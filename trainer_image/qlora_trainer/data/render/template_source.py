@@ -32,11 +32,7 @@ class JobTemplate:
 
 
 def job_template(spec: DatasetSpec, mounts: Mounts) -> JobTemplate | None:
-    """The template of spec.dataset.chatTemplate, or None without one.
-
-    Raises StepFailure: UNREACHABLE if its ConfigMap is missing, BAD_CONFIGURATION if it is not a text of at most
-    MAX_TEMPLATE_BYTES.
-    """
+    """The job's template, or None. Raises StepFailure if missing or no short text."""
     if spec.chat_template is None:
         return None
     if spec.template_address is None:
@@ -73,10 +69,7 @@ def template_sha256(text: str) -> str:
 
 
 def is_template_unchanged(spec: DatasetSpec, mounts: Mounts, known: str | None) -> bool:
-    """Whether the ConfigMap's template has the SHA-256 `known`.
-
-    A template that is gone counts as unchanged.
-    """
+    """Whether the ConfigMap's template has the SHA-256 `known`, or is gone."""
     if spec.template_address is None:
         return True
     try:
@@ -91,10 +84,7 @@ PROCESSOR_TEMPLATE = "chat_template.json"
 
 
 def processor_template(folder: Path) -> str | None:
-    """The template in the model's folder, or None without its file.
-
-    Raises StepFailure BAD_CONFIGURATION if the file has none.
-    """
+    """The processor's template, or None. Raises StepFailure BAD_CONFIGURATION."""
     path = folder / PROCESSOR_TEMPLATE
     if not path.is_file():
         return None

@@ -21,7 +21,7 @@ from qlora_api.spec.dataset import Columns, DatasetSpec, RowFormat, SystemPrompt
 from qlora_api.spec.training import TrainingSpec, TrainOn
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.data.examples.example import Example, PlainText, Preference, TokenizedRow
-from qlora_trainer.data.examples.formats import DATASET, PAIRS, RowReader
+from qlora_trainer.data.examples.formats import DATASET, PAIRS, PLAIN, RowReader
 from qlora_trainer.data.read.rows import Row
 from qlora_trainer.data.render.chat_template import Rendered, Tokenizer
 from qlora_trainer.data.render.template_source import JobTemplate
@@ -90,15 +90,12 @@ class Recipe:
         )
 
     def require_place_for_settings(self, tokenizer: Tokenizer, uri: str) -> None:
-        """Raise StepFailure BAD_CONFIGURATION if the job's template settings do not fit.
-
-        Rows may have no place for its chat template or system message.
-        """
+        """Raise StepFailure BAD_CONFIGURATION if the rows have no place for settings."""
         for field, value in {"chatTemplate": self.template, "systemPrompt": self.system_prompt}.items():
-            if value is not None and self.format == "text":
+            if value is not None and self.format in PLAIN:
                 raise bad_configuration(
-                    f"spec.dataset.{field} is set, but the rows of {uri} are of format text, which has no turns: "
-                    "remove it, or use rows of another format"
+                    f"spec.dataset.{field} is set, but the rows of {uri} are of format {self.format}, which has no "
+                    "turns: remove it, or use rows of another format"
                 )
         if self.system_prompt is not None:
             tokenizer.require_system_message()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy
 from numpy.typing import NDArray
@@ -14,9 +14,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from qlora_trainer.core.filesystem import write_atomically
+from qlora_trainer.core.protocols import TensorFile
 from qlora_trainer.data.examples.example import TokenizedRow
 from qlora_trainer.data.sampling import RowIndices
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Number = TypeVar("Number", bound=numpy.integer)
 Int32s = NDArray[numpy.int32]
 Flags = NDArray[numpy.uint8]
 Digests = NDArray[numpy.uint8]
@@ -99,6 +104,7 @@ class Chunk:
 
         `too_long`: tokens of each row that is left out because of its length.
         """
+        chosen = [row.chosen_length for row in rows if row.chosen_length is not None]
         return cls(
             numpy.concatenate([numpy.empty(0, numpy.int32), *(row.input_ids for row in rows)]),
             numpy.concatenate([numpy.empty(0, numpy.uint8), *(row.is_target.astype(numpy.uint8) for row in rows)]),
@@ -109,20 +115,13 @@ class Chunk:
             # The name of the file is in each of them: level 1 already leaves some five bytes per row.
             _compress(locations),
             dropped,
-            _chosen_lengths(rows),
+            numpy.array(chosen, dtype=numpy.int32) if chosen else None,
             None if checks is None else _compress(checks),
         )
 
     def location(self, row: int) -> str:
         """File and line of the row at `row`."""
         return _decompress(self.locations)[row]
-
-    def check(self, rows: Sequence[int]) -> list[str]:
-        """The checks of these rows, as JSON. Raises ValueError if rows bring none."""
-        if self.checks is None:
-            raise ValueError("the rows of this chunk bring no check")
-        checks = _decompress(self.checks)
-        return [checks[row] for row in rows]
 
     @property
     def rows_read(self) -> int:
@@ -136,7 +135,7 @@ class Chunk:
         # One entry: safetensors writes several in any order.
         write_atomically(path, save(tensors, metadata={_FACTS: json.dumps(facts, sort_keys=True)}))
 
-    def _tensors(self) -> dict[str, NDArray[Any]]:
+    def _tensors(self) -> dict[str, NDArray[numpy.generic]]:
         names = ("input_ids", "is_target", "lengths", "target_counts", "too_long", "digests", "locations")
         tensors = {name: getattr(self, name) for name in (*names, "chosen_lengths", "checks")}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
@@ -151,9 +150,9 @@ class Chunk:
         try:
             if not path.is_file():
                 return None
-            with cast("Any", safe_open(path, framework="pt")) as file:
+            with cast("TensorFile[Tensor]", safe_open(path, framework="pt")) as file:
                 tensors = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118 - no mapping
-                facts = json.loads(file.metadata()[_FACTS])
+                facts = json.loads((file.metadata() or {})[_FACTS])
                 dropped = Dropped(**facts[_DROPPED])
                 if verify and _digest(tensors, dropped) != facts[_DIGEST]:
                     return None
@@ -196,7 +195,7 @@ class Chunk:
         )
 
 
-def _digest(tensors: Mapping[str, NDArray[Any]], dropped: Dropped) -> str:
+def _digest(tensors: Mapping[str, NDArray[numpy.generic]], dropped: Dropped) -> str:
     """BLAKE2b of what a chunk's file holds, in hexadecimal."""
     digest = blake2b(repr(dropped).encode(), digest_size=DIGEST_BYTES)
     for name, tensor in sorted(tensors.items()):
@@ -213,16 +212,8 @@ def _decompress(texts: Flags) -> list[str]:
     return zlib.decompress(texts.tobytes()).decode(errors="surrogateescape").split(_BETWEEN)
 
 
-def _chosen_lengths(rows: Sequence[TokenizedRow]) -> Int32s | None:
-    lengths = [row.chosen_length for row in rows if row.chosen_length is not None]
-    return numpy.array(lengths, dtype=numpy.int32) if lengths else None
-
-
 class TokenizedRows:
-    """The rows of some chunks, as those of a source.
-
-    Takes 16 bytes per row in memory: the tokens stay in the files.
-    """
+    """The rows of some chunks. Takes 16 bytes per row: tokens stay in the files."""
 
     def __init__(self, chunks: Sequence[Chunk]) -> None:
         self._chunks = tuple(chunks)
@@ -270,12 +261,12 @@ class TokenizedRows:
         chunks = numpy.searchsorted(self._first, rows, side="right") - 1
         found = [""] * len(rows)
         for number in numpy.unique(chunks).tolist():
-            if self._chunks[number].checks is None:
+            compressed = self._chunks[number].checks
+            if compressed is None:
                 return None
-            at = numpy.flatnonzero(chunks == number)
-            of_chunk = self._chunks[number].check((rows[at] - self._first[number]).tolist())
-            for index, check in zip(at.tolist(), of_chunk, strict=True):
-                found[index] = check
+            checks = _decompress(compressed)
+            for index in numpy.flatnonzero(chunks == number).tolist():
+                found[index] = checks[int(rows[index] - self._first[number])]
         return found
 
     def input_ids(self, rows: RowIndices) -> Int32s:
@@ -286,7 +277,7 @@ class TokenizedRows:
         """uint8 [tokens]: the target flags of the rows, in their order."""
         return self._gather([chunk.is_target for chunk in self._chunks], rows)
 
-    def _gather(self, arrays: Sequence[NDArray[Any]], rows: RowIndices) -> NDArray[Any]:
+    def _gather(self, arrays: Sequence[NDArray[Number]], rows: RowIndices) -> NDArray[Number]:
         chunks = numpy.searchsorted(self._first, rows, side="right") - 1
         starts = self._starts[rows]
         ends = starts + self.lengths[rows]

@@ -3,10 +3,9 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -17,12 +16,13 @@ from qlora_trainer.model.architecture.decoder import block_linears, compute_as_i
 from qlora_trainer.model.architecture.peft_names import taken_for_experts
 from qlora_trainer.model.kernels.fused_lora import fuse_further_lora, fuse_lora
 from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
+from qlora_trainer.model.protocols import AdaptedModel, Decoder
 
 ADAPTER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def attach_adapter(
-    base: Any,
+    base: Decoder,
     lora: LoraSpec,
     target_modules: tuple[str, ...],
     *,
@@ -30,7 +30,7 @@ def attach_adapter(
     gradient_checkpointing: bool,
     base_name: str,
     base_revision: str,
-) -> Any:
+) -> AdaptedModel:
     """The base with a LoRA adapter on `target_modules` (exact names), in training mode. Only the adapter has gradients.
 
     A is drawn from `seed` (Kaiming uniform), B is 0, so training starts from the base model's own loss.
@@ -58,7 +58,7 @@ def adapter_name(position: int) -> str:
 
 
 def attach_further_adapter(
-    model: PeftModel,
+    model: AdaptedModel,
     name: str,
     lora: LoraSpec,
     target_modules: tuple[str, ...],
@@ -82,7 +82,7 @@ def attach_further_adapter(
         parameter.data = parameter.data.to(tensor_dtype(tensor, lora))
 
 
-def activate_adapter(model: PeftModel, name: str) -> None:
+def activate_adapter(model: AdaptedModel, name: str) -> None:
     """Activate one of several adapters. All keep their gradients."""
     model.set_adapter(name)
     for module in model.modules():
@@ -91,7 +91,7 @@ def activate_adapter(model: PeftModel, name: str) -> None:
                 layers.requires_grad_(True)
 
 
-def _configuration(base: Any, lora: LoraSpec, target_modules: tuple[str, ...]) -> LoraConfig:
+def _configuration(base: Decoder, lora: LoraSpec, target_modules: tuple[str, ...]) -> LoraConfig:
     modules, parameters = peft_targets(base, target_modules)
     return LoraConfig(
         task_type="CAUSAL_LM",
@@ -106,7 +106,7 @@ def _configuration(base: Any, lora: LoraSpec, target_modules: tuple[str, ...]) -
     )
 
 
-def _name_origin(config: LoraConfig, base: Any, target_modules: tuple[str, ...], name: str, revision: str) -> None:
+def _name_origin(config: LoraConfig, base: Decoder, target_modules: tuple[str, ...], name: str, revision: str) -> None:
     """Name the base and the targets in the configuration of an attached adapter.
 
     PEFT sets the folder that the base was loaded from. It means nothing elsewhere. PEFT also shortens long lists of
@@ -117,7 +117,7 @@ def _name_origin(config: LoraConfig, base: Any, target_modules: tuple[str, ...],
     config.target_modules, config.target_parameters = set(modules), set(parameters) or None
 
 
-def peft_targets(model: Any, layers: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def peft_targets(model: Decoder, layers: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The layers as PEFT's configuration has them: `target_modules`, and `target_parameters` for the others.
 
     Those whose names PEFT takes for routed experts are named by their weights. On a 4-bit layer PEFT makes
@@ -130,7 +130,7 @@ def peft_targets(model: Any, layers: tuple[str, ...]) -> tuple[tuple[str, ...], 
     return modules, tuple(f"{name}.weight" for name in layers if name in taken)
 
 
-def whole_modules(model: Any, lora: LoraSpec) -> tuple[str, ...]:
+def whole_modules(model: Decoder, lora: LoraSpec) -> tuple[str, ...]:
     """Paths in the model of the modules in spec.lora.modulesToSave."""
     modules = {"embed_tokens": model.get_input_embeddings(), "lm_head": model.get_output_embeddings()}
     paths = {id(module): path for path, module in model.named_modules()}
@@ -142,7 +142,7 @@ def tensor_dtype(name: str, lora: LoraSpec) -> torch.dtype:
     return ADAPTER_DTYPES[lora.dtype] if ".lora_" in name else COMPUTE_DTYPE
 
 
-def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
+def adapter_parameters(model: AdaptedModel) -> dict[str, nn.Parameter]:
     """The trained parameters by their names in the adapter's file, sorted."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     named = get_peft_model_state_dict(
@@ -151,12 +151,12 @@ def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
     return dict(sorted(named.items()))
 
 
-def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
+def adapter_tensors(model: AdaptedModel) -> dict[str, Tensor]:
     """The adapter's tensors in main memory, as its file holds them."""
     return {name: parameter.detach().cpu().contiguous() for name, parameter in adapter_parameters(model).items()}
 
 
-def restore_adapter(model: PeftModel, tensors: Mapping[str, Tensor]) -> None:
+def restore_adapter(model: AdaptedModel, tensors: Mapping[str, Tensor]) -> None:
     """Restore the adapter's tensors. Raises KeyError for those of another adapter."""
     parameters = adapter_parameters(model)
     if parameters.keys() != tensors.keys():
@@ -166,7 +166,7 @@ def restore_adapter(model: PeftModel, tensors: Mapping[str, Tensor]) -> None:
             parameter.copy_(tensors[name])
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
+def save_adapter(model: AdaptedModel, folder: Path) -> None:
     """Write the adapter's two files into `folder`. Equal adapters give equal bytes."""
     save_file(adapter_tensors(model), folder / ADAPTER_FILE, metadata={"format": "pt"})
     config = model.peft_config[model.active_adapter].to_dict() | {"inference_mode": True}
@@ -177,7 +177,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     (folder / ADAPTER_CONFIG_FILE).write_text(text + "\n")
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> list[object]:
     """Convert a value of PEFT's configuration for JSON, with sets in sorted order."""
     if isinstance(value, (set, frozenset)):
         return sorted(value)

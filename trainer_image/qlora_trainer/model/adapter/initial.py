@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import get_token
@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from qlora_api.artifact_status import InitialAdapterStatus
 from qlora_api.contract import ExitCode
-from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource, VolumeSource, parse_source
+from qlora_api.sources import VolumeSource, parse_source
 from qlora_api.spec.model import InitialAdapterSpec
 from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.context import Mounts
@@ -24,8 +24,7 @@ from qlora_trainer.core.paths import confine, require_regular, some_names
 from qlora_trainer.model.adapter.initial_check import check_config, check_tensors
 from qlora_trainer.model.adapter.shapes import MAX_CONFIG_BYTES, expected_tensors, largest_file
 from qlora_trainer.model.architecture.text_part import text_part
-from qlora_trainer.model.source.downloads import HubModel, ObjectStoreModel, RegistryModel
-from qlora_trainer.model.source.models import RemoteModel
+from qlora_trainer.model.source.downloads import RemoteSource, open_remote_model
 from qlora_trainer.stores.access import StoreAccess
 from qlora_trainer.stores.hub import Hub
 
@@ -138,27 +137,19 @@ def _fetch(access: StoreAccess, address: str, folder: Path, largest: int) -> str
     if isinstance(source, VolumeSource):
         _copy(access.mounts, source, folder, largest)
         return address
+    if not isinstance(source, RemoteSource):
+        raise TypeError(f"the schema allows no adapter at {address}")
     with _explain_errors():
-        if isinstance(source, HubSource):
-            remote: RemoteModel = HubModel(_open_hub(access), source, source.commit)
-            location = f"hf://{source.repository}@{remote.version}"
-        elif isinstance(source, RegistrySource):
-            remote = RegistryModel(source, access.secret, allowed=access.registries)
-            location = str(replace(source, digest=remote.revision(dict)))
-        elif isinstance(source, ObjectStoreSource):
-            remote = ObjectStoreModel(source, access.secret)
-            location = address
-        else:
-            raise TypeError(f"the schema allows no adapter at {address}")
-        _require_files(remote.sizes, location, largest)
-        require_space(folder, sum(remote.sizes[name] for name in _FILES), f"the adapter {location}")
+        remote = open_remote_model(source, lambda: _open_hub(access), access.secret, access.registries)
+        _require_files(remote.sizes, remote.location, largest)
+        require_space(folder, sum(remote.sizes[name] for name in _FILES), f"the adapter {remote.location}")
         for name in _FILES:
             remote.fetch(name, folder, lambda _done: None)
     for path in folder.iterdir():
         # The hub's client also stores notes there.
         if path.name not in _FILES:
             remove(path)
-    return location
+    return remote.location
 
 
 def _copy(mounts: Mounts, source: VolumeSource, folder: Path, largest: int) -> None:

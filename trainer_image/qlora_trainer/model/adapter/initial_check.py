@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -17,6 +16,7 @@ from qlora_api.printable import shortened, shortened_json
 from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.paths import some_names
+from qlora_trainer.core.protocols import JsonObject
 from qlora_trainer.model.adapter.shapes import MAX_CONFIG_BYTES, Expected
 
 # Settings without effect on the values that the adapter computes or on the names of its tensors.
@@ -97,7 +97,7 @@ def check_tensors(path: Path, location: str, lora: LoraSpec, expected: Mapping[s
         raise bad_configuration(f"{location}/{path.name} is not a safetensors file ({error}): copy it again") from error
 
 
-def _read(path: Path, location: str) -> dict[str, Any]:
+def _read(path: Path, location: str) -> JsonObject:
     try:
         with path.open("rb") as file:
             config = json.loads(file.read(MAX_CONFIG_BYTES))
@@ -108,7 +108,7 @@ def _read(path: Path, location: str) -> dict[str, Any]:
     return config
 
 
-def _require_plain(config: Mapping[str, Any], location: str, compared: set[str]) -> None:
+def _require_plain(config: JsonObject, location: str, compared: set[str]) -> None:
     """Raise StepFailure for a variant of LoRA that is unsupported or newer."""
     initialized = config.get("init_lora_weights")
     if isinstance(initialized, str) and initialized.startswith(_CHANGE_THE_BASE):

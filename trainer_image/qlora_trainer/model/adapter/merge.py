@@ -13,18 +13,18 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from qlora_api.spec.training import LoraSpec
 from qlora_trainer.model.architecture.text_part import without_weights
 from qlora_trainer.model.nf4.base_weights import BaseWeights
+from qlora_trainer.model.protocols import Network
 
 SHARD_BYTES = 2**30
 """Size of a file of weights, unless one tensor is larger."""
@@ -82,7 +82,7 @@ class MergeSource:
             )
 
 
-def merged_model(model_folder: Path) -> Any:
+def merged_model(model_folder: Path) -> PreTrainedModel:
     """The merged model without weights, from the configuration in `model_folder`."""
     config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
     # The merged model is in 16 bit, also if the base was published in 4.
@@ -91,19 +91,19 @@ def merged_model(model_folder: Path) -> Any:
     return without_weights(config, dtype=_MERGED_DTYPE)
 
 
-def merged_bytes(model: Any) -> int:
+def merged_bytes(model: Network) -> int:
     """Bytes of the weights of a model of `merged_model`. Tied weights count once."""
     return sum(parameter.numel() * _MERGED_DTYPE.itemsize for parameter in model.parameters())
 
 
-def write_merged(model: Any, source: MergeSource, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+def write_merged(model: PreTrainedModel, source: MergeSource, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Write configuration and weights of the merged `model` into `folder`, which exists, as transformers reads them.
 
     Holds at most a file's tensors (`shard_bytes`, or one tensor if that is larger) and `BYTES_PER_ENTRY` bytes for each
     entry of the largest layer; what is read is mapped, not held. Raises OSError or SafetensorError if the disk is full.
     """
     # named_parameters has the first of tied tensors; transformers ties the others again when it loads.
-    tensors = dict(model.named_parameters())
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
     # Gemma 4 multiplies with buffers that its files hold.
     persistent = model.state_dict()
     tensors |= {name: buffer for name, buffer in model.named_buffers() if name in persistent and name in source.base}

@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import cast
 
 import torch
+from torch import nn
 
 from qlora_api.spec.training import LoraSpec
 from qlora_trainer.model.adapter.attach import tensor_dtype, whole_modules
+from qlora_trainer.model.protocols import Decoder
 
 B_SUFFIX = ".lora_B.weight"
 MAX_CONFIG_BYTES = 2**22
@@ -26,7 +28,7 @@ class Expected:
     dtype: torch.dtype
 
 
-def expected_tensors(skeleton: Any, target_modules: tuple[str, ...], lora: LoraSpec) -> Mapping[str, Expected]:
+def expected_tensors(skeleton: Decoder, target_modules: tuple[str, ...], lora: LoraSpec) -> Mapping[str, Expected]:
     """Each tensor that a complete adapter holds by its name, from a model that has shapes but no weights.
 
     A of a layer is [rank, inputs], B is [outputs, rank] and DoRA's magnitude [outputs]; the names are those of PEFT's
@@ -34,7 +36,7 @@ def expected_tensors(skeleton: Any, target_modules: tuple[str, ...], lora: LoraS
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for target in target_modules:
-        layer = skeleton.get_submodule(target)
+        layer = cast("nn.Linear", skeleton.get_submodule(target))
         shapes[f"{target}.lora_A.weight"] = (lora.rank, layer.in_features)
         shapes[f"{target}{B_SUFFIX}"] = (layer.out_features, lora.rank)
         if lora.use_dora:

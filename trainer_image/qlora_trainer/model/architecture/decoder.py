@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from qlora_trainer.core.model_error import ModelError
 from qlora_trainer.model.experts.layout import routing_linears
 from qlora_trainer.model.kernels.attention import RowBoundaries
+from qlora_trainer.model.protocols import Decoder
 
 
-def decoder_blocks(model: Any) -> nn.ModuleList:
+def decoder_blocks(model: Decoder) -> nn.ModuleList:
     """The blocks of a model's text decoder. Raises ModelError if it has none."""
     number = model.config.get_text_config(decoder=True).num_hidden_layers
     for child in model.get_decoder().children():
@@ -21,14 +22,14 @@ def decoder_blocks(model: Any) -> nn.ModuleList:
     raise ModelError("this trainer does not find its decoder blocks, whose layers would get the adapter")
 
 
-def block_linears(model: Any) -> tuple[str, ...]:
+def block_linears(model: Decoder) -> tuple[str, ...]:
     """Sorted names of the linear layers in the blocks, without head or routers."""
     inside = {id(module) for module in decoder_blocks(model).modules() if isinstance(module, nn.Linear)}
     names = {name for name, module in model.named_modules() if id(module) in inside}
     return tuple(sorted(names.difference(routing_linears(model))))
 
 
-def block_structures(model: Any) -> frozenset[frozenset[str]]:
+def block_structures(model: Decoder) -> frozenset[frozenset[str]]:
     """The structures of the blocks: of each kind the modules, with their classes, and the parameters.
 
     A list inside a block counts the same for any number of members.
@@ -55,7 +56,7 @@ def place_in_block(name: str) -> tuple[int, str]:
     return int(found[1]), name[found.end() :]
 
 
-def decoder_states(model: Any, input_ids: Tensor, position_ids: Tensor, rows: RowBoundaries) -> Tensor:
+def decoder_states(model: Decoder, input_ids: Tensor, position_ids: Tensor, rows: RowBoundaries) -> Tensor:
     """The decoder's last states, [1, tokens, hidden size], of rows of tokens [1, tokens] that follow one another.
 
     A decoder that takes no positions or no other arguments computes them for a single row.
@@ -68,13 +69,14 @@ def decoder_states(model: Any, input_ids: Tensor, position_ids: Tensor, rows: Ro
     return cast("Tensor", decoder(**arguments).last_hidden_state)
 
 
-def compute_as_in_use(model: Any) -> None:
+def compute_as_in_use(model: Decoder) -> None:
     """Turn off what a family does in training mode only: the frozen base computes as in use.
 
     That is every dropout, of values and of whole layers, the noise of routers (Mixtral's jitter), and the clipping of
     weights by Gemma 3n. That runs outside the layers' forward passes and would take packed weights for numbers.
     Call it before the model has an adapter, whose dropout stays.
     """
+    module: Any
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -88,12 +90,12 @@ def compute_as_in_use(model: Any) -> None:
         settings["altup_coef_clip"] = None
 
 
-def _without_dropout(settings: dict[str, Any]) -> None:
+def _without_dropout(settings: dict[str, object]) -> None:
     """Set each probability of dropout to 0, under any family's name for it."""
     settings.update({name: 0.0 for name, value in settings.items() if "drop" in name and isinstance(value, float)})
 
 
-def outer_parameters(model: Any) -> set[int]:
+def outer_parameters(model: Decoder) -> set[int]:
     """The ids of all parameters in embeddings and in the output layer."""
     modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     head = model.get_output_embeddings()

@@ -1,14 +1,15 @@
 """Finds the layers whose names PEFT reads as those of other layers."""
 
-from typing import Any
-
 from peft import LoraConfig
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
+from qlora_trainer.model.protocols import Decoder
 
-def taken_for_experts(model: Any, linears: tuple[str, ...]) -> frozenset[str]:
+
+def taken_for_experts(model: Decoder, linears: tuple[str, ...]) -> frozenset[str]:
     """The linear layers whose names, as `target_modules`, PEFT takes for others.
 
     For files of older releases of transformers, PEFT reads some names, such as `gate_proj`, as those of routed experts,
@@ -19,7 +20,7 @@ def taken_for_experts(model: Any, linears: tuple[str, ...]) -> frozenset[str]:
     return frozenset(linears).difference(config.target_modules or ())
 
 
-def lost_by_peft(model: Any, linears: tuple[str, ...]) -> frozenset[str]:
+def lost_by_peft(model: PreTrainedModel, linears: tuple[str, ...]) -> frozenset[str]:
     """The linear layers whose adapter PEFT renames when it reads it, and then does not find.
 
     It renames an adapter's tensors as transformers renames those of older checkpoints: Laguna's `shared_expert` became

@@ -1,9 +1,9 @@
 """Loads a model by its transformers class, without parts that text does not need."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from re import escape
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from qlora_trainer.core.model_error import ModelError, explain_errors
 from qlora_trainer.core.paths import some_names
@@ -29,12 +31,12 @@ _MULTIMODAL = (
 )
 
 
-def is_multimodal(config: Any) -> bool:
+def is_multimodal(config: PretrainedConfig) -> bool:
     """Whether a model of this configuration has a text decoder among other parts."""
     return config.get_text_config(decoder=True) is not config
 
 
-def auto_class(config: Any) -> Any | None:
+def auto_class(config: PretrainedConfig) -> type[_BaseAutoModelClass] | None:
     """The auto class of transformers that loads such a model, or None if there is none for text.
 
     A multimodal model is loaded whole, because then its layers have the names that PEFT and servers look for in an
@@ -44,14 +46,14 @@ def auto_class(config: Any) -> Any | None:
     return next((loader for loader, types in known if type(config) in types), None)
 
 
-def without_weights(config: Any, **settings: Any) -> Any:
+def without_weights(config: PretrainedConfig, **settings: object) -> PreTrainedModel:
     """The whole model on the meta device. Its configuration has an `auto_class`."""
-    loader: Any = auto_class(config)
+    loader = cast("type[_BaseAutoModelClass]", auto_class(config))
     with torch.device("meta"):
         return loader.from_config(config, trust_remote_code=False, **settings)
 
 
-def text_part(config: Any, **settings: Any) -> Any:
+def text_part(config: PretrainedConfig, **settings: object) -> PreTrainedModel:
     """The model `without_weights` as trained: of a multimodal one only the text part."""
     model = without_weights(config, **settings)
     with explain_errors("this trainer does not find the text decoder of the model that transformers builds"):
@@ -59,17 +61,18 @@ def text_part(config: Any, **settings: Any) -> Any:
     return model
 
 
-def random_text_part(config: Any, **settings: Any) -> Any:
+def random_text_part(config: PretrainedConfig, **settings: object) -> PreTrainedModel:
     """The model in main memory, initialized at random by transformers, but towers and projectors are of zeros.
 
     These take no memory. Some models compute with them for any input, and then use none of it. Raises ModelError if
     something outside the text decoder gets no values.
     """
-    loader: Any = auto_class(config)
+    loader = cast("type[_BaseAutoModelClass]", auto_class(config))
     if not is_multimodal(config):
         return loader.from_config(config, trust_remote_code=False, **settings)
     model = without_weights(config, **settings)
     beside = {id(module) for name in parts_beside_text(model) for module in model.get_submodule(name).modules()}
+    module: Any
     for module in model.modules():
         if id(module) in beside:
             module._apply(_zeros_without_memory, recurse=False).requires_grad_(False)
@@ -86,7 +89,7 @@ def _unset(tensor: Tensor) -> Tensor:
     return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor.zero_()
 
 
-def _set_constants(model: Any) -> None:
+def _set_constants(model: PreTrainedModel) -> None:
     """Set constants that transformers does not initialize, such as those of xIELU."""
     decoder = model.get_decoder()
     constants = _unset_tensors(decoder)
@@ -106,19 +109,26 @@ def _unset_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in looked_at.items() if bool(tensor.isnan().any())}
 
 
-def load_text_part(folder: Path, **settings: Any) -> Any:
-    """The model in `folder`, on this machine, with `settings` for `from_pretrained`, but without `parts_beside_text`.
+def load_text_part(folder: Path, **settings: object) -> tuple[PreTrainedModel, Mapping[str, Collection[object]]]:
+    """The model in `folder`, with `settings` for `from_pretrained`, and what transformers reports of its loading.
 
-    Weights of these are not read. Raises OSError, without a number, if the folder has no model.
+    Weights of `parts_beside_text` are not read. Raises OSError, without a number, if the folder has no model.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     loader: Any = _without_other_parts(config) if is_multimodal(config) else auto_class(config)
-    return loader.from_pretrained(
-        folder, config=config, local_files_only=True, use_safetensors=True, trust_remote_code=False, **settings
+    loaded = loader.from_pretrained(
+        folder,
+        config=config,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **settings,
     )
+    return cast("tuple[PreTrainedModel, Mapping[str, Collection[object]]]", loaded)
 
 
-def parts_beside_text(model: Any) -> tuple[str, ...]:
+def parts_beside_text(model: PreTrainedModel) -> tuple[str, ...]:
     """Names of the largest modules of a multimodal model that share nothing with its text decoder, embeddings and head.
 
     They are towers and projectors, for images or sound. A model of text has none.
@@ -144,7 +154,7 @@ def _outside(module: nn.Module, kept: set[int], prefix: str = "") -> Iterator[st
             yield from _outside(child, kept, f"{prefix}{name}.")
 
 
-def _leave_text_part(model: Any) -> tuple[str, ...]:
+def _leave_text_part(model: PreTrainedModel) -> tuple[str, ...]:
     """Remove `parts_beside_text`, and return their names."""
     removed = parts_beside_text(model)
     for name in removed:
@@ -153,18 +163,18 @@ def _leave_text_part(model: Any) -> tuple[str, ...]:
     return removed
 
 
-def _without_other_parts(config: Any) -> type[PreTrainedModel]:
+def _without_other_parts(config: PretrainedConfig) -> type[PreTrainedModel]:
     """The model's class, changed to remove `parts_beside_text` before reading weights."""
-    family = next(types[type(config)] for _, types in (*_MULTIMODAL, *_TEXT) if type(config) in types)
+    family: Any = next(types[type(config)] for _, types in (*_MULTIMODAL, *_TEXT) if type(config) in types)
     return type(family.__name__, (_TextPart, family), {"__module__": family.__module__})
 
 
 class _TextPart:
     """Goes before the class of a multimodal model."""
 
-    def __init__(self, *given: Any, **settings: Any) -> None:
+    def __init__(self, *given: object, **settings: object) -> None:
         super().__init__(*given, **settings)
-        model: Any = self
+        model = cast("PreTrainedModel", self)
         removed = [f"^{escape(name)}\\." for name in _leave_text_part(model)]
         # Their weights are in the files, and transformers would warn of them.
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *removed}

@@ -3,7 +3,6 @@
 from collections import Counter
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Params4bit
@@ -47,7 +46,7 @@ def storage_of(model: nn.Module) -> Storage:
     for name, weight in model.named_parameters():
         if not isinstance(weight, Params4bit):
             continue
-        state: Any = weight.quant_state
+        state: QuantState = weight.quant_state
         found = sum(tensor.nbytes for tensor in (weight.data, *_tensors(state)))
         expected = layer_bytes(state.shape.numel(), double_quant=state.nested)
         if found != expected:

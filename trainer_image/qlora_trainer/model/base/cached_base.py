@@ -1,18 +1,18 @@
-"""Gets the 4-bit base from a shared cache, or adds it to that cache."""
+"""Gets the 4-bit base of a job from its workspace or a shared cache, or makes it there."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Protocol
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from qlora_api.contract import ExitCode
 from qlora_api.printable import one_line, shortened
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.core.filesystem import bytes_below, sizes
-from qlora_trainer.model.base.artifact import BaseManifest
+from qlora_trainer.core.filesystem import bytes_below, partial_path, remove, require_space, sizes
+from qlora_trainer.model.base.artifact import BaseManifest, has_files, read_manifest
 from qlora_trainer.model.base.cache import (
     CachedFolder,
     DamagedCacheError,
@@ -22,35 +22,107 @@ from qlora_trainer.model.base.cache import (
     read_errors,
     volume_errors,
 )
-from qlora_trainer.model.base.conversion import BaseConversion, small_files
+from qlora_trainer.model.base.conversion import BaseConversion, require_tensors, small_files
 from qlora_trainer.model.base.layout import BaseLayout
-from qlora_trainer.model.base.workspace_base import Base, BaseSource, WorkspaceBase
-from qlora_trainer.model.nf4.stored_layer import StoredTensor
 from qlora_trainer.model.source.files import OnBytes
-from qlora_trainer.model.source.models import Origin, SharedModel
+from qlora_trainer.model.source.models import ModelSource, Origin
 from qlora_trainer.stores.contents import describe_files
 
 _WAIT_SECONDS = 2.0
 _MAX_REMARK = 256
 
 
+@dataclass(frozen=True)
+class Base:
+    """A base that is complete."""
+
+    folder: Path
+    manifest: BaseManifest
+    revision: str
+    """Of the original: commit, or sha256:… of the content."""
+
+
+class BaseSource(Protocol):
+    """A source of the base. Call its methods in this order. They raise StepFailure."""
+
+    @property
+    def activity(self) -> str:
+        """The activity of `base`, for the progress record."""
+
+    @property
+    def origin(self) -> Origin:
+        """Where the base came from, once `base` has returned."""
+
+    @property
+    def remark(self) -> str:
+        """Why a cache was not used, for the user. Empty without such a reason."""
+
+    def require_room(self) -> None:
+        """Check, without reading the weights, that they are complete, safe, and fit."""
+
+    def base(self, on_bytes: OnBytes) -> Base:
+        """Return the base, and make it if it is missing."""
+
+
 def open_base_source(
-    source: SharedModel, layout: BaseLayout, settings: Path, target: Path, cache: ModelCache | None
+    source: ModelSource, layout: BaseLayout, settings: Path, target: Path, cache: ModelCache | None
 ) -> BaseSource:
     """Return where the base comes from: the cache if there is one, else the workspace folder `target`.
 
     `settings` is the folder of the model's config.json.
     """
-    own = WorkspaceBase(source, target, settings, layout)
+    own = _WorkspaceBase(source, target, settings, layout)
     if cache is None:
         return own
     if source.known_version is not None and own.is_complete(source.known_version):
         return own
-    return CachedBase(source, own, cache, settings, layout)
+    return _CachedBase(source, own, cache, settings, layout)
 
 
-class CachedBase:
-    """A base that is shared. See BaseSource.
+class _WorkspaceBase:
+    """A base of the job's own, in its workspace."""
+
+    remark = ""
+
+    def __init__(self, source: ModelSource, target: Path, settings: Path, layout: BaseLayout) -> None:
+        self._source, self._target, self._settings, self._layout = source, target, settings, layout
+
+    @property
+    def activity(self) -> str:
+        return self._source.activity
+
+    @property
+    def origin(self) -> Origin:
+        return self._source.origin
+
+    def is_complete(self, version: str) -> bool:
+        """Whether an earlier attempt has made it, of this version of the original."""
+        found = read_manifest(self._target)
+        if found is None or (found.version, found.quantization) != (version, self._layout.quantization):
+            return False
+        return has_files(self._target, found)
+
+    def require_room(self) -> None:
+        held = bytes_below(partial_path(self._target)) + bytes_below(self._target)
+        missing = max(0, self._layout.bytes - held)
+        self._source.check_weights(missing)
+        self._target.parent.mkdir(parents=True, exist_ok=True)
+        require_space(self._target.parent, missing, "the 4-bit base")
+
+    def base(self, on_bytes: OnBytes) -> Base:
+        version = self._source.version(on_bytes)
+        conversion = BaseConversion(self._target, self._settings, version, self._layout)
+        revision = self._source.weights(conversion, on_bytes)
+        return Base(self._target, conversion.complete(), revision)
+
+    def discard(self) -> None:
+        """Delete the workspace's part of it: the base is elsewhere."""
+        remove(self._target)
+        remove(partial_path(self._target))
+
+
+class _CachedBase:
+    """A base that is shared.
 
     The server is asked for every file with the job's own credentials in any case, and a model on a volume is read: a
     job that may not read the model gets no further. Where the cache cannot be used, the base is made in the workspace,
@@ -58,41 +130,29 @@ class CachedBase:
     """
 
     def __init__(
-        self,
-        source: SharedModel,
-        own: WorkspaceBase,
-        cache: ModelCache,
-        settings: Path,
-        layout: BaseLayout,
-        wait: Callable[[], None] = lambda: time.sleep(_WAIT_SECONDS),
+        self, source: ModelSource, own: _WorkspaceBase, cache: ModelCache, settings: Path, layout: BaseLayout
     ) -> None:
-        """Create. `own` is used without the cache, `wait` waits while another pod works."""
+        """Create. `own` is used without the cache."""
         self.activity = source.making
         self.origin: Origin = source.origin
         self.remark = ""
-        self._source, self._own, self._cache, self._wait = source, own, cache, wait
+        self._source, self._own, self._cache = source, own, cache
         self._settings, self._layout = settings, layout
         self._version = source.known_version
 
     def require_room(self) -> None:
-        """See BaseSource. Whether the cache is sound is found out when it is read."""
         if self._version is None:
             # Whether the base is in the cache is known only when the weights have been read.
             self._source.check_weights(0)
             return
         try:
-            here = self._cache.find(self._key) is not None or self._cache.bytes_being_made(self._key) is not None
-            if here:
+            if self._cache.find(self._key) is not None or self._cache.bytes_being_made(self._key) is not None:
                 return
-            if self._layout.bytes <= self._cache.free_bytes():
-                self._source.check_weights(0)
-                return
-            self._require_room_without(UnusableCacheError(self._no_room(0)))
+            self._require_room_in_cache(0)
         except UnusableCacheError as error:
             self._require_room_without(error)
 
     def base(self, on_bytes: OnBytes) -> Base:
-        """See BaseSource. The cache is untouched until the job may read the model."""
         self._source.require_readable()
         if self._version is None:
             self.activity = self._source.activity
@@ -102,13 +162,13 @@ class CachedBase:
         try:
             base = self._through_cache(on_bytes)
         except UnusableCacheError as error:
-            reason = error
+            unusable = f"the model cache cannot be used ({error})"
+            self.activity = f"{unusable}: {self._source.making}"
+            self.remark = _remark(f"{unusable}: the base was made in the workspace")
+            self._require_room_without(error)
         else:
             self._own.discard()
             return base
-        self.activity = f"the model cache cannot be used ({reason}): {self._source.making}"
-        self.remark = _remark(f"the model cache cannot be used ({reason}): the base was made in the workspace")
-        self._require_room_without(reason)
         return self._own.base(on_bytes)
 
     def _require_room_without(self, reason: UnusableCacheError) -> None:
@@ -143,13 +203,10 @@ class CachedBase:
             if place is None:
                 self.activity = "waiting for another job to quantize"
                 on_bytes(min(self._cache.bytes_being_made(self._key) or 0, self._layout.bytes), self._layout.bytes)
-                self._wait()
+                time.sleep(_WAIT_SECONDS)
 
     def _use(self, found: CachedFolder, on_bytes: OnBytes) -> Base | None:
-        """The base in the cache.
-
-        Returns None if it was damaged, and sets it aside.
-        """
+        """The base in the cache. Sets it aside, and returns None, if it was damaged."""
         self.activity = "checking the cached"
         try:
             manifest = found.manifest()
@@ -159,7 +216,7 @@ class CachedBase:
             self.remark = _remark(f"the base in the cache was damaged ({damage}): what is wrong was made again")
             self._cache.set_aside(found)
             return None
-        return Base(found.path, manifest, self._revision(manifest))
+        return Base(found.path, manifest, self._source.revision(manifest.sources))
 
     def _require_of_model(self, folder: Path, manifest: BaseManifest) -> None:
         """Raise DamagedCacheError unless this job would have made the same, but for the numbers.
@@ -184,9 +241,7 @@ class CachedBase:
         """Make it in the cache's folder, or return None if another pod was faster."""
         with volume_errors():
             present = bytes_below(place.parent)
-        if self._layout.bytes - present > self._cache.free_bytes():
-            raise UnusableCacheError(self._no_room(present))
-        self._source.check_weights(0)
+        self._require_room_in_cache(present)
         with volume_errors():
             conversion = BaseConversion(place, self._settings, self._known_version, self._layout, self._source.uri)
             self.activity = "checking what another job has left of"
@@ -207,10 +262,7 @@ class CachedBase:
             self._cache.discard(place)
             return None
         folder = self._cache.complete(place, self._key)
-        return None if folder is None else Base(folder, manifest, self._revision(manifest))
-
-    def _revision(self, manifest: BaseManifest) -> str:
-        return self._source.revision(manifest.sources)
+        return None if folder is None else Base(folder, manifest, self._source.revision(manifest.sources))
 
     @property
     def _known_version(self) -> str:
@@ -222,9 +274,11 @@ class CachedBase:
     def _key(self) -> str:
         return cache_key(self._known_version, self._layout.quantization)
 
-    def _no_room(self, present: int) -> str:
-        needed = self._layout.bytes - present
-        return f"it has {sizes(self._cache.free_bytes())} free, and the base needs {sizes(needed)}"
+    def _require_room_in_cache(self, present: int) -> None:
+        needed, free = self._layout.bytes - present, self._cache.free_bytes()
+        if needed > free:
+            raise UnusableCacheError(f"it has {sizes(free)} free, and the base needs {sizes(needed)}")
+        self._source.check_weights(0)
 
 
 @dataclass(frozen=True)
@@ -246,47 +300,3 @@ class _InCache:
 def _remark(text: str) -> str:
     """The text as a status can have it. It may quote file names of any writer."""
     return shortened(one_line(text), _MAX_REMARK)
-
-
-_DESCRIPTIONS = ("quant_state.", "quant_map", "nested_quant_map")
-"""What says how to read a layer. The other tensors are the model's numbers."""
-
-
-def require_tensors(folder: Path, files: Iterable[str], layout: BaseLayout) -> None:
-    """Raise ValueError, naming the tensor, unless these files have the tensors of a base, and what reads them.
-
-    Compared are names, types and shapes, and of each 4-bit layer its description and its tables: kernels read as many
-    constants as the description asks for, and do not look where a tensor ends. The model's numbers are not read.
-    Raises SafetensorError for a file of another format, OSError.
-    """
-    headers = {file: _headers(folder / file) for file in files}
-    stored = {name: header for found in headers.values() for name, header in found.items()}
-    wanted = layout.tensors(stored)
-    if missing := wanted.keys() - stored.keys():
-        raise ValueError(f"{min(missing)} is missing")
-    for file, found in headers.items():
-        for name, (dtype, shape) in found.items():
-            if name not in wanted:
-                raise ValueError(f"{name} belongs to no layer")
-            entry, _ = wanted[name]
-            if (dtype, shape) != (entry.dtype, entry.shape):
-                raise ValueError(f"{name} is {dtype} {list(shape)}, and must be {entry.dtype} {list(entry.shape)}")
-        _require_descriptions(folder / file, {name: layer for name in found if (layer := wanted[name][1]) is not None})
-
-
-def _headers(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Type and shape of each tensor in a file, by name."""
-    with cast("Any", safe_open(path, framework="pt")) as opened:
-        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - it is no dictionary
-        return {name: (header.get_dtype(), tuple(header.get_shape())) for name, header in slices.items()}
-
-
-def _require_descriptions(path: Path, layers: Mapping[str, StoredTensor]) -> None:
-    with cast("Any", safe_open(path, framework="pt")) as opened:
-        for name, layer in layers.items():
-            if not layer.role.startswith(_DESCRIPTIONS):
-                continue
-            try:
-                layer.ours(opened.get_tensor(name))
-            except ValueError as error:
-                raise ValueError(f"{name} is no part of a 4-bit layer: {error}") from error

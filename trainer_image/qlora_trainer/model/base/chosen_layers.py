@@ -1,11 +1,10 @@
 """Decides which layers of a model become 4-bit, as transformers and bitsandbytes decide it."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from transformers import AutoConfig, BitsAndBytesConfig
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.initialization import no_tie_weights
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.base import HfQuantizer
@@ -56,7 +55,7 @@ def modules_in_16_bit(config_folder: Path) -> tuple[str, ...]:
 
 def quantized_names(config_folder: Path, settings: BitsAndBytesConfig) -> frozenset[str]:
     """The names of the weights that transformers quantizes with these settings."""
-    quantizer: Any = AutoHfQuantizer.from_config(settings, pre_quantized=False)
+    quantizer: HfQuantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
     # The library chooses before it ties weights, and what it sees as the last one depends on that.
     with no_tie_weights():
         replaced = unloaded_model(config_folder)
@@ -75,7 +74,7 @@ def require_same_layers(theirs: frozenset[str], ours: frozenset[str]) -> None:
         )
 
 
-def unloaded_model(config_folder: Path) -> Any:
+def unloaded_model(config_folder: Path) -> PreTrainedModel:
     """Build the model of a folder without reading its weights."""
     config = AutoConfig.from_pretrained(config_folder, local_files_only=True, trust_remote_code=False)
     return without_weights(config, dtype=COMPUTE_DTYPE)

@@ -1,15 +1,15 @@
 """Makes the 4-bit base of a job, one original file at a time, and resumes."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qlora_api.schema import replace
 from qlora_trainer.core.failures import model_unavailable
 from qlora_trainer.core.filesystem import (
     complete_folder,
@@ -20,6 +20,7 @@ from qlora_trainer.core.filesystem import (
     remove_partials,
     sync,
 )
+from qlora_trainer.core.protocols import TensorFile
 from qlora_trainer.model.base.artifact import MANIFEST, BaseManifest, has_files, has_size, read_manifest, write_manifest
 from qlora_trainer.model.base.layout import BaseLayout, Part
 from qlora_trainer.model.base.weights_file import DTYPES, write_weights
@@ -77,9 +78,8 @@ class BaseConversion:
         """See Conversion."""
         partial = partial_path(self._folder / path.name)
         try:
-            with cast("Any", safe_open(path, framework="pt")) as opened:
-                stored = {name: _describe(opened.get_slice(name)) for name in opened.keys()}  # noqa: SIM118
-                parts = self._layout.parts(stored, path.name)
+            parts = self._layout.parts(_headers(path), path.name)
+            with safe_open(path, framework="pt") as opened:
                 entries = [entry for part in parts for entry in part.entries]
                 written = write_weights(partial, entries, self._tensors(opened, parts, path.name))
         except SafetensorError as error:
@@ -109,9 +109,7 @@ class BaseConversion:
         for path in self._folder.iterdir():
             if path.name not in sound and path.name != MANIFEST:
                 remove(path)
-        self._manifest = self._manifest.model_copy(
-            update={"files": {name: known[name] for name in sound}, "sources": sound}
-        )
+        self._manifest = replace(self._manifest, files={name: known[name] for name in sound}, sources=sound)
         write_manifest(self._folder, self._manifest)
 
     def complete(self) -> BaseManifest:
@@ -127,7 +125,7 @@ class BaseConversion:
         self._folder = self._target
         return self._manifest
 
-    def _tensors(self, opened: Any, parts: list[Part], file: str) -> Iterator[Tensor]:
+    def _tensors(self, opened: TensorFile[Tensor], parts: list[Part], file: str) -> Iterator[Tensor]:
         for part in parts:
             if part.layer is not None:
                 tensor = _ours(part.layer, part.stored, opened.get_tensor(part.stored), file)
@@ -154,9 +152,7 @@ class BaseConversion:
 
     def _note(self, files: Mapping[str, PublishedFile], sources: Mapping[str, str]) -> None:
         known = self._manifest
-        self._manifest = known.model_copy(
-            update={"files": known.files | dict(files), "sources": known.sources | dict(sources)}
-        )
+        self._manifest = replace(known, files=known.files | dict(files), sources=known.sources | dict(sources))
         write_manifest(self._folder, self._manifest)
 
 
@@ -165,7 +161,7 @@ def small_files(folder: Path, manifest: BaseManifest, settings: Path, layout: Ba
 
     Raises StepFailure MODEL_UNAVAILABLE if the weights lack a tensor of the model.
     """
-    files = {name: _names(folder / name) for name in manifest.sources}
+    files = {name: sorted(_headers(folder / name)) for name in manifest.sources}
     layout.require_complete({name for names in files.values() for name in names})
     config = json.loads((settings / CONFIG).read_bytes())
     found = {CONFIG: _json(config | {"quantization_config": layout.library_config().to_dict()})}
@@ -178,18 +174,13 @@ def small_files(folder: Path, manifest: BaseManifest, settings: Path, layout: Ba
     return found
 
 
-def _json(content: Mapping[str, Any]) -> bytes:
+def _json(content: Mapping[str, object]) -> bytes:
     return json.dumps(content, indent=2).encode() + b"\n"
 
 
 def _is_of(manifest: BaseManifest, version: str, layout: BaseLayout) -> bool:
     found = (manifest.version, manifest.quantization, manifest.in_16_bit)
     return found == (version, layout.quantization, layout.in_16_bit)
-
-
-def _describe(tensor: Any) -> tuple[str, tuple[int, ...]]:
-    """Type and shape of a tensor in a file, as its header has them."""
-    return tensor.get_dtype(), tuple(tensor.get_shape())
 
 
 def _ours(layer: StoredTensor | Mxfp4Tensor, stored: str, tensor: Tensor, file: str) -> Tensor:
@@ -206,6 +197,45 @@ def _fill(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.nn.functional.pad(tensor, (0, shape[0] - len(tensor)), value=ord(" "))
 
 
-def _names(path: Path) -> list[str]:
-    with cast("Any", safe_open(path, framework="pt")) as opened:
-        return sorted(opened.keys())
+def _headers(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of each tensor in a file, by name."""
+    with safe_open(path, framework="pt") as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - it is no dictionary
+        return {name: (header.get_dtype(), tuple(header.get_shape())) for name, header in slices.items()}
+
+
+_DESCRIPTIONS = ("quant_state.", "quant_map", "nested_quant_map")
+"""What says how to read a layer. The other tensors are the model's numbers."""
+
+
+def require_tensors(folder: Path, files: Iterable[str], layout: BaseLayout) -> None:
+    """Raise ValueError, naming the tensor, unless these files have the tensors of a base, and what reads them.
+
+    Compared are names, types and shapes, and of each 4-bit layer its description and its tables: kernels read as many
+    constants as the description asks for, and do not look where a tensor ends. The model's numbers are not read.
+    Raises SafetensorError for a file of another format, OSError.
+    """
+    headers = {file: _headers(folder / file) for file in files}
+    stored = {name: header for found in headers.values() for name, header in found.items()}
+    wanted = layout.tensors(stored)
+    if missing := wanted.keys() - stored.keys():
+        raise ValueError(f"{min(missing)} is missing")
+    for file, found in headers.items():
+        for name, (dtype, shape) in found.items():
+            if name not in wanted:
+                raise ValueError(f"{name} belongs to no layer")
+            entry, _ = wanted[name]
+            if (dtype, shape) != (entry.dtype, entry.shape):
+                raise ValueError(f"{name} is {dtype} {list(shape)}, and must be {entry.dtype} {list(entry.shape)}")
+        _require_descriptions(folder / file, {name: layer for name in found if (layer := wanted[name][1]) is not None})
+
+
+def _require_descriptions(path: Path, layers: Mapping[str, StoredTensor]) -> None:
+    with safe_open(path, framework="pt") as opened:
+        for name, layer in layers.items():
+            if not layer.role.startswith(_DESCRIPTIONS):
+                continue
+            try:
+                layer.ours(opened.get_tensor(name))
+            except ValueError as error:
+                raise ValueError(f"{name} is no part of a 4-bit layer: {error}") from error

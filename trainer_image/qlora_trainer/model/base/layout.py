@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from transformers import BitsAndBytesConfig
 from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core.failures import model_unavailable
 from qlora_trainer.core.paths import some_names
+from qlora_trainer.core.protocols import TensorFile
 from qlora_trainer.model.base.chosen_layers import (
     library_config,
     modules_in_16_bit,
@@ -228,7 +229,7 @@ class BaseLayout:
         )
         return Part(stored, tuple(entries), four_bit=True, place=place)
 
-    def matrices(self, opened: Any, part: Part) -> Iterator[tuple[str, Tensor]]:
+    def matrices(self, opened: TensorFile[Tensor], part: Part) -> Iterator[tuple[str, Tensor]]:
         """Name and weight of each 4-bit layer that a part becomes, from an open file."""
         if part.place is None:
             yield part.stored, opened.get_tensor(part.stored)

@@ -1,12 +1,12 @@
 """Loads the frozen base model in 4-bit and asserts what was loaded."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
+from transformers import PreTrainedModel
 
 from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core import cpu
@@ -36,7 +36,7 @@ def load_base(
     device: Device,
     storage_dtype: torch.dtype = torch.uint8,
     attention: str = ATTENTION,
-) -> Any:
+) -> PreTrainedModel:
     """The base model of `folder` in 4-bit on the device, frozen and in evaluation mode. See `load_text_part`.
 
     The folder is what `BaseConversion` has made, or a model in 16 bit, which bitsandbytes then quantizes on the device.
@@ -50,13 +50,12 @@ def load_base(
     correct_dequantization()
     in_4_bit = (folder / MANIFEST).is_file()
     try:
-        loaded: Any = load_text_part(
+        model, report = load_text_part(
             folder,
             dtype=COMPUTE_DTYPE,
             attn_implementation=attention,
             experts_implementation=EXPERTS,
             device_map={"": torch.cuda.current_device() if device == "cuda" else "cpu"},
-            output_loading_info=True,
             **({} if in_4_bit else {"quantization_config": library_config(quantization, storage_dtype, experts=True)}),
         )
     except OSError as error:
@@ -64,7 +63,6 @@ def load_base(
             raise
         # An error without a number is transformers' own: config.json or the weights are not in the folder.
         raise model_unavailable(f"the base model in {folder} cannot be loaded: {error}") from error
-    model, report = loaded
     missing = sorted(str(name) for kind in ("missing_keys", "mismatched_keys") for name in report.get(kind) or ())
     if missing:
         raise model_unavailable(
@@ -102,13 +100,13 @@ def _copy_constants(state: QuantState) -> None:
         owner.absmax, owner.code = owner.absmax.clone(), owner.code.clone()
 
 
-def _view_as(weight: Any, dtype: torch.dtype) -> None:
+def _view_as(weight: Params4bit, dtype: torch.dtype) -> None:
     """Give the packed bytes another type, as bitsandbytes does for such a storage."""
     weight.data = weight.data.reshape(-1).view(dtype).unsqueeze(1)
     weight.quant_storage = dtype
 
 
-def check_quantization(model: Any, quantization: QuantizationSpec) -> None:
+def check_quantization(model: PreTrainedModel, quantization: QuantizationSpec) -> None:
     """Raise StepFailure unless 4-bit layers match, and hold 98 % of the parameters."""
     quantized = 0
     for name, layer in model.named_modules():
@@ -142,10 +140,10 @@ def check_quantization(model: Any, quantization: QuantizationSpec) -> None:
         )
 
 
-def _unquantized_inner_parameters(model: Any) -> int:
+def _unquantized_inner_parameters(model: PreTrainedModel) -> int:
     outer = outer_parameters(model)
     return sum(p.numel() for p in model.parameters() if not isinstance(p, Params4bit) and id(p) not in outer)
 
 
-def _wrongly_loaded(model: Any, what: str) -> StepFailure:
+def _wrongly_loaded(model: PreTrainedModel, what: str) -> StepFailure:
     return bad_configuration(f"model_type {model.config.model_type!r} was not loaded as spec.quantization says: {what}")

@@ -7,7 +7,7 @@ a mask transformers would decide itself what a token sees.
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ def rows_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     rows: RowBoundaries | None = None,
-    **others: Any,
+    **others: object,
 ) -> tuple[Tensor, None]:
     """Causal attention within each row. Without `rows`, the tokens are one row.
 
@@ -143,7 +143,7 @@ def _all_rows_at_once(
     chosen = varlen._select_backend(query, key, value, rows.offsets, rows.offsets, rows.longest, list(window_size))
     offsets = rows.offsets if chosen == varlen._CUDNN_ATTENTION_BACKEND else rows.real_offsets
     # Without the sums of its rows, which are not asked for.
-    output: Any = varlen_attn(
+    output = varlen_attn(
         query,
         key,
         value,
@@ -155,7 +155,7 @@ def _all_rows_at_once(
         window_size=window_size,
         enable_gqa=True,
     )
-    return output[..., :size].unsqueeze(0)
+    return cast("Tensor", output)[..., :size].unsqueeze(0)
 
 
 def _for_kernel(heads: Tensor) -> Tensor:

@@ -8,11 +8,13 @@ few times over, instead of the square of the row length.
 """
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from qlora_trainer.model.protocols import AutogradContext
 
 _QUERIES = 256
 """Queries whose capped scores are computed together.
@@ -42,10 +44,14 @@ def capped_rows(
     return cast("Tensor", _CappedRows.apply(query, key, value, lengths, scale, window, softcap))
 
 
+class _Context(AutogradContext, Protocol):
+    settings: tuple[tuple[int, ...], float, int | None, float]
+
+
 class _CappedRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        context: Any,
+        context: _Context,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -71,7 +77,7 @@ class _CappedRows(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(context: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, normalizers = context.saved_tensors
         lengths, scale, window, softcap = context.settings
         heads, groups = query.shape[1], key.shape[1]

@@ -7,13 +7,14 @@ For rows below 256 tokens the kernel's 16-bit backward pass is up to five times 
 rows have their gradients in 32 bit.
 """
 
-from typing import Any, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_trainer.core import cpu
+from qlora_trainer.model.protocols import AutogradContext
 
 # Private, but what scaled_dot_product_attention itself calls here.
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -35,10 +36,16 @@ def causal_rows(
     return cast("Tensor", _CausalRows.apply(query, key, value, lengths, scale, window))
 
 
+class _Context(AutogradContext, Protocol):
+    lengths: tuple[int, ...]
+    scale: float | None
+    window: int | None
+
+
 class _CausalRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        context: Any,
+        context: _Context,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -60,7 +67,7 @@ class _CausalRows(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(context: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, *normalizers = context.saved_tensors
         gradients = [torch.empty_like(tensor) for tensor in (query, key, value)]
         # The kernel gives each head of the keys to one thread: a copy for every head of the queries keeps all busy.

@@ -11,10 +11,10 @@ adapter's matmuls are of its tokens only (as in Punica, Chen et al. 2023, arXiv 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.functional import QuantState, dequantize_4bit
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from qlora_trainer.core import cpu
 from qlora_trainer.core.model_error import ModelError
+from qlora_trainer.model.protocols import AutogradContext, Network
 
 _NOT_APART = "one of its layers does not take the tokens of several adapters together"
 
@@ -58,7 +59,7 @@ class FusedLora(Linear4bit):
     """Whether backward follows a recomputed forward pass (gradient checkpointing)."""
     routing = Routing()
 
-    def forward(self, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+    def forward(self, x: Tensor, *arguments: object, **keywords: object) -> Tensor:
         """The output x Wᵀ + bias + s (x Aᵀ) Bᵀ (Hu et al. 2021, arXiv 2106.09685), in autocast's type.
 
         Raises ModelError if segments have different adapters and the layer cannot match tokens with segments.
@@ -119,19 +120,19 @@ class FusedLora(Linear4bit):
         )
 
 
-def fuse_lora(model: nn.Module, *, recomputed: bool) -> None:
+def fuse_lora(model: Network, *, recomputed: bool) -> None:
     """Make LoRA layers over 4-bit layers FusedLora, with this value of `recomputed`."""
     _fuse(model, Routing(), recomputed=recomputed)
 
 
-def fuse_further_lora(model: nn.Module) -> None:
+def fuse_further_lora(model: Network) -> None:
     """Fuse the layers where a further adapter is the first. Shares the routing."""
     first = next((module for module in model.modules() if isinstance(module, FusedLora)), None)
     if first is not None:
         _fuse(model, first.routing, recomputed=first.recomputed)
 
 
-def _fuse(model: nn.Module, routing: Routing, *, recomputed: bool) -> None:
+def _fuse(model: Network, routing: Routing, *, recomputed: bool) -> None:
     for module in model.modules():
         if type(module) is Linear4bit:
             layer: Any = module
@@ -140,12 +141,12 @@ def _fuse(model: nn.Module, routing: Routing, *, recomputed: bool) -> None:
             layer.routing = routing
 
 
-def routing_of(model: nn.Module) -> Routing:
+def routing_of(model: Network) -> Routing:
     """The routing that the model's fused layers share."""
     return next(module.routing for module in model.modules() if isinstance(module, FusedLora))
 
 
-def require_apart(model: nn.Module) -> None:
+def require_apart(model: Network) -> None:
     """Raise ModelError unless all adapted layers are fused, and match tokens."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if not all(isinstance(layer, FusedLora) for layer in layers):
@@ -171,6 +172,13 @@ class _Part:
     scaling: float
 
 
+class _Context(AutogradContext, Protocol):
+    weight: Tensor
+    state: QuantState
+    parts: Sequence[_Part]
+    shape: torch.Size
+
+
 class _LoraMatmul(torch.autograd.Function):
     """`x` is [..., in], `weight` the frozen packed one of [out, in]. Each part has `a` [rank, in], `b` [out, rank].
 
@@ -184,7 +192,13 @@ class _LoraMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        context: Any, x: Tensor, weight: Tensor, state: Any, parts: Sequence[_Part], kept: bool, *adapters: Tensor
+        context: _Context,
+        x: Tensor,
+        weight: Tensor,
+        state: QuantState,
+        parts: Sequence[_Part],
+        kept: bool,
+        *adapters: Tensor,
     ) -> tuple[Tensor | None, ...]:
         rows = x.reshape(-1, x.shape[-1])
         inners = [rows[part.start : part.stop] @ a.T for part, a in zip(parts, adapters[::2], strict=True)]
@@ -198,7 +212,7 @@ class _LoraMatmul(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(context: Any, gradient: Tensor, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(context: _Context, gradient: Tensor, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
         rows, dense, *rest = context.saved_tensors
         parts, inners, adapters = context.parts, rest[: len(context.parts)], rest[len(context.parts) :]
         gradient = gradient.reshape(-1, gradient.shape[-1])
@@ -220,5 +234,5 @@ class _LoraMatmul(torch.autograd.Function):
         return x_gradient, None, None, None, None, *gradients
 
 
-def _dequantize(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+def _dequantize(weight: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
     return cast("Tensor", dequantize_4bit(weight.data.view(-1, 1), state)).to(dtype)

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import layer_norm, rms_norm
 
 from qlora_trainer.core import cpu
+from qlora_trainer.model.protocols import AutogradContext
 
 _ROWS = 16
 # In float32, two correct ways to compute the same differ by a few roundings of 2^-24.
@@ -36,7 +37,7 @@ def fuse_norms(model: nn.Module) -> None:
             module.added_to_weight, module.epsilon = found
 
 
-def _class_of(family: Any, fused: Any) -> Any:
+def _class_of(family: type[nn.Module], fused: type[nn.Module]) -> type[nn.Module]:
     return type(f"Fused{family.__name__}", (fused, family), {})
 
 
@@ -75,7 +76,7 @@ class _Normalize(torch.autograd.Function):
     """x / rms(x) · factor, for a frozen float32 `factor`. Keeps x and 1 number a row."""
 
     @staticmethod
-    def forward(context: Any, x: Tensor, factor: Tensor, epsilon: float) -> Tensor:
+    def forward(context: AutogradContext, x: Tensor, factor: Tensor, epsilon: float) -> Tensor:
         values = x.to(torch.float32, copy=True)
         squares = torch.linalg.vector_norm(values, dim=-1, keepdim=True).square_()
         inverse = squares.div_(x.shape[-1]).add_(epsilon).rsqrt_()
@@ -84,7 +85,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(context: AutogradContext, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, factor, inverse = context.saved_tensors
         normalized = x.to(torch.float32, copy=True).mul_(inverse)
         result = gradient.to(torch.float32, copy=True).mul_(factor)
@@ -121,7 +122,7 @@ def _as_root_mean_square(module: nn.Module) -> tuple[int, float] | None:
     return None
 
 
-def _is_close(found: Any, expected: Tensor) -> bool:
+def _is_close(found: object, expected: Tensor) -> bool:
     return (
         isinstance(found, Tensor)
         and (found.shape, found.dtype) == (expected.shape, expected.dtype)

@@ -1,8 +1,9 @@
 """Decides whether a job fits its GPU, before any weight is fetched."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,7 @@ from qlora_api.memory.model_shape import ModelShape, UnlistedModelError, Unsuppo
 from qlora_api.memory.together import shared_bytes
 from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.memory.weights import WeightCounts, count_weights
+from qlora_api.schema import replace
 from qlora_api.spec.gate import MAX_PROMPT_TOKENS
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.status import MAX_MESSAGE_LENGTH, MemoryStatus
@@ -190,7 +192,7 @@ def _estimate(job: MeasuredJob, gpu_gib: int | None, rows_apart: bool) -> Memory
 def _shared_bytes(config: Path, spec: QLoRAJobSpec, job: MeasuredJob, group_size: int, measure: MeasurePasses) -> int:
     """Bytes that this many equal jobs share. Raises as the dry run does."""
     rest = spec.training.micro_batch_size * (group_size - 1)
-    others = spec.model_copy(update={"training": spec.training.model_copy(update={"micro_batch_size": rest})})
+    others = replace(spec, training=replace(spec.training, micro_batch_size=rest))
 
     def of_two(config: Path, *_: object) -> tuple[ActivationBytes, ...]:
         # As many tokens as of all, and two adapters: a dry run with sixteen takes minutes.
@@ -207,9 +209,9 @@ def _with_shared(fit: MemoryFit, find: Callable[[], int]) -> MemoryFit:
         shared = find() if found is None else found
     except DryRunFailed as failure:
         remark = "; ".join(filter(None, (fit.status.message, f"the memory of the whole group is unknown: {failure}")))
-        return replace(fit, status=fit.status.model_copy(update={"message": remark[:MAX_MESSAGE_LENGTH]}))
-    measured = None if fit.measured is None else fit.measured.model_copy(update={"shared_bytes": shared})
-    return replace(fit, status=fit.status.model_copy(update={"shared_bytes": shared}), measured=measured)
+        return dataclasses.replace(fit, status=replace(fit.status, message=remark[:MAX_MESSAGE_LENGTH]))
+    measured = None if fit.measured is None else replace(fit.measured, shared_bytes=shared)
+    return dataclasses.replace(fit, status=replace(fit.status, shared_bytes=shared), measured=measured)
 
 
 def _recommend(step: Advice) -> str:

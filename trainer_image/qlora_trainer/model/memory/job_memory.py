@@ -1,10 +1,11 @@
 """The GPU memory of a job with any settings, from dry runs of its model."""
 
+import dataclasses
 import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from qlora_api.memory.estimate import (
 )
 from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.memory.weights import WeightCounts
-from qlora_api.schema import Decides
+from qlora_api.schema import Decides, replace
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.core.sandbox import DryRunFailed
@@ -83,7 +84,7 @@ def _at(training: TrainingShape, steps: Sequence[MeasuredStep]) -> tuple[int, in
     }
     if not points:
         # Recomputing takes no more than keeping everything.
-        return _at(replace(training, gradient_checkpointing=not training.gradient_checkpointing), steps)
+        return _at(dataclasses.replace(training, gradient_checkpointing=not training.gradient_checkpointing), steps)
     below = max((size for size in points if size <= tokens), default=min(points))
     above = min((size for size in points if size >= tokens), default=None)
     if above is None:
@@ -124,7 +125,11 @@ class MeasuredJob:
         digest = _digest(config, spec)
         if earlier is None or earlier.digest != digest:
             own = _size(training)
-            sizes = [own, replace(own, sequences=1)] if spec.training.auto_micro_batch and own.sequences > 1 else [own]
+            sizes = (
+                [own, dataclasses.replace(own, sequences=1)]
+                if spec.training.auto_micro_batch and own.sequences > 1
+                else [own]
+            )
             earlier = measure(config, spec, sizes, digest)
         return cls(config, spec, training, earlier, measure)
 
@@ -166,7 +171,7 @@ class MeasuredJob:
             return self
         more = self.measure(self.config, self.spec, missing, self.measured.digest)
         steps = (*self.measured.steps, *more.steps)
-        return replace(self, measured=self.measured.model_copy(update={"steps": steps}))
+        return dataclasses.replace(self, measured=replace(self.measured, steps=steps))
 
 
 def _size(training: TrainingShape) -> StepSize:
@@ -178,7 +183,7 @@ def _digest(config: Path, spec: QLoRAJobSpec) -> str:
     training = spec.training
     depends_on: Mapping[str, object] = {
         "config": hashlib.sha256(config.read_bytes()).hexdigest(),
-        "lora": spec.lora.model_copy(update={"initial_adapter": None}).dump(),
+        "lora": replace(spec.lora, initial_adapter=None).dump(),
         "quantization": spec.quantization.dump(),
         "step": Decides.DRY_RUN.settings(training),
         **({"objective": training.objective} if training.compares_answers else {}),

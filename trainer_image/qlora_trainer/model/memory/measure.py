@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from qlora_api.memory.answers import AnswerBytes
 from qlora_api.memory.estimate import ActivationBytes
 from qlora_api.memory.weights import SMALLEST_PAGED_TENSOR
+from qlora_api.schema import replace
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
@@ -45,7 +46,7 @@ def measure(
     steps: list[MeasuredStep] = []
     model: Any = None
     for checkpointing in sorted({size.gradient_checkpointing for size in sizes}):
-        training = spec.training.model_copy(update={"gradient_checkpointing": checkpointing})
+        training = replace(spec.training, gradient_checkpointing=checkpointing)
         model = adapted_skeleton(read, family, spec.lora, training, spec.quantization)
         wanted = [size for size in sizes if size.gradient_checkpointing == checkpointing]
         steps += _steps(model, wanted, pairs=training.compares_answers)

@@ -4,16 +4,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from re import search
-from typing import Any, cast
+from typing import cast
 
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming, rename_source_key
 
 from qlora_trainer.core.failures import model_unavailable
+from qlora_trainer.core.protocols import TensorFile
 from qlora_trainer.model.nf4.dequantization import correct_dequantization
 from qlora_trainer.model.source.files import WEIGHTS, WEIGHTS_INDEX, weight_files
 
@@ -32,7 +34,7 @@ class StoredName:
 class BaseWeights:
     """The tensors of `model.safetensors`, or of an index's files, read when needed."""
 
-    def __init__(self, folder: Path, model: Any) -> None:
+    def __init__(self, folder: Path, model: PreTrainedModel) -> None:
         """Read the files' headers. `model` is transformers' model for the folder, with weights or without.
 
         Raises StepFailure: MODEL_UNAVAILABLE if a file is missing or no safetensors file, UNSAFE_ARTIFACT if the index
@@ -40,12 +42,12 @@ class BaseWeights:
         """
         correct_dequantization()
         self._folder = folder
-        self._stored: dict[str, dict[int, tuple[Any, str]]] = {}
-        self._constants: dict[str, dict[str, Any]] = {}
+        self._stored: dict[str, dict[int, tuple[TensorFile[Tensor], str]]] = {}
+        self._constants: dict[str, dict[str, TensorFile[Tensor]]] = {}
         name_in_model = renaming(model)
         for file in chosen_files(folder):
             try:
-                opened = cast("Any", safe_open(folder / file, framework="pt"))
+                opened = cast("TensorFile[Tensor]", safe_open(folder / file, framework="pt"))
             except (OSError, SafetensorError) as error:
                 raise model_unavailable(f"{folder / file} cannot be read: {error}") from error
             for stored in opened.keys():  # noqa: SIM118 - it is no dictionary
@@ -70,15 +72,15 @@ class BaseWeights:
         pieces = [self._dequantize(*self._stored[name][piece]) for piece in sorted(self._stored[name])]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def _dequantize(self, opened: Any, stored: str) -> Tensor:
-        tensor = cast("Tensor", opened.get_tensor(stored))
+    def _dequantize(self, opened: TensorFile[Tensor], stored: str) -> Tensor:
+        tensor = opened.get_tensor(stored)
         if stored not in self._constants:
             return tensor
         constants = {key: file.get_tensor(f"{stored}.{key}") for key, file in self._constants[stored].items()}
         return dequantize_4bit(tensor, QuantState.from_dict(constants, torch.device("cpu")))
 
 
-def renaming(model: Any) -> Callable[[str], StoredName | None]:
+def renaming(model: PreTrainedModel) -> Callable[[str], StoredName | None]:
     """A function from a tensor's name in a file to its place in the model.
 
     It renames as transformers does when it loads: a checkpoint of the inner model lacks the inner model's name, and a
@@ -110,7 +112,7 @@ def _joins_rows(converter: WeightConverter) -> bool:
     return len(operations) == 1 and type(operations[0]) is Concatenate and operations[0].dim == 0
 
 
-def reason_against_storage(model: Any) -> str | None:
+def reason_against_storage(model: PreTrainedModel) -> str | None:
     """Why a model whose layers' weights are stored in another form than it computes with cannot be kept in 4-bit.
 
     `model` is without weights. None if each of its linear layers has a separate weight in a checkpoint.
@@ -125,7 +127,7 @@ def reason_against_storage(model: Any) -> str | None:
     return None
 
 
-def reason_against_stored_parts(model: Any, parts: Iterable[str]) -> str | None:
+def reason_against_stored_parts(model: PreTrainedModel, parts: Iterable[str]) -> str | None:
     """Why modules of these names, such as towers, cannot be kept as they are stored, or None if they can.
 
     `model` is the whole one, without weights.

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import cache
 from math import prod
-from typing import Any, cast
+from typing import cast
 
 import bitsandbytes  # noqa: F401 - defines the operation
 import torch
@@ -22,10 +22,16 @@ def correct_dequantization() -> torch.library.Library:
     to, and that are merged. Weights whose rows are a multiple of a block, as in nearly every model, are not affected.
     The returned registration lasts as long as the process, and is made once.
     """
-    theirs: Any = torch.library.get_kernel(f"{_NAMESPACE}::{_OPERATION}", _DEVICE)
+    theirs = torch.library.get_kernel(f"{_NAMESPACE}::{_OPERATION}", _DEVICE)
 
     def dequantize(
-        keys: Any, packed: Tensor, absmax: Tensor, block: int, kind: str, shape: Sequence[int], dtype: torch.dtype
+        keys: torch.DispatchKeySet,
+        packed: Tensor,
+        absmax: Tensor,
+        block: int,
+        kind: str,
+        shape: Sequence[int],
+        dtype: torch.dtype,
     ) -> Tensor:
         def given(bytes_of: Tensor, constants: Tensor, rows: Sequence[int]) -> Tensor:
             return cast("Tensor", theirs.call_boxed(keys, bytes_of, constants, block, kind, list(rows), dtype))

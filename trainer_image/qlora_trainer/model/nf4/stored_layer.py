@@ -4,13 +4,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any
 
 import torch
 from bitsandbytes.functional import get_4bit_type
+from pydantic import JsonValue
 from torch import Tensor
 
 from qlora_api.spec.training import QuantizationSpec
+from qlora_trainer.core.protocols import JsonObject
 from qlora_trainer.model.nf4.quantization import BLOCK, COMPUTE_DTYPE, OUTER_BLOCK, dynamic_map
 
 PACKED = ""
@@ -78,7 +79,7 @@ class StoredTensor:
         multiplies in.
         """
         found = _parse(bytes(tensor.tolist()))
-        wanted: dict[str, Any] = {
+        wanted: JsonObject = {
             "quant_type": self.quantization.type,
             "blocksize": BLOCK,
             "dtype": found.get("dtype"),
@@ -97,13 +98,13 @@ class StoredTensor:
         return torch.frombuffer(bytearray(ours), dtype=torch.uint8)
 
 
-def _parse(content: bytes) -> dict[str, Any]:
+def _parse(content: bytes) -> JsonObject:
     """The JSON object in `content`. Raises ValueError for a repeated key or NaN too."""
 
     def reject(constant: str) -> None:
         raise ValueError(f"it has the number {constant}")
 
-    def once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    def once(pairs: Sequence[tuple[str, JsonValue]]) -> JsonObject:
         if len(dict(pairs)) < len(pairs):
             raise ValueError("it has a key twice")
         return dict(pairs)
@@ -117,7 +118,7 @@ def _parse(content: bytes) -> dict[str, Any]:
     return found
 
 
-def _has_same_types(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
+def _has_same_types(found: JsonObject, wanted: JsonObject) -> bool:
     """Whether equal values have equal types: true is not 1, nor is 64.0 64."""
     return repr(sorted(found.items())) == repr(sorted(wanted.items()))
 

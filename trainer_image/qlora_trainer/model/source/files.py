@@ -9,30 +9,14 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from qlora_trainer.core.failures import model_unavailable, unsafe_artifact
-from qlora_trainer.core.filesystem import (
-    file_sha256,
-)
+from qlora_trainer.core.file_names import PROCESSOR_FILES, TOKENIZER_FILES
+from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.core.paths import some_names
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-TOKENIZER_FILES = frozenset(
-    {
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "tokenizer.model",
-        "vocab.json",
-        "merges.txt",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "chat_template.jinja",
-        "chat_template.json",
-    }
-)
-PROCESSOR_FILES = frozenset({"preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"})
-"""Other files that servers of a multimodal model need: copied, never read here."""
 _VOCABULARIES = frozenset({"tokenizer.json", "tokenizer.model", "vocab.json"})
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 

@@ -8,7 +8,8 @@ hold.
 
 import re
 from collections.abc import Mapping
-from typing import Any
+
+from pydantic import JsonValue
 
 from qlora_api.printable import one_line
 from qlora_api.spec.training import QuantizationSpec
@@ -27,7 +28,7 @@ _MODULE = re.compile(r"\w+(\.\w+)*")
 _MOST_SKIPPED = 4096
 
 
-def source_quantization(config: Mapping[str, Any], place: str) -> QuantizationSpec | None:
+def source_quantization(config: Mapping[str, JsonValue], place: str) -> QuantizationSpec | None:
     """How the linear layers of a model with this configuration are stored: in bitsandbytes' 4-bit format, or in 16 bit.
 
     The latter (None) also if only its experts are quantized, to MXFP4, as those of gpt-oss are published.
@@ -61,7 +62,7 @@ def source_quantization(config: Mapping[str, Any], place: str) -> QuantizationSp
     return QuantizationSpec(type=kind, double_quant=double)
 
 
-def skipped_modules(settings: Mapping[str, Any]) -> list[str] | None:
+def skipped_modules(settings: Mapping[str, JsonValue]) -> list[str] | None:
     """The modules that bitsandbytes has left in 16 bit.
 
     None if transformers has chosen them, or if these are no names.
@@ -69,10 +70,11 @@ def skipped_modules(settings: Mapping[str, Any]) -> list[str] | None:
     names = settings.get(_SKIPPED)
     if not isinstance(names, list) or len(names) > _MOST_SKIPPED:
         return None
-    return names if all(isinstance(name, str) and _MODULE.fullmatch(name) for name in names) else None
+    found = [name for name in names if isinstance(name, str) and _MODULE.fullmatch(name)]
+    return found if len(found) == len(names) else None
 
 
-def unusable(config: Mapping[str, Any], place: str, name: str, settings: object) -> StepFailure:
+def unusable(config: Mapping[str, JsonValue], place: str, name: str, settings: object) -> StepFailure:
     """The failure of a model that is quantized in another format than bitsandbytes' 4 bit.
 
     `name`: key of the quantization in config.json.
@@ -84,7 +86,7 @@ def unusable(config: Mapping[str, Any], place: str, name: str, settings: object)
     )
 
 
-def experts_in_mxfp4(config: Any) -> bool:
+def experts_in_mxfp4(config: object) -> bool:
     """Whether the configuration, published or ours, has routed experts in MXFP4."""
     settings = getattr(config, SETTINGS[0], None)
     found = settings if isinstance(settings, dict) else vars(settings) if settings is not None else {}

@@ -6,7 +6,7 @@ The number of interruptions is not limited here: a pod cannot distinguish an evi
 import fcntl
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,7 +16,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from qlora_api.contract import ExitCode
-from qlora_api.schema import ObservedModel
+from qlora_api.schema import ObservedModel, replace
 from qlora_api.status import Timestamp
 from qlora_trainer.core.failures import Interrupted, StepFailure, unreachable
 from qlora_trainer.core.filesystem import write_atomically
@@ -96,16 +96,13 @@ def recorded_attempt(records: Path, from_step: int, pod: PodOfJob, now: Callable
 
 @contextmanager
 def reopened_attempt(records: Path, pod_uid: str, now: Callable[[], datetime]) -> Iterator[None]:
-    """Run the body as a later part of this pod's ended attempt, and record the end of the body as its end.
-
-    If another pod has begun one since, or another process has deleted the file, nothing is recorded.
-    """
+    """Extend this pod's ended attempt over the body, unless it is no longer the latest."""
     attempts = read_attempts(records)
     if not attempts or attempts[-1].pod_uid != pod_uid:
         yield
         return
     *earlier, attempt = attempts
-    with _noting_end(records, earlier, attempt.model_copy(update={"ended": None, "ended_at": None}), now):
+    with _noting_end(records, earlier, replace(attempt, ended=None, ended_at=None), now):
         yield
 
 
@@ -116,9 +113,8 @@ def _noting_end(
     """Record the attempt as one that runs and, when the body ends, how it has ended."""
 
     def note(ended: Literal["succeeded", "interrupted", "failed"]) -> None:
-        end = {"ended": ended, "ended_at": _precise(now())}
         latest = _latest_of(records, attempt.pod_uid) or attempt
-        write_attempts(records, [*earlier, latest.model_copy(update=end)])
+        write_attempts(records, [*earlier, replace(latest, ended=ended, ended_at=_precise(now()))])
 
     write_attempts(records, [*earlier, attempt])
     try:
@@ -135,23 +131,20 @@ def _noting_end(
 
 def note_training(records: Path, pod_uid: str, now: datetime) -> None:
     """Note, if there is room, that the pod's attempt has loaded all and trains."""
-    _change_latest(records, pod_uid, {"trained_at": _precise(now)})
+    _change_latest(records, pod_uid, lambda latest: replace(latest, trained_at=_precise(now)))
 
 
 def note_saved(records: Path, pod_uid: str, now: datetime) -> None:
     """Note that the pod's attempt has saved a checkpoint, if there is room for that."""
-    _change_latest(records, pod_uid, {"saved_at": _precise(now)})
+    _change_latest(records, pod_uid, lambda latest: replace(latest, saved_at=_precise(now)))
 
 
-def _change_latest(records: Path, pod_uid: str, changes: Mapping[str, str]) -> None:
-    """Change the latest record.
-
-    A full volume, or a deleted file, must not end the run: then nothing is recorded.
-    """
+def _change_latest(records: Path, pod_uid: str, change: Callable[[Attempt], Attempt]) -> None:
+    # A full volume, or a deleted file, must not end the run: then nothing is recorded.
     try:
         latest = _latest_of(records, pod_uid)
         if latest is not None:
-            write_attempts(records, [*read_attempts(records)[:-1], latest.model_copy(update=changes)])
+            write_attempts(records, [*read_attempts(records)[:-1], change(latest)])
     except OSError as error:
         logger.warning("the attempt's time is not recorded: %s", error)
 
@@ -174,22 +167,16 @@ def show_life(records: Path) -> None:
 
 
 def ended_attempts(records: Path) -> list[Attempt]:
-    """All attempts so far while none runs.
-
-    A killed one, the latest, ended at its last sign of life.
-    """
+    """All attempts while none runs. A killed one ended at its last sign of life."""
     attempts = read_attempts(records)
     if not attempts or attempts[-1].ended_at is not None:
         return list(attempts)
     seen = datetime.fromtimestamp((records / ATTEMPTS_FILE).stat().st_mtime, UTC)
-    return [*attempts[:-1], attempts[-1].model_copy(update={"ended_at": _precise(seen)})]
+    return [*attempts[:-1], replace(attempts[-1], ended_at=_precise(seen))]
 
 
 def read_attempts(records: Path) -> list[Attempt]:
-    """All attempts so far, oldest first.
-
-    A line that cannot be read is left out, and logged without its content.
-    """
+    """All attempts, oldest first. A line that cannot be read is logged and left out."""
     attempts = []
     try:
         lines = (records / ATTEMPTS_FILE).read_bytes().splitlines()

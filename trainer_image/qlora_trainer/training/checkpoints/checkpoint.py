@@ -1,9 +1,9 @@
 """Checkpoints on disk: each is whole and verified, or absent.
 
 `checkpoints/step-N/` holds safetensors files, `state.json`, and `manifest.json` with the SHA-256 of each. It is written
-in the same folder under a hidden name, synced, and renamed. Nothing is pickled, so reading one cannot run code. A file
-that was written before, as the best adapter so far, is copied into it: one damaged block must not be in both
-checkpoints.
+in the same folder under a hidden name, synced, and renamed. Nothing is pickled, so reading one cannot run code. The
+adapter of the best evaluation is in `best/` until the next checkpoint holds a copy of it: one damaged block must not be
+in both checkpoints. A later one does not count until a resumed run comes to it again.
 """
 
 import errno
@@ -28,6 +28,7 @@ from qlora_trainer.training.progress.run_state import SavedState
 FORMAT_VERSION = 1
 KEPT = 2
 CHECKPOINT_MANIFEST = "manifest.json"
+BEST_FILE = "best.safetensors"
 STATE = "state.json"
 CORRUPT = ".corrupt"
 _MAX_JSON_BYTES = 2**24
@@ -44,6 +45,13 @@ class StoredFile:
     path: Path
     sha256: str
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The file's tensors, in main memory. Raises ValueError if they changed."""
+        found = file_sha256(self.path)
+        if found != self.sha256:
+            raise ValueError(f"{self.path} has sha256 {found}, not {self.sha256}: it was changed or damaged")
+        return load_file(self.path)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -54,6 +62,12 @@ class Checkpoint:
     state: SavedState
     sha256: Mapping[str, str]
     """Of each of its files, by name."""
+
+    @property
+    def best(self) -> StoredFile | None:
+        """The best adapter up to the checkpoint, or None if it holds none."""
+        sha256 = self.sha256.get(BEST_FILE)
+        return None if sha256 is None else StoredFile(self.path / BEST_FILE, sha256)
 
     def has(self, name: str) -> bool:
         """Whether there is a `<name>.safetensors`."""
@@ -68,7 +82,7 @@ def save_checkpoint(
     folder: Path,
     step: int,
     tensors: Mapping[str, Mapping[str, Tensor]],
-    state: Mapping[str, Any],
+    state: Mapping[str, object],
     stored: Mapping[str, StoredFile] | None = None,
 ) -> Checkpoint:
     """Write `folder/step-N` with one file for each entry of `tensors`, read it back, then drop all but the newest two.
@@ -87,11 +101,19 @@ def save_checkpoint(
     return saved
 
 
+def write_best(folder: Path, tensors: Mapping[str, Tensor]) -> StoredFile:
+    """Write the best adapter durably to `folder`. Raises as `save_checkpoint` does."""
+    with atomic_folder(folder) as partial:
+        save_file(dict(tensors), partial / BEST_FILE)
+        sha256 = file_sha256(partial / BEST_FILE)
+    return StoredFile(folder / BEST_FILE, sha256)
+
+
 def _write(
     folder: Path,
     tensors: Mapping[str, Mapping[str, Tensor]],
     stored: Mapping[str, StoredFile],
-    state: Mapping[str, Any],
+    state: Mapping[str, object],
 ) -> None:
     for name, file in stored.items():
         shutil.copyfile(file.path, folder / name)
@@ -110,10 +132,7 @@ def _write_manifest(folder: Path, sums: Mapping[str, str]) -> None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read the checkpoint at `path`. Raises ValueError, with the reason, unless every file is as it was written.
-
-    Raises OSError for a temporary read error.
-    """
+    """Read a checkpoint. Raises ValueError if it is damaged, OSError if reading fails."""
     try:
         return _verified(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -155,7 +174,7 @@ def _run_of(content: bytes) -> SavedState:
         raise ValueError(f"{STATE} is not that of a run: {place}: {first['msg']}") from error
 
 
-def read_state(path: Path) -> Mapping[str, Any] | None:
+def read_state(path: Path) -> dict[str, Any] | None:
     """The intact state of the checkpoint at `path`, without reading its other files."""
     try:
         written = json.loads(read_regular(path / CHECKPOINT_MANIFEST, _MAX_JSON_BYTES))["sha256"][STATE]
@@ -167,10 +186,7 @@ def read_state(path: Path) -> Mapping[str, Any] | None:
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that verifies, or None. Others are renamed `….corrupt` and logged.
-
-    The unfinished files of a killed attempt are removed.
-    """
+    """The newest checkpoint that verifies, or None. Others are renamed and logged."""
     remove_partials(folder)
     for _, path in numbered_checkpoints(folder):
         try:
@@ -184,10 +200,7 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def newest_intact(folder: Path) -> Checkpoint | None:
-    """The same for another run's folder, without changes.
-
-    Checkpoints that do not verify are only logged.
-    """
+    """The newest intact checkpoint of another run's folder, which is left as it is."""
     for _, path in numbered_checkpoints(folder):
         try:
             return read_checkpoint(confine(path, folder))
@@ -197,9 +210,9 @@ def newest_intact(folder: Path) -> Checkpoint | None:
 
 
 def copy_checkpoint(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
-    """Copy a verified checkpoint into another run's `folder`, complete and verified again, or not at all.
+    """Copy a verified checkpoint into another run's `folder`, and verify it again.
 
-    Only the files that its manifest names are copied. Raises ValueError if they have changed in the meantime.
+    Only the files that its manifest names are copied. Raises ValueError if they have changed.
     """
     final = folder / checkpoint.path.name
     with atomic_folder(final) as partial:

@@ -23,19 +23,17 @@ _SAME_AS_NOT_SET = {"keep": "last", "objective": "supervised", "preference": Pre
 
 
 def run_fingerprint(spec: QLoRAJobSpec, prepared: PrepareRecord, device: Device, ranks: int) -> Fingerprint:
-    """Everything that decides the adapter, by name.
-
-    Another number of processes adds gradients in another order.
-    """
+    """Everything that decides the adapter, by name."""
     settings = run_settings(spec, device, ranks)
-    initial = prepared.initial_adapter
+    initial, content = prepared.initial_adapter, prepared.data_content
     return settings | {
         "model": {
             "revision": prepared.model_revision,
             "base": prepared.base_sha256,
             "targetModules": list(prepared.target_modules),
         },
-        "data": _data(prepared),
+        # The content of the data and the choice of rows, by name, without addresses.
+        "data": dict({"fingerprint": prepared.fingerprint} if content is None else content),
         # Of an earlier adapter its digest, wherever it came from.
         "lora": settings["lora"] | ({} if initial is None else {"from": {"sha256": initial.sha256}}),
     }
@@ -54,17 +52,11 @@ def run_settings(spec: QLoRAJobSpec, device: Device, ranks: int) -> Fingerprint:
         "lora": {name: value for name, value in spec.lora.dump().items() if name != "from"},
         "training": training,
         "device": device,
+        # Another number adds gradients in another order.
         "ranks": ranks,
         "libraries": {name: version(name) for name in _LIBRARIES},
         "trainer": trainer_version(),
     }
-
-
-def _data(prepared: PrepareRecord) -> dict[str, Any]:
-    """The content of the data and the choice of rows, by name, without addresses."""
-    if prepared.data_content is None:
-        return {"fingerprint": prepared.fingerprint}
-    return dict(prepared.data_content)
 
 
 def digest(fingerprint: Fingerprint) -> str:
@@ -89,7 +81,7 @@ def differences(found: Fingerprint, wanted: Fingerprint) -> str:
     return ", ".join(f"{name} was {_short(before.get(name))}, is {_short(now.get(name))}" for name in changed[:3])
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def _flat(value: object, prefix: str = "") -> dict[str, object]:
     if not isinstance(value, dict):
         return {prefix: value}
     return {
@@ -99,5 +91,5 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return shortened(json.dumps(value), 60)

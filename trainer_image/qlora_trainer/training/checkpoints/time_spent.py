@@ -6,7 +6,7 @@ seconds of a killed process are not counted: the goodput is slightly too high.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from qlora_trainer.core.completion import AttemptUsage, RunUsage
@@ -16,23 +16,25 @@ from qlora_trainer.training.checkpoints.attempts import Attempt
 def spent_seconds(attempts: Sequence[Attempt], now: datetime) -> float:
     """Seconds that the attempts have run, until `now` if the last has not ended.
 
-    Of an attempt that was killed the last sign of life counts as its end. One without a recorded end, as by an earlier
-    release, ended at the latest when the next one started. Without any, as in all but the main process of a run, 0.
+    A killed attempt ended at its last sign of life. One without a recorded end, as by an earlier release, ended at the
+    latest when the next one started.
     """
-    starts = [datetime.fromisoformat(attempt.started_at) for attempt in attempts]
-    seconds = 0.0
-    for attempt, start, latest in zip(attempts, starts, [*starts, now][1:], strict=True):
-        end = latest if attempt.ended_at is None else datetime.fromisoformat(attempt.ended_at)
-        seconds += max(0.0, (end - start).total_seconds())
-    return seconds
+    return sum(_seconds(attempt, latest) for attempt, latest in zip(attempts, _latest_ends(attempts, now), strict=True))
+
+
+def _latest_ends(attempts: Sequence[Attempt], now: datetime) -> list[datetime]:
+    """By when each attempt had ended: when the next one started, and now."""
+    return [*(datetime.fromisoformat(attempt.started_at) for attempt in attempts[1:]), now][: len(attempts)]
+
+
+def _seconds(attempt: Attempt, latest: datetime) -> float:
+    end = latest if attempt.ended_at is None else datetime.fromisoformat(attempt.ended_at)
+    return max(0.0, (end - datetime.fromisoformat(attempt.started_at)).total_seconds())
 
 
 def goodput(kept_seconds: float, spent: float) -> float | None:
-    """Share from 0 to 1 of `spent` seconds, or None before a second of them has passed.
-
-    `kept_seconds`: of the optimizer steps and evaluations that no interruption has undone. The clocks of two machines
-    may differ, so that the quotient would exceed 1.
-    """
+    """Share from 0 to 1 of `spent` seconds, or None before a second of them has passed."""
+    # The clocks of two machines may differ, so that the quotient would exceed 1.
     return None if spent < 1 else round(min(1.0, kept_seconds / spent), 4)
 
 
@@ -51,15 +53,12 @@ class Pace:
 
     def after_step(self, seconds: float, tokens: int) -> "Pace":
         """The pace after another step of `tokens` tokens."""
-        return Pace(
-            _running_mean(self.seconds_per_step, seconds),
-            _running_mean(self.tokens_per_second, tokens / seconds if seconds > 0 else 0.0),
-            self.seconds_per_evaluation,
-        )
+        speed = _running_mean(self.tokens_per_second, tokens / seconds if seconds > 0 else 0.0)
+        return replace(self, seconds_per_step=_running_mean(self.seconds_per_step, seconds), tokens_per_second=speed)
 
     def after_evaluation(self, seconds: float) -> "Pace":
         """The pace after an evaluation."""
-        return Pace(self.seconds_per_step, self.tokens_per_second, seconds)
+        return replace(self, seconds_per_evaluation=seconds)
 
     def remaining_seconds(self, steps: int, evaluations: int) -> float | None:
         """Seconds for these steps and evaluations, or None before the first step."""
@@ -76,14 +75,10 @@ _LISTED = 50
 
 
 def run_usage(attempts: Sequence[Attempt], gpus: int, now: datetime) -> RunUsage:
-    """The time of all attempts. The last has just trained to its end. `gpus`: processes of each.
-
-    The time before a process starts, as for pulling its image, is not known here: `status.usage` has it.
-    """
-    starts = [datetime.fromisoformat(attempt.started_at) for attempt in attempts]
+    """The time of all attempts, of `gpus` processes each. The last has trained to its end."""
     listed = [
-        _usage(attempt, latest, last=number == len(attempts))
-        for number, (attempt, latest) in enumerate(zip(attempts, [*starts, now][1:], strict=True), 1)
+        _usage(attempt, latest, is_last=number == len(attempts))
+        for number, (attempt, latest) in enumerate(zip(attempts, _latest_ends(attempts, now), strict=True), 1)
     ]
     return RunUsage(
         gpus=gpus,
@@ -95,11 +90,8 @@ def run_usage(attempts: Sequence[Attempt], gpus: int, now: datetime) -> RunUsage
     )
 
 
-def _usage(attempt: Attempt, latest: datetime, *, last: bool) -> AttemptUsage:
-    """`latest`: by when it had ended."""
-    start = datetime.fromisoformat(attempt.started_at)
-    end = latest if attempt.ended_at is None else datetime.fromisoformat(attempt.ended_at)
-    seconds = max(0.0, (end - start).total_seconds())
+def _usage(attempt: Attempt, latest: datetime, *, is_last: bool) -> AttemptUsage:
+    start, seconds = datetime.fromisoformat(attempt.started_at), _seconds(attempt, latest)
 
     def after(moment: str | None) -> float | None:
         if moment is None:
@@ -107,12 +99,12 @@ def _usage(attempt: Attempt, latest: datetime, *, last: bool) -> AttemptUsage:
         return min(seconds, max(0.0, (datetime.fromisoformat(moment) - start).total_seconds()))
 
     startup, saved = after(attempt.trained_at), after(attempt.saved_at)
-    kept = seconds if last else max(filter(None, (startup, saved)), default=0.0)
+    kept = seconds if is_last else max(filter(None, (startup, saved)), default=0.0)
     return AttemptUsage(
         started_at=attempt.started_at,
         from_step=attempt.from_step,
         seconds=round(seconds, 1),
         startup_seconds=None if startup is None else round(startup, 1),
         lost_seconds=round(seconds - kept, 1),
-        ended="succeeded" if last else attempt.ended,
+        ended="succeeded" if is_last else attempt.ended,
     )

@@ -20,8 +20,7 @@ FIRST_CAPABILITY = (8, 0)
 def use_device(device: Device, threads: int, local_rank: int) -> torch.device:
     """The device to train on, with a fixed number of CPU threads: another number adds floats in another order.
 
-    Each rank of a node takes the GPU of its `local_rank`. Raises StepFailure (BAD_CONFIGURATION) if the device is
-    `cuda` and there is no GPU, or one that it cannot use; training on the CPU instead would never finish.
+    Each rank of a node takes the GPU of its `local_rank`. Raises StepFailure (BAD_CONFIGURATION) if it cannot be used.
     """
     if device == "cuda":
         require_gpu(local_rank)
@@ -42,8 +41,8 @@ def require_gpu(local_rank: int) -> None:
     name, capability = torch.cuda.get_device_name(local_rank), torch.cuda.get_device_capability(local_rank)
     if capability < FIRST_CAPABILITY:
         raise bad_configuration(
-            f"the GPU {name} has compute capability {_dotted(capability)}, and training in bfloat16 needs "
-            f"{_dotted(FIRST_CAPABILITY)} or later, as an A100, A10, L4, L40S, H100 or RTX 3090 has it: choose a "
+            f"the GPU {name} has compute capability {_version_text(capability)}, and training in bfloat16 needs "
+            f"{_version_text(FIRST_CAPABILITY)} or later, as an A100, A10, L4, L40S, H100 or RTX 3090 has it: choose a "
             "profile in spec.scheduling.profile, or a nodeSelector in the profile, that leads to such GPUs"
         )
     if not bitsandbytes_library.compiled_with_cuda:
@@ -53,7 +52,7 @@ def require_gpu(local_rank: int) -> None:
         )
 
 
-def _dotted(capability: tuple[int, int]) -> str:
+def _version_text(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 
 
@@ -76,19 +75,15 @@ def processor(device: Device) -> str:
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed the generators that dropout draws from, for this optimizer step and rank.
 
-    Nothing else draws random numbers once training has started, so there is no random state to save: a step that is
-    repeated, in this process or after a resume, draws the same. The parts are mixed as numpy does (O'Neill's seed_seq).
+    Nothing else draws random numbers in training, so there is no random state to save: a repeated step draws the same.
     """
     torch.manual_seed(int(numpy.random.SeedSequence((seed, step, rank)).generate_state(1, numpy.uint64)[0]))
 
 
 def memory_bytes(device: Device) -> int:
-    """The most GPU memory that this process has used since the last call, so that each step shows a separate peak.
-
-    On a CPU, the main memory that the process uses now.
-    """
+    """The most GPU memory used since the last call, or main memory used now."""
     if device == "cuda":
-        peak = int(torch.cuda.max_memory_allocated())
+        peak = peak_memory_bytes(device)
         torch.cuda.reset_peak_memory_stats()
         return peak
     resident_pages = int(_PROCESS_MEMORY.read_text().split()[1])

@@ -38,21 +38,21 @@ class RankInfo:
     address: str = ""
     """Host of the store that all ranks share, or an empty string while unknown."""
     port: int = 0
-    launched: bool = False
+    is_launched: bool = False
     """Whether torchrun or the pod's main process has started this and its siblings."""
 
     @property
-    def several_nodes(self) -> bool:
+    def has_several_nodes(self) -> bool:
         """Whether ranks of this run are in other pods."""
         return self.local_size < self.size
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is rank 0, the only rank that writes."""
         return self.rank == 0
 
     @classmethod
-    def of(cls, environ: Mapping[str, str], resources: ResourcesSpec | None = None) -> "RankInfo":
+    def from_environment(cls, environ: Mapping[str, str], resources: ResourcesSpec | None = None) -> "RankInfo":
         """The rank that torchrun's variables name, or without them the first of this pod.
 
         Raises StepFailure (BAD_CONFIGURATION) for variables that contradict each other, or that several nodes lack.
@@ -67,7 +67,7 @@ class RankInfo:
                 local_size=int(environ.get("LOCAL_WORLD_SIZE", "1")),
                 address=environ.get("MASTER_ADDR", _LOOPBACK),
                 port=int(environ.get("MASTER_PORT", str(contract.RENDEZVOUS_PORT))),
-                launched=True,
+                is_launched=True,
             )
         except ValueError as error:
             raise bad_configuration(f"RANK, WORLD_SIZE and the like are set, but not to numbers ({error})") from error
@@ -111,18 +111,9 @@ class RankInfo:
         }
 
 
-def named_rank(environ: Mapping[str, str]) -> int:
-    """The rank in the environment, or 0. `RankInfo.of` checks its range."""
-    return _number(environ, "RANK")
-
-
-def named_node(environ: Mapping[str, str]) -> int:
-    """The node that the environment of a train pod names, 0 without one."""
-    return _number(environ, contract.ENV_NODE)
-
-
-def _number(environ: Mapping[str, str], name: str) -> int:
-    value = environ.get(name, "")
+def number_in(environ: Mapping[str, str], variable: str) -> int:
+    """The rank or node in a variable, or 0. `RankInfo.from_environment` checks ranks."""
+    value = environ.get(variable, "")
     return int(value) if value.isdecimal() else 0
 
 
@@ -135,10 +126,7 @@ class ChildRanks:
         self._processes = processes
 
     def require_alive(self) -> None:
-        """Raise StepFailure (UNREACHABLE, which is retried) if a child rank has been killed or has crashed.
-
-        PEER_LOST if it has lost another node. It cannot report that to the others if that node had the store.
-        """
+        """Raise StepFailure: UNREACHABLE if a child rank has ended, PEER_LOST if that lost a node."""
         for rank, process in enumerate(self._processes, start=self.rank_info.rank + 1):
             status = process.poll()
             if status:
@@ -148,8 +136,7 @@ class ChildRanks:
     def end(self, deadline: float, expected: ExitCode | None = None) -> None:
         """Wait until all have ended, and kill those that still run at `deadline` (a time of time.monotonic).
 
-        Logs how each ended, as a warning if its status is not `expected`. Nothing else depends on it: by then the
-        adapter or the checkpoint is written, or this process reports another failure.
+        Logs how each ended, as a warning if its status is not `expected`.
         """
         for rank, process in enumerate(self._processes, start=self.rank_info.rank + 1):
             try:
@@ -166,34 +153,30 @@ class ChildRanks:
 
 
 @contextmanager
-def started_child_ranks(rank_info: RankInfo, command: Sequence[str]) -> Iterator[ChildRanks]:
-    """Start this pod's other ranks with the same `command` (none if torchrun did, or if there are none), and reap them.
+def start_child_ranks(rank_info: RankInfo, command: Sequence[str]) -> Iterator[ChildRanks]:
+    """Start this pod's other ranks with the same `command`, unless torchrun did, and reap them.
 
-    When the run finishes or is asked to stop, they end by themselves. When the body fails they are killed: only this
-    process writes, and it has the reason.
+    They end by themselves, and are killed when the body fails: only this process writes, and it has the reason.
     """
-    if rank_info.local_size == 1 or rank_info.launched:
+    if rank_info.local_size == 1 or rank_info.is_launched:
         yield ChildRanks(rank_info)
         return
     if not command:
         raise bad_configuration("several GPUs need the command `train`, or torchrun")
-    if not rank_info.several_nodes:
+    if not rank_info.has_several_nodes:
         rank_info = replace(rank_info, address=_LOOPBACK, port=_free_port())
         for interface in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             # A pod's own name may not resolve, and no other interface is needed.
             os.environ.setdefault(interface, "lo")
     processes: list[subprocess.Popen[bytes]] = []
-    child_ranks, seconds = ChildRanks(rank_info, processes), 0.0
-    expected: ExitCode | None = None
+    seconds, expected = 0.0, None
+    child_ranks = ChildRanks(rank_info, processes)
     try:
         for local_rank in range(1, rank_info.local_size):
             child = replace(rank_info, rank=rank_info.rank + local_rank, local_rank=local_rank)
-            environment = child.environment() | {_PARENT: str(os.getpid())}
-            processes.append(
-                subprocess.Popen(
-                    command, env=os.environ | environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-                )
-            )
+            environment = os.environ | child.environment() | {_PARENT: str(os.getpid())}
+            null = subprocess.DEVNULL
+            processes.append(subprocess.Popen(command, env=environment, stdin=null, stdout=null))
         yield child_ranks
         seconds, expected = _SECONDS_TO_END, ExitCode.DONE
     except Interrupted:

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def ended_with_the_others(
+def end_with_the_others(
     failure_of: Callable[[Exception], StepFailure], require_none: Callable[[], None]
 ) -> Iterator[None]:
     """While the body runs, end this process with the exit code of one that has failed, or with one that is retried.
@@ -36,7 +36,7 @@ def ended_with_the_others(
     watching = threading.Thread(target=_watch, name=WATCH, args=(over, require_none), daemon=True)
     watching.start()
     try:
-        with _ended_by_watchdog(failure_of):
+        with _end_by_watchdog(failure_of):
             yield
     finally:
         over.set()
@@ -60,7 +60,7 @@ def _watch(over: threading.Event, require_none: Callable[[], None]) -> None:
 
 
 @contextmanager
-def _ended_by_watchdog(failure_of: Callable[[Exception], StepFailure]) -> Iterator[None]:
+def _end_by_watchdog(failure_of: Callable[[Exception], StepFailure]) -> Iterator[None]:
     """End this process with an exit code that is retried when NCCL's watchdog gives up an exchange.
 
     It does so after the group's timeout, or immediately when NCCL has lost a connection, and would abort the process

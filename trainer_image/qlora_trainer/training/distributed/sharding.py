@@ -8,7 +8,6 @@ embeddings and the output layer stay whole too.
 
 import logging
 from itertools import chain
-from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
@@ -19,13 +18,14 @@ from torch.distributed.tensor import DTensor, Shard
 
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.model.architecture.decoder import decoder_blocks
+from qlora_trainer.model.protocols import AdaptedModel
 
 logger = logging.getLogger(__name__)
 STORAGE_DTYPE = torch.bfloat16
 """The storage type of packed weights: that of the norms in FSDP's one buffer."""
 
 
-def shard_base(model: Any, device: torch.device, processes: int) -> None:
+def shard_base(model: AdaptedModel, device: torch.device, processes: int) -> None:
     """Shard the decoder blocks of a model of `attach_adapter` over the ranks, and move the model to `device`.
 
     The base must be in main memory and asserted to be NF4 or FP4: its shards are plain memory, whose type cannot be

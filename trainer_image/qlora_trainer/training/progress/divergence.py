@@ -9,6 +9,7 @@ step that is suspect, or that raises the loss of the step's rows, which no later
 
 import math
 from dataclasses import dataclass, replace
+from typing import Self
 
 LOSS_RISE_NATS = 2.0
 """A loss this far above its lowest is suspect: targets are 7 times less likely."""
@@ -34,38 +35,32 @@ class Stability:
     """First of the latest consecutive suspect steps, counted from 1, or None."""
 
     @property
-    def suspect(self) -> bool:
+    def is_suspect(self) -> bool:
         """Whether the latest step was suspect. The last good checkpoint then stays."""
         return self.suspect_since is not None
 
-    def after_step(self, step: int, loss: float, grad_norm: float) -> "Stability":
-        """The state after the step with number `step`, counted from 1.
+    @classmethod
+    def from_levels(cls, loss: float, grad_norm: float) -> Self:
+        """The state of a run that is not suspect, with these levels of loss and norm."""
+        return cls(loss, loss, max(grad_norm, _SMALLEST_NORM))
 
-        A suspect step does not move the levels.
-        """
+    def after_step(self, step: int, loss: float, grad_norm: float) -> "Stability":
+        """The state after step `step`, from 1. A suspect one moves no level."""
         if self.loss_level is None or self.lowest_loss_level is None or self.norm_level is None:
-            return cleared(loss, grad_norm)
+            return Stability.from_levels(loss, grad_norm)
         if loss > self.lowest_loss_level + LOSS_RISE_NATS or grad_norm > NORM_RISE * self.norm_level:
-            return self if self.suspect else replace(self, suspect_since=step)
+            return self if self.is_suspect else replace(self, suspect_since=step)
         level = self.loss_level + _NEWEST * (loss - self.loss_level)
         norm = self.norm_level ** (1 - _NEWEST) * max(grad_norm, _SMALLEST_NORM) ** _NEWEST
         return Stability(level, min(self.lowest_loss_level, level), norm)
 
-    def end_to_be_judged(self, loss_before: float, loss_after: float) -> bool:
-        """Whether the last step was suspect, or did harm.
+    def is_end_suspect(self, loss_before: float, loss_after: float) -> bool:
+        """Whether the last step was suspect, or raised the loss of its rows."""
+        return self.is_suspect or has_diverged(loss_after, loss_before)
 
-        The losses are those of the step's rows, before and after it.
-        """
-        return self.suspect or has_diverged(loss_after, loss_before)
-
-    def to_be_judged(self, step: int, patience: int) -> bool:
+    def is_out_of_patience(self, step: int, patience: int) -> bool:
         """Whether the last `patience` steps, up to `step`, were all suspect."""
         return self.suspect_since is not None and step - self.suspect_since + 1 >= patience
-
-
-def cleared(loss: float, grad_norm: float) -> Stability:
-    """The state of a run that is not suspect, with these levels of loss and norm."""
-    return Stability(loss, loss, max(grad_norm, _SMALLEST_NORM))
 
 
 def has_diverged(loss: float, loss_at_start: float) -> bool:

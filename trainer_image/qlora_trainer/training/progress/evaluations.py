@@ -25,10 +25,7 @@ class Evaluations:
     """The latest evaluations in a row without an improvement by minDelta."""
 
     def after(self, step: int, loss: float, early_stopping: EarlyStoppingSpec | None = None) -> "Evaluations":
-        """Add the evaluation after `step` optimizer steps.
-
-        An untrained adapter (step 0) can be no best one.
-        """
+        """Add the evaluation after `step` optimizer steps. That of step 0 is never the best."""
         min_delta = 0.0 if early_stopping is None else early_stopping.min_delta
         improved = self.lowest_loss is None or self.lowest_loss - loss > min_delta
         best = step > 0 and (self.best_loss is None or loss < self.best_loss)
@@ -39,7 +36,7 @@ class Evaluations:
             without_improvement=0 if improved else self.without_improvement + 1,
         )
 
-    def exhaust(self, early_stopping: EarlyStoppingSpec | None) -> bool:
+    def is_exhausted(self, early_stopping: EarlyStoppingSpec | None) -> bool:
         """Whether the run has no patience left."""
         return early_stopping is not None and self.without_improvement >= early_stopping.patience
 
@@ -54,7 +51,7 @@ class Kept:
     """Its held-out loss, or None without held-out rows."""
 
 
-def kept(training: TrainingSpec, evaluations: Evaluations, step: int, eval_loss: float | None) -> Kept:
+def adapter_to_keep(training: TrainingSpec, evaluations: Evaluations, step: int, eval_loss: float | None) -> Kept:
     """The adapter to keep of a run that ends after `step` steps, with `eval_loss`."""
     if training.keep == "best" and evaluations.best_step is not None:
         return Kept(evaluations.best_step, evaluations.best_loss)
@@ -69,10 +66,10 @@ def expected_end(training: TrainingSpec, planned_steps: int, curve: Iterable[tup
     evaluations, end = Evaluations(), planned_steps
     for step, loss in curve:
         evaluations = evaluations.after(step, loss, training.early_stopping)
-        if evaluations.exhaust(training.early_stopping):
+        if evaluations.is_exhausted(training.early_stopping):
             end = step
             break
-    return end, kept(training, evaluations, end, None).step
+    return end, adapter_to_keep(training, evaluations, end, None).step
 
 
 def too_few_evaluations(training: TrainingSpec, total_steps: int) -> str | None:

@@ -4,15 +4,15 @@ A half-written folder of an earlier attempt looks like files of another run, so 
 only if there is none. An ETag is no digest: each file is read back, and a publication costs a download of its bytes.
 """
 
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from qlora_api.sources import ObjectStoreSource
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unreachable
 from qlora_trainer.core.file_names import PUBLISHED_MANIFEST
-from qlora_trainer.publishing.destinations.destination import reject_occupied
-from qlora_trainer.publishing.manifest import MAX_MANIFEST_BYTES, STATEMENTS, Manifest, parse_manifest
-from qlora_trainer.stores.contents import Contents
+from qlora_trainer.stores.contents import MAX_MANIFEST_BYTES, STATEMENTS, Contents, Manifest, parse_manifest
+from qlora_trainer.stores.destinations.destination import StoredFile, StoreFolder, reject_occupied
 from qlora_trainer.stores.objects import ObjectFolder
 from qlora_trainer.stores.retry import read_back
 
@@ -23,21 +23,30 @@ _CLAIM = ".manifest.partial.json"
 _PROBE = ".write-check"
 
 
-class ObjectDestination:
-    """A folder of an object store as a destination. See Destination."""
+class ObjectDestination(StoreFolder):
+    """A folder of an object store. See StoreFolder."""
 
-    def __init__(self, source: ObjectStoreSource, secret: Secret) -> None:
+    def __init__(
+        self, source: ObjectStoreSource, secret: Secret, reject: Callable[[str], StepFailure] = bad_configuration
+    ) -> None:
         self.uri = str(source)
-        self._folder = ObjectFolder(source, secret, reject=bad_configuration)
+        self._folder = ObjectFolder(source, secret, reject=reject)
 
-    def published(self) -> Manifest | None:
-        """See Destination."""
-        return self._manifest(PUBLISHED_MANIFEST)
+    def files(self) -> Mapping[str, StoredFile]:
+        """See StoreFolder."""
+        return {
+            name: StoredFile(found.size, partial(self._folder.digest, name), partial(self._folder.download, found))
+            for name, found in self._folder.list().items()
+        }
+
+    def read(self, name: str, *, most: int) -> bytes | None:
+        """See StoreFolder."""
+        return self._folder.read(name, most=most)
 
     def holders(self) -> tuple[Manifest, ...]:
         """See Destination. The claim counts too: concurrent runs never mix their files."""
-        found = (self.published(), self._manifest(_CLAIM))
-        return tuple(manifest for manifest in found if manifest is not None)
+        claim = parse_manifest(self.read(_CLAIM, most=MAX_MANIFEST_BYTES))
+        return (*super().holders(), *(() if claim is None else (claim,)))
 
     def is_free(self) -> bool:
         """See Destination."""
@@ -48,16 +57,6 @@ class ObjectDestination:
         self._folder.write(_PROBE, b"")
         self._folder.delete(_PROBE)
 
-    def damaged(self, manifest: Manifest) -> str | None:
-        """See Destination."""
-        stored = self._folder.list()
-        for name, described in manifest.files.items():
-            if name not in stored or stored[name].size != described.size:
-                return name
-            if read_back(partial(self._folder.digest, name)) != described.sha256:
-                return name
-        return None
-
     def write(self, contents: Contents, manifest: Manifest) -> None:
         """See Destination. Skips files that an earlier attempt has written completely."""
         self._claim(manifest)
@@ -65,8 +64,8 @@ class ObjectDestination:
         stored = self._folder.list()
         for name, content in contents.items():
             described = manifest.files[name]
-            whole = name in stored and stored[name].size == described.size
-            if not (whole and self._folder.digest(name) == described.sha256):
+            is_whole = name in stored and stored[name].size == described.size
+            if not (is_whole and self._folder.digest(name) == described.sha256):
                 self._folder.write(name, content)
                 if read_back(partial(self._folder.digest, name)) != described.sha256:
                     raise self._differs(name)
@@ -78,23 +77,16 @@ class ObjectDestination:
             raise self._differs(PUBLISHED_MANIFEST)
         self._folder.delete(_CLAIM)
 
-    def location(self, manifest: Manifest) -> str:
-        """See Destination."""
-        return self.uri
-
-    def _manifest(self, name: str) -> Manifest | None:
-        return parse_manifest(self._folder.read(name, most=MAX_MANIFEST_BYTES))
-
     def _differs(self, name: str) -> StepFailure:
         return unreachable(f"{self.uri}/{name} does not read back as it was written: the next attempt writes it again")
 
     def _claim(self, manifest: Manifest) -> None:
         """Create the claim, unless an earlier attempt has. Raises StepFailure if taken."""
-        created = self._folder.create(_CLAIM, manifest.text())
+        is_new = self._folder.create(_CLAIM, manifest.text())
         try:
             reject_occupied(self, manifest.publisher)
         except StepFailure:
             # Another run has published, and removed its claim, after this one had found the folder free.
-            if created:
+            if is_new:
                 self._folder.delete(_CLAIM)
             raise

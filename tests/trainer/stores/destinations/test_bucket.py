@@ -20,12 +20,11 @@ from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.model.adapter.merge import write_merged
 from qlora_trainer.publishing import merged_model as publish_merged
-from qlora_trainer.publishing.destinations.bucket import ObjectDestination
-from qlora_trainer.publishing.destinations.destination import publish_folder
-from qlora_trainer.publishing.manifest import SHARED_BASE, Manifest
 from qlora_trainer.steps.publish import publish as publish_step
 from qlora_trainer.stores import bucket as store_settings
-from qlora_trainer.stores.contents import Contents, PublishedFile, describe_files
+from qlora_trainer.stores.contents import SHARED_BASE, Contents, Manifest, PublishedFile, describe_files
+from qlora_trainer.stores.destinations.bucket import ObjectDestination
+from qlora_trainer.stores.destinations.destination import publish_folder
 from qlora_trainer.stores.objects import ObjectFolder
 from tests.support.commands.command import Files
 from tests.support.models.tiny import Recorded

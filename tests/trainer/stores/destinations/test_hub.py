@@ -16,12 +16,11 @@ from qlora_api.contract import ExitCode
 from qlora_api.sources import HubSource
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.publishing.destinations.destination import publish_folder
-from qlora_trainer.publishing.destinations.hub import HubDestination
-from qlora_trainer.publishing.manifest import Manifest
 from qlora_trainer.steps.publish import publish as publish_step
 from qlora_trainer.stores import hub as hub_module
-from qlora_trainer.stores.contents import Contents, describe_files
+from qlora_trainer.stores.contents import Contents, Manifest, describe_files
+from qlora_trainer.stores.destinations.destination import publish_folder
+from qlora_trainer.stores.destinations.hub import HubDestination
 from tests.support.commands.command import TIMEOUT_S, Files
 from tests.support.fake_hub import FakeHub, Rejection, serve
 from tests.support.models.tiny import Recorded

@@ -1,62 +1,65 @@
 """Publishes an artifact to an OCI registry and sets its tag last."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from qlora_api.sources import RegistrySource
 from qlora_trainer.core.credentials import Secret
-from qlora_trainer.core.failures import bad_configuration, unreachable
+from qlora_trainer.core.failures import StepFailure, bad_configuration, unreachable
 from qlora_trainer.core.file_names import PUBLISHED_MANIFEST
-from qlora_trainer.publishing.destinations.destination import reject_occupied
-from qlora_trainer.publishing.manifest import Manifest, parse_manifest
-from qlora_trainer.stores.contents import Contents, PublishedFile, describe_files
+from qlora_trainer.stores.contents import Contents, Manifest, PublishedFile, describe_files
+from qlora_trainer.stores.destinations.destination import StoredFile, StoreFolder, reject_occupied
 from qlora_trainer.stores.model_pack import pack, unpack
 from qlora_trainer.stores.referrers import attach
-from qlora_trainer.stores.registry import MAX_MANIFEST_BYTES, Artifact, Blob, Registry, digest_of
-from qlora_trainer.stores.retry import read_back
+from qlora_trainer.stores.registry import Blob, Registry, digest_of
 
 
-class RegistryDestination:
-    """A tag of an OCI registry as a destination. See Destination."""
+class RegistryDestination(StoreFolder):
+    """A tag of an OCI registry. See StoreFolder."""
 
-    def __init__(self, source: RegistrySource, secret: Secret, *, allowed: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        source: RegistrySource,
+        secret: Secret,
+        *,
+        allowed: tuple[str, ...],
+        reject: Callable[[str], StepFailure] = bad_configuration,
+    ) -> None:
+        """`allowed`: the registries that the profile allows."""
         self.uri = str(source)
         self._source = source
-        self._registry = Registry(source, secret, allowed=allowed, reject=bad_configuration)
+        self._registry = Registry(source, secret, allowed=allowed, reject=reject)
+
+    def files(self) -> Mapping[str, StoredFile]:
+        """See StoreFolder. None of an artifact that is packed in another way."""
+        return {
+            name: StoredFile(blob.size, partial(self._digest, blob), partial(self._registry.download, blob))
+            for name, blob in self._blobs().items()
+        }
+
+    def read(self, name: str, *, most: int) -> bytes | None:
+        """See StoreFolder."""
+        blob = self._blobs().get(name)
+        return None if blob is None or blob.size > most else self._registry.read(blob)
 
     def published(self) -> Manifest | None:
         """See Destination. Other layers or packing make it another folder."""
-        found = self._artifact()
-        manifest = self._manifest_in(found)
-        return (
-            manifest
-            if found is not None and manifest is not None and found.digest == artifact_digest(manifest)
-            else None
-        )
+        manifest, found = super().published(), self._registry.manifest(self._source.reference)
+        is_same = manifest is not None and found is not None and found.digest == artifact_digest(manifest)
+        return manifest if is_same else None
 
     def holders(self) -> tuple[Manifest, ...]:
-        """See Destination. A tag always names a complete artifact."""
-        manifest = self._manifest_in(self._artifact())
+        """See Destination. Of other layers too."""
+        manifest = super().published()
         return () if manifest is None else (manifest,)
 
     def is_free(self) -> bool:
         """See Destination."""
-        return self._artifact() is None
+        return self._registry.manifest(self._source.reference) is None
 
     def require_writable(self) -> None:
         """See Destination."""
         self._registry.require_writable()
-
-    def damaged(self, manifest: Manifest) -> str | None:
-        """See Destination. The registry checks uploads only: this checks its answers."""
-        files = _files(self._artifact())
-        for name, described in manifest.files.items():
-            blob = Blob(f"sha256:{described.sha256}", described.size)
-            if files.get(name) != blob or not self._registry.has_blob(blob):
-                return name
-            if read_back(partial(self._registry.digest, blob)) != blob.digest:
-                return name
-        return None
 
     def write(self, contents: Contents, manifest: Manifest) -> None:
         """See Destination. Skips layers that an earlier attempt has uploaded."""
@@ -68,7 +71,7 @@ class RegistryDestination:
         # A registry moves a tag from any artifact, and uploading may have taken long.
         reject_occupied(self, manifest.publisher)
         self._registry.tag(artifact, self._source.reference)
-        found, damaged = self._artifact(), self.damaged(manifest)
+        found, damaged = self._registry.manifest(self._source.reference), self.damaged(manifest)
         if found is None or found.digest != digest_of(artifact) or damaged is not None:
             raise unreachable(
                 f"{self.uri}: {damaged or 'the tag'} does not read back as it was written: the next attempt writes it "
@@ -87,15 +90,16 @@ class RegistryDestination:
             raise unreachable(f"{self.uri} no longer has {wanted}: the next attempt publishes it again")
         attach(self._registry, found, document, media_type, annotations)
 
-    def _artifact(self) -> Artifact | None:
-        return self._registry.manifest(self._source.reference)
+    def _blobs(self) -> dict[str, Blob]:
+        artifact = self._registry.manifest(self._source.reference)
+        try:
+            return {} if artifact is None else unpack(artifact.manifest)
+        except ValueError:
+            return {}
 
-    def _manifest_in(self, artifact: Artifact | None) -> Manifest | None:
-        blob = _files(artifact).get(PUBLISHED_MANIFEST)
-        # The size comes from the publisher under this tag, and the file is read into memory.
-        if blob is None or blob.size > MAX_MANIFEST_BYTES:
-            return None
-        return parse_manifest(self._registry.read(blob))
+    def _digest(self, blob: Blob) -> str:
+        """The digest of the content that the registry sends, or an empty string if it has no such blob."""
+        return self._registry.digest(blob).removeprefix("sha256:") if self._registry.has_blob(blob) else ""
 
 
 def artifact_digest(manifest: Manifest) -> str:
@@ -106,10 +110,3 @@ def artifact_digest(manifest: Manifest) -> str:
 
 def _describe(manifest: Manifest) -> dict[str, PublishedFile]:
     return {**manifest.files, **describe_files({PUBLISHED_MANIFEST: manifest.text()})}
-
-
-def _files(artifact: Artifact | None) -> dict[str, Blob]:
-    try:
-        return {} if artifact is None else unpack(artifact.manifest)
-    except ValueError:
-        return {}

@@ -7,13 +7,12 @@ from pathlib import Path
 
 from qlora_trainer.core.file_names import PUBLISHED_MANIFEST
 from qlora_trainer.core.filesystem import PARTIAL, file_sha256, new_folder, remove, sync, sync_tree
-from qlora_trainer.publishing.destinations.destination import reject_occupied
-from qlora_trainer.publishing.manifest import Manifest, read_manifest
-from qlora_trainer.stores.contents import Contents
+from qlora_trainer.stores.contents import MAX_MANIFEST_BYTES, Contents, Manifest, parse_manifest
+from qlora_trainer.stores.destinations.destination import Destination, reject_occupied
 
 
-class VolumeFolder:
-    """A folder of a volume as a destination. See Destination."""
+class VolumeFolder(Destination):
+    """A folder of a volume. Unfinished files are next to it, not in it. See Destination."""
 
     def __init__(self, folder: Path, uri: str, *, owner: str) -> None:
         """Create. `owner` separates this process from another one that may write there."""
@@ -23,12 +22,12 @@ class VolumeFolder:
 
     def published(self) -> Manifest | None:
         """See Destination."""
-        return read_manifest(self._folder / PUBLISHED_MANIFEST)
-
-    def holders(self) -> tuple[Manifest, ...]:
-        """See Destination. Unfinished files are next to the folder, not in it."""
-        manifest = self.published()
-        return () if manifest is None else (manifest,)
+        path = self._folder / PUBLISHED_MANIFEST
+        # Reading a pipe would block, and a link can lead to an endless device.
+        if path.is_symlink() or not path.is_file():
+            return None
+        with path.open("rb") as file:
+            return parse_manifest(file.read(MAX_MANIFEST_BYTES + 1))
 
     def is_free(self) -> bool:
         """See Destination."""
@@ -66,10 +65,6 @@ class VolumeFolder:
             remove(leftover)
         sync(folder.parent)
         _require_intact(folder, manifest)
-
-    def location(self, manifest: Manifest) -> str:
-        """See Destination."""
-        return self.uri
 
 
 def _write(path: Path, content: Path | bytes) -> None:

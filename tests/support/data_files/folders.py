@@ -1,6 +1,6 @@
 """Addresses without a data file, or with the wrong ones."""
 
-from tests.support.bad_data.case import GOOD, BadData
+from tests.support.data_files.case import GOOD, BadData
 
 ONE = {"train.jsonl": GOOD.encode()}
 SOME = {"rows/a.jsonl": GOOD.encode(), "rows/b.jsonl": GOOD.encode() + b"3\n"}

@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests.support.bad_data.case import BadData, one_file
+from tests.support.data_files.case import BadData, one_file
 
 
 def parquet(columns: dict[str, Any]) -> bytes:

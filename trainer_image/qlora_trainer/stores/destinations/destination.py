@@ -1,35 +1,52 @@
 """Publishes a folder to any destination, if the run may write there."""
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 from qlora_trainer.core.failures import bad_configuration
+from qlora_trainer.core.file_names import PUBLISHED_MANIFEST
 from qlora_trainer.core.paths import some_names
-from qlora_trainer.publishing.manifest import SHARED_BASE, Manifest, Publisher
-from qlora_trainer.stores.contents import Contents
+from qlora_trainer.stores.contents import (
+    MAX_MANIFEST_BYTES,
+    SHARED_BASE,
+    Contents,
+    Manifest,
+    Publisher,
+    parse_manifest,
+)
+from qlora_trainer.stores.retry import read_back
 
 
-class Destination(Protocol):
+class Destination(ABC):
     """A location for one published folder. Methods raise StepFailure."""
 
-    @property
-    def uri(self) -> str:
-        """Its address, as the spec has it."""
+    uri: str
+    """Its address, as the spec has it."""
 
+    @abstractmethod
     def published(self) -> Manifest | None:
         """The manifest of the existing folder, complete or damaged, or None."""
 
     def holders(self) -> tuple[Manifest, ...]:
         """The manifests of the runs that have published there or begun to, one of each."""
+        manifest = self.published()
+        return () if manifest is None else (manifest,)
 
+    @abstractmethod
     def is_free(self) -> bool:
         """Whether the destination is empty."""
 
+    @abstractmethod
     def require_writable(self) -> None:
         """Raise StepFailure if the credentials forbid writing, as far as can be tested."""
 
+    @abstractmethod
     def damaged(self, manifest: Manifest) -> str | None:
         """The first file of the manifest that is missing or differs there, or None."""
 
+    @abstractmethod
     def write(self, contents: Contents, manifest: Manifest) -> None:
         """Write the files, read them back, and write the manifest last. Resumes an earlier attempt.
 
@@ -38,6 +55,44 @@ class Destination(Protocol):
 
     def location(self, manifest: Manifest) -> str:
         """The address of exactly the manifest's files, with a commit or digest if any."""
+        return self.uri
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of a published folder, as its store lists it."""
+
+    size: int
+    """Bytes."""
+    digest: Callable[[], str]
+    """Reads the content as the store sends it now, and returns its SHA-256 in hexadecimal."""
+    download: Callable[[Path, Callable[[int], None]], object]
+    """Downloads to that path, and calls the function with the bytes that have arrived."""
+
+
+class StoreFolder(Destination):
+    """A folder of a hub, a bucket or a registry: a destination, and the source of a user's download."""
+
+    @abstractmethod
+    def files(self) -> Mapping[str, StoredFile]:
+        """Its files by name; empty without a folder."""
+
+    @abstractmethod
+    def read(self, name: str, *, most: int) -> bytes | None:
+        """The content of a file, or None if it does not exist or has more than `most` bytes."""
+
+    def published(self) -> Manifest | None:
+        """See Destination."""
+        return parse_manifest(self.read(PUBLISHED_MANIFEST, most=MAX_MANIFEST_BYTES))
+
+    def damaged(self, manifest: Manifest) -> str | None:
+        """See Destination. Reads every file, as a store may send other bytes than it lists."""
+        stored = self.files()
+        for name, described in manifest.files.items():
+            file = stored.get(name)
+            if file is None or file.size != described.size or read_back(file.digest) != described.sha256:
+                return name
+        return None
 
 
 def reject_occupied(destination: Destination, publisher: Publisher) -> None:

@@ -7,7 +7,7 @@ import lzma
 import pyarrow as pa
 from pyarrow.parquet import ParquetWriter
 
-from tests.support.bad_data.case import GOOD, BadData, one_file
+from tests.support.data_files.case import GOOD, BadData, one_file
 
 ROWS = "".join(GOOD.replace("pods?", f"pods of {number}?") for number in range(200)).encode()
 

@@ -1,20 +1,22 @@
-"""Opens the destinations of a job by their addresses, and checks them early."""
+"""Opens the destinations of a job, and published folders, by their addresses, and checks destinations early."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_api.contract import WorkspaceLayout
-from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource, VolumeSource, parse_source
+from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource, Source, VolumeSource, parse_source
 from qlora_api.spec.output import OutputSpec
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.credentials import Secret
+from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.paths import confine
-from qlora_trainer.publishing.destinations.bucket import ObjectDestination
-from qlora_trainer.publishing.destinations.destination import Destination, reject_occupied
-from qlora_trainer.publishing.destinations.hub import HubDestination
-from qlora_trainer.publishing.destinations.registry import RegistryDestination
-from qlora_trainer.publishing.destinations.volume import VolumeFolder
-from qlora_trainer.publishing.manifest import Publisher
+from qlora_trainer.stores.contents import Publisher
+from qlora_trainer.stores.destinations.bucket import ObjectDestination
+from qlora_trainer.stores.destinations.destination import Destination, StoreFolder, reject_occupied
+from qlora_trainer.stores.destinations.hub import HubDestination
+from qlora_trainer.stores.destinations.registry import RegistryDestination
+from qlora_trainer.stores.destinations.volume import VolumeFolder
 from qlora_trainer.stores.registry_auth import require_allowed
 
 
@@ -61,24 +63,41 @@ class JobDestinations:
         )
 
 
+def open_folder(
+    source: Source,
+    secret: Secret,
+    *,
+    registries: tuple[str, ...],
+    reject: Callable[[str], StepFailure] = bad_configuration,
+    writes: bool = True,
+) -> StoreFolder:
+    """The folder at an address of a server, to publish there or, without `writes`, only to read.
+
+    `reject` makes the failure for a missing or forbidden folder; a hub has messages of its own. Raises StepFailure if a
+    key of the Secret is missing, or if the registry is not in `registries`, those that the profile allows.
+    """
+    match source:
+        case ObjectStoreSource():
+            return ObjectDestination(source, secret, reject)
+        case HubSource():
+            return HubDestination(source, secret, writes=writes)
+        case RegistrySource():
+            return RegistryDestination(source, secret, allowed=registries, reject=reject)
+    raise bad_configuration(f"{source} is not the address of a folder on a server")
+
+
 def open_destination(
     address: str, *, mounts: Mounts, secret: Secret, registries: tuple[str, ...], owner: str
 ) -> Destination:
     """The destination of an address. `owner` distinguishes this process from another one that writes to a volume.
 
-    Raises StepFailure if the address is not a folder inside a mounted claim, if a key of the Secret is missing, or if
-    the registry is not in `registries`, those that the profile allows.
+    Raises StepFailure if the address is not a folder inside a mounted claim, and as `open_folder`.
     """
     source = parse_source(address)
-    if isinstance(source, VolumeSource):
-        return _volume_folder(source, mounts, owner)
-    if isinstance(source, ObjectStoreSource):
-        return ObjectDestination(source, secret)
-    if isinstance(source, HubSource):
-        return HubDestination(source, secret)
-    if isinstance(source, RegistrySource):
-        return RegistryDestination(source, secret, allowed=registries)
-    raise TypeError(f"the schema allows no destination like {address}")
+    if not isinstance(source, VolumeSource):
+        return open_folder(source, secret, registries=registries)
+    root = mounts.volume(VolumeSource(source.claim))
+    return VolumeFolder(confine(root / source.path, root), str(source), owner=owner)
 
 
 def check_destination(
@@ -99,18 +118,11 @@ def check_destination(
     source = parse_source(address)
     if isinstance(source, RegistrySource):
         require_allowed(source, registries)
-    if isinstance(source, VolumeSource):
-        destination: Destination = _volume_folder(source, mounts, publisher.job_uid)
-    elif secret is None:
+    if secret is None and not isinstance(source, VolumeSource):
         return
-    else:
-        destination = open_destination(
-            address, mounts=mounts, secret=secret, registries=registries, owner=publisher.job_uid
-        )
+    secret = secret or Secret(Path(), "spec.output.secretRef", None)
+    destination = open_destination(
+        address, mounts=mounts, secret=secret, registries=registries, owner=publisher.job_uid
+    )
     reject_occupied(destination, publisher)
     destination.require_writable()
-
-
-def _volume_folder(source: VolumeSource, mounts: Mounts, owner: str) -> VolumeFolder:
-    root = mounts.volume(VolumeSource(source.claim))
-    return VolumeFolder(confine(root / source.path, root), str(source), owner=owner)

@@ -2,7 +2,7 @@
 
 import json
 
-from tests.support.bad_data.case import GOOD, one_file, second_line
+from tests.support.data_files.case import GOOD, one_file, second_line
 
 OBJECT = GOOD.strip()
 
@@ -141,5 +141,52 @@ JSON_FILES = (
         "train.json",
         "hello",
         "pvc://data/train.json is neither a list of objects, [{…}, …], nor does it have one object per line",
+    ),
+    one_file(
+        "no format",
+        "train.jsonl",
+        '{"question": "a", "answer": "b"}\n',
+        "pvc://data/train.jsonl line 1 fits no format; it has the columns 'question', 'answer'. Formats and the "
+        "columns that they need are chat: messages; ",
+    ),
+    one_file(
+        "two formats",
+        "train.jsonl",
+        '{"prompt": "a", "completion": "b", "text": "c"}\n',
+        "pvc://data/train.jsonl line 1 fits more than one format, prompt-completion and text; it has the columns 'pro",
+    ),
+    one_file(
+        "column that is missing later",
+        "train.jsonl",
+        '{"text": "a"}\n{"txt": "b"}\n',
+        "pvc://data/train.jsonl line 2 has no column 'text', which format text needs; it has 'txt'",
+    ),
+    one_file(
+        "wrong column name",
+        "train.jsonl",
+        GOOD,
+        "pvc://data/train.jsonl line 1 fits no format; it has the columns 'messages'. Formats and the "
+        "columns that they need",
+        columns={"messages": "turns"},
+    ),
+    one_file(
+        "another format",
+        "train.jsonl",
+        GOOD,
+        "pvc://data/train.jsonl line 1 has no column 'text', which format text needs; it has 'messages': name it in",
+        format="text",
+    ),
+    one_file(
+        "tools column that is not there",
+        "train.jsonl",
+        GOOD,
+        "line 1 has no column 'functions', which format chat needs; it has 'messages'",
+        columns={"tools": "functions"},
+    ),
+    one_file(
+        "all too long",
+        "train.jsonl",
+        GOOD.replace("pods?", "pods? " * 99),
+        "pvc://data/train.jsonl: all 1 rows are longer than spec.training.maxSequenceLength (64), the longest has",
     ),
 )
