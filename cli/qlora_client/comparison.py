@@ -88,17 +88,9 @@ def _steps(each: Compared) -> str:
     return f"{progress.get('step', 0)}/{progress['totalSteps']}" if progress.get("totalSteps") else ABSENT
 
 
-def _final_loss(each: Compared) -> str:
-    return _loss(each.job.progress.get("loss"))
-
-
 def _first_held_out(each: Compared) -> str:
     measured = (each.job.status.get("gate") or {}).get("initialEvalLoss")
     return _loss(each.history.held_out.get(0, measured))
-
-
-def _held_out(each: Compared) -> str:
-    return _loss(each.job.progress.get("evalLoss"))
 
 
 def _best_held_out(each: Compared) -> str:
@@ -122,20 +114,7 @@ def _memory(each: Compared) -> str:
 
 
 def _gpu_hours(each: Compared) -> str:
-    hours = each.job.gpu_hours
-    return ABSENT if hours is None else f"{hours:.2f}"
-
-
-def _cost(each: Compared) -> str:
-    return str((each.job.status.get("usage") or {}).get("cost") or ABSENT)
-
-
-def _recoveries(each: Compared) -> str:
-    return str(each.job.recoveries)
-
-
-def _phase(each: Compared) -> str:
-    return each.job.phase
+    return ABSENT if each.job.gpu_hours is None else f"{each.job.gpu_hours:.2f}"
 
 
 def _loss(value: float | None) -> str:
@@ -152,18 +131,18 @@ def _duration(job: Job, now: datetime) -> str:
 
 
 _RESULTS: Mapping[str, Callable[[Compared], str]] = {
-    "Phase": _phase,
+    "Phase": lambda each: each.job.phase,
     "Optimizer steps": _steps,
-    "Training loss": _final_loss,
+    "Training loss": lambda each: _loss(each.job.progress.get("loss")),
     "Held-out loss before": _first_held_out,
-    "Held-out loss": _held_out,
+    "Held-out loss": lambda each: _loss(each.job.progress.get("evalLoss")),
     "Best held-out loss": _best_held_out,
     "Answers that passed": _score,
     "Speed": _speed,
     "Peak memory": _memory,
     "GPU hours": _gpu_hours,
-    "Cost": _cost,
-    "Recoveries": _recoveries,
+    "Cost": lambda each: str((each.job.status.get("usage") or {}).get("cost") or ABSENT),
+    "Recoveries": lambda each: str(each.job.recoveries),
 }
 
 

@@ -1,7 +1,11 @@
 """The walk: runs the commands of a newcomer against the embedded cluster, and records them in docs/walk.md."""
 
 import argparse
+import shlex
+import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 from devcluster import cluster, layout, product
@@ -11,7 +15,38 @@ from examples.demo.__main__ import model_folder
 from examples.walk.preparation import prepared
 from examples.walk.runner import Shell, WalkError, page, run
 from examples.walk.steps import INTRODUCTION, TERMINALS, TITLE, UNINSTALL, WALK
-from examples.walk.terminal import screen_after
+
+_COLUMNS, _LINES = 110, 60
+
+
+def screen_after(command: str, shell: Shell) -> str:
+    """The terminal's lines when the command has ended, with the escape sequences of their colors.
+
+    Raises WalkError if it takes too long. Needs tmux.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        tmux = ["tmux", "-S", str(Path(scratch, "socket")), "-f", "/dev/null"]
+        ended = Path(scratch, "ended")
+        # The pane stays until it has been captured.
+        script = f"export TERM=tmux-256color; {command}; touch {shlex.quote(str(ended))}; sleep infinity"
+        environment = {name: value for name, value in shell.environment().items() if name not in ("NO_COLOR", "TMUX")}
+        size = ["-x", str(_COLUMNS), "-y", str(_LINES)]
+        subprocess.run(
+            [*tmux, "new-session", "-d", *size, "bash", "-c", script], cwd=shell.folder, env=environment, check=True
+        )
+        try:
+            deadline = time.monotonic() + shell.seconds
+            while not ended.exists():
+                if time.monotonic() > deadline:
+                    raise WalkError(f"{command}: not done after {shell.seconds:.0f} s in a terminal")
+                time.sleep(0.2)
+            captured = subprocess.run(
+                [*tmux, "capture-pane", "-e", "-p", "-N"], check=True, capture_output=True, text=True
+            )
+            return captured.stdout.rstrip("\n")
+        finally:
+            subprocess.run([*tmux, "kill-server"], check=False, capture_output=True)
+
 
 # The demo's model of 135 million parameters takes a second or two for each on two cores: time enough to suspend it.
 _STEPS = 24

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from devcluster.controlplane import ControlPlane, running
-from tests.support.definitions import apply_definitions
-from tests.support.nodeless import Nodeless, nodeless
+from tests.support.cluster.nodeless import Nodeless, apply_definitions, nodeless
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from devcluster.errors import ClusterError
-from tests.support.nodeless import NAMESPACE, SHARED, Nodeless
+from tests.support.cluster.nodeless import NAMESPACE, SHARED, Nodeless
 from tests.support.sweeps import SWEEP, TEMPLATE
 from tests.support.waiting import eventually
 

@@ -16,7 +16,7 @@ from qlora_operator.kube.client import Cluster
 from qlora_operator.kube.connection import connect
 from qlora_operator.reconcile.sweep import SweepReconciler
 from tests.support.builders import ADAPTER, PROFILES
-from tests.support.played import NAMESPACE, Api, prepared
+from tests.support.cluster.played import NAMESPACE, Api, prepared
 from tests.support.sweeps import SWEEP, TEMPLATE
 
 PATH = f"/apis/qlora.dev/v1alpha1/namespaces/{NAMESPACE}"

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from qlora_api.naming import JOB_LABEL, workspace_claim_name
-from tests.support.forged_reports import FORGED
-from tests.support.harmless_attempts import NEEDS_NO_NODE, batch_job, forged, result, submit
 from tests.support.manifests import MINIMAL
-from tests.support.rejected_attempts import REJECTED, pod
 from tests.support.sweeps import SWEEP
-from tests.support.tenancy import (
+from tests.support.tenancy.forged_reports import FORGED
+from tests.support.tenancy.harmless_attempts import NEEDS_NO_NODE, batch_job, forged, result, submit
+from tests.support.tenancy.rejected_attempts import REJECTED, pod
+from tests.support.tenancy.tenancy import (
     TENANT,
     TENANT_USER,
     VICTIM,

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from devcluster import cleanup, cluster, layout, product, toolchain
 from devcluster.kubectl import claim
 from tests.cluster.environment import INPUTS, Cluster, Tenant, new_namespace
-from tests.support.tiny import SHAPE, save_model
+from tests.support.models.tiny import SHAPE, save_model
 
 
 @pytest.fixture(scope="session")

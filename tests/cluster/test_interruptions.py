@@ -46,7 +46,7 @@ def test_suspension_frees_the_gpu_and_resumption_ends_in_the_same_bytes(tenant: 
     assert status["adapter"]["sha256"] == tenant.succeed(undisturbed)["adapter"]["sha256"]
 
 
-# An operator that dies at any write is swept by tests/api/test_crash_sweep.py.
+# An operator that dies at any write is swept by tests/api/operator/test_crash_sweep.py.
 @pytest.mark.parametrize(
     "phase",
     [

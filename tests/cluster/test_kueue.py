@@ -1,6 +1,6 @@
 """Real jobs and Kueue's controller: quota, preemption, and the effect of a preemption on the adapter.
 
-See tests/api/test_kueue.py for Kueue's statements about held jobs.
+See tests/api/integrations/test_kueue.py for Kueue's statements about held jobs.
 """
 
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import pytest
 
 from devcluster import layout, product
 from tests.cluster.environment import LONG, Cluster, Tenant, tiny_job
-from tests.support.kueue import Kueue, kueue
+from tests.support.services.kueue import Kueue, kueue
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.slow

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tests.cluster.conftest import row
 from tests.cluster.environment import INPUTS, LONG, Object, Tenant, tiny_job
-from tests.support.typed import typed
+from tests.support.commands.typed import typed
 from tests.support.waiting import eventually
 
 NAME = "life"

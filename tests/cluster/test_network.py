@@ -1,7 +1,7 @@
 """NetworkPolicies of the chart, enforced: the reachable peers of each step and the operator, in both directions.
 
 Each attempt is repeated without the policies, and then succeeds: only the policies deny it. Their content is checked in
-tests/api/test_chart.py.
+tests/api/chart/test_rendered.py.
 """
 
 import json
@@ -13,8 +13,8 @@ import pytest
 from devcluster import addresses, cluster, layout, node, product, toolchain
 from devcluster.product import NAMESPACE as OPERATOR_NAMESPACE
 from tests.cluster.environment import Cluster, Object, Tenant, new_namespace, tiny_job
-from tests.support.outside import ELSEWHERE, METADATA, NETWORK, OTHER_PORT, STORE, STORE_PORT, outside
-from tests.support.tenancy import rendered
+from tests.support.services.outside import ELSEWHERE, METADATA, NETWORK, OTHER_PORT, STORE, STORE_PORT, outside
+from tests.support.tenancy.tenancy import rendered
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.slow

@@ -21,7 +21,7 @@ def test_everything_runs_in_restricted_namespaces(tenant: Tenant) -> None:
     tenant.kubectl("delete", "qlorajob", name)
 
 
-# tests/api/test_weather.py covers its reports and actions in the meantime.
+# tests/api/weather/test_outages.py covers its reports and actions in the meantime.
 @pytest.mark.slow
 def test_an_operator_that_cannot_watch_is_not_ready_and_recovers_without_a_restart(tenant: Tenant) -> None:
     cluster, kubectl = tenant.cluster, tenant.cluster.kubectl

@@ -16,11 +16,11 @@ from devcluster.kubectl import claim
 from devcluster.product import NAMESPACE as OPERATOR_NAMESPACE
 from tests.cluster.conftest import give_inputs
 from tests.cluster.environment import ENDLESS, INPUTS, Cluster, Object, Tenant, tiny_job
-from tests.support.harmless_attempts import NEEDS_NO_NODE, batch_job
 from tests.support.manifests import MINIMAL
-from tests.support.node_attempts import CANARY, ON_A_NODE, Assault
-from tests.support.rejected_attempts import REJECTED
-from tests.support.tenancy import (
+from tests.support.tenancy.harmless_attempts import NEEDS_NO_NODE, batch_job
+from tests.support.tenancy.node_attempts import CANARY, ON_A_NODE, Assault
+from tests.support.tenancy.rejected_attempts import REJECTED
+from tests.support.tenancy.tenancy import (
     TENANT,
     TENANT_USER,
     VICTIM,

@@ -1,6 +1,6 @@
 """A real previous release and this one, with jobs in every phase: `helm upgrade`, then `helm rollback`.
 
-The fast siblings are tests/unit/qlora_operator/test_previous_release.py and tests/api/test_upgrade.py.
+The fast siblings are tests/unit/qlora_operator/test_previous_release.py and tests/api/operator/test_upgrade.py.
 """
 
 from collections.abc import Iterator

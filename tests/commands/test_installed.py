@@ -6,7 +6,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
-from tests.support.installed import install, python, qlora
+from tests.support.commands.installed import install, python, qlora
 
 JOB = """apiVersion: qlora.dev/v1alpha1
 kind: QLoRAJob

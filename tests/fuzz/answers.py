@@ -27,8 +27,8 @@ from qlora_trainer.stores.objects import ObjectFolder
 from qlora_trainer.stores.registry import Registry
 from tests.fuzz.documents import DOCUMENTS
 from tests.fuzz.target import Target, in_file, in_text
+from tests.support.models.tiny import CHATML, save_tokenizer
 from tests.support.row_formats import CALLING, GOOD_ROWS
-from tests.support.tiny import CHATML, save_tokenizer
 
 _HOST = "registry.example"
 _SOURCE = RegistrySource(_HOST, "team/model", "v1", None)

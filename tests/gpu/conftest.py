@@ -20,8 +20,8 @@ from transformers import LlamaConfig
 from tests.gpu.cards import Card, lacking, unusable
 from tests.gpu.figures import Figure, Figures, report
 from tests.gpu.runs import new_billion, on_gpu
-from tests.support.command import Files, new_files
-from tests.support.tiny import SHAPE, save_model
+from tests.support.commands.command import Files, new_files
+from tests.support.models.tiny import SHAPE, save_model
 
 FILE = "QLORA_GPU_FIGURES"
 """The environment variable that names the file of the figures; by default `gpu-figures.json`, beside pyproject.toml."""

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.support.command import Files, new_files
-from tests.support.tiny import chat_row, write_rows
+from tests.support.commands.command import Files, new_files
+from tests.support.models.tiny import chat_row, write_rows
 
 
 def on_gpu(files: Files, *steps: str) -> Files:

@@ -13,7 +13,7 @@ from qlora_trainer.core import cpu
 from qlora_trainer.model.kernels.attention import RowBoundaries, rows_attention
 from qlora_trainer.model.kernels.norms import fuse_norms
 from tests.gpu.figures import Figures
-from tests.support.attention import MODULE
+from tests.support.models.attention import MODULE
 
 SHAPE = (8, 2048, 64)
 GEOMETRIES = 100

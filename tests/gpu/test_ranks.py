@@ -10,14 +10,14 @@ import pytest
 from qlora_api.contract import ExitCode
 from tests.gpu.figures import Figures
 from tests.gpu.runs import record
-from tests.support.command import Files
+from tests.support.commands.command import Files
 from tests.support.manifests import merged
 from tests.support.ranks import SHARDED, TWO, beginning_with, other, succeeded, until
 
 NOTING = """
 import os
 from pathlib import Path
-from tests.support.gathered import note_gathered
+from tests.support.models.gathered import note_gathered
 note_gathered(Path("{notes}-" + os.environ.get("RANK", "0")))
 """
 

@@ -15,8 +15,8 @@ from qlora_api.contract import ExitCode, ProgressRecord, decode_record
 from tests.gpu.ballast import GIB, Ballast
 from tests.gpu.figures import Figures
 from tests.gpu.runs import losses, metrics, on_gpu, record
-from tests.support.command import Files
-from tests.support.tiny import JOB_UID, POD_UID
+from tests.support.commands.command import Files
+from tests.support.models.tiny import JOB_UID, POD_UID
 
 
 @pytest.fixture(scope="module")

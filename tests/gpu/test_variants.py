@@ -14,9 +14,9 @@ from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.evaluation.held_out import mean_loss, read_compared
 from qlora_trainer.model.base.load import load_base
 from tests.gpu.runs import losses, on_gpu, record
-from tests.support.command import Files, new_files
+from tests.support.commands.command import Files, new_files
 from tests.support.families import FAMILIES
-from tests.support.tiny import save_model
+from tests.support.models.tiny import save_model
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "rslora": {"useRslora": True},

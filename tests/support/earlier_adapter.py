@@ -12,7 +12,7 @@ from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
 from tests.support.manifests import merged
-from tests.support.tiny import JOB_UID, POD_UID, Recorded, chat_row, write_rows
+from tests.support.models.tiny import JOB_UID, POD_UID, Recorded, chat_row, write_rows
 from tests.support.training import run
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -9,8 +9,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from docs.families import PAGE, SETTINGS
 from qlora_trainer.model.families.tiny_model import shrink
-from tests.support.tiny import SHAPE, VOCABULARY
-from tests.support.wrappers import WRAPPERS
+from tests.support.models.tiny import SHAPE, VOCABULARY
+from tests.support.models.wrappers import WRAPPERS
 
 ATTENTION = "q_proj k_proj v_proj o_proj"
 GATED = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"

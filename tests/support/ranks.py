@@ -12,9 +12,9 @@ import pytest
 from devcluster.addresses import free_port
 from qlora_api.contract import ENV_NODE, ENV_POD_UID, ENV_RENDEZVOUS, ProgressRecord, decode_record
 from qlora_trainer.core.context import StepContext
-from tests.support.command import Done, Files
+from tests.support.commands.command import Done, Files
 from tests.support.manifests import merged
-from tests.support.tiny import JOB_UID, POD_UID
+from tests.support.models.tiny import JOB_UID, POD_UID
 from tests.support.training import history, prepared
 
 TWO: dict[str, Any] = {"resources": {"gpus": 2}}

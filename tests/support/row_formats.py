@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_api.spec.dataset import RowFormat
-from tests.support.tiny import CHATML
+from tests.support.models.tiny import CHATML
 
 TOOLS = [{"type": "function", "function": {"name": "pods", "description": "", "parameters": {"type": "object"}}}]
 CALLING = """\

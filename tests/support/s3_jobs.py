@@ -10,9 +10,9 @@ from qlora_api.contract import ExitCode
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.steps.prepare import prepare
-from tests.support.fault_proxy import Fault
+from tests.support.models.tiny import Recorded, chat_row
 from tests.support.servers import ACCESS_KEY, BUCKET, SECRET_KEY
-from tests.support.tiny import Recorded, chat_row
+from tests.support.services.fault_proxy import Fault
 
 SESSION_TOKEN = "canary-session-token"
 SECRET = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}

@@ -19,8 +19,8 @@ from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.steps.prepare import prepare
 from tests.support.bad_bases import WEIGHTS
 from tests.support.fake_hub import FakeHub
-from tests.support.hub_jobs import MODEL
-from tests.support.tiny import Recorded
+from tests.support.models.tiny import Recorded
+from tests.support.services.hub_jobs import MODEL
 
 
 def base_of(record: PrepareRecord) -> BaseStatus:

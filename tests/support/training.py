@@ -26,9 +26,9 @@ from qlora_trainer.data.tokenize.chunks import Chunk, TokenizedRows
 from qlora_trainer.model.families.inspection import inspect_family
 from qlora_trainer.model.kernels.attention import ATTENTION
 from qlora_trainer.steps.train import train
-from tests.support.four_bit import convert
 from tests.support.manifests import merged
-from tests.support.tiny import JOB_UID, POD_UID, Recorded
+from tests.support.models.four_bit import convert
+from tests.support.models.tiny import JOB_UID, POD_UID, Recorded
 
 ROW_LENGTHS = (9, 14, 5, 21, 12, 30, 7, 16, 25, 11, 18, 6, 13, 28, 10, 22)
 RARE_TOKEN = 500

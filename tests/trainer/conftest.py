@@ -25,12 +25,12 @@ from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.model.memory.dry_run import StepSize, measure_within_limits
 from qlora_trainer.steps import prepare_model
 from qlora_trainer.stores import registry_auth as oci_auth
-from tests.support.command import ROWS, Files, new_files
-from tests.support.fault_proxy import FaultProxy, serve_proxy
+from tests.support.commands.command import ROWS, Files, new_files
 from tests.support.manifests import merged
+from tests.support.models.tiny import JOB_UID, POD_UID, SHAPE, Recorded, chat_row, save_model, write_rows
 from tests.support.ranks import EXACT, TWO, succeeded, workspace
 from tests.support.servers import HTPASSWD, give_login, registry
-from tests.support.tiny import JOB_UID, POD_UID, SHAPE, Recorded, chat_row, save_model, write_rows
+from tests.support.services.fault_proxy import FaultProxy, serve_proxy
 
 # Autograd counts the devices once, at its first use. Inside or after a FakeTensorMode, which torch.compile has too, it
 # counts a GPU that is not there and starts a thread for it: no process forked afterwards can train.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.support.tiny import chat_row
+from tests.support.models.tiny import chat_row
 
 GOOD = json.dumps(chat_row("Which pods?", "kubectl get pods")) + "\n"
 """A row that can be trained on."""

@@ -20,7 +20,7 @@ from qlora_cli.__main__ import main
 from qlora_cli.local.run import Ended
 from qlora_trainer.core.completion import PublishRecord, read_completion
 from qlora_trainer.core.cpu import preloaded_allocator
-from tests.support.command import MANIFEST, SPEC, Files, new_files, qlora
+from tests.support.commands.command import MANIFEST, SPEC, Files, new_files, qlora
 
 
 def test_a_run_of_several_nodes_is_rejected(tmp_path: Path) -> None:

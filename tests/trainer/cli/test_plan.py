@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.command import MANIFEST, qlora
-from tests.support.model_configs import LLAMA_3_8B
+from tests.support.commands.command import MANIFEST, qlora
+from tests.support.models.model_configs import LLAMA_3_8B
 
 LLAMA_65B = {
     "model_type": "llama",

@@ -14,7 +14,7 @@ from qlora_api.spec.job import QLoRAJobSpec
 from qlora_cli.__main__ import main
 from qlora_cli.local.rows import RowAccess, show_rows
 from qlora_trainer.core.context import Mounts
-from tests.support.tiny import chat_row, write_rows
+from tests.support.models.tiny import chat_row, write_rows
 
 ROWS = [chat_row("Which pods?", "kubectl get pods"), chat_row("Which nodes?", "kubectl get nodes " * 20)]
 

@@ -12,7 +12,7 @@ import pytest
 
 from qlora_api.contract import WorkspaceLayout
 from qlora_trainer.core.completion import PublishRecord, TrainRecord, read_completion
-from tests.support.command import SPEC, Files, new_files, qlora
+from tests.support.commands.command import SPEC, Files, new_files, qlora
 from tests.support.fake_hub import FakeHub, serve
 from tests.support.manifests import merged
 

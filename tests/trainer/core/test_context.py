@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 import pytest
 
 from qlora_api.contract import MAX_ACTIVITY_LENGTH, MAX_PROGRESS_BYTES
-from tests.support.tiny import Recorded
+from tests.support.models.tiny import Recorded
 from tests.trainer.conftest import MakeContext
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)

@@ -10,7 +10,7 @@ from qlora_api import contract
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.network import Proxy, https_proxy, use_network
-from tests.support.enterprise import company_certificates
+from tests.support.services.enterprise import company_certificates
 
 
 def rejected(environment: dict[str, str], scratch: Path) -> StepFailure:

@@ -10,7 +10,7 @@ import pytest
 from qlora_api.status import StepName
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.process import set_environment
-from tests.support.fault_proxy import Fault, FaultProxy, serve_proxy
+from tests.support.services.fault_proxy import Fault, FaultProxy, serve_proxy
 
 ASK_THE_HUB = """
 import sys

@@ -9,7 +9,7 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.data import build
 from qlora_trainer.data.tokenize import chunk_maker as tokenize
 from qlora_trainer.steps.prepare import prepare
-from tests.support.tiny import Recorded
+from tests.support.models.tiny import Recorded
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from qlora_trainer.data.selection import Overlap, first_equal
 from qlora_trainer.data.statistics import DataStatistics, OverlapStatistics
 from qlora_trainer.data.tokenize.chunks import Chunk, TokenizedRows
 from qlora_trainer.steps.prepare import prepare
-from tests.support.tiny import Recorded, chat_row, write_rows
+from tests.support.models.tiny import Recorded, chat_row, write_rows
 from tests.trainer.conftest import MakeContext
 
 ROWS = [chat_row(f"Question {n}?", "pods " * (n % 7 + 1)) for n in range(20)]

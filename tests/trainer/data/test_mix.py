@@ -25,7 +25,7 @@ from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.data.statistics import DataStatistics
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.training.schedule import Schedule
-from tests.support.tiny import Recorded, chat_row, write_rows
+from tests.support.models.tiny import Recorded, chat_row, write_rows
 from tests.support.training import adapter_bytes, history, interrupted_at, run
 from tests.trainer.conftest import MakeContext
 

@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.steps.prepare import prepare
-from tests.support.tiny import Recorded, chat_row, write_rows
+from tests.support.models.tiny import Recorded, chat_row, write_rows
 from tests.support.training import Lost, LostAtStep, StopAtStep, history, prepared, run
 from tests.trainer.conftest import MakeContext
 

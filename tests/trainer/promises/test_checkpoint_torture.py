@@ -22,9 +22,9 @@ import pytest
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.outcome import classify
 from qlora_trainer.training.checkpoints.checkpoint import newest_checkpoint, read_checkpoint
-from tests.support import checkpoints
-from tests.support.bad_disk import BadDisk, bad_disk
-from tests.support.checkpoints import FILES, in_child, newest_step, save
+from tests.support.runs import checkpoints
+from tests.support.runs.bad_disk import BadDisk, bad_disk
+from tests.support.runs.checkpoints import FILES, in_child, newest_step, save
 from tests.support.training import adapter_bytes, history, interrupted_at, prepared, run
 
 KILLS = [60, pytest.param(200, marks=pytest.mark.slow)]
@@ -219,7 +219,7 @@ def test_a_saved_stop_counts_although_its_record_does_not_fit_the_volume(tmp_pat
 FILL = """
 import os, shutil, sys
 from pathlib import Path
-from tests.support.checkpoints import newest_step, save
+from tests.support.runs.checkpoints import newest_step, save
 root, kind = Path(sys.argv[1]), sys.argv[2]
 failed = 0
 for left in range(100):

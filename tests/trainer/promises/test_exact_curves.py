@@ -18,7 +18,7 @@ from transformers import LlamaConfig
 
 from qlora_trainer.core.completion import PrepareRecord, read_completion
 from qlora_trainer.training.checkpoints.fingerprint import run_fingerprint
-from tests.support.tiny import SHAPE, save_model
+from tests.support.models.tiny import SHAPE, save_model
 from tests.support.training import history, prepared, run
 
 CURVES = Path(__file__).parent / "curves"

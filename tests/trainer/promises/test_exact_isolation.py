@@ -14,9 +14,9 @@ from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.model.losses.loss import batch_loss
 from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
 from qlora_trainer.training.optimizer import make_optimizer
-from tests.support.adapted import adapted
-from tests.support.sequences import random_sequence
-from tests.support.tiny import SHAPE, save_model
+from tests.support.models.adapted import adapted
+from tests.support.models.sequences import random_sequence
+from tests.support.models.tiny import SHAPE, save_model
 from tests.support.training import job
 
 LENGTHS = (20, 12, 9)

@@ -11,11 +11,11 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
-from tests.support.command import Files
+from tests.support.commands.command import Files
 from tests.support.manifests import merged
+from tests.support.models.tiny import Recorded, chat_row, write_rows
 from tests.support.ranks import EXACT, TWO, same_numbers, succeeded
-from tests.support.report_page import Page
-from tests.support.tiny import Recorded, chat_row, write_rows
+from tests.support.runs.report_page import Page
 from tests.support.training import Lost, LostAtStep, adapter_bytes, history, interrupted_at, run
 from tests.trainer.conftest import MakeContext
 

@@ -15,7 +15,7 @@ from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.model.base.load import load_base, storage_of
 from qlora_trainer.model.nf4.quantization import layer_bytes
-from tests.support.tiny import SHAPE, save_model
+from tests.support.models.tiny import SHAPE, save_model
 from tests.support.training import prepared, run
 
 # arXiv 2305.14314, appendix E: "the exact values of the NF4 data type".

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.model.adapter.attach import adapter_tensors
 from qlora_trainer.steps.prepare import prepare
-from tests.support.adapted import adapted
 from tests.support.exact import compute_in_float32, random_words
-from tests.support.plain_preference import PlainPair, frozen_base, plain_model, plain_parameters, plain_steps
-from tests.support.tiny import Recorded, write_rows
+from tests.support.models.adapted import adapted
+from tests.support.models.plain_preference import PlainPair, frozen_base, plain_model, plain_parameters, plain_steps
+from tests.support.models.tiny import Recorded, write_rows
 from tests.support.training import history, run
 from tests.trainer.conftest import MakeContext
 

@@ -25,9 +25,9 @@ from qlora_trainer.model.adapter.attach import adapter_parameters, adapter_tenso
 from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.model.losses.loss import batch_loss
 from qlora_trainer.steps.prepare import prepare
-from tests.support.adapted import adapted
 from tests.support.exact import compute_in_float32, random_words
-from tests.support.tiny import Recorded, chat_row, write_rows
+from tests.support.models.adapted import adapted
+from tests.support.models.tiny import Recorded, chat_row, write_rows
 from tests.support.training import history, run
 from tests.trainer.conftest import MakeContext
 

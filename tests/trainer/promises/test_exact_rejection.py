@@ -24,7 +24,7 @@ from qlora_trainer.core.failures import Interrupted, StopRequest
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.training.checkpoints import fingerprint
 from tests.support.failures import failing
-from tests.support.tiny import Recorded, chat_row, write_rows
+from tests.support.models.tiny import Recorded, chat_row, write_rows
 from tests.support.training import StopAtStep, adapter_bytes, job, prepared, run
 from tests.trainer.conftest import MakeContext
 

@@ -31,9 +31,9 @@ from qlora_trainer.core.failures import Interrupted, StopRequest
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.training.checkpoints import attempts
-from tests.support.command import Files, new_files
+from tests.support.commands.command import Files, new_files
 from tests.support.manifests import merged
-from tests.support.tiny import JOB_UID, POD_UID, SHAPE, chat_row, save_model, write_rows
+from tests.support.models.tiny import JOB_UID, POD_UID, SHAPE, chat_row, save_model, write_rows
 from tests.support.training import adapter_bytes, history, prepared, run
 
 Site = tuple[str, str, int, str, str]

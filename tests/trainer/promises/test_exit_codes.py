@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from qlora_api.contract import ExitCode, ProgressRecord, ResultRecord, decode_record
-from tests.support.command import Done, Files, new_files
+from tests.support.commands.command import Done, Files, new_files
+from tests.support.models.tiny import JOB_UID, POD_UID
 from tests.support.ranks import beginning_with
-from tests.support.tiny import JOB_UID, POD_UID
 
 
 @pytest.fixture

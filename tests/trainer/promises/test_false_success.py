@@ -22,10 +22,10 @@ from qlora_api.status import QLoRAJobStatus
 from qlora_trainer.core.completion import TrainRecord, read_completion, write_completion
 from qlora_trainer.core.failures import Interrupted, StopRequest
 from tests.support.builders import FACTS, child, ended, follow, make_job, pod, result, status_in
-from tests.support.command import Done, Files
+from tests.support.commands.command import Done, Files
 from tests.support.failures import failing
-from tests.support.published import published
-from tests.support.tiny import JOB_UID, POD_UID
+from tests.support.models.tiny import JOB_UID, POD_UID
+from tests.support.runs.published import published
 from tests.support.training import StopAtStep, prepared, run
 
 Spoil = Callable[[Files], None]

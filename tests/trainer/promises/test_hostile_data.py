@@ -19,7 +19,7 @@ import pyarrow.parquet
 import pytest
 
 from qlora_api.contract import ExitCode
-from tests.support.hostile import Case, Payload, Place, collector, new_trial
+from tests.support.runs.hostile import Case, Payload, Place, collector, new_trial
 from tests.trainer.conftest import MakeContext
 
 UNSAFE, DATASET = ExitCode.UNSAFE_ARTIFACT, ExitCode.BAD_DATASET

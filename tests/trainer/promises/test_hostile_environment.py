@@ -18,11 +18,11 @@ import pytest
 from qlora_api.contract import ExitCode
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.stores.endpoints import server_address
-from tests.support.command import Done, Files, new_files
+from tests.support.commands.command import Done, Files, new_files
 from tests.support.failures import failing
 from tests.support.fake_hub import FakeHub, serve
-from tests.support.hostile import Place, contents
-from tests.support.tiny import Recorded
+from tests.support.models.tiny import Recorded
+from tests.support.runs.hostile import Place, contents
 from tests.trainer.conftest import MakeContext
 
 PASSWORD = "canary-password"

@@ -28,8 +28,8 @@ from qlora_trainer.stores.destinations.hub import HubDestination
 from qlora_trainer.stores.destinations.volume import VolumeFolder
 from qlora_trainer.training.checkpoints.checkpoint import newest_checkpoint
 from tests.support.fake_hub import FakeHub, serve
-from tests.support.hostile import Payload, bounded
-from tests.support.publication import MANIFEST
+from tests.support.runs.hostile import Payload, bounded
+from tests.support.runs.published import MANIFEST
 from tests.support.servers import ACCESS_KEY, BUCKET, SECRET_KEY, s3_bucket, s3_server
 
 NESTED = b'{"a":' * 100_000 + b"1" + b"}" * 100_000

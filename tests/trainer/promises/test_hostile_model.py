@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from qlora_api.contract import ExitCode
-from tests.support.hostile import Case, Payload, Place, collector, new_trial
+from tests.support.runs.hostile import Case, Payload, Place, collector, new_trial
 from tests.trainer.conftest import MakeContext
 
 UNSAFE, CONFIGURATION = ExitCode.UNSAFE_ARTIFACT, ExitCode.BAD_CONFIGURATION

@@ -21,8 +21,8 @@ from qlora_trainer.data.render.template_source import JobTemplate
 from qlora_trainer.publishing.merged_model import give_template
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
-from tests.support.report_page import Page
-from tests.support.tiny import POD_UID, Recorded, chat_row, write_rows
+from tests.support.models.tiny import POD_UID, Recorded, chat_row, write_rows
+from tests.support.runs.report_page import Page
 from tests.support.training import job, run
 
 ROWS = [chat_row(f"List the pods of n{i}.", f"kubectl get pods --namespace n{i}") for i in range(8)]

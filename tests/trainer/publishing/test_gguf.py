@@ -24,11 +24,11 @@ from qlora_trainer.model.source.files import CONFIG
 from qlora_trainer.publishing import gguf
 from qlora_trainer.publishing.gguf import require_convertible
 from qlora_trainer.steps.prepare import prepare
-from tests.support.command import Files
+from tests.support.commands.command import Files
 from tests.support.families import BASE
-from tests.support.llama_cpp import base_gguf, log_probabilities
-from tests.support.published import published
-from tests.support.tiny import Recorded, chat_row, save_model, write_rows
+from tests.support.models.llama_cpp import base_gguf, log_probabilities
+from tests.support.models.tiny import Recorded, chat_row, save_model, write_rows
+from tests.support.runs.published import published
 from tests.trainer.conftest import MakeContext
 
 TOKENS = [5, 77, 200, 31, 9, 120, 44, 300]

@@ -19,11 +19,11 @@ from qlora_cli.__main__ import main
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.publishing.signing import PrivateKey
-from tests.support.command import Files
-from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
-from tests.support.published import published
+from tests.support.commands.command import Files
+from tests.support.models.tiny import JOB_UID
+from tests.support.runs.published import published
 from tests.support.servers import registry
-from tests.support.tiny import JOB_UID
+from tests.support.services.fault_proxy import Fault, FaultProxy, Request, serve_proxy
 
 IMAGE = f"registry.example.org/qlora-trainer@sha256:{'5' * 64}"
 

@@ -29,9 +29,9 @@ from qlora_trainer.steps.publish import publish
 from qlora_trainer.stores.destinations import volume as volume_folder
 from qlora_trainer.stores.destinations.destination import Destination
 from qlora_trainer.stores.destinations.volume import VolumeFolder
-from tests.support.command import Files
-from tests.support.published import context
-from tests.support.tiny import JOB_UID, Recorded
+from tests.support.commands.command import Files
+from tests.support.models.tiny import JOB_UID, Recorded
+from tests.support.runs.published import context
 from tests.support.training import run as train
 
 ADDRESS = "pvc://data/bases/tiny"

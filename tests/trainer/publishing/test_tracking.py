@@ -21,12 +21,12 @@ from qlora_trainer.core.context import Mounts
 from qlora_trainer.publishing import tracking
 from qlora_trainer.publishing.tracking import FinishedRun, UploadError, upload_to_mlflow
 from qlora_trainer.steps import publish as publish_module
-from tests.support.command import Files
-from tests.support.fault_proxy import Fault, FaultProxy, serve_proxy
-from tests.support.mlflow_server import mlflow_server
-from tests.support.published import published
-from tests.support.tiny import JOB_UID
-from tests.support.wandb_stub import wandb_stub
+from tests.support.commands.command import Files
+from tests.support.models.tiny import JOB_UID
+from tests.support.runs.published import published
+from tests.support.services.fault_proxy import Fault, FaultProxy, serve_proxy
+from tests.support.services.mlflow_server import mlflow_server
+from tests.support.services.wandb_stub import wandb_stub
 
 
 @pytest.fixture(scope="module")

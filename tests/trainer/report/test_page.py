@@ -23,10 +23,10 @@ from qlora_trainer.report.charts import chart, loss_chart, loss_picture
 from qlora_trainer.report.model_card import adapter_model_card
 from qlora_trainer.report.page import estimated_peaks
 from qlora_trainer.steps.publish import publish
-from tests.support.command import Files
-from tests.support.published import context, published
-from tests.support.report_page import Page
-from tests.support.tiny import JOB_UID, Recorded
+from tests.support.commands.command import Files
+from tests.support.models.tiny import JOB_UID, Recorded
+from tests.support.runs.published import context, published
+from tests.support.runs.report_page import Page
 
 
 def page_of(files: Files) -> str:

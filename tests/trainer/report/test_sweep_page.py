@@ -18,10 +18,10 @@ from qlora_trainer.report import sweep_page
 from qlora_trainer.report.charts import curves_chart
 from qlora_trainer.report.sweep_page import add_to_sweep_report, add_unfinished_to_sweep_report
 from qlora_trainer.steps.publish import _trained_job, publish
-from tests.support.command import Files
-from tests.support.published import context
-from tests.support.report_page import Page
-from tests.support.tiny import Recorded
+from tests.support.commands.command import Files
+from tests.support.models.tiny import Recorded
+from tests.support.runs.published import context
+from tests.support.runs.report_page import Page
 
 
 def add(

@@ -9,7 +9,7 @@ import pytest
 from qlora_trainer.core.completion import TrainRecord
 from qlora_trainer.model.base import cached_base
 from tests.support.earlier_adapter import Place, run_earlier
-from tests.support.hub_jobs import tiny_hub
+from tests.support.services.hub_jobs import tiny_hub
 from tests.support.shared_cache import SharedCache
 from tests.trainer.conftest import MakeContext
 

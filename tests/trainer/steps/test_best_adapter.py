@@ -24,8 +24,8 @@ from qlora_trainer.training.progress.run_state import RunState
 from qlora_trainer.training.run import Run
 from tests.support.failures import failing
 from tests.support.manifests import merged
-from tests.support.report_page import Page
-from tests.support.tiny import SHAPE, Recorded, save_model
+from tests.support.models.tiny import SHAPE, Recorded, save_model
+from tests.support.runs.report_page import Page
 from tests.support.training import Lost, LostAtStep, adapter_bytes, history, interrupted_at, prepared, run
 
 Prepare = Callable[..., StepContext]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from qlora_api.contract import WorkspaceLayout
 from qlora_trainer.steps.clean import clean
-from tests.support.command import Files
-from tests.support.published import published
-from tests.support.tiny import JOB_UID, POD_UID
+from tests.support.commands.command import Files
+from tests.support.models.tiny import JOB_UID, POD_UID
+from tests.support.runs.published import published
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -23,7 +23,7 @@ from qlora_trainer.training.continued import continue_run, reject_other_settings
 from qlora_trainer.training.prepared_job import PreparedJob
 from tests.support.failures import failing
 from tests.support.manifests import merged
-from tests.support.tiny import POD_UID, Recorded, chat_row, write_rows
+from tests.support.models.tiny import POD_UID, Recorded, chat_row, write_rows
 from tests.support.training import Lost, LostAtStep, adapter_bytes, history, interrupted_at, job, prepared, run
 from tests.trainer.conftest import MakeContext
 

@@ -31,11 +31,11 @@ from qlora_trainer.evaluation.scorable import row_criterion
 from qlora_trainer.steps.clean import clean
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
-from tests.support.command import ROWS, Files, new_files
+from tests.support.commands.command import ROWS, Files, new_files
 from tests.support.failures import failing
-from tests.support.published import context, published
-from tests.support.report_page import Page
-from tests.support.tiny import POD_UID, VOCABULARY, Recorded, chat_row, save_model, write_rows
+from tests.support.models.tiny import POD_UID, VOCABULARY, Recorded, chat_row, save_model, write_rows
+from tests.support.runs.published import context, published
+from tests.support.runs.report_page import Page
 from tests.trainer.conftest import MakeContext
 
 OUTPUT = {"destination": "pvc://data/adapter", "merged": {"destination": "pvc://data/merged"}}

@@ -18,7 +18,7 @@ from qlora_trainer.training import suspect_run
 from qlora_trainer.training.progress.divergence import Stability
 from tests.support.earlier_adapter import FROM, WEIGHTS, Place, published
 from tests.support.failures import failing
-from tests.support.tiny import Recorded
+from tests.support.models.tiny import Recorded
 from tests.support.training import adapter_bytes, history, interrupted_at, run
 
 

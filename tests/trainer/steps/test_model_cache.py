@@ -18,14 +18,14 @@ from qlora_trainer.model.base.conversion import BaseConversion
 from qlora_trainer.steps.clean import clean
 from qlora_trainer.steps.prepare import prepare
 from tests.support.bad_bases import WEIGHTS, overwrite, overwrite_with_manifest
-from tests.support.command import Done, new_files
+from tests.support.commands.command import Done, new_files
 from tests.support.failures import failing
 from tests.support.fake_hub import Rejection
-from tests.support.four_bit import quantized, settings
-from tests.support.hub_jobs import MODEL
-from tests.support.mxfp4 import save_gpt_oss
+from tests.support.models.four_bit import quantized, settings
+from tests.support.models.mxfp4 import save_gpt_oss
+from tests.support.models.tiny import Recorded, chat_row, write_rows
+from tests.support.services.hub_jobs import MODEL
 from tests.support.shared_cache import SharedCache, base_of, contents, only_base
-from tests.support.tiny import Recorded, chat_row, write_rows
 from tests.support.training import run
 from tests.trainer.conftest import MakeContext
 

@@ -19,10 +19,10 @@ from tests.support.bad_bases import (
     WEIGHTS,
     write,
 )
-from tests.support.bad_disk import bad_disk
 from tests.support.failures import failing
+from tests.support.models.tiny import Recorded
+from tests.support.runs.bad_disk import bad_disk
 from tests.support.shared_cache import SharedCache, base_of
-from tests.support.tiny import Recorded
 
 
 def test_a_full_cache_is_reported_and_the_base_goes_into_the_workspace(cache: SharedCache) -> None:

@@ -26,12 +26,12 @@ from tests.support.bad_bases import (
     rename_tensors,
     write,
 )
-from tests.support.command import new_files
+from tests.support.commands.command import new_files
 from tests.support.failures import failing
 from tests.support.fake_hub import Rejection
-from tests.support.hub_jobs import MODEL
+from tests.support.models.tiny import Recorded
+from tests.support.services.hub_jobs import MODEL
 from tests.support.shared_cache import SharedCache, age, base_of
-from tests.support.tiny import Recorded
 from tests.support.waiting import eventually
 
 

@@ -27,7 +27,7 @@ from qlora_trainer.model.families import admission
 from qlora_trainer.model.families.inspection import Family, inspect_family
 from qlora_trainer.steps.prepare import prepare
 from tests.support.failures import failing
-from tests.support.tiny import JOB_UID, POD_UID, SHAPE, Recorded, chat_row, save_model, write_rows
+from tests.support.models.tiny import JOB_UID, POD_UID, SHAPE, Recorded, chat_row, save_model, write_rows
 from tests.trainer.conftest import MakeContext
 
 

@@ -15,11 +15,11 @@ from qlora_trainer.core.completion import PrepareRecord
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.model.base.conversion import BaseConversion
 from qlora_trainer.steps.prepare import prepare
-from tests.support.command import new_files
+from tests.support.commands.command import new_files
 from tests.support.fake_hub import COMMIT, OTHER_COMMIT, FakeHub, Rejection
-from tests.support.four_bit import manifest_of, require_made_of
-from tests.support.hub_jobs import MODEL, rejection, tiny_hub
-from tests.support.tiny import Recorded, chat_row, write_rows
+from tests.support.models.four_bit import manifest_of, require_made_of
+from tests.support.models.tiny import Recorded, chat_row, write_rows
+from tests.support.services.hub_jobs import MODEL, rejection, tiny_hub
 from tests.trainer.conftest import MakeContext
 
 LARGE_CARD: dict[str, Any] = {"resources": {"gpuMemory": 80}}

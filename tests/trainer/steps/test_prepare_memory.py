@@ -14,9 +14,9 @@ from qlora_trainer.core.completion import PrepareRecord, read_completion
 from qlora_trainer.model.memory.fit import training_shape
 from qlora_trainer.model.memory.job_memory import MeasuredJob, memory_together
 from qlora_trainer.steps.prepare import prepare
-from tests.support.command import new_files
+from tests.support.commands.command import new_files
 from tests.support.failures import failing
-from tests.support.tiny import SHAPE, Recorded, chat_row, save_model, write_rows
+from tests.support.models.tiny import SHAPE, Recorded, chat_row, save_model, write_rows
 from tests.trainer.conftest import MakeContext
 
 # Biases and norms are 2 % of anything smaller.

@@ -19,11 +19,10 @@ from qlora_trainer.report.serving import ADAPTER_PLACEHOLDER, BASE_PLACEHOLDER
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.stores.contents import Manifest, describe_files
 from qlora_trainer.stores.destinations.volume import VolumeFolder
-from tests.support.command import ROWS, Files
+from tests.support.commands.command import ROWS, Files
 from tests.support.failures import failing
-from tests.support.publication import MANIFEST
-from tests.support.published import published
-from tests.support.tiny import JOB_UID, POD_UID, Recorded
+from tests.support.models.tiny import JOB_UID, POD_UID, Recorded
+from tests.support.runs.published import MANIFEST, published
 from tests.trainer.conftest import MakeContext
 
 OTHER_UID = "7d0c2f5e-0000-4000-8000-00000000000f"

@@ -26,7 +26,7 @@ from qlora_trainer.training.checkpoints import checkpoint
 from qlora_trainer.training.checkpoints.attempts import read_attempts
 from tests.support.failures import failing
 from tests.support.manifests import merged
-from tests.support.tiny import Recorded, chat_row, write_rows
+from tests.support.models.tiny import Recorded, chat_row, write_rows
 from tests.support.training import (
     RARE_TOKEN,
     Lost,

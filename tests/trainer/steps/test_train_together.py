@@ -31,7 +31,7 @@ from qlora_trainer.training.checkpoints.attempts import only_attempt, read_attem
 from qlora_trainer.training.checkpoints.checkpoint import Checkpoint
 from qlora_trainer.training.joint_training import Ended, Member, run_together
 from tests.support.manifests import merged
-from tests.support.tiny import POD_UID, Recorded
+from tests.support.models.tiny import POD_UID, Recorded
 from tests.support.training import ROW_LENGTHS, StopAtStep, adapter_bytes, history, interrupted_at, prepared, run
 
 # The jobs differ in data, length, adapter, its layers and beginning, rate, evaluations, what is kept, and the end.

@@ -10,10 +10,10 @@ from obstore.store import S3Store
 
 from qlora_trainer.stores import bucket as store_settings
 from qlora_trainer.stores.contents import Contents
-from tests.support.fault_proxy import FaultProxy, serve_proxy
+from tests.support.models.tiny import write_rows
 from tests.support.s3_jobs import ROWS, SECRET, give_secret
 from tests.support.servers import s3_bucket, s3_server
-from tests.support.tiny import write_rows
+from tests.support.services.fault_proxy import FaultProxy, serve_proxy
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.network import use_network
 from qlora_trainer.stores import bucket
 from qlora_trainer.stores.objects import ObjectFolder
-from tests.support.enterprise import company_certificates
 from tests.support.fake_clouds import ACCOUNT, BUCKET, CLIENT, ROLE, SESSION, TENANT, FakeCloud, serve_cloud
-from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
+from tests.support.services.enterprise import company_certificates
+from tests.support.services.fault_proxy import Fault, FaultProxy, Request, serve_proxy
 
 LISTING = (
     b"<ListBucketResult><Contents><Key>a/b/x</Key><Size>1</Size><ETag>&quot;e&quot;</ETag>"

@@ -22,7 +22,7 @@ from qlora_trainer.stores.destinations.addresses import open_destination
 from qlora_trainer.stores.destinations.destination import publish_folder
 from qlora_trainer.stores.objects import ObjectFolder
 from tests.support.fake_clouds import ACCOUNT, BUCKET, FakeCloud, foreign_key, serve_cloud
-from tests.support.publication import MANIFEST
+from tests.support.runs.published import MANIFEST
 
 FIELD = "spec.output.secretRef"
 LARGE = b"weights!" * 1_200_000

@@ -27,8 +27,12 @@ from qlora_trainer.stores.destinations.destination import publish_folder
 from qlora_trainer.stores.hub import Hub
 from qlora_trainer.stores.objects import ObjectFolder
 from qlora_trainer.stores.registry import Registry
-from tests.support.command import Done, Files, new_files
-from tests.support.enterprise import (
+from tests.support.commands.command import Done, Files, new_files
+from tests.support.fake_hub import FakeHub, Rejection, serve
+from tests.support.models.tiny import chat_row, write_rows
+from tests.support.runs.published import MANIFEST
+from tests.support.servers import ACCESS_KEY, BUCKET, SECRET_KEY, registry, s3_server
+from tests.support.services.enterprise import (
     DOMAIN,
     PROXY_PASSWORD,
     PROXY_USER,
@@ -37,10 +41,6 @@ from tests.support.enterprise import (
     company_certificates,
     company_proxy,
 )
-from tests.support.fake_hub import FakeHub, Rejection, serve
-from tests.support.publication import MANIFEST
-from tests.support.servers import ACCESS_KEY, BUCKET, SECRET_KEY, registry, s3_server
-from tests.support.tiny import chat_row, write_rows
 
 
 @dataclass(frozen=True)

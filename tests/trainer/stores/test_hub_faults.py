@@ -12,10 +12,10 @@ from qlora_api.contract import ExitCode
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.stores import hub as hub_module
 from tests.support.fake_hub import COMMIT, FakeHub, Rejection
-from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
-from tests.support.four_bit import large_weights, require_made_of
-from tests.support.hub_jobs import MODEL, rejection, tiny_hub
-from tests.support.tiny import Recorded
+from tests.support.models.four_bit import large_weights, require_made_of
+from tests.support.models.tiny import Recorded
+from tests.support.services.fault_proxy import Fault, FaultProxy, Request, serve_proxy
+from tests.support.services.hub_jobs import MODEL, rejection, tiny_hub
 from tests.trainer.conftest import MakeContext
 
 TOKEN = "hf_canarytokenthatreads"

@@ -12,7 +12,7 @@ from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.stores.referrers import Attached, find_attached
 from qlora_trainer.stores.registry import INDEX_TYPE, MANIFEST_TYPE, Registry, digest_of
-from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
+from tests.support.services.fault_proxy import Fault, FaultProxy, Request, serve_proxy
 
 KIND = "application/vnd.in-toto+json"
 ARTIFACT = f"sha256:{'a' * 64}"

@@ -10,8 +10,8 @@ from qlora_api.sources import RegistrySource, parse_source
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.stores.registry import Blob, Registry, digest_of
-from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
 from tests.support.servers import LOGIN, give_login
+from tests.support.services.fault_proxy import Fault, FaultProxy, Request, serve_proxy
 
 
 def opened(registry_proxy: FaultProxy, folder: Path) -> Registry:

@@ -16,8 +16,8 @@ from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.stores.objects import ObjectFolder
-from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
-from tests.support.four_bit import require_made_of
+from tests.support.models.four_bit import require_made_of
+from tests.support.models.tiny import Recorded, write_rows
 from tests.support.s3_jobs import (
     MODEL,
     ROWS,
@@ -29,7 +29,7 @@ from tests.support.s3_jobs import (
     require_no_canary,
 )
 from tests.support.servers import ACCESS_KEY, BUCKET, SECRET_KEY
-from tests.support.tiny import Recorded, write_rows
+from tests.support.services.fault_proxy import Fault, FaultProxy, Request, serve_proxy
 from tests.trainer.conftest import MakeContext
 
 

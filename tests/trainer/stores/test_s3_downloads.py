@@ -22,8 +22,8 @@ from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.stores import bucket as store_settings
 from qlora_trainer.stores.access import StoreAccess
 from qlora_trainer.stores.objects import ObjectFolder, StoredObject
-from tests.support.fault_proxy import Fault, FaultProxy, Request
-from tests.support.four_bit import large_weights, require_made_of
+from tests.support.models.four_bit import large_weights, require_made_of
+from tests.support.models.tiny import Recorded, write_rows
 from tests.support.s3_jobs import (
     MODEL,
     ROWS,
@@ -31,7 +31,7 @@ from tests.support.s3_jobs import (
     rejection,
 )
 from tests.support.servers import BUCKET
-from tests.support.tiny import Recorded, write_rows
+from tests.support.services.fault_proxy import Fault, FaultProxy, Request
 from tests.trainer.conftest import MakeContext
 
 

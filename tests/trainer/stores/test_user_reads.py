@@ -25,9 +25,9 @@ from qlora_trainer.stores.destinations.registry import RegistryDestination
 from tests.support.fake_clouds import ACCOUNT, FakeCloud, serve_cloud
 from tests.support.fake_clouds import BUCKET as CLOUD_BUCKET
 from tests.support.fake_hub import FakeHub, serve
-from tests.support.fault_proxy import FaultProxy
-from tests.support.publication import MANIFEST
+from tests.support.runs.published import MANIFEST
 from tests.support.servers import ACCESS_KEY, BUCKET, LOGIN, SECRET_KEY, s3_bucket
+from tests.support.services.fault_proxy import FaultProxy
 
 TOKEN = "hf_canary"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qlora_trainer.training.checkpoints.checkpoint import newest_checkpoint
-from tests.support.checkpoints import in_child, newest_step, save
+from tests.support.runs.checkpoints import in_child, newest_step, save
 
 
 def test_saved_checkpoints_are_read_back_and_only_two_are_kept(tmp_path: Path) -> None:

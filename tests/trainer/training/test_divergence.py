@@ -20,7 +20,7 @@ from qlora_trainer.training import loop
 from qlora_trainer.training.optimizer import learning_rate
 from qlora_trainer.training.progress.divergence import Stability, has_diverged
 from tests.support.failures import failing
-from tests.support.report_page import Page
+from tests.support.runs.report_page import Page
 from tests.support.training import StopAtStep, history, prepared, run
 
 PATIENCE = 20

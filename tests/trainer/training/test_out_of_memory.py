@@ -26,7 +26,7 @@ from qlora_trainer.training.out_of_memory import explain_shortage
 from tests.support.dry_runs import measure
 from tests.support.failures import failing
 from tests.support.manifests import merged
-from tests.support.tiny import Recorded
+from tests.support.models.tiny import Recorded
 from tests.support.training import Lost, LostAtStep, adapter_bytes, failure, history, interrupted_at, prepared, run
 
 Prepare = Callable[..., StepContext]

@@ -21,8 +21,8 @@ from qlora_trainer.training import preference, reference, suspect_run
 from qlora_trainer.training.progress import divergence
 from tests.support.failures import failing
 from tests.support.manifests import merged
+from tests.support.models.tiny import Recorded
 from tests.support.ranks import SHARDED, same_numbers, succeeded, workspace
-from tests.support.tiny import Recorded
 from tests.support.training import Lost, LostAtStep, adapter_bytes, failure, history, interrupted_at, prepared, run
 
 # Sixteen pairs in separate sequences, four in a step: four steps make an epoch.

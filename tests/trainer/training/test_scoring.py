@@ -24,8 +24,8 @@ from qlora_trainer.history.samples import read_samples
 from qlora_trainer.publishing.gate import check_gate
 from qlora_trainer.training.checkpoints.attempts import read_attempts
 from tests.support.manifests import merged
+from tests.support.models.tiny import VOCABULARY, Recorded, save_model
 from tests.support.ranks import EXACT, TWO, succeeded, workspace
-from tests.support.tiny import VOCABULARY, Recorded, save_model
 from tests.support.training import (
     ROW_LENGTHS,
     Lost,

@@ -1,6 +1,7 @@
 """Argo CD's view of a job in every phase, and the changes of its actions.
 
-The Lua runs in a Lua 5.1 with the libraries that Argo CD's has; `tests/api/test_argo_cd.py` runs Argo CD's own.
+The Lua runs in a Lua 5.1 with the libraries that Argo CD's has; `tests/api/integrations/test_argo_cd.py` runs Argo
+CD's own.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ from gitops import generate
 from qlora_operator.decisions.sweeps.plan import next_status, table
 from qlora_operator.decisions.sweeps.sweep import CellJob, QLoRASweep, parse_sweep
 from tests.support.builders import NOW, UID
-from tests.support.phases import Case, cases, changed_spec
+from tests.support.cluster.phases import Case, cases, changed_spec
 from tests.support.sweeps import SWEEP
 
 SETTINGS = yaml.safe_load(generate.VALUES.read_text())["configs"]["cm"]

@@ -4,7 +4,7 @@ import re
 
 import yaml
 
-from tests.support.alerts import CASES, ROOT, RUNBOOKS, alerts
+from tests.support.project.alerts import CASES, ROOT, RUNBOOKS, alerts
 
 ALERTS = alerts()
 

@@ -6,8 +6,8 @@ import yaml
 
 from helm.dashboards.__main__ import render
 from qlora_operator.metrics.metrics import Metrics
-from tests.support.alerts import FILE as ALERTS
-from tests.support.dashboards import complaints, dashboards, panels, queries, selected
+from tests.support.project.alerts import FILE as ALERTS
+from tests.support.project.dashboards import complaints, dashboards, panels, queries, selected
 
 DASHBOARDS = dashboards()
 KUBELET = {"kubelet_volume_stats_available_bytes", "kubelet_volume_stats_capacity_bytes"}

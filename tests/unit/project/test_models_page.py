@@ -9,7 +9,7 @@ from qlora_api.memory.estimate import GIB, without_activations
 from qlora_api.memory.model_shape import ModelShape
 from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.memory.weights import count_weights
-from tests.support.model_configs import TO_CHOOSE
+from tests.support.models.model_configs import TO_CHOOSE
 
 PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "choose-a-model.md"
 ROWS = {

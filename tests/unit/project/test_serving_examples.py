@@ -1,7 +1,8 @@
-"""The examples for servers fit together, and provide announced adapters only."""
+"""The examples fit together: servers provide announced adapters only, policies and notebooks are valid."""
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 
 from examples.serving.sync_adapters import Seen, sync
 from qlora_api.artifact_status import AdapterStatus
+from qlora_api.lineage import LINEAGE_TYPE, Lineage, LineageResult
 from qlora_api.sources import HubSource, VolumeSource, parse_source
 from qlora_operator.decisions.announcing import entry
 
@@ -153,3 +155,32 @@ def test_an_entry_names_no_folder_outside(folders: tuple[Path, Path, Path]) -> N
     (entries / "bot.json").write_text((entries / "bot.json").read_text().replace('"bot"', '"../entries"'))
     assert sync(entries, adapters, BASE, {"team": claim}, Seen()) == []
     assert list(adapters.iterdir()) == []
+
+
+POLICY = Path(__file__).parents[3] / "examples" / "kyverno" / "require-lineage.yaml"
+
+
+def test_the_policy_names_existing_predicates_and_fields() -> None:
+    policy: dict[str, Any] = yaml.safe_load(POLICY.read_text())
+    [attestation] = policy["spec"]["attestations"]
+    assert attestation["intoto"]["type"] == LINEAGE_TYPE
+    expressions = " ".join(validation["expression"] for validation in policy["spec"]["validations"])
+    paths = re.findall(r"\.predicate((?:\.[a-zA-Z]+)+)\)", expressions)
+    assert len(paths) == 2
+    for path in paths:
+        schema = Lineage.model_json_schema(by_alias=True)
+        node = schema
+        for name in path.removeprefix(".").split("."):
+            part = node["properties"][name]
+            node = schema["$defs"][part["$ref"].rpartition("/")[2]] if "$ref" in part else part
+    results = LineageResult.model_json_schema(by_alias=True)["properties"]
+    assert set(re.findall(r"result\.([a-zA-Z]+)", expressions.partition(".all(result")[2])) <= results.keys()
+
+
+NOTEBOOKS = sorted((Path(__file__).parents[3] / "examples" / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_a_notebook_has_no_outputs(file: Path) -> None:
+    code = [cell for cell in json.loads(file.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert [cell for cell in code if cell["outputs"] or cell["execution_count"] is not None] == []

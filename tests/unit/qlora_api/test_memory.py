@@ -13,7 +13,7 @@ from qlora_api.memory.model_shape import ModelShape, UnsupportedModelError
 from qlora_api.memory.training_shape import ALL_LINEAR, TrainingShape
 from qlora_api.memory.weights import count_weights
 from tests.support.dry_runs import estimate
-from tests.support.model_configs import LLAMA_2_7B, LLAMA_3_8B, dense
+from tests.support.models.model_configs import LLAMA_2_7B, LLAMA_3_8B, dense
 
 MISTRAL_7B = LLAMA_2_7B | {"intermediate_size": 14336, "model_type": "mistral", "num_key_value_heads": 8}
 SMOLLM2_135M = dense("llama", 30, 576, 1536, (9, 3, 64), 49152, tied=True)

@@ -11,7 +11,7 @@ from qlora_api.memory.estimate import GIB
 from qlora_api.memory.model_shape import ModelShape
 from qlora_api.memory.training_shape import TrainingShape
 from tests.support.dry_runs import estimate
-from tests.support.model_configs import LLAMA_2_7B, LLAMA_3_8B, dense
+from tests.support.models.model_configs import LLAMA_2_7B, LLAMA_3_8B, dense
 
 LLAMA_65B = dense("llama", 80, 8192, 22016, (64, 64, 128), 32000)
 OF_7B, OF_8B, OF_65B = (

@@ -11,7 +11,7 @@ from qlora_api.memory.together import ShareOfMemory, add_up, shared_bytes
 from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.status import MemoryStatus
 from tests.support.dry_runs import estimate, estimate_together
-from tests.support.model_configs import LLAMA_2_7B, LLAMA_3_8B
+from tests.support.models.model_configs import LLAMA_2_7B, LLAMA_3_8B
 
 MODEL, WITHOUT_GROUPS = (ModelShape.from_config(config) for config in (LLAMA_3_8B, LLAMA_2_7B))
 DEFAULT = TrainingShape(rank=16)

@@ -1,11 +1,14 @@
-"""Progress of a local run: one line that a person reads at a glance."""
+"""A local run as a person or a program reads it: one line, records, and its end."""
 
+import os
+import signal
 from typing import Any
 
 import pytest
 
 from qlora_api.contract import ProgressRecord
-from qlora_cli.local.display import describe
+from qlora_cli.local.display import RecordDisplay, describe
+from qlora_cli.output import ended_by_signals
 
 
 @pytest.mark.parametrize(
@@ -44,3 +47,19 @@ from qlora_cli.local.display import describe
 def test_a_record_becomes_a_line_of_its_fields(fields: dict[str, Any], line: str) -> None:
     common = {"jobUid": "job", "podUid": "pod", "step": "train", "time": "2026-01-02T03:04:05Z"}
     assert describe(ProgressRecord.model_validate(common | fields)) == line
+
+
+def test_a_step_without_a_result_is_described_by_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    RecordDisplay().end("train", None, 137)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == "train has ended with exit code 137 and without a result\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_body_with_its_exit_code_and_its_handler_is_given_back(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended, ended_by_signals():
+        os.kill(os.getpid(), number)
+    assert ended.value.code == 128 + number
+    assert signal.getsignal(number) is before

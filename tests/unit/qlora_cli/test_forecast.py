@@ -15,7 +15,7 @@ from qlora_cli.__main__ import main
 from qlora_cli.local.forecast import GpuOfPlan, show_forecast
 from qlora_cli.local.plan import make_plan
 from tests.support.manifests import MINIMAL, Manifest, with_value
-from tests.support.model_configs import SMALL_LLAMA
+from tests.support.models.model_configs import SMALL_LLAMA
 
 PARAMETERS = 2 * (4 * 1024 * 1024 + 3 * 1024 * 4096) + 2 * 4096 * 1024
 FAST = "--gpu-tflops=0.01"

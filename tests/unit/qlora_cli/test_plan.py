@@ -17,7 +17,7 @@ from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.model.memory.dry_run import measure_within_limits
 from qlora_trainer.model.memory.job_memory import Measure
 from tests.support.dry_runs import measure
-from tests.support.model_configs import SMALL_LLAMA
+from tests.support.models.model_configs import SMALL_LLAMA
 
 SPEC = QLoRAJobSpec.model_validate(
     {

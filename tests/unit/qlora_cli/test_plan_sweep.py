@@ -24,7 +24,7 @@ from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.model.memory.dry_run import StepSize
 from tests.support.dry_runs import stand_in
 from tests.support.manifests import merged
-from tests.support.model_configs import LLAMA_3_8B
+from tests.support.models.model_configs import LLAMA_3_8B
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "sweep.yaml"
 UNKNOWN = {"model_type": "starcoder2"}

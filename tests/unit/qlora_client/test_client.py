@@ -19,7 +19,7 @@ from qlora_client.jobs.job import Job
 from qlora_client.kube.errors import UnreachableError
 from qlora_client.kube.resources import Resource
 from tests.support.dry_runs import stand_in
-from tests.support.model_configs import LLAMA_3_8B
+from tests.support.models.model_configs import LLAMA_3_8B
 
 Script = Callable[..., QLoRAClient]
 SPEC = QLoRAJobSpec(model=BaseModelSpec(source="hf://org/model"), dataset=DatasetSpec(source="hf://org/rows"))

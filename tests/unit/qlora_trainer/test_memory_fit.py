@@ -19,7 +19,7 @@ from qlora_trainer.core.sandbox import DryRunFailed
 from qlora_trainer.model.memory.fit import MemoryFit, training_shape
 from qlora_trainer.model.memory.job_memory import MeasuredJob
 from tests.support.dry_runs import estimate, estimate_together, measure, measure_passes
-from tests.support.model_configs import LLAMA_3_8B
+from tests.support.models.model_configs import LLAMA_3_8B
 
 SOURCES = {"model": {"source": "hf://org/model"}, "dataset": {"source": "hf://org/rows"}}
 # Settings that decide the advice, and not the memory.

@@ -1,10 +1,12 @@
-"""A release's view of a Dockerfile: its pinned base, and the purposes of its layers."""
+"""A Dockerfile's pinned base and layers, and workflows that run nothing another user could replace."""
 
 import re
+from typing import Any
 
 import pytest
+import yaml
 
-from release import dockerfiles
+from release import dockerfiles, workflows
 from release.project import DOCKERFILES, ROOT, ReleaseError
 
 TRAINER = (ROOT / DOCKERFILES["qlora-trainer"]).read_text()
@@ -32,3 +34,16 @@ def test_the_list_of_packages_has_reasons_for_omitted_ones() -> None:
     left_out = re.findall(r"--no-emit-package (\S+)", TRAINER)
     assert left_out
     assert all(f"{name}" in dockerfiles.left_out_packages(TRAINER) for name in left_out)
+
+
+def test_nothing_is_released_before_the_tests_of_its_commit_have_passed() -> None:
+    folder = ROOT / workflows.FOLDER
+    jobs: dict[str, dict[str, Any]] = yaml.safe_load((folder / "release.yaml").read_text())["jobs"]
+    called = {str(jobs[name].get("uses")) for name in jobs["release"]["needs"]}
+    assert called == {"./.github/workflows/test.yaml", "./.github/workflows/rehearsal.yaml"}
+    (rehearsed,) = yaml.safe_load((folder / "rehearsal.yaml").read_text())["jobs"].values()
+    assert any("tests/cluster/test_release.py" in step.get("run", "") for step in rehearsed["steps"])
+
+
+def test_actions_of_workflows_are_pinned() -> None:
+    assert workflows.findings() == []

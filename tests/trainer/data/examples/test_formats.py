@@ -12,9 +12,9 @@ from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.examples.formats import PAIRS, RowReader, detect_format
 from qlora_trainer.data.read.rows import Row
 from qlora_trainer.data.render.template_source import JobTemplate
-from tests.support.learned import learned
+from tests.support.models.learned import learned
+from tests.support.models.tiny import save_tokenizer
 from tests.support.row_formats import GOOD_ROWS, WRONG_ROWS, GoodRow
-from tests.support.tiny import save_tokenizer
 
 WRONG = [(format_, row, message) for format_, rows in WRONG_ROWS.items() for row, message in rows]
 

@@ -15,7 +15,7 @@ from qlora_trainer.data.read.rows import Row
 from qlora_trainer.data.statistics import DataStatistics
 from qlora_trainer.data.tokenize.chunk_maker import ChunkMaker, Recipe
 from qlora_trainer.steps.prepare import prepare
-from tests.support.tiny import Recorded, chat_row, write_rows
+from tests.support.models.tiny import Recorded, chat_row, write_rows
 from tests.trainer.conftest import MakeContext
 
 ASKED = {"role": "user", "content": "List the pods"}

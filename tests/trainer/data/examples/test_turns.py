@@ -12,7 +12,7 @@ from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.examples.example import Conversation, Message
 from qlora_trainer.data.render.chat_template import Tokenizer
 from qlora_trainer.data.render.template_source import JobTemplate
-from tests.support.learned import learned
+from tests.support.models.learned import learned
 
 SYSTEM = {"role": "system", "content": "Be short."}
 DIALOGUE: list[dict[str, Any]] = [

@@ -8,7 +8,7 @@ from qlora_api.contract import ExitCode
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.steps.prepare import prepare
 from tests.support.data_files import CORPUS, BadData
-from tests.support.tiny import Recorded
+from tests.support.models.tiny import Recorded
 from tests.trainer.conftest import MakeContext
 
 

@@ -24,7 +24,7 @@ from qlora_trainer.steps.prepare import prepare
 from tests.support.data_files import GOOD_FILES, ROWS
 from tests.support.data_files.case import GOOD
 from tests.support.fake_hub import OTHER_COMMIT, FakeHub, serve
-from tests.support.tiny import Recorded, chat_row, write_rows
+from tests.support.models.tiny import Recorded, chat_row, write_rows
 from tests.trainer.conftest import MakeContext
 
 

@@ -13,9 +13,9 @@ from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.examples.formats import detect_format
 from qlora_trainer.data.read.rows import Row
 from qlora_trainer.steps.prepare import prepare
-from tests.support.learned import learned
+from tests.support.models.learned import learned
+from tests.support.models.tiny import CHATML, SHAPE, Recorded, chat_row, save_model, write_rows
 from tests.support.row_formats import CALLING, TOOLS
-from tests.support.tiny import CHATML, SHAPE, Recorded, chat_row, save_model, write_rows
 from tests.trainer.conftest import MakeContext
 
 # Like Qwen3's: the reasoning of all answers but the last is left out, and an empty one is put before the last.

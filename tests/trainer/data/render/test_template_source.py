@@ -20,8 +20,8 @@ from qlora_trainer.data.render.chat_template import Tokenizer
 from qlora_trainer.data.render.end_of_turn import end_of_turn, marks_in_pieces, template_remarks
 from qlora_trainer.data.render.template_source import JobTemplate, job_template
 from qlora_trainer.steps.prepare import prepare
-from tests.support.learned import learned
-from tests.support.tiny import CHATML, Recorded, chat_row, save_tokenizer, write_rows
+from tests.support.models.learned import learned
+from tests.support.models.tiny import CHATML, Recorded, chat_row, save_tokenizer, write_rows
 from tests.trainer.conftest import MakeContext
 
 ROW = {

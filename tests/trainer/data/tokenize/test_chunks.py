@@ -19,8 +19,8 @@ from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.tokenize import chunk_maker as tokenize
 from qlora_trainer.steps.prepare import prepare
-from tests.support.command import TIMEOUT_S, Files, new_files
-from tests.support.tiny import POD_UID, Recorded, chat_row, write_rows
+from tests.support.commands.command import TIMEOUT_S, Files, new_files
+from tests.support.models.tiny import POD_UID, Recorded, chat_row, write_rows
 from tests.trainer.conftest import MakeContext
 from tests.trainer.data.conftest import data_bytes
 

@@ -13,7 +13,7 @@ from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.read.rows import Row
 from qlora_trainer.data.render.template_source import JobTemplate
 from qlora_trainer.data.tokenize.chunk_maker import ChunkMaker, Recipe
-from tests.support.tiny import CHATML, chat_row
+from tests.support.models.tiny import CHATML, chat_row
 
 # Answers before the last are left out of the text.
 FORGETFUL = CHATML.replace("message['content']", "message['content'] if loop.last or message['role'] == 'user' else ''")

@@ -22,8 +22,8 @@ from qlora_trainer.core.folder_lock import exclusive
 from qlora_trainer.data.tokenize import row_cache as rows_folder
 from qlora_trainer.data.tokenize.chunks import Chunk, Limits
 from qlora_trainer.steps.prepare import prepare
-from tests.support.command import TIMEOUT_S
-from tests.support.tiny import Recorded, chat_row, write_rows
+from tests.support.commands.command import TIMEOUT_S
+from tests.support.models.tiny import Recorded, chat_row, write_rows
 from tests.trainer.conftest import MakeContext
 from tests.trainer.data.conftest import data_bytes
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from qlora_trainer.data.tokenize.chunk_maker import CHUNK_ROWS
-from tests.support.command import TIMEOUT_S, Files
-from tests.support.tiny import chat_row, write_rows
+from tests.support.commands.command import TIMEOUT_S, Files
+from tests.support.models.tiny import chat_row, write_rows
 from tests.support.waiting import eventually
 
 WAITING = "waiting for another cell of the sweep to tokenize the same rows"

@@ -27,9 +27,9 @@ from qlora_trainer.stores.destinations.destination import Destination, publish_f
 from qlora_trainer.stores.destinations.registry import RegistryDestination
 from qlora_trainer.stores.hub import Hub
 from tests.support.fake_hub import COMMIT, OTHER_COMMIT, FakeHub, serve
-from tests.support.fault_proxy import FaultProxy
-from tests.support.publication import MANIFEST
+from tests.support.runs.published import MANIFEST
 from tests.support.servers import ACCESS_KEY, BUCKET, SECRET_KEY, give_login, s3_server
+from tests.support.services.fault_proxy import FaultProxy
 from tests.trainer.conftest import MakeContext
 
 LORA = LoraSpec(rank=4, alpha=8)

@@ -26,7 +26,7 @@ from qlora_trainer.publishing.verify import verify_adapter
 from qlora_trainer.report.serving import rejected_by_vllm, served_rank
 from qlora_trainer.stores.access import StoreAccess
 from qlora_trainer.stores.hub import Hub
-from tests.support.sequences import CPU
+from tests.support.models.sequences import CPU
 from tests.support.training import StopAtStep, adapter_bytes, history, prepared, run
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -42,10 +42,10 @@ from qlora_trainer.publishing import merged_model as publish_merged
 from qlora_trainer.publishing.merged_model import merge
 from qlora_trainer.steps.publish import publish
 from tests.support.families import FAMILIES, tiny_config
-from tests.support.four_bit import convert
-from tests.support.report_page import Page
-from tests.support.sequences import rows_of
-from tests.support.tiny import JOB_UID, SHAPE, Recorded, save_model
+from tests.support.models.four_bit import convert
+from tests.support.models.sequences import rows_of
+from tests.support.models.tiny import JOB_UID, SHAPE, Recorded, save_model
+from tests.support.runs.report_page import Page
 from tests.support.training import prepared, run
 
 NF4 = QuantizationSpec()

@@ -20,8 +20,8 @@ from qlora_trainer.model.adapter.attach import adapter_parameters, adapter_tenso
 from qlora_trainer.model.base.load import check_quantization, load_base
 from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.model.losses.loss import batch_loss
-from tests.support.adapted import NF4, adapted
-from tests.support.sequences import CPU, random_sequence
+from tests.support.models.adapted import NF4, adapted
+from tests.support.models.sequences import CPU, random_sequence
 
 
 def loss_of(model: Any, seed: int = 1) -> torch.Tensor:
@@ -137,7 +137,7 @@ def test_a_saved_adapter_of_other_layers_is_not_restored(tiny_llama: Path) -> No
 SAVE = """
 import sys
 from pathlib import Path
-from tests.support.adapted import adapted
+from tests.support.models.adapted import adapted
 from qlora_trainer.model.adapter.attach import save_adapter
 save_adapter(adapted(Path(sys.argv[1])), Path(sys.argv[2]))
 """

@@ -30,8 +30,8 @@ from qlora_trainer.model.nf4.base_weights import BaseWeights
 from qlora_trainer.model.nf4.quantization import quantize
 from qlora_trainer.training.distributed.sharding import STORAGE_DTYPE
 from tests.support.families import EXPERTS, FAMILIES, tiny_config
-from tests.support.four_bit import convert, quantized, require_equal, settings
-from tests.support.tiny import SHAPE, save_model
+from tests.support.models.four_bit import convert, quantized, require_equal, settings
+from tests.support.models.tiny import SHAPE, save_model
 
 NF4 = QuantizationSpec()
 KINDS = [QuantizationSpec(type=kind, double_quant=double) for kind in ("nf4", "fp4") for double in (True, False)]

@@ -28,9 +28,9 @@ from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
 from qlora_trainer.training.distributed.sharding import STORAGE_DTYPE
 from tests.support.families import EXPERTS
-from tests.support.four_bit import convert, quantized, require_equal, settings
-from tests.support.plain_loss import mean_loss
-from tests.support.tiny import Recorded, chat_row, save_model, write_rows
+from tests.support.models.four_bit import convert, quantized, require_equal, settings
+from tests.support.models.plain_loss import mean_loss
+from tests.support.models.tiny import Recorded, chat_row, save_model, write_rows
 from tests.support.training import run
 from tests.trainer.conftest import MakeContext
 

@@ -37,12 +37,12 @@ from qlora_trainer.model.kernels.attention import RowBoundaries, rows_attention
 from qlora_trainer.model.memory.dry_run import StepSize
 from qlora_trainer.model.memory.measure import measure
 from qlora_trainer.steps.prepare import prepare
-from tests.support.adapted import adapted
 from tests.support.families import CASES, EXPERTS, ROUTED
-from tests.support.four_bit import convert, expert_weights
-from tests.support.mxfp4 import GPT_OSS
-from tests.support.sequences import CPU
-from tests.support.tiny import SHAPE, Recorded, chat_row, save_model, write_rows
+from tests.support.models.adapted import adapted
+from tests.support.models.four_bit import convert, expert_weights
+from tests.support.models.mxfp4 import GPT_OSS
+from tests.support.models.sequences import CPU
+from tests.support.models.tiny import SHAPE, Recorded, chat_row, save_model, write_rows
 from tests.support.training import history, run
 from tests.trainer.conftest import MakeContext
 

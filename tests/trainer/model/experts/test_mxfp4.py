@@ -33,10 +33,10 @@ from qlora_trainer.model.memory.job_memory import measured_estimate
 from qlora_trainer.model.memory.measure import measure
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
-from tests.support.four_bit import convert
-from tests.support.mxfp4 import CONFIG, WEIGHTS, save_gpt_oss
-from tests.support.plain_loss import mean_loss
-from tests.support.tiny import SHAPE, Recorded, chat_row, write_rows
+from tests.support.models.four_bit import convert
+from tests.support.models.mxfp4 import CONFIG, WEIGHTS, save_gpt_oss
+from tests.support.models.plain_loss import mean_loss
+from tests.support.models.tiny import SHAPE, Recorded, chat_row, write_rows
 from tests.support.training import history, run
 from tests.trainer.conftest import MakeContext
 

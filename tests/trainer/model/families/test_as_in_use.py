@@ -15,11 +15,11 @@ from qlora_trainer.model.families.inspection import inspect_family
 from qlora_trainer.model.families.tiny_model import shrink
 from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.model.losses.loss import batch_loss
-from tests.support.adapted import NF4, adapted
 from tests.support.families import CASES, REPRESENTATIVE, tiny_config
-from tests.support.four_bit import convert
-from tests.support.sequences import CPU, random_sequence
-from tests.support.tiny import VOCABULARY, save_model
+from tests.support.models.adapted import NF4, adapted
+from tests.support.models.four_bit import convert
+from tests.support.models.sequences import CPU, random_sequence
+from tests.support.models.tiny import VOCABULARY, save_model
 
 # OPT and XGLM drop values by default. Some drop the results of layers, or whole blocks.
 DROPPING: dict[str, dict[str, Any]] = {

@@ -34,11 +34,11 @@ from qlora_trainer.model.memory.backward import backward
 from qlora_trainer.model.memory.dry_run import StepSize, measure_within_limits
 from qlora_trainer.model.memory.step import StepBytes, step_bytes
 from qlora_trainer.model.source.files import CONFIG
-from tests.support.adapted import in_32_bit, loss_and_gradients, restored
 from tests.support.families import CASES, REPRESENTATIVE, Case
-from tests.support.four_bit import require_quantized_experts, settings
-from tests.support.plain_loss import mean_loss
-from tests.support.sequences import CPU, random_sequence
+from tests.support.models.adapted import in_32_bit, loss_and_gradients, restored
+from tests.support.models.four_bit import require_quantized_experts, settings
+from tests.support.models.plain_loss import mean_loss
+from tests.support.models.sequences import CPU, random_sequence
 from tests.support.training import adapter_bytes, history, interrupted_at, prepared, run
 
 SPEC: dict[str, Any] = {"training": {"maxSteps": 4, "maxSequenceLength": 64, "scheduler": "linear"}}

@@ -24,7 +24,7 @@ from qlora_trainer.model.families.tiny_model import shrink
 from qlora_trainer.model.kernels.attention import ATTENTION, RowBoundaries, register_attention, rows_attention
 from qlora_trainer.model.losses.loss import LogitTransform
 from tests.support.families import CASES
-from tests.support.tiny import SHAPE
+from tests.support.models.tiny import SHAPE
 
 IDS: dict[str, Any] = {"pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 2}
 TRAINABLE = [

@@ -10,7 +10,7 @@ import pytest
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.steps.prepare import prepare
-from tests.support.tiny import SHAPE, Recorded
+from tests.support.models.tiny import SHAPE, Recorded
 from tests.trainer.conftest import MakeContext
 
 NO_MODEL = "describes no model that can be trained here"

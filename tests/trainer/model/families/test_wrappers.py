@@ -33,12 +33,12 @@ from qlora_trainer.model.families.inspection import Family, inspect_family
 from qlora_trainer.model.memory.dry_run import StepSize
 from qlora_trainer.model.memory.measure import measure
 from qlora_trainer.model.nf4.base_weights import BaseWeights
-from tests.support.adapted import in_32_bit, loss_and_gradients, restored
-from tests.support.command import new_files
-from tests.support.four_bit import convert, expert_weights, require_quantized_experts, settings
-from tests.support.plain_loss import mean_loss
+from tests.support.commands.command import new_files
+from tests.support.models.adapted import in_32_bit, loss_and_gradients, restored
+from tests.support.models.four_bit import convert, expert_weights, require_quantized_experts, settings
+from tests.support.models.plain_loss import mean_loss
+from tests.support.models.wrappers import MIXTURES, ONE_ROW, PACKED, save_wrapper, tiny_wrapper
 from tests.support.training import adapter_bytes, history, interrupted_at, prepared, run
-from tests.support.wrappers import MIXTURES, ONE_ROW, PACKED, save_wrapper, tiny_wrapper
 
 # One with the decoder of a text model, and one with a special decoder, with positions on three axes.
 ALWAYS = frozenset({"mistral3", "qwen2_5_vl"})

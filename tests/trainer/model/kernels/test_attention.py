@@ -11,7 +11,7 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from qlora_trainer.core.model_error import ModelError
 from qlora_trainer.model.kernels.attention import RowBoundaries, rows_attention
-from tests.support.attention import HEADS, LENGTHS, MODULE, tensors, visible
+from tests.support.models.attention import HEADS, LENGTHS, MODULE, tensors, visible
 
 ROWS = RowBoundaries.from_lengths(LENGTHS, torch.device("cpu"))
 

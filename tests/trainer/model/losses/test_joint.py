@@ -26,8 +26,8 @@ from qlora_trainer.model.kernels.fused_lora import require_apart
 from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.model.losses.joint import joint_losses, route
 from qlora_trainer.model.losses.loss import batch_loss
-from tests.support.adapted import NF4
-from tests.support.sequences import CPU, random_sequence
+from tests.support.models.adapted import NF4
+from tests.support.models.sequences import CPU, random_sequence
 
 # The first is of its own shape and scale, and lacks layers that others adapt.
 ADAPTERS = {

@@ -14,8 +14,8 @@ from qlora_trainer.data.prepared import IGNORED_LABEL
 from qlora_trainer.model.kernels.attention import ATTENTION, register_attention
 from qlora_trainer.model.losses.batch import Batch, next_token_targets
 from qlora_trainer.model.losses.loss import LogitTransform, batch_loss, summed_loss, target_losses
-from tests.support.sequences import CPU, random_sequence, rows_of
-from tests.support.tiny import SHAPE
+from tests.support.models.sequences import CPU, random_sequence, rows_of
+from tests.support.models.tiny import SHAPE
 
 FAMILIES = [
     transformers.LlamaConfig(**SHAPE),

@@ -21,7 +21,7 @@ from qlora_trainer.model.memory.dry_run import StepSize, measure_within_limits
 from qlora_trainer.model.memory.fit import training_shape
 from qlora_trainer.model.memory.job_memory import MeasuredJob, measured_estimate, memory_together
 from qlora_trainer.model.memory.measure import measure, measure_together
-from tests.support.model_configs import TO_CHOOSE
+from tests.support.models.model_configs import TO_CHOOSE
 
 ROOT = Path(__file__).parents[4]
 WIDE: dict[str, Any] = {

@@ -21,10 +21,10 @@ from qlora_trainer.model.losses.loss import batch_loss
 from qlora_trainer.model.memory.backward import backward, gradients, nodes
 from qlora_trainer.model.memory.device import AMPERE, HOPPER, fake_batch, fake_cuda, on_fake_cuda
 from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
-from tests.support.adapted import adapted
 from tests.support.families import CASES, FAMILIES
-from tests.support.sequences import CPU, random_sequence
-from tests.support.tiny import SHAPE, save_model
+from tests.support.models.adapted import adapted
+from tests.support.models.sequences import CPU, random_sequence
+from tests.support.models.tiny import SHAPE, save_model
 
 BLOCKS = SHAPE["num_hidden_layers"]
 KERNEL, KERNEL_BACKWARD = "torch_attn._varlen_attn.default", "torch_attn._varlen_attn_backward.default"

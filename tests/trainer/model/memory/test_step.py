@@ -19,10 +19,10 @@ from qlora_trainer.model.memory.backward import backward, gradients
 from qlora_trainer.model.memory.device import AMPERE, HOPPER, fake_cuda
 from qlora_trainer.model.memory.live_bytes import LiveBytes
 from qlora_trainer.model.memory.step import StepBytes, full_batch, joint_step_bytes, step_bytes
-from tests.support.adapted import adapted
 from tests.support.families import FAMILIES
-from tests.support.sequences import CPU, random_sequence
-from tests.support.tiny import SHAPE, save_model
+from tests.support.models.adapted import adapted
+from tests.support.models.sequences import CPU, random_sequence
+from tests.support.models.tiny import SHAPE, save_model
 
 WIDE = LlamaConfig(**SHAPE | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4})
 BATCH = Batch.from_sequences([random_sequence((128, 128), 1)], CPU)

@@ -17,8 +17,8 @@ from qlora_trainer.model.experts.stack import ExpertStack, Mxfp4Stack
 from qlora_trainer.model.memory.live_bytes import LiveBytes
 from qlora_trainer.model.nf4.base_weights import BaseWeights
 from qlora_trainer.model.nf4.dequantization import correct_dequantization
-from tests.support.four_bit import convert
-from tests.support.tiny import SHAPE, save_model
+from tests.support.models.four_bit import convert
+from tests.support.models.tiny import SHAPE, save_model
 
 # Half a block a row, one and a half, less than a block in all, no whole number of blocks, whole blocks, an odd row.
 SHAPES = [(64, 32), (64, 96), (3, 10), (5, 50), (2, 3, 22), (64, 128), (7, 9)]

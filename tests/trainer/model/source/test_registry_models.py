@@ -22,12 +22,12 @@ from qlora_trainer.stores import registry_auth as oci_auth
 from qlora_trainer.stores.contents import describe_files
 from qlora_trainer.stores.destinations.registry import RegistryDestination
 from qlora_trainer.stores.registry import MANIFEST_TYPE
-from tests.support.command import qlora
-from tests.support.fault_proxy import Fault, FaultProxy, Request
-from tests.support.four_bit import require_made_of
-from tests.support.publication import MANIFEST
+from tests.support.commands.command import qlora
+from tests.support.models.four_bit import require_made_of
+from tests.support.models.tiny import Recorded
+from tests.support.runs.published import MANIFEST
 from tests.support.servers import LOGIN, PASSWORD, USER, give_login
-from tests.support.tiny import Recorded
+from tests.support.services.fault_proxy import Fault, FaultProxy, Request
 from tests.trainer.conftest import MakeContext
 
 Wanted = Callable[[Request], bool]

@@ -25,11 +25,11 @@ from qlora_trainer.stores.contents import SHARED_BASE, Contents, Manifest, Publi
 from qlora_trainer.stores.destinations.bucket import ObjectDestination
 from qlora_trainer.stores.destinations.destination import publish_folder
 from qlora_trainer.stores.objects import ObjectFolder
-from tests.support.command import Files
-from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
-from tests.support.publication import MANIFEST, Publish, rejected
+from tests.support.commands.command import Files
+from tests.support.models.tiny import Recorded
+from tests.support.runs.published import MANIFEST, Publish, rejected
 from tests.support.servers import ACCESS_KEY, BUCKET, SECRET_KEY, s3_bucket
-from tests.support.tiny import Recorded
+from tests.support.services.fault_proxy import Fault, FaultProxy, Request, serve_proxy
 from tests.support.training import prepared, run
 
 

@@ -21,12 +21,11 @@ from qlora_trainer.stores import hub as hub_module
 from qlora_trainer.stores.contents import Contents, Manifest, describe_files
 from qlora_trainer.stores.destinations.destination import publish_folder
 from qlora_trainer.stores.destinations.hub import HubDestination
-from tests.support.command import TIMEOUT_S, Files
+from tests.support.commands.command import TIMEOUT_S, Files
 from tests.support.fake_hub import FakeHub, Rejection, serve
-from tests.support.fault_proxy import Fault, FaultProxy, serve_proxy
-from tests.support.publication import MANIFEST, Publish, rejected
-from tests.support.published import context
-from tests.support.tiny import Recorded
+from tests.support.models.tiny import Recorded
+from tests.support.runs.published import MANIFEST, Publish, context, rejected
+from tests.support.services.fault_proxy import Fault, FaultProxy, serve_proxy
 
 TOKEN = "hf_CanaryTokenThatWrites"
 KEY = "models/acme/tuned"

@@ -16,9 +16,9 @@ from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.stores.contents import Contents, Manifest, describe_files
 from qlora_trainer.stores.destinations.destination import publish_folder
 from qlora_trainer.stores.destinations.registry import RegistryDestination
-from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
-from tests.support.publication import MANIFEST, Publish, rejected
+from tests.support.runs.published import MANIFEST, Publish, rejected
 from tests.support.servers import LOGIN, PASSWORD, USER, give_login
+from tests.support.services.fault_proxy import Fault, FaultProxy, Request, serve_proxy
 
 TOKEN = "canary-registry-token"
 

@@ -20,12 +20,12 @@ from qlora_trainer.training.distributed import meeting
 from qlora_trainer.training.distributed.launch import ChildRanks, RankInfo
 from qlora_trainer.training.distributed.meeting import Meeting, join_ranks
 from qlora_trainer.training.distributed.ranks import Ranks, is_lost_connection
-from tests.support.command import Files
+from tests.support.commands.command import Files
 from tests.support.failures import failing
-from tests.support.lost_nodes import Case, Ended, endings
 from tests.support.manifests import merged
+from tests.support.models.tiny import POD_UID
 from tests.support.ranks import EXACT, TWO, Pods, other, runs, succeeded, until, workspace
-from tests.support.tiny import POD_UID
+from tests.support.runs.lost_nodes import Case, Ended, endings
 from tests.support.training import adapter_bytes, history
 
 NODES: dict[str, Any] = {"resources": {"nodes": 2}}

@@ -13,7 +13,7 @@ import pytest
 
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.context import StepContext
-from tests.support.command import Files
+from tests.support.commands.command import Files
 from tests.support.manifests import merged
 from tests.support.ranks import (
     FULL_GPU,

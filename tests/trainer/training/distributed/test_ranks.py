@@ -14,7 +14,7 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure, unreachable
 from qlora_trainer.training.distributed.launch import RankInfo
 from qlora_trainer.training.distributed.ranks import Ranks
-from tests.support.command import Files
+from tests.support.commands.command import Files
 from tests.support.failures import failing
 from tests.support.manifests import merged
 from tests.support.ranks import EXACT, TWO, same_numbers, second_gpu, succeeded, two_nodes, workspace

@@ -23,15 +23,15 @@ from qlora_trainer.model.architecture.decoder import decoder_blocks
 from qlora_trainer.model.base.load import check_quantization, load_base
 from qlora_trainer.model.families.inspection import inspect_family
 from qlora_trainer.training.distributed.sharding import STORAGE_DTYPE, shard_base
-from tests.support.command import Files
+from tests.support.commands.command import Files
 from tests.support.failures import failing
 from tests.support.families import FAMILIES
-from tests.support.four_bit import convert
 from tests.support.manifests import merged
-from tests.support.parts import packed_weights
+from tests.support.models.four_bit import convert
+from tests.support.models.parts import packed_weights
+from tests.support.models.sequences import CPU
+from tests.support.models.tiny import SHAPE, save_model
 from tests.support.ranks import EXACT, SHARDED, beginning_with, same_numbers, succeeded, workspace
-from tests.support.sequences import CPU
-from tests.support.tiny import SHAPE, save_model
 from tests.support.training import prepared, run
 
 NF4 = QuantizationSpec()
@@ -114,7 +114,7 @@ def test_two_blocks_at_most_are_gathered_at_a_time_and_none_after_a_pass(tmp_pat
 NOTING = """
 import os
 from pathlib import Path
-from tests.support.gathered import note_gathered
+from tests.support.models.gathered import note_gathered
 note_gathered(Path("{notes}-" + os.environ.get("RANK", "0")))
 """
 
@@ -138,7 +138,7 @@ def test_a_rank_reads_its_part_of_each_packed_weight(tmp_path: Path) -> None:
 
 BARRED = """
 from pathlib import Path
-from tests.support.parts import bar_other_parts
+from tests.support.models.parts import bar_other_parts
 bar_other_parts(Path("{base}"), 2)
 """
 

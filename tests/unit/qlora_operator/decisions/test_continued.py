@@ -43,7 +43,7 @@ from tests.support.builders import (
     starts,
     status_in,
 )
-from tests.support.shared_pods import OWNER
+from tests.support.cluster.shared_pods import OWNER
 
 OTHER_UID = "ffffffff-0000-4000-8000-000000000000"
 ENDED = [condition("Failed", "True", reason="DeadlineExceeded")]

@@ -28,7 +28,7 @@ from tests.support.builders import (
     running,
     time,
 )
-from tests.support.shared_pods import NAMES, POD, SWEEP, SWEEP_UID, UIDS, Pod, cell_body, cell_status, deleting
+from tests.support.cluster.shared_pods import NAMES, POD, SWEEP, SWEEP_UID, UIDS, Pod, cell_body, cell_status, deleting
 
 FIRST, SECOND, THIRD = NAMES
 CHILD = f"{POD}-train-1"

@@ -20,7 +20,7 @@ from qlora_operator.watch.store import Store
 from qlora_operator.watch.sweep_index import SweepIndex
 from tests.support.builders import NOW, PROFILES, progress, running, starts, time
 from tests.support.builders import pod as any_pod
-from tests.support.shared_pods import NAMES, OWNER, POD, SWEEP_UID, UIDS, Pod, cell_body, of_the_pod
+from tests.support.cluster.shared_pods import NAMES, OWNER, POD, SWEEP_UID, UIDS, Pod, cell_body, of_the_pod
 from tests.support.sweeps import TEMPLATE
 
 FIRST, SECOND, THIRD = NAMES

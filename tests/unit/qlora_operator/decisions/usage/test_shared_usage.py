@@ -28,7 +28,7 @@ from tests.support.builders import (
     status_in,
     time,
 )
-from tests.support.shared_pods import NAMES, UIDS, Pod, cell_body, cell_status
+from tests.support.cluster.shared_pods import NAMES, UIDS, Pod, cell_body, cell_status
 
 FIRST, SECOND, THIRD = NAMES
 SWEEP = "the sweep"

@@ -1,0 +1,268 @@
+"""The chart, installed by real Helm into a real API server."""
+
+import asyncio
+import json
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from devcluster.controlplane import ControlPlane, running
+from devcluster.errors import ClusterError
+from qlora_operator.kube.connection import connect
+from qlora_operator.kube.errors import RejectedError
+from tests.support.cluster.chart import (
+    CHART,
+    EVERYTHING_OPTIONAL,
+    LIMIT,
+    NAMESPACE,
+    OWN_RIGHTS,
+    RELEASE,
+    RIGHTS,
+    ROOT,
+    SERVICE_ACCOUNT,
+    VALUES,
+    Helm,
+    Object,
+    only,
+    rights_of,
+    settings_in,
+    settings_of_size,
+    without,
+)
+from tests.support.waiting import eventually
+
+
+@pytest.fixture(scope="module")
+def plane() -> Iterator[ControlPlane]:
+    """A control plane of this module's own: the one of the other tests has the definition without Helm."""
+    with running(controller_manager=True) as plane:
+        yield plane
+
+
+@pytest.fixture(scope="module")
+def installed(helm: Helm, plane: ControlPlane) -> Helm:
+    """Helm on a cluster with the chart's default release, in a restricted namespace."""
+    plane.kubectl("create", "namespace", NAMESPACE)
+    plane.kubectl("label", "namespace", NAMESPACE, "pod-security.kubernetes.io/enforce=restricted")
+    connected = Helm(helm.program, plane.kubeconfig)
+    connected("install", RELEASE, str(CHART), "--namespace", NAMESPACE)
+    return connected
+
+
+def test_the_notes_name_the_next_commands(installed: Helm) -> None:
+    notes = installed("get", "notes", RELEASE, "--namespace", NAMESPACE)
+    assert "in all namespaces" in notes
+    assert f"kubectl --namespace {NAMESPACE} rollout status deployment/{RELEASE}" in notes
+
+
+def test_the_api_server_takes_every_object_as_it_is_written(helm: Helm, installed: Helm, plane: ControlPlane) -> None:
+    for values in (EVERYTHING_OPTIONAL, EVERYTHING_OPTIONAL | {"namespaces": [NAMESPACE]}):
+        # ServiceMonitor is the Prometheus operator's kind, which this API server does not have.
+        objects = [document for document in helm.template(values) if document["kind"] != "ServiceMonitor"]
+        assert "NetworkPolicy" in {document["kind"] for document in objects}
+        plane.kubectl(
+            *("apply", "--server-side", "--force-conflicts", "--dry-run=server", "--validate=strict", "--filename=-"),
+            input_text=yaml.safe_dump_all(objects),
+        )
+
+
+def test_an_operator_that_announces_writes_no_config_map_without_the_label(
+    helm: Helm, installed: Helm, plane: ControlPlane, tmp_path: Path
+) -> None:
+    rendered = helm.template({"announce": {"enabled": True}, "fullnameOverride": "announcing"})
+    kinds = ("ServiceAccount", "ClusterRole", "ValidatingAdmission")
+    objects = [document for document in rendered if document["kind"].startswith(kinds)]
+    plane.kubectl("apply", "--filename=-", input_text=yaml.safe_dump_all(objects))
+    kubeconfig = yaml.safe_load(plane.kubeconfig.read_text())
+    token = plane.kubectl("create", "token", "announcing", "--namespace", NAMESPACE).strip()
+    kubeconfig["users"][0]["user"] = {"token": token}
+    (tmp_path / "kubeconfig").write_text(yaml.safe_dump(kubeconfig))
+    ours, denial = {"qlora.dev/announcements": "true"}, "writes only ConfigMaps with the label"
+    add = [{"op": "add", "path": "/data", "value": {"Corefile": "."}}]
+
+    def config_map(name: str, labels: Object | None = None) -> Object:
+        return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name, "labels": labels or {}}}
+
+    async def scenario() -> None:
+        async with connect(tmp_path / "kubeconfig") as cluster:
+
+            async def is_denied() -> bool:
+                try:
+                    await cluster.create_config_map("kube-system", config_map(uuid.uuid4().hex))
+                except RejectedError as error:
+                    return denial in str(error)
+                return False
+
+            for _ in range(600):  # a minute for the API server to load the policy
+                if await is_denied():
+                    break
+                await asyncio.sleep(0.1)
+            await cluster.create_config_map("default", config_map("adapters", ours))
+            await cluster.patch_config_map("default", "adapters", add)
+            labelled = [{"op": "add", "path": "/metadata/labels", "value": ours}, *add]
+            unlabelled = [{"op": "remove", "path": "/metadata/labels"}]
+            for namespace, name, patch in (
+                ("kube-system", "coredns", add),
+                ("kube-system", "coredns", labelled),
+                ("default", "adapters", unlabelled),
+            ):
+                with pytest.raises(RejectedError, match=denial):
+                    await cluster.patch_config_map(namespace, name, patch)
+
+    plane.kubectl("create", "--filename=-", "--namespace=kube-system", input_text=json.dumps(config_map("coredns")))
+    asyncio.run(scenario())
+    assert "data" not in plane.kubectl.get("configmap", "coredns", "--namespace=kube-system")
+
+
+def test_the_largest_settings_fit_next_to_kubectls_annotation(helm: Helm, installed: Helm, plane: ControlPlane) -> None:
+    """`kubectl apply` writes the whole object into another annotation, with a limit of 256 KiB."""
+    objects = helm.template(settings_of_size(helm, LIMIT))
+    arguments = ("apply", "--dry-run=server", "--filename=-")
+    assert "configured" in plane.kubectl(*arguments, input_text=yaml.safe_dump(only(objects, "Deployment")))
+
+
+def test_pod_security_admits_the_operators_pod(installed: Helm, plane: ControlPlane) -> None:
+    template = plane.kubectl.get("deployment", RELEASE, "--namespace", NAMESPACE)["spec"]["template"]
+
+    def create(spec: Object) -> str:
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "admitted"}, "spec": spec}
+        arguments = ("create", "--namespace", NAMESPACE, "--dry-run=server", "--filename=-")
+        return plane.kubectl(*arguments, input_text=json.dumps(pod))
+
+    assert "pod/admitted" in create(template["spec"])
+    # Beyond the level's requirements.
+    assert template["spec"]["containers"][0]["securityContext"]["readOnlyRootFilesystem"]
+    with pytest.raises(ClusterError, match="PodSecurity"):
+        create({**template["spec"], "securityContext": {}})
+
+
+def test_the_operators_account_has_the_required_rights_and_no_other(installed: Helm, plane: ControlPlane) -> None:
+    def rules(account: str, namespace: str = "default") -> list[Object]:
+        review = {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SelfSubjectRulesReview",
+            "spec": {"namespace": namespace},
+        }
+        arguments = ("create", f"--as={account}", "--validate=false", "--output=json", "--filename=-")
+        return list(json.loads(plane.kubectl(*arguments, input_text=json.dumps(review)))["status"]["resourceRules"])
+
+    what_everybody_may = rules(f"system:serviceaccount:{NAMESPACE}:nobody")
+    granted = [rule for rule in rules(SERVICE_ACCOUNT) if rule not in what_everybody_may]
+    assert rights_of(granted) == RIGHTS
+    in_its_own = [rule for rule in rules(SERVICE_ACCOUNT, NAMESPACE) if rule not in what_everybody_may]
+    assert rights_of(in_its_own) == RIGHTS | OWN_RIGHTS
+
+
+def test_editors_of_a_namespace_may_edit_its_jobs(installed: Helm, plane: ControlPlane) -> None:
+    for role in ("view", "edit"):
+        plane.kubectl("create", "rolebinding", role, f"--clusterrole={role}", f"--user={role}er", "--namespace=default")
+
+    def can(user: str, verb: str) -> bool:
+        try:
+            plane.kubectl("auth", "can-i", verb, "qlorajobs.qlora.dev", f"--as={user}", "--namespace=default")
+        except ClusterError:
+            return False
+        return True
+
+    eventually(lambda: can("editer", "create") and can("viewer", "list"), seconds=60, what="the aggregated roles")
+    assert can("editer", "delete")
+    assert not can("viewer", "create")
+
+
+def test_uninstalling_keeps_the_jobs_and_installing_again_finds_them(installed: Helm, plane: ControlPlane) -> None:
+    job = yaml.safe_load((CHART / "Chart.yaml").read_text())["annotations"]["artifacthub.io/crdsExamples"]
+    plane.kubectl.apply(yaml.safe_dump_all(yaml.safe_load(job)))
+    installed("uninstall", RELEASE, "--namespace", NAMESPACE)
+    assert plane.kubectl.get("qlorajobs")["items"][0]["metadata"]["name"] == "support-assistant"
+    with pytest.raises(ClusterError, match="NotFound"):
+        plane.kubectl.get("deployment", RELEASE, "--namespace", NAMESPACE)
+    installed("upgrade", "--install", RELEASE, str(CHART), "--namespace", NAMESPACE)
+    assert plane.kubectl.get("qlorajobs")["items"][0]["metadata"]["name"] == "support-assistant"
+
+
+def test_upgrade_and_rollback_change_the_definition_and_no_job(
+    installed: Helm, plane: ControlPlane, tmp_path: Path
+) -> None:
+    """The older release has the chart of today without one field."""
+    older = shutil.copytree(CHART, tmp_path / "older")
+    file = older / "files" / "qlorajobs.qlora.dev.yaml"
+    definition = yaml.safe_load(file.read_text())
+    fields = definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]
+    del fields["training"]["properties"]["samples"]
+    file.write_text(yaml.safe_dump(definition))
+    manifest = yaml.safe_load((ROOT / "examples" / "instructions.yaml").read_text())
+
+    def apply(name: str, training: Object) -> str:
+        metadata = {"name": name, "namespace": "default"}
+        job = {**manifest, "metadata": metadata, "spec": {**manifest["spec"], "training": training}}
+        return plane.kubectl("apply", "--validate=strict", "--filename=-", input_text=json.dumps(job))
+
+    def upgrade(chart: Path) -> None:
+        installed("upgrade", "--install", RELEASE, str(chart), "--namespace", NAMESPACE)
+
+    def training(name: str) -> Object:
+        return dict(plane.kubectl.get("qlorajob", name, "--namespace=default")["spec"]["training"])
+
+    apply("before", {"maxSteps": 7})
+    upgrade(older)
+    eventually(lambda: "samples" not in training("before"), seconds=60, what="the older definition")
+    before = plane.kubectl.get("qlorajob", "before", "--namespace=default")
+
+    upgrade(CHART)
+    assert eventually(lambda: apply("after", {"samples": 5}), seconds=60, what="the newer definition")
+    assert training("after")["samples"] == 5
+    upgraded = plane.kubectl.get("qlorajob", "before", "--namespace=default")
+    assert upgraded["metadata"] == before["metadata"]
+    assert upgraded["spec"]["training"].pop("samples") == 3
+    assert upgraded["spec"] == before["spec"]
+
+    installed("rollback", RELEASE, "--namespace", NAMESPACE)
+    eventually(lambda: "samples" not in training("after"), seconds=60, what="the older definition")
+    assert plane.kubectl.get("qlorajob", "before", "--namespace=default") == before
+
+    upgrade(CHART)
+    eventually(lambda: training("after").get("samples") == 5, seconds=60, what="what was set before")
+
+
+def test_each_release_keeps_its_own_settings_and_a_rollback_brings_them_back(
+    installed: Helm, plane: ControlPlane
+) -> None:
+    """An old release's container that restarts during an upgrade would reject new settings."""
+
+    def workers(template: Object) -> int:
+        return int(yaml.safe_load(settings_in(template))["workers"])
+
+    def revisions() -> dict[str, int]:
+        """The settings of each ReplicaSet, by its name."""
+        listed = plane.kubectl.get("replicasets", "--namespace", NAMESPACE)["items"]
+        return {one["metadata"]["name"]: workers(one["spec"]["template"]) for one in listed}
+
+    def upgrade(number: int) -> None:
+        installed("upgrade", RELEASE, str(CHART), "--namespace", NAMESPACE, "--set", f"settings.workers={number}")
+        eventually(lambda: number in revisions().values(), seconds=60, what="the new ReplicaSet")
+
+    upgrade(3)
+    before = revisions()
+    upgrade(5)
+    assert before.items() < revisions().items()
+    installed("rollback", RELEASE, "--namespace", NAMESPACE)
+    assert workers(plane.kubectl.get("deployment", RELEASE, "--namespace", NAMESPACE)["spec"]["template"]) == 3
+    mounted = plane.kubectl.get("configmaps", "--namespace", NAMESPACE)["items"]
+    assert [one["metadata"]["name"] for one in mounted] == ["kube-root-ca.crt"]
+
+
+def test_reused_values_without_dns_ports_open_no_port(installed: Helm, plane: ControlPlane, tmp_path: Path) -> None:
+    """The API server reads a rule whose list of ports is empty as one that allows every port."""
+    older = shutil.copytree(CHART, tmp_path / "older")
+    (older / "values.yaml").write_text(yaml.safe_dump(without(VALUES, ("jobNetworkPolicies", "dnsPorts"))))
+    cut_off = f"jobNetworkPolicies.enabled=true,jobNetworkPolicies.namespaces={{{NAMESPACE}}}"
+    installed("upgrade", RELEASE, str(older), "--namespace", NAMESPACE, "--set", cut_off)
+    installed("upgrade", RELEASE, str(CHART), "--namespace", NAMESPACE, "--reuse-values")
+    policy = plane.kubectl.get("networkpolicy", f"{RELEASE}-servers", "--namespace", NAMESPACE)
+    assert [port["port"] for port in policy["spec"]["egress"][0]["ports"]] == [53, 53]
+    template = plane.kubectl.get("deployment", RELEASE, "--namespace", NAMESPACE)["spec"]["template"]
+    assert yaml.safe_load(settings_in(template))["dnsPorts"] == [53]

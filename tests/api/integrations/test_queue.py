@@ -1,0 +1,69 @@
+"""Suspended jobs on a real API server with the real controllers: by a queue, by a user, or by neither.
+
+The same with Kueue itself is in test_kueue.py.
+"""
+
+import json
+
+from tests.support.cluster.nodeless import NAMESPACE, Nodeless
+from tests.support.cluster.played import STEPS
+from tests.support.manifests import MINIMAL
+from tests.support.waiting import eventually
+
+IN_NAMESPACE = f"--namespace={NAMESPACE}"
+
+
+def start(cluster: Nodeless, name: str, **scheduling: str) -> str:
+    manifest = {**MINIMAL, "metadata": {"name": name, "namespace": NAMESPACE}}
+    cluster.kubectl.apply(json.dumps(manifest | {"spec": {**MINIMAL["spec"], "scheduling": scheduling}}))
+    return name
+
+
+def suspend(cluster: Nodeless, child: str, value: bool) -> None:
+    change = json.dumps({"spec": {"suspend": value}})
+    cluster.kubectl("patch", "job", child, IN_NAMESPACE, "--type=merge", f"--patch={change}")
+
+
+def succeeded(cluster: Nodeless, name: str) -> None:
+    """It ends well, with one Job for each step, and nothing has been counted."""
+    status = cluster.wait_for_phase(name, "Succeeded")["status"]
+    assert (status.get("disruptions", 0), status.get("failures", 0)) == (0, 0)
+    assert sorted(cluster.children(name)) == [f"{name}-{step}-1" for step in ("prepare", "publish", "train")]
+
+
+def message(cluster: Nodeless, name: str) -> str:
+    conditions = cluster.job(name)["status"].get("conditions", ())
+    return next((str(each["message"]) for each in conditions if each["type"] == "Succeeded"), "")
+
+
+def wait_for_message(cluster: Nodeless, name: str, part: str) -> None:
+    """Wait until the job reports that; the phase may have changed before."""
+    eventually(lambda: part in message(cluster, name), seconds=60, every=0.2, what=f"{name}: {part}")
+
+
+def test_a_job_in_a_queue_is_created_suspended_and_only_the_queue_resumes_it(operated: Nodeless) -> None:
+    name = start(operated, "queued", queueName="gpus", queuePriority="high")
+    operated.succeed(name, "prepare")
+    operated.wait_for_phase(name, "Queued")
+    train = operated.kubectl.get("job", f"{name}-train-1", IN_NAMESPACE)
+    labels = train["metadata"]["labels"]
+    assert labels["kueue.x-k8s.io/queue-name"] == "gpus"
+    assert labels["kueue.x-k8s.io/priority-class"] == "high"
+    operated.wait_for_no_pod(name, "train")
+    suspend(operated, f"{name}-train-1", False)
+    operated.succeed(name, "train", "publish")
+    succeeded(operated, name)
+
+
+def test_every_step_may_be_suspended_by_another_controller(operated: Nodeless) -> None:
+    name = start(operated, "stopped")
+    for step in STEPS:
+        child = f"{name}-{step}-1"
+        operated.run(name, step)
+        suspend(operated, child, True)
+        operated.wait_for_phase(name, "Queued")
+        operated.wait_for_no_pod(name, step)
+        wait_for_message(operated, name, f"Job {child} is suspended")
+        suspend(operated, child, False)
+        operated.succeed(name, step)
+    succeeded(operated, name)

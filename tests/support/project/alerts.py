@@ -1,0 +1,18 @@
+"""The chart's alerts, and their firing and silent cases."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[3]
+FILE = ROOT / "helm" / "qlora-operator" / "files" / "alerts.yaml"
+CASES = Path(__file__).with_name("alert_cases.yaml")
+"""A test file of promtool, without the name of the file with the rules."""
+RUNBOOKS = ROOT / "docs" / "runbooks"
+
+
+def alerts() -> dict[str, dict[str, Any]]:
+    """Each rule, by the name of its alert."""
+    groups = yaml.safe_load(FILE.read_text())["groups"]
+    return {rule["alert"]: rule for group in groups for rule in group["rules"]}

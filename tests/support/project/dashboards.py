@@ -1,0 +1,105 @@
+"""Errors of a Grafana dashboard, by the project's rules: its panels, and its metrics."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import promql_parser as promql
+
+ROOT = Path(__file__).parents[3]
+FILES = ROOT / "helm" / "qlora-operator" / "files" / "dashboards"
+VARIABLES = {"$namespace": "team", "$__rate_interval": "1m"}
+"""Grafana's, with what a reader could choose."""
+
+Object = dict[str, Any]
+
+
+def dashboards() -> dict[str, Object]:
+    """Each dashboard of the chart, by the name of its file."""
+    return {file.stem: json.loads(file.read_text()) for file in sorted(FILES.glob("*.json"))}
+
+
+def panels(dashboard: Mapping[str, Any]) -> list[Object]:
+    """Its panels without the headings of its rows."""
+    return [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+
+
+def queries(panel: Mapping[str, Any]) -> list[str]:
+    """Its queries, with Grafana's variables replaced."""
+    return [replace_variables(target["expr"]) for target in panel["targets"]]
+
+
+def replace_variables(expression: str) -> str:
+    """The query as Grafana would send it."""
+    for name, value in VARIABLES.items():
+        expression = expression.replace(name, value)
+    return expression
+
+
+def complaints(dashboard: Mapping[str, Any], metrics: set[str]) -> Iterator[str]:
+    """One sentence for each thing that is wrong. `metrics`: the series that exist, by name."""
+    shown = panels(dashboard)
+    identities = [panel.get("id") for panel in dashboard["panels"]]
+    if None in identities or len(set(identities)) != len(identities):
+        yield "panels without an id of their own"
+    for panel in shown:
+        for problem in (*_of_panel(panel), *_of_queries(panel, metrics)):
+            yield f"{panel.get('title') or 'a panel without title'}: {problem}"
+    yield from _overlaps(shown)
+
+
+def _of_panel(panel: Mapping[str, Any]) -> Iterator[str]:
+    if not panel.get("title"):
+        yield "no title"
+    if not str(panel.get("description", "")).endswith("."):
+        yield "no description"
+    if not panel["fieldConfig"]["defaults"].get("unit"):
+        yield "no unit"
+    for owner in (panel, *panel["targets"]):
+        if owner.get("datasource") != {"type": "prometheus", "uid": "${datasource}"}:
+            yield "a data source that its reader cannot choose"
+    references = [target.get("refId") for target in panel["targets"]]
+    if not all(references) or len(set(references)) != len(references):
+        yield "queries without a letter of their own"
+    if not all(target.get("legendFormat") for target in panel["targets"]):
+        yield "a query without a legend"
+
+
+def _of_queries(panel: Mapping[str, Any], metrics: set[str]) -> Iterator[str]:
+    for query in queries(panel):
+        if "$" in query:
+            yield f"an unknown variable: {query}"
+            continue
+        try:
+            selectors = list(selected(promql.parse(query)))
+        except ValueError as error:
+            yield f"no PromQL: {query}: {error}"
+            continue
+        if unknown := sorted({str(selector.name) for selector in selectors} - metrics):
+            yield f"no such metric: {', '.join(unknown)}"
+
+
+def selected(expression: promql.Expr) -> Iterator[promql.VectorSelector]:
+    """Each selector of series in it."""
+    found: list[promql.VectorSelector] = []
+
+    def visit(node: promql.Expr) -> bool:
+        if isinstance(node, promql.VectorSelector):
+            found.append(node)
+        elif isinstance(node, promql.MatrixSelector):
+            found.append(node.vector_selector)
+        return True
+
+    promql.walk(expression, visit)
+    yield from found
+
+
+def _overlaps(shown: list[Object]) -> Iterator[str]:
+    for number, panel in enumerate(shown):
+        for other in shown[number + 1 :]:
+            one, two = panel["gridPos"], other["gridPos"]
+            beside = one["x"] + one["w"] <= two["x"] or two["x"] + two["w"] <= one["x"]
+            above = one["y"] + one["h"] <= two["y"] or two["y"] + two["h"] <= one["y"]
+            if not (beside or above):
+                yield f"{panel['title']} lies over {other['title']}"
