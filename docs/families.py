@@ -21,8 +21,8 @@ from transformers.models.auto.modeling_auto import (
 from qlora_api.memory import one_row
 from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.failures import StepFailure, bad_configuration
-from qlora_trainer.core.model_error import UNUSABLE, with_error
 from qlora_trainer.core.sandbox import DryRunFailed, within_limits
+from qlora_trainer.model.errors import UNUSABLE, with_error
 from qlora_trainer.model.families.inspection import Family, inspect_family
 from qlora_trainer.model.families.rejection import ALTERNATIVE
 

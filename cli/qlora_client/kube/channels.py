@@ -64,6 +64,6 @@ def _require_success(result: bytes, errors: str) -> None:
 def _parsed(result: bytes) -> dict[str, Any]:
     try:
         status = json.loads(result)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return status if isinstance(status, dict) else {}

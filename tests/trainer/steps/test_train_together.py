@@ -24,7 +24,7 @@ from qlora_trainer.core.completion import PrepareRecord, TrainRecord, read_compl
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.core.file_names import ADAPTER_FILE
-from qlora_trainer.core.model_error import ModelError
+from qlora_trainer.model.errors import ModelError
 from qlora_trainer.model.losses.joint import joint_losses
 from qlora_trainer.steps.train_together import train_together
 from qlora_trainer.training.checkpoints.attempts import only_attempt, read_attempts

@@ -14,10 +14,10 @@ from qlora_trainer.core.completion import TrainRecord
 from qlora_trainer.core.context import Device, StepContext, base_name
 from qlora_trainer.core.failures import StepFailure, StopRequest, bad_configuration, is_out_of_gpu_memory
 from qlora_trainer.core.filesystem import GIB
-from qlora_trainer.core.model_error import ModelError
 from qlora_trainer.core.outcome import ENDS_ONE_JOB, as_failure
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.model.adapter.attach import adapter_name, attach_further_adapter
+from qlora_trainer.model.errors import ModelError
 from qlora_trainer.model.kernels.fused_lora import require_apart
 from qlora_trainer.steps.sweep_curves import leaving_curves
 from qlora_trainer.training.base_check import BaseCheck

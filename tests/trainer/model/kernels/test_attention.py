@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
-from qlora_trainer.core.model_error import ModelError
+from qlora_trainer.model.errors import ModelError
 from qlora_trainer.model.kernels.attention import RowBoundaries, rows_attention
 from tests.support.models.attention import HEADS, LENGTHS, MODULE, tensors, visible
 

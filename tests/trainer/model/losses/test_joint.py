@@ -10,7 +10,6 @@ from torch import Tensor
 
 from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE
-from qlora_trainer.core.model_error import ModelError
 from qlora_trainer.model.adapter.attach import (
     activate_adapter,
     adapter_parameters,
@@ -21,6 +20,7 @@ from qlora_trainer.model.adapter.attach import (
     save_adapter,
 )
 from qlora_trainer.model.base.load import load_base
+from qlora_trainer.model.errors import ModelError
 from qlora_trainer.model.families.inspection import inspect_family
 from qlora_trainer.model.kernels.fused_lora import require_apart
 from qlora_trainer.model.losses.batch import Batch

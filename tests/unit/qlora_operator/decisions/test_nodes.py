@@ -31,7 +31,7 @@ from tests.support.builders import (
     time,
     waiting,
 )
-from tests.support.nodes import (
+from tests.support.cluster.nodes import (
     ENDED_BY_ITS_POLICY,
     INTERRUPTED,
     PEER_LOST,

@@ -3,7 +3,7 @@
 from typing import Any
 
 from tests.support.builders import NOW, after, child, deleted, ended, follow, node, reason_of, running, time
-from tests.support.nodes import ENDED_BY_ITS_POLICY, INTERRUPTED, RUNS, counts, job_in, told
+from tests.support.cluster.nodes import ENDED_BY_ITS_POLICY, INTERRUPTED, RUNS, counts, job_in, told
 
 
 def _suspended(body: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from tests.support.builders import (
     step_status,
     time,
 )
-from tests.support.memory_cluster import (
+from tests.support.cluster.memory_cluster import (
     FAILED,
     KEY,
     MemoryCluster,

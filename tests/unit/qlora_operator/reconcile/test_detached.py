@@ -21,7 +21,7 @@ from tests.support.builders import (
     step_status,
     time,
 )
-from tests.support.memory_cluster import MemoryCluster, reconcile, shown, stored, without_labels
+from tests.support.cluster.memory_cluster import MemoryCluster, reconcile, shown, stored, without_labels
 
 
 def without_owner(body: Object) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from tests.support.builders import (
     succeeded,
     time,
 )
-from tests.support.memory_cluster import FAILED, KEY, MemoryCluster, operator, reconcile, shown, stored
+from tests.support.cluster.memory_cluster import FAILED, KEY, MemoryCluster, operator, reconcile, shown, stored
 
 
 @pytest.mark.parametrize("status", [status_in("train"), status_in("publish")], ids=["train", "publish"])

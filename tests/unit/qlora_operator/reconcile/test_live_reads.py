@@ -25,7 +25,7 @@ from tests.support.builders import (
     succeeded,
     with_resolved,
 )
-from tests.support.memory_cluster import (
+from tests.support.cluster.memory_cluster import (
     FAILED,
     KEY,
     MemoryCluster,

@@ -21,7 +21,7 @@ from qlora_operator.decisions.observed.stored_job import parse_job
 from qlora_operator.kube.listing import ChildKind, ChildList, child_view
 from qlora_operator.watch.store import Store
 from tests.support.builders import NAME, UID, child, ended, job_body, pod, running, status_in, with_resolved
-from tests.support.stores import KEY, OTHER, at, rows
+from tests.support.cluster.stores import KEY, OTHER, at, rows
 
 FIRST = child_job_name(NAME, *FIRST_JOB)
 

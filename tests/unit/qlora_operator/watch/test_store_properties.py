@@ -12,7 +12,7 @@ from qlora_operator.decisions.observed.parsing import observe
 from qlora_operator.kube.listing import KINDS, ChildKind, ChildList, child_view
 from qlora_operator.watch.store import Store
 from tests.support.builders import NAME, UID, child, job_body, pod, running
-from tests.support.stores import KEY, OTHER, at, rows, show
+from tests.support.cluster.stores import KEY, OTHER, at, rows, show
 
 STEPS: tuple[StepName, ...] = ("prepare", "train", "publish")
 

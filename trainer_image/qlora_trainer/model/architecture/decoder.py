@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from qlora_trainer.core.model_error import ModelError
+from qlora_trainer.model.errors import ModelError
 from qlora_trainer.model.experts.layout import routing_linears
 from qlora_trainer.model.kernels.attention import RowBoundaries
 from qlora_trainer.model.protocols import Decoder

@@ -11,8 +11,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-from qlora_trainer.core.model_error import ModelError, explain_errors
 from qlora_trainer.core.paths import some_names
+from qlora_trainer.model.errors import ModelError, explain_errors
 
 # Published models of a type are loaded by the first that has it, and those of a single decoder by the first of all.
 _TEXT = ((auto.AutoModelForCausalLM, auto.MODEL_FOR_CAUSAL_LM_MAPPING),)

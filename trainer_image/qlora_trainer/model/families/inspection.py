@@ -14,7 +14,6 @@ from transformers.modeling_rope_utils import RopeParameters
 from qlora_api.spec.output import OutputSpec
 from qlora_api.spec.training import LoraSpec, TrainingSpec
 from qlora_trainer.core.failures import StepFailure, bad_configuration, model_unavailable, unsafe_artifact
-from qlora_trainer.core.model_error import UNUSABLE, ModelError, explain_errors, with_error
 from qlora_trainer.core.protocols import JsonObject
 from qlora_trainer.model.architecture.decoder import (
     block_linears,
@@ -31,6 +30,7 @@ from qlora_trainer.model.architecture.text_part import (
     without_weights,
 )
 from qlora_trainer.model.base.load import MIN_QUANTIZED_FRACTION
+from qlora_trainer.model.errors import UNUSABLE, ModelError, explain_errors, with_error
 from qlora_trainer.model.experts.layout import ExpertLayout, routing_linears
 from qlora_trainer.model.families.probe import probe
 from qlora_trainer.model.families.rejection import (

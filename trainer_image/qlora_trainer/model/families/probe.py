@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PretrainedConfig, PreTrainedModel
 
-from qlora_trainer.core.model_error import ModelError, explain_errors
 from qlora_trainer.model.architecture.decoder import (
     block_linears,
     block_structures,
@@ -19,6 +18,7 @@ from qlora_trainer.model.architecture.decoder import (
     place_in_block,
 )
 from qlora_trainer.model.architecture.text_part import random_text_part
+from qlora_trainer.model.errors import ModelError, explain_errors
 from qlora_trainer.model.experts.compute import EXPERTS, expert_modules, register_experts
 from qlora_trainer.model.families.tiny_model import SPECIAL_TOKENS, VOCABULARY, WEIGHT_DEVIATION, shrink
 from qlora_trainer.model.kernels.attention import ATTENTION, RowBoundaries, register_attention

@@ -17,7 +17,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from qlora_trainer.core import cpu
-from qlora_trainer.core.model_error import ModelError
+from qlora_trainer.model.errors import ModelError
 from qlora_trainer.model.kernels.attention_capped import capped_rows
 from qlora_trainer.model.kernels.attention_cpu import causal_rows
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qlora_trainer.core import cpu
-from qlora_trainer.core.model_error import ModelError
+from qlora_trainer.model.errors import ModelError
 from qlora_trainer.model.protocols import AutogradContext, Network
 
 _NOT_APART = "one of its layers does not take the tokens of several adapters together"

@@ -7,7 +7,7 @@ import pytest
 from qlora_api.profile import Profile
 from qlora_operator.decisions.manifests.objects import build_job, build_peer_policy, build_peer_service
 from tests.support.builders import NAME, PROFILE, UID, follow, make_job, message_of, reason_of, resolved
-from tests.support.nodes import INTERRUPTED
+from tests.support.cluster.nodes import INTERRUPTED
 
 SHARED = {"topology": "shared", "accessMode": "ReadWriteMany"}
 

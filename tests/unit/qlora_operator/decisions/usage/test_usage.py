@@ -27,7 +27,7 @@ from tests.support.builders import (
     status_in,
     time,
 )
-from tests.support.train_pods import created, scheduled, usage_of
+from tests.support.cluster.train_pods import created, scheduled, usage_of
 
 SPEC: dict[str, Any] = {"resources": {"gpus": 2}}
 

@@ -10,7 +10,7 @@ from qlora_api.status import QLoRAJobStatus
 from qlora_api.usage import UsageStatus
 from qlora_operator.decisions.usage.usage import count_usage
 from tests.support.builders import after, child, ended, facts, make_job, pod, progress, running, status_in, time
-from tests.support.train_pods import created, scheduled, usage_of
+from tests.support.cluster.train_pods import created, scheduled, usage_of
 
 _MOMENTS = st.integers(0, 400)
 _LIVES = st.lists(
