@@ -66,7 +66,7 @@ def test_the_build_context_has_only_the_sources_of_the_wheel() -> None:
 
 
 def test_the_documents_name_the_oldest_kubernetes_that_the_chart_admits() -> None:
-    """1.31 is the first with selectableFields by default: an older API server drops them without a word."""
+    """1.31 has selectableFields by default. Older API servers silently drop them."""
     oldest = re.fullmatch(r">=(1\.\d+)\.0-0", yaml.safe_load((CHART / "Chart.yaml").read_text())["kubeVersion"])
     assert oldest is not None
     documents = [ROOT / "README.md", CHART / "README.md", ROOT / "docs" / "how-to" / "install.md"]

@@ -92,7 +92,7 @@ def test_every_yaml_block_is_valid_or_from_a_shipped_file(block: str, tmp_path: 
 
 
 def reasons_of_the_operator() -> set[str]:
-    """Each reason that the operator gives a job that waits or fails, as its source has them."""
+    """Return the reasons in the operator's source for a job that waits or fails."""
     sources = "\n".join(file.read_text() for file in (ROOT / "operator" / "qlora_operator").rglob("*.py"))
     given = r"return |Reason\(|failure_of\(|\.reason or|\.word or"
     found = set(re.findall(rf'(?:{given})\s*(?:[\w.]*step\.name, )?"([A-Z]\w+)"', sources))
@@ -125,7 +125,7 @@ def test_a_decision_record_states_its_context_options_decision_and_consequences(
 
 
 def paths_in(page: Path) -> Iterator[str]:
-    """Files of this repository that the page names: inline code with a folder and a known ending."""
+    """Yield repository files in a page's inline code, by folder and known ending."""
     for code in re.findall(r"`([^`\n]+)`", page.read_text()):
         for word in code.split():
             if re.fullmatch(r"[\w.][\w./-]*/[\w-]+\.(?:py|md|yaml|yml|toml|json|jsonl)", word):

@@ -94,14 +94,14 @@ def test_a_record_has_at_most_the_bytes_of_its_kind(
 
 
 def test_a_kubelet_keeps_the_largest_result_of_a_message_in_any_script() -> None:
-    """A kubelet cuts a termination message at 4096 bytes, and a message of 1024 characters can take six times that."""
+    """A kubelet cuts messages at 4096 bytes, and 1024 characters can take 6144."""
     assert MAX_RESULT_BYTES == 4096
     with pytest.raises(ValueError, match="larger than the 4096 bytes"):
         encode_record(ResultRecord.model_validate(RESULT.dump() | {"message": "é" * 1024}))
 
 
 def test_a_result_has_room_for_the_largest_mix() -> None:
-    """The maximum sources of a mix, with addresses of the shown length, and ten billion rows each."""
+    """All sources have addresses of the shown length, and ten billion rows each."""
     source = {"source": f"{'x' * 23}…{'y' * 24}", "rows": 10**10, "usedRows": 10**10, "epochRows": 10**10}
     counts = ("rows", "usedRows", "evalRows", "tooLongRows", "longestRowTokens", "duplicateRows", "overlapRows")
     dataset = {

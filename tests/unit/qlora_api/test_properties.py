@@ -97,7 +97,7 @@ def test_an_invalid_layer_is_rejected(layer: Layer) -> None:
 
 
 def test_a_pattern_made_to_be_slow_is_matched_quickly() -> None:
-    """A regular expression would try some 10^11 ways to share the name among the stars."""
+    """A regular expression would try 10^11 ways to share the name among the stars."""
     card = {"configs": [{"config_name": "a", "data_files": "*a" * 8 + "b"}]}
     with pytest.raises(StepFailure, match="no data file matches"):
         choose_data_files(["a" * 200 + ".csv"], card, "", TRAINING, "hf://a/b")

@@ -28,7 +28,7 @@ KEY = Ed25519PrivateKey.generate()
 
 
 def bundle(artifact: str, content: bytes = WEIGHTS) -> bytes:
-    """A signed statement about the artifact with this SHA-256, and a file with this content."""
+    """Sign a statement about the artifact with this SHA-256, and about this content."""
     predicate = Lineage(
         job=LineageJob(name=f"of-{artifact[0]}", namespace="team", uid="u"),
         base=LineageBase(source="hf://org/model", revision="c0ffee", sha256="0" * 64),

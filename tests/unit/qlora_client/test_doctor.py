@@ -24,7 +24,7 @@ DENIED = Unknown("you may not list nodes: a ClusterRole with the rule {nodes} he
 
 
 def schemas(change: Callable[[dict[str, Any]], object] = lambda _: None) -> dict[str, Any]:
-    """The published schema of our definitions, after a change of a QLoRAJob's properties."""
+    """Return our definitions' published schemas, with changed QLoRAJob properties."""
     found = {}
     for kind, definition in definitions().items():
         schema = copy.deepcopy(definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"])

@@ -25,7 +25,7 @@ _recorded: list[tuple[str, tuple[Any, ...]]] | None = None
 
 
 def _record(event: str, arguments: tuple[Any, ...]) -> None:
-    """Note the files, hosts and programs of the interpreter during a test. A hook stays for good."""
+    """Note the interpreter's files, hosts and programs. The hook stays for good."""
     if _recorded is not None and event.partition(".")[0] in ("open", "os", "socket", "subprocess", "urllib", "shutil"):
         _recorded.append((event, arguments))
 

@@ -94,7 +94,7 @@ class Road:
 
 @dataclass
 class Shift:
-    """The working operator, over time. Raises AssertionError if two work at the same time."""
+    """Tracks the working operator. Raises AssertionError if two work at a time."""
 
     working: list[str] = field(default_factory=list)
     began: list[tuple[str, float]] = field(default_factory=list)
@@ -171,7 +171,7 @@ def test_a_disconnected_leader_stops_before_another_begins(skew: float, fault: s
 
 @pytest.mark.parametrize("offset", [0, 0.5, 1, 1.5, 2])
 def test_a_renewal_that_a_slow_answer_shows_counts_from_the_answer_on(offset: float) -> None:
-    """At any time between two renewals: the leader is cut off right after the shown one."""
+    """The leader is cut off right after the shown renewal, at any time until the next."""
     match = Match()
     first_road, first = match.candidate("first")
     second_road, second = match.candidate("second", seconds=3.1)

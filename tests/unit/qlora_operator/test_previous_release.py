@@ -47,7 +47,7 @@ def spec_of(crd: dict[str, Any]) -> dict[str, Any]:
 
 
 def added(new: dict[str, Any], old: dict[str, Any], path: str = "spec") -> dict[str, dict[str, Any]]:
-    """The schemas of the fields that are new, by path. Fails if one is gone, or has become required."""
+    """Return new fields' schemas by path. Fail if a field is gone or became required."""
     found: dict[str, dict[str, Any]] = {}
     before, after = old.get("properties", {}), new.get("properties", {})
     assert before.keys() <= after.keys(), f"{path} has lost {before.keys() - after.keys()}"

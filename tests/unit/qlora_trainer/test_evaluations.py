@@ -88,7 +88,7 @@ def test_settings_that_need_more_evaluations_than_the_run_has_are_named(
 
 
 def test_a_run_with_too_few_evaluations_ends_as_in_the_remark() -> None:
-    """For any losses: the curve rises from its start, where a run would stop or keep another."""
+    """For any losses that rise from the start, where a run would stop or keep another."""
     assert expected_end(training("best", 3), 10, [(0, 1.0), (10, 9.0)]) == (10, 10)
     assert expected_end(training("last", 3), 30, [(0, 1.0), (10, 7.0), (20, 8.0), (30, 9.0)]) == (30, 30)
     assert expected_end(training("last", 3), 31, [(0, 1.0), (10, 7.0), (20, 8.0), (30, 9.0)]) == (30, 30)

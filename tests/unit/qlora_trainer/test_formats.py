@@ -17,7 +17,7 @@ RECORDS = (ProgressRecord, ResultRecord, PrepareRecord, TrainRecord, PublishReco
 
 
 def formats() -> list[str]:
-    """List every field of a record, folder of the workspace and exit code, a line each."""
+    """List all fields of records, folders of the workspace and exit codes."""
     root = Path("/workspace")
     folders = [name for name, kind in vars(WorkspaceLayout).items() if isinstance(kind, property)]
     lines = [f"{name} {getattr(WorkspaceLayout(root), name)}" for name in folders]

@@ -20,7 +20,7 @@ MIB = 2**20
 
 
 def measured(*steps: tuple[StepSize, int], digest: str = "", rank: int = 16) -> MeasuredMemory:
-    """Steps that each keep so many bytes, and take twice and thrice as many for loss and layers."""
+    """Return steps that keep so many bytes, with 2x for the loss and 3x for layers."""
     return MeasuredMemory(
         digest=digest,
         blocks=2,

@@ -126,7 +126,7 @@ EARLIER = {"lora": {"rank": 1024, "from": {"source": "hf://org/adapter"}}}
 
 
 def test_a_job_with_an_initial_adapter_is_not_advised_to_change_it(tmp_path: Path) -> None:
-    """Another rank or a shorter type would not be that adapter's, and prepare would reject the job."""
+    """Another rank or shorter type would not fit the adapter: prepare rejects the job."""
     with_new, with_earlier = (
         fit(tmp_path, LLAMA_3_8B, gpu_gib=8, settings={"lora": {"rank": 1024}} if new else EARLIER).objection
         for new in (True, False)

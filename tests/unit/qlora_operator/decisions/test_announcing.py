@@ -71,7 +71,7 @@ def test_the_clean_up_does_not_wait_for_an_entry_that_is_rejected() -> None:
 
 
 class Rejecting:
-    """An API server that answers each write of a ConfigMap in the same way, and creates any Job."""
+    """Answers each write of a ConfigMap in the same way, and creates any Job."""
 
     def __init__(self, error: ClusterError | None) -> None:
         self.error = error
@@ -134,7 +134,7 @@ def test_one_event_reports_that_an_adapter_is_not_announced() -> None:
 
 
 def test_no_entry_is_written_where_a_profile_expects_certificates() -> None:
-    """The ConfigMap may not exist yet: the one that a job creates would keep every pod waiting for its key."""
+    """A ConfigMap that a job creates would keep every pod waiting for its key."""
     taken = {"caConfigMap": {"name": "adapters", "key": "ca.pem"}}
     waits = follow(
         make_job(**ANNOUNCED), profiles={"default": PROFILE, "ca": Profile.model_validate({**PROFILE.dump(), **taken})}

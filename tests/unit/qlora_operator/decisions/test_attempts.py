@@ -231,7 +231,7 @@ def test_attempts_are_counted_once_while_they_come_and_go() -> None:
 
 
 def test_an_attempt_is_not_counted_again_after_its_pod_is_deleted() -> None:
-    """The first attempt ended in the same second as the start and deletion of the next one."""
+    """It ended in the same second as the start and deletion of the next attempt."""
     stored = status_in(
         "train",
         step=step_status("train", countedPod="uid-of-a-pod-that-is-gone").dump(),

@@ -232,7 +232,7 @@ def test_a_retried_job_mounts_the_other_run_only_if_it_still_needs_it(
 
 
 class TwoJobs:
-    """The calls of the API server that a waiting job needs. `bodies`: the jobs by name."""
+    """Answers a waiting job's calls to the API server. `bodies`: the jobs by name."""
 
     def __init__(
         self,

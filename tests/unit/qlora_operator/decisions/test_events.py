@@ -40,7 +40,7 @@ def test_events_of_one_second_have_names_in_their_order() -> None:
 
 
 def test_each_preemption_of_a_job_has_a_separate_event() -> None:
-    """A queue changes no count: the job goes through the same phases with the same figures."""
+    """A queue changes no count: phases and figures repeat with each preemption."""
     training = make_job(status_in("train", phase="Training"))
     queued = training.status.model_copy(update={"phase": "Queued"})
 

@@ -97,7 +97,7 @@ def test_one_after_the_other_each_cell_is_compared_with_those_before_it() -> Non
 
 
 def test_a_stored_verdict_stays() -> None:
-    """An operator that is killed after the write must decide the same when it starts again."""
+    """An operator killed after the write must decide the same when it restarts."""
     stored = after_pass(sweep(), cell(0, 1.0), cell(1, 1.2))
     assert verdicts(stored)[1] == [(20, 2, 2, False)]
     later = (cell(0, 1.0), cell(1, 1.2), cell(2, 1.3), cell(3, 1.4))

@@ -123,7 +123,7 @@ def test_a_queue_is_polled_often_until_it_has_a_reason_and_then_once_a_minute(se
 
 
 def resumed_but_not_seen() -> dict[str, Any]:
-    """Resumed by the queue, which the Job controller has not noticed: it still has no start time."""
+    """Return a resumed Job that the Job controller has not given a start time yet."""
     return child("train", Suspended="JobSuspended") | {"spec": {"suspend": False}}
 
 

@@ -49,7 +49,7 @@ def lost(number: int, end: float = -9) -> dict[str, Any]:
 
 
 def failed_job(attempt: int = 1, end: float = -10) -> dict[str, Any]:
-    """A train Job that Kubernetes has failed because one of its pods has not ended well."""
+    """Return a train Job that Kubernetes failed because one of its pods failed."""
     body = child("train", attempt, Failed="BackoffLimitExceeded")
     body["status"]["conditions"][0]["lastTransitionTime"] = time(end)
     return body
@@ -212,7 +212,7 @@ def test_two_jobs_that_wait_for_one_anothers_nodes_never_try_again_at_the_same_t
 
 
 def test_a_job_whose_spec_has_lost_its_nodes_keeps_their_number() -> None:
-    """The CustomResourceDefinition of an earlier release, applied in mid-run, drops the field."""
+    """An earlier release's CustomResourceDefinition drops the field in mid-run."""
     two = job_in()
     fixed = resolved().model_copy(update={"document": document(two), "contract_version": 3})
     status = status_in("train", 1, resolved=fixed.dump(), step=step_status("train").dump())

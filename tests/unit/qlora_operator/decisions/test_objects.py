@@ -163,7 +163,7 @@ BODIES: tuple[tuple[ChildKind, dict[str, Any]], ...] = (
 
 
 def chosen_by_others(place: tuple[Any, ...]) -> bool:
-    """Fields of an object that the API server neither sets nor checks for objects of every kind."""
+    """Report whether the API server leaves the field free for objects of any kind."""
     free = ("annotations", "deletionTimestamp", "deletionGracePeriodSeconds")
     return bool(place) and (place[0] != "metadata" or (len(place) > 1 and place[1] in free))
 

@@ -294,7 +294,7 @@ def test_a_job_whose_creation_was_interrupted_keeps_its_number() -> None:
 
 
 def deleted_at(status: QLoRAJobStatus, at: float, *bodies: dict[str, Any]) -> tuple[float, QLoRAJobStatus]:
-    """Seconds until the step whose Job is deleted gets another one, and the status by then."""
+    """Return seconds until a deleted Job's step gets another one, and the status then."""
     found = decide(make_job(status), *bodies, at=at)
     status = follow(make_job(status), *bodies, now=after(at))
     if not found.actions:

@@ -41,7 +41,7 @@ SIGNING = Profile.model_validate(PROFILE.dump() | {"signingKey": {"name": "signi
 
 
 def test_a_profile_with_a_key_needs_a_trainer_that_signs() -> None:
-    """An older one ends with UnsupportedContract at its first step, and not after it has published."""
+    """An older one ends with UnsupportedContract before it publishes anything."""
     status = follow(make_job(), profiles={"default": SIGNING})
     assert status.resolved is not None
     assert status.resolved.contract_version == needed_contract(1, signed=True) == 5
@@ -51,7 +51,7 @@ TRACKING = Profile.model_validate(PROFILE.dump() | {"tracking": {"mlflow": {"url
 
 
 def published(profile: Profile, *, lineage: str | None = None, **spec: Any) -> QLoRAJobStatus:
-    """The status after publish has reported the adapter, whose lineage is signed or not."""
+    """Return the status after publish reported an adapter, signed or unsigned."""
     body = pod("publish")
     adapter = ADAPTER.model_copy(update={"lineage": lineage})
     done = ended(body, 0, result(body, "publish", adapter=adapter))
@@ -61,7 +61,7 @@ def published(profile: Profile, *, lineage: str | None = None, **spec: Any) -> Q
 
 @pytest.mark.parametrize("lineage", [None, "unsigned"])
 def test_an_adapter_that_is_not_signed_although_the_profile_has_a_key_fails_the_job(lineage: str | None) -> None:
-    """A resumed run keeps its trainer, which may be too old to read the key that the profile has since."""
+    """A resumed run's trainer may be too old to read the key that was added since."""
     status = published(SIGNING, lineage=lineage)
     assert (status.phase, reason_of(status, "Failed")) == ("Failed", "AdapterNotSigned")
     assert ADAPTER.uri in message_of(status, "Failed")

@@ -121,7 +121,7 @@ def test_a_retry_uses_the_current_profile() -> None:
 
 
 def test_a_trainer_that_does_not_sign_does_not_publish_after_a_key_was_added() -> None:
-    """The image stays, and ends with UnsupportedContract if it does not support this version."""
+    """The image stays, and ends with UnsupportedContract if it is too old for a key."""
     status = take_up(failed_job(), profiles={"default": SIGNING})
     assert status.resolved is not None
     assert status.step is not None

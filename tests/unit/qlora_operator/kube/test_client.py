@@ -66,7 +66,7 @@ def test_counted_jobs_are_read_page_by_page_without_ended_ones() -> None:
 
 
 class Crowded(Transport):
-    """A server with a thousand pods, each with as many notes of its writers as a real one."""
+    """A server with a thousand pods, with as many managed fields as real ones."""
 
     def __init__(self) -> None:
         notes = {f"f:field-{number}": {"f:value": dict[str, Any]()} for number in range(120)}
@@ -111,7 +111,7 @@ def test_a_list_of_a_thousand_pods_takes_a_few_mebibytes(names: Callable[[Cluste
 
 
 class Busy(Transport):
-    """A server with objects of those sizes, in bytes: pods, and on request Jobs and QLoRAJobs."""
+    """A server with objects of these sizes in bytes: pods, Jobs and QLoRAJobs."""
 
     def __init__(self, sizes: list[int]) -> None:
         self._sizes = sizes

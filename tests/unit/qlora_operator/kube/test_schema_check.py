@@ -17,7 +17,7 @@ DEFINITIONS = definitions()
 
 
 def document(change: Callable[[dict[str, Any]], object] = lambda _properties: None) -> dict[str, Any]:
-    """The published schema of our definitions, after a change of a QLoRAJob's properties."""
+    """Return our definitions' published schemas, with changed QLoRAJob properties."""
     schemas = {kind: published(kind) for kind in DEFINITIONS}
     change(schemas["QLoRAJob"]["properties"])
     listed = {"x-kubernetes-group-version-kind": [{"kind": "QLoRAJobList"}]}

@@ -32,7 +32,7 @@ print(json.dumps({"apiVersion": "client.authentication.k8s.io/v1", "kind": "Exec
 
 
 class Server:
-    """Answers every request with one QLoRAJob, and keeps it. `expired`: a rejected token."""
+    """Answers with one QLoRAJob, and keeps requests. `expired`: a rejected token."""
 
     def __init__(self) -> None:
         self.expired = ""
@@ -237,7 +237,7 @@ def test_the_token_of_a_pod_is_read_again_when_the_server_rejects_it(
 
 
 class Rotated:
-    """A server with TLS on one port, whose certificate is issued by one authority after another."""
+    """A server on one port, with TLS certificates of one authority after another."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -25,7 +25,7 @@ from tests.support.cluster.memory_cluster import MemoryCluster, reconcile, shown
 
 
 def without_owner(body: Object) -> dict[str, Any]:
-    """As the Job controller leaves it after it has lost the labels that its Job selects it by."""
+    """Drop a pod's owner, as the Job controller does after its labels are lost."""
     return {**body, "metadata": {**body["metadata"], "ownerReferences": []}}
 
 

@@ -145,7 +145,7 @@ def test_a_quantity_is_compared_by_value(text: str, number: float) -> None:
 
 
 class Namespace:
-    """The QLoRAJobs of one namespace, in memory, and their operator. Nothing but the QLoRAJobs exists."""
+    """One namespace's QLoRAJobs in memory, and their operator. Nothing else exists."""
 
     def __init__(self, count: int, limit: int) -> None:
         self.bodies = {f"job-{number}": self._body(f"job-{number}") for number in range(count)}

@@ -76,7 +76,7 @@ def test_a_namespace_does_not_occupy_the_last_workers() -> None:
 def test_the_only_namespace_that_is_served_may_occupy_every_worker(
     namespaces: tuple[str, ...], together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The queue as the operator makes it from its settings, with the default number of workers."""
+    """The operator makes the queue from its settings, with the default workers."""
     made: list[dict[str, Any]] = []
 
     def make(_: object, **options: Any) -> WorkQueue:

@@ -218,7 +218,7 @@ def test_no_service_mesh_adds_a_proxy_that_would_outlive_the_step(step: StepName
 
 
 def test_libraries_start_as_many_threads_as_the_pod_requests_cpus() -> None:
-    """A request, because the pod has no limit of CPU: the limit would be read as all cores of the node."""
+    """A pod without a CPU limit would start a thread for each core of the node."""
     (threads,) = [entry for entry in container_of(build("train"))["env"] if entry["name"] == "OMP_NUM_THREADS"]
     assert threads["valueFrom"] == {"resourceFieldRef": {"resource": "requests.cpu"}}
     assert "cpu" not in container_of(build("train"))["resources"]["limits"]

@@ -74,7 +74,7 @@ def test_hours_and_costs_are_decimal() -> None:
 
 
 def test_the_largest_numbers_that_a_pod_may_report_have_a_forecast() -> None:
-    """A tenant can write a record, and an error here would end every pass over the job."""
+    """A tenant can write a record, and an error would end every pass over the job."""
     assert float(hours_text(3.6e43)) == pytest.approx(1e40)
     with pytest.raises(ValueError, match="flops"):
         WorkStatus(parameters=1, tokens=1, flops=1e31)

@@ -43,7 +43,7 @@ def lost(status: QLoRAJobStatus) -> dict[str, int]:
 
 
 def saved(at: float, **more: Any) -> dict[str, Any]:
-    """The fields of a progress record of a run that trains since -80 and has a checkpoint of that time."""
+    """Return progress of a run that trains since -80, with a checkpoint from `at`."""
     return {
         "training_step": 5,
         "total_steps": 20,
@@ -175,7 +175,7 @@ def brief(number: int, at: float) -> dict[str, Any]:
 
 
 def test_many_foreign_pods_hide_none_and_do_not_fill_the_status() -> None:
-    """One that waits for ever, hundreds of short ones, and the train pods: each counts."""
+    """One waits forever among hundreds of short ones and the train pods: each counts."""
     waits, job = created(pod("train", 1, 1), -1000), child("train", created=-1100)
     many = [brief(number, -1000 + number) for number in range(2, 202)]
     status = then(status_in("train"), job, waits, *many)
@@ -203,7 +203,7 @@ def test_a_pod_that_waits_for_its_image_while_hundreds_end_counts_from_its_node(
 
 
 def test_a_pod_that_waits_for_its_node_is_not_displaced_by_many_that_end() -> None:
-    """Entries are dropped after a while; this pod was created before, and is not counted yet."""
+    """Entries are dropped after a while, but this earlier pod is not counted yet."""
     first = created(pod("train", 1, 1), -100)
     many = [
         created(ended(train_pod(number, at=-60 + number), 0, start=-60 + number, end=-59 + number), -60 + number)

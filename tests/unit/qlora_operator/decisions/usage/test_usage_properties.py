@@ -51,7 +51,7 @@ def as_at(lives: list[tuple[int, int, int]], moment: int) -> list[dict[str, Any]
 def test_usage_never_decreases_and_never_counts_twice(
     lives: list[tuple[int, int, int]], looks: list[tuple[int, int, int | None]]
 ) -> None:
-    """Any order of observations, with pods missing: watches show changes late, or lose them."""
+    """Watches lose changes or show them late: in any order, with pods missing."""
     whole = sum(runs for _, runs, _ in lives)
     status, highest = status_in("train"), 0
     for moment, shown, news in looks:
