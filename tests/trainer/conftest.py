@@ -48,7 +48,7 @@ def _the_hubs_client_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _a_model_is_measured_once() -> Iterator[None]:
-    """Hundreds of tests prepare the same tiny models: cache the dry run's result for the same input."""
+    """Cache dry runs by their input: hundreds of tests prepare the same tiny models."""
     found: dict[tuple[Any, ...], MeasuredMemory] = {}
 
     def measure(
@@ -120,7 +120,7 @@ def trained(tmp_path: Path, finished: Files) -> Files:
 
 @pytest.fixture(scope="session")
 def together(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> tuple[Files, StepContext]:
-    """Files of two processes that trained with the whole base each. Do not change them: copy them."""
+    """Train in two processes with the whole base each. Copy the files to change them."""
     files, context = workspace(
         tmp_path_factory.mktemp("together") / "job", tiny_llama, merged(EXACT, TWO), packed=False
     )
@@ -189,7 +189,7 @@ def real_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def registry_proxy(real_registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """The registry that the profile allows, behind a proxy. The Secrets of model and output open it."""
+    """Serve the profile's registry by a proxy, with the Secrets of model and output."""
     monkeypatch.setattr(oci_auth, "_RETRY", Retry(total=0))
     write_rows(tmp_path / "data" / "train.jsonl", [chat_row("Which pods?", "kubectl get pods")])
     with serve_proxy(FaultProxy(real_registry)) as served:
@@ -207,7 +207,7 @@ def records() -> Recorded:
 
 @pytest.fixture
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One thread to compute with, for any outer setting: another number adds floats in another order."""
+    """Compute with one thread: another number adds floats in another order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

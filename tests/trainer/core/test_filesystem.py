@@ -94,7 +94,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, mon
 def test_two_processes_that_write_a_file_concurrently_both_succeed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other one, which may have the same process id in its container, writes while this one syncs."""
+    """The second may have the same process id, and writes while the first one syncs."""
     path, fsync = tmp_path / "prepare.json", os.fsync
 
     def sync_while_another_writes(number: int) -> None:

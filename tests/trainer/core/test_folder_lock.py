@@ -93,7 +93,7 @@ def test_an_owner_touches_its_folder_periodically(tmp_path: Path, monkeypatch: p
 
 
 def test_a_finished_partial_folder_is_left_as_it_is(tmp_path: Path) -> None:
-    """Its owner has removed the file; one that were made here would come with the folder."""
+    """Its owner has removed the file: a file made here would come with the folder."""
     folder = tmp_path / "partial"
     folder.mkdir()
     assert not is_taken(aged(folder, 50), same_job=True)

@@ -47,7 +47,7 @@ OTHERS = [
 
 @pytest.mark.parametrize("error", SHORTAGES, ids=REPORTERS)
 def test_gpu_memory_exhausted_by_any_library_is_recognized(error: RuntimeError) -> None:
-    """Training halves its micro batch for the same errors that end the step with this exit code."""
+    """Training halves its micro batch for the errors that end a step with this code."""
     assert is_out_of_gpu_memory(error)
     ending = classify(error)
     assert ending.exit_code is ExitCode.GPU_OUT_OF_MEMORY

@@ -29,7 +29,7 @@ except Exception as error:
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The environment of the process, for this test only, without the libraries' offline settings."""
+    """Replace the environment in this test by one without offline settings."""
     values = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     monkeypatch.setattr(os, "environ", values)
     return values

@@ -145,7 +145,7 @@ def test_an_overlap_fails_the_job_on_request(make_context: MakeContext, records:
 def test_duplicates_split_by_a_fraction_are_reported_and_removed_on_request(
     make_context: MakeContext, records: Recorded, tmp_path: Path
 ) -> None:
-    """Each row exists twice: some held-out rows have their equal among the training rows."""
+    """Each row exists twice: some held-out rows equal training rows."""
     write_rows(tmp_path / "data" / "train.jsonl", [*ROWS, *ROWS])
     record = prepare(make_context({"dataset": {"eval": {"fraction": 0.25}}}), records)
     assert (record.dataset.duplicate_rows, record.dataset.eval_rows) == (20, 10)

@@ -241,7 +241,7 @@ def test_each_source_must_have_rows_to_hold_out(make_mixed: MakeContext, tmp_pat
 
 
 def drawn(sizes: tuple[int, ...], folder: Path, **training: Any) -> int:
-    """The drawn epochs of the sources for a run, in steps of 12 rows, up to a rejection."""
+    """Return how many epochs a run draws in steps of 12 rows, up to a rejection."""
     epochs: list[int] = []
 
     def arranged() -> EpochArrangements:

@@ -82,7 +82,7 @@ def test_sequences_mix_rows_of_different_kinds() -> None:
 
 
 def test_the_tightest_room_is_taken() -> None:
-    """Rows of 40 and 50 are longer than half a sequence, so both have a sequence when that of 10 comes."""
+    """Rows of 40 and 50 exceed half a sequence: each has one when the row of 10 comes."""
     assert sorted(map(sorted, packed([40, 50, 10]))) == [[0], [1, 2]]
 
 

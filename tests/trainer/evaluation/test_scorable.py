@@ -29,7 +29,7 @@ def remarks(
     positions: int | None = None,
     **score: Any,
 ) -> tuple[str, ...]:
-    """Messages about four rows, whose prompts have 2 to 10 tokens and whose answers have 3 to 11."""
+    """Check four rows, with prompts of 2 to 10 tokens and answers of 3 to 11."""
     if not folder.exists():
         write_data(folder, packed=False, pairs=pairs, checks=checks)
     gate = GateSpec.model_validate({"score": {"check": "exactMatch", **score}})

@@ -21,7 +21,7 @@ TRACKED: dict[str, Any] = {"training": {"reportTo": ["tensorboard", "mlflow", "w
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> tuple[Path, list[dict[str, float]]]:
-    """The report folder of a run that was lost in step 1, stopped after step 3 and resumed."""
+    """Return the report of a run: lost in step 1, stopped after step 3, and resumed."""
     context = prepared(tmp_path_factory.mktemp("tracked"), tiny_llama, TRACKED)
     stop = StopRequest()
     with pytest.raises(Lost):

@@ -146,7 +146,7 @@ def test_when_all_are_damaged_none_is_used_and_all_are_kept(two: Path) -> None:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 def test_a_save_that_fails_at_any_operation_leaves_the_earlier_checkpoints(number: int, tmp_path: Path) -> None:
-    """Fail the first, the second, … file system operation, until the save gets through."""
+    """Fail each file system operation in turn, until the save succeeds."""
     for failing in range(1, 200):
         folder = tmp_path / str(failing)
         save(folder, 1, 2)
@@ -186,7 +186,7 @@ def full_from(failing: int, workspace: Path) -> AbstractContextManager[BadDisk]:
 def test_a_run_on_a_volume_that_fills_up_at_any_write_resumes_to_the_same_bytes(
     full_disks: int, tmp_path: Path, tiny_llama: Path
 ) -> None:
-    """The train step, with the volume full from the first, some other, or the last write on."""
+    """Fill the train step's volume at the first, some other or the last write."""
     undisturbed = prepared(tmp_path / "undisturbed", tiny_llama, SHORT_RUN)
     with full_from(sys.maxsize, undisturbed.workspace.root) as disk:
         run(undisturbed)
@@ -250,7 +250,7 @@ for left in range(100):
 
 @pytest.mark.parametrize("kind", ["pages", "inodes"])
 def test_a_volume_that_is_full_at_any_write_leaves_the_earlier_checkpoints(kind: str, tmp_path: Path) -> None:
-    """A real file system with room for nothing, one page (or file) more, … until it is saved."""
+    """A real file system has room for nothing, then for one page or file more a time."""
     mount = f"mount -t tmpfs -o size=1m,nr_inodes=64 none {tmp_path}"
     script = f"{mount} && exec {sys.executable} -c '{FILL}' {tmp_path} {kind}"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -263,7 +263,7 @@ def test_a_volume_that_is_full_at_any_write_leaves_the_earlier_checkpoints(kind:
 
 
 def test_power_may_fail_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unsynced changes may be lost: at the rename all files are synced, at a removal the rename is."""
+    """Files are synced before the rename, and the rename before any removal."""
     folder = tmp_path / "checkpoints"
     events: list[tuple[str, str]] = []
     fsync, rename, remove = os.fsync, os.rename, shutil.rmtree

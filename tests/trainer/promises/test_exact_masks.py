@@ -114,7 +114,7 @@ def without_marks(template: str) -> str:
 
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level tokenizer with the marks of all families. A blank belongs to the word after it."""
+    """Save a byte-level tokenizer with all families' marks. Words begin with blanks."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

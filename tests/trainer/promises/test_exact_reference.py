@@ -40,7 +40,7 @@ CLIP = 0.3
 
 
 def random_rows(seed: int) -> list[dict[str, Any]]:
-    """Questions and answers of 1 to 16 words, so that a sequence holds rows of every length."""
+    """Return questions and answers of 1 to 16 words, for rows of every length."""
     random = Random(seed)
     return [chat_row(random_words(random, 16), random_words(random, 16)) for _ in range(9)]
 
@@ -74,7 +74,7 @@ def examples_of(rows: list[dict[str, Any]], model: Path, train_on: TrainOn) -> l
 
 
 def reference_model(folder: Path, dtype: torch.dtype, attention: str, tensors: dict[str, Tensor]) -> Any:
-    """The model of PEFT's guide to quantized training, with `tensors` as adapter weights."""
+    """Build the model of PEFT's quantization guide, with `tensors` as adapter weights."""
     base = AutoModelForCausalLM.from_pretrained(
         folder,
         quantization_config=BitsAndBytesConfig(
@@ -104,7 +104,7 @@ def reference_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
 
 
 def reference_backward(model: Any, examples: list[Example]) -> float:
-    """The mean loss of all targets, one example at a time, with its gradients in the parameters."""
+    """Return the mean loss of all targets, one example at a time, with its gradients."""
     total = sum(example.targets for example in examples)
     summed = 0.0
     for example in examples:

@@ -123,7 +123,7 @@ def sites_of(context: StepContext) -> Counter[Site]:
 
 
 def attempt(context: StepContext, instant: Instant | None) -> int:
-    """Exit code of a new process's train step that ends at `instant`; negative for a signal."""
+    """Train in a fork until `instant`. Return the exit code, negative for a signal."""
     child = os.fork()
     if child == 0:
         stop = StopRequest()
@@ -165,7 +165,7 @@ def _end_at(instant: Instant) -> Callable[[Site], None]:
 
 
 def drawn(sites: Counter[Site], share: int, random: Random) -> list[Instant]:
-    """Instants at the share of the writing sites and at some of the others, in random order."""
+    """Draw instants at a share of the writing sites and at some others, shuffled."""
     writing = sorted(site for site in sites if site[0] in WRITING)[share :: len(RUNS)]
     others = random.sample(sorted(site for site in sites if site[0] not in WRITING), OTHERS_DRAWN)
     chosen = [*writing, *others]

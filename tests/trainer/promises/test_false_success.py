@@ -193,7 +193,7 @@ def test_an_incomplete_or_untrained_adapter_is_never_published(trained: Files, w
 
 
 def verdict(done: Done) -> QLoRAJobStatus:
-    """The operator's verdict on a publish pod that ended like this and left this termination message."""
+    """Return the operator's verdict on a publish pod's end and termination message."""
     body = pod("publish")
     body["metadata"]["uid"] = POD_UID
     job = make_job(status_in("publish"))
@@ -242,7 +242,7 @@ def test_exit_0_without_the_pods_record_is_no_success(finished: Files, way: str)
 
 
 def with_perfect_record(code: int, reason: str) -> QLoRAJobStatus:
-    """The operator's verdict on a publish pod that left the record of a success and ended like this."""
+    """Return the operator's verdict on this end of a pod with a record of success."""
     body = pod("publish")
     message = result(body, "publish", **FACTS["publish"])
     kind = "Failed" if code else "Complete"
@@ -277,6 +277,6 @@ def test_a_run_that_is_stopped_in_its_last_step_does_not_report_that_it_is_done(
 
 
 def test_the_adapter_of_an_earlier_run_in_the_workspace_is_not_published(trained: Files) -> None:
-    """A spec was changed and training has not run again: the record on the volume is of the run before."""
+    """Training has not run since the spec changed: the record is of the run before."""
     with failing(ExitCode.UNSAFE_ARTIFACT, "another run"):
         published(trained.with_spec({"training": {"learningRate": 0.004}}))

@@ -74,7 +74,7 @@ def a_tar_in_a_compressed_file(place: Place) -> None:
 
 
 def bomb(compress: Callable[[bytes], bytes], ending: str, place: Place) -> None:
-    """One row and 4 GiB of blank lines, in parts that a decompressor reads one after the other."""
+    """Write one row and 4 GiB of blank lines, in parts that are decompressed in turn."""
     blank = compress((b" " * (2**20 - 1) + b"\n") * 16)
     place.rows(compress((place.data / "train.jsonl").read_bytes()) + blank * 256, f"train.jsonl{ending}")
 
@@ -117,7 +117,7 @@ def a_number_of_a_million_digits(place: Place) -> None:
 
 @case(DATASET, "reading it took more than 1.0 GiB of host memory")
 def a_parquet_page_that_says_it_is_huge(place: Place) -> None:
-    """The header of the only page declares 2 GiB, in a file whose footer has no such size."""
+    """The only page's header declares 2 GiB, and the footer has no such size."""
     sink = pyarrow.BufferOutputStream()
     table = pyarrow.table({"text": ["word"] * 100})
     pyarrow.parquet.write_table(table, sink, compression="zstd", use_dictionary=False)

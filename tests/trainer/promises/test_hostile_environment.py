@@ -62,7 +62,7 @@ def test_code_next_to_the_model_and_the_data_is_not_run(tmp_path: Path, tiny_lla
 
 
 def test_qlora_run_imports_nothing_from_its_working_directory(tmp_path: Path, files: Files) -> None:
-    """It may hold data from anywhere. The program itself gets its identity from its location."""
+    """It may hold any data. The program's own location gives its identity."""
     place = Place(tmp_path)
     place.outside.mkdir()
     place.code(files.data, *MODULES)
@@ -93,7 +93,7 @@ def test_qlora_run_imports_nothing_from_its_working_directory(tmp_path: Path, fi
 def test_only_the_named_server_gets_requests_with_the_secrets_login_only(
     tmp_path: Path, files: Files, elsewhere: FakeHub, source: str, variable: str
 ) -> None:
-    """The logins of .netrc, a node's credentials and proxies are not the tenant's to use."""
+    """Logins of .netrc, a node's credentials and proxies are not the tenant's to use."""
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / ".netrc").write_text(f"default login team password {PASSWORD}\n")
     trap = {
@@ -188,7 +188,7 @@ def test_invalid_home_and_temporary_folders_are_ignored(
 
 
 def test_a_link_in_place_of_the_log_is_not_followed(tmp_path: Path) -> None:
-    """Any process that may write to the volume can put it there before the step begins."""
+    """A process that may write to the volume can put it there before the step."""
     log = tmp_path / "records" / "prepare.log"
     log.parent.mkdir()
     log.symlink_to(tmp_path / "not-there")

@@ -41,7 +41,7 @@ SPEC: dict[str, Any] = {
 
 
 def base_without_template(tiny_llama: Path, folder: Path) -> Path:
-    """A published base without chat training: no template, texts end with <|endoftext|>."""
+    """Copy a base without chat training: no template, texts end with <|endoftext|>."""
     shutil.copytree(tiny_llama, folder)
     (folder / "chat_template.jinja").unlink()
     for name, change in {
@@ -55,7 +55,7 @@ def base_without_template(tiny_llama: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> StepContext:
-    """A job that is prepared, trained and published. A test that changes it must restore it."""
+    """Prepare, train and publish a job. A test that changes it must restore it."""
     root = tmp_path_factory.mktemp("template")
     write_rows(root / "data" / "train.jsonl", ROWS)
     base_without_template(tiny_llama, root / "models" / "base")

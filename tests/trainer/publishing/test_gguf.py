@@ -49,7 +49,7 @@ def made(config: PretrainedConfig, folder: Path) -> Path:
 
 
 def adapted(model: Path, lora: LoraSpec, folder: Path) -> tuple[Tensor, Tensor]:
-    """Save a random adapter; returns log-probabilities after TOKENS, with and without it."""
+    """Save a random adapter. Return log-probabilities after TOKENS, with and without."""
     targets = inspect_family(model, lora).target_modules
     settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, use_rslora=lora.use_rslora, target_modules=list(targets))
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
@@ -170,7 +170,7 @@ def test_a_family_whose_layers_the_converter_changes_is_rejected(
 
 
 def test_all_layers_of_the_trial_adapter_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The converter joins layers whose A is the same, which it cannot do for an adapter that was trained."""
+    """The converter joins layers with the same A, which no trained adapter has."""
     model = made(FAMILIES["llama"], tmp_path / "model")
     targets = inspect_family(model, LoraSpec()).target_modules
     same = "assert not any(torch.equal(tensor, other) for known, other in lora_model.items() if known < name)"

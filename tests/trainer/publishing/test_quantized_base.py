@@ -51,7 +51,7 @@ def run(files: Files, *, uid: str = JOB_UID) -> Any:
 
 @pytest.fixture
 def mirrored(job: Files) -> Files:
-    """Another job over the same data, whose model is a copy at another address. Its workspace is empty."""
+    """Return a job over the same data, with a copied model and an empty workspace."""
     job.workspace.rename(job.root / "first")
     shutil.copytree(job.models / "model", job.root / "models" / "mirror")
     changes = {"model": {"source": "pvc://models/mirror"}, "training": {"maxSteps": 1}}

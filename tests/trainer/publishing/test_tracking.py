@@ -47,7 +47,7 @@ def losses(files: Files) -> dict[int, float]:
 
 
 def forget_tracking(files: Files) -> None:
-    """As if the attempt had been killed after the upload, and before it had recorded that."""
+    """Drop the upload's record, as if the attempt was killed before it wrote that."""
     path = files.workspace / "records" / "publish.json"
     record = read_completion(path, PublishRecord)
     assert record is not None

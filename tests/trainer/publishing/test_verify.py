@@ -96,7 +96,7 @@ def test_a_configuration_that_leaves_something_out_is_rejected(path: Path, key: 
 
 
 def test_a_linked_configuration_is_rejected_even_if_its_target_is_right(path: Path) -> None:
-    """A process that can change that file afterwards would change the published adapter."""
+    """A process that changes that file later would change the published adapter."""
     behind = path.rename(path.with_name("elsewhere.json"))
     path.symlink_to(behind)
     replaced(lambda: verify(path))

@@ -38,7 +38,7 @@ def test_a_cached_base_that_was_changed_is_made_again(cache: SharedCache, harm: 
 
 
 def test_the_checksum_detects_a_planted_base_with_other_numbers(cache: SharedCache) -> None:
-    """No server publishes a base's sum: a process with access to the claim can plant one."""
+    """No server publishes a base's sum: a process on the claim can plant a base."""
     first = cache.prepare("first")
     overwrite_with_manifest(cache.base)
     second = cache.prepare("second")

@@ -32,7 +32,7 @@ Make = Callable[..., StepContext]
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> dict[str, Path]:
-    """Workspaces of one job: `fresh` from prepare, `stopped` with the checkpoints of steps 2 and 4."""
+    """Prepare one job as `fresh`, and as `stopped` with checkpoints of steps 2 and 4."""
     folder = tmp_path_factory.mktemp("roots")
     context = prepared(folder / "fresh", tiny_llama)
     shutil.copytree(folder / "fresh", folder / "stopped")
@@ -289,7 +289,7 @@ def change(checkpoint: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 def test_a_checkpoint_with_impossible_values_is_damaged(
     make: Make, edit: Callable[[dict[str, Any]], object], place: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its sums are right: it was not the disk that changed it, and training would only find it out on a GPU."""
+    """Its sums are right: only training would find the values, and only on a GPU."""
     other = make("other", "stopped")
     change(other.workspace.checkpoints / "step-4", edit)
     reject_other_settings(other.workspace.root, "other", settings())

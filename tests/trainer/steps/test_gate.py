@@ -66,7 +66,7 @@ def with_score(files: Files, adapter: float, *, of: str | None = None, too_long:
 
 
 def with_template(files: Files) -> bytes:
-    """Note a chat template of the job in the record of prepare, and write it next to the rows."""
+    """Add a job's chat template to the record of prepare, and next to the rows."""
     path = files.workspace / "records" / "prepare.json"
     record = read_completion(path, PrepareRecord)
     assert record is not None
@@ -214,7 +214,7 @@ def test_prepare_admits_a_score_that_the_data_has_and_data_and_run_stay_the_same
 
 
 def brought(answers: list[Any], kind: str = "regex") -> dict[str, Any]:
-    """A job that checks answers by the rows' column `expected`, with one in four rows held out."""
+    """Return a spec with answers' checks in column `expected`, and a quarter held out."""
     return {
         "dataset": {"eval": {"fraction": 0.25}, "columns": {"check": "expected"}},
         "gate": {"minScore": 0.5, "score": {"check": kind, "rows": len(answers)}},

@@ -136,7 +136,7 @@ def test_a_training_that_changes_nothing_is_not_published(place: Place) -> None:
 def test_the_run_is_compared_with_its_start_and_resumes_to_the_last_bit(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that unlearns the earlier adapter has diverged, even if no worse than the base."""
+    """A run that unlearns the earlier adapter diverges, though no worse than the base."""
     spec = {"lora": {"from": FROM}, "training": {"maxSteps": 2, "learningRate": 0.05, "evalEverySteps": 1000}}
     context = place.context("second", spec)
     prepare(context, Recorded())

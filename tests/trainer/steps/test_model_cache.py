@@ -188,7 +188,7 @@ def test_training_does_not_start_on_a_base_that_has_changed_in_the_cache(cache: 
 
 
 def test_a_training_on_a_replaced_base_keeps_no_files(cache: SharedCache) -> None:
-    """With a manifest that fits, after prepare: the sum is the one that prepare recorded."""
+    """Its manifest fits, but its sum is not the one that prepare recorded."""
     context = cache.context()
     prepare(context, Recorded())
     overwrite_with_manifest(cache.base)

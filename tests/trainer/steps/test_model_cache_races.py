@@ -64,7 +64,7 @@ def test_concurrent_jobs_wait_for_the_one_that_makes_the_base(cache: SharedCache
 
 
 def test_a_job_uses_a_base_that_another_one_has_completed_first(cache: SharedCache) -> None:
-    """As on a volume without locks: both make one, and the loser deletes the one it made."""
+    """Without locks on the volume, both make a base, and the loser deletes its base."""
     contexts = iter([cache.context("second")])
     records: list[PrepareRecord] = []
     (cache.folder / "quantized").mkdir()

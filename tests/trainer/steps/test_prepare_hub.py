@@ -376,7 +376,7 @@ def test_a_missing_or_mixed_data_set_of_the_hub_is_rejected(
 
 
 def test_neither_the_token_nor_a_signed_address_is_left_anywhere(jobs: HubJobs, tmp_path: Path) -> None:
-    """The real hub redirects a download to an address that gives the file to any client."""
+    """The real hub redirects a download to an address that works for any client."""
     jobs.hub.token = "hf_canarytokenthatreads"
     signed = iter([f"{jobs.hub.endpoint}/acme/tiny/resolve/{COMMIT}/model.safetensors?X-Amz-Signature=canary"])
 

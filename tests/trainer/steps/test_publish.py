@@ -29,7 +29,7 @@ OTHER_UID = "7d0c2f5e-0000-4000-8000-00000000000f"
 
 
 def rejected(files: Files, code: ExitCode, *words: str, uid: str = JOB_UID) -> None:
-    """Check that publish fails, for a reason with these words, and leaves no record of a success."""
+    """Check that publish fails with these words, and leaves no record of a success."""
     with failing(code) as failure:
         published(files, uid=uid)
     for word in words:

@@ -116,7 +116,7 @@ def test_records_have_the_losses_at_rungs_and_the_sweeps_page_a_stopped_run(
 
 
 def test_goodput_is_the_share_of_all_attempts_that_is_in_the_adapter(workspace: Prepare) -> None:
-    """On a clock that ticks at every look: steps that are undone count as time, and not as work."""
+    """The clock ticks at each reading: undone steps count as time, and not as work."""
     ticks = count()
 
     def attempt(context: StepContext, records: Recorded) -> TrainRecord:

@@ -32,7 +32,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def store(s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FaultProxy]:
-    """The object store of the profile, behind a proxy, with tries without delay. The Secrets of the job exist."""
+    """Serve the profile's store by a proxy, with the job's Secrets and no retry delay."""
     for name in SECRET:
         monkeypatch.delenv(name, raising=False)
     for part in ("model", "dataset", "output"):

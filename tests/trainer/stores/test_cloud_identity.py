@@ -31,7 +31,7 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def give(monkeypatch: pytest.MonkeyPatch) -> Give:
-    """Sets the variables of the operator, or of a cloud's webhook, in the pod's environment."""
+    """Sets variables of the operator, or of a cloud's webhook, for the pod."""
 
     def give(**environment: str) -> None:
         for name, value in environment.items():
@@ -83,7 +83,7 @@ def s3(give: Give) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def sts(give: Give, token: Path, tmp_path: Path) -> Iterator[FakeCloud]:
-    """The variables of IRSA's webhook, and STS, which answers with TLS only, here of a private authority."""
+    """Serve STS with TLS of a private authority, and set the variables of IRSA."""
     certificates = company_certificates(tmp_path)
     environment = {contract.ENV_CA_FILE: str(certificates.authority)}
     use_network(environment, tmp_path)
@@ -166,7 +166,7 @@ def test_a_pod_that_no_webhook_has_changed_is_retried(give: Give, provider: str,
 
 
 def test_a_secret_that_the_job_names_comes_before_the_identity(google: FakeCloud, give: Give) -> None:
-    """One that is missing too: the step waits for it, and does not continue with other rights."""
+    """A missing Secret too: the step waits for it, and does not use other rights."""
     give(**{contract.ENV_CLOUD_IDENTITY: "google"})
     with pytest.raises(StepFailure, match="Secret 'keys' with GOOGLE_SERVICE_ACCOUNT_KEY"):
         folder_of("gs", "keys")

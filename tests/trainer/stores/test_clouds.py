@@ -161,7 +161,7 @@ def test_a_missing_secret_is_waited_for(tmp_path: Path, scheme: str, keys: str) 
 def test_without_a_secret_nothing_is_signed(
     google: FakeCloud, azure: FakeCloud, tmp_path: Path, scheme: str, action: str
 ) -> None:
-    """Nor does a metadata service get a request for the node's credentials: only the store does."""
+    """No metadata service gets a request for the node's credentials either."""
     folder, cloud = folder_of(scheme, no_secret(tmp_path)), google if scheme == "gs" else azure
     actions = {"list": folder.list, "write": lambda: folder.write("x", b"1"), "delete": lambda: folder.delete("x")}
     message = rejected(actions[action], ExitCode.MODEL_UNAVAILABLE)

@@ -103,7 +103,7 @@ def job(company: Company, tmp_path: Path, tiny_llama: Path) -> Files:
 
 
 def require_no_password(files: Files, done: Done) -> None:
-    """Neither output nor files of the step contain the proxy's password, however it is encoded."""
+    """Check that no output or file has the proxy's password, however it is encoded."""
     written = [path.read_bytes() for path in files.root.rglob("*") if path.is_file()]
     for content in (*written, done.stdout.encode(), done.stderr.encode(), done.termination.encode()):
         assert b"canary" not in content.lower()
@@ -150,7 +150,7 @@ class Clients:
         self._company.proxy.log.write_text("")
 
     def ask(self, client: str, host: str | None = None) -> None:
-        """One request. Without a host it is to the company's name, which this machine cannot resolve."""
+        """Send a request, by default to a company name that this machine cannot resolve."""
         company, secret = self._company, Secret(Path("/nowhere"), "spec.output.secretRef", None)
         server = {"hub": company.hub, "s3": company.store, "registry": company.registry}[client]
         server = server if host is None else f"{host}:{server.rpartition(':')[2]}"

@@ -113,7 +113,7 @@ def test_a_full_disk_is_distinguished_from_a_broken_transfer() -> None:
 
 
 def test_a_missing_entry_has_no_class_that_escapes() -> None:
-    """Raised ones are below HfHubHTTPError or OSError; add new ones to HubRequest.errors."""
+    """All derive from HfHubHTTPError or OSError. Add others to HubRequest.errors."""
     assert {kind.__name__ for kind in EntryNotFoundError.__subclasses__()} == {
         RemoteEntryNotFoundError.__name__,
         LocalEntryNotFoundError.__name__,

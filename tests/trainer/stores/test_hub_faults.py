@@ -94,7 +94,7 @@ def test_a_burst_of_errors_is_outlasted(make_context: MakeContext, records: Reco
 def test_no_token_follows_a_download_to_another_host(
     make_context: MakeContext, records: Recorded, hub: FakeHub, tmp_path: Path, at: str
 ) -> None:
-    """The real hub answers the client's first question, HEAD, with the signed address of a large file."""
+    """The real hub answers HEAD on a large file with its signed address."""
     hub.token = TOKEN
     (tmp_path / "secrets").mkdir()
     (tmp_path / "secrets" / "token").write_text(TOKEN)

@@ -21,7 +21,7 @@ Layer = Mapping[str, Any]
 
 
 class PlayedRegistry:
-    """Answers as a registry with these manifests: `pages` of a list of referrers, and their documents."""
+    """Answers with these manifests, referrers in `pages`, and their documents."""
 
     def __init__(self) -> None:
         self.pages: list[list[bytes]] = [[]]

@@ -23,7 +23,7 @@ def opened(registry_proxy: FaultProxy, folder: Path) -> Registry:
 
 
 def test_a_small_blob_with_another_content_than_its_digest_is_rejected(tmp_path: Path) -> None:
-    """A registry, or a proxy in front of it, that answers with a file of the same size."""
+    """A registry, or a proxy in front of it, may serve a file of the same size."""
     expected = b'{"rank": 4}'
     blob = Blob(digest_of(expected), len(expected))
     with serve_proxy(FaultProxy("", rule=lambda _request: Fault(200, body=expected))) as registry_proxy:

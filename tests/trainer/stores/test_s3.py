@@ -112,7 +112,7 @@ def test_a_key_that_may_list_and_not_read_the_weights_gets_nothing_from_the_cach
 def test_objects_of_another_address_are_not_taken_for_those_of_the_cache(
     make_context: MakeContext, records: Recorded, store: FaultProxy, bucket: S3Store, model: str, tmp_path: Path
 ) -> None:
-    """Even if sizes and ETags are the same: a store need not make them from the content."""
+    """Even with equal sizes and ETags: a store need not derive them from the content."""
     prepare(in_cache(make_context(MODEL), tmp_path, "first"), records)
     for name, found in (
         ObjectFolder(

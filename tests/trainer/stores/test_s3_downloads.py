@@ -153,7 +153,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_loaded_again(
 def test_a_file_that_arrives_changed_is_loaded_again(
     make_context: MakeContext, records: Recorded, store: FaultProxy, model: str, tiny_llama: Path
 ) -> None:
-    """Its length is right, and the ETag of an object that was uploaded in one part is its MD5."""
+    """Its length is right, but the ETag of a single-part upload is its MD5."""
     faults = iter([Fault(corrupt=True)])
     store.rule = lambda request: next(faults, None) if of_weights(request) else None
     context = make_context(MODEL)

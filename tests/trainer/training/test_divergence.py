@@ -91,7 +91,7 @@ Prepare = Callable[..., StepContext]
 
 @pytest.fixture
 def workspace(tmp_path: Path, fluent: Path) -> Prepare:
-    """Makes prepared workspaces for a run over the fluent model at a given rate, saved every two steps."""
+    """Makes workspaces of the fluent model at a given rate, saved every two steps."""
 
     def make(name: str, rate: float, **training: Any) -> StepContext:
         settings = {"learningRate": rate, "maxSteps": 40, "scheduler": "constant", "saveEverySteps": 2, **training}

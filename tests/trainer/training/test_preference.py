@@ -77,7 +77,7 @@ def test_each_row_passes_the_base_once_and_a_resumed_run_ends_in_the_same_bytes(
 
 
 def test_a_row_that_is_first_seen_late_has_the_same_reference(tmp_path: Path, tiny_llama: Path) -> None:
-    """All rows in the first step, when the adapter changes nothing yet, against four in a step."""
+    """All rows in step 1, before the adapter changes anything, against four a step."""
     at_once = job(tmp_path / "at-once", tiny_llama, {"training": {"gradientAccumulationSteps": 16, "maxSteps": 1}})
     in_turn = job(tmp_path / "in-turn", tiny_llama, {"training": {"maxSteps": 4}})
     run(at_once)
@@ -240,7 +240,7 @@ SMALL: dict[str, Any] = {"training": {"microBatchSize": 2, "gradientAccumulation
 
 
 def same_reference(one: StepContext, other: StepContext) -> None:
-    """Check that two runs have kept the same of their rows, if their objective keeps anything."""
+    """Check that two runs kept the same of their rows, if they keep anything."""
     files = [context.workspace.checkpoints / "step-6" / "objective.safetensors" for context in (one, other)]
     assert files[0].exists() == files[1].exists()
     if files[0].exists():

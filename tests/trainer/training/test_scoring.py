@@ -66,7 +66,7 @@ def answers(context: StepContext) -> list[dict[str, Any]]:
 
 
 def assert_is_of_its_answers(record: TrainRecord, context: StepContext) -> None:
-    """Check that the record's score is that of the answers in the file, and that both name the adapter."""
+    """Check the record's score against the file of answers, and the adapter of both."""
     heading, *lines = answers(context)
     assert record.score is not None
     assert heading == {"adapterSha256": record.adapter_sha256, "settings": record.score.settings}
@@ -121,7 +121,7 @@ def note_data(context: StepContext, fingerprint: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("pairs", [False, True])
 def test_each_answer_is_checked_by_the_check_of_its_row(pairs: bool, tmp_path: Path, tiny_llama: Path) -> None:
-    """Of four packed rows, two have a pattern that all texts match, two one that none does."""
+    """All texts match the pattern of two packed rows, and none that of the others."""
     some, none = "^", "^(?!)"
     brought: dict[str, Any] = {
         "dataset": {"columns": {"check": "expected"}},

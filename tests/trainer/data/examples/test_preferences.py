@@ -31,7 +31,7 @@ GOOD, BAD = answer("kubectl get pods"), answer("no idea")
 
 
 def pair_of(model: Path, values: dict[str, Any], columns: Columns | None = None) -> list[tuple[str, str]]:
-    """Chosen and rejected as the model sees them, each with the part of it that counts in the loss."""
+    """Return chosen and rejected texts as the model sees them, with their targets."""
     row = Row("pvc://data/train.jsonl line 1", values, 1)
     format_, names = detect_format(row, columns, pairs=True)
     recipe = Recipe(
@@ -182,7 +182,7 @@ def test_data_that_the_objective_cannot_use_are_rejected_with_a_remedy(
 
 
 def test_data_with_answers_in_another_format_too_keep_their_format(make_context: MakeContext, tmp_path: Path) -> None:
-    """UltraFeedback's rows also have a conversation, for jobs without an objective for pairs."""
+    """UltraFeedback's rows also have a conversation, for jobs that compare no pairs."""
     row = chat_row("q", "a") | {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}
     write_rows(tmp_path / "data" / "train.jsonl", [row])
     assert prepare(make_context(), Recorded()).dataset.format == "chat"

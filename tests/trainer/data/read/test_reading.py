@@ -61,7 +61,7 @@ def statistics(context: StepContext, record: PrepareRecord) -> DataStatistics:
 
 
 def test_every_kind_of_file_gives_the_same_tokens(make_context: MakeContext, records: Recorded, tmp_path: Path) -> None:
-    """Also with a byte order mark, blank lines, Windows line ends and no line end after the last row."""
+    """Byte order marks, blank lines and Windows' or missing line ends change nothing."""
     data = tmp_path / "data"
     data.mkdir()
     written = set()
@@ -265,7 +265,7 @@ def test_evaluation_rows_come_from_the_named_revision_configuration_and_split(
     rows: int,
     listed: list[str],
 ) -> None:
-    """An omitted field is that of the training data if both are of the same repository."""
+    """An omitted field is that of the training data if both share a repository."""
     training = {"source": "hf://acme/rows", "config": "small", **dataset}
     record = prepare(make_context({"dataset": {**training, "eval": evaluation}}), records)
     assert (record.dataset.used_rows, record.dataset.eval_rows) == (1, rows)

@@ -23,7 +23,7 @@ def test_the_span_of_an_answer(text: str, prompt: str, through: str, expected: s
 
 
 def test_reasoning_that_repeats_the_answer_is_left_out_whole() -> None:
-    """Each repetition begins like the answer and what follows, which differ at their ends only."""
+    """Each repetition begins like the answer and what follows, but ends differently."""
     repeated = "a</s>\n" * 20_000
     prompt, text = "Q: a\nA: ", "Q: a\nA: a</s>\n" + repeated + "Q"
     assert answer_span(text, prompt, prompt + repeated + "b</think>a</s>\n", "a") == (len(prompt), len(prompt) + 5)

@@ -67,7 +67,7 @@ TokenizeRows = Callable[..., list[tuple[str, list[str]]]]
 
 @pytest.fixture
 def tokenize_rows(tmp_path: Path, tiny_llama: Path) -> TokenizeRows:
-    """Returns for each row, with a model's template, its text and the stretches of it that are targets."""
+    """Returns each row's text by a model's template, and its stretches of targets."""
 
     def tokenize(
         rows: list[dict[str, Any]],
@@ -93,7 +93,7 @@ def tokenize_rows(tmp_path: Path, tiny_llama: Path) -> TokenizeRows:
 
 
 def test_every_answer_and_its_end_mark_are_targets_and_nothing_else(tokenize_rows: TokenizeRows) -> None:
-    """The padding token is the end mark here: a mask made by its id would lose the end of every answer."""
+    """The padding token is the end mark: a mask by its id would lose answers' ends."""
     [(text, targets)] = tokenize_rows([{"messages": DIALOGUE}])
     assert text.startswith("<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nOne?<|im_end|>\n")
     assert targets == [
@@ -209,7 +209,7 @@ LEARNT_CALLS = [
 
 
 def with_text_arguments() -> list[dict[str, Any]]:
-    """The same calls with their arguments as JSON in a text, as OpenAI's interface has them."""
+    """Return the same calls with arguments as JSON in a text, as in OpenAI's API."""
     calls = json.loads(json.dumps(CALLS))
     for message in calls:
         for call in message.get("tool_calls", ()):

@@ -78,7 +78,7 @@ def of_config_map(folder: Path, content: bytes) -> JobTemplate | None:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base's tokenizer with ChatML's tokens: no template, texts end with <|endoftext|>."""
+    """Save a tokenizer with ChatML's tokens, no template, and the end <|endoftext|>."""
     folder = tmp_path_factory.mktemp("base")
     save_tokenizer(folder, None)
     settings = json.loads((folder / "tokenizer_config.json").read_text())

@@ -120,7 +120,7 @@ def test_chunks_of_other_data_or_settings_are_not_used(
 def test_the_first_invalid_row_is_reported_by_any_process(
     make_context: MakeContext, tmp_path: Path, workers: Any, count: int
 ) -> None:
-    """The last row of a chunk is wrong, a later chunk too, and the file's end cannot be read."""
+    """A chunk's last row is wrong, a later chunk too, and the file's end unreadable."""
     path = write_rows(tmp_path / "data" / "train.jsonl", ROWS)
     lines = path.read_bytes().splitlines(keepends=True)
     lines[19], lines[33] = b"3\n", b"[]\n"
@@ -133,7 +133,7 @@ def test_the_first_invalid_row_is_reported_by_any_process(
 
 
 def killed_with_more_chunks(files: Files) -> dict[str, int]:
-    """Kill the prepare step after one more chunk; returns the inode of each chunk's file."""
+    """Kill the prepare step after one more chunk, and return the inode of each chunk."""
     before = len(chunk_files(files))
     with files.start("prepare", OMP_NUM_THREADS="1") as process:
         deadline = time.monotonic() + TIMEOUT_S

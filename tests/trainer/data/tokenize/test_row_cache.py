@@ -35,7 +35,7 @@ MakeCell = Callable[..., StepContext]
 
 @pytest.fixture
 def cell(make_context: MakeContext, tmp_path: Path, workers: Any, small_chunks: None) -> MakeCell:
-    """Makes the contexts of cells of one sweep with twelve chunks, each with its folder on the sweep's claim."""
+    """Makes contexts of a sweep's cells with twelve chunks, in folders of one claim."""
     write_rows(tmp_path / "data" / "train.jsonl", ROWS)
     workers(1)
 

@@ -42,7 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def trained(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path
 ) -> tuple[StepContext, TrainRecord, Path]:
-    """A finished training of a variant, its record and its base. Do not change it: copy it."""
+    """Train a variant once. Do not change its files: copy them."""
     spec = {"lora": VARIANTS[request.param]}
     context = prepared(tmp_path_factory.mktemp(request.param) / "workspace", tiny_llama, spec)
     return context, run(context), tiny_llama

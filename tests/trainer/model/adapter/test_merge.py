@@ -218,7 +218,7 @@ def test_without_room_only_the_adapter_is_published(trained: StepContext, monkey
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that is not the content of files, which the kernel can drop."""
+    """Return this process's memory without file contents, which the kernel can drop."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
@@ -349,7 +349,7 @@ def test_buffers_of_a_family_are_in_the_merged_model(tmp_path: Path) -> None:
 
 
 def test_a_merged_model_is_evaluated_with_the_attention_of_its_training(tmp_path: Path) -> None:
-    """BLOOM adds a term by distance to scores, which attention within rows does not compute."""
+    """Attention within rows lacks the term that BLOOM adds to scores by distance."""
     config = tiny_config("bloom")
     config.initializer_range = 0.4
     model = save_model(tmp_path / "model", config)

@@ -330,7 +330,7 @@ def test_a_base_that_has_changed_is_not_used(tmp_path: Path, tiny_llama: Path, d
 def test_an_unreadable_base_is_not_reported_as_changed(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
-    """Another job may have set it aside, or the volume has a fault: the step is retried."""
+    """Another job may have set it aside, or the volume failed: the step is retried."""
     sha256 = convert(tiny_llama, tmp_path / "base", NF4)
 
     def failing(path: Path, _on_bytes: object) -> str:

@@ -81,7 +81,7 @@ def test_layers_may_be_spread_over_files(tmp_path: Path, tiny_llama: Path, in_nf
 
 
 def test_a_model_in_another_16_bit_type_computes_in_bfloat16(tmp_path: Path, in_nf4: Path) -> None:
-    """As published ones: constants and norms are float16, the type of their computation."""
+    """Published ones compute in float16, the type of their constants and norms."""
     model = changed(in_nf4, tmp_path, in_float16)
     convert(model, tmp_path / "base", NF4)
     require_equal(load_base(tmp_path / "base", NF4, "cpu"), plain(in_nf4))
@@ -178,7 +178,7 @@ def test_experts_need_the_original(tmp_path: Path) -> None:
 
 
 def with_settings(model: Path, root: Path, changes: dict[str, Any]) -> Path:
-    """A copy of the model with other settings of its quantization; one that is None is left out."""
+    """Copy the model with these settings of its quantization. None drops a setting."""
     folder = Path(shutil.copytree(model, root / "model"))
     config = json.loads((folder / CONFIG).read_text())
     settings = config["quantization_config"] | changes

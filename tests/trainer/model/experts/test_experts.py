@@ -36,7 +36,7 @@ def filled(weight: Tensor, pieces: int = 1, quantization: QuantizationSpec = NF4
 
 
 def values(layer: Any, quantization: QuantizationSpec) -> Tensor:
-    """The weights of a layer of bitsandbytes: values of the table times block constants."""
+    """Return a bitsandbytes layer's weights: table values times block constants."""
     packed, state = layer
     absmax = state.absmax
     if quantization.double_quant:
@@ -95,7 +95,7 @@ def test_a_matrix_that_ends_inside_a_block_or_has_another_form_is_rejected() -> 
 
 
 def experts_class(*, gate: bool, bias: bool, transposed: bool, norm: bool) -> Any:
-    """A class of experts, as families have it: transformers' interface gives it everything else."""
+    """Define experts as a family does. Transformers' interface adds the rest."""
 
     class Experts(nn.Module):
         def __init__(self, config: Any) -> None:
@@ -244,7 +244,7 @@ TO_THE_SAME = torch.tensor([[0, 1]] * 12)
 
 
 def most_bytes(module: Any, states: Tensor, chosen: Tensor, run_backward: Callable[[Tensor], None]) -> int:
-    """The largest sum of live tensors in a forward and a backward pass, besides the arguments."""
+    """Return the peak bytes of live tensors in both passes, besides the arguments."""
     module.config._experts_implementation = EXPERTS
     weights = torch.ones(chosen.shape, dtype=states.dtype, device=states.device)
     with LiveBytes() as live:
@@ -259,7 +259,7 @@ def most_bytes(module: Any, states: Tensor, chosen: Tensor, run_backward: Callab
 def test_a_dry_run_counts_the_experts_that_are_dequantized_at_a_time(
     chosen: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For any routing of tokens, no more than a dry run counts, and the memory of evenly spread tokens."""
+    """A dry run counts the memory of an even spread, which no routing exceeds."""
     expert_bytes = 2 * INNER * HIDDEN * 2
     counted = {}
     for number in (1, 3):

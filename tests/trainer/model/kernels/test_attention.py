@@ -92,7 +92,10 @@ def test_keys_from_a_cache_are_rejected() -> None:
 
 
 def explicit(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-    """Attention by its formula (Vaswani et al. 2017, arXiv 1706.03762), [1, tokens, heads, head size]."""
+    """Compute attention by its formula, [1, tokens, heads, head size].
+
+    See Vaswani et al. 2017, arXiv 1706.03762.
+    """
     shared = HEADS // key.shape[1]
     key, value = (tensor.repeat_interleave(shared, dim=1) for tensor in (key, value))
     scores = (query @ key.transpose(2, 3) * scale).masked_fill(~visible(window), float("-inf"))

@@ -92,7 +92,7 @@ def test_output_and_gradients_are_those_of_peft_but_for_the_rounding(
 def test_in_float32_output_and_gradients_are_those_of_peft(
     bias: bool, recomputed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The layer is used in 16 bit only, where a mistake smaller than the rounding would not be seen."""
+    """The layer is used in 16 bit only, where rounding would hide a small mistake."""
     asked: list[torch.dtype] = []
 
     def is_plain(_layer: nn.Module, x: Tensor) -> bool:

@@ -69,7 +69,7 @@ def together(folder: Path) -> Any:
 
 
 def leave_zero(model: Any, seed: int) -> None:
-    """Give the active adapter a B that is not zero, so that every tensor has a gradient."""
+    """Give the active adapter a nonzero B, so that every tensor has a gradient."""
     generator = torch.Generator().manual_seed(seed)
     tensors = adapter_tensors(model)
     restore_adapter(

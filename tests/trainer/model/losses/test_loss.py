@@ -109,7 +109,7 @@ def test_chunks_give_the_loss_and_gradient_of_the_whole_but_never_the_whole_logi
 
 @on_each_head
 def test_overflowing_logits_have_the_loss_and_gradient_of_cross_entropy(frozen: bool) -> None:
-    """The exponential of 89 is no float32. Logits of a hundred and more are common without a soft cap."""
+    """exp(89) overflows float32, and logits above 100 are common without a soft cap."""
     head, states, targets = head_states_and_targets(frozen=frozen)
     nn.init.normal_(head.weight, std=50.0)
     logits = head(states)
@@ -129,7 +129,7 @@ def test_overflowing_logits_have_the_loss_and_gradient_of_cross_entropy(frozen: 
 def test_the_losses_of_targets_may_count_with_weights_that_depend_on_them(
     transform: LogitTransform, frozen: bool
 ) -> None:
-    """As those of answers that are compared: the weight of a row is known when all of its losses are."""
+    """The weight of a compared answer is known only after all of its losses."""
     head, states, targets = head_states_and_targets(frozen=frozen)
 
     def compared(losses: Tensor) -> Tensor:

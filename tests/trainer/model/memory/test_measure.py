@@ -131,7 +131,7 @@ def test_an_unchecked_model_is_rejected(tmp_path: Path) -> None:
 
 
 def test_heads_too_large_for_flash_attention_take_memory_linear_in_tokens(tmp_path: Path) -> None:
-    """With grouped queries: no GPU builds all scores, which would take 2 GiB for so many tokens."""
+    """With grouped queries: no GPU builds all scores, which would take 2 GiB here."""
     config = LlamaConfig(**WIDE | {"head_dim": 512})
     short, long = (
         measured(tmp_path, job(training={"maxSequenceLength": tokens}), config).steps[0].work for tokens in (2048, 8192)

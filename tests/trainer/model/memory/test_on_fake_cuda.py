@@ -170,7 +170,10 @@ def test_a_head_size_that_no_kernel_takes_is_padded_to_one_that_it_takes(
 def test_only_cudnn_is_given_rows_without_tokens(
     capability: tuple[int, int], changes: dict[str, Any], rows: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """It needs few numbers of rows, where FlashAttention takes memory for each. Here are four rows and the padding."""
+    """Only cuDNN needs few numbers of rows. FlashAttention takes memory for each row.
+
+    Here are four rows and the padding.
+    """
     offsets: list[tuple[int, bool]] = []
 
     def kernel(query: Tensor, key: Tensor, value: Tensor, of_queries: Tensor, of_keys: Tensor, *others: Any) -> Any:
@@ -223,7 +226,7 @@ def test_heads_are_copied_only_if_a_kernel_cannot_read_them_where_they_are(
 
 
 def test_the_walk_over_the_graph_gives_the_gradients_of_the_engine(tmp_path: Path) -> None:
-    """On tensors with data, through gradient checkpointing, functions of ours and functions of PyTorch."""
+    """On tensors with data, with checkpointing, functions of ours and of PyTorch."""
     model = adapted(save_model(tmp_path / "model", FAMILIES["qwen3"][0]))
     trained = adapter_parameters(model)
     for parameter in trained.values():

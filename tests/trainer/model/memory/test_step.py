@@ -90,7 +90,7 @@ def test_capped_attention_is_walked_as_the_engine_goes(tmp_path: Path) -> None:
 
 
 def attention_peak(capability: tuple[int, int], rows: int, key_heads: int) -> int:
-    """The most that is alive in the backward pass of the attention of 640 tokens, with 8 heads of 40."""
+    """Return the peak of attention's backward pass for 640 tokens, with 8 heads of 40."""
     boundaries = RowBoundaries.from_lengths((640 // rows,) * rows, CPU)
     with fake_cuda(capability):
         offsets = torch.empty(boundaries.offsets.shape, dtype=torch.int32, device="cuda")
@@ -110,7 +110,10 @@ def attention_peak(capability: tuple[int, int], rows: int, key_heads: int) -> in
 def test_the_sums_of_flash_attentions_backward_pass_count_while_it_runs(
     key_heads: int, expanded: int, rows: int
 ) -> None:
-    """By `mha_varlen_bwd`: for tokens, and 128 more a row, sums for heads of 64 and one more, in float32."""
+    """`mha_varlen_bwd` allocates float32 sums for the tokens, and 128 more a row.
+
+    Each token has sums for heads of 64, and one more.
+    """
     # Of cuDNN, which computes on a Hopper, it is not known.
     workspace = attention_peak(AMPERE, rows, key_heads) - attention_peak(HOPPER, rows, key_heads)
     assert workspace == expanded + 4 * (640 + 128 * rows) * 8 * (64 + 1)

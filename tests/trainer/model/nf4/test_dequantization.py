@@ -30,7 +30,7 @@ def _corrected() -> None:
 
 
 def values(packed: Tensor, absmax: Tensor, kind: str, size: int) -> Tensor:
-    """By the format itself: two values a byte, the higher half first, a constant for each 64 of them."""
+    """Unpack by the format: two values a byte, high half first, a constant per 64."""
     flat = packed.reshape(-1).view(torch.uint8).int()
     places = torch.stack([flat >> 4, flat & 15], dim=1).reshape(-1)[:size]
     return get_4bit_type(kind, device="cpu")[places] * absmax.repeat_interleave(64)[:size]
@@ -78,7 +78,7 @@ STACK = (4, 512, 512)
 
 
 def allocated(function: Callable[[], Tensor]) -> int:
-    """The most bytes that PyTorch's allocator has given out at a time, and not had back, while it runs."""
+    """Return the peak of the bytes that PyTorch's allocator has given out."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         kept = function()

@@ -31,7 +31,7 @@ def weights(shape: tuple[int, ...], values: str) -> Tensor:
 
 
 def expected(weight: Tensor, quantization: QuantizationSpec, offset: Tensor | None) -> dict[str, Tensor]:
-    """The result of bitsandbytes for the whole weight, with this offset if it is given."""
+    """Return bitsandbytes' result for the whole weight, with this offset if given."""
     packed, state = quantize_4bit(
         weight.to(torch.bfloat16),
         blocksize=64,
@@ -75,7 +75,7 @@ def test_every_byte_is_that_of_bitsandbytes(
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("largest", [1.0, 3.0, 2.0**-120])
 def test_every_16_bit_number_gets_the_value_that_bitsandbytes_gives_it(kind: str, largest: float) -> None:
-    """Among them those that lie in the middle between two values, and zero with either sign."""
+    """These include middles between two values, and zero with either sign."""
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     numbers = numbers[numbers.abs() <= 1]
     blocks = torch.ones(-(-len(numbers) // 63), 64, dtype=torch.bfloat16)
@@ -172,7 +172,7 @@ def test_the_values_of_constants_are_those_of_bitsandbytes() -> None:
     assert torch.backends.cpu.get_cpu_capability() == "DEFAULT" or torch.equal(dynamic_map(), create_dynamic_map())
 
 
-def test_8_bit_constants_can_be_requested_first_while_building_a_model_without_weights() -> None:
+def test_8_bit_constants_can_be_requested_first_while_building_a_model_on_meta() -> None:
     dynamic_map.cache_clear()
 
     with torch.device("meta"):
@@ -195,6 +195,6 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 - sum
 
 
 def test_a_large_weight_takes_little_memory_besides_its_bytes(tmp_path: Path) -> None:
-    """As a whole it would take seven times the weight, here 900 MiB. The constants in 32 bit take 4 MiB."""
+    """Quantized whole, it would take 900 MiB. Its constants take 4 MiB in 32 bit."""
     found = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert int(found.stdout) < 40 * 2**20

@@ -58,7 +58,7 @@ def context(make_context: MakeContext, registry_proxy: FaultProxy, model: str) -
 
 
 def unusable(context: StepContext, code: ExitCode) -> str:
-    """The message of prepare when it ends with `code`, without a credential in it or left behind."""
+    """Return prepare's message for `code`. No credential is in it or in a file."""
     with pytest.raises(StepFailure) as failure:
         prepare(context, Recorded())
     assert failure.value.exit_code is code, failure.value.message
@@ -161,7 +161,7 @@ def test_an_artifact_that_is_not_a_model_is_rejected(
 
 
 def layer(part: str, name: str) -> dict[str, Any]:
-    """As modctl makes one. `part` is the format's name of kind and packing: weight.v1.tar."""
+    """Return modctl's layer. `part`: the format's kind and packing, as weight.v1.tar."""
     return {
         "mediaType": f"application/vnd.cncf.model.{part}",
         "digest": f"sha256:{'0' * 64}",

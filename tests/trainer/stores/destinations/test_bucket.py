@@ -207,7 +207,7 @@ TOKENIZER = {"tokenizer.json": PublishedFile(sha256="c" * 64, size=1)}
 def test_concurrent_jobs_do_not_mix(
     publish: Publish, store: FaultProxy, bucket: S3Store, name: str, other: Manifest, own: Manifest, words: str
 ) -> None:
-    """The other one writes between this one's check, which finds the folder free, and its claim."""
+    """The other job writes between this one's check of the free folder and its claim."""
 
     def rule(request: Request) -> Fault | None:
         if request.method == "PUT" and request.path.endswith(".manifest.partial.json"):
@@ -318,7 +318,7 @@ def test_a_base_loads_from_the_store_and_is_written_once(
 def test_two_jobs_may_write_the_same_base_concurrently_from_mirrors(
     tmp_path: Path, tiny_llama: Path, store: FaultProxy, bucket: S3Store
 ) -> None:
-    """The other one writes its manifest after this one has, and before this one reads it back."""
+    """The other job writes its manifest before this one reads back the one it wrote."""
     address, context = trained_with("base", tmp_path, tiny_llama)
 
     def rule(request: Request) -> Fault | None:

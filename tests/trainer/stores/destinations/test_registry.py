@@ -90,7 +90,7 @@ def test_publishing_again_uploads_nothing(publish: Publish, registry_proxy: Faul
 
 
 def add_layer(real_registry: str, tag: str) -> None:
-    """A user with push rights moves the tag, a path of the registry, to the same files and one more."""
+    """Move the tag to the same files and one more, as a user with push rights can."""
     url = f"http://{real_registry}{tag}"
     kind, login = "application/vnd.oci.image.manifest.v1+json", (USER, PASSWORD)
     manifest = requests.get(url, auth=login, headers={"Accept": kind}, timeout=10).json()

@@ -99,7 +99,7 @@ def test_processes_check_their_gpus_before_nccl_starts(cards: Cards) -> None:
 
 
 class Nccl:
-    """The communication of a rank over NCCL, whose watchdog calls hooks before it aborts the process."""
+    """Communicates over NCCL, whose watchdog calls hooks before it aborts the process."""
 
     supports_abort_hooks = True
 

@@ -239,7 +239,7 @@ def test_a_node_lost_at_any_point_ends_the_other_as_lost_peer(ended: dict[Case, 
 
 @pytest.mark.parametrize("case", STOPPED, ids=lambda case: case.how)
 def test_pods_that_are_stopped_while_they_wait_are_all_interrupted(ended: dict[Case, Ended], case: Case) -> None:
-    """Their Job would fail if one of them had lost another, and a queue could not resume it."""
+    """If one had lost another, their Job would fail, and no queue could resume it."""
     assert case in ended, "it hangs"
     assert ended[case].exit_code == ExitCode.INTERRUPTED, ended[case].message
 

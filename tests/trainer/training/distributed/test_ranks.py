@@ -96,7 +96,7 @@ def test_another_number_of_processes_does_not_resume_a_checkpoint(
 def test_nothing_is_exchanged_over_nccl_before_every_process_is_ready(
     monkeypatch: pytest.MonkeyPatch, exchange: Callable[[Ranks], object]
 ) -> None:
-    """It would wait for a lost one: half an hour, or without end if it connects the GPUs only then."""
+    """NCCL waits for a lost process: half an hour, or forever while it connects GPUs."""
 
     def lost(*_: object) -> None:
         raise RuntimeError("Connection closed by peer")

@@ -92,7 +92,7 @@ def test_every_variant_and_family_trains_on_a_sharded_base_as_one_process_does(
     "checkpointing", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["recomputed", "kept"]
 )
 def test_two_blocks_at_most_are_gathered_at_a_time_and_none_after_a_pass(tmp_path: Path, checkpointing: bool) -> None:
-    """The estimate counts two, and a base of any size must train in the memory of its shares."""
+    """The estimate counts two: a base of any size must train in its shares' memory."""
     model = save_model(tmp_path / "model", LlamaConfig(**SHAPE | {"num_hidden_layers": 6}))
     spec = merged(SHARDED, {"training": {"maxSteps": 2, "gradientCheckpointing": checkpointing}})
     files, _ = workspace(tmp_path / "job", model, spec)
