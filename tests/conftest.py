@@ -35,7 +35,7 @@ def pytest_deselected(items: Sequence[pytest.Item]) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Send the count to the reporting process, if this is one of several that test (pytest-xdist)."""
+    """Send the count to the reporting process, if pytest-xdist runs several."""
     told: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
     if told is not None:
         told["left_out"] = session.config.stash.get(_left_out, 0)

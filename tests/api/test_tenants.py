@@ -61,7 +61,7 @@ class Attacked:
 
 
 def _lasting(objects: dict[str, Object]) -> dict[str, Object]:
-    """Without the Events of the controllers, which count the reports of a missing storage class."""
+    """Drop the controllers' Events, which count reports of a missing storage class."""
 
     def of_the_operator(one: Object) -> bool:
         return bool(one["source"].get("component") == "qlora-operator")

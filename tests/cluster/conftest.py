@@ -42,7 +42,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tenant(installed: Cluster, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tenant]:
-    """A namespace whose claim `inputs` holds `model/`, `train.jsonl` and `held-out.jsonl`."""
+    """Create a namespace with inputs on a claim.
+
+    The claim `inputs` holds `model/`, `train.jsonl` and `held-out.jsonl`.
+    """
     tenant = Tenant(installed, new_namespace(installed))
     give_inputs(tenant, tiny_model, tmp_path_factory.mktemp("inputs"))
     yield tenant

@@ -48,7 +48,7 @@ class Cluster:
         self.kubectl("delete", "pod", name, f"--namespace={OPERATOR_NAMESPACE}", "--grace-period=0", "--force")
 
     def is_operator_ready(self) -> bool:
-        """Whether the operator's pod is ready; the Deployment may still show an earlier pod."""
+        """Report readiness from the pod: the Deployment may still show an earlier one."""
         conditions = self.operator_pod()["status"].get("conditions", ())
         return any(item["type"] == "Ready" and item["status"] == "True" for item in conditions)
 
@@ -83,7 +83,7 @@ def signal_processes_of(pod: Object, number: signal.Signals) -> None:
 
 @dataclass(frozen=True)
 class Tenant:
-    """A new namespace under the `restricted` Pod Security level, with a volume of inputs."""
+    """A new namespace at Pod Security level `restricted`, with a volume of inputs."""
 
     cluster: Cluster
     namespace: str

@@ -37,7 +37,7 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def bad(tenant: Tenant, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tenant]:
-    """The tenant with bad files next to the good ones; checks at the end that none changed."""
+    """Add bad files to the tenant's good ones, and check at the end that none changed."""
     folder = tmp_path_factory.mktemp("bad")
     with tenant.volume(INPUTS) as pod:
         for name, content in FILES.items():

@@ -59,7 +59,7 @@ def container(image: str) -> Iterator[list[str]]:
 
 
 def said(inside: list[str], *command: str) -> tuple[int, str]:
-    """Exit code and output of a command in a container, from a file, as buildah may end early."""
+    """Return a command's exit code and output from files, as buildah may end early."""
     name = inside[-2]
     run([*inside, "sh", "-c", '"$@" > /tmp/said 2>&1; echo $? > /tmp/code', "sh", *command])
     root = Path(run(["buildah", "mount", name]).strip())
@@ -95,7 +95,7 @@ def test_the_trainers_image_can_quantize(images: Images) -> None:
 
 
 def test_the_trainers_image_has_each_library_linked_by_pytorch_and_bitsandbytes(images: Images) -> None:
-    """Libraries for training on a GPU, which no test has here: the image removes none of them."""
+    """The image keeps the libraries for training on a GPU, which no test here has."""
     with container(images.trainer) as inside:
         code, output = said(inside, PYTHON, "-c", LINKED, SITE_PACKAGES)
     assert code == 0, output

@@ -19,7 +19,7 @@ MISSING = f"Kueue: LocalQueue {LATE} doesn't exist"
 
 @pytest.fixture(scope="module")
 def queues(installed: Cluster, tenant: Tenant, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kueue]:
-    """Kueue for the tenant's Jobs, with one GPU in its queue, although the node has two."""
+    """Run Kueue for the tenant's Jobs, with one of the node's two GPUs in its queue."""
     where = layout.from_environment()
     values = {**product.SMALL_MACHINE, "kueue": {"enabled": True}}
     product.install(where, where.kubeconfig, installed.images, values)

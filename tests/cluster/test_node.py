@@ -72,7 +72,7 @@ def test_a_full_claim_is_named_and_a_retry_with_room_continues(tenant: Tenant) -
 
 @contextmanager
 def small_claim(tenant: Tenant) -> Iterator[Path]:
-    """A claim of 16 MiB, a separate file system below the cluster's folder, so that `down` unmounts it."""
+    """Mount a claim of 16 MiB below the cluster's folder, so that `down` unmounts it."""
     folder = layout.from_environment().cluster / SMALL
     folder.mkdir()
     run(["mount", "-t", "tmpfs", "-o", "size=16m,mode=0777", "tmpfs", folder])
@@ -125,7 +125,7 @@ def test_two_gpus_of_one_job_keep_the_next_job_waiting(tenant: Tenant) -> None:
 
 
 def test_a_lost_node_is_one_disruption(tenant: Tenant, undisturbed: Object) -> None:
-    """End its kubelet and its containers immediately, and delete its Node, as a cloud that removes it."""
+    """End kubelet and containers immediately, and delete the Node, as a cloud does."""
     pod = training(tenant, "lost")
     where, kubectl = layout.from_environment(), tenant.cluster.kubectl
     with cluster.locked(where):

@@ -29,7 +29,7 @@ else:
 
 @pytest.fixture(scope="module")
 def shared(tenant: Tenant) -> str:
-    """A claim that several pods mount: on the only node, any claim is. NetworkPolicies are enforced."""
+    """Create a claim for several pods of the only node, and enforce NetworkPolicies."""
     where = layout.from_environment()
     toolchain.built(where, [node.POLICY_PROGRAM])
     with cluster.locked(where):

@@ -56,7 +56,7 @@ class Made:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
-    """The current commit, released, with the dependencies' layers of the tested images."""
+    """Release the current commit with the dependencies' layers of the tested images."""
     layout = from_environment()
     built = toolchain.built(layout, ["cosign", "helm", "helm-docs"])
     programs = Programs(Cosign(built["cosign"]), built["helm"], built["helm-docs"])

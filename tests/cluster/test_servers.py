@@ -63,7 +63,7 @@ def give_secret(tenant: Tenant, name: str, data: dict[str, str]) -> None:
 
 
 def published(tenant: Tenant, name: str, output: Object) -> Object:
-    """The status of a succeeded job with that output, whose credentials were files of its group."""
+    """Run a job with that output, check its credentials' modes, and return its status."""
     job = tenant.apply(tiny_job(name, output=output))
     for step in ("prepare", "publish"):
         with tenant.stopped(job, step) as pod:

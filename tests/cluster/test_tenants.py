@@ -46,7 +46,7 @@ PROFILES: Object = {
 
 @pytest.fixture(scope="module")
 def since(installed: Cluster) -> Iterator[int]:
-    """Where the audit log of an operator begins that starts with the tenants' profiles, and without a Lease."""
+    """Start an operator without a Lease, and return where its audit log begins."""
     where = layout.from_environment()
     start = installed.audit_log.stat().st_size
     profiles = {**PROFILES, "default": {**product.SMALL_MACHINE["profiles"]["default"], **PROFILES["default"]}}
@@ -85,7 +85,7 @@ def tenants(installed: Cluster, since: int, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def untouched(tenants: Tenants) -> dict[str, Object]:
-    """The objects of the victim's namespace, once it is complete: an Event follows its status."""
+    """Return the victim's objects once they are complete: an Event follows its status."""
 
     def whole() -> dict[str, Object] | None:
         found = tenants.everything(VICTIM)
@@ -174,7 +174,7 @@ def test_an_adapter_that_was_changed_after_training_is_not_published(attacker: T
 
 
 def test_the_operators_rights_are_those_that_it_uses(tenants: Tenants, attacker: Tenant, since: int) -> None:
-    """In the audit log of the attempts and of a taken name, no right is missing or unused."""
+    """The audit log of the attempts and a taken name has no missing or unused right."""
     tenants.tenant.create(TENANT, "jobs", batch_job({"name": "exercise-prepare-1"}))
     attacker.apply(tiny_job("exercise"))
     tenants.wait("exercise", reason="NameTaken")

@@ -19,7 +19,7 @@ _SUSPENDED, _OTHER = 500, 40
 
 @pytest.fixture
 def shell(installed: Cluster, tiny_model: Path, tmp_path: Path) -> Iterator[Shell]:
-    """A person's shell in the cluster, which removes the operator and installs it again."""
+    """Prepare a user's shell in the cluster, which removes and installs the operator."""
     where = layout.from_environment()
     try:
         with prepared(where, installed.images, tiny_model, tmp_path / "walk", Path(sys.executable).parent) as found:

@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _in_child(action: Callable[[], None]) -> tuple[str, bool]:
-    """Output of the action in a fork, which has the libraries loaded, and whether it failed."""
+    """Run the action in a fork, and return its output and whether it failed."""
     with tempfile.TemporaryFile() as log:
         child = os.fork()
         if not child:

@@ -15,7 +15,7 @@ _NAME, _MOST = "README.md", 4096
 
 
 def _archive(content: bytes, folder: Path) -> None:
-    """For any archive: no file but the requested one is created, and none that is too large."""
+    """Check that any archive creates only the requested file, within the size limit."""
     target = folder / "extracted"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()

@@ -95,7 +95,7 @@ def _data(ending: str, *seeds: bytes) -> Target:
 
 
 def _read_example(row: Row) -> None:
-    """A row that is no example, or no pair, must not end the reading of the others here."""
+    """Read a row. An invalid example or pair must not stop the reading of others."""
     for pairs in (False, True):
         try:
             format_, columns = detect_format(row, None, pairs=pairs)
@@ -141,7 +141,7 @@ def _base_manifest(path: Path) -> None:
 
 
 def _checkpoint(name: str, *seeds: bytes) -> Target:
-    """Reads a checkpoint with this content in the file of that name, and matching digests."""
+    """Return a target that reads a checkpoint with this file and matching digests."""
 
     def read(content: bytes, folder: Path) -> None:
         place = folder / "step-2"

@@ -54,7 +54,7 @@ def inputs(draw: st.DrawFn, seeds: tuple[bytes, ...]) -> bytes:
 
 @st.composite
 def changed(draw: st.DrawFn, document: Any, places: Callable[[Place], bool], *, typed: bool) -> Any:
-    """The document with one or two replaced values; `typed`: by values of the same type."""
+    """Replace one or two values of the document, if `typed` by values of their type."""
     for _ in range(draw(st.integers(1, 2))):
         place = draw(st.sampled_from([place for place in _places(document) if places(place)]))
         document = _replaced(document, place, draw(st.sampled_from(_unusual(_at(document, place), typed))))

@@ -26,7 +26,10 @@ class Target:
     """How it may end the step."""
 
     def check(self, content: bytes, folder: Path) -> None:
-        """Parse the content. Raises unexpected exceptions, and AssertionError for bad words."""
+        """Parse the content, and check a rejection's message.
+
+        Raises unexpected exceptions, and AssertionError for bad words.
+        """
         rejection = self._rejection(content, folder)
         if isinstance(rejection, StepFailure):
             assert rejection.exit_code in self.exit_codes, f"ends with {rejection.exit_code!r}: {rejection.message}"

@@ -8,7 +8,7 @@ GIB = 2**30
 
 
 class Ballast:
-    """Holds the first GPU's memory but for `free` bytes. Holds nothing if no more than that is free."""
+    """Holds the first GPU's free memory in excess of `free` bytes, if any."""
 
     def __init__(self, free: int) -> None:
         self._free = free

@@ -45,7 +45,7 @@ def _cards() -> tuple[Card, ...]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Every test of this folder needs a CUDA GPU; the mark `gpu(cards=…, gib=…)` sets how many and how large."""
+    """Require CUDA GPUs for each test: `gpu(cards=…, gib=…)` sets number and size."""
     config.stash[_started] = time.monotonic()
     ours = [item for item in items if _is_ours(item.path)]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -73,7 +73,7 @@ def _is_ours(path: Path) -> bool:
 
 @pytest.fixture
 def figures(request: pytest.FixtureRequest) -> Figures:
-    """Place for a test's measurements: `figures.add("peak memory", 44.1, "GB", limit=45.0)`."""
+    """Collect measurements: `figures.add("peak memory", 44.1, "GB", limit=45.0)`."""
     kept = request.config.stash.setdefault(_figures, [])
     return Figures(request.node.nodeid.removeprefix("tests/gpu/"), kept)
 
@@ -121,7 +121,7 @@ def _offline() -> None:
 
 @pytest.fixture(autouse=True)
 def _give_back() -> Iterator[None]:
-    """Leave the GPU to the next test, which may run in new processes: models hold themselves in cycles."""
+    """Free the GPU for the next test's processes: models are in reference cycles."""
     yield
     import torch
 

@@ -49,7 +49,10 @@ def report(
     date: str,
     seconds: float,
 ) -> dict[str, Any]:
-    """The contents of the file. `outcomes`: `passed`, `failed`, or why it was skipped, by test."""
+    """Return the file's contents.
+
+    `outcomes`: by test, `passed`, `failed`, or why it was skipped.
+    """
     return {
         "card": cards[0].name if cards else None,
         "cards": [
@@ -67,7 +70,7 @@ def report(
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """The figures of a file as a Markdown table, with the card, the date and failed tests above it."""
+    """Return a file's figures as a Markdown table below its card, date and failures."""
     heading = f"{found['card']}, {found['date']}: {found['passed']} tests passed, {len(found['failed'])} failed"
     lines = [f"{heading}, {len(found['skipped'])} skipped, in {found['seconds']:.0f} s.", ""]
     lines += ["| Measured | Value | Limit | Test |", "| --- | --- | --- | --- |"]

@@ -33,7 +33,7 @@ def losses(files: Files) -> list[float]:
 
 
 def new_billion(root: Path, models: Path) -> Files:
-    """A job on the model of a billion parameters, with full sequences; not yet prepared."""
+    """Return an unprepared job with full sequences on a model of 1 billion parameters."""
     spec = {
         "lora": {"rank": 16, "alpha": 16},
         "training": {

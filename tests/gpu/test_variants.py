@@ -25,7 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def loss_in_peft(files: Files, model: Path) -> float:
-    """Loss of the published adapter on the held-out rows, read by PEFT itself onto the GPU."""
+    """Return the published adapter's held-out loss, read by PEFT itself onto the GPU."""
     base = load_base(model, QuantizationSpec(), "cuda")
     adapted = PeftModel.from_pretrained(base, str(files.workspace / "adapter")).eval()
     data = PreparedDataset.open(files.workspace / record(files, "prepare")["dataPath"], "eval")

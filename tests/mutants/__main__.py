@@ -20,7 +20,7 @@ CHECKOUT = Path(__file__).parents[2]
 
 
 def replay(mutants: Sequence[Mutant], checkout: Path) -> int:
-    """Try each mutant and print its verdict. Returns the exit code: 0 if each is caught, else 1."""
+    """Try each mutant and print its verdict. Return 0 if each is caught, else 1."""
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copy, log = Path(folder) / "copy", Path(folder) / "pytest.log"
         copy.mkdir()

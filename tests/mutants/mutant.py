@@ -84,7 +84,7 @@ def mutated(mutant: Mutant, text: str) -> str:
 
 
 def run_tests(copy: Path, tests: tuple[str, ...], log: Path, *, seconds: float | None = None) -> int | None:
-    """Pytest's exit code for these tests of the copy; None on a timeout. Logs to `log`."""
+    """Return pytest's exit code for these tests of the copy, or None on a timeout."""
     # Bytecode is trusted by its source's size and time in seconds, and a mutant may have both of its original.
     changes = {"PYTHONPATH": os.pathsep.join(str(copy / folder) for folder in PACKAGES), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *tests]
@@ -105,7 +105,7 @@ def run_tests(copy: Path, tests: tuple[str, ...], log: Path, *, seconds: float |
 
 
 def try_mutant(mutant: Mutant, copy: Path, log: Path) -> tuple[Verdict, str]:
-    """The verdict on the mutant in the copy, which is restored, and the output if it survives."""
+    """Try the mutant, restore the copy, return the verdict and a survivor's output."""
     path = copy / mutant.file
     original = path.read_text() if path.is_file() else ""
     try:

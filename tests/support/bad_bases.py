@@ -25,7 +25,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def _in_manifest(folder: Path, name: str) -> None:
-    """Give the manifest the file's new sum, as a user with knowledge of the format would."""
+    """Write the file's new sum to the manifest, as an informed user would."""
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["files"][name] = describe_files({name: folder / name})[name].dump()
     write(folder / MANIFEST, json.dumps(manifest).encode())

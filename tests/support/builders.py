@@ -106,7 +106,7 @@ def step_status(step: StepName, attempt: int = 1, **fields: Any) -> StepStatus:
 
 
 def status_in(step: StepName, attempt: int = 1, /, **fields: Any) -> QLoRAJobStatus:
-    """The status of a job whose steps before `step` are done and whose Job for `step` exists."""
+    """Return the status of a job that has reached `step` and has the Job of this step."""
     conditions: list[dict[str, Any]] = []
     for done, kind in (("train", "Prepared"), ("publish", "Trained")):
         if step in (done, "publish"):
@@ -144,7 +144,7 @@ def child(step: StepName, attempt: int = 1, *, owner: str = UID, created: float 
 
 
 def with_resolved(body: dict[str, Any], **profile: Any) -> dict[str, Any]:
-    """The first Job with the resolved spec; keywords are changed fields of the profile."""
+    """Return the first Job with the resolved spec of a profile with these changes."""
     stored = resolved(PROFILE.model_copy(update=profile)).dump()
     return body | {"metadata": body["metadata"] | {"annotations": {RESOLVED_ANNOTATION: to_json(stored)}}}
 
@@ -288,7 +288,7 @@ def to_json(value: object) -> str:
 
 
 def starts(*bodies: dict[str, Any], woken: list[Any] | None = None) -> Starts:
-    """Counts these QLoRAJobs at a fixed time; `woken` gets the keys of those to requeue."""
+    """Count these QLoRAJobs at a fixed time. `woken` gets the keys to requeue."""
 
     async def pages(_namespace: str) -> AsyncIterator[list[str | None]]:
         for body in bodies:
@@ -314,7 +314,7 @@ class _Jump(selectors.SelectSelector):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock jumps to the next timer, so that hours pass immediately."""
+    """An event loop whose clock jumps to the next timer instead of waiting."""
 
     def __init__(self) -> None:
         self._jump = _Jump()

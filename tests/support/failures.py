@@ -12,7 +12,7 @@ from qlora_trainer.core.failures import StepFailure
 
 @contextmanager
 def failing(code: ExitCode, *words: str, match: str = "") -> Iterator[pytest.ExceptionInfo[StepFailure]]:
-    """The body must raise StepFailure with this code, and a message with all words that matches the pattern."""
+    """Check that the body raises StepFailure with this code, these words and pattern."""
     with pytest.raises(StepFailure) as failure:
         yield failure
     message = failure.value.message

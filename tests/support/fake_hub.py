@@ -22,7 +22,7 @@ OTHER_COMMIT = "deadbeef" * 5
 
 @dataclass(frozen=True)
 class Rejection:
-    """An answer instead of the file or listing: a status, and the hub's code for the reason."""
+    """An answer instead of the file or listing: a status and the hub's error code."""
 
     status: int
     error_code: str = ""
@@ -32,7 +32,7 @@ class Rejection:
 
 @dataclass
 class FakeHub:
-    """Repositories by `models/ORG/NAME` or `datasets/ORG/NAME`, each a folder whose files are served."""
+    """Serves repositories from folders `models/ORG/NAME` and `datasets/ORG/NAME`."""
 
     repositories: dict[str, Path] = field(default_factory=dict)
     token: str | None = None

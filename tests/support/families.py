@@ -149,7 +149,7 @@ _VARIANTS = {"llama-biased-tied": "llama", "granitemoehybrid-dense": "granitemoe
 
 @dataclass(frozen=True)
 class Case:
-    """A family, by its `model_type` or the name of a variant, and its entry on the page of families."""
+    """A family, by `model_type` or variant, and its entry on the page of families."""
 
     name: str
     one_row: bool
@@ -157,7 +157,7 @@ class Case:
 
     @property
     def layers(self) -> frozenset[str]:
-        """Last names of the adapted layers of each of two blocks; empty if not written down."""
+        """Return a block's adapted layers by last name, or none if not written down."""
         return frozenset(BY_HAND[self.name][1].split()) if self.name in BY_HAND else frozenset()
 
     def config(self) -> PretrainedConfig:
@@ -179,7 +179,7 @@ def _cases() -> dict[str, Case]:
 
 
 def tiny_config(name: str, *, experts: bool = False) -> PretrainedConfig:
-    """A configuration with a block of each kind, for the rows of `tests.support.training`."""
+    """Configure a block of each kind, for the rows of `tests.support.training`."""
     model_type = _VARIANTS.get(name, name)
     settings = {**SETTINGS.get(name, {}), **_SETTINGS.get(name, {})}
     default = AutoConfig.for_model(model_type, **settings)

@@ -113,7 +113,7 @@ MIXED: Manifest = {
 
 
 def with_value(manifest: Manifest, path: str, value: object) -> Manifest:
-    """A copy of the manifest with the value at the dotted path; missing objects are made."""
+    """Copy the manifest with the value at the dotted path. Create missing objects."""
     result = copy.deepcopy(manifest)
     *parents, last = path.split(".")
     node = result

@@ -36,7 +36,7 @@ def succeeded(done: Done) -> None:
 
 
 def same_numbers(found: StepContext, expected: StepContext, tolerance: float) -> None:
-    """Both runs have noted the same losses and gradient norms, within a part of their size."""
+    """Check that both runs noted equal losses and gradient norms, within a tolerance."""
     ours, theirs = history(found), history(expected)
     assert [line.keys() for line in ours] == [line.keys() for line in theirs]
     for name in ("loss", "evalLoss", "gradNorm"):
@@ -72,7 +72,7 @@ def runs(pid: int) -> bool:
 
 
 def two_nodes() -> list[tuple[str, ...]]:
-    """The commands that start the step on each of two nodes: two agents of torchrun here."""
+    """Return commands that start the step on two nodes: here, two agents of torchrun."""
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--no-python", "--nnodes", "2", "--nproc-per-node", "1")
     store = ("--master-addr", "127.0.0.1", "--master-port", str(free_port()))
     return [(*torchrun, *store, "--node-rank", str(node)) for node in range(2)]
@@ -80,7 +80,7 @@ def two_nodes() -> list[tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class Pods:
-    """A job of several nodes whose pods are processes of this machine, over one workspace."""
+    """A job of several nodes, whose pods are local processes over one workspace."""
 
     files: Files
     port: int
@@ -135,7 +135,7 @@ def second_gpu(folder: Path, rows: int) -> dict[str, str]:
 
 
 def beginning_with(folder: Path, code: str) -> dict[str, str]:
-    """The environment that makes every process of Python run this code first, from a file in `folder`."""
+    """Return an environment whose Python processes run this code first, from `folder`."""
     folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(code)
     return {"PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}

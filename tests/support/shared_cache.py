@@ -101,7 +101,7 @@ class SharedCache:
         return parts
 
     def leave_partial(self) -> Path:
-        """Files of a job that was stopped between the two files of the weights, and no longer holds a lock."""
+        """Stop a job between the two weight files, and leave its files without a lock."""
         parts = self.split_weights()
         self.hub.corrupt = lambda path: path.endswith(parts[1])
         with pytest.raises(StepFailure):

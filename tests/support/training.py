@@ -36,7 +36,7 @@ RARE_TOKEN = 500
 
 
 def job(spec: dict[str, Any] | None = None) -> QLoRAJobDocument:
-    """A job of six steps with dropout, accumulation, evaluation and decay, for resumes."""
+    """Return a job of six steps with dropout, accumulation, evaluation and decay."""
     default = {
         "model": {"source": "pvc://models/tiny"},
         "dataset": {"source": "pvc://data/rows.jsonl", "eval": {"fraction": 0.2}},
@@ -110,7 +110,7 @@ def write_data(
 
 
 def write_held_out(folder: Path, model: Path, rows: Sequence[tuple[str, str]]) -> None:
-    """Replace the held-out rows of `write_data` by these prompts and answers, in tokens."""
+    """Replace `write_data`'s held-out rows by these prompts and answers, in tokens."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     written = []
     for prompt, answer in rows:
@@ -180,7 +180,7 @@ def run(context: StepContext, *, stop: StopRequest | None = None, records: Recor
 
 
 class StopAtStep(Recorded):
-    """Records that set a stop request at the report of `step` steps, as a signal would."""
+    """Requests a stop at the report of `step` steps, as a signal would."""
 
     def __init__(self, step: int, stop: StopRequest) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ def interrupted_at(context: StepContext, step: int) -> None:
 
 
 def history(context: StepContext) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl without their speed and memory, which no two runs share."""
+    """Return metrics.jsonl without speed and memory, which no two runs share."""
     lines = (context.workspace.report / "metrics.jsonl").read_text().splitlines()
     return [
         {name: value for name, value in json.loads(line).items() if name not in ("tokensPerSecond", "memoryBytes")}

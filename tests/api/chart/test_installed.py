@@ -38,7 +38,7 @@ from tests.support.waiting import eventually
 
 @pytest.fixture(scope="module")
 def plane() -> Iterator[ControlPlane]:
-    """A control plane of this module's own: the one of the other tests has the definition without Helm."""
+    """Start a control plane without the definition, which Helm installs."""
     with running(controller_manager=True) as plane:
         yield plane
 
@@ -119,7 +119,7 @@ def test_an_operator_that_announces_writes_no_config_map_without_the_label(
 
 
 def test_the_largest_settings_fit_next_to_kubectls_annotation(helm: Helm, installed: Helm, plane: ControlPlane) -> None:
-    """`kubectl apply` writes the whole object into another annotation, with a limit of 256 KiB."""
+    """`kubectl apply` copies the whole object into an annotation of up to 256 KiB."""
     objects = helm.template(settings_of_size(helm, LIMIT))
     arguments = ("apply", "--dry-run=server", "--filename=-")
     assert "configured" in plane.kubectl(*arguments, input_text=yaml.safe_dump(only(objects, "Deployment")))
@@ -231,7 +231,7 @@ def test_upgrade_and_rollback_change_the_definition_and_no_job(
 def test_each_release_keeps_its_own_settings_and_a_rollback_brings_them_back(
     installed: Helm, plane: ControlPlane
 ) -> None:
-    """An old release's container that restarts during an upgrade would reject new settings."""
+    """An old container that restarts during an upgrade would reject new settings."""
 
     def workers(template: Object) -> int:
         return int(yaml.safe_load(settings_in(template))["workers"])
@@ -256,7 +256,7 @@ def test_each_release_keeps_its_own_settings_and_a_rollback_brings_them_back(
 
 
 def test_reused_values_without_dns_ports_open_no_port(installed: Helm, plane: ControlPlane, tmp_path: Path) -> None:
-    """The API server reads a rule whose list of ports is empty as one that allows every port."""
+    """The API server reads a rule with an empty list of ports as one for every port."""
     older = shutil.copytree(CHART, tmp_path / "older")
     (older / "values.yaml").write_text(yaml.safe_dump(without(VALUES, ("jobNetworkPolicies", "dnsPorts"))))
     cut_off = f"jobNetworkPolicies.enabled=true,jobNetworkPolicies.namespaces={{{NAMESPACE}}}"

@@ -173,7 +173,7 @@ def apply(operated: Nodeless, name: str) -> None:
 def prometheus(
     programs: Programs, operated: Nodeless, job: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Prometheus]:
-    """It scrapes the operator, and a kubelet's figures of the job's claim, with the alerts."""
+    """Scrape the operator and a kubelet's figures of the job's claim, with the alerts."""
     claim = operated.job(job)["status"]["resolved"]["claimName"]
     labels = f'{{namespace="{NAMESPACE}",persistentvolumeclaim="{claim}"}}'
     kubelet = "".join(
@@ -199,7 +199,7 @@ def test_promtool_accepts_the_metrics_of_a_working_operator(programs: Programs, 
 
 @pytest.fixture
 def jobs(operated: Nodeless, programs: Programs) -> Iterator[Callable[[str], str]]:
-    """Creates jobs, with a name of this release's own, and deletes them after the test."""
+    """Creates jobs named after this release, and deletes them after the test."""
     created: list[str] = []
 
     def create(name: str) -> str:

@@ -44,7 +44,7 @@ def examine(team: Reported, *options: str, code: int, kubeconfig: Path | None = 
 
 
 def install(plane: ControlPlane) -> None:
-    """Objects of the chart, with statuses as from its controllers, and a node with GPUs."""
+    """Apply the chart's objects with controllers' statuses, and a node with GPUs."""
     plane.kubectl.apply(json.dumps({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": OPERATOR_NAMESPACE}}))
     deployment = next(each for each in rendered({"profiles": PROFILES}) if each["kind"] == "Deployment")
     plane.kubectl.apply(yaml.safe_dump(deployment))

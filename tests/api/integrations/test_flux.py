@@ -24,7 +24,7 @@ def named(name: str) -> Manifest:
 
 
 def probe(expressions: dict[str, str]) -> dict[str, Any]:
-    """A kind whose objects are rejected with the names of the expressions that hold for their status."""
+    """Define a kind whose rejections name the expressions that hold for a status."""
     text = {"type": "string", "maxLength": 64}
     condition = {"type": "object", "properties": {"type": text, "status": text}}
     conditions = {"type": "array", "maxItems": 16, "items": condition}

@@ -25,7 +25,7 @@ def train(operated: Nodeless, name: str) -> dict[str, Any]:
 
 
 def second_attempt(operated: Nodeless, name: str) -> dict[str, Any]:
-    """Wait for the second train Job and for the status that names it, which is written later."""
+    """Wait for the second train Job, and for the later status that names it."""
 
     def found() -> dict[str, Any] | None:
         status: dict[str, Any] = operated.job(name)["status"]

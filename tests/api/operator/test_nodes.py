@@ -112,7 +112,7 @@ def test_a_pod_that_is_lost_costs_one_disruption_and_all_pods_start_again(operat
 def test_a_pod_that_is_deleted_before_any_runs_costs_nothing_and_all_start_again(
     operated: Nodeless, number: int
 ) -> None:
-    """Its Job fails, and its controller deletes the others: no pod is left to report the cause."""
+    """Its Job fails, and its controller deletes the others: no pod reports the cause."""
     name = start(operated, f"nodes-early-{number}")
     pods = train_pods(operated, name, 1)
     delete(operated, pods[number])

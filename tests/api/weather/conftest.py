@@ -13,7 +13,7 @@ from tests.support.services.api_proxy import serve_api
 
 @pytest.fixture(scope="module")
 def account(plane: ControlPlane) -> str:
-    """The token of an account that may write Leases in its namespace, and nothing else yet."""
+    """Create an account that may only write Leases so far, and return its token."""
     plane.kubectl("create", "namespace", OWN)
     plane.kubectl("create", "serviceaccount", "operator", f"--namespace={OWN}")
     Tenant(plane, OWN).grant(rules=LEASES)

@@ -28,7 +28,7 @@ def of_statuses(*statuses: int) -> Weather:
 
 
 def login_page() -> Weather:
-    """A proxy's answer to an unauthenticated client: a redirect to its page, or the page itself."""
+    """Answer a client without a login by a redirect to a page, or by the page itself."""
     html = {"Content-Type": "text/html"}
     page = Reply(200, b"<html>Log in to go on.</html>", html)
     turn = itertools.cycle([Reply(302, b"<html>Moved.</html>", html | {"Location": "/login"}), page])
@@ -59,7 +59,7 @@ def calm(site: Site) -> None:
 
 
 def live_through(site: Site, operator: OperatorProcess, kind: str, until: Callable[[], bool], seconds: float) -> None:
-    """A job runs, the API server is away, a user acts: the change is applied once, after the outage."""
+    """Check that a change made during an outage is applied once, after the outage."""
     operator.wait_until_ready()
     site.tenant.create("before")
     site.tenant.wait_for_phase("before", "Preparing")
@@ -100,7 +100,7 @@ def test_an_outage_ends_nothing_and_loses_nothing(site: Site, kind: str, elected
 
 def test_a_stream_that_ends_breaks_or_falls_silent_is_opened_again(site: Site) -> None:
     def breaks(body: bytes) -> None:
-        """The next watches get this instead of events, until each of the three kinds had it."""
+        """Answer watches with this body until each of the three kinds has received it."""
         since = len(site.proxy.seen)
         site.proxy.weather = lambda request: Reply(200, body) if request.watches else None
         site.proxy.cut()
@@ -132,7 +132,7 @@ def test_a_stream_that_ends_breaks_or_falls_silent_is_opened_again(site: Site) -
 
 
 def test_an_authority_that_is_replaced_is_trusted_without_a_restart(site: Site) -> None:
-    """First the server has a certificate of the new one, then the file that the operator reads."""
+    """The server's certificate changes first, then the file that the operator reads."""
     first, second = (Authority(datetime.now(UTC)) for _ in range(2))
     trusted = site.folder / "trusted.crt"
     trusted.write_bytes(first.certificate)

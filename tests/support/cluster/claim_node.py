@@ -79,7 +79,7 @@ class ClaimNode:
 
 @contextmanager
 def claim_node(plane: ControlPlane, folder: Path, namespace: str) -> Iterator[ClaimNode]:
-    """The node of the namespace's readers until the block ends; `folder` gets its certificate."""
+    """Run the node of the namespace's readers. `folder` gets its certificate."""
     node, ended = ClaimNode(plane, namespace), threading.Event()
     with serve_kubelet(_Handler, folder, node=node) as node.port:
         thread = threading.Thread(target=_start_readers, args=(node, ended), daemon=True)

@@ -20,7 +20,7 @@ Object = dict[str, Any]
 
 @contextmanager
 def serve_kubelet(handler: type[BaseHTTPRequestHandler], folder: Path, **attributes: object) -> Iterator[int]:
-    """The port where the handler, with these attributes, answers; `folder` gets the certificate."""
+    """Serve the handler with these attributes. `folder` gets the certificate."""
     # Standard error is the test's.
     quiet = {"log_message": lambda *_: None, "protocol_version": "HTTP/1.1"}
     server = ThreadingHTTPServer((LOOPBACK, 0), type("Handler", (handler,), quiet | attributes))

@@ -34,7 +34,7 @@ KEY = ("team", NAME)
 
 
 class MemoryCluster:
-    """Keeps one QLoRAJob and its children. `rejected`: kinds that the API server does not admit."""
+    """Keeps one QLoRAJob and its children. `rejected`: kinds that it does not admit."""
 
     def __init__(self, job: dict[str, Any], *, rejected: tuple[str, ...] = ()) -> None:
         self.job = job

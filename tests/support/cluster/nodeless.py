@@ -108,7 +108,7 @@ class Nodeless:
         return sorted(listed, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
 
     def start_pod(self, pod: dict[str, Any]) -> None:
-        """The pod gets a node and starts; once deleted, it stays until it is ended and removed."""
+        """Bind and start the pod. Once deleted, it stays until it is ended and removed."""
         bind(self.plane, NAMESPACE, pod["metadata"]["name"], NODE)
         self._report(pod, "Running", {"running": {"startedAt": ENDED}})
 

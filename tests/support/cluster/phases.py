@@ -24,7 +24,7 @@ from tests.support.builders import (
 
 @dataclass(frozen=True)
 class Case:
-    """An object, its health, the start of its message in Argo CD, and its action, if any."""
+    """An object, its health, its message's start in Argo CD, and its action, if any."""
 
     name: str
     body: dict[str, Any]

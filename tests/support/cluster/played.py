@@ -72,7 +72,7 @@ class Api:
         await self.create(f"/apis/qlora.dev/v1alpha1/namespaces/{NAMESPACE}/qlorajobs", body)
 
     async def run(self, job: dict[str, Any]) -> None:
-        """Do as the Job controller and the kubelet do with a step that runs, on all of its nodes."""
+        """Act as Job controller and kubelet for a step that runs on all of its nodes."""
         owner = {
             "apiVersion": "batch/v1",
             "kind": "Job",

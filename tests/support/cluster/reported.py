@@ -204,7 +204,7 @@ class Reported:
         report_pod(self.plane, self.namespace, pod, phase, mesh, trainer)
 
     def kubeconfig(self, folder: Path, user: str, *rules: Object, server: str = "") -> Path:
-        """Token of a new account with these rights in the namespace only; `server` is a proxy."""
+        """Return a kubeconfig with these rights in the namespace. `server` is a proxy."""
         self.create({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": user}})
         group = "rbac.authorization.k8s.io"
         role = {"apiVersion": f"{group}/v1", "kind": "Role", "metadata": {"name": user}, "rules": list(rules)}

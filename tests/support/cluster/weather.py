@@ -130,7 +130,7 @@ class Site:
         kubeconfig: Path | None = None,
         **settings: Any,
     ) -> Iterator[OperatorProcess]:
-        """An operator of this namespace. In the end it is alive, and its log is JSON, line by line."""
+        """Run an operator here. Check at the end that it is alive and its log is JSON."""
         chosen = {"namespaces": [self.tenant.namespace], **QUICK, **settings}
         path = kubeconfig or self.kubeconfig(proxy or self.proxy)
         with running_operator(self.folder / name, path, chosen) as operator:

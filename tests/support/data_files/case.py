@@ -52,6 +52,6 @@ def json_list(name: str, content: str | bytes, message: str) -> BadData:
 
 
 def second_line(name: str, line: str | bytes, message: str) -> BadData:
-    """A JSONL file of a good and a wrong row; the message begins with the wrong one's place."""
+    """Return a JSONL file with a bad second row, whose place begins the message."""
     wrong = line.encode() if isinstance(line, str) else line
     return json_lines(name, GOOD.encode() + wrong, f" line 2{message}")

@@ -20,7 +20,7 @@ def bomb() -> bytes:
 
 
 def column_bomb() -> bytes:
-    """A Parquet file of some kilobytes whose rows have one additional text of a megabyte."""
+    """Return a Parquet file of some kilobytes, with one text of a megabyte per row."""
     sink = pa.BufferOutputStream()
     table = pa.table({"text": ["a"] * 70, "filler": [" " * 2**20] * 70})
     with ParquetWriter(sink, table.schema, compression="zstd") as writer:

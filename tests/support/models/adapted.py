@@ -44,7 +44,7 @@ def adapted(
 
 
 def restored(base: Path, adapter: Path, family: Family, *, checkpointing: bool = True) -> Any:
-    """The 4-bit base that prepare has made, with the adapter in a folder, as the train step holds it."""
+    """Load the 4-bit base with the adapter of a folder, as the train step does."""
     model = attach_adapter(
         load_base(base, NF4, "cpu", attention=family.attention),
         LoraSpec(rank=4, alpha=8),
@@ -59,7 +59,7 @@ def restored(base: Path, adapter: Path, family: Family, *, checkpointing: bool =
 
 
 def in_32_bit(model: Any) -> Any:
-    """The model with every operation in float32, so that no rounding changes the experts of a token."""
+    """Convert the model to float32, so that no rounding changes a token's experts."""
     for module in model.float().modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype, module.compute_type_is_set = torch.float32, True

@@ -33,7 +33,7 @@ def convert(model: Path, target: Path, quantization: QuantizationSpec) -> str:
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
-    """All tensors of a model, with the constants of 4-bit layers but no JSON descriptions."""
+    """Return a model's tensors, with 4-bit constants but no JSON descriptions."""
     found = dict(model.named_parameters())
     for name, layer in model.named_modules():
         if isinstance(layer, Linear4bit):
@@ -42,7 +42,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def require_equal(ours_loaded: nn.Module, theirs_loaded: nn.Module) -> None:
-    """Two models have the same tensors, to the bit. The second, as the trainer loads it, has no tower."""
+    """Check that both models' tensors are equal, to the bit. The second has no tower."""
     ours, theirs = state(ours_loaded), state(theirs_loaded)
     beside = tuple(f"{name}." for name in parts_beside_text(ours_loaded))
     assert {name for name in ours if not name.startswith(beside)} == theirs.keys()
@@ -67,7 +67,7 @@ def expert_weights(whole: nn.Module) -> dict[str, Tensor]:
 
 
 def require_quantized_experts(base: nn.Module, whole: nn.Module) -> None:
-    """All experts of a 4-bit base match the quantization of their matrices in transformers' model."""
+    """Check that a 4-bit base has transformers' experts, quantized matrix by matrix."""
     stacks = {name: stack for name, stack in expert_stacks(base) if isinstance(stack, ExpertStack)}
     originals = expert_weights(whole)
     assert stacks.keys() == originals.keys()
@@ -92,7 +92,7 @@ def settings(quantization: QuantizationSpec = _NF4, **more: Any) -> BitsAndBytes
 
 
 def quantized(model: Path, folder: Path, config: BitsAndBytesConfig, **saving: Any) -> Path:
-    """A model as people publish it: quantized and saved by transformers alone, with its tokenizer."""
+    """Quantize and save a model with its tokenizer by transformers alone, as users do."""
     shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     loaded = AutoModelForCausalLM.from_pretrained(
         model, quantization_config=config, dtype=torch.bfloat16, device_map={"": "cpu"}

@@ -18,7 +18,7 @@ _SECONDS_BETWEEN_LOOKS = 0.01
 
 
 def note_gathered(path: Path) -> None:
-    """Let the train step of this process note each gathering in lines of JSON (see `Gathered`)."""
+    """Note each gathering of this process's train step as JSON lines (see `Gathered`)."""
     from qlora_trainer.training import open_run
     from qlora_trainer.training.distributed.sharding import shard_base
 

@@ -18,7 +18,7 @@ from qlora_trainer.publishing.gguf import CONVERTER
 
 
 def base_gguf(model: Path, path: Path) -> Path:
-    """The model of a folder as a GGUF file in 32 bits, with a vocabulary of bare token ids."""
+    """Write a folder's model as a 32-bit GGUF file with a vocabulary of token ids."""
     within_limits(_write_base, (model, path), what="the test's base")
     return path
 

@@ -30,7 +30,7 @@ SMALL_LLAMA: dict[str, Any] = {
 def dense(
     kind: str, layers: int, hidden: int, mlp: int, heads: tuple[int, int, int], vocabulary: int, *, tied: bool = False
 ) -> dict[str, Any]:
-    """The config.json of a dense model. `heads`: of queries, of keys, and the features of each."""
+    """Return a dense model's config.json. `heads`: queries, keys, features of each."""
     queries, keys, features = heads
     return {
         "model_type": kind,

@@ -21,7 +21,7 @@ GPT_OSS = GptOssConfig(**ROUTED, num_local_experts=4, head_dim=16, sliding_windo
 
 
 def save_gpt_oss(folder: Path) -> Path:
-    """The folder of a random one. Scales are such that weights are as small as those of a random model."""
+    """Save a gpt-oss whose scales make weights as small as a random model's."""
     save_model(folder, GPT_OSS)
     weights: dict[str, Tensor] = {}
     random = torch.Generator().manual_seed(1)

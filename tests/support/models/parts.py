@@ -69,7 +69,7 @@ def _other_parts(path: Path, rank: int, ranks: int) -> Iterator[tuple[int, int]]
 
 
 def _bar(begin: int, end: int) -> int:
-    """Have the kernel reject access between two addresses, in whole pages; returns bytes."""
+    """Have the kernel reject access to whole pages of a range, and return their size."""
     first, size = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, 0
     if end // mmap.PAGESIZE * mmap.PAGESIZE > first:
         size = end // mmap.PAGESIZE * mmap.PAGESIZE - first

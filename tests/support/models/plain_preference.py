@@ -48,7 +48,7 @@ class PlainPair:
 
 
 def plain_model(folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Any:
-    """The model of PEFT's guide to quantized training, with `tensors` as adapter weights."""
+    """Build the model of PEFT's quantization guide, with `tensors` as adapter weights."""
     base = AutoModelForCausalLM.from_pretrained(
         folder,
         quantization_config=BitsAndBytesConfig(

@@ -32,7 +32,7 @@ _CORPUS = [
 
 
 def save_tokenizer(folder: Path, chat_template: str | None = CHATML) -> None:
-    """A byte-level BPE tokenizer of at most 512 tokens; the padding token is the end token."""
+    """Save a byte-level tokenizer of at most 512 tokens. It pads with the end token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -49,7 +49,7 @@ def save_tokenizer(folder: Path, chat_template: str | None = CHATML) -> None:
 
 
 def save_model(folder: Path, config: PretrainedConfig, chat_template: str | None = CHATML) -> Path:
-    """A random model of this configuration with its tokenizer, in a folder as a hub has it."""
+    """Save a random model of this configuration and a tokenizer, as in a hub's folder."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     save_tokenizer(folder, chat_template)

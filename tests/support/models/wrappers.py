@@ -89,7 +89,7 @@ _TIMM_TOWER: dict[str, dict[str, Any]] = {
 
 
 def tiny_wrapper(model_type: str) -> PretrainedConfig:
-    """A configuration with a small tower and a decoder for `tests.support.training`'s rows."""
+    """Configure a small tower and a decoder for the rows of `tests.support.training`."""
     small = shrink(AutoConfig.for_model(model_type, **SETTINGS.get(model_type, {}))).config
     text = small.get_text_config(decoder=True)
     for place, part in vars(small).items():
@@ -133,7 +133,7 @@ def save_wrapper(folder: Path, config: PretrainedConfig) -> Path:
 
 
 def _store_stacks(file: Path, model: Any, *, turned: bool) -> None:
-    """Store the experts in a file in their published form: all of a block in one tensor."""
+    """Store a file's experts in their published form: all of a block in one tensor."""
     stacks = {name: weight.mT.contiguous() if turned else weight for name, weight in expert_weights(model).items()}
     others = {name: tensor for name, tensor in load_file(file).items() if ".experts." not in name}
     if model.config.model_type == "qwen3_5_moe":

@@ -38,7 +38,7 @@ def replace_variables(expression: str) -> str:
 
 
 def complaints(dashboard: Mapping[str, Any], metrics: set[str]) -> Iterator[str]:
-    """One sentence for each thing that is wrong. `metrics`: the series that exist, by name."""
+    """Yield a sentence for each defect. `metrics`: names of the existing series."""
     shown = panels(dashboard)
     identities = [panel.get("id") for panel in dashboard["panels"]]
     if None in identities or len(set(identities)) != len(identities):

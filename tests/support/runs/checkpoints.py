@@ -39,7 +39,7 @@ def save(folder: Path, *steps: int, size: int = 100) -> None:
 
 
 def save_for_ever(folder: Path, saved: Connection) -> None:
-    """Continue from the newest checkpoint, save one step after the other, and send each saved step."""
+    """Continue from the newest checkpoint, save each next step, and send its number."""
     step = newest_step(folder) or 0
     while True:
         step += 1
@@ -59,7 +59,7 @@ def newest_step(folder: Path) -> int | None:
 
 
 def in_child(action: Callable[[], None]) -> int:
-    """Run `action` in a fork, where PyTorch can compute nothing large; its wait status."""
+    """Return `action`'s wait status in a fork, where PyTorch computes nothing large."""
     child = os.fork()
     if child == 0:
         try:

@@ -114,13 +114,13 @@ def collector(cases: dict[str, Case]) -> Callable[[ExitCode, str], Callable[[Cal
 
 @dataclass(frozen=True)
 class Trial:
-    """Prepares a job over a tiny model and three rows after a case has put its input there."""
+    """Prepares a job over a tiny model and three rows, with the input of a case."""
 
     place: Place
     context: MakeContext
 
     def require_rejection(self, case: Case) -> None:
-        """It ends as the case states, no code has run, and nothing but the workspace has changed."""
+        """Check that the case ends as stated, runs no code and changes only the workspace."""
         case.attack(self.place)
         source = next((path.name for path in self.place.data.iterdir() if path.name.startswith("train.")), "")
         context = self.context({"dataset": {"source": f"pvc://data/{source}"}}, model=self.place.model)
@@ -180,7 +180,7 @@ def bounded() -> Iterator[None]:
 
 
 def contents(folder: Path, *, but: Path | None = None) -> dict[str, tuple[object, ...]]:
-    """Kind of everything below but one folder, content and times of files. Follows no link."""
+    """Map all paths but one folder's to kind, content and times. Follow no link."""
     paths = (path for path in sorted(folder.rglob("*")) if but is None or not path.is_relative_to(but))
     return {str(path): _content(path) for path in paths}
 

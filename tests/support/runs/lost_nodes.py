@@ -129,7 +129,7 @@ def _is_dead(process: int | None) -> bool:
 
 
 def _network(port: int) -> int:
-    """A port that leads to `port`, and shows the end of that process after a round trip."""
+    """Return a port that forwards to `port`, and delays its end by a round trip."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def pump(source: socket.socket, target: socket.socket, *, ends: bool) -> None:

@@ -26,7 +26,7 @@ _MOUNTS = Mounts()
 def context(
     files: Files, *, uid: str = JOB_UID, registries: tuple[str, ...] = (), mounts: Mounts = _MOUNTS
 ) -> StepContext:
-    """The arguments of the step for these files. `mounts`: with other claims than these files'."""
+    """Return the step's arguments for these files, whose claims replace `mounts`'."""
     document = {**files.document, "metadata": {"name": "tiny", "uid": uid}}
     return StepContext(
         document=QLoRAJobDocument.model_validate(document),

@@ -23,7 +23,7 @@ _LOG = "QLORA_TEST_PROXY_LOG"
 
 
 class CompanyNames(HttpProxyBasePlugin):
-    """The proxy's resolver: the names of the company are here. It keeps a line for each connection."""
+    """Resolves the company's names to this machine, and notes each connection."""
 
     def resolve_dns(self, host: str, port: int) -> tuple[str | None, HostPort | None]:
         with Path(os.environ[_LOG]).open("a") as log:
@@ -47,7 +47,7 @@ class CompanyProxy:
 
 @contextmanager
 def company_proxy(folder: Path, *, password: str | None = None) -> Iterator[CompanyProxy]:
-    """proxy.py on a free port, which wants this password of PROXY_USER if there is one."""
+    """Run proxy.py on a free port. It requires PROXY_USER's password if one is given."""
     ports, log = folder / "proxy.port", folder / "proxy.log"
     log.touch()
     ports.unlink(missing_ok=True)
@@ -72,7 +72,7 @@ def company_proxy(folder: Path, *, password: str | None = None) -> Iterator[Comp
 
 @dataclass(frozen=True)
 class CompanyCertificates:
-    """The authority's certificate, and one for all servers of the company with its key: files in PEM."""
+    """PEM files: the authority's certificate, and one for all servers with its key."""
 
     authority: Path
     certificate: Path
@@ -80,7 +80,7 @@ class CompanyCertificates:
 
 
 def company_certificates(folder: Path) -> CompanyCertificates:
-    """A private authority, and a certificate for the names below DOMAIN and this machine."""
+    """Issue a certificate for DOMAIN's names and this machine by a private authority."""
     authority = Authority(datetime.now(UTC))
     identity = authority.issue("servers", serves=(f"*.{DOMAIN}", "localhost", LOOPBACK))
     certificate, key = identity.write(folder, "servers")

@@ -84,7 +84,7 @@ class Flux:
         self._apply(manifest)
 
     def reconcile(self, name: str) -> None:
-        """As `flux reconcile kustomization` does it: returns after a pass that began after the call."""
+        """Wait for a pass that begins after this call, as the `flux` command does."""
         self._requests += 1
         wanted = f"request-{self._requests}"
         request = f"reconcile.fluxcd.io/requestedAt={wanted}"
@@ -135,7 +135,7 @@ def _in_flux(name: str) -> dict[str, str]:
 
 
 def _source_definition(kind: str, plural: str) -> dict[str, Any]:
-    """A kind of source whose fields are not checked: the controller watches all of them."""
+    """Define a kind of source without checks, as the controller watches all of them."""
     schema = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
     version = {"name": "v1", "served": True, "storage": True, "subresources": {"status": {}}}
     return {

@@ -31,7 +31,7 @@ def rejection(make_context: MakeContext, records: Recorded, code: ExitCode, spec
 
 @contextmanager
 def tiny_hub(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A hub with the model acme/tiny, without a login; one row of data is on the volume."""
+    """Serve acme/tiny from a hub without a login, with one row of data on the volume."""
     repository = folder / "hub" / "tiny"
     shutil.copytree(model, repository)
     write_rows(folder / "data" / "train.jsonl", [chat_row("Which pods?", "kubectl get pods")])

@@ -49,7 +49,7 @@ class Kueue:
         self.kubectl("apply", "--server-side", "--filename=-", input_text=yaml.safe_dump_all(kept))
 
     def start(self, *, unlabeled: bool = False) -> None:
-        """Start the controller and wait for its webhooks. `unlabeled`: hold Jobs without a queue."""
+        """Start the controller and its webhooks. `unlabeled`: hold Jobs without a queue."""
         configuration = {
             **yaml.safe_load((SHIPPED / "configuration.yaml").read_text()),
             "namespace": NAMESPACE,
@@ -113,7 +113,7 @@ class Kueue:
         return list(self.kubectl.get("workloads.kueue.x-k8s.io", f"--namespace={self.namespace}")["items"])
 
     def remove(self) -> None:
-        """Take everything away again: while the controller runs, which removes its finalizers."""
+        """Remove Kueue while its controller runs, which removes its finalizers."""
         for kind in ("workloads", "localqueues", "clusterqueues", "resourceflavors"):
             where = [f"--namespace={self.namespace}"] if kind in ("workloads", "localqueues") else []
             self.kubectl("delete", f"{kind}.kueue.x-k8s.io", "--all", *where, "--timeout=60s")
@@ -141,7 +141,7 @@ class Kueue:
         return None
 
     def _aim(self, hook: Object) -> bool:
-        """Whether the webhook is one of those that are needed, which is made to find the controller."""
+        """Point the webhook to the controller, and return whether it is needed."""
         groups = {group for rule in hook["rules"] for group in rule["apiGroups"]}
         hook["clientConfig"]["service"]["port"] = self._webhook_port
         if groups == {"batch"}:

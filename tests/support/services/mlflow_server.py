@@ -15,7 +15,7 @@ from tests.support.waiting import eventually
 
 @contextmanager
 def mlflow_server(folder: Path) -> Iterator[str]:
-    """The address of the server, which is MLflow's own application in Flask's server, on SQLite."""
+    """Run MLflow's own application in Flask's server, on SQLite. Yield its address."""
     port = free_port()
     address = f"http://{LOOPBACK}:{port}"
     environment = {

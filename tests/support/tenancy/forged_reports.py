@@ -157,7 +157,7 @@ def a_failure_with_control_characters(t: Tenancy) -> None:
     assert "gone" in status["lastFailure"]["message"]
 
     def told() -> list[str]:
-        """The messages of all Events, once that of the failure is stored, which is after the status."""
+        """Return the Events' messages once the failure's is stored, after the status."""
         events = t.admin.list(TENANT, "events")
         about = {(one["involvedObject"]["name"], one.get("type")) for one in events}
         return [one.get("message", "") for one in events] if ("control-characters", "Warning") in about else []

@@ -187,7 +187,7 @@ def a_job_with_the_name_of_the_next_step(t: Tenants) -> None:
 
 @attempt
 def a_first_job_that_nobody_watches(t: Tenants) -> None:
-    """It has the name and the controller of the job's pod and not the label that would find it again."""
+    """It has the name and owner of the operator's Job, but no label to find it by."""
     owner = controller(submit(t, "unwatched", suspend=True), "qlora.dev/v1alpha1", "QLoRAJob")
     t.tenant.create(TENANT, "jobs", batch_job({"name": "unwatched-prepare-1", "ownerReferences": owner}))
     t.tenant.patch(TENANT, "qlorajobs", "unwatched", {"spec": {"suspend": False}})

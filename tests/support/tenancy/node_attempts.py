@@ -162,7 +162,7 @@ def a_shell_in_the_train_pod_of_another(a: Assault) -> None:
 
 @attempt
 def a_debugging_container_in_a_train_pod(a: Assault) -> None:
-    """Not even in the tenant's pod: it could run as another user, and see the pod's mounts."""
+    """Not even in the tenant's pod: it could run as another user and see the mounts."""
     name = (a.attacker.running_pod(a.job, "train") or {})["metadata"]["name"]
     with pytest.raises(ClusterError, match="is forbidden"):
         a.kubectl("debug", name, "--image=localhost/busybox:stable", "--target=trainer", "--", "id")

@@ -180,7 +180,7 @@ class Tenants:
 
 @dataclass(frozen=True)
 class Tenancy(Tenants):
-    """The same without a node: tests write the statuses of a kubelet, and containers' logs."""
+    """The same without a node: tests write a kubelet's statuses and containers' logs."""
 
     logs: Logs
     operator: OperatorProcess
@@ -241,7 +241,7 @@ def denied_to_the_operator(requests: list[Object]) -> list[str]:
 
 
 def granted_to_the_operator() -> dict[str, set[str]]:
-    """Verbs by resource that the chart grants to the operator, in the cluster and in its namespace."""
+    """List the operator's verbs by resource, in the cluster and in its namespace."""
     granted: dict[str, set[str]] = {}
     for one in rendered({}):
         own = one["kind"] == "ClusterRole" and one["metadata"]["name"] == "qlora-operator"
@@ -258,7 +258,7 @@ def rendered(values: Object) -> list[Object]:
 
 @contextmanager
 def tenancy(folder: Path, profiles: Object) -> Iterator[Tenancy]:
-    """The chart's roles, an operator with them, and three namespaces; `folder` gets its log."""
+    """Run an operator with the chart's roles and three namespaces. Log to `folder`."""
     with running(controller_manager=True) as plane:
         objects = rendered({"profiles": profiles})
         roles = ("ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding")
